@@ -1,0 +1,1 @@
+"""Protein masked language models, pretrained Megatron-style on packed proteins."""

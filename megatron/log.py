@@ -1,0 +1,37 @@
+"""What a run says on its terminal: lines from one rank, a progress bar where a person watches."""
+
+import sys
+from typing import Protocol
+
+from tqdm import tqdm
+
+
+class Log:
+    """Prints lines on rank 0 and nothing elsewhere; draws a progress bar only on a terminal."""
+
+    def __init__(self, is_speaker: bool = True) -> None:
+        self.is_speaker = is_speaker
+
+    def line(self, text: str) -> None:
+        """Print `text`, above the progress bar if there is one."""
+        if self.is_speaker:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def progress(self, total: int, done: int, unit: str, label: str) -> "Progress":
+        """A progress bar over `total` units of which `done` are behind us; silent where nobody watches."""
+        hidden = not (self.is_speaker and sys.stderr.isatty())
+        return tqdm(total=total, initial=done, unit=unit, desc=label, disable=hidden, dynamic_ncols=True, leave=False)
+
+
+class Progress(Protocol):
+    """What the loop does with a progress bar."""
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """Advance by `n` units."""
+
+    def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
+        """Show `s` behind the bar."""
+
+    def close(self) -> None:
+        """Take the bar off the terminal."""

@@ -1,0 +1,1 @@
+"""The masked language model on flat packed tokens."""

@@ -1,0 +1,96 @@
+"""The optimizer: which parameters decay, whose implementation, and one step with clipping and overflow handling."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megatron.config import ConfigError, OptimizerConfig
+from megatron.optim.scaling import LossScale
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """Scalars on the device: the gradient's L2 norm before clipping, and whether the step was taken."""
+
+    grad_norm: Tensor
+    is_taken: Tensor
+
+
+class Optimizer:
+    """Steps fp32 parameters along their summed, scaled gradients.
+
+    A step whose gradients are not all finite changes nothing.
+    """
+
+    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> None:
+        self.named_parameters = dict(named_parameters)
+        self._clip_grad = config.clip_grad
+        self._is_apex = config.optimizer_backend == "apex"
+        groups = [
+            {"params": [p for p in self.named_parameters.values() if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in self.named_parameters.values() if p.ndim == 1], "weight_decay": 0.0},
+        ]
+        self.inner = _build(groups, config)
+
+    def step(self, learning_rate: float, loss_scale: LossScale) -> StepOutcome:
+        """Unscale and clip the gradients, update the parameters, clear the gradients, update `loss_scale`."""
+        gradients = [p.grad for p in self.named_parameters.values() if p.grad is not None]
+        scale = loss_scale.value
+        norm = torch.nn.utils.get_total_norm(gradients) / scale
+        is_finite = torch.isfinite(norm)
+        # Megatron's clipping: by max_norm / (norm + 1e-6) where that is below 1.
+        divisor = scale * torch.clamp((norm + 1e-6) / self._clip_grad, min=1.0) if self._clip_grad else scale
+        for group in self.inner.param_groups:
+            group["lr"] = learning_rate
+        if self._is_apex:
+            if is_finite.item():
+                torch._foreach_div_(gradients, divisor)
+                self.inner.step()
+        else:
+            # What torch.amp.GradScaler does: the fused kernels divide by grad_scale and skip where found_inf is 1.
+            self.inner.grad_scale = divisor  # type: ignore[attr-defined]
+            self.inner.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
+            self.inner.step()
+        self.inner.zero_grad(set_to_none=True)
+        loss_scale.update(is_finite)
+        return StepOutcome(norm, is_finite)
+
+    def state(self) -> dict[str, Tensor]:
+        """Every state tensor under `KIND/PARAMETER`, e.g. `exp_avg/lm_head.bias`."""
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.named_parameters.items()}
+        state = {f"{kind}/{names[parameter]}": tensor for parameter, values in self.inner.state.items()
+                 for kind, tensor in values.items() if isinstance(tensor, Tensor)}
+        for group in self.inner.param_groups:
+            if "step" in group:  # apex counts steps a group, torch a parameter
+                state |= {f"step/{names[p]}": torch.tensor(float(group["step"])) for p in group["params"]}
+        return state
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state()` gave, by either implementation."""
+        for key, tensor in state.items():
+            kind, name = key.split("/", 1)
+            parameter = self.named_parameters[name]
+            if not (self._is_apex and kind == "step"):
+                self.inner.state[parameter][kind] = tensor.to(parameter.device)
+        if self._is_apex:
+            steps = [int(tensor) for key, tensor in state.items() if key.startswith("step/")]
+            for group in self.inner.param_groups:
+                group["step"] = max(steps, default=0)
+
+
+def _build(groups: list[dict], config: OptimizerConfig) -> torch.optim.Optimizer:
+    betas = (config.adam_beta1, config.adam_beta2)
+    if config.optimizer_backend == "torch":
+        if config.optimizer == "adam":
+            return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.adam_eps, fused=True)
+        return torch.optim.SGD(groups, lr=0.0, momentum=config.sgd_momentum, fused=True)
+    try:
+        from apex.optimizers import FusedAdam, FusedSGD  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise ConfigError(f"--optimizer-backend apex: apex cannot be imported ({error}); install it, or give "
+                          "torch") from error
+    if config.optimizer == "adam":
+        return FusedAdam(groups, lr=0.0, betas=betas, eps=config.adam_eps)
+    return FusedSGD(groups, lr=0.0, momentum=config.sgd_momentum)

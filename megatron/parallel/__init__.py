@@ -1,0 +1,1 @@
+"""Ranks and what passes between them: the mesh, collectives, layers, data parallelism, randomness."""

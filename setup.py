@@ -1,0 +1,39 @@
+"""Installs the project: `pip install -e .` (what `examples/setup.sh` does in its own environment).
+
+The ranges here are what the code can work with; `requirements.txt` pins what is tested. The compiled helper that packs
+proteins into rows is optional: without a C++ compiler or pybind11 its Python twin does the same work, more slowly.
+"""
+
+from setuptools import Extension, find_namespace_packages, setup
+
+REQUIRED = ["torch>=2.11", "numpy>=1.26", "safetensors>=0.4", "tensorboard>=2.14", "tqdm>=4.60", "matplotlib>=3.7"]
+EXTRAS = {
+    "helper": ["pybind11>=2.11", "setuptools>=64"],  # builds the compiled helper
+    "fast": ["orjson>=3.8", "isal>=1.5"],  # reads JSON and gzip faster than the standard library
+    "sentences": ["nltk>=3.8"],  # tools/preprocess_data.py --split-sentences
+    "formats": ["lmdb>=1.4", "pyarrow>=15", "zstandard>=0.21"],  # TAPE's LMDB folders, Parquet, .zst files
+}
+
+
+def packing_extension() -> list[Extension]:
+    """The compiled helper `megatron.data._packing`, or nothing where pybind11 is missing."""
+    try:
+        from pybind11.setup_helpers import Pybind11Extension
+    except ImportError:
+        return []
+    return [Pybind11Extension("megatron.data._packing", ["megatron/data/packing.cpp"], cxx_std=17,
+                              extra_compile_args=["-O3"], optional=True)]
+
+
+setup(
+    name="proteinlm-pretrain",
+    version="0.1.0",
+    description="Protein masked language models, pretrained Megatron-style, on packed proteins",
+    license="Apache-2.0",
+    packages=find_namespace_packages(include=["megatron*", "protein_tools*"]),
+    package_data={"protein_tools": ["*.txt"]},
+    ext_modules=packing_extension(),
+    python_requires=">=3.10",
+    install_requires=REQUIRED,
+    extras_require=EXTRAS,
+)

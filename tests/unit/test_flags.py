@@ -1,0 +1,130 @@
+"""The command line: Megatron's spellings, presets, and one clear line for whatever cannot be honoured."""
+
+from dataclasses import fields
+
+import pytest
+
+from megatron.config import Config, ConfigError
+from megatron.flags import ALWAYS_SO, REFUSED, flag_name, listing, parse
+from megatron.presets import PRESETS
+
+# Spellings of Megatron-LM v2 that users' scripts hold; frozen.
+MEGATRON_FLAGS = """
+--num-layers --hidden-size --ffn-hidden-size --num-attention-heads --kv-channels --max-position-embeddings
+--make-vocab-size-divisible-by --layernorm-epsilon --apply-residual-connection-post-layernorm --openai-gelu
+--attention-dropout --hidden-dropout --weight-decay --clip-grad --adam-beta1 --adam-beta2 --adam-eps --sgd-momentum
+--micro-batch-size --global-batch-size --rampup-batch-size --checkpoint-activations --checkpoint-num-layers
+--train-iters --train-samples --log-interval --exit-interval --exit-duration-in-mins --tensorboard-dir --optimizer
+--seed --init-method-std --lr --lr-decay-style --lr-decay-iters --lr-decay-samples --lr-warmup-fraction
+--lr-warmup-iters --lr-warmup-samples --min-lr --override-lr-scheduler --use-checkpoint-lr-scheduler --save
+--save-interval --no-save-optim --no-save-rng --load --no-load-optim --no-load-rng --finetune --fp16 --bf16
+--loss-scale --initial-loss-scale --min-loss-scale --loss-scale-window --hysteresis --fp32-residual-connection
+--no-query-key-layer-scaling --attention-softmax-in-fp32 --accumulate-allreduce-grads-in-fp32 --fp16-lm-cross-entropy
+--tensor-model-parallel-size --pipeline-model-parallel-size --model-parallel-size --distributed-backend --DDP-impl
+--local_rank --use-cpu-initialization --eval-iters --eval-interval --data-path --split --vocab-file --vocab
+--seq-length --encoder-seq-length --mask-prob --mmap-warmup --num-workers --tokenizer-type --data-impl --batch-size
+--no-bias-gelu-fusion --no-bias-dropout-fusion --scaled-masked-softmax-fusion --fp32-allreduce
+""".split()
+
+
+def parsed(text):
+    return parse(text.split())[0]
+
+
+def error_of(text):
+    with pytest.raises(ConfigError) as caught:
+        parse(text.split())
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("flag", MEGATRON_FLAGS)
+def test_megatrons_spelling_is_known(flag, capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    words = capsys.readouterr().out.replace(",", " ").replace("[", " ").replace("]", " ").split()
+    assert flag in words
+
+
+def test_every_field_is_one_flag_and_every_flag_one_field():
+    names = [flag_name(item) for section in fields(Config) for item in fields(section.default_factory)]
+    assert len(names) == len(set(names))
+    assert not set(names) & (set(REFUSED) | set(ALWAYS_SO))
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_presets_are_whole(preset):
+    assert set(PRESETS[preset]) <= set(Config().as_dict())
+    parsed(f"--preset {preset}")
+
+
+def test_the_published_hyperparameters_stand_in_the_presets():
+    for preset, layers, hidden, heads in (("tape", 12, 768, 12), ("proteinlm-200m", 16, 1024, 16)):
+        config = parsed(f"--preset {preset}")
+        assert (config.model.num_layers, config.model.hidden_size, config.model.num_attention_heads) == (
+            layers, hidden, heads)
+        assert (config.data.seq_length, config.model.max_position_embeddings) == (2176, 2176)
+        assert (config.schedule.lr, config.schedule.min_lr, config.schedule.lr_decay_style) == (1e-4, 1e-5, "linear")
+        assert (config.schedule.lr_decay_iters, config.schedule.lr_warmup_fraction) == (990_000, 0.01)
+        assert (config.optimizer.weight_decay, config.optimizer.clip_grad) == (0.01, 1.0)
+        assert config.model.layernorm_epsilon == 1e-12
+
+
+def test_a_flag_overrides_the_preset_and_the_last_one_wins():
+    config = parsed("--preset demo --hidden-size 64 --hidden-size 96 --num-layers 2")
+    assert (config.model.hidden_size, config.model.num_layers, config.model.ffn_hidden_size) == (96, 2, 384)
+
+
+def test_a_precision_flag_replaces_the_presets():
+    assert parsed("--preset tape").precision.bf16
+    assert parsed("--preset tape --fp16").precision.fp16
+    assert not parsed("--preset tape --fp16").precision.bf16
+    assert not parsed("--preset tape --no-bf16").precision.bf16
+
+
+def test_training_by_samples_replaces_the_presets_iterations():
+    config = parsed("--preset tape --train-samples 5000")
+    assert config.training.train_iters is None
+    assert config.schedule.lr_decay_iters is None
+
+
+def test_a_switch_that_is_on_by_default_can_be_turned_off():
+    assert not parsed("--preset demo --no-bias-gelu-fusion").model.bias_gelu_fusion
+
+
+def test_old_aliases_work():
+    config = parsed("--preset demo --vocab v.txt --local_rank 3 --batch-size 7 --model-parallel-size 1")
+    assert (config.data.vocab_file, config.parallel.local_rank, config.training.micro_batch_size) == ("v.txt", 3, 7)
+    assert parsed("--preset demo --local-rank=2").parallel.local_rank == 2
+
+
+def test_flags_that_are_always_so_are_accepted_and_listed():
+    config, always_so = parse("--preset demo --attention-softmax-in-fp32 --no-save-rng".split())
+    assert always_so == ("--attention-softmax-in-fp32", "--no-save-rng")
+    text = listing(config, always_so)
+    assert "--no-save-rng: always so" in text
+    assert "hidden_size ................................... 128" in text
+
+
+@pytest.mark.parametrize("flag", sorted(REFUSED))
+def test_foreign_flags_say_why(flag):
+    assert error_of(f"--preset demo {flag} 1").startswith(f"{flag} cannot be used: ")
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("--preset demo --num-layer 2", "unknown argument --num-layer; did you mean --num-layers?"),
+    ("--preset demo --hidden-size 130", "--hidden-size 130 is not divisible by --num-attention-heads 4"),
+    ("--preset demo --num-layers two", "argument --num-layers: invalid int value: 'two'"),
+    ("--preset demo --lr -1", "--lr is -1.0; it must be greater than 0"),
+    ("--preset demo --seq-length 2048 --max-position-embeddings 64", "--seq-length 2048 needs as many positions"),
+    ("--preset demo --fp16 --bf16", "--fp16 and --bf16 exclude each other"),
+    ("--preset demo --train-samples 9 --train-iters 9", "give one of --train-iters and --train-samples"),
+    ("--preset demo --rampup-batch-size 4 4 100", "--rampup-batch-size goes with --train-samples"),
+    ("--preset demo --lr-warmup-iters 5", "--lr-warmup-fraction excludes"),
+    ("--preset demo --min-lr 1", "--min-lr 1.0 is above --lr"),
+    ("--preset demo --tensor-model-parallel-size 2", "--tensor-model-parallel-size is 2"),
+    ("--preset demo --mask-token-prob 0.9 --mask-random-prob 0.2", "sum to more than 1"),
+    ("--lr 1e-3", "--seq-length is missing"),
+])
+def test_a_mistake_is_one_line_that_names_the_flag(text, message):
+    assert message in error_of(text)

@@ -1,0 +1,123 @@
+"""The floors of the project, read from its import statements: imports go down only, and data and model never meet."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Each floor may import its own modules and those of lower floors. `data` and `model` share a height, not a floor.
+HEIGHT = {"megatron.config": 0, "megatron.flags": 0, "megatron.log": 0, "megatron.presets": 0, "megatron.parallel": 1,
+          "megatron.kernels": 2, "megatron.data": 3, "megatron.model": 3, "megatron.optim": 4, "megatron.checkpoint": 5,
+          "megatron.train": 6, "pretrain_tape": 7, "tools": 7, "protein_tools": 7}
+DOORS = ("pretrain_tape", "tools", "protein_tools")
+GROUND = 0
+
+
+def sources() -> list[Path]:
+    """Every Python file of the program, relative to the root."""
+    files = [ROOT / "pretrain_tape.py"]
+    for folder in ("megatron", "tools", "protein_tools", "examples"):
+        files += sorted((ROOT / folder).rglob("*.py"))
+    return [file.relative_to(ROOT) for file in files if file.exists()]
+
+
+def imported_modules(tree: ast.AST, module: str, is_package: bool = False) -> set[str]:
+    """Dotted names that `module` imports anywhere in it; `from a import b` counts as both `a` and `a.b`."""
+    package = module.split(".") if is_package else module.split(".")[:-1]
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[:len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            names.update([base, *(f"{base}.{alias.name}" for alias in node.names)])
+    return names
+
+
+def floor_of(module: str) -> str | None:
+    """The floor that `module` lies on; None if it is none of ours, or the bare package `megatron`."""
+    parts = module.split(".")
+    if parts[0] == "megatron":
+        return ".".join(parts[:2]) if len(parts) > 1 else None
+    return parts[0] if parts[0] in HEIGHT else None
+
+
+def wrong_imports(source: str, module: str, is_package: bool = False) -> list[str]:
+    """The imports of `source` that do not go down, each as a sentence."""
+    home = floor_of(module)
+    assert home is None or home in HEIGHT, f"{module} lies on no floor: say in HEIGHT where it belongs"
+    height = HEIGHT[home] if home else GROUND
+    wrong = []
+    for name in sorted(imported_modules(ast.parse(source), module, is_package)):
+        floor = floor_of(name)
+        if floor is None or floor == home or (home in DOORS and floor in DOORS) or floor not in HEIGHT:
+            continue
+        if HEIGHT[floor] > height or HEIGHT[floor] == height > GROUND:
+            wrong.append(f"{module} imports {name}, which is not below it")
+    return wrong
+
+
+def imports_at_start(source: str) -> Iterator[str]:
+    """Top-level names of the packages that `source` imports when it is itself imported."""
+    waiting: list[ast.AST] = [ast.parse(source)]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.split(".")[0]
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            waiting += ast.iter_child_nodes(node)
+
+
+def module_name(file: Path) -> str:
+    """The dotted name of a file that is relative to the root."""
+    parts = file.with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@pytest.mark.parametrize("file", sources(), ids=str)
+def test_every_import_goes_down(file: Path) -> None:
+    assert wrong_imports((ROOT / file).read_text(), module_name(file), file.name == "__init__.py") == []
+
+
+@pytest.mark.parametrize("file", sources(), ids=str)
+def test_nltk_is_imported_only_inside_a_function(file: Path) -> None:
+    assert "nltk" not in imports_at_start((ROOT / file).read_text())
+
+
+@pytest.mark.parametrize(("module", "source"), [
+    ("megatron.data.loader", "from megatron.train.loop import run"),
+    ("megatron.data.loader", "import megatron.model.head"),
+    ("megatron.data.loader", "from megatron import model"),
+    ("megatron.model.head", "def f():\n    from ..data import batch"),
+    ("megatron.config", "import megatron.parallel.mesh as mesh"),
+    ("megatron.train.loop", "from protein_tools import fasta2json"),
+    ("megatron.parallel.mesh", "from megatron.kernels import attention"),
+])
+def test_an_import_that_does_not_go_down_is_found(module: str, source: str) -> None:
+    assert wrong_imports(source, module)
+
+
+@pytest.mark.parametrize(("module", "source"), [
+    ("megatron.train.loop", "from megatron.model import head\nfrom megatron import config\nimport torch"),
+    ("megatron.data.loader", "from .batch import Batch\nfrom megatron.data import packing"),
+    ("tools.preprocess_data", "from megatron.data import indexed\nimport protein_tools.fasta2json"),
+    ("megatron.flags", "from megatron.config import Config\nfrom megatron import presets"),
+])
+def test_an_import_that_goes_down_is_allowed(module: str, source: str) -> None:
+    assert wrong_imports(source, module) == []
+
+
+def test_a_guarded_import_at_module_level_counts_as_one_at_start() -> None:
+    assert list(imports_at_start("try:\n    import nltk.tokenize\nexcept ImportError:\n    pass")) == ["nltk"]
+    assert list(imports_at_start("def f():\n    import nltk")) == []
+
+
+def test_a_module_on_no_floor_is_refused() -> None:
+    with pytest.raises(AssertionError, match="lies on no floor"):
+        wrong_imports("import torch", "megatron.misc.things")

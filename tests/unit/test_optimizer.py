@@ -1,0 +1,189 @@
+"""Optimizer, loss scale and schedule."""
+
+import sys
+import types
+
+import pytest
+import torch
+
+from megatron.config import ConfigError, OptimizerConfig, PrecisionConfig, ScheduleConfig
+from megatron.optim.optimizer import Optimizer
+from megatron.optim.scaling import LossScale
+from megatron.optim.schedule import build_schedule
+
+CPU = torch.device("cpu")
+
+
+def parameters():
+    torch.manual_seed(0)
+    return {"dense.weight": torch.nn.Parameter(torch.randn(4, 3)), "dense.bias": torch.nn.Parameter(torch.randn(4)),
+            "layernorm.weight": torch.nn.Parameter(torch.randn(3))}
+
+
+def set_gradients(named, factor=1.0):
+    torch.manual_seed(1)
+    for parameter in named.values():
+        parameter.grad = torch.randn_like(parameter) * factor
+
+
+def test_weight_decay_spares_biases_and_layernorms():
+    named = parameters()
+    optimizer = Optimizer(named.items(), OptimizerConfig(weight_decay=0.5, clip_grad=0.0))
+    before = {name: parameter.detach().clone() for name, parameter in named.items()}
+    for parameter in named.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step(0.1, LossScale(PrecisionConfig(), CPU))
+    torch.testing.assert_close(named["dense.weight"].data, before["dense.weight"] * 0.95)
+    assert torch.equal(named["dense.bias"], before["dense.bias"])
+    assert torch.equal(named["layernorm.weight"], before["layernorm.weight"])
+
+
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+def test_clipping_and_scale_give_what_plain_torch_gives_on_the_true_gradient(kind):
+    ours, theirs = parameters(), parameters()
+    config = OptimizerConfig(optimizer=kind, weight_decay=0.0, clip_grad=0.3)
+    optimizer = Optimizer(ours.items(), config)
+    plain = (torch.optim.AdamW(theirs.values(), lr=0.01, weight_decay=0.0) if kind == "adam"
+             else torch.optim.SGD(theirs.values(), lr=0.01, momentum=0.9))
+    scale = LossScale(PrecisionConfig(fp16=True, loss_scale=64.0), CPU)
+    for _ in range(3):
+        set_gradients(ours, 64.0)
+        outcome = optimizer.step(0.01, scale)
+        set_gradients(theirs)
+        norm = torch.nn.utils.clip_grad_norm_(theirs.values(), 0.3)
+        plain.step()
+        assert outcome.grad_norm.item() == pytest.approx(norm.item(), rel=1e-6)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
+        assert ours[name].grad is None
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+def test_a_step_that_is_not_finite_changes_nothing(kind, bad):
+    named = parameters()
+    optimizer = Optimizer(named.items(), OptimizerConfig(optimizer=kind))
+    scale = LossScale(PrecisionConfig(), CPU)
+    set_gradients(named)
+    optimizer.step(0.1, scale)
+    weights = {name: parameter.detach().clone() for name, parameter in named.items()}
+    state = {name: tensor.clone() for name, tensor in optimizer.state().items()}
+    set_gradients(named)
+    named["dense.bias"].grad[2] = bad
+    assert not optimizer.step(0.1, scale).is_taken
+    assert all(torch.equal(named[name], weights[name]) for name in named)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in optimizer.state().items())
+
+
+def test_an_optimizer_goes_on_from_its_state_bitwise():
+    first, second = parameters(), parameters()
+    scale = LossScale(PrecisionConfig(), CPU)
+    one, two = (Optimizer(named.items(), OptimizerConfig()) for named in (first, second))
+    set_gradients(first)
+    one.step(0.1, scale)
+    two.load_state({name: tensor.clone() for name, tensor in one.state().items()})
+    for name in second:
+        second[name].data.copy_(first[name].data)
+    for named, optimizer in ((first, one), (second, two)):
+        set_gradients(named, 0.5)
+        optimizer.step(0.1, scale)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_apex_is_asked_for_by_name_and_its_absence_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "apex", None)
+    with pytest.raises(ConfigError, match="--optimizer-backend apex: apex cannot be imported.*give torch"):
+        Optimizer(parameters().items(), OptimizerConfig(optimizer_backend="apex"))
+
+
+class StandInForApex(torch.optim.AdamW):
+    """AdamW that counts steps a group, as apex's FusedAdam does. Apex itself needs CUDA."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for parameter in group["params"]:
+                if self.state[parameter]:
+                    self.state[parameter]["step"] = torch.tensor(float(group["step"] - 1))
+        return super().step(closure)
+
+
+def test_apex_takes_the_same_steps_and_goes_on_from_its_state(monkeypatch):
+    module = types.SimpleNamespace(FusedAdam=StandInForApex, FusedSGD=torch.optim.SGD)
+    monkeypatch.setitem(sys.modules, "apex", types.SimpleNamespace(optimizers=module))
+    monkeypatch.setitem(sys.modules, "apex.optimizers", module)
+    scale = LossScale(PrecisionConfig(), CPU)
+    ours, theirs = parameters(), parameters()
+    optimizers = [Optimizer(ours.items(), OptimizerConfig()),
+                  Optimizer(theirs.items(), OptimizerConfig(optimizer_backend="apex"))]
+    for _ in range(2):
+        for named, optimizer in zip((ours, theirs), optimizers, strict=True):
+            set_gradients(named, 3.0)
+            optimizer.step(0.1, scale)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name])
+    resumed = Optimizer(theirs.items(), OptimizerConfig(optimizer_backend="apex"))
+    resumed.load_state(optimizers[0].state())
+    assert [group["step"] for group in resumed.inner.param_groups] == [2, 2]
+
+
+def scale_after(outcomes, **flags):
+    scale = LossScale(PrecisionConfig(fp16=True, **flags), CPU)
+    for outcome in outcomes:
+        scale.update(torch.tensor(outcome))
+    return scale.value.item()
+
+
+def test_the_scale_halves_when_overflows_use_up_the_hysteresis():
+    flags = {"initial_loss_scale": 1024.0, "hysteresis": 2, "loss_scale_window": 3}
+    assert scale_after([False], **flags) == 1024
+    assert scale_after([False, False], **flags) == 512
+    assert scale_after([False, False, False], **flags) == 256
+    assert scale_after([False, True, False], **flags) == 512
+    assert scale_after([False] * 30, **flags, min_loss_scale=8.0) == 8
+
+
+def test_the_scale_doubles_after_a_window_without_overflow():
+    flags = {"initial_loss_scale": 16.0, "loss_scale_window": 3}
+    assert scale_after([True] * 2, **flags) == 16
+    assert scale_after([True] * 3, **flags) == 32
+    assert scale_after([True] * 2 + [False] + [True] * 2, **flags) == 16
+    assert scale_after([True] * 6, **flags) == 64
+
+
+def test_the_scale_is_one_outside_fp16_and_fixed_where_told():
+    assert LossScale(PrecisionConfig(bf16=True), CPU).value == 1
+    assert scale_after([False] * 5, loss_scale=128.0) == 128
+
+
+def test_the_scale_goes_on_from_its_state():
+    scale = LossScale(PrecisionConfig(fp16=True), CPU)
+    scale.update(torch.tensor(False))
+    other = LossScale(PrecisionConfig(fp16=True), CPU)
+    other.load_state(scale.state())
+    other.update(torch.tensor(False))
+    assert other.value == 2.0**31
+
+
+def schedule(style, **flags):
+    return build_schedule(ScheduleConfig(lr=1.0, min_lr=0.1, lr_decay_style=style, **flags), global_batch_size=4,
+                          train_iters=100, train_samples=None)
+
+
+def test_learning_rate_warms_up_then_decays_as_named():
+    for style, middle in (("linear", 0.55), ("cosine", 0.55), ("constant", 1.0)):
+        rate = schedule(style, lr_warmup_fraction=0.2).learning_rate
+        assert rate(0) == 0
+        assert rate(40) == pytest.approx(0.5)
+        assert rate(80) == pytest.approx(1.0)
+        assert rate(240) == pytest.approx(middle)
+        assert rate(401) == (1.0 if style == "constant" else 0.1)
+
+
+def test_a_schedule_in_samples_equals_one_in_iterations():
+    by_samples = build_schedule(ScheduleConfig(lr=1.0, lr_warmup_samples=40, lr_decay_samples=300), global_batch_size=4,
+                                train_iters=None, train_samples=400)
+    by_iterations = schedule("linear", lr_warmup_iters=10, lr_decay_iters=75)
+    for samples in (0, 20, 40, 100, 300):
+        expected = by_iterations.learning_rate(samples)
+        assert by_samples.learning_rate(samples) == pytest.approx(expected if samples <= 40 else (expected - 0.1) / 0.9)
