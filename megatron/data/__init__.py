@@ -1,0 +1,1 @@
+"""From files of proteins to batches of packed rows: vocabulary, readers, indexed dataset, packing, masking, loading."""

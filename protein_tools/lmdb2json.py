@@ -1,0 +1,11 @@
+"""TAPE's LMDB folders to loose JSON, one protein a line: `python protein_tools/lmdb2json.py INPUT [INPUT …] OUTPUT`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron.data.json_lines import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main("lmdb", "Write the proteins of TAPE's LMDB folders as loose JSON."))

@@ -1,0 +1,55 @@
+"""Blends of corpora: in proportion at every moment, and any sample found at once."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron.config import ConfigError, DataConfig
+from megatron.data.blend import parse_data_path, place_in_blend
+from megatron.data.dataset import build_datasets
+from megatron.data.indexed_writer import write_indexed
+from megatron.data.vocab import Vocab
+
+VOCAB = Vocab.from_file()
+
+
+@settings(deadline=None)
+@given(st.lists(st.fractions(Fraction(1, 100), 10), min_size=1, max_size=5), st.integers(1, 80))
+def test_every_corpus_is_read_in_order_and_in_proportion(weights, num_samples):
+    taken = [0] * len(weights)
+    for sample in range(num_samples):
+        corpus, index = place_in_blend(weights, sample)
+        assert index == taken[corpus]
+        taken[corpus] += 1
+        shares = [weight / sum(weights) * (sample + 1) for weight in weights]
+        assert all(abs(count - share) <= 2 for count, share in zip(taken, shares, strict=True))
+
+
+def test_a_sample_far_into_the_blend_is_exact():
+    weights = parse_data_path(["0.3", "a", "0.7", "b"])[0]
+    assert place_in_blend(weights, 10**18 + 2) == (1, 7 * 10**17 + 1)
+
+
+def test_a_blend_serves_rows_of_its_corpora(tmp_path):
+    for name, residue in (("a", 6), ("b", 7)):
+        write_indexed(tmp_path / name, [np.full(20, residue)] * 50)
+    data = DataConfig(data_path=("3", str(tmp_path / "a"), "1", str(tmp_path / "b")), seq_length=64, split="8,2")
+    splits = build_datasets(data, VOCAB, 1)
+    from_a = [bool((splits.train[sample].target_ids_m == 6).all()) for sample in range(400)]
+    assert sum(from_a) == 300
+    counts = splits.train.residue_counts()
+    assert counts[6] / counts.sum() == pytest.approx(0.75, abs=0.01)
+    assert splits.train.seq_length == 64
+    assert splits.valid is not None and splits.valid.num_epoch_rows(0) == 8
+    assert splits.test is None
+    assert splits.train.describe().count("train") == 2
+
+
+@pytest.mark.parametrize("path, message", [
+    (("1", "a", "2"), "has 3 parts"), (("a", "b"), "a is not a weight"), (("0", "a", "1", "b"), "0 is not a weight")])
+def test_a_malformed_data_path_is_an_error(path, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_data_path(path)

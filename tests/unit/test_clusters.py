@@ -1,0 +1,85 @@
+"""--blend-by cluster: one member of each cluster an epoch."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from megatron.config import ConfigError, DataConfig
+from megatron.data.clusters import Clusters, cluster_documents
+from megatron.data.dataset import build_datasets
+from megatron.data.indexed import DataError, open_indexed
+from megatron.data.indexed_writer import write_indexed
+from megatron.data.packing import order_key
+from megatron.data.vocab import Vocab
+
+VOCAB = Vocab.from_file()
+CLUSTERS = "a\ta\na\tb\na\tc\nd\td\nd\te\nx\ty\n"  # f is in none, x and y are no documents
+
+
+@pytest.fixture
+def prefix(tmp_path):
+    """Six proteins a to f, of which each has a length of its own; the first is longer than a row."""
+    write_indexed(tmp_path / "p", [np.full(length, 6) for length in (100, 11, 12, 13, 14, 15)])
+    (tmp_path / "p.names").write_text("a\nb\nc\nd\ne\nf\n")
+    (tmp_path / "clusters.tsv").write_text(CLUSTERS)
+    return tmp_path / "p"
+
+
+def test_an_epoch_draws_each_member_equally_often():
+    clusters = Clusters(np.array([7, 7, 7, 2, 2, 5]))
+    draws = [tuple(sorted(clusters.draw(order_key(epoch)))) for epoch in range(600)]
+    counts = Counter(document for draw in draws for document in draw)
+    assert {sum(np.isin(group, draw)) for draw in draws for group in ((0, 1, 2), (3, 4), (5,))} == {1}
+    assert all(abs(counts[i] - 200) < 60 for i in (0, 1, 2)) and all(abs(counts[i] - 300) < 60 for i in (3, 4))
+    assert counts[5] == 600
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_documents_are_clustered_by_name_or_number(prefix, named):
+    if not named:
+        (prefix.parent / "p.names").unlink()
+        (prefix.parent / "clusters.tsv").write_text(CLUSTERS.translate(str.maketrans("abcdef", "012345")))
+    clusters = cluster_documents(str(prefix.parent / "clusters.tsv"), open_indexed(str(prefix)), prefix.parent)
+    assert clusters.tolist() == [0, 0, 0, 3, 3, 5]
+
+
+@pytest.mark.parametrize("long_proteins", ["crop", "split"])
+def test_an_epoch_of_a_dataset_holds_one_protein_of_each_cluster(prefix, long_proteins):
+    data = DataConfig(data_path=(str(prefix),), seq_length=64, split="1,0,0", blend_by="cluster",
+                      cluster_file=str(prefix.parent / "clusters.tsv"), long_proteins=long_proteins)
+    train = build_datasets(data, VOCAB, 1).train
+    members, first = set(), 0
+    for epoch in range(30):
+        num_rows = train.num_epoch_rows(epoch)
+        lengths = sorted(int(n) - 1 for row in range(num_rows) for n in train[first + row].lengths)
+        assert lengths[-1] == 15 or lengths[-1] in (37, 63)
+        drawn = [n if n not in (37, 63) else 100 for n in lengths if not (long_proteins == "split" and n == 37)]
+        assert [sum(n in group for n in drawn) for group in ((100, 11, 12), (13, 14), (15,))] == [1, 1, 1]
+        members.update(drawn)
+        first += num_rows
+    assert members == {100, 11, 12, 13, 14, 15}
+    assert "6 proteins in 3 clusters" in train.describe()
+
+
+@pytest.mark.parametrize("text, message", [("a b\n", "line 1 has 1 columns"), ("a\tb\na\n", "line 2 has 1 columns"),
+                                           ("x\ty\n", "none of its 1 members is a document")])
+def test_a_bad_cluster_file_is_an_error(prefix, text, message):
+    (prefix.parent / "clusters.tsv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        cluster_documents(str(prefix.parent / "clusters.tsv"), open_indexed(str(prefix)), prefix.parent)
+
+
+def test_too_few_names_are_an_error(prefix):
+    (prefix.parent / "p.names").write_text("a\n")
+    with pytest.raises(DataError, match="p.names: 1 names for 6 documents"):
+        cluster_documents(str(prefix.parent / "clusters.tsv"), open_indexed(str(prefix)), prefix.parent)
+
+
+@pytest.mark.parametrize("flags, message", [
+    ({"blend_by": "cluster"}, "go together"), ({"cluster_file": "c.tsv"}, "go together"),
+    ({"blend_by": "cluster", "cluster_file": "c.tsv", "data_path": ("1", "a", "1", "b")}, "with 2 data paths"),
+    ({"blend_by": "cluster", "cluster_file": "missing.tsv"}, "missing.tsv: no such file")])
+def test_flags_that_do_not_go_together_are_an_error(prefix, flags, message):
+    with pytest.raises((ConfigError, DataError), match=message):
+        build_datasets(DataConfig(**{"data_path": (str(prefix),), "seq_length": 64, **flags}), VOCAB, 1)

@@ -1,0 +1,186 @@
+"""Packed datasets: every protein once an epoch, rows that depend on seed, epoch and sample alone, long proteins."""
+
+import dataclasses
+import pickle
+import struct
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron.config import ConfigError, DataConfig
+from megatron.data.dataset import build_datasets
+from megatron.data.indexed import DataError
+from megatron.data.indexed_writer import IndexedWriter, write_indexed
+from megatron.data.loader import MicroBatchSamples
+from megatron.data.packed import PackedDataset
+from megatron.data.vocab import Vocab
+
+VOCAB = Vocab.from_file()
+
+
+def write_proteins(prefix, lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    proteins = [rng.choice(VOCAB.residue_ids, length) for length in lengths]
+    write_indexed(prefix, proteins)
+    return proteins
+
+
+def config(prefix, **flags):
+    flags = {"seq_length": 64, "split": "1,0,0", **flags}
+    return DataConfig(data_path=(str(prefix),), **flags)
+
+
+def originals(row):
+    """The proteins of a row before masking, as tuples."""
+    tokens = row.tokens_t.copy()
+    tokens[row.target_positions_m] = row.target_ids_m
+    return [tuple(part[1:]) for part in np.split(tokens, np.cumsum(row.lengths)[:-1])]
+
+
+def epoch_rows(dataset, epoch=0):
+    first = sum(dataset.num_epoch_rows(before) for before in range(epoch))
+    return [dataset[first + row] for row in range(dataset.num_epoch_rows(epoch))]
+
+
+def same(left, right):
+    return all(np.array_equal(a, b) for a, b in zip(dataclasses.astuple(left), dataclasses.astuple(right), strict=True))
+
+
+@pytest.mark.parametrize("packing", ["best-fit", "sequential"])
+def test_every_protein_comes_once_an_epoch_behind_its_cls(tmp_path, packing):
+    proteins = write_proteins(tmp_path / "a", np.random.default_rng(1).integers(1, 64, 300))
+    train = build_datasets(config(tmp_path / "a", packing=packing), VOCAB, 1).train
+    for epoch in (0, 1):
+        rows = epoch_rows(train, epoch)
+        assert sorted(protein for row in rows for protein in originals(row)) == sorted(map(tuple, proteins))
+        for row in rows:
+            assert row.lengths.sum() == len(row.tokens_t) <= 64
+            assert (row.tokens_t[np.cumsum(row.lengths) - row.lengths] == VOCAB.cls_id).all()
+    assert not same(train[0], train[train.num_epoch_rows(0)])
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.integers(0, 90), min_size=1, max_size=60).filter(any), st.integers(2, 70), st.integers(0, 2**31),
+       st.sampled_from(["best-fit", "sequential"]), st.integers(1, 4), st.integers(1, 3))
+def test_ranks_together_see_every_protein_once_an_epoch(lengths, seq_length, seed, packing, data_size, micro_batch):
+    with tempfile.TemporaryDirectory() as folder:
+        proteins = write_proteins(Path(folder) / "a", lengths)
+        data = config(Path(folder) / "a", seq_length=seq_length, packing=packing, long_proteins="split", split="1")
+        train = build_datasets(data, VOCAB, seed).train
+        first, last = train.num_epoch_rows(0), train.num_epoch_rows(0) + train.num_epoch_rows(1)
+        seen = [piece for rank in range(data_size)
+                for samples in MicroBatchSamples(first, last, micro_batch, rank, data_size)
+                for sample in samples for piece in originals(train[sample])]
+    size = seq_length - 1
+    assert sorted(seen) == sorted(tuple(protein[start:start + size]) for protein in proteins
+                                  for start in range(0, len(protein), size))
+
+
+def test_a_row_depends_on_seed_and_sample_alone(tmp_path):
+    write_proteins(tmp_path / "a", np.random.default_rng(1).integers(1, 90, 200))
+    first = build_datasets(config(tmp_path / "a"), VOCAB, 1).train
+    late = 3 * first.num_epoch_rows(0) + 5
+    expected = [first[sample] for sample in range(late + 1)]
+    fresh = build_datasets(config(tmp_path / "a", data_cache_path=str(tmp_path / "cache")), VOCAB, 1).train
+    for sample in (late, 0, 17, late - 1):
+        assert same(fresh[sample], expected[sample])
+    assert same(pickle.loads(pickle.dumps(fresh))[late], expected[late])
+    assert not same(build_datasets(config(tmp_path / "a"), VOCAB, 2).train[0], expected[0])
+
+
+def test_evaluation_rows_and_masks_are_the_same_whatever_training_uses(tmp_path):
+    write_proteins(tmp_path / "a", np.random.default_rng(1).integers(1, 90, 200))
+    one, other = (build_datasets(config(tmp_path / "a", split="6,2,2", **flags), VOCAB, seed) for seed, flags in
+                  ((1, {}), (2, {"mask_prob": 0.5, "mask_token_prob": 0.1, "mask_span_length": 5.0})))
+    for a, b in ((one.valid, other.valid), (one.test, other.test)):
+        assert a is not None and b is not None
+        rows = a.num_epoch_rows(0)
+        assert all(same(a[row], b[row]) and same(a[row], a[row + rows]) for row in range(rows))
+    assert len(one.train[0].target_ids_m) == round(0.15 * (len(one.train[0].tokens_t) - len(one.train[0].lengths)))
+
+
+def test_a_long_protein_is_cropped_to_a_new_window_each_epoch(tmp_path):
+    protein, = write_proteins(tmp_path / "a", [500])
+    train = build_datasets(config(tmp_path / "a"), VOCAB, 1).train
+    windows = {originals(train[epoch])[0] for epoch in range(20)}
+    assert len(windows) > 15 and {len(window) for window in windows} == {63}
+    text = bytes(protein.astype(np.uint8))
+    assert all(bytes(window) in text for window in windows)
+    assert "1 longer than a row, cropped" in train.describe()
+
+
+def test_a_long_protein_is_split_into_consecutive_pieces(tmp_path):
+    proteins = write_proteins(tmp_path / "a", [500, 10, 63, 64, 126, 127])
+    train = build_datasets(config(tmp_path / "a", long_proteins="split"), VOCAB, 1).train
+    expected = sorted(tuple(protein[start:start + 63]) for protein in proteins for start in range(0, len(protein), 63))
+    for epoch in (0, 1):
+        assert sorted(piece for row in epoch_rows(train, epoch) for piece in originals(row)) == expected
+    assert "4 longer than a row, split" in train.describe()
+
+
+def test_a_long_protein_is_dropped_and_counted(tmp_path):
+    proteins = write_proteins(tmp_path / "a", [500, 10, 63, 64, 0])
+    train = build_datasets(config(tmp_path / "a", long_proteins="drop"), VOCAB, 1).train
+    assert sorted(piece for row in epoch_rows(train) for piece in originals(row)) == sorted(
+        tuple(proteins[i]) for i in (1, 2))
+    assert "2 longer than a row, dropped; 1 empty" in train.describe()
+
+
+@pytest.mark.parametrize("long_proteins", ["crop", "split"])
+def test_a_document_of_several_sequences_is_their_concatenation(tmp_path, long_proteins):
+    with IndexedWriter(tmp_path / "a") as writer:
+        writer.add(np.arange(6, 26), np.array([3, 5, 2, 10], np.int32), np.array([2, 0, 1, 1], np.int32))
+    train = build_datasets(config(tmp_path / "a", long_proteins=long_proteins), VOCAB, 1).train
+    pieces = sorted(piece for row in epoch_rows(train) for piece in originals(row))
+    assert pieces == [tuple(range(6, 14)), (14, 15), tuple(range(16, 26))]
+    assert train.residue_counts().tolist() == [0] * 6 + [1] * 20 + [0] * 5
+
+
+def test_letters_are_counted_over_the_whole_split(tmp_path):
+    proteins = write_proteins(tmp_path / "a", np.random.default_rng(1).integers(1, 90, 100))
+    splits = build_datasets(config(tmp_path / "a", split="60,40"), VOCAB, 1)
+    expected = np.bincount(np.concatenate(proteins[60:]), minlength=VOCAB.size)
+    assert splits.valid is not None
+    np.testing.assert_array_equal(splits.valid.residue_counts(), expected)
+    assert splits.test is None
+
+
+def test_ids_outside_the_vocabulary_are_an_error_that_names_the_document(tmp_path):
+    write_indexed(tmp_path / "a", [np.array([6, 7]), np.array([6, 31])])
+    train = build_datasets(config(tmp_path / "a"), VOCAB, 1).train
+    with pytest.raises(DataError, match="a.bin: document 1 holds ids 6 to 31, but the vocabulary has 31"):
+        train[0]
+
+
+def test_a_corpus_without_a_usable_protein_is_an_error(tmp_path):
+    write_proteins(tmp_path / "a", [0, 100])
+    with pytest.raises(DataError, match="hold no protein for a row of 64 positions"):
+        build_datasets(config(tmp_path / "a", long_proteins="drop"), VOCAB, 1)
+
+
+def test_missing_flags_are_named():
+    with pytest.raises(ConfigError, match="--seq-length is missing"):
+        build_datasets(DataConfig(), VOCAB, 1)
+    with pytest.raises(ConfigError, match="--data-path is missing"):
+        build_datasets(DataConfig(seq_length=8), VOCAB, 1)
+
+
+def test_a_bin_past_2_to_31_tokens_is_read_to_its_end(tmp_path):
+    length, count = 2**20, 2**11 + 2
+    with open(tmp_path / "a.bin", "wb") as file:  # sparse: [PAD], which is no residue, up to the last protein's end
+        file.truncate(2 * length * count)
+        file.seek(2 * (length * count - 5))
+        file.write(np.array([6, 7, 8, 9, 10], np.uint16).tobytes())
+    with open(tmp_path / "a.idx", "wb") as file:
+        file.write(b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, count, count + 1))
+        for array in (np.full(count, length, np.int32), np.arange(count) * 2 * length, np.arange(count + 1)):
+            file.write(array.tobytes())
+    train = build_datasets(config(tmp_path / "a", seq_length=length + 1, split="1"), VOCAB, 1).train
+    assert isinstance(train, PackedDataset)
+    row = int(np.flatnonzero(train.rows(0).pieces == count - 1)[0])  # one protein a row
+    assert train.num_epoch_rows(0) == count
+    assert originals(train[row])[0][-7:] == (0, 0, 6, 7, 8, 9, 10)

@@ -1,0 +1,92 @@
+"""Masking: how many, which, and what becomes of them."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron.config import ConfigError, DataConfig
+from megatron.data.masking import Masker, Masking
+from megatron.data.vocab import Vocab
+
+VOCAB = Vocab.from_file()
+SPECIAL = sorted(set(range(VOCAB.size)) - set(VOCAB.residue_ids.tolist()))
+
+
+def row_of(lengths: list[int], rng: np.random.Generator, ids: np.ndarray | None = None) -> np.ndarray:
+    choices = VOCAB.residue_ids if ids is None else ids
+    tokens = [np.concatenate([[VOCAB.cls_id], rng.choice(choices, length - 1)]) for length in lengths]
+    return np.concatenate(tokens).astype(np.int64)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(2, 60), min_size=1, max_size=12), st.sampled_from([1.0, 3.0, 10.0]),
+       st.floats(0.01, 0.9), st.integers(0, 2**32))
+def test_no_special_token_is_ever_chosen_or_placed(lengths, span_length, prob, seed):
+    rng = np.random.default_rng(seed)
+    tokens = row_of(lengths, rng, np.arange(VOCAB.size))
+    masker = Masker(Masking(prob, 0.5, 0.4, span_length), VOCAB)
+    masked, positions, ids = masker.mask(tokens, np.array(lengths), rng)
+    assert np.isin(ids, VOCAB.residue_ids).all()
+    assert np.isin(masked[positions], [*VOCAB.residue_ids, VOCAB.mask_id]).all()
+    np.testing.assert_array_equal(tokens[positions], ids)
+    untouched = np.delete(np.arange(len(tokens)), positions)
+    np.testing.assert_array_equal(masked[untouched], tokens[untouched])
+    assert np.all(np.diff(positions) > 0)
+    num_residues = np.isin(tokens, VOCAB.residue_ids).sum()
+    assert len(positions) == min(num_residues, max(1, round(prob * num_residues)))
+
+
+@pytest.mark.parametrize("span_length", [1.0, 4.0])
+def test_shares_are_15_percent_and_80_10_10(span_length):
+    rng = np.random.default_rng(0)
+    lengths = np.full(100, 401)
+    tokens = row_of(lengths.tolist(), rng)
+    masked, positions, ids = Masker(Masking(span_length=span_length), VOCAB).mask(tokens, lengths, rng)
+    assert len(positions) == 6000
+    became = masked[positions]
+    assert np.mean(became == VOCAB.mask_id) == pytest.approx(0.8, abs=0.02)
+    changed = (became != VOCAB.mask_id) & (became != ids)
+    assert changed.mean() == pytest.approx(0.1 * 24 / 25, abs=0.015)
+    drawn = np.bincount(became[changed], minlength=VOCAB.size)[VOCAB.residue_ids]
+    assert drawn.min() > 5  # every residue is drawn: 23 expected
+
+
+def test_every_residue_is_chosen_equally_often():
+    tokens = row_of([21, 21], np.random.default_rng(0))
+    masker = Masker(Masking(prob=0.25), VOCAB)
+    chosen = np.zeros(42)
+    for seed in range(800):
+        chosen[masker.mask(tokens, np.array([21, 21]), np.random.default_rng(seed))[1]] += 1
+    assert chosen[[0, 21]].sum() == 0
+    assert np.delete(chosen, [0, 21]).min() > 200 - 5 * np.sqrt(150)
+    assert np.delete(chosen, [0, 21]).max() < 200 + 5 * np.sqrt(150)
+
+
+def test_spans_are_as_long_as_asked_and_end_with_their_protein():
+    rng = np.random.default_rng(1)
+    lengths = np.full(200, 501)
+    tokens = row_of(lengths.tolist(), rng)
+    positions = Masker(Masking(prob=0.02, span_length=8.0), VOCAB).mask(tokens, lengths, rng)[1]
+    num_spans = 1 + np.count_nonzero(np.diff(positions) > 1)
+    assert len(positions) / num_spans == pytest.approx(8.0, rel=0.2)
+    assert not np.isin(positions, np.cumsum(lengths) - 501).any()
+
+
+def test_one_residue_is_chosen_in_a_row_too_short_for_a_share():
+    masked, positions, _ = Masker(Masking(), VOCAB).mask(np.array([VOCAB.cls_id, 6]), np.array([2]),
+                                                         np.random.default_rng(0))
+    assert positions.tolist() == [1] and masked[0] == VOCAB.cls_id
+
+
+@pytest.mark.parametrize("span_length", [1.0, 5.0])
+def test_a_row_without_residues_has_no_targets(span_length):
+    tokens = np.array([VOCAB.cls_id, VOCAB.unk_id])
+    masked, positions, ids = Masker(Masking(span_length=span_length), VOCAB).mask(tokens, np.array([2]),
+                                                                                  np.random.default_rng(0))
+    assert masked.tolist() == tokens.tolist() and len(positions) == len(ids) == 0
+
+
+def test_shares_above_one_are_refused():
+    with pytest.raises(ConfigError, match="--mask-token-prob 0.8 and --mask-random-prob 0.3"):
+        Masking.from_config(DataConfig(mask_random_prob=0.3))

@@ -1,0 +1,338 @@
+"""Preprocessing: the original's bytes where it was right, one id a residue everywhere, nothing half-written."""
+
+import gzip
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron.data.indexed import DataError, open_indexed
+from megatron.data.preprocess import preprocess
+from megatron.data.preprocess_config import PreprocessConfig, parse_arguments
+from megatron.data.tokenizer import build_tokenizer
+from megatron.data.vocab import DEFAULT_VOCAB, Vocab
+
+ROOT = Path(__file__).resolve().parents[2]
+FIXTURE = ROOT.parent / "shared" / "fixtures" / "preprocess_set1"
+PROTEINS = ["MKVLAAGIV", "ACDEFGHIKLMNPQRSTVWY", "M", "XBZUOJ", "GGGG", "MKVLAAGIV"]
+TOKENIZER = build_tokenizer("BertWordPieceCase", Vocab.from_file())
+needs_fixture = pytest.mark.skipif(not FIXTURE.exists(), reason=f"{FIXTURE} is not there")
+
+
+def write_json(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def run(tmp_path: Path, source: Path | str, **options) -> dict:
+    return preprocess(PreprocessConfig(input=(str(source),), output_prefix=str(tmp_path / "out"), **options))
+
+
+def outputs(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("out*")) if "stats" not in path.name}
+
+
+def documents(prefix: Path) -> list[list[int]]:
+    dataset = open_indexed(str(prefix))
+    return [[int(i) for s in range(start, stop) for i in dataset[s]]
+            for start, stop in zip(dataset.doc_idx, dataset.doc_idx[1:], strict=False)]
+
+
+def tool(*arguments: str | Path, cwd: Path, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *map(str, arguments)], cwd=cwd,
+                          capture_output=True, text=True, timeout=60, **options)
+
+
+@needs_fixture
+@pytest.mark.parametrize("impl", ["mmap", "cached", "lazy"])
+@pytest.mark.parametrize("spelling", ["spaced.json", "unspaced.json", "sequences.txt"])
+def test_the_fixture_is_written_byte_for_byte(tmp_path, impl, spelling):
+    run(tmp_path, FIXTURE / spelling, dataset_impl=impl)
+    for ending in ("bin", "idx"):
+        expected = (FIXTURE / impl / f"spaced_text_document.{ending}").read_bytes()
+        assert (tmp_path / f"out_text_document.{ending}").read_bytes() == expected
+
+
+@needs_fixture
+def test_edge_cases_are_the_originals_where_it_was_right(tmp_path):
+    """The original made [UNK] of `*`, `-`, `.`, lower case, unspaced words and of what is no residue at all."""
+    theirs = documents(FIXTURE / "mmap" / "edge_text_document")
+    report = run(tmp_path, FIXTURE / "edge_cases.json", skip_bad_records=True)
+    ours = documents(tmp_path / "out_text_document")
+    refused = {8, 9, 12, 13}  # [MASK] A; [CLS] A; AÅC; G. C. T? V
+    assert report["outputs"]["text"]["dropped"] == {"not protein": 4}
+    ours_by_line = dict(zip([i for i in range(15) if i not in refused], ours, strict=True))
+    dropped = {0: 9, 1: 5, 2: 4}  # where `*`, `-` and `.` stood
+    for line, column in dropped.items():
+        assert ours_by_line[line] == theirs[line][:column] + theirs[line][column + 1:]
+    assert ours_by_line[3] == TOKENIZER.encode("LKAEWG").tolist()
+    assert ours_by_line[6] == TOKENIZER.encode("AIPD").tolist()
+    for line in (4, 5, 7, 10, 11, 14):
+        assert ours_by_line[line] == theirs[line]
+
+
+@needs_fixture
+def test_sentences_are_the_originals_where_it_was_right(tmp_path):
+    pytest.importorskip("nltk")
+    run(tmp_path, FIXTURE / "edge_cases.json", skip_bad_records=True, split_sentences=True)
+    theirs = open_indexed(str(FIXTURE / "mmap" / "edge_text_sentence"))
+    ours = open_indexed(str(tmp_path / "out_text_sentence"))
+    assert theirs.sizes[theirs.doc_idx[2]:theirs.doc_idx[3]].tolist() == [5, 5]
+    assert ours.sizes[ours.doc_idx[2]:ours.doc_idx[3]].tolist() == [4, 5]
+
+
+@pytest.mark.parametrize("spell", [str, str.lower, " ".join, lambda text: f"  {text}* "])
+def test_every_spelling_gives_one_id_a_residue(tmp_path, spell):
+    run(tmp_path, write_json(tmp_path / "in.json", [spell(text) for text in PROTEINS]))
+    assert documents(tmp_path / "out_text_document") == [TOKENIZER.encode(text).tolist() for text in PROTEINS]
+
+
+def test_a_protein_without_residues_stays_a_document_without_a_sequence(tmp_path):
+    report = run(tmp_path, write_json(tmp_path / "in.json", ["", "MK", " ", "*", "-"]))
+    assert open_indexed(str(tmp_path / "out_text_document")).doc_idx.tolist() == [0, 0, 1, 1, 1, 1]
+    assert report["outputs"]["text"]["empty_kept"] == 4
+
+
+def test_append_eod_ends_each_filled_document_with_sep(tmp_path):
+    pytest.importorskip("nltk")
+    source = write_json(tmp_path / "in.json", ["MK", "", "V", "MK. V"])
+    run(tmp_path, source, append_eod=True)
+    assert documents(tmp_path / "out_text_document") == [[17, 15, 3], [], [26, 3], [17, 15, 26, 3]]
+    run(tmp_path, source, append_eod=True, split_sentences=True)
+    assert documents(tmp_path / "out_text_sentence") == [[17, 15, 3], [], [26, 3], [17, 15, 26, 3]]
+    assert open_indexed(str(tmp_path / "out_text_sentence")).sizes.tolist() == [3, 2, 2, 2]
+
+
+def test_several_keys_give_an_output_each(tmp_path):
+    (tmp_path / "in.json").write_text('{"heavy": "MK", "light": "V"}\n{"light": "A", "heavy": "C"}\n')
+    run(tmp_path, tmp_path / "in.json", json_keys=("heavy", "light"))
+    assert documents(tmp_path / "out_heavy_document") == [[17, 15], [8]]
+    assert documents(tmp_path / "out_light_document") == [[26], [6]]
+
+
+@pytest.fixture
+def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Some fifty blocks of proteins, a third of them duplicates."""
+    monkeypatch.setattr("megatron.data.readers.streams.BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr("megatron.data.readers.streams._CHUNK_BYTES", 1 << 12)
+    generator = random.Random(5)
+    pool = ["".join(generator.choices("ACDEFGHIKLMNPQRSTVWYX", k=generator.randrange(0, 400))) for _ in range(900)]
+    return write_json(tmp_path / "in.json", [generator.choice(pool) for _ in range(1000)])
+
+
+def test_the_number_of_workers_changes_no_byte(tmp_path, many):
+    source = many
+    results = []
+    for workers in (1, 2):
+        run(tmp_path, source, workers=workers, min_length=10, dedup="exact", append_eod=True)
+        results.append(outputs(tmp_path))
+    assert results[0] == results[1]
+    assert len(results[0]) == 2
+
+
+def test_filters_count_what_they_leave_out(tmp_path):
+    source = write_json(tmp_path / "in.json", ["MK", "MKV", "MKVLA", "MKXX", "MKJX", "M K V", "A" * 9, "mkv"])
+    report = run(tmp_path, source, min_length=3, max_length=8, max_unknown_fraction=0.4, dedup="exact")
+    assert documents(tmp_path / "out_text_document") == [[17, 15, 26], [17, 15, 26, 16, 6]]
+    counts = report["outputs"]["text"]
+    assert counts["dropped"] == {"duplicate": 2, "longer than 8": 1, "shorter than 3": 1, "too many unknown": 2}
+    assert (counts["records"], counts["kept"], counts["residues"]) == (8, 2, 8)
+
+
+def test_duplicates_are_found_across_blocks(tmp_path, many):
+    source = many
+    report = run(tmp_path, source, dedup="exact")
+    lines = source.read_text().splitlines()
+    expected = [TOKENIZER.encode(json.loads(line)["text"]).tolist() for line in dict.fromkeys(lines)]
+    assert documents(tmp_path / "out_text_document") == expected
+    assert report["outputs"]["text"]["dropped"] == {"duplicate": len(lines) - len(expected)}
+
+
+def test_statistics_say_what_is_in_the_files(tmp_path):
+    source = write_json(tmp_path / "in.json", PROTEINS)
+    run(tmp_path, source)
+    stats = json.loads((tmp_path / "out.stats.json").read_text())
+    assert stats["inputs"][0]["sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
+    output = stats["outputs"]["text"]
+    for file in output["files"]:
+        assert file["sha256"] == hashlib.sha256(Path(file["path"]).read_bytes()).hexdigest()
+    ids = open_indexed(str(tmp_path / "out_text_document")).tokens
+    tokens = Vocab.from_file().tokens
+    assert output["letters"] == {tokens[i]: int(n) for i, n in enumerate(np.bincount(ids)) if n}
+    assert output["length"] == {"shortest": 1, "longest": 20, "mean": round(len(ids) / 6, 2)}
+    assert output["length_histogram"]["1-29"] == 6
+
+
+def test_a_dry_run_counts_and_writes_nothing(tmp_path, capsys):
+    source = write_json(tmp_path / "in.json", PROTEINS)
+    report = run(tmp_path, source, dry_run=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.json"]
+    assert report["outputs"]["text"]["records"] == len(PROTEINS)
+    assert "records 6, kept 6" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("content", "expected"), [
+    ('{"text": "MK"}\n{"text": "M', "line 2: not a JSON object"),
+    ('{"text": "MK"}\n\n[1]\n', "line 3: list where a JSON object belongs"),
+    ('{"text": "MK"}\n{"seq": "MK"}\n', "line 2: no key 'text'; it has 'seq'. --json-keys names the keys"),
+    ('{"text": 7}\n', "line 1: 'text' is of type int"),
+    ('{"text": "MK"}\n\n{"text": "MK1"}\n', "line 3, column 3 of the text: '1' is not a residue"),
+    ('{"text": "M1"}\nnonsense\n', "line 1, column 2"),
+    ('{"text": "M*K"}\n', "line 1, column 2 of the text: an internal stop"),
+    (">a\nMK\nVL\n>b\nMK\nV1\n", "line 6, column 2: '1' is not a residue"),
+    ("MK\n\nM?\n", "line 3, column 2: '?' is not a residue"),
+    ("", "is empty"),
+    (" \n\n", "is empty"),
+    ('[{"text": "MK"}]', "one object a line"),
+    ("\ufeff{broken\n", "line 1: not a JSON object"),
+])
+def test_bad_input_is_one_clear_line_and_leaves_nothing(tmp_path, content, expected):
+    (tmp_path / "in").write_text(content, encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        run(tmp_path, tmp_path / "in")
+    assert expected in str(caught.value)
+    assert str(tmp_path / "in") in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_an_earlier_output_survives_a_failed_run(tmp_path):
+    run(tmp_path, write_json(tmp_path / "in.json", PROTEINS))
+    before = outputs(tmp_path)
+    with pytest.raises(DataError):
+        run(tmp_path, write_json(tmp_path / "bad.json", ["MK1"]))
+    assert outputs(tmp_path) == before
+
+
+def test_skipped_records_are_counted_by_reason_and_reported(tmp_path, capsys):
+    (tmp_path / "in").write_text('{"text": "MK"}\nnonsense\n{"text": "M1"}\n{"text": null}\n{}\n{"text": "M*K"}\n')
+    report = run(tmp_path, tmp_path / "in", skip_bad_records=True)
+    assert report["outputs"]["text"]["dropped"] == {
+        "bad JSON": 1, "internal stop": 1, "missing key": 1, "not a string": 1, "not protein": 1}
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 5
+    assert "line 2: not a JSON object" in lines[0]
+
+
+def test_a_run_that_keeps_no_protein_fails(tmp_path):
+    with pytest.raises(DataError, match=r"no protein is left .* of 6 records"):
+        run(tmp_path, write_json(tmp_path / "in.json", PROTEINS), min_length=99)
+    assert not outputs(tmp_path)
+
+
+@pytest.mark.parametrize("options", [{"workers": 2}, {"workers": 1, "dedup": "exact"}])
+def test_a_run_with_shards_goes_on_behind_its_last_shard(tmp_path, many, monkeypatch, capsys, options):
+    from megatron.data import preprocess as module
+
+    source = many
+    run(tmp_path, source, **options)
+    expected, stats = outputs(tmp_path), json.loads((tmp_path / "out.stats.json").read_text())
+    for path in tmp_path.glob("out*"):
+        path.unlink()
+
+    taken = 0
+    take = module._Run._take
+
+    def killed(self, index, documents):
+        nonlocal taken
+        taken += 1
+        if taken == 30:
+            raise KeyboardInterrupt
+        take(self, index, documents)
+
+    monkeypatch.setattr(module._Run, "_take", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, source, shards=10, **options)
+    assert not (tmp_path / "out_text_document.idx").exists()
+    run(tmp_path, source, shards=10, **options)
+    assert "going on behind shard" in capsys.readouterr().err
+    assert outputs(tmp_path) == expected
+    resumed = json.loads((tmp_path / "out.stats.json").read_text())
+    assert resumed["outputs"] == stats["outputs"]
+    assert resumed["inputs"] == stats["inputs"]
+
+
+def test_shards_of_a_changed_input_are_not_taken_up(tmp_path, many, monkeypatch, capsys):
+    from megatron.data import preprocess as module
+
+    source = many
+    monkeypatch.setattr(module._Run, "_finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, source, shards=3)
+    monkeypatch.undo()
+    source.write_text(source.read_text() + '{"text": "MKV"}\n')
+    run(tmp_path, source, shards=3)
+    assert "going on" not in capsys.readouterr().err
+    assert documents(tmp_path / "out_text_document")[-1] == [17, 15, 26]
+
+
+def test_shards_of_standard_input_are_refused():
+    with pytest.raises(DataError, match="standard input cannot be read again"):
+        preprocess(PreprocessConfig(input=("-",), output_prefix="x", shards=2))
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    from megatron.data.indexed_writer import IndexedWriter
+
+    def full(self, *arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(IndexedWriter, "add", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(tmp_path, write_json(tmp_path / "in.json", PROTEINS))
+    assert [path.name for path in tmp_path.iterdir()] == ["in.json"]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [
+    ("--output-prefix x", "--input is missing"),
+    ("--input x", "--output-prefix is missing"),
+    ("--input x --output-prefix y --workers 0", "--workers is 0; it must be greater than 0"),
+    ("--input x --output-prefix y --min-length 9 --max-length 8", "--min-length 9 is above --max-length 8"),
+    ("--input x --output-prefix y --json-keys a a", "names a key twice"),
+    ("--input x --output-prefix y --dataset-impl zip", "invalid choice"),
+    ("--input x --output-prefix y --merge-file z", "--merge-file"),
+])
+def test_wrong_flags_are_one_clear_line(arguments, expected):
+    with pytest.raises(ValueError, match=expected):
+        parse_arguments(arguments.split())
+
+
+def test_the_readmes_command_gives_one_id_a_residue(tmp_path):
+    write_json(tmp_path / "my-tape-corpus.json", PROTEINS)
+    (tmp_path / "iupac-vocab.txt").write_bytes(DEFAULT_VOCAB.read_bytes())
+    done = tool("--input", "my-tape-corpus.json", "--output-prefix", "my-tape", "--vocab", "iupac-vocab.txt",
+                "--dataset-impl", "mmap", "--tokenizer-type", "BertWordPieceLowerCase", "--split-sentences",
+                cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert documents(tmp_path / "my-tape_text_sentence") == [TOKENIZER.encode(text).tolist() for text in PROTEINS]
+    assert sorted(path.name for path in tmp_path.glob("my-tape*")) == [
+        "my-tape-corpus.json", "my-tape.stats.json", "my-tape_text_sentence.bin", "my-tape_text_sentence.idx"]
+
+
+def test_a_mistake_ends_the_tool_with_status_2_and_no_traceback(tmp_path):
+    write_json(tmp_path / "in.json", ["MK1"])
+    done = tool("--input", "in.json", "--output-prefix", "out", "--workers", "2", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: in.json: line 1, column 3 of the text: '1' is not a residue")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_standard_input_and_missing_accelerators_give_the_same_bytes(tmp_path):
+    source = write_json(tmp_path / "in.json", PROTEINS)
+    run(tmp_path, source)
+    expected = outputs(tmp_path)
+    blocked = "import sys\nfor name in ('orjson', 'isal', 'tqdm', 'nltk'): sys.modules[name] = None\n"
+    (tmp_path / "sitecustomize.py").write_text(blocked)
+    with open(tmp_path / "in.json.gz", "wb") as file:
+        file.write(gzip.compress(source.read_bytes()))
+    with open(tmp_path / "in.json.gz", "rb") as file:
+        done = tool("--input", "-", "--output-prefix", "out", cwd=tmp_path, stdin=file,
+                    env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    assert outputs(tmp_path) == expected

@@ -1,0 +1,192 @@
+"""`examples/setup.sh` against a stand-in for Python that notes what pip is asked for, so that nothing is installed.
+
+And what the example scripts and requirements say, against where it is decided.
+"""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from megatron.presets import PRESETS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Answers as a Python without packages would; its `-m venv` puts a copy of itself into the environment.
+STAND_IN = f"""#!/usr/bin/env bash
+case "$*" in
+    *sys.executable*) [ -z "${{TOO_OLD-}}" ] && echo "$0" ;;
+    "- run" | "- tests") exit 1 ;;
+    *ensurepip*) [ -z "${{NO_VENV-}}" ] ;;
+    "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+    "-m pip install "*) echo "${{@: -1}}" >>"$PIP_LOG"; sleep "${{PIP_SECONDS:-0}}"; [ -z "${{PIP_FAILS-}}" ] ;;
+    *"import pip"*) true ;;
+    *) exec {sys.executable} "$@" ;;
+esac
+"""
+
+
+class Checkout:
+    """A copy of what setting up reads, with stand-ins for every name that Python goes by."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "check out"  # the space must do no harm
+        self.pip_log = folder / "pip.log"
+        for name in ("examples/setup.sh", "requirements.txt", "setup.py", "tests/requirements.txt"):
+            (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, self.root / name)
+        helper = self.root / "megatron" / "data" / f"_packing{sysconfig.get_config_var('EXT_SUFFIX')}"
+        helper.parent.mkdir(parents=True)
+        helper.touch()
+        self.bin = folder / "bin"
+        self.bin.mkdir()
+        for name in ("python", "python3", "python3.10", "python3.11", "python3.12"):
+            (self.bin / name).write_text(STAND_IN)
+            (self.bin / name).chmod(0o755)
+
+    def start(self, purpose: str = "run", **environment: str) -> "subprocess.Popen[str]":
+        script = f'set -euo pipefail; source "{self.root}/examples/setup.sh" {purpose}; echo "python=$python"'
+        inherited = {"PATH": f"{self.bin}:/usr/bin:/bin", "HOME": os.environ.get("HOME", "/"),
+                     "PIP_LOG": str(self.pip_log)}
+        return subprocess.Popen(["bash", "-c", script], env=inherited | environment, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
+
+    def set_up(self, purpose: str = "run", **environment: str) -> tuple[int, str, str]:
+        process = self.start(purpose, **environment)
+        stdout, stderr = process.communicate()
+        return process.returncode, stdout, stderr
+
+    def pip_installs(self) -> list[str]:
+        """The last argument of each pip install since the last call."""
+        lines = self.pip_log.read_text().splitlines() if self.pip_log.exists() else []
+        self.pip_log.unlink(missing_ok=True)
+        return [line.removeprefix(str(self.root)).lstrip("/") for line in lines]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+def test_an_active_python_that_has_everything_is_used_as_it_is(checkout: Checkout) -> None:
+    status, stdout, stderr = checkout.set_up(PYTHON=sys.executable)
+    assert (status, stderr, stdout) == (0, "", f"python={sys.executable}\n")
+    assert not (checkout.root / ".venv").exists()
+
+
+def test_otherwise_an_environment_gets_the_requirements_and_the_project_once(checkout: Checkout) -> None:
+    status, stdout, stderr = checkout.set_up()
+    assert (status, stderr) == (0, "")
+    assert f"python={checkout.root}/.venv/bin/python" in stdout
+    assert checkout.pip_installs() == ["requirements.txt", ""]  # "" is the checkout itself
+    assert checkout.set_up()[1] == f"python={checkout.root}/.venv/bin/python\n"
+    assert checkout.pip_installs() == []
+
+
+def test_the_tests_add_their_own_requirements(checkout: Checkout) -> None:
+    checkout.set_up()
+    checkout.pip_installs()
+    checkout.set_up("tests")
+    assert checkout.pip_installs() == ["tests/requirements.txt"]
+
+
+def test_changed_requirements_are_installed(checkout: Checkout) -> None:
+    checkout.set_up()
+    checkout.pip_installs()
+    with (checkout.root / "requirements.txt").open("a") as requirements:
+        requirements.write("lmdb==3.0.0\n")
+    checkout.set_up()
+    assert checkout.pip_installs() == ["requirements.txt"]
+
+
+def test_an_interrupted_setup_is_started_afresh(checkout: Checkout) -> None:
+    status, _, stderr = checkout.set_up(PIP_FAILS="yes")
+    assert status == 2
+    assert stderr.startswith("error: requirements.txt could not be installed")
+    checkout.pip_installs()
+    half_installed = checkout.root / ".venv" / "half-installed"
+    half_installed.touch()
+    status, stdout, _ = checkout.set_up()
+    assert status == 0
+    assert "starting it afresh" in stdout
+    assert not half_installed.exists()
+    assert checkout.pip_installs() == ["requirements.txt", ""]
+
+
+def test_two_setups_at_once_install_once(checkout: Checkout) -> None:
+    both = [checkout.start(PIP_SECONDS="0.2") for _ in range(2)]
+    outputs = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert checkout.pip_installs() == ["requirements.txt", ""]
+    assert sum("waiting for another setup" in output for output in outputs) == 1
+
+
+def test_too_old_a_python_is_refused_in_one_line(checkout: Checkout) -> None:
+    status, _, stderr = checkout.set_up(TOO_OLD="yes")
+    assert status == 2
+    assert stderr.startswith("error: Python 3.10 or newer is needed")
+    assert stderr.count("\n") == 1
+
+
+def test_a_python_without_venv_says_what_to_install(checkout: Checkout) -> None:
+    status, _, stderr = checkout.set_up(NO_VENV="yes")
+    assert status == 2
+    assert "apt install python3-venv" in stderr
+    assert not (checkout.root / ".venv").exists()
+
+
+def test_without_a_compiler_the_setup_goes_on_and_says_so(checkout: Checkout) -> None:
+    for helper in (checkout.root / "megatron" / "data").iterdir():
+        helper.unlink()
+    (checkout.root / "megatron" / "data" / "packing.cpp").touch()
+    status, stdout, _ = checkout.set_up(PYTHON=sys.executable, CXX="no-such-compiler")
+    assert status == 0
+    assert "no compiled helper (no C++ compiler); its Python twin does the same work" in stdout
+
+
+def requirement_names(file: str) -> set[str]:
+    """What a requirements file lists, without versions and markers."""
+    lines = (ROOT / file).read_text().splitlines()
+    return {re.split(r"[=<> ;]", line)[0] for line in lines if line and line[0] not in "#-"}
+
+
+def setup_names(variable: str) -> set[str]:
+    """The package names in a list, or in the lists of a dict, of setup.py."""
+    for node in ast.parse((ROOT / "setup.py").read_text()).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == variable:
+            value = ast.literal_eval(node.value)
+            ranges = value if isinstance(value, list) else [item for extra in value.values() for item in extra]
+            return {item.split(">=")[0] for item in ranges}
+    raise AssertionError(f"setup.py has no {variable}")
+
+
+def looked_for() -> tuple[set[str], set[str]]:
+    """What setup.sh wants of an active Python: to run, and in addition to test."""
+    lists = re.findall(r"needed \+?= (\[[^]]*\])", (ROOT / "examples" / "setup.sh").read_text())
+    to_run, to_test = (set(ast.literal_eval(item)) for item in lists)
+    return to_run, {name.replace("_", "-") for name in to_test}
+
+
+def test_an_active_python_needs_what_setup_py_requires() -> None:
+    assert looked_for()[0] == setup_names("REQUIRED")
+
+
+def test_what_setup_py_names_is_pinned_for_the_tests() -> None:
+    pinned = requirement_names("requirements.txt") | requirement_names("tests/requirements.txt")
+    assert setup_names("REQUIRED") <= requirement_names("requirements.txt")
+    assert setup_names("EXTRAS") | looked_for()[1] <= pinned
+
+
+@pytest.mark.parametrize("preset", ["tape", "proteinlm-200m", "proteinlm-3b"])
+def test_the_hyperparameters_that_the_script_shows_are_those_of_the_presets(preset: str) -> None:
+    head = (ROOT / "examples" / "pretrain_tape.sh").read_text().split("set -euo")[0]
+    shown = dict(re.findall(r"--([a-z0-9-]+) (\S+)", " ".join(re.findall(r"^# {5}(--.*)$", head, re.MULTILINE))))
+    assert len(shown) >= 17
+    decided = {name: PRESETS[preset][name.replace("-", "_")] for name in shown}
+    assert decided == {name: type(decided[name])(value) for name, value in shown.items()}

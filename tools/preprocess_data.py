@@ -1,0 +1,29 @@
+"""Turns files of proteins into an indexed dataset: `python tools/preprocess_data.py --input A [B …] --output-prefix P`.
+
+`--help` lists the flags; `protein_tools/README.md` shows what can be read.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron.config import UserError  # noqa: E402
+from megatron.data.preprocess import preprocess  # noqa: E402
+from megatron.data.preprocess_config import parse_arguments  # noqa: E402
+
+
+def main() -> int:
+    """The exit status: 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
+    try:
+        preprocess(parse_arguments(sys.argv[1:]))
+    except KeyboardInterrupt:
+        return 130
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
