@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Pretrains a protein language model: sets up, preprocesses proteins, trains, evaluates, and says where everything is.
+#
+#     bash examples/pretrain_tape.sh [any flag of pretrain_tape.py]
+#
+# Stopped (Ctrl-C, or SIGTERM, on which it saves) or finished, run it again and it goes on from its last checkpoint.
+# What can be set from outside, as in `PRESET=tape bash examples/pretrain_tape.sh --train-iters 100`:
+#
+#     PRESET            demo            4 layers x 128, minutes on a computer without a GPU (then the default)
+#                       tape            12 layers x 768, 12 heads (the default with a GPU)
+#                       proteinlm-200m  16 layers x 1024, 16 heads
+#                       proteinlm-3b    36 layers x 2560, 40 heads
+#     DATA_PATH         prefix of PREFIX.bin and PREFIX.idx, as tools/preprocess_data.py writes them; or several, each
+#                       behind its weight: "0.7 pfam 0.3 uniref" (default: the proteins in examples/proteins)
+#     CHECKPOINT_PATH   folder for checkpoints, logs, curves (default: runs/PRESET in the checkout)
+#     VOCAB_FILE        vocabulary, one token a line (default: protein_tools/iupac_vocab.txt)
+#
+# A preset sets the model and the hyperparameters (megatron/presets.py). The published ones, which tape and the
+# proteinlm presets have, and any of which a flag overrides:
+#
+#     --seq-length 2176 --micro-batch-size 4 --train-iters 1000000 --weight-decay 0.01 --clip-grad 1.0
+#     --lr 1e-4 --min-lr 1e-5 --lr-decay-style linear --lr-decay-iters 990000 --lr-warmup-fraction 0.01
+#     --attention-dropout 0.1 --hidden-dropout 0.1 --layernorm-epsilon 1e-12
+#     --log-interval 100 --save-interval 10000 --eval-interval 1000 --eval-iters 10
+#
+# On TAPE's Pfam corpus, the published split into training, validation and test is --split 32593668,1715454,44311.
+set -euo pipefail
+
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" run
+source "$root/examples/pretraining.sh"
+
+exec "$python" "$root/pretrain_tape.py" "${flags[@]}" "$@"

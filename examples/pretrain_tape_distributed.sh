@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Pretrains as examples/pretrain_tape.sh does (PRESET, DATA_PATH, CHECKPOINT_PATH and VOCAB_FILE are explained there),
+# over several processes that share each batch: data parallel. Its checkpoints go to runs/PRESET-distributed.
+#
+#     bash examples/pretrain_tape_distributed.sh [any flag of pretrain_tape.py]
+#
+# On several machines, run it on each with the same MASTER_ADDR and with its own NODE_RANK:
+#
+#     NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 bash examples/pretrain_tape_distributed.sh        (the other: NODE_RANK=1)
+#
+#     GPUS_PER_NODE   processes on this machine (default: its GPUs; 2 if it has none, on the CPU over gloo)
+#     NNODES          machines (default: 1)
+#     NODE_RANK       this machine's number, from 0 (default: 0)
+#     MASTER_ADDR     address of machine 0 (default: localhost)
+#     MASTER_PORT     a free port there (default: 6000; with one machine, any that is free)
+set -euo pipefail
+
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" run
+run_suffix=-distributed
+source "$root/examples/pretraining.sh"
+
+if [ "$num_gpus" -gt 0 ]; then default_processes=$num_gpus; else default_processes=2; fi
+processes=${GPUS_PER_NODE:-$default_processes}
+if [ "$num_gpus" -eq 0 ] && [ -z "${OMP_NUM_THREADS-}" ]; then
+    # The processes share the cores; left alone, each would take them all and they would hinder each other.
+    OMP_NUM_THREADS=$("$python" -c 'import os, sys; print(max(1, os.cpu_count() // int(sys.argv[1])))' "$processes")
+fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+if [ "${NNODES:-1}" -eq 1 ] && [ -z "${MASTER_PORT-}" ]; then
+    meeting=(--standalone)
+else
+    meeting=(--nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-localhost}"
+        --master_port "${MASTER_PORT:-6000}")
+fi
+
+# A request to stop (Ctrl-C, SIGTERM) goes to the processes that train: they save and end with success, and the launcher
+# after them. The launcher itself would give them 30 seconds and then call it a failure.
+"$python" "$root/examples/launch.py" "${meeting[@]}" --nproc_per_node "$processes" \
+    --signals-to-handle SIGHUP,SIGQUIT "$root/pretrain_tape.py" "${flags[@]}" "$@" &
+launcher=$!
+signalled=yes
+trap 'signalled=yes; pkill -TERM -P "$launcher" || true' INT TERM
+while [ -n "$signalled" ]; do
+    signalled='' status=0
+    wait "$launcher" || status=$?
+done
+exit "$status"

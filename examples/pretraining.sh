@@ -1,0 +1,25 @@
+# What the pretraining scripts share. To be sourced after setup.sh; sets `num_gpus` and `flags`, those of
+# pretrain_tape.py, from PRESET, DATA_PATH, CHECKPOINT_PATH and VOCAB_FILE, and preprocesses the shipped proteins.
+# shellcheck shell=bash disable=SC2034,SC2154  # variables come from setup.sh and go to the script that sources this
+
+num_gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+if [ "$num_gpus" -gt 0 ]; then default_preset=tape; else default_preset=demo; fi
+preset=${PRESET:-$default_preset}
+checkpoint_path=${CHECKPOINT_PATH:-$root/runs/$preset${run_suffix-}}
+vocab_file=${VOCAB_FILE:-$root/protein_tools/iupac_vocab.txt}
+
+if [ -n "${DATA_PATH-}" ]; then
+    if [ -e "$DATA_PATH.idx" ]; then data_path=("$DATA_PATH"); else read -ra data_path <<<"$DATA_PATH"; fi
+else
+    small="$root/runs/data/small"
+    data_path=("${small}_text_document")
+    if ! [ -e "${data_path[0]}.idx" ]; then
+        echo "preprocessing: examples/proteins/small.fasta.gz -> ${data_path[0]}.bin and .idx"
+        mkdir -p "$root/runs/data"
+        "$python" "$root/tools/preprocess_data.py" --input "$root/examples/proteins/small.fasta.gz" \
+            --output-prefix "$small" --vocab "$vocab_file" --dataset-impl mmap --tokenizer-type BertWordPieceCase
+    fi
+fi
+
+flags=(--preset "$preset" --data-path "${data_path[@]}" --vocab-file "$vocab_file"
+    --save "$checkpoint_path" --load "$checkpoint_path")

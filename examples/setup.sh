@@ -1,0 +1,126 @@
+# shellcheck shell=bash
+# Sets `root`, the checkout, and `python`, a Python that has what the project needs. To be sourced:
+#
+#     source examples/setup.sh run      to run the project
+#     source examples/setup.sh tests    to test it as well
+#
+# The active Python (or the one that PYTHON names) is used as it is if it has everything; nothing is installed into it.
+# Otherwise .venv in the checkout is made, or brought up to date, from requirements.txt.
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+# first_python: the path of the first Python that is new enough, the active one before others.
+first_python() {
+    local candidate
+    for candidate in ${PYTHON:+"$PYTHON"} python3 python python3.12 python3.11 python3.10; do
+        if "$candidate" -c 'import sys; sys.version_info < (3, 10) and sys.exit(1); print(sys.executable)' 2>/dev/null; then
+            return
+        fi
+    done
+    fail "Python 3.10 or newer is needed and none was found; install it, or name it: PYTHON=/path/to/python3"
+}
+
+# is_complete PURPOSE: whether `python` has the packages of setup.py's REQUIRED, and those of the tests.
+is_complete() {
+    "$python" - "$1" 2>/dev/null <<'PYTHON_CODE'
+import sys
+from importlib.metadata import version
+from importlib.util import find_spec
+
+needed = ["torch", "numpy", "safetensors", "tensorboard", "tqdm", "matplotlib"]
+if sys.argv[1] == "tests":
+    needed += ["pytest", "pytest_timeout", "hypothesis", "ruff", "mypy", "pybind11", "setuptools", "orjson", "isal",
+               "nltk", "lmdb", "pyarrow", "zstandard"]
+complete = all(find_spec(name) for name in needed)
+sys.exit(not (complete and tuple(map(int, version("torch").split(".")[:2])) >= (2, 11)))
+PYTHON_CODE
+}
+
+# lock: wait until no other setup works on this checkout; whatever ends this process also lifts the lock.
+lock() {
+    exec 9>"$root/.setup.lock"
+    "$python" - <<'PYTHON_CODE'
+import fcntl
+
+try:
+    fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    print("setup: waiting for another setup of this checkout", flush=True)
+    fcntl.flock(9, fcntl.LOCK_EX)
+except OSError:
+    pass  # a file system without locks
+PYTHON_CODE
+}
+
+# make_environment PURPOSE: `python` becomes that of .venv, with the requirements and the project in it.
+make_environment() {
+    local base=$python unfinished="$root/.venv/setup-unfinished"
+    python="$root/.venv/bin/python"
+    if [ -e "$unfinished" ] || { [ -e "$root/.venv" ] && ! "$python" -c '' 2>/dev/null; }; then
+        echo "setup: .venv is unfinished or broken; starting it afresh"
+        rm -rf "$root/.venv"
+    fi
+    if ! "$python" -c 'import pip' 2>/dev/null; then
+        "$base" -c 'import ensurepip, venv' 2>/dev/null ||
+            fail "$base has no module venv; install it (Debian, Ubuntu: apt install python3-venv) and run this again"
+        echo "setup: making a virtual environment in $root/.venv"
+        mkdir -p "$root/.venv"
+        touch "$unfinished"
+        "$base" -m venv "$root/.venv" || fail "$base could not make a virtual environment (see above)"
+    fi
+    install requirements.txt -r "$root/requirements.txt"
+    install setup.py --use-pep517 --no-build-isolation --no-deps -e "$root"
+    if [ "$1" = tests ]; then install tests/requirements.txt -r "$root/tests/requirements.txt"; fi
+    rm -f "$unfinished"
+}
+
+# install FILE PIP-ARGUMENTS: runs pip, unless the copy of FILE that the last finished install left is still the same.
+install() {
+    local file=$1 installed="$root/.venv/installed-${1//\//-}" quiet=-qq
+    shift
+    if cmp -s "$root/$file" "$installed"; then return; fi
+    if [ -t 1 ]; then quiet=--progress-bar=on; fi
+    echo "setup: installing what $file asks for into .venv"
+    touch "$unfinished"
+    "$python" -m pip install "$quiet" --disable-pip-version-check "$@" ||
+        fail "$file could not be installed (see above); run this again, or activate a Python that has what it lists"
+    cp "$root/$file" "$installed"
+}
+
+# build_helper: compiles the helper beside its source if it is missing or older, and says so if it cannot.
+build_helper() {
+    local source="$root/megatron/data/packing.cpp" helper why
+    helper=${source%/*}/_packing$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
+    if [ "$helper" -nt "$source" ]; then return; fi
+    if ! command -v "${CXX:-c++}" >/dev/null; then
+        why="no C++ compiler"
+    elif ! "$python" -c 'import pybind11, setuptools' 2>/dev/null; then
+        why="no pybind11"
+    else
+        (cd "$root" && "$python" setup.py --quiet build_ext --inplace) >"$root/.setup.log" 2>&1 || true
+        if [ "$helper" -nt "$source" ]; then
+            echo "setup: built the compiled helper"
+            return
+        fi
+        why="see .setup.log"
+    fi
+    echo "setup: no compiled helper ($why); its Python twin does the same work, more slowly"
+}
+
+python=$(first_python) || exit
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+# Threads that wait give their core away instead of spinning; on a CPU with other work this is several times faster.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+if [ -w "$root" ]; then
+    lock
+    is_complete "$1" || make_environment "$1"
+    build_helper
+    exec 9>&-
+else
+    is_complete "$1" || fail "$python lacks packages of requirements.txt, and $root cannot be written to"
+fi

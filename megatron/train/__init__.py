@@ -1,0 +1,1 @@
+"""The training program: build, loop, step, evaluate, events, meters."""

@@ -1,0 +1,142 @@
+"""From a configuration to a run that is ready to train: data, model, optimizer, and what a checkpoint brings back."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+
+from megatron.checkpoint.checkpoint import Checkpoint, CheckpointError, load, load_model
+from megatron.config import Config, ConfigError, DataConfig, ModelConfig, ScheduleConfig
+from megatron.data.dataset import Splits, build_datasets
+from megatron.data.vocab import DEFAULT_VOCAB, Vocab
+from megatron.flags import flag_name
+from megatron.log import Log
+from megatron.model.initialisation import initialise
+from megatron.model.protein_model import ProteinModel
+from megatron.optim.optimizer import Optimizer
+from megatron.optim.scaling import LossScale
+from megatron.optim.schedule import Schedule, build_schedule
+from megatron.parallel.mesh import Mesh
+from megatron.train.state import BatchSizes, TrainState
+
+# Flags that change the arithmetic of a model without changing a parameter's shape.
+_SAME_ARITHMETIC = ("num_attention_heads", "kv_channels", "layernorm_epsilon", "bias_gelu_fusion", "openai_gelu",
+                    "apply_residual_connection_post_layernorm")
+# Flags that change which rows a sample number means.
+_SAME_SAMPLES = ("data_path", "split", "seq_length", "packing", "long_proteins", "mask_prob", "seed")
+
+
+@dataclass
+class Run:
+    """Everything that training works on."""
+
+    config: Config
+    mesh: Mesh
+    log: Log
+    data: Splits
+    vocab: Vocab
+    padded_vocab_size: int
+    model: ProteinModel
+    optimizer: Optimizer
+    loss_scale: LossScale
+    schedule: Schedule
+    sizes: BatchSizes
+    state: TrainState
+
+    def checkpoint(self) -> Checkpoint:
+        """What `resume` needs, as of now."""
+        state = {"progress": asdict(self.state), "loss_scale": self.loss_scale.state(),
+                 "schedule": _schedule_facts(self.schedule, self.config.schedule), "config": self.config.as_dict()}
+        optimizer = None if self.config.checkpoint.no_save_optim else self.optimizer.state()
+        return Checkpoint(self.state.iteration, dict(self.model.named_parameters()), optimizer, state)
+
+
+def build(config: Config, mesh: Mesh, log: Log) -> Run:
+    """A run, resumed from `--load` where there is a checkpoint; raises a UserError for whatever does not fit."""
+    if config.data.data_path is None:
+        raise ConfigError("--data-path is missing; give the prefix of the .bin and .idx that tools/preprocess_data.py "
+                          "wrote")
+    sizes = BatchSizes(config.training, mesh.data.size)
+    vocab = Vocab.from_file(config.data.vocab_file or DEFAULT_VOCAB)
+    checkpoint = _find_checkpoint(config, log)
+    if checkpoint is not None:
+        _check_arithmetic(config, checkpoint)
+    schedule = _schedule(config, sizes, checkpoint)
+    data = build_datasets(config.data, vocab, config.training.seed)
+    for part in (data.train, data.valid, data.test):
+        if part is not None:
+            log.line(part.describe())
+    padded = vocab.padded_size(config.model.make_vocab_size_divisible_by)
+    model = ProteinModel(config.model, config.precision, padded)
+    if checkpoint is None:
+        initialise(model, config.model, config.training.seed)
+    else:
+        load_model(model, checkpoint.model, f"the checkpoint in {config.checkpoint.load}")
+    model.to(mesh.device)
+    optimizer = Optimizer(model.named_parameters(), config.optimizer)
+    loss_scale = LossScale(config.precision, mesh.device)
+    state = TrainState()
+    if checkpoint is not None and not config.checkpoint.finetune:
+        state = TrainState(**checkpoint.state["progress"])
+        loss_scale.load_state(checkpoint.state["loss_scale"])
+        if checkpoint.optimizer is not None:
+            optimizer.load_state(dict(checkpoint.optimizer))
+        elif not config.checkpoint.no_load_optim:
+            raise CheckpointError(f"the checkpoint in {config.checkpoint.load} holds no optimizer state; give "
+                                  "--no-load-optim to start the optimizer afresh, or --finetune")
+        _tell_changed_samples(config, checkpoint, log)
+    return Run(config, mesh, log, data, vocab, padded, model, optimizer, loss_scale, schedule, sizes, state)
+
+
+def _find_checkpoint(config: Config, log: Log) -> Checkpoint | None:
+    folder = config.checkpoint.load
+    if folder is None:
+        return None
+    wants_optimizer = not (config.checkpoint.finetune or config.checkpoint.no_load_optim)
+    checkpoint = load(folder, wants_optimizer)
+    if checkpoint is None:
+        log.line(f"no checkpoint in {folder} yet: starting from random weights")
+    else:
+        log.line(f"{'taking the weights of' if config.checkpoint.finetune else 'going on from'} iteration "
+                 f"{checkpoint.iteration} in {folder}")
+    return checkpoint
+
+
+def _schedule(config: Config, sizes: BatchSizes, checkpoint: Checkpoint | None) -> Schedule:
+    """The schedule of the flags, or the checkpoint's with --use-checkpoint-lr-scheduler; raises where they differ."""
+    training = config.training
+    schedule = build_schedule(config.schedule, global_batch_size=sizes.final, train_iters=training.train_iters,
+                              train_samples=training.train_samples)
+    if checkpoint is None or config.checkpoint.finetune or config.schedule.override_lr_scheduler:
+        return schedule
+    saved = checkpoint.state["schedule"]
+    if config.schedule.use_checkpoint_lr_scheduler:
+        section = replace(config.schedule, **{name: saved[name] for name in ("lr", "min_lr", "lr_decay_style")})
+        return Schedule(section, warmup_samples=saved["warmup_samples"], decay_samples=saved["decay_samples"])
+    for name, value in _schedule_facts(schedule, config.schedule).items():
+        if saved[name] != value:
+            raise CheckpointError(f"{name.replace('_', ' ')} of the learning-rate schedule is {value}, in the "
+                                  f"checkpoint {saved[name]}; give --override-lr-scheduler to take the flags', "
+                                  "or --use-checkpoint-lr-scheduler to keep the checkpoint's")
+    return schedule
+
+
+def _schedule_facts(schedule: Schedule, config: ScheduleConfig) -> dict[str, float | str]:
+    return {"lr": config.lr, "min_lr": config.min_lr, "lr_decay_style": config.lr_decay_style,
+            "warmup_samples": schedule.warmup_samples, "decay_samples": schedule.decay_samples}
+
+
+def _check_arithmetic(config: Config, checkpoint: Checkpoint) -> None:
+    names = {item.name: flag_name(item) for item in fields(ModelConfig)}
+    for name, now, then in _changed(config, checkpoint.state["config"], _SAME_ARITHMETIC):
+        raise CheckpointError(f"{names[name]} is {now}, but the checkpoint was trained with {then}; give that value")
+
+
+def _tell_changed_samples(config: Config, checkpoint: Checkpoint, log: Log) -> None:
+    names = {item.name: flag_name(item) for item in fields(DataConfig)}
+    for name, now, then in _changed(config, checkpoint.state["config"], _SAME_SAMPLES):
+        log.line(f"note: {names.get(name, '--' + name)} is {now}, it was {then} before: the samples to come are others")
+
+
+def _changed(config: Config, saved: Mapping, names: tuple[str, ...]) -> list[tuple[str, object, object]]:
+    values = config.as_dict()
+    plain = {name: list(v) if isinstance(v := values[name], tuple) else v for name in names}
+    return [(name, plain[name], saved[name]) for name in names if saved.get(name, plain[name]) != plain[name]]

@@ -1,0 +1,80 @@
+"""Evaluation on fixed rows with fixed masks, and the baseline that a model must beat."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron.data.dataset import Dataset
+from megatron.data.loader import batches
+from megatron.data.masking import Masking
+from megatron.log import Log
+from megatron.model.protein_model import ProteinModel
+from megatron.parallel.collectives import all_reduce_sum
+from megatron.parallel.mesh import Mesh
+from megatron.train.step import model_inputs
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over all targets seen: the loss in nats, its perplexity, and the share predicted right."""
+
+    loss: float
+    perplexity: float
+    masked_accuracy: float
+    num_targets: int
+
+
+@torch.no_grad()
+def evaluate(model: ProteinModel, dataset: Dataset, mesh: Mesh, log: Log, *, micro_batch_size: int,
+             num_rows: int, label: str) -> Evaluation:
+    """Evaluate the first `num_rows` rows of `dataset`, shared out over the data axis."""
+    sums = torch.zeros(3, dtype=torch.float64, device=mesh.device)
+    model.eval()
+    bar = log.progress(total=num_rows, done=0, unit="row", label=label)
+    # No worker processes: starting them costs more than the few rows that they would prepare.
+    loader = batches(dataset, start_sample=0, stop_sample=num_rows, micro_batch_size=micro_batch_size,
+                     data_rank=mesh.data.rank, data_size=mesh.data.size, num_workers=0, pin=False)
+    for batch in loader:
+        loss_sum, num_correct = model(*model_inputs(batch.to(mesh.device)))
+        sums += torch.stack([loss_sum.double(), num_correct.double(), sums.new_tensor(len(batch.target_ids_m))])
+        bar.update(micro_batch_size * mesh.data.size)
+    bar.close()
+    model.train()
+    loss, correct, targets = all_reduce_sum(sums, mesh.data).tolist()
+    mean = loss / max(1.0, targets)
+    return Evaluation(mean, perplexity(mean), correct / max(1.0, targets), int(targets))
+
+
+def perplexity(loss: float) -> float:
+    """exp of the loss, cut off at exp(20) so that a diverged run still prints."""
+    return float(np.exp(min(loss, 20.0)))
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """What knowing no more than the training letters' frequencies costs, in nats a masked residue.
+
+    `letters`: predict each residue from the frequencies alone. `visible`: the same, but where masking left a letter
+    standing (10 % of the targets keep theirs, 10 % show a random one), weigh that it may be the true one. A model has
+    learnt something of proteins when it is below the second.
+    """
+
+    letters: float
+    visible: float
+
+
+def frequency_baselines(train_counts: np.ndarray, valid_counts: np.ndarray, residue_ids: np.ndarray,
+                        masking: Masking) -> Baselines:
+    """The baselines of a validation split; counts are by token id. A letter unseen in training counts as seen once."""
+    seen = np.maximum(train_counts, valid_counts > 0)[residue_ids].astype(np.float64)
+    train = np.maximum(seen, 1e-9) / seen.sum()
+    valid = valid_counts[residue_ids] / max(1, valid_counts[residue_ids].sum())
+    letters = float(-(valid * np.log(train)).sum())
+    kept, drawn = 1 - masking.mask_token_prob - masking.random_prob, masking.random_prob / len(residue_ids)
+    # joint[true, shown]: how often the two letters meet at a target that is not [MASK]
+    model = np.diag(kept * train) + drawn * train[:, None]
+    actual = np.diag(kept * valid) + drawn * valid[:, None]
+    shown = np.maximum(model.sum(0), 1e-300)
+    return Baselines(letters, masking.mask_token_prob * letters - float((actual * np.log(
+        np.maximum(model, 1e-300) / shown)).sum()))

@@ -1,0 +1,95 @@
+"""What a user watches: Megatron's log lines, TensorBoard, metrics.jsonl, and one picture at the end.
+
+Everything is written by rank 0. `SAVE/metrics.jsonl` holds one JSON object a log event: "kind" is train, valid or test.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron.checkpoint.files import write_text
+from megatron.config import CheckpointConfig, LoggingConfig
+from megatron.log import Log
+from megatron.train.evaluate import Baselines, Evaluation, perplexity
+from megatron.train.meters import Reading
+
+
+class Events:
+    """Writes the events of one run, going on where a run that was resumed at `iteration` left off."""
+
+    def __init__(self, checkpoint: CheckpointConfig, logging: LoggingConfig, log: Log, iteration: int) -> None:
+        self._log = log
+        self._metrics: Path | None = None
+        self._board: Any = None
+        if not log.is_speaker:
+            return
+        if checkpoint.save:
+            self._metrics = Path(checkpoint.save) / "metrics.jsonl"
+            self._metrics.parent.mkdir(parents=True, exist_ok=True)
+            _forget_after(self._metrics, iteration)
+        folder = logging.tensorboard_dir or (str(Path(checkpoint.save) / "tensorboard") if checkpoint.save else None)
+        if folder:
+            from torch.utils.tensorboard import SummaryWriter  # seconds to import, and only this rank needs it
+
+            self._board = SummaryWriter(folder, purge_step=iteration + 1 if iteration else None)
+
+    def train(self, iteration: int, num_iterations: int, consumed_samples: int, reading: Reading, *,
+              learning_rate: float, global_batch_size: int, loss_scale: float, peak_flops: float) -> None:
+        """One log event of training; `peak_flops` is the measured FLOP/s of all ranks together."""
+        flops = reading.model_flops / reading.elapsed_s
+        values = {
+            "loss": reading.loss, "perplexity": perplexity(reading.loss), "masked_accuracy": reading.masked_accuracy,
+            "learning_rate": learning_rate, "grad_norm": reading.grad_norm, "loss_scale": loss_scale,
+            "global_batch_size": global_batch_size, "tokens_per_s": reading.num_tokens / reading.elapsed_s,
+            "residues_per_s": reading.num_residues / reading.elapsed_s, "model_tflops": flops / 1e12,
+            "share_of_peak": flops / peak_flops, "skipped_iterations": reading.num_skipped,
+        }
+        self._write("train", iteration, consumed_samples, values)
+        self._log.line(
+            f" iteration {iteration:8d}/{num_iterations:8d} | consumed samples: {consumed_samples:12d} | "
+            f"elapsed time per iteration (ms): {1000 * reading.elapsed_s / reading.num_steps:.1f} | "
+            f"learning rate: {learning_rate:.3E} | global batch size: {global_batch_size:5d} | "
+            f"lm loss: {reading.loss:.6E} | loss scale: {loss_scale:.1f} | grad norm: {reading.grad_norm:.3f} | "
+            f"number of skipped iterations: {reading.num_skipped:3d} | "
+            f"masked accuracy: {reading.masked_accuracy:.4f} | "
+            f"residues per second: {values['residues_per_s']:.0f} | model TFLOP/s: {flops / 1e12:.3f} "
+            f"({100 * values['share_of_peak']:.0f} % of peak) |")
+
+    def evaluation(self, split: str, iteration: int, consumed_samples: int, result: Evaluation) -> None:
+        """The result of evaluating the split ("valid" or "test") after `iteration` steps."""
+        self._write(split, iteration, consumed_samples, asdict(result))
+        name = {"valid": "validation"}.get(split, split)
+        self._log.line(f" {name} loss at iteration {iteration} | lm loss value: {result.loss:.6E} | lm loss PPL: "
+                       f"{result.perplexity:.6E} | masked accuracy: {result.masked_accuracy:.4f}")
+
+    def picture(self, baselines: Baselines | None) -> Path | None:
+        """Draw the loss curves of metrics.jsonl with the baselines; returns the file, or None without --save."""
+        if self._metrics is None:
+            return None
+        from megatron.train.picture import draw_losses  # matplotlib: slow to import, needed once
+
+        return draw_losses(self._metrics, baselines)
+
+    def close(self) -> None:
+        """Flush what is open."""
+        if self._board is not None:
+            self._board.close()
+
+    def _write(self, kind: str, iteration: int, consumed_samples: int, values: dict[str, Any]) -> None:
+        if self._metrics is not None:
+            record = {"kind": kind, "iteration": iteration, "consumed_samples": consumed_samples, **values}
+            with self._metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(f"{kind}/{name}", value, iteration)
+
+
+def _forget_after(metrics: Path, iteration: int) -> None:
+    """Drop the records that lie after `iteration`, and a last line that a killed run left incomplete."""
+    if not metrics.exists():
+        return
+    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["iteration"] <= iteration]
+    write_text(metrics, "".join(kept))

@@ -1,0 +1,170 @@
+"""The training loop: steps, log events, evaluations, checkpoints, and the ways in which a run ends."""
+
+import itertools
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.checkpoint import save
+from megatron.config import UserError
+from megatron.data.batch import Batch
+from megatron.data.loader import batches
+from megatron.data.masking import Masking
+from megatron.model.protein_model import compute_dtype
+from megatron.parallel.data_parallel import DataParallel
+from megatron.train.build import Run
+from megatron.train.evaluate import Baselines, Evaluation, evaluate, frequency_baselines
+from megatron.train.events import Events
+from megatron.train.meters import Meters
+from megatron.train.peak import measured_peak_flops
+from megatron.train.step import TrainStep
+from megatron.train.stop import StopRequests
+
+
+class DivergedError(UserError):
+    """No step of a whole log interval had finite gradients, and no loss scale can help."""
+
+
+def train(run: Run) -> None:
+    """Train `run` to its end, or until it is told to stop; then say where everything is."""
+    events = Events(run.config.checkpoint, run.config.logging, run.log, run.state.iteration)
+    with closing(events):
+        baselines = _baselines(run)
+        if not Training(run, events).finish():
+            return
+        results = {split: _evaluate(run, events, split) for split in ("valid", "test")}
+        picture = events.picture(baselines)
+    _summary(run, results, baselines, picture)
+
+
+class Training:
+    """The steps of one run."""
+
+    def __init__(self, run: Run, events: Events) -> None:
+        self._run, self._events = run, events
+        config, mesh = run.config, run.mesh
+        self._num_iterations = run.sizes.num_iterations()
+        self._requests = StopRequests(config.training.exit_duration_in_mins)
+        self._meters = Meters(mesh.data, mesh.device)
+        model = DataParallel(run.model.train(), mesh.data, config.parallel.DDP_impl)
+        self._step = TrainStep(model, run.optimizer, run.loss_scale, self._meters, mesh, config, run.padded_vocab_size)
+        self._stops: Tensor = torch.zeros(())
+        self._saved_at: int | None = None
+
+    def finish(self) -> bool:
+        """Take all steps that are left, or stop when asked, and save; returns whether the end was reached."""
+        run, config, mesh = self._run, self._run.config, self._run.mesh
+        if run.state.iteration >= self._num_iterations:
+            run.log.line(f"training is complete at iteration {run.state.iteration}")
+            return True
+        self._peak_flops = config.logging.peak_tflops * 1e12 if config.logging.peak_tflops else (
+            measured_peak_flops(compute_dtype(config.precision), mesh.device))
+        loader = batches(run.data.train, start_sample=run.state.consumed_samples, stop_sample=None,
+                         micro_batch_size=config.training.micro_batch_size, data_rank=mesh.data.rank,
+                         data_size=mesh.data.size, num_workers=config.data.num_workers, pin=mesh.device.type == "cuda")
+        bar = run.log.progress(self._num_iterations, run.state.iteration, unit="step", label="training")
+        with closing(loader), closing(bar), self._requests.listening():
+            self._meters.restart()
+            is_stopping = False
+            while run.state.iteration < self._num_iterations and not is_stopping:
+                is_stopping = self._advance(loader)
+                bar.update()
+            self._save()
+        if is_stopping and run.state.iteration < self._num_iterations:
+            folder = config.checkpoint.save
+            where = f"saved in {folder}: the same command goes on from there" if folder else "not saved (no --save)"
+            run.log.line(f"stopped at iteration {run.state.iteration}; {where}")
+        return run.state.iteration >= self._num_iterations
+
+    def _advance(self, loader: Iterator[Batch]) -> bool:
+        """One step and what is due after it; returns whether to stop."""
+        run, state, config = self._run, self._run.state, self._run.config
+        rows = run.sizes.at(state.consumed_samples)
+        learning_rate = run.schedule.learning_rate(state.consumed_samples)
+        micro_batches = list(itertools.islice(loader, rows // run.sizes.rows_a_micro_step))
+        # Ranks agree on stopping in the step's own reduction. With several, it is read one step later, when it has long
+        # arrived, so that no step waits for the device.
+        agreed_before = self._stops
+        self._stops = self._step(micro_batches, learning_rate, state.consumed_samples, self._requests.wants_stop())
+        is_stopping = bool(self._stops if run.mesh.data.size == 1 else agreed_before)
+        state.iteration += 1
+        state.consumed_samples += rows
+        is_end = state.iteration == self._num_iterations
+        if is_end or state.iteration % config.logging.log_interval == 0:
+            self._log(learning_rate, rows)
+        self._meters.pause()
+        if not is_end and state.iteration % config.training.eval_interval == 0:
+            _evaluate(run, self._events, "valid")
+        if _is_due(config.checkpoint.save_interval, state.iteration):
+            self._save()
+        self._meters.resume()
+        return is_stopping or _is_due(config.training.exit_interval, state.iteration)
+
+    def _log(self, learning_rate: float, rows: int) -> None:
+        run, reading = self._run, self._meters.read()
+        scale = float(run.loss_scale.value)
+        self._events.train(run.state.iteration, self._num_iterations, run.state.consumed_samples, reading,
+                           learning_rate=learning_rate, global_batch_size=rows, loss_scale=scale,
+                           peak_flops=self._peak_flops * run.mesh.size)
+        can_recover = run.loss_scale.is_dynamic and scale > run.config.precision.min_loss_scale
+        if reading.num_skipped == reading.num_steps and not can_recover:
+            raise DivergedError(f"the gradients of the last {reading.num_steps} steps up to iteration "
+                                f"{run.state.iteration} were not finite; lower --lr, lengthen the warm-up, or go on "
+                                "from an older checkpoint")
+
+    def _save(self) -> None:
+        run, config = self._run, self._run.config.checkpoint
+        if config.save is None or self._saved_at == run.state.iteration:
+            return
+        self._saved_at = run.state.iteration
+        if run.mesh.rank == 0:
+            place = save(config.save, run.checkpoint(), config.keep_checkpoints)
+            run.log.line(f"  saved checkpoint {place}")
+
+
+def _is_due(interval: int | None, iteration: int) -> bool:
+    return interval is not None and iteration % interval == 0
+
+
+def _evaluate(run: Run, events: Events, split: str) -> Evaluation | None:
+    """The evaluation of a split, written to the events; None where the split is empty."""
+    dataset, training = getattr(run.data, split), run.config.training
+    if dataset is None:
+        return None
+    num_rows = dataset.num_epoch_rows(0)
+    if training.eval_iters:
+        num_rows = min(num_rows, training.eval_iters * run.sizes.final)
+    result = evaluate(run.model, dataset, run.mesh, run.log, micro_batch_size=training.micro_batch_size,
+                      num_rows=num_rows, label="validation" if split == "valid" else split)
+    events.evaluation(split, run.state.iteration, run.state.consumed_samples, result)
+    return result
+
+
+def _baselines(run: Run) -> Baselines | None:
+    """What letter frequencies alone cost on the validation split; computed and printed by rank 0."""
+    if run.data.valid is None or not run.log.is_speaker:
+        return None
+    baselines = frequency_baselines(run.data.train.residue_counts(), run.data.valid.residue_counts(),
+                                    run.vocab.residue_ids, Masking())
+    run.log.line(f"letter-frequency baseline on validation: {baselines.letters:.4f} nats, or {baselines.visible:.4f} "
+                 "with the letters that masking leaves visible")
+    return baselines
+
+
+def _summary(run: Run, results: dict[str, Evaluation | None], baselines: Baselines | None,
+             picture: Path | None) -> None:
+    folder = run.config.checkpoint.save
+    rows = [(f"{'validation' if split == 'valid' else split} loss",
+             f"{result.loss:.4f} nats (perplexity {result.perplexity:.2f}, {result.num_targets} masked residues)")
+            for split, result in results.items() if result is not None]
+    if baselines is not None:
+        rows.insert(1, ("letter frequencies", f"{baselines.letters:.4f} nats: the baseline on validation "
+                        f"({baselines.visible:.4f} with the letters that masking leaves visible)"))
+    if folder:
+        rows += [("checkpoint", str(Path(folder) / f"iter_{run.state.iteration:07d}")),
+                 ("metrics", str(Path(folder) / "metrics.jsonl")), ("loss curves", str(picture)),
+                 ("TensorBoard", run.config.logging.tensorboard_dir or str(Path(folder) / "tensorboard"))]
+    run.log.line("\n".join(["", *(f"  {name:<20}{value}" for name, value in rows), ""]))

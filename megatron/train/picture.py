@@ -1,0 +1,43 @@
+"""One picture of a run: training and validation loss over iterations, with the letter-frequency baselines."""
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+from megatron.train.evaluate import Baselines
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot  # noqa: E402 (the backend is chosen first: there may be no display)
+
+
+def draw_losses(metrics: Path, baselines: Baselines | None) -> Path:
+    """Draw the records of `metrics` to `loss.png` beside it and return its path."""
+    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    figure, axes = pyplot.subplots(figsize=(8, 5), dpi=150, layout="constrained")
+    for kind, label, style in (("train", "training", {"linewidth": 1.0, "alpha": 0.8}),
+                               ("valid", "validation", {"marker": "o", "markersize": 4})):
+        points = {record["iteration"]: record["loss"] for record in records if record["kind"] == kind}
+        if points:
+            axes.plot(list(points), list(points.values()), label=f"{label} ({list(points.values())[-1]:.4f})", **style)
+    if baselines is not None:
+        axes.axhline(baselines.letters, color="gray", linestyle="--",
+                     label=f"letter frequencies ({baselines.letters:.4f})")
+        axes.axhline(baselines.visible, color="gray", linestyle=":",
+                     label=f"letter frequencies and visible letters ({baselines.visible:.4f})")
+        losses = [record["loss"] for record in records]
+        # The first steps start near ln(vocabulary); cut them off so that the part that matters fills the picture.
+        axes.set_ylim(min([*losses, baselines.visible]) - 0.02,
+                      min(max([*losses, baselines.letters]), baselines.letters + 0.35))
+    axes.set_xlabel("iteration")
+    axes.set_ylabel("masked residue loss (nats)")
+    axes.set_title("Protein masked language model")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = metrics.with_name("loss.png")
+    temporary = metrics.with_name(".unfinished-loss.png")
+    figure.savefig(temporary)
+    pyplot.close(figure)
+    temporary.replace(path)
+    return path

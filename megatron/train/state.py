@@ -1,0 +1,54 @@
+"""How far a run has come, and the sizes of its steps."""
+
+from dataclasses import dataclass
+
+from megatron.config import ConfigError, TrainingConfig
+
+
+@dataclass
+class TrainState:
+    """Progress of a run; what a checkpoint keeps besides tensors."""
+
+    iteration: int = 0
+    consumed_samples: int = 0
+
+
+class BatchSizes:
+    """The global batch of each step, with its ramp-up, and the end of training.
+
+    Raises ConfigError where micro-batch size x data-parallel ranks does not divide a global batch.
+    """
+
+    def __init__(self, config: TrainingConfig, data_size: int) -> None:
+        micro_rows = config.micro_batch_size * data_size
+        self.final = config.global_batch_size or micro_rows
+        self.rows_a_micro_step = micro_rows
+        self._config = config
+        self._start, self._increment, self._samples = config.rampup_batch_size or (self.final, 0, 0)
+        for rows, flag in ((self.final, "--global-batch-size"), (self._start, "--rampup-batch-size START"),
+                           (self._increment, "--rampup-batch-size INCREMENT")):
+            if rows % micro_rows:
+                raise ConfigError(f"{flag} {rows} is not divisible by --micro-batch-size {config.micro_batch_size} x "
+                                  f"{data_size} data-parallel ranks; take a multiple of {micro_rows}")
+        if self._increment and (self.final < self._start or (self.final - self._start) % self._increment):
+            raise ConfigError(f"--rampup-batch-size: {self._start} does not reach --global-batch-size {self.final} in "
+                              f"steps of {self._increment}")
+
+    def at(self, consumed_samples: int) -> int:
+        """Rows of the step that starts after `consumed_samples`."""
+        if not self._increment or consumed_samples >= self._samples:
+            return self.final
+        samples_a_size = self._samples / max(1, (self.final - self._start) // self._increment)
+        return min(self.final, self._start + int(consumed_samples / samples_a_size) * self._increment)
+
+    def num_iterations(self) -> int:
+        """Steps of the whole run. Counted in samples, a last step that would pass the end is left out."""
+        config = self._config
+        if config.train_iters is not None:
+            return config.train_iters
+        assert config.train_samples is not None
+        iterations = consumed = 0
+        while consumed < min(self._samples, config.train_samples):
+            consumed += self.at(consumed)
+            iterations += consumed <= config.train_samples
+        return iterations + max(0, config.train_samples - consumed) // self.final

@@ -1,0 +1,33 @@
+"""Pretrain a masked protein language model on packed proteins: `python pretrain_tape.py --help`.
+
+`examples/pretrain_tape.sh` shows a whole run. Exits with 0 at the end, or when a signal asked it to stop and it has
+saved; with 2 and one line on a mistake of the user.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from megatron.config import UserError
+from megatron.flags import listing, parse
+from megatron.log import Log
+from megatron.parallel.mesh import joined
+from megatron.train.build import build
+from megatron.train.loop import train
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the program on `argv`; returns the exit status."""
+    try:
+        config, always_so = parse(argv)
+        with joined(config.parallel) as mesh:
+            log = Log(is_speaker=mesh.rank == 0)
+            log.line(listing(config, always_so))
+            train(build(config, mesh, log))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,115 @@
+"""What a user may get wrong: one clear line, exit status 2, and nothing half-written under a final name."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pretrain_tape import main
+from tests.golden.training import ROOT, TINY, run_program, write_corpus
+
+RUN = [*TINY, "--train-iters", "12"]
+
+
+@pytest.fixture
+def damaged(corpus, tmp_path):
+    for suffix in (".bin", ".idx"):
+        shutil.copy(corpus + suffix, tmp_path / f"copy{suffix}")
+    return tmp_path / "copy"
+
+
+def error_of(capsys, *flags):
+    assert main([*RUN, *map(str, flags)]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_no_data(capsys):
+    assert "--data-path is missing" in error_of(capsys)
+
+
+def test_data_that_is_not_there(capsys, tmp_path):
+    assert str(tmp_path / "nothing.idx") in error_of(capsys, "--data-path", tmp_path / "nothing")
+
+
+def test_a_truncated_bin(capsys, damaged):
+    path = damaged.with_suffix(".bin")
+    path.write_bytes(path.read_bytes()[:-10])
+    assert str(path) in error_of(capsys, "--data-path", damaged)
+
+
+def test_an_index_of_another_dataset(capsys, damaged, tmp_path):
+    (tmp_path / "other").mkdir()
+    other = write_corpus(tmp_path / "other", num_proteins=299)
+    shutil.copy(other + ".idx", damaged.with_suffix(".idx"))
+    assert str(damaged) in error_of(capsys, "--data-path", damaged)
+
+
+@pytest.mark.parametrize("content", [b"", b"rubbish", b"MMIDIDX\x00\x00" + b"\xff" * 40])
+def test_a_bad_header(capsys, damaged, content):
+    damaged.with_suffix(".idx").write_bytes(content)
+    assert f"{damaged}.idx" in error_of(capsys, "--data-path", damaged)
+
+
+def test_a_split_that_leaves_nothing_to_train_on(capsys, corpus):
+    assert "--split 0,50,50" in error_of(capsys, "--data-path", corpus, "--split", "0,50,50")
+
+
+def test_a_global_batch_that_does_not_divide(capsys, corpus):
+    assert "--global-batch-size 5 is not divisible" in error_of(capsys, "--data-path", corpus, "--global-batch-size", 5)
+
+
+def test_a_vocabulary_that_is_not_there(capsys, corpus, tmp_path):
+    assert str(tmp_path / "v.txt") in error_of(capsys, "--data-path", corpus, "--vocab-file", tmp_path / "v.txt")
+
+
+def test_a_checkpoint_of_another_model(capsys, corpus, tmp_path):
+    assert main([*RUN, "--data-path", corpus, "--save", str(tmp_path), "--train-iters", "2"]) == 0
+    capsys.readouterr()
+    flags = ["--data-path", corpus, "--load", tmp_path, "--train-iters", 2]
+    assert "--num-attention-heads is 4" in error_of(capsys, *flags, "--num-attention-heads", 4)
+    assert "give the model flags of that checkpoint" in error_of(capsys, *flags, "--ffn-hidden-size", 64)
+    assert "--override-lr-scheduler" in error_of(capsys, *flags, "--lr", 1)
+
+
+def test_a_checkpoint_without_optimizer(capsys, corpus, tmp_path):
+    flags = ["--data-path", corpus, "--train-iters", "2", "--save", str(tmp_path), "--load", str(tmp_path)]
+    assert main([*RUN, *flags, "--no-save-optim", "--exit-interval", "1"]) == 0
+    capsys.readouterr()
+    assert "--no-load-optim" in error_of(capsys, *flags)
+    assert main([*RUN, *flags, "--no-load-optim"]) == 0
+
+
+FULL_DISK = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+limit = 40_000  # bytes a file: less than the model, more than what comes before it
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rsplit("/", 1)[0])
+import pretrain_tape
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+sys.exit(pretrain_tape.main(sys.argv[1:]))
+"""
+
+
+def test_a_full_disk_while_saving_leaves_the_last_good_checkpoint(corpus, tmp_path):
+
+
+    flags = [*RUN, "--data-path", corpus, "--save", str(tmp_path), "--load", str(tmp_path)]
+    assert main([*flags, "--exit-interval", "4"]) == 0
+    result = subprocess.run([sys.executable, "-c", FULL_DISK, ROOT / "pretrain_tape.py", *flags], text=True,
+                            capture_output=True, timeout=120)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "could not save" in result.stderr.splitlines()[-1]
+    assert sorted(path.name for path in Path(tmp_path).glob("*iter_*")) == ["iter_0000004"]
+    assert main(flags) == 0
+
+
+def test_several_ranks_fail_together_in_time(corpus, tmp_path):
+    status, output = run_program(*RUN, "--data-path", tmp_path / "nothing", ranks=2)
+    assert status != 0
+    assert f"error: {tmp_path / 'nothing.idx'}" in output

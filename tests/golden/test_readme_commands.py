@@ -1,0 +1,109 @@
+"""Every command in the README's bash blocks, run in a copy of the checkout, in the order in which they stand there.
+
+So that this stays quick, pretraining gets a tiny model and few steps behind its own flags, and tests are only listed.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+NOT_COPIED = (".git", ".venv", "build", "runs", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info")
+
+TINY = ("--num-layers 1 --hidden-size 32 --num-attention-heads 2 --seq-length 256 --max-position-embeddings 256 "
+        "--micro-batch-size 2 --train-iters 4 --eval-iters 1 --log-interval 2 --num-workers 0")
+# What is put behind a command that matches.
+QUICK = [(re.compile(r"\bpretrain_tape\w*\.(sh|py)\b"), TINY), (re.compile(r"\btests/run\.sh\b"), "--collect-only")]
+
+
+def bash_blocks(markdown: str) -> list[list[str]]:
+    """The commands of each fenced bash block, continuation lines joined, comments and empty lines left out."""
+    blocks = re.findall(r"^```bash\n(.*?)^```$", markdown, flags=re.MULTILINE | re.DOTALL)
+    joined = [re.sub(r"\\\n\s*", "", block).splitlines() for block in blocks]
+    return [[line for line in block if line.strip() and not line.startswith("#")] for block in joined]
+
+
+def quick(command: str) -> str:
+    """`command` with what makes it quick put behind it, before a closing `&`."""
+    for pattern, addition in QUICK:
+        if pattern.search(command):
+            background = " &" if command.endswith("&") else ""
+            return f"{command.removesuffix('&').rstrip()} {addition}{background}"
+    return command
+
+
+BLOCKS = bash_blocks((ROOT / "README.md").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project without what running left in it."""
+    return Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("readme") / "checkout",
+                                ignore=shutil.ignore_patterns(*NOT_COPIED)))
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a user whose active Python is the one that runs the tests."""
+    folder = tmp_path_factory.mktemp("bin")
+    for name in ("python", "python3"):
+        (folder / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+        (folder / name).chmod(0o755)
+    inherited = {key: value for key, value in os.environ.items() if key not in ("PYTHON", "PYTHONPATH", "PRESET")}
+    return inherited | {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def test_the_readme_has_commands() -> None:
+    commands = [command for block in BLOCKS for command in block]
+    for expected in ("bash examples/pretrain_tape.sh", "bash examples/pretrain_tape_distributed.sh",
+                     "bash tests/run.sh"):
+        assert expected in commands
+    assert any(command.startswith("python tools/preprocess_data.py") for command in commands)
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)), ids=lambda number: f"{number}-{BLOCKS[number][0][:40]}")
+def test_the_commands_of_the_readme_run(number: int, checkout: Path, environment: dict[str, str]) -> None:
+    script = "\n".join(["set -eux", *map(quick, BLOCKS[number])])
+    result = subprocess.run(["bash", "-c", script], cwd=checkout, env=environment, stdin=subprocess.DEVNULL,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert result.returncode == 0, result.stdout[-4000:]
+
+
+def described_paths(markdown: str) -> set[str]:
+    """The paths that the file map describes: each stands under the last line that ends in `/` and says no more."""
+    match = re.search(r"^```text\n(pretrain_tape\.py.*?)^```$", markdown, re.MULTILINE | re.DOTALL)
+    assert match, "the README has no file map"
+    folder, paths = "", set[str]()
+    for line in match[1].splitlines():
+        names, *description = re.split(r"\s{2,}", line.strip())
+        if not line.startswith(" "):
+            folder = names if not description else ""
+        if description:
+            paths.update(folder + name for name in names.split(", "))
+    return paths
+
+
+def test_the_file_map_names_every_file_and_no_other() -> None:
+    described = described_paths((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert [path for path in sorted(described) if not (ROOT / path).exists()] == []
+    whole_folders = tuple(path for path in described if path.endswith("/"))
+    files = [str(file.relative_to(ROOT)) for folder in ("megatron", "tools", "protein_tools", "examples")
+             for file in (ROOT / folder).rglob("*") if file.suffix in (".py", ".cpp", ".sh")]
+    assert [file for file in sorted(files) if file not in described and not file.startswith(whole_folders)
+            and not file.endswith("__init__.py")] == []
+
+
+def test_quick_commands_keep_their_own_arguments() -> None:
+    assert quick("PRESET=tape bash examples/pretrain_tape.sh --lr 1 &") == (
+        f"PRESET=tape bash examples/pretrain_tape.sh --lr 1 {TINY} &")
+    assert quick("bash tests/run.sh -k data") == "bash tests/run.sh -k data --collect-only"
+    assert quick("ls") == "ls"
+
+
+def test_blocks_are_read_with_their_continuation_lines() -> None:
+    assert bash_blocks("```bash\na \\\n  b\n# c\n\nd\n```\n```text\ne\n```\n") == [["a b", "d"]]

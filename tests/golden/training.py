@@ -1,0 +1,54 @@
+"""What the golden tests share: a tiny model, a small corpus, and ways to run the program on it."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from megatron.data.indexed_writer import write_indexed
+from megatron.data.vocab import Vocab
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ("--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 256 --micro-batch-size 2 "
+        "--attention-dropout 0 --hidden-dropout 0 --lr 2e-3 --min-lr 1e-4 --lr-decay-style cosine "
+        "--lr-warmup-fraction 0.1 --adam-beta2 0.98 --split 90,7,3 --eval-interval 6 --eval-iters 2 "
+        "--save-interval 100 --log-interval 1 --num-workers 0 --peak-tflops 1").split()
+DROPOUT = "--attention-dropout 0.1 --hidden-dropout 0.1".split()
+
+
+def write_corpus(folder: Path, num_proteins: int = 300) -> str:
+    """The prefix of an indexed dataset of the first shipped proteins."""
+    with gzip.open(ROOT / "examples" / "proteins" / "small.fasta.gz", "rt") as file:
+        records = file.read().split(">", num_proteins + 1)[1:-1]
+    ids = Vocab.from_file().ids
+    documents = ([ids[letter] for letter in "".join(record.split("\n")[1:])] for record in records)
+    write_indexed(folder / "corpus", (np.array(document, dtype=np.uint16) for document in documents))
+    return str(folder / "corpus")
+
+
+def start_program(*flags: object, ranks: int = 1) -> subprocess.Popen:
+    """`pretrain_tape.py FLAGS`, under the launcher where there are several ranks; output and errors in one pipe.
+
+    One thread a rank, as the tests' own process has: the order of sums, and so the last bits, depend on it.
+    """
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *launcher, str(ROOT / "pretrain_tape.py"), *map(str, flags)]
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def run_program(*flags: object, ranks: int = 1) -> tuple[int, str]:
+    """The exit status and the output of `start_program`."""
+    process = start_program(*flags, ranks=ranks)
+    output = process.communicate(timeout=120)[0]
+    return process.returncode, output
+
+
+def losses(folder: Path, kind: str = "train") -> dict[int, float]:
+    """The loss at each iteration, as metrics.jsonl has it."""
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {record["iteration"]: record["loss"] for record in records if record["kind"] == kind}
