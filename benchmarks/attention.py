@@ -1,0 +1,95 @@
+"""Attention forward and backward on packed proteins: `python benchmarks/attention.py [--repeats 9]`.
+
+One row of 2,176 positions with proteins of Pfam-like lengths, 8 heads of 64, on the GPU if there is one. Ways compared:
+the project's kernel, PyTorch's scaled_dot_product_attention a protein, the same on proteins padded to the longest, and
+on the whole row with a mask. The cases alternate.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from megatron.kernels.attention import Boundaries, packed_attention  # noqa: E402
+
+LENGTHS = (96, 130, 155, 170, 181, 190, 200, 205, 210, 215, 212, 212)
+Way = Callable[[Tensor, Boundaries, float], Tensor]
+
+
+def a_protein_at_a_time(qkv_tn3d: Tensor, boundaries: Boundaries, dropout: float) -> Tensor:
+    """scaled_dot_product_attention on each protein."""
+    contexts = [F.scaled_dot_product_attention(*protein.permute(2, 1, 0, 3).unbind(0), dropout_p=dropout)
+                for protein in qkv_tn3d.split(boundaries.lengths)]
+    return torch.cat(contexts, dim=1).transpose(0, 1)
+
+
+def padded(qkv_tn3d: Tensor, boundaries: Boundaries, dropout: float) -> Tensor:
+    """scaled_dot_product_attention on a batch of proteins padded to the longest."""
+    proteins = qkv_tn3d.split(boundaries.lengths)
+    batch = torch.nn.utils.rnn.pad_sequence(list(proteins), batch_first=True)
+    lengths = torch.tensor(boundaries.lengths, device=batch.device)
+    is_real_bs = torch.arange(batch.shape[1], device=batch.device) < lengths[:, None]
+    query, key, value = batch.permute(3, 0, 2, 1, 4).unbind(0)
+    context = F.scaled_dot_product_attention(query, key, value, is_real_bs[:, None, None], dropout)
+    return context.transpose(1, 2)[is_real_bs]
+
+
+def masked_row(qkv_tn3d: Tensor, boundaries: Boundaries, dropout: float) -> Tensor:
+    """scaled_dot_product_attention on the whole row with a mask of row x row."""
+    lengths = torch.tensor(boundaries.lengths, device=qkv_tn3d.device)
+    protein_t = torch.repeat_interleave(torch.arange(len(lengths), device=qkv_tn3d.device), lengths)
+    query, key, value = qkv_tn3d.permute(2, 1, 0, 3)[:, None].unbind(0)
+    mask = protein_t[:, None] == protein_t[None, :]
+    return F.scaled_dot_product_attention(query, key, value, mask, dropout)[0].transpose(0, 1)
+
+
+WAYS: dict[str, Way] = {"this project": packed_attention, "SDPA a protein": a_protein_at_a_time,
+                        "SDPA, padded": padded, "SDPA, masked row": masked_row}
+
+
+def milliseconds(way: Way, qkv_tn3d: Tensor, boundaries: Boundaries, dropout: float) -> float:
+    """The time of one forward and backward pass."""
+    began_s = time.perf_counter()
+    way(qkv_tn3d, boundaries, dropout).sum().backward()
+    qkv_tn3d.grad = None
+    if qkv_tn3d.is_cuda:
+        torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - began_s)
+
+
+def main() -> None:
+    """Time every case `--repeats` times, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=9)
+    repeats = parser.parse_args().repeats
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ends = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32, device=device)
+    boundaries = Boundaries(ends, LENGTHS)
+    cases = [(dtype, dropout) for dtype in (torch.float32, torch.bfloat16) for dropout in (0.0, 0.1)]
+    times: dict[tuple, list[float]] = {(name, *case): [] for name in WAYS for case in cases}
+    for repeat in range(repeats + 2):
+        for dtype, dropout in cases:
+            qkv = torch.randn(sum(LENGTHS), 8, 3, 64, device=device).to(dtype).requires_grad_()
+            for name, way in WAYS.items():
+                elapsed_ms = milliseconds(way, qkv, boundaries, dropout)
+                if repeat >= 2:  # the first two warm up
+                    times[(name, dtype, dropout)].append(elapsed_ms)
+    print("| way | " + " | ".join(f"{str(dtype).split('.')[1]}, dropout {dropout}" for dtype, dropout in cases) + " |")
+    print("| --- |" + " --- |" * len(cases))
+    for name in WAYS:
+        columns = [times[(name, *case)] for case in cases]
+        cells = [f"{statistics.median(t):.1f} ({min(t):.1f}–{max(t):.1f})" for t in columns]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
