@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from megatron.config import UserError
 from megatron.flags import listing, parse
 from megatron.log import Log
-from megatron.parallel.mesh import joined
+from megatron.parallel.mesh import joined, launched_rank
 from megatron.train.build import build
 from megatron.train.loop import train
 
@@ -19,6 +19,11 @@ def main(argv: Sequence[str]) -> int:
     """Run the program on `argv`; returns the exit status."""
     try:
         config, always_so = parse(argv)
+    except UserError as error:
+        if launched_rank() == 0:  # the other ranks have the same flags
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
         with joined(config.parallel) as mesh:
             log = Log(is_speaker=mesh.rank == 0)
             log.line(listing(config, always_so))

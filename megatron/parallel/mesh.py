@@ -35,15 +35,15 @@ class Mesh:
     device: torch.device
 
 
-def world_size() -> int:
-    """How many ranks the launcher started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def launched_rank() -> int:
+    """This process's number among those that the launcher started; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
 
 
 @contextmanager
 def joined(config: ParallelConfig) -> Iterator[Mesh]:
     """The mesh, for as long as this process is a member of it; leaves the group at the end."""
-    rank, size = int(os.environ.get("RANK", "0")), world_size()
+    rank, size = launched_rank(), int(os.environ.get("WORLD_SIZE", "1"))
     device = _device(config)
     if size == 1:
         yield Mesh(rank=0, size=1, data=Axis(), device=device)

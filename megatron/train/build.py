@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 
-from megatron.checkpoint.checkpoint import Checkpoint, CheckpointError, load, load_model
+from megatron.checkpoint.checkpoint import LATEST, Checkpoint, CheckpointError, load, load_model
 from megatron.config import Config, ConfigError, DataConfig, ModelConfig, ScheduleConfig
 from megatron.data.dataset import Splits, build_datasets
 from megatron.data.vocab import DEFAULT_VOCAB, Vocab
@@ -87,7 +88,11 @@ def build(config: Config, mesh: Mesh, log: Log) -> Run:
 
 
 def _find_checkpoint(config: Config, log: Log) -> Checkpoint | None:
-    folder = config.checkpoint.load
+    folder, target = config.checkpoint.load, config.checkpoint.save
+    goes_on = folder is not None and target is not None and Path(folder).resolve() == Path(target).resolve()
+    if target is not None and (Path(target) / LATEST).exists() and (config.checkpoint.finetune or not goes_on):
+        raise ConfigError(f"--save {target} already holds a run, which this one would overwrite; to go on with it give "
+                          f"--load {target} (without --finetune), else name another folder")
     if folder is None:
         return None
     wants_optimizer = not (config.checkpoint.finetune or config.checkpoint.no_load_optim)

@@ -76,6 +76,16 @@ def test_a_checkpoint_of_another_model(capsys, corpus, tmp_path):
     assert "--override-lr-scheduler" in error_of(capsys, *flags, "--lr", 1)
 
 
+def test_a_run_that_another_would_overwrite(capsys, corpus, tmp_path):
+    assert main([*RUN, "--data-path", corpus, "--save", str(tmp_path), "--train-iters", "2"]) == 0
+    capsys.readouterr()
+    before = (tmp_path / "metrics.jsonl").read_text()
+    flags = ["--data-path", corpus, "--save", tmp_path, "--train-iters", 2]
+    assert "already holds a run" in error_of(capsys, *flags)
+    assert "without --finetune" in error_of(capsys, *flags, "--load", tmp_path, "--finetune")
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
 def test_a_checkpoint_without_optimizer(capsys, corpus, tmp_path):
     flags = ["--data-path", corpus, "--train-iters", "2", "--save", str(tmp_path), "--load", str(tmp_path)]
     assert main([*RUN, *flags, "--no-save-optim", "--exit-interval", "1"]) == 0
