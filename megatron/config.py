@@ -93,7 +93,8 @@ class DataConfig:
     blend_by: str = flag("weight", "weight: several data paths in proportion; cluster: each epoch draws one protein of "
                          "each cluster", choices=("weight", "cluster"))
     cluster_file: str = flag(None, "clusters for --blend-by cluster: representative and member a line, by tab; members "
-                             "are names of PREFIX.names (one a line), or numbers of documents from 0")
+                             "are names of PREFIX.names, which preprocess_data.py --names writes, or numbers of "
+                             "documents from 0")
     num_workers: int = flag(2, "processes that prepare batches ahead; 0 prepares them in the training process",
                             kind=int, check=not_negative)
     mmap_warmup: bool = flag(False, "read the whole dataset once at start, into the page cache")

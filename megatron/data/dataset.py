@@ -66,7 +66,8 @@ def _build_corpus(prefix: str, data: DataConfig, vocab: Vocab, seed: int) -> lis
                                    seed if training else EVALUATION_SEED)
         clusters = None
         if training and data.cluster_file is not None:
-            clusters = Clusters(cluster_documents(data.cluster_file, indexed, folder)[documents.start:documents.stop])
+            of_document, match = cluster_documents(data.cluster_file, indexed, folder)
+            clusters = Clusters(of_document[documents.start:documents.stop], match)
         dataset = PackedDataset(Documents(indexed, documents), settings, vocab,
                                 Masking.from_config(data) if training else Masking(), folder, name,
                                 clusters=clusters, repeats_one_epoch=not training)

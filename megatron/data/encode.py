@@ -8,6 +8,7 @@ import numpy as np
 
 from megatron.data.indexed import DataError
 from megatron.data.readers.block import Block, Texts
+from megatron.data.readers.names import names_of
 from megatron.data.readers.source import place_of, texts_of
 from megatron.data.tally import Tally
 from megatron.data.tokenizer import Problem, ResidueTokenizer, split_sentences
@@ -18,7 +19,7 @@ MAX_REPORTS = 10
 
 @dataclass(frozen=True)
 class Encoding:
-    """How to encode, in what a worker needs. `unknown` are the ids of X and [UNK]."""
+    """How to encode, in what a worker needs. `unknown` are the ids of X and [UNK]; without `name_key`, no names."""
 
     keys: tuple[str, ...]
     tokenizer: ResidueTokenizer
@@ -29,6 +30,7 @@ class Encoding:
     max_length: int | None = None
     max_unknown_fraction: float | None = None
     with_digests: bool = False
+    name_key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Documents:
     ids: one byte each. sizes: int32, the length of each sequence. num_sequences: int32, sequences a document.
     reports: lines about its first MAX_REPORTS bad records.
     digests: one of DIGEST_BYTES a document, if asked for; then `tally` has not counted the documents yet.
+    names: one a line, if asked for.
     """
 
     ids: bytes
@@ -46,6 +49,7 @@ class Documents:
     tally: Tally
     reports: list[str]
     digests: bytes
+    names: bytes
 
     def lengths(self) -> np.ndarray:
         """Ids a document, int64."""
@@ -56,7 +60,9 @@ class Documents:
         """Those documents for which `is_kept` is true."""
         of_sequence = np.repeat(is_kept, self.num_sequences)
         ids = np.frombuffer(self.ids, np.uint8)[np.repeat(of_sequence, self.sizes)].tobytes()
-        return replace(self, ids=ids, sizes=self.sizes[of_sequence], num_sequences=self.num_sequences[is_kept])
+        names = b"".join(compress(self.names.splitlines(keepends=True), is_kept))
+        return replace(self, ids=ids, sizes=self.sizes[of_sequence], num_sequences=self.num_sequences[is_kept],
+                       names=names)
 
     def ended_by(self, eod: int) -> "Documents":
         """The same with the id `eod` behind each document that is not empty."""
@@ -69,13 +75,15 @@ class Documents:
 
 def encode_block(encoding: Encoding, block: Block) -> list[Documents]:
     """The block's documents under each key; raises DataError for the first bad record unless these are skipped."""
-    return [_encode_key(encoding, block, key) for key in encoding.keys]
+    names = Texts([]) if encoding.name_key is None else names_of(block, encoding.name_key)
+    return [_encode_key(encoding, block, key, names) for key in encoding.keys]
 
 
-def _encode_key(encoding: Encoding, block: Block, key: str) -> Documents:
+def _encode_key(encoding: Encoding, block: Block, key: str, names: Texts) -> Documents:
     parsed = texts_of(block, key)
     encoded, problems = encoding.tokenizer.encode_many(parsed.texts)
-    bad = {index: found.reason for index, found in (parsed.bad | problems).items()}
+    parsed.bad = names.bad | parsed.bad
+    bad = {index: found.reason for index, found in (problems | parsed.bad).items()}
     # Finding a place takes time, and there may be as many bad records as records.
     reports = [_message(block, index, parsed, problems) for index in sorted(bad)[:MAX_REPORTS]]
     if reports and not encoding.skip_bad_records:
@@ -88,7 +96,8 @@ def _encode_key(encoding: Encoding, block: Block, key: str) -> Documents:
     if not is_kept.all():
         texts, encoded, lengths = list(compress(texts, is_kept)), list(compress(encoded, is_kept)), lengths[is_kept]
     sizes, num_sequences = _sequences(encoding, texts, lengths)
-    documents = Documents(b"".join(encoded), sizes, num_sequences, tally, reports, b"")
+    lines = b"".join(name + b"\n" for name in compress(names.texts, is_kept))
+    documents = Documents(b"".join(encoded), sizes, num_sequences, tally, reports, b"", lines)
     if encoding.with_digests:
         return replace(documents, digests=b"".join(map(_digest, encoded)))
     tally.count_documents(documents.ids, lengths)

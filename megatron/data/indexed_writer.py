@@ -1,7 +1,7 @@
 """Writes Megatron's indexed datasets, in memory that does not grow with them and so that no half is ever taken whole.
 
-Everything is first written in the folder PREFIX.partial; at the end an old PREFIX.idx is removed, the .bin is renamed
-and last the .idx, so that an .idx never stands beside anything but its own, whole .bin.
+Everything is first written in the folder PREFIX.partial; at the end the old PREFIX.idx and .names are removed, the .bin
+and the new .names are renamed and last the .idx, so that an .idx never stands beside what is not its own and whole.
 """
 
 import fcntl
@@ -17,7 +17,7 @@ import numpy as np
 from megatron.data.indexed import DTYPES, MMAP_MAGIC, TNT_MAGIC, DataError
 
 _CHUNK_ITEMS = 1 << 20
-_SPOOLS = ("bin", "sizes", "documents")
+_SPOOLS = ("bin", "sizes", "documents", "names")
 
 
 class IndexedWriter:
@@ -25,10 +25,12 @@ class IndexedWriter:
 
     `impl` mmap stores uint16 ids, cached and lazy int32. One writer a prefix at a time: a second raises DataError.
     `resume_at`, a value that `commit` gave, goes on behind what was committed then; otherwise the writer starts empty.
+    `with_names` puts the names of the documents, one a line, into PREFIX.names.
     """
 
-    def __init__(self, prefix: str | Path, impl: str = "mmap", resume_at: tuple[int, ...] | None = None) -> None:
-        self.prefix, self.impl = str(prefix), impl
+    def __init__(self, prefix: str | Path, impl: str = "mmap", resume_at: tuple[int, ...] | None = None,
+                 with_names: bool = False) -> None:
+        self.prefix, self.impl, self.with_names = str(prefix), impl, with_names
         self.dtype = np.dtype(np.uint16 if impl == "mmap" else np.int32)
         self.folder = Path(f"{prefix}.partial")
         try:
@@ -36,9 +38,9 @@ class IndexedWriter:
         except OSError as error:
             raise DataError(f"{self.folder}: cannot make this folder for the output ({error.strerror})") from None
         self._lock = _take_lock(self.folder)
-        self._bin, self._sizes, self._documents = (
-            _open_spool(self.folder / name, length)
-            for name, length in zip(_SPOOLS, resume_at or (0, 0, 0), strict=True))
+        self._spools = [_open_spool(self.folder / name, length)
+                        for name, length in zip(_SPOOLS, resume_at or (0,) * len(_SPOOLS), strict=True)]
+        self._bin, self._sizes, self._documents, self._names = self._spools
 
     def __enter__(self) -> "IndexedWriter":
         return self
@@ -50,31 +52,36 @@ class IndexedWriter:
         else:
             self.discard()
 
-    def add(self, ids: np.ndarray, sizes: np.ndarray, num_sequences: np.ndarray) -> None:
-        """Append documents: all their ids, the length of each sequence, and how many sequences each document has."""
+    def add(self, ids: np.ndarray, sizes: np.ndarray, num_sequences: np.ndarray, names: bytes = b"") -> None:
+        """Append documents: all their ids, the length of each sequence, how many sequences each document has, and the
+        lines of their names.
+        """
         self._bin.write(np.ascontiguousarray(ids, dtype=self.dtype).data)
         self._sizes.write(np.ascontiguousarray(sizes, dtype=np.int32).data)
         self._documents.write(np.ascontiguousarray(num_sequences, dtype=np.int32).data)
+        self._names.write(names)
 
     def commit(self) -> tuple[int, ...]:
         """Bring everything added so far to the disk; the value says where a later writer can go on."""
-        spools = (self._bin, self._sizes, self._documents)
-        for spool in spools:
+        for spool in self._spools:
             spool.flush()
             os.fsync(spool.fileno())
-        return tuple(spool.tell() for spool in spools)
+        return tuple(spool.tell() for spool in self._spools)
 
     def finish(self) -> None:
-        """Write the index and put both files in place."""
+        """Write the index and put all files in place."""
         self.commit()
         with open(self.folder / "idx", "wb") as file:
             for part in self._index():
                 file.write(np.ascontiguousarray(part).data)
             file.flush()
             os.fsync(file.fileno())
-        Path(f"{self.prefix}.idx").unlink(missing_ok=True)
+        for ending in ("idx", "names"):
+            Path(f"{self.prefix}.{ending}").unlink(missing_ok=True)
         _sync_folder(self.folder.parent)
         os.replace(self.folder / "bin", f"{self.prefix}.bin")
+        if self.with_names:
+            os.replace(self.folder / "names", f"{self.prefix}.names")
         _sync_folder(self.folder.parent)
         os.replace(self.folder / "idx", f"{self.prefix}.idx")
         self.discard()
@@ -87,7 +94,7 @@ class IndexedWriter:
 
     def close(self) -> None:
         """Leave the partial output for a later writer to resume."""
-        for file in (self._bin, self._sizes, self._documents, self._lock):
+        for file in (*self._spools, self._lock):
             file.close()
 
     def _index(self) -> Iterator[np.ndarray]:

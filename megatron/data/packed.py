@@ -132,7 +132,7 @@ class PackedDataset:
         pieces, rows = self.pieces, self.rows(0)
         lengths = pieces.lengths[rows.pieces]
         tokens = int(np.minimum(lengths, pieces.max_residues).sum(dtype=np.int64)) + len(lengths)
-        clusters = "" if self.clusters is None else f" in {len(self.clusters):,} clusters"
+        clusters = "" if self.clusters is None else f" in {len(self.clusters):,} clusters ({self.clusters.match})"
         fate = {"crop": "cropped", "split": "split", "drop": "dropped"}[self.settings.long_proteins]
         fill = tokens / max(1, len(rows) * self.settings.seq_length)
         return (f"{self.name}: {len(self.documents):,} proteins{clusters} ({pieces.num_long:,} longer than a row, "

@@ -22,6 +22,7 @@ from megatron.data.indexed_writer import IndexedWriter, replace_text
 from megatron.data.preprocess_config import PreprocessConfig
 from megatron.data.progress import Progress
 from megatron.data.readers.block import BLOCK_BYTES, Block
+from megatron.data.readers.names import DEFAULT_NAME_KEY
 from megatron.data.readers.source import expand, file_sha256
 from megatron.data.tally import Tally, describe
 from megatron.data.tokenizer import build_tokenizer
@@ -106,7 +107,7 @@ class _Run:
     def _all_blocks(self) -> Iterator[tuple[int, Block]]:
         before = 0
         for source in self.sources:
-            for block in source.blocks(self.config.json_keys):
+            for block in source.blocks(self.config.json_keys, self.encoding.name_key):
                 yield before + block.bytes_read, block
             before += source.size
 
@@ -127,7 +128,7 @@ class _Run:
         if self.writers:
             documents = documents.ended_by(self.vocab.sep_id) if self.config.append_eod else documents
             ids = np.frombuffer(documents.ids, np.uint8).astype(self.writers[index].dtype)
-            self.writers[index].add(ids, documents.sizes, documents.num_sequences)
+            self.writers[index].add(ids, documents.sizes, documents.num_sequences, documents.names)
 
     def _warn(self, documents: Documents) -> None:
         for message in documents.reports[:MAX_REPORTS - self.num_reported]:
@@ -143,7 +144,7 @@ class _Run:
             print(f"going on behind shard {self.num_shards} of {self.config.shards}", file=sys.stderr)
         for index, prefix in enumerate(prefixes):
             self.writers.append(IndexedWriter(prefix, self.config.dataset_impl,
-                                              saved["written"][index] if saved else None))
+                                              saved["written"][index] if saved else None, self.config.names))
             if self.seen:
                 self._restore_digests(index, saved["digests"][index] if saved else 0)
 
@@ -196,7 +197,7 @@ class _Run:
         for writer, output in zip(self.writers, outputs.values(), strict=True):
             writer.finish()
             output["files"] = [{"path": path, "bytes": os.path.getsize(path), "sha256": file_sha256(path)}
-                               for path in (f"{writer.prefix}.bin", f"{writer.prefix}.idx")]
+                               for path in (f"{writer.prefix}.{ending}" for ending in _endings(self.config))]
         replace_text(stats_path, json.dumps(stats, indent=1) + "\n")
         return stats
 
@@ -207,7 +208,12 @@ def _encoding(config: PreprocessConfig, vocab: Vocab) -> Encoding:
         unknown=bytes({vocab.unk_id, vocab.ids.get("X", vocab.unk_id)}),
         split_sentences=config.split_sentences, skip_bad_records=config.skip_bad_records,
         min_length=config.min_length, max_length=config.max_length,
-        max_unknown_fraction=config.max_unknown_fraction, with_digests=config.dedup is not None)
+        max_unknown_fraction=config.max_unknown_fraction, with_digests=config.dedup is not None,
+        name_key=(config.name_key or DEFAULT_NAME_KEY) if config.names else None)
+
+
+def _endings(config: PreprocessConfig) -> tuple[str, ...]:
+    return ("bin", "idx", "names") if config.names else ("bin", "idx")
 
 
 def _saved_progress(folder: Path, identity: list[Any]) -> dict[str, Any] | None:
@@ -228,5 +234,6 @@ def _synced_size(path: Path) -> int:
 
 def _summary(config: PreprocessConfig, report: dict[str, Any]) -> Iterator[str]:
     for key, prefix in output_prefixes(config).items():
-        yield f"{key}: a dry run, nothing written" if config.dry_run else f"{prefix}.bin, {prefix}.idx"
+        files = ", ".join(f"{prefix}.{ending}" for ending in _endings(config))
+        yield f"{key}: a dry run, nothing written" if config.dry_run else files
         yield from describe(report["outputs"][key])

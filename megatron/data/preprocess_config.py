@@ -26,6 +26,9 @@ class PreprocessConfig:
     vocab_file: str = flag(str(DEFAULT_VOCAB), "vocabulary, one token a line", aliases=("--vocab",))
     tokenizer_type: str = flag("BertWordPieceLowerCase", "each type reads residues, spaced or not, in either case",
                                choices=TOKENIZER_TYPES)
+    names: bool = flag(False, "write each protein's name to PREFIX_KEY_document.names too, one a line, for "
+                       "--blend-by cluster: the first word of its FASTA header, or of what stands under --name-key")
+    name_key: str = flag(None, "key of the name in JSON, LMDB or Parquet (id unless given)")
     split_sentences: bool = flag(False, "split texts at their full stops into sentences (untrained Punkt of NLTK)")
     keep_newlines: bool = flag(False, "keep newlines between sentences; residues are stored without white space, so "
                                "this changes no id")
@@ -67,6 +70,8 @@ def parse_arguments(argv: Sequence[str]) -> PreprocessConfig:
             raise ConfigError(f"{flag_name(item)} is {value}; it must be {check[1]}")
     if config.max_length is not None and config.min_length > config.max_length:
         raise ConfigError(f"--min-length {config.min_length} is above --max-length {config.max_length}")
+    if config.name_key is not None and not config.names:
+        raise ConfigError(f"--name-key {config.name_key} goes with --names, which writes the names")
     if len(set(config.json_keys)) < len(config.json_keys):
         raise ConfigError(f"--json-keys names a key twice: {' '.join(config.json_keys)}")
     return config

@@ -23,14 +23,15 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = random.Random(3)
     pool = ["".join(generator.choices("ACDEFGHIKLMNPQRSTVWY", k=generator.randrange(30, 900))) for _ in range(300)]
     path = tmp_path_factory.mktemp("corpus") / "in.json"
-    path.write_text("".join(json.dumps({"text": f"MK{generator.choice(pool)}"}) + "\n" for _ in range(24_000)))
+    path.write_text("".join(json.dumps({"id": f"P{n}", "text": f"MK{generator.choice(pool)}"}) + "\n"
+                            for n in range(24_000)))
     return path
 
 
 def start(corpus: Path, folder: Path, num_workers: int) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", str(corpus),
                "--output-prefix", str(folder / "out"), "--workers", str(num_workers), "--shards", "6",
-               "--dedup", "exact"]
+               "--dedup", "exact", "--names"]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
@@ -42,7 +43,7 @@ def same_but_for_paths(found: dict[str, bytes], expected: dict[str, bytes]) -> b
     stats = [json.loads(one["out.stats.json"])["outputs"]["text"] for one in (found, expected)]
     for one in stats:
         one["files"] = [file["sha256"] for file in one["files"]]
-    names = ("out_text_document.bin", "out_text_document.idx")
+    names = ("out_text_document.bin", "out_text_document.idx", "out_text_document.names")
     return found.keys() == expected.keys() and stats[0] == stats[1] and all(found[n] == expected[n] for n in names)
 
 
@@ -63,7 +64,8 @@ def test_a_killed_run_is_never_taken_for_whole_and_can_be_run_again(corpus, tmp_
         run.wait()
         if (folder / "out_text_document.idx").exists():
             open_indexed(str(folder / "out_text_document"))
-            assert (folder / "out_text_document.bin").read_bytes() == expected["out_text_document.bin"]
+            for name in ("out_text_document.bin", "out_text_document.names"):
+                assert (folder / name).read_bytes() == expected[name]
         rerun = start(corpus, folder, 1)
         _, errors = rerun.communicate()
         assert rerun.returncode == 0, errors

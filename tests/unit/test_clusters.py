@@ -11,6 +11,8 @@ from megatron.data.dataset import build_datasets
 from megatron.data.indexed import DataError, open_indexed
 from megatron.data.indexed_writer import write_indexed
 from megatron.data.packing import order_key
+from megatron.data.preprocess import preprocess
+from megatron.data.preprocess_config import PreprocessConfig
 from megatron.data.vocab import Vocab
 
 VOCAB = Vocab.from_file()
@@ -41,7 +43,7 @@ def test_documents_are_clustered_by_name_or_number(prefix, named):
         (prefix.parent / "p.names").unlink()
         (prefix.parent / "clusters.tsv").write_text(CLUSTERS.translate(str.maketrans("abcdef", "012345")))
     clusters = cluster_documents(str(prefix.parent / "clusters.tsv"), open_indexed(str(prefix)), prefix.parent)
-    assert clusters.tolist() == [0, 0, 0, 3, 3, 5]
+    assert clusters.cluster_of_document.tolist() == [0, 0, 0, 3, 3, 5]
 
 
 @pytest.mark.parametrize("long_proteins", ["crop", "split"])
@@ -59,7 +61,54 @@ def test_an_epoch_of_a_dataset_holds_one_protein_of_each_cluster(prefix, long_pr
         members.update(drawn)
         first += num_rows
     assert members == {100, 11, 12, 13, 14, 15}
-    assert "6 proteins in 3 clusters" in train.describe()
+    assert ("6 proteins in 3 clusters (clusters.tsv: 6 members, 1 of them not in the data; proteins of the data in "
+            "none of its clusters: 1, each one by itself)") in train.describe()
+
+
+def test_names_match_in_full_and_as_mmseqs2_shortens_them(prefix):
+    names = b"sp|P1|A_HUMAN\ntr|Q2|B_MOUSE\nUniRef50_P3\nref|NP_4.1|\ngi|55|gb|AA5.1|\nodd|\xe9\xff\n"
+    (prefix.parent / "p.names").write_bytes(names)
+    short = [b"P1", b"Q2", b"UniRef50_P3", b"NP_4.1", b"AA5.1", b"odd|\xe9\xff"]
+    for members in (short, names.splitlines()):
+        (prefix.parent / "clusters.tsv").write_bytes(b"".join(b"P1\t%s\n" % member for member in members))
+        clusters = cluster_documents(str(prefix.parent / "clusters.tsv"), open_indexed(str(prefix)), prefix.parent)
+        assert clusters.cluster_of_document.tolist() == [0] * 6
+
+
+def test_documents_that_share_a_name_share_their_cluster(prefix):
+    (prefix.parent / "p.names").write_text("a\nb\nb\nc\nc\nd\n")
+    (prefix.parent / "clusters.tsv").write_text("a\ta\na\tb\n")
+    clusters = cluster_documents(str(prefix.parent / "clusters.tsv"), open_indexed(str(prefix)), prefix.parent)
+    assert clusters.cluster_of_document.tolist() == [0, 0, 0, 3, 3, 5]
+    assert "proteins of the data in none of its clusters: 3" in clusters.match
+
+
+def test_a_fasta_and_the_clusters_that_mmseqs2_makes_of_it_need_nothing_else(tmp_path):
+    """The cluster file has a protein that was left out; each protein is of one letter and fills a row."""
+    letters = "ACDEFGHIK"
+    headers = [f"sp|P{n}|X{n}_HUMAN Protein {n} OS=Homo sapiens" if n % 2 else f"UniRef90_Q{n} n=1" for n in range(9)]
+    records = [f">{header}\n{letter * (3 if letter == 'F' else 20)}\n"
+               for header, letter in zip(headers, letters, strict=True)]
+    (tmp_path / "in.fasta").write_text("".join(records))
+    names = [f"P{n}" if n % 2 else f"UniRef90_Q{n}" for n in range(9)]
+    groups = [[0, 1, 2, 3], [4, 5], [6, 7, 8]]  # 4 is too short
+    (tmp_path / "c_cluster.tsv").write_text("".join(
+        f"{names[group[0]]}\t{names[member]}\n" for group in groups for member in group))
+    preprocess(PreprocessConfig(input=(str(tmp_path / "in.fasta"),), output_prefix=str(tmp_path / "out"), names=True,
+                                min_length=4))
+    data = DataConfig(data_path=(str(tmp_path / "out_text_document"),), seq_length=21, split="1,0,0",
+                      blend_by="cluster", cluster_file=str(tmp_path / "c_cluster.tsv"))
+    train = build_datasets(data, VOCAB, 1).train
+    assert "8 proteins in 3 clusters (c_cluster.tsv: 9 members, 1 of them not in the data" in train.describe()
+    drawn, first = [], 0
+    for epoch in range(30):
+        rows = [train[first + row] for row in range(train.num_epoch_rows(epoch))]
+        drawn.append("".join(VOCAB.tokens[row.target_ids_m[0]] for row in rows))
+        first += len(rows)
+    for epoch_letters in drawn:
+        assert sorted(sum(letters[n] in epoch_letters for n in group) for group in groups) == [1, 1, 1]
+        assert len(epoch_letters) == 3
+    assert set("".join(drawn)) == set(letters) - {"F"}
 
 
 @pytest.mark.parametrize("text, message", [("a b\n", "line 1 has 1 columns"), ("a\tb\na\n", "line 2 has 1 columns"),
@@ -67,6 +116,12 @@ def test_an_epoch_of_a_dataset_holds_one_protein_of_each_cluster(prefix, long_pr
 def test_a_bad_cluster_file_is_an_error(prefix, text, message):
     (prefix.parent / "clusters.tsv").write_text(text)
     with pytest.raises(DataError, match=message):
+        cluster_documents(str(prefix.parent / "clusters.tsv"), open_indexed(str(prefix)), prefix.parent)
+
+
+def test_without_names_the_error_says_how_to_get_them(prefix):
+    (prefix.parent / "p.names").unlink()
+    with pytest.raises(DataError, match=r"there is no .*p\.names, which tools/preprocess_data.py --names writes"):
         cluster_documents(str(prefix.parent / "clusters.tsv"), open_indexed(str(prefix)), prefix.parent)
 
 

@@ -26,7 +26,7 @@ needs_fixture = pytest.mark.skipif(not FIXTURE.exists(), reason=f"{FIXTURE} is n
 
 
 def write_json(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    path.write_text("".join(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(texts)))
     return path
 
 
@@ -130,10 +130,17 @@ def test_the_number_of_workers_changes_no_byte(tmp_path, many):
     source = many
     results = []
     for workers in (1, 2):
-        run(tmp_path, source, workers=workers, min_length=10, dedup="exact", append_eod=True)
+        run(tmp_path, source, workers=workers, min_length=10, dedup="exact", append_eod=True, names=True)
         results.append(outputs(tmp_path))
     assert results[0] == results[1]
-    assert len(results[0]) == 2
+    assert len(results[0]) == 3
+    lines = [json.loads(line) for line in source.read_text().splitlines()]
+    first = {}
+    for line in lines:
+        first.setdefault(line["text"], str(line["id"]))
+    kept = [name for text, name in first.items() if len(text) >= 10]
+    assert (tmp_path / "out_text_document.names").read_text().split("\n") == [*kept, ""]
+    assert len(kept) == len(documents(tmp_path / "out_text_document"))
 
 
 def test_filters_count_what_they_leave_out(tmp_path):
@@ -148,10 +155,65 @@ def test_filters_count_what_they_leave_out(tmp_path):
 def test_duplicates_are_found_across_blocks(tmp_path, many):
     source = many
     report = run(tmp_path, source, dedup="exact")
-    lines = source.read_text().splitlines()
-    expected = [TOKENIZER.encode(json.loads(line)["text"]).tolist() for line in dict.fromkeys(lines)]
+    texts = [json.loads(line)["text"] for line in source.read_text().splitlines()]
+    expected = [TOKENIZER.encode(text).tolist() for text in dict.fromkeys(texts)]
     assert documents(tmp_path / "out_text_document") == expected
-    assert report["outputs"]["text"]["dropped"] == {"duplicate": len(lines) - len(expected)}
+    assert report["outputs"]["text"]["dropped"] == {"duplicate": len(texts) - len(expected)}
+
+
+def names(folder: Path) -> list[bytes]:
+    return (folder / "out_text_document.names").read_bytes().split(b"\n")[:-1]
+
+
+def test_names_are_the_first_words_of_kept_headers(tmp_path):
+    (tmp_path / "in.fa").write_bytes(b">sp|P1|A_HUMAN b c\nMKV\n>\tx\xe9\xff\x00\x85 \nMK\n>short\nM\n>empty\n")
+    report = run(tmp_path, tmp_path / "in.fa", names=True, max_length=3)
+    assert names(tmp_path) == [b"sp|P1|A_HUMAN", b"x\xe9\xff\x00\x85", b"short", b"empty"]
+    file = report["outputs"]["text"]["files"][2]
+    assert file["sha256"] == hashlib.sha256((tmp_path / "out_text_document.names").read_bytes()).hexdigest()
+    run(tmp_path, tmp_path / "in.fa", names=True, min_length=2)
+    assert names(tmp_path) == [b"sp|P1|A_HUMAN", b"x\xe9\xff\x00\x85"]
+
+
+def test_names_of_an_older_output_go_with_it(tmp_path):
+    source = write_json(tmp_path / "in.json", PROTEINS)
+    run(tmp_path, source, names=True)
+    assert names(tmp_path) == [b"%d" % n for n in range(len(PROTEINS))]
+    run(tmp_path, source)
+    assert not (tmp_path / "out_text_document.names").exists()
+
+
+def test_names_come_with_each_key_and_from_another_one(tmp_path):
+    (tmp_path / "in.json").write_text('{"heavy": "MK", "light": "V", "n": "a b"}\n\n'
+                                      '{"light": "A", "heavy": "C", "n": "\\ud800", "x": NaN}\n')
+    run(tmp_path, tmp_path / "in.json", json_keys=("heavy", "light"), names=True, name_key="n")
+    for key in ("heavy", "light"):
+        assert (tmp_path / f"out_{key}_document.names").read_bytes() == b"a\n\xed\xa0\x80\n"
+
+
+@pytest.mark.parametrize(("content", "expected"), [
+    ('{"id": 1, "text": "MK"}\n\n{"text": "MK"}\n', "line 3: no name under 'id'; --name-key names the key"),
+    ('{"id": " ", "text": "MK"}\n', "line 1: no name under 'id'"),
+    ('{"id": null, "text": "MK"}\n', "line 1: no name under 'id'"),
+    ('{"id": true, "text": "MK"}\n', "line 1: no name under 'id'"),
+    ('{"id": 1' + "0" * 30 + ', "text": "MK"}\n', "line 1: no name under 'id'"),
+    ('{"id": 1}\nbroken', "line 1: no key 'text'"),
+    (">a\nMK\nMK\n> \nMK\n", "line 4: a header without a name"),
+    ("MK\n", "is strings, one protein a line without a name; --names needs FASTA"),
+])
+def test_a_record_without_a_name_is_one_clear_line(tmp_path, content, expected):
+    (tmp_path / "in").write_text(content)
+    with pytest.raises(DataError) as caught:
+        run(tmp_path, tmp_path / "in", names=True)
+    assert expected in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_records_without_a_name_can_be_skipped(tmp_path):
+    (tmp_path / "in").write_text(">a\nMK\n>\nMK\n>c\nM1\n>d\nV\n")
+    report = run(tmp_path, tmp_path / "in", names=True, skip_bad_records=True)
+    assert report["outputs"]["text"]["dropped"] == {"no name": 1, "not protein": 1}
+    assert names(tmp_path) == [b"a", b"d"]
 
 
 def test_statistics_say_what_is_in_the_files(tmp_path):
@@ -171,7 +233,7 @@ def test_statistics_say_what_is_in_the_files(tmp_path):
 
 def test_a_dry_run_counts_and_writes_nothing(tmp_path, capsys):
     source = write_json(tmp_path / "in.json", PROTEINS)
-    report = run(tmp_path, source, dry_run=True)
+    report = run(tmp_path, source, dry_run=True, names=True)
     assert [path.name for path in tmp_path.iterdir()] == ["in.json"]
     assert report["outputs"]["text"]["records"] == len(PROTEINS)
     assert "records 6, kept 6" in capsys.readouterr().out
@@ -226,7 +288,8 @@ def test_a_run_that_keeps_no_protein_fails(tmp_path):
     assert not outputs(tmp_path)
 
 
-@pytest.mark.parametrize("options", [{"workers": 2}, {"workers": 1, "dedup": "exact"}])
+@pytest.mark.parametrize("options", [{"workers": 2, "names": True},
+                                     {"workers": 1, "dedup": "exact", "names": True}])
 def test_a_run_with_shards_goes_on_behind_its_last_shard(tmp_path, many, monkeypatch, capsys, options):
     from megatron.data import preprocess as module
 
@@ -297,6 +360,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     ("--input x --output-prefix y --json-keys a a", "names a key twice"),
     ("--input x --output-prefix y --dataset-impl zip", "invalid choice"),
     ("--input x --output-prefix y --merge-file z", "--merge-file"),
+    ("--input x --output-prefix y --name-key z", "--name-key z goes with --names"),
 ])
 def test_wrong_flags_are_one_clear_line(arguments, expected):
     with pytest.raises(ValueError, match=expected):

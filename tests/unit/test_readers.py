@@ -1,5 +1,6 @@
 """Each kind of file gives the same proteins; damage gives one clear line, never a crash, a hang or a lost record."""
 
+import collections
 import gzip
 import io
 import json
@@ -8,6 +9,9 @@ import pickle
 import random
 import subprocess
 import sys
+import threading
+import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,8 +24,8 @@ from megatron.data.indexed import DataError, open_indexed
 from megatron.data.preprocess import preprocess
 from megatron.data.preprocess_config import PreprocessConfig
 from megatron.data.readers import streams
+from megatron.data.readers.plain_pickle import load_plain_pickle
 from megatron.data.readers.source import expand, texts_of
-from megatron.data.readers.tape_lmdb import load_plain_pickle
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT.parent / "shared" / "data" / "proteins_demo"
@@ -86,7 +90,8 @@ def zstd(data: bytes) -> bytes:
 
 PACKINGS: dict[str, Callable[[bytes], bytes]] = {"plain": bytes, "gzip": gzip.compress, "zstd": zstd,
             "gzip members": lambda data: gzip.compress(data[:999]) + gzip.compress(data[999:]),
-            "zstd frames": lambda data: zstd(data[:999]) + zstd(data[999:])}
+            "zstd frames": lambda data: zstd(data[:999]) + zstd(data[999:]),
+            "pzstd": lambda data: b"\x50\x2a\x4d\x18\4\0\0\0size" + zstd(data)}
 KINDS: dict[str, Callable[..., bytes]] = {"json": as_json, "fasta": as_fasta, "strings": as_strings,
                                           "parquet": as_parquet}
 
@@ -101,7 +106,43 @@ def test_every_kind_and_packing_gives_the_same_bytes(tmp_path, expected, kind, p
 def test_a_tape_lmdb_gives_the_same_bytes(tmp_path, expected):
     write_lmdb(tmp_path / "pfam.lmdb", as_tape(PROTEINS), len(PROTEINS))
     assert ids_of(tmp_path, tmp_path / "pfam.lmdb") == expected
-    assert ids_of(tmp_path, tmp_path / "pfam.lmdb" / "data.mdb") == expected
+    file = tmp_path / "pfam.lmdb" / "data.mdb"
+    assert ids_of(tmp_path, file) == expected
+    packed = gzip.compress(file.read_bytes())
+    (tmp_path / "packed").write_bytes(packed)
+    assert ids_of(tmp_path, tmp_path / "packed") == expected
+    assert "gzip" in damaged(tmp_path, packed[:-100])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pipe_gives_the_same_bytes(tmp_path, expected, kind):
+    data = KINDS[kind](PROTEINS)
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(data,))
+    writer.start()
+    assert ids_of(tmp_path, tmp_path / "pipe") == expected
+    writer.join()
+
+
+def test_names_come_from_every_kind(tmp_path):
+    (tmp_path / "in.fasta").write_bytes(b">7 a\nMK\n>x|\xc3\xa9\tb\nV\n")
+    (tmp_path / "in.json").write_text('{"id": 7, "text": "MK"}\n{"text": "V", "id": "x|\\u00e9 b"}\n')
+    ids = [np.int64(7), "x|é b"]
+    values = [pickle.dumps({"primary": text, "id": name}) for text, name in zip(("MK", "V"), ids, strict=True)]
+    write_lmdb(tmp_path / "in.lmdb", values, 2)
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"id": ["7 a", "x|é"], "text": ["MK", "V"]}), tmp_path / "in.parquet")
+    for name in ("in.fasta", "in.json", "in.lmdb", "in.parquet"):
+        ids_of(tmp_path, tmp_path / name, names=True)
+        assert (tmp_path / "out_text_document.names").read_bytes() == b"7\nx|\xc3\xa9\n", name
+    pq.write_table(pa.table({"id": [7, None], "text": ["MK", "V"]}), tmp_path / "in.parquet")
+    with pytest.raises(DataError, match="record 2: no name under 'id'"):
+        ids_of(tmp_path, tmp_path / "in.parquet", names=True)
+    pq.write_table(pa.table({"id": [1.5], "text": ["MK"]}), tmp_path / "in.parquet")
+    with pytest.raises(DataError, match="column 'id' holds double"):
+        ids_of(tmp_path, tmp_path / "in.parquet", names=True)
+    with pytest.raises(DataError, match="no column 'n'.*--name-key"):
+        ids_of(tmp_path, tmp_path / "in.parquet", names=True, name_key="n")
 
 
 def test_several_files_and_patterns_are_read_in_order(tmp_path, expected):
@@ -196,7 +237,7 @@ def test_damaged_parquet_is_refused(tmp_path):
     whole = as_parquet(PROTEINS)
     for data in (whole[:4], whole[:-20], whole[:100] + whole[200:]):
         assert "Parquet" in damaged(tmp_path, data)
-    with pytest.raises(DataError, match="no column 'seq'; it has id, text"):
+    with pytest.raises(DataError, match="no column 'seq'; it has 'id', 'text'. --json-keys"):
         (tmp_path / "good").write_bytes(whole)
         ids_of(tmp_path, tmp_path / "good", json_keys=("seq",))
 
@@ -208,6 +249,33 @@ def test_a_dictionary_column_is_text(tmp_path, expected):
     pq.write_table(pa.table({"text": [1.5]}), tmp_path / "in.parquet")
     with pytest.raises(DataError, match="holds double; expected text"):
         ids_of(tmp_path, tmp_path / "in.parquet")
+    pq.write_table(pa.Table.from_arrays([pa.array(["M"])] * 2, names=["text"] * 2), tmp_path / "in.parquet")
+    with pytest.raises(DataError, match="2 columns 'text'"):
+        ids_of(tmp_path, tmp_path / "in.parquet")
+
+
+def test_a_damaged_footer_of_parquet_is_refused_without_ending_the_process(tmp_path):
+    """Asking for the metadata of a single column would: pyarrow lets an exception of C++ through."""
+    whole = as_parquet(["MKV" * n for n in range(30)])
+    generator = random.Random(6)
+    for _ in range(500):
+        data = bytearray(whole)
+        for _ in range(3):
+            data[-generator.randrange(1, 600)] = generator.randrange(256)
+        (tmp_path / "in").write_bytes(data)
+        try:
+            blocks = list(expand([str(tmp_path / "in")])[0].blocks(("text",)))
+            assert sum(len(block.records["text"]) for block in blocks) == 30
+        except DataError as error:
+            assert "\n" not in str(error)
+
+
+def test_long_texts_in_parquet_come_in_small_batches(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"text": ["A" * (1 << 20)] * 8}), tmp_path / "in", use_dictionary=False)
+    blocks = list(expand([str(tmp_path / "in")])[0].blocks(("text",)))
+    assert sum(len(block.records["text"]) for block in blocks) == 8
+    assert max(len(block.records["text"]) for block in blocks) <= 2
 
 
 def test_nulls_in_parquet_are_bad_records(tmp_path):
@@ -222,6 +290,7 @@ def test_nulls_in_parquet_are_bad_records(tmp_path):
     ([pickle.dumps({"primary": 3})], 1, "'primary' is of type int"),
     ([pickle.dumps({"primary": "M"}), None, pickle.dumps({"primary": "K"})], 3, "it says 3 records and has 3 entries"),
     ([pickle.dumps({"primary": "MK7"})], 1, "record 1, column 3: '7' is not a residue"),
+    ([pickle.dumps({"primary": "M"})] * 3, 2, "'num_examples' says 2 records, but there are more"),
     ([], None, "no readable 'num_examples'"),
     ([pickle.dumps({"primary": "MK"})], "many", "it says 'many' records"),
     ([pickle.dumps({"primary": "MK"})], 10**15, "it says 1000000000000000 records"),
@@ -281,9 +350,14 @@ def test_plain_pickles_are_read(protocol):
     value = {"primary": "MK", "n": 3, "x": 1.5, "b": b"\x00\xff", "t": (1, None, True), "s": {1}, "big": 10**30,
              "f": np.float32(2.5), "i": np.int64(7)}
     assert load_plain_pickle(pickle.dumps(value, protocol=protocol)) == value
-    for array in (np.arange(6).reshape(2, 3), np.array(["ab", "c"]), np.zeros(0), np.array([{"a": 1}], dtype=object)):
-        loaded = load_plain_pickle(pickle.dumps(array, protocol=min(protocol, 4)))
-        assert loaded.dtype == array.dtype
+    value = collections.OrderedDict([("a", [frozenset({3}), b""]), (2, set())])
+    assert load_plain_pickle(pickle.dumps(value, protocol=protocol)) == value
+    for array in (np.arange(6).reshape(2, 3), np.array(["ab", "c"]), np.zeros(0), np.array([{"a": 1}], dtype=object),
+                  np.asfortranarray(np.arange(6).reshape(2, 3)), np.arange(3).astype(">i4"), np.array(2.5)):
+        pickled = pickle.dumps(array, protocol=protocol)
+        loaded = load_plain_pickle(pickled)
+        assert loaded.dtype == pickle.loads(pickled).dtype
+        assert loaded.shape == array.shape
         assert loaded.tolist() == array.tolist()
 
 
@@ -295,8 +369,43 @@ def test_allowed_names_cannot_be_turned_to_other_ends(data):
         load_plain_pickle(data)
 
 
-def test_a_five_byte_pickle_cannot_fill_the_memory():
+def test_a_short_pickle_cannot_fill_the_memory():
     assert load_plain_pickle(b"\x80\x02}r\xff\xff\xff\x7f.") == {}
+    tracemalloc.start()
+    try:
+        bytes_of_its_own = b"\x80\x05\x96" + (1 << 33).to_bytes(8, "little") + b"."
+        copies = b"\x80\x04]c_codecs\nencode\nq\x00X\x00\x00\x01\x00" + b"a" * 65536 + b"q\x01U\x06latin1q\x02000("
+        for data in (bytes_of_its_own, copies + b"h\x00h\x01h\x02\x86R" * 1000 + b"e."):
+            with pytest.raises(pickle.UnpicklingError):
+                load_plain_pickle(data)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_short_pickle_cannot_take_for_ever():
+    """The hash of nested tuples that share their parts takes twice as long with each level."""
+    nested = b")" + b"2\x86" * 60
+    for data in (b"}" + nested + b"K\x01s.", b"}(" + nested + b"K\x01u.", b"(" + nested + b"K\x01d.",
+                 b"\x8f(" + nested + b"\x90.", b"(" + nested + b"\x91.", b"cbuiltins\nset\n](" + nested + b"e\x85R.",
+                 b"ccollections\nOrderedDict\n](" + nested + b"K\x01\x86e\x85R.",
+                 b"c_codecs\nencode\n}(" + nested + b"K\x01ub."):
+        with pytest.raises(pickle.UnpicklingError, match="tuple for a key"):
+            load_plain_pickle(b"\x80\x04" + data)
+
+
+def test_a_pickle_cannot_make_addresses_of_numbers():
+    """A structured kind that says it holds objects, but not that they are counted: its data would be taken for them."""
+    kind = (b"cnumpy\ndtype\n(X\x02\x00\x00\x00V8K\x00K\x01tR(K\x03X\x01\x00\x00\x00|NX\x01\x00\x00\x00a\x85}"
+            b"X\x01\x00\x00\x00acnumpy\ndtype\n(X\x02\x00\x00\x00O8K\x00K\x01tRK\x00\x86sK\x08K\x01K\x00tb")
+    scalar = b"cnumpy.core.multiarray\nscalar\n" + kind + b"C\x08AAAAAAAA\x86R"
+    objects = np.array([None], dtype=object)
+    of_other_size = pickle.dumps(objects, protocol=2).replace(b"K\x01\x85", b"K\x7f\x85", 1)
+    for data in (b"\x80\x03}" + scalar + b"K\x01s.", b"\x80\x03" + kind + b".",
+                 b"\x80\x03" + kind.replace(b"V8", b"i8") + b".", of_other_size,
+                 pickle.dumps(np.arange(3), protocol=2).replace(b"i8", b"O8")):
+        with pytest.raises(pickle.UnpicklingError):
+            load_plain_pickle(data)
 
 
 @given(data=st.binary(max_size=200), seed=st.integers(0, 10**6))
@@ -346,6 +455,13 @@ def test_a_file_of_bad_records_alone_takes_no_longer(tmp_path):
     ids_of(tmp_path, tmp_path / "in", skip_bad_records=True)
     stats = json.loads((tmp_path / "out.stats.json").read_text())
     assert stats["outputs"]["text"]["dropped"] == {"not protein": 100_000}
+
+
+def test_a_long_record_in_small_chunks_is_searched_once(monkeypatch):
+    monkeypatch.setattr(streams, "BLOCK_BYTES", 1 << 10)
+    begun = time.monotonic()
+    assert [len(block) for block in streams.cut([b"A" * 64] * 100_000 + [b"\nMK\n"], b"\n", "in")] == [6_400_001, 3]
+    assert time.monotonic() - begun < 2  # searched anew with each chunk, it takes a minute
 
 
 def test_a_record_without_end_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron.data.indexed import DataError
 from megatron.data.readers.block import Block, Texts
 from megatron.data.readers.parquet import PARQUET_MAGIC, parquet_blocks, parse_parquet
-from megatron.data.readers.streams import GZIP_MAGIC, ZSTD_MAGIC, InputStream, unpacked
+from megatron.data.readers.streams import GZIP_MAGIC, ZSTD_MAGICS, InputStream, unpacked
 from megatron.data.readers.tape_lmdb import LMDB_MAGIC, LMDB_MAGIC_OFFSET, lmdb_blocks, parse_lmdb
 from megatron.data.readers.text import (
     parse_fasta,
@@ -26,7 +26,7 @@ _PARSERS = {"json": parse_json, "fasta": parse_fasta, "strings": parse_strings, 
             "parquet": parse_parquet}
 _PLACES = {"json": place_in_json, "fasta": place_in_fasta, "strings": place_in_strings}
 _WITH_KEYS = ("json", "lmdb", "parquet")
-_BinaryReader = Callable[[str, str, Sequence[str]], Iterator[Block]]
+_BinaryReader = Callable[[str, str, Sequence[str], str | None], Iterator[Block]]
 
 
 class Source:
@@ -38,11 +38,14 @@ class Source:
         self._file = _file_of(path)
         self.size = 0 if path == "-" else os.path.getsize(self._file)
 
-    def blocks(self, keys: Sequence[str]) -> Iterator[Block]:
-        """The blocks of whole records, in order; raises DataError for what cannot be read."""
+    def blocks(self, keys: Sequence[str], name_key: str | None = None) -> Iterator[Block]:
+        """The blocks of whole records, in order; raises DataError for what cannot be read.
+
+        `keys` are those of the texts; `name_key`, if given, that of the name.
+        """
         kind = ""
-        for block in self._blocks(keys):
-            kind = kind or self._check_kind(block.kind, keys)
+        for block in self._blocks(keys, name_key):
+            kind = kind or self._check_kind(block.kind, keys, name_key)
             yield block
         if not kind:
             raise DataError(f"{self.path}: holds no record")
@@ -51,14 +54,14 @@ class Source:
         """Path, size and time of the last change: tells whether an input is still the same."""
         return self.path, self.size, os.stat(self._file).st_mtime_ns
 
-    def _blocks(self, keys: Sequence[str]) -> Iterator[Block]:
+    def _blocks(self, keys: Sequence[str], name_key: str | None) -> Iterator[Block]:
         if os.path.isdir(self.path):
             yield from lmdb_blocks(self.path, self.path)
             self.sha256 = file_sha256(self._file)
             return
         stream = InputStream(self._file)
         try:
-            is_packed = stream.peek(4).startswith((GZIP_MAGIC, ZSTD_MAGIC))
+            is_packed = stream.peek(4).startswith((GZIP_MAGIC, *ZSTD_MAGICS))
             chunks = unpacked(stream)
             head = next(chunks, b"")
             while len(head) < LMDB_MAGIC_OFFSET + 4 and (more := next(chunks, b"")):
@@ -67,26 +70,30 @@ class Source:
             if read_binary is None:
                 yield from text_blocks(stream, _chain(head, chunks))
                 self.sha256 = stream.sha256()
-            elif is_packed or self.path == "-":
-                yield from self._spooled(read_binary, _chain(head, chunks), keys)
+            elif is_packed or not os.path.isfile(self._file):
+                yield from self._spooled(read_binary, _chain(head, chunks), keys, name_key)
                 self.sha256 = stream.sha256()
             else:
-                yield from read_binary(self.path, self.path, keys)
+                yield from read_binary(self.path, self.path, keys, name_key)
                 self.sha256 = file_sha256(self._file)
         finally:
             stream.close()
 
-    def _spooled(self, read_binary: _BinaryReader, chunks: Iterable[bytes], keys: Sequence[str]) -> Iterator[Block]:
+    def _spooled(self, read_binary: _BinaryReader, chunks: Iterable[bytes], keys: Sequence[str],
+                 name_key: str | None) -> Iterator[Block]:
         """The blocks of a file that must be random-accessible, unpacked into a temporary one."""
         with tempfile.NamedTemporaryFile() as file:
             for chunk in chunks:
                 file.write(chunk)
             file.flush()
-            yield from read_binary(self.path, file.name, keys)
+            yield from read_binary(self.path, file.name, keys, name_key)
 
-    def _check_kind(self, kind: str, keys: Sequence[str]) -> str:
+    def _check_kind(self, kind: str, keys: Sequence[str], name_key: str | None) -> str:
         if len(keys) > 1 and kind not in _WITH_KEYS:
             raise DataError(f"{self.path}: is {kind} with one text a record, but --json-keys names {len(keys)}")
+        if name_key and kind not in (*_WITH_KEYS, "fasta"):
+            raise DataError(f"{self.path}: is {kind}, one protein a line without a name; --names needs FASTA, JSON, "
+                            "LMDB or Parquet")
         return kind
 
 
@@ -139,7 +146,7 @@ def _binary_reader(head: bytes) -> _BinaryReader | None:
     if head.startswith(PARQUET_MAGIC):
         return parquet_blocks
     if head.startswith(LMDB_MAGIC, LMDB_MAGIC_OFFSET):
-        return lambda source, path, keys: lmdb_blocks(source, path)
+        return lambda source, path, keys, name_key: lmdb_blocks(source, path)
     return None
 
 

@@ -12,7 +12,7 @@ from megatron.data.indexed import DataError
 from megatron.data.readers.block import BLOCK_BYTES, MAX_RECORD_BYTES
 
 GZIP_MAGIC = b"\x1f\x8b"
-ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+ZSTD_MAGICS = (b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18")  # a frame; one to skip, with which pzstd begins
 _OTHER_MAGICS = {b"\xfd7zXZ\x00": "xz", b"BZh": "bzip2", b"PK\x03\x04": "zip", b"7z\xbc\xaf": "7z"}
 _CHUNK_BYTES = 1 << 20
 # Zstandard unpacks all of what it is fed, at most some 30,000 times as much: small bites bound the memory.
@@ -84,7 +84,7 @@ def unpacked(stream: InputStream) -> Iterator[bytes]:
             raise DataError(f"{stream.path}: is packed with {name}; plain, gzip and zstd can be read: unpack it first")
     if head.startswith(GZIP_MAGIC):
         return _gzip_chunks(stream)
-    if head.startswith(ZSTD_MAGIC):
+    if head.startswith(ZSTD_MAGICS):
         return _zstd_chunks(stream)
     return iter(lambda: stream.read(_CHUNK_BYTES), b"")
 
@@ -110,12 +110,14 @@ def cut(chunks: Iterable[bytes], separator: bytes, path: str) -> Iterator[bytes]
     Raises DataError for a record over MAX_RECORD_BYTES.
     """
     buffer = bytearray()
+    num_searched = 0  # so that the time for a long record does not grow with its square, however small the chunks
     for chunk in chunks:
         buffer += chunk
         while len(buffer) >= BLOCK_BYTES:
-            end = buffer.rfind(separator, 0, BLOCK_BYTES)
+            end = -1 if num_searched else buffer.rfind(separator, 0, BLOCK_BYTES)
             if end < 0:
-                end = buffer.find(separator, BLOCK_BYTES - len(separator))
+                end = buffer.find(separator, max(num_searched, BLOCK_BYTES) - len(separator))
+            num_searched = len(buffer) if end < 0 else 0
             if end < 0:
                 if len(buffer) > MAX_RECORD_BYTES:
                     raise DataError(f"{path}: a record of more than {MAX_RECORD_BYTES >> 20} MiB; proteins are far "

@@ -1,23 +1,18 @@
 """TAPE's LMDB folders: key `num_examples`, then `0`, `1`, …, each a pickled dict with the residues under `primary`.
 
-A damaged LMDB can crash whoever maps it, so a process of its own reads it. Its pickles build only plain containers,
-numbers, strings, bytes and NumPy arrays.
+A damaged LMDB can crash whoever maps it, so a process of its own reads it.
 """
 
-import io
 import multiprocessing
 import os
 import pickle
-from collections import OrderedDict
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from megatron.data.indexed import DataError
-from megatron.data.readers.block import BLOCK_BYTES, BadRecord, Block, Texts
+from megatron.data.readers.block import BLOCK_BYTES, MAX_RECORD_BYTES, BadRecord, Block, Texts
+from megatron.data.readers.plain_pickle import load_plain_pickle
 
 LMDB_MAGIC = b"\xde\xc0\xef\xbe"
 LMDB_MAGIC_OFFSET = 16
@@ -58,53 +53,6 @@ def parse_lmdb(block: Block, key: str) -> Texts:
     return parsed
 
 
-def load_plain_pickle(data: bytes) -> Any:
-    """What a pickle holds, if that is plain data; raises pickle.UnpicklingError for anything else or damage."""
-    try:
-        return _PlainUnpickler(io.BytesIO(data)).load()
-    except pickle.UnpicklingError:
-        raise
-    except Exception as error:  # damage can raise nearly anything here
-        raise pickle.UnpicklingError(f"{type(error).__name__}: {error}") from None
-
-
-class _PlainUnpickler(pickle._Unpickler):
-    """The unpickler in Python: that in C fills gigabytes of memory on a five-byte pickle (a huge memo index)."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _PLAIN[module.replace("numpy._core", "numpy.core").replace("__builtin__", "builtins"), name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not plain data") from None
-
-
-def _empty_array(subtype: str, shape: tuple[int, ...], kind: bytes) -> np.ndarray:
-    """The empty array that NumPy's pickles fill afterwards; they never ask for another one."""
-    return np.empty(0, dtype=np.int8)
-
-
-def _no_bytes() -> bytes:
-    """How pickles before protocol 3 spell empty bytes; with a number it would allocate them."""
-    return b""
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    """How pickles of protocol 2 spell bytes."""
-    return text.encode("latin-1")
-
-
-_PLAIN: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("builtins", "set"): set, ("builtins", "frozenset"): frozenset, ("builtins", "bytes"): _no_bytes,
-    ("_codecs", "encode"): _latin1,
-    # Only ever named as the kind of array to make; as a class it could be called.
-    ("numpy", "ndarray"): "ndarray",
-    ("numpy", "dtype"): np.dtype,
-    ("numpy.core.multiarray", "_reconstruct"): _empty_array,
-    ("numpy.core.multiarray", "scalar"): lambda dtype, data: np.frombuffer(data, dtype)[0],
-}
-
-
 def _text_of(value: bytes | None, key: str) -> bytes | BadRecord:
     if value is None:
         return BadRecord("missing record", "is missing; the LMDB is not whole")
@@ -116,7 +64,7 @@ def _text_of(value: bytes | None, key: str) -> bytes | BadRecord:
         return BadRecord("bad pickle", f"{type(record).__name__} where a dict belongs")
     name = "primary" if key == "text" and "text" not in record else key
     if name not in record:
-        found = ", ".join(map(repr, list(record)[:5])) or "nothing"
+        found = ", ".join(repr(other)[:40] for other in list(record)[:5]) or "nothing"
         return BadRecord("missing key", f"no key {name!r}; it has {found}. --json-keys names the key")
     text = record[name]
     if isinstance(text, str):
@@ -152,14 +100,22 @@ def _read_lmdb(path: str, sender: Connection) -> None:
         with (lmdb.open(path, subdir=os.path.isdir(path), readonly=True, lock=False, readahead=False) as environment,
               environment.begin() as transaction):
             num_records = load_plain_pickle(transaction.get(b"num_examples", b""))
-            if not isinstance(num_records, int) or not 0 <= num_records < environment.stat()["entries"]:
-                sender.send(f"is not TAPE's LMDB: it says {num_records!r} records and has "
-                            f"{environment.stat()['entries']} entries")
+            num_entries = environment.stat()["entries"]
+            if not isinstance(num_records, int) or not 0 <= num_records < num_entries:
+                sender.send(f"is not TAPE's LMDB: it says {repr(num_records)[:40]} records and has {num_entries} "
+                            "entries")
+                return
+            if transaction.get(str(num_records).encode()) is not None:
+                sender.send(f"its 'num_examples' says {num_records} records, but there are more; write it anew")
                 return
             batch: list[bytes | None] = []
             num_bytes = 0
             for index in range(num_records):
                 value = transaction.get(str(index).encode())
+                if len(value or b"") > MAX_RECORD_BYTES:
+                    sender.send(f"record {index + 1} is of more than {MAX_RECORD_BYTES >> 20} MiB; proteins are far "
+                                "shorter: is this file what it should be?")
+                    return
                 batch.append(value)
                 num_bytes += len(value or b"")
                 if num_bytes > BLOCK_BYTES or len(batch) == _BATCH_RECORDS:

@@ -30,7 +30,7 @@ def text_blocks(stream: InputStream, chunks: Iterator[bytes]) -> Iterator[Block]
 
 def parse_json(block: Block, key: str) -> Texts:
     """The string under `key` of each line's object."""
-    loads = _json_loads()
+    loads = json_loads()
     lines = block.records.split(b"\n")
     parsed = Texts([])
     texts = parsed.texts
@@ -63,6 +63,15 @@ def parse_strings(block: Block, key: str) -> Texts:
     return Texts(texts, num_blank_lines=len(lines) - (not lines[-1]) - len(texts))
 
 
+def json_loads() -> Callable[[bytes], Any]:
+    """The fastest strict parser that is installed; it raises ValueError for what is no JSON."""
+    try:
+        import orjson
+        return orjson.loads
+    except ImportError:
+        return lambda line: json.loads(line.decode())
+
+
 def place_in_json(block: Block, index: int, offset: int) -> str:
     """Line of the file, and column in the text, of a byte in the text of a record."""
     return f"line {_line_of(block, index)}, column {offset + 1} of the text"
@@ -87,14 +96,6 @@ def _line_of(block: Block, index: int) -> int:
     return next(number for place, number in enumerate(filled) if place == index)
 
 
-def _json_loads() -> Callable[[bytes], Any]:
-    try:
-        import orjson
-        return orjson.loads
-    except ImportError:
-        return lambda line: json.loads(line.decode())
-
-
 def _explain_json(line: bytes, key: str) -> bytes | BadRecord:
     """The text after all, if only its characters are odd; else what is wrong."""
     try:
@@ -106,7 +107,7 @@ def _explain_json(line: bytes, key: str) -> bytes | BadRecord:
     if not isinstance(value, dict):
         return BadRecord("bad JSON", f"{type(value).__name__} where a JSON object belongs")
     if key not in value:
-        found = ", ".join(map(repr, list(value)[:5])) or "nothing"
+        found = ", ".join(repr(other)[:40] for other in list(value)[:5]) or "nothing"
         return BadRecord("missing key", f"no key {key!r}; it has {found}. --json-keys names the keys")
     if not isinstance(value[key], str):
         kind = type(value[key]).__name__
