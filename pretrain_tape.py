@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from megatron.config import UserError
 from megatron.flags import listing, parse
 from megatron.log import Log
-from megatron.parallel.mesh import joined, launched_rank
+from megatron.parallel.layout import check_layout
+from megatron.parallel.mesh import joined, launched_rank, launched_size
 from megatron.train.build import build
 from megatron.train.loop import train
 
@@ -19,13 +20,14 @@ def main(argv: Sequence[str]) -> int:
     """Run the program on `argv`; returns the exit status."""
     try:
         config, always_so = parse(argv)
+        check_layout(config, launched_size())
     except UserError as error:
         if launched_rank() == 0:  # the other ranks have the same flags
             print(f"error: {error}", file=sys.stderr)
         return 2
     try:
         with joined(config.parallel) as mesh:
-            log = Log(is_speaker=mesh.rank == 0)
+            log = Log(is_speaker=mesh.world.rank == 0)
             log.line(listing(config, always_so))
             train(build(config, mesh, log))
     except UserError as error:

@@ -4,6 +4,11 @@
 #
 #     bash examples/pretrain_tape_distributed.sh [any flag of pretrain_tape.py]
 #
+# A model too large for one GPU is split over neighbouring processes, which then see the same rows (tensor parallel):
+#
+#     --tensor-model-parallel-size 2    each layer over 2 of them; a divisor of the number of heads, on one machine
+#     --sequence-parallel               with it: less memory, as much communication
+#
 # On several machines, run it on each with the same MASTER_ADDR and with its own NODE_RANK:
 #
 #     NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 bash examples/pretrain_tape_distributed.sh        (the other: NODE_RANK=1)

@@ -61,6 +61,8 @@ class ModelConfig:
     checkpoint_activations: bool = flag(False, "recompute each block's activations in the backward pass",
                                         aliases=("--recompute-activations",))
     checkpoint_num_layers: int = flag(1, "blocks between two checkpointed activations", kind=int, check=positive)
+    distribute_checkpointed_activations: bool = flag(
+        False, "share checkpointed activations out among the tensor-parallel ranks")
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,8 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = flag(1, "ranks that share each layer", kind=int, check=positive,
                                            aliases=("--model-parallel-size",))
+    sequence_parallel: bool = flag(False, "share the tokens of LayerNorms, dropouts and residuals out among the "
+                                   "tensor-parallel ranks")
     pipeline_model_parallel_size: int = flag(1, "ranks that share the depth", kind=int, check=positive)
     distributed_backend: str = flag(None, "collectives (default: nccl on GPUs, gloo on CPUs)",
                                     choices=("nccl", "gloo"))

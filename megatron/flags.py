@@ -45,7 +45,6 @@ REFUSED = {
     "--lazy-mpu-init": "the program joins the process group itself",
     "--warmup": "use --lr-warmup-fraction",
     "--num-layers-per-virtual-pipeline-stage": "pipeline parallelism is not there yet",
-    "--distribute-checkpointed-activations": "tensor parallelism is not there yet",
 }
 
 
@@ -192,11 +191,10 @@ def _check_combinations(config: Config) -> None:
          "--override-lr-scheduler and --use-checkpoint-lr-scheduler exclude each other; give one"),
         (data.mask_token_prob + data.mask_random_prob > 1,
          f"--mask-token-prob {data.mask_token_prob} and --mask-random-prob {data.mask_random_prob} sum to more than 1"),
+        (config.parallel.pipeline_model_parallel_size > 1,
+         f"--pipeline-model-parallel-size is {config.parallel.pipeline_model_parallel_size}; pipeline parallelism is "
+         "not there yet, so it must be 1"),
     ]
-    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-        size = getattr(config.parallel, name)
-        wrong.append((size > 1, f"--{name.replace('_', '-')} is {size}; only data parallelism is there yet, so it must "
-                                "be 1"))
     for is_wrong, message in wrong:
         if is_wrong:
             raise ConfigError(message)

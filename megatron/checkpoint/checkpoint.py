@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron.checkpoint.files import new_folder, write_json, write_text
 from megatron.config import UserError
+from megatron.parallel.sharding import placement_of
 
 VERSION = 1
 LATEST = "latest_checkpointed_iteration.txt"
@@ -33,7 +34,10 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What one checkpoint holds; `optimizer` is None where it was not saved or not asked for. Loaded tensors: CPU."""
+    """What one checkpoint holds: every tensor whole, those that were loaded on the CPU.
+
+    `optimizer` is None where it was not saved or not asked for.
+    """
 
     iteration: int
     model: Mapping[str, Tensor]
@@ -84,17 +88,22 @@ def load(folder: str, with_optimizer: bool = True) -> Checkpoint | None:
 
 
 def load_model(model: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copy `tensors` into the parameters of the same names; raises CheckpointError naming what does not fit."""
+    """Copy whole `tensors`, or this rank's part of them, into the parameters of the same names.
+
+    Raises CheckpointError naming what does not fit.
+    """
     parameters = dict(model.named_parameters())
     for name in sorted(parameters.keys() ^ tensors.keys()):
         where = "the model" if name in tensors else source
         raise CheckpointError(f"{source}: parameter {name} is not in {where}; give the model flags of that checkpoint")
     for name, parameter in parameters.items():
-        if parameter.shape != tensors[name].shape:
-            raise CheckpointError(f"{source}: {name} is {list(tensors[name].shape)} there and {list(parameter.shape)} "
-                                  "here; give the model flags of that checkpoint")
+        placement, whole = placement_of(parameter), tensors[name]
+        expected = placement.whole_shape(parameter)
+        if whole.shape != expected:
+            raise CheckpointError(f"{source}: {name} is {list(whole.shape)} there and {list(expected)} here; give the "
+                                  "model flags of that checkpoint")
         with torch.no_grad():
-            parameter.copy_(tensors[name])
+            parameter.copy_(placement.cut(whole, parameter))
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,34 +1,26 @@
-"""From token ids to the residual stream. Shapes: t tokens, h hidden, v vocabulary (padded)."""
+"""From token ids to the residual stream. Shapes: t tokens, u tokens of the stream on this rank, h hidden."""
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from megatron.config import ModelConfig
+from megatron.parallel.layers import Table
+from megatron.parallel.stream import Stream
+from megatron.parallel.vocabulary import VocabularyParallelTable
 
 
 class Embedding(nn.Module):
     """The sum of a word and a learned position embedding, with dropout."""
 
-    def __init__(self, config: ModelConfig, padded_vocab_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, padded_vocab_size: int, dtype: torch.dtype, stream: Stream) -> None:
         super().__init__()
-        self.word_embeddings = Table(padded_vocab_size, config.hidden_size)
-        self.position_embeddings = Table(config.max_position_embeddings, config.hidden_size)
+        self.stream = stream
+        self.word_embeddings = VocabularyParallelTable(padded_vocab_size, config.hidden_size,
+                                                       config.make_vocab_size_divisible_by, stream)
+        self.position_embeddings = Table(config.max_position_embeddings, config.hidden_size, stream)
         self.dropout, self.dtype = config.hidden_dropout, dtype
 
     def forward(self, tokens_t: Tensor, positions_t: Tensor) -> Tensor:
-        """[t, h] from token ids and from positions that restart at 0 with each protein."""
-        hidden_th = self.word_embeddings(tokens_t) + self.position_embeddings(positions_t)
-        return F.dropout(hidden_th.to(self.dtype), self.dropout, self.training)
-
-
-class Table(nn.Module):
-    """A row of `weight` [num_rows, h] for each id."""
-
-    def __init__(self, num_rows: int, hidden_size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_rows, hidden_size))
-
-    def forward(self, ids_t: Tensor) -> Tensor:
-        """[t, h]."""
-        return F.embedding(ids_t, self.weight)
+        """[u, h] from token ids and from positions that restart at 0 with each protein."""
+        hidden_uh = self.word_embeddings(tokens_t) + self.position_embeddings(self.stream.tokens(positions_t))
+        return self.stream.dropout(hidden_uh.to(self.dtype), self.dropout, self.training)

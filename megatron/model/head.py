@@ -1,23 +1,27 @@
-"""From hidden states to logits over the vocabulary. Shapes: m tokens, h hidden, v vocabulary (padded)."""
+"""From hidden states to logits over the vocabulary. Shapes: m tokens, h hidden, r rows and v ids of this rank."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron.config import ModelConfig
 from megatron.parallel.layers import LayerNorm, Linear
+from megatron.parallel.stream import ONE_RANK, Stream
+from megatron.parallel.vocabulary import vocabulary_logits, vocabulary_parameter
 
 
 class MaskedLMHead(nn.Module):
-    """Dense, exact GeLU, LayerNorm, then the word embedding's transpose (tied) and a bias, as in BERT."""
+    """Dense, exact GeLU, LayerNorm, then the word embedding's transpose (tied) and a bias, as in BERT.
 
-    def __init__(self, config: ModelConfig, padded_vocab_size: int) -> None:
+    Up to the LayerNorm every tensor rank computes alike; the vocabulary is split.
+    """
+
+    def __init__(self, config: ModelConfig, padded_vocab_size: int, stream: Stream) -> None:
         super().__init__()
         self.dense = Linear(config.hidden_size, config.hidden_size)
-        self.layernorm = LayerNorm(config.hidden_size, config.layernorm_epsilon)
-        self.bias = nn.Parameter(torch.empty(padded_vocab_size))
+        self.layernorm = LayerNorm(config.hidden_size, config.layernorm_epsilon, ONE_RANK)
+        self.bias = vocabulary_parameter((padded_vocab_size,), config.make_vocab_size_divisible_by, stream.axis)
 
-    def forward(self, hidden_mh: Tensor, word_embeddings_vh: Tensor) -> Tensor:
-        """Logits [m, v]."""
+    def forward(self, hidden_mh: Tensor, word_embeddings_rh: Tensor) -> Tensor:
+        """Logits [m, v]; every rank gives the same hidden states."""
         hidden_mh = self.layernorm(F.gelu(self.dense(hidden_mh)))
-        return F.linear(hidden_mh, word_embeddings_vh.to(hidden_mh.dtype), self.bias.to(hidden_mh.dtype))
+        return vocabulary_logits(hidden_mh, word_embeddings_rh, self.bias)

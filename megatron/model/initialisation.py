@@ -10,6 +10,7 @@ from torch import nn
 
 from megatron.config import ModelConfig
 from megatron.parallel.randomness import seed_for
+from megatron.parallel.sharding import placement_of
 
 _RESIDUAL_OUTPUTS = ("attention.dense.weight", "mlp.dense_4h_to_h.weight")
 
@@ -26,4 +27,6 @@ def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
             std /= math.sqrt(2 * config.num_layers)
         generator = torch.Generator().manual_seed(seed_for(seed, "weight", name))
         # Drawn on the CPU, so that a GPU run starts from the same weights.
-        parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+        placement = placement_of(parameter)
+        whole = torch.empty(placement.whole_shape(parameter)).normal_(0.0, std, generator=generator)
+        parameter.copy_(placement.cut(whole, parameter))

@@ -1,50 +1,58 @@
 """One transformer block on flat packed tokens, and the stack of them.
 
-Shapes: t tokens, h hidden, n heads, d head width, f feed-forward width. Arithmetic as in Megatron-LM v2:
-LayerNorm before each half, rows of the fused projection grouped by head as query, key, value.
+Shapes: t tokens, u tokens of the residual stream on this rank (t, or fewer with sequence parallelism), h hidden, n
+heads of this rank, d head width. Arithmetic as in Megatron-LM v2: LayerNorm before each half, rows of the fused
+projection grouped by head as query, key, value: so a slice of its rows is the projection of some heads.
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from megatron.config import ModelConfig
 from megatron.kernels.attention import Boundaries, packed_attention
-from megatron.parallel.layers import LayerNorm, Linear
+from megatron.parallel.layers import ColumnParallelLinear, LayerNorm, RowParallelLinear
+from megatron.parallel.mesh import Axis
+from megatron.parallel.randomness import distinct_randomness
+from megatron.parallel.recomputation import recomputed
+from megatron.parallel.stream import Stream
 
 
 class Attention(nn.Module):
-    """Self-attention inside each protein: [t, h] to [t, h]."""
+    """Self-attention inside each protein, the heads split over the tensor axis: [u, h] to [u, h]."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, stream: Stream) -> None:
         super().__init__()
-        self.num_heads, self.head_width = config.num_attention_heads, config.kv_channels
-        self.dropout = config.attention_dropout
-        width = self.num_heads * self.head_width
-        self.query_key_value = Linear(config.hidden_size, 3 * width)
-        self.dense = Linear(width, config.hidden_size)
+        self.axis, self.dropout = stream.axis, config.attention_dropout
+        self.num_heads, self.head_width = config.num_attention_heads // stream.axis.size, config.kv_channels
+        width = config.num_attention_heads * config.kv_channels
+        self.query_key_value = ColumnParallelLinear(config.hidden_size, 3 * width, stream)
+        self.dense = RowParallelLinear(width, config.hidden_size, stream)
 
-    def forward(self, hidden_th: Tensor, boundaries: Boundaries) -> Tensor:
-        """[t, h]."""
-        qkv = self.query_key_value(hidden_th).view(-1, self.num_heads, 3, self.head_width)
+    def forward(self, hidden_uh: Tensor, boundaries: Boundaries) -> Tensor:
+        """[u, h]."""
         # The projection's rows are [n, 3, d]; the kernel wants [t, n, 3, d]: the same memory.
-        context_tnd = packed_attention(qkv, boundaries, self.dropout if self.training else 0.0)
+        qkv_tn3d = self.query_key_value(hidden_uh).view(-1, self.num_heads, 3, self.head_width)
+        dropout = self.dropout if self.training else 0.0
+        with distinct_randomness(self.axis, dropout, hidden_uh.device):
+            context_tnd = packed_attention(qkv_tn3d, boundaries, dropout)
         return self.dense(context_tnd.flatten(1))
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with a GeLU between: [t, h] to [t, h]."""
+    """Two linear layers with a GeLU between, its width split over the tensor axis: [u, h] to [u, h]."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, stream: Stream) -> None:
         super().__init__()
-        self.dense_h_to_4h = Linear(config.hidden_size, config.ffn_hidden_size)
-        self.dense_4h_to_h = Linear(config.ffn_hidden_size, config.hidden_size)
+        self.dense_h_to_4h = ColumnParallelLinear(config.hidden_size, config.ffn_hidden_size, stream)
+        self.dense_4h_to_h = RowParallelLinear(config.ffn_hidden_size, config.hidden_size, stream)
         self.gelu_form = "tanh" if config.bias_gelu_fusion or config.openai_gelu else "none"
 
-    def forward(self, hidden_th: Tensor) -> Tensor:
-        """[t, h]."""
-        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden_th), approximate=self.gelu_form))
+    def forward(self, hidden_uh: Tensor) -> Tensor:
+        """[u, h]."""
+        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden_uh), approximate=self.gelu_form))
 
 
 class Block(nn.Module):
@@ -53,51 +61,52 @@ class Block(nn.Module):
     The residual stream keeps the dtype in which it comes; the two branches compute in `dtype`.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, stream: Stream) -> None:
         super().__init__()
-        self.input_layernorm = LayerNorm(config.hidden_size, config.layernorm_epsilon)
-        self.attention = Attention(config)
-        self.post_attention_layernorm = LayerNorm(config.hidden_size, config.layernorm_epsilon)
-        self.mlp = FeedForward(config)
-        self.dropout, self.dtype = config.hidden_dropout, dtype
+        self.input_layernorm = LayerNorm(config.hidden_size, config.layernorm_epsilon, stream)
+        self.attention = Attention(config, stream)
+        self.post_attention_layernorm = LayerNorm(config.hidden_size, config.layernorm_epsilon, stream)
+        self.mlp = FeedForward(config, stream)
+        self.stream, self.dropout, self.dtype = stream, config.hidden_dropout, dtype
         self.residual_after_layernorm = config.apply_residual_connection_post_layernorm
 
-    def forward(self, hidden_th: Tensor, boundaries: Boundaries) -> Tensor:
-        """[t, h]."""
-        normed_th = self.input_layernorm(hidden_th)
-        residual_th = normed_th if self.residual_after_layernorm else hidden_th
-        hidden_th = self._add(residual_th, self.attention(normed_th.to(self.dtype), boundaries))
-        normed_th = self.post_attention_layernorm(hidden_th)
-        residual_th = normed_th if self.residual_after_layernorm else hidden_th
-        return self._add(residual_th, self.mlp(normed_th.to(self.dtype)))
+    def forward(self, hidden_uh: Tensor, boundaries: Boundaries) -> Tensor:
+        """[u, h]."""
+        normed_uh = self.input_layernorm(hidden_uh)
+        residual_uh = normed_uh if self.residual_after_layernorm else hidden_uh
+        hidden_uh = self._add(residual_uh, self.attention(normed_uh.to(self.dtype), boundaries))
+        normed_uh = self.post_attention_layernorm(hidden_uh)
+        residual_uh = normed_uh if self.residual_after_layernorm else hidden_uh
+        return self._add(residual_uh, self.mlp(normed_uh.to(self.dtype)))
 
-    def _add(self, residual_th: Tensor, branch_th: Tensor) -> Tensor:
-        return residual_th + F.dropout(branch_th, self.dropout, self.training)
+    def _add(self, residual_uh: Tensor, branch_uh: Tensor) -> Tensor:
+        return residual_uh + self.stream.dropout(branch_uh, self.dropout, self.training)
 
 
 class Transformer(nn.Module):
-    """The stack of blocks and the LayerNorm behind it: [t, h] to [t, h] in `dtype`."""
+    """The stack of blocks and the LayerNorm behind it: [u, h] to [u, h] in `dtype`."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, stream: Stream) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Block(config, dtype) for _ in range(config.num_layers))
-        self.final_layernorm = LayerNorm(config.hidden_size, config.layernorm_epsilon)
+        self.layers = nn.ModuleList(Block(config, dtype, stream) for _ in range(config.num_layers))
+        self.final_layernorm = LayerNorm(config.hidden_size, config.layernorm_epsilon, stream)
         self.dtype = dtype
         self.layers_a_checkpoint = config.checkpoint_num_layers if config.checkpoint_activations else None
+        self.kept_over = stream.axis if config.distribute_checkpointed_activations else Axis()
         self.has_dropout = config.attention_dropout > 0 or config.hidden_dropout > 0
 
-    def forward(self, hidden_th: Tensor, boundaries: Boundaries) -> Tensor:
-        """[t, h]."""
+    def forward(self, hidden_uh: Tensor, boundaries: Boundaries) -> Tensor:
+        """[u, h]."""
         step = self.layers_a_checkpoint if self.training and self.layers_a_checkpoint else None
         if step is None:
-            hidden_th = self._run(0, len(self.layers), hidden_th, boundaries)
+            hidden_uh = self._run(0, len(self.layers), boundaries, hidden_uh)
         else:
             for start in range(0, len(self.layers), step):
-                hidden_th = checkpoint(self._run, start, start + step, hidden_th, boundaries, use_reentrant=False,
-                                       preserve_rng_state=self.has_dropout)
-        return self.final_layernorm(hidden_th).to(self.dtype)
+                hidden_uh = recomputed(partial(self._run, start, start + step, boundaries), hidden_uh,
+                                       has_dropout=self.has_dropout, kept_over=self.kept_over)
+        return self.final_layernorm(hidden_uh).to(self.dtype)
 
-    def _run(self, start: int, stop: int, hidden_th: Tensor, boundaries: Boundaries) -> Tensor:
+    def _run(self, start: int, stop: int, boundaries: Boundaries, hidden_uh: Tensor) -> Tensor:
         for block in self.layers[start:stop]:
-            hidden_th = block(hidden_th, boundaries)
-        return hidden_th
+            hidden_uh = block(hidden_uh, boundaries)
+        return hidden_uh

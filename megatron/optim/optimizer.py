@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from megatron.config import ConfigError, OptimizerConfig
 from megatron.optim.scaling import LossScale
+from megatron.parallel.sharding import gradient_norm
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Optimizer:
         """Unscale and clip the gradients, update the parameters, clear the gradients, update `loss_scale`."""
         gradients = [p.grad for p in self.named_parameters.values() if p.grad is not None]
         scale = loss_scale.value
-        norm = torch.nn.utils.get_total_norm(gradients) / scale
+        norm = gradient_norm(self.named_parameters.values()) / scale
         is_finite = torch.isfinite(norm)
         # Megatron's clipping: by max_norm / (norm + 1e-6) where that is below 1.
         divisor = scale * torch.clamp((norm + 1e-6) / self._clip_grad, min=1.0) if self._clip_grad else scale
@@ -58,7 +59,7 @@ class Optimizer:
         return StepOutcome(norm, is_finite)
 
     def state(self) -> dict[str, Tensor]:
-        """Every state tensor under `KIND/PARAMETER`, e.g. `exp_avg/lm_head.bias`."""
+        """Every state tensor, of this rank, under `KIND/PARAMETER`, e.g. `exp_avg/lm_head.bias`."""
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.named_parameters.items()}
         state = {f"{kind}/{names[parameter]}": tensor for parameter, values in self.inner.state.items()
                  for kind, tensor in values.items() if isinstance(tensor, Tensor)}

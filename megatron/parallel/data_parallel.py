@@ -1,4 +1,4 @@
-"""Data parallelism by replication: every rank holds the whole model, gradients are summed over the data axis.
+"""Data parallelism by replication: gradients are summed over the data axis.
 
 Sums, not means: the loss is already divided by the number of targets in the *global* batch.
 """
@@ -14,12 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from megatron.parallel.collectives import all_reduce_sum
 from megatron.parallel.mesh import Axis
+from megatron.parallel.sharding import partial_gradients
 
 _BUCKET_ELEMENTS = 16 * 2**20  # 64 MiB of fp32: large enough for the network, small beside the model
 
 
 class DataParallel:
-    """A model whose gradients are summed over `axis`.
+    """A model whose gradients are summed over `axis`, and partial ones of the tensor axis over that.
 
     `implementation` "torch" sums while the last backward pass of a step runs (torch's DistributedDataParallel), "local"
     after it. Call the instance as the model itself.
@@ -45,16 +46,22 @@ class DataParallel:
     def finish(self) -> None:
         """Bring the gradients of a step to their sums, after its last backward pass."""
         if self._ddp is None and self._axis.size > 1:
-            for bucket in _buckets(parameter.grad for parameter in self._parameters):
-                flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
-                all_reduce_sum(flat, self._axis)
-                pieces = flat.split([gradient.numel() for gradient in bucket])
-                torch._foreach_copy_(bucket, [piece.view_as(g) for piece, g in zip(pieces, bucket, strict=True)])
+            _sum_over(self._axis, (parameter.grad for parameter in self._parameters))
+        for axis, gradients in partial_gradients(self._parameters).items():
+            _sum_over(axis, gradients)
 
 
 def _sum_bucket(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
     return work.get_future().then(lambda future: future.value()[0])
+
+
+def _sum_over(axis: Axis, gradients: Iterable[torch.Tensor | None]) -> None:
+    for bucket in _buckets(gradients):
+        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+        all_reduce_sum(flat, axis)
+        pieces = flat.split([gradient.numel() for gradient in bucket])
+        torch._foreach_copy_(bucket, [piece.view_as(g) for piece, g in zip(pieces, bucket, strict=True)])
 
 
 def _buckets(gradients: Iterable[torch.Tensor | None]) -> list[list[torch.Tensor]]:

@@ -2,11 +2,17 @@
 
 A parameter's initial values derive from the seed and its name, a micro-batch's dropout from the seed and its first
 sample. So a resumed run needs no saved generator state, and any layout starts from the same weights.
+
+The default generators stand alike on all ranks of a tensor axis: dropout of what these hold in common is the same.
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+
+from megatron.parallel.mesh import Axis
 
 
 def seed_for(seed: int, *purpose: str | int) -> int:
@@ -18,3 +24,20 @@ def seed_for(seed: int, *purpose: str | int) -> int:
 def seed_dropout(seed: int, first_sample: int) -> None:
     """Seed the default generators of all devices for the micro-batch that begins with `first_sample`."""
     torch.manual_seed(seed_for(seed, "dropout", first_sample))
+
+
+@contextmanager
+def distinct_randomness(axis: Axis, rate: float, device: torch.device) -> Iterator[None]:
+    """The context of dropout of `rate` on what is split over `axis`: other numbers on each rank.
+
+    The seed within comes from the default CPU generator, which is in step on all ranks of the axis. So it is another at
+    each place, and the same when `torch.utils.checkpoint`, which restores the default generators, computes it again.
+    Afterwards the default generators are in step again. On one rank, and for a rate of 0, this does nothing.
+    """
+    if axis.size == 1 or rate == 0:
+        yield
+        return
+    seed = seed_for(int(torch.randint(2**62, ())), axis.rank)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

@@ -16,6 +16,8 @@ from megatron.optim.optimizer import Optimizer
 from megatron.optim.scaling import LossScale
 from megatron.optim.schedule import Schedule, build_schedule
 from megatron.parallel.mesh import Mesh
+from megatron.parallel.sharding import parts, wholes
+from megatron.parallel.stream import Stream
 from megatron.train.state import BatchSizes, TrainState
 
 # Flags that change the arithmetic of a model without changing a parameter's shape.
@@ -43,11 +45,16 @@ class Run:
     state: TrainState
 
     def checkpoint(self) -> Checkpoint:
-        """What `resume` needs, as of now."""
+        """What `build` needs to go on, as of now; with tensors on rank 0 alone, to which its tensor axis gives them.
+
+        The tensor ranks of the first data rank call this together.
+        """
+        parameters, keep = dict(self.model.named_parameters()), self.mesh.world.rank == 0
         state = {"progress": asdict(self.state), "loss_scale": self.loss_scale.state(),
                  "schedule": _schedule_facts(self.schedule, self.config.schedule), "config": self.config.as_dict()}
-        optimizer = None if self.config.checkpoint.no_save_optim else self.optimizer.state()
-        return Checkpoint(self.state.iteration, dict(self.model.named_parameters()), optimizer, state)
+        moments = None if self.config.checkpoint.no_save_optim else self.optimizer.state()
+        optimizer = None if moments is None else wholes(moments, parameters, keep=keep)
+        return Checkpoint(self.state.iteration, wholes(parameters, parameters, keep=keep), optimizer, state)
 
 
 def build(config: Config, mesh: Mesh, log: Log) -> Run:
@@ -66,7 +73,8 @@ def build(config: Config, mesh: Mesh, log: Log) -> Run:
         if part is not None:
             log.line(part.describe())
     padded = vocab.padded_size(config.model.make_vocab_size_divisible_by)
-    model = ProteinModel(config.model, config.precision, padded)
+    stream = Stream(mesh.tensor, is_split=config.parallel.sequence_parallel)
+    model = ProteinModel(config.model, config.precision, padded, stream)
     if checkpoint is None:
         initialise(model, config.model, config.training.seed)
     else:
@@ -79,7 +87,7 @@ def build(config: Config, mesh: Mesh, log: Log) -> Run:
         state = TrainState(**checkpoint.state["progress"])
         loss_scale.load_state(checkpoint.state["loss_scale"])
         if checkpoint.optimizer is not None:
-            optimizer.load_state(dict(checkpoint.optimizer))
+            optimizer.load_state(parts(checkpoint.optimizer, optimizer.named_parameters))
         elif not config.checkpoint.no_load_optim:
             raise CheckpointError(f"the checkpoint in {config.checkpoint.load} holds no optimizer state; give "
                                   "--no-load-optim to start the optimizer afresh, or --finetune")

@@ -89,7 +89,7 @@ class Training:
         # arrived, so that no step waits for the device.
         agreed_before = self._stops
         self._stops = self._step(micro_batches, learning_rate, state.consumed_samples, self._requests.wants_stop())
-        is_stopping = bool(self._stops if run.mesh.data.size == 1 else agreed_before)
+        is_stopping = bool(self._stops if run.mesh.world.size == 1 else agreed_before)
         state.iteration += 1
         state.consumed_samples += rows
         is_end = state.iteration == self._num_iterations
@@ -108,7 +108,7 @@ class Training:
         scale = float(run.loss_scale.value)
         self._events.train(run.state.iteration, self._num_iterations, run.state.consumed_samples, reading,
                            learning_rate=learning_rate, global_batch_size=rows, loss_scale=scale,
-                           peak_flops=self._peak_flops * run.mesh.size)
+                           peak_flops=self._peak_flops * run.mesh.world.size)
         can_recover = run.loss_scale.is_dynamic and scale > run.config.precision.min_loss_scale
         if reading.num_skipped == reading.num_steps and not can_recover:
             raise DivergedError(f"the gradients of the last {reading.num_steps} steps up to iteration "
@@ -120,9 +120,11 @@ class Training:
         if config.save is None or self._saved_at == run.state.iteration:
             return
         self._saved_at = run.state.iteration
-        if run.mesh.rank == 0:
-            place = save(config.save, run.checkpoint(), config.keep_checkpoints)
-            run.log.line(f"  saved checkpoint {place}")
+        if run.mesh.data.rank == 0:
+            checkpoint = run.checkpoint()
+            if run.mesh.world.rank == 0:
+                place = save(config.save, checkpoint, config.keep_checkpoints)
+                run.log.line(f"  saved checkpoint {place}")
 
 
 def _is_due(interval: int | None, iteration: int) -> bool:

@@ -35,9 +35,10 @@ class TrainStep:
         """Train on this rank's micro-batches; returns how many ranks want to stop (an integer scalar)."""
         mesh, rows = self._mesh, self._config.training.micro_batch_size
         targets = [len(batch.target_ids_m) for batch in batches]
-        totals = torch.tensor([sum(targets), wants_stop], dtype=torch.int64)
-        if mesh.data.size > 1:  # one rank knows the sums already, and need not ask the device for them
-            totals = all_reduce_sum(totals.to(mesh.device, non_blocking=True), mesh.data)
+        # Tensor ranks have the same rows: the first of them counts.
+        totals = torch.tensor([sum(targets) if mesh.tensor.rank == 0 else 0, wants_stop], dtype=torch.int64)
+        if mesh.world.size > 1:  # one rank knows the sums already, and need not ask the device for them
+            totals = all_reduce_sum(totals.to(mesh.device, non_blocking=True), mesh.world)
         num_targets, num_stops = totals.unbind()
         scale = self._loss_scale.value
         for index, batch in enumerate(batches):

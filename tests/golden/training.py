@@ -3,14 +3,19 @@
 import gzip
 import json
 import os
+import socket
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from megatron.data.indexed_writer import write_indexed
 from megatron.data.vocab import Vocab
+from pretrain_tape import main
+from tests.ranks.launch import warm_processes
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 256 --micro-batch-size 2 "
@@ -48,7 +53,31 @@ def run_program(*flags: object, ranks: int = 1) -> tuple[int, str]:
     return process.returncode, output
 
 
-def losses(folder: Path, kind: str = "train") -> dict[int, float]:
-    """The loss at each iteration, as metrics.jsonl has it."""
+def run_on_ranks(*flags: object, ranks: int) -> list[int | None]:
+    """The exit status of each rank of a program that is started without the launcher, in processes that have torch."""
+    context = warm_processes()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    processes = [context.Process(target=_one_rank, args=(rank, ranks, port, [str(flag) for flag in flags]))
+                 for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        process.kill()
+    return [process.exitcode for process in processes]
+
+
+def _one_rank(rank: int, ranks: int, port: int, flags: list[str]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        status = main(flags)
+    sys.exit(status)
+
+
+def losses(folder: Path, kind: str = "train", name: str = "loss") -> dict[int, float]:
+    """The loss, or another of its numbers, at each iteration, as metrics.jsonl has it."""
     records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return {record["iteration"]: record["loss"] for record in records if record["kind"] == kind}
+    return {record["iteration"]: record[name] for record in records if record["kind"] == kind}

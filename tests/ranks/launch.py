@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ import torch.distributed as dist
 from megatron.parallel.mesh import Axis
 
 TIMEOUT_S = 60
+# What each process has when it starts: torch with what its optimizers and collectives import late, and for whole runs
+# the program with what its first rank imports late.
+PRELOADED = ["torch", "torch._dynamo", "torch.distributed.fsdp", "torch.utils.tensorboard", "matplotlib.pyplot",
+             "pretrain_tape"]
 
 
 def run_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any) -> list[Any]:
     """What `function(axis, *arguments)` returned on each rank, in their order; raises where a rank fails."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed"])
+    context = warm_processes()
     with tempfile.TemporaryDirectory() as folder:
         processes = [context.Process(target=_one_rank, args=(function, rank, num_ranks, folder, arguments))
                      for rank in range(num_ranks)]
@@ -32,6 +36,13 @@ def run_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any) -> 
             process.kill()
         assert codes == [0] * num_ranks, f"exit codes of the ranks: {codes}"
         return [torch.load(Path(folder) / f"result-{rank}.pt", weights_only=True) for rank in range(num_ranks)]
+
+
+def warm_processes() -> ForkServerContext:
+    """Starts processes in a tenth of a second."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 def _one_rank(function: Callable[..., Any], rank: int, num_ranks: int, folder: str, arguments: tuple) -> None:

@@ -24,6 +24,7 @@ MEGATRON_FLAGS = """
 --local_rank --use-cpu-initialization --eval-iters --eval-interval --data-path --split --vocab-file --vocab
 --seq-length --encoder-seq-length --mask-prob --mmap-warmup --num-workers --tokenizer-type --data-impl --batch-size
 --no-bias-gelu-fusion --no-bias-dropout-fusion --scaled-masked-softmax-fusion --fp32-allreduce
+--distribute-checkpointed-activations --sequence-parallel
 """.split()
 
 
@@ -122,7 +123,7 @@ def test_foreign_flags_say_why(flag):
     ("--preset demo --rampup-batch-size 4 4 100", "--rampup-batch-size goes with --train-samples"),
     ("--preset demo --lr-warmup-iters 5", "--lr-warmup-fraction excludes"),
     ("--preset demo --min-lr 1", "--min-lr 1.0 is above --lr"),
-    ("--preset demo --tensor-model-parallel-size 2", "--tensor-model-parallel-size is 2"),
+    ("--preset demo --pipeline-model-parallel-size 2", "--pipeline-model-parallel-size is 2"),
     ("--preset demo --mask-token-prob 0.9 --mask-random-prob 0.2", "sum to more than 1"),
     ("--lr 1e-3", "--seq-length is missing"),
 ])

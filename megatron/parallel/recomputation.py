@@ -1,0 +1,39 @@
+"""Activations that are not kept but computed again in the backward pass (Chen et al., 2016, arXiv 1604.06174)."""
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from megatron.parallel.collectives import all_gather
+from megatron.parallel.mesh import Axis
+
+
+def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, *, has_dropout: bool, kept_over: Axis) -> Tensor:
+    """`function(x)`, of which only `x` is kept, and that shared out over the ranks of `kept_over`, which all have it.
+
+    Forward: no communication of its own. Backward: `x` is gathered and `function`, with its collectives, runs again,
+    with the same random numbers if `has_dropout`.
+    """
+    if kept_over.size == 1:
+        return checkpoint(function, x, use_reentrant=False, preserve_rng_state=has_dropout)
+    shape, at_hand = x.shape, [x]
+
+    def from_share(share: Tensor) -> Tensor:
+        return function(at_hand.pop() if at_hand else _gathered(share, shape, kept_over).requires_grad_())
+
+    return checkpoint(from_share, _share(x, kept_over), use_reentrant=False, preserve_rng_state=has_dropout)
+
+
+def _share(x: Tensor, axis: Axis) -> Tensor:
+    """This rank's part of the elements of `x`, as many on each rank."""
+    flat = x.detach().flatten()
+    size = -(-flat.numel() // axis.size)
+    mine = flat[axis.rank * size:(axis.rank + 1) * size]
+    return F.pad(mine, (0, size - mine.numel())).clone()
+
+
+def _gathered(share: Tensor, shape: tuple[int, ...], axis: Axis) -> Tensor:
+    return all_gather(share, axis)[:math.prod(shape)].view(shape)

@@ -1,0 +1,117 @@
+"""What each collective does forward and backward, and the random numbers of split and of whole tensors."""
+
+import pytest
+import torch
+from torch import nn
+
+from megatron.parallel.collectives import sum_gradients, sum_outputs, sum_to_slices
+from megatron.parallel.mesh import Axis
+from megatron.parallel.randomness import distinct_randomness
+from megatron.parallel.sharding import gradient_norm, parts, replicated_parameter, split_parameter, wholes
+from megatron.parallel.stream import Stream
+from tests.ranks.launch import run_ranks
+
+RANKS = 2
+CPU = torch.device("cpu")
+
+
+def forward_and_backward(axis, collective):
+    """The output for inputs 1, 2, … times the rank's number from 1, and the gradient for output gradients likewise."""
+    x = ((axis.rank + 1) * torch.arange(1., 5.)).requires_grad_()
+    y = collective(x * 1, axis)
+    output = y.detach().clone()
+    y.backward((axis.rank + 1) * torch.arange(1., 1 + len(y)))
+    return [output.tolist(), x.grad.tolist()]
+
+
+@pytest.mark.parametrize(("collective", "outputs", "gradients"), [
+    (sum_gradients, [[1, 2, 3, 4], [2, 4, 6, 8]], [[3, 6, 9, 12], [3, 6, 9, 12]]),
+    (sum_outputs, [[3, 6, 9, 12], [3, 6, 9, 12]], [[1, 2, 3, 4], [2, 4, 6, 8]]),
+    (sum_to_slices, [[3, 6], [9, 12]], [[1, 2, 2, 4], [1, 2, 2, 4]]),
+])
+def test_a_collective_does_what_its_docstring_says(collective, outputs, gradients):
+    results = run_ranks(forward_and_backward, RANKS, collective)
+    assert [output for output, _ in results] == outputs
+    assert [gradient for _, gradient in results] == gradients
+
+
+@pytest.mark.parametrize("collective", [sum_gradients, sum_outputs, sum_to_slices])
+def test_on_one_rank_a_collective_gives_back_its_input(collective):
+    x = torch.randn(4)
+    assert collective(x, Axis()) is x
+
+
+def picked_rows(axis):
+    stream, hidden = Stream(axis, is_split=True), torch.arange(12.).view(6, 2)
+    mine = stream.tokens(hidden).clone().requires_grad_()
+    rows = stream.pick(mine, torch.tensor([5, 0, 5]))
+    output = rows.detach().clone()
+    rows.backward(torch.ones(3, 2))
+    return [output.tolist(), mine.grad[:, 0].tolist()]
+
+
+def test_rows_are_picked_from_whichever_rank_has_them():
+    results = run_ranks(picked_rows, RANKS)
+    assert [rows for rows, _ in results] == [[[10, 11], [0, 1], [10, 11]]] * RANKS
+    assert [gradient for _, gradient in results] == [[1, 0, 0], [0, 0, 2]]
+
+
+def dropouts(axis):
+    """Masks of dropout on a split tensor, on one that is whole on all ranks, and on the same split one again."""
+    masks = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        for is_split in (True, False, True):
+            masks.append(Stream(axis, is_split).dropout(torch.ones(64), 0.5, is_training=True))
+    return masks
+
+
+def test_dropout_is_distinct_on_what_is_split_and_equal_on_what_is_whole():
+    first, second = run_ranks(dropouts, RANKS)
+    assert not torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+    assert not torch.equal(first[2], second[2])
+    assert not torch.equal(first[0], first[2])
+    for masks in (first, second):
+        assert all(torch.equal(*pair) for pair in zip(masks[:3], masks[3:], strict=True))
+
+
+def test_one_rank_draws_what_it_would_draw_without_the_context():
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    with distinct_randomness(Axis(), 0.1, CPU):
+        assert torch.equal(torch.rand(4), expected)
+
+
+def through_a_checkpoint(axis):
+    """The wholes of four parameters and of a scalar, on each rank, and whether their parts are what was there."""
+    whole = {"rows": torch.arange(12.).view(6, 2), "columns": torch.arange(8.).view(2, 4),
+             "padded": torch.arange(3.), "replicated": torch.arange(5.), "exp_avg/rows": torch.ones(6, 2),
+             "step/rows": torch.tensor(7.)}
+    parameters = {"rows": split_parameter((6, 2), 0, axis), "columns": split_parameter((2, 4), 1, axis),
+                  "padded": split_parameter((3,), 0, axis, local_size=4),
+                  "replicated": replicated_parameter((5,), axis, has_partial_gradient=False)}
+    local = parts(whole, parameters)
+    assert all(local[name].shape == parameter.shape for name, parameter in parameters.items())
+    again = wholes(local, parameters, keep=axis.rank == 0)
+    return [all(torch.equal(again[name], tensor) for name, tensor in whole.items()) if again else "nothing",
+            local["padded"].tolist()]
+
+
+def test_parts_become_the_same_wholes_again_on_the_rank_that_keeps_them():
+    assert run_ranks(through_a_checkpoint, RANKS) == [[True, [0, 1, 2, 0]], ["nothing", [0, 0, 0, 0]]]
+
+
+def norm_of_gradients(axis):
+    parameters = [split_parameter((4,), 0, axis), replicated_parameter((1,), axis, has_partial_gradient=False),
+                  nn.Parameter(torch.empty(2))]
+    wholes_of = [torch.tensor([1., 2., 3., 4.]), torch.tensor([5.]), torch.tensor([6., 7.])]
+    for parameter, gradient in zip(parameters, wholes_of, strict=True):
+        parameter.grad = parts({"a": gradient}, {"a": parameter})["a"]
+    return gradient_norm(parameters)
+
+
+def test_the_norm_counts_each_element_once():
+    assert norm_of_gradients(Axis()).item() == pytest.approx(140**0.5)
+    assert [norm.item() for norm in run_ranks(norm_of_gradients, RANKS)] == pytest.approx([140**0.5] * RANKS)

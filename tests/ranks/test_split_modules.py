@@ -1,0 +1,214 @@
+"""Each module that is split over the tensor axis against its one-rank twin, both living in one process."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron.config import ModelConfig, PrecisionConfig
+from megatron.kernels.attention import Boundaries
+from megatron.model.embedding import Embedding
+from megatron.model.protein_model import ProteinModel
+from megatron.model.transformer import Attention, Block, FeedForward
+from megatron.parallel.data_parallel import DataParallel
+from megatron.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.parallel.mesh import Axis
+from megatron.parallel.randomness import seed_for
+from megatron.parallel.sharding import Placement, gradient_norm, placement_of, wholes
+from megatron.parallel.stream import ONE_RANK, Stream
+from megatron.parallel.vocabulary import vocabulary_cross_entropy, vocabulary_logits, vocabulary_parameter
+from tests.ranks.launch import run_ranks
+
+CONFIG = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, ffn_hidden_size=64, kv_channels=8,
+                     max_position_embeddings=64, attention_dropout=0.0, hidden_dropout=0.0,
+                     make_vocab_size_divisible_by=8)
+VOCABULARY, TOKENS = 32, 24
+LENGTHS = (7, 1, 12, 4)
+LAYOUTS = [(2, False), (2, True), (4, False), (4, True)]
+# Relative to the norm of the tensor. In bf16 each of the few roundings is 2**-9, and sums over ranks add their own.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
+
+
+def fill(module):
+    """Random values by name, of which a split module gets its part."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            generator = torch.Generator().manual_seed(seed_for(1, name))
+            whole = torch.randn(placement_of(parameter).whole_shape(parameter), generator=generator) * 0.3
+            parameter.copy_(placement_of(parameter).cut(whole, parameter))
+    return module
+
+
+def bounds(lengths):
+    return Boundaries(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32), lengths)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(module, axis):
+    """The wholes of all gradients of a module, with those summed that each rank has a part of."""
+    DataParallel(module, Axis(), "local").finish()
+    named = dict(module.named_parameters())
+    return wholes({name: parameter.grad for name, parameter in named.items()}, named, keep=True)
+
+
+def on_stream(stream):
+    return Placement(stream.axis, 0, TOKENS) if stream.is_split else Placement()
+
+
+def layer_outcome(kind, stream, dtype):
+    """Output, input gradient and parameter gradients of one layer, as wholes."""
+    width = CONFIG.hidden_size
+    layer, before, after = {
+        "column": lambda: (ColumnParallelLinear(width, 48, stream), on_stream(stream), Placement(stream.axis, 1, 48)),
+        "row": lambda: (RowParallelLinear(width, 48, stream), Placement(stream.axis, 1, width), on_stream(stream)),
+        "attention": lambda: (Attention(CONFIG, stream), on_stream(stream), on_stream(stream)),
+        "feed-forward": lambda: (FeedForward(CONFIG, stream), on_stream(stream), on_stream(stream)),
+        "block": lambda: (Block(CONFIG, dtype, stream), on_stream(stream), on_stream(stream)),
+    }[kind]()
+    fill(layer)
+    whole = normal(TOKENS, width).to(dtype)
+    local = whole[:, :width // stream.axis.size] if before.dim == 1 else whole[:len(stream.tokens(whole))]
+    x = before.cut(whole, local).clone().requires_grad_()
+    y = layer(x, bounds(LENGTHS)) if kind in ("attention", "block") else layer(x)
+    out_gradient = normal(TOKENS, 48 if kind in ("column", "row") else width, seed=1).to(dtype)
+    y.backward(after.cut(out_gradient, y))
+    return {"output": after.gather(y.detach()), "input gradient": before.gather(x.grad),
+            **gradients(layer, stream.axis)}
+
+
+def embedding_outcome(stream, dtype):
+    embedding = fill(Embedding(CONFIG, VOCABULARY, dtype, stream))
+    ids = torch.randint(0, VOCABULARY, (TOKENS,), generator=torch.Generator().manual_seed(2))
+    y = embedding(ids, torch.arange(TOKENS))
+    y.backward(on_stream(stream).cut(normal(TOKENS, CONFIG.hidden_size).to(dtype), y))
+    return {"output": on_stream(stream).gather(y.detach()), **gradients(embedding, stream.axis)}
+
+
+def layers_and_twins(axis, is_split, dtype):
+    pairs = {}
+    for kind in ("column", "row", "attention", "feed-forward", "block"):
+        pairs[kind] = [layer_outcome(kind, stream, dtype) for stream in (Stream(axis, is_split), ONE_RANK)]
+    pairs["embedding"] = [embedding_outcome(stream, dtype) for stream in (Stream(axis, is_split), ONE_RANK)]
+    return pairs
+
+
+def assert_same(results, tolerance):
+    """Each rank's pairs of (ours, twin), by name: equal within `tolerance` of the twin's norm."""
+    for case, (ours, twin) in itertools.chain.from_iterable(pairs.items() for pairs in results):
+        assert ours.keys() == twin.keys()
+        for name, expected in twin.items():
+            assert ours[name].shape == expected.shape, (case, name)
+            error, norm = (ours[name].double() - expected.double()).norm(), expected.double().norm()
+            assert error <= tolerance * norm + 1e-7, f"{case}, {name}: off by {error}, its norm is {norm}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("ranks", "is_split"), LAYOUTS)
+def test_split_layers_equal_their_one_rank_twins(ranks, is_split, dtype):
+    assert_same(run_ranks(layers_and_twins, ranks, is_split, dtype), TOLERANCE[dtype])
+
+
+def head_outcome(axis, target_ids, multiple, dtype):
+    weight = vocabulary_parameter((VOCABULARY, 16), multiple, axis)
+    bias = vocabulary_parameter((VOCABULARY,), multiple, axis)
+    module = fill(torch.nn.ParameterDict({"weight": weight, "bias": bias}))
+    hidden = normal(len(target_ids), 16).to(dtype).requires_grad_()
+    logits = vocabulary_logits(hidden, module["weight"], module["bias"])
+    loss, num_correct = vocabulary_cross_entropy(logits.float(), target_ids, len(bias), axis)
+    (3 * loss).backward()
+    return {"loss": loss.detach(), "correct": num_correct, "input gradient": hidden.grad, **gradients(module, axis)}
+
+
+def heads_and_twins(axis, dtype):
+    """For rows on each rank a multiple of 8: a share for each of 4; of 24: 24 and 8; of 32: all on the first."""
+    targets = {"every shard": torch.arange(VOCABULARY), "the first": torch.tensor([3, 3, 5]),
+               "the last": torch.tensor([31]), "none": torch.tensor([], dtype=torch.int64)}
+    return {f"targets on {place}, rows by {multiple}": [head_outcome(axis, ids, multiple, dtype),
+                                                        head_outcome(Axis(), ids, VOCABULARY, dtype)]
+            for place, ids in targets.items() for multiple in (8, 24, 32)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_split_heads_loss_equals_its_twins_wherever_the_targets_lie(ranks, dtype):
+    assert_same(run_ranks(heads_and_twins, ranks, dtype), TOLERANCE[dtype])
+
+
+def likeliest_counts(axis):
+    logits = torch.tensor([[0., 5., 5., 1.], [2., 0., 0., 2.], [0., 0., 0., 9.], [1., 1., 1., 1.]])
+    mine = logits.chunk(axis.size, 1)[axis.rank] if axis.size > 1 else logits
+    return [vocabulary_cross_entropy(mine, torch.tensor(ids), mine.shape[1], axis)[1].item()
+            for ids in ([1, 0, 3, 0], [2, 3, 3, 1], [0, 0, 0, 0])]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_of_equal_logits_the_first_is_the_likeliest_as_on_one_rank(ranks):
+    assert likeliest_counts(Axis()) == [4, 1, 2]
+    assert run_ranks(likeliest_counts, ranks) == [[4, 1, 2]] * ranks
+
+
+def model_outcome(stream, lengths, targets, precision, config=CONFIG):
+    model = fill(ProteinModel(config, precision, VOCABULARY, stream))
+    generator = torch.Generator().manual_seed(4)
+    tokens = torch.randint(0, 31, (sum(lengths),), generator=generator)
+    positions = torch.cat([torch.empty(0, dtype=torch.int64), *map(torch.arange, lengths)])
+    ids = torch.randint(0, VOCABULARY, (len(targets),), generator=generator)
+    loss, num_correct = model(tokens, positions, bounds(lengths), targets, ids)
+    loss.backward()
+    return {"loss": loss.detach(), "correct": num_correct, **gradients(model, stream.axis),
+            "norm": gradient_norm(model.parameters())}
+
+
+# Proteins' lengths and the targets among the tokens: 25 tokens, fewer than ranks, no target, no token at all.
+BATCHES = (((7, 1, 12, 5), torch.arange(1, 25, 3)), ((1,), torch.tensor([0])), ((3,), torch.tensor([1])),
+           ((9,), torch.tensor([], dtype=torch.int64)), ((), torch.tensor([], dtype=torch.int64)))
+
+
+def models_and_twins(axis, is_split, precision):
+    return {str(lengths): [model_outcome(stream, lengths, targets, precision)
+                           for stream in (Stream(axis, is_split), ONE_RANK)] for lengths, targets in BATCHES}
+
+
+@pytest.mark.parametrize(("ranks", "is_split"), LAYOUTS)
+def test_the_split_models_loss_and_gradients_are_those_of_one_rank(ranks, is_split):
+    results = run_ranks(models_and_twins, ranks, is_split, PrecisionConfig())
+    assert_same(results, 1e-5)
+    # What every rank holds has the same gradient on each to the last bit: else the ranks would drift apart.
+    for other, (case, (first, _)) in itertools.product(results, results[0].items()):
+        assert all(torch.equal(other[case][0][name], gradient) for name, gradient in first.items()), case
+
+
+@pytest.mark.parametrize(("ranks", "is_split"), LAYOUTS)
+def test_the_split_model_in_bf16_is_as_near_to_fp32_as_one_rank_is(ranks, is_split):
+    exact = model_outcome(ONE_RANK, *BATCHES[0], PrecisionConfig())
+    for pairs in run_ranks(models_and_twins, ranks, is_split, PrecisionConfig(bf16=True)):
+        ours, twins = (distance(outcome, exact) for outcome in pairs[str(BATCHES[0][0])])
+        assert ours < 1.5 * twins
+
+
+def distance(outcome, exact):
+    named = [name for name in exact if name.endswith(("weight", "bias"))]
+    return torch.cat([(outcome[name] - exact[name]).flatten() for name in named]).norm()
+
+
+def recomputed_models(axis, is_split, config):
+    """The outcome with dropout: as it is, recomputed, and recomputed from shares of the activations."""
+    recomputing = replace(config, checkpoint_activations=True)
+    outcomes = []
+    for each in (config, recomputing, replace(recomputing, distribute_checkpointed_activations=True)):
+        torch.manual_seed(9)
+        outcomes.append(model_outcome(Stream(axis, is_split), *BATCHES[0], PrecisionConfig(), each))
+    return outcomes[:2] if is_split else outcomes
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize(("ranks", "is_split"), LAYOUTS)
+def test_recomputation_changes_no_bit_of_a_split_model(ranks, is_split, dropout):
+    config = replace(CONFIG, attention_dropout=dropout, hidden_dropout=dropout)
+    for first, *others in run_ranks(recomputed_models, ranks, is_split, config):
+        for other in others:
+            assert all(torch.equal(other[name], first[name]) for name in first)

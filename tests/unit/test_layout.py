@@ -1,0 +1,95 @@
+"""The grid of ranks: who talks to whom, which grids are refused, and the same weights in all of them."""
+
+import pytest
+import torch
+
+from megatron.config import ConfigError, ModelConfig, PrecisionConfig
+from megatron.flags import parse
+from megatron.model.initialisation import initialise
+from megatron.model.protein_model import ProteinModel
+from megatron.parallel.layout import check_layout
+from megatron.parallel.mesh import Axis, lines_along
+from megatron.parallel.sharding import placement_of
+from megatron.parallel.stream import Stream
+from pretrain_tape import main
+
+CONFIG = ModelConfig(num_layers=1, hidden_size=32, num_attention_heads=4, ffn_hidden_size=64, kv_channels=8,
+                     max_position_embeddings=16)
+
+
+def test_tensor_ranks_are_neighbours():
+    grid = {"data": 3, "tensor": 2}
+    assert lines_along(grid, "tensor") == [[0, 1], [2, 3], [4, 5]]
+    assert lines_along(grid, "data") == [[0, 2, 4], [1, 3, 5]]
+    assert lines_along({"pipeline": 2, "data": 2, "tensor": 2}, "pipeline") == [[0, 4], [1, 5], [2, 6], [3, 7]]
+
+
+@pytest.mark.parametrize(("flags", "ranks", "message"), [
+    ("--tensor-model-parallel-size 3", 3,
+     "--num-attention-heads 4 is not divisible by --tensor-model-parallel-size 3; the nearest size that can be is 2"),
+    ("--tensor-model-parallel-size 4 --ffn-hidden-size 6", 4,
+     "--ffn-hidden-size 6 is not divisible by --tensor-model-parallel-size 4; the nearest size that can be is 2"),
+    ("--tensor-model-parallel-size 2", 1,
+     "--tensor-model-parallel-size 2 does not divide the number of ranks, 1; start 2, or give "
+     "--tensor-model-parallel-size 1"),
+    ("--tensor-model-parallel-size 4", 6,
+     "--tensor-model-parallel-size 4 does not divide the number of ranks, 6; start 4 or 8, or give "
+     "--tensor-model-parallel-size 2"),
+    ("--sequence-parallel", 2, "--sequence-parallel shares the tokens out among tensor-parallel ranks, and "
+     "--tensor-model-parallel-size is 1; leave it out, or give 2 there"),
+    ("--distribute-checkpointed-activations --tensor-model-parallel-size 2", 2,
+     "--distribute-checkpointed-activations is about what --checkpoint-activations keeps; give both, or neither"),
+    ("--distribute-checkpointed-activations --checkpoint-activations", 2,
+     "--tensor-model-parallel-size is 1; leave it out"),
+    ("--distribute-checkpointed-activations --checkpoint-activations --tensor-model-parallel-size 2 "
+     "--sequence-parallel", 2, "has nothing to add to --sequence-parallel"),
+])
+def test_what_cannot_work_is_refused_with_the_nearest_that_can(flags, ranks, message):
+    config, _ = parse(f"--preset demo {flags}".split())
+    with pytest.raises(ConfigError) as caught:
+        check_layout(config, ranks)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("flags", "ranks"), [
+    ("", 1), ("", 3), ("--tensor-model-parallel-size 2", 6), ("--tensor-model-parallel-size 4 --sequence-parallel", 4)])
+def test_what_can_work_is_not_refused(flags, ranks):
+    check_layout(parse(f"--preset demo {flags}".split())[0], ranks)
+
+
+@pytest.mark.parametrize(("rank", "num_lines"), [(0, 1), (2, 0)])
+def test_every_rank_refuses_before_it_waits_for_the_others_and_one_says_why(monkeypatch, capsys, rank, num_lines):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", str(rank))
+    assert main("--preset demo --tensor-model-parallel-size 2".split()) == 2
+    assert capsys.readouterr().err.count("\n") == num_lines
+
+
+def local_models(size):
+    models = [ProteinModel(CONFIG, PrecisionConfig(), 128, Stream(Axis(rank, size))) for rank in range(size)]
+    for model in models:
+        initialise(model, CONFIG, seed=3)
+    return models
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_initial_weights_are_slices_of_the_same_wholes(size):
+    whole, = local_models(1)
+    ranks = local_models(size)
+    num_split = 0
+    for name, expected in whole.named_parameters():
+        locals_ = [model.get_parameter(name) for model in ranks]
+        dim = placement_of(locals_[0]).dim
+        num_split += dim is not None
+        together = locals_[0] if dim is None else torch.cat(locals_, dim).narrow(dim, 0, expected.shape[dim])
+        assert torch.equal(together, expected), name
+    assert num_split == 8  # two tables of the vocabulary, two weights and a bias of each half of the block
+
+
+@pytest.mark.parametrize(("size", "rows"), [(1, 128), (2, 128), (4, 128)])
+def test_each_rank_holds_a_multiple_of_128_rows_of_the_vocabulary_and_those_without_an_id_are_0(size, rows):
+    tables = [model.embedding.word_embeddings.weight for model in local_models(size)]
+    assert [len(table) for table in tables] == [rows] * size
+    assert all(table.count_nonzero() == 0 for table in tables[1:])
+    assert all(placement_of(table).whole_shape(table) == (128, 32) for table in tables)
