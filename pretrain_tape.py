@@ -4,6 +4,7 @@
 saved; with 2 and one line on a mistake of the user.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -37,4 +38,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_status = main(sys.argv[1:])
+    if launched_size() > 1:
+        # Everything is written and the group is left. What remains is the interpreter's end, in which a process group's
+        # threads were once seen to abort a rank of a finished run: leave without it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_status)
+    sys.exit(exit_status)

@@ -48,7 +48,7 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def gradients(module, axis):
+def gradients(module):
     """The wholes of all gradients of a module, with those summed that each rank has a part of."""
     DataParallel(module, Axis(), "local").finish()
     named = dict(module.named_parameters())
@@ -77,7 +77,7 @@ def layer_outcome(kind, stream, dtype):
     out_gradient = normal(TOKENS, 48 if kind in ("column", "row") else width, seed=1).to(dtype)
     y.backward(after.cut(out_gradient, y))
     return {"output": after.gather(y.detach()), "input gradient": before.gather(x.grad),
-            **gradients(layer, stream.axis)}
+            **gradients(layer)}
 
 
 def embedding_outcome(stream, dtype):
@@ -85,7 +85,7 @@ def embedding_outcome(stream, dtype):
     ids = torch.randint(0, VOCABULARY, (TOKENS,), generator=torch.Generator().manual_seed(2))
     y = embedding(ids, torch.arange(TOKENS))
     y.backward(on_stream(stream).cut(normal(TOKENS, CONFIG.hidden_size).to(dtype), y))
-    return {"output": on_stream(stream).gather(y.detach()), **gradients(embedding, stream.axis)}
+    return {"output": on_stream(stream).gather(y.detach()), **gradients(embedding)}
 
 
 def layers_and_twins(axis, is_split, dtype):
@@ -120,7 +120,7 @@ def head_outcome(axis, target_ids, multiple, dtype):
     logits = vocabulary_logits(hidden, module["weight"], module["bias"])
     loss, num_correct = vocabulary_cross_entropy(logits.float(), target_ids, len(bias), axis)
     (3 * loss).backward()
-    return {"loss": loss.detach(), "correct": num_correct, "input gradient": hidden.grad, **gradients(module, axis)}
+    return {"loss": loss.detach(), "correct": num_correct, "input gradient": hidden.grad, **gradients(module)}
 
 
 def heads_and_twins(axis, dtype):
@@ -159,7 +159,7 @@ def model_outcome(stream, lengths, targets, precision, config=CONFIG):
     ids = torch.randint(0, VOCABULARY, (len(targets),), generator=generator)
     loss, num_correct = model(tokens, positions, bounds(lengths), targets, ids)
     loss.backward()
-    return {"loss": loss.detach(), "correct": num_correct, **gradients(model, stream.axis),
+    return {"loss": loss.detach(), "correct": num_correct, **gradients(model),
             "norm": gradient_norm(model.parameters())}
 
 
