@@ -1,7 +1,7 @@
 """Pretrain a masked protein language model on packed proteins: `python pretrain_tape.py --help`.
 
 `examples/pretrain_tape.sh` shows a whole run. Exits with 0 at the end, or when a signal asked it to stop and it has
-saved; with 2 and one line on a mistake of the user.
+saved; with 2 and one line on a mistake of the user; with 1 where a rank failed, or lost the others.
 """
 
 import os
@@ -11,38 +11,44 @@ from collections.abc import Sequence
 from megatron.config import UserError
 from megatron.flags import listing, parse
 from megatron.log import Log
+from megatron.parallel.failure import report
+from megatron.parallel.launch import Launch, check_launch, launched
 from megatron.parallel.layout import check_layout
-from megatron.parallel.mesh import joined, launched_rank, launched_size
+from megatron.parallel.mesh import joined
 from megatron.train.build import build
 from megatron.train.loop import train
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the program on `argv`; returns the exit status."""
+    launch = Launch()
     try:
+        launch = launched()
         config, always_so = parse(argv)
-        check_layout(config, launched_size())
+        check_launch(launch)
+        check_layout(config, launch.size)
     except UserError as error:
-        if launched_rank() == 0:  # the other ranks have the same flags
+        if launch.speaks():  # the other ranks have the same flags
             print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        with joined(config.parallel) as mesh:
+        with joined(config.parallel, launch) as mesh:
             log = Log(is_speaker=mesh.world.rank == 0)
             log.line(listing(config, always_so))
             train(build(config, mesh, log))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report(error, launch)
+    except Exception as error:
+        if launch.size == 1:
+            raise
+        return report(error, launch)
     return 0
 
 
 if __name__ == "__main__":
     exit_status = main(sys.argv[1:])
-    if launched_size() > 1:
-        # Everything is written and the group is left. What remains is the interpreter's end, in which a process group's
-        # threads were once seen to abort a rank of a finished run: leave without it.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(exit_status)
-    sys.exit(exit_status)
+    # Everything is written and the group is left. What remains is the interpreter's end, in which a process group's
+    # threads were once seen to abort a rank of a finished run: leave without it.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_status)

@@ -22,6 +22,7 @@ from megatron.flags import parse  # noqa: E402
 from megatron.kernels.attention import Boundaries  # noqa: E402
 from megatron.model.flops import model_flops  # noqa: E402
 from megatron.model.initialisation import initialise  # noqa: E402
+from megatron.model.inputs import Inputs  # noqa: E402
 from megatron.model.protein_model import ProteinModel  # noqa: E402
 from megatron.optim.optimizer import Optimizer  # noqa: E402
 from megatron.optim.scaling import LossScale  # noqa: E402
@@ -38,15 +39,16 @@ def our_step(layers: int, hidden: int, precision: str, device: torch.device) -> 
     model = ProteinModel(config.model, config.precision, 128)
     initialise(model, config.model, seed=1)
     model.to(device)
-    optimizer = Optimizer(model.named_parameters(), config.optimizer)
+    optimizer = Optimizer(dict(model.named_parameters()), config.optimizer)
     scale = LossScale(config.precision, device)
     ends = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32, device=device)
     tokens = torch.randint(6, 31, (sum(LENGTHS),), device=device)
     positions = torch.cat([torch.arange(length) for length in LENGTHS]).to(device)
     targets = torch.arange(1, sum(LENGTHS), 7, device=device)
+    inputs = Inputs(tokens, positions, Boundaries(ends, LENGTHS), targets, tokens[targets])
 
     def step() -> None:
-        loss, _ = model(tokens, positions, Boundaries(ends, LENGTHS), targets, tokens[targets])
+        loss, _ = model(inputs)
         (loss / len(targets)).backward()
         optimizer.step(1e-4, scale)
 

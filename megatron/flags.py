@@ -44,7 +44,6 @@ REFUSED = {
     "--onnx-safe": "there is no ONNX export",
     "--lazy-mpu-init": "the program joins the process group itself",
     "--warmup": "use --lr-warmup-fraction",
-    "--num-layers-per-virtual-pipeline-stage": "pipeline parallelism is not there yet",
 }
 
 
@@ -60,6 +59,8 @@ def parse(argv: Sequence[str]) -> tuple[Config, tuple[str, ...]]:
     defaults = dict(PRESETS[preset]) if preset else {}
     if "fp16" in values or "bf16" in values:
         defaults.pop("bf16", None)
+    if "recompute_granularity" in values:
+        defaults.pop("checkpoint_activations", None)
     if "train_samples" in values:
         for name in ("train_iters", "lr_decay_iters"):
             defaults.pop(name, None)
@@ -163,12 +164,17 @@ def _with_derived(config: Config) -> Config:
                           f"{model.num_attention_heads}; choose a multiple, or give --kv-channels")
     model = replace(model, ffn_hidden_size=model.ffn_hidden_size or 4 * model.hidden_size,
                     kv_channels=model.kv_channels or model.hidden_size // model.num_attention_heads,
-                    max_position_embeddings=model.max_position_embeddings or data.seq_length)
-    return replace(config, model=model)
+                    max_position_embeddings=model.max_position_embeddings or data.seq_length,
+                    checkpoint_activations=model.checkpoint_activations or model.recompute_granularity == "full")
+    parallel = config.parallel
+    if parallel.use_distributed_optimizer and parallel.data_parallel_sharding == "none":
+        parallel = replace(parallel, data_parallel_sharding="optimizer")
+    return replace(config, model=model, parallel=parallel)
 
 
 def _check_combinations(config: Config) -> None:
     model, data, training, schedule = config.model, config.data, config.training, config.schedule
+    parallel = config.parallel
     by_samples = training.train_samples is not None
     wrong = [
         (model.max_position_embeddings < (data.seq_length or 0),
@@ -191,9 +197,11 @@ def _check_combinations(config: Config) -> None:
          "--override-lr-scheduler and --use-checkpoint-lr-scheduler exclude each other; give one"),
         (data.mask_token_prob + data.mask_random_prob > 1,
          f"--mask-token-prob {data.mask_token_prob} and --mask-random-prob {data.mask_random_prob} sum to more than 1"),
-        (config.parallel.pipeline_model_parallel_size > 1,
-         f"--pipeline-model-parallel-size is {config.parallel.pipeline_model_parallel_size}; pipeline parallelism is "
-         "not there yet, so it must be 1"),
+        (model.checkpoint_activations and model.recompute_granularity == "selective",
+         "--recompute-granularity selective and --checkpoint-activations exclude each other; give one"),
+        (parallel.use_distributed_optimizer and parallel.data_parallel_sharding in ("gradients", "parameters"),
+         f"--use-distributed-optimizer is --data-parallel-sharding optimizer, which is given as "
+         f"{parallel.data_parallel_sharding}; give one"),
     ]
     for is_wrong, message in wrong:
         if is_wrong:

@@ -10,7 +10,7 @@ Nothing here is a pickle: opening a checkpoint runs no code.
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What one checkpoint holds: every tensor whole, those that were loaded on the CPU.
+    """What one checkpoint holds: every tensor whole, and on the CPU.
 
     `optimizer` is None where it was not saved or not asked for.
     """
@@ -83,20 +83,21 @@ def load(folder: str, with_optimizer: bool = True) -> Checkpoint | None:
                               "iter_ folder that is")
     state = _read_state(place / "state.json")
     optimizer = place / "optimizer.safetensors"
-    return Checkpoint(iteration=int(text), model=_read_tensors(place / "model.safetensors"), state=state,
-                      optimizer=_read_tensors(optimizer) if with_optimizer and optimizer.exists() else None)
+    return Checkpoint(iteration=int(text), model=_Tensors(place / "model.safetensors"), state=state,
+                      optimizer=_Tensors(optimizer) if with_optimizer and optimizer.exists() else None)
 
 
-def load_model(model: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+def load_model(stages: Iterable[torch.nn.Module], tensors: Mapping[str, Tensor], source: str,
+               names: Collection[str]) -> None:
     """Copy whole `tensors`, or this rank's part of them, into the parameters of the same names.
 
-    Raises CheckpointError naming what does not fit.
+    `names`: those of the whole model's parameters, of which this rank's stages have some. Raises CheckpointError naming
+    what does not fit.
     """
-    parameters = dict(model.named_parameters())
-    for name in sorted(parameters.keys() ^ tensors.keys()):
+    for name in sorted(set(names) ^ tensors.keys()):
         where = "the model" if name in tensors else source
         raise CheckpointError(f"{source}: parameter {name} is not in {where}; give the model flags of that checkpoint")
-    for name, parameter in parameters.items():
+    for name, parameter in (named for stage in stages for named in stage.named_parameters()):
         placement, whole = placement_of(parameter), tensors[name]
         expected = placement.whole_shape(parameter)
         if whole.shape != expected:
@@ -122,12 +123,27 @@ def _read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: damaged or missing ({error}); load an older iteration") from error
+class _Tensors(Mapping[str, Tensor]):
+    """The tensors of a file, each read from the disk when it is asked for: a rank asks for its own alone."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file = safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: damaged or missing ({error}); load an older iteration") from error
+        self._names = dict.fromkeys(self._file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file.get_tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _prune(root: Path, keep: int) -> None:

@@ -24,3 +24,12 @@ class Embedding(nn.Module):
         """[u, h] from token ids and from positions that restart at 0 with each protein."""
         hidden_uh = self.word_embeddings(tokens_t) + self.position_embeddings(self.stream.tokens(positions_t))
         return self.stream.dropout(hidden_uh.to(self.dtype), self.dropout, self.training)
+
+
+class TiedEmbedding(nn.Module):
+    """The word embedding alone, where the last pipeline stage needs it for its logits."""
+
+    def __init__(self, config: ModelConfig, padded_vocab_size: int, stream: Stream) -> None:
+        super().__init__()
+        self.word_embeddings = VocabularyParallelTable(padded_vocab_size, config.hidden_size,
+                                                       config.make_vocab_size_divisible_by, stream)

@@ -19,9 +19,10 @@ class MaskedLMHead(nn.Module):
         super().__init__()
         self.dense = Linear(config.hidden_size, config.hidden_size)
         self.layernorm = LayerNorm(config.hidden_size, config.layernorm_epsilon, ONE_RANK)
+        self.num_ids, self.axis = padded_vocab_size, stream.axis
         self.bias = vocabulary_parameter((padded_vocab_size,), config.make_vocab_size_divisible_by, stream.axis)
 
     def forward(self, hidden_mh: Tensor, word_embeddings_rh: Tensor) -> Tensor:
         """Logits [m, v]; every rank gives the same hidden states."""
         hidden_mh = self.layernorm(F.gelu(self.dense(hidden_mh)))
-        return vocabulary_logits(hidden_mh, word_embeddings_rh, self.bias)
+        return vocabulary_logits(hidden_mh, word_embeddings_rh, self.bias, self.num_ids, self.axis)

@@ -1,17 +1,24 @@
-"""The masked language model: embedding, transformer, head, and its loss.
+"""The masked language model: embedding, transformer, head, and its loss; whole, or one pipeline stage of it.
 
-Shapes: t flat tokens of the packed proteins, u of them in the residual stream of this rank (all, but for sequence
-parallelism), m targets among them, h hidden, v vocabulary (padded) on this rank.
+Shapes: t flat tokens of the packed proteins on this context rank, u of them in the residual stream of this rank (all,
+but for sequence parallelism), m targets among them, h hidden, v vocabulary (padded) on this rank.
 """
+
+from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from megatron.config import ModelConfig, PrecisionConfig
 from megatron.kernels.attention import Boundaries
-from megatron.model.embedding import Embedding
+from megatron.model.embedding import Embedding, TiedEmbedding
 from megatron.model.head import MaskedLMHead
+from megatron.model.inputs import Inputs
+from megatron.model.stage import Stage, whole_model
 from megatron.model.transformer import Transformer
+from megatron.parallel.mesh import Axis
+from megatron.parallel.sharding import placement_of
 from megatron.parallel.stream import ONE_RANK, Stream
 from megatron.parallel.vocabulary import vocabulary_cross_entropy
 
@@ -20,52 +27,62 @@ class ProteinModel(nn.Module):
     """A BERT-like model that reads many proteins in one line of tokens.
 
     Parameters are fp32 and named as in Megatron-LM's checkpoints; activations are in the dtype of `precision`.
-    `padded_vocab_size` is that of one rank; `stream` says how layers and tokens are split over the tensor axis.
+    `padded_vocab_size` is that of one rank; `stream` says how layers and tokens are split over the context and tensor
+    axes. A `stage` that is not the whole model has those parameters alone that it needs, under the same names; the word
+    embedding, tied to the head, stands on the first and on the last, which are the two pipeline `ends`.
     """
 
     def __init__(self, config: ModelConfig, precision: PrecisionConfig, padded_vocab_size: int,
-                 stream: Stream = ONE_RANK) -> None:
+                 stream: Stream = ONE_RANK, stage: Stage | None = None, ends: Axis | None = None) -> None:
         super().__init__()
-        self.stream = stream
+        self.stream, self.stage = stream, stage or whole_model(config.num_layers)
         dtype = compute_dtype(precision)
-        stream_dtype = torch.float32 if config.fp32_residual_connection else dtype
-        self.embedding = Embedding(config, padded_vocab_size, stream_dtype, stream)
-        self.transformer = Transformer(config, dtype, stream)
-        self.lm_head = MaskedLMHead(config, padded_vocab_size, stream)
+        self.stream_dtype = torch.float32 if config.fp32_residual_connection else dtype
+        if self.stage.is_first:
+            self.embedding: Embedding | TiedEmbedding = Embedding(config, padded_vocab_size, self.stream_dtype, stream)
+        elif self.stage.is_last:
+            self.embedding = TiedEmbedding(config, padded_vocab_size, stream)
+        if ends is not None and hasattr(self, "embedding"):
+            weight = self.embedding.word_embeddings.weight
+            weight.placement = replace(placement_of(weight), ends=ends)  # type: ignore[attr-defined]
+        self.transformer = Transformer(config, dtype, stream, self.stage)
+        if self.stage.is_last:
+            self.lm_head = MaskedLMHead(config, padded_vocab_size, stream)
         self.loss_in_fp32 = not precision.fp16_lm_cross_entropy
+        self.hidden_size = config.hidden_size
 
-    def forward(self, tokens_t: Tensor, positions_t: Tensor, boundaries: Boundaries, target_positions_m: Tensor,
-                target_ids_m: Tensor) -> tuple[Tensor, Tensor]:
-        """The summed cross entropy of the targets (nats, fp32) and how many of them are the most likely token."""
-        hidden_uh = self.hidden(tokens_t, positions_t, boundaries)
-        logits_mv = self.logits(self.stream.pick(hidden_uh, target_positions_m))
+    def forward(self, inputs: Inputs, hidden_uh: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The hidden states [u, h] that the next stage takes as `hidden_uh`; of the last stage the loss.
+
+        That is the summed cross entropy of the targets (nats, fp32) and how many of them are the most likely token.
+        """
+        if self.stage.is_first:
+            hidden_uh = self.embedding(inputs.tokens_t, inputs.positions_t)
+        assert hidden_uh is not None, "a later stage takes hidden states"
+        hidden_uh = self.transformer(hidden_uh, inputs.boundaries)
+        if not self.stage.is_last:
+            return hidden_uh
+        logits_mv = self.logits(self.stream.pick(hidden_uh, inputs.target_positions_m))
         if self.loss_in_fp32:
             logits_mv = logits_mv.float()
-        return vocabulary_cross_entropy(logits_mv, target_ids_m, len(self.lm_head.bias), self.stream.axis)
+        return vocabulary_cross_entropy(logits_mv, inputs.target_ids_m, len(self.lm_head.bias), self.stream.axis)
 
     def hidden(self, tokens_t: Tensor, positions_t: Tensor, boundaries: Boundaries) -> Tensor:
-        """Hidden states [u, h] after the last LayerNorm."""
-        tokens_t, positions_t, boundaries = _evened(tokens_t, positions_t, boundaries, self.stream.token_multiple)
+        """Hidden states [u, h] after the last LayerNorm of a whole model, whose stream takes tokens as they are."""
         return self.transformer(self.embedding(tokens_t, positions_t), boundaries)
 
     def logits(self, hidden_mh: Tensor) -> Tensor:
         """Logits [m, v] of hidden states."""
         return self.lm_head(hidden_mh, self.embedding.word_embeddings.weight)
 
+    def received(self, inputs: Inputs) -> Tensor:
+        """A tensor, without values, of the shape and dtype of what this stage takes from the stage before it."""
+        shape = self.stream.num_tokens_here(inputs.num_tokens), self.hidden_size
+        return torch.empty(shape, dtype=self.stream_dtype, device=inputs.boundaries.cu_seqlens.device)
 
-def _evened(tokens_t: Tensor, positions_t: Tensor, boundaries: Boundaries,
-            multiple: int) -> tuple[Tensor, Tensor, Boundaries]:
-    """The same tokens, and behind them what is missing to a multiple of `multiple`, as one more protein.
-
-    No other protein sees it and it has no targets, so that nothing else changes; its ids are any.
-    """
-    missing = -len(tokens_t) % multiple
-    if missing == 0:
-        return tokens_t, positions_t, boundaries
-    ends = torch.cat([boundaries.cu_seqlens, boundaries.cu_seqlens[-1:] + missing])
-    return (torch.cat([tokens_t, tokens_t.new_zeros(missing)]),
-            torch.cat([positions_t, torch.arange(missing, device=positions_t.device)]),
-            Boundaries(ends, (*boundaries.lengths, missing)))
+    def blocks(self) -> Iterable[nn.Module]:
+        """The transformer's blocks: the units in which parameters are shared out and gathered."""
+        return self.transformer.layers.values()
 
 
 def compute_dtype(precision: PrecisionConfig) -> torch.dtype:

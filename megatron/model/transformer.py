@@ -5,6 +5,7 @@ heads of this rank, d head width. Arithmetic as in Megatron-LM v2: LayerNorm bef
 projection grouped by head as query, key, value: so a slice of its rows is the projection of some heads.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from megatron.config import ModelConfig
 from megatron.kernels.attention import Boundaries, packed_attention
+from megatron.model.stage import Stage
 from megatron.parallel.layers import ColumnParallelLinear, LayerNorm, RowParallelLinear
 from megatron.parallel.mesh import Axis
 from megatron.parallel.randomness import distinct_randomness
@@ -25,7 +27,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, stream: Stream) -> None:
         super().__init__()
-        self.axis, self.dropout = stream.axis, config.attention_dropout
+        self.axis, self.context, self.dropout = stream.axis, stream.context, config.attention_dropout
+        self.recomputes_core = config.recompute_granularity == "selective"
         self.num_heads, self.head_width = config.num_attention_heads // stream.axis.size, config.kv_channels
         width = config.num_attention_heads * config.kv_channels
         self.query_key_value = ColumnParallelLinear(config.hidden_size, 3 * width, stream)
@@ -37,7 +40,11 @@ class Attention(nn.Module):
         qkv_tn3d = self.query_key_value(hidden_uh).view(-1, self.num_heads, 3, self.head_width)
         dropout = self.dropout if self.training else 0.0
         with distinct_randomness(self.axis, dropout, hidden_uh.device):
-            context_tnd = packed_attention(qkv_tn3d, boundaries, dropout)
+            if self.recomputes_core and self.training:
+                context_tnd = recomputed(lambda qkv_tn3d: packed_attention(qkv_tn3d, boundaries, dropout, self.context),
+                                         qkv_tn3d, has_dropout=dropout > 0)
+            else:
+                context_tnd = packed_attention(qkv_tn3d, boundaries, dropout, self.context)
         return self.dense(context_tnd.flatten(1))
 
 
@@ -84,13 +91,17 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The stack of blocks and the LayerNorm behind it: [u, h] to [u, h] in `dtype`."""
+    """The blocks of one pipeline stage, named by their numbers in the whole model, and behind the last the LayerNorm.
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, stream: Stream) -> None:
+    [u, h] to [u, h], after the LayerNorm in `dtype`.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, stream: Stream, stage: Stage) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Block(config, dtype, stream) for _ in range(config.num_layers))
-        self.final_layernorm = LayerNorm(config.hidden_size, config.layernorm_epsilon, stream)
-        self.dtype = dtype
+        self.layers = nn.ModuleDict({str(number): Block(config, dtype, stream) for number in stage.layers})
+        if stage.is_last:
+            self.final_layernorm = LayerNorm(config.hidden_size, config.layernorm_epsilon, stream)
+        self.is_last, self.dtype = stage.is_last, dtype
         self.layers_a_checkpoint = config.checkpoint_num_layers if config.checkpoint_activations else None
         self.kept_over = stream.axis if config.distribute_checkpointed_activations else Axis()
         self.has_dropout = config.attention_dropout > 0 or config.hidden_dropout > 0
@@ -98,15 +109,17 @@ class Transformer(nn.Module):
     def forward(self, hidden_uh: Tensor, boundaries: Boundaries) -> Tensor:
         """[u, h]."""
         step = self.layers_a_checkpoint if self.training and self.layers_a_checkpoint else None
+        blocks = list(self.layers.values())
         if step is None:
-            hidden_uh = self._run(0, len(self.layers), boundaries, hidden_uh)
+            hidden_uh = _run(blocks, boundaries, hidden_uh)
         else:
-            for start in range(0, len(self.layers), step):
-                hidden_uh = recomputed(partial(self._run, start, start + step, boundaries), hidden_uh,
+            for start in range(0, len(blocks), step):
+                hidden_uh = recomputed(partial(_run, blocks[start:start + step], boundaries), hidden_uh,
                                        has_dropout=self.has_dropout, kept_over=self.kept_over)
-        return self.final_layernorm(hidden_uh).to(self.dtype)
+        return self.final_layernorm(hidden_uh).to(self.dtype) if self.is_last else hidden_uh
 
-    def _run(self, start: int, stop: int, boundaries: Boundaries, hidden_uh: Tensor) -> Tensor:
-        for block in self.layers[start:stop]:
-            hidden_uh = block(hidden_uh, boundaries)
-        return hidden_uh
+
+def _run(blocks: Sequence[nn.Module], boundaries: Boundaries, hidden_uh: Tensor) -> Tensor:
+    for block in blocks:
+        hidden_uh = block(hidden_uh, boundaries)
+    return hidden_uh

@@ -1,6 +1,6 @@
 """The optimizer: which parameters decay, whose implementation, and one step with clipping and overflow handling."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 from megatron.config import ConfigError, OptimizerConfig
 from megatron.optim.scaling import LossScale
+from megatron.parallel.mesh import Axis
 from megatron.parallel.sharding import gradient_norm
+
+ONE_RANK = Axis()
 
 
 @dataclass(frozen=True)
@@ -22,11 +25,13 @@ class StepOutcome:
 class Optimizer:
     """Steps fp32 parameters along their summed, scaled gradients.
 
-    A step whose gradients are not all finite changes nothing.
+    `parameters`: this rank's part of each, by name; `pipeline`: the ranks that hold the others, whose gradients count
+    in the norm. A step whose gradients are not all finite changes nothing.
     """
 
-    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> None:
-        self.named_parameters = dict(named_parameters)
+    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig,
+                 pipeline: Axis = ONE_RANK) -> None:
+        self.named_parameters, self._pipeline = parameters, pipeline
         self._clip_grad = config.clip_grad
         self._is_apex = config.optimizer_backend == "apex"
         groups = [
@@ -39,7 +44,7 @@ class Optimizer:
         """Unscale and clip the gradients, update the parameters, clear the gradients, update `loss_scale`."""
         gradients = [p.grad for p in self.named_parameters.values() if p.grad is not None]
         scale = loss_scale.value
-        norm = gradient_norm(self.named_parameters.values()) / scale
+        norm = gradient_norm(self.named_parameters.values(), self._pipeline) / scale
         is_finite = torch.isfinite(norm)
         # Megatron's clipping: by max_norm / (norm + 1e-6) where that is below 1.
         divisor = scale * torch.clamp((norm + 1e-6) / self._clip_grad, min=1.0) if self._clip_grad else scale

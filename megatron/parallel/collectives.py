@@ -42,6 +42,10 @@ class Pending:
             self.work.wait()
         return self.result
 
+    def is_done(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self.work is None or self.work.is_completed()
+
 
 def start_all_reduce(tensor: Tensor, axis: Axis) -> Pending:
     """`all_reduce_sum`, begun; `tensor` is not to be touched until it is waited for."""
@@ -88,6 +92,11 @@ def sum_to_slices(tensor: Tensor, axis: Axis) -> Tensor:
     return _SumToSlices.apply(tensor, axis) if axis.size > 1 else tensor
 
 
+def gather_slices(tensor: Tensor, axis: Axis) -> Tensor:
+    """Forward: all ranks' tokens, whole. Backward: of the partial gradients' sum, this rank's tokens."""
+    return _GatherSlices.apply(tensor, axis) if axis.size > 1 else tensor
+
+
 class _SumGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, axis: Axis) -> Tensor:
@@ -119,3 +128,14 @@ class _SumToSlices(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return all_gather(gradient, ctx.axis), None
+
+
+class _GatherSlices(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return all_gather(tensor, axis)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return reduce_scatter(gradient, ctx.axis), None

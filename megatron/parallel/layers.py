@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megatron.parallel.deferral import WeightGradients, weight_gradient
 from megatron.parallel.sharding import replicated_parameter, split_parameter
-from megatron.parallel.stream import Stream
+from megatron.parallel.stream import ONE_RANK, Stream
 
 
 class Linear(nn.Module):
@@ -34,13 +35,13 @@ class ColumnParallelLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, stream: Stream) -> None:
         super().__init__()
         self.stream = stream
+        self.deferral: WeightGradients | None = None
         self.weight = split_parameter((out_features, in_features), 0, stream.axis)
         self.bias = split_parameter((out_features,), 0, stream.axis)
 
     def forward(self, x_ui: Tensor) -> Tensor:
         """[t, o], this rank's features of all tokens."""
-        weight_oi, bias_o = self.weight.to(x_ui.dtype), self.bias.to(x_ui.dtype)
-        return _linear_from_stream(x_ui, weight_oi, bias_o, self.stream)
+        return _Linear.apply(x_ui, self.weight, self.bias, self.stream, self.deferral)
 
 
 class RowParallelLinear(nn.Module):
@@ -49,6 +50,7 @@ class RowParallelLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, stream: Stream) -> None:
         super().__init__()
         self.stream = stream
+        self.deferral: WeightGradients | None = None
         self.weight = split_parameter((out_features, in_features), 1, stream.axis)
         self.bias = replicated_parameter((out_features,), stream.axis, has_partial_gradient=True)
 
@@ -56,7 +58,7 @@ class RowParallelLinear(nn.Module):
         """[u, o], all features of this rank's tokens."""
         # The first rank alone adds the bias, inside its matrix product, and so gets the bias' whole gradient.
         bias_o = self.bias if self.stream.axis.rank == 0 else self.bias * 0
-        return self.stream.leave(F.linear(x_ti, self.weight.to(x_ti.dtype), bias_o.to(x_ti.dtype)))
+        return self.stream.leave(_Linear.apply(x_ti, self.weight, bias_o, ONE_RANK, self.deferral))
 
 
 class Table(nn.Module):
@@ -85,31 +87,29 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.epsilon)
 
 
-def _linear_from_stream(x_ui: Tensor, weight_oi: Tensor, bias_o: Tensor, stream: Stream) -> Tensor:
-    if stream.axis.size == 1:
-        return F.linear(x_ui, weight_oi, bias_o)
-    return _LinearFromStream.apply(x_ui, weight_oi, bias_o, stream)
-
-
-class _LinearFromStream(torch.autograd.Function):
-    """Forward: all tokens are gathered and multiplied. Backward: the input's gradient is summed over the ranks.
+class _Linear(torch.autograd.Function):
+    """Forward: all tokens of the stream are gathered and multiplied. Backward: the input's gradient is summed.
 
     With sequence parallelism only this rank's tokens are kept, and gathered again in the backward pass. There each
-    collective runs while a matrix product does that does not need it.
+    collective runs while a matrix product does that does not need it. Of the weight the parameter itself is kept, and
+    cast again: a copy in half precision would be kept once for each micro-batch under way.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_ui: Tensor, weight_oi: Tensor, bias_o: Tensor, stream: Stream) -> Tensor:
+    def forward(ctx: Any, x_ui: Tensor, weight_oi: Tensor, bias_o: Tensor, stream: Stream,
+                deferral: WeightGradients | None) -> Tensor:
         ctx.save_for_backward(x_ui, weight_oi)
-        ctx.stream = stream
-        return F.linear(stream.start_enter(x_ui).wait(), weight_oi, bias_o)
+        ctx.stream, ctx.deferral, ctx.bias_dtype = stream, deferral, bias_o.dtype
+        return F.linear(stream.start_enter(x_ui).wait(), weight_oi.to(x_ui.dtype), bias_o.to(x_ui.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad_to: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_to: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None, None]:
         x_ui, weight_oi = ctx.saved_tensors
         gathering = ctx.stream.start_enter(x_ui)
-        grad_ti = grad_to @ weight_oi
+        grad_ti = grad_to @ weight_oi.to(grad_to.dtype)
         x_ti = gathering.wait()
         summing = ctx.stream.start_leave(grad_ti)
-        grad_weight_oi, grad_bias_o = grad_to.t() @ x_ti, grad_to.sum(0)
-        return summing.wait(), grad_weight_oi, grad_bias_o, None
+        is_put_off = ctx.deferral is not None and ctx.deferral.takes(weight_oi, grad_to, x_ti)
+        grad_weight_oi = None if is_put_off else weight_gradient(weight_oi, grad_to, x_ti)
+        grad_bias_o = grad_to.sum(0, dtype=ctx.bias_dtype)
+        return summing.wait(), grad_weight_oi, grad_bias_o, None, None

@@ -1,35 +1,144 @@
 """Which grids of ranks can work: refused before anything is built, with the nearest grid that can.
 
-Every rank comes to the same verdict from its own flags, so all refuse together and none waits for another.
+Every rank comes to the same verdict from its own flags, so all refuse together and none waits for another. Any
+vocabulary can be split: it is padded, and a rank that is left without a row takes part with none.
 """
 
+import itertools
 import math
+from collections.abc import Iterable
 
 from megatron.config import Config, ConfigError
+
+_PIPELINE = "--pipeline-model-parallel-size"
+_CONTEXT = "--context-parallel-size"
+_TENSOR = "--tensor-model-parallel-size"
+_VIRTUAL = "--num-layers-per-virtual-pipeline-stage"
+_FIRST = "--decoder-first-pipeline-num-layers"
+_LAST = "--decoder-last-pipeline-num-layers"
 
 
 def check_layout(config: Config, num_ranks: int) -> None:
     """Raises ConfigError unless `num_ranks` ranks can train the model in the layout that `config` asks for."""
-    model, parallel = config.model, config.parallel
-    size = parallel.tensor_model_parallel_size
-    flag = f"--tensor-model-parallel-size {size}"
-    heads, width = model.num_attention_heads, model.ffn_hidden_size
-    splits_into = math.gcd(heads, width)
-    for value, name in ((heads, "--num-attention-heads"), (width, "--ffn-hidden-size")):
-        if value % size:
-            raise ConfigError(f"{name} {value} is not divisible by {flag}; the nearest size that can be is "
-                              f"{_nearest_divisor(splits_into, size)}")
-    if num_ranks % size:
-        counts = [count for count in (num_ranks // size * size, (num_ranks // size + 1) * size) if count]
-        raise ConfigError(f"{flag} does not divide the number of ranks, {num_ranks}; "
-                          f"start {' or '.join(map(str, counts))}, or give --tensor-model-parallel-size "
-                          f"{_nearest_divisor(math.gcd(splits_into, num_ranks), size)}")
-    if parallel.sequence_parallel and size == 1:
-        raise ConfigError("--sequence-parallel shares the tokens out among tensor-parallel ranks, and "
-                          "--tensor-model-parallel-size is 1; leave it out, or give "
-                          f"{_smallest_divisor(splits_into)} there")
-    if model.distribute_checkpointed_activations:
+    _check_tensor(config)
+    _check_stages(config)
+    _check_number_of_ranks(config, num_ranks)
+    _check_schedule(config, num_ranks)
+    _check_sharding(config, num_ranks)
+    if config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size == 1:
+        raise ConfigError(f"--sequence-parallel shares the tokens out among tensor-parallel ranks, and {_TENSOR} is 1; "
+                          f"leave it out, or give {_smallest_divisor(_splits_into(config))} there")
+    if config.model.distribute_checkpointed_activations:
         _check_distributed_activations(config)
+
+
+def _check_tensor(config: Config) -> None:
+    size = config.parallel.tensor_model_parallel_size
+    for value, name in ((config.model.num_attention_heads, "--num-attention-heads"),
+                        (config.model.ffn_hidden_size, "--ffn-hidden-size")):
+        if value % size:
+            raise ConfigError(f"{name} {value} is not divisible by {_TENSOR} {size}; the nearest size that can be is "
+                              f"{_nearest(_divisors(_splits_into(config)), size)}")
+
+
+def _check_stages(config: Config) -> None:
+    parallel, layers = config.parallel, config.model.num_layers
+    size, blocks = parallel.pipeline_model_parallel_size, parallel.num_layers_per_virtual_pipeline_stage
+    ends = {_FIRST: parallel.decoder_first_pipeline_num_layers, _LAST: parallel.decoder_last_pipeline_num_layers}
+    given = {name: count for name, count in ends.items() if count is not None}
+    needs_pipeline = {**given, **({_VIRTUAL: blocks} if blocks else {})}
+    if size == 1 and needs_pipeline:
+        name, value = next(iter(needs_pipeline.items()))
+        raise ConfigError(f"{name} {value} is about pipeline stages, and {_PIPELINE} is 1; leave it out, or give 2 "
+                          "there")
+    if size > layers:
+        raise ConfigError(f"--num-layers {layers} is fewer than the stages of {_PIPELINE} {size}; the nearest size "
+                          f"that can be is {layers}")
+    if blocks and given:
+        raise ConfigError(f"{next(iter(given))} and {_VIRTUAL} exclude each other; give one")
+    if blocks and layers % (size * blocks):
+        counts = _divisors(layers // size) if layers % size == 0 else []
+        remedy = (f"the nearest number is {_nearest(counts, blocks)}" if counts else
+                  f"the nearest {_PIPELINE} is {_nearest(_divisors(layers), size)}, with {_VIRTUAL} 1")
+        raise ConfigError(f"{_VIRTUAL} {blocks} x {_PIPELINE} {size} does not divide --num-layers {layers}; {remedy}")
+    free, left = size - len(given), layers - sum(given.values())
+    if size > 1 and given and (left < free or (not free and left)):
+        shown = " and ".join(f"{name} {count}" for name, count in given.items())
+        raise ConfigError(f"{shown} leave {left} of --num-layers {layers} to {free} other stages; leave them out, and "
+                          "the stages are balanced")
+
+
+def _check_number_of_ranks(config: Config, num_ranks: int) -> None:
+    parallel = config.parallel
+    sizes = {_PIPELINE: parallel.pipeline_model_parallel_size, _CONTEXT: parallel.context_parallel_size,
+             _TENSOR: parallel.tensor_model_parallel_size}
+    together = math.prod(sizes.values())
+    if num_ranks % together == 0:
+        return
+    split = [(name, size) for name, size in sizes.items() if size > 1]
+    asked = " x ".join(f"{name} {size}" for name, size in split)
+    counts = [count for count in (num_ranks // together * together, (num_ranks // together + 1) * together) if count]
+    nearest = _nearest_grid(config, num_ranks, tuple(sizes.values()))
+    remedy = " ".join(f"{name} {nearest[list(sizes).index(name)]}" for name, _ in split)
+    raise ConfigError(f"{asked} does not divide the number of ranks, {num_ranks}; start "
+                      f"{' or '.join(map(str, counts))}, or give {remedy}")
+
+
+def _nearest_grid(config: Config, num_ranks: int, asked: tuple[int, ...]) -> tuple[int, ...]:
+    """The sizes (pipeline, context, tensor) that fit the ranks and the model and differ by the smallest factors."""
+    pipelines = [size for size in _divisors(num_ranks) if size <= min(config.model.num_layers, asked[0])]
+    contexts = [size for size in _divisors(num_ranks) if size <= asked[1]]
+    tensors = [size for size in _divisors(math.gcd(num_ranks, _splits_into(config))) if size <= asked[2]]
+    fitting = [grid for grid in itertools.product(pipelines, contexts, tensors) if num_ranks % math.prod(grid) == 0]
+    return min(fitting, key=lambda grid: math.prod(asked) / math.prod(grid))
+
+
+def _check_schedule(config: Config, num_ranks: int) -> None:
+    parallel, training = config.parallel, config.training
+    size = parallel.pipeline_model_parallel_size
+    if parallel.pipeline_schedule == "zero-bubble":
+        puts_off = "puts weights' gradients off past the backward pass in which"
+        wrong = [(size == 1, f"fills the gaps of a pipeline, and {_PIPELINE} is 1"),
+                 (parallel.num_layers_per_virtual_pipeline_stage is not None,
+                  f"has one stage a rank, and {_VIRTUAL} asks for several"),
+                 (parallel.data_parallel_sharding != "none",
+                  f"{puts_off} --data-parallel-sharding {parallel.data_parallel_sharding} would sum them"),
+                 (parallel.DDP_impl == "torch", f"{puts_off} --DDP-impl torch would sum them")]
+        for is_wrong, why in wrong:
+            if is_wrong:
+                raise ConfigError(f"--pipeline-schedule zero-bubble {why}; leave one of the two out")
+    if parallel.num_layers_per_virtual_pipeline_stage is None:
+        return
+    data_size = num_ranks // (size * parallel.context_parallel_size * parallel.tensor_model_parallel_size)
+    multiple = training.micro_batch_size * data_size * size
+    start, increment, _ = training.rampup_batch_size or (multiple, multiple, 0)
+    global_batch = training.global_batch_size or training.micro_batch_size * data_size
+    for rows, name in ((global_batch, "--global-batch-size"), (start, "--rampup-batch-size START"),
+                       (increment, "--rampup-batch-size INCREMENT")):
+        if rows % multiple:
+            nearest = max(1, round(rows / multiple)) * multiple
+            raise ConfigError(f"{_VIRTUAL}: the interleaved schedule takes micro-batches in groups of {_PIPELINE} "
+                              f"{size}, and {name} {rows} is not a multiple of that x --micro-batch-size "
+                              f"{training.micro_batch_size} x {data_size} data-parallel ranks; the nearest is "
+                              f"{nearest}")
+
+
+def _check_sharding(config: Config, num_ranks: int) -> None:
+    parallel = config.parallel
+    is_sharded = parallel.data_parallel_sharding != "none"
+    if is_sharded and parallel.DDP_impl == "torch":
+        raise ConfigError(f"--DDP-impl torch keeps everything on every rank, against --data-parallel-sharding "
+                          f"{parallel.data_parallel_sharding}, which overlaps its sums by itself; leave it out")
+    if parallel.shard_within is None:
+        return
+    if not is_sharded:
+        raise ConfigError(f"--shard-within {parallel.shard_within} says among whom to share out, and "
+                          "--data-parallel-sharding is none; give optimizer, gradients or parameters there")
+    replicas = num_ranks // (parallel.pipeline_model_parallel_size * parallel.tensor_model_parallel_size)
+    if replicas % parallel.shard_within:
+        nearest = _nearest(_divisors(replicas), parallel.shard_within)
+        raise ConfigError(f"--shard-within {parallel.shard_within} does not divide the {replicas} ranks that hold the "
+                          f"same parameters; the nearest number is {nearest}")
 
 
 def _check_distributed_activations(config: Config) -> None:
@@ -37,16 +146,24 @@ def _check_distributed_activations(config: Config) -> None:
     if not config.model.checkpoint_activations:
         raise ConfigError(f"{name} is about what --checkpoint-activations keeps; give both, or neither")
     if size == 1:
-        raise ConfigError(f"{name} shares activations out among tensor-parallel ranks, and "
-                          "--tensor-model-parallel-size is 1; leave it out")
+        raise ConfigError(f"{name} shares activations out among tensor-parallel ranks, and {_TENSOR} is 1; leave it "
+                          "out")
     if config.parallel.sequence_parallel:
         raise ConfigError(f"{name} has nothing to add to --sequence-parallel, which keeps each rank's tokens only; "
                           "leave it out")
 
 
-def _nearest_divisor(number: int, size: int) -> int:
-    divisors = [candidate for candidate in range(1, number + 1) if number % candidate == 0]
-    return min(divisors, key=lambda divisor: (abs(divisor - size), divisor))
+def _splits_into(config: Config) -> int:
+    """Every divisor of this is a tensor-parallel size that the model can have."""
+    return math.gcd(config.model.num_attention_heads, config.model.ffn_hidden_size)
+
+
+def _divisors(number: int) -> list[int]:
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
+
+def _nearest(candidates: Iterable[int], size: int) -> int:
+    return min(candidates, key=lambda candidate: (abs(candidate - size), candidate))
 
 
 def _smallest_divisor(number: int) -> int:

@@ -1,19 +1,20 @@
 """Where this process stands in the grid of ranks, and how it joins the others.
 
-Environment variables are read here and nowhere else. A process that no launcher started is a grid of one rank,
-without a process group: collectives on a one-rank axis do nothing.
+The grid's axes, from the slowest to the fastest: pipeline, data, context, tensor. Tensor ranks talk most, so they are
+neighbours, on one host where they fit. A process that no launcher started is a grid of one rank, without a process
+group: collectives on a one-rank axis do nothing.
 """
 
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from megatron.config import ConfigError, ParallelConfig
+from megatron.parallel.launch import Launch, device_of, init_method
 
 
 @dataclass(frozen=True)
@@ -29,81 +30,116 @@ class Axis:
 class Mesh:
     """This process among all ranks, along each axis of their grid, and its device.
 
-    `data`: ranks that see different rows. `tensor`: ranks that share each layer and see the same rows.
+    `pipeline`: ranks that share the depth. `data`: ranks that see different rows. `context`: ranks that share the
+    tokens of each row. `tensor`: ranks that share each layer. `replicas`: data and context together, the ranks that
+    have the same parameters and see other tokens; of these, `shards` are the neighbours that share out what
+    `--data-parallel-sharding` says, and `copies` those that have the same share. `ends`: the first and the last
+    pipeline rank, on these; one rank elsewhere. `channels`: groups of the pipeline for point-to-point messages, each
+    of which carries one kind of message in one direction, so that no two ever wait for each other.
     """
 
-    world: Axis
-    data: Axis
-    tensor: Axis
-    device: torch.device
+    world: Axis = field(default_factory=Axis)
+    pipeline: Axis = field(default_factory=Axis)
+    data: Axis = field(default_factory=Axis)
+    context: Axis = field(default_factory=Axis)
+    tensor: Axis = field(default_factory=Axis)
+    replicas: Axis = field(default_factory=Axis)
+    shards: Axis = field(default_factory=Axis)
+    copies: Axis = field(default_factory=Axis)
+    ends: Axis = field(default_factory=Axis)
+    channels: tuple[dist.ProcessGroup, ...] = ()
+    device: torch.device = torch.device("cpu")
 
+    @property
+    def is_first_reader(self) -> bool:
+        """Whether this is the first of the ranks that read the same rows: what all of them know counts here."""
+        return self.pipeline.rank == self.context.rank == self.tensor.rank == 0
 
-def launched_rank() -> int:
-    """This process's number among those that the launcher started; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def launched_size() -> int:
-    """How many ranks the launcher started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    @property
+    def writes(self) -> bool:
+        """Whether this rank has a part in a checkpoint: one of each set of copies does."""
+        return self.copies.rank == 0
 
 
 @contextmanager
-def joined(config: ParallelConfig) -> Iterator[Mesh]:
+def joined(config: ParallelConfig, launch: Launch) -> Iterator[Mesh]:
     """The mesh, for as long as this process is a member of it; leaves the group at the end.
 
-    The tensor-parallel size divides the number of ranks (`megatron.parallel.layout` sees to it).
+    The layout fits the number of ranks (`megatron.parallel.layout` sees to it).
     """
-    rank, size = launched_rank(), launched_size()
-    device = _device(config)
-    if size == 1:
-        yield Mesh(world=Axis(), data=Axis(), tensor=Axis(), device=device)
+    device = device_of(launch)
+    if launch.size == 1:
+        yield Mesh(device=device)
         return
     backend = config.distributed_backend or ("nccl" if device.type == "cuda" else "gloo")
     if backend == "nccl" and device.type != "cuda":
         raise ConfigError("--distributed-backend nccl needs a GPU on every rank; give gloo")
     timeout = timedelta(minutes=config.distributed_timeout_minutes)
-    dist.init_process_group(backend, init_method="env://", rank=rank, world_size=size, timeout=timeout)
+    dist.init_process_group(backend, init_method=init_method(launch), rank=launch.rank, world_size=launch.size,
+                            timeout=timeout)
     try:
-        # From the slowest to the fastest: tensor ranks talk most, so they are neighbours, on one host where they fit.
-        tensor_size = config.tensor_model_parallel_size
-        axes = build_axes({"data": size // tensor_size, "tensor": tensor_size}, timeout)
-        yield Mesh(world=Axis(rank, size, dist.group.WORLD), data=axes["data"], tensor=axes["tensor"], device=device)
+        yield build_mesh(config, device, timeout)
     finally:
         dist.destroy_process_group()
 
 
-def build_axes(sizes: Mapping[str, int], timeout: timedelta) -> dict[str, Axis]:
-    """This rank's axes, by name, in the grid of all ranks whose `sizes` go from the slowest axis to the fastest.
+def build_mesh(config: ParallelConfig, device: torch.device, timeout: timedelta) -> Mesh:
+    """This rank's mesh in the process group that it is a member of; all ranks call this together."""
+    sizes = grid_sizes(config, dist.get_world_size())
+    axes = {name: build_axis(sizes, [name], timeout) for name in sizes}
+    replicas = build_axis(sizes, ["data", "context"], timeout)
+    inside = (config.shard_within or replicas.size) if config.data_parallel_sharding != "none" else 1
+    split = {"pipeline": sizes["pipeline"], "copies": replicas.size // inside, "shards": inside,
+             "tensor": sizes["tensor"]}
+    line = line_through(sizes, ["pipeline"], dist.get_rank())
+    ends = _ends(line, timeout)
+    num_channels = 0 if len(line) == 1 else 4 if config.num_layers_per_virtual_pipeline_stage else 2
+    channels = tuple(_new_group(line, timeout, f"channel {number}") for number in range(num_channels))
+    return Mesh(world=Axis(dist.get_rank(), dist.get_world_size(), dist.group.WORLD), **axes, replicas=replicas,
+                shards=build_axis(split, ["shards"], timeout), copies=build_axis(split, ["copies"], timeout), ends=ends,
+                channels=channels, device=device)
 
-    Every rank calls this with the same sizes. Waiting in any of the groups ends after `timeout`.
+
+def grid_sizes(config: ParallelConfig, num_ranks: int) -> dict[str, int]:
+    """The grid's size along each axis, from the slowest to the fastest; what the others leave is data parallel."""
+    pipeline, context, tensor = (config.pipeline_model_parallel_size, config.context_parallel_size,
+                                 config.tensor_model_parallel_size)
+    return {"pipeline": pipeline, "data": num_ranks // (pipeline * context * tensor), "context": context,
+            "tensor": tensor}
+
+
+def build_axis(sizes: Mapping[str, int], names: Sequence[str], timeout: timedelta) -> Axis:
+    """This rank's axis along one or several neighbouring `names` of a grid, whose `sizes` go from slowest to fastest.
+
+    Every rank calls this with the same sizes. Waiting in the group ends after `timeout`.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    axes = {}
-    for name, size in sizes.items():
-        lines = lines_along(sizes, name)
-        if size in (1, world):
-            group = dist.group.WORLD if size == world else None
-        else:
-            group, _ = dist.new_subgroups_by_enumeration(lines, timeout=timeout, group_desc=name)
-        mine = next(line for line in lines if rank in line)
-        axes[name] = Axis(mine.index(rank), size, group)
-    return axes
+    return _axis(line_through(sizes, names, dist.get_rank()), timeout, "+".join(names))
 
 
-def lines_along(sizes: Mapping[str, int], name: str) -> list[list[int]]:
-    """The ranks of each group along axis `name` of a grid that is numbered row by row."""
+def line_through(sizes: Mapping[str, int], names: Sequence[str], rank: int) -> list[int]:
+    """The ranks of the group along `names` that `rank` belongs to, in a grid that is numbered row by row."""
     grid = torch.arange(torch.Size(sizes.values()).numel()).view(*sizes.values())
-    return grid.movedim(list(sizes).index(name), -1).reshape(-1, sizes[name]).tolist()
+    place = [int(index) for index in (grid == rank).nonzero()[0]]
+    where = tuple(slice(None) if name in names else place[number] for number, name in enumerate(sizes))
+    return grid[where].flatten().tolist()
 
 
-def _device(config: ParallelConfig) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", config.local_rank or 0))
-    if local_rank >= torch.cuda.device_count():
-        raise ConfigError(f"local rank {local_rank} has no GPU: this host shows {torch.cuda.device_count()}; start as "
-                          "many ranks a host as it has GPUs")
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device
+def _axis(line: list[int], timeout: timedelta, name: str) -> Axis:
+    world = dist.get_world_size()
+    if len(line) == 1:
+        return Axis()
+    group = dist.group.WORLD if len(line) == world else _new_group(line, timeout, name)
+    return Axis(line.index(dist.get_rank()), len(line), group)
+
+
+def _ends(line: list[int], timeout: timedelta) -> Axis:
+    if len(line) == 1 or dist.get_rank() in (line[0], line[-1]):
+        return _axis(sorted({line[0], line[-1]}), timeout, "ends")
+    # torch names a group by how many its ranks have made before: so those between the ends make one as well.
+    _new_group(line[1:-1], timeout, "between the ends")
+    return Axis()
+
+
+def _new_group(line: list[int], timeout: timedelta, name: str) -> dist.ProcessGroup:
+    # Only its members make a group; all ranks make their groups in the same order of axes.
+    return dist.new_group(line, timeout=timeout, use_local_synchronization=True, group_desc=name)

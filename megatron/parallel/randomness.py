@@ -21,9 +21,12 @@ def seed_for(seed: int, *purpose: str | int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
-def seed_dropout(seed: int, first_sample: int) -> None:
-    """Seed the default generators of all devices for the micro-batch that begins with `first_sample`."""
-    torch.manual_seed(seed_for(seed, "dropout", first_sample))
+def seed_dropout(seed: int, first_sample: int, stage: int, context_rank: int) -> None:
+    """Seed the default generators of all devices for one stage of the micro-batch that begins with `first_sample`.
+
+    Other numbers on each context rank, which has other tokens of it.
+    """
+    torch.manual_seed(seed_for(seed, "dropout", first_sample, stage, context_rank))
 
 
 @contextmanager

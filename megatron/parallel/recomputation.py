@@ -10,8 +10,11 @@ from torch.utils.checkpoint import checkpoint
 from megatron.parallel.collectives import all_gather
 from megatron.parallel.mesh import Axis
 
+NOT_SHARED = Axis()
 
-def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, *, has_dropout: bool, kept_over: Axis) -> Tensor:
+
+def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, *, has_dropout: bool,
+               kept_over: Axis = NOT_SHARED) -> Tensor:
     """`function(x)`, of which only `x` is kept, and that shared out over the ranks of `kept_over`, which all have it.
 
     Forward: no communication of its own. Backward: `x` is gathered and `function`, with its collectives, runs again,

@@ -9,6 +9,7 @@ Shapes: t tokens of the micro-batch, u tokens of the stream on this rank (t, or 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,15 +22,23 @@ from megatron.parallel.sharding import replicated_parameter
 
 @dataclass(frozen=True)
 class Stream:
-    """Where the residual stream's tokens lie: whole on every rank of `axis`, or, if `is_split`, a slice on each."""
+    """Where the residual stream's tokens lie: whole on every rank of `axis`, or, if `is_split`, a slice on each.
+
+    "All tokens" are those of this rank of the `context` axis, over whose ranks a micro-batch is shared out before.
+    """
 
     axis: Axis = Axis()
     is_split: bool = False
+    context: Axis = Axis()
 
     @property
     def token_multiple(self) -> int:
         """The number of tokens of a micro-batch is to be divisible by this."""
-        return self.axis.size if self.is_split else 1
+        return self.context.size * (self.axis.size if self.is_split else 1)
+
+    def num_tokens_here(self, num_tokens: int) -> int:
+        """Of a micro-batch of `num_tokens`, evened to the multiple, how many tokens of the stream are on this rank."""
+        return -(-num_tokens // self.token_multiple)
 
     def start_enter(self, hidden_uh: Tensor) -> Pending:
         """All tokens [t, h], begun; its gradient comes back through `start_leave`. Not differentiable."""
@@ -67,7 +76,8 @@ class Stream:
         """Dropout [u, h] on the stream: the same on all ranks that hold the same tokens, another on other tokens."""
         axis = self.axis if self.is_split and is_training else Axis()
         with distinct_randomness(axis, rate, hidden_uh.device):
-            return F.dropout(hidden_uh, rate, is_training)
+            # Keeps a mask of one byte an element, on every device.
+            return torch.native_dropout(hidden_uh, rate, True)[0] if rate and is_training else hidden_uh
 
 
 ONE_RANK = Stream()

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from megatron.parallel.collectives import all_gather, all_reduce_sum, sum_gradients
 from megatron.parallel.mesh import Axis
-from megatron.parallel.sharding import placement_of, split_parameter
+from megatron.parallel.sharding import split_parameter
 from megatron.parallel.stream import Stream, rows_here
 
 
@@ -39,13 +39,13 @@ class VocabularyParallelTable(nn.Module):
         return self.stream.leave(rows_here(self.weight, ids_t, self.stream.axis))
 
 
-def vocabulary_logits(hidden_mh: Tensor, weight_rh: Tensor, bias_r: Tensor) -> Tensor:
-    """Logits [m, v] of this rank's ids. Forward: no communication. Backward: `hidden_mh`'s gradient is summed."""
-    placement = placement_of(weight_rh)
-    hidden_mh = sum_gradients(hidden_mh, placement.axis)
-    num_ids = min(max(placement.whole_size - placement.axis.rank * len(weight_rh), 0), len(weight_rh))
-    if num_ids < len(weight_rh):
-        weight_rh, bias_r = weight_rh[:num_ids], bias_r[:num_ids]
+def vocabulary_logits(hidden_mh: Tensor, weight_rh: Tensor, bias_r: Tensor, num_ids: int, axis: Axis) -> Tensor:
+    """Logits [m, v] of this rank's part of `num_ids` ids. Forward: no communication. Backward: `hidden_mh`'s gradient
+    is summed over the axis."""
+    hidden_mh = sum_gradients(hidden_mh, axis)
+    num_here = min(max(num_ids - axis.rank * len(weight_rh), 0), len(weight_rh))
+    if num_here < len(weight_rh):
+        weight_rh, bias_r = weight_rh[:num_here], bias_r[:num_here]
     return F.linear(hidden_mh, weight_rh.to(hidden_mh.dtype), bias_r.to(hidden_mh.dtype))
 
 

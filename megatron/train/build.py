@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+import torch
+
 from megatron.checkpoint.checkpoint import LATEST, Checkpoint, CheckpointError, load, load_model
 from megatron.config import Config, ConfigError, DataConfig, ModelConfig, ScheduleConfig
 from megatron.data.dataset import Splits, build_datasets
@@ -12,10 +14,13 @@ from megatron.flags import flag_name
 from megatron.log import Log
 from megatron.model.initialisation import initialise
 from megatron.model.protein_model import ProteinModel
+from megatron.model.stage import stages_of_rank
 from megatron.optim.optimizer import Optimizer
 from megatron.optim.scaling import LossScale
 from megatron.optim.schedule import Schedule, build_schedule
+from megatron.parallel.data_parallel import DataParallel, data_parallel
 from megatron.parallel.mesh import Mesh
+from megatron.parallel.pipeline import Pipeline
 from megatron.parallel.sharding import parts, wholes
 from megatron.parallel.stream import Stream
 from megatron.train.state import BatchSizes, TrainState
@@ -37,7 +42,9 @@ class Run:
     data: Splits
     vocab: Vocab
     padded_vocab_size: int
-    model: ProteinModel
+    stages: list[ProteinModel]  # of this pipeline rank
+    model: DataParallel  # their data-parallel whole
+    pipeline: Pipeline
     optimizer: Optimizer
     loss_scale: LossScale
     schedule: Schedule
@@ -45,16 +52,18 @@ class Run:
     state: TrainState
 
     def checkpoint(self) -> Checkpoint:
-        """What `build` needs to go on, as of now; with tensors on rank 0 alone, to which its tensor axis gives them.
+        """What `build` needs to go on, as of now; with tensors on rank 0 alone, to which the others give their parts.
 
-        The tensor ranks of the first data rank call this together.
+        The ranks whose mesh says that they write call this together.
         """
-        parameters, keep = dict(self.model.named_parameters()), self.mesh.world.rank == 0
+        mesh, parameters = self.mesh, self.model.parameters
+        keep = mesh.tensor.rank == mesh.shards.rank == 0
         state = {"progress": asdict(self.state), "loss_scale": self.loss_scale.state(),
                  "schedule": _schedule_facts(self.schedule, self.config.schedule), "config": self.config.as_dict()}
         moments = None if self.config.checkpoint.no_save_optim else self.optimizer.state()
-        optimizer = None if moments is None else wholes(moments, parameters, keep=keep)
-        return Checkpoint(self.state.iteration, wholes(parameters, parameters, keep=keep), optimizer, state)
+        optimizer = None if moments is None else wholes(moments, parameters, keep=keep, pipeline=mesh.pipeline)
+        model = wholes(parameters, parameters, keep=keep, pipeline=mesh.pipeline)
+        return Checkpoint(self.state.iteration, model, optimizer, state)
 
 
 def build(config: Config, mesh: Mesh, log: Log) -> Run:
@@ -73,14 +82,15 @@ def build(config: Config, mesh: Mesh, log: Log) -> Run:
         if part is not None:
             log.line(part.describe())
     padded = vocab.padded_size(config.model.make_vocab_size_divisible_by)
-    stream = Stream(mesh.tensor, is_split=config.parallel.sequence_parallel)
-    model = ProteinModel(config.model, config.precision, padded, stream)
+    stages = build_stages(config, mesh, padded)
     if checkpoint is None:
-        initialise(model, config.model, config.training.seed)
+        for stage in stages:
+            initialise(stage, config.model, config.training.seed)
     else:
-        load_model(model, checkpoint.model, f"the checkpoint in {config.checkpoint.load}")
-    model.to(mesh.device)
-    optimizer = Optimizer(model.named_parameters(), config.optimizer)
+        load_model(stages, checkpoint.model, f"the checkpoint in {config.checkpoint.load}", _all_names(config, padded))
+    model = data_parallel(stages, ProteinModel.blocks, mesh, config.parallel)
+    pipeline = Pipeline(mesh, len(stages), config.parallel.pipeline_schedule)
+    optimizer = Optimizer(model.parameters, config.optimizer, mesh.pipeline)
     loss_scale = LossScale(config.precision, mesh.device)
     state = TrainState()
     if checkpoint is not None and not config.checkpoint.finetune:
@@ -92,7 +102,22 @@ def build(config: Config, mesh: Mesh, log: Log) -> Run:
             raise CheckpointError(f"the checkpoint in {config.checkpoint.load} holds no optimizer state; give "
                                   "--no-load-optim to start the optimizer afresh, or --finetune")
         _tell_changed_samples(config, checkpoint, log)
-    return Run(config, mesh, log, data, vocab, padded, model, optimizer, loss_scale, schedule, sizes, state)
+    return Run(config, mesh, log, data, vocab, padded, stages, model, pipeline, optimizer, loss_scale, schedule, sizes,
+               state)
+
+
+def build_stages(config: Config, mesh: Mesh, padded_vocab_size: int) -> list[ProteinModel]:
+    """The model's stages on this pipeline rank, this rank's part of each, without values."""
+    stream = Stream(mesh.tensor, config.parallel.sequence_parallel, mesh.context)
+    stages = stages_of_rank(config.model.num_layers, config.parallel, mesh.pipeline.rank)
+    return [ProteinModel(config.model, config.precision, padded_vocab_size, stream, stage, mesh.ends)
+            for stage in stages]
+
+
+def _all_names(config: Config, padded_vocab_size: int) -> set[str]:
+    """The names of the parameters of all stages."""
+    with torch.device("meta"):
+        return {name for name, _ in ProteinModel(config.model, config.precision, padded_vocab_size).named_parameters()}
 
 
 def _find_checkpoint(config: Config, log: Log) -> Checkpoint | None:

@@ -1,18 +1,22 @@
 """Evaluation on fixed rows with fixed masks, and the baseline that a model must beat."""
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from megatron.data.batch import Batch
 from megatron.data.dataset import Dataset
 from megatron.data.loader import batches
 from megatron.data.masking import Masking
-from megatron.log import Log
+from megatron.log import Log, Progress
 from megatron.model.protein_model import ProteinModel
 from megatron.parallel.collectives import all_reduce_sum
+from megatron.parallel.data_parallel import DataParallel
 from megatron.parallel.mesh import Mesh
-from megatron.train.step import model_inputs
+from megatron.parallel.pipeline import Pipeline
+from megatron.train.passes import EvaluationPasses, Feed
 
 
 @dataclass(frozen=True)
@@ -26,24 +30,31 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: ProteinModel, dataset: Dataset, mesh: Mesh, log: Log, *, micro_batch_size: int,
-             num_rows: int, label: str) -> Evaluation:
+def evaluate(stages: Sequence[ProteinModel], model: DataParallel, pipeline: Pipeline, dataset: Dataset, mesh: Mesh,
+             log: Log, *, micro_batch_size: int, num_rows: int, label: str) -> Evaluation:
     """Evaluate the first `num_rows` rows of `dataset`, shared out over the data axis."""
-    sums = torch.zeros(3, dtype=torch.float64, device=mesh.device)
-    model.eval()
+    rows_a_micro_step = micro_batch_size * mesh.data.size
     bar = log.progress(total=num_rows, done=0, unit="row", label=label)
     # No worker processes: starting them costs more than the few rows that they would prepare.
     loader = batches(dataset, start_sample=0, stop_sample=num_rows, micro_batch_size=micro_batch_size,
                      data_rank=mesh.data.rank, data_size=mesh.data.size, num_workers=0, pin=False)
-    for batch in loader:
-        loss_sum, num_correct = model(*model_inputs(batch.to(mesh.device)))
-        sums += torch.stack([loss_sum.double(), num_correct.double(), sums.new_tensor(len(batch.target_ids_m))])
-        bar.update(micro_batch_size * mesh.data.size)
+    passes = EvaluationPasses(stages, model, Feed(_counted(loader, bar, rows_a_micro_step), stages[0], mesh.device),
+                              mesh)
+    for stage in stages:
+        stage.eval()
+    pipeline.evaluate(passes, -(-num_rows // rows_a_micro_step))
+    for stage in stages:
+        stage.train()
     bar.close()
-    model.train()
-    loss, correct, targets = all_reduce_sum(sums, mesh.data).tolist()
+    loss, correct, targets = all_reduce_sum(passes.sums, mesh.world).tolist()
     mean = loss / max(1.0, targets)
     return Evaluation(mean, perplexity(mean), correct / max(1.0, targets), int(targets))
+
+
+def _counted(loader: Iterable[Batch], bar: Progress, num_rows: int) -> Iterator[Batch]:
+    for batch in loader:
+        yield batch
+        bar.update(num_rows)
 
 
 def perplexity(loss: float) -> float:

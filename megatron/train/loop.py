@@ -14,7 +14,6 @@ from megatron.data.batch import Batch
 from megatron.data.loader import batches
 from megatron.data.masking import Masking
 from megatron.model.protein_model import compute_dtype
-from megatron.parallel.data_parallel import DataParallel
 from megatron.train.build import Run
 from megatron.train.evaluate import Baselines, Evaluation, evaluate, frequency_baselines
 from megatron.train.events import Events
@@ -48,9 +47,9 @@ class Training:
         config, mesh = run.config, run.mesh
         self._num_iterations = run.sizes.num_iterations()
         self._requests = StopRequests(config.training.exit_duration_in_mins)
-        self._meters = Meters(mesh.data, mesh.device)
-        model = DataParallel(run.model.train(), mesh.data, config.parallel.DDP_impl)
-        self._step = TrainStep(model, run.optimizer, run.loss_scale, self._meters, mesh, config, run.padded_vocab_size)
+        self._meters = Meters(mesh.world, mesh.device)
+        self._step = TrainStep(run.stages, run.model, run.pipeline, run.optimizer, run.loss_scale, self._meters, mesh,
+                               config, run.padded_vocab_size)
         self._stops: Tensor = torch.zeros(())
         self._saved_at: int | None = None
 
@@ -120,7 +119,7 @@ class Training:
         if config.save is None or self._saved_at == run.state.iteration:
             return
         self._saved_at = run.state.iteration
-        if run.mesh.data.rank == 0:
+        if run.mesh.writes:
             checkpoint = run.checkpoint()
             if run.mesh.world.rank == 0:
                 place = save(config.save, checkpoint, config.keep_checkpoints)
@@ -139,8 +138,9 @@ def _evaluate(run: Run, events: Events, split: str) -> Evaluation | None:
     num_rows = dataset.num_epoch_rows(0)
     if training.eval_iters:
         num_rows = min(num_rows, training.eval_iters * run.sizes.final)
-    result = evaluate(run.model, dataset, run.mesh, run.log, micro_batch_size=training.micro_batch_size,
-                      num_rows=num_rows, label="validation" if split == "valid" else split)
+    result = evaluate(run.stages, run.model, run.pipeline, dataset, run.mesh, run.log,
+                      micro_batch_size=training.micro_batch_size, num_rows=num_rows,
+                      label="validation" if split == "valid" else split)
     events.evaluation(split, run.state.iteration, run.state.consumed_samples, result)
     return result
 

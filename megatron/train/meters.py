@@ -26,18 +26,20 @@ class Reading:
 
 
 class Meters:
-    """Collects steps; `read` gives them and starts again."""
+    """Collects steps; `read` gives them, summed over all ranks of `world`, and starts again."""
 
-    def __init__(self, axis: Axis, device: torch.device) -> None:
-        self._axis, self._device = axis, device
+    def __init__(self, world: Axis, device: torch.device) -> None:
+        self._world, self._device = world, device
         self._paused_s = 0.0
         self.restart()
 
-    def add_micro_batch(self, loss_share: Tensor, num_correct: Tensor, num_targets: int, num_residues: int,
-                        num_tokens: int, model_flops: int) -> None:
-        """Count one micro-batch; `loss_share` is its summed loss over the targets of the global batch."""
+    def add_loss(self, loss_share: Tensor, num_correct: Tensor) -> None:
+        """Add a micro-batch's loss, summed and over the targets of the global batch, on one rank that has it."""
         self._device_sums[0] += loss_share.detach()
         self._device_sums[1] += num_correct
+
+    def add_batch(self, num_targets: int, num_residues: int, num_tokens: int, model_flops: int) -> None:
+        """Count one micro-batch, on one of the ranks that compute it."""
         for index, value in enumerate((num_targets, num_residues, num_tokens, model_flops)):
             self._host_sums[index] += value
 
@@ -58,7 +60,7 @@ class Meters:
     def read(self) -> Reading:
         """What was collected since the last reading. Waits for the device, and for the other ranks."""
         sums = torch.cat([self._device_sums, torch.tensor(self._host_sums, dtype=torch.float64, device=self._device)])
-        loss, correct, targets, residues, tokens, flops = all_reduce_sum(sums, self._axis).tolist()
+        loss, correct, targets, residues, tokens, flops = all_reduce_sum(sums, self._world).tolist()
         reading = Reading(
             num_steps=self._num_steps, loss=loss / self._num_steps, masked_accuracy=correct / max(1.0, targets),
             grad_norm=float(self._grad_norm), num_skipped=int(self._num_skipped), num_residues=int(residues),

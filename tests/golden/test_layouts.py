@@ -7,13 +7,37 @@ from safetensors.torch import load_file
 from pretrain_tape import main
 from tests.golden.training import DROPOUT, TINY, losses, run_on_ranks, run_program
 
-MODEL = [*TINY, "--num-attention-heads", "4", "--micro-batch-size", "1", "--global-batch-size", "4"]
+MODEL = [*TINY, *"--num-layers 4 --num-attention-heads 4 --micro-batch-size 1 --global-batch-size 4".split()]
 TP2 = ["--tensor-model-parallel-size", "2"]
 TP4 = ["--tensor-model-parallel-size", "4"]
+PP2 = ["--pipeline-model-parallel-size", "2"]
+PP4 = ["--pipeline-model-parallel-size", "4"]
+CP2 = ["--context-parallel-size", "2"]
 SEQUENCE = ["--sequence-parallel"]
+INTERLEAVED = ["--num-layers-per-virtual-pipeline-stage", "1"]
+ZERO_BUBBLE = ["--pipeline-schedule", "zero-bubble"]
+OVERLAPPED = ["--DDP-impl", "torch"]
 RECOMPUTE = ["--checkpoint-activations"]
-LAYOUTS = {"tp2": (2, TP2), "tp2-sequence": (2, [*TP2, *SEQUENCE]), "tp4": (4, TP4), "dp2-tp2": (4, TP2),
-           "dp2-tp2-sequence-ddp": (4, [*TP2, *SEQUENCE, "--DDP-impl", "torch"])}
+
+
+def sharding(what):
+    return ["--data-parallel-sharding", what]
+
+
+LAYOUTS = {
+    "dp2": (2, []), "dp2-overlapped": (2, OVERLAPPED), "dp2-optimizer": (2, ["--use-distributed-optimizer"]),
+    "dp2-gradients": (2, sharding("gradients")), "dp2-parameters": (2, sharding("parameters")),
+    "dp4-parameters-within-2": (4, [*sharding("parameters"), "--shard-within", "2"]),
+    "tp2": (2, TP2), "tp2-sequence": (2, [*TP2, *SEQUENCE]), "tp4": (4, TP4),
+    "pp2": (2, PP2), "pp2-interleaved": (2, [*PP2, *INTERLEAVED]), "pp2-zero-bubble": (2, [*PP2, *ZERO_BUBBLE]),
+    "pp2-uneven": (2, [*PP2, "--decoder-first-pipeline-num-layers", "0"]), "pp4": (4, PP4),
+    "cp2": (2, CP2), "dp2-tp2": (4, TP2), "dp2-pp2": (4, PP2), "dp2-pp2-overlapped": (4, [*PP2, *OVERLAPPED]),
+    "dp2-pp2-parameters": (4, [*PP2, *sharding("parameters")]), "tp2-pp2": (4, [*TP2, *PP2, *SEQUENCE]),
+    "tp2-pp2-zero-bubble": (4, [*TP2, *PP2, *SEQUENCE, *ZERO_BUBBLE]),
+    "dp2-tp2-sequence-optimizer": (4, [*TP2, *SEQUENCE, *sharding("optimizer")]),
+    "cp2-tp2-sequence": (4, [*CP2, *TP2, *SEQUENCE]), "cp2-pp2-interleaved": (4, [*CP2, *PP2, *INTERLEAVED]),
+    "cp2-dp2-gradients": (4, [*CP2, *sharding("gradients")]),
+}
 
 
 def train(corpus, folder, ranks, *flags, num_steps=8):

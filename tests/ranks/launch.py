@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron.parallel.mesh import Axis
 
 TIMEOUT_S = 60
+TIMEOUT = timedelta(seconds=TIMEOUT_S)
 # What each process has when it starts: torch with what its optimizers and collectives import late, and for whole runs
 # the program with what its first rank imports late.
 PRELOADED = ["torch", "torch._dynamo", "torch.distributed.fsdp", "torch.utils.tensorboard", "matplotlib.pyplot",
@@ -49,7 +50,7 @@ def _one_rank(function: Callable[..., Any], rank: int, num_ranks: int, folder: s
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.FileStore(f"{folder}/store", num_ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=TIMEOUT_S))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=TIMEOUT)
     result = function(Axis(rank, num_ranks, dist.group.WORLD), *arguments)
     torch.save(result, f"{folder}/result-{rank}.pt")
     dist.destroy_process_group()

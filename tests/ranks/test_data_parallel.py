@@ -1,34 +1,89 @@
-"""Data parallelism against one rank that sees the whole batch."""
+"""Data parallelism, in each of its ways, against one rank that sees the whole batch."""
+
+import itertools
+from typing import Any
 
 import pytest
 import torch
 
+from megatron.config import ParallelConfig
 from megatron.parallel.collectives import all_reduce_sum
-from megatron.parallel.data_parallel import DataParallel
-from megatron.parallel.mesh import Axis
-from tests.ranks.launch import run_ranks
+from megatron.parallel.data_parallel import data_parallel
+from megatron.parallel.mesh import Axis, Mesh, build_mesh
+from megatron.parallel.sharding import gradient_norm, wholes
+from tests.ranks.launch import TIMEOUT, run_ranks
+
+WAYS: dict[str, dict[str, Any]] = {
+    "local": {}, "torch": {"DDP_impl": "torch"}, "optimizer": {"data_parallel_sharding": "optimizer"},
+    "gradients": {"data_parallel_sharding": "gradients"}, "parameters": {"data_parallel_sharding": "parameters"}}
+ROWS = 8
 
 
-def summed_gradients(axis: Axis, implementation: str) -> dict[str, torch.Tensor]:
-    """Gradients after two micro-batches a rank; rank r of s has rows r, r+s, … of four micro-batches in all."""
+def make_model():
+    """Layers whose rows do not divide evenly by the ranks, one of them fewer than ranks."""
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.GELU(), torch.nn.Linear(7, 3))
-    rows = torch.randn(4, 6, 5)
-    parallel = DataParallel(model, axis, implementation)
-    mine = list(range(axis.rank, 4, axis.size))
-    for index in mine:
-        with parallel.accumulating(is_last=index == mine[-1]):
-            parallel(rows[index]).square().sum().backward()
-    parallel.finish()
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.GELU(), torch.nn.Linear(7, 3), torch.nn.Linear(3, 1))
 
 
-@pytest.mark.parametrize("implementation", ["local", "torch"])
-def test_gradients_are_the_sums_that_one_rank_gets(implementation):
-    expected = summed_gradients(Axis(), implementation)
-    for gradients in run_ranks(summed_gradients, 2, implementation):
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(gradient, expected[name], rtol=1e-6, atol=1e-6)
+def gradients_of_two_steps(mesh: Mesh, config: ParallelConfig) -> list[dict[str, torch.Tensor]]:
+    """Gradients' wholes, and their norm, of two steps of four micro-batches in all, between them an SGD step."""
+    model = make_model()
+    parallel = data_parallel([model], lambda stage: [stage[0], stage[2]], mesh, config)
+    rows = torch.randn(ROWS, 6, 5, generator=torch.Generator().manual_seed(1))
+    mine = list(range(mesh.replicas.rank, ROWS, mesh.replicas.size))
+    steps = []
+    for _ in range(2):
+        for index in mine:
+            loss = parallel.forward(0, rows[index]).square().sum()
+            parallel.before_backward(0, is_last=index == mine[-1])
+            loss.backward()
+        parallel.finish()
+        gradients = {name: parameter.grad for name, parameter in parallel.parameters.items()
+                     if parameter.grad is not None}
+        steps.append({**wholes(gradients, parallel.parameters, keep=True),
+                      "norm": gradient_norm(parallel.parameters.values())})
+        torch.optim.SGD(parallel.parameters.values(), lr=1e-3).step()
+        for parameter in parallel.parameters.values():
+            parameter.grad = None
+    with torch.no_grad():  # what the layers compute with is what the optimizer stepped
+        steps.append({"output": parallel.forward(0, rows[0])})
+    return steps
+
+
+def each_way(axis: Axis, within: Any) -> dict[str, list[dict[str, torch.Tensor]]]:
+    outcomes = {}
+    for name, flags in WAYS.items():
+        config = ParallelConfig(**flags, **({"shard_within": within} if "data_parallel_sharding" in flags else {}))
+        outcomes[name] = gradients_of_two_steps(build_mesh(config, torch.device("cpu"), TIMEOUT), config)
+    return outcomes
+
+
+@pytest.mark.parametrize(("ranks", "within"), [(2, None), (4, None), (4, 2)])
+def test_gradients_are_the_sums_that_one_rank_gets(ranks, within):
+    expected = gradients_of_two_steps(Mesh(), ParallelConfig())
+    for outcomes, way in itertools.product(run_ranks(each_way, ranks, within), WAYS):
+        for ours, one in zip(outcomes[way], expected, strict=True):
+            assert ours.keys() == one.keys()
+            for name in one:
+                torch.testing.assert_close(ours[name], one[name], rtol=1e-5, atol=1e-5, msg=f"{way}, {name}")
+
+
+def what_each_rank_holds(axis: Axis) -> dict[str, int]:
+    held = {}
+    for name, flags in WAYS.items():
+        config = ParallelConfig(**flags)
+        parallel = data_parallel([make_model()], lambda stage: [], build_mesh(config, torch.device("cpu"), TIMEOUT),
+                                 config)
+        held[name] = sum(parameter.numel() for parameter in parallel.parameters.values())
+    return held
+
+
+def test_shares_of_the_ranks_are_together_the_whole():
+    held = run_ranks(what_each_rank_holds, 2)
+    num_parameters = sum(parameter.numel() for parameter in make_model().parameters())
+    for way in WAYS:
+        total = sum(rank[way] for rank in held)
+        assert total == (2 * num_parameters if way in ("local", "torch") else num_parameters)
 
 
 def sum_of_ranks(axis: Axis) -> torch.Tensor:

@@ -5,15 +5,17 @@ from datetime import timedelta
 
 import torch
 
+from megatron.config import ParallelConfig
 from megatron.parallel.collectives import all_reduce_sum
-from megatron.parallel.mesh import Axis, build_axes
-from tests.ranks.launch import run_ranks
+from megatron.parallel.mesh import Axis, build_axis, build_mesh
+from tests.ranks.launch import TIMEOUT, run_ranks
+
+GRID = {"data": 2, "tensor": 2}
 
 
 def places_and_sums(axis):
-    axes = build_axes({"data": 2, "tensor": 2}, timedelta(seconds=30))
-    return [(axes[name].rank, axes[name].size, all_reduce_sum(torch.tensor(10**axis.rank), axes[name]).item())
-            for name in ("data", "tensor")]
+    axes = [build_axis(GRID, [name], TIMEOUT) for name in GRID]
+    return [(each.rank, each.size, all_reduce_sum(torch.tensor(10**axis.rank), each).item()) for each in axes]
 
 
 def test_each_rank_sums_with_its_row_and_its_column_of_the_grid():
@@ -22,20 +24,40 @@ def test_each_rank_sums_with_its_row_and_its_column_of_the_grid():
 
 
 def one_axis_is_the_world(axis):
-    axes = build_axes({"data": 1, "tensor": 2}, timedelta(seconds=30))
-    return axes["data"] == Axis() and axes["tensor"] == axis
+    grid = {"data": 1, "tensor": 2}
+    return build_axis(grid, ["data"], TIMEOUT) == Axis() and build_axis(grid, ["tensor"], TIMEOUT) == axis
 
 
 def test_an_axis_of_all_ranks_is_the_world_and_one_of_a_single_rank_has_no_group():
     assert run_ranks(one_axis_is_the_world, 2) == [True, True]
 
 
+def who_is_with_whom(axis):
+    """For meshes of several layouts in one process: the ranks' numbers, summed as digits, along each axis."""
+    layouts = [ParallelConfig(pipeline_model_parallel_size=4),
+               ParallelConfig(pipeline_model_parallel_size=2, context_parallel_size=2),
+               ParallelConfig(data_parallel_sharding="optimizer", shard_within=2)]
+    sums = []
+    for config in layouts:
+        mesh = build_mesh(config, torch.device("cpu"), TIMEOUT)
+        axes = (mesh.pipeline, mesh.data, mesh.context, mesh.replicas, mesh.shards, mesh.copies, mesh.ends)
+        sums.append([all_reduce_sum(torch.tensor(10**axis.rank), each).item() for each in axes])
+    return sums
+
+
+def test_several_meshes_live_in_one_process_and_each_axis_joins_the_ranks_that_it_names():
+    first, *_, last = run_ranks(who_is_with_whom, 4)
+    assert first == [[1111, 1, 1, 1, 1, 1, 1001], [101, 1, 11, 11, 1, 11, 101], [1, 1111, 1, 1111, 11, 101, 1]]
+    assert last == [[1111, 1000, 1000, 1000, 1000, 1000, 1001], [1010, 1000, 1100, 1100, 1000, 1100, 1010],
+                    [1000, 1111, 1000, 1111, 1100, 1010, 1000]]
+
+
 def seconds_waited(axis):
-    axes = build_axes({"data": 2, "tensor": 2}, timedelta(seconds=1))
+    tensor = build_axis(GRID, ["tensor"], timedelta(seconds=1))
     began_s = time.monotonic()
     if axis.rank == 0:
         try:
-            all_reduce_sum(torch.zeros(1), axes["tensor"])
+            all_reduce_sum(torch.zeros(1), tensor)
         except RuntimeError:
             return time.monotonic() - began_s
     time.sleep(3)  # alive, but not taking part

@@ -9,11 +9,12 @@ import torch
 from megatron.config import ModelConfig, PrecisionConfig
 from megatron.kernels.attention import Boundaries
 from megatron.model.embedding import Embedding
+from megatron.model.inputs import Inputs
 from megatron.model.protein_model import ProteinModel
 from megatron.model.transformer import Attention, Block, FeedForward
-from megatron.parallel.data_parallel import DataParallel
+from megatron.parallel.data_parallel import Replicated
 from megatron.parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.parallel.mesh import Axis
+from megatron.parallel.mesh import Axis, Mesh
 from megatron.parallel.randomness import seed_for
 from megatron.parallel.sharding import Placement, gradient_norm, placement_of, wholes
 from megatron.parallel.stream import ONE_RANK, Stream
@@ -50,7 +51,7 @@ def normal(*shape, seed=0):
 
 def gradients(module):
     """The wholes of all gradients of a module, with those summed that each rank has a part of."""
-    DataParallel(module, Axis(), "local").finish()
+    Replicated([module], Mesh()).finish()
     named = dict(module.named_parameters())
     return wholes({name: parameter.grad for name, parameter in named.items()}, named, keep=True)
 
@@ -117,7 +118,7 @@ def head_outcome(axis, target_ids, multiple, dtype):
     bias = vocabulary_parameter((VOCABULARY,), multiple, axis)
     module = fill(torch.nn.ParameterDict({"weight": weight, "bias": bias}))
     hidden = normal(len(target_ids), 16).to(dtype).requires_grad_()
-    logits = vocabulary_logits(hidden, module["weight"], module["bias"])
+    logits = vocabulary_logits(hidden, module["weight"], module["bias"], VOCABULARY, axis)
     loss, num_correct = vocabulary_cross_entropy(logits.float(), target_ids, len(bias), axis)
     (3 * loss).backward()
     return {"loss": loss.detach(), "correct": num_correct, "input gradient": hidden.grad, **gradients(module)}
@@ -157,7 +158,8 @@ def model_outcome(stream, lengths, targets, precision, config=CONFIG):
     tokens = torch.randint(0, 31, (sum(lengths),), generator=generator)
     positions = torch.cat([torch.empty(0, dtype=torch.int64), *map(torch.arange, lengths)])
     ids = torch.randint(0, VOCABULARY, (len(targets),), generator=generator)
-    loss, num_correct = model(tokens, positions, bounds(lengths), targets, ids)
+    batch = Inputs(tokens, positions, bounds(lengths), targets, ids)
+    loss, num_correct = model(batch.shared(stream, torch.device("cpu")))
     loss.backward()
     return {"loss": loss.detach(), "correct": num_correct, **gradients(model),
             "norm": gradient_norm(model.parameters())}

@@ -4,8 +4,12 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron.kernels.attention import Boundaries, attention_reference, packed_attention
+from megatron.kernels.attention import Boundaries, attention_reference, packed_attention, share_of
+from megatron.parallel.mesh import Axis
 
 
 def boundaries(*lengths):
@@ -64,3 +68,32 @@ def test_bf16_error_is_at_most_twice_the_definitions():
 
 def test_no_proteins_give_no_context():
     assert packed_attention(torch.zeros(0, 2, 3, 4), boundaries(), 0.0).shape == (0, 2, 4)
+
+
+def test_tensors_that_stand_for_a_gpus_take_its_operator_and_get_their_gradient():
+    with FakeTensorMode():
+        qkv = torch.empty(9, 2, 3, 8, dtype=torch.bfloat16, requires_grad=True)
+        context = packed_attention(qkv, Boundaries(torch.empty(3, dtype=torch.int32), (5, 4)), 0.1)
+        assert context.shape == (9, 2, 8)
+        assert context.grad_fn.name() == "FlashAttentionBackward0"
+        context.backward(torch.empty_like(context))
+    assert qkv.grad.shape == qkv.shape
+
+
+@given(st.lists(st.integers(0, 9), max_size=12), st.integers(1, 5))
+def test_the_shares_of_context_ranks_have_each_token_once_and_whole_proteins_as_keys(lengths, num_ranks):
+    lengths = (*lengths, -sum(lengths) % num_ranks)
+    ends = list(itertools.accumulate(lengths, initial=0))
+    queries_of = [[] for _ in lengths]
+    for rank in range(num_ranks):
+        share = share_of(lengths, Axis(rank, num_ranks))
+        query = rank * sum(lengths) // num_ranks
+        key = share.key_start
+        for protein, (num_queries, num_keys) in enumerate(zip(share.query_lengths, share.key_lengths, strict=True),
+                                                          share.first):
+            assert (key, key + num_keys) == (ends[protein], ends[protein + 1])
+            assert num_queries > 0 or not num_keys
+            queries_of[protein] += range(query, query + num_queries)
+            query, key = query + num_queries, key + num_keys
+        assert query == (rank + 1) * sum(lengths) // num_ranks
+    assert queries_of == [list(range(*span)) for span in itertools.pairwise(ends)]

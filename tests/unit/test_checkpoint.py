@@ -139,4 +139,22 @@ def test_a_layout_of_another_version_is_refused(tmp_path):
 ])
 def test_weights_of_another_model_are_refused_by_name(tensors, message):
     with pytest.raises(CheckpointError, match=message):
-        load_model(torch.nn.Linear(3, 2), tensors, "here")
+        load_model([torch.nn.Linear(3, 2)], tensors, "here", {"weight", "bias"})
+
+
+class Watched(dict):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.asked = []
+
+    def __getitem__(self, name):
+        self.asked.append(name)
+        return super().__getitem__(name)
+
+
+def test_a_stage_takes_its_own_tensors_and_leaves_those_of_other_stages_unread():
+    tensors = Watched({"weight": torch.ones(2, 3), "bias": torch.zeros(2), "far": torch.ones(9)})
+    stage = torch.nn.Linear(3, 2)
+    load_model([stage], tensors, "here", {"weight", "bias", "far"})
+    assert tensors.asked == ["weight", "bias"]
+    assert torch.equal(stage.weight, torch.ones(2, 3))

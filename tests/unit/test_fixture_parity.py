@@ -10,6 +10,7 @@ import torch
 
 from megatron.config import ModelConfig, OptimizerConfig, PrecisionConfig, ScheduleConfig
 from megatron.kernels.attention import Boundaries
+from megatron.model.inputs import Inputs
 from megatron.model.protein_model import ProteinModel
 from megatron.optim.optimizer import Optimizer
 from megatron.optim.scaling import LossScale
@@ -72,7 +73,8 @@ def test_logits_and_losses_equal_the_originals():
     expected_m = torch.from_numpy(batch["per_token_loss"])[is_real_bs][is_target_t]
     torch.testing.assert_close(loss_m, expected_m, atol=2e-5, rtol=0)
     with torch.no_grad():
-        loss, _ = model(tokens_t, positions_t, boundaries, is_target_t.nonzero().flatten(), labels_t[is_target_t])
+        targets_m = is_target_t.nonzero().flatten()
+        loss, _ = model(Inputs(tokens_t, positions_t, boundaries, targets_m, labels_t[is_target_t]))
     assert loss.item() / is_target_t.sum().item() == pytest.approx(float(batch["loss"]), abs=2e-5)
 
 
@@ -83,7 +85,7 @@ def backward_of_step_4(model):
         is_real_bs, tokens_t, positions_t, boundaries = flat(step[f"{micro}/text"], step[f"{micro}/padding_mask"])
         targets_m = torch.from_numpy(step[f"{micro}/loss_mask"])[is_real_bs].nonzero().flatten()
         ids_m = torch.from_numpy(step[f"{micro}/labels"])[is_real_bs][targets_m]
-        loss_sum, _ = model(tokens_t, positions_t, boundaries, targets_m, ids_m)
+        loss_sum, _ = model(Inputs(tokens_t, positions_t, boundaries, targets_m, ids_m))
         # The original averages the micro-batches' means; this project divides by the global batch's targets instead.
         loss = loss_sum / len(targets_m)
         (loss / 2).backward()
@@ -108,7 +110,7 @@ def test_gradients_equal_the_originals():
 def test_one_step_with_the_originals_optimizer_state_gives_its_next_weights():
     checkpoint, scalars = original_checkpoint(3), json.loads((FIXTURE / "scalars.json").read_text())
     model = model_of_iteration_3()
-    optimizer = Optimizer(model.named_parameters(), OptimizerConfig())
+    optimizer = Optimizer(dict(model.named_parameters()), OptimizerConfig())
     groups = checkpoint["optimizer"]["param_groups"]
     ordered = [p for group in optimizer.inner.param_groups for p in group["params"]]
     names = {parameter: name for name, parameter in model.named_parameters()}

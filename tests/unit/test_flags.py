@@ -24,7 +24,9 @@ MEGATRON_FLAGS = """
 --local_rank --use-cpu-initialization --eval-iters --eval-interval --data-path --split --vocab-file --vocab
 --seq-length --encoder-seq-length --mask-prob --mmap-warmup --num-workers --tokenizer-type --data-impl --batch-size
 --no-bias-gelu-fusion --no-bias-dropout-fusion --scaled-masked-softmax-fusion --fp32-allreduce
---distribute-checkpointed-activations --sequence-parallel
+--distribute-checkpointed-activations --sequence-parallel --num-layers-per-virtual-pipeline-stage
+--use-distributed-optimizer --context-parallel-size --recompute-granularity --recompute-activations
+--decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers --distributed-timeout-minutes
 """.split()
 
 
@@ -89,6 +91,17 @@ def test_training_by_samples_replaces_the_presets_iterations():
     assert config.schedule.lr_decay_iters is None
 
 
+def test_how_much_is_recomputed_replaces_the_presets_choice():
+    assert parsed("--preset proteinlm-3b").model.checkpoint_activations
+    assert not parsed("--preset proteinlm-3b --recompute-granularity selective").model.checkpoint_activations
+    assert parsed("--preset demo --recompute-granularity full").model.checkpoint_activations
+    assert parsed("--preset demo --recompute-activations").model.checkpoint_activations
+
+
+def test_megatrons_distributed_optimizer_is_a_way_of_sharding():
+    assert parsed("--preset demo --use-distributed-optimizer").parallel.data_parallel_sharding == "optimizer"
+
+
 def test_a_switch_that_is_on_by_default_can_be_turned_off():
     assert not parsed("--preset demo --no-bias-gelu-fusion").model.bias_gelu_fusion
 
@@ -123,7 +136,10 @@ def test_foreign_flags_say_why(flag):
     ("--preset demo --rampup-batch-size 4 4 100", "--rampup-batch-size goes with --train-samples"),
     ("--preset demo --lr-warmup-iters 5", "--lr-warmup-fraction excludes"),
     ("--preset demo --min-lr 1", "--min-lr 1.0 is above --lr"),
-    ("--preset demo --pipeline-model-parallel-size 2", "--pipeline-model-parallel-size is 2"),
+    ("--preset demo --recompute-granularity selective --checkpoint-activations", "exclude each other; give one"),
+    ("--preset demo --use-distributed-optimizer --data-parallel-sharding parameters",
+     "--use-distributed-optimizer is --data-parallel-sharding optimizer, which is given as parameters"),
+    ("--preset demo --dry-run --dry-run-ranks 16385", "--dry-run-ranks is 16385; it must be between 1 and 16384"),
     ("--preset demo --mask-token-prob 0.9 --mask-random-prob 0.2", "sum to more than 1"),
     ("--lr 1e-3", "--seq-length is missing"),
 ])

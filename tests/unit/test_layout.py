@@ -8,7 +8,7 @@ from megatron.flags import parse
 from megatron.model.initialisation import initialise
 from megatron.model.protein_model import ProteinModel
 from megatron.parallel.layout import check_layout
-from megatron.parallel.mesh import Axis, lines_along
+from megatron.parallel.mesh import Axis, line_through
 from megatron.parallel.sharding import placement_of
 from megatron.parallel.stream import Stream
 from pretrain_tape import main
@@ -18,10 +18,10 @@ CONFIG = ModelConfig(num_layers=1, hidden_size=32, num_attention_heads=4, ffn_hi
 
 
 def test_tensor_ranks_are_neighbours():
-    grid = {"data": 3, "tensor": 2}
-    assert lines_along(grid, "tensor") == [[0, 1], [2, 3], [4, 5]]
-    assert lines_along(grid, "data") == [[0, 2, 4], [1, 3, 5]]
-    assert lines_along({"pipeline": 2, "data": 2, "tensor": 2}, "pipeline") == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    grid = {"pipeline": 2, "data": 2, "context": 2, "tensor": 2}
+    assert [line_through(grid, [name], 5) for name in grid] == [[5, 13], [1, 5], [5, 7], [4, 5]]
+    assert line_through(grid, ["data", "context"], 5) == [1, 3, 5, 7]
+    assert line_through(grid, ["data", "context"], 10) == [8, 10, 12, 14]
 
 
 @pytest.mark.parametrize(("flags", "ranks", "message"), [
@@ -43,6 +43,52 @@ def test_tensor_ranks_are_neighbours():
      "--tensor-model-parallel-size is 1; leave it out"),
     ("--distribute-checkpointed-activations --checkpoint-activations --tensor-model-parallel-size 2 "
      "--sequence-parallel", 2, "has nothing to add to --sequence-parallel"),
+    ("--pipeline-model-parallel-size 5", 5, "--num-layers 4 is fewer than the stages of "
+     "--pipeline-model-parallel-size 5; "
+     "the nearest size that can be is 4"),
+    ("--pipeline-model-parallel-size 2", 3, "--pipeline-model-parallel-size 2 does not divide the number of ranks, 3; "
+     "start 2 or 4, or give --pipeline-model-parallel-size 1"),
+    ("--pipeline-model-parallel-size 2 --tensor-model-parallel-size 4", 12,
+     "--pipeline-model-parallel-size 2 x --tensor-model-parallel-size 4 does not divide the number of ranks, 12; "
+     "start 8 "
+     "or 16, or give --pipeline-model-parallel-size 1 --tensor-model-parallel-size 4"),
+    ("--context-parallel-size 4", 6, "--context-parallel-size 4 does not divide the number of ranks, 6; start 4 or "
+     "8, or "
+     "give --context-parallel-size 3"),
+    ("--num-layers-per-virtual-pipeline-stage 1", 1, "--num-layers-per-virtual-pipeline-stage 1 is about pipeline "
+     "stages, "
+     "and --pipeline-model-parallel-size is 1; leave it out, or give 2 there"),
+    ("--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 3", 2,
+     "--num-layers-per-virtual-pipeline-stage 3 x --pipeline-model-parallel-size 2 does not divide --num-layers 4; the "
+     "nearest number is 2"),
+    ("--pipeline-model-parallel-size 3 --num-layers-per-virtual-pipeline-stage 1", 3,
+     "does not divide --num-layers 4; the nearest --pipeline-model-parallel-size is 2"),
+    ("--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 1 --global-batch-size 12", 4,
+     "the interleaved schedule takes micro-batches in groups of --pipeline-model-parallel-size 4, and "
+     "--global-batch-size "
+     "12 is not a multiple of that x --micro-batch-size 2 x 1 data-parallel ranks; the nearest is 16"),
+    ("--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 1 --global-batch-size 4", 4,
+     "the nearest is 8"),
+    ("--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 5", 2,
+     "--decoder-first-pipeline-num-layers 5 leave -1 of --num-layers 4 to 1 other stages; leave them out"),
+    ("--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 1 --decoder-last-pipeline-num-layers 1", 2,
+     "--decoder-first-pipeline-num-layers 1 and --decoder-last-pipeline-num-layers 1 leave 2 of --num-layers 4 to 0"),
+    ("--decoder-last-pipeline-num-layers 2", 1, "and --pipeline-model-parallel-size is 1; leave it out"),
+    ("--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --decoder-last-pipeline-num-layers "
+     "1", 2,
+     "--decoder-last-pipeline-num-layers and --num-layers-per-virtual-pipeline-stage exclude each other"),
+    ("--pipeline-schedule zero-bubble", 1, "fills the gaps of a pipeline, and --pipeline-model-parallel-size is 1"),
+    ("--pipeline-model-parallel-size 2 --pipeline-schedule zero-bubble --num-layers-per-virtual-pipeline-stage 1", 2,
+     "has one stage a rank, and --num-layers-per-virtual-pipeline-stage asks for several; leave one of the two out"),
+    ("--pipeline-model-parallel-size 2 --pipeline-schedule zero-bubble --use-distributed-optimizer", 2,
+     "puts weights' gradients off past the backward pass in which --data-parallel-sharding optimizer would sum them"),
+    ("--pipeline-model-parallel-size 2 --pipeline-schedule zero-bubble --DDP-impl torch", 2, "--DDP-impl torch "
+     "would sum"),
+    ("--data-parallel-sharding gradients --DDP-impl torch", 2, "--DDP-impl torch keeps everything on every rank"),
+    ("--shard-within 2", 4, "--shard-within 2 says among whom to share out, and --data-parallel-sharding is none"),
+    ("--shard-within 4 --use-distributed-optimizer", 6, "--shard-within 4 does not divide the 6 ranks that hold the "
+     "same "
+     "parameters; the nearest number is 3"),
 ])
 def test_what_cannot_work_is_refused_with_the_nearest_that_can(flags, ranks, message):
     config, _ = parse(f"--preset demo {flags}".split())
@@ -53,6 +99,11 @@ def test_what_cannot_work_is_refused_with_the_nearest_that_can(flags, ranks, mes
 
 
 @pytest.mark.parametrize(("flags", "ranks"), [
+    ("--pipeline-model-parallel-size 4 --context-parallel-size 3", 24),
+    ("--pipeline-model-parallel-size 3", 3), ("--pipeline-model-parallel-size 2 --decoder-last-pipeline-num-layers "
+     "0", 2),
+    ("--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --global-batch-size 8", 4),
+    ("--data-parallel-sharding parameters --shard-within 2 --context-parallel-size 2", 4),
     ("", 1), ("", 3), ("--tensor-model-parallel-size 2", 6), ("--tensor-model-parallel-size 4 --sequence-parallel", 4)])
 def test_what_can_work_is_not_refused(flags, ranks):
     check_layout(parse(f"--preset demo {flags}".split())[0], ranks)

@@ -12,6 +12,7 @@ from megatron.config import ModelConfig, PrecisionConfig
 from megatron.kernels.attention import Boundaries
 from megatron.model.flops import model_flops
 from megatron.model.initialisation import initialise
+from megatron.model.inputs import Inputs
 from megatron.model.protein_model import ProteinModel
 
 CONFIG = ModelConfig(num_layers=3, hidden_size=32, num_attention_heads=4, ffn_hidden_size=128, kv_channels=8,
@@ -30,33 +31,35 @@ def inputs(*lengths, seed=0):
     positions = torch.cat([torch.arange(length) for length in lengths])
     ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     targets = torch.arange(1, sum(lengths), 5)
-    return tokens, positions, Boundaries(ends, lengths), targets, tokens[targets].flip(0)
+    return Inputs(tokens, positions, Boundaries(ends, lengths), targets, tokens[targets].flip(0))
 
 
 def gradients(model, batch):
     model.zero_grad()
-    loss, _ = model(*batch)
+    loss, _ = model(batch)
     loss.backward()
     return loss, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
 def test_a_proteins_logits_do_not_change_with_what_it_is_packed_beside():
     model = make_model()
-    tokens, positions, bounds, _, _ = inputs(20, 33, 11)
-    together = model.logits(model.hidden(tokens, positions, bounds))
+    batch = inputs(20, 33, 11)
+    tokens, positions = batch.tokens_t, batch.positions_t
+    together = model.logits(model.hidden(tokens, positions, batch.boundaries))
     alone = model.logits(model.hidden(tokens[20:53], positions[20:53], Boundaries(torch.tensor([0, 33]).int(), (33,))))
     torch.testing.assert_close(together[20:53], alone, atol=1e-5, rtol=0)
 
 
 def test_the_loss_is_the_sum_over_targets_and_correct_counts_the_likeliest():
     model = make_model()
-    tokens, positions, bounds, targets, ids = inputs(20, 10)
-    logits = model.logits(model.hidden(tokens, positions, bounds))[targets]
-    loss, num_correct = model(tokens, positions, bounds, targets, ids)
+    batch = inputs(20, 10)
+    targets, ids = batch.target_positions_m, batch.target_ids_m
+    logits = model.logits(model.hidden(batch.tokens_t, batch.positions_t, batch.boundaries))[targets]
+    loss, num_correct = model(batch)
     assert loss.item() == pytest.approx(-logits.log_softmax(-1)[range(len(ids)), ids].sum().item(), rel=1e-6)
     assert num_correct == (logits.argmax(-1) == ids).sum()
     likeliest = logits.argmax(-1)
-    assert model(tokens, positions, bounds, targets, likeliest)[1] == len(targets)
+    assert model(replace(batch, target_ids_m=likeliest))[1] == len(targets)
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
@@ -64,19 +67,21 @@ def test_the_loss_is_the_sum_over_targets_and_correct_counts_the_likeliest():
 def test_recomputation_changes_no_bit(blocks, dropout):
     config = replace(CONFIG, attention_dropout=dropout, hidden_dropout=dropout)
     results = []
-    for checkpointed in (config, replace(config, checkpoint_activations=True, checkpoint_num_layers=blocks)):
+    full = replace(config, checkpoint_activations=True, checkpoint_num_layers=blocks)
+    for checkpointed in (config, full, replace(config, recompute_granularity="selective")):
         torch.manual_seed(9)
         results.append(gradients(make_model(checkpointed), inputs(20, 10)))
-    assert torch.equal(results[0][0], results[1][0])
-    assert all(torch.equal(results[0][1][name], results[1][1][name]) for name in results[0][1])
+    for loss, named in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert all(torch.equal(named[name], gradient) for name, gradient in results[0][1].items())
 
 
 def test_dropout_acts_in_training_only():
     model = make_model(replace(CONFIG, attention_dropout=0.5, hidden_dropout=0.5))
     batch = inputs(20, 10)
-    assert model(*batch)[0] != model(*batch)[0]
+    assert model(batch)[0] != model(batch)[0]
     model.eval()
-    assert model(*batch)[0] == model(*batch)[0]
+    assert model(batch)[0] == model(batch)[0]
 
 
 @pytest.mark.parametrize("precision", [PrecisionConfig(bf16=True), PrecisionConfig(fp16=True)])
@@ -97,14 +102,14 @@ def test_gelu_of_the_blocks_is_the_tanh_form_unless_the_fusion_is_off():
     losses = {}
     for fusion, openai in itertools.product((True, False), repeat=2):
         model = make_model(replace(config, bias_gelu_fusion=fusion, openai_gelu=openai))
-        losses[fusion, openai] = model(*batch)[0].item()
+        losses[fusion, openai] = model(batch)[0].item()
     assert losses[True, False] == losses[True, True] == losses[False, True] != losses[False, False]
 
 
 def test_residual_after_the_layernorm_is_another_model():
     batch = inputs(20, 33)
     post = make_model(replace(CONFIG, apply_residual_connection_post_layernorm=True))
-    assert post(*batch)[0] != make_model()(*batch)[0]
+    assert post(batch)[0] != make_model()(batch)[0]
 
 
 def test_initial_weights_depend_on_seed_and_name_alone():
@@ -127,7 +132,7 @@ def test_initial_weights_have_megatrons_spread():
 def test_model_flops_are_what_torch_counts():
     model, batch = make_model(), inputs(20, 33, 5)
     with FlopCounterMode(display=False) as counter:
-        model(*batch)[0].backward()
-    formula = model_flops(CONFIG, 128, batch[2].lengths, len(batch[3]))
+        model(batch)[0].backward()
+    formula = model_flops(CONFIG, 128, batch.boundaries.lengths, len(batch.target_ids_m))
     # The formula leaves nothing out but the first layer's missing input gradient, which torch does not compute either.
     assert formula == pytest.approx(counter.get_total_flops(), rel=0.02)

@@ -28,7 +28,7 @@ def set_gradients(named, factor=1.0):
 
 def test_weight_decay_spares_biases_and_layernorms():
     named = parameters()
-    optimizer = Optimizer(named.items(), OptimizerConfig(weight_decay=0.5, clip_grad=0.0))
+    optimizer = Optimizer(named, OptimizerConfig(weight_decay=0.5, clip_grad=0.0))
     before = {name: parameter.detach().clone() for name, parameter in named.items()}
     for parameter in named.values():
         parameter.grad = torch.zeros_like(parameter)
@@ -42,7 +42,7 @@ def test_weight_decay_spares_biases_and_layernorms():
 def test_clipping_and_scale_give_what_plain_torch_gives_on_the_true_gradient(kind):
     ours, theirs = parameters(), parameters()
     config = OptimizerConfig(optimizer=kind, weight_decay=0.0, clip_grad=0.3)
-    optimizer = Optimizer(ours.items(), config)
+    optimizer = Optimizer(ours, config)
     plain = (torch.optim.AdamW(theirs.values(), lr=0.01, weight_decay=0.0) if kind == "adam"
              else torch.optim.SGD(theirs.values(), lr=0.01, momentum=0.9))
     scale = LossScale(PrecisionConfig(fp16=True, loss_scale=64.0), CPU)
@@ -62,7 +62,7 @@ def test_clipping_and_scale_give_what_plain_torch_gives_on_the_true_gradient(kin
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
 def test_a_step_that_is_not_finite_changes_nothing(kind, bad):
     named = parameters()
-    optimizer = Optimizer(named.items(), OptimizerConfig(optimizer=kind))
+    optimizer = Optimizer(named, OptimizerConfig(optimizer=kind))
     scale = LossScale(PrecisionConfig(), CPU)
     set_gradients(named)
     optimizer.step(0.1, scale)
@@ -78,7 +78,7 @@ def test_a_step_that_is_not_finite_changes_nothing(kind, bad):
 def test_an_optimizer_goes_on_from_its_state_bitwise():
     first, second = parameters(), parameters()
     scale = LossScale(PrecisionConfig(), CPU)
-    one, two = (Optimizer(named.items(), OptimizerConfig()) for named in (first, second))
+    one, two = (Optimizer(named, OptimizerConfig()) for named in (first, second))
     set_gradients(first)
     one.step(0.1, scale)
     two.load_state({name: tensor.clone() for name, tensor in one.state().items()})
@@ -93,7 +93,7 @@ def test_an_optimizer_goes_on_from_its_state_bitwise():
 def test_apex_is_asked_for_by_name_and_its_absence_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "apex", None)
     with pytest.raises(ConfigError, match="--optimizer-backend apex: apex cannot be imported.*give torch"):
-        Optimizer(parameters().items(), OptimizerConfig(optimizer_backend="apex"))
+        Optimizer(parameters(), OptimizerConfig(optimizer_backend="apex"))
 
 
 class StandInForApex(torch.optim.AdamW):
@@ -114,15 +114,15 @@ def test_apex_takes_the_same_steps_and_goes_on_from_its_state(monkeypatch):
     monkeypatch.setitem(sys.modules, "apex.optimizers", module)
     scale = LossScale(PrecisionConfig(), CPU)
     ours, theirs = parameters(), parameters()
-    optimizers = [Optimizer(ours.items(), OptimizerConfig()),
-                  Optimizer(theirs.items(), OptimizerConfig(optimizer_backend="apex"))]
+    optimizers = [Optimizer(ours, OptimizerConfig()),
+                  Optimizer(theirs, OptimizerConfig(optimizer_backend="apex"))]
     for _ in range(2):
         for named, optimizer in zip((ours, theirs), optimizers, strict=True):
             set_gradients(named, 3.0)
             optimizer.step(0.1, scale)
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name])
-    resumed = Optimizer(theirs.items(), OptimizerConfig(optimizer_backend="apex"))
+    resumed = Optimizer(theirs, OptimizerConfig(optimizer_backend="apex"))
     resumed.load_state(optimizers[0].state())
     assert [group["step"] for group in resumed.inner.param_groups] == [2, 2]
 

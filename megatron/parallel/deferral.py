@@ -1,0 +1,54 @@
+"""Weights' gradients that are computed later than the gradients that the previous pipeline rank waits for.
+
+The idea of zero-bubble pipelining (Qi et al., 2023, arXiv 2401.10241): of a backward pass only the part that leads to
+the stage's input is urgent. Each layer computes the same product, only later, and in the order of the micro-batches, so
+that no bit of a gradient changes and no collective is repeated. Shapes: t tokens, i and o features in and out.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+
+class WeightGradients:
+    """The products that wait, a list for each backward pass."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[list[tuple[Tensor, Tensor, Tensor]]] = deque()
+        self._is_collecting = False
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """The context of one backward pass whose weights' gradients are to wait."""
+        self._waiting.append([])
+        self._is_collecting = True
+        try:
+            yield
+        finally:
+            self._is_collecting = False
+
+    def takes(self, weight_oi: Tensor, grad_to: Tensor, x_ti: Tensor) -> bool:
+        """Whether the gradient of `weight_oi`, a leaf, is left to this queue; autograd is then not to get it."""
+        if self._is_collecting:
+            self._waiting[-1].append((weight_oi, grad_to, x_ti))
+        return self._is_collecting
+
+    def compute_oldest(self) -> None:
+        """Add the gradients of the backward pass that has waited longest to those of the weights."""
+        for weight_oi, grad_to, x_ti in self._waiting.popleft():
+            gradient_oi = weight_gradient(weight_oi, grad_to, x_ti)
+            weight_oi.grad = gradient_oi if weight_oi.grad is None else weight_oi.grad.add_(gradient_oi)
+
+
+def weight_gradient(weight_oi: Tensor, grad_to: Tensor, x_ti: Tensor) -> Tensor:
+    """The gradient [o, i] of `x Wᵀ` in the weight's dtype."""
+    return (grad_to.t() @ x_ti).to(weight_oi.dtype)
+
+
+def put_off_weight_gradients(model: nn.Module, waiting: WeightGradients) -> None:
+    """Let `waiting` take the weights' gradients of every layer of `model` that can put them off."""
+    for module in model.modules():
+        if hasattr(module, "deferral"):
+            module.deferral = waiting  # type: ignore[assignment]

@@ -1,0 +1,123 @@
+"""Whole models in many layouts, all living in one process, against the model of one rank."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from megatron.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig, TrainingConfig
+from megatron.data.batch import collate
+from megatron.data.packed import Row
+from megatron.model.initialisation import initialise
+from megatron.model.protein_model import ProteinModel
+from megatron.optim.optimizer import Optimizer
+from megatron.optim.scaling import LossScale
+from megatron.parallel.data_parallel import data_parallel
+from megatron.parallel.mesh import Mesh, build_mesh
+from megatron.parallel.pipeline import Pipeline
+from megatron.parallel.sharding import wholes
+from megatron.train.build import build_stages
+from megatron.train.meters import Meters
+from megatron.train.step import TrainStep
+from tests.ranks.launch import TIMEOUT, run_ranks
+
+MODEL = ModelConfig(num_layers=4, hidden_size=32, num_attention_heads=4, ffn_hidden_size=64, kv_channels=8,
+                    max_position_embeddings=64, attention_dropout=0.0, hidden_dropout=0.0,
+                    make_vocab_size_divisible_by=8)
+VOCABULARY, SEQ_LENGTH, CPU = 32, 40, torch.device("cpu")
+PROTEINS = ((40,), (7, 1, 12), (), (3, 30, 5), (1,), (20, 20), (9, 9, 9), (2,))  # rows, one of them empty
+
+PP2 = ParallelConfig(pipeline_model_parallel_size=2)
+LAYOUTS = {
+    "data": ParallelConfig(), "gradients": ParallelConfig(data_parallel_sharding="gradients"),
+    "pipeline": PP2, "zero-bubble": replace(PP2, pipeline_schedule="zero-bubble"),
+    "interleaved": replace(PP2, num_layers_per_virtual_pipeline_stage=1),
+    "uneven": replace(PP2, decoder_first_pipeline_num_layers=1),
+    "context": ParallelConfig(context_parallel_size=2),
+    "tensor": ParallelConfig(tensor_model_parallel_size=2),
+    "sequence": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+}
+ON_FOUR = {
+    "pipeline of 4": ParallelConfig(pipeline_model_parallel_size=4),
+    "zero-bubble of 4": ParallelConfig(pipeline_model_parallel_size=4, pipeline_schedule="zero-bubble"),
+    "pipeline, sharded": replace(PP2, data_parallel_sharding="parameters"),
+    "pipeline, interleaved, sharded": replace(PP2, data_parallel_sharding="optimizer",
+                                              num_layers_per_virtual_pipeline_stage=1),
+    "pipeline, sequence, zero-bubble": replace(PP2, tensor_model_parallel_size=2, sequence_parallel=True,
+                                               pipeline_schedule="zero-bubble"),
+    "pipeline, context": replace(PP2, context_parallel_size=2),
+    "pipeline, overlapped": replace(PP2, DDP_impl="torch"),
+    "sequence, sharded": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True,
+                                        data_parallel_sharding="parameters"),
+    "context, tensor": ParallelConfig(context_parallel_size=2, tensor_model_parallel_size=2),
+    "context of 4": ParallelConfig(context_parallel_size=4),
+    "sharded within 2": ParallelConfig(data_parallel_sharding="parameters", shard_within=2),
+}
+
+
+def row(lengths, seed):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(6, 31, sum(lengths))
+    targets = np.arange(seed % 3, len(tokens), 4)
+    return Row(tokens_t=tokens, lengths=np.array(lengths, dtype=np.int64), target_positions_m=targets,
+               target_ids_m=tokens[targets])
+
+
+class Living:
+    """A model in one layout, ready to step."""
+
+    def __init__(self, mesh: Mesh, parallel: ParallelConfig, precision: PrecisionConfig) -> None:
+        training = TrainingConfig(micro_batch_size=1, global_batch_size=len(PROTEINS))
+        self.config = Config(model=MODEL, parallel=parallel, precision=precision, training=training)
+        self.mesh, stages = mesh, build_stages(self.config, mesh, VOCABULARY)
+        for stage in stages:
+            initialise(stage, MODEL, seed=3)
+        self.model = data_parallel(stages, ProteinModel.blocks, mesh, parallel)
+        self.meters = Meters(mesh.world, CPU)
+        self.optimizer = Optimizer(self.model.parameters, OptimizerConfig(clip_grad=0.0), mesh.pipeline)
+        self.step = TrainStep(stages, self.model, Pipeline(mesh, len(stages), parallel.pipeline_schedule),
+                              self.optimizer, LossScale(precision, CPU), self.meters, mesh, self.config, VOCABULARY)
+
+    def outcome(self):
+        """Loss, norm, and the gradients' wholes (from Adam's first moment) after one step on all rows."""
+        rows = [row(lengths, number) for number, lengths in enumerate(PROTEINS)]
+        mine = rows[self.mesh.data.rank::self.mesh.data.size]
+        self.step([collate([each], SEQ_LENGTH) for each in mine], 0.0, 0, False)
+        reading = self.meters.read()
+        moments = {name: tensor for name, tensor in self.optimizer.state().items() if name.startswith("exp_avg/")}
+        gradients = wholes(moments, self.model.parameters, keep=True, pipeline=self.mesh.pipeline)
+        return {"loss": torch.tensor(reading.loss), "norm": torch.tensor(reading.grad_norm), **gradients,
+                "counted": torch.tensor([reading.num_tokens, reading.num_residues, reading.masked_accuracy])}
+
+
+def outcomes(axis, layouts, precision):
+    """What each layout's model gives after a step, all of them built before the first one's step."""
+    living = {name: Living(build_mesh(parallel, CPU, TIMEOUT), parallel, precision)
+              for name, parallel in layouts.items()}
+    return {name: each.outcome() for name, each in living.items()}
+
+
+@pytest.mark.parametrize(("ranks", "layouts"), [(2, LAYOUTS), (4, ON_FOUR)])
+def test_models_of_all_layouts_live_in_one_process_and_learn_what_one_rank_learns(ranks, layouts):
+    expected = Living(Mesh(), ParallelConfig(), PrecisionConfig()).outcome()
+    first, *others = run_ranks(outcomes, ranks, layouts, PrecisionConfig())
+    for layout, name in itertools.product(layouts, expected):
+        error = (first[layout][name] - expected[name]).norm() / expected[name].norm().clamp(min=1e-6)
+        assert error < 1e-5, f"{layout}, {name}: off by {error}"
+    for other, layout in itertools.product(others, layouts):
+        assert other[layout]["loss"] == first[layout]["loss"]
+        assert other[layout]["norm"] == first[layout]["norm"]
+
+
+@pytest.mark.parametrize(("ranks", "layouts"), [(2, LAYOUTS), (4, ON_FOUR)])
+def test_in_bf16_every_layout_is_as_near_to_fp32_as_one_rank_is(ranks, layouts):
+    exact, twin = (Living(Mesh(), ParallelConfig(), PrecisionConfig(bf16=bf16)).outcome() for bf16 in (False, True))
+    first, *_ = run_ranks(outcomes, ranks, layouts, PrecisionConfig(bf16=True))
+    for layout in layouts:
+        assert distance(first[layout], exact) < 1.5 * distance(twin, exact), layout
+
+
+def distance(outcome, exact):
+    return torch.cat([(outcome[name] - exact[name]).flatten() for name in exact if name.startswith("exp_avg/")]).norm()
