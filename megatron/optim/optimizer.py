@@ -43,6 +43,7 @@ class Optimizer:
     def step(self, learning_rate: float, loss_scale: LossScale) -> StepOutcome:
         """Unscale and clip the gradients, update the parameters, clear the gradients, update `loss_scale`."""
         gradients = [p.grad for p in self.named_parameters.values() if p.grad is not None]
+        assert len(gradients) == len(self.named_parameters), "every parameter takes part in the loss"
         scale = loss_scale.value
         norm = gradient_norm(self.named_parameters.values(), self._pipeline) / scale
         is_finite = torch.isfinite(norm)

@@ -92,19 +92,20 @@ class _Linear(torch.autograd.Function):
 
     With sequence parallelism only this rank's tokens are kept, and gathered again in the backward pass. There each
     collective runs while a matrix product does that does not need it. Of the weight the parameter itself is kept, and
-    cast again: a copy in half precision would be kept once for each micro-batch under way.
+    cast again: a copy in half precision would be kept once for each micro-batch under way. It is not among the saved
+    tensors, for which torch.utils.checkpoint gives back others, not the leaf to which a gradient is to be added.
     """
 
     @staticmethod
     def forward(ctx: Any, x_ui: Tensor, weight_oi: Tensor, bias_o: Tensor, stream: Stream,
                 deferral: WeightGradients | None) -> Tensor:
-        ctx.save_for_backward(x_ui, weight_oi)
-        ctx.stream, ctx.deferral, ctx.bias_dtype = stream, deferral, bias_o.dtype
+        ctx.save_for_backward(x_ui)
+        ctx.weight_oi, ctx.stream, ctx.deferral, ctx.bias_dtype = weight_oi, stream, deferral, bias_o.dtype
         return F.linear(stream.start_enter(x_ui).wait(), weight_oi.to(x_ui.dtype), bias_o.to(x_ui.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad_to: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None, None]:
-        x_ui, weight_oi = ctx.saved_tensors
+        (x_ui,), weight_oi = ctx.saved_tensors, ctx.weight_oi
         gathering = ctx.stream.start_enter(x_ui)
         grad_ti = grad_to @ weight_oi.to(grad_to.dtype)
         x_ti = gathering.wait()

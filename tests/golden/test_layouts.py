@@ -17,7 +17,8 @@ SEQUENCE = ["--sequence-parallel"]
 INTERLEAVED = ["--num-layers-per-virtual-pipeline-stage", "1"]
 ZERO_BUBBLE = ["--pipeline-schedule", "zero-bubble"]
 OVERLAPPED = ["--DDP-impl", "torch"]
-RECOMPUTE = ["--checkpoint-activations"]
+FULL = ["--checkpoint-activations"]
+SELECTIVE = ["--recompute-granularity", "selective"]
 
 
 def sharding(what):
@@ -62,64 +63,95 @@ def assert_close(ours, expected, tolerance=1e-5):
         assert worst < tolerance, f"{name}: off by {worst}"
 
 
+def saved(folder, name="model"):
+    """The tensors of a run's last checkpoint."""
+    newest = (folder / "latest_checkpointed_iteration.txt").read_text()
+    return load_file(folder / f"iter_{int(newest):07d}" / f"{name}.safetensors")
+
+
+def assert_same_checkpoint(folder, expected_folder):
+    for name in ("model", "optimizer"):
+        ours, expected = saved(folder, name), saved(expected_folder, name)
+        assert {key: tensor.shape for key, tensor in ours.items()} == {
+            key: tensor.shape for key, tensor in expected.items()}
+    for name, tensor in saved(expected_folder).items():
+        torch.testing.assert_close(saved(folder)[name], tensor, rtol=0, atol=1e-4, msg=name)
+
+
 @pytest.fixture(scope="module")
-def one_rank(corpus, tmp_path_factory):
-    return train(corpus, tmp_path_factory.mktemp("one"), 1)
+def one_folder(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    train(corpus, folder, 1)
+    return folder
 
 
-@pytest.mark.parametrize("recompute", [[], RECOMPUTE], ids=["", "recompute"])
+@pytest.fixture(scope="module")
+def one_rank(one_folder):
+    return curves(one_folder)
+
+
 @pytest.mark.parametrize(("ranks", "flags"), LAYOUTS.values(), ids=LAYOUTS)
-def test_every_layout_follows_the_curve_of_one_rank(corpus, tmp_path, one_rank, ranks, flags, recompute):
-    assert_close(train(corpus, tmp_path, ranks, *flags, *recompute), one_rank)
+def test_every_layout_follows_the_curve_of_one_rank_to_the_same_weights(corpus, tmp_path, one_folder, ranks, flags):
+    assert_close(train(corpus, tmp_path, ranks, *flags), curves(one_folder))
+    assert_same_checkpoint(tmp_path, one_folder)
+
+
+@pytest.mark.parametrize("layout", ["dp2-parameters", "tp2", "tp2-pp2-zero-bubble", "cp2-pp2-interleaved"])
+@pytest.mark.parametrize("flags", [FULL, SELECTIVE], ids=["full", "selective"])
+def test_recomputation_follows_the_curve_of_one_rank(corpus, tmp_path, one_rank, layout, flags):
+    ranks, layout_flags = LAYOUTS[layout]
+    assert_close(train(corpus, tmp_path, ranks, *layout_flags, *flags), one_rank)
 
 
 def test_shared_out_activations_follow_the_curve_of_one_rank(corpus, tmp_path, one_rank):
-    flags = [*TP2, *RECOMPUTE, "--distribute-checkpointed-activations"]
+    flags = [*TP2, *FULL, "--distribute-checkpointed-activations"]
     assert_close(train(corpus, tmp_path, 2, *flags), one_rank)
 
 
-def test_the_launcher_starts_tensor_parallel_ranks(corpus, tmp_path, one_rank):
-    status, output = run_program(*MODEL, *TP2, *SEQUENCE, "--train-iters", 8, "--data-path", corpus, "--save",
-                                 tmp_path, ranks=2)
+def test_the_launcher_starts_ranks_that_share_layers_and_depth(corpus, tmp_path, one_rank):
+    status, output = run_program(*MODEL, *TP2, *PP2, "--train-iters", 8, "--data-path", corpus, "--save", tmp_path,
+                                 ranks=4)
     assert status == 0, output
     assert_close(curves(tmp_path), one_rank)
 
 
-@pytest.mark.parametrize(("ranks", "flags"), [(2, TP2), (4, [*TP2, *SEQUENCE])], ids=["tp2", "dp2-tp2-sequence"])
-def test_with_dropout_reruns_and_recomputation_are_bitwise_equal(corpus, tmp_path, ranks, flags):
-    flags = [*flags, *DROPOUT]
-    first = train(corpus, tmp_path / "first", ranks, *flags)
-    assert train(corpus, tmp_path / "again", ranks, *flags) == first
-    assert train(corpus, tmp_path / "recomputed", ranks, *flags, *RECOMPUTE) == first
+@pytest.mark.parametrize("layout", ["dp2-tp2-sequence-optimizer", "tp2-pp2-zero-bubble", "cp2-pp2-interleaved",
+                                    "dp2-parameters"])
+def test_with_dropout_reruns_and_recomputation_are_bitwise_equal(corpus, tmp_path, layout):
+    ranks, flags = LAYOUTS[layout]
+    runs = {"first": [], "again": [], "full": FULL, "selective": SELECTIVE}
+    outcomes = {}
+    for run, more in runs.items():
+        curve = train(corpus, tmp_path / run, ranks, *flags, *DROPOUT, *more, num_steps=3)
+        outcomes[run] = curve, {name: tensor.tolist() for name, tensor in saved(tmp_path / run).items()}
+    assert all(outcome == outcomes["first"] for outcome in outcomes.values())
 
 
-def test_a_run_goes_on_in_any_layout(corpus, tmp_path, one_rank):
+def test_with_dropout_zero_bubble_changes_no_bit(corpus, tmp_path):
+    plain, put_off = (train(corpus, tmp_path / str(len(flags)), 2, *PP2, *flags, *DROPOUT, num_steps=4)
+                      for flags in ([], ZERO_BUBBLE))
+    assert plain == put_off
+
+
+def test_a_run_goes_on_in_any_layout(corpus, tmp_path, one_folder):
     folder = tmp_path / "run"
     train(corpus, folder, 2, *TP2, "--exit-interval", "2")
-    train(corpus, folder, 1, "--exit-interval", "4")
-    train(corpus, folder, 4, *TP4, *SEQUENCE, "--exit-interval", "6")
-    assert_close(train(corpus, folder, 4, *TP2), one_rank)
+    train(corpus, folder, 4, *LAYOUTS["cp2-pp2-interleaved"][1], "--exit-interval", "4")
+    train(corpus, folder, 1, "--exit-interval", "6")
+    assert_close(train(corpus, folder, 4, *LAYOUTS["dp2-pp2-parameters"][1]), curves(one_folder))
+    assert_same_checkpoint(folder, one_folder)
 
 
-def test_a_checkpoint_holds_the_same_tensors_whatever_the_layout(corpus, tmp_path):
-    train(corpus, tmp_path / "one", 1, num_steps=2)
-    train(corpus, tmp_path / "four", 4, *TP4, num_steps=2)
-    for name in ("model", "optimizer"):
-        one, four = (load_file(tmp_path / run / "iter_0000002" / f"{name}.safetensors") for run in ("one", "four"))
-        assert one.keys() == four.keys()
-        for key, tensor in one.items():
-            if name == "model":
-                torch.testing.assert_close(four[key], tensor, rtol=0, atol=1e-4, msg=key)
-            else:
-                assert four[key].shape == tensor.shape, key
-
-
-def test_tensor_ranks_agree_on_the_step_after_which_time_is_up(corpus, tmp_path):
-    curve = train(corpus, tmp_path, 2, *TP2, "--exit-duration-in-mins", "0.02", num_steps=10**6)["loss"]
+@pytest.mark.parametrize("flags", [TP2, PP2, CP2], ids=["tp2", "pp2", "cp2"])
+def test_ranks_agree_on_the_step_after_which_time_is_up(corpus, tmp_path, flags):
+    curve = train(corpus, tmp_path, 2, *flags, "--exit-duration-in-mins", "0.02", num_steps=10**6)["loss"]
     assert int((tmp_path / "latest_checkpointed_iteration.txt").read_text()) == len(curve) < 10**6
 
 
-@pytest.mark.parametrize("precision", ["--bf16", "--fp16"])
-def test_half_precision_learns_like_fp32(corpus, tmp_path, one_rank, precision):
-    half = train(corpus, tmp_path, 2, *TP2, *SEQUENCE, precision, "--loss-scale", "1024")
+@pytest.mark.parametrize(("layout", "precision"), [
+    ("tp2-sequence", "--bf16"), ("tp2-sequence", "--fp16"), ("pp2-zero-bubble", "--bf16"),
+    ("dp2-pp2-parameters", "--fp16"), ("cp2-tp2-sequence", "--bf16")])
+def test_half_precision_learns_like_fp32(corpus, tmp_path, one_rank, layout, precision):
+    ranks, flags = LAYOUTS[layout]
+    half = train(corpus, tmp_path, ranks, *flags, precision, "--loss-scale", "1024")
     assert_close({"loss": half["loss"]}, {"loss": one_rank["loss"]}, 5e-3)
