@@ -1,0 +1,94 @@
+"""One run in many layouts: `python benchmarks/layouts.py PREFIX [--steps 50] [--only NAME …]`.
+
+PREFIX names an indexed dataset, PREFIX.bin and .idx. Each layout trains the same 4-layer model (preset demo, rows of
+512) on the same global batch, in fp32 without dropout, over gloo ranks of one thread, and is compared with one rank:
+the loss and the gradient norm of each step, and the last weights. Then each takes 10 steps with dropout: are they
+bitwise equal to the same layout's run without recomputation (or, where that is it, to its rerun)?
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+FLAGS = ("--preset demo --seq-length 512 --micro-batch-size 1 --global-batch-size 4 --log-interval 1 --num-workers 0 "
+         "--eval-interval 1000 --eval-iters 1 --peak-tflops 1").split()
+DROPOUT = "--attention-dropout 0.1 --hidden-dropout 0.1".split()
+
+TP2, TP4 = "--tensor-model-parallel-size 2", "--tensor-model-parallel-size 4"
+PP2, PP4 = "--pipeline-model-parallel-size 2", "--pipeline-model-parallel-size 4"
+LAYOUTS = {
+    "1": (1, ""), "dp2": (2, ""), "dp2, optimizer sharded": (2, "--data-parallel-sharding optimizer"),
+    "dp2, gradients sharded": (2, "--data-parallel-sharding gradients"),
+    "dp2, parameters sharded": (2, "--data-parallel-sharding parameters"),
+    "dp4, parameters sharded within 2": (4, "--data-parallel-sharding parameters --shard-within 2"),
+    "tp2": (2, TP2), "tp2 + sequence parallel": (2, f"{TP2} --sequence-parallel"), "tp4": (4, TP4),
+    "pp2": (2, PP2), "pp2, interleaved": (2, f"{PP2} --num-layers-per-virtual-pipeline-stage 1"),
+    "pp2, zero-bubble": (2, f"{PP2} --pipeline-schedule zero-bubble"), "pp4": (4, PP4),
+    "dp2 x tp2": (4, TP2), "dp2 x pp2": (4, PP2), "tp2 x pp2": (4, f"{TP2} {PP2}"),
+    "cp2": (2, "--context-parallel-size 2"),
+}
+RECOMPUTATION = {"": "", "full": "--checkpoint-activations", "selective": "--recompute-granularity selective"}
+
+
+def run(prefix: str, ranks: int, flags: list[str], steps: int, folder: str) -> tuple[list[dict], dict[str, Tensor]]:
+    """The metrics of each step, and the last weights."""
+    launcher = [str(ROOT / "examples" / "launch.py"), "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *launcher, str(ROOT / "pretrain_tape.py"), *FLAGS, *flags, "--data-path", prefix,
+               "--train-iters", str(steps), "--save", folder]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    finished = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if finished.returncode:
+        sys.exit(f"{' '.join(command)}\n{finished.stdout[-2000:]}")
+    records = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    weights = load_file(Path(folder) / f"iter_{steps:07d}" / "model.safetensors")
+    return [record for record in records if record["kind"] == "train"], weights
+
+
+def worst_relative(ours: list[dict], expected: list[dict], name: str) -> float:
+    """The largest difference of a number, relative to one rank's, over all steps."""
+    return max(abs(our[name] / one[name] - 1) for our, one in zip(ours, expected, strict=True))
+
+
+def same_bits(ours: tuple[list[dict], dict[str, Tensor]], others: tuple[list[dict], dict[str, Tensor]]) -> bool:
+    """Whether two runs have bitwise equal losses, gradient norms and weights."""
+    same_curve = all(worst_relative(ours[0], others[0], name) == 0 for name in ("loss", "grad_norm"))
+    return same_curve and all(ours[1][name].equal(others[1][name]) for name in ours[1])
+
+
+def main() -> None:
+    """Print the table, a line as soon as it is known."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prefix", metavar="PREFIX")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--only", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
+    arguments = parser.parse_args()
+    print("| layout | recomputed | loss off by | gradient norm off by | weights off by | residues/s | "
+          "with dropout |\n| --- | --- | --- | --- | --- | --- | --- |", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        expected, expected_weights = run(arguments.prefix, 1, [], arguments.steps, f"{folder}/one")
+        for layout in arguments.only:
+            ranks, flags = LAYOUTS[layout]
+            dropped = run(arguments.prefix, ranks, [*flags.split(), *DROPOUT], 10, f"{folder}/{layout}-dropout")
+            for recomputed, more in RECOMPUTATION.items():
+                place, together = f"{folder}/{layout}-{recomputed}", [*flags.split(), *more.split()]
+                ours, weights = run(arguments.prefix, ranks, together, arguments.steps, place)
+                loss, norm = (worst_relative(ours, expected, name) for name in ("loss", "grad_norm"))
+                off = max(float((weights[name] - tensor).abs().max()) for name, tensor in expected_weights.items())
+                again = run(arguments.prefix, ranks, [*together, *DROPOUT], 10, f"{place}-dropout-again")
+                rerun = "bitwise equal" if same_bits(again, dropped) else "**not equal**"
+                speed = statistics.median(step["residues_per_s"] for step in ours)
+                print(f"| {layout} | {recomputed} | {loss:.1e} | {norm:.1e} | {off:.1e} | {speed:.0f} | {rerun} |",
+                      flush=True)
+
+
+if __name__ == "__main__":
+    main()

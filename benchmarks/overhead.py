@@ -1,0 +1,141 @@
+"""What the parallel engine costs where there is one rank: `python benchmarks/overhead.py [--repeats 30]`.
+
+The program's own step (parallel layers, pipeline of one stage, data parallelism of one rank, optimizer) against plain
+PyTorch: the same model with its parallel layers replaced by plain linear ones, a loop of forward and backward passes,
+clip_grad_norm_ and AdamW. Both train on the same micro-batches of packed proteins, dropout 0.1, in turns.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from megatron.config import Config  # noqa: E402
+from megatron.data.batch import Batch  # noqa: E402
+from megatron.flags import parse  # noqa: E402
+from megatron.model.initialisation import initialise  # noqa: E402
+from megatron.model.protein_model import ProteinModel  # noqa: E402
+from megatron.optim.optimizer import Optimizer  # noqa: E402
+from megatron.optim.scaling import LossScale  # noqa: E402
+from megatron.parallel.data_parallel import data_parallel  # noqa: E402
+from megatron.parallel.layers import ColumnParallelLinear, RowParallelLinear  # noqa: E402
+from megatron.parallel.mesh import Mesh  # noqa: E402
+from megatron.parallel.pipeline import Pipeline  # noqa: E402
+from megatron.train.build import build_stages  # noqa: E402
+from megatron.train.meters import Meters  # noqa: E402
+from megatron.train.passes import model_inputs  # noqa: E402
+from megatron.train.step import TrainStep  # noqa: E402
+
+LENGTHS = (109, 137, 261, 288, 292, 299, 338, 452)
+VOCABULARY, MICRO_BATCHES, LEARNING_RATE = 128, 2, 1e-4
+
+
+class PlainLinear(nn.Module):
+    """`x Wᵀ + b` with the parameters of another layer, in x's dtype."""
+
+    def __init__(self, layer: ColumnParallelLinear | RowParallelLinear) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., out_features]."""
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+def our_step(config: Config, batches: list[Batch], device: torch.device) -> Callable[[], object]:
+    """A step as the program takes it."""
+    mesh = Mesh(device=device)
+    stages = build_stages(config, mesh, VOCABULARY)
+    initialise(stages[0], config.model, 1)
+    model = data_parallel(stages, ProteinModel.blocks, mesh, config.parallel)
+    step = TrainStep(stages, model, Pipeline(mesh, 1, "1f1b"), Optimizer(model.parameters, config.optimizer),
+                     LossScale(config.precision, device), Meters(mesh.world, device), mesh, config, VOCABULARY)
+    return lambda: step(batches, LEARNING_RATE, 0, False)
+
+
+def plain_step(config: Config, batches: list[Batch], device: torch.device) -> Callable[[], object]:
+    """The same in plain PyTorch."""
+    model = ProteinModel(config.model, config.precision, VOCABULARY)
+    initialise(model, config.model, 1)
+    for parent in list(model.modules()):
+        for name, layer in parent.named_children():
+            if isinstance(layer, ColumnParallelLinear | RowParallelLinear):
+                setattr(parent, name, PlainLinear(layer))
+    model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, fused=True)
+
+    def step() -> None:
+        num_targets = sum(len(batch.target_ids_m) for batch in batches)
+        for number, batch in enumerate(batches):
+            torch.manual_seed(number)
+            loss, _ = model(model_inputs(batch.to(device, non_blocking=True)))
+            (loss / num_targets).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def packed_batch(seed: int) -> Batch:
+    """One row of proteins, with targets every seventh token."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(6, 31, (sum(LENGTHS),), generator=generator)
+    targets = torch.arange(1, len(tokens), 7)
+    ends = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32)
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])
+    return Batch(tokens, positions, ends, targets, tokens[targets], LENGTHS, len(tokens) - len(LENGTHS), len(tokens))
+
+
+def elapsed_ms(step: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of one step."""
+    began_s = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return 1000 * (time.perf_counter() - began_s)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=30)
+    repeats = parser.parse_args().repeats
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batches = [packed_batch(seed) for seed in range(MICRO_BATCHES)]
+    print("| layers x hidden | precision | program, ms a step | plain PyTorch | program / plain, step by step |\n"
+          "| --- | --- | --- | --- | --- |")
+    shapes = [(4, 128, ""), (4, 512, "")] if device.type == "cpu" else [(4, 512, ""), (16, 1024, "--bf16")]
+    for layers, hidden, precision in shapes:
+        flags = (f"--preset tape --no-bf16 --micro-batch-size 1 --num-layers {layers} --hidden-size {hidden} "
+                 f"--num-attention-heads {hidden // 64} {precision}")
+        config, _ = parse(flags.split())
+        steps = our_step(config, batches, device), plain_step(config, batches, device)
+        for step in steps * 2:
+            step()
+        times: list[list[float]] = [[], []]
+        for number in range(repeats):
+            for which in (0, 1) if number % 2 else (1, 0):
+                times[which].append(elapsed_ms(steps[which], device))
+        ratios = [ours / plain for ours, plain in zip(*times, strict=True)]
+        cells = [*(spread(each, ".1f") for each in times), spread(ratios, ".3f")]
+        print(f"| {layers} x {hidden} | {'bf16' if precision else 'fp32'} | {' | '.join(cells)} |", flush=True)
+
+
+def spread(values: list[float], form: str) -> str:
+    """Median and quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:{form}} ({low:{form}}–{high:{form}})"
+
+
+if __name__ == "__main__":
+    main()
