@@ -36,11 +36,7 @@ def main(argv: Sequence[str]) -> int:
             log = Log(is_speaker=mesh.world.rank == 0)
             log.line(listing(config, always_so))
             train(build(config, mesh, log))
-    except UserError as error:
-        return report(error, launch)
     except Exception as error:
-        if launch.size == 1:
-            raise
         return report(error, launch)
     return 0
 

@@ -18,6 +18,10 @@
 #     NODE_RANK       this machine's number, from 0 (default: 0)
 #     MASTER_ADDR     address of machine 0 (default: localhost)
 #     MASTER_PORT     a free port there (default: 6000; with one machine, any that is free)
+#     MAX_RESTARTS    how often to start again from the last checkpoint when a process has died (default: 0)
+#
+# A process that dies ends all, on all machines, with one line that says which, where and why; one that hangs does so
+# within --distributed-timeout-minutes (default: 10).
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" run
@@ -26,11 +30,7 @@ source "$root/examples/pretraining.sh"
 
 if [ "$num_gpus" -gt 0 ]; then default_processes=$num_gpus; else default_processes=2; fi
 processes=${GPUS_PER_NODE:-$default_processes}
-if [ "$num_gpus" -eq 0 ] && [ -z "${OMP_NUM_THREADS-}" ]; then
-    # The processes share the cores; left alone, each would take them all and they would hinder each other.
-    OMP_NUM_THREADS=$("$python" -c 'import os, sys; print(max(1, os.cpu_count() // int(sys.argv[1])))' "$processes")
-fi
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+share_cores "$processes"
 
 if [ "${NNODES:-1}" -eq 1 ] && [ -z "${MASTER_PORT-}" ]; then
     meeting=(--standalone)
@@ -42,7 +42,7 @@ fi
 # A request to stop (Ctrl-C, SIGTERM) goes to the processes that train: they save and end with success, and the launcher
 # after them. The launcher itself would give them 30 seconds and then call it a failure.
 "$python" "$root/examples/launch.py" "${meeting[@]}" --nproc_per_node "$processes" \
-    --signals-to-handle SIGHUP,SIGQUIT "$root/pretrain_tape.py" "${flags[@]}" "$@" &
+    --max_restarts "${MAX_RESTARTS:-0}" --signals-to-handle SIGHUP,SIGQUIT "$root/pretrain_tape.py" "${flags[@]}" "$@" &
 launcher=$!
 signalled=yes
 trap 'signalled=yes; pkill -TERM -P "$launcher" || true' INT TERM

@@ -1,6 +1,16 @@
 # What the pretraining scripts share. To be sourced after setup.sh; sets `num_gpus` and `flags`, those of
-# pretrain_tape.py, from PRESET, DATA_PATH, CHECKPOINT_PATH and VOCAB_FILE, and preprocesses the shipped proteins.
+# pretrain_tape.py, from PRESET, DATA_PATH, CHECKPOINT_PATH and VOCAB_FILE, and preprocesses the shipped proteins. Gives
+# the function `share_cores`.
 # shellcheck shell=bash disable=SC2034,SC2154  # variables come from setup.sh and go to the script that sources this
+
+# share_cores PROCESSES: sets OMP_NUM_THREADS for so many processes on this machine, unless it is set.
+share_cores() {
+    if [ "$num_gpus" -eq 0 ] && [ -z "${OMP_NUM_THREADS-}" ]; then
+        # Left alone, each process would take all cores, and they would hinder each other.
+        OMP_NUM_THREADS=$("$python" -c 'import os, sys; print(max(1, os.cpu_count() // int(sys.argv[1])))' "$1")
+    fi
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+}
 
 num_gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
 if [ "$num_gpus" -gt 0 ]; then default_preset=tape; else default_preset=demo; fi

@@ -114,14 +114,6 @@ def _name_of_this_start(store: dist.Store, launch: Launch, timeout: timedelta) -
     return name
 
 
-def init_method(launch: Launch) -> str:
-    """The URL at which `torch.distributed` finds the other ranks of a launch that `check_launch` has passed."""
-    if launch.launcher == "torchrun":
-        return "env://"  # its agent keeps the store, also over restarts
-    address = f"[{launch.master_addr}]" if ":" in str(launch.master_addr) else launch.master_addr
-    return f"tcp://{address}:{launch.master_port}"
-
-
 def device_of(launch: Launch, local_rank: int | None = None) -> torch.device:
     """This rank's GPU, made the current one; the CPU where there are none.
 

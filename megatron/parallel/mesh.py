@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.config import ConfigError, ParallelConfig
-from megatron.parallel.launch import Launch, device_of, init_method
+from megatron.parallel.launch import Launch, device_of, meeting_store
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def joined(config: ParallelConfig, launch: Launch) -> Iterator[Mesh]:
 
     The layout fits the number of ranks (`megatron.parallel.layout` sees to it).
     """
-    device = device_of(launch)
+    device = device_of(launch, config.local_rank)
     if launch.size == 1:
         yield Mesh(device=device)
         return
@@ -75,12 +75,11 @@ def joined(config: ParallelConfig, launch: Launch) -> Iterator[Mesh]:
     if backend == "nccl" and device.type != "cuda":
         raise ConfigError("--distributed-backend nccl needs a GPU on every rank; give gloo")
     timeout = timedelta(minutes=config.distributed_timeout_minutes)
-    dist.init_process_group(backend, init_method=init_method(launch), rank=launch.rank, world_size=launch.size,
+    dist.init_process_group(backend, store=meeting_store(launch, timeout), rank=launch.rank, world_size=launch.size,
                             timeout=timeout)
-    try:
-        yield build_mesh(config, device, timeout)
-    finally:
-        dist.destroy_process_group()
+    yield build_mesh(config, device, timeout)
+    # Not after an error: the process is about to end, and its peers should not hear of it before it has said why.
+    dist.destroy_process_group()
 
 
 def build_mesh(config: ParallelConfig, device: torch.device, timeout: timedelta) -> Mesh:

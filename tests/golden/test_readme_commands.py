@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 NOT_COPIED = (".git", ".venv", "build", "runs", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info")
 
-TINY = ("--num-layers 1 --hidden-size 32 --num-attention-heads 2 --seq-length 256 --max-position-embeddings 256 "
+TINY = ("--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 256 --max-position-embeddings 256 "
         "--micro-batch-size 2 --train-iters 4 --eval-iters 1 --log-interval 2 --num-workers 0")
 # What is put behind a command that matches.
 QUICK = [(re.compile(r"\bpretrain_tape\w*\.(sh|py)\b"), TINY), (re.compile(r"\btests/run\.sh\b"), "--collect-only")]

@@ -14,7 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron.flags import parse
+from megatron.parallel.layout import check_layout
 from megatron.presets import PRESETS
+from megatron.train.state import BatchSizes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -190,3 +193,23 @@ def test_the_hyperparameters_that_the_script_shows_are_those_of_the_presets(pres
     assert len(shown) >= 17
     decided = {name: PRESETS[preset][name.replace("-", "_")] for name in shown}
     assert decided == {name: type(decided[name])(value) for name, value in shown.items()}
+
+
+@pytest.mark.parametrize(("script", "ranks"), [("200m", (1, 8, 16, 32)), ("3b", (4, 8, 16, 32, 64))])
+def test_the_layouts_of_the_published_models_fit_them_on_whole_machines(script: str, ranks: tuple[int, ...]) -> None:
+    text = (ROOT / "examples" / f"pretrain_proteinlm_{script}.sh").read_text()
+    flags = text.split('pretrain_tape_distributed.sh"')[1].replace("\\\n", "").replace('"$@"', "").split()
+    assert f"PRESET=proteinlm-{script}" in text
+    config, _ = parse(["--preset", f"proteinlm-{script}", *flags])
+    for num_ranks in ranks:
+        check_layout(config, num_ranks)
+        BatchSizes(config.training, num_ranks // config.parallel.tensor_model_parallel_size)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing_in_the_scripts() -> None:
+    scripts = sorted(map(str, (ROOT / "examples").glob("*.sh")))
+    # SC2154: it does not see that setup.sh sets root and python.
+    command = ["shellcheck", "--external-sources", "--source-path=SCRIPTDIR", "--exclude=SC2154", *scripts]
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert result.returncode == 0, result.stdout

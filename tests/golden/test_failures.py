@@ -1,0 +1,149 @@
+"""Ranks that die, fail or hang: the job ends in time with one line, or goes on from the last checkpoint."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.golden.training import ROOT, TINY, losses, run_on_ranks
+
+HOST = socket.gethostname()
+RUN = [*TINY, "--micro-batch-size", "1", "--global-batch-size", "4", "--eval-interval", "100000"]
+ENDLESS = [*RUN, "--train-iters", "100000", "--save-interval", "4"]
+OURS = [sys.executable, ROOT / "examples" / "launch.py"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+# The program, but rank 1 fails where the training starts, and rank 0 waits for it.
+FAILING = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import pretrain_tape
+train = pretrain_tape.train
+
+def train_or_fail(run):
+    if os.environ["RANK"] == "1":
+        raise KeyError("name")
+    train(run)
+
+pretrain_tape.train = train_or_fail
+os._exit(pretrain_tape.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def start():
+    """A function that starts a command with flags; what a test leaves running is asked to stop."""
+    processes = []
+
+    def one(command, *flags, **environment):
+        processes.append(subprocess.Popen(
+            [*map(str, command), *map(str, flags)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+        return processes[-1]
+
+    yield one
+    for process in processes:
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+@pytest.fixture
+def start_ranks(start):
+    """A function that starts two ranks of the program, or of another, by a launcher."""
+    def two(launcher, corpus, folder, *flags, program=ROOT / "pretrain_tape.py", restarts=0):
+        return start([*launcher, "--standalone", "--nproc-per-node", 2, "--max-restarts", restarts, program], *flags,
+                     "--data-path", corpus, "--save", folder, "--load", folder)
+
+    return two
+
+
+def wait_for_checkpoint(process: "subprocess.Popen[str]", folder: Path) -> None:
+    deadline_s = time.monotonic() + 60
+    while not (folder / "latest_checkpointed_iteration.txt").exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+
+
+def send_to_rank_1(number: signal.Signals, launcher: "subprocess.Popen[str]", folder: Path) -> None:
+    """Sends the signal once there is a checkpoint."""
+    wait_for_checkpoint(launcher, folder)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    os.kill(int(children[1]), number)
+
+
+def end_of(process: "subprocess.Popen[str]") -> tuple[int, list[str], str]:
+    """The exit status, the lines that say an error, and the whole output."""
+    output = process.communicate(timeout=60)[0]
+    return process.returncode, [line for line in output.splitlines() if line.startswith("error: ")], output
+
+
+def test_a_killed_rank_ends_the_job_with_one_line(start_ranks, corpus, tmp_path):
+    process = start_ranks(OURS, corpus, tmp_path, *ENDLESS)
+    send_to_rank_1(signal.SIGKILL, process, tmp_path)
+    killed_at_s = time.monotonic()
+    status, errors, output = end_of(process)
+    assert time.monotonic() - killed_at_s < 20  # not the timeout of ten minutes
+    assert errors == [f"error: rank 1 on {HOST}: killed by signal 9 (SIGKILL)"]
+    assert "Traceback" not in output
+    assert status == 128 + signal.SIGKILL
+
+
+def test_a_rank_that_hangs_ends_the_job_in_time(start_ranks, corpus, tmp_path):
+    process = start_ranks(OURS, corpus, tmp_path, *ENDLESS, "--distributed-timeout-minutes", 0.1)
+    send_to_rank_1(signal.SIGSTOP, process, tmp_path)
+    stopped_at_s = time.monotonic()
+    status, errors, _ = end_of(process)
+    assert time.monotonic() - stopped_at_s < 6 + 2 + 5 + 7  # timeout, the launcher's two waits, and a busy machine
+    assert errors == [f"error: rank 1 on {HOST}: did not answer, and was killed"]
+    assert status != 0
+
+
+def test_a_rank_that_fails_is_reported_with_its_reason_and_the_others_are_not(start_ranks, corpus, tmp_path):
+    program = tmp_path / "failing.py"
+    program.write_text(FAILING)
+    status, errors, output = end_of(start_ranks(OURS, corpus, tmp_path / "run", *ENDLESS, program=program))
+    assert errors == [f"error: rank 1 on {HOST}: KeyError: 'name'"]
+    assert output.count("Traceback") == 1
+    assert output.rstrip().endswith(errors[0])
+    assert status == 1
+
+
+@pytest.mark.parametrize("flags", [[], ["--tensor-model-parallel-size", 3]], ids=["data", "layout"])
+def test_a_mistake_that_all_ranks_find_is_said_once_and_not_tried_again(start_ranks, tmp_path, flags):
+    status, errors, output = end_of(start_ranks(OURS, "nowhere", tmp_path, *ENDLESS, *flags, restarts=3))
+    assert len(errors) == 1, output
+    assert "Traceback" not in output
+    assert status == 2
+
+
+def test_torchrun_starts_a_killed_job_again_from_its_last_checkpoint(start_ranks, corpus, tmp_path):
+    run = [*RUN, "--train-iters", "40", "--save-interval", "4"]
+    process = start_ranks(TORCHRUN, corpus, tmp_path / "killed", *run, restarts=1)
+    send_to_rank_1(signal.SIGKILL, process, tmp_path / "killed")
+    status, errors, output = end_of(process)
+    assert status == 0, output
+    assert len(errors) == 1
+    assert errors[0].startswith(f"error: rank 0 on {HOST} lost its peers: ")
+    assert "going on from iteration" in output
+    assert run_on_ranks(*run, "--data-path", corpus, "--save", tmp_path / "whole", ranks=2) == [0, 0]
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+def test_where_no_launcher_tells_the_survivors_do(start, corpus, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    ranks = [start([sys.executable, ROOT / "pretrain_tape.py"], *ENDLESS, "--data-path", corpus, "--save", tmp_path,
+                   SLURM_STEP_NODELIST="localhost", SLURM_STEP_NUM_TASKS="2", SLURM_PROCID=str(rank),
+                   SLURM_LOCALID=str(rank), MASTER_PORT=str(port)) for rank in range(2)]
+    wait_for_checkpoint(ranks[0], tmp_path)
+    ranks[1].kill()
+    status, errors, output = end_of(ranks[0])
+    assert status == 1
+    assert len(errors) == 1
+    assert errors[0].startswith(f"error: rank 0 on {HOST} lost its peers: ")
+    assert "Traceback" not in output

@@ -1,0 +1,241 @@
+"""How a rank learns its place from what launchers leave in the environment, and what it says when it fails."""
+
+import json
+import socket
+import threading
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from examples.launch import cause, line_of
+from megatron.config import UserError
+from megatron.parallel.failure import report
+from megatron.parallel.launch import Launch, LaunchError, check_launch, device_of, launched, meeting_store
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "3",
+            "OMPI_COMM_WORLD_LOCAL_SIZE": "4", "OMPI_MCA_ess_base_jobid": "581763073"}
+MPICH = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "3", "MPI_LOCALNRANKS": "4"}
+# A batch script sees the job; only what srun starts is a task of a step.
+SLURM_JOB = {"SLURM_JOB_ID": "17", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4",
+             "SLURM_JOB_NODELIST": "node[07-09]"}
+SRUN = SLURM_JOB | {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_ID": "0",
+                    "SLURM_STEP_NODELIST": "node[08-09]"}
+
+
+def place(environment):
+    launch = launched(environment)
+    check_launch(launch)
+    return launch.rank, launch.size, launch.local_rank, launch.master_addr
+
+
+def error_of(environment):
+    with pytest.raises(LaunchError) as caught:
+        check_launch(launched(environment))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("environment", "expected"), [
+    ({}, (0, 1, None, None)),
+    (TORCHRUN, (3, 4, 1, "node0")),
+    (OPEN_MPI, (3, 4, 3, "localhost")),
+    (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "MASTER_ADDR": "node0"}, (3, 4, 3, "node0")),
+    (MPICH, (3, 4, 3, "localhost")),
+    (SRUN, (3, 4, 1, "node08")),
+    (SRUN | {"MASTER_ADDR": "ib-node08"}, (3, 4, 1, "ib-node08")),
+    (SLURM_JOB, (0, 1, None, None)),
+    (SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, (0, 1, 0, None)),
+], ids=["none", "torchrun", "open-mpi", "open-mpi-hosts", "mpich", "srun", "srun-address", "sbatch", "srun-one"])
+def test_every_launcher_is_understood(environment, expected):
+    assert place(environment) == expected
+
+
+@pytest.mark.parametrize(("environment", "launcher"), [
+    (SRUN | TORCHRUN, "torchrun"), (OPEN_MPI | TORCHRUN, "torchrun"), (SLURM_JOB | OPEN_MPI, "Open MPI"),
+    (SLURM_JOB | MPICH, "MPICH or Intel MPI"), (SRUN | {"PMI_RANK": "3", "PMI_SIZE": "4"}, "srun")])
+def test_the_innermost_launcher_counts(environment, launcher):
+    assert launched(environment).launcher == launcher
+
+
+@pytest.mark.parametrize(("hosts", "first"), [
+    ("node08", "node08"), ("node[08-09,11]", "node08"), ("gpu[3,7],node1", "gpu3"), ("a,b[1-2]", "a"),
+    ("rack[1-2]-node[03-04]", "rack1-node03"), ("n-1.cluster.org,n-2.cluster.org", "n-1.cluster.org")])
+def test_rank_0_of_srun_is_on_the_first_host(hosts, first):
+    assert place(SRUN | {"SLURM_STEP_NODELIST": hosts})[3] == first
+
+
+def test_a_job_meets_at_a_port_of_its_own():
+    ports = [launched(SRUN | {"SLURM_JOB_ID": str(job)}).master_port for job in range(100)]
+    assert len(set(ports)) > 95
+    assert all(1024 < port < 32768 for port in ports)
+    assert launched(SRUN).master_port == launched(SRUN | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}).master_port
+    assert launched(SRUN | {"MASTER_PORT": "6001"}).master_port == 6001
+
+
+@pytest.mark.parametrize(("environment", "said"), [
+    (TORCHRUN | {"RANK": "two"}, "RANK is 'two' in the environment, where a whole number should be"),
+    (TORCHRUN | {"RANK": ""}, "RANK is ''"),
+    (TORCHRUN | {"LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1'"),
+    (TORCHRUN | {"RANK": "4"}, "RANK is 4 and WORLD_SIZE is 4"),
+    ({"RANK": "0"}, "WORLD_SIZE is not"),
+    ({"WORLD_SIZE": "2"}, "RANK is not"),
+    ({"RANK": "0", "WORLD_SIZE": "2"}, "set MASTER_ADDR and MASTER_PORT too"),
+    (TORCHRUN | {"MASTER_PORT": "70000"}, "MASTER_PORT is 70000; a port is between 1 and 65535"),
+    (TORCHRUN | {"MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
+    (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, "pass MASTER_ADDR, the address of rank 0's host"),
+    (SRUN | {"SLURM_STEP_NODELIST": "node["}, "SLURM_STEP_NODELIST is 'node['"),
+])
+def test_what_cannot_be_understood_is_refused_in_one_line(environment, said):
+    assert said in error_of(environment)
+
+
+def test_what_all_find_alike_is_said_once_a_host_by_torchrun_and_once_by_the_others():
+    torchrun = [launched(TORCHRUN | {"RANK": str(rank), "LOCAL_RANK": str(rank % 2)}) for rank in range(4)]
+    assert [launch.speaks() for launch in torchrun] == [True, False, True, False]
+    srun = [launched(SRUN | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank % 2)}) for rank in range(4)]
+    assert [launch.speaks() for launch in srun] == [True, False, False, False]
+    assert Launch().speaks()
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A function that makes this process see so many GPUs; gives the list of those that were made current."""
+    def see(count):
+        current = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "set_device", current.append)
+        return current
+
+    return see
+
+
+@pytest.mark.parametrize(("environment", "flag", "num_gpus", "index"), [
+    ({}, None, 8, 0), (TORCHRUN, None, 8, 1), (SRUN, None, 8, 1), (OPEN_MPI, None, 4, 3),
+    (SRUN, None, 1, 0),  # --gpus-per-task: each task sees its own
+    ({key: value for key, value in TORCHRUN.items() if key != "LOCAL_RANK"}, 5, 8, 5),
+    (TORCHRUN, 5, 8, 1),
+], ids=["none", "torchrun", "srun", "open-mpi", "one-gpu-a-task", "flag", "environment-over-flag"])
+def test_a_rank_takes_the_gpu_of_its_local_rank(gpus, environment, flag, num_gpus, index):
+    current = gpus(num_gpus)
+    assert device_of(launched(environment), flag) == torch.device("cuda", index)
+    assert current == [torch.device("cuda", index)]
+
+
+def test_a_rank_without_a_gpu_of_its_own_is_refused(gpus):
+    gpus(0)
+    assert device_of(launched(TORCHRUN)) == torch.device("cpu")
+    gpus(1)
+    with pytest.raises(LaunchError, match="local rank 1 has no GPU: this host shows 1"):
+        device_of(launched(TORCHRUN))
+    gpus(2)
+    with pytest.raises(LaunchError, match="give each its LOCAL_RANK"):
+        device_of(launched({"PMI_RANK": "1", "PMI_SIZE": "2", "MASTER_ADDR": "node0"}))
+
+
+def meet(port, size, rank, stores):
+    launch = Launch(rank, size, rank, "127.0.0.1", port, "torchrun", has_agent=True)
+    stores[rank] = meeting_store(launch, timedelta(seconds=20))
+
+
+def test_ranks_that_are_started_again_do_not_see_what_the_dead_have_written():
+    agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for _ in range(2):
+        stores = {}
+        threads = [threading.Thread(target=meet, args=(agent.port, 3, rank, stores)) for rank in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not stores[0].check(["address of rank 1"])
+        stores[1].set("address of rank 1", "here")
+        assert stores[0].get("address of rank 1") == stores[2].get("address of rank 1") == b"here"
+
+
+def test_ranks_that_do_not_come_are_named_when_the_time_is_up():
+    agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    launch = Launch(0, 3, 0, "127.0.0.1", agent.port, "torchrun", has_agent=True)
+    with pytest.raises(dist.DistStoreError, match="waiting for ranks 1, 2 to start"):
+        meeting_store(launch, timedelta(seconds=0.1))
+
+
+HOST = socket.gethostname()
+GLOO = ("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:5539. "
+        "This is typically caused by a remote worker crashing.")
+
+
+def reported(error, launch, monkeypatch, tmp_path, capsys):
+    """What is printed, what is left for the launcher, and the exit status."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    try:
+        raise error
+    except Exception as caught:
+        status = report(caught, launch)
+    left = json.loads((tmp_path / "error.json").read_text())["message"]["message"]
+    return capsys.readouterr().err, left, status
+
+
+@pytest.mark.parametrize(("error", "line", "status"), [
+    (UserError("no such file"), f"no such file (rank 3 on {HOST})", 2),
+    (KeyError("name"), f"rank 3 on {HOST}: KeyError: 'name'", 1),
+    (RuntimeError("shapes differ\nat length"), f"rank 3 on {HOST}: RuntimeError: shapes differ", 1),
+    (RuntimeError(GLOO), f"rank 3 on {HOST} lost its peers: Connection closed by peer [10.0.0.2]:5539", 1),
+    (dist.DistStoreError("timed out waiting for ranks 1, 2 to start"),
+     f"rank 3 on {HOST} lost its peers: timed out waiting for ranks 1, 2 to start", 1),
+    (RuntimeError("EADDRINUSE"), f"port 6000 is taken; set MASTER_PORT to a free one (rank 3 on {HOST})", 2),
+], ids=["user", "bug", "long", "gloo", "store", "port"])
+def test_a_rank_that_fails_says_who_where_and_why(error, line, status, monkeypatch, tmp_path, capsys):
+    launch = Launch(rank=3, size=4, master_port=6000)
+    printed, left, ended = reported(error, launch, monkeypatch, tmp_path, capsys)
+    assert printed.splitlines()[-1] == f"error: {line}"
+    assert left.partition(": ")[2] == line
+    assert ended == status
+    assert ("Traceback" in printed) == (type(error).__name__ in line)
+
+
+def test_a_rank_whose_launcher_tells_leaves_it_the_line(monkeypatch, tmp_path, capsys):
+    heard = Launch(rank=3, size=4, is_heard=True)
+    assert reported(UserError("no such file"), heard, monkeypatch, tmp_path, capsys)[0] == ""
+    printed, left, _ = reported(RuntimeError(GLOO), heard, monkeypatch, tmp_path, capsys)
+    assert (printed, left.partition(": ")[0]) == ("", "LostPeersError")
+
+
+def test_one_process_fails_without_naming_a_rank(monkeypatch, tmp_path, capsys):
+    assert reported(UserError("no such file"), Launch(), monkeypatch, tmp_path, capsys)[0] == "error: no such file\n"
+
+
+def failure(folder, exit_code, recorded="", second=0):
+    """A rank's failure as the launcher sees it, with what the rank recorded (`Type: line`)."""
+    path = folder / f"{exit_code}-{second}.json"
+    if recorded:
+        path.write_text(json.dumps({"message": {"message": recorded, "extraInfo": {"timestamp": str(second)}}}))
+    found = ProcessFailure(local_rank=0, pid=1, exitcode=exit_code, error_file=str(path))
+    found.timestamp = second
+    return found
+
+
+def test_the_launcher_names_the_rank_that_the_others_followed(tmp_path):
+    lost = failure(tmp_path, 1, "LostPeersError: rank 0 lost its peers", second=1)
+    ended = failure(tmp_path, -15, second=2)
+    killed = failure(tmp_path, -9, second=3)
+    assert cause({0: lost, 1: ended, 2: killed}) == (2, killed)
+    assert cause({0: lost, 1: ended}) == (0, lost)
+    failed = failure(tmp_path, 1, "RankError: rank 3 on b: KeyError: 'name'", second=2)
+    assert cause({0: lost, 2: killed, 3: failed}) == (3, failed)
+
+
+@pytest.mark.parametrize(("exit_code", "recorded", "has_hung", "line"), [
+    (-9, "", False, f"rank 5 on {HOST}: killed by signal 9 (SIGKILL)"),
+    (-11, "", False, f"rank 5 on {HOST}: killed by signal 11 (SIGSEGV)"),
+    (-9, "", True, f"rank 5 on {HOST}: did not answer, and was killed"),
+    (1, "", False, f"rank 5 on {HOST}: ended with exit status 1"),
+    (1, "RankError: rank 5 on b: KeyError: 'name'", False, "rank 5 on b: KeyError: 'name'"),
+    (2, "RankError: no such file (rank 5 on b)", False, "no such file (rank 5 on b)"),
+    (2, "", False, ""),  # a flag that all refuse: one of them has said so
+])
+def test_the_launcher_says_who_where_and_why(tmp_path, exit_code, recorded, has_hung, line):
+    assert line_of(5, failure(tmp_path, exit_code, recorded), has_hung) == line
