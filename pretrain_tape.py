@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron.config import UserError
+from megatron.config import Config, ConfigError, UserError
 from megatron.flags import listing, parse
 from megatron.log import Log
 from megatron.parallel.failure import report
@@ -16,6 +16,7 @@ from megatron.parallel.launch import Launch, check_launch, launched
 from megatron.parallel.layout import check_layout
 from megatron.parallel.mesh import joined
 from megatron.train.build import build
+from megatron.train.dry_run import dry_run
 from megatron.train.loop import train
 
 
@@ -26,6 +27,8 @@ def main(argv: Sequence[str]) -> int:
         launch = launched()
         config, always_so = parse(argv)
         check_launch(launch)
+        if config.parallel.dry_run:
+            return _dry_run(config, launch)
         check_layout(config, launch.size)
     except UserError as error:
         if launch.speaks():  # the other ranks have the same flags
@@ -38,6 +41,14 @@ def main(argv: Sequence[str]) -> int:
             train(build(config, mesh, log))
     except Exception as error:
         return report(error, launch)
+    return 0
+
+
+def _dry_run(config: Config, launch: Launch) -> int:
+    if launch.size > 1:
+        raise ConfigError(f"--dry-run builds any layout in one process, and {launch.size} were started; start one")
+    check_layout(config, config.parallel.dry_run_ranks)
+    print(dry_run(config))
     return 0
 
 

@@ -22,7 +22,7 @@ from megatron.parallel.collectives import all_reduce_sum
 from megatron.parallel.mesh import Axis, Mesh
 from megatron.parallel.sharding import partial_gradients, placed, placement_of
 
-_BUCKET_ELEMENTS = 16 * 2**20  # 64 MiB of fp32: large enough for the network, small beside the model
+BUCKET_ELEMENTS = 16 * 2**20  # 64 MiB of fp32: large enough for the network, small beside the model
 
 Blocks = Callable[[Any], Iterable[nn.Module]]
 
@@ -182,12 +182,12 @@ def _sum_over(axis: Axis, gradients: Iterable[torch.Tensor | None]) -> None:
 
 
 def _buckets(gradients: Iterable[torch.Tensor | None]) -> list[list[torch.Tensor]]:
-    """The gradients, in order, in lists of about `_BUCKET_ELEMENTS` elements."""
+    """The gradients, in order, in lists of about `BUCKET_ELEMENTS` elements."""
     buckets: list[list[torch.Tensor]] = [[]]
     size = 0
     for gradient in gradients:
         assert gradient is not None, "every parameter takes part in the loss"
-        if size and size + gradient.numel() > _BUCKET_ELEMENTS:
+        if size and size + gradient.numel() > BUCKET_ELEMENTS:
             buckets.append([])
             size = 0
         buckets[-1].append(gradient)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Each floor may import its own modules and those of lower floors. `data` and `model` share a height, not a floor.
 HEIGHT = {"megatron.config": 0, "megatron.flags": 0, "megatron.log": 0, "megatron.presets": 0, "megatron.parallel": 1,
           "megatron.kernels": 2, "megatron.data": 3, "megatron.model": 3, "megatron.optim": 4, "megatron.checkpoint": 5,
-          "megatron.train": 6, "pretrain_tape": 7, "tools": 7, "protein_tools": 7}
+          "megatron.train": 6, "megatron.plan": 6, "pretrain_tape": 7, "tools": 7, "protein_tools": 7}
 DOORS = ("pretrain_tape", "tools", "protein_tools")
 GROUND = 0
 

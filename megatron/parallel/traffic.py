@@ -1,0 +1,89 @@
+"""How many bytes a rank sends, by axis and operation: counted where PyTorch calls its collectives.
+
+The count is that of a ring, the least that every rank must send: of a tensor of N bytes on s ranks an all-reduce sends
+2 (s - 1) / s N, an all-gather or a reduce-scatter (s - 1) / s of the whole, a message N (counted by its sender).
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron.parallel.mesh import Mesh
+
+# (axis, operation), for example ("tensor", "all-reduce").
+Key = tuple[str, str]
+
+ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, SEND = "all-reduce", "all-gather", "reduce-scatter", "send"
+
+
+class Traffic:
+    """Calls and bytes that one rank sends, by axis and operation."""
+
+    def __init__(self, calls: Mapping[Key, int] | None = None, sent: Mapping[Key, int] | None = None) -> None:
+        self.calls, self.sent = Counter(calls), Counter(sent)
+
+    def add(self, axis: str, operation: str, num_bytes: int, num_ranks: int, times: int = 1) -> None:
+        """Count `times` calls on `num_ranks` ranks; `num_bytes`: of the whole tensor. One rank sends nothing."""
+        if num_ranks > 1 and times:
+            rounds = {ALL_REDUCE: 2 * (num_ranks - 1), SEND: num_ranks}.get(operation, num_ranks - 1)
+            self.calls[axis, operation] += times
+            self.sent[axis, operation] += times * (rounds * num_bytes // num_ranks)
+
+    def continued(self, later: "Traffic", factor: float) -> "Traffic":
+        """This, and `factor` times what `later` has more."""
+        def line(ours: Counter[Key], theirs: Counter[Key]) -> dict[Key, int]:
+            return {key: round(ours[key] + factor * (theirs[key] - ours[key])) for key in theirs}
+        return Traffic(line(self.calls, later.calls), line(self.sent, later.sent))
+
+
+class TrafficCounter(TorchDispatchMode):
+    """Within this context `traffic` counts every collective of this process.
+
+    Axes that have one and the same group, as all ranks may be at once, are counted together, under all their names.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        super().__init__()
+        self.traffic = Traffic()
+        self._axes = _axes_by_group(mesh)
+
+    def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
+        """Run `func`; count it first if it communicates."""
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # what counts are the operations on its local tensor
+        if func.namespace == "c10d" and func in _COUNTED:
+            operation, whole_of, group_index = _COUNTED[func]
+            group = dist.ProcessGroup.unbox(args[group_index])
+            num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in whole_of(args))
+            self.traffic.add(self._axes.get(group.group_name, "other"), operation, num_bytes, group.size())
+        return func(*args, **(kwargs or {}))
+
+
+def _axes_by_group(mesh: Mesh) -> dict[str, str]:
+    groups = [("pipeline", axis.group) for axis in (mesh.pipeline, mesh.ends)]
+    groups += [("pipeline", channel) for channel in mesh.channels]
+    groups += [("data", axis.group) for axis in (mesh.data, mesh.replicas, mesh.shards, mesh.copies)]
+    groups += [("context", mesh.context.group), ("tensor", mesh.tensor.group)]
+    names: dict[str, list[str]] = {}
+    for name, group in groups:
+        if group is not None and name not in names.setdefault(group.group_name, []):
+            names[group.group_name].append(name)
+    if mesh.world.group is not None:
+        names.setdefault(mesh.world.group.group_name, ["world"])
+    return {group: "+".join(sharing) for group, sharing in names.items()}
+
+
+_Tensors = Callable[[Sequence[Any]], Sequence[torch.Tensor]]
+_C10D = torch.ops.c10d
+# Each operator's name here, the tensors that make up the whole, and where its group stands among the arguments.
+_COUNTED: dict[Any, tuple[str, _Tensors, int]] = {
+    _C10D.allreduce_.default: (ALL_REDUCE, lambda args: args[0], 1),
+    _C10D._allgather_base_.default: (ALL_GATHER, lambda args: args[:1], 2),
+    _C10D._reduce_scatter_base_.default: (REDUCE_SCATTER, lambda args: args[1:2], 2),
+    _C10D.send.default: (SEND, lambda args: args[0], 1),
+}

@@ -1,0 +1,195 @@
+"""Which layouts a number of GPUs can train a model in, the fastest first."""
+
+import itertools
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+
+from megatron.config import Config, ConfigError
+from megatron.parallel.layout import check_layout
+from megatron.parallel.mesh import grid_sizes
+from megatron.parallel.traffic import Traffic
+from megatron.plan.gpus import gpu_named, peak_flops
+from megatron.plan.memory import Memory, peak_memory
+from megatron.plan.messages import step_traffic
+from megatron.plan.rank import Rank
+from megatron.plan.step_time import StepTime, step_time
+
+# The flags that settle a part of the layout: where one is given, its value is kept and nothing else is tried.
+SETTLED_BY = {
+    "tensor": ("--tensor-model-parallel-size", "--model-parallel-size"),
+    "sequence": ("--sequence-parallel", "--no-sequence-parallel"),
+    "pipeline": ("--pipeline-model-parallel-size",),
+    "schedule": ("--pipeline-schedule", "--num-layers-per-virtual-pipeline-stage"),
+    "context": ("--context-parallel-size",),
+    "sharding": ("--data-parallel-sharding", "--use-distributed-optimizer", "--DDP-impl"),
+    "recompute": ("--checkpoint-activations", "--no-checkpoint-activations", "--recompute-activations",
+                  "--recompute-granularity"),
+    "rows": ("--micro-batch-size", "--batch-size"),
+}
+_MOST_ROWS = 16  # a micro-batch of more rows is no faster
+_CONTEXTS = (2, 4, 8, 16)  # tried one after the other, where nothing fits without
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layout and what it costs: `memory` on the rank that holds most, `traffic` of the first rank."""
+
+    config: Config
+    sizes: dict[str, int]
+    memory: Memory
+    traffic: Traffic
+    time: StepTime
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`num_gpus` of the GPU `name`, `gpus_per_node` on each host; `margin`: the share of memory to leave free."""
+
+    name: str
+    num_gpus: int
+    gpus_per_node: int
+    margin: float
+
+    @property
+    def memory(self) -> float:
+        """Bytes of a GPU that a layout may fill."""
+        return gpu_named(self.name).memory_gib * 2**30 * (1 - self.margin)
+
+
+def best_plans(config: Config, machine: Machine, given: Collection[str]) -> list[Plan]:
+    """Every layout that fits, the fastest first; `given`: the flags that the user gave.
+
+    Raises ConfigError where there is none.
+    """
+    peak_flops(machine.name, config.precision)
+    if config.training.global_batch_size is None:
+        raise ConfigError("--global-batch-size is missing; layouts are compared by the time of a step of so many rows")
+    settled = {part for part, flags in SETTLED_BY.items() if any(flag in given for flag in flags)}
+    contexts = (None,) if "context" in settled else (None, *_CONTEXTS)
+    least: Memory | None = None
+    for context in contexts:
+        one = config if context is None else _with_parallel(config, context_parallel_size=context)
+        plans, tightest = _fitting(one, machine, settled)
+        if plans:
+            return sorted(plans, key=lambda plan: plan.time.step_s)
+        least = min((memory for memory in (least, tightest) if memory), key=lambda memory: memory.peak, default=None)
+    if least is None:
+        check_layout(config, machine.num_gpus)  # says what is wrong, if it is the flags
+        raise ConfigError(f"no layout of {machine.num_gpus} GPUs divides --global-batch-size "
+                          f"{config.training.global_batch_size}; give a multiple of it")
+    raise ConfigError(f"nothing fits: the least that a layout of {machine.num_gpus} GPUs holds is "
+                      f"{least.peak / 2**30:.1f} GiB a GPU, and {machine.name} leaves {machine.memory / 2**30:.1f} "
+                      "GiB; take more GPUs, larger ones, or a shorter --seq-length")
+
+
+def _fitting(config: Config, machine: Machine, settled: set[str]) -> tuple[list[Plan], Memory | None]:
+    """The layouts that fit, and the least memory among all that can work."""
+    plans, least = [], None
+    gpu, peak = gpu_named(machine.name), peak_flops(machine.name, config.precision)
+    for candidate in candidates(config, machine, settled):
+        ranks = _extreme_ranks(candidate, machine.num_gpus)
+        memory = max((peak_memory(rank) for rank in ranks), key=lambda memory: memory.peak)
+        if least is None or memory.peak < least.peak:
+            least = memory
+        if memory.peak <= machine.memory:
+            plans.append(Plan(candidate, ranks[0].sizes, memory, step_traffic(ranks[0]),
+                              step_time(ranks, gpu, peak, machine.gpus_per_node)))
+    return plans, least
+
+
+def candidates(config: Config, machine: Machine, settled: Collection[str]) -> Iterator[Config]:
+    """Every layout that can work, whether or not it fits."""
+    def choices(part: str, values: list[dict]) -> list[dict]:
+        return [{}] if part in settled else values
+
+    divisors = [size for size in range(1, machine.num_gpus + 1) if machine.num_gpus % size == 0]
+    tensors = choices("tensor", [{"tensor_model_parallel_size": size} for size in divisors
+                                 if size <= machine.gpus_per_node])
+    pipelines = choices("pipeline", [{"pipeline_model_parallel_size": size} for size in divisors
+                                     if size <= config.model.num_layers])
+    shardings = choices("sharding", [{"data_parallel_sharding": "none"}, {"DDP_impl": "torch"}, *(
+        {"data_parallel_sharding": what} for what in ("optimizer", "gradients", "parameters"))])
+    recomputations = _recomputations(Rank(config, machine.num_gpus).takes_flash)
+    for tensor, pipeline in itertools.product(tensors, pipelines):
+        grid = _with_parallel(config, **tensor, **pipeline)
+        # Sharing the tokens out as well costs nothing.
+        has_tensor = grid.parallel.tensor_model_parallel_size > 1
+        sequence = {} if "sequence" in settled else {"sequence_parallel": has_tensor}
+        schedules = choices("schedule", list(_schedules(grid)))
+        for schedule, sharding in itertools.product(schedules, shardings):
+            layout = _with_parallel(grid, **sequence, **schedule, **sharding)
+            for rows, recompute in itertools.product(choices("rows", _rows()), choices("recompute", recomputations)):
+                training, model = replace(layout.training, **rows), replace(layout.model, **recompute)
+                candidate = replace(layout, training=training, model=model)
+                if _works(candidate, machine.num_gpus):
+                    yield candidate
+
+
+def _with_parallel(config: Config, **values: object) -> Config:
+    return replace(config, parallel=replace(config.parallel, **values))  # type: ignore[arg-type]
+
+
+def _schedules(config: Config) -> Iterator[dict]:
+    """1F1B, zero-bubble, and interleaved with every number of blocks a stage that divides those of a rank."""
+    yield {"pipeline_schedule": "1f1b"}
+    size = config.parallel.pipeline_model_parallel_size
+    if size > 1:
+        yield {"pipeline_schedule": "zero-bubble"}
+        blocks = config.model.num_layers // size
+        yield from ({"num_layers_per_virtual_pipeline_stage": count} for count in range(1, blocks)
+                    if config.model.num_layers % (size * count) == 0)
+
+
+def _rows() -> list[dict]:
+    return [{"micro_batch_size": 2**power} for power in range(_MOST_ROWS.bit_length())]
+
+
+def _recomputations(takes_flash: bool) -> list[dict]:
+    """None, full, and selective where attention keeps its probabilities: the fused operator does not."""
+    selective = [] if takes_flash else [{"checkpoint_activations": False, "recompute_granularity": "selective"}]
+    return [{"checkpoint_activations": False, "recompute_granularity": None}, *selective,
+            {"checkpoint_activations": True, "recompute_granularity": None}]
+
+
+def _works(config: Config, num_gpus: int) -> bool:
+    try:
+        check_layout(config, num_gpus)
+    except ConfigError:
+        return False
+    data_size = grid_sizes(config.parallel, num_gpus)["data"]
+    parallel = config.parallel
+    replicas = data_size * parallel.context_parallel_size
+    if replicas == 1 and (parallel.data_parallel_sharding != "none" or parallel.DDP_impl == "torch"):
+        return False  # nothing to share out: the same layout again
+    rows = config.training.micro_batch_size * data_size
+    return (config.training.global_batch_size or rows) % rows == 0
+
+
+def _extreme_ranks(config: Config, num_gpus: int) -> list[Rank]:
+    """One rank at each place of the pipeline that may hold most or take longest: its ends, and their neighbours."""
+    size = config.parallel.pipeline_model_parallel_size
+    return [Rank(config, num_gpus, place * (num_gpus // size)) for place in sorted({0, min(1, size - 1),
+                                                                                    max(0, size - 2), size - 1})]
+
+
+def layout_flags(config: Config) -> list[str]:
+    """The flags that ask for the layout of `config`, to be put behind the model's own."""
+    parallel, model = config.parallel, config.model
+    flags = [f"--micro-batch-size {config.training.micro_batch_size}"]
+    if config.training.global_batch_size:
+        flags.append(f"--global-batch-size {config.training.global_batch_size}")
+    for size, name in ((parallel.tensor_model_parallel_size, "tensor-model"),
+                       (parallel.pipeline_model_parallel_size, "pipeline-model"),
+                       (parallel.context_parallel_size, "context")):
+        flags += [f"--{name}-parallel-size {size}"] if size > 1 else []
+    flags += ["--sequence-parallel"] if parallel.sequence_parallel else []
+    if parallel.pipeline_schedule != "1f1b":
+        flags.append(f"--pipeline-schedule {parallel.pipeline_schedule}")
+    if parallel.num_layers_per_virtual_pipeline_stage:
+        flags.append(f"--num-layers-per-virtual-pipeline-stage {parallel.num_layers_per_virtual_pipeline_stage}")
+    if parallel.data_parallel_sharding != "none":
+        flags.append(f"--data-parallel-sharding {parallel.data_parallel_sharding}")
+    flags += ["--DDP-impl torch"] if parallel.DDP_impl == "torch" else []
+    if model.recompute_granularity == "selective":
+        return [*flags, "--recompute-granularity selective"]
+    return [*flags, "--checkpoint-activations" if model.checkpoint_activations else "--no-checkpoint-activations"]

@@ -1,0 +1,119 @@
+"""How long a step takes: arithmetic, memory traffic, messages that nothing hides, and the pipeline's idle time.
+
+An estimate to compare layouts with, from data sheets and stated assumptions (`megatron.plan.gpus` and below).
+"""
+
+from dataclasses import dataclass
+
+from megatron.kernels.attention import share_of
+from megatron.model.flops import model_flops
+from megatron.parallel.mesh import Axis
+from megatron.parallel.traffic import ALL_REDUCE, Traffic
+from megatron.plan.activations import Activations
+from megatron.plan.gpus import BANDWIDTH_SHARE, MATRIX_SHARE, Gpu
+from megatron.plan.messages import step_traffic
+from megatron.plan.parameters import share_size
+from megatron.plan.rank import Rank
+
+# Each collective waits this long for its ranks, inside a node and between nodes.
+LATENCY_S, NETWORK_LATENCY_S = 15e-6, 30e-6
+# Of its messages a layer waits for this share: of ten four run beside a matrix product of the backward pass.
+_TENSOR_EXPOSED = 0.6
+# Pipeline messages are under way while a pass computes; of what a rank sends, this share is waited for.
+_PIPELINE_EXPOSED = 0.2
+# Even messages that there is time to hide leave this share open, at the step's begin and end.
+_LEAST_EXPOSED = 0.1
+# Times that each kept byte passes through memory, forward and backward; bytes for each parameter and micro-batch (casts
+# to half precision, its gradient, and adding that), and for each that the optimizer steps.
+_PASSES_A_BYTE, _BYTES_A_WEIGHT, _BYTES_A_STEP = 6, 32, 32
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """`step_s` seconds a step; `bubble`: the share of the passes' time in which a pipeline rank waits; `mfu`: the share
+    of the GPU's peak that the model's own arithmetic makes use of."""
+
+    step_s: float
+    bubble: float
+    mfu: float
+
+
+def step_time(ranks: list[Rank], gpu: Gpu, peak: float, gpus_per_node: int) -> StepTime:
+    """The estimate from `ranks`, one for each pipeline rank that may be the slowest; `peak` in FLOP/s."""
+    rank = ranks[0]
+    pass_s, after_s = (max(values) for values in zip(*(_rank_seconds(one, gpu, peak, gpus_per_node) for one in ranks),
+                                                     strict=True))
+    idle = bubble_micro_batches(rank)
+    passes_s = (rank.num_micro_batches + idle) * pass_s
+    flops = model_flops(rank.config.model, rank.vocab_size, rank.lengths, rank.m * rank.sizes["context"])
+    step_s = passes_s + after_s
+    return StepTime(step_s, idle / (rank.num_micro_batches + idle),
+                    flops * rank.num_micro_batches * rank.sizes["data"] / (step_s * rank.num_ranks * peak))
+
+
+def bubble_micro_batches(rank: Rank) -> float:
+    """For how many micro-batches' time a pipeline rank waits in a step.
+
+    1F1B: all ranks before it fill and drain, P - 1; V stages a rank, a V-th of that (Narayanan et al., 2021, arXiv
+    2104.04473); ZB-H1 about a third (Qi et al., 2023, arXiv 2401.10241).
+    """
+    waiting = rank.sizes["pipeline"] - 1
+    return waiting / 3 if rank.config.parallel.pipeline_schedule == "zero-bubble" else waiting / len(rank.stages)
+
+
+def _rank_seconds(rank: Rank, gpu: Gpu, peak: float, gpus_per_node: int) -> tuple[float, float]:
+    """Seconds of the passes of one micro-batch, and of what follows the last pass."""
+    traffic = step_traffic(rank)
+    seconds = {axis: _message_seconds(traffic, axis, rank, gpu, gpus_per_node) for axis in rank.sizes}
+    compute_s = compute_seconds(rank, gpu, peak)
+    waits_s = (_TENSOR_EXPOSED * seconds["tensor"] + seconds["context"] + _PIPELINE_EXPOSED * seconds["pipeline"])
+    waits_s /= rank.num_micro_batches
+    own = sum(share_size(rank, stage) for stage in rank.stages)
+    optimizer_s = _BYTES_A_STEP * own / (gpu.memory_bandwidth * 1e9 * BANDWIDTH_SHARE)
+    return compute_s + waits_s, optimizer_s + _exposed_data(rank, seconds["data"], compute_s)
+
+
+def compute_seconds(rank: Rank, gpu: Gpu, peak: float) -> float:
+    """Seconds of arithmetic and memory traffic of one micro-batch's passes through the rank's stages."""
+    model = rank.config.model
+    share = share_of(rank.lengths, Axis(rank.place["context"], rank.sizes["context"]))
+    scores = 4 * rank.nd * sum(q * k for q, k in zip(share.query_lengths, share.key_lengths, strict=True))
+    block = 4 * rank.t * rank.h * (2 * rank.nd + rank.f) + scores
+    num_blocks = sum(len(stage.layers) for stage in rank.stages)
+    again = block if model.checkpoint_activations else scores if model.recompute_granularity == "selective" else 0
+    flops = num_blocks * (3 * block + again)
+    if any(stage.is_last for stage in rank.stages):
+        flops += 6 * rank.m * rank.h * (rank.h + rank.v)
+    weights = num_blocks * 2 * rank.h * (2 * rank.nd + rank.f)
+    passes = _PASSES_A_BYTE + (2 if model.checkpoint_activations else 0)
+    moved = num_blocks * Activations(rank).block * passes + weights * _BYTES_A_WEIGHT
+    return flops / (peak * MATRIX_SHARE) + moved / (gpu.memory_bandwidth * 1e9 * BANDWIDTH_SHARE)
+
+
+def _message_seconds(traffic: Traffic, axis: str, rank: Rank, gpu: Gpu, gpus_per_node: int) -> float:
+    """Seconds that a step's messages along an axis take, alone on their links."""
+    seconds = 0.0
+    for (name, operation), sent in traffic.sent.items():
+        if name != axis:
+            continue
+        is_inside = _span(axis, operation, rank) <= gpus_per_node
+        bandwidth, latency_s = (gpu.link, LATENCY_S) if is_inside else (gpu.network, NETWORK_LATENCY_S)
+        seconds += sent / (bandwidth * 1e9 * BANDWIDTH_SHARE) + traffic.calls[name, operation] * latency_s
+    return seconds
+
+
+def _span(axis: str, operation: str, rank: Rank) -> int:
+    """Ranks from the first to the last of a group, by their numbers: neighbours along the tensor axis come first."""
+    tensor, context = rank.sizes["tensor"], rank.sizes["context"]
+    if axis == "data":
+        inside = rank.shards if rank.sharding != "none" and operation != ALL_REDUCE else rank.replicas
+        return inside * tensor
+    return {"tensor": tensor, "context": context * tensor, "pipeline": rank.num_ranks}[axis]
+
+
+def _exposed_data(rank: Rank, data_s: float, compute_s: float) -> float:
+    """Seconds of the data axis' messages that no pass hides: all, where sums begin when the passes are over."""
+    if rank.sharding == "none" and rank.config.parallel.DDP_impl == "local":
+        return data_s
+    num_hiding = rank.num_micro_batches if rank.sharding in ("gradients", "parameters") else 1
+    return max(_LEAST_EXPOSED * data_s, data_s - num_hiding * compute_s)

@@ -1,0 +1,95 @@
+"""How many bytes the fake tensors of a dry run would hold, now and at most, followed storage by storage."""
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+class MemoryWatch(TorchDispatchMode):
+    """Within this context `current` and `peak` are the bytes of the fake tensors that operations have given.
+
+    What an operation takes for itself and gives back before it ends is not seen. `at_peak` is called at each new peak,
+    and what it gave at the last is kept in `found_at_peak`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.current = self.peak = 0
+        self.at_peak: Callable[[], Any] = lambda: None
+        self.found_at_peak: Any = None
+        self._sizes: dict[int, int] = {}  # by the address of the storage
+        self._ends: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __enter__(self) -> "MemoryWatch":
+        # FSDP2 gives memory back and takes it again by resizing storages, which is no operation.
+        self._resize = torch.UntypedStorage.resize_
+        watch, resize = self, self._resize
+
+        def watched_resize(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            result = resize(storage, size)
+            watch._set_size(storage)
+            return result
+
+        torch.UntypedStorage.resize_ = watched_resize  # type: ignore[method-assign, assignment]
+        super().__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(kind, error, trace)
+
+    def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
+        """Run `func` and follow what it gives. A value that the host asks of a fake tensor is 1: it has none."""
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # what counts are the operations on its local tensor
+        if FakeTensor not in types and any(isinstance(argument, Tensor) for argument in tree_iter((args, kwargs))):
+            with unset_fake_temporarily():  # data on the host, that is real, is to stay so
+                return func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1
+        results = func(*args, **(kwargs or {}))
+        for result in (results,) if isinstance(results, Tensor) else tree_iter(results):
+            if isinstance(result, FakeTensor):
+                self._follow(result.untyped_storage())
+        return results
+
+    def restart(self) -> None:
+        """Forget the peak so far."""
+        self.peak, self.found_at_peak = self.current, self.at_peak()
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        address = storage._cdata
+        if address in self._sizes:
+            return
+        self._sizes[address] = 0
+        self._ends[address] = weakref.ref(storage, lambda _: self._forget(address))
+        self._set_size(storage)
+
+    def _set_size(self, storage: torch.UntypedStorage) -> None:
+        address, size = storage._cdata, storage.nbytes()
+        if address not in self._sizes:
+            return
+        self.current += size - self._sizes[address]
+        self._sizes[address] = size
+        if self.current > self.peak:
+            self.peak = self.current
+            self.found_at_peak = self.at_peak()
+
+    def _forget(self, address: int) -> None:
+        self.current -= self._sizes.pop(address)
+        del self._ends[address]
+
+
+def num_bytes(tensors: Iterable[Tensor | None]) -> int:
+    """The bytes of the tensors, of a DTensor those that are here; None counts 0."""
+    here = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors if tensor is not None)
+    return sum(tensor.numel() * tensor.element_size() for tensor in here)

@@ -1,0 +1,50 @@
+"""The planner's memory against what CUDA allocates in real steps. Skipped without CUDA."""
+
+import gc
+
+import pytest
+import torch
+
+from megatron.data.typical import typical_batch
+from megatron.flags import parse
+from megatron.model.initialisation import initialise
+from megatron.model.protein_model import ProteinModel
+from megatron.optim.optimizer import Optimizer
+from megatron.optim.scaling import LossScale
+from megatron.parallel.data_parallel import data_parallel
+from megatron.parallel.mesh import Mesh
+from megatron.parallel.pipeline import Pipeline
+from megatron.plan.memory import peak_memory
+from megatron.plan.rank import Rank, padded_vocab_size
+from megatron.train.build import build_stages
+from megatron.train.meters import Meters
+from megatron.train.step import TrainStep
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+MODEL = ["--preset", "proteinlm-200m", "--micro-batch-size", "4", "--global-batch-size", "12"]
+
+
+def allocated_at_most(config):
+    """Bytes that two steps allocate at their peak, beside what was allocated before."""
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    mesh, padded = Mesh(device=torch.device("cuda", 0)), padded_vocab_size(config)
+    stages = build_stages(config, mesh, padded)
+    for stage in stages:
+        initialise(stage, config.model, config.training.seed)
+    model = data_parallel(stages, ProteinModel.blocks, mesh, config.parallel)
+    step = TrainStep(stages, model, Pipeline(mesh, 1, "1f1b"), Optimizer(model.parameters, config.optimizer),
+                     LossScale(config.precision, mesh.device), Meters(mesh.world, mesh.device), mesh, config, padded)
+    batches = [typical_batch(config.data, config.training.micro_batch_size)] * 3
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        step(batches, learning_rate=1e-4, consumed_samples=0, wants_stop=False)
+    return torch.cuda.max_memory_allocated() - before
+
+
+@pytest.mark.parametrize("precision", [["--bf16"], ["--no-bf16"]], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("recompute", [[], ["--recompute-granularity", "selective"], ["--checkpoint-activations"]],
+                         ids=["none", "selective", "full"])
+def test_the_planners_memory_is_within_10_percent_of_cudas(precision, recompute):
+    config, _ = parse([*MODEL, *precision, *recompute])
+    assert peak_memory(Rank(config, 1)).peak == pytest.approx(allocated_at_most(config), rel=0.1)

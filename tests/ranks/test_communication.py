@@ -1,0 +1,82 @@
+"""What real ranks send in a training step is what the planner's formulas say, byte for byte."""
+
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron.data.typical import typical_batch
+from megatron.flags import parse
+from megatron.model.initialisation import initialise
+from megatron.model.protein_model import ProteinModel
+from megatron.optim.optimizer import Optimizer
+from megatron.optim.scaling import LossScale
+from megatron.parallel.data_parallel import data_parallel
+from megatron.parallel.mesh import build_mesh
+from megatron.parallel.pipeline import Pipeline
+from megatron.parallel.traffic import TrafficCounter
+from megatron.plan.messages import step_traffic
+from megatron.plan.rank import Rank, padded_vocab_size
+from megatron.train.build import build_stages
+from megatron.train.meters import Meters
+from megatron.train.step import TrainStep
+from tests.ranks.launch import TIMEOUT_S, run_ranks
+
+MODEL = ["--num-layers", "4", "--hidden-size", "32", "--num-attention-heads", "4", "--seq-length", "64", "--lr", "1e-3",
+         "--train-iters", "1", "--micro-batch-size", "2", "--global-batch-size", "8"]
+LAYOUTS = {
+    "tp2-sequence": ["--tensor-model-parallel-size", "2", "--sequence-parallel"],
+    "tp2-full": ["--tensor-model-parallel-size", "2", "--checkpoint-activations", "--hidden-dropout", "0"],
+    "dp2-parameters": ["--data-parallel-sharding", "parameters"],
+    "pp2": ["--pipeline-model-parallel-size", "2"],
+    "cp2": ["--context-parallel-size", "2"],
+}
+
+
+def configuration(name):
+    return parse([*MODEL, *LAYOUTS[name]])[0]
+
+
+def sent_in_a_step(axis):
+    """The bytes that this rank sends in one step of each layout, by axis and operation."""
+    return {name: counted_step(configuration(name)) for name in LAYOUTS}
+
+
+def counted_step(config):
+    mesh = build_mesh(config.parallel, torch.device("cpu"), timedelta(seconds=TIMEOUT_S))
+    padded = padded_vocab_size(config)
+    stages = build_stages(config, mesh, padded)
+    for stage in stages:
+        initialise(stage, config.model, config.training.seed)
+    model = data_parallel(stages, ProteinModel.blocks, mesh, config.parallel)
+    pipeline = Pipeline(mesh, len(stages), config.parallel.pipeline_schedule)
+    optimizer = Optimizer(model.parameters, config.optimizer, mesh.pipeline)
+    step = TrainStep(stages, model, pipeline, optimizer, LossScale(config.precision, mesh.device),
+                     Meters(mesh.world, mesh.device), mesh, config, padded)
+    rows = config.training.micro_batch_size
+    batches = [typical_batch(config.data, rows)] * (config.training.global_batch_size // (rows * mesh.data.size))
+    with TrafficCounter(mesh) as counter:
+        step(batches, learning_rate=1e-3, consumed_samples=0, wants_stop=False)
+    return dict(counter.traffic.sent)
+
+
+@pytest.fixture(scope="module")
+def counted():
+    assert not dist.is_initialized()
+    return run_ranks(sent_in_a_step, 2)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("number", [0, 1])
+def test_real_ranks_send_what_the_planner_says(counted, name, number):
+    planned = step_traffic(Rank(configuration(name), 2, number)).sent
+    # The two ranks of a layout are one group, whatever axes it has: bytes of one operation are counted together.
+    assert by_operation(counted[number][name]) == by_operation(planned)
+
+
+def by_operation(sent):
+    totals = {}
+    for (_, operation), size in sent.items():
+        totals[operation] = totals.get(operation, 0) + size
+    return {operation: size for operation, size in totals.items() if size}

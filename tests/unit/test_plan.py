@@ -1,0 +1,221 @@
+"""The planner's formulas against a dry run of the real training step, and the search for a layout."""
+
+import json
+import math
+from functools import cache
+
+import pytest
+import torch
+
+from megatron.config import ConfigError
+from megatron.flags import parse
+from megatron.model.protein_model import ProteinModel
+from megatron.parallel.layout import check_layout
+from megatron.parallel.mesh import Axis
+from megatron.parallel.stream import Stream
+from megatron.plan.gpus import GPUS
+from megatron.plan.memory import peak_memory
+from megatron.plan.messages import step_traffic
+from megatron.plan.parameters import stage_parameters
+from megatron.plan.rank import Rank, padded_vocab_size
+from megatron.plan.search import Machine, best_plans, layout_flags
+from megatron.plan.step_time import bubble_micro_batches
+from megatron.train.dry_run import dry_run, measure
+from tools.plan_layout import main
+
+TRAINING = ["--lr", "1e-4", "--train-iters", "1"]
+# Activations are half and more of what these hold.
+SMALL = [*TRAINING, "--num-layers", "4", "--hidden-size", "256", "--num-attention-heads", "4", "--seq-length", "1024",
+         "--micro-batch-size", "2", "--global-batch-size", "24", "--bf16"]
+FP32 = ["--no-bf16", "--attention-dropout", "0", "--hidden-dropout", "0"]
+PUBLISHED = ["--preset", "proteinlm-200m", "--micro-batch-size", "1", "--global-batch-size", "8"]
+TP2, PP2, CP2 = (["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"],
+                 ["--context-parallel-size", "2"])
+SEQUENCE, FULL = ["--sequence-parallel"], ["--checkpoint-activations"]
+INTERLEAVED, ZERO_BUBBLE = ["--num-layers-per-virtual-pipeline-stage", "1"], ["--pipeline-schedule", "zero-bubble"]
+
+
+def sharding(what):
+    return ["--data-parallel-sharding", what]
+
+
+# Name: ranks, the rank that is looked at, flags.
+LAYOUTS = {
+    "one": (1, 0, []), "one-full": (1, 0, FULL), "one-fp32": (1, 0, FP32),
+    "one-fp32-selective": (1, 0, [*FP32, "--recompute-granularity", "selective"]),
+    "one-every-second-block": (1, 0, [*FULL, "--checkpoint-num-layers", "2"]),
+    "one-micro-batch": (1, 0, ["--global-batch-size", "2"]), "one-fp32-stream": (1, 0, ["--fp32-residual-connection"]),
+    "tp2": (2, 0, TP2), "tp2-sequence": (2, 1, [*TP2, *SEQUENCE]), "tp2-full-fp32": (2, 0, [*TP2, *FULL, *FP32]),
+    "tp2-sequence-full": (2, 0, [*TP2, *SEQUENCE, *FULL]),
+    "tp2-shared-activations": (2, 0, [*TP2, *FULL, "--distribute-checkpointed-activations"]),
+    "dp2": (2, 0, []), "dp2-optimizer": (2, 0, sharding("optimizer")), "dp2-gradients": (2, 0, sharding("gradients")),
+    "dp2-parameters": (2, 1, sharding("parameters")), "dp3-parameters": (3, 0, sharding("parameters")),
+    "dp4-within-2": (4, 0, [*sharding("parameters"), "--shard-within", "2"]),
+    "pp2": (2, 0, PP2), "pp2-last": (2, 1, PP2), "pp2-interleaved": (2, 0, [*PP2, *INTERLEAVED]),
+    "pp2-no-blocks-first": (2, 0, [*PP2, "--decoder-first-pipeline-num-layers", "0"]),
+    "pp2-zero-bubble": (2, 0, [*PP2, *ZERO_BUBBLE]), "pp2-zero-bubble-last": (2, 1, [*PP2, *ZERO_BUBBLE]),
+    "pp2-dp2-parameters": (4, 0, [*PP2, *sharding("parameters")]), "cp2": (2, 0, CP2),
+    "cp2-fp32": (2, 1, [*CP2, *FP32]), "cp2-full": (2, 0, [*CP2, *FULL]),
+    "dp2-tp2": (4, 0, TP2), "cp2-tp2-sequence": (4, 3, [*CP2, *TP2, *SEQUENCE]),
+    "dp2-tp2-optimizer": (4, 0, [*TP2, *SEQUENCE, *sharding("optimizer")]),
+}
+AT_SCALE = {"published-pp2-first": (2, 0, PP2), "published-dp8-gradients-full": (8, 0, [*sharding("gradients"), *FULL])}
+
+
+@cache
+def both(name):
+    """What the dry run of a layout measures, and the planner's rank."""
+    num_ranks, number, flags = {**LAYOUTS, **AT_SCALE}[name]
+    base = PUBLISHED if name in AT_SCALE else SMALL
+    config, _ = parse([*base, "--dry-run-ranks", str(num_ranks), "--dry-run-rank", str(number), *flags])
+    check_layout(config, num_ranks)
+    return measure(config), Rank(config, num_ranks, number)
+
+
+def by_group(counts):
+    """Counts by operation and axis, where data and context, which are one group in a layout of two ranks, are one."""
+    merged = {}
+    for (axis, operation), count in counts.items():
+        key = "data or context" if "data" in axis or "context" in axis else axis, operation
+        merged[key] = merged.get(key, 0) + count
+    return {key: count for key, count in merged.items() if count}
+
+
+@pytest.mark.parametrize("name", [*LAYOUTS, *AT_SCALE])
+def test_memory_is_within_2_percent_of_the_dry_runs(name):
+    measured, rank = both(name)
+    planned = peak_memory(rank)
+    assert planned.peak == pytest.approx(measured.peak, rel=0.02)
+    assert (planned.parameters, planned.optimizer) == (measured.parameters, measured.optimizer)
+
+
+@pytest.mark.parametrize("name", [*LAYOUTS, *AT_SCALE])
+def test_a_rank_sends_exactly_what_the_dry_run_counts(name):
+    measured, rank = both(name)
+    planned = step_traffic(rank)
+    assert by_group(planned.sent) == by_group(measured.traffic.sent)
+    assert by_group(planned.calls) == by_group(measured.traffic.calls)
+
+
+@pytest.mark.parametrize("flags", [[], ["--make-vocab-size-divisible-by", "8", "--ffn-hidden-size", "320"],
+                                   ["--kv-channels", "24"]])
+@pytest.mark.parametrize(("layout", "number"), [([], 0), ([*TP2, *SEQUENCE], 1), ([*PP2, *TP2], 0), ([*PP2, *TP2], 3)])
+def test_a_rank_holds_the_parameters_of_the_real_model(layout, number, flags):
+    config, _ = parse([*SMALL, *layout, *flags])
+    num_ranks = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
+    rank = Rank(config, num_ranks, number)
+    stream = Stream(Axis(rank.place["tensor"], rank.sizes["tensor"]), config.parallel.sequence_parallel)
+    for stage in rank.stages:
+        with torch.device("meta"):
+            model = ProteinModel(config.model, config.precision, padded_vocab_size(config), stream, stage)
+        expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        assert list(expected.items()) == [(p.name, p.shape) for p in stage_parameters(rank, stage)]
+
+
+@pytest.mark.parametrize("what", ["none", "optimizer", "gradients", "parameters"])
+def test_more_sharding_holds_less(what):
+    def peak(what):
+        config, _ = parse(["--preset", "proteinlm-3b", "--global-batch-size", "1024", *sharding(what)])
+        return peak_memory(Rank(config, 64)).peak
+
+    order = ["none", "optimizer", "gradients", "parameters"]
+    assert all(peak(less) < peak(what) for less in order[order.index(what) + 1:])
+
+
+def test_bubbles_are_those_of_the_papers():
+    def idle(*flags):
+        config, _ = parse([*SMALL, "--pipeline-model-parallel-size", "4", "--num-layers", "16", *flags])
+        return bubble_micro_batches(Rank(config, 4))
+
+    assert (idle(), idle("--num-layers-per-virtual-pipeline-stage", "2"), idle(*ZERO_BUBBLE)) == (3, 1.5, 1)
+
+
+def test_a_dry_run_of_16384_ranks_reports_one_of_them():
+    flags = ["--tensor-model-parallel-size", "4", "--pipeline-model-parallel-size", "4", "--global-batch-size", "8192",
+             "--dry-run-ranks", "16384", "--dry-run-rank", "16383"]
+    report = dry_run(parse([*SMALL, *flags])[0])
+    assert "rank 16383 of 16384" in report
+    assert {"parameters", "gradients", "optimizer", "peak", "data", "pipeline", "tensor"} <= set(report.split())
+
+
+def test_a_dry_run_counts_a_long_step_as_it_would_a_short_one():
+    def sent(rows):
+        config, _ = parse([*SMALL, *PP2, "--num-layers", "2", "--global-batch-size", str(rows), "--dry-run-ranks", "2"])
+        return measure(config).traffic.sent["pipeline", "send"]
+
+    assert sent(400) == 100 * sent(4)
+
+
+def test_a_dry_run_of_a_rank_that_is_not_there_is_refused():
+    with pytest.raises(ConfigError, match="--dry-run-rank is 2, and --dry-run-ranks 2"):
+        dry_run(parse([*SMALL, "--dry-run-ranks", "2", "--dry-run-rank", "2"])[0])
+
+
+@pytest.fixture(scope="module")
+def plans():
+    config, _ = parse(["--preset", "tape", "--global-batch-size", "256"])
+    return best_plans(config, Machine("a100-40gb", 16, 8, 0.1), [])
+
+
+def test_plans_fit_and_come_fastest_first(plans):
+    assert len(plans) > 100
+    assert [plan.time.step_s for plan in plans] == sorted(plan.time.step_s for plan in plans)
+    assert max(plan.memory.peak for plan in plans) <= 36 * 2**30
+    assert all(math.prod(plan.sizes.values()) == 16 and 0 < plan.time.mfu < 0.6 for plan in plans)
+
+
+def test_the_flags_of_a_plan_ask_for_it(plans):
+    for plan in plans[::40]:
+        flags = " ".join(layout_flags(plan.config)).split()
+        config, _ = parse(["--preset", "tape", *flags])
+        check_layout(config, 16)
+        assert config == plan.config
+
+
+def test_flags_that_are_given_are_kept():
+    config, _ = parse(["--preset", "tape", "--global-batch-size", "256", *TP2, *FULL])
+    plans = best_plans(config, Machine("a100-40gb", 16, 8, 0.1), ["--tensor-model-parallel-size", *FULL])
+    assert {(plan.sizes["tensor"], plan.config.model.checkpoint_activations) for plan in plans} == {(2, True)}
+
+
+def test_context_is_split_where_nothing_fits_without():
+    config, _ = parse(["--preset", "tape", "--seq-length", "2097152", "--max-position-embeddings", "2097152",
+                       "--global-batch-size", "16", *TP2])
+    machine, given = Machine("a100-40gb", 16, 8, 0.1), ["--tensor-model-parallel-size"]
+    assert min(plan.sizes["context"] for plan in best_plans(config, machine, given)) > 1
+
+
+BOUGHT = ["--preset", "proteinlm-200m", "--gpus", "8", "--global-batch-size", "64", *TP2]
+
+
+def test_the_tool_prints_a_table_and_flags_to_paste(capsys):
+    assert main([*BOUGHT, "--gpu", "h100-80gb", "--top", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines[:-1])) <= 140
+    assert len([line for line in lines if line.startswith("  2 ")]) == 3
+    assert "--tensor-model-parallel-size 2" in lines[-1]
+
+
+def test_the_tool_prints_json(capsys):
+    assert main([*BOUGHT, "--gpu", "h100-80gb", "--top", "2", "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)
+    assert first["step_s"] <= second["step_s"]
+    assert first["peak_bytes"] == sum(first[f"{kind}_bytes"] for kind in (
+        "parameter", "gradient", "optimizer", "activation"))
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--gpu", "h100"], f"--gpu h100 is not known; give one of {', '.join(GPUS)}"),
+    (["--gpu", "v100-32gb"], "--gpu v100-32gb has no bf16; give --fp16"),
+    (["--gpu", "a100-40gb", "--num-layers", "2000", "--gpus", "2"], "nothing fits: the least that a layout of 2 GPUs"),
+    (["--gpu", "a100-40gb", "--global-batch-size", "3", "--pipeline-model-parallel-size", "1",
+      "--context-parallel-size", "1"],
+     "no layout of 8 GPUs divides --global-batch-size 3"),
+    (["--gpu", "a100-40gb", "--num-layrs", "2"], "did you mean --num-layers?"),
+])
+def test_the_tool_refuses_in_one_line(capsys, flags, message):
+    assert main([*BOUGHT, *flags]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.count("\n") == 1
+    assert message in output.err
