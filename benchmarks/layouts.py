@@ -43,7 +43,7 @@ def run(prefix: str, ranks: int, flags: list[str], steps: int, folder: str) -> t
     """The metrics of each step, and the last weights."""
     launcher = [str(ROOT / "examples" / "launch.py"), "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     command = [sys.executable, *launcher, str(ROOT / "pretrain_tape.py"), *FLAGS, *flags, "--data-path", prefix,
-               "--train-iters", str(steps), "--save", folder]
+               "--exit-interval", str(steps), "--save", folder]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     finished = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if finished.returncode:

@@ -24,13 +24,9 @@ from megatron.data.batch import Batch  # noqa: E402
 from megatron.flags import parse  # noqa: E402
 from megatron.model.initialisation import initialise  # noqa: E402
 from megatron.model.protein_model import ProteinModel  # noqa: E402
-from megatron.optim.optimizer import Optimizer  # noqa: E402
-from megatron.optim.scaling import LossScale  # noqa: E402
-from megatron.parallel.data_parallel import data_parallel  # noqa: E402
 from megatron.parallel.layers import ColumnParallelLinear, RowParallelLinear  # noqa: E402
 from megatron.parallel.mesh import Mesh  # noqa: E402
-from megatron.parallel.pipeline import Pipeline  # noqa: E402
-from megatron.train.build import build_stages  # noqa: E402
+from megatron.train.engine import build_engine  # noqa: E402
 from megatron.train.meters import Meters  # noqa: E402
 from megatron.train.passes import model_inputs  # noqa: E402
 from megatron.train.step import TrainStep  # noqa: E402
@@ -54,11 +50,7 @@ class PlainLinear(nn.Module):
 def our_step(config: Config, batches: list[Batch], device: torch.device) -> Callable[[], object]:
     """A step as the program takes it."""
     mesh = Mesh(device=device)
-    stages = build_stages(config, mesh, VOCABULARY)
-    initialise(stages[0], config.model, 1)
-    model = data_parallel(stages, ProteinModel.blocks, mesh, config.parallel)
-    step = TrainStep(stages, model, Pipeline(mesh, 1, "1f1b"), Optimizer(model.parameters, config.optimizer),
-                     LossScale(config.precision, device), Meters(mesh.world, device), mesh, config, VOCABULARY)
+    step = TrainStep(build_engine(config, mesh, VOCABULARY), Meters(mesh.world, device))
     return lambda: step(batches, LEARNING_RATE, 0, False)
 
 

@@ -12,17 +12,11 @@ from megatron.data.dataset import Splits, build_datasets
 from megatron.data.vocab import DEFAULT_VOCAB, Vocab
 from megatron.flags import flag_name
 from megatron.log import Log
-from megatron.model.initialisation import initialise
 from megatron.model.protein_model import ProteinModel
-from megatron.model.stage import stages_of_rank
-from megatron.optim.optimizer import Optimizer
-from megatron.optim.scaling import LossScale
 from megatron.optim.schedule import Schedule, build_schedule
-from megatron.parallel.data_parallel import DataParallel, data_parallel
 from megatron.parallel.mesh import Mesh
-from megatron.parallel.pipeline import Pipeline
 from megatron.parallel.sharding import parts, wholes
-from megatron.parallel.stream import Stream
+from megatron.train.engine import Engine, build_engine
 from megatron.train.state import BatchSizes, TrainState
 
 # Flags that change the arithmetic of a model without changing a parameter's shape.
@@ -41,12 +35,7 @@ class Run:
     log: Log
     data: Splits
     vocab: Vocab
-    padded_vocab_size: int
-    stages: list[ProteinModel]  # of this pipeline rank
-    model: DataParallel  # their data-parallel whole
-    pipeline: Pipeline
-    optimizer: Optimizer
-    loss_scale: LossScale
+    engine: Engine
     schedule: Schedule
     sizes: BatchSizes
     state: TrainState
@@ -56,11 +45,11 @@ class Run:
 
         The ranks whose mesh says that they write call this together.
         """
-        mesh, parameters = self.mesh, self.model.parameters
+        mesh, parameters = self.mesh, self.engine.model.parameters
         keep = mesh.tensor.rank == mesh.shards.rank == 0
-        state = {"progress": asdict(self.state), "loss_scale": self.loss_scale.state(),
+        state = {"progress": asdict(self.state), "loss_scale": self.engine.loss_scale.state(),
                  "schedule": _schedule_facts(self.schedule, self.config.schedule), "config": self.config.as_dict()}
-        moments = None if self.config.checkpoint.no_save_optim else self.optimizer.state()
+        moments = None if self.config.checkpoint.no_save_optim else self.engine.optimizer.state()
         optimizer = None if moments is None else wholes(moments, parameters, keep=keep, pipeline=mesh.pipeline)
         model = wholes(parameters, parameters, keep=keep, pipeline=mesh.pipeline)
         return Checkpoint(self.state.iteration, model, optimizer, state)
@@ -81,37 +70,26 @@ def build(config: Config, mesh: Mesh, log: Log) -> Run:
     for part in (data.train, data.valid, data.test):
         if part is not None:
             log.line(part.describe())
-    padded = vocab.padded_size(config.model.make_vocab_size_divisible_by)
-    stages = build_stages(config, mesh, padded)
-    if checkpoint is None:
-        for stage in stages:
-            initialise(stage, config.model, config.training.seed)
-    else:
-        load_model(stages, checkpoint.model, f"the checkpoint in {config.checkpoint.load}", _all_names(config, padded))
-    model = data_parallel(stages, ProteinModel.blocks, mesh, config.parallel)
-    pipeline = Pipeline(mesh, len(stages), config.parallel.pipeline_schedule)
-    optimizer = Optimizer(model.parameters, config.optimizer, mesh.pipeline)
-    loss_scale = LossScale(config.precision, mesh.device)
+    engine = _build_engine(config, mesh, vocab.padded_size(config.model.make_vocab_size_divisible_by), checkpoint)
     state = TrainState()
     if checkpoint is not None and not config.checkpoint.finetune:
         state = TrainState(**checkpoint.state["progress"])
-        loss_scale.load_state(checkpoint.state["loss_scale"])
+        engine.loss_scale.load_state(checkpoint.state["loss_scale"])
         if checkpoint.optimizer is not None:
-            optimizer.load_state(parts(checkpoint.optimizer, optimizer.named_parameters))
+            engine.optimizer.load_state(parts(checkpoint.optimizer, engine.model.parameters))
         elif not config.checkpoint.no_load_optim:
             raise CheckpointError(f"the checkpoint in {config.checkpoint.load} holds no optimizer state; give "
                                   "--no-load-optim to start the optimizer afresh, or --finetune")
         _tell_changed_samples(config, checkpoint, log)
-    return Run(config, mesh, log, data, vocab, padded, stages, model, pipeline, optimizer, loss_scale, schedule, sizes,
-               state)
+    return Run(config, mesh, log, data, vocab, engine, schedule, sizes, state)
 
 
-def build_stages(config: Config, mesh: Mesh, padded_vocab_size: int) -> list[ProteinModel]:
-    """The model's stages on this pipeline rank, this rank's part of each, without values."""
-    stream = Stream(mesh.tensor, config.parallel.sequence_parallel, mesh.context)
-    stages = stages_of_rank(config.model.num_layers, config.parallel, mesh.pipeline.rank)
-    return [ProteinModel(config.model, config.precision, padded_vocab_size, stream, stage, mesh.ends)
-            for stage in stages]
+def _build_engine(config: Config, mesh: Mesh, padded_vocab_size: int, checkpoint: Checkpoint | None) -> Engine:
+    if checkpoint is None:
+        return build_engine(config, mesh, padded_vocab_size)
+    source, names = f"the checkpoint in {config.checkpoint.load}", _all_names(config, padded_vocab_size)
+    return build_engine(config, mesh, padded_vocab_size,
+                        load=lambda stages: load_model(stages, checkpoint.model, source, names))
 
 
 def _all_names(config: Config, padded_vocab_size: int) -> set[str]:

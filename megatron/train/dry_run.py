@@ -17,13 +17,10 @@ from megatron.config import Config, ConfigError
 from megatron.data.typical import typical_batch
 from megatron.data.vocab import DEFAULT_VOCAB, Vocab
 from megatron.model.protein_model import ProteinModel
-from megatron.optim.optimizer import Optimizer
-from megatron.optim.scaling import LossScale
 from megatron.parallel.data_parallel import data_parallel
 from megatron.parallel.mesh import Mesh, build_mesh
-from megatron.parallel.pipeline import Pipeline
 from megatron.parallel.traffic import Traffic, TrafficCounter
-from megatron.train.build import build_stages
+from megatron.train.engine import build_stages, with_optimizer
 from megatron.train.memory_watch import MemoryWatch, num_bytes
 from megatron.train.meters import Meters
 from megatron.train.state import BatchSizes
@@ -109,14 +106,11 @@ class _Steps:
         with self._fake:
             self._stages = build_stages(config, mesh, padded)
         # Outside the mode: FSDP2 asks its mesh for values. The parameters are fake already.
-        self._model = data_parallel(self._stages, ProteinModel.blocks, mesh, replace(config.parallel, DDP_impl="local"))
+        model = data_parallel(self._stages, ProteinModel.blocks, mesh, replace(config.parallel, DDP_impl="local"))
         self._shares = [parameter for stage in self._stages for parameter in stage.parameters()]
         with self._fake:
-            pipeline = Pipeline(mesh, len(self._stages), config.parallel.pipeline_schedule)
-            self._optimizer = Optimizer(self._model.parameters, config.optimizer, mesh.pipeline)
-            self._step = TrainStep(self._stages, self._model, pipeline, self._optimizer,
-                                   LossScale(config.precision, mesh.device), Meters(mesh.world, mesh.device), mesh,
-                                   config, padded)
+            self._engine = with_optimizer(config, mesh, padded, self._stages, model)
+            self._step = TrainStep(self._engine, Meters(mesh.world, mesh.device))
 
     def measured(self, num_micro_batches: int) -> Measurement:
         """Two steps, of no more micro-batches than it takes to see the peak; traffic grows evenly from there."""
@@ -129,8 +123,8 @@ class _Steps:
         traffic = self._traffic_of(second)
         if num_micro_batches > second:
             traffic = before.continued(traffic, (num_micro_batches - first) / (second - first))
-        parameters = num_bytes(self._model.parameters.values())
-        optimizer = num_bytes(self._optimizer.state().values())
+        parameters = num_bytes(self._engine.model.parameters.values())
+        optimizer = num_bytes(self._engine.optimizer.state().values())
         gradients = self._watch.found_at_peak
         return Measurement(parameters, gradients, optimizer,
                            self._watch.peak - parameters - optimizer - gradients, traffic)

@@ -1,6 +1,6 @@
 """Evaluation on fixed rows with fixed masks, and the baseline that a model must beat."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,12 +11,9 @@ from megatron.data.dataset import Dataset
 from megatron.data.loader import batches
 from megatron.data.masking import Masking
 from megatron.log import Log, Progress
-from megatron.model.protein_model import ProteinModel
 from megatron.parallel.collectives import all_reduce_sum
-from megatron.parallel.data_parallel import DataParallel
-from megatron.parallel.mesh import Mesh
-from megatron.parallel.pipeline import Pipeline
-from megatron.train.passes import EvaluationPasses, Feed
+from megatron.train.engine import Engine
+from megatron.train.passes import EvaluationPasses
 
 
 @dataclass(frozen=True)
@@ -30,20 +27,19 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(stages: Sequence[ProteinModel], model: DataParallel, pipeline: Pipeline, dataset: Dataset, mesh: Mesh,
-             log: Log, *, micro_batch_size: int, num_rows: int, label: str) -> Evaluation:
+def evaluate(engine: Engine, dataset: Dataset, log: Log, *, num_rows: int, label: str) -> Evaluation:
     """Evaluate the first `num_rows` rows of `dataset`, shared out over the data axis."""
+    mesh, micro_batch_size = engine.mesh, engine.config.training.micro_batch_size
     rows_a_micro_step = micro_batch_size * mesh.data.size
     bar = log.progress(total=num_rows, done=0, unit="row", label=label)
     # No worker processes: starting them costs more than the few rows that they would prepare.
     loader = batches(dataset, start_sample=0, stop_sample=num_rows, micro_batch_size=micro_batch_size,
                      data_rank=mesh.data.rank, data_size=mesh.data.size, num_workers=0, pin=False)
-    passes = EvaluationPasses(stages, model, Feed(_counted(loader, bar, rows_a_micro_step), stages[0], mesh.device),
-                              mesh)
-    for stage in stages:
+    passes = EvaluationPasses(engine, _counted(loader, bar, rows_a_micro_step))
+    for stage in engine.stages:
         stage.eval()
-    pipeline.evaluate(passes, -(-num_rows // rows_a_micro_step))
-    for stage in stages:
+    engine.pipeline.evaluate(passes, -(-num_rows // rows_a_micro_step))
+    for stage in engine.stages:
         stage.train()
     bar.close()
     loss, correct, targets = all_reduce_sum(passes.sums, mesh.world).tolist()

@@ -48,8 +48,7 @@ class Training:
         self._num_iterations = run.sizes.num_iterations()
         self._requests = StopRequests(config.training.exit_duration_in_mins)
         self._meters = Meters(mesh.world, mesh.device)
-        self._step = TrainStep(run.stages, run.model, run.pipeline, run.optimizer, run.loss_scale, self._meters, mesh,
-                               config, run.padded_vocab_size)
+        self._step = TrainStep(run.engine, self._meters)
         self._stops: Tensor = torch.zeros(())
         self._saved_at: int | None = None
 
@@ -104,11 +103,11 @@ class Training:
 
     def _log(self, learning_rate: float, rows: int) -> None:
         run, reading = self._run, self._meters.read()
-        scale = float(run.loss_scale.value)
+        scale = float(run.engine.loss_scale.value)
         self._events.train(run.state.iteration, self._num_iterations, run.state.consumed_samples, reading,
                            learning_rate=learning_rate, global_batch_size=rows, loss_scale=scale,
                            peak_flops=self._peak_flops * run.mesh.world.size)
-        can_recover = run.loss_scale.is_dynamic and scale > run.config.precision.min_loss_scale
+        can_recover = run.engine.loss_scale.is_dynamic and scale > run.config.precision.min_loss_scale
         if reading.num_skipped == reading.num_steps and not can_recover:
             raise DivergedError(f"the gradients of the last {reading.num_steps} steps up to iteration "
                                 f"{run.state.iteration} were not finite; lower --lr, lengthen the warm-up, or go on "
@@ -138,8 +137,7 @@ def _evaluate(run: Run, events: Events, split: str) -> Evaluation | None:
     num_rows = dataset.num_epoch_rows(0)
     if training.eval_iters:
         num_rows = min(num_rows, training.eval_iters * run.sizes.final)
-    result = evaluate(run.stages, run.model, run.pipeline, dataset, run.mesh, run.log,
-                      micro_batch_size=training.micro_batch_size, num_rows=num_rows,
+    result = evaluate(run.engine, dataset, run.log, num_rows=num_rows,
                       label="validation" if split == "valid" else split)
     events.evaluation(split, run.state.iteration, run.state.consumed_samples, result)
     return result

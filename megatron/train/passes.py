@@ -9,63 +9,54 @@ from torch import Tensor
 from megatron.data.batch import Batch
 from megatron.kernels.attention import Boundaries
 from megatron.model.inputs import Inputs
-from megatron.model.protein_model import ProteinModel
-from megatron.parallel.data_parallel import DataParallel
 from megatron.parallel.deferral import WeightGradients
-from megatron.parallel.mesh import Mesh
 from megatron.parallel.pipeline import Passes
 from megatron.parallel.randomness import seed_dropout
 from megatron.parallel.schedules import Action
+from megatron.train.engine import Engine
 from megatron.train.meters import Meters
 
 
-class Feed:
-    """Micro-batches as the model takes them, by number: made when a pass first asks for one, in their order."""
+class _Passes(Passes):
+    """Micro-batches by number, as the model takes them: made when a pass first asks for one, in their order."""
 
-    def __init__(self, batches: Iterable[Batch], model: ProteinModel, device: torch.device) -> None:
-        self._batches, self._stream, self._device = iter(batches), model.stream, device
+    def __init__(self, engine: Engine, batches: Iterable[Batch]) -> None:
+        self._engine, self._mesh, self._batches = engine, engine.mesh, iter(batches)
+        self._stream = engine.stages[0].stream
         self._inputs: dict[int, Inputs] = {}
         self._num_made = 0
 
-    def __getitem__(self, micro_batch: int) -> Inputs:
-        while micro_batch >= self._num_made:
-            self._inputs[self._num_made] = model_inputs(next(self._batches)).shared(self._stream, self._device)
-            self._num_made += 1
-        return self._inputs[micro_batch]
-
-    def drop(self, micro_batch: int) -> None:
-        """Forget a micro-batch that no pass will ask for again."""
-        del self._inputs[micro_batch]
-
-
-class _OfStages(Passes):
-    def __init__(self, stages: Sequence[ProteinModel], model: DataParallel, feed: Feed, mesh: Mesh) -> None:
-        self._stages, self._model, self._feed, self._mesh = stages, model, feed, mesh
-
     def received(self, action: Action) -> Tensor:
         """A tensor like the one that the action's stage takes from the stage before it."""
-        return self._stages[action.stage].received(self._feed[action.micro_batch])
+        return self._engine.stages[action.stage].received(self._inputs_of(action))
+
+    def _inputs_of(self, action: Action) -> Inputs:
+        while action.micro_batch >= self._num_made:
+            inputs = model_inputs(next(self._batches)).shared(self._stream, self._mesh.device)
+            self._inputs[self._num_made] = inputs
+            self._num_made += 1
+        return self._inputs[action.micro_batch]
 
 
-class TrainPasses(_OfStages):
+class TrainPasses(_Passes):
     """Forward and backward passes of one step.
 
-    `num_targets` (a scalar) of the whole global batch divide the loss, `scale` multiplies it for the backward pass;
-    dropout is seeded by `seed` and the first sample of each micro-batch.
+    The losses are divided by `num_targets` (a scalar), those of the whole global batch. Dropout is seeded by the run's
+    seed and the first sample of each micro-batch.
     """
 
-    def __init__(self, stages: Sequence[ProteinModel], model: DataParallel, feed: Feed, mesh: Mesh, *, seed: int,
-                 first_samples: Sequence[int], num_targets: Tensor, scale: Tensor, meters: Meters,
-                 waiting: WeightGradients) -> None:
-        super().__init__(stages, model, feed, mesh)
-        self._seed, self._first_samples = seed, first_samples
-        self._num_targets, self._scale, self._meters, self._waiting = num_targets, scale, meters, waiting
+    def __init__(self, engine: Engine, batches: Iterable[Batch], first_samples: Sequence[int], num_targets: Tensor,
+                 meters: Meters, waiting: WeightGradients) -> None:
+        super().__init__(engine, batches)
+        self._first_samples, self._num_targets = first_samples, num_targets
+        self._meters, self._waiting = meters, waiting
+        self._seed, self._scale = engine.config.training.seed, engine.loss_scale.value
 
     def forward(self, action: Action, hidden_uh: Tensor | None) -> Tensor:
         """What the next stage takes, or of the last one the scaled share of the global batch's mean loss."""
-        stage = self._stages[action.stage].stage
+        stage = self._engine.stages[action.stage].stage
         seed_dropout(self._seed, self._first_samples[action.micro_batch], stage.number, self._mesh.context.rank)
-        output = self._model.forward(action.stage, self._feed[action.micro_batch], hidden_uh)
+        output = self._engine.model.forward(action.stage, self._inputs_of(action), hidden_uh)
         if not stage.is_last:
             return output
         loss_sum, num_correct = output
@@ -76,7 +67,8 @@ class TrainPasses(_OfStages):
 
     def backward(self, action: Action, output: Tensor, gradient_uh: Tensor | None) -> None:
         """Go back from `output`; of an "input" pass the weights' gradients wait."""
-        self._model.before_backward(action.stage, is_last=action.micro_batch == len(self._first_samples) - 1)
+        is_last = action.micro_batch == len(self._first_samples) - 1
+        self._engine.model.before_backward(action.stage, is_last)
         with self._waiting.collecting() if action.kind == "input" else nullcontext():
             output.backward(gradient_uh)
 
@@ -85,20 +77,20 @@ class TrainPasses(_OfStages):
         self._waiting.compute_oldest()
 
 
-class EvaluationPasses(_OfStages):
+class EvaluationPasses(_Passes):
     """Forward passes; `sums` (fp64 [3]): loss, correct predictions and targets, where this rank is the one to count."""
 
-    def __init__(self, stages: Sequence[ProteinModel], model: DataParallel, feed: Feed, mesh: Mesh) -> None:
-        super().__init__(stages, model, feed, mesh)
-        self.sums = torch.zeros(3, dtype=torch.float64, device=mesh.device)
+    def __init__(self, engine: Engine, batches: Iterable[Batch]) -> None:
+        super().__init__(engine, batches)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=engine.mesh.device)
 
     def forward(self, action: Action, hidden_uh: Tensor | None) -> Tensor:
         """What the next stage takes, or of the last one the summed loss."""
-        inputs = self._feed[action.micro_batch]
-        output = self._model.forward(action.stage, inputs, hidden_uh)
-        if action.stage == len(self._stages) - 1:
-            self._feed.drop(action.micro_batch)
-        if not self._stages[action.stage].stage.is_last:
+        inputs = self._inputs_of(action)
+        output = self._engine.model.forward(action.stage, inputs, hidden_uh)
+        if action.stage == len(self._engine.stages) - 1:
+            del self._inputs[action.micro_batch]  # nobody asks for it again
+        if not self._engine.stages[action.stage].stage.is_last:
             return output
         loss_sum, num_correct = output
         if self._mesh.tensor.rank == 0:  # all tensor ranks have the same loss

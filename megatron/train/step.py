@@ -5,19 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron.config import Config
 from megatron.data.batch import Batch
 from megatron.model.flops import model_flops
-from megatron.model.protein_model import ProteinModel
-from megatron.optim.optimizer import Optimizer
-from megatron.optim.scaling import LossScale
 from megatron.parallel.collectives import all_reduce_sum
-from megatron.parallel.data_parallel import DataParallel
 from megatron.parallel.deferral import WeightGradients, put_off_weight_gradients
-from megatron.parallel.mesh import Mesh
-from megatron.parallel.pipeline import Pipeline
+from megatron.train.engine import Engine
 from megatron.train.meters import Meters
-from megatron.train.passes import Feed, TrainPasses
+from megatron.train.passes import TrainPasses
 
 
 class TrainStep:
@@ -27,41 +21,36 @@ class TrainStep:
     of targets of all micro-batches on all ranks, so the gradient does not depend on how the batch was cut.
     """
 
-    def __init__(self, stages: Sequence[ProteinModel], model: DataParallel, pipeline: Pipeline, optimizer: Optimizer,
-                 loss_scale: LossScale, meters: Meters, mesh: Mesh, config: Config, padded_vocab_size: int) -> None:
-        self._stages, self._model, self._pipeline = stages, model, pipeline
-        self._optimizer, self._loss_scale, self._meters = optimizer, loss_scale, meters
-        self._mesh, self._config, self._padded_vocab_size = mesh, config, padded_vocab_size
+    def __init__(self, engine: Engine, meters: Meters) -> None:
+        self._engine, self._meters = engine, meters
         self._waiting = WeightGradients()
-        for stage in stages:
+        for stage in engine.stages:
             put_off_weight_gradients(stage, self._waiting)
 
     def __call__(self, batches: Sequence[Batch], learning_rate: float, consumed_samples: int,
                  wants_stop: bool) -> Tensor:
         """Train on this rank's micro-batches; returns how many ranks want to stop (an integer scalar)."""
-        mesh, training = self._mesh, self._config.training
+        engine, mesh, training = self._engine, self._engine.mesh, self._engine.config.training
         targets = sum(len(batch.target_ids_m) for batch in batches) if mesh.is_first_reader else 0
         totals = torch.tensor([targets, wants_stop], dtype=torch.int64)
         if mesh.world.size > 1:  # one rank knows the sums already, and need not ask the device for them
             totals = all_reduce_sum(totals.to(mesh.device, non_blocking=True), mesh.world)
         num_targets, num_stops = totals.unbind()
         rows = training.micro_batch_size
-        passes = TrainPasses(
-            self._stages, self._model, Feed(batches, self._stages[0], mesh.device), mesh, seed=training.seed,
-            first_samples=[consumed_samples + (index * mesh.data.size + mesh.data.rank) * rows
-                           for index in range(len(batches))],
-            num_targets=num_targets, scale=self._loss_scale.value, meters=self._meters, waiting=self._waiting)
-        self._pipeline.train(passes, len(batches))
-        self._model.finish()
-        outcome = self._optimizer.step(learning_rate, self._loss_scale)
+        first_samples = [consumed_samples + (index * mesh.data.size + mesh.data.rank) * rows
+                         for index in range(len(batches))]
+        passes = TrainPasses(engine, batches, first_samples, num_targets, self._meters, self._waiting)
+        engine.pipeline.train(passes, len(batches))
+        engine.model.finish()
+        outcome = engine.optimizer.step(learning_rate, engine.loss_scale)
         self._count(batches)
         self._meters.add_step(outcome.grad_norm, outcome.is_taken)
         return num_stops
 
     def _count(self, batches: Sequence[Batch]) -> None:
-        if not self._mesh.is_first_reader:
+        if not self._engine.mesh.is_first_reader:
             return
         for batch in batches:
             num_targets = len(batch.target_ids_m)
-            flops = model_flops(self._config.model, self._padded_vocab_size, batch.lengths, num_targets)
+            flops = model_flops(self._engine.config.model, self._engine.padded_vocab_size, batch.lengths, num_targets)
             self._meters.add_batch(num_targets, batch.num_residues, len(batch.tokens_t), flops)

@@ -7,16 +7,10 @@ import torch
 
 from megatron.data.typical import typical_batch
 from megatron.flags import parse
-from megatron.model.initialisation import initialise
-from megatron.model.protein_model import ProteinModel
-from megatron.optim.optimizer import Optimizer
-from megatron.optim.scaling import LossScale
-from megatron.parallel.data_parallel import data_parallel
 from megatron.parallel.mesh import Mesh
-from megatron.parallel.pipeline import Pipeline
 from megatron.plan.memory import peak_memory
 from megatron.plan.rank import Rank, padded_vocab_size
-from megatron.train.build import build_stages
+from megatron.train.engine import build_engine
 from megatron.train.meters import Meters
 from megatron.train.step import TrainStep
 
@@ -28,13 +22,8 @@ def allocated_at_most(config):
     """Bytes that two steps allocate at their peak, beside what was allocated before."""
     gc.collect()
     before = torch.cuda.memory_allocated()
-    mesh, padded = Mesh(device=torch.device("cuda", 0)), padded_vocab_size(config)
-    stages = build_stages(config, mesh, padded)
-    for stage in stages:
-        initialise(stage, config.model, config.training.seed)
-    model = data_parallel(stages, ProteinModel.blocks, mesh, config.parallel)
-    step = TrainStep(stages, model, Pipeline(mesh, 1, "1f1b"), Optimizer(model.parameters, config.optimizer),
-                     LossScale(config.precision, mesh.device), Meters(mesh.world, mesh.device), mesh, config, padded)
+    mesh = Mesh(device=torch.device("cuda", 0))
+    step = TrainStep(build_engine(config, mesh, padded_vocab_size(config)), Meters(mesh.world, mesh.device))
     batches = [typical_batch(config.data, config.training.micro_batch_size)] * 3
     torch.cuda.reset_peak_memory_stats()
     for _ in range(2):

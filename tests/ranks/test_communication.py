@@ -1,27 +1,19 @@
 """What real ranks send in a training step is what the planner's formulas say, byte for byte."""
 
-from datetime import timedelta
-
 import pytest
 import torch
 import torch.distributed as dist
 
 from megatron.data.typical import typical_batch
 from megatron.flags import parse
-from megatron.model.initialisation import initialise
-from megatron.model.protein_model import ProteinModel
-from megatron.optim.optimizer import Optimizer
-from megatron.optim.scaling import LossScale
-from megatron.parallel.data_parallel import data_parallel
 from megatron.parallel.mesh import build_mesh
-from megatron.parallel.pipeline import Pipeline
 from megatron.parallel.traffic import TrafficCounter
 from megatron.plan.messages import step_traffic
 from megatron.plan.rank import Rank, padded_vocab_size
-from megatron.train.build import build_stages
+from megatron.train.engine import build_engine
 from megatron.train.meters import Meters
 from megatron.train.step import TrainStep
-from tests.ranks.launch import TIMEOUT_S, run_ranks
+from tests.ranks.launch import TIMEOUT, run_ranks
 
 MODEL = ["--num-layers", "4", "--hidden-size", "32", "--num-attention-heads", "4", "--seq-length", "64", "--lr", "1e-3",
          "--train-iters", "1", "--micro-batch-size", "2", "--global-batch-size", "8"]
@@ -44,16 +36,8 @@ def sent_in_a_step(axis):
 
 
 def counted_step(config):
-    mesh = build_mesh(config.parallel, torch.device("cpu"), timedelta(seconds=TIMEOUT_S))
-    padded = padded_vocab_size(config)
-    stages = build_stages(config, mesh, padded)
-    for stage in stages:
-        initialise(stage, config.model, config.training.seed)
-    model = data_parallel(stages, ProteinModel.blocks, mesh, config.parallel)
-    pipeline = Pipeline(mesh, len(stages), config.parallel.pipeline_schedule)
-    optimizer = Optimizer(model.parameters, config.optimizer, mesh.pipeline)
-    step = TrainStep(stages, model, pipeline, optimizer, LossScale(config.precision, mesh.device),
-                     Meters(mesh.world, mesh.device), mesh, config, padded)
+    mesh = build_mesh(config.parallel, torch.device("cpu"), TIMEOUT)
+    step = TrainStep(build_engine(config, mesh, padded_vocab_size(config)), Meters(mesh.world, mesh.device))
     rows = config.training.micro_batch_size
     batches = [typical_batch(config.data, rows)] * (config.training.global_batch_size // (rows * mesh.data.size))
     with TrafficCounter(mesh) as counter:

@@ -10,15 +10,9 @@ import torch
 from megatron.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig, TrainingConfig
 from megatron.data.batch import collate
 from megatron.data.packed import Row
-from megatron.model.initialisation import initialise
-from megatron.model.protein_model import ProteinModel
-from megatron.optim.optimizer import Optimizer
-from megatron.optim.scaling import LossScale
-from megatron.parallel.data_parallel import data_parallel
 from megatron.parallel.mesh import Mesh, build_mesh
-from megatron.parallel.pipeline import Pipeline
 from megatron.parallel.sharding import wholes
-from megatron.train.build import build_stages
+from megatron.train.engine import build_engine
 from megatron.train.meters import Meters
 from megatron.train.step import TrainStep
 from tests.ranks.launch import TIMEOUT, run_ranks
@@ -70,24 +64,21 @@ class Living:
 
     def __init__(self, mesh: Mesh, parallel: ParallelConfig, precision: PrecisionConfig) -> None:
         training = TrainingConfig(micro_batch_size=1, global_batch_size=len(PROTEINS))
-        self.config = Config(model=MODEL, parallel=parallel, precision=precision, training=training)
-        self.mesh, stages = mesh, build_stages(self.config, mesh, VOCABULARY)
-        for stage in stages:
-            initialise(stage, MODEL, seed=3)
-        self.model = data_parallel(stages, ProteinModel.blocks, mesh, parallel)
-        self.meters = Meters(mesh.world, CPU)
-        self.optimizer = Optimizer(self.model.parameters, OptimizerConfig(clip_grad=0.0), mesh.pipeline)
-        self.step = TrainStep(stages, self.model, Pipeline(mesh, len(stages), parallel.pipeline_schedule),
-                              self.optimizer, LossScale(precision, CPU), self.meters, mesh, self.config, VOCABULARY)
+        config = Config(model=MODEL, parallel=parallel, precision=precision, training=training,
+                        optimizer=OptimizerConfig(clip_grad=0.0))
+        self.engine, self.meters = build_engine(config, mesh, VOCABULARY), Meters(mesh.world, CPU)
+        self.step = TrainStep(self.engine, self.meters)
 
     def outcome(self):
         """Loss, norm, and the gradients' wholes (from Adam's first moment) after one step on all rows."""
         rows = [row(lengths, number) for number, lengths in enumerate(PROTEINS)]
-        mine = rows[self.mesh.data.rank::self.mesh.data.size]
+        mesh = self.engine.mesh
+        mine = rows[mesh.data.rank::mesh.data.size]
         self.step([collate([each], SEQ_LENGTH) for each in mine], 0.0, 0, False)
         reading = self.meters.read()
-        moments = {name: tensor for name, tensor in self.optimizer.state().items() if name.startswith("exp_avg/")}
-        gradients = wholes(moments, self.model.parameters, keep=True, pipeline=self.mesh.pipeline)
+        state = self.engine.optimizer.state()
+        moments = {name: tensor for name, tensor in state.items() if name.startswith("exp_avg/")}
+        gradients = wholes(moments, self.engine.model.parameters, keep=True, pipeline=mesh.pipeline)
         return {"loss": torch.tensor(reading.loss), "norm": torch.tensor(reading.grad_norm), **gradients,
                 "counted": torch.tensor([reading.num_tokens, reading.num_residues, reading.masked_accuracy])}
 
