@@ -14,10 +14,11 @@ from megatron.log import Log
 from megatron.parallel.failure import report
 from megatron.parallel.launch import Launch, check_launch, launched
 from megatron.parallel.layout import check_layout
-from megatron.parallel.mesh import joined
+from megatron.parallel.mesh import grid_sizes, joined
 from megatron.train.build import build
 from megatron.train.dry_run import dry_run
 from megatron.train.loop import train
+from megatron.train.state import BatchSizes
 
 
 def main(argv: Sequence[str]) -> int:
@@ -27,14 +28,15 @@ def main(argv: Sequence[str]) -> int:
         launch = launched()
         config, always_so = parse(argv)
         check_launch(launch)
-        if config.parallel.dry_run:
-            return _dry_run(config, launch)
-        check_layout(config, launch.size)
+        _check_sizes(config, launch)
     except UserError as error:
         if launch.speaks():  # the other ranks have the same flags
             print(f"error: {error}", file=sys.stderr)
         return 2
     try:
+        if config.parallel.dry_run:
+            print(dry_run(config))
+            return 0
         with joined(config.parallel, launch) as mesh:
             log = Log(is_speaker=mesh.world.rank == 0)
             log.line(listing(config, always_so))
@@ -44,12 +46,14 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _dry_run(config: Config, launch: Launch) -> int:
-    if launch.size > 1:
-        raise ConfigError(f"--dry-run builds any layout in one process, and {launch.size} were started; start one")
-    check_layout(config, config.parallel.dry_run_ranks)
-    print(dry_run(config))
-    return 0
+def _check_sizes(config: Config, launch: Launch) -> None:
+    num_ranks = launch.size
+    if config.parallel.dry_run:
+        num_ranks = config.parallel.dry_run_ranks
+        if launch.size > 1:
+            raise ConfigError(f"--dry-run builds any layout in one process, and {launch.size} were started; start one")
+    check_layout(config, num_ranks)
+    BatchSizes(config.training, grid_sizes(config.parallel, num_ranks)["data"])  # raises where they do not divide
 
 
 if __name__ == "__main__":

@@ -109,12 +109,24 @@ def test_what_can_work_is_not_refused(flags, ranks):
     check_layout(parse(f"--preset demo {flags}".split())[0], ranks)
 
 
+@pytest.mark.parametrize("flags", ["--tensor-model-parallel-size 2", "--global-batch-size 4"])
 @pytest.mark.parametrize(("rank", "num_lines"), [(0, 1), (2, 0)])
-def test_every_rank_refuses_before_it_waits_for_the_others_and_one_says_why(monkeypatch, capsys, rank, num_lines):
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setenv("RANK", str(rank))
-    assert main("--preset demo --tensor-model-parallel-size 2".split()) == 2
+def test_every_rank_refuses_before_it_waits_for_the_others_and_one_says_why(monkeypatch, capsys, rank, num_lines,
+                                                                            flags):
+    for name, value in {"WORLD_SIZE": 3, "RANK": rank, "MASTER_ADDR": "localhost", "MASTER_PORT": 6000}.items():
+        monkeypatch.setenv(name, str(value))
+    assert main(f"--preset demo {flags}".split()) == 2
     assert capsys.readouterr().err.count("\n") == num_lines
+
+
+def test_a_dry_run_is_one_process_and_is_refused_what_ranks_are(monkeypatch, capsys):
+    assert main("--preset demo --dry-run --dry-run-ranks 3 --global-batch-size 4".split()) == 2
+    assert "is not divisible by --micro-batch-size 2 x 3 data-parallel ranks" in capsys.readouterr().err
+    for name, value in {"WORLD_SIZE": 2, "RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": 6000}.items():
+        monkeypatch.setenv(name, str(value))
+    assert main("--preset demo --dry-run".split()) == 2
+    assert capsys.readouterr().err == (
+        "error: --dry-run builds any layout in one process, and 2 were started; start one\n")
 
 
 def local_models(size):
