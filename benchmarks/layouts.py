@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-# With the preset's learning rate, made for larger batches, the curve of one rank has spikes that amplify every rounding.
+# At the preset's learning rate, made for larger batches, one rank's curve has spikes, which amplify every rounding.
 FLAGS = ("--preset demo --lr 3e-4 --seq-length 512 --micro-batch-size 1 --global-batch-size 4 --log-interval 1 "
          "--num-workers 0 --eval-interval 1000 --eval-iters 1 --peak-tflops 1").split()
 DROPOUT = "--attention-dropout 0.1 --hidden-dropout 0.1".split()
