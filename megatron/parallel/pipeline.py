@@ -18,7 +18,7 @@ from megatron.parallel.schedules import Action, forward_only, one_forward_one_ba
 
 
 class Passes(ABC):
-    """What the pipeline runs: passes of some micro-batches through the rank's stages; for training, backward too."""
+    """What the pipeline runs: forward passes of some micro-batches through the rank's stages."""
 
     @abstractmethod
     def received(self, action: Action) -> Tensor:
@@ -28,13 +28,17 @@ class Passes(ABC):
     def forward(self, action: Action, hidden: Tensor | None) -> Tensor:
         """What the next stage takes, or of the last one the loss; `hidden` is None on the first."""
 
+
+class TrainingPasses(Passes):
+    """Passes that also go back."""
+
+    @abstractmethod
     def backward(self, action: Action, output: Tensor, gradient: Tensor | None) -> None:
         """Go back from `output`, a result of `forward`, and its gradient; None for a loss."""
-        raise NotImplementedError
 
+    @abstractmethod
     def weights(self, action: Action) -> None:
         """Compute the gradients that the oldest backward pass of kind "input" put off."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Pipeline:
             _open_channels(mesh)
         self._ways = [_ways(mesh, stage, num_stages) for stage in range(num_stages)]
 
-    def train(self, passes: Passes, num_micro_batches: int) -> None:
+    def train(self, passes: TrainingPasses, num_micro_batches: int) -> None:
         """Forward and backward passes of all micro-batches, in the order of the schedule."""
         axis = self._axis
         if self._schedule == "zero-bubble":
@@ -88,9 +92,9 @@ class Pipeline:
                     under_way[place] = message, output
                 if ways.output is not None:
                     sends.append(ways.output.start_send(output.detach()))
-            elif action.kind == "weights":
+            elif isinstance(passes, TrainingPasses) and action.kind == "weights":
                 passes.weights(action)
-            else:
+            elif isinstance(passes, TrainingPasses):
                 hidden, output = under_way.pop(place)
                 passes.backward(action, output, message)
                 if ways.input_gradient is not None:

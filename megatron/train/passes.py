@@ -10,7 +10,7 @@ from megatron.data.batch import Batch
 from megatron.kernels.attention import Boundaries
 from megatron.model.inputs import Inputs
 from megatron.parallel.deferral import WeightGradients
-from megatron.parallel.pipeline import Passes
+from megatron.parallel.pipeline import Passes, TrainingPasses
 from megatron.parallel.randomness import seed_dropout
 from megatron.parallel.schedules import Action
 from megatron.train.engine import Engine
@@ -38,7 +38,7 @@ class _Passes(Passes):
         return self._inputs[action.micro_batch]
 
 
-class TrainPasses(_Passes):
+class TrainPasses(_Passes, TrainingPasses):
     """Forward and backward passes of one step.
 
     The losses are divided by `num_targets` (a scalar), those of the whole global batch. Dropout is seeded by the run's
