@@ -92,14 +92,16 @@ class Pipeline:
                     under_way[place] = message, output
                 if ways.output is not None:
                     sends.append(ways.output.start_send(output.detach()))
-            elif isinstance(passes, TrainingPasses) and action.kind == "weights":
+                continue
+            assert isinstance(passes, TrainingPasses), "evaluation does not go back"
+            if action.kind == "weights":
                 passes.weights(action)
-            elif isinstance(passes, TrainingPasses):
-                hidden, output = under_way.pop(place)
-                passes.backward(action, output, message)
-                if ways.input_gradient is not None:
-                    assert hidden is not None and hidden.grad is not None, "the loss depends on every stage"
-                    sends.append(ways.input_gradient.start_send(hidden.grad))
+                continue
+            hidden, output = under_way.pop(place)
+            passes.backward(action, output, message)
+            if ways.input_gradient is not None:
+                assert hidden is not None and hidden.grad is not None, "the loss depends on every stage"
+                sends.append(ways.input_gradient.start_send(hidden.grad))
         for send in sends:
             send.wait()
 
