@@ -8,15 +8,16 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron.config import Config, ConfigError, UserError
-from megatron.flags import listing, parse
+from megatron.config import Config
+from megatron.config.command_line import listing, parse
+from megatron.errors import ConfigError, UserError
 from megatron.log import Log
-from megatron.parallel.failure import report
-from megatron.parallel.launch import Launch, check_launch, launched
+from megatron.parallel.launch.environment import Launch, check_launch, launched
+from megatron.parallel.launch.failure import report
 from megatron.parallel.layout import check_layout
 from megatron.parallel.mesh import grid_sizes, joined
+from megatron.plan.dry_run import dry_run
 from megatron.train.build import build
-from megatron.train.dry_run import dry_run
 from megatron.train.loop import train
 from megatron.train.state import BatchSizes
 

@@ -16,12 +16,12 @@ EXTRAS = {
 
 
 def packing_extension() -> list[Extension]:
-    """The compiled helper `megatron.data._packing`, or nothing where pybind11 is missing."""
+    """The compiled helper `megatron.data.rows._packing`, or nothing where pybind11 is missing."""
     try:
         from pybind11.setup_helpers import Pybind11Extension
     except ImportError:
         return []
-    return [Pybind11Extension("megatron.data._packing", ["megatron/data/packing.cpp"], cxx_std=17,
+    return [Pybind11Extension("megatron.data.rows._packing", ["megatron/data/rows/packing.cpp"], cxx_std=17,
                               extra_compile_args=["-O3"], optional=True)]
 
 

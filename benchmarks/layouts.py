@@ -42,9 +42,9 @@ RECOMPUTATION = {"": "", "full": "--checkpoint-activations", "selective": "--rec
 
 def run(prefix: str, ranks: int, flags: list[str], steps: int, folder: str) -> tuple[list[dict], dict[str, Tensor]]:
     """The metrics of each step, and the last weights."""
-    launcher = [str(ROOT / "examples" / "launch.py"), "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    command = [sys.executable, *launcher, str(ROOT / "pretrain_tape.py"), *FLAGS, *flags, "--data-path", prefix,
-               "--exit-interval", str(steps), "--save", folder]
+    agent = ["-m", "megatron.parallel.launch.agent", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [sys.executable, *(agent if ranks > 1 else []), str(ROOT / "pretrain_tape.py"), *FLAGS, *flags,
+               "--data-path", prefix, "--exit-interval", str(steps), "--save", folder]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     finished = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if finished.returncode:

@@ -16,8 +16,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from megatron.data.indexed import open_indexed  # noqa: E402
-from megatron.data.indexed_writer import IndexedWriter  # noqa: E402
+from megatron.data.corpus.indexed import open_indexed  # noqa: E402
+from megatron.data.corpus.indexed_writer import IndexedWriter  # noqa: E402
 
 NUM_DOCUMENTS = 2000
 DTYPES = ("uint8", "int16", "int32", "int64", "uint16")

@@ -20,12 +20,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from megatron.config import Config  # noqa: E402
-from megatron.data.batch import Batch  # noqa: E402
-from megatron.flags import parse  # noqa: E402
+from megatron.config.command_line import parse  # noqa: E402
+from megatron.data.batches.batch import Batch  # noqa: E402
 from megatron.model.initialisation import initialise  # noqa: E402
 from megatron.model.protein_model import ProteinModel  # noqa: E402
-from megatron.parallel.layers import ColumnParallelLinear, RowParallelLinear  # noqa: E402
 from megatron.parallel.mesh import Mesh  # noqa: E402
+from megatron.parallel.tensor.layers import ColumnParallelLinear, RowParallelLinear  # noqa: E402
 from megatron.train.engine import build_engine  # noqa: E402
 from megatron.train.meters import Meters  # noqa: E402
 from megatron.train.passes import model_inputs  # noqa: E402

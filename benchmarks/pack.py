@@ -20,7 +20,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from megatron.data.packing import order_key, pack  # noqa: E402
+from megatron.data.rows.packing import order_key, pack  # noqa: E402
 
 CASES = [(packing, seq_length) for packing in ("best-fit", "sequential") for seq_length in (2176, 512)]
 

@@ -18,10 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from megatron.config import DataConfig  # noqa: E402
-from megatron.data.dataset import Dataset, build_datasets  # noqa: E402
-from megatron.data.indexed_writer import IndexedWriter  # noqa: E402
-from megatron.data.loader import batches  # noqa: E402
-from megatron.data.vocab import Vocab  # noqa: E402
+from megatron.data.batches.loader import batches  # noqa: E402
+from megatron.data.corpus.indexed_writer import IndexedWriter  # noqa: E402
+from megatron.data.corpus.vocab import Vocab  # noqa: E402
+from megatron.data.rows.dataset import Dataset, build_datasets  # noqa: E402
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.attention import LENGTHS  # noqa: E402
-from megatron.flags import parse  # noqa: E402
+from megatron.config.command_line import parse  # noqa: E402
 from megatron.kernels.attention import Boundaries  # noqa: E402
 from megatron.model.flops import model_flops  # noqa: E402
 from megatron.model.initialisation import initialise  # noqa: E402

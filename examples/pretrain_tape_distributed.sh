@@ -41,7 +41,7 @@ fi
 
 # A request to stop (Ctrl-C, SIGTERM) goes to the processes that train: they save and end with success, and the launcher
 # after them. The launcher itself would give them 30 seconds and then call it a failure.
-"$python" "$root/examples/launch.py" "${meeting[@]}" --nproc_per_node "$processes" \
+"$python" -m megatron.parallel.launch.agent "${meeting[@]}" --nproc_per_node "$processes" \
     --max_restarts "${MAX_RESTARTS:-0}" --signals-to-handle SIGHUP,SIGQUIT "$root/pretrain_tape.py" "${flags[@]}" "$@" &
 launcher=$!
 signalled=yes

@@ -94,7 +94,7 @@ install() {
 
 # build_helper: compiles the helper beside its source if it is missing or older, and says so if it cannot.
 build_helper() {
-    local source="$root/megatron/data/packing.cpp" helper why
+    local source="$root/megatron/data/rows/packing.cpp" helper why
     helper=${source%/*}/_packing$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
     if [ "$helper" -nt "$source" ]; then return; fi
     if ! command -v "${CXX:-c++}" >/dev/null; then

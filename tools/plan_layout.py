@@ -15,8 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.config import Config, ConfigError, UserError  # noqa: E402
-from megatron.flags import parse  # noqa: E402
+from megatron.config import Config
+from megatron.config.command_line import parse  # noqa: E402
+from megatron.errors import ConfigError, UserError  # noqa: E402
 from megatron.parallel.traffic import ALL_GATHER  # noqa: E402
 from megatron.plan.gpus import GPUS  # noqa: E402
 from megatron.plan.search import Machine, Plan, best_plans, layout_flags  # noqa: E402

@@ -8,9 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.config import UserError  # noqa: E402
-from megatron.data.preprocess import preprocess  # noqa: E402
-from megatron.data.preprocess_config import parse_arguments  # noqa: E402
+from megatron.data.preprocess.flags import parse_arguments  # noqa: E402
+from megatron.data.preprocess.run import preprocess  # noqa: E402
+from megatron.errors import UserError  # noqa: E402
 
 
 def main() -> int:

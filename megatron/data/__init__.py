@@ -1,1 +1,1 @@
-"""From files of proteins to batches of packed rows: vocabulary, readers, indexed dataset, packing, masking, loading."""
+"""From files of proteins to micro-batches."""

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config import ModelConfig
-from megatron.parallel.layers import Table
-from megatron.parallel.stream import Stream
-from megatron.parallel.vocabulary import VocabularyParallelTable
+from megatron.parallel.tensor.layers import Table
+from megatron.parallel.tensor.stream import Stream
+from megatron.parallel.tensor.vocabulary import VocabularyParallelTable
 
 
 class Embedding(nn.Module):

@@ -4,9 +4,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron.config import ModelConfig
-from megatron.parallel.layers import LayerNorm, Linear
-from megatron.parallel.stream import ONE_RANK, Stream
-from megatron.parallel.vocabulary import vocabulary_logits, vocabulary_parameter
+from megatron.parallel.tensor.layers import LayerNorm, Linear
+from megatron.parallel.tensor.stream import ONE_RANK, Stream
+from megatron.parallel.tensor.vocabulary import vocabulary_logits, vocabulary_parameter
 
 
 class MaskedLMHead(nn.Module):

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from megatron.config import ModelConfig
+from megatron.parallel.placement import placement_of
 from megatron.parallel.randomness import seed_for
-from megatron.parallel.sharding import placement_of
 
 _RESIDUAL_OUTPUTS = ("attention.dense.weight", "mlp.dense_4h_to_h.weight")
 

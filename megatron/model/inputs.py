@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron.kernels.attention import Boundaries
-from megatron.parallel.stream import Stream
+from megatron.parallel.tensor.stream import Stream
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from megatron.kernels.attention import Boundaries
 from megatron.model.embedding import Embedding, TiedEmbedding
 from megatron.model.head import MaskedLMHead
 from megatron.model.inputs import Inputs
-from megatron.model.stage import Stage, whole_model
 from megatron.model.transformer import Transformer
 from megatron.parallel.mesh import Axis
-from megatron.parallel.sharding import placement_of
-from megatron.parallel.stream import ONE_RANK, Stream
-from megatron.parallel.vocabulary import vocabulary_cross_entropy
+from megatron.parallel.pipeline.partition import Stage, whole_model
+from megatron.parallel.placement import placement_of
+from megatron.parallel.tensor.stream import ONE_RANK, Stream
+from megatron.parallel.tensor.vocabulary import vocabulary_cross_entropy
 
 
 class ProteinModel(nn.Module):

@@ -14,12 +14,12 @@ from torch.nn import functional as F
 
 from megatron.config import ModelConfig
 from megatron.kernels.attention import Boundaries, packed_attention
-from megatron.model.stage import Stage
-from megatron.parallel.layers import ColumnParallelLinear, LayerNorm, RowParallelLinear
 from megatron.parallel.mesh import Axis
+from megatron.parallel.pipeline.partition import Stage
 from megatron.parallel.randomness import distinct_randomness
 from megatron.parallel.recomputation import recomputed
-from megatron.parallel.stream import Stream
+from megatron.parallel.tensor.layers import ColumnParallelLinear, LayerNorm, RowParallelLinear
+from megatron.parallel.tensor.stream import Stream
 
 
 class Attention(nn.Module):

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megatron.config import ConfigError, OptimizerConfig
+from megatron.config import OptimizerConfig
+from megatron.errors import ConfigError
 from megatron.optim.scaling import LossScale
 from megatron.parallel.mesh import Axis
-from megatron.parallel.sharding import gradient_norm
+from megatron.parallel.placement import gradient_norm
 
 ONE_RANK = Axis()
 

@@ -8,7 +8,8 @@ import itertools
 import math
 from collections.abc import Iterable
 
-from megatron.config import Config, ConfigError
+from megatron.config import Config
+from megatron.errors import ConfigError
 
 _PIPELINE = "--pipeline-model-parallel-size"
 _CONTEXT = "--context-parallel-size"

@@ -13,8 +13,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megatron.config import ConfigError, ParallelConfig
-from megatron.parallel.launch import Launch, device_of, meeting_store
+from megatron.config import ParallelConfig
+from megatron.errors import ConfigError
+from megatron.parallel.launch.environment import Launch, device_of
+from megatron.parallel.launch.meeting import meeting_store
 
 
 @dataclass(frozen=True)

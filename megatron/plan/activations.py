@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron.kernels.attention import share_of
-from megatron.model.stage import Stage
 from megatron.parallel.mesh import Axis
+from megatron.parallel.pipeline.partition import Stage
 from megatron.plan.rank import Rank
 
 _STATISTICS = 8  # bytes a token: mean and inverse deviation of a LayerNorm

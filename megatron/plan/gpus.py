@@ -8,7 +8,8 @@ L40S and RTX 4090, whose hosts differ, 100 and 25 Gbit/s a GPU are assumed.
 
 from dataclasses import dataclass
 
-from megatron.config import ConfigError, PrecisionConfig
+from megatron.config import PrecisionConfig
+from megatron.errors import ConfigError
 
 # Assumptions, not measurements: no GPU has been timed with this project yet (benchmarks/RESULTS.md).
 MATRIX_SHARE = 0.6  # of the peak, that large matrix products reach

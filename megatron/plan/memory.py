@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron.model.stage import Stage
-from megatron.parallel.schedules import Action, one_forward_one_backward, zero_bubble
+from megatron.parallel.pipeline.partition import Stage
+from megatron.parallel.pipeline.schedules import Action, one_forward_one_backward, zero_bubble
 from megatron.plan.activations import Activations
 from megatron.plan.messages import buckets
 from megatron.plan.parameters import rank_parameters, sharded_units, share_size, stage_parameters

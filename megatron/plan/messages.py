@@ -4,8 +4,8 @@ The letters are those of `megatron.plan.rank`. `megatron.parallel.traffic` count
 """
 
 from megatron.config import Config
-from megatron.model.stage import Stage
-from megatron.parallel.data_parallel import BUCKET_ELEMENTS
+from megatron.parallel.data.data_parallel import BUCKET_ELEMENTS
+from megatron.parallel.pipeline.partition import Stage
 from megatron.parallel.traffic import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, SEND, Traffic
 from megatron.plan.parameters import Parameter, rank_parameters, sharded_units
 from megatron.plan.rank import Rank

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
-from megatron.model.stage import Stage
+from megatron.parallel.pipeline.partition import Stage
 from megatron.plan.rank import Rank
 
 

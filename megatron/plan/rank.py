@@ -10,10 +10,10 @@ from functools import cache, cached_property
 import numpy as np
 
 from megatron.config import Config
-from megatron.data.typical import typical_lengths, typical_targets
-from megatron.data.vocab import DEFAULT_VOCAB, Vocab
-from megatron.model.stage import Stage, stages_of_rank
+from megatron.data.batches.typical import typical_lengths, typical_targets
+from megatron.data.corpus.vocab import DEFAULT_VOCAB, Vocab
 from megatron.parallel.mesh import grid_sizes
+from megatron.parallel.pipeline.partition import Stage, stages_of_rank
 
 
 @dataclass(frozen=True)

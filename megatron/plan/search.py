@@ -4,7 +4,8 @@ import itertools
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
-from megatron.config import Config, ConfigError
+from megatron.config import Config
+from megatron.errors import ConfigError
 from megatron.parallel.layout import check_layout
 from megatron.parallel.mesh import grid_sizes
 from megatron.parallel.traffic import Traffic

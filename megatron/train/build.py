@@ -6,16 +6,17 @@ from pathlib import Path
 
 import torch
 
-from megatron.checkpoint.checkpoint import LATEST, Checkpoint, CheckpointError, load, load_model
-from megatron.config import Config, ConfigError, DataConfig, ModelConfig, ScheduleConfig
-from megatron.data.dataset import Splits, build_datasets
-from megatron.data.vocab import DEFAULT_VOCAB, Vocab
-from megatron.flags import flag_name
+from megatron.checkpoint.store import LATEST, Checkpoint, load, load_model
+from megatron.config import Config, DataConfig, ModelConfig, ScheduleConfig
+from megatron.config.command_line import flag_name
+from megatron.data.corpus.vocab import DEFAULT_VOCAB, Vocab
+from megatron.data.rows.dataset import Splits, build_datasets
+from megatron.errors import CheckpointError, ConfigError
 from megatron.log import Log
 from megatron.model.protein_model import ProteinModel
 from megatron.optim.schedule import Schedule, build_schedule
 from megatron.parallel.mesh import Mesh
-from megatron.parallel.sharding import parts, wholes
+from megatron.parallel.placement import parts, wholes
 from megatron.train.engine import Engine, build_engine
 from megatron.train.state import BatchSizes, TrainState
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from megatron.config import Config
 from megatron.model.initialisation import initialise
 from megatron.model.protein_model import ProteinModel
-from megatron.model.stage import stages_of_rank
 from megatron.optim.optimizer import Optimizer
 from megatron.optim.scaling import LossScale
-from megatron.parallel.data_parallel import DataParallel, data_parallel
+from megatron.parallel.data.data_parallel import DataParallel, data_parallel
 from megatron.parallel.mesh import Mesh
-from megatron.parallel.pipeline import Pipeline
-from megatron.parallel.stream import Stream
+from megatron.parallel.pipeline.partition import stages_of_rank
+from megatron.parallel.pipeline.run import Pipeline
+from megatron.parallel.tensor.stream import Stream
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron.data.batch import Batch
-from megatron.data.dataset import Dataset
-from megatron.data.loader import batches
-from megatron.data.masking import Masking
+from megatron.data.batches.batch import Batch
+from megatron.data.batches.loader import batches
+from megatron.data.rows.dataset import Dataset
+from megatron.data.rows.masking import Masking
 from megatron.log import Log, Progress
 from megatron.parallel.collectives import all_reduce_sum
 from megatron.train.engine import Engine

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.files import write_text
 from megatron.config import CheckpointConfig, LoggingConfig
+from megatron.files import write_text
 from megatron.log import Log
 from megatron.train.evaluate import Baselines, Evaluation, perplexity
 from megatron.train.meters import Reading

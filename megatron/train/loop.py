@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.checkpoint import save
-from megatron.config import UserError
-from megatron.data.batch import Batch
-from megatron.data.loader import batches
-from megatron.data.masking import Masking
+from megatron.checkpoint.store import save
+from megatron.data.batches.batch import Batch
+from megatron.data.batches.loader import batches
+from megatron.data.rows.masking import Masking
+from megatron.errors import DivergedError
 from megatron.model.protein_model import compute_dtype
 from megatron.train.build import Run
 from megatron.train.evaluate import Baselines, Evaluation, evaluate, frequency_baselines
@@ -21,10 +21,6 @@ from megatron.train.meters import Meters
 from megatron.train.peak import measured_peak_flops
 from megatron.train.step import TrainStep
 from megatron.train.stop import StopRequests
-
-
-class DivergedError(UserError):
-    """No step of a whole log interval had finite gradients, and no loss scale can help."""
 
 
 def train(run: Run) -> None:

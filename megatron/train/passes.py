@@ -6,13 +6,13 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from megatron.data.batch import Batch
+from megatron.data.batches.batch import Batch
 from megatron.kernels.attention import Boundaries
 from megatron.model.inputs import Inputs
-from megatron.parallel.deferral import WeightGradients
-from megatron.parallel.pipeline import Passes, TrainingPasses
+from megatron.parallel.pipeline.deferral import WeightGradients
+from megatron.parallel.pipeline.run import Passes, TrainingPasses
+from megatron.parallel.pipeline.schedules import Action
 from megatron.parallel.randomness import seed_dropout
-from megatron.parallel.schedules import Action
 from megatron.train.engine import Engine
 from megatron.train.meters import Meters
 

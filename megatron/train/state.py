@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from megatron.config import ConfigError, TrainingConfig
+from megatron.config import TrainingConfig
+from megatron.errors import ConfigError
 
 
 @dataclass

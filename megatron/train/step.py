@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron.data.batch import Batch
+from megatron.data.batches.batch import Batch
 from megatron.model.flops import model_flops
 from megatron.parallel.collectives import all_reduce_sum
-from megatron.parallel.deferral import WeightGradients, put_off_weight_gradients
+from megatron.parallel.pipeline.deferral import WeightGradients, put_off_weight_gradients
 from megatron.train.engine import Engine
 from megatron.train.meters import Meters
 from megatron.train.passes import TrainPasses

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.data.indexed import open_indexed
+from megatron.data.corpus.indexed import open_indexed
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_KILLS = 20

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron.data.indexed_writer import write_indexed
-from megatron.data.vocab import Vocab
+from megatron.data.corpus.indexed_writer import write_indexed
+from megatron.data.corpus.vocab import Vocab
 from pretrain_tape import main
 from tests.ranks.launch import warm_processes
 

@@ -5,8 +5,8 @@ import gc
 import pytest
 import torch
 
-from megatron.data.typical import typical_batch
-from megatron.flags import parse
+from megatron.config.command_line import parse
+from megatron.data.batches.typical import typical_batch
 from megatron.parallel.mesh import Mesh
 from megatron.plan.memory import peak_memory
 from megatron.plan.rank import Rank, padded_vocab_size

@@ -6,9 +6,9 @@ from torch import nn
 
 from megatron.parallel.collectives import sum_gradients, sum_outputs, sum_to_slices
 from megatron.parallel.mesh import Axis
+from megatron.parallel.placement import gradient_norm, parts, replicated_parameter, split_parameter, wholes
 from megatron.parallel.randomness import distinct_randomness
-from megatron.parallel.sharding import gradient_norm, parts, replicated_parameter, split_parameter, wholes
-from megatron.parallel.stream import Stream
+from megatron.parallel.tensor.stream import Stream
 from tests.ranks.launch import run_ranks
 
 RANKS = 2

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.data.typical import typical_batch
-from megatron.flags import parse
+from megatron.config.command_line import parse
+from megatron.data.batches.typical import typical_batch
 from megatron.parallel.mesh import build_mesh
 from megatron.parallel.traffic import TrafficCounter
 from megatron.plan.messages import step_traffic

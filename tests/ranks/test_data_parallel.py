@@ -8,9 +8,9 @@ import torch
 
 from megatron.config import ParallelConfig
 from megatron.parallel.collectives import all_reduce_sum
-from megatron.parallel.data_parallel import data_parallel
+from megatron.parallel.data.data_parallel import data_parallel
 from megatron.parallel.mesh import Axis, Mesh, build_mesh
-from megatron.parallel.sharding import gradient_norm, wholes
+from megatron.parallel.placement import gradient_norm, wholes
 from tests.ranks.launch import TIMEOUT, run_ranks
 
 WAYS: dict[str, dict[str, Any]] = {

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from megatron.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig, TrainingConfig
-from megatron.data.batch import collate
-from megatron.data.packed import Row
+from megatron.data.batches.batch import collate
+from megatron.data.rows.packed import Row
 from megatron.parallel.mesh import Mesh, build_mesh
-from megatron.parallel.sharding import wholes
+from megatron.parallel.placement import wholes
 from megatron.train.engine import build_engine
 from megatron.train.meters import Meters
 from megatron.train.step import TrainStep

@@ -12,13 +12,13 @@ from megatron.model.embedding import Embedding
 from megatron.model.inputs import Inputs
 from megatron.model.protein_model import ProteinModel
 from megatron.model.transformer import Attention, Block, FeedForward
-from megatron.parallel.data_parallel import Replicated
-from megatron.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.parallel.data.data_parallel import Replicated
 from megatron.parallel.mesh import Axis, Mesh
+from megatron.parallel.placement import Placement, gradient_norm, placement_of, wholes
 from megatron.parallel.randomness import seed_for
-from megatron.parallel.sharding import Placement, gradient_norm, placement_of, wholes
-from megatron.parallel.stream import ONE_RANK, Stream
-from megatron.parallel.vocabulary import vocabulary_cross_entropy, vocabulary_logits, vocabulary_parameter
+from megatron.parallel.tensor.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.parallel.tensor.stream import ONE_RANK, Stream
+from megatron.parallel.tensor.vocabulary import vocabulary_cross_entropy, vocabulary_logits, vocabulary_parameter
 from tests.ranks.launch import run_ranks
 
 CONFIG = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, ffn_hidden_size=64, kv_channels=8,

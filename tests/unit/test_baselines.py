@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.data.masking import Masking
-from megatron.data.vocab import Vocab
+from megatron.data.corpus.vocab import Vocab
+from megatron.data.rows.masking import Masking
 from megatron.train.evaluate import frequency_baselines
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "proteins_demo"

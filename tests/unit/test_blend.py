@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.config import ConfigError, DataConfig
-from megatron.data.blend import parse_data_path, place_in_blend
-from megatron.data.dataset import build_datasets
-from megatron.data.indexed_writer import write_indexed
-from megatron.data.vocab import Vocab
+from megatron.config import DataConfig
+from megatron.data.corpus.indexed_writer import write_indexed
+from megatron.data.corpus.vocab import Vocab
+from megatron.data.rows.blend import parse_data_path, place_in_blend
+from megatron.data.rows.dataset import build_datasets
+from megatron.errors import ConfigError
 
 VOCAB = Vocab.from_file()
 

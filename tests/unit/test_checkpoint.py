@@ -6,9 +6,10 @@ import json
 import pytest
 import torch
 
-from megatron.checkpoint import checkpoint as module
-from megatron.checkpoint.checkpoint import LATEST, Checkpoint, CheckpointError, load, load_model, save
-from megatron.checkpoint.files import new_folder, write_text
+from megatron.checkpoint import store as module
+from megatron.checkpoint.store import LATEST, Checkpoint, load, load_model, save
+from megatron.errors import CheckpointError
+from megatron.files import new_folder, write_text
 
 
 def example(iteration=7, with_optimizer=True):

@@ -5,15 +5,16 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from megatron.config import ConfigError, DataConfig
-from megatron.data.clusters import Clusters, cluster_documents
-from megatron.data.dataset import build_datasets
-from megatron.data.indexed import DataError, open_indexed
-from megatron.data.indexed_writer import write_indexed
-from megatron.data.packing import order_key
-from megatron.data.preprocess import preprocess
-from megatron.data.preprocess_config import PreprocessConfig
-from megatron.data.vocab import Vocab
+from megatron.config import DataConfig
+from megatron.data.corpus.indexed import open_indexed
+from megatron.data.corpus.indexed_writer import write_indexed
+from megatron.data.corpus.vocab import Vocab
+from megatron.data.preprocess.flags import PreprocessConfig
+from megatron.data.preprocess.run import preprocess
+from megatron.data.rows.clusters import Clusters, cluster_documents
+from megatron.data.rows.dataset import build_datasets
+from megatron.data.rows.packing import order_key
+from megatron.errors import ConfigError, DataError
 
 VOCAB = Vocab.from_file()
 CLUSTERS = "a\ta\na\tb\na\tc\nd\td\nd\te\nx\ty\n"  # f is in none, x and y are no documents

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.config import ConfigError, DataConfig
-from megatron.data.dataset import build_datasets
-from megatron.data.indexed import DataError
-from megatron.data.indexed_writer import IndexedWriter, write_indexed
-from megatron.data.loader import MicroBatchSamples
-from megatron.data.packed import PackedDataset
-from megatron.data.vocab import Vocab
+from megatron.config import DataConfig
+from megatron.data.batches.loader import MicroBatchSamples
+from megatron.data.corpus.indexed_writer import IndexedWriter, write_indexed
+from megatron.data.corpus.vocab import Vocab
+from megatron.data.rows.dataset import build_datasets
+from megatron.data.rows.packed import PackedDataset
+from megatron.errors import ConfigError, DataError
 
 VOCAB = Vocab.from_file()
 

@@ -4,9 +4,10 @@ from dataclasses import fields
 
 import pytest
 
-from megatron.config import Config, ConfigError
-from megatron.flags import ALWAYS_SO, REFUSED, flag_name, listing, parse
-from megatron.presets import PRESETS
+from megatron.config import Config
+from megatron.config.command_line import ALWAYS_SO, REFUSED, flag_name, listing, parse
+from megatron.config.presets import PRESETS
+from megatron.errors import ConfigError
 
 # Spellings of Megatron-LM v2 that users' scripts hold; frozen.
 MEGATRON_FLAGS = """

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.data.indexed import DTYPES, IMPLEMENTATIONS, DataError, open_indexed
-from megatron.data.indexed_writer import IndexedWriter, write_indexed
-from megatron.data.tokenizer import build_tokenizer
-from megatron.data.vocab import Vocab
+from megatron.data.corpus.indexed import DTYPES, IMPLEMENTATIONS, open_indexed
+from megatron.data.corpus.indexed_writer import IndexedWriter, write_indexed
+from megatron.data.corpus.tokenizer import build_tokenizer
+from megatron.data.corpus.vocab import Vocab
+from megatron.errors import DataError
 
 FIXTURE = Path(__file__).resolve().parents[2].parent / "shared" / "fixtures" / "preprocess_set1"
 DOCUMENTS = [np.array([6, 7, 8]), np.array([], dtype=np.int64), np.array([30]), np.arange(6, 31)]

@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from examples.launch import cause, line_of
-from megatron.config import UserError
-from megatron.parallel.failure import report
-from megatron.parallel.launch import Launch, LaunchError, check_launch, device_of, launched, meeting_store
+from megatron.errors import LaunchError, UserError
+from megatron.parallel.launch.agent import cause, line_of
+from megatron.parallel.launch.environment import Launch, check_launch, device_of, launched
+from megatron.parallel.launch.failure import report
+from megatron.parallel.launch.meeting import meeting_store
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "3",

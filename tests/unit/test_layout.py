@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from megatron.config import ConfigError, ModelConfig, PrecisionConfig
-from megatron.flags import parse
+from megatron.config import ModelConfig, PrecisionConfig
+from megatron.config.command_line import parse
+from megatron.errors import ConfigError
 from megatron.model.initialisation import initialise
 from megatron.model.protein_model import ProteinModel
 from megatron.parallel.layout import check_layout
 from megatron.parallel.mesh import Axis, line_through
-from megatron.parallel.sharding import placement_of
-from megatron.parallel.stream import Stream
+from megatron.parallel.placement import placement_of
+from megatron.parallel.tensor.stream import Stream
 from pretrain_tape import main
 
 CONFIG = ModelConfig(num_layers=1, hidden_size=32, num_attention_heads=4, ffn_hidden_size=64, kv_channels=8,

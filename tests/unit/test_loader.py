@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from megatron.config import DataConfig
-from megatron.data.batch import collate
-from megatron.data.dataset import Dataset, build_datasets
-from megatron.data.indexed import DataError
-from megatron.data.indexed_writer import write_indexed
-from megatron.data.loader import MicroBatchSamples, batches
-from megatron.data.vocab import Vocab
+from megatron.data.batches.batch import collate
+from megatron.data.batches.loader import MicroBatchSamples, batches
+from megatron.data.corpus.indexed_writer import write_indexed
+from megatron.data.corpus.vocab import Vocab
+from megatron.data.rows.dataset import Dataset, build_datasets
+from megatron.errors import DataError
 
 VOCAB = Vocab.from_file()
 

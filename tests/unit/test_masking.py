@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.config import ConfigError, DataConfig
-from megatron.data.masking import Masker, Masking
-from megatron.data.vocab import Vocab
+from megatron.config import DataConfig
+from megatron.data.corpus.vocab import Vocab
+from megatron.data.rows.masking import Masker, Masking
+from megatron.errors import ConfigError
 
 VOCAB = Vocab.from_file()
 SPECIAL = sorted(set(range(VOCAB.size)) - set(VOCAB.residue_ids.tolist()))

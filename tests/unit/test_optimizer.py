@@ -6,7 +6,8 @@ import types
 import pytest
 import torch
 
-from megatron.config import ConfigError, OptimizerConfig, PrecisionConfig, ScheduleConfig
+from megatron.config import OptimizerConfig, PrecisionConfig, ScheduleConfig
+from megatron.errors import ConfigError
 from megatron.optim.optimizer import Optimizer
 from megatron.optim.scaling import LossScale
 from megatron.optim.schedule import build_schedule

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.data import packing
-from megatron.data.packing import PackedRows, order_key, pack, pack_in_python
+from megatron.data.rows import packing
+from megatron.data.rows.packing import PackedRows, order_key, pack, pack_in_python
 
 SAMPLES = Path(__file__).resolve().parents[2].parent / "shared" / "fixtures" / "preprocess_set1"
-COMPILED = pytest.mark.skipif(not packing.IS_COMPILED, reason="megatron.data._packing is not built")
+COMPILED = pytest.mark.skipif(not packing.IS_COMPILED, reason="megatron.data.rows._packing is not built")
 
 packings = st.sampled_from(["sequential", "best-fit"])
 some_lengths = st.lists(st.integers(0, 90), max_size=300)

@@ -7,12 +7,13 @@ from functools import cache
 import pytest
 import torch
 
-from megatron.config import ConfigError
-from megatron.flags import parse
+from megatron.config.command_line import parse
+from megatron.errors import ConfigError
 from megatron.model.protein_model import ProteinModel
 from megatron.parallel.layout import check_layout
 from megatron.parallel.mesh import Axis
-from megatron.parallel.stream import Stream
+from megatron.parallel.tensor.stream import Stream
+from megatron.plan.dry_run import dry_run, measure
 from megatron.plan.gpus import GPUS
 from megatron.plan.memory import peak_memory
 from megatron.plan.messages import step_traffic
@@ -20,7 +21,6 @@ from megatron.plan.parameters import stage_parameters
 from megatron.plan.rank import Rank, padded_vocab_size
 from megatron.plan.search import Machine, best_plans, layout_flags
 from megatron.plan.step_time import bubble_micro_batches
-from megatron.train.dry_run import dry_run, measure
 from tools.plan_layout import main
 
 TRAINING = ["--lr", "1e-4", "--train-iters", "1"]

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.data.indexed import DataError, open_indexed
-from megatron.data.preprocess import preprocess
-from megatron.data.preprocess_config import PreprocessConfig, parse_arguments
-from megatron.data.tokenizer import build_tokenizer
-from megatron.data.vocab import DEFAULT_VOCAB, Vocab
+from megatron.data.corpus.indexed import open_indexed
+from megatron.data.corpus.tokenizer import build_tokenizer
+from megatron.data.corpus.vocab import DEFAULT_VOCAB, Vocab
+from megatron.data.preprocess.flags import PreprocessConfig, parse_arguments
+from megatron.data.preprocess.run import preprocess
+from megatron.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
 FIXTURE = ROOT.parent / "shared" / "fixtures" / "preprocess_set1"
@@ -119,8 +120,8 @@ def test_several_keys_give_an_output_each(tmp_path):
 @pytest.fixture
 def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Some fifty blocks of proteins, a third of them duplicates."""
-    monkeypatch.setattr("megatron.data.readers.streams.BLOCK_BYTES", 1 << 12)
-    monkeypatch.setattr("megatron.data.readers.streams._CHUNK_BYTES", 1 << 12)
+    monkeypatch.setattr("megatron.data.sources.streams.BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr("megatron.data.sources.streams._CHUNK_BYTES", 1 << 12)
     generator = random.Random(5)
     pool = ["".join(generator.choices("ACDEFGHIKLMNPQRSTVWYX", k=generator.randrange(0, 400))) for _ in range(900)]
     return write_json(tmp_path / "in.json", [generator.choice(pool) for _ in range(1000)])
@@ -291,7 +292,7 @@ def test_a_run_that_keeps_no_protein_fails(tmp_path):
 @pytest.mark.parametrize("options", [{"workers": 2, "names": True},
                                      {"workers": 1, "dedup": "exact", "names": True}])
 def test_a_run_with_shards_goes_on_behind_its_last_shard(tmp_path, many, monkeypatch, capsys, options):
-    from megatron.data import preprocess as module
+    from megatron.data.preprocess import run as module
 
     source = many
     run(tmp_path, source, **options)
@@ -322,7 +323,7 @@ def test_a_run_with_shards_goes_on_behind_its_last_shard(tmp_path, many, monkeyp
 
 
 def test_shards_of_a_changed_input_are_not_taken_up(tmp_path, many, monkeypatch, capsys):
-    from megatron.data import preprocess as module
+    from megatron.data.preprocess import run as module
 
     source = many
     monkeypatch.setattr(module._Run, "_finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -341,7 +342,7 @@ def test_shards_of_standard_input_are_refused():
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
-    from megatron.data.indexed_writer import IndexedWriter
+    from megatron.data.corpus.indexed_writer import IndexedWriter
 
     def full(self, *arguments):
         raise OSError(28, "No space left on device")

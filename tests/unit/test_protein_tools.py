@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron.data.indexed import open_indexed
-from megatron.data.json_lines import convert
+from megatron.data.corpus.indexed import open_indexed
+from megatron.data.sources.json_lines import convert
 
 TOOLS = Path(__file__).resolve().parents[2] / "protein_tools"
 

@@ -20,12 +20,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron.data.indexed import DataError, open_indexed
-from megatron.data.preprocess import preprocess
-from megatron.data.preprocess_config import PreprocessConfig
-from megatron.data.readers import streams
-from megatron.data.readers.plain_pickle import load_plain_pickle
-from megatron.data.readers.source import expand, texts_of
+from megatron.data.corpus.indexed import open_indexed
+from megatron.data.preprocess.flags import PreprocessConfig
+from megatron.data.preprocess.run import preprocess
+from megatron.data.sources import streams
+from megatron.data.sources.plain_pickle import load_plain_pickle
+from megatron.data.sources.source import expand, texts_of
+from megatron.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT.parent / "shared" / "data" / "proteins_demo"

@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron.config import ConfigError, DataConfig
-from megatron.data import cache_files
-from megatron.data.cache_files import choose_cache_folder, replacing
-from megatron.data.dataset import build_datasets
-from megatron.data.indexed_writer import write_indexed
-from megatron.data.packing import PackedRows
-from megatron.data.row_cache import RowCache
-from megatron.data.vocab import Vocab
+from megatron.config import DataConfig
+from megatron.data.corpus.indexed_writer import write_indexed
+from megatron.data.corpus.vocab import Vocab
+from megatron.data.rows import cache_files
+from megatron.data.rows.cache_files import choose_cache_folder, replacing
+from megatron.data.rows.dataset import build_datasets
+from megatron.data.rows.packing import PackedRows
+from megatron.data.rows.row_cache import RowCache
+from megatron.errors import ConfigError
 
 VOCAB = Vocab.from_file()
 

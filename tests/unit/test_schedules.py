@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from megatron.parallel.schedules import Action, forward_only, one_forward_one_backward, zero_bubble
+from megatron.parallel.pipeline.schedules import Action, forward_only, one_forward_one_backward, zero_bubble
 
 UNITS = {"forward": 1, "backward": 2, "input": 1, "weights": 1}
 

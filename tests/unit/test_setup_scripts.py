@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron.flags import parse
+from megatron.config.command_line import parse
+from megatron.config.presets import PRESETS
 from megatron.parallel.layout import check_layout
-from megatron.presets import PRESETS
 from megatron.train.state import BatchSizes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +44,7 @@ class Checkout:
         for name in ("examples/setup.sh", "requirements.txt", "setup.py", "tests/requirements.txt"):
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.root / name)
-        helper = self.root / "megatron" / "data" / f"_packing{sysconfig.get_config_var('EXT_SUFFIX')}"
+        helper = self.root / "megatron" / "data" / "rows" / f"_packing{sysconfig.get_config_var('EXT_SUFFIX')}"
         helper.parent.mkdir(parents=True)
         helper.touch()
         self.bin = folder / "bin"
@@ -145,9 +145,9 @@ def test_a_python_without_venv_says_what_to_install(checkout: Checkout) -> None:
 
 
 def test_without_a_compiler_the_setup_goes_on_and_says_so(checkout: Checkout) -> None:
-    for helper in (checkout.root / "megatron" / "data").iterdir():
+    for helper in (checkout.root / "megatron" / "data" / "rows").iterdir():
         helper.unlink()
-    (checkout.root / "megatron" / "data" / "packing.cpp").touch()
+    (checkout.root / "megatron" / "data" / "rows" / "packing.cpp").touch()
     status, stdout, _ = checkout.set_up(PYTHON=sys.executable, CXX="no-such-compiler")
     assert status == 0
     assert "no compiled helper (no C++ compiler); its Python twin does the same work" in stdout

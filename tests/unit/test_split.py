@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron.config import ConfigError
-from megatron.data.split import split_documents
+from megatron.data.corpus.split import split_documents
+from megatron.errors import ConfigError
 
 
 @pytest.mark.parametrize("split, documents, counts", [

@@ -13,9 +13,9 @@ from megatron.kernels.attention import Boundaries
 from megatron.model.initialisation import initialise
 from megatron.model.inputs import Inputs
 from megatron.model.protein_model import ProteinModel
-from megatron.model.stage import layers_a_stage, stages_of_rank
 from megatron.parallel.mesh import Axis
-from megatron.parallel.stream import Stream
+from megatron.parallel.pipeline.partition import layers_a_stage, stages_of_rank
+from megatron.parallel.tensor.stream import Stream
 
 CONFIG = ModelConfig(num_layers=4, hidden_size=32, num_attention_heads=4, ffn_hidden_size=64, kv_channels=8,
                      max_position_embeddings=64, attention_dropout=0.0, hidden_dropout=0.0)

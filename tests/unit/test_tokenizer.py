@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.data.tokenizer import TOKENIZER_TYPES, ResidueError, build_tokenizer, split_sentences
-from megatron.data.vocab import RESIDUE_LETTERS, Vocab, VocabError
+from megatron.data.corpus.tokenizer import TOKENIZER_TYPES, build_tokenizer, split_sentences
+from megatron.data.corpus.vocab import RESIDUE_LETTERS, Vocab
+from megatron.errors import ResidueError, VocabError
 
 VOCAB = Vocab.from_file()
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron.config import ConfigError, TrainingConfig
+from megatron.config import TrainingConfig
+from megatron.errors import ConfigError
 from megatron.train.state import BatchSizes
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron.data.vocab import DEFAULT_VOCAB, Vocab, VocabError
+from megatron.data.corpus.vocab import DEFAULT_VOCAB, Vocab
+from megatron.errors import VocabError
 
 
 def test_the_shipped_vocabulary_has_the_published_ids():

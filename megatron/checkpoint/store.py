@@ -1,0 +1,148 @@
+"""Save a run, and load it again.
+
+FOLDER/latest_checkpointed_iteration.txt     the decimal number of the newest whole checkpoint
+FOLDER/iter_0000100/model.safetensors        every parameter, fp32, by name
+FOLDER/iter_0000100/optimizer.safetensors    every state tensor, as KIND/PARAMETER (absent with --no-save-optim)
+FOLDER/iter_0000100/state.json               progress, loss scale, the flags of the run, the layout's version
+
+Nothing here is a pickle: opening a checkpoint runs no code.
+"""
+
+import json
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron.errors import CheckpointError
+from megatron.files import new_folder, write_json, write_text
+from megatron.parallel.placement import placement_of
+
+VERSION = 1
+LATEST = "latest_checkpointed_iteration.txt"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What one checkpoint holds: every tensor whole, and on the CPU.
+
+    `optimizer` is None where it was not saved or not asked for.
+    """
+
+    iteration: int
+    model: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor] | None
+    state: dict[str, Any]
+
+
+def save(folder: str, checkpoint: Checkpoint, keep: int = 0) -> Path:
+    """Write `checkpoint` below `folder` and point to it, whole or not at all; returns its path.
+
+    With `keep` > 0 only the newest so many checkpoints stay. Raises CheckpointError where the disk refuses.
+    """
+    root = Path(folder)
+    target = root / f"iter_{checkpoint.iteration:07d}"
+    try:
+        with new_folder(target) as place:
+            save_file(_plain(checkpoint.model), place / "model.safetensors")
+            if checkpoint.optimizer is not None:
+                save_file(_plain(checkpoint.optimizer), place / "optimizer.safetensors")
+            content = {"version": VERSION, "iteration": checkpoint.iteration, **checkpoint.state}
+            write_json(place / "state.json", content)
+        write_text(root / LATEST, str(checkpoint.iteration))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"could not save {target}: {error}; the last good checkpoint is untouched, make room or "
+                              "give another --save") from error
+    if keep:
+        _prune(root, keep)
+    return target
+
+
+def load(folder: str, with_optimizer: bool = True) -> Checkpoint | None:
+    """The newest checkpoint below `folder`, or None where there is none yet; raises CheckpointError."""
+    pointer = Path(folder) / LATEST
+    if not pointer.exists():
+        return None
+    text = pointer.read_text(encoding="utf-8").strip()
+    if not text.isdigit():
+        raise CheckpointError(f"{pointer}: found {text[:40]!r}, expected an iteration number; write the number of the "
+                              "iter_ folder to load into it")
+    place = Path(folder) / f"iter_{int(text):07d}"
+    if not place.is_dir():
+        raise CheckpointError(f"{pointer} names iteration {text}, but {place} is not there; write the number of an "
+                              "iter_ folder that is")
+    state = _read_state(place / "state.json")
+    optimizer = place / "optimizer.safetensors"
+    return Checkpoint(iteration=int(text), model=_Tensors(place / "model.safetensors"), state=state,
+                      optimizer=_Tensors(optimizer) if with_optimizer and optimizer.exists() else None)
+
+
+def load_model(stages: Iterable[torch.nn.Module], tensors: Mapping[str, Tensor], source: str,
+               names: Collection[str]) -> None:
+    """Copy whole `tensors`, or this rank's part of them, into the parameters of the same names.
+
+    `names`: those of the whole model's parameters, of which this rank's stages have some. Raises CheckpointError naming
+    what does not fit.
+    """
+    for name in sorted(set(names) ^ tensors.keys()):
+        where = "the model" if name in tensors else source
+        raise CheckpointError(f"{source}: parameter {name} is not in {where}; give the model flags of that checkpoint")
+    for name, parameter in (named for stage in stages for named in stage.named_parameters()):
+        placement, whole = placement_of(parameter), tensors[name]
+        expected = placement.whole_shape(parameter)
+        if whole.shape != expected:
+            raise CheckpointError(f"{source}: {name} is {list(whole.shape)} there and {list(expected)} here; give the "
+                                  "model flags of that checkpoint")
+        with torch.no_grad():
+            parameter.copy_(placement.cut(whole, parameter))
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        version = state["version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a readable checkpoint state ({error}); load an older iteration") from error
+    if version != VERSION:
+        raise CheckpointError(f"{path}: version {version}, this program reads {VERSION}; load it with the program that "
+                              "wrote it")
+    return state
+
+
+class _Tensors(Mapping[str, Tensor]):
+    """The tensors of a file, each read from the disk when it is asked for: a rank asks for its own alone."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file = safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: damaged or missing ({error}); load an older iteration") from error
+        self._names = dict.fromkeys(self._file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file.get_tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _prune(root: Path, keep: int) -> None:
+    checkpoints = sorted(root.glob("iter_" + "[0-9]" * 7))
+    for old in checkpoints[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)

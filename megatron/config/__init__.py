@@ -1,0 +1,46 @@
+"""The configuration of a run: one frozen dataclass a section, one field a flag.
+
+A field holds its flag's default, help text and check; `megatron.config.command_line` derives the command line from it.
+Spellings are Megatron-LM's. A component takes the narrowest section that it needs.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from megatron.config.checkpoint import CheckpointConfig
+from megatron.config.data import DataConfig
+from megatron.config.logging import LoggingConfig
+from megatron.config.model import ModelConfig
+from megatron.config.optimizer import OptimizerConfig
+from megatron.config.parallel import ParallelConfig
+from megatron.config.precision import PrecisionConfig
+from megatron.config.schedule import ScheduleConfig
+from megatron.config.training import TrainingConfig
+
+__all__ = [
+    "CheckpointConfig", "Config", "DataConfig", "LoggingConfig", "ModelConfig", "OptimizerConfig", "ParallelConfig",
+    "PrecisionConfig", "ScheduleConfig", "TrainingConfig"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run is told, once, at its start."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every flag's field name and value, in one flat dict that JSON can hold."""
+        return {item.name: getattr(section, item.name) for _, section in self.sections()
+                for item in fields(section)}
+
+    def sections(self) -> list[tuple[str, Any]]:
+        """Each section's name and dataclass instance."""
+        return [(item.name, getattr(self, item.name)) for item in fields(self)]

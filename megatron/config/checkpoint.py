@@ -1,0 +1,19 @@
+"""The flags of saving and loading."""
+
+from dataclasses import dataclass
+
+from megatron.config.declaration import flag, not_negative, positive
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is saved, where, and what of it is taken up again."""
+
+    save: str = flag(None, "folder to save checkpoints in")
+    load: str = flag(None, "folder to go on from, or to take weights from; an empty one starts afresh")
+    save_interval: int = flag(None, "steps between checkpoints (the last step is always saved)", kind=int,
+                              check=positive)
+    keep_checkpoints: int = flag(0, "how many of the newest to keep; 0 keeps all", kind=int, check=not_negative)
+    no_save_optim: bool = flag(False, "leave the optimizer's state out of the checkpoint")
+    no_load_optim: bool = flag(False, "start the optimizer afresh")
+    finetune: bool = flag(False, "load the weights alone and start from iteration 0")

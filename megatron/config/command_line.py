@@ -1,0 +1,213 @@
+"""The command line: derived from `megatron.config`, parsed once into a frozen `Config`.
+
+Values come from, in rising order: a field's default, the preset, the flags. Whatever cannot be honoured raises
+`ConfigError` with the flag, its value and the remedy.
+"""
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from dataclasses import Field, fields, replace
+from typing import Any, NoReturn
+
+from megatron.config import Config
+from megatron.config.presets import PRESETS
+from megatron.errors import ConfigError
+
+# Flags of Megatron-LM whose effect is always there: accepted, so that old scripts run, and named in the listing.
+ALWAYS_SO = {
+    "--accumulate-allreduce-grads-in-fp32": "gradients are accumulated and reduced in fp32",
+    "--fp32-allreduce": "gradients are accumulated and reduced in fp32",
+    "--attention-softmax-in-fp32": "the softmax of attention is computed in fp32",
+    "--no-query-key-layer-scaling": "the scaling cancels, and with an fp32 softmax it has nothing to protect",
+    "--use-cpu-initialization": "initial weights depend on the seed and the parameter's name alone",
+    "--bert-no-binary-head": "there is no next-sentence head",
+    "--scaled-masked-softmax-fusion": "how the softmax is fused changes no number",
+    "--no-masked-softmax-fusion": "how the softmax is fused changes no number",
+    "--no-bias-dropout-fusion": "how dropout is fused changes no number",
+    "--no-save-rng": "randomness derives from the seed and the sample: there is no state to save",
+    "--no-load-rng": "randomness derives from the seed and the sample: there is no state to load",
+}
+
+_GPT = "it belongs to GPT, and this project pretrains masked protein models"
+_RETRIEVAL = "it belongs to ICT and REALM retrieval, which this project does not do"
+_AUTORESUME = "autoresume is not part of this project; run the same command again to go on from the last checkpoint"
+REFUSED = {
+    "--merge-file": _GPT, "--reset-position-ids": _GPT, "--reset-attention-mask": _GPT, "--eod-mask-loss": _GPT,
+    "--decoder-seq-length": _GPT, "--scaled-upper-triang-masked-softmax-fusion": _GPT,
+    "--ict-head-size": _RETRIEVAL, "--ict-load": _RETRIEVAL, "--bert-load": _RETRIEVAL,
+    "--titles-data-path": _RETRIEVAL, "--query-in-block-prob": _RETRIEVAL, "--use-one-sent-docs": _RETRIEVAL,
+    "--report-topk-accuracies": _RETRIEVAL,
+    "--retriever-score-scaling": _RETRIEVAL, "--block-data-path": _RETRIEVAL, "--embedding-path": _RETRIEVAL,
+    "--indexer-batch-size": _RETRIEVAL, "--indexer-log-interval": _RETRIEVAL, "--faiss-use-gpu": _RETRIEVAL,
+    "--adlr-autoresume": _AUTORESUME, "--adlr-autoresume-interval": _AUTORESUME,
+    "--short-seq-prob": "proteins are packed whole, so there are no shortened sequences",
+    "--onnx-safe": "there is no ONNX export",
+    "--lazy-mpu-init": "the program joins the process group itself",
+    "--warmup": "use --lr-warmup-fraction",
+}
+
+
+def parse(argv: Sequence[str]) -> tuple[Config, tuple[str, ...]]:
+    """The configuration that `argv` describes, and the flags in it that are always so; raises ConfigError."""
+    parser = _parser()
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        _refuse(unknown[0], parser)
+    values = vars(given)
+    preset = values.pop("preset", None)
+    always_so = tuple(flag for flag in ALWAYS_SO if values.pop(flag, False))
+    defaults = dict(PRESETS[preset]) if preset else {}
+    if "fp16" in values or "bf16" in values:
+        defaults.pop("bf16", None)
+    if "recompute_granularity" in values:
+        defaults.pop("checkpoint_activations", None)
+    if "train_samples" in values:
+        for name in ("train_iters", "lr_decay_iters"):
+            defaults.pop(name, None)
+    return _build({**defaults, **values}), always_so
+
+
+def listing(config: Config, always_so: Sequence[str]) -> str:
+    """The argument listing that a run prints at its start: every flag with its value, in alphabetical order."""
+    values = sorted(config.as_dict().items())
+    rows = [f"  {name} {'.' * max(2, 46 - len(name))} {_shown(value)}" for name, value in values]
+    rows += [f"  {name}: always so; {ALWAYS_SO[name]}" for name in always_so]
+    rule = "-" * 24
+    return "\n".join([f"{rule} arguments {rule}", *rows, f"{rule}- end of arguments {rule}"])
+
+
+def add_section_flags(parser: argparse.ArgumentParser, section: type) -> None:
+    """Add one flag for each field of the dataclass `section`; a flag that is not given leaves no value behind."""
+    group = parser.add_argument_group(section.__name__.removesuffix("Config").lower(), section.__doc__)
+    for item in fields(section):
+        names = [flag_name(item), *item.metadata["aliases"]]
+        text = item.metadata["help"].replace("%", "%%")
+        options: dict[str, Any] = {"dest": item.name, "default": argparse.SUPPRESS, "help": text}
+        if isinstance(item.default, bool):
+            negatable = not item.name.startswith("no_")
+            options["action"] = argparse.BooleanOptionalAction if negatable else "store_true"
+        else:
+            options |= {"type": item.metadata["type"], "choices": item.metadata["choices"],
+                        "nargs": item.metadata["nargs"]}
+            if item.default is not None:
+                options["help"] += f" (default: {_shown(item.default)})"
+        group.add_argument(*names, **options)
+
+
+def flag_name(item: Field) -> str:
+    """How the field is spelled on the command line."""
+    return "--" + (item.metadata["name"] or item.name.replace("_", "-"))
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but a mistake raises a ConfigError of one line instead of printing the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def _parser() -> _Parser:
+    parser = _Parser(description="Pretrain a protein language model on packed proteins.", allow_abbrev=False)
+    parser.add_argument("--preset", choices=tuple(PRESETS), default=argparse.SUPPRESS,
+                        help="a published model with its hyperparameters, or a small one; any other flag overrides it")
+    for item in fields(Config):
+        add_section_flags(parser, type(getattr(Config(), item.name)))
+    for name, reason in ALWAYS_SO.items():
+        parser.add_argument(name, dest=name, action="store_true", default=argparse.SUPPRESS,
+                            help=f"always so: {reason}")
+    return parser
+
+
+def _refuse(text: str, parser: argparse.ArgumentParser) -> NoReturn:
+    name = text.split("=")[0]
+    if name in REFUSED:
+        raise ConfigError(f"{name} cannot be used: {REFUSED[name]}")
+    known = [option for action in parser._actions for option in action.option_strings]
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else "; --help lists the flags"
+    raise ConfigError(f"unknown argument {name}{hint}")
+
+
+def _build(values: dict[str, Any]) -> Config:
+    config = Config()
+    for name, section in config.sections():
+        mine = {item.name: values[item.name] for item in fields(section) if item.name in values}
+        mine = {key: tuple(value) if isinstance(value, list) else value for key, value in mine.items()}
+        config = replace(config, **{name: replace(section, **mine)})
+    for _, section in config.sections():
+        for item in fields(section):
+            _check_value(item, getattr(section, item.name))
+    config = _with_derived(config)
+    _check_combinations(config)
+    return config
+
+
+def _check_value(item: Field, value: Any) -> None:
+    check = item.metadata["check"]
+    if check is None or value is None:
+        return
+    holds, expected = check
+    for one in value if isinstance(value, tuple) else (value,):
+        if not holds(one):
+            raise ConfigError(f"{flag_name(item)} is {one}; it must be {expected}")
+
+
+def _with_derived(config: Config) -> Config:
+    """`config` with the defaults that follow from other flags filled in."""
+    model, data = config.model, config.data
+    for value, flag in ((data.seq_length, "--seq-length"), (config.training.micro_batch_size, "--micro-batch-size"),
+                        (config.schedule.lr, "--lr")):
+        if value is None:
+            raise ConfigError(f"{flag} is missing; give it, or a --preset")
+    if model.kv_channels is None and model.hidden_size % model.num_attention_heads:
+        raise ConfigError(f"--hidden-size {model.hidden_size} is not divisible by --num-attention-heads "
+                          f"{model.num_attention_heads}; choose a multiple, or give --kv-channels")
+    model = replace(model, ffn_hidden_size=model.ffn_hidden_size or 4 * model.hidden_size,
+                    kv_channels=model.kv_channels or model.hidden_size // model.num_attention_heads,
+                    max_position_embeddings=model.max_position_embeddings or data.seq_length,
+                    checkpoint_activations=model.checkpoint_activations or model.recompute_granularity == "full")
+    parallel = config.parallel
+    if parallel.use_distributed_optimizer and parallel.data_parallel_sharding == "none":
+        parallel = replace(parallel, data_parallel_sharding="optimizer")
+    return replace(config, model=model, parallel=parallel)
+
+
+def _check_combinations(config: Config) -> None:
+    model, data, training, schedule = config.model, config.data, config.training, config.schedule
+    parallel = config.parallel
+    by_samples = training.train_samples is not None
+    wrong = [
+        (model.max_position_embeddings < (data.seq_length or 0),
+         f"--seq-length {data.seq_length} needs as many positions; --max-position-embeddings is "
+         f"{model.max_position_embeddings}"),
+        (config.precision.fp16 and config.precision.bf16, "--fp16 and --bf16 exclude each other; give one"),
+        ((training.train_iters is None) != by_samples, "give one of --train-iters and --train-samples"),
+        (by_samples and schedule.lr_decay_iters is not None,
+         "--train-samples goes with --lr-decay-samples, not with --lr-decay-iters"),
+        (not by_samples and schedule.lr_decay_samples is not None,
+         "--lr-decay-samples goes with --train-samples; with --train-iters give --lr-decay-iters"),
+        (by_samples and schedule.lr_warmup_iters > 0, "--train-samples goes with --lr-warmup-samples"),
+        (not by_samples and schedule.lr_warmup_samples > 0, "--lr-warmup-samples goes with --train-samples"),
+        (schedule.lr_warmup_fraction is not None and (schedule.lr_warmup_iters or schedule.lr_warmup_samples),
+         "--lr-warmup-fraction excludes --lr-warmup-iters and --lr-warmup-samples; give one"),
+        (not by_samples and training.rampup_batch_size is not None,
+         "--rampup-batch-size goes with --train-samples, since iterations then differ in size"),
+        (schedule.min_lr > (schedule.lr or 0), f"--min-lr {schedule.min_lr} is above --lr {schedule.lr}"),
+        (schedule.override_lr_scheduler and schedule.use_checkpoint_lr_scheduler,
+         "--override-lr-scheduler and --use-checkpoint-lr-scheduler exclude each other; give one"),
+        (data.mask_token_prob + data.mask_random_prob > 1,
+         f"--mask-token-prob {data.mask_token_prob} and --mask-random-prob {data.mask_random_prob} sum to more than 1"),
+        (model.checkpoint_activations and model.recompute_granularity == "selective",
+         "--recompute-granularity selective and --checkpoint-activations exclude each other; give one"),
+        (parallel.use_distributed_optimizer and parallel.data_parallel_sharding in ("gradients", "parameters"),
+         f"--use-distributed-optimizer is --data-parallel-sharding optimizer, which is given as "
+         f"{parallel.data_parallel_sharding}; give one"),
+    ]
+    for is_wrong, message in wrong:
+        if is_wrong:
+            raise ConfigError(message)
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,21 @@
+"""The flags of the optimizer."""
+
+from dataclasses import dataclass
+
+from megatron.config.declaration import flag, fraction, not_negative, positive
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer and its regularisation."""
+
+    optimizer: str = flag("adam", "optimizer (adam is AdamW)", choices=("adam", "sgd"))
+    optimizer_backend: str = flag("torch", "whose implementation of it", choices=("torch", "apex"))
+    weight_decay: float = flag(0.01, "decoupled weight decay; never on biases and LayerNorms", kind=float,
+                               check=not_negative)
+    clip_grad: float = flag(1.0, "largest L2 norm of the gradient; 0 switches clipping off", kind=float,
+                            check=not_negative)
+    adam_beta1: float = flag(0.9, "decay of the first moment", kind=float, check=fraction)
+    adam_beta2: float = flag(0.999, "decay of the second moment", kind=float, check=fraction)
+    adam_eps: float = flag(1e-8, "added to the denominator", kind=float, check=positive)
+    sgd_momentum: float = flag(0.9, "momentum of sgd", kind=float, check=fraction)

@@ -1,0 +1,1 @@
+"""Micro-batches of rows, made ahead of the step."""

@@ -1,0 +1,106 @@
+"""Micro-batches made ahead of the step by worker processes, and which samples each data-parallel rank gets.
+
+Micro-batch k of rank r holds the samples start + (k x ranks + r) x micro … + micro, in Megatron's order: whatever the
+ranks, the samples of one step are the same.
+"""
+
+import atexit
+import signal
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
+
+from torch.utils.data import DataLoader, Sampler, get_worker_info
+from torch.utils.data import Dataset as TorchDataset
+
+from megatron.data.batches.batch import Batch, collate
+from megatron.data.rows.dataset import Dataset
+from megatron.errors import ConfigError, DataError
+
+BATCHES_AHEAD = 4  # of each worker
+
+
+def batches(dataset: Dataset, *, start_sample: int, micro_batch_size: int, data_rank: int, data_size: int,
+            num_workers: int, pin: bool, stop_sample: int | None = None) -> "BatchIterator":
+    """One rank's micro-batches from `start_sample` on, without end, or up to `stop_sample`; close it after use.
+
+    With `stop_sample` every rank gets equally many micro-batches; the last ones may hold fewer rows, or none.
+    """
+    samples = MicroBatchSamples(start_sample, stop_sample, micro_batch_size, data_rank, data_size)
+    dataset[start_sample]  # finds mistakes in the data here, and builds the row index once for all workers
+    return BatchIterator(dataset, samples, num_workers, pin)
+
+
+class MicroBatchSamples(Sampler):
+    """The sample numbers of each micro-batch of one rank."""
+
+    def __init__(self, start: int, stop: int | None, micro_batch_size: int, data_rank: int, data_size: int) -> None:
+        self._start, self._stop, self._micro_batch_size = start, stop, micro_batch_size
+        self._data_rank, self._data_size = data_rank, data_size
+
+    def __iter__(self) -> Iterator[range]:
+        step = self._micro_batch_size * self._data_size
+        for step_start in count(self._start, step):
+            if self._stop is not None and step_start >= self._stop:
+                return
+            first = step_start + self._data_rank * self._micro_batch_size
+            last = first + self._micro_batch_size
+            yield range(first, last) if self._stop is None else range(min(first, self._stop), min(last, self._stop))
+
+
+class BatchIterator(Iterator[Batch]):
+    """An iterator of batches that owns worker processes; they end when it is closed, or with this process.
+
+    Workers take no notice of SIGINT and SIGTERM, which the trainer answers by saving and closing them.
+    """
+
+    def __init__(self, dataset: Dataset, samples: MicroBatchSamples, num_workers: int, pin: bool) -> None:
+        options: dict[str, Any] = {}
+        if num_workers:
+            options = {"prefetch_factor": BATCHES_AHEAD, "worker_init_fn": _build_ahead}
+        loader = DataLoader(_Batches(dataset), batch_size=None, sampler=samples, num_workers=num_workers,
+                            pin_memory=pin, **options)
+        unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))  # workers inherit it
+        try:
+            self._batches: Iterator[Batch | ValueError] | None = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+        atexit.register(self.close)  # else multiprocessing would wait for workers that no SIGTERM ends
+
+    def __next__(self) -> Batch:
+        if self._batches is None:
+            raise StopIteration
+        batch = next(self._batches)
+        if isinstance(batch, ValueError):
+            raise batch
+        return batch
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        atexit.unregister(self.close)
+        shut_down = getattr(self._batches, "_shutdown_workers", None)  # what torch does when the iterator is deleted
+        if shut_down is not None:
+            shut_down()
+        self._batches = None
+
+
+class _Batches(TorchDataset):
+    """A dataset whose items are whole micro-batches, by the numbers of their samples.
+
+    Mistakes in the data are items too: raised in a worker, they would reach the user inside a traceback.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, samples: range) -> Batch | ValueError:
+        try:
+            return collate([self.dataset[sample] for sample in samples], self.dataset.seq_length)
+        except (ConfigError, DataError) as error:
+            return error
+
+
+def _build_ahead(worker: int) -> None:
+    info = get_worker_info()
+    assert info is not None and isinstance(info.dataset, _Batches)
+    info.dataset.dataset.build_ahead()

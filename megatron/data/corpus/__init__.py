@@ -1,0 +1,1 @@
+"""Vocabulary, tokenizer, indexed files, and which documents are for training, validation and test."""

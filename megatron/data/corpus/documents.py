@@ -1,0 +1,89 @@
+"""Proteins as the packing sees them: a run of documents of an indexed dataset, and the pieces that rows are made of."""
+
+from functools import cached_property
+
+import numpy as np
+
+from megatron.data.corpus.indexed import IndexedDataset
+
+CHUNK_DOCUMENTS = 1 << 20
+
+
+class Documents:
+    """The documents `documents` of an indexed dataset, numbered from 0. A document is one protein."""
+
+    def __init__(self, indexed: IndexedDataset, documents: range) -> None:
+        self.indexed, self.range = indexed, documents
+
+    def __len__(self) -> int:
+        return len(self.range)
+
+    def __reduce__(self) -> tuple:
+        return Documents, (self.indexed, self.range)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """The residues of each document, [documents]; int32 straight from the file, or int64 where they are summed."""
+        if self._first_sequence is not None:
+            return self.indexed.sizes[self._first_sequence:self._first_sequence + len(self)]
+        bounds = np.asarray(self.indexed.doc_idx[self.range.start:self.range.stop + 1])
+        ends = np.cumsum(np.asarray(self.indexed.sizes[bounds[0]:bounds[-1]]), dtype=np.int64)
+        return np.diff(np.concatenate([[0], ends])[bounds - bounds[0]])
+
+    def read(self, document: int, offset: int, length: int) -> np.ndarray:
+        """`length` ids of a document from `offset` on; a document of several sequences is all of them in a row."""
+        if self._first_sequence is not None:
+            return self.indexed.get(self._first_sequence + document, offset, length)
+        first, last = self.indexed.doc_idx[self.range.start + document:self.range.start + document + 2].tolist()
+        whole = [self.indexed.tokens[:0], *(self.indexed[sequence] for sequence in range(first, last))]
+        return np.concatenate(whole)[offset:offset + length]
+
+    @cached_property
+    def _first_sequence(self) -> int | None:
+        """The sequence of the first document where every document is one sequence; None where some are not."""
+        bounds = self.indexed.doc_idx
+        for start in range(self.range.start, self.range.stop, CHUNK_DOCUMENTS):
+            stop = min(start + CHUNK_DOCUMENTS, self.range.stop)
+            if not np.all(np.diff(bounds[start:stop + 1]) == 1):
+                return None
+        return int(bounds[self.range.start])
+
+
+class Pieces:
+    """What rows are made of: a whole protein, or with `split` the consecutive parts of one that is longer than a row.
+
+    Piece p below the number of documents begins document p; the further parts of long ones are numbered behind those.
+    """
+
+    def __init__(self, documents: Documents, seq_length: int, long_proteins: str) -> None:
+        self.max_residues = seq_length - 1  # behind [CLS]
+        self.lengths = documents.lengths  # residues; a piece longer than a row is a protein to crop or drop
+        self.num_documents = len(documents)
+        self.num_empty = int(np.count_nonzero(self.lengths == 0))
+        long = np.flatnonzero(self.lengths > self.max_residues)
+        self.num_long = len(long)
+        self._documents, self._offsets = long[:0], long[:0]
+        if long_proteins == "split" and self.num_long:
+            self._split(long)
+
+    def locate(self, piece: int) -> tuple[int, int]:
+        """The document of a piece, and where in it the piece begins."""
+        if piece < self.num_documents:
+            return piece, 0
+        further = piece - self.num_documents
+        return int(self._documents[further]), int(self._offsets[further])
+
+    def of_documents(self, documents: np.ndarray) -> np.ndarray:
+        """All pieces of some documents."""
+        chosen = np.zeros(self.num_documents, dtype=bool)
+        chosen[documents] = True
+        return np.concatenate([documents, self.num_documents + np.flatnonzero(chosen[self._documents])])
+
+    def _split(self, long: np.ndarray) -> None:
+        num_further = (self.lengths[long].astype(np.int64) - 1) // self.max_residues
+        self._documents = np.repeat(long, num_further)
+        before = np.repeat(np.cumsum(num_further) - num_further, num_further)
+        self._offsets = (np.arange(len(self._documents)) - before + 1) * self.max_residues
+        further_lengths = np.minimum(self.lengths[self._documents] - self._offsets, self.max_residues)
+        self.lengths = np.concatenate([self.lengths, further_lengths.astype(self.lengths.dtype)])
+        self.lengths[long] = self.max_residues

@@ -1,0 +1,170 @@
+"""Reads Megatron's indexed datasets: PREFIX.bin holds ids back to back, PREFIX.idx where each sequence and document is.
+
+Two layouts of the .idx, both little-endian: MMIDIDX ("mmap") and TNTIDX ("cached" and "lazy", which differ only in
+whether the .bin is read into memory at the start or mapped). A document is a run of sequences, mostly of one.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron.errors import DataError
+
+MMAP_MAGIC = b"MMIDIDX\x00\x00"
+TNT_MAGIC = b"TNTIDX\x00\x00"
+IMPLEMENTATIONS = ("mmap", "cached", "lazy")
+DTYPES: dict[int, type[np.integer]] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+MMAP_HEADER_BYTES = 34
+TNT_HEADER_BYTES = 56
+
+
+@dataclass(frozen=True)
+class Index:
+    """What an .idx says; arrays are views of the mapped file wherever its layout allows.
+
+    `pointers` say where each sequence starts in the .bin, in units of 1/`pointers_per_token` token.
+    """
+
+    layout: str
+    dtype: np.dtype
+    sizes: np.ndarray
+    pointers: np.ndarray
+    pointers_per_token: int
+    doc_idx: np.ndarray
+
+
+class IndexedDataset:
+    """The sequences of one indexed dataset; n sequences, d documents. Reopened, not copied, when it is pickled.
+
+    sizes: int32 [n], tokens a sequence. doc_idx: int64 [d+1], the first sequence of each document.
+    tokens: every id, in one flat array.
+    """
+
+    def __init__(self, prefix: str, impl: str, index: Index, tokens: np.ndarray) -> None:
+        self.prefix, self.impl = prefix, impl
+        self.dtype = index.dtype
+        self.sizes, self.doc_idx, self.tokens = index.sizes, index.doc_idx, tokens
+        self._pointers, self._pointers_per_token = index.pointers, index.pointers_per_token
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        start = int(self._pointers[i]) // self._pointers_per_token
+        return self.tokens[start:start + int(self.sizes[i])]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_indexed, (self.prefix, self.impl)
+
+    def get(self, i: int, offset: int = 0, length: int | None = None) -> np.ndarray:
+        """A view of `length` ids (default: the rest) of sequence i from its id `offset` on."""
+        sequence = self[i]
+        return sequence[offset:] if length is None else sequence[offset:offset + length]
+
+    @property
+    def num_documents(self) -> int:
+        """How many documents there are, empty ones included."""
+        return len(self.doc_idx) - 1
+
+    @cached_property
+    def identity(self) -> str:
+        """A digest of dtype, sizes, documents and the size of the .bin: names the dataset in the keys of caches."""
+        digest = hashlib.sha256(f"{self.dtype.str} {self.tokens.nbytes} {len(self.sizes)}".encode())
+        digest.update(np.ascontiguousarray(self.sizes).data)
+        digest.update(np.ascontiguousarray(self.doc_idx).data)
+        return digest.hexdigest()[:32]
+
+
+def open_indexed(prefix: str, impl: str = "infer") -> IndexedDataset:
+    """The dataset of PREFIX.bin and PREFIX.idx; raises DataError if they are missing, damaged or not a pair.
+
+    `cached` reads the whole .bin into memory; the others map it. `infer` takes whichever layout is there and maps it.
+    """
+    if impl not in ("infer", *IMPLEMENTATIONS):
+        raise DataError(f"--data-impl is {impl}; it must be infer, {', '.join(IMPLEMENTATIONS)}")
+    index_path, bin_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    for path in (index_path, bin_path):
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; a data path is the prefix of a .bin and an .idx file")
+    index = _read_index(index_path)
+    if impl != "infer" and (impl == "mmap") != (index.layout == "mmap"):
+        raise DataError(f"{index_path}: it is not in the layout of --data-impl {impl}; use --data-impl infer")
+    _check_pair(index_path, bin_path, index)
+    raw = np.fromfile(bin_path, dtype=np.uint8) if impl == "cached" else _map(bin_path)
+    return IndexedDataset(str(prefix), impl, index, raw.view(index.dtype))
+
+
+def _map(path: Path) -> np.ndarray:
+    if os.path.getsize(path) == 0:
+        return np.empty(0, dtype=np.uint8)
+    return np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
+
+
+def _read_index(path: Path) -> Index:
+    raw = _map(path)
+    head = raw[:TNT_HEADER_BYTES].tobytes()
+    if head.startswith(MMAP_MAGIC) and len(raw) >= MMAP_HEADER_BYTES:
+        index = _read_mmap_index(path, raw, head)
+    elif head.startswith(TNT_MAGIC) and len(raw) >= TNT_HEADER_BYTES:
+        index = _read_tnt_index(path, raw, head)
+    else:
+        raise DataError(f"{path}: bad header; an .idx file starts with MMIDIDX or TNTIDX. Preprocess the data again")
+    documents = index.doc_idx
+    if len(documents) == 0 or documents[0] != 0 or documents[-1] != len(index.sizes):
+        raise DataError(f"{path}: its documents do not cover its {len(index.sizes)} sequences; it is damaged")
+    return index
+
+
+def _read_mmap_index(path: Path, raw: np.ndarray, head: bytes) -> Index:
+    version, code = int.from_bytes(head[9:17], "little"), head[17]
+    num_sequences, num_entries = (int.from_bytes(head[at:at + 8], "little") for at in (18, 26))
+    dtype = _dtype(path, version, code)
+    _check_length(path, len(raw), MMAP_HEADER_BYTES + 12 * num_sequences + 8 * num_entries)
+    at = MMAP_HEADER_BYTES
+    sizes = np.frombuffer(raw, np.int32, num_sequences, at)
+    pointers = np.frombuffer(raw, np.int64, num_sequences, at + 4 * num_sequences)
+    doc_idx = np.frombuffer(raw, np.int64, num_entries, at + 12 * num_sequences)
+    return Index("mmap", dtype, sizes, pointers, dtype.itemsize, doc_idx)
+
+
+def _read_tnt_index(path: Path, raw: np.ndarray, head: bytes) -> Index:
+    version, code, item_size, num_items, num_sequences, num_entries = np.frombuffer(head, np.uint64, 6, 8).tolist()
+    dtype = _dtype(path, version, code)
+    if item_size != dtype.itemsize or num_items != num_sequences:
+        raise DataError(f"{path}: bad header (item size {item_size}, {num_items} items, {num_sequences} sizes)")
+    _check_length(path, len(raw), TNT_HEADER_BYTES + 8 * (3 * num_sequences + 2 + num_entries))
+    at = TNT_HEADER_BYTES + 8 * (num_sequences + 1)
+    pointers = np.frombuffer(raw, np.int64, num_sequences + 1, at)[:-1]
+    sizes = np.frombuffer(raw, np.int64, num_sequences, at + 8 * (num_sequences + 1)).astype(np.int32)
+    doc_idx = np.frombuffer(raw, np.int64, num_entries, at + 8 * (2 * num_sequences + 1))
+    return Index("tnt", dtype, sizes, pointers, 1, doc_idx)
+
+
+def _dtype(path: Path, version: int, code: int) -> np.dtype:
+    if version != 1:
+        raise DataError(f"{path}: bad header (version {version}; version 1 is known)")
+    if code not in DTYPES:
+        raise DataError(f"{path}: bad header (data type {code}, which holds no token ids)")
+    return np.dtype(DTYPES[code])
+
+
+def _check_length(path: Path, found: int, expected: int) -> None:
+    if found != expected:
+        raise DataError(f"{path}: {found} bytes where its header needs {expected}; it is damaged or cut short. "
+                        "Copy or preprocess it again")
+
+
+def _check_pair(index_path: Path, bin_path: Path, index: Index) -> None:
+    expected = 0
+    if len(index.sizes):
+        start = int(index.pointers[-1]) // index.pointers_per_token
+        expected = (start + int(index.sizes[-1])) * index.dtype.itemsize
+    found = os.path.getsize(bin_path)
+    if found != expected:
+        raise DataError(f"{bin_path}: {found} bytes, but {index_path.name} describes {expected}: it is cut short or "
+                        "belongs to another dataset. Copy or preprocess both again")

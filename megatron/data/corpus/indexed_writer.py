@@ -1,0 +1,173 @@
+"""Writes Megatron's indexed datasets, in memory that does not grow with them and so that no half is ever taken whole.
+
+Everything is first written in the folder PREFIX.partial; at the end the old PREFIX.idx and .names are removed, the .bin
+and the new .names are renamed and last the .idx, so that an .idx never stands beside what is not its own and whole.
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+
+from megatron.data.corpus.indexed import DTYPES, MMAP_MAGIC, TNT_MAGIC
+from megatron.errors import DataError
+
+_CHUNK_ITEMS = 1 << 20
+_SPOOLS = ("bin", "sizes", "documents", "names")
+
+
+class IndexedWriter:
+    """A context that takes documents and, if it is left without an error, puts PREFIX.bin and PREFIX.idx in place.
+
+    `impl` mmap stores uint16 ids, cached and lazy int32. One writer a prefix at a time: a second raises DataError.
+    `resume_at`, a value that `commit` gave, goes on behind what was committed then; otherwise the writer starts empty.
+    `with_names` puts the names of the documents, one a line, into PREFIX.names.
+    """
+
+    def __init__(self, prefix: str | Path, impl: str = "mmap", resume_at: tuple[int, ...] | None = None,
+                 with_names: bool = False) -> None:
+        self.prefix, self.impl, self.with_names = str(prefix), impl, with_names
+        self.dtype = np.dtype(np.uint16 if impl == "mmap" else np.int32)
+        self.folder = Path(f"{prefix}.partial")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{self.folder}: cannot make this folder for the output ({error.strerror})") from None
+        self._lock = _take_lock(self.folder)
+        self._spools = [_open_spool(self.folder / name, length)
+                        for name, length in zip(_SPOOLS, resume_at or (0,) * len(_SPOOLS), strict=True)]
+        self._bin, self._sizes, self._documents, self._names = self._spools
+
+    def __enter__(self) -> "IndexedWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            self.discard()
+
+    def add(self, ids: np.ndarray, sizes: np.ndarray, num_sequences: np.ndarray, names: bytes = b"") -> None:
+        """Append documents: all their ids, the length of each sequence, how many sequences each document has, and the
+        lines of their names.
+        """
+        self._bin.write(np.ascontiguousarray(ids, dtype=self.dtype).data)
+        self._sizes.write(np.ascontiguousarray(sizes, dtype=np.int32).data)
+        self._documents.write(np.ascontiguousarray(num_sequences, dtype=np.int32).data)
+        self._names.write(names)
+
+    def commit(self) -> tuple[int, ...]:
+        """Bring everything added so far to the disk; the value says where a later writer can go on."""
+        for spool in self._spools:
+            spool.flush()
+            os.fsync(spool.fileno())
+        return tuple(spool.tell() for spool in self._spools)
+
+    def finish(self) -> None:
+        """Write the index and put all files in place."""
+        self.commit()
+        with open(self.folder / "idx", "wb") as file:
+            for part in self._index():
+                file.write(np.ascontiguousarray(part).data)
+            file.flush()
+            os.fsync(file.fileno())
+        for ending in ("idx", "names"):
+            Path(f"{self.prefix}.{ending}").unlink(missing_ok=True)
+        _sync_folder(self.folder.parent)
+        os.replace(self.folder / "bin", f"{self.prefix}.bin")
+        if self.with_names:
+            os.replace(self.folder / "names", f"{self.prefix}.names")
+        _sync_folder(self.folder.parent)
+        os.replace(self.folder / "idx", f"{self.prefix}.idx")
+        self.discard()
+        _sync_folder(self.folder.parent)
+
+    def discard(self) -> None:
+        """Remove everything that is not yet in place."""
+        self.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Leave the partial output for a later writer to resume."""
+        for file in (*self._spools, self._lock):
+            file.close()
+
+    def _index(self) -> Iterator[np.ndarray]:
+        num_sequences, num_documents = self._sizes.tell() // 4, self._documents.tell() // 4
+        sizes, documents = self.folder / "sizes", self.folder / "documents"
+        zero = np.zeros(1, dtype=np.int64)
+        code = next(code for code, kind in DTYPES.items() if kind == self.dtype.type)
+        if self.impl == "mmap":
+            yield np.frombuffer(MMAP_MAGIC + (1).to_bytes(8, "little") + bytes([code]), dtype=np.uint8)
+            yield np.array([num_sequences, num_documents + 1], dtype=np.int64)
+            yield from _chunks(sizes)
+            yield from (ends - chunk for chunk, ends in _running_sums(sizes, self.dtype.itemsize))
+        else:
+            yield np.frombuffer(TNT_MAGIC, dtype=np.uint8)
+            yield np.array([1, code, self.dtype.itemsize, num_sequences, num_sequences, num_documents + 1], np.int64)
+            yield from (np.arange(start, min(start + _CHUNK_ITEMS, num_sequences + 1), dtype=np.int64)
+                        for start in range(0, num_sequences + 1, _CHUNK_ITEMS))
+            yield zero
+            yield from (ends for _, ends in _running_sums(sizes, 1))
+            yield from (chunk.astype(np.int64) for chunk in _chunks(sizes))
+        yield zero
+        yield from (ends for _, ends in _running_sums(documents, 1))
+
+
+def write_indexed(prefix: str | Path, documents: Iterable[np.ndarray], impl: str = "mmap") -> None:
+    """Write one document of one sequence for each array of ids; an empty array is a document without a sequence."""
+    with IndexedWriter(prefix, impl) as writer:
+        for ids in documents:
+            sizes = np.array([len(ids)] if len(ids) else [], dtype=np.int32)
+            writer.add(ids, sizes, np.array([len(sizes)], dtype=np.int32))
+
+
+def _take_lock(folder: Path) -> BinaryIO:
+    file = open(folder / "lock", "wb")  # noqa: SIM115 (held as long as the writer)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise DataError(f"{folder}: another program is writing this output; wait for it or choose another "
+                        "--output-prefix") from None
+    return file
+
+
+def _open_spool(path: Path, length: int) -> BinaryIO:
+    file = open(path, "r+b" if length else "wb")  # noqa: SIM115 (held as long as the writer)
+    if os.fstat(file.fileno()).st_size < length:
+        file.close()
+        raise DataError(f"{path}: has lost what an earlier run had written; remove {path.parent} and run again")
+    file.truncate(length)
+    file.seek(length)
+    return file
+
+
+def _chunks(path: Path) -> Iterator[np.ndarray]:
+    with open(path, "rb") as file:
+        while len(chunk := np.fromfile(file, dtype=np.int32, count=_CHUNK_ITEMS)):
+            yield chunk
+
+
+def _running_sums(path: Path, scale: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Chunks of scaled numbers and their running sums over the whole file, int64."""
+    total = 0
+    for chunk in _chunks(path):
+        scaled = chunk.astype(np.int64) * scale
+        ends = np.cumsum(scaled) + total
+        total = int(ends[-1])
+        yield scaled, ends
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

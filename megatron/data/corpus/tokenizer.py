@@ -1,0 +1,107 @@
+"""Residues to ids by a table of bytes: one id a residue, spaced or not, in either case.
+
+White space and the gaps `-` and `.` are dropped; `*` ends a protein; a letter without a token (J) is [UNK];
+whatever else is found is not protein. Ids are handled as bytes, one a residue, until they are stored.
+"""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron.data.corpus.vocab import RESIDUE_LETTERS, Vocab
+from megatron.errors import ResidueError, UserError, VocabError
+
+TOKENIZER_TYPES = ("BertWordPieceLowerCase", "BertWordPieceCase")
+DROPPED = b" \t\n\r\v\f-."
+
+_STOP, _BAD = 254, 255
+_NOT_PROTEIN = re.compile(rb"[^A-Za-z*\-.\s]")
+_RESIDUE_AFTER_STOP = re.compile(rb"\*[*\-.\s]*[A-Za-z]")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What keeps a text from being a protein: `reason` for the counts, byte `offset` in the text, `found` in words."""
+
+    reason: str
+    offset: int
+    found: str
+
+
+class ResidueTokenizer:
+    """Turns texts of residues into ids; picklable and without state of its own."""
+
+    def __init__(self, vocab: Vocab) -> None:
+        ids = [vocab.ids.get(letter, vocab.unk_id) for letter in RESIDUE_LETTERS]
+        if max(ids) >= _STOP:
+            raise VocabError(f"a residue has the id {max(ids)}; residues must stand in the first {_STOP} lines")
+        table = bytearray([_BAD]) * 256
+        table[ord("*")] = _STOP
+        for letter, index in zip(RESIDUE_LETTERS, ids, strict=True):
+            table[ord(letter)] = table[ord(letter.lower())] = index
+        self._table = bytes(table)
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of one text, uint16 [residues]; raises ResidueError."""
+        ids, problems = self.encode_many([text.encode(errors="replace")])
+        if problems:
+            problem = problems[0]
+            raise ResidueError(f"column {problem.offset + 1}: {problem.found}")
+        return np.frombuffer(ids[0], dtype=np.uint8).astype(np.uint16)
+
+    def encode_many(self, texts: list[bytes]) -> tuple[list[bytes], dict[int, Problem]]:
+        """Each text's ids, one byte a residue, and by its place what is wrong with a text that is no protein."""
+        table = self._table
+        encoded = [text.translate(table, DROPPED) for text in texts]
+        joined = b"".join(encoded)
+        problems: dict[int, Problem] = {}
+        if _STOP in joined or _BAD in joined:
+            for index, ids in enumerate(encoded):
+                protein = ids.rstrip(bytes([_STOP]))
+                if _STOP in protein or _BAD in protein:
+                    problems[index] = _problem(texts[index])
+                    protein = b""
+                encoded[index] = protein
+        return encoded, problems
+
+
+def build_tokenizer(tokenizer_type: str, vocab: Vocab) -> ResidueTokenizer:
+    """The tokenizer of that name: each of TOKENIZER_TYPES reads residues; raises UserError for any other."""
+    if tokenizer_type not in TOKENIZER_TYPES:
+        raise UserError(f"--tokenizer-type is {tokenizer_type}; it must be one of {', '.join(TOKENIZER_TYPES)}, "
+                        "each of which reads residues")
+    return ResidueTokenizer(vocab)
+
+
+def split_sentences(text: bytes) -> list[bytes]:
+    """The sentences of a text as an untrained Punkt finds them; a text without `.?!` is one and needs no NLTK.
+
+    Raises ImportError, saying what to install, where a text needs NLTK and it is not there.
+    """
+    if not any(end in text for end in b".?!"):
+        return [text] if text.strip() else []
+    try:
+        from nltk.tokenize.punkt import PunktSentenceTokenizer
+    except ImportError:
+        raise ImportError("--split-sentences met a text with '.', which needs NLTK: pip install nltk") from None
+    return [sentence.encode() for sentence in PunktSentenceTokenizer().tokenize(text.decode(errors="replace"))]
+
+
+def _problem(text: bytes) -> Problem:
+    bad = _NOT_PROTEIN.search(text)
+    if bad:
+        return Problem("not protein", bad.start(), f"{_first_character(text[bad.start():])} is not a residue")
+    stop = _RESIDUE_AFTER_STOP.search(text)
+    assert stop is not None
+    return Problem("internal stop", stop.start(), "an internal stop '*' (residues follow it)")
+
+
+def _first_character(text: bytes) -> str:
+    """The first character as UTF-8 has it, or else Latin-1."""
+    for size in range(1, 5):
+        try:
+            return repr(text[:size].decode())
+        except UnicodeDecodeError:
+            continue
+    return repr(chr(text[0]))

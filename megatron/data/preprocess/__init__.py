@@ -1,0 +1,1 @@
+"""From files of proteins to an indexed dataset: `tools/preprocess_data.py`."""

@@ -1,0 +1,153 @@
+"""A block of records to ids: what each worker does, without state between blocks."""
+
+import hashlib
+from dataclasses import dataclass, replace
+from itertools import chain, compress
+
+import numpy as np
+
+from megatron.data.corpus.tokenizer import Problem, ResidueTokenizer, split_sentences
+from megatron.data.preprocess.tally import Tally
+from megatron.data.sources.block import Block, Texts
+from megatron.data.sources.names import names_of
+from megatron.data.sources.source import place_of, texts_of
+from megatron.errors import DataError
+
+DIGEST_BYTES = 16
+MAX_REPORTS = 10
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How to encode, in what a worker needs. `unknown` are the ids of X and [UNK]; without `name_key`, no names."""
+
+    keys: tuple[str, ...]
+    tokenizer: ResidueTokenizer
+    unknown: bytes
+    split_sentences: bool = False
+    skip_bad_records: bool = False
+    min_length: int = 0
+    max_length: int | None = None
+    max_unknown_fraction: float | None = None
+    with_digests: bool = False
+    name_key: str | None = None
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents that a block holds under one key.
+
+    ids: one byte each. sizes: int32, the length of each sequence. num_sequences: int32, sequences a document.
+    reports: lines about its first MAX_REPORTS bad records.
+    digests: one of DIGEST_BYTES a document, if asked for; then `tally` has not counted the documents yet.
+    names: one a line, if asked for.
+    """
+
+    ids: bytes
+    sizes: np.ndarray
+    num_sequences: np.ndarray
+    tally: Tally
+    reports: list[str]
+    digests: bytes
+    names: bytes
+
+    def lengths(self) -> np.ndarray:
+        """Ids a document, int64."""
+        ends = np.append(0, np.cumsum(self.sizes, dtype=np.int64))
+        return np.diff(ends[np.append(0, np.cumsum(self.num_sequences))])
+
+    def only(self, is_kept: np.ndarray) -> "Documents":
+        """Those documents for which `is_kept` is true."""
+        of_sequence = np.repeat(is_kept, self.num_sequences)
+        ids = np.frombuffer(self.ids, np.uint8)[np.repeat(of_sequence, self.sizes)].tobytes()
+        names = b"".join(compress(self.names.splitlines(keepends=True), is_kept))
+        return replace(self, ids=ids, sizes=self.sizes[of_sequence], num_sequences=self.num_sequences[is_kept],
+                       names=names)
+
+    def ended_by(self, eod: int) -> "Documents":
+        """The same with the id `eod` behind each document that is not empty."""
+        last = np.cumsum(self.num_sequences)[self.num_sequences > 0] - 1
+        ids = np.insert(np.frombuffer(self.ids, np.uint8), np.cumsum(self.sizes, dtype=np.int64)[last], eod).tobytes()
+        sizes = self.sizes.copy()
+        sizes[last] += 1
+        return replace(self, ids=ids, sizes=sizes)
+
+
+def encode_block(encoding: Encoding, block: Block) -> list[Documents]:
+    """The block's documents under each key; raises DataError for the first bad record unless these are skipped."""
+    names = Texts([]) if encoding.name_key is None else names_of(block, encoding.name_key)
+    return [_encode_key(encoding, block, key, names) for key in encoding.keys]
+
+
+def _encode_key(encoding: Encoding, block: Block, key: str, names: Texts) -> Documents:
+    parsed = texts_of(block, key)
+    encoded, problems = encoding.tokenizer.encode_many(parsed.texts)
+    parsed.bad = names.bad | parsed.bad
+    bad = {index: found.reason for index, found in (problems | parsed.bad).items()}
+    # Finding a place takes time, and there may be as many bad records as records.
+    reports = [_message(block, index, parsed, problems) for index in sorted(bad)[:MAX_REPORTS]]
+    if reports and not encoding.skip_bad_records:
+        raise DataError(f"{reports[0]}; mend it, or leave such records out with --skip-bad-records")
+
+    lengths = np.fromiter(map(len, encoded), dtype=np.int32, count=len(encoded))
+    tally = Tally(num_records=len(encoded), num_blank_lines=parsed.num_blank_lines)
+    is_kept = _kept(encoding, encoded, lengths, bad, tally)
+    texts = parsed.texts
+    if not is_kept.all():
+        texts, encoded, lengths = list(compress(texts, is_kept)), list(compress(encoded, is_kept)), lengths[is_kept]
+    sizes, num_sequences = _sequences(encoding, texts, lengths)
+    lines = b"".join(name + b"\n" for name in compress(names.texts, is_kept))
+    documents = Documents(b"".join(encoded), sizes, num_sequences, tally, reports, b"", lines)
+    if encoding.with_digests:
+        return replace(documents, digests=b"".join(map(_digest, encoded)))
+    tally.count_documents(documents.ids, lengths)
+    return documents
+
+
+def _message(block: Block, index: int, parsed: Texts, problems: dict[int, Problem]) -> str:
+    if index in parsed.bad:
+        return parsed.bad[index].message
+    problem = problems[index]
+    return f"{block.source}: {place_of(block, index, problem.offset)}: {problem.found}"
+
+
+def _kept(encoding: Encoding, encoded: list[bytes], lengths: np.ndarray, bad: dict[int, str],
+          tally: Tally) -> np.ndarray:
+    """Which records pass every filter, bool [records]; those that do not are counted under their first reason."""
+    is_kept = np.ones(len(encoded), dtype=bool)
+    is_kept[list(bad)] = False
+    tally.dropped.update(bad.values())
+    drops = {}
+    if encoding.min_length:
+        drops[f"shorter than {encoding.min_length}"] = lengths < encoding.min_length
+    if encoding.max_length is not None:
+        drops[f"longer than {encoding.max_length}"] = lengths > encoding.max_length
+    if encoding.max_unknown_fraction is not None:
+        counts = [len(ids) - len(ids.translate(None, encoding.unknown)) for ids in encoded]
+        drops["too many unknown"] = np.array(counts) > encoding.max_unknown_fraction * lengths
+    for reason, is_dropped in drops.items():
+        tally.dropped[reason] += int(np.count_nonzero(is_dropped & is_kept))
+        is_kept &= ~is_dropped
+    return is_kept
+
+
+def _sequences(encoding: Encoding, texts: list[bytes], lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The length of each sequence and the number of sequences in each document; an empty document has none."""
+    if not encoding.split_sentences or not any(b"." in text for text in texts):
+        return lengths[lengths > 0], (lengths > 0).astype(np.int32)
+    sizes = [_sentence_lengths(encoding, text) if b"." in text else [int(length)] * int(length > 0)
+             for text, length in zip(texts, lengths, strict=True)]
+    num_sequences = np.fromiter(map(len, sizes), dtype=np.int32, count=len(sizes))
+    return np.fromiter(chain.from_iterable(sizes), dtype=np.int32, count=int(num_sequences.sum())), num_sequences
+
+
+def _sentence_lengths(encoding: Encoding, text: bytes) -> list[int]:
+    try:
+        sentences = split_sentences(text)
+    except ImportError as error:
+        raise DataError(str(error)) from None
+    return [len(ids) for ids in encoding.tokenizer.encode_many(sentences)[0] if ids]
+
+
+def _digest(ids: bytes) -> bytes:
+    return hashlib.blake2b(ids, digest_size=DIGEST_BYTES).digest()

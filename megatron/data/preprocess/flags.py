@@ -1,0 +1,85 @@
+"""The flags of `tools/preprocess_data.py`; spellings are Megatron-LM's where it has them."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NoReturn
+
+from megatron.config.command_line import add_section_flags, flag_name
+from megatron.config.declaration import flag, fraction, not_negative, positive
+from megatron.data.corpus.indexed import IMPLEMENTATIONS
+from megatron.data.corpus.tokenizer import TOKENIZER_TYPES
+from megatron.data.corpus.vocab import DEFAULT_VOCAB
+from megatron.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """From files of proteins to PREFIX_text_document.bin and .idx."""
+
+    input: tuple[str, ...] = flag(
+        None, "files of proteins, told apart by content: loose JSON, FASTA, TAPE's LMDB folders, one sequence a line, "
+        "Parquet, plain, gzip or zstd; patterns too; - is standard input", nargs="+")
+    json_keys: tuple[str, ...] = flag(("text",), "key of the sequence in JSON, LMDB or Parquet; each gives an output",
+                                      nargs="+", aliases=("--json-key",))
+    output_prefix: str = flag(None, "path of the output without _KEY_document.bin and .idx")
+    dataset_impl: str = flag("mmap", "layout of the output", choices=IMPLEMENTATIONS)
+    vocab_file: str = flag(str(DEFAULT_VOCAB), "vocabulary, one token a line", aliases=("--vocab",))
+    tokenizer_type: str = flag("BertWordPieceLowerCase", "each type reads residues, spaced or not, in either case",
+                               choices=TOKENIZER_TYPES)
+    names: bool = flag(False, "write each protein's name to PREFIX_KEY_document.names too, one a line, for "
+                       "--blend-by cluster: the first word of its FASTA header, or of what stands under --name-key")
+    name_key: str = flag(None, "key of the name in JSON, LMDB or Parquet (id unless given)")
+    split_sentences: bool = flag(False, "split texts at their full stops into sentences (untrained Punkt of NLTK)")
+    keep_newlines: bool = flag(False, "keep newlines between sentences; residues are stored without white space, so "
+                               "this changes no id")
+    append_eod: bool = flag(False, "end each document with [SEP]")
+    skip_bad_records: bool = flag(False, "leave out, count and report records that are no protein, instead of stopping")
+    min_length: int = flag(0, "leave out proteins with fewer residues", kind=int, check=not_negative)
+    max_length: int = flag(None, "leave out proteins with more residues", kind=int, check=positive)
+    max_unknown_fraction: float = flag(None, "leave out proteins with a larger share of X and [UNK]", kind=float,
+                                       check=fraction)
+    dedup: str = flag(None, "leave out proteins that came before, letter for letter", choices=("exact",))
+    workers: int = flag(1, "processes that parse and encode; their number changes no byte", kind=int, check=positive)
+    shards: int = flag(1, "pieces to work in: a run that was killed goes on behind its last finished piece", kind=int,
+                       check=positive)
+    log_interval: int = flag(100_000, "documents between two progress lines, where there is no terminal", kind=int,
+                             check=positive)
+    dry_run: bool = flag(False, "write nothing; print counts, lengths and letters")
+
+    def affecting_output(self) -> dict[str, Any]:
+        """The options that two runs must share to give the same bytes."""
+        free = ("input", "output_prefix", "workers", "log_interval", "dry_run")
+        return {name: value for name, value in vars(self).items() if name not in free}
+
+
+def parse_arguments(argv: Sequence[str]) -> PreprocessConfig:
+    """The configuration that `argv` describes; raises ConfigError."""
+    parser = _Parser(prog="preprocess_data.py", allow_abbrev=False,
+                     description="Turn files of proteins into an indexed dataset, one id a residue.")
+    add_section_flags(parser, PreprocessConfig)
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value
+                              for name, value in vars(parser.parse_args(argv)).items()}
+    config = PreprocessConfig(**values)
+    if config.input is None:
+        raise ConfigError("--input is missing; it names files of proteins")
+    if config.output_prefix is None and not config.dry_run:
+        raise ConfigError("--output-prefix is missing; give the path of the output, or --dry-run")
+    for item in fields(config):
+        check, value = item.metadata["check"], getattr(config, item.name)
+        if check and value is not None and not check[0](value):
+            raise ConfigError(f"{flag_name(item)} is {value}; it must be {check[1]}")
+    if config.max_length is not None and config.min_length > config.max_length:
+        raise ConfigError(f"--min-length {config.min_length} is above --max-length {config.max_length}")
+    if config.name_key is not None and not config.names:
+        raise ConfigError(f"--name-key {config.name_key} goes with --names, which writes the names")
+    if len(set(config.json_keys)) < len(config.json_keys):
+        raise ConfigError(f"--json-keys names a key twice: {' '.join(config.json_keys)}")
+    return config
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but a mistake raises a ConfigError of one line instead of printing the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)

@@ -1,0 +1,239 @@
+"""From files of proteins to indexed datasets: read in blocks, encode in workers, write in order.
+
+Order in is order out, so the number of workers changes no byte. With --shards the work is brought to the disk after
+each piece, and a run that was killed goes on behind the last one.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron.data.corpus.indexed_writer import IndexedWriter
+from megatron.data.corpus.tokenizer import build_tokenizer
+from megatron.data.corpus.vocab import Vocab
+from megatron.data.preprocess.duplicates import SeenDigests
+from megatron.data.preprocess.encode import MAX_REPORTS, Documents, Encoding
+from megatron.data.preprocess.flags import PreprocessConfig
+from megatron.data.preprocess.progress import Progress
+from megatron.data.preprocess.tally import Tally, describe
+from megatron.data.preprocess.workers import encoded_blocks
+from megatron.data.sources.block import BLOCK_BYTES, Block
+from megatron.data.sources.names import DEFAULT_NAME_KEY
+from megatron.data.sources.source import expand, file_sha256
+from megatron.errors import DataError, UserError
+from megatron.files import write_json
+
+VERSION = 1
+_PROGRESS_FILE = "progress.json"
+_DIGESTS_FILE = "digests"
+
+
+def preprocess(config: PreprocessConfig) -> dict[str, Any]:
+    """Write every output of `config` (none for a dry run) and give its statistics back; raises DataError."""
+    run = _Run(config)
+    try:
+        report = run.process()
+    except UserError:
+        run.discard()
+        raise
+    except BaseException:
+        run.leave()
+        raise
+    for line in _summary(config, report):
+        print(line)
+    return report
+
+
+def output_prefixes(config: PreprocessConfig) -> dict[str, str]:
+    """The prefix of the .bin and .idx of each key."""
+    level = "sentence" if config.split_sentences else "document"
+    return {key: f"{config.output_prefix}_{key}_{level}" for key in config.json_keys}
+
+
+class _Run:
+    """One run: its inputs, the outputs under way, and what has been counted for each key."""
+
+    def __init__(self, config: PreprocessConfig) -> None:
+        self.config = config
+        self.sources = expand(config.input)
+        if config.shards > 1 and any(source.path == "-" for source in self.sources):
+            raise DataError(f"--shards is {config.shards}, but standard input cannot be read again after a kill; "
+                            "give a file to --input, or --shards 1")
+        self.vocab = Vocab.from_file(config.vocab_file)
+        self.encoding = _encoding(config, self.vocab)
+        self.num_blocks, self.num_shards, self.num_reported = 0, 0, 0
+        self.tallies = [Tally() for _ in config.json_keys]
+        self.seen = [SeenDigests() for _ in config.json_keys] if config.dedup else []
+        self.writers: list[IndexedWriter] = []
+
+    def process(self) -> dict[str, Any]:
+        """Do all the work and return the statistics."""
+        if not self.config.dry_run:
+            self._open_writers()
+        total = sum(source.size for source in self.sources)
+        with Progress(total, self.config.log_interval) as progress:
+            for bytes_read, per_key in encoded_blocks(self.encoding, self._blocks(), self.config.workers):
+                for index, documents in enumerate(per_key):
+                    self._take(index, documents)
+                self.num_blocks += 1
+                progress.show(bytes_read, self.tallies[0].num_records)
+                if self.writers and bytes_read * self.config.shards >= total * (self.num_shards + 1) > 0:
+                    self._commit(bytes_read * self.config.shards // total)
+        return self._finish()
+
+    def discard(self) -> None:
+        """Remove everything that is not in place."""
+        for writer in self.writers:
+            writer.discard()
+
+    def leave(self) -> None:
+        """Keep finished shards for a later run; without shards there is nothing to keep."""
+        for writer in self.writers:
+            if self.config.shards > 1:
+                writer.close()
+            else:
+                writer.discard()
+
+    def _blocks(self) -> Iterator[tuple[int, Block]]:
+        """Every block that no earlier run has committed, with the bytes of all inputs read up to its end."""
+        return islice(self._all_blocks(), self.num_blocks, None)
+
+    def _all_blocks(self) -> Iterator[tuple[int, Block]]:
+        before = 0
+        for source in self.sources:
+            for block in source.blocks(self.config.json_keys, self.encoding.name_key):
+                yield before + block.bytes_read, block
+            before += source.size
+
+    def _take(self, index: int, documents: Documents) -> None:
+        """Count and write one key's documents of a block."""
+        tally = self.tallies[index]
+        tally.add(documents.tally)
+        self._warn(documents)
+        if self.seen:
+            is_new = self.seen[index].add(documents.digests)
+            if self.writers:
+                with open(self.writers[index].folder / _DIGESTS_FILE, "ab") as file:
+                    file.write(documents.digests)
+            documents = documents.only(is_new)
+            tally.dropped["duplicate"] += int(np.count_nonzero(~is_new))
+            tally.count_documents(documents.ids, documents.lengths())
+        tally.num_sequences += len(documents.sizes)
+        if self.writers:
+            documents = documents.ended_by(self.vocab.sep_id) if self.config.append_eod else documents
+            ids = np.frombuffer(documents.ids, np.uint8).astype(self.writers[index].dtype)
+            self.writers[index].add(ids, documents.sizes, documents.num_sequences, documents.names)
+
+    def _warn(self, documents: Documents) -> None:
+        for message in documents.reports[:MAX_REPORTS - self.num_reported]:
+            print(f"skipped: {message}", file=sys.stderr)
+            self.num_reported += 1
+
+    def _open_writers(self) -> None:
+        prefixes = output_prefixes(self.config).values()
+        saved = _saved_progress(Path(f"{next(iter(prefixes))}.partial"), self._identity())
+        if saved:
+            self.num_blocks, self.num_shards = saved["blocks"], saved["shards"]
+            self.tallies = [Tally.from_state(state) for state in saved["tallies"]]
+            print(f"going on behind shard {self.num_shards} of {self.config.shards}", file=sys.stderr)
+        for index, prefix in enumerate(prefixes):
+            self.writers.append(IndexedWriter(prefix, self.config.dataset_impl,
+                                              saved["written"][index] if saved else None, self.config.names))
+            if self.seen:
+                self._restore_digests(index, saved["digests"][index] if saved else 0)
+
+    def _restore_digests(self, index: int, length: int) -> None:
+        path = self.writers[index].folder / _DIGESTS_FILE
+        path.touch()
+        os.truncate(path, length)
+        if length:
+            self.seen[index].add(path.read_bytes())
+
+    def _identity(self) -> list[Any]:
+        """What two runs must share for one to go on where the other was killed."""
+        if self.config.shards == 1:
+            return []
+        options = self.config.affecting_output()
+        sources = [source.identity() for source in self.sources]
+        return [VERSION, BLOCK_BYTES, self.vocab.tokens, sorted(options.items()), sources]
+
+    def _commit(self, num_shards: int) -> None:
+        """Bring everything so far to the disk, as the end of a shard, unless the run ends with it."""
+        self.num_shards = num_shards
+        if num_shards >= self.config.shards:
+            return
+        folders = [writer.folder for writer in self.writers]
+        state = {
+            "identity": self._identity(), "blocks": self.num_blocks, "shards": num_shards,
+            "tallies": [tally.state() for tally in self.tallies],
+            "written": [writer.commit() for writer in self.writers],
+            "digests": [_synced_size(folder / _DIGESTS_FILE) for folder in folders] if self.seen else [],
+        }
+        write_json(folders[0] / _PROGRESS_FILE, state)
+
+    def _finish(self) -> dict[str, Any]:
+        for key, tally in zip(self.config.json_keys, self.tallies, strict=True):
+            if not tally.num_kept:
+                dropped = ", ".join(f"{reason} {count}" for reason, count in tally.dropped.items())
+                raise DataError(f"no protein is left under {key!r} of {tally.num_records} records (dropped: {dropped})")
+        outputs = {key: tally.report(self.vocab)
+                   for key, tally in zip(self.config.json_keys, self.tallies, strict=True)}
+        stats: dict[str, Any] = {
+            "version": VERSION, "options": self.config.affecting_output(),
+            "inputs": [{"path": source.path, "bytes": source.size, "sha256": source.sha256}
+                       for source in self.sources],
+            "outputs": outputs,
+        }
+        if not self.writers:
+            return stats
+        stats_path = Path(f"{self.config.output_prefix}.stats.json")
+        stats_path.unlink(missing_ok=True)
+        for writer, output in zip(self.writers, outputs.values(), strict=True):
+            writer.finish()
+            output["files"] = [{"path": path, "bytes": os.path.getsize(path), "sha256": file_sha256(path)}
+                               for path in (f"{writer.prefix}.{ending}" for ending in _endings(self.config))]
+        write_json(stats_path, stats)
+        return stats
+
+
+def _encoding(config: PreprocessConfig, vocab: Vocab) -> Encoding:
+    return Encoding(
+        keys=config.json_keys, tokenizer=build_tokenizer(config.tokenizer_type, vocab),
+        unknown=bytes({vocab.unk_id, vocab.ids.get("X", vocab.unk_id)}),
+        split_sentences=config.split_sentences, skip_bad_records=config.skip_bad_records,
+        min_length=config.min_length, max_length=config.max_length,
+        max_unknown_fraction=config.max_unknown_fraction, with_digests=config.dedup is not None,
+        name_key=(config.name_key or DEFAULT_NAME_KEY) if config.names else None)
+
+
+def _endings(config: PreprocessConfig) -> tuple[str, ...]:
+    return ("bin", "idx", "names") if config.names else ("bin", "idx")
+
+
+def _saved_progress(folder: Path, identity: list[Any]) -> dict[str, Any] | None:
+    """What a killed run of the same identity has committed."""
+    try:
+        saved = json.loads((folder / _PROGRESS_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+    same = identity and saved.get("identity") == json.loads(json.dumps(identity))
+    return saved if same else None
+
+
+def _synced_size(path: Path) -> int:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        return os.path.getsize(path)
+
+
+def _summary(config: PreprocessConfig, report: dict[str, Any]) -> Iterator[str]:
+    for key, prefix in output_prefixes(config).items():
+        files = ", ".join(f"{prefix}.{ending}" for ending in _endings(config))
+        yield f"{key}: a dry run, nothing written" if config.dry_run else files
+        yield from describe(report["outputs"][key])

@@ -1,0 +1,56 @@
+"""Runs `encode_block` on a stream of blocks, in this process or in several, and keeps their order."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+from megatron.data.preprocess.encode import Documents, Encoding, encode_block
+from megatron.data.sources.block import Block
+from megatron.errors import DataError
+
+_BLOCKS_AHEAD_PER_WORKER = 2
+
+
+def encoded_blocks(encoding: Encoding, blocks: Iterator[tuple[int, Block]],
+                   num_workers: int) -> Iterator[tuple[int, list[Documents]]]:
+    """Each block's mark and its documents under each key, in the order of the blocks."""
+    if num_workers == 1:
+        for mark, block in blocks:
+            yield mark, encode_block(encoding, block)
+        return
+    pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+    pending: deque[tuple[int, Future[list[Documents]]]] = deque()
+    try:
+        for mark, block in blocks:
+            pending.append((mark, pool.submit(encode_block, encoding, block)))
+            if len(pending) > _BLOCKS_AHEAD_PER_WORKER * num_workers:
+                yield _result(*pending.popleft())
+        while pending:
+            yield _result(*pending.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _result(mark: int, future: Future[list[Documents]]) -> tuple[int, list[Documents]]:
+    try:
+        return mark, future.result()
+    except BrokenProcessPool:
+        raise DataError("a worker process died, perhaps for want of memory; fewer --workers need less") from None
+
+
+def _start_worker() -> None:
+    """Leave Ctrl-C to the main process, and leave when it is gone, however it went."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -1,1 +1,0 @@
-"""Readers of the world's protein files, chosen by content: each gives blocks of whole records, and their texts."""

@@ -1,0 +1,1 @@
+"""Proteins packed into rows: packing, its cache, masks, clusters, blends."""

@@ -1,0 +1,91 @@
+"""Several weighted corpora as one: sample i comes from the corpus that is due, in proportion to the weights.
+
+Megatron hands each sample to the corpus that lags its weight the most, which needs the whole past. Here the first
+corpus takes its evenly spaced share of the samples, the second its share of the rest, and so on: just as even, and any
+sample's place is a formula, so no index is stored and resuming costs nothing.
+"""
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+
+from megatron.data.rows.packed import PackedDataset, Row
+from megatron.errors import ConfigError
+
+
+class BlendedDataset:
+    """An infinite sequence of rows from several corpora; its rows are theirs, each corpus's in its own order."""
+
+    def __init__(self, datasets: Sequence[PackedDataset], weights: Sequence[Fraction]) -> None:
+        self.datasets = tuple(datasets)
+        self.weights = tuple(weights)
+
+    def __getitem__(self, sample: int) -> Row:
+        corpus, index = place_in_blend(self.weights, sample)
+        return self.datasets[corpus][index]
+
+    @property
+    def seq_length(self) -> int:
+        """The positions of a row."""
+        return self.datasets[0].seq_length
+
+    def build_ahead(self) -> None:
+        """From now on, builds in a thread the rows of each corpus's epoch after the one in use."""
+        for dataset in self.datasets:
+            dataset.build_ahead()
+
+    def num_epoch_rows(self, epoch: int) -> int:
+        """The rows of all corpora together in their epoch of that number; a pass over the blend, by its size."""
+        return sum(dataset.num_epoch_rows(epoch) for dataset in self.datasets)
+
+    def residue_counts(self) -> np.ndarray:
+        """How often each id occurs, int64 [vocabulary], each corpus scaled to its weight in the blend."""
+        counts = [dataset.residue_counts() for dataset in self.datasets]
+        total = sum(int(count.sum()) for count in counts)
+        shares = [float(weight / sum(self.weights)) * count / max(count.sum(), 1)
+                  for weight, count in zip(self.weights, counts, strict=True)]
+        return np.rint(np.sum(shares, axis=0) * total).astype(np.int64)
+
+    def describe(self) -> str:
+        """What each corpus holds, one after the other."""
+        return "; ".join(dataset.describe() for dataset in self.datasets)
+
+
+def place_in_blend(weights: Sequence[Fraction], sample: int) -> tuple[int, int]:
+    """The corpus of a sample and its index there; each corpus's indices run 0, 1, 2, … without a gap."""
+    rest = sum(weights, Fraction(0))
+    for corpus, weight in enumerate(weights[:-1]):
+        share = weight / rest
+        before, after = (_num_due(share, samples) for samples in (sample, sample + 1))
+        if after > before:
+            return corpus, before
+        sample -= before
+        rest -= weight
+    return len(weights) - 1, sample
+
+
+def parse_data_path(data_path: Sequence[str] | None) -> tuple[list[Fraction], list[str]]:
+    """The weights and prefixes of `--data-path`: one prefix, or WEIGHT PREFIX pairs; raises ConfigError."""
+    if not data_path:
+        raise ConfigError("--data-path is missing; give the prefix of PREFIX.bin and PREFIX.idx")
+    if len(data_path) == 1:
+        return [Fraction(1)], list(data_path)
+    if len(data_path) % 2:
+        raise ConfigError(f"--data-path has {len(data_path)} parts; give one prefix, or WEIGHT PREFIX WEIGHT PREFIX …")
+    return [_parse_weight(word) for word in data_path[::2]], list(data_path[1::2])
+
+
+def _num_due(share: Fraction, samples: int) -> int:
+    """How many of the first `samples` samples an evenly spaced share takes: the nearest whole number, halves up."""
+    return (2 * share.numerator * samples + share.denominator) // (2 * share.denominator)
+
+
+def _parse_weight(word: str) -> Fraction:
+    try:
+        weight = Fraction(word)
+    except (ValueError, ZeroDivisionError):
+        weight = Fraction(0)
+    if weight <= 0:
+        raise ConfigError(f"--data-path: {word} is not a weight above 0; give WEIGHT PREFIX WEIGHT PREFIX …")
+    return weight

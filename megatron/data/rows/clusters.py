@@ -1,0 +1,137 @@
+"""Clusters of similar proteins, of which each epoch trains on one member, as ESM trained on UniRef50 and UniRef90.
+
+A cluster file has two columns by tab, representative and member, as MMseqs2 writes it (`…_cluster.tsv`). A member is a
+name of PREFIX.names (one a line, in the order of the documents, as `preprocess_data.py --names` writes it) or, without
+that file, the number of a document from 0. `sp|P12345|ALBU_HUMAN` and the P12345 that MMseqs2 makes of it are one name.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from megatron.data.corpus.indexed import IndexedDataset
+from megatron.data.rows.cache_files import locked, replacing
+from megatron.data.rows.packing import order_hashes
+from megatron.errors import DataError
+
+CHUNK_LINES = 1 << 20
+# Which of the fields by `|` of a name MMseqs2 takes for it (its Util::parseFastaHeader), by the first of them.
+_FIELD_OF_NAME = {b"cl": 1, b"sp": 1, b"tr": 1, b"gb": 1, b"ref": 1, b"pdb": 1, b"bbs": 1, b"lcl": 1, b"pir": 1,
+                  b"prf": 1, b"gnl": 2, b"pat": 2, b"gi": 3}
+
+
+class ClusteredDocuments(NamedTuple):
+    """The cluster of each document, int64 [documents], by its first document; how well file and data match, in words.
+    """
+
+    cluster_of_document: np.ndarray
+    match: str
+
+
+class Clusters:
+    """Clusters of documents; a document of no cluster is one by itself."""
+
+    def __init__(self, cluster_of_document: np.ndarray, match: str = "") -> None:
+        """`cluster_of_document`: any whole number a cluster, [documents]. `match`: what the log says about them."""
+        self.match = match
+        self.identity = hashlib.blake2b(np.ascontiguousarray(cluster_of_document).data, digest_size=12).hexdigest()
+        self._members = np.argsort(cluster_of_document, kind="stable")
+        by_cluster = cluster_of_document[self._members]
+        self._starts = np.flatnonzero(np.concatenate([[True], by_cluster[1:] != by_cluster[:-1]]))
+        self._sizes = np.diff(self._starts, append=len(by_cluster))
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def draw(self, key: int) -> np.ndarray:
+        """One document of each cluster, int64 [clusters], drawn by `key`."""
+        return self._members[self._starts + (order_hashes(key, len(self)) % self._sizes.astype(np.uint64)).astype(int)]
+
+
+def cluster_documents(cluster_file: str, indexed: IndexedDataset, cache_folder: Path) -> ClusteredDocuments:
+    """The clusters of the documents of a dataset; raises DataError.
+
+    Read once and then kept in `cache_folder`, as reading takes some 2 µs a line.
+    """
+    names = Path(f"{indexed.prefix}.names")
+    sources = [Path(cluster_file), *([names] if names.is_file() else [])]
+    if not sources[0].is_file():
+        raise DataError(f"{cluster_file}: no such file; --cluster-file names clusters, one representative and member "
+                        "a line")
+    state = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in sources]
+    digest = hashlib.blake2b(json.dumps([indexed.identity, state]).encode(), digest_size=12).hexdigest()
+    kept = cache_folder / f"{Path(indexed.prefix).name}-clusters-{digest}.npz"
+    with locked(kept.with_suffix(".lock")):
+        if not kept.is_file():
+            clusters, match = _read_clusters(sources[0], _name_hashes(names, indexed.num_documents), names)
+            with replacing(kept) as path, open(path, "xb") as file:
+                np.savez(file, clusters=clusters, match=match)
+    with np.load(kept) as arrays:
+        return ClusteredDocuments(arrays["clusters"], str(arrays["match"]))
+
+
+def _name_hashes(names: Path, num_documents: int) -> np.ndarray:
+    if not names.is_file():
+        return _hashes(b"%d" % document for document in range(num_documents))
+    with open(names, "rb") as file:
+        hashes = _hashes(line.rstrip(b"\r\n") for line in file)
+    if len(hashes) != num_documents:
+        raise DataError(f"{names}: {len(hashes)} names for {num_documents} documents; it has one a line, in order")
+    return hashes
+
+
+def _read_clusters(cluster_file: Path, name_hashes: np.ndarray, names: Path) -> ClusteredDocuments:
+    known_names, name_of_document = np.unique(name_hashes, return_inverse=True)
+    representatives = known_names.copy()  # of its own, until the file says otherwise
+    is_member = np.zeros(len(known_names), dtype=bool)
+    num_found = num_lines = 0
+    for first_line, lines in _chunks(cluster_file):
+        columns = [line.rstrip(b"\r\n").split(b"\t") for line in lines]
+        wrong = next((i for i, parts in enumerate(columns) if len(parts) != 2), None)
+        if wrong is not None:
+            raise DataError(f"{cluster_file}: line {first_line + wrong} has {len(columns[wrong])} columns by tab where "
+                            "a representative and a member are expected")
+        members = _hashes(parts[1] for parts in columns)
+        place = np.minimum(np.searchsorted(known_names, members), len(known_names) - 1)
+        is_known = known_names[place] == members
+        place = place[is_known]
+        representatives[place] = _hashes(parts[0] for parts in columns)[is_known]
+        is_member[place] = True
+        num_found += len(place)
+        num_lines += len(lines)
+    if num_found == 0:
+        remedy = ("is it of the same proteins?" if names.is_file() else
+                  f"there is no {names}, which tools/preprocess_data.py --names writes, so they must be numbers of "
+                  "documents from 0")
+        raise DataError(f"{cluster_file}: none of its {num_lines} members is a document; {remedy}")
+    num_alone = int(np.count_nonzero(~is_member[name_of_document]))
+    _, first_document, cluster = np.unique(representatives[name_of_document], return_index=True, return_inverse=True)
+    return ClusteredDocuments(first_document[cluster], f"{cluster_file.name}: {num_lines:,} members, "
+                              f"{num_lines - num_found:,} of them not in the data; proteins of the data in none of its "
+                              f"clusters: {num_alone:,}, each one by itself")
+
+
+def _chunks(path: Path) -> Iterator[tuple[int, list[bytes]]]:
+    """Runs of a file's lines, each with the number of its first line, from 1."""
+    with open(path, "rb") as file:
+        first_line = 1
+        while lines := list(islice(file, CHUNK_LINES)):
+            yield first_line, lines
+            first_line += len(lines)
+
+
+def _hashes(names: Iterable[bytes]) -> np.ndarray:
+    """Python's 64-bit hash of each name: equal within a process, which is all that matching needs."""
+    return np.fromiter((hash(_short(name) if b"|" in name else name) for name in names), np.int64)
+
+
+def _short(name: bytes) -> bytes:
+    """The name that MMseqs2 writes for one with `|`."""
+    fields = [field for field in name.split(b"|") if field]
+    place = _FIELD_OF_NAME.get(fields[0], len(fields)) if fields else 0
+    return fields[place] if place < len(fields) else name

@@ -1,0 +1,86 @@
+"""The training, validation and test rows of a run, from its flags."""
+
+from dataclasses import dataclass
+
+from megatron.config import DataConfig
+from megatron.data.corpus.documents import Documents
+from megatron.data.corpus.indexed import open_indexed
+from megatron.data.corpus.split import split_documents
+from megatron.data.corpus.vocab import Vocab
+from megatron.data.rows.blend import BlendedDataset, parse_data_path
+from megatron.data.rows.cache_files import choose_cache_folder
+from megatron.data.rows.clusters import Clusters, cluster_documents
+from megatron.data.rows.masking import Masking
+from megatron.data.rows.packed import PackedDataset, PackingSettings
+from megatron.errors import ConfigError, DataError
+
+Dataset = PackedDataset | BlendedDataset
+EVALUATION_SEED = 1234  # evaluation sees the same rows and masks whatever training uses
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The three parts of the corpora; None where a part is empty."""
+
+    train: Dataset
+    valid: Dataset | None
+    test: Dataset | None
+
+
+def build_datasets(data: DataConfig, vocab: Vocab, seed: int) -> Splits:
+    """The datasets of `--data-path` and `--split`; raises ConfigError or DataError.
+
+    Training draws order, crops and masks from `seed`; validation and test repeat one epoch with masks of their own.
+    """
+    if data.seq_length is None:
+        raise ConfigError("--seq-length is missing; give the positions of a row, such as 2176")
+    weights, prefixes = parse_data_path(data.data_path)
+    if (data.blend_by == "cluster") != (data.cluster_file is not None):
+        raise ConfigError(f"--blend-by {data.blend_by} with --cluster-file {data.cluster_file}; --blend-by cluster and "
+                          "--cluster-file FILE go together")
+    if data.cluster_file is not None and len(prefixes) > 1:
+        raise ConfigError(f"--blend-by cluster with {len(prefixes)} data paths; give the one of the clusters")
+    corpora = [_build_corpus(prefix, data, vocab, seed) for prefix in prefixes]
+    parts: list[Dataset | None] = []
+    for part in range(3):
+        present = [(dataset, weight) for corpus, weight in zip(corpora, weights, strict=True)
+                   if (dataset := corpus[part]) is not None]
+        if len(present) > 1:
+            parts.append(BlendedDataset([dataset for dataset, _ in present], [weight for _, weight in present]))
+        else:
+            parts.append(present[0][0] if present else None)
+    train, valid, test = parts
+    assert train is not None  # split_documents sees to it
+    return Splits(train, valid, test)
+
+
+def _build_corpus(prefix: str, data: DataConfig, vocab: Vocab, seed: int) -> list[PackedDataset | None]:
+    indexed = open_indexed(prefix, data.data_impl)
+    if data.mmap_warmup:
+        _read_through(f"{prefix}.bin")
+    folder = choose_cache_folder(prefix, data.data_cache_path)
+    parts: list[PackedDataset | None] = []
+    for name, documents in zip(("train", "valid", "test"), split_documents(data.split, indexed.num_documents),
+                               strict=True):
+        training = name == "train"
+        settings = PackingSettings(data.seq_length, data.packing, data.long_proteins,
+                                   seed if training else EVALUATION_SEED)
+        clusters = None
+        if training and data.cluster_file is not None:
+            of_document, match = cluster_documents(data.cluster_file, indexed, folder)
+            clusters = Clusters(of_document[documents.start:documents.stop], match)
+        dataset = PackedDataset(Documents(indexed, documents), settings, vocab,
+                                Masking.from_config(data) if training else Masking(), folder, name,
+                                clusters=clusters, repeats_one_epoch=not training)
+        parts.append(dataset if dataset.num_epoch_rows(0) else None)
+    if parts[0] is None:
+        raise DataError(f"{prefix}: its training documents hold no protein for a row of {data.seq_length} positions "
+                        f"with --long-proteins {data.long_proteins}; preprocess the data again, or lengthen the rows")
+    return parts
+
+
+def _read_through(path: str) -> None:
+    """Reads a file once, so that the system keeps it in memory."""
+    with open(path, "rb", buffering=0) as file:
+        while file.read(1 << 24):
+            pass

@@ -1,0 +1,87 @@
+"""Masked-language-model targets of one row: chosen residues become [MASK], stay, or become another residue.
+
+Only residues are ever chosen or drawn: never [CLS], [UNK] or another special token. Where proteins begin is known from
+the packing, so no id that masking places can start a false protein.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron.config import DataConfig
+from megatron.data.corpus.vocab import Vocab
+from megatron.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Shares and spans of the masking; the defaults are BERT's (arXiv 1810.04805), and every evaluation's."""
+
+    prob: float = 0.15
+    mask_token_prob: float = 0.8
+    random_prob: float = 0.1
+    span_length: float = 1.0
+
+    @classmethod
+    def from_config(cls, data: DataConfig) -> "Masking":
+        """The masking that the flags ask for; raises ConfigError if their shares exceed one."""
+        if data.mask_token_prob + data.mask_random_prob > 1:
+            raise ConfigError(f"--mask-token-prob {data.mask_token_prob} and --mask-random-prob "
+                              f"{data.mask_random_prob} add up to more than 1; lower one of them")
+        return cls(data.mask_prob, data.mask_token_prob, data.mask_random_prob, data.mask_span_length)
+
+
+class Masker:
+    """Masks rows of one vocabulary."""
+
+    def __init__(self, masking: Masking, vocab: Vocab) -> None:
+        self.masking = masking
+        self._mask_id = vocab.mask_id
+        self._residue_ids = vocab.residue_ids
+        self._is_residue = np.zeros(vocab.size, dtype=bool)
+        self._is_residue[vocab.residue_ids] = True
+
+    def mask(self, tokens_t: np.ndarray, lengths: np.ndarray, rng: np.random.Generator
+             ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The masked copy of a row, the positions chosen (int64, ascending) and the ids that stood there.
+
+        `lengths` are the tokens of each protein of the row. round(prob x residues) residues are chosen, at least one;
+        none where the row holds no residue.
+        """
+        residues = np.flatnonzero(self._is_residue[tokens_t])
+        num_chosen = min(max(1, round(self.masking.prob * len(residues))), len(residues))
+        if self.masking.span_length > 1:
+            chosen = _choose_spans(residues, num_chosen, self.masking.span_length, lengths, rng)
+        else:
+            chosen = residues[rng.choice(len(residues), num_chosen, replace=False, shuffle=False)]
+        chosen.sort()
+        original = tokens_t[chosen]
+        return self._replace(tokens_t, chosen, rng), chosen, original
+
+    def _replace(self, tokens_t: np.ndarray, chosen: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        draw = rng.random(len(chosen))
+        becomes_mask = draw < self.masking.mask_token_prob
+        becomes_random = ~becomes_mask & (draw < self.masking.mask_token_prob + self.masking.random_prob)
+        masked_t = tokens_t.copy()
+        masked_t[chosen[becomes_mask]] = self._mask_id
+        drawn = rng.integers(len(self._residue_ids), size=np.count_nonzero(becomes_random))
+        masked_t[chosen[becomes_random]] = self._residue_ids[drawn]
+        return masked_t
+
+
+def _choose_spans(residues: np.ndarray, num_chosen: int, mean_length: float, lengths: np.ndarray,
+                  rng: np.random.Generator) -> np.ndarray:
+    """`num_chosen` of the positions `residues`, in spans of geometric length that end with their protein.
+
+    Spans are laid down in the order drawn until they cover enough; the last one is cut to the number.
+    """
+    num_tokens = int(lengths.sum())
+    num_spans = 8 + int(2 * num_chosen / mean_length)
+    starts = rng.choice(residues, num_spans) if len(residues) else residues
+    ends = np.repeat(np.cumsum(lengths), lengths)[starts]
+    span_lengths = np.minimum(rng.geometric(1 / mean_length, len(starts)), ends - starts)
+    span_starts = np.cumsum(span_lengths) - span_lengths
+    positions = np.arange(span_lengths.sum()) + np.repeat(starts - span_starts, span_lengths)
+    first_span = num_spans + rng.random(num_tokens)  # positions in no span come last, in random order
+    np.minimum.at(first_span, positions, np.repeat(np.arange(len(starts)), span_lengths).astype(float))
+    return residues[np.argsort(first_span[residues], kind="stable")[:num_chosen]]

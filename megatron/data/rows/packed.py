@@ -1,0 +1,181 @@
+"""One corpus as an infinite sequence of packed, masked rows.
+
+Row contents, order and masks depend on the seed, the epoch and the row's number in it alone: not on workers, ranks,
+micro-batches or restarts. t tokens of the row, m chosen ones.
+"""
+
+import hashlib
+import json
+import threading
+from bisect import bisect_right
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from megatron.data.corpus.documents import Documents, Pieces
+from megatron.data.corpus.vocab import Vocab
+from megatron.data.rows.clusters import Clusters
+from megatron.data.rows.masking import Masker, Masking
+from megatron.data.rows.packing import IS_COMPILED, PackedRows, order_key, pack
+from megatron.data.rows.row_cache import RowCache
+from megatron.errors import DataError
+
+CACHE_VERSION = 1  # raise it when the same settings would give other rows
+COUNTED_RESIDUES = 50_000_000
+ORDER, ROW, DRAW = 0, 1, 2  # purposes of randomness: an epoch's order; a row's crops and masks; an epoch's members
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of proteins, masked; the arrays are int64."""
+
+    tokens_t: np.ndarray  # masked input, each protein behind its [CLS]
+    lengths: np.ndarray  # tokens of each protein
+    target_positions_m: np.ndarray  # chosen tokens, ascending
+    target_ids_m: np.ndarray  # what stood there
+
+
+@dataclass(frozen=True)
+class PackingSettings:
+    """All that the rows of a corpus's epochs depend on, besides the corpus."""
+
+    seq_length: int
+    packing: str
+    long_proteins: str
+    seed: int
+
+
+class PackedDataset:
+    """The rows of some documents, epoch after epoch; of `clusters`, where given, each epoch has one member.
+
+    `repeats_one_epoch` gives epoch 0 again and again (evaluation).
+    """
+
+    def __init__(self, documents: Documents, settings: PackingSettings, vocab: Vocab, masking: Masking,
+                 cache_folder: Path, name: str, *, clusters: Clusters | None = None,
+                 repeats_one_epoch: bool = False) -> None:
+        self.documents, self.settings, self.name = documents, settings, name
+        self.vocab, self.clusters = vocab, clusters
+        self._masker = Masker(masking, vocab)
+        self._repeats_one_epoch = repeats_one_epoch
+        self._cache = RowCache(cache_folder, self._stem())
+        self._first_samples = [0]  # of epoch 0, 1, …
+        self._rows: dict[int, PackedRows] = {}  # the epochs in use, two at most
+        self._builds_ahead = False
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if key != "pieces"} | {"_rows": {}}
+
+    def __getitem__(self, sample: int) -> Row:
+        epoch, row = self.locate(sample)
+        rng = np.random.default_rng((self.settings.seed, ROW, epoch, row))
+        tokens_t, lengths = self._read(self.rows(epoch).row(row), rng)
+        masked_t, positions_m, ids_m = self._masker.mask(tokens_t, lengths, rng)
+        return Row(masked_t, lengths, positions_m, ids_m)
+
+    @property
+    def seq_length(self) -> int:
+        """The positions of a row."""
+        return self.settings.seq_length
+
+    @cached_property
+    def pieces(self) -> Pieces:
+        """The pieces that the rows are made of."""
+        return Pieces(self.documents, self.settings.seq_length, self.settings.long_proteins)
+
+    def locate(self, sample: int) -> tuple[int, int]:
+        """The epoch of a sample, and its row there."""
+        if self._repeats_one_epoch:
+            return 0, sample % self.num_epoch_rows(0)
+        while sample >= self._first_samples[-1]:
+            self._first_samples.append(self._first_samples[-1] + self.num_epoch_rows(len(self._first_samples) - 1))
+        epoch = bisect_right(self._first_samples, sample) - 1
+        return epoch, sample - self._first_samples[epoch]
+
+    def num_epoch_rows(self, epoch: int) -> int:
+        """How many rows an epoch has; epochs differ by a few, as each is packed in an order of its own."""
+        if epoch in self._rows:
+            return len(self._rows[epoch])
+        return self._cache.num_rows(epoch, lambda: self._pack(epoch))
+
+    def rows(self, epoch: int) -> PackedRows:
+        """The rows of an epoch as piece numbers, mapped from the cache, built if they are not there."""
+        if epoch not in self._rows:
+            while len(self._rows) > 1:
+                del self._rows[next(iter(self._rows))]
+            self._rows[epoch] = self._cache.rows(epoch, lambda: self._pack(epoch))
+            if self._builds_ahead:
+                self._start_building(epoch + 1)
+        return self._rows[epoch]
+
+    def build_ahead(self) -> None:
+        """From now on, builds in a thread the rows of the epoch after the one in use."""
+        self._builds_ahead = not self._repeats_one_epoch
+        if self._builds_ahead and self._rows:
+            self._start_building(max(self._rows) + 1)
+
+    def residue_counts(self) -> np.ndarray:
+        """How often each id occurs, int64 [vocabulary]; past 50 million residues, in an even sample of documents."""
+        step = max(1, round(int(self.documents.lengths.sum(dtype=np.int64)) / COUNTED_RESIDUES))
+        counts = np.zeros(self.vocab.size, dtype=np.int64)
+        chosen = range(0, len(self.documents), step)
+        for start in range(0, len(chosen), 4096):
+            ids = [self._read_ids(document, 0, int(self.documents.lengths[document]))
+                   for document in chosen[start:start + 4096]]
+            counts += np.bincount(np.concatenate(ids), minlength=self.vocab.size)
+        return counts
+
+    def describe(self) -> str:
+        """What the split holds and how it is packed, in one line for the log."""
+        pieces, rows = self.pieces, self.rows(0)
+        lengths = pieces.lengths[rows.pieces]
+        tokens = int(np.minimum(lengths, pieces.max_residues).sum(dtype=np.int64)) + len(lengths)
+        clusters = "" if self.clusters is None else f" in {len(self.clusters):,} clusters ({self.clusters.match})"
+        fate = {"crop": "cropped", "split": "split", "drop": "dropped"}[self.settings.long_proteins]
+        fill = tokens / max(1, len(rows) * self.settings.seq_length)
+        return (f"{self.name}: {len(self.documents):,} proteins{clusters} ({pieces.num_long:,} longer than a row, "
+                f"{fate}; {pieces.num_empty:,} empty, left out), {len(rows):,} rows an epoch, {100 * fill:.2f} % full"
+                f"{'' if IS_COMPILED else '; packed in Python, as the compiled module is missing: pip install -e .'}")
+
+    def _start_building(self, epoch: int) -> None:
+        threading.Thread(target=self.num_epoch_rows, args=(epoch,), daemon=True).start()
+
+    def _pack(self, epoch: int) -> PackedRows:
+        settings, lengths = self.settings, self.pieces.lengths
+        options: dict = {"key": order_key(settings.seed, ORDER, epoch), "drop_long": settings.long_proteins == "drop"}
+        if self.clusters is None:
+            return pack(lengths, settings.seq_length, settings.packing, **options)
+        drawn = self.pieces.of_documents(self.clusters.draw(order_key(settings.seed, DRAW, epoch)))
+        rows = pack(lengths[drawn], settings.seq_length, settings.packing, **options)
+        return PackedRows(drawn[rows.pieces], rows.row_starts)
+
+    def _read(self, pieces: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of a row, [CLS] included, and the tokens of each of its proteins."""
+        max_residues = self.pieces.max_residues
+        parts: list = []
+        lengths = self.pieces.lengths[pieces].astype(np.int64)
+        for piece, length in zip(pieces.tolist(), lengths.tolist(), strict=True):
+            document, offset = self.pieces.locate(piece)
+            if length > max_residues:  # a crop
+                offset, length = int(rng.integers(length - max_residues + 1)), max_residues
+            parts += [self.vocab.cls_id], self._read_ids(document, offset, length)
+        return np.concatenate(parts, dtype=np.int64), np.minimum(lengths, max_residues) + 1
+
+    def _read_ids(self, document: int, offset: int, length: int) -> np.ndarray:
+        ids = self.documents.read(document, offset, length)
+        if length and not 0 <= ids.min() <= ids.max() < self.vocab.size:
+            raise DataError(f"{self.documents.indexed.prefix}.bin: document {self.documents.range[document]} holds ids "
+                            f"{ids.min()} to {ids.max()}, but the vocabulary has {self.vocab.size}; --vocab-file "
+                            "must be the one that the data was preprocessed with")
+        return ids
+
+    def _stem(self) -> str:
+        settings = self.settings
+        key = json.dumps([CACHE_VERSION, self.documents.indexed.identity, self.documents.range.start,
+                          self.documents.range.stop, settings.seq_length, settings.packing, settings.long_proteins,
+                          settings.seed, self.clusters.identity if self.clusters else None])
+        digest = hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
+        prefix = Path(self.documents.indexed.prefix).name
+        return f"{prefix}-{self.name}-{settings.seq_length}-{settings.packing}-{digest}"

@@ -1,0 +1,1 @@
+"""Files of proteins of every readable kind, as blocks of whole records."""

@@ -1,0 +1,61 @@
+"""Writes proteins of any readable kind as loose JSON, one `{"text": "MKV…"}` a line."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megatron.data.sources.source import expand, texts_of
+from megatron.errors import DataError
+from megatron.files import replacing
+
+_WHITE_SPACE = b" \t\n\r\v\f"
+
+
+def convert(patterns: Sequence[str], output: str, kind: str) -> int:
+    """Write the proteins of files of one `kind` to `output` (`-`: standard output); returns how many there were.
+
+    Raises DataError for a file of another kind and for the first bad record; then `output` is left as it was.
+    """
+    lines = _lines(patterns, kind)
+    if output == "-":
+        return _write(lines, sys.stdout.fileno())
+    with replacing(Path(output)) as temporary, open(temporary, "wb") as file:
+        return _write(lines, file.fileno())
+
+
+def main(kind: str, description: str) -> int:
+    """The command line of one conversion; returns the exit status."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("input", nargs="+", help="files, plain, gzip or zstd; - is standard input")
+    parser.add_argument("output", help="file of JSON lines; - is standard output")
+    arguments = parser.parse_args()
+    try:
+        count = convert(arguments.input, arguments.output, kind)
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{count} proteins", file=sys.stderr)
+    return 0
+
+
+def _lines(patterns: Sequence[str], kind: str) -> Iterator[list[bytes]]:
+    for source in expand(patterns):
+        for block in source.blocks(("text",)):
+            if block.kind != kind:
+                raise DataError(f"{source.path}: is {block.kind}, not {kind}; preprocess_data.py reads it directly")
+            parsed = texts_of(block, "text")
+            for bad in parsed.bad.values():
+                raise DataError(bad.message)
+            texts = (text.translate(None, _WHITE_SPACE).decode("utf-8", errors="replace") for text in parsed.texts)
+            yield [json.dumps({"text": text}).encode() + b"\n" for text in texts]
+
+
+def _write(batches: Iterator[list[bytes]], descriptor: int) -> int:
+    count = 0
+    with open(descriptor, "wb", closefd=False) as file:
+        for lines in batches:
+            file.writelines(lines)
+            count += len(lines)
+    return count

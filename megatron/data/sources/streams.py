@@ -1,0 +1,172 @@
+"""Bytes of a file or of standard input, unpacked, with line ends made alike, and cut into blocks of whole records."""
+
+import gzip
+import hashlib
+import io
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from megatron.data.sources.block import BLOCK_BYTES, MAX_RECORD_BYTES
+from megatron.errors import DataError
+
+GZIP_MAGIC = b"\x1f\x8b"
+ZSTD_MAGICS = (b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18")  # a frame; one to skip, with which pzstd begins
+_OTHER_MAGICS = {b"\xfd7zXZ\x00": "xz", b"BZh": "bzip2", b"PK\x03\x04": "zip", b"7z\xbc\xaf": "7z"}
+_CHUNK_BYTES = 1 << 20
+# Zstandard unpacks all of what it is fed, at most some 30,000 times as much: small bites bound the memory.
+_ZSTD_BITE_BYTES = 1 << 12
+
+
+class InputStream(io.RawIOBase):
+    """A binary file, `-` for standard input, that can be looked ahead in and that counts and hashes what it reads."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            self._file = sys.stdin.buffer if path == "-" else open(path, "rb")  # noqa: SIM115
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}); --input names files of proteins") from None
+        self._head = b""
+        self._digest = hashlib.sha256()
+        self.bytes_read = 0
+
+    def peek(self, size: int) -> bytes:
+        """The next bytes, without taking them."""
+        while len(self._head) < size and (more := self._take(size - len(self._head))):
+            self._head += more
+        return self._head[:size]
+
+    def read(self, size: int = -1) -> bytes:
+        """At most `size` bytes; none at the end."""
+        if self._head:
+            size = len(self._head) if size < 0 else size
+            taken, self._head = self._head[:size], self._head[size:]
+            return taken
+        return self._take(size)
+
+    def readable(self) -> bool:
+        """True: unpackers ask."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` as far as one read goes; the number of bytes."""
+        data = self.read(len(buffer))
+        buffer[:len(data)] = data
+        return len(data)
+
+    def sha256(self) -> str:
+        """The digest of everything read so far."""
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
+        """Close the file; standard input stays open."""
+        if self.path != "-":
+            self._file.close()
+        super().close()
+
+    def _take(self, size: int) -> bytes:
+        try:
+            data = self._file.read(size)
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read ({error.strerror})") from None
+        self._digest.update(data)
+        self.bytes_read += len(data)
+        return data
+
+
+def unpacked(stream: InputStream) -> Iterator[bytes]:
+    """The contents in chunks, unpacked if they are gzip or zstd; raises DataError for damage and other packings."""
+    head = stream.peek(6)
+    for magic, name in _OTHER_MAGICS.items():
+        if head.startswith(magic):
+            raise DataError(f"{stream.path}: is packed with {name}; plain, gzip and zstd can be read: unpack it first")
+    if head.startswith(GZIP_MAGIC):
+        return _gzip_chunks(stream)
+    if head.startswith(ZSTD_MAGICS):
+        return _zstd_chunks(stream)
+    return iter(lambda: stream.read(_CHUNK_BYTES), b"")
+
+
+def with_unix_line_ends(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The chunks with CR LF and lone CR turned into LF."""
+    held = b""
+    for chunk in chunks:
+        if held or b"\r" in chunk:
+            chunk, held = held + chunk, b""
+            if chunk.endswith(b"\r"):
+                chunk, held = chunk[:-1], b"\r"
+            chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        yield chunk
+    if held:
+        yield b"\n"
+
+
+def cut(chunks: Iterable[bytes], separator: bytes, path: str) -> Iterator[bytes]:
+    r"""Blocks that end before the last byte of a `separator` (`\n>`) or with it (`\n`).
+
+    Where they end depends on the contents alone, not on how these came in chunks: a killed run can count on it.
+    Raises DataError for a record over MAX_RECORD_BYTES.
+    """
+    buffer = bytearray()
+    num_searched = 0  # so that the time for a long record does not grow with its square, however small the chunks
+    for chunk in chunks:
+        buffer += chunk
+        while len(buffer) >= BLOCK_BYTES:
+            end = -1 if num_searched else buffer.rfind(separator, 0, BLOCK_BYTES)
+            if end < 0:
+                end = buffer.find(separator, max(num_searched, BLOCK_BYTES) - len(separator))
+            num_searched = len(buffer) if end < 0 else 0
+            if end < 0:
+                if len(buffer) > MAX_RECORD_BYTES:
+                    raise DataError(f"{path}: a record of more than {MAX_RECORD_BYTES >> 20} MiB; proteins are far "
+                                    "shorter: is this file what it should be?")
+                break
+            yield bytes(buffer[:end + 1])
+            del buffer[:end + 1]
+    if buffer:
+        yield bytes(buffer)
+
+
+def _gzip_chunks(stream: InputStream) -> Iterator[bytes]:
+    file, damages = _open_gzip(stream)
+    while True:
+        try:
+            chunk = file.read(_CHUNK_BYTES)
+        except damages as error:
+            raise DataError(f"{stream.path}: damaged or truncated gzip ({error}); copy it again") from None
+        if not chunk:
+            return
+        yield chunk
+
+
+def _open_gzip(stream: InputStream) -> tuple[Any, tuple[type[Exception], ...]]:
+    """An open file, by isal where it is installed, and what it raises for damage."""
+    try:
+        from isal import igzip, igzip_lib
+    except ImportError:
+        return gzip.GzipFile(fileobj=stream, mode="rb"), (EOFError, OSError, zlib.error)
+    isal_error: Any = igzip_lib.error
+    return igzip.IGzipFile(fileobj=stream, mode="rb"), (EOFError, OSError, isal_error)
+
+
+def _zstd_chunks(stream: InputStream) -> Iterator[bytes]:
+    try:
+        import zstandard
+    except ImportError:
+        raise DataError(f"{stream.path}: is packed with zstd, which needs: pip install zstandard") from None
+    frame, data = None, b""
+    while data or (data := stream.read(_ZSTD_BITE_BYTES)):
+        frame = frame or zstandard.ZstdDecompressor().decompressobj()
+        try:
+            chunk = frame.decompress(data)
+        except zstandard.ZstdError as error:
+            raise DataError(f"{stream.path}: damaged zstd ({error}); copy it again") from None
+        data = b""
+        if frame.eof:
+            data, frame = frame.unused_data, None
+        if chunk:
+            yield chunk
+    if frame is not None:
+        raise DataError(f"{stream.path}: truncated zstd (its last frame does not end); copy it again")

@@ -1,0 +1,132 @@
+"""TAPE's LMDB folders: key `num_examples`, then `0`, `1`, …, each a pickled dict with the residues under `primary`.
+
+A damaged LMDB can crash whoever maps it, so a process of its own reads it.
+"""
+
+import multiprocessing
+import os
+import pickle
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from megatron.data.sources.block import BLOCK_BYTES, MAX_RECORD_BYTES, BadRecord, Block, Texts
+from megatron.data.sources.plain_pickle import load_plain_pickle
+from megatron.errors import DataError
+
+LMDB_MAGIC = b"\xde\xc0\xef\xbe"
+LMDB_MAGIC_OFFSET = 16
+_BATCH_RECORDS = 2048
+
+
+def lmdb_blocks(source: str, path: str) -> Iterator[Block]:
+    """The blocks of the LMDB at `path`, a folder or a file; raises DataError, naming `source`, if it is no good."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    reader = context.Process(target=_read_lmdb, args=(path, sender), daemon=True)
+    reader.start()
+    sender.close()
+    size = os.path.getsize(_data_file(path))
+    first = 1
+    try:
+        while True:
+            batch, num_records = _receive(receiver, source)
+            if batch is None:
+                return
+            yield Block(source, "lmdb", batch, first, size * (first - 1 + len(batch)) // max(num_records, 1))
+            first += len(batch)
+    finally:
+        receiver.close()
+        reader.kill()
+        reader.join()
+
+
+def parse_lmdb(block: Block, key: str) -> Texts:
+    """The residues of each record: under `key`, or under `primary` where `key` is the default `text`."""
+    parsed = Texts([])
+    for index, value in enumerate(block.records):
+        text = _text_of(value, key)
+        if isinstance(text, BadRecord):
+            parsed.bad[index] = BadRecord(text.reason, f"{block.source}: record {block.first + index}: {text.message}")
+            text = b""
+        parsed.texts.append(text)
+    return parsed
+
+
+def _text_of(value: bytes | None, key: str) -> bytes | BadRecord:
+    if value is None:
+        return BadRecord("missing record", "is missing; the LMDB is not whole")
+    try:
+        record = load_plain_pickle(value)
+    except pickle.UnpicklingError as error:
+        return BadRecord("bad pickle", f"cannot be unpickled ({error})")
+    if not isinstance(record, dict):
+        return BadRecord("bad pickle", f"{type(record).__name__} where a dict belongs")
+    name = "primary" if key == "text" and "text" not in record else key
+    if name not in record:
+        found = ", ".join(repr(other)[:40] for other in list(record)[:5]) or "nothing"
+        return BadRecord("missing key", f"no key {name!r}; it has {found}. --json-keys names the key")
+    text = record[name]
+    if isinstance(text, str):
+        return text.encode(errors="replace")
+    if isinstance(text, bytes):
+        return text
+    return BadRecord("not a string", f"{name!r} is of type {type(text).__name__}; expected a string of residues")
+
+
+def _data_file(path: str) -> Path:
+    return Path(path) / "data.mdb" if os.path.isdir(path) else Path(path)
+
+
+def _receive(receiver: Connection, source: str) -> tuple[list[bytes | None] | None, int]:
+    """A batch of values, None at the end, and the number of records in all."""
+    try:
+        message = receiver.recv()
+    except (EOFError, OSError):
+        raise DataError(f"{source}: the LMDB is damaged or cut short (its reader crashed); copy it again") from None
+    if isinstance(message, str):
+        raise DataError(f"{source}: {message}")
+    return message
+
+
+def _read_lmdb(path: str, sender: Connection) -> None:
+    """Send every record's value in batches; a string says what is wrong. Runs in a process of its own."""
+    try:
+        import lmdb
+    except ImportError:
+        sender.send("is an LMDB, which needs: pip install lmdb")
+        return
+    try:
+        with (lmdb.open(path, subdir=os.path.isdir(path), readonly=True, lock=False, readahead=False) as environment,
+              environment.begin() as transaction):
+            num_records = load_plain_pickle(transaction.get(b"num_examples", b""))
+            num_entries = environment.stat()["entries"]
+            if not isinstance(num_records, int) or not 0 <= num_records < num_entries:
+                sender.send(f"is not TAPE's LMDB: it says {repr(num_records)[:40]} records and has {num_entries} "
+                            "entries")
+                return
+            if transaction.get(str(num_records).encode()) is not None:
+                sender.send(f"its 'num_examples' says {num_records} records, but there are more; write it anew")
+                return
+            batch: list[bytes | None] = []
+            num_bytes = 0
+            for index in range(num_records):
+                value = transaction.get(str(index).encode())
+                if len(value or b"") > MAX_RECORD_BYTES:
+                    sender.send(f"record {index + 1} is of more than {MAX_RECORD_BYTES >> 20} MiB; proteins are far "
+                                "shorter: is this file what it should be?")
+                    return
+                batch.append(value)
+                num_bytes += len(value or b"")
+                if num_bytes > BLOCK_BYTES or len(batch) == _BATCH_RECORDS:
+                    sender.send((batch, num_records))
+                    batch, num_bytes = [], 0
+            if batch:
+                sender.send((batch, num_records))
+            sender.send((None, num_records))
+    except pickle.UnpicklingError:
+        sender.send("is not TAPE's LMDB: it has no readable 'num_examples'")
+    except lmdb.Error as error:
+        sender.send(f"is no readable LMDB ({error}); copy it again")
+    except BrokenPipeError:
+        pass

@@ -1,0 +1,33 @@
+"""What a user can mend: each kind of mistake is a class, and the command lines print its one line and exit with 2."""
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend; the message names what was found, what was expected and the remedy."""
+
+
+class ConfigError(UserError):
+    """A flag, or a combination of flags, that cannot be honoured; the message names flag, value and remedy."""
+
+
+class DataError(UserError):
+    """Data that cannot be used; the message names the file, what was found and what to do."""
+
+
+class VocabError(UserError):
+    """A vocabulary file that cannot be used; the message names the file, the line and the remedy."""
+
+
+class ResidueError(UserError):
+    """A text that is not a protein; the message names the column and what stands there."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be read or does not fit the run; the message names the file and the remedy."""
+
+
+class LaunchError(UserError):
+    """What the launcher says, or leaves out, does not let the ranks find each other or their devices."""
+
+
+class DivergedError(UserError):
+    """No step of a whole log interval had finite gradients, and no loss scale can help."""

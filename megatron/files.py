@@ -1,0 +1,81 @@
+"""Files and folders that appear under their final name only when they are whole and on the disk."""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_MARK = ".unfinished-"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its name when the block ends well, and vanishes when it does not.
+
+    Whoever reads `path` sees the old content or the new, never a part; several may replace it at once.
+    """
+    temporary = path.with_name(f"{_MARK}{path.name}-{uuid.uuid4().hex}")
+    try:
+        yield temporary
+        _sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+def left_over(path: Path) -> Iterator[Path]:
+    """What killed processes have left of their attempts to replace `path`, a file or a folder."""
+    return path.parent.glob(f"{_MARK}{path.name}*")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path`, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON to `path`, whole or not at all."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `path` when the block ends well, and vanishes when it does not.
+
+    A folder that already has that name is replaced; until the last moment it stays as it is. One process at a time.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for old in left_over(path):
+        shutil.rmtree(old, ignore_errors=True)
+    temporary = path.parent / f"{_MARK}{path.name}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            _sync(file)
+        _sync(temporary)
+        if path.exists():
+            replaced = path.parent / f"{_MARK}{path.name}-replaced"
+            path.rename(replaced)
+            temporary.rename(path)
+            shutil.rmtree(replaced)
+        else:
+            temporary.rename(path)
+        _sync(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Gradients summed over ranks that see other tokens; parameters shared out."""

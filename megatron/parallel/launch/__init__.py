@@ -1,0 +1,1 @@
+"""What started this process, starting ranks, meeting and failing together."""

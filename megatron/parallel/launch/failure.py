@@ -1,0 +1,58 @@
+"""What a rank says when it fails: one line with its number, its host and the reason.
+
+A rank that only lost its peers says so without a traceback: the reason is theirs.
+"""
+
+import re
+import socket
+import sys
+import traceback
+
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from megatron.errors import LaunchError, UserError
+from megatron.parallel.launch.environment import Launch
+
+# How gloo, NCCL and the store say that another rank has gone, or has not come.
+_LOST_PEERS = re.compile(r"closed by peer|reset by peer|broken pipe|connection refused|connection was likely closed|"
+                         r"connection .{0,20}(closed|lost)|socket (closed|timeout)|timed out|wait timeout|pair closure|"
+                         r"remote process exited|failed to (recv|connect)|store .{0,20}closed", re.IGNORECASE)
+
+
+class RankError(RuntimeError):
+    """The line that tells why a rank failed."""
+
+
+class LostPeersError(RankError):
+    """The line of a rank that failed since another has gone, or did not answer in time."""
+
+
+def report(error: Exception, launch: Launch) -> int:
+    """Tells the user and the launcher why this rank fails, from within the `except` clause; returns the exit status.
+
+    A mistake of the user and lost peers are one line; anything else is a traceback and one line.
+    """
+    if isinstance(error, RuntimeError) and "EADDRINUSE" in str(error):
+        error = LaunchError(f"port {launch.master_port} is taken; set MASTER_PORT to a free one")
+    is_of_user = isinstance(error, UserError)
+    reason = _reason(error, launch)
+    if not (is_of_user or isinstance(reason, LostPeersError)):
+        sys.stderr.write(traceback.format_exc())
+    get_error_handler().record_exception(reason)  # megatron/parallel/launch/agent.py reads it
+    if not launch.is_heard:
+        sys.stderr.write(f"error: {reason}\n")
+    return 2 if is_of_user else 1
+
+
+def _reason(error: Exception, launch: Launch) -> RankError:
+    """Which rank failed, where and why."""
+    where = f"rank {launch.rank} on {socket.gethostname()}"
+    if isinstance(error, UserError):
+        return RankError(str(error) if launch.size == 1 else f"{error} ({where})")
+    text = next(iter(str(error).splitlines()), "")
+    if (isinstance(error, dist.DistError) or "/gloo/" in text) and _LOST_PEERS.search(text):
+        # Without the place in gloo's source, and without its advice.
+        text = re.sub(r"^\[\S+:\d+\] ", "", text).split(". This is typically")[0]
+        return LostPeersError(f"{where} lost its peers: {text}")
+    return RankError(f"{where}: {type(error).__name__}: {text}")

@@ -1,0 +1,45 @@
+"""Where the ranks of one start meet, and how they tell it from an earlier one."""
+
+import time
+import uuid
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from megatron.parallel.launch.environment import Launch
+
+
+def meeting_store(launch: Launch, timeout: timedelta) -> dist.Store:
+    """Where the ranks of a launch that `check_launch` has passed leave each other messages; all ranks call this.
+
+    Raises `DistError` where the others have not come within `timeout`.
+    """
+    address, port = str(launch.master_addr), int(launch.master_port or 0)
+    if launch.has_agent:
+        store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
+        return dist.PrefixStore(_name_of_this_start(store, launch, timeout), store)
+    return dist.TCPStore(address, port, launch.size, is_master=launch.rank == 0, timeout=timeout, multi_tenant=True)
+
+
+def _name_of_this_start(store: dist.Store, launch: Launch, timeout: timedelta) -> str:
+    """A name that the ranks of this start have in common, and those of no other.
+
+    An agent's store still has what the ranks had written before a restart, such as the addresses of the dead. Its
+    TORCHELASTIC_RESTART_COUNT does not tell starts apart, for it may differ from host to host: a host whose own ranks
+    were well does not count. So each rank greets rank 0 with a fresh word, and takes the name from the answer to it.
+    """
+    if launch.rank > 0:
+        word = uuid.uuid4().hex
+        store.set(f"hello/{launch.rank}", word)
+        name = store.get(f"answer/{word}").decode()
+        store.set(f"{name}/{launch.rank}", "")
+        return name
+    name, deadline_s = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    while missing := [rank for rank in range(1, launch.size) if not store.check([f"{name}/{rank}"])]:
+        if time.monotonic() > deadline_s:
+            raise dist.DistStoreError(f"timed out waiting for ranks {', '.join(map(str, missing))} to start")
+        for rank in missing:
+            if store.check([f"hello/{rank}"]):
+                store.set(f"answer/{store.get(f'hello/{rank}').decode()}", name)
+        time.sleep(0.01)
+    return name

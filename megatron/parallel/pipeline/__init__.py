@@ -1,0 +1,1 @@
+"""A model cut in depth: partition, schedules, channels, the run."""

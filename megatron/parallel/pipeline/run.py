@@ -1,0 +1,141 @@
+"""Pipeline parallelism: a rank's stages, run in the order of a schedule, with messages between the ranks.
+
+Written here, and not taken from torch.distributed.pipelining, because there all micro-batches of a step have one shape
+and their number is fixed when the schedule is made; ours are flat tokens of proteins, of a different count in each
+micro-batch, which every rank knows since it reads the same rows. On one rank no message is ever sent.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron.parallel.collectives import Pending
+from megatron.parallel.mesh import Mesh
+from megatron.parallel.pipeline.channels import Channel
+from megatron.parallel.pipeline.schedules import Action, forward_only, one_forward_one_backward, zero_bubble
+
+
+class Passes(ABC):
+    """What the pipeline runs: forward passes of some micro-batches through the rank's stages."""
+
+    @abstractmethod
+    def received(self, action: Action) -> Tensor:
+        """A tensor like the one that the action's stage takes from the stage before it."""
+
+    @abstractmethod
+    def forward(self, action: Action, hidden: Tensor | None) -> Tensor:
+        """What the next stage takes, or of the last one the loss; `hidden` is None on the first."""
+
+
+class TrainingPasses(Passes):
+    """Passes that also go back."""
+
+    @abstractmethod
+    def backward(self, action: Action, output: Tensor, gradient: Tensor | None) -> None:
+        """Go back from `output`, a result of `forward`, and its gradient; None for a loss."""
+
+    @abstractmethod
+    def weights(self, action: Action) -> None:
+        """Compute the gradients that the oldest backward pass of kind "input" put off."""
+
+
+@dataclass(frozen=True)
+class _Ways:
+    """Where a stage gets its input and its output's gradient from, and where its own go; None: nowhere."""
+
+    input: Channel | None
+    output: Channel | None
+    gradient: Channel | None
+    input_gradient: Channel | None
+
+
+class Pipeline:
+    """Runs passes over the `num_stages` stages that each pipeline rank of `mesh` has."""
+
+    def __init__(self, mesh: Mesh, num_stages: int, schedule: str) -> None:
+        self._axis, self._num_stages, self._schedule = mesh.pipeline, num_stages, schedule
+        if self._axis.size > 1:
+            _open_channels(mesh)
+        self._ways = [_ways(mesh, stage, num_stages) for stage in range(num_stages)]
+
+    def train(self, passes: TrainingPasses, num_micro_batches: int) -> None:
+        """Forward and backward passes of all micro-batches, in the order of the schedule."""
+        axis = self._axis
+        if self._schedule == "zero-bubble":
+            actions = zero_bubble(axis.rank, axis.size, num_micro_batches)
+        else:
+            actions = one_forward_one_backward(axis.rank, axis.size, self._num_stages, num_micro_batches)
+        self._run(passes, actions)
+
+    def evaluate(self, passes: Passes, num_micro_batches: int) -> None:
+        """Forward passes of all micro-batches."""
+        self._run(passes, forward_only(self._axis.size, self._num_stages, num_micro_batches))
+
+    def _run(self, passes: Passes, actions: Sequence[Action]) -> None:
+        keeps_outputs = any(action.kind != "forward" for action in actions)
+        under_way: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}  # input and output, until the backward pass
+        sends: list[Pending] = []
+        coming = self._start_receive(passes, actions[0]) if actions else None
+        for action, following in zip(actions, [*actions[1:], None], strict=True):
+            message = coming.wait() if coming is not None else None
+            # The next message is under way while this action computes.
+            coming = self._start_receive(passes, following) if following is not None else None
+            sends = [send for send in sends if not send.is_done()]
+            ways, place = self._ways[action.stage], (action.stage, action.micro_batch)
+            if action.kind == "forward":
+                if message is not None and keeps_outputs:
+                    message.requires_grad_()
+                output = passes.forward(action, message)
+                if keeps_outputs:
+                    under_way[place] = message, output
+                if ways.output is not None:
+                    sends.append(ways.output.start_send(output.detach()))
+                continue
+            assert isinstance(passes, TrainingPasses), "evaluation does not go back"
+            if action.kind == "weights":
+                passes.weights(action)
+                continue
+            hidden, output = under_way.pop(place)
+            passes.backward(action, output, message)
+            if ways.input_gradient is not None:
+                assert hidden is not None and hidden.grad is not None, "the loss depends on every stage"
+                sends.append(ways.input_gradient.start_send(hidden.grad))
+        for send in sends:
+            send.wait()
+
+    def _start_receive(self, passes: Passes, action: Action) -> Pending | None:
+        ways = self._ways[action.stage]
+        channel = {"forward": ways.input, "weights": None}.get(action.kind, ways.gradient)
+        if channel is None:
+            return None
+        # A stage's output has the shape and dtype of its input.
+        return channel.start_receive(passes.received(action))
+
+
+def _ways(mesh: Mesh, stage: int, num_stages: int) -> _Ways:
+    rank, last = mesh.pipeline.rank, mesh.pipeline.size - 1
+    if not last:
+        return _Ways(None, None, None, None)
+    forward, backward, *around = mesh.channels
+    is_first, is_last = rank == 0 and stage == 0, rank == last and stage == num_stages - 1
+    before, after = (rank - 1) % (last + 1), (rank + 1) % (last + 1)
+    forward_in, backward_out = (forward, backward) if rank > 0 or is_first else around
+    forward_out, backward_in = (forward, backward) if rank < last or is_last else around
+    return _Ways(input=None if is_first else Channel(forward_in, before, rank),
+                 output=None if is_last else Channel(forward_out, rank, after),
+                 gradient=None if is_last else Channel(backward_in, after, rank),
+                 input_gradient=None if is_first else Channel(backward_out, rank, before))
+
+
+def _open_channels(mesh: Mesh) -> None:
+    """Make every connection now, in the same order on all ranks."""
+    last = mesh.pipeline.size - 1
+    forward, backward, *around = mesh.channels
+    hops = [Channel(forward, rank, rank + 1) for rank in range(last)]
+    hops += [Channel(backward, rank + 1, rank) for rank in range(last)]
+    if around:
+        hops += [Channel(around[0], last, 0), Channel(around[1], 0, last)]
+    for channel in hops:
+        channel.open(mesh.pipeline.rank, mesh.device)

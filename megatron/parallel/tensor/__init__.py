@@ -1,0 +1,1 @@
+"""Layers, stream and vocabulary, whole or split over the tensor axis."""

@@ -1,0 +1,93 @@
+"""The residual stream on the tensor axis, and the ways between it and the layers that are split over that axis.
+
+Without sequence parallelism every tensor rank holds all tokens, and computes LayerNorms, dropouts and residuals alike.
+With it rank r holds the r-th slice of the tokens, and what was an all-reduce is a reduce-scatter and, where a split
+layer begins, an all-gather: as many bytes, a fraction of the memory (Korthikanti et al., 2022, arXiv 2205.05198).
+Shapes: t tokens of the micro-batch, u tokens of the stream on this rank (t, or t / ranks), h hidden.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megatron.parallel import collectives
+from megatron.parallel.collectives import Pending
+from megatron.parallel.mesh import Axis
+from megatron.parallel.placement import replicated_parameter
+from megatron.parallel.randomness import distinct_randomness
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Where the residual stream's tokens lie: whole on every rank of `axis`, or, if `is_split`, a slice on each.
+
+    "All tokens" are those of this rank of the `context` axis, over whose ranks a micro-batch is shared out before.
+    """
+
+    axis: Axis = Axis()
+    is_split: bool = False
+    context: Axis = Axis()
+
+    @property
+    def token_multiple(self) -> int:
+        """The number of tokens of a micro-batch is to be divisible by this."""
+        return self.context.size * (self.axis.size if self.is_split else 1)
+
+    def num_tokens_here(self, num_tokens: int) -> int:
+        """Of a micro-batch of `num_tokens`, evened to the multiple, how many tokens of the stream are on this rank."""
+        return -(-num_tokens // self.token_multiple)
+
+    def start_enter(self, hidden_uh: Tensor) -> Pending:
+        """All tokens [t, h], begun; its gradient comes back through `start_leave`. Not differentiable."""
+        return collectives.start_all_gather(hidden_uh, self.axis) if self.is_split else Pending(hidden_uh, None)
+
+    def start_leave(self, partial_th: Tensor) -> Pending:
+        """The sum over the ranks of `partial_th`, this rank's tokens [u, h] of it, begun. Not differentiable."""
+        start = collectives.start_reduce_scatter if self.is_split else collectives.start_all_reduce
+        return start(partial_th, self.axis)
+
+    def leave(self, partial_th: Tensor) -> Tensor:
+        """Forward: the sum over the ranks, this rank's tokens [u, h] of it. Backward: the gradients of all tokens."""
+        leave = collectives.sum_to_slices if self.is_split else collectives.sum_outputs
+        return leave(partial_th, self.axis)
+
+    def tokens(self, values_t: Tensor) -> Tensor:
+        """This rank's tokens [u] of values that it has for all. Not differentiable."""
+        return collectives.slice_of(values_t, self.axis) if self.is_split else values_t
+
+    def pick(self, hidden_uh: Tensor, positions_m: Tensor) -> Tensor:
+        """The rows [m, h] at `positions_m` among all t tokens, on every rank.
+
+        Forward: each rank gives those that it has, and an all-reduce makes them whole. Backward: each takes the
+        gradients of its own tokens.
+        """
+        if self.is_split:
+            return collectives.sum_outputs(rows_here(hidden_uh, positions_m, self.axis), self.axis)
+        return hidden_uh.index_select(0, positions_m)
+
+    def parameter(self, shape: Sequence[int]) -> nn.Parameter:
+        """A parameter that acts on the stream: held whole, its gradient that of this rank's tokens."""
+        return replicated_parameter(shape, self.axis, has_partial_gradient=self.is_split)
+
+    def dropout(self, hidden_uh: Tensor, rate: float, is_training: bool) -> Tensor:
+        """Dropout [u, h] on the stream: the same on all ranks that hold the same tokens, another on other tokens."""
+        axis = self.axis if self.is_split and is_training else Axis()
+        with distinct_randomness(axis, rate, hidden_uh.device):
+            # Keeps a mask of one byte an element, on every device.
+            return torch.native_dropout(hidden_uh, rate, True)[0] if rate and is_training else hidden_uh
+
+
+ONE_RANK = Stream()
+
+
+def rows_here(table_rh: Tensor, ids_m: Tensor, axis: Axis) -> Tensor:
+    """The rows [m, h] of a table whose rows are split over `axis`, 0 where another rank has them: a partial tensor."""
+    if axis.size == 1:
+        return F.embedding(ids_m, table_rh)
+    ids_m = ids_m - axis.rank * len(table_rh)
+    is_elsewhere_m = (ids_m < 0) | (ids_m >= len(table_rh))
+    rows_mh = F.embedding(ids_m.masked_fill(is_elsewhere_m, 0), table_rh)
+    return rows_mh.masked_fill(is_elsewhere_m[:, None], 0)

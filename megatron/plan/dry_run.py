@@ -1,0 +1,143 @@
+"""What one rank of a layout would hold and send, found in one process and without allocating anything.
+
+The rank's own stages, pipeline and optimizer take two steps on fake tensors (torch's FakeTensorMode), in a process
+group that answers at once and sends nothing (torch's "fake" backend). The batches are made up:
+`megatron.data.batches.typical`. For --DDP-impl torch, whose reducer is C++ that reads values, local stands in: it sends
+the same bytes.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from megatron.config import Config
+from megatron.data.batches.typical import typical_batch
+from megatron.data.corpus.vocab import DEFAULT_VOCAB, Vocab
+from megatron.errors import ConfigError
+from megatron.model.protein_model import ProteinModel
+from megatron.parallel.data.data_parallel import data_parallel
+from megatron.parallel.mesh import Mesh, build_mesh
+from megatron.parallel.traffic import Traffic, TrafficCounter
+from megatron.plan.memory_watch import MemoryWatch, num_bytes
+from megatron.train.engine import build_stages, with_optimizer
+from megatron.train.meters import Meters
+from megatron.train.state import BatchSizes
+from megatron.train.step import TrainStep
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Bytes that one rank holds when it holds most, and what it sends in a step.
+
+    `gradients` are those that it holds at that moment, as large as they are then; `activations` is everything else:
+    what is kept for backward passes, parameters gathered from other ranks, and temporary results.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    traffic: Traffic
+
+    @property
+    def peak(self) -> int:
+        """Bytes in all."""
+        return self.parameters + self.gradients + self.optimizer + self.activations
+
+
+def dry_run(config: Config) -> str:
+    """The report of rank `--dry-run-rank` of `--dry-run-ranks`; raises ConfigError where there is no such rank."""
+    found = measure(config)
+    parallel = config.parallel
+    lines = [f"dry run of rank {parallel.dry_run_rank} of {parallel.dry_run_ranks}: memory at the peak, GiB"]
+    parts = {"parameters": found.parameters, "gradients": found.gradients, "optimizer": found.optimizer,
+             "activations and temporary": found.activations, "peak": found.peak}
+    lines += [f"  {name:<28}{size / _GIB:>12.3f}" for name, size in parts.items()]
+    lines += ["sent a step by this rank", f"  {'axis':<14}{'operation':<14}{'calls':>12}{'bytes':>20}{'GiB':>12}"]
+    for (axis, operation), sent in sorted(found.traffic.sent.items()):
+        calls = found.traffic.calls[axis, operation]
+        lines.append(f"  {axis:<14}{operation:<14}{calls:>12,}{sent:>20,}{sent / _GIB:>12.3f}")
+    total = found.traffic.sent.total()
+    return "\n".join([*lines, f"  {'in all':<28}{found.traffic.calls.total():>12,}{total:>20,}{total / _GIB:>12.3f}"])
+
+
+def measure(config: Config) -> Measurement:
+    """What rank `--dry-run-rank` of `--dry-run-ranks` holds and sends, of which `check_layout` has approved."""
+    rank, num_ranks = config.parallel.dry_run_rank, config.parallel.dry_run_ranks
+    if rank >= num_ranks:
+        raise ConfigError(f"--dry-run-rank is {rank}, and --dry-run-ranks {num_ranks}: ranks count from 0")
+    with _fake_mesh(config, rank, num_ranks) as mesh:
+        sizes = BatchSizes(config.training, mesh.data.size)
+        num_micro_batches = sizes.final // sizes.rows_a_micro_step
+        with TrafficCounter(mesh) as counter, MemoryWatch() as watch:
+            return _Steps(config, mesh, counter, watch).measured(num_micro_batches)
+
+
+@contextmanager
+def _fake_mesh(config: Config, rank: int, num_ranks: int) -> Iterator[Mesh]:
+    if num_ranks == 1:
+        yield Mesh()
+        return
+    import torch.testing._internal.distributed.fake_pg  # noqa: F401  (registers the backend)
+    from torch._C._distributed_c10d import FakeWork
+
+    # Its messages arrive at once but do not say so, and finished ones would be kept.
+    FakeWork.is_completed = lambda self: True  # type: ignore[method-assign]
+    dist.init_process_group("fake", store=dist.HashStore(), rank=rank, world_size=num_ranks)
+    try:
+        yield build_mesh(config.parallel, torch.device("cpu"), timedelta(minutes=1))
+    finally:
+        dist.destroy_process_group()
+
+
+class _Steps:
+    """The rank's training steps, under the modes that watch them."""
+
+    def __init__(self, config: Config, mesh: Mesh, counter: TrafficCounter, watch: MemoryWatch) -> None:
+        self._mesh, self._counter, self._watch = mesh, counter, watch
+        self._batch = typical_batch(config.data, config.training.micro_batch_size)
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        padded = Vocab.from_file(config.data.vocab_file or DEFAULT_VOCAB).padded_size(
+            config.model.make_vocab_size_divisible_by)
+        with self._fake:
+            self._stages = build_stages(config, mesh, padded)
+        # Outside the mode: FSDP2 asks its mesh for values. The parameters are fake already.
+        model = data_parallel(self._stages, ProteinModel.blocks, mesh, replace(config.parallel, DDP_impl="local"))
+        self._shares = [parameter for stage in self._stages for parameter in stage.parameters()]
+        with self._fake:
+            self._engine = with_optimizer(config, mesh, padded, self._stages, model)
+            self._step = TrainStep(self._engine, Meters(mesh.world, mesh.device))
+
+    def measured(self, num_micro_batches: int) -> Measurement:
+        """Two steps, of no more micro-batches than it takes to see the peak; traffic grows evenly from there."""
+        pipeline = self._mesh.pipeline.size
+        first = min(num_micro_batches, 2 * pipeline)
+        second = min(num_micro_batches, 3 * pipeline)
+        before = self._traffic_of(first)
+        self._watch.at_peak = self._gradient_bytes
+        self._watch.restart()
+        traffic = self._traffic_of(second)
+        if num_micro_batches > second:
+            traffic = before.continued(traffic, (num_micro_batches - first) / (second - first))
+        parameters = num_bytes(self._engine.model.parameters.values())
+        optimizer = num_bytes(self._engine.optimizer.state().values())
+        gradients = self._watch.found_at_peak
+        return Measurement(parameters, gradients, optimizer,
+                           self._watch.peak - parameters - optimizer - gradients, traffic)
+
+    def _traffic_of(self, num_micro_batches: int) -> Traffic:
+        self._counter.traffic = Traffic()
+        with self._fake:
+            self._step([self._batch] * num_micro_batches, learning_rate=1e-4, consumed_samples=0, wants_stop=False)
+        return self._counter.traffic
+
+    def _gradient_bytes(self) -> int:
+        # FSDP2 puts gathered parameters in the place of shares; either may have a gradient.
+        now = [parameter for stage in self._stages for parameter in stage.parameters()]
+        return num_bytes(parameter.grad for parameter in {*self._shares, *now})
