@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron.config import ModelConfig
-from megatron.parallel.tensor.layers import LayerNorm, Linear
+from megatron.parallel.tensor.layers import LayerNorm, Linear, Matrix
 from megatron.parallel.tensor.stream import ONE_RANK, Stream
 from megatron.parallel.tensor.vocabulary import vocabulary_logits, vocabulary_parameter
 
@@ -22,7 +22,7 @@ class MaskedLMHead(nn.Module):
         self.num_ids, self.axis = padded_vocab_size, stream.axis
         self.bias = vocabulary_parameter((padded_vocab_size,), config.make_vocab_size_divisible_by, stream.axis)
 
-    def forward(self, hidden_mh: Tensor, word_embeddings_rh: Tensor) -> Tensor:
+    def forward(self, hidden_mh: Tensor, word_embeddings: Matrix) -> Tensor:
         """Logits [m, v]; every rank gives the same hidden states."""
         hidden_mh = self.layernorm(F.gelu(self.dense(hidden_mh)))
-        return vocabulary_logits(hidden_mh, word_embeddings_rh, self.bias, self.num_ids, self.axis)
+        return vocabulary_logits(hidden_mh, word_embeddings, self.bias, self.num_ids, self.axis)

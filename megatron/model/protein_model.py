@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config import ModelConfig, PrecisionConfig
-from megatron.kernels.attention import Boundaries
+from megatron.kernels.packed_sequence import PackedSequence, Targets
 from megatron.model.embedding import Embedding, TiedEmbedding
 from megatron.model.head import MaskedLMHead
-from megatron.model.inputs import Inputs
 from megatron.model.transformer import Transformer
 from megatron.parallel.mesh import Axis
 from megatron.parallel.pipeline.partition import Stage, whole_model
@@ -51,34 +50,30 @@ class ProteinModel(nn.Module):
         self.loss_in_fp32 = not precision.fp16_lm_cross_entropy
         self.hidden_size = config.hidden_size
 
-    def forward(self, inputs: Inputs, hidden_uh: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, sequence: PackedSequence, targets: Targets,
+                hidden_uh: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """The hidden states [u, h] that the next stage takes as `hidden_uh`; of the last stage the loss.
 
         That is the summed cross entropy of the targets (nats, fp32) and how many of them are the most likely token.
         """
         if self.stage.is_first:
-            hidden_uh = self.embedding(inputs.tokens_t, inputs.positions_t)
+            hidden_uh = self.embedding(sequence.tokens_t, sequence.positions_t)
         assert hidden_uh is not None, "a later stage takes hidden states"
-        hidden_uh = self.transformer(hidden_uh, inputs.boundaries)
+        hidden_uh = self.transformer(hidden_uh, sequence)
         if not self.stage.is_last:
             return hidden_uh
-        logits_mv = self.logits(self.stream.pick(hidden_uh, inputs.target_positions_m))
+        logits_mv = self.logits(self.stream.pick(hidden_uh, targets.positions_m))
         if self.loss_in_fp32:
             logits_mv = logits_mv.float()
-        return vocabulary_cross_entropy(logits_mv, inputs.target_ids_m, len(self.lm_head.bias), self.stream.axis)
+        return vocabulary_cross_entropy(logits_mv, targets.ids_m, len(self.lm_head.bias), self.stream.axis)
 
-    def hidden(self, tokens_t: Tensor, positions_t: Tensor, boundaries: Boundaries) -> Tensor:
+    def hidden(self, sequence: PackedSequence) -> Tensor:
         """Hidden states [u, h] after the last LayerNorm of a whole model, whose stream takes tokens as they are."""
-        return self.transformer(self.embedding(tokens_t, positions_t), boundaries)
+        return self.transformer(self.embedding(sequence.tokens_t, sequence.positions_t), sequence)
 
     def logits(self, hidden_mh: Tensor) -> Tensor:
         """Logits [m, v] of hidden states."""
-        return self.lm_head(hidden_mh, self.embedding.word_embeddings.weight)
-
-    def received(self, inputs: Inputs) -> Tensor:
-        """A tensor, without values, of the shape and dtype of what this stage takes from the stage before it."""
-        shape = self.stream.num_tokens_here(inputs.num_tokens), self.hidden_size
-        return torch.empty(shape, dtype=self.stream_dtype, device=inputs.boundaries.cu_seqlens.device)
+        return self.lm_head(hidden_mh, self.embedding.word_embeddings)
 
     def blocks(self) -> Iterable[nn.Module]:
         """The transformer's blocks: the units in which parameters are shared out and gathered."""

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron.config import ModelConfig
-from megatron.kernels.attention import Boundaries, packed_attention
+from megatron.kernels.packed_sequence import PackedSequence
+from megatron.parallel.context import context_attention
 from megatron.parallel.mesh import Axis
 from megatron.parallel.pipeline.partition import Stage
 from megatron.parallel.randomness import distinct_randomness
@@ -34,17 +35,17 @@ class Attention(nn.Module):
         self.query_key_value = ColumnParallelLinear(config.hidden_size, 3 * width, stream)
         self.dense = RowParallelLinear(width, config.hidden_size, stream)
 
-    def forward(self, hidden_uh: Tensor, boundaries: Boundaries) -> Tensor:
+    def forward(self, hidden_uh: Tensor, sequence: PackedSequence) -> Tensor:
         """[u, h]."""
         # The projection's rows are [n, 3, d]; the kernel wants [t, n, 3, d]: the same memory.
         qkv_tn3d = self.query_key_value(hidden_uh).view(-1, self.num_heads, 3, self.head_width)
         dropout = self.dropout if self.training else 0.0
         with distinct_randomness(self.axis, dropout, hidden_uh.device):
             if self.recomputes_core and self.training:
-                context_tnd = recomputed(lambda qkv_tn3d: packed_attention(qkv_tn3d, boundaries, dropout, self.context),
+                context_tnd = recomputed(lambda qkv_tn3d: context_attention(qkv_tn3d, sequence, dropout, self.context),
                                          qkv_tn3d, has_dropout=dropout > 0)
             else:
-                context_tnd = packed_attention(qkv_tn3d, boundaries, dropout, self.context)
+                context_tnd = context_attention(qkv_tn3d, sequence, dropout, self.context)
         return self.dense(context_tnd.flatten(1))
 
 
@@ -77,11 +78,11 @@ class Block(nn.Module):
         self.stream, self.dropout, self.dtype = stream, config.hidden_dropout, dtype
         self.residual_after_layernorm = config.apply_residual_connection_post_layernorm
 
-    def forward(self, hidden_uh: Tensor, boundaries: Boundaries) -> Tensor:
+    def forward(self, hidden_uh: Tensor, sequence: PackedSequence) -> Tensor:
         """[u, h]."""
         normed_uh = self.input_layernorm(hidden_uh)
         residual_uh = normed_uh if self.residual_after_layernorm else hidden_uh
-        hidden_uh = self._add(residual_uh, self.attention(normed_uh.to(self.dtype), boundaries))
+        hidden_uh = self._add(residual_uh, self.attention(normed_uh.to(self.dtype), sequence))
         normed_uh = self.post_attention_layernorm(hidden_uh)
         residual_uh = normed_uh if self.residual_after_layernorm else hidden_uh
         return self._add(residual_uh, self.mlp(normed_uh.to(self.dtype)))
@@ -106,20 +107,20 @@ class Transformer(nn.Module):
         self.kept_over = stream.axis if config.distribute_checkpointed_activations else Axis()
         self.has_dropout = config.attention_dropout > 0 or config.hidden_dropout > 0
 
-    def forward(self, hidden_uh: Tensor, boundaries: Boundaries) -> Tensor:
+    def forward(self, hidden_uh: Tensor, sequence: PackedSequence) -> Tensor:
         """[u, h]."""
         step = self.layers_a_checkpoint if self.training and self.layers_a_checkpoint else None
         blocks = list(self.layers.values())
         if step is None:
-            hidden_uh = _run(blocks, boundaries, hidden_uh)
+            hidden_uh = _run(blocks, sequence, hidden_uh)
         else:
             for start in range(0, len(blocks), step):
-                hidden_uh = recomputed(partial(_run, blocks[start:start + step], boundaries), hidden_uh,
+                hidden_uh = recomputed(partial(_run, blocks[start:start + step], sequence), hidden_uh,
                                        has_dropout=self.has_dropout, kept_over=self.kept_over)
         return self.final_layernorm(hidden_uh).to(self.dtype) if self.is_last else hidden_uh
 
 
-def _run(blocks: Sequence[nn.Module], boundaries: Boundaries, hidden_uh: Tensor) -> Tensor:
+def _run(blocks: Sequence[nn.Module], sequence: PackedSequence, hidden_uh: Tensor) -> Tensor:
     for block in blocks:
-        hidden_uh = block(hidden_uh, boundaries)
+        hidden_uh = block(hidden_uh, sequence)
     return hidden_uh

@@ -23,7 +23,7 @@ from megatron.parallel.data.data_parallel import data_parallel
 from megatron.parallel.mesh import Mesh, build_mesh
 from megatron.parallel.traffic import Traffic, TrafficCounter
 from megatron.plan.memory_watch import MemoryWatch, num_bytes
-from megatron.train.engine import build_stages, with_optimizer
+from megatron.train.engine import build_stages, stream_of, with_optimizer
 from megatron.train.meters import Meters
 from megatron.train.state import BatchSizes
 from megatron.train.step import TrainStep
@@ -101,7 +101,9 @@ class _Steps:
 
     def __init__(self, config: Config, mesh: Mesh, counter: TrafficCounter, watch: MemoryWatch) -> None:
         self._mesh, self._counter, self._watch = mesh, counter, watch
-        self._batch = typical_batch(config.data, config.training.micro_batch_size)
+        stream = stream_of(config, mesh)
+        self._batch = typical_batch(config.data, config.training.micro_batch_size, stream.token_multiple,
+                                    mesh.context.rank, mesh.context.size)
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         padded = Vocab.from_file(config.data.vocab_file or DEFAULT_VOCAB).padded_size(
             config.model.make_vocab_size_divisible_by)

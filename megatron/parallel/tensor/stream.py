@@ -37,7 +37,7 @@ class Stream:
         return self.context.size * (self.axis.size if self.is_split else 1)
 
     def num_tokens_here(self, num_tokens: int) -> int:
-        """Of a micro-batch of `num_tokens`, evened to the multiple, how many tokens of the stream are on this rank."""
+        """Tokens of the stream on this rank, of a micro-batch of `num_tokens`, evened up to the multiple."""
         return -(-num_tokens // self.token_multiple)
 
     def start_enter(self, hidden_uh: Tensor) -> Pending:
