@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config import ModelConfig
+from megatron.parallel.randomness import rate_of
 from megatron.parallel.tensor.layers import Table
 from megatron.parallel.tensor.stream import Stream
 from megatron.parallel.tensor.vocabulary import VocabularyParallelTable
@@ -23,7 +24,7 @@ class Embedding(nn.Module):
     def forward(self, tokens_t: Tensor, positions_t: Tensor) -> Tensor:
         """[u, h] from token ids and from positions that restart at 0 with each protein."""
         hidden_uh = self.word_embeddings(tokens_t) + self.position_embeddings(self.stream.tokens(positions_t))
-        return self.stream.dropout(hidden_uh.to(self.dtype), self.dropout, self.training)
+        return self.stream.dropout(hidden_uh.to(self.dtype), rate_of(self))
 
 
 class TiedEmbedding(nn.Module):

@@ -17,7 +17,7 @@ from megatron.kernels.packed_sequence import PackedSequence
 from megatron.parallel.context import context_attention
 from megatron.parallel.mesh import Axis
 from megatron.parallel.pipeline.partition import Stage
-from megatron.parallel.randomness import distinct_randomness
+from megatron.parallel.randomness import distinct_randomness, rate_of
 from megatron.parallel.recomputation import recomputed
 from megatron.parallel.tensor.layers import ColumnParallelLinear, LayerNorm, RowParallelLinear
 from megatron.parallel.tensor.stream import Stream
@@ -39,9 +39,9 @@ class Attention(nn.Module):
         """[u, h]."""
         # The projection's rows are [n, 3, d]; the kernel wants [t, n, 3, d]: the same memory.
         qkv_tn3d = self.query_key_value(hidden_uh).view(-1, self.num_heads, 3, self.head_width)
-        dropout = self.dropout if self.training else 0.0
+        dropout = rate_of(self)
         with distinct_randomness(self.axis, dropout, hidden_uh.device):
-            if self.recomputes_core and self.training:
+            if self.recomputes_core and torch.is_grad_enabled():
                 context_tnd = recomputed(lambda qkv_tn3d: context_attention(qkv_tn3d, sequence, dropout, self.context),
                                          qkv_tn3d, has_dropout=dropout > 0)
             else:
@@ -88,7 +88,7 @@ class Block(nn.Module):
         return self._add(residual_uh, self.mlp(normed_uh.to(self.dtype)))
 
     def _add(self, residual_uh: Tensor, branch_uh: Tensor) -> Tensor:
-        return residual_uh + self.stream.dropout(branch_uh, self.dropout, self.training)
+        return residual_uh + self.stream.dropout(branch_uh, rate_of(self))
 
 
 class Transformer(nn.Module):
@@ -109,9 +109,9 @@ class Transformer(nn.Module):
 
     def forward(self, hidden_uh: Tensor, sequence: PackedSequence) -> Tensor:
         """[u, h]."""
-        step = self.layers_a_checkpoint if self.training and self.layers_a_checkpoint else None
+        step = self.layers_a_checkpoint
         blocks = list(self.layers.values())
-        if step is None:
+        if step is None or not torch.is_grad_enabled():
             hidden_uh = _run(blocks, sequence, hidden_uh)
         else:
             for start in range(0, len(blocks), step):

@@ -72,12 +72,12 @@ class Stream:
         """A parameter that acts on the stream: held whole, its gradient that of this rank's tokens."""
         return replicated_parameter(shape, self.axis, has_partial_gradient=self.is_split)
 
-    def dropout(self, hidden_uh: Tensor, rate: float, is_training: bool) -> Tensor:
+    def dropout(self, hidden_uh: Tensor, rate: float) -> Tensor:
         """Dropout [u, h] on the stream: the same on all ranks that hold the same tokens, another on other tokens."""
-        axis = self.axis if self.is_split and is_training else Axis()
+        axis = self.axis if self.is_split else Axis()
         with distinct_randomness(axis, rate, hidden_uh.device):
             # Keeps a mask of one byte an element, on every device.
-            return torch.native_dropout(hidden_uh, rate, True)[0] if rate and is_training else hidden_uh
+            return torch.native_dropout(hidden_uh, rate, True)[0] if rate else hidden_uh
 
 
 ONE_RANK = Stream()
