@@ -37,7 +37,7 @@ def our_step(layers: int, hidden: int, precision: str, device: torch.device) -> 
     dropout = "--attention-dropout 0 --hidden-dropout 0"
     config, _ = parse([*flags.split(), *dropout.split(), *precision.split()])
     model = ProteinModel(config.model, config.precision, 128)
-    initialise(model, config.model, seed=1)
+    initialise(model, seed=1)
     model.to(device)
     optimizer = Optimizer(dict(model.named_parameters()), config.optimizer)
     scale = LossScale(config.precision, device)

@@ -1,6 +1,6 @@
 """The optimizer: which parameters decay, whose implementation, and one step with clipping and overflow handling."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from megatron.config import OptimizerConfig
 from megatron.errors import ConfigError
 from megatron.optim.scaling import LossScale
 from megatron.parallel.mesh import Axis
+from megatron.parallel.parameters import declaration_of
 from megatron.parallel.placement import gradient_norm
 
 ONE_RANK = Axis()
@@ -35,11 +36,7 @@ class Optimizer:
         self.named_parameters, self._pipeline = parameters, pipeline
         self._clip_grad = config.clip_grad
         self._is_apex = config.optimizer_backend == "apex"
-        groups = [
-            {"params": [p for p in self.named_parameters.values() if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in self.named_parameters.values() if p.ndim == 1], "weight_decay": 0.0},
-        ]
-        self.inner = _build(groups, config)
+        self.inner = _build(_groups(parameters.values(), config.weight_decay), config)
 
     def step(self, learning_rate: float, loss_scale: LossScale) -> StepOutcome:
         """Unscale and clip the gradients, update the parameters, clear the gradients, update `loss_scale`."""
@@ -86,6 +83,16 @@ class Optimizer:
             steps = [int(tensor) for key, tensor in state.items() if key.startswith("step/")]
             for group in self.inner.param_groups:
                 group["step"] = max(steps, default=0)
+
+
+def _groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict]:
+    """What torch's optimizers take: the parameters by what they declare, their `group` and whether they decay."""
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        declaration = declaration_of(parameter)
+        groups.setdefault((declaration.group, declaration.decays), []).append(parameter)
+    return [{"params": members, "group": group, "weight_decay": weight_decay if decays else 0.0}
+            for (group, decays), members in groups.items()]
 
 
 def _build(groups: list[dict], config: OptimizerConfig) -> torch.optim.Optimizer:

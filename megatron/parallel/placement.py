@@ -76,26 +76,6 @@ class Placement:
         return F.pad(mine, [0, 0] * (whole.ndim - 1 - self.dim) + [0, missing]).clone()
 
 
-def split_parameter(shape: Sequence[int], dim: int, axis: Axis, *, local_size: int | None = None) -> nn.Parameter:
-    """A parameter of which each rank holds a slice along `dim`, of `local_size` where the slices do not just fit."""
-    local_shape = list(shape)
-    local_shape[dim] = local_size or shape[dim] // axis.size
-    assert local_shape[dim] * axis.size >= shape[dim], "the slices cover the whole"
-    return placed(torch.empty(local_shape), Placement(axis, dim, shape[dim]))
-
-
-def replicated_parameter(shape: Sequence[int], axis: Axis, *, has_partial_gradient: bool) -> nn.Parameter:
-    """A parameter that every rank of `axis` holds whole."""
-    return placed(torch.empty(*shape), Placement(axis, has_partial_gradient=has_partial_gradient))
-
-
-def placed(tensor: Tensor, placement: Placement) -> nn.Parameter:
-    """A parameter with the values, in the memory, of `tensor`, that knows its placement."""
-    parameter = nn.Parameter(tensor)
-    parameter.placement = placement  # type: ignore[attr-defined]
-    return parameter
-
-
 def placement_of(parameter: Tensor) -> Placement:
     """How `parameter` lies on the ranks."""
     return getattr(parameter, "placement", Placement())

@@ -37,7 +37,7 @@ def build_engine(config: Config, mesh: Mesh, padded_vocab_size: int,
         load(stages)
     else:
         for stage in stages:
-            initialise(stage, config.model, config.training.seed)
+            initialise(stage, config.training.seed)
     model = data_parallel(stages, ProteinModel.blocks, mesh, config.parallel)
     return with_optimizer(config, mesh, padded_vocab_size, stages, model)
 

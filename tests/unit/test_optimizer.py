@@ -11,14 +11,18 @@ from megatron.errors import ConfigError
 from megatron.optim.optimizer import Optimizer
 from megatron.optim.scaling import LossScale
 from megatron.optim.schedule import build_schedule
+from megatron.parallel.parameters import BIAS, SCALE, Normal, matrix, whole_parameter
 
 CPU = torch.device("cpu")
 
 
 def parameters():
     torch.manual_seed(0)
-    return {"dense.weight": torch.nn.Parameter(torch.randn(4, 3)), "dense.bias": torch.nn.Parameter(torch.randn(4)),
-            "layernorm.weight": torch.nn.Parameter(torch.randn(3))}
+    named = {"dense.weight": whole_parameter((4, 3), matrix(Normal(0.02))), "dense.bias": whole_parameter((4,), BIAS),
+             "layernorm.weight": whole_parameter((3,), SCALE)}
+    for parameter in named.values():
+        parameter.data.normal_()
+    return named
 
 
 def set_gradients(named, factor=1.0):

@@ -20,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from megatron.config import ParallelConfig
 from megatron.parallel.collectives import all_reduce_sum
 from megatron.parallel.mesh import Axis, Mesh
-from megatron.parallel.placement import partial_gradients, placed, placement_of
+from megatron.parallel.parameters import inherit
+from megatron.parallel.placement import partial_gradients, placement_of
 
 BUCKET_ELEMENTS = 16 * 2**20  # 64 MiB of fp32: large enough for the network, small beside the model
 
@@ -120,8 +121,7 @@ class Sharded:
         device_mesh = _device_mesh(mesh)
         self.parameters, self._sources = {}, []
         for stage in stages:
-            placements = {name: replace(placement_of(parameter), shards=mesh.shards, num_rows=parameter.shape[0])
-                          for name, parameter in stage.named_parameters()}
+            wholes = dict(stage.named_parameters())
             for unit in [*blocks(stage), stage]:
                 fully_shard(unit, mesh=device_mesh, reshard_after_forward=sharding == "parameters")
                 assert isinstance(unit, FSDPModule)
@@ -129,7 +129,7 @@ class Sharded:
                 unit.set_force_sum_reduction_for_comms(True)
             for name, source in stage.named_parameters():
                 assert isinstance(source, DTensor)
-                self.parameters[name] = placed(source.to_local().detach(), placements[name])
+                self.parameters[name] = _share(source, wholes[name], mesh.shards)
                 self._sources.append((source, self.parameters[name]))
 
     def forward(self, stage: int, *args: Any) -> Any:
@@ -151,6 +151,14 @@ class Sharded:
             share.grad = source.grad.to_local()
             source.grad = None
         _sum_partial(self.parameters)
+
+
+def _share(source: DTensor, whole: nn.Parameter, shards: Axis) -> nn.Parameter:
+    """This rank's share of `whole`, in the memory that FSDP2 keeps it in."""
+    share = nn.Parameter(source.to_local().detach())
+    inherit(share, whole)
+    share.placement = replace(placement_of(whole), shards=shards, num_rows=len(whole))  # type: ignore[attr-defined]
+    return share
 
 
 def _device_mesh(mesh: Mesh) -> DeviceMesh:

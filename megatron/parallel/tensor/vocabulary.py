@@ -17,22 +17,30 @@ from torch.nn import functional as F
 
 from megatron.parallel.collectives import all_gather, all_reduce_sum, sum_gradients
 from megatron.parallel.mesh import Axis
-from megatron.parallel.placement import split_parameter
+from megatron.parallel.parameters import Declaration, Initial, split_parameter, table
 from megatron.parallel.tensor.stream import Stream, rows_here
 
+_ONE_RANK = Axis()
 
-def vocabulary_parameter(shape: Sequence[int], multiple: int, axis: Axis) -> nn.Parameter:
-    """A parameter of `shape` with a row for each id, the rows split over `axis`: a multiple of `multiple` on each."""
-    return split_parameter(shape, 0, axis, local_size=-(-shape[0] // (multiple * axis.size)) * multiple)
+
+def vocabulary_parameter(shape: Sequence[int], multiple: int, axis: Axis, declaration: Declaration,
+                         ends: Axis = _ONE_RANK) -> nn.Parameter:
+    """A parameter of `shape` with a row for each id, the rows split over `axis`: a multiple of `multiple` on each.
+
+    The `ends` are the pipeline ranks that both hold it.
+    """
+    rows = -(-shape[0] // (multiple * axis.size)) * multiple
+    return split_parameter(shape, 0, axis, declaration, local_size=rows, ends=ends)
 
 
 class VocabularyParallelTable(nn.Module):
     """A row of `weight` for each of `num_ids` ids, the rows split over the tensor axis."""
 
-    def __init__(self, num_ids: int, hidden_size: int, multiple: int, stream: Stream) -> None:
+    def __init__(self, num_ids: int, hidden_size: int, multiple: int, stream: Stream, initial: Initial,
+                 ends: Axis = _ONE_RANK) -> None:
         super().__init__()
         self.stream = stream
-        self.weight = vocabulary_parameter((num_ids, hidden_size), multiple, stream.axis)
+        self.weight = vocabulary_parameter((num_ids, hidden_size), multiple, stream.axis, table(initial), ends)
 
     def forward(self, ids_t: Tensor) -> Tensor:
         """[u, h]."""
