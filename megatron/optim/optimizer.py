@@ -11,7 +11,7 @@ from megatron.errors import ConfigError
 from megatron.optim.scaling import LossScale
 from megatron.parallel.mesh import Axis
 from megatron.parallel.parameters import declaration_of
-from megatron.parallel.placement import gradient_norm
+from megatron.parallel.placement import gradient_norm, is_any_trained
 
 ONE_RANK = Axis()
 
@@ -25,25 +25,29 @@ class StepOutcome:
 
 
 class Optimizer:
-    """Steps fp32 parameters along their summed, scaled gradients.
+    """Steps fp32 parameters along their summed, scaled gradients; of frozen ones it keeps nothing.
 
     `parameters`: this rank's part of each, by name; `pipeline`: the ranks that hold the others, whose gradients count
-    in the norm. A step whose gradients are not all finite changes nothing.
+    in the norm. A step whose gradients are not all finite changes nothing. Raises ConfigError where all are frozen.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig,
                  pipeline: Axis = ONE_RANK) -> None:
-        self.named_parameters, self._pipeline = parameters, pipeline
+        if not is_any_trained(parameters.values(), pipeline):
+            raise ConfigError("every parameter of the model is frozen, so there is nothing to train; leave some "
+                              "trainable")
+        self._all, self._pipeline = list(parameters.values()), pipeline
+        self._trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         self._clip_grad = config.clip_grad
         self._is_apex = config.optimizer_backend == "apex"
-        self.inner = _build(_groups(parameters.values(), config.weight_decay), config)
+        self.inner = _build(_groups(self._all, config.weight_decay), config)
 
     def step(self, learning_rate: float, loss_scale: LossScale) -> StepOutcome:
         """Unscale and clip the gradients, update the parameters, clear the gradients, update `loss_scale`."""
-        gradients = [p.grad for p in self.named_parameters.values() if p.grad is not None]
-        assert len(gradients) == len(self.named_parameters), "every parameter takes part in the loss"
+        gradients = [parameter.grad for parameter in self._trained.values() if parameter.grad is not None]
+        assert len(gradients) == len(self._trained), "every parameter that is trained takes part in the loss"
         scale = loss_scale.value
-        norm = gradient_norm(self.named_parameters.values(), self._pipeline) / scale
+        norm = gradient_norm(self._all, self._pipeline) / scale
         is_finite = torch.isfinite(norm)
         # Megatron's clipping: by max_norm / (norm + 1e-6) where that is below 1.
         divisor = scale * torch.clamp((norm + 1e-6) / self._clip_grad, min=1.0) if self._clip_grad else scale
@@ -64,7 +68,7 @@ class Optimizer:
 
     def state(self) -> dict[str, Tensor]:
         """Every state tensor, of this rank, under `KIND/PARAMETER`, e.g. `exp_avg/lm_head.bias`."""
-        names: dict[Tensor, str] = {parameter: name for name, parameter in self.named_parameters.items()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self._trained.items()}
         state = {f"{kind}/{names[parameter]}": tensor for parameter, values in self.inner.state.items()
                  for kind, tensor in values.items() if isinstance(tensor, Tensor)}
         for group in self.inner.param_groups:
@@ -73,11 +77,11 @@ class Optimizer:
         return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from what `state()` gave, by either implementation."""
+        """Go on from what `state()` gave, by either implementation; that of parameters frozen since is left out."""
         for key, tensor in state.items():
             kind, name = key.split("/", 1)
-            parameter = self.named_parameters[name]
-            if not (self._is_apex and kind == "step"):
+            if name in self._trained and not (self._is_apex and kind == "step"):
+                parameter = self._trained[name]
                 self.inner.state[parameter][kind] = tensor.to(parameter.device)
         if self._is_apex:
             steps = [int(tensor) for key, tensor in state.items() if key.startswith("step/")]
@@ -86,11 +90,15 @@ class Optimizer:
 
 
 def _groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict]:
-    """What torch's optimizers take: the parameters by what they declare, their `group` and whether they decay."""
+    """What torch's optimizers take: the parameters by what they declare, their `group` and whether they decay.
+
+    Frozen ones leave their group empty: there is one at least, without which torch's optimizers refuse to be made.
+    """
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for parameter in parameters:
         declaration = declaration_of(parameter)
-        groups.setdefault((declaration.group, declaration.decays), []).append(parameter)
+        members = groups.setdefault((declaration.group, declaration.decays), [])
+        members += [parameter] if parameter.requires_grad else []
     return [{"params": members, "group": group, "weight_decay": weight_decay if decays else 0.0}
             for (group, decays), members in groups.items()]
 

@@ -31,7 +31,7 @@ class WeightGradients:
 
     def takes(self, weight_oi: Tensor, grad_to: Tensor, x_ti: Tensor) -> bool:
         """Whether the gradient of `weight_oi`, a leaf, is left to this queue; autograd is then not to get it."""
-        if self._is_collecting:
+        if self._is_collecting and weight_oi.requires_grad:
             # Without the input's graph, which would keep what the stage received, and grow by the product.
             self._waiting[-1].append((weight_oi, grad_to, x_ti.detach()))
         return self._is_collecting
@@ -40,12 +40,13 @@ class WeightGradients:
         """Add the gradients of the backward pass that has waited longest to those of the weights."""
         for weight_oi, grad_to, x_ti in self._waiting.popleft():
             gradient_oi = weight_gradient(weight_oi, grad_to, x_ti)
+            assert gradient_oi is not None, "no frozen weight waits"
             weight_oi.grad = gradient_oi if weight_oi.grad is None else weight_oi.grad.add_(gradient_oi)
 
 
-def weight_gradient(weight_oi: Tensor, grad_to: Tensor, x_ti: Tensor) -> Tensor:
-    """The gradient [o, i] of `x Wᵀ` in the weight's dtype."""
-    return (grad_to.t() @ x_ti).to(weight_oi.dtype)
+def weight_gradient(weight_oi: Tensor, grad_to: Tensor, x_ti: Tensor) -> Tensor | None:
+    """The gradient [o, i] of `x Wᵀ` in the weight's dtype; None of a frozen weight."""
+    return (grad_to.t() @ x_ti).to(weight_oi.dtype) if weight_oi.requires_grad else None
 
 
 def put_off_weight_gradients(model: nn.Module, waiting: WeightGradients) -> None:
