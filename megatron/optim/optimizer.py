@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from megatron.config import OptimizerConfig
 from megatron.errors import ConfigError
 from megatron.optim.scaling import LossScale
+from megatron.optim.sgd import DecoupledSGD
 from megatron.parallel.mesh import Axis
 from megatron.parallel.parameters import declaration_of
 from megatron.parallel.placement import gradient_norm, is_any_trained
@@ -108,7 +109,7 @@ def _build(groups: list[dict], config: OptimizerConfig) -> torch.optim.Optimizer
     if config.optimizer_backend == "torch":
         if config.optimizer == "adam":
             return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.adam_eps, fused=True)
-        return torch.optim.SGD(groups, lr=0.0, momentum=config.sgd_momentum, fused=True)
+        return DecoupledSGD(groups, momentum=config.sgd_momentum)
     try:
         from apex.optimizers import FusedAdam, FusedSGD  # type: ignore[import-not-found]
     except ImportError as error:
@@ -116,4 +117,4 @@ def _build(groups: list[dict], config: OptimizerConfig) -> torch.optim.Optimizer
                           "torch") from error
     if config.optimizer == "adam":
         return FusedAdam(groups, lr=0.0, betas=betas, eps=config.adam_eps)
-    return FusedSGD(groups, lr=0.0, momentum=config.sgd_momentum)
+    return FusedSGD(groups, lr=0.0, momentum=config.sgd_momentum, wd_after_momentum=True)

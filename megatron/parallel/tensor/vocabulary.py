@@ -65,7 +65,8 @@ def vocabulary_cross_entropy(logits_mv: Tensor, target_ids_m: Tensor, rows_a_ran
     exponentials and the targets' logits summed over the axis. Backward: no communication.
     """
     if axis.size == 1:
-        loss = F.cross_entropy(logits_mv, target_ids_m, reduction="sum").float()
+        # Each target's loss is in the logits' dtype, their sum is not: in fp16 it would end at 65,504.
+        loss = F.cross_entropy(logits_mv, target_ids_m, reduction="none").sum(dtype=torch.float32)
         return loss, (logits_mv.detach().argmax(-1) == target_ids_m).sum()
     target_ids_m = target_ids_m - axis.rank * rows_a_rank
     largest_m, is_likeliest_m = _largest(logits_mv.detach().float(), target_ids_m, axis)
