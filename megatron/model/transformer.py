@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from megatron.config import ModelConfig
 from megatron.kernels.packed_sequence import PackedSequence
+from megatron.model.initialisation import normal, residual_output
 from megatron.parallel.context import context_attention
 from megatron.parallel.mesh import Axis
 from megatron.parallel.pipeline.partition import Stage
@@ -32,8 +33,8 @@ class Attention(nn.Module):
         self.recomputes_core = config.recompute_granularity == "selective"
         self.num_heads, self.head_width = config.num_attention_heads // stream.axis.size, config.kv_channels
         width = config.num_attention_heads * config.kv_channels
-        self.query_key_value = ColumnParallelLinear(config.hidden_size, 3 * width, stream)
-        self.dense = RowParallelLinear(width, config.hidden_size, stream)
+        self.query_key_value = ColumnParallelLinear(config.hidden_size, 3 * width, stream, normal(config))
+        self.dense = RowParallelLinear(width, config.hidden_size, stream, residual_output(config))
 
     def forward(self, hidden_uh: Tensor, sequence: PackedSequence) -> Tensor:
         """[u, h]."""
@@ -54,8 +55,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig, stream: Stream) -> None:
         super().__init__()
-        self.dense_h_to_4h = ColumnParallelLinear(config.hidden_size, config.ffn_hidden_size, stream)
-        self.dense_4h_to_h = RowParallelLinear(config.ffn_hidden_size, config.hidden_size, stream)
+        hidden, width = config.hidden_size, config.ffn_hidden_size
+        self.dense_h_to_4h = ColumnParallelLinear(hidden, width, stream, normal(config))
+        self.dense_4h_to_h = RowParallelLinear(width, hidden, stream, residual_output(config))
         self.gelu_form = "tanh" if config.bias_gelu_fusion or config.openai_gelu else "none"
 
     def forward(self, hidden_uh: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def build_engine(config: Config, mesh: Mesh, padded_vocab_size: int,
         load(stages)
     else:
         for stage in stages:
-            initialise(stage, config.model, config.training.seed)
+            initialise(stage, config.training.seed)
     if wants_compilation(config, mesh.device):
         compile_blocks((block for stage in stages for block in stage.blocks()), config.parallel)
     model = data_parallel(stages, ProteinModel.blocks, mesh, config.parallel)

@@ -68,7 +68,8 @@ class TrainPasses(_Passes, TrainingPasses):
         is_last = action.micro_batch == len(self._first_samples) - 1
         self._engine.model.before_backward(action.stage, is_last)
         with self._waiting.collecting() if action.kind == "input" else nullcontext():
-            output.backward(gradient_uh)
+            if output.requires_grad:  # not so where all parameters up to here are frozen
+                output.backward(gradient_uh)
 
     def weights(self, action: Action) -> None:
         """Compute the gradients that the oldest "input" pass put off."""
