@@ -46,7 +46,7 @@ def build_engine(config: Config, mesh: Mesh, padded_vocab_size: int,
             initialise(stage, config.training.seed)
     if wants_compilation(config, mesh.device):
         compile_blocks((block for stage in stages for block in stage.blocks()), config.parallel)
-    model = data_parallel(stages, ProteinModel.blocks, mesh, config.parallel)
+    model = data_parallel(stages, ProteinModel.blocks, mesh, config.parallel, compute_dtype(config.precision))
     return with_optimizer(config, mesh, padded_vocab_size, stages, model)
 
 

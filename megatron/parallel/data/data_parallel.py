@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -43,14 +43,15 @@ class DataParallel(Protocol):
         """Bring the gradients of a step to their sums, after its last backward pass."""
 
 
-def data_parallel(stages: Sequence[nn.Module], blocks: Blocks, mesh: Mesh, config: ParallelConfig) -> DataParallel:
+def data_parallel(stages: Sequence[nn.Module], blocks: Blocks, mesh: Mesh, config: ParallelConfig,
+                  dtype: torch.dtype) -> DataParallel:
     """The way that `config` asks for; `blocks` names the parts of a stage that are shared out and gathered one by one.
 
-    The stages hold their initial weights already, and go to the mesh's device. On one rank there is nothing to share
-    out.
+    The stages hold their initial weights already, and go to the mesh's device. Where parameters are gathered, it is in
+    `dtype`, that of the products. On one rank there is nothing to share out.
     """
     if config.data_parallel_sharding != "none" and mesh.shards.size > 1:
-        return Sharded(stages, blocks, mesh, config.data_parallel_sharding)
+        return Sharded(stages, blocks, mesh, config.data_parallel_sharding, dtype)
     for stage in stages:
         if any(parameter.device != mesh.device for parameter in stage.parameters()):  # a dry run's cannot be moved
             stage.to(mesh.device)
@@ -117,17 +118,21 @@ class Sharded:
     "optimizer": gradients are kept whole until the last micro-batch, then each rank gets the sum of its share and steps
     it, and the new parameters are gathered when they are next used. "gradients": each rank gets its share after every
     micro-batch. "parameters": those, too, are gathered block by block where they are used, and dropped behind it.
+    Masters and sums are fp32; what is gathered is in the dtype of the products.
     """
 
-    def __init__(self, stages: Sequence[nn.Module], blocks: Blocks, mesh: Mesh, sharding: str) -> None:
+    def __init__(self, stages: Sequence[nn.Module], blocks: Blocks, mesh: Mesh, sharding: str,
+                 dtype: torch.dtype) -> None:
         self._sharding = sharding
         self._stages = stages
         device_mesh = _device_mesh(mesh)
+        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         self.parameters, self._sources = {}, []
         for stage in stages:
             wholes = dict(stage.named_parameters())
             for unit in [*blocks(stage), stage]:
-                fully_shard(unit, mesh=device_mesh, reshard_after_forward=sharding == "parameters")
+                fully_shard(unit, mesh=device_mesh, mp_policy=precision,
+                            reshard_after_forward=sharding == "parameters")
                 assert isinstance(unit, FSDPModule)
                 unit.set_gradient_divide_factor(1.0)
                 unit.set_force_sum_reduction_for_comms(True)
