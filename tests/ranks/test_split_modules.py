@@ -26,9 +26,9 @@ CONFIG = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, ffn_hi
                      make_vocab_size_divisible_by=8)
 VOCABULARY, TOKENS = 32, 24
 LENGTHS = (7, 1, 12, 4)
-LAYOUTS = [(2, False), (2, True), (4, False), (4, True)]
 # Relative to the norm of the tensor. In bf16 each of the few roundings is 2**-9, and sums over ranks add their own.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
+DROPOUT = (0.0, 0.2)
 
 
 def fill(module):
@@ -103,14 +103,8 @@ def assert_same(results, tolerance):
             assert error <= tolerance * norm + 1e-7, f"{case}, {name}: off by {error}, its norm is {norm}"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("ranks", "is_split"), LAYOUTS)
-def test_split_layers_equal_their_one_rank_twins(ranks, is_split, dtype):
-    assert_same(run_ranks(layers_and_twins, ranks, is_split, dtype), TOLERANCE[dtype])
-
-
 def head_outcome(axis, target_ids, multiple, dtype):
-    module = Matrix()
+    module, target_ids = Matrix(), torch.tensor(target_ids, dtype=torch.int64)
     module.weight = vocabulary_parameter((VOCABULARY, 16), multiple, axis)
     module.bias = vocabulary_parameter((VOCABULARY,), multiple, axis)
     fill(module)
@@ -123,18 +117,11 @@ def head_outcome(axis, target_ids, multiple, dtype):
 
 def heads_and_twins(axis, dtype):
     """For rows on each rank a multiple of 8: a share for each of 4; of 24: 24 and 8; of 32: all on the first."""
-    targets = {"every shard": torch.arange(VOCABULARY), "the first": torch.tensor([3, 3, 5]),
-               "the last": torch.tensor([31]), "none": torch.tensor([], dtype=torch.int64),
-               "some, then padding": torch.tensor([31, 8, 0, *[NO_TARGET] * 4]), "padding": torch.tensor([NO_TARGET] * 3)}
+    targets = {"every shard": range(VOCABULARY), "the first": [3, 3, 5], "the last": [31], "none": [],
+               "some, then padding": [31, 8, 0, *[NO_TARGET] * 4], "padding": [NO_TARGET] * 3}
     return {f"targets on {place}, rows by {multiple}": [head_outcome(axis, ids, multiple, dtype),
                                                         head_outcome(Axis(), ids, VOCABULARY, dtype)]
             for place, ids in targets.items() for multiple in (8, 24, 32)}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_the_split_heads_loss_equals_its_twins_wherever_the_targets_lie(ranks, dtype):
-    assert_same(run_ranks(heads_and_twins, ranks, dtype), TOLERANCE[dtype])
 
 
 def likeliest_counts(axis):
@@ -142,21 +129,6 @@ def likeliest_counts(axis):
     mine = logits.chunk(axis.size, 1)[axis.rank] if axis.size > 1 else logits
     return [vocabulary_cross_entropy(mine, torch.tensor(ids), mine.shape[1], axis)[1].item()
             for ids in ([1, 0, 3, 0], [2, 3, 3, 1], [0, 0, 0, 0], [NO_TARGET, 0, NO_TARGET, 0], [NO_TARGET] * 4)]
-
-
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_of_equal_logits_the_first_is_the_likeliest_as_on_one_rank_and_padding_never_is(ranks):
-    assert likeliest_counts(Axis()) == [4, 1, 2, 2, 0]
-    assert run_ranks(likeliest_counts, ranks) == [[4, 1, 2, 2, 0]] * ranks
-
-
-def test_padded_targets_count_as_nothing_in_the_split_heads_loss_and_gradients():
-    for dtype in TOLERANCE:
-        tight, padded = (head_outcome(Axis(), torch.tensor(ids), 8, dtype) for ids in (
-            [31, 8, 0], [31, 8, 0, NO_TARGET, NO_TARGET]))
-        assert not padded["input gradient"][3:].any()
-        padded["input gradient"] = padded["input gradient"][:3]
-        assert_same([{"head": (padded, tight)}], 1e-6)
 
 
 def model_outcome(stream, case, precision, config=CONFIG):
@@ -183,32 +155,9 @@ def models_and_twins(axis, is_split, precision):
             for case in BATCHES}
 
 
-@pytest.mark.parametrize(("ranks", "is_split"), LAYOUTS)
-def test_the_split_models_loss_and_gradients_are_those_of_one_rank_also_with_filler(ranks, is_split):
-    results = run_ranks(models_and_twins, ranks, is_split, PrecisionConfig())
-    assert_same(results, 1e-5)
-    # Filler and padding change nothing on any number of ranks.
-    assert_same([{"filler": (pairs["with filler and padding"][0], pairs["full"][0])} for pairs in results], 1e-6)
-    # What every rank holds has the same gradient on each to the last bit: else the ranks would drift apart.
-    for other, (case, (first, _)) in itertools.product(results, results[0].items()):
-        assert all(torch.equal(other[case][0][name], gradient) for name, gradient in first.items()), case
-
-
-@pytest.mark.parametrize(("ranks", "is_split"), LAYOUTS)
-def test_the_split_model_in_bf16_is_as_near_to_fp32_as_one_rank_is(ranks, is_split):
-    exact = model_outcome(ONE_RANK, "full", PrecisionConfig())
-    for pairs in run_ranks(models_and_twins, ranks, is_split, PrecisionConfig(bf16=True)):
-        ours, twins = (distance(outcome, exact) for outcome in pairs["with filler and padding"])
-        assert ours < 1.5 * twins
-
-
-def distance(outcome, exact):
-    named = [name for name in exact if name.endswith(("weight", "bias"))]
-    return torch.cat([(outcome[name] - exact[name]).flatten() for name in named]).norm()
-
-
-def recomputed_models(axis, is_split, config):
+def recomputed_models(axis, is_split, dropout):
     """The outcome with dropout: as it is, recomputed, and recomputed from shares of the activations."""
+    config = replace(CONFIG, attention_dropout=dropout, hidden_dropout=dropout)
     recomputing = replace(config, checkpoint_activations=True)
     outcomes = []
     for each in (config, recomputing, replace(recomputing, distribute_checkpointed_activations=True)):
@@ -217,10 +166,75 @@ def recomputed_models(axis, is_split, config):
     return outcomes[:2] if is_split else outcomes
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize(("ranks", "is_split"), LAYOUTS)
-def test_recomputation_changes_no_bit_of_a_split_model(ranks, is_split, dropout):
-    config = replace(CONFIG, attention_dropout=dropout, hidden_dropout=dropout)
-    for first, *others in run_ranks(recomputed_models, ranks, is_split, config):
+def on_one_rank_of_many(axis):
+    """All that the tests below ask about, in one launch of the ranks."""
+    both = (False, True)
+    return {
+        "layers": {(split, dtype): layers_and_twins(axis, split, dtype) for split in both for dtype in TOLERANCE},
+        "heads": {dtype: heads_and_twins(axis, dtype) for dtype in TOLERANCE},
+        "likeliest": likeliest_counts(axis),
+        "models": {(split, bf16): models_and_twins(axis, split, PrecisionConfig(bf16=bf16))
+                   for split in both for bf16 in both},
+        "recomputed": {(split, rate): recomputed_models(axis, split, rate) for split in both for rate in DROPOUT}}
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def results(request):
+    return run_ranks(on_one_rank_of_many, request.param)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("is_split", [False, True])
+def test_split_layers_equal_their_one_rank_twins(results, is_split, dtype):
+    assert_same((rank["layers"][is_split, dtype] for rank in results), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_the_split_heads_loss_equals_its_twins_wherever_the_targets_lie(results, dtype):
+    assert_same((rank["heads"][dtype] for rank in results), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_padded_targets_have_no_part_in_the_heads_loss_and_gradients(dtype):
+    tight, padded = (head_outcome(Axis(), ids, 8, dtype) for ids in ([31, 8, 0], [31, 8, 0, NO_TARGET, NO_TARGET]))
+    assert not padded["input gradient"][3:].any()
+    padded["input gradient"] = padded["input gradient"][:3]
+    assert_same([{"head": (padded, tight)}], 1e-6)
+
+
+def test_of_equal_logits_the_first_is_the_likeliest_as_on_one_rank_and_padding_never_is(results):
+    assert likeliest_counts(Axis()) == [4, 1, 2, 2, 0]
+    assert [rank["likeliest"] for rank in results] == [[4, 1, 2, 2, 0]] * len(results)
+
+
+@pytest.mark.parametrize("is_split", [False, True])
+def test_the_split_models_loss_and_gradients_are_those_of_one_rank_also_with_filler(results, is_split):
+    every = [rank["models"][is_split, False] for rank in results]
+    assert_same(every, 1e-5)
+    # Filler and padding change nothing on any number of ranks.
+    assert_same([{"filler": (pairs["with filler and padding"][0], pairs["full"][0])} for pairs in every], 1e-6)
+    # What every rank holds has the same gradient on each to the last bit: else the ranks would drift apart.
+    for other, (case, (first, _)) in itertools.product(every, every[0].items()):
+        assert all(torch.equal(other[case][0][name], gradient) for name, gradient in first.items()), case
+
+
+@pytest.mark.parametrize("is_split", [False, True])
+def test_the_split_model_in_bf16_is_as_near_to_fp32_as_one_rank_is(results, is_split):
+    exact = model_outcome(ONE_RANK, "full", PrecisionConfig())
+    for rank in results:
+        ours, twins = (distance(outcome, exact) for outcome in rank["models"][is_split, True]["full"])
+        assert ours < 1.5 * twins
+
+
+def distance(outcome, exact):
+    named = [name for name in exact if name.endswith(("weight", "bias"))]
+    return torch.cat([(outcome[name] - exact[name]).flatten() for name in named]).norm()
+
+
+@pytest.mark.parametrize("dropout", DROPOUT)
+@pytest.mark.parametrize("is_split", [False, True])
+def test_recomputation_changes_no_bit_of_a_split_model(results, is_split, dropout):
+    for rank in results:
+        first, *others = rank["recomputed"][is_split, dropout]
         for other in others:
             assert all(torch.equal(other[name], first[name]) for name in first)
