@@ -7,12 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig, TrainingConfig
-from megatron.data.batches.batch import collate
+from megatron.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    TrainingConfig,
+)
+from megatron.data.batches.batch import BatchShape, collate
 from megatron.data.rows.packed import Row
 from megatron.parallel.mesh import Mesh, build_mesh
 from megatron.parallel.placement import wholes
-from megatron.train.engine import build_engine
+from megatron.train.engine import build_engine, stream_of
 from megatron.train.meters import Meters
 from megatron.train.step import TrainStep
 from tests.ranks.launch import TIMEOUT, run_ranks
@@ -64,8 +72,8 @@ class Living:
 
     def __init__(self, mesh: Mesh, parallel: ParallelConfig, precision: PrecisionConfig) -> None:
         training = TrainingConfig(micro_batch_size=1, global_batch_size=len(PROTEINS))
-        config = Config(model=MODEL, parallel=parallel, precision=precision, training=training,
-                        optimizer=OptimizerConfig(clip_grad=0.0))
+        config = Config(model=MODEL, data=DataConfig(seq_length=SEQ_LENGTH), parallel=parallel, precision=precision,
+                        training=training, optimizer=OptimizerConfig(clip_grad=0.0))
         self.engine, self.meters = build_engine(config, mesh, VOCABULARY), Meters(mesh.world, CPU)
         self.step = TrainStep(self.engine, self.meters)
 
@@ -74,7 +82,9 @@ class Living:
         rows = [row(lengths, number) for number, lengths in enumerate(PROTEINS)]
         mesh = self.engine.mesh
         mine = rows[mesh.data.rank::mesh.data.size]
-        self.step([collate([each], SEQ_LENGTH) for each in mine], 0.0, 0, False)
+        multiple = stream_of(self.engine.config, mesh).token_multiple
+        shape = BatchShape(SEQ_LENGTH + -SEQ_LENGTH % multiple, 4, 12, SEQ_LENGTH, mesh.context.rank, mesh.context.size)
+        self.step([collate([each], shape) for each in mine], 0.0, 0, False)
         reading = self.meters.read()
         state = self.engine.optimizer.state()
         moments = {name: tensor for name, tensor in state.items() if name.startswith("exp_avg/")}
