@@ -4,8 +4,7 @@ Shapes: t flat tokens of the packed proteins on this context rank, u of them in 
 but for sequence parallelism), m targets among them, h hidden, v vocabulary (padded) on this rank.
 """
 
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +15,12 @@ from megatron.model.embedding import Embedding, TiedEmbedding
 from megatron.model.head import MaskedLMHead
 from megatron.model.transformer import Transformer
 from megatron.parallel.mesh import Axis
+from megatron.parallel.parameters import inherit
 from megatron.parallel.pipeline.partition import Stage, whole_model
-from megatron.parallel.placement import placement_of
 from megatron.parallel.tensor.stream import ONE_RANK, Stream
 from megatron.parallel.tensor.vocabulary import vocabulary_cross_entropy
+
+_ONE_END = Axis()
 
 
 class ProteinModel(nn.Module):
@@ -32,18 +33,16 @@ class ProteinModel(nn.Module):
     """
 
     def __init__(self, config: ModelConfig, precision: PrecisionConfig, padded_vocab_size: int,
-                 stream: Stream = ONE_RANK, stage: Stage | None = None, ends: Axis | None = None) -> None:
+                 stream: Stream = ONE_RANK, stage: Stage | None = None, ends: Axis = _ONE_END) -> None:
         super().__init__()
         self.stream, self.stage = stream, stage or whole_model(config.num_layers)
         dtype = compute_dtype(precision)
         self.stream_dtype = torch.float32 if config.fp32_residual_connection else dtype
         if self.stage.is_first:
-            self.embedding: Embedding | TiedEmbedding = Embedding(config, padded_vocab_size, self.stream_dtype, stream)
+            self.embedding: Embedding | TiedEmbedding = Embedding(config, padded_vocab_size, self.stream_dtype, stream,
+                                                                  ends)
         elif self.stage.is_last:
-            self.embedding = TiedEmbedding(config, padded_vocab_size, stream)
-        if ends is not None and hasattr(self, "embedding"):
-            weight = self.embedding.word_embeddings.weight
-            weight.placement = replace(placement_of(weight), ends=ends)  # type: ignore[attr-defined]
+            self.embedding = TiedEmbedding(config, padded_vocab_size, stream, ends)
         self.transformer = Transformer(config, dtype, stream, self.stage)
         if self.stage.is_last:
             self.lm_head = MaskedLMHead(config, padded_vocab_size, stream)
@@ -74,6 +73,14 @@ class ProteinModel(nn.Module):
     def logits(self, hidden_mh: Tensor) -> Tensor:
         """Logits [m, v] of hidden states."""
         return self.lm_head(hidden_mh, self.embedding.word_embeddings)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ProteinModel":
+        """What `to` and `to_empty` go through: a parameter that is replaced there stays what it is."""
+        before = dict(self.named_parameters())
+        super()._apply(fn, recurse)
+        for name, parameter in self.named_parameters():
+            inherit(parameter, before[name])
+        return self
 
     def blocks(self) -> Iterable[nn.Module]:
         """The transformer's blocks: the units in which parameters are shared out and gathered."""

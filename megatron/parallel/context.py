@@ -30,13 +30,18 @@ def context_attention(qkv_un3d: Tensor, sequence: PackedSequence, dropout: float
     if axis.size == 1:
         return packed_attention(qkv_un3d, sequence, dropout)
     if not is_fused(qkv_un3d):
-        return _ByProtein.apply(qkv_un3d, sequence, dropout, axis)
+        return _by_protein(qkv_un3d, sequence, dropout, axis)
     query_un1d, key_value_un2d = qkv_un3d.split([1, 2], dim=2)
     key_tnd, value_tnd = gather_slices(key_value_un2d, axis).unbind(2)
     num_queries, ends = len(qkv_un3d), sequence.cu_seqlens
     query_ends = (ends - axis.rank * num_queries).clamp(0, num_queries)
     longest = min(sequence.max_length, num_queries), sequence.max_length
     return fused_attention(query_un1d.squeeze(2), key_tnd, value_tnd, (query_ends, ends), longest, dropout)
+
+
+@torch.compiler.disable  # traced, each new list of lengths would compile anew
+def _by_protein(qkv_un3d: Tensor, sequence: PackedSequence, dropout: float, axis: Axis) -> Tensor:
+    return _ByProtein.apply(qkv_un3d, sequence, dropout, axis)
 
 
 class _ByProtein(torch.autograd.Function):

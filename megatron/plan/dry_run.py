@@ -18,7 +18,7 @@ from megatron.config import Config
 from megatron.data.batches.typical import typical_batch
 from megatron.data.corpus.vocab import DEFAULT_VOCAB, Vocab
 from megatron.errors import ConfigError
-from megatron.model.protein_model import ProteinModel
+from megatron.model.protein_model import ProteinModel, compute_dtype
 from megatron.parallel.data.data_parallel import data_parallel
 from megatron.parallel.mesh import Mesh, build_mesh
 from megatron.parallel.traffic import Traffic, TrafficCounter
@@ -110,7 +110,8 @@ class _Steps:
         with self._fake:
             self._stages = build_stages(config, mesh, padded)
         # Outside the mode: FSDP2 asks its mesh for values. The parameters are fake already.
-        model = data_parallel(self._stages, ProteinModel.blocks, mesh, replace(config.parallel, DDP_impl="local"))
+        model = data_parallel(self._stages, ProteinModel.blocks, mesh, replace(config.parallel, DDP_impl="local"),
+                              compute_dtype(config.precision))
         self._shares = [parameter for stage in self._stages for parameter in stage.parameters()]
         with self._fake:
             self._engine = with_optimizer(config, mesh, padded, self._stages, model)

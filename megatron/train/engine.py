@@ -10,6 +10,7 @@ from megatron.model.initialisation import initialise
 from megatron.model.protein_model import ProteinModel, compute_dtype
 from megatron.optim.optimizer import Optimizer
 from megatron.optim.scaling import LossScale
+from megatron.parallel.compilation import compile_blocks, wants_compilation
 from megatron.parallel.data.data_parallel import DataParallel, data_parallel
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.pipeline.partition import stages_of_rank
@@ -31,6 +32,7 @@ class Engine:
     optimizer: Optimizer
     copies: ComputeCopies
     loss_scale: LossScale
+    is_compiled: bool
 
 
 def build_engine(config: Config, mesh: Mesh, padded_vocab_size: int,
@@ -41,8 +43,10 @@ def build_engine(config: Config, mesh: Mesh, padded_vocab_size: int,
         load(stages)
     else:
         for stage in stages:
-            initialise(stage, config.model, config.training.seed)
-    model = data_parallel(stages, ProteinModel.blocks, mesh, config.parallel)
+            initialise(stage, config.training.seed)
+    if wants_compilation(config, mesh.device):
+        compile_blocks((block for stage in stages for block in stage.blocks()), config.parallel)
+    model = data_parallel(stages, ProteinModel.blocks, mesh, config.parallel, compute_dtype(config.precision))
     return with_optimizer(config, mesh, padded_vocab_size, stages, model)
 
 
@@ -69,4 +73,5 @@ def with_optimizer(config: Config, mesh: Mesh, padded_vocab_size: int, stages: l
     copies = ComputeCopies(stages, compute_dtype(config.precision))
     optimizer = Optimizer(model.parameters, config.optimizer, mesh.pipeline)
     loss_scale = LossScale(config.precision, mesh.device)
-    return Engine(config, mesh, padded_vocab_size, stages, model, pipeline, optimizer, copies, loss_scale)
+    return Engine(config, mesh, padded_vocab_size, stages, model, pipeline, optimizer, copies, loss_scale,
+                  wants_compilation(config, mesh.device))

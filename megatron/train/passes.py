@@ -68,7 +68,8 @@ class TrainPasses(_Passes, TrainingPasses):
         is_last = action.micro_batch == len(self._first_samples) - 1
         self._engine.model.before_backward(action.stage, is_last)
         with self._waiting.collecting() if action.kind == "input" else nullcontext():
-            output.backward(gradient_uh)
+            if output.requires_grad:  # not so where all parameters up to here are frozen
+                output.backward(gradient_uh)
 
     def weights(self, action: Action) -> None:
         """Compute the gradients that the oldest "input" pass put off."""
@@ -84,13 +85,15 @@ class EvaluationPasses(_Passes):
 
     def forward(self, action: Action, hidden_uh: Tensor | None) -> Tensor:
         """What the next stage takes, or of the last one the summed loss."""
-        batch, output = self._batch(action), self._run(action, hidden_uh)
+        batch = self._batch(action)
+        with torch.set_grad_enabled(self._engine.is_compiled):  # training's graphs serve here as well
+            output = self._run(action, hidden_uh)
         if action.stage == len(self._engine.stages) - 1:
             del self._batches[action.micro_batch]  # nobody asks for it again
         if not self._engine.stages[action.stage].stage.is_last:
             return output
         loss_sum, num_correct = output
         if self._mesh.tensor.rank == 0:  # all tensor ranks have the same loss
-            self.sums += torch.stack([loss_sum.double(), num_correct.double(),
+            self.sums += torch.stack([loss_sum.detach().double(), num_correct.double(),
                                       (batch.targets.ids_m != NO_TARGET).sum().double()])
         return loss_sum

@@ -67,6 +67,14 @@ def row(lengths, seed):
                target_ids_m=tokens[targets])
 
 
+def micro_batches(engine, rows):
+    """This rank's share of `rows`, one in each micro-batch; all of them have filler and padding."""
+    mesh, multiple = engine.mesh, stream_of(engine.config, engine.mesh).token_multiple
+    shape = BatchShape(num_tokens=SEQ_LENGTH + -SEQ_LENGTH % multiple, num_proteins=4, num_targets=12,
+                       max_length=SEQ_LENGTH, share=mesh.context.rank, num_shares=mesh.context.size)
+    return [collate([each], shape) for each in rows[mesh.data.rank::mesh.data.size]]
+
+
 class Living:
     """A model in one layout, ready to step."""
 
@@ -81,10 +89,7 @@ class Living:
         """Loss, norm, and the gradients' wholes (from Adam's first moment) after one step on all rows."""
         rows = [row(lengths, number) for number, lengths in enumerate(PROTEINS)]
         mesh = self.engine.mesh
-        mine = rows[mesh.data.rank::mesh.data.size]
-        multiple = stream_of(self.engine.config, mesh).token_multiple
-        shape = BatchShape(SEQ_LENGTH + -SEQ_LENGTH % multiple, 4, 12, SEQ_LENGTH, mesh.context.rank, mesh.context.size)
-        self.step([collate([each], shape) for each in mine], 0.0, 0, False)
+        self.step(micro_batches(self.engine, rows), 0.0, 0, False)
         reading = self.meters.read()
         state = self.engine.optimizer.state()
         moments = {name: tensor for name, tensor in state.items() if name.startswith("exp_avg/")}

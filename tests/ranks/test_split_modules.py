@@ -13,6 +13,7 @@ from megatron.model.protein_model import ProteinModel
 from megatron.model.transformer import Attention, Block, FeedForward
 from megatron.parallel.data.data_parallel import Replicated
 from megatron.parallel.mesh import Axis, Mesh
+from megatron.parallel.parameters import BIAS, Normal, matrix
 from megatron.parallel.placement import Placement, gradient_norm, placement_of, wholes
 from megatron.parallel.randomness import seed_for
 from megatron.parallel.tensor.layers import ColumnParallelLinear, Matrix, RowParallelLinear
@@ -25,6 +26,7 @@ CONFIG = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, ffn_hi
                      max_position_embeddings=64, attention_dropout=0.0, hidden_dropout=0.0,
                      make_vocab_size_divisible_by=8)
 VOCABULARY, TOKENS = 32, 24
+INITIAL = Normal(0.02)
 LENGTHS = (7, 1, 12, 4)
 # Relative to the norm of the tensor. In bf16 each of the few roundings is 2**-9, and sums over ranks add their own.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
@@ -60,8 +62,10 @@ def layer_outcome(kind, stream, dtype):
     """Output, input gradient and parameter gradients of one layer, as wholes."""
     width = CONFIG.hidden_size
     layer, before, after = {
-        "column": lambda: (ColumnParallelLinear(width, 48, stream), on_stream(stream), Placement(stream.axis, 1, 48)),
-        "row": lambda: (RowParallelLinear(width, 48, stream), Placement(stream.axis, 1, width), on_stream(stream)),
+        "column": lambda: (ColumnParallelLinear(width, 48, stream, INITIAL), on_stream(stream),
+                           Placement(stream.axis, 1, 48)),
+        "row": lambda: (RowParallelLinear(width, 48, stream, INITIAL), Placement(stream.axis, 1, width),
+                        on_stream(stream)),
         "attention": lambda: (Attention(CONFIG, stream), on_stream(stream), on_stream(stream)),
         "feed-forward": lambda: (FeedForward(CONFIG, stream), on_stream(stream), on_stream(stream)),
         "block": lambda: (Block(CONFIG, dtype, stream), on_stream(stream), on_stream(stream)),
@@ -105,8 +109,8 @@ def assert_same(results, tolerance):
 
 def head_outcome(axis, target_ids, multiple, dtype):
     module, target_ids = Matrix(), torch.tensor(target_ids, dtype=torch.int64)
-    module.weight = vocabulary_parameter((VOCABULARY, 16), multiple, axis)
-    module.bias = vocabulary_parameter((VOCABULARY,), multiple, axis)
+    module.weight = vocabulary_parameter((VOCABULARY, 16), multiple, axis, matrix(INITIAL))
+    module.bias = vocabulary_parameter((VOCABULARY,), multiple, axis, BIAS)
     fill(module)
     hidden = normal(len(target_ids), 16).to(dtype).requires_grad_()
     logits = vocabulary_logits(hidden, module, module.bias, VOCABULARY, axis)

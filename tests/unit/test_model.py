@@ -14,6 +14,10 @@ from megatron.kernels.packed_sequence import Targets
 from megatron.model.flops import model_flops
 from megatron.model.initialisation import initialise
 from megatron.model.protein_model import ProteinModel
+from megatron.parallel.mesh import Axis
+from megatron.parallel.parameters import declaration_of
+from megatron.parallel.randomness import seed_for
+from megatron.parallel.tensor.vocabulary import vocabulary_cross_entropy
 from tests.packed import packed_batch
 
 CONFIG = ModelConfig(num_layers=3, hidden_size=32, num_attention_heads=4, ffn_hidden_size=128, kv_channels=8,
@@ -22,7 +26,7 @@ CONFIG = ModelConfig(num_layers=3, hidden_size=32, num_attention_heads=4, ffn_hi
 
 def make_model(config=CONFIG, precision=None, seed=1):
     model = ProteinModel(config, precision or PrecisionConfig(), 128)
-    initialise(model, config, seed)
+    initialise(model, seed)
     return model
 
 
@@ -113,6 +117,18 @@ def test_half_precision_stays_close_and_its_gradients_are_fp32(precision, fp32_r
     assert total < 0.05 * sum(gradient.square().sum() for gradient in exact_grads.values()) ** 0.5
 
 
+def test_the_loss_of_many_targets_in_fp16_does_not_overflow():
+    logits = (20 * torch.randn(4000, 32, generator=torch.Generator().manual_seed(0))).half().requires_grad_()
+    target_ids = torch.arange(4000) % 32
+    loss, _ = vocabulary_cross_entropy(logits, target_ids, 32, Axis())
+    exact = -logits.detach().double().log_softmax(-1).gather(1, target_ids[:, None]).sum().item()
+    assert exact > 65_504  # the largest number of fp16
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact, rel=1e-4)
+    loss.backward()
+    assert logits.grad.isfinite().all()
+
+
 def test_gelu_of_the_blocks_is_the_tanh_form_unless_the_fusion_is_off():
     batch = packed_batch(20, 33)
     config = replace(CONFIG, init_method_std=0.5)
@@ -136,14 +152,39 @@ def test_initial_weights_depend_on_seed_and_name_alone():
     assert not torch.equal(three.get_parameter(name), make_model(seed=2).get_parameter(name))
 
 
-def test_initial_weights_have_megatrons_spread():
-    model = make_model(replace(CONFIG, hidden_size=128, ffn_hidden_size=512, kv_channels=32))
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    assert weights["transformer.layers.0.mlp.dense_h_to_4h.weight"].std().item() == pytest.approx(0.02, rel=0.03)
-    output = weights["transformer.layers.0.mlp.dense_4h_to_h.weight"]
-    assert output.std().item() == pytest.approx(0.02 / math.sqrt(6), rel=0.03)
-    assert weights["transformer.layers.0.input_layernorm.weight"].unique().tolist() == [1.0]
-    assert weights["lm_head.bias"].unique().tolist() == [0.0]
+def by_the_rule_of_the_first_edition(name, shape):
+    """What a parameter of this name started from when names and dimensions decided."""
+    if len(shape) == 1:
+        return torch.full(shape, 1.0 if name.endswith("layernorm.weight") else 0.0)
+    is_output = name.endswith(("attention.dense.weight", "mlp.dense_4h_to_h.weight"))
+    std = CONFIG.init_method_std / (math.sqrt(2 * CONFIG.num_layers) if is_output else 1)
+    return torch.empty(shape).normal_(0.0, std, generator=torch.Generator().manual_seed(seed_for(1, "weight", name)))
+
+
+def test_every_parameter_starts_bitwise_from_what_its_name_used_to_say():
+    for name, parameter in make_model().named_parameters():
+        assert torch.equal(parameter, by_the_rule_of_the_first_edition(name, parameter.shape)), name
+
+
+def test_every_parameter_declares_its_group_and_only_matrices_and_tables_decay():
+    declared = {name: declaration_of(parameter) for name, parameter in make_model().named_parameters()}
+    groups = {group: {name for name, each in declared.items() if each.group == group}
+              for group in ("matrix", "embedding", "head", "vector")}
+    assert groups["head"] == {"lm_head.bias"}
+    assert groups["embedding"] == {"embedding.word_embeddings.weight", "embedding.position_embeddings.weight"}
+    assert len(groups["matrix"]) == 4 * CONFIG.num_layers + 1
+    assert {name for name, each in declared.items() if each.decays} == groups["matrix"] | groups["embedding"]
+
+
+def test_a_model_built_without_memory_is_filled_in_place_to_the_same_bits():
+    with torch.device("meta"):
+        model = ProteinModel(CONFIG, PrecisionConfig(), 128)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    initialise(model.to_empty(device="cpu"), 1)
+    expected = make_model()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, expected.get_parameter(name)), name
+        assert declaration_of(parameter) == declaration_of(expected.get_parameter(name))
 
 
 def test_model_flops_are_what_torch_counts_without_the_filler():

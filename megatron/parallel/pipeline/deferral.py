@@ -35,7 +35,7 @@ class WeightGradients:
 
     def takes(self, weight_oi: Tensor, grad_to: Tensor, x_ti: Tensor) -> bool:
         """Whether the gradient of `weight_oi`, a leaf, is left to this queue; autograd is then not to get it."""
-        if self._is_collecting:
+        if self._is_collecting and weight_oi.requires_grad:
             # Without the input's graph, which would keep what the stage received, and grow by the product.
             self._waiting[-1].append((weight_oi, grad_to, x_ti.detach()))
         return self._is_collecting

@@ -4,17 +4,21 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from megatron.parallel.tensor.layers import Matrix
 
 
 class ComputeCopies:
     """Gives every matrix of `modules` a copy in `dtype`, if that is not the weights' own; call `refresh` after updates.
+
+    Not to what data-parallel ranks share out: those are gathered in `dtype`.
     """
 
     def __init__(self, modules: Iterable[nn.Module], dtype: torch.dtype) -> None:
         layers = [layer for module in modules for layer in module.modules() if isinstance(layer, Matrix)]
-        self._layers = [layer for layer in layers if layer.weight.dtype != dtype]
+        self._layers = [layer for layer in layers
+                        if layer.weight.dtype != dtype and not isinstance(layer.weight, DTensor)]
         for layer in self._layers:
             layer.copy = layer.weight.detach().to(dtype)
 

@@ -1,8 +1,9 @@
 """Layers with fp32 parameters that compute in the dtype of their input, whole or split over the tensor axis.
 
-The cast is part of the graph, so a weight's gradient arrives in fp32 whatever the activations are in. Values are set by
-`megatron.model.initialisation`, by name. Shapes: t tokens of the micro-batch, u tokens of the stream on this rank
-(t, or fewer with sequence parallelism), i and o features in and out, of which each rank has its share where split.
+The cast is part of the graph, so a weight's gradient arrives in fp32 whatever the activations are in. Weights are born
+without values: what those are to be, `initial`, is declared with each. Shapes: t tokens of the micro-batch, u tokens of
+the stream on this rank (t, or fewer with sequence parallelism), i and o features in and out, of which each rank has its
+share where split.
 """
 
 from typing import Any
@@ -11,8 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megatron.parallel.parameters import (
+    BIAS,
+    SCALE,
+    Initial,
+    matrix,
+    replicated_parameter,
+    split_parameter,
+    table,
+    whole_parameter,
+)
 from megatron.parallel.pipeline.deferral import WeightGradients, remaining_weight_gradient
-from megatron.parallel.placement import replicated_parameter, split_parameter
 from megatron.parallel.tensor.stream import ONE_RANK, Stream
 
 
@@ -28,7 +38,7 @@ class Matrix(nn.Module):
         super().__init__()
         self.copy: Tensor | None = None
 
-    def matrix(self, dtype: torch.dtype) -> Tensor:
+    def weight_in(self, dtype: torch.dtype) -> Tensor:
         """The weight in `dtype`."""
         return self.copy if self.copy is not None and self.copy.dtype == dtype else self.weight.detach().to(dtype)
 
@@ -36,55 +46,55 @@ class Matrix(nn.Module):
 class Linear(Matrix):
     """`x Wᵀ + b` on x [..., in_features] in x's dtype; whole on every rank."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, initial: Initial) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(out_features))
+        self.weight = whole_parameter((out_features, in_features), matrix(initial))
+        self.bias = whole_parameter((out_features,), BIAS)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., out_features]."""
-        return linear(x, self.weight, self.matrix(x.dtype), self.bias)
+        return linear(x, self.weight, self.weight_in(x.dtype), self.bias)
 
 
 class ColumnParallelLinear(Matrix):
     """A linear layer from the residual stream whose output features are split over the tensor axis."""
 
-    def __init__(self, in_features: int, out_features: int, stream: Stream) -> None:
+    def __init__(self, in_features: int, out_features: int, stream: Stream, initial: Initial) -> None:
         super().__init__()
         self.stream = stream
         self.deferral: WeightGradients | None = None
-        self.weight = split_parameter((out_features, in_features), 0, stream.axis)
-        self.bias = split_parameter((out_features,), 0, stream.axis)
+        self.weight = split_parameter((out_features, in_features), 0, stream.axis, matrix(initial))
+        self.bias = split_parameter((out_features,), 0, stream.axis, BIAS)
 
     def forward(self, x_ui: Tensor) -> Tensor:
         """[t, o], this rank's features of all tokens."""
-        return linear(x_ui, self.weight, self.matrix(x_ui.dtype), self.bias, self.stream, self.deferral)
+        return linear(x_ui, self.weight, self.weight_in(x_ui.dtype), self.bias, self.stream, self.deferral)
 
 
 class RowParallelLinear(Matrix):
     """A linear layer back into the residual stream whose input features are split over the tensor axis."""
 
-    def __init__(self, in_features: int, out_features: int, stream: Stream) -> None:
+    def __init__(self, in_features: int, out_features: int, stream: Stream, initial: Initial) -> None:
         super().__init__()
         self.stream = stream
         self.deferral: WeightGradients | None = None
-        self.weight = split_parameter((out_features, in_features), 1, stream.axis)
-        self.bias = replicated_parameter((out_features,), stream.axis, has_partial_gradient=True)
+        self.weight = split_parameter((out_features, in_features), 1, stream.axis, matrix(initial))
+        self.bias = replicated_parameter((out_features,), stream.axis, BIAS, has_partial_gradient=True)
 
     def forward(self, x_ti: Tensor) -> Tensor:
         """[u, o], all features of this rank's tokens."""
         # The first rank alone adds the bias, inside its matrix product, and so gets the bias' whole gradient.
         bias_o = self.bias if self.stream.axis.rank == 0 else self.bias * 0
-        product_to = linear(x_ti, self.weight, self.matrix(x_ti.dtype), bias_o, deferral=self.deferral)
+        product_to = linear(x_ti, self.weight, self.weight_in(x_ti.dtype), bias_o, deferral=self.deferral)
         return self.stream.leave(product_to)
 
 
 class Table(nn.Module):
     """A row of `weight` [num_rows, h] for each id of this rank's tokens; whole on every rank."""
 
-    def __init__(self, num_rows: int, hidden_size: int, stream: Stream) -> None:
+    def __init__(self, num_rows: int, hidden_size: int, stream: Stream, initial: Initial) -> None:
         super().__init__()
-        self.weight = stream.parameter((num_rows, hidden_size))
+        self.weight = stream.parameter((num_rows, hidden_size), table(initial))
 
     def forward(self, ids_u: Tensor) -> Tensor:
         """[u, h]."""
@@ -96,8 +106,8 @@ class LayerNorm(nn.Module):
 
     def __init__(self, width: int, epsilon: float, stream: Stream) -> None:
         super().__init__()
-        self.weight = stream.parameter((width,))
-        self.bias = stream.parameter((width,))
+        self.weight = stream.parameter((width,), SCALE)
+        self.bias = stream.parameter((width,), BIAS)
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:

@@ -18,23 +18,31 @@ from torch.nn import functional as F
 from megatron.kernels.packed_sequence import NO_TARGET
 from megatron.parallel.collectives import all_gather, all_reduce_sum, sum_gradients
 from megatron.parallel.mesh import Axis
-from megatron.parallel.placement import split_parameter
+from megatron.parallel.parameters import Declaration, Initial, split_parameter, table
 from megatron.parallel.tensor.layers import Matrix, linear
 from megatron.parallel.tensor.stream import Stream, rows_here
 
+_ONE_RANK = Axis()
 
-def vocabulary_parameter(shape: Sequence[int], multiple: int, axis: Axis) -> nn.Parameter:
-    """A parameter of `shape` with a row for each id, the rows split over `axis`: a multiple of `multiple` on each."""
-    return split_parameter(shape, 0, axis, local_size=-(-shape[0] // (multiple * axis.size)) * multiple)
+
+def vocabulary_parameter(shape: Sequence[int], multiple: int, axis: Axis, declaration: Declaration,
+                         ends: Axis = _ONE_RANK) -> nn.Parameter:
+    """A parameter of `shape` with a row for each id, the rows split over `axis`: a multiple of `multiple` on each.
+
+    The `ends` are the pipeline ranks that both hold it.
+    """
+    rows = -(-shape[0] // (multiple * axis.size)) * multiple
+    return split_parameter(shape, 0, axis, declaration, local_size=rows, ends=ends)
 
 
 class VocabularyParallelTable(Matrix):
     """A row of `weight` for each of `num_ids` ids, the rows split over the tensor axis."""
 
-    def __init__(self, num_ids: int, hidden_size: int, multiple: int, stream: Stream) -> None:
+    def __init__(self, num_ids: int, hidden_size: int, multiple: int, stream: Stream, initial: Initial,
+                 ends: Axis = _ONE_RANK) -> None:
         super().__init__()
         self.stream = stream
-        self.weight = vocabulary_parameter((num_ids, hidden_size), multiple, stream.axis)
+        self.weight = vocabulary_parameter((num_ids, hidden_size), multiple, stream.axis, table(initial), ends)
 
     def forward(self, ids_t: Tensor) -> Tensor:
         """[u, h]."""
@@ -46,7 +54,7 @@ def vocabulary_logits(hidden_mh: Tensor, table: Matrix, bias_r: Tensor, num_ids:
     is summed over the axis."""
     hidden_mh = sum_gradients(hidden_mh, axis)
     weight_rh: Tensor = table.weight
-    matrix_rh = table.matrix(hidden_mh.dtype)
+    matrix_rh = table.weight_in(hidden_mh.dtype)
     num_here = min(max(num_ids - axis.rank * len(weight_rh), 0), len(weight_rh))
     if num_here < len(weight_rh):
         weight_rh, matrix_rh, bias_r = weight_rh[:num_here], matrix_rh[:num_here], bias_r[:num_here]
@@ -63,7 +71,9 @@ def vocabulary_cross_entropy(logits_mv: Tensor, target_ids_m: Tensor, rows_a_ran
     exponentials and the targets' logits summed over the axis. Backward: no communication.
     """
     if axis.size == 1:
-        loss = F.cross_entropy(logits_mv, target_ids_m, reduction="sum", ignore_index=NO_TARGET).float()
+        # Each target's loss is in the logits' dtype, their sum is not: in fp16 it would end at 65,504.
+        loss_m = F.cross_entropy(logits_mv, target_ids_m, reduction="none", ignore_index=NO_TARGET)
+        loss = loss_m.sum(dtype=torch.float32)
         return loss, (logits_mv.detach().argmax(-1) == target_ids_m).sum()
     is_target_m = target_ids_m != NO_TARGET
     target_ids_m = target_ids_m - axis.rank * rows_a_rank
