@@ -27,8 +27,7 @@ ROWS = [row(lengths, number) for number, lengths in enumerate(PROTEINS[:4])]
 FULL = replace(MODEL, checkpoint_activations=True, distribute_checkpointed_activations=True)
 WAYS = {
     **{name: (MODEL, LAYOUTS[name])
-       for name in ("data", "pipeline", "zero-bubble", "interleaved", "context", "sequence")},
-    "overlapped": (MODEL, ParallelConfig(DDP_impl="torch")),
+       for name in ("data", "overlapped", "pipeline", "zero-bubble", "interleaved", "context", "sequence")},
     "optimizer": (MODEL, ParallelConfig(data_parallel_sharding="optimizer")),
     "parameters": (MODEL, ParallelConfig(data_parallel_sharding="parameters")),
     "tensor, recomputed": (FULL, LAYOUTS["tensor"]),
