@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron.config import Config, OptimizerConfig, ParallelConfig, TrainingConfig
-from megatron.data.batches.batch import collate
+from megatron.config import Config, DataConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 from megatron.errors import ConfigError
 from megatron.model.initialisation import initialise
 from megatron.parallel.mesh import Mesh, build_mesh
@@ -16,7 +15,7 @@ from megatron.train.engine import build_engine
 from megatron.train.meters import Meters
 from megatron.train.step import TrainStep
 from tests.ranks.launch import TIMEOUT, run_ranks
-from tests.ranks.test_model_layouts import CPU, LAYOUTS, MODEL, PROTEINS, SEQ_LENGTH, VOCABULARY, row
+from tests.ranks.test_model_layouts import CPU, LAYOUTS, MODEL, PROTEINS, SEQ_LENGTH, VOCABULARY, micro_batches, row
 
 TRAINED = {
     "all but the embedding": lambda name: not name.startswith("embedding."),
@@ -28,8 +27,7 @@ ROWS = [row(lengths, number) for number, lengths in enumerate(PROTEINS[:4])]
 FULL = replace(MODEL, checkpoint_activations=True, distribute_checkpointed_activations=True)
 WAYS = {
     **{name: (MODEL, LAYOUTS[name])
-       for name in ("data", "pipeline", "zero-bubble", "interleaved", "context", "sequence")},
-    "overlapped": (MODEL, ParallelConfig(DDP_impl="torch")),
+       for name in ("data", "overlapped", "pipeline", "zero-bubble", "interleaved", "context", "sequence")},
     "optimizer": (MODEL, ParallelConfig(data_parallel_sharding="optimizer")),
     "parameters": (MODEL, ParallelConfig(data_parallel_sharding="parameters")),
     "tensor, recomputed": (FULL, LAYOUTS["tensor"]),
@@ -42,7 +40,8 @@ class Living:
     def __init__(self, mesh, trained, model=MODEL, parallel=ParallelConfig(), weights=None):  # noqa: B008
         training = TrainingConfig(micro_batch_size=1, global_batch_size=len(ROWS))
         optimizer = OptimizerConfig(optimizer="sgd", weight_decay=0.1)
-        config = Config(model=model, parallel=parallel, training=training, optimizer=optimizer)
+        config = Config(model=model, data=DataConfig(seq_length=SEQ_LENGTH), parallel=parallel, training=training,
+                        optimizer=optimizer)
 
         def load(stages):
             for stage in stages:
@@ -58,8 +57,7 @@ class Living:
 
     def train(self):
         """One step on all rows; returns loss and norm."""
-        mine = ROWS[self.mesh.data.rank::self.mesh.data.size]
-        self.step([collate([each], SEQ_LENGTH) for each in mine], 0.1, 0, False)
+        self.step(micro_batches(self.engine, ROWS), 0.1, 0, False)
         reading = self.meters.read()
         return {"loss": torch.tensor(reading.loss), "norm": torch.tensor(reading.grad_norm)}
 

@@ -45,7 +45,7 @@ class WeightGradients:
         for weight_oi, grad_to, x_ti in self._waiting.popleft():
             gradient_oi = remaining_weight_gradient(weight_oi, grad_to, x_ti)
             if gradient_oi is not None:
-                weight_oi.grad = gradient_oi
+                weight_oi.grad = gradient_oi if weight_oi.grad is None else weight_oi.grad.add_(gradient_oi)
 
 
 def remaining_weight_gradient(weight_oi: Tensor, grad_to: Tensor, x_ti: Tensor) -> Tensor | None:
