@@ -1,56 +1,59 @@
 """What only a GPU can show. Skipped without CUDA."""
 
 import io
-import itertools
 from contextlib import redirect_stdout
 
 import pytest
 import torch
 
-from megatron.kernels.attention import Boundaries, attention_reference, packed_attention
+from megatron.kernels.attention import attention_reference, packed_attention
 from pretrain_tape import main
 from tests.golden.training import TINY, losses
+from tests.packed import packed_batch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 LENGTHS = (300, 1, 17, 512, 90)
+REAL, FILLER = sum(LENGTHS), 700
 
 
-def boundaries():
-    ends = [0, *itertools.accumulate(LENGTHS)]
-    return Boundaries(torch.tensor(ends, dtype=torch.int32, device="cuda"), LENGTHS)
+def sequence():
+    """The proteins, boundaries of proteins that are not there, and filler in two segments."""
+    return packed_batch(*LENGTHS, filler=FILLER, empty=3).to("cuda").sequence
 
 
-def context_and_gradient(function, qkv_tn3d, weights_tnd, dropout=0.0):
+def context_and_gradient(function, qkv_tn3d, weights_tnd):
+    """Of the proteins' tokens; the gradient is that of all tokens."""
     qkv_tn3d = qkv_tn3d.detach().clone().requires_grad_()
-    context_tnd = function(qkv_tn3d, boundaries(), dropout)
+    context_tnd = function(qkv_tn3d, sequence(), 0.0)[:REAL]
     gradient, = torch.autograd.grad(context_tnd, qkv_tn3d, weights_tnd.to(context_tnd.dtype))
     return context_tnd.detach().float(), gradient.float()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("width", [16, 64, 128])
-def test_attentions_error_is_at_most_twice_plain_pytorchs(dtype, width):
+def test_attentions_error_is_at_most_twice_plain_pytorchs_and_filler_has_no_gradient(dtype, width):
     torch.manual_seed(0)
-    qkv = torch.randn(sum(LENGTHS), 4, 3, width, device="cuda")
-    weights = torch.randn(sum(LENGTHS), 4, width, device="cuda")
+    qkv = torch.randn(REAL + FILLER, 4, 3, width, device="cuda")
+    weights = torch.randn(REAL, 4, width, device="cuda")
     exact = context_and_gradient(attention_reference, qkv.double(), weights.double())
     fast = context_and_gradient(packed_attention, qkv.to(dtype), weights)
     plain = context_and_gradient(attention_reference, qkv.to(dtype), weights)
     for ours, theirs, true in zip(fast, plain, exact, strict=True):
         assert (ours - true).norm() <= 2 * (theirs - true).norm() + 1e-6 * true.norm()
+    assert not fast[1][REAL:].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dropout_keeps_the_expected_context_and_repeats_with_its_seed(dtype):
     torch.manual_seed(0)
-    qkv = torch.randn(sum(LENGTHS), 2, 3, 32, device="cuda").to(dtype)
-    plain = packed_attention(qkv, boundaries(), 0.0).float()
-    contexts = torch.stack([packed_attention(qkv, boundaries(), 0.2).float() for _ in range(400)])
+    qkv, packed = torch.randn(REAL + FILLER, 2, 3, 32, device="cuda").to(dtype), sequence()
+    plain = packed_attention(qkv, packed, 0.0).float()
+    contexts = torch.stack([packed_attention(qkv, packed, 0.2).float() for _ in range(400)])
     assert (contexts.mean(0) - plain).norm() < 0.1 * plain.norm()
     torch.manual_seed(5)
-    first = packed_attention(qkv, boundaries(), 0.2)
+    first = packed_attention(qkv, packed, 0.2)
     torch.manual_seed(5)
-    assert torch.equal(first, packed_attention(qkv, boundaries(), 0.2))
+    assert torch.equal(first, packed_attention(qkv, packed, 0.2))
 
 
 def curve(corpus, folder, *flags):

@@ -105,31 +105,43 @@ class Living:
                 "counted": torch.tensor([reading.num_tokens, reading.num_residues, reading.masked_accuracy])}
 
 
-def outcomes(axis, layouts, precision):
-    """What each layout's model gives after a step, all of them built before the first one's step."""
-    living = {name: Living(build_mesh(parallel, CPU, TIMEOUT), parallel, precision)
-              for name, parallel in layouts.items()}
+PRECISIONS = {"fp32": PrecisionConfig(), "bf16": PrecisionConfig(bf16=True)}
+
+
+def outcomes(axis, layouts):
+    """What each layout's models give after a step, all of them built before the first one's step."""
+    living = {(name, precision): Living(build_mesh(parallel, CPU, TIMEOUT), parallel, PRECISIONS[precision])
+              for name, parallel in layouts.items() for precision in PRECISIONS}
     return {name: each.outcome() for name, each in living.items()}
 
 
-@pytest.mark.parametrize(("ranks", "layouts"), [(2, LAYOUTS), (4, ON_FOUR)])
-def test_models_of_all_layouts_live_in_one_process_and_learn_what_one_rank_learns(ranks, layouts):
-    expected = Living(Mesh(), ParallelConfig(), PrecisionConfig()).outcome()
-    first, *others = run_ranks(outcomes, ranks, layouts, PrecisionConfig())
-    for layout, name in itertools.product(layouts, expected):
-        error = (first[layout][name] - expected[name]).norm() / expected[name].norm().clamp(min=1e-6)
-        assert error < 1e-5, f"{layout}, {name}: off by {error}"
-    for other, layout in itertools.product(others, layouts):
+@pytest.fixture(scope="module", params=[(2, LAYOUTS), (4, ON_FOUR)], ids=["2 ranks", "4 ranks"])
+def results(request):
+    return run_ranks(outcomes, *request.param)
+
+
+@pytest.fixture(scope="module")
+def on_one_rank():
+    return {name: Living(Mesh(), ParallelConfig(), precision).outcome() for name, precision in PRECISIONS.items()}
+
+
+def test_models_of_all_layouts_live_in_one_process_and_learn_what_one_rank_learns(results, on_one_rank):
+    (first, *others), expected = results, on_one_rank["fp32"]
+    for layout, ours in first.items():
+        if "fp32" in layout:
+            for name in expected:
+                error = (ours[name] - expected[name]).norm() / expected[name].norm().clamp(min=1e-6)
+                assert error < 1e-5, f"{layout}, {name}: off by {error}"
+    for other, layout in itertools.product(others, first):
         assert other[layout]["loss"] == first[layout]["loss"]
         assert other[layout]["norm"] == first[layout]["norm"]
 
 
-@pytest.mark.parametrize(("ranks", "layouts"), [(2, LAYOUTS), (4, ON_FOUR)])
-def test_in_bf16_every_layout_is_as_near_to_fp32_as_one_rank_is(ranks, layouts):
-    exact, twin = (Living(Mesh(), ParallelConfig(), PrecisionConfig(bf16=bf16)).outcome() for bf16 in (False, True))
-    first, *_ = run_ranks(outcomes, ranks, layouts, PrecisionConfig(bf16=True))
-    for layout in layouts:
-        assert distance(first[layout], exact) < 1.5 * distance(twin, exact), layout
+def test_in_bf16_every_layout_is_as_near_to_fp32_as_one_rank_is(results, on_one_rank):
+    exact, twin = on_one_rank["fp32"], on_one_rank["bf16"]
+    for layout, ours in results[0].items():
+        if "bf16" in layout:
+            assert distance(ours, exact) < 1.5 * distance(twin, exact), layout
 
 
 def distance(outcome, exact):
