@@ -232,6 +232,19 @@ def test_statistics_say_what_is_in_the_files(tmp_path):
     assert output["length_histogram"]["1-29"] == 6
 
 
+def test_statistics_say_what_each_id_means(tmp_path):
+    vocab = Vocab.from_file()
+    swapped = tmp_path / "vocab.txt"
+    swapped.write_text("\n".join([*vocab.tokens[:-2], vocab.tokens[-1], vocab.tokens[-2]]))
+    source = write_json(tmp_path / "in.json", PROTEINS)
+    for found in (vocab, Vocab.from_file(swapped)):
+        (tmp_path / "used.txt").write_text("\n".join(found.tokens))
+        run(tmp_path, source, vocab_file=str(tmp_path / "used.txt"))
+        stats = json.loads((tmp_path / "out.stats.json").read_text())
+        assert stats["vocabulary"] == {"identity": found.identity, "tokens": list(found.tokens)}
+    assert Vocab.from_file(swapped).identity != vocab.identity == Vocab.from_file().identity
+
+
 def test_a_dry_run_counts_and_writes_nothing(tmp_path, capsys):
     source = write_json(tmp_path / "in.json", PROTEINS)
     report = run(tmp_path, source, dry_run=True, names=True)

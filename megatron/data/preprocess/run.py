@@ -186,6 +186,7 @@ class _Run:
                    for key, tally in zip(self.config.json_keys, self.tallies, strict=True)}
         stats: dict[str, Any] = {
             "version": VERSION, "options": self.config.affecting_output(),
+            "vocabulary": {"identity": self.vocab.identity, "tokens": self.vocab.tokens},
             "inputs": [{"path": source.path, "bytes": source.size, "sha256": source.sha256}
                        for source in self.sources],
             "outputs": outputs,
