@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron.data.sources.source import expand, texts_of
 from megatron.errors import DataError
 from megatron.files import replacing
+from megatron.log import take_any_text
 
 _WHITE_SPACE = b" \t\n\r\v\f"
 
@@ -27,6 +28,7 @@ def convert(patterns: Sequence[str], output: str, kind: str) -> int:
 
 def main(kind: str, description: str) -> int:
     """The command line of one conversion; returns the exit status."""
+    take_any_text()
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("input", nargs="+", help="files, plain, gzip or zstd; - is standard input")
     parser.add_argument("output", help="file of JSON lines; - is standard output")
