@@ -4,16 +4,20 @@ import io
 import json
 import pickle
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from megatron.data.corpus.indexed import open_indexed
 from megatron.data.preprocess.flags import PreprocessConfig
 from megatron.data.preprocess.run import preprocess
 from megatron.errors import DataError
 
+ROOT = Path(__file__).resolve().parents[2]
 TITIN = "".join(random.Random(1).choices("ACDEFGHIKLMNPQRSTVWY", k=35_213))
 PROTEINS = ["MKVLAAGIV", "M", TITIN, "ACDEFGHIKLMNPQRSTVWYX", "MKVLAAGIV", "BZUOJ"]
 
@@ -104,3 +108,32 @@ def damaged(tmp_path: Path, data: bytes, **options) -> str:
     assert message.startswith(str(tmp_path / "bad"))
     assert "\n" not in message
     return message
+
+
+def write_json(path: Path, texts: list[str]) -> Path:
+    """Loose JSON of these texts, numbered."""
+    path.write_text("".join(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(texts)))
+    return path
+
+
+def run(tmp_path: Path, source: Path | str, **options) -> dict:
+    """The statistics of preprocessing `source` to `out` in a folder."""
+    return preprocess(PreprocessConfig(input=(str(source),), output_prefix=str(tmp_path / "out"), **options))
+
+
+def outputs(folder: Path) -> dict[str, bytes]:
+    """What preprocessing wrote there, statistics aside."""
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("out*")) if "stats" not in path.name}
+
+
+def documents(prefix: Path) -> list[list[int]]:
+    """The ids of each document."""
+    dataset = open_indexed(str(prefix))
+    return [[int(i) for s in range(start, stop) for i in dataset[s]]
+            for start, stop in zip(dataset.doc_idx, dataset.doc_idx[1:], strict=False)]
+
+
+def tool(*arguments: str | Path, cwd: Path, **options) -> subprocess.CompletedProcess:
+    """A run of the command line in a process of its own."""
+    return subprocess.run([sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *map(str, arguments)], cwd=cwd,
+                          capture_output=True, text=True, timeout=60, **options)

@@ -1,6 +1,8 @@
 """Parquet, Arrow and LMDB: every type of text is read, damage is one clear line, and no reader crashes."""
 
 import gzip
+import hashlib
+import json
 import os
 import pickle
 import random
@@ -12,7 +14,17 @@ import pytest
 
 from megatron.data.sources.source import expand
 from megatron.errors import DataError
-from tests.unit.protein_files import PROTEINS, as_parquet, as_strings, as_tape, damaged, ids_of, write_lmdb
+from tests.unit.protein_files import (
+    PROTEINS,
+    as_arrow_file,
+    as_arrow_stream,
+    as_parquet,
+    as_strings,
+    as_tape,
+    damaged,
+    ids_of,
+    write_lmdb,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,16 +56,96 @@ def test_damaged_parquet_is_refused(tmp_path):
         ids_of(tmp_path, tmp_path / "good", json_keys=("seq",))
 
 
-def test_a_dictionary_column_is_text(tmp_path, expected):
+TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
+
+
+@pytest.mark.parametrize("is_dictionary", [False, True])
+@pytest.mark.parametrize("name", TEXT_TYPES)
+def test_every_type_of_text_is_read(tmp_path, expected, name, is_dictionary):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    pq.write_table(pa.table({"text": pa.array(PROTEINS).dictionary_encode()}), tmp_path / "in.parquet")
-    assert ids_of(tmp_path, tmp_path / "in.parquet") == expected
-    pq.write_table(pa.table({"text": [1.5]}), tmp_path / "in.parquet")
-    with pytest.raises(DataError, match="holds double; expected text"):
-        ids_of(tmp_path, tmp_path / "in.parquet")
+    column = pa.array(PROTEINS, type=getattr(pa, name)())
+    if is_dictionary:
+        column = pa.DictionaryArray.from_arrays(pa.array(range(len(PROTEINS))), column)
+    table = pa.table({"text": column})
+    with pa.ipc.new_stream(tmp_path / "in.arrow", table.schema) as stream:
+        stream.write_table(table)
+    assert ids_of(tmp_path, tmp_path / "in.arrow") == expected
+    if not is_dictionary or not name.endswith("view"):  # Parquet writes no dictionaries of views
+        pq.write_table(table, tmp_path / "in.parquet")
+        assert ids_of(tmp_path, tmp_path / "in.parquet") == expected
+
+
+def test_columns_that_are_no_text_are_refused_by_their_type(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    fixed = pa.array([b"MK"], pa.binary(2))
+    for column, kind in (([1.5], "double"), ([["MK"]], "list<"), (fixed, "fixed_size_binary")):
+        table = pa.table({"text": column})
+        pq.write_table(table, tmp_path / "in.parquet")
+        with pa.ipc.new_file(tmp_path / "in.arrow", table.schema) as file:
+            file.write_table(table)
+        for name in ("in.parquet", "in.arrow"):
+            with pytest.raises(DataError, match=f"holds {kind}.*expected text"):
+                ids_of(tmp_path, tmp_path / name)
     pq.write_table(pa.Table.from_arrays([pa.array(["M"])] * 2, names=["text"] * 2), tmp_path / "in.parquet")
-    with pytest.raises(DataError, match="2 columns 'text'"):
+    with pytest.raises(DataError, match="is Parquet with 2 columns 'text'"):
         ids_of(tmp_path, tmp_path / "in.parquet")
+
+
+@pytest.mark.parametrize("write", [as_arrow_stream, as_arrow_file])
+def test_a_truncated_arrow_is_refused_wherever_it_ends(tmp_path, write):
+    whole = write(PROTEINS[:2] * 4)
+    for size in (*range(8, len(whole), 56), len(whole) - 8, len(whole) - 1):
+        assert "Arrow" in damaged(tmp_path, whole[:size])
+
+
+def test_a_large_batch_of_arrow_comes_in_small_blocks(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    batch = pa.record_batch({"text": ["A" * (1 << 18)] * 32})
+    with pa.ipc.new_stream(tmp_path / "in", batch.schema) as stream:
+        stream.write_batch(batch)
+    lengths = [len(block.records["text"]) for block in expand([str(tmp_path / "in")])[0].blocks(("text",))]
+    assert sum(lengths) == 32
+    assert max(lengths) <= 8
+
+
+def write_folder(folder: Path, parts: dict[str, list[str]], **state) -> Path:
+    """What HuggingFace's save_to_disk leaves."""
+    folder.mkdir()
+    for name, proteins in parts.items():
+        (folder / name).write_bytes(as_arrow_stream(proteins))
+    (folder / "dataset_info.json").write_text("{}")
+    (folder / "state.json").write_text(json.dumps(state))
+    return folder
+
+
+def test_a_folder_of_save_to_disk_is_read_in_the_order_of_its_state(tmp_path, expected):
+    parts = {"data-00000-of-00002.arrow": PROTEINS[2:], "data-00001-of-00002.arrow": PROTEINS[:2]}
+    listed = [{"filename": name} for name in reversed(parts)]
+    folder = write_folder(tmp_path / "saved", parts, _data_files=listed, _indices_files=None)
+    assert ids_of(tmp_path, folder) == expected
+    inputs = json.loads((tmp_path / "out.stats.json").read_text())["inputs"]
+    both = b"".join((folder / entry["filename"]).read_bytes() for entry in listed)
+    assert [inputs[0]["bytes"], inputs[0]["sha256"]] == [len(both), hashlib.sha256(both).hexdigest()]
+    (folder / "state.json").unlink()
+    assert ids_of(tmp_path, folder) != expected  # by name
+
+
+@pytest.mark.parametrize(("parts", "state", "message"), [
+    (["data-00000-of-00002.arrow"], {}, r"has lost one of data-\*-of-00002.arrow"),
+    (["a.arrow"], {"_data_files": [{"filename": "../b.arrow"}]}, "has lost ../b.arrow; copy it again"),
+    (["a.arrow"], {"_data_files": 7}, "state.json: not the list"),
+    (["a.arrow"], {"_data_files": [{"filename": "a.arrow"}], "_indices_files": [1]}, r"flatten_indices\(\) before"),
+    (["a.arrow", "cache-1.arrow"], {}, "results of HuggingFace's map"),
+    ([], {}, "it has no data.mdb")])
+def test_a_folder_that_is_not_whole_is_refused(tmp_path, parts, state, message):
+    with pytest.raises(DataError, match=message):
+        ids_of(tmp_path, write_folder(tmp_path / "saved", {name: ["MK"] for name in parts}, **state))
+
+
+def test_the_parts_of_a_dataset_dict_are_asked_for(tmp_path):
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    with pytest.raises(DataError, match=f"DatasetDict of HuggingFace; name its parts, for example {tmp_path}/train"):
+        ids_of(tmp_path, tmp_path)
 
 
 def test_a_damaged_footer_of_parquet_is_refused_without_ending_the_process(tmp_path):
@@ -126,11 +218,6 @@ def test_a_damaged_lmdb_is_read_right_or_refused_in_one_line(tmp_path):
             ids_of(tmp_path, tmp_path / "bad.lmdb")
         except DataError as error:
             assert "\n" not in str(error)
-
-
-def test_a_folder_that_is_no_lmdb_is_refused(tmp_path):
-    with pytest.raises(DataError, match="it has no data.mdb"):
-        ids_of(tmp_path, tmp_path)
 
 
 def test_a_missing_lmdb_says_what_to_install(tmp_path):

@@ -23,14 +23,15 @@ _QUOTED = re.compile(rb'"[^",;\t]+"')
 
 def delimiter_of(head: bytes) -> bytes | None:
     """What parts the columns of CSV or TSV, if the text is that; a comma for a lone column with a name."""
-    first, *others = [line for line in _whole_lines(head) if line.strip()][:2]
+    first, *others = [line for line in head.split(b"\n") if line.strip()][:3]
     if _ONLY_HEADER.fullmatch(first.strip()) or _QUOTED.fullmatch(first.strip()):
         return b","
     if _CONTROLS.search(first.replace(b"\t", b"")):
         return None
-    for delimiter in _DELIMITERS:
-        fields = [_num_fields(line, delimiter) for line in (first, *others)]
-        if len(fields) == 2 and fields[0] == fields[1] > 1:
+    is_cut = len(others) == 1 and len(head) >= HEAD_BYTES
+    for delimiter in _DELIMITERS if others else ():
+        columns, fields = _num_fields(first, delimiter), _num_fields(others[0], delimiter)
+        if columns > 1 and (fields == columns or (is_cut and fields < columns)):
             is_spaced_residues = delimiter == b"\t" and max(map(len, first.split())) == 1
             return None if is_spaced_residues else delimiter
     return None
