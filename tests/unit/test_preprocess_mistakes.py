@@ -101,6 +101,13 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, at_the_end):
     assert [path.name for path in tmp_path.iterdir()] == ["in.json"]
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no /proc/self/mem, which cannot be read at its start")
+def test_an_input_that_cannot_be_read_is_one_line(tmp_path):
+    with pytest.raises(DataError, match=r"^/proc/self/mem: cannot be read \(Input/output error\)$"):
+        run(tmp_path, "/proc/self/mem")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_output_that_cannot_be_written_is_one_line(tmp_path):
     source = write_json(tmp_path / "in.json", PROTEINS)
     for prefix in ("in.json/out", "x" * 300, "/proc/out"):

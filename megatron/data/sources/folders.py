@@ -14,7 +14,10 @@ def files_of(path: str) -> list[str]:
     """The files of an input: itself or, in order, those of a folder of LMDB or Arrow; raises DataError for others."""
     if not os.path.isdir(path):
         return [path]
-    found = sorted(os.listdir(path))
+    try:
+        found = sorted(os.listdir(path))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); --input names files of proteins") from None
     if "data.mdb" in found:
         return [os.path.join(path, "data.mdb")]
     if "dataset_dict.json" in found:

@@ -22,8 +22,11 @@ def convert(patterns: Sequence[str], output: str, kind: str) -> int:
     lines = _lines(patterns, kind)
     if output == "-":
         return _write(lines, sys.stdout.fileno())
-    with replacing(Path(output)) as temporary, open(temporary, "wb") as file:
-        return _write(lines, file.fileno())
+    try:
+        with replacing(Path(output)) as temporary, open(temporary, "wb") as file:
+            return _write(lines, file.fileno())
+    except OSError as error:  # readers tell of their own as DataError
+        raise DataError(f"{output}: cannot be written ({error.strerror or error}); name another output") from None
 
 
 def main(kind: str, description: str) -> int:
