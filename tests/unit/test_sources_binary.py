@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron.data.sources.binary.tape_lmdb import parse_lmdb
+from megatron.data.sources.block import Block
 from megatron.data.sources.source import expand
 from megatron.errors import DataError
 from tests.unit.protein_files import (
@@ -176,12 +178,20 @@ def test_nulls_in_parquet_are_bad_records(tmp_path):
     assert "record 2: 'text' is null" in damaged(tmp_path, as_parquet(["MK", None]))
 
 
+@pytest.mark.parametrize(("value", "message"), [
+    (b"junk", "record 8: cannot be unpickled"),
+    (pickle.dumps({"primary": "MK"})[:-5], "record 8: cannot be unpickled"),
+    (pickle.dumps([1]), "record 8: list where a dict belongs"),
+    (pickle.dumps({"sequence": "MK"}), "record 8: no key 'primary'; it has 'sequence'"),
+    (pickle.dumps({"primary": 3}), "record 8: 'primary' is of type int"),
+    (None, "record 8: is missing; the LMDB is not whole")])
+def test_a_bad_record_of_a_tape_lmdb_is_named(value, message):
+    parsed = parse_lmdb(Block("pfam.lmdb", "lmdb", [pickle.dumps({"primary": "MK"}), value], 7, 0), "text")
+    assert parsed.texts == [b"MK", b""]
+    assert parsed.bad[1].message.startswith(f"pfam.lmdb: {message}")
+
+
 @pytest.mark.parametrize(("values", "num_examples", "message"), [
-    ([b"junk"], 1, "record 1: cannot be unpickled"),
-    ([pickle.dumps({"primary": "MK"})[:-5]], 1, "record 1: cannot be unpickled"),
-    ([pickle.dumps([1])], 1, "record 1: list where a dict belongs"),
-    ([pickle.dumps({"sequence": "MK"})], 1, "record 1: no key 'primary'; it has 'sequence'"),
-    ([pickle.dumps({"primary": 3})], 1, "'primary' is of type int"),
     ([pickle.dumps({"primary": "M"}), None, pickle.dumps({"primary": "K"})], 3, "it says 3 records and has 3 entries"),
     ([pickle.dumps({"primary": "MK7"})], 1, "record 1, column 3: '7' is not a residue"),
     ([pickle.dumps({"primary": "M"})] * 3, 2, "'num_examples' says 2 records, but there are more"),
@@ -189,11 +199,18 @@ def test_nulls_in_parquet_are_bad_records(tmp_path):
     ([pickle.dumps({"primary": "MK"})], "many", "it says 'many' records"),
     ([pickle.dumps({"primary": "MK"})], 10**15, "it says 1000000000000000 records"),
 ])
-def test_bad_tape_records_are_named(tmp_path, values, num_examples, message):
+def test_a_tape_lmdb_that_is_not_whole_is_refused(tmp_path, values, num_examples, message):
     write_lmdb(tmp_path / "bad.lmdb", values, num_examples)
     with pytest.raises(DataError) as caught:
         ids_of(tmp_path, tmp_path / "bad.lmdb")
     assert message in str(caught.value)
+
+
+def test_a_tape_lmdb_at_a_path_that_is_no_utf_8_is_read(tmp_path):
+    folder = tmp_path / os.fsdecode(b"pfam\xe9.lmdb")
+    write_lmdb(tmp_path / "pfam.lmdb", as_tape(["MKV"]), 1).rename(folder)
+    (block,) = expand([str(folder)])[0].blocks(("text",))
+    assert parse_lmdb(block, "text").texts == [b"MKV"]
 
 
 @pytest.mark.parametrize("size", [20, 4096, 9000, 30_000])

@@ -73,10 +73,10 @@ def test_an_error_names_the_right_line_whatever_the_line_ends(tmp_path, monkeypa
 
 
 def test_many_bad_records_take_no_longer_than_good_ones(tmp_path):
-    (tmp_path / "in").write_bytes(b"MK\n" * 100_001 + b"M1\n" * 100_000)
+    (tmp_path / "in").write_bytes(b"MK\n" * 40_001 + b"M1\n" * 40_000)
     ids_of(tmp_path, tmp_path / "in", skip_bad_records=True)
     stats = json.loads((tmp_path / "out.stats.json").read_text())
-    assert stats["outputs"]["text"]["dropped"] == {"not protein": 100_000}
+    assert stats["outputs"]["text"]["dropped"] == {"not protein": 40_000}
 
 
 def test_a_long_record_in_small_chunks_is_searched_once(monkeypatch):

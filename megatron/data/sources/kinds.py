@@ -6,7 +6,7 @@ A kind that is read gives blocks in one of the FORMATS, which say how a block's 
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from tempfile import NamedTemporaryFile, gettempdir
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 from megatron.data.sources import names, tar
@@ -76,7 +76,7 @@ def blocks_of(stream: InputStream, path: str | None, wanted: Wanted) -> Iterator
 
 
 def _kind_of(contents: Contents) -> Kind:
-    """The first of the KINDS whose beginning this is; `contents` are made ready for its reader."""
+    """The first of the kinds below whose beginning this is; `contents` are made ready for its reader."""
     head = contents.chunks.peek(looks.HEAD_BYTES)
     kind = next((kind for kind in BINARY_KINDS if kind.begins(head)), None)
     if kind is None:
@@ -112,14 +112,14 @@ def _on_disk(read: Callable[[str, str, Wanted], Iterator[Block]]) -> Callable[[C
         if contents.path is not None:
             yield from read(contents.source, contents.path, wanted)
             return
-        with NamedTemporaryFile() as file:
-            try:
+        try:
+            with NamedTemporaryFile() as file:
                 file.writelines(contents.chunks)
                 file.flush()
-            except OSError as error:
-                raise DataError(f"{contents.source}: no room to unpack it ({error.strerror}); unpack it, or let TMPDIR "
-                                f"name a larger folder than {gettempdir()}") from None
-            yield from read(contents.source, file.name, wanted)
+                yield from read(contents.source, file.name, wanted)
+        except OSError as error:
+            raise DataError(f"{contents.source}: no room to unpack it ({error.strerror}); unpack it yourself, or let "
+                            "TMPDIR name a folder with room") from None
     return blocks
 
 
@@ -164,8 +164,8 @@ TEXT_KINDS = (
     Kind("GFF or VCF", _text(rb"##(gff-version|fileformat)"), instead=_SEQUENCES),
     Kind("FASTA", _text(rb"[>;#]"), records.fasta_blocks),  # behind `;` or `#` there are comments before its first `>`
     Kind("UniProt or EMBL text", _text(rb"ID   "), instead=_TO_FASTA),
-    Kind("GenBank", _text(rb"LOCUS[ \t]"), instead=_TO_FASTA),
-    Kind("a Clustal alignment", _text(rb"CLUSTAL|MUSCLE \(|PROBCONS"), instead=_TO_FASTA),
+    Kind("GenBank", _text(rb"LOCUS {2}"), instead=_TO_FASTA),
+    Kind("a Clustal alignment", _text(rb"(CLUSTAL|MUSCLE|PROBCONS)[ \t]"), instead=_TO_FASTA),
     Kind("a PHYLIP alignment", _text(rb"\d+[ \t]+\d+[ \t]*\n"), instead=_TO_FASTA),
     Kind("an MSF alignment", _text(rb"!![AN]A_MULTIPLE|PileUp"), instead=_TO_FASTA),
     Kind("a HMMER profile", _text(rb"HMMER\d"), instead=_SEQUENCES),

@@ -8,7 +8,7 @@ import os
 import pickle
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
-from tempfile import TemporaryDirectory
+from typing import BinaryIO
 
 from megatron.data.sources.binary.plain_pickle import load_plain_pickle
 from megatron.data.sources.block import BadRecord, Block, Texts, Wanted
@@ -86,11 +86,13 @@ def _receive(receiver: Connection, source: str) -> tuple[list[bytes | None] | No
     return message
 
 
-def _linked(path: str, folder: str) -> str:
-    """A path in `folder` to the same file: lmdb opens none that is not UTF-8."""
-    link = os.path.join(folder, "data.mdb")
-    os.symlink(os.path.abspath(path), link)
-    return link
+def _name_of(file: BinaryIO, path: str) -> str:
+    """A path of an open file that lmdb can open: its own, if that is UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return f"/dev/fd/{file.fileno()}"
+    return path
 
 
 def _read_lmdb(path: str, sender: Connection) -> None:
@@ -101,8 +103,8 @@ def _read_lmdb(path: str, sender: Connection) -> None:
         sender.send("is an LMDB, which needs: pip install lmdb")
         return
     try:
-        with (TemporaryDirectory() as folder,
-              lmdb.open(_linked(path, folder), subdir=False, readonly=True, lock=False, readahead=False) as environment,
+        with (open(path, "rb") as file,
+              lmdb.open(_name_of(file, path), subdir=False, readonly=True, lock=False, readahead=False) as environment,
               environment.begin() as transaction):
             num_records = load_plain_pickle(transaction.get(b"num_examples", b""))
             num_entries = environment.stat()["entries"]
