@@ -53,12 +53,14 @@ def is_name_of_sequences(column: str) -> bool:
 
 
 def _is_words(line: bytes) -> bool:
-    sizes = [len(group) for group in line.split()]
     if _CAPITALISED.search(line):
         return True
-    if len(sizes) == 1 or (len(set(sizes[:-1])) == 1 and sizes[-1] <= sizes[0]):
+    sizes = [len(group) for group in line.split()]
+    if len(sizes) == 1 or max(sizes) == 1:
         return False
-    return (line != line.upper() and line != line.lower()) or _rare_share(line) >= _MAX_RARE_SHARE
+    is_in_blocks = len(set(sizes[:-1])) == 1 and sizes[-1] <= sizes[0]
+    is_of_both_cases = line not in (line.upper(), line.lower())
+    return (is_of_both_cases and not is_in_blocks) or _rare_share(line) >= _MAX_RARE_SHARE
 
 
 def _rare_share(text: bytes) -> float:
