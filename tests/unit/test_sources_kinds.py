@@ -66,8 +66,9 @@ def test_blank_lines_and_a_byte_order_mark_hide_no_kind(tmp_path, name):
 
 
 @pytest.mark.parametrize("text", [
-    "Not Found", "404: Not Found", "Forbidden", "Access Denied", "file not found", "permission denied", "NOT FOUND ON THIS SERVER",
-    "Sorry, this page has moved", "The sequences of this study will be shared.\nAsk the authors for them\n",
+    "Not Found", "404: Not Found", "Forbidden", "Access Denied", "file not found", "permission denied",
+    "NOT FOUND ON THIS SERVER", "Sorry, this page has moved",
+    "The sequences of this study will be shared.\nAsk the authors for them\n",
     "\n".join(["water", "house", "about", "could", "would", "brown", "jumbo", "found"] * 10),
     "sp1 MKVLLAAGIV\nsp2 MKVLAAGIVA", "crambin TTCCPSIVAR\nhirudin VVYTDCTESG", "P1 | MKV", "MKV 0.91\nMKL 0.12"])
 def test_words_are_no_proteins(tmp_path, text):
