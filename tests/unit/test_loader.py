@@ -156,7 +156,8 @@ def _run_and_exit(action: Callable[[], None]) -> None:
         os._exit(int(str(leaving)))
 
 
-def test_the_next_epochs_rows_are_built_ahead(tmp_path):
+def test_the_next_epochs_rows_are_built_ahead(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron.data.rows.dataset.IN_MEMORY_DOCUMENTS", 0)
     write_indexed(tmp_path / "a", [np.full(30, 6)] * 200)
     train = build_datasets(DataConfig(data_path=(str(tmp_path / "a"),), seq_length=64, split="1"), VOCAB, 1).train
     loader = batches(train, start_sample=0, micro_batch_size=1, data_rank=0, data_size=1, num_workers=1, pin=False)

@@ -10,7 +10,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from megatron.data.rows.packed import PackedDataset, Row
+from megatron.data.rows.packed import COUNTED_RESIDUES, PackedDataset, Row
 from megatron.errors import ConfigError
 
 
@@ -41,7 +41,7 @@ class BlendedDataset:
 
     def residue_counts(self) -> np.ndarray:
         """How often each id occurs, int64 [vocabulary], each corpus scaled to its weight in the blend."""
-        counts = [dataset.residue_counts() for dataset in self.datasets]
+        counts = [dataset.residue_counts(COUNTED_RESIDUES // len(self.datasets)) for dataset in self.datasets]
         total = sum(int(count.sum()) for count in counts)
         shares = [float(weight / sum(self.weights)) * count / max(count.sum(), 1)
                   for weight, count in zip(self.weights, counts, strict=True)]

@@ -50,17 +50,17 @@ class PackingSettings:
 class PackedDataset:
     """The rows of some documents, epoch after epoch; of `clusters`, where given, each epoch has one member.
 
-    `repeats_one_epoch` gives epoch 0 again and again (evaluation).
+    `repeats_one_epoch` gives epoch 0 again and again (evaluation). Without `cache_folder` a process packs for itself.
     """
 
     def __init__(self, documents: Documents, settings: PackingSettings, vocab: Vocab, masking: Masking,
-                 cache_folder: Path, name: str, *, clusters: Clusters | None = None,
+                 cache_folder: Path | None, name: str, *, clusters: Clusters | None = None,
                  repeats_one_epoch: bool = False) -> None:
         self.documents, self.settings, self.name = documents, settings, name
         self.vocab, self.clusters = vocab, clusters
         self._masker = Masker(masking, vocab)
         self._repeats_one_epoch = repeats_one_epoch
-        self._cache = RowCache(cache_folder, self._stem())
+        self._cache = None if cache_folder is None else RowCache(cache_folder, self._stem())
         self._first_samples = [0]  # of epoch 0, 1, …
         self._rows: dict[int, PackedRows] = {}  # the epochs in use, two at most
         self._builds_ahead = False
@@ -89,36 +89,35 @@ class PackedDataset:
         """The epoch of a sample, and its row there."""
         if self._repeats_one_epoch:
             return 0, sample % self.num_epoch_rows(0)
-        while sample >= self._first_samples[-1]:
-            self._first_samples.append(self._first_samples[-1] + self.num_epoch_rows(len(self._first_samples) - 1))
+        if sample >= self._first_samples[-1]:
+            self._count_epochs(sample)
         epoch = bisect_right(self._first_samples, sample) - 1
         return epoch, sample - self._first_samples[epoch]
 
     def num_epoch_rows(self, epoch: int) -> int:
         """How many rows an epoch has; epochs differ by a few, as each is packed in an order of its own."""
-        if epoch in self._rows:
-            return len(self._rows[epoch])
-        return self._cache.num_rows(epoch, lambda: self._pack(epoch))
+        return len(self.rows(epoch))
 
     def rows(self, epoch: int) -> PackedRows:
-        """The rows of an epoch as piece numbers, mapped from the cache, built if they are not there."""
+        """The rows of an epoch as piece numbers, mapped from the cache where there is one, built if they are not there.
+        """
         if epoch not in self._rows:
             while len(self._rows) > 1:
                 del self._rows[next(iter(self._rows))]
-            self._rows[epoch] = self._cache.rows(epoch, lambda: self._pack(epoch))
+            self._rows[epoch] = self._pack(epoch) if self._cache is None else self._cache.rows(epoch, self._pack)
             if self._builds_ahead:
                 self._start_building(epoch + 1)
         return self._rows[epoch]
 
     def build_ahead(self) -> None:
         """From now on, builds in a thread the rows of the epoch after the one in use."""
-        self._builds_ahead = not self._repeats_one_epoch
+        self._builds_ahead = not self._repeats_one_epoch and self._cache is not None
         if self._builds_ahead and self._rows:
             self._start_building(max(self._rows) + 1)
 
-    def residue_counts(self) -> np.ndarray:
-        """How often each id occurs, int64 [vocabulary]; past 50 million residues, in an even sample of documents."""
-        step = max(1, round(int(self.documents.lengths.sum(dtype=np.int64)) / COUNTED_RESIDUES))
+    def residue_counts(self, limit: int = COUNTED_RESIDUES) -> np.ndarray:
+        """How often each id occurs, int64 [vocabulary]; past `limit` residues, in an even sample of documents."""
+        step = max(1, round(int(self.documents.lengths.sum(dtype=np.int64)) / limit))
         counts = np.zeros(self.vocab.size, dtype=np.int64)
         chosen = range(0, len(self.documents), step)
         for start in range(0, len(chosen), 4096):
@@ -139,8 +138,16 @@ class PackedDataset:
                 f"{fate}; {pieces.num_empty:,} empty, left out), {len(rows):,} rows an epoch, {100 * fill:.2f} % full"
                 f"{'' if IS_COMPILED else '; packed in Python, as the compiled module is missing: pip install -e .'}")
 
+    def _count_epochs(self, sample: int) -> None:
+        """Extends the first samples of epochs until they pass `sample`."""
+        if self._cache is not None:
+            self._cache.count(self._first_samples, sample, self._pack)
+        while self._first_samples[-1] <= sample:
+            self._first_samples.append(self._first_samples[-1] + self.num_epoch_rows(len(self._first_samples) - 1))
+
     def _start_building(self, epoch: int) -> None:
-        threading.Thread(target=self.num_epoch_rows, args=(epoch,), daemon=True).start()
+        assert self._cache is not None
+        threading.Thread(target=self._cache.rows, args=(epoch, self._pack), daemon=True).start()
 
     def _pack(self, epoch: int) -> PackedRows:
         settings, lengths = self.settings, self.pieces.lengths
