@@ -18,7 +18,7 @@ from megatron.errors import ConfigError, DataError
 
 Dataset = PackedDataset | BlendedDataset
 EVALUATION_SEED = 1234  # evaluation sees the same rows and masks whatever training uses
-IN_MEMORY_DOCUMENTS = 2048  # up to which packing an epoch (0.1 ms) costs less than looking for its file
+IN_MEMORY_DOCUMENTS = 1 << 14  # up to which packing an epoch costs less (1 ms) than writing a file (10 ms)
 
 
 @dataclass(frozen=True)
@@ -61,26 +61,25 @@ def _blend(present: Sequence[tuple[PackedDataset, Fraction]], is_training: bool)
     datasets = [dataset for dataset, _ in present]
     if is_training:
         return BlendedDataset(datasets, [weight for _, weight in present])
-    return BlendedDataset(datasets, [Fraction(dataset.num_epoch_rows(0)) for dataset in datasets])
+    return BlendedDataset(datasets, [dataset.num_epoch_rows(0) for dataset in datasets])
 
 
 def _build_corpus(prefix: str, data: DataConfig, vocab: Vocab, seed: int) -> list[PackedDataset | None]:
     indexed = open_indexed(prefix, data.data_impl)
     if data.mmap_warmup:
         _read_through(f"{prefix}.bin")
-    folder = None
-    if indexed.num_documents > IN_MEMORY_DOCUMENTS or data.cluster_file is not None:
-        folder = choose_cache_folder(prefix, data.data_cache_path)
     parts: list[PackedDataset | None] = []
     for name, documents in zip(("train", "valid", "test"), split_documents(data.split, indexed.num_documents),
                                strict=True):
         training = name == "train"
         settings = PackingSettings(data.seq_length, data.packing, data.long_proteins,
                                    seed if training else EVALUATION_SEED)
-        clusters = None
+        clusters = folder = None
+        if len(documents) > IN_MEMORY_DOCUMENTS:
+            folder = choose_cache_folder(prefix, data.data_cache_path)
         if training and data.cluster_file is not None:
-            assert folder is not None
-            of_document, match = cluster_documents(data.cluster_file, indexed, folder)
+            of_document, match = cluster_documents(data.cluster_file, indexed,
+                                                   choose_cache_folder(prefix, data.data_cache_path))
             clusters = Clusters(of_document[documents.start:documents.stop], match)
         dataset = PackedDataset(Documents(indexed, documents), settings, vocab,
                                 Masking.from_config(data) if training else Masking(), folder, name,
