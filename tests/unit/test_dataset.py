@@ -1,6 +1,7 @@
 """Packed datasets: every protein once an epoch, rows that depend on seed, epoch and sample alone, long proteins."""
 
 import dataclasses
+import os
 import pickle
 import struct
 import tempfile
@@ -110,6 +111,17 @@ def test_a_row_thousands_of_epochs_away_is_there_at_once(tmp_path):
     assert isinstance(train, PackedDataset)
     assert train.locate(10_000) == (10_000, 0) and len(train[10_000].lengths) == 4
     assert time.process_time() - began_s < 5
+
+
+def test_paths_need_not_be_utf8(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron.data.rows.dataset.IN_MEMORY_DOCUMENTS", 0)
+    prefix = tmp_path / os.fsdecode(b"prot\xe9ines")
+    write_proteins(prefix, [10, 20, 5, 7])
+    clusters = tmp_path / os.fsdecode(b"clust\xe9rs")
+    clusters.write_text("0\t1\n")
+    data = config(prefix, split="3,1", blend_by="cluster", cluster_file=str(clusters))
+    first, again = (build_datasets(data, VOCAB, 1).train for _ in range(2))
+    assert same(first[3], again[3]) and first.describe() == again.describe()
 
 
 def test_evaluation_rows_and_masks_are_the_same_whatever_training_uses(tmp_path):

@@ -70,7 +70,10 @@ def cluster_documents(cluster_file: str, indexed: IndexedDataset, cache_folder: 
     with locked(kept.with_suffix(".lock")):
         clusters = _load(kept, indexed.num_documents)
         if clusters is None:
-            clusters = _read_clusters(sources[0], _name_hashes(names, indexed.num_documents), names)
+            try:
+                clusters = _read_clusters(sources[0], _name_hashes(names, indexed.num_documents), names)
+            except OSError as error:
+                raise DataError(f"{error.filename}: cannot be read ({error.strerror}); is it yours to read?") from error
             with keeping(kept) as file:
                 np.savez(file, clusters=clusters.cluster_of_document, match=clusters.match)
     return clusters
