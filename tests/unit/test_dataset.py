@@ -104,6 +104,18 @@ def test_a_small_corpus_has_the_same_rows_without_files_as_with_them(tmp_path, m
     assert list((tmp_path / "row_index").glob("*.counts"))
 
 
+def test_going_on_in_a_later_epoch_packs_no_earlier_one(tmp_path, monkeypatch):
+    write_proteins(tmp_path / "a", np.random.default_rng(1).integers(1, 90, 200))
+    monkeypatch.setattr("megatron.data.rows.dataset.IN_MEMORY_DOCUMENTS", -1)
+    before = build_datasets(config(tmp_path / "a"), VOCAB, 1).train
+    expected, told = before[5000], before.describe()
+    monkeypatch.setattr(PackedDataset, "_pack", lambda dataset, epoch: pytest.fail(f"packed epoch {epoch}"))
+    for path in (tmp_path / "row_index").glob("*-train-*-000000.rows"):
+        path.unlink()
+    after = build_datasets(config(tmp_path / "a"), VOCAB, 1).train
+    assert same(after[5000], expected) and after.describe() == told
+
+
 def test_a_row_thousands_of_epochs_away_is_there_at_once(tmp_path):
     write_proteins(tmp_path / "a", [10, 20, 5, 7])
     train = build_datasets(config(tmp_path / "a"), VOCAB, 1).train

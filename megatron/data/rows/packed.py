@@ -61,7 +61,8 @@ class PackedDataset:
         self._masker = Masker(masking, vocab)
         self._repeats_one_epoch = repeats_one_epoch
         self._cache = None if cache_folder is None else RowCache(cache_folder, self._stem())
-        self._first_samples = [0]  # of epoch 0, 1, …
+        # Of epochs 0, 1, …
+        self._first_samples = [0] if self._cache is None else self._cache.known_first_samples()
         self._rows: dict[int, PackedRows] = {}  # the epochs in use, two at most
         self._builds_ahead = False
 
@@ -96,6 +97,8 @@ class PackedDataset:
 
     def num_epoch_rows(self, epoch: int) -> int:
         """How many rows an epoch has; epochs differ by a few, as each is packed in an order of its own."""
+        if epoch + 1 < len(self._first_samples):
+            return self._first_samples[epoch + 1] - self._first_samples[epoch]
         return len(self.rows(epoch))
 
     def rows(self, epoch: int) -> PackedRows:
@@ -128,14 +131,15 @@ class PackedDataset:
 
     def describe(self) -> str:
         """What the split holds and how it is packed, in one line for the log."""
-        pieces, rows = self.pieces, self.rows(0)
-        lengths = pieces.lengths[rows.pieces]
+        pieces, num_rows = self.pieces, self.num_epoch_rows(0)
+        lengths = pieces.lengths[self._pieces_of(0)]
+        lengths = lengths[(lengths > 0) & ((lengths <= pieces.max_residues) | (self.settings.long_proteins != "drop"))]
         tokens = int(np.minimum(lengths, pieces.max_residues).sum(dtype=np.int64)) + len(lengths)
         clusters = "" if self.clusters is None else f" in {len(self.clusters):,} clusters ({self.clusters.match})"
         fate = {"crop": "cropped", "split": "split", "drop": "dropped"}[self.settings.long_proteins]
-        fill = tokens / max(1, len(rows) * self.settings.seq_length)
+        fill = tokens / max(1, num_rows * self.settings.seq_length)
         return (f"{self.name}: {len(self.documents):,} proteins{clusters} ({pieces.num_long:,} longer than a row, "
-                f"{fate}; {pieces.num_empty:,} empty, left out), {len(rows):,} rows an epoch, {100 * fill:.2f} % full"
+                f"{fate}; {pieces.num_empty:,} empty, left out), {num_rows:,} rows an epoch, {100 * fill:.2f} % full"
                 f"{'' if IS_COMPILED else '; packed in Python, as the compiled module is missing: pip install -e .'}")
 
     def _count_epochs(self, sample: int) -> None:
@@ -150,13 +154,16 @@ class PackedDataset:
         threading.Thread(target=self._cache.rows, args=(epoch, self._pack), daemon=True).start()
 
     def _pack(self, epoch: int) -> PackedRows:
-        settings, lengths = self.settings, self.pieces.lengths
-        options: dict = {"key": order_key(settings.seed, ORDER, epoch), "drop_long": settings.long_proteins == "drop"}
+        settings, pieces = self.settings, self._pieces_of(epoch)
+        rows = pack(self.pieces.lengths[pieces], settings.seq_length, settings.packing,
+                    key=order_key(settings.seed, ORDER, epoch), drop_long=settings.long_proteins == "drop")
+        return rows if isinstance(pieces, slice) else PackedRows(pieces[rows.pieces], rows.row_starts)
+
+    def _pieces_of(self, epoch: int) -> slice | np.ndarray:
+        """The pieces that an epoch draws: all, or those of one protein of each cluster."""
         if self.clusters is None:
-            return pack(lengths, settings.seq_length, settings.packing, **options)
-        drawn = self.pieces.of_documents(self.clusters.draw(order_key(settings.seed, DRAW, epoch)))
-        rows = pack(lengths[drawn], settings.seq_length, settings.packing, **options)
-        return PackedRows(drawn[rows.pieces], rows.row_starts)
+            return slice(None)
+        return self.pieces.of_documents(self.clusters.draw(order_key(self.settings.seed, DRAW, epoch)))
 
     def _read(self, pieces: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of a row, [CLS] included, and the tokens of each of its proteins."""

@@ -43,13 +43,21 @@ class RowCache:
             rows = self._map(epoch)
             return self._keep(epoch, pack(epoch)) if rows is None else rows
 
+    def known_first_samples(self) -> list[int]:
+        """The first samples of epochs 0, 1, …, as far as they were counted by whatever process."""
+        with contextlib.suppress(OSError, ValueError):  # none yet, another user's, or damaged
+            head, known = np.split(np.fromfile(self.folder / f"{self.stem}.counts", dtype=np.int64), [2])
+            if head.tolist() == [COUNTS_FORMAT, zlib.crc32(known.data)]:
+                return known.tolist()
+        return [0]
+
     def count(self, first_samples: list[int], sample: int, pack: Pack) -> None:
         """Extend `first_samples`, those of epochs 0, 1, …, until the last one lies past `sample`."""
-        self._extend_by_known(first_samples)
+        first_samples += self.known_first_samples()[len(first_samples):]
         if first_samples[-1] > sample:
             return
         with locked(self.folder / f"{self.stem}.lock"):
-            self._extend_by_known(first_samples)
+            first_samples += self.known_first_samples()[len(first_samples):]
             kept_at_s = time.monotonic()
             while first_samples[-1] <= sample:
                 epoch = len(first_samples) - 1
@@ -63,13 +71,6 @@ class RowCache:
                 if is_last or time.monotonic() - kept_at_s > SECONDS_AT_RISK:
                     self._keep_counts(first_samples)
                     kept_at_s = time.monotonic()
-
-    def _extend_by_known(self, first_samples: list[int]) -> None:
-        path = self.folder / f"{self.stem}.counts"
-        with contextlib.suppress(OSError, ValueError):  # none yet, another user's, or damaged
-            head, known = np.split(np.fromfile(path, dtype=np.int64), [2])
-            if head.tolist() == [COUNTS_FORMAT, zlib.crc32(known.data)]:
-                first_samples += known[len(first_samples):].tolist()
 
     def _keep_counts(self, first_samples: list[int]) -> None:
         array = np.array(first_samples, dtype=np.int64)
