@@ -76,9 +76,6 @@ def build(config: Config, mesh: Mesh, log: Log) -> Run:
     for part in (data.train, data.valid, data.test):
         if part is not None:
             log.line(part.describe())
-    stream = stream_of(config, mesh)
-    shape = batch_shape([part for part in (data.train, data.valid, data.test) if part is not None],
-                        config.training.micro_batch_size, stream.token_multiple, mesh.context.rank, mesh.context.size)
     engine = _build_engine(config, mesh, vocab.padded_size(config.model.make_vocab_size_divisible_by), checkpoint)
     state = TrainState()
     if checkpoint is not None and not config.checkpoint.finetune:
@@ -90,6 +87,8 @@ def build(config: Config, mesh: Mesh, log: Log) -> Run:
             raise CheckpointError(f"the checkpoint in {config.checkpoint.load} holds no optimizer state; give "
                                   "--no-load-optim to start the optimizer afresh, or --finetune")
         _tell_changed_samples(config, checkpoint, log)
+    shape = batch_shape(data, config.training.micro_batch_size, stream_of(config, mesh).token_multiple,
+                        mesh.context.rank, mesh.context.size, state.consumed_samples)
     return Run(config, mesh, log, data, shape, vocab, engine, schedule, sizes, state)
 
 

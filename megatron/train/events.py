@@ -1,9 +1,11 @@
 """What a user watches: Megatron's log lines, TensorBoard, metrics.jsonl, and one picture at the end.
 
 Everything is written by rank 0. `SAVE/metrics.jsonl` holds one JSON object a log event: "kind" is train, valid or test.
+A number that means nothing (the loss of steps without targets, of a run that diverged) is null there.
 """
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,30 +40,35 @@ class Events:
               learning_rate: float, global_batch_size: int, loss_scale: float, peak_flops: float) -> None:
         """One log event of training; `peak_flops` is the measured FLOP/s of all ranks together."""
         flops = reading.model_flops / reading.elapsed_s
+        # Above 1 the peak was measured too low, as the machine was at something else: such a share means nothing.
+        share = flops / peak_flops if flops <= peak_flops else None
         values = {
-            "loss": reading.loss, "perplexity": perplexity(reading.loss), "masked_accuracy": reading.masked_accuracy,
+            "loss": reading.loss, "perplexity": None if reading.loss is None else perplexity(reading.loss),
+            "masked_accuracy": reading.masked_accuracy,
             "learning_rate": learning_rate, "grad_norm": reading.grad_norm, "loss_scale": loss_scale,
             "global_batch_size": global_batch_size, "tokens_per_s": reading.num_tokens / reading.elapsed_s,
             "residues_per_s": reading.num_residues / reading.elapsed_s, "model_tflops": flops / 1e12,
-            "share_of_peak": flops / peak_flops, "skipped_iterations": reading.num_skipped,
+            "share_of_peak": share, "skipped_iterations": reading.num_skipped,
         }
         self._write("train", iteration, consumed_samples, values)
         self._log.line(
             f" iteration {iteration:8d}/{num_iterations:8d} | consumed samples: {consumed_samples:12d} | "
             f"elapsed time per iteration (ms): {1000 * reading.elapsed_s / reading.num_steps:.1f} | "
             f"learning rate: {learning_rate:.3E} | global batch size: {global_batch_size:5d} | "
-            f"lm loss: {reading.loss:.6E} | loss scale: {loss_scale:.1f} | grad norm: {reading.grad_norm:.3f} | "
+            f"lm loss: {_text(reading.loss, '.6E')} | loss scale: {loss_scale:.1f} | "
+            f"grad norm: {_text(reading.grad_norm, '.3f')} | "
             f"number of skipped iterations: {reading.num_skipped:3d} | "
-            f"masked accuracy: {reading.masked_accuracy:.4f} | "
+            f"masked accuracy: {_text(reading.masked_accuracy, '.4f')} | "
             f"residues per second: {values['residues_per_s']:.0f} | model TFLOP/s: {flops / 1e12:.3f} "
-            f"({100 * values['share_of_peak']:.0f} % of peak) |")
+            f"{'' if share is None else f'({100 * share:.0f} % of peak) '}|")
 
     def evaluation(self, split: str, iteration: int, consumed_samples: int, result: Evaluation) -> None:
         """The result of evaluating the split ("valid" or "test") after `iteration` steps."""
         self._write(split, iteration, consumed_samples, asdict(result))
         name = {"valid": "validation"}.get(split, split)
-        self._log.line(f" {name} loss at iteration {iteration} | lm loss value: {result.loss:.6E} | lm loss PPL: "
-                       f"{result.perplexity:.6E} | masked accuracy: {result.masked_accuracy:.4f}")
+        self._log.line(f" {name} loss at iteration {iteration} | lm loss value: {_text(result.loss, '.6E')} | "
+                       f"lm loss PPL: {_text(result.perplexity, '.6E')} | "
+                       f"masked accuracy: {_text(result.masked_accuracy, '.4f')}")
 
     def picture(self, baselines: Baselines | None) -> Path | None:
         """Draw the loss curves of metrics.jsonl with the baselines; returns the file, or None without --save."""
@@ -78,12 +85,19 @@ class Events:
 
     def _write(self, kind: str, iteration: int, consumed_samples: int, values: dict[str, Any]) -> None:
         if self._metrics is not None:
-            record = {"kind": kind, "iteration": iteration, "consumed_samples": consumed_samples, **values}
+            numbers = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
+            record = {"kind": kind, "iteration": iteration, "consumed_samples": consumed_samples, **numbers}
             with self._metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         if self._board is not None:
             for name, value in values.items():
-                self._board.add_scalar(f"{kind}/{name}", value, iteration)
+                if value is not None:
+                    self._board.add_scalar(f"{kind}/{name}", value, iteration)
+
+
+def _text(value: float | None, form: str) -> str:
+    """A number as the log shows it, or `none` where there was nothing to measure."""
+    return "none" if value is None else format(value, form)
 
 
 def _forget_after(metrics: Path, iteration: int) -> None:

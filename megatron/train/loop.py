@@ -54,8 +54,9 @@ class Training:
         if run.state.iteration >= self._num_iterations:
             run.log.line(f"training is complete at iteration {run.state.iteration}")
             return True
-        self._peak_flops = config.logging.peak_tflops * 1e12 if config.logging.peak_tflops else (
-            measured_peak_flops(compute_dtype(config.precision), mesh.device))
+        self._peak_flops = config.logging.peak_tflops * 1e12 if config.logging.peak_tflops else measured_peak_flops(
+            compute_dtype(config.precision), mesh.device, config.training.micro_batch_size * config.data.seq_length,
+            config.model)
         loader = batches(run.data.train, run.shape, start_sample=run.state.consumed_samples, stop_sample=None,
                          micro_batch_size=config.training.micro_batch_size, data_rank=mesh.data.rank,
                          data_size=mesh.data.size, num_workers=config.data.num_workers, pin=mesh.device.type == "cuda")
@@ -140,11 +141,14 @@ def _evaluate(run: Run, events: Events, split: str) -> Evaluation | None:
 
 
 def _baselines(run: Run) -> Baselines | None:
-    """What letter frequencies alone cost on the validation split; computed and printed by rank 0."""
+    """What letter frequencies alone cost on the validation split, if it holds a residue; rank 0 computes and prints it.
+    """
     if run.data.valid is None or not run.log.is_speaker:
         return None
     baselines = frequency_baselines(run.data.train.residue_counts(), run.data.valid.residue_counts(),
                                     run.vocab.residue_ids, Masking())
+    if baselines is None:
+        return None
     run.log.line(f"letter-frequency baseline on validation: {baselines.letters:.4f} nats, or {baselines.visible:.4f} "
                  "with the letters that masking leaves visible")
     return baselines
@@ -154,6 +158,7 @@ def _summary(run: Run, results: dict[str, Evaluation | None], baselines: Baselin
              picture: Path | None) -> None:
     folder = run.config.checkpoint.save
     rows = [(f"{'validation' if split == 'valid' else split} loss",
+             "none: there is no residue to predict" if result.loss is None else
              f"{result.loss:.4f} nats (perplexity {result.perplexity:.2f}, {result.num_targets} masked residues)")
             for split, result in results.items() if result is not None]
     if baselines is not None:

@@ -14,7 +14,9 @@ from matplotlib import pyplot  # noqa: E402 (the backend is chosen first: there 
 
 def draw_losses(metrics: Path, baselines: Baselines | None) -> Path:
     """Draw the records of `metrics` to `loss.png` beside it and return its path."""
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    records = [json.loads(line, parse_constant=lambda _: None)
+               for line in metrics.read_text(encoding="utf-8").splitlines()]
+    records = [record for record in records if record["loss"] is not None]
     figure, axes = pyplot.subplots(figsize=(8, 5), dpi=150, layout="constrained")
     for kind, label, style in (("train", "training", {"linewidth": 1.0, "alpha": 0.8}),
                                ("valid", "validation", {"marker": "o", "markersize": 4})):
