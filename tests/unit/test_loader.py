@@ -50,8 +50,8 @@ def assert_same(left, right):
 
 def load(dataset, micro_batch_size=1, shape=None, **options):
     options = {"start_sample": 0, "data_rank": 0, "data_size": 1, "num_workers": 0, "pin": False, **options}
-    return batches(dataset, shape or batch_shape(Splits(dataset, None, None), micro_batch_size), micro_batch_size=micro_batch_size,
-                   **options)
+    shape = shape or batch_shape(Splits(dataset, None, None), micro_batch_size)
+    return batches(dataset, shape, micro_batch_size=micro_batch_size, **options)
 
 
 def take(dataset, count, **options):

@@ -61,7 +61,8 @@ def test_a_split_without_a_residue_is_evaluated_to_nothing(tmp_path):
                         max_position_embeddings=16)
     engine = build_engine(Config(model=model, data=data, training=TrainingConfig(micro_batch_size=1)), Mesh(), 128)
     assert valid is not None
-    assert evaluate(engine, valid, Log(), num_rows=1, label="") == Evaluation(None, None, None, 0)
+    shape = batch_shape(splits, 1)
+    assert evaluate(engine, valid, shape, Log(), num_rows=1, label="") == Evaluation(None, None, None, 0)
 
 
 def told(events: Events, found: Reading, peak_flops: float = 1e12) -> None:
