@@ -4,15 +4,18 @@ Everything is written by rank 0. `SAVE/metrics.jsonl` holds one JSON object a lo
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron.config import CheckpointConfig, LoggingConfig
-from megatron.files import write_text
+from megatron.errors import OutputError
 from megatron.log import Log
 from megatron.train.evaluate import Baselines, Evaluation, perplexity
 from megatron.train.meters import Reading
+from megatron.train.metrics import forget_after
 
 
 class Events:
@@ -22,17 +25,23 @@ class Events:
         self._log = log
         self._metrics: Path | None = None
         self._board: Any = None
+        self._board_flag = ""
         if not log.is_speaker:
             return
         if checkpoint.save:
             self._metrics = Path(checkpoint.save) / "metrics.jsonl"
-            self._metrics.parent.mkdir(parents=True, exist_ok=True)
-            _forget_after(self._metrics, iteration)
+            with _writing(self._metrics, f"--save {checkpoint.save}"):
+                self._metrics.parent.mkdir(parents=True, exist_ok=True)
+                forget_after(self._metrics, iteration)
         folder = logging.tensorboard_dir or (str(Path(checkpoint.save) / "tensorboard") if checkpoint.save else None)
         if folder:
             from torch.utils.tensorboard import SummaryWriter  # seconds to import, and only this rank needs it
 
-            self._board = SummaryWriter(folder, purge_step=iteration + 1 if iteration else None)
+            self._board_flag = f"--tensorboard-dir {folder}" if logging.tensorboard_dir else f"--save {checkpoint.save}"
+            with _writing(folder, self._board_flag):
+                # Whatever an earlier run has written from here on, TensorBoard leaves out.
+                self._board = SummaryWriter(folder, purge_step=iteration + 1)
+                self._board.flush()
 
     def train(self, iteration: int, num_iterations: int, consumed_samples: int, reading: Reading, *,
               learning_rate: float, global_batch_size: int, loss_scale: float, peak_flops: float) -> None:
@@ -64,32 +73,44 @@ class Events:
                        f"{result.perplexity:.6E} | masked accuracy: {result.masked_accuracy:.4f}")
 
     def picture(self, baselines: Baselines | None) -> Path | None:
-        """Draw the loss curves of metrics.jsonl with the baselines; returns the file, or None without --save."""
+        """Draw the loss curves of metrics.jsonl with the baselines; returns the file, or None where none is written."""
         if self._metrics is None:
             return None
         from megatron.train.picture import draw_losses  # matplotlib: slow to import, needed once
 
-        return draw_losses(self._metrics, baselines)
+        try:
+            return draw_losses(self._metrics, baselines)
+        except OSError as error:  # the run is complete without it
+            self._log.line(f"note: no picture of the losses could be written ({error})")
+            return None
 
     def close(self) -> None:
         """Flush what is open."""
         if self._board is not None:
-            self._board.close()
+            try:
+                self._board.close()
+            except OSError as error:  # what ends the run may be an error of its own
+                self._log.line(f"note: the last events for TensorBoard could not be written ({error.strerror})")
 
     def _write(self, kind: str, iteration: int, consumed_samples: int, values: dict[str, Any]) -> None:
         if self._metrics is not None:
             record = {"kind": kind, "iteration": iteration, "consumed_samples": consumed_samples, **values}
-            with self._metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(f"{kind}/{name}", value, iteration)
+            with _writing(self._metrics, f"--save {self._metrics.parent}"), self._metrics.open("ab") as file:
+                file.write(f"{json.dumps(record)}\n".encode())
+        board, self._board = self._board, None  # where the disk refuses, `close` does not try again
+        if board is not None:
+            with _writing(board.log_dir, self._board_flag):
+                for name, value in values.items():
+                    board.add_scalar(f"{kind}/{name}", value, iteration)
+                board.flush()  # here and not in its own thread, whose errors are tracebacks
+            self._board = board
 
 
-def _forget_after(metrics: Path, iteration: int) -> None:
-    """Drop the records that lie after `iteration`, and a last line that a killed run left incomplete."""
-    if not metrics.exists():
-        return
-    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["iteration"] <= iteration]
-    write_text(metrics, "".join(kept))
+@contextmanager
+def _writing(path: str | Path, flag: str) -> Iterator[None]:
+    """Raises OutputError where the disk refuses what the block writes."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written ({error.strerror or error}); checkpoints are untouched. Make "
+                          f"room, or give another folder than {flag}") from error
