@@ -5,7 +5,7 @@ Everything is written by rank 0. `SAVE/metrics.jsonl` holds one JSON object a lo
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,11 @@ class Events:
                 forget_after(self._metrics, iteration)
         folder = logging.tensorboard_dir or (str(Path(checkpoint.save) / "tensorboard") if checkpoint.save else None)
         if folder:
-            from torch.utils.tensorboard import SummaryWriter  # seconds to import, and only this rank needs it
+            from megatron.train.board import Board  # only this rank needs it
 
             self._board_flag = f"--tensorboard-dir {folder}" if logging.tensorboard_dir else f"--save {checkpoint.save}"
             with _writing(folder, self._board_flag):
-                # Whatever an earlier run has written from here on, TensorBoard leaves out.
-                self._board = SummaryWriter(folder, purge_step=iteration + 1)
-                self._board.flush()
+                self._board = Board(folder, first_step=iteration + 1)
 
     def train(self, iteration: int, num_iterations: int, consumed_samples: int, reading: Reading, *,
               learning_rate: float, global_batch_size: int, loss_scale: float, peak_flops: float) -> None:
@@ -85,25 +83,19 @@ class Events:
             return None
 
     def close(self) -> None:
-        """Flush what is open."""
+        """Close what is open."""
         if self._board is not None:
-            try:
+            with suppress(OSError):  # the disk had refused before, and that was said
                 self._board.close()
-            except OSError as error:  # what ends the run may be an error of its own
-                self._log.line(f"note: the last events for TensorBoard could not be written ({error.strerror})")
 
     def _write(self, kind: str, iteration: int, consumed_samples: int, values: dict[str, Any]) -> None:
         if self._metrics is not None:
             record = {"kind": kind, "iteration": iteration, "consumed_samples": consumed_samples, **values}
             with _writing(self._metrics, f"--save {self._metrics.parent}"), self._metrics.open("ab") as file:
                 file.write(f"{json.dumps(record)}\n".encode())
-        board, self._board = self._board, None  # where the disk refuses, `close` does not try again
-        if board is not None:
-            with _writing(board.log_dir, self._board_flag):
-                for name, value in values.items():
-                    board.add_scalar(f"{kind}/{name}", value, iteration)
-                board.flush()  # here and not in its own thread, whose errors are tracebacks
-            self._board = board
+        if self._board is not None:
+            with _writing(self._board.folder, self._board_flag):
+                self._board.scalars(iteration, {f"{kind}/{name}": value for name, value in values.items()})
 
 
 @contextmanager

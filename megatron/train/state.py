@@ -36,8 +36,8 @@ class BatchSizes:
             raise ConfigError(f"--rampup-batch-size: {self._start} does not reach --global-batch-size {self.final} in "
                               f"steps of {self._increment}")
         if config.train_samples is not None and config.train_samples < self._start:
-            raise ConfigError(f"--train-samples {config.train_samples} is less than the {self._start} rows of the first "
-                              f"step; give at least {self._start}, or a smaller --global-batch-size")
+            raise ConfigError(f"--train-samples {config.train_samples} is less than the {self._start} rows of the "
+                              f"first step; give at least {self._start}, or a smaller --global-batch-size")
 
     def at(self, consumed_samples: int) -> int:
         """Rows of the step that starts after `consumed_samples`."""

@@ -72,7 +72,7 @@ def test_a_checkpoint_of_another_model(capsys, corpus, tmp_path):
     capsys.readouterr()
     flags = ["--data-path", corpus, "--load", tmp_path, "--train-iters", 2]
     assert "--num-attention-heads is 4" in error_of(capsys, *flags, "--num-attention-heads", 4)
-    assert "give the model flags of that checkpoint" in error_of(capsys, *flags, "--ffn-hidden-size", 64)
+    assert "--ffn-hidden-size is 64" in error_of(capsys, *flags, "--ffn-hidden-size", 64)
     assert "--override-lr-scheduler" in error_of(capsys, *flags, "--lr", 1)
 
 
