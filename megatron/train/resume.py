@@ -5,7 +5,6 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.claim import LOCK
 from megatron.checkpoint.store import LATEST, Checkpoint, load
 from megatron.config import CheckpointConfig, Config
 from megatron.config.command_line import flag_name
@@ -15,8 +14,8 @@ from megatron.data.rows.dataset import Splits
 from megatron.errors import CheckpointError, ConfigError
 from megatron.log import Log
 
-# What a run leaves in its folder before its first checkpoint, and the files that people direct its output to.
-_OURS = ("metrics.jsonl", "loss.png", "tensorboard", LOCK)
+# What may lie in the folder of a run that has yet to save, besides hidden files; people direct its output there.
+_OURS = ("loss.png", "tensorboard")
 _OUTPUT_ENDINGS = (".log", ".out", ".err", ".txt")
 _FACTS = {"progress": dict, "schedule": dict, "loss_scale": list, "config": dict}
 
@@ -126,5 +125,7 @@ def _check_state(checkpoint: Checkpoint, folder: str) -> None:
 def _strangers(folder: Path) -> list[str]:
     """What lies in a folder and is not of a run that has yet to save."""
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if "metrics.jsonl" in names:  # one has begun here
+        return []
     return [name for name in names if name not in _OURS and not name.startswith((".", "abandoned-"))
             and not name.endswith(_OUTPUT_ENDINGS)]

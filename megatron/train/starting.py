@@ -14,5 +14,5 @@ def leave_when_asked() -> None:
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    os.write(1, b"stopped before the first step: there is nothing to save\n")
+    os.write(1, b"stopped: there is nothing to save\n")
     os._exit(0)

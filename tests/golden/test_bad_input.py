@@ -107,8 +107,6 @@ sys.exit(pretrain_tape.main(sys.argv[1:]))
 
 
 def test_a_full_disk_while_saving_leaves_the_last_good_checkpoint(corpus, tmp_path):
-
-
     flags = [*RUN, "--data-path", corpus, "--save", str(tmp_path), "--load", str(tmp_path)]
     assert main([*flags, "--exit-interval", "4"]) == 0
     result = subprocess.run([sys.executable, "-c", FULL_DISK, ROOT / "pretrain_tape.py", *flags], text=True,
