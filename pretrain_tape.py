@@ -8,6 +8,12 @@ import os
 import sys
 from collections.abc import Sequence
 
+from megatron.train.starting import leave_when_asked
+
+if __name__ == "__main__":
+    leave_when_asked()  # before the imports, which take seconds
+
+from megatron.checkpoint.claim import claimed
 from megatron.config import Config
 from megatron.config.command_line import listing, parse
 from megatron.errors import ConfigError, UserError
@@ -20,6 +26,7 @@ from megatron.plan.dry_run import dry_run
 from megatron.train.build import build
 from megatron.train.loop import train
 from megatron.train.state import BatchSizes
+from megatron.train.stop import StopRequests
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,6 +36,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         launch = launched()
         config, always_so = parse(argv)
+        requests = StopRequests(config.training.exit_duration_in_mins)
         check_launch(launch)
         _check_sizes(config, launch)
     except UserError as error:
@@ -42,7 +50,8 @@ def main(argv: Sequence[str]) -> int:
         with joined(config.parallel, launch) as mesh:
             log = Log(is_speaker=mesh.world.rank == 0)
             log.line(listing(config, always_so))
-            train(build(config, mesh, log))
+            with claimed(config.checkpoint.save, mesh, log) as claim, requests.listening():
+                train(build(config, mesh, log), requests, claim)
     except Exception as error:
         return report(error, launch)
     return 0

@@ -24,10 +24,10 @@ sys.path.insert(0, {str(ROOT)!r})
 import pretrain_tape
 train = pretrain_tape.train
 
-def train_or_fail(run):
+def train_or_fail(*what):
     if os.environ["RANK"] == "1":
         raise KeyError("name")
-    train(run)
+    train(*what)
 
 pretrain_tape.train = train_or_fail
 os._exit(pretrain_tape.main(sys.argv[1:]))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron.config import CheckpointConfig, Config, DataConfig, LoggingConfig, ModelConfig, TrainingConfig
+from megatron.data.batches.batch import batch_shape
 from megatron.data.corpus.indexed_writer import write_indexed
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.dataset import build_datasets
@@ -56,13 +57,12 @@ def test_a_loss_that_diverged_is_told_from_one_that_is_not_there():
 def test_a_split_without_a_residue_is_evaluated_to_nothing(tmp_path):
     write_indexed(tmp_path / "a", [np.full(10, 6), np.full(10, VOCAB.unk_id)])
     data = DataConfig(data_path=(str(tmp_path / "a"),), seq_length=16, split="1,1")
-    valid = build_datasets(data, VOCAB, 1).valid
+    splits = build_datasets(data, VOCAB, 1)
     model = ModelConfig(num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1, kv_channels=8,
                         max_position_embeddings=16)
     engine = build_engine(Config(model=model, data=data, training=TrainingConfig(micro_batch_size=1)), Mesh(), 128)
-    assert valid is not None
-    shape = batch_shape(splits, 1)
-    assert evaluate(engine, valid, shape, Log(), num_rows=1, label="") == Evaluation(None, None, None, 0)
+    assert splits.valid is not None
+    assert evaluate(engine, splits.valid, batch_shape(splits, 1), Log(), num_rows=1, label="") == Evaluation(None, None, None, 0)
 
 
 def told(events: Events, found: Reading, peak_flops: float = 1e12) -> None:

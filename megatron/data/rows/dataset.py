@@ -7,8 +7,9 @@ from fractions import Fraction
 from megatron.config import DataConfig
 from megatron.data.corpus.documents import Documents
 from megatron.data.corpus.indexed import open_indexed
+from megatron.data.corpus.origin import check_vocabulary
 from megatron.data.corpus.split import split_documents
-from megatron.data.corpus.vocab import Vocab
+from megatron.data.corpus.vocab import DEFAULT_VOCAB, Vocab
 from megatron.data.rows.blend import BlendedDataset, parse_data_path
 from megatron.data.rows.cache_files import choose_cache_folder
 from megatron.data.rows.clusters import Clusters, cluster_documents
@@ -66,6 +67,7 @@ def _blend(present: Sequence[tuple[PackedDataset, Fraction]], is_training: bool)
 
 def _build_corpus(prefix: str, data: DataConfig, vocab: Vocab, seed: int) -> list[PackedDataset | None]:
     indexed = open_indexed(prefix, data.data_impl)
+    check_vocabulary(indexed, vocab, data.vocab_file or DEFAULT_VOCAB)
     if data.mmap_warmup:
         _read_through(f"{prefix}.bin")
     parts: list[PackedDataset | None] = []
