@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from megatron.config import Config
 from megatron.config.command_line import listing, parse
-from megatron.errors import ConfigError, UserError
+from megatron.errors import ConfigError, LaunchError, UserError
 from megatron.log import Log
 from megatron.parallel.launch.environment import Launch, check_launch, launched
 from megatron.parallel.launch.failure import report
@@ -31,7 +31,8 @@ def main(argv: Sequence[str]) -> int:
         check_launch(launch)
         _check_sizes(config, launch)
     except UserError as error:
-        if launch.speaks():  # the other ranks have the same flags
+        # The other ranks have the same flags, and those of this host the same environment.
+        if launch.speaks_for_host() if isinstance(error, LaunchError) else launch.speaks():
             print(f"error: {error}", file=sys.stderr)
         return 2
     try:

@@ -11,17 +11,16 @@
 #
 #     PROCESSES      processes in all (default: this machine's GPUs; 2 if it has none, on the CPU over gloo)
 #     MPIRUN_FLAGS   further flags of mpirun, such as where to run (default: on this machine)
-#     MASTER_ADDR    address of the machine of process 0 (default: localhost)
+#     MASTER_ADDR    address of the machine of process 0 (default: this machine)
 #     MASTER_PORT    a free port there (default: one by the job's name)
 #
 # A process that dies ends all. mpirun does not start them again: run this again to go on from the last checkpoint.
 set -euo pipefail
 
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" run
 run_suffix=-mpirun
-source "$root/examples/pretraining.sh"
+numbers=(PROCESSES:1:99999 MASTER_PORT:1:65535)
+source "$(dirname "${BASH_SOURCE[0]}")/pretraining.sh"
 
-if [ "$num_gpus" -gt 0 ]; then default_processes=$num_gpus; else default_processes=2; fi
 processes=${PROCESSES:-$default_processes}
 share_cores "$processes"
 

@@ -29,9 +29,9 @@ set -euo pipefail
 
 # SLURM runs a copy of this script, from a folder of its own.
 examples=${SLURM_SUBMIT_DIR:+$SLURM_SUBMIT_DIR/examples}
-source "${examples:-$(dirname "${BASH_SOURCE[0]}")}/setup.sh" run
 run_suffix=-slurm
-source "$root/examples/pretraining.sh"
+numbers=(MASTER_PORT:1:65535 SLURM_NTASKS_PER_NODE:1:9999)
+source "${examples:-$(dirname "${BASH_SOURCE[0]}")}/pretraining.sh"
 share_cores "${SLURM_NTASKS_PER_NODE:-1}"
 
 # What sbatch was told of cores does not reach srun by itself.

@@ -15,7 +15,7 @@ from tests.golden.training import ROOT, TINY, losses, run_on_ranks
 HOST = socket.gethostname()
 RUN = [*TINY, "--micro-batch-size", "1", "--global-batch-size", "4", "--eval-interval", "100000"]
 ENDLESS = [*RUN, "--train-iters", "100000", "--save-interval", "4"]
-OURS = [sys.executable, "-m", "megatron.parallel.launch.agent"]
+OURS = [sys.executable, "-m", "megatron.parallel.launch"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 # The program, but rank 1 fails where the training starts, and rank 0 waits for it.
 FAILING = f"""

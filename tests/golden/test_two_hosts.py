@@ -80,7 +80,7 @@ def undisturbed(corpus, tmp_path_factory):
 
 
 def start_on_both(hosts, corpus, folder, restarts):
-    return [hosts.start(name, sys.executable, "-m", "megatron.parallel.launch.agent", "--nnodes", 2, "--node_rank",
+    return [hosts.start(name, sys.executable, "-m", "megatron.parallel.launch", "--nnodes", 2, "--node_rank",
                         number, "--master_addr", ADDRESSES["first"], "--master_port", 6001, "--nproc_per_node", 2,
                         "--max-restarts", restarts, ROOT / "pretrain_tape.py", *RUN, "--data-path", corpus,
                         "--save", folder, "--load", folder) for number, name in enumerate(ADDRESSES)]
