@@ -23,7 +23,7 @@ from megatron.train.state import BatchSizes
 ROOT = Path(__file__).resolve().parents[2]
 
 # The scripts may use these and nothing else: slim images have no procps, util-linux or diffutils.
-COREUTILS = "basename cat chmod cp cut date dirname env head mkdir mktemp mv nproc rm sleep sort tail touch tr wc".split()
+COREUTILS = "cat chmod cp cut date dirname env head mkdir mktemp mv nproc rm sleep sort tail touch tr wc".split()
 # Answers as a Python without packages would; its `-m venv` puts a copy of itself into the environment.
 STAND_IN = f"""#!/usr/bin/env bash
 case "$*" in
@@ -58,12 +58,12 @@ class Checkout:
         for name in ("bash", *COREUTILS):
             (self.bin / name).symlink_to(str(shutil.which(name)))
 
-    def start(self, purpose: str = "run", script: Path | None = None, **environment: str) -> "subprocess.Popen[str]":
-        """Sources setup.sh, or starts a script."""
-        source = f'set -euo pipefail; source "{self.root}/examples/setup.sh" {purpose}; echo "python=$python"'
+    def start(self, what: str = "run", **environment: str) -> "subprocess.Popen[str]":
+        """Sources setup.sh to run or for the tests, or starts a script of the checkout."""
+        source = f'set -euo pipefail; source "{self.root}/examples/setup.sh" {what}; echo "python=$python"'
         inherited = {"PATH": str(self.bin), "HOME": os.environ.get("HOME", "/"),
                      "PIP_LOG": str(self.pip_log)}
-        command = ["bash", "-c", source] if script is None else ["bash", str(script)]
+        command = ["bash", str(self.root / what)] if what.endswith(".sh") else ["bash", "-c", source]
         return subprocess.Popen(command, env=inherited | environment, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
 
@@ -240,7 +240,7 @@ def test_a_script_refuses_in_one_line_before_it_sets_up(tmp_path: Path, script: 
 def test_a_request_to_stop_that_comes_while_a_script_sets_up_ends_it_with_success(checkout: Checkout) -> None:
     for name in ("pretraining.sh", "pretrain_tape_distributed.sh"):
         shutil.copy(ROOT / "examples" / name, checkout.root / "examples" / name)
-    process = checkout.start(script=checkout.root / "examples" / "pretrain_tape_distributed.sh", PIP_SECONDS="0.3")
+    process = checkout.start("examples/pretrain_tape_distributed.sh", PIP_SECONDS="0.3")
     while not checkout.pip_log.exists():
         assert process.poll() is None
         time.sleep(0.01)
