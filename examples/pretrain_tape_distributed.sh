@@ -21,7 +21,8 @@
 #     MAX_RESTARTS    how often to start again from the last checkpoint when a process has died (default: 0)
 #
 # A process that dies ends all, on all machines, with one line that says which, where and why; one that hangs does so
-# within --distributed-timeout-minutes (default: 10).
+# within --distributed-timeout-minutes (default: 10). A request to stop (Ctrl-C, SIGTERM, SIGHUP, SIGUSR1) on one machine
+# is one to all: all processes save, and all end with success.
 set -euo pipefail
 
 run_suffix=-distributed
@@ -40,16 +41,5 @@ else
         --master_port "${MASTER_PORT:-6000}")
 fi
 
-# A request to stop goes to the launcher, which passes it on to the processes that train: they save, and all end with 0.
-# One that comes before the launcher can listen ends it, when there is nothing to save.
-asked='' signalled=yes
-trap 'asked=yes signalled=yes; kill -TERM "${!:-}" 2>/dev/null || true' TERM INT HUP USR1
-"$python" -m megatron.parallel.launch "${meeting[@]}" --nproc_per_node "$processes" \
-    --max_restarts "${MAX_RESTARTS:-0}" "$root/pretrain_tape.py" "${flags[@]}" "$@" &
-if [ -n "$asked" ]; then kill -TERM $! || true; fi  # since before it was started
-while [ -n "$signalled" ]; do  # a signal interrupts `wait`
-    signalled='' status=0
-    wait $! || status=$?
-done
-if [ -n "$asked" ] && [ "$status" -eq 143 ]; then status=0; fi
-exit "$status"
+run_until_asked TERM "$python" -m megatron.parallel.launch "${meeting[@]}" --nproc_per_node "$processes" \
+    --max_restarts "${MAX_RESTARTS:-0}" "$root/pretrain_tape.py" "${flags[@]}" "$@"

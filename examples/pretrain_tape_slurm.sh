@@ -18,6 +18,7 @@
 # Options of sbatch stand before the script and win over those above: sbatch --nodes=4 --partition=gpu examples/…
 # All machines must see the checkout and CHECKPOINT_PATH. Three minutes before the time is up the tasks are asked to
 # stop, and save; a job whose machine fails is queued again. The same command later goes on from the last checkpoint.
+# To stop it earlier: scancel --signal=TERM JOB. A bare scancel asks too, and kills after KillWait, 30 seconds as a rule.
 #
 #     MASTER_ADDR, MASTER_PORT   where the tasks meet (default: the first machine; a port by the job's number)
 #

@@ -1,6 +1,6 @@
 # What the pretraining scripts share. To be sourced; runs setup.sh, sets `num_gpus`, `default_processes` and `flags`,
 # those of pretrain_tape.py, from PRESET, DATA_PATH, CHECKPOINT_PATH and VOCAB_FILE, and preprocesses the shipped
-# proteins. Gives the function `share_cores`. What a script may set before:
+# proteins. Gives the functions `share_cores` and `run_until_asked`. What a script may set before:
 #
 #     run_suffix    what its checkpoints' folder has behind the preset's name
 #     numbers       variables that must be whole numbers where they are set, with the least and the most (a sum may
@@ -28,6 +28,24 @@ share_cores() {
         OMP_NUM_THREADS=$("$python" -c 'import os, sys; print(max(1, os.cpu_count() // int(sys.argv[1])))' "$1")
     fi
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+}
+
+# run_until_asked SIGNAL COMMAND…: runs it and exits as it does; a request to stop goes to it, and to it alone, as SIGNAL.
+# One that it dies of came before it could listen, when there is nothing to save.
+run_until_asked() {
+    local signal=$1 asked='' signalled=yes status
+    shift
+    trap 'asked=yes signalled=yes; kill -s "$signal" "${!:-}" 2>/dev/null || true' TERM INT HUP USR1
+    set -m  # its own process group: Ctrl-C at a terminal interrupts the whole group
+    "$@" </dev/null &
+    set +m
+    if [ -n "$asked" ]; then kill -s "$signal" $! || true; fi  # since before it was started
+    while [ -n "$signalled" ]; do  # a signal interrupts `wait`
+        signalled='' status=0
+        wait $! || status=$?
+    done
+    if [ -n "$asked" ] && [ "$status" -eq $((128 + $(kill -l "$signal"))) ]; then status=0; fi
+    exit "$status"
 }
 
 # A request to stop that comes before the training has started ends with success: there is nothing to save.
