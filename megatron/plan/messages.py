@@ -1,9 +1,9 @@
-"""How many bytes a rank sends in a step, by axis and operation: the collectives of the model's code, as formulas.
-
-The letters are those of `megatron.plan.rank`. `megatron.parallel.traffic` counts the same where they are called.
+"""How many bytes a rank sends in a step, by axis and operation: those of the model's pieces, measured, and what is
+sent around them. `megatron.parallel.traffic` counts the same where they are called.
 """
 
-from megatron.config import Config
+from collections import Counter
+
 from megatron.parallel.data.data_parallel import BUCKET_ELEMENTS
 from megatron.parallel.pipeline.partition import Stage
 from megatron.parallel.traffic import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, SEND, Traffic
@@ -15,9 +15,7 @@ def step_traffic(rank: Rank) -> Traffic:
     """What `rank` sends in one step."""
     traffic = Traffic()
     for stage in rank.stages:
-        _tensor(traffic, rank, stage)
-        _context(traffic, rank, stage)
-        _pipeline(traffic, rank, stage)
+        _passes(traffic, rank, stage)
         _shards(traffic, rank, stage)
     parameters = rank_parameters(rank)
     if rank.sharding == "none":
@@ -29,71 +27,16 @@ def step_traffic(rank: Rank) -> Traffic:
     return traffic
 
 
-def _tensor(traffic: Traffic, rank: Rank, stage: Stage) -> None:
-    """Each layer's sum over the tensor axis, or with sequence parallelism its two halves."""
-    size, times = rank.sizes["tensor"], rank.num_micro_batches
-    hidden, num_blocks = rank.t * rank.h * rank.e, len(stage.layers)
-    again = num_forwards_again(rank.config, num_blocks)
-    if rank.is_sequence_parallel:
-        # Forward, a block gathers and sums twice; backward it sums twice, and gathers gradients and, again, inputs.
-        traffic.add("tensor", ALL_GATHER, hidden, size, times * (6 * num_blocks + 2 * again.entered))
-        traffic.add("tensor", REDUCE_SCATTER, hidden, size, times * (4 * num_blocks + again.left))
-    else:
-        traffic.add("tensor", ALL_REDUCE, hidden, size, times * (4 * num_blocks + again.left))
-    if stage.is_first:
-        embedded = rank.t * rank.h * 4
-        if rank.is_sequence_parallel:
-            traffic.add("tensor", REDUCE_SCATTER, embedded, size, times)
-            traffic.add("tensor", ALL_GATHER, embedded, size, times)
-        else:
-            traffic.add("tensor", ALL_REDUCE, embedded, size, times)
-    if stage.is_last:
-        picked = rank.m * rank.h * rank.e
-        # The targets' hidden states, with sequence parallelism; their gradients; two sums a target for the softmax.
-        traffic.add("tensor", ALL_REDUCE, picked, size, times * (2 if rank.is_sequence_parallel else 1))
-        traffic.add("tensor", ALL_GATHER, 8 * rank.m * size, size, times)
-        traffic.add("tensor", ALL_REDUCE, 8 * rank.m, size, times)
-    if rank.config.model.distribute_checkpointed_activations:
-        kept = -(-rank.t * rank.h // size) * size * rank.r
-        traffic.add("tensor", ALL_GATHER, kept, size, times * again.groups)
-
-
-class Again:
-    """How often the backward passes of a stage run parts of the forward pass again.
-
-    `entered`, `left`: blocks, and how many of their two halves end in a sum that is computed again. Of a recomputed
-    group of blocks the last sum is left out if nothing behind it, that is no dropout, keeps an activation.
-    """
-
-    def __init__(self, num_blocks: int, num_groups: int, has_dropout: bool) -> None:
-        self.entered, self.groups = num_blocks, num_groups
-        self.left = 2 * num_blocks - (0 if has_dropout else num_groups)
-
-
-def num_forwards_again(config: Config, num_blocks: int) -> Again:
-    """What a stage of `num_blocks` recomputes in a backward pass."""
-    model = config.model
-    if not model.checkpoint_activations:
-        return Again(0, 0, True)
-    return Again(num_blocks, -(-num_blocks // model.checkpoint_num_layers), model.hidden_dropout > 0)
-
-
-def _context(traffic: Traffic, rank: Rank, stage: Stage) -> None:
-    """Keys and values of all tokens are gathered, and their gradients summed."""
-    size, model = rank.sizes["context"], rank.config.model
-    keys_values = size * rank.t * 2 * rank.nd * rank.e
-    is_again = model.checkpoint_activations or model.recompute_granularity == "selective"
-    gathers = 1 + is_again + (not rank.takes_flash)
-    times = rank.num_micro_batches * len(stage.layers)
-    traffic.add("context", ALL_GATHER, keys_values, size, times * gathers)
-    traffic.add("context", REDUCE_SCATTER, keys_values, size, times)
-
-
-def _pipeline(traffic: Traffic, rank: Rank, stage: Stage) -> None:
-    """Activations to the next stage, gradients to the one before."""
+def _passes(traffic: Traffic, rank: Rank, stage: Stage) -> None:
+    """The collectives of the model; activations to the next stage, gradients to the one before."""
+    times = rank.num_micro_batches
+    for piece, count in Counter(rank.pieces(stage)).items():
+        for key, calls in piece.traffic.calls.items():
+            traffic.calls[key] += times * count * calls
+            traffic.sent[key] += times * count * piece.traffic.sent[key]
     if rank.sizes["pipeline"] > 1:
-        times = rank.num_micro_batches * ((not stage.is_last) + (not stage.is_first))
-        traffic.add("pipeline", SEND, rank.u * rank.h * rank.r, 2, times)
+        ways = (not stage.is_last) + (not stage.is_first)
+        traffic.add("pipeline", SEND, rank.hidden_bytes, 2, times * ways)
 
 
 def _shards(traffic: Traffic, rank: Rank, stage: Stage) -> None:
