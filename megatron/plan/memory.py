@@ -1,13 +1,15 @@
 """The most bytes that a rank holds in a step: what stays, and what comes and goes in the order of its schedule."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
 
-from megatron.parallel.pipeline.partition import Stage
 from megatron.parallel.pipeline.schedules import Action, one_forward_one_backward, zero_bubble
 from megatron.plan.messages import buckets
-from megatron.plan.parameters import rank_parameters, sharded_units, share_size, stage_parameters, tied_size
-from megatron.plan.rank import Rank
+from megatron.plan.parameters import Held, rank_parameters, sharded_units, share_size, stage_parameters, tied_size
+from megatron.plan.pieces import Part, Piece
+from megatron.plan.rank import Rank, part_of
 
 
 @dataclass(frozen=True)
@@ -28,23 +30,24 @@ class Memory:
 def peak_memory(rank: Rank) -> Memory:
     """The most that `rank` holds at once; CUDA's context and libraries come on top."""
     parameters = rank_parameters(rank)
-    own = sum(share_size(rank, stage) for stage in rank.stages)
+    own = share_size(parameters, rank.shards, rank.shard)
     optimizer = rank.config.optimizer
     is_adam = optimizer.optimizer == "adam"
     moments = 2 if is_adam else int(optimizer.sgd_momentum > 0)
-    steps = len(parameters) if is_adam else 0  # a count for each
+    steps = len(parameters.parameters) if is_adam else 0  # a count for each
     gradients, activations = max(_moments(rank), key=sum)
     return Memory(4 * own, gradients, 4 * (moments * own + steps), activations)
 
 
 def _moments(rank: Rank) -> Iterator[tuple[int, int]]:
     """Bytes of gradients, and of everything that comes and goes, at each moment that may be the peak."""
-    stages = [_StageMemory(rank, stage) for stage in rank.stages]
+    stages = [_stage_memory(_Case(stage_parameters(rank, stage), rank.pieces(stage), part_of(stage), rank.hidden_bytes,
+                                  tied_size(rank, stage), rank.sharding, rank.shards, rank.shard,
+                                  has_one_pass=rank.num_micro_batches == 1)) for stage in rank.stages]
     gathered = sum(stage.gathered for stage in stages)
     gradients, waiting_for_gradients = 0, set(range(len(stages)))
     in_flight = last_output = 0
-    actions = _actions(rank)
-    for action, following in zip(actions, [*actions[1:], None], strict=True):
+    for action, following in _actions(rank):
         stage = stages[action.stage]
         # The next message is received while an action computes.
         coming = rank.hidden_bytes if following is not None and stages[following.stage].receives[following.kind] else 0
@@ -67,13 +70,32 @@ def _moments(rank: Rank) -> Iterator[tuple[int, int]]:
     yield gradients, _of_sums(rank)
 
 
-def _actions(rank: Rank) -> list[Action]:
+def _actions(rank: Rank) -> Sequence[tuple[Action, Action | None]]:
     """The rank's schedule, of no more micro-batches than it takes to see the most that it holds."""
     size, place = rank.sizes["pipeline"], rank.place["pipeline"]
-    num_micro_batches = min(rank.num_micro_batches, 3 * size)
-    if rank.puts_off:
-        return zero_bubble(place, size, num_micro_batches)
-    return one_forward_one_backward(place, size, len(rank.stages), num_micro_batches)
+    return _schedule(place, size, len(rank.stages), min(rank.num_micro_batches, 3 * size), rank.puts_off)
+
+
+@cache
+def _schedule(place: int, size: int, num_stages: int, number: int,
+              puts_off: bool) -> Sequence[tuple[Action, Action | None]]:
+    """Each action with the one that follows it."""
+    actions = zero_bubble(place, size, number) if puts_off else one_forward_one_backward(place, size, num_stages, number)
+    return list(zip(actions, [*actions[1:], None], strict=True))
+
+
+class _Case(NamedTuple):
+    """What a stage's memory depends on. `has_one_pass`: a step has one micro-batch."""
+
+    held: Held
+    pieces: Sequence[Piece]
+    part: Part
+    hidden_bytes: int
+    tied_size: int
+    sharding: str
+    shards: int
+    shard: int
+    has_one_pass: bool
 
 
 class _StageMemory:
@@ -85,41 +107,29 @@ class _StageMemory:
     that stay. `put_off`, `of_weights`: what is kept for weights' gradients that wait, and what computing them takes.
     """
 
-    def __init__(self, rank: Rank, stage: Stage) -> None:
-        parameters = stage_parameters(rank, stage)
-        units = {unit.block: unit.padded_size for unit in sharded_units(rank, stage)}
+    def __init__(self, case: "_Case") -> None:
+        part, units = case.part, {unit.block: unit.padded_size for unit in sharded_units(case.held, case.shards)}
         self._rest = 4 * units.pop(None, 0)
         self._block = 4 * max(units.values(), default=0)
-        self._whole = 4 * sum(parameter.size for parameter in parameters)
+        self._whole = 4 * case.held.size
         # In its last pass alone, "optimizer" does what "gradients" does in each.
-        has_one_pass = rank.num_micro_batches == 1
-        self._sharding = "gradients" if rank.sharding == "optimizer" and has_one_pass else rank.sharding
+        self._sharding = "gradients" if case.sharding == "optimizer" and case.has_one_pass else case.sharding
         # Of gradients, once there are any: those of this rank's shares, or all where they are shared out at the end.
-        self.gradients = self._whole if self._sharding == "optimizer" else 4 * share_size(rank, stage)
+        share = 4 * share_size(case.held, case.shards, case.shard)
+        self.gradients = self._whole if self._sharding == "optimizer" else share
         is_gathered = self._sharding in ("optimizer", "gradients")
-        self.gathered = self._block * len(stage.layers) + self._rest if is_gathered else 0  # and between passes
-        self._dropped_a_block = self._block if is_gathered and has_one_pass else 0
-        self._pieces, self._hidden = rank.pieces(stage), rank.hidden_bytes
-        self.sent = 0 if stage.is_last else self._hidden
-        self.receives = {"forward": not stage.is_first, "backward": not stage.is_last, "input": not stage.is_last,
+        self.gathered = self._block * part.num_blocks + self._rest if is_gathered else 0  # and between passes
+        self._dropped_a_block = self._block if is_gathered and case.has_one_pass else 0
+        self._pieces, self._tied = case.pieces, 4 * case.tied_size
+        self.sent = 0 if part.is_last else case.hidden_bytes
+        self.receives = {"forward": not part.is_first, "backward": not part.is_last, "input": not part.is_last,
                          "weights": False}
-        # What is held below each piece, its input included.
-        self._tied = 4 * tied_size(rank, stage)
-        self._below = self._held_below(stage)
+        self._below = _held_below(case)
         self.kept = self._below[-1] + self.sent
         self.put_off = sum(piece.put_off for piece in self._pieces)
-        self.of_weights = max((piece.late for piece in self._pieces), default=0)
+        self.of_weights = max(piece.late for piece in self._pieces)
         self.of_forward = max(below + piece.forward for below, piece in zip(self._below, self._pieces, strict=False))
         self.of_backward = {True: list(self._going_back(True)), False: [max(self._going_back(False), key=sum)]}
-
-    def _held_below(self, stage: Stage) -> list[int]:
-        held, all_held, is_kept = 0, [], not stage.is_first
-        for piece in self._pieces:
-            held += self._hidden if is_kept or piece.keeps_input else 0
-            all_held.append(held)
-            held += piece.kept
-            is_kept = False
-        return [*all_held, held]
 
     def _going_back(self, is_first: bool) -> Iterator[tuple[int, int]]:
         """For each piece from the last to the first: when it takes most, and when it is done."""
@@ -161,9 +171,25 @@ class _StageMemory:
         return 2 * self._block if self._sharding == "gradients" else 0
 
 
+@cache  # a search asks for the same stages thousands of times
+def _stage_memory(case: _Case) -> _StageMemory:
+    return _StageMemory(case)
+
+
+def _held_below(case: _Case) -> list[int]:
+    """What a forward pass keeps below each piece, with the input that it takes if that is kept; and in all."""
+    held, all_held, is_kept = 0, [], not case.part.is_first
+    for piece in case.pieces:
+        held += case.hidden_bytes if is_kept or piece.keeps_input else 0
+        all_held.append(held)
+        held += piece.kept
+        is_kept = False
+    return [*all_held, held]
+
+
 def _of_sums(rank: Rank) -> int:
     """Buckets that gradients are copied to while they are summed: the one under way and the one before."""
     if rank.sharding != "none" or rank.replicas == 1:
         return 0
-    sizes = [4 * sum(bucket) for bucket in buckets([parameter.size for parameter in rank_parameters(rank)])]
+    sizes = [4 * bucket for bucket in buckets(rank_parameters(rank))]
     return max(before + size for before, size in zip([0, *sizes], sizes, strict=False))

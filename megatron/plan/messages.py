@@ -3,11 +3,12 @@ sent around them. `megatron.parallel.traffic` counts the same where they are cal
 """
 
 from collections import Counter
+from functools import cache
 
 from megatron.parallel.data.data_parallel import BUCKET_ELEMENTS
 from megatron.parallel.pipeline.partition import Stage
 from megatron.parallel.traffic import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, SEND, Traffic
-from megatron.plan.parameters import Parameter, rank_parameters, sharded_units
+from megatron.plan.parameters import Held, rank_parameters, sharded_units, stage_parameters
 from megatron.plan.rank import Rank
 
 
@@ -17,12 +18,11 @@ def step_traffic(rank: Rank) -> Traffic:
     for stage in rank.stages:
         _passes(traffic, rank, stage)
         _shards(traffic, rank, stage)
-    parameters = rank_parameters(rank)
+    parameters, shards = rank_parameters(rank), (rank.shards, rank.shard)
     if rank.sharding == "none":
-        _sums(traffic, "data", [parameter.size for parameter in parameters], rank.replicas)
-    shards, shard = rank.shards, rank.shard
-    _sums(traffic, "tensor", [p.share(shards, shard) for p in parameters if p.is_partial], rank.sizes["tensor"])
-    _sums(traffic, "pipeline", [p.share(shards, shard) for p in parameters if p.is_at_ends], 2)
+        _sums(traffic, "data", parameters, "size", shards, rank.replicas)
+    _sums(traffic, "tensor", parameters, "is_partial", shards, rank.sizes["tensor"])
+    _sums(traffic, "pipeline", parameters, "is_at_ends", shards, 2)
     _scalars(traffic, rank, parameters)
     return traffic
 
@@ -30,7 +30,7 @@ def step_traffic(rank: Rank) -> Traffic:
 def _passes(traffic: Traffic, rank: Rank, stage: Stage) -> None:
     """The collectives of the model; activations to the next stage, gradients to the one before."""
     times = rank.num_micro_batches
-    for piece, count in Counter(rank.pieces(stage)).items():
+    for piece, count in rank.counted_pieces(stage).items():
         for key, calls in piece.traffic.calls.items():
             traffic.calls[key] += times * count * calls
             traffic.sent[key] += times * count * piece.traffic.sent[key]
@@ -46,38 +46,48 @@ def _shards(traffic: Traffic, rank: Rank, stage: Stage) -> None:
     times = rank.num_micro_batches
     gathers = 2 * times if rank.sharding == "parameters" else 1
     scatters = 1 if rank.sharding == "optimizer" else times
-    for unit in sharded_units(rank, stage):
-        whole = 4 * unit.padded_size
-        traffic.add("data", ALL_GATHER, whole, rank.shards, gathers)
-        traffic.add("data", REDUCE_SCATTER, whole, rank.shards, scatters)
-        traffic.add("data", ALL_REDUCE, whole // rank.shards, rank.replicas // rank.shards)
+    for size, count in _whole_units(stage_parameters(rank, stage), rank.shards).items():
+        traffic.add("data", ALL_GATHER, 4 * size, rank.shards, gathers * count)
+        traffic.add("data", REDUCE_SCATTER, 4 * size, rank.shards, scatters * count)
+        traffic.add("data", ALL_REDUCE, 4 * size // rank.shards, rank.replicas // rank.shards, count)
 
 
-def _sums(traffic: Traffic, axis: str, sizes: list[int], num_ranks: int) -> None:
-    """Gradients (fp32) summed in buckets."""
-    for bucket in buckets(sizes):
-        traffic.add(axis, ALL_REDUCE, 4 * sum(bucket), num_ranks)
+@cache
+def _whole_units(held: Held, shards: int) -> Counter[int]:
+    """How often there is a unit of so many elements."""
+    return Counter(unit.padded_size for unit in sharded_units(held, shards))
 
 
-def buckets(sizes: list[int]) -> list[list[int]]:
-    """Gradients of these sizes, in order, in buckets of about BUCKET_ELEMENTS."""
-    found: list[list[int]] = []
-    for size in sizes:
-        if not found or sum(found[-1]) + size > BUCKET_ELEMENTS:
-            found.append([])
-        found[-1].append(size)
+def _sums(traffic: Traffic, axis: str, held: Held, which: str, shards: tuple[int, int], num_ranks: int) -> None:
+    """Gradients (fp32) of the shares of those parameters that are `which`, summed in buckets."""
+    if num_ranks > 1:
+        for bucket in buckets(held, which, shards):
+            traffic.add(axis, ALL_REDUCE, 4 * bucket, num_ranks)
+
+
+@cache
+def buckets(held: Held, which: str = "size", shards: tuple[int, int] = (1, 0)) -> list[int]:
+    """The elements of gradients of the shares of those that are `which`, in order, in buckets of BUCKET_ELEMENTS."""
+    found: list[int] = []
+    for size in (parameter.share(*shards) for parameter in held if getattr(parameter, which)):
+        if not found or found[-1] + size > BUCKET_ELEMENTS:
+            found.append(0)
+        found[-1] += size
     return found
 
 
-def _scalars(traffic: Traffic, rank: Rank, parameters: list[Parameter]) -> None:
+def _scalars(traffic: Traffic, rank: Rank, parameters: Held) -> None:
     """The numbers of targets and of ranks that want to stop; the squares that the gradient's norm is made of."""
     sizes = {**rank.sizes, "data": rank.replicas}
     axis = next((axis for axis in sizes if sizes[axis] == rank.num_ranks), "world")
     traffic.add(axis, ALL_REDUCE, 16, rank.num_ranks)
-    counted = [p for p in parameters if not (p.is_at_ends and rank.place["pipeline"] > 0)]
-    if any(p.is_split for p in counted):
-        traffic.add("tensor", ALL_REDUCE, 4, rank.sizes["tensor"])
-        traffic.add("data", ALL_REDUCE, 4, rank.shards)
-    if any(not p.is_split for p in counted):
+    for is_split in _kinds_of_norm(parameters, rank.place["pipeline"] > 0):
+        traffic.add("tensor", ALL_REDUCE, 4, rank.sizes["tensor"] if is_split else 1)
         traffic.add("data", ALL_REDUCE, 4, rank.shards)
     traffic.add("pipeline", ALL_REDUCE, 4, rank.sizes["pipeline"])
+
+
+@cache
+def _kinds_of_norm(held: Held, is_later: bool) -> set[bool]:
+    """Whether there are parameters that are split, and others, for the norm; `is_later`: on a later pipeline rank."""
+    return {parameter.is_split for parameter in held if not (parameter.is_at_ends and is_later)}

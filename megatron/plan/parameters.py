@@ -1,8 +1,9 @@
 """Which parameters a rank holds, and how many elements of each: read from the model's own stages, built on `meta`."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import torch
@@ -29,10 +30,10 @@ class Parameter:
     is_at_ends: bool
     block: int | None
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Elements."""
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
 
     def padded(self, shards: int) -> int:
         """Elements when rows are added until each of `shards` ranks has as many."""
@@ -51,19 +52,45 @@ class Unit(NamedTuple):
     padded_size: int
 
 
-def stage_parameters(rank: Rank, stage: Stage) -> Sequence[Parameter]:
-    """The parameters of one stage, in the order in which the model names them."""
-    return _part_parameters(rank, part_of(stage))
+# A search asks for the same few lists thousands of times: they are made once, and known by their identity.
+@dataclass(frozen=True, eq=False)
+class Held:
+    """The parameters of one stage or of all stages of a rank, in the order in which the model names them."""
+
+    parameters: Sequence[Parameter]
+
+    def __iter__(self) -> Iterator[Parameter]:
+        return iter(self.parameters)
+
+    @cached_property
+    def size(self) -> int:
+        """Elements."""
+        return sum(parameter.size for parameter in self)
 
 
-def rank_parameters(rank: Rank) -> list[Parameter]:
+def stage_parameters(rank: Rank, stage: Stage) -> Held:
+    """The parameters of one stage."""
+    return _of_part(rank.setting.of_parameters, part_of(stage), rank.sizes["pipeline"] > 1)
+
+
+def rank_parameters(rank: Rank) -> Held:
     """The parameters of all stages of the rank."""
-    return [parameter for stage in rank.stages for parameter in stage_parameters(rank, stage)]
+    return _together(tuple(stage_parameters(rank, stage) for stage in rank.stages))
 
 
-def share_size(rank: Rank, stage: Stage) -> int:
-    """Elements of a stage's parameters that this rank holds when it needs no others."""
-    return sum(parameter.share(rank.shards, rank.shard) for parameter in stage_parameters(rank, stage))
+@cache
+def share_size(held: Held, shards: int, shard: int) -> int:
+    """Elements of the parameters that a rank holds when it needs no others."""
+    return sum(parameter.share(shards, shard) for parameter in held)
+
+
+@cache
+def sharded_units(held: Held, shards: int) -> Sequence[Unit]:
+    """What of a stage is gathered together: each block, then what is outside the blocks."""
+    sizes: dict[int | None, int] = {}
+    for parameter in sorted(held, key=lambda parameter: parameter.block is None):
+        sizes[parameter.block] = sizes.get(parameter.block, 0) + parameter.padded(shards)
+    return [Unit(block, size) for block, size in sizes.items()]
 
 
 def tied_size(rank: Rank, stage: Stage) -> int:
@@ -71,24 +98,17 @@ def tied_size(rank: Rank, stage: Stage) -> int:
     if not (stage.is_first and stage.is_last):
         return 0
     ends = (Part(True, 0, False), Part(False, 0, True), Part(True, 0, True))
-    before, behind, both = (sum(p.size for p in _part_parameters(rank, part)) for part in ends)
+    before, behind, both = (_of_part(rank.setting.of_parameters, part, False).size for part in ends)
     return before + behind - both
 
 
-def sharded_units(rank: Rank, stage: Stage) -> Sequence[Unit]:
-    """What is gathered together: each block, then what is outside the blocks."""
-    sizes: dict[int | None, int] = dict.fromkeys((*range(len(stage.layers)), None), 0)
-    for parameter in stage_parameters(rank, stage):
-        sizes[parameter.block] += parameter.padded(rank.shards)
-    return [Unit(block, size) for block, size in sizes.items() if size]
+@cache
+def _together(stages: tuple[Held, ...]) -> Held:
+    return stages[0] if len(stages) == 1 else Held([parameter for held in stages for parameter in held])
 
 
-def _part_parameters(rank: Rank, part: Part) -> Sequence[Parameter]:
-    return _parameters(rank.setting._replace(num_rows=0), part, rank.sizes["pipeline"] > 1)
-
-
-@cache  # a search asks for the same stages thousands of times
-def _parameters(setting: Setting, part: Part, has_pipeline: bool) -> Sequence[Parameter]:
+@cache
+def _of_part(setting: Setting, part: Part, has_pipeline: bool) -> Held:
     mesh = Mesh(tensor=setting.tensor, context=setting.context)
     with torch.device("meta"):
         model = setting.build(part, mesh, ends=Axis(0 if part.is_first else 1, 2) if has_pipeline else None)
@@ -100,4 +120,4 @@ def _parameters(setting: Setting, part: Part, has_pipeline: bool) -> Sequence[Pa
         found.append(Parameter(tuple(parameter.shape), has_axis and placement.dim is not None,
                                has_axis and placement.has_partial_gradient, placement.ends.size > 1,
                                blocks.get(id(parameter))))
-    return found
+    return Held(found)

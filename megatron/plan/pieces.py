@@ -7,9 +7,9 @@ that sends nothing, once for each setting that a search asks for.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -31,8 +31,12 @@ from megatron.plan.work import WorkCounter
 from megatron.train.passes import model_inputs
 
 
-class Setting(NamedTuple):
-    """What a piece depends on. The axes are this rank's places on them, without groups."""
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What a piece depends on, made by `setting_of` alone: there are no two alike, and comparing them costs nothing.
+
+    The axes are this rank's places on them, without groups.
+    """
 
     model: ModelConfig
     precision: PrecisionConfig
@@ -48,6 +52,20 @@ class Setting(NamedTuple):
         """Blocks of which one input is kept, or 1."""
         return self.model.checkpoint_num_layers if self.model.checkpoint_activations else 1
 
+    @cached_property
+    def of_parameters(self) -> "Setting":
+        """One for all numbers of rows and all recomputation, on which parameters do not depend."""
+        return self._with(num_rows=1).without_recomputation
+
+    @cached_property
+    def without_recomputation(self) -> "Setting":
+        """The same, but that everything is kept."""
+        return self._with(model=replace(self.model, checkpoint_activations=False, recompute_granularity=None,
+                                        distribute_checkpointed_activations=False))
+
+    def _with(self, **changed: Any) -> "Setting":
+        return setting_of(*(changed.get(item.name, getattr(self, item.name)) for item in fields(self)))
+
     @property
     def batch(self) -> Batch:
         """The micro-batch, as it is before ranks share its tokens out."""
@@ -57,6 +75,12 @@ class Setting(NamedTuple):
         """The part of the model, without values, as the pipeline stage that it can be."""
         stream = Stream(mesh.tensor, self.is_sequence_parallel, mesh.context)
         return ProteinModel(self.model, self.precision, self.padded_vocab_size, stream, part.stage, ends)
+
+
+@cache
+def setting_of(*values: Any) -> Setting:
+    """The setting with these values."""
+    return Setting(*values)
 
 
 class Part(NamedTuple):
@@ -105,11 +129,24 @@ class Piece:
 @cache  # a search asks for the same pieces thousands of times
 def measured(setting: Setting, part: Part, puts_off: bool) -> Piece:
     """The piece of this setting; with `puts_off` its weights' gradients are computed after its backward pass."""
-    inputs = model_inputs(setting.batch)
-    with _fake_mesh(setting) as mesh, TrafficCounter(mesh) as counter, MemoryWatch() as watch, \
-            FakeTensorMode(allow_non_fake_inputs=True):
-        model = setting.build(part, mesh)
-        return _Run(model, inputs.shared(model.stream, mesh.device), watch, puts_off).piece(counter)
+    if part.num_blocks == 0 and setting is not setting.without_recomputation:
+        return measured(setting.without_recomputation, part, puts_off)  # it is about blocks
+    if puts_off and not _can_put_off(setting, part):
+        return measured(setting, part, False)
+    inputs, work = model_inputs(setting.batch), WorkCounter()
+    with _fake_mesh(setting) as mesh:
+        counter = TrafficCounter(mesh)
+        with MemoryWatch([counter.count, work.count]) as watch, FakeTensorMode(allow_non_fake_inputs=True):
+            model = setting.build(part, mesh)
+            run = _Run(model, inputs.shared(model.stream, mesh.device), watch, puts_off)
+            return Piece(**run.piece(), gradients=num_bytes(model.parameters()), traffic=counter.traffic,
+                         flops=work.flops, moved=work.moved)
+
+
+@cache
+def _can_put_off(setting: Setting, part: Part) -> bool:
+    with torch.device("meta"):
+        return any(hasattr(module, "deferral") for module in setting.build(part, Mesh()).modules())
 
 
 @cache
@@ -155,18 +192,12 @@ class _Run:
         if puts_off:
             put_off_weight_gradients(model, self._waiting)
         self._gate = torch.zeros((), requires_grad=True)
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        self._gradients = [(parameter.grad, parameter.grad._version) for parameter in model.parameters()]
 
-    def piece(self, counter: TrafficCounter) -> Piece:
-        """What the passes show: the first, which makes the gradients, and a second."""
-        first = self._passes()
-        gradients = self._gradient_bytes()
-        counter.traffic = Traffic()
-        with WorkCounter() as work:
-            later = self._passes()
-        return Piece(**{**later, "first": first["backward"], "first_gradients": first["first_gradients"],
-                        "gradients": gradients}, traffic=counter.traffic, flops=work.flops, moved=work.moved)
-
-    def _passes(self) -> dict[str, Any]:
+    def piece(self) -> dict[str, Any]:
+        """What a pass forward and back shows, which adds to gradients that are there."""
         watch = self._watch
         hidden, base = None, watch.current
         watch.restart()
@@ -175,7 +206,7 @@ class _Run:
         input_size = watch.current - base
         output = self._model(self._inputs, hidden)
         output_size, keeps_input, keeps_output = 0, False, False
-        forward = watch.peak - base
+        forward = watch.peak - base - input_size
         if self._model.stage.is_last:
             loss, _ = output
         else:
@@ -187,33 +218,35 @@ class _Run:
             before = watch.current
             del hidden
             keeps_input = watch.current > before - input_size
-        kept = watch.current - base - (input_size if keeps_input else 0)
+        base += input_size if keeps_input else 0
         found = {"input": input_size, "output": output_size, "keeps_input": keeps_input, "keeps_output": keeps_output,
-                 "kept": kept, "forward": forward - input_size}
+                 "kept": watch.current - base, "forward": forward}
         return {**found, **self._back(loss, base, input_size if keeps_input else 0)}
 
     def _back(self, loss: Tensor, base: int, kept_input: int) -> dict[str, int]:
-        watch, before = self._watch, self._gradient_bytes()
-        watch.at_peak = self._gradient_bytes
+        watch = self._watch
         watch.restart()
-        self._at_end = base
+        watch.at_growth = self._mark_first
+        self._at_end, self._first, self._first_gradients = base, 0, 0
         with self._waiting.collecting() if self._puts_off else nullcontext():
             loss.backward()
         del loss
-        backward, gradients = watch.peak - base - kept_input, watch.found_at_peak - before
-        made = self._gradient_bytes() - before
-        put_off = watch.current - base - made
+        self._mark_first()
+        backward, put_off = watch.peak - base, watch.current - (base - kept_input)
         watch.restart()
         if self._puts_off:
             self._waiting.compute_oldest()
-        return {"backward": backward, "end": self._at_end - base - kept_input - made, "first_gradients": gradients,
-                "put_off": put_off, "late": watch.peak - base - made - put_off}
+        return {"backward": backward, "end": self._at_end - base, "first": self._first - base,
+                "first_gradients": self._first_gradients, "put_off": put_off, "late": watch.peak + kept_input - base - put_off}
 
     def _mark_end(self) -> None:
         self._at_end = self._watch.current
 
-    def _gradient_bytes(self) -> int:
-        return num_bytes(parameter.grad for parameter in self._model.parameters())
+    def _mark_first(self) -> None:
+        """Note the most that is held where the gradients were not there before, but begin when one is added to."""
+        new = num_bytes(gradient for gradient, version in self._gradients if gradient._version > version)
+        if self._watch.current + new > self._first:
+            self._first, self._first_gradients = self._watch.current + new, new
 
 
 class _Begin(torch.autograd.Function):

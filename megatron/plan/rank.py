@@ -1,6 +1,7 @@
 """One rank of a layout: its place in the grid, its stages, its micro-batches."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
@@ -8,7 +9,7 @@ from megatron.config import Config
 from megatron.data.corpus.vocab import DEFAULT_VOCAB, Vocab
 from megatron.parallel.mesh import Axis, grid_sizes
 from megatron.parallel.pipeline.partition import Stage, stages_of_rank
-from megatron.plan.pieces import Part, Piece, Setting, measured
+from megatron.plan.pieces import Part, Piece, Setting, measured, setting_of
 
 
 @dataclass(frozen=True)
@@ -74,15 +75,19 @@ class Rank:
         """All that the pieces of the model depend on."""
         config = self.config
         # Of the model's depth a piece knows nothing.
-        return Setting(replace(config.model, num_layers=1), config.precision, config.data,
-                       config.training.micro_batch_size, padded_vocab_size(config), self._axis("tensor"),
-                       config.parallel.sequence_parallel, self._axis("context"))
+        return setting_of(replace(config.model, num_layers=1), config.precision, config.data,
+                          config.training.micro_batch_size, padded_vocab_size(config), self._axis("tensor"),
+                          config.parallel.sequence_parallel, self._axis("context"))
 
-    def pieces(self, stage: Stage) -> Sequence[Piece]:
+    def pieces(self, stage: Stage) -> tuple[Piece, ...]:
         """The pieces that a micro-batch comes to in a stage, in their order."""
         return _pieces(self.setting, part_of(stage), self.puts_off)
 
-    @property
+    def counted_pieces(self, stage: Stage) -> Mapping[Piece, int]:
+        """The pieces of a stage, and how often each comes."""
+        return _counted(self.setting, part_of(stage), self.puts_off)
+
+    @cached_property
     def hidden_bytes(self) -> int:
         """Bytes of the hidden states of a micro-batch between two pieces, on this rank."""
         return measured(self.setting, Part(False, 1, False), self.puts_off).input
@@ -97,12 +102,17 @@ def part_of(stage: Stage) -> Part:
 
 
 @cache
-def _pieces(setting: Setting, part: Part, puts_off: bool) -> Sequence[Piece]:
+def _pieces(setting: Setting, part: Part, puts_off: bool) -> tuple[Piece, ...]:
     size, num_blocks = setting.blocks_a_piece, part.num_blocks
     groups = [size] * (num_blocks // size) + [num_blocks % size] * (num_blocks % size > 0)
     parts = [Part(True, 0, False)] * part.is_first + [Part(False, group, False) for group in groups]
     parts += [Part(False, 0, True)] * part.is_last
-    return [measured(setting, one, puts_off) for one in parts]
+    return tuple(measured(setting, one, puts_off) for one in parts)
+
+
+@cache
+def _counted(setting: Setting, part: Part, puts_off: bool) -> Mapping[Piece, int]:
+    return Counter(_pieces(setting, part, puts_off))
 
 
 def padded_vocab_size(config: Config) -> int:
