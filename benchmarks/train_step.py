@@ -17,12 +17,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from megatron.model.inputs import Inputs  # noqa: E402
+
 from benchmarks.attention import LENGTHS  # noqa: E402
 from megatron.config.command_line import parse  # noqa: E402
 from megatron.kernels.attention import Boundaries  # noqa: E402
 from megatron.model.flops import model_flops  # noqa: E402
 from megatron.model.initialisation import initialise  # noqa: E402
-from megatron.model.inputs import Inputs  # noqa: E402
 from megatron.model.protein_model import ProteinModel  # noqa: E402
 from megatron.optim.optimizer import Optimizer  # noqa: E402
 from megatron.optim.scaling import LossScale  # noqa: E402
@@ -37,7 +38,7 @@ def our_step(layers: int, hidden: int, precision: str, device: torch.device) -> 
     dropout = "--attention-dropout 0 --hidden-dropout 0"
     config, _ = parse([*flags.split(), *dropout.split(), *precision.split()])
     model = ProteinModel(config.model, config.precision, 128)
-    initialise(model, config.model, seed=1)
+    initialise(model, seed=1)
     model.to(device)
     optimizer = Optimizer(dict(model.named_parameters()), config.optimizer)
     scale = LossScale(config.precision, device)

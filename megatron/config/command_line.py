@@ -84,7 +84,7 @@ def add_section_flags(parser: argparse.ArgumentParser, section: type) -> None:
         names = [flag_name(item), *item.metadata["aliases"]]
         text = item.metadata["help"].replace("%", "%%")
         options: dict[str, Any] = {"dest": item.name, "default": argparse.SUPPRESS, "help": text}
-        if isinstance(item.default, bool):
+        if item.metadata["type"] is bool or isinstance(item.default, bool):
             negatable = not item.name.startswith("no_")
             options["action"] = argparse.BooleanOptionalAction if negatable else "store_true"
         else:

@@ -23,4 +23,6 @@ class TrainingConfig:
     eval_interval: int = flag(1000, "steps between evaluations", kind=int, check=positive)
     exit_interval: int = flag(None, "save and leave at a step divisible by this", kind=int, check=positive)
     exit_duration_in_mins: float = flag(None, "save and leave after this long", kind=float, check=positive)
+    compile: bool = flag(None, "compile each transformer block, once, by torch.compile (default: on GPUs, where the "
+                         "layout allows it)", kind=bool)
     seed: int = flag(1234, "seed of weights, row order, masks and dropout", kind=int, check=not_negative)

@@ -4,7 +4,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron.config import ModelConfig
-from megatron.parallel.tensor.layers import LayerNorm, Linear
+from megatron.model.initialisation import normal
+from megatron.parallel.parameters import Constant, Declaration
+from megatron.parallel.tensor.layers import LayerNorm, Linear, Matrix
 from megatron.parallel.tensor.stream import ONE_RANK, Stream
 from megatron.parallel.tensor.vocabulary import vocabulary_logits, vocabulary_parameter
 
@@ -17,12 +19,13 @@ class MaskedLMHead(nn.Module):
 
     def __init__(self, config: ModelConfig, padded_vocab_size: int, stream: Stream) -> None:
         super().__init__()
-        self.dense = Linear(config.hidden_size, config.hidden_size)
+        self.dense = Linear(config.hidden_size, config.hidden_size, normal(config))
         self.layernorm = LayerNorm(config.hidden_size, config.layernorm_epsilon, ONE_RANK)
         self.num_ids, self.axis = padded_vocab_size, stream.axis
-        self.bias = vocabulary_parameter((padded_vocab_size,), config.make_vocab_size_divisible_by, stream.axis)
+        self.bias = vocabulary_parameter((padded_vocab_size,), config.make_vocab_size_divisible_by, stream.axis,
+                                         Declaration(Constant(0.0), "head", decays=False))
 
-    def forward(self, hidden_mh: Tensor, word_embeddings_rh: Tensor) -> Tensor:
+    def forward(self, hidden_mh: Tensor, word_embeddings: Matrix) -> Tensor:
         """Logits [m, v]; every rank gives the same hidden states."""
         hidden_mh = self.layernorm(F.gelu(self.dense(hidden_mh)))
-        return vocabulary_logits(hidden_mh, word_embeddings_rh, self.bias, self.num_ids, self.axis)
+        return vocabulary_logits(hidden_mh, word_embeddings, self.bias, self.num_ids, self.axis)

@@ -1,6 +1,7 @@
 """Initial weights, as in Megatron-LM: normal, with the outputs of residual branches scaled down by sqrt(2 x layers).
 
-Each parameter's values depend on the seed and its name alone, so that any layout can slice them from the same whole.
+Each parameter's values depend on the seed, its name and its declaration alone, so that any layout can slice them from
+the same whole.
 """
 
 import math
@@ -9,24 +10,26 @@ import torch
 from torch import nn
 
 from megatron.config import ModelConfig
+from megatron.parallel.parameters import Normal, declaration_of
 from megatron.parallel.placement import placement_of
 from megatron.parallel.randomness import seed_for
 
-_RESIDUAL_OUTPUTS = ("attention.dense.weight", "mlp.dense_4h_to_h.weight")
+
+def normal(config: ModelConfig) -> Normal:
+    """The initial values of every matrix but those of `residual_output`."""
+    return Normal(config.init_method_std)
+
+
+def residual_output(config: ModelConfig) -> Normal:
+    """The initial values of a matrix whose products are added to the residual stream, as twice in each layer."""
+    return Normal(config.init_method_std / math.sqrt(2 * config.num_layers))
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fill every parameter of `model` in place: matrices normal, LayerNorm weights 1, biases 0."""
+def initialise(model: nn.Module, seed: int) -> None:
+    """Fill every parameter of `model` in place with what it declares."""
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:
-            parameter.fill_(1.0 if name.endswith("layernorm.weight") else 0.0)
-            continue
-        std = config.init_method_std
-        if name.endswith(_RESIDUAL_OUTPUTS):
-            std /= math.sqrt(2 * config.num_layers)
         generator = torch.Generator().manual_seed(seed_for(seed, "weight", name))
-        # Drawn on the CPU, so that a GPU run starts from the same weights.
         placement = placement_of(parameter)
-        whole = torch.empty(placement.whole_shape(parameter)).normal_(0.0, std, generator=generator)
+        whole = declaration_of(parameter).initial.values(placement.whole_shape(parameter), generator)
         parameter.copy_(placement.cut(whole, parameter))

@@ -4,23 +4,23 @@ Shapes: t flat tokens of the packed proteins on this context rank, u of them in 
 but for sequence parallelism), m targets among them, h hidden, v vocabulary (padded) on this rank.
 """
 
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from megatron.config import ModelConfig, PrecisionConfig
-from megatron.kernels.attention import Boundaries
+from megatron.kernels.packed_sequence import PackedSequence, Targets
 from megatron.model.embedding import Embedding, TiedEmbedding
 from megatron.model.head import MaskedLMHead
-from megatron.model.inputs import Inputs
 from megatron.model.transformer import Transformer
 from megatron.parallel.mesh import Axis
+from megatron.parallel.parameters import inherit
 from megatron.parallel.pipeline.partition import Stage, whole_model
-from megatron.parallel.placement import placement_of
 from megatron.parallel.tensor.stream import ONE_RANK, Stream
 from megatron.parallel.tensor.vocabulary import vocabulary_cross_entropy
+
+_ONE_END = Axis()
 
 
 class ProteinModel(nn.Module):
@@ -33,52 +33,54 @@ class ProteinModel(nn.Module):
     """
 
     def __init__(self, config: ModelConfig, precision: PrecisionConfig, padded_vocab_size: int,
-                 stream: Stream = ONE_RANK, stage: Stage | None = None, ends: Axis | None = None) -> None:
+                 stream: Stream = ONE_RANK, stage: Stage | None = None, ends: Axis = _ONE_END) -> None:
         super().__init__()
         self.stream, self.stage = stream, stage or whole_model(config.num_layers)
         dtype = compute_dtype(precision)
         self.stream_dtype = torch.float32 if config.fp32_residual_connection else dtype
         if self.stage.is_first:
-            self.embedding: Embedding | TiedEmbedding = Embedding(config, padded_vocab_size, self.stream_dtype, stream)
+            self.embedding: Embedding | TiedEmbedding = Embedding(config, padded_vocab_size, self.stream_dtype, stream,
+                                                                  ends)
         elif self.stage.is_last:
-            self.embedding = TiedEmbedding(config, padded_vocab_size, stream)
-        if ends is not None and hasattr(self, "embedding"):
-            weight = self.embedding.word_embeddings.weight
-            weight.placement = replace(placement_of(weight), ends=ends)  # type: ignore[attr-defined]
+            self.embedding = TiedEmbedding(config, padded_vocab_size, stream, ends)
         self.transformer = Transformer(config, dtype, stream, self.stage)
         if self.stage.is_last:
             self.lm_head = MaskedLMHead(config, padded_vocab_size, stream)
         self.loss_in_fp32 = not precision.fp16_lm_cross_entropy
         self.hidden_size = config.hidden_size
 
-    def forward(self, inputs: Inputs, hidden_uh: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, sequence: PackedSequence, targets: Targets,
+                hidden_uh: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """The hidden states [u, h] that the next stage takes as `hidden_uh`; of the last stage the loss.
 
         That is the summed cross entropy of the targets (nats, fp32) and how many of them are the most likely token.
         """
         if self.stage.is_first:
-            hidden_uh = self.embedding(inputs.tokens_t, inputs.positions_t)
+            hidden_uh = self.embedding(sequence.tokens_t, sequence.positions_t)
         assert hidden_uh is not None, "a later stage takes hidden states"
-        hidden_uh = self.transformer(hidden_uh, inputs.boundaries)
+        hidden_uh = self.transformer(hidden_uh, sequence)
         if not self.stage.is_last:
             return hidden_uh
-        logits_mv = self.logits(self.stream.pick(hidden_uh, inputs.target_positions_m))
+        logits_mv = self.logits(self.stream.pick(hidden_uh, targets.positions_m))
         if self.loss_in_fp32:
             logits_mv = logits_mv.float()
-        return vocabulary_cross_entropy(logits_mv, inputs.target_ids_m, len(self.lm_head.bias), self.stream.axis)
+        return vocabulary_cross_entropy(logits_mv, targets.ids_m, len(self.lm_head.bias), self.stream.axis)
 
-    def hidden(self, tokens_t: Tensor, positions_t: Tensor, boundaries: Boundaries) -> Tensor:
+    def hidden(self, sequence: PackedSequence) -> Tensor:
         """Hidden states [u, h] after the last LayerNorm of a whole model, whose stream takes tokens as they are."""
-        return self.transformer(self.embedding(tokens_t, positions_t), boundaries)
+        return self.transformer(self.embedding(sequence.tokens_t, sequence.positions_t), sequence)
 
     def logits(self, hidden_mh: Tensor) -> Tensor:
         """Logits [m, v] of hidden states."""
-        return self.lm_head(hidden_mh, self.embedding.word_embeddings.weight)
+        return self.lm_head(hidden_mh, self.embedding.word_embeddings)
 
-    def received(self, inputs: Inputs) -> Tensor:
-        """A tensor, without values, of the shape and dtype of what this stage takes from the stage before it."""
-        shape = self.stream.num_tokens_here(inputs.num_tokens), self.hidden_size
-        return torch.empty(shape, dtype=self.stream_dtype, device=inputs.boundaries.cu_seqlens.device)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ProteinModel":
+        """What `to` and `to_empty` go through: a parameter that is replaced there stays what it is."""
+        before = dict(self.named_parameters())
+        super()._apply(fn, recurse)
+        for name, parameter in self.named_parameters():
+            inherit(parameter, before[name])
+        return self
 
     def blocks(self) -> Iterable[nn.Module]:
         """The transformer's blocks: the units in which parameters are shared out and gathered."""

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron.config import ModelConfig
-from megatron.kernels.attention import Boundaries, packed_attention
+from megatron.kernels.packed_sequence import PackedSequence
+from megatron.model.initialisation import normal, residual_output
+from megatron.parallel.context import context_attention
 from megatron.parallel.mesh import Axis
 from megatron.parallel.pipeline.partition import Stage
-from megatron.parallel.randomness import distinct_randomness
+from megatron.parallel.randomness import distinct_randomness, rate_of
 from megatron.parallel.recomputation import recomputed
 from megatron.parallel.tensor.layers import ColumnParallelLinear, LayerNorm, RowParallelLinear
 from megatron.parallel.tensor.stream import Stream
@@ -31,20 +33,20 @@ class Attention(nn.Module):
         self.recomputes_core = config.recompute_granularity == "selective"
         self.num_heads, self.head_width = config.num_attention_heads // stream.axis.size, config.kv_channels
         width = config.num_attention_heads * config.kv_channels
-        self.query_key_value = ColumnParallelLinear(config.hidden_size, 3 * width, stream)
-        self.dense = RowParallelLinear(width, config.hidden_size, stream)
+        self.query_key_value = ColumnParallelLinear(config.hidden_size, 3 * width, stream, normal(config))
+        self.dense = RowParallelLinear(width, config.hidden_size, stream, residual_output(config))
 
-    def forward(self, hidden_uh: Tensor, boundaries: Boundaries) -> Tensor:
+    def forward(self, hidden_uh: Tensor, sequence: PackedSequence) -> Tensor:
         """[u, h]."""
         # The projection's rows are [n, 3, d]; the kernel wants [t, n, 3, d]: the same memory.
         qkv_tn3d = self.query_key_value(hidden_uh).view(-1, self.num_heads, 3, self.head_width)
-        dropout = self.dropout if self.training else 0.0
+        dropout = rate_of(self)
         with distinct_randomness(self.axis, dropout, hidden_uh.device):
-            if self.recomputes_core and self.training:
-                context_tnd = recomputed(lambda qkv_tn3d: packed_attention(qkv_tn3d, boundaries, dropout, self.context),
+            if self.recomputes_core and torch.is_grad_enabled():
+                context_tnd = recomputed(lambda qkv_tn3d: context_attention(qkv_tn3d, sequence, dropout, self.context),
                                          qkv_tn3d, has_dropout=dropout > 0)
             else:
-                context_tnd = packed_attention(qkv_tn3d, boundaries, dropout, self.context)
+                context_tnd = context_attention(qkv_tn3d, sequence, dropout, self.context)
         return self.dense(context_tnd.flatten(1))
 
 
@@ -53,8 +55,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig, stream: Stream) -> None:
         super().__init__()
-        self.dense_h_to_4h = ColumnParallelLinear(config.hidden_size, config.ffn_hidden_size, stream)
-        self.dense_4h_to_h = RowParallelLinear(config.ffn_hidden_size, config.hidden_size, stream)
+        hidden, width = config.hidden_size, config.ffn_hidden_size
+        self.dense_h_to_4h = ColumnParallelLinear(hidden, width, stream, normal(config))
+        self.dense_4h_to_h = RowParallelLinear(width, hidden, stream, residual_output(config))
         self.gelu_form = "tanh" if config.bias_gelu_fusion or config.openai_gelu else "none"
 
     def forward(self, hidden_uh: Tensor) -> Tensor:
@@ -77,17 +80,17 @@ class Block(nn.Module):
         self.stream, self.dropout, self.dtype = stream, config.hidden_dropout, dtype
         self.residual_after_layernorm = config.apply_residual_connection_post_layernorm
 
-    def forward(self, hidden_uh: Tensor, boundaries: Boundaries) -> Tensor:
+    def forward(self, hidden_uh: Tensor, sequence: PackedSequence) -> Tensor:
         """[u, h]."""
         normed_uh = self.input_layernorm(hidden_uh)
         residual_uh = normed_uh if self.residual_after_layernorm else hidden_uh
-        hidden_uh = self._add(residual_uh, self.attention(normed_uh.to(self.dtype), boundaries))
+        hidden_uh = self._add(residual_uh, self.attention(normed_uh.to(self.dtype), sequence))
         normed_uh = self.post_attention_layernorm(hidden_uh)
         residual_uh = normed_uh if self.residual_after_layernorm else hidden_uh
         return self._add(residual_uh, self.mlp(normed_uh.to(self.dtype)))
 
     def _add(self, residual_uh: Tensor, branch_uh: Tensor) -> Tensor:
-        return residual_uh + self.stream.dropout(branch_uh, self.dropout, self.training)
+        return residual_uh + self.stream.dropout(branch_uh, rate_of(self))
 
 
 class Transformer(nn.Module):
@@ -106,20 +109,20 @@ class Transformer(nn.Module):
         self.kept_over = stream.axis if config.distribute_checkpointed_activations else Axis()
         self.has_dropout = config.attention_dropout > 0 or config.hidden_dropout > 0
 
-    def forward(self, hidden_uh: Tensor, boundaries: Boundaries) -> Tensor:
+    def forward(self, hidden_uh: Tensor, sequence: PackedSequence) -> Tensor:
         """[u, h]."""
-        step = self.layers_a_checkpoint if self.training and self.layers_a_checkpoint else None
+        step = self.layers_a_checkpoint
         blocks = list(self.layers.values())
-        if step is None:
-            hidden_uh = _run(blocks, boundaries, hidden_uh)
+        if step is None or not torch.is_grad_enabled():
+            hidden_uh = _run(blocks, sequence, hidden_uh)
         else:
             for start in range(0, len(blocks), step):
-                hidden_uh = recomputed(partial(_run, blocks[start:start + step], boundaries), hidden_uh,
+                hidden_uh = recomputed(partial(_run, blocks[start:start + step], sequence), hidden_uh,
                                        has_dropout=self.has_dropout, kept_over=self.kept_over)
         return self.final_layernorm(hidden_uh).to(self.dtype) if self.is_last else hidden_uh
 
 
-def _run(blocks: Sequence[nn.Module], boundaries: Boundaries, hidden_uh: Tensor) -> Tensor:
+def _run(blocks: Sequence[nn.Module], sequence: PackedSequence, hidden_uh: Tensor) -> Tensor:
     for block in blocks:
-        hidden_uh = block(hidden_uh, boundaries)
+        hidden_uh = block(hidden_uh, sequence)
     return hidden_uh

@@ -1,6 +1,6 @@
 """The optimizer: which parameters decay, whose implementation, and one step with clipping and overflow handling."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from megatron.config import OptimizerConfig
 from megatron.errors import ConfigError
 from megatron.optim.scaling import LossScale
+from megatron.optim.sgd import DecoupledSGD
 from megatron.parallel.mesh import Axis
-from megatron.parallel.placement import gradient_norm
+from megatron.parallel.parameters import declaration_of
+from megatron.parallel.placement import gradient_norm, is_any_trained
 
 ONE_RANK = Axis()
 
@@ -24,29 +26,29 @@ class StepOutcome:
 
 
 class Optimizer:
-    """Steps fp32 parameters along their summed, scaled gradients.
+    """Steps fp32 parameters along their summed, scaled gradients; of frozen ones it keeps nothing.
 
     `parameters`: this rank's part of each, by name; `pipeline`: the ranks that hold the others, whose gradients count
-    in the norm. A step whose gradients are not all finite changes nothing.
+    in the norm. A step whose gradients are not all finite changes nothing. Raises ConfigError where all are frozen.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig,
                  pipeline: Axis = ONE_RANK) -> None:
-        self.named_parameters, self._pipeline = parameters, pipeline
+        if not is_any_trained(parameters.values(), pipeline):
+            raise ConfigError("every parameter of the model is frozen, so there is nothing to train; leave some "
+                              "trainable")
+        self._all, self._pipeline = list(parameters.values()), pipeline
+        self._trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         self._clip_grad = config.clip_grad
         self._is_apex = config.optimizer_backend == "apex"
-        groups = [
-            {"params": [p for p in self.named_parameters.values() if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in self.named_parameters.values() if p.ndim == 1], "weight_decay": 0.0},
-        ]
-        self.inner = _build(groups, config)
+        self.inner = _build(_groups(self._all, config.weight_decay), config)
 
     def step(self, learning_rate: float, loss_scale: LossScale) -> StepOutcome:
         """Unscale and clip the gradients, update the parameters, clear the gradients, update `loss_scale`."""
-        gradients = [p.grad for p in self.named_parameters.values() if p.grad is not None]
-        assert len(gradients) == len(self.named_parameters), "every parameter takes part in the loss"
+        gradients = [parameter.grad for parameter in self._trained.values() if parameter.grad is not None]
+        assert len(gradients) == len(self._trained), "every parameter that is trained takes part in the loss"
         scale = loss_scale.value
-        norm = gradient_norm(self.named_parameters.values(), self._pipeline) / scale
+        norm = gradient_norm(self._all, self._pipeline) / scale
         is_finite = torch.isfinite(norm)
         # Megatron's clipping: by max_norm / (norm + 1e-6) where that is below 1.
         divisor = scale * torch.clamp((norm + 1e-6) / self._clip_grad, min=1.0) if self._clip_grad else scale
@@ -67,7 +69,7 @@ class Optimizer:
 
     def state(self) -> dict[str, Tensor]:
         """Every state tensor, of this rank, under `KIND/PARAMETER`, e.g. `exp_avg/lm_head.bias`."""
-        names: dict[Tensor, str] = {parameter: name for name, parameter in self.named_parameters.items()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self._trained.items()}
         state = {f"{kind}/{names[parameter]}": tensor for parameter, values in self.inner.state.items()
                  for kind, tensor in values.items() if isinstance(tensor, Tensor)}
         for group in self.inner.param_groups:
@@ -76,11 +78,11 @@ class Optimizer:
         return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from what `state()` gave, by either implementation."""
+        """Go on from what `state()` gave, by either implementation; that of parameters frozen since is left out."""
         for key, tensor in state.items():
             kind, name = key.split("/", 1)
-            parameter = self.named_parameters[name]
-            if not (self._is_apex and kind == "step"):
+            if name in self._trained and not (self._is_apex and kind == "step"):
+                parameter = self._trained[name]
                 self.inner.state[parameter][kind] = tensor.to(parameter.device)
         if self._is_apex:
             steps = [int(tensor) for key, tensor in state.items() if key.startswith("step/")]
@@ -88,12 +90,26 @@ class Optimizer:
                 group["step"] = max(steps, default=0)
 
 
+def _groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict]:
+    """What torch's optimizers take: the parameters by what they declare, their `group` and whether they decay.
+
+    Frozen ones leave their group empty: there is one at least, without which torch's optimizers refuse to be made.
+    """
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        declaration = declaration_of(parameter)
+        members = groups.setdefault((declaration.group, declaration.decays), [])
+        members += [parameter] if parameter.requires_grad else []
+    return [{"params": members, "group": group, "weight_decay": weight_decay if decays else 0.0}
+            for (group, decays), members in groups.items()]
+
+
 def _build(groups: list[dict], config: OptimizerConfig) -> torch.optim.Optimizer:
     betas = (config.adam_beta1, config.adam_beta2)
     if config.optimizer_backend == "torch":
         if config.optimizer == "adam":
             return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.adam_eps, fused=True)
-        return torch.optim.SGD(groups, lr=0.0, momentum=config.sgd_momentum, fused=True)
+        return DecoupledSGD(groups, momentum=config.sgd_momentum)
     try:
         from apex.optimizers import FusedAdam, FusedSGD  # type: ignore[import-not-found]
     except ImportError as error:
@@ -101,4 +117,4 @@ def _build(groups: list[dict], config: OptimizerConfig) -> torch.optim.Optimizer
                           "torch") from error
     if config.optimizer == "adam":
         return FusedAdam(groups, lr=0.0, betas=betas, eps=config.adam_eps)
-    return FusedSGD(groups, lr=0.0, momentum=config.sgd_momentum)
+    return FusedSGD(groups, lr=0.0, momentum=config.sgd_momentum, wd_after_momentum=True)

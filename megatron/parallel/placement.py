@@ -76,26 +76,6 @@ class Placement:
         return F.pad(mine, [0, 0] * (whole.ndim - 1 - self.dim) + [0, missing]).clone()
 
 
-def split_parameter(shape: Sequence[int], dim: int, axis: Axis, *, local_size: int | None = None) -> nn.Parameter:
-    """A parameter of which each rank holds a slice along `dim`, of `local_size` where the slices do not just fit."""
-    local_shape = list(shape)
-    local_shape[dim] = local_size or shape[dim] // axis.size
-    assert local_shape[dim] * axis.size >= shape[dim], "the slices cover the whole"
-    return placed(torch.empty(local_shape), Placement(axis, dim, shape[dim]))
-
-
-def replicated_parameter(shape: Sequence[int], axis: Axis, *, has_partial_gradient: bool) -> nn.Parameter:
-    """A parameter that every rank of `axis` holds whole."""
-    return placed(torch.empty(*shape), Placement(axis, has_partial_gradient=has_partial_gradient))
-
-
-def placed(tensor: Tensor, placement: Placement) -> nn.Parameter:
-    """A parameter with the values, in the memory, of `tensor`, that knows its placement."""
-    parameter = nn.Parameter(tensor)
-    parameter.placement = placement  # type: ignore[attr-defined]
-    return parameter
-
-
 def placement_of(parameter: Tensor) -> Placement:
     """How `parameter` lies on the ranks."""
     return getattr(parameter, "placement", Placement())
@@ -127,29 +107,44 @@ def parts(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> di
 def gradient_norm(parameters: Iterable[nn.Parameter], pipeline: Axis | None = None) -> Tensor:
     """The L2 norm (fp32 scalar) of the gradients' wholes: each element counts once, on every rank alike."""
     by_axes: dict[tuple[Axis, ...], list[Tensor]] = {(): []}
+    parameters = list(parameters)
     for parameter in parameters:
         placement = placement_of(parameter)
         if parameter.grad is not None and placement.ends.rank == 0:
             tensor_axis = [placement.axis] if placement.dim is not None else []
             axes = tuple(axis for axis in (*tensor_axis, placement.shards) if axis.size > 1)
             by_axes.setdefault(axes, []).append(parameter.grad)
-    square: Tensor | float = 0.0
+    square = torch.zeros((), device=parameters[0].device)  # and no more where all of this rank's are frozen
     for axes, gradients in by_axes.items():
+        if not gradients:
+            continue
         part = torch.nn.utils.get_total_norm(gradients).square()
         for axis in axes:
             part = all_reduce_sum(part, axis)
         square = part + square
-    assert isinstance(square, Tensor)
     return all_reduce_sum(square, pipeline or Axis()).sqrt()
+
+
+def is_any_trained(parameters: Iterable[nn.Parameter], pipeline: Axis) -> bool:
+    """Whether a rank of `pipeline` has a parameter that is not frozen: all of them call this.
+
+    Those that have one know the answer without waiting for it.
+    """
+    parameters = list(parameters)
+    here = sum(parameter.requires_grad for parameter in parameters)
+    everywhere = all_reduce_sum(torch.tensor(here, device=parameters[0].device), pipeline)
+    return here > 0 or everywhere.item() > 0
 
 
 def partial_gradients(parameters: Iterable[nn.Parameter]) -> dict[Axis, list[Tensor]]:
     """For each axis the gradients that are yet to be summed over it; zeros where a rank has no part in one."""
     partial: dict[Axis, list[Tensor]] = {}
     for parameter in parameters:
+        if not parameter.requires_grad:
+            continue
         placement = placement_of(parameter)
         for axis in (placement.axis if placement.has_partial_gradient else Axis(), placement.ends):
             if axis.size > 1:
-                assert parameter.grad is not None, "every parameter takes part in the loss"
+                assert parameter.grad is not None, "every parameter that is trained takes part in the loss"
                 partial.setdefault(axis, []).append(parameter.grad)
     return partial

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from megatron.parallel.mesh import Axis
 
@@ -27,6 +28,14 @@ def seed_dropout(seed: int, first_sample: int, stage: int, context_rank: int) ->
     Other numbers on each context rank, which has other tokens of it.
     """
     torch.manual_seed(seed_for(seed, "dropout", first_sample, stage, context_rank))
+
+
+def rate_of(module: nn.Module) -> float:
+    """The rate of a module's `dropout` as it is now: 0 outside training.
+
+    Where it is always 0, the module's mode is not looked at, so that a graph compiled for training serves evaluation.
+    """
+    return module.dropout if module.dropout and module.training else 0.0  # type: ignore[return-value]
 
 
 @contextmanager

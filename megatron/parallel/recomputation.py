@@ -22,10 +22,10 @@ def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, *, has_dropout: 
     """
     if kept_over.size == 1:
         return checkpoint(function, x, use_reentrant=False, preserve_rng_state=has_dropout)
-    shape, at_hand = x.shape, [x]
+    shape, has_gradient, at_hand = x.shape, x.requires_grad, [x]
 
     def from_share(share: Tensor) -> Tensor:
-        return function(at_hand.pop() if at_hand else _gathered(share, shape, kept_over).requires_grad_())
+        return function(at_hand.pop() if at_hand else _gathered(share, shape, kept_over).requires_grad_(has_gradient))
 
     return checkpoint(from_share, _share(x, kept_over), use_reentrant=False, preserve_rng_state=has_dropout)
 

@@ -18,14 +18,14 @@ from megatron.config import Config
 from megatron.data.batches.typical import typical_batch
 from megatron.data.corpus.vocab import DEFAULT_VOCAB, Vocab
 from megatron.errors import ConfigError
-from megatron.model.protein_model import ProteinModel
+from megatron.model.protein_model import ProteinModel, compute_dtype
 from megatron.parallel.data.data_parallel import data_parallel
 from megatron.parallel.mesh import Mesh, build_mesh
 from megatron.parallel.traffic import Traffic, TrafficCounter
 from megatron.plan.memory_watch import MemoryWatch, num_bytes
 from megatron.plan.pieces import fake_group
 from megatron.plan.work import WeightBytes
-from megatron.train.engine import build_stages, with_optimizer
+from megatron.train.engine import build_stages, stream_of, with_optimizer
 from megatron.train.meters import Meters
 from megatron.train.state import BatchSizes
 from megatron.train.step import TrainStep
@@ -100,7 +100,9 @@ class _Steps:
     def __init__(self, config: Config, mesh: Mesh, counter: TrafficCounter, watch: MemoryWatch,
                  weights: WeightBytes) -> None:
         self._mesh, self._counter, self._watch, self._weights = mesh, counter, watch, weights
-        self._batch = typical_batch(config.data, config.training.micro_batch_size)
+        stream = stream_of(config, mesh)
+        self._batch = typical_batch(config.data, config.training.micro_batch_size, stream.token_multiple,
+                                    mesh.context.rank, mesh.context.size)
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         padded = Vocab.from_file(config.data.vocab_file or DEFAULT_VOCAB).padded_size(
             config.model.make_vocab_size_divisible_by)
@@ -113,7 +115,8 @@ class _Steps:
         weights.shapes = {tuple(sorted(parameter.shape)) for parameter in counted}
         self._num_counted = sum(parameter.numel() for parameter in counted)
         # Outside the mode: FSDP2 asks its mesh for values. The parameters are fake already.
-        model = data_parallel(self._stages, ProteinModel.blocks, mesh, replace(config.parallel, DDP_impl="local"))
+        model = data_parallel(self._stages, ProteinModel.blocks, mesh, replace(config.parallel, DDP_impl="local"),
+                              compute_dtype(config.precision))
         self._shares = [parameter for stage in self._stages for parameter in stage.parameters()]
         with self._fake:
             self._engine = with_optimizer(config, mesh, padded, self._stages, model)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from megatron.parallel.pipeline.schedules import Action, one_forward_one_backward, zero_bubble
 from megatron.plan.messages import buckets
-from megatron.plan.parameters import Held, rank_parameters, sharded_units, share_size, stage_parameters, tied_size
+from megatron.plan.parameters import Held, rank_parameters, sharded_units, share_size, stage_parameters
 from megatron.plan.pieces import Part, Piece
 from megatron.plan.rank import Rank, part_of
 
@@ -36,14 +36,15 @@ def peak_memory(rank: Rank) -> Memory:
     moments = 2 if is_adam else int(optimizer.sgd_momentum > 0)
     steps = len(parameters.parameters) if is_adam else 0  # a count for each
     gradients, activations = max(_moments(rank), key=sum)
+    activations += parameters.copies if rank.sharding == "none" else 0
     return Memory(4 * own, gradients, 4 * (moments * own + steps), activations)
 
 
 def _moments(rank: Rank) -> Iterator[tuple[int, int]]:
     """Bytes of gradients, and of everything that comes and goes, at each moment that may be the peak."""
     stages = [_stage_memory(_Case(stage_parameters(rank, stage), rank.pieces(stage), part_of(stage), rank.hidden_bytes,
-                                  tied_size(rank, stage), rank.sharding, rank.shards, rank.shard,
-                                  has_one_pass=rank.num_micro_batches == 1)) for stage in rank.stages]
+                                  rank.sharding, rank.shards, rank.shard,
+                                  has_one_pass=rank.num_micro_batches == 1, width=rank.width)) for stage in rank.stages]
     gathered = sum(stage.gathered for stage in stages)
     gradients, waiting_for_gradients = 0, set(range(len(stages)))
     in_flight = last_output = 0
@@ -80,22 +81,25 @@ def _actions(rank: Rank) -> Sequence[tuple[Action, Action | None]]:
 def _schedule(place: int, size: int, num_stages: int, number: int,
               puts_off: bool) -> Sequence[tuple[Action, Action | None]]:
     """Each action with the one that follows it."""
-    actions = zero_bubble(place, size, number) if puts_off else one_forward_one_backward(place, size, num_stages, number)
+    actions = (zero_bubble(place, size, number) if puts_off else
+               one_forward_one_backward(place, size, num_stages, number))
     return list(zip(actions, [*actions[1:], None], strict=True))
 
 
 class _Case(NamedTuple):
-    """What a stage's memory depends on. `has_one_pass`: a step has one micro-batch."""
+    """What a stage's memory depends on. `has_one_pass`: a step has one micro-batch; `width`: bytes of an element of
+    what is gathered.
+    """
 
     held: Held
     pieces: Sequence[Piece]
     part: Part
     hidden_bytes: int
-    tied_size: int
     sharding: str
     shards: int
     shard: int
     has_one_pass: bool
+    width: int
 
 
 class _StageMemory:
@@ -103,14 +107,15 @@ class _StageMemory:
 
     `kept`: from a forward pass to its backward pass. `of_forward`: at most in a forward pass, and `of_backward` new
     gradients, and everything else, at the moments of a backward pass that may be its peak; by whether that is the first
-    of a step, which makes the gradients. `gradients`: what those are when they stay, `gathered`: other ranks' parameters
+    of a step, which makes the gradients. `gradients`: what those are when they stay, `gathered`: others' parameters
     that stay. `put_off`, `of_weights`: what is kept for weights' gradients that wait, and what computing them takes.
     """
 
     def __init__(self, case: "_Case") -> None:
         part, units = case.part, {unit.block: unit.padded_size for unit in sharded_units(case.held, case.shards)}
-        self._rest = 4 * units.pop(None, 0)
-        self._block = 4 * max(units.values(), default=0)
+        # Gathered in the dtype of products, summed in fp32.
+        self._scattered_rest, self._scattered = 4 * units.pop(None, 0), 4 * max(units.values(), default=0)
+        self._rest, self._block = (size // 4 * case.width for size in (self._scattered_rest, self._scattered))
         self._whole = 4 * case.held.size
         # In its last pass alone, "optimizer" does what "gradients" does in each.
         self._sharding = "gradients" if case.sharding == "optimizer" and case.has_one_pass else case.sharding
@@ -120,7 +125,8 @@ class _StageMemory:
         is_gathered = self._sharding in ("optimizer", "gradients")
         self.gathered = self._block * part.num_blocks + self._rest if is_gathered else 0  # and between passes
         self._dropped_a_block = self._block if is_gathered and case.has_one_pass else 0
-        self._pieces, self._tied = case.pieces, 4 * case.tied_size
+        self._width = case.width
+        self._pieces = case.pieces
         self.sent = 0 if part.is_last else case.hidden_bytes
         self.receives = {"forward": not part.is_first, "backward": not part.is_last, "input": not part.is_last,
                          "weights": False}
@@ -145,11 +151,11 @@ class _StageMemory:
                 yield now, below + piece.first - piece.first_gradients + in_messages
                 new = min(new + piece.gradients, self._whole)
             elif is_scattered:
-                yield 0, below + piece.first + in_messages
+                yield 0, below + piece.first - piece.first_gradients // 4 * (4 - self._width) + in_messages
             else:
                 yield 0, below + piece.backward + in_messages
-            if not is_block:  # its gradients are shared out, or complete, when the stage is done
-                outside = piece.gradients if is_scattered else 0 if makes_new else self._tied
+            if not is_block and is_scattered:  # its gradients are shared out when the stage is done
+                outside = piece.gradients // 4 * self._width
             beside = 2 * self.sent  # the output, and its gradient that came
             waiting += piece.put_off
             if is_block:
@@ -160,15 +166,15 @@ class _StageMemory:
     def _in_messages(self, is_first: bool) -> int:
         """Parameters gathered, and gradients to be scattered, beside the passes of a block."""
         if self._sharding == "parameters":  # this block's, the next one's on their way, gradients of the one before
-            return self._rest + self._block * (2 if is_first else 3)
-        return self._block if self._sharding == "gradients" and not is_first else 0
+            return self._rest + self._block * 2 + (0 if is_first else self._scattered)
+        return self._scattered if self._sharding == "gradients" and not is_first else 0
 
     @property
     def _in_sums(self) -> int:
         """What a block's gradients take where they are on their way to their owners."""
         if self._sharding == "parameters":
-            return self._rest + 4 * self._block
-        return 2 * self._block if self._sharding == "gradients" else 0
+            return self._rest + 3 * self._block + self._scattered
+        return self._block + self._scattered if self._sharding == "gradients" else 0
 
 
 @cache  # a search asks for the same stages thousands of times

@@ -47,7 +47,7 @@ def _shards(traffic: Traffic, rank: Rank, stage: Stage) -> None:
     gathers = 2 * times if rank.sharding == "parameters" else 1
     scatters = 1 if rank.sharding == "optimizer" else times
     for size, count in _whole_units(stage_parameters(rank, stage), rank.shards).items():
-        traffic.add("data", ALL_GATHER, 4 * size, rank.shards, gathers * count)
+        traffic.add("data", ALL_GATHER, rank.width * size, rank.shards, gathers * count)
         traffic.add("data", REDUCE_SCATTER, 4 * size, rank.shards, scatters * count)
         traffic.add("data", ALL_REDUCE, 4 * size // rank.shards, rank.replicas // rank.shards, count)
 

@@ -8,9 +8,12 @@ from typing import NamedTuple
 
 import torch
 
+from megatron.model.protein_model import compute_dtype
 from megatron.parallel.mesh import Axis, Mesh
 from megatron.parallel.pipeline.partition import Stage
 from megatron.parallel.placement import placement_of
+from megatron.parallel.tensor.copies import ComputeCopies
+from megatron.plan.memory_watch import num_bytes
 from megatron.plan.pieces import Part, Setting
 from megatron.plan.rank import Rank, part_of
 
@@ -58,6 +61,7 @@ class Held:
     """The parameters of one stage or of all stages of a rank, in the order in which the model names them."""
 
     parameters: Sequence[Parameter]
+    copies: int  # bytes of the copies for matrix products that are kept where each rank has all parameters
 
     def __iter__(self) -> Iterator[Parameter]:
         return iter(self.parameters)
@@ -93,25 +97,18 @@ def sharded_units(held: Held, shards: int) -> Sequence[Unit]:
     return [Unit(block, size) for block, size in sizes.items()]
 
 
-def tied_size(rank: Rank, stage: Stage) -> int:
-    """Elements of the parameters that both what comes before the blocks and what follows them use, in one stage."""
-    if not (stage.is_first and stage.is_last):
-        return 0
-    ends = (Part(True, 0, False), Part(False, 0, True), Part(True, 0, True))
-    before, behind, both = (_of_part(rank.setting.of_parameters, part, False).size for part in ends)
-    return before + behind - both
-
-
 @cache
 def _together(stages: tuple[Held, ...]) -> Held:
-    return stages[0] if len(stages) == 1 else Held([parameter for held in stages for parameter in held])
+    return stages[0] if len(stages) == 1 else Held([p for held in stages for p in held], sum(held.copies for held in stages))
 
 
 @cache
 def _of_part(setting: Setting, part: Part, has_pipeline: bool) -> Held:
     mesh = Mesh(tensor=setting.tensor, context=setting.context)
     with torch.device("meta"):
-        model = setting.build(part, mesh, ends=Axis(0 if part.is_first else 1, 2) if has_pipeline else None)
+        ends = Axis(0 if part.is_first else 1, 2) if has_pipeline else Axis()
+        model = setting.build(part, mesh, ends)
+        copies = num_bytes(ComputeCopies([model], compute_dtype(setting.precision)).tensors())
     blocks = {id(parameter): number for number, block in enumerate(model.blocks()) for parameter in block.parameters()}
     found = []
     for parameter in model.parameters():
@@ -120,4 +117,4 @@ def _of_part(setting: Setting, part: Part, has_pipeline: bool) -> Held:
         found.append(Parameter(tuple(parameter.shape), has_axis and placement.dim is not None,
                                has_axis and placement.has_partial_gradient, placement.ends.size > 1,
                                blocks.get(id(parameter))))
-    return Held(found)
+    return Held(found, copies)

@@ -20,15 +20,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megatron.config import DataConfig, ModelConfig, PrecisionConfig
 from megatron.data.batches.batch import Batch
 from megatron.data.batches.typical import typical_batch
-from megatron.model.protein_model import ProteinModel
+from megatron.model.protein_model import ProteinModel, compute_dtype
 from megatron.parallel.mesh import Axis, Mesh, build_axis
 from megatron.parallel.pipeline.deferral import WeightGradients, put_off_weight_gradients
 from megatron.parallel.pipeline.partition import Stage
+from megatron.parallel.tensor.copies import ComputeCopies
 from megatron.parallel.tensor.stream import Stream
 from megatron.parallel.traffic import Traffic, TrafficCounter
 from megatron.plan.memory_watch import MemoryWatch, num_bytes
 from megatron.plan.work import WorkCounter
-from megatron.train.passes import model_inputs
+
+_ONE_END = Axis()
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,13 +70,16 @@ class Setting:
 
     @property
     def batch(self) -> Batch:
-        """The micro-batch, as it is before ranks share its tokens out."""
-        return _batch(self.data, self.num_rows)
+        """The micro-batch, of its tokens those of this context rank."""
+        return _batch(self.data, self.num_rows, self.stream(Mesh(tensor=self.tensor, context=self.context)))
 
-    def build(self, part: "Part", mesh: Mesh, ends: Axis | None = None) -> ProteinModel:
+    def build(self, part: "Part", mesh: Mesh, ends: Axis = _ONE_END) -> ProteinModel:
         """The part of the model, without values, as the pipeline stage that it can be."""
-        stream = Stream(mesh.tensor, self.is_sequence_parallel, mesh.context)
-        return ProteinModel(self.model, self.precision, self.padded_vocab_size, stream, part.stage, ends)
+        return ProteinModel(self.model, self.precision, self.padded_vocab_size, self.stream(mesh), part.stage, ends)
+
+    def stream(self, mesh: Mesh) -> Stream:
+        """Where the tokens of the residual stream lie."""
+        return Stream(mesh.tensor, self.is_sequence_parallel, mesh.context)
 
 
 @cache
@@ -133,12 +138,14 @@ def measured(setting: Setting, part: Part, puts_off: bool) -> Piece:
         return measured(setting.without_recomputation, part, puts_off)  # it is about blocks
     if puts_off and not _can_put_off(setting, part):
         return measured(setting, part, False)
-    inputs, work = model_inputs(setting.batch), WorkCounter()
+    work = WorkCounter()
     with _fake_mesh(setting) as mesh:
         counter = TrafficCounter(mesh)
         with MemoryWatch([counter.count, work.count]) as watch, FakeTensorMode(allow_non_fake_inputs=True):
             model = setting.build(part, mesh)
-            run = _Run(model, inputs.shared(model.stream, mesh.device), watch, puts_off)
+            copies = ComputeCopies([model], compute_dtype(setting.precision))  # noqa: F841  (as training keeps them)
+            message = model.stream.num_tokens_here(setting.num_rows * setting.data.seq_length), model.hidden_size
+            run = _Run(model, setting.batch.to(mesh.device), message, watch, puts_off)
             return Piece(**run.piece(), gradients=num_bytes(model.parameters()), traffic=counter.traffic,
                          flops=work.flops, moved=work.moved)
 
@@ -150,8 +157,8 @@ def _can_put_off(setting: Setting, part: Part) -> bool:
 
 
 @cache
-def _batch(data: DataConfig, num_rows: int) -> Batch:
-    return typical_batch(data, num_rows)
+def _batch(data: DataConfig, num_rows: int, stream: Stream) -> Batch:
+    return typical_batch(data, num_rows, stream.token_multiple, stream.context.rank, stream.context.size)
 
 
 @contextmanager
@@ -186,8 +193,10 @@ def fake_group(rank: int, num_ranks: int) -> Iterator[None]:
 class _Run:
     """Passes of one micro-batch through a piece, under the modes that watch them."""
 
-    def __init__(self, model: ProteinModel, inputs: Any, watch: MemoryWatch, puts_off: bool) -> None:
-        self._model, self._inputs, self._watch, self._puts_off = model, inputs, watch, puts_off
+    def __init__(self, model: ProteinModel, batch: Batch, message: tuple[int, int], watch: MemoryWatch,
+                 puts_off: bool) -> None:
+        self._model, self._batch, self._message = model, batch, message
+        self._watch, self._puts_off = watch, puts_off
         self._waiting = WeightGradients()
         if puts_off:
             put_off_weight_gradients(model, self._waiting)
@@ -202,9 +211,9 @@ class _Run:
         hidden, base = None, watch.current
         watch.restart()
         if not self._model.stage.is_first:
-            hidden = _Begin.apply(self._gate, lambda: self._model.received(self._inputs), self._mark_end)
+            hidden = _Begin.apply(self._gate, self._received, self._mark_end)
         input_size = watch.current - base
-        output = self._model(self._inputs, hidden)
+        output = self._model(self._batch.sequence, self._batch.targets, hidden)
         output_size, keeps_input, keeps_output = 0, False, False
         forward = watch.peak - base - input_size
         if self._model.stage.is_last:
@@ -237,7 +246,11 @@ class _Run:
         if self._puts_off:
             self._waiting.compute_oldest()
         return {"backward": backward, "end": self._at_end - base, "first": self._first - base,
-                "first_gradients": self._first_gradients, "put_off": put_off, "late": watch.peak + kept_input - base - put_off}
+                "first_gradients": self._first_gradients, "put_off": put_off,
+                "late": watch.peak + kept_input - base - put_off}
+
+    def _received(self) -> Tensor:
+        return torch.empty(self._message, dtype=self._model.stream_dtype)
 
     def _mark_end(self) -> None:
         self._at_end = self._watch.current

@@ -7,6 +7,7 @@ from functools import cache, cached_property
 
 from megatron.config import Config
 from megatron.data.corpus.vocab import DEFAULT_VOCAB, Vocab
+from megatron.model.protein_model import compute_dtype
 from megatron.parallel.mesh import Axis, grid_sizes
 from megatron.parallel.pipeline.partition import Stage, stages_of_rank
 from megatron.plan.pieces import Part, Piece, Setting, measured, setting_of
@@ -78,6 +79,11 @@ class Rank:
         return setting_of(replace(config.model, num_layers=1), config.precision, config.data,
                           config.training.micro_batch_size, padded_vocab_size(config), self._axis("tensor"),
                           config.parallel.sequence_parallel, self._axis("context"))
+
+    @property
+    def width(self) -> int:
+        """Bytes of an element of what is gathered."""
+        return compute_dtype(self.config.precision).itemsize
 
     def pieces(self, stage: Stage) -> tuple[Piece, ...]:
         """The pieces that a micro-batch comes to in a stage, in their order."""

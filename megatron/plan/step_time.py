@@ -42,7 +42,8 @@ def step_time(ranks: list[Rank], gpu: Gpu, peak: float, gpus_per_node: int) -> S
     idle = bubble_micro_batches(rank)
     passes_s = (rank.num_micro_batches + idle) * pass_s
     batch = rank.setting.batch
-    flops = model_flops(rank.config.model, rank.setting.padded_vocab_size, batch.lengths, len(batch.target_ids_m))
+    flops = model_flops(rank.config.model, rank.setting.padded_vocab_size, batch.num_tokens,
+                        batch.num_pairs, batch.num_targets)
     step_s = passes_s + after_s
     return StepTime(step_s, idle / (rank.num_micro_batches + idle),
                     flops * rank.num_micro_batches * rank.sizes["data"] / (step_s * rank.num_ranks * peak))

@@ -1,6 +1,7 @@
 """How much operations compute, and how many bytes they read and write: counters for `megatron.plan.memory_watch`.
 
-An operation moves each tensor that it is given once, and each that it gives, itself changed or new, once; views, new memory and collectives move nothing.
+An operation moves each tensor that it is given once, and each that it gives, changed or new, once; views, new memory
+and collectives move nothing.
 """
 
 from collections.abc import Collection, Iterable, Iterator
@@ -9,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.utils.flop_counter import flop_registry
 
 _ATEN = torch.ops.aten
+_PRODUCTS = {_ATEN.mm: 0, _ATEN.bmm: 0, _ATEN.addmm: 1, _ATEN.baddbmm: 1}  # where the two matrices stand
 # Operations for each pair of a query and a key, each head and each element of its width: two products forward, of which
 # the backward pass repeats one and has four.
 _ATTENTION = {_ATEN._flash_attention_forward: 4, _ATEN._flash_attention_backward: 10,
@@ -34,8 +35,9 @@ class WorkCounter:
             with unset_fake_temporarily():
                 num_pairs = int((queries.diff() * keys.diff()).sum())
             self.flops += _ATTENTION[packet] * num_pairs * args[1].shape[-2] * args[1].shape[-1]
-        elif packet in flop_registry:
-            self.flops += flop_registry[packet](*args, **kwargs, out_val=results)
+        elif packet in _PRODUCTS:
+            left, right = args[_PRODUCTS[packet]:][:2]
+            self.flops += 2 * left.numel() * right.shape[-1]
 
 
 class WeightBytes:

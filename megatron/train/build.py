@@ -9,6 +9,7 @@ import torch
 from megatron.checkpoint.store import LATEST, Checkpoint, load, load_model
 from megatron.config import Config, DataConfig, ModelConfig, ScheduleConfig
 from megatron.config.command_line import flag_name
+from megatron.data.batches.batch import BatchShape, batch_shape
 from megatron.data.corpus.vocab import DEFAULT_VOCAB, Vocab
 from megatron.data.rows.dataset import Splits, build_datasets
 from megatron.errors import CheckpointError, ConfigError
@@ -17,7 +18,7 @@ from megatron.model.protein_model import ProteinModel
 from megatron.optim.schedule import Schedule, build_schedule
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.placement import parts, wholes
-from megatron.train.engine import Engine, build_engine
+from megatron.train.engine import Engine, build_engine, stream_of
 from megatron.train.state import BatchSizes, TrainState
 
 # Flags that change the arithmetic of a model without changing a parameter's shape.
@@ -35,6 +36,7 @@ class Run:
     mesh: Mesh
     log: Log
     data: Splits
+    shape: BatchShape
     vocab: Vocab
     engine: Engine
     schedule: Schedule
@@ -71,6 +73,9 @@ def build(config: Config, mesh: Mesh, log: Log) -> Run:
     for part in (data.train, data.valid, data.test):
         if part is not None:
             log.line(part.describe())
+    stream = stream_of(config, mesh)
+    shape = batch_shape([part for part in (data.train, data.valid, data.test) if part is not None],
+                        config.training.micro_batch_size, stream.token_multiple, mesh.context.rank, mesh.context.size)
     engine = _build_engine(config, mesh, vocab.padded_size(config.model.make_vocab_size_divisible_by), checkpoint)
     state = TrainState()
     if checkpoint is not None and not config.checkpoint.finetune:
@@ -82,7 +87,7 @@ def build(config: Config, mesh: Mesh, log: Log) -> Run:
             raise CheckpointError(f"the checkpoint in {config.checkpoint.load} holds no optimizer state; give "
                                   "--no-load-optim to start the optimizer afresh, or --finetune")
         _tell_changed_samples(config, checkpoint, log)
-    return Run(config, mesh, log, data, vocab, engine, schedule, sizes, state)
+    return Run(config, mesh, log, data, shape, vocab, engine, schedule, sizes, state)
 
 
 def _build_engine(config: Config, mesh: Mesh, padded_vocab_size: int, checkpoint: Checkpoint | None) -> Engine:

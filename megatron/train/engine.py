@@ -3,15 +3,19 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from megatron.config import Config
 from megatron.model.initialisation import initialise
-from megatron.model.protein_model import ProteinModel
+from megatron.model.protein_model import ProteinModel, compute_dtype
 from megatron.optim.optimizer import Optimizer
 from megatron.optim.scaling import LossScale
+from megatron.parallel.compilation import compile_blocks, wants_compilation
 from megatron.parallel.data.data_parallel import DataParallel, data_parallel
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.pipeline.partition import stages_of_rank
 from megatron.parallel.pipeline.run import Pipeline
+from megatron.parallel.tensor.copies import ComputeCopies
 from megatron.parallel.tensor.stream import Stream
 
 
@@ -26,7 +30,9 @@ class Engine:
     model: DataParallel
     pipeline: Pipeline
     optimizer: Optimizer
+    copies: ComputeCopies
     loss_scale: LossScale
+    is_compiled: bool
 
 
 def build_engine(config: Config, mesh: Mesh, padded_vocab_size: int,
@@ -37,14 +43,21 @@ def build_engine(config: Config, mesh: Mesh, padded_vocab_size: int,
         load(stages)
     else:
         for stage in stages:
-            initialise(stage, config.model, config.training.seed)
-    model = data_parallel(stages, ProteinModel.blocks, mesh, config.parallel)
+            initialise(stage, config.training.seed)
+    if wants_compilation(config, mesh.device):
+        compile_blocks((block for stage in stages for block in stage.blocks()), config.parallel)
+    model = data_parallel(stages, ProteinModel.blocks, mesh, config.parallel, compute_dtype(config.precision))
     return with_optimizer(config, mesh, padded_vocab_size, stages, model)
+
+
+def stream_of(config: Config, mesh: Mesh) -> Stream:
+    """Where the tokens of the residual stream lie in the layout."""
+    return Stream(mesh.tensor, config.parallel.sequence_parallel, mesh.context)
 
 
 def build_stages(config: Config, mesh: Mesh, padded_vocab_size: int) -> list[ProteinModel]:
     """The model's stages on this pipeline rank, this rank's part of each, without values."""
-    stream = Stream(mesh.tensor, config.parallel.sequence_parallel, mesh.context)
+    stream = stream_of(config, mesh)
     stages = stages_of_rank(config.model.num_layers, config.parallel, mesh.pipeline.rank)
     return [ProteinModel(config.model, config.precision, padded_vocab_size, stream, stage, mesh.ends)
             for stage in stages]
@@ -53,7 +66,12 @@ def build_stages(config: Config, mesh: Mesh, padded_vocab_size: int) -> list[Pro
 def with_optimizer(config: Config, mesh: Mesh, padded_vocab_size: int, stages: list[ProteinModel],
                    model: DataParallel) -> Engine:
     """The engine of stages that data parallelism has shared out."""
-    pipeline = Pipeline(mesh, len(stages), config.parallel.pipeline_schedule)
+    shape = stages[0].stream.num_tokens_here(config.training.micro_batch_size * config.data.seq_length), (
+        config.model.hidden_size)
+    pipeline = Pipeline(mesh, len(stages), config.parallel.pipeline_schedule,
+                        lambda: torch.empty(shape, dtype=stages[0].stream_dtype, device=mesh.device))
+    copies = ComputeCopies(stages, compute_dtype(config.precision))
     optimizer = Optimizer(model.parameters, config.optimizer, mesh.pipeline)
     loss_scale = LossScale(config.precision, mesh.device)
-    return Engine(config, mesh, padded_vocab_size, stages, model, pipeline, optimizer, loss_scale)
+    return Engine(config, mesh, padded_vocab_size, stages, model, pipeline, optimizer, copies, loss_scale,
+                  wants_compilation(config, mesh.device))

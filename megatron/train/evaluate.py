@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron.data.batches.batch import Batch
+from megatron.data.batches.batch import Batch, BatchShape
 from megatron.data.batches.loader import batches
 from megatron.data.rows.dataset import Dataset
 from megatron.data.rows.masking import Masking
@@ -27,13 +27,14 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, dataset: Dataset, log: Log, *, num_rows: int, label: str) -> Evaluation:
+def evaluate(engine: Engine, dataset: Dataset, shape: BatchShape, log: Log, *, num_rows: int,
+             label: str) -> Evaluation:
     """Evaluate the first `num_rows` rows of `dataset`, shared out over the data axis."""
     mesh, micro_batch_size = engine.mesh, engine.config.training.micro_batch_size
     rows_a_micro_step = micro_batch_size * mesh.data.size
     bar = log.progress(total=num_rows, done=0, unit="row", label=label)
     # No worker processes: starting them costs more than the few rows that they would prepare.
-    loader = batches(dataset, start_sample=0, stop_sample=num_rows, micro_batch_size=micro_batch_size,
+    loader = batches(dataset, shape, start_sample=0, stop_sample=num_rows, micro_batch_size=micro_batch_size,
                      data_rank=mesh.data.rank, data_size=mesh.data.size, num_workers=0, pin=False)
     passes = EvaluationPasses(engine, _counted(loader, bar, rows_a_micro_step))
     for stage in engine.stages:

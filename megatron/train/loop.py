@@ -6,7 +6,6 @@ from contextlib import closing
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from megatron.checkpoint.store import save
 from megatron.data.batches.batch import Batch
@@ -14,6 +13,7 @@ from megatron.data.batches.loader import batches
 from megatron.data.rows.masking import Masking
 from megatron.errors import DivergedError
 from megatron.model.protein_model import compute_dtype
+from megatron.train.agreement import Arriving
 from megatron.train.build import Run
 from megatron.train.evaluate import Baselines, Evaluation, evaluate, frequency_baselines
 from megatron.train.events import Events
@@ -45,7 +45,7 @@ class Training:
         self._requests = StopRequests(config.training.exit_duration_in_mins)
         self._meters = Meters(mesh.world, mesh.device)
         self._step = TrainStep(run.engine, self._meters)
-        self._stops: Tensor = torch.zeros(())
+        self._stops = Arriving(torch.tensor(0))
         self._saved_at: int | None = None
 
     def finish(self) -> bool:
@@ -56,7 +56,7 @@ class Training:
             return True
         self._peak_flops = config.logging.peak_tflops * 1e12 if config.logging.peak_tflops else (
             measured_peak_flops(compute_dtype(config.precision), mesh.device))
-        loader = batches(run.data.train, start_sample=run.state.consumed_samples, stop_sample=None,
+        loader = batches(run.data.train, run.shape, start_sample=run.state.consumed_samples, stop_sample=None,
                          micro_batch_size=config.training.micro_batch_size, data_rank=mesh.data.rank,
                          data_size=mesh.data.size, num_workers=config.data.num_workers, pin=mesh.device.type == "cuda")
         bar = run.log.progress(self._num_iterations, run.state.iteration, unit="step", label="training")
@@ -83,7 +83,7 @@ class Training:
         # arrived, so that no step waits for the device.
         agreed_before = self._stops
         self._stops = self._step(micro_batches, learning_rate, state.consumed_samples, self._requests.wants_stop())
-        is_stopping = bool(self._stops if run.mesh.world.size == 1 else agreed_before)
+        is_stopping = (self._stops if run.mesh.world.size == 1 else agreed_before).read() > 0
         state.iteration += 1
         state.consumed_samples += rows
         is_end = state.iteration == self._num_iterations
@@ -133,7 +133,7 @@ def _evaluate(run: Run, events: Events, split: str) -> Evaluation | None:
     num_rows = dataset.num_epoch_rows(0)
     if training.eval_iters:
         num_rows = min(num_rows, training.eval_iters * run.sizes.final)
-    result = evaluate(run.engine, dataset, run.log, num_rows=num_rows,
+    result = evaluate(run.engine, dataset, run.shape, run.log, num_rows=num_rows,
                       label="validation" if split == "valid" else split)
     events.evaluation(split, run.state.iteration, run.state.consumed_samples, result)
     return result

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from megatron.data.batches.batch import Batch
 from megatron.model.flops import model_flops
-from megatron.parallel.collectives import all_reduce_sum
 from megatron.parallel.pipeline.deferral import WeightGradients, put_off_weight_gradients
+from megatron.train.agreement import Arriving, summed
 from megatron.train.engine import Engine
 from megatron.train.meters import Meters
 from megatron.train.passes import TrainPasses
@@ -28,14 +28,13 @@ class TrainStep:
             put_off_weight_gradients(stage, self._waiting)
 
     def __call__(self, batches: Sequence[Batch], learning_rate: float, consumed_samples: int,
-                 wants_stop: bool) -> Tensor:
-        """Train on this rank's micro-batches; returns how many ranks want to stop (an integer scalar)."""
+                 wants_stop: bool) -> Arriving:
+        """Train on this rank's micro-batches; returns how many ranks want to stop."""
         engine, mesh, training = self._engine, self._engine.mesh, self._engine.config.training
-        targets = sum(len(batch.target_ids_m) for batch in batches) if mesh.is_first_reader else 0
-        totals = torch.tensor([targets, wants_stop], dtype=torch.int64)
-        if mesh.world.size > 1:  # one rank knows the sums already, and need not ask the device for them
-            totals = all_reduce_sum(totals.to(mesh.device, non_blocking=True), mesh.world)
-        num_targets, num_stops = totals.unbind()
+        num_targets: Tensor | int = sum(batch.num_targets for batch in batches) if mesh.is_first_reader else 0
+        num_stops = torch.tensor(int(wants_stop))
+        if mesh.world.size > 1:  # one rank knows the sums already
+            num_targets, num_stops = summed([int(num_targets), wants_stop], mesh.world, mesh.device)
         rows = training.micro_batch_size
         first_samples = [consumed_samples + (index * mesh.data.size + mesh.data.rank) * rows
                          for index in range(len(batches))]
@@ -43,14 +42,15 @@ class TrainStep:
         engine.pipeline.train(passes, len(batches))
         engine.model.finish()
         outcome = engine.optimizer.step(learning_rate, engine.loss_scale)
+        engine.copies.refresh()
         self._count(batches)
         self._meters.add_step(outcome.grad_norm, outcome.is_taken)
-        return num_stops
+        return Arriving(num_stops)
 
     def _count(self, batches: Sequence[Batch]) -> None:
         if not self._engine.mesh.is_first_reader:
             return
         for batch in batches:
-            num_targets = len(batch.target_ids_m)
-            flops = model_flops(self._engine.config.model, self._engine.padded_vocab_size, batch.lengths, num_targets)
-            self._meters.add_batch(num_targets, batch.num_residues, len(batch.tokens_t), flops)
+            flops = model_flops(self._engine.config.model, self._engine.padded_vocab_size, batch.num_tokens,
+                                batch.num_pairs, batch.num_targets)
+            self._meters.add_batch(batch.num_targets, batch.num_residues, batch.num_tokens, flops)

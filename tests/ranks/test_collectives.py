@@ -6,7 +6,8 @@ from torch import nn
 
 from megatron.parallel.collectives import sum_gradients, sum_outputs, sum_to_slices
 from megatron.parallel.mesh import Axis
-from megatron.parallel.placement import gradient_norm, parts, replicated_parameter, split_parameter, wholes
+from megatron.parallel.parameters import BIAS, replicated_parameter, split_parameter
+from megatron.parallel.placement import gradient_norm, parts, wholes
 from megatron.parallel.randomness import distinct_randomness
 from megatron.parallel.tensor.stream import Stream
 from tests.ranks.launch import run_ranks
@@ -89,9 +90,9 @@ def through_a_checkpoint(axis):
     whole = {"rows": torch.arange(12.).view(6, 2), "columns": torch.arange(8.).view(2, 4),
              "padded": torch.arange(3.), "replicated": torch.arange(5.), "exp_avg/rows": torch.ones(6, 2),
              "step/rows": torch.tensor(7.)}
-    parameters = {"rows": split_parameter((6, 2), 0, axis), "columns": split_parameter((2, 4), 1, axis),
-                  "padded": split_parameter((3,), 0, axis, local_size=4),
-                  "replicated": replicated_parameter((5,), axis, has_partial_gradient=False)}
+    parameters = {"rows": split_parameter((6, 2), 0, axis, BIAS), "columns": split_parameter((2, 4), 1, axis, BIAS),
+                  "padded": split_parameter((3,), 0, axis, BIAS, local_size=4),
+                  "replicated": replicated_parameter((5,), axis, BIAS, has_partial_gradient=False)}
     local = parts(whole, parameters)
     assert all(local[name].shape == parameter.shape for name, parameter in parameters.items())
     again = wholes(local, parameters, keep=axis.rank == 0)
@@ -104,9 +105,9 @@ def test_parts_become_the_same_wholes_again_on_the_rank_that_keeps_them():
 
 
 def norm_of_gradients(axis):
-    parameters = [split_parameter((4,), 0, axis), replicated_parameter((1,), axis, has_partial_gradient=False),
-                  nn.Parameter(torch.empty(2))]
-    wholes_of = [torch.tensor([1., 2., 3., 4.]), torch.tensor([5.]), torch.tensor([6., 7.])]
+    parameters = [split_parameter((4,), 0, axis, BIAS), nn.Parameter(torch.empty(2)),
+                  replicated_parameter((1,), axis, BIAS, has_partial_gradient=False)]
+    wholes_of = [torch.tensor([1., 2., 3., 4.]), torch.tensor([6., 7.]), torch.tensor([5.])]
     for parameter, gradient in zip(parameters, wholes_of, strict=True):
         parameter.grad = parts({"a": gradient}, {"a": parameter})["a"]
     return gradient_norm(parameters)

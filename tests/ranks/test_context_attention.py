@@ -1,81 +1,76 @@
 """Attention of tokens that are split over the context axis against the same on one rank."""
 
-import itertools
-from unittest.mock import patch
-
 import pytest
 import torch
-from torch.nn import functional as F
 
-from megatron.kernels.attention import Boundaries, _flash, packed_attention, share_of
+from megatron.kernels.attention import packed_attention, share_of
+from megatron.kernels.packed_sequence import protein_lengths
 from megatron.parallel.collectives import gather_slices
+from megatron.parallel.context import context_attention
 from megatron.parallel.mesh import Axis
+from tests.packed import fused_by_definition, packed_batch
 from tests.ranks.launch import run_ranks
 
 HEADS, WIDTH = 2, 8
-# Lengths of proteins, those of padding included, by what is special about how 2 and 4 ranks share them.
+# Lengths of proteins and tokens of filler, by what is special about how 2 and 4 ranks share them.
 CASES = {
-    "proteins across ranks": (5, 9, 2, 8),
-    "one protein on all ranks": (24,),
-    "ranks with padding alone": (3, 2, 19),
-    "proteins of one token": (1,) * 8,
-    "no tokens": (),
+    "proteins across ranks": ((5, 9, 2, 8), 0),
+    "proteins across ranks and filler": ((5, 9, 2, 7), 5),
+    "one protein on all ranks": ((24,), 0),
+    "ranks with filler alone": ((3, 2), 19),
+    "proteins of one token": ((1,) * 8, 0),
+    "filler alone": ((), 8),
 }
 # Relative to the norm of the tensor.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
 
 
-def bounds(lengths):
-    return Boundaries(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32), lengths)
+def sequence(case):
+    lengths, filler = CASES[case]
+    return packed_batch(*lengths, filler=filler, empty=2).sequence
 
 
 def normal(*shape, dtype, seed):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def flash_by_definition(query, key, value, query_ends, key_ends, longest_query, longest_key, *_):
-    """Stands for the operator of GPUs, which has no kernel on CPUs."""
-    assert (query_ends.diff().max(), key_ends.diff().max()) == (longest_query, longest_key)
-    assert query_ends.diff().min() > 0
-    spans = zip(itertools.pairwise(query_ends.tolist()), itertools.pairwise(key_ends.tolist()), strict=True)
-    proteins = [(query[slice(*mine)], key[slice(*whole)], value[slice(*whole)]) for mine, whole in spans]
-    return [torch.cat([F.scaled_dot_product_attention(*(tensor.transpose(0, 1) for tensor in protein)).transpose(0, 1)
-                       for protein in proteins])]
+def fused(qkv, sequence, dropout, axis):
+    """What GPUs take: FlashAttention in bf16, the memory-efficient operator in fp32."""
+    with fused_by_definition() as calls:
+        context = context_attention(qkv, sequence, dropout, axis)
+    assert calls == [("memory-efficient" if qkv.dtype == torch.float32 else "flash", dropout)]
+    return context
 
 
-def flash(qkv, boundaries, dropout, axis):
-    with patch.object(torch.ops.aten, "_flash_attention_forward", flash_by_definition):
-        return _flash(qkv, boundaries.cu_seqlens, share_of(boundaries.lengths, axis), dropout, axis)
+WAYS = {"by protein": context_attention, "fused": fused}
 
 
-WAYS = {"reference": packed_attention, "flash": flash}
-# Without tokens neither way is taken.
-CASES_AND_WAYS = [(case, way) for case, lengths in CASES.items() for way in (WAYS if lengths else ["reference"])]
+def slices(case, dtype, axis):
+    """This rank's tokens of queries, keys and values, and of the gradient of their context, 0 for the filler."""
+    lengths, filler = CASES[case]
+    total = sum(lengths) + filler
+    mine = slice(axis.rank * total // axis.size, (axis.rank + 1) * total // axis.size)
+    weights = normal(total, HEADS, WIDTH, dtype=dtype, seed=1)
+    weights[sum(lengths):] = 0
+    return normal(total, HEADS, 3, WIDTH, dtype=dtype, seed=0)[mine].requires_grad_(), weights[mine]
 
 
-def slices(lengths, dtype, axis):
-    """This rank's tokens of queries, keys and values, and of the gradient of their context."""
-    size = sum(lengths) // axis.size
-    mine = slice(axis.rank * size, (axis.rank + 1) * size)
-    qkv = normal(sum(lengths), HEADS, 3, WIDTH, dtype=dtype, seed=0)[mine].requires_grad_()
-    return qkv, normal(sum(lengths), HEADS, WIDTH, dtype=dtype, seed=1)[mine]
-
-
-def context_and_gradient(attend, lengths, dtype, axis):
-    qkv, weights = slices(lengths, dtype, axis)
-    context = attend(qkv, bounds(lengths), 0.0, axis)
+def context_and_gradient(attend, case, dtype, axis):
+    qkv, weights = slices(case, dtype, axis)
+    context = attend(qkv, sequence(case), 0.0, axis)
     return [context.detach(), *torch.autograd.grad(context, qkv, weights)]
 
 
 def with_dropout(axis):
     """Context times the gradient to it, and values times theirs; how many elements are kept, and of which kinds."""
-    lengths, kept = CASES["proteins across ranks"], []
-    qkv, weights = slices(lengths, torch.float32, axis)
+    packed, kept = sequence("proteins across ranks and filler"), []
+    qkv, weights = slices("proteins across ranks and filler", torch.float32, axis)
     torch.manual_seed(axis.rank)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda x: x):
-        context = packed_attention(qkv, bounds(lengths), 0.3, axis)
+        context = context_attention(qkv, packed, 0.3, axis)
     gradient, = torch.autograd.grad(context, qkv, weights)
-    share = share_of(lengths, axis)
+    lengths = protein_lengths(packed.cu_seqlens, packed.num_filler)
+    share = share_of(lengths, axis.rank * len(qkv), (axis.rank + 1) * len(qkv))
     num_scores = sum(HEADS * q * k for q, k in zip(share.query_lengths, share.key_lengths, strict=True))
     return {"products": [(context * weights).sum().item(), (qkv * gradient)[:, :, 2].sum().item()],
             "kept": sum(kept), "own and scores": [qkv.numel(), num_scores]}
@@ -91,8 +86,8 @@ def gathered(axis):
 
 def on_one_rank_of_many(axis):
     """All that the tests below ask about, in one launch of the ranks."""
-    contexts = {(case, way, dtype): context_and_gradient(WAYS[way], CASES[case], dtype, axis)
-                for case, way in CASES_AND_WAYS for dtype in TOLERANCE}
+    contexts = {(case, way, dtype): context_and_gradient(WAYS[way], case, dtype, axis)
+                for case in CASES for way in WAYS for dtype in TOLERANCE}
     return {"contexts": contexts, "with dropout": with_dropout(axis), "gathered": gathered(axis)}
 
 
@@ -102,11 +97,13 @@ def results(request):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize(("case", "way"), CASES_AND_WAYS)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", CASES)
 def test_context_and_gradient_are_those_of_one_rank(results, case, way, dtype):
-    expected = context_and_gradient(packed_attention, CASES[case], dtype, Axis())
+    expected = context_and_gradient(context_attention, case, dtype, Axis())
     contexts, gradients = zip(*(rank["contexts"][case, way, dtype] for rank in results), strict=True)
-    for split, whole in zip((torch.cat(contexts), torch.cat(gradients)), expected, strict=True):
+    num_real = sum(CASES[case][0])  # what the filler's contexts are is nobody's business
+    for split, whole in ((torch.cat(contexts)[:num_real], expected[0][:num_real]), (torch.cat(gradients), expected[1])):
         assert split.shape == whole.shape
         assert (split - whole).float().norm() <= TOLERANCE[dtype] * whole.float().norm()
 
@@ -130,6 +127,8 @@ def test_gathered_slices_are_whole_and_their_gradients_are_summed(results):
     assert [rank["gathered"] for rank in results] == [[whole, gradient] for gradient in gradients]
 
 
-def test_on_one_rank_the_slice_is_the_whole():
+def test_on_one_rank_the_slice_and_its_attention_are_the_whole():
     x = torch.randn(4)
     assert gather_slices(x, Axis()) is x
+    qkv, packed = torch.randn(5, 1, 3, 4), packed_batch(3, 2).sequence
+    assert torch.equal(context_attention(qkv, packed, 0.0, Axis()), packed_attention(qkv, packed, 0.0))

@@ -28,7 +28,7 @@ def make_model():
 def gradients_of_two_steps(mesh: Mesh, config: ParallelConfig) -> list[dict[str, torch.Tensor]]:
     """Gradients' wholes, and their norm, of two steps of four micro-batches in all, between them an SGD step."""
     model = make_model()
-    parallel = data_parallel([model], lambda stage: [stage[0], stage[2]], mesh, config)
+    parallel = data_parallel([model], lambda stage: [stage[0], stage[2]], mesh, config, torch.float32)
     rows = torch.randn(ROWS, 6, 5, generator=torch.Generator().manual_seed(1))
     mine = list(range(mesh.replicas.rank, ROWS, mesh.replicas.size))
     steps = []
@@ -73,7 +73,7 @@ def what_each_rank_holds(axis: Axis) -> dict[str, int]:
     for name, flags in WAYS.items():
         config = ParallelConfig(**flags)
         parallel = data_parallel([make_model()], lambda stage: [], build_mesh(config, torch.device("cpu"), TIMEOUT),
-                                 config)
+                                 config, torch.float32)
         held[name] = sum(parameter.numel() for parameter in parallel.parameters.values())
     return held
 

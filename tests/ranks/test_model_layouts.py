@@ -1,4 +1,7 @@
-"""Whole models in many layouts, all living in one process, against the model of one rank."""
+"""Whole models in many layouts, all living in one process, against the model of one rank.
+
+The layouts' micro-batches have filler and padding, and those of the one rank neither: both change nothing.
+"""
 
 import itertools
 from dataclasses import replace
@@ -7,12 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig, TrainingConfig
-from megatron.data.batches.batch import collate
+from megatron.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    TrainingConfig,
+)
+from megatron.data.batches.batch import BatchShape, collate
 from megatron.data.rows.packed import Row
 from megatron.parallel.mesh import Mesh, build_mesh
 from megatron.parallel.placement import wholes
-from megatron.train.engine import build_engine
+from megatron.train.engine import build_engine, stream_of
 from megatron.train.meters import Meters
 from megatron.train.step import TrainStep
 from tests.ranks.launch import TIMEOUT, run_ranks
@@ -25,7 +36,8 @@ PROTEINS = ((40,), (7, 1, 12), (), (3, 30, 5), (1,), (20, 20), (9, 9, 9), (2,)) 
 
 PP2 = ParallelConfig(pipeline_model_parallel_size=2)
 LAYOUTS = {
-    "data": ParallelConfig(), "gradients": ParallelConfig(data_parallel_sharding="gradients"),
+    "data": ParallelConfig(), "overlapped": ParallelConfig(DDP_impl="torch"),
+    "gradients": ParallelConfig(data_parallel_sharding="gradients"),
     "pipeline": PP2, "zero-bubble": replace(PP2, pipeline_schedule="zero-bubble"),
     "interleaved": replace(PP2, num_layers_per_virtual_pipeline_stage=1),
     "uneven": replace(PP2, decoder_first_pipeline_num_layers=1),
@@ -59,13 +71,24 @@ def row(lengths, seed):
                target_ids_m=tokens[targets])
 
 
+def micro_batches(engine, rows):
+    """This rank's share of `rows`, one in each micro-batch; with filler and padding unless there is one rank."""
+    mesh, multiple = engine.mesh, stream_of(engine.config, engine.mesh).token_multiple
+    if mesh.world.size == 1:
+        return [collate([each], BatchShape(len(each.tokens_t), max(1, len(each.lengths)), len(each.target_ids_m),
+                                           max_length=SEQ_LENGTH)) for each in rows]
+    shape = BatchShape(num_tokens=SEQ_LENGTH + -SEQ_LENGTH % multiple, num_proteins=4, num_targets=12,
+                       max_length=SEQ_LENGTH, share=mesh.context.rank, num_shares=mesh.context.size)
+    return [collate([each], shape) for each in rows[mesh.data.rank::mesh.data.size]]
+
+
 class Living:
     """A model in one layout, ready to step."""
 
     def __init__(self, mesh: Mesh, parallel: ParallelConfig, precision: PrecisionConfig) -> None:
         training = TrainingConfig(micro_batch_size=1, global_batch_size=len(PROTEINS))
-        config = Config(model=MODEL, parallel=parallel, precision=precision, training=training,
-                        optimizer=OptimizerConfig(clip_grad=0.0))
+        config = Config(model=MODEL, data=DataConfig(seq_length=SEQ_LENGTH), parallel=parallel, precision=precision,
+                        training=training, optimizer=OptimizerConfig(clip_grad=0.0))
         self.engine, self.meters = build_engine(config, mesh, VOCABULARY), Meters(mesh.world, CPU)
         self.step = TrainStep(self.engine, self.meters)
 
@@ -73,8 +96,7 @@ class Living:
         """Loss, norm, and the gradients' wholes (from Adam's first moment) after one step on all rows."""
         rows = [row(lengths, number) for number, lengths in enumerate(PROTEINS)]
         mesh = self.engine.mesh
-        mine = rows[mesh.data.rank::mesh.data.size]
-        self.step([collate([each], SEQ_LENGTH) for each in mine], 0.0, 0, False)
+        self.step(micro_batches(self.engine, rows), 0.0, 0, False)
         reading = self.meters.read()
         state = self.engine.optimizer.state()
         moments = {name: tensor for name, tensor in state.items() if name.startswith("exp_avg/")}

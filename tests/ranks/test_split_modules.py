@@ -7,28 +7,30 @@ import pytest
 import torch
 
 from megatron.config import ModelConfig, PrecisionConfig
-from megatron.kernels.attention import Boundaries
+from megatron.kernels.packed_sequence import NO_TARGET
 from megatron.model.embedding import Embedding
-from megatron.model.inputs import Inputs
 from megatron.model.protein_model import ProteinModel
 from megatron.model.transformer import Attention, Block, FeedForward
 from megatron.parallel.data.data_parallel import Replicated
 from megatron.parallel.mesh import Axis, Mesh
+from megatron.parallel.parameters import BIAS, Normal, matrix
 from megatron.parallel.placement import Placement, gradient_norm, placement_of, wholes
 from megatron.parallel.randomness import seed_for
-from megatron.parallel.tensor.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.parallel.tensor.layers import ColumnParallelLinear, Matrix, RowParallelLinear
 from megatron.parallel.tensor.stream import ONE_RANK, Stream
 from megatron.parallel.tensor.vocabulary import vocabulary_cross_entropy, vocabulary_logits, vocabulary_parameter
+from tests.packed import packed_batch
 from tests.ranks.launch import run_ranks
 
 CONFIG = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, ffn_hidden_size=64, kv_channels=8,
                      max_position_embeddings=64, attention_dropout=0.0, hidden_dropout=0.0,
                      make_vocab_size_divisible_by=8)
 VOCABULARY, TOKENS = 32, 24
+INITIAL = Normal(0.02)
 LENGTHS = (7, 1, 12, 4)
-LAYOUTS = [(2, False), (2, True), (4, False), (4, True)]
 # Relative to the norm of the tensor. In bf16 each of the few roundings is 2**-9, and sums over ranks add their own.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
+DROPOUT = (0.0, 0.2)
 
 
 def fill(module):
@@ -39,10 +41,6 @@ def fill(module):
             whole = torch.randn(placement_of(parameter).whole_shape(parameter), generator=generator) * 0.3
             parameter.copy_(placement_of(parameter).cut(whole, parameter))
     return module
-
-
-def bounds(lengths):
-    return Boundaries(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32), lengths)
 
 
 def normal(*shape, seed=0):
@@ -64,8 +62,10 @@ def layer_outcome(kind, stream, dtype):
     """Output, input gradient and parameter gradients of one layer, as wholes."""
     width = CONFIG.hidden_size
     layer, before, after = {
-        "column": lambda: (ColumnParallelLinear(width, 48, stream), on_stream(stream), Placement(stream.axis, 1, 48)),
-        "row": lambda: (RowParallelLinear(width, 48, stream), Placement(stream.axis, 1, width), on_stream(stream)),
+        "column": lambda: (ColumnParallelLinear(width, 48, stream, INITIAL), on_stream(stream),
+                           Placement(stream.axis, 1, 48)),
+        "row": lambda: (RowParallelLinear(width, 48, stream, INITIAL), Placement(stream.axis, 1, width),
+                        on_stream(stream)),
         "attention": lambda: (Attention(CONFIG, stream), on_stream(stream), on_stream(stream)),
         "feed-forward": lambda: (FeedForward(CONFIG, stream), on_stream(stream), on_stream(stream)),
         "block": lambda: (Block(CONFIG, dtype, stream), on_stream(stream), on_stream(stream)),
@@ -74,7 +74,7 @@ def layer_outcome(kind, stream, dtype):
     whole = normal(TOKENS, width).to(dtype)
     local = whole[:, :width // stream.axis.size] if before.dim == 1 else whole[:len(stream.tokens(whole))]
     x = before.cut(whole, local).clone().requires_grad_()
-    y = layer(x, bounds(LENGTHS)) if kind in ("attention", "block") else layer(x)
+    y = layer(x, packed_batch(*LENGTHS).sequence) if kind in ("attention", "block") else layer(x)
     out_gradient = normal(TOKENS, 48 if kind in ("column", "row") else width, seed=1).to(dtype)
     y.backward(after.cut(out_gradient, y))
     return {"output": after.gather(y.detach()), "input gradient": before.gather(x.grad),
@@ -107,88 +107,126 @@ def assert_same(results, tolerance):
             assert error <= tolerance * norm + 1e-7, f"{case}, {name}: off by {error}, its norm is {norm}"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("ranks", "is_split"), LAYOUTS)
-def test_split_layers_equal_their_one_rank_twins(ranks, is_split, dtype):
-    assert_same(run_ranks(layers_and_twins, ranks, is_split, dtype), TOLERANCE[dtype])
-
-
 def head_outcome(axis, target_ids, multiple, dtype):
-    weight = vocabulary_parameter((VOCABULARY, 16), multiple, axis)
-    bias = vocabulary_parameter((VOCABULARY,), multiple, axis)
-    module = fill(torch.nn.ParameterDict({"weight": weight, "bias": bias}))
+    module, target_ids = Matrix(), torch.tensor(target_ids, dtype=torch.int64)
+    module.weight = vocabulary_parameter((VOCABULARY, 16), multiple, axis, matrix(INITIAL))
+    module.bias = vocabulary_parameter((VOCABULARY,), multiple, axis, BIAS)
+    fill(module)
     hidden = normal(len(target_ids), 16).to(dtype).requires_grad_()
-    logits = vocabulary_logits(hidden, module["weight"], module["bias"], VOCABULARY, axis)
-    loss, num_correct = vocabulary_cross_entropy(logits.float(), target_ids, len(bias), axis)
+    logits = vocabulary_logits(hidden, module, module.bias, VOCABULARY, axis)
+    loss, num_correct = vocabulary_cross_entropy(logits.float(), target_ids, len(module.bias), axis)
     (3 * loss).backward()
     return {"loss": loss.detach(), "correct": num_correct, "input gradient": hidden.grad, **gradients(module)}
 
 
 def heads_and_twins(axis, dtype):
     """For rows on each rank a multiple of 8: a share for each of 4; of 24: 24 and 8; of 32: all on the first."""
-    targets = {"every shard": torch.arange(VOCABULARY), "the first": torch.tensor([3, 3, 5]),
-               "the last": torch.tensor([31]), "none": torch.tensor([], dtype=torch.int64)}
+    targets = {"every shard": range(VOCABULARY), "the first": [3, 3, 5], "the last": [31], "none": [],
+               "some, then padding": [31, 8, 0, *[NO_TARGET] * 4], "padding": [NO_TARGET] * 3}
     return {f"targets on {place}, rows by {multiple}": [head_outcome(axis, ids, multiple, dtype),
                                                         head_outcome(Axis(), ids, VOCABULARY, dtype)]
             for place, ids in targets.items() for multiple in (8, 24, 32)}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_the_split_heads_loss_equals_its_twins_wherever_the_targets_lie(ranks, dtype):
-    assert_same(run_ranks(heads_and_twins, ranks, dtype), TOLERANCE[dtype])
 
 
 def likeliest_counts(axis):
     logits = torch.tensor([[0., 5., 5., 1.], [2., 0., 0., 2.], [0., 0., 0., 9.], [1., 1., 1., 1.]])
     mine = logits.chunk(axis.size, 1)[axis.rank] if axis.size > 1 else logits
     return [vocabulary_cross_entropy(mine, torch.tensor(ids), mine.shape[1], axis)[1].item()
-            for ids in ([1, 0, 3, 0], [2, 3, 3, 1], [0, 0, 0, 0])]
+            for ids in ([1, 0, 3, 0], [2, 3, 3, 1], [0, 0, 0, 0], [NO_TARGET, 0, NO_TARGET, 0], [NO_TARGET] * 4)]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_of_equal_logits_the_first_is_the_likeliest_as_on_one_rank(ranks):
-    assert likeliest_counts(Axis()) == [4, 1, 2]
-    assert run_ranks(likeliest_counts, ranks) == [[4, 1, 2]] * ranks
-
-
-def model_outcome(stream, lengths, targets, precision, config=CONFIG):
+def model_outcome(stream, case, precision, config=CONFIG):
     model = fill(ProteinModel(config, precision, VOCABULARY, stream))
-    generator = torch.Generator().manual_seed(4)
-    tokens = torch.randint(0, 31, (sum(lengths),), generator=generator)
-    positions = torch.cat([torch.empty(0, dtype=torch.int64), *map(torch.arange, lengths)])
-    ids = torch.randint(0, VOCABULARY, (len(targets),), generator=generator)
-    batch = Inputs(tokens, positions, bounds(lengths), targets, ids)
-    loss, num_correct = model(batch.shared(stream, torch.device("cpu")))
+    batch = packed_batch(*BATCHES[case][0], **BATCHES[case][1])
+    loss, num_correct = model(batch.sequence, batch.targets)
     loss.backward()
     return {"loss": loss.detach(), "correct": num_correct, **gradients(model),
             "norm": gradient_norm(model.parameters())}
 
 
-# Proteins' lengths and the targets among the tokens: 25 tokens, fewer than ranks, no target, no token at all.
-BATCHES = (((7, 1, 12, 5), torch.arange(1, 25, 3)), ((1,), torch.tensor([0])), ((3,), torch.tensor([1])),
-           ((9,), torch.tensor([], dtype=torch.int64)), ((), torch.tensor([], dtype=torch.int64)))
+# Proteins' lengths, and the filler, padding and targets beside them; in all a multiple of 4 tokens.
+BATCHES = {
+    "full": ((7, 1, 12, 4), {}),
+    "with filler and padding": ((7, 1, 12, 4), {"filler": 4, "empty": 2, "padding": 3}),
+    "a rank has filler alone": ((1,), {"filler": 7, "targets": [0]}),
+    "no target": ((9,), {"filler": 3, "targets": [], "padding": 2}),
+    "filler alone": ((), {"filler": 8, "padding": 2}),
+}
 
 
 def models_and_twins(axis, is_split, precision):
-    return {str(lengths): [model_outcome(stream, lengths, targets, precision)
-                           for stream in (Stream(axis, is_split), ONE_RANK)] for lengths, targets in BATCHES}
+    return {case: [model_outcome(stream, case, precision) for stream in (Stream(axis, is_split), ONE_RANK)]
+            for case in BATCHES}
 
 
-@pytest.mark.parametrize(("ranks", "is_split"), LAYOUTS)
-def test_the_split_models_loss_and_gradients_are_those_of_one_rank(ranks, is_split):
-    results = run_ranks(models_and_twins, ranks, is_split, PrecisionConfig())
-    assert_same(results, 1e-5)
+def recomputed_models(axis, is_split, dropout):
+    """The outcome with dropout: as it is, recomputed, and recomputed from shares of the activations."""
+    config = replace(CONFIG, attention_dropout=dropout, hidden_dropout=dropout)
+    recomputing = replace(config, checkpoint_activations=True)
+    outcomes = []
+    for each in (config, recomputing, replace(recomputing, distribute_checkpointed_activations=True)):
+        torch.manual_seed(9)
+        outcomes.append(model_outcome(Stream(axis, is_split), "with filler and padding", PrecisionConfig(), each))
+    return outcomes[:2] if is_split else outcomes
+
+
+def on_one_rank_of_many(axis):
+    """All that the tests below ask about, in one launch of the ranks."""
+    both = (False, True)
+    return {
+        "layers": {(split, dtype): layers_and_twins(axis, split, dtype) for split in both for dtype in TOLERANCE},
+        "heads": {dtype: heads_and_twins(axis, dtype) for dtype in TOLERANCE},
+        "likeliest": likeliest_counts(axis),
+        "models": {(split, bf16): models_and_twins(axis, split, PrecisionConfig(bf16=bf16))
+                   for split in both for bf16 in both},
+        "recomputed": {(split, rate): recomputed_models(axis, split, rate) for split in both for rate in DROPOUT}}
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def results(request):
+    return run_ranks(on_one_rank_of_many, request.param)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("is_split", [False, True])
+def test_split_layers_equal_their_one_rank_twins(results, is_split, dtype):
+    assert_same((rank["layers"][is_split, dtype] for rank in results), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_the_split_heads_loss_equals_its_twins_wherever_the_targets_lie(results, dtype):
+    assert_same((rank["heads"][dtype] for rank in results), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_padded_targets_have_no_part_in_the_heads_loss_and_gradients(dtype):
+    tight, padded = (head_outcome(Axis(), ids, 8, dtype) for ids in ([31, 8, 0], [31, 8, 0, NO_TARGET, NO_TARGET]))
+    assert not padded["input gradient"][3:].any()
+    padded["input gradient"] = padded["input gradient"][:3]
+    assert_same([{"head": (padded, tight)}], 1e-6)
+
+
+def test_of_equal_logits_the_first_is_the_likeliest_as_on_one_rank_and_padding_never_is(results):
+    assert likeliest_counts(Axis()) == [4, 1, 2, 2, 0]
+    assert [rank["likeliest"] for rank in results] == [[4, 1, 2, 2, 0]] * len(results)
+
+
+@pytest.mark.parametrize("is_split", [False, True])
+def test_the_split_models_loss_and_gradients_are_those_of_one_rank_also_with_filler(results, is_split):
+    every = [rank["models"][is_split, False] for rank in results]
+    assert_same(every, 1e-5)
+    # Filler and padding change nothing on any number of ranks.
+    assert_same([{"filler": (pairs["with filler and padding"][0], pairs["full"][0])} for pairs in every], 1e-6)
     # What every rank holds has the same gradient on each to the last bit: else the ranks would drift apart.
-    for other, (case, (first, _)) in itertools.product(results, results[0].items()):
+    for other, (case, (first, _)) in itertools.product(every, every[0].items()):
         assert all(torch.equal(other[case][0][name], gradient) for name, gradient in first.items()), case
 
 
-@pytest.mark.parametrize(("ranks", "is_split"), LAYOUTS)
-def test_the_split_model_in_bf16_is_as_near_to_fp32_as_one_rank_is(ranks, is_split):
-    exact = model_outcome(ONE_RANK, *BATCHES[0], PrecisionConfig())
-    for pairs in run_ranks(models_and_twins, ranks, is_split, PrecisionConfig(bf16=True)):
-        ours, twins = (distance(outcome, exact) for outcome in pairs[str(BATCHES[0][0])])
+@pytest.mark.parametrize("is_split", [False, True])
+def test_the_split_model_in_bf16_is_as_near_to_fp32_as_one_rank_is(results, is_split):
+    exact = model_outcome(ONE_RANK, "full", PrecisionConfig())
+    for rank in results:
+        ours, twins = (distance(outcome, exact) for outcome in rank["models"][is_split, True]["full"])
         assert ours < 1.5 * twins
 
 
@@ -197,20 +235,10 @@ def distance(outcome, exact):
     return torch.cat([(outcome[name] - exact[name]).flatten() for name in named]).norm()
 
 
-def recomputed_models(axis, is_split, config):
-    """The outcome with dropout: as it is, recomputed, and recomputed from shares of the activations."""
-    recomputing = replace(config, checkpoint_activations=True)
-    outcomes = []
-    for each in (config, recomputing, replace(recomputing, distribute_checkpointed_activations=True)):
-        torch.manual_seed(9)
-        outcomes.append(model_outcome(Stream(axis, is_split), *BATCHES[0], PrecisionConfig(), each))
-    return outcomes[:2] if is_split else outcomes
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize(("ranks", "is_split"), LAYOUTS)
-def test_recomputation_changes_no_bit_of_a_split_model(ranks, is_split, dropout):
-    config = replace(CONFIG, attention_dropout=dropout, hidden_dropout=dropout)
-    for first, *others in run_ranks(recomputed_models, ranks, is_split, config):
+@pytest.mark.parametrize("dropout", DROPOUT)
+@pytest.mark.parametrize("is_split", [False, True])
+def test_recomputation_changes_no_bit_of_a_split_model(results, is_split, dropout):
+    for rank in results:
+        first, *others = rank["recomputed"][is_split, dropout]
         for other in others:
             assert all(torch.equal(other[name], first[name]) for name in first)

@@ -8,41 +8,79 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron.kernels.attention import Boundaries, attention_reference, packed_attention, share_of
-from megatron.parallel.mesh import Axis
+from megatron.kernels.attention import attention_reference, packed_attention, share_of
+from tests.packed import fused_by_definition, packed_batch
 
 
-def boundaries(*lengths):
-    return Boundaries(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32), lengths)
+def packed(*lengths, **padding):
+    return packed_batch(*lengths, **padding).sequence
 
 
+def operator(qkv, sequence, dropout):
+    """What `packed_attention` takes under torch.compile."""
+    return torch.ops.megatron.attention_by_protein(qkv, sequence.cu_seqlens, sequence.num_filler, dropout)[0]
+
+
+@pytest.mark.parametrize("padding", [{}, {"filler": 9, "empty": 3}], ids=["full", "with filler"])
 @pytest.mark.parametrize("lengths", [(1,), (7, 1, 30), (64, 64), (2, 3, 5, 7, 11)])
-def test_fast_path_equals_the_definition(lengths):
+def test_fast_path_equals_the_definition_and_the_filler_has_no_part_in_it(lengths, padding):
     torch.manual_seed(0)
-    qkv = torch.randn(sum(lengths), 4, 3, 8, requires_grad=True)
-    fast, slow = (function(qkv, boundaries(*lengths), 0.0) for function in (packed_attention, attention_reference))
-    torch.testing.assert_close(fast, slow, atol=2e-6, rtol=1e-5)
-    weights = torch.randn_like(slow)
-    grads = [torch.autograd.grad(context, qkv, weights)[0] for context in (fast, slow)]
+    sequence, size = packed(*lengths, **padding), sum(lengths)
+    qkv = torch.randn(len(sequence.tokens_t), 4, 3, 8, requires_grad=True)
+    fast, slow = (function(qkv, sequence, 0.0) for function in (packed_attention, attention_reference))
+    torch.testing.assert_close(fast[:size], slow[:size], atol=2e-6, rtol=1e-5)
+    weights = torch.randn(size, 4, 8)
+    grads = [torch.autograd.grad(context[:size], qkv, weights, retain_graph=True)[0] for context in (fast, slow)]
     torch.testing.assert_close(*grads, atol=5e-6, rtol=1e-5)
+    # Whatever gradient comes to the filler goes no further.
+    everywhere, = torch.autograd.grad(fast, qkv, torch.cat([weights, torch.full_like(fast[size:], 1e6)]))
+    assert torch.equal(everywhere, grads[0])
+    assert not fast[size:].any()
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_gradient_is_the_derivative_also_with_dropout(dropout):
-    qkv = torch.randn(11, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    sequence = packed(4, 1, 2, filler=1)
+    qkv = torch.randn(8, 2, 3, 2, dtype=torch.float64, requires_grad=True)
 
     def context(x):
         torch.manual_seed(5)
-        return packed_attention(x, boundaries(6, 1, 4), dropout)
+        return packed_attention(x, sequence, dropout)
 
     assert torch.autograd.gradcheck(context, (qkv,))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_operator_for_compiled_graphs_gives_the_same_bits(dtype, dropout):
+    for lengths, filler in (((9, 1, 30), 5), ((12,), 0), ((), 4), ((), 0)):
+        sequence = packed(*lengths, filler=filler, empty=1)
+        qkv = torch.randn(len(sequence.tokens_t), 2, 3, 8).to(dtype).requires_grad_()
+        outcomes = []
+        for way in (packed_attention, operator):
+            torch.manual_seed(7)
+            context = way(qkv, sequence, dropout)
+            outcomes.append((context, *torch.autograd.grad(context, qkv, torch.ones_like(context) + context)))
+        assert all(torch.equal(*pair) for pair in zip(*outcomes, strict=True))
+
+
+def test_the_operator_is_what_torch_expects_of_one():
+    sequence = packed(5, 2, filler=3)
+    qkv = torch.randn(10, 2, 3, 4, requires_grad=True)
+    arguments = qkv, sequence.cu_seqlens, sequence.num_filler, 0.0
+    torch.library.opcheck(torch.ops.megatron.attention_by_protein.default, arguments)
+    context, kept = torch.ops.megatron.attention_by_protein(*arguments)
+    torch.library.opcheck(torch.ops.megatron.attention_by_protein_backward.default,
+                          (torch.ones_like(context), qkv.detach(), sequence.cu_seqlens, kept.detach(),
+                           sequence.num_filler, 0.0))
+
+
 def test_packed_proteins_do_not_attend_across():
-    qkv = torch.randn(20, 2, 3, 8)
-    before = packed_attention(qkv, boundaries(12, 8), 0.0)
-    qkv[12:] = torch.randn(8, 2, 3, 8)
-    after = packed_attention(qkv, boundaries(12, 8), 0.0)
+    sequence = packed(12, 8, filler=4)
+    qkv = torch.randn(24, 2, 3, 8)
+    before = packed_attention(qkv, sequence, 0.0)
+    qkv[12:] = torch.randn(12, 2, 3, 8)
+    after = packed_attention(qkv, sequence, 0.0)
     assert torch.equal(before[:12], after[:12])
     assert not torch.equal(before[12:], after[12:])
 
@@ -50,8 +88,8 @@ def test_packed_proteins_do_not_attend_across():
 def test_dropout_keeps_the_expected_context():
     torch.manual_seed(0)
     qkv = torch.randn(40, 2, 3, 8)
-    contexts = torch.stack([packed_attention(qkv, boundaries(25, 15), 0.2) for _ in range(600)])
-    plain = packed_attention(qkv, boundaries(25, 15), 0.0)
+    contexts = torch.stack([packed_attention(qkv, packed(25, 15), 0.2) for _ in range(600)])
+    plain = packed_attention(qkv, packed(25, 15), 0.0)
     standard_error = contexts.std(0) / 600**0.5
     assert ((contexts.mean(0) - plain).abs() < 6 * standard_error + 1e-6).all()
 
@@ -59,41 +97,55 @@ def test_dropout_keeps_the_expected_context():
 def test_bf16_error_is_at_most_twice_the_definitions():
     torch.manual_seed(0)
     qkv = torch.randn(96, 4, 3, 16)
-    exact = attention_reference(qkv, boundaries(60, 36), 0.0)
+    exact = attention_reference(qkv, packed(60, 36), 0.0)
     half = qkv.bfloat16()
-    errors = [(function(half, boundaries(60, 36), 0.0).float() - exact).abs().max()
+    errors = [(function(half, packed(60, 36), 0.0).float() - exact).abs().max()
               for function in (packed_attention, attention_reference)]
     assert errors[0] <= 2 * errors[1]
 
 
-def test_no_proteins_give_no_context():
-    assert packed_attention(torch.zeros(0, 2, 3, 4), boundaries(), 0.0).shape == (0, 2, 4)
+@pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "flash"), (torch.float32, "memory-efficient")])
+def test_the_fused_operators_get_every_protein_and_the_filler_as_segments(dtype, name):
+    sequence = packed(9, 1, 5, filler=20, empty=3)
+    qkv = torch.randn(35, 2, 3, 8).to(dtype).requires_grad_()
+    expected = packed_attention(qkv, sequence, 0.0)
+    with fused_by_definition() as calls:
+        context = packed_attention(qkv, sequence, 0.0)
+        with torch.no_grad():
+            packed_attention(qkv, sequence, 0.1)
+    assert calls == [(name, 0.0), (name, 0.1)]
+    assert (context - expected)[:15].norm() < {torch.bfloat16: 1e-2, torch.float32: 1e-6}[dtype] * expected.norm()
 
 
-def test_tensors_that_stand_for_a_gpus_take_its_operator_and_get_their_gradient():
-    with FakeTensorMode():
-        qkv = torch.empty(9, 2, 3, 8, dtype=torch.bfloat16, requires_grad=True)
-        context = packed_attention(qkv, Boundaries(torch.empty(3, dtype=torch.int32), (5, 4)), 0.1)
-        assert context.shape == (9, 2, 8)
-        assert context.grad_fn.name() == "FlashAttentionBackward0"
+@pytest.mark.parametrize(("dtype", "node"), [(torch.bfloat16, "FlashAttentionBackward0"),
+                                             (torch.float32, "EfficientAttentionBackward0")])
+def test_tensors_that_stand_for_a_gpus_take_its_operator_and_get_their_gradient(dtype, node):
+    sequence = packed(5, 4, filler=3, empty=2)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
+        qkv = torch.empty(12, 2, 3, 8, dtype=dtype, requires_grad=True)
+        context = packed_attention(qkv, sequence.map(fakes.from_tensor), 0.1)
+        assert context.shape == (12, 2, 8)
+        while not (name := context.grad_fn.name()).startswith(("Flash", "Efficient")):
+            context = context._base
+        assert name == node
         context.backward(torch.empty_like(context))
     assert qkv.grad.shape == qkv.shape
 
 
-@given(st.lists(st.integers(0, 9), max_size=12), st.integers(1, 5))
-def test_the_shares_of_context_ranks_have_each_token_once_and_whole_proteins_as_keys(lengths, num_ranks):
-    lengths = (*lengths, -sum(lengths) % num_ranks)
+@given(st.lists(st.integers(1, 9), max_size=12), st.integers(1, 5), st.integers(0, 20))
+def test_the_shares_of_context_ranks_have_each_token_once_and_whole_proteins_as_keys(lengths, num_ranks, filler):
+    total = sum(lengths) + filler
+    total += -total % num_ranks
     ends = list(itertools.accumulate(lengths, initial=0))
     queries_of = [[] for _ in lengths]
     for rank in range(num_ranks):
-        share = share_of(lengths, Axis(rank, num_ranks))
-        query = rank * sum(lengths) // num_ranks
-        key = share.key_start
-        for protein, (num_queries, num_keys) in enumerate(zip(share.query_lengths, share.key_lengths, strict=True),
-                                                          share.first):
+        query, stop = rank * total // num_ranks, (rank + 1) * total // num_ranks
+        share = share_of(lengths, query, stop)
+        protein, key = ends.index(share.key_start), share.key_start
+        for num_queries, num_keys in zip(share.query_lengths, share.key_lengths, strict=True):
             assert (key, key + num_keys) == (ends[protein], ends[protein + 1])
-            assert num_queries > 0 or not num_keys
+            assert num_queries > 0
             queries_of[protein] += range(query, query + num_queries)
-            query, key = query + num_queries, key + num_keys
-        assert query == (rank + 1) * sum(lengths) // num_ranks
+            query, key, protein = query + num_queries, key + num_keys, protein + 1
+        assert query == max(min(stop, ends[-1]), rank * total // num_ranks)
     assert queries_of == [list(range(*span)) for span in itertools.pairwise(ends)]

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from megatron.config import ModelConfig, OptimizerConfig, PrecisionConfig, ScheduleConfig
-from megatron.kernels.attention import Boundaries
-from megatron.model.inputs import Inputs
+from megatron.kernels.packed_sequence import PackedSequence, Targets
 from megatron.model.protein_model import ProteinModel
 from megatron.optim.optimizer import Optimizer
 from megatron.optim.scaling import LossScale
@@ -57,15 +56,15 @@ def flat(tokens_bs, padding_bs):
     lengths = torch.diff(starts, append=torch.tensor([len(tokens_t)]))
     positions_t = torch.arange(len(tokens_t)) - torch.repeat_interleave(starts, lengths)
     cu_seqlens = torch.cat([starts, torch.tensor([len(tokens_t)])]).int()
-    return is_real_bs, tokens_t, positions_t, Boundaries(cu_seqlens, tuple(lengths.tolist()))
+    return is_real_bs, PackedSequence(tokens_t, positions_t, cu_seqlens, int(lengths.max()), num_filler=0)
 
 
 def test_logits_and_losses_equal_the_originals():
     batch = np.load(FIXTURE / "forward.npz")
-    is_real_bs, tokens_t, positions_t, boundaries = flat(batch["tokens"], batch["padding_mask"])
+    is_real_bs, sequence = flat(batch["tokens"], batch["padding_mask"])
     model = model_of_iteration_3()
     with torch.no_grad():
-        logits_tv = model.logits(model.hidden(tokens_t, positions_t, boundaries))
+        logits_tv = model.logits(model.hidden(sequence))
     torch.testing.assert_close(logits_tv, torch.from_numpy(batch["logits"])[is_real_bs], atol=2e-5, rtol=0)
     is_target_t = torch.from_numpy(batch["loss_mask"])[is_real_bs].bool()
     labels_t = torch.from_numpy(batch["labels"])[is_real_bs]
@@ -74,7 +73,7 @@ def test_logits_and_losses_equal_the_originals():
     torch.testing.assert_close(loss_m, expected_m, atol=2e-5, rtol=0)
     with torch.no_grad():
         targets_m = is_target_t.nonzero().flatten()
-        loss, _ = model(Inputs(tokens_t, positions_t, boundaries, targets_m, labels_t[is_target_t]))
+        loss, _ = model(sequence, Targets(targets_m, labels_t[is_target_t]))
     assert loss.item() / is_target_t.sum().item() == pytest.approx(float(batch["loss"]), abs=2e-5)
 
 
@@ -82,10 +81,10 @@ def backward_of_step_4(model):
     step = np.load(FIXTURE / "train_step.npz")
     losses = []
     for micro in ("micro0", "micro1"):
-        is_real_bs, tokens_t, positions_t, boundaries = flat(step[f"{micro}/text"], step[f"{micro}/padding_mask"])
+        is_real_bs, sequence = flat(step[f"{micro}/text"], step[f"{micro}/padding_mask"])
         targets_m = torch.from_numpy(step[f"{micro}/loss_mask"])[is_real_bs].nonzero().flatten()
         ids_m = torch.from_numpy(step[f"{micro}/labels"])[is_real_bs][targets_m]
-        loss_sum, _ = model(Inputs(tokens_t, positions_t, boundaries, targets_m, ids_m))
+        loss_sum, _ = model(sequence, Targets(targets_m, ids_m))
         # The original averages the micro-batches' means; this project divides by the global batch's targets instead.
         loss = loss_sum / len(targets_m)
         (loss / 2).backward()

@@ -9,9 +9,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 # Each floor may import its own modules and those of lower floors. `data` and `model` share a height, not a floor.
-HEIGHT = {"megatron.config": 0, "megatron.errors": 0, "megatron.files": 0, "megatron.log": 0, "megatron.parallel": 1,
-          "megatron.kernels": 2, "megatron.data": 3, "megatron.model": 3, "megatron.optim": 4, "megatron.checkpoint": 5,
-          "megatron.train": 6, "megatron.plan": 7, "pretrain_tape": 8, "tools": 8, "protein_tools": 8}
+HEIGHT = {"megatron.config": 0, "megatron.errors": 0, "megatron.files": 0, "megatron.log": 0, "megatron.kernels": 1,
+          "megatron.parallel": 2, "megatron.data": 3, "megatron.model": 3, "megatron.optim": 4,
+          "megatron.checkpoint": 5, "megatron.train": 6, "megatron.plan": 7, "pretrain_tape": 8, "tools": 8,
+          "protein_tools": 8}
 DOORS = ("pretrain_tape", "tools", "protein_tools")
 GROUND = 0
 
@@ -97,7 +98,7 @@ def test_nltk_is_imported_only_inside_a_function(file: Path) -> None:
     ("megatron.model.head", "def f():\n    from ..data import batch"),
     ("megatron.config", "import megatron.parallel.mesh as mesh"),
     ("megatron.train.loop", "from protein_tools import fasta2json"),
-    ("megatron.parallel.mesh", "from megatron.kernels import attention"),
+    ("megatron.kernels.attention", "from megatron.parallel import mesh"),
 ])
 def test_an_import_that_does_not_go_down_is_found(module: str, source: str) -> None:
     assert wrong_imports(source, module)

@@ -1,6 +1,7 @@
 """Micro-batches: the same samples whatever the ranks, workers and restarts."""
 
 import atexit
+import itertools
 import multiprocessing
 import os
 import signal
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from megatron.config import DataConfig
-from megatron.data.batches.batch import collate
+from megatron.data.batches.batch import batch_shape
 from megatron.data.batches.loader import MicroBatchSamples, batches
 from megatron.data.corpus.indexed_writer import write_indexed
 from megatron.data.corpus.vocab import Vocab
@@ -23,57 +24,59 @@ VOCAB = Vocab.from_file()
 
 
 @pytest.fixture(scope="module")
-def train(tmp_path_factory):
+def splits(tmp_path_factory):
     rng = np.random.default_rng(0)
     prefix = str(tmp_path_factory.mktemp("data") / "a")
-    write_indexed(prefix, [rng.choice(VOCAB.residue_ids, length) for length in rng.integers(1, 80, 150)])
-    return build_datasets(DataConfig(data_path=(prefix,), seq_length=64, split="1,0,0"), VOCAB, 1).train
+    write_indexed(prefix, [rng.choice(VOCAB.residue_ids, length) for length in rng.integers(1, 80, 300)])
+    return build_datasets(DataConfig(data_path=(prefix,), seq_length=64, split="1,1,0"), VOCAB, 1)
+
+
+@pytest.fixture(scope="module")
+def train(splits):
+    return splits.train
 
 
 def tensors(batch):
-    return [batch.tokens_t, batch.positions_t, batch.cu_seqlens, batch.target_positions_m, batch.target_ids_m]
+    return [*batch.sequence.tensors(), *batch.targets.tensors()]
 
 
 def assert_same(left, right):
-    assert left.lengths == right.lengths
-    assert (left.num_residues, left.num_positions) == (right.num_residues, right.num_positions)
     for a, b in zip(tensors(left), tensors(right), strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b)
+    numbers = [(batch.num_targets, batch.num_residues, batch.num_tokens, batch.num_pairs, batch.sequence.max_length,
+                batch.sequence.num_filler) for batch in (left, right)]
+    assert numbers[0] == numbers[1]
 
 
-def take(train, count, **options):
-    options = {"start_sample": 0, "micro_batch_size": 2, "data_rank": 0, "data_size": 1, "num_workers": 0, "pin": False,
-               **options}
-    loader = batches(train, **options)
+def load(dataset, micro_batch_size=1, shape=None, **options):
+    options = {"start_sample": 0, "data_rank": 0, "data_size": 1, "num_workers": 0, "pin": False, **options}
+    return batches(dataset, shape or batch_shape([dataset], micro_batch_size), micro_batch_size=micro_batch_size,
+                   **options)
+
+
+def take(dataset, count, **options):
+    loader = load(dataset, **options)
     try:
-        return [batch for batch, _ in zip(loader, range(count), strict=False)]
+        return list(itertools.islice(loader, count))
     finally:
         loader.close()
 
 
-def test_a_batch_is_its_rows_flat(train):
-    rows = [train[sample] for sample in range(3)]
-    batch = collate(rows, 64)
-    assert batch.tokens_t.tolist() == [token for row in rows for token in row.tokens_t]
-    assert batch.lengths == tuple(length for row in rows for length in row.lengths)
-    assert batch.positions_t.tolist() == [place for length in batch.lengths for place in range(length)]
-    assert batch.cu_seqlens.tolist() == [sum(batch.lengths[:i]) for i in range(len(batch.lengths) + 1)]
-    assert batch.num_residues == int((batch.positions_t > 0).sum()) and batch.num_positions == 3 * 64
-    assert batch.cu_seqlens.dtype == torch.int32 and batch.tokens_t.dtype == torch.int64
-    restored = batch.tokens_t.clone()
-    restored[batch.target_positions_m] = batch.target_ids_m
-    expected = []
-    for row in rows:
-        tokens = row.tokens_t.copy()
-        tokens[row.target_positions_m] = row.target_ids_m
-        expected += tokens.tolist()
-    assert restored.tolist() == expected
-    assert_same(batch.to("cpu"), batch)
+def test_every_micro_batch_of_a_run_has_one_shape_also_last_and_empty_ones(splits):
+    shape = batch_shape([splits.train, splits.valid], micro_batch_size=3)
+    epochs = take(splits.train, splits.train.num_epoch_rows(0), micro_batch_size=3, shape=shape)
+    tails = [take(splits.valid, 99, micro_batch_size=3, shape=shape, data_rank=rank, data_size=4, stop_sample=26)
+             for rank in range(4)]
+    assert tails[3][-1].num_tokens == 0
+    every = [*epochs, *itertools.chain(*tails)]
+    assert len({tuple((tensor.shape, tensor.dtype) for tensor in tensors(batch)) for batch in every}) == 1
+    assert len({(batch.sequence.max_length, batch.sequence.num_filler) for batch in every}) == 1
 
 
 def test_two_workers_serve_the_batches_that_none_does(train):
-    for alone, ahead in zip(take(train, 30), take(train, 30, num_workers=2), strict=True):
-        assert_same(alone, ahead)
+    alone, ahead = (take(train, 30, micro_batch_size=2, num_workers=workers) for workers in (0, 2))
+    for pair in zip(alone, ahead, strict=True):
+        assert_same(*pair)
 
 
 @pytest.mark.parametrize("data_size, micro_batch_size", [(1, 12), (2, 3), (4, 1), (3, 4)])
@@ -86,8 +89,8 @@ def test_a_step_holds_the_same_samples_on_any_number_of_ranks(data_size, micro_b
 
 
 def test_resuming_on_other_ranks_serves_the_samples_that_would_have_come(train):
-    whole = take(train, 40, micro_batch_size=1)
-    resumed = [take(train, 5, start_sample=30, micro_batch_size=1, data_rank=rank, data_size=2) for rank in (0, 1)]
+    whole = take(train, 40)
+    resumed = [take(train, 5, start_sample=30, data_rank=rank, data_size=2) for rank in (0, 1)]
     for k in range(5):
         for rank in (0, 1):
             assert_same(resumed[rank][k], whole[30 + 2 * k + rank])
@@ -95,15 +98,17 @@ def test_resuming_on_other_ranks_serves_the_samples_that_would_have_come(train):
 
 def test_a_ragged_tail_gives_every_rank_as_many_batches(train):
     ranks = [take(train, 99, micro_batch_size=2, data_rank=rank, data_size=3, stop_sample=9) for rank in range(3)]
-    assert [[batch.num_positions // 64 for batch in rank] for rank in ranks] == [[2, 2], [2, 1], [2, 0]]
-    empty = ranks[2][1]
-    assert empty.lengths == () and empty.cu_seqlens.tolist() == [0] and empty.num_residues == 0
-    assert all(len(tensor) == 0 for tensor in tensors(empty) if tensor is not empty.cu_seqlens)
-    assert [tensor.dtype for tensor in tensors(empty)] == [tensor.dtype for tensor in tensors(ranks[0][0])]
+    held = [[tokens_in(train, *rows) for rows in rank] for rank in
+            ([(0, 2), (6, 8)], [(2, 4), (8, 9)], [(4, 6), (9, 9)])]
+    assert [[batch.num_tokens for batch in rank] for rank in ranks] == held
+
+
+def tokens_in(dataset, first, last):
+    return sum(len(dataset[sample].tokens_t) for sample in range(first, last))
 
 
 def test_a_closed_loader_gives_no_more(train):
-    loader = batches(train, start_sample=0, micro_batch_size=1, data_rank=0, data_size=1, num_workers=1, pin=False)
+    loader = load(train, num_workers=1)
     next(loader)
     loader.close()
     with pytest.raises(StopIteration):
@@ -118,7 +123,7 @@ def test_a_mistake_in_the_data_reaches_the_trainer_as_it_is(tmp_path):
 
 
 def test_workers_leave_signals_to_the_trainer(train):
-    loader = batches(train, start_sample=0, micro_batch_size=1, data_rank=0, data_size=1, num_workers=2, pin=False)
+    loader = load(train, num_workers=2)
     next(loader)
     workers = multiprocessing.active_children()
     assert len(workers) == 2
@@ -135,7 +140,7 @@ def test_workers_leave_signals_to_the_trainer(train):
 
 def test_a_process_that_fails_does_not_wait_for_its_workers(train: Dataset) -> None:
     def fail() -> None:
-        loader = batches(train, start_sample=0, micro_batch_size=1, data_rank=0, data_size=1, num_workers=1, pin=False)
+        loader = load(train, num_workers=1)
         held.append(loader)
         next(loader)
         raise SystemExit(3)
@@ -159,7 +164,7 @@ def _run_and_exit(action: Callable[[], None]) -> None:
 def test_the_next_epochs_rows_are_built_ahead(tmp_path):
     write_indexed(tmp_path / "a", [np.full(30, 6)] * 200)
     train = build_datasets(DataConfig(data_path=(str(tmp_path / "a"),), seq_length=64, split="1"), VOCAB, 1).train
-    loader = batches(train, start_sample=0, micro_batch_size=1, data_rank=0, data_size=1, num_workers=1, pin=False)
+    loader = load(train, num_workers=1)
     next(loader)
     deadline = time.monotonic() + 5
     while not list(tmp_path.glob("row_index/*-000001.rows")) and time.monotonic() < deadline:

@@ -11,14 +11,18 @@ from megatron.errors import ConfigError
 from megatron.optim.optimizer import Optimizer
 from megatron.optim.scaling import LossScale
 from megatron.optim.schedule import build_schedule
+from megatron.parallel.parameters import BIAS, SCALE, Normal, matrix, whole_parameter
 
 CPU = torch.device("cpu")
 
 
 def parameters():
     torch.manual_seed(0)
-    return {"dense.weight": torch.nn.Parameter(torch.randn(4, 3)), "dense.bias": torch.nn.Parameter(torch.randn(4)),
-            "layernorm.weight": torch.nn.Parameter(torch.randn(3))}
+    named = {"dense.weight": whole_parameter((4, 3), matrix(Normal(0.02))), "dense.bias": whole_parameter((4,), BIAS),
+             "layernorm.weight": whole_parameter((3,), SCALE)}
+    for parameter in named.values():
+        parameter.data.normal_()
+    return named
 
 
 def set_gradients(named, factor=1.0):
@@ -37,6 +41,40 @@ def test_weight_decay_spares_biases_and_layernorms():
     torch.testing.assert_close(named["dense.weight"].data, before["dense.weight"] * 0.95)
     assert torch.equal(named["dense.bias"], before["dense.bias"])
     assert torch.equal(named["layernorm.weight"], before["layernorm.weight"])
+
+
+def test_sgd_decays_beside_its_momentum():
+    named = parameters()
+    expected = {name: parameter.detach().double() for name, parameter in named.items()}
+    momentum = {name: torch.zeros_like(weight) for name, weight in expected.items()}
+    optimizer = Optimizer(named, OptimizerConfig(optimizer="sgd", weight_decay=0.5, clip_grad=0.0))
+    for factor in (1.0, -2.0, 0.5):
+        set_gradients(named, factor)
+        for name, weight in expected.items():
+            momentum[name] = 0.9 * momentum[name] + named[name].grad.double()
+            decay = 0.5 if name == "dense.weight" else 0.0
+            expected[name] = weight - 0.1 * (momentum[name] + decay * weight)
+        optimizer.step(0.1, LossScale(PrecisionConfig(), CPU))
+    for name, weight in expected.items():
+        torch.testing.assert_close(named[name].detach().double(), weight, rtol=1e-6, atol=1e-7)
+
+
+def test_parameters_are_grouped_by_what_they_declare():
+    optimizer = Optimizer(parameters(), OptimizerConfig(weight_decay=0.5))
+    groups = [(group["group"], group["weight_decay"], len(group["params"])) for group in optimizer.inner.param_groups]
+    assert groups == [("matrix", 0.5, 1), ("vector", 0.0, 2)]
+
+
+def test_a_frozen_parameter_neither_moves_nor_decays_nor_counts_in_the_norm():
+    named = parameters()
+    named["dense.weight"].requires_grad_(False)
+    before = named["dense.weight"].clone()
+    optimizer = Optimizer(named, OptimizerConfig(weight_decay=0.5))
+    set_gradients({name: parameter for name, parameter in named.items() if parameter.requires_grad})
+    expected = sum(parameter.grad.square().sum() for parameter in named.values() if parameter.requires_grad) ** 0.5
+    assert optimizer.step(0.1, LossScale(PrecisionConfig(), CPU)).grad_norm.item() == pytest.approx(expected.item())
+    assert torch.equal(named["dense.weight"], before)
+    assert {key.split("/")[1] for key in optimizer.state()} == {"dense.bias", "layernorm.weight"}
 
 
 @pytest.mark.parametrize("kind", ["adam", "sgd"])

@@ -1,26 +1,18 @@
-"""Which blocks and which parameters a pipeline stage has, and which share of a micro-batch a context rank."""
+"""Which blocks and which parameters a pipeline stage has."""
 
-import itertools
 from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from megatron.config import ModelConfig, ParallelConfig, PrecisionConfig
-from megatron.kernels.attention import Boundaries
 from megatron.model.initialisation import initialise
-from megatron.model.inputs import Inputs
 from megatron.model.protein_model import ProteinModel
-from megatron.parallel.mesh import Axis
 from megatron.parallel.pipeline.partition import layers_a_stage, stages_of_rank
-from megatron.parallel.tensor.stream import Stream
 
 CONFIG = ModelConfig(num_layers=4, hidden_size=32, num_attention_heads=4, ffn_hidden_size=64, kv_channels=8,
                      max_position_embeddings=64, attention_dropout=0.0, hidden_dropout=0.0)
 PP2 = ParallelConfig(pipeline_model_parallel_size=2)
-CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("layers", "size", "first", "last", "counts"), [
@@ -43,41 +35,13 @@ def test_interleaved_stages_go_round_the_ranks():
                                     replace(PP2, decoder_first_pipeline_num_layers=0)])
 def test_stages_have_the_whole_models_parameters_each_once_but_the_tied_embedding(config):
     whole = ProteinModel(CONFIG, PrecisionConfig(), 128)
-    initialise(whole, CONFIG, seed=1)
+    initialise(whole, seed=1)
     seen = []
     for rank in range(2):
         for stage in stages_of_rank(CONFIG.num_layers, config, rank):
             part = ProteinModel(CONFIG, PrecisionConfig(), 128, stage=stage)
-            initialise(part, CONFIG, seed=1)
+            initialise(part, seed=1)
             for name, parameter in part.named_parameters():
                 assert torch.equal(parameter, whole.get_parameter(name)), name
                 seen.append(name)
     assert sorted(seen) == sorted([*dict(whole.named_parameters()), "embedding.word_embeddings.weight"])
-
-
-def batch_of(lengths, target_positions):
-    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    positions = torch.cat([torch.empty(0, dtype=torch.int64), *map(torch.arange, lengths)])
-    targets = torch.tensor(target_positions, dtype=torch.int64)
-    return Inputs(torch.arange(sum(lengths)) + 100, positions, Boundaries(ends, tuple(lengths)), targets, targets + 100)
-
-
-@given(lengths=st.lists(st.integers(1, 9), max_size=6), size=st.integers(1, 5), tensor=st.integers(1, 3),
-       seed=st.integers(0, 99))
-def test_shares_of_the_context_ranks_are_together_the_micro_batch(lengths, size, tensor, seed):
-    total = sum(lengths)
-    batch = batch_of(lengths, [position for position in range(total) if (position + seed) % 3 == 0])
-    shares = [batch.shared(Stream(Axis(0, tensor), True, Axis(rank, size)), CPU) for rank in range(size)]
-    assert len({len(share.tokens_t) for share in shares}) == 1
-    assert len(shares[0].tokens_t) % tensor == 0
-    tokens = torch.cat([share.tokens_t for share in shares])
-    assert torch.equal(tokens[:total], batch.tokens_t)
-    boundaries = shares[0].boundaries
-    # What was added is one more protein, with positions of its own.
-    expected = torch.cat([torch.empty(0, dtype=torch.int64), *map(torch.arange, boundaries.lengths)])
-    assert torch.equal(torch.cat([share.positions_t for share in shares]), expected)
-    assert boundaries.lengths[:len(lengths)] == tuple(lengths)
-    assert sum(boundaries.lengths) == len(tokens) == boundaries.cu_seqlens[-1]
-    found = [(share.tokens_t[share.target_positions_m], share.target_ids_m) for share in shares]
-    assert all(torch.equal(*pair) for pair in found)
-    assert torch.equal(torch.cat([ids for _, ids in found]), batch.target_ids_m)

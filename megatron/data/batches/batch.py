@@ -1,73 +1,123 @@
-"""One micro-batch of packed rows on flat real tokens: no padding token is ever present.
+"""One micro-batch of packed rows on flat tokens, of one shape whatever lies in the rows.
 
 t tokens of all rows, g proteins, m chosen tokens.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from megatron.data.rows.dataset import Dataset
 from megatron.data.rows.packed import Row
+from megatron.kernels.packed_sequence import NO_TARGET, PackedSequence, Targets
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """How large every micro-batch of a run is, and which of `num_shares` equal shares of its tokens this rank takes."""
+
+    num_tokens: int  # rows x sequence length, evened up to what the layout divides
+    num_proteins: int  # a micro-batch of more is padded to twice as many, or four times
+    num_targets: int
+    max_length: int  # tokens of the longest protein
+    share: int = 0
+    num_shares: int = 1
+
+    @property
+    def num_filler(self) -> int:
+        """Segments that the filler is cut into."""
+        return -(-self.num_tokens // self.max_length)
+
+
+def batch_shape(datasets: Iterable[Dataset], micro_batch_size: int, token_multiple: int = 1, share: int = 0,
+                num_shares: int = 1) -> BatchShape:
+    """The shape of the micro-batches of some datasets, by their row indices; a multiple of `token_multiple` tokens."""
+    parts = list(datasets)
+    num_tokens = micro_batch_size * parts[0].seq_length
+    proteins = max(part.most_proteins(micro_batch_size) for part in parts)
+    return BatchShape(
+        num_tokens=num_tokens + -num_tokens % token_multiple,
+        num_proteins=proteins + proteins // 4 + 8,  # the first epoch's; later ones differ a little
+        num_targets=micro_batch_size * max(part.most_targets() for part in parts),
+        max_length=max(part.longest() for part in parts), share=share, num_shares=num_shares)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows one behind the other; every protein in a row is [CLS] and its residues."""
+    """Rows one behind the other, and what is known of them on the host; the counts are of the whole micro-batch."""
 
-    tokens_t: torch.Tensor  # int64 [t], masked input
-    positions_t: torch.Tensor  # int64 [t], 0 at each protein's [CLS]
-    cu_seqlens: torch.Tensor  # int32 [g + 1], where each protein starts, and t
-    target_positions_m: torch.Tensor  # int64 [m], flat indices of the chosen tokens, ascending
-    target_ids_m: torch.Tensor  # int64 [m], the ids that stood there
-    lengths: tuple[int, ...]  # tokens of each protein on the host; they sum to t
-    num_residues: int  # tokens that are not [CLS]
-    num_positions: int  # rows x sequence length
+    sequence: PackedSequence
+    targets: Targets
+    num_targets: int
+    num_residues: int  # tokens that are neither [CLS] nor filler
+    num_tokens: int  # tokens that are no filler
+    num_pairs: int  # tokens that see each other: the sum of the squares of the proteins' tokens
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles tensors as plain bytes: a shared-memory file each, torch's way, costs four times as much a row."""
-        values = (getattr(self, item.name) for item in fields(self))
-        return _from_arrays, tuple(value.numpy() if isinstance(value, torch.Tensor) else value for value in values)
+        tensors = (*self.sequence.tensors(), *self.targets.tensors())
+        numbers = (self.sequence.max_length, self.sequence.num_filler, self.num_targets, self.num_residues,
+                   self.num_tokens, self.num_pairs)
+        return _from_arrays, ([tensor.numpy() for tensor in tensors], *numbers)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The same batch on a device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on a device; does not wait for copies from page-locked memory."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory, for copies that do not block."""
         return self._map(torch.Tensor.pin_memory)
 
-    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        return replace(self, tokens_t=function(self.tokens_t), positions_t=function(self.positions_t),
-                       cu_seqlens=function(self.cu_seqlens), target_ids_m=function(self.target_ids_m),
-                       target_positions_m=function(self.target_positions_m))
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        return replace(self, sequence=self.sequence.map(function), targets=self.targets.map(function))
 
 
-def _from_arrays(*values: Any) -> Batch:
-    as_given: list[Any] = [torch.from_numpy(value) if isinstance(value, np.ndarray) else value for value in values]
-    return Batch(*as_given)
+def _from_arrays(arrays: Sequence[np.ndarray], max_length: int, num_filler: int, *counts: int) -> Batch:
+    tokens_t, positions_t, cu_seqlens, target_positions_m, ids_m = map(torch.from_numpy, arrays)
+    return Batch(PackedSequence(tokens_t, positions_t, cu_seqlens, max_length, num_filler),
+                 Targets(target_positions_m, ids_m), *counts)
 
 
-def collate(rows: Sequence[Row], seq_length: int) -> Batch:
-    """The batch of some rows, in their order; of none, a batch without tokens."""
+def collate(rows: Sequence[Row], shape: BatchShape) -> Batch:
+    """The batch of some rows, in their order; of none, a batch of filler alone."""
     lengths = _join([row.lengths for row in rows])
-    protein_starts = np.concatenate([[0], np.cumsum(lengths)])
-    num_tokens = int(protein_starts[-1])
+    ends = np.cumsum(lengths)
+    num_tokens, num_targets = int(lengths.sum()), sum(len(row.target_ids_m) for row in rows)
+    assert num_tokens <= shape.num_tokens, "rows are not longer than they are said to be"
+    assert num_targets <= shape.num_targets, "no row has more targets than its masking allows"
     row_starts = np.cumsum([0, *(len(row.tokens_t) for row in rows)])
-    target_positions = [row.target_positions_m + start for row, start in zip(rows, row_starts, strict=False)]
-    positions = np.arange(num_tokens) - np.repeat(protein_starts[:-1], lengths)
-    return Batch(
-        tokens_t=torch.from_numpy(_join([row.tokens_t for row in rows])),
-        positions_t=torch.from_numpy(positions),
-        cu_seqlens=torch.from_numpy(protein_starts.astype(np.int32)),
-        target_positions_m=torch.from_numpy(_join(target_positions)),
-        target_ids_m=torch.from_numpy(_join([row.target_ids_m for row in rows])),
-        lengths=tuple(lengths.tolist()),
-        num_residues=num_tokens - len(lengths),
-        num_positions=len(rows) * seq_length,
-    )
+    tokens, positions = np.zeros((2, shape.num_tokens), np.int64)
+    tokens[:num_tokens] = _join([row.tokens_t for row in rows])
+    positions[:num_tokens] = np.arange(num_tokens) - np.repeat(ends - lengths, lengths)
+    target_positions = _join([row.target_positions_m + start for row, start in zip(rows, row_starts, strict=False)])
+    target_ids = _join([row.target_ids_m for row in rows])
+    here = slice(shape.share * shape.num_tokens // shape.num_shares,
+                 (shape.share + 1) * shape.num_tokens // shape.num_shares)
+    first, last = np.searchsorted(target_positions, (here.start, here.stop))
+    size = min(shape.num_targets, here.stop - here.start)
+    arrays = [tokens[here], positions[here], _boundaries(ends, num_tokens, shape),
+              _padded(target_positions[first:last] - here.start, size, 0),
+              _padded(target_ids[first:last], size, NO_TARGET)]
+    return _from_arrays(arrays, shape.max_length, shape.num_filler, num_targets, num_tokens - len(lengths), num_tokens,
+                        int((lengths**2).sum()))
+
+
+def _boundaries(ends: np.ndarray, num_tokens: int, shape: BatchShape) -> np.ndarray:
+    """int32: 0, the end of each protein, the end of the last again and again, and the ends of the filler's segments."""
+    num_proteins = shape.num_proteins
+    while num_proteins < len(ends):
+        num_proteins *= 2
+    filler = num_tokens + shape.max_length * np.arange(1, shape.num_filler + 1)
+    ends = np.concatenate([[0], _padded(ends, num_proteins, num_tokens), np.minimum(filler, shape.num_tokens)])
+    return ends.astype(np.int32)
+
+
+def _padded(values: np.ndarray, size: int, filler: int) -> np.ndarray:
+    return np.concatenate([values, np.full(size - len(values), filler, values.dtype)])
 
 
 def _join(arrays: Sequence[np.ndarray]) -> np.ndarray:

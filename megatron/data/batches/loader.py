@@ -13,22 +13,22 @@ from typing import Any
 from torch.utils.data import DataLoader, Sampler, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
-from megatron.data.batches.batch import Batch, collate
+from megatron.data.batches.batch import Batch, BatchShape, collate
 from megatron.data.rows.dataset import Dataset
 from megatron.errors import ConfigError, DataError
 
 BATCHES_AHEAD = 4  # of each worker
 
 
-def batches(dataset: Dataset, *, start_sample: int, micro_batch_size: int, data_rank: int, data_size: int,
-            num_workers: int, pin: bool, stop_sample: int | None = None) -> "BatchIterator":
+def batches(dataset: Dataset, shape: BatchShape, *, start_sample: int, micro_batch_size: int, data_rank: int,
+            data_size: int, num_workers: int, pin: bool, stop_sample: int | None = None) -> "BatchIterator":
     """One rank's micro-batches from `start_sample` on, without end, or up to `stop_sample`; close it after use.
 
     With `stop_sample` every rank gets equally many micro-batches; the last ones may hold fewer rows, or none.
     """
     samples = MicroBatchSamples(start_sample, stop_sample, micro_batch_size, data_rank, data_size)
     dataset[start_sample]  # finds mistakes in the data here, and builds the row index once for all workers
-    return BatchIterator(dataset, samples, num_workers, pin)
+    return BatchIterator(_Batches(dataset, shape), samples, num_workers, pin)
 
 
 class MicroBatchSamples(Sampler):
@@ -54,11 +54,11 @@ class BatchIterator(Iterator[Batch]):
     Workers take no notice of SIGINT and SIGTERM, which the trainer answers by saving and closing them.
     """
 
-    def __init__(self, dataset: Dataset, samples: MicroBatchSamples, num_workers: int, pin: bool) -> None:
+    def __init__(self, dataset: "_Batches", samples: MicroBatchSamples, num_workers: int, pin: bool) -> None:
         options: dict[str, Any] = {}
         if num_workers:
             options = {"prefetch_factor": BATCHES_AHEAD, "worker_init_fn": _build_ahead}
-        loader = DataLoader(_Batches(dataset), batch_size=None, sampler=samples, num_workers=num_workers,
+        loader = DataLoader(dataset, batch_size=None, sampler=samples, num_workers=num_workers,
                             pin_memory=pin, **options)
         unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))  # workers inherit it
         try:
@@ -90,12 +90,12 @@ class _Batches(TorchDataset):
     Mistakes in the data are items too: raised in a worker, they would reach the user inside a traceback.
     """
 
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: Dataset, shape: BatchShape) -> None:
+        self.dataset, self._shape = dataset, shape
 
     def __getitem__(self, samples: range) -> Batch | ValueError:
         try:
-            return collate([self.dataset[sample] for sample in samples], self.dataset.seq_length)
+            return collate([self.dataset[sample] for sample in samples], self._shape)
         except (ConfigError, DataError) as error:
             return error
 

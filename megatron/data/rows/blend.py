@@ -39,6 +39,18 @@ class BlendedDataset:
         """The rows of all corpora together in their epoch of that number; a pass over the blend, by its size."""
         return sum(dataset.num_epoch_rows(epoch) for dataset in self.datasets)
 
+    def most_proteins(self, num_rows: int) -> int:
+        """The most proteins in so many neighbouring rows of the first epoch of a corpus."""
+        return max(dataset.most_proteins(num_rows) for dataset in self.datasets)
+
+    def most_targets(self) -> int:
+        """The most targets that a row can have."""
+        return max(dataset.most_targets() for dataset in self.datasets)
+
+    def longest(self) -> int:
+        """The tokens of the longest protein in a row."""
+        return max(dataset.longest() for dataset in self.datasets)
+
     def residue_counts(self) -> np.ndarray:
         """How often each id occurs, int64 [vocabulary], each corpus scaled to its weight in the blend."""
         counts = [dataset.residue_counts() for dataset in self.datasets]

@@ -41,15 +41,18 @@ class Masker:
         self._is_residue = np.zeros(vocab.size, dtype=bool)
         self._is_residue[vocab.residue_ids] = True
 
+    def num_chosen(self, num_residues: int) -> int:
+        """How many of a row's residues are chosen."""
+        return min(max(1, round(self.masking.prob * num_residues)), num_residues)
+
     def mask(self, tokens_t: np.ndarray, lengths: np.ndarray, rng: np.random.Generator
              ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The masked copy of a row, the positions chosen (int64, ascending) and the ids that stood there.
 
-        `lengths` are the tokens of each protein of the row. round(prob x residues) residues are chosen, at least one;
-        none where the row holds no residue.
+        `lengths` are the tokens of each protein of the row. `num_chosen` residues are chosen.
         """
         residues = np.flatnonzero(self._is_residue[tokens_t])
-        num_chosen = min(max(1, round(self.masking.prob * len(residues))), len(residues))
+        num_chosen = self.num_chosen(len(residues))
         if self.masking.span_length > 1:
             chosen = _choose_spans(residues, num_chosen, self.masking.span_length, lengths, rng)
         else:

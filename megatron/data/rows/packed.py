@@ -139,6 +139,19 @@ class PackedDataset:
                 f"{fate}; {pieces.num_empty:,} empty, left out), {len(rows):,} rows an epoch, {100 * fill:.2f} % full"
                 f"{'' if IS_COMPILED else '; packed in Python, as the compiled module is missing: pip install -e .'}")
 
+    def most_proteins(self, num_rows: int) -> int:
+        """The most proteins in so many neighbouring rows of the first epoch."""
+        ends = self.rows(0).row_starts
+        return int((ends[num_rows:] - ends[:-num_rows]).max()) if len(ends) > num_rows else int(ends[-1])
+
+    def most_targets(self) -> int:
+        """The most targets that a row can have."""
+        return self._masker.num_chosen(self.seq_length - 1)
+
+    def longest(self) -> int:
+        """The tokens of the longest protein in a row."""
+        return int(min(self.pieces.lengths.max(initial=1) + 1, self.seq_length))
+
     def _start_building(self, epoch: int) -> None:
         threading.Thread(target=self.num_epoch_rows, args=(epoch,), daemon=True).start()
 

@@ -1,8 +1,8 @@
 """Data parallelism: gradients are summed over the ranks that see other tokens, on each of them or on a share of each.
 
 Sums, not means: the loss is already divided by the number of targets in the *global* batch. Gradients are fp32, and
-summed in fp32. Each way offers the same: the parameters that the optimizer steps, and what is due at each backward
-pass.
+summed in fp32; frozen parameters have none. Each way offers the same: the parameters that the optimizer steps, and what
+is due at each backward pass.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,14 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from megatron.config import ParallelConfig
 from megatron.parallel.collectives import all_reduce_sum
 from megatron.parallel.mesh import Axis, Mesh
-from megatron.parallel.placement import partial_gradients, placed, placement_of
+from megatron.parallel.parameters import inherit
+from megatron.parallel.placement import partial_gradients, placement_of
 
 BUCKET_ELEMENTS = 16 * 2**20  # 64 MiB of fp32: large enough for the network, small beside the model
 
@@ -42,14 +43,15 @@ class DataParallel(Protocol):
         """Bring the gradients of a step to their sums, after its last backward pass."""
 
 
-def data_parallel(stages: Sequence[nn.Module], blocks: Blocks, mesh: Mesh, config: ParallelConfig) -> DataParallel:
+def data_parallel(stages: Sequence[nn.Module], blocks: Blocks, mesh: Mesh, config: ParallelConfig,
+                  dtype: torch.dtype) -> DataParallel:
     """The way that `config` asks for; `blocks` names the parts of a stage that are shared out and gathered one by one.
 
-    The stages hold their initial weights already, and go to the mesh's device. On one rank there is nothing to share
-    out.
+    The stages hold their initial weights already, and go to the mesh's device. Where parameters are gathered, it is in
+    `dtype`, that of the products. On one rank there is nothing to share out.
     """
     if config.data_parallel_sharding != "none" and mesh.shards.size > 1:
-        return Sharded(stages, blocks, mesh, config.data_parallel_sharding)
+        return Sharded(stages, blocks, mesh, config.data_parallel_sharding, dtype)
     for stage in stages:
         if any(parameter.device != mesh.device for parameter in stage.parameters()):  # a dry run's cannot be moved
             stage.to(mesh.device)
@@ -75,7 +77,7 @@ class Replicated:
     def finish(self) -> None:
         """Sum the gradients."""
         if self._axis.size > 1:
-            _sum_over(self._axis, (parameter.grad for parameter in self.parameters.values()))
+            _sum_over(self._axis, (parameter.grad for parameter in self.parameters.values() if parameter.requires_grad))
         _sum_partial(self.parameters)
 
 
@@ -85,21 +87,25 @@ class Overlapped:
     def __init__(self, stages: Sequence[nn.Module], mesh: Mesh) -> None:
         self.parameters = {name: parameter for stage in stages for name, parameter in stage.named_parameters()}
         group = mesh.replicas.group
-        self._stages = [DistributedDataParallel(stage, process_group=group, gradient_as_bucket_view=True)
-                        for stage in stages]
-        for stage in self._stages:
+        self._stages = list(stages)
+        self._summed = {number: DistributedDataParallel(stage, process_group=group, gradient_as_bucket_view=True)
+                        for number, stage in enumerate(stages) if any(p.requires_grad for p in stage.parameters())}
+        for stage in self._summed.values():
             stage.register_comm_hook(group, _sum_bucket)
 
     def forward(self, stage: int, *args: Any) -> Any:
         """The stage's outputs."""
-        with self._stages[stage].no_sync():
+        if stage not in self._summed:
             return self._stages[stage](*args)
+        with self._summed[stage].no_sync():
+            return self._summed[stage](*args)
 
     def before_backward(self, stage: int, is_last: bool) -> None:
         """Let the last backward pass, and no other, set the sums going."""
-        if is_last:  # what DistributedDataParallel does in its forward pass, which may lie several passes back
-            self._stages[stage].require_backward_grad_sync = True
-            self._stages[stage].reducer.prepare_for_backward([])
+        if is_last and stage in self._summed:
+            # What DistributedDataParallel does in its forward pass, which may lie several passes back.
+            self._summed[stage].require_backward_grad_sync = True
+            self._summed[stage].reducer.prepare_for_backward([])
 
     def finish(self) -> None:
         """The sums are there."""
@@ -112,25 +118,29 @@ class Sharded:
     "optimizer": gradients are kept whole until the last micro-batch, then each rank gets the sum of its share and steps
     it, and the new parameters are gathered when they are next used. "gradients": each rank gets its share after every
     micro-batch. "parameters": those, too, are gathered block by block where they are used, and dropped behind it.
+    Masters and sums are fp32; what is gathered is in the dtype of the products.
     """
 
-    def __init__(self, stages: Sequence[nn.Module], blocks: Blocks, mesh: Mesh, sharding: str) -> None:
+    def __init__(self, stages: Sequence[nn.Module], blocks: Blocks, mesh: Mesh, sharding: str,
+                 dtype: torch.dtype) -> None:
         self._sharding = sharding
         self._stages = stages
         device_mesh = _device_mesh(mesh)
+        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         self.parameters, self._sources = {}, []
         for stage in stages:
-            placements = {name: replace(placement_of(parameter), shards=mesh.shards, num_rows=parameter.shape[0])
-                          for name, parameter in stage.named_parameters()}
+            wholes = dict(stage.named_parameters())
             for unit in [*blocks(stage), stage]:
-                fully_shard(unit, mesh=device_mesh, reshard_after_forward=sharding == "parameters")
+                fully_shard(unit, mesh=device_mesh, mp_policy=precision,
+                            reshard_after_forward=sharding == "parameters")
                 assert isinstance(unit, FSDPModule)
                 unit.set_gradient_divide_factor(1.0)
                 unit.set_force_sum_reduction_for_comms(True)
             for name, source in stage.named_parameters():
                 assert isinstance(source, DTensor)
-                self.parameters[name] = placed(source.to_local().detach(), placements[name])
-                self._sources.append((source, self.parameters[name]))
+                self.parameters[name] = _share(source, wholes[name], mesh.shards)
+                if source.requires_grad:
+                    self._sources.append((source, self.parameters[name]))
 
     def forward(self, stage: int, *args: Any) -> Any:
         """The stage's outputs."""
@@ -147,10 +157,18 @@ class Sharded:
     def finish(self) -> None:
         """Hand each share's gradient to the parameter that the optimizer steps."""
         for source, share in self._sources:
-            assert isinstance(source.grad, DTensor), "every parameter takes part in the loss"
+            assert isinstance(source.grad, DTensor), "every parameter that is trained takes part in the loss"
             share.grad = source.grad.to_local()
             source.grad = None
         _sum_partial(self.parameters)
+
+
+def _share(source: DTensor, whole: nn.Parameter, shards: Axis) -> nn.Parameter:
+    """This rank's share of `whole`, in the memory that FSDP2 keeps it in."""
+    share = nn.Parameter(source.to_local().detach(), whole.requires_grad)
+    inherit(share, whole)
+    share.placement = replace(placement_of(whole), shards=shards, num_rows=len(whole))  # type: ignore[attr-defined]
+    return share
 
 
 def _device_mesh(mesh: Mesh) -> DeviceMesh:
@@ -183,11 +201,11 @@ def _sum_over(axis: Axis, gradients: Iterable[torch.Tensor | None]) -> None:
 
 def _buckets(gradients: Iterable[torch.Tensor | None]) -> list[list[torch.Tensor]]:
     """The gradients, in order, in lists of about `BUCKET_ELEMENTS` elements."""
-    buckets: list[list[torch.Tensor]] = [[]]
+    buckets: list[list[torch.Tensor]] = []
     size = 0
     for gradient in gradients:
-        assert gradient is not None, "every parameter takes part in the loss"
-        if size and size + gradient.numel() > BUCKET_ELEMENTS:
+        assert gradient is not None, "every parameter that is trained takes part in the loss"
+        if not buckets or size + gradient.numel() > BUCKET_ELEMENTS:
             buckets.append([])
             size = 0
         buckets[-1].append(gradient)

@@ -25,9 +25,8 @@ class Channel:
         work = dist.isend(tensor, group=self.group, group_dst=self.receiver) if tensor.numel() else None
         return Pending(tensor, work)
 
-    def start_receive(self, like: Tensor) -> Pending:
-        """Begin to receive a tensor of the shape, dtype and device of `like`."""
-        tensor = torch.empty_like(like)
+    def start_receive(self, tensor: Tensor) -> Pending:
+        """Begin to receive into `tensor`."""
         work = dist.irecv(tensor, group=self.group, group_src=self.sender) if tensor.numel() else None
         return Pending(tensor, work)
 

@@ -8,8 +8,12 @@ that no bit of a gradient changes and no collective is repeated. Shapes: t token
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from megatron.kernels.device import takes_gpu_way
 
 
 class WeightGradients:
@@ -31,7 +35,7 @@ class WeightGradients:
 
     def takes(self, weight_oi: Tensor, grad_to: Tensor, x_ti: Tensor) -> bool:
         """Whether the gradient of `weight_oi`, a leaf, is left to this queue; autograd is then not to get it."""
-        if self._is_collecting:
+        if self._is_collecting and weight_oi.requires_grad:
             # Without the input's graph, which would keep what the stage received, and grow by the product.
             self._waiting[-1].append((weight_oi, grad_to, x_ti.detach()))
         return self._is_collecting
@@ -39,13 +43,25 @@ class WeightGradients:
     def compute_oldest(self) -> None:
         """Add the gradients of the backward pass that has waited longest to those of the weights."""
         for weight_oi, grad_to, x_ti in self._waiting.popleft():
-            gradient_oi = weight_gradient(weight_oi, grad_to, x_ti)
-            weight_oi.grad = gradient_oi if weight_oi.grad is None else weight_oi.grad.add_(gradient_oi)
+            gradient_oi = remaining_weight_gradient(weight_oi, grad_to, x_ti)
+            if gradient_oi is not None:
+                weight_oi.grad = gradient_oi if weight_oi.grad is None else weight_oi.grad.add_(gradient_oi)
 
 
-def weight_gradient(weight_oi: Tensor, grad_to: Tensor, x_ti: Tensor) -> Tensor:
-    """The gradient [o, i] of `x Wᵀ` in the weight's dtype."""
-    return (grad_to.t() @ x_ti).to(weight_oi.dtype)
+def remaining_weight_gradient(weight_oi: Tensor, grad_to: Tensor, x_ti: Tensor) -> Tensor | None:
+    """The gradient [o, i] of `x Wᵀ` in the weight's dtype; None where the product has added it to the weight's own.
+
+    Nothing is rounded between the product and the sum where the library has a product that gives fp32.
+    """
+    grad_ot, dtype = grad_to.t(), weight_oi.dtype
+    gives_dtype = grad_to.dtype == dtype or takes_gpu_way(grad_to)
+    # Compiled graphs do not reach a parameter's gradient.
+    so_far_oi = weight_oi.grad if weight_oi.is_leaf and not torch.compiler.is_compiling() else None
+    wider: dict[str, Any] = {} if grad_to.dtype == dtype or not gives_dtype else {"out_dtype": dtype}
+    if so_far_oi is None or not gives_dtype:
+        return torch.mm(grad_ot, x_ti, **wider).to(dtype)
+    torch.addmm(so_far_oi, grad_ot, x_ti, **wider, out=so_far_oi)
+    return None
 
 
 def put_off_weight_gradients(model: nn.Module, waiting: WeightGradients) -> None:

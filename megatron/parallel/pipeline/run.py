@@ -1,12 +1,13 @@
 """Pipeline parallelism: a rank's stages, run in the order of a schedule, with messages between the ranks.
 
-Written here, and not taken from torch.distributed.pipelining, because there all micro-batches of a step have one shape
-and their number is fixed when the schedule is made; ours are flat tokens of proteins, of a different count in each
-micro-batch, which every rank knows since it reads the same rows. On one rank no message is ever sent.
+Written here, and not taken from torch.distributed.pipelining: there the number of micro-batches is fixed when the
+schedule is made, and a global batch may grow; its zero-bubble schedules repeat the collectives of our layers in the
+backward pass that they split; and stages, losses and evaluation would need as many lines of wrapping as this has. On
+one rank no message is ever sent.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,10 +20,6 @@ from megatron.parallel.pipeline.schedules import Action, forward_only, one_forwa
 
 class Passes(ABC):
     """What the pipeline runs: forward passes of some micro-batches through the rank's stages."""
-
-    @abstractmethod
-    def received(self, action: Action) -> Tensor:
-        """A tensor like the one that the action's stage takes from the stage before it."""
 
     @abstractmethod
     def forward(self, action: Action, hidden: Tensor | None) -> Tensor:
@@ -52,9 +49,13 @@ class _Ways:
 
 
 class Pipeline:
-    """Runs passes over the `num_stages` stages that each pipeline rank of `mesh` has."""
+    """Runs passes over the `num_stages` stages that each pipeline rank of `mesh` has.
 
-    def __init__(self, mesh: Mesh, num_stages: int, schedule: str) -> None:
+    `message` makes a tensor, without values, like each that passes between stages, forward or backward.
+    """
+
+    def __init__(self, mesh: Mesh, num_stages: int, schedule: str, message: Callable[[], Tensor]) -> None:
+        self._message = message
         self._axis, self._num_stages, self._schedule = mesh.pipeline, num_stages, schedule
         if self._axis.size > 1:
             _open_channels(mesh)
@@ -77,11 +78,11 @@ class Pipeline:
         keeps_outputs = any(action.kind != "forward" for action in actions)
         under_way: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}  # input and output, until the backward pass
         sends: list[Pending] = []
-        coming = self._start_receive(passes, actions[0]) if actions else None
+        coming = self._start_receive(actions[0]) if actions else None
         for action, following in zip(actions, [*actions[1:], None], strict=True):
             message = coming.wait() if coming is not None else None
             # The next message is under way while this action computes.
-            coming = self._start_receive(passes, following) if following is not None else None
+            coming = self._start_receive(following) if following is not None else None
             sends = [send for send in sends if not send.is_done()]
             ways, place = self._ways[action.stage], (action.stage, action.micro_batch)
             if action.kind == "forward":
@@ -105,13 +106,12 @@ class Pipeline:
         for send in sends:
             send.wait()
 
-    def _start_receive(self, passes: Passes, action: Action) -> Pending | None:
+    def _start_receive(self, action: Action) -> Pending | None:
         ways = self._ways[action.stage]
         channel = {"forward": ways.input, "weights": None}.get(action.kind, ways.gradient)
         if channel is None:
             return None
-        # A stage's output has the shape and dtype of its input.
-        return channel.start_receive(passes.received(action))
+        return channel.start_receive(self._message())
 
 
 def _ways(mesh: Mesh, stage: int, num_stages: int) -> _Ways:

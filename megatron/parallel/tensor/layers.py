@@ -1,8 +1,9 @@
 """Layers with fp32 parameters that compute in the dtype of their input, whole or split over the tensor axis.
 
-The cast is part of the graph, so a weight's gradient arrives in fp32 whatever the activations are in. Values are set by
-`megatron.model.initialisation`, by name. Shapes: t tokens of the micro-batch, u tokens of the stream on this rank
-(t, or fewer with sequence parallelism), i and o features in and out, of which each rank has its share where split.
+The cast is part of the graph, so a weight's gradient arrives in fp32 whatever the activations are in. Weights are born
+without values: what those are to be, `initial`, is declared with each. Shapes: t tokens of the micro-batch, u tokens of
+the stream on this rank (t, or fewer with sequence parallelism), i and o features in and out, of which each rank has its
+share where split.
 """
 
 from typing import Any
@@ -11,62 +12,89 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron.parallel.pipeline.deferral import WeightGradients, weight_gradient
-from megatron.parallel.placement import replicated_parameter, split_parameter
+from megatron.parallel.parameters import (
+    BIAS,
+    SCALE,
+    Initial,
+    matrix,
+    replicated_parameter,
+    split_parameter,
+    table,
+    whole_parameter,
+)
+from megatron.parallel.pipeline.deferral import WeightGradients, remaining_weight_gradient
 from megatron.parallel.tensor.stream import ONE_RANK, Stream
 
 
-class Linear(nn.Module):
+class Matrix(nn.Module):
+    """A layer with an fp32 `weight` that matrix products take in another dtype.
+
+    `copy` is the weight in that dtype, where something keeps one up to date (`megatron.parallel.tensor.copies`).
+    """
+
+    weight: nn.Parameter
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copy: Tensor | None = None
+
+    def weight_in(self, dtype: torch.dtype) -> Tensor:
+        """The weight in `dtype`."""
+        return self.copy if self.copy is not None and self.copy.dtype == dtype else self.weight.detach().to(dtype)
+
+
+class Linear(Matrix):
     """`x Wᵀ + b` on x [..., in_features] in x's dtype; whole on every rank."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, initial: Initial) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(out_features))
+        self.weight = whole_parameter((out_features, in_features), matrix(initial))
+        self.bias = whole_parameter((out_features,), BIAS)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., out_features]."""
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        return linear(x, self.weight, self.weight_in(x.dtype), self.bias)
 
 
-class ColumnParallelLinear(nn.Module):
+class ColumnParallelLinear(Matrix):
     """A linear layer from the residual stream whose output features are split over the tensor axis."""
 
-    def __init__(self, in_features: int, out_features: int, stream: Stream) -> None:
+    def __init__(self, in_features: int, out_features: int, stream: Stream, initial: Initial) -> None:
         super().__init__()
         self.stream = stream
         self.deferral: WeightGradients | None = None
-        self.weight = split_parameter((out_features, in_features), 0, stream.axis)
-        self.bias = split_parameter((out_features,), 0, stream.axis)
+        self.weight = split_parameter((out_features, in_features), 0, stream.axis, matrix(initial))
+        self.bias = split_parameter((out_features,), 0, stream.axis, BIAS)
 
     def forward(self, x_ui: Tensor) -> Tensor:
         """[t, o], this rank's features of all tokens."""
-        return _Linear.apply(x_ui, self.weight, self.bias, self.stream, self.deferral)
+        return linear(x_ui, self.weight, self.weight_in(x_ui.dtype), self.bias, self.stream, self.deferral)
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(Matrix):
     """A linear layer back into the residual stream whose input features are split over the tensor axis."""
 
-    def __init__(self, in_features: int, out_features: int, stream: Stream) -> None:
+    def __init__(self, in_features: int, out_features: int, stream: Stream, initial: Initial) -> None:
         super().__init__()
         self.stream = stream
         self.deferral: WeightGradients | None = None
-        self.weight = split_parameter((out_features, in_features), 1, stream.axis)
-        self.bias = replicated_parameter((out_features,), stream.axis, has_partial_gradient=True)
+        self.weight = split_parameter((out_features, in_features), 1, stream.axis, matrix(initial))
+        self.bias = replicated_parameter((out_features,), stream.axis, BIAS, has_partial_gradient=True)
 
     def forward(self, x_ti: Tensor) -> Tensor:
         """[u, o], all features of this rank's tokens."""
         # The first rank alone adds the bias, inside its matrix product, and so gets the bias' whole gradient.
         bias_o = self.bias if self.stream.axis.rank == 0 else self.bias * 0
-        return self.stream.leave(_Linear.apply(x_ti, self.weight, bias_o, ONE_RANK, self.deferral))
+        product_to = linear(x_ti, self.weight, self.weight_in(x_ti.dtype), bias_o, deferral=self.deferral)
+        return self.stream.leave(product_to)
 
 
 class Table(nn.Module):
     """A row of `weight` [num_rows, h] for each id of this rank's tokens; whole on every rank."""
 
-    def __init__(self, num_rows: int, hidden_size: int, stream: Stream) -> None:
+    def __init__(self, num_rows: int, hidden_size: int, stream: Stream, initial: Initial) -> None:
         super().__init__()
-        self.weight = stream.parameter((num_rows, hidden_size))
+        self.weight = stream.parameter((num_rows, hidden_size), table(initial))
 
     def forward(self, ids_u: Tensor) -> Tensor:
         """[u, h]."""
@@ -78,8 +106,8 @@ class LayerNorm(nn.Module):
 
     def __init__(self, width: int, epsilon: float, stream: Stream) -> None:
         super().__init__()
-        self.weight = stream.parameter((width,))
-        self.bias = stream.parameter((width,))
+        self.weight = stream.parameter((width,), SCALE)
+        self.bias = stream.parameter((width,), BIAS)
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,30 +115,38 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.epsilon)
 
 
-class _Linear(torch.autograd.Function):
-    """Forward: all tokens of the stream are gathered and multiplied. Backward: the input's gradient is summed.
+def linear(x_ui: Tensor, weight_oi: Tensor, matrix_oi: Tensor, bias_o: Tensor, stream: Stream = ONE_RANK,
+           deferral: WeightGradients | None = None) -> Tensor:
+    """`x Wᵀ + b` [t, o] of all tokens of the stream, in x's dtype, in which `matrix_oi` is what the weight is.
 
-    With sequence parallelism only this rank's tokens are kept, and gathered again in the backward pass. There each
-    collective runs while a matrix product does that does not need it. Of the weight the parameter itself is kept, and
-    cast again: a copy in half precision would be kept once for each micro-batch under way. It is not among the saved
+    Forward: with sequence parallelism the tokens are gathered. Backward: the input's gradient is summed over the axis.
+    """
+    return _Linear.apply(x_ui, weight_oi, matrix_oi, bias_o, stream, deferral)
+
+
+class _Linear(torch.autograd.Function):
+    """Only this rank's tokens are kept, and with sequence parallelism gathered again in the backward pass.
+
+    There each collective runs while a matrix product does that does not need it. The weight is not among the saved
     tensors, for which torch.utils.checkpoint gives back others, not the leaf to which a gradient is to be added.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_ui: Tensor, weight_oi: Tensor, bias_o: Tensor, stream: Stream,
+    def forward(ctx: Any, x_ui: Tensor, weight_oi: Tensor, matrix_oi: Tensor, bias_o: Tensor, stream: Stream,
                 deferral: WeightGradients | None) -> Tensor:
-        ctx.save_for_backward(x_ui)
+        ctx.save_for_backward(x_ui, matrix_oi)
         ctx.weight_oi, ctx.stream, ctx.deferral, ctx.bias_dtype = weight_oi, stream, deferral, bias_o.dtype
-        return F.linear(stream.start_enter(x_ui).wait(), weight_oi.to(x_ui.dtype), bias_o.to(x_ui.dtype))
+        return F.linear(stream.start_enter(x_ui).wait(), matrix_oi, bias_o.to(x_ui.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad_to: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None, None]:
-        (x_ui,), weight_oi = ctx.saved_tensors, ctx.weight_oi
+    def backward(ctx: Any, grad_to: Tensor) -> tuple[Tensor, Tensor | None, None, Tensor, None, None]:
+        (x_ui, matrix_oi), weight_oi = ctx.saved_tensors, ctx.weight_oi
         gathering = ctx.stream.start_enter(x_ui)
-        grad_ti = grad_to @ weight_oi.to(grad_to.dtype)
+        grad_ti = grad_to @ matrix_oi
         x_ti = gathering.wait()
         summing = ctx.stream.start_leave(grad_ti)
-        is_put_off = ctx.deferral is not None and ctx.deferral.takes(weight_oi, grad_to, x_ti)
-        grad_weight_oi = None if is_put_off else weight_gradient(weight_oi, grad_to, x_ti)
+        grad_weight_oi = None
+        if ctx.needs_input_grad[1] and not (ctx.deferral is not None and ctx.deferral.takes(weight_oi, grad_to, x_ti)):
+            grad_weight_oi = remaining_weight_gradient(weight_oi, grad_to, x_ti)
         grad_bias_o = grad_to.sum(0, dtype=ctx.bias_dtype)
-        return summing.wait(), grad_weight_oi, grad_bias_o, None, None
+        return summing.wait(), grad_weight_oi, None, grad_bias_o, None, None

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from megatron.parallel import collectives
 from megatron.parallel.collectives import Pending
 from megatron.parallel.mesh import Axis
-from megatron.parallel.placement import replicated_parameter
+from megatron.parallel.parameters import Declaration, replicated_parameter
 from megatron.parallel.randomness import distinct_randomness
 
 
@@ -37,7 +37,7 @@ class Stream:
         return self.context.size * (self.axis.size if self.is_split else 1)
 
     def num_tokens_here(self, num_tokens: int) -> int:
-        """Of a micro-batch of `num_tokens`, evened to the multiple, how many tokens of the stream are on this rank."""
+        """Tokens of the stream on this rank, of a micro-batch of `num_tokens`, evened up to the multiple."""
         return -(-num_tokens // self.token_multiple)
 
     def start_enter(self, hidden_uh: Tensor) -> Pending:
@@ -68,16 +68,16 @@ class Stream:
             return collectives.sum_outputs(rows_here(hidden_uh, positions_m, self.axis), self.axis)
         return hidden_uh.index_select(0, positions_m)
 
-    def parameter(self, shape: Sequence[int]) -> nn.Parameter:
+    def parameter(self, shape: Sequence[int], declaration: Declaration) -> nn.Parameter:
         """A parameter that acts on the stream: held whole, its gradient that of this rank's tokens."""
-        return replicated_parameter(shape, self.axis, has_partial_gradient=self.is_split)
+        return replicated_parameter(shape, self.axis, declaration, has_partial_gradient=self.is_split)
 
-    def dropout(self, hidden_uh: Tensor, rate: float, is_training: bool) -> Tensor:
+    def dropout(self, hidden_uh: Tensor, rate: float) -> Tensor:
         """Dropout [u, h] on the stream: the same on all ranks that hold the same tokens, another on other tokens."""
-        axis = self.axis if self.is_split and is_training else Axis()
+        axis = self.axis if self.is_split else Axis()
         with distinct_randomness(axis, rate, hidden_uh.device):
             # Keeps a mask of one byte an element, on every device.
-            return torch.native_dropout(hidden_uh, rate, True)[0] if rate and is_training else hidden_uh
+            return torch.native_dropout(hidden_uh, rate, True)[0] if rate else hidden_uh
 
 
 ONE_RANK = Stream()

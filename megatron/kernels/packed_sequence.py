@@ -1,0 +1,63 @@
+"""Whole proteins on one line of tokens: what passes from the loader through the model to the attention kernel.
+
+Shapes: t tokens, g proteins, m targets.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+NO_TARGET = -100  # what `torch.nn.functional.cross_entropy` ignores
+
+
+@dataclass(frozen=True)
+class PackedSequence:
+    """Proteins one behind the other, each behind its [CLS], and behind the last of them filler up to t tokens.
+
+    Protein i is `cu_seqlens[i]:cu_seqlens[i + 1]`. Where there are fewer than g, the others are empty: they begin and
+    end where the filler begins. The last `num_filler` entries cut the filler into segments no longer than `max_length`,
+    so that it can pass for proteins; nothing sees it, and it has no targets. t, g and the two numbers are the same for
+    every micro-batch of a run, so that nothing depends on what lies in it. On several context ranks `tokens_t` and
+    `positions_t` are this rank's equal share, and the boundaries those of all tokens.
+    """
+
+    tokens_t: Tensor  # int64
+    positions_t: Tensor  # int64, 0 at each [CLS]
+    cu_seqlens: Tensor  # int32 [g + num_filler + 1], from 0 to the number of tokens on all context ranks
+    max_length: int
+    num_filler: int
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "PackedSequence":
+        """The same with `function` of each tensor."""
+        tokens_t, positions_t, cu_seqlens = map(function, self.tensors())
+        return replace(self, tokens_t=tokens_t, positions_t=positions_t, cu_seqlens=cu_seqlens)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Tokens, positions, boundaries."""
+        return self.tokens_t, self.positions_t, self.cu_seqlens
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The tokens to predict: their places among the tokens here, and the ids that stood there.
+
+    As many in every micro-batch; where there are fewer, the rest have the place 0 and the id NO_TARGET.
+    """
+
+    positions_m: Tensor  # int64, ascending where they are targets
+    ids_m: Tensor  # int64
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Targets":
+        """The same with `function` of each tensor."""
+        return Targets(*map(function, self.tensors()))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Positions and ids."""
+        return self.positions_m, self.ids_m
+
+
+def protein_lengths(cu_seqlens: Tensor, num_filler: int) -> list[int]:
+    """The tokens of each protein that is not empty; waits for the device where the boundaries are not on the host."""
+    return [length for length in torch.diff(cu_seqlens)[:len(cu_seqlens) - 1 - num_filler].tolist() if length]

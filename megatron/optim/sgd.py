@@ -1,0 +1,28 @@
+"""Momentum SGD whose weight decay stands beside the momentum (Loshchilov and Hutter, 2019, arXiv 1711.05101)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class DecoupledSGD(torch.optim.SGD):
+    """torch's fused SGD, which sees no decay: before its step parameters shrink by `lr * decay` of what they are.
+
+    Where `found_inf`, set before each step, is 1 and the step not taken, they do not shrink; no one waits to know.
+    """
+
+    found_inf: Tensor
+
+    def __init__(self, groups: list[dict], *, momentum: float) -> None:
+        decoupled = [{**group, "weight_decay": 0.0, "decay": group["weight_decay"]} for group in groups]
+        super().__init__(decoupled, lr=0.0, momentum=momentum, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step along the gradients."""
+        for group in self.param_groups:
+            if group["decay"] and group["params"]:
+                torch._foreach_mul_(group["params"], 1 - group["lr"] * group["decay"] * (1 - self.found_inf))
+        return super().step(closure)
