@@ -99,7 +99,9 @@ def sharded_units(held: Held, shards: int) -> Sequence[Unit]:
 
 @cache
 def _together(stages: tuple[Held, ...]) -> Held:
-    return stages[0] if len(stages) == 1 else Held([p for held in stages for p in held], sum(held.copies for held in stages))
+    if len(stages) == 1:
+        return stages[0]
+    return Held([parameter for held in stages for parameter in held], sum(held.copies for held in stages))
 
 
 @cache
