@@ -62,7 +62,8 @@ class Setting:
     @cached_property
     def without_recomputation(self) -> "Setting":
         """The same, but that everything is kept."""
-        return self._with(model=replace(self.model, checkpoint_activations=False, recompute_granularity=None,
+        none: Any = None
+        return self._with(model=replace(self.model, checkpoint_activations=False, recompute_granularity=none,
                                         distribute_checkpointed_activations=False))
 
     def _with(self, **changed: Any) -> "Setting":
@@ -167,7 +168,8 @@ def _fake_mesh(setting: Setting) -> Iterator[Mesh]:
     number = setting.context.rank * setting.tensor.size + setting.tensor.rank
     with fake_group(number, setting.context.size * setting.tensor.size):
         if dist.is_initialized():
-            yield Mesh(**{name: build_axis(sizes, [name], timedelta(minutes=1)) for name in sizes})
+            context, tensor = (build_axis(sizes, [name], timedelta(minutes=1)) for name in sizes)
+            yield Mesh(context=context, tensor=tensor)
         else:
             yield Mesh()
 
@@ -201,9 +203,10 @@ class _Run:
         if puts_off:
             put_off_weight_gradients(model, self._waiting)
         self._gate = torch.zeros((), requires_grad=True)
+        self._gradients = []
         for parameter in model.parameters():
-            parameter.grad = torch.empty_like(parameter)
-        self._gradients = [(parameter.grad, parameter.grad._version) for parameter in model.parameters()]
+            gradient = parameter.grad = torch.empty_like(parameter)
+            self._gradients.append((gradient, gradient._version))
 
     def piece(self) -> dict[str, Any]:
         """What a pass forward and back shows, which adds to gradients that are there."""
