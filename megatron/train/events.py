@@ -95,7 +95,8 @@ class Events:
                 file.write(f"{json.dumps(record)}\n".encode())
         if self._board is not None:
             with _writing(self._board.folder, self._board_flag):
-                self._board.scalars(iteration, {f"{kind}/{name}": value for name, value in values.items()})
+                self._board.scalars(iteration, {f"{kind}/{name}": value for name, value in values.items()
+                                                if value is not None})
 
 
 @contextmanager
