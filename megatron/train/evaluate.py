@@ -1,7 +1,8 @@
 """Evaluation on fixed rows with fixed masks, and the baseline that a model must beat."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from megatron.log import Log, Progress
 from megatron.parallel.collectives import all_reduce_sum
 from megatron.train.engine import Engine
 from megatron.train.passes import EvaluationPasses
+
+MICRO_BATCHES_A_GO = 32  # between two questions whether to stop
 
 
 @dataclass(frozen=True)
@@ -28,22 +31,32 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(engine: Engine, dataset: Dataset, shape: BatchShape, log: Log, *, num_rows: int,
-             label: str) -> Evaluation:
-    """Evaluate the first `num_rows` rows of `dataset`, shared out over the data axis."""
+             label: str, wants_stop: Callable[[], bool]) -> Evaluation | None:
+    """Evaluate the first `num_rows` rows of `dataset`, shared out over the data axis.
+
+    None where `wants_stop`, which all ranks ask together between some micro-batches, ends it early.
+    """
     mesh, micro_batch_size = engine.mesh, engine.config.training.micro_batch_size
     rows_a_micro_step = micro_batch_size * mesh.data.size
     bar = log.progress(total=num_rows, done=0, unit="row", label=label)
     # No worker processes: starting them costs more than the few rows that they would prepare.
     loader = batches(dataset, shape, start_sample=0, stop_sample=num_rows, micro_batch_size=micro_batch_size,
                      data_rank=mesh.data.rank, data_size=mesh.data.size, num_workers=0, pin=False)
-    passes = EvaluationPasses(engine, _counted(loader, bar, rows_a_micro_step))
+    counted, sums = _counted(loader, bar, rows_a_micro_step), torch.zeros(3, dtype=torch.float64, device=mesh.device)
     for stage in engine.stages:
         stage.eval()
-    engine.pipeline.evaluate(passes, -(-num_rows // rows_a_micro_step))
+    num_left, is_stopping = -(-num_rows // rows_a_micro_step), False
+    while num_left and not is_stopping:
+        num_now = min(num_left, MICRO_BATCHES_A_GO)
+        engine.pipeline.evaluate(EvaluationPasses(engine, islice(counted, num_now), sums), num_now)
+        num_left -= num_now
+        is_stopping = num_left > 0 and wants_stop()
     for stage in engine.stages:
         stage.train()
     bar.close()
-    loss, correct, targets = all_reduce_sum(passes.sums, mesh.world).tolist()
+    if is_stopping:
+        return None
+    loss, correct, targets = all_reduce_sum(sums, mesh.world).tolist()
     if targets == 0:
         return Evaluation(None, None, None, 0)
     return Evaluation(loss / targets, perplexity(loss / targets), correct / targets, int(targets))

@@ -159,7 +159,10 @@ def _evaluate(run: Run, events: Events, requests: StopRequests, split: str) -> E
     if training.eval_iters:
         num_rows = min(num_rows, training.eval_iters * run.sizes.final)
     result = evaluate(run.engine, dataset, run.shape, run.log, num_rows=num_rows,
-                      label="validation" if split == "valid" else split)
+                      label="validation" if split == "valid" else split,
+                      wants_stop=lambda: requests.agreed(run.mesh))
+    if result is None:
+        return None
     events.evaluation(split, run.state.iteration, run.state.consumed_samples, result)
     return result
 

@@ -77,11 +77,11 @@ class TrainPasses(_Passes, TrainingPasses):
 
 
 class EvaluationPasses(_Passes):
-    """Forward passes; `sums` (fp64 [3]): loss, correct predictions and targets, where this rank is the one to count."""
+    """Forward passes; they add loss, correct predictions and targets to `sums` (fp64 [3]) on the rank that counts."""
 
-    def __init__(self, engine: Engine, batches: Iterable[Batch]) -> None:
+    def __init__(self, engine: Engine, batches: Iterable[Batch], sums: Tensor) -> None:
         super().__init__(engine, batches)
-        self.sums = torch.zeros(3, dtype=torch.float64, device=engine.mesh.device)
+        self.sums = sums
 
     def forward(self, action: Action, hidden_uh: Tensor | None) -> Tensor:
         """What the next stage takes, or of the last one the summed loss."""

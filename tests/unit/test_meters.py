@@ -62,7 +62,7 @@ def test_a_split_without_a_residue_is_evaluated_to_nothing(tmp_path):
                         max_position_embeddings=16)
     engine = build_engine(Config(model=model, data=data, training=TrainingConfig(micro_batch_size=1)), Mesh(), 128)
     assert splits.valid is not None
-    found = evaluate(engine, splits.valid, batch_shape(splits, 1), Log(), num_rows=1, label="")
+    found = evaluate(engine, splits.valid, batch_shape(splits, 1), Log(), num_rows=1, label="", wants_stop=bool)
     assert found == Evaluation(None, None, None, 0)
 
 
