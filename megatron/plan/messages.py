@@ -5,7 +5,7 @@ sent around them. `megatron.parallel.traffic` counts the same where they are cal
 from collections import Counter
 from functools import cache
 
-from megatron.parallel.data.data_parallel import BUCKET_ELEMENTS
+from megatron.parallel.data.sums import BUCKET_ELEMENTS
 from megatron.parallel.pipeline.partition import Stage
 from megatron.parallel.traffic import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, SEND, Traffic
 from megatron.plan.parameters import Held, rank_parameters, sharded_units, stage_parameters

@@ -11,7 +11,7 @@ from megatron.kernels.packed_sequence import NO_TARGET
 from megatron.model.embedding import Embedding
 from megatron.model.protein_model import ProteinModel
 from megatron.model.transformer import Attention, Block, FeedForward
-from megatron.parallel.data.data_parallel import Replicated
+from megatron.parallel.data.replicated import Replicated
 from megatron.parallel.mesh import Axis, Mesh
 from megatron.parallel.parameters import BIAS, Normal, matrix
 from megatron.parallel.placement import Placement, gradient_norm, placement_of, wholes

@@ -1,0 +1,69 @@
+"""Every data-parallel rank holds everything; gradients are summed after the backward pass, or while it runs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from megatron.parallel.data.sums import sum_over, sum_partial
+from megatron.parallel.mesh import Mesh
+
+
+class Replicated:
+    """Every rank holds everything; gradients are summed after the last backward pass."""
+
+    def __init__(self, stages: Sequence[nn.Module], mesh: Mesh) -> None:
+        self.parameters = {name: parameter for stage in stages for name, parameter in stage.named_parameters()}
+        self._stages, self._axis = stages, mesh.replicas
+
+    def forward(self, stage: int, *args: Any) -> Any:
+        """The stage's outputs."""
+        return self._stages[stage](*args)
+
+    def before_backward(self, stage: int, is_last: bool) -> None:
+        """Nothing is due."""
+
+    def finish(self) -> None:
+        """Sum the gradients."""
+        if self._axis.size > 1:
+            sum_over(self._axis, (parameter.grad for parameter in self.parameters.values() if parameter.requires_grad))
+        sum_partial(self.parameters)
+
+
+class Overlapped:
+    """Every rank holds everything; torch's DistributedDataParallel sums while the last backward pass runs."""
+
+    def __init__(self, stages: Sequence[nn.Module], mesh: Mesh) -> None:
+        self.parameters = {name: parameter for stage in stages for name, parameter in stage.named_parameters()}
+        group = mesh.replicas.group
+        self._stages = list(stages)
+        self._summed = {number: DistributedDataParallel(stage, process_group=group, gradient_as_bucket_view=True)
+                        for number, stage in enumerate(stages) if any(p.requires_grad for p in stage.parameters())}
+        for stage in self._summed.values():
+            stage.register_comm_hook(group, _sum_bucket)
+
+    def forward(self, stage: int, *args: Any) -> Any:
+        """The stage's outputs."""
+        if stage not in self._summed:
+            return self._stages[stage](*args)
+        with self._summed[stage].no_sync():
+            return self._summed[stage](*args)
+
+    def before_backward(self, stage: int, is_last: bool) -> None:
+        """Let the last backward pass, and no other, set the sums going."""
+        if is_last and stage in self._summed:
+            # What DistributedDataParallel does in its forward pass, which may lie several passes back.
+            self._summed[stage].require_backward_grad_sync = True
+            self._summed[stage].reducer.prepare_for_backward([])
+
+    def finish(self) -> None:
+        """The sums are there."""
+        sum_partial(self.parameters)
+
+
+def _sum_bucket(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
+    return work.get_future().then(lambda future: future.value()[0])

@@ -1,0 +1,88 @@
+"""Data-parallel ranks share out what each would repeat, by torch's FSDP2."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from megatron.parallel.data.sums import sum_partial
+from megatron.parallel.mesh import Axis, Mesh
+from megatron.parallel.parameters import inherit
+from megatron.parallel.placement import placement_of
+
+Blocks = Callable[[Any], Iterable[nn.Module]]
+
+
+class Sharded:
+    """Ranks share out what each would repeat (ZeRO: Rajbhandari et al., 2020, arXiv 1910.02054), by torch's FSDP2.
+
+    "optimizer": gradients are kept whole until the last micro-batch, then each rank gets the sum of its share and steps
+    it, and the new parameters are gathered when they are next used. "gradients": each rank gets its share after every
+    micro-batch. "parameters": those, too, are gathered block by block where they are used, and dropped behind it.
+    Masters and sums are fp32; what is gathered is in the dtype of the products.
+    """
+
+    def __init__(self, stages: Sequence[nn.Module], blocks: Blocks, mesh: Mesh, sharding: str,
+                 dtype: torch.dtype) -> None:
+        self._sharding = sharding
+        self._stages = stages
+        device_mesh = _device_mesh(mesh)
+        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        self.parameters, self._sources = {}, []
+        for stage in stages:
+            wholes = dict(stage.named_parameters())
+            for unit in [*blocks(stage), stage]:
+                fully_shard(unit, mesh=device_mesh, mp_policy=precision,
+                            reshard_after_forward=sharding == "parameters")
+                assert isinstance(unit, FSDPModule)
+                unit.set_gradient_divide_factor(1.0)
+                unit.set_force_sum_reduction_for_comms(True)
+            for name, source in stage.named_parameters():
+                assert isinstance(source, DTensor)
+                self.parameters[name] = _share(source, wholes[name], mesh.shards)
+                if source.requires_grad:
+                    self._sources.append((source, self.parameters[name]))
+
+    def forward(self, stage: int, *args: Any) -> Any:
+        """The stage's outputs."""
+        return self._stages[stage](*args)
+
+    def before_backward(self, stage: int, is_last: bool) -> None:
+        """Say what becomes of the gradients and of the whole parameters behind this pass."""
+        module = self._stages[stage]
+        assert isinstance(module, FSDPModule)
+        module.set_requires_gradient_sync(is_last or self._sharding != "optimizer")
+        module.set_requires_all_reduce(is_last)
+        module.set_reshard_after_backward(is_last or self._sharding == "parameters")
+
+    def finish(self) -> None:
+        """Hand each share's gradient to the parameter that the optimizer steps."""
+        for source, share in self._sources:
+            assert isinstance(source.grad, DTensor), "every parameter that is trained takes part in the loss"
+            share.grad = source.grad.to_local()
+            source.grad = None
+        sum_partial(self.parameters)
+
+
+def _share(source: DTensor, whole: nn.Parameter, shards: Axis) -> nn.Parameter:
+    """This rank's share of `whole`, in the memory that FSDP2 keeps it in."""
+    share = nn.Parameter(source.to_local().detach(), whole.requires_grad)
+    inherit(share, whole)
+    share.placement = replace(placement_of(whole), shards=shards, num_rows=len(whole))  # type: ignore[attr-defined]
+    return share
+
+
+def _device_mesh(mesh: Mesh) -> DeviceMesh:
+    kind, shards, copies = mesh.device.type, mesh.shards.group, mesh.copies.group
+    assert shards is not None
+    if copies is None:
+        return DeviceMesh.from_group(shards, kind, mesh_dim_names=("shards",))
+    line = torch.tensor(dist.get_process_group_ranks(mesh.replicas.group))
+    return DeviceMesh.from_group([copies, shards], kind, mesh=line.view(-1, mesh.shards.size),
+                                 mesh_dim_names=("copies", "shards"))
