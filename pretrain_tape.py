@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from megatron.config import Config
 from megatron.config.command_line import listing, parse
 from megatron.errors import ConfigError, UserError
-from megatron.log import Log
+from megatron.log import Log, take_any_text
 from megatron.parallel.launch.environment import Launch, check_launch, launched
 from megatron.parallel.launch.failure import report
 from megatron.parallel.layout import check_layout
@@ -24,6 +24,7 @@ from megatron.train.state import BatchSizes
 
 def main(argv: Sequence[str]) -> int:
     """Run the program on `argv`; returns the exit status."""
+    take_any_text()
     launch = Launch()
     try:
         launch = launched()

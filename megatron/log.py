@@ -1,9 +1,20 @@
 """What a run says on its terminal: lines from one rank, a progress bar where a person watches."""
 
+import io
 import sys
 from typing import Protocol
 
 from tqdm import tqdm
+
+
+def take_any_text() -> None:
+    r"""Let standard output and error write what their encoding lacks as an escape (`\udce9`); each door begins with it.
+
+    A path is bytes and need be no UTF-8, and a terminal may be ASCII: to name a file must never end a run.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 class Log:

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron.config import Config
 from megatron.config.command_line import parse  # noqa: E402
 from megatron.errors import ConfigError, UserError  # noqa: E402
+from megatron.log import take_any_text  # noqa: E402
 from megatron.parallel.traffic import ALL_GATHER  # noqa: E402
 from megatron.plan.gpus import GPUS  # noqa: E402
 from megatron.plan.search import Machine, Plan, best_plans, layout_flags  # noqa: E402
@@ -27,6 +28,7 @@ _GIB = 2**30
 
 def main(argv: Sequence[str]) -> int:
     """The exit status: 0, or 2 for a mistake of the user's and where nothing fits."""
+    take_any_text()
     own, rest = _parser().parse_known_args(argv)
     try:
         machine = _machine(own)

@@ -6,11 +6,12 @@ Values come from, in rising order: a field's default, the preset, the flags. Wha
 
 import argparse
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import Field, fields, replace
 from typing import Any, NoReturn
 
-from megatron.config import Config
+from megatron.config import Config, ScheduleConfig, TrainingConfig
 from megatron.config.presets import PRESETS
 from megatron.errors import ConfigError
 
@@ -47,6 +48,13 @@ REFUSED = {
     "--warmup": "use --lr-warmup-fraction",
 }
 
+# Flags that say in other words what a preset says, and what of the preset they replace.
+_REPLACES = {
+    "fp16": ("bf16",), "recompute_granularity": ("checkpoint_activations",),
+    "train_samples": ("train_iters", "lr_decay_iters"),
+    "lr_warmup_iters": ("lr_warmup_fraction",), "lr_warmup_samples": ("lr_warmup_fraction",),
+}
+
 
 def parse(argv: Sequence[str]) -> tuple[Config, tuple[str, ...]]:
     """The configuration that `argv` describes, and the flags in it that are always so; raises ConfigError."""
@@ -58,13 +66,9 @@ def parse(argv: Sequence[str]) -> tuple[Config, tuple[str, ...]]:
     preset = values.pop("preset", None)
     always_so = tuple(flag for flag in ALWAYS_SO if values.pop(flag, False))
     defaults = dict(PRESETS[preset]) if preset else {}
-    if "fp16" in values or "bf16" in values:
-        defaults.pop("bf16", None)
-    if "recompute_granularity" in values:
-        defaults.pop("checkpoint_activations", None)
-    if "train_samples" in values:
-        for name in ("train_iters", "lr_decay_iters"):
-            defaults.pop(name, None)
+    for name in values:
+        for other in _REPLACES.get(name, ()):
+            defaults.pop(other, None)
     return _build({**defaults, **values}), always_so
 
 
@@ -183,19 +187,9 @@ def _check_combinations(config: Config) -> None:
          f"{model.max_position_embeddings}"),
         (config.precision.fp16 and config.precision.bf16, "--fp16 and --bf16 exclude each other; give one"),
         ((training.train_iters is None) != by_samples, "give one of --train-iters and --train-samples"),
-        (by_samples and schedule.lr_decay_iters is not None,
-         "--train-samples goes with --lr-decay-samples, not with --lr-decay-iters"),
-        (not by_samples and schedule.lr_decay_samples is not None,
-         "--lr-decay-samples goes with --train-samples; with --train-iters give --lr-decay-iters"),
-        (by_samples and schedule.lr_warmup_iters > 0, "--train-samples goes with --lr-warmup-samples"),
-        (not by_samples and schedule.lr_warmup_samples > 0, "--lr-warmup-samples goes with --train-samples"),
-        (schedule.lr_warmup_fraction is not None and (schedule.lr_warmup_iters or schedule.lr_warmup_samples),
-         "--lr-warmup-fraction excludes --lr-warmup-iters and --lr-warmup-samples; give one"),
+        *_schedule_faults(schedule, training),
         (not by_samples and training.rampup_batch_size is not None,
          "--rampup-batch-size goes with --train-samples, since iterations then differ in size"),
-        (schedule.min_lr > (schedule.lr or 0), f"--min-lr {schedule.min_lr} is above --lr {schedule.lr}"),
-        (schedule.override_lr_scheduler and schedule.use_checkpoint_lr_scheduler,
-         "--override-lr-scheduler and --use-checkpoint-lr-scheduler exclude each other; give one"),
         (data.mask_token_prob + data.mask_random_prob > 1,
          f"--mask-token-prob {data.mask_token_prob} and --mask-random-prob {data.mask_random_prob} sum to more than 1"),
         (model.checkpoint_activations and model.recompute_granularity == "selective",
@@ -207,6 +201,29 @@ def _check_combinations(config: Config) -> None:
     for is_wrong, message in wrong:
         if is_wrong:
             raise ConfigError(message)
+
+
+def _schedule_faults(schedule: ScheduleConfig, training: TrainingConfig) -> list[tuple[Any, str]]:
+    by_samples = training.train_samples is not None
+    unit = "samples" if by_samples else "iters"
+    warmup = getattr(schedule, f"lr_warmup_{unit}")
+    decay = getattr(schedule, f"lr_decay_{unit}") or getattr(training, f"train_{unit}") or math.inf
+    return [
+        (by_samples and schedule.lr_decay_iters is not None,
+         "--train-samples goes with --lr-decay-samples, not with --lr-decay-iters"),
+        (not by_samples and schedule.lr_decay_samples is not None,
+         "--lr-decay-samples goes with --train-samples; with --train-iters give --lr-decay-iters"),
+        (by_samples and schedule.lr_warmup_iters > 0, "--train-samples goes with --lr-warmup-samples"),
+        (not by_samples and schedule.lr_warmup_samples > 0, "--lr-warmup-samples goes with --train-samples"),
+        (schedule.lr_warmup_fraction and (schedule.lr_warmup_iters or schedule.lr_warmup_samples),
+         "--lr-warmup-fraction excludes --lr-warmup-iters and --lr-warmup-samples; give one"),
+        # Megatron-LM's rule: the warm-up is a part of the decay's span.
+        (warmup >= decay, f"--lr-warmup-{unit} is {warmup}, and the learning rate is to have decayed after {decay} "
+         f"{unit}; give a shorter warm-up, or more --lr-decay-{unit} (default: all of --train-{unit})"),
+        (schedule.min_lr > (schedule.lr or 0), f"--min-lr {schedule.min_lr} is above --lr {schedule.lr}"),
+        (schedule.override_lr_scheduler and schedule.use_checkpoint_lr_scheduler,
+         "--override-lr-scheduler and --use-checkpoint-lr-scheduler exclude each other; give one"),
+    ]
 
 
 def _shown(value: Any) -> str:

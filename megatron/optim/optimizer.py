@@ -1,4 +1,4 @@
-"""The optimizer: which parameters decay, whose implementation, and one step with clipping and overflow handling."""
+"""The optimizer: groups of parameters by what they declare, whose implementation, and one step that may be skipped."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

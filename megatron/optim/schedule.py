@@ -30,6 +30,14 @@ class Schedule:
         left = 1 - done if config.lr_decay_style == "linear" else 0.5 * (math.cos(math.pi * done) + 1)
         return min_lr + left * (lr - min_lr)
 
+    def notice(self, num_samples: int) -> str | None:
+        """A line for the log of a run of `num_samples` that ends before the warm-up does."""
+        if num_samples >= self.warmup_samples:
+            return None
+        return (f"the warm-up takes {self.warmup_samples:,.0f} samples and the run {num_samples:,}: the learning rate "
+                f"gets to {self.learning_rate(num_samples):.3g} of --lr {self._config.lr:.3g}; --lr-warmup-iters, "
+                "--lr-warmup-samples or --lr-warmup-fraction gives a shorter one")
+
 
 def build_schedule(config: ScheduleConfig, *, global_batch_size: int, train_iters: int | None,
                    train_samples: int | None) -> Schedule:
@@ -41,6 +49,6 @@ def build_schedule(config: ScheduleConfig, *, global_batch_size: int, train_iter
         assert train_iters is not None
         decay = (config.lr_decay_iters or train_iters) * global_batch_size
         warmup = config.lr_warmup_iters * global_batch_size
-    if config.lr_warmup_fraction is not None:
+    if config.lr_warmup_fraction:
         warmup = config.lr_warmup_fraction * decay
     return Schedule(config, warmup_samples=warmup, decay_samples=decay)

@@ -69,6 +69,9 @@ def build(config: Config, mesh: Mesh, log: Log) -> Run:
     if checkpoint is not None:
         _check_arithmetic(config, checkpoint)
     schedule = _schedule(config, sizes, checkpoint)
+    notice = schedule.notice(config.training.train_samples or (config.training.train_iters or 0) * sizes.final)
+    if notice is not None:
+        log.line(notice)
     data = build_datasets(config.data, vocab, config.training.seed)
     for part in (data.train, data.valid, data.test):
         if part is not None:

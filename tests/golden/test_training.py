@@ -140,6 +140,12 @@ def test_a_run_leaves_when_its_time_is_up(corpus, tmp_path):
     assert int((tmp_path / "latest_checkpointed_iteration.txt").read_text()) == len(curve)
 
 
+def test_a_warm_up_that_outlasts_the_run_is_told(capsys, corpus):
+    assert main([*TINY, "--data-path", corpus, "--train-iters", "1", "--lr-decay-iters", "100"]) == 0
+    assert "the warm-up takes 20 samples and the run 2: the learning rate gets to 0.0002 of --lr" in (
+        capsys.readouterr().out)
+
+
 def test_finetuning_takes_the_weights_and_starts_at_iteration_0(corpus, tmp_path):
     train(corpus, tmp_path / "first", "--train-iters", 30)
     begun = losses(tmp_path / "first")

@@ -63,7 +63,7 @@ def dropouts(axis):
     for _ in range(2):
         torch.manual_seed(7)
         for is_split in (True, False, True):
-            masks.append(Stream(axis, is_split).dropout(torch.ones(64), 0.5, is_training=True))
+            masks.append(Stream(axis, is_split).dropout(torch.ones(64), 0.5))
     return masks
 
 

@@ -8,6 +8,7 @@ from megatron.config import Config
 from megatron.config.command_line import ALWAYS_SO, REFUSED, flag_name, listing, parse
 from megatron.config.presets import PRESETS
 from megatron.errors import ConfigError
+from megatron.optim.schedule import build_schedule
 
 # Spellings of Megatron-LM v2 that users' scripts hold; frozen.
 MEGATRON_FLAGS = """
@@ -92,6 +93,18 @@ def test_training_by_samples_replaces_the_presets_iterations():
     assert config.schedule.lr_decay_iters is None
 
 
+@pytest.mark.parametrize(("text", "samples"), [
+    ("--preset demo --lr-warmup-iters 7", 28), ("--preset demo --lr-warmup-iters 0", 0),
+    ("--preset demo --lr-warmup-iters 7 --lr-warmup-fraction 0", 28), ("--preset demo --lr-warmup-fraction 0", 0),
+    ("--preset tape --train-samples 900 --lr-warmup-samples 50", 50),
+    ("--preset tape --train-samples 900 --lr-warmup-fraction 0.5", 450), ("--preset demo", 140)])
+def test_any_flag_of_the_warm_up_replaces_the_presets(text, samples):
+    config = parsed(text)
+    schedule = build_schedule(config.schedule, global_batch_size=4, train_iters=config.training.train_iters,
+                              train_samples=config.training.train_samples)
+    assert schedule.warmup_samples == samples
+
+
 def test_how_much_is_recomputed_replaces_the_presets_choice():
     assert parsed("--preset proteinlm-3b").model.checkpoint_activations
     assert not parsed("--preset proteinlm-3b --recompute-granularity selective").model.checkpoint_activations
@@ -135,7 +148,11 @@ def test_foreign_flags_say_why(flag):
     ("--preset demo --fp16 --bf16", "--fp16 and --bf16 exclude each other"),
     ("--preset demo --train-samples 9 --train-iters 9", "give one of --train-iters and --train-samples"),
     ("--preset demo --rampup-batch-size 4 4 100", "--rampup-batch-size goes with --train-samples"),
-    ("--preset demo --lr-warmup-iters 5", "--lr-warmup-fraction excludes"),
+    ("--preset demo --lr-warmup-iters 5 --lr-warmup-fraction 0.1", "--lr-warmup-fraction excludes"),
+    ("--preset demo --lr-warmup-iters 350", "--lr-warmup-iters is 350, and the learning rate is to have decayed after "
+     "350 iters; give a shorter warm-up, or more --lr-decay-iters (default: all of --train-iters)"),
+    ("--preset demo --train-samples 90 --lr-warmup-samples 80 --lr-decay-samples 70",
+     "--lr-warmup-samples is 80, and the learning rate is to have decayed after 70 samples"),
     ("--preset demo --min-lr 1", "--min-lr 1.0 is above --lr"),
     ("--preset demo --recompute-granularity selective --checkpoint-activations", "exclude each other; give one"),
     ("--preset demo --use-distributed-optimizer --data-parallel-sharding parameters",

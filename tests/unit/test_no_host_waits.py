@@ -27,7 +27,8 @@ from tests.ranks.launch import warm_processes
 FLAGS = ("--preset tape --num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 96 "
          "--max-position-embeddings 96 --micro-batch-size 2 --train-iters 9").split()
 LAYOUTS = {"one rank": (1, ""), "one rank, fp16": (1, "--fp16"), "one rank, fp32": (1, "--no-bf16"),
-           "recomputed": (1, "--checkpoint-activations --attention-dropout 0 --hidden-dropout 0"), "data": (2, "--global-batch-size 8"),
+           "recomputed": (1, "--checkpoint-activations --attention-dropout 0 --hidden-dropout 0"),
+           "data": (2, "--global-batch-size 8"),
            "tensor": (2, "--tensor-model-parallel-size 2"),
            "sequence": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
            "context": (2, "--context-parallel-size 2"),
@@ -119,7 +120,7 @@ _tensor = torch.tensor
 
 def _without_values(*arguments: Any, device: Any = None, **options: Any) -> Tensor:
     """Stands for `torch.tensor`, which fills a device's memory where no mode sees it: in a step that ends the test."""
-    values = _tensor(*arguments, **options, device="cpu")
+    values = _tensor(*arguments, **{**options, "device": "cpu"})
     return torch.empty(values.shape, dtype=values.dtype, device=device or "cpu")
 
 

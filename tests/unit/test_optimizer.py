@@ -219,6 +219,13 @@ def test_learning_rate_warms_up_then_decays_as_named():
         assert rate(401) == (1.0 if style == "constant" else 0.1)
 
 
+def test_a_run_that_ends_within_its_warm_up_is_told_how_far_the_rate_gets():
+    warming = schedule("linear", lr_warmup_fraction=0.2)
+    assert warming.notice(80) is None
+    assert warming.notice(20).startswith(
+        "the warm-up takes 80 samples and the run 20: the learning rate gets to 0.25 of --lr 1; ")
+
+
 def test_a_schedule_in_samples_equals_one_in_iterations():
     by_samples = build_schedule(ScheduleConfig(lr=1.0, lr_warmup_samples=40, lr_decay_samples=300), global_batch_size=4,
                                 train_iters=None, train_samples=400)

@@ -206,7 +206,7 @@ def test_the_tool_prints_json(capsys):
 
 @pytest.mark.parametrize(("flags", "message"), [
     (["--gpu", "h100"], f"--gpu h100 is not known; give one of {', '.join(GPUS)}"),
-    (["--gpu", "v100-32gb"], "--gpu v100-32gb has no bf16; give --fp16"),
+    (["--gpu", "v100-32gb"], "--gpu v100-32gb has no fused attention"),
     (["--gpu", "a100-40gb", "--num-layers", "2000", "--gpus", "2"], "nothing fits: the least that a layout of 2 GPUs"),
     (["--gpu", "a100-40gb", "--global-batch-size", "3", "--pipeline-model-parallel-size", "1",
       "--context-parallel-size", "1"],

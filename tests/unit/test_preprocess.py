@@ -5,8 +5,6 @@ import hashlib
 import json
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,39 +13,13 @@ import pytest
 from megatron.data.corpus.indexed import open_indexed
 from megatron.data.corpus.tokenizer import build_tokenizer
 from megatron.data.corpus.vocab import DEFAULT_VOCAB, Vocab
-from megatron.data.preprocess.flags import PreprocessConfig, parse_arguments
-from megatron.data.preprocess.run import preprocess
-from megatron.errors import DataError
+from tests.unit.protein_files import documents, outputs, run, tool, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 FIXTURE = ROOT.parent / "shared" / "fixtures" / "preprocess_set1"
 PROTEINS = ["MKVLAAGIV", "ACDEFGHIKLMNPQRSTVWY", "M", "XBZUOJ", "GGGG", "MKVLAAGIV"]
 TOKENIZER = build_tokenizer("BertWordPieceCase", Vocab.from_file())
 needs_fixture = pytest.mark.skipif(not FIXTURE.exists(), reason=f"{FIXTURE} is not there")
-
-
-def write_json(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(texts)))
-    return path
-
-
-def run(tmp_path: Path, source: Path | str, **options) -> dict:
-    return preprocess(PreprocessConfig(input=(str(source),), output_prefix=str(tmp_path / "out"), **options))
-
-
-def outputs(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("out*")) if "stats" not in path.name}
-
-
-def documents(prefix: Path) -> list[list[int]]:
-    dataset = open_indexed(str(prefix))
-    return [[int(i) for s in range(start, stop) for i in dataset[s]]
-            for start, stop in zip(dataset.doc_idx, dataset.doc_idx[1:], strict=False)]
-
-
-def tool(*arguments: str | Path, cwd: Path, **options) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *map(str, arguments)], cwd=cwd,
-                          capture_output=True, text=True, timeout=60, **options)
 
 
 @needs_fixture
@@ -192,24 +164,6 @@ def test_names_come_with_each_key_and_from_another_one(tmp_path):
         assert (tmp_path / f"out_{key}_document.names").read_bytes() == b"a\n\xed\xa0\x80\n"
 
 
-@pytest.mark.parametrize(("content", "expected"), [
-    ('{"id": 1, "text": "MK"}\n\n{"text": "MK"}\n', "line 3: no name under 'id'; --name-key names the key"),
-    ('{"id": " ", "text": "MK"}\n', "line 1: no name under 'id'"),
-    ('{"id": null, "text": "MK"}\n', "line 1: no name under 'id'"),
-    ('{"id": true, "text": "MK"}\n', "line 1: no name under 'id'"),
-    ('{"id": 1' + "0" * 30 + ', "text": "MK"}\n', "line 1: no name under 'id'"),
-    ('{"id": 1}\nbroken', "line 1: no key 'text'"),
-    (">a\nMK\nMK\n> \nMK\n", "line 4: a header without a name"),
-    ("MK\n", "is strings, one protein a line without a name; --names needs FASTA"),
-])
-def test_a_record_without_a_name_is_one_clear_line(tmp_path, content, expected):
-    (tmp_path / "in").write_text(content)
-    with pytest.raises(DataError) as caught:
-        run(tmp_path, tmp_path / "in", names=True)
-    assert expected in str(caught.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
-
-
 def test_records_without_a_name_can_be_skipped(tmp_path):
     (tmp_path / "in").write_text(">a\nMK\n>\nMK\n>c\nM1\n>d\nV\n")
     report = run(tmp_path, tmp_path / "in", names=True, skip_bad_records=True)
@@ -232,61 +186,25 @@ def test_statistics_say_what_is_in_the_files(tmp_path):
     assert output["length_histogram"]["1-29"] == 6
 
 
+def test_statistics_say_what_each_id_means(tmp_path):
+    vocab = Vocab.from_file()
+    swapped = tmp_path / "vocab.txt"
+    swapped.write_text("\n".join([*vocab.tokens[:-2], vocab.tokens[-1], vocab.tokens[-2]]))
+    source = write_json(tmp_path / "in.json", PROTEINS)
+    for found in (vocab, Vocab.from_file(swapped)):
+        (tmp_path / "used.txt").write_text("\n".join(found.tokens))
+        run(tmp_path, source, vocab_file=str(tmp_path / "used.txt"))
+        stats = json.loads((tmp_path / "out.stats.json").read_text())
+        assert stats["vocabulary"] == {"identity": found.identity, "tokens": list(found.tokens)}
+    assert Vocab.from_file(swapped).identity != vocab.identity == Vocab.from_file().identity
+
+
 def test_a_dry_run_counts_and_writes_nothing(tmp_path, capsys):
     source = write_json(tmp_path / "in.json", PROTEINS)
     report = run(tmp_path, source, dry_run=True, names=True)
     assert [path.name for path in tmp_path.iterdir()] == ["in.json"]
     assert report["outputs"]["text"]["records"] == len(PROTEINS)
     assert "records 6, kept 6" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(("content", "expected"), [
-    ('{"text": "MK"}\n{"text": "M', "line 2: not a JSON object"),
-    ('{"text": "MK"}\n\n[1]\n', "line 3: list where a JSON object belongs"),
-    ('{"text": "MK"}\n{"seq": "MK"}\n', "line 2: no key 'text'; it has 'seq'. --json-keys names the keys"),
-    ('{"text": 7}\n', "line 1: 'text' is of type int"),
-    ('{"text": "MK"}\n\n{"text": "MK1"}\n', "line 3, column 3 of the text: '1' is not a residue"),
-    ('{"text": "M1"}\nnonsense\n', "line 1, column 2"),
-    ('{"text": "M*K"}\n', "line 1, column 2 of the text: an internal stop"),
-    (">a\nMK\nVL\n>b\nMK\nV1\n", "line 6, column 2: '1' is not a residue"),
-    ("MK\n\nM?\n", "line 3, column 2: '?' is not a residue"),
-    ("", "is empty"),
-    (" \n\n", "is empty"),
-    ('[{"text": "MK"}]', "one object a line"),
-    ("\ufeff{broken\n", "line 1: not a JSON object"),
-])
-def test_bad_input_is_one_clear_line_and_leaves_nothing(tmp_path, content, expected):
-    (tmp_path / "in").write_text(content, encoding="utf-8")
-    with pytest.raises(DataError) as caught:
-        run(tmp_path, tmp_path / "in")
-    assert expected in str(caught.value)
-    assert str(tmp_path / "in") in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
-
-
-def test_an_earlier_output_survives_a_failed_run(tmp_path):
-    run(tmp_path, write_json(tmp_path / "in.json", PROTEINS))
-    before = outputs(tmp_path)
-    with pytest.raises(DataError):
-        run(tmp_path, write_json(tmp_path / "bad.json", ["MK1"]))
-    assert outputs(tmp_path) == before
-
-
-def test_skipped_records_are_counted_by_reason_and_reported(tmp_path, capsys):
-    (tmp_path / "in").write_text('{"text": "MK"}\nnonsense\n{"text": "M1"}\n{"text": null}\n{}\n{"text": "M*K"}\n')
-    report = run(tmp_path, tmp_path / "in", skip_bad_records=True)
-    assert report["outputs"]["text"]["dropped"] == {
-        "bad JSON": 1, "internal stop": 1, "missing key": 1, "not a string": 1, "not protein": 1}
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 5
-    assert "line 2: not a JSON object" in lines[0]
-
-
-def test_a_run_that_keeps_no_protein_fails(tmp_path):
-    with pytest.raises(DataError, match=r"no protein is left .* of 6 records"):
-        run(tmp_path, write_json(tmp_path / "in.json", PROTEINS), min_length=99)
-    assert not outputs(tmp_path)
 
 
 @pytest.mark.parametrize("options", [{"workers": 2, "names": True},
@@ -336,38 +254,6 @@ def test_shards_of_a_changed_input_are_not_taken_up(tmp_path, many, monkeypatch,
     assert documents(tmp_path / "out_text_document")[-1] == [17, 15, 26]
 
 
-def test_shards_of_standard_input_are_refused():
-    with pytest.raises(DataError, match="standard input cannot be read again"):
-        preprocess(PreprocessConfig(input=("-",), output_prefix="x", shards=2))
-
-
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
-    from megatron.data.corpus.indexed_writer import IndexedWriter
-
-    def full(self, *arguments):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(IndexedWriter, "add", full)
-    with pytest.raises(OSError, match="No space left"):
-        run(tmp_path, write_json(tmp_path / "in.json", PROTEINS))
-    assert [path.name for path in tmp_path.iterdir()] == ["in.json"]
-
-
-@pytest.mark.parametrize(("arguments", "expected"), [
-    ("--output-prefix x", "--input is missing"),
-    ("--input x", "--output-prefix is missing"),
-    ("--input x --output-prefix y --workers 0", "--workers is 0; it must be greater than 0"),
-    ("--input x --output-prefix y --min-length 9 --max-length 8", "--min-length 9 is above --max-length 8"),
-    ("--input x --output-prefix y --json-keys a a", "names a key twice"),
-    ("--input x --output-prefix y --dataset-impl zip", "invalid choice"),
-    ("--input x --output-prefix y --merge-file z", "--merge-file"),
-    ("--input x --output-prefix y --name-key z", "--name-key z goes with --names"),
-])
-def test_wrong_flags_are_one_clear_line(arguments, expected):
-    with pytest.raises(ValueError, match=expected):
-        parse_arguments(arguments.split())
-
-
 def test_the_readmes_command_gives_one_id_a_residue(tmp_path):
     write_json(tmp_path / "my-tape-corpus.json", PROTEINS)
     (tmp_path / "iupac-vocab.txt").write_bytes(DEFAULT_VOCAB.read_bytes())
@@ -380,19 +266,11 @@ def test_the_readmes_command_gives_one_id_a_residue(tmp_path):
         "my-tape-corpus.json", "my-tape.stats.json", "my-tape_text_sentence.bin", "my-tape_text_sentence.idx"]
 
 
-def test_a_mistake_ends_the_tool_with_status_2_and_no_traceback(tmp_path):
-    write_json(tmp_path / "in.json", ["MK1"])
-    done = tool("--input", "in.json", "--output-prefix", "out", "--workers", "2", cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: in.json: line 1, column 3 of the text: '1' is not a residue")
-    assert len(done.stderr.splitlines()) == 1
-
-
 def test_standard_input_and_missing_accelerators_give_the_same_bytes(tmp_path):
     source = write_json(tmp_path / "in.json", PROTEINS)
     run(tmp_path, source)
     expected = outputs(tmp_path)
-    blocked = "import sys\nfor name in ('orjson', 'isal', 'tqdm', 'nltk'): sys.modules[name] = None\n"
+    blocked = "import sys\nfor name in ('orjson', 'isal', 'nltk'): sys.modules[name] = None\n"
     (tmp_path / "sitecustomize.py").write_text(blocked)
     with open(tmp_path / "in.json.gz", "wb") as file:
         file.write(gzip.compress(source.read_bytes()))

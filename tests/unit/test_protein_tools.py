@@ -11,6 +11,7 @@ import pytest
 
 from megatron.data.corpus.indexed import open_indexed
 from megatron.data.sources.json_lines import convert
+from megatron.errors import DataError
 
 TOOLS = Path(__file__).resolve().parents[2] / "protein_tools"
 
@@ -62,6 +63,12 @@ def test_a_conversion_refuses_another_kind_and_leaves_nothing(tmp_path):
     assert done.returncode == 2
     assert done.stderr == f"error: {tmp_path}/in.json: is json, not fasta; preprocess_data.py reads it directly\n"
     assert [path.name for path in tmp_path.iterdir()] == ["in.json"]
+
+
+def test_an_output_that_cannot_be_written_is_one_line_of_its_name(tmp_path):
+    (tmp_path / "in.fasta").write_text(">a\nMK\n")
+    with pytest.raises(DataError, match="nowhere/out.json: cannot be written"):
+        convert([str(tmp_path / "in.fasta")], str(tmp_path / "nowhere" / "out.json"), "fasta")
 
 
 def test_standard_output_takes_the_json(tmp_path, capfd):

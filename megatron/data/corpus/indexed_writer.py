@@ -8,6 +8,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -96,7 +97,8 @@ class IndexedWriter:
     def close(self) -> None:
         """Leave the partial output for a later writer to resume."""
         for file in (*self._spools, self._lock):
-            file.close()
+            with suppress(OSError):  # a full disk: what counts was brought to it by `commit`, which raises
+                file.close()
 
     def _index(self) -> Iterator[np.ndarray]:
         num_sequences, num_documents = self._sizes.tell() // 4, self._documents.tell() // 4

@@ -14,6 +14,7 @@ from megatron.errors import ResidueError, UserError, VocabError
 
 TOKENIZER_TYPES = ("BertWordPieceLowerCase", "BertWordPieceCase")
 DROPPED = b" \t\n\r\v\f-."
+INTERNAL_STOP = "internal stop"
 
 _STOP, _BAD = 254, 255
 _NOT_PROTEIN = re.compile(rb"[^A-Za-z*\-.\s]")
@@ -94,7 +95,7 @@ def _problem(text: bytes) -> Problem:
         return Problem("not protein", bad.start(), f"{_first_character(text[bad.start():])} is not a residue")
     stop = _RESIDUE_AFTER_STOP.search(text)
     assert stop is not None
-    return Problem("internal stop", stop.start(), "an internal stop '*' (residues follow it)")
+    return Problem(INTERNAL_STOP, stop.start(), "an internal stop '*' (residues follow it)")
 
 
 def _first_character(text: bytes) -> str:

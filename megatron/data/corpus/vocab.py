@@ -3,6 +3,8 @@
 The special tokens are [PAD] [MASK] [CLS] [SEP] [UNK]; a single letter A-Z is a residue.
 """
 
+import hashlib
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +17,7 @@ DEFAULT_VOCAB = Path(__file__).resolve().parents[3] / "protein_tools" / "iupac_v
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 RESIDUE_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SPECIAL_TOKENS = ("[PAD]", "[MASK]", "[CLS]", "[SEP]", "[UNK]")
+_IDENTITY_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,11 @@ class Vocab:
     def size(self) -> int:
         """How many tokens there are, padding excluded."""
         return len(self.tokens)
+
+    @cached_property
+    def identity(self) -> str:
+        """A short digest of the tokens in order: two vocabularies share it only if each id means the same in both."""
+        return hashlib.blake2b(json.dumps(self.tokens).encode(), digest_size=_IDENTITY_BYTES).hexdigest()
 
     def padded_size(self, multiple: int) -> int:
         """The size rounded up to a multiple of `multiple`."""

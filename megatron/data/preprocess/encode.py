@@ -6,11 +6,10 @@ from itertools import chain, compress
 
 import numpy as np
 
-from megatron.data.corpus.tokenizer import Problem, ResidueTokenizer, split_sentences
+from megatron.data.corpus.tokenizer import INTERNAL_STOP, Problem, ResidueTokenizer, split_sentences
 from megatron.data.preprocess.tally import Tally
 from megatron.data.sources.block import Block, Texts
-from megatron.data.sources.names import names_of
-from megatron.data.sources.source import place_of, texts_of
+from megatron.data.sources.source import names_of, place_of, texts_of
 from megatron.errors import DataError
 
 DIGEST_BYTES = 16
@@ -86,9 +85,8 @@ def _encode_key(encoding: Encoding, block: Block, key: str, names: Texts) -> Doc
     bad = {index: found.reason for index, found in (problems | parsed.bad).items()}
     # Finding a place takes time, and there may be as many bad records as records.
     reports = [_message(block, index, parsed, problems) for index in sorted(bad)[:MAX_REPORTS]]
-    if reports and not encoding.skip_bad_records:
-        raise DataError(f"{reports[0]}; mend it, or leave such records out with --skip-bad-records")
-
+    if reports:
+        _check_bad(encoding, block, bad, len(encoded), reports[0])
     lengths = np.fromiter(map(len, encoded), dtype=np.int32, count=len(encoded))
     tally = Tally(num_records=len(encoded), num_blank_lines=parsed.num_blank_lines)
     is_kept = _kept(encoding, encoded, lengths, bad, tally)
@@ -102,6 +100,20 @@ def _encode_key(encoding: Encoding, block: Block, key: str, names: Texts) -> Doc
         return replace(documents, digests=b"".join(map(_digest, encoded)))
     tally.count_documents(documents.ids, lengths)
     return documents
+
+
+def _check_bad(encoding: Encoding, block: Block, bad: dict[int, str], num_records: int, report: str) -> None:
+    """Raise DataError for bad records, unless they are to be skipped and do not show that the file is something else.
+    """
+    found = f"{report} ({len(bad)} of {num_records} records are bad here: is this file what it should be?)"
+    if encoding.skip_bad_records:
+        num_strange = sum(reason != INTERNAL_STOP for reason in bad.values())  # stops stand in proteins of any file
+        if block.begins_file and 2 * num_strange > num_records:
+            raise DataError(f"{found}; --skip-bad-records leaves single records out, not most of a file")
+    elif 2 * len(bad) > num_records:
+        raise DataError(f"{found if len(bad) > 1 else report}; mend it")
+    else:
+        raise DataError(f"{report}; mend it, or leave such records out with --skip-bad-records")
 
 
 def _message(block: Block, index: int, parsed: Texts, problems: dict[int, Problem]) -> str:

@@ -18,10 +18,10 @@ class PreprocessConfig:
     """From files of proteins to PREFIX_text_document.bin and .idx."""
 
     input: tuple[str, ...] = flag(
-        None, "files of proteins, told apart by content: loose JSON, FASTA, TAPE's LMDB folders, one sequence a line, "
-        "Parquet, plain, gzip or zstd; patterns too; - is standard input", nargs="+")
-    json_keys: tuple[str, ...] = flag(("text",), "key of the sequence in JSON, LMDB or Parquet; each gives an output",
-                                      nargs="+", aliases=("--json-key",))
+        None, "files of proteins, told apart by content: loose JSON, FASTA, one sequence a line, CSV, TSV, Parquet, "
+        "Arrow, TAPE's LMDB folders, plain, gzip, zstd or in a tar; patterns too; - is standard input", nargs="+")
+    json_keys: tuple[str, ...] = flag(("text",), "key or column of the sequence in JSON, CSV, LMDB, Parquet or Arrow; "
+                                      "each gives an output", nargs="+", aliases=("--json-key",))
     output_prefix: str = flag(None, "path of the output without _KEY_document.bin and .idx")
     dataset_impl: str = flag("mmap", "layout of the output", choices=IMPLEMENTATIONS)
     vocab_file: str = flag(str(DEFAULT_VOCAB), "vocabulary, one token a line", aliases=("--vocab",))
@@ -29,7 +29,7 @@ class PreprocessConfig:
                                choices=TOKENIZER_TYPES)
     names: bool = flag(False, "write each protein's name to PREFIX_KEY_document.names too, one a line, for "
                        "--blend-by cluster: the first word of its FASTA header, or of what stands under --name-key")
-    name_key: str = flag(None, "key of the name in JSON, LMDB or Parquet (id unless given)")
+    name_key: str = flag(None, "key or column of the name in JSON, CSV, LMDB, Parquet or Arrow (id unless given)")
     split_sentences: bool = flag(False, "split texts at their full stops into sentences (untrained Punkt of NLTK)")
     keep_newlines: bool = flag(False, "keep newlines between sentences; residues are stored without white space, so "
                                "this changes no id")

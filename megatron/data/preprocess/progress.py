@@ -3,7 +3,8 @@
 import sys
 import time
 from types import TracebackType
-from typing import Any
+
+from tqdm import tqdm
 
 
 class Progress:
@@ -12,7 +13,9 @@ class Progress:
     def __init__(self, total_bytes: int, log_interval: int) -> None:
         self._total, self._interval = total_bytes, log_interval
         self._start_s, self._next_line = time.monotonic(), log_interval
-        self._bar = _terminal_bar(total_bytes)
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total_bytes or None, unit="B", unit_scale=True, desc="proteins")
 
     def __enter__(self) -> "Progress":
         return self
@@ -32,13 +35,3 @@ class Progress:
             share = f", {bytes_read / self._total:.0%}" if self._total else ""
             print(f"Processed {num_documents} documents ({num_documents / elapsed_s:.0f} docs/s, "
                   f"{bytes_read / elapsed_s / 1e6:.1f} MB/s{share}).", file=sys.stderr, flush=True)
-
-
-def _terminal_bar(total_bytes: int) -> Any | None:
-    if not sys.stderr.isatty():
-        return None
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
-    return tqdm(total=total_bytes or None, unit="B", unit_scale=True, desc="proteins")

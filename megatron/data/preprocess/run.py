@@ -4,9 +4,11 @@ Order in is order out, so the number of workers changes no byte. With --shards t
 each piece, and a run that was killed goes on behind the last one.
 """
 
+import hashlib
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -20,12 +22,14 @@ from megatron.data.corpus.vocab import Vocab
 from megatron.data.preprocess.duplicates import SeenDigests
 from megatron.data.preprocess.encode import MAX_REPORTS, Documents, Encoding
 from megatron.data.preprocess.flags import PreprocessConfig
+from megatron.data.preprocess.nucleotides import NucleotideWatch
 from megatron.data.preprocess.progress import Progress
 from megatron.data.preprocess.tally import Tally, describe
 from megatron.data.preprocess.workers import encoded_blocks
-from megatron.data.sources.block import BLOCK_BYTES, Block
+from megatron.data.sources.block import Block
 from megatron.data.sources.names import DEFAULT_NAME_KEY
-from megatron.data.sources.source import expand, file_sha256
+from megatron.data.sources.source import Source, expand
+from megatron.data.sources.streams import BLOCK_BYTES
 from megatron.errors import DataError, UserError
 from megatron.files import write_json
 
@@ -42,10 +46,14 @@ def preprocess(config: PreprocessConfig) -> dict[str, Any]:
     except UserError:
         run.discard()
         raise
+    except OSError as error:  # readers tell of their own as DataError
+        run.leave()
+        raise DataError(f"{error.filename or config.output_prefix}: cannot write the output "
+                        f"({error.strerror or error}); make room, or choose another --output-prefix") from None
     except BaseException:
         run.leave()
         raise
-    for line in _summary(config, report):
+    for line in _summary(config, run.sources, report):
         print(line)
     return report
 
@@ -69,6 +77,7 @@ class _Run:
         self.encoding = _encoding(config, self.vocab)
         self.num_blocks, self.num_shards, self.num_reported = 0, 0, 0
         self.tallies = [Tally() for _ in config.json_keys]
+        self.nucleotides = NucleotideWatch(self.vocab)
         self.seen = [SeenDigests() for _ in config.json_keys] if config.dedup else []
         self.writers: list[IndexedWriter] = []
 
@@ -78,13 +87,15 @@ class _Run:
             self._open_writers()
         total = sum(source.size for source in self.sources)
         with Progress(total, self.config.log_interval) as progress:
-            for bytes_read, per_key in encoded_blocks(self.encoding, self._blocks(), self.config.workers):
+            for (bytes_read, source), per_key in encoded_blocks(self.encoding, self._blocks(), self.config.workers):
+                self.nucleotides.see(source, per_key[0].ids)
                 for index, documents in enumerate(per_key):
                     self._take(index, documents)
                 self.num_blocks += 1
                 progress.show(bytes_read, self.tallies[0].num_records)
                 if self.writers and bytes_read * self.config.shards >= total * (self.num_shards + 1) > 0:
                     self._commit(bytes_read * self.config.shards // total)
+        self.nucleotides.finish()
         return self._finish()
 
     def discard(self) -> None:
@@ -100,15 +111,15 @@ class _Run:
             else:
                 writer.discard()
 
-    def _blocks(self) -> Iterator[tuple[int, Block]]:
-        """Every block that no earlier run has committed, with the bytes of all inputs read up to its end."""
+    def _blocks(self) -> Iterator[tuple[tuple[int, str], Block]]:
+        """Every block that no earlier run has committed, with the bytes of all inputs up to its end, and its file."""
         return islice(self._all_blocks(), self.num_blocks, None)
 
-    def _all_blocks(self) -> Iterator[tuple[int, Block]]:
+    def _all_blocks(self) -> Iterator[tuple[tuple[int, str], Block]]:
         before = 0
         for source in self.sources:
             for block in source.blocks(self.config.json_keys, self.encoding.name_key):
-                yield before + block.bytes_read, block
+                yield (before + block.bytes_read, block.source), block
             before += source.size
 
     def _take(self, index: int, documents: Documents) -> None:
@@ -186,8 +197,9 @@ class _Run:
                    for key, tally in zip(self.config.json_keys, self.tallies, strict=True)}
         stats: dict[str, Any] = {
             "version": VERSION, "options": self.config.affecting_output(),
-            "inputs": [{"path": source.path, "bytes": source.size, "sha256": source.sha256}
-                       for source in self.sources],
+            "vocabulary": {"identity": self.vocab.identity, "tokens": self.vocab.tokens},
+            "inputs": [{"path": source.path, "kinds": sorted(source.kinds), "bytes": source.size,
+                        "sha256": source.sha256} for source in self.sources],
             "outputs": outputs,
         }
         if not self.writers:
@@ -196,7 +208,7 @@ class _Run:
         stats_path.unlink(missing_ok=True)
         for writer, output in zip(self.writers, outputs.values(), strict=True):
             writer.finish()
-            output["files"] = [{"path": path, "bytes": os.path.getsize(path), "sha256": file_sha256(path)}
+            output["files"] = [{"path": path, "bytes": os.path.getsize(path), "sha256": _file_sha256(path)}
                                for path in (f"{writer.prefix}.{ending}" for ending in _endings(self.config))]
         write_json(stats_path, stats)
         return stats
@@ -232,8 +244,18 @@ def _synced_size(path: Path) -> int:
         return os.path.getsize(path)
 
 
-def _summary(config: PreprocessConfig, report: dict[str, Any]) -> Iterator[str]:
+def _file_sha256(path: str) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(1 << 20):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def _summary(config: PreprocessConfig, sources: list[Source], report: dict[str, Any]) -> Iterator[str]:
+    kinds = Counter(kind for source in sources for kind in source.kinds)
+    yield "read as " + ", ".join(f"{kind} ({count} of {len(sources)} inputs)" for kind, count in sorted(kinds.items()))
     for key, prefix in output_prefixes(config).items():
         files = ", ".join(f"{prefix}.{ending}" for ending in _endings(config))
         yield f"{key}: a dry run, nothing written" if config.dry_run else files
-        yield from describe(report["outputs"][key])
+        yield from (f"  {line}" for line in describe(report["outputs"][key]))

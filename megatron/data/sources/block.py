@@ -1,18 +1,51 @@
-"""What every reader hands on: blocks of whole records, cut by one process and parsed by any."""
+"""What every reader gets and gives: the beginning of a file, what is wanted of it, and blocks of whole records.
+
+One process cuts the blocks; any may parse them.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
 
-BLOCK_BYTES = 1 << 21
-MAX_RECORD_BYTES = 1 << 26
+from megatron.data.sources.streams import InputStream, Lookahead
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The keys, or columns, of each record's texts and, if given, of its name; kinds without keys have one text."""
+
+    keys: tuple[str, ...]
+    name_key: str | None = None
+
+    def columns(self) -> dict[str, str]:
+        """Every column that is read, each with the flag that names it."""
+        flags = dict.fromkeys(self.keys, "--json-keys")
+        return flags if self.name_key is None else {self.name_key: "--name-key", **flags}
+
+
+@dataclass
+class Contents:
+    """A file that is open and unpacked. `path`: where it lies unpacked on the disk, if it does.
+
+    line: the number of the line, from 1, with which `chunks` begin, where these are text.
+    """
+
+    stream: InputStream
+    chunks: Lookahead
+    path: str | None
+    line: int = 1
+
+    @property
+    def source(self) -> str:
+        """The file, as messages name it."""
+        return self.stream.path
 
 
 @dataclass(frozen=True)
 class Block:
     """Whole records of one file, still unparsed.
 
-    kind: json, fasta, strings, lmdb or parquet. records: bytes of text, or what the kind's reader makes.
-    first: the number, from 1, of the first line (text) or record (others). bytes_read: of its file so far.
+    kind: a key of `kinds.FORMATS`. records: bytes of text, or what the kind's reader makes. first: the number, from 1,
+    of the first line (text) or record (others). bytes_read: of its file so far. begins_file: is it the file's first?
     """
 
     source: str
@@ -20,6 +53,7 @@ class Block:
     records: Any
     first: int
     bytes_read: int
+    begins_file: bool = False
 
 
 @dataclass(frozen=True)

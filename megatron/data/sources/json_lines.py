@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron.data.sources.source import expand, texts_of
 from megatron.errors import DataError
 from megatron.files import replacing
+from megatron.log import take_any_text
 
 _WHITE_SPACE = b" \t\n\r\v\f"
 
@@ -21,12 +22,16 @@ def convert(patterns: Sequence[str], output: str, kind: str) -> int:
     lines = _lines(patterns, kind)
     if output == "-":
         return _write(lines, sys.stdout.fileno())
-    with replacing(Path(output)) as temporary, open(temporary, "wb") as file:
-        return _write(lines, file.fileno())
+    try:
+        with replacing(Path(output)) as temporary, open(temporary, "wb") as file:
+            return _write(lines, file.fileno())
+    except OSError as error:  # readers tell of their own as DataError
+        raise DataError(f"{output}: cannot be written ({error.strerror or error}); name another output") from None
 
 
 def main(kind: str, description: str) -> int:
     """The command line of one conversion; returns the exit status."""
+    take_any_text()
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("input", nargs="+", help="files, plain, gzip or zstd; - is standard input")
     parser.add_argument("output", help="file of JSON lines; - is standard output")

@@ -1,41 +1,32 @@
-"""The name of each record: the first word of its FASTA header, or of what stands under a key of JSON, LMDB or Parquet.
+"""Where each record's name stands, and the bytes there: a header of FASTA, or what a key or a column holds.
 
-Bytes are taken as they are, so a name may hold anything but white space.
+A name is the first word there. Bytes are taken as they are, so it may hold anything but white space.
 """
 
 import json
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from megatron.data.sources.block import BadRecord, Block, Texts
-from megatron.data.sources.plain_pickle import load_plain_pickle
-from megatron.data.sources.text import json_loads
+from megatron.data.sources.binary.plain_pickle import load_plain_pickle
+from megatron.data.sources.block import Block
+from megatron.data.sources.text.records import json_loads
 
 DEFAULT_NAME_KEY = "id"
 
 
-def names_of(block: Block, key: str) -> Texts:
-    """The name of each of a block's records; a record without one is bad. Strings, one a line, have no names."""
-    finding = "a header without a name" if block.kind == "fasta" else f"no name under {key!r}; --name-key names the key"
-    parsed = Texts([])
-    for index, (place, name) in enumerate(_FINDERS[block.kind](block, key)):
-        if not name:
-            parsed.bad[index] = BadRecord("no name", f"{block.source}: {place}: {finding}")
-        parsed.texts.append(name)
-    return parsed
-
-
-def _in_fasta(block: Block, key: str) -> Iterator[tuple[str, bytes]]:
+def names_in_fasta(block: Block, key: str) -> Iterator[tuple[str, bytes]]:
+    """The line and the header of each record."""
     line = block.first
     for record in block.records[1:].split(b"\n>"):
-        yield f"line {line}", _first_word(record.partition(b"\n")[0])
+        yield f"line {line}", record.partition(b"\n")[0]
         line += record.count(b"\n") + 1
 
 
-def _in_json(block: Block, key: str) -> Iterator[tuple[str, bytes]]:
+def names_in_json(block: Block, key: str) -> Iterator[tuple[str, bytes]]:
+    """The line and the value under `key` of each object."""
     loads = json_loads()
     for number, line in enumerate(block.records.split(b"\n"), start=block.first):
         if line.strip():
@@ -54,7 +45,8 @@ def _odd_json(line: bytes) -> Any:
         return None
 
 
-def _in_lmdb(block: Block, key: str) -> Iterator[tuple[str, bytes]]:
+def names_in_lmdb(block: Block, key: str) -> Iterator[tuple[str, bytes]]:
+    """The number and the value under `key` of each record."""
     for number, value in enumerate(block.records, start=block.first):
         try:
             record = load_plain_pickle(value or b"")
@@ -63,9 +55,10 @@ def _in_lmdb(block: Block, key: str) -> Iterator[tuple[str, bytes]]:
         yield f"record {number}", _under_key(record, key)
 
 
-def _in_parquet(block: Block, key: str) -> Iterable[tuple[str, bytes]]:
+def names_in_columns(block: Block, key: str) -> Iterator[tuple[str, bytes]]:
+    """The number and the value in the column `key` of each record."""
     for number, value in enumerate(block.records[key], start=block.first):
-        yield f"record {number}", _first_word(value or b"")
+        yield f"record {number}", value or b""
 
 
 def _under_key(record: Any, key: str) -> bytes:
@@ -74,12 +67,4 @@ def _under_key(record: Any, key: str) -> bytes:
         value = str(value)
     if isinstance(value, str):
         value = value.encode(errors="surrogatepass")
-    return _first_word(value) if isinstance(value, bytes) else b""
-
-
-def _first_word(text: bytes) -> bytes:
-    return b"".join(text.split(None, 1)[:1])
-
-
-_FINDERS: dict[str, Callable[[Block, str], Iterable[tuple[str, bytes]]]] = {
-    "fasta": _in_fasta, "json": _in_json, "lmdb": _in_lmdb, "parquet": _in_parquet}
+    return value if isinstance(value, bytes) else b""

@@ -1,100 +1,56 @@
-"""A file of proteins, whatever its kind: which kind it is, its blocks, and the texts of a block."""
+"""An input of proteins, a file or a folder: its blocks, and the texts, names and places of a block."""
 
 import glob
 import hashlib
 import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-from megatron.data.sources.block import Block, Texts
-from megatron.data.sources.parquet import PARQUET_MAGIC, parquet_blocks, parse_parquet
-from megatron.data.sources.streams import GZIP_MAGIC, ZSTD_MAGICS, InputStream, unpacked
-from megatron.data.sources.tape_lmdb import LMDB_MAGIC, LMDB_MAGIC_OFFSET, lmdb_blocks, parse_lmdb
-from megatron.data.sources.text import (
-    parse_fasta,
-    parse_json,
-    parse_strings,
-    place_in_fasta,
-    place_in_json,
-    place_in_strings,
-    text_blocks,
-)
+from megatron.data.sources.block import BadRecord, Block, Texts, Wanted
+from megatron.data.sources.folders import files_of
+from megatron.data.sources.kinds import FORMATS, blocks_of
+from megatron.data.sources.streams import InputStream
 from megatron.errors import DataError
-
-_PARSERS = {"json": parse_json, "fasta": parse_fasta, "strings": parse_strings, "lmdb": parse_lmdb,
-            "parquet": parse_parquet}
-_PLACES = {"json": place_in_json, "fasta": place_in_fasta, "strings": place_in_strings}
-_WITH_KEYS = ("json", "lmdb", "parquet")
-_BinaryReader = Callable[[str, str, Sequence[str], str | None], Iterator[Block]]
 
 
 class Source:
-    """One input. `size` is its bytes (0 for standard input); `sha256` is known once its blocks have been read."""
+    """One input. `size` is its bytes (0 for standard input).
+
+    Known once its blocks have been read: `sha256`, over the files of a folder in order, and `kinds` of its blocks.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.sha256 = ""
-        self._file = _file_of(path)
-        self.size = 0 if path == "-" else os.path.getsize(self._file)
+        self.kinds: set[str] = set()
+        self._files = files_of(path)
+        self.size = 0 if path == "-" else sum(map(os.path.getsize, self._files))
 
     def blocks(self, keys: Sequence[str], name_key: str | None = None) -> Iterator[Block]:
         """The blocks of whole records, in order; raises DataError for what cannot be read.
 
         `keys` are those of the texts; `name_key`, if given, that of the name.
         """
-        kind = ""
-        for block in self._blocks(keys, name_key):
-            kind = kind or self._check_kind(block.kind, keys, name_key)
-            yield block
-        if not kind:
+        digest = hashlib.sha256()
+        bytes_before = 0
+        for file in self._files:
+            stream = InputStream(file, digest=digest)
+            try:
+                path = file if file != "-" and os.path.isfile(file) else None
+                for block in blocks_of(stream, path, Wanted(tuple(keys), name_key)):
+                    self.kinds.add(block.kind)
+                    yield replace(block, bytes_read=bytes_before + block.bytes_read)
+                stream.drain()
+            finally:
+                stream.close()
+            bytes_before += stream.bytes_read
+        if not self.kinds:
             raise DataError(f"{self.path}: holds no record")
+        self.sha256 = digest.hexdigest()
 
-    def identity(self) -> tuple[str, int, int]:
-        """Path, size and time of the last change: tells whether an input is still the same."""
-        return self.path, self.size, os.stat(self._file).st_mtime_ns
-
-    def _blocks(self, keys: Sequence[str], name_key: str | None) -> Iterator[Block]:
-        if os.path.isdir(self.path):
-            yield from lmdb_blocks(self.path, self.path)
-            self.sha256 = file_sha256(self._file)
-            return
-        stream = InputStream(self._file)
-        try:
-            is_packed = stream.peek(4).startswith((GZIP_MAGIC, *ZSTD_MAGICS))
-            chunks = unpacked(stream)
-            head = next(chunks, b"")
-            while len(head) < LMDB_MAGIC_OFFSET + 4 and (more := next(chunks, b"")):
-                head += more
-            read_binary = _binary_reader(head)
-            if read_binary is None:
-                yield from text_blocks(stream, _chain(head, chunks))
-                self.sha256 = stream.sha256()
-            elif is_packed or not os.path.isfile(self._file):
-                yield from self._spooled(read_binary, _chain(head, chunks), keys, name_key)
-                self.sha256 = stream.sha256()
-            else:
-                yield from read_binary(self.path, self.path, keys, name_key)
-                self.sha256 = file_sha256(self._file)
-        finally:
-            stream.close()
-
-    def _spooled(self, read_binary: _BinaryReader, chunks: Iterable[bytes], keys: Sequence[str],
-                 name_key: str | None) -> Iterator[Block]:
-        """The blocks of a file that must be random-accessible, unpacked into a temporary one."""
-        with tempfile.NamedTemporaryFile() as file:
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            yield from read_binary(self.path, file.name, keys, name_key)
-
-    def _check_kind(self, kind: str, keys: Sequence[str], name_key: str | None) -> str:
-        if len(keys) > 1 and kind not in _WITH_KEYS:
-            raise DataError(f"{self.path}: is {kind} with one text a record, but --json-keys names {len(keys)}")
-        if name_key and kind not in (*_WITH_KEYS, "fasta"):
-            raise DataError(f"{self.path}: is {kind}, one protein a line without a name; --names needs FASTA, JSON, "
-                            "LMDB or Parquet")
-        return kind
+    def identity(self) -> list[tuple[str, int, int]]:
+        """Path, size and time of the last change of each file: tells whether an input is still the same."""
+        return [(file, os.path.getsize(file), os.stat(file).st_mtime_ns) for file in self._files]
 
 
 def expand(patterns: Sequence[str]) -> list[Source]:
@@ -115,41 +71,24 @@ def expand(patterns: Sequence[str]) -> list[Source]:
 
 def texts_of(block: Block, key: str) -> Texts:
     """The text of each of a block's records; `key` names it where records have several."""
-    return _PARSERS[block.kind](block, key)
+    return FORMATS[block.kind].texts(block, key)
+
+
+def names_of(block: Block, key: str) -> Texts:
+    """The name of each of a block's records, its first word under `key`; a record without one is bad."""
+    finding = "a header without a name" if block.kind == "fasta" else f"no name under {key!r}; --name-key names the key"
+    find = FORMATS[block.kind].names
+    assert find is not None
+    parsed = Texts([])
+    for index, (place, text) in enumerate(find(block, key)):
+        name = b"".join(text.split(None, 1)[:1])
+        if not name:
+            parsed.bad[index] = BadRecord("no name", f"{block.source}: {place}: {finding}")
+        parsed.texts.append(name)
+    return parsed
 
 
 def place_of(block: Block, index: int, offset: int) -> str:
     """Where byte `offset` of the text of record `index` stands, in words."""
-    place = _PLACES.get(block.kind)
+    place = FORMATS[block.kind].place
     return place(block, index, offset) if place else f"record {block.first + index}, column {offset + 1}"
-
-
-def file_sha256(path: str) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while data := file.read(1 << 20):
-            digest.update(data)
-    return digest.hexdigest()
-
-
-def _file_of(path: str) -> str:
-    if not os.path.isdir(path):
-        return path
-    file = Path(path) / "data.mdb"
-    if not file.is_file():
-        raise DataError(f"{path}: is a folder, and no LMDB (it has no data.mdb); --input names files of proteins")
-    return str(file)
-
-
-def _binary_reader(head: bytes) -> _BinaryReader | None:
-    if head.startswith(PARQUET_MAGIC):
-        return parquet_blocks
-    if head.startswith(LMDB_MAGIC, LMDB_MAGIC_OFFSET):
-        return lambda source, path, keys, name_key: lmdb_blocks(source, path)
-    return None
-
-
-def _chain(head: bytes, chunks: Iterable[bytes]) -> Iterator[bytes]:
-    yield head
-    yield from chunks

@@ -1,35 +1,38 @@
 """Bytes of a file or of standard input, unpacked, with line ends made alike, and cut into blocks of whole records."""
 
 import gzip
-import hashlib
 import io
 import sys
+import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from megatron.data.sources.block import BLOCK_BYTES, MAX_RECORD_BYTES
 from megatron.errors import DataError
 
+BLOCK_BYTES = 1 << 21
+MAX_RECORD_BYTES = 1 << 26
 GZIP_MAGIC = b"\x1f\x8b"
 ZSTD_MAGICS = (b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18")  # a frame; one to skip, with which pzstd begins
-_OTHER_MAGICS = {b"\xfd7zXZ\x00": "xz", b"BZh": "bzip2", b"PK\x03\x04": "zip", b"7z\xbc\xaf": "7z"}
 _CHUNK_BYTES = 1 << 20
 # Zstandard unpacks all of what it is fed, at most some 30,000 times as much: small bites bound the memory.
 _ZSTD_BITE_BYTES = 1 << 12
 
 
 class InputStream(io.RawIOBase):
-    """A binary file, `-` for standard input, that can be looked ahead in and that counts and hashes what it reads."""
+    """A binary file, `-` for standard input, that can be looked ahead in and that counts and hashes what it reads.
 
-    def __init__(self, path: str) -> None:
+    `file`: what to read instead of opening `path`, which then only names it. `digest`: takes every byte.
+    """
+
+    def __init__(self, path: str, file: Any = None, digest: Any = None) -> None:
         self.path = path
         try:
-            self._file = sys.stdin.buffer if path == "-" else open(path, "rb")  # noqa: SIM115
+            self._file = file or (sys.stdin.buffer if path == "-" else open(path, "rb"))  # noqa: SIM115
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); --input names files of proteins") from None
         self._head = b""
-        self._digest = hashlib.sha256()
+        self._digest = digest
         self.bytes_read = 0
 
     def peek(self, size: int) -> bytes:
@@ -56,9 +59,10 @@ class InputStream(io.RawIOBase):
         buffer[:len(data)] = data
         return len(data)
 
-    def sha256(self) -> str:
-        """The digest of everything read so far."""
-        return self._digest.hexdigest()
+    def drain(self) -> None:
+        """Read what is left, so that the digest has seen every byte."""
+        while self.read(_CHUNK_BYTES):
+            pass
 
     def close(self) -> None:
         """Close the file; standard input stays open."""
@@ -69,19 +73,54 @@ class InputStream(io.RawIOBase):
     def _take(self, size: int) -> bytes:
         try:
             data = self._file.read(size)
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be read ({error.strerror})") from None
-        self._digest.update(data)
+        except (OSError, tarfile.TarError) as error:
+            raise DataError(f"{self.path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        if self._digest is not None:
+            self._digest.update(data)
         self.bytes_read += len(data)
         return data
 
 
+class Lookahead:
+    """Chunks of bytes, to iterate over once, whose beginning can be seen before they are taken."""
+
+    def __init__(self, chunks: Iterable[bytes]) -> None:
+        self._chunks = iter(chunks)
+        self._held = bytearray()
+
+    def peek(self, size: int) -> bytes:
+        """The next `size` bytes, fewer only where the chunks end, however they are cut."""
+        while len(self._held) < size and self._take():
+            pass
+        return bytes(self._held[:size])
+
+    def skip(self, size: int) -> None:
+        """Drop `size` bytes that were seen."""
+        del self._held[:size]
+
+    def skip_line(self) -> None:
+        """Drop what comes before the next line."""
+        while (end := self._held.find(b"\n")) < 0:
+            self._held.clear()
+            if not self._take():
+                return
+        del self._held[:end + 1]
+
+    def __iter__(self) -> Iterator[bytes]:
+        if self._held:
+            held, self._held = bytes(self._held), bytearray()
+            yield held
+        yield from self._chunks
+
+    def _take(self) -> bool:
+        chunk = next(self._chunks, None)
+        self._held += chunk or b""
+        return chunk is not None
+
+
 def unpacked(stream: InputStream) -> Iterator[bytes]:
-    """The contents in chunks, unpacked if they are gzip or zstd; raises DataError for damage and other packings."""
-    head = stream.peek(6)
-    for magic, name in _OTHER_MAGICS.items():
-        if head.startswith(magic):
-            raise DataError(f"{stream.path}: is packed with {name}; plain, gzip and zstd can be read: unpack it first")
+    """The contents in chunks, unpacked if they are gzip or zstd; raises DataError for damage."""
+    head = stream.peek(4)
     if head.startswith(GZIP_MAGIC):
         return _gzip_chunks(stream)
     if head.startswith(ZSTD_MAGICS):

@@ -24,6 +24,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.run import parse_args, run
 
+from megatron.log import take_any_text
+
 # A rank that lost a peer often ends before the peer has written down why. This long the others may take to end by
 # themselves, and then to follow the request to end, before they are killed: what does not answer by then hangs.
 GRACE_S, PATIENCE_S = 2, 5
@@ -132,6 +134,7 @@ def line_of(rank: int, failure: ProcessFailure, has_hung: bool) -> str:
 
 def main() -> int:
     """Runs the ranks; returns the exit status of the one that failed, as a shell would give it."""
+    take_any_text()
     os.environ["RANKS_REPORT_TO_LAUNCHER"] = "1"
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     vars(launcher)["LocalElasticAgent"] = Agent  # torch has no other way to give it one

@@ -4,28 +4,59 @@ Headers of FASTA are never decoded, so that they may hold anything. Blank lines 
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from megatron.data.sources.block import BadRecord, Block, Texts
-from megatron.data.sources.streams import InputStream, cut, with_unix_line_ends
+from megatron.data.sources.block import BadRecord, Block, Contents, Texts, Wanted
+from megatron.data.sources.streams import cut
 from megatron.errors import DataError
 
-_UTF8_MARK = b"\xef\xbb\xbf"
-_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_BLANK_BYTES = 1 << 16
+_HEADER = re.compile(rb"^[ \t]*>", re.MULTILINE)
 
 
-def text_blocks(stream: InputStream, chunks: Iterator[bytes]) -> Iterator[Block]:
-    """The blocks of a text; the first byte that is not blank tells its kind. Raises DataError if there is none."""
-    chunks = with_unix_line_ends(chunks)
-    head, line = _skip_blank(stream.path, chunks)
-    kind = {b"{": "json", b">": "fasta"}.get(head[:1], "strings")
-    if head[:1] == b"[":
-        raise DataError(f"{stream.path}: line {line}: a JSON array; expected loose JSON, one object a line")
-    separator = b"\n>" if kind == "fasta" else b"\n"
-    for data in cut(_chain(head, chunks), separator, stream.path):
-        yield Block(stream.path, kind, data, line, stream.bytes_read)
+def json_blocks(contents: Contents, wanted: Wanted) -> Iterator[Block]:
+    """Blocks of lines, each a JSON object."""
+    return line_blocks(contents, "json")
+
+
+def strings_blocks(contents: Contents, wanted: Wanted) -> Iterator[Block]:
+    """Blocks of lines, each a protein."""
+    return line_blocks(contents, "strings")
+
+
+def fasta_blocks(contents: Contents, wanted: Wanted) -> Iterator[Block]:
+    """Blocks of records; lines of comments (`;` or `#`) before the first header are left out."""
+    while contents.chunks.peek(1) in (b";", b"#"):
+        contents.chunks.skip_line()
+        contents.line += 1
+        skip_blank_lines(contents)
+    head = contents.chunks.peek(40)
+    if not head.startswith(b">"):
+        found = f"{head.splitlines()[0].decode(errors='replace')!r}" if head else "nothing"
+        raise DataError(f"{contents.source}: line {contents.line}: comments, and behind them {found}; expected the "
+                        "header of a FASTA record, which begins with '>'")
+    return line_blocks(contents, "fasta", b"\n>")
+
+
+def line_blocks(contents: Contents, kind: str, separator: bytes = b"\n",
+                pack: Callable[[bytes], Any] = bytes) -> Iterator[Block]:
+    """Blocks of whole records, which `separator` parts, as `pack` hands them on."""
+    line = contents.line
+    for data in cut(contents.chunks, separator, contents.source):
+        yield Block(contents.source, kind, pack(data), line, contents.stream.bytes_read)
         line += data.count(b"\n")
+
+
+def skip_blank_lines(contents: Contents) -> None:
+    """Go to the next byte that is not blank; `contents` then begins there."""
+    while head := contents.chunks.peek(_BLANK_BYTES):
+        size = len(head) - len(head.lstrip())
+        contents.line += head.count(b"\n", 0, size)
+        contents.chunks.skip(size)
+        if size < len(head):
+            return
 
 
 def parse_json(block: Block, key: str) -> Texts:
@@ -52,12 +83,25 @@ def parse_json(block: Block, key: str) -> Texts:
 
 
 def parse_fasta(block: Block, key: str) -> Texts:
-    """The lines under each header, line ends included."""
-    return Texts([record.partition(b"\n")[2] for record in block.records[1:].split(b"\n>")])
+    """The lines under each header, line ends included.
+
+    Raises DataError for a `>` among them: it begins a record that would be lost with this one.
+    """
+    texts = [record.partition(b"\n")[2] for record in block.records[1:].split(b"\n>")]
+    for index, text in enumerate(texts):
+        if b">" in text:
+            place = place_in_fasta(block, index, text.index(b">"))
+            raise DataError(f"{block.source}: {place}: '>' within a record; a header must begin its line: mend it")
+    return Texts(texts)
 
 
 def parse_strings(block: Block, key: str) -> Texts:
-    """Each line that is not blank."""
+    """Each line that is not blank; raises DataError for the header of a FASTA, whose lines are no whole proteins."""
+    header = b">" in block.records and _HEADER.search(block.records)
+    if header:
+        line = block.first + block.records.count(b"\n", 0, header.end())
+        raise DataError(f"{block.source}: line {line}: a FASTA header, though the file began as one protein a line; "
+                        "give the two kinds in files of their own")
     lines = block.records.split(b"\n")
     texts = list(filter(bytes.strip, lines))
     return Texts(texts, num_blank_lines=len(lines) - (not lines[-1]) - len(texts))
@@ -74,12 +118,12 @@ def json_loads() -> Callable[[bytes], Any]:
 
 def place_in_json(block: Block, index: int, offset: int) -> str:
     """Line of the file, and column in the text, of a byte in the text of a record."""
-    return f"line {_line_of(block, index)}, column {offset + 1} of the text"
+    return f"line {line_of(block.records, block.first, index)}, column {offset + 1} of the text"
 
 
 def place_in_strings(block: Block, index: int, offset: int) -> str:
     """Line and column of a byte in the text of a record."""
-    return f"line {_line_of(block, index)}, column {offset + 1}"
+    return f"line {line_of(block.records, block.first, index)}, column {offset + 1}"
 
 
 def place_in_fasta(block: Block, index: int, offset: int) -> str:
@@ -91,8 +135,9 @@ def place_in_fasta(block: Block, index: int, offset: int) -> str:
     return f"line {block.first + lines_before + 1 + before.count(10)}, column {column}"
 
 
-def _line_of(block: Block, index: int) -> int:
-    filled = (number for number, line in enumerate(block.records.split(b"\n"), start=block.first) if line.strip())
+def line_of(lines: bytes, first: int, index: int) -> int:
+    """The number of the line that holds record `index`, where each that is not blank holds one."""
+    filled = (number for number, line in enumerate(lines.split(b"\n"), start=first) if line.strip())
     return next(number for place, number in enumerate(filled) if place == index)
 
 
@@ -113,23 +158,3 @@ def _explain_json(line: bytes, key: str) -> bytes | BadRecord:
         kind = type(value[key]).__name__
         return BadRecord("not a string", f"{key!r} is of type {kind}; expected a string of residues")
     return value[key].encode(errors="replace")
-
-
-def _skip_blank(path: str, chunks: Iterator[bytes]) -> tuple[bytes, int]:
-    """The first chunk from its first byte that is not blank on, and the number of that byte's line."""
-    line = 1
-    for number, chunk in enumerate(chunks):
-        if number == 0:
-            if chunk.startswith(_UTF16_MARKS):
-                raise DataError(f"{path}: is UTF-16 text; expected ASCII or UTF-8: convert it first")
-            chunk = chunk.removeprefix(_UTF8_MARK)
-        rest = chunk.lstrip()
-        line += chunk.count(b"\n", 0, len(chunk) - len(rest))
-        if rest:
-            return rest, line
-    raise DataError(f"{path}: is empty; expected proteins as JSON lines, FASTA, one a line, LMDB or Parquet")
-
-
-def _chain(head: bytes, chunks: Iterator[bytes]) -> Iterator[bytes]:
-    yield head
-    yield from chunks

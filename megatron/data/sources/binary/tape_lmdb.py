@@ -8,10 +8,11 @@ import os
 import pickle
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
-from pathlib import Path
+from typing import BinaryIO
 
-from megatron.data.sources.block import BLOCK_BYTES, MAX_RECORD_BYTES, BadRecord, Block, Texts
-from megatron.data.sources.plain_pickle import load_plain_pickle
+from megatron.data.sources.binary.plain_pickle import load_plain_pickle
+from megatron.data.sources.block import BadRecord, Block, Texts, Wanted
+from megatron.data.sources.streams import BLOCK_BYTES, MAX_RECORD_BYTES
 from megatron.errors import DataError
 
 LMDB_MAGIC = b"\xde\xc0\xef\xbe"
@@ -19,14 +20,14 @@ LMDB_MAGIC_OFFSET = 16
 _BATCH_RECORDS = 2048
 
 
-def lmdb_blocks(source: str, path: str) -> Iterator[Block]:
-    """The blocks of the LMDB at `path`, a folder or a file; raises DataError, naming `source`, if it is no good."""
+def lmdb_blocks(source: str, path: str, wanted: Wanted) -> Iterator[Block]:
+    """The blocks of the LMDB file at `path`; raises DataError, naming `source`, if it is no good."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     reader = context.Process(target=_read_lmdb, args=(path, sender), daemon=True)
     reader.start()
     sender.close()
-    size = os.path.getsize(_data_file(path))
+    size = os.path.getsize(path)
     first = 1
     try:
         while True:
@@ -74,10 +75,6 @@ def _text_of(value: bytes | None, key: str) -> bytes | BadRecord:
     return BadRecord("not a string", f"{name!r} is of type {type(text).__name__}; expected a string of residues")
 
 
-def _data_file(path: str) -> Path:
-    return Path(path) / "data.mdb" if os.path.isdir(path) else Path(path)
-
-
 def _receive(receiver: Connection, source: str) -> tuple[list[bytes | None] | None, int]:
     """A batch of values, None at the end, and the number of records in all."""
     try:
@@ -89,6 +86,15 @@ def _receive(receiver: Connection, source: str) -> tuple[list[bytes | None] | No
     return message
 
 
+def _name_of(file: BinaryIO, path: str) -> str:
+    """A path of an open file that lmdb can open: its own, if that is UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return f"/dev/fd/{file.fileno()}"
+    return path
+
+
 def _read_lmdb(path: str, sender: Connection) -> None:
     """Send every record's value in batches; a string says what is wrong. Runs in a process of its own."""
     try:
@@ -97,7 +103,8 @@ def _read_lmdb(path: str, sender: Connection) -> None:
         sender.send("is an LMDB, which needs: pip install lmdb")
         return
     try:
-        with (lmdb.open(path, subdir=os.path.isdir(path), readonly=True, lock=False, readahead=False) as environment,
+        with (open(path, "rb") as file,
+              lmdb.open(_name_of(file, path), subdir=False, readonly=True, lock=False, readahead=False) as environment,
               environment.begin() as transaction):
             num_records = load_plain_pickle(transaction.get(b"num_examples", b""))
             num_entries = environment.stat()["entries"]

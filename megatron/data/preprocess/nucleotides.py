@@ -1,0 +1,44 @@
+"""Notices DNA and RNA among the inputs: each base is an amino acid's letter too, so that no record of them is bad."""
+
+import sys
+
+import numpy as np
+
+from megatron.data.corpus.vocab import Vocab
+from megatron.data.preprocess.tally import count_ids
+
+_BASES = ("A", "C", "G", "TU")
+_FEW_LETTERS, _ENOUGH_LETTERS = 30, 10_000
+_MIN_SHARE = 0.95  # of the bases and N together; proteins have 0.25
+_MIN_BASE_SHARE = 0.05  # of each base, which a protein of few kinds of residues, such as silk, does not reach
+
+
+class NucleotideWatch:
+    """Warns on standard error, once a file, where nearly all of its first letters are A C G T N, or U in place of T."""
+
+    def __init__(self, vocab: Vocab) -> None:
+        self._ids = [[vocab.ids[letter] for letter in letters if letter in vocab.ids] for letters in (*_BASES, "N")]
+        self._source = ""
+        self._counts: np.ndarray | None = None
+
+    def see(self, source: str, ids: bytes) -> None:
+        """Take the ids, one byte each, of the next documents of a file."""
+        if source != self._source:
+            self.finish()
+            self._source, self._counts = source, np.zeros(256, dtype=np.int64)
+        if self._counts is not None:
+            self._counts += count_ids(ids)
+            if self._counts.sum() >= _ENOUGH_LETTERS:
+                self.finish()
+
+    def finish(self) -> None:
+        """Decide on the last file that was seen, where that is not done."""
+        if self._counts is None:
+            return
+        total = int(self._counts.sum())
+        *bases, unknown = (int(self._counts[ids].sum()) for ids in self._ids)
+        self._counts = None
+        if (total >= _FEW_LETTERS and sum(bases) + unknown >= _MIN_SHARE * total
+                and min(bases) >= _MIN_BASE_SHARE * total):
+            print(f"warning: {self._source}: nearly all letters are A C G T N, as in DNA; a protein file has amino "
+                  "acids: translate it first", file=sys.stderr)

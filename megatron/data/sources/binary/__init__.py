@@ -1,0 +1,1 @@
+"""The kinds that are no text: Parquet and Arrow with their columns, and LMDB with its pickles."""

@@ -1,0 +1,60 @@
+"""Tables with named columns: which one is wanted, and the texts of Parquet's and Arrow's columns."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron.data.sources.block import BadRecord, Block, Texts, Wanted
+from megatron.data.sources.text.looks import is_name_of_sequences
+from megatron.errors import DataError
+
+_TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
+
+
+def check_columns(source: str, kind: str, found: Sequence[str], wanted: Wanted) -> None:
+    """Raise DataError, naming the kind of file, unless each wanted column is there once."""
+    for column, flag in wanted.columns().items():
+        if found.count(column) == 1:
+            continue
+        number = f"{found.count(column)} columns" if column in found else "no column"
+        others = ", ".join(map(repr, found[:10]))[:200]
+        sequences = [name for name in found if is_name_of_sequences(name)]
+        advice = f"{flag} names the column"
+        if flag == "--json-keys" and len(sequences) == 1:
+            advice += f": --json-keys {sequences[0]}"
+        raise DataError(f"{source}: is {kind} with {number} {column!r}; it has {others}. {advice}")
+
+
+def check_schema(source: str, kind: str, schema: Any, wanted: Wanted) -> None:
+    """Raise DataError unless each wanted column of an Arrow schema is there once and holds text; names may be numbers.
+    """
+    import pyarrow as pa
+
+    check_columns(source, kind, schema.names, wanted)
+    for column, flag in wanted.columns().items():
+        held = schema.field(column).type
+        if flag == "--name-key" and pa.types.is_integer(held):
+            continue
+        held = held.value_type if pa.types.is_dictionary(held) else held
+        if str(held) not in _TEXT_TYPES:
+            raise DataError(f"{source}: column {column!r} holds {held}; expected text ({', '.join(_TEXT_TYPES)})")
+
+
+def as_bytes(column: Any) -> list[bytes | None]:
+    """The values of an Arrow array of text or whole numbers."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(column.type):  # Arrow has no kernel that decodes dictionaries of views
+        values = column.dictionary.cast(pa.large_binary())
+        column = pa.DictionaryArray.from_arrays(column.indices, values).dictionary_decode()
+    column = column.cast(pa.string()) if pa.types.is_integer(column.type) else column
+    return column.cast(pa.large_binary()).to_pylist()
+
+
+def parse_columns(block: Block, key: str) -> Texts:
+    """The column `key`; a null is a bad record."""
+    column = block.records[key]
+    if None not in column:
+        return Texts(column)
+    bad = {index: BadRecord("not a string", f"{block.source}: record {block.first + index}: {key!r} is null")
+           for index, text in enumerate(column) if text is None}
+    return Texts([text or b"" for text in column], bad)

@@ -1,0 +1,54 @@
+"""Parquet with a column of sequences."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from megatron.data.sources.binary.columns import as_bytes, check_schema
+from megatron.data.sources.block import Block, Wanted
+from megatron.data.sources.streams import BLOCK_BYTES
+from megatron.errors import DataError
+
+PARQUET_MAGIC = b"PAR1"
+_MAX_BATCH_RECORDS = 1024
+_BUFFER_BYTES = 1 << 20
+
+
+def parquet_blocks(source: str, path: str, wanted: Wanted) -> Iterator[Block]:
+    """The blocks of the wanted columns; raises DataError, naming `source`, if the file at `path` is no good."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise DataError(f"{source}: is Parquet, which needs: pip install pyarrow") from None
+    first = 1
+    try:
+        # pyarrow opens no path that is not UTF-8. A small buffer keeps memory independent of the size of a row group.
+        with open(path, "rb") as opened, pq.ParquetFile(opened, buffer_size=_BUFFER_BYTES, pre_buffer=False,
+                                                        page_checksum_verification=True) as file:
+            check_schema(source, "Parquet", file.schema_arrow, wanted)
+            columns = list(wanted.columns())
+            num_records = file.metadata.num_rows
+            size = os.path.getsize(path)
+            for batch in file.iter_batches(_batch_records(file.metadata), columns=columns, use_threads=False):
+                records = {column: as_bytes(batch.column(column)) for column in columns}
+                num_read = first - 1 + len(batch)
+                yield Block(source, "parquet", records, first, size * num_read // max(num_records, 1))
+                first += len(batch)
+            if first - 1 != num_records:
+                raise DataError(f"{source}: damaged Parquet ({first - 1} records where it says {num_records}); copy it "
+                                "again")
+    except DataError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+        raise DataError(f"{source}: damaged Parquet ({' '.join(str(error).split())[:200]}); copy it again") from None
+
+
+def _batch_records(metadata: Any) -> int:
+    """Records a batch, so that one of long texts takes no more memory than one of short ones.
+
+    Asking for the columns' own sizes would end the process where these are damaged.
+    """
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    longest = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=0)
+    return max(1, min(_MAX_BATCH_RECORDS, BLOCK_BYTES // max(longest, 1)))

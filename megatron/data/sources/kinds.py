@@ -1,0 +1,188 @@
+"""Every kind of file that is known: how its beginning tells it, and how it is read or why it is refused.
+
+A kind that is read gives blocks in one of the FORMATS, which say how a block's texts, names and places are found.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+from megatron.data.sources import names, tar
+from megatron.data.sources.binary.arrow import ARROW_FILE_MAGIC, ARROW_STREAM_MAGIC, arrow_blocks
+from megatron.data.sources.binary.columns import parse_columns
+from megatron.data.sources.binary.parquet import PARQUET_MAGIC, parquet_blocks
+from megatron.data.sources.binary.tape_lmdb import LMDB_MAGIC, LMDB_MAGIC_OFFSET, lmdb_blocks, parse_lmdb
+from megatron.data.sources.block import Block, Contents, Texts, Wanted
+from megatron.data.sources.streams import GZIP_MAGIC, ZSTD_MAGICS, InputStream, Lookahead, unpacked, with_unix_line_ends
+from megatron.data.sources.text import delimited, looks, records
+from megatron.errors import DataError
+
+EXPECTED = "proteins as JSON lines, FASTA, CSV or TSV, one a line, LMDB, Parquet or Arrow"
+_UTF8_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Format:
+    """What is in blocks of one kind: their texts and, where there are any, their names with their places.
+
+    place: of a byte in a record's text, where that is not just the record and the byte. has_keys: are texts told apart
+    by a key or a column?
+    """
+
+    texts: Callable[[Block, str], Texts]
+    names: Callable[[Block, str], Iterable[tuple[str, bytes]]] | None = None
+    place: Callable[[Block, int, int], str] | None = None
+    has_keys: bool = True
+
+
+FORMATS = {
+    "json": Format(records.parse_json, names.names_in_json, records.place_in_json),
+    "fasta": Format(records.parse_fasta, names.names_in_fasta, records.place_in_fasta, has_keys=False),
+    "strings": Format(records.parse_strings, None, records.place_in_strings, has_keys=False),
+    "csv": Format(delimited.parse_delimited, delimited.names_in_delimited, delimited.place_in_delimited),
+    "lmdb": Format(parse_lmdb, names.names_in_lmdb),
+    "parquet": Format(parse_columns, names.names_in_columns),
+    "arrow": Format(parse_columns, names.names_in_columns),
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file: its name, what its beginning looks like, and either its reader or what to do instead."""
+
+    name: str
+    begins: Callable[[bytes], Any]
+    read: Callable[[Contents, Wanted], Iterator[Block]] | None = None
+    instead: str = ""
+
+
+def blocks_of(stream: InputStream, path: str | None, wanted: Wanted) -> Iterator[Block]:
+    """The blocks of an open file, in order; raises DataError where it is of no kind that is read, or damaged.
+
+    path: where it lies on the disk, if it does.
+    """
+    is_packed = stream.peek(4).startswith((GZIP_MAGIC, *ZSTD_MAGICS))
+    contents = Contents(stream, Lookahead(unpacked(stream)), None if is_packed else path)
+    kind = _kind_of(contents)
+    if kind.read is None:
+        found = contents.chunks.peek(40).splitlines()[0].decode(errors="replace")
+        raise DataError(f"{contents.source}: is {kind.name} (it begins {found!r}); {kind.instead}")
+    for number, block in enumerate(kind.read(contents, wanted)):
+        if number == 0:
+            _check_format(block, wanted)
+        yield replace(block, begins_file=number == 0)
+
+
+def _kind_of(contents: Contents) -> Kind:
+    """The first of the kinds below whose beginning this is; `contents` are made ready for its reader."""
+    head = contents.chunks.peek(looks.HEAD_BYTES)
+    kind = next((kind for kind in BINARY_KINDS if kind.begins(head)), None)
+    if kind is None:
+        if head.startswith(_UTF8_MARK):
+            contents.chunks.skip(len(_UTF8_MARK))
+        contents.chunks = Lookahead(with_unix_line_ends(contents.chunks))
+        records.skip_blank_lines(contents)
+        head = contents.chunks.peek(looks.HEAD_BYTES)
+        if not head:
+            raise DataError(f"{contents.source}: is empty; expected {EXPECTED}")
+        kind = next(kind for kind in TEXT_KINDS if kind.begins(head))
+    return kind
+
+
+def _check_format(block: Block, wanted: Wanted) -> None:
+    if len(wanted.keys) > 1 and not FORMATS[block.kind].has_keys:
+        raise DataError(f"{block.source}: is {block.kind} with one text a record, but --json-keys names "
+                        f"{len(wanted.keys)}")
+    if wanted.name_key and FORMATS[block.kind].names is None:
+        raise DataError(f"{block.source}: is {block.kind}, one protein a line without a name; --names needs FASTA, "
+                        "JSON, CSV, LMDB, Parquet or Arrow")
+
+
+def _tar_blocks(contents: Contents, wanted: Wanted) -> Iterator[Block]:
+    for name, file in tar.members(contents):
+        for block in blocks_of(InputStream(name, file), None, wanted):
+            yield replace(block, bytes_read=contents.stream.bytes_read)
+
+
+def _on_disk(read: Callable[[str, str, Wanted], Iterator[Block]]) -> Callable[[Contents, Wanted], Iterator[Block]]:
+    """A reader of what must be random-accessible: a packed file, or a pipe, goes into a temporary one."""
+    def blocks(contents: Contents, wanted: Wanted) -> Iterator[Block]:
+        if contents.path is not None:
+            yield from read(contents.source, contents.path, wanted)
+            return
+        try:
+            with NamedTemporaryFile() as file:
+                file.writelines(contents.chunks)
+                file.flush()
+                yield from read(contents.source, file.name, wanted)
+        except OSError as error:
+            raise DataError(f"{contents.source}: no room to unpack it ({error.strerror}); unpack it yourself, or let "
+                            "TMPDIR name a folder with room") from None
+    return blocks
+
+
+def _magic(*starts: bytes, offset: int = 0) -> Callable[[bytes], bool]:
+    return lambda head: head.startswith(starts, offset)
+
+
+def _text(pattern: bytes) -> Callable[[bytes], Any]:
+    return re.compile(pattern).match
+
+
+_UNPACK = "plain, gzip and zstd can be read: unpack it first"
+_TO_FASTA = "download it as FASTA, or convert it to FASTA, for example with Biopython's SeqIO.convert"
+_SEQUENCES = "give the file of its sequences, as FASTA"
+
+# Tested from top to bottom: BINARY_KINDS on the first bytes of the file as it is unpacked, then TEXT_KINDS on its first
+# bytes without blank lines, with \n for each line end.
+BINARY_KINDS = (
+    Kind("Parquet", _magic(PARQUET_MAGIC), _on_disk(parquet_blocks)),
+    Kind("Arrow", _magic(ARROW_FILE_MAGIC, ARROW_STREAM_MAGIC), _on_disk(arrow_blocks)),
+    Kind("TAPE's LMDB", _magic(LMDB_MAGIC, offset=LMDB_MAGIC_OFFSET), _on_disk(lmdb_blocks)),
+    Kind("tar", tar.is_tar, _tar_blocks),
+    Kind("packed twice", _magic(GZIP_MAGIC, *ZSTD_MAGICS), instead="unpack it once"),
+    Kind("packed with xz", _magic(b"\xfd7zXZ\0"), instead=_UNPACK),
+    Kind("packed with bzip2", _magic(b"BZh"), instead=_UNPACK),
+    Kind("packed with zip (or an office document)", _magic(b"PK\x03\x04"), instead=_UNPACK),
+    Kind("packed with 7z", _magic(b"7z\xbc\xaf"), instead=_UNPACK),
+    Kind("PDF", _magic(b"%PDF-"), instead=_SEQUENCES),
+    Kind("HDF5", _magic(b"\x89HDF"), instead="write its sequences as FASTA or Parquet"),
+    Kind("SQLite", _magic(b"SQLite format 3\0"), instead="write its sequences as FASTA or CSV"),
+    Kind("a NumPy array", _magic(b"\x93NUMPY"), instead="write its sequences as FASTA"),
+    Kind("an indexed dataset already", _magic(b"MMIDIDX\0", b"TNTIDX\0"), instead="--data-path of training takes it"),
+    Kind("UTF-16 text", _magic(b"\xff\xfe", b"\xfe\xff"), instead="expected ASCII or UTF-8: convert it first"),
+)
+TEXT_KINDS = (
+    Kind("a JSON array", _text(rb"\[\s*[\[{\"]"), instead="expected one object a line, as jq -c '.[]' makes it"),
+    Kind("JSON over several lines", _text(rb"\{[ \t]*\n"), instead="expected one object a line, as jq -c . makes it"),
+    Kind("loose JSON", _text(rb"\{(?!\\rtf)"), records.json_blocks),
+    Kind("PIR", _text(rb">(P1|F1|DL|DC|RL|RC|N1|N3|XX);"), instead=_TO_FASTA),
+    Kind("a Stockholm alignment", _text(rb"# *STOCKHOLM"), instead=_TO_FASTA),
+    Kind("a NEXUS alignment", _text(rb"(?i)#NEXUS"), instead=_TO_FASTA),
+    Kind("GFF or VCF", _text(rb"##(gff-version|fileformat)"), instead=_SEQUENCES),
+    Kind("FASTA", _text(rb"[>;#]"), records.fasta_blocks),  # behind `;` or `#` there are comments before its first `>`
+    Kind("UniProt or EMBL text", _text(rb"ID   "), instead=_TO_FASTA),
+    Kind("GenBank", _text(rb"LOCUS {2}"), instead=_TO_FASTA),
+    Kind("a Clustal alignment", _text(rb"(CLUSTAL|MUSCLE|PROBCONS)[ \t]"), instead=_TO_FASTA),
+    Kind("a PHYLIP alignment", _text(rb"\d+[ \t]+\d+[ \t]*\n"), instead=_TO_FASTA),
+    Kind("an MSF alignment", _text(rb"!![AN]A_MULTIPLE|PileUp"), instead=_TO_FASTA),
+    Kind("a HMMER profile", _text(rb"HMMER\d"), instead=_SEQUENCES),
+    Kind("PDB", _text(rb"(HEADER|TITLE |COMPND|REMARK|CRYST1|MODEL |ATOM  |HETATM)[ \d].*\n"
+                      rb"(OBSLTE|TITLE |SPLIT |CAVEAT|COMPND|SOURCE|EXPDTA|AUTHOR|REMARK|SEQRES|MODEL |ATOM  |HETATM)"),
+         instead=_SEQUENCES),
+    Kind("mmCIF", _text(rb"data_\S*\n"), instead=_SEQUENCES),
+    Kind("FASTQ", _text(rb"@.*\n[A-Za-z.*-]+\n\+"), instead="its nucleotides are no proteins: translate them to FASTA"),
+    Kind("SAM", _text(rb"@(HD|SQ|RG|PG|CO)\t"), instead=_SEQUENCES),
+    Kind("an HTML page", _text(rb"(?i)<(!doctype html|html|head|body)"),
+         instead="perhaps an error page in place of the file: download it again"),
+    Kind("UniProt XML", _text(rb"(?s)<.*<uniprot\b"), instead=_TO_FASTA),
+    Kind("XML", _text(rb"<[?!\w]"), instead=_TO_FASTA),
+    Kind("a pointer of Git LFS", _text(rb"version https://git-lfs"), instead="git lfs pull fetches the file itself"),
+    Kind("CSV or TSV", looks.delimiter_of, delimited.delimited_blocks),
+    Kind("one protein a line", looks.is_one_a_line, records.strings_blocks),
+    Kind("binary data of a kind not known here", re.compile(rb"[\x00-\x08\x0e-\x1f]").search,
+         instead=f"expected {EXPECTED}"),
+    Kind("text of another kind", _text(b""), instead=f"expected {EXPECTED}"),
+)

@@ -1,0 +1,70 @@
+"""Tar archives, read as a stream and never unpacked to the disk: their files in order."""
+
+import tarfile
+from collections.abc import Iterator
+from typing import Any
+
+from megatron.data.sources.block import Contents
+from megatron.data.sources.streams import Lookahead
+from megatron.errors import DataError
+
+_APPLE_DOUBLE = "._"  # what macOS adds beside each file: its Finder's notes, no contents
+_BUFFER_BYTES = 1 << 18
+
+
+def is_tar(head: bytes) -> bool:
+    """Does `head` begin with the header of a tar archive's first member?"""
+    try:
+        tarfile.TarInfo.frombuf(head[:tarfile.BLOCKSIZE], tarfile.ENCODING, "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
+
+
+def members(contents: Contents) -> Iterator[tuple[str, Any]]:
+    """The name and the open contents of each file of the archive; read one before you ask for the next.
+
+    Raises DataError for links and devices, for damage, and for an archive that goes on behind its end.
+    """
+    data = _Counted(contents.chunks)
+    try:
+        with tarfile.open(fileobj=data, mode="r|", bufsize=_BUFFER_BYTES) as archive:  # type: ignore
+            while member := archive.next():
+                name = f"{contents.source}/{' '.join(member.name.split())}"
+                if member.isdir() or name.rpartition("/")[2].startswith(_APPLE_DOUBLE):
+                    continue
+                if not member.isreg() or member.issparse():
+                    raise DataError(f"{name}: is a link, a device or sparse; unpack the archive and name the files")
+                yield name, archive.extractfile(member)
+                archive.members.clear()  # it keeps what it has found, and there may be millions
+            end = archive.offset
+    except tarfile.TarError as error:
+        raise DataError(f"{contents.source}: damaged or truncated tar ({error}); copy it again") from None
+    # tarfile takes a damaged header for the end, and a missing end for one too.
+    data.drain()
+    if data.end > end or data.position < end + tarfile.BLOCKSIZE:
+        raise DataError(f"{contents.source}: damaged or truncated tar, or several in a row (it does not end at byte "
+                        f"{end}); copy it again, or unpack it and name the files")
+
+
+class _Counted:
+    """Bytes to read as from a file. `position`: how many were read; `end`: up to the last that is not zero."""
+
+    def __init__(self, chunks: Lookahead) -> None:
+        self._chunks, self._held = iter(chunks), memoryview(b"")
+        self.position = self.end = 0
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes; none at the end."""
+        while not self._held and (chunk := next(self._chunks, None)) is not None:
+            self._held = memoryview(chunk)
+        data, self._held = bytes(self._held[:size]), self._held[size:]
+        filled = len(data.rstrip(b"\0"))
+        self.end = self.position + filled if filled else self.end
+        self.position += len(data)
+        return data
+
+    def drain(self) -> None:
+        """Read to the end."""
+        while self.read(_BUFFER_BYTES):
+            pass

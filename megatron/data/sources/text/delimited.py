@@ -1,0 +1,104 @@
+"""CSV and TSV: a header that names the columns, then one record a line.
+
+In CSV a field may be quoted, as the standard library's `csv` reads it; TSV knows no quoting (a lone `"` may be part of
+a description), but quotes around a whole field are taken off. Fields are bytes throughout: Latin-1 keeps each.
+"""
+
+import csv
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from megatron.data.sources.binary.columns import check_columns
+from megatron.data.sources.block import BadRecord, Block, Contents, Texts, Wanted
+from megatron.data.sources.streams import MAX_RECORD_BYTES
+from megatron.data.sources.text.looks import HEAD_BYTES, delimiter_of
+from megatron.data.sources.text.records import line_blocks, line_of
+from megatron.errors import DataError
+
+_KIND_NAMES = {"\t": "TSV", ",": "CSV", ";": "CSV"}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Lines of a table, and what tells their fields."""
+
+    header: tuple[str, ...]
+    delimiter: str
+    lines: bytes
+
+
+def delimited_blocks(contents: Contents, wanted: Wanted) -> Iterator[Block]:
+    """Blocks of lines below the header; raises DataError where that lacks a wanted column."""
+    head = contents.chunks.peek(HEAD_BYTES)
+    delimiter = (delimiter_of(head) or b",").decode()
+    fields = _fields(head.partition(b"\n")[0], delimiter)
+    if isinstance(fields, BadRecord):
+        raise DataError(f"{contents.source}: line {contents.line}: {fields.message}; expected the columns' names")
+    header = tuple(field.decode(errors="replace").strip() for field in fields)
+    check_columns(contents.source, _KIND_NAMES[delimiter], header, wanted)
+    contents.chunks.skip_line()
+    contents.line += 1
+    return line_blocks(contents, "csv", pack=partial(Rows, header, delimiter))
+
+
+def parse_delimited(block: Block, key: str) -> Texts:
+    """The column `key`; a row with more or fewer fields than the header is a bad record."""
+    column = block.records.header.index(key)
+    parsed = Texts([])
+    num_lines = 0
+    for num_lines, row in enumerate(_rows(block), start=1):
+        if row is None:
+            parsed.num_blank_lines += 1
+            continue
+        if isinstance(row, BadRecord):
+            parsed.bad[len(parsed.texts)] = BadRecord(
+                row.reason, f"{block.source}: line {block.first + num_lines - 1}: {row.message}")
+        parsed.texts.append(b"" if isinstance(row, BadRecord) else row[column])
+    parsed.num_blank_lines -= block.records.lines.endswith(b"\n")
+    return parsed
+
+
+def names_in_delimited(block: Block, key: str) -> Iterable[tuple[str, bytes]]:
+    """The place and the field `key` of each row."""
+    column = block.records.header.index(key)
+    for number, row in enumerate(_rows(block), start=block.first):
+        if row is not None:
+            yield f"line {number}", b"" if isinstance(row, BadRecord) else row[column]
+
+
+def place_in_delimited(block: Block, index: int, offset: int) -> str:
+    """Line of the file, and column in the text, of a byte in the text of a record."""
+    return f"line {line_of(block.records.lines, block.first, index)}, column {offset + 1} of the text"
+
+
+def _rows(block: Block) -> Iterator[list[bytes] | BadRecord | None]:
+    """The fields of each line, or what is wrong with it; None for a blank one."""
+    rows = block.records
+    for number, line in enumerate(rows.lines.split(b"\n"), start=block.first):
+        if not line.strip():
+            yield None
+            continue
+        if b'"' not in line:
+            fields: list[bytes] | BadRecord = line.split(rows.delimiter.encode())
+        elif rows.delimiter != "\t" and line.count(b'"') % 2:
+            # It would take the lines behind it with it, so that it is no matter of one bad record.
+            raise DataError(f"{block.source}: line {number}: a quoted field that does not end on its line; write the "
+                            "table with one record a line")
+        else:
+            fields = _fields(line, rows.delimiter)
+        if not isinstance(fields, BadRecord) and len(fields) != len(rows.header):
+            fields = BadRecord("bad row", f"{len(fields)} fields where the header has {len(rows.header)}")
+        yield fields
+
+
+def _fields(line: bytes, delimiter: str) -> list[bytes] | BadRecord:
+    if delimiter == "\t":
+        return [field[1:-1] if len(field) > 1 and field[:1] == field[-1:] == b'"' else field
+                for field in line.split(b"\t")]
+    csv.field_size_limit(MAX_RECORD_BYTES)
+    try:
+        fields = next(csv.reader([line.decode("latin-1")], delimiter=delimiter, strict=True))
+    except csv.Error as error:
+        return BadRecord("bad row", f"not a row of CSV ({error})")
+    return [field.encode("latin-1") for field in fields]

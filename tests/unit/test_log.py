@@ -1,0 +1,56 @@
+"""What a terminal cannot write is escaped, and no door forgets to ask for that."""
+
+import importlib.util
+import io
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron.log import take_any_text
+
+ROOT = Path(__file__).resolve().parents[2]
+NAME = "prot\udce9ines"  # what Python makes of a Latin-1 name
+
+
+DOORS = {"tools/preprocess_data.py": ["--input", NAME, "--output-prefix", "x"],
+         "tools/plan_layout.py": ["--gpus", "1", "--gpu", "h100-80gb", f"--{NAME}"],
+         "protein_tools/fasta2json.py": [NAME, "x"], "protein_tools/lmdb2json.py": [NAME, "x"],
+         "pretrain_tape.py": [f"--{NAME}"]}
+
+
+def ascii_stream(monkeypatch, name: str) -> io.BytesIO:
+    """What is written on `sys.stdout` or `sys.stderr`, which raises for all that is not ASCII."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, name, io.TextIOWrapper(written, "ascii", "strict", write_through=True))
+    return written
+
+
+def test_what_an_encoding_lacks_is_escaped(monkeypatch):
+    written = ascii_stream(monkeypatch, "stdout")
+    take_any_text()
+    print(f"{NAME} é")
+    assert written.getvalue() == b"prot\\udce9ines \\xe9\n"
+
+
+def test_streams_that_are_no_text_files_are_left_alone(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    take_any_text()
+    print(NAME)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_every_door_names_a_path_that_is_no_text(monkeypatch, door):
+    written = ascii_stream(monkeypatch, "stderr")
+    monkeypatch.setattr(sys, "argv", [door, *DOORS[door]])
+    spec = importlib.util.spec_from_file_location("door", ROOT / door)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    taken = {"protein_tools": ("fasta", ""), "tools/preprocess_data.py": ()}  # others take their arguments themselves
+    assert module.main(*taken.get(door, taken.get(Path(door).parts[0], (DOORS[door],)))) == 2
+    assert b"prot\\udce9ines" in written.getvalue()
+
+
+def test_every_door_is_tried_here():
+    doors = [ROOT / "pretrain_tape.py", *(ROOT / "tools").glob("*.py"), *(ROOT / "protein_tools").glob("*.py")]
+    assert DOORS.keys() == {str(door.relative_to(ROOT)) for door in doors}
