@@ -4,13 +4,21 @@
 saved; with 2 and one line on a mistake of the user; with 1 where a rank failed, or lost the others.
 """
 
+import atexit
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
+from megatron.train.starting import leave_when_asked
+
+if __name__ == "__main__":
+    leave_when_asked()  # before the imports, which take seconds
+
+from megatron.checkpoint.claim import claimed
 from megatron.config import Config
 from megatron.config.command_line import listing, parse
-from megatron.errors import ConfigError, UserError
+from megatron.errors import ConfigError, LaunchError, UserError
 from megatron.log import Log, take_any_text
 from megatron.parallel.launch.environment import Launch, check_launch, launched
 from megatron.parallel.launch.failure import report
@@ -20,6 +28,7 @@ from megatron.plan.dry_run import dry_run
 from megatron.train.build import build
 from megatron.train.loop import train
 from megatron.train.state import BatchSizes
+from megatron.train.stop import StopRequests
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,10 +38,12 @@ def main(argv: Sequence[str]) -> int:
     try:
         launch = launched()
         config, always_so = parse(argv)
+        requests = StopRequests(config.training.exit_duration_in_mins)
         check_launch(launch)
         _check_sizes(config, launch)
     except UserError as error:
-        if launch.speaks():  # the other ranks have the same flags
+        # The other ranks have the same flags, and those of this host the same environment.
+        if launch.speaks_for_host() if isinstance(error, LaunchError) else launch.speaks():
             print(f"error: {error}", file=sys.stderr)
         return 2
     try:
@@ -42,7 +53,8 @@ def main(argv: Sequence[str]) -> int:
         with joined(config.parallel, launch) as mesh:
             log = Log(is_speaker=mesh.world.rank == 0)
             log.line(listing(config, always_so))
-            train(build(config, mesh, log))
+            with claimed(config.checkpoint.save, mesh, log) as claim, requests.listening():
+                train(build(config, mesh, log), requests, claim)
     except Exception as error:
         return report(error, launch)
     return 0
@@ -58,10 +70,24 @@ def _check_sizes(config: Config, launch: Launch) -> None:
     BatchSizes(config.training, grid_sizes(config.parallel, num_ranks)["data"])  # raises where they do not divide
 
 
-if __name__ == "__main__":
-    exit_status = main(sys.argv[1:])
-    # Everything is written and the group is left. What remains is the interpreter's end, in which a process group's
-    # threads were once seen to abort a rank of a finished run: leave without it.
+def leave(exit_status: int) -> NoReturn:
+    """Ends the process, after what is registered with `atexit`: whatever has to be finished first belongs there.
+
+    A rank among others ends without the interpreter's own end. gloo's threads live as long as anything refers to a
+    group, and free tensors, for which they need the interpreter's lock: one that asks for it too late aborts the
+    process ("terminate called without an active exception", one of a hundred finished runs).
+    """
+    try:
+        is_alone = launched().size == 1
+    except LaunchError:
+        is_alone = True
+    if is_alone:
+        sys.exit(exit_status)
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_status)
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1:]))

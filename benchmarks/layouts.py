@@ -42,7 +42,7 @@ RECOMPUTATION = {"": "", "full": "--checkpoint-activations", "selective": "--rec
 
 def run(prefix: str, ranks: int, flags: list[str], steps: int, folder: str) -> tuple[list[dict], dict[str, Tensor]]:
     """The metrics of each step, and the last weights."""
-    agent = ["-m", "megatron.parallel.launch.agent", "--standalone", f"--nproc-per-node={ranks}"]
+    agent = ["-m", "megatron.parallel.launch", "--standalone", f"--nproc-per-node={ranks}"]
     command = [sys.executable, *(agent if ranks > 1 else []), str(ROOT / "pretrain_tape.py"), *FLAGS, *flags,
                "--data-path", prefix, "--exit-interval", str(steps), "--save", folder]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

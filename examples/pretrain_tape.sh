@@ -26,7 +26,6 @@
 # On TAPE's Pfam corpus, the published split into training, validation and test is --split 32593668,1715454,44311.
 set -euo pipefail
 
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" run
-source "$root/examples/pretraining.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/pretraining.sh"
 
 exec "$python" "$root/pretrain_tape.py" "${flags[@]}" "$@"

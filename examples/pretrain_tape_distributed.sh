@@ -16,38 +16,30 @@
 #     GPUS_PER_NODE   processes on this machine (default: its GPUs; 2 if it has none, on the CPU over gloo)
 #     NNODES          machines (default: 1)
 #     NODE_RANK       this machine's number, from 0 (default: 0)
-#     MASTER_ADDR     address of machine 0 (default: localhost)
+#     MASTER_ADDR     address of machine 0 (default: this machine; needed where NODE_RANK is not 0)
 #     MASTER_PORT     a free port there (default: 6000; with one machine, any that is free)
 #     MAX_RESTARTS    how often to start again from the last checkpoint when a process has died (default: 0)
 #
 # A process that dies ends all, on all machines, with one line that says which, where and why; one that hangs does so
-# within --distributed-timeout-minutes (default: 10).
+# within --distributed-timeout-minutes (default: 10). A request to stop (Ctrl-C, SIGTERM, SIGHUP, SIGUSR1) on one machine
+# is one to all: all processes save, and all end with success.
 set -euo pipefail
 
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" run
 run_suffix=-distributed
-source "$root/examples/pretraining.sh"
+numbers=(GPUS_PER_NODE:1:999 NNODES:1:99999 NODE_RANK:0:"${NNODES-1}-1" MASTER_PORT:1:65535 MAX_RESTARTS:0:999999)
+source "$(dirname "${BASH_SOURCE[0]}")/pretraining.sh"
 
-if [ "$num_gpus" -gt 0 ]; then default_processes=$num_gpus; else default_processes=2; fi
 processes=${GPUS_PER_NODE:-$default_processes}
 share_cores "$processes"
 
-if [ "${NNODES:-1}" -eq 1 ] && [ -z "${MASTER_PORT-}" ]; then
+nodes=${NNODES:-1} node_rank=${NODE_RANK:-0}
+if [ "$nodes" -eq 1 ] && [ -z "${MASTER_PORT-}" ]; then
     meeting=(--standalone)
 else
-    meeting=(--nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-localhost}"
+    if [ "$node_rank" -gt 0 ] && [ -z "${MASTER_ADDR-}" ]; then fail "NODE_RANK is $node_rank; set MASTER_ADDR too"; fi
+    meeting=(--nnodes "$nodes" --node_rank "$node_rank" --master_addr "${MASTER_ADDR:-127.0.0.1}"
         --master_port "${MASTER_PORT:-6000}")
 fi
 
-# A request to stop (Ctrl-C, SIGTERM) goes to the processes that train: they save and end with success, and the launcher
-# after them. The launcher itself would give them 30 seconds and then call it a failure.
-"$python" -m megatron.parallel.launch.agent "${meeting[@]}" --nproc_per_node "$processes" \
-    --max_restarts "${MAX_RESTARTS:-0}" --signals-to-handle SIGHUP,SIGQUIT "$root/pretrain_tape.py" "${flags[@]}" "$@" &
-launcher=$!
-signalled=yes
-trap 'signalled=yes; pkill -TERM -P "$launcher" || true' INT TERM
-while [ -n "$signalled" ]; do
-    signalled='' status=0
-    wait "$launcher" || status=$?
-done
-exit "$status"
+run_until_asked TERM "$python" -m megatron.parallel.launch "${meeting[@]}" --nproc_per_node "$processes" \
+    --max_restarts "${MAX_RESTARTS:-0}" "$root/pretrain_tape.py" "${flags[@]}" "$@"

@@ -11,17 +11,19 @@
 #
 #     PROCESSES      processes in all (default: this machine's GPUs; 2 if it has none, on the CPU over gloo)
 #     MPIRUN_FLAGS   further flags of mpirun, such as where to run (default: on this machine)
-#     MASTER_ADDR    address of the machine of process 0 (default: localhost)
+#     MASTER_ADDR    address of the machine of process 0 (default: this machine)
 #     MASTER_PORT    a free port there (default: one by the job's name)
+#
+# A request to stop (Ctrl-C, SIGTERM, SIGHUP, SIGUSR1) to this script reaches all processes: they save, and all end with
+# success. Open MPI's mpirun itself, asked by SIGTERM or SIGINT, kills them unsaved.
 #
 # A process that dies ends all. mpirun does not start them again: run this again to go on from the last checkpoint.
 set -euo pipefail
 
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" run
 run_suffix=-mpirun
-source "$root/examples/pretraining.sh"
+numbers=(PROCESSES:1:99999 MASTER_PORT:1:65535)
+source "$(dirname "${BASH_SOURCE[0]}")/pretraining.sh"
 
-if [ "$num_gpus" -gt 0 ]; then default_processes=$num_gpus; else default_processes=2; fi
 processes=${PROCESSES:-$default_processes}
 share_cores "$processes"
 
@@ -30,5 +32,6 @@ read -ra mpirun_flags <<<"${MPIRUN_FLAGS-}"
 # needs cores for its threads and for the workers that prepare its batches.
 environment=(PYTHONPATH="$PYTHONPATH" OMP_NUM_THREADS="$OMP_NUM_THREADS" GOMP_SPINCOUNT="$GOMP_SPINCOUNT"
     ${MASTER_ADDR:+"MASTER_ADDR=$MASTER_ADDR"} ${MASTER_PORT:+"MASTER_PORT=$MASTER_PORT"})
-exec mpirun -np "$processes" --bind-to none ${mpirun_flags[@]+"${mpirun_flags[@]}"} \
+# On SIGTERM Open MPI kills its processes at once. SIGUSR1 every mpirun passes on, and it asks them to stop as well.
+run_until_asked USR1 mpirun -np "$processes" --bind-to none ${mpirun_flags[@]+"${mpirun_flags[@]}"} \
     env "${environment[@]}" "$python" "$root/pretrain_tape.py" "${flags[@]}" "$@"

@@ -18,6 +18,7 @@
 # Options of sbatch stand before the script and win over those above: sbatch --nodes=4 --partition=gpu examples/…
 # All machines must see the checkout and CHECKPOINT_PATH. Three minutes before the time is up the tasks are asked to
 # stop, and save; a job whose machine fails is queued again. The same command later goes on from the last checkpoint.
+# To stop it earlier: scancel --signal=TERM JOB. A bare scancel asks too, and kills after KillWait, 30 seconds as a rule.
 #
 #     MASTER_ADDR, MASTER_PORT   where the tasks meet (default: the first machine; a port by the job's number)
 #
@@ -29,9 +30,9 @@ set -euo pipefail
 
 # SLURM runs a copy of this script, from a folder of its own.
 examples=${SLURM_SUBMIT_DIR:+$SLURM_SUBMIT_DIR/examples}
-source "${examples:-$(dirname "${BASH_SOURCE[0]}")}/setup.sh" run
 run_suffix=-slurm
-source "$root/examples/pretraining.sh"
+numbers=(MASTER_PORT:1:65535 SLURM_NTASKS_PER_NODE:1:9999)
+source "${examples:-$(dirname "${BASH_SOURCE[0]}")}/pretraining.sh"
 share_cores "${SLURM_NTASKS_PER_NODE:-1}"
 
 # What sbatch was told of cores does not reach srun by itself.

@@ -14,14 +14,16 @@ fail() {
     exit 2
 }
 
-# first_python: the path of the first Python that is new enough, the active one before others.
+# first_python: the path of the Python that PYTHON names, or of the first that is new enough, the active one before others.
 first_python() {
-    local candidate
-    for candidate in ${PYTHON:+"$PYTHON"} python3 python python3.12 python3.11 python3.10; do
+    local candidate candidates=(python3 python python3.12 python3.11 python3.10)
+    if [ -n "${PYTHON-}" ]; then candidates=("$PYTHON"); fi
+    for candidate in "${candidates[@]}"; do
         if "$candidate" -c 'import sys; sys.version_info < (3, 10) and sys.exit(1); print(sys.executable)' 2>/dev/null; then
             return
         fi
     done
+    if [ -n "${PYTHON-}" ]; then fail "PYTHON is '$PYTHON', which is no Python 3.10 or newer"; fi
     fail "Python 3.10 or newer is needed and none was found; install it, or name it: PYTHON=/path/to/python3"
 }
 
@@ -83,7 +85,7 @@ make_environment() {
 install() {
     local file=$1 installed="$root/.venv/installed-${1//\//-}" quiet=-qq
     shift
-    if cmp -s "$root/$file" "$installed"; then return; fi
+    if [ -e "$installed" ] && [ "$(<"$root/$file")" = "$(<"$installed")" ]; then return; fi
     if [ -t 1 ]; then quiet=--progress-bar=on; fi
     echo "setup: installing what $file asks for into .venv"
     touch "$unfinished"

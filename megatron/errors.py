@@ -25,6 +25,10 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be read or does not fit the run; the message names the file and the remedy."""
 
 
+class OutputError(UserError):
+    """A file of a run that cannot be written; the message names it, the flag and the remedy."""
+
+
 class LaunchError(UserError):
     """What the launcher says, or leaves out, does not let the ranks find each other or their devices."""
 

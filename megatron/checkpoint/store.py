@@ -8,7 +8,9 @@ FOLDER/iter_0000100/state.json               progress, loss scale, the flags of 
 Nothing here is a pickle: opening a checkpoint runs no code.
 """
 
+import itertools
 import json
+import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -41,13 +43,14 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def save(folder: str, checkpoint: Checkpoint, keep: int = 0) -> Path:
+def save(folder: str, checkpoint: Checkpoint, keep: int = 0, loaded: int | None = None) -> Path:
     """Write `checkpoint` below `folder` and point to it, whole or not at all; returns its path.
 
-    With `keep` > 0 only the newest so many checkpoints stay. Raises CheckpointError where the disk refuses.
+    With `keep` > 0 only the so many written last stay, and iteration `loaded`, from which this run went on. Raises
+    CheckpointError where the disk refuses.
     """
     root = Path(folder)
-    target = root / f"iter_{checkpoint.iteration:07d}"
+    target = _place(root, checkpoint.iteration)
     try:
         with new_folder(target) as place:
             save_file(_plain(checkpoint.model), place / "model.safetensors")
@@ -60,20 +63,45 @@ def save(folder: str, checkpoint: Checkpoint, keep: int = 0) -> Path:
         raise CheckpointError(f"could not save {target}: {error}; the last good checkpoint is untouched, make room or "
                               "give another --save") from error
     if keep:
-        _prune(root, keep)
+        spared = {target, *([] if loaded is None else [_place(root, loaded)])}
+        # By time, not by number: a run that went back to an older iteration saves lower numbers than it finds.
+        for old in sorted(_iterations(root).values(), key=_written)[:-keep]:
+            if old not in spared:
+                shutil.rmtree(old, ignore_errors=True)
     return target
 
 
+def set_aside(folder: str, iteration: int) -> list[Path]:
+    """Rename the checkpoints after `iteration`, of a course that was left by going back; returns their new paths."""
+    moved = []
+    try:
+        for number, place in _iterations(Path(folder)).items():
+            if number > iteration:
+                copies = (place.with_name(f"abandoned-{copy}-{place.name}") for copy in itertools.count(1))
+                moved.append(place.rename(next(path for path in copies if not path.exists())))
+    except OSError as error:
+        raise CheckpointError(f"{folder}: iteration {number} cannot be renamed ({error.strerror}); it belongs to a "
+                              "course that was left, move it away") from error
+    return moved
+
+
 def load(folder: str, with_optimizer: bool = True) -> Checkpoint | None:
-    """The newest checkpoint below `folder`, or None where there is none yet; raises CheckpointError."""
+    """The checkpoint that `folder` points to, or None where it holds none; raises CheckpointError.
+
+    Checkpoints without a pointer, and a checkpoint in the place of their folder, are not passed over.
+    """
     pointer = Path(folder) / LATEST
-    if not pointer.exists():
+    try:
+        text = pointer.read_text(encoding="utf-8", errors="replace").strip()
+    except (FileNotFoundError, NotADirectoryError):
+        _check_absence(Path(folder))
         return None
-    text = pointer.read_text(encoding="utf-8").strip()
-    if not text.isdigit():
+    except OSError as error:
+        raise CheckpointError(f"{pointer}: cannot be read ({error.strerror})") from error
+    if not re.fullmatch("[0-9]{1,18}", text):
         raise CheckpointError(f"{pointer}: found {text[:40]!r}, expected an iteration number; write the number of the "
                               "iter_ folder to load into it")
-    place = Path(folder) / f"iter_{int(text):07d}"
+    place = _place(Path(folder), int(text))
     if not place.is_dir():
         raise CheckpointError(f"{pointer} names iteration {text}, but {place} is not there; write the number of an "
                               "iter_ folder that is")
@@ -142,7 +170,30 @@ class _Tensors(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def _prune(root: Path, keep: int) -> None:
-    checkpoints = sorted(root.glob("iter_" + "[0-9]" * 7))
-    for old in checkpoints[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+def _place(root: Path, iteration: int) -> Path:
+    return root / f"iter_{iteration:07d}"
+
+
+def _iterations(root: Path) -> dict[int, Path]:
+    """The folders of checkpoints below `root` by their numbers, ascending."""
+    places = {int(place.name[5:]): place for place in root.glob("iter_*") if re.fullmatch("[0-9]{7,}", place.name[5:])}
+    return dict(sorted(places.items()))
+
+
+def _written(place: Path) -> tuple[int, Path]:
+    """A key that sorts checkpoints by when they were written; state.json is the last file of each."""
+    try:
+        return (place / "state.json").stat().st_mtime_ns, place
+    except OSError:
+        return 0, place
+
+
+def _check_absence(folder: Path) -> None:
+    """Raises CheckpointError where a folder without a pointer holds checkpoints, or is one."""
+    if (folder / "model.safetensors").exists():
+        raise CheckpointError(f"{folder} is one checkpoint, not the folder of a run; give {folder.resolve().parent}, "
+                              f"whose {LATEST} says which iteration to load")
+    numbers = list(_iterations(folder))
+    if numbers:
+        raise CheckpointError(f"{folder} holds {_place(folder, numbers[-1]).name} but no {LATEST}; write the number of "
+                              f"the iter_ folder to load into it: echo {numbers[-1]} > {folder / LATEST}")

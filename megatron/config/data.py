@@ -10,33 +10,38 @@ class DataConfig:
     """The corpora, the packing of proteins into rows and the masking."""
 
     data_path: tuple[str, ...] = flag(
-        None, "prefix of PREFIX.bin and PREFIX.idx, or several as WEIGHT PREFIX WEIGHT PREFIX …", nargs="+")
-    split: str = flag("969,30,1", "shares or exact document counts of training, validation and test, by commas")
+        None, "prefix of PREFIX.bin and PREFIX.idx, or several as WEIGHT PREFIX WEIGHT PREFIX …", nargs="+",
+        changes="samples")
+    split: str = flag("969,30,1", "shares or exact document counts of training, validation and test, by commas",
+                      changes="samples")
     vocab_file: str = flag(None, "vocabulary, one token a line (default: protein_tools/iupac_vocab.txt)",
-                           aliases=("--vocab",))
+                           aliases=("--vocab",), changes="nothing")
     tokenizer_type: str = flag(
         "BertWordPieceCase", "every type reads residues, spaced or not, in either case, on a protein vocabulary",
-        choices=("BertWordPieceLowerCase", "BertWordPieceCase"))
+        choices=("BertWordPieceLowerCase", "BertWordPieceCase"), changes="nothing")
     seq_length: int = flag(None, "positions in a row", kind=int, check=(lambda v: v >= 2, "2 or greater"),
-                           aliases=("--encoder-seq-length",))
-    data_impl: str = flag("infer", "format of the indexed dataset", choices=("infer", "mmap", "cached", "lazy"))
+                           aliases=("--encoder-seq-length",), changes="samples")
+    data_impl: str = flag("infer", "format of the indexed dataset", choices=("infer", "mmap", "cached", "lazy"),
+                          changes="nothing")
     mask_prob: float = flag(0.15, "share of residues chosen for prediction", kind=float,
-                            check=(lambda v: 0 < v < 1, "between 0 and 1"))
+                            check=(lambda v: 0 < v < 1, "between 0 and 1"), changes="samples")
     mask_token_prob: float = flag(0.8, "share of the chosen replaced by [MASK]", kind=float,
-                                  check=(lambda v: 0 <= v <= 1, "between 0 and 1"))
+                                  check=(lambda v: 0 <= v <= 1, "between 0 and 1"), changes="samples")
     mask_random_prob: float = flag(0.1, "share of the chosen replaced by a random residue", kind=float,
-                                   check=(lambda v: 0 <= v <= 1, "between 0 and 1"))
+                                   check=(lambda v: 0 <= v <= 1, "between 0 and 1"), changes="samples")
     mask_span_length: float = flag(1.0, "mean length of masked spans (geometric); 1 masks single residues", kind=float,
-                                   check=(lambda v: v >= 1, "1 or greater"))
-    packing: str = flag("best-fit", "how proteins are laid into rows", choices=("best-fit", "sequential"))
+                                   check=(lambda v: v >= 1, "1 or greater"), changes="samples")
+    packing: str = flag("best-fit", "how proteins are laid into rows", choices=("best-fit", "sequential"),
+                        changes="samples")
     long_proteins: str = flag("crop", "a protein longer than a row: a random window, consecutive pieces, or none",
-                              choices=("crop", "split", "drop"))
-    data_cache_path: str = flag(None, "folder of the row index (default: beside the data, or the user's cache folder)")
+                              choices=("crop", "split", "drop"), changes="samples")
+    data_cache_path: str = flag(None, "folder of the row index (default: beside the data, or the user's cache folder)",
+                                changes="nothing")
     blend_by: str = flag("weight", "weight: several data paths in proportion; cluster: each epoch draws one protein of "
-                         "each cluster", choices=("weight", "cluster"))
+                         "each cluster", choices=("weight", "cluster"), changes="samples")
     cluster_file: str = flag(None, "clusters for --blend-by cluster: representative and member a line, by tab; members "
                              "are names of PREFIX.names, which preprocess_data.py --names writes, or numbers of "
-                             "documents from 0")
+                             "documents from 0", changes="samples")
     num_workers: int = flag(2, "processes that prepare batches ahead; 0 prepares them in the training process",
-                            kind=int, check=not_negative)
-    mmap_warmup: bool = flag(False, "read the whole dataset once at start, into the page cache")
+                            kind=int, check=not_negative, changes="nothing")
+    mmap_warmup: bool = flag(False, "read the whole dataset once at start, into the page cache", changes="nothing")

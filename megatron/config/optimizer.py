@@ -9,13 +9,13 @@ from megatron.config.declaration import flag, fraction, not_negative, positive
 class OptimizerConfig:
     """The optimizer and its regularisation."""
 
-    optimizer: str = flag("adam", "optimizer (adam is AdamW)", choices=("adam", "sgd"))
-    optimizer_backend: str = flag("torch", "whose implementation of it", choices=("torch", "apex"))
+    optimizer: str = flag("adam", "optimizer (adam is AdamW)", choices=("adam", "sgd"), changes="course")
+    optimizer_backend: str = flag("torch", "whose implementation of it", choices=("torch", "apex"), changes="course")
     weight_decay: float = flag(0.01, "decoupled weight decay; never on biases and LayerNorms", kind=float,
-                               check=not_negative)
+                               check=not_negative, changes="course")
     clip_grad: float = flag(1.0, "largest L2 norm of the gradient; 0 switches clipping off", kind=float,
-                            check=not_negative)
-    adam_beta1: float = flag(0.9, "decay of the first moment", kind=float, check=fraction)
-    adam_beta2: float = flag(0.999, "decay of the second moment", kind=float, check=fraction)
-    adam_eps: float = flag(1e-8, "added to the denominator", kind=float, check=positive)
-    sgd_momentum: float = flag(0.9, "momentum of sgd", kind=float, check=fraction)
+                            check=not_negative, changes="course")
+    adam_beta1: float = flag(0.9, "decay of the first moment", kind=float, check=fraction, changes="course")
+    adam_beta2: float = flag(0.999, "decay of the second moment", kind=float, check=fraction, changes="course")
+    adam_eps: float = flag(1e-8, "added to the denominator", kind=float, check=positive, changes="course")
+    sgd_momentum: float = flag(0.9, "momentum of sgd", kind=float, check=fraction, changes="course")

@@ -9,11 +9,13 @@ from megatron.config.declaration import flag, positive
 class PrecisionConfig:
     """The dtype of activations and the loss scale. Parameters and their gradients are fp32 throughout."""
 
-    fp16: bool = flag(False, "compute in fp16, with a loss scale")
-    bf16: bool = flag(False, "compute in bf16")
-    loss_scale: float = flag(None, "fixed loss scale for --fp16 (default: dynamic)", kind=float, check=positive)
-    initial_loss_scale: float = flag(2.0**32, "first dynamic loss scale", kind=float, check=positive)
-    min_loss_scale: float = flag(1.0, "smallest dynamic loss scale", kind=float, check=positive)
-    loss_scale_window: int = flag(1000, "steps without overflow until the scale doubles", kind=int, check=positive)
-    hysteresis: int = flag(2, "overflows until the scale halves", kind=int, check=positive)
-    fp16_lm_cross_entropy: bool = flag(False, "cross entropy in fp16 instead of fp32")
+    fp16: bool = flag(False, "compute in fp16, with a loss scale", changes="course")
+    bf16: bool = flag(False, "compute in bf16", changes="course")
+    loss_scale: float = flag(None, "fixed loss scale for --fp16 (default: dynamic)", kind=float, check=positive,
+                             changes="course")
+    initial_loss_scale: float = flag(2.0**32, "first dynamic loss scale", kind=float, check=positive, changes="nothing")
+    min_loss_scale: float = flag(1.0, "smallest dynamic loss scale", kind=float, check=positive, changes="course")
+    loss_scale_window: int = flag(1000, "steps without overflow until the scale doubles", kind=int, check=positive,
+                                  changes="course")
+    hysteresis: int = flag(2, "overflows until the scale halves", kind=int, check=positive, changes="course")
+    fp16_lm_cross_entropy: bool = flag(False, "cross entropy in fp16 instead of fp32", changes="course")

@@ -10,19 +10,23 @@ class TrainingConfig:
     """How long, in which batches, and when to evaluate and to stop."""
 
     micro_batch_size: int = flag(None, "rows a rank computes at once", kind=int, check=positive,
-                                 aliases=("--batch-size",))
+                                 aliases=("--batch-size",), changes="nothing")
     global_batch_size: int = flag(None, "rows a step, over all ranks (default: micro-batch size x ranks)", kind=int,
-                                  check=positive)
+                                  check=positive, changes="course")
     rampup_batch_size: tuple[int, ...] = flag(
         None, "START INCREMENT SAMPLES: grow the global batch from START by INCREMENT over SAMPLES", kind=int, nargs=3,
-        check=positive)
-    train_iters: int = flag(None, "steps in all", kind=int, check=positive)
-    train_samples: int = flag(None, "rows in all, instead of --train-iters", kind=int, check=positive)
+        check=positive, changes="course")
+    train_iters: int = flag(None, "steps in all", kind=int, check=positive, changes="nothing")
+    train_samples: int = flag(None, "rows in all, instead of --train-iters", kind=int, check=positive,
+                              changes="nothing")
     eval_iters: int = flag(100, "global batches an evaluation; 0 evaluates on the whole split", kind=int,
-                           check=not_negative)
-    eval_interval: int = flag(1000, "steps between evaluations", kind=int, check=positive)
-    exit_interval: int = flag(None, "save and leave at a step divisible by this", kind=int, check=positive)
-    exit_duration_in_mins: float = flag(None, "save and leave after this long", kind=float, check=positive)
+                           check=not_negative, changes="nothing")
+    eval_interval: int = flag(1000, "steps between evaluations", kind=int, check=positive, changes="nothing")
+    exit_interval: int = flag(None, "save and leave at a step divisible by this", kind=int, check=positive,
+                              changes="nothing")
+    exit_duration_in_mins: float = flag(None, "save and leave after this long", kind=float, check=positive,
+                                        changes="nothing")
     compile: bool = flag(None, "compile each transformer block, once, by torch.compile (default: on GPUs, where the "
-                         "layout allows it)", kind=bool)
-    seed: int = flag(1234, "seed of weights, row order, masks and dropout", kind=int, check=not_negative)
+                         "layout allows it)", kind=bool, changes="nothing")
+    seed: int = flag(1234, "seed of weights, row order, masks and dropout", kind=int, check=not_negative,
+                     changes="samples")

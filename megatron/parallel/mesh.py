@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.config import ParallelConfig
 from megatron.errors import ConfigError
 from megatron.parallel.launch.environment import Launch, device_of
+from megatron.parallel.launch.hosts import choose_interface
 from megatron.parallel.launch.meeting import meeting_store
 
 
@@ -76,6 +77,8 @@ def joined(config: ParallelConfig, launch: Launch) -> Iterator[Mesh]:
     backend = config.distributed_backend or ("nccl" if device.type == "cuda" else "gloo")
     if backend == "nccl" and device.type != "cuda":
         raise ConfigError("--distributed-backend nccl needs a GPU on every rank; give gloo")
+    if backend == "gloo":
+        choose_interface(launch.is_on_one_host)
     timeout = timedelta(minutes=config.distributed_timeout_minutes)
     dist.init_process_group(backend, store=meeting_store(launch, timeout), rank=launch.rank, world_size=launch.size,
                             timeout=timeout)

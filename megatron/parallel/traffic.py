@@ -53,15 +53,20 @@ class TrafficCounter(TorchDispatchMode):
         self._axes = _axes_by_group(mesh)
 
     def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
-        """Run `func`; count it first if it communicates."""
+        """Run `func`, and count it if it communicates."""
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # what counts are the operations on its local tensor
+        results = func(*args, **(kwargs or {}))
+        self.count(func, args)
+        return results
+
+    def count(self, func: Any, args: Sequence[Any], *_: Any) -> None:
+        """Count an operation, with these arguments, if it communicates."""
         if func.namespace == "c10d" and func in _COUNTED:
             operation, whole_of, group_index = _COUNTED[func]
             group = dist.ProcessGroup.unbox(args[group_index])
             num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in whole_of(args))
             self.traffic.add(self._axes.get(group.group_name, "other"), operation, num_bytes, group.size())
-        return func(*args, **(kwargs or {}))
 
 
 def _axes_by_group(mesh: Mesh) -> dict[str, str]:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
-import torch.distributed as dist
+import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron.config import Config
@@ -23,6 +23,8 @@ from megatron.parallel.data.data_parallel import data_parallel
 from megatron.parallel.mesh import Mesh, build_mesh
 from megatron.parallel.traffic import Traffic, TrafficCounter
 from megatron.plan.memory_watch import MemoryWatch, num_bytes
+from megatron.plan.pieces import fake_group
+from megatron.plan.work import WeightBytes
 from megatron.train.engine import build_stages, stream_of, with_optimizer
 from megatron.train.meters import Meters
 from megatron.train.state import BatchSizes
@@ -36,7 +38,10 @@ class Measurement:
     """Bytes that one rank holds when it holds most, and what it sends in a step.
 
     `gradients` are those that it holds at that moment, as large as they are then; `activations` is everything else:
-    what is kept for backward passes, parameters gathered from other ranks, and temporary results.
+    what is kept for backward passes, parameters gathered from other ranks, and temporary results. `weight_bytes`: what
+    a further micro-batch reads and writes of weights and their gradients (`megatron.plan.work.WeightBytes`), divided by
+    their elements; None where a step has no further one. Counted are parameters of two and more dimensions that are
+    not as long as the micro-batch, as a table of positions may be.
     """
 
     parameters: int
@@ -44,6 +49,7 @@ class Measurement:
     optimizer: int
     activations: int
     traffic: Traffic
+    weight_bytes: float | None
 
     @property
     def peak(self) -> int:
@@ -59,6 +65,8 @@ def dry_run(config: Config) -> str:
     parts = {"parameters": found.parameters, "gradients": found.gradients, "optimizer": found.optimizer,
              "activations and temporary": found.activations, "peak": found.peak}
     lines += [f"  {name:<28}{size / _GIB:>12.3f}" for name, size in parts.items()]
+    if found.weight_bytes is not None:
+        lines.append(f"weights read and written by a micro-batch, bytes a parameter {found.weight_bytes:.1f}")
     lines += ["sent a step by this rank", f"  {'axis':<14}{'operation':<14}{'calls':>12}{'bytes':>20}{'GiB':>12}"]
     for (axis, operation), sent in sorted(found.traffic.sent.items()):
         calls = found.traffic.calls[axis, operation]
@@ -75,32 +83,23 @@ def measure(config: Config) -> Measurement:
     with _fake_mesh(config, rank, num_ranks) as mesh:
         sizes = BatchSizes(config.training, mesh.data.size)
         num_micro_batches = sizes.final // sizes.rows_a_micro_step
-        with TrafficCounter(mesh) as counter, MemoryWatch() as watch:
-            return _Steps(config, mesh, counter, watch).measured(num_micro_batches)
+        weights = WeightBytes()
+        with TrafficCounter(mesh) as counter, MemoryWatch([weights.count]) as watch:
+            return _Steps(config, mesh, counter, watch, weights).measured(num_micro_batches)
 
 
 @contextmanager
 def _fake_mesh(config: Config, rank: int, num_ranks: int) -> Iterator[Mesh]:
-    if num_ranks == 1:
-        yield Mesh()
-        return
-    import torch.testing._internal.distributed.fake_pg  # noqa: F401  (registers the backend)
-    from torch._C._distributed_c10d import FakeWork
-
-    # Its messages arrive at once but do not say so, and finished ones would be kept.
-    FakeWork.is_completed = lambda self: True  # type: ignore[method-assign]
-    dist.init_process_group("fake", store=dist.HashStore(), rank=rank, world_size=num_ranks)
-    try:
-        yield build_mesh(config.parallel, torch.device("cpu"), timedelta(minutes=1))
-    finally:
-        dist.destroy_process_group()
+    with fake_group(rank, num_ranks):
+        yield build_mesh(config.parallel, torch.device("cpu"), timedelta(minutes=1)) if num_ranks > 1 else Mesh()
 
 
 class _Steps:
     """The rank's training steps, under the modes that watch them."""
 
-    def __init__(self, config: Config, mesh: Mesh, counter: TrafficCounter, watch: MemoryWatch) -> None:
-        self._mesh, self._counter, self._watch = mesh, counter, watch
+    def __init__(self, config: Config, mesh: Mesh, counter: TrafficCounter, watch: MemoryWatch,
+                 weights: WeightBytes) -> None:
+        self._mesh, self._counter, self._watch, self._weights = mesh, counter, watch, weights
         stream = stream_of(config, mesh)
         self._batch = typical_batch(config.data, config.training.micro_batch_size, stream.token_multiple,
                                     mesh.context.rank, mesh.context.size)
@@ -109,6 +108,12 @@ class _Steps:
             config.model.make_vocab_size_divisible_by)
         with self._fake:
             self._stages = build_stages(config, mesh, padded)
+        num_tokens = config.training.micro_batch_size * config.data.seq_length
+        lengths = {-(-num_tokens // size) for size in (1, mesh.context.size, mesh.context.size * mesh.tensor.size)}
+        counted = [parameter for stage in self._stages for parameter in stage.parameters()
+                   if parameter.ndim > 1 and not lengths & set(parameter.shape)]
+        weights.shapes = {tuple(sorted(parameter.shape)) for parameter in counted}
+        self._num_counted = sum(parameter.numel() for parameter in counted)
         # Outside the mode: FSDP2 asks its mesh for values. The parameters are fake already.
         model = data_parallel(self._stages, ProteinModel.blocks, mesh, replace(config.parallel, DDP_impl="local"),
                               compute_dtype(config.precision))
@@ -120,19 +125,27 @@ class _Steps:
     def measured(self, num_micro_batches: int) -> Measurement:
         """Two steps, of no more micro-batches than it takes to see the peak; traffic grows evenly from there."""
         pipeline = self._mesh.pipeline.size
-        first = min(num_micro_batches, 2 * pipeline)
+        first = min(num_micro_batches, pipeline)
         second = min(num_micro_batches, 3 * pipeline)
+        if second > first:
+            self._traffic_of(first)  # the very first step makes the optimizer's state as well
+            weights_at_start = self._weights.num_bytes
         before = self._traffic_of(first)
+        weights_before = self._weights.num_bytes
         self._watch.at_peak = self._gradient_bytes
         self._watch.restart()
         traffic = self._traffic_of(second)
+        weight_bytes = None
+        if second > first:
+            more = self._weights.num_bytes - 2 * weights_before + weights_at_start
+            weight_bytes = more / (second - first) / self._num_counted
         if num_micro_batches > second:
             traffic = before.continued(traffic, (num_micro_batches - first) / (second - first))
         parameters = num_bytes(self._engine.model.parameters.values())
         optimizer = num_bytes(self._engine.optimizer.state().values())
         gradients = self._watch.found_at_peak
         return Measurement(parameters, gradients, optimizer,
-                           self._watch.peak - parameters - optimizer - gradients, traffic)
+                           self._watch.peak - parameters - optimizer - gradients, traffic, weight_bytes)
 
     def _traffic_of(self, num_micro_batches: int) -> Traffic:
         self._counter.traffic = Traffic()

@@ -17,11 +17,14 @@ class MemoryWatch(TorchDispatchMode):
     """Within this context `current` and `peak` are the bytes of the fake tensors that operations have given.
 
     What an operation takes for itself and gives back before it ends is not seen. `at_peak` is called at each new peak,
-    and what it gave at the last is kept in `found_at_peak`.
+    and what it gave at the last is kept in `found_at_peak`; `at_growth` is called whenever more is held. `counters` are
+    called with each operation, its arguments and its results.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, counters: Sequence[Callable[[Any, Any, Any, Any], None]] = ()) -> None:
         super().__init__()
+        self._counters = counters
+        self.at_growth: Callable[[], None] | None = None
         self.current = self.peak = 0
         self.at_peak: Callable[[], Any] = lambda: None
         self.found_at_peak: Any = None
@@ -57,6 +60,8 @@ class MemoryWatch(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1
         results = func(*args, **(kwargs or {}))
+        for count in self._counters:
+            count(func, args, kwargs or {}, results)
         for result in (results,) if isinstance(results, Tensor) else tree_iter(results):
             if isinstance(result, FakeTensor):
                 self._follow(result.untyped_storage())
@@ -80,6 +85,8 @@ class MemoryWatch(TorchDispatchMode):
             return
         self.current += size - self._sizes[address]
         self._sizes[address] = size
+        if self.at_growth is not None:
+            self.at_growth()
         if self.current > self.peak:
             self.peak = self.current
             self.found_at_peak = self.at_peak()

@@ -1,13 +1,21 @@
-"""Which parameters a rank holds, and how many elements of each: the model's own list, in its order, as formulas."""
+"""Which parameters a rank holds, and how many elements of each: read from the model's own stages, built on `meta`."""
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import NamedTuple
 
+import torch
+
+from megatron.model.protein_model import compute_dtype
+from megatron.parallel.mesh import Axis, Mesh
 from megatron.parallel.pipeline.partition import Stage
-from megatron.plan.rank import Rank
+from megatron.parallel.placement import placement_of
+from megatron.parallel.tensor.copies import ComputeCopies
+from megatron.plan.memory_watch import num_bytes
+from megatron.plan.pieces import Part, Setting
+from megatron.plan.rank import Rank, part_of
 
 
 @dataclass(frozen=True)
@@ -15,18 +23,17 @@ class Parameter:
     """A parameter on one tensor rank.
 
     `is_split`: other tensor ranks hold other slices. `is_partial`: held whole by all of them, each with a part of its
-    gradient. `is_at_ends`: the first and the last pipeline rank both hold it. `block`: the transformer block, None
-    outside the blocks.
+    gradient. `is_at_ends`: the first and the last pipeline rank both hold it. `block`: the number of its block in the
+    stage, None outside the blocks.
     """
 
-    name: str
     shape: tuple[int, ...]
-    is_split: bool = False
-    is_partial: bool = False
-    is_at_ends: bool = False
-    block: int | None = None
+    is_split: bool
+    is_partial: bool
+    is_at_ends: bool
+    block: int | None
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Elements."""
         return math.prod(self.shape)
@@ -41,81 +48,6 @@ class Parameter:
         return self.size // self.shape[0] * min(max(self.shape[0] - shard * rows, 0), rows)
 
 
-class Widths(NamedTuple):
-    """What the parameters of a stage depend on, besides its place: letters of `megatron.plan.rank`."""
-
-    h: int
-    nd: int
-    f: int
-    positions: int
-    vocab_rows: int
-    has_tensor: bool
-    is_sequence: bool
-    has_pipeline: bool
-
-
-def stage_parameters(rank: Rank, stage: Stage) -> Sequence[Parameter]:
-    """The parameters of one stage, in the order in which the model names them."""
-    return _stage_parameters(_widths(rank), stage)
-
-
-def share_size(rank: Rank, stage: Stage) -> int:
-    """Elements of a stage's parameters that this rank holds when it needs no others."""
-    return _share_size(_widths(rank), stage, rank.shards, rank.shard)
-
-
-def _widths(rank: Rank) -> Widths:
-    return Widths(rank.h, rank.nd, rank.f, rank.config.model.max_position_embeddings, rank.vocab_rows,
-                  rank.sizes["tensor"] > 1, rank.is_sequence_parallel, rank.sizes["pipeline"] > 1)
-
-
-@cache  # a search asks for the same stages thousands of times
-def _stage_parameters(widths: Widths, stage: Stage) -> tuple[Parameter, ...]:
-    h, is_partial = widths.h, widths.is_sequence
-    found = []
-    if stage.is_first or stage.is_last:
-        found.append(Parameter("embedding.word_embeddings.weight", (widths.vocab_rows, h), is_split=widths.has_tensor,
-                               is_at_ends=widths.has_pipeline))
-    if stage.is_first:
-        found.append(Parameter("embedding.position_embeddings.weight", (widths.positions, h), is_partial=is_partial))
-    for number in stage.layers:
-        found += _block_parameters(widths, number)
-    if stage.is_last:
-        found += [Parameter(f"transformer.final_layernorm.{name}", (h,), is_partial=is_partial)
-                  for name in ("weight", "bias")]
-        found.append(Parameter("lm_head.bias", (widths.vocab_rows,), is_split=widths.has_tensor))
-        found += [Parameter("lm_head.dense.weight", (h, h)), Parameter("lm_head.dense.bias", (h,)),
-                  Parameter("lm_head.layernorm.weight", (h,)), Parameter("lm_head.layernorm.bias", (h,))]
-    return tuple(found)
-
-
-@cache
-def _share_size(widths: Widths, stage: Stage, shards: int, shard: int) -> int:
-    return sum(parameter.share(shards, shard) for parameter in _stage_parameters(widths, stage))
-
-
-def _block_parameters(widths: Widths, number: int) -> Iterator[Parameter]:
-    h, nd, f, has_tensor = widths.h, widths.nd, widths.f, widths.has_tensor
-    of_stream = [(h,), False, widths.is_sequence]
-    shapes: dict[str, Sequence] = {
-        "input_layernorm.weight": of_stream, "input_layernorm.bias": of_stream,
-        "attention.query_key_value.weight": [(3 * nd, h), True, False],
-        "attention.query_key_value.bias": [(3 * nd,), True, False],
-        "attention.dense.weight": [(h, nd), True, False], "attention.dense.bias": [(h,), False, True],
-        "post_attention_layernorm.weight": of_stream, "post_attention_layernorm.bias": of_stream,
-        "mlp.dense_h_to_4h.weight": [(f, h), True, False], "mlp.dense_h_to_4h.bias": [(f,), True, False],
-        "mlp.dense_4h_to_h.weight": [(h, f), True, False], "mlp.dense_4h_to_h.bias": [(h,), False, True],
-    }
-    for name, (shape, is_split, is_partial) in shapes.items():
-        yield Parameter(f"transformer.layers.{number}.{name}", shape, is_split=is_split and has_tensor,
-                        is_partial=is_partial and has_tensor, block=number)
-
-
-def rank_parameters(rank: Rank) -> list[Parameter]:
-    """The parameters of all stages of the rank."""
-    return [parameter for stage in rank.stages for parameter in stage_parameters(rank, stage)]
-
-
 class Unit(NamedTuple):
     """Parameters that are gathered together, of one `block` or of what is outside: their elements, rows evened out."""
 
@@ -123,13 +55,68 @@ class Unit(NamedTuple):
     padded_size: int
 
 
-def sharded_units(rank: Rank, stage: Stage) -> Sequence[Unit]:
-    """What is gathered together: each block, then what is outside the blocks."""
-    return _sharded_units(_widths(rank), stage, rank.shards)
+# A search asks for the same few lists thousands of times: they are made once, and known by their identity.
+@dataclass(frozen=True, eq=False)
+class Held:
+    """The parameters of one stage or of all stages of a rank, in the order in which the model names them."""
+
+    parameters: Sequence[Parameter]
+    copies: int  # bytes of the copies for matrix products that are kept where each rank has all parameters
+
+    def __iter__(self) -> Iterator[Parameter]:
+        return iter(self.parameters)
+
+    @cached_property
+    def size(self) -> int:
+        """Elements."""
+        return sum(parameter.size for parameter in self)
+
+
+def stage_parameters(rank: Rank, stage: Stage) -> Held:
+    """The parameters of one stage."""
+    return _of_part(rank.setting.of_parameters, part_of(stage), rank.sizes["pipeline"] > 1)
+
+
+def rank_parameters(rank: Rank) -> Held:
+    """The parameters of all stages of the rank."""
+    return _together(tuple(stage_parameters(rank, stage) for stage in rank.stages))
 
 
 @cache
-def _sharded_units(widths: Widths, stage: Stage, shards: int) -> tuple[Unit, ...]:
-    parameters = _stage_parameters(widths, stage)
-    sizes = {number: sum(p.padded(shards) for p in parameters if p.block == number) for number in (*stage.layers, None)}
-    return tuple(Unit(number, size) for number, size in sizes.items() if size)
+def share_size(held: Held, shards: int, shard: int) -> int:
+    """Elements of the parameters that a rank holds when it needs no others."""
+    return sum(parameter.share(shards, shard) for parameter in held)
+
+
+@cache
+def sharded_units(held: Held, shards: int) -> Sequence[Unit]:
+    """What of a stage is gathered together: each block, then what is outside the blocks."""
+    sizes: dict[int | None, int] = {}
+    for parameter in sorted(held, key=lambda parameter: parameter.block is None):
+        sizes[parameter.block] = sizes.get(parameter.block, 0) + parameter.padded(shards)
+    return [Unit(block, size) for block, size in sizes.items()]
+
+
+@cache
+def _together(stages: tuple[Held, ...]) -> Held:
+    if len(stages) == 1:
+        return stages[0]
+    return Held([parameter for held in stages for parameter in held], sum(held.copies for held in stages))
+
+
+@cache
+def _of_part(setting: Setting, part: Part, has_pipeline: bool) -> Held:
+    mesh = Mesh(tensor=setting.tensor, context=setting.context)
+    with torch.device("meta"):
+        ends = Axis(0 if part.is_first else 1, 2) if has_pipeline else Axis()
+        model = setting.build(part, mesh, ends)
+        copies = num_bytes(ComputeCopies([model], compute_dtype(setting.precision)).tensors())
+    blocks = {id(parameter): number for number, block in enumerate(model.blocks()) for parameter in block.parameters()}
+    found = []
+    for parameter in model.parameters():
+        placement = placement_of(parameter)
+        has_axis = placement.axis.size > 1
+        found.append(Parameter(tuple(parameter.shape), has_axis and placement.dim is not None,
+                               has_axis and placement.has_partial_gradient, placement.ends.size > 1,
+                               blocks.get(id(parameter))))
+    return Held(found, copies)

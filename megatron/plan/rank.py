@@ -1,19 +1,16 @@
-"""One rank of a layout in numbers: the sizes of its parts of the tensors, its stages, its micro-batches.
+"""One rank of a layout: its place in the grid, its stages, its micro-batches."""
 
-The letters of the formulas: t tokens of a micro-batch on this context rank, u of them in this rank's residual stream,
-m targets among them, h hidden, n local heads, d head width, f local feed-forward width, v vocabulary of this rank.
-"""
-
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
-import numpy as np
-
 from megatron.config import Config
-from megatron.data.batches.typical import typical_lengths, typical_targets
 from megatron.data.corpus.vocab import DEFAULT_VOCAB, Vocab
-from megatron.parallel.mesh import grid_sizes
+from megatron.model.protein_model import compute_dtype
+from megatron.parallel.mesh import Axis, grid_sizes
 from megatron.parallel.pipeline.partition import Stage, stages_of_rank
+from megatron.plan.pieces import Part, Piece, Setting, measured, setting_of
 
 
 @dataclass(frozen=True)
@@ -70,93 +67,58 @@ class Rank:
         return (self.config.training.global_batch_size or rows) // rows
 
     @property
-    def is_sequence_parallel(self) -> bool:
-        """Whether the stream's tokens are shared out over the tensor axis."""
-        return self.config.parallel.sequence_parallel
+    def puts_off(self) -> bool:
+        """Whether weights' gradients are computed later than their backward passes."""
+        return self.config.parallel.pipeline_schedule == "zero-bubble"
 
     @cached_property
-    def lengths(self) -> tuple[int, ...]:
-        """Tokens of each protein of a micro-batch; the last evens the number of tokens out."""
-        lengths = typical_lengths(self.config.data.seq_length, self.config.training.micro_batch_size)
-        multiple = self.sizes["context"] * (self.sizes["tensor"] if self.is_sequence_parallel else 1)
-        missing = -sum(lengths) % multiple
-        return (*lengths, missing) if missing else lengths
-
-    @cached_property
-    def t(self) -> int:
-        """Tokens of a micro-batch on this context rank."""
-        return sum(self.lengths) // self.sizes["context"]
-
-    @cached_property
-    def u(self) -> int:
-        """Tokens of the residual stream on this rank."""
-        return self.t // self.sizes["tensor"] if self.is_sequence_parallel else self.t
-
-    @cached_property
-    def m(self) -> int:
-        """Targets on this context rank."""
-        targets = typical_targets(self.config.data, self.config.training.micro_batch_size)
-        start = self.place["context"] * self.t
-        first, last = np.searchsorted(targets, (start, start + self.t)).tolist()
-        return last - first
+    def setting(self) -> Setting:
+        """All that the pieces of the model depend on."""
+        config = self.config
+        # Of the model's depth a piece knows nothing.
+        return setting_of(replace(config.model, num_layers=1), config.precision, config.data,
+                          config.training.micro_batch_size, padded_vocab_size(config), self._axis("tensor"),
+                          config.parallel.sequence_parallel, self._axis("context"))
 
     @property
-    def h(self) -> int:
-        """Width of the stream."""
-        return self.config.model.hidden_size
+    def width(self) -> int:
+        """Bytes of an element of what is gathered."""
+        return compute_dtype(self.config.precision).itemsize
+
+    def pieces(self, stage: Stage) -> tuple[Piece, ...]:
+        """The pieces that a micro-batch comes to in a stage, in their order."""
+        return _pieces(self.setting, part_of(stage), self.puts_off)
+
+    def counted_pieces(self, stage: Stage) -> Mapping[Piece, int]:
+        """The pieces of a stage, and how often each comes."""
+        return _counted(self.setting, part_of(stage), self.puts_off)
 
     @cached_property
-    def nd(self) -> int:
-        """Heads of this rank times their width."""
-        model = self.config.model
-        return model.num_attention_heads * model.kv_channels // self.sizes["tensor"]
+    def hidden_bytes(self) -> int:
+        """Bytes of the hidden states of a micro-batch between two pieces, on this rank."""
+        return measured(self.setting, Part(False, 1, False), self.puts_off).input
 
-    @cached_property
-    def n(self) -> int:
-        """Heads of this rank."""
-        return self.config.model.num_attention_heads // self.sizes["tensor"]
+    def _axis(self, name: str) -> Axis:
+        return Axis(self.place[name], self.sizes[name])
 
-    @cached_property
-    def f(self) -> int:
-        """Feed-forward width of this rank."""
-        return self.config.model.ffn_hidden_size // self.sizes["tensor"]
 
-    @cached_property
-    def vocab_size(self) -> int:
-        """Ids, padded as on one rank."""
-        return padded_vocab_size(self.config)
+def part_of(stage: Stage) -> Part:
+    """What a stage has of the model, whose blocks are all alike."""
+    return Part(stage.is_first, len(stage.layers), stage.is_last)
 
-    @cached_property
-    def vocab_rows(self) -> int:
-        """Rows of the vocabulary that each tensor rank holds."""
-        multiple = self.config.model.make_vocab_size_divisible_by
-        return -(-self.vocab_size // (multiple * self.sizes["tensor"])) * multiple
 
-    @cached_property
-    def v(self) -> int:
-        """Rows on this rank that stand for ids."""
-        return min(max(self.vocab_size - self.place["tensor"] * self.vocab_rows, 0), self.vocab_rows)
+@cache
+def _pieces(setting: Setting, part: Part, puts_off: bool) -> tuple[Piece, ...]:
+    size, num_blocks = setting.blocks_a_piece, part.num_blocks
+    groups = [size] * (num_blocks // size) + [num_blocks % size] * (num_blocks % size > 0)
+    parts = [Part(True, 0, False)] * part.is_first + [Part(False, group, False) for group in groups]
+    parts += [Part(False, 0, True)] * part.is_last
+    return tuple(measured(setting, one, puts_off) for one in parts)
 
-    @property
-    def is_half(self) -> bool:
-        """Whether activations are in half precision."""
-        return self.config.precision.fp16 or self.config.precision.bf16
 
-    @property
-    def e(self) -> int:
-        """Bytes of an activation."""
-        return 2 if self.is_half else 4
-
-    @property
-    def r(self) -> int:
-        """Bytes of an element of the residual stream."""
-        return 4 if self.config.model.fp32_residual_connection else self.e
-
-    @property
-    def takes_flash(self) -> bool:
-        """Whether attention takes the GPU's fused operator, as `megatron.kernels.attention` decides."""
-        width = self.config.model.kv_channels
-        return self.is_half and width % 8 == 0 and width <= 256
+@cache
+def _counted(setting: Setting, part: Part, puts_off: bool) -> Mapping[Piece, int]:
+    return Counter(_pieces(setting, part, puts_off))
 
 
 def padded_vocab_size(config: Config) -> int:

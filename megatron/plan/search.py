@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
-from megatron.config import Config
+from megatron.config import Config, ParallelConfig
 from megatron.errors import ConfigError
 from megatron.parallel.layout import check_layout
 from megatron.parallel.mesh import grid_sizes
@@ -12,6 +12,7 @@ from megatron.parallel.traffic import Traffic
 from megatron.plan.gpus import gpu_named, peak_flops
 from megatron.plan.memory import Memory, peak_memory
 from megatron.plan.messages import step_traffic
+from megatron.plan.pieces import Part, measured
 from megatron.plan.rank import Rank
 from megatron.plan.step_time import StepTime, step_time
 
@@ -28,6 +29,7 @@ SETTLED_BY = {
     "rows": ("--micro-batch-size", "--batch-size"),
 }
 _MOST_ROWS = 16  # a micro-batch of more rows is no faster
+_WORTHWHILE = 0.95  # of what a block keeps, what is left of it where recomputing a part of it is worth the time
 _CONTEXTS = (2, 4, 8, 16)  # tried one after the other, where nothing fits without
 
 
@@ -110,7 +112,7 @@ def candidates(config: Config, machine: Machine, settled: Collection[str]) -> It
                                      if size <= config.model.num_layers])
     shardings = choices("sharding", [{"data_parallel_sharding": "none"}, {"DDP_impl": "torch"}, *(
         {"data_parallel_sharding": what} for what in ("optimizer", "gradients", "parameters"))])
-    recomputations = _recomputations(Rank(config, machine.num_gpus).takes_flash)
+    recomputations = _recomputations(config)
     for tensor, pipeline in itertools.product(tensors, pipelines):
         grid = _with_parallel(config, **tensor, **pipeline)
         # Sharing the tokens out as well costs nothing.
@@ -145,11 +147,15 @@ def _rows() -> list[dict]:
     return [{"micro_batch_size": 2**power} for power in range(_MOST_ROWS.bit_length())]
 
 
-def _recomputations(takes_flash: bool) -> list[dict]:
-    """None, full, and selective where attention keeps its probabilities: the fused operator does not."""
-    selective = [] if takes_flash else [{"checkpoint_activations": False, "recompute_granularity": "selective"}]
-    return [{"checkpoint_activations": False, "recompute_granularity": None}, *selective,
-            {"checkpoint_activations": True, "recompute_granularity": None}]
+def _recomputations(config: Config) -> list[dict]:
+    """None, full, and selective where it saves something: attention's fused operator keeps little to begin with."""
+    none, selective, full = ({"checkpoint_activations": False, "recompute_granularity": None},
+                             {"checkpoint_activations": False, "recompute_granularity": "selective"},
+                             {"checkpoint_activations": True, "recompute_granularity": None})
+    alone = replace(config, parallel=ParallelConfig(), training=replace(config.training, micro_batch_size=1))
+    kept, kept_selective = (measured(Rank(replace(alone, model=replace(config.model, **what)), 1).setting,
+                                     Part(False, 1, False), puts_off=False).kept for what in (none, selective))
+    return [none, *([selective] if kept_selective < _WORTHWHILE * kept else []), full]
 
 
 def _works(config: Config, num_gpus: int) -> bool:

@@ -5,14 +5,11 @@ An estimate to compare layouts with, from data sheets and stated assumptions (`m
 
 from dataclasses import dataclass
 
-from megatron.kernels.attention import share_of
 from megatron.model.flops import model_flops
-from megatron.parallel.mesh import Axis
 from megatron.parallel.traffic import ALL_REDUCE, Traffic
-from megatron.plan.activations import Activations
 from megatron.plan.gpus import BANDWIDTH_SHARE, MATRIX_SHARE, Gpu
 from megatron.plan.messages import step_traffic
-from megatron.plan.parameters import share_size
+from megatron.plan.parameters import rank_parameters, share_size
 from megatron.plan.rank import Rank
 
 # Each collective waits this long for its ranks, inside a node and between nodes.
@@ -23,9 +20,8 @@ _TENSOR_EXPOSED = 0.6
 _PIPELINE_EXPOSED = 0.2
 # Even messages that there is time to hide leave this share open, at the step's begin and end.
 _LEAST_EXPOSED = 0.1
-# Times that each kept byte passes through memory, forward and backward; bytes for each parameter and micro-batch (casts
-# to half precision, its gradient, and adding that), and for each that the optimizer steps.
-_PASSES_A_BYTE, _BYTES_A_WEIGHT, _BYTES_A_STEP = 6, 32, 32
+# Bytes that go through memory for each parameter that the optimizer steps.
+_BYTES_A_STEP = 32
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,9 @@ def step_time(ranks: list[Rank], gpu: Gpu, peak: float, gpus_per_node: int) -> S
                                                      strict=True))
     idle = bubble_micro_batches(rank)
     passes_s = (rank.num_micro_batches + idle) * pass_s
-    flops = model_flops(rank.config.model, rank.vocab_size, rank.lengths, rank.m * rank.sizes["context"])
+    batch = rank.setting.batch
+    flops = model_flops(rank.config.model, rank.setting.padded_vocab_size, batch.num_tokens,
+                        batch.num_pairs, batch.num_targets)
     step_s = passes_s + after_s
     return StepTime(step_s, idle / (rank.num_micro_batches + idle),
                     flops * rank.num_micro_batches * rank.sizes["data"] / (step_s * rank.num_ranks * peak))
@@ -68,26 +66,16 @@ def _rank_seconds(rank: Rank, gpu: Gpu, peak: float, gpus_per_node: int) -> tupl
     compute_s = compute_seconds(rank, gpu, peak)
     waits_s = (_TENSOR_EXPOSED * seconds["tensor"] + seconds["context"] + _PIPELINE_EXPOSED * seconds["pipeline"])
     waits_s /= rank.num_micro_batches
-    own = sum(share_size(rank, stage) for stage in rank.stages)
+    own = share_size(rank_parameters(rank), rank.shards, rank.shard)
     optimizer_s = _BYTES_A_STEP * own / (gpu.memory_bandwidth * 1e9 * BANDWIDTH_SHARE)
     return compute_s + waits_s, optimizer_s + _exposed_data(rank, seconds["data"], compute_s)
 
 
 def compute_seconds(rank: Rank, gpu: Gpu, peak: float) -> float:
     """Seconds of arithmetic and memory traffic of one micro-batch's passes through the rank's stages."""
-    model = rank.config.model
-    share = share_of(rank.lengths, Axis(rank.place["context"], rank.sizes["context"]))
-    scores = 4 * rank.nd * sum(q * k for q, k in zip(share.query_lengths, share.key_lengths, strict=True))
-    block = 4 * rank.t * rank.h * (2 * rank.nd + rank.f) + scores
-    num_blocks = sum(len(stage.layers) for stage in rank.stages)
-    again = block if model.checkpoint_activations else scores if model.recompute_granularity == "selective" else 0
-    flops = num_blocks * (3 * block + again)
-    if any(stage.is_last for stage in rank.stages):
-        flops += 6 * rank.m * rank.h * (rank.h + rank.v)
-    weights = num_blocks * 2 * rank.h * (2 * rank.nd + rank.f)
-    passes = _PASSES_A_BYTE + (2 if model.checkpoint_activations else 0)
-    moved = num_blocks * Activations(rank).block * passes + weights * _BYTES_A_WEIGHT
-    return flops / (peak * MATRIX_SHARE) + moved / (gpu.memory_bandwidth * 1e9 * BANDWIDTH_SHARE)
+    pieces = [item for stage in rank.stages for item in rank.counted_pieces(stage).items()]
+    return (sum(count * piece.flops for piece, count in pieces) / (peak * MATRIX_SHARE)
+            + sum(count * piece.moved for piece, count in pieces) / (gpu.memory_bandwidth * 1e9 * BANDWIDTH_SHARE))
 
 
 def _message_seconds(traffic: Traffic, axis: str, rank: Rank, gpu: Gpu, gpus_per_node: int) -> float:

@@ -1,14 +1,12 @@
 """From a configuration to a run that is ready to train: data, model, optimizer, and what a checkpoint brings back."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 
 import torch
 
-from megatron.checkpoint.store import LATEST, Checkpoint, load, load_model
-from megatron.config import Config, DataConfig, ModelConfig, ScheduleConfig
-from megatron.config.command_line import flag_name
+from megatron.checkpoint.store import Checkpoint, load_model
+from megatron.config import Config, ScheduleConfig
 from megatron.data.batches.batch import BatchShape, batch_shape
 from megatron.data.corpus.vocab import DEFAULT_VOCAB, Vocab
 from megatron.data.rows.dataset import Splits, build_datasets
@@ -16,16 +14,12 @@ from megatron.errors import CheckpointError, ConfigError
 from megatron.log import Log
 from megatron.model.protein_model import ProteinModel
 from megatron.optim.schedule import Schedule, build_schedule
+from megatron.parallel.collectives import all_reduce_sum
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.placement import parts, wholes
 from megatron.train.engine import Engine, build_engine, stream_of
+from megatron.train.resume import differences, facts_of, find_checkpoint, refuse_changes
 from megatron.train.state import BatchSizes, TrainState
-
-# Flags that change the arithmetic of a model without changing a parameter's shape.
-_SAME_ARITHMETIC = ("num_attention_heads", "kv_channels", "layernorm_epsilon", "bias_gelu_fusion", "openai_gelu",
-                    "apply_residual_connection_post_layernorm")
-# Flags that change which rows a sample number means.
-_SAME_SAMPLES = ("data_path", "split", "seq_length", "packing", "long_proteins", "mask_prob", "seed")
 
 
 @dataclass
@@ -36,12 +30,19 @@ class Run:
     mesh: Mesh
     log: Log
     data: Splits
-    shape: BatchShape
     vocab: Vocab
     engine: Engine
     schedule: Schedule
     sizes: BatchSizes
     state: TrainState
+
+    @cached_property
+    def shape(self) -> BatchShape:
+        """That of all micro-batches from here on."""
+        mesh = self.mesh
+        return batch_shape(self.data, self.config.training.micro_batch_size,
+                           stream_of(self.config, mesh).token_multiple, mesh.context.rank, mesh.context.size,
+                           self.state.consumed_samples)
 
     def checkpoint(self) -> Checkpoint:
         """What `build` needs to go on, as of now; with tensors on rank 0 alone, to which the others give their parts.
@@ -51,7 +52,8 @@ class Run:
         mesh, parameters = self.mesh, self.engine.model.parameters
         keep = mesh.tensor.rank == mesh.shards.rank == 0
         state = {"progress": asdict(self.state), "loss_scale": self.engine.loss_scale.state(),
-                 "schedule": _schedule_facts(self.schedule, self.config.schedule), "config": self.config.as_dict()}
+                 "schedule": _schedule_facts(self.schedule, self.config.schedule),
+                 **facts_of(self.config, self.vocab, self.data, self.sizes.final)}
         moments = None if self.config.checkpoint.no_save_optim else self.engine.optimizer.state()
         optimizer = None if moments is None else wholes(moments, parameters, keep=keep, pipeline=mesh.pipeline)
         model = wholes(parameters, parameters, keep=keep, pipeline=mesh.pipeline)
@@ -65,9 +67,10 @@ def build(config: Config, mesh: Mesh, log: Log) -> Run:
                           "wrote")
     sizes = BatchSizes(config.training, mesh.data.size)
     vocab = Vocab.from_file(config.data.vocab_file or DEFAULT_VOCAB)
-    checkpoint = _find_checkpoint(config, log)
+    checkpoint = find_checkpoint(config.checkpoint, log)
+    _agree_on_iteration(checkpoint, config, mesh)
     if checkpoint is not None:
-        _check_arithmetic(config, checkpoint)
+        refuse_changes(config, vocab, checkpoint)
     schedule = _schedule(config, sizes, checkpoint)
     notice = schedule.notice(config.training.train_samples or (config.training.train_iters or 0) * sizes.final)
     if notice is not None:
@@ -76,21 +79,39 @@ def build(config: Config, mesh: Mesh, log: Log) -> Run:
     for part in (data.train, data.valid, data.test):
         if part is not None:
             log.line(part.describe())
-    stream = stream_of(config, mesh)
-    shape = batch_shape([part for part in (data.train, data.valid, data.test) if part is not None],
-                        config.training.micro_batch_size, stream.token_multiple, mesh.context.rank, mesh.context.size)
     engine = _build_engine(config, mesh, vocab.padded_size(config.model.make_vocab_size_divisible_by), checkpoint)
-    state = TrainState()
+    run = Run(config, mesh, log, data, vocab, engine, schedule, sizes, TrainState())
     if checkpoint is not None and not config.checkpoint.finetune:
-        state = TrainState(**checkpoint.state["progress"])
-        engine.loss_scale.load_state(checkpoint.state["loss_scale"])
-        if checkpoint.optimizer is not None:
-            engine.optimizer.load_state(parts(checkpoint.optimizer, engine.model.parameters))
-        elif not config.checkpoint.no_load_optim:
-            raise CheckpointError(f"the checkpoint in {config.checkpoint.load} holds no optimizer state; give "
-                                  "--no-load-optim to start the optimizer afresh, or --finetune")
-        _tell_changed_samples(config, checkpoint, log)
-    return Run(config, mesh, log, data, shape, vocab, engine, schedule, sizes, state)
+        _go_on(run, checkpoint)
+    return run
+
+
+def _go_on(run: Run, checkpoint: Checkpoint) -> None:
+    """Take up progress, loss scale and optimizer, and say what is not as it was."""
+    config, engine, saved = run.config, run.engine, checkpoint.state
+    run.state = TrainState(**saved["progress"])
+    if saved["config"].get("fp16", config.precision.fp16):  # elsewhere the scale was 1, and nothing was learnt of it
+        engine.loss_scale.load_state(saved["loss_scale"])
+    if checkpoint.optimizer is not None:
+        engine.optimizer.load_state(parts(checkpoint.optimizer, engine.model.parameters))
+    facts = facts_of(config, run.vocab, run.data, run.sizes.final)
+    for line in differences(config, facts, saved):
+        run.log.line(line)
+    training = config.training
+    if training.train_iters is not None and facts["config"]["global_batch_size"] != saved["config"].get(
+            "global_batch_size"):
+        end = run.state.consumed_samples + (training.train_iters - run.state.iteration) * run.sizes.final
+        run.log.line(f"note: --train-iters {training.train_iters} now ends after {end} samples, and the course of the "
+                     f"learning rate after {run.schedule.decay_samples}")
+
+
+def _agree_on_iteration(checkpoint: Checkpoint | None, config: Config, mesh: Mesh) -> None:
+    """Raises CheckpointError, on one rank at least, where not all have found the same checkpoint."""
+    found = torch.tensor([0 if checkpoint is None else 1 + checkpoint.iteration], device=mesh.device)
+    if all_reduce_sum(found.clone(), mesh.world) != mesh.world.size * found:
+        raise CheckpointError(f"--load {config.checkpoint.load} holds "
+                              f"{'no checkpoint' if checkpoint is None else f'iteration {checkpoint.iteration}'} here, "
+                              "and another one on other hosts; give a folder that all hosts share")
 
 
 def _build_engine(config: Config, mesh: Mesh, padded_vocab_size: int, checkpoint: Checkpoint | None) -> Engine:
@@ -107,24 +128,6 @@ def _all_names(config: Config, padded_vocab_size: int) -> set[str]:
         return {name for name, _ in ProteinModel(config.model, config.precision, padded_vocab_size).named_parameters()}
 
 
-def _find_checkpoint(config: Config, log: Log) -> Checkpoint | None:
-    folder, target = config.checkpoint.load, config.checkpoint.save
-    goes_on = folder is not None and target is not None and Path(folder).resolve() == Path(target).resolve()
-    if target is not None and (Path(target) / LATEST).exists() and (config.checkpoint.finetune or not goes_on):
-        raise ConfigError(f"--save {target} already holds a run, which this one would overwrite; to go on with it give "
-                          f"--load {target} (without --finetune), else name another folder")
-    if folder is None:
-        return None
-    wants_optimizer = not (config.checkpoint.finetune or config.checkpoint.no_load_optim)
-    checkpoint = load(folder, wants_optimizer)
-    if checkpoint is None:
-        log.line(f"no checkpoint in {folder} yet: starting from random weights")
-    else:
-        log.line(f"{'taking the weights of' if config.checkpoint.finetune else 'going on from'} iteration "
-                 f"{checkpoint.iteration} in {folder}")
-    return checkpoint
-
-
 def _schedule(config: Config, sizes: BatchSizes, checkpoint: Checkpoint | None) -> Schedule:
     """The schedule of the flags, or the checkpoint's with --use-checkpoint-lr-scheduler; raises where they differ."""
     training = config.training
@@ -137,9 +140,9 @@ def _schedule(config: Config, sizes: BatchSizes, checkpoint: Checkpoint | None) 
         section = replace(config.schedule, **{name: saved[name] for name in ("lr", "min_lr", "lr_decay_style")})
         return Schedule(section, warmup_samples=saved["warmup_samples"], decay_samples=saved["decay_samples"])
     for name, value in _schedule_facts(schedule, config.schedule).items():
-        if saved[name] != value:
+        if saved.get(name) != value:
             raise CheckpointError(f"{name.replace('_', ' ')} of the learning-rate schedule is {value}, in the "
-                                  f"checkpoint {saved[name]}; give --override-lr-scheduler to take the flags', "
+                                  f"checkpoint {saved.get(name)}; give --override-lr-scheduler to take the flags', "
                                   "or --use-checkpoint-lr-scheduler to keep the checkpoint's")
     return schedule
 
@@ -147,21 +150,3 @@ def _schedule(config: Config, sizes: BatchSizes, checkpoint: Checkpoint | None) 
 def _schedule_facts(schedule: Schedule, config: ScheduleConfig) -> dict[str, float | str]:
     return {"lr": config.lr, "min_lr": config.min_lr, "lr_decay_style": config.lr_decay_style,
             "warmup_samples": schedule.warmup_samples, "decay_samples": schedule.decay_samples}
-
-
-def _check_arithmetic(config: Config, checkpoint: Checkpoint) -> None:
-    names = {item.name: flag_name(item) for item in fields(ModelConfig)}
-    for name, now, then in _changed(config, checkpoint.state["config"], _SAME_ARITHMETIC):
-        raise CheckpointError(f"{names[name]} is {now}, but the checkpoint was trained with {then}; give that value")
-
-
-def _tell_changed_samples(config: Config, checkpoint: Checkpoint, log: Log) -> None:
-    names = {item.name: flag_name(item) for item in fields(DataConfig)}
-    for name, now, then in _changed(config, checkpoint.state["config"], _SAME_SAMPLES):
-        log.line(f"note: {names.get(name, '--' + name)} is {now}, it was {then} before: the samples to come are others")
-
-
-def _changed(config: Config, saved: Mapping, names: tuple[str, ...]) -> list[tuple[str, object, object]]:
-    values = config.as_dict()
-    plain = {name: list(v) if isinstance(v := values[name], tuple) else v for name in names}
-    return [(name, plain[name], saved[name]) for name in names if saved.get(name, plain[name]) != plain[name]]

@@ -18,11 +18,11 @@ from megatron.train.passes import EvaluationPasses
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over all targets seen: the loss in nats, its perplexity, and the share predicted right."""
+    """Means over all targets seen: the loss in nats, its perplexity, the share predicted right; None of no target."""
 
-    loss: float
-    perplexity: float
-    masked_accuracy: float
+    loss: float | None
+    perplexity: float | None
+    masked_accuracy: float | None
     num_targets: int
 
 
@@ -44,8 +44,9 @@ def evaluate(engine: Engine, dataset: Dataset, shape: BatchShape, log: Log, *, n
         stage.train()
     bar.close()
     loss, correct, targets = all_reduce_sum(passes.sums, mesh.world).tolist()
-    mean = loss / max(1.0, targets)
-    return Evaluation(mean, perplexity(mean), correct / max(1.0, targets), int(targets))
+    if targets == 0:
+        return Evaluation(None, None, None, 0)
+    return Evaluation(loss / targets, perplexity(loss / targets), correct / targets, int(targets))
 
 
 def _counted(loader: Iterable[Batch], bar: Progress, num_rows: int) -> Iterator[Batch]:
@@ -73,11 +74,17 @@ class Baselines:
 
 
 def frequency_baselines(train_counts: np.ndarray, valid_counts: np.ndarray, residue_ids: np.ndarray,
-                        masking: Masking) -> Baselines:
-    """The baselines of a validation split; counts are by token id. A letter unseen in training counts as seen once."""
+                        masking: Masking) -> Baselines | None:
+    """The baselines of a validation split; counts are by token id. None where there is no residue to predict.
+
+    A letter unseen in training counts as seen once.
+    """
+    num_residues = valid_counts[residue_ids].sum()
+    if num_residues == 0:
+        return None
     seen = np.maximum(train_counts, valid_counts > 0)[residue_ids].astype(np.float64)
     train = np.maximum(seen, 1e-9) / seen.sum()
-    valid = valid_counts[residue_ids] / max(1, valid_counts[residue_ids].sum())
+    valid = valid_counts[residue_ids] / num_residues
     letters = float(-(valid * np.log(train)).sum())
     kept, drawn = 1 - masking.mask_token_prob - masking.random_prob, masking.random_prob / len(residue_ids)
     # joint[true, shown]: how often the two letters meet at a target that is not [MASK]

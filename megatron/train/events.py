@@ -1,18 +1,23 @@
 """What a user watches: Megatron's log lines, TensorBoard, metrics.jsonl, and one picture at the end.
 
 Everything is written by rank 0. `SAVE/metrics.jsonl` holds one JSON object a log event: "kind" is train, valid or test.
+A number that means nothing (the loss of steps without targets, of a run that diverged) is null there.
 """
 
 import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron.config import CheckpointConfig, LoggingConfig
-from megatron.files import write_text
+from megatron.errors import OutputError
 from megatron.log import Log
 from megatron.train.evaluate import Baselines, Evaluation, perplexity
 from megatron.train.meters import Reading
+from megatron.train.metrics import forget_after
 
 
 class Events:
@@ -22,74 +27,96 @@ class Events:
         self._log = log
         self._metrics: Path | None = None
         self._board: Any = None
+        self._board_flag = ""
         if not log.is_speaker:
             return
         if checkpoint.save:
             self._metrics = Path(checkpoint.save) / "metrics.jsonl"
-            self._metrics.parent.mkdir(parents=True, exist_ok=True)
-            _forget_after(self._metrics, iteration)
+            with _writing(self._metrics, f"--save {checkpoint.save}"):
+                self._metrics.parent.mkdir(parents=True, exist_ok=True)
+                forget_after(self._metrics, iteration)
         folder = logging.tensorboard_dir or (str(Path(checkpoint.save) / "tensorboard") if checkpoint.save else None)
         if folder:
-            from torch.utils.tensorboard import SummaryWriter  # seconds to import, and only this rank needs it
+            from megatron.train.board import Board  # only this rank needs it
 
-            self._board = SummaryWriter(folder, purge_step=iteration + 1 if iteration else None)
+            self._board_flag = f"--tensorboard-dir {folder}" if logging.tensorboard_dir else f"--save {checkpoint.save}"
+            with _writing(folder, self._board_flag):
+                self._board = Board(folder, first_step=iteration + 1)
 
     def train(self, iteration: int, num_iterations: int, consumed_samples: int, reading: Reading, *,
               learning_rate: float, global_batch_size: int, loss_scale: float, peak_flops: float) -> None:
         """One log event of training; `peak_flops` is the measured FLOP/s of all ranks together."""
         flops = reading.model_flops / reading.elapsed_s
+        # Above 1 the peak was measured too low, as the machine was at something else: such a share means nothing.
+        share = flops / peak_flops if flops <= peak_flops else None
         values = {
-            "loss": reading.loss, "perplexity": perplexity(reading.loss), "masked_accuracy": reading.masked_accuracy,
+            "loss": reading.loss, "perplexity": None if reading.loss is None else perplexity(reading.loss),
+            "masked_accuracy": reading.masked_accuracy,
             "learning_rate": learning_rate, "grad_norm": reading.grad_norm, "loss_scale": loss_scale,
             "global_batch_size": global_batch_size, "tokens_per_s": reading.num_tokens / reading.elapsed_s,
             "residues_per_s": reading.num_residues / reading.elapsed_s, "model_tflops": flops / 1e12,
-            "share_of_peak": flops / peak_flops, "skipped_iterations": reading.num_skipped,
+            "share_of_peak": share, "skipped_iterations": reading.num_skipped,
         }
         self._write("train", iteration, consumed_samples, values)
         self._log.line(
             f" iteration {iteration:8d}/{num_iterations:8d} | consumed samples: {consumed_samples:12d} | "
             f"elapsed time per iteration (ms): {1000 * reading.elapsed_s / reading.num_steps:.1f} | "
             f"learning rate: {learning_rate:.3E} | global batch size: {global_batch_size:5d} | "
-            f"lm loss: {reading.loss:.6E} | loss scale: {loss_scale:.1f} | grad norm: {reading.grad_norm:.3f} | "
+            f"lm loss: {_text(reading.loss, '.6E')} | loss scale: {loss_scale:.1f} | "
+            f"grad norm: {_text(reading.grad_norm, '.3f')} | "
             f"number of skipped iterations: {reading.num_skipped:3d} | "
-            f"masked accuracy: {reading.masked_accuracy:.4f} | "
+            f"masked accuracy: {_text(reading.masked_accuracy, '.4f')} | "
             f"residues per second: {values['residues_per_s']:.0f} | model TFLOP/s: {flops / 1e12:.3f} "
-            f"({100 * values['share_of_peak']:.0f} % of peak) |")
+            f"{'' if share is None else f'({100 * share:.0f} % of peak) '}|")
 
     def evaluation(self, split: str, iteration: int, consumed_samples: int, result: Evaluation) -> None:
         """The result of evaluating the split ("valid" or "test") after `iteration` steps."""
         self._write(split, iteration, consumed_samples, asdict(result))
         name = {"valid": "validation"}.get(split, split)
-        self._log.line(f" {name} loss at iteration {iteration} | lm loss value: {result.loss:.6E} | lm loss PPL: "
-                       f"{result.perplexity:.6E} | masked accuracy: {result.masked_accuracy:.4f}")
+        self._log.line(f" {name} loss at iteration {iteration} | lm loss value: {_text(result.loss, '.6E')} | "
+                       f"lm loss PPL: {_text(result.perplexity, '.6E')} | "
+                       f"masked accuracy: {_text(result.masked_accuracy, '.4f')}")
 
     def picture(self, baselines: Baselines | None) -> Path | None:
-        """Draw the loss curves of metrics.jsonl with the baselines; returns the file, or None without --save."""
+        """Draw the loss curves of metrics.jsonl with the baselines; returns the file, or None where none is written."""
         if self._metrics is None:
             return None
         from megatron.train.picture import draw_losses  # matplotlib: slow to import, needed once
 
-        return draw_losses(self._metrics, baselines)
+        try:
+            return draw_losses(self._metrics, baselines)
+        except OSError as error:  # the run is complete without it
+            self._log.line(f"note: no picture of the losses could be written ({error})")
+            return None
 
     def close(self) -> None:
-        """Flush what is open."""
+        """Close what is open."""
         if self._board is not None:
-            self._board.close()
+            with suppress(OSError):  # the disk had refused before, and that was said
+                self._board.close()
 
     def _write(self, kind: str, iteration: int, consumed_samples: int, values: dict[str, Any]) -> None:
         if self._metrics is not None:
-            record = {"kind": kind, "iteration": iteration, "consumed_samples": consumed_samples, **values}
-            with self._metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            numbers = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
+            record = {"kind": kind, "iteration": iteration, "consumed_samples": consumed_samples, **numbers}
+            with _writing(self._metrics, f"--save {self._metrics.parent}"), self._metrics.open("ab") as file:
+                file.write(f"{json.dumps(record)}\n".encode())
         if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(f"{kind}/{name}", value, iteration)
+            with _writing(self._board.folder, self._board_flag):
+                self._board.scalars(iteration, {f"{kind}/{name}": value for name, value in values.items()
+                                                if value is not None})
 
 
-def _forget_after(metrics: Path, iteration: int) -> None:
-    """Drop the records that lie after `iteration`, and a last line that a killed run left incomplete."""
-    if not metrics.exists():
-        return
-    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["iteration"] <= iteration]
-    write_text(metrics, "".join(kept))
+def _text(value: float | None, form: str) -> str:
+    """A number as the log shows it, or `none` where there was nothing to measure."""
+    return "none" if value is None else format(value, form)
+
+
+@contextmanager
+def _writing(path: str | Path, flag: str) -> Iterator[None]:
+    """Raises OutputError where the disk refuses what the block writes."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written ({error.strerror or error}); checkpoints are untouched. Make "
+                          f"room, or give another folder than {flag}") from error

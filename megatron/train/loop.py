@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from megatron.checkpoint.store import save
+from megatron.checkpoint.claim import Claim
+from megatron.checkpoint.store import save, set_aside
 from megatron.data.batches.batch import Batch
 from megatron.data.batches.loader import batches
 from megatron.data.rows.masking import Masking
@@ -23,14 +24,20 @@ from megatron.train.step import TrainStep
 from megatron.train.stop import StopRequests
 
 
-def train(run: Run) -> None:
-    """Train `run` to its end, or until it is told to stop; then say where everything is."""
+def train(run: Run, requests: StopRequests, claim: Claim | None) -> None:
+    """Train `run` to its end, or until it is told to stop; then say where everything is.
+
+    `claim`: on rank 0, the right to write into `--save`.
+    """
     events = Events(run.config.checkpoint, run.config.logging, run.log, run.state.iteration)
     with closing(events):
         baselines = _baselines(run)
-        if not Training(run, events).finish():
+        if not Training(run, events, requests, claim).finish():
             return
-        results = {split: _evaluate(run, events, split) for split in ("valid", "test")}
+        results = {split: _evaluate(run, events, requests, split) for split in ("valid", "test")}
+        if requests.agreed(run.mesh):
+            run.log.line("stopped before the evaluation was done: the same command does it")
+            return
         picture = events.picture(baselines)
     _summary(run, results, baselines, picture)
 
@@ -38,40 +45,45 @@ def train(run: Run) -> None:
 class Training:
     """The steps of one run."""
 
-    def __init__(self, run: Run, events: Events) -> None:
-        self._run, self._events = run, events
-        config, mesh = run.config, run.mesh
-        self._num_iterations = run.sizes.num_iterations()
-        self._requests = StopRequests(config.training.exit_duration_in_mins)
-        self._meters = Meters(mesh.world, mesh.device)
+    def __init__(self, run: Run, events: Events, requests: StopRequests, claim: Claim | None) -> None:
+        self._run, self._events, self._requests, self._claim = run, events, requests, claim
+        self._began_at = self._saved_at = run.state.iteration
+        self._last_iteration = run.sizes.last_iteration(run.state)
+        self._meters = Meters(run.mesh.world, run.mesh.device)
         self._step = TrainStep(run.engine, self._meters)
         self._stops = Arriving(torch.tensor(0))
-        self._saved_at: int | None = None
 
     def finish(self) -> bool:
         """Take all steps that are left, or stop when asked, and save; returns whether the end was reached."""
         run, config, mesh = self._run, self._run.config, self._run.mesh
-        if run.state.iteration >= self._num_iterations:
+        if run.state.iteration >= self._last_iteration:
             run.log.line(f"training is complete at iteration {run.state.iteration}")
             return True
-        self._peak_flops = config.logging.peak_tflops * 1e12 if config.logging.peak_tflops else (
-            measured_peak_flops(compute_dtype(config.precision), mesh.device))
+        self._peak_flops = config.logging.peak_tflops * 1e12 if config.logging.peak_tflops else measured_peak_flops(
+            compute_dtype(config.precision), mesh.device, config.training.micro_batch_size * config.data.seq_length,
+            config.model)
         loader = batches(run.data.train, run.shape, start_sample=run.state.consumed_samples, stop_sample=None,
                          micro_batch_size=config.training.micro_batch_size, data_rank=mesh.data.rank,
                          data_size=mesh.data.size, num_workers=config.data.num_workers, pin=mesh.device.type == "cuda")
-        bar = run.log.progress(self._num_iterations, run.state.iteration, unit="step", label="training")
-        with closing(loader), closing(bar), self._requests.listening():
+        bar = run.log.progress(self._last_iteration, run.state.iteration, unit="step", label="training")
+        with closing(loader), closing(bar):
             self._meters.restart()
-            is_stopping = False
-            while run.state.iteration < self._num_iterations and not is_stopping:
+            is_stopping = self._requests.agreed(mesh)
+            while run.state.iteration < self._last_iteration and not is_stopping:
                 is_stopping = self._advance(loader)
                 bar.update()
             self._save()
-        if is_stopping and run.state.iteration < self._num_iterations:
-            folder = config.checkpoint.save
-            where = f"saved in {folder}: the same command goes on from there" if folder else "not saved (no --save)"
-            run.log.line(f"stopped at iteration {run.state.iteration}; {where}")
-        return run.state.iteration >= self._num_iterations
+        if run.state.iteration < self._last_iteration:
+            run.log.line(f"stopped {self._where_stopped()}")
+        return run.state.iteration >= self._last_iteration
+
+    def _where_stopped(self) -> str:
+        iteration, folder = self._run.state.iteration, self._run.config.checkpoint.save
+        if iteration == self._began_at:
+            return f"at iteration {iteration} before another step: there is nothing new to save" if iteration else (
+                "before the first step: there is nothing to save")
+        where = f"saved in {folder}: the same command goes on from there" if folder else "not saved (no --save)"
+        return f"at iteration {iteration}; {where}"
 
     def _advance(self, loader: Iterator[Batch]) -> bool:
         """One step and what is due after it; returns whether to stop."""
@@ -86,21 +98,27 @@ class Training:
         is_stopping = (self._stops if run.mesh.world.size == 1 else agreed_before).read() > 0
         state.iteration += 1
         state.consumed_samples += rows
-        is_end = state.iteration == self._num_iterations
+        is_end = state.iteration == self._last_iteration
         if is_end or state.iteration % config.logging.log_interval == 0:
             self._log(learning_rate, rows)
         self._meters.pause()
-        if not is_end and state.iteration % config.training.eval_interval == 0:
-            _evaluate(run, self._events, "valid")
-        if _is_due(config.checkpoint.save_interval, state.iteration):
+        is_evaluating = not is_end and state.iteration % config.training.eval_interval == 0
+        is_saving = _is_due(config.checkpoint.save_interval, state.iteration)
+        if is_evaluating and not is_stopping:
+            _evaluate(run, self._events, self._requests, "valid")
+        if is_saving:
             self._save()
+        if is_evaluating or is_saving:  # which take long
+            is_stopping = is_stopping or self._requests.agreed(run.mesh)
         self._meters.resume()
         return is_stopping or _is_due(config.training.exit_interval, state.iteration)
 
     def _log(self, learning_rate: float, rows: int) -> None:
         run, reading = self._run, self._meters.read()
         scale = float(run.engine.loss_scale.value)
-        self._events.train(run.state.iteration, self._num_iterations, run.state.consumed_samples, reading,
+        if self._claim is not None:
+            self._claim.check()
+        self._events.train(run.state.iteration, self._last_iteration, run.state.consumed_samples, reading,
                            learning_rate=learning_rate, global_batch_size=rows, loss_scale=scale,
                            peak_flops=self._peak_flops * run.mesh.world.size)
         can_recover = run.engine.loss_scale.is_dynamic and scale > run.config.precision.min_loss_scale
@@ -113,22 +131,29 @@ class Training:
         run, config = self._run, self._run.config.checkpoint
         if config.save is None or self._saved_at == run.state.iteration:
             return
+        is_first = self._saved_at == self._began_at
         self._saved_at = run.state.iteration
-        if run.mesh.writes:
-            checkpoint = run.checkpoint()
-            if run.mesh.world.rank == 0:
-                place = save(config.save, checkpoint, config.keep_checkpoints)
-                run.log.line(f"  saved checkpoint {place}")
+        if not run.mesh.writes:
+            return
+        checkpoint = run.checkpoint()
+        if self._claim is None:
+            return
+        self._claim.check()
+        for place in set_aside(config.save, self._began_at) if is_first else ():
+            run.log.line(f"note: {place.name} is of the course that was left by going back to iteration "
+                         f"{self._began_at}; remove it if you do not need it")
+        place = save(config.save, checkpoint, config.keep_checkpoints, loaded=self._began_at)
+        run.log.line(f"  saved checkpoint {place}")
 
 
 def _is_due(interval: int | None, iteration: int) -> bool:
     return interval is not None and iteration % interval == 0
 
 
-def _evaluate(run: Run, events: Events, split: str) -> Evaluation | None:
-    """The evaluation of a split, written to the events; None where the split is empty."""
+def _evaluate(run: Run, events: Events, requests: StopRequests, split: str) -> Evaluation | None:
+    """The evaluation of a split, written to the events; None where the split is empty, or a rank wants to stop."""
     dataset, training = getattr(run.data, split), run.config.training
-    if dataset is None:
+    if dataset is None or requests.agreed(run.mesh):
         return None
     num_rows = dataset.num_epoch_rows(0)
     if training.eval_iters:
@@ -140,11 +165,14 @@ def _evaluate(run: Run, events: Events, split: str) -> Evaluation | None:
 
 
 def _baselines(run: Run) -> Baselines | None:
-    """What letter frequencies alone cost on the validation split; computed and printed by rank 0."""
+    """What letter frequencies alone cost on the validation split, if it holds a residue; rank 0 computes and prints it.
+    """
     if run.data.valid is None or not run.log.is_speaker:
         return None
     baselines = frequency_baselines(run.data.train.residue_counts(), run.data.valid.residue_counts(),
                                     run.vocab.residue_ids, Masking())
+    if baselines is None:
+        return None
     run.log.line(f"letter-frequency baseline on validation: {baselines.letters:.4f} nats, or {baselines.visible:.4f} "
                  "with the letters that masking leaves visible")
     return baselines
@@ -154,13 +182,16 @@ def _summary(run: Run, results: dict[str, Evaluation | None], baselines: Baselin
              picture: Path | None) -> None:
     folder = run.config.checkpoint.save
     rows = [(f"{'validation' if split == 'valid' else split} loss",
+             "none: there is no residue to predict" if result.loss is None else
              f"{result.loss:.4f} nats (perplexity {result.perplexity:.2f}, {result.num_targets} masked residues)")
             for split, result in results.items() if result is not None]
     if baselines is not None:
         rows.insert(1, ("letter frequencies", f"{baselines.letters:.4f} nats: the baseline on validation "
                         f"({baselines.visible:.4f} with the letters that masking leaves visible)"))
     if folder:
-        rows += [("checkpoint", str(Path(folder) / f"iter_{run.state.iteration:07d}")),
-                 ("metrics", str(Path(folder) / "metrics.jsonl")), ("loss curves", str(picture)),
+        checkpoint = Path(folder) / f"iter_{run.state.iteration:07d}"
+        rows += [*([("checkpoint", str(checkpoint))] if checkpoint.exists() else []),
+                 ("metrics", str(Path(folder) / "metrics.jsonl")),
+                 *([("loss curves", str(picture))] if picture else []),
                  ("TensorBoard", run.config.logging.tensorboard_dir or str(Path(folder) / "tensorboard"))]
     run.log.line("\n".join(["", *(f"  {name:<20}{value}" for name, value in rows), ""]))

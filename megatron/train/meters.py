@@ -1,4 +1,4 @@
-"""What happened since the last log event: sums kept on the device, read once."""
+"""What happened since the last log event: sums of each step, kept on the device and read once."""
 
 import time
 from dataclasses import dataclass
@@ -12,12 +12,16 @@ from megatron.parallel.mesh import Axis
 
 @dataclass(frozen=True)
 class Reading:
-    """Means and sums over the steps since the last reading and over all ranks; evaluation and saving take no time."""
+    """Means and sums over the steps since the last reading and over all ranks; evaluation and saving take no time.
+
+    A step whose rows hold no residue has no targets, and so no loss and no gradient: loss, accuracy, norm (the last
+    one's) and skipped steps are those of the steps with targets, None where there was none.
+    """
 
     num_steps: int
-    loss: float
-    masked_accuracy: float
-    grad_norm: float
+    loss: float | None
+    masked_accuracy: float | None
+    grad_norm: float | None
     num_skipped: int
     num_residues: int
     num_tokens: int
@@ -44,10 +48,9 @@ class Meters:
             self._host_sums[index] += value
 
     def add_step(self, grad_norm: Tensor, is_taken: Tensor) -> None:
-        """Count one step; the norm that is read is the last one's."""
-        self._num_steps += 1
-        self._grad_norm = grad_norm
-        self._num_skipped += ~is_taken
+        """End one step."""
+        self._steps.append((self._device_sums, self._host_sums, grad_norm, is_taken))
+        self._begin_step()
 
     def pause(self) -> None:
         """Stop the clock: what comes is not training."""
@@ -59,21 +62,28 @@ class Meters:
 
     def read(self) -> Reading:
         """What was collected since the last reading. Waits for the device, and for the other ranks."""
-        sums = torch.cat([self._device_sums, torch.tensor(self._host_sums, dtype=torch.float64, device=self._device)])
-        loss, correct, targets, residues, tokens, flops = all_reduce_sum(sums, self._world).tolist()
+        on_device, on_host, norms, taken = zip(*self._steps, strict=True)
+        sums = torch.cat([torch.stack(on_device), torch.tensor(on_host, dtype=torch.float64, device=self._device)], 1)
+        sums = all_reduce_sum(sums, self._world).cpu()
+        has_targets = sums[:, 2] > 0
+        loss = sums[has_targets, 0].mean().item()
+        _, correct, targets, residues, tokens, flops = sums.sum(0).tolist()
+        with_targets = [torch.stack(values).cpu()[has_targets].tolist() for values in (norms, taken)]
         reading = Reading(
-            num_steps=self._num_steps, loss=loss / self._num_steps, masked_accuracy=correct / max(1.0, targets),
-            grad_norm=float(self._grad_norm), num_skipped=int(self._num_skipped), num_residues=int(residues),
-            num_tokens=int(tokens), model_flops=flops,
+            num_steps=len(self._steps), loss=loss if targets else None,
+            masked_accuracy=correct / targets if targets else None, grad_norm=with_targets[0][-1] if targets else None,
+            num_skipped=with_targets[1].count(False), num_residues=int(residues), num_tokens=int(tokens),
+            model_flops=flops,
             elapsed_s=time.perf_counter() - self._began_s - self._paused_s)
         self.restart()
         return reading
 
     def restart(self) -> None:
         """Forget what was collected and start the clock."""
-        self._device_sums = torch.zeros(2, dtype=torch.float64, device=self._device)
-        self._host_sums = [0.0] * 4
-        self._num_steps = 0
-        self._grad_norm = torch.zeros((), device=self._device)
-        self._num_skipped = torch.zeros((), dtype=torch.int64, device=self._device)
+        self._steps: list[tuple[Tensor, list[float], Tensor, Tensor]] = []
+        self._begin_step()
         self._began_s, self._paused_s = time.perf_counter(), 0.0
+
+    def _begin_step(self) -> None:
+        self._device_sums = torch.zeros(2, dtype=torch.float64, device=self._device)  # loss, correct predictions
+        self._host_sums = [0.0] * 4  # targets, residues, tokens, FLOPs

@@ -1,11 +1,13 @@
 """One picture of a run: training and validation loss over iterations, with the letter-frequency baselines."""
 
-import json
+import math
 from pathlib import Path
 
 import matplotlib
 
+from megatron.files import replacing
 from megatron.train.evaluate import Baselines
+from megatron.train.metrics import read_records
 
 matplotlib.use("Agg")
 
@@ -14,7 +16,8 @@ from matplotlib import pyplot  # noqa: E402 (the backend is chosen first: there 
 
 def draw_losses(metrics: Path, baselines: Baselines | None) -> Path:
     """Draw the records of `metrics` to `loss.png` beside it and return its path."""
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    records = [record for record in read_records(metrics)
+               if isinstance(record.get("loss"), float) and math.isfinite(record["loss"])]
     figure, axes = pyplot.subplots(figsize=(8, 5), dpi=150, layout="constrained")
     for kind, label, style in (("train", "training", {"linewidth": 1.0, "alpha": 0.8}),
                                ("valid", "validation", {"marker": "o", "markersize": 4})):
@@ -36,8 +39,9 @@ def draw_losses(metrics: Path, baselines: Baselines | None) -> Path:
     axes.grid(alpha=0.3)
     axes.legend()
     path = metrics.with_name("loss.png")
-    temporary = metrics.with_name(".unfinished-loss.png")
-    figure.savefig(temporary)
-    pyplot.close(figure)
-    temporary.replace(path)
+    try:
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png")
+    finally:
+        pyplot.close(figure)
     return path

@@ -17,7 +17,8 @@ class TrainState:
 class BatchSizes:
     """The global batch of each step, with its ramp-up, and the end of training.
 
-    Raises ConfigError where micro-batch size x data-parallel ranks does not divide a global batch.
+    Raises ConfigError where micro-batch size x data-parallel ranks does not divide a global batch, or the run ends
+    before its first step does.
     """
 
     def __init__(self, config: TrainingConfig, data_size: int) -> None:
@@ -34,6 +35,9 @@ class BatchSizes:
         if self._increment and (self.final < self._start or (self.final - self._start) % self._increment):
             raise ConfigError(f"--rampup-batch-size: {self._start} does not reach --global-batch-size {self.final} in "
                               f"steps of {self._increment}")
+        if config.train_samples is not None and config.train_samples < self._start:
+            raise ConfigError(f"--train-samples {config.train_samples} is less than the {self._start} rows of the "
+                              f"first step; give at least {self._start}, or a smaller --global-batch-size")
 
     def at(self, consumed_samples: int) -> int:
         """Rows of the step that starts after `consumed_samples`."""
@@ -42,14 +46,19 @@ class BatchSizes:
         samples_a_size = self._samples / max(1, (self.final - self._start) // self._increment)
         return min(self.final, self._start + int(consumed_samples / samples_a_size) * self._increment)
 
-    def num_iterations(self) -> int:
-        """Steps of the whole run. Counted in samples, a last step that would pass the end is left out."""
+    def last_iteration(self, state: TrainState) -> int:
+        """The iteration at which a run that stands at `state` ends, whatever batches have brought it there.
+
+        Counted in samples, a step that would pass the end is left out.
+        """
         config = self._config
         if config.train_iters is not None:
             return config.train_iters
         assert config.train_samples is not None
-        iterations = consumed = 0
-        while consumed < min(self._samples, config.train_samples):
+        iteration, consumed = state.iteration, state.consumed_samples
+        while consumed < self._samples and consumed + self.at(consumed) <= config.train_samples:
             consumed += self.at(consumed)
-            iterations += consumed <= config.train_samples
-        return iterations + max(0, config.train_samples - consumed) // self.final
+            iteration += 1
+        if consumed >= self._samples:
+            iteration += max(0, config.train_samples - consumed) // self.final
+        return iteration

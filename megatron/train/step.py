@@ -31,10 +31,13 @@ class TrainStep:
                  wants_stop: bool) -> Arriving:
         """Train on this rank's micro-batches; returns how many ranks want to stop."""
         engine, mesh, training = self._engine, self._engine.mesh, self._engine.config.training
-        num_targets: Tensor | int = sum(batch.num_targets for batch in batches) if mesh.is_first_reader else 0
+        here = sum(batch.num_targets for batch in batches) if mesh.is_first_reader else 0
+        # At least 1: a step without a target has no loss, and no gradient.
+        num_targets: Tensor | int = max(1, here)
         num_stops = torch.tensor(int(wants_stop))
         if mesh.world.size > 1:  # one rank knows the sums already
-            num_targets, num_stops = summed([int(num_targets), wants_stop], mesh.world, mesh.device)
+            num_targets, num_stops = summed([here, wants_stop], mesh.world, mesh.device)
+            num_targets = num_targets.clamp(min=1)
         rows = training.micro_batch_size
         first_samples = [consumed_samples + (index * mesh.data.size + mesh.data.rank) * rows
                          for index in range(len(batches))]

@@ -6,6 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+import torch
+
+from megatron.parallel.collectives import all_reduce_sum
+from megatron.parallel.mesh import Mesh
+from megatron.train.starting import REQUESTS_TO_STOP
+
 
 class StopRequests:
     """Whether this process was asked to stop. `duration_min` counts from the making of the object; None is no limit."""
@@ -18,10 +24,15 @@ class StopRequests:
         """True from the first signal, or from the deadline on."""
         return self._was_signalled or (self._deadline_s is not None and time.monotonic() >= self._deadline_s)
 
+    def agreed(self, mesh: Mesh) -> bool:
+        """Whether any rank wants to stop. All ranks call this together; it waits for them, and for the device."""
+        wishes = torch.tensor([self.wants_stop()], dtype=torch.int64, device=mesh.device)
+        return bool(all_reduce_sum(wishes, mesh.world))
+
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGTERM and the first SIGINT (Ctrl-C) as requests; a second Ctrl-C interrupts at once."""
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        """Take SIGTERM, SIGUSR1 and the first SIGINT (Ctrl-C) as requests; a second Ctrl-C interrupts at once."""
+        before = {number: signal.signal(number, self._note) for number in REQUESTS_TO_STOP}
         try:
             yield
         finally:

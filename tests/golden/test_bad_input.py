@@ -72,7 +72,7 @@ def test_a_checkpoint_of_another_model(capsys, corpus, tmp_path):
     capsys.readouterr()
     flags = ["--data-path", corpus, "--load", tmp_path, "--train-iters", 2]
     assert "--num-attention-heads is 4" in error_of(capsys, *flags, "--num-attention-heads", 4)
-    assert "give the model flags of that checkpoint" in error_of(capsys, *flags, "--ffn-hidden-size", 64)
+    assert "--ffn-hidden-size is 64" in error_of(capsys, *flags, "--ffn-hidden-size", 64)
     assert "--override-lr-scheduler" in error_of(capsys, *flags, "--lr", 1)
 
 
@@ -107,8 +107,6 @@ sys.exit(pretrain_tape.main(sys.argv[1:]))
 
 
 def test_a_full_disk_while_saving_leaves_the_last_good_checkpoint(corpus, tmp_path):
-
-
     flags = [*RUN, "--data-path", corpus, "--save", str(tmp_path), "--load", str(tmp_path)]
     assert main([*flags, "--exit-interval", "4"]) == 0
     result = subprocess.run([sys.executable, "-c", FULL_DISK, ROOT / "pretrain_tape.py", *flags], text=True,

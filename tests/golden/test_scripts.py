@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -23,13 +25,19 @@ OPEN_MPI = ("OMPI_COMM_WORLD_RANK=$rank OMPI_COMM_WORLD_LOCAL_RANK=$rank OMPI_CO
             "OMPI_COMM_WORLD_LOCAL_SIZE=2 OMPI_MCA_ess_base_jobid=$PPID")
 
 
-def run(script, corpus, folder, *flags, **environment):
-    """Runs the script; the losses of its iterations."""
-    result = subprocess.run(
-        ["bash", str(script), *FLAGS, *map(str, flags)], cwd=ROOT, text=True, timeout=120, stdin=subprocess.DEVNULL,
+def start(script, corpus, folder, *flags, **environment):
+    """Starts the script; output and errors in one pipe."""
+    return subprocess.Popen(
+        ["bash", str(script), *FLAGS, *map(str, flags)], cwd=ROOT, text=True, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env=os.environ | {"PYTHON": sys.executable, "DATA_PATH": corpus, "CHECKPOINT_PATH": str(folder)} | environment)
-    assert result.returncode == 0, result.stdout
+
+
+def run(script, corpus, folder, *flags, **environment):
+    """Runs the script; the losses of its iterations."""
+    process = start(script, corpus, folder, *flags, **environment)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
     return losses(folder)
 
 
@@ -62,7 +70,28 @@ def test_srun_starts_the_ranks_from_the_copy_that_slurm_makes_of_the_script(corp
     assert list(curve) == [1, 2]
 
 
-@pytest.mark.parametrize(("script", "num_ranks"), [("pretrain_proteinlm_200m.sh", 2), ("pretrain_proteinlm_3b.sh", 4)])
-def test_the_published_models_train_in_their_layouts(corpus, tmp_path, script, num_ranks):
-    curve = run(ROOT / "examples" / script, corpus, tmp_path, GPUS_PER_NODE=str(num_ranks))
+def test_a_published_model_trains_in_its_layout(corpus, tmp_path):
+    curve = run(ROOT / "examples" / "pretrain_proteinlm_3b.sh", corpus, tmp_path, GPUS_PER_NODE="4")
     assert list(curve) == [1, 2]
+
+
+@pytest.fixture
+def slim_path(tmp_path):
+    """A PATH with the programs of bash and coreutils that the scripts use, and nothing else."""
+    (tmp_path / "bin").mkdir()
+    for name in ("bash", "dirname"):
+        (tmp_path / "bin" / name).symlink_to(str(shutil.which(name)))
+    return str(tmp_path / "bin")
+
+
+def test_a_request_to_stop_reaches_the_ranks_which_save_and_end_with_success(corpus, tmp_path, slim_path):
+    process = start(ROOT / "examples" / "pretrain_proteinlm_200m.sh", corpus, tmp_path / "run", "--train-iters", 100000,
+                    PATH=slim_path, GPUS_PER_NODE="2")
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, output
+    assert "stopped at iteration" in output
+    assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").exists()

@@ -27,6 +27,12 @@ def relative_difference(first, second):
     return max(abs(first[step] - second[step]) / second[step] for step in first)
 
 
+@pytest.fixture(scope="module")
+def unbroken(corpus, tmp_path_factory):
+    """The curve of 60 iterations with dropout that nothing disturbed."""
+    return train(corpus, tmp_path_factory.mktemp("unbroken"), *DROPOUT, "--train-iters", 60)
+
+
 def test_reruns_are_bitwise_equal(corpus, tmp_path):
     first, second = (train(corpus, tmp_path / name, *DROPOUT) for name in "ab")
     assert len(first) == 12
@@ -48,8 +54,7 @@ def test_going_on_in_fp16_keeps_the_loss_scale(corpus, tmp_path):
     assert train(corpus, tmp_path / "broken", *flags) == unbroken
 
 
-def test_sigterm_saves_and_exits_0_and_the_run_goes_on_bitwise(corpus, tmp_path):
-    unbroken = train(corpus, tmp_path / "unbroken", *DROPOUT, "--train-iters", 60)
+def test_sigterm_saves_and_exits_0_and_the_run_goes_on_bitwise(corpus, tmp_path, unbroken):
     process = start_program(*TINY, "--data-path", corpus, "--save", tmp_path / "broken", "--load", tmp_path / "broken",
                             *DROPOUT, "--train-iters", 60, "--num-workers", 2)
     for line in process.stdout:
@@ -63,8 +68,7 @@ def test_sigterm_saves_and_exits_0_and_the_run_goes_on_bitwise(corpus, tmp_path)
     assert train(corpus, tmp_path / "broken", *DROPOUT, "--train-iters", 60) == unbroken
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint_bitwise(corpus, tmp_path):
-    unbroken = train(corpus, tmp_path / "unbroken", *DROPOUT, "--train-iters", 60)
+def test_a_killed_run_goes_on_from_its_last_checkpoint_bitwise(corpus, tmp_path, unbroken):
     process = start_program(*TINY, "--data-path", corpus, "--save", tmp_path / "killed", "--load", tmp_path / "killed",
                             *DROPOUT, "--train-iters", 60, "--save-interval", 5)
     pointer = tmp_path / "killed" / "latest_checkpointed_iteration.txt"

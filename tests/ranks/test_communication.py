@@ -1,4 +1,4 @@
-"""What real ranks send in a training step is what the planner's formulas say, byte for byte."""
+"""What real ranks send in a training step is what the planner says, byte for byte."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from megatron.parallel.mesh import build_mesh
 from megatron.parallel.traffic import TrafficCounter
 from megatron.plan.messages import step_traffic
 from megatron.plan.rank import Rank, padded_vocab_size
-from megatron.train.engine import build_engine
+from megatron.train.engine import build_engine, stream_of
 from megatron.train.meters import Meters
 from megatron.train.step import TrainStep
 from tests.ranks.launch import TIMEOUT, run_ranks
@@ -39,7 +39,9 @@ def counted_step(config):
     mesh = build_mesh(config.parallel, torch.device("cpu"), TIMEOUT)
     step = TrainStep(build_engine(config, mesh, padded_vocab_size(config)), Meters(mesh.world, mesh.device))
     rows = config.training.micro_batch_size
-    batches = [typical_batch(config.data, rows)] * (config.training.global_batch_size // (rows * mesh.data.size))
+    stream = stream_of(config, mesh)
+    batch = typical_batch(config.data, rows, stream.token_multiple, mesh.context.rank, mesh.context.size)
+    batches = [batch] * (config.training.global_batch_size // (rows * mesh.data.size))
     with TrafficCounter(mesh) as counter:
         step(batches, learning_rate=1e-3, consumed_samples=0, wants_stop=False)
     return dict(counter.traffic.sent)

@@ -33,6 +33,10 @@ def test_a_letter_that_training_never_showed_counts_as_seen_once():
     assert baselines(counts(A=99), counts(A=1, W=1)).letters == pytest.approx(-(np.log(0.99) + np.log(0.01)) / 2)
 
 
+def test_a_split_without_a_residue_has_no_baseline():
+    assert baselines(counts(A=3), counts()) is None
+
+
 def test_the_visible_baseline_is_what_the_best_guesser_gets_on_masked_letters():
     ids = Vocab.from_file().residue_ids
     shares = np.random.default_rng(0).dirichlet(np.ones(len(ids)))

@@ -1,5 +1,6 @@
 """Blends of corpora: in proportion at every moment, and any sample found at once."""
 
+import os
 from fractions import Fraction
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from megatron.config import DataConfig
 from megatron.data.corpus.indexed_writer import write_indexed
 from megatron.data.corpus.vocab import Vocab
-from megatron.data.rows.blend import parse_data_path, place_in_blend
+from megatron.data.rows.blend import BlendedDataset, parse_data_path, place_in_blend
 from megatron.data.rows.dataset import build_datasets
 from megatron.errors import ConfigError
 
@@ -47,6 +48,29 @@ def test_a_blend_serves_rows_of_its_corpora(tmp_path):
     assert splits.valid is not None and splits.valid.num_epoch_rows(0) == 8
     assert splits.test is None
     assert splits.train.describe().count("train") == 2
+
+
+def test_a_pass_of_evaluation_sees_every_row_of_every_corpus_once_and_them_evenly(tmp_path):
+    for name, residue, count in (("few", 6, 5), ("many", 7, 400)):
+        write_indexed(tmp_path / name, [np.full(20, residue)] * count)
+    data = DataConfig(data_path=("0.9", str(tmp_path / "few"), "0.1", str(tmp_path / "many")), seq_length=21,
+                      split="60,20,20")
+    for part in (splits := build_datasets(data, VOCAB, 1)).valid, splits.test:
+        assert isinstance(part, BlendedDataset)
+        sizes = [dataset.num_epoch_rows(0) for dataset in part.datasets]
+        seen = [place_in_blend(part.weights, row) for row in range(part.num_epoch_rows(0))]
+        assert sizes == [1, 80] and len(set(seen)) == len(seen) == 81
+        assert 0 in {corpus for corpus, _ in seen[20:60]}  # the few lie among the many
+
+
+def test_a_blend_of_hundreds_of_corpora_holds_no_file_open(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron.data.rows.dataset.IN_MEMORY_DOCUMENTS", 0)
+    write_indexed(tmp_path / "a", [np.full(20, 6)] * 20)
+    before = len(os.listdir("/dev/fd"))
+    splits = build_datasets(DataConfig(data_path=("1", str(tmp_path / "a")) * 100, seq_length=64, split="8,1,1"), VOCAB,
+                            1)
+    rows = [splits.train[sample] for sample in range(100)]
+    assert len(rows) == 100 and len(os.listdir("/dev/fd")) == before
 
 
 @pytest.mark.parametrize("path, message", [

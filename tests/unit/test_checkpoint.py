@@ -2,12 +2,14 @@
 
 import errno
 import json
+import os
+import time
 
 import pytest
 import torch
 
 from megatron.checkpoint import store as module
-from megatron.checkpoint.store import LATEST, Checkpoint, load, load_model, save
+from megatron.checkpoint.store import LATEST, Checkpoint, load, load_model, save, set_aside
 from megatron.errors import CheckpointError
 from megatron.files import new_folder, write_text
 
@@ -60,6 +62,42 @@ def test_only_the_newest_are_kept(tmp_path):
     for iteration in (1, 2, 3, 4):
         save(str(tmp_path), example(iteration), keep=2)
     assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000003", "iter_0000004"]
+
+
+def test_what_was_written_last_is_kept_whatever_its_number(tmp_path):
+    for iteration in (4, 8, 12, 9, 10):
+        save(str(tmp_path), example(iteration), keep=2)
+    assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000009", "iter_0000010"]
+
+
+def test_what_was_just_saved_or_loaded_from_is_never_removed(tmp_path):
+    for iteration in (4, 8):
+        save(str(tmp_path), example(iteration))
+    in_the_future_ns = time.time_ns() + 10**12  # a clock that was set back since
+    os.utime(tmp_path / "iter_0000008" / "state.json", ns=(in_the_future_ns, in_the_future_ns))
+    for iteration in (5, 6):
+        save(str(tmp_path), example(iteration), keep=1, loaded=4)
+    assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000004", "iter_0000006", "iter_0000008"]
+    assert load(str(tmp_path)).iteration == 6
+
+
+def test_an_abandoned_course_is_set_aside_and_never_found_as_a_checkpoint(tmp_path):
+    for iteration in (4, 8, 10_000_000):
+        save(str(tmp_path), example(iteration))
+    assert [path.name for path in set_aside(str(tmp_path), 4)] == [
+        "abandoned-1-iter_0000008", "abandoned-1-iter_10000000"]
+    save(str(tmp_path), example(8), keep=1, loaded=4)
+    assert [path.name for path in set_aside(str(tmp_path), 4)] == ["abandoned-2-iter_0000008"]
+    assert set_aside(str(tmp_path), 4) == []
+
+
+def test_checkpoints_without_a_pointer_are_not_passed_over(tmp_path):
+    place = save(str(tmp_path), example(7))
+    with pytest.raises(CheckpointError, match=f"{place} is one checkpoint, not the folder of a run; give {tmp_path},"):
+        load(str(place))
+    (tmp_path / LATEST).unlink()
+    with pytest.raises(CheckpointError, match=f"holds iter_0000007 but no {LATEST}; .*: echo 7 > {tmp_path / LATEST}"):
+        load(str(tmp_path))
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
@@ -121,9 +159,10 @@ def test_a_pointer_that_points_nowhere_is_named(tmp_path):
     (tmp_path / LATEST).write_text("12")
     with pytest.raises(CheckpointError, match="names iteration 12"):
         load(str(tmp_path))
-    (tmp_path / LATEST).write_text("release")
-    with pytest.raises(CheckpointError, match="expected an iteration number"):
-        load(str(tmp_path))
+    for content in (b"release", b"\xc2\xb2", b"\x00\x00", b"\xff", b"", b"-1", b"9" * 5000):
+        (tmp_path / LATEST).write_bytes(content)
+        with pytest.raises(CheckpointError, match="expected an iteration number"):
+            load(str(tmp_path))
 
 
 def test_a_layout_of_another_version_is_refused(tmp_path):

@@ -66,6 +66,18 @@ def test_an_epoch_of_a_dataset_holds_one_protein_of_each_cluster(prefix, long_pr
             "none of its clusters: 1, each one by itself)") in train.describe()
 
 
+def test_clusters_are_read_once_and_again_where_what_was_kept_is_damaged(prefix):
+    arguments = str(prefix.parent / "clusters.tsv"), open_indexed(str(prefix)), prefix.parent
+    expected = cluster_documents(*arguments)
+    kept, = prefix.parent.glob("*.npz")
+    whole = kept.read_bytes()
+    for damaged in (b"", whole[:100], b"x" * len(whole)):
+        kept.write_bytes(damaged)
+        found = cluster_documents(*arguments)
+        assert found.cluster_of_document.tolist() == [0, 0, 0, 3, 3, 5] and found.match == expected.match
+        assert len(kept.read_bytes()) == len(whole)
+
+
 def test_names_match_in_full_and_as_mmseqs2_shortens_them(prefix):
     names = b"sp|P1|A_HUMAN\ntr|Q2|B_MOUSE\nUniRef50_P3\nref|NP_4.1|\ngi|55|gb|AA5.1|\nodd|\xe9\xff\n"
     (prefix.parent / "p.names").write_bytes(names)

@@ -1,9 +1,11 @@
 """Packed datasets: every protein once an epoch, rows that depend on seed, epoch and sample alone, long proteins."""
 
 import dataclasses
+import os
 import pickle
 import struct
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +94,48 @@ def test_a_row_depends_on_seed_and_sample_alone(tmp_path):
     assert not same(build_datasets(config(tmp_path / "a"), VOCAB, 2).train[0], expected[0])
 
 
+def test_a_small_corpus_has_the_same_rows_without_files_as_with_them(tmp_path, monkeypatch):
+    write_proteins(tmp_path / "a", np.random.default_rng(1).integers(1, 90, 200))
+    without = build_datasets(config(tmp_path / "a"), VOCAB, 1).train
+    assert not (tmp_path / "row_index").exists()
+    monkeypatch.setattr("megatron.data.rows.dataset.IN_MEMORY_DOCUMENTS", 199)
+    with_files = build_datasets(config(tmp_path / "a"), VOCAB, 1).train
+    assert all(same(without[sample], with_files[sample]) for sample in (0, 5000, 77, 999))
+    assert list((tmp_path / "row_index").glob("*.counts"))
+
+
+def test_going_on_in_a_later_epoch_packs_no_earlier_one(tmp_path, monkeypatch):
+    write_proteins(tmp_path / "a", np.random.default_rng(1).integers(1, 90, 200))
+    monkeypatch.setattr("megatron.data.rows.dataset.IN_MEMORY_DOCUMENTS", -1)
+    before = build_datasets(config(tmp_path / "a"), VOCAB, 1).train
+    expected, told = before[5000], before.describe()
+    monkeypatch.setattr(PackedDataset, "_pack", lambda dataset, epoch: pytest.fail(f"packed epoch {epoch}"))
+    for path in (tmp_path / "row_index").glob("*-train-*-000000.rows"):
+        path.unlink()
+    after = build_datasets(config(tmp_path / "a"), VOCAB, 1).train
+    assert same(after[5000], expected) and after.describe() == told
+
+
+def test_a_row_thousands_of_epochs_away_is_there_at_once(tmp_path):
+    write_proteins(tmp_path / "a", [10, 20, 5, 7])
+    train = build_datasets(config(tmp_path / "a"), VOCAB, 1).train
+    began_s = time.process_time()
+    assert isinstance(train, PackedDataset)
+    assert train.locate(10_000) == (10_000, 0) and len(train[10_000].lengths) == 4
+    assert time.process_time() - began_s < 5
+
+
+def test_paths_need_not_be_utf8(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron.data.rows.dataset.IN_MEMORY_DOCUMENTS", 0)
+    prefix = tmp_path / os.fsdecode(b"prot\xe9ines")
+    write_proteins(prefix, [10, 20, 5, 7])
+    clusters = tmp_path / os.fsdecode(b"clust\xe9rs")
+    clusters.write_text("0\t1\n")
+    data = config(prefix, split="3,1", blend_by="cluster", cluster_file=str(clusters))
+    first, again = (build_datasets(data, VOCAB, 1).train for _ in range(2))
+    assert same(first[3], again[3]) and first.describe() == again.describe()
+
+
 def test_evaluation_rows_and_masks_are_the_same_whatever_training_uses(tmp_path):
     write_proteins(tmp_path / "a", np.random.default_rng(1).integers(1, 90, 200))
     one, other = (build_datasets(config(tmp_path / "a", split="6,2,2", **flags), VOCAB, seed) for seed, flags in
@@ -149,6 +193,13 @@ def test_letters_are_counted_over_the_whole_split(tmp_path):
     assert splits.test is None
 
 
+@pytest.fixture
+def unsampled(monkeypatch):
+    """The sample of the ids that is looked at before training misses what is wrong with them."""
+    monkeypatch.setattr("megatron.data.rows.dataset.check_vocabulary", lambda *what: None)
+
+
+@pytest.mark.usefixtures("unsampled")
 def test_ids_outside_the_vocabulary_are_an_error_that_names_the_document(tmp_path):
     write_indexed(tmp_path / "a", [np.array([6, 7]), np.array([6, 31])])
     train = build_datasets(config(tmp_path / "a"), VOCAB, 1).train
@@ -169,6 +220,7 @@ def test_missing_flags_are_named():
         build_datasets(DataConfig(seq_length=8), VOCAB, 1)
 
 
+@pytest.mark.usefixtures("unsampled")
 def test_a_bin_past_2_to_31_tokens_is_read_to_its_end(tmp_path):
     length, count = 2**20, 2**11 + 2
     with open(tmp_path / "a.bin", "wb") as file:  # sparse: [PAD], which is no residue, up to the last protein's end

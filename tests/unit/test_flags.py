@@ -1,11 +1,13 @@
 """The command line: Megatron's spellings, presets, and one clear line for whatever cannot be honoured."""
 
 from dataclasses import fields
+from typing import get_args
 
 import pytest
 
-from megatron.config import Config
+from megatron.config import Config, DataConfig, ModelConfig, OptimizerConfig, PrecisionConfig, TrainingConfig
 from megatron.config.command_line import ALWAYS_SO, REFUSED, flag_name, listing, parse
+from megatron.config.declaration import Changes
 from megatron.config.presets import PRESETS
 from megatron.errors import ConfigError
 from megatron.optim.schedule import build_schedule
@@ -163,3 +165,9 @@ def test_foreign_flags_say_why(flag):
 ])
 def test_a_mistake_is_one_line_that_names_the_flag(text, message):
     assert message in error_of(text)
+
+
+@pytest.mark.parametrize("section", [ModelConfig, DataConfig, OptimizerConfig, PrecisionConfig, TrainingConfig])
+def test_every_flag_says_what_another_value_changes_on_going_on(section):
+    kinds = {item.name: item.metadata["changes"] for item in fields(section)}
+    assert not [name for name, kind in kinds.items() if kind not in get_args(Changes)]

@@ -158,6 +158,27 @@ def test_a_bad_header_says_what_is_bad(prefix, at, value, expected):
         open_indexed(prefix)
 
 
+def test_an_open_dataset_holds_no_file_open_and_outlives_its_names(prefix):
+    before = os.listdir("/dev/fd")
+    write_indexed(prefix, [np.array([6, 7]), np.array([8])])
+    indexed = open_indexed(str(prefix))
+    sequence = indexed[1]
+    del indexed
+    for suffix in (".bin", ".idx"):
+        os.unlink(f"{prefix}{suffix}")
+    assert sequence.tolist() == [8] and len(os.listdir("/dev/fd")) == len(before)
+
+
+@pytest.mark.parametrize("number, expected", [(24, "ulimit -n"), (13, "Permission denied")])
+def test_a_file_that_cannot_be_opened_is_named(prefix, monkeypatch, number, expected):
+    def refuse(path):
+        raise OSError(number, os.strerror(number))
+    write_indexed(prefix, [np.array([6, 7])])
+    monkeypatch.setattr("megatron.data.corpus.indexed.mapped", refuse)
+    with pytest.raises(DataError, match=rf"{prefix}.idx: cannot be read \(.*{expected}"):
+        open_indexed(str(prefix))
+
+
 def test_a_layout_other_than_the_asked_one_is_refused(prefix):
     write_indexed(prefix, DOCUMENTS, "cached")
     with pytest.raises(DataError, match="--data-impl mmap; use --data-impl infer"):

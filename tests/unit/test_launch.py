@@ -1,6 +1,5 @@
-"""How a rank learns its place from what launchers leave in the environment, and what it says when it fails."""
+"""How a rank learns its place from what launchers leave in the environment, and where ranks meet."""
 
-import json
 import socket
 import threading
 from datetime import timedelta
@@ -8,13 +7,14 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from megatron.errors import LaunchError, UserError
-from megatron.parallel.launch.agent import cause, line_of
+from megatron.errors import LaunchError
+from megatron.parallel.launch import hosts as hosts_module
+from megatron.parallel.launch.agent import listens, prepared
 from megatron.parallel.launch.environment import Launch, check_launch, device_of, launched
-from megatron.parallel.launch.failure import report
+from megatron.parallel.launch.hosts import addresses_of, choose_interface
 from megatron.parallel.launch.meeting import meeting_store
+from pretrain_tape import leave
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "3",
@@ -25,6 +25,14 @@ SLURM_JOB = {"SLURM_JOB_ID": "17", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "S
              "SLURM_JOB_NODELIST": "node[07-09]"}
 SRUN = SLURM_JOB | {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_ID": "0",
                     "SLURM_STEP_NODELIST": "node[08-09]"}
+
+
+@pytest.fixture(autouse=True)
+def known_hosts(monkeypatch):
+    """Every name that these tests use belongs to a host, but for those of `nosuch`; gives the table."""
+    hosts = {"nosuch": set(), "debian": {"127.0.1.1"}}
+    monkeypatch.setattr(hosts_module, "addresses_of", lambda name: hosts.get(name, {"10.0.0.1"}))
+    return hosts
 
 
 def place(environment):
@@ -43,14 +51,17 @@ def error_of(environment):
 @pytest.mark.parametrize(("environment", "expected"), [
     ({}, (0, 1, None, None)),
     (TORCHRUN, (3, 4, 1, "node0")),
-    (OPEN_MPI, (3, 4, 3, "localhost")),
+    (TORCHRUN | {"LOCAL_WORLD_SIZE": "4"}, (3, 4, 1, "127.0.0.1")),
+    (OPEN_MPI, (3, 4, 3, "127.0.0.1")),
     (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "MASTER_ADDR": "node0"}, (3, 4, 3, "node0")),
-    (MPICH, (3, 4, 3, "localhost")),
+    (MPICH, (3, 4, 3, "127.0.0.1")),
     (SRUN, (3, 4, 1, "node08")),
+    (SRUN | {"SLURM_STEP_NODELIST": "node08"}, (3, 4, 1, "127.0.0.1")),
     (SRUN | {"MASTER_ADDR": "ib-node08"}, (3, 4, 1, "ib-node08")),
     (SLURM_JOB, (0, 1, None, None)),
     (SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, (0, 1, 0, None)),
-], ids=["none", "torchrun", "open-mpi", "open-mpi-hosts", "mpich", "srun", "srun-address", "sbatch", "srun-one"])
+], ids=["none", "torchrun", "torchrun-one-host", "open-mpi", "open-mpi-hosts", "mpich", "srun", "srun-one-host",
+        "srun-address", "sbatch", "srun-one"])
 def test_every_launcher_is_understood(environment, expected):
     assert place(environment) == expected
 
@@ -63,7 +74,7 @@ def test_the_innermost_launcher_counts(environment, launcher):
 
 
 @pytest.mark.parametrize(("hosts", "first"), [
-    ("node08", "node08"), ("node[08-09,11]", "node08"), ("gpu[3,7],node1", "gpu3"), ("a,b[1-2]", "a"),
+    ("node[08-09,11]", "node08"), ("gpu[3,7],node1", "gpu3"), ("a,b[1-2]", "a"),
     ("rack[1-2]-node[03-04]", "rack1-node03"), ("n-1.cluster.org,n-2.cluster.org", "n-1.cluster.org")])
 def test_rank_0_of_srun_is_on_the_first_host(hosts, first):
     assert place(SRUN | {"SLURM_STEP_NODELIST": hosts})[3] == first
@@ -87,6 +98,7 @@ def test_a_job_meets_at_a_port_of_its_own():
     ({"RANK": "0", "WORLD_SIZE": "2"}, "set MASTER_ADDR and MASTER_PORT too"),
     (TORCHRUN | {"MASTER_PORT": "70000"}, "MASTER_PORT is 70000; a port is between 1 and 65535"),
     (TORCHRUN | {"MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
+    (TORCHRUN | {"MASTER_ADDR": "nosuch"}, f"MASTER_ADDR is 'nosuch', and {socket.gethostname()} knows no host"),
     (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, "pass MASTER_ADDR, the address of rank 0's host"),
     (SRUN | {"SLURM_STEP_NODELIST": "node["}, "SLURM_STEP_NODELIST is 'node['"),
 ])
@@ -100,6 +112,41 @@ def test_what_all_find_alike_is_said_once_a_host_by_torchrun_and_once_by_the_oth
     srun = [launched(SRUN | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank % 2)}) for rank in range(4)]
     assert [launch.speaks() for launch in srun] == [True, False, False, False]
     assert Launch().speaks()
+
+
+def test_what_the_ranks_of_one_host_find_is_said_once_there():
+    srun = [launched(SRUN | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank % 2)}) for rank in range(4)]
+    assert [launch.speaks_for_host() for launch in srun] == [True, False, True, False]
+
+
+def test_a_name_that_no_host_has_resolves_to_nothing():
+    assert addresses_of("no-such-host.invalid") == addresses_of("a..b") == set()
+    assert addresses_of("127.0.0.1") == {"127.0.0.1"}
+
+
+def test_a_resolver_that_does_not_answer_is_not_waited_for(monkeypatch):
+    has_ended = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: has_ended.wait() and [])
+    monkeypatch.setattr(hosts_module, "LOOKUP_S", 0.01)
+    assert addresses_of("node0") == set()
+    has_ended.set()
+
+
+@pytest.mark.parametrize(("own_name", "is_on_one_host", "interface"), [
+    ("nosuch", True, "lo"), ("node1", False, None)], ids=["one-host", "two-hosts"])
+def test_gloo_needs_the_own_name_only_to_reach_other_hosts(monkeypatch, own_name, is_on_one_host, interface):
+    monkeypatch.setattr(socket, "gethostname", lambda: own_name)
+    environment = {}
+    choose_interface(is_on_one_host, environment)
+    assert environment.get("GLOO_SOCKET_IFNAME") == interface
+
+
+@pytest.mark.parametrize("own_name", ["nosuch", "debian"])  # Debian enters a host's own name as 127.0.1.1
+def test_an_own_name_that_others_cannot_use_is_refused_in_one_line(monkeypatch, own_name):
+    monkeypatch.setattr(socket, "gethostname", lambda: own_name)
+    with pytest.raises(LaunchError, match=f"{own_name} finds no address for other hosts .* set GLOO_SOCKET_IFNAME"):
+        choose_interface(False, {})
+    choose_interface(False, {"GLOO_SOCKET_IFNAME": "eth1"})
 
 
 @pytest.fixture
@@ -164,79 +211,51 @@ def test_ranks_that_do_not_come_are_named_when_the_time_is_up():
         meeting_store(launch, timedelta(seconds=0.1))
 
 
-HOST = socket.gethostname()
-GLOO = ("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:5539. "
-        "This is typically caused by a remote worker crashing.")
+LAUNCHER = ["--nproc-per-node", "2"]
 
 
-def reported(error, launch, monkeypatch, tmp_path, capsys):
-    """What is printed, what is left for the launcher, and the exit status."""
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
-    try:
-        raise error
-    except Exception as caught:
-        status = report(caught, launch)
-    left = json.loads((tmp_path / "error.json").read_text())["message"]["message"]
-    return capsys.readouterr().err, left, status
+@pytest.mark.parametrize("meeting", [["--standalone"], []])
+def test_a_launcher_that_is_alone_does_not_give_its_ranks_the_name_of_its_host(meeting, tmp_path):
+    config = prepared([*LAUNCHER, "--log-dir", str(tmp_path), *meeting, "program"])[0]
+    assert (config.rdzv_backend, config.rdzv_endpoint, config.local_addr) == ("c10d", "127.0.0.1:0", "127.0.0.1")
 
 
-@pytest.mark.parametrize(("error", "line", "status"), [
-    (UserError("no such file"), f"no such file (rank 3 on {HOST})", 2),
-    (KeyError("name"), f"rank 3 on {HOST}: KeyError: 'name'", 1),
-    (RuntimeError("shapes differ\nat length"), f"rank 3 on {HOST}: RuntimeError: shapes differ", 1),
-    (RuntimeError(GLOO), f"rank 3 on {HOST} lost its peers: Connection closed by peer [10.0.0.2]:5539", 1),
-    (dist.DistStoreError("timed out waiting for ranks 1, 2 to start"),
-     f"rank 3 on {HOST} lost its peers: timed out waiting for ranks 1, 2 to start", 1),
-    (RuntimeError("EADDRINUSE"), f"port 6000 is taken; set MASTER_PORT to a free one (rank 3 on {HOST})", 2),
-], ids=["user", "bug", "long", "gloo", "store", "port"])
-def test_a_rank_that_fails_says_who_where_and_why(error, line, status, monkeypatch, tmp_path, capsys):
-    launch = Launch(rank=3, size=4, master_port=6000)
-    printed, left, ended = reported(error, launch, monkeypatch, tmp_path, capsys)
-    assert printed.splitlines()[-1] == f"error: {line}"
-    assert left.partition(": ")[2] == line
-    assert ended == status
-    assert ("Traceback" in printed) == (type(error).__name__ in line)
+def test_a_launcher_among_others_keeps_the_address_that_it_is_given(tmp_path):
+    config = prepared([*LAUNCHER, "--log-dir", str(tmp_path), "--nnodes", "2", "--master-addr", "node0",
+                       "--master-port", "6000", "program"])[0]
+    assert (config.rdzv_backend, config.rdzv_endpoint, config.local_addr) == ("static", "node0:6000", None)
 
 
-def test_a_rank_whose_launcher_tells_leaves_it_the_line(monkeypatch, tmp_path, capsys):
-    heard = Launch(rank=3, size=4, is_heard=True)
-    assert reported(UserError("no such file"), heard, monkeypatch, tmp_path, capsys)[0] == ""
-    printed, left, _ = reported(RuntimeError(GLOO), heard, monkeypatch, tmp_path, capsys)
-    assert (printed, left.partition(": ")[0]) == ("", "LostPeersError")
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["--nnodes", "2", "--master-addr", "nosuch"], "MASTER_ADDR is 'nosuch'"),
+    (["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "nosuch:6000"], "MASTER_ADDR is 'nosuch'"),
+    (["--nnodes", "2", "--master-port", "70000"], "70000"), (["--nnodes", "two"], "'two'"), (["--nnodes", "0"], "> 0"),
+    (["--max-restarts", "-1"], "max_restarts must be >= 0")])
+def test_a_launcher_refuses_in_one_line_what_cannot_be(arguments, said):
+    with pytest.raises(LaunchError) as caught:
+        prepared([*LAUNCHER, *arguments, "program"])
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
-def test_one_process_fails_without_naming_a_rank(monkeypatch, tmp_path, capsys):
-    assert reported(UserError("no such file"), Launch(), monkeypatch, tmp_path, capsys)[0] == "error: no such file\n"
+@pytest.mark.parametrize(("caught", "expected"), [("0000000000004002", True), ("0000000180000002", False)])
+def test_a_rank_is_asked_to_stop_once_it_handles_sigterm(tmp_path, caught, expected):
+    (tmp_path / "17").mkdir()
+    (tmp_path / "17" / "status").write_text(f"Name:\tpython\nSigIgn:\t0000000001005000\nSigCgt:\t{caught}\n")
+    assert listens(17, tmp_path) == expected
+    assert not listens(18, tmp_path)  # it has ended
 
 
-def failure(folder, exit_code, recorded="", second=0):
-    """A rank's failure as the launcher sees it, with what the rank recorded (`Type: line`)."""
-    path = folder / f"{exit_code}-{second}.json"
-    if recorded:
-        path.write_text(json.dumps({"message": {"message": recorded, "extraInfo": {"timestamp": str(second)}}}))
-    found = ProcessFailure(local_rank=0, pid=1, exitcode=exit_code, error_file=str(path))
-    found.timestamp = second
-    return found
-
-
-def test_the_launcher_names_the_rank_that_the_others_followed(tmp_path):
-    lost = failure(tmp_path, 1, "LostPeersError: rank 0 lost its peers", second=1)
-    ended = failure(tmp_path, -15, second=2)
-    killed = failure(tmp_path, -9, second=3)
-    assert cause({0: lost, 1: ended, 2: killed}) == (2, killed)
-    assert cause({0: lost, 1: ended}) == (0, lost)
-    failed = failure(tmp_path, 1, "RankError: rank 3 on b: KeyError: 'name'", second=2)
-    assert cause({0: lost, 2: killed, 3: failed}) == (3, failed)
-
-
-@pytest.mark.parametrize(("exit_code", "recorded", "has_hung", "line"), [
-    (-9, "", False, f"rank 5 on {HOST}: killed by signal 9 (SIGKILL)"),
-    (-11, "", False, f"rank 5 on {HOST}: killed by signal 11 (SIGSEGV)"),
-    (-9, "", True, f"rank 5 on {HOST}: did not answer, and was killed"),
-    (1, "", False, f"rank 5 on {HOST}: ended with exit status 1"),
-    (1, "RankError: rank 5 on b: KeyError: 'name'", False, "rank 5 on b: KeyError: 'name'"),
-    (2, "RankError: no such file (rank 5 on b)", False, "no such file (rank 5 on b)"),
-    (2, "", False, ""),  # a flag that all refuse: one of them has said so
-])
-def test_the_launcher_says_who_where_and_why(tmp_path, exit_code, recorded, has_hung, line):
-    assert line_of(5, failure(tmp_path, exit_code, recorded), has_hung) == line
+@pytest.mark.parametrize(("environment", "ends"), [({}, "interpreter"), (TORCHRUN, "exit functions, at once")])
+def test_only_a_rank_among_others_ends_without_the_interpreter(monkeypatch, environment, ends):
+    ended = []
+    for key in TORCHRUN:
+        monkeypatch.delenv(key, raising=False)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr("atexit._run_exitfuncs", lambda: ended.append("exit functions"))
+    monkeypatch.setattr("os._exit", lambda status: ended.append("at once"))
+    monkeypatch.setattr("sys.exit", lambda status: ended.append("interpreter"))
+    monkeypatch.setattr("pretrain_tape.launched", lambda: launched(environment))
+    leave(3)
+    assert ", ".join(ended).startswith(ends)

@@ -17,7 +17,7 @@ from megatron.data.batches.batch import batch_shape
 from megatron.data.batches.loader import MicroBatchSamples, batches
 from megatron.data.corpus.indexed_writer import write_indexed
 from megatron.data.corpus.vocab import Vocab
-from megatron.data.rows.dataset import Dataset, build_datasets
+from megatron.data.rows.dataset import Dataset, Splits, build_datasets
 from megatron.errors import DataError
 
 VOCAB = Vocab.from_file()
@@ -50,8 +50,8 @@ def assert_same(left, right):
 
 def load(dataset, micro_batch_size=1, shape=None, **options):
     options = {"start_sample": 0, "data_rank": 0, "data_size": 1, "num_workers": 0, "pin": False, **options}
-    return batches(dataset, shape or batch_shape([dataset], micro_batch_size), micro_batch_size=micro_batch_size,
-                   **options)
+    shape = shape or batch_shape(Splits(dataset, None, None), micro_batch_size)
+    return batches(dataset, shape, micro_batch_size=micro_batch_size, **options)
 
 
 def take(dataset, count, **options):
@@ -63,7 +63,7 @@ def take(dataset, count, **options):
 
 
 def test_every_micro_batch_of_a_run_has_one_shape_also_last_and_empty_ones(splits):
-    shape = batch_shape([splits.train, splits.valid], micro_batch_size=3)
+    shape = batch_shape(splits, micro_batch_size=3)
     epochs = take(splits.train, splits.train.num_epoch_rows(0), micro_batch_size=3, shape=shape)
     tails = [take(splits.valid, 99, micro_batch_size=3, shape=shape, data_rank=rank, data_size=4, stop_sample=26)
              for rank in range(4)]
@@ -115,7 +115,8 @@ def test_a_closed_loader_gives_no_more(train):
         next(loader)
 
 
-def test_a_mistake_in_the_data_reaches_the_trainer_as_it_is(tmp_path):
+def test_a_mistake_in_the_data_reaches_the_trainer_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron.data.rows.dataset.check_vocabulary", lambda *what: None)  # a sample may miss it
     write_indexed(tmp_path / "a", [np.full(60, 6)] * 20 + [np.full(60, 99)])
     data = DataConfig(data_path=(str(tmp_path / "a"),), seq_length=64, split="1", mmap_warmup=True)
     with pytest.raises(DataError, match="^[^\n]*document 20 holds ids 99 to 99[^\n]*$"):
@@ -161,7 +162,8 @@ def _run_and_exit(action: Callable[[], None]) -> None:
         os._exit(int(str(leaving)))
 
 
-def test_the_next_epochs_rows_are_built_ahead(tmp_path):
+def test_the_next_epochs_rows_are_built_ahead(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron.data.rows.dataset.IN_MEMORY_DOCUMENTS", 0)
     write_indexed(tmp_path / "a", [np.full(30, 6)] * 200)
     train = build_datasets(DataConfig(data_path=(str(tmp_path / "a"),), seq_length=64, split="1"), VOCAB, 1).train
     loader = load(train, num_workers=1)

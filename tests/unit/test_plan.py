@@ -1,7 +1,8 @@
-"""The planner's formulas against a dry run of the real training step, and the search for a layout."""
+"""The planner against a dry run of the real training step, and the search for a layout."""
 
 import json
 import math
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -9,9 +10,12 @@ import torch
 
 from megatron.config.command_line import parse
 from megatron.errors import ConfigError
+from megatron.model import transformer
 from megatron.model.protein_model import ProteinModel
 from megatron.parallel.layout import check_layout
 from megatron.parallel.mesh import Axis
+from megatron.parallel.parameters import Normal
+from megatron.parallel.tensor.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.parallel.tensor.stream import Stream
 from megatron.plan.dry_run import dry_run, measure
 from megatron.plan.gpus import GPUS
@@ -82,10 +86,10 @@ def by_group(counts):
 
 
 @pytest.mark.parametrize("name", [*LAYOUTS, *AT_SCALE])
-def test_memory_is_within_2_percent_of_the_dry_runs(name):
+def test_memory_is_within_1_1_percent_of_the_dry_runs(name):
     measured, rank = both(name)
     planned = peak_memory(rank)
-    assert planned.peak == pytest.approx(measured.peak, rel=0.02)
+    assert planned.peak == pytest.approx(measured.peak, rel=0.011)
     assert (planned.parameters, planned.optimizer) == (measured.parameters, measured.optimizer)
 
 
@@ -108,8 +112,38 @@ def test_a_rank_holds_the_parameters_of_the_real_model(layout, number, flags):
     for stage in rank.stages:
         with torch.device("meta"):
             model = ProteinModel(config.model, config.precision, padded_vocab_size(config), stream, stage)
-        expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        assert list(expected.items()) == [(p.name, p.shape) for p in stage_parameters(rank, stage)]
+        assert [tuple(p.shape) for p in model.parameters()] == [p.shape for p in stage_parameters(rank, stage)]
+
+
+class BlockWithMore(transformer.Block):
+    """A block with an option that the planner has never heard of: one more split layer, and a norm of its own."""
+
+    def __init__(self, config, dtype, stream):
+        super().__init__(config, dtype, stream)
+        self.gate = ColumnParallelLinear(config.hidden_size, 3 * config.hidden_size, stream, Normal(0.02))
+        self.back = RowParallelLinear(3 * config.hidden_size, config.hidden_size, stream, Normal(0.02))
+
+    def forward(self, hidden_uh, sequence):
+        hidden_uh = super().forward(hidden_uh, sequence)
+        more_uh = self.back(torch.sigmoid(self.gate(hidden_uh.to(self.dtype))))
+        return hidden_uh + torch.nn.functional.rms_norm(more_uh, more_uh.shape[-1:])
+
+
+@pytest.mark.parametrize("layout", [[], FULL, [*TP2, *SEQUENCE]])
+def test_the_planner_follows_an_option_that_it_does_not_know(monkeypatch, layout):
+    num_ranks = 2 if layout[:1] == TP2[:1] else 1
+    config, _ = parse([*SMALL, "--num-layers", "3", "--dry-run-ranks", str(num_ranks), *layout])
+    before = peak_memory(Rank(config, num_ranks))
+    monkeypatch.setattr(transformer, "Block", BlockWithMore)
+    # What was measured of the model as it is does not hold for another.
+    other = replace(config, model=replace(config.model, init_method_std=0.03))
+    measured, planned = measure(other), peak_memory(Rank(other, num_ranks))
+    assert planned.peak == pytest.approx(measured.peak, rel=0.011)
+    assert (planned.parameters, planned.optimizer) == (measured.parameters, measured.optimizer)
+    assert planned.parameters > 1.3 * before.parameters
+    sent = step_traffic(Rank(other, num_ranks)).sent
+    assert {key: sent[key] for key in sent if key[0] == "tensor"} == {
+        key: count for key, count in by_group(measured.traffic.sent).items() if key[0] == "tensor"}
 
 
 @pytest.mark.parametrize("what", ["none", "optimizer", "gradients", "parameters"])
@@ -144,6 +178,15 @@ def test_a_dry_run_counts_a_long_step_as_it_would_a_short_one():
         return measure(config).traffic.sent["pipeline", "send"]
 
     assert sent(400) == 100 * sent(4)
+
+
+def test_a_dry_run_counts_what_a_micro_batch_moves_of_weights():
+    def moved(*flags):
+        return measure(parse([*SMALL, "--num-layers", "2", "--global-batch-size", "4", *flags])[0]).weight_bytes
+
+    # The fp32 weight is read forward and backward, its gradient read and written: 4 times 4 bytes.
+    assert moved("--no-bf16") >= 16
+    assert moved("--no-bf16", *FULL) > moved("--no-bf16")
 
 
 def test_a_dry_run_of_a_rank_that_is_not_there_is_refused():

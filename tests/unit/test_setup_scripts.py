@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ from megatron.train.state import BatchSizes
 
 ROOT = Path(__file__).resolve().parents[2]
 
+# The scripts may use these and nothing else: slim images have no procps, util-linux or diffutils.
+COREUTILS = "cat chmod cp cut date dirname env head mkdir mktemp mv nproc rm sleep sort tail touch tr wc".split()
 # Answers as a Python without packages would; its `-m venv` puts a copy of itself into the environment.
 STAND_IN = f"""#!/usr/bin/env bash
 case "$*" in
@@ -52,12 +55,16 @@ class Checkout:
         for name in ("python", "python3", "python3.10", "python3.11", "python3.12"):
             (self.bin / name).write_text(STAND_IN)
             (self.bin / name).chmod(0o755)
+        for name in ("bash", *COREUTILS):
+            (self.bin / name).symlink_to(str(shutil.which(name)))
 
-    def start(self, purpose: str = "run", **environment: str) -> "subprocess.Popen[str]":
-        script = f'set -euo pipefail; source "{self.root}/examples/setup.sh" {purpose}; echo "python=$python"'
-        inherited = {"PATH": f"{self.bin}:/usr/bin:/bin", "HOME": os.environ.get("HOME", "/"),
+    def start(self, what: str = "run", **environment: str) -> "subprocess.Popen[str]":
+        """Sources setup.sh to run or for the tests, or starts a script of the checkout."""
+        source = f'set -euo pipefail; source "{self.root}/examples/setup.sh" {what}; echo "python=$python"'
+        inherited = {"PATH": str(self.bin), "HOME": os.environ.get("HOME", "/"),
                      "PIP_LOG": str(self.pip_log)}
-        return subprocess.Popen(["bash", "-c", script], env=inherited | environment, text=True,
+        command = ["bash", str(self.root / what)] if what.endswith(".sh") else ["bash", "-c", source]
+        return subprocess.Popen(command, env=inherited | environment, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
 
     def set_up(self, purpose: str = "run", **environment: str) -> tuple[int, str, str]:
@@ -204,6 +211,42 @@ def test_the_layouts_of_the_published_models_fit_them_on_whole_machines(script: 
     for num_ranks in ranks:
         check_layout(config, num_ranks)
         BatchSizes(config.training, num_ranks // config.parallel.tensor_model_parallel_size)
+
+
+REFUSED = [
+    ("distributed", {"GPUS_PER_NODE": "two"}, "GPUS_PER_NODE is 'two'; set it to a whole number from 1 to 999"),
+    ("distributed", {"GPUS_PER_NODE": "0"}, "GPUS_PER_NODE is '0'"), ("distributed", {"NNODES": ""}, "NNODES is ''"),
+    ("distributed", {"NODE_RANK": "x"}, "NODE_RANK is 'x'"),
+    ("distributed", {"NNODES": "08", "NODE_RANK": "8"}, "NODE_RANK is '8'; set it to a whole number from 0 to 7"),
+    ("distributed", {"NNODES": "a[$(touch here)]"}, "NNODES is 'a[$(touch here)]'"),
+    ("distributed", {"MASTER_PORT": "70000"}, "MASTER_PORT is '70000'; set it to a whole number from 1 to 65535"),
+    ("distributed", {"MAX_RESTARTS": "-1"}, "MAX_RESTARTS is '-1'"),
+    ("mpirun", {"PROCESSES": "all"}, "PROCESSES is 'all'"),
+    ("slurm", {"MASTER_PORT": "abc"}, "MASTER_PORT is 'abc'"), ("", {"OMP_NUM_THREADS": "few"}, "OMP_NUM_THREADS is"),
+    ("distributed", {"PYTHON": "/no/python"}, "PYTHON is '/no/python', which is no Python 3.10 or newer")]
+
+
+@pytest.mark.parametrize(("script", "given", "said"), REFUSED, ids=[" ".join(given) for _, given, _ in REFUSED])
+def test_a_script_refuses_in_one_line_before_it_sets_up(tmp_path: Path, script: str, given: dict, said: str) -> None:
+    path = ROOT / "examples" / f"pretrain_tape{'_' if script else ''}{script}.sh"
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": "/no/python"} | given
+    result = subprocess.run(["bash", path], env=environment, cwd=tmp_path, text=True, capture_output=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"error: {said}")
+    assert result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_request_to_stop_that_comes_while_a_script_sets_up_ends_it_with_success(checkout: Checkout) -> None:
+    for name in ("pretraining.sh", "pretrain_tape_distributed.sh"):
+        shutil.copy(ROOT / "examples" / name, checkout.root / "examples" / name)
+    process = checkout.start("examples/pretrain_tape_distributed.sh", PIP_SECONDS="0.3")
+    while not checkout.pip_log.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    process.communicate()
+    assert process.returncode == 0
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")

@@ -3,7 +3,7 @@
 t tokens of all rows, g proteins, m chosen tokens.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron.data.rows.dataset import Dataset
+from megatron.data.rows.dataset import Splits
 from megatron.data.rows.packed import Row
 from megatron.kernels.packed_sequence import NO_TARGET, PackedSequence, Targets
 
@@ -33,15 +33,20 @@ class BatchShape:
         return -(-self.num_tokens // self.max_length)
 
 
-def batch_shape(datasets: Iterable[Dataset], micro_batch_size: int, token_multiple: int = 1, share: int = 0,
-                num_shares: int = 1) -> BatchShape:
-    """The shape of the micro-batches of some datasets, by their row indices; a multiple of `token_multiple` tokens."""
-    parts = list(datasets)
-    num_tokens = micro_batch_size * parts[0].seq_length
-    proteins = max(part.most_proteins(micro_batch_size) for part in parts)
+def batch_shape(splits: Splits, micro_batch_size: int, token_multiple: int = 1, share: int = 0, num_shares: int = 1,
+                start_sample: int = 0) -> BatchShape:
+    """The shape of all micro-batches of a run that starts at `start_sample`, by the row indices it begins with.
+
+    They have a multiple of `token_multiple` tokens.
+    """
+    evaluated = [part for part in (splits.valid, splits.test) if part is not None]
+    parts = [splits.train, *evaluated]
+    num_tokens = micro_batch_size * splits.train.seq_length
+    proteins = max(splits.train.most_proteins(micro_batch_size, start_sample),
+                   *(part.most_proteins(micro_batch_size) for part in evaluated), 0)
     return BatchShape(
         num_tokens=num_tokens + -num_tokens % token_multiple,
-        num_proteins=proteins + proteins // 4 + 8,  # the first epoch's; later ones differ a little
+        num_proteins=proteins + proteins // 4 + 8,  # those of an epoch; others differ a little
         num_targets=micro_batch_size * max(part.most_targets() for part in parts),
         max_length=max(part.longest() for part in parts), share=share, num_shares=num_shares)
 

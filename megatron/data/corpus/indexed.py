@@ -7,12 +7,14 @@ whether the .bin is read into memory at the start or mapped). A document is a ru
 import hashlib
 import os
 from dataclasses import dataclass
+from errno import EMFILE
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron.data.corpus.mapping import mapped
 from megatron.errors import DataError
 
 MMAP_MAGIC = b"MMIDIDX\x00\x00"
@@ -95,18 +97,20 @@ def open_indexed(prefix: str, impl: str = "infer") -> IndexedDataset:
     if impl != "infer" and (impl == "mmap") != (index.layout == "mmap"):
         raise DataError(f"{index_path}: it is not in the layout of --data-impl {impl}; use --data-impl infer")
     _check_pair(index_path, bin_path, index)
-    raw = np.fromfile(bin_path, dtype=np.uint8) if impl == "cached" else _map(bin_path)
-    return IndexedDataset(str(prefix), impl, index, raw.view(index.dtype))
+    return IndexedDataset(str(prefix), impl, index, _read(bin_path, in_memory=impl == "cached").view(index.dtype))
 
 
-def _map(path: Path) -> np.ndarray:
-    if os.path.getsize(path) == 0:
-        return np.empty(0, dtype=np.uint8)
-    return np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
+def _read(path: Path, in_memory: bool = False) -> np.ndarray:
+    """The bytes of a file, read or mapped."""
+    try:
+        return np.fromfile(path, dtype=np.uint8) if in_memory else mapped(path)
+    except OSError as error:
+        remedy = "raise the limit of open files (ulimit -n)" if error.errno == EMFILE else "is it yours to read?"
+        raise DataError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
 
 
 def _read_index(path: Path) -> Index:
-    raw = _map(path)
+    raw = _read(path)
     head = raw[:TNT_HEADER_BYTES].tobytes()
     if head.startswith(MMAP_MAGIC) and len(raw) >= MMAP_HEADER_BYTES:
         index = _read_mmap_index(path, raw, head)

@@ -7,19 +7,23 @@ sample's place is a formula, so no index is stored and resuming costs nothing.
 
 from collections.abc import Sequence
 from fractions import Fraction
+from math import lcm
 
 import numpy as np
 
-from megatron.data.rows.packed import PackedDataset, Row
+from megatron.data.rows.packed import COUNTED_RESIDUES, PackedDataset, Row
 from megatron.errors import ConfigError
+
+DESCRIBED_CORPORA = 4
 
 
 class BlendedDataset:
     """An infinite sequence of rows from several corpora; its rows are theirs, each corpus's in its own order."""
 
-    def __init__(self, datasets: Sequence[PackedDataset], weights: Sequence[Fraction]) -> None:
+    def __init__(self, datasets: Sequence[PackedDataset], weights: Sequence[int] | Sequence[Fraction]) -> None:
         self.datasets = tuple(datasets)
-        self.weights = tuple(weights)
+        denominator = lcm(*(weight.denominator for weight in weights))
+        self.weights = [int(weight * denominator) for weight in weights]
 
     def __getitem__(self, sample: int) -> Row:
         corpus, index = place_in_blend(self.weights, sample)
@@ -39,9 +43,10 @@ class BlendedDataset:
         """The rows of all corpora together in their epoch of that number; a pass over the blend, by its size."""
         return sum(dataset.num_epoch_rows(epoch) for dataset in self.datasets)
 
-    def most_proteins(self, num_rows: int) -> int:
-        """The most proteins in so many neighbouring rows of the first epoch of a corpus."""
-        return max(dataset.most_proteins(num_rows) for dataset in self.datasets)
+    def most_proteins(self, num_rows: int, sample: int = 0) -> int:
+        """The most proteins in so many neighbouring rows of a corpus, in its epoch that a sample is near."""
+        nearest = (sample * weight // sum(self.weights) for weight in self.weights)
+        return max(dataset.most_proteins(num_rows, own) for dataset, own in zip(self.datasets, nearest, strict=True))
 
     def most_targets(self) -> int:
         """The most targets that a row can have."""
@@ -53,26 +58,31 @@ class BlendedDataset:
 
     def residue_counts(self) -> np.ndarray:
         """How often each id occurs, int64 [vocabulary], each corpus scaled to its weight in the blend."""
-        counts = [dataset.residue_counts() for dataset in self.datasets]
+        counts = [dataset.residue_counts(COUNTED_RESIDUES // len(self.datasets)) for dataset in self.datasets]
         total = sum(int(count.sum()) for count in counts)
-        shares = [float(weight / sum(self.weights)) * count / max(count.sum(), 1)
+        shares = [weight / sum(self.weights) * count / max(count.sum(), 1)
                   for weight, count in zip(self.weights, counts, strict=True)]
         return np.rint(np.sum(shares, axis=0) * total).astype(np.int64)
 
     def describe(self) -> str:
-        """What each corpus holds, one after the other."""
-        return "; ".join(dataset.describe() for dataset in self.datasets)
+        """What each corpus holds, one after the other; of many, the first ones and the sum of all."""
+        text = "; ".join(dataset.describe() for dataset in self.datasets[:DESCRIBED_CORPORA])
+        if len(self.datasets) > DESCRIBED_CORPORA:
+            num_proteins = sum(len(dataset.documents) for dataset in self.datasets)
+            text += (f"; … {len(self.datasets)} corpora: {num_proteins:,} proteins, {self.num_epoch_rows(0):,} rows an "
+                     "epoch")
+        return text
 
 
-def place_in_blend(weights: Sequence[Fraction], sample: int) -> tuple[int, int]:
+def place_in_blend(weights: Sequence[int], sample: int) -> tuple[int, int]:
     """The corpus of a sample and its index there; each corpus's indices run 0, 1, 2, … without a gap."""
-    rest = sum(weights, Fraction(0))
+    rest = sum(weights)
     for corpus, weight in enumerate(weights[:-1]):
-        share = weight / rest
-        before, after = (_num_due(share, samples) for samples in (sample, sample + 1))
-        if after > before:
-            return corpus, before
-        sample -= before
+        # Of s samples an evenly spaced share takes s * weight / rest, as the nearest whole number, halves up.
+        index, remainder = divmod(2 * weight * sample + rest, 2 * rest)
+        if remainder + 2 * weight >= 2 * rest:  # of s + 1 samples it takes one more
+            return corpus, index
+        sample -= index
         rest -= weight
     return len(weights) - 1, sample
 
@@ -86,11 +96,6 @@ def parse_data_path(data_path: Sequence[str] | None) -> tuple[list[Fraction], li
     if len(data_path) % 2:
         raise ConfigError(f"--data-path has {len(data_path)} parts; give one prefix, or WEIGHT PREFIX WEIGHT PREFIX …")
     return [_parse_weight(word) for word in data_path[::2]], list(data_path[1::2])
-
-
-def _num_due(share: Fraction, samples: int) -> int:
-    """How many of the first `samples` samples an evenly spaced share takes: the nearest whole number, halves up."""
-    return (2 * share.numerator * samples + share.denominator) // (2 * share.denominator)
 
 
 def _parse_weight(word: str) -> Fraction:

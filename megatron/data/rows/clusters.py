@@ -11,11 +11,12 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 
 from megatron.data.corpus.indexed import IndexedDataset
-from megatron.data.rows.cache_files import locked, replacing
+from megatron.data.rows.cache_files import keeping, locked
 from megatron.data.rows.packing import order_hashes
 from megatron.errors import DataError
 
@@ -67,12 +68,24 @@ def cluster_documents(cluster_file: str, indexed: IndexedDataset, cache_folder: 
     digest = hashlib.blake2b(json.dumps([indexed.identity, state]).encode(), digest_size=12).hexdigest()
     kept = cache_folder / f"{Path(indexed.prefix).name}-clusters-{digest}.npz"
     with locked(kept.with_suffix(".lock")):
-        if not kept.is_file():
-            clusters, match = _read_clusters(sources[0], _name_hashes(names, indexed.num_documents), names)
-            with replacing(kept) as path, open(path, "xb") as file:
-                np.savez(file, clusters=clusters, match=match)
-    with np.load(kept) as arrays:
-        return ClusteredDocuments(arrays["clusters"], str(arrays["match"]))
+        clusters = _load(kept, indexed.num_documents)
+        if clusters is None:
+            try:
+                clusters = _read_clusters(sources[0], _name_hashes(names, indexed.num_documents), names)
+            except OSError as error:
+                raise DataError(f"{error.filename}: cannot be read ({error.strerror}); is it yours to read?") from error
+            with keeping(kept) as file:
+                np.savez(file, clusters=clusters.cluster_of_document, match=clusters.match)
+    return clusters
+
+
+def _load(kept: Path, num_documents: int) -> ClusteredDocuments | None:
+    try:
+        with np.load(kept) as arrays:
+            clusters = ClusteredDocuments(arrays["clusters"], str(arrays["match"]))
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # none yet, another user's, or damaged
+        return None
+    return clusters if len(clusters.cluster_of_document) == num_documents else None
 
 
 def _name_hashes(names: Path, num_documents: int) -> np.ndarray:

@@ -1,12 +1,15 @@
 """The training, validation and test rows of a run, from its flags."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from megatron.config import DataConfig
 from megatron.data.corpus.documents import Documents
 from megatron.data.corpus.indexed import open_indexed
+from megatron.data.corpus.origin import check_vocabulary
 from megatron.data.corpus.split import split_documents
-from megatron.data.corpus.vocab import Vocab
+from megatron.data.corpus.vocab import DEFAULT_VOCAB, Vocab
 from megatron.data.rows.blend import BlendedDataset, parse_data_path
 from megatron.data.rows.cache_files import choose_cache_folder
 from megatron.data.rows.clusters import Clusters, cluster_documents
@@ -16,6 +19,7 @@ from megatron.errors import ConfigError, DataError
 
 Dataset = PackedDataset | BlendedDataset
 EVALUATION_SEED = 1234  # evaluation sees the same rows and masks whatever training uses
+IN_MEMORY_DOCUMENTS = 1 << 14  # up to which packing an epoch costs less (1 ms) than writing a file (10 ms)
 
 
 @dataclass(frozen=True)
@@ -45,29 +49,39 @@ def build_datasets(data: DataConfig, vocab: Vocab, seed: int) -> Splits:
     for part in range(3):
         present = [(dataset, weight) for corpus, weight in zip(corpora, weights, strict=True)
                    if (dataset := corpus[part]) is not None]
-        if len(present) > 1:
-            parts.append(BlendedDataset([dataset for dataset, _ in present], [weight for _, weight in present]))
-        else:
-            parts.append(present[0][0] if present else None)
+        parts.append(_blend(present, is_training=part == 0))
     train, valid, test = parts
     assert train is not None  # split_documents sees to it
     return Splits(train, valid, test)
 
 
+def _blend(present: Sequence[tuple[PackedDataset, Fraction]], is_training: bool) -> Dataset | None:
+    """Corpora and their weights as one. Evaluation takes them in proportion to their rows, each row once a pass."""
+    if len(present) < 2:
+        return present[0][0] if present else None
+    datasets = [dataset for dataset, _ in present]
+    if is_training:
+        return BlendedDataset(datasets, [weight for _, weight in present])
+    return BlendedDataset(datasets, [dataset.num_epoch_rows(0) for dataset in datasets])
+
+
 def _build_corpus(prefix: str, data: DataConfig, vocab: Vocab, seed: int) -> list[PackedDataset | None]:
     indexed = open_indexed(prefix, data.data_impl)
+    check_vocabulary(indexed, vocab, data.vocab_file or DEFAULT_VOCAB)
     if data.mmap_warmup:
         _read_through(f"{prefix}.bin")
-    folder = choose_cache_folder(prefix, data.data_cache_path)
     parts: list[PackedDataset | None] = []
     for name, documents in zip(("train", "valid", "test"), split_documents(data.split, indexed.num_documents),
                                strict=True):
         training = name == "train"
         settings = PackingSettings(data.seq_length, data.packing, data.long_proteins,
                                    seed if training else EVALUATION_SEED)
-        clusters = None
+        clusters = folder = None
+        if len(documents) > IN_MEMORY_DOCUMENTS:
+            folder = choose_cache_folder(prefix, data.data_cache_path)
         if training and data.cluster_file is not None:
-            of_document, match = cluster_documents(data.cluster_file, indexed, folder)
+            of_document, match = cluster_documents(data.cluster_file, indexed,
+                                                   choose_cache_folder(prefix, data.data_cache_path))
             clusters = Clusters(of_document[documents.start:documents.stop], match)
         dataset = PackedDataset(Documents(indexed, documents), settings, vocab,
                                 Masking.from_config(data) if training else Masking(), folder, name,

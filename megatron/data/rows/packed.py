@@ -50,18 +50,19 @@ class PackingSettings:
 class PackedDataset:
     """The rows of some documents, epoch after epoch; of `clusters`, where given, each epoch has one member.
 
-    `repeats_one_epoch` gives epoch 0 again and again (evaluation).
+    `repeats_one_epoch` gives epoch 0 again and again (evaluation). Without `cache_folder` a process packs for itself.
     """
 
     def __init__(self, documents: Documents, settings: PackingSettings, vocab: Vocab, masking: Masking,
-                 cache_folder: Path, name: str, *, clusters: Clusters | None = None,
+                 cache_folder: Path | None, name: str, *, clusters: Clusters | None = None,
                  repeats_one_epoch: bool = False) -> None:
         self.documents, self.settings, self.name = documents, settings, name
         self.vocab, self.clusters = vocab, clusters
         self._masker = Masker(masking, vocab)
         self._repeats_one_epoch = repeats_one_epoch
-        self._cache = RowCache(cache_folder, self._stem())
-        self._first_samples = [0]  # of epoch 0, 1, …
+        self._cache = None if cache_folder is None else RowCache(cache_folder, self._stem())
+        # Of epochs 0, 1, …
+        self._first_samples = [0] if self._cache is None else self._cache.known_first_samples()
         self._rows: dict[int, PackedRows] = {}  # the epochs in use, two at most
         self._builds_ahead = False
 
@@ -89,36 +90,37 @@ class PackedDataset:
         """The epoch of a sample, and its row there."""
         if self._repeats_one_epoch:
             return 0, sample % self.num_epoch_rows(0)
-        while sample >= self._first_samples[-1]:
-            self._first_samples.append(self._first_samples[-1] + self.num_epoch_rows(len(self._first_samples) - 1))
+        if sample >= self._first_samples[-1]:
+            self._count_epochs(sample)
         epoch = bisect_right(self._first_samples, sample) - 1
         return epoch, sample - self._first_samples[epoch]
 
     def num_epoch_rows(self, epoch: int) -> int:
         """How many rows an epoch has; epochs differ by a few, as each is packed in an order of its own."""
-        if epoch in self._rows:
-            return len(self._rows[epoch])
-        return self._cache.num_rows(epoch, lambda: self._pack(epoch))
+        if epoch + 1 < len(self._first_samples):
+            return self._first_samples[epoch + 1] - self._first_samples[epoch]
+        return len(self.rows(epoch))
 
     def rows(self, epoch: int) -> PackedRows:
-        """The rows of an epoch as piece numbers, mapped from the cache, built if they are not there."""
+        """The rows of an epoch as piece numbers, mapped from the cache where there is one, built if they are not there.
+        """
         if epoch not in self._rows:
             while len(self._rows) > 1:
                 del self._rows[next(iter(self._rows))]
-            self._rows[epoch] = self._cache.rows(epoch, lambda: self._pack(epoch))
+            self._rows[epoch] = self._pack(epoch) if self._cache is None else self._cache.rows(epoch, self._pack)
             if self._builds_ahead:
                 self._start_building(epoch + 1)
         return self._rows[epoch]
 
     def build_ahead(self) -> None:
         """From now on, builds in a thread the rows of the epoch after the one in use."""
-        self._builds_ahead = not self._repeats_one_epoch
+        self._builds_ahead = not self._repeats_one_epoch and self._cache is not None
         if self._builds_ahead and self._rows:
             self._start_building(max(self._rows) + 1)
 
-    def residue_counts(self) -> np.ndarray:
-        """How often each id occurs, int64 [vocabulary]; past 50 million residues, in an even sample of documents."""
-        step = max(1, round(int(self.documents.lengths.sum(dtype=np.int64)) / COUNTED_RESIDUES))
+    def residue_counts(self, limit: int = COUNTED_RESIDUES) -> np.ndarray:
+        """How often each id occurs, int64 [vocabulary]; past `limit` residues, in an even sample of documents."""
+        step = max(1, round(int(self.documents.lengths.sum(dtype=np.int64)) / limit))
         counts = np.zeros(self.vocab.size, dtype=np.int64)
         chosen = range(0, len(self.documents), step)
         for start in range(0, len(chosen), 4096):
@@ -129,19 +131,20 @@ class PackedDataset:
 
     def describe(self) -> str:
         """What the split holds and how it is packed, in one line for the log."""
-        pieces, rows = self.pieces, self.rows(0)
-        lengths = pieces.lengths[rows.pieces]
+        pieces, num_rows = self.pieces, self.num_epoch_rows(0)
+        lengths = pieces.lengths[self._pieces_of(0)]
+        lengths = lengths[(lengths > 0) & ((lengths <= pieces.max_residues) | (self.settings.long_proteins != "drop"))]
         tokens = int(np.minimum(lengths, pieces.max_residues).sum(dtype=np.int64)) + len(lengths)
         clusters = "" if self.clusters is None else f" in {len(self.clusters):,} clusters ({self.clusters.match})"
         fate = {"crop": "cropped", "split": "split", "drop": "dropped"}[self.settings.long_proteins]
-        fill = tokens / max(1, len(rows) * self.settings.seq_length)
+        fill = tokens / max(1, num_rows * self.settings.seq_length)
         return (f"{self.name}: {len(self.documents):,} proteins{clusters} ({pieces.num_long:,} longer than a row, "
-                f"{fate}; {pieces.num_empty:,} empty, left out), {len(rows):,} rows an epoch, {100 * fill:.2f} % full"
+                f"{fate}; {pieces.num_empty:,} empty, left out), {num_rows:,} rows an epoch, {100 * fill:.2f} % full"
                 f"{'' if IS_COMPILED else '; packed in Python, as the compiled module is missing: pip install -e .'}")
 
-    def most_proteins(self, num_rows: int) -> int:
-        """The most proteins in so many neighbouring rows of the first epoch."""
-        ends = self.rows(0).row_starts
+    def most_proteins(self, num_rows: int, sample: int = 0) -> int:
+        """The most proteins in so many neighbouring rows of the epoch of a sample."""
+        ends = self.rows(self.locate(sample)[0]).row_starts
         return int((ends[num_rows:] - ends[:-num_rows]).max()) if len(ends) > num_rows else int(ends[-1])
 
     def most_targets(self) -> int:
@@ -152,17 +155,28 @@ class PackedDataset:
         """The tokens of the longest protein in a row."""
         return int(min(self.pieces.lengths.max(initial=1) + 1, self.seq_length))
 
+    def _count_epochs(self, sample: int) -> None:
+        """Extends the first samples of epochs until they pass `sample`."""
+        if self._cache is not None:
+            self._cache.count(self._first_samples, sample, self._pack)
+        while self._first_samples[-1] <= sample:
+            self._first_samples.append(self._first_samples[-1] + self.num_epoch_rows(len(self._first_samples) - 1))
+
     def _start_building(self, epoch: int) -> None:
-        threading.Thread(target=self.num_epoch_rows, args=(epoch,), daemon=True).start()
+        assert self._cache is not None
+        threading.Thread(target=self._cache.rows, args=(epoch, self._pack), daemon=True).start()
 
     def _pack(self, epoch: int) -> PackedRows:
-        settings, lengths = self.settings, self.pieces.lengths
-        options: dict = {"key": order_key(settings.seed, ORDER, epoch), "drop_long": settings.long_proteins == "drop"}
+        settings, pieces = self.settings, self._pieces_of(epoch)
+        rows = pack(self.pieces.lengths[pieces], settings.seq_length, settings.packing,
+                    key=order_key(settings.seed, ORDER, epoch), drop_long=settings.long_proteins == "drop")
+        return rows if isinstance(pieces, slice) else PackedRows(pieces[rows.pieces], rows.row_starts)
+
+    def _pieces_of(self, epoch: int) -> slice | np.ndarray:
+        """The pieces that an epoch draws: all, or those of one protein of each cluster."""
         if self.clusters is None:
-            return pack(lengths, settings.seq_length, settings.packing, **options)
-        drawn = self.pieces.of_documents(self.clusters.draw(order_key(settings.seed, DRAW, epoch)))
-        rows = pack(lengths[drawn], settings.seq_length, settings.packing, **options)
-        return PackedRows(drawn[rows.pieces], rows.row_starts)
+            return slice(None)
+        return self.pieces.of_documents(self.clusters.draw(order_key(self.settings.seed, DRAW, epoch)))
 
     def _read(self, pieces: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of a row, [CLS] included, and the tokens of each of its proteins."""

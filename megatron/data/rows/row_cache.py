@@ -4,61 +4,88 @@ A file's name carries all that its contents depend on. Nobody waits for a named 
 the lock and builds it, or builds it regardless if the lock is long in coming.
 """
 
-import json
+import contextlib
+import glob
+import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from megatron.data.rows.cache_files import locked, remove_stale, replacing
+from megatron.data.corpus.mapping import mapped
+from megatron.data.rows.cache_files import keeping, locked, remove_stale
 from megatron.data.rows.packing import PackedRows
 
 FORMAT = int.from_bytes(b"ROWS0001", "little")
+COUNTS_FORMAT = int.from_bytes(b"ROWCNT01", "little")
+SECONDS_AT_RISK = 2.0  # of counting, lost with a process that is killed
+
+Pack = Callable[[int], PackedRows]
 
 
 class RowCache:
-    """The row indices of one dataset, one file an epoch: FOLDER/STEM-EPOCH.rows; the two newest epochs are kept."""
+    """The row indices of one dataset, one file an epoch: FOLDER/STEM-EPOCH.rows; the two newest epochs are kept.
+
+    `pack` makes the rows of an epoch where there is no file. STEM.counts remembers the size of every epoch, so that
+    resuming builds no index of the past.
+    """
 
     def __init__(self, folder: Path, stem: str) -> None:
         self.folder, self.stem = folder, stem
 
-    def rows(self, epoch: int, build: Callable[[], PackedRows]) -> PackedRows:
-        """The rows of an epoch, mapped from their file; `build` makes them where there is none."""
+    def rows(self, epoch: int, pack: Pack) -> PackedRows:
+        """The rows of an epoch, mapped from their file, or in memory where it cannot be written."""
         rows = self._map(epoch)
         if rows is not None:
             return rows
         with locked(self.folder / f"{self.stem}.lock"):
             rows = self._map(epoch)
-            if rows is None:
-                rows = build()
-                self._write(epoch, rows)
-                self._remove_old(epoch)
-        return self._map(epoch) or rows
+            return self._keep(epoch, pack(epoch)) if rows is None else rows
 
-    def num_rows(self, epoch: int, build: Callable[[], PackedRows]) -> int:
-        """How many rows an epoch has; remembered for every epoch, so that resuming builds no index of the past."""
-        counts = self._counts()
-        if str(epoch) not in counts:
-            num_rows = len(self.rows(epoch, build))
-            counts = {**self._counts(), str(epoch): num_rows}
-            with replacing(self.folder / f"{self.stem}.counts") as path:
-                path.write_text(json.dumps(counts))
-        return counts[str(epoch)]
+    def known_first_samples(self) -> list[int]:
+        """The first samples of epochs 0, 1, …, as far as they were counted by whatever process."""
+        with contextlib.suppress(OSError, ValueError):  # none yet, another user's, or damaged
+            head, known = np.split(np.fromfile(self.folder / f"{self.stem}.counts", dtype=np.int64), [2])
+            if head.tolist() == [COUNTS_FORMAT, zlib.crc32(known.data)]:
+                return known.tolist()
+        return [0]
+
+    def count(self, first_samples: list[int], sample: int, pack: Pack) -> None:
+        """Extend `first_samples`, those of epochs 0, 1, …, until the last one lies past `sample`."""
+        first_samples += self.known_first_samples()[len(first_samples):]
+        if first_samples[-1] > sample:
+            return
+        with locked(self.folder / f"{self.stem}.lock"):
+            first_samples += self.known_first_samples()[len(first_samples):]
+            kept_at_s = time.monotonic()
+            while first_samples[-1] <= sample:
+                epoch = len(first_samples) - 1
+                rows = self._map(epoch)
+                is_packed = rows is None
+                rows = pack(epoch) if rows is None else rows
+                first_samples.append(first_samples[-1] + len(rows))
+                is_last = first_samples[-1] > sample
+                if is_last and is_packed:  # it is the one that will be read; of those before it the size is enough
+                    self._keep(epoch, rows)
+                if is_last or time.monotonic() - kept_at_s > SECONDS_AT_RISK:
+                    self._keep_counts(first_samples)
+                    kept_at_s = time.monotonic()
+
+    def _keep_counts(self, first_samples: list[int]) -> None:
+        array = np.array(first_samples, dtype=np.int64)
+        with keeping(self.folder / f"{self.stem}.counts") as file:
+            file.write(np.array([COUNTS_FORMAT, zlib.crc32(array.data)], dtype=np.int64).data)
+            file.write(array.data)
 
     def _path(self, epoch: int) -> Path:
         return self.folder / f"{self.stem}-{epoch:06d}.rows"
 
-    def _counts(self) -> dict[str, int]:
-        try:
-            return json.loads((self.folder / f"{self.stem}.counts").read_text())
-        except (FileNotFoundError, ValueError):  # none yet, or damaged
-            return {}
-
     def _map(self, epoch: int) -> PackedRows | None:
         try:
-            raw = np.memmap(self._path(epoch), dtype=np.uint8, mode="r").view(np.ndarray)
+            raw = mapped(self._path(epoch))
             file_format, num_rows, num_pieces, item_bytes = np.frombuffer(raw, np.int64, 4).tolist()
-        except (FileNotFoundError, ValueError):  # none yet, or damaged
+        except (OSError, ValueError):  # none yet, another user's, or damaged
             return None
         if file_format != FORMAT or len(raw) != 8 * (5 + num_rows) + item_bytes * num_pieces:
             return None
@@ -66,14 +93,19 @@ class RowCache:
         dtype = np.uint32 if item_bytes == 4 else np.int64
         return PackedRows(np.frombuffer(raw, dtype, num_pieces, 32 + row_starts.nbytes), row_starts)
 
-    def _write(self, epoch: int, rows: PackedRows) -> None:
+    def _keep(self, epoch: int, rows: PackedRows) -> PackedRows:
+        """Writes the rows of an epoch; returns them mapped, which other processes share, where that went well."""
         header = np.array([FORMAT, len(rows), len(rows.pieces), rows.pieces.itemsize], dtype=np.int64)
-        with replacing(self._path(epoch)) as path, open(path, "xb") as file:
+        with keeping(self._path(epoch)) as file:
             for array in (header, rows.row_starts, rows.pieces):
                 file.write(np.ascontiguousarray(array).data)
+        self._remove_old(epoch)
+        kept = self._map(epoch)
+        return rows if kept is None else kept
 
     def _remove_old(self, epoch: int) -> None:
-        for path in self.folder.glob(f"{self.stem}-*.rows"):
+        for path in self.folder.glob(f"{glob.escape(self.stem)}-*.rows") if epoch else ():
             if path < self._path(epoch - 1):
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # another user's, or removed by another process
+                    path.unlink()
         remove_stale(self.folder / self.stem)

@@ -1,4 +1,7 @@
-"""Starts ranks as `torchrun` does: `python -m megatron.parallel.launch.agent`, with the same arguments.
+"""Starts ranks as `torchrun` does: `python -m megatron.parallel.launch`, with the same arguments.
+
+A request to stop (SIGTERM, SIGINT, SIGHUP, SIGUSR1) goes to the ranks as SIGTERM: they save and end with success, and
+the launcher after them. torchrun would give them 30 seconds and then call it a failure.
 
 It says in one line which rank failed, where and why. A rank that was killed cannot say so itself; one that failed
 leaves its line for the launcher (RANKS_REPORT_TO_LAUNCHER and `megatron.parallel.launch.failure`), which tells the
@@ -13,34 +16,60 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+import uuid
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch.distributed.launcher.api as launcher
 from torch.distributed import DistError, Store
+from torch.distributed.elastic.agent.server import api as agent_api
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous.api import RendezvousError
-from torch.distributed.run import parse_args, run
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+from torch.distributed.run import config_from_args, get_rdzv_endpoint, parse_args, parse_min_max_nnodes
 
+from megatron.errors import LaunchError, UserError
 from megatron.log import take_any_text
+from megatron.parallel.launch.hosts import LOOPBACK, check_address
+from megatron.parallel.launch.stop_signals import StopSignals
 
 # A rank that lost a peer often ends before the peer has written down why. This long the others may take to end by
 # themselves, and then to follow the request to end, before they are killed: what does not answer by then hangs.
 GRACE_S, PATIENCE_S = 2, 5
 LISTENING_S = 1  # the other launchers have heard by then; the store ends with the launcher of the first host
 USER_ERROR = 2  # the exit status for a mistake of the user
+AS_ASKED = "0 "  # the word of a launcher that was asked to stop before its ranks were started again
+DEFAULT_PORT = 29500  # torchrun's
 
 
 class Agent(LocalElasticAgent):
     """torchrun's agent, which says why ranks failed at the time, also where it starts them again."""
 
+    def __init__(self, signals: StopSignals, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._signals, self._asked = signals, set[int]()
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        if self._signals.has_come:  # since the last ranks ended
+            self._tell(store_of_launchers(worker_group), AS_ASKED)
+            sys.exit(0)
+        with self._signals.without_ranks():
+            super()._rendezvous(worker_group)
+
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         context, store, hung = self._pcontext, store_of_launchers(worker_group), set[int]()
         word = self._word_of_others(store, wait_s=0)
-        if isinstance(context, SubprocessContext) and (word or has_failed(context)):
-            hung = end_ranks(context)
+        if isinstance(context, SubprocessContext):
+            if self._signals.has_come:
+                self._asked |= ask_to_stop(context, self._asked)
+            if word or has_failed(context):
+                hung = end_ranks(context)
         result = super()._monitor_workers(worker_group)
         if result.is_failed():
             rank, failure = cause(result.failures)
@@ -49,11 +78,15 @@ class Agent(LocalElasticAgent):
                 word = self._word_of_others(store, wait_s=GRACE_S + PATIENCE_S + 1)
             if not word:
                 word = f"{failure.exitcode} {line_of(rank, failure, failure.local_rank in hung)}"
-                if store is not None and not has_lost_peers:
-                    store.set(self._key(), word)
-                    time.sleep(LISTENING_S)
+                if not has_lost_peers:
+                    self._tell(store, word)
             self._conclude(word, worker_group.spec.max_restarts)
         return result
+
+    def _tell(self, store: Store | None, word: str) -> None:
+        if store is not None:
+            store.set(self._key(), word)
+            time.sleep(LISTENING_S)
 
     def _word_of_others(self, store: Store | None, wait_s: float) -> str:
         """Exit status and line of a failure on another host; empty if its launcher leaves no word of one."""
@@ -70,9 +103,11 @@ class Agent(LocalElasticAgent):
         return f"failure/{self._remaining_restarts}"
 
     def _conclude(self, word: str, max_restarts: int) -> None:
+        if word == AS_ASKED:
+            sys.exit(0)
         status, _, line = word.partition(" ")
-        if int(status) == USER_ERROR:
-            self._remaining_restarts = 0  # it would only repeat itself
+        if int(status) == USER_ERROR or self._asked:
+            self._remaining_restarts = 0  # it would only repeat itself, or nobody wants it
         if self._remaining_restarts:
             line += f"; starting again, restart {max_restarts - self._remaining_restarts + 1} of {max_restarts}"
         if line:
@@ -87,6 +122,30 @@ def store_of_launchers(worker_group: WorkerGroup) -> Store | None:
 def has_failed(context: SubprocessContext) -> bool:
     """Whether a rank of this host has ended with a failure."""
     return any(handler.proc.poll() for handler in context.subprocess_handlers.values())
+
+
+def ask_to_stop(context: SubprocessContext, asked: set[int]) -> set[int]:
+    """Sends SIGTERM to the ranks of this host that listen and are not among `asked`; returns them.
+
+    One that does not listen yet would die of it, and so would one that has saved and is about to end.
+    """
+    listening = {rank: handler.proc for rank, handler in context.subprocess_handlers.items()
+                 if rank not in asked and handler.proc.poll() is None and listens(handler.proc.pid)}
+    for process in listening.values():
+        process.send_signal(signal.SIGTERM)
+    return set(listening)
+
+
+def listens(process: int, proc: Path = Path("/proc")) -> bool:
+    """Whether a process handles SIGTERM, as Linux knows (proc(5), SigCgt); True where there is no /proc."""
+    if not proc.is_dir():
+        return True
+    try:
+        lines = (proc / str(process) / "status").read_text().splitlines()
+    except OSError:  # it has ended
+        return False
+    caught = next((int(line.split()[1], 16) for line in lines if line.startswith("SigCgt:")), -1)
+    return bool(caught >> (signal.SIGTERM - 1) & 1)
 
 
 def end_ranks(context: SubprocessContext) -> set[int]:
@@ -132,14 +191,49 @@ def line_of(rank: int, failure: ProcessFailure, has_hung: bool) -> str:
     return f"{where}: ended with exit status {failure.exitcode}"
 
 
-def main() -> int:
+def meet_on_this_host(args: Namespace) -> None:
+    """Completes the arguments of a launcher that is alone, as torchrun does, but without this host's own name.
+
+    torchrun would give its ranks the name, which nothing else needs: on many a machine it does not resolve.
+    """
+    if parse_min_max_nnodes(args.nnodes)[1] > 1 and not args.standalone:
+        return
+    args.local_addr = args.local_addr or LOOPBACK
+    if args.standalone or (args.rdzv_backend == "static" and not args.rdzv_endpoint and args.master_port is None):
+        args.standalone = False
+        args.rdzv_backend, args.rdzv_endpoint, args.rdzv_id = "c10d", f"{LOOPBACK}:0", str(uuid.uuid4())
+
+
+def prepared(argv: Sequence[str]) -> tuple[launcher.LaunchConfig, Any, list[str]]:
+    """What to start, how, and its arguments; raises LaunchError where the launchers could not meet."""
+    args = parse_args(argv)
+    try:
+        meet_on_this_host(args)
+        args.master_port = DEFAULT_PORT if args.master_port is None else args.master_port
+        if args.rdzv_backend in ("static", "c10d") and "file" not in args.rdzv_conf:
+            check_address(parse_rendezvous_endpoint(get_rdzv_endpoint(args), DEFAULT_PORT)[0])
+        args.signals_to_handle = "SIGQUIT"  # the others are requests to stop
+        return config_from_args(args)
+    except UserError:
+        raise
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise LaunchError(f"the launcher's arguments do not fit: {str(error).splitlines()[0]}") from error
+
+
+def main(argv: Sequence[str], signals: StopSignals) -> int:
     """Runs the ranks; returns the exit status of the one that failed, as a shell would give it."""
     take_any_text()
     os.environ["RANKS_REPORT_TO_LAUNCHER"] = "1"
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
-    vars(launcher)["LocalElasticAgent"] = Agent  # torch has no other way to give it one
+    # torch has no other way to give it an agent, and looks its host up, for a log that nobody reads, at every event.
+    vars(launcher)["LocalElasticAgent"] = partial(Agent, signals)
+    vars(agent_api)["_get_fq_hostname"] = socket.gethostname
     try:
-        run(parse_args(None))
+        config, command, arguments = prepared(argv)
+        launcher.elastic_launch(config, command)(*arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = USER_ERROR
     except ChildFailedError as failed:
         status = cause(failed.failures)[1].exitcode
     except SignalException as stopped:
@@ -151,7 +245,3 @@ def main() -> int:
     else:
         status = 0
     return status if status >= 0 else 128 - status
-
-
-if __name__ == "__main__":
-    sys.exit(main())

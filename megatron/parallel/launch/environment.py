@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron.errors import LaunchError
+from megatron.parallel.launch.hosts import LOOPBACK, check_address, is_loopback
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Launch:
     """This process among `size` ranks, and where the first of them listens for the others.
 
     `local_rank` counts on this host; None where nothing says. `is_heard`: the launcher prints why ranks failed.
-    `has_agent`: torchrun's agent listens there, in the place of rank 0, and goes on to over restarts.
+    `has_agent`: torchrun's agent listens there, in the place of rank 0, and goes on to over restarts. `is_on_one_host`:
+    all ranks are here.
     """
 
     rank: int = 0
@@ -31,11 +33,16 @@ class Launch:
     launcher: str = "none"
     is_heard: bool = False
     has_agent: bool = False
+    is_on_one_host: bool = False
 
     def speaks(self) -> bool:
         """Whether this rank says what all ranks find alike: torchrun has an output a host, the others have one."""
         has_own_output = self.launcher == "torchrun" and self.local_rank is not None
         return (self.local_rank if has_own_output else self.rank) == 0
+
+    def speaks_for_host(self) -> bool:
+        """Whether this rank says what all ranks of this host find alike, and those of other hosts may not."""
+        return self.local_rank in (0, None)
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> Launch:
@@ -54,15 +61,18 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch:
     address, port = (None, None) if size == 1 else _meeting_place(launcher, environment, size)
     return Launch(rank, size, None if local_key is None else _number(environment, local_key), address, port, launcher,
                   is_heard=environment.get("RANKS_REPORT_TO_LAUNCHER") == "1",
-                  has_agent=launcher == "torchrun" and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
+                  has_agent=launcher == "torchrun" and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+                  is_on_one_host=address is not None and is_loopback(address))
 
 
 def check_launch(launch: Launch) -> None:
     """Raises LaunchError where the ranks could not find each other."""
     if launch.master_port is not None and not 0 < launch.master_port < 2**16:
         raise LaunchError(f"MASTER_PORT is {launch.master_port}; a port is between 1 and 65535")
-    if launch.size == 1 or (launch.master_addr is not None and launch.master_port is not None):
-        return
+    if launch.master_addr is not None and launch.master_port is not None:
+        return check_address(launch.master_addr)
+    if launch.size == 1:
+        return None
     if launch.launcher == "torchrun":
         raise LaunchError(f"RANK and WORLD_SIZE ask for {launch.size} ranks; set MASTER_ADDR and MASTER_PORT too, the "
                           "address of rank 0's host and a free port there")
@@ -104,23 +114,30 @@ _NEEDED: dict[str, tuple[str, ...]] = {
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
     "PMI": ("PMI_RANK", "PMI_SIZE"),
 }
-_RANKS_ON_HOST = {"Open MPI": "OMPI_COMM_WORLD_LOCAL_SIZE", "MPICH or Intel MPI": "MPI_LOCALNRANKS"}
+_RANKS_ON_HOST = {"torchrun": "LOCAL_WORLD_SIZE", "Open MPI": "OMPI_COMM_WORLD_LOCAL_SIZE",
+                  "MPICH or Intel MPI": "MPI_LOCALNRANKS"}
 # Jobs that share a host meet at different ports if something tells them apart.
 _JOB_NAMES = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "SLURM_JOB_ID", "SLURM_STEP_ID")
 _DEFAULT_PORT = 6000
 
 
 def _meeting_place(launcher: str, environment: Mapping[str, str], size: int) -> tuple[str | None, int | None]:
-    """Address and port of rank 0: the user's, or what the launcher lets us conclude; None where it does not."""
+    """Address and port of rank 0: the user's, or what the launcher lets us conclude; None where it does not.
+
+    Where all ranks are on this host, it does not matter under which name others know it.
+    """
     address = environment.get("MASTER_ADDR")
     port = _number(environment, "MASTER_PORT") if "MASTER_PORT" in environment else None
+    is_on_one_host = environment.get(_RANKS_ON_HOST.get(launcher, "")) == str(size)
+    nodes = next((key for key in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST") if key in environment), None)
+    if address is None and launcher == "srun" and nodes is not None:
+        first = _first_host(environment[nodes], nodes)
+        is_on_one_host = first == environment[nodes]
+        address = None if is_on_one_host else first
+    if is_on_one_host and (address is None or launcher == "torchrun"):  # whose address is the name of this host
+        address = LOOPBACK
     if launcher == "torchrun":
         return address, port
-    if address is None and launcher == "srun":
-        key = next(key for key in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "") if key in environment or not key)
-        address = _first_host(environment[key], key) if key else None
-    elif address is None and environment.get(_RANKS_ON_HOST.get(launcher, "")) == str(size):
-        address = "localhost"
     if port is None:
         names = [environment[name] for name in _JOB_NAMES if name in environment]
         # Below 32768, where Linux begins to hand out ports by itself.

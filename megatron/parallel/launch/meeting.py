@@ -31,6 +31,7 @@ def _name_of_this_start(store: dist.Store, launch: Launch, timeout: timedelta) -
     if launch.rank > 0:
         word = uuid.uuid4().hex
         store.set(f"hello/{launch.rank}", word)
+        _wait_for(store, f"answer/{word}", timeout)
         name = store.get(f"answer/{word}").decode()
         store.set(f"{name}/{launch.rank}", "")
         return name
@@ -43,3 +44,14 @@ def _name_of_this_start(store: dist.Store, launch: Launch, timeout: timedelta) -
                 store.set(f"answer/{store.get(f'hello/{rank}').decode()}", name)
         time.sleep(0.01)
     return name
+
+
+def _wait_for(store: dist.Store, key: str, timeout: timedelta) -> None:
+    """Waits second by second: Python hears of signals only in between."""
+    deadline_s = time.monotonic() + timeout.total_seconds()
+    while True:
+        try:
+            return store.wait([key], min(timeout, timedelta(seconds=1)))
+        except dist.DistStoreError:
+            if time.monotonic() > deadline_s:
+                raise

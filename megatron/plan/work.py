@@ -1,0 +1,70 @@
+"""How much operations compute, and how many bytes they read and write: counters for `megatron.plan.memory_watch`.
+
+An operation moves each tensor that it is given once, and each that it gives, changed or new, once; views, new memory
+and collectives move nothing.
+"""
+
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+_ATEN = torch.ops.aten
+_PRODUCTS = {_ATEN.mm: 0, _ATEN.bmm: 0, _ATEN.addmm: 1, _ATEN.baddbmm: 1}  # where the two matrices stand
+# Operations for each pair of a query and a key, each head and each element of its width: two products forward, of which
+# the backward pass repeats one and has four.
+_ATTENTION = {_ATEN._flash_attention_forward: 4, _ATEN._flash_attention_backward: 10,
+              _ATEN._efficient_attention_forward: 4, _ATEN._efficient_attention_backward: 10}
+
+
+class WorkCounter:
+    """`flops`: of matrix products and attention; `moved`: bytes that go through memory."""
+
+    def __init__(self) -> None:
+        self.flops = self.moved = 0
+
+    def count(self, func: Any, args: Any, kwargs: Any, results: Any) -> None:
+        """Count an operation that is done."""
+        self.moved += sum(tensor.numel() * tensor.element_size() for tensor in _moved(func, args, kwargs, results))
+        packet = func._overloadpacket
+        if packet in _ATTENTION:
+            # Boundaries of proteins, of queries and of keys: real ones, since they lie on the host.
+            queries, keys = (value for value in args if isinstance(value, Tensor) and value.dtype == torch.int32)
+            with unset_fake_temporarily():
+                num_pairs = int((queries.diff() * keys.diff()).sum())
+            self.flops += _ATTENTION[packet] * num_pairs * args[1].shape[-2] * args[1].shape[-1]
+        elif packet in _PRODUCTS:
+            left, right = args[_PRODUCTS[packet]:][:2]
+            self.flops += 2 * left.numel() * right.shape[-1]
+
+
+class WeightBytes:
+    """`num_bytes`: of the bytes that are moved those of tensors that have one of `shapes`, transposed or not.
+
+    So it counts every cast of a weight, every product that reads one, and its gradient where it is computed, cast and
+    added to. An activation must not have one of the shapes.
+    """
+
+    def __init__(self, shapes: Collection[tuple[int, ...]] = ()) -> None:
+        self.num_bytes, self.shapes = 0, {tuple(sorted(shape)) for shape in shapes}
+
+    def count(self, func: Any, args: Any, kwargs: Any, results: Any) -> None:
+        """Count an operation that is done."""
+        self.num_bytes += sum(tensor.numel() * tensor.element_size() for tensor in _moved(func, args, kwargs, results)
+                              if tuple(sorted(tensor.shape)) in self.shapes)
+
+
+def _moved(func: Any, args: Any, kwargs: Any, results: Any) -> Iterable[Tensor]:
+    if func.namespace != "aten" or func.is_view or "empty" in func.__name__:
+        return ()
+    return [*{id(tensor): tensor for tensor in _tensors((*args, *kwargs.values()))}.values(), *_tensors((results,))]
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)

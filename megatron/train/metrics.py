@@ -1,0 +1,44 @@
+"""metrics.jsonl, one JSON object a log event, read with whatever power cuts, killed runs and users leave in it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron.files import write_text
+
+
+def read_records(metrics: Path) -> list[dict[str, Any]]:
+    """The records in the file, in its order; whatever else is there is passed over."""
+    return [record for line in metrics.read_bytes().splitlines() if (record := _record(line)) is not None]
+
+
+def forget_after(metrics: Path, iteration: int) -> None:
+    """Drop the records that lie after `iteration`, and damaged lines; a user's notes stay."""
+    content = metrics.read_bytes() if metrics.exists() else b""
+    lines = content.splitlines()
+    kept = [line for line in lines
+            if _is_note(line) or ((record := _record(line)) is not None and record["iteration"] <= iteration)]
+    if kept != lines or not content.endswith(b"\n"):
+        write_text(metrics, "".join(f"{_text(line)}\n" for line in kept))
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(_text(line))
+    except ValueError:
+        return None
+    is_whole = isinstance(record, dict) and isinstance(record.get("kind"), str) and type(record.get("iteration")) is int
+    return record if is_whole else None
+
+
+def _text(line: bytes) -> str:
+    """The line without the zeros that a power cut leaves where a file had grown; raises UnicodeDecodeError."""
+    return line.strip(b"\0").decode("utf-8")
+
+
+def _is_note(line: bytes) -> bool:
+    """Whether the line is text of a user's: a record that was cut off starts with a brace."""
+    try:
+        return _text(line).isprintable() and not _text(line).lstrip().startswith("{")
+    except UnicodeDecodeError:
+        return False

@@ -1,0 +1,131 @@
+"""What a run takes up: the checkpoint of `--load`, what must be as it was, and a line for whatever else differs."""
+
+from collections.abc import Mapping
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any
+
+from megatron.checkpoint.store import LATEST, Checkpoint, load
+from megatron.config import CheckpointConfig, Config
+from megatron.config.command_line import flag_name
+from megatron.data.corpus.vocab import Vocab
+from megatron.data.rows.blend import BlendedDataset
+from megatron.data.rows.dataset import Splits
+from megatron.errors import CheckpointError, ConfigError
+from megatron.log import Log
+
+# What may lie in the folder of a run that has yet to save, besides hidden files; people direct its output there.
+_OURS = ("loss.png", "tensorboard")
+_OUTPUT_ENDINGS = (".log", ".out", ".err", ".txt")
+_FACTS = {"progress": dict, "schedule": dict, "loss_scale": list, "config": dict}
+
+
+def find_checkpoint(config: CheckpointConfig, log: Log) -> Checkpoint | None:
+    """The checkpoint of `--load`; None where the run starts afresh, which a mistyped path is no reason for.
+
+    Raises ConfigError or CheckpointError.
+    """
+    folder, target = config.load, config.save
+    goes_on = folder is not None and target is not None and Path(folder).resolve() == Path(target).resolve()
+    if target is not None and (config.finetune or not goes_on) and load(target, with_optimizer=False) is not None:
+        raise ConfigError(f"--save {target} already holds a run, which this one would overwrite; to go on with it give "
+                          f"--load {target} (without --finetune), else name another folder")
+    if folder is None:
+        if config.finetune:
+            raise ConfigError("--finetune takes the weights of --load, which is missing; give the folder of a run")
+        return None
+    checkpoint = load(folder, with_optimizer=not (config.finetune or config.no_load_optim))
+    if checkpoint is not None:
+        _check_state(checkpoint, folder)
+        log.line(f"{'taking the weights of' if config.finetune else 'going on from'} iteration "
+                 f"{checkpoint.iteration} in {folder}")
+        return checkpoint
+    strangers = _strangers(Path(folder))
+    if config.finetune or not goes_on or strangers:
+        found = f"{strangers[0]} but no checkpoint" if strangers else "no checkpoint"
+        raise CheckpointError(f"--load {folder} holds {found}; give the folder that a run was saved in, or to start "
+                              "afresh leave --load out, or give --load and --save the same new folder")
+    log.line(f"no checkpoint in {folder} yet: starting from random weights")
+    return None
+
+
+def refuse_changes(config: Config, vocab: Vocab, checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError where the weights, or the optimizer's state, would mean something else than they did."""
+    saved, options = checkpoint.state["config"], config.checkpoint
+    for item, now, then in _changed(config, config.as_dict(), saved, "arithmetic"):
+        raise CheckpointError(f"{flag_name(item)} is {now}, but the checkpoint was trained with {then}; give that "
+                              "value")
+    if checkpoint.state.get("vocabulary", vocab.identity) != vocab.identity:
+        now, then = (path or "the default" for path in (config.data.vocab_file, saved.get("vocab_file")))
+        raise CheckpointError(f"--vocab-file is {now}, whose tokens are not those, in that order, of the checkpoint in "
+                              f"{options.load}; it was trained with {then}: give that vocabulary")
+    keeps_optimizer = not (options.finetune or options.no_load_optim)
+    if keeps_optimizer and saved.get("optimizer", config.optimizer.optimizer) != config.optimizer.optimizer:
+        raise CheckpointError(f"--optimizer is {config.optimizer.optimizer}, but the checkpoint in {options.load} "
+                              f"holds the state of {saved['optimizer']}; give --optimizer {saved['optimizer']}, or "
+                              "--no-load-optim to start the optimizer afresh")
+    if keeps_optimizer and checkpoint.optimizer is None:
+        raise CheckpointError(f"the checkpoint in {options.load} holds no optimizer state; give "
+                              "--no-load-optim to start the optimizer afresh, or --finetune")
+
+
+def differences(config: Config, facts: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+    """A line for each difference between a run and the state of the checkpoint that it goes on from.
+
+    `facts`: what the run's own checkpoints will say of it, as `facts_of` has it.
+    """
+    lines, now, then = [], facts["config"], saved["config"]
+    is_same_data = facts["data"] == saved.get("data")
+    for item, value, before in _changed(config, now, then, "samples"):
+        if not (item.name == "data_path" and is_same_data):  # moved, not changed
+            lines.append(f"note: {flag_name(item)} is {value}, it was {before} before: the samples to come are others")
+    if now["data_path"] == then.get("data_path") and saved.get("data") is not None and not is_same_data:
+        lines.append("note: the files behind --data-path are not those of before: the samples to come are others")
+    lines += [f"note: {flag_name(item)} is {value}, it was {before} before: it holds from here on"
+              for item, value, before in _changed(config, now, then, "course")]
+    return lines
+
+
+def facts_of(config: Config, vocab: Vocab, data: Splits, global_batch_size: int) -> dict[str, Any]:
+    """What a checkpoint says of its run, to be compared with the one that goes on from it; as JSON has it."""
+    parts, weights = ((data.train.datasets, data.train.weights) if isinstance(data.train, BlendedDataset) else
+                      ((data.train,), ()))
+    return {"config": _as_json(config.as_dict() | {"global_batch_size": global_batch_size}),
+            "vocabulary": vocab.identity,
+            "data": [list(map(str, weights)), [part.documents.indexed.identity for part in parts]]}
+
+
+def _changed(config: Config, now: Mapping[str, Any], saved: Mapping[str, Any],
+             kind: str) -> list[tuple[Field, Any, Any]]:
+    """The flags, of those that change what `kind` says, whose values differ: each with its value now and then."""
+    now = _as_json(now)
+    return [(item, now[item.name], saved[item.name]) for _, section in config.sections() for item in fields(section)
+            if item.metadata["changes"] == kind and saved.get(item.name, now[item.name]) != now[item.name]]
+
+
+def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _check_state(checkpoint: Checkpoint, folder: str) -> None:
+    """Raises CheckpointError where a state that is JSON is not that of a run."""
+    state, path = checkpoint.state, Path(folder) / f"iter_{checkpoint.iteration:07d}" / "state.json"
+    wrong = [name for name, kind in _FACTS.items() if not isinstance(state.get(name), kind)]
+    if not wrong:
+        progress = state["progress"]
+        is_whole = progress.keys() == {"iteration", "consumed_samples"} and all(
+            type(value) is int and value >= 0 for value in progress.values())
+        if not is_whole or progress["iteration"] != checkpoint.iteration:
+            wrong = [f"progress {progress}"]
+    if wrong:
+        raise CheckpointError(f"{path}: damaged, or of another folder ({wrong[0]}); write the number of another iter_ "
+                              f"folder into {Path(folder) / LATEST}")
+
+
+def _strangers(folder: Path) -> list[str]:
+    """What lies in a folder and is not of a run that has yet to save."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if "metrics.jsonl" in names:  # one has begun here
+        return []
+    return [name for name in names if name not in _OURS and not name.startswith((".", "abandoned-"))
+            and not name.endswith(_OUTPUT_ENDINGS)]

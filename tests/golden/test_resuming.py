@@ -1,0 +1,294 @@
+"""What differs on going on is honoured, said or refused; a request to stop is answered at any time."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from megatron.checkpoint.claim import Claim
+from megatron.config import CheckpointConfig, LoggingConfig
+from megatron.data.corpus.indexed import open_indexed
+from megatron.data.corpus.indexed_writer import write_indexed
+from megatron.data.corpus.vocab import DEFAULT_VOCAB
+from megatron.errors import OutputError
+from megatron.log import Log
+from megatron.train import build as build_module
+from megatron.train import loop
+from megatron.train.events import Events
+from megatron.train.meters import Reading
+from megatron.train.metrics import read_records
+from pretrain_tape import main
+from tests.golden.training import TINY, losses, run_on_ranks, start_program
+
+SHORT = [*TINY, "--num-layers", "1", "--eval-interval", "100", "--log-interval", "2"]
+
+
+class Runs:
+    """The program in this process, on one folder; `lines` has what it said last."""
+
+    def __init__(self, corpus, folder, capsys):
+        self.corpus, self.folder, self.capsys = corpus, folder, capsys
+
+    def __call__(self, *flags, status=0):
+        places = ["--data-path", self.corpus, "--save", self.folder, "--load", self.folder]
+        assert main([*map(str, [*SHORT, *places, *flags])]) == status
+        output = self.capsys.readouterr()
+        self.lines = (output.out + output.err).splitlines()
+        return self
+
+    def notes(self):
+        return [line for line in self.lines if line.startswith("note: ")]
+
+    def error(self, *flags):
+        [line] = [line for line in self(*flags, status=2).lines if line.startswith("error: ")]
+        return line
+
+
+@pytest.fixture
+def run(corpus, tmp_path, capsys):
+    return Runs(corpus, tmp_path / "run", capsys)
+
+
+@pytest.fixture
+def begun(run):
+    """A run that stands at iteration 4 of 8."""
+    return run("--train-iters", 8, "--exit-interval", 4)
+
+
+def consumed(folder):
+    return read_records(folder / "metrics.jsonl")[-1]["consumed_samples"]
+
+
+@pytest.mark.parametrize(("before", "after", "end"), [(2, 8, 40), (8, 2, 40)])
+def test_a_run_in_samples_ends_there_after_another_global_batch(run, before, after, end):
+    flags = ["--train-samples", 40, "--seq-length", 64, "--global-batch-size"]
+    run(*flags, before, "--exit-interval", 16 // before)
+    run(*flags, after)
+    assert consumed(run.folder) == end
+    assert run.notes() == [f"note: --global-batch-size is {after}, it was {before} before: it holds from here on"]
+    assert "training is complete" in "".join(run(*flags, after).lines)
+
+
+def test_a_run_in_iterations_says_where_it_ends_after_another_global_batch(begun):
+    assert "--override-lr-scheduler" in begun.error("--train-iters", 8, "--global-batch-size", 4)
+    begun("--train-iters", 8, "--global-batch-size", 4, "--use-checkpoint-lr-scheduler")
+    assert begun.notes()[1:] == [
+        "note: --train-iters 8 now ends after 24 samples, and the course of the learning rate after 16"]
+    assert list(losses(begun.folder)) == [2, 4, 6, 8]
+
+
+def test_what_holds_from_here_on_is_said_a_line_each(begun):
+    begun("--train-iters", 8, "--clip-grad", 0.5, "--adam-beta2", 0.9, "--bf16", "--hidden-dropout", 0.1,
+          "--checkpoint-activations", "--eval-iters", 1)
+    assert sorted(line.split()[1] for line in begun.notes()) == ["--adam-beta2", "--bf16", "--clip-grad",
+                                                                 "--hidden-dropout"]
+
+
+def test_nothing_is_said_of_a_run_that_goes_on_as_it_was(begun):
+    assert begun("--train-iters", 8).notes() == []
+
+
+def test_data_that_were_moved_are_the_same_and_others_in_their_place_are_not(begun, tmp_path):
+    for ending in (".bin", ".idx"):
+        shutil.copy(begun.corpus + ending, tmp_path / f"moved{ending}")
+    begun.corpus = str(tmp_path / "moved")
+    assert begun("--train-iters", 8, "--exit-interval", 5).notes() == []
+    data = open_indexed(begun.corpus)
+    shorter = [np.array(data[index]) for index in range(len(data) - 20)]
+    write_indexed(Path(begun.corpus), shorter)
+    [note] = begun("--train-iters", 8, "--exit-interval", 6).notes()
+    assert note == "note: the files behind --data-path are not those of before: the samples to come are others"
+    [note] = begun("--train-iters", 8, "--split", "80,10,10", "--exit-interval", 7).notes()
+    assert note == "note: --split is 80,10,10, it was 90,7,3 before: the samples to come are others"
+
+
+def test_state_of_another_optimizer_is_refused_or_left(begun):
+    assert "give --optimizer adam, or --no-load-optim" in begun.error("--train-iters", 8, "--optimizer", "sgd")
+    begun("--train-iters", 8, "--optimizer", "sgd", "--no-load-optim")
+
+
+def test_another_vocabulary_is_refused_and_a_copy_is_not(begun, tmp_path):
+    tokens = DEFAULT_VOCAB.read_text().split()
+    copy, swapped = tmp_path / "copy.txt", tmp_path / "swapped.txt"
+    copy.write_text("\n".join(tokens))
+    swapped.write_text("\n".join([*tokens[:-2], tokens[-1], tokens[-2]]))
+    assert f"--vocab-file is {swapped}" in begun.error("--train-iters", 8, "--vocab-file", swapped)
+    begun("--train-iters", 8, "--vocab-file", copy)
+
+
+def test_a_state_that_is_not_a_runs_is_named(begun):
+    path = begun.folder / "iter_0000004" / "state.json"
+    whole = json.loads(path.read_text())
+    for damage in ({"progress": None}, {"progress": {"iteration": 4}}, {"config": []}, {"loss_scale": {}},
+                   {"progress": {"iteration": 5, "consumed_samples": 8}}, {"schedule": 3}):
+        path.write_text(json.dumps({**whole, **damage}))
+        assert str(path) in begun.error("--train-iters", 8), damage
+
+
+def test_after_going_back_nothing_of_the_abandoned_course_is_left_in_the_way(run):
+    run("--train-iters", 12, "--save-interval", 4)
+    (run.folder / "latest_checkpointed_iteration.txt").write_text("8")
+    run("--train-iters", 12, "--save-interval", 1, "--keep-checkpoints", 1, "--exit-interval", 10)
+    assert [line for line in run.notes() if "abandoned-1-iter_0000012" in line]
+    assert sorted(path.name for path in run.folder.glob("iter_*")) == ["iter_0000008", "iter_0000010"]
+    assert max(record["iteration"] for record in read_records(run.folder / "metrics.jsonl")) == 10
+    run("--train-iters", 12, "--save-interval", 1, "--keep-checkpoints", 1)
+    assert sorted(path.name for path in run.folder.glob("*iter_*")) == [
+        "abandoned-1-iter_0000012", "iter_0000010", "iter_0000012"]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(run.folder / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == [2, 4, 6, 8, 10, 12]
+
+
+def test_nothing_to_load_is_no_fresh_start(begun, corpus, tmp_path):
+    places = {"a path that is not there": ["--load", tmp_path / "no", "--save", tmp_path / "new"],
+              "an iter_ folder": ["--load", begun.folder / "iter_0000004", "--save", tmp_path / "new"],
+              "no weights": ["--finetune", "--load", tmp_path / "no", "--save", tmp_path / "no"],
+              "no folder": ["--finetune", "--load", tmp_path / "no", "--save", tmp_path / "new"]}
+    for why, flags in places.items():
+        assert begun.error("--train-iters", 8, *flags), why
+    assert not (tmp_path / "new" / "iter_0000008").exists()
+    pointer = begun.folder / "latest_checkpointed_iteration.txt"
+    pointer.unlink()
+    before = sorted((begun.folder / "iter_0000004").iterdir())
+    assert f"echo 4 > {pointer}" in begun.error("--train-iters", 8)
+    assert sorted((begun.folder / "iter_0000004").iterdir()) == before
+
+
+def test_a_folder_of_something_else_is_no_new_run_and_one_that_never_saved_is(run, corpus):
+    (run.folder / "photographs").mkdir(parents=True)
+    assert "holds photographs but no checkpoint" in run.error("--train-iters", 2)
+    (run.folder / "photographs").rmdir()
+    (run.folder / "slurm-12.out").touch()
+    run("--train-iters", 2)
+    (run.folder / "latest_checkpointed_iteration.txt").unlink()
+    shutil.rmtree(run.folder / "iter_0000002")  # as if it had been killed before it saved
+    run("--train-iters", 2, "--tensorboard-dir", run.folder / "board")
+    assert list(losses(run.folder)) == [2]
+
+
+def test_a_run_that_is_complete_evaluates_again_and_names_no_checkpoint_that_is_not_there(begun, tmp_path):
+    begun("--train-iters", 4, "--override-lr-scheduler", "--save", tmp_path / "new")
+    assert "training is complete at iteration 4" in begun.lines
+    assert [line for line in begun.lines if "test loss" in line]
+    assert not [line for line in begun.lines if "iter_0000004" in line]
+
+
+# --- one folder ---
+
+
+def test_a_folder_in_use_is_refused_by_all_ranks(run):
+    claim = Claim(run.folder)
+    claim.acquire(print)
+    try:
+        assert f"--save {run.folder} is in use by process {os.getpid()}" in run.error("--train-iters", 2)
+        began_s = time.monotonic()
+        statuses = run_on_ranks(*SHORT, "--train-iters", 2, "--data-path", run.corpus, "--save", run.folder, ranks=2)
+        assert statuses[0] == 2
+        assert statuses[1]
+        assert time.monotonic() - began_s < 30
+    finally:
+        claim.release()
+    run("--train-iters", 2)
+    assert not (run.folder / ".lock").exists()
+
+
+# --- what cannot be written ---
+
+
+def test_folders_that_cannot_be_written_are_named_with_their_flag_before_training(run, tmp_path):
+    (tmp_path / "file").touch()
+    assert "--save" in run.error("--train-iters", 2, "--save", tmp_path / "file", "--load", tmp_path / "file")
+    assert "--tensorboard-dir" in run.error("--train-iters", 2, "--tensorboard-dir", tmp_path / "file")
+    assert not (run.folder / "latest_checkpointed_iteration.txt").exists()
+    run.folder.joinpath("metrics.jsonl").unlink()
+    run.folder.joinpath("metrics.jsonl").mkdir()
+    assert "metrics.jsonl cannot be written" in run.error("--train-iters", 2)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+@pytest.mark.parametrize("place", ["metrics", "board"])
+def test_a_disk_that_is_full_while_metrics_are_written_is_one_line(tmp_path, capfd, place):
+    events = Events(CheckpointConfig(save=str(tmp_path)), LoggingConfig(), Log(), 0)
+    reading = Reading(1, 2.5, 0.1, 1.0, 0, 10, 10, 1.0, 1.0)
+    with Path("/dev/full").open("wb") as full:
+        if place == "metrics":
+            events._metrics = Path("/dev/full")
+        else:
+            events._board._file, events._board._records = full, RecordWriter(full)
+        with pytest.raises(OutputError, match="No space left on device"):
+            events.train(1, 2, 2, reading, learning_rate=1.0, global_batch_size=2, loss_scale=1.0, peak_flops=1.0)
+        events.close()
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+# --- a request to stop ---
+
+
+def signalled_in(monkeypatch, module, name):
+    """Sends SIGTERM to this process at the first call of a function of the program."""
+    original, calls = getattr(module, name), []
+
+    def wrapper(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, wrapper)
+
+
+def test_a_request_while_the_data_are_built_ends_before_the_first_step(run, monkeypatch):
+    signalled_in(monkeypatch, build_module, "build_datasets")
+    run("--train-iters", 8)
+    assert "stopped before the first step: there is nothing to save" in run.lines
+    assert not list(run.folder.glob("iter_*"))
+    assert run("--train-iters", 8).lines
+    assert list(losses(run.folder)) == [2, 4, 6, 8]
+
+
+def test_a_request_on_going_on_saves_nothing_anew(begun, monkeypatch):
+    signalled_in(monkeypatch, build_module, "build_datasets")
+    written_ns = (begun.folder / "iter_0000004" / "state.json").stat().st_mtime_ns
+    begun("--train-iters", 8)
+    assert "stopped at iteration 4 before another step: there is nothing new to save" in begun.lines
+    assert (begun.folder / "iter_0000004" / "state.json").stat().st_mtime_ns == written_ns
+
+
+@pytest.mark.parametrize("name", ["evaluate", "save"])
+def test_a_request_during_evaluation_or_saving_ends_the_run_there(run, monkeypatch, name):
+    signalled_in(monkeypatch, loop, name)
+    run("--train-iters", 8, "--eval-interval", 2, "--save-interval", 2)
+    assert [line for line in run.lines if line.startswith("stopped at iteration 2; saved in")]
+    assert sorted(path.name for path in run.folder.glob("iter_*")) == ["iter_0000002"]
+
+
+def test_a_request_after_the_last_step_leaves_the_evaluation_for_later(run, monkeypatch):
+    signalled_in(monkeypatch, loop, "evaluate")
+    run("--train-iters", 4)
+    assert "stopped before the evaluation was done: the same command does it" in run.lines
+    run("--train-iters", 4)
+    assert "training is complete at iteration 4" in run.lines
+    assert losses(run.folder, "test")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_a_request_while_the_program_loads_is_answered(run):
+    process = start_program(*SHORT, "--train-iters", 8, "--data-path", run.corpus)
+    bit, deadline_s = 1 << (signal.SIGTERM - 1), time.monotonic() + 60
+    while time.monotonic() < deadline_s:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        if int(status.split("SigCgt:")[1].split()[0], 16) & bit:
+            break
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, output
+    assert output == "stopped: there is nothing to save\n"

@@ -1,0 +1,142 @@
+"""One run, one folder: the lock tells a living holder from a dead one, on this host and on another."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from megatron.checkpoint import claim as module
+from megatron.checkpoint.claim import LOCK, Claim, claimed
+from megatron.errors import CheckpointError, ConfigError
+from megatron.log import Log
+from megatron.parallel.mesh import Mesh
+
+
+@pytest.fixture(autouse=True)
+def hurried(monkeypatch):
+    monkeypatch.setattr(module, "BEAT_S", 0.02)
+    monkeypatch.setattr(module, "STALE_S", 0.3)
+    monkeypatch.setattr(module, "SETTLE_S", 0.01)
+
+
+def acquired(folder, said=None):
+    claim = Claim(folder)
+    claim.acquire((said if said is not None else []).append)
+    return claim
+
+
+def move_to_another_host(lock, **values):
+    """The holder of the lock becomes one that cannot be asked."""
+    lock.write_text(json.dumps({**json.loads(lock.read_text()), "machine": "another", "host": "node7", **values}))
+
+
+def test_a_folder_that_a_living_process_holds_is_refused_until_it_is_released(tmp_path):
+    first = acquired(tmp_path)
+    with pytest.raises(ConfigError, match=rf"--save {tmp_path} is in use by process {os.getpid()} on "):
+        acquired(tmp_path)
+    first.release()
+    acquired(tmp_path).release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_that_was_killed_leaves_the_folder_free_at_once(tmp_path):
+    child = os.fork()
+    if child == 0:
+        acquired(tmp_path)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # dead, but its number is not given back yet
+    assert json.loads((tmp_path / LOCK).read_text())["pid"] == child
+    said = []
+    acquired(tmp_path, said).release()
+    assert not said
+    os.waitpid(child, 0)
+
+
+def test_a_process_number_that_another_process_has_by_now_holds_nothing(tmp_path):
+    acquired(tmp_path)._is_released.set()
+    lock = tmp_path / LOCK
+    lock.write_text(json.dumps({**json.loads(lock.read_text()), "started": "1", "token": "of another"}))
+    acquired(tmp_path).release()
+
+
+def test_a_holder_on_another_host_lives_while_its_lock_is_renewed(tmp_path):
+    other = acquired(tmp_path)
+    other._me |= {"machine": "another", "host": "node7"}
+    move_to_another_host(tmp_path / LOCK)
+    with pytest.raises(ConfigError, match="in use by process .* on node7"):
+        acquired(tmp_path)
+    other.release()
+
+
+def test_a_holder_on_another_host_that_rests_is_dead_after_a_while(tmp_path):
+    acquired(tmp_path)._is_released.set()
+    time.sleep(0.05)
+    move_to_another_host(tmp_path / LOCK, token="of the dead")
+    said, began_s = [], time.monotonic()
+    acquired(tmp_path, said).release()
+    assert 0.1 < time.monotonic() - began_s < 5
+    assert len(said) == 1
+    assert "waiting up to" in said[0]
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 20, b"[]", b'{"host": 1'])
+def test_a_lock_that_a_power_cut_has_damaged_is_taken_over_once_it_is_old(tmp_path, content):
+    (tmp_path / LOCK).write_bytes(content)
+    long_ago_s = time.time() - 1000
+    os.utime(tmp_path / LOCK, (long_ago_s, long_ago_s))
+    said = []
+    acquired(tmp_path, said).release()
+    assert not said
+
+
+def test_of_many_that_find_a_dead_holder_one_takes_the_folder(tmp_path):
+    acquired(tmp_path)._is_released.set()
+    lock = tmp_path / LOCK
+    lock.write_text(json.dumps({**json.loads(lock.read_text()), "started": "1", "token": "of the dead"}))
+    outcomes = []
+
+    def take():
+        try:
+            outcomes.append(acquired(tmp_path))
+        except ConfigError:
+            outcomes.append(None)
+
+    threads = [threading.Thread(target=take) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len([claim for claim in outcomes if claim is not None and claim._is_ours()]) == 1
+
+
+def test_a_run_that_seemed_dead_learns_that_its_folder_was_taken(tmp_path):
+    first = acquired(tmp_path)
+    first.check()
+    move_to_another_host(tmp_path / LOCK, token="of the next")
+    with pytest.raises(CheckpointError, match="taken over by another run"):
+        first.check()
+    first.release()
+    assert (tmp_path / LOCK).exists()
+
+
+def test_a_lock_that_was_removed_is_made_again(tmp_path):
+    claim = acquired(tmp_path)
+    (tmp_path / LOCK).unlink()
+    claim.check()
+    assert (tmp_path / LOCK).exists()
+    claim.release()
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_its_flag(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match=f"--save {folder} cannot be written"):
+            acquired(folder)
+
+
+def test_without_a_folder_nothing_is_claimed():
+    with claimed(None, Mesh(), Log()) as claim:
+        assert claim is None

@@ -1,0 +1,106 @@
+"""What is measured of training and evaluation, and what is not said where there was nothing to measure."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from megatron.config import CheckpointConfig, Config, DataConfig, LoggingConfig, ModelConfig, TrainingConfig
+from megatron.data.batches.batch import batch_shape
+from megatron.data.corpus.indexed_writer import write_indexed
+from megatron.data.corpus.vocab import Vocab
+from megatron.data.rows.dataset import build_datasets
+from megatron.log import Log
+from megatron.parallel.mesh import Axis, Mesh
+from megatron.train.engine import build_engine
+from megatron.train.evaluate import Baselines, Evaluation, evaluate
+from megatron.train.events import Events
+from megatron.train.meters import Meters, Reading
+from megatron.train.peak import measured_peak_flops
+from megatron.train.picture import draw_losses
+
+VOCAB = Vocab.from_file()
+CPU = torch.device("cpu")
+NOTHING = float("nan")  # what 0 / 0 gives a step without targets
+
+
+def reading(*steps: tuple[float, int, float, bool]) -> Reading:
+    """The reading of steps with a loss, targets, a gradient norm, and whether they were taken."""
+    meters = Meters(Axis(), CPU)
+    for loss, num_targets, norm, is_taken in steps:
+        meters.add_loss(torch.tensor(loss), torch.tensor(num_targets // 2))
+        meters.add_batch(num_targets, 100, 110, 1000)
+        meters.add_step(torch.tensor(norm), torch.tensor(is_taken))
+    return meters.read()
+
+
+def test_a_step_without_targets_counts_for_its_tokens_alone():
+    found = reading((2.0, 10, 0.5, True), (NOTHING, 0, NOTHING, False), (4.0, 20, 0.7, True), (NOTHING, 0, 0.0, False))
+    assert (found.loss, found.masked_accuracy, found.num_skipped) == (3.0, 0.5, 0)
+    assert found.grad_norm == pytest.approx(0.7)
+    assert (found.num_steps, found.num_residues, found.num_tokens, found.model_flops) == (4, 400, 440, 4000)
+
+
+def test_steps_without_targets_have_no_loss_and_none_of_them_was_skipped():
+    found = reading((NOTHING, 0, NOTHING, False), (NOTHING, 0, NOTHING, False))
+    assert found.loss is found.masked_accuracy is found.grad_norm is None
+    assert found.num_skipped == 0
+
+
+def test_a_loss_that_diverged_is_told_from_one_that_is_not_there():
+    found = reading((NOTHING, 10, float("inf"), False), (2.0, 10, 1.0, True))
+    assert found.loss is not None and np.isnan(found.loss)
+    assert found.num_skipped == 1
+
+
+def test_a_split_without_a_residue_is_evaluated_to_nothing(tmp_path):
+    write_indexed(tmp_path / "a", [np.full(10, 6), np.full(10, VOCAB.unk_id)])
+    data = DataConfig(data_path=(str(tmp_path / "a"),), seq_length=16, split="1,1")
+    splits = build_datasets(data, VOCAB, 1)
+    model = ModelConfig(num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1, kv_channels=8,
+                        max_position_embeddings=16)
+    engine = build_engine(Config(model=model, data=data, training=TrainingConfig(micro_batch_size=1)), Mesh(), 128)
+    assert splits.valid is not None
+    found = evaluate(engine, splits.valid, batch_shape(splits, 1), Log(), num_rows=1, label="")
+    assert found == Evaluation(None, None, None, 0)
+
+
+def told(events: Events, found: Reading, peak_flops: float = 1e12) -> None:
+    events.train(1, 2, 8, found, learning_rate=1e-3, global_batch_size=8, loss_scale=1.0, peak_flops=peak_flops)
+
+
+def test_what_was_not_measured_is_none_in_the_log_and_null_in_the_metrics(tmp_path, capsys):
+    events = Events(CheckpointConfig(save=str(tmp_path)), LoggingConfig(), Log(), 0)
+    told(events, reading((NOTHING, 0, NOTHING, False)))
+    told(events, reading((NOTHING, 10, float("inf"), False)))
+    events.evaluation("valid", 1, 8, Evaluation(None, None, None, 0))
+    events.close()
+    nothing, diverged, valid = capsys.readouterr().out.splitlines()
+    assert "lm loss: none | " in nothing and "grad norm: none" in nothing and "masked accuracy: none" in nothing
+    assert "lm loss: NAN" in diverged
+    assert "lm loss value: none | lm loss PPL: none | masked accuracy: none" in valid
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert [record["loss"] for record in records] == [None] * 3
+    assert draw_losses(tmp_path / "metrics.jsonl", Baselines(2.9, 2.7)).exists()
+
+
+def test_a_share_of_the_peak_above_one_is_not_told(tmp_path, capsys):
+    events = Events(CheckpointConfig(), LoggingConfig(), Log(), 0)
+    found = reading((2.0, 10, 1.0, True))
+    for peak_flops in (found.model_flops / found.elapsed_s * factor for factor in (4, 0.8)):
+        told(events, found, peak_flops)
+    measured, beyond = capsys.readouterr().out.splitlines()
+    assert measured.endswith(" (25 % of peak) |") and beyond.endswith(" |") and "of peak" not in beyond
+
+
+def test_the_peak_is_the_best_of_many_runs_within_the_time_given(monkeypatch):
+    elapsed_s = iter([0.5, 1.0, 1.0, 1e-9, 0.25] + [1.0] * 10**6)
+    now_s = iter(range(10**6))
+    monkeypatch.setattr("megatron.train.peak._elapsed_s", lambda left, right: next(elapsed_s))
+    monkeypatch.setattr("megatron.train.peak.MEASURING_S", 4.5)
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(now_s)))
+    model = ModelConfig(hidden_size=8, ffn_hidden_size=32)
+    # The fourth run is the first product's second.
+    assert measured_peak_flops(torch.float32, CPU, 16, model) == pytest.approx(2 * 16 * 8 * 32 / 1e-9)

@@ -1,0 +1,55 @@
+"""metrics.jsonl is read, drawn and gone on with whatever power cuts, killed runs and users leave in it."""
+
+import json
+
+import pytest
+
+from megatron.train.evaluate import Baselines
+from megatron.train.metrics import forget_after, read_records
+from megatron.train.picture import draw_losses
+
+RECORDS = [{"kind": "train", "iteration": iteration, "loss": 2.5} for iteration in (1, 2, 3)]
+LINES = [json.dumps(record).encode() + b"\n" for record in RECORDS]
+RUBBISH = [b"\x00\x00\x00}\n", b"# restarted on node7\n", b"\xff\xfe\n", b'{"kind": "train", "itera\n', b"\n", b"[]\n",
+           b"3\n", b'{"iteration": 1}\n', b'{"kind": "train", "iteration": "2"}\n']
+
+
+@pytest.mark.parametrize("rubbish", RUBBISH)
+def test_a_line_that_is_no_record_is_passed_over(tmp_path, rubbish):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"".join([LINES[0], rubbish, *LINES[1:]]))
+    assert read_records(path) == RECORDS
+    forget_after(path, 2)
+    assert read_records(path) == RECORDS[:2]
+    path.read_text(encoding="utf-8")
+
+
+def test_notes_stay_and_damaged_lines_go(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"".join([b"# a note\n", LINES[0], b"\x00\x00}\x01\n", LINES[2], LINES[1][:-5]]))
+    forget_after(path, 2)
+    assert path.read_bytes() == b"# a note\n" + LINES[0]
+
+
+def test_a_record_behind_zeros_and_one_without_its_end_of_line_are_kept(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"\x00\x00" + LINES[0] + LINES[1].rstrip())
+    forget_after(path, 5)
+    with path.open("ab") as file:
+        file.write(LINES[2])
+    assert read_records(path) == RECORDS
+
+
+def test_a_run_begins_with_an_empty_file(tmp_path):
+    forget_after(tmp_path / "metrics.jsonl", 0)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"\x00}\n", b"".join(LINES), b'{"kind": "train", "iteration": 1, "loss": NaN}\n',
+    b'{"kind": "valid", "iteration": 1, "loss": Infinity}\n{"kind": "test", "iteration": 1}\n'])
+def test_a_picture_is_drawn_of_whatever_is_there(tmp_path, content):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(content)
+    assert draw_losses(path, Baselines(2.9, 2.7)).read_bytes().startswith(b"\x89PNG")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]

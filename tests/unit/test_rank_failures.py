@@ -1,0 +1,90 @@
+"""What a rank says when it fails, and which of several failures the launcher names."""
+
+import json
+import socket
+
+import pytest
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from megatron.errors import UserError
+from megatron.parallel.launch.agent import cause, line_of
+from megatron.parallel.launch.environment import Launch
+from megatron.parallel.launch.failure import report
+
+HOST = socket.gethostname()
+GLOO = ("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:5539. "
+        "This is typically caused by a remote worker crashing.")
+
+
+def reported(error, launch, monkeypatch, tmp_path, capsys):
+    """What is printed, what is left for the launcher, and the exit status."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    try:
+        raise error
+    except Exception as caught:
+        status = report(caught, launch)
+    left = json.loads((tmp_path / "error.json").read_text())["message"]["message"]
+    return capsys.readouterr().err, left, status
+
+
+@pytest.mark.parametrize(("error", "line", "status"), [
+    (UserError("no such file"), f"no such file (rank 3 on {HOST})", 2),
+    (KeyError("name"), f"rank 3 on {HOST}: KeyError: 'name'", 1),
+    (RuntimeError("shapes differ\nat length"), f"rank 3 on {HOST}: RuntimeError: shapes differ", 1),
+    (RuntimeError(GLOO), f"rank 3 on {HOST} lost its peers: Connection closed by peer [10.0.0.2]:5539", 1),
+    (dist.DistStoreError("timed out waiting for ranks 1, 2 to start"),
+     f"rank 3 on {HOST} lost its peers: timed out waiting for ranks 1, 2 to start", 1),
+    (RuntimeError("EADDRINUSE"), f"port 6000 is taken; set MASTER_PORT to a free one (rank 3 on {HOST})", 2),
+], ids=["user", "bug", "long", "gloo", "store", "port"])
+def test_a_rank_that_fails_says_who_where_and_why(error, line, status, monkeypatch, tmp_path, capsys):
+    launch = Launch(rank=3, size=4, master_port=6000)
+    printed, left, ended = reported(error, launch, monkeypatch, tmp_path, capsys)
+    assert printed.splitlines()[-1] == f"error: {line}"
+    assert left.partition(": ")[2] == line
+    assert ended == status
+    assert ("Traceback" in printed) == (type(error).__name__ in line)
+
+
+def test_a_rank_whose_launcher_tells_leaves_it_the_line(monkeypatch, tmp_path, capsys):
+    heard = Launch(rank=3, size=4, is_heard=True)
+    assert reported(UserError("no such file"), heard, monkeypatch, tmp_path, capsys)[0] == ""
+    printed, left, _ = reported(RuntimeError(GLOO), heard, monkeypatch, tmp_path, capsys)
+    assert (printed, left.partition(": ")[0]) == ("", "LostPeersError")
+
+
+def test_one_process_fails_without_naming_a_rank(monkeypatch, tmp_path, capsys):
+    assert reported(UserError("no such file"), Launch(), monkeypatch, tmp_path, capsys)[0] == "error: no such file\n"
+
+
+def failure(folder, exit_code, recorded="", second=0):
+    """A rank's failure as the launcher sees it, with what the rank recorded (`Type: line`)."""
+    path = folder / f"{exit_code}-{second}.json"
+    if recorded:
+        path.write_text(json.dumps({"message": {"message": recorded, "extraInfo": {"timestamp": str(second)}}}))
+    found = ProcessFailure(local_rank=0, pid=1, exitcode=exit_code, error_file=str(path))
+    found.timestamp = second
+    return found
+
+
+def test_the_launcher_names_the_rank_that_the_others_followed(tmp_path):
+    lost = failure(tmp_path, 1, "LostPeersError: rank 0 lost its peers", second=1)
+    ended = failure(tmp_path, -15, second=2)
+    killed = failure(tmp_path, -9, second=3)
+    assert cause({0: lost, 1: ended, 2: killed}) == (2, killed)
+    assert cause({0: lost, 1: ended}) == (0, lost)
+    failed = failure(tmp_path, 1, "RankError: rank 3 on b: KeyError: 'name'", second=2)
+    assert cause({0: lost, 2: killed, 3: failed}) == (3, failed)
+
+
+@pytest.mark.parametrize(("exit_code", "recorded", "has_hung", "line"), [
+    (-9, "", False, f"rank 5 on {HOST}: killed by signal 9 (SIGKILL)"),
+    (-11, "", False, f"rank 5 on {HOST}: killed by signal 11 (SIGSEGV)"),
+    (-9, "", True, f"rank 5 on {HOST}: did not answer, and was killed"),
+    (1, "", False, f"rank 5 on {HOST}: ended with exit status 1"),
+    (1, "RankError: rank 5 on b: KeyError: 'name'", False, "rank 5 on b: KeyError: 'name'"),
+    (2, "RankError: no such file (rank 5 on b)", False, "no such file (rank 5 on b)"),
+    (2, "", False, ""),  # a flag that all refuse: one of them has said so
+])
+def test_the_launcher_says_who_where_and_why(tmp_path, exit_code, recorded, has_hung, line):
+    assert line_of(5, failure(tmp_path, exit_code, recorded), has_hung) == line
