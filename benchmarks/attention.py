@@ -19,33 +19,34 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from megatron.kernels.attention import Boundaries, packed_attention  # noqa: E402
+from benchmarks.proteins import LENGTHS, packed_row  # noqa: E402
+from megatron.kernels.attention import packed_attention  # noqa: E402
+from megatron.kernels.packed_sequence import PackedSequence  # noqa: E402
 
-LENGTHS = (109, 137, 261, 288, 292, 299, 338, 452)
-Way = Callable[[Tensor, Boundaries, float], Tensor]
+Way = Callable[[Tensor, PackedSequence, float], Tensor]
 
 
-def a_protein_at_a_time(qkv_tn3d: Tensor, boundaries: Boundaries, dropout: float) -> Tensor:
+def a_protein_at_a_time(qkv_tn3d: Tensor, sequence: PackedSequence, dropout: float) -> Tensor:
     """scaled_dot_product_attention on each protein."""
     contexts = [F.scaled_dot_product_attention(*protein.permute(2, 1, 0, 3).unbind(0), dropout_p=dropout)
-                for protein in qkv_tn3d.split(boundaries.lengths)]
+                for protein in qkv_tn3d.split(LENGTHS)]
     return torch.cat(contexts, dim=1).transpose(0, 1)
 
 
-def padded(qkv_tn3d: Tensor, boundaries: Boundaries, dropout: float) -> Tensor:
+def padded(qkv_tn3d: Tensor, sequence: PackedSequence, dropout: float) -> Tensor:
     """scaled_dot_product_attention on a batch of proteins padded to the longest."""
-    proteins = qkv_tn3d.split(boundaries.lengths)
+    proteins = qkv_tn3d.split(LENGTHS)
     batch = torch.nn.utils.rnn.pad_sequence(list(proteins), batch_first=True)
-    lengths = torch.tensor(boundaries.lengths, device=batch.device)
+    lengths = sequence.cu_seqlens.diff()[:len(LENGTHS)]
     is_real_bs = torch.arange(batch.shape[1], device=batch.device) < lengths[:, None]
     query, key, value = batch.permute(3, 0, 2, 1, 4).unbind(0)
     context = F.scaled_dot_product_attention(query, key, value, is_real_bs[:, None, None], dropout)
     return context.transpose(1, 2)[is_real_bs]
 
 
-def masked_row(qkv_tn3d: Tensor, boundaries: Boundaries, dropout: float) -> Tensor:
+def masked_row(qkv_tn3d: Tensor, sequence: PackedSequence, dropout: float) -> Tensor:
     """scaled_dot_product_attention on the whole row with a mask of row x row."""
-    lengths = torch.tensor(boundaries.lengths, device=qkv_tn3d.device)
+    lengths = sequence.cu_seqlens.diff()
     protein_t = torch.repeat_interleave(torch.arange(len(lengths), device=qkv_tn3d.device), lengths)
     query, key, value = qkv_tn3d.permute(2, 1, 0, 3)[:, None].unbind(0)
     mask = protein_t[:, None] == protein_t[None, :]
@@ -56,10 +57,10 @@ WAYS: dict[str, Way] = {"this project": packed_attention, "SDPA a protein": a_pr
                         "SDPA, padded": padded, "SDPA, masked row": masked_row}
 
 
-def milliseconds(way: Way, qkv_tn3d: Tensor, boundaries: Boundaries, dropout: float) -> float:
+def milliseconds(way: Way, qkv_tn3d: Tensor, sequence: PackedSequence, dropout: float) -> float:
     """The time of one forward and backward pass."""
     began_s = time.perf_counter()
-    way(qkv_tn3d, boundaries, dropout).sum().backward()
+    way(qkv_tn3d, sequence, dropout).sum().backward()
     qkv_tn3d.grad = None
     if qkv_tn3d.is_cuda:
         torch.cuda.synchronize()
@@ -72,15 +73,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     repeats = parser.parse_args().repeats
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ends = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32, device=device)
-    boundaries = Boundaries(ends, LENGTHS)
+    sequence = packed_row().to(device).sequence
     cases = [(dtype, dropout) for dtype in (torch.float32, torch.bfloat16) for dropout in (0.0, 0.1)]
     times: dict[tuple, list[float]] = {(name, *case): [] for name in WAYS for case in cases}
     for repeat in range(repeats + 2):
         for dtype, dropout in cases:
             qkv = torch.randn(sum(LENGTHS), 8, 3, 64, device=device).to(dtype).requires_grad_()
             for name, way in WAYS.items():
-                elapsed_ms = milliseconds(way, qkv, boundaries, dropout)
+                elapsed_ms = milliseconds(way, qkv, sequence, dropout)
                 if repeat >= 2:  # the first two warm up
                     times[(name, dtype, dropout)].append(elapsed_ms)
     print("| way | " + " | ".join(f"{str(dtype).split('.')[1]}, dropout {dropout}" for dtype, dropout in cases) + " |")

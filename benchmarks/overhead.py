@@ -19,6 +19,7 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.proteins import packed_row  # noqa: E402
 from megatron.config import Config  # noqa: E402
 from megatron.config.command_line import parse  # noqa: E402
 from megatron.data.batches.batch import Batch  # noqa: E402
@@ -28,10 +29,8 @@ from megatron.parallel.mesh import Mesh  # noqa: E402
 from megatron.parallel.tensor.layers import ColumnParallelLinear, RowParallelLinear  # noqa: E402
 from megatron.train.engine import build_engine  # noqa: E402
 from megatron.train.meters import Meters  # noqa: E402
-from megatron.train.passes import model_inputs  # noqa: E402
 from megatron.train.step import TrainStep  # noqa: E402
 
-LENGTHS = (109, 137, 261, 288, 292, 299, 338, 452)
 VOCABULARY, MICRO_BATCHES, LEARNING_RATE = 128, 2, 1e-4
 
 
@@ -66,26 +65,17 @@ def plain_step(config: Config, batches: list[Batch], device: torch.device) -> Ca
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, fused=True)
 
     def step() -> None:
-        num_targets = sum(len(batch.target_ids_m) for batch in batches)
+        num_targets = sum(batch.num_targets for batch in batches)
         for number, batch in enumerate(batches):
             torch.manual_seed(number)
-            loss, _ = model(model_inputs(batch.to(device, non_blocking=True)))
+            here = batch.to(device)
+            loss, _ = model(here.sequence, here.targets)
             (loss / num_targets).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     return step
-
-
-def packed_batch(seed: int) -> Batch:
-    """One row of proteins, with targets every seventh token."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(6, 31, (sum(LENGTHS),), generator=generator)
-    targets = torch.arange(1, len(tokens), 7)
-    ends = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32)
-    positions = torch.cat([torch.arange(length) for length in LENGTHS])
-    return Batch(tokens, positions, ends, targets, tokens[targets], LENGTHS, len(tokens) - len(LENGTHS), len(tokens))
 
 
 def elapsed_ms(step: Callable[[], object], device: torch.device) -> float:
@@ -103,7 +93,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30)
     repeats = parser.parse_args().repeats
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batches = [packed_batch(seed) for seed in range(MICRO_BATCHES)]
+    batches = [packed_row(seed) for seed in range(MICRO_BATCHES)]
     print("| layers x hidden | precision | program, ms a step | plain PyTorch | program / plain, step by step |\n"
           "| --- | --- | --- | --- | --- |")
     shapes = [(4, 128, ""), (4, 512, "")] if device.type == "cpu" else [(4, 512, ""), (16, 1024, "--bf16")]

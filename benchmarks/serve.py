@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from megatron.config import DataConfig  # noqa: E402
+from megatron.data.batches.batch import batch_shape  # noqa: E402
 from megatron.data.batches.loader import batches  # noqa: E402
 from megatron.data.corpus.indexed_writer import IndexedWriter  # noqa: E402
 from megatron.data.corpus.vocab import Vocab  # noqa: E402
@@ -74,7 +75,8 @@ def write_proteins(prefix: str, num_proteins: int, vocab: Vocab) -> None:
 
 def serve(dataset: Dataset, case: Case, seconds: float) -> tuple[float, float]:
     """Residues and batches a second, counted after the batches that were made while the workers started."""
-    loader = batches(dataset, start_sample=0, micro_batch_size=case.micro_batch_size, data_rank=0, data_size=1,
+    shape = batch_shape([dataset], case.micro_batch_size)
+    loader = batches(dataset, shape, start_sample=0, micro_batch_size=case.micro_batch_size, data_rank=0, data_size=1,
                      num_workers=case.num_workers, pin=False)
     for _ in range(20):
         next(loader)

@@ -1,15 +1,19 @@
-"""Training steps a second on packed proteins: `python benchmarks/train_step.py [--repeats 5] [--large]`.
+"""Training steps a second on packed proteins: `python benchmarks/train_step.py [--repeats 9] [--beside CHECKOUT]`.
 
-Residues a second of whole steps (forward, backward, clipping, AdamW) on one row of 2,176 positions, on the GPU if there
-is one. Beside the project's model stands `transformers`' BertForMaskedLM, where it is installed, on the same proteins
-padded to the longest. The cases alternate.
+Residues a second of whole steps, as the program takes them (forward, backward, clipping, AdamW), on rows of 2,176
+positions, on the GPU if there is one. Beside the project stands `transformers`' BertForMaskedLM, where it is installed,
+on the same proteins padded to the longest; with --beside another checkout of the project, each in a process of its own
+of which only one works at a time, with the ratio of their speeds. The cases alternate.
 """
 
 import argparse
+import platform
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,54 +21,31 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from megatron.model.inputs import Inputs  # noqa: E402
-
-from benchmarks.attention import LENGTHS  # noqa: E402
+from benchmarks.checkout_step import VOCABULARY, TimedStep, build_step  # noqa: E402
+from benchmarks.proteins import LENGTHS, packed_row  # noqa: E402
 from megatron.config.command_line import parse  # noqa: E402
-from megatron.kernels.attention import Boundaries  # noqa: E402
 from megatron.model.flops import model_flops  # noqa: E402
-from megatron.model.initialisation import initialise  # noqa: E402
-from megatron.model.protein_model import ProteinModel  # noqa: E402
-from megatron.optim.optimizer import Optimizer  # noqa: E402
-from megatron.optim.scaling import LossScale  # noqa: E402
 
-Step = Callable[[], None]
-PRECISIONS = ("", "--bf16")
+RESIDUES = sum(LENGTHS) - len(LENGTHS)
+WARM_UP = 2  # steps of each case that do not count
 
 
-def our_step(layers: int, hidden: int, precision: str, device: torch.device) -> tuple[Step, int]:
-    """One training step of this project's model, and its model FLOPs."""
-    flags = f"--preset tape --no-bf16 --num-layers {layers} --hidden-size {hidden} --num-attention-heads {hidden // 64}"
-    dropout = "--attention-dropout 0 --hidden-dropout 0"
-    config, _ = parse([*flags.split(), *dropout.split(), *precision.split()])
-    model = ProteinModel(config.model, config.precision, 128)
-    initialise(model, seed=1)
-    model.to(device)
-    optimizer = Optimizer(dict(model.named_parameters()), config.optimizer)
-    scale = LossScale(config.precision, device)
-    ends = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32, device=device)
-    tokens = torch.randint(6, 31, (sum(LENGTHS),), device=device)
-    positions = torch.cat([torch.arange(length) for length in LENGTHS]).to(device)
-    targets = torch.arange(1, sum(LENGTHS), 7, device=device)
-    inputs = Inputs(tokens, positions, Boundaries(ends, LENGTHS), targets, tokens[targets])
-
-    def step() -> None:
-        loss, _ = model(inputs)
-        (loss / len(targets)).backward()
-        optimizer.step(1e-4, scale)
-
-    return step, model_flops(config.model, 128, LENGTHS, len(targets))
+def flags_of(layers: int, hidden: int, precision: str) -> list[str]:
+    """The program's flags of a case."""
+    return (f"--preset tape --no-bf16 --num-layers {layers} --hidden-size {hidden} --num-attention-heads "
+            f"{hidden // 64} --attention-dropout 0 --hidden-dropout 0 {precision}").split()
 
 
-def bert_step(layers: int, hidden: int, precision: str, device: torch.device) -> Step | None:
+def bert_step(layers: int, hidden: int, precision: str, micro_batches: int) -> Callable[[], float] | None:
     """The same of transformers' BertForMaskedLM, padded, under autocast for bf16; None without transformers."""
     try:
         from transformers import BertConfig, BertForMaskedLM
     except ImportError:
         return None
-    config = BertConfig(vocab_size=128, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=hidden // 64,
-                        intermediate_size=4 * hidden, max_position_embeddings=2176, hidden_dropout_prob=0.0,
-                        attention_probs_dropout_prob=0.0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = BertConfig(vocab_size=VOCABULARY, hidden_size=hidden, num_hidden_layers=layers,
+                        num_attention_heads=hidden // 64, intermediate_size=4 * hidden, max_position_embeddings=2176,
+                        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     model = BertForMaskedLM(config).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     proteins = [torch.randint(6, 31, (length,)) for length in LENGTHS]
@@ -72,49 +53,116 @@ def bert_step(layers: int, hidden: int, precision: str, device: torch.device) ->
     mask = (tokens > 0).long()
     labels = torch.where((torch.rand(tokens.shape, device=device) < 0.15) & (mask > 0), tokens, -100)
 
-    def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bool(precision)):
-            loss = model(input_ids=tokens, attention_mask=mask, labels=labels).loss
-        loss.backward()
+    def step() -> float:
+        began_s = time.perf_counter()
+        for _ in range(micro_batches):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bool(precision)):
+                loss = model(input_ids=tokens, attention_mask=mask, labels=labels).loss
+            (loss / micro_batches).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began_s
 
     return step
 
 
-def seconds(step: Step, device: torch.device) -> float:
-    """The time of one step."""
-    began_s = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began_s
+def row_beside_bert(case: tuple[int, int, str], micro_batches: int, repeats: int) -> list[str]:
+    """The cells of one case: residues a second and model FLOP/s, and those of transformers."""
+    ours = build_step(str(ROOT), micro_batches, LENGTHS, flags_of(*case))
+    theirs = bert_step(*case, micro_batches)
+    times: list[list[float]] = [[], []]
+    for _ in range(WARM_UP + repeats):
+        times[0].append(ours()[0])
+        if theirs is not None:
+            times[1].append(theirs())
+    batch, config = packed_row(), parse(flags_of(*case))[0]
+    flops = micro_batches * model_flops(config.model, VOCABULARY, batch.num_tokens, batch.num_pairs, batch.num_targets)
+    return [speed(times[0], micro_batches), f"{flops / statistics.median(times[0][WARM_UP:]) / 1e12:.3f}",
+            speed(times[1], micro_batches) if theirs is not None else "not installed"]
+
+
+def row_beside_checkout(case: tuple[int, int, str], micro_batches: int, repeats: int, other: Path) -> list[str]:
+    """The cells of one case: both speeds, how much faster this one is, and how far the losses are apart."""
+    times: list[list[float]] = [[], []]
+    losses: list[list[float]] = [[], []]
+    with (step_in_a_process(ROOT, micro_batches, flags_of(*case)) as ours,
+          step_in_a_process(other, micro_batches, flags_of(*case)) as theirs):
+        for number in range(WARM_UP + repeats):
+            for which in (0, 1) if number % 2 else (1, 0):
+                elapsed_s, loss = (ours, theirs)[which]()
+                times[which].append(elapsed_s)
+                losses[which].append(loss)
+    medians = [statistics.median(each[WARM_UP:]) for each in times]
+    pairs = [second / first for first, second in zip(*times, strict=True)][WARM_UP:]
+    apart = max(abs(first - second) / second for first, second in zip(*losses, strict=True))
+    return [*(speed(each, micro_batches) for each in times), f"{medians[1] / medians[0]:.3f}", spread(pairs, ".3f"),
+            f"{apart:.0e}"]
+
+
+@contextmanager
+def step_in_a_process(checkout: Path, micro_batches: int, flags: Sequence[str]) -> Iterator[TimedStep]:
+    """A step of a checkout, taken in a process of its own, which waits in between."""
+    program = [sys.executable, str(ROOT / "benchmarks" / "checkout_step.py"), str(checkout), str(micro_batches),
+               ",".join(map(str, LENGTHS)), *flags]
+    with subprocess.Popen(program, cwd=checkout, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        ask, answers = process.stdin, process.stdout
+        assert ask is not None and answers is not None
+
+        def step() -> tuple[float, float]:
+            time.sleep(0.02)  # until the other one's threads, which go on looking for work for a while, are asleep
+            print("step", file=ask, flush=True)
+            answer = answers.readline().split()
+            if not answer:
+                raise SystemExit(f"the process of {checkout} has ended")
+            return float(answer[0]), float(answer[1])
+
+        yield step
+
+
+def speed(times: Sequence[float], micro_batches: int) -> str:
+    """Residues a second, after warming up."""
+    return spread([micro_batches * RESIDUES / elapsed_s for elapsed_s in times[WARM_UP:]], ".0f")
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Median and quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:{form}} ({low:{form}}–{high:{form}})"
+
+
+def processor() -> str:
+    """The name of what is measured."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def main() -> None:
     """Time every case `--repeats` times, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--micro-batches", type=int, default=1, help="rows whose gradients are summed in a step")
     parser.add_argument("--large", action="store_true", help="the published 16 x 1024 model as well")
+    parser.add_argument("--beside", type=Path, help="another checkout of the project, back to the first edition's")
     arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shapes = [(4, 256), (4, 1024), *([(16, 1024)] if arguments.large else [])]
-    print("| layers x hidden | precision | residues/s (range) | model TFLOP/s | transformers: residues/s (range) |")
-    print("| --- | --- | --- | --- | --- |")
-    residues = sum(LENGTHS) - len(LENGTHS)
-    for layers, hidden in shapes:
-        for precision in PRECISIONS:
-            ours, flops = our_step(layers, hidden, precision, device)
-            theirs = bert_step(layers, hidden, precision, device)
-            steps = [step for step in (ours, theirs) if step is not None]
-            runs = [[seconds(step, device) for step in steps] for _ in range(arguments.repeats + 2)][2:]
-            columns = list(zip(*runs, strict=True))
-            cells = [f"{residues / statistics.median(t):.0f} ({residues / max(t):.0f}–{residues / min(t):.0f})"
-                     for t in columns]
-            tflops = flops / statistics.median(columns[0]) / 1e12
-            print(f"| {layers} x {hidden} | {precision.strip('-') or 'fp32'} | {cells[0]} | {tflops:.3f} | "
-                  f"{cells[1] if len(cells) > 1 else 'not installed'} |", flush=True)
+    print(f"{processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
+          f"{arguments.micro_batches} micro-batches a step\n")
+    columns = ["residues/s (quartiles)", "model TFLOP/s", "transformers: residues/s"]
+    if arguments.beside:
+        columns = ["residues/s (quartiles)", f"{arguments.beside.name}: residues/s", "speed, ratio of medians",
+                   "of pairs (quartiles)", "losses apart"]
+    print(f"| layers x hidden | precision | {' | '.join(columns)} |\n{'| --- ' * (len(columns) + 2)}|", flush=True)
+    for layers, hidden in [(4, 256), (4, 1024), *([(16, 1024)] if arguments.large else [])]:
+        for precision in ("", "--bf16"):
+            case = layers, hidden, precision
+            cells = (row_beside_checkout(case, arguments.micro_batches, arguments.repeats, arguments.beside.resolve())
+                     if arguments.beside else row_beside_bert(case, arguments.micro_batches, arguments.repeats))
+            print(f"| {layers} x {hidden} | {precision.strip('-') or 'fp32'} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

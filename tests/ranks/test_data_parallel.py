@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from megatron.config import ParallelConfig
-from megatron.parallel.collectives import all_reduce_sum
 from megatron.parallel.data.data_parallel import data_parallel
 from megatron.parallel.mesh import Axis, Mesh, build_mesh
 from megatron.parallel.placement import gradient_norm, wholes
@@ -50,46 +49,37 @@ def gradients_of_two_steps(mesh: Mesh, config: ParallelConfig) -> list[dict[str,
     return steps
 
 
-def each_way(axis: Axis, within: Any) -> dict[str, list[dict[str, torch.Tensor]]]:
+def each_way(axis: Axis, within: Any) -> dict[str, dict[str, Any]]:
+    """For each way the steps' outcomes, and how many elements of parameters this rank holds."""
     outcomes = {}
     for name, flags in WAYS.items():
         config = ParallelConfig(**flags, **({"shard_within": within} if "data_parallel_sharding" in flags else {}))
-        outcomes[name] = gradients_of_two_steps(build_mesh(config, torch.device("cpu"), TIMEOUT), config)
+        mesh = build_mesh(config, torch.device("cpu"), TIMEOUT)
+        held = data_parallel([make_model()], lambda stage: [], mesh, config, torch.float32).parameters
+        outcomes[name] = {"steps": gradients_of_two_steps(mesh, config),
+                          "held": sum(parameter.numel() for parameter in held.values())}
     return outcomes
 
 
-@pytest.mark.parametrize(("ranks", "within"), [(2, None), (4, None), (4, 2)])
-def test_gradients_are_the_sums_that_one_rank_gets(ranks, within):
+@pytest.fixture(scope="module", params=[(2, None), (4, None), (4, 2)], ids=["2 ranks", "4 ranks", "4 in pairs"])
+def results(request):
+    ranks, within = request.param
+    return within or ranks, run_ranks(each_way, ranks, within)
+
+
+def test_gradients_are_the_sums_that_one_rank_gets(results):
     expected = gradients_of_two_steps(Mesh(), ParallelConfig())
-    for outcomes, way in itertools.product(run_ranks(each_way, ranks, within), WAYS):
-        for ours, one in zip(outcomes[way], expected, strict=True):
+    for outcomes, way in itertools.product(results[1], WAYS):
+        for ours, one in zip(outcomes[way]["steps"], expected, strict=True):
             assert ours.keys() == one.keys()
             for name in one:
                 torch.testing.assert_close(ours[name], one[name], rtol=1e-5, atol=1e-5, msg=f"{way}, {name}")
 
 
-def what_each_rank_holds(axis: Axis) -> dict[str, int]:
-    held = {}
-    for name, flags in WAYS.items():
-        config = ParallelConfig(**flags)
-        parallel = data_parallel([make_model()], lambda stage: [], build_mesh(config, torch.device("cpu"), TIMEOUT),
-                                 config, torch.float32)
-        held[name] = sum(parameter.numel() for parameter in parallel.parameters.values())
-    return held
-
-
-def test_shares_of_the_ranks_are_together_the_whole():
-    held = run_ranks(what_each_rank_holds, 2)
+def test_shares_of_the_ranks_are_together_the_whole(results):
+    num_shares, outcomes = results
     num_parameters = sum(parameter.numel() for parameter in make_model().parameters())
     for way in WAYS:
-        total = sum(rank[way] for rank in held)
-        assert total == (2 * num_parameters if way in ("local", "torch") else num_parameters)
-
-
-def sum_of_ranks(axis: Axis) -> torch.Tensor:
-    return all_reduce_sum(torch.tensor([axis.rank + 1.0]), axis)
-
-
-def test_every_rank_gets_the_sum_over_the_axis():
-    assert [value.item() for value in run_ranks(sum_of_ranks, 3)] == [6.0] * 3
-    assert all_reduce_sum(torch.tensor([5.0]), Axis()).item() == 5.0
+        total = sum(rank[way]["held"] for rank in outcomes)
+        copies = len(outcomes) if way in ("local", "torch") else len(outcomes) // num_shares
+        assert total == copies * num_parameters
