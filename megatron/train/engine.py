@@ -35,6 +35,16 @@ class Engine:
     is_compiled: bool
 
 
+    @property
+    def skips_filler(self) -> bool:
+        """Whether micro-batches may do without it: where nothing counts on their one shape, and on CPUs alone.
+
+        There is no launch or graph to save there, and rows of a small corpus may be mostly filler.
+        """
+        mesh = self.mesh
+        return mesh.device.type == "cpu" and mesh.pipeline.size == mesh.context.size == 1 and not self.is_compiled
+
+
 def build_engine(config: Config, mesh: Mesh, padded_vocab_size: int,
                  load: Callable[[list[ProteinModel]], None] | None = None) -> Engine:
     """This rank's part of the engine, on the mesh's device; `load` fills the stages, else the seed does."""

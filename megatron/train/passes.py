@@ -31,7 +31,10 @@ class _Passes(Passes):
 
     def _batch(self, action: Action) -> Batch:
         while action.micro_batch >= self._num_made:
-            self._batches[self._num_made] = next(self._source).to(self._mesh.device)
+            batch = next(self._source)
+            if self._engine.skips_filler:
+                batch = batch.without_filler(self._engine.stages[0].stream.token_multiple)
+            self._batches[self._num_made] = batch.to(self._mesh.device)
             self._num_made += 1
         return self._batches[action.micro_batch]
 

@@ -30,6 +30,16 @@ def test_a_batch_is_its_rows_flat_with_filler_behind_them():
                                                   strict=True))
 
 
+def test_without_filler_only_what_evens_the_tokens_up_is_left_of_it():
+    batch = collate([row((5, 3))], BatchShape(num_tokens=24, num_proteins=3, num_targets=4, max_length=9))
+    sequence = batch.without_filler(token_multiple=3).sequence
+    assert sequence.tokens_t.tolist() == batch.sequence.tokens_t[:9].tolist()
+    assert sequence.positions_t.tolist() == [*range(5), *range(3), 0]
+    assert sequence.cu_seqlens.tolist() == [0, 5, 8, 8, 9, 9, 9]
+    nothing = collate([], BatchShape(num_tokens=24, num_proteins=3, num_targets=4, max_length=9)).without_filler(2)
+    assert len(nothing.sequence.tokens_t) == 2  # no layer is given no token
+
+
 @st.composite
 def shared_out(draw):
     """Rows, and the shapes in which each of some ranks takes its share of them."""

@@ -73,6 +73,14 @@ class Batch:
         """The same batch on a device; does not wait for copies from page-locked memory."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def without_filler(self, token_multiple: int) -> "Batch":
+        """The same batch, whole and on the host, with no more filler than a multiple of tokens takes."""
+        size = max(self.num_tokens + -self.num_tokens % token_multiple, token_multiple)
+        sequence = replace(self.sequence, tokens_t=self.sequence.tokens_t[:size],
+                           positions_t=self.sequence.positions_t[:size],
+                           cu_seqlens=self.sequence.cu_seqlens.clamp(max=size))
+        return replace(self, sequence=sequence)
+
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory, for copies that do not block."""
         return self._map(torch.Tensor.pin_memory)

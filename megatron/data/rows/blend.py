@@ -44,9 +44,9 @@ class BlendedDataset:
         return sum(dataset.num_epoch_rows(epoch) for dataset in self.datasets)
 
     def most_proteins(self, num_rows: int, sample: int = 0) -> int:
-        """The most proteins in so many neighbouring rows of a corpus, in its epoch that a sample is near."""
+        """The most proteins in so many rows of any corpora, in their epochs that a sample is near."""
         nearest = (sample * weight // sum(self.weights) for weight in self.weights)
-        return max(dataset.most_proteins(num_rows, own) for dataset, own in zip(self.datasets, nearest, strict=True))
+        return num_rows * max(dataset.most_proteins(1, own) for dataset, own in zip(self.datasets, nearest, strict=True))
 
     def most_targets(self) -> int:
         """The most targets that a row can have."""
