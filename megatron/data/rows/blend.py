@@ -46,7 +46,7 @@ class BlendedDataset:
     def most_proteins(self, num_rows: int, sample: int = 0) -> int:
         """The most proteins in so many rows of any corpora, in their epochs that a sample is near."""
         nearest = (sample * weight // sum(self.weights) for weight in self.weights)
-        return num_rows * max(dataset.most_proteins(1, own) for dataset, own in zip(self.datasets, nearest, strict=True))
+        return num_rows * max(part.most_proteins(1, own) for part, own in zip(self.datasets, nearest, strict=True))
 
     def most_targets(self) -> int:
         """The most targets that a row can have."""
