@@ -144,21 +144,21 @@ class _StageMemory:
         is_scattered, outside = self._sharding in ("gradients", "parameters"), 0
         for number in reversed(range(len(self._pieces))):
             piece = self._pieces[number]
-            is_block = bool(piece.input and piece.output)
             below = self._below[number] + waiting + beside + outside - dropped
             if makes_new:
-                now = min(new + piece.first_gradients, self._whole)
-                yield now, below + piece.first - piece.first_gradients + in_messages
+                held, made = piece.first
+                yield min(new + made, self._whole), below + held + in_messages
                 new = min(new + piece.gradients, self._whole)
             elif is_scattered:
-                yield 0, below + piece.first - piece.first_gradients // 4 * (4 - self._width) + in_messages
+                held, made = piece.first
+                yield 0, below + held + made // 4 * self._width + in_messages
             else:
                 yield 0, below + piece.backward + in_messages
-            if not is_block and is_scattered:  # its gradients are shared out when the stage is done
+            if not piece.num_blocks and is_scattered:  # its gradients are shared out when the stage is done
                 outside = piece.gradients // 4 * self._width
             beside = 2 * self.sent  # the output, and its gradient that came
             waiting += piece.put_off
-            if is_block:
+            if piece.num_blocks:
                 dropped += self._dropped_a_block
                 in_messages = self._in_messages(is_first=False)
                 yield new, below + piece.end + self._in_sums
@@ -186,7 +186,7 @@ def _held_below(case: _Case) -> list[int]:
     """What a forward pass keeps below each piece, with the input that it takes if that is kept; and in all."""
     held, all_held, is_kept = 0, [], not case.part.is_first
     for piece in case.pieces:
-        held += case.hidden_bytes if is_kept or piece.keeps_input else 0
+        held += case.hidden_bytes if is_kept else piece.kept_input
         all_held.append(held)
         held += piece.kept
         is_kept = False
