@@ -125,7 +125,6 @@ class _StageMemory:
         is_gathered = self._sharding in ("optimizer", "gradients")
         self.gathered = self._block * part.num_blocks + self._rest if is_gathered else 0  # and between passes
         self._dropped_a_block = self._block if is_gathered and case.has_one_pass else 0
-        self._width = case.width
         self._pieces = case.pieces
         self.sent = 0 if part.is_last else case.hidden_bytes
         self.receives = {"forward": not part.is_first, "backward": not part.is_last, "input": not part.is_last,
@@ -149,13 +148,12 @@ class _StageMemory:
                 held, made = piece.first
                 yield min(new + made, self._whole), below + held + in_messages
                 new = min(new + piece.gradients, self._whole)
-            elif is_scattered:
-                held, made = piece.first
-                yield 0, below + held + made // 4 * self._width + in_messages
+            elif self._sharding != "none":
+                yield 0, below + sum(piece.first) + in_messages
             else:
                 yield 0, below + piece.backward + in_messages
             if not piece.num_blocks and is_scattered:  # its gradients are shared out when the stage is done
-                outside = piece.gradients // 4 * self._width
+                outside = piece.gradients
             beside = 2 * self.sent  # the output, and its gradient that came
             waiting += piece.put_off
             if piece.num_blocks:

@@ -37,7 +37,8 @@ _ONE_END = Axis()
 class Setting:
     """What a piece depends on, made by `setting_of` alone: there are no two alike, and comparing them costs nothing.
 
-    The axes are this rank's places on them, without groups.
+    The axes are this rank's places on them, without groups; `is_gathered`: parameters are others', in the dtype of the
+    matrix products.
     """
 
     model: ModelConfig
@@ -48,6 +49,7 @@ class Setting:
     tensor: Axis
     is_sequence_parallel: bool
     context: Axis
+    is_gathered: bool
 
     @property
     def blocks_a_piece(self) -> int:
@@ -57,7 +59,7 @@ class Setting:
     @cached_property
     def of_parameters(self) -> "Setting":
         """One for all numbers of rows and all recomputation, on which parameters do not depend."""
-        return self.with_rows(1).without_recomputation
+        return self._with(num_rows=1, is_gathered=False).without_recomputation
 
     @cached_property
     def without_recomputation(self) -> "Setting":
@@ -85,7 +87,8 @@ class Setting:
 
     def build(self, part: "Part", mesh: Mesh, ends: Axis = _ONE_END) -> ProteinModel:
         """The part of the model, without values, as the pipeline stage that it can be."""
-        return ProteinModel(self.model, self.precision, self.padded_vocab_size, self.stream(mesh), part.stage, ends)
+        model = ProteinModel(self.model, self.precision, self.padded_vocab_size, self.stream(mesh), part.stage, ends)
+        return model.to(compute_dtype(self.precision)) if self.is_gathered else model
 
     def stream(self, mesh: Mesh) -> Stream:
         """Where the tokens of the residual stream lie."""

@@ -78,7 +78,8 @@ class Rank:
         # Of the model's depth a piece knows nothing.
         return setting_of(replace(config.model, num_layers=1), config.precision, config.data,
                           config.training.micro_batch_size, padded_vocab_size(config), self._axis("tensor"),
-                          config.parallel.sequence_parallel, self._axis("context"))
+                          config.parallel.sequence_parallel, self._axis("context"),
+                          self.sharding != "none" and self.width < 4)
 
     @property
     def width(self) -> int:
