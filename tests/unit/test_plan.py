@@ -15,13 +15,13 @@ from megatron.model.protein_model import ProteinModel
 from megatron.parallel.layout import check_layout
 from megatron.parallel.mesh import Axis
 from megatron.parallel.parameters import Normal
+from megatron.parallel.pipeline.partition import stages_of_rank
 from megatron.parallel.tensor.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.parallel.tensor.stream import Stream
 from megatron.plan.dry_run import dry_run, measure
 from megatron.plan.gpus import GPUS
 from megatron.plan.memory import peak_memory
 from megatron.plan.messages import step_traffic
-from megatron.plan.parameters import stage_parameters
 from megatron.plan.rank import Rank, padded_vocab_size
 from megatron.plan.search import Machine, best_plans, layout_flags
 from megatron.plan.step_time import bubble_micro_batches
@@ -109,10 +109,10 @@ def test_a_rank_holds_the_parameters_of_the_real_model(layout, number, flags):
     num_ranks = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
     rank = Rank(config, num_ranks, number)
     stream = Stream(Axis(rank.place["tensor"], rank.sizes["tensor"]), config.parallel.sequence_parallel)
-    for stage in rank.stages:
+    for stage, planned in zip(stages_of_rank(4, config.parallel, rank.place["pipeline"]), rank.stages, strict=True):
         with torch.device("meta"):
             model = ProteinModel(config.model, config.precision, padded_vocab_size(config), stream, stage)
-        assert [tuple(p.shape) for p in model.parameters()] == [p.shape for p in stage_parameters(rank, stage)]
+        assert [tuple(p.shape) for p in model.parameters()] == [p.shape for p in planned.held]
 
 
 class BlockWithMore(transformer.Block):
