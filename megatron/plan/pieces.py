@@ -88,7 +88,10 @@ class Setting:
     def build(self, part: "Part", mesh: Mesh, ends: Axis = _ONE_END) -> ProteinModel:
         """The part of the model, without values, as the pipeline stage that it can be."""
         model = ProteinModel(self.model, self.precision, self.padded_vocab_size, self.stream(mesh), part.stage, ends)
-        return model.to(compute_dtype(self.precision)) if self.is_gathered else model
+        if self.is_gathered:
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(compute_dtype(self.precision))
+        return model
 
     def stream(self, mesh: Mesh) -> Stream:
         """Where the tokens of the residual stream lie."""
