@@ -22,6 +22,7 @@ from megatron.model.protein_model import ProteinModel, compute_dtype
 from megatron.parallel.data.data_parallel import data_parallel
 from megatron.parallel.mesh import Mesh, build_mesh
 from megatron.parallel.traffic import Traffic, TrafficCounter
+from megatron.plan.memory import Memory
 from megatron.plan.memory_watch import MemoryWatch, num_bytes
 from megatron.plan.pieces import fake_group
 from megatron.plan.work import WeightBytes
@@ -35,26 +36,16 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Measurement:
-    """Bytes that one rank holds when it holds most, and what it sends in a step.
+    """What one rank holds when it holds most, and what it sends in a step.
 
-    `gradients` are those that it holds at that moment, as large as they are then; `activations` is everything else:
-    what is kept for backward passes, parameters gathered from other ranks, and temporary results. `weight_bytes`: what
-    a further micro-batch reads and writes of weights and their gradients (`megatron.plan.work.WeightBytes`), divided by
-    their elements; None where a step has no further one. Counted are parameters of two and more dimensions that are
-    not as long as the micro-batch, as a table of positions may be.
+    `weight_bytes`: what a further micro-batch reads and writes of weights and their gradients
+    (`megatron.plan.work.WeightBytes`), divided by their elements; None where a step has no further one. Counted are
+    parameters of two and more dimensions that are not as long as the micro-batch, as a table of positions may be.
     """
 
-    parameters: int
-    gradients: int
-    optimizer: int
-    activations: int
+    memory: Memory
     traffic: Traffic
     weight_bytes: float | None
-
-    @property
-    def peak(self) -> int:
-        """Bytes in all."""
-        return self.parameters + self.gradients + self.optimizer + self.activations
 
 
 def dry_run(config: Config) -> str:
@@ -62,8 +53,9 @@ def dry_run(config: Config) -> str:
     found = measure(config)
     parallel = config.parallel
     lines = [f"dry run of rank {parallel.dry_run_rank} of {parallel.dry_run_ranks}: memory at the peak, GiB"]
-    parts = {"parameters": found.parameters, "gradients": found.gradients, "optimizer": found.optimizer,
-             "activations and temporary": found.activations, "peak": found.peak}
+    held = found.memory
+    parts = {"parameters": held.parameters, "gradients": held.gradients, "optimizer": held.optimizer,
+             "activations and temporary": held.activations, "peak": held.peak}
     lines += [f"  {name:<28}{size / _GIB:>12.3f}" for name, size in parts.items()]
     if found.weight_bytes is not None:
         lines.append(f"weights read and written by a micro-batch, bytes a parameter {found.weight_bytes:.1f}")
@@ -103,6 +95,7 @@ class _Steps:
         stream = stream_of(config, mesh)
         self._batch = typical_batch(config.data, config.training.micro_batch_size, stream.token_multiple,
                                     mesh.context.rank, mesh.context.size)
+        self._peak = self._gradients = 0
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         padded = Vocab.from_file(config.data.vocab_file or DEFAULT_VOCAB).padded_size(
             config.model.make_vocab_size_divisible_by)
@@ -132,8 +125,7 @@ class _Steps:
             weights_at_start = self._weights.num_bytes
         before = self._traffic_of(first)
         weights_before = self._weights.num_bytes
-        self._watch.at_peak = self._gradient_bytes
-        self._watch.restart()
+        self._watch.at_growth = self._note_peak
         traffic = self._traffic_of(second)
         weight_bytes = None
         if second > first:
@@ -143,9 +135,8 @@ class _Steps:
             traffic = before.continued(traffic, (num_micro_batches - first) / (second - first))
         parameters = num_bytes(self._engine.model.parameters.values())
         optimizer = num_bytes(self._engine.optimizer.state().values())
-        gradients = self._watch.found_at_peak
-        return Measurement(parameters, gradients, optimizer,
-                           self._watch.peak - parameters - optimizer - gradients, traffic, weight_bytes)
+        memory = Memory(parameters, self._gradients, optimizer, self._peak - parameters - optimizer - self._gradients)
+        return Measurement(memory, traffic, weight_bytes)
 
     def _traffic_of(self, num_micro_batches: int) -> Traffic:
         self._counter.traffic = Traffic()
@@ -153,7 +144,9 @@ class _Steps:
             self._step([self._batch] * num_micro_batches, learning_rate=1e-4, consumed_samples=0, wants_stop=False)
         return self._counter.traffic
 
-    def _gradient_bytes(self) -> int:
-        # FSDP2 puts gathered parameters in the place of shares; either may have a gradient.
-        now = [parameter for stage in self._stages for parameter in stage.parameters()]
-        return num_bytes(parameter.grad for parameter in {*self._shares, *now})
+    def _note_peak(self) -> None:
+        if self._watch.current > self._peak:
+            # FSDP2 puts gathered parameters in the place of shares; either may have a gradient.
+            now = [parameter for stage in self._stages for parameter in stage.parameters()]
+            self._peak = self._watch.current
+            self._gradients = num_bytes(parameter.grad for parameter in {*self._shares, *now})

@@ -3,13 +3,11 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
 
 from megatron.parallel.pipeline.schedules import Action, one_forward_one_backward, zero_bubble
 from megatron.plan.messages import buckets
-from megatron.plan.parameters import Held, rank_parameters, sharded_units, share_size, stage_parameters
-from megatron.plan.pieces import Part, Piece
-from megatron.plan.rank import Rank, part_of
+from megatron.plan.parameters import sharded_units, share_size
+from megatron.plan.rank import PlannedStage, Rank
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Memory:
 
 def peak_memory(rank: Rank) -> Memory:
     """The most that `rank` holds at once; CUDA's context and libraries come on top."""
-    parameters = rank_parameters(rank)
+    parameters = rank.held
     own = share_size(parameters, rank.shards, rank.shard)
     optimizer = rank.config.optimizer
     is_adam = optimizer.optimizer == "adam"
@@ -42,16 +40,16 @@ def peak_memory(rank: Rank) -> Memory:
 
 def _moments(rank: Rank) -> Iterator[tuple[int, int]]:
     """Bytes of gradients, and of everything that comes and goes, at each moment that may be the peak."""
-    stages = [_stage_memory(_Case(stage_parameters(rank, stage), rank.pieces(stage), part_of(stage), rank.hidden_bytes,
-                                  rank.sharding, rank.shards, rank.shard,
-                                  has_one_pass=rank.num_micro_batches == 1, width=rank.width)) for stage in rank.stages]
+    stages = [_stage_memory(stage, rank.sharding, rank.shards, rank.shard, rank.width, rank.num_micro_batches == 1)
+              for stage in rank.stages]
+    hidden_bytes = rank.stages[0].hidden_bytes
     gathered = sum(stage.gathered for stage in stages)
     gradients, waiting_for_gradients = 0, set(range(len(stages)))
     in_flight = last_output = 0
     for action, following in _actions(rank):
         stage = stages[action.stage]
         # The next message is received while an action computes.
-        coming = rank.hidden_bytes if following is not None and stages[following.stage].receives[following.kind] else 0
+        coming = hidden_bytes if following is not None and stages[following.stage].receives[following.kind] else 0
         if action.kind == "forward":
             yield gradients, in_flight + coming + last_output + gathered + stage.of_forward
             in_flight, last_output = in_flight + stage.kept, 0
@@ -86,22 +84,6 @@ def _schedule(place: int, size: int, num_stages: int, number: int,
     return list(zip(actions, [*actions[1:], None], strict=True))
 
 
-class _Case(NamedTuple):
-    """What a stage's memory depends on. `has_one_pass`: a step has one micro-batch; `width`: bytes of an element of
-    what is gathered.
-    """
-
-    held: Held
-    pieces: Sequence[Piece]
-    part: Part
-    hidden_bytes: int
-    sharding: str
-    shards: int
-    shard: int
-    has_one_pass: bool
-    width: int
-
-
 class _StageMemory:
     """What one stage holds as its passes come.
 
@@ -111,26 +93,26 @@ class _StageMemory:
     that stay. `put_off`, `of_weights`: what is kept for weights' gradients that wait, and what computing them takes.
     """
 
-    def __init__(self, case: "_Case") -> None:
-        part, units = case.part, {unit.block: unit.padded_size for unit in sharded_units(case.held, case.shards)}
+    def __init__(self, planned: PlannedStage, sharding: str, shards: int, shard: int, width: int,
+                 has_one_pass: bool) -> None:
+        part, units = planned.part, {unit.block: unit.padded_size for unit in sharded_units(planned.held, shards)}
         # Gathered in the dtype of products, summed in fp32.
         self._scattered_rest, self._scattered = 4 * units.pop(None, 0), 4 * max(units.values(), default=0)
-        self._rest, self._block = (size // 4 * case.width for size in (self._scattered_rest, self._scattered))
-        self._whole = 4 * case.held.size
+        self._rest, self._block = (size // 4 * width for size in (self._scattered_rest, self._scattered))
+        self._whole = 4 * planned.held.size
         # In its last pass alone, "optimizer" does what "gradients" does in each.
-        self._sharding = "gradients" if case.sharding == "optimizer" and case.has_one_pass else case.sharding
+        self._sharding = "gradients" if sharding == "optimizer" and has_one_pass else sharding
         # Of gradients, once there are any: those of this rank's shares, or all where they are shared out at the end.
-        share = 4 * share_size(case.held, case.shards, case.shard)
+        share = 4 * share_size(planned.held, shards, shard)
         self.gradients = self._whole if self._sharding == "optimizer" else share
         is_gathered = self._sharding in ("optimizer", "gradients")
         self.gathered = self._block * part.num_blocks + self._rest if is_gathered else 0  # and between passes
-        self._dropped_a_block = self._block if is_gathered and case.has_one_pass else 0
-        self._width = case.width
-        self._pieces = case.pieces
-        self.sent = 0 if part.is_last else case.hidden_bytes
+        self._dropped_a_block = self._block if is_gathered and has_one_pass else 0
+        self._pieces = planned.pieces
+        self.sent = 0 if part.is_last else planned.hidden_bytes
         self.receives = {"forward": not part.is_first, "backward": not part.is_last, "input": not part.is_last,
                          "weights": False}
-        self._below = _held_below(case)
+        self._below = _held_below(planned)
         self.kept = self._below[-1] + self.sent
         self.put_off = sum(piece.put_off for piece in self._pieces)
         self.of_weights = max(piece.late for piece in self._pieces)
@@ -144,21 +126,20 @@ class _StageMemory:
         is_scattered, outside = self._sharding in ("gradients", "parameters"), 0
         for number in reversed(range(len(self._pieces))):
             piece = self._pieces[number]
-            is_block = bool(piece.input and piece.output)
             below = self._below[number] + waiting + beside + outside - dropped
             if makes_new:
-                now = min(new + piece.first_gradients, self._whole)
-                yield now, below + piece.first - piece.first_gradients + in_messages
+                held, made = piece.first
+                yield min(new + made, self._whole), below + held + in_messages
                 new = min(new + piece.gradients, self._whole)
-            elif is_scattered:
-                yield 0, below + piece.first - piece.first_gradients // 4 * (4 - self._width) + in_messages
+            elif self._sharding != "none":
+                yield 0, below + sum(piece.first) + in_messages
             else:
                 yield 0, below + piece.backward + in_messages
-            if not is_block and is_scattered:  # its gradients are shared out when the stage is done
-                outside = piece.gradients // 4 * self._width
+            if not piece.num_blocks and is_scattered:  # its gradients are shared out when the stage is done
+                outside = piece.gradients
             beside = 2 * self.sent  # the output, and its gradient that came
             waiting += piece.put_off
-            if is_block:
+            if piece.num_blocks:
                 dropped += self._dropped_a_block
                 in_messages = self._in_messages(is_first=False)
                 yield new, below + piece.end + self._in_sums
@@ -178,15 +159,16 @@ class _StageMemory:
 
 
 @cache  # a search asks for the same stages thousands of times
-def _stage_memory(case: _Case) -> _StageMemory:
-    return _StageMemory(case)
+def _stage_memory(planned: PlannedStage, sharding: str, shards: int, shard: int, width: int,
+                  has_one_pass: bool) -> _StageMemory:
+    return _StageMemory(planned, sharding, shards, shard, width, has_one_pass)
 
 
-def _held_below(case: _Case) -> list[int]:
+def _held_below(planned: PlannedStage) -> list[int]:
     """What a forward pass keeps below each piece, with the input that it takes if that is kept; and in all."""
-    held, all_held, is_kept = 0, [], not case.part.is_first
-    for piece in case.pieces:
-        held += case.hidden_bytes if is_kept or piece.keeps_input else 0
+    held, all_held, is_kept = 0, [], not planned.part.is_first
+    for piece in planned.pieces:
+        held += planned.hidden_bytes if is_kept else piece.kept_input
         all_held.append(held)
         held += piece.kept
         is_kept = False
@@ -197,5 +179,5 @@ def _of_sums(rank: Rank) -> int:
     """Buckets that gradients are copied to while they are summed: the one under way and the one before."""
     if rank.sharding != "none" or rank.replicas == 1:
         return 0
-    sizes = [4 * bucket for bucket in buckets(rank_parameters(rank))]
+    sizes = [4 * bucket for bucket in buckets(rank.held)]
     return max(before + size for before, size in zip([0, *sizes], sizes, strict=False))

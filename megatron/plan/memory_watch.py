@@ -14,20 +14,17 @@ from torch.utils._pytree import tree_iter
 
 
 class MemoryWatch(TorchDispatchMode):
-    """Within this context `current` and `peak` are the bytes of the fake tensors that operations have given.
+    """Within this context `current` is the bytes of the fake tensors that operations have given, and are still there.
 
-    What an operation takes for itself and gives back before it ends is not seen. `at_peak` is called at each new peak,
-    and what it gave at the last is kept in `found_at_peak`; `at_growth` is called whenever more is held. `counters` are
-    called with each operation, its arguments and its results.
+    What an operation takes for itself and gives back before it ends is not seen. `at_growth` is called when more is
+    held than before, `counters` with each operation, its arguments and its results.
     """
 
     def __init__(self, counters: Sequence[Callable[[Any, Any, Any, Any], None]] = ()) -> None:
         super().__init__()
         self._counters = counters
-        self.at_growth: Callable[[], None] | None = None
-        self.current = self.peak = 0
-        self.at_peak: Callable[[], Any] = lambda: None
-        self.found_at_peak: Any = None
+        self.at_growth: Callable[[], None] = lambda: None
+        self.current = 0
         self._sizes: dict[int, int] = {}  # by the address of the storage
         self._ends: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
@@ -67,10 +64,6 @@ class MemoryWatch(TorchDispatchMode):
                 self._follow(result.untyped_storage())
         return results
 
-    def restart(self) -> None:
-        """Forget the peak so far."""
-        self.peak, self.found_at_peak = self.current, self.at_peak()
-
     def _follow(self, storage: torch.UntypedStorage) -> None:
         address = storage._cdata
         if address in self._sizes:
@@ -85,11 +78,7 @@ class MemoryWatch(TorchDispatchMode):
             return
         self.current += size - self._sizes[address]
         self._sizes[address] = size
-        if self.at_growth is not None:
-            self.at_growth()
-        if self.current > self.peak:
-            self.peak = self.current
-            self.found_at_peak = self.at_peak()
+        self.at_growth()
 
     def _forget(self, address: int) -> None:
         self.current -= self._sizes.pop(address)

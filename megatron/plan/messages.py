@@ -6,10 +6,9 @@ from collections import Counter
 from functools import cache
 
 from megatron.parallel.data.sums import BUCKET_ELEMENTS
-from megatron.parallel.pipeline.partition import Stage
 from megatron.parallel.traffic import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, SEND, Traffic
-from megatron.plan.parameters import Held, rank_parameters, sharded_units, stage_parameters
-from megatron.plan.rank import Rank
+from megatron.plan.parameters import Held, sharded_units
+from megatron.plan.rank import PlannedStage, Rank
 
 
 def step_traffic(rank: Rank) -> Traffic:
@@ -18,7 +17,7 @@ def step_traffic(rank: Rank) -> Traffic:
     for stage in rank.stages:
         _passes(traffic, rank, stage)
         _shards(traffic, rank, stage)
-    parameters, shards = rank_parameters(rank), (rank.shards, rank.shard)
+    parameters, shards = rank.held, (rank.shards, rank.shard)
     if rank.sharding == "none":
         _sums(traffic, "data", parameters, "size", shards, rank.replicas)
     _sums(traffic, "tensor", parameters, "is_partial", shards, rank.sizes["tensor"])
@@ -27,26 +26,26 @@ def step_traffic(rank: Rank) -> Traffic:
     return traffic
 
 
-def _passes(traffic: Traffic, rank: Rank, stage: Stage) -> None:
+def _passes(traffic: Traffic, rank: Rank, stage: PlannedStage) -> None:
     """The collectives of the model; activations to the next stage, gradients to the one before."""
     times = rank.num_micro_batches
-    for piece, count in rank.counted_pieces(stage).items():
+    for piece, count in stage.counted_pieces.items():
         for key, calls in piece.traffic.calls.items():
             traffic.calls[key] += times * count * calls
             traffic.sent[key] += times * count * piece.traffic.sent[key]
     if rank.sizes["pipeline"] > 1:
-        ways = (not stage.is_last) + (not stage.is_first)
-        traffic.add("pipeline", SEND, rank.hidden_bytes, 2, times * ways)
+        ways = (not stage.part.is_last) + (not stage.part.is_first)
+        traffic.add("pipeline", SEND, stage.hidden_bytes, 2, times * ways)
 
 
-def _shards(traffic: Traffic, rank: Rank, stage: Stage) -> None:
+def _shards(traffic: Traffic, rank: Rank, stage: PlannedStage) -> None:
     """What is shared out is gathered where it is used, and its gradients are summed to their owners."""
     if rank.sharding == "none":
         return
     times = rank.num_micro_batches
     gathers = 2 * times if rank.sharding == "parameters" else 1
     scatters = 1 if rank.sharding == "optimizer" else times
-    for size, count in _whole_units(stage_parameters(rank, stage), rank.shards).items():
+    for size, count in _whole_units(stage.held, rank.shards).items():
         traffic.add("data", ALL_GATHER, rank.width * size, rank.shards, gathers * count)
         traffic.add("data", REDUCE_SCATTER, 4 * size, rank.shards, scatters * count)
         traffic.add("data", ALL_REDUCE, 4 * size // rank.shards, rank.replicas // rank.shards, count)

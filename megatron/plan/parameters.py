@@ -2,20 +2,20 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
 
 from megatron.model.protein_model import compute_dtype
 from megatron.parallel.mesh import Axis, Mesh
-from megatron.parallel.pipeline.partition import Stage
 from megatron.parallel.placement import placement_of
 from megatron.parallel.tensor.copies import ComputeCopies
+from megatron.parallel.tensor.layers import Matrix
 from megatron.plan.memory_watch import num_bytes
 from megatron.plan.pieces import Part, Setting
-from megatron.plan.rank import Rank, part_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Parameter:
 
     `is_split`: other tensor ranks hold other slices. `is_partial`: held whole by all of them, each with a part of its
     gradient. `is_at_ends`: the first and the last pipeline rank both hold it. `block`: the number of its block in the
-    stage, None outside the blocks.
+    stage, None outside the blocks. `copy_bytes`: of the copy for matrix products, where each rank has all parameters.
     """
 
     shape: tuple[int, ...]
@@ -32,6 +32,7 @@ class Parameter:
     is_partial: bool
     is_at_ends: bool
     block: int | None
+    copy_bytes: int
 
     @cached_property
     def size(self) -> int:
@@ -55,13 +56,16 @@ class Unit(NamedTuple):
     padded_size: int
 
 
-# A search asks for the same few lists thousands of times: they are made once, and known by their identity.
 @dataclass(frozen=True, eq=False)
 class Held:
     """The parameters of one stage or of all stages of a rank, in the order in which the model names them."""
 
     parameters: Sequence[Parameter]
-    copies: int  # bytes of the copies for matrix products that are kept where each rank has all parameters
+
+    @cached_property
+    def copies(self) -> int:
+        """Bytes of the copies for matrix products that are kept where each rank has all parameters."""
+        return sum(parameter.copy_bytes for parameter in self)
 
     def __iter__(self) -> Iterator[Parameter]:
         return iter(self.parameters)
@@ -70,16 +74,6 @@ class Held:
     def size(self) -> int:
         """Elements."""
         return sum(parameter.size for parameter in self)
-
-
-def stage_parameters(rank: Rank, stage: Stage) -> Held:
-    """The parameters of one stage."""
-    return _of_part(rank.setting.of_parameters, part_of(stage), rank.sizes["pipeline"] > 1)
-
-
-def rank_parameters(rank: Rank) -> Held:
-    """The parameters of all stages of the rank."""
-    return _together(tuple(stage_parameters(rank, stage) for stage in rank.stages))
 
 
 @cache
@@ -98,25 +92,39 @@ def sharded_units(held: Held, shards: int) -> Sequence[Unit]:
 
 
 @cache
-def _together(stages: tuple[Held, ...]) -> Held:
+def together(stages: tuple[Held, ...]) -> Held:
+    """The parameters of all stages of a rank."""
     if len(stages) == 1:
         return stages[0]
-    return Held([parameter for held in stages for parameter in held], sum(held.copies for held in stages))
+    return Held([parameter for held in stages for parameter in held])
 
 
 @cache
-def _of_part(setting: Setting, part: Part, has_pipeline: bool) -> Held:
+def held_by(setting: Setting, part: Part, has_pipeline: bool) -> Held:
+    """The parameters of a stage, whose blocks are all alike: one is built, and counted as often as it comes."""
+    one = _with_one_block(setting, part._replace(num_blocks=1), has_pipeline)
+    found: list[Parameter] = []
+    for is_block, group in groupby(one, key=lambda parameter: parameter.block is not None):
+        same = list(group)
+        found += [replace(parameter, block=number) for number in range(part.num_blocks) for parameter in same
+                  ] if is_block else same
+    return Held(found)
+
+
+@cache
+def _with_one_block(setting: Setting, part: Part, has_pipeline: bool) -> list[Parameter]:
     mesh = Mesh(tensor=setting.tensor, context=setting.context)
     with torch.device("meta"):
         ends = Axis(0 if part.is_first else 1, 2) if has_pipeline else Axis()
         model = setting.build(part, mesh, ends)
-        copies = num_bytes(ComputeCopies([model], compute_dtype(setting.precision)).tensors())
-    blocks = {id(parameter): number for number, block in enumerate(model.blocks()) for parameter in block.parameters()}
+        ComputeCopies([model], compute_dtype(setting.precision))
+    copies = {id(layer.weight): num_bytes([layer.copy]) for layer in model.modules() if isinstance(layer, Matrix)}
+    in_block = {id(parameter) for block in model.blocks() for parameter in block.parameters()}
     found = []
     for parameter in model.parameters():
         placement = placement_of(parameter)
         has_axis = placement.axis.size > 1
         found.append(Parameter(tuple(parameter.shape), has_axis and placement.dim is not None,
                                has_axis and placement.has_partial_gradient, placement.ends.size > 1,
-                               blocks.get(id(parameter))))
-    return Held(found, copies)
+                               0 if id(parameter) in in_block else None, copies.get(id(parameter), 0)))
+    return found

@@ -5,8 +5,8 @@ them. Each is built as a pipeline stage of its own and goes forward and backward
 that sends nothing, once for each setting that a search asks for.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from functools import cache, cached_property
@@ -37,7 +37,8 @@ _ONE_END = Axis()
 class Setting:
     """What a piece depends on, made by `setting_of` alone: there are no two alike, and comparing them costs nothing.
 
-    The axes are this rank's places on them, without groups.
+    The axes are this rank's places on them, without groups; `is_gathered`: parameters are others', in the dtype of the
+    matrix products.
     """
 
     model: ModelConfig
@@ -48,6 +49,7 @@ class Setting:
     tensor: Axis
     is_sequence_parallel: bool
     context: Axis
+    is_gathered: bool
 
     @property
     def blocks_a_piece(self) -> int:
@@ -57,7 +59,7 @@ class Setting:
     @cached_property
     def of_parameters(self) -> "Setting":
         """One for all numbers of rows and all recomputation, on which parameters do not depend."""
-        return self._with(num_rows=1).without_recomputation
+        return self._with(num_rows=1, is_gathered=False).without_recomputation
 
     @cached_property
     def without_recomputation(self) -> "Setting":
@@ -70,13 +72,26 @@ class Setting:
         return setting_of(*(changed.get(item.name, getattr(self, item.name)) for item in fields(self)))
 
     @property
+    def has_even_rows(self) -> bool:
+        """Whether each row adds as many tokens to each rank."""
+        return self.data.seq_length % self.stream(Mesh(tensor=self.tensor, context=self.context)).token_multiple == 0
+
+    def with_rows(self, num_rows: int) -> "Setting":
+        """The same, but for the number of rows."""
+        return self._with(num_rows=num_rows)
+
+    @property
     def batch(self) -> Batch:
         """The micro-batch, of its tokens those of this context rank."""
         return _batch(self.data, self.num_rows, self.stream(Mesh(tensor=self.tensor, context=self.context)))
 
     def build(self, part: "Part", mesh: Mesh, ends: Axis = _ONE_END) -> ProteinModel:
         """The part of the model, without values, as the pipeline stage that it can be."""
-        return ProteinModel(self.model, self.precision, self.padded_vocab_size, self.stream(mesh), part.stage, ends)
+        model = ProteinModel(self.model, self.precision, self.padded_vocab_size, self.stream(mesh), part.stage, ends)
+        if self.is_gathered:
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(compute_dtype(self.precision))
+        return model
 
     def stream(self, mesh: Mesh) -> Stream:
         """Where the tokens of the residual stream lie."""
@@ -102,53 +117,99 @@ class Part(NamedTuple):
         return Stage(0 if self.is_first else 1, 3 - self.is_first - self.is_last, range(self.num_blocks))
 
 
+# What is held at a moment at which more is held than before, and the new gradients beside it.
+Moments = list[list[int]]
+
+
 @dataclass(frozen=True, eq=False)
 class Piece:
     """Bytes of one micro-batch's passes through a piece; parameters, and gradients that are there before, not counted.
 
-    `input`, `output`: hidden states that come and go; `keeps_input`, `keeps_output`: whether its backward pass needs
-    them. `kept`: everything else that is kept for it. `forward`, `backward`: the most that is held in a pass, with
-    what is kept but without a kept input; `end`: the same when a backward pass is done. `first`: as `backward` where
-    there are no gradients yet, and `first_gradients` of that are the piece's own, of which it makes `gradients`.
-    `put_off`: what is kept where weights' gradients wait, `late` what it takes to compute them. `traffic`, `flops` and
-    `moved` (`megatron.plan.work`): of both passes.
+    `input`: hidden states that come, and `kept_input` if its backward pass needs them. `kept`: everything else that is
+    kept for it. `in_forward`, `in_backward`: what a pass holds, with what is kept but without a kept input; `end`: the
+    same when a backward pass is done. `gradients`: what it makes where there are none yet. `put_off`: what is kept
+    where weights' gradients wait, `in_late` what computing them takes. `traffic`, `flops` and `moved`
+    (`megatron.plan.work`): of both passes.
     """
 
+    num_blocks: int
     input: int
-    output: int
-    keeps_input: bool
-    keeps_output: bool
+    kept_input: int
     kept: int
-    forward: int
-    backward: int
+    in_forward: Moments
+    in_backward: Moments
     end: int
-    first: int
-    first_gradients: int
     gradients: int
     put_off: int
-    late: int
+    in_late: Moments
     traffic: Traffic
     flops: int
     moved: int
 
+    @property
+    def num_moments(self) -> tuple[int, ...]:
+        """How often more is held than before: as often, where the same operations are done."""
+        return len(self.in_forward), len(self.in_backward), len(self.in_late)
+
+    @cached_property
+    def forward(self) -> int:
+        """The most that a forward pass holds."""
+        return max(held for held, _ in self.in_forward)
+
+    @cached_property
+    def backward(self) -> int:
+        """The most that a backward pass holds that adds to gradients."""
+        return max(held for held, _ in self.in_backward)
+
+    @cached_property
+    def first(self) -> Sequence[int]:
+        """When a backward pass holds most that makes the gradients: what it holds beside them, and what of them."""
+        return max(self.in_backward, key=sum)
+
+    @cached_property
+    def late(self) -> int:
+        """The most that it takes to compute weights' gradients that waited."""
+        return max(held for held, _ in self.in_late)
+
 
 @cache  # a search asks for the same pieces thousands of times
 def measured(setting: Setting, part: Part, puts_off: bool) -> Piece:
-    """The piece of this setting; with `puts_off` its weights' gradients are computed after its backward pass."""
+    """The piece of this setting; with `puts_off` its weights' gradients are computed after its backward pass.
+
+    Rows are alike: where the same is done for one and for two, what more rows take lies on the line through both.
+    """
     if part.num_blocks == 0 and setting is not setting.without_recomputation:
         return measured(setting.without_recomputation, part, puts_off)  # it is about blocks
     if puts_off and not _can_put_off(setting, part):
         return measured(setting, part, False)
+    if setting.num_rows > 2 and setting.has_even_rows:
+        one, two = (measured(setting.with_rows(number), part, puts_off) for number in (1, 2))
+        if one.num_moments == two.num_moments:
+            return Piece(*(_on_the_line(getattr(one, item.name), getattr(two, item.name), setting.num_rows)
+                           for item in fields(Piece)))
+    return _watched(setting, part, puts_off)
+
+
+def _on_the_line(one: Any, two: Any, num_rows: int) -> Any:
+    """What something is for `num_rows` rows that is `one` for one row and `two` for two."""
+    if isinstance(one, Traffic):
+        return one.continued(two, num_rows - 1)
+    if isinstance(one, list):
+        return [_on_the_line(*both, num_rows) for both in zip(one, two, strict=True)]
+    return one + (num_rows - 1) * (two - one)
+
+
+def _watched(setting: Setting, part: Part, puts_off: bool) -> Piece:
     work = WorkCounter()
     with _fake_mesh(setting) as mesh:
         counter = TrafficCounter(mesh)
         with MemoryWatch([counter.count, work.count]) as watch, FakeTensorMode(allow_non_fake_inputs=True):
             model = setting.build(part, mesh)
             copies = ComputeCopies([model], compute_dtype(setting.precision))  # noqa: F841  (as training keeps them)
-            message = model.stream.num_tokens_here(setting.num_rows * setting.data.seq_length), model.hidden_size
-            run = _Run(model, setting.batch.to(mesh.device), message, watch, puts_off)
-            return Piece(**run.piece(), gradients=num_bytes(model.parameters()), traffic=counter.traffic,
-                         flops=work.flops, moved=work.moved)
+            run = _Run(model, setting, watch, puts_off)
+            return Piece(**run.passes(setting.batch.to(mesh.device)), num_blocks=part.num_blocks,
+                         gradients=num_bytes(model.parameters()), traffic=counter.traffic, flops=work.flops,
+                         moved=work.moved)
 
 
 @cache
@@ -195,74 +256,61 @@ def fake_group(rank: int, num_ranks: int) -> Iterator[None]:
 class _Run:
     """Passes of one micro-batch through a piece, under the modes that watch them."""
 
-    def __init__(self, model: ProteinModel, batch: Batch, message: tuple[int, int], watch: MemoryWatch,
-                 puts_off: bool) -> None:
-        self._model, self._batch, self._message = model, batch, message
-        self._watch, self._puts_off = watch, puts_off
-        self._waiting = WeightGradients()
+    def __init__(self, model: ProteinModel, setting: Setting, watch: MemoryWatch, puts_off: bool) -> None:
+        self._model, self._watch, self._waiting = model, watch, WeightGradients()
+        self._shape = model.stream.num_tokens_here(setting.num_rows * setting.data.seq_length), model.hidden_size
         if puts_off:
             put_off_weight_gradients(model, self._waiting)
         self._gate = torch.zeros((), requires_grad=True)
         self._gradients = []
         for parameter in model.parameters():
             gradient = parameter.grad = torch.empty_like(parameter)
-            self._gradients.append((gradient, gradient._version))
+            self._gradients.append((gradient, num_bytes([gradient]), gradient._version))
+        self._moments: Moments = []
+        self._end = 0
+        watch.at_growth = self._note
 
-    def piece(self) -> dict[str, Any]:
+    def passes(self, batch: Batch) -> dict[str, Any]:
         """What a pass forward and back shows, which adds to gradients that are there."""
-        watch = self._watch
-        hidden, base = None, watch.current
-        watch.restart()
+        watch, hidden = self._watch, None
+        base = self._end = watch.current
         if not self._model.stage.is_first:
             hidden = _Begin.apply(self._gate, self._received, self._mark_end)
         input_size = watch.current - base
-        output = self._model(self._batch.sequence, self._batch.targets, hidden)
-        output_size, keeps_input, keeps_output = 0, False, False
-        forward = watch.peak - base - input_size
-        if self._model.stage.is_last:
-            loss, _ = output
-        else:
-            output_size, loss = num_bytes([output]), _End.apply(output)
-            before = watch.current
-            del output
-            keeps_output = watch.current > before - output_size
-        if hidden is not None:
-            before = watch.current
-            del hidden
-            keeps_input = watch.current > before - input_size
-        base += input_size if keeps_input else 0
-        found = {"input": input_size, "output": output_size, "keeps_input": keeps_input, "keeps_output": keeps_output,
-                 "kept": watch.current - base, "forward": forward}
-        return {**found, **self._back(loss, base, input_size if keeps_input else 0)}
-
-    def _back(self, loss: Tensor, base: int, kept_input: int) -> dict[str, int]:
-        watch = self._watch
-        watch.restart()
-        watch.at_growth = self._mark_first
-        self._at_end, self._first, self._first_gradients = base, 0, 0
-        with self._waiting.collecting() if self._puts_off else nullcontext():
+        output = self._model(batch.sequence, batch.targets, hidden)
+        found = {"input": input_size, "in_forward": self._noted(base + input_size)}
+        loss = output[0] if self._model.stage.is_last else _End.apply(output)
+        del output
+        before = watch.current
+        del hidden
+        kept_input = input_size if watch.current == before else 0
+        kept = watch.current - base - kept_input
+        self._note()
+        with self._waiting.collecting():
             loss.backward()
         del loss
-        self._mark_first()
-        backward, put_off = watch.peak - base, watch.current - (base - kept_input)
-        watch.restart()
-        if self._puts_off:
-            self._waiting.compute_oldest()
-        return {"backward": backward, "end": self._at_end - base, "first": self._first - base,
-                "first_gradients": self._first_gradients, "put_off": put_off,
-                "late": watch.peak + kept_input - base - put_off}
+        self._note()
+        in_backward, put_off = self._noted(base + kept_input), watch.current - base
+        self._note()
+        self._waiting.compute_oldest()
+        return {**found, "kept_input": kept_input, "kept": kept, "in_backward": in_backward, "put_off": put_off,
+                "end": self._end - base - kept_input, "in_late": self._noted(base + put_off)}
 
     def _received(self) -> Tensor:
-        return torch.empty(self._message, dtype=self._model.stream_dtype)
+        return torch.empty(self._shape, dtype=self._model.stream_dtype)
 
     def _mark_end(self) -> None:
-        self._at_end = self._watch.current
+        self._end = self._watch.current
 
-    def _mark_first(self) -> None:
-        """Note the most that is held where the gradients were not there before, but begin when one is added to."""
-        new = num_bytes(gradient for gradient, version in self._gradients if gradient._version > version)
-        if self._watch.current + new > self._first:
-            self._first, self._first_gradients = self._watch.current + new, new
+    def _note(self) -> None:
+        """Gradients count as new from when one is added to."""
+        new = sum(size for gradient, size, version in self._gradients if gradient._version > version)
+        self._moments.append([self._watch.current, new])
+
+    def _noted(self, base: int) -> Moments:
+        """The moments since the last time; what is held beyond `base`."""
+        moments, self._moments = [[held - base, new] for held, new in self._moments], []
+        return moments
 
 
 class _Begin(torch.autograd.Function):

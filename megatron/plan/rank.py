@@ -9,8 +9,24 @@ from megatron.config import Config
 from megatron.data.corpus.vocab import DEFAULT_VOCAB, Vocab
 from megatron.model.protein_model import compute_dtype
 from megatron.parallel.mesh import Axis, grid_sizes
-from megatron.parallel.pipeline.partition import Stage, stages_of_rank
+from megatron.parallel.pipeline.partition import stages_of_rank
+from megatron.plan.parameters import Held, held_by, together
 from megatron.plan.pieces import Part, Piece, Setting, measured, setting_of
+
+
+# A search asks for the same few stages thousands of times: they are made once, and known by their identity.
+@dataclass(frozen=True, eq=False)
+class PlannedStage:
+    """A part of the model on a rank: its parameters and its pieces, in their order, and how often each comes.
+
+    `hidden_bytes`: of the hidden states of a micro-batch between two pieces, on this rank.
+    """
+
+    part: Part
+    held: Held
+    pieces: tuple[Piece, ...]
+    counted_pieces: Mapping[Piece, int]
+    hidden_bytes: int
 
 
 @dataclass(frozen=True)
@@ -56,9 +72,17 @@ class Rank:
         return (self.place["data"] * self.sizes["context"] + self.place["context"]) % self.shards
 
     @cached_property
-    def stages(self) -> list[Stage]:
+    def stages(self) -> list[PlannedStage]:
         """The stages of this pipeline rank."""
-        return stages_of_rank(self.config.model.num_layers, self.config.parallel, self.place["pipeline"])
+        stages = stages_of_rank(self.config.model.num_layers, self.config.parallel, self.place["pipeline"])
+        # The blocks of a model are all alike.
+        return [_planned(self.setting, Part(stage.is_first, len(stage.layers), stage.is_last),
+                         self.sizes["pipeline"] > 1, self.puts_off) for stage in stages]
+
+    @cached_property
+    def held(self) -> Held:
+        """The parameters of all stages."""
+        return together(tuple(stage.held for stage in self.stages))
 
     @cached_property
     def num_micro_batches(self) -> int:
@@ -78,47 +102,27 @@ class Rank:
         # Of the model's depth a piece knows nothing.
         return setting_of(replace(config.model, num_layers=1), config.precision, config.data,
                           config.training.micro_batch_size, padded_vocab_size(config), self._axis("tensor"),
-                          config.parallel.sequence_parallel, self._axis("context"))
+                          config.parallel.sequence_parallel, self._axis("context"),
+                          self.sharding != "none" and self.width < 4)
 
     @property
     def width(self) -> int:
         """Bytes of an element of what is gathered."""
         return compute_dtype(self.config.precision).itemsize
 
-    def pieces(self, stage: Stage) -> tuple[Piece, ...]:
-        """The pieces that a micro-batch comes to in a stage, in their order."""
-        return _pieces(self.setting, part_of(stage), self.puts_off)
-
-    def counted_pieces(self, stage: Stage) -> Mapping[Piece, int]:
-        """The pieces of a stage, and how often each comes."""
-        return _counted(self.setting, part_of(stage), self.puts_off)
-
-    @cached_property
-    def hidden_bytes(self) -> int:
-        """Bytes of the hidden states of a micro-batch between two pieces, on this rank."""
-        return measured(self.setting, Part(False, 1, False), self.puts_off).input
-
     def _axis(self, name: str) -> Axis:
         return Axis(self.place[name], self.sizes[name])
 
 
-def part_of(stage: Stage) -> Part:
-    """What a stage has of the model, whose blocks are all alike."""
-    return Part(stage.is_first, len(stage.layers), stage.is_last)
-
-
 @cache
-def _pieces(setting: Setting, part: Part, puts_off: bool) -> tuple[Piece, ...]:
+def _planned(setting: Setting, part: Part, has_pipeline: bool, puts_off: bool) -> PlannedStage:
     size, num_blocks = setting.blocks_a_piece, part.num_blocks
     groups = [size] * (num_blocks // size) + [num_blocks % size] * (num_blocks % size > 0)
     parts = [Part(True, 0, False)] * part.is_first + [Part(False, group, False) for group in groups]
     parts += [Part(False, 0, True)] * part.is_last
-    return tuple(measured(setting, one, puts_off) for one in parts)
-
-
-@cache
-def _counted(setting: Setting, part: Part, puts_off: bool) -> Mapping[Piece, int]:
-    return Counter(_pieces(setting, part, puts_off))
+    pieces = tuple(measured(setting, one, puts_off) for one in parts)
+    return PlannedStage(part, held_by(setting.of_parameters, part, has_pipeline), pieces, Counter(pieces),
+                        measured(setting, Part(False, 1, False), puts_off).input)
 
 
 def padded_vocab_size(config: Config) -> int:

@@ -9,7 +9,7 @@ from megatron.model.flops import model_flops
 from megatron.parallel.traffic import ALL_REDUCE, Traffic
 from megatron.plan.gpus import BANDWIDTH_SHARE, MATRIX_SHARE, Gpu
 from megatron.plan.messages import step_traffic
-from megatron.plan.parameters import rank_parameters, share_size
+from megatron.plan.parameters import share_size
 from megatron.plan.rank import Rank
 
 # Each collective waits this long for its ranks, inside a node and between nodes.
@@ -66,14 +66,14 @@ def _rank_seconds(rank: Rank, gpu: Gpu, peak: float, gpus_per_node: int) -> tupl
     compute_s = compute_seconds(rank, gpu, peak)
     waits_s = (_TENSOR_EXPOSED * seconds["tensor"] + seconds["context"] + _PIPELINE_EXPOSED * seconds["pipeline"])
     waits_s /= rank.num_micro_batches
-    own = share_size(rank_parameters(rank), rank.shards, rank.shard)
+    own = share_size(rank.held, rank.shards, rank.shard)
     optimizer_s = _BYTES_A_STEP * own / (gpu.memory_bandwidth * 1e9 * BANDWIDTH_SHARE)
     return compute_s + waits_s, optimizer_s + _exposed_data(rank, seconds["data"], compute_s)
 
 
 def compute_seconds(rank: Rank, gpu: Gpu, peak: float) -> float:
     """Seconds of arithmetic and memory traffic of one micro-batch's passes through the rank's stages."""
-    pieces = [item for stage in rank.stages for item in rank.counted_pieces(stage).items()]
+    pieces = [item for stage in rank.stages for item in stage.counted_pieces.items()]
     return (sum(count * piece.flops for piece, count in pieces) / (peak * MATRIX_SHARE)
             + sum(count * piece.moved for piece, count in pieces) / (gpu.memory_bandwidth * 1e9 * BANDWIDTH_SHARE))
 

@@ -15,13 +15,13 @@ from megatron.model.protein_model import ProteinModel
 from megatron.parallel.layout import check_layout
 from megatron.parallel.mesh import Axis
 from megatron.parallel.parameters import Normal
+from megatron.parallel.pipeline.partition import stages_of_rank
 from megatron.parallel.tensor.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.parallel.tensor.stream import Stream
 from megatron.plan.dry_run import dry_run, measure
 from megatron.plan.gpus import GPUS
 from megatron.plan.memory import peak_memory
 from megatron.plan.messages import step_traffic
-from megatron.plan.parameters import stage_parameters
 from megatron.plan.rank import Rank, padded_vocab_size
 from megatron.plan.search import Machine, best_plans, layout_flags
 from megatron.plan.step_time import bubble_micro_batches
@@ -89,8 +89,8 @@ def by_group(counts):
 def test_memory_is_within_1_1_percent_of_the_dry_runs(name):
     measured, rank = both(name)
     planned = peak_memory(rank)
-    assert planned.peak == pytest.approx(measured.peak, rel=0.011)
-    assert (planned.parameters, planned.optimizer) == (measured.parameters, measured.optimizer)
+    assert planned.peak == pytest.approx(measured.memory.peak, rel=0.011)
+    assert (planned.parameters, planned.optimizer) == (measured.memory.parameters, measured.memory.optimizer)
 
 
 @pytest.mark.parametrize("name", [*LAYOUTS, *AT_SCALE])
@@ -109,10 +109,10 @@ def test_a_rank_holds_the_parameters_of_the_real_model(layout, number, flags):
     num_ranks = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
     rank = Rank(config, num_ranks, number)
     stream = Stream(Axis(rank.place["tensor"], rank.sizes["tensor"]), config.parallel.sequence_parallel)
-    for stage in rank.stages:
+    for stage, planned in zip(stages_of_rank(4, config.parallel, rank.place["pipeline"]), rank.stages, strict=True):
         with torch.device("meta"):
             model = ProteinModel(config.model, config.precision, padded_vocab_size(config), stream, stage)
-        assert [tuple(p.shape) for p in model.parameters()] == [p.shape for p in stage_parameters(rank, stage)]
+        assert [tuple(p.shape) for p in model.parameters()] == [p.shape for p in planned.held]
 
 
 class BlockWithMore(transformer.Block):
@@ -138,8 +138,8 @@ def test_the_planner_follows_an_option_that_it_does_not_know(monkeypatch, layout
     # What was measured of the model as it is does not hold for another.
     other = replace(config, model=replace(config.model, init_method_std=0.03))
     measured, planned = measure(other), peak_memory(Rank(other, num_ranks))
-    assert planned.peak == pytest.approx(measured.peak, rel=0.011)
-    assert (planned.parameters, planned.optimizer) == (measured.parameters, measured.optimizer)
+    assert planned.peak == pytest.approx(measured.memory.peak, rel=0.011)
+    assert (planned.parameters, planned.optimizer) == (measured.memory.parameters, measured.memory.optimizer)
     assert planned.parameters > 1.3 * before.parameters
     sent = step_traffic(Rank(other, num_ranks)).sent
     assert {key: sent[key] for key in sent if key[0] == "tensor"} == {
