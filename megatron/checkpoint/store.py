@@ -152,7 +152,7 @@ class _Tensors(Mapping[str, Tensor]):
 
     def __init__(self, path: Path) -> None:
         try:
-            self._file = safe_open(path, framework="pt")
+            self._file = _opened(path)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: damaged or missing ({error}); load an older iteration") from error
         self._names = dict.fromkeys(self._file.keys())
@@ -168,6 +168,17 @@ class _Tensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def _opened(path: Path) -> safe_open:
+    """safe_open, which takes no path that is not UTF-8, of any path: such a file goes by the number that it is open as.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with path.open("rb") as file:
+            return safe_open(f"/proc/self/fd/{file.fileno()}", framework="pt")
+    return safe_open(path, framework="pt")
 
 
 def _place(root: Path, iteration: int) -> Path:

@@ -147,6 +147,13 @@ def test_a_damaged_file_is_named(tmp_path, name, content):
         load(str(tmp_path))
 
 
+def test_a_folder_whose_name_is_no_utf8_is_loaded_from(tmp_path):
+    folder = os.fsdecode(bytes(tmp_path / "run-") + b"\xe9")
+    save(folder, example())
+    found = load(folder)
+    torch.testing.assert_close(dict(found.model), dict(example().model))
+
+
 def test_a_truncated_file_is_named(tmp_path):
     path = save(str(tmp_path), example()) / "model.safetensors"
     damage(tmp_path, "model.safetensors", path.read_bytes()[:-5])
