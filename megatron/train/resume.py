@@ -19,6 +19,7 @@ from megatron.log import Log
 _OURS = ("loss.png", "tensorboard")
 _OUTPUT_ENDINGS = (".log", ".out", ".err", ".txt")
 _FACTS = {"progress": dict, "schedule": dict, "loss_scale": list, "config": dict}
+_SCHEDULE = {"lr", "min_lr", "lr_decay_style", "warmup_samples", "decay_samples"}
 
 
 def find_checkpoint(config: CheckpointConfig, log: Log) -> Checkpoint | None:
@@ -59,8 +60,10 @@ def refuse_changes(config: Config, vocab: Vocab, checkpoint: Checkpoint) -> None
                               "value")
     if checkpoint.state.get("vocabulary", vocab.identity) != vocab.identity:
         now, then = (path or "the default" for path in (config.data.vocab_file, saved.get("vocab_file")))
+        remedy = f"put it back as it was, for {then} has changed" if now == then else (
+            f"it was trained with {then}: give that vocabulary")
         raise CheckpointError(f"--vocab-file is {now}, whose tokens are not those, in that order, of the checkpoint in "
-                              f"{options.load}; it was trained with {then}: give that vocabulary")
+                              f"{options.load}; {remedy}")
     keeps_optimizer = not (options.finetune or options.no_load_optim)
     if keeps_optimizer and saved.get("optimizer", config.optimizer.optimizer) != config.optimizer.optimizer:
         raise CheckpointError(f"--optimizer is {config.optimizer.optimizer}, but the checkpoint in {options.load} "
@@ -133,11 +136,14 @@ def _check_state(checkpoint: Checkpoint, folder: str) -> None:
     state, path = checkpoint.state, Path(folder) / f"iter_{checkpoint.iteration:07d}" / "state.json"
     wrong = [name for name, kind in _FACTS.items() if not isinstance(state.get(name), kind)]
     if not wrong:
-        progress = state["progress"]
-        is_whole = progress.keys() == {"iteration", "consumed_samples"} and all(
-            type(value) is int and value >= 0 for value in progress.values())
-        if not is_whole or progress["iteration"] != checkpoint.iteration:
-            wrong = [f"progress {progress}"]
+        progress, scale = state["progress"], state["loss_scale"]
+        holds = {
+            "progress": progress.keys() == {"iteration", "consumed_samples"} and all(
+                type(value) is int and value >= 0 for value in progress.values()) and (
+                progress["iteration"] == checkpoint.iteration),
+            "loss_scale": len(scale) == 3 and all(isinstance(value, int | float) for value in scale),
+            "schedule": state["schedule"].keys() >= _SCHEDULE}
+        wrong = [f"{name} {state[name]}" for name, is_whole in holds.items() if not is_whole]
     if wrong:
         raise CheckpointError(f"{path}: damaged, or of another folder ({wrong[0]}); write the number of another iter_ "
                               f"folder into {Path(folder) / LATEST}")

@@ -137,14 +137,17 @@ def test_another_vocabulary_is_refused_and_a_copy_is_not(begun, tmp_path):
     copy.write_text("\n".join(tokens))
     swapped.write_text("\n".join([*tokens[:-2], tokens[-1], tokens[-2]]))
     assert f"--vocab-file is {swapped}" in begun.error("--train-iters", 8, "--vocab-file", swapped)
-    begun("--train-iters", 8, "--vocab-file", copy)
+    begun("--train-iters", 8, "--vocab-file", copy, "--exit-interval", 6)
+    swapped.replace(copy)
+    assert "put it back as it was" in begun.error("--train-iters", 8, "--vocab-file", copy)
 
 
 def test_a_state_that_is_not_a_runs_is_named(begun):
     path = begun.folder / "iter_0000004" / "state.json"
     whole = json.loads(path.read_text())
     for damage in ({"progress": None}, {"progress": {"iteration": 4}}, {"config": []}, {"loss_scale": {}},
-                   {"progress": {"iteration": 5, "consumed_samples": 8}}, {"schedule": 3}):
+                   {"progress": {"iteration": 5, "consumed_samples": 8}}, {"schedule": 3},
+                   {"schedule": {}}, {"loss_scale": [1.0]}, {"loss_scale": ["1", 2, 3]}):
         path.write_text(json.dumps({**whole, **damage}))
         assert str(path) in begun.error("--train-iters", 8), damage
 
