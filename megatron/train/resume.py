@@ -99,7 +99,7 @@ def facts_of(config: Config, vocab: Vocab, data: Splits, global_batch_size: int)
                       ((data.train,), ()))
     return {"config": _as_json(config.as_dict() | {"global_batch_size": global_batch_size}),
             "vocabulary": vocab.identity,
-            "data": [list(map(str, weights)), [part.documents.indexed.identity for part in parts]]}
+            "data": [list(map(str, weights)), [part.documents.indexed.contents() for part in parts]]}
 
 
 def _changed(config: Config, now: Mapping[str, Any], saved: Mapping[str, Any],
