@@ -111,10 +111,12 @@ class Claim:
         in_use = ConfigError(f"--save {self._folder} is in use by {who}; wait for its end, stop it, or name another "
                              "folder")
         if holder.get("machine") == self._me["machine"]:
-            if holder.get("started") == _start_of(int(holder.get("pid", 0))):
+            pid = holder.get("pid")
+            started = _start_of(pid) if isinstance(pid, int) else None
+            if started is not None and started == holder.get("started"):
                 raise in_use
             return True
-        left_s = STALE_S - (self._time_there_s() - beat_s)
+        left_s = min(STALE_S, STALE_S - (self._time_there_s() - beat_s))  # a clock may have been put back since
         if left_s > 0:
             tell(f"{self._folder} was in use by {who}: waiting up to {left_s:.0f} s for a sign of life")
         deadline_s = time.monotonic() + left_s

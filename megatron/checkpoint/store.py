@@ -122,13 +122,35 @@ def load_model(stages: Iterable[torch.nn.Module], tensors: Mapping[str, Tensor],
         where = "the model" if name in tensors else source
         raise CheckpointError(f"{source}: parameter {name} is not in {where}; give the model flags of that checkpoint")
     for name, parameter in (named for stage in stages for named in stage.named_parameters()):
-        placement, whole = placement_of(parameter), tensors[name]
-        expected = placement.whole_shape(parameter)
-        if whole.shape != expected:
-            raise CheckpointError(f"{source}: {name} is {list(whole.shape)} there and {list(expected)} here; give the "
-                                  "model flags of that checkpoint")
         with torch.no_grad():
-            parameter.copy_(placement.cut(whole, parameter))
+            parameter.copy_(_part(tensors, name, parameter, source))
+
+
+def optimizer_parts(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """This rank's parts of an optimizer's state, KIND/PARAMETER; that of other ranks' parameters stays unread.
+
+    Raises CheckpointError where it does not fit `parameters`, those of this rank.
+    """
+    kinds_of: dict[str, set[str]] = {}
+    for key in tensors:
+        kind, _, name = key.partition("/")
+        kinds_of.setdefault(name, set()).add(kind)
+    for name, kinds in sorted(kinds_of.items()):
+        if missing := set().union(*kinds_of.values()) - kinds:
+            raise CheckpointError(f"{source}: the optimizer's state lacks {min(missing)}/{name}; load an older "
+                                  "iteration, or give --no-load-optim to start the optimizer afresh")
+    named = ((key, parameters.get(key.partition("/")[2])) for key in tensors)
+    return {key: _part(tensors, key, parameter, source) for key, parameter in named if parameter is not None}
+
+
+def _part(tensors: Mapping[str, Tensor], name: str, parameter: Tensor, source: str) -> Tensor:
+    """This rank's part of a whole tensor that lies as `parameter` does; a scalar has no parts."""
+    placement, whole = placement_of(parameter), tensors[name]
+    expected = placement.whole_shape(parameter)
+    if whole.ndim and whole.shape != expected:
+        raise CheckpointError(f"{source}: {name} is {list(whole.shape)} there and {list(expected)} here; give the "
+                              "model flags of that checkpoint")
+    return placement.cut(whole, parameter)
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -139,7 +161,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         version = state["version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a readable checkpoint state ({error}); load an older iteration") from error
     if version != VERSION:
         raise CheckpointError(f"{path}: version {version}, this program reads {VERSION}; load it with the program that "
@@ -152,7 +174,7 @@ class _Tensors(Mapping[str, Tensor]):
 
     def __init__(self, path: Path) -> None:
         try:
-            self._file = safe_open(path, framework="pt")
+            self._file = _opened(path)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: damaged or missing ({error}); load an older iteration") from error
         self._names = dict.fromkeys(self._file.keys())
@@ -168,6 +190,17 @@ class _Tensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def _opened(path: Path) -> safe_open:
+    """safe_open, which takes no path that is not UTF-8, of any path: such a file goes by the number that it is open as.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with path.open("rb") as file:
+            return safe_open(f"/proc/self/fd/{file.fileno()}", framework="pt")
+    return safe_open(path, framework="pt")
 
 
 def _place(root: Path, iteration: int) -> Path:

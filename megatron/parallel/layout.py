@@ -104,7 +104,8 @@ def _check_schedule(config: Config, num_ranks: int) -> None:
                   f"has one stage a rank, and {_VIRTUAL} asks for several"),
                  (parallel.data_parallel_sharding != "none",
                   f"{puts_off} --data-parallel-sharding {parallel.data_parallel_sharding} would sum them"),
-                 (parallel.DDP_impl == "torch", f"{puts_off} --DDP-impl torch would sum them")]
+                 (parallel.DDP_impl == "torch", f"{puts_off} --DDP-impl torch would sum them"),
+                 (training.compile, f"{puts_off} a block of --compile computes them")]
         for is_wrong, why in wrong:
             if is_wrong:
                 raise ConfigError(f"--pipeline-schedule zero-bubble {why}; leave one of the two out")

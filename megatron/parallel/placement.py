@@ -97,13 +97,6 @@ def wholes(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], *, k
     return collect(kept, pipeline) if keep and pipeline is not None else kept
 
 
-def parts(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """This rank's parts of the tensors that `wholes` gave; those of other pipeline ranks' parameters stay unread."""
-    named = ((key, parameters.get(key.split("/")[-1])) for key in tensors)
-    return {key: placement_of(parameter).cut(tensors[key], parameter) for key, parameter in named
-            if parameter is not None}
-
-
 def gradient_norm(parameters: Iterable[nn.Parameter], pipeline: Axis | None = None) -> Tensor:
     """The L2 norm (fp32 scalar) of the gradients' wholes: each element counts once, on every rank alike."""
     by_axes: dict[tuple[Axis, ...], list[Tensor]] = {(): []}

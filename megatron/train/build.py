@@ -5,7 +5,7 @@ from functools import cached_property
 
 import torch
 
-from megatron.checkpoint.store import Checkpoint, load_model
+from megatron.checkpoint.store import Checkpoint, load_model, optimizer_parts
 from megatron.config import Config, ScheduleConfig
 from megatron.data.batches.batch import BatchShape, batch_shape
 from megatron.data.corpus.vocab import DEFAULT_VOCAB, Vocab
@@ -16,7 +16,7 @@ from megatron.model.protein_model import ProteinModel
 from megatron.optim.schedule import Schedule, build_schedule
 from megatron.parallel.collectives import all_reduce_sum
 from megatron.parallel.mesh import Mesh
-from megatron.parallel.placement import parts, wholes
+from megatron.parallel.placement import wholes
 from megatron.train.engine import Engine, build_engine, stream_of
 from megatron.train.resume import differences, facts_of, find_checkpoint, refuse_changes
 from megatron.train.state import BatchSizes, TrainState
@@ -93,7 +93,8 @@ def _go_on(run: Run, checkpoint: Checkpoint) -> None:
     if saved["config"].get("fp16", config.precision.fp16):  # elsewhere the scale was 1, and nothing was learnt of it
         engine.loss_scale.load_state(saved["loss_scale"])
     if checkpoint.optimizer is not None:
-        engine.optimizer.load_state(parts(checkpoint.optimizer, engine.model.parameters))
+        engine.optimizer.load_state(optimizer_parts(checkpoint.optimizer, engine.model.parameters,
+                                                    f"the checkpoint in {config.checkpoint.load}"))
     facts = facts_of(config, run.vocab, run.data, run.sizes.final)
     for line in differences(config, facts, saved):
         run.log.line(line)

@@ -57,7 +57,7 @@ class Training:
         """Take all steps that are left, or stop when asked, and save; returns whether the end was reached."""
         run, config, mesh = self._run, self._run.config, self._run.mesh
         if run.state.iteration >= self._last_iteration:
-            run.log.line(f"training is complete at iteration {run.state.iteration}")
+            run.log.line(f"training is complete at iteration {run.state.iteration}{self._how_far_past()}")
             return True
         self._peak_flops = config.logging.peak_tflops * 1e12 if config.logging.peak_tflops else measured_peak_flops(
             compute_dtype(config.precision), mesh.device, config.training.micro_batch_size * config.data.seq_length,
@@ -76,6 +76,13 @@ class Training:
         if run.state.iteration < self._last_iteration:
             run.log.line(f"stopped {self._where_stopped()}")
         return run.state.iteration >= self._last_iteration
+
+    def _how_far_past(self) -> str:
+        """Behind which flag's end the run stands that it went on from; empty where it ended there."""
+        state, training = self._run.state, self._run.config.training
+        flag, end, done = (("--train-iters", training.train_iters, state.iteration) if training.train_iters else
+                           ("--train-samples", training.train_samples, state.consumed_samples))
+        return f": it had {done} behind it, and {flag} is {end}" if end is not None and done > end else ""
 
     def _where_stopped(self) -> str:
         iteration, folder = self._run.state.iteration, self._run.config.checkpoint.save
@@ -122,8 +129,8 @@ class Training:
                            learning_rate=learning_rate, global_batch_size=rows, loss_scale=scale,
                            peak_flops=self._peak_flops * run.mesh.world.size)
         can_recover = run.engine.loss_scale.is_dynamic and scale > run.config.precision.min_loss_scale
-        if reading.num_skipped == reading.num_steps and not can_recover:
-            raise DivergedError(f"the gradients of the last {reading.num_steps} steps up to iteration "
+        if 0 < reading.num_steps_with_targets == reading.num_skipped and not can_recover:
+            raise DivergedError(f"the gradients of the last {reading.num_skipped} steps up to iteration "
                                 f"{run.state.iteration} were not finite; lower --lr, lengthen the warm-up, or go on "
                                 "from an older checkpoint")
 

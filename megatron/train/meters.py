@@ -19,6 +19,7 @@ class Reading:
     """
 
     num_steps: int
+    num_steps_with_targets: int
     loss: float | None
     masked_accuracy: float | None
     grad_norm: float | None
@@ -70,7 +71,7 @@ class Meters:
         _, correct, targets, residues, tokens, flops = sums.sum(0).tolist()
         with_targets = [torch.stack(values).cpu()[has_targets].tolist() for values in (norms, taken)]
         reading = Reading(
-            num_steps=len(self._steps), loss=loss if targets else None,
+            num_steps=len(self._steps), num_steps_with_targets=int(has_targets.sum()), loss=loss if targets else None,
             masked_accuracy=correct / targets if targets else None, grad_norm=with_targets[0][-1] if targets else None,
             num_skipped=with_targets[1].count(False), num_residues=int(residues), num_tokens=int(tokens),
             model_flops=flops,

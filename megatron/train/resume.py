@@ -1,6 +1,7 @@
 """What a run takes up: the checkpoint of `--load`, what must be as it was, and a line for whatever else differs."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from megatron.log import Log
 _OURS = ("loss.png", "tensorboard")
 _OUTPUT_ENDINGS = (".log", ".out", ".err", ".txt")
 _FACTS = {"progress": dict, "schedule": dict, "loss_scale": list, "config": dict}
+_SCHEDULE = {"lr", "min_lr", "lr_decay_style", "warmup_samples", "decay_samples"}
 
 
 def find_checkpoint(config: CheckpointConfig, log: Log) -> Checkpoint | None:
@@ -37,6 +39,7 @@ def find_checkpoint(config: CheckpointConfig, log: Log) -> Checkpoint | None:
     checkpoint = load(folder, with_optimizer=not (config.finetune or config.no_load_optim))
     if checkpoint is not None:
         _check_state(checkpoint, folder)
+        _name_batch(checkpoint.state)
         log.line(f"{'taking the weights of' if config.finetune else 'going on from'} iteration "
                  f"{checkpoint.iteration} in {folder}")
         return checkpoint
@@ -57,8 +60,10 @@ def refuse_changes(config: Config, vocab: Vocab, checkpoint: Checkpoint) -> None
                               "value")
     if checkpoint.state.get("vocabulary", vocab.identity) != vocab.identity:
         now, then = (path or "the default" for path in (config.data.vocab_file, saved.get("vocab_file")))
+        remedy = f"put it back as it was, for {then} has changed" if now == then else (
+            f"it was trained with {then}: give that vocabulary")
         raise CheckpointError(f"--vocab-file is {now}, whose tokens are not those, in that order, of the checkpoint in "
-                              f"{options.load}; it was trained with {then}: give that vocabulary")
+                              f"{options.load}; {remedy}")
     keeps_optimizer = not (options.finetune or options.no_load_optim)
     if keeps_optimizer and saved.get("optimizer", config.optimizer.optimizer) != config.optimizer.optimizer:
         raise CheckpointError(f"--optimizer is {config.optimizer.optimizer}, but the checkpoint in {options.load} "
@@ -74,12 +79,14 @@ def differences(config: Config, facts: Mapping[str, Any], saved: Mapping[str, An
 
     `facts`: what the run's own checkpoints will say of it, as `facts_of` has it.
     """
-    lines, now, then = [], facts["config"], saved["config"]
-    is_same_data = facts["data"] == saved.get("data")
+    lines, now, then, is_known = [], facts["config"], saved["config"], "data" in saved
+    is_same_data = facts["data"] == saved["data"] if is_known else _same_places(now["data_path"], then.get("data_path"))
     for item, value, before in _changed(config, now, then, "samples"):
         if not (item.name == "data_path" and is_same_data):  # moved, not changed
-            lines.append(f"note: {flag_name(item)} is {value}, it was {before} before: the samples to come are others")
-    if now["data_path"] == then.get("data_path") and saved.get("data") is not None and not is_same_data:
+            unless = "" if is_known or item.name != "data_path" else ", unless the files are the same"
+            lines.append(f"note: {flag_name(item)} is {value}, it was {before} before: the samples to come are others"
+                         f"{unless}")
+    if now["data_path"] == then.get("data_path") and not is_same_data:
         lines.append("note: the files behind --data-path are not those of before: the samples to come are others")
     lines += [f"note: {flag_name(item)} is {value}, it was {before} before: it holds from here on"
               for item, value, before in _changed(config, now, then, "course")]
@@ -92,7 +99,7 @@ def facts_of(config: Config, vocab: Vocab, data: Splits, global_batch_size: int)
                       ((data.train,), ()))
     return {"config": _as_json(config.as_dict() | {"global_batch_size": global_batch_size}),
             "vocabulary": vocab.identity,
-            "data": [list(map(str, weights)), [part.documents.indexed.identity for part in parts]]}
+            "data": [list(map(str, weights)), [part.documents.indexed.contents() for part in parts]]}
 
 
 def _changed(config: Config, now: Mapping[str, Any], saved: Mapping[str, Any],
@@ -101,6 +108,23 @@ def _changed(config: Config, now: Mapping[str, Any], saved: Mapping[str, Any],
     now = _as_json(now)
     return [(item, now[item.name], saved[item.name]) for _, section in config.sections() for item in fields(section)
             if item.metadata["changes"] == kind and saved.get(item.name, now[item.name]) != now[item.name]]
+
+
+def _same_places(paths: Sequence[str], before: Sequence[str] | None) -> bool:
+    return [os.path.abspath(path) for path in paths] == [os.path.abspath(path) for path in before or ()]
+
+
+def _name_batch(state: dict[str, Any]) -> None:
+    """Put the global batch into a state that does not name it, as where the flag was left to its default.
+
+    It is what the steps so far come to; where they differ, nothing is known of it.
+    """
+    config, progress = state["config"], state["progress"]
+    if config.get("global_batch_size") is None:
+        config.pop("global_batch_size", None)
+        rows, rest = divmod(progress["consumed_samples"], max(1, progress["iteration"]))
+        if rows and not rest and not config.get("rampup_batch_size"):
+            config["global_batch_size"] = rows
 
 
 def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,11 +136,14 @@ def _check_state(checkpoint: Checkpoint, folder: str) -> None:
     state, path = checkpoint.state, Path(folder) / f"iter_{checkpoint.iteration:07d}" / "state.json"
     wrong = [name for name, kind in _FACTS.items() if not isinstance(state.get(name), kind)]
     if not wrong:
-        progress = state["progress"]
-        is_whole = progress.keys() == {"iteration", "consumed_samples"} and all(
-            type(value) is int and value >= 0 for value in progress.values())
-        if not is_whole or progress["iteration"] != checkpoint.iteration:
-            wrong = [f"progress {progress}"]
+        progress, scale = state["progress"], state["loss_scale"]
+        holds = {
+            "progress": progress.keys() == {"iteration", "consumed_samples"} and all(
+                type(value) is int and value >= 0 for value in progress.values()) and (
+                progress["iteration"] == checkpoint.iteration),
+            "loss_scale": len(scale) == 3 and all(isinstance(value, int | float) for value in scale),
+            "schedule": state["schedule"].keys() >= _SCHEDULE}
+        wrong = [f"{name} {state[name]}" for name, is_whole in holds.items() if not is_whole]
     if wrong:
         raise CheckpointError(f"{path}: damaged, or of another folder ({wrong[0]}); write the number of another iter_ "
                               f"folder into {Path(folder) / LATEST}")

@@ -94,14 +94,31 @@ def test_nothing_is_said_of_a_run_that_goes_on_as_it_was(begun):
     assert begun("--train-iters", 8).notes() == []
 
 
+def test_a_checkpoint_that_names_neither_its_batch_nor_its_data_is_not_said_to_have_had_others(begun, monkeypatch):
+    path = begun.folder / "iter_0000004" / "state.json"
+    state = json.loads(path.read_text())
+    state["config"]["global_batch_size"] = None
+    del state["data"], state["vocabulary"]
+    path.write_text(json.dumps(state))
+    monkeypatch.chdir(Path(begun.corpus).parent)
+    begun.corpus = "corpus"
+    assert begun("--train-iters", 8, "--exit-interval", 5).notes() == []
+    begun("--train-iters", 8, "--global-batch-size", 4, "--override-lr-scheduler")
+    assert begun.notes()[0] == "note: --global-batch-size is 4, it was 2 before: it holds from here on"
+
+
+def test_a_run_that_is_past_the_end_of_its_flags_says_so(begun):
+    [line] = [line for line in begun("--train-iters", 3, "--override-lr-scheduler").lines if "complete" in line]
+    assert line == "training is complete at iteration 4: it had 4 behind it, and --train-iters is 3"
+
+
 def test_data_that_were_moved_are_the_same_and_others_in_their_place_are_not(begun, tmp_path):
     for ending in (".bin", ".idx"):
         shutil.copy(begun.corpus + ending, tmp_path / f"moved{ending}")
     begun.corpus = str(tmp_path / "moved")
     assert begun("--train-iters", 8, "--exit-interval", 5).notes() == []
     data = open_indexed(begun.corpus)
-    shorter = [np.array(data[index]) for index in range(len(data) - 20)]
-    write_indexed(Path(begun.corpus), shorter)
+    write_indexed(Path(begun.corpus), [np.array(data[index][::-1]) for index in range(len(data))])
     [note] = begun("--train-iters", 8, "--exit-interval", 6).notes()
     assert note == "note: the files behind --data-path are not those of before: the samples to come are others"
     [note] = begun("--train-iters", 8, "--split", "80,10,10", "--exit-interval", 7).notes()
@@ -119,14 +136,17 @@ def test_another_vocabulary_is_refused_and_a_copy_is_not(begun, tmp_path):
     copy.write_text("\n".join(tokens))
     swapped.write_text("\n".join([*tokens[:-2], tokens[-1], tokens[-2]]))
     assert f"--vocab-file is {swapped}" in begun.error("--train-iters", 8, "--vocab-file", swapped)
-    begun("--train-iters", 8, "--vocab-file", copy)
+    begun("--train-iters", 8, "--vocab-file", copy, "--exit-interval", 6)
+    swapped.replace(copy)
+    assert "put it back as it was" in begun.error("--train-iters", 8, "--vocab-file", copy)
 
 
 def test_a_state_that_is_not_a_runs_is_named(begun):
     path = begun.folder / "iter_0000004" / "state.json"
     whole = json.loads(path.read_text())
     for damage in ({"progress": None}, {"progress": {"iteration": 4}}, {"config": []}, {"loss_scale": {}},
-                   {"progress": {"iteration": 5, "consumed_samples": 8}}, {"schedule": 3}):
+                   {"progress": {"iteration": 5, "consumed_samples": 8}}, {"schedule": 3},
+                   {"schedule": {}}, {"loss_scale": [1.0]}, {"loss_scale": ["1", 2, 3]}):
         path.write_text(json.dumps({**whole, **damage}))
         assert str(path) in begun.error("--train-iters", 8), damage
 
@@ -217,7 +237,7 @@ def test_folders_that_cannot_be_written_are_named_with_their_flag_before_trainin
 @pytest.mark.parametrize("place", ["metrics", "board"])
 def test_a_disk_that_is_full_while_metrics_are_written_is_one_line(tmp_path, capfd, place):
     events = Events(CheckpointConfig(save=str(tmp_path)), LoggingConfig(), Log(), 0)
-    reading = Reading(1, 2.5, 0.1, 1.0, 0, 10, 10, 1.0, 1.0)
+    reading = Reading(1, 1, 2.5, 0.1, 1.0, 0, 10, 10, 1.0, 1.0)
     with Path("/dev/full").open("wb") as full:
         if place == "metrics":
             events._metrics = Path("/dev/full")

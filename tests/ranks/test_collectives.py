@@ -7,7 +7,7 @@ from torch import nn
 from megatron.parallel.collectives import sum_gradients, sum_outputs, sum_to_slices
 from megatron.parallel.mesh import Axis
 from megatron.parallel.parameters import BIAS, replicated_parameter, split_parameter
-from megatron.parallel.placement import gradient_norm, parts, wholes
+from megatron.parallel.placement import gradient_norm, placement_of, wholes
 from megatron.parallel.randomness import distinct_randomness
 from megatron.parallel.tensor.stream import Stream
 from tests.ranks.launch import run_ranks
@@ -93,7 +93,8 @@ def through_a_checkpoint(axis):
     parameters = {"rows": split_parameter((6, 2), 0, axis, BIAS), "columns": split_parameter((2, 4), 1, axis, BIAS),
                   "padded": split_parameter((3,), 0, axis, BIAS, local_size=4),
                   "replicated": replicated_parameter((5,), axis, BIAS, has_partial_gradient=False)}
-    local = parts(whole, parameters)
+    local = {key: placement_of(parameter).cut(tensor, parameter) for key, tensor in whole.items()
+             for parameter in [parameters[key.split("/")[-1]]]}
     assert all(local[name].shape == parameter.shape for name, parameter in parameters.items())
     again = wholes(local, parameters, keep=axis.rank == 0)
     return [all(torch.equal(again[name], tensor) for name, tensor in whole.items()) if again else "nothing",
@@ -109,7 +110,7 @@ def norm_of_gradients(axis):
                   replicated_parameter((1,), axis, BIAS, has_partial_gradient=False)]
     wholes_of = [torch.tensor([1., 2., 3., 4.]), torch.tensor([6., 7.]), torch.tensor([5.])]
     for parameter, gradient in zip(parameters, wholes_of, strict=True):
-        parameter.grad = parts({"a": gradient}, {"a": parameter})["a"]
+        parameter.grad = placement_of(parameter).cut(gradient, parameter)
     return gradient_norm(parameters)
 
 

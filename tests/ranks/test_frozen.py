@@ -10,7 +10,7 @@ from megatron.config import Config, DataConfig, OptimizerConfig, ParallelConfig,
 from megatron.errors import ConfigError
 from megatron.model.initialisation import initialise
 from megatron.parallel.mesh import Mesh, build_mesh
-from megatron.parallel.placement import parts, wholes
+from megatron.parallel.placement import placement_of, wholes
 from megatron.train.engine import build_engine
 from megatron.train.meters import Meters
 from megatron.train.step import TrainStep
@@ -49,7 +49,7 @@ class Living:
                 for name, parameter in stage.named_parameters():
                     parameter.requires_grad_(trained(name))
                     if weights is not None:
-                        parameter.data.copy_(parts({name: weights[name]}, {name: parameter})[name])
+                        parameter.data.copy_(placement_of(parameter).cut(weights[name], parameter))
 
         self.mesh, self.engine = mesh, build_engine(config, mesh, VOCABULARY, load)
         self.meters = Meters(mesh.world, CPU)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron.checkpoint import store as module
-from megatron.checkpoint.store import LATEST, Checkpoint, load, load_model, save, set_aside
+from megatron.checkpoint.store import LATEST, Checkpoint, load, load_model, optimizer_parts, save, set_aside
 from megatron.errors import CheckpointError
 from megatron.files import new_folder, write_text
 
@@ -147,6 +147,13 @@ def test_a_damaged_file_is_named(tmp_path, name, content):
         load(str(tmp_path))
 
 
+def test_a_folder_whose_name_is_no_utf8_is_loaded_from(tmp_path):
+    folder = os.fsdecode(bytes(tmp_path / "run-") + b"\xe9")
+    save(folder, example())
+    found = load(folder)
+    torch.testing.assert_close(dict(found.model), dict(example().model))
+
+
 def test_a_truncated_file_is_named(tmp_path):
     path = save(str(tmp_path), example()) / "model.safetensors"
     damage(tmp_path, "model.safetensors", path.read_bytes()[:-5])
@@ -190,6 +197,24 @@ class Watched(dict):
     def __getitem__(self, name):
         self.asked.append(name)
         return super().__getitem__(name)
+
+
+@pytest.mark.parametrize(("state", "message"), [
+    ({"exp_avg/weight": torch.ones(2, 3), "exp_avg_sq/weight": torch.ones(3, 3), "step/weight": torch.tensor(1.)},
+     r"exp_avg/weight is \[2, 3\] there and \[3, 3\] here"),
+    ({"exp_avg/weight": torch.ones(3, 3), "exp_avg/bias": torch.ones(3), "step/bias": torch.tensor(1.)},
+     "lacks step/weight"),
+    ({"weight": torch.ones(3, 3), "exp_avg/weight": torch.ones(3, 3)}, "lacks exp_avg/")])
+def test_an_optimizers_state_that_does_not_fit_the_parameters_is_refused(state, message):
+    with pytest.raises(CheckpointError, match=message):
+        optimizer_parts(state, dict(torch.nn.Linear(3, 3).named_parameters()), "the checkpoint")
+
+
+def test_state_of_parameters_that_are_on_other_ranks_or_were_frozen_is_no_fault():
+    state = {"exp_avg/weight": torch.ones(3, 3), "step/weight": torch.tensor(1.), "exp_avg/elsewhere": torch.ones(7),
+             "step/elsewhere": torch.tensor(1.)}
+    found = optimizer_parts(state, dict(torch.nn.Linear(3, 3).named_parameters()), "the checkpoint")
+    assert found.keys() == {"exp_avg/weight", "step/weight"}
 
 
 def test_a_stage_takes_its_own_tensors_and_leaves_those_of_other_stages_unread():

@@ -92,6 +92,23 @@ def test_a_lock_that_a_power_cut_has_damaged_is_taken_over_once_it_is_old(tmp_pa
     assert not said
 
 
+@pytest.mark.parametrize("damage", [{"pid": "abc"}, {"pid": None, "started": None}, {"pid": 0, "started": None}])
+def test_a_lock_of_this_host_that_names_no_process_holds_nothing(tmp_path, damage):
+    acquired(tmp_path)._is_released.set()
+    lock = tmp_path / LOCK
+    lock.write_text(json.dumps({**json.loads(lock.read_text()), "token": "of another", **damage}))
+    acquired(tmp_path).release()
+
+
+def test_a_clock_that_was_put_back_does_not_lengthen_the_wait_for_a_dead_holder(tmp_path):
+    acquired(tmp_path)._is_released.set()
+    move_to_another_host(tmp_path / LOCK, token="of the dead")
+    tomorrow_s, began_s = time.time() + 86400, time.monotonic()
+    os.utime(tmp_path / LOCK, (tomorrow_s, tomorrow_s))
+    acquired(tmp_path).release()
+    assert time.monotonic() - began_s < 5
+
+
 def test_of_many_that_find_a_dead_holder_one_takes_the_folder(tmp_path):
     acquired(tmp_path)._is_released.set()
     lock = tmp_path / LOCK

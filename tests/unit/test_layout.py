@@ -83,6 +83,8 @@ def test_tensor_ranks_are_neighbours():
      "has one stage a rank, and --num-layers-per-virtual-pipeline-stage asks for several; leave one of the two out"),
     ("--pipeline-model-parallel-size 2 --pipeline-schedule zero-bubble --use-distributed-optimizer", 2,
      "puts weights' gradients off past the backward pass in which --data-parallel-sharding optimizer would sum them"),
+    ("--pipeline-model-parallel-size 2 --pipeline-schedule zero-bubble --compile", 2,
+     "a block of --compile computes them; leave one of the two out"),
     ("--pipeline-model-parallel-size 2 --pipeline-schedule zero-bubble --DDP-impl torch", 2, "--DDP-impl torch "
      "would sum"),
     ("--data-parallel-sharding gradients --DDP-impl torch", 2, "--DDP-impl torch keeps everything on every rank"),

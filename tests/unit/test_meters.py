@@ -48,6 +48,11 @@ def test_steps_without_targets_have_no_loss_and_none_of_them_was_skipped():
     assert found.num_skipped == 0
 
 
+def test_steps_without_targets_do_not_hide_that_all_others_were_skipped():
+    found = reading((2.0, 10, float("nan"), False), (NOTHING, 0, NOTHING, False), (2.0, 10, float("inf"), False))
+    assert (found.num_steps, found.num_steps_with_targets, found.num_skipped) == (3, 2, 2)
+
+
 def test_a_loss_that_diverged_is_told_from_one_that_is_not_there():
     found = reading((NOTHING, 10, float("inf"), False), (2.0, 10, 1.0, True))
     assert found.loss is not None and np.isnan(found.loss)

@@ -128,7 +128,7 @@ def test_nucleotides_are_noticed_once_a_file_and_proteins_never(tmp_path, capsys
     preprocess(PreprocessConfig(input=(source, source), dry_run=True, dedup=dedup))
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == is_warned
-    assert not is_warned or f"warning: {source}: nearly all letters are A C G T N, as in DNA" in lines[0]
+    assert not is_warned or f"warning: {source}: nearly all letters are A C G T U N, as in DNA and RNA" in lines[0]
 
 
 def test_a_path_that_is_no_utf_8_is_read_and_written_and_named(tmp_path):

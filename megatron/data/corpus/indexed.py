@@ -23,6 +23,7 @@ IMPLEMENTATIONS = ("mmap", "cached", "lazy")
 DTYPES: dict[int, type[np.integer]] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 MMAP_HEADER_BYTES = 34
 TNT_HEADER_BYTES = 56
+PROBES, IDS_A_PROBE = 64, 1024
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,13 @@ class IndexedDataset:
         digest = hashlib.sha256(f"{self.dtype.str} {self.tokens.nbytes} {len(self.sizes)}".encode())
         digest.update(np.ascontiguousarray(self.sizes).data)
         digest.update(np.ascontiguousarray(self.doc_idx).data)
+        return digest.hexdigest()[:32]
+
+    def contents(self) -> str:
+        """A digest of `identity` and of ids from all over the .bin: tells other data of the same lengths."""
+        digest = hashlib.sha256(self.identity.encode())
+        for start in np.linspace(0, max(0, len(self.tokens) - IDS_A_PROBE), PROBES, dtype=np.int64).tolist():
+            digest.update(np.ascontiguousarray(self.tokens[start:start + IDS_A_PROBE]).data)
         return digest.hexdigest()[:32]
 
 

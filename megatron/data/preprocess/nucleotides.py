@@ -40,5 +40,5 @@ class NucleotideWatch:
         self._counts = None
         if (total >= _FEW_LETTERS and sum(bases) + unknown >= _MIN_SHARE * total
                 and min(bases) >= _MIN_BASE_SHARE * total):
-            print(f"warning: {self._source}: nearly all letters are A C G T N, as in DNA; a protein file has amino "
-                  "acids: translate it first", file=sys.stderr)
+            print(f"warning: {self._source}: nearly all letters are A C G T U N, as in DNA and RNA; a protein file has "
+                  "amino acids: translate it first", file=sys.stderr)
