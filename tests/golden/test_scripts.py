@@ -87,7 +87,8 @@ def slim_path(tmp_path):
 def test_a_request_to_stop_reaches_the_ranks_which_save_and_end_with_success(corpus, tmp_path, slim_path):
     process = start(ROOT / "examples" / "pretrain_proteinlm_200m.sh", corpus, tmp_path / "run", "--train-iters", 100000,
                     PATH=slim_path, GPUS_PER_NODE="2")
-    while not (tmp_path / "run" / "metrics.jsonl").exists():
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size):  # it is there before the first step, empty
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
     process.send_signal(signal.SIGUSR1)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pretrain_tape import main
-from tests.golden.training import DROPOUT, TINY, losses, run_program, start_program
+from tests.golden.training import DROPOUT, TINY, losses, start_program
 
 CURVE = Path(__file__).with_name("curve.json")
 
@@ -85,27 +85,6 @@ def test_how_a_batch_is_cut_does_not_change_the_curve(corpus, tmp_path):
     whole = train(corpus, tmp_path / "whole", "--micro-batch-size", 4, "--global-batch-size", 4)
     pieces = train(corpus, tmp_path / "pieces", "--micro-batch-size", 1, "--global-batch-size", 4)
     assert relative_difference(pieces, whole) < 1e-6
-
-
-@pytest.mark.parametrize("implementation", ["local", "torch"])
-def test_two_ranks_follow_the_curve_of_one(corpus, tmp_path, implementation):
-    batch = ["--micro-batch-size", "1", "--global-batch-size", "4"]
-    one = train(corpus, tmp_path / "one", *batch)
-    status, output = run_program(*TINY, "--train-iters", 12, "--data-path", corpus, "--save", tmp_path / "two", *batch,
-                                 "--DDP-impl", implementation, ranks=2)
-    assert status == 0, output
-    assert relative_difference(losses(tmp_path / "two"), one) < 1e-6
-    valid = losses(tmp_path / "one", "valid")
-    assert relative_difference(losses(tmp_path / "two", "valid"), valid) < 1e-6
-
-
-def test_one_rank_goes_on_where_two_stopped(corpus, tmp_path):
-    batch = ["--micro-batch-size", "1", "--global-batch-size", "4"]
-    one = train(corpus, tmp_path / "one", *batch)
-    status, output = run_program(*TINY, "--train-iters", 12, "--data-path", corpus, "--save", tmp_path / "two", *batch,
-                                 "--exit-interval", 6, ranks=2)
-    assert status == 0, output
-    assert relative_difference(train(corpus, tmp_path / "two", *batch), one) < 1e-6
 
 
 def test_recomputation_changes_no_bit_of_the_curve(corpus, tmp_path):

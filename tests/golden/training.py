@@ -8,14 +8,14 @@ import subprocess
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
-import torch
 
 from megatron.data.corpus.indexed_writer import write_indexed
 from megatron.data.corpus.vocab import Vocab
 from pretrain_tape import main
-from tests.ranks.launch import warm_processes
+from tests.ranks.launch import on_processes
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 256 --micro-batch-size 2 "
@@ -54,27 +54,21 @@ def run_program(*flags: object, ranks: int = 1, launcher: str = "run") -> tuple[
 
 
 def run_on_ranks(*flags: object, ranks: int) -> list[int | None]:
-    """The exit status of each rank of a program that is started without the launcher, in processes that have torch."""
-    context = warm_processes()
+    """The exit status of each rank of a program that is started without a launcher, in processes that have torch."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    processes = [context.Process(target=_one_rank, args=(rank, ranks, port, [str(flag) for flag in flags]))
-                 for rank in range(ranks)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        process.kill()
-    return [process.exitcode for process in processes]
+    answers = on_processes(_one_rank, ranks, port, [str(flag) for flag in flags])
+    return [0 if isinstance(answer, bytes) else answer for answer in answers]
 
 
-def _one_rank(rank: int, ranks: int, port: int, flags: list[str]) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+def _one_rank(rank: int, ranks: int, port: int, flags: list[str]) -> bytes:
+    environment = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}
+    with patch.dict(os.environ, environment), open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         status = main(flags)
-    sys.exit(status)
+    if status:
+        sys.exit(status)  # as the program does: its peers learn of it when it has gone
+    return b""
 
 
 def losses(folder: Path, kind: str = "train", name: str = "loss") -> dict[int, float]:

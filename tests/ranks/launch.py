@@ -1,12 +1,15 @@
-"""Run a function on several gloo ranks of this machine, in processes that have torch loaded already."""
+"""Run a function on several gloo ranks of this machine, in processes that stay and have torch loaded already."""
 
+import io
 import multiprocessing
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.context import ForkServerContext
-from pathlib import Path
+from functools import cache
+from multiprocessing import connection
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
 import torch
@@ -24,19 +27,31 @@ PRELOADED = ["torch", "torch._dynamo", "torch.distributed.fsdp", "torch.utils.te
 
 def run_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any) -> list[Any]:
     """What `function(axis, *arguments)` returned on each rank, in their order; raises where a rank fails."""
-    context = warm_processes()
     with tempfile.TemporaryDirectory() as folder:
-        processes = [context.Process(target=_one_rank, args=(function, rank, num_ranks, folder, arguments))
-                     for rank in range(num_ranks)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(TIMEOUT_S)
-        codes = [process.exitcode for process in processes]
-        for process in processes:
-            process.kill()
-        assert codes == [0] * num_ranks, f"exit codes of the ranks: {codes}"
-        return [torch.load(Path(folder) / f"result-{rank}.pt", weights_only=True) for rank in range(num_ranks)]
+        answers = on_processes(_one_rank, num_ranks, folder, function, *arguments)
+    results = [answer for answer in answers if isinstance(answer, bytes)]
+    assert len(results) == num_ranks, f"exit codes of the ranks that ended: {set(answers) - set(results)}"
+    return [torch.load(io.BytesIO(result), weights_only=True) for result in results]
+
+
+def on_processes(function: Callable[..., bytes], number: int, *arguments: Any) -> list[bytes | int | None]:
+    """What `function(process number, number of processes, *arguments)` returned in each process.
+
+    Or the exit code of a process that ended; None where one hangs. The processes are the same in every call, for as
+    long as none of them ends: starting one, and the first step in it, take seconds.
+    """
+    workers = _workers()
+    workers += [_Worker() for _ in range(number - len(workers))]
+    busy = workers[:number]
+    for rank, worker in enumerate(busy):
+        worker.connection.send((function, (rank, number, *arguments)))
+    deadline_s = time.monotonic() + 2 * TIMEOUT_S
+    answers = [worker.answer(deadline_s) for worker in busy]
+    if not all(isinstance(answer, bytes) for answer in answers):
+        for worker in workers:
+            worker.process.kill()
+        workers.clear()
+    return answers
 
 
 def warm_processes() -> ForkServerContext:
@@ -46,11 +61,47 @@ def warm_processes() -> ForkServerContext:
     return context
 
 
-def _one_rank(function: Callable[..., Any], rank: int, num_ranks: int, folder: str, arguments: tuple) -> None:
+class _Worker:
+    """A process that does what it is sent, one thing after another."""
+
+    def __init__(self) -> None:
+        self.connection, theirs = multiprocessing.Pipe()
+        self.process: ForkServerProcess = warm_processes().Process(target=_work, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def answer(self, deadline_s: float) -> bytes | int | None:
+        """What it returned, the exit code with which it ended, or None if it did neither in time."""
+        if not self.connection.poll(max(0.0, deadline_s - time.monotonic())):
+            return None
+        try:
+            return self.connection.recv_bytes()
+        except (EOFError, ConnectionResetError):
+            self.process.join(TIMEOUT_S)
+            return self.process.exitcode
+
+
+@cache
+def _workers() -> list[_Worker]:
+    """Those of this session."""
+    return []
+
+
+def _work(parent: connection.Connection) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    while True:
+        try:
+            function, arguments = parent.recv()
+        except EOFError:
+            return
+        parent.send_bytes(function(*arguments))
+
+
+def _one_rank(rank: int, num_ranks: int, folder: str, function: Callable[..., Any], *arguments: Any) -> bytes:
     store = dist.FileStore(f"{folder}/store", num_ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=TIMEOUT)
-    result = function(Axis(rank, num_ranks, dist.group.WORLD), *arguments)
-    torch.save(result, f"{folder}/result-{rank}.pt")
+    result = io.BytesIO()
+    torch.save(function(Axis(rank, num_ranks, dist.group.WORLD), *arguments), result)
     dist.destroy_process_group()
+    return result.getvalue()
