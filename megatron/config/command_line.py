@@ -104,15 +104,15 @@ def flag_name(item: Field) -> str:
     return "--" + (item.metadata["name"] or item.name.replace("_", "-"))
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     """argparse, but a mistake raises a ConfigError of one line instead of printing the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
 
 
-def _parser() -> _Parser:
-    parser = _Parser(description="Pretrain a protein language model on packed proteins.", allow_abbrev=False)
+def _parser() -> OneLineParser:
+    parser = OneLineParser(description="Pretrain a protein language model on packed proteins.", allow_abbrev=False)
     parser.add_argument("--preset", choices=tuple(PRESETS), default=argparse.SUPPRESS,
                         help="a published model with its hyperparameters, or a small one; any other flag overrides it")
     for item in fields(Config):

@@ -4,7 +4,7 @@ Shapes: t flat tokens of the packed proteins on this context rank, u of them in 
 but for sequence parallelism), m targets among them, h hidden, v vocabulary (padded) on this rank.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from megatron.model.transformer import Transformer
 from megatron.parallel.mesh import Axis
 from megatron.parallel.parameters import inherit
 from megatron.parallel.pipeline.partition import Stage, whole_model
+from megatron.parallel.tensor.layers import Matrix
 from megatron.parallel.tensor.stream import ONE_RANK, Stream
 from megatron.parallel.tensor.vocabulary import vocabulary_cross_entropy
 
@@ -81,6 +82,11 @@ class ProteinModel(nn.Module):
         for name, parameter in self.named_parameters():
             inherit(parameter, before[name])
         return self
+
+    def matrices(self) -> Iterator[Matrix]:
+        """The layers whose weights are multiplied; without a head the embedding's rows are looked up alone."""
+        multiplied = self if self.stage.is_last else self.transformer
+        return (layer for layer in multiplied.modules() if isinstance(layer, Matrix))
 
     def blocks(self) -> Iterable[nn.Module]:
         """The transformer's blocks: the units in which parameters are shared out and gathered."""

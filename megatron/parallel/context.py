@@ -41,10 +41,10 @@ def context_attention(qkv_un3d: Tensor, sequence: PackedSequence, dropout: float
 
 @torch.compiler.disable  # traced, each new list of lengths would compile anew
 def _by_protein(qkv_un3d: Tensor, sequence: PackedSequence, dropout: float, axis: Axis) -> Tensor:
-    return _ByProtein.apply(qkv_un3d, sequence, dropout, axis)
+    return _GatheredByProtein.apply(qkv_un3d, sequence, dropout, axis)
 
 
-class _ByProtein(torch.autograd.Function):
+class _GatheredByProtein(torch.autograd.Function):
     """Of the keys and values only the rank's own are kept for the backward pass, which gathers all of them again."""
 
     @staticmethod

@@ -117,7 +117,7 @@ def _with_one_block(setting: Setting, part: Part, has_pipeline: bool) -> list[Pa
     with torch.device("meta"):
         ends = Axis(0 if part.is_first else 1, 2) if has_pipeline else Axis()
         model = setting.build(part, mesh, ends)
-        ComputeCopies([model], compute_dtype(setting.precision))
+        ComputeCopies(model.matrices(), compute_dtype(setting.precision))
     copies = {id(layer.weight): num_bytes([layer.copy]) for layer in model.modules() if isinstance(layer, Matrix)}
     in_block = {id(parameter) for block in model.blocks() for parameter in block.parameters()}
     found = []

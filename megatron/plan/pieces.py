@@ -205,7 +205,7 @@ def _watched(setting: Setting, part: Part, puts_off: bool) -> Piece:
         counter = TrafficCounter(mesh)
         with MemoryWatch([counter.count, work.count]) as watch, FakeTensorMode(allow_non_fake_inputs=True):
             model = setting.build(part, mesh)
-            copies = ComputeCopies([model], compute_dtype(setting.precision))  # noqa: F841  (as training keeps them)
+            copies = ComputeCopies(model.matrices(), compute_dtype(setting.precision))  # noqa: F841  (as training does)
             run = _Run(model, setting, watch, puts_off)
             return Piece(**run.passes(setting.batch.to(mesh.device)), num_blocks=part.num_blocks,
                          gradients=num_bytes(model.parameters()), traffic=counter.traffic, flops=work.flops,

@@ -80,7 +80,8 @@ def with_optimizer(config: Config, mesh: Mesh, padded_vocab_size: int, stages: l
         config.model.hidden_size)
     pipeline = Pipeline(mesh, len(stages), config.parallel.pipeline_schedule,
                         lambda: torch.empty(shape, dtype=stages[0].stream_dtype, device=mesh.device))
-    copies = ComputeCopies(stages, compute_dtype(config.precision))
+    matrices = (layer for stage in stages for layer in stage.matrices())
+    copies = ComputeCopies(matrices, compute_dtype(config.precision))
     optimizer = Optimizer(model.parameters, config.optimizer, mesh.pipeline)
     loss_scale = LossScale(config.precision, mesh.device)
     return Engine(config, mesh, padded_vocab_size, stages, model, pipeline, optimizer, copies, loss_scale,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron.data.sources.binary.tape_lmdb import parse_lmdb
-from megatron.data.sources.block import Block
+from megatron.data.sources.block import RecordBlock
 from megatron.data.sources.source import expand
 from megatron.errors import DataError
 from tests.unit.protein_files import (
@@ -186,7 +186,7 @@ def test_nulls_in_parquet_are_bad_records(tmp_path):
     (pickle.dumps({"primary": 3}), "record 8: 'primary' is of type int"),
     (None, "record 8: is missing; the LMDB is not whole")])
 def test_a_bad_record_of_a_tape_lmdb_is_named(value, message):
-    parsed = parse_lmdb(Block("pfam.lmdb", "lmdb", [pickle.dumps({"primary": "MK"}), value], 7, 0), "text")
+    parsed = parse_lmdb(RecordBlock("pfam.lmdb", "lmdb", [pickle.dumps({"primary": "MK"}), value], 7, 0), "text")
     assert parsed.texts == [b"MK", b""]
     assert parsed.bad[1].message.startswith(f"pfam.lmdb: {message}")
 

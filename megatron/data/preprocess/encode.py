@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron.data.corpus.tokenizer import INTERNAL_STOP, Problem, ResidueTokenizer, split_sentences
 from megatron.data.preprocess.tally import Tally
-from megatron.data.sources.block import Block, Texts
+from megatron.data.sources.block import RecordBlock, Texts
 from megatron.data.sources.source import names_of, place_of, texts_of
 from megatron.errors import DataError
 
@@ -33,7 +33,7 @@ class Encoding:
 
 
 @dataclass(frozen=True)
-class Documents:
+class EncodedDocuments:
     """The documents that a block holds under one key.
 
     ids: one byte each. sizes: int32, the length of each sequence. num_sequences: int32, sequences a document.
@@ -55,7 +55,7 @@ class Documents:
         ends = np.append(0, np.cumsum(self.sizes, dtype=np.int64))
         return np.diff(ends[np.append(0, np.cumsum(self.num_sequences))])
 
-    def only(self, is_kept: np.ndarray) -> "Documents":
+    def only(self, is_kept: np.ndarray) -> "EncodedDocuments":
         """Those documents for which `is_kept` is true."""
         of_sequence = np.repeat(is_kept, self.num_sequences)
         ids = np.frombuffer(self.ids, np.uint8)[np.repeat(of_sequence, self.sizes)].tobytes()
@@ -63,7 +63,7 @@ class Documents:
         return replace(self, ids=ids, sizes=self.sizes[of_sequence], num_sequences=self.num_sequences[is_kept],
                        names=names)
 
-    def ended_by(self, eod: int) -> "Documents":
+    def ended_by(self, eod: int) -> "EncodedDocuments":
         """The same with the id `eod` behind each document that is not empty."""
         last = np.cumsum(self.num_sequences)[self.num_sequences > 0] - 1
         ids = np.insert(np.frombuffer(self.ids, np.uint8), np.cumsum(self.sizes, dtype=np.int64)[last], eod).tobytes()
@@ -72,13 +72,13 @@ class Documents:
         return replace(self, ids=ids, sizes=sizes)
 
 
-def encode_block(encoding: Encoding, block: Block) -> list[Documents]:
+def encode_block(encoding: Encoding, block: RecordBlock) -> list[EncodedDocuments]:
     """The block's documents under each key; raises DataError for the first bad record unless these are skipped."""
     names = Texts([]) if encoding.name_key is None else names_of(block, encoding.name_key)
     return [_encode_key(encoding, block, key, names) for key in encoding.keys]
 
 
-def _encode_key(encoding: Encoding, block: Block, key: str, names: Texts) -> Documents:
+def _encode_key(encoding: Encoding, block: RecordBlock, key: str, names: Texts) -> EncodedDocuments:
     parsed = texts_of(block, key)
     encoded, problems = encoding.tokenizer.encode_many(parsed.texts)
     parsed.bad = names.bad | parsed.bad
@@ -95,14 +95,14 @@ def _encode_key(encoding: Encoding, block: Block, key: str, names: Texts) -> Doc
         texts, encoded, lengths = list(compress(texts, is_kept)), list(compress(encoded, is_kept)), lengths[is_kept]
     sizes, num_sequences = _sequences(encoding, texts, lengths)
     lines = b"".join(name + b"\n" for name in compress(names.texts, is_kept))
-    documents = Documents(b"".join(encoded), sizes, num_sequences, tally, reports, b"", lines)
+    documents = EncodedDocuments(b"".join(encoded), sizes, num_sequences, tally, reports, b"", lines)
     if encoding.with_digests:
         return replace(documents, digests=b"".join(map(_digest, encoded)))
     tally.count_documents(documents.ids, lengths)
     return documents
 
 
-def _check_bad(encoding: Encoding, block: Block, bad: dict[int, str], num_records: int, report: str) -> None:
+def _check_bad(encoding: Encoding, block: RecordBlock, bad: dict[int, str], num_records: int, report: str) -> None:
     """Raise DataError for bad records, unless they are to be skipped and do not show that the file is something else.
     """
     found = f"{report} ({len(bad)} of {num_records} records are bad here: is this file what it should be?)"
@@ -116,7 +116,7 @@ def _check_bad(encoding: Encoding, block: Block, bad: dict[int, str], num_record
         raise DataError(f"{report}; mend it, or leave such records out with --skip-bad-records")
 
 
-def _message(block: Block, index: int, parsed: Texts, problems: dict[int, Problem]) -> str:
+def _message(block: RecordBlock, index: int, parsed: Texts, problems: dict[int, Problem]) -> str:
     if index in parsed.bad:
         return parsed.bad[index].message
     problem = problems[index]

@@ -1,11 +1,10 @@
 """The flags of `tools/preprocess_data.py`; spellings are Megatron-LM's where it has them."""
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NoReturn
+from typing import Any
 
-from megatron.config.command_line import add_section_flags, flag_name
+from megatron.config.command_line import OneLineParser, add_section_flags, flag_name
 from megatron.config.declaration import flag, fraction, not_negative, positive
 from megatron.data.corpus.indexed import IMPLEMENTATIONS
 from megatron.data.corpus.tokenizer import TOKENIZER_TYPES
@@ -55,8 +54,8 @@ class PreprocessConfig:
 
 def parse_arguments(argv: Sequence[str]) -> PreprocessConfig:
     """The configuration that `argv` describes; raises ConfigError."""
-    parser = _Parser(prog="preprocess_data.py", allow_abbrev=False,
-                     description="Turn files of proteins into an indexed dataset, one id a residue.")
+    parser = OneLineParser(prog="preprocess_data.py", allow_abbrev=False,
+                           description="Turn files of proteins into an indexed dataset, one id a residue.")
     add_section_flags(parser, PreprocessConfig)
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value
                               for name, value in vars(parser.parse_args(argv)).items()}
@@ -76,10 +75,3 @@ def parse_arguments(argv: Sequence[str]) -> PreprocessConfig:
     if len(set(config.json_keys)) < len(config.json_keys):
         raise ConfigError(f"--json-keys names a key twice: {' '.join(config.json_keys)}")
     return config
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse, but a mistake raises a ConfigError of one line instead of printing the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)

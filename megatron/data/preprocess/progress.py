@@ -7,7 +7,7 @@ from types import TracebackType
 from tqdm import tqdm
 
 
-class Progress:
+class ReadingProgress:
     """A context; `total_bytes` is 0 where it is not known."""
 
     def __init__(self, total_bytes: int, log_interval: int) -> None:
@@ -17,7 +17,7 @@ class Progress:
         if sys.stderr.isatty():
             self._bar = tqdm(total=total_bytes or None, unit="B", unit_scale=True, desc="proteins")
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ReadingProgress":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,

@@ -20,13 +20,13 @@ from megatron.data.corpus.indexed_writer import IndexedWriter
 from megatron.data.corpus.tokenizer import build_tokenizer
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.preprocess.duplicates import SeenDigests
-from megatron.data.preprocess.encode import MAX_REPORTS, Documents, Encoding
+from megatron.data.preprocess.encode import MAX_REPORTS, EncodedDocuments, Encoding
 from megatron.data.preprocess.flags import PreprocessConfig
 from megatron.data.preprocess.nucleotides import NucleotideWatch
-from megatron.data.preprocess.progress import Progress
+from megatron.data.preprocess.progress import ReadingProgress
 from megatron.data.preprocess.tally import Tally, describe
 from megatron.data.preprocess.workers import encoded_blocks
-from megatron.data.sources.block import Block
+from megatron.data.sources.block import RecordBlock
 from megatron.data.sources.names import DEFAULT_NAME_KEY
 from megatron.data.sources.source import Source, expand
 from megatron.data.sources.streams import BLOCK_BYTES
@@ -40,7 +40,7 @@ _DIGESTS_FILE = "digests"
 
 def preprocess(config: PreprocessConfig) -> dict[str, Any]:
     """Write every output of `config` (none for a dry run) and give its statistics back; raises DataError."""
-    run = _Run(config)
+    run = _Preprocessing(config)
     try:
         report = run.process()
     except UserError:
@@ -64,7 +64,7 @@ def output_prefixes(config: PreprocessConfig) -> dict[str, str]:
     return {key: f"{config.output_prefix}_{key}_{level}" for key in config.json_keys}
 
 
-class _Run:
+class _Preprocessing:
     """One run: its inputs, the outputs under way, and what has been counted for each key."""
 
     def __init__(self, config: PreprocessConfig) -> None:
@@ -86,7 +86,7 @@ class _Run:
         if not self.config.dry_run:
             self._open_writers()
         total = sum(source.size for source in self.sources)
-        with Progress(total, self.config.log_interval) as progress:
+        with ReadingProgress(total, self.config.log_interval) as progress:
             for (bytes_read, source), per_key in encoded_blocks(self.encoding, self._blocks(), self.config.workers):
                 self.nucleotides.see(source, per_key[0].ids)
                 for index, documents in enumerate(per_key):
@@ -111,18 +111,18 @@ class _Run:
             else:
                 writer.discard()
 
-    def _blocks(self) -> Iterator[tuple[tuple[int, str], Block]]:
+    def _blocks(self) -> Iterator[tuple[tuple[int, str], RecordBlock]]:
         """Every block that no earlier run has committed, with the bytes of all inputs up to its end, and its file."""
         return islice(self._all_blocks(), self.num_blocks, None)
 
-    def _all_blocks(self) -> Iterator[tuple[tuple[int, str], Block]]:
+    def _all_blocks(self) -> Iterator[tuple[tuple[int, str], RecordBlock]]:
         before = 0
         for source in self.sources:
             for block in source.blocks(self.config.json_keys, self.encoding.name_key):
                 yield (before + block.bytes_read, block.source), block
             before += source.size
 
-    def _take(self, index: int, documents: Documents) -> None:
+    def _take(self, index: int, documents: EncodedDocuments) -> None:
         """Count and write one key's documents of a block."""
         tally = self.tallies[index]
         tally.add(documents.tally)
@@ -141,7 +141,7 @@ class _Run:
             ids = np.frombuffer(documents.ids, np.uint8).astype(self.writers[index].dtype)
             self.writers[index].add(ids, documents.sizes, documents.num_sequences, documents.names)
 
-    def _warn(self, documents: Documents) -> None:
+    def _warn(self, documents: EncodedDocuments) -> None:
         for message in documents.reports[:MAX_REPORTS - self.num_reported]:
             print(f"skipped: {message}", file=sys.stderr)
             self.num_reported += 1

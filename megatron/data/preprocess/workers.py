@@ -10,23 +10,23 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
-from megatron.data.preprocess.encode import Documents, Encoding, encode_block
-from megatron.data.sources.block import Block
+from megatron.data.preprocess.encode import EncodedDocuments, Encoding, encode_block
+from megatron.data.sources.block import RecordBlock
 from megatron.errors import DataError
 
 _BLOCKS_AHEAD_PER_WORKER = 2
 _Mark = TypeVar("_Mark")
 
 
-def encoded_blocks(encoding: Encoding, blocks: Iterator[tuple[_Mark, Block]],
-                   num_workers: int) -> Iterator[tuple[_Mark, list[Documents]]]:
+def encoded_blocks(encoding: Encoding, blocks: Iterator[tuple[_Mark, RecordBlock]],
+                   num_workers: int) -> Iterator[tuple[_Mark, list[EncodedDocuments]]]:
     """Each block's mark and its documents under each key, in the order of the blocks."""
     if num_workers == 1:
         for mark, block in blocks:
             yield mark, encode_block(encoding, block)
         return
     pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
-    pending: deque[tuple[_Mark, Future[list[Documents]]]] = deque()
+    pending: deque[tuple[_Mark, Future[list[EncodedDocuments]]]] = deque()
     try:
         for mark, block in blocks:
             pending.append((mark, pool.submit(encode_block, encoding, block)))
@@ -38,7 +38,7 @@ def encoded_blocks(encoding: Encoding, blocks: Iterator[tuple[_Mark, Block]],
         pool.shutdown(cancel_futures=True)
 
 
-def _result(mark: _Mark, future: Future[list[Documents]]) -> tuple[_Mark, list[Documents]]:
+def _result(mark: _Mark, future: Future[list[EncodedDocuments]]) -> tuple[_Mark, list[EncodedDocuments]]:
     try:
         return mark, future.result()
     except BrokenProcessPool:

@@ -41,7 +41,7 @@ class Contents:
 
 
 @dataclass(frozen=True)
-class Block:
+class RecordBlock:
     """Whole records of one file, still unparsed.
 
     kind: a key of `kinds.FORMATS`. records: bytes of text, or what the kind's reader makes. first: the number, from 1,

@@ -14,7 +14,7 @@ from megatron.data.sources.binary.arrow import ARROW_FILE_MAGIC, ARROW_STREAM_MA
 from megatron.data.sources.binary.columns import parse_columns
 from megatron.data.sources.binary.parquet import PARQUET_MAGIC, parquet_blocks
 from megatron.data.sources.binary.tape_lmdb import LMDB_MAGIC, LMDB_MAGIC_OFFSET, lmdb_blocks, parse_lmdb
-from megatron.data.sources.block import Block, Contents, Texts, Wanted
+from megatron.data.sources.block import Contents, RecordBlock, Texts, Wanted
 from megatron.data.sources.streams import GZIP_MAGIC, ZSTD_MAGICS, InputStream, Lookahead, unpacked, with_unix_line_ends
 from megatron.data.sources.text import delimited, looks, records
 from megatron.errors import DataError
@@ -31,9 +31,9 @@ class Format:
     by a key or a column?
     """
 
-    texts: Callable[[Block, str], Texts]
-    names: Callable[[Block, str], Iterable[tuple[str, bytes]]] | None = None
-    place: Callable[[Block, int, int], str] | None = None
+    texts: Callable[[RecordBlock, str], Texts]
+    names: Callable[[RecordBlock, str], Iterable[tuple[str, bytes]]] | None = None
+    place: Callable[[RecordBlock, int, int], str] | None = None
     has_keys: bool = True
 
 
@@ -54,11 +54,11 @@ class Kind:
 
     name: str
     begins: Callable[[bytes], Any]
-    read: Callable[[Contents, Wanted], Iterator[Block]] | None = None
+    read: Callable[[Contents, Wanted], Iterator[RecordBlock]] | None = None
     instead: str = ""
 
 
-def blocks_of(stream: InputStream, path: str | None, wanted: Wanted) -> Iterator[Block]:
+def blocks_of(stream: InputStream, path: str | None, wanted: Wanted) -> Iterator[RecordBlock]:
     """The blocks of an open file, in order; raises DataError where it is of no kind that is read, or damaged.
 
     path: where it lies on the disk, if it does.
@@ -91,7 +91,7 @@ def _kind_of(contents: Contents) -> Kind:
     return kind
 
 
-def _check_format(block: Block, wanted: Wanted) -> None:
+def _check_format(block: RecordBlock, wanted: Wanted) -> None:
     if len(wanted.keys) > 1 and not FORMATS[block.kind].has_keys:
         raise DataError(f"{block.source}: is {block.kind} with one text a record, but --json-keys names "
                         f"{len(wanted.keys)}")
@@ -100,15 +100,16 @@ def _check_format(block: Block, wanted: Wanted) -> None:
                         "JSON, CSV, LMDB, Parquet or Arrow")
 
 
-def _tar_blocks(contents: Contents, wanted: Wanted) -> Iterator[Block]:
+def _tar_blocks(contents: Contents, wanted: Wanted) -> Iterator[RecordBlock]:
     for name, file in tar.members(contents):
         for block in blocks_of(InputStream(name, file), None, wanted):
             yield replace(block, bytes_read=contents.stream.bytes_read)
 
 
-def _on_disk(read: Callable[[str, str, Wanted], Iterator[Block]]) -> Callable[[Contents, Wanted], Iterator[Block]]:
+def _on_disk(read: Callable[[str, str, Wanted], Iterator[RecordBlock]]
+             ) -> Callable[[Contents, Wanted], Iterator[RecordBlock]]:
     """A reader of what must be random-accessible: a packed file, or a pipe, goes into a temporary one."""
-    def blocks(contents: Contents, wanted: Wanted) -> Iterator[Block]:
+    def blocks(contents: Contents, wanted: Wanted) -> Iterator[RecordBlock]:
         if contents.path is not None:
             yield from read(contents.source, contents.path, wanted)
             return

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from megatron.data.sources.binary.plain_pickle import load_plain_pickle
-from megatron.data.sources.block import Block
+from megatron.data.sources.block import RecordBlock
 from megatron.data.sources.text.records import json_loads
 
 DEFAULT_NAME_KEY = "id"
 
 
-def names_in_fasta(block: Block, key: str) -> Iterator[tuple[str, bytes]]:
+def names_in_fasta(block: RecordBlock, key: str) -> Iterator[tuple[str, bytes]]:
     """The line and the header of each record."""
     line = block.first
     for record in block.records[1:].split(b"\n>"):
@@ -25,7 +25,7 @@ def names_in_fasta(block: Block, key: str) -> Iterator[tuple[str, bytes]]:
         line += record.count(b"\n") + 1
 
 
-def names_in_json(block: Block, key: str) -> Iterator[tuple[str, bytes]]:
+def names_in_json(block: RecordBlock, key: str) -> Iterator[tuple[str, bytes]]:
     """The line and the value under `key` of each object."""
     loads = json_loads()
     for number, line in enumerate(block.records.split(b"\n"), start=block.first):
@@ -45,7 +45,7 @@ def _odd_json(line: bytes) -> Any:
         return None
 
 
-def names_in_lmdb(block: Block, key: str) -> Iterator[tuple[str, bytes]]:
+def names_in_lmdb(block: RecordBlock, key: str) -> Iterator[tuple[str, bytes]]:
     """The number and the value under `key` of each record."""
     for number, value in enumerate(block.records, start=block.first):
         try:
@@ -55,7 +55,7 @@ def names_in_lmdb(block: Block, key: str) -> Iterator[tuple[str, bytes]]:
         yield f"record {number}", _under_key(record, key)
 
 
-def names_in_columns(block: Block, key: str) -> Iterator[tuple[str, bytes]]:
+def names_in_columns(block: RecordBlock, key: str) -> Iterator[tuple[str, bytes]]:
     """The number and the value in the column `key` of each record."""
     for number, value in enumerate(block.records[key], start=block.first):
         yield f"record {number}", value or b""

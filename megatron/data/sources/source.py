@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from megatron.data.sources.block import BadRecord, Block, Texts, Wanted
+from megatron.data.sources.block import BadRecord, RecordBlock, Texts, Wanted
 from megatron.data.sources.folders import files_of
 from megatron.data.sources.kinds import FORMATS, blocks_of
 from megatron.data.sources.streams import InputStream
@@ -26,7 +26,7 @@ class Source:
         self._files = files_of(path)
         self.size = 0 if path == "-" else sum(map(os.path.getsize, self._files))
 
-    def blocks(self, keys: Sequence[str], name_key: str | None = None) -> Iterator[Block]:
+    def blocks(self, keys: Sequence[str], name_key: str | None = None) -> Iterator[RecordBlock]:
         """The blocks of whole records, in order; raises DataError for what cannot be read.
 
         `keys` are those of the texts; `name_key`, if given, that of the name.
@@ -69,12 +69,12 @@ def expand(patterns: Sequence[str]) -> list[Source]:
     return [Source(path) for path in paths]
 
 
-def texts_of(block: Block, key: str) -> Texts:
+def texts_of(block: RecordBlock, key: str) -> Texts:
     """The text of each of a block's records; `key` names it where records have several."""
     return FORMATS[block.kind].texts(block, key)
 
 
-def names_of(block: Block, key: str) -> Texts:
+def names_of(block: RecordBlock, key: str) -> Texts:
     """The name of each of a block's records, its first word under `key`; a record without one is bad."""
     finding = "a header without a name" if block.kind == "fasta" else f"no name under {key!r}; --name-key names the key"
     find = FORMATS[block.kind].names
@@ -88,7 +88,7 @@ def names_of(block: Block, key: str) -> Texts:
     return parsed
 
 
-def place_of(block: Block, index: int, offset: int) -> str:
+def place_of(block: RecordBlock, index: int, offset: int) -> str:
     """Where byte `offset` of the text of record `index` stands, in words."""
     place = FORMATS[block.kind].place
     return place(block, index, offset) if place else f"record {block.first + index}, column {offset + 1}"

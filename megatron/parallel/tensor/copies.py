@@ -3,20 +3,19 @@
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from megatron.parallel.tensor.layers import Matrix
 
 
 class ComputeCopies:
-    """Gives every matrix of `modules` a copy in `dtype`, if that is not the weights' own; call `refresh` after updates.
+    """Gives each of `layers` a copy of its weight in `dtype`, if that is not its own; call `refresh` after updates.
 
     Not to what data-parallel ranks share out: those are gathered in `dtype`.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], dtype: torch.dtype) -> None:
-        layers = [layer for module in modules for layer in module.modules() if isinstance(layer, Matrix)]
+    def __init__(self, layers: Iterable[Matrix], dtype: torch.dtype) -> None:
         self._layers = [layer for layer in layers
                         if layer.weight.dtype != dtype and not isinstance(layer.weight, DTensor)]
         for layer in self._layers:

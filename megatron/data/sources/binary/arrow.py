@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron.data.sources.binary.columns import as_bytes, check_schema
-from megatron.data.sources.block import Block, Wanted
+from megatron.data.sources.block import RecordBlock, Wanted
 from megatron.data.sources.streams import BLOCK_BYTES
 from megatron.errors import DataError
 
@@ -15,7 +15,7 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 _MAX_BLOCK_RECORDS = 1024
 
 
-def arrow_blocks(source: str, path: str, wanted: Wanted) -> Iterator[Block]:
+def arrow_blocks(source: str, path: str, wanted: Wanted) -> Iterator[RecordBlock]:
     """The blocks of the wanted columns; raises DataError, naming `source`, if the file at `path` is no good."""
     try:
         import pyarrow as pa
@@ -31,14 +31,14 @@ def arrow_blocks(source: str, path: str, wanted: Wanted) -> Iterator[Block]:
         raise DataError(f"{source}: damaged Arrow ({' '.join(str(error).split())[:200]}); copy it again") from None
 
 
-def _blocks(source: str, data: mmap.mmap, wanted: Wanted) -> Iterator[Block]:
+def _blocks(source: str, data: mmap.mmap, wanted: Wanted) -> Iterator[RecordBlock]:
     first = 1
     for batch, bytes_read in _batches(source, data, wanted):
         num_records = max(1, min(_MAX_BLOCK_RECORDS, BLOCK_BYTES * len(batch) // max(batch.nbytes, 1)))
         for start in range(0, len(batch), num_records):
             part = batch.slice(start, num_records)
             records = {column: as_bytes(part.column(column)) for column in wanted.columns()}
-            yield Block(source, "arrow", records, first, bytes_read)
+            yield RecordBlock(source, "arrow", records, first, bytes_read)
             first += len(part)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from megatron.data.sources.block import BadRecord, Block, Texts, Wanted
+from megatron.data.sources.block import BadRecord, RecordBlock, Texts, Wanted
 from megatron.data.sources.text.looks import is_name_of_sequences
 from megatron.errors import DataError
 
@@ -50,7 +50,7 @@ def as_bytes(column: Any) -> list[bytes | None]:
     return column.cast(pa.large_binary()).to_pylist()
 
 
-def parse_columns(block: Block, key: str) -> Texts:
+def parse_columns(block: RecordBlock, key: str) -> Texts:
     """The column `key`; a null is a bad record."""
     column = block.records[key]
     if None not in column:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron.data.sources.binary.columns import as_bytes, check_schema
-from megatron.data.sources.block import Block, Wanted
+from megatron.data.sources.block import RecordBlock, Wanted
 from megatron.data.sources.streams import BLOCK_BYTES
 from megatron.errors import DataError
 
@@ -14,7 +14,7 @@ _MAX_BATCH_RECORDS = 1024
 _BUFFER_BYTES = 1 << 20
 
 
-def parquet_blocks(source: str, path: str, wanted: Wanted) -> Iterator[Block]:
+def parquet_blocks(source: str, path: str, wanted: Wanted) -> Iterator[RecordBlock]:
     """The blocks of the wanted columns; raises DataError, naming `source`, if the file at `path` is no good."""
     try:
         import pyarrow as pa
@@ -33,7 +33,7 @@ def parquet_blocks(source: str, path: str, wanted: Wanted) -> Iterator[Block]:
             for batch in file.iter_batches(_batch_records(file.metadata), columns=columns, use_threads=False):
                 records = {column: as_bytes(batch.column(column)) for column in columns}
                 num_read = first - 1 + len(batch)
-                yield Block(source, "parquet", records, first, size * num_read // max(num_records, 1))
+                yield RecordBlock(source, "parquet", records, first, size * num_read // max(num_records, 1))
                 first += len(batch)
             if first - 1 != num_records:
                 raise DataError(f"{source}: damaged Parquet ({first - 1} records where it says {num_records}); copy it "

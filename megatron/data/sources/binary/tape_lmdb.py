@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from typing import BinaryIO
 
 from megatron.data.sources.binary.plain_pickle import load_plain_pickle
-from megatron.data.sources.block import BadRecord, Block, Texts, Wanted
+from megatron.data.sources.block import BadRecord, RecordBlock, Texts, Wanted
 from megatron.data.sources.streams import BLOCK_BYTES, MAX_RECORD_BYTES
 from megatron.errors import DataError
 
@@ -20,7 +20,7 @@ LMDB_MAGIC_OFFSET = 16
 _BATCH_RECORDS = 2048
 
 
-def lmdb_blocks(source: str, path: str, wanted: Wanted) -> Iterator[Block]:
+def lmdb_blocks(source: str, path: str, wanted: Wanted) -> Iterator[RecordBlock]:
     """The blocks of the LMDB file at `path`; raises DataError, naming `source`, if it is no good."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -34,7 +34,7 @@ def lmdb_blocks(source: str, path: str, wanted: Wanted) -> Iterator[Block]:
             batch, num_records = _receive(receiver, source)
             if batch is None:
                 return
-            yield Block(source, "lmdb", batch, first, size * (first - 1 + len(batch)) // max(num_records, 1))
+            yield RecordBlock(source, "lmdb", batch, first, size * (first - 1 + len(batch)) // max(num_records, 1))
             first += len(batch)
     finally:
         receiver.close()
@@ -42,7 +42,7 @@ def lmdb_blocks(source: str, path: str, wanted: Wanted) -> Iterator[Block]:
         reader.join()
 
 
-def parse_lmdb(block: Block, key: str) -> Texts:
+def parse_lmdb(block: RecordBlock, key: str) -> Texts:
     """The residues of each record: under `key`, or under `primary` where `key` is the default `text`."""
     parsed = Texts([])
     for index, value in enumerate(block.records):

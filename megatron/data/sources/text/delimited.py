@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from megatron.data.sources.binary.columns import check_columns
-from megatron.data.sources.block import BadRecord, Block, Contents, Texts, Wanted
+from megatron.data.sources.block import BadRecord, Contents, RecordBlock, Texts, Wanted
 from megatron.data.sources.streams import MAX_RECORD_BYTES
 from megatron.data.sources.text.looks import HEAD_BYTES, delimiter_of
 from megatron.data.sources.text.records import line_blocks, line_of
@@ -28,7 +28,7 @@ class Rows:
     lines: bytes
 
 
-def delimited_blocks(contents: Contents, wanted: Wanted) -> Iterator[Block]:
+def delimited_blocks(contents: Contents, wanted: Wanted) -> Iterator[RecordBlock]:
     """Blocks of lines below the header; raises DataError where that lacks a wanted column."""
     head = contents.chunks.peek(HEAD_BYTES)
     delimiter = (delimiter_of(head) or b",").decode()
@@ -42,7 +42,7 @@ def delimited_blocks(contents: Contents, wanted: Wanted) -> Iterator[Block]:
     return line_blocks(contents, "csv", pack=partial(Rows, header, delimiter))
 
 
-def parse_delimited(block: Block, key: str) -> Texts:
+def parse_delimited(block: RecordBlock, key: str) -> Texts:
     """The column `key`; a row with more or fewer fields than the header is a bad record."""
     column = block.records.header.index(key)
     parsed = Texts([])
@@ -59,7 +59,7 @@ def parse_delimited(block: Block, key: str) -> Texts:
     return parsed
 
 
-def names_in_delimited(block: Block, key: str) -> Iterable[tuple[str, bytes]]:
+def names_in_delimited(block: RecordBlock, key: str) -> Iterable[tuple[str, bytes]]:
     """The place and the field `key` of each row."""
     column = block.records.header.index(key)
     for number, row in enumerate(_rows(block), start=block.first):
@@ -67,12 +67,12 @@ def names_in_delimited(block: Block, key: str) -> Iterable[tuple[str, bytes]]:
             yield f"line {number}", b"" if isinstance(row, BadRecord) else row[column]
 
 
-def place_in_delimited(block: Block, index: int, offset: int) -> str:
+def place_in_delimited(block: RecordBlock, index: int, offset: int) -> str:
     """Line of the file, and column in the text, of a byte in the text of a record."""
     return f"line {line_of(block.records.lines, block.first, index)}, column {offset + 1} of the text"
 
 
-def _rows(block: Block) -> Iterator[list[bytes] | BadRecord | None]:
+def _rows(block: RecordBlock) -> Iterator[list[bytes] | BadRecord | None]:
     """The fields of each line, or what is wrong with it; None for a blank one."""
     rows = block.records
     for number, line in enumerate(rows.lines.split(b"\n"), start=block.first):

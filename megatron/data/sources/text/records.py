@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from megatron.data.sources.block import BadRecord, Block, Contents, Texts, Wanted
+from megatron.data.sources.block import BadRecord, Contents, RecordBlock, Texts, Wanted
 from megatron.data.sources.streams import cut
 from megatron.errors import DataError
 
@@ -16,17 +16,17 @@ _BLANK_BYTES = 1 << 16
 _HEADER = re.compile(rb"^[ \t]*>", re.MULTILINE)
 
 
-def json_blocks(contents: Contents, wanted: Wanted) -> Iterator[Block]:
+def json_blocks(contents: Contents, wanted: Wanted) -> Iterator[RecordBlock]:
     """Blocks of lines, each a JSON object."""
     return line_blocks(contents, "json")
 
 
-def strings_blocks(contents: Contents, wanted: Wanted) -> Iterator[Block]:
+def strings_blocks(contents: Contents, wanted: Wanted) -> Iterator[RecordBlock]:
     """Blocks of lines, each a protein."""
     return line_blocks(contents, "strings")
 
 
-def fasta_blocks(contents: Contents, wanted: Wanted) -> Iterator[Block]:
+def fasta_blocks(contents: Contents, wanted: Wanted) -> Iterator[RecordBlock]:
     """Blocks of records; lines of comments (`;` or `#`) before the first header are left out."""
     while contents.chunks.peek(1) in (b";", b"#"):
         contents.chunks.skip_line()
@@ -41,11 +41,11 @@ def fasta_blocks(contents: Contents, wanted: Wanted) -> Iterator[Block]:
 
 
 def line_blocks(contents: Contents, kind: str, separator: bytes = b"\n",
-                pack: Callable[[bytes], Any] = bytes) -> Iterator[Block]:
+                pack: Callable[[bytes], Any] = bytes) -> Iterator[RecordBlock]:
     """Blocks of whole records, which `separator` parts, as `pack` hands them on."""
     line = contents.line
     for data in cut(contents.chunks, separator, contents.source):
-        yield Block(contents.source, kind, pack(data), line, contents.stream.bytes_read)
+        yield RecordBlock(contents.source, kind, pack(data), line, contents.stream.bytes_read)
         line += data.count(b"\n")
 
 
@@ -59,7 +59,7 @@ def skip_blank_lines(contents: Contents) -> None:
             return
 
 
-def parse_json(block: Block, key: str) -> Texts:
+def parse_json(block: RecordBlock, key: str) -> Texts:
     """The string under `key` of each line's object."""
     loads = json_loads()
     lines = block.records.split(b"\n")
@@ -82,7 +82,7 @@ def parse_json(block: Block, key: str) -> Texts:
     return parsed
 
 
-def parse_fasta(block: Block, key: str) -> Texts:
+def parse_fasta(block: RecordBlock, key: str) -> Texts:
     """The lines under each header, line ends included.
 
     Raises DataError for a `>` among them: it begins a record that would be lost with this one.
@@ -95,7 +95,7 @@ def parse_fasta(block: Block, key: str) -> Texts:
     return Texts(texts)
 
 
-def parse_strings(block: Block, key: str) -> Texts:
+def parse_strings(block: RecordBlock, key: str) -> Texts:
     """Each line that is not blank; raises DataError for the header of a FASTA, whose lines are no whole proteins."""
     header = b">" in block.records and _HEADER.search(block.records)
     if header:
@@ -116,17 +116,17 @@ def json_loads() -> Callable[[bytes], Any]:
         return lambda line: json.loads(line.decode())
 
 
-def place_in_json(block: Block, index: int, offset: int) -> str:
+def place_in_json(block: RecordBlock, index: int, offset: int) -> str:
     """Line of the file, and column in the text, of a byte in the text of a record."""
     return f"line {line_of(block.records, block.first, index)}, column {offset + 1} of the text"
 
 
-def place_in_strings(block: Block, index: int, offset: int) -> str:
+def place_in_strings(block: RecordBlock, index: int, offset: int) -> str:
     """Line and column of a byte in the text of a record."""
     return f"line {line_of(block.records, block.first, index)}, column {offset + 1}"
 
 
-def place_in_fasta(block: Block, index: int, offset: int) -> str:
+def place_in_fasta(block: RecordBlock, index: int, offset: int) -> str:
     """Line and column of a byte in the text of a record."""
     records = block.records[1:].split(b"\n>")
     lines_before = sum(record.count(b"\n") + 1 for record in records[:index])
