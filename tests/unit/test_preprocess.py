@@ -219,7 +219,7 @@ def test_a_run_with_shards_goes_on_behind_its_last_shard(tmp_path, many, monkeyp
         path.unlink()
 
     taken = 0
-    take = module._Run._take
+    take = module._Preprocessing._take
 
     def killed(self, index, documents):
         nonlocal taken
@@ -228,7 +228,7 @@ def test_a_run_with_shards_goes_on_behind_its_last_shard(tmp_path, many, monkeyp
             raise KeyboardInterrupt
         take(self, index, documents)
 
-    monkeypatch.setattr(module._Run, "_take", killed)
+    monkeypatch.setattr(module._Preprocessing, "_take", killed)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, source, shards=10, **options)
     assert not (tmp_path / "out_text_document.idx").exists()
@@ -244,7 +244,7 @@ def test_shards_of_a_changed_input_are_not_taken_up(tmp_path, many, monkeypatch,
     from megatron.data.preprocess import run as module
 
     source = many
-    monkeypatch.setattr(module._Run, "_finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(module._Preprocessing, "_finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, source, shards=3)
     monkeypatch.undo()
