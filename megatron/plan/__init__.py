@@ -1,1 +1,1 @@
-"""What a layout costs before anyone pays for it: formulas for a rank's memory, messages and time; no tensors."""
+"""What a layout costs before anyone pays for it: a rank's memory, messages and time, measured on fake tensors."""
