@@ -149,10 +149,16 @@ def _build(values: dict[str, Any]) -> Config:
 
 def _check_value(item: Field, value: Any) -> None:
     check = item.metadata["check"]
+    values = value if isinstance(value, tuple) else (value,)
+    if any(one in ("", "~") or str(one).startswith("~/") for one in values):
+        raise ConfigError(f"{flag_name(item)} is {' '.join(map(repr, values))}, where the shell should have put "
+                          "something in; write it out, or leave the flag out")
+    if any(isinstance(one, float) and not math.isfinite(one) for one in values):
+        raise ConfigError(f"{flag_name(item)} is {value}; it must be a finite number")
     if check is None or value is None:
         return
     holds, expected = check
-    for one in value if isinstance(value, tuple) else (value,):
+    for one in values:
         if not holds(one):
             raise ConfigError(f"{flag_name(item)} is {one}; it must be {expected}")
 

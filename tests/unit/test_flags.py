@@ -171,3 +171,15 @@ def test_a_mistake_is_one_line_that_names_the_flag(text, message):
 def test_every_flag_says_what_another_value_changes_on_going_on(section):
     kinds = {item.name: item.metadata["changes"] for item in fields(section)}
     assert not [name for name, kind in kinds.items() if kind not in get_args(Changes)]
+
+
+@pytest.mark.parametrize("flags", [["--save", ""], ["--load", "~/run"], ["--data-path", "0.5", "a", "0.5", ""]])
+def test_what_a_shell_did_not_fill_in_is_no_path(flags):
+    with pytest.raises(ConfigError, match=f"{flags[0]} is .*the shell should have put something in"):
+        parse(["--preset", "demo", *flags])
+
+
+@pytest.mark.parametrize("flag", ["--lr", "--weight-decay", "--clip-grad", "--distributed-timeout-minutes"])
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_a_number_of_a_flag_is_finite(flag, value):
+    assert error_of(f"--preset demo {flag} {value}") == f"{flag} is {value}; it must be a finite number"
