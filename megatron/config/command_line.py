@@ -200,6 +200,9 @@ def _check_combinations(config: Config) -> None:
          f"--mask-token-prob {data.mask_token_prob} and --mask-random-prob {data.mask_random_prob} sum to more than 1"),
         (model.checkpoint_activations and model.recompute_granularity == "selective",
          "--recompute-granularity selective and --checkpoint-activations exclude each other; give one"),
+        (model.recompute_granularity == "selective" and training.compile,
+         "--recompute-granularity selective recomputes what --compile cannot, as it has another size in each "
+         "micro-batch; give --checkpoint-activations in its place, or --no-compile"),
         (parallel.use_distributed_optimizer and parallel.data_parallel_sharding in ("gradients", "parameters"),
          f"--use-distributed-optimizer is --data-parallel-sharding optimizer, which is given as "
          f"{parallel.data_parallel_sharding}; give one"),
