@@ -149,10 +149,16 @@ def _build(values: dict[str, Any]) -> Config:
 
 def _check_value(item: Field, value: Any) -> None:
     check = item.metadata["check"]
+    values = value if isinstance(value, tuple) else (value,)
+    if any(one in ("", "~") or str(one).startswith("~/") for one in values):
+        raise ConfigError(f"{flag_name(item)} is {' '.join(map(repr, values))}, where the shell should have put "
+                          "something in; write it out, or leave the flag out")
+    if any(isinstance(one, float) and not math.isfinite(one) for one in values):
+        raise ConfigError(f"{flag_name(item)} is {value}; it must be a finite number")
     if check is None or value is None:
         return
     holds, expected = check
-    for one in value if isinstance(value, tuple) else (value,):
+    for one in values:
         if not holds(one):
             raise ConfigError(f"{flag_name(item)} is {one}; it must be {expected}")
 
@@ -194,6 +200,9 @@ def _check_combinations(config: Config) -> None:
          f"--mask-token-prob {data.mask_token_prob} and --mask-random-prob {data.mask_random_prob} sum to more than 1"),
         (model.checkpoint_activations and model.recompute_granularity == "selective",
          "--recompute-granularity selective and --checkpoint-activations exclude each other; give one"),
+        (model.recompute_granularity == "selective" and training.compile,
+         "--recompute-granularity selective recomputes what --compile cannot, as it has another size in each "
+         "micro-batch; give --checkpoint-activations in its place, or --no-compile"),
         (parallel.use_distributed_optimizer and parallel.data_parallel_sharding in ("gradients", "parameters"),
          f"--use-distributed-optimizer is --data-parallel-sharding optimizer, which is given as "
          f"{parallel.data_parallel_sharding}; give one"),

@@ -38,7 +38,8 @@ class ParallelConfig:
                          choices=("local", "torch"), name="DDP-impl")
     local_rank: int = flag(None, "this rank's device on its host, as old launchers pass it", kind=int,
                            aliases=("--local_rank",))
-    distributed_timeout_minutes: float = flag(10.0, "longest wait for a peer", kind=float, check=positive)
+    distributed_timeout_minutes: float = flag(10.0, "longest wait for a peer", kind=float,
+                                              check=(lambda v: 0 < v <= 1e6, "greater than 0 and at most a million"))
     dry_run: bool = flag(False, "build one rank of the layout without allocating anything, report its memory and "
                          "communication, and exit")
     dry_run_ranks: int = flag(1, "ranks of the layout of a --dry-run", kind=int,

@@ -11,11 +11,13 @@ from megatron.config import Config, ParallelConfig
 def wants_compilation(config: Config, device: torch.device) -> bool:
     """Whether `--compile` says so, or where it says nothing, whether it should be faster: on GPUs.
 
-    A schedule that puts weights' gradients off cannot be compiled (`megatron.parallel.layout` refuses the two).
+    A schedule that puts weights' gradients off cannot be compiled (`megatron.parallel.layout` refuses the two), nor can
+    attention that is recomputed by itself: inductor (2.13) fails on sizes that are born inside of what is recomputed.
     """
     if config.training.compile is not None:
         return config.training.compile
-    return device.type == "cuda" and config.parallel.pipeline_schedule != "zero-bubble"
+    return (device.type == "cuda" and config.parallel.pipeline_schedule != "zero-bubble"
+            and config.model.recompute_granularity != "selective")
 
 
 def compile_blocks(blocks: Iterable[nn.Module], config: ParallelConfig) -> None:

@@ -4,6 +4,7 @@ from dataclasses import fields
 from typing import get_args
 
 import pytest
+import torch
 
 from megatron.config import Config, DataConfig, ModelConfig, OptimizerConfig, PrecisionConfig, TrainingConfig
 from megatron.config.command_line import ALWAYS_SO, REFUSED, flag_name, listing, parse
@@ -11,6 +12,7 @@ from megatron.config.declaration import Changes
 from megatron.config.presets import PRESETS
 from megatron.errors import ConfigError
 from megatron.optim.schedule import build_schedule
+from megatron.parallel.compilation import wants_compilation
 
 # Spellings of Megatron-LM v2 that users' scripts hold; frozen.
 MEGATRON_FLAGS = """
@@ -171,3 +173,23 @@ def test_a_mistake_is_one_line_that_names_the_flag(text, message):
 def test_every_flag_says_what_another_value_changes_on_going_on(section):
     kinds = {item.name: item.metadata["changes"] for item in fields(section)}
     assert not [name for name, kind in kinds.items() if kind not in get_args(Changes)]
+
+
+def test_attention_that_is_recomputed_by_itself_is_not_compiled():
+    both = error_of("--preset demo --recompute-granularity selective --compile")
+    assert "--checkpoint-activations in its place" in both
+    config = parsed("--preset demo --recompute-granularity selective")
+    assert not wants_compilation(config, torch.device("cuda"))
+    assert wants_compilation(parsed("--preset demo"), torch.device("cuda"))
+
+
+@pytest.mark.parametrize("flags", [["--save", ""], ["--load", "~/run"], ["--data-path", "0.5", "a", "0.5", ""]])
+def test_what_a_shell_did_not_fill_in_is_no_path(flags):
+    with pytest.raises(ConfigError, match=f"{flags[0]} is .*the shell should have put something in"):
+        parse(["--preset", "demo", *flags])
+
+
+@pytest.mark.parametrize("flag", ["--lr", "--weight-decay", "--clip-grad", "--distributed-timeout-minutes"])
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_a_number_of_a_flag_is_finite(flag, value):
+    assert error_of(f"--preset demo {flag} {value}") == f"{flag} is {value}; it must be a finite number"
