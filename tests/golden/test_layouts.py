@@ -96,13 +96,6 @@ def test_every_layout_follows_the_curve_of_one_rank_to_the_same_weights(corpus, 
     assert_same_checkpoint(tmp_path, one_folder)
 
 
-@pytest.mark.parametrize("layout", ["dp2-parameters", "tp2", "tp2-pp2-zero-bubble", "cp2-pp2-interleaved"])
-@pytest.mark.parametrize("flags", [FULL, SELECTIVE], ids=["full", "selective"])
-def test_recomputation_follows_the_curve_of_one_rank(corpus, tmp_path, one_rank, layout, flags):
-    ranks, layout_flags = LAYOUTS[layout]
-    assert_close(train(corpus, tmp_path, ranks, *layout_flags, *flags), one_rank)
-
-
 def test_shared_out_activations_follow_the_curve_of_one_rank(corpus, tmp_path, one_rank):
     flags = [*TP2, *FULL, "--distribute-checkpointed-activations"]
     assert_close(train(corpus, tmp_path, 2, *flags), one_rank)

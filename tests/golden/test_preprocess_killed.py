@@ -1,4 +1,4 @@
-"""Preprocessing killed outright, twenty times: a rerun gives the undisturbed bytes, and nothing half is ever whole."""
+"""Preprocessing killed outright, ten times: a rerun gives the undisturbed bytes, and nothing half is ever whole."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import pytest
 from megatron.data.corpus.indexed import open_indexed
 
 ROOT = Path(__file__).resolve().parents[2]
-NUM_KILLS = 20
+NUM_KILLS = 10
 
 
 @pytest.fixture(scope="module")

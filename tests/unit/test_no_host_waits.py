@@ -85,15 +85,20 @@ def batch(share: int, num_shares: int) -> Any:
     return collate([row, row], BatchShape(192, 12, 26, 40, share, num_shares))
 
 
-def watched_step(ranks: int, flags: list[str], disturb: bool) -> tuple[list[str], int]:
-    """What a step would wait for, and how many operations it has."""
-    import torch.distributed as dist
+def watched_steps(runs: list[tuple[int, list[str], bool]]) -> list[tuple[list[str], int]]:
+    """For a number of ranks, flags and whether it is disturbed: what a step would wait for, and its operations."""
     import torch.testing._internal.distributed.fake_pg  # noqa: F401  (registers the backend)
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
     _setup_privateuseone_for_python_backend("toy")
     torch.get_device_module("toy").get_amp_supported_dtype = list  # torch.utils.checkpoint asks
+    return [watched_step(*run) for run in runs]
+
+
+def watched_step(ranks: int, flags: list[str], disturb: bool) -> tuple[list[str], int]:
+    import torch.distributed as dist
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
     device = torch.device("toy", 0)
     config, _ = parse([*FLAGS, *flags])
     mesh = Mesh(device=device)
@@ -112,6 +117,8 @@ def watched_step(ranks: int, flags: list[str], disturb: bool) -> tuple[list[str]
                 step(batches, 1e-4, 0, False)
             if disturb:
                 engine.loss_scale.value.cpu()
+    if ranks > 1:
+        dist.destroy_process_group()
     return watch.waits, watch.num_seen
 
 
@@ -124,36 +131,36 @@ def _without_values(*arguments: Any, device: Any = None, **options: Any) -> Tens
     return torch.empty(values.shape, dtype=values.dtype, device=device or "cpu")
 
 
-def _answer(connection: Any, *arguments: Any) -> None:
+def _answer(connection: Any, runs: list[tuple[int, list[str], bool]]) -> None:
     try:
-        connection.send(watched_step(*arguments))
+        connection.send(watched_steps(runs))
     except BaseException as error:
         connection.send(repr(error))
         raise
     sys.exit(0)
 
 
-def in_its_own_process(*arguments: Any) -> Any:
-    """The device's name stays registered for as long as a process lives."""
+@pytest.fixture(scope="module")
+def found() -> dict[str, tuple[list[str], int]]:
+    """What each layout would wait for, from a process of its own: the device's name stays registered in it."""
+    runs = [(ranks, flags.split(), False) for ranks, flags in LAYOUTS.values()]
     context = warm_processes()
     ours, theirs = context.Pipe()
-    process = context.Process(target=_answer, args=(theirs, *arguments))
+    process = context.Process(target=_answer, args=(theirs, [*runs, (1, [], True)]))
     process.start()
     theirs.close()
     answer = ours.recv()
     process.join()
     assert not isinstance(answer, str), answer
-    return answer
+    return dict(zip([*LAYOUTS, "disturbed"], answer, strict=True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_step_waits_for_nothing(layout):
-    ranks, flags = LAYOUTS[layout]
-    waits, num_seen = in_its_own_process(ranks, flags.split(), False)
+def test_a_step_waits_for_nothing(found, layout):
+    waits, num_seen = found[layout]
     assert num_seen > 100
     assert waits == []
 
 
-def test_a_copy_to_the_host_would_be_seen():
-    waits, _ = in_its_own_process(1, [], True)
-    assert waits == ["aten._to_copy.default to the host ()"]
+def test_a_copy_to_the_host_would_be_seen(found):
+    assert found["disturbed"][0] == ["aten._to_copy.default to the host ()"]
