@@ -57,6 +57,6 @@ def peak_flops(name: str, precision: PrecisionConfig) -> float:
     """FLOP/s at most in the dtype of activations; raises ConfigError where the GPU does not have it."""
     gpu, is_half = gpu_named(name), precision.fp16 or precision.bf16
     if is_half and not gpu.has_flash:
-        raise ConfigError(f"--gpu {name} has no FlashAttention, and what the operator in its place keeps in fp16 is not "
-                          "counted here; give another --gpu, or plan for fp32 with --no-bf16 and without --fp16")
+        raise ConfigError(f"--gpu {name} has no FlashAttention, and what the operator in its place keeps in fp16 is "
+                          "not counted; give another --gpu, or plan for fp32 with --no-bf16 and without --fp16")
     return (gpu.half_tflops if is_half else gpu.fp32_tflops) * 1e12

@@ -112,7 +112,8 @@ def test_a_rank_holds_the_parameters_of_the_real_model(layout, number, flags):
     num_ranks = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
     rank = Rank(config, num_ranks, number)
     stream = Stream(Axis(rank.place["tensor"], rank.sizes["tensor"]), config.parallel.sequence_parallel)
-    for stage, planned in zip(stages_of_rank(config.model.num_layers, config.parallel, rank.place["pipeline"]), rank.stages, strict=True):
+    stages = stages_of_rank(config.model.num_layers, config.parallel, rank.place["pipeline"])
+    for stage, planned in zip(stages, rank.stages, strict=True):
         with torch.device("meta"):
             model = ProteinModel(config.model, config.precision, padded_vocab_size(config), stream, stage)
         assert [tuple(p.shape) for p in model.parameters()] == [p.shape for p in planned.held]
@@ -194,8 +195,8 @@ def test_a_dry_run_counts_a_long_step_as_it_would_a_short_one():
     assert sent(400) == 100 * sent(4)
 
 
-# Each product reads the weight, forward and backward, and the gradient is read and written: 2 + 2 + 4 + 4 bytes in bf16,
-# 4 x 4 in fp32; tables are read by rows and cost a little more. Full recomputation reads it once more. Sharded
+# Each product reads the weight, forward and backward, and its gradient is read and written: 12 bytes in bf16,
+# 16 in fp32; tables are read by rows and cost a little more. Full recomputation reads it once more. Sharded
 # gradients are new in bf16 and go on from there flat, which is not counted; "optimizer" casts and adds them to fp32.
 @pytest.mark.parametrize(("flags", "least", "most"), [
     ([], 12, 12.5), (["--no-bf16"], 16, 16.5), (FULL, 14, 14.5), (["--no-bf16", *FULL], 20, 20.5),
