@@ -58,5 +58,5 @@ def peak_flops(name: str, precision: PrecisionConfig) -> float:
     gpu, is_half = gpu_named(name), precision.fp16 or precision.bf16
     if is_half and not gpu.has_flash:
         raise ConfigError(f"--gpu {name} has no FlashAttention, and what the operator in its place keeps in fp16 is "
-                          "not counted here; give another --gpu, or plan for fp32 with --no-bf16 and without --fp16")
+                          "not counted; give another --gpu, or plan for fp32 with --no-bf16 and without --fp16")
     return (gpu.half_tflops if is_half else gpu.fp32_tflops) * 1e12

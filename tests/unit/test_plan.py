@@ -195,8 +195,8 @@ def test_a_dry_run_counts_a_long_step_as_it_would_a_short_one():
     assert sent(400) == 100 * sent(4)
 
 
-# Each product reads the weight, forward and backward, and the gradient is read and written: 2 + 2 + 4 + 4 bytes in
-# bf16, 4 x 4 in fp32; tables are read by rows and cost a little more. Full recomputation reads it once more. Sharded
+# Each product reads the weight, forward and backward, and its gradient is read and written: 12 bytes in bf16,
+# 16 in fp32; tables are read by rows and cost a little more. Full recomputation reads it once more. Sharded
 # gradients are new in bf16 and go on from there flat, which is not counted; "optimizer" casts and adds them to fp32.
 @pytest.mark.parametrize(("flags", "least", "most"), [
     ([], 12, 12.5), (["--no-bf16"], 16, 16.5), (FULL, 14, 14.5), (["--no-bf16", *FULL], 20, 20.5),
