@@ -15,7 +15,7 @@ from megatron.parallel.placement import placement_of
 from megatron.parallel.tensor.copies import ComputeCopies
 from megatron.parallel.tensor.layers import Matrix
 from megatron.plan.memory_watch import num_bytes
-from megatron.plan.pieces import Part, Setting
+from megatron.plan.setting import Part, Setting
 
 
 @dataclass(frozen=True)

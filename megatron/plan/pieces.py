@@ -7,115 +7,25 @@ that sends nothing, once for each setting that a search asks for.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import cache, cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron.config import DataConfig, ModelConfig, PrecisionConfig
 from megatron.data.batches.batch import Batch
-from megatron.data.batches.typical import typical_batch
 from megatron.model.protein_model import ProteinModel, compute_dtype
-from megatron.parallel.mesh import Axis, Mesh, build_axis
+from megatron.parallel.mesh import Mesh, build_axis
 from megatron.parallel.pipeline.deferral import WeightGradients, put_off_weight_gradients
-from megatron.parallel.pipeline.partition import Stage
 from megatron.parallel.tensor.copies import ComputeCopies
-from megatron.parallel.tensor.stream import Stream
 from megatron.parallel.traffic import Traffic, TrafficCounter
 from megatron.plan.memory_watch import MemoryWatch, num_bytes
+from megatron.plan.setting import Part, Setting
 from megatron.plan.work import WorkCounter
-
-_ONE_END = Axis()
-
-
-@dataclass(frozen=True, eq=False)
-class Setting:
-    """What a piece depends on, made by `setting_of` alone: there are no two alike, and comparing them costs nothing.
-
-    The axes are this rank's places on them, without groups; `is_gathered`: parameters are others', in the dtype of the
-    matrix products.
-    """
-
-    model: ModelConfig
-    precision: PrecisionConfig
-    data: DataConfig
-    num_rows: int
-    padded_vocab_size: int
-    tensor: Axis
-    is_sequence_parallel: bool
-    context: Axis
-    is_gathered: bool
-
-    @property
-    def blocks_a_piece(self) -> int:
-        """Blocks of which one input is kept, or 1."""
-        return self.model.checkpoint_num_layers if self.model.checkpoint_activations else 1
-
-    @cached_property
-    def of_parameters(self) -> "Setting":
-        """One for all numbers of rows and all recomputation, on which parameters do not depend."""
-        return self._with(num_rows=1, is_gathered=False).without_recomputation
-
-    @cached_property
-    def without_recomputation(self) -> "Setting":
-        """The same, but that everything is kept."""
-        none: Any = None
-        return self._with(model=replace(self.model, checkpoint_activations=False, recompute_granularity=none,
-                                        distribute_checkpointed_activations=False))
-
-    def _with(self, **changed: Any) -> "Setting":
-        return setting_of(*(changed.get(item.name, getattr(self, item.name)) for item in fields(self)))
-
-    @property
-    def has_even_rows(self) -> bool:
-        """Whether each row adds as many tokens to each rank."""
-        return self.data.seq_length % self.stream(Mesh(tensor=self.tensor, context=self.context)).token_multiple == 0
-
-    def with_rows(self, num_rows: int) -> "Setting":
-        """The same, but for the number of rows."""
-        return self._with(num_rows=num_rows)
-
-    @property
-    def batch(self) -> Batch:
-        """The micro-batch, of its tokens those of this context rank."""
-        return _batch(self.data, self.num_rows, self.stream(Mesh(tensor=self.tensor, context=self.context)))
-
-    def build(self, part: "Part", mesh: Mesh, ends: Axis = _ONE_END) -> ProteinModel:
-        """The part of the model, without values, as the pipeline stage that it can be."""
-        model = ProteinModel(self.model, self.precision, self.padded_vocab_size, self.stream(mesh), part.stage, ends)
-        if self.is_gathered:
-            for parameter in model.parameters():
-                parameter.data = parameter.data.to(compute_dtype(self.precision))
-        return model
-
-    def stream(self, mesh: Mesh) -> Stream:
-        """Where the tokens of the residual stream lie."""
-        return Stream(mesh.tensor, self.is_sequence_parallel, mesh.context)
-
-
-@cache
-def setting_of(*values: Any) -> Setting:
-    """The setting with these values."""
-    return Setting(*values)
-
-
-class Part(NamedTuple):
-    """Some blocks in a row, with what comes before the first and behind the last one or without."""
-
-    is_first: bool
-    num_blocks: int
-    is_last: bool
-
-    @property
-    def stage(self) -> Stage:
-        """A stage that is this part, in a model that has no more than it takes."""
-        return Stage(0 if self.is_first else 1, 3 - self.is_first - self.is_last, range(self.num_blocks))
-
 
 # What is held at a moment at which more is held than before, and the new gradients beside it.
 Moments = list[list[int]]
@@ -216,11 +126,6 @@ def _watched(setting: Setting, part: Part, puts_off: bool) -> Piece:
 def _can_put_off(setting: Setting, part: Part) -> bool:
     with torch.device("meta"):
         return any(hasattr(module, "deferral") for module in setting.build(part, Mesh()).modules())
-
-
-@cache
-def _batch(data: DataConfig, num_rows: int, stream: Stream) -> Batch:
-    return typical_batch(data, num_rows, stream.token_multiple, stream.context.rank, stream.context.size)
 
 
 @contextmanager

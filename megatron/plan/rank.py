@@ -11,7 +11,8 @@ from megatron.model.protein_model import compute_dtype
 from megatron.parallel.mesh import Axis, grid_sizes
 from megatron.parallel.pipeline.partition import stages_of_rank
 from megatron.plan.parameters import Held, held_by, together
-from megatron.plan.pieces import Part, Piece, Setting, measured, setting_of
+from megatron.plan.pieces import Piece, measured
+from megatron.plan.setting import Part, Setting, setting_of
 
 
 # A search asks for the same few stages thousands of times: they are made once, and known by their identity.

@@ -12,8 +12,9 @@ from megatron.parallel.traffic import Traffic
 from megatron.plan.gpus import gpu_named, peak_flops
 from megatron.plan.memory import Memory, peak_memory
 from megatron.plan.messages import step_traffic
-from megatron.plan.pieces import Part, measured
+from megatron.plan.pieces import measured
 from megatron.plan.rank import Rank
+from megatron.plan.setting import Part
 from megatron.plan.step_time import StepTime, step_time
 
 # The flags that settle a part of the layout: where one is given, its value is kept and nothing else is tried.

@@ -22,11 +22,11 @@ from megatron.plan.dry_run import dry_run, measure
 from megatron.plan.gpus import GPUS
 from megatron.plan.memory import peak_memory
 from megatron.plan.messages import step_traffic
-from megatron.plan.pieces import Part
 from megatron.plan.pieces import _watched as watched_piece
 from megatron.plan.pieces import measured as measured_piece
 from megatron.plan.rank import Rank, padded_vocab_size
 from megatron.plan.search import Machine, best_plans, layout_flags
+from megatron.plan.setting import Part
 from megatron.plan.step_time import bubble_micro_batches
 from tools.plan_layout import main
 
