@@ -27,6 +27,6 @@ class TrainingConfig:
     exit_duration_in_mins: float = flag(None, "save and leave after this long", kind=float, check=positive,
                                         changes="nothing")
     compile: bool = flag(None, "compile each transformer block, once, by torch.compile (default: on GPUs, where the "
-                         "layout allows it)", kind=bool, changes="nothing")
+                         "layout allows it); dropout then draws other random numbers", kind=bool, changes="course")
     seed: int = flag(1234, "seed of weights, row order, masks and dropout", kind=int, check=not_negative,
                      changes="samples")
