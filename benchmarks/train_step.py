@@ -147,6 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--micro-batches", type=int, default=1, help="rows whose gradients are summed in a step")
+    parser.add_argument("--hidden", type=int, nargs="+", choices=(256, 1024), default=[256, 1024])
     parser.add_argument("--large", action="store_true", help="the published 16 x 1024 model as well")
     parser.add_argument("--beside", type=Path, help="another checkout of the project, back to the first edition's")
     arguments = parser.parse_args()
@@ -157,7 +158,7 @@ def main() -> None:
         columns = ["residues/s (quartiles)", f"{arguments.beside.name}: residues/s", "speed, ratio of medians",
                    "of pairs (quartiles)", "losses apart"]
     print(f"| layers x hidden | precision | {' | '.join(columns)} |\n{'| --- ' * (len(columns) + 2)}|", flush=True)
-    for layers, hidden in [(4, 256), (4, 1024), *([(16, 1024)] if arguments.large else [])]:
+    for layers, hidden in [*((4, hidden) for hidden in arguments.hidden), *([(16, 1024)] if arguments.large else [])]:
         for precision in ("", "--bf16"):
             case = layers, hidden, precision
             cells = (row_beside_checkout(case, arguments.micro_batches, arguments.repeats, arguments.beside.resolve())
