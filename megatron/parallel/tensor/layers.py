@@ -44,16 +44,16 @@ class Matrix(nn.Module):
 
 
 class Linear(Matrix):
-    """`x Wᵀ + b` on x [..., in_features] in x's dtype; whole on every rank."""
+    """`x Wᵀ + b` on x [t, i] in x's dtype; whole on every rank."""
 
     def __init__(self, in_features: int, out_features: int, initial: Initial) -> None:
         super().__init__()
         self.weight = whole_parameter((out_features, in_features), matrix(initial))
         self.bias = whole_parameter((out_features,), BIAS)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., out_features]."""
-        return linear(x, self.weight, self.weight_in(x.dtype), self.bias)
+    def forward(self, x_ti: Tensor) -> Tensor:
+        """[t, o]."""
+        return linear(x_ti, self.weight, self.weight_in(x_ti.dtype), self.bias)
 
 
 class ColumnParallelLinear(Matrix):
