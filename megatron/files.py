@@ -21,11 +21,11 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f"{_MARK}{path.name}-{uuid.uuid4().hex}")
     try:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def left_over(path: Path) -> Iterator[Path]:
@@ -58,8 +58,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in temporary.iterdir():
-            _sync(file)
-        _sync(temporary)
+            sync(file)
+        sync(temporary)
         if path.exists():
             replaced = path.parent / f"{_MARK}{path.name}-replaced"
             path.rename(replaced)
@@ -67,13 +67,14 @@ def new_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(replaced)
         else:
             temporary.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

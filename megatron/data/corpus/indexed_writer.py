@@ -17,6 +17,7 @@ import numpy as np
 
 from megatron.data.corpus.indexed import DTYPES, MMAP_MAGIC, TNT_MAGIC
 from megatron.errors import DataError
+from megatron.files import sync
 
 _CHUNK_ITEMS = 1 << 20
 _SPOOLS = ("bin", "sizes", "documents", "names")
@@ -80,14 +81,14 @@ class IndexedWriter:
             os.fsync(file.fileno())
         for ending in ("idx", "names"):
             Path(f"{self.prefix}.{ending}").unlink(missing_ok=True)
-        _sync_folder(self.folder.parent)
+        sync(self.folder.parent)
         os.replace(self.folder / "bin", f"{self.prefix}.bin")
         if self.with_names:
             os.replace(self.folder / "names", f"{self.prefix}.names")
-        _sync_folder(self.folder.parent)
+        sync(self.folder.parent)
         os.replace(self.folder / "idx", f"{self.prefix}.idx")
         self.discard()
-        _sync_folder(self.folder.parent)
+        sync(self.folder.parent)
 
     def discard(self) -> None:
         """Remove everything that is not yet in place."""
@@ -165,11 +166,3 @@ def _running_sums(path: Path, scale: int) -> Iterator[tuple[np.ndarray, np.ndarr
         ends = np.cumsum(scaled) + total
         total = int(ends[-1])
         yield scaled, ends
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
