@@ -126,8 +126,8 @@ def test_torchrun_starts_a_killed_job_again_from_its_last_checkpoint(start_ranks
     send_to_rank_1(signal.SIGKILL, process, tmp_path / "killed")
     status, errors, output = end_of(process)
     assert status == 0, output
-    assert len(errors) == 1
-    assert errors[0].startswith(f"error: rank 0 on {HOST} lost its peers: ")
+    # Rank 0 says what it lost, unless torchrun, which has seen rank 1 die, asks it to stop before it has noticed.
+    assert [line for line in errors if not line.startswith(f"error: rank 0 on {HOST} lost its peers: ")] == []
     assert "going on from iteration" in output
     assert run_on_ranks(*run, "--data-path", corpus, "--save", tmp_path / "whole", ranks=2) == [0, 0]
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
