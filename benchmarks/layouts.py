@@ -15,10 +15,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from megatron.checkpoint.store import open_place, place_of  # noqa: E402
+
 # At the preset's learning rate, made for larger batches, one rank's curve has spikes, which amplify every rounding.
 FLAGS = ("--preset demo --lr 3e-4 --seq-length 512 --micro-batch-size 1 --global-batch-size 4 --log-interval 1 "
          "--num-workers 0 --eval-interval 1000 --eval-iters 1 --peak-tflops 1").split()
@@ -50,7 +53,7 @@ def run(prefix: str, ranks: int, flags: list[str], steps: int, folder: str) -> t
     if finished.returncode:
         sys.exit(f"{' '.join(command)}\n{finished.stdout[-2000:]}")
     records = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    weights = load_file(Path(folder) / f"iter_{steps:07d}" / "model.safetensors")
+    weights = {name: tensor.read() for name, tensor in open_place(place_of(Path(folder), steps)).model.items()}
     return [record for record in records if record["kind"] == "train"], weights
 
 

@@ -44,33 +44,31 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends well, and vanishes when it does not.
+def begin_folder(path: Path) -> Path:
+    """An empty temporary folder beside `path`, for `finish_folder`; what killed processes left of theirs goes.
 
-    A folder that already has that name is replaced; until the last moment it stays as it is. One process at a time.
+    One process at a time.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for old in left_over(path):
         shutil.rmtree(old, ignore_errors=True)
     temporary = path.parent / f"{_MARK}{path.name}"
     temporary.mkdir()
-    try:
-        yield temporary
-        for file in temporary.iterdir():
-            sync(file)
-        sync(temporary)
-        if path.exists():
-            replaced = path.parent / f"{_MARK}{path.name}-replaced"
-            path.rename(replaced)
-            temporary.rename(path)
-            shutil.rmtree(replaced)
-        else:
-            temporary.rename(path)
-        sync(path.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    return temporary
+
+
+def finish_folder(path: Path) -> None:
+    """Give what `begin_folder` made for `path` its name, once all its files are on the disk; replaces what is there."""
+    temporary = path.parent / f"{_MARK}{path.name}"
+    sync(temporary)
+    if path.exists():
+        replaced = path.parent / f"{_MARK}{path.name}-replaced"
+        path.rename(replaced)
+        temporary.rename(path)
+        shutil.rmtree(replaced)
+    else:
+        temporary.rename(path)
+    sync(path.parent)
 
 
 def sync(path: Path) -> None:

@@ -1,81 +1,119 @@
-"""Save a run, and load it again.
+"""The checkpoints of a run: which there are, which to go on from, which to keep.
 
-FOLDER/latest_checkpointed_iteration.txt     the decimal number of the newest whole checkpoint
-FOLDER/iter_0000100/model.safetensors        every parameter, fp32, by name
-FOLDER/iter_0000100/optimizer.safetensors    every state tensor, as KIND/PARAMETER (absent with --no-save-optim)
-FOLDER/iter_0000100/state.json               progress, loss scale, the flags of the run, the layout's version
+FOLDER/latest_checkpointed_iteration.txt    the decimal number of the newest
+FOLDER/best                                 a link to the one with the lowest validation loss
+FOLDER/iter_0000100/model-00000.safetensors, optimizer-00000.safetensors    what rank 0 wrote, fp32
+FOLDER/iter_0000100/state.json              progress, loss scale, meters, the flags of the run
+FOLDER/iter_0000100/manifest.json           all files with their checksums, and where each tensor lies
+FOLDER/iter_0000100/validation.json         the validation loss there, where it is known
 
-Nothing here is a pickle: opening a checkpoint runs no code.
+Nothing here is a pickle: opening a checkpoint runs no code. A checkpoint exists when it is whole: its folder gets its
+name last. So the pointer may be behind, or gone; it decides where it was written after all checkpoints, as when a user
+has gone back.
 """
 
 import itertools
 import json
 import re
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-
+from megatron.checkpoint.manifest import MANIFEST, read_manifest
+from megatron.checkpoint.stored import Checkpoint
+from megatron.checkpoint.whole import MODEL, read_whole
 from megatron.errors import CheckpointError
-from megatron.files import new_folder, write_json, write_text
-from megatron.parallel.placement import placement_of
+from megatron.files import write_json, write_text
+from megatron.log import Log
+from megatron.parallel.collectives import everyones
+from megatron.parallel.mesh import Axis
 
-VERSION = 1
 LATEST = "latest_checkpointed_iteration.txt"
+STATE = "state.json"
+BEST = "best"
+_VALIDATION = "validation.json"
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """What one checkpoint holds: every tensor whole, and on the CPU.
+def find(folder: str, world: Axis, log: Log, with_optimizer: bool = True) -> Checkpoint | None:
+    """The checkpoint to go on from, the same on all ranks, which call this together; None where there is none.
 
-    `optimizer` is None where it was not saved or not asked for.
-    """
-
-    iteration: int
-    model: Mapping[str, Tensor]
-    optimizer: Mapping[str, Tensor] | None
-    state: dict[str, Any]
-
-
-def save(folder: str, checkpoint: Checkpoint, keep: int = 0, loaded: int | None = None) -> Path:
-    """Write `checkpoint` below `folder` and point to it, whole or not at all; returns its path.
-
-    With `keep` > 0 only the so many written last stay, and iteration `loaded`, from which this run went on. Raises
-    CheckpointError where the disk refuses.
+    A broken one is passed over for the one before, with a line that says why. Raises CheckpointError where all are, or
+    where the ranks do not see the same.
     """
     root = Path(folder)
-    target = _place(root, checkpoint.iteration)
+    if (root / MODEL).exists() or (root / MANIFEST).exists():
+        raise CheckpointError(f"{folder} is one checkpoint, not the folder of a run; give {root.resolve().parent}")
+    note, places = _in_order(root)
+    names = everyones([place.name for place in places], world)[0]
+    if note is not None:
+        log.line(note)
+    why = None
+    for name in names:
+        found, wrong = _opened(root / name, world, log, with_optimizer)
+        why = next(filter(None, everyones(wrong, world)), None)
+        if why is None:
+            return found
+        log.line(f"note: passing over {name}: {why}")
+    if why is not None:
+        raise CheckpointError(f"{why}; no older checkpoint in {folder} is whole: give another --load")
+    return None
+
+
+def open_place(place: Path, with_optimizer: bool = True) -> Checkpoint:
+    """The checkpoint in one `iter_` folder, its tensors yet to be read; raises CheckpointError."""
+    if (place / MODEL).exists():
+        return read_whole(place, with_optimizer)
+    manifest = read_manifest(place)
+    manifest.check_sizes(place)
+    optimizer = manifest.stored(place, "optimizer/") if with_optimizer else None
+    return Checkpoint(place, manifest.iteration, manifest.stored(place, "model/"), optimizer or None,
+                      read_state(place / STATE))
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What a state.json says; raises CheckpointError where it is damaged."""
     try:
-        with new_folder(target) as place:
-            save_file(_plain(checkpoint.model), place / "model.safetensors")
-            if checkpoint.optimizer is not None:
-                save_file(_plain(checkpoint.optimizer), place / "optimizer.safetensors")
-            content = {"version": VERSION, "iteration": checkpoint.iteration, **checkpoint.state}
-            write_json(place / "state.json", content)
-        write_text(root / LATEST, str(checkpoint.iteration))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"could not save {target}: {error}; the last good checkpoint is untouched, make room or "
-                              "give another --save") from error
-    if keep:
-        spared = {target, *([] if loaded is None else [_place(root, loaded)])}
-        # By time, not by number: a run that went back to an older iteration saves lower numbers than it finds.
-        for old in sorted(_iterations(root).values(), key=_written)[:-keep]:
-            if old not in spared:
-                shutil.rmtree(old, ignore_errors=True)
-    return target
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged or missing ({error})") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: damaged, or not of a run")
+    return state
+
+
+def place_of(root: Path, iteration: int) -> Path:
+    """The folder of the checkpoint of an iteration."""
+    return root / f"iter_{iteration:07d}"
+
+
+def iterations(root: Path) -> dict[int, Path]:
+    """The folders of checkpoints below `root` by their numbers, ascending."""
+    places = {int(place.name[5:]): place for place in root.glob("iter_*") if re.fullmatch("[0-9]{7,}", place.name[5:])}
+    return dict(sorted(places.items()))
+
+
+def written_s(place: Path) -> float:
+    """When a checkpoint was written, in seconds since 1970; 0 where nothing says so."""
+    try:
+        return float(read_state(place / STATE)["written_s"])
+    except (CheckpointError, KeyError, TypeError, ValueError):
+        with suppress(OSError):
+            return (place / STATE).stat().st_mtime
+        return 0.0
+
+
+def point_to(root: Path, iteration: int) -> None:
+    """Let the pointer name an iteration."""
+    write_text(root / LATEST, str(iteration))
 
 
 def set_aside(folder: str, iteration: int) -> list[Path]:
     """Rename the checkpoints after `iteration`, of a course that was left by going back; returns their new paths."""
     moved = []
     try:
-        for number, place in _iterations(Path(folder)).items():
+        for number, place in iterations(Path(folder)).items():
             if number > iteration:
                 copies = (place.with_name(f"abandoned-{copy}-{place.name}") for copy in itertools.count(1))
                 moved.append(place.rename(next(path for path in copies if not path.exists())))
@@ -85,148 +123,87 @@ def set_aside(folder: str, iteration: int) -> list[Path]:
     return moved
 
 
-def load(folder: str, with_optimizer: bool = True) -> Checkpoint | None:
-    """The checkpoint that `folder` points to, or None where it holds none; raises CheckpointError.
+def prune(root: Path, *, keep: int, keep_every: int, retain_optimizer: int, spared: Collection[Path]) -> None:
+    """Remove the checkpoints but for the `keep` written last, and the optimizer's state of all but `retain_optimizer`.
 
-    Checkpoints without a pointer, and a checkpoint in the place of their folder, are not passed over.
+    0 keeps all. Neither is taken from those in `spared`, nor is a multiple of `keep_every`, or the best, removed.
     """
-    pointer = Path(folder) / LATEST
+    best = (root / BEST).resolve()
+    # By time, not by number: a run that went back to an older iteration saves lower numbers than it finds.
+    by_age = sorted(iterations(root).items(), key=lambda item: (written_s(item[1]), item[0]))
+    for number, place in by_age[:-keep] if keep else ():
+        if place not in spared and place.resolve() != best and not (keep_every and number % keep_every == 0):
+            shutil.rmtree(place, ignore_errors=True)
+    for _, place in by_age[:-retain_optimizer] if retain_optimizer else ():
+        if place not in spared and place.exists():
+            _drop_optimizer(place)
+
+
+def note_validation(place: Path, loss: float) -> None:
+    """Keep the validation loss of a checkpoint beside it, and link to the best of the run."""
+    write_json(place / _VALIDATION, {"loss": loss})
+    losses = {other: found for other in iterations(place.parent).values() if (found := _validation(other)) is not None}
+    link, new = place.parent / BEST, place.parent / f".{BEST}"
+    new.unlink(missing_ok=True)
+    new.symlink_to(min(losses, key=lambda other: losses[other]).name)
+    new.replace(link)
+
+
+def _in_order(root: Path) -> tuple[str | None, list[Path]]:
+    """What is to be said of the order in which to try the checkpoints, and that order."""
+    places = iterations(root)
+    newest_first = sorted(places, key=lambda number: (written_s(places[number]), number), reverse=True)
+    if not places:
+        return None, []
+    pointer, newest = root / LATEST, newest_first[0]
     try:
         text = pointer.read_text(encoding="utf-8", errors="replace").strip()
+        pointed_s = pointer.stat().st_mtime
     except (FileNotFoundError, NotADirectoryError):
-        _check_absence(Path(folder))
-        return None
+        text, pointed_s = "nothing", 0.0
     except OSError as error:
         raise CheckpointError(f"{pointer}: cannot be read ({error.strerror})") from error
-    if not re.fullmatch("[0-9]{1,18}", text):
-        raise CheckpointError(f"{pointer}: found {text[:40]!r}, expected an iteration number; write the number of the "
-                              "iter_ folder to load into it")
-    place = _place(Path(folder), int(text))
-    if not place.is_dir():
-        raise CheckpointError(f"{pointer} names iteration {text}, but {place} is not there; write the number of an "
-                              "iter_ folder that is")
-    state = _read_state(place / "state.json")
-    optimizer = place / "optimizer.safetensors"
-    return Checkpoint(iteration=int(text), model=_Tensors(place / "model.safetensors"), state=state,
-                      optimizer=_Tensors(optimizer) if with_optimizer and optimizer.exists() else None)
+    named = int(text) if re.fullmatch("[0-9]{1,18}", text) else None
+    if named in places and (named == newest or pointed_s >= written_s(places[newest])):
+        return None, [places[named], *(places[number] for number in newest_first if number < named)]
+    why = "was written after it" if named in places else "is the newest that is there"
+    return f"note: {pointer} names {text[:40]!r}, but iteration {newest} {why}: going by that", [
+        places[number] for number in newest_first]
 
 
-def load_model(stages: Iterable[torch.nn.Module], tensors: Mapping[str, Tensor], source: str,
-               names: Collection[str]) -> None:
-    """Copy whole `tensors`, or this rank's part of them, into the parameters of the same names.
-
-    `names`: those of the whole model's parameters, of which this rank's stages have some. Raises CheckpointError naming
-    what does not fit.
-    """
-    for name in sorted(set(names) ^ tensors.keys()):
-        where = "the model" if name in tensors else source
-        raise CheckpointError(f"{source}: parameter {name} is not in {where}; give the model flags of that checkpoint")
-    for name, parameter in (named for stage in stages for named in stage.named_parameters()):
-        with torch.no_grad():
-            parameter.copy_(_part(tensors, name, parameter, source))
-
-
-def optimizer_parts(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """This rank's parts of an optimizer's state, KIND/PARAMETER; that of other ranks' parameters stays unread.
-
-    Raises CheckpointError where it does not fit `parameters`, those of this rank.
-    """
-    kinds_of: dict[str, set[str]] = {}
-    for key in tensors:
-        kind, _, name = key.partition("/")
-        kinds_of.setdefault(name, set()).add(kind)
-    for name, kinds in sorted(kinds_of.items()):
-        if missing := set().union(*kinds_of.values()) - kinds:
-            raise CheckpointError(f"{source}: the optimizer's state lacks {min(missing)}/{name}; load an older "
-                                  "iteration, or give --no-load-optim to start the optimizer afresh")
-    named = ((key, parameters.get(key.partition("/")[2])) for key in tensors)
-    return {key: _part(tensors, key, parameter, source) for key, parameter in named if parameter is not None}
-
-
-def _part(tensors: Mapping[str, Tensor], name: str, parameter: Tensor, source: str) -> Tensor:
-    """This rank's part of a whole tensor that lies as `parameter` does; a scalar has no parts."""
-    placement, whole = placement_of(parameter), tensors[name]
-    expected = placement.whole_shape(parameter)
-    if whole.ndim and whole.shape != expected:
-        raise CheckpointError(f"{source}: {name} is {list(whole.shape)} there and {list(expected)} here; give the "
-                              "model flags of that checkpoint")
-    return placement.cut(whole, parameter)
-
-
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _read_state(path: Path) -> dict[str, Any]:
+def _opened(place: Path, world: Axis, log: Log, with_optimizer: bool) -> tuple[Checkpoint | None, str | None]:
+    """A checkpoint, or what is wrong with it; the ranks share out the reading of its files."""
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        version = state["version"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a readable checkpoint state ({error}); load an older iteration") from error
-    if version != VERSION:
-        raise CheckpointError(f"{path}: version {version}, this program reads {VERSION}; load it with the program that "
-                              "wrote it")
-    return state
+        if not place.is_dir():
+            raise CheckpointError(f"{place} is not there on this host; give a folder that all hosts share")
+        checkpoint = open_place(place, with_optimizer)
+        if (place / MANIFEST).exists():
+            manifest = read_manifest(place)
+            files = [name for name in manifest.files if with_optimizer or not name.startswith("optimizer")]
+            mine = files[world.rank::world.size]
+            total = sum(manifest.files[name].num_bytes for name in mine)
+            bar = log.progress(total, 0, unit="B", label=f"checking {place.name}")
+            try:
+                manifest.check_sums(place, mine, bar.update)
+            finally:
+                bar.close()
+        return checkpoint, None
+    except CheckpointError as error:
+        return None, str(error)
 
 
-class _Tensors(Mapping[str, Tensor]):
-    """The tensors of a file, each read from the disk when it is asked for: a rank asks for its own alone."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self._file = _opened(path)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: damaged or missing ({error}); load an older iteration") from error
-        self._names = dict.fromkeys(self._file.keys())
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._file.get_tensor(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+def _drop_optimizer(place: Path) -> None:
+    """Take the optimizer's state out of a checkpoint, which is whole before and after."""
+    with suppress(CheckpointError, OSError):
+        manifest = read_manifest(place)
+        weights = manifest.without("optimizer/")
+        weights.write(place)
+        for name in manifest.files.keys() - weights.files.keys():
+            (place / name).unlink(missing_ok=True)
 
 
-def _opened(path: Path) -> safe_open:
-    """safe_open, which takes no path that is not UTF-8, of any path: such a file goes by the number that it is open as.
-    """
+def _validation(place: Path) -> float | None:
     try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        with path.open("rb") as file:
-            return safe_open(f"/proc/self/fd/{file.fileno()}", framework="pt")
-    return safe_open(path, framework="pt")
-
-
-def _place(root: Path, iteration: int) -> Path:
-    return root / f"iter_{iteration:07d}"
-
-
-def _iterations(root: Path) -> dict[int, Path]:
-    """The folders of checkpoints below `root` by their numbers, ascending."""
-    places = {int(place.name[5:]): place for place in root.glob("iter_*") if re.fullmatch("[0-9]{7,}", place.name[5:])}
-    return dict(sorted(places.items()))
-
-
-def _written(place: Path) -> tuple[int, Path]:
-    """A key that sorts checkpoints by when they were written; state.json is the last file of each."""
-    try:
-        return (place / "state.json").stat().st_mtime_ns, place
-    except OSError:
-        return 0, place
-
-
-def _check_absence(folder: Path) -> None:
-    """Raises CheckpointError where a folder without a pointer holds checkpoints, or is one."""
-    if (folder / "model.safetensors").exists():
-        raise CheckpointError(f"{folder} is one checkpoint, not the folder of a run; give {folder.resolve().parent}, "
-                              f"whose {LATEST} says which iteration to load")
-    numbers = list(_iterations(folder))
-    if numbers:
-        raise CheckpointError(f"{folder} holds {_place(folder, numbers[-1]).name} but no {LATEST}; write the number of "
-                              f"the iter_ folder to load into it: echo {numbers[-1]} > {folder / LATEST}")
+        return float(json.loads((place / _VALIDATION).read_text(encoding="utf-8"))["loss"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -13,7 +13,14 @@ class CheckpointConfig:
     load: str = flag(None, "folder to go on from, or to take weights from; an empty one starts afresh")
     save_interval: int = flag(None, "steps between checkpoints (the last step is always saved)", kind=int,
                               check=positive)
+    save_interval_minutes: float = flag(None, "minutes between checkpoints, beside or instead of --save-interval",
+                                        kind=float, check=positive)
+    async_save: bool = flag(False, "write checkpoints behind the training, from a copy in host memory")
     keep_checkpoints: int = flag(0, "how many of the newest to keep; 0 keeps all", kind=int, check=not_negative)
+    keep_every: int = flag(0, "keep the checkpoints of every so many steps beside them; 0 for none", kind=int,
+                           check=not_negative)
+    save_retain_optimizer: int = flag(0, "how many of the newest keep the optimizer's state; 0 for all", kind=int,
+                                      check=not_negative)
     no_save_optim: bool = flag(False, "leave the optimizer's state out of the checkpoint")
     no_load_optim: bool = flag(False, "start the optimizer afresh")
     finetune: bool = flag(False, "load the weights alone and start from iteration 0")

@@ -5,6 +5,7 @@ the same whole.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -26,9 +27,9 @@ def residual_output(config: ModelConfig) -> Normal:
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int) -> None:
-    """Fill every parameter of `model` in place with what it declares."""
-    for name, parameter in model.named_parameters():
+def initialise(parameters: Mapping[str, nn.Parameter], seed: int) -> None:
+    """Fill every parameter, this rank's part of it, in place with what it declares."""
+    for name, parameter in parameters.items():
         generator = torch.Generator().manual_seed(seed_for(seed, "weight", name))
         placement = placement_of(parameter)
         whole = declaration_of(parameter).initial.values(placement.whole_shape(parameter), generator)

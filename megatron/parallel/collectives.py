@@ -5,13 +5,15 @@ where every rank holds all of it, and "partial" where the true values are the su
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron.parallel.mesh import Axis
+
+T = TypeVar("T")
 
 
 def all_reduce_sum(tensor: Tensor, axis: Axis) -> Tensor:
@@ -27,6 +29,15 @@ def all_gather(tensor: Tensor, axis: Axis) -> Tensor:
 def reduce_scatter(tensor: Tensor, axis: Axis) -> Tensor:
     """This rank's slice, along the first dimension, of the sum over the axis. Not differentiable."""
     return start_reduce_scatter(tensor, axis).wait()
+
+
+def everyones(value: T, axis: Axis) -> list[T]:
+    """Each rank's value, in their order, on every rank; small things, as Python objects."""
+    if axis.size == 1:
+        return [value]
+    values = [value] * axis.size
+    dist.all_gather_object(values, value, group=axis.group)
+    return values
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ class Mesh:
     have the same parameters and see other tokens; of these, `shards` are the neighbours that share out what
     `--data-parallel-sharding` says, and `copies` those that have the same share. `ends`: the first and the last
     pipeline rank, on these; one rank elsewhere. `channels`: groups of the pipeline for point-to-point messages, each
-    of which carries one kind of message in one direction, so that no two ever wait for each other.
+    of which carries one kind of message in one direction, so that no two ever wait for each other. `writers`: all ranks
+    on a gloo group of their own, on which they agree about files while the others are at work for the training.
     """
 
     world: Axis = field(default_factory=Axis)
@@ -51,18 +52,13 @@ class Mesh:
     copies: Axis = field(default_factory=Axis)
     ends: Axis = field(default_factory=Axis)
     channels: tuple[dist.ProcessGroup, ...] = ()
+    writers: Axis = field(default_factory=Axis)
     device: torch.device = torch.device("cpu")
 
     @property
     def is_first_reader(self) -> bool:
         """Whether this is the first of the ranks that read the same rows: what all of them know counts here."""
         return self.pipeline.rank == self.context.rank == self.tensor.rank == 0
-
-    @property
-    def writes(self) -> bool:
-        """Whether this rank has a part in a checkpoint: one of each set of copies does."""
-        return self.copies.rank == 0
-
 
 @contextmanager
 def joined(config: ParallelConfig, launch: Launch) -> Iterator[Mesh]:
@@ -99,9 +95,11 @@ def build_mesh(config: ParallelConfig, device: torch.device, timeout: timedelta)
     ends = _ends(line, timeout)
     num_channels = 0 if len(line) == 1 else 4 if config.num_layers_per_virtual_pipeline_stage else 2
     channels = tuple(_new_group(line, timeout, f"channel {number}") for number in range(num_channels))
-    return Mesh(world=Axis(dist.get_rank(), dist.get_world_size(), dist.group.WORLD), **axes, replicas=replicas,
+    world = dist.get_world_size()
+    writers = dist.new_group(backend="gloo", timeout=timeout, group_desc="writers") if world > 1 else None
+    return Mesh(world=Axis(dist.get_rank(), world, dist.group.WORLD), **axes, replicas=replicas,
                 shards=build_axis(split, ["shards"], timeout), copies=build_axis(split, ["copies"], timeout), ends=ends,
-                channels=channels, device=device)
+                channels=channels, writers=Axis(dist.get_rank(), world, writers), device=device)
 
 
 def grid_sizes(config: ParallelConfig, num_ranks: int) -> dict[str, int]:

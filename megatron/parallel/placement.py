@@ -4,16 +4,14 @@ A parameter's *whole* value is what one rank would hold; its *local* value is th
 placement is whole on every rank.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from megatron.parallel.collectives import all_gather, all_reduce_sum
+from megatron.parallel.collectives import all_reduce_sum
 from megatron.parallel.mesh import Axis
-from megatron.parallel.pipeline.channels import collect
 
 
 @dataclass(frozen=True)
@@ -38,63 +36,49 @@ class Placement:
 
     def whole_shape(self, local: Tensor) -> tuple[int, ...]:
         """The shape of the whole of which `local` is this rank's part."""
-        return tuple(self.whole_size if dim == self.dim else size for dim, size in enumerate(self._tensor_shape(local)))
+        shape = tuple(local.shape) if self.shards.size == 1 else (self.num_rows, *local.shape[1:])
+        return tuple(self.whole_size if dim == self.dim else size for dim, size in enumerate(shape))
+
+    def part(self, local: Tensor) -> "Part":
+        """What `local` holds of the whole, without its padding. A scalar, such as a step count, has no parts."""
+        if local.ndim == 0:
+            return Part(local, (), ())
+        offsets, held = [0] * local.ndim, local.detach()
+        if self.shards.size > 1:
+            offsets[0] = self.shards.rank * -(-self.num_rows // self.shards.size)
+        if self.dim is not None and self.axis.size > 1:
+            size = self.num_rows if self.dim == 0 and self.shards.size > 1 else local.shape[self.dim]
+            offsets[self.dim] += self.axis.rank * size
+            held = held.narrow(self.dim, 0, min(held.shape[self.dim], max(0, self.whole_size - offsets[self.dim])))
+        return Part(held, tuple(offsets), self.whole_shape(local))
 
     def cut(self, whole: Tensor, local: Tensor) -> Tensor:
-        """This rank's part of `whole`, in the shape of `local`. A scalar, such as a step count, has no parts."""
+        """This rank's part of `whole`, in the shape of `local`."""
         if whole.ndim == 0:
             return whole
-        mine = self._tensor_part(whole, self._tensor_shape(local))
-        if self.shards.size == 1:
-            return mine
-        rows = -(-self.num_rows // self.shards.size)
-        return mine[self.shards.rank * rows:(self.shards.rank + 1) * rows].clone()
+        mine = whole.new_zeros(local.shape)
+        part = self.part(mine)
+        part.tensor.copy_(whole[part.box])
+        return mine
 
-    def gather(self, local: Tensor) -> Tensor:
-        """The whole, on every rank of the axes: all of them call this. `local` is not copied where it is the whole."""
-        if local.ndim == 0:
-            return local
-        if self.shards.size > 1:
-            missing = -(-self.num_rows // self.shards.size) - len(local)
-            padded = F.pad(local.detach(), [0, 0] * (local.ndim - 1) + [0, missing])
-            local = all_gather(padded, self.shards)[:self.num_rows]
-        if self.dim is None or self.axis.size == 1:
-            return local
-        slices = all_gather(local.detach().movedim(self.dim, 0).contiguous(), self.axis)
-        return slices.narrow(0, 0, self.whole_size).movedim(0, self.dim)
 
-    def _tensor_shape(self, local: Tensor) -> tuple[int, ...]:
-        return tuple(local.shape) if self.shards.size == 1 else (self.num_rows, *local.shape[1:])
+@dataclass(frozen=True)
+class Part:
+    """A box of a whole tensor: `tensor`, a view of what this rank holds, begins there at `offsets`."""
 
-    def _tensor_part(self, whole: Tensor, shape: Sequence[int]) -> Tensor:
-        if self.dim is None or self.axis.size == 1:
-            return whole
-        size = shape[self.dim]
-        start = min(self.axis.rank * size, self.whole_size)
-        mine = whole.narrow(self.dim, start, min(size, self.whole_size - start))
-        missing = size - mine.shape[self.dim]
-        return F.pad(mine, [0, 0] * (whole.ndim - 1 - self.dim) + [0, missing]).clone()
+    tensor: Tensor
+    offsets: tuple[int, ...]
+    whole_shape: tuple[int, ...]
+
+    @property
+    def box(self) -> tuple[slice, ...]:
+        """Its place in the whole."""
+        return tuple(slice(start, start + size) for start, size in zip(self.offsets, self.tensor.shape, strict=True))
 
 
 def placement_of(parameter: Tensor) -> Placement:
     """How `parameter` lies on the ranks."""
     return getattr(parameter, "placement", Placement())
-
-
-def wholes(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], *, keep: bool,
-           pipeline: Axis | None = None) -> dict[str, Tensor]:
-    """The wholes of a checkpoint's tensors, each named `PARAMETER` or `KIND/PARAMETER`, on the CPU; {} unless `keep`.
-
-    All ranks of the shards and tensor axes call this together, and one of them keeps: no device holds more than one
-    whole. Those that keep, one a pipeline rank, hand them to the first of `pipeline`.
-    """
-    kept = {}
-    for name, tensor in tensors.items():
-        placement = placement_of(parameters[name.split("/")[-1]])
-        whole = placement.gather(tensor)
-        if keep and placement.ends.rank == 0:
-            kept[name] = whole.detach().cpu()
-    return collect(kept, pipeline) if keep and pipeline is not None else kept
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter], pipeline: Axis | None = None) -> Tensor:

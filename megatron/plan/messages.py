@@ -76,10 +76,10 @@ def buckets(held: Held, which: str = "size", shards: tuple[int, int] = (1, 0)) -
 
 
 def _scalars(traffic: Traffic, rank: Rank, parameters: Held) -> None:
-    """The numbers of targets and of ranks that want to stop; the squares that the gradient's norm is made of."""
+    """The numbers of targets and of ranks that want to stop or save; the squares of which the norm is made."""
     sizes = {**rank.sizes, "data": rank.replicas}
     axis = next((axis for axis in sizes if sizes[axis] == rank.num_ranks), "world")
-    traffic.add(axis, ALL_REDUCE, 16, rank.num_ranks)
+    traffic.add(axis, ALL_REDUCE, 24, rank.num_ranks)
     for is_split in _kinds_of_norm(parameters, rank.place["pipeline"] > 0):
         traffic.add("tensor", ALL_REDUCE, 4, rank.sizes["tensor"] if is_split else 1)
         traffic.add("data", ALL_REDUCE, 4, rank.shards)

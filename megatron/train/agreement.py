@@ -10,26 +10,26 @@ from megatron.parallel.mesh import Axis
 
 
 class Arriving:
-    """A scalar on its way from the device to the host, where it has arrived by the time that a later step reads it."""
+    """Numbers on their way from the device to the host, where they are by the time that a later step reads them."""
 
-    def __init__(self, scalar: Tensor) -> None:
-        self._value, self._event = scalar, None
-        if scalar.device.type != "cpu":
-            self._value = torch.empty(scalar.shape, dtype=scalar.dtype, pin_memory=True)
-            self._value.copy_(scalar, non_blocking=True)
-            self._event = torch.Event(scalar.device)
+    def __init__(self, numbers: Tensor) -> None:
+        self._values, self._event = numbers, None
+        if numbers.device.type != "cpu":
+            self._values = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._values.copy_(numbers, non_blocking=True)
+            self._event = torch.Event(numbers.device)
             self._event.record()
 
-    def read(self) -> int:
-        """The value; waits for the copy alone, which was queued behind the step that gave it."""
+    def read(self) -> list[int]:
+        """The values; waits for the copy alone, which was queued behind the step that gave them."""
         if self._event is not None:
             self._event.synchronize()
-        return int(self._value)
+        return self._values.tolist()
 
 
-def summed(numbers: Sequence[int], axis: Axis, device: torch.device) -> list[Tensor]:
+def summed(numbers: Sequence[int], axis: Axis, device: torch.device) -> Tensor:
     """The sums of whole numbers over the axis, on the device; all ranks call this."""
     values = torch.tensor(numbers, dtype=torch.int64)
     if device.type != "cpu":
         values = values.pin_memory().to(device, non_blocking=True)
-    return list(all_reduce_sum(values, axis).unbind())
+    return all_reduce_sum(values, axis)

@@ -2,10 +2,13 @@
 
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 
-from megatron.checkpoint.store import Checkpoint, load_model, optimizer_parts
+from megatron.checkpoint.loading import load_model, load_optimizer
+from megatron.checkpoint.saving import parts_of
+from megatron.checkpoint.stored import Checkpoint
 from megatron.config import Config, ScheduleConfig
 from megatron.data.batches.batch import BatchShape, batch_shape
 from megatron.data.corpus.vocab import DEFAULT_VOCAB, Vocab
@@ -14,9 +17,8 @@ from megatron.errors import CheckpointError, ConfigError
 from megatron.log import Log
 from megatron.model.protein_model import ProteinModel
 from megatron.optim.schedule import Schedule, build_schedule
-from megatron.parallel.collectives import all_reduce_sum
 from megatron.parallel.mesh import Mesh
-from megatron.parallel.placement import wholes
+from megatron.parallel.placement import Part
 from megatron.train.engine import Engine, build_engine, stream_of
 from megatron.train.resume import differences, facts_of, find_checkpoint, refuse_changes
 from megatron.train.state import BatchSizes, TrainState
@@ -35,6 +37,7 @@ class Run:
     schedule: Schedule
     sizes: BatchSizes
     state: TrainState
+    meters: dict[str, Any]  # what the steps since the last log event had measured, where the run was left
 
     @cached_property
     def shape(self) -> BatchShape:
@@ -44,20 +47,17 @@ class Run:
                            stream_of(self.config, mesh).token_multiple, mesh.context.rank, mesh.context.size,
                            self.state.consumed_samples)
 
-    def checkpoint(self) -> Checkpoint:
-        """What `build` needs to go on, as of now; with tensors on rank 0 alone, to which the others give their parts.
+    def parts(self) -> dict[str, Part]:
+        """This rank's part of the tensors of a checkpoint, as of now."""
+        moments = {} if self.config.checkpoint.no_save_optim else self.engine.optimizer.state()
+        return parts_of(self.engine.model.parameters, moments)
 
-        The ranks whose mesh says that they write call this together.
-        """
-        mesh, parameters = self.mesh, self.engine.model.parameters
-        keep = mesh.tensor.rank == mesh.shards.rank == 0
-        state = {"progress": asdict(self.state), "loss_scale": self.engine.loss_scale.state(),
-                 "schedule": _schedule_facts(self.schedule, self.config.schedule),
-                 **facts_of(self.config, self.vocab, self.data, self.sizes.final)}
-        moments = None if self.config.checkpoint.no_save_optim else self.engine.optimizer.state()
-        optimizer = None if moments is None else wholes(moments, parameters, keep=keep, pipeline=mesh.pipeline)
-        model = wholes(parameters, parameters, keep=keep, pipeline=mesh.pipeline)
-        return Checkpoint(self.state.iteration, model, optimizer, state)
+    def facts(self) -> dict[str, Any]:
+        """What else `build` needs to go on, as of now; as JSON has it."""
+        return {"iteration": self.state.iteration, "progress": asdict(self.state),
+                "loss_scale": self.engine.loss_scale.state(),
+                "schedule": _schedule_facts(self.schedule, self.config.schedule),
+                **facts_of(self.config, self.vocab, self.data, self.sizes.final)}
 
 
 def build(config: Config, mesh: Mesh, log: Log) -> Run:
@@ -67,8 +67,7 @@ def build(config: Config, mesh: Mesh, log: Log) -> Run:
                           "wrote")
     sizes = BatchSizes(config.training, mesh.data.size)
     vocab = Vocab.from_file(config.data.vocab_file or DEFAULT_VOCAB)
-    checkpoint = find_checkpoint(config.checkpoint, log)
-    _agree_on_iteration(checkpoint, config, mesh)
+    checkpoint = find_checkpoint(config.checkpoint, mesh.world, log)
     if checkpoint is not None:
         refuse_changes(config, vocab, checkpoint)
     schedule = _schedule(config, sizes, checkpoint)
@@ -80,7 +79,7 @@ def build(config: Config, mesh: Mesh, log: Log) -> Run:
         if part is not None:
             log.line(part.describe())
     engine = _build_engine(config, mesh, vocab.padded_size(config.model.make_vocab_size_divisible_by), checkpoint)
-    run = Run(config, mesh, log, data, vocab, engine, schedule, sizes, TrainState())
+    run = Run(config, mesh, log, data, vocab, engine, schedule, sizes, TrainState(), {"steps": [], "elapsed_s": 0.0})
     if checkpoint is not None and not config.checkpoint.finetune:
         _go_on(run, checkpoint)
     return run
@@ -90,11 +89,11 @@ def _go_on(run: Run, checkpoint: Checkpoint) -> None:
     """Take up progress, loss scale and optimizer, and say what is not as it was."""
     config, engine, saved = run.config, run.engine, checkpoint.state
     run.state = TrainState(**saved["progress"])
+    run.meters = saved.get("meters", run.meters)
     if saved["config"].get("fp16", config.precision.fp16):  # elsewhere the scale was 1, and nothing was learnt of it
         engine.loss_scale.load_state(saved["loss_scale"])
     if checkpoint.optimizer is not None:
-        engine.optimizer.load_state(optimizer_parts(checkpoint.optimizer, engine.model.parameters,
-                                                    f"the checkpoint in {config.checkpoint.load}"))
+        engine.optimizer.load_state(load_optimizer(engine.model.parameters, checkpoint))
     facts = facts_of(config, run.vocab, run.data, run.sizes.final)
     for line in differences(config, facts, saved):
         run.log.line(line)
@@ -106,21 +105,12 @@ def _go_on(run: Run, checkpoint: Checkpoint) -> None:
                      f"learning rate after {run.schedule.decay_samples}")
 
 
-def _agree_on_iteration(checkpoint: Checkpoint | None, config: Config, mesh: Mesh) -> None:
-    """Raises CheckpointError, on one rank at least, where not all have found the same checkpoint."""
-    found = torch.tensor([0 if checkpoint is None else 1 + checkpoint.iteration], device=mesh.device)
-    if all_reduce_sum(found.clone(), mesh.world) != mesh.world.size * found:
-        raise CheckpointError(f"--load {config.checkpoint.load} holds "
-                              f"{'no checkpoint' if checkpoint is None else f'iteration {checkpoint.iteration}'} here, "
-                              "and another one on other hosts; give a folder that all hosts share")
-
-
 def _build_engine(config: Config, mesh: Mesh, padded_vocab_size: int, checkpoint: Checkpoint | None) -> Engine:
     if checkpoint is None:
         return build_engine(config, mesh, padded_vocab_size)
-    source, names = f"the checkpoint in {config.checkpoint.load}", _all_names(config, padded_vocab_size)
+    names = _all_names(config, padded_vocab_size)
     return build_engine(config, mesh, padded_vocab_size,
-                        load=lambda stages: load_model(stages, checkpoint.model, source, names))
+                        fill=lambda parameters: load_model(parameters, checkpoint, names))
 
 
 def _all_names(config: Config, padded_vocab_size: int) -> set[str]:

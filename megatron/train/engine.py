@@ -1,9 +1,10 @@
 """The model in its layout, with what runs and steps it: everything of a run but its data, its log and its progress."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from megatron.config import Config
 from megatron.model.initialisation import initialise
@@ -34,7 +35,6 @@ class Engine:
     loss_scale: LossScale
     is_compiled: bool
 
-
     @property
     def skips_filler(self) -> bool:
         """Whether micro-batches may do without it: where nothing counts on their one shape, and on CPUs alone.
@@ -45,18 +45,27 @@ class Engine:
         return mesh.device.type == "cpu" and mesh.pipeline.size == mesh.context.size == 1 and not self.is_compiled
 
 
-def build_engine(config: Config, mesh: Mesh, padded_vocab_size: int,
-                 load: Callable[[list[ProteinModel]], None] | None = None) -> Engine:
-    """This rank's part of the engine, on the mesh's device; `load` fills the stages, else the seed does."""
-    stages = build_stages(config, mesh, padded_vocab_size)
-    if load is not None:
-        load(stages)
-    else:
-        for stage in stages:
-            initialise(stage, config.training.seed)
+Fill = Callable[[Mapping[str, nn.Parameter]], None]
+
+
+def build_engine(config: Config, mesh: Mesh, padded_vocab_size: int, fill: Fill | None = None,
+                 is_frozen: Callable[[str], bool] = lambda name: False) -> Engine:
+    """This rank's part of the engine, on the mesh's device; `fill` gives the parameters their values, else the seed.
+
+    Before that nothing has any: no rank holds more than its own part, and of what it fills it with one tensor.
+    `is_frozen` says of a parameter's name whether it is not trained.
+    """
+    with torch.device("meta"):
+        stages = build_stages(config, mesh, padded_vocab_size)
+    for name, parameter in (named for stage in stages for named in stage.named_parameters()):
+        parameter.requires_grad_(not is_frozen(name))
     if wants_compilation(config, mesh.device):
         compile_blocks((block for stage in stages for block in stage.blocks()), config.parallel)
     model = data_parallel(stages, ProteinModel.blocks, mesh, config.parallel, compute_dtype(config.precision))
+    if fill is not None:
+        fill(model.parameters)
+    else:
+        initialise(model.parameters, config.training.seed)
     return with_optimizer(config, mesh, padded_vocab_size, stages, model)
 
 

@@ -1,14 +1,15 @@
 """The training loop: steps, log events, evaluations, checkpoints, and the ways in which a run ends."""
 
 import itertools
+import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
 
 from megatron.checkpoint.claim import Claim
-from megatron.checkpoint.store import save, set_aside
+from megatron.checkpoint.saving import Saver
 from megatron.data.batches.batch import Batch
 from megatron.data.batches.loader import batches
 from megatron.data.rows.masking import Masking
@@ -29,12 +30,14 @@ def train(run: Run, requests: StopRequests, claim: Claim | None) -> None:
 
     `claim`: on rank 0, the right to write into `--save`.
     """
-    events = Events(run.config.checkpoint, run.config.logging, run.log, run.state.iteration)
-    with closing(events):
+    config = run.config.checkpoint
+    events = Events(config, run.config.logging, run.log, run.state.iteration)
+    saver = Saver(config, run.mesh, claim, run.log, run.state.iteration) if config.save else None
+    with closing(events), closing(saver) if saver else nullcontext():
         baselines = _baselines(run)
-        if not Training(run, events, requests, claim).finish():
+        if not Training(run, events, requests, saver).finish():
             return
-        results = {split: _evaluate(run, events, requests, split) for split in ("valid", "test")}
+        results = {split: _evaluate(run, events, requests, saver, split) for split in ("valid", "test")}
         if requests.agreed(run.mesh):
             run.log.line("stopped before the evaluation was done: the same command does it")
             return
@@ -45,13 +48,14 @@ def train(run: Run, requests: StopRequests, claim: Claim | None) -> None:
 class Training:
     """The steps of one run."""
 
-    def __init__(self, run: Run, events: Events, requests: StopRequests, claim: Claim | None) -> None:
-        self._run, self._events, self._requests, self._claim = run, events, requests, claim
+    def __init__(self, run: Run, events: Events, requests: StopRequests, saver: Saver | None) -> None:
+        self._run, self._events, self._requests, self._saver = run, events, requests, saver
         self._began_at = self._saved_at = run.state.iteration
         self._last_iteration = run.sizes.last_iteration(run.state)
         self._meters = Meters(run.mesh.world, run.mesh.device)
         self._step = TrainStep(run.engine, self._meters)
-        self._stops = Arriving(torch.tensor(0))
+        self._wishes = Arriving(torch.zeros(2))
+        self._saved_at_s = time.monotonic()
 
     def finish(self) -> bool:
         """Take all steps that are left, or stop when asked, and save; returns whether the end was reached."""
@@ -67,7 +71,7 @@ class Training:
                          data_size=mesh.data.size, num_workers=config.data.num_workers, pin=mesh.device.type == "cuda")
         bar = run.log.progress(self._last_iteration, run.state.iteration, unit="step", label="training")
         with closing(loader), closing(bar):
-            self._meters.restart()
+            self._meters.load_state(run.meters)
             is_stopping = self._requests.agreed(mesh)
             while run.state.iteration < self._last_iteration and not is_stopping:
                 is_stopping = self._advance(loader)
@@ -98,23 +102,27 @@ class Training:
         rows = run.sizes.at(state.consumed_samples)
         learning_rate = run.schedule.learning_rate(state.consumed_samples)
         micro_batches = list(itertools.islice(loader, rows // run.sizes.rows_a_micro_step))
-        # Ranks agree on stopping in the step's own reduction. With several, it is read one step later, when it has long
-        # arrived, so that no step waits for the device.
-        agreed_before = self._stops
-        self._stops = self._step(micro_batches, learning_rate, state.consumed_samples, self._requests.wants_stop())
-        is_stopping = (self._stops if run.mesh.world.size == 1 else agreed_before).read() > 0
+        # Ranks agree on stopping and saving in the step's own reduction. With several, it is read one step later, when
+        # it has long arrived, so that no step waits for the device.
+        agreed_before = self._wishes
+        wishes = self._requests.wants_stop(), self._is_time_to_save()
+        self._wishes = self._step(micro_batches, learning_rate, state.consumed_samples, wishes)
+        num_stopping, num_saving = (self._wishes if run.mesh.world.size == 1 else agreed_before).read()
         state.iteration += 1
         state.consumed_samples += rows
         is_end = state.iteration == self._last_iteration
         if is_end or state.iteration % config.logging.log_interval == 0:
             self._log(learning_rate, rows)
         self._meters.pause()
+        is_stopping = num_stopping > 0
         is_evaluating = not is_end and state.iteration % config.training.eval_interval == 0
-        is_saving = _is_due(config.checkpoint.save_interval, state.iteration)
+        is_saving = _is_due(config.checkpoint.save_interval, state.iteration) or num_saving > 0
         if is_evaluating and not is_stopping:
-            _evaluate(run, self._events, self._requests, "valid")
+            _evaluate(run, self._events, self._requests, self._saver, "valid")
         if is_saving:
             self._save()
+        elif self._saver is not None:
+            self._saver.poll()
         if is_evaluating or is_saving:  # which take long
             is_stopping = is_stopping or self._requests.agreed(run.mesh)
         self._meters.resume()
@@ -123,8 +131,6 @@ class Training:
     def _log(self, learning_rate: float, rows: int) -> None:
         run, reading = self._run, self._meters.read()
         scale = float(run.engine.loss_scale.value)
-        if self._claim is not None:
-            self._claim.check()
         self._events.train(run.state.iteration, self._last_iteration, run.state.consumed_samples, reading,
                            learning_rate=learning_rate, global_batch_size=rows, loss_scale=scale,
                            peak_flops=self._peak_flops * run.mesh.world.size)
@@ -134,30 +140,25 @@ class Training:
                                 f"{run.state.iteration} were not finite; lower --lr, lengthen the warm-up, or go on "
                                 "from an older checkpoint")
 
+    def _is_time_to_save(self) -> bool:
+        """Whether this rank's clock, the first one's, asks for a checkpoint."""
+        minutes = self._run.config.checkpoint.save_interval_minutes
+        return minutes is not None and self._run.mesh.world.rank == 0 and (
+            time.monotonic() - self._saved_at_s >= 60 * minutes)
+
     def _save(self) -> None:
-        run, config = self._run, self._run.config.checkpoint
-        if config.save is None or self._saved_at == run.state.iteration:
+        run = self._run
+        if self._saver is None or self._saved_at == run.state.iteration:
             return
-        is_first = self._saved_at == self._began_at
-        self._saved_at = run.state.iteration
-        if not run.mesh.writes:
-            return
-        checkpoint = run.checkpoint()
-        if self._claim is None:
-            return
-        self._claim.check()
-        for place in set_aside(config.save, self._began_at) if is_first else ():
-            run.log.line(f"note: {place.name} is of the course that was left by going back to iteration "
-                         f"{self._began_at}; remove it if you do not need it")
-        place = save(config.save, checkpoint, config.keep_checkpoints, loaded=self._began_at)
-        run.log.line(f"  saved checkpoint {place}")
+        self._saver.save(run.state.iteration, run.parts(), run.facts() | {"meters": self._meters.state()})
+        self._saved_at, self._saved_at_s = run.state.iteration, time.monotonic()
 
 
 def _is_due(interval: int | None, iteration: int) -> bool:
     return interval is not None and iteration % interval == 0
 
 
-def _evaluate(run: Run, events: Events, requests: StopRequests, split: str) -> Evaluation | None:
+def _evaluate(run: Run, events: Events, requests: StopRequests, saver: Saver | None, split: str) -> Evaluation | None:
     """The evaluation of a split, written to the events; None where the split is empty, or a rank wants to stop."""
     dataset, training = getattr(run.data, split), run.config.training
     if dataset is None or requests.agreed(run.mesh):
@@ -171,6 +172,8 @@ def _evaluate(run: Run, events: Events, requests: StopRequests, split: str) -> E
     if result is None:
         return None
     events.evaluation(split, run.state.iteration, run.state.consumed_samples, result)
+    if saver is not None and split == "valid" and result.loss is not None:
+        saver.note_validation(run.state.iteration, result.loss)
     return result
 
 

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class Meters:
 
     def __init__(self, world: Axis, device: torch.device) -> None:
         self._world, self._device = world, device
-        self._paused_s = 0.0
+        self._pause_began_s: float | None = None
         self.restart()
 
     def add_loss(self, loss_share: Tensor, num_correct: Tensor) -> None:
@@ -59,31 +60,57 @@ class Meters:
 
     def resume(self) -> None:
         """Let the clock run on."""
+        assert self._pause_began_s is not None, "the clock was stopped"
         self._paused_s += time.perf_counter() - self._pause_began_s
+        self._pause_began_s = None
 
     def read(self) -> Reading:
         """What was collected since the last reading. Waits for the device, and for the other ranks."""
-        on_device, on_host, norms, taken = zip(*self._steps, strict=True)
-        sums = torch.cat([torch.stack(on_device), torch.tensor(on_host, dtype=torch.float64, device=self._device)], 1)
-        sums = all_reduce_sum(sums, self._world).cpu()
+        steps = self._summed()
+        sums, norms, taken = steps[:, :6], steps[:, 6], steps[:, 7]
         has_targets = sums[:, 2] > 0
         loss = sums[has_targets, 0].mean().item()
         _, correct, targets, residues, tokens, flops = sums.sum(0).tolist()
-        with_targets = [torch.stack(values).cpu()[has_targets].tolist() for values in (norms, taken)]
+        with_targets = [values[has_targets].tolist() for values in (norms, taken)]
         reading = Reading(
             num_steps=len(self._steps), num_steps_with_targets=int(has_targets.sum()), loss=loss if targets else None,
             masked_accuracy=correct / targets if targets else None, grad_norm=with_targets[0][-1] if targets else None,
-            num_skipped=with_targets[1].count(False), num_residues=int(residues), num_tokens=int(tokens),
+            num_skipped=with_targets[1].count(0.0), num_residues=int(residues), num_tokens=int(tokens),
             model_flops=flops,
-            elapsed_s=time.perf_counter() - self._began_s - self._paused_s)
+            elapsed_s=self._elapsed_s())
         self.restart()
         return reading
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the steps since the last reading, summed over the ranks, which all call this."""
+        return {"steps": self._summed().tolist() if self._steps else [], "elapsed_s": self._elapsed_s()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `state()` gave, in any layout."""
+        self.restart()
+        for loss, correct, targets, residues, tokens, flops, norm, is_taken in state["steps"]:
+            if self._world.rank == 0:
+                self._device_sums += torch.tensor([loss, correct], dtype=torch.float64, device=self._device)
+                self._host_sums = [targets, residues, tokens, flops]
+            self.add_step(torch.tensor(norm, device=self._device), torch.tensor(is_taken > 0, device=self._device))
+        self._began_s -= state["elapsed_s"]
 
     def restart(self) -> None:
         """Forget what was collected and start the clock."""
         self._steps: list[tuple[Tensor, list[float], Tensor, Tensor]] = []
         self._begin_step()
         self._began_s, self._paused_s = time.perf_counter(), 0.0
+
+    def _summed(self) -> Tensor:
+        """Of each step loss, correct predictions, targets, residues, tokens, FLOPs, norm, and whether it was taken."""
+        on_device, on_host, norms, taken = zip(*self._steps, strict=True)
+        sums = torch.cat([torch.stack(on_device), torch.tensor(on_host, dtype=torch.float64, device=self._device)], 1)
+        alike = torch.stack([torch.stack(norms).double(), torch.stack(taken).double()], 1)
+        return torch.cat([all_reduce_sum(sums, self._world), alike], 1).cpu()
+
+    def _elapsed_s(self) -> float:
+        now_s = time.perf_counter() if self._pause_began_s is None else self._pause_began_s
+        return now_s - self._began_s - self._paused_s
 
     def _begin_step(self) -> None:
         self._device_sums = torch.zeros(2, dtype=torch.float64, device=self._device)  # loss, correct predictions

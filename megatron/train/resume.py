@@ -6,7 +6,8 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.store import LATEST, Checkpoint, load
+from megatron.checkpoint.store import LATEST, find, iterations
+from megatron.checkpoint.stored import Checkpoint
 from megatron.config import CheckpointConfig, Config
 from megatron.config.command_line import flag_name
 from megatron.data.corpus.vocab import Vocab
@@ -14,6 +15,7 @@ from megatron.data.rows.blend import BlendedDataset
 from megatron.data.rows.dataset import Splits
 from megatron.errors import CheckpointError, ConfigError
 from megatron.log import Log
+from megatron.parallel.mesh import Axis
 
 # What may lie in the folder of a run that has yet to save, besides hidden files; people direct its output there.
 _OURS = ("loss.png", "tensorboard")
@@ -22,23 +24,23 @@ _FACTS = {"progress": dict, "schedule": dict, "loss_scale": list, "config": dict
 _SCHEDULE = {"lr", "min_lr", "lr_decay_style", "warmup_samples", "decay_samples"}
 
 
-def find_checkpoint(config: CheckpointConfig, log: Log) -> Checkpoint | None:
+def find_checkpoint(config: CheckpointConfig, world: Axis, log: Log) -> Checkpoint | None:
     """The checkpoint of `--load`; None where the run starts afresh, which a mistyped path is no reason for.
 
-    Raises ConfigError or CheckpointError.
+    The same on all ranks of `world`, which call this together. Raises ConfigError or CheckpointError.
     """
     folder, target = config.load, config.save
     goes_on = folder is not None and target is not None and Path(folder).resolve() == Path(target).resolve()
-    if target is not None and (config.finetune or not goes_on) and load(target, with_optimizer=False) is not None:
+    if target is not None and (config.finetune or not goes_on) and iterations(Path(target)):
         raise ConfigError(f"--save {target} already holds a run, which this one would overwrite; to go on with it give "
                           f"--load {target} (without --finetune), else name another folder")
     if folder is None:
         if config.finetune:
             raise ConfigError("--finetune takes the weights of --load, which is missing; give the folder of a run")
         return None
-    checkpoint = load(folder, with_optimizer=not (config.finetune or config.no_load_optim))
+    checkpoint = find(folder, world, log, with_optimizer=not (config.finetune or config.no_load_optim))
     if checkpoint is not None:
-        _check_state(checkpoint, folder)
+        _check_state(checkpoint)
         _name_batch(checkpoint.state)
         log.line(f"{'taking the weights of' if config.finetune else 'going on from'} iteration "
                  f"{checkpoint.iteration} in {folder}")
@@ -131,9 +133,9 @@ def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def _check_state(checkpoint: Checkpoint, folder: str) -> None:
+def _check_state(checkpoint: Checkpoint) -> None:
     """Raises CheckpointError where a state that is JSON is not that of a run."""
-    state, path = checkpoint.state, Path(folder) / f"iter_{checkpoint.iteration:07d}" / "state.json"
+    state = checkpoint.state
     wrong = [name for name, kind in _FACTS.items() if not isinstance(state.get(name), kind)]
     if not wrong:
         progress, scale = state["progress"], state["loss_scale"]
@@ -145,8 +147,8 @@ def _check_state(checkpoint: Checkpoint, folder: str) -> None:
             "schedule": state["schedule"].keys() >= _SCHEDULE}
         wrong = [f"{name} {state[name]}" for name, is_whole in holds.items() if not is_whole]
     if wrong:
-        raise CheckpointError(f"{path}: damaged, or of another folder ({wrong[0]}); write the number of another iter_ "
-                              f"folder into {Path(folder) / LATEST}")
+        raise CheckpointError(f"{checkpoint.path}: its state is damaged, or of another folder ({wrong[0]}); write the "
+                              f"number of another iter_ folder into {checkpoint.path.parent / LATEST}")
 
 
 def _strangers(folder: Path) -> list[str]:

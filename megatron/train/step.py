@@ -28,16 +28,16 @@ class TrainStep:
             put_off_weight_gradients(stage, self._waiting)
 
     def __call__(self, batches: Sequence[Batch], learning_rate: float, consumed_samples: int,
-                 wants_stop: bool) -> Arriving:
-        """Train on this rank's micro-batches; returns how many ranks want to stop."""
+                 wishes: Sequence[bool] = ()) -> Arriving:
+        """Train on this rank's micro-batches; returns of how many ranks each of `wishes` is one."""
         engine, mesh, training = self._engine, self._engine.mesh, self._engine.config.training
         here = sum(batch.num_targets for batch in batches) if mesh.is_first_reader else 0
         # At least 1: a step without a target has no loss, and no gradient.
         num_targets: Tensor | int = max(1, here)
-        num_stops = torch.tensor(int(wants_stop))
+        num_wishes = torch.tensor(wishes, dtype=torch.int64)
         if mesh.world.size > 1:  # one rank knows the sums already
-            num_targets, num_stops = summed([here, wants_stop], mesh.world, mesh.device)
-            num_targets = num_targets.clamp(min=1)
+            sums = summed([here, *wishes], mesh.world, mesh.device)
+            num_targets, num_wishes = sums[0].clamp(min=1), sums[1:]
         rows = training.micro_batch_size
         first_samples = [consumed_samples + (index * mesh.data.size + mesh.data.rank) * rows
                          for index in range(len(batches))]
@@ -48,7 +48,7 @@ class TrainStep:
         engine.copies.refresh()
         self._count(batches)
         self._meters.add_step(outcome.grad_norm, outcome.is_taken)
-        return Arriving(num_stops)
+        return Arriving(num_wishes)
 
     def _count(self, batches: Sequence[Batch]) -> None:
         if not self._engine.mesh.is_first_reader:

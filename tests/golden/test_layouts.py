@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from megatron.checkpoint.store import find
+from megatron.log import Log
+from megatron.parallel.mesh import Axis
 from pretrain_tape import main
 from tests.golden.training import DROPOUT, TINY, losses, run_on_ranks, run_program
 
@@ -65,8 +67,8 @@ def assert_close(ours, expected, tolerance=1e-5):
 
 def saved(folder, name="model"):
     """The tensors of a run's last checkpoint."""
-    newest = (folder / "latest_checkpointed_iteration.txt").read_text()
-    return load_file(folder / f"iter_{int(newest):07d}" / f"{name}.safetensors")
+    checkpoint = find(str(folder), Axis(), Log())
+    return {key: tensor.read() for key, tensor in getattr(checkpoint, name).items()}
 
 
 def assert_same_checkpoint(folder, expected_folder):

@@ -12,6 +12,8 @@ import pytest
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from megatron.checkpoint.claim import Claim
+from megatron.checkpoint.saving import Saver
+from megatron.checkpoint.store import read_state
 from megatron.config import CheckpointConfig, LoggingConfig
 from megatron.data.corpus.indexed import open_indexed
 from megatron.data.corpus.indexed_writer import write_indexed
@@ -24,7 +26,7 @@ from megatron.train.events import Events
 from megatron.train.meters import Reading
 from megatron.train.metrics import read_records
 from pretrain_tape import main
-from tests.golden.training import TINY, losses, run_on_ranks, start_program
+from tests.golden.training import TINY, edit_state, losses, run_on_ranks, start_program
 
 SHORT = [*TINY, "--num-layers", "1", "--eval-interval", "100", "--log-interval", "2"]
 
@@ -95,11 +97,12 @@ def test_nothing_is_said_of_a_run_that_goes_on_as_it_was(begun):
 
 
 def test_a_checkpoint_that_names_neither_its_batch_nor_its_data_is_not_said_to_have_had_others(begun, monkeypatch):
-    path = begun.folder / "iter_0000004" / "state.json"
-    state = json.loads(path.read_text())
+    place = begun.folder / "iter_0000004"
+    state = read_state(place / "state.json")
     state["config"]["global_batch_size"] = None
     del state["data"], state["vocabulary"]
-    path.write_text(json.dumps(state))
+    (place / "state.json").write_text(json.dumps(state))
+    edit_state(place)
     monkeypatch.chdir(Path(begun.corpus).parent)
     begun.corpus = "corpus"
     assert begun("--train-iters", 8, "--exit-interval", 5).notes() == []
@@ -142,13 +145,13 @@ def test_another_vocabulary_is_refused_and_a_copy_is_not(begun, tmp_path):
 
 
 def test_a_state_that_is_not_a_runs_is_named(begun):
-    path = begun.folder / "iter_0000004" / "state.json"
-    whole = json.loads(path.read_text())
+    place = begun.folder / "iter_0000004"
+    whole = read_state(place / "state.json")
     for damage in ({"progress": None}, {"progress": {"iteration": 4}}, {"config": []}, {"loss_scale": {}},
                    {"progress": {"iteration": 5, "consumed_samples": 8}}, {"schedule": 3},
                    {"schedule": {}}, {"loss_scale": [1.0]}, {"loss_scale": ["1", 2, 3]}):
-        path.write_text(json.dumps({**whole, **damage}))
-        assert str(path) in begun.error("--train-iters", 8), damage
+        edit_state(place, **(whole | damage))
+        assert str(place) in begun.error("--train-iters", 8), damage
 
 
 def test_after_going_back_nothing_of_the_abandoned_course_is_left_in_the_way(run):
@@ -175,11 +178,9 @@ def test_nothing_to_load_is_no_fresh_start(begun, corpus, tmp_path):
     for why, flags in places.items():
         assert begun.error("--train-iters", 8, *flags), why
     assert not (tmp_path / "new" / "iter_0000008").exists()
-    pointer = begun.folder / "latest_checkpointed_iteration.txt"
-    pointer.unlink()
-    before = sorted((begun.folder / "iter_0000004").iterdir())
-    assert f"echo 4 > {pointer}" in begun.error("--train-iters", 8)
-    assert sorted((begun.folder / "iter_0000004").iterdir()) == before
+    (begun.folder / "latest_checkpointed_iteration.txt").unlink()
+    begun("--train-iters", 8)
+    assert f"going on from iteration 4 in {begun.folder}" in begun.lines
 
 
 def test_a_folder_of_something_else_is_no_new_run_and_one_that_never_saved_is(run, corpus):
@@ -282,9 +283,9 @@ def test_a_request_on_going_on_saves_nothing_anew(begun, monkeypatch):
     assert (begun.folder / "iter_0000004" / "state.json").stat().st_mtime_ns == written_ns
 
 
-@pytest.mark.parametrize("name", ["evaluate", "save"])
-def test_a_request_during_evaluation_or_saving_ends_the_run_there(run, monkeypatch, name):
-    signalled_in(monkeypatch, loop, name)
+@pytest.mark.parametrize(("where", "name"), [(loop, "evaluate"), (Saver, "save")])
+def test_a_request_during_evaluation_or_saving_ends_the_run_there(run, monkeypatch, where, name):
+    signalled_in(monkeypatch, where, name)
     run("--train-iters", 8, "--eval-interval", 2, "--save-interval", 2)
     assert [line for line in run.lines if line.startswith("stopped at iteration 2; saved in")]
     assert sorted(path.name for path in run.folder.glob("iter_*")) == ["iter_0000002"]

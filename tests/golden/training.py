@@ -12,6 +12,9 @@ from unittest.mock import patch
 
 import numpy as np
 
+from megatron.checkpoint.manifest import read_manifest
+from megatron.checkpoint.store import read_state
+from megatron.checkpoint.tensor_file import facts_of_file
 from megatron.data.corpus.indexed_writer import write_indexed
 from megatron.data.corpus.vocab import Vocab
 from pretrain_tape import main
@@ -69,6 +72,14 @@ def _one_rank(rank: int, ranks: int, port: int, flags: list[str]) -> bytes:
     if status:
         sys.exit(status)  # as the program does: its peers learn of it when it has gone
     return b""
+
+
+def edit_state(place: Path, **values: object) -> None:
+    """Change what a checkpoint's state.json says, as if it had been written so."""
+    (place / "state.json").write_text(json.dumps(read_state(place / "state.json") | values))
+    manifest = read_manifest(place)
+    manifest.files["state.json"] = facts_of_file(place / "state.json")
+    manifest.write(place)
 
 
 def losses(folder: Path, kind: str = "train", name: str = "loss") -> dict[int, float]:

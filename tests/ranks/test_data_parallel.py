@@ -9,8 +9,9 @@ import torch
 from megatron.config import ParallelConfig
 from megatron.parallel.data.data_parallel import data_parallel
 from megatron.parallel.mesh import Axis, Mesh, build_mesh
-from megatron.parallel.placement import gradient_norm, wholes
+from megatron.parallel.placement import gradient_norm
 from tests.ranks.launch import TIMEOUT, run_ranks
+from tests.wholes import wholes
 
 WAYS: dict[str, dict[str, Any]] = {
     "local": {}, "torch": {"DDP_impl": "torch"}, "optimizer": {"data_parallel_sharding": "optimizer"},
@@ -39,7 +40,7 @@ def gradients_of_two_steps(mesh: Mesh, config: ParallelConfig) -> list[dict[str,
         parallel.finish()
         gradients = {name: parameter.grad for name, parameter in parallel.parameters.items()
                      if parameter.grad is not None}
-        steps.append({**wholes(gradients, parallel.parameters, keep=True),
+        steps.append({**wholes(gradients, parallel.parameters),
                       "norm": gradient_norm(parallel.parameters.values())})
         torch.optim.SGD(parallel.parameters.values(), lr=1e-3).step()
         for parameter in parallel.parameters.values():

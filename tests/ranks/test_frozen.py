@@ -10,12 +10,13 @@ from megatron.config import Config, DataConfig, OptimizerConfig, ParallelConfig,
 from megatron.errors import ConfigError
 from megatron.model.initialisation import initialise
 from megatron.parallel.mesh import Mesh, build_mesh
-from megatron.parallel.placement import placement_of, wholes
+from megatron.parallel.placement import placement_of
 from megatron.train.engine import build_engine
 from megatron.train.meters import Meters
 from megatron.train.step import TrainStep
 from tests.ranks.launch import TIMEOUT, run_ranks
 from tests.ranks.test_model_layouts import CPU, LAYOUTS, MODEL, PROTEINS, SEQ_LENGTH, VOCABULARY, micro_batches, row
+from tests.wholes import wholes
 
 TRAINED = {
     "all but the embedding": lambda name: not name.startswith("embedding."),
@@ -43,29 +44,26 @@ class Living:
         config = Config(model=model, data=DataConfig(seq_length=SEQ_LENGTH), parallel=parallel, training=training,
                         optimizer=optimizer)
 
-        def load(stages):
-            for stage in stages:
-                initialise(stage, seed=1)
-                for name, parameter in stage.named_parameters():
-                    parameter.requires_grad_(trained(name))
-                    if weights is not None:
-                        parameter.data.copy_(placement_of(parameter).cut(weights[name], parameter))
+        def load(parameters):
+            initialise(parameters, seed=1)
+            for name, parameter in parameters.items() if weights is not None else ():
+                parameter.data.copy_(placement_of(parameter).cut(weights[name], parameter))
 
-        self.mesh, self.engine = mesh, build_engine(config, mesh, VOCABULARY, load)
+        self.mesh = mesh
+        self.engine = build_engine(config, mesh, VOCABULARY, load, is_frozen=lambda name: not trained(name))
         self.meters = Meters(mesh.world, CPU)
         self.step = TrainStep(self.engine, self.meters)
 
     def train(self):
         """One step on all rows; returns loss and norm."""
-        self.step(micro_batches(self.engine, ROWS), 0.1, 0, False)
+        self.step(micro_batches(self.engine, ROWS), 0.1, 0)
         reading = self.meters.read()
         return {"loss": torch.tensor(reading.loss), "norm": torch.tensor(reading.grad_norm)}
 
     def wholes(self):
         """Weights and optimizer state, as a checkpoint gets them, on the first rank."""
         parameters, optimizer = self.engine.model.parameters, self.engine.optimizer
-        return [wholes(tensors, parameters, keep=True, pipeline=self.mesh.pipeline)
-                for tensors in (parameters, optimizer.state())]
+        return [wholes(tensors, parameters) for tensors in (parameters, optimizer.state())]
 
 
 def two_steps(living):

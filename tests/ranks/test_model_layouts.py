@@ -22,11 +22,11 @@ from megatron.config import (
 from megatron.data.batches.batch import BatchShape, collate
 from megatron.data.rows.packed import Row
 from megatron.parallel.mesh import Mesh, build_mesh
-from megatron.parallel.placement import wholes
 from megatron.train.engine import build_engine, stream_of
 from megatron.train.meters import Meters
 from megatron.train.step import TrainStep
 from tests.ranks.launch import TIMEOUT, run_ranks
+from tests.wholes import wholes
 
 MODEL = ModelConfig(num_layers=4, hidden_size=32, num_attention_heads=4, ffn_hidden_size=64, kv_channels=8,
                     max_position_embeddings=64, attention_dropout=0.0, hidden_dropout=0.0,
@@ -95,12 +95,11 @@ class Living:
     def outcome(self):
         """Loss, norm, and the gradients' wholes (from Adam's first moment) after one step on all rows."""
         rows = [row(lengths, number) for number, lengths in enumerate(PROTEINS)]
-        mesh = self.engine.mesh
-        self.step(micro_batches(self.engine, rows), 0.0, 0, False)
+        self.step(micro_batches(self.engine, rows), 0.0, 0)
         reading = self.meters.read()
         state = self.engine.optimizer.state()
         moments = {name: tensor for name, tensor in state.items() if name.startswith("exp_avg/")}
-        gradients = wholes(moments, self.engine.model.parameters, keep=True, pipeline=mesh.pipeline)
+        gradients = wholes(moments, self.engine.model.parameters)
         return {"loss": torch.tensor(reading.loss), "norm": torch.tensor(reading.grad_norm), **gradients,
                 "counted": torch.tensor([reading.num_tokens, reading.num_residues, reading.masked_accuracy])}
 

@@ -14,13 +14,14 @@ from megatron.model.transformer import Attention, Block, FeedForward
 from megatron.parallel.data.replicated import Replicated
 from megatron.parallel.mesh import Axis, Mesh
 from megatron.parallel.parameters import BIAS, Normal, matrix
-from megatron.parallel.placement import Placement, gradient_norm, placement_of, wholes
+from megatron.parallel.placement import Placement, gradient_norm, placement_of
 from megatron.parallel.randomness import seed_for
 from megatron.parallel.tensor.layers import ColumnParallelLinear, Matrix, RowParallelLinear
 from megatron.parallel.tensor.stream import ONE_RANK, Stream
 from megatron.parallel.tensor.vocabulary import vocabulary_cross_entropy, vocabulary_logits, vocabulary_parameter
 from tests.packed import packed_batch
 from tests.ranks.launch import run_ranks
+from tests.wholes import assembled, wholes
 
 CONFIG = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, ffn_hidden_size=64, kv_channels=8,
                      max_position_embeddings=64, attention_dropout=0.0, hidden_dropout=0.0,
@@ -51,7 +52,7 @@ def gradients(module):
     """The wholes of all gradients of a module, with those summed that each rank has a part of."""
     Replicated([module], Mesh()).finish()
     named = dict(module.named_parameters())
-    return wholes({name: parameter.grad for name, parameter in named.items()}, named, keep=True)
+    return wholes({name: parameter.grad for name, parameter in named.items()}, named)
 
 
 def on_stream(stream):
@@ -77,8 +78,7 @@ def layer_outcome(kind, stream, dtype):
     y = layer(x, packed_batch(*LENGTHS).sequence) if kind in ("attention", "block") else layer(x)
     out_gradient = normal(TOKENS, 48 if kind in ("column", "row") else width, seed=1).to(dtype)
     y.backward(after.cut(out_gradient, y))
-    return {"output": after.gather(y.detach()), "input gradient": before.gather(x.grad),
-            **gradients(layer)}
+    return {**assembled({"output": after.part(y), "input gradient": before.part(x.grad)}), **gradients(layer)}
 
 
 def embedding_outcome(stream, dtype):
@@ -86,7 +86,7 @@ def embedding_outcome(stream, dtype):
     ids = torch.randint(0, VOCABULARY, (TOKENS,), generator=torch.Generator().manual_seed(2))
     y = embedding(ids, torch.arange(TOKENS))
     y.backward(on_stream(stream).cut(normal(TOKENS, CONFIG.hidden_size).to(dtype), y))
-    return {"output": on_stream(stream).gather(y.detach()), **gradients(embedding)}
+    return {**assembled({"output": on_stream(stream).part(y)}), **gradients(embedding)}
 
 
 def layers_and_twins(axis, is_split, dtype):

@@ -1,128 +1,248 @@
-"""Checkpoints appear whole or not at all, and say in one line what is wrong with them."""
+"""Checkpoints appear whole or not at all, are found whatever has happened, and say in one line what is wrong."""
 
 import errno
 import json
 import os
+import random
+import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from megatron.checkpoint import store as module
-from megatron.checkpoint.store import LATEST, Checkpoint, load, load_model, optimizer_parts, save, set_aside
+from megatron.checkpoint import sharded
+from megatron.checkpoint.loading import load_model, load_optimizer
+from megatron.checkpoint.manifest import MANIFEST
+from megatron.checkpoint.saving import Saver, parts_of
+from megatron.checkpoint.store import LATEST, find, set_aside
+from megatron.checkpoint.stored import Checkpoint, Piece, StoredTensor, stored
+from megatron.config import CheckpointConfig
 from megatron.errors import CheckpointError
-from megatron.files import new_folder, write_text
+from megatron.files import begin_folder, write_text
+from megatron.log import Log
+from megatron.parallel.mesh import Axis, Mesh
+from tests.wholes import wholes
+
+FILES = ["model-00000.safetensors", "optimizer-00000.safetensors", "state.json", MANIFEST]
 
 
-def example(iteration=7, with_optimizer=True):
+class Lines(Log):
+    """A log whose lines a test reads."""
+
+    def __init__(self):
+        super().__init__(is_speaker=False)
+        self.lines = []
+
+    def line(self, text):
+        self.lines.append(text)
+
+
+def tensors(iteration):
     torch.manual_seed(iteration)
     model = {"a.weight": torch.randn(3, 4), "a.bias": torch.randn(3)}
-    optimizer = {"exp_avg/a.weight": torch.randn(3, 4), "step/a.weight": torch.tensor(5.0)}
-    return Checkpoint(iteration, model, optimizer if with_optimizer else None, {"progress": {"iteration": iteration}})
+    return model, {"exp_avg/a.weight": torch.randn(3, 4), "step/a.weight": torch.tensor(5.0)}
 
 
-def test_what_is_loaded_is_what_was_saved(tmp_path):
-    path = save(str(tmp_path), example())
+def saver(folder, loaded=0, log=None, **flags):
+    return Saver(CheckpointConfig(save=str(folder), **flags), Mesh(), None, log or Lines(), loaded)
+
+
+def write(folder, *iterations, with_optimizer=True, loaded=10**9, **flags):
+    """A run's checkpoints of these iterations."""
+    writes = saver(folder, loaded, **flags)
+    for iteration in iterations:
+        model, moments = tensors(iteration)
+        writes.save(iteration, parts_of(model, moments if with_optimizer else {}),
+                    {"iteration": iteration, "progress": {"iteration": iteration}})
+    writes.close()
+    return folder / f"iter_{iterations[-1]:07d}"
+
+
+def load(folder, log=None, with_optimizer=True):
+    return find(str(folder), Axis(), log or Lines(), with_optimizer)
+
+
+def read(checkpoint):
+    return [{name: tensor.read() for name, tensor in (table or {}).items()}
+            for table in (checkpoint.model, checkpoint.optimizer)]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.glob("iter_*"))
+
+
+def is_equal(found, expected):
+    return all(torch.equal(one[name], other[name]) and one[name].dtype == other[name].dtype
+               for one, other in zip(found, expected, strict=True) for name in one.keys() | other.keys())
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_what_is_loaded_is_what_was_saved(tmp_path, async_save):
+    path = write(tmp_path, 7, async_save=async_save)
     assert path == tmp_path / "iter_0000007"
     assert (tmp_path / LATEST).read_text() == "7"
-    loaded = load(str(tmp_path))
-    for name, tensor in example().model.items():
-        assert torch.equal(loaded.model[name], tensor)
-    for name, tensor in example().optimizer.items():
-        assert torch.equal(loaded.optimizer[name], tensor)
-    assert loaded.state["progress"] == {"iteration": 7}
+    loaded = load(tmp_path)
+    assert is_equal(read(loaded), tensors(7))
+    assert (loaded.iteration, loaded.state["progress"]) == (7, {"iteration": 7})
 
 
-def test_no_file_of_a_checkpoint_is_a_pickle(tmp_path):
-    names = {file.name for file in save(str(tmp_path), example()).iterdir()}
-    assert names == {"model.safetensors", "optimizer.safetensors", "state.json"}
+def test_what_is_trained_while_a_save_is_under_way_is_not_in_it(tmp_path):
+    model, moments = tensors(7)
+    writes = saver(tmp_path, async_save=True)
+    writes.save(7, parts_of(model, moments), {"iteration": 7})
+    for tensor in (*model.values(), *moments.values()):
+        tensor.fill_(-1.0)
+    writes.save(8, parts_of(model, moments), {"iteration": 8})
+    writes.close()
+    assert is_equal(read(load(tmp_path)), (model, moments))
+    (tmp_path / LATEST).write_text("7")
+    assert is_equal(read(load(tmp_path)), tensors(7))
+
+
+def test_a_checkpoint_is_safetensors_and_json_alone(tmp_path):
+    assert sorted(file.name for file in write(tmp_path, 7).iterdir()) == sorted(FILES)
 
 
 def test_the_optimizer_is_left_out_where_told(tmp_path):
-    path = save(str(tmp_path / "a"), example(with_optimizer=False))
-    assert not (path / "optimizer.safetensors").exists()
-    assert load(str(tmp_path / "a")).optimizer is None
-    save(str(tmp_path / "b"), example())
-    assert load(str(tmp_path / "b"), with_optimizer=False).optimizer is None
+    path = write(tmp_path / "a", 7, with_optimizer=False)
+    assert not (path / FILES[1]).exists()
+    assert load(tmp_path / "a").optimizer is None
+    write(tmp_path / "b", 7)
+    assert load(tmp_path / "b", with_optimizer=False).optimizer is None
 
 
 def test_an_empty_folder_holds_no_checkpoint(tmp_path):
-    assert load(str(tmp_path)) is None
-    assert load(str(tmp_path / "missing")) is None
+    assert load(tmp_path) is None
+    assert load(tmp_path / "missing") is None
 
 
-def test_a_checkpoint_saved_again_replaces_the_old(tmp_path):
-    save(str(tmp_path), example(7))
-    path = save(str(tmp_path), Checkpoint(7, {"b": torch.ones(1)}, None, {}))
-    assert {file.name for file in path.iterdir()} == {"model.safetensors", "state.json"}
-    assert list(load(str(tmp_path)).model) == ["b"]
+def test_one_checkpoint_is_not_the_folder_of_a_run(tmp_path):
+    place = write(tmp_path, 7)
+    with pytest.raises(CheckpointError, match=f"{place} is one checkpoint, not the folder of a run; give {tmp_path}"):
+        load(place)
 
 
 def test_only_the_newest_are_kept(tmp_path):
-    for iteration in (1, 2, 3, 4):
-        save(str(tmp_path), example(iteration), keep=2)
-    assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000003", "iter_0000004"]
+    write(tmp_path, 1, 2, 3, 4, keep_checkpoints=2)
+    assert names(tmp_path) == ["iter_0000003", "iter_0000004"]
 
 
 def test_what_was_written_last_is_kept_whatever_its_number(tmp_path):
-    for iteration in (4, 8, 12, 9, 10):
-        save(str(tmp_path), example(iteration), keep=2)
-    assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000009", "iter_0000010"]
+    write(tmp_path, 4, 8, 12, 9, 10, keep_checkpoints=2)
+    assert names(tmp_path) == ["iter_0000009", "iter_0000010"]
+
+
+def test_every_so_many_steps_one_stays(tmp_path):
+    write(tmp_path, 2, 3, 4, 5, 6, 7, keep_checkpoints=1, keep_every=3)
+    assert names(tmp_path) == ["iter_0000003", "iter_0000006", "iter_0000007"]
+
+
+def test_old_ones_keep_their_weights_alone_where_told(tmp_path):
+    write(tmp_path, 1, 2, 3, save_retain_optimizer=1)
+    assert [FILES[1] in os.listdir(place) for place in sorted(tmp_path.glob("iter_*"))] == [False, False, True]
+    (tmp_path / LATEST).write_text("1")
+    found = load(tmp_path)
+    assert is_equal([read(found)[0]], [tensors(1)[0]])
+    assert found.optimizer is None
+
+
+def test_the_best_is_linked_to_and_never_removed(tmp_path):
+    writes = saver(tmp_path, keep_checkpoints=1)
+    for iteration, loss in ((1, 3.0), (2, 2.5), (3, 2.7)):
+        if iteration != 3:  # known before the save, as within a run, or after it, as at its end
+            writes.note_validation(iteration, loss)
+        writes.save(iteration, parts_of(*tensors(iteration)), {"iteration": iteration})
+        if iteration == 3:
+            writes.note_validation(iteration, loss)
+    writes.close()
+    assert os.readlink(tmp_path / "best") == "iter_0000002"
+    assert names(tmp_path) == ["iter_0000002", "iter_0000003"]
+    assert load(tmp_path).iteration == 3
 
 
 def test_what_was_just_saved_or_loaded_from_is_never_removed(tmp_path):
-    for iteration in (4, 8):
-        save(str(tmp_path), example(iteration))
-    in_the_future_ns = time.time_ns() + 10**12  # a clock that was set back since
-    os.utime(tmp_path / "iter_0000008" / "state.json", ns=(in_the_future_ns, in_the_future_ns))
-    for iteration in (5, 6):
-        save(str(tmp_path), example(iteration), keep=1, loaded=4)
-    assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000004", "iter_0000006", "iter_0000008"]
-    assert load(str(tmp_path)).iteration == 6
+    write(tmp_path, 4)
+    write(tmp_path, 5, 6, loaded=4, keep_checkpoints=1)
+    assert names(tmp_path) == ["iter_0000004", "iter_0000006"]
+
+
+def test_a_clock_that_was_put_back_changes_no_order(tmp_path, monkeypatch):
+    write(tmp_path, 4, 8)
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    write(tmp_path, 5, keep_checkpoints=2)
+    assert names(tmp_path) == ["iter_0000005", "iter_0000008"]
+    (tmp_path / LATEST).unlink()
+    assert load(tmp_path).iteration == 5
 
 
 def test_an_abandoned_course_is_set_aside_and_never_found_as_a_checkpoint(tmp_path):
-    for iteration in (4, 8, 10_000_000):
-        save(str(tmp_path), example(iteration))
-    assert [path.name for path in set_aside(str(tmp_path), 4)] == [
-        "abandoned-1-iter_0000008", "abandoned-1-iter_10000000"]
-    save(str(tmp_path), example(8), keep=1, loaded=4)
+    write(tmp_path, 4, 8, 10_000_000)
+    log = Lines()
+    writes = saver(tmp_path, 4, log)
+    writes.save(8, parts_of(*tensors(8)), {"iteration": 8})
+    writes.close()
+    assert [line.split()[1] for line in log.lines[:2]] == ["abandoned-1-iter_0000008", "abandoned-1-iter_10000000"]
     assert [path.name for path in set_aside(str(tmp_path), 4)] == ["abandoned-2-iter_0000008"]
-    assert set_aside(str(tmp_path), 4) == []
+    assert load(tmp_path).iteration == 4
 
 
-def test_checkpoints_without_a_pointer_are_not_passed_over(tmp_path):
-    place = save(str(tmp_path), example(7))
-    with pytest.raises(CheckpointError, match=f"{place} is one checkpoint, not the folder of a run; give {tmp_path},"):
-        load(str(place))
-    (tmp_path / LATEST).unlink()
-    with pytest.raises(CheckpointError, match=f"holds iter_0000007 but no {LATEST}; .*: echo 7 > {tmp_path / LATEST}"):
-        load(str(tmp_path))
+def test_a_missing_stale_or_damaged_pointer_is_no_obstacle(tmp_path):
+    write(tmp_path, 4, 8)
+    pointer = tmp_path / LATEST
+    for content in (b"12", b"release", b"\xc2\xb2", b"\x00\x00", b"\xff", b"", b"-1", b"9" * 5000):
+        pointer.write_bytes(content)
+        log = Lines()
+        assert load(tmp_path, log).iteration == 8
+        assert "iteration 8 is the newest that is there" in log.lines[0]
+    pointer.write_text("4")
+    os.utime(pointer, (1e9, 1e9))  # as where a run was killed between the folder's name and the pointer
+    log = Lines()
+    assert load(tmp_path, log).iteration == 8
+    assert "names '4', but iteration 8 was written after it" in log.lines[0]
+    pointer.unlink()
+    assert load(tmp_path).iteration == 8
+
+
+def test_going_back_by_the_pointer_is_honoured_also_in_a_copy_of_the_folder(tmp_path):
+    write(tmp_path / "run", 4, 8, 12)
+    (tmp_path / "run" / LATEST).write_text("8")
+    assert load(tmp_path / "run").iteration == 8
+    shutil.copytree(tmp_path / "run", tmp_path / "copy", copy_function=shutil.copyfile)
+    for path in sorted((tmp_path / "copy").rglob("*"), key=lambda path: random.random()):
+        os.utime(path)  # written anew, in any order
+    assert load(tmp_path / "copy").iteration == 8
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
-    save(str(tmp_path), example(1))
+    write(tmp_path, 1)
+    write_tensors = sharded.write_tensors
 
-    def full_disk(tensors, path):
-        path.write_bytes(b"the first half")
+    def full_disk(path, entries):
+        write_tensors(path, dict(list(entries.items())[:1]))
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module, "save_file", full_disk)
+    monkeypatch.setattr(sharded, "write_tensors", full_disk)
     with pytest.raises(CheckpointError, match=r"could not save .*iter_0000002: .*No space left on device"):
-        save(str(tmp_path), example(2))
+        write(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000001", LATEST]
-    assert load(str(tmp_path)).iteration == 1
+    assert load(tmp_path).iteration == 1
+    behind = saver(tmp_path, async_save=True)
+    behind.save(2, parts_of(*tensors(2)), {"iteration": 2})
+    deadline_s = time.monotonic() + 30
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        while time.monotonic() < deadline_s:  # as at each step
+            behind.poll()
+    behind.close()
 
 
 def test_what_a_killed_save_left_is_never_read_and_is_cleared_by_the_next(tmp_path):
-    save(str(tmp_path), example(1))
-    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "iter_0000002") as place:
-        (place / "model.safetensors").write_bytes(b"half")
-        raise KeyboardInterrupt
-    (tmp_path / ".unfinished-iter_0000002").mkdir()
-    assert load(str(tmp_path)).iteration == 1
-    save(str(tmp_path), example(2))
-    assert load(str(tmp_path)).iteration == 2
+    write(tmp_path, 1)
+    (begin_folder(tmp_path / "iter_0000002") / FILES[0]).write_bytes(b"half")
+    assert load(tmp_path).iteration == 1
+    write(tmp_path, 2)
+    assert load(tmp_path).iteration == 2
     assert not list(tmp_path.glob(".unfinished*"))
 
 
@@ -134,69 +254,83 @@ def test_a_text_is_replaced_at_once(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def damage(folder, name, content):
-    (folder / "iter_0000007" / name).write_bytes(content)
+def damages():
+    """What may become of a file, by name."""
+    yield "empty", lambda content: b""
+    yield "cut off", lambda content: content[:-5]
+    yield "zeros", lambda content: b"\0" * len(content)
+    yield "JSON of another kind", lambda content: b"{}"
+    for place in (0, 9, -1):
+        yield f"a flipped bit in byte {place}", lambda content, place=place: (
+            content[:place] + bytes([content[place] ^ 4]) + content[place:][1:])
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
-@pytest.mark.parametrize("content", [b"", b"rubbish", b"\x00" * 300, b"{}"])
-def test_a_damaged_file_is_named(tmp_path, name, content):
-    save(str(tmp_path), example())
-    damage(tmp_path, name, content)
-    with pytest.raises(CheckpointError, match=name):
-        load(str(tmp_path))
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(("what", "damage"), [*damages(), ("missing", None)])
+def test_a_damaged_checkpoint_is_passed_over_by_name_for_the_one_before(tmp_path, name, what, damage):
+    write(tmp_path, 1)
+    path = write(tmp_path, 2) / name
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_bytes(damage(path.read_bytes()))
+    log = Lines()
+    found = load(tmp_path, log)
+    assert found.iteration == 1, what
+    assert is_equal(read(found), tensors(1))
+    assert [line for line in log.lines if line.startswith("note: passing over iter_0000002: ") and name in line]
+    shutil.rmtree(tmp_path / "iter_0000001")
+    with pytest.raises(CheckpointError, match=f"{name}.*no older checkpoint"):
+        load(tmp_path)
+
+
+def test_no_flipped_bit_in_a_manifest_is_believed(tmp_path):
+    path = write(tmp_path, 2) / MANIFEST
+    content = path.read_bytes()
+    for place in range(0, len(content), 7):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1:])
+        try:
+            assert is_equal(read(load(tmp_path)), tensors(2))  # white space alone
+        except CheckpointError:
+            continue
 
 
 def test_a_folder_whose_name_is_no_utf8_is_loaded_from(tmp_path):
-    folder = os.fsdecode(bytes(tmp_path / "run-") + b"\xe9")
-    save(folder, example())
-    found = load(folder)
-    torch.testing.assert_close(dict(found.model), dict(example().model))
+    folder = Path(os.fsdecode(bytes(tmp_path / "run-") + b"\xe9"))
+    write(folder, 7)
+    assert is_equal(read(load(folder)), tensors(7))
 
 
-def test_a_truncated_file_is_named(tmp_path):
-    path = save(str(tmp_path), example()) / "model.safetensors"
-    damage(tmp_path, "model.safetensors", path.read_bytes()[:-5])
+def test_the_whole_files_of_the_first_edition_are_loaded(tmp_path):
+    place = tmp_path / "iter_0000007"
+    place.mkdir()
+    for name, table in zip(("model", "optimizer"), tensors(7), strict=True):
+        save_file(table, place / f"{name}.safetensors")
+    (place / "state.json").write_text(json.dumps({"version": 1, "iteration": 7}))
+    (tmp_path / LATEST).write_text("7")
+    assert is_equal(read(load(tmp_path)), tensors(7))
+    (place / "model.safetensors").write_bytes(b"rubbish")
     with pytest.raises(CheckpointError, match="model.safetensors: damaged"):
-        load(str(tmp_path))
+        load(tmp_path)
 
 
-def test_a_pointer_that_points_nowhere_is_named(tmp_path):
-    save(str(tmp_path), example())
-    (tmp_path / LATEST).write_text("12")
-    with pytest.raises(CheckpointError, match="names iteration 12"):
-        load(str(tmp_path))
-    for content in (b"release", b"\xc2\xb2", b"\x00\x00", b"\xff", b"", b"-1", b"9" * 5000):
-        (tmp_path / LATEST).write_bytes(content)
-        with pytest.raises(CheckpointError, match="expected an iteration number"):
-            load(str(tmp_path))
+def checkpoint(model, optimizer=None):
+    return Checkpoint(Path("here"), 0, {name: stored(tensor) for name, tensor in model.items()},
+                      {name: stored(tensor) for name, tensor in (optimizer or {}).items()}, {})
 
 
-def test_a_layout_of_another_version_is_refused(tmp_path):
-    path = save(str(tmp_path), example()) / "state.json"
-    damage(tmp_path, "state.json", json.dumps({**json.loads(path.read_text()), "version": 99}).encode())
-    with pytest.raises(CheckpointError, match="version 99"):
-        load(str(tmp_path))
+def named(module):
+    return dict(module.named_parameters())
 
 
-@pytest.mark.parametrize(("tensors", "message"), [
+@pytest.mark.parametrize(("model", "message"), [
     ({"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "extra": torch.zeros(1)}, "extra is not in the model"),
     ({"weight": torch.zeros(2, 3)}, "bias is not in here"),
     ({"weight": torch.zeros(2, 4), "bias": torch.zeros(2)}, r"weight is \[2, 4\] there and \[2, 3\]"),
 ])
-def test_weights_of_another_model_are_refused_by_name(tensors, message):
+def test_weights_of_another_model_are_refused_by_name(model, message):
     with pytest.raises(CheckpointError, match=message):
-        load_model([torch.nn.Linear(3, 2)], tensors, "here", {"weight", "bias"})
-
-
-class Watched(dict):
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.asked = []
-
-    def __getitem__(self, name):
-        self.asked.append(name)
-        return super().__getitem__(name)
+        load_model(named(torch.nn.Linear(3, 2)), checkpoint(model), {"weight", "bias"})
 
 
 @pytest.mark.parametrize(("state", "message"), [
@@ -207,19 +341,30 @@ class Watched(dict):
     ({"weight": torch.ones(3, 3), "exp_avg/weight": torch.ones(3, 3)}, "lacks exp_avg/")])
 def test_an_optimizers_state_that_does_not_fit_the_parameters_is_refused(state, message):
     with pytest.raises(CheckpointError, match=message):
-        optimizer_parts(state, dict(torch.nn.Linear(3, 3).named_parameters()), "the checkpoint")
+        load_optimizer(named(torch.nn.Linear(3, 3)), checkpoint({}, state))
 
 
 def test_state_of_parameters_that_are_on_other_ranks_or_were_frozen_is_no_fault():
     state = {"exp_avg/weight": torch.ones(3, 3), "step/weight": torch.tensor(1.), "exp_avg/elsewhere": torch.ones(7),
              "step/elsewhere": torch.tensor(1.)}
-    found = optimizer_parts(state, dict(torch.nn.Linear(3, 3).named_parameters()), "the checkpoint")
+    found = load_optimizer(named(torch.nn.Linear(3, 3)), checkpoint({}, state))
     assert found.keys() == {"exp_avg/weight", "step/weight"}
 
 
-def test_a_stage_takes_its_own_tensors_and_leaves_those_of_other_stages_unread():
-    tensors = Watched({"weight": torch.ones(2, 3), "bias": torch.zeros(2), "far": torch.ones(9)})
-    stage = torch.nn.Linear(3, 2)
-    load_model([stage], tensors, "here", {"weight", "bias", "far"})
-    assert tensors.asked == ["weight", "bias"]
-    assert torch.equal(stage.weight, torch.ones(2, 3))
+def test_of_a_tensor_in_pieces_those_alone_are_read_that_a_rank_needs():
+    def piece(row):
+        def read(box):
+            asked.append(row)
+            return torch.full((1, 3), float(row))[box]
+        return Piece((row, 0), (1, 3), read)
+
+    asked = []
+    layer = torch.nn.Linear(3, 2)
+    pieces = StoredTensor((2, 3), torch.float32, (piece(0), piece(1)))
+    far = StoredTensor((9,), torch.float32, (Piece((0,), (9,), lambda box: asked.append("far")),))
+    found = Checkpoint(Path("here"), 0, {"weight": pieces, "bias": stored(torch.zeros(2)), "far": far}, None, {})
+    load_model(named(layer), found, {"weight", "bias", "far"})
+    assert sorted(asked) == [0, 1]
+    assert torch.equal(layer.weight, torch.tensor([[0.0] * 3, [1.0] * 3]))
+    assert torch.equal(pieces.read(), layer.weight)
+    assert torch.equal(wholes(named(layer), named(layer))["weight"], layer.weight)

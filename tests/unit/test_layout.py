@@ -135,7 +135,7 @@ def test_a_dry_run_is_one_process_and_is_refused_what_ranks_are(monkeypatch, cap
 def local_models(size):
     models = [ProteinModel(CONFIG, PrecisionConfig(), 128, Stream(Axis(rank, size))) for rank in range(size)]
     for model in models:
-        initialise(model, seed=3)
+        initialise(dict(model.named_parameters()), seed=3)
     return models
 
 

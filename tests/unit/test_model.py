@@ -26,7 +26,7 @@ CONFIG = ModelConfig(num_layers=3, hidden_size=32, num_attention_heads=4, ffn_hi
 
 def make_model(config=CONFIG, precision=None, seed=1):
     model = ProteinModel(config, precision or PrecisionConfig(), 128)
-    initialise(model, seed)
+    initialise(dict(model.named_parameters()), seed)
     return model
 
 
@@ -180,7 +180,7 @@ def test_a_model_built_without_memory_is_filled_in_place_to_the_same_bits():
     with torch.device("meta"):
         model = ProteinModel(CONFIG, PrecisionConfig(), 128)
     assert all(parameter.is_meta for parameter in model.parameters())
-    initialise(model.to_empty(device="cpu"), 1)
+    initialise(dict(model.to_empty(device="cpu").named_parameters()), 1)
     expected = make_model()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, expected.get_parameter(name)), name

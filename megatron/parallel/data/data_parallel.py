@@ -13,7 +13,7 @@ from torch import nn
 
 from megatron.config import ParallelConfig
 from megatron.parallel.data.replicated import Overlapped, Replicated
-from megatron.parallel.data.sharded import Blocks, Sharded
+from megatron.parallel.data.sharded import Blocks, Sharded, materialise
 from megatron.parallel.mesh import Mesh
 
 
@@ -36,14 +36,13 @@ def data_parallel(stages: Sequence[nn.Module], blocks: Blocks, mesh: Mesh, confi
                   dtype: torch.dtype) -> DataParallel:
     """The way that `config` asks for; `blocks` names the parts of a stage that are shared out and gathered one by one.
 
-    The stages hold their initial weights already, and go to the mesh's device. Where parameters are gathered, it is in
-    `dtype`, that of the products. On one rank there is nothing to share out.
+    Stages that are built on `meta` get memory on the mesh's device, this rank's share of it, and no values yet. Where
+    parameters are gathered, it is in `dtype`, that of the products. On one rank there is nothing to share out.
     """
     if config.data_parallel_sharding != "none" and mesh.shards.size > 1:
         return Sharded(stages, blocks, mesh, config.data_parallel_sharding, dtype)
     for stage in stages:
-        if any(parameter.device != mesh.device for parameter in stage.parameters()):  # a dry run's cannot be moved
-            stage.to(mesh.device)
+        materialise(stage, mesh.device)
     if config.DDP_impl == "torch" and mesh.replicas.size > 1:
         return Overlapped(stages, mesh)
     return Replicated(stages, mesh)

@@ -43,6 +43,7 @@ class Sharded:
                 assert isinstance(unit, FSDPModule)
                 unit.set_gradient_divide_factor(1.0)
                 unit.set_force_sum_reduction_for_comms(True)
+            materialise(stage, mesh.device)
             for name, source in stage.named_parameters():
                 assert isinstance(source, DTensor)
                 self.parameters[name] = _share(source, wholes[name], mesh.shards)
@@ -68,6 +69,12 @@ class Sharded:
             share.grad = source.grad.to_local()
             source.grad = None
         sum_partial(self.parameters)
+
+
+def materialise(stage: nn.Module, device: torch.device) -> None:
+    """Give the parameters of a stage that is built on `meta` memory on the device, without values."""
+    if any(parameter.is_meta for parameter in stage.parameters()):
+        stage.to_empty(device=device)
 
 
 def _share(source: DTensor, whole: nn.Parameter, shards: Axis) -> nn.Parameter:

@@ -1,6 +1,5 @@
-"""What one rank sends to another: activations and their gradients between pipeline ranks, parameters to the saver."""
+"""What one rank sends to another: activations and their gradients between pipeline ranks."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +7,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.parallel.collectives import Pending
-from megatron.parallel.mesh import Axis
 
 
 @dataclass(frozen=True)
@@ -38,23 +36,3 @@ class Channel:
         elif rank == self.receiver:
             self.start_receive(number).wait()
 
-
-def collect(tensors: Mapping[str, Tensor], axis: Axis) -> dict[str, Tensor]:
-    """On the axis' first rank the named tensors of all its ranks, on the CPU; elsewhere {}. All of them call this."""
-    if axis.size == 1:
-        return dict(tensors)
-    device = torch.device("cuda") if dist.get_backend(axis.group) == "nccl" else torch.device("cpu")
-    described = [(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]
-    everyones: list[list] | None = [[]] * axis.size if axis.rank == 0 else None
-    dist.gather_object(described, everyones, group=axis.group, group_dst=0)
-    if everyones is None:
-        for tensor in tensors.values():
-            dist.send(tensor.to(device).contiguous(), group=axis.group, group_dst=0)
-        return {}
-    collected = dict(tensors)
-    for sender, names in enumerate(everyones[1:], 1):
-        for name, shape, dtype in names:
-            tensor = torch.empty(shape, dtype=dtype, device=device)
-            dist.recv(tensor, group=axis.group, group_src=sender)
-            collected[name] = tensor.cpu()
-    return collected

@@ -1,0 +1,67 @@
+"""From a checkpoint of any format and layout into this rank's parameters and optimizer state."""
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.sharded import read_parts
+from megatron.checkpoint.stored import Checkpoint, StoredTensor, Tensors
+from megatron.errors import CheckpointError
+from megatron.parallel.placement import Part, placement_of
+
+
+def load_model(parameters: Mapping[str, Tensor], checkpoint: Checkpoint, names: Collection[str]) -> None:
+    """Fill this rank's `parameters` in place.
+
+    `names`: those of the whole model's parameters, of which this rank has some. Raises CheckpointError naming what does
+    not fit.
+    """
+    for name in sorted(set(names) ^ checkpoint.model.keys()):
+        where = "the model" if name in checkpoint.model else checkpoint.path
+        raise CheckpointError(f"{checkpoint.path}: parameter {name} is not in {where}; give the model flags of that "
+                              "checkpoint")
+    with torch.no_grad():
+        for parameter in parameters.values():
+            if placement_of(parameter).part(parameter).tensor.shape != parameter.shape:
+                parameter.zero_()  # padding
+        read_parts({name: _fitting(name, placement_of(parameter).part(parameter), checkpoint.model[name], checkpoint)
+                    for name, parameter in parameters.items()}, checkpoint.model)
+
+
+def load_optimizer(parameters: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """This rank's parts of the optimizer's state, KIND/PARAMETER; that of other ranks' parameters stays unread.
+
+    Raises CheckpointError where it does not fit `parameters`, those of this rank.
+    """
+    tensors = checkpoint.optimizer or {}
+    _check_kinds(tensors, checkpoint)
+    state = {key: _memory(tensors[key], parameters[name]) for key in tensors
+             if (name := key.partition("/")[2]) in parameters}
+    read_parts({key: _fitting(key, placement_of(parameters[key.partition("/")[2]]).part(tensor), tensors[key],
+                              checkpoint) for key, tensor in state.items()}, tensors)
+    return state
+
+
+def _check_kinds(tensors: Tensors, checkpoint: Checkpoint) -> None:
+    kinds_of: dict[str, set[str]] = {}
+    for key in tensors:
+        kind, _, name = key.partition("/")
+        kinds_of.setdefault(name, set()).add(kind)
+    for name, kinds in sorted(kinds_of.items()):
+        if missing := set().union(*kinds_of.values()) - kinds:
+            raise CheckpointError(f"{checkpoint.path}: the optimizer's state lacks {min(missing)}/{name}; load an "
+                                  "older iteration, or give --no-load-optim to start the optimizer afresh")
+
+
+def _memory(tensor: StoredTensor, parameter: Tensor) -> Tensor:
+    """Zeros for a state tensor: a scalar, such as a count of steps, is one everywhere."""
+    shape = parameter.shape if tensor.shape else ()
+    return torch.zeros(shape, dtype=tensor.dtype, device=parameter.device if tensor.shape else "cpu")
+
+
+def _fitting(name: str, part: Part, tensor: StoredTensor, checkpoint: Checkpoint) -> Part:
+    if tensor.shape != part.whole_shape:
+        raise CheckpointError(f"{checkpoint.path}: {name} is {list(tensor.shape)} there and {list(part.whole_shape)} "
+                              "here; give the model flags of that checkpoint")
+    return part

@@ -1,0 +1,128 @@
+"""What a checkpoint's folder holds, written last: a folder without a manifest that agrees with it is no checkpoint.
+
+manifest.json   {"crc32": of the content's canonical JSON, "content": {"version", "iteration",
+                 "files": {NAME: [bytes, crc32]},
+                 "tensors": {"model/NAME" or "optimizer/KIND/NAME":
+                             {"dtype", "shape", "pieces": [[offsets, sizes, file], ...]}}}}
+"""
+
+import json
+import zlib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.checkpoint.stored import Box, Piece, StoredTensor
+from megatron.checkpoint.tensor_file import FileFacts, facts_of_file, read_box
+from megatron.errors import CheckpointError
+from megatron.files import write_json
+
+MANIFEST = "manifest.json"
+VERSION = 2
+PieceFacts = tuple[tuple[int, ...], tuple[int, ...], str]
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """A whole tensor, and where its pieces lie: offsets in the whole, shape, and the file that holds each."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: tuple[PieceFacts, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of a checkpoint."""
+
+    iteration: int
+    files: dict[str, FileFacts]
+    tensors: dict[str, TensorFacts]
+
+    def write(self, place: Path) -> None:
+        """Into the folder, whole or not at all."""
+        content = {
+            "version": VERSION, "iteration": self.iteration,
+            "files": {name: [facts.num_bytes, facts.crc32] for name, facts in self.files.items()},
+            "tensors": {key: {"dtype": str(facts.dtype).removeprefix("torch."), "shape": facts.shape,
+                              "pieces": facts.pieces} for key, facts in self.tensors.items()}}
+        write_json(place / MANIFEST, {"crc32": _crc32(content), "content": content})
+
+    def without(self, prefix: str) -> "Manifest":
+        """The same without the tensors whose keys begin so, and the files that hold them alone."""
+        tensors = {key: facts for key, facts in self.tensors.items() if not key.startswith(prefix)}
+        gone = self._files_of(key for key in self.tensors if key.startswith(prefix)) - self._files_of(tensors)
+        return Manifest(self.iteration, {name: self.files[name] for name in self.files if name not in gone}, tensors)
+
+    def stored(self, place: Path, prefix: str) -> dict[str, StoredTensor]:
+        """The tensors below `prefix`, by their names without it, each read from its files when it is asked for."""
+        return {key.removeprefix(prefix): StoredTensor(
+            facts.shape, facts.dtype, tuple(_piece(place, key.removeprefix(prefix), *piece) for piece in facts.pieces))
+            for key, facts in self.tensors.items() if key.startswith(prefix)}
+
+    def check_sizes(self, place: Path) -> None:
+        """Raises CheckpointError where a file is missing or not as long as it was."""
+        for name, facts in self.files.items():
+            try:
+                found = (place / name).stat().st_size
+            except OSError as error:
+                raise CheckpointError(f"{place / name} is missing ({error.strerror})") from None
+            if found != facts.num_bytes:
+                raise CheckpointError(f"{place / name} has {found} bytes, where {facts.num_bytes} were written")
+
+    def check_sums(self, place: Path, names: Collection[str], advance: Callable[[int], object]) -> None:
+        """Raises CheckpointError where the bytes of one of the files are not those that were written."""
+        for name in names:
+            try:
+                is_whole = facts_of_file(place / name, advance) == self.files[name]
+            except OSError as error:
+                raise CheckpointError(f"{place / name} cannot be read ({error.strerror})") from None
+            if not is_whole:
+                raise CheckpointError(f"{place / name} is damaged: its checksum is not that of what was written")
+
+    def _files_of(self, keys: Any) -> set[str]:
+        return {file for key in keys for _, _, file in self.tensors[key].pieces}
+
+
+def read_manifest(place: Path) -> Manifest:
+    """The manifest of a folder; raises CheckpointError where it is missing or damaged."""
+    path = place / MANIFEST
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{path} is damaged") from None
+    try:
+        found = json.loads(text)
+        content = found["content"]
+        if found["crc32"] != _crc32(content):
+            raise CheckpointError(f"{path} is damaged: its checksum is not that of what was written")
+        if content["version"] != VERSION:
+            raise CheckpointError(f"{path} has version {content['version']}; this program writes and reads {VERSION}")
+        return Manifest(content["iteration"],
+                        {name: FileFacts(*facts) for name, facts in content["files"].items()},
+                        {key: _tensor_facts(facts) for key, facts in content["tensors"].items()})
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} is damaged, or was cut off") from None
+
+
+def _tensor_facts(facts: dict[str, Any]) -> TensorFacts:
+    pieces = tuple((tuple(offsets), tuple(sizes), file) for offsets, sizes, file in facts["pieces"])
+    return TensorFacts(tuple(facts["shape"]), getattr(torch, facts["dtype"]), pieces)
+
+
+def _piece(place: Path, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...], file: str) -> Piece:
+    def read(box: Box) -> torch.Tensor:
+        return read_box(place / file, name, box)
+
+    return Piece(offsets, sizes, read)
+
+
+def _crc32(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())

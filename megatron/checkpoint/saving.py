@@ -1,0 +1,155 @@
+"""Writing the checkpoints of a run: while it waits, or behind the training."""
+
+import shutil
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron.checkpoint.claim import Claim
+from megatron.checkpoint.sharded import Parts, write_parts
+from megatron.checkpoint.store import (
+    STATE,
+    iterations,
+    note_validation,
+    place_of,
+    point_to,
+    prune,
+    set_aside,
+    written_s,
+)
+from megatron.checkpoint.tensor_file import FileFacts, facts_of_file
+from megatron.config import CheckpointConfig
+from megatron.errors import CheckpointError
+from megatron.files import left_over, write_json
+from megatron.log import Log
+from megatron.parallel.mesh import Mesh
+from megatron.parallel.placement import Part, placement_of
+
+
+def parts_of(model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> dict[str, Part]:
+    """This rank's part of every tensor of a checkpoint; the optimizer's, KIND/PARAMETER, lie as their parameters do."""
+    parts = {f"model/{name}": placement_of(tensor).part(tensor) for name, tensor in model.items()}
+    return parts | {f"optimizer/{key}": placement_of(model[key.partition("/")[2]]).part(tensor)
+                    for key, tensor in optimizer.items()}
+
+
+class Saver:
+    """Writes checkpoints below `--save`; all ranks have one, and call `save` and `finish` together.
+
+    With `--async-save`, `save` returns once this rank's parts are copied to host memory. One write at most is under
+    way; what went wrong with it is raised by the next call. `loaded`: the iteration that the run goes on from, which is
+    never removed; those after it, found at the first save, are of a course that was left.
+    """
+
+    def __init__(self, config: CheckpointConfig, mesh: Mesh, claim: Claim | None, log: Log, loaded: int) -> None:
+        assert config.save is not None
+        self._config, self._root, self._writers, self._claim, self._log = (
+            config, Path(config.save), mesh.writers, claim, log)
+        self._loaded, self._is_first = loaded, True
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._under_way: Future[Path] | None = None
+        self._copies: dict[str, Tensor] = {}
+        self._validation: tuple[Path, float] | None = None
+
+    def save(self, iteration: int, parts: Parts, state: Mapping[str, Any]) -> None:
+        """Write a checkpoint, or have it written; raises CheckpointError."""
+        self.finish()
+        if self._claim is not None:
+            self._claim.check()
+        if self._is_first and self._writers.rank == 0:
+            for place in set_aside(str(self._root), self._loaded):
+                self._log.line(f"note: {place.name} is of the course that was left by going back to iteration "
+                               f"{self._loaded}; remove it if you do not need it")
+        self._is_first = False
+        if not self._config.async_save:
+            self._say(self._write(iteration, parts, state, None))
+            return
+        copied = None
+        if next(iter(parts.values())).tensor.device.type != "cpu":
+            copied = torch.Event(next(iter(parts.values())).tensor.device)
+        staged = {key: Part(self._copy(key, part.tensor), part.offsets, part.whole_shape)
+                  for key, part in parts.items()}
+        if copied is not None:
+            copied.record()
+        self._under_way = self._thread.submit(self._write, iteration, staged, state, copied)
+
+    def poll(self) -> None:
+        """Say that a write has ended, or raise what went wrong with it; does not wait."""
+        if self._under_way is not None and self._under_way.done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the write that is under way; raises CheckpointError where it failed."""
+        if self._under_way is not None:
+            under_way, self._under_way = self._under_way, None
+            self._say(under_way.result())
+
+    def close(self) -> None:
+        """Wait for the write that is under way, and for its thread."""
+        try:
+            self.finish()
+        finally:
+            self._thread.shutdown()
+
+    def note_validation(self, iteration: int, loss: float) -> None:
+        """Keep the validation loss of an iteration with its checkpoint, if one is written, before or after this."""
+        if self._writers.rank == 0:
+            self._validation = place_of(self._root, iteration), loss
+            self._keep_validation()
+
+    def _write(self, iteration: int, parts: Parts, state: Mapping[str, Any], copied: torch.Event | None) -> Path:
+        place = place_of(self._root, iteration)
+        if copied is not None:
+            copied.synchronize()
+
+        def write_state(temporary: Path) -> dict[str, FileFacts]:
+            # Later than all others, whatever the clock says.
+            last_s = max(map(written_s, iterations(self._root).values()), default=0.0)
+            write_json(temporary / STATE, {**state, "written_s": max(time.time(), last_s + 1e-3)})
+            return {STATE: facts_of_file(temporary / STATE)}
+
+        try:
+            write_parts(place, iteration, parts, self._writers.group, write_state)
+            if self._writers.rank == 0:
+                point_to(self._root, iteration)
+        except (OSError, CheckpointException) as error:
+            if self._writers.rank == 0:
+                for rest in left_over(place):
+                    shutil.rmtree(rest, ignore_errors=True)
+            raise CheckpointError(f"could not save {place}: {_reason(error)}; the last good checkpoint is untouched, "
+                                  "make room or give another --save") from error
+        if self._writers.rank == 0:
+            prune(self._root, keep=self._config.keep_checkpoints, keep_every=self._config.keep_every,
+                  retain_optimizer=self._config.save_retain_optimizer,
+                  spared={place, place_of(self._root, self._loaded)})
+        return place
+
+    def _say(self, place: Path) -> None:
+        self._log.line(f"  saved checkpoint {place}")
+        self._keep_validation()
+
+    def _keep_validation(self) -> None:
+        if self._validation is not None and self._under_way is None and self._validation[0].exists():
+            note_validation(*self._validation)
+            self._validation = None
+
+    def _copy(self, key: str, tensor: Tensor) -> Tensor:
+        """A copy in host memory, which the next checkpoint uses again."""
+        copy = self._copies.get(key)
+        if copy is None or copy.shape != tensor.shape:
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+            self._copies[key] = copy
+        return copy.copy_(tensor, non_blocking=True)
+
+
+def _reason(error: OSError | CheckpointException) -> str:
+    if isinstance(error, CheckpointException):
+        failed = [wrapped[0] for wrapped in error.failures.values()]
+        return str(next((one for one in failed if isinstance(one, OSError)), failed[0]))
+    return str(error)

@@ -1,0 +1,112 @@
+"""Files of tensors in safetensors' format, written and read one tensor at a time.
+
+The library writes what lies in memory; ours may be larger than that. Reading is the library's.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron.checkpoint.stored import Box
+from megatron.errors import CheckpointError
+
+_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+          torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_BLOCK_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to be written: what it is, and what gives it when its turn comes."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What a file is known by: its size, and the CRC-32 of its bytes."""
+
+    num_bytes: int
+    crc32: int
+
+
+def write_tensors(path: Path, entries: Mapping[str, Entry]) -> FileFacts:
+    """Write a new file and bring it to the disk; raises OSError where the disk refuses."""
+    header, end = {}, 0
+    for name, entry in entries.items():
+        begin, end = end, end + entry.dtype.itemsize * torch.Size(entry.shape).numel()
+        header[name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("xb") as file:
+        start = len(text).to_bytes(8, "little") + text
+        file.write(start)
+        crc32 = zlib.crc32(start)
+        for entry in entries.values():
+            tensor = entry.read().detach().cpu().contiguous()
+            assert (tuple(tensor.shape), tensor.dtype) == (entry.shape, entry.dtype), "what was announced is written"
+            data = tensor.reshape(-1).view(torch.uint8).numpy().data
+            crc32 = zlib.crc32(data, crc32)
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        return FileFacts(file.tell(), crc32)
+
+
+def tensors_in(path: Path) -> dict[str, Entry]:
+    """The tensors of a file, each read when it is asked for; raises CheckpointError for one that is damaged."""
+    with _opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        try:
+            return {name: Entry(tuple(part.get_shape()), _DTYPES[part.get_dtype()], _reader(path, name))
+                    for name, part in slices.items()}
+        except KeyError as error:
+            raise CheckpointError(f"{path}: holds numbers of the kind {error}, which is not known here") from None
+
+
+def read_box(path: Path, name: str, box: Box) -> Tensor:
+    """A part of a tensor; raises CheckpointError where there is none."""
+    # Opened each time: what is mapped counts as memory of the process for as long as it is open.
+    with _opened(path) as file:
+        try:
+            return file.get_slice(name)[box] if box else file.get_tensor(name).clone()
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: damaged ({error}); load an older iteration") from error
+
+
+def facts_of_file(path: Path, advance: Callable[[int], object] = lambda num_bytes: None) -> FileFacts:
+    """Size and checksum of a file, read through; `advance` hears of each block's bytes."""
+    crc32 = num_bytes = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            crc32, num_bytes = zlib.crc32(block, crc32), num_bytes + len(block)
+            advance(len(block))
+    return FileFacts(num_bytes, crc32)
+
+
+def _reader(path: Path, name: str) -> Callable[[], Tensor]:
+    return lambda: read_box(path, name, ())
+
+
+def _opened(path: Path) -> safe_open:
+    """safe_open, which takes no path that is not UTF-8, of any path: such a file goes by the number that it is open as.
+    """
+    try:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            with path.open("rb") as file:
+                return safe_open(f"/proc/self/fd/{file.fileno()}", framework="pt")
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: damaged or missing ({error}); load an older iteration") from error

@@ -1,0 +1,37 @@
+"""The whole-file form: every parameter in one file, which any reader of safetensors opens; for export, and old runs.
+
+PLACE/model.safetensors        every parameter, fp32, by name
+PLACE/optimizer.safetensors    every state tensor, as KIND/PARAMETER, where there is one
+PLACE/state.json               progress, loss scale, the flags of the run
+"""
+
+import json
+from pathlib import Path
+
+from megatron.checkpoint.stored import Checkpoint, StoredTensor, one_piece
+from megatron.checkpoint.tensor_file import Entry, read_box, tensors_in
+from megatron.errors import CheckpointError
+
+MODEL = "model.safetensors"
+_OPTIMIZER = "optimizer.safetensors"
+_STATE = "state.json"
+
+
+def read_whole(place: Path, with_optimizer: bool = True) -> Checkpoint:
+    """The checkpoint in a folder; raises CheckpointError."""
+    try:
+        state = json.loads((place / _STATE).read_text(encoding="utf-8"))
+        iteration = int(state["iteration"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{place / _STATE}: damaged or missing ({error}); load an older iteration") from None
+    optimizer = place / _OPTIMIZER
+    return Checkpoint(place, iteration, _stored(place / MODEL),
+                      _stored(optimizer) if with_optimizer and optimizer.exists() else None, state)
+
+
+def _stored(path: Path) -> dict[str, StoredTensor]:
+    return {name: _one(path, name, entry) for name, entry in tensors_in(path).items()}
+
+
+def _one(path: Path, name: str, entry: Entry) -> StoredTensor:
+    return one_piece(entry.shape, entry.dtype, lambda box: read_box(path, name, box))

@@ -1,0 +1,34 @@
+"""What the ranks hold together: the whole values of tensors of which each has its part."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron.parallel.placement import Part, placement_of
+
+
+def wholes(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The wholes of tensors that are each named `PARAMETER` or `KIND/PARAMETER`, on every rank.
+
+    All ranks of the process group, where there is one, call this together.
+    """
+    return assembled({name: placement_of(parameters[name.split("/")[-1]]).part(tensor)
+                      for name, tensor in tensors.items()})
+
+
+def assembled(mine: Mapping[str, Part]) -> dict[str, Tensor]:
+    """The tensors that the ranks' parts make up; every element has to be on one of them."""
+    everyones = [dict(mine)]
+    if dist.is_initialized():
+        everyones *= dist.get_world_size()
+        dist.all_gather_object(everyones, dict(mine))
+    whole: dict[str, Tensor] = {}
+    for parts in everyones:
+        for name, part in parts.items():
+            if name not in whole:
+                whole[name] = torch.full(part.whole_shape, torch.nan, dtype=part.tensor.dtype)
+            whole[name][part.box] = part.tensor
+    assert not any(tensor.isnan().any() for tensor in whole.values()), "some rank holds each element"
+    return whole
