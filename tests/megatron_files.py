@@ -283,5 +283,3 @@ def loaded(file):
     """torch.load of a file that is trusted."""
     with loss_scalers():
         return torch.load(file, weights_only=False)
-
-

@@ -8,9 +8,9 @@ import torch
 from megatron.checkpoint.convert.megatron_v2 import read, write
 from megatron.config import PrecisionConfig
 from megatron.model.protein_model import ProteinModel
+from tests.megatron_checks import same_but_random_states
 from tests.megatron_files import loaded
 from tests.unit.test_fixture_parity import CONFIG, FIXTURE, flat, np, original_checkpoint, parameters_of
-from tests.unit.test_megatron_v2 import same_but_random_states
 
 pytestmark = pytest.mark.skipif(not FIXTURE.is_dir(), reason="needs the folder shared/ beside the checkout")
 ORIGINAL = FIXTURE / "checkpoint"

@@ -26,10 +26,10 @@ _LOCAL_HEADER_BYTES, _ZIP64_BYTES = 30, 20
 _ROOM = 2**31 - 2**20  # a record from here on needs the wide form of sizes
 
 
-def write_torch_file(path: Path, tree: Any, advance: Callable[[int], object] = lambda num_bytes: None) -> None:
+def write_torch_file(path: Path, tree: Any) -> None:
     """Write a new file: plain containers, numbers, Namespaces and arrays, with `StoredTensor`s or tensors among them.
 
-    `advance` hears of each tensor's bytes. Raises CheckpointError where a tensor cannot be read, and OSError where the
+    Raises CheckpointError where a tensor cannot be read, and OSError where the
     disk refuses; `path` has its name from the start, so give one that is not final.
     """
     buffer = io.BytesIO()
@@ -41,7 +41,6 @@ def write_torch_file(path: Path, tree: Any, advance: Callable[[int], object] = l
         archive.writestr(_entry(f"{root}/byteorder"), b"little")
         for key, tensor in enumerate(pickler.tensors):
             _write_storage(archive, f"{root}/data/{key}", tensor)
-            advance(torch.Size(tensor.shape).numel() * tensor.dtype.itemsize)
         archive.writestr(_entry(f"{root}/version"), b"3\n")
 
 

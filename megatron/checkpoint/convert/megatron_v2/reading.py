@@ -43,8 +43,8 @@ class _Rank:
 def read(path: Path, iteration: int | None = None) -> Checkpoint:
     """The checkpoint of an iteration, or the newest, in a run's folder; or that in an iter_ folder or a file.
 
-    `state` has "config", "progress", "schedule" and "loss_scale" as far as the files tell, and "notes": a line for
-    whatever was left out or changed. Raises CheckpointError.
+    `state` has "config", "progress", "schedule" and "loss_scale" as far as the files tell, "layout", the ranks that the
+    files are of, and "notes": a line for whatever was left out or changed. Raises CheckpointError.
     """
     place = find_place(path, iteration)
     stages = _ranks(place)
@@ -57,7 +57,8 @@ def read(path: Path, iteration: int | None = None) -> Checkpoint:
     optimizer = None if number == 0 and place.path.name == RELEASE else _optimizer(stages, join)
     state: dict[str, Any] = {
         "config": config_of(arguments, {name: tensor.shape for name, tensor in model.items()}, place.path),
-        "notes": notes}
+        "notes": notes, "layout": {"tensor_model_parallel_size": len(stages[0]),
+                                   "pipeline_model_parallel_size": len(stages)}}
     schedule = schedule_of(first, arguments)
     state |= {"progress": progress_of(number, arguments, schedule), "loss_scale": _loss_scale(stages[0][0], state)}
     if schedule is not None:

@@ -1,7 +1,8 @@
 """From whole tensors to the files of each rank, as Megatron v2 writes them, with one tensor in memory at a time."""
 
+import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,37 +12,32 @@ from megatron.checkpoint.convert.megatron_v2.arguments import arguments_of, lear
 from megatron.checkpoint.convert.megatron_v2.names import decays, num_layers, parameter_names, split_dim
 from megatron.checkpoint.convert.megatron_v2.places import FILE, LATEST, folder_name, rank_name
 from megatron.checkpoint.convert.megatron_v2.randomness import random_states
-from megatron.checkpoint.convert.megatron_v2.vocabulary import padded_size, with_rows
 from megatron.checkpoint.convert.torch_writing import write_torch_file
+from megatron.checkpoint.convert.vocabulary import WORDS, rows_for, with_rows
 from megatron.checkpoint.stored import Checkpoint, StoredTensor
 from megatron.errors import CheckpointError, ConfigError
-from megatron.files import begin_folder, finish_folder, sync, write_text
+from megatron.files import new_folder, sync, write_text
 
-_WORDS = "embedding.word_embeddings.weight"
 _VERSION = 3.0
 _HALVES = (torch.float16, torch.bfloat16)
 
 
-def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: int = 1, vocab_size: int | None = None,
-          advance: Callable[[int], object] = lambda num_bytes: None) -> Path:
+def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: int = 1) -> Path:
     """Write a checkpoint for `tensor` x `pipeline` ranks below a run's folder, and point to it; returns its place.
 
-    The vocabulary gets as many rows as Megatron gives one of `vocab_size` tokens there, at least as many as it has
-    where that is not known; a row more takes no part in the softmax. `advance` hears of each tensor's bytes. Raises
+    The vocabulary gets as many rows more as Megatron has on so many ranks; they take no part in the softmax. Raises
     ConfigError where the model does not divide, CheckpointError where something is missing or the disk refuses.
     """
-    files = _Files(checkpoint, tensor, pipeline, vocab_size)
+    files = _Files(checkpoint, tensor, pipeline)
     place = folder / folder_name(checkpoint.iteration)
     try:
-        temporary = begin_folder(place)
-        for stage in range(pipeline):
-            for rank in range(tensor):
+        with new_folder(place) as temporary:
+            for stage, rank in itertools.product(range(pipeline), range(tensor)):
                 part = temporary / rank_name(rank, stage, pipeline)
                 part.mkdir()
-                write_torch_file(part / FILE, files.tree(rank, stage), advance)
+                write_torch_file(part / FILE, files.tree(rank, stage))
                 sync(part / FILE)
                 sync(part)
-        finish_folder(place)
         write_text(folder / LATEST, str(checkpoint.iteration) if checkpoint.iteration else place.name)
     except OSError as error:
         raise CheckpointError(f"{place} cannot be written ({error.strerror}); make room, or give another folder"
@@ -52,24 +48,23 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
 class _Files:
     """The trees of the ranks' files."""
 
-    def __init__(self, checkpoint: Checkpoint, num_tensor: int, num_pipeline: int, vocab_size: int | None) -> None:
+    def __init__(self, checkpoint: Checkpoint, num_tensor: int, num_pipeline: int) -> None:
         self._checkpoint, self._num_tensor, self._num_pipeline = checkpoint, num_tensor, num_pipeline
+        self._config = checkpoint.state.get("config", {})
         self._num_layers = num_layers(list(checkpoint.model))
         names = parameter_names(self._num_layers)
         if wrong := sorted(set(names) ^ checkpoint.model.keys()):
             raise CheckpointError(f"{checkpoint.path}: parameter {wrong[0]} is not one that Megatron v2 has, or is "
                                   "missing; only models of ProteinLM's kind can be written as its checkpoints")
-        config = checkpoint.state.get("config", {})
-        self._heads = config.get("num_attention_heads")
         self._check_divisions()
-        num_rows = padded_size(checkpoint.model[_WORDS].shape[0], vocab_size, num_tensor,
-                               config.get("make_vocab_size_divisible_by") or 128)
-        self._moments = dict(checkpoint.optimizer or {})
-        self._dtype = self._half(config) if self._moments else None
-        self._masters = {name: with_rows(name, checkpoint.model[name], num_rows, name) for name in names}
-        self._moments = {key: with_rows(key.partition("/")[2], value, num_rows, key)
-                         for key, value in self._moments.items() if not key.startswith("step/")}
+        num_rows = rows_for(checkpoint.model[WORDS].shape[0], num_tensor, checkpoint)
+        padded = with_rows(checkpoint, num_rows)
+        self._masters = padded.model
+        self._moments = {key: moment for key, moment in (padded.optimizer or {}).items() if moment.shape}
         self._kinds = list(dict.fromkeys(key.partition("/")[0] for key in self._moments))
+        # The precision in which Megatron keeps the model beside the optimizer's fp32 values, where it does.
+        half = torch.float16 if self._config.get("fp16") else torch.bfloat16 if self._config.get("bf16") else None
+        self._half = half if self._moments else None
         self._arguments = arguments_of(checkpoint, num_tensor, num_pipeline, num_rows, self._model_dtype())
 
     def tree(self, rank: int, stage: int) -> dict[str, Any]:
@@ -95,7 +90,7 @@ class _Files:
         return [*(name for name in names if name.startswith("embedding.") and is_first),
                 *(name for name in names if name.startswith("transformer.layers.") and name.split(".")[2] in wanted),
                 *(name for name in names if name.startswith("transformer.final_layernorm.") and is_last),
-                *([_WORDS] if is_last and not is_first else ()),
+                *([WORDS] if is_last and not is_first else ()),
                 *(name for name in names if name.startswith("lm_head.") and is_last)]
 
     def _model(self, names: Sequence[str], rank: int, stage: int) -> dict[str, Any]:
@@ -114,7 +109,7 @@ class _Files:
             model["lm_head"] = OrderedDict((name.removeprefix("lm_head."), tensor) for name, tensor in tensors.items()
                                            if name.startswith("lm_head."))
             if stage:
-                model["word_embeddings_for_head"] = OrderedDict(weight=tensors[_WORDS])
+                model["word_embeddings_for_head"] = OrderedDict(weight=tensors[WORDS])
         return model
 
     def _optimizer(self, names: Sequence[str], rank: int) -> dict[str, Any]:
@@ -124,18 +119,18 @@ class _Files:
                            for name, number in numbers.items()},
                  "param_groups": [self._facts(bool(at), [numbers[name] for name in group])
                                   for at, group in enumerate(groups)]}
-        if self._dtype is None:
+        if self._half is None:
             return inner
         scale, hysteresis, good_steps = self._checkpoint.state["loss_scale"]
         scaler = {"grad_scaler": {"scale": torch.tensor([scale]), "growth_tracker": int(good_steps),
                                   "hysteresis_tracker": int(hysteresis)}}
         masters = [[self._cut(name, self._masters[name], rank) for name in group] for group in groups]
-        return {"optimizer": inner, **(scaler if self._dtype == torch.float16 else {}),
+        return {"optimizer": inner, **(scaler if self._half == torch.float16 else {}),
                 "fp32_from_fp16_params": masters}
 
     def _facts(self, is_free: bool, numbers: list[int]) -> dict[str, Any]:
         """What the optimizer says of a group of parameters; `is_free`: of weight decay."""
-        config = self._checkpoint.state.get("config", {})
+        config = self._config
         decay = 0.0 if is_free else config.get("weight_decay", 0.01)
         rate = learning_rate(self._checkpoint.state)
         if self._kinds == ["momentum_buffer"]:
@@ -163,21 +158,17 @@ class _Files:
         return whole.part(tuple(slice(rank * size, (rank + 1) * size) if at == dim else slice(0, length)
                                 for at, length in enumerate(whole.shape)))
 
-    def _half(self, config: dict[str, Any]) -> torch.dtype | None:
-        """The precision in which Megatron keeps the model beside the optimizer's fp32 values, where it does."""
-        return torch.float16 if config.get("fp16") else torch.bfloat16 if config.get("bf16") else None
-
     def _model_dtype(self) -> torch.dtype:
-        stored = self._checkpoint.model[_WORDS].dtype
-        return self._dtype or (stored if stored in _HALVES and not self._moments else torch.float32)
+        stored = self._checkpoint.model[WORDS].dtype
+        return self._half or (stored if stored in _HALVES and not self._moments else torch.float32)
 
     def _check_divisions(self) -> None:
-        model, tensor = self._checkpoint.model, self._num_tensor
+        model, tensor, heads = self._checkpoint.model, self._num_tensor, self._config.get("num_attention_heads")
         width = model["transformer.layers.0.mlp.dense_h_to_4h.bias"].shape[0]
-        if tensor > 1 and not isinstance(self._heads, int):
+        if tensor > 1 and not isinstance(heads, int):
             raise CheckpointError(f"{self._checkpoint.path}: does not say how many attention heads it has, by which it "
                                   "would be split; write it for one tensor-parallel rank")
-        for flag, ranks, what, size in (("tensor", tensor, "attention heads", self._heads or 1),
+        for flag, ranks, what, size in (("tensor", tensor, "attention heads", heads or 1),
                                         ("tensor", tensor, "columns of the feed-forward layers", width),
                                         ("pipeline", self._num_pipeline, "layers", self._num_layers)):
             if ranks < 1 or size % ranks:
