@@ -52,12 +52,11 @@ class StoredTensor:
                            for here, there in zip(box, piece.box, strict=True))
             if any(part.start >= part.stop for part in common):
                 continue
-            values = piece.read(_from(piece.offsets, common))
             if common == box:
-                return values
+                return piece.read(_from(piece.offsets, common))
             if out is None:
                 out = torch.empty([part.stop - part.start for part in box], dtype=self.dtype)
-            out[_from([part.start for part in box], common)] = values
+            out[_from([part.start for part in box], common)] = piece.read(_from(piece.offsets, common))
         return torch.empty([part.stop - part.start for part in box], dtype=self.dtype) if out is None else out
 
     def part(self, box: Box) -> "StoredTensor":

@@ -127,10 +127,10 @@ import torch
 from megatron.checkpoint.convert.conversion import convert
 from megatron.log import Log
 from tests import megatron_files as made
-made.ROWS, made.HIDDEN, made.WIDTH, made.FEED_FORWARD = 2**14, 512, 128, 2048
+made.LAYERS, made.HIDDEN, made.WIDTH, made.FEED_FORWARD = 1, 1024, 256, 8192
 folder = Path(sys.argv[1])
 if sys.argv[2] == "make":
-    made.write_original(folder / "megatron-v2", tensor=2, version=float(sys.argv[3]))
+    made.write_original(folder / "megatron-v2", tensor=2, pipeline=(1,), version=float(sys.argv[3]))
 else:
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     convert(folder / sys.argv[2], folder / sys.argv[4], "auto", sys.argv[3], tensor=int(sys.argv[5]), pipeline=1,
@@ -147,7 +147,7 @@ def streamed(*arguments):
 def test_conversions_hold_one_tensor_at_a_time(tmp_path):
     """Of 260 MB, of which the largest tensor has 34: each way by no more than one and a half of it."""
     streamed(tmp_path, "make", 0)
-    largest = 2**14 * 512 * 4
+    largest = 1024 * 8192 * 4
     size = sum(file.stat().st_size for file in tmp_path.rglob("*.pt"))
     assert size > 7 * largest
     for source, saver, target, tensor in (("megatron-v2", "sharded", "a", 1), ("a", "megatron-v2", "b", 4),

@@ -1,5 +1,7 @@
 """Checkpoints of Megatron v2 and ProteinLM, against such that were made by hand in the original's layout."""
 
+import argparse
+import json
 import os
 import random
 import shutil
@@ -200,6 +202,39 @@ def test_what_does_not_fit_is_told_in_one_line(change, message, tmp_path):
         read(tmp_path)
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
+
+
+JUNK: tuple = (None, -1, 1e300, "x", [], {}, (1, 2), [{}], {"x": 1}, torch.ones(2), torch.tensor(1.5),
+               np.array([1, 2]), b"")
+
+
+def somewhere(tree, generator):
+    """A container in a tree, and one of its keys."""
+    keys = list(tree) if isinstance(tree, dict) else list(vars(tree)) if isinstance(tree, argparse.Namespace) else list(
+        range(len(tree)))
+    key = generator.choice(keys)
+    inner = vars(tree)[key] if isinstance(tree, argparse.Namespace) else tree[key]
+    deeper = isinstance(inner, argparse.Namespace) or (isinstance(inner, dict | list) and inner)
+    return somewhere(inner, generator) if deeper and generator.random() < 0.9 else (tree, key)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("options", [{"precision": "fp16"}, {"precision": "fp16", "is_old": True, "version": 1.0}])
+def test_whatever_stands_in_a_files_places_is_told_in_one_line_or_read(options, seed, tmp_path):
+    place = write_original(tmp_path, **options)
+    file, generator = place / "mp_rank_00" / "model_optim_rng.pt", random.Random(seed)
+    for _ in range(20):
+        with original.loss_scalers():
+            tree = torch.load(file, weights_only=False)
+            holder, key = somewhere(tree, generator)
+            (vars(holder) if isinstance(holder, argparse.Namespace) else holder)[key] = generator.choice(JUNK)
+            torch.save(tree, tmp_path / "x.pt")
+        try:
+            checkpoint = read(tmp_path / "x.pt")
+            json.dumps(checkpoint.state)
+            write(checkpoint, tmp_path / "again")
+        except CheckpointError as error:
+            assert "\n" not in str(error)
 
 
 def test_missing_ranks_and_other_forms_are_named(tmp_path):

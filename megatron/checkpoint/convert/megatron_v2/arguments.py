@@ -79,7 +79,11 @@ def schedule_of(tree: Mapping[str, Any], arguments: argparse.Namespace | None) -
     for key, names in _SCHEDULES:
         facts = tree.get(key)
         if isinstance(facts, dict) and set(names.values()) <= facts.keys():
+            numbers = [facts[theirs] for ours, theirs in names.items() if ours != "lr_decay_style"]
+            if not all(isinstance(number, int | float) and number >= 0 for number in numbers):
+                raise ValueError(f"{key} has {numbers}")
             schedule = {ours: facts[theirs] for ours, theirs in names.items()}
+            schedule["lr_decay_style"] = str(schedule["lr_decay_style"])
             if "num_iters" in facts:
                 rows = _rows_a_step(arguments)
                 schedule |= {name: schedule[name] * rows for name in ("warmup_samples", "decay_samples", "num_samples")}
@@ -91,7 +95,7 @@ def progress_of(iteration: int, arguments: argparse.Namespace | None,
                 schedule: Mapping[str, Any] | None) -> dict[str, int]:
     """The steps and the rows that are behind the checkpoint."""
     consumed = getattr(arguments, "consumed_train_samples", None)
-    if not isinstance(consumed, int):
+    if type(consumed) is not int or consumed < 0:
         consumed = int(schedule["num_samples"]) if schedule is not None else iteration * _rows_a_step(arguments)
     return {"iteration": iteration, "consumed_samples": consumed if iteration else 0}
 

@@ -47,6 +47,16 @@ def read(path: Path, iteration: int | None = None) -> Checkpoint:
     files are of, and "notes": a line for whatever was left out or changed. Raises CheckpointError.
     """
     place = find_place(path, iteration)
+    try:
+        return _read(place)
+    except CheckpointError:
+        raise
+    except Exception as error:  # what a file holds may be of any kind, and fail anywhere
+        raise CheckpointError(f"{place.path}: what it holds is not as Megatron writes it ({type(error).__name__}: "
+                              f"{' '.join(str(error).split())[:200]}); copy it again") from error
+
+
+def _read(place: Place) -> Checkpoint:
     stages = _ranks(place)
     first = stages[0][0].tree
     arguments = first.get("args") if isinstance(first.get("args"), argparse.Namespace) else None
