@@ -100,7 +100,7 @@ def num_layers(names: Mapping[str, Any] | list[str]) -> int:
 def by_head(tensor: StoredTensor, heads: int, version: float) -> StoredTensor:
     """Rows of queries, keys and values of some heads, [heads, 3, width, …], from the order that a version has them in.
 
-    Version 0 has [3, heads, width], version 1 [heads, width, 3]. Holds a head's rows more than is asked for.
+    Version 0 has [3, heads, width], version 1 [heads, width, 3].
     """
     if version >= 2:
         return tensor
@@ -114,8 +114,12 @@ def by_head(tensor: StoredTensor, heads: int, version: float) -> StoredTensor:
         return torch.cat([tensor.read_box(_rows((part * heads + head) * width, width, tensor)) for part in range(3)])
 
     def read(box: Box) -> Tensor:
-        out = torch.empty([part.stop - part.start for part in box], dtype=tensor.dtype)
         first, last = box[0].start, box[0].stop
+        if [part.stop - part.start for part in box] == list(tensor.shape):  # at once, so that its checksum is compared
+            values = tensor.read()
+            sizes, order = ((3, heads, width), (1, 0, 2)) if version < 1 else ((heads, width, 3), (0, 2, 1))
+            return values.unflatten(0, sizes).permute(*order, *range(3, values.ndim + 2)).reshape(values.shape)
+        out = torch.empty([part.stop - part.start for part in box], dtype=tensor.dtype)
         for head in range(first // rows, -(-last // rows)):
             start, stop = max(first, head * rows), min(last, (head + 1) * rows)
             columns = (slice(start - head * rows, stop - head * rows), *box[1:])
