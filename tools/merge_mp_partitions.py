@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.checkpoint.convert import megatron_v2  # noqa: E402
 from megatron.checkpoint.convert.conversion import convert  # noqa: E402
-from megatron.config import DataConfig, ModelConfig, ParallelConfig  # noqa: E402
-from megatron.config.command_line import OneLineParser, add_section_flags  # noqa: E402
+from megatron.config import Config  # noqa: E402
+from megatron.config.command_line import ALWAYS_SO, OneLineParser, add_section_flags  # noqa: E402
 from megatron.data.corpus.vocab import Vocab  # noqa: E402
 from megatron.errors import ConfigError, UserError  # noqa: E402
 from megatron.log import Log, take_any_text  # noqa: E402
@@ -30,8 +30,11 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--save", type=Path, help="new folder of a run (default: merged/ in that of --load)")
     flags.add_argument("--target-tensor-model-parallel-size", type=int, default=1, help="files to split into")
     flags.add_argument("--target-pipeline-model-parallel-size", type=int, default=1, help="files to split into")
-    for section in (ModelConfig, DataConfig, ParallelConfig):
-        add_section_flags(flags, section)
+    for name, section in Config().sections():  # which the original's commands give, though the files know
+        if name != "checkpoint":
+            add_section_flags(flags, type(section))
+    for name, reason in ALWAYS_SO.items():
+        flags.add_argument(name, action="store_true", help=f"always so: {reason}")
     return flags
 
 

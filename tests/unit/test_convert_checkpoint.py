@@ -1,6 +1,7 @@
 """Conversions between every two formats, by the command line; they lose nothing and hold one tensor at a time."""
 
 import itertools
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -63,7 +64,9 @@ def test_an_iteration_can_be_chosen_and_the_vocabulary_cut(tmp_path, monkeypatch
 def test_partitions_are_merged_and_split_with_the_original_tools_flags(tmp_path, monkeypatch, capsys):
     write_original(tmp_path, tensor=2, pipeline=(2, 2))
     flags = ["--model-type", "BERT", "--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2,
-             "--num-layers", 4, "--hidden-size", 16, "--num-attention-heads", 4, "--seq-length", 12, "--load", tmp_path]
+             "--num-layers", 4, "--hidden-size", 16, "--num-attention-heads", 4, "--seq-length", 12, "--fp16",
+             "--tokenizer-type", "BertWordPieceCase", "--use-cpu-initialization", "--micro-batch-size", 4,
+             "--load", tmp_path]
     assert run(merge_mp_partitions, monkeypatch, capsys, *flags)[0] == 0
     merged = FORMATS["megatron-v2"].read(tmp_path / "merged")
     assert [file.name for file in merged.path.iterdir()] == ["mp_rank_00"]
@@ -144,8 +147,9 @@ for source, saver, target, tensor in (argument.split() for argument in sys.argv[
 
 
 def streamed(*arguments):
+    gives_back_at_once = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # what is freed, which the allocator else may keep
     result = subprocess.run([sys.executable, "-c", STREAMED, *map(str, arguments)], cwd=ROOT, capture_output=True,
-                            text=True, check=True)
+                            text=True, check=True, env=os.environ | gives_back_at_once)
     return [int(line) for line in result.stdout.splitlines()]
 
 
@@ -156,4 +160,4 @@ def test_conversions_hold_one_tensor_at_a_time(tmp_path):
     assert sum(file.stat().st_size for file in tmp_path.rglob("*.pt")) > 7 * largest
     peaks = streamed(tmp_path, "given sharded a 1", "a megatron-v2 b 4", "b whole c 1", "c megatron-v2 d 1")
     assert len(peaks) == 4
-    assert all(largest / 2 < peak < 1.5 * largest for peak in peaks), peaks
+    assert all(largest / 2 < peak < 1.5 * largest for peak in peaks), [peak / largest for peak in peaks]
