@@ -1,0 +1,13 @@
+"""kill -9 at random moments of runs that save every few steps; `python -m tests.golden.kills` does it 200 times."""
+
+import random
+
+import pytest
+
+from tests.golden.kills import KILLS_A_RUN, WAYS, endure
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_a_run_that_is_killed_at_any_moment_goes_on_and_ends_as_if_it_had_not_been(name, corpus, tmp_path):
+    resumed = endure(name, KILLS_A_RUN, corpus, tmp_path, random.Random(name))
+    assert len(resumed) > 1
