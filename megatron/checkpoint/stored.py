@@ -42,12 +42,31 @@ class StoredTensor:
 
     def read(self) -> Tensor:
         """The whole, on the CPU."""
-        if len(self.pieces) == 1:
-            return self.pieces[0].read(self.pieces[0].box)
-        whole = torch.empty(self.shape, dtype=self.dtype)
+        return self.read_box(tuple(slice(0, size) for size in self.shape))
+
+    def read_box(self, box: Box) -> Tensor:
+        """A box of the whole, on the CPU."""
+        out = None
         for piece in self.pieces:
-            whole[piece.box] = piece.read(tuple(slice(0, size) for size in piece.shape))
-        return whole
+            common = tuple(slice(max(here.start, there.start), min(here.stop, there.stop))
+                           for here, there in zip(box, piece.box, strict=True))
+            if any(part.start >= part.stop for part in common):
+                continue
+            if common == box:
+                return piece.read(_from(piece.offsets, common))
+            if out is None:
+                out = torch.empty([part.stop - part.start for part in box], dtype=self.dtype)
+            out[_from([part.start for part in box], common)] = piece.read(_from(piece.offsets, common))
+        return torch.empty([part.stop - part.start for part in box], dtype=self.dtype) if out is None else out
+
+    def part(self, box: Box) -> "StoredTensor":
+        """A box of the whole, yet to be read."""
+        return one_piece([part.stop - part.start for part in box], self.dtype,
+                         lambda inner: self.read_box(_from([-part.start for part in box], inner)))
+
+    def to(self, dtype: torch.dtype) -> "StoredTensor":
+        """The same in another kind of numbers, yet to be read."""
+        return self if dtype == self.dtype else one_piece(self.shape, dtype, lambda box: self.read_box(box).to(dtype))
 
 
 Tensors = Mapping[str, StoredTensor]
@@ -68,6 +87,11 @@ class Checkpoint:
     model: Tensors
     optimizer: Tensors | None
     state: dict[str, Any]
+
+
+def _from(offsets: Sequence[int], box: Box) -> Box:
+    """The same place, counted from `offsets` on."""
+    return tuple(slice(part.start - offset, part.stop - offset) for part, offset in zip(box, offsets, strict=True))
 
 
 def stored(tensor: Tensor) -> StoredTensor:

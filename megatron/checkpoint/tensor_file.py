@@ -58,6 +58,7 @@ def write_tensors(path: Path, entries: Mapping[str, Entry]) -> FileFacts:
             data = tensor.reshape(-1).view(torch.uint8).numpy().data
             crc32 = zlib.crc32(data, crc32)
             file.write(data)
+            del tensor, data  # before the next is read
         file.flush()
         os.fsync(file.fileno())
         return FileFacts(file.tell(), crc32)

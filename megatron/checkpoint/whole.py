@@ -13,18 +13,19 @@ from megatron.checkpoint.tensor_file import Entry, read_box, tensors_in
 from megatron.errors import CheckpointError
 
 MODEL = "model.safetensors"
-_OPTIMIZER = "optimizer.safetensors"
-_STATE = "state.json"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+VERSION = 1
 
 
 def read_whole(place: Path, with_optimizer: bool = True) -> Checkpoint:
     """The checkpoint in a folder; raises CheckpointError."""
     try:
-        state = json.loads((place / _STATE).read_text(encoding="utf-8"))
+        state = json.loads((place / STATE).read_text(encoding="utf-8"))
         iteration = int(state["iteration"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{place / _STATE}: damaged or missing ({error}); load an older iteration") from None
-    optimizer = place / _OPTIMIZER
+        raise CheckpointError(f"{place / STATE}: damaged or missing ({error}); load an older iteration") from None
+    optimizer = place / OPTIMIZER
     return Checkpoint(place, iteration, _stored(place / MODEL),
                       _stored(optimizer) if with_optimizer and optimizer.exists() else None, state)
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.data.corpus.indexed import open_indexed
-from megatron.data.sources.binary.plain_pickle import load_plain_pickle
+from megatron.plain_pickle import load_plain_pickle
 
 
 class Evil:

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron.data.sources.binary.plain_pickle import load_plain_pickle
 from megatron.data.sources.block import RecordBlock
 from megatron.data.sources.text.records import json_loads
+from megatron.plain_pickle import load_plain_pickle
 
 DEFAULT_NAME_KEY = "id"
 

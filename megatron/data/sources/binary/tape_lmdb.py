@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import BinaryIO
 
-from megatron.data.sources.binary.plain_pickle import load_plain_pickle
 from megatron.data.sources.block import BadRecord, RecordBlock, Texts, Wanted
 from megatron.data.sources.streams import BLOCK_BYTES, MAX_RECORD_BYTES
 from megatron.errors import DataError
+from megatron.plain_pickle import load_plain_pickle
 
 LMDB_MAGIC = b"\xde\xc0\xef\xbe"
 LMDB_MAGIC_OFFSET = 16

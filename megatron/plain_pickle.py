@@ -2,7 +2,8 @@
 
 A pickle is a program, and one from elsewhere may be a hostile one. Here it finds no function but those below, builds no
 NumPy type but the simple ones (a structured one can make numbers pass for addresses), hashes no container (nested
-tuples take exponential time), and fills no more memory than some times its own size.
+tuples take exponential time), and fills no more memory than some times its own size. `PlainUnpickler` is to be built
+upon where more than that is expected.
 """
 
 import io
@@ -10,7 +11,7 @@ import math
 import pickle
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,10 +23,25 @@ _THEIRS: dict[int, _Load] = pickle._Unpickler.dispatch
 _REFUSED = b"".join([pickle.INST, pickle.OBJ, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.LONG4])  # not of plain data
 
 
+class Readable(Protocol):
+    """What a pickle is read from."""
+
+    def read(self, size: int, /) -> bytes:
+        """At most `size` bytes."""
+
+    def readline(self) -> bytes:
+        """Up to the end of a line."""
+
+
 def load_plain_pickle(data: bytes) -> Any:
     """What a pickle holds, if that is plain data; raises pickle.UnpicklingError for anything else or damage."""
+    return load(PlainUnpickler(io.BytesIO(data), len(data)))
+
+
+def load(unpickler: "PlainUnpickler") -> Any:
+    """What it reads; raises pickle.UnpicklingError for whatever it refuses, or damage."""
     try:
-        return _PlainUnpickler(data).load()
+        return unpickler.load()
     except pickle.UnpicklingError:
         raise
     except Exception as error:  # damage can raise nearly anything here
@@ -97,59 +113,93 @@ def _make_dict(pairs: Iterable[Any] = ()) -> dict:
     return dict(pairs)
 
 
-def _hashable(keys: Iterable[Any]) -> list[Any]:
+def _hashable(keys: Iterable[Any], kinds: tuple[type, ...] = _HASHABLE) -> list[Any]:
     """The same, where each is a number or a string; raises UnpicklingError otherwise."""
     keys = list(keys)
     for key in keys:
-        if not isinstance(key, _HASHABLE):
+        if not isinstance(key, kinds):
             raise pickle.UnpicklingError(f"it has a {type(key).__name__} for a key, which is not plain data")
     return keys
 
 
 def _with_keys(load: _Load, keys: slice) -> _Load:
     """`load` for a stack whose items `keys` can be hashed."""
-    def load_checked(unpickler: "_PlainUnpickler") -> None:
-        _hashable(unpickler.stack[keys])
+    def load_checked(unpickler: "PlainUnpickler") -> None:
+        _hashable(unpickler.stack[keys], unpickler.hashable)
         load(unpickler)
     return load_checked
 
 
-class _PlainUnpickler(pickle._Unpickler):
-    """The unpickler in Python: that in C fills gigabytes of memory on a five-byte pickle (a huge memo index)."""
+class _Counted:
+    """A file of which no more than `limit` bytes are read, counted in `num_read`."""
+
+    def __init__(self, file: Readable, limit: int) -> None:
+        self._file, self._limit, self.num_read = file, limit, 0
+
+    def read(self, size: int) -> bytes:
+        return self._counted(self._file.read(min(size, self._limit + 1 - self.num_read)))
+
+    def readline(self) -> bytes:
+        return self._counted(self._file.readline())
+
+    def _counted(self, data: bytes) -> bytes:
+        self.num_read += len(data)
+        if self.num_read > self._limit:
+            raise pickle.UnpicklingError(f"it is longer than {self._limit} bytes")
+        return data
+
+
+class PlainUnpickler(pickle._Unpickler):
+    """The unpickler in Python: that in C fills gigabytes of memory on a five-byte pickle (a huge memo index).
+
+    `limit`: the longest pickle, in bytes. A derived class may find more names, give more objects their state, and allow
+    keys of more kinds.
+    """
 
     stack: list[Any]
     read: Callable[[int], bytes]
+    hashable: tuple[type, ...] = _HASHABLE
 
-    def __init__(self, data: bytes) -> None:
-        super().__init__(io.BytesIO(data))
-        self._budget = _COPIES * (len(data) + 1024)
+    def __init__(self, file: Readable, limit: int) -> None:
+        self._counted = _Counted(file, limit)
+        super().__init__(self._counted)
+        self._spent = 0
 
     def find_class(self, module: str, name: str) -> Any:
+        """What stands for a name; raises UnpicklingError for all but those of plain data."""
         try:
             return _PLAIN[module.replace("numpy._core", "numpy.core").replace("__builtin__", "builtins"), name]
         except KeyError:
             words = " ".join(f"{module}.{name}".split())[:200]
             raise pickle.UnpicklingError(f"it asks for {words}, which is not plain data") from None
 
+    def set_state(self, made: Any, state: Any) -> None:
+        """Let what was made be in `state`; raises UnpicklingError where it has none."""
+        if not isinstance(made, _Kind | _Array):
+            raise pickle.UnpicklingError("it sets the state of what is no array")
+        made.__setstate__(state)
+
+    def make(self, maker: Callable[..., Any], arguments: tuple) -> Any:
+        """What a found function gives, as long as all of them together take no more than some times the pickle."""
+        self._spent += 1 + sum(len(argument) for argument in arguments if hasattr(argument, "__len__"))
+        if self._spent > _COPIES * (self._counted.num_read + 1024):
+            raise pickle.UnpicklingError("it unpacks to many times its size")
+        return maker(*arguments)
+
     def _call(self) -> None:
         arguments = self.stack.pop()
-        self._budget -= 1 + sum(len(argument) for argument in arguments if hasattr(argument, "__len__"))
-        if self._budget < 0:
-            raise pickle.UnpicklingError("it unpacks to many times its size")
-        self.stack[-1] = self.stack[-1](*arguments)
+        self.stack[-1] = self.make(self.stack[-1], arguments)
 
-    def _set_state(self) -> None:
+    def _build(self) -> None:
         state = self.stack.pop()
-        if not isinstance(self.stack[-1], _Kind | _Array):
-            raise pickle.UnpicklingError("it sets the state of what is no array")
-        self.stack[-1].__setstate__(state)
+        self.set_state(self.stack[-1], state)
 
     def _read_bytearray(self) -> None:
         """Like that of `pickle`, which fills as much memory as the pickle asks for before it reads."""
         self.stack.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
 
     dispatch = {opcode: load for opcode, load in _THEIRS.items() if opcode not in _REFUSED} | {
-        pickle.REDUCE[0]: _call, pickle.BUILD[0]: _set_state, pickle.BYTEARRAY8[0]: _read_bytearray,
+        pickle.REDUCE[0]: _call, pickle.BUILD[0]: _build, pickle.BYTEARRAY8[0]: _read_bytearray,
         pickle.SETITEM[0]: _with_keys(_THEIRS[pickle.SETITEM[0]], slice(-2, -1)),
         pickle.SETITEMS[0]: _with_keys(_THEIRS[pickle.SETITEMS[0]], slice(None, None, 2)),
         pickle.DICT[0]: _with_keys(_THEIRS[pickle.DICT[0]], slice(None, None, 2)),

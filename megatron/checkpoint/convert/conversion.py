@@ -1,0 +1,65 @@
+"""One checkpoint from one format and layout into another, told as it goes."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron.checkpoint.convert.formats import AUTO, FORMATS, recognised
+from megatron.checkpoint.convert.vocabulary import trimmed
+from megatron.checkpoint.stored import Box, Checkpoint, StoredTensor, one_piece
+from megatron.errors import ConfigError
+from megatron.log import Log
+
+
+def convert(source: Path, target: Path, loader: str, saver: str, *, tensor: int, pipeline: int, iteration: int | None,
+            vocab_size: int | None, log: Log) -> Path:
+    """Read `source` and write it below `target`, a folder that is new or empty; returns the checkpoint's place.
+
+    `vocab_size`: of the tokens, beyond whose padding the rows are cut. Raises ConfigError or CheckpointError.
+    """
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise ConfigError(f"--save-dir {target} holds something already; give a new folder")
+    name = recognised(source) if loader == AUTO else loader
+    checkpoint = FORMATS[name].read(source, iteration)
+    log.line(f"reading {checkpoint.path} ({name}): {describe(checkpoint)}")
+    for note in checkpoint.state.get("notes", ()):
+        log.line(f"note: {note}")
+    if vocab_size is not None:
+        checkpoint = trimmed(checkpoint, vocab_size)
+    bar = log.progress(_num_bytes(checkpoint), 0, unit="B", label=f"writing {saver}")
+    try:
+        place = FORMATS[saver].write(_watched(checkpoint, bar.update), target, tensor=tensor, pipeline=pipeline)
+    finally:
+        bar.close()
+    log.line(f"wrote {place} ({saver}, tensor {tensor} x pipeline {pipeline})")
+    return place
+
+
+def describe(checkpoint: Checkpoint) -> str:
+    """What a checkpoint holds, in some words."""
+    count = sum(math.prod(tensor.shape) for tensor in checkpoint.model.values())
+    moments = "no optimizer state" if checkpoint.optimizer is None else "with the optimizer's state"
+    return f"iteration {checkpoint.iteration}, {count:,} parameters in {len(checkpoint.model)} tensors, {moments}"
+
+
+def _num_bytes(checkpoint: Checkpoint) -> int:
+    return sum(math.prod(tensor.shape) * tensor.dtype.itemsize
+               for tensors in (checkpoint.model, checkpoint.optimizer or {}) for tensor in tensors.values())
+
+
+def _watched(checkpoint: Checkpoint, advance: Callable[[int], object]) -> Checkpoint:
+    """The same, of whose reading `advance` hears, in bytes."""
+    def watch(tensor: StoredTensor) -> StoredTensor:
+        def read(box: Box) -> Tensor:
+            values = tensor.read_box(box)
+            advance(values.nbytes)
+            return values
+
+        return one_piece(tensor.shape, tensor.dtype, read)
+
+    optimizer = checkpoint.optimizer
+    return replace(checkpoint, model={name: watch(tensor) for name, tensor in checkpoint.model.items()},
+                   optimizer=None if optimizer is None else {key: watch(tensor) for key, tensor in optimizer.items()})

@@ -1,0 +1,35 @@
+"""The formats of checkpoints that are known, by their names."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from megatron.checkpoint.convert import megatron_v2, sharded, whole
+from megatron.checkpoint.stored import Checkpoint
+from megatron.errors import CheckpointError
+
+
+class Format(Protocol):
+    """What a format's module gives."""
+
+    def recognises(self, path: Path) -> bool:
+        """Whether a path looks like such a checkpoint, or a folder of them; opens no pickle."""
+
+    def read(self, path: Path, iteration: int | None = None) -> Checkpoint:
+        """The checkpoint there; raises CheckpointError."""
+
+    def write(self, checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: int = 1) -> Path:
+        """Write one below a run's folder; returns its place. Raises CheckpointError, and ConfigError for a layout."""
+
+
+FORMATS: Mapping[str, Format] = {"sharded": sharded, "whole": whole, "megatron-v2": megatron_v2}
+AUTO = "auto"
+
+
+def recognised(path: Path) -> str:
+    """The name of the format of what lies at `path`; raises CheckpointError where none is recognised."""
+    name = next((name for name, known in FORMATS.items() if known.recognises(path)), None)
+    if name is None:
+        raise CheckpointError(f"{path} holds no checkpoint of a known format ({', '.join(FORMATS)}); give the folder "
+                              "of a run, or of one of its checkpoints")
+    return name

@@ -1,0 +1,113 @@
+"""What a checkpoint of any format is, what its numbers look like, and whether it is whole, as lines to read."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron.checkpoint.convert.formats import AUTO, FORMATS, recognised
+from megatron.checkpoint.manifest import MANIFEST, read_manifest
+from megatron.checkpoint.stored import Checkpoint, StoredTensor, Tensors
+from megatron.errors import CheckpointError
+from megatron.log import Log
+
+
+@dataclass
+class _Sum:
+    """Of some tensors: how many, how many numbers and bytes, the norm of all, and how many are not finite."""
+
+    num_tensors: int = 0
+    num_values: int = 0
+    num_bytes: int = 0
+    square: float = 0.0
+    num_odd: int = 0
+
+
+def inspect(path: Path, loader: str, iteration: int | None, log: Log) -> bool:
+    """Say all of a checkpoint, each tensor read once; returns whether it is whole and all its numbers are finite.
+
+    Raises CheckpointError where it cannot be read.
+    """
+    name = recognised(path) if loader == AUTO else loader
+    checkpoint = FORMATS[name].read(path, iteration)
+    log.line(f"{checkpoint.path}: {name}, iteration {checkpoint.iteration}")
+    for line in _facts(checkpoint):
+        log.line(f"  {line}")
+    try:
+        _check_files(checkpoint.path, log)
+        sums = [_told(kind, tensors, log) for kind, tensors in _kinds(checkpoint).items()]
+    except CheckpointError as error:
+        log.line(f"not whole: {error}")
+        return False
+    odd = sum(part.num_odd for part in sums)
+    log.line(f"whole, but {odd:,} numbers are NaN or infinite" if odd else "whole, and all numbers are finite")
+    return not odd
+
+
+def _facts(checkpoint: Checkpoint) -> Iterator[str]:
+    state = checkpoint.state
+    for name in ("progress", "schedule", "loss_scale", "layout"):
+        if name in state:
+            yield f"{name.replace('_', ' ')}: {_shown(state[name])}"
+    for note in state.get("notes", ()):
+        yield f"note: {note}"
+    files = [file for file in (checkpoint.path.rglob("*") if checkpoint.path.is_dir() else [checkpoint.path])
+             if file.is_file()]
+    yield f"files: {len(files)}, {_size(sum(file.stat().st_size for file in files))}"
+    yield "configuration:"
+    for name, value in sorted(state.get("config", {}).items()):
+        yield f"  {name} {'.' * max(2, 46 - len(name))} {_shown(value)}"
+
+
+def _kinds(checkpoint: Checkpoint) -> dict[str, Tensors]:
+    """The parameters, and each kind of state of theirs that has their shapes."""
+    kinds: dict[str, dict[str, StoredTensor]] = {"parameters": dict(checkpoint.model)}
+    for key, tensor in (checkpoint.optimizer or {}).items():
+        kind, _, name = key.partition("/")
+        if tensor.shape:
+            kinds.setdefault(kind, {})[name] = tensor
+    return dict(kinds)
+
+
+def _told(kind: str, tensors: Tensors, log: Log) -> _Sum:
+    """Say what some tensors look like, parameters one by one."""
+    total, width = _Sum(), max(map(len, tensors), default=0)
+    log.line(f"  {kind}:")
+    for name, tensor in tensors.items():
+        values = tensor.read()
+        norm = torch.linalg.vector_norm(values, dtype=torch.float64).item() if values.is_floating_point() else 0.0
+        num_odd = int((~torch.isfinite(values)).sum())
+        total.num_tensors, total.num_values = total.num_tensors + 1, total.num_values + values.numel()
+        total.num_bytes, total.num_odd = total.num_bytes + values.nbytes, total.num_odd + num_odd
+        total.square += norm**2
+        if kind == "parameters" or num_odd:
+            largest = values.abs().max().item() if values.numel() else 0.0
+            odd = f", {num_odd:,} NaN or infinite" if num_odd else ""
+            log.line(f"    {name:<{width}} {' x '.join(map(str, tensor.shape)) or 'scalar':>14} "
+                     f"{str(tensor.dtype).removeprefix('torch.')}, norm {norm:.5g}, largest {largest:.5g}{odd}")
+    log.line(f"    in all {total.num_tensors} tensors, {total.num_values:,} numbers, {_size(total.num_bytes)}, "
+             f"norm {math.sqrt(total.square):.6g}")
+    return total
+
+
+def _check_files(place: Path, log: Log) -> None:
+    """Raises CheckpointError where files with a manifest are not as they were written."""
+    if (place / MANIFEST).exists():
+        manifest = read_manifest(place)
+        bar = log.progress(sum(facts.num_bytes for facts in manifest.files.values()), 0, unit="B", label="checking")
+        try:
+            manifest.check_sums(place, manifest.files, bar.update)
+        finally:
+            bar.close()
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name.replace('_', ' ')} {part}" for name, part in value.items())
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB"

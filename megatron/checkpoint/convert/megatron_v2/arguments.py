@@ -1,0 +1,160 @@
+"""Megatron's arguments and our flags: what of the one is the other."""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.checkpoint.convert.megatron_v2.names import num_layers
+from megatron.checkpoint.stored import Checkpoint
+from megatron.config import Config, ScheduleConfig
+from megatron.errors import CheckpointError
+from megatron.optim.schedule import Schedule
+
+# Sections whose flags mean there what they mean here; layouts, places and logs are of each run.
+_SECTIONS = ("model", "data", "optimizer", "schedule", "precision", "training")
+# What of it makes another function of the same weights, and the value that ours has.
+_SAME = {  # openai_gelu: in the head as well, where ours has the exact form
+    "openai_gelu": False, "swiglu": False, "squared_relu": False, "normalization": "LayerNorm",
+    "apply_layernorm_1p": False, "untie_embeddings_and_output_weights": False, "num_experts": None,
+    "position_embedding_type": "learned_absolute", "group_query_attention": False, "add_bias_linear": True,
+    "attention_head_type": "multihead", "glu_activation": None, "multi_query_attention": False}
+# What Megatron's own arguments have besides ours, by their defaults there.
+_THEIRS: dict[str, Any] = {
+    "onnx_safe": None, "log_interval": 100, "tensorboard_dir": None, "scaled_masked_softmax_fusion": True,
+    "scaled_upper_triang_masked_softmax_fusion": False, "bias_dropout_fusion": True, "save": None,
+    "save_interval": None, "no_save_optim": None, "no_save_rng": None, "load": None, "no_load_optim": None,
+    "no_load_rng": None, "finetune": False, "apply_query_key_layer_scaling": True, "attention_softmax_in_fp32": False,
+    "fp32_allreduce": False, "distributed_backend": "nccl", "DDP_impl": "local", "local_rank": 0,
+    "lazy_mpu_init": None, "use_cpu_initialization": None, "merge_file": None, "short_seq_prob": 0.1,
+    "reset_position_ids": False, "reset_attention_mask": False, "eod_mask_loss": False, "adlr_autoresume": False,
+    "adlr_autoresume_interval": 1000, "ict_head_size": None, "ict_load": None, "bert_load": None,
+    "titles_data_path": None, "query_in_block_prob": 0.1, "use_one_sent_docs": False, "report_topk_accuracies": [],
+    "faiss_use_gpu": False, "block_data_path": None, "indexer_batch_size": 128, "indexer_log_interval": 1000,
+    "iteration": 0, "do_train": 1, "do_valid": 1, "do_test": 1}
+_SCHEDULES = (  # the names of each generation of Megatron's schedulers; the first counts iterations
+    ("lr_scheduler", {"lr": "start_lr", "min_lr": "min_lr", "lr_decay_style": "decay_style",
+                      "warmup_samples": "warmup_iter", "decay_samples": "end_iter", "num_samples": "num_iters"}),
+    ("lr_scheduler", {"lr": "max_lr", "min_lr": "min_lr", "lr_decay_style": "decay_style",
+                      "warmup_samples": "warmup_steps", "decay_samples": "decay_steps", "num_samples": "num_steps"}),
+    ("opt_param_scheduler", {"lr": "max_lr", "min_lr": "min_lr", "lr_decay_style": "lr_decay_style",
+                             "warmup_samples": "lr_warmup_steps", "decay_samples": "lr_decay_steps",
+                             "num_samples": "num_steps"}))
+
+
+def config_of(arguments: argparse.Namespace | None, shapes: Mapping[str, Sequence[int]], path: Path) -> dict[str, Any]:
+    """Our flags by their fields' names, as far as arguments and the parameters' shapes tell them.
+
+    Raises CheckpointError where they tell of a model that computes something else.
+    """
+    given = vars(arguments) if arguments is not None else {}
+    for name, ours in _SAME.items():
+        if given.get(name, ours) != ours:
+            raise CheckpointError(f"{path}: was trained with {name} {given[name]!r}, models here compute as with "
+                                  f"{ours!r}; its weights would mean something else")
+    config = {item.name: given[item.name] for name, section in Config().sections() if name in _SECTIONS
+              for item in fields(section) if item.name in given and _fits(item, given[item.name])}
+    if arguments is not None:
+        config.setdefault("bias_gelu_fusion", False)  # before the fused kernel came, GeLU had its exact form
+    if isinstance(given.get("batch_size"), int):
+        config.setdefault("micro_batch_size", given["batch_size"])
+    hidden, positions = shapes["embedding.word_embeddings.weight"][1], shapes["embedding.position_embeddings.weight"][0]
+    of_shapes = {"num_layers": num_layers(list(shapes)), "hidden_size": hidden, "max_position_embeddings": positions,
+                 "ffn_hidden_size": shapes["transformer.layers.0.mlp.dense_h_to_4h.bias"][0]}
+    for name, value in of_shapes.items():
+        if config.get(name) not in (None, value):
+            raise CheckpointError(f"{path}: its arguments say {name} {config[name]}, its parameters {value}; copy it "
+                                  "again, all from one run")
+    if "num_attention_heads" in config:
+        width = shapes["transformer.layers.0.attention.dense.weight"][1]
+        of_shapes["kv_channels"] = width // config["num_attention_heads"]
+    return config | of_shapes
+
+
+def schedule_of(tree: Mapping[str, Any], arguments: argparse.Namespace | None) -> dict[str, Any] | None:
+    """The learning rate's course, in samples, and in "num_samples" how far it has come; None where it is not told."""
+    for key, names in _SCHEDULES:
+        facts = tree.get(key)
+        if isinstance(facts, dict) and set(names.values()) <= facts.keys():
+            numbers = [facts[theirs] for ours, theirs in names.items() if ours != "lr_decay_style"]
+            if not all(isinstance(number, int | float) and number >= 0 for number in numbers):
+                raise ValueError(f"{key} has {numbers}")
+            schedule = {ours: facts[theirs] for ours, theirs in names.items()}
+            schedule["lr_decay_style"] = str(schedule["lr_decay_style"])
+            if "num_iters" in facts:
+                rows = _rows_a_step(arguments)
+                schedule |= {name: schedule[name] * rows for name in ("warmup_samples", "decay_samples", "num_samples")}
+            return schedule
+    return None
+
+
+def progress_of(iteration: int, arguments: argparse.Namespace | None,
+                schedule: Mapping[str, Any] | None) -> dict[str, int]:
+    """The steps and the rows that are behind the checkpoint."""
+    consumed = getattr(arguments, "consumed_train_samples", None)
+    if type(consumed) is not int or consumed < 0:
+        consumed = int(schedule["num_samples"]) if schedule is not None else iteration * _rows_a_step(arguments)
+    return {"iteration": iteration, "consumed_samples": consumed if iteration else 0}
+
+
+def scheduler_of(state: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Megatron's `lr_scheduler` of a checkpoint's state; None where the course is not known."""
+    schedule = state.get("schedule")
+    if schedule is None:
+        return None
+    names = _SCHEDULES[1][1]
+    return {theirs: schedule[ours] if ours != "num_samples" else state["progress"]["consumed_samples"]
+            for ours, theirs in names.items()}
+
+
+def learning_rate(state: Mapping[str, Any]) -> float:
+    """That of the step to come; 0 where the course is not known."""
+    schedule = state.get("schedule")
+    if schedule is None:
+        return 0.0
+    config = ScheduleConfig(**{name: schedule[name] for name in ("lr", "min_lr", "lr_decay_style")})
+    course = Schedule(config, warmup_samples=schedule["warmup_samples"], decay_samples=schedule["decay_samples"])
+    return course.learning_rate(state["progress"]["consumed_samples"])
+
+
+def arguments_of(checkpoint: Checkpoint, num_tensor: int, num_pipeline: int, num_rows: int,
+                 dtype: torch.dtype) -> Callable[[int, int], argparse.Namespace]:
+    """Megatron's arguments for the file of a tensor and a pipeline rank, with what it asks a checkpoint for."""
+    flags = Config().as_dict() | checkpoint.state.get("config", {})
+    ours = {item.name: flags[item.name] for name, section in Config().sections() if name in _SECTIONS
+            for item in fields(section)}
+    if ours["openai_gelu"]:  # there in the head as well, unlike here; in the blocks it is what the fusion has
+        ours |= {"openai_gelu": False, "bias_gelu_fusion": True}
+    positions, hidden = checkpoint.model["embedding.position_embeddings.weight"].shape
+    shape = {"num_layers": num_layers(list(checkpoint.model)), "hidden_size": hidden,
+             "max_position_embeddings": positions, "padded_vocab_size": num_rows, "params_dtype": dtype}
+    progress = checkpoint.state.get("progress", {})
+    layout = {"tensor_model_parallel_size": num_tensor, "pipeline_model_parallel_size": num_pipeline,
+              "world_size": num_tensor * num_pipeline, "data_parallel_size": 1,
+              "consumed_train_samples": progress.get("consumed_samples", 0), "consumed_valid_samples": 0}
+    all_of_them = {**_THEIRS, **ours, **shape, **layout}
+    return lambda tensor, pipeline: argparse.Namespace(**all_of_them, rank=pipeline * num_tensor + tensor)
+
+
+def _rows_a_step(arguments: argparse.Namespace | None) -> int:
+    given = vars(arguments) if arguments is not None else {}
+    if isinstance(given.get("global_batch_size"), int):
+        return given["global_batch_size"]
+    ranks = given.get("world_size", 1) // given.get("model_parallel_size", 1)
+    return given.get("batch_size", 1) * ranks
+
+
+def _fits(item: Field, value: Any) -> bool:
+    """Whether a flag could have that value."""
+    if value is None:
+        return item.default is None
+    choices, nargs, kind = item.metadata["choices"], item.metadata["nargs"], item.metadata["type"]
+    if isinstance(item.default, bool) or kind is bool:
+        return isinstance(value, bool)
+    values = value if nargs and isinstance(value, list | tuple) else [value]
+    allowed = (int, float) if kind is float else (kind,)
+    return all(isinstance(one, allowed) and not isinstance(one, bool) and (choices is None or one in choices)
+               for one in values)

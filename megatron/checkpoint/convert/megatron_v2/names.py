@@ -1,0 +1,156 @@
+"""What the tensors of a rank's file are: their names there and here, and how they are split and ordered."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.stored import Box, StoredTensor, one_piece
+from megatron.errors import CheckpointError
+
+HEAD_COPY = "word_embeddings_for_head.weight"  # the last pipeline stage's copy of the tied embedding
+TOKEN_TYPES = "embedding.tokentype_embeddings.weight"
+# In the order in which Megatron walks its modules.
+_PARTS = ("language_model", "word_embeddings_for_head", "lm_head", "binary_head")
+_OURS = re.compile(
+    r"embedding\.(word|position)_embeddings\.weight|transformer\.final_layernorm\.(weight|bias)|"
+    r"transformer\.layers\.[0-9]{1,5}\.((input|post_attention)_layernorm|attention\.(query_key_value|dense)|"
+    r"mlp\.dense_(h_to_4h|4h_to_h))\.(weight|bias)|lm_head\.(bias|(dense|layernorm)\.(weight|bias))")
+_ROWS = re.compile(r".*(word_embeddings\.weight|lm_head\.bias|query_key_value\.(weight|bias)|"
+                   r"dense_h_to_4h\.(weight|bias))|" + re.escape(HEAD_COPY))
+_COLUMNS = re.compile(r".*(attention\.dense|dense_4h_to_h)\.weight")
+_LAYER = re.compile(r"transformer\.layers\.([0-9]{1,5})\.")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A parameter in a rank's file: our name for it, the file's, and its value."""
+
+    name: str
+    there: str
+    tensor: StoredTensor
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether our models have it; the others are dropped, or added to one that they have."""
+        return _OURS.fullmatch(self.name) is not None
+
+
+def split_dim(name: str) -> int | None:
+    """The dimension along which tensor ranks share the parameter out; None where each holds all of it."""
+    return 0 if _ROWS.fullmatch(name) else 1 if _COLUMNS.fullmatch(name) else None
+
+
+def decays(name: str) -> bool:
+    """Whether Megatron's optimizer has the parameter in its first group, that of weight decay."""
+    return not (name.endswith("bias") or "layernorm." in name)
+
+
+def chunks_of(tree: Mapping[str, Any], path: Path) -> list[list[Entry]]:
+    """The parameters in each of a rank's virtual stages, layers numbered from 0, as Megatron's modules have them.
+
+    Raises CheckpointError for what our models have no place for.
+    """
+    keys = ["model"] if "model" in tree else [
+        key for number in range(len(tree)) if (key := f"model{number}") in tree]
+    chunks = []
+    for key in keys:
+        flat = dict(_flat(tree[key], path))
+        parts = {there: there.split(".")[0] for there in flat}
+        unknown = [there for there in flat if parts[there] not in _PARTS]
+        entries = [Entry(_our_name(there), there, tensor) for there, tensor in flat.items()]
+        ordered = sorted(entries, key=lambda entry: _PARTS.index(parts[entry.there]) if not unknown else 0)
+        unknown += [entry.there for entry in ordered if not entry.is_ours and not _is_known_extra(entry.name)]
+        if unknown:
+            raise CheckpointError(f"{path}: holds {unknown[0]}, which masked language models here have no place for; "
+                                  "give a checkpoint of Megatron's BERT")
+        chunks.append(ordered)
+    if not chunks:
+        raise CheckpointError(f"{path}: holds no model, only {', '.join(map(str, list(tree)[:5]))}; give a "
+                              "model_optim_rng.pt of Megatron v2")
+    return chunks
+
+
+def parameter_names(num_layers: int) -> list[str]:
+    """Ours of a whole model, in the order of its modules."""
+    both = ("weight", "bias")
+    blocks = ("input_layernorm", "attention.query_key_value", "attention.dense", "post_attention_layernorm",
+              "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+    layers = [f"layers.{layer}.{block}" for layer in range(num_layers) for block in blocks]
+    return ["embedding.word_embeddings.weight", "embedding.position_embeddings.weight",
+            *(f"transformer.{part}.{kind}" for part in [*layers, "final_layernorm"] for kind in both),
+            "lm_head.bias", *(f"lm_head.{part}.{kind}" for part in ("dense", "layernorm") for kind in both)]
+
+
+def renumbered(entries: list[Entry], first_layer: int) -> list[Entry]:
+    """The same, the layers' numbers counted from `first_layer` on."""
+    return [Entry(_LAYER.sub(lambda match: f"transformer.layers.{int(match[1]) + first_layer}.", entry.name),
+                  entry.there, entry.tensor) for entry in entries]
+
+
+def num_layers(names: Mapping[str, Any] | list[str]) -> int:
+    """How many layers the parameters' names tell of."""
+    return 1 + max((int(match[1]) for name in names if (match := _LAYER.match(name))), default=-1)
+
+
+def by_head(tensor: StoredTensor, heads: int, version: float) -> StoredTensor:
+    """Rows of queries, keys and values of some heads, [heads, 3, width, …], from the order that a version has them in.
+
+    Version 0 has [3, heads, width], version 1 [heads, width, 3].
+    """
+    if version >= 2:
+        return tensor
+    rows = tensor.shape[0] // heads  # of a head: queries, keys, values
+    width = rows // 3
+
+    def of_head(head: int) -> Tensor:
+        if version >= 1:
+            values = tensor.read_box(_rows(head * rows, rows, tensor))
+            return values.view(width, 3, *values.shape[1:]).transpose(0, 1).reshape(values.shape)
+        return torch.cat([tensor.read_box(_rows((part * heads + head) * width, width, tensor)) for part in range(3)])
+
+    def read(box: Box) -> Tensor:
+        first, last = box[0].start, box[0].stop
+        if [part.stop - part.start for part in box] == list(tensor.shape):  # at once, so that its checksum is compared
+            values = tensor.read()
+            sizes, order = ((3, heads, width), (1, 0, 2)) if version < 1 else ((heads, width, 3), (0, 2, 1))
+            return values.unflatten(0, sizes).permute(*order, *range(3, values.ndim + 2)).reshape(values.shape)
+        out = torch.empty([part.stop - part.start for part in box], dtype=tensor.dtype)
+        for head in range(first // rows, -(-last // rows)):
+            start, stop = max(first, head * rows), min(last, (head + 1) * rows)
+            columns = (slice(start - head * rows, stop - head * rows), *box[1:])
+            out[start - first:stop - first] = of_head(head)[columns]
+        return out
+
+    return one_piece(tensor.shape, tensor.dtype, read)
+
+
+def _rows(start: int, size: int, tensor: StoredTensor) -> Box:
+    return (slice(start, start + size), *(slice(0, other) for other in tensor.shape[1:]))
+
+
+def _flat(tree: Any, path: Path, prefix: str = "") -> Iterator[tuple[str, StoredTensor]]:
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{path}: {prefix or 'its model'} is a {type(tree).__name__}, not a table of parameters; "
+                              "give a model_optim_rng.pt of Megatron v2")
+    for key, value in tree.items():
+        name = f"{prefix}.{key}" if prefix else str(key)
+        if isinstance(value, StoredTensor):
+            yield name, value
+        else:
+            yield from _flat(value, path, name)
+
+
+def _our_name(there: str) -> str:
+    name = there.removeprefix("language_model.")
+    name = re.sub(r"^encoder\.", "transformer.", name)
+    name = name.replace(".self_attention.", ".attention.")
+    return re.sub(r"(?<=[._])norm(?=\.)", "layernorm", name)
+
+
+def _is_known_extra(name: str) -> bool:
+    return name in (HEAD_COPY, TOKEN_TYPES) or name.startswith(("pooler.", "binary_head."))

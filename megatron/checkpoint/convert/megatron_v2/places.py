@@ -1,0 +1,103 @@
+"""Where the files of a Megatron checkpoint lie."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.errors import CheckpointError
+
+FILE = "model_optim_rng.pt"
+LATEST = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+_RANK = re.compile(r"mp_rank_([0-9]{2,4})(?:_([0-9]{3,4}))?")
+_ITERATION = re.compile(r"iter_([0-9]{7,18})")
+_HEAD_BYTES = 2**22  # of a file, in which its names are
+
+
+@dataclass(frozen=True)
+class Place:
+    """A checkpoint's folder, or the file of its only rank, and its files, [pipeline rank][tensor rank]."""
+
+    path: Path
+    files: list[list[Path]]
+
+
+def recognises(path: Path) -> bool:
+    """Whether this looks like a checkpoint of Megatron v2, or a folder of them; opens no pickle."""
+    try:
+        place = find_place(path)
+        with place.files[0][0].open("rb") as file:
+            return b"language_model" in file.read(_HEAD_BYTES)
+    except (CheckpointError, OSError):
+        return False
+
+
+def find_place(path: Path, iteration: int | None = None) -> Place:
+    """The checkpoint of an iteration, or the one to go on from, in a run's folder; or in its own; or of a rank's file.
+
+    Raises CheckpointError where there is none, or where a rank's file is missing.
+    """
+    if path.is_file():
+        siblings = _RANK.fullmatch(path.parent.name) and path.name == FILE
+        return _place_in(path.parent.parent) if siblings else Place(path, [[path]])
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not there; give the folder of a run of Megatron")
+    if any(_RANK.match(part.name) for part in path.glob("mp_rank_*")):
+        return _place_in(path)
+    return _place_in(path / (f"iter_{iteration:07d}" if iteration is not None else _newest(path)))
+
+
+def folder_name(iteration: int) -> str:
+    """Where the checkpoint of an iteration lies in a run's folder; weights that were trained elsewhere have none."""
+    return f"iter_{iteration:07d}" if iteration else RELEASE
+
+
+def rank_name(tensor: int, pipeline: int, num_pipeline: int) -> str:
+    """Where the file of a rank lies in a checkpoint's folder."""
+    return f"mp_rank_{tensor:02d}" + (f"_{pipeline:03d}" if num_pipeline > 1 else "")
+
+
+def _newest(folder: Path) -> str:
+    """What the pointer names, or else the last iteration that is there."""
+    there = sorted(part.name for part in folder.iterdir() if _ITERATION.fullmatch(part.name))
+    try:
+        text = (folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        text = ""
+    if re.fullmatch("[0-9]{1,18}", text) and (folder / f"iter_{int(text):07d}").is_dir():
+        return f"iter_{int(text):07d}"
+    if (folder / RELEASE).is_dir() and (text == RELEASE or not there):
+        return RELEASE
+    if there:
+        return there[-1]
+    raise CheckpointError(f"{folder} holds no iter_ folder and no {RELEASE}; give the folder of a run of Megatron")
+
+
+def _place_in(folder: Path) -> Place:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not there; give another iteration")
+    found: dict[tuple[int, int], Path] = {}
+    for part in sorted(folder.glob("mp_rank_*")):
+        match = _RANK.fullmatch(part.name)
+        if match is None:
+            raise CheckpointError(f"{part}: of ranks that are neither tensor nor pipeline, such as experts', which "
+                                  "models here have not")
+        found[int(match[2] or 0), int(match[1])] = part / FILE
+    num_pipeline, num_tensor = (1 + max(number, default=-1) for number in (
+        [pipeline for pipeline, _ in found], [tensor for _, tensor in found]))
+    files = [[found.get((pipeline, tensor)) or folder / rank_name(tensor, pipeline, num_pipeline) / FILE
+              for tensor in range(num_tensor)] for pipeline in range(num_pipeline)]
+    if not files:
+        raise CheckpointError(f"{folder} holds no mp_rank_ folder; give the folder of a run of Megatron")
+    for file in (file for stage in files for file in stage):
+        if not file.is_file():
+            _refuse_absence(file)
+    return Place(folder, files)
+
+
+def _refuse_absence(file: Path) -> None:
+    others = sorted(part.name for part in file.parent.glob("*.pt")) if file.parent.is_dir() else []
+    if others:
+        raise CheckpointError(f"{file.parent / others[0]} is of Megatron's distributed optimizer or a later form; save "
+                              f"it there as {FILE}, without --use-distributed-optimizer")
+    raise CheckpointError(f"{file} is missing: a rank's part of the checkpoint; copy it as well")

@@ -1,0 +1,231 @@
+"""From a Megatron checkpoint's files to whole tensors under our names, each read when it is asked for."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.convert.megatron_v2.arguments import config_of, progress_of, schedule_of
+from megatron.checkpoint.convert.megatron_v2.names import (
+    HEAD_COPY,
+    TOKEN_TYPES,
+    Entry,
+    by_head,
+    chunks_of,
+    num_layers,
+    parameter_names,
+    renumbered,
+    split_dim,
+)
+from megatron.checkpoint.convert.megatron_v2.optimizer_state import OptimizerState, optimizer_state
+from megatron.checkpoint.convert.megatron_v2.places import RELEASE, Place, find_place
+from megatron.checkpoint.convert.torch_files import read_torch_file
+from megatron.checkpoint.stored import Box, Checkpoint, Piece, StoredTensor, one_piece, stored
+from megatron.errors import CheckpointError
+
+_POSITIONS = "embedding.position_embeddings.weight"
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """One file: its tree, its parameters with the layers' numbers in the whole model, its optimizer's state."""
+
+    path: Path
+    tree: dict[str, Any]
+    entries: list[Entry]
+    optimizer: OptimizerState | None
+
+
+def read(path: Path, iteration: int | None = None) -> Checkpoint:
+    """The checkpoint of an iteration, or the newest, in a run's folder; or that in an iter_ folder or a file.
+
+    `state` has "config", "progress", "schedule" and "loss_scale" as far as the files tell, "layout", the ranks that the
+    files are of, and "notes": a line for whatever was left out or changed. Raises CheckpointError.
+    """
+    place = find_place(path, iteration)
+    try:
+        return _read(place)
+    except CheckpointError:
+        raise
+    except Exception as error:  # what a file holds may be of any kind, and fail anywhere
+        raise CheckpointError(f"{place.path}: what it holds is not as Megatron writes it ({type(error).__name__}: "
+                              f"{' '.join(str(error).split())[:200]}); copy it again") from error
+
+
+def _read(place: Place) -> Checkpoint:
+    stages = _ranks(place)
+    first = stages[0][0].tree
+    arguments = first.get("args") if isinstance(first.get("args"), argparse.Namespace) else None
+    number = 0 if place.path.name == RELEASE else _iteration(first, place)
+    notes: list[str] = []
+    join = _Joiner(place, first, arguments, len(stages[0]))
+    model = _model(stages, join, notes)
+    optimizer = None if number == 0 and place.path.name == RELEASE else _optimizer(stages, join)
+    state: dict[str, Any] = {
+        "config": config_of(arguments, {name: tensor.shape for name, tensor in model.items()}, place.path),
+        "notes": notes, "layout": {"tensor_model_parallel_size": len(stages[0]),
+                                   "pipeline_model_parallel_size": len(stages)}}
+    schedule = schedule_of(first, arguments)
+    state |= {"progress": progress_of(number, arguments, schedule), "loss_scale": _loss_scale(stages[0][0], state)}
+    if schedule is not None:
+        state["schedule"] = {name: value for name, value in schedule.items() if name != "num_samples"}
+    return Checkpoint(place.path, number, model, optimizer, state)
+
+
+def _ranks(place: Place) -> list[list[_Rank]]:
+    """[pipeline rank][tensor rank]."""
+    trees = [[_tree(path) for path in stage] for stage in place.files]
+    _check_layout(place, trees[0][0])
+    chunks = [[chunks_of(tree, path) for tree, path in zip(*both, strict=True)]
+              for both in zip(trees, place.files, strict=True)]
+    num_chunks = len(chunks[0][0])
+    # Virtual stages alternate: the first of each pipeline rank, then the second of each.
+    first_layers, layer = {}, 0
+    for chunk in range(num_chunks):
+        for pipeline, ranks in enumerate(chunks):
+            if any(len(one) != num_chunks for one in ranks):
+                raise CheckpointError(f"{place.path}: its ranks have not the same number of virtual stages; copy it "
+                                      "again")
+            first_layers[pipeline, chunk] = layer
+            layer += num_layers([entry.name for entry in ranks[0][chunk]])
+    return [[_rank(path, tree, [renumbered(entries, first_layers[pipeline, chunk])
+                                for chunk, entries in enumerate(ranks_chunks)])
+             for path, tree, ranks_chunks in zip(place.files[pipeline], trees[pipeline], chunks[pipeline], strict=True)]
+            for pipeline in range(len(trees))]
+
+
+def _rank(path: Path, tree: dict[str, Any], chunks: Sequence[Sequence[Entry]]) -> _Rank:
+    entries = [entry for chunk in chunks for entry in chunk]
+    optimizer = optimizer_state(tree["optimizer"], chunks, path) if tree.get("optimizer") else None
+    return _Rank(path, tree, entries, optimizer)
+
+
+def _tree(path: Path) -> dict[str, Any]:
+    tree = read_torch_file(path)
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{path}: holds a {type(tree).__name__}, not a checkpoint; give a model_optim_rng.pt of "
+                              "Megatron v2")
+    return tree
+
+
+def _check_layout(place: Place, tree: dict[str, Any]) -> None:
+    """Raises CheckpointError where there are not as many ranks' files as the run had ranks."""
+    arguments = tree.get("args")
+    for what, found, names in (
+            ("tensor", len(place.files[0]), ("tensor_model_parallel_size", "model_parallel_size")),
+            ("pipeline", len(place.files), ("pipeline_model_parallel_size",))):
+        said = next((getattr(arguments, name) for name in names if hasattr(arguments, name)), found)
+        if said != found:
+            raise CheckpointError(f"{place.path}: has files of {found} {what}-parallel ranks, but was written by {said}"
+                                  "; copy the others' as well")
+
+
+class _Joiner:
+    """Makes wholes of the tensor ranks' parts."""
+
+    def __init__(self, place: Place, tree: dict[str, Any], arguments: Any, num_tensor: int) -> None:
+        self._place, self._heads, self._num_tensor = place, getattr(arguments, "num_attention_heads", None), num_tensor
+        version = tree.get("checkpoint_version", 0)
+        if not isinstance(version, int | float) or not 0 <= version < 4:
+            raise CheckpointError(f"{place.path}: checkpoint version {version!r}; versions 0 to 3 are known")
+        self._version = version
+
+    def __call__(self, name: str, parts: Sequence[StoredTensor]) -> StoredTensor:
+        """The whole of parameter `name`, or of a tensor that lies as it does."""
+        first = parts[0]
+        if any((part.shape, part.dtype) != (first.shape, first.dtype) for part in parts):
+            raise CheckpointError(f"{self._place.path}: {name} has not the same shape on all tensor ranks; copy it "
+                                  "again, all from one run")
+        dim = split_dim(name)
+        if "query_key_value" in name and self._version < 2:
+            parts = [by_head(part, self._heads_of(name, part), self._version) for part in parts]
+        if dim is None or len(parts) == 1:
+            return parts[0]
+        if dim >= len(first.shape):
+            raise CheckpointError(f"{self._place.path}: {name} is {list(first.shape)}, not what a rank holds of it")
+        size = first.shape[dim]
+        whole = tuple(len(parts) * length if at == dim else length for at, length in enumerate(first.shape))
+        return StoredTensor(whole, first.dtype, tuple(
+            Piece(tuple(rank * size if at == dim else 0 for at in range(len(whole))), part.shape, part.read_box)
+            for rank, part in enumerate(parts)))
+
+    def _heads_of(self, name: str, part: StoredTensor) -> int:
+        if not isinstance(self._heads, int) or self._heads < 1:
+            raise CheckpointError(f"{self._place.path}: is of checkpoint version {self._version} and does not say how "
+                                  "many attention heads it has, by which its queries, keys and values are ordered")
+        heads, rest = divmod(self._heads, self._num_tensor)
+        if rest or part.shape[0] % (3 * heads):
+            raise CheckpointError(f"{self._place.path}: {name} is {list(part.shape)} on each of {self._num_tensor} "
+                                  f"ranks, which is not of {self._heads} heads; copy it again")
+        return heads
+
+
+def _model(stages: Sequence[Sequence[_Rank]], join: _Joiner, notes: list[str]) -> dict[str, StoredTensor]:
+    found: dict[str, StoredTensor] = {}
+    for ranks in stages:
+        if any([entry.name for entry in rank.entries] != [entry.name for entry in ranks[0].entries] for rank in ranks):
+            raise CheckpointError(f"{ranks[0].path}: the other tensor ranks of this stage have other parameters; copy "
+                                  "the checkpoint again, all from one run")
+        for entries in zip(*(rank.entries for rank in ranks), strict=True):
+            name = entries[0].name
+            if name in found:
+                raise CheckpointError(f"{ranks[0].path}: {entries[0].there} is there twice; copy the checkpoint again, "
+                                      "all from one run")
+            masters = [rank.optimizer.masters.get(name) if rank.optimizer else None for rank in ranks]
+            found[name] = join(name, [entry.tensor if master is None else master
+                                      for entry, master in zip(entries, masters, strict=True)])
+    expected = parameter_names(max(1, num_layers(found)))
+    model = {name: found[name] for name in expected if name in found}
+    extra = {name: tensor for name, tensor in found.items() if name not in model and name != HEAD_COPY}
+    if missing := [name for name in expected if name not in model]:
+        raise CheckpointError(f"{stages[0][0].path}: parameter {missing[0]} is in none of the ranks' files; copy the "
+                              "checkpoint again")
+    if TOKEN_TYPES in extra:
+        model[_POSITIONS] = _sum_with_row(model[_POSITIONS], extra.pop(TOKEN_TYPES))
+        notes.append("the embedding of token type 0, which all residues have, was added to the position embeddings")
+    if extra:
+        dropped = ", ".join(sorted({name.split(".")[0] for name in extra}))
+        notes.append(f"left out: {dropped}, which take no part in the masked language model")
+    return model
+
+
+def _sum_with_row(tensor: StoredTensor, rows: StoredTensor) -> StoredTensor:
+    """A table to each row of which the first of `rows` was added, in fp32."""
+    def read(box: Box) -> Tensor:
+        return tensor.read_box(box).float() + rows.read_box((slice(0, 1), box[1])).float()
+
+    return one_piece(tensor.shape, torch.float32, read)
+
+
+def _optimizer(stages: Sequence[Sequence[_Rank]], join: _Joiner) -> dict[str, StoredTensor] | None:
+    """KIND/PARAMETER; None where there is none, or where it has yet to step."""
+    tensors: dict[str, StoredTensor] = {}
+    for ranks in stages:
+        states = [rank.optimizer for rank in ranks if rank.optimizer is not None]
+        if len(states) != len(ranks):
+            return None
+        names = {entry.name for entry in ranks[0].entries if entry.is_ours}
+        for key in states[0].moments:
+            kind, _, name = key.partition("/")
+            if name in names:
+                parts = [state.moments.get(key) for state in states]
+                tensors[key] = join(name, [part for part in parts if part is not None])
+        for name in names & states[0].steps.keys():
+            tensors[f"step/{name}"] = stored(torch.tensor(states[0].steps[name]))
+    return tensors or None
+
+
+def _loss_scale(rank: _Rank, state: dict[str, Any]) -> list[float]:
+    known = rank.optimizer.loss_scale if rank.optimizer is not None else None
+    return known or [1.0, float(state["config"].get("hysteresis") or 1), 0.0]
+
+
+def _iteration(tree: dict[str, Any], place: Place) -> int:
+    number = tree.get("iteration", tree.get("total_iters"))
+    if type(number) is not int or number < 0:
+        raise CheckpointError(f"{place.path}: its iteration is {str(number)[:40]!r}; copy it again")
+    return number

@@ -1,0 +1,185 @@
+"""From whole tensors to the files of each rank, as Megatron v2 writes them, with one tensor in memory at a time."""
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.checkpoint.convert.megatron_v2.arguments import arguments_of, learning_rate, scheduler_of
+from megatron.checkpoint.convert.megatron_v2.names import decays, num_layers, parameter_names, split_dim
+from megatron.checkpoint.convert.megatron_v2.places import FILE, LATEST, folder_name, rank_name
+from megatron.checkpoint.convert.megatron_v2.randomness import random_states
+from megatron.checkpoint.convert.torch_writing import write_torch_file
+from megatron.checkpoint.convert.vocabulary import WORDS, rows_for, with_rows
+from megatron.checkpoint.stored import Checkpoint, StoredTensor
+from megatron.errors import CheckpointError, ConfigError
+from megatron.files import new_folder, sync, write_text
+
+_VERSION = 3.0
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: int = 1) -> Path:
+    """Write a checkpoint for `tensor` x `pipeline` ranks below a run's folder, and point to it; returns its place.
+
+    The vocabulary gets as many rows more as Megatron has on so many ranks; they take no part in the softmax. Raises
+    ConfigError where the model does not divide, CheckpointError where something is missing or the disk refuses.
+    """
+    files = _Files(checkpoint, tensor, pipeline)
+    place = folder / folder_name(checkpoint.iteration)
+    try:
+        with new_folder(place) as temporary:
+            for stage, rank in itertools.product(range(pipeline), range(tensor)):
+                part = temporary / rank_name(rank, stage, pipeline)
+                part.mkdir()
+                write_torch_file(part / FILE, files.tree(rank, stage))
+                sync(part / FILE)
+                sync(part)
+        write_text(folder / LATEST, str(checkpoint.iteration) if checkpoint.iteration else place.name)
+    except OSError as error:
+        raise CheckpointError(f"{place} cannot be written ({error.strerror}); make room, or give another folder"
+                              ) from error
+    return place
+
+
+class _Files:
+    """The trees of the ranks' files."""
+
+    def __init__(self, checkpoint: Checkpoint, num_tensor: int, num_pipeline: int) -> None:
+        self._checkpoint, self._num_tensor, self._num_pipeline = checkpoint, num_tensor, num_pipeline
+        self._config = checkpoint.state.get("config", {})
+        self._num_layers = num_layers(list(checkpoint.model))
+        names = parameter_names(self._num_layers)
+        if wrong := sorted(set(names) ^ checkpoint.model.keys()):
+            raise CheckpointError(f"{checkpoint.path}: parameter {wrong[0]} is not one that Megatron v2 has, or is "
+                                  "missing; only models of ProteinLM's kind can be written as its checkpoints")
+        self._check_divisions()
+        num_rows = rows_for(checkpoint.model[WORDS].shape[0], num_tensor, checkpoint)
+        padded = with_rows(checkpoint, num_rows)
+        self._masters = padded.model
+        self._moments = {key: moment for key, moment in (padded.optimizer or {}).items() if moment.shape}
+        self._kinds = list(dict.fromkeys(key.partition("/")[0] for key in self._moments))
+        # The precision in which Megatron keeps the model beside the optimizer's fp32 values, where it does.
+        half = torch.float16 if self._config.get("fp16") else torch.bfloat16 if self._config.get("bf16") else None
+        self._half = half if self._moments else None
+        self._arguments = arguments_of(checkpoint, num_tensor, num_pipeline, num_rows, self._model_dtype())
+
+    def tree(self, rank: int, stage: int) -> dict[str, Any]:
+        """What the file of tensor rank `rank` of pipeline stage `stage` holds."""
+        checkpoint = self._checkpoint
+        names = self._names(stage)
+        tree: dict[str, Any] = {
+            "args": self._arguments(rank, stage), "checkpoint_version": _VERSION, "iteration": checkpoint.iteration,
+            "model": self._model(names, rank, stage)}
+        if self._moments:
+            tree["optimizer"] = self._optimizer(names, rank)
+        scheduler = scheduler_of(checkpoint.state)
+        if scheduler is not None:
+            tree["lr_scheduler"] = scheduler
+        return tree | random_states(tree["args"].seed, rank, stage)
+
+    def _names(self, stage: int) -> list[str]:
+        """The parameters of a stage, in the order of Megatron's modules; the last has the tied embedding again."""
+        per_stage = self._num_layers // self._num_pipeline
+        wanted = {str(layer) for layer in range(stage * per_stage, (stage + 1) * per_stage)}
+        is_first, is_last = stage == 0, stage == self._num_pipeline - 1
+        names = parameter_names(self._num_layers)
+        return [*(name for name in names if name.startswith("embedding.") and is_first),
+                *(name for name in names if name.startswith("transformer.layers.") and name.split(".")[2] in wanted),
+                *(name for name in names if name.startswith("transformer.final_layernorm.") and is_last),
+                *([WORDS] if is_last and not is_first else ()),
+                *(name for name in names if name.startswith("lm_head.") and is_last)]
+
+    def _model(self, names: Sequence[str], rank: int, stage: int) -> dict[str, Any]:
+        tensors = {name: self._cut(name, self._masters[name].to(self._model_dtype()), rank) for name in names}
+        first_layer = stage * (self._num_layers // self._num_pipeline)
+        language_model: dict[str, Any] = {}
+        if stage == 0:
+            language_model["embedding"] = {
+                kind: OrderedDict(weight=tensors[f"embedding.{kind}.weight"])
+                for kind in ("word_embeddings", "position_embeddings")}
+        language_model["transformer"] = OrderedDict(
+            (_numbered(name.removeprefix("transformer."), first_layer), tensor)
+            for name, tensor in tensors.items() if name.startswith("transformer."))
+        model: dict[str, Any] = {"language_model": language_model}
+        if stage == self._num_pipeline - 1:
+            model["lm_head"] = OrderedDict((name.removeprefix("lm_head."), tensor) for name, tensor in tensors.items()
+                                           if name.startswith("lm_head."))
+            if stage:
+                model["word_embeddings_for_head"] = OrderedDict(weight=tensors[WORDS])
+        return model
+
+    def _optimizer(self, names: Sequence[str], rank: int) -> dict[str, Any]:
+        groups = [[name for name in names if decays(name) == is_first] for is_first in (True, False)]
+        numbers = {name: number for number, name in enumerate(name for group in groups for name in group)}
+        inner = {"state": {number: {kind: self._cut(name, self._moment(kind, name), rank) for kind in self._kinds}
+                           for name, number in numbers.items()},
+                 "param_groups": [self._facts(bool(at), [numbers[name] for name in group])
+                                  for at, group in enumerate(groups)]}
+        if self._half is None:
+            return inner
+        scale, hysteresis, good_steps = self._checkpoint.state["loss_scale"]
+        scaler = {"grad_scaler": {"scale": torch.tensor([scale]), "growth_tracker": int(good_steps),
+                                  "hysteresis_tracker": int(hysteresis)}}
+        masters = [[self._cut(name, self._masters[name], rank) for name in group] for group in groups]
+        return {"optimizer": inner, **(scaler if self._half == torch.float16 else {}),
+                "fp32_from_fp16_params": masters}
+
+    def _facts(self, is_free: bool, numbers: list[int]) -> dict[str, Any]:
+        """What the optimizer says of a group of parameters; `is_free`: of weight decay."""
+        config = self._config
+        decay = 0.0 if is_free else config.get("weight_decay", 0.01)
+        rate = learning_rate(self._checkpoint.state)
+        if self._kinds == ["momentum_buffer"]:
+            return {"lr": rate, "momentum": config.get("sgd_momentum", 0.9), "dampening": 0, "weight_decay": decay,
+                    "nesterov": False, "params": numbers}
+        betas = (config.get("adam_beta1", 0.9), config.get("adam_beta2", 0.999))
+        steps = [value.read() for key, value in (self._checkpoint.optimizer or {}).items() if key.startswith("step/")]
+        step = int(max(steps)) if steps else self._checkpoint.iteration
+        return {"lr": rate, "bias_correction": True, "betas": betas, "eps": config.get("adam_eps", 1e-8),
+                "weight_decay": decay, "step": step, "params": numbers}
+
+    def _moment(self, kind: str, name: str) -> StoredTensor:
+        try:
+            return self._moments[f"{kind}/{name}"]
+        except KeyError:
+            raise CheckpointError(f"{self._checkpoint.path}: the optimizer's state lacks {kind}/{name}; save it with "
+                                  "all parameters trained, or with --no-save-optim") from None
+
+    def _cut(self, name: str, whole: StoredTensor, rank: int) -> StoredTensor:
+        """A tensor rank's part of a tensor that lies as parameter `name` does."""
+        dim = split_dim(name)
+        if dim is None or self._num_tensor == 1:
+            return whole
+        size = whole.shape[dim] // self._num_tensor
+        return whole.part(tuple(slice(rank * size, (rank + 1) * size) if at == dim else slice(0, length)
+                                for at, length in enumerate(whole.shape)))
+
+    def _model_dtype(self) -> torch.dtype:
+        stored = self._checkpoint.model[WORDS].dtype
+        return self._half or (stored if stored in _HALVES and not self._moments else torch.float32)
+
+    def _check_divisions(self) -> None:
+        model, tensor, heads = self._checkpoint.model, self._num_tensor, self._config.get("num_attention_heads")
+        width = model["transformer.layers.0.mlp.dense_h_to_4h.bias"].shape[0]
+        if tensor > 1 and not isinstance(heads, int):
+            raise CheckpointError(f"{self._checkpoint.path}: does not say how many attention heads it has, by which it "
+                                  "would be split; write it for one tensor-parallel rank")
+        for flag, ranks, what, size in (("tensor", tensor, "attention heads", heads or 1),
+                                        ("tensor", tensor, "columns of the feed-forward layers", width),
+                                        ("pipeline", self._num_pipeline, "layers", self._num_layers)):
+            if ranks < 1 or size % ranks:
+                raise ConfigError(f"--target-{flag}-parallel-size is {ranks}, by which {size} {what} cannot be "
+                                  "divided; give a divisor")
+
+
+def _numbered(name: str, first_layer: int) -> str:
+    """A name in the transformer with its layer's number counted from `first_layer` on."""
+    kind, _, rest = name.partition(".")
+    if kind != "layers":
+        return name
+    number, _, rest = rest.partition(".")
+    return f"layers.{int(number) - first_layer}.{rest}"

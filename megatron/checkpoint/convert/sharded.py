@@ -1,0 +1,57 @@
+"""The form in which this program saves, as one rank would: a manifest, and a file each of weights and of moments."""
+
+import time
+from pathlib import Path
+
+import torch
+
+from megatron.checkpoint.convert.own_places import place_in, refuse_layout
+from megatron.checkpoint.convert.whole import entries
+from megatron.checkpoint.manifest import MANIFEST, Manifest, TensorFacts
+from megatron.checkpoint.store import STATE, open_place, place_of, point_to
+from megatron.checkpoint.stored import Checkpoint
+from megatron.checkpoint.tensor_file import FileFacts, facts_of_file, write_tensors
+from megatron.errors import CheckpointError
+from megatron.files import new_folder, write_json
+
+
+def recognises(path: Path) -> bool:
+    """Whether this is such a checkpoint, or a folder of them."""
+    try:
+        return (place_in(path) / MANIFEST).is_file()
+    except (CheckpointError, OSError):
+        return False
+
+
+def read(path: Path, iteration: int | None = None) -> Checkpoint:
+    """The checkpoint of an iteration, by default of the newest; raises CheckpointError."""
+    return open_place(place_in(path, iteration))
+
+
+def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: int = 1) -> Path:
+    """Write a checkpoint below a run's folder, one tensor in memory at a time, and point to it; returns its place.
+
+    Raises ConfigError for a layout, CheckpointError where the disk refuses.
+    """
+    refuse_layout(tensor, pipeline)
+    place = place_of(folder, checkpoint.iteration)
+    files: dict[str, FileFacts] = {}
+    tensors: dict[str, TensorFacts] = {}
+    kinds = {"model": entries(checkpoint.model, torch.float32)}
+    if checkpoint.optimizer is not None:
+        kinds["optimizer"] = entries(checkpoint.optimizer)
+    try:
+        with new_folder(place) as temporary:
+            for kind, held in kinds.items():
+                file = f"{kind}-00000.safetensors"
+                files[file] = write_tensors(temporary / file, held)
+                tensors |= {f"{kind}/{name}": TensorFacts(entry.shape, entry.dtype, (
+                    ((0,) * len(entry.shape), entry.shape, file),)) for name, entry in held.items()}
+            write_json(temporary / STATE, {**checkpoint.state, "written_s": time.time()})
+            files[STATE] = facts_of_file(temporary / STATE)
+            Manifest(checkpoint.iteration, files, tensors).write(temporary)
+        point_to(folder, checkpoint.iteration)
+    except OSError as error:
+        raise CheckpointError(f"{place} cannot be written ({error.strerror}); make room, or give another folder"
+                              ) from error
+    return place

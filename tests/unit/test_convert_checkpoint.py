@@ -1,0 +1,163 @@
+"""Conversions between every two formats, by the command line; they lose nothing and hold one tensor at a time."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron.checkpoint.convert.formats import FORMATS, recognised
+from megatron.errors import CheckpointError
+from tests.megatron_checks import check_values
+from tests.megatron_files import ROWS, wholes, write_original
+from tools import convert_checkpoint, merge_mp_partitions
+
+ROOT = Path(__file__).resolve().parents[2]
+OF_RANKS = [name for name in FORMATS if name.startswith("megatron")]
+
+
+def run(tool, monkeypatch, capsys, *flags):
+    """The exit status, what it said and the errors."""
+    monkeypatch.setattr(sys, "argv", [tool.__file__, *map(str, flags)])
+    status = tool.main()
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(("sharded", "whole", "megatron-v2"), repeat=2)))
+def test_a_checkpoint_comes_through_two_formats_bit_by_bit(first, second, tmp_path, monkeypatch, capsys):
+    write_original(tmp_path / "original", tensor=2, pipeline=(2, 2), precision="fp16")
+    before = FORMATS["megatron-v2"].read(tmp_path / "original")
+    folder = tmp_path / "original"
+    for number, saver in enumerate((first, second, "megatron-v2")):
+        target = tmp_path / f"{number}-{saver}"
+        layout = ["--target-tensor-parallel-size", 4] if saver in OF_RANKS else []
+        status, said, wrong = run(convert_checkpoint, monkeypatch, capsys, "--load-dir", folder, "--save-dir", target,
+                                  "--saver", saver, *layout)
+        assert (status, wrong) == (0, "")
+        assert f"wrote {target}" in said
+        assert recognised(target) == saver
+        folder = target
+    after = FORMATS["megatron-v2"].read(folder)
+    check_values(after, wholes())
+    for name in ("progress", "schedule", "loss_scale"):
+        assert after.state[name] == before.state[name]
+    assert {name: after.state["config"][name] for name in before.state["config"]} == before.state["config"]
+
+
+def test_an_iteration_can_be_chosen_and_the_vocabulary_cut(tmp_path, monkeypatch, capsys):
+    write_original(tmp_path / "run")
+    (tmp_path / "run" / "iter_0000007").rename(tmp_path / "run" / "iter_0000009")
+    write_original(tmp_path / "run", values={name: value + 1 for name, value in wholes().items()})
+    flags = ["--load-dir", tmp_path / "run", "--saver", "whole", "--iteration", 9, "--true-vocab-size", 21]
+    assert run(convert_checkpoint, monkeypatch, capsys, *flags, "--save-dir", tmp_path / "cut")[0] == 0
+    cut = FORMATS["whole"].read(tmp_path / "cut")
+    assert cut.model["embedding.word_embeddings.weight"].shape == (24, 16)  # a multiple of 4
+    name = "lm_head.bias"
+    assert torch.equal(cut.model[name].read(), wholes()[name][:24])
+    assert cut.optimizer[f"exp_avg/{name}"].shape == (24,)
+
+
+def test_partitions_are_merged_and_split_with_the_original_tools_flags(tmp_path, monkeypatch, capsys):
+    write_original(tmp_path, tensor=2, pipeline=(2, 2))
+    flags = ["--model-type", "BERT", "--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2,
+             "--num-layers", 4, "--hidden-size", 16, "--num-attention-heads", 4, "--seq-length", 12, "--fp16",
+             "--tokenizer-type", "BertWordPieceCase", "--use-cpu-initialization", "--micro-batch-size", 4,
+             "--load", tmp_path]
+    assert run(merge_mp_partitions, monkeypatch, capsys, *flags)[0] == 0
+    merged = FORMATS["megatron-v2"].read(tmp_path / "merged")
+    assert [file.name for file in merged.path.iterdir()] == ["mp_rank_00"]
+    check_values(merged, wholes())
+    flags = ["--model-type", "BERT", "--load", tmp_path / "merged", "--save", tmp_path / "split",
+             "--target-tensor-model-parallel-size", 4, "--target-pipeline-model-parallel-size", 2,
+             "--vocab-file", ROOT / "protein_tools" / "iupac_vocab.txt"]
+    assert run(merge_mp_partitions, monkeypatch, capsys, *flags)[0] == 0
+    split = FORMATS["megatron-v2"].read(tmp_path / "split")
+    assert len(list(split.path.iterdir())) == 8
+    assert split.model["lm_head.bias"].shape == (ROWS,)
+    check_values(split, wholes())
+
+
+@pytest.mark.parametrize(("tool", "flags", "message"), [
+    (convert_checkpoint, ["--load-dir", "{there}", "--save-dir", "{there}", "--saver", "whole"], "holds something"),
+    (convert_checkpoint, ["--load-dir", "{new}", "--save-dir", "{new}", "--saver", "whole"],
+     "holds no checkpoint of a known format"),
+    (convert_checkpoint, ["--load-dir", "{new}", "--save-dir", "{new}", "--saver", "gguf"], "invalid choice"),
+    (convert_checkpoint, ["--load-dir", "{there}", "--loader", "whole", "--save-dir", "{new}", "--saver", "whole"],
+     "is not of this program"),
+    (convert_checkpoint, ["--load-dir", "{there}", "--save-dir", "{new}", "--saver", "whole",
+                          "--target-tensor-parallel-size", "2"], "leave them out"),
+    (convert_checkpoint, ["--load-dir", "{there}", "--save-dir", "{new}", "--saver", "megatron-v2",
+                          "--target-tensor-parallel-size", "3"], "give a divisor"),
+    (convert_checkpoint, ["--load-dir", "{there}", "--iteration", "5", "--save-dir", "{new}", "--saver", "whole"],
+     "iter_0000005 is not there"),
+    (merge_mp_partitions, ["--model-type", "BERT", "--load", "{there}", "--save", "{new}", "--num-layers", "12"],
+     "--num-layers is 12, but the checkpoint in"),
+    (merge_mp_partitions, ["--model-type", "BERT", "--load", "{there}", "--save", "{new}",
+                           "--model-parallel-size", "4"], "--tensor-model-parallel-size is 4"),
+    (merge_mp_partitions, ["--model-type", "GPT", "--load", "{there}"], "invalid choice"),
+])
+def test_mistakes_are_told_in_one_line(tool, flags, message, tmp_path, monkeypatch, capsys):
+    write_original(tmp_path / "there")
+    places = {"there": tmp_path / "there", "new": tmp_path / "new"}
+    status, _, wrong = run(tool, monkeypatch, capsys, *(flag.format(**places) for flag in flags))
+    assert status == 2
+    assert message in wrong
+    assert wrong.count("\n") == 1
+    assert not (tmp_path / "new").exists() or not any((tmp_path / "new").iterdir())
+
+
+@pytest.mark.parametrize("saver", ["sharded", "whole", "megatron-v2"])
+def test_damage_in_a_conversion_leaves_nothing_behind(saver, tmp_path):
+    place = write_original(tmp_path / "made")
+    checkpoint = FORMATS["megatron-v2"].read(tmp_path / "made")
+    file = place / "mp_rank_00" / "model_optim_rng.pt"
+    content, at = bytearray(file.read_bytes()), wholes()["lm_head.dense.weight"].numpy().tobytes()
+    content[content.index(at) + 7] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="checksum"):
+        FORMATS[saver].write(checkpoint, tmp_path / "written")
+    assert list((tmp_path / "written").iterdir()) == []
+
+
+STREAMED = """
+import sys
+from pathlib import Path
+from megatron.checkpoint.convert.conversion import convert
+from megatron.log import Log
+from tests import megatron_files as made
+
+def kilobytes(name):
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if name in line)
+
+folder = Path(sys.argv[1])
+if len(sys.argv) == 2:
+    made.LAYERS, made.HIDDEN, made.WIDTH, made.FEED_FORWARD = 1, 1024, 256, 8192
+    made.write_original(folder / "given", tensor=4, pipeline=(1,))
+for source, saver, target, tensor in (argument.split() for argument in sys.argv[2:]):
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+    before = kilobytes("VmRSS")
+    convert(folder / source, folder / target, "auto", saver, tensor=int(tensor), pipeline=1, iteration=None,
+            vocab_size=None, log=Log(False))
+    print((kilobytes("VmHWM") - before) * 1024)
+"""
+
+
+def streamed(*arguments):
+    gives_back_at_once = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # what is freed, which the allocator else may keep
+    result = subprocess.run([sys.executable, "-c", STREAMED, *map(str, arguments)], cwd=ROOT, capture_output=True,
+                            text=True, check=True, env=os.environ | gives_back_at_once)
+    return [int(line) for line in result.stdout.splitlines()]
+
+
+def test_conversions_hold_one_tensor_at_a_time(tmp_path):
+    """Of 260 MB, of which the largest tensor has 34: the whole of it and a rank's quarter, and no second one."""
+    streamed(tmp_path)
+    largest = 1024 * 8192 * 4
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*.pt")) > 7 * largest
+    peaks = streamed(tmp_path, "given sharded a 1", "a megatron-v2 b 4", "b whole c 1", "c megatron-v2 d 1")
+    assert len(peaks) == 4
+    assert all(largest / 2 < peak < 1.5 * largest for peak in peaks), [peak / largest for peak in peaks]

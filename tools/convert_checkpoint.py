@@ -1,0 +1,50 @@
+"""Writes a checkpoint in another format or layout: `python tools/convert_checkpoint.py --load-dir A --save-dir B …`.
+
+`--help` lists the flags. No more than a tensor is held in memory, and no pickle runs.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron.checkpoint.convert.conversion import convert  # noqa: E402
+from megatron.checkpoint.convert.formats import AUTO, FORMATS  # noqa: E402
+from megatron.config.command_line import OneLineParser  # noqa: E402
+from megatron.errors import UserError  # noqa: E402
+from megatron.log import Log, take_any_text  # noqa: E402
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags, spelled as in Megatron-LM's tool."""
+    flags = OneLineParser(description="Write a checkpoint in another format or layout.", allow_abbrev=False)
+    flags.add_argument("--load-dir", type=Path, required=True, help="a run's folder, a checkpoint's or a file")
+    flags.add_argument("--save-dir", type=Path, required=True, help="new folder of a run")
+    flags.add_argument("--loader", choices=(AUTO, *FORMATS), default=AUTO, help="format of what is read")
+    flags.add_argument("--saver", choices=tuple(FORMATS), required=True, help="format of what is written")
+    flags.add_argument("--target-tensor-parallel-size", type=int, default=1, help="of Megatron's files (default: 1)")
+    flags.add_argument("--target-pipeline-parallel-size", type=int, default=1, help="of Megatron's files (default: 1)")
+    flags.add_argument("--iteration", type=int, help="which of a run's checkpoints (default: the newest)")
+    flags.add_argument("--true-vocab-size", type=int, help="tokens of the vocabulary: rows beyond its padding are cut")
+    return flags
+
+
+def main() -> int:
+    """The exit status: 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
+    take_any_text()
+    try:
+        given = parser().parse_args()
+        convert(given.load_dir, given.save_dir, given.loader, given.saver, tensor=given.target_tensor_parallel_size,
+                pipeline=given.target_pipeline_parallel_size, iteration=given.iteration,
+                vocab_size=given.true_vocab_size, log=Log())
+    except KeyboardInterrupt:
+        return 130
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
