@@ -16,7 +16,7 @@ if __name__ == "__main__":
     leave_when_asked()  # before the imports, which take seconds
 
 from megatron.checkpoint.claim import claimed
-from megatron.checkpoint.store import saved_flags
+from megatron.checkpoint.newest import saved_flags
 from megatron.config import Config
 from megatron.config.command_line import left_open, listing, notice, parse
 from megatron.errors import ConfigError, LaunchError, UserError

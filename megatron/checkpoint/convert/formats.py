@@ -23,7 +23,13 @@ class Format(Protocol):
 
 
 FORMATS: Mapping[str, Format] = {"sharded": sharded, "whole": whole, "megatron-v2": megatron_v2}
+OURS = ("sharded", "whole")
 AUTO = "auto"
+
+
+def foreign(path: Path) -> Format | None:
+    """The format of what lies at `path`, if it is one of another program."""
+    return next((known for name, known in FORMATS.items() if name not in OURS and known.recognises(path)), None)
 
 
 def recognised(path: Path) -> str:
