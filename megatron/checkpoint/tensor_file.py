@@ -20,7 +20,7 @@ from megatron.errors import CheckpointError
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
           torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
-_BLOCK_BYTES = 16 * 2**20
+_BLOCK_BYTES = 2**20
 
 
 @dataclass(frozen=True)

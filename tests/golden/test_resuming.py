@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from megatron.checkpoint import sharded
 from megatron.checkpoint.claim import Claim
 from megatron.checkpoint.saving import Saver
 from megatron.checkpoint.store import read_state
@@ -251,6 +252,37 @@ def test_a_disk_that_is_full_while_metrics_are_written_is_one_line(tmp_path, cap
     assert "Traceback" not in "".join(capfd.readouterr())
 
 
+# --- when to save, and what stays ---
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_saves_by_the_clock_where_told(corpus, tmp_path, ranks):
+    flags = [*SHORT, "--train-iters", 6, "--save-interval", 100, "--save-interval-minutes", 1e-6, "--data-path", corpus,
+             "--global-batch-size", 4, "--save", tmp_path]
+    assert run_on_ranks(*flags, ranks=ranks) == [0] * ranks
+    # With several ranks a step is agreed on by the next.
+    assert [int(path.name[5:]) for path in sorted(tmp_path.glob("iter_*"))] == list(range(ranks, 7))
+
+
+def test_the_best_of_a_run_is_linked_to(run):
+    run("--train-iters", 8, "--save-interval", 2, "--eval-interval", 4, "--keep-checkpoints", 1)
+    found = {number: losses(run.folder, "valid")[number] for number in (4, 8)}
+    assert os.readlink(run.folder / "best") == f"iter_{min(found, key=found.get):07d}"
+
+
+@pytest.mark.parametrize("flags", [[], ["--async-save"]])
+def test_permission_that_is_lost_is_said_in_one_line_and_nothing_is_lost(begun, monkeypatch, flags):
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(sharded, "begin_folder", refused)
+    line = begun.error("--train-iters", 8, "--save-interval", 2, *flags)
+    assert "could not save" in line and "Permission denied" in line
+    monkeypatch.undo()
+    begun("--train-iters", 8, "--exit-interval", 6)
+    assert f"going on from iteration 4 in {begun.folder}" in begun.lines
+
+
 # --- a request to stop ---
 
 
@@ -284,10 +316,11 @@ def test_a_request_on_going_on_saves_nothing_anew(begun, monkeypatch):
     assert (begun.folder / "iter_0000004" / "state.json").stat().st_mtime_ns == written_ns
 
 
+@pytest.mark.parametrize("flags", [[], ["--async-save"]])
 @pytest.mark.parametrize(("where", "name"), [(loop, "evaluate"), (Saver, "save")])
-def test_a_request_during_evaluation_or_saving_ends_the_run_there(run, monkeypatch, where, name):
+def test_a_request_during_evaluation_or_saving_ends_the_run_there(run, monkeypatch, where, name, flags):
     signalled_in(monkeypatch, where, name)
-    run("--train-iters", 8, "--eval-interval", 2, "--save-interval", 2)
+    run("--train-iters", 8, "--eval-interval", 2, "--save-interval", 2, *flags)
     assert [line for line in run.lines if line.startswith("stopped at iteration 2; saved in")]
     assert sorted(path.name for path in run.folder.glob("iter_*")) == ["iter_0000002"]
 

@@ -1,0 +1,74 @@
+"""What a rank holds while a model is built, filled and saved: its own part, and one tensor besides."""
+
+import gc
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron.checkpoint.loading import load_model
+from megatron.checkpoint.saving import Saver, parts_of
+from megatron.checkpoint.store import find
+from megatron.config import CheckpointConfig, Config, DataConfig, ModelConfig, ParallelConfig, TrainingConfig
+from megatron.log import Log
+from megatron.parallel.mesh import build_mesh, with_writers
+from megatron.train.engine import build_engine
+from tests.ranks.launch import TIMEOUT, run_ranks
+
+RANKS, VOCABULARY, MIB, LARGEST = 4, 128, 2**20, 4
+MODEL = ModelConfig(num_layers=4, hidden_size=512, num_attention_heads=8, ffn_hidden_size=2048, kv_channels=64,
+                    max_position_embeddings=64)
+LAYOUTS = {"shares": ParallelConfig(data_parallel_sharding="parameters"),
+           "tensor": ParallelConfig(tensor_model_parallel_size=4),
+           "pipeline": ParallelConfig(pipeline_model_parallel_size=4)}
+
+
+def peak_mib() -> float:
+    """The most memory that this process has had since the last call."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    Path("/proc/self/clear_refs").write_text("5")
+    return int(line.split()[1]) / 1024
+
+
+def measured(axis, parallel, folder):
+    """MiB of a rank's own part, and what building by the seed, saving, and building by the checkpoint take at most."""
+    mesh = with_writers(build_mesh(parallel, torch.device("cpu"), TIMEOUT), TIMEOUT)
+    log = Log(is_speaker=False)
+
+    def build(model, fill=None):
+        config = Config(model=model, data=DataConfig(seq_length=64), parallel=parallel,
+                        training=TrainingConfig(micro_batch_size=1))
+        return build_engine(config, mesh, VOCABULARY, fill)
+
+    def save(engine, place):
+        saver = Saver(CheckpointConfig(save=place), mesh, None, log, 0)
+        saver.save(1, parts_of(engine.model.parameters, {}), {"iteration": 1})
+        saver.close()
+
+    def load(model, place):
+        checkpoint = find(place, mesh.world, log)
+        return build(model, lambda parameters: load_model(parameters, checkpoint, checkpoint.model.keys()))
+
+    small = replace(MODEL, hidden_size=64, kv_channels=8, ffn_hidden_size=256)
+    save(build(small), f"{folder}/small")  # what torch loads at its first use
+    load(small, f"{folder}/small")
+    peak_mib()
+    before = peak_mib()
+    engine = build(MODEL)
+    found = [peak_mib() - before]
+    own = sum(parameter.numel() * 4 for parameter in engine.model.parameters.values()) / MIB
+    save(engine, f"{folder}/run")
+    found.append(peak_mib() - before)
+    del engine
+    gc.collect()  # FSDP2's modules refer to each other
+    load(MODEL, f"{folder}/run")
+    return [own, *found, peak_mib() - before]
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's count of memory")
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_no_rank_holds_more_than_its_part_and_a_tensor_while_it_builds_saves_and_loads(name, tmp_path):
+    for own, *grown in run_ranks(measured, RANKS, LAYOUTS[name], str(tmp_path)):
+        assert max(grown) < own + LARGEST + 6, grown  # of 48 MiB in all; 6 are the allocator's and the files' headers
