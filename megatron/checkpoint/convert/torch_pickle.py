@@ -22,10 +22,12 @@ _INERT_MODULES = {
     "megatron.fp16.loss_scaler", "megatron.fp16_deprecated.loss_scaler", "fp16.loss_scaler", "apex.amp.scaler",
     "apex.fp16_utils.loss_scaler", "megatron.optimizer.grad_scaler", "megatron.core.optimizer.grad_scaler",
     "megatron.model.enums", "megatron.core.enums", "megatron.core.transformer.enums", "torch.nn.init",
-    "torch.nn.functional", "torch.distributed.checkpoint.metadata"}
+    "torch.nn.functional", "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner"}
 _INERT_NAMES = {
     ("torch", "device"), ("torch", "Tensor"), ("torch.nn.parameter", "Parameter"), ("torch._C._nn", "gelu"),
     ("torch.serialization", "_get_layout"), ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"),
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"),
     ("signal", "Signals"), ("pathlib", "PosixPath"), ("pathlib", "PurePosixPath"), ("io", "BytesIO"),
     ("_io", "BytesIO"), ("builtins", "dict"), ("builtins", "list"), ("builtins", "int"), ("builtins", "float")}
 _STORAGES = {
