@@ -31,6 +31,32 @@ def checkpoint_of(place: Path, number: int | None, theirs: Tensors, common: Mapp
 
     `number`: the iteration, where the folder tells it. `layout`: tensor x pipeline ranks. Raises CheckpointError.
     """
+    try:
+        return _checkpoint_of(place, number, theirs, common, layout)
+    except CheckpointError:
+        raise
+    except Exception as error:  # what a file holds may be of any kind, and fail anywhere
+        raise CheckpointError(f"{place}: what it holds is not as Megatron-LM writes it ({type(error).__name__}: "
+                              f"{' '.join(str(error).split())[:200]}); copy it again") from error
+
+
+def their_arguments(checkpoint: Checkpoint, tensor: int, pipeline: int, dtype: torch.dtype) -> argparse.Namespace:
+    """What Megatron-LM finds beside the weights of `checkpoint`, the vocabulary as it is; of a run without optimizer.
+
+    Raises CheckpointError where megatron-core would compute something else.
+    """
+    config = checkpoint.state.get("config", {})
+    if config.get("apply_residual_connection_post_layernorm"):
+        raise CheckpointError(f"{checkpoint.path}: was trained with --apply-residual-connection-post-layernorm, which "
+                              "megatron-core ignores; write it in another format")
+    num_rows = checkpoint.model["embedding.word_embeddings.weight"].shape[0]
+    arguments = v2.arguments_of(checkpoint, tensor, pipeline, num_rows, dtype)(0, 0)
+    vars(arguments).update(_THEIRS, norm_epsilon=arguments.layernorm_epsilon, iteration=checkpoint.iteration)
+    return arguments
+
+
+def _checkpoint_of(place: Path, number: int | None, theirs: Tensors, common: Mapping[str, Any],
+                   layout: tuple[int, int]) -> Checkpoint:
     model, notes = our_tensors(theirs, place)
     arguments = common.get("args") if isinstance(common.get("args"), argparse.Namespace) else None
     config = v2.config_of(_as_of_v2(arguments, place), {name: tensor.shape for name, tensor in model.items()}, place)
@@ -47,21 +73,6 @@ def checkpoint_of(place: Path, number: int | None, theirs: Tensors, common: Mapp
     if schedule is not None:
         state["schedule"] = {name: value for name, value in schedule.items() if name != "num_samples"}
     return Checkpoint(place, number, model, None, state)
-
-
-def their_arguments(checkpoint: Checkpoint, tensor: int, pipeline: int, dtype: torch.dtype) -> argparse.Namespace:
-    """What Megatron-LM finds beside the weights of `checkpoint`, the vocabulary as it is; of a run without optimizer.
-
-    Raises CheckpointError where megatron-core would compute something else.
-    """
-    config = checkpoint.state.get("config", {})
-    if config.get("apply_residual_connection_post_layernorm"):
-        raise CheckpointError(f"{checkpoint.path}: was trained with --apply-residual-connection-post-layernorm, which "
-                              "megatron-core ignores; write it in another format")
-    num_rows = checkpoint.model["embedding.word_embeddings.weight"].shape[0]
-    arguments = v2.arguments_of(checkpoint, tensor, pipeline, num_rows, dtype)(0, 0)
-    vars(arguments).update(_THEIRS, norm_epsilon=arguments.layernorm_epsilon, iteration=checkpoint.iteration)
-    return arguments
 
 
 def _as_of_v2(arguments: argparse.Namespace | None, place: Path) -> argparse.Namespace | None:

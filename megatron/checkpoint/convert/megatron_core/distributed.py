@@ -26,7 +26,7 @@ from megatron.files import new_folder
 
 _STACK = re.compile(r"encoder\.layers\.([a-z].*)")
 _OPTIMIZER = re.compile(r"(optimizer|chained_[0-9]+)\..*")
-_VERSION = 3.0
+_VERSION, _MOST_LAYERS = 3.0, 10_000
 
 
 def recognises(path: Path) -> bool:
@@ -49,6 +49,8 @@ def read(path: Path, iteration: int | None = None) -> Checkpoint:
     theirs: dict[str, StoredTensor] = {}
     for name, tensor in read_tensors(place).items():
         if match := _STACK.fullmatch(name):
+            if not tensor.shape or tensor.shape[0] > _MOST_LAYERS:
+                raise CheckpointError(f"{place}: {name} is of no number of layers; copy it again")
             theirs |= {f"encoder.layers.{number}.{match[1]}": _layer(tensor, number)
                        for number in range(tensor.shape[0])}
         elif not _OPTIMIZER.fullmatch(name):
