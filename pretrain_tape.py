@@ -16,8 +16,9 @@ if __name__ == "__main__":
     leave_when_asked()  # before the imports, which take seconds
 
 from megatron.checkpoint.claim import claimed
+from megatron.checkpoint.newest import saved_flags
 from megatron.config import Config
-from megatron.config.command_line import listing, parse
+from megatron.config.command_line import left_open, listing, notice, parse
 from megatron.errors import ConfigError, LaunchError, UserError
 from megatron.log import Log, take_any_text
 from megatron.parallel.launch.environment import Launch, check_launch, launched
@@ -37,7 +38,8 @@ def main(argv: Sequence[str]) -> int:
     launch = Launch()
     try:
         launch = launched()
-        config, always_so = parse(argv)
+        taken = left_open(argv, saved_flags)
+        config, always_so = parse(argv, taken)
         requests = StopRequests(config.training.exit_duration_in_mins)
         check_launch(launch)
         _check_sizes(config, launch)
@@ -53,6 +55,8 @@ def main(argv: Sequence[str]) -> int:
         with joined(config.parallel, launch) as mesh:
             log = Log(is_speaker=mesh.world.rank == 0)
             log.line(listing(config, always_so))
+            if (said := notice(taken)) is not None:
+                log.line(said)
             with claimed(config.checkpoint.save, mesh, log) as claim, requests.listening():
                 train(build(config, mesh, log), requests, claim)
     except Exception as error:

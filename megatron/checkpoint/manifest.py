@@ -18,7 +18,7 @@ import torch
 from megatron.checkpoint.stored import Box, Piece, StoredTensor
 from megatron.checkpoint.tensor_file import FileFacts, facts_of_file, read_box
 from megatron.errors import CheckpointError
-from megatron.files import write_json
+from megatron.files import write_text
 
 MANIFEST = "manifest.json"
 VERSION = 2
@@ -49,7 +49,7 @@ class Manifest:
             "files": {name: [facts.num_bytes, facts.crc32] for name, facts in self.files.items()},
             "tensors": {key: {"dtype": str(facts.dtype).removeprefix("torch."), "shape": facts.shape,
                               "pieces": facts.pieces} for key, facts in self.tensors.items()}}
-        write_json(place / MANIFEST, {"crc32": _crc32(content), "content": content})
+        write_text(place / MANIFEST, json.dumps({"crc32": _crc32(content), "content": content}))
 
     def without(self, prefix: str) -> "Manifest":
         """The same without the tensors whose keys begin so, and the files that hold them alone."""

@@ -72,6 +72,14 @@ def open_place(place: Path, with_optimizer: bool = True) -> Checkpoint:
                       read_state(place / STATE))
 
 
+def saved_flags(folder: str) -> dict[str, Any]:
+    """The flags of the run in a folder, by their fields' names, as the first checkpoint to try has them; {} if none."""
+    try:
+        return open_place(_in_order(Path(folder))[1][0]).state["config"]
+    except (CheckpointError, IndexError, KeyError):  # what is wrong is said where it is loaded
+        return {}
+
+
 def read_state(path: Path) -> dict[str, Any]:
     """What a state.json says; raises CheckpointError where it is damaged."""
     try:

@@ -7,7 +7,7 @@ Values come from, in rising order: a field's default, the preset, the flags. Wha
 import argparse
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields, replace
 from typing import Any, NoReturn
 
@@ -56,20 +56,39 @@ _REPLACES = {
 }
 
 
-def parse(argv: Sequence[str]) -> tuple[Config, tuple[str, ...]]:
-    """The configuration that `argv` describes, and the flags in it that are always so; raises ConfigError."""
-    parser = _parser()
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        _refuse(unknown[0], parser)
-    values = vars(given)
+def parse(argv: Sequence[str], taken: Mapping[str, Any] | None = None) -> tuple[Config, tuple[str, ...]]:
+    """The configuration that `argv` describes, and the flags in it that are always so; raises ConfigError.
+
+    `taken`: values by their fields' names that hold where neither a flag nor the preset says otherwise.
+    """
+    values = _given(argv)
     preset = values.pop("preset", None)
     always_so = tuple(flag for flag in ALWAYS_SO if values.pop(flag, False))
     defaults = dict(PRESETS[preset]) if preset else {}
     for name in values:
         for other in _REPLACES.get(name, ()):
             defaults.pop(other, None)
-    return _build({**defaults, **values}), always_so
+    return _build({**(taken or {}), **defaults, **values}), always_so
+
+
+def left_open(argv: Sequence[str], saved: Callable[[str], Mapping[str, Any]]) -> dict[str, Any]:
+    """What the checkpoint of `--load` says of flags that change the arithmetic and that `argv` does not give.
+
+    `saved`: the flags of the checkpoint in a folder. Raises ConfigError.
+    """
+    values = _given(argv)
+    known = saved(values["load"]) if "load" in values else {}
+    given = values.keys() | PRESETS[values["preset"]].keys() if "preset" in values else values.keys()
+    return {item.name: known[item.name] for _, section in Config().sections() for item in fields(section)
+            if item.metadata["changes"] == "arithmetic" and item.name in known and item.name not in given}
+
+
+def notice(taken: Mapping[str, Any]) -> str | None:
+    """A line that says which flags are taken from a checkpoint, of those that are not the program's own defaults."""
+    defaults = Config().as_dict()
+    names = {item.name: flag_name(item) for _, section in Config().sections() for item in fields(section)}
+    flags = [f"{names[name]} {value}" for name, value in taken.items() if value != defaults[name]]
+    return f"taken from the checkpoint, as no flag says otherwise: {', '.join(flags)}" if flags else None
 
 
 def listing(config: Config, always_so: Sequence[str]) -> str:
@@ -121,6 +140,14 @@ def _parser() -> OneLineParser:
         parser.add_argument(name, dest=name, action="store_true", default=argparse.SUPPRESS,
                             help=f"always so: {reason}")
     return parser
+
+
+def _given(argv: Sequence[str]) -> dict[str, Any]:
+    parser = _parser()
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        _refuse(unknown[0], parser)
+    return vars(given)
 
 
 def _refuse(text: str, parser: argparse.ArgumentParser) -> NoReturn:

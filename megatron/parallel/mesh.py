@@ -7,7 +7,7 @@ group: collectives on a one-rank axis do nothing.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
@@ -78,7 +78,7 @@ def joined(config: ParallelConfig, launch: Launch) -> Iterator[Mesh]:
     timeout = timedelta(minutes=config.distributed_timeout_minutes)
     dist.init_process_group(backend, store=meeting_store(launch, timeout), rank=launch.rank, world_size=launch.size,
                             timeout=timeout)
-    yield build_mesh(config, device, timeout)
+    yield with_writers(build_mesh(config, device, timeout), timeout)
     # Not after an error: the process is about to end, and its peers should not hear of it before it has said why.
     dist.destroy_process_group()
 
@@ -95,11 +95,15 @@ def build_mesh(config: ParallelConfig, device: torch.device, timeout: timedelta)
     ends = _ends(line, timeout)
     num_channels = 0 if len(line) == 1 else 4 if config.num_layers_per_virtual_pipeline_stage else 2
     channels = tuple(_new_group(line, timeout, f"channel {number}") for number in range(num_channels))
-    world = dist.get_world_size()
-    writers = dist.new_group(backend="gloo", timeout=timeout, group_desc="writers") if world > 1 else None
-    return Mesh(world=Axis(dist.get_rank(), world, dist.group.WORLD), **axes, replicas=replicas,
+    return Mesh(world=Axis(dist.get_rank(), dist.get_world_size(), dist.group.WORLD), **axes, replicas=replicas,
                 shards=build_axis(split, ["shards"], timeout), copies=build_axis(split, ["copies"], timeout), ends=ends,
-                channels=channels, writers=Axis(dist.get_rank(), world, writers), device=device)
+                channels=channels, device=device)
+
+
+def with_writers(mesh: Mesh, timeout: timedelta) -> Mesh:
+    """The mesh of ranks that save, whatever they compute on; all ranks call this together."""
+    group = dist.new_group(backend="gloo", timeout=timeout, group_desc="writers")
+    return replace(mesh, writers=replace(mesh.world, group=group))
 
 
 def grid_sizes(config: ParallelConfig, num_ranks: int) -> dict[str, int]:

@@ -41,6 +41,8 @@ def train(run: Run, requests: StopRequests, claim: Claim | None) -> None:
         if requests.agreed(run.mesh):
             run.log.line("stopped before the evaluation was done: the same command does it")
             return
+        if saver is not None:
+            saver.finish()
         picture = events.picture(baselines)
     _summary(run, results, baselines, picture)
 
@@ -78,6 +80,8 @@ class Training:
                 bar.update()
             self._save()
         if run.state.iteration < self._last_iteration:
+            if self._saver is not None:
+                self._saver.finish()
             run.log.line(f"stopped {self._where_stopped()}")
         return run.state.iteration >= self._last_iteration
 

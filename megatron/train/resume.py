@@ -1,12 +1,13 @@
 """What a run takes up: the checkpoint of `--load`, what must be as it was, and a line for whatever else differs."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.store import LATEST, find, iterations
+from megatron.checkpoint.newest import newest
+from megatron.checkpoint.store import LATEST, iterations
 from megatron.checkpoint.stored import Checkpoint
 from megatron.config import CheckpointConfig, Config
 from megatron.config.command_line import flag_name
@@ -38,10 +39,11 @@ def find_checkpoint(config: CheckpointConfig, world: Axis, log: Log) -> Checkpoi
         if config.finetune:
             raise ConfigError("--finetune takes the weights of --load, which is missing; give the folder of a run")
         return None
-    checkpoint = find(folder, world, log, with_optimizer=not (config.finetune or config.no_load_optim))
+    checkpoint = newest(folder, world, log, with_optimizer=not (config.finetune or config.no_load_optim))
     if checkpoint is not None:
-        _check_state(checkpoint)
-        _name_batch(checkpoint.state)
+        _check_state(checkpoint, set(_FACTS) if not config.finetune else {"config"})
+        if not config.finetune:
+            _name_batch(checkpoint.state)
         log.line(f"{'taking the weights of' if config.finetune else 'going on from'} iteration "
                  f"{checkpoint.iteration} in {folder}")
         return checkpoint
@@ -133,15 +135,18 @@ def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def _check_state(checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError where a state that is JSON is not that of a run."""
+def _check_state(checkpoint: Checkpoint, facts: Collection[str]) -> None:
+    """Raises CheckpointError where a state that is JSON is not that of a run, or lacks one of `facts`."""
     state = checkpoint.state
-    wrong = [name for name, kind in _FACTS.items() if not isinstance(state.get(name), kind)]
-    if not wrong:
+    if absent := sorted(set(facts) - state.keys()):
+        raise CheckpointError(f"{checkpoint.path} does not say its {absent[0].replace('_', ' ')}, without which no run "
+                              "goes on; give --finetune to take the weights alone")
+    wrong = [name for name in facts if not isinstance(state[name], _FACTS[name])]
+    if not wrong and "progress" in facts:
         progress, scale = state["progress"], state["loss_scale"]
         holds = {
             "progress": progress.keys() == {"iteration", "consumed_samples"} and all(
-                type(value) is int and value >= 0 for value in progress.values()) and (
+                type(value) is int and 0 <= value < 2**63 for value in progress.values()) and (
                 progress["iteration"] == checkpoint.iteration),
             "loss_scale": len(scale) == 3 and all(isinstance(value, int | float) for value in scale),
             "schedule": state["schedule"].keys() >= _SCHEDULE}

@@ -13,13 +13,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.megatron_files import write_original
+
 ROOT = Path(__file__).resolve().parents[2]
 NOT_COPIED = (".git", ".venv", "build", "runs", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info")
 
 TINY = ("--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 256 --max-position-embeddings 256 "
         "--micro-batch-size 2 --train-iters 4 --eval-iters 1 --log-interval 2 --num-workers 0")
 # What is put behind a command that matches.
-QUICK = [(re.compile(r"\bpretrain_tape\w*\.(sh|py)\b"), TINY),
+QUICK = [(re.compile(r"--load proteinlm-200m"), "--seq-length 12 --global-batch-size 2 --train-iters 2"),
+         (re.compile(r"\bpretrain_tape\w*\.(sh|py)\b"), TINY),
          (re.compile(r"\btests/run\.sh\b"), "--collect-only tests/unit/test_vocab.py")]
 
 
@@ -45,8 +48,10 @@ BLOCKS = bash_blocks((ROOT / "README.md").read_text(encoding="utf-8"))
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project without what running left in it."""
-    return Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("readme") / "checkout",
-                                ignore=shutil.ignore_patterns(*NOT_COPIED)))
+    place = Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("readme") / "checkout",
+                                 ignore=shutil.ignore_patterns(*NOT_COPIED)))
+    write_original(place / "proteinlm-200m", tensor=2)  # a small one in place of the download
+    return place
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from megatron.checkpoint.saving import Saver, parts_of
 from megatron.checkpoint.store import find, open_place, place_of
 from megatron.config import CheckpointConfig, Config, DataConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 from megatron.log import Log
-from megatron.parallel.mesh import Mesh, build_mesh
+from megatron.parallel.mesh import Mesh, build_mesh, with_writers
 from megatron.train.engine import build_engine
 from megatron.train.meters import Meters
 from megatron.train.step import TrainStep
@@ -36,7 +36,7 @@ READERS = {
 
 def pass_on(axis, parallel, source, target):
     """What a run in one layout does: load, or else take a step, and save."""
-    mesh = build_mesh(parallel, CPU, TIMEOUT) if axis is not None else Mesh()
+    mesh = with_writers(build_mesh(parallel, CPU, TIMEOUT), TIMEOUT) if axis is not None else Mesh()
     training = TrainingConfig(micro_batch_size=1, global_batch_size=len(PROTEINS))
     config = Config(model=ODD, data=DataConfig(seq_length=SEQ_LENGTH), parallel=parallel, training=training,
                     optimizer=OptimizerConfig())

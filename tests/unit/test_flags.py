@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron.config import Config, DataConfig, ModelConfig, OptimizerConfig, PrecisionConfig, TrainingConfig
-from megatron.config.command_line import ALWAYS_SO, REFUSED, flag_name, listing, parse
+from megatron.config.command_line import ALWAYS_SO, REFUSED, flag_name, left_open, listing, notice, parse
 from megatron.config.declaration import Changes
 from megatron.config.presets import PRESETS
 from megatron.errors import ConfigError
@@ -193,3 +193,16 @@ def test_what_a_shell_did_not_fill_in_is_no_path(flags):
 @pytest.mark.parametrize("value", ["inf", "nan"])
 def test_a_number_of_a_flag_is_finite(flag, value):
     assert error_of(f"--preset demo {flag} {value}") == f"{flag} is {value}; it must be a finite number"
+
+
+def test_flags_of_the_model_that_are_not_given_are_those_of_the_checkpoint():
+    saved = {"num_layers": 3, "hidden_size": 48, "num_attention_heads": 2, "lr": 7.0, "hidden_dropout": 0.5}
+    argv = "--load there --num-attention-heads 4 --seq-length 32 --micro-batch-size 1 --lr 1e-3 --train-iters 1".split()
+    taken = left_open(argv, {"there": saved}.__getitem__)
+    assert taken == {"num_layers": 3, "hidden_size": 48}  # what changes the arithmetic, and is not given
+    config, _ = parse(argv, taken)
+    assert (config.model.num_layers, config.model.hidden_size, config.model.num_attention_heads) == (3, 48, 4)
+    assert notice(taken) == "taken from the checkpoint, as no flag says otherwise: --num-layers 3, --hidden-size 48"
+    assert left_open([*argv, "--preset", "demo"], {"there": saved}.__getitem__) == {}
+    assert left_open(["--num-layers", "2"], {}.__getitem__) == {}
+    assert notice({"num_layers": 12}) is None

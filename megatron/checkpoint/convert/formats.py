@@ -28,7 +28,13 @@ FORMATS: Mapping[str, Format] = {
     "megatron-core-dist": distributed}
 # Of these the optimizer's state is neither read nor written.
 WEIGHTS_ALONE = ("megatron-core", "megatron-core-dist")
+OURS = ("sharded", "whole")
 AUTO = "auto"
+
+
+def foreign(path: Path) -> Format | None:
+    """The format of what lies at `path`, if it is one of another program."""
+    return next((known for name, known in FORMATS.items() if name not in OURS and known.recognises(path)), None)
 
 
 def recognised(path: Path) -> str:

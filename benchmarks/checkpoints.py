@@ -1,0 +1,108 @@
+"""How long a save holds up training, and how much memory it takes: `python benchmarks/checkpoints.py FOLDER`.
+
+On several ranks: `python -m megatron.parallel.launch --standalone --nproc-per-node=2 benchmarks/checkpoints.py FOLDER
+[flags of pretrain_tape.py, such as --data-parallel-sharding parameters]`. FOLDER is made, and removed at the end; its
+disk is what is measured. The model is the preset proteinlm-200m with Adam's moments, 2.4 GB, in fp32. Plain and
+asynchronous saves alternate; each is brought to the disk. Prints medians with the range: the seconds that `save` takes,
+those until the checkpoint is there, and the most memory that a rank took above what it held before.
+"""
+
+import argparse
+import shutil
+import statistics
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from megatron.checkpoint.saving import Saver, parts_of  # noqa: E402
+from megatron.config import CheckpointConfig  # noqa: E402
+from megatron.config.command_line import parse  # noqa: E402
+from megatron.data.corpus.vocab import Vocab  # noqa: E402
+from megatron.log import Log  # noqa: E402
+from megatron.parallel.collectives import all_reduce_sum  # noqa: E402
+from megatron.parallel.launch.environment import launched  # noqa: E402
+from megatron.parallel.mesh import joined  # noqa: E402
+from megatron.train.engine import Engine, build_engine  # noqa: E402
+
+
+def main(argv: list[str]) -> None:
+    """Measure, and print on rank 0."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder")
+    parser.add_argument("--repeats", type=int, default=5)
+    options, flags = parser.parse_known_args(argv)
+    config, _ = parse(["--preset", "proteinlm-200m", *flags])
+    with joined(config.parallel, launched()) as mesh:
+        log = Log(is_speaker=mesh.world.rank == 0)
+        engine = build_engine(config, mesh, Vocab.from_file().padded_size(config.model.make_vocab_size_divisible_by))
+        give_moments(engine)
+        parts = parts_of(engine.model.parameters, engine.optimizer.state())
+        held = sum(part.tensor.numel() * part.tensor.element_size() for part in parts.values())
+        log.line(f"{mesh.world.size} rank(s), {held / 1e9:.2f} GB on each, torch {torch.__version__}")
+        savers = {way: Saver(CheckpointConfig(save=options.folder, async_save=way == "async", keep_checkpoints=1), mesh,
+                             None, Log(is_speaker=False), 0) for way in ("plain", "async")}
+        taken: dict[str, list[tuple[float, float, float]]] = {way: [] for way in savers}
+        for number in range(1, 2 * options.repeats + 3):
+            way = list(savers)[number % 2]
+            all_reduce_sum(torch.zeros(1), mesh.world)
+            with Memory() as memory:
+                began_s = time.perf_counter()
+                savers[way].save(number, parts, {"iteration": number})
+                held_up_s = time.perf_counter() - began_s
+                savers[way].finish()
+            taken[way].append((held_up_s, time.perf_counter() - began_s, memory.grown_gb))
+        for way, values in taken.items():
+            held_up, until_there, _ = zip(*values[1:], strict=True)  # the first makes the memory of the copies
+            log.line(f"{way:6} held up {shown(held_up)} s, there after {shown(until_there)} s, "
+                     f"memory +{max(grown for _, _, grown in values):.2f} GB")
+        for saver in savers.values():
+            saver.close()
+        if mesh.world.rank == 0:
+            shutil.rmtree(options.folder)
+
+
+def give_moments(engine: Engine) -> None:
+    """Adam's moments as they are after steps, without any."""
+    engine.optimizer.load_state({f"{kind}/{name}": torch.rand_like(parameter) if kind != "step" else torch.tensor(1.0)
+                                 for name, parameter in engine.model.parameters.items()
+                                 for kind in ("exp_avg", "exp_avg_sq", "step")})
+
+
+class Memory:
+    """The most memory of its own (RssAnon) that this process takes inside, above what it has at the start."""
+
+    def __enter__(self) -> "Memory":
+        self._before = self._most = _anonymous_gb()
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+        self.grown_gb = self._most - self._before
+
+    def _watch(self) -> None:
+        while not self._is_over.wait(0.01):
+            self._most = max(self._most, _anonymous_gb())
+
+
+def _anonymous_gb() -> float:
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+    return int(line.split()[1]) * 1024 / 1e9
+
+
+def shown(seconds: tuple[float, ...]) -> str:
+    """The median with the range."""
+    return f"{statistics.median(seconds):.2f} ({min(seconds):.2f}-{max(seconds):.2f})"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

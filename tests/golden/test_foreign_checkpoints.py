@@ -1,0 +1,56 @@
+"""Runs that go on from the files of Megatron v2, made by hand in the original's layout."""
+
+import pytest
+
+from megatron.checkpoint.convert.conversion import convert
+from megatron.log import Log
+from pretrain_tape import main
+from tests.golden.training import losses, run_on_ranks
+from tests.megatron_files import CONSUMED, ITERATION, POSITIONS, wholes, write_original
+
+RUN = ["--seq-length", POSITIONS, "--micro-batch-size", 2, "--global-batch-size", 4, "--lr", 1e-3, "--min-lr", 1e-4,
+       "--train-samples", CONSUMED + 16, "--lr-decay-samples", 160, "--lr-warmup-samples", 16, "--attention-dropout", 0,
+       "--hidden-dropout", 0, "--num-workers", 0, "--log-interval", 1, "--peak-tflops", 1, "--eval-iters", 1]
+
+
+def train(corpus, load, save, *flags, ranks=1):
+    arguments = [*map(str, [*RUN, "--data-path", corpus, "--load", load, "--save", save, *flags])]
+    assert (run_on_ranks(*arguments, ranks=ranks) if ranks > 1 else [main(arguments)]) == [0] * ranks
+    return losses(save)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("megatron")
+    values = {name: value.square() if name.startswith("exp_avg_sq") else 0.1 * value
+              for name, value in wholes().items()}  # as training leaves them
+    write_original(folder, values=values, tensor=2, pipeline=(2, 2), version=1.0)
+    return folder
+
+
+def test_a_run_goes_on_from_megatrons_files_in_any_layout(original, corpus, tmp_path, capsys):
+    alone = train(corpus, original, tmp_path / "alone")
+    assert f"going on from iteration {ITERATION} in {original}" in capsys.readouterr().out
+    assert list(alone) == [ITERATION + 1, ITERATION + 2, ITERATION + 3, ITERATION + 4]
+    for number, flags in enumerate((["--tensor-model-parallel-size", 2], ["--pipeline-model-parallel-size", 2],
+                                    ["--data-parallel-sharding", "parameters"])):
+        split = train(corpus, original, tmp_path / f"split{number}", *flags, ranks=2)
+        assert split == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.parametrize("saver", ["sharded", "whole"])
+def test_what_was_converted_goes_on_as_what_it_was_converted_from(original, corpus, tmp_path, saver):
+    direct = train(corpus, original, tmp_path / "direct")
+    convert(original, tmp_path / "converted", "auto", saver, tensor=1, pipeline=1, iteration=None, vocab_size=None,
+            log=Log(is_speaker=False))
+    assert train(corpus, tmp_path / "converted", tmp_path / "run") == direct
+
+
+def test_weights_alone_are_not_gone_on_from_but_taken(corpus, tmp_path, capsys):
+    write_original(tmp_path / "weights", with_optimizer=False)
+    arguments = [*map(str, [*RUN, "--data-path", corpus, "--load", tmp_path / "weights", "--save", tmp_path / "run"])]
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert main([*arguments, "--finetune", "--num-layers", "3"]) == 2
+    assert "--num-layers is 3, but the checkpoint was trained with 4" in capsys.readouterr().err
+    assert min(train(corpus, tmp_path / "weights", tmp_path / "run", "--finetune")) == 1
