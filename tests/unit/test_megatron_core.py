@@ -5,9 +5,15 @@ megatron-core==0.16.1 psutil`), for this Python or for the one that the variable
 what we write.
 """
 
+import enum
 import io
+import random
 import shutil
+import signal
+import sys
+import types
 from dataclasses import replace
+from pathlib import PosixPath
 
 import numpy as np
 import pytest
@@ -163,6 +169,32 @@ def test_what_pairs_of_sentences_need_is_left_out_and_said(recorded):
     assert torch.equal(checkpoint.model[POSITIONS].read(), torch.load(recorded / "whole.pt")[POSITIONS] + kinds[0])
     assert any("token type 0" in note for note in checkpoint.state["notes"])
     assert any("binary_head, pooler" in note for note in checkpoint.state["notes"])
+
+
+def test_what_megatron_lm_saves_beside_the_weights_is_passed_over(recorded, monkeypatch):
+    """Objects of all the classes that megatron-core itself lets torch.load make."""
+    machine = types.ModuleType("megatron.core.rerun_state_machine")
+    machine.RerunMode = enum.Enum("RerunMode", "DISABLED", module=machine.__name__)
+    monkeypatch.setitem(sys.modules, machine.__name__, machine)
+    course = {"max_lr": 1e-4, "min_lr": 1e-5, "lr_warmup_steps": 64, "num_steps": 448, "lr_decay_style": "linear",
+              "lr_decay_steps": 640, "wd_incr_style": "constant", "wd_incr_steps": 640, "start_wd": 0.01,
+              "end_wd": 0.01}
+
+    def add(tree):
+        vars(tree["args"]).update(exit_signal=signal.SIGTERM, save=PosixPath("/runs"), extra=types.SimpleNamespace(a=1))
+        states = {"random_rng_state": random.getstate(), "np_rng_state": np.random.get_state(),
+                  "torch_rng_state": torch.get_rng_state(), "cuda_rng_state": torch.get_rng_state(),
+                  "rng_tracker_states": {}}
+        tree.update(rng_state=[states], opt_param_scheduler=course, num_floating_point_operations_so_far=1.5e20,
+                    rerun_state_machine={"mode": machine.RerunMode.DISABLED, "kept": io.BytesIO(b"x")},
+                    optimizer={"param_state_sharding_type": "dp_zero_gather_scatter", "optimizer": {
+                        "param_groups": [{"lr": 1e-4, "params": [0]}], "state": {0: {"exp_avg": torch.zeros(4)}}}})
+
+    edited(recorded / "split_1_1" / FILE, add)
+    checkpoint = ranks.read(recorded / "split_1_1")
+    same_weights(checkpoint, ranks.read(recorded / "split_2_1"))
+    assert checkpoint.state["schedule"] == {"lr": 1e-4, "min_lr": 1e-5, "warmup_samples": 64, "decay_samples": 640,
+                                            "lr_decay_style": "linear"}
 
 
 def test_virtual_stages_alternate_between_the_pipeline_ranks(recorded):
