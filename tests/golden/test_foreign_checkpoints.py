@@ -46,6 +46,14 @@ def test_what_was_converted_goes_on_as_what_it_was_converted_from(original, corp
     assert train(corpus, tmp_path / "converted", tmp_path / "run") == direct
 
 
+@pytest.mark.parametrize("saver", ["megatron-core", "megatron-core-dist"])
+def test_megatron_cores_weights_are_taken_as_the_originals(original, corpus, tmp_path, saver):
+    direct = train(corpus, original, tmp_path / "direct", "--finetune")
+    convert(original, tmp_path / "core", "auto", saver, tensor=1, pipeline=2, iteration=None, vocab_size=None,
+            log=Log(is_speaker=False))
+    assert train(corpus, tmp_path / "core", tmp_path / "run", "--finetune") == direct
+
+
 def test_weights_alone_are_not_gone_on_from_but_taken(corpus, tmp_path, capsys):
     write_original(tmp_path / "weights", with_optimizer=False)
     arguments = [*map(str, [*RUN, "--data-path", corpus, "--load", tmp_path / "weights", "--save", tmp_path / "run"])]

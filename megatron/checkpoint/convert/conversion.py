@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron.checkpoint.convert.formats import AUTO, FORMATS, recognised
+from megatron.checkpoint.convert.formats import AUTO, FORMATS, WEIGHTS_ALONE, recognised
 from megatron.checkpoint.convert.vocabulary import trimmed
 from megatron.checkpoint.stored import Box, Checkpoint, StoredTensor, one_piece
 from megatron.errors import ConfigError
@@ -27,6 +27,9 @@ def convert(source: Path, target: Path, loader: str, saver: str, *, tensor: int,
     log.line(f"reading {checkpoint.path} ({name}): {describe(checkpoint)}")
     for note in checkpoint.state.get("notes", ()):
         log.line(f"note: {note}")
+    if saver in WEIGHTS_ALONE and checkpoint.optimizer is not None:
+        log.line(f"note: {saver} takes the weights alone; the optimizer's state is left out")
+        checkpoint = replace(checkpoint, optimizer=None)
     if vocab_size is not None:
         checkpoint = trimmed(checkpoint, vocab_size)
     bar = log.progress(_num_bytes(checkpoint), 0, unit="B", label=f"writing {saver}")

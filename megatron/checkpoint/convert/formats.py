@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron.checkpoint.convert import megatron_v2, sharded, whole
+from megatron.checkpoint.convert.megatron_core import distributed, ranks
 from megatron.checkpoint.stored import Checkpoint
 from megatron.errors import CheckpointError
 
@@ -22,7 +23,11 @@ class Format(Protocol):
         """Write one below a run's folder; returns its place. Raises CheckpointError, and ConfigError for a layout."""
 
 
-FORMATS: Mapping[str, Format] = {"sharded": sharded, "whole": whole, "megatron-v2": megatron_v2}
+FORMATS: Mapping[str, Format] = {
+    "sharded": sharded, "whole": whole, "megatron-v2": megatron_v2, "megatron-core": ranks,
+    "megatron-core-dist": distributed}
+# Of these the optimizer's state is neither read nor written.
+WEIGHTS_ALONE = ("megatron-core", "megatron-core-dist")
 OURS = ("sharded", "whole")
 AUTO = "auto"
 

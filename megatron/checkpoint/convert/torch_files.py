@@ -18,8 +18,8 @@ from megatron.checkpoint.convert.torch_pickle import load_torch_pickle
 from megatron.checkpoint.convert.torch_storage import Storage
 from megatron.errors import CheckpointError
 
+LONGEST_PICKLE = 2**28  # bytes; that of a model of a thousand layers has some 10 million
 _MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
-_LONGEST_PICKLE = 2**28  # bytes; that of a model of a thousand layers has some 10 million
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
@@ -102,7 +102,7 @@ def _read_zip(path: Path, window: _Window) -> Any:
                                     record.CRC if is_all else None)
         return storages[key]
 
-    return load_torch_pickle(io.BytesIO(tree), _LONGEST_PICKLE, storage_of)
+    return load_torch_pickle(io.BytesIO(tree), LONGEST_PICKLE, storage_of)
 
 
 def _records(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
@@ -123,7 +123,7 @@ def _records(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]
 
 
 def _small(path: Path, record: zipfile.ZipInfo) -> zipfile.ZipInfo:
-    if record.file_size > _LONGEST_PICKLE:
+    if record.file_size > LONGEST_PICKLE:
         raise CheckpointError(f"{path}: its record {record.filename[:60]!r} has {record.file_size} bytes, more than "
                               "any checkpoint's; get the file from where you trust it")
     return record
@@ -161,8 +161,8 @@ def _read_legacy(path: Path, window: _Window) -> Any:
             raise pickle.UnpicklingError(f"it has a storage {key[:40]!r} of two kinds")
         return storage
 
-    tree = load_torch_pickle(file, _LONGEST_PICKLE, storage_of)
-    keys = load_torch_pickle(file, _LONGEST_PICKLE)
+    tree = load_torch_pickle(file, LONGEST_PICKLE, storage_of)
+    keys = load_torch_pickle(file, LONGEST_PICKLE)
     if not isinstance(keys, list) or not {str(key) for key in keys} >= storages.keys():
         raise pickle.UnpicklingError("its list of storages is not that of its tensors")
     _place(path, file, [storages.get(str(key)) for key in keys], window)

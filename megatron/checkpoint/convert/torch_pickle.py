@@ -22,12 +22,16 @@ _INERT_MODULES = {
     "megatron.fp16.loss_scaler", "megatron.fp16_deprecated.loss_scaler", "fp16.loss_scaler", "apex.amp.scaler",
     "apex.fp16_utils.loss_scaler", "megatron.optimizer.grad_scaler", "megatron.core.optimizer.grad_scaler",
     "megatron.model.enums", "megatron.core.enums", "megatron.core.transformer.enums", "torch.nn.init",
-    "torch.nn.functional", "torch.distributed.checkpoint.metadata"}
+    "torch.nn.functional", "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner",
+    "megatron.core.rerun_state_machine", "megatron.core.optimizer.optimizer_config"}
 _INERT_NAMES = {
     ("torch", "device"), ("torch", "Tensor"), ("torch.nn.parameter", "Parameter"), ("torch._C._nn", "gelu"),
     ("torch.serialization", "_get_layout"), ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"),
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"),
     ("signal", "Signals"), ("pathlib", "PosixPath"), ("pathlib", "PurePosixPath"), ("io", "BytesIO"),
-    ("_io", "BytesIO"), ("builtins", "dict"), ("builtins", "list"), ("builtins", "int"), ("builtins", "float")}
+    ("_io", "BytesIO"), ("types", "SimpleNamespace"), ("builtins", "dict"), ("builtins", "list"), ("builtins", "int"),
+    ("builtins", "float")}
 _STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,

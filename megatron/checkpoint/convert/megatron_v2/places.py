@@ -44,21 +44,14 @@ def find_place(path: Path, iteration: int | None = None) -> Place:
         raise CheckpointError(f"{path} is not there; give the folder of a run of Megatron")
     if any(_RANK.match(part.name) for part in path.glob("mp_rank_*")):
         return _place_in(path)
-    return _place_in(path / (f"iter_{iteration:07d}" if iteration is not None else _newest(path)))
+    return _place_in(path / (f"iter_{iteration:07d}" if iteration is not None else newest(path)))
 
 
-def folder_name(iteration: int) -> str:
-    """Where the checkpoint of an iteration lies in a run's folder; weights that were trained elsewhere have none."""
-    return f"iter_{iteration:07d}" if iteration else RELEASE
+def newest(folder: Path) -> str:
+    """The name of the checkpoint that the pointer of a run's folder names, or else of the last iteration there.
 
-
-def rank_name(tensor: int, pipeline: int, num_pipeline: int) -> str:
-    """Where the file of a rank lies in a checkpoint's folder."""
-    return f"mp_rank_{tensor:02d}" + (f"_{pipeline:03d}" if num_pipeline > 1 else "")
-
-
-def _newest(folder: Path) -> str:
-    """What the pointer names, or else the last iteration that is there."""
+    Raises CheckpointError where there is none.
+    """
     there = sorted(part.name for part in folder.iterdir() if _ITERATION.fullmatch(part.name))
     try:
         text = (folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()
@@ -71,6 +64,16 @@ def _newest(folder: Path) -> str:
     if there:
         return there[-1]
     raise CheckpointError(f"{folder} holds no iter_ folder and no {RELEASE}; give the folder of a run of Megatron")
+
+
+def folder_name(iteration: int) -> str:
+    """Where the checkpoint of an iteration lies in a run's folder; weights that were trained elsewhere have none."""
+    return f"iter_{iteration:07d}" if iteration else RELEASE
+
+
+def rank_name(tensor: int, pipeline: int, num_pipeline: int) -> str:
+    """Where the file of a rank lies in a checkpoint's folder."""
+    return f"mp_rank_{tensor:02d}" + (f"_{pipeline:03d}" if num_pipeline > 1 else "")
 
 
 def _place_in(folder: Path) -> Place:

@@ -1,0 +1,91 @@
+"""Megatron-LM's arguments, as it keeps them beside megatron-core's BERT, and our flags."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.checkpoint.convert.megatron_core.names import our_tensors
+from megatron.checkpoint.convert.megatron_v2 import arguments as v2
+from megatron.checkpoint.stored import Checkpoint, Tensors
+from megatron.errors import CheckpointError
+
+# What makes another function of the same weights, and the value that ours has; megatron_v2 knows more of them.
+_SAME = {"quick_geglu": False, "qk_layernorm": False, "multi_latent_attention": False, "window_size": None,
+         "mtp_num_layers": None, "hybrid_layer_pattern": None, "qk_l2_norm": False}
+# What megatron-core has in other words, or does without, and what Megatron-LM asks a checkpoint's arguments for.
+_THEIRS = {
+    "normalization": "LayerNorm", "position_embedding_type": "learned_absolute", "add_position_embedding": True,
+    "use_rotary_position_embeddings": False, "rotary_base": 10000, "rotary_percent": 1.0, "rotary_interleaved": False,
+    "add_bias_linear": True, "add_qkv_bias": False, "swiglu": False, "squared_relu": False,
+    "apply_layernorm_1p": False, "group_query_attention": False, "num_query_groups": 1, "num_experts": None,
+    "untie_embeddings_and_output_weights": False, "apply_query_key_layer_scaling": False, "bert_binary_head": False,
+    "no_save_optim": True, "no_save_rng": True}
+
+
+def checkpoint_of(place: Path, number: int | None, theirs: Tensors, common: Mapping[str, Any],
+                  layout: tuple[int, int]) -> Checkpoint:
+    """Weights by megatron-core's names, and what lies beside them, as a checkpoint.
+
+    `number`: the iteration, where the folder tells it. `layout`: tensor x pipeline ranks. Raises CheckpointError.
+    """
+    try:
+        return _checkpoint_of(place, number, theirs, common, layout)
+    except CheckpointError:
+        raise
+    except Exception as error:  # what a file holds may be of any kind, and fail anywhere
+        raise CheckpointError(f"{place}: what it holds is not as Megatron-LM writes it ({type(error).__name__}: "
+                              f"{' '.join(str(error).split())[:200]}); copy it again") from error
+
+
+def their_arguments(checkpoint: Checkpoint, tensor: int, pipeline: int, dtype: torch.dtype) -> argparse.Namespace:
+    """What Megatron-LM finds beside the weights of `checkpoint`, the vocabulary as it is; of a run without optimizer.
+
+    Raises CheckpointError where megatron-core would compute something else.
+    """
+    config = checkpoint.state.get("config", {})
+    if config.get("apply_residual_connection_post_layernorm"):
+        raise CheckpointError(f"{checkpoint.path}: was trained with --apply-residual-connection-post-layernorm, which "
+                              "megatron-core ignores; write it in another format")
+    num_rows = checkpoint.model["embedding.word_embeddings.weight"].shape[0]
+    arguments = v2.arguments_of(checkpoint, tensor, pipeline, num_rows, dtype)(0, 0)
+    vars(arguments).update(_THEIRS, norm_epsilon=arguments.layernorm_epsilon, iteration=checkpoint.iteration)
+    return arguments
+
+
+def _checkpoint_of(place: Path, number: int | None, theirs: Tensors, common: Mapping[str, Any],
+                   layout: tuple[int, int]) -> Checkpoint:
+    model, notes = our_tensors(theirs, place)
+    arguments = common.get("args") if isinstance(common.get("args"), argparse.Namespace) else None
+    config = v2.config_of(_as_of_v2(arguments, place), {name: tensor.shape for name, tensor in model.items()}, place)
+    if number is None:
+        number = common.get("iteration", 0)
+    if type(number) is not int or number < 0:
+        raise CheckpointError(f"{place}: its iteration is {str(number)[:40]!r}; copy it again")
+    notes.append("the optimizer's state is not taken over: it starts afresh")
+    schedule = v2.schedule_of(common, arguments)
+    state: dict[str, Any] = {
+        "config": config, "notes": notes, "progress": v2.progress_of(number, arguments, schedule),
+        "loss_scale": [1.0, float(config.get("hysteresis") or 1), 0.0],
+        "layout": {"tensor_model_parallel_size": layout[0], "pipeline_model_parallel_size": layout[1]}}
+    if schedule is not None:
+        state["schedule"] = {name: value for name, value in schedule.items() if name != "num_samples"}
+    return Checkpoint(place, number, model, None, state)
+
+
+def _as_of_v2(arguments: argparse.Namespace | None, place: Path) -> argparse.Namespace | None:
+    """The same in the words of Megatron v2, with what megatron-core makes of them; raises CheckpointError."""
+    if arguments is None:
+        return None
+    given = vars(arguments)
+    for name, ours in _SAME.items():
+        if (given.get(name) or None) != (ours or None):
+            raise CheckpointError(f"{place}: was trained with {name} {given[name]!r}, models here compute as with "
+                                  f"{ours!r}; its weights would mean something else")
+    # It takes residuals from before the LayerNorm and GeLU's form from the fusion, whatever these say.
+    words: dict[str, Any] = {"openai_gelu": False, "apply_residual_connection_post_layernorm": False}
+    if "norm_epsilon" in given:
+        words["layernorm_epsilon"] = given["norm_epsilon"]
+    return argparse.Namespace(**(given | words))

@@ -1,0 +1,116 @@
+"""The form of megatron-core's BERT that every layout loads (--ckpt-format torch_dist).
+
+It stacks the layers' tensors, or each is its own. Megatron-LM takes what is written with --finetune, or with
+--no-load-optim and --no-load-rng, and any --spec.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron.checkpoint.convert.megatron_core.arguments import checkpoint_of, their_arguments
+from megatron.checkpoint.convert.megatron_core.distributed_files import (
+    Chunk,
+    is_distributed,
+    read_common,
+    read_tensors,
+    write_distributed,
+)
+from megatron.checkpoint.convert.megatron_core.names import FUSED, LAYER, LAYER_EXTRAS, OUTPUT_EXTRA
+from megatron.checkpoint.convert.megatron_core.weights import Weights, place_for, point_to, weights_of
+from megatron.checkpoint.convert.megatron_v2.places import RELEASE, folder_name, newest
+from megatron.checkpoint.stored import Checkpoint, StoredTensor, one_piece
+from megatron.errors import CheckpointError
+from megatron.files import new_folder
+
+_STACK = re.compile(r"encoder\.layers\.([a-z].*)")
+_OPTIMIZER = re.compile(r"(optimizer|chained_[0-9]+)\..*")
+_VERSION, _MOST_LAYERS = 3.0, 10_000
+
+
+def recognises(path: Path) -> bool:
+    """Whether this looks like such a checkpoint, or a folder of them; opens no pickle."""
+    try:
+        return is_distributed(_place_in(path, None))
+    except (CheckpointError, OSError):
+        return False
+
+
+def read(path: Path, iteration: int | None = None) -> Checkpoint:
+    """The weights of an iteration, or the newest, in a run's folder; or those in an iter_ folder.
+
+    `state` is as that of megatron_v2. Raises CheckpointError.
+    """
+    place = _place_in(path, iteration)
+    if not is_distributed(place):
+        raise CheckpointError(f"{place}: has no metadata.json that says torch_dist, and .metadata; give a folder of "
+                              "megatron-core's --ckpt-format torch_dist")
+    theirs: dict[str, StoredTensor] = {}
+    for name, tensor in read_tensors(place).items():
+        if match := _STACK.fullmatch(name):
+            if not tensor.shape or tensor.shape[0] > _MOST_LAYERS:
+                raise CheckpointError(f"{place}: {name} is of no number of layers; copy it again")
+            theirs |= {f"encoder.layers.{number}.{match[1]}": _layer(tensor, number)
+                       for number in range(tensor.shape[0])}
+        elif not _OPTIMIZER.fullmatch(name):
+            theirs[name] = tensor
+    common = read_common(place)
+    layout = [getattr(common.get("args"), f"{what}_model_parallel_size", 1) for what in ("tensor", "pipeline")]
+    return checkpoint_of(place, 0 if place.name == RELEASE else None, theirs, common, (layout[0], layout[1]))
+
+
+def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: int = 1) -> Path:
+    """Write the weights below a run's folder, and point to them; returns their place.
+
+    `tensor` x `pipeline`: the layout of a run that asks the checkpoint for its own, and for whose vocabulary there are
+    rows. Raises ConfigError where the model does not divide, CheckpointError where something is missing or the disk
+    refuses.
+    """
+    weights = weights_of(checkpoint, tensor, pipeline)
+    common = {"args": their_arguments(weights.checkpoint, tensor, pipeline, weights.dtype),
+              "checkpoint_version": _VERSION, "iteration": checkpoint.iteration}
+    place = place_for(checkpoint, folder)
+    try:
+        with new_folder(place) as temporary:
+            write_distributed(temporary, _chunks(weights), _extras(weights.num_layers), common)
+        point_to(checkpoint, folder)
+    except OSError as error:
+        raise CheckpointError(f"{place} cannot be written ({error.strerror}); make room, or give another folder"
+                              ) from error
+    return place
+
+
+def _place_in(path: Path, iteration: int | None) -> Path:
+    if is_distributed(path) or not path.is_dir():
+        return path
+    return path / (newest(path) if iteration is None else folder_name(iteration))
+
+
+def _layer(stack: StoredTensor, number: int) -> StoredTensor:
+    """One layer's tensor of all layers'."""
+    return one_piece(stack.shape[1:], stack.dtype,
+                     lambda box: stack.read_box((slice(number, number + 1), *box))[0])
+
+
+def _chunks(weights: Weights) -> Iterator[Chunk]:
+    """All tensors, the layers' as parts of stacks."""
+    for name, tensor in weights.tensors.items():
+        zeros = (0,) * len(tensor.shape)
+        if match := LAYER.fullmatch(name):
+            yield Chunk(f"encoder.layers.{_fused(match[2])}", (weights.num_layers, *tensor.shape),
+                        (int(match[1]), *zeros), tensor)
+        else:
+            yield Chunk(name, tensor.shape, zeros, tensor)
+
+
+def _fused(name: str) -> str:
+    for plain, fused in FUSED.items():
+        if name.startswith(plain):
+            return fused + name.removeprefix(plain)
+    return name
+
+
+def _extras(num_layers: int) -> dict[str, Any]:
+    return {**{f"encoder.layers.{extra}/shard_{number}_{num_layers}": None for extra in LAYER_EXTRAS
+               for number in range(num_layers)}, f"{OUTPUT_EXTRA}/shard_0_1": None}

@@ -1,0 +1,135 @@
+"""The parameters of megatron-core's BERT by our names, and how tensor ranks share them out.
+
+Its names are of the whole model here: `encoder.layers.N` counts from the first layer of all.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.convert.megatron_v2.names import parameter_names
+from megatron.checkpoint.convert.vocabulary import WORDS
+from megatron.checkpoint.stored import Box, StoredTensor, Tensors, one_piece
+from megatron.errors import CheckpointError
+
+OUTPUT = "output_layer.weight"  # where it is tied to the word embedding, the last of several pipeline stages' copy
+LAYER = re.compile(r"encoder\.layers\.([0-9]{1,5})\.(.+)")
+# Transformer Engine keeps a LayerNorm in the linear layer behind it; the distributed form always names it so.
+FUSED = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+         "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+_POSITIONS, _TOKEN_TYPES = "embedding.position_embeddings.weight", "embedding.tokentype_embeddings.weight"
+# What a module says of FP8 beside its parameters: nothing here, but strict loaders ask for it.
+_EXTRA = "._extra_state"
+LAYER_EXTRAS = tuple(f"{module}{_EXTRA}" for module in ("self_attention.linear_proj", "self_attention.linear_qkv",
+                                                        "mlp.linear_fc1", "mlp.linear_fc2"))
+OUTPUT_EXTRA = f"output_layer{_EXTRA}"
+# Beginnings of our names, the longest first, and of theirs.
+_BEGINNINGS = {"transformer.layers.": "encoder.layers.", "transformer.": "encoder.",
+               "lm_head.layernorm.": "lm_head.layer_norm.", "lm_head.bias": "output_layer.bias"}
+_IN_LAYERS = {".attention.query_key_value.": ".self_attention.linear_qkv.",
+              ".attention.dense.": ".self_attention.linear_proj.", ".post_attention_layernorm.": ".pre_mlp_layernorm.",
+              ".mlp.dense_h_to_4h.": ".mlp.linear_fc1.", ".mlp.dense_4h_to_h.": ".mlp.linear_fc2."}
+_ROWS = re.compile(r".*(linear_qkv|linear_fc1)\.(weight|bias)|embedding\.word_embeddings\.weight|"
+                   r"output_layer\.(weight|bias)")
+_COLUMNS = re.compile(r".*(linear_proj|linear_fc2)\.weight")
+
+
+def their_name(ours: str) -> str:
+    """What megatron-core calls one of our parameters."""
+    for here, there in _BEGINNINGS.items():
+        if ours.startswith(here):
+            ours = there + ours.removeprefix(here)
+            break
+    for here, there in _IN_LAYERS.items():
+        ours = ours.replace(here, there)
+    return ours
+
+
+def split_dim(theirs: str) -> int | None:
+    """The dimension along which tensor ranks share a parameter out; None where each holds all of it."""
+    return 0 if _ROWS.fullmatch(theirs) else 1 if _COLUMNS.fullmatch(theirs) else None
+
+
+def num_layers(theirs: Mapping[str, Any]) -> int:
+    """How many layers the names tell of."""
+    return 1 + max((int(match[1]) for name in theirs if (match := LAYER.fullmatch(name))), default=-1)
+
+
+def is_extra(name: str) -> bool:
+    """Whether an entry is no parameter."""
+    return _EXTRA in name
+
+
+def our_tensors(theirs: Tensors, place: Path) -> tuple[dict[str, StoredTensor], list[str]]:
+    """The parameters under our names, and what was done about those that we have not, a line each.
+
+    Raises CheckpointError where that is not a BERT that our model can be.
+    """
+    left = {_plain(name): tensor for name, tensor in theirs.items()}
+    model = {}
+    for ours in parameter_names(max(1, num_layers(left))):
+        name = their_name(ours)
+        if name not in left:
+            raise CheckpointError(f"{place}: has no {name}; give a whole checkpoint of megatron-core's BERT")
+        model[ours] = left.pop(name)
+    _check_shapes(model, place)
+    notes = []
+    output, words = left.pop(OUTPUT, None), model[WORDS]
+    if output is not None and not (output.shape == words.shape and torch.equal(output.read(), words.read())):
+        raise CheckpointError(f"{place}: {OUTPUT} is not the word embedding, to which models here are tied; train it "
+                              "without --untie-embeddings-and-output-weights")
+    if (types := left.pop(_TOKEN_TYPES, None)) is not None:
+        model[_POSITIONS] = _with_first_type(model[_POSITIONS], types, place)
+        notes.append("the embedding of token type 0, which all residues have, was added to the position embeddings")
+    beside = [name for name in left if name.startswith(("pooler.", "binary_head."))]
+    if beside:
+        dropped = ", ".join(sorted({name.split(".")[0] for name in beside}))
+        notes.append(f"left out: {dropped}, which take no part in the masked language model")
+    if unknown := sorted(left.keys() - set(beside)):
+        raise CheckpointError(f"{place}: holds {unknown[0]}, which masked language models here have no place for; give "
+                              "a checkpoint of megatron-core's BERT")
+    return model, notes
+
+
+def _plain(theirs: str) -> str:
+    for plain, fused in FUSED.items():
+        theirs = theirs.replace(fused, plain)
+    return theirs
+
+
+def _check_shapes(model: Tensors, place: Path) -> None:
+    """Raises CheckpointError where the tensors are not of one model."""
+    words, width = model[WORDS], model["transformer.layers.0.mlp.dense_h_to_4h.weight"].shape[0]
+    rows = model["transformer.layers.0.attention.query_key_value.weight"].shape[0]
+    hidden = words.shape[-1]
+    inner = model["transformer.layers.0.attention.dense.weight"].shape[-1]
+    sizes = {"word_embeddings.weight": (words.shape[0], hidden), "lm_head.bias": (words.shape[0],),
+             "position_embeddings.weight": (model[_POSITIONS].shape[0], hidden),
+             "lm_head.dense.weight": (hidden, hidden),
+             "query_key_value.weight": (rows, hidden), "query_key_value.bias": (rows,),
+             "attention.dense.weight": (hidden, inner), "dense_h_to_4h.weight": (width, hidden),
+             "dense_h_to_4h.bias": (width,), "dense_4h_to_h.weight": (hidden, width)}
+    for ours, tensor in model.items():
+        expected = next((shape for ending, shape in sizes.items() if ours.endswith(ending)), (hidden,))
+        if tuple(tensor.shape) != expected:
+            raise CheckpointError(f"{place}: {their_name(ours)} is {list(tensor.shape)}, expected {list(expected)} "
+                                  "beside the others; gated or grouped layers have no place here, else copy it again")
+    if rows != 3 * inner:
+        raise CheckpointError(f"{place}: has {rows} rows of queries, keys and values, expected 3 x {inner}; models "
+                              "here have as many keys as queries, train it without --group-query-attention")
+
+
+def _with_first_type(positions: StoredTensor, types: StoredTensor, place: Path) -> StoredTensor:
+    """Positions plus the first row of `types`, in fp32: megatron-core's sum but for the rounding of its order."""
+    if len(types.shape) != 2 or not types.shape[0] or types.shape[1] != positions.shape[1]:
+        raise CheckpointError(f"{place}: {_TOKEN_TYPES} is {list(types.shape)}, expected [types, "
+                              f"{positions.shape[1]}]; copy it again")
+
+    def read(box: Box) -> Tensor:
+        return positions.read_box(box).float() + types.read_box((slice(0, 1), box[1])).float()
+
+    return one_piece(positions.shape, torch.float32, read)

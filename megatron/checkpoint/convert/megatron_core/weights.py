@@ -1,0 +1,65 @@
+"""A checkpoint's weights as megatron-core is to have them: its names, and no more of them than it can take."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron.checkpoint.convert.megatron_core.names import num_layers, their_name
+from megatron.checkpoint.convert.megatron_v2.names import parameter_names
+from megatron.checkpoint.convert.megatron_v2.places import LATEST, folder_name
+from megatron.checkpoint.convert.vocabulary import WORDS, rows_for, with_rows
+from megatron.checkpoint.stored import Checkpoint, StoredTensor
+from megatron.errors import CheckpointError, ConfigError
+from megatron.files import write_text
+
+
+@dataclass(frozen=True)
+class Weights:
+    """By megatron-core's names, in its order; `checkpoint` has the same under ours."""
+
+    checkpoint: Checkpoint
+    tensors: dict[str, StoredTensor]
+    dtype: torch.dtype
+
+    @property
+    def num_layers(self) -> int:
+        """Of the whole model."""
+        return num_layers(self.tensors)
+
+
+def weights_of(checkpoint: Checkpoint, tensor: int, pipeline: int) -> Weights:
+    """What is to be written for so many ranks: all in one dtype, with as many rows more of the vocabulary as they have.
+
+    Raises ConfigError where the model does not divide, CheckpointError where it is none of megatron-core's.
+    """
+    model, path = checkpoint.model, checkpoint.path
+    depth = sum(name.endswith(".attention.dense.bias") for name in model)
+    names = parameter_names(max(1, depth))
+    if wrong := sorted(set(names) ^ model.keys()):
+        raise CheckpointError(f"{path}: parameter {wrong[0]} is not one that megatron-core's BERT has, or is missing; "
+                              "only models of ProteinLM's kind can be written as its checkpoints")
+    heads = checkpoint.state.get("config", {}).get("num_attention_heads")
+    if not isinstance(heads, int):
+        raise CheckpointError(f"{path}: does not say how many attention heads it has, which megatron-core needs; save "
+                              "it with its configuration")
+    width = model["transformer.layers.0.mlp.dense_h_to_4h.bias"].shape[0]
+    for flag, ranks, what, size in (("tensor", tensor, "attention heads", heads),
+                                    ("tensor", tensor, "columns of the feed-forward layers", width),
+                                    ("pipeline", pipeline, "layers", depth)):
+        if ranks < 1 or size % ranks:
+            raise ConfigError(f"--target-{flag}-parallel-size is {ranks}, by which {size} {what} cannot be divided; "
+                              "give a divisor")
+    dtype = model[WORDS].dtype if model[WORDS].dtype in (torch.float16, torch.bfloat16) else torch.float32
+    padded = with_rows(checkpoint, rows_for(model[WORDS].shape[0], tensor, checkpoint))
+    return Weights(padded, {their_name(name): padded.model[name].to(dtype) for name in names}, dtype)
+
+
+def place_for(checkpoint: Checkpoint, folder: Path) -> Path:
+    """Where a checkpoint lies below a run's folder."""
+    return folder / folder_name(checkpoint.iteration)
+
+
+def point_to(checkpoint: Checkpoint, folder: Path) -> None:
+    """Make it the one that a run in `folder` goes on from; raises OSError."""
+    write_text(folder / LATEST, str(checkpoint.iteration or folder_name(0)))
