@@ -64,7 +64,7 @@ def fused_attention(query_und: Tensor, key_tnd: Tensor, value_tnd: Tensor, ends:
 
 
 def _has_flash(tensor: Tensor) -> bool:
-    return isinstance(tensor, FakeTensor) or torch.cuda.get_device_capability(tensor.device) >= (8, 0)
+    return tensor.is_meta or isinstance(tensor, FakeTensor) or torch.cuda.get_device_capability(tensor.device) >= (8, 0)
 
 
 @dataclass(frozen=True)

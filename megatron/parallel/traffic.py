@@ -34,6 +34,12 @@ class Traffic:
             self.calls[axis, operation] += times
             self.sent[axis, operation] += times * (rounds * num_bytes // num_ranks)
 
+    def include(self, other: "Traffic", times: int = 1) -> None:
+        """Count `times` what `other` has."""
+        for key, calls in other.calls.items():
+            self.calls[key] += times * calls
+            self.sent[key] += times * other.sent[key]
+
     def continued(self, later: "Traffic", factor: float) -> "Traffic":
         """This, and `factor` times what `later` has more."""
         def line(ours: Counter[Key], theirs: Counter[Key]) -> dict[Key, int]:

@@ -1,4 +1,4 @@
-"""How many bytes the fake tensors of a dry run would hold, now and at most, followed storage by storage."""
+"""How many bytes tensors without values, fake ones or those on `meta`, would hold: followed storage by storage."""
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -10,17 +10,18 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_map_only
 
 
 class MemoryWatch(TorchDispatchMode):
-    """Within this context `current` is the bytes of the fake tensors that operations have given, and are still there.
+    """Within this context `current` is the bytes of the tensors that operations have given, and are still there.
 
-    What an operation takes for itself and gives back before it ends is not seen. `at_growth` is called when more is
-    held than before, `counters` with each operation, its arguments and its results.
+    Only those without values count: others are data on the host. What an operation takes for itself and gives back
+    before it ends is not seen. `at_growth` is called when more is held than before, `counters` with each operation, its
+    arguments, and the tensors that it was given and gave.
     """
 
-    def __init__(self, counters: Sequence[Callable[[Any, Any, Any, Any], None]] = ()) -> None:
+    def __init__(self, counters: Sequence[Callable[[Any, Any, list[Tensor], list[Tensor]], None]] = ()) -> None:
         super().__init__()
         self._counters = counters
         self.at_growth: Callable[[], None] = lambda: None
@@ -48,20 +49,27 @@ class MemoryWatch(TorchDispatchMode):
         super().__exit__(kind, error, trace)
 
     def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
-        """Run `func` and follow what it gives. A value that the host asks of a fake tensor is 1: it has none."""
+        """Run `func` and follow what it gives. A value that the host asks of a tensor without values is 1."""
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # what counts are the operations on its local tensor
-        if FakeTensor not in types and any(isinstance(argument, Tensor) for argument in tree_iter((args, kwargs))):
+        kwargs = kwargs or {}
+        given = _tensors((*args, *kwargs.values()))
+        if given and all(map(_has_values, given)):
             with unset_fake_temporarily():  # data on the host, that is real, is to stay so
-                return func(*args, **(kwargs or {}))
+                return func(*args, **kwargs)
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1
-        results = func(*args, **(kwargs or {}))
+        if len({tensor.is_meta for tensor in given}) == 2:  # on one device, as the mode of fake tensors sees to as well
+            moved_args, moved_kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+            results = func(*moved_args, **moved_kwargs)
+        else:
+            results = func(*args, **kwargs)
+        new = _tensors((results,))
         for count in self._counters:
-            count(func, args, kwargs or {}, results)
-        for result in (results,) if isinstance(results, Tensor) else tree_iter(results):
-            if isinstance(result, FakeTensor):
-                self._follow(result.untyped_storage())
+            count(func, args, given, new)
+        for tensor in new:
+            if not _has_values(tensor):
+                self._follow(tensor.untyped_storage())
         return results
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
@@ -89,3 +97,17 @@ def num_bytes(tensors: Iterable[Tensor | None]) -> int:
     """The bytes of the tensors, of a DTensor those that are here; None counts 0."""
     here = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors if tensor is not None)
     return sum(tensor.numel() * tensor.element_size() for tensor in here)
+
+
+def _has_values(tensor: Tensor) -> bool:
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors(value)
+    return found

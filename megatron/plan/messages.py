@@ -19,9 +19,9 @@ def step_traffic(rank: Rank) -> Traffic:
         _shards(traffic, rank, stage)
     parameters, shards = rank.held, (rank.shards, rank.shard)
     if rank.sharding == "none":
-        _sums(traffic, "data", parameters, "size", shards, rank.replicas)
-    _sums(traffic, "tensor", parameters, "is_partial", shards, rank.sizes["tensor"])
-    _sums(traffic, "pipeline", parameters, "is_at_ends", shards, 2)
+        traffic.include(_sums("data", parameters, "size", shards, rank.replicas))
+    traffic.include(_sums("tensor", parameters, "is_partial", shards, rank.sizes["tensor"]))
+    traffic.include(_sums("pipeline", parameters, "is_at_ends", shards, 2))
     _scalars(traffic, rank, parameters)
     return traffic
 
@@ -29,10 +29,7 @@ def step_traffic(rank: Rank) -> Traffic:
 def _passes(traffic: Traffic, rank: Rank, stage: PlannedStage) -> None:
     """The collectives of the model; activations to the next stage, gradients to the one before."""
     times = rank.num_micro_batches
-    for piece, count in stage.counted_pieces.items():
-        for key, calls in piece.traffic.calls.items():
-            traffic.calls[key] += times * count * calls
-            traffic.sent[key] += times * count * piece.traffic.sent[key]
+    traffic.include(stage.traffic, times)
     if rank.sizes["pipeline"] > 1:
         ways = (not stage.part.is_last) + (not stage.part.is_first)
         traffic.add("pipeline", SEND, stage.hidden_bytes, 2, times * ways)
@@ -57,11 +54,13 @@ def _whole_units(held: Held, shards: int) -> Counter[int]:
     return Counter(unit.padded_size for unit in sharded_units(held, shards))
 
 
-def _sums(traffic: Traffic, axis: str, held: Held, which: str, shards: tuple[int, int], num_ranks: int) -> None:
+@cache
+def _sums(axis: str, held: Held, which: str, shards: tuple[int, int], num_ranks: int) -> Traffic:
     """Gradients (fp32) of the shares of those parameters that are `which`, summed in buckets."""
-    if num_ranks > 1:
-        for bucket in buckets(held, which, shards):
-            traffic.add(axis, ALL_REDUCE, 4 * bucket, num_ranks)
+    traffic = Traffic()
+    for bucket in buckets(held, which, shards):
+        traffic.add(axis, ALL_REDUCE, 4 * bucket, num_ranks)
+    return traffic
 
 
 @cache

@@ -7,12 +7,8 @@ from functools import cache, cached_property
 from itertools import groupby
 from typing import NamedTuple
 
-import torch
-
-from megatron.model.protein_model import compute_dtype
 from megatron.parallel.mesh import Axis, Mesh
 from megatron.parallel.placement import placement_of
-from megatron.parallel.tensor.copies import ComputeCopies
 from megatron.parallel.tensor.layers import Matrix
 from megatron.plan.memory_watch import num_bytes
 from megatron.plan.setting import Part, Setting
@@ -114,10 +110,7 @@ def held_by(setting: Setting, part: Part, has_pipeline: bool) -> Held:
 @cache
 def _with_one_block(setting: Setting, part: Part, has_pipeline: bool) -> list[Parameter]:
     mesh = Mesh(tensor=setting.tensor, context=setting.context)
-    with torch.device("meta"):
-        ends = Axis(0 if part.is_first else 1, 2) if has_pipeline else Axis()
-        model = setting.build(part, mesh, ends)
-        ComputeCopies(model.matrices(), compute_dtype(setting.precision))
+    model = setting.build(part, mesh, Axis(0 if part.is_first else 1, 2) if has_pipeline else Axis())
     copies = {id(layer.weight): num_bytes([layer.copy]) for layer in model.modules() if isinstance(layer, Matrix)}
     in_block = {id(parameter) for block in model.blocks() for parameter in block.parameters()}
     found = []

@@ -1,8 +1,9 @@
 """What the pieces of the model keep, take, send and compute, measured on the model itself: no formula knows its layers.
 
 A piece is what comes before the blocks, one block (or a group of blocks that are recomputed together), or what follows
-them. Each is built as a pipeline stage of its own and goes forward and backward on fake tensors, in a process group
-that sends nothing, once for each setting that a search asks for.
+them. Each is built as a pipeline stage of its own and goes forward and backward on `meta`, where tensors have sizes and
+no values, in a process group that sends nothing, once for each setting that a search asks for. (Fake tensors, which a
+dry run takes since FSDP2 needs them, cost three times as much.)
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,13 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron.data.batches.batch import Batch
-from megatron.model.protein_model import ProteinModel, compute_dtype
+from megatron.model.protein_model import ProteinModel
 from megatron.parallel.mesh import Mesh, build_axis
 from megatron.parallel.pipeline.deferral import WeightGradients, put_off_weight_gradients
-from megatron.parallel.tensor.copies import ComputeCopies
 from megatron.parallel.traffic import Traffic, TrafficCounter
 from megatron.plan.memory_watch import MemoryWatch, num_bytes
 from megatron.plan.setting import Part, Setting
@@ -113,19 +112,17 @@ def _watched(setting: Setting, part: Part, puts_off: bool) -> Piece:
     work = WorkCounter()
     with _fake_mesh(setting) as mesh:
         counter = TrafficCounter(mesh)
-        with MemoryWatch([counter.count, work.count]) as watch, FakeTensorMode(allow_non_fake_inputs=True):
+        with MemoryWatch([counter.count, work.count]) as watch:
             model = setting.build(part, mesh)
-            copies = ComputeCopies(model.matrices(), compute_dtype(setting.precision))  # noqa: F841  (as training does)
             run = _Run(model, setting, watch, puts_off)
-            return Piece(**run.passes(setting.batch.to(mesh.device)), num_blocks=part.num_blocks,
+            return Piece(**run.passes(setting.batch), num_blocks=part.num_blocks,
                          gradients=num_bytes(model.parameters()), traffic=counter.traffic, flops=work.flops,
                          moved=work.moved)
 
 
 @cache
 def _can_put_off(setting: Setting, part: Part) -> bool:
-    with torch.device("meta"):
-        return any(hasattr(module, "deferral") for module in setting.build(part, Mesh()).modules())
+    return any(hasattr(module, "deferral") for module in setting.build(part, Mesh()).modules())
 
 
 @contextmanager
@@ -166,7 +163,7 @@ class _Run:
         self._shape = model.stream.num_tokens_here(setting.num_rows * setting.data.seq_length), model.hidden_size
         if puts_off:
             put_off_weight_gradients(model, self._waiting)
-        self._gate = torch.zeros((), requires_grad=True)
+        self._gate = torch.zeros((), device="meta", requires_grad=True)
         self._gradients = []
         for parameter in model.parameters():
             gradient = parameter.grad = torch.empty_like(parameter)
@@ -202,7 +199,7 @@ class _Run:
                 "end": self._end - base - kept_input, "in_late": self._noted(base + put_off)}
 
     def _received(self) -> Tensor:
-        return torch.empty(self._shape, dtype=self._model.stream_dtype)
+        return torch.empty(self._shape, dtype=self._model.stream_dtype, device="meta")
 
     def _mark_end(self) -> None:
         self._end = self._watch.current

@@ -1,15 +1,14 @@
 """One rank of a layout: its place in the grid, its stages, its micro-batches."""
 
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, cached_property
 
-from megatron.config import Config
+from megatron.config import Config, ParallelConfig
 from megatron.data.corpus.vocab import DEFAULT_VOCAB, Vocab
 from megatron.model.protein_model import compute_dtype
 from megatron.parallel.mesh import Axis, grid_sizes
 from megatron.parallel.pipeline.partition import stages_of_rank
+from megatron.parallel.traffic import Traffic
 from megatron.plan.parameters import Held, held_by, together
 from megatron.plan.pieces import Piece, measured
 from megatron.plan.setting import Part, Setting, setting_of
@@ -18,7 +17,7 @@ from megatron.plan.setting import Part, Setting, setting_of
 # A search asks for the same few stages thousands of times: they are made once, and known by their identity.
 @dataclass(frozen=True, eq=False)
 class PlannedStage:
-    """A part of the model on a rank: its parameters and its pieces, in their order, and how often each comes.
+    """A part of the model on a rank: its parameters, and its pieces in their order.
 
     `hidden_bytes`: of the hidden states of a micro-batch between two pieces, on this rank.
     """
@@ -26,8 +25,24 @@ class PlannedStage:
     part: Part
     held: Held
     pieces: tuple[Piece, ...]
-    counted_pieces: Mapping[Piece, int]
     hidden_bytes: int
+
+    @cached_property
+    def traffic(self) -> Traffic:
+        """What the collectives of its passes send for a micro-batch."""
+        traffic = Traffic()
+        for piece in self.pieces:
+            traffic.include(piece.traffic)
+        return traffic
+
+    @cached_property
+    def flops(self) -> int:
+        """Of its passes of a micro-batch, as `moved`, the bytes that go through memory."""
+        return sum(piece.flops for piece in self.pieces)
+
+    @cached_property
+    def moved(self) -> int:
+        return sum(piece.moved for piece in self.pieces)
 
 
 @dataclass(frozen=True)
@@ -62,7 +77,7 @@ class Rank:
         parallel = self.config.parallel
         return 1 if parallel.data_parallel_sharding == "none" else parallel.shard_within or self.replicas
 
-    @property
+    @cached_property
     def sharding(self) -> str:
         """What is shared out; none where there is nobody to share with."""
         return self.config.parallel.data_parallel_sharding if self.shards > 1 else "none"
@@ -73,12 +88,10 @@ class Rank:
         return (self.place["data"] * self.sizes["context"] + self.place["context"]) % self.shards
 
     @cached_property
-    def stages(self) -> list[PlannedStage]:
+    def stages(self) -> tuple[PlannedStage, ...]:
         """The stages of this pipeline rank."""
-        stages = stages_of_rank(self.config.model.num_layers, self.config.parallel, self.place["pipeline"])
-        # The blocks of a model are all alike.
-        return [_planned(self.setting, Part(stage.is_first, len(stage.layers), stage.is_last),
-                         self.sizes["pipeline"] > 1, self.puts_off) for stage in stages]
+        parts = _parts(self.config.model.num_layers, self.config.parallel, self.place["pipeline"])
+        return tuple(_planned(self.setting, part, self.sizes["pipeline"] > 1, self.puts_off) for part in parts)
 
     @cached_property
     def held(self) -> Held:
@@ -100,11 +113,9 @@ class Rank:
     def setting(self) -> Setting:
         """All that the pieces of the model depend on."""
         config = self.config
-        # Of the model's depth a piece knows nothing.
-        return setting_of(replace(config.model, num_layers=1), config.precision, config.data,
-                          config.training.micro_batch_size, padded_vocab_size(config), self._axis("tensor"),
-                          config.parallel.sequence_parallel, self._axis("context"),
-                          self.sharding != "none" and self.width < 4)
+        return setting_of(config.model, config.precision, config.data, config.training.micro_batch_size,
+                          padded_vocab_size(config), self._axis("tensor"), config.parallel.sequence_parallel,
+                          self._axis("context"), self.sharding != "none" and self.width < 4)
 
     @property
     def width(self) -> int:
@@ -116,13 +127,20 @@ class Rank:
 
 
 @cache
+def _parts(num_layers: int, parallel: ParallelConfig, place: int) -> list[Part]:
+    """The stages of a pipeline rank; the blocks of a model are all alike."""
+    return [Part(stage.is_first, len(stage.layers), stage.is_last)
+            for stage in stages_of_rank(num_layers, parallel, place)]
+
+
+@cache
 def _planned(setting: Setting, part: Part, has_pipeline: bool, puts_off: bool) -> PlannedStage:
     size, num_blocks = setting.blocks_a_piece, part.num_blocks
     groups = [size] * (num_blocks // size) + [num_blocks % size] * (num_blocks % size > 0)
     parts = [Part(True, 0, False)] * part.is_first + [Part(False, group, False) for group in groups]
     parts += [Part(False, 0, True)] * part.is_last
     pieces = tuple(measured(setting, one, puts_off) for one in parts)
-    return PlannedStage(part, held_by(setting.of_parameters, part, has_pipeline), pieces, Counter(pieces),
+    return PlannedStage(part, held_by(setting.of_parameters, part, has_pipeline), pieces,
                         measured(setting, Part(False, 1, False), puts_off).input)
 
 

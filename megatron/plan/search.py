@@ -96,8 +96,9 @@ def _fitting(config: Config, machine: Machine, settled: set[str]) -> tuple[list[
         if least is None or memory.peak < least.peak:
             least = memory
         if memory.peak <= machine.memory:
-            plans.append(Plan(candidate, ranks[0].sizes, memory, step_traffic(ranks[0]),
-                              step_time(ranks, gpu, peak, machine.gpus_per_node)))
+            traffics = [step_traffic(rank) for rank in ranks]
+            plans.append(Plan(candidate, ranks[0].sizes, memory, traffics[0],
+                              step_time(ranks, traffics, gpu, peak, machine.gpus_per_node)))
     return plans, least
 
 
@@ -113,7 +114,9 @@ def candidates(config: Config, machine: Machine, settled: Collection[str]) -> It
                                      if size <= config.model.num_layers])
     shardings = choices("sharding", [{"data_parallel_sharding": "none"}, {"DDP_impl": "torch"}, *(
         {"data_parallel_sharding": what} for what in ("optimizer", "gradients", "parameters"))])
-    recomputations = _recomputations(config)
+    recomputations = _recomputations(config) if "recompute" not in settled else []
+    models = [replace(config.model, **recompute) for recompute in choices("recompute", recomputations)]
+    trainings = [replace(config.training, **rows) for rows in choices("rows", _rows())]
     for tensor, pipeline in itertools.product(tensors, pipelines):
         grid = _with_parallel(config, **tensor, **pipeline)
         # Sharing the tokens out as well costs nothing.
@@ -122,8 +125,7 @@ def candidates(config: Config, machine: Machine, settled: Collection[str]) -> It
         schedules = choices("schedule", list(_schedules(grid)))
         for schedule, sharding in itertools.product(schedules, shardings):
             layout = _with_parallel(grid, **sequence, **schedule, **sharding)
-            for rows, recompute in itertools.product(choices("rows", _rows()), choices("recompute", recomputations)):
-                training, model = replace(layout.training, **rows), replace(layout.model, **recompute)
+            for training, model in itertools.product(trainings, models):
                 candidate = replace(layout, training=training, model=model)
                 if _works(candidate, machine.num_gpus):
                     yield candidate

@@ -4,12 +4,15 @@ from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 from typing import Any, NamedTuple
 
+import torch
+
 from megatron.config import DataConfig, ModelConfig, PrecisionConfig
 from megatron.data.batches.batch import Batch
 from megatron.data.batches.typical import typical_batch
 from megatron.model.protein_model import ProteinModel, compute_dtype
 from megatron.parallel.mesh import Axis, Mesh
 from megatron.parallel.pipeline.partition import Stage
+from megatron.parallel.tensor.copies import ComputeCopies
 from megatron.parallel.tensor.stream import Stream
 
 _ONE_END = Axis()
@@ -68,11 +71,15 @@ class Setting:
         return _batch(self.data, self.num_rows, self.stream(Mesh(tensor=self.tensor, context=self.context)))
 
     def build(self, part: "Part", mesh: Mesh, ends: Axis = _ONE_END) -> ProteinModel:
-        """The part of the model, without values, as the pipeline stage that it can be."""
-        model = ProteinModel(self.model, self.precision, self.padded_vocab_size, self.stream(mesh), part.stage, ends)
-        if self.is_gathered:
-            for parameter in model.parameters():
-                parameter.data = parameter.data.to(compute_dtype(self.precision))
+        """The part of the model on `meta`, as the pipeline stage that it can be, with copies for matrix products."""
+        dtype = compute_dtype(self.precision)
+        with torch.device("meta"):
+            model = ProteinModel(self.model, self.precision, self.padded_vocab_size, self.stream(mesh), part.stage,
+                                 ends)
+            if self.is_gathered:
+                for parameter in model.parameters():
+                    parameter.data = parameter.data.to(dtype)
+            ComputeCopies(model.matrices(), dtype)
         return model
 
     def stream(self, mesh: Mesh) -> Stream:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from megatron.model.flops import model_flops
 from megatron.parallel.traffic import ALL_REDUCE, Traffic
 from megatron.plan.gpus import BANDWIDTH_SHARE, MATRIX_SHARE, Gpu
-from megatron.plan.messages import step_traffic
 from megatron.plan.parameters import share_size
 from megatron.plan.rank import Rank
 
@@ -34,11 +33,11 @@ class StepTime:
     mfu: float
 
 
-def step_time(ranks: list[Rank], gpu: Gpu, peak: float, gpus_per_node: int) -> StepTime:
-    """The estimate from `ranks`, one for each pipeline rank that may be the slowest; `peak` in FLOP/s."""
+def step_time(ranks: list[Rank], traffics: list[Traffic], gpu: Gpu, peak: float, gpus_per_node: int) -> StepTime:
+    """The estimate from pipeline ranks that may be the slowest, and what each sends in a step; `peak` in FLOP/s."""
     rank = ranks[0]
-    pass_s, after_s = (max(values) for values in zip(*(_rank_seconds(one, gpu, peak, gpus_per_node) for one in ranks),
-                                                     strict=True))
+    pass_s, after_s = (max(values) for values in zip(*(
+        _rank_seconds(*each, gpu, peak, gpus_per_node) for each in zip(ranks, traffics, strict=True)), strict=True))
     idle = bubble_micro_batches(rank)
     passes_s = (rank.num_micro_batches + idle) * pass_s
     batch = rank.setting.batch
@@ -59,9 +58,8 @@ def bubble_micro_batches(rank: Rank) -> float:
     return waiting / 3 if rank.config.parallel.pipeline_schedule == "zero-bubble" else waiting / len(rank.stages)
 
 
-def _rank_seconds(rank: Rank, gpu: Gpu, peak: float, gpus_per_node: int) -> tuple[float, float]:
+def _rank_seconds(rank: Rank, traffic: Traffic, gpu: Gpu, peak: float, gpus_per_node: int) -> tuple[float, float]:
     """Seconds of the passes of one micro-batch, and of what follows the last pass."""
-    traffic = step_traffic(rank)
     seconds = {axis: _message_seconds(traffic, axis, rank, gpu, gpus_per_node) for axis in rank.sizes}
     compute_s = compute_seconds(rank, gpu, peak)
     waits_s = (_TENSOR_EXPOSED * seconds["tensor"] + seconds["context"] + _PIPELINE_EXPOSED * seconds["pipeline"])
@@ -73,9 +71,8 @@ def _rank_seconds(rank: Rank, gpu: Gpu, peak: float, gpus_per_node: int) -> tupl
 
 def compute_seconds(rank: Rank, gpu: Gpu, peak: float) -> float:
     """Seconds of arithmetic and memory traffic of one micro-batch's passes through the rank's stages."""
-    pieces = [item for stage in rank.stages for item in stage.counted_pieces.items()]
-    return (sum(count * piece.flops for piece, count in pieces) / (peak * MATRIX_SHARE)
-            + sum(count * piece.moved for piece, count in pieces) / (gpu.memory_bandwidth * 1e9 * BANDWIDTH_SHARE))
+    return (sum(stage.flops for stage in rank.stages) / (peak * MATRIX_SHARE)
+            + sum(stage.moved for stage in rank.stages) / (gpu.memory_bandwidth * 1e9 * BANDWIDTH_SHARE))
 
 
 def _message_seconds(traffic: Traffic, axis: str, rank: Rank, gpu: Gpu, gpus_per_node: int) -> float:

@@ -4,7 +4,7 @@ An operation moves each tensor that it is given once, and each that it gives, ch
 and collectives move nothing.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -25,9 +25,9 @@ class WorkCounter:
     def __init__(self) -> None:
         self.flops = self.moved = 0
 
-    def count(self, func: Any, args: Any, kwargs: Any, results: Any) -> None:
+    def count(self, func: Any, args: Any, given: list[Tensor], new: list[Tensor]) -> None:
         """Count an operation that is done."""
-        self.moved += sum(tensor.numel() * tensor.element_size() for tensor in _moved(func, args, kwargs, results))
+        self.moved += sum(tensor.numel() * tensor.element_size() for tensor in _moved(func, given, new))
         packet = func._overloadpacket
         if packet in _ATTENTION:
             # Boundaries of proteins, of queries and of keys: real ones, since they lie on the host.
@@ -50,21 +50,13 @@ class WeightBytes:
     def __init__(self, shapes: Collection[tuple[int, ...]] = ()) -> None:
         self.num_bytes, self.shapes = 0, {tuple(sorted(shape)) for shape in shapes}
 
-    def count(self, func: Any, args: Any, kwargs: Any, results: Any) -> None:
+    def count(self, func: Any, args: Any, given: list[Tensor], new: list[Tensor]) -> None:
         """Count an operation that is done."""
-        self.num_bytes += sum(tensor.numel() * tensor.element_size() for tensor in _moved(func, args, kwargs, results)
+        self.num_bytes += sum(tensor.numel() * tensor.element_size() for tensor in _moved(func, given, new)
                               if tuple(sorted(tensor.shape)) in self.shapes)
 
 
-def _moved(func: Any, args: Any, kwargs: Any, results: Any) -> Iterable[Tensor]:
+def _moved(func: Any, given: list[Tensor], new: list[Tensor]) -> list[Tensor]:
     if func.namespace != "aten" or func.is_view or "empty" in func.__name__:
-        return ()
-    return [*{id(tensor): tensor for tensor in _tensors((*args, *kwargs.values()))}.values(), *_tensors((results,))]
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
+        return []
+    return [*{id(tensor): tensor for tensor in given}.values(), *new]
