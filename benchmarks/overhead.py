@@ -56,7 +56,7 @@ def our_step(config: Config, batches: list[Batch], device: torch.device) -> Call
 def plain_step(config: Config, batches: list[Batch], device: torch.device) -> Callable[[], object]:
     """The same in plain PyTorch."""
     model = ProteinModel(config.model, config.precision, VOCABULARY)
-    initialise(model, 1)
+    initialise(dict(model.named_parameters()), 1)
     for parent in list(model.modules()):
         for name, layer in parent.named_children():
             if isinstance(layer, ColumnParallelLinear | RowParallelLinear):

@@ -19,9 +19,12 @@ from megatron.checkpoint.stored import Box, Piece, StoredTensor
 from megatron.checkpoint.tensor_file import FileFacts, facts_of_file, read_box
 from megatron.errors import CheckpointError
 from megatron.files import write_text
+from megatron.log import Log
+from megatron.parallel.mesh import Axis
 
 MANIFEST = "manifest.json"
 VERSION = 2
+_ALONE = Axis()
 PieceFacts = tuple[tuple[int, ...], tuple[int, ...], str]
 
 
@@ -110,6 +113,24 @@ def read_manifest(place: Path) -> Manifest:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} is damaged, or was cut off") from None
+
+
+def check_files(place: Path, log: Log, share: Axis = _ALONE, with_optimizer: bool = True) -> None:
+    """Read the files of a folder that has a manifest through, this rank its `share` of them.
+
+    Raises CheckpointError where one is not as it was written.
+    """
+    if not (place / MANIFEST).exists():
+        return
+    manifest = read_manifest(place)
+    names = [name for name in manifest.files if with_optimizer or not name.startswith("optimizer")]
+    mine = names[share.rank::share.size]
+    num_bytes = sum(manifest.files[name].num_bytes for name in mine)
+    bar = log.progress(num_bytes, 0, unit="B", label=f"checking {place.name}")
+    try:
+        manifest.check_sums(place, mine, bar.update)
+    finally:
+        bar.close()
 
 
 def _tensor_facts(facts: dict[str, Any]) -> TensorFacts:

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint import store
-from megatron.checkpoint.convert.formats import foreign
+from megatron.checkpoint.convert.formats import Format, foreign
+from megatron.checkpoint.convert.torch_files import check_torch_file
 from megatron.checkpoint.stored import Checkpoint
 from megatron.errors import CheckpointError
 from megatron.log import Log
@@ -15,18 +16,19 @@ from megatron.parallel.mesh import Axis
 def newest(folder: str, world: Axis, log: Log, with_optimizer: bool = True) -> Checkpoint | None:
     """The checkpoint to go on from, the same on all ranks, which call this together; None where there is none.
 
-    Raises CheckpointError, on one rank at least, where none can be read.
+    Raises CheckpointError, on all ranks, where none can be read.
     """
-    known = foreign(Path(folder))
-    kinds = everyones(known is not None, world)
-    if len(set(kinds)) > 1:
-        raise CheckpointError(f"{folder} does not hold the same on all hosts; give a folder that they share")
-    if known is None:
-        return store.find(folder, world, log, with_optimizer)
-    checkpoint = known.read(Path(folder))
-    for note in checkpoint.state.get("notes", ()):
-        log.line(f"note: {note}")
-    return checkpoint
+    place = Path(folder)
+    known = foreign(place)
+    if any(everyones(known is not None, world)):
+        checkpoint, wrong = _foreign(known, place, world)
+        why = next(filter(None, everyones(wrong, world)), None)
+        if why is not None:
+            raise CheckpointError(why)
+        for note in checkpoint.state.get("notes", ()) if checkpoint is not None else ():
+            log.line(f"note: {note}")
+        return checkpoint
+    return store.find(folder, world, log, with_optimizer)
 
 
 def saved_flags(folder: str) -> dict[str, Any]:
@@ -38,3 +40,16 @@ def saved_flags(folder: str) -> dict[str, Any]:
         return known.read(Path(folder)).state["config"]
     except CheckpointError:  # what is wrong is said where it is loaded
         return {}
+
+
+def _foreign(known: Format | None, place: Path, world: Axis) -> tuple[Checkpoint | None, str | None]:
+    """The checkpoint of another program, or what is wrong with it; the ranks share out the reading of its files."""
+    if known is None:
+        return None, f"{place} does not hold the same on all hosts; give a folder that they share"
+    try:
+        checkpoint = known.read(place)
+        for file in sorted(checkpoint.path.rglob("*.pt"))[world.rank::world.size]:
+            check_torch_file(file)
+        return checkpoint, None
+    except CheckpointError as error:
+        return None, str(error)

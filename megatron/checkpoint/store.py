@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.manifest import MANIFEST, read_manifest
+from megatron.checkpoint.manifest import MANIFEST, check_files, read_manifest
 from megatron.checkpoint.stored import Checkpoint
 from megatron.checkpoint.whole import MODEL, read_whole
 from megatron.errors import CheckpointError
@@ -45,7 +45,7 @@ def find(folder: str, world: Axis, log: Log, with_optimizer: bool = True) -> Che
     root = Path(folder)
     if (root / MODEL).exists() or (root / MANIFEST).exists():
         raise CheckpointError(f"{folder} is one checkpoint, not the folder of a run; give {root.resolve().parent}")
-    note, places = _in_order(root)
+    note, places = in_order(root)
     names = everyones([place.name for place in places], world)[0]
     if note is not None:
         log.line(note)
@@ -75,7 +75,7 @@ def open_place(place: Path, with_optimizer: bool = True) -> Checkpoint:
 def saved_flags(folder: str) -> dict[str, Any]:
     """The flags of the run in a folder, by their fields' names, as the first checkpoint to try has them; {} if none."""
     try:
-        return open_place(_in_order(Path(folder))[1][0]).state["config"]
+        return open_place(in_order(Path(folder))[1][0]).state["config"]
     except (CheckpointError, IndexError, KeyError):  # what is wrong is said where it is loaded
         return {}
 
@@ -157,7 +157,7 @@ def note_validation(place: Path, loss: float) -> None:
     new.replace(link)
 
 
-def _in_order(root: Path) -> tuple[str | None, list[Path]]:
+def in_order(root: Path) -> tuple[str | None, list[Path]]:
     """What is to be said of the order in which to try the checkpoints, and that order."""
     places = iterations(root)
     newest_first = sorted(places, key=lambda number: (written_s(places[number]), number), reverse=True)
@@ -185,16 +185,7 @@ def _opened(place: Path, world: Axis, log: Log, with_optimizer: bool) -> tuple[C
         if not place.is_dir():
             raise CheckpointError(f"{place} is not there on this host; give a folder that all hosts share")
         checkpoint = open_place(place, with_optimizer)
-        if (place / MANIFEST).exists():
-            manifest = read_manifest(place)
-            files = [name for name in manifest.files if with_optimizer or not name.startswith("optimizer")]
-            mine = files[world.rank::world.size]
-            total = sum(manifest.files[name].num_bytes for name in mine)
-            bar = log.progress(total, 0, unit="B", label=f"checking {place.name}")
-            try:
-                manifest.check_sums(place, mine, bar.update)
-            finally:
-                bar.close()
+        check_files(place, log, world, with_optimizer)
         return checkpoint, None
     except CheckpointError as error:
         return None, str(error)

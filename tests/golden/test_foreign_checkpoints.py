@@ -54,6 +54,20 @@ def test_megatron_cores_weights_are_taken_as_the_originals(original, corpus, tmp
     assert train(corpus, tmp_path / "core", tmp_path / "run", "--finetune") == direct
 
 
+def test_a_flipped_bit_and_a_missing_rank_are_said_in_one_line(corpus, tmp_path, capsys):
+    place = write_original(tmp_path / "made", tensor=2)
+    file = place / "mp_rank_01" / "model_optim_rng.pt"
+    content, at = file.read_bytes(), wholes()["transformer.layers.1.mlp.dense_4h_to_h.bias"].numpy().tobytes()
+    flags = [*map(str, [*RUN, "--data-path", corpus, "--load", tmp_path / "made", "--save", tmp_path / "run"])]
+    for damaged in (content.replace(at, bytes([at[0] ^ 1]) + at[1:]), content[:-200], b"", None):
+        file.unlink() if damaged is None else file.write_bytes(damaged)
+        assert main(flags) == 2
+        errors = capsys.readouterr().err
+        assert errors.startswith(f"error: {place}") and errors.count("\n") == 1
+        # Each rank reads the file that is its own, if any, and all come to the same end.
+        assert run_on_ranks(*flags, "--tensor-model-parallel-size", 2, ranks=2) == [2, 2]
+
+
 def test_weights_alone_are_not_gone_on_from_but_taken(corpus, tmp_path, capsys):
     write_original(tmp_path / "weights", with_optimizer=False)
     arguments = [*map(str, [*RUN, "--data-path", corpus, "--load", tmp_path / "weights", "--save", tmp_path / "run"])]

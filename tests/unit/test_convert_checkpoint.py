@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron.checkpoint.convert.conversion import convert
 from megatron.checkpoint.convert.formats import FORMATS, recognised
 from megatron.errors import CheckpointError
+from megatron.log import Log
 from tests.megatron_checks import check_values
 from tests.megatron_files import ROWS, wholes, write_original
 from tools import convert_checkpoint, merge_mp_partitions
@@ -121,6 +123,18 @@ def test_damage_in_a_conversion_leaves_nothing_behind(saver, tmp_path):
     with pytest.raises(CheckpointError, match="checksum"):
         FORMATS[saver].write(checkpoint, tmp_path / "written")
     assert list((tmp_path / "written").iterdir()) == []
+
+
+def test_a_flipped_bit_in_our_own_files_is_found_before_a_conversion(tmp_path):
+    checkpoint = FORMATS["megatron-v2"].read(write_original(tmp_path / "made"))
+    file = FORMATS["sharded"].write(checkpoint, tmp_path / "ours") / "optimizer-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="optimizer-00000.safetensors is damaged"):
+        convert(tmp_path / "ours", tmp_path / "written", "auto", "whole", tensor=1, pipeline=1, iteration=None,
+                vocab_size=None, log=Log(is_speaker=False))
+    assert not (tmp_path / "written").exists()
 
 
 STREAMED = """

@@ -16,7 +16,9 @@ NAME = "prot\udce9ines"  # what Python makes of a Latin-1 name
 DOORS = {"tools/preprocess_data.py": ["--input", NAME, "--output-prefix", "x"],
          "tools/plan_layout.py": ["--gpus", "1", "--gpu", "h100-80gb", f"--{NAME}"],
          "protein_tools/fasta2json.py": [NAME, "x"], "protein_tools/lmdb2json.py": [NAME, "x"],
-         "pretrain_tape.py": [f"--{NAME}"]}
+         "tools/convert_checkpoint.py": ["--load-dir", NAME, "--save-dir", "x", "--saver", "whole"],
+         "tools/merge_mp_partitions.py": ["--model-type", "BERT", "--load", NAME],
+         "tools/inspect_checkpoint.py": ["x", f"--{NAME}"], "pretrain_tape.py": [f"--{NAME}"]}
 
 
 def ascii_stream(monkeypatch, name: str) -> io.BytesIO:
@@ -46,8 +48,8 @@ def test_every_door_names_a_path_that_is_no_text(monkeypatch, door):
     spec = importlib.util.spec_from_file_location("door", ROOT / door)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    taken = {"protein_tools": ("fasta", ""), "tools/preprocess_data.py": ()}  # others take their arguments themselves
-    assert module.main(*taken.get(door, taken.get(Path(door).parts[0], (DOORS[door],)))) == 2
+    given = {"protein_tools": ("fasta", ""), "pretrain_tape.py": (DOORS[door],), "tools/plan_layout.py": (DOORS[door],)}
+    assert module.main(*given.get(door, given.get(Path(door).parts[0], ()))) == 2  # others take theirs themselves
     assert b"prot\\udce9ines" in written.getvalue()
 
 

@@ -18,8 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron.config.command_line import parse
 from megatron.data.batches.batch import BatchShape, collate
 from megatron.data.rows.packed import Row
+from megatron.model.protein_model import ProteinModel, compute_dtype
+from megatron.parallel.data.data_parallel import data_parallel
 from megatron.parallel.mesh import Mesh, build_mesh
-from megatron.train.engine import build_engine
+from megatron.train.engine import build_stages, with_optimizer
 from megatron.train.meters import Meters
 from megatron.train.step import TrainStep
 from tests.ranks.launch import warm_processes
@@ -108,7 +110,9 @@ def watched_step(ranks: int, flags: list[str], disturb: bool) -> tuple[list[str]
     watch = Watch()
     with FakeTensorMode(allow_non_fake_inputs=True):
         with device, patch.object(torch, "tensor", _without_values):
-            engine = build_engine(config, mesh, 128)
+            stages = build_stages(config, mesh, 128)
+            model = data_parallel(stages, ProteinModel.blocks, mesh, config.parallel, compute_dtype(config.precision))
+            engine = with_optimizer(config, mesh, 128, stages, model)
         step = TrainStep(engine, Meters(mesh.world, device))
         num_micro_batches = max(1, (config.training.global_batch_size or 0) // (2 * mesh.data.size))
         with watch:

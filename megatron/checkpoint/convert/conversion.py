@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron.checkpoint.convert.formats import AUTO, FORMATS, WEIGHTS_ALONE, recognised
 from megatron.checkpoint.convert.vocabulary import trimmed
+from megatron.checkpoint.manifest import check_files
 from megatron.checkpoint.stored import Box, Checkpoint, StoredTensor, one_piece
 from megatron.errors import ConfigError
 from megatron.log import Log
@@ -25,6 +26,7 @@ def convert(source: Path, target: Path, loader: str, saver: str, *, tensor: int,
     name = recognised(source) if loader == AUTO else loader
     checkpoint = FORMATS[name].read(source, iteration)
     log.line(f"reading {checkpoint.path} ({name}): {describe(checkpoint)}")
+    check_files(checkpoint.path, log)
     for note in checkpoint.state.get("notes", ()):
         log.line(f"note: {note}")
     if saver in WEIGHTS_ALONE and checkpoint.optimizer is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron.checkpoint.convert.formats import AUTO, FORMATS, recognised
-from megatron.checkpoint.manifest import MANIFEST, read_manifest
+from megatron.checkpoint.manifest import check_files
 from megatron.checkpoint.stored import Checkpoint, StoredTensor, Tensors
 from megatron.errors import CheckpointError
 from megatron.log import Log
@@ -36,7 +36,7 @@ def inspect(path: Path, loader: str, iteration: int | None, log: Log) -> bool:
     for line in _facts(checkpoint):
         log.line(f"  {line}")
     try:
-        _check_files(checkpoint.path, log)
+        check_files(checkpoint.path, log)
         sums = [_told(kind, tensors, log) for kind, tensors in _kinds(checkpoint).items()]
     except CheckpointError as error:
         log.line(f"not whole: {error}")
@@ -90,17 +90,6 @@ def _told(kind: str, tensors: Tensors, log: Log) -> _Sum:
     log.line(f"    in all {total.num_tensors} tensors, {total.num_values:,} numbers, {_size(total.num_bytes)}, "
              f"norm {math.sqrt(total.square):.6g}")
     return total
-
-
-def _check_files(place: Path, log: Log) -> None:
-    """Raises CheckpointError where files with a manifest are not as they were written."""
-    if (place / MANIFEST).exists():
-        manifest = read_manifest(place)
-        bar = log.progress(sum(facts.num_bytes for facts in manifest.files.values()), 0, unit="B", label="checking")
-        try:
-            manifest.check_sums(place, manifest.files, bar.update)
-        finally:
-            bar.close()
 
 
 def _shown(value: object) -> str:

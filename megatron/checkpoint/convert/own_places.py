@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron.checkpoint.store import LATEST, STATE, iterations
+from megatron.checkpoint.store import STATE, in_order, iterations
 from megatron.errors import CheckpointError, ConfigError
 
 
@@ -13,18 +13,11 @@ def place_in(path: Path, iteration: int | None = None) -> Path:
     """
     if (path / STATE).is_file():
         return path
-    places = iterations(path)
-    if iteration is None:
-        try:
-            iteration = int((path / LATEST).read_text(encoding="utf-8", errors="replace"))
-        except (OSError, ValueError):
-            iteration = None
-        if iteration not in places:
-            iteration = max(places, default=None)
-    if iteration not in places:
+    places = in_order(path)[1] if iteration is None else [iterations(path).get(iteration)]
+    place = places[0] if places else None
+    if place is None:
         what = "checkpoint" if iteration is None else f"iteration {iteration}"
         raise CheckpointError(f"{path} holds no {what}; give the folder of a run, or of one of its checkpoints")
-    place = places[iteration]
     if not (place / STATE).is_file():
         raise CheckpointError(f"{place} is not of this program: it has no {STATE}; give the format that it is of")
     return place

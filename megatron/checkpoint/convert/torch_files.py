@@ -43,6 +43,23 @@ def read_torch_file(path: Path, begin: int = 0, num_bytes: int | None = None) ->
         raise CheckpointError(f"{path}: {error}; nothing of it was run, get the file from where you trust it") from None
 
 
+def check_torch_file(path: Path) -> None:
+    """Read a file through; raises CheckpointError where a record is not what its checksum says.
+
+    The form before torch 1.6 has no checksums.
+    """
+    try:
+        if not zipfile.is_zipfile(path):
+            return
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()
+    except Exception as error:  # damage can raise nearly anything in zipfile
+        raise CheckpointError(f"{path}: damaged, or cut off ({' '.join(str(error).split())[:200]}); copy it "
+                              "again") from None
+    if wrong is not None:
+        raise CheckpointError(f"{path}: its record {wrong[:60]!r} is not what its checksum says; copy it again")
+
+
 class _Window(io.RawIOBase):
     """A part of a file, as if it were one."""
 
