@@ -28,7 +28,7 @@ from megatron.config import CheckpointConfig
 from megatron.errors import CheckpointError
 from megatron.files import left_over, write_json
 from megatron.log import Log
-from megatron.parallel.mesh import Mesh
+from megatron.parallel.mesh import Axis, Mesh
 from megatron.parallel.placement import Part, placement_of
 
 
@@ -39,18 +39,29 @@ def parts_of(model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> di
                     for key, tensor in optimizer.items()}
 
 
+def share_of(parts: Parts, copies: Axis) -> dict[str, Part]:
+    """Those of `parts` that this rank writes, of `copies`, which all have the same: as many bytes as the others."""
+    shares: list[dict[str, Part]] = [{} for _ in range(copies.size)]
+    taken = [0] * copies.size
+    for key, part in sorted(parts.items(), key=lambda item: (-item[1].tensor.numel(), item[0])):
+        rank = taken.index(min(taken))
+        shares[rank][key] = part
+        taken[rank] += part.tensor.numel() * part.tensor.element_size()
+    return shares[copies.rank]
+
+
 class Saver:
     """Writes checkpoints below `--save`; all ranks have one, and call `save` and `finish` together.
 
-    With `--async-save`, `save` returns once this rank's parts are copied to host memory. One write at most is under
+    With `--async-save`, `save` returns once what this rank writes is copied to host memory. One write at most is under
     way; what went wrong with it is raised by the next call. `loaded`: the iteration that the run goes on from, which is
     never removed; those after it, found at the first save, are of a course that was left.
     """
 
     def __init__(self, config: CheckpointConfig, mesh: Mesh, claim: Claim | None, log: Log, loaded: int) -> None:
         assert config.save is not None
-        self._config, self._root, self._writers, self._claim, self._log = (
-            config, Path(config.save), mesh.writers, claim, log)
+        self._config, self._root, self._claim, self._log = config, Path(config.save), claim, log
+        self._writers, self._sharers, self._device = mesh.writers, mesh.copies, mesh.device
         self._loaded, self._is_first = loaded, True
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._under_way: Future[Path] | None = None
@@ -67,15 +78,15 @@ class Saver:
                 self._log.line(f"note: {place.name} is of the course that was left by going back to iteration "
                                f"{self._loaded}; remove it if you do not need it")
         self._is_first = False
+        parts = share_of(parts, self._sharers)
         if not self._config.async_save:
             self._say(self._write(iteration, parts, state, None))
             return
-        copied = None
-        if next(iter(parts.values())).tensor.device.type != "cpu":
-            copied = torch.Event(next(iter(parts.values())).tensor.device)
         staged = {key: Part(self._copy(key, part.tensor), part.offsets, part.whole_shape)
                   for key, part in parts.items()}
-        if copied is not None:
+        copied = None
+        if self._device.type != "cpu":  # the copies are queued behind the step, and the next one behind them
+            copied = torch.Event(self._device)
             copied.record()
         self._under_way = self._thread.submit(self._write, iteration, staged, state, copied)
 

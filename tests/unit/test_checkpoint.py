@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from megatron.checkpoint import sharded
 from megatron.checkpoint.loading import load_model, load_optimizer
 from megatron.checkpoint.manifest import MANIFEST
-from megatron.checkpoint.saving import Saver, parts_of
+from megatron.checkpoint.saving import Saver, parts_of, share_of
 from megatron.checkpoint.store import LATEST, find, set_aside
 from megatron.checkpoint.stored import Checkpoint, Piece, StoredTensor, stored
 from megatron.config import CheckpointConfig
@@ -99,6 +99,14 @@ def test_what_is_trained_while_a_save_is_under_way_is_not_in_it(tmp_path):
     assert is_equal(read(load(tmp_path)), (model, moments))
     (tmp_path / LATEST).write_text("7")
     assert is_equal(read(load(tmp_path)), tensors(7))
+
+
+def test_ranks_that_hold_the_same_have_even_shares_of_it():
+    parts = parts_of(*tensors(7))
+    shares = [share_of(parts, Axis(rank, 3)) for rank in range(3)]
+    assert sorted(key for share in shares for key in share) == sorted(parts)
+    assert [sorted(share) for share in shares] == [["model/a.weight"], ["optimizer/exp_avg/a.weight"],
+                                                   ["model/a.bias", "optimizer/step/a.weight"]]
 
 
 def test_a_checkpoint_is_safetensors_and_json_alone(tmp_path):
