@@ -71,8 +71,7 @@ class Saver:
     def save(self, iteration: int, parts: Parts, state: Mapping[str, Any]) -> None:
         """Write a checkpoint, or have it written; raises CheckpointError."""
         self.finish()
-        if self._claim is not None:
-            self._claim.check()
+        self.check_claim()
         if self._is_first and self._writers.rank == 0:
             for place in set_aside(str(self._root), self._loaded):
                 self._log.line(f"note: {place.name} is of the course that was left by going back to iteration "
@@ -89,6 +88,11 @@ class Saver:
             copied = torch.Event(self._device)
             copied.record()
         self._under_way = self._thread.submit(self._write, iteration, staged, state, copied)
+
+    def check_claim(self) -> None:
+        """Raises CheckpointError, on rank 0, where another run has taken the folder over."""
+        if self._claim is not None:
+            self._claim.check()
 
     def poll(self) -> None:
         """Say that a write has ended, or raise what went wrong with it; does not wait."""

@@ -66,6 +66,8 @@ def open_place(place: Path, with_optimizer: bool = True) -> Checkpoint:
     if (place / MODEL).exists():
         return read_whole(place, with_optimizer)
     manifest = read_manifest(place)
+    if re.fullmatch("iter_[0-9]{7,}", place.name) and place_of(place.parent, manifest.iteration) != place:
+        raise CheckpointError(f"{place} is of iteration {manifest.iteration}; give it the name that it had")
     manifest.check_sizes(place)
     optimizer = manifest.stored(place, "optimizer/") if with_optimizer else None
     return Checkpoint(place, manifest.iteration, manifest.stored(place, "model/"), optimizer or None,

@@ -135,6 +135,8 @@ class Training:
     def _log(self, learning_rate: float, rows: int) -> None:
         run, reading = self._run, self._meters.read()
         scale = float(run.engine.loss_scale.value)
+        if self._saver is not None:
+            self._saver.check_claim()
         self._events.train(run.state.iteration, self._last_iteration, run.state.consumed_samples, reading,
                            learning_rate=learning_rate, global_batch_size=rows, loss_scale=scale,
                            peak_flops=self._peak_flops * run.mesh.world.size)

@@ -292,6 +292,14 @@ def test_a_damaged_checkpoint_is_passed_over_by_name_for_the_one_before(tmp_path
         load(tmp_path)
 
 
+def test_a_renamed_checkpoint_is_not_taken_for_another(tmp_path):
+    write(tmp_path, 1, 2)
+    (tmp_path / "iter_0000002").rename(tmp_path / "iter_0000009")
+    log = Lines()
+    assert load(tmp_path, log).iteration == 1
+    assert "iter_0000009 is of iteration 2" in log.lines[-1]
+
+
 def test_no_flipped_bit_in_a_manifest_is_believed(tmp_path):
     path = write(tmp_path, 2) / MANIFEST
     content = path.read_bytes()
