@@ -112,9 +112,9 @@ def test_torchs_older_launcher_starts_ranks_that_share_the_model(corpus, tmp_pat
 
 @pytest.mark.parametrize("layout", ["dp2-tp2-sequence-optimizer", "tp2-pp2-zero-bubble", "cp2-pp2-interleaved",
                                     "dp2-parameters"])
-def test_with_dropout_reruns_and_recomputation_are_bitwise_equal(corpus, tmp_path, layout):
+def test_with_dropout_runs_are_bitwise_equal_whatever_is_recomputed(corpus, tmp_path, layout):
     ranks, flags = LAYOUTS[layout]
-    runs = {"first": [], "again": [], "full": FULL, "selective": SELECTIVE}
+    runs = {"first": [], "full": FULL, "selective": SELECTIVE}
     outcomes = {}
     for run, more in runs.items():
         curve = train(corpus, tmp_path / run, ranks, *flags, *DROPOUT, *more, num_steps=3)
@@ -145,7 +145,7 @@ def test_ranks_agree_on_the_step_after_which_time_is_up(corpus, tmp_path, flags)
 
 @pytest.mark.parametrize(("layout", "precision"), [
     ("tp2-sequence", "--bf16"), ("tp2-sequence", "--fp16"), ("pp2-zero-bubble", "--bf16"),
-    ("dp2-pp2-parameters", "--fp16"), ("cp2-tp2-sequence", "--bf16")])
+    ("dp2-pp2-parameters", "--fp16")])
 def test_half_precision_learns_like_fp32(corpus, tmp_path, one_rank, layout, precision):
     ranks, flags = LAYOUTS[layout]
     half = train(corpus, tmp_path, ranks, *flags, precision, "--loss-scale", "1024")

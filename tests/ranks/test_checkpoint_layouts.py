@@ -1,5 +1,6 @@
 """Checkpoints of one layout, loaded into others and saved again by them: no bit of weights and moments changes."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -26,12 +27,16 @@ TP2 = ParallelConfig(tensor_model_parallel_size=2)
 WRITERS = {name: replace(TP2, data_parallel_sharding=name) for name in ("none", "optimizer", "gradients", "parameters")}
 READERS = {
     "pipeline": (2, ParallelConfig(pipeline_model_parallel_size=2)),
-    "interleaved": (2, ParallelConfig(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1)),
     "tensor": (4, ParallelConfig(tensor_model_parallel_size=4)),
     "context": (2, ParallelConfig(context_parallel_size=2)),
-    "shares": (4, ParallelConfig(data_parallel_sharding="parameters", shard_within=2)),
     "one rank": (1, ParallelConfig()),
 }
+MORE_READERS = {
+    "interleaved": (2, ParallelConfig(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1)),
+    "shares": (4, ParallelConfig(data_parallel_sharding="parameters", shard_within=2)),
+}
+
+PAIRS = [*itertools.product(WRITERS, READERS), *itertools.product(["parameters"], MORE_READERS)]
 
 
 def pass_on(axis, parallel, source, target):
@@ -65,7 +70,7 @@ def assert_equal(found, expected):
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
-@pytest.fixture(scope="module", params=WRITERS)
+@pytest.fixture(scope="module")
 def written(request, tmp_path_factory):
     """What dp2 x tp2 has saved, in one of the ways to share out."""
     folder = tmp_path_factory.mktemp("written")
@@ -73,10 +78,10 @@ def written(request, tmp_path_factory):
     return folder, WRITERS[request.param], content(folder)
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize(("written", "name"), PAIRS, indirect=["written"])
 def test_a_checkpoint_goes_into_another_layout_and_back_without_a_changed_bit(written, tmp_path, name):
     folder, writer, expected = written
-    ranks, reader = READERS[name]
+    ranks, reader = (READERS | MORE_READERS)[name]
     if ranks == 1:
         pass_on(None, reader, str(folder), str(tmp_path / "there"))
     else:
@@ -86,6 +91,7 @@ def test_a_checkpoint_goes_into_another_layout_and_back_without_a_changed_bit(wr
     assert_equal(content(tmp_path / "back"), expected)
 
 
+@pytest.mark.parametrize("written", WRITERS, indirect=True)
 def test_ranks_that_hold_the_same_share_the_writing(written):
     manifest = read_manifest(place_of(written[0], 1))
     sizes = [facts.num_bytes for name, facts in manifest.files.items() if name.startswith("optimizer")]
