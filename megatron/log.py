@@ -2,9 +2,12 @@
 
 import io
 import sys
+from collections.abc import Callable
 from typing import Protocol
 
 from tqdm import tqdm
+
+from megatron.errors import UserError
 
 
 def take_any_text() -> None:
@@ -15,6 +18,18 @@ def take_any_text() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def exit_status(work: Callable[[], int | None]) -> int:
+    """What a door ends with: what `work` gives, 2 and one line for a mistake of the user's, 130 after Ctrl-C."""
+    take_any_text()
+    try:
+        return work() or 0
+    except KeyboardInterrupt:
+        return 130
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 class Log:

@@ -12,8 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron.checkpoint.convert.conversion import convert  # noqa: E402
 from megatron.checkpoint.convert.formats import AUTO, FORMATS  # noqa: E402
 from megatron.config.command_line import OneLineParser  # noqa: E402
-from megatron.errors import UserError  # noqa: E402
-from megatron.log import Log, take_any_text  # noqa: E402
+from megatron.log import Log, exit_status  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,18 +31,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """The exit status: 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
-    take_any_text()
-    try:
+    def work() -> None:
         given = parser().parse_args()
         convert(given.load_dir, given.save_dir, given.loader, given.saver, tensor=given.target_tensor_parallel_size,
                 pipeline=given.target_pipeline_parallel_size, iteration=given.iteration,
                 vocab_size=given.true_vocab_size, log=Log())
-    except KeyboardInterrupt:
-        return 130
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_status(work)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron.checkpoint.convert.formats import AUTO, FORMATS  # noqa: E402
 from megatron.checkpoint.convert.inspection import inspect  # noqa: E402
 from megatron.config.command_line import OneLineParser  # noqa: E402
-from megatron.errors import CheckpointError, UserError  # noqa: E402
-from megatron.log import Log, take_any_text  # noqa: E402
+from megatron.errors import CheckpointError  # noqa: E402
+from megatron.log import Log, exit_status  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,18 +27,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """The exit status: 0, 1 for a checkpoint that is not whole, 2 for a mistake in the flags, 130 after Ctrl-C."""
-    take_any_text()
-    try:
+    def work() -> int:
         given = parser().parse_args()
-        return 0 if inspect(given.path, given.loader, given.iteration, Log()) else 1
-    except KeyboardInterrupt:
-        return 130
-    except CheckpointError as error:
-        print(f"not whole: {error}")
-        return 1
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        try:
+            return 0 if inspect(given.path, given.loader, given.iteration, Log()) else 1
+        except CheckpointError as error:
+            print(f"not whole: {error}")
+            return 1
+
+    return exit_status(work)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from megatron.checkpoint.convert.conversion import convert  # noqa: E402
 from megatron.config import Config  # noqa: E402
 from megatron.config.command_line import ALWAYS_SO, OneLineParser, add_section_flags  # noqa: E402
 from megatron.data.corpus.vocab import Vocab  # noqa: E402
-from megatron.errors import ConfigError, UserError  # noqa: E402
-from megatron.log import Log, take_any_text  # noqa: E402
+from megatron.errors import ConfigError  # noqa: E402
+from megatron.log import Log, exit_status  # noqa: E402
 
 _FORMAT = "megatron-v2"
 
@@ -54,15 +54,7 @@ def merge(given: dict[str, Any], log: Log) -> None:
 
 def main() -> int:
     """The exit status: 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
-    take_any_text()
-    try:
-        merge(vars(parser().parse_args()), Log())
-    except KeyboardInterrupt:
-        return 130
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: merge(vars(parser().parse_args()), Log()))
 
 
 if __name__ == "__main__":

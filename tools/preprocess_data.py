@@ -10,21 +10,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.data.preprocess.flags import parse_arguments  # noqa: E402
 from megatron.data.preprocess.run import preprocess  # noqa: E402
-from megatron.errors import UserError  # noqa: E402
-from megatron.log import take_any_text  # noqa: E402
+from megatron.log import exit_status  # noqa: E402
 
 
 def main() -> int:
     """The exit status: 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
-    take_any_text()
-    try:
+    def work() -> None:
         preprocess(parse_arguments(sys.argv[1:]))
-    except KeyboardInterrupt:
-        return 130
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_status(work)
 
 
 if __name__ == "__main__":
