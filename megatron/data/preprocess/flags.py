@@ -5,10 +5,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from megatron.config.command_line import OneLineParser, add_section_flags, flag_name
+from megatron.config.data import VOCABULARIES
 from megatron.config.declaration import flag, fraction, not_negative, positive
 from megatron.data.corpus.indexed import IMPLEMENTATIONS
 from megatron.data.corpus.tokenizer import TOKENIZER_TYPES
-from megatron.data.corpus.vocab import DEFAULT_VOCAB
 from megatron.errors import ConfigError
 
 
@@ -23,7 +23,9 @@ class PreprocessConfig:
                                       "each gives an output", nargs="+", aliases=("--json-key",))
     output_prefix: str = flag(None, "path of the output without _KEY_document.bin and .idx")
     dataset_impl: str = flag("mmap", "layout of the output", choices=IMPLEMENTATIONS)
-    vocab_file: str = flag(str(DEFAULT_VOCAB), "vocabulary, one token a line", aliases=("--vocab",))
+    vocab_file: str = flag(VOCABULARIES[0], f"vocabulary: {', '.join(VOCABULARIES)}, or a file with one token a line; "
+                           "training maps its ids to the model's", aliases=("--vocab",))
+    mask_token: str = flag(None, "the mask token of a vocabulary that calls it neither [MASK] nor <mask>")
     tokenizer_type: str = flag("BertWordPieceLowerCase", "each type reads residues, spaced or not, in either case",
                                choices=TOKENIZER_TYPES)
     names: bool = flag(False, "write each protein's name to PREFIX_KEY_document.names too, one a line, for "
@@ -32,7 +34,7 @@ class PreprocessConfig:
     split_sentences: bool = flag(False, "split texts at their full stops into sentences (untrained Punkt of NLTK)")
     keep_newlines: bool = flag(False, "keep newlines between sentences; residues are stored without white space, so "
                                "this changes no id")
-    append_eod: bool = flag(False, "end each document with [SEP]")
+    append_eod: bool = flag(False, "end each document with [SEP], or <eos> of esm")
     skip_bad_records: bool = flag(False, "leave out, count and report records that are no protein, instead of stopping")
     min_length: int = flag(0, "leave out proteins with fewer residues", kind=int, check=not_negative)
     max_length: int = flag(None, "leave out proteins with more residues", kind=int, check=positive)
