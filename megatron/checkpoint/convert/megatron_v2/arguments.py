@@ -11,6 +11,7 @@ import torch
 from megatron.checkpoint.convert.megatron_v2.names import num_layers
 from megatron.checkpoint.stored import Checkpoint
 from megatron.config import Config, ScheduleConfig
+from megatron.config.command_line import flag_name
 from megatron.errors import CheckpointError
 from megatron.optim.schedule import Schedule
 
@@ -35,6 +36,11 @@ _THEIRS: dict[str, Any] = {
     "titles_data_path": None, "query_in_block_prob": 0.1, "use_one_sent_docs": False, "report_topk_accuracies": [],
     "faiss_use_gpu": False, "block_data_path": None, "indexer_batch_size": 128, "indexer_log_interval": 1000,
     "iteration": 0, "do_train": 1, "do_valid": 1, "do_test": 1}
+# Our flags of the model that it has too, or that have no effect where the others are as they are by default.
+_MEANT_THERE = {
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "num_query_groups",
+    "max_position_embeddings", "make_vocab_size_divisible_by", "layernorm_epsilon", "rotary_base", "rotary_percent",
+    "apply_residual_connection_post_layernorm", "bias_gelu_fusion", "openai_gelu"}
 _SCHEDULES = (  # the names of each generation of Megatron's schedulers; the first counts iterations
     ("lr_scheduler", {"lr": "start_lr", "min_lr": "min_lr", "lr_decay_style": "decay_style",
                       "warmup_samples": "warmup_iter", "decay_samples": "end_iter", "num_samples": "num_iters"}),
@@ -57,6 +63,7 @@ def config_of(arguments: argparse.Namespace | None, shapes: Mapping[str, Sequenc
                                   f"{ours!r}; its weights would mean something else")
     config = {item.name: given[item.name] for name, section in Config().sections() if name in _SECTIONS
               for item in fields(section) if item.name in given and _fits(item, given[item.name])}
+    config.pop("num_query_groups", None)  # of which nothing is made there without group_query_attention
     if arguments is not None:
         config.setdefault("bias_gelu_fusion", False)  # before the fused kernel came, GeLU had its exact form
     if isinstance(given.get("batch_size"), int):
@@ -122,8 +129,17 @@ def learning_rate(state: Mapping[str, Any]) -> float:
 
 def arguments_of(checkpoint: Checkpoint, num_tensor: int, num_pipeline: int, num_rows: int,
                  dtype: torch.dtype) -> Callable[[int, int], argparse.Namespace]:
-    """Megatron's arguments for the file of a tensor and a pipeline rank, with what it asks a checkpoint for."""
-    flags = Config().as_dict() | checkpoint.state.get("config", {})
+    """Megatron's arguments for the file of a tensor and a pipeline rank, with what it asks a checkpoint for.
+
+    Raises CheckpointError where it would make another function of the weights.
+    """
+    defaults, saved = Config().as_dict(), checkpoint.state.get("config", {})
+    flags = defaults | saved
+    for item in fields(Config().model):
+        if item.metadata["changes"] == "arithmetic" and item.name not in _MEANT_THERE and (
+                flags[item.name] != defaults[item.name]):
+            raise CheckpointError(f"{checkpoint.path}: was trained with {flag_name(item)} {flags[item.name]}, which "
+                                  "Megatron-LM's BERT does not have; --to hf writes any model of ours")
     ours = {item.name: flags[item.name] for name, section in Config().sections() if name in _SECTIONS
             for item in fields(section)}
     if ours["openai_gelu"]:  # there in the head as well, unlike here; in the blocks it is what the fusion has
