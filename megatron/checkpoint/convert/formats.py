@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron.checkpoint.convert import megatron_v2, sharded, whole
+from megatron.checkpoint.convert.families import hf
 from megatron.checkpoint.convert.megatron_core import distributed, ranks
 from megatron.checkpoint.stored import Checkpoint
 from megatron.errors import CheckpointError
@@ -25,7 +26,7 @@ class Format(Protocol):
 
 FORMATS: Mapping[str, Format] = {
     "sharded": sharded, "whole": whole, "megatron-v2": megatron_v2, "megatron-core": ranks,
-    "megatron-core-dist": distributed}
+    "megatron-core-dist": distributed, "hf": hf}
 # Of these the optimizer's state is neither read nor written.
 WEIGHTS_ALONE = ("megatron-core", "megatron-core-dist")
 OURS = ("sharded", "whole")
