@@ -49,7 +49,7 @@ def merge(given: dict[str, Any], log: Log) -> None:
                               f"{config.get(name)}; give that value, or leave the flag out")
     convert(load, given["save"] or load / "merged", _FORMAT, _FORMAT, iteration=None, log=log,
             tensor=given["target_tensor_model_parallel_size"], pipeline=given["target_pipeline_model_parallel_size"],
-            vocab_size=Vocab.from_file(vocab_file).size if vocab_file else None)
+            vocab_size=Vocab.from_file(vocab_file, given.get("mask_token")).size if vocab_file else None)
 
 
 def main() -> int:

@@ -9,9 +9,11 @@ import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields, replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron.config import Config, ScheduleConfig, TrainingConfig
+from megatron.config.data import VOCABULARIES
 from megatron.config.presets import PRESETS
 from megatron.errors import ConfigError
 
@@ -72,15 +74,19 @@ def parse(argv: Sequence[str], taken: Mapping[str, Any] | None = None) -> tuple[
 
 
 def left_open(argv: Sequence[str], saved: Callable[[str], Mapping[str, Any]]) -> dict[str, Any]:
-    """What the checkpoint of `--load` says of flags that change the arithmetic and that `argv` does not give.
+    """What the checkpoint of `--load` says of flags that change arithmetic or vocabulary and that `argv` does not give.
 
-    `saved`: the flags of the checkpoint in a folder. Raises ConfigError.
+    Of a vocabulary whose file is not here, as that of another machine may not be, nothing. `saved`: the flags of the
+    checkpoint in a folder. Raises ConfigError.
     """
     values = _given(argv)
     known = saved(values["load"]) if "load" in values else {}
     given = values.keys() | PRESETS[values["preset"]].keys() if "preset" in values else values.keys()
+    file = known.get("vocab_file")
+    is_here = file is None or file in VOCABULARIES or Path(str(file)).is_file()
+    kinds = ("arithmetic", "vocabulary") if is_here else ("arithmetic",)
     return {item.name: known[item.name] for _, section in Config().sections() for item in fields(section)
-            if item.metadata["changes"] == "arithmetic" and item.name in known and item.name not in given}
+            if item.metadata["changes"] in kinds and item.name in known and item.name not in given}
 
 
 def notice(taken: Mapping[str, Any]) -> str | None:
@@ -218,6 +224,9 @@ def _check_combinations(config: Config) -> None:
         (model.max_position_embeddings < (data.seq_length or 0),
          f"--seq-length {data.seq_length} needs as many positions; --max-position-embeddings is "
          f"{model.max_position_embeddings}"),
+        ((data.seq_length or math.inf) <= data.num_ends,
+         f"--seq-length {data.seq_length} holds no residue between the ends of --protein-ends {data.protein_ends}; it "
+         f"must be {data.num_ends + 1} or greater"),
         (config.precision.fp16 and config.precision.bf16, "--fp16 and --bf16 exclude each other; give one"),
         ((training.train_iters is None) != by_samples, "give one of --train-iters and --train-samples"),
         *_schedule_faults(schedule, training),

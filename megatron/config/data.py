@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from megatron.config.declaration import flag, not_negative
 
+VOCABULARIES = ("iupac", "esm", "protbert")  # families; each is protein_tools/NAME_vocab.txt
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -14,8 +16,14 @@ class DataConfig:
         changes="samples")
     split: str = flag("969,30,1", "shares or exact document counts of training, validation and test, by commas",
                       changes="samples")
-    vocab_file: str = flag(None, "vocabulary, one token a line (default: protein_tools/iupac_vocab.txt)",
-                           aliases=("--vocab",), changes="nothing")
+    vocab_file: str = flag(None, f"vocabulary of the model: {', '.join(VOCABULARIES)}, or a file with one token a line "
+                           "(default: iupac); ids of data that were preprocessed with another one are mapped by letter",
+                           aliases=("--vocab",), changes="vocabulary")
+    mask_token: str = flag(None, "the mask token of a vocabulary that calls it neither [MASK] nor <mask>",
+                           changes="vocabulary")
+    protein_ends: str = flag("start", "what stands around each protein of a row: start, [CLS] before it alone; both, "
+                             "[SEP] behind it too (<cls> and <eos> with esm)", choices=("start", "both"),
+                             changes="arithmetic")
     tokenizer_type: str = flag(
         "BertWordPieceCase", "every type reads residues, spaced or not, in either case, on a protein vocabulary",
         choices=("BertWordPieceLowerCase", "BertWordPieceCase"), changes="nothing")
@@ -45,3 +53,8 @@ class DataConfig:
     num_workers: int = flag(2, "processes that prepare batches ahead; 0 prepares them in the training process",
                             kind=int, check=not_negative, changes="nothing")
     mmap_warmup: bool = flag(False, "read the whole dataset once at start, into the page cache", changes="nothing")
+
+    @property
+    def num_ends(self) -> int:
+        """Tokens around a protein in a row, which are no residues."""
+        return {"start": 1, "both": 2}[self.protein_ends]

@@ -14,7 +14,7 @@ NO_TARGET = -100  # what `torch.nn.functional.cross_entropy` ignores
 
 @dataclass(frozen=True)
 class PackedSequence:
-    """Proteins one behind the other, each behind its [CLS], and behind the last of them filler up to t tokens.
+    """Proteins one behind the other, each with its ends, and behind the last of them filler up to t tokens.
 
     Protein i is `cu_seqlens[i]:cu_seqlens[i + 1]`. Where there are fewer than g, the others are empty: they begin and
     end where the filler begins. The last `num_filler` entries cut the filler into segments no longer than `max_length`,
@@ -24,7 +24,7 @@ class PackedSequence:
     """
 
     tokens_t: Tensor  # int64
-    positions_t: Tensor  # int64, 0 at each [CLS]
+    positions_t: Tensor  # int64, 0 at the start of each protein, [CLS] or <cls>
     cu_seqlens: Tensor  # int32 [g + num_filler + 1], from 0 to the number of tokens on all context ranks
     max_length: int
     num_filler: int

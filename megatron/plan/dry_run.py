@@ -16,7 +16,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron.config import Config
 from megatron.data.batches.typical import typical_batch
-from megatron.data.corpus.vocab import DEFAULT_VOCAB, Vocab
 from megatron.errors import ConfigError
 from megatron.model.protein_model import ProteinModel, compute_dtype
 from megatron.parallel.data.data_parallel import data_parallel
@@ -25,6 +24,7 @@ from megatron.parallel.traffic import Traffic, TrafficCounter
 from megatron.plan.memory import Memory
 from megatron.plan.memory_watch import MemoryWatch, num_bytes
 from megatron.plan.pieces import fake_group
+from megatron.plan.rank import padded_vocab_size
 from megatron.plan.work import WeightBytes
 from megatron.train.engine import build_stages, stream_of, with_optimizer
 from megatron.train.meters import Meters
@@ -97,8 +97,7 @@ class _Steps:
                                     mesh.context.rank, mesh.context.size)
         self._peak = self._gradients = 0
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
-        padded = Vocab.from_file(config.data.vocab_file or DEFAULT_VOCAB).padded_size(
-            config.model.make_vocab_size_divisible_by)
+        padded = padded_vocab_size(config)
         with self._fake:
             self._stages = build_stages(config, mesh, padded)
         num_tokens = config.training.micro_batch_size * config.data.seq_length

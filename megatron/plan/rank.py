@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 
 from megatron.config import Config, ParallelConfig
-from megatron.data.corpus.vocab import DEFAULT_VOCAB, Vocab
+from megatron.data.corpus.vocab import Vocab
 from megatron.model.protein_model import compute_dtype
 from megatron.parallel.mesh import Axis, grid_sizes
 from megatron.parallel.pipeline.partition import stages_of_rank
@@ -146,9 +146,10 @@ def _planned(setting: Setting, part: Part, has_pipeline: bool, puts_off: bool) -
 
 def padded_vocab_size(config: Config) -> int:
     """Ids of the vocabulary, padded as on one rank."""
-    return _vocab(config.data.vocab_file).padded_size(config.model.make_vocab_size_divisible_by)
+    vocab = _vocab(config.data.vocab_file, config.data.mask_token)
+    return vocab.padded_size(config.model.make_vocab_size_divisible_by)
 
 
 @cache
-def _vocab(path: str | None) -> Vocab:
-    return Vocab.from_file(path or DEFAULT_VOCAB)
+def _vocab(name: str | None, mask_token: str | None) -> Vocab:
+    return Vocab.from_file(name, mask_token)

@@ -11,7 +11,7 @@ from megatron.checkpoint.saving import parts_of
 from megatron.checkpoint.stored import Checkpoint
 from megatron.config import Config, ScheduleConfig
 from megatron.data.batches.batch import BatchShape, batch_shape
-from megatron.data.corpus.vocab import DEFAULT_VOCAB, Vocab
+from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.dataset import Splits, build_datasets
 from megatron.errors import CheckpointError, ConfigError
 from megatron.log import Log
@@ -66,7 +66,7 @@ def build(config: Config, mesh: Mesh, log: Log) -> Run:
         raise ConfigError("--data-path is missing; give the prefix of the .bin and .idx that tools/preprocess_data.py "
                           "wrote")
     sizes = BatchSizes(config.training, mesh.data.size)
-    vocab = Vocab.from_file(config.data.vocab_file or DEFAULT_VOCAB)
+    vocab = Vocab.from_file(config.data.vocab_file, config.data.mask_token)
     checkpoint = find_checkpoint(config.checkpoint, mesh.world, log)
     if checkpoint is not None:
         refuse_changes(config, vocab, checkpoint)

@@ -11,6 +11,7 @@ from megatron.checkpoint.store import LATEST, iterations
 from megatron.checkpoint.stored import Checkpoint
 from megatron.config import CheckpointConfig, Config
 from megatron.config.command_line import flag_name
+from megatron.config.data import VOCABULARIES
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.blend import BlendedDataset
 from megatron.data.rows.dataset import Splits
@@ -58,12 +59,13 @@ def find_checkpoint(config: CheckpointConfig, world: Axis, log: Log) -> Checkpoi
 
 def refuse_changes(config: Config, vocab: Vocab, checkpoint: Checkpoint) -> None:
     """Raises CheckpointError where the weights, or the optimizer's state, would mean something else than they did."""
-    saved, options = checkpoint.state["config"], config.checkpoint
+    # Programs and editions that say nothing of proteins' ends have [CLS] alone.
+    saved, options = {"protein_ends": "start", **checkpoint.state["config"]}, config.checkpoint
     for item, now, then in _changed(config, config.as_dict(), saved, "arithmetic"):
         raise CheckpointError(f"{flag_name(item)} is {now}, but the checkpoint was trained with {then}; give that "
                               "value")
-    if checkpoint.state.get("vocabulary", vocab.identity) != vocab.identity:
-        now, then = (path or "the default" for path in (config.data.vocab_file, saved.get("vocab_file")))
+    if _vocabulary_of(checkpoint, vocab) != vocab.identity:
+        now, then = _named(config.as_dict()), _named(saved)
         remedy = f"put it back as it was, for {then} has changed" if now == then else (
             f"it was trained with {then}: give that vocabulary")
         raise CheckpointError(f"--vocab-file is {now}, whose tokens are not those, in that order, of the checkpoint in "
@@ -104,6 +106,18 @@ def facts_of(config: Config, vocab: Vocab, data: Splits, global_batch_size: int)
     return {"config": _as_json(config.as_dict() | {"global_batch_size": global_batch_size}),
             "vocabulary": vocab.identity,
             "data": [list(map(str, weights)), [part.documents.indexed.contents() for part in parts]]}
+
+
+def _vocabulary_of(checkpoint: Checkpoint, default: Vocab) -> str:
+    """The identity of a checkpoint's vocabulary; that of `default` where neither it nor a family's name is told."""
+    family = checkpoint.state["config"].get("vocab_file")
+    told = Vocab.from_file(family) if family in VOCABULARIES else default
+    return checkpoint.state.get("vocabulary", told.identity)
+
+
+def _named(flags: Mapping[str, Any]) -> str:
+    mask_token = flags.get("mask_token")
+    return (flags.get("vocab_file") or "the default") + (f" with --mask-token {mask_token}" if mask_token else "")
 
 
 def _changed(config: Config, now: Mapping[str, Any], saved: Mapping[str, Any],

@@ -196,14 +196,14 @@ def test_letters_are_counted_over_the_whole_split(tmp_path):
 @pytest.fixture
 def unsampled(monkeypatch):
     """The sample of the ids that is looked at before training misses what is wrong with them."""
-    monkeypatch.setattr("megatron.data.rows.dataset.check_vocabulary", lambda *what: None)
+    monkeypatch.setattr("megatron.data.rows.dataset.corpus_vocabulary", lambda data: VOCAB)
 
 
 @pytest.mark.usefixtures("unsampled")
 def test_ids_outside_the_vocabulary_are_an_error_that_names_the_document(tmp_path):
     write_indexed(tmp_path / "a", [np.array([6, 7]), np.array([6, 31])])
     train = build_datasets(config(tmp_path / "a"), VOCAB, 1).train
-    with pytest.raises(DataError, match="a.bin: document 1 holds ids 6 to 31, but the vocabulary has 31"):
+    with pytest.raises(DataError, match="a.bin: document 1 holds ids 6 to 31, but the vocabulary of its preprocessing has 31"):
         train[0]
 
 

@@ -116,7 +116,7 @@ def test_a_closed_loader_gives_no_more(train):
 
 
 def test_a_mistake_in_the_data_reaches_the_trainer_as_it_is(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron.data.rows.dataset.check_vocabulary", lambda *what: None)  # a sample may miss it
+    monkeypatch.setattr("megatron.data.rows.dataset.corpus_vocabulary", lambda data: VOCAB)  # a sample may miss it
     write_indexed(tmp_path / "a", [np.full(60, 6)] * 20 + [np.full(60, 99)])
     data = DataConfig(data_path=(str(tmp_path / "a"),), seq_length=64, split="1", mmap_warmup=True)
     with pytest.raises(DataError, match="^[^\n]*document 20 holds ids 99 to 99[^\n]*$"):

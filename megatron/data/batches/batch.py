@@ -26,6 +26,7 @@ class BatchShape:
     max_length: int  # tokens of the longest protein
     share: int = 0
     num_shares: int = 1
+    num_ends: int = 1  # tokens of each protein that are no residues
 
     @property
     def num_filler(self) -> int:
@@ -48,7 +49,8 @@ def batch_shape(splits: Splits, micro_batch_size: int, token_multiple: int = 1, 
         num_tokens=num_tokens + -num_tokens % token_multiple,
         num_proteins=proteins + proteins // 4 + 8,  # those of an epoch; others differ a little
         num_targets=micro_batch_size * max(part.most_targets() for part in parts),
-        max_length=max(part.longest() for part in parts), share=share, num_shares=num_shares)
+        max_length=max(part.longest() for part in parts), share=share, num_shares=num_shares,
+        num_ends=splits.train.num_ends)
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Batch:
     sequence: PackedSequence
     targets: Targets
     num_targets: int
-    num_residues: int  # tokens that are neither [CLS] nor filler
+    num_residues: int  # tokens that are neither ends of proteins nor filler
     num_tokens: int  # tokens that are no filler
     num_pairs: int  # tokens that see each other: the sum of the squares of the proteins' tokens
 
@@ -115,8 +117,8 @@ def collate(rows: Sequence[Row], shape: BatchShape) -> Batch:
     arrays = [tokens[here], positions[here], _boundaries(ends, num_tokens, shape),
               _padded(target_positions[first:last] - here.start, size, 0),
               _padded(target_ids[first:last], size, NO_TARGET)]
-    return _from_arrays(arrays, shape.max_length, shape.num_filler, num_targets, num_tokens - len(lengths), num_tokens,
-                        int((lengths**2).sum()))
+    return _from_arrays(arrays, shape.max_length, shape.num_filler, num_targets,
+                        num_tokens - shape.num_ends * len(lengths), num_tokens, int((lengths**2).sum()))
 
 
 def _boundaries(ends: np.ndarray, num_tokens: int, shape: BatchShape) -> np.ndarray:

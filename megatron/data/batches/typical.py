@@ -9,20 +9,25 @@ from megatron.data.rows.packed import Row
 PROTEIN_TOKENS = 300  # a mean protein has 200 to 400 residues
 
 
-def typical_lengths(seq_length: int) -> list[int]:
-    """Tokens of each protein of a full row; the last is the shorter one that fills it."""
+def typical_lengths(seq_length: int, num_ends: int) -> list[int]:
+    """Tokens of each protein of a full row; the last is the shorter one that fills it.
+
+    Where no protein's ends fit into what is left, the last whole one is so much longer.
+    """
     whole, rest = divmod(seq_length, PROTEIN_TOKENS)
-    return [PROTEIN_TOKENS] * whole + ([rest] if rest else [])
+    if rest >= num_ends:
+        return [PROTEIN_TOKENS] * whole + [rest]
+    return [PROTEIN_TOKENS] * (whole - 1) + [PROTEIN_TOKENS + rest]
 
 
 def typical_batch(data: DataConfig, num_rows: int, token_multiple: int = 1, share: int = 0,
                   num_shares: int = 1) -> Batch:
     """The micro-batch of `num_rows` such rows, its targets evenly spread; as `batch_shape` would have it."""
-    lengths = typical_lengths(data.seq_length)
-    num_targets = max(1, round(data.mask_prob * (data.seq_length - len(lengths))))
-    positions = np.linspace(1, data.seq_length - 1, num_targets).astype(np.int64)
+    lengths = typical_lengths(data.seq_length, data.num_ends)
+    num_targets = max(1, round(data.mask_prob * (data.seq_length - data.num_ends * len(lengths))))
+    positions = np.linspace(1, data.seq_length - data.num_ends, num_targets).astype(np.int64)
     row = Row(np.zeros(data.seq_length, np.int64), np.array(lengths), positions, np.zeros(num_targets, np.int64))
     num_tokens = num_rows * data.seq_length
     shape = BatchShape(num_tokens + -num_tokens % token_multiple, num_rows * len(lengths), num_rows * num_targets,
-                       max(lengths), share, num_shares)
+                       max(lengths), share, num_shares, data.num_ends)
     return collate([row] * num_rows, shape)

@@ -55,8 +55,8 @@ class Pieces:
     Piece p below the number of documents begins document p; the further parts of long ones are numbered behind those.
     """
 
-    def __init__(self, documents: Documents, seq_length: int, long_proteins: str) -> None:
-        self.max_residues = seq_length - 1  # behind [CLS]
+    def __init__(self, documents: Documents, max_residues: int, long_proteins: str) -> None:
+        self.max_residues = max_residues  # of a protein in a row
         self.lengths = documents.lengths  # residues; a piece longer than a row is a protein to crop or drop
         self.num_documents = len(documents)
         self.num_empty = int(np.count_nonzero(self.lengths == 0))

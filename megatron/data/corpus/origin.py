@@ -1,4 +1,4 @@
-"""Which vocabulary gave an indexed dataset its ids: what its statistics say, or what the ids themselves tell."""
+"""Which vocabulary gave an indexed dataset its ids, and what they are in that of the model."""
 
 import json
 from pathlib import Path
@@ -7,34 +7,52 @@ from typing import Any
 import numpy as np
 
 from megatron.data.corpus.indexed import IndexedDataset
-from megatron.data.corpus.vocab import Vocab
+from megatron.data.corpus.vocab import DEFAULT_VOCAB, RESIDUE_LETTERS, Vocab, lacking
 from megatron.errors import DataError
 
 _SAMPLES, _SAMPLE_TOKENS = 64, 2048
 
 
-def check_vocabulary(indexed: IndexedDataset, vocab: Vocab, vocab_file: str | Path) -> None:
-    """Raises DataError where the ids of a dataset are not those of `vocab`, which was read from `vocab_file`.
+def corpus_vocabulary(indexed: IndexedDataset) -> Vocab:
+    """The vocabulary that a dataset was preprocessed with; raises DataError where it is not known.
 
-    Preprocessing leaves PREFIX.stats.json beside PREFIX_KEY_LEVEL.bin. Where it does not name the vocabulary, a sample
-    of the ids must be such as proteins give: none past the vocabulary, and no [PAD], [MASK] or [CLS].
+    Preprocessing leaves PREFIX.stats.json beside PREFIX_KEY_LEVEL.bin. Where it does not name the vocabulary it is
+    iupac's, as ProteinLM's is, if a sample of the ids is such as proteins give: letters, [UNK] and [SEP].
     """
-    remedy = f"give the vocabulary that it was preprocessed with, or preprocess it again with --vocab-file {vocab_file}"
-    mistake = f"{indexed.prefix}: its vocabulary is not {vocab_file}"
     tokens = _tokens_of_statistics(indexed.prefix)
     if tokens is not None:
-        different = [index for index, (now, then) in enumerate(zip(vocab.tokens, tokens, strict=False)) if now != then]
-        if different or len(tokens) != vocab.size:
-            at = different[0] if different else min(len(tokens), vocab.size)
-            then, now = (names[at] if at < len(names) else "nothing" for names in (tokens, vocab.tokens))
-            raise DataError(f"{mistake}: its id {at} means {then}, and {now} there; {remedy}")
-        return
-    special = [vocab.pad_id, vocab.mask_id, vocab.cls_id]
+        missing = lacking(tokens, ("unk",))
+        if missing:
+            raise DataError(f"{indexed.prefix}: its statistics name a vocabulary that is none of proteins, as it lacks "
+                            f"{' '.join(missing)}; preprocess it again")
+        return Vocab(tuple(tokens))
+    vocab = Vocab.from_file()
+    known = [*vocab.residue_ids, vocab.unk_id, vocab.sep_id]
     sample = _sample(indexed.tokens)
-    wrong = sample[(sample >= vocab.size) | (sample < 0) | np.isin(sample, special)]
+    wrong = sample[~np.isin(sample, known)]
     if len(wrong):
         meaning = vocab.tokens[wrong[0]] if 0 <= wrong[0] < vocab.size else f"past the {vocab.size} tokens"
-        raise DataError(f"{mistake}: it holds id {wrong[0]}, which is {meaning} there and in no protein; {remedy}")
+        raise DataError(f"{indexed.prefix}: no statistics name its vocabulary, and it is not {DEFAULT_VOCAB.name}: it "
+                        f"holds id {wrong[0]}, which is {meaning} there and in no protein; put the .stats.json of its "
+                        "preprocessing beside it, or preprocess it again")
+    return vocab
+
+
+def id_table(corpus: Vocab, vocab: Vocab) -> np.ndarray | None:
+    """The id in `vocab` of each id in `corpus`, by letter, int64 [ids of the corpus]; None where they are the same.
+
+    Exactly by letter: one without a token of its own in `vocab` becomes its unknown token, not X. The end of a protein
+    becomes that of `vocab`; whatever else there is in no protein is the unknown token too.
+    """
+    if corpus.tokens == vocab.tokens:
+        return None
+    table = np.full(corpus.size, vocab.unk_id, dtype=np.int64)
+    for letter in RESIDUE_LETTERS:
+        if letter in corpus.ids:
+            table[corpus.ids[letter]] = vocab.ids.get(letter, vocab.unk_id)
+    if not lacking(corpus.tokens, ("sep",)):
+        table[corpus.sep_id] = vocab.sep_id
+    return table
 
 
 def _tokens_of_statistics(prefix: str) -> list[str] | None:
@@ -49,7 +67,7 @@ def _tokens_of_statistics(prefix: str) -> list[str] | None:
             tokens = stats["vocabulary"]["tokens"]
         except (KeyError, TypeError, AttributeError):
             continue
-        if name in files and isinstance(tokens, list):
+        if name in files and isinstance(tokens, list) and all(isinstance(token, str) for token in tokens):
             return tokens
     return None
 

@@ -1,45 +1,58 @@
-"""The vocabulary of residues: one token a line, line number = id; J has no token of its own.
+"""The vocabulary of residues: one token a line, line number = id.
 
-The special tokens are [PAD] [MASK] [CLS] [SEP] [UNK]; a single letter A-Z is a residue.
+A single letter A-Z is a residue; the families call their special tokens [CLS] or <cls>, and so on. A letter without a
+token of its own (J in all families) is the unknown token, and that exactly: never X, whatever a family's custom is.
 """
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from megatron.config.data import VOCABULARIES
 from megatron.errors import VocabError
 
-DEFAULT_VOCAB = Path(__file__).resolve().parents[3] / "protein_tools" / "iupac_vocab.txt"
+_FOLDER = Path(__file__).resolve().parents[3] / "protein_tools"
+DEFAULT_VOCAB = _FOLDER / "iupac_vocab.txt"
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 RESIDUE_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-SPECIAL_TOKENS = ("[PAD]", "[MASK]", "[CLS]", "[SEP]", "[UNK]")
+# What the families call the token of each role. Sep ends a protein.
+SPECIAL_TOKENS = {
+    "mask": ("[MASK]", "<mask>"), "pad": ("[PAD]", "<pad>"), "cls": ("[CLS]", "<cls>"), "sep": ("[SEP]", "<eos>"),
+    "unk": ("[UNK]", "<unk>")}
 _IDENTITY_BYTES = 8
 
 
 @dataclass(frozen=True)
 class Vocab:
-    """Tokens in the order of their ids."""
+    """Tokens in the order of their ids, and the mask token where no family calls it so."""
 
     tokens: tuple[str, ...]
+    mask_token: str | None = None
 
     @classmethod
-    def from_file(cls, path: str | Path = DEFAULT_VOCAB) -> "Vocab":
-        """The vocabulary in a text file, one token a line; raises VocabError."""
+    def from_file(cls, name: str | Path | None = None, mask_token: str | None = None) -> "Vocab":
+        """The vocabulary of a family's name (None: iupac), or in a file with one token a line; raises VocabError.
+
+        A file of the name of a family is meant by ./NAME.
+        """
+        path = _FOLDER / f"{name or VOCABULARIES[0]}_vocab.txt" if name in (None, *VOCABULARIES) else Path(name)
         try:
-            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
         except OSError as error:
-            raise VocabError(f"{path}: cannot read the vocabulary ({error.strerror}); --vocab-file names it") from None
+            raise VocabError(f"{path}: cannot read the vocabulary ({error.strerror}); --vocab-file names a file, or "
+                             f"one of {', '.join(VOCABULARIES)}") from None
         except UnicodeDecodeError:
             raise VocabError(f"{path}: not a vocabulary: it is not UTF-8 text with one token a line") from None
         tokens = tuple(line.strip() for line in lines)
         while tokens and not tokens[-1]:
             tokens = tokens[:-1]
-        _check(path, tokens)
-        return cls(tokens)
+        _check(path, tokens, mask_token)
+        return cls(tokens, mask_token)
 
     @property
     def size(self) -> int:
@@ -48,8 +61,13 @@ class Vocab:
 
     @cached_property
     def identity(self) -> str:
-        """A short digest of the tokens in order: two vocabularies share it only if each id means the same in both."""
-        return hashlib.blake2b(json.dumps(self.tokens).encode(), digest_size=_IDENTITY_BYTES).hexdigest()
+        """A short digest of the tokens in order and of `mask_token`, where no family calls it so.
+
+        Two vocabularies share it only if each id means the same in both.
+        """
+        of_family = next((name for name in SPECIAL_TOKENS["mask"] if name in self.ids), None)
+        meaning = self.tokens if self.mask_token in (None, of_family) else [self.tokens, self.mask_token]
+        return hashlib.blake2b(json.dumps(meaning).encode(), digest_size=_IDENTITY_BYTES).hexdigest()
 
     def padded_size(self, multiple: int) -> int:
         """The size rounded up to a multiple of `multiple`."""
@@ -67,31 +85,40 @@ class Vocab:
 
     @property
     def pad_id(self) -> int:
-        """The id of [PAD]."""
-        return self.ids["[PAD]"]
+        """The id of [PAD] or <pad>."""
+        return self._special("pad")
 
     @property
     def mask_id(self) -> int:
-        """The id of [MASK]."""
-        return self.ids["[MASK]"]
+        """The id of [MASK] or <mask>, or of `mask_token`."""
+        return self._special("mask") if self.mask_token is None else self.ids[self.mask_token]
 
     @property
     def cls_id(self) -> int:
-        """The id of [CLS]."""
-        return self.ids["[CLS]"]
+        """The id of [CLS] or <cls>, before each protein."""
+        return self._special("cls")
 
     @property
     def sep_id(self) -> int:
-        """The id of [SEP]."""
-        return self.ids["[SEP]"]
+        """The id of [SEP] or <eos>, behind a protein."""
+        return self._special("sep")
 
     @property
     def unk_id(self) -> int:
-        """The id of [UNK]."""
-        return self.ids["[UNK]"]
+        """The id of [UNK] or <unk>: of every letter without a token of its own."""
+        return self._special("unk")
+
+    def _special(self, role: str) -> int:
+        return next(self.ids[name] for name in SPECIAL_TOKENS[role] if name in self.ids)
 
 
-def _check(path: str | Path, tokens: tuple[str, ...]) -> None:
+def lacking(tokens: Sequence[str], roles: Sequence[str] = tuple(SPECIAL_TOKENS)) -> list[str]:
+    """What `tokens` lack of the 20 amino acids and of the tokens of some roles."""
+    missing = ["/".join(SPECIAL_TOKENS[role]) for role in roles if not set(SPECIAL_TOKENS[role]) & set(tokens)]
+    return missing + [letter for letter in AMINO_ACIDS if letter not in tokens]
+
+
+def _check(path: Path, tokens: tuple[str, ...], mask_token: str | None) -> None:
     first_line: dict[str, int] = {}
     for line, token in enumerate(tokens, start=1):
         if not token:
@@ -99,8 +126,13 @@ def _check(path: str | Path, tokens: tuple[str, ...]) -> None:
         if token in first_line:
             raise VocabError(f"{path}: line {line} repeats {token} of line {first_line[token]}; remove one of them")
         first_line[token] = line
-    missing = [token for token in SPECIAL_TOKENS if token not in first_line]
-    missing += [letter for letter in AMINO_ACIDS if letter not in first_line]
+    roles = [role for role in SPECIAL_TOKENS if role != "mask" or mask_token is None]
+    taken = {*RESIDUE_LETTERS, *(name for role in roles if role != "mask" for name in SPECIAL_TOKENS[role])}
+    if mask_token is not None and (mask_token not in first_line or mask_token in taken):
+        what = "means something else" if mask_token in first_line else "is none of its tokens"
+        raise VocabError(f"{path}: --mask-token {mask_token} {what}; name the token that stands for a masked residue")
+    missing = lacking(tokens, roles)
     if missing:
-        raise VocabError(f"{path}: not a protein vocabulary: it lacks {' '.join(missing)}; "
-                         f"{DEFAULT_VOCAB.name} of protein_tools has all of them")
+        hint = ", and --mask-token names the mask token of a file that calls it otherwise"
+        raise VocabError(f"{path}: not a protein vocabulary: it lacks {' '.join(missing)}; {DEFAULT_VOCAB.name} of "
+                         f"protein_tools has all of them{hint if '[MASK]' in missing[0] else ''}")

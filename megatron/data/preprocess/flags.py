@@ -5,10 +5,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from megatron.config.command_line import OneLineParser, add_section_flags, flag_name
+from megatron.config.data import VOCABULARIES
 from megatron.config.declaration import flag, fraction, not_negative, positive
 from megatron.data.corpus.indexed import IMPLEMENTATIONS
 from megatron.data.corpus.tokenizer import TOKENIZER_TYPES
-from megatron.data.corpus.vocab import DEFAULT_VOCAB
 from megatron.errors import ConfigError
 
 
@@ -23,7 +23,9 @@ class PreprocessConfig:
                                       "each gives an output", nargs="+", aliases=("--json-key",))
     output_prefix: str = flag(None, "path of the output without _KEY_document.bin and .idx")
     dataset_impl: str = flag("mmap", "layout of the output", choices=IMPLEMENTATIONS)
-    vocab_file: str = flag(str(DEFAULT_VOCAB), "vocabulary, one token a line", aliases=("--vocab",))
+    vocab_file: str = flag(VOCABULARIES[0], f"vocabulary: {', '.join(VOCABULARIES)}, or a file with one token a line; "
+                           "training maps its ids to the model's", aliases=("--vocab",))
+    mask_token: str = flag(None, "the mask token of a vocabulary that calls it neither [MASK] nor <mask>")
     tokenizer_type: str = flag("BertWordPieceLowerCase", "each type reads residues, spaced or not, in either case",
                                choices=TOKENIZER_TYPES)
     names: bool = flag(False, "write each protein's name to PREFIX_KEY_document.names too, one a line, for "

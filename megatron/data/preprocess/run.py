@@ -73,7 +73,7 @@ class _Preprocessing:
         if config.shards > 1 and any(source.path == "-" for source in self.sources):
             raise DataError(f"--shards is {config.shards}, but standard input cannot be read again after a kill; "
                             "give a file to --input, or --shards 1")
-        self.vocab = Vocab.from_file(config.vocab_file)
+        self.vocab = Vocab.from_file(config.vocab_file, config.mask_token)
         self.encoding = _encoding(config, self.vocab)
         self.num_blocks, self.num_shards, self.num_reported = 0, 0, 0
         self.tallies = [Tally() for _ in config.json_keys]

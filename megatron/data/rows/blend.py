@@ -34,6 +34,11 @@ class BlendedDataset:
         """The positions of a row."""
         return self.datasets[0].seq_length
 
+    @property
+    def num_ends(self) -> int:
+        """The tokens around each protein."""
+        return self.datasets[0].num_ends
+
     def build_ahead(self) -> None:
         """From now on, builds in a thread the rows of each corpus's epoch after the one in use."""
         for dataset in self.datasets:

@@ -7,9 +7,9 @@ from fractions import Fraction
 from megatron.config import DataConfig
 from megatron.data.corpus.documents import Documents
 from megatron.data.corpus.indexed import open_indexed
-from megatron.data.corpus.origin import check_vocabulary
+from megatron.data.corpus.origin import corpus_vocabulary, id_table
 from megatron.data.corpus.split import split_documents
-from megatron.data.corpus.vocab import DEFAULT_VOCAB, Vocab
+from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.blend import BlendedDataset, parse_data_path
 from megatron.data.rows.cache_files import choose_cache_folder
 from megatron.data.rows.clusters import Clusters, cluster_documents
@@ -67,7 +67,10 @@ def _blend(present: Sequence[tuple[PackedDataset, Fraction]], is_training: bool)
 
 def _build_corpus(prefix: str, data: DataConfig, vocab: Vocab, seed: int) -> list[PackedDataset | None]:
     indexed = open_indexed(prefix, data.data_impl)
-    check_vocabulary(indexed, vocab, data.vocab_file or DEFAULT_VOCAB)
+    corpus_vocab = corpus_vocabulary(indexed)
+    if data.protein_ends == "both" and len(indexed.tokens) and indexed.tokens[-1] == corpus_vocab.sep_id:
+        raise DataError(f"{prefix}: its proteins end with [SEP] already, and --protein-ends both puts one behind each; "
+                        "preprocess it again without --append-eod, or give --protein-ends start")
     if data.mmap_warmup:
         _read_through(f"{prefix}.bin")
     parts: list[PackedDataset | None] = []
@@ -75,7 +78,7 @@ def _build_corpus(prefix: str, data: DataConfig, vocab: Vocab, seed: int) -> lis
                                strict=True):
         training = name == "train"
         settings = PackingSettings(data.seq_length, data.packing, data.long_proteins,
-                                   seed if training else EVALUATION_SEED)
+                                   seed if training else EVALUATION_SEED, data.num_ends)
         clusters = folder = None
         if len(documents) > IN_MEMORY_DOCUMENTS:
             folder = choose_cache_folder(prefix, data.data_cache_path)
@@ -85,7 +88,8 @@ def _build_corpus(prefix: str, data: DataConfig, vocab: Vocab, seed: int) -> lis
             clusters = Clusters(of_document[documents.start:documents.stop], match)
         dataset = PackedDataset(Documents(indexed, documents), settings, vocab,
                                 Masking.from_config(data) if training else Masking(), folder, name,
-                                clusters=clusters, repeats_one_epoch=not training)
+                                clusters=clusters, repeats_one_epoch=not training,
+                                id_table=id_table(corpus_vocab, vocab))
         parts.append(dataset if dataset.num_epoch_rows(0) else None)
     if parts[0] is None:
         raise DataError(f"{prefix}: its training documents hold no protein for a row of {data.seq_length} positions "

@@ -1,7 +1,7 @@
-"""Masked-language-model targets of one row: chosen residues become [MASK], stay, or become another residue.
+"""Masked-language-model targets of one row: chosen residues become the mask token, stay, or become another residue.
 
-Only residues are ever chosen or drawn: never [CLS], [UNK] or another special token. Where proteins begin is known from
-the packing, so no id that masking places can start a false protein.
+Only residues are ever chosen or drawn: never a protein's ends, the unknown or another special token. Where proteins
+begin is known from the packing, so no id that masking places can start a false protein.
 """
 
 from dataclasses import dataclass

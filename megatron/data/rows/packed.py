@@ -31,7 +31,7 @@ ORDER, ROW, DRAW = 0, 1, 2  # purposes of randomness: an epoch's order; a row's 
 class Row:
     """One row of proteins, masked; the arrays are int64."""
 
-    tokens_t: np.ndarray  # masked input, each protein behind its [CLS]
+    tokens_t: np.ndarray  # masked input, each protein between its ends
     lengths: np.ndarray  # tokens of each protein
     target_positions_m: np.ndarray  # chosen tokens, ascending
     target_ids_m: np.ndarray  # what stood there
@@ -45,19 +45,26 @@ class PackingSettings:
     packing: str
     long_proteins: str
     seed: int
+    num_ends: int  # tokens around each protein: [CLS] before it, or with 2 also [SEP] behind it
+
+    @property
+    def max_residues(self) -> int:
+        """The most residues of one protein in a row, and of a row."""
+        return self.seq_length - self.num_ends
 
 
 class PackedDataset:
     """The rows of some documents, epoch after epoch; of `clusters`, where given, each epoch has one member.
 
     `repeats_one_epoch` gives epoch 0 again and again (evaluation). Without `cache_folder` a process packs for itself.
+    `id_table` has the id in `vocab` of each id of the documents (None: the same).
     """
 
     def __init__(self, documents: Documents, settings: PackingSettings, vocab: Vocab, masking: Masking,
                  cache_folder: Path | None, name: str, *, clusters: Clusters | None = None,
-                 repeats_one_epoch: bool = False) -> None:
+                 repeats_one_epoch: bool = False, id_table: np.ndarray | None = None) -> None:
         self.documents, self.settings, self.name = documents, settings, name
-        self.vocab, self.clusters = vocab, clusters
+        self.vocab, self.clusters, self._id_table = vocab, clusters, id_table
         self._masker = Masker(masking, vocab)
         self._repeats_one_epoch = repeats_one_epoch
         self._cache = None if cache_folder is None else RowCache(cache_folder, self._stem())
@@ -81,10 +88,15 @@ class PackedDataset:
         """The positions of a row."""
         return self.settings.seq_length
 
+    @property
+    def num_ends(self) -> int:
+        """The tokens around each protein."""
+        return self.settings.num_ends
+
     @cached_property
     def pieces(self) -> Pieces:
         """The pieces that the rows are made of."""
-        return Pieces(self.documents, self.settings.seq_length, self.settings.long_proteins)
+        return Pieces(self.documents, self.settings.max_residues, self.settings.long_proteins)
 
     def locate(self, sample: int) -> tuple[int, int]:
         """The epoch of a sample, and its row there."""
@@ -134,13 +146,15 @@ class PackedDataset:
         pieces, num_rows = self.pieces, self.num_epoch_rows(0)
         lengths = pieces.lengths[self._pieces_of(0)]
         lengths = lengths[(lengths > 0) & ((lengths <= pieces.max_residues) | (self.settings.long_proteins != "drop"))]
-        tokens = int(np.minimum(lengths, pieces.max_residues).sum(dtype=np.int64)) + len(lengths)
+        tokens = int(np.minimum(lengths, pieces.max_residues).sum(dtype=np.int64)) + self.num_ends * len(lengths)
         clusters = "" if self.clusters is None else f" in {len(self.clusters):,} clusters ({self.clusters.match})"
         fate = {"crop": "cropped", "split": "split", "drop": "dropped"}[self.settings.long_proteins]
         fill = tokens / max(1, num_rows * self.settings.seq_length)
+        notes = "" if self._id_table is None else "; ids mapped by letter from the vocabulary of its preprocessing"
+        notes += "" if IS_COMPILED else "; packed in Python, as the compiled module is missing: pip install -e ."
         return (f"{self.name}: {len(self.documents):,} proteins{clusters} ({pieces.num_long:,} longer than a row, "
                 f"{fate}; {pieces.num_empty:,} empty, left out), {num_rows:,} rows an epoch, {100 * fill:.2f} % full"
-                f"{'' if IS_COMPILED else '; packed in Python, as the compiled module is missing: pip install -e .'}")
+                f"{notes}")
 
     def most_proteins(self, num_rows: int, sample: int = 0) -> int:
         """The most proteins in so many neighbouring rows of the epoch of a sample."""
@@ -149,11 +163,11 @@ class PackedDataset:
 
     def most_targets(self) -> int:
         """The most targets that a row can have."""
-        return self._masker.num_chosen(self.seq_length - 1)
+        return self._masker.num_chosen(self.settings.max_residues)
 
     def longest(self) -> int:
         """The tokens of the longest protein in a row."""
-        return int(min(self.pieces.lengths.max(initial=1) + 1, self.seq_length))
+        return int(min(self.pieces.lengths.max(initial=1) + self.num_ends, self.seq_length))
 
     def _count_epochs(self, sample: int) -> None:
         """Extends the first samples of epochs until they pass `sample`."""
@@ -169,7 +183,8 @@ class PackedDataset:
     def _pack(self, epoch: int) -> PackedRows:
         settings, pieces = self.settings, self._pieces_of(epoch)
         rows = pack(self.pieces.lengths[pieces], settings.seq_length, settings.packing,
-                    key=order_key(settings.seed, ORDER, epoch), drop_long=settings.long_proteins == "drop")
+                    key=order_key(settings.seed, ORDER, epoch), drop_long=settings.long_proteins == "drop",
+                    num_ends=settings.num_ends)
         return rows if isinstance(pieces, slice) else PackedRows(pieces[rows.pieces], rows.row_starts)
 
     def _pieces_of(self, epoch: int) -> slice | np.ndarray:
@@ -179,30 +194,34 @@ class PackedDataset:
         return self.pieces.of_documents(self.clusters.draw(order_key(self.settings.seed, DRAW, epoch)))
 
     def _read(self, pieces: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of a row, [CLS] included, and the tokens of each of its proteins."""
+        """The tokens of a row, ends included, and the tokens of each of its proteins."""
         max_residues = self.pieces.max_residues
+        further_ends = [[self.vocab.sep_id]] * (self.num_ends - 1)
         parts: list = []
         lengths = self.pieces.lengths[pieces].astype(np.int64)
         for piece, length in zip(pieces.tolist(), lengths.tolist(), strict=True):
             document, offset = self.pieces.locate(piece)
             if length > max_residues:  # a crop
                 offset, length = int(rng.integers(length - max_residues + 1)), max_residues
-            parts += [self.vocab.cls_id], self._read_ids(document, offset, length)
-        return np.concatenate(parts, dtype=np.int64), np.minimum(lengths, max_residues) + 1
+            parts += [self.vocab.cls_id], self._read_ids(document, offset, length), *further_ends
+        return np.concatenate(parts, dtype=np.int64), np.minimum(lengths, max_residues) + self.num_ends
 
     def _read_ids(self, document: int, offset: int, length: int) -> np.ndarray:
+        """The ids in `vocab` of a part of a document."""
         ids = self.documents.read(document, offset, length)
-        if length and not 0 <= ids.min() <= ids.max() < self.vocab.size:
+        num_ids = self.vocab.size if self._id_table is None else len(self._id_table)
+        if length and not 0 <= ids.min() <= ids.max() < num_ids:
             raise DataError(f"{self.documents.indexed.prefix}.bin: document {self.documents.range[document]} holds ids "
-                            f"{ids.min()} to {ids.max()}, but the vocabulary has {self.vocab.size}; --vocab-file "
-                            "must be the one that the data was preprocessed with")
-        return ids
+                            f"{ids.min()} to {ids.max()}, but the vocabulary of its preprocessing has {num_ids}: it "
+                            "is damaged, or lacks the .stats.json that names another; preprocess it again")
+        return ids if self._id_table is None else self._id_table[ids]
 
     def _stem(self) -> str:
         settings = self.settings
         key = json.dumps([CACHE_VERSION, self.documents.indexed.identity, self.documents.range.start,
                           self.documents.range.stop, settings.seq_length, settings.packing, settings.long_proteins,
-                          settings.seed, self.clusters.identity if self.clusters else None])
+                          settings.seed, self.clusters.identity if self.clusters else None,
+                          *([] if settings.num_ends == 1 else [settings.num_ends])])
         digest = hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
         prefix = Path(self.documents.indexed.prefix).name
         return f"{prefix}-{self.name}-{settings.seq_length}-{settings.packing}-{digest}"

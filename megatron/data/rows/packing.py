@@ -1,7 +1,8 @@
 """The rows of one epoch: which pieces lie in which row.
 
-A piece is a protein, or the part of one that a row takes; behind its [CLS] a piece of n residues takes n + 1 of the
-row's positions. Pieces come in the order of a hash of their number that each epoch keys anew, and are laid down by
+A piece is a protein, or the part of one that a row takes; with its ends, [CLS] and perhaps [SEP], a piece of n residues
+takes n + 1 or n + 2 of the row's positions. Pieces come in the order of a hash of their number that each epoch keys
+anew, and are laid down by
 
 - `sequential`, the original's rule: a piece that would reach or pass the row's end starts the next row (so an exact fit
   does too, unless the piece is alone);
@@ -46,25 +47,30 @@ class PackedRows:
         return self.pieces[self.row_starts[index]:self.row_starts[index + 1]]
 
 
-def pack(lengths: np.ndarray, seq_length: int, packing: str, *, key: int | None, drop_long: bool = False) -> PackedRows:
-    """The rows of one epoch over pieces of `lengths` residues (int32 or int64, one-dimensional).
+def pack(lengths: np.ndarray, seq_length: int, packing: str, *, key: int | None, drop_long: bool = False,
+         num_ends: int = 1) -> PackedRows:
+    """The rows of one epoch over pieces of `lengths` residues (int32 or int64, one-dimensional) and `num_ends` ends.
 
     `key` shuffles the pieces (`order_key`); None keeps their order. A piece longer than a row counts as `seq_length`
     positions, or is left out with `drop_long`; an empty one is always left out.
     """
     if not IS_COMPILED:
-        return pack_in_python(lengths, seq_length, packing, key=key, drop_long=drop_long)
+        return pack_in_python(lengths, seq_length, packing, key=key, drop_long=drop_long, num_ends=num_ends)
     window = {"sequential": 0, "best-fit": WAITING_PIECES}[packing]
-    return PackedRows(*_packing.pack(np.ascontiguousarray(lengths), seq_length, window, key, drop_long))
+    lengths = np.ascontiguousarray(lengths)
+    if num_ends == 2:  # the one behind takes a position as a further residue does
+        lengths = lengths + (lengths > 0)
+    return PackedRows(*_packing.pack(lengths, seq_length, window, key, drop_long))
 
 
 def pack_in_python(lengths: np.ndarray, seq_length: int, packing: str, *, key: int | None,
-                   drop_long: bool = False) -> PackedRows:
+                   drop_long: bool = False, num_ends: int = 1) -> PackedRows:
     """The same rows as `pack`, without the compiled module: its oracle, and its fallback at some 1 µs a protein."""
     order = np.arange(len(lengths)) if key is None else np.argsort(order_hashes(key, len(lengths)))
-    taken = (lengths > 0) & ((lengths < seq_length) | (not drop_long))
+    max_residues = seq_length - num_ends
+    taken = (lengths > 0) & ((lengths <= max_residues) | (not drop_long))
     order = order[taken[order]]
-    tokens = (np.minimum(lengths[order], seq_length - 1) + 1).tolist()
+    tokens = (np.minimum(lengths[order], max_residues) + num_ends).tolist()
     lay = {"sequential": _next_fit, "best-fit": _best_fit}[packing]
     rows = lay(order.tolist(), tokens, seq_length)
     dtype = np.uint32 if len(lengths) <= 2**32 else np.int64
