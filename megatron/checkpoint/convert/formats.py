@@ -28,7 +28,7 @@ FORMATS: Mapping[str, Format] = {
     "sharded": sharded, "whole": whole, "megatron-v2": megatron_v2, "megatron-core": ranks,
     "megatron-core-dist": distributed, "hf": hf}
 # Of these the optimizer's state is neither read nor written.
-WEIGHTS_ALONE = ("megatron-core", "megatron-core-dist")
+WEIGHTS_ALONE = ("megatron-core", "megatron-core-dist", "hf")
 OURS = ("sharded", "whole")
 AUTO = "auto"
 

@@ -17,8 +17,8 @@ def with_first_type(positions: StoredTensor, types: StoredTensor, name: str, pla
     `name`: of the types. Raises CheckpointError where they are none.
     """
     if len(types.shape) != 2 or not types.shape[0] or types.shape[1] != positions.shape[1]:
-        raise CheckpointError(f"{place}: {name} is {list(types.shape)}, expected [types, {positions.shape[1]}]; copy it "
-                              "again")
+        raise CheckpointError(f"{place}: {name} is {list(types.shape)}, expected [types, {positions.shape[1]}]; copy "
+                              "it again")
 
     def read(box: Box) -> Tensor:
         return positions.read_box(box).float() + types.read_box((slice(0, 1), box[1])).float()

@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.stored import Checkpoint
 from megatron.config import ModelConfig
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import CheckpointError
@@ -79,6 +80,18 @@ def flags_of(theirs: Mapping[str, Any], place: Path) -> dict[str, Any]:
     if positions == "learned_absolute":
         config["max_position_embeddings"] = said["max_position_embeddings"] - tokens_of(said, kind)[1]
     return config
+
+
+def complete(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The flags of a checkpoint with those that it leaves to their defaults; raises CheckpointError where some lack."""
+    config = arithmetic() | checkpoint.state.get("config", {})
+    said = checkpoint.state.get("config", {})
+    if missing := [name for name in ("num_layers", "hidden_size", "num_attention_heads") if name not in said]:
+        raise CheckpointError(f"{checkpoint.path}: does not say its {missing[0].replace('_', ' ')}, which others need; "
+                              "save it with its configuration")
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    implied = {"ffn_hidden_size": 4 * width, "kv_channels": width // heads}
+    return config | {name: value for name, value in implied.items() if config.get(name) is None}
 
 
 def kind_of(theirs: Mapping[str, Any], place: Path) -> str:

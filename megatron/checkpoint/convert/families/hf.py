@@ -8,21 +8,21 @@ FOLDER/vocab.txt              a token a line
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.convert.families import flags
-from megatron.checkpoint.convert.families.names import HF_BERT, HF_ESM, Table
+from megatron.checkpoint.convert.families.hf_writing import CONFIG, INDEX, TABLES, WHOLE, write_files
 from megatron.checkpoint.convert.families.reading import Family, checkpoint_of
 from megatron.checkpoint.convert.families.vocabularies import vocabulary_in
+from megatron.checkpoint.convert.own_places import refuse_layout
 from megatron.checkpoint.convert.torch_files import read_torch_file
 from megatron.checkpoint.stored import Checkpoint, StoredTensor
 from megatron.checkpoint.whole import stored_in
 from megatron.errors import CheckpointError
+from megatron.files import new_folder
 
-CONFIG, WHOLE, BIN, INDEX = "config.json", "model.safetensors", "pytorch_model.bin", ".index.json"
-_TABLES: Mapping[str, Table] = {flags.ESM: HF_ESM, flags.BERT: HF_BERT}
+BIN = "pytorch_model.bin"
 _VOCABULARIES = {flags.ESM: "esm", flags.BERT: "protbert"}
 _POINTER = b"version https://git-lfs"
 # What was saved before transformers named them so.
@@ -52,13 +52,28 @@ def read(path: Path, iteration: int | None = None) -> Checkpoint:
                               f"{' '.join(str(error).split())[:200]}); copy it again") from error
 
 
+def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: int = 1) -> Path:
+    """Write the weights, a tokenizer and a model card into a new folder; returns it.
+
+    Raises ConfigError for a layout, CheckpointError where something is missing or the disk refuses.
+    """
+    refuse_layout(tensor, pipeline)
+    try:
+        with new_folder(folder) as temporary:
+            write_files(checkpoint, temporary)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written ({error.strerror}); make room, or give another folder"
+                              ) from error
+    return folder
+
+
 def _read(place: Path) -> Checkpoint:
     theirs = read_object(place / CONFIG)
     kind = flags.kind_of(theirs, place)
     config = flags.flags_of(theirs, place)
     num_tokens, first_row = flags.tokens_of(theirs, kind)
     state = vocabulary_in(place, _VOCABULARIES[kind], num_tokens)
-    family = Family(config | state["config"], _TABLES[kind], num_tokens, first_row)
+    family = Family(config | state["config"], TABLES[kind], num_tokens, first_row)
     return checkpoint_of(family, tensors_in_folder(place), place, state)
 
 
@@ -84,8 +99,8 @@ def tensors_in_folder(place: Path) -> dict[str, StoredTensor]:
         parts = read_object(place / f"{name}{INDEX}").get("weight_map", {})
         files = sorted(set(parts.values()))
         if wrong := [file for file in files if not isinstance(file, str) or Path(file).name != file]:
-            raise CheckpointError(f"{place / f'{name}{INDEX}'} names {str(wrong[0])[:60]!r}, which is no file beside it; "
-                                  "copy it again")
+            raise CheckpointError(f"{place / f'{name}{INDEX}'} names {str(wrong[0])[:60]!r}, which is no file beside "
+                                  "it; copy it again")
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         tensors |= _tensors_in(place / file)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.convert.vocabulary import BIAS, OUTPUT, WORDS
-from megatron.checkpoint.stored import Box, StoredTensor, Tensors, one_piece
+from megatron.checkpoint.stored import Box, Checkpoint, Piece, StoredTensor, Tensors, one_piece
 from megatron.errors import CheckpointError
 
 POSITIONS = "embedding.position_embeddings.weight"
@@ -131,13 +131,37 @@ def our_tensors(theirs: Tensors, shapes: Mapping[str, tuple[int, ...]], table: T
     return model
 
 
-def their_tensors(model: Tensors, table: Table, heads: int) -> dict[str, StoredTensor]:
-    """Our parameters under their names."""
+def family_tensors(checkpoint: Checkpoint, config: Mapping[str, Any], table: Table, num_tokens: int,
+                   first_row: int) -> dict[str, StoredTensor]:
+    """Parameters of ours under a family's names, positions behind `first_row` rows of zeros.
+
+    Raises CheckpointError where they are not those of such a model.
+    """
     theirs: dict[str, StoredTensor] = {}
-    for ours, tensor in model.items():
-        names = their_names(ours, table)
-        theirs |= zip(names, [tensor] if len(names) == 1 else split(tensor, heads), strict=True)
+    shapes, model = shapes_of(config, num_tokens), checkpoint.model
+    wrong = sorted(name for name in shapes.keys() | model.keys()
+                   if name not in shapes or name not in model or model[name].shape != shapes[name])
+    if wrong:
+        raise CheckpointError(f"{checkpoint.path}: parameter {wrong[0]} is not what its flags say; convert a whole "
+                              "checkpoint with its own flags")
+    for ours in shapes:
+        names, tensor = their_names(ours, table), model[ours]
+        if ours == POSITIONS and first_row:
+            tensor = _behind_zeros(tensor, first_row)
+        parts = [tensor] if len(names) == 1 else split(tensor, config["num_attention_heads"])
+        theirs |= zip(names, parts, strict=True)
     return theirs
+
+
+def _behind_zeros(tensor: StoredTensor, count: int) -> StoredTensor:
+    """A table with as many rows of zeros before its own."""
+    rows, columns = tensor.shape
+
+    def zeros(box: Box) -> Tensor:
+        return torch.zeros([part.stop - part.start for part in box], dtype=tensor.dtype)
+
+    behind = [Piece((count + piece.offsets[0], piece.offsets[1]), piece.shape, piece.read) for piece in tensor.pieces]
+    return StoredTensor((count + rows, columns), tensor.dtype, (Piece((0, 0), (count, columns), zeros), *behind))
 
 
 def fused(parts: Sequence[StoredTensor], heads: int) -> StoredTensor:

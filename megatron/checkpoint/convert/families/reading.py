@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron.checkpoint.convert.families.names import POSITIONS, Table, our_tensors, shapes_of, their_names
 from megatron.checkpoint.convert.token_types import NOTE, with_first_type
@@ -14,7 +15,7 @@ from megatron.checkpoint.stored import Checkpoint, StoredTensor, Tensors
 from megatron.errors import CheckpointError
 
 FREQUENCIES = ".inv_freq"
-_TYPES = "bert.embeddings.token_type_embeddings.weight"
+TYPES = "bert.embeddings.token_type_embeddings.weight"
 # What is no part of the masked language model, or of those of its kind.
 _BESIDE = ("bert.pooler.", "cls.seq_relationship.", "esm.pooler.", "esm.embeddings.position_embeddings.")
 _ROUNDINGS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -46,8 +47,8 @@ def checkpoint_of(family: Family, tensors: Tensors, place: Path, state: Mapping[
     if family.first_row and POSITIONS in shapes:
         _shift(left, their_names(POSITIONS, family.table)[0], family.first_row)
     model = our_tensors(left, shapes, family.table, config["num_attention_heads"], place)
-    if (types := left.pop(_TYPES, None)) is not None:
-        model[POSITIONS] = with_first_type(model[POSITIONS], types, _TYPES, place)
+    if (types := left.pop(TYPES, None)) is not None:
+        model[POSITIONS] = with_first_type(model[POSITIONS], types, TYPES, place)
         notes.append(NOTE)
     notes += _beside(left.keys() - {name for ours in shapes for name in their_names(ours, family.table)}, place)
     notes.append("there is no optimizer's state in it: give --finetune to train on")
@@ -57,15 +58,20 @@ def checkpoint_of(family: Family, tensors: Tensors, place: Path, state: Mapping[
 
 def _precision(frequencies: list[StoredTensor], config: Mapping[str, Any], place: Path) -> str:
     """What the frequencies of rotary positions were rounded to; raises CheckpointError where they are others."""
-    width = config["kv_channels"]
-    exact = 1.0 / config["rotary_base"] ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
-    for name, dtype in _ROUNDINGS.items():
-        expected = exact.to(dtype).float()
-        if all(tuple(found.shape) == tuple(exact.shape) and torch.allclose(found.read().float(), expected, rtol=1e-6)
+    for name in _ROUNDINGS:
+        expected = frequencies_of({**config, "rotary_frequency_precision": name})
+        if all(found.shape == tuple(expected.shape) and torch.allclose(found.read().float(), expected, rtol=1e-6)
                for found in frequencies):
             return name
     raise CheckpointError(f"{place}: its inv_freq are not those of rotary positions with base {config['rotary_base']:g}"
-                          f" over {width} columns; give a model whose positions are not scaled")
+                          f" over {config['kv_channels']} columns; give a model whose positions are not scaled")
+
+
+def frequencies_of(config: Mapping[str, Any]) -> Tensor:
+    """The inverse frequencies of rotary positions, fp32, rounded as a model of these flags has them."""
+    width = config["kv_channels"]
+    exact = 1.0 / config["rotary_base"] ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
+    return exact.to(_ROUNDINGS[config.get("rotary_frequency_precision", "fp32")]).float()
 
 
 def _drop_copies(left: dict[str, StoredTensor], family: Family, place: Path) -> None:

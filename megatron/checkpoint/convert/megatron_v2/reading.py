@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron.checkpoint.convert.megatron_v2.arguments import config_of, progress_of, schedule_of
 from megatron.checkpoint.convert.megatron_v2.names import (
@@ -25,7 +24,7 @@ from megatron.checkpoint.convert.megatron_v2.optimizer_state import OptimizerSta
 from megatron.checkpoint.convert.megatron_v2.places import RELEASE, Place, find_place
 from megatron.checkpoint.convert.token_types import NOTE, with_first_type
 from megatron.checkpoint.convert.torch_files import read_torch_file
-from megatron.checkpoint.stored import Box, Checkpoint, Piece, StoredTensor, one_piece, stored
+from megatron.checkpoint.stored import Checkpoint, Piece, StoredTensor, stored
 from megatron.errors import CheckpointError
 
 _POSITIONS = "embedding.position_embeddings.weight"
