@@ -38,7 +38,7 @@ _MOST = {"num_hidden_layers": 10_000}
 _FREE = {"num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels",
          "max_position_embeddings", "make_vocab_size_divisible_by", "layernorm_epsilon",
          "untie_embeddings_and_output_weights", "num_query_groups"}
-_OF_ESM = {"norm_placement": "pre", "bias_gelu_fusion": False}
+OF_ESM = {"norm_placement": "pre", "bias_gelu_fusion": False}
 _FREE_IN_ESM = {"position_embedding_type", "rotary_base", "rotary_frequency_precision", "embedding_layernorm",
                 "token_dropout", "contact_head"}
 _OF_BERT = {"norm_placement": "post", "embedding_layernorm": True, "bias_gelu_fusion": False,
@@ -76,7 +76,7 @@ def flags_of(theirs: Mapping[str, Any], place: Path) -> dict[str, Any]:
         "position_embedding_type": positions, "rotary_base": float(said.get("rope_theta", 10000.0)),
         "untie_embeddings_and_output_weights": not said["tie_word_embeddings"],
         "token_dropout": bool(said.get("token_dropout")), "protein_ends": "both", "contact_head": False,
-        "embedding_layernorm": bool(said.get("emb_layer_norm_before")), **(_OF_ESM if kind == ESM else _OF_BERT)}
+        "embedding_layernorm": bool(said.get("emb_layer_norm_before")), **(OF_ESM if kind == ESM else _OF_BERT)}
     if positions == "learned_absolute":
         config["max_position_embeddings"] = said["max_position_embeddings"] - tokens_of(said, kind)[1]
     return config
@@ -127,7 +127,7 @@ def family_of(config: Mapping[str, Any]) -> str | None:
             config.get("num_query_groups") not in (None, config["num_attention_heads"])):
         return None
     defaults = arithmetic() | {"openai_gelu": False}
-    for kind, fixed, free in ((ESM, _OF_ESM, _FREE | _FREE_IN_ESM), (BERT, _OF_BERT, _FREE)):
+    for kind, fixed, free in ((ESM, OF_ESM, _FREE | _FREE_IN_ESM), (BERT, _OF_BERT, _FREE)):
         if all(config.get(name, value) == value for name, value in (defaults | fixed).items() if name not in free):
             return kind
     return None

@@ -51,7 +51,6 @@ def checkpoint_of(family: Family, tensors: Tensors, place: Path, state: Mapping[
         model[POSITIONS] = with_first_type(model[POSITIONS], types, TYPES, place)
         notes.append(NOTE)
     notes += _beside(left.keys() - {name for ours in shapes for name in their_names(ours, family.table)}, place)
-    notes.append("there is no optimizer's state in it: give --finetune to train on")
     checkpoint = Checkpoint(place, 0, model, None, {**state, "config": config, "notes": notes})
     return with_rows(checkpoint, rows_for(family.num_tokens, 1, checkpoint))
 
