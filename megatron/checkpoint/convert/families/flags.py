@@ -1,20 +1,25 @@
 """Configurations of `transformers`, and our flags: what of the one is the other, for the families that both have.
 
-ESM-2 (rotary) and ESM-1b (absolute) are EsmForMaskedLM, ProtBERT is BertForMaskedLM.
+ESM-2 (rotary) and ESM-1b (absolute) are EsmForMaskedLM, ProtBERT is BertForMaskedLM. What no class of theirs computes
+is a ProteinForMaskedLM, whose code lies in the folder (`remote`), and whose config.json has our flags as they are.
 """
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.convert.megatron_v2.arguments import fits
 from megatron.checkpoint.stored import Checkpoint
-from megatron.config import ModelConfig
+from megatron.config import DataConfig, ModelConfig
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import CheckpointError
 
-ESM, BERT = "esm", "bert"
-CLASSES = {ESM: "EsmForMaskedLM", BERT: "BertForMaskedLM"}
+ESM, BERT, OWN = "esm", "bert", "protein_lm"
+CLASSES = {ESM: "EsmForMaskedLM", BERT: "BertForMaskedLM", OWN: "ProteinForMaskedLM"}
+_CODE = {"AutoConfig": "configuration_protein.ProteinConfig",
+         "AutoModelForMaskedLM": f"modeling_protein.{CLASSES[OWN]}"}
+_COURSE = ("attention_dropout", "hidden_dropout", "init_method_std")  # what it has besides
 # What is theirs where config.json leaves it out.
 _THEIRS: Mapping[str, Mapping[str, Any]] = {
     ESM: {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
@@ -33,7 +38,7 @@ _SAME: Mapping[str, Any] = {
 _POSITIONS = {ESM: {"rotary": "rope", "absolute": "learned_absolute"}, BERT: {"absolute": "learned_absolute"}}
 _COUNTS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings",
            "vocab_size")
-_MOST = {"num_hidden_layers": 10_000}
+_MOST = {"num_hidden_layers": 10_000, "num_layers": 10_000, "layers": 10_000}
 # The flags that a family's class has a field for, or that say nothing of the arithmetic of a whole model.
 _FREE = {"num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels",
          "max_position_embeddings", "make_vocab_size_divisible_by", "layernorm_epsilon",
@@ -54,6 +59,8 @@ def arithmetic() -> dict[str, Any]:
 def flags_of(theirs: Mapping[str, Any], place: Path) -> dict[str, Any]:
     """Our flags for what config.json says; raises CheckpointError where models here compute something else."""
     kind = kind_of(theirs, place)
+    if kind == OWN:
+        return _flags_as_they_are(theirs, place)
     said = {**_THEIRS[kind], **{name: value for name, value in theirs.items() if value is not None}}
     for name, ours in _SAME.items():
         if (said.get(name) or ours) != ours:
@@ -94,13 +101,35 @@ def complete(checkpoint: Checkpoint) -> dict[str, Any]:
     return config | {name: value for name, value in implied.items() if config.get(name) is None}
 
 
+def _flags_as_they_are(theirs: Mapping[str, Any], place: Path) -> dict[str, Any]:
+    config = arithmetic()
+    for item in _stated():
+        value = theirs.get(item.name)
+        if value is None:
+            continue
+        if not fits(item, value):
+            raise CheckpointError(f"{place}: its configuration has {item.name} {str(value)[:40]!r}, which is none that "
+                                  "models here have; copy it again")
+        config[item.name] = value
+    check_counts({name: config.get(name) for name in ("num_layers", "hidden_size", "num_attention_heads",
+                                                      "ffn_hidden_size", "kv_channels")}, place)
+    check_counts({"vocab_size": theirs.get("vocab_size")}, place)
+    return config
+
+
+def _stated() -> list[Field]:
+    """The flags that a folder of our own says."""
+    return [item for section in (ModelConfig, DataConfig) for item in fields(section)
+            if item.metadata["changes"] == "arithmetic" or item.name in _COURSE]
+
+
 def kind_of(theirs: Mapping[str, Any], place: Path) -> str:
     """The family of a configuration; raises CheckpointError for one that is not known."""
     kind, classes = theirs.get("model_type"), theirs.get("architectures") or []
-    if kind not in CLASSES or not all(str(name).startswith(("Esm", "Bert")) for name in classes):
+    if kind not in CLASSES or not all(str(name).startswith(("Esm", "Bert", "Protein")) for name in classes):
         found = ", ".join(map(str, classes)) or f"model_type {kind!r}"
-        raise CheckpointError(f"{place}: is of {found[:80]}; of transformers' models {' and '.join(CLASSES.values())} "
-                              "can be read (ESM-2, ESM-1b, ESM-1v, ProtBERT)")
+        raise CheckpointError(f"{place}: is of {found[:80]}; of transformers' models {', '.join(CLASSES.values())} can "
+                              "be read (ESM-2, ESM-1b, ESM-1v, ProtBERT, and what was written here)")
     return kind
 
 
@@ -109,7 +138,7 @@ def tokens_of(theirs: Mapping[str, Any], kind: str) -> tuple[int, int]:
 
     Those of ESM come behind that of padding.
     """
-    said = {**_THEIRS[kind], **{name: value for name, value in theirs.items() if value is not None}}
+    said = {**_THEIRS.get(kind, {}), **{name: value for name, value in theirs.items() if value is not None}}
     return said["vocab_size"], said["pad_token_id"] + 1 if kind == ESM else 0
 
 
@@ -121,20 +150,24 @@ def check_counts(counts: Mapping[str, Any], place: Path) -> None:
                                   "that; copy it again")
 
 
-def family_of(config: Mapping[str, Any]) -> str | None:
-    """The family whose class computes what a model of these flags does, or None."""
+def family_of(config: Mapping[str, Any]) -> str:
+    """The family whose class computes what a model of these flags does; that of ours where none of theirs does."""
     if config["kv_channels"] * config["num_attention_heads"] != config["hidden_size"] or (
             config.get("num_query_groups") not in (None, config["num_attention_heads"])):
-        return None
+        return OWN
     defaults = arithmetic() | {"openai_gelu": False}
     for kind, fixed, free in ((ESM, OF_ESM, _FREE | _FREE_IN_ESM), (BERT, _OF_BERT, _FREE)):
         if all(config.get(name, value) == value for name, value in (defaults | fixed).items() if name not in free):
             return kind
-    return None
+    return OWN
 
 
 def configuration(config: Mapping[str, Any], kind: str, vocab: Vocab) -> dict[str, Any]:
     """What config.json says of a model of these flags, whose family's class computes what it does."""
+    if kind == OWN:
+        said = {item.name: config[item.name] for item in _stated() if config.get(item.name) is not None}
+        return {"architectures": [CLASSES[OWN]], "model_type": OWN, "auto_map": _CODE, "vocab_size": vocab.size,
+                "pad_token_id": vocab.pad_id, "mask_token_id": vocab.mask_id, **said}
     theirs = {
         "architectures": [CLASSES[kind]], "model_type": kind, "vocab_size": vocab.size,
         "hidden_size": config["hidden_size"], "num_hidden_layers": config["num_layers"],

@@ -23,7 +23,7 @@ from megatron.errors import CheckpointError
 from megatron.files import new_folder
 
 BIN = "pytorch_model.bin"
-_VOCABULARIES = {flags.ESM: "esm", flags.BERT: "protbert"}
+_VOCABULARIES = {flags.ESM: "esm", flags.BERT: "protbert", flags.OWN: "iupac"}
 _POINTER = b"version https://git-lfs"
 # What was saved before transformers named them so.
 _OLD = {re.compile(r"LayerNorm\.gamma$"): "LayerNorm.weight", re.compile(r"LayerNorm\.beta$"): "LayerNorm.bias"}

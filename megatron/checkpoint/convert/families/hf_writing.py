@@ -9,7 +9,7 @@ import torch
 
 from megatron.checkpoint.convert.families import flags
 from megatron.checkpoint.convert.families.card import CARD, card_of
-from megatron.checkpoint.convert.families.names import HF_BERT, HF_ESM, POSITIONS, Table, family_tensors
+from megatron.checkpoint.convert.families.names import HF_BERT, HF_ESM, OURS, POSITIONS, Table, family_tensors
 from megatron.checkpoint.convert.families.reading import FREQUENCIES, TYPES, frequencies_of
 from megatron.checkpoint.convert.families.tokenizer import tokenizer_files
 from megatron.checkpoint.convert.families.vocabularies import FILE, vocabulary_of
@@ -18,11 +18,11 @@ from megatron.checkpoint.convert.whole import entries
 from megatron.checkpoint.stored import Checkpoint, StoredTensor, stored
 from megatron.checkpoint.tensor_file import write_tensors
 from megatron.data.corpus.vocab import Vocab
-from megatron.errors import CheckpointError
 from megatron.files import write_json, write_text
 
-TABLES: Mapping[str, Table] = {flags.ESM: HF_ESM, flags.BERT: HF_BERT}
+TABLES: Mapping[str, Table] = {flags.ESM: HF_ESM, flags.BERT: HF_BERT, flags.OWN: OURS}
 CONFIG, WHOLE, INDEX = "config.json", "model.safetensors", ".index.json"
+_CODE = ("configuration_protein.py", "modeling_protein.py")
 _LONGEST_FILE = 5 * 10**9  # bytes, as transformers had it
 
 
@@ -32,8 +32,6 @@ def write_files(checkpoint: Checkpoint, folder: Path) -> None:
     config = flags.complete(checkpoint)
     checkpoint = with_rows(checkpoint, vocab.size)
     kind = flags.family_of(config)
-    if kind is None:
-        raise CheckpointError(f"{checkpoint.path}: is no model that a class of transformers computes")
     tensors = _of_family(checkpoint, config, kind, vocab)
     write_json(folder / CONFIG, {**flags.configuration(config, kind, vocab), "torch_dtype": _dtype(tensors)})
     _write_weights(folder, tensors)
@@ -41,8 +39,11 @@ def write_files(checkpoint: Checkpoint, folder: Path) -> None:
     longest = config["max_position_embeddings"] if config["position_embedding_type"] == "learned_absolute" else None
     for name, content in tokenizer_files(vocab, config.get("protein_ends", "start"), longest).items():
         write_json(folder / name, content)
+    if kind == flags.OWN:
+        for name in _CODE:
+            write_text(folder / name, (Path(__file__).parent / "remote" / name).read_text(encoding="utf-8"))
     num_parameters = sum(math.prod(tensor.shape) for tensor in checkpoint.model.values())
-    write_text(folder / CARD, card_of(checkpoint, config, num_parameters, needs_code=False))
+    write_text(folder / CARD, card_of(checkpoint, config, num_parameters, kind == flags.OWN))
 
 
 def _of_family(checkpoint: Checkpoint, config: Mapping[str, Any], kind: str, vocab: Vocab) -> dict[str, StoredTensor]:
@@ -52,7 +53,7 @@ def _of_family(checkpoint: Checkpoint, config: Mapping[str, Any], kind: str, voc
         tensors[TYPES] = stored(torch.zeros(2, config["hidden_size"], dtype=checkpoint.model[POSITIONS].dtype))
         if OUTPUT in checkpoint.model:
             tensors["cls.predictions.decoder.bias"] = checkpoint.model[BIAS]
-    if config["position_embedding_type"] == "rope":
+    if config["position_embedding_type"] == "rope" and kind == flags.ESM:
         tensors |= {f"esm.encoder.layer.{number}.attention.self.rotary_embeddings{FREQUENCIES}":
                     stored(frequencies_of(config)) for number in range(config["num_layers"])}
     return tensors

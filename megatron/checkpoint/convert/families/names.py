@@ -6,19 +6,23 @@ one are the queries, keys and values that are one matrix here. Rows n·d: heads 
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.convert.vocabulary import BIAS, OUTPUT, WORDS
 from megatron.checkpoint.stored import Box, Checkpoint, Piece, StoredTensor, Tensors, one_piece
+from megatron.config import ModelConfig, PrecisionConfig
 from megatron.errors import CheckpointError
+from megatron.model.protein_model import ProteinModel
 
 POSITIONS = "embedding.position_embeddings.weight"
 _LAYER = re.compile(r"\.layers\.([0-9]{1,5})\.")
 Table = Mapping[str, str | Sequence[str]]
+
+OURS: Table = {}
 
 HF_ESM: Table = {
     "embedding.word_embeddings": "esm.embeddings.word_embeddings",
@@ -34,7 +38,7 @@ HF_ESM: Table = {
     "transformer.final_layernorm": "esm.encoder.emb_layer_norm_after",
     "lm_head.dense": "lm_head.dense",
     "lm_head.layernorm": "lm_head.layer_norm",
-    "lm_head.weight": "lm_head.decoder.weight",
+    "lm_head.decoder.weight": "lm_head.decoder.weight",
     "lm_head.bias": "lm_head.bias",
     "contact_head": "esm.contact_head.regression",
 }
@@ -51,7 +55,7 @@ HF_BERT: Table = {
     "transformer.layers.N.mlp_output_layernorm": "bert.encoder.layer.N.output.LayerNorm",
     "lm_head.dense": "cls.predictions.transform.dense",
     "lm_head.layernorm": "cls.predictions.transform.LayerNorm",
-    "lm_head.weight": "cls.predictions.decoder.weight",
+    "lm_head.decoder.weight": "cls.predictions.decoder.weight",
     "lm_head.bias": "cls.predictions.bias",
 }
 FAIR_ESM: Table = {
@@ -67,48 +71,32 @@ FAIR_ESM: Table = {
     "transformer.final_layernorm": "emb_layer_norm_after",
     "lm_head.dense": "lm_head.dense",
     "lm_head.layernorm": "lm_head.layer_norm",
-    "lm_head.weight": "lm_head.weight",
+    "lm_head.decoder.weight": "lm_head.weight",
     "lm_head.bias": "lm_head.bias",
     "contact_head": "contact_head.regression",
 }
 
 
 def their_names(ours: str, table: Table) -> list[str]:
-    """What they call one of our parameters: one name, or those of its queries, keys and values."""
+    """What they call one of our parameters: one name, or those of its queries, keys and values.
+
+    What is not in the table is called as here.
+    """
     match = _LAYER.search(ours)
     general = _LAYER.sub(".layers.N.", ours)
     module, _, kind = general.rpartition(".")
-    theirs, ending = (table[general], "") if general in table else (table[module], f".{kind}")
+    theirs, ending = (table[module], f".{kind}") if module in table else (table.get(general, ours), "")
     names = [theirs] if isinstance(theirs, str) else theirs
     return [name.replace(".N.", f".{match[1]}.") + ending if match else name + ending for name in names]
 
 
 def shapes_of(config: Mapping[str, Any], num_rows: int) -> dict[str, tuple[int, ...]]:
-    """Our parameters, and their shapes, of a family's model of these flags with `num_rows` tokens."""
-    hidden, wide = config["hidden_size"], config["ffn_hidden_size"]
-    inner = config["num_attention_heads"] * config["kv_channels"]
-    is_post = config["norm_placement"] == "post"
-    tables = {WORDS: (num_rows, hidden)}
-    matrices = {"lm_head.dense": (hidden, hidden)}
-    norms = ["lm_head.layernorm", *([] if is_post else ["transformer.final_layernorm"])]
-    if config["position_embedding_type"] == "learned_absolute":
-        tables[POSITIONS] = (config["max_position_embeddings"], hidden)
-    if config["untie_embeddings_and_output_weights"]:
-        tables[OUTPUT] = (num_rows, hidden)
-    if config["embedding_layernorm"]:
-        norms.append("embedding.layernorm")
-    if config["contact_head"]:
-        matrices["contact_head"] = (1, config["num_layers"] * config["num_attention_heads"])
-    for number in range(config["num_layers"]):
-        layer = f"transformer.layers.{number}"
-        matrices |= {f"{layer}.attention.query_key_value": (3 * inner, hidden),
-                     f"{layer}.attention.dense": (hidden, inner),
-                     f"{layer}.mlp.dense_h_to_4h": (wide, hidden), f"{layer}.mlp.dense_4h_to_h": (hidden, wide)}
-        norms += [f"{layer}.{name}_layernorm" for name in (
-            ("attention_output", "mlp_output") if is_post else ("input", "post_attention"))]
-    both = matrices | dict.fromkeys(norms, (hidden,))
-    return {**tables, **{f"{module}.weight": shape for module, shape in both.items()},
-            **{f"{module}.bias": shape[:1] for module, shape in both.items()}, BIAS: (num_rows,)}
+    """The parameters of a model of these flags with `num_rows` rows of the vocabulary, and their shapes."""
+    flags = {item.name: config[item.name] for item in fields(ModelConfig) if item.name in config}
+    flags["make_vocab_size_divisible_by"] = 1
+    with torch.device("meta"):
+        model = ProteinModel(ModelConfig(**flags), PrecisionConfig(), num_rows, mask_id=0)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def our_tensors(theirs: Tensors, shapes: Mapping[str, tuple[int, ...]], table: Table, heads: int,

@@ -37,11 +37,11 @@ def checkpoint_of(family: Family, tensors: Tensors, place: Path, state: Mapping[
     Raises CheckpointError where they are not all that such a model has, or more.
     """
     left, config, notes = dict(tensors), family.config, list(state.get("notes", ()))
-    contacts = their_names("contact_head.weight", family.table) if "contact_head" in family.table else []
-    config = config | {"contact_head": any(name in left for name in contacts)}
+    if "contact_head" in family.table:
+        config = config | {"contact_head": their_names("contact_head.weight", family.table)[0] in left}
     frequencies = [left.pop(name) for name in list(left) if name.endswith(FREQUENCIES)]
-    if config["position_embedding_type"] == "rope":
-        config["rotary_frequency_precision"] = _precision(frequencies, config, place)
+    if frequencies and config["position_embedding_type"] == "rope":
+        config = config | {"rotary_frequency_precision": _precision(frequencies, config, place)}
     _drop_copies(left, family, place)
     shapes = shapes_of(config, family.num_tokens)
     if family.first_row and POSITIONS in shapes:
@@ -74,12 +74,17 @@ def frequencies_of(config: Mapping[str, Any]) -> Tensor:
 
 
 def _drop_copies(left: dict[str, StoredTensor], family: Family, place: Path) -> None:
-    """Take out the copies of what is tied; raises CheckpointError where they are none."""
+    """Take out the copies of what is tied; raises CheckpointError where they are none.
+
+    Where the head's matrix is its own, so is the bias that stands with it, and the other takes no part.
+    """
     words, bias, output = (their_names(name, family.table)[0] for name in (WORDS, BIAS, OUTPUT))
-    copies = {output.replace(".weight", ".bias"): bias}
-    if not family.config["untie_embeddings_and_output_weights"]:
-        copies[output] = words
-    for copy, original in copies.items():
+    own_bias = output.replace(".weight", ".bias")
+    if family.config["untie_embeddings_and_output_weights"]:
+        if own_bias in left:
+            left[bias] = left.pop(own_bias)
+        return
+    for copy, original in ((output, words), (own_bias, bias)):
         if copy == original or copy not in left or original not in left:
             continue
         one, other = left.pop(copy), left[original]

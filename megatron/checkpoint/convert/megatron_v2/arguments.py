@@ -56,7 +56,7 @@ def config_of(arguments: argparse.Namespace | None, shapes: Mapping[str, Sequenc
             raise CheckpointError(f"{path}: was trained with {name} {given[name]!r}, models here compute as with "
                                   f"{ours!r}; its weights would mean something else")
     config = {item.name: given[item.name] for name, section in Config().sections() if name in _SECTIONS
-              for item in fields(section) if item.name in given and _fits(item, given[item.name])}
+              for item in fields(section) if item.name in given and fits(item, given[item.name])}
     if arguments is not None:
         config.setdefault("bias_gelu_fusion", False)  # before the fused kernel came, GeLU had its exact form
     if isinstance(given.get("batch_size"), int):
@@ -147,7 +147,7 @@ def _rows_a_step(arguments: argparse.Namespace | None) -> int:
     return given.get("batch_size", 1) * ranks
 
 
-def _fits(item: Field, value: Any) -> bool:
+def fits(item: Field, value: Any) -> bool:
     """Whether a flag could have that value."""
     if value is None:
         return item.default is None
