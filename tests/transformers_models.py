@@ -72,7 +72,8 @@ def our_logits(checkpoint, vocab: Vocab) -> list[torch.Tensor]:
     sequence = PackedSequence(torch.cat(rows), torch.cat([torch.arange(len(row)) for row in rows]),
                               pad(lengths.cumsum(0), (1, 0)).int(), int(lengths.max()), num_filler=0)
     logits = model.logits(model.hidden(sequence))
-    assert (logits[:, vocab.size:] < -1e3).all(), "rows of no token are never predicted"
+    never = -1e3 if config.final_logit_softcapping is None else -config.final_logit_softcapping + 0.1
+    assert (logits[:, vocab.size:] < never).all(), "rows of no token are never predicted"
     return list(logits[:, :vocab.size].split(lengths.tolist()))
 
 
