@@ -37,8 +37,10 @@ def fused_by_definition() -> Iterator[list[tuple[str, float]]]:
     calls: list[tuple[str, float]] = []
 
     def flash(query: Tensor, key: Tensor, value: Tensor, query_ends: Tensor, key_ends: Tensor, longest_query: int,
-              longest_key: int, dropout: float, is_causal: bool, returns_mask: bool) -> list[Tensor]:
+              longest_key: int, dropout: float, is_causal: bool, returns_mask: bool, *, window_size_left: int | None,
+              window_size_right: int | None) -> list[Tensor]:
         assert query.dtype != torch.float32 and not is_causal and not returns_mask
+        assert window_size_left is window_size_right is None
         calls.append(("flash", dropout))
         return [_by_definition((query, key, value), (query_ends, key_ends), (longest_query, longest_key), dropout)]
 
@@ -50,8 +52,9 @@ def fused_by_definition() -> Iterator[list[tuple[str, float]]]:
         return [_by_definition((query[0], key[0], value[0]), (query_ends, key_ends), (longest_query, longest_key),
                                dropout)[None]]
 
-    with (patch.object(attention, "is_fused", lambda _: True), patch.object(context, "is_fused", lambda _: True),
-          patch.object(attention, "_has_flash", lambda _: True),
+    with (patch.object(attention, "is_fused", lambda *_, **__: True),
+          patch.object(context, "is_fused", lambda *_, **__: True),
+          patch.object(attention, "_takes_flash", lambda tensor: tensor.dtype != torch.float32),
           patch.object(torch.ops.aten, "_flash_attention_forward", flash),
           patch.object(torch.ops.aten, "_efficient_attention_forward", efficient)):
         yield calls

@@ -12,7 +12,7 @@ from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron.config import Config, ScheduleConfig, TrainingConfig
+from megatron.config import Config, ModelConfig, ScheduleConfig, TrainingConfig
 from megatron.config.data import VOCABULARIES
 from megatron.config.presets import PRESETS
 from megatron.errors import ConfigError
@@ -206,7 +206,11 @@ def _with_derived(config: Config) -> Config:
     if model.kv_channels is None and model.hidden_size % model.num_attention_heads:
         raise ConfigError(f"--hidden-size {model.hidden_size} is not divisible by --num-attention-heads "
                           f"{model.num_attention_heads}; choose a multiple, or give --kv-channels")
-    model = replace(model, ffn_hidden_size=model.ffn_hidden_size or 4 * model.hidden_size,
+    if model.group_query_attention and model.num_query_groups is None:
+        raise ConfigError("--group-query-attention needs --num-query-groups: how many keys and values the heads share")
+    # Megatron-LM's rule for a gated layer: as many parameters as the other, in multiples of 64.
+    width = 4 * model.hidden_size if not model.swiglu else max(64, int(model.hidden_size * 8 / 3) // 64 * 64)
+    model = replace(model, ffn_hidden_size=model.ffn_hidden_size or width, num_query_groups=model.num_groups,
                     kv_channels=model.kv_channels or model.hidden_size // model.num_attention_heads,
                     max_position_embeddings=model.max_position_embeddings or data.seq_length,
                     checkpoint_activations=model.checkpoint_activations or model.recompute_granularity == "full")
@@ -221,7 +225,8 @@ def _check_combinations(config: Config) -> None:
     parallel = config.parallel
     by_samples = training.train_samples is not None
     wrong = [
-        (model.max_position_embeddings < (data.seq_length or 0),
+        *_model_faults(model),
+        (model.position_embedding_type == "learned_absolute" and model.max_position_embeddings < (data.seq_length or 0),
          f"--seq-length {data.seq_length} needs as many positions; --max-position-embeddings is "
          f"{model.max_position_embeddings}"),
         ((data.seq_length or math.inf) <= data.num_ends,
@@ -246,6 +251,25 @@ def _check_combinations(config: Config) -> None:
     for is_wrong, message in wrong:
         if is_wrong:
             raise ConfigError(message)
+
+
+def _model_faults(model: ModelConfig) -> list[tuple[Any, str]]:
+    heads, groups = model.num_attention_heads, model.num_groups
+    return [
+        (heads % groups, f"--num-query-groups {groups} does not divide --num-attention-heads {heads}; give a divisor"),
+        (model.position_embedding_type == "rope" and int(model.kv_channels * model.rotary_percent) < 2,
+         f"--rotary-percent {model.rotary_percent} of a head's width {model.kv_channels} leaves no two columns to turn; "
+         "give more, or --position-embedding-type none"),
+        (model.window_attn_skip_freq is not None and model.window_size is None,
+         "--window-attn-skip-freq says which blocks go without the window of --window-size, which is missing; give "
+         "both, or neither"),
+        (model.swiglu and model.squared_relu, "--swiglu and --squared-relu exclude each other; give one"),
+        (model.swiglu and model.openai_gelu, "--swiglu and --openai-gelu exclude each other; give one"),
+        (model.apply_residual_connection_post_layernorm and model.norm_placement != "pre",
+         f"--apply-residual-connection-post-layernorm is about --norm-placement pre, which is {model.norm_placement}; "
+         "leave one of the two out"),
+        (model.unet_skips and model.num_layers < 2, "--unet-skips joins blocks, and --num-layers is 1; give more"),
+    ]
 
 
 def _schedule_faults(schedule: ScheduleConfig, training: TrainingConfig) -> list[tuple[Any, str]]:

@@ -61,3 +61,12 @@ class Targets:
 def protein_lengths(cu_seqlens: Tensor, num_filler: int) -> list[int]:
     """The tokens of each protein that is not empty; waits for the device where the boundaries are not on the host."""
     return [length for length in torch.diff(cu_seqlens)[:len(cu_seqlens) - 1 - num_filler].tolist() if length]
+
+
+def proteins_of_tokens(cu_seqlens: Tensor, start: int, stop: int) -> Tensor:
+    """The number of the protein, or of the filler's segment, in which each of the tokens `start:stop` lies, int64.
+
+    Tokens before the first and behind the last one have numbers of their own, -1 and the number of all.
+    """
+    places = torch.arange(start, stop, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    return torch.bucketize(places, cu_seqlens, right=True) - 1

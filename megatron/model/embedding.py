@@ -1,10 +1,13 @@
-"""From token ids to the residual stream. Shapes: t tokens, u tokens of the stream on this rank, h hidden."""
+"""From token ids to the residual stream. Shapes: t tokens, u of them in the stream of this rank, g proteins, h hidden."""
 
 import torch
 from torch import Tensor, nn
 
 from megatron.config import ModelConfig
+from megatron.kernels.packed_sequence import PackedSequence, proteins_of_tokens
 from megatron.model.initialisation import normal
+from megatron.model.normalisation import norm
+from megatron.parallel.collectives import all_reduce_sum
 from megatron.parallel.mesh import Axis
 from megatron.parallel.randomness import rate_of
 from megatron.parallel.tensor.layers import Table
@@ -12,22 +15,38 @@ from megatron.parallel.tensor.stream import Stream
 from megatron.parallel.tensor.vocabulary import VocabularyParallelTable
 
 _ONE_RANK = Axis()
+ESM_MASKED_SHARE = 0.15 * 0.8  # of residues that read [MASK] in ESM's training: a constant of its models
 
 
 class Embedding(nn.Module):
-    """The sum of a word and a learned position embedding, with dropout; `ends`: the pipeline ranks with its words."""
+    """Word embeddings, with learned positions the sum of both, normalised if asked for, with dropout.
+
+    `ends`: the pipeline ranks with its words; `mask_id`: of [MASK], for `--token-dropout`.
+    """
 
     def __init__(self, config: ModelConfig, padded_vocab_size: int, dtype: torch.dtype, stream: Stream,
-                 ends: Axis = _ONE_RANK) -> None:
+                 ends: Axis = _ONE_RANK, mask_id: int | None = None) -> None:
         super().__init__()
         self.stream = stream
         self.word_embeddings = _word_embeddings(config, padded_vocab_size, stream, ends)
-        self.position_embeddings = Table(config.max_position_embeddings, config.hidden_size, stream, normal(config))
+        self.has_positions = config.position_embedding_type == "learned_absolute"
+        if self.has_positions:
+            self.position_embeddings = Table(config.max_position_embeddings, config.hidden_size, stream, normal(config))
+        self.layernorm = norm(config, stream) if config.embedding_layernorm else None
         self.dropout, self.dtype = config.hidden_dropout, dtype
+        self.mask_id = mask_id if config.token_dropout else None
+        assert self.mask_id is not None or not config.token_dropout, "token dropout knows the mask"
 
-    def forward(self, tokens_t: Tensor, positions_t: Tensor) -> Tensor:
-        """[u, h] from token ids and from positions that restart at 0 with each protein."""
-        hidden_uh = self.word_embeddings(tokens_t) + self.position_embeddings(self.stream.tokens(positions_t))
+    def forward(self, sequence: PackedSequence) -> Tensor:
+        """[u, h]; positions restart at 0 with each protein."""
+        hidden_uh = self.word_embeddings(sequence.tokens_t)
+        if self.mask_id is not None:
+            scales_t = token_dropout_scales(sequence, self.mask_id, self.stream.context)
+            hidden_uh = hidden_uh * self.stream.tokens(scales_t)[:, None]
+        if self.has_positions:
+            hidden_uh = hidden_uh + self.position_embeddings(self.stream.tokens(sequence.positions_t))
+        if self.layernorm is not None:
+            hidden_uh = self.layernorm(hidden_uh)
         return self.stream.dropout(hidden_uh.to(self.dtype), rate_of(self))
 
 
@@ -37,6 +56,23 @@ class TiedEmbedding(nn.Module):
     def __init__(self, config: ModelConfig, padded_vocab_size: int, stream: Stream, ends: Axis = _ONE_RANK) -> None:
         super().__init__()
         self.word_embeddings = _word_embeddings(config, padded_vocab_size, stream, ends)
+
+
+def token_dropout_scales(sequence: PackedSequence, mask_id: int, context: Axis) -> Tensor:
+    """What each token's embedding is multiplied by, fp32 [t]: 0 for a masked one, else (1 - 0.12) / (1 - m).
+
+    m is the share of the protein's tokens, its ends included, that are masked. So embeddings sum to as much whatever is
+    masked: ESM's token dropout (Rives et al., 2021, appendix; fair-esm's `esm/model/esm2.py`). Forward: the counts are
+    summed over the context ranks, which have the proteins' other tokens.
+    """
+    is_masked_t, ends = sequence.tokens_t == mask_id, sequence.cu_seqlens
+    start = context.rank * len(is_masked_t)
+    protein_t = proteins_of_tokens(ends, start, start + len(is_masked_t))
+    num_masked_g = torch.zeros(len(ends) - 1, device=ends.device).index_add(0, protein_t, is_masked_t.float())
+    num_masked_g = all_reduce_sum(num_masked_g, context)
+    num_seen_g = (ends.diff() - num_masked_g).clamp(min=1)
+    scales_t = ((1 - ESM_MASKED_SHARE) * ends.diff() / num_seen_g)[protein_t]
+    return scales_t.masked_fill(is_masked_t, 0)
 
 
 def _word_embeddings(config: ModelConfig, padded_vocab_size: int, stream: Stream,

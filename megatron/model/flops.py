@@ -1,18 +1,33 @@
 """How much arithmetic a micro-batch of packed proteins is, counted on the model and not on the implementation."""
 
-from megatron.config import ModelConfig
+from functools import cache
+
+import torch
+
+from megatron.config import ModelConfig, PrecisionConfig
+from megatron.model.protein_model import ProteinModel
 
 
 def model_flops(config: ModelConfig, padded_vocab_size: int, num_tokens: int, num_pairs: int, num_targets: int) -> int:
     """Floating-point operations of one forward and backward pass over proteins of `num_tokens` tokens in all.
 
-    `num_pairs`: tokens that see each other, the sum of the squares of the proteins' tokens.
+    `num_pairs`: tokens that see each other, the sum of the squares of the proteins' tokens; a window leaves at most its
+    width of them to a token.
 
     Matrix products only, a multiplication and an addition counted as two, backward as twice forward; recomputation is
     not counted (as in the model FLOPs of Narayanan et al., 2021, arXiv 2104.04473, with each protein's own length).
     """
-    width = config.num_attention_heads * config.kv_channels
-    weights = config.num_layers * config.hidden_size * (4 * width + 2 * config.ffn_hidden_size)
-    head = config.hidden_size * (config.hidden_size + padded_vocab_size)
-    scores = 2 * config.num_layers * width * num_pairs
-    return 6 * (weights * num_tokens + head * num_targets + scores)
+    blocks, head = _multiplied(config, padded_vocab_size)
+    windows = (config.window(block) for block in range(config.num_layers))
+    pairs = sum(num_pairs if window is None else min(num_pairs, num_tokens * (sum(window) + 1)) for window in windows)
+    return 6 * (blocks * num_tokens + head * num_targets + 2 * config.num_attention_heads * config.kv_channels * pairs)
+
+
+@cache
+def _multiplied(config: ModelConfig, padded_vocab_size: int) -> tuple[int, int]:
+    """Elements of the matrices that each token, and that each target is multiplied with."""
+    with torch.device("meta"):
+        model = ProteinModel(config, PrecisionConfig(), padded_vocab_size, mask_id=0)
+    in_blocks = {id(module) for module in model.transformer.modules()}
+    sizes = [(id(layer) in in_blocks, layer.weight.numel()) for layer in model.matrices()]
+    return sum(size for is_block, size in sizes if is_block), sum(size for is_block, size in sizes if not is_block)

@@ -1,31 +1,66 @@
 """From hidden states to logits over the vocabulary. Shapes: m tokens, h hidden, r rows and v ids of this rank."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron.config import ModelConfig
 from megatron.model.initialisation import normal
-from megatron.parallel.parameters import Constant, Declaration
-from megatron.parallel.tensor.layers import LayerNorm, Linear, Matrix
+from megatron.model.normalisation import norm
+from megatron.parallel.parameters import Constant, Declaration, whole_parameter
+from megatron.parallel.tensor.layers import Linear, Matrix
 from megatron.parallel.tensor.stream import ONE_RANK, Stream
 from megatron.parallel.tensor.vocabulary import vocabulary_logits, vocabulary_parameter
 
 
 class MaskedLMHead(nn.Module):
-    """Dense, exact GeLU, LayerNorm, then the word embedding's transpose (tied) and a bias, as in BERT.
+    """Dense, exact GeLU, norm, then the word embedding's transpose and a bias, as in BERT.
 
-    Up to the LayerNorm every tensor rank computes alike; the vocabulary is split.
+    Untied, the transpose is that of a matrix of its own, `decoder`. Up to the norm every tensor rank computes alike;
+    the vocabulary is split. With `--final-logit-softcapping` c a logit x becomes c·tanh(x / c) (Gemma 2, arXiv 2408.00118).
     """
 
     def __init__(self, config: ModelConfig, padded_vocab_size: int, stream: Stream) -> None:
         super().__init__()
-        self.dense = Linear(config.hidden_size, config.hidden_size, normal(config))
-        self.layernorm = LayerNorm(config.hidden_size, config.layernorm_epsilon, ONE_RANK)
+        self.dense = Linear(config.hidden_size, config.hidden_size, normal(config), not config.disable_bias_linear)
+        self.layernorm = norm(config, ONE_RANK)
         self.num_ids, self.axis = padded_vocab_size, stream.axis
+        self.decoder = Decoder(config, padded_vocab_size, stream) if has_decoder(config) else None
         self.bias = vocabulary_parameter((padded_vocab_size,), config.make_vocab_size_divisible_by, stream.axis,
                                          Declaration(Constant(0.0), "head", decays=False))
+        self.softcap = config.final_logit_softcapping
 
-    def forward(self, hidden_mh: Tensor, word_embeddings: Matrix) -> Tensor:
-        """Logits [m, v]; every rank gives the same hidden states."""
+    def forward(self, hidden_mh: Tensor, word_embeddings: Matrix | None) -> Tensor:
+        """Logits [m, v]; every rank gives the same hidden states. `word_embeddings` are taken where it is tied."""
         hidden_mh = self.layernorm(F.gelu(self.dense(hidden_mh)))
-        return vocabulary_logits(hidden_mh, word_embeddings, self.bias, self.num_ids, self.axis)
+        matrix = self.decoder or word_embeddings
+        assert matrix is not None, "a tied head has the embeddings"
+        logits_mv = vocabulary_logits(hidden_mh, matrix, self.bias, self.num_ids, self.axis)
+        return logits_mv if self.softcap is None else self.softcap * torch.tanh(logits_mv.float() / self.softcap)
+
+
+class Decoder(Matrix):
+    """The matrix of a head that is not tied: a row for each id, split over the tensor axis."""
+
+    def __init__(self, config: ModelConfig, padded_vocab_size: int, stream: Stream) -> None:
+        super().__init__()
+        self.weight = vocabulary_parameter((padded_vocab_size, config.hidden_size), config.make_vocab_size_divisible_by,
+                                           stream.axis, Declaration(normal(config), "head", decays=True))
+
+
+class ContactHead(nn.Module):
+    """ESM's logistic regression from attention maps to contacts (Rao et al., 2021, bioRxiv 2020.12.15.422761).
+
+    Fitted on structures, not pretrained: carried along, so that a model that came with it leaves with it.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        carried = Declaration(Constant(0.0), "head", decays=False, is_trained=False)
+        self.weight = whole_parameter((1, config.num_layers * config.num_attention_heads), carried)
+        self.bias = whole_parameter((1,), carried)
+
+
+def has_decoder(config: ModelConfig) -> bool:
+    """Whether the head has a matrix of its own for the logits."""
+    return config.untie_embeddings_and_output_weights

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from megatron.config import ModelConfig
-from megatron.parallel.parameters import Normal, declaration_of
+from megatron.parallel.parameters import Constant, Initial, Normal, declaration_of
 from megatron.parallel.placement import placement_of
 from megatron.parallel.randomness import seed_for
 
@@ -21,8 +21,10 @@ def normal(config: ModelConfig) -> Normal:
     return Normal(config.init_method_std)
 
 
-def residual_output(config: ModelConfig) -> Normal:
+def residual_output(config: ModelConfig) -> Initial:
     """The initial values of a matrix whose products are added to the residual stream, as twice in each layer."""
+    if config.zero_init_output:  # each block is at first the identity (Bachlechner et al., 2020, arXiv 2003.04887)
+        return Constant(0.0)
     return Normal(config.init_method_std / math.sqrt(2 * config.num_layers))
 
 

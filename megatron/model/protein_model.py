@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from megatron.config import ModelConfig, PrecisionConfig
 from megatron.kernels.packed_sequence import PackedSequence, Targets
 from megatron.model.embedding import Embedding, TiedEmbedding
-from megatron.model.head import MaskedLMHead
-from megatron.model.transformer import Transformer
+from megatron.model.head import ContactHead, MaskedLMHead, has_decoder
+from megatron.model.transformer import Transformer, message_shape
 from megatron.parallel.mesh import Axis
 from megatron.parallel.parameters import inherit
 from megatron.parallel.pipeline.partition import Stage, whole_model
@@ -30,36 +30,41 @@ class ProteinModel(nn.Module):
     Parameters are fp32 and named as in Megatron-LM's checkpoints; activations are in the dtype of `precision`.
     `padded_vocab_size` is that of one rank; `stream` says how layers and tokens are split over the context and tensor
     axes. A `stage` that is not the whole model has those parameters alone that it needs, under the same names; the word
-    embedding, tied to the head, stands on the first and on the last, which are the two pipeline `ends`.
+    embedding, tied to the head, stands on the first and on the last, which are the two pipeline `ends`. `mask_id`: of
+    [MASK], which `--token-dropout` knows.
     """
 
     def __init__(self, config: ModelConfig, precision: PrecisionConfig, padded_vocab_size: int,
-                 stream: Stream = ONE_RANK, stage: Stage | None = None, ends: Axis = _ONE_END) -> None:
+                 stream: Stream = ONE_RANK, stage: Stage | None = None, ends: Axis = _ONE_END,
+                 mask_id: int | None = None) -> None:
         super().__init__()
         self.stream, self.stage = stream, stage or whole_model(config.num_layers)
         dtype = compute_dtype(precision)
+        self.config, self.is_tied = config, not has_decoder(config)
         self.stream_dtype = torch.float32 if config.fp32_residual_connection else dtype
+        ends = ends if self.is_tied else _ONE_END
         if self.stage.is_first:
             self.embedding: Embedding | TiedEmbedding = Embedding(config, padded_vocab_size, self.stream_dtype, stream,
-                                                                  ends)
-        elif self.stage.is_last:
+                                                                  ends, mask_id)
+        elif self.stage.is_last and self.is_tied:
             self.embedding = TiedEmbedding(config, padded_vocab_size, stream, ends)
-        self.transformer = Transformer(config, dtype, stream, self.stage)
+        self.transformer = Transformer(config, padded_vocab_size, dtype, stream, self.stage)
         if self.stage.is_last:
             self.lm_head = MaskedLMHead(config, padded_vocab_size, stream)
+            if config.contact_head:
+                self.contact_head = ContactHead(config)
         self.loss_in_fp32 = not precision.fp16_lm_cross_entropy
-        self.hidden_size = config.hidden_size
 
     def forward(self, sequence: PackedSequence, targets: Targets,
-                hidden_uh: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """The hidden states [u, h] that the next stage takes as `hidden_uh`; of the last stage the loss.
+                message: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """What the next stage takes as `message`, of the shape that `message_shape` tells; of the last stage the loss.
 
         That is the summed cross entropy of the targets (nats, fp32) and how many of them are the most likely token.
         """
         if self.stage.is_first:
-            hidden_uh = self.embedding(sequence.tokens_t, sequence.positions_t)
-        assert hidden_uh is not None, "a later stage takes hidden states"
-        hidden_uh = self.transformer(hidden_uh, sequence)
+            message = self.embedding(sequence)
+        assert message is not None, "a later stage takes hidden states"
+        hidden_uh = self.transformer(message, sequence)
         if not self.stage.is_last:
             return hidden_uh
         logits_mv = self.logits(self.stream.pick(hidden_uh, targets.positions_m))
@@ -68,12 +73,18 @@ class ProteinModel(nn.Module):
         return vocabulary_cross_entropy(logits_mv, targets.ids_m, len(self.lm_head.bias), self.stream.axis)
 
     def hidden(self, sequence: PackedSequence) -> Tensor:
-        """Hidden states [u, h] after the last LayerNorm of a whole model, whose stream takes tokens as they are."""
-        return self.transformer(self.embedding(sequence.tokens_t, sequence.positions_t), sequence)
+        """Hidden states [u, h] after the last norm of a whole model, whose stream takes tokens as they are."""
+        return self.transformer(self.embedding(sequence), sequence)
 
     def logits(self, hidden_mh: Tensor) -> Tensor:
         """Logits [m, v] of hidden states."""
-        return self.lm_head(hidden_mh, self.embedding.word_embeddings)
+        return self.lm_head(hidden_mh, self.embedding.word_embeddings if self.is_tied else None)
+
+    def message(self, num_tokens: int, device: torch.device | str, is_output: bool) -> Tensor:
+        """A tensor, without values, like what comes to this stage, or goes from it, for `num_tokens` of the stream."""
+        layers = self.stage.layers
+        shape = message_shape(self.config, num_tokens, layers.stop if is_output else layers.start)
+        return torch.empty(shape, dtype=self.stream_dtype, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ProteinModel":
         """What `to` and `to_empty` go through: a parameter that is replaced there stays what it is."""
@@ -84,9 +95,10 @@ class ProteinModel(nn.Module):
         return self
 
     def matrices(self) -> Iterator[Matrix]:
-        """The layers whose weights are multiplied; without a head the embedding's rows are looked up alone."""
-        multiplied = self if self.stage.is_last else self.transformer
-        return (layer for layer in multiplied.modules() if isinstance(layer, Matrix))
+        """The layers whose weights are multiplied; where no head is tied to it, an embedding's rows are looked up."""
+        looked_up = None if self.stage.is_last and self.is_tied else getattr(self, "embedding", None)
+        return (layer for child in self.children() if child is not looked_up for layer in child.modules()
+                if isinstance(layer, Matrix))
 
     def blocks(self) -> Iterable[nn.Module]:
         """The transformer's blocks: the units in which parameters are shared out and gathered."""

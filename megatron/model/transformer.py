@@ -1,128 +1,152 @@
 """One transformer block on flat packed tokens, and the stack of them.
 
-Shapes: t tokens, u tokens of the residual stream on this rank (t, or fewer with sequence parallelism), h hidden, n
-heads of this rank, d head width. Arithmetic as in Megatron-LM v2: LayerNorm before each half, rows of the fused
-projection grouped by head as query, key, value: so a slice of its rows is the projection of some heads.
+Shapes: u tokens of the residual stream on this rank, h hidden, k tensors [u, h] that pass from block to block: the
+hidden states, with `--x0-skips` the embeddings, with `--unet-skips` the outputs that later blocks take.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from megatron.config import ModelConfig
 from megatron.kernels.packed_sequence import PackedSequence
-from megatron.model.initialisation import normal, residual_output
-from megatron.parallel.context import context_attention
+from megatron.kernels.rotary import Rotation, rotation_of
+from megatron.model.attention import Attention
+from megatron.model.feed_forward import feed_forward
+from megatron.model.normalisation import norm
 from megatron.parallel.mesh import Axis
+from megatron.parallel.parameters import BIAS, SCALE
 from megatron.parallel.pipeline.partition import Stage
-from megatron.parallel.randomness import distinct_randomness, rate_of
+from megatron.parallel.randomness import rate_of
 from megatron.parallel.recomputation import recomputed
-from megatron.parallel.tensor.layers import ColumnParallelLinear, LayerNorm, RowParallelLinear
 from megatron.parallel.tensor.stream import Stream
 
 
-class Attention(nn.Module):
-    """Self-attention inside each protein, the heads split over the tensor axis: [u, h] to [u, h]."""
-
-    def __init__(self, config: ModelConfig, stream: Stream) -> None:
-        super().__init__()
-        self.axis, self.context, self.dropout = stream.axis, stream.context, config.attention_dropout
-        self.recomputes_core = config.recompute_granularity == "selective"
-        self.num_heads, self.head_width = config.num_attention_heads // stream.axis.size, config.kv_channels
-        width = config.num_attention_heads * config.kv_channels
-        self.query_key_value = ColumnParallelLinear(config.hidden_size, 3 * width, stream, normal(config))
-        self.dense = RowParallelLinear(width, config.hidden_size, stream, residual_output(config))
-
-    def forward(self, hidden_uh: Tensor, sequence: PackedSequence) -> Tensor:
-        """[u, h]."""
-        # The projection's rows are [n, 3, d]; the kernel wants [t, n, 3, d]: the same memory.
-        qkv_tn3d = self.query_key_value(hidden_uh).view(-1, self.num_heads, 3, self.head_width)
-        dropout = rate_of(self)
-        with distinct_randomness(self.axis, dropout, hidden_uh.device):
-            if self.recomputes_core and torch.is_grad_enabled():
-                context_tnd = recomputed(lambda qkv_tn3d: context_attention(qkv_tn3d, sequence, dropout, self.context),
-                                         qkv_tn3d, has_dropout=dropout > 0)
-            else:
-                context_tnd = context_attention(qkv_tn3d, sequence, dropout, self.context)
-        return self.dense(context_tnd.flatten(1))
-
-
-class FeedForward(nn.Module):
-    """Two linear layers with a GeLU between, its width split over the tensor axis: [u, h] to [u, h]."""
-
-    def __init__(self, config: ModelConfig, stream: Stream) -> None:
-        super().__init__()
-        hidden, width = config.hidden_size, config.ffn_hidden_size
-        self.dense_h_to_4h = ColumnParallelLinear(hidden, width, stream, normal(config))
-        self.dense_4h_to_h = RowParallelLinear(width, hidden, stream, residual_output(config))
-        self.gelu_form = "tanh" if config.bias_gelu_fusion or config.openai_gelu else "none"
-
-    def forward(self, hidden_uh: Tensor) -> Tensor:
-        """[u, h]."""
-        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden_uh), approximate=self.gelu_form))
-
-
 class Block(nn.Module):
-    """Attention and feed-forward, each behind a LayerNorm and added to the residual stream.
+    """Attention and feed-forward, each a branch that is normalised and added to the residual stream.
 
-    The residual stream keeps the dtype in which it comes; the two branches compute in `dtype`.
+    `--norm-placement` pre: x + f(norm(x)), as in Megatron-LM; post: norm(x + f(x)), as in BERT (arXiv 1810.04805);
+    both: x + norm(f(norm(x))) (Ding et al., 2021, arXiv 2105.13290). The residual stream keeps the dtype in which it comes;
+    the branches compute in `dtype`.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, stream: Stream) -> None:
+    def __init__(self, config: ModelConfig, number: int, num_ids: int, dtype: torch.dtype, stream: Stream) -> None:
         super().__init__()
-        self.input_layernorm = LayerNorm(config.hidden_size, config.layernorm_epsilon, stream)
-        self.attention = Attention(config, stream)
-        self.post_attention_layernorm = LayerNorm(config.hidden_size, config.layernorm_epsilon, stream)
-        self.mlp = FeedForward(config, stream)
+        self.placement = config.norm_placement
+        before = partial(norm, config, stream) if self.placement != "post" else nn.Identity
+        behind = partial(norm, config, stream) if self.placement != "pre" else nn.Identity
+        self.input_layernorm, self.attention_output_layernorm = before(), behind()
+        self.attention = Attention(config, number, num_ids, stream)
+        self.post_attention_layernorm, self.mlp_output_layernorm = before(), behind()
+        self.mlp = feed_forward(config, stream)
         self.stream, self.dropout, self.dtype = stream, config.hidden_dropout, dtype
         self.residual_after_layernorm = config.apply_residual_connection_post_layernorm
+        self.gives_skip, self.takes_skip = skips_of(config, number)
+        if config.x0_skips:
+            self.hidden_scale = stream.parameter((1,), SCALE)
+            self.x0_scale = stream.parameter((1,), BIAS)
+        if self.takes_skip:
+            self.skip_scale = stream.parameter((1,), SCALE)
 
-    def forward(self, hidden_uh: Tensor, sequence: PackedSequence) -> Tensor:
-        """[u, h]."""
-        normed_uh = self.input_layernorm(hidden_uh)
-        residual_uh = normed_uh if self.residual_after_layernorm else hidden_uh
-        hidden_uh = self._add(residual_uh, self.attention(normed_uh.to(self.dtype), sequence))
-        normed_uh = self.post_attention_layernorm(hidden_uh)
-        residual_uh = normed_uh if self.residual_after_layernorm else hidden_uh
-        return self._add(residual_uh, self.mlp(normed_uh.to(self.dtype)))
+    def forward(self, hidden_uh: Tensor, sequence: PackedSequence, rotation: Rotation | None = None,
+                x0_uh: Tensor | None = None, skip_uh: Tensor | None = None) -> Tensor:
+        """[u, h]; `x0_uh`: the embeddings, `skip_uh`: the output of an earlier block, where these are mixed in."""
+        dtype = hidden_uh.dtype
+        if x0_uh is not None:
+            hidden_uh = self.hidden_scale.to(dtype) * hidden_uh + self.x0_scale.to(dtype) * x0_uh
+        if skip_uh is not None:
+            hidden_uh = hidden_uh + self.skip_scale.to(dtype) * skip_uh
+        attention = partial(self.attention, sequence=sequence, rotation=rotation)
+        hidden_uh = self._with_branch(hidden_uh, attention, self.input_layernorm, self.attention_output_layernorm)
+        return self._with_branch(hidden_uh, self.mlp, self.post_attention_layernorm, self.mlp_output_layernorm)
 
-    def _add(self, residual_uh: Tensor, branch_uh: Tensor) -> Tensor:
-        return residual_uh + self.stream.dropout(branch_uh, rate_of(self))
+    def _with_branch(self, hidden_uh: Tensor, layer: Callable[[Tensor], Tensor], before: nn.Module,
+                     behind: nn.Module) -> Tensor:
+        normed_uh = before(hidden_uh)
+        residual_uh = normed_uh if self.residual_after_layernorm else hidden_uh
+        branch_uh = layer(normed_uh.to(self.dtype))
+        if self.placement == "both":
+            branch_uh = behind(branch_uh)
+        sum_uh = residual_uh + self.stream.dropout(branch_uh, rate_of(self))
+        return behind(sum_uh) if self.placement == "post" else sum_uh
 
 
 class Transformer(nn.Module):
-    """The blocks of one pipeline stage, named by their numbers in the whole model, and behind the last the LayerNorm.
+    """The blocks of one pipeline stage, named by their numbers in the whole model, and behind the last the final norm.
 
-    [u, h] to [u, h], after the LayerNorm in `dtype`.
+    After that norm (which `--norm-placement post` does without) in `dtype`.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, stream: Stream, stage: Stage) -> None:
+    def __init__(self, config: ModelConfig, num_ids: int, dtype: torch.dtype, stream: Stream, stage: Stage) -> None:
         super().__init__()
-        self.layers = nn.ModuleDict({str(number): Block(config, dtype, stream) for number in stage.layers})
-        if stage.is_last:
-            self.final_layernorm = LayerNorm(config.hidden_size, config.layernorm_epsilon, stream)
-        self.is_last, self.dtype = stage.is_last, dtype
+        self.layers = nn.ModuleDict({str(number): Block(config, number, num_ids, dtype, stream)
+                                     for number in stage.layers})
+        self.stage, self.dtype, self.has_x0 = stage, dtype, config.x0_skips
+        if stage.is_last and config.norm_placement != "post":
+            self.final_layernorm: nn.Module = norm(config, stream)
+        elif stage.is_last:
+            self.final_layernorm = nn.Identity()
+        is_rotary = config.position_embedding_type == "rope"
+        self.rotary_width = int(config.kv_channels * config.rotary_percent) // 2 * 2 if is_rotary else 0
+        self.rotary_base = config.rotary_base
         self.layers_a_checkpoint = config.checkpoint_num_layers if config.checkpoint_activations else None
         self.kept_over = stream.axis if config.distribute_checkpointed_activations else Axis()
         self.has_dropout = config.attention_dropout > 0 or config.hidden_dropout > 0
 
-    def forward(self, hidden_uh: Tensor, sequence: PackedSequence) -> Tensor:
-        """[u, h]."""
-        step = self.layers_a_checkpoint
-        blocks = list(self.layers.values())
+    def forward(self, message: Tensor, sequence: PackedSequence) -> Tensor:
+        """What the next stage takes: the hidden states [u, h], or [k, u, h] with what else passes between blocks.
+
+        Of the last stage the hidden states.
+        """
+        hidden_uh, *others = message.unbind() if message.ndim == 3 else [message]
+        x0_uh = None
+        if self.has_x0:
+            x0_uh = hidden_uh if self.stage.is_first else others.pop(0)
+        hidden_uh, *skips = self._through_blocks(hidden_uh, sequence, x0_uh, others)
+        if self.stage.is_last:
+            return self.final_layernorm(hidden_uh).to(self.dtype)
+        passed = [hidden_uh, *([] if x0_uh is None else [x0_uh]), *skips]
+        return torch.stack(passed) if len(passed) > 1 else hidden_uh
+
+    def _through_blocks(self, hidden_uh: Tensor, sequence: PackedSequence, x0_uh: Tensor | None,
+                        skips: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The hidden states behind the blocks, and the skips that are still open there."""
+        rotation = rotation_of(sequence.positions_t, self.rotary_width, self.rotary_base) if self.rotary_width else None
+        step, blocks = self.layers_a_checkpoint, list(self.layers.values())
         if step is None or not torch.is_grad_enabled():
-            hidden_uh = _run(blocks, sequence, hidden_uh)
-        else:
-            for start in range(0, len(blocks), step):
-                hidden_uh = recomputed(partial(_run, blocks[start:start + step], sequence), hidden_uh,
-                                       has_dropout=self.has_dropout, kept_over=self.kept_over)
-        return self.final_layernorm(hidden_uh).to(self.dtype) if self.is_last else hidden_uh
+            return _run(blocks, sequence, rotation, x0_uh, skips, hidden_uh)
+        for start in range(0, len(blocks), step):
+            run = partial(_run, blocks[start:start + step], sequence, rotation, x0_uh, skips)
+            hidden_uh, *skips = recomputed(run, hidden_uh, has_dropout=self.has_dropout, kept_over=self.kept_over)
+        return hidden_uh, *skips
 
 
-def _run(blocks: Sequence[nn.Module], sequence: PackedSequence, hidden_uh: Tensor) -> Tensor:
+def _run(blocks: Iterable[nn.Module], sequence: PackedSequence, rotation: Rotation | None, x0_uh: Tensor | None,
+         skips: Sequence[Tensor], hidden_uh: Tensor) -> Sequence[Tensor]:
+    open_skips = list(skips)
     for block in blocks:
-        hidden_uh = block(hidden_uh, sequence)
-    return hidden_uh
+        skip_uh = open_skips.pop() if block.takes_skip else None
+        hidden_uh = block(hidden_uh, sequence, rotation, x0_uh, skip_uh)
+        if block.gives_skip:
+            open_skips.append(hidden_uh)
+    return hidden_uh, *open_skips
+
+
+def skips_of(config: ModelConfig, number: int) -> tuple[bool, bool]:
+    """Whether block `number` gives its output to a later block, and whether it takes that of an earlier one.
+
+    As in a U-net (Ronneberger et al., 2015, arXiv 1505.04597): the block as far from the end as the other from the
+    start.
+    """
+    half = config.num_layers // 2
+    return config.unet_skips and number < half, config.unet_skips and number >= config.num_layers - half
+
+
+def message_shape(config: ModelConfig, num_tokens: int, next_block: int) -> tuple[int, ...]:
+    """The shape of what `Transformer` takes that begins with block `next_block`, for `num_tokens` of the stream."""
+    open_skips = min(next_block, config.num_layers // 2, config.num_layers - next_block) if config.unet_skips else 0
+    num_tensors = 1 + config.x0_skips + open_skips
+    shape = num_tokens, config.hidden_size
+    return (num_tensors, *shape) if num_tensors > 1 else shape

@@ -36,6 +36,7 @@ def check_layout(config: Config, num_ranks: int) -> None:
 def _check_tensor(config: Config) -> None:
     size = config.parallel.tensor_model_parallel_size
     for value, name in ((config.model.num_attention_heads, "--num-attention-heads"),
+                        (config.model.num_groups, "--num-query-groups"),
                         (config.model.ffn_hidden_size, "--ffn-hidden-size")):
         if value % size:
             raise ConfigError(f"{name} {value} is not divisible by {_TENSOR} {size}; the nearest size that can be is "
@@ -157,7 +158,7 @@ def _check_distributed_activations(config: Config) -> None:
 
 def _splits_into(config: Config) -> int:
     """Every divisor of this is a tensor-parallel size that the model can have."""
-    return math.gcd(config.model.num_attention_heads, config.model.ffn_hidden_size)
+    return math.gcd(config.model.num_groups, config.model.ffn_hidden_size)
 
 
 def _divisors(number: int) -> list[int]:

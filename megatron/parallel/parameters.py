@@ -48,12 +48,14 @@ class Declaration:
 
     `group`: the parameters that an optimizer, or a learning rate, is chosen for together. "matrix": the weights of
     linear layers; "embedding": tables of which rows are looked up; "head": what is particular to the vocabulary's
-    logits; "vector": biases and scales. `decays`: whether weight decay pulls it towards 0.
+    logits; "vector": biases and scales. `decays`: whether weight decay pulls it towards 0. `is_trained`: whether it is
+    ever; what is not is carried along.
     """
 
     initial: Initial
     group: Group
     decays: bool
+    is_trained: bool = True
 
 
 BIAS = Declaration(Constant(0.0), "vector", decays=False)
@@ -108,6 +110,6 @@ def inherit(parameter: Tensor, predecessor: Tensor) -> None:
 
 
 def _declared(shape: Sequence[int], declaration: Declaration, placement: Placement) -> nn.Parameter:
-    parameter = nn.Parameter(torch.empty(*shape))
+    parameter = nn.Parameter(torch.empty(*shape), requires_grad=declaration.is_trained)
     parameter.declaration, parameter.placement = declaration, placement  # type: ignore[attr-defined]
     return parameter

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,11 +11,11 @@ from torch.utils.checkpoint import checkpoint
 from megatron.parallel.collectives import all_gather
 from megatron.parallel.mesh import Axis
 
+T = TypeVar("T")
 NOT_SHARED = Axis()
 
 
-def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, *, has_dropout: bool,
-               kept_over: Axis = NOT_SHARED) -> Tensor:
+def recomputed(function: Callable[[Tensor], T], x: Tensor, *, has_dropout: bool, kept_over: Axis = NOT_SHARED) -> T:
     """`function(x)`, of which only `x` is kept, and that shared out over the ranks of `kept_over`, which all have it.
 
     Forward: no communication of its own. Backward: `x` is gathered and `function`, with its collectives, runs again,
@@ -24,7 +25,7 @@ def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, *, has_dropout: 
         return checkpoint(function, x, use_reentrant=False, preserve_rng_state=has_dropout)
     shape, has_gradient, at_hand = x.shape, x.requires_grad, [x]
 
-    def from_share(share: Tensor) -> Tensor:
+    def from_share(share: Tensor) -> T:
         return function(at_hand.pop() if at_hand else _gathered(share, shape, kept_over).requires_grad_(has_gradient))
 
     return checkpoint(from_share, _share(x, kept_over), use_reentrant=False, preserve_rng_state=has_dropout)

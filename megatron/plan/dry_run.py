@@ -99,7 +99,7 @@ class _Steps:
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         padded = padded_vocab_size(config)
         with self._fake:
-            self._stages = build_stages(config, mesh, padded)
+            self._stages = build_stages(config, mesh, padded, mask_id=0)
         num_tokens = config.training.micro_batch_size * config.data.seq_length
         lengths = {-(-num_tokens // size) for size in (1, mesh.context.size, mesh.context.size * mesh.tensor.size)}
         counted = [parameter for stage in self._stages for parameter in stage.parameters()

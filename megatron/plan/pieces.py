@@ -160,7 +160,7 @@ class _Run:
 
     def __init__(self, model: ProteinModel, setting: Setting, watch: MemoryWatch, puts_off: bool) -> None:
         self._model, self._watch, self._waiting = model, watch, WeightGradients()
-        self._shape = model.stream.num_tokens_here(setting.num_rows * setting.data.seq_length), model.hidden_size
+        self._num_tokens = model.stream.num_tokens_here(setting.num_rows * setting.data.seq_length)
         if puts_off:
             put_off_weight_gradients(model, self._waiting)
         self._gate = torch.zeros((), device="meta", requires_grad=True)
@@ -199,7 +199,7 @@ class _Run:
                 "end": self._end - base - kept_input, "in_late": self._noted(base + put_off)}
 
     def _received(self) -> Tensor:
-        return torch.empty(self._shape, dtype=self._model.stream_dtype, device="meta")
+        return self._model.message(self._num_tokens, "meta", is_output=False)
 
     def _mark_end(self) -> None:
         self._end = self._watch.current

@@ -75,7 +75,7 @@ class Setting:
         dtype = compute_dtype(self.precision)
         with torch.device("meta"):
             model = ProteinModel(self.model, self.precision, self.padded_vocab_size, self.stream(mesh), part.stage,
-                                 ends)
+                                 ends, mask_id=0)
             if self.is_gathered:
                 for parameter in model.parameters():
                     parameter.data = parameter.data.to(dtype)

@@ -78,7 +78,7 @@ def build(config: Config, mesh: Mesh, log: Log) -> Run:
     for part in (data.train, data.valid, data.test):
         if part is not None:
             log.line(part.describe())
-    engine = _build_engine(config, mesh, vocab.padded_size(config.model.make_vocab_size_divisible_by), checkpoint)
+    engine = _build_engine(config, mesh, vocab, checkpoint)
     run = Run(config, mesh, log, data, vocab, engine, schedule, sizes, TrainState(), {"steps": [], "elapsed_s": 0.0})
     if checkpoint is not None and not config.checkpoint.finetune:
         _go_on(run, checkpoint)
@@ -105,18 +105,15 @@ def _go_on(run: Run, checkpoint: Checkpoint) -> None:
                      f"learning rate after {run.schedule.decay_samples}")
 
 
-def _build_engine(config: Config, mesh: Mesh, padded_vocab_size: int, checkpoint: Checkpoint | None) -> Engine:
+def _build_engine(config: Config, mesh: Mesh, vocab: Vocab, checkpoint: Checkpoint | None) -> Engine:
+    size = vocab.padded_size(config.model.make_vocab_size_divisible_by)
     if checkpoint is None:
-        return build_engine(config, mesh, padded_vocab_size)
-    names = _all_names(config, padded_vocab_size)
-    return build_engine(config, mesh, padded_vocab_size,
-                        fill=lambda parameters: load_model(parameters, checkpoint, names))
-
-
-def _all_names(config: Config, padded_vocab_size: int) -> set[str]:
-    """The names of the parameters of all stages."""
+        return build_engine(config, mesh, size, mask_id=vocab.mask_id)
     with torch.device("meta"):
-        return {name for name, _ in ProteinModel(config.model, config.precision, padded_vocab_size).named_parameters()}
+        whole = ProteinModel(config.model, config.precision, size, mask_id=vocab.mask_id)
+    names = {name for name, _ in whole.named_parameters()}
+    return build_engine(config, mesh, size, fill=lambda parameters: load_model(parameters, checkpoint, names),
+                        mask_id=vocab.mask_id)
 
 
 def _schedule(config: Config, sizes: BatchSizes, checkpoint: Checkpoint | None) -> Schedule:

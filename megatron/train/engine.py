@@ -49,16 +49,16 @@ Fill = Callable[[Mapping[str, nn.Parameter]], None]
 
 
 def build_engine(config: Config, mesh: Mesh, padded_vocab_size: int, fill: Fill | None = None,
-                 is_frozen: Callable[[str], bool] = lambda name: False) -> Engine:
+                 is_frozen: Callable[[str], bool] = lambda name: False, mask_id: int | None = None) -> Engine:
     """This rank's part of the engine, on the mesh's device; `fill` gives the parameters their values, else the seed.
 
     Before that nothing has any: no rank holds more than its own part, and of what it fills it with one tensor.
-    `is_frozen` says of a parameter's name whether it is not trained.
+    `is_frozen` says of a parameter's name whether it is not trained; `mask_id` is that of [MASK].
     """
     with torch.device("meta"):
-        stages = build_stages(config, mesh, padded_vocab_size)
+        stages = build_stages(config, mesh, padded_vocab_size, mask_id)
     for name, parameter in (named for stage in stages for named in stage.named_parameters()):
-        parameter.requires_grad_(not is_frozen(name))
+        parameter.requires_grad_(parameter.requires_grad and not is_frozen(name))
     if wants_compilation(config, mesh.device):
         compile_blocks((block for stage in stages for block in stage.blocks()), config.parallel)
     model = data_parallel(stages, ProteinModel.blocks, mesh, config.parallel, compute_dtype(config.precision))
@@ -74,21 +74,20 @@ def stream_of(config: Config, mesh: Mesh) -> Stream:
     return Stream(mesh.tensor, config.parallel.sequence_parallel, mesh.context)
 
 
-def build_stages(config: Config, mesh: Mesh, padded_vocab_size: int) -> list[ProteinModel]:
+def build_stages(config: Config, mesh: Mesh, padded_vocab_size: int, mask_id: int | None = None) -> list[ProteinModel]:
     """The model's stages on this pipeline rank, this rank's part of each, without values."""
     stream = stream_of(config, mesh)
     stages = stages_of_rank(config.model.num_layers, config.parallel, mesh.pipeline.rank)
-    return [ProteinModel(config.model, config.precision, padded_vocab_size, stream, stage, mesh.ends)
+    return [ProteinModel(config.model, config.precision, padded_vocab_size, stream, stage, mesh.ends, mask_id)
             for stage in stages]
 
 
 def with_optimizer(config: Config, mesh: Mesh, padded_vocab_size: int, stages: list[ProteinModel],
                    model: DataParallel) -> Engine:
     """The engine of stages that data parallelism has shared out."""
-    shape = stages[0].stream.num_tokens_here(config.training.micro_batch_size * config.data.seq_length), (
-        config.model.hidden_size)
+    num_tokens = stages[0].stream.num_tokens_here(config.training.micro_batch_size * config.data.seq_length)
     pipeline = Pipeline(mesh, len(stages), config.parallel.pipeline_schedule,
-                        lambda: torch.empty(shape, dtype=stages[0].stream_dtype, device=mesh.device))
+                        lambda stage, is_output: stages[stage].message(num_tokens, mesh.device, is_output))
     matrices = (layer for stage in stages for layer in stage.matrices())
     copies = ComputeCopies(matrices, compute_dtype(config.precision))
     optimizer = Optimizer(model.parameters, config.optimizer, mesh.pipeline)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from megatron.kernels.attention import packed_attention, share_of
+from megatron.kernels.attention import packed_attention
+from megatron.kernels.by_protein import tiles_of
 from megatron.kernels.packed_sequence import protein_lengths
 from megatron.parallel.collectives import gather_slices
 from megatron.parallel.context import context_attention
@@ -70,8 +71,8 @@ def with_dropout(axis):
         context = context_attention(qkv, packed, 0.3, axis)
     gradient, = torch.autograd.grad(context, qkv, weights)
     lengths = protein_lengths(packed.cu_seqlens, packed.num_filler)
-    share = share_of(lengths, axis.rank * len(qkv), (axis.rank + 1) * len(qkv))
-    num_scores = sum(HEADS * q * k for q, k in zip(share.query_lengths, share.key_lengths, strict=True))
+    tiles = tiles_of(lengths, axis.rank * len(qkv), (axis.rank + 1) * len(qkv))
+    num_scores = sum(HEADS * tile.num_queries * tile.num_keys for tile in tiles)
     return {"products": [(context * weights).sum().item(), (qkv * gradient)[:, :, 2].sum().item()],
             "kept": sum(kept), "own and scores": [qkv.numel(), num_scores]}
 

@@ -37,7 +37,7 @@ def logits(axis, parallel, folder, model, sequence, num_rows):
                           lambda parameters: load_model(parameters, checkpoint, checkpoint.model.keys()))
     [stage] = engine.stages
     with torch.no_grad():
-        hidden = stage.embedding(sequence.tokens_t, sequence.positions_t) if stage.stage.is_first else torch.empty(
+        hidden = stage.embedding(sequence) if stage.stage.is_first else torch.empty(
             len(sequence.tokens_t), model.hidden_size)
         if not stage.stage.is_first:
             dist.recv(hidden, 0)

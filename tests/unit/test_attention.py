@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron.kernels.attention import attention_reference, packed_attention, share_of
+from megatron.kernels.attention import attention_reference, packed_attention
+from megatron.kernels.by_protein import tiles_of
 from tests.packed import fused_by_definition, packed_batch
 
 
@@ -16,9 +17,11 @@ def packed(*lengths, **padding):
     return packed_batch(*lengths, **padding).sequence
 
 
-def operator(qkv, sequence, dropout):
+def operator(qkv, sequence, dropout, window=None):
     """What `packed_attention` takes under torch.compile."""
-    return torch.ops.megatron.attention_by_protein(qkv, sequence.cu_seqlens, sequence.num_filler, dropout)[0]
+    left, right = window or (-1, -1)
+    return torch.ops.megatron.attention_by_protein(qkv, sequence.cu_seqlens, sequence.num_filler, left, right,
+                                                   dropout)[0].flatten(1, 2)
 
 
 @pytest.mark.parametrize("padding", [{}, {"filler": 9, "empty": 3}], ids=["full", "with filler"])
@@ -38,6 +41,19 @@ def test_fast_path_equals_the_definition_and_the_filler_has_no_part_in_it(length
     assert not fast[size:].any()
 
 
+@pytest.mark.parametrize("window", [None, (0, 0), (3, 1), (200, 100), (2, 500)], ids=str)
+@pytest.mark.parametrize("queries", [1, 3])
+def test_groups_of_queries_and_windows_follow_the_definition(queries, window):
+    torch.manual_seed(0)
+    sequence, size = packed(300, 1, 141, 7, filler=9, empty=2), 449
+    qkv = torch.randn(len(sequence.tokens_t), 2, queries + 2, 8, requires_grad=True)
+    contexts = [function(qkv, sequence, 0.0, window)[:size] for function in (packed_attention, attention_reference)]
+    torch.testing.assert_close(*contexts, atol=2e-6, rtol=1e-5)
+    weights = torch.randn_like(contexts[0])
+    torch.testing.assert_close(*(torch.autograd.grad(context, qkv, weights)[0] for context in contexts), atol=1e-5,
+                               rtol=1e-5)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_gradient_is_the_derivative_also_with_dropout(dropout):
     sequence = packed(4, 1, 2, filler=1)
@@ -53,26 +69,27 @@ def test_gradient_is_the_derivative_also_with_dropout(dropout):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_the_operator_for_compiled_graphs_gives_the_same_bits(dtype, dropout):
-    for lengths, filler in (((9, 1, 30), 5), ((12,), 0), ((), 4), ((), 0)):
+    cases = [(lengths, filler, 1, None) for lengths, filler in (((9, 1, 30), 5), ((12,), 0), ((), 4), ((), 0))]
+    for lengths, filler, queries, window in [*cases, ((150, 140), 3, 2, (40, 7))]:
         sequence = packed(*lengths, filler=filler, empty=1)
-        qkv = torch.randn(len(sequence.tokens_t), 2, 3, 8).to(dtype).requires_grad_()
+        qkv = torch.randn(len(sequence.tokens_t), 2, queries + 2, 8).to(dtype).requires_grad_()
         outcomes = []
         for way in (packed_attention, operator):
             torch.manual_seed(7)
-            context = way(qkv, sequence, dropout)
+            context = way(qkv, sequence, dropout, window)
             outcomes.append((context, *torch.autograd.grad(context, qkv, torch.ones_like(context) + context)))
         assert all(torch.equal(*pair) for pair in zip(*outcomes, strict=True))
 
 
 def test_the_operator_is_what_torch_expects_of_one():
     sequence = packed(5, 2, filler=3)
-    qkv = torch.randn(10, 2, 3, 4, requires_grad=True)
-    arguments = qkv, sequence.cu_seqlens, sequence.num_filler, 0.0
+    qkv = torch.randn(10, 2, 4, 4, requires_grad=True)
+    arguments = qkv, sequence.cu_seqlens, sequence.num_filler, 3, 1, 0.0
     torch.library.opcheck(torch.ops.megatron.attention_by_protein.default, arguments)
     context, kept = torch.ops.megatron.attention_by_protein(*arguments)
     torch.library.opcheck(torch.ops.megatron.attention_by_protein_backward.default,
                           (torch.ones_like(context), qkv.detach(), sequence.cu_seqlens, kept.detach(),
-                           sequence.num_filler, 0.0))
+                           sequence.num_filler, 3, 1, 0.0))
 
 
 def test_packed_proteins_do_not_attend_across():
@@ -133,19 +150,23 @@ def test_tensors_that_stand_for_a_gpus_take_its_operator_and_get_their_gradient(
 
 
 @given(st.lists(st.integers(1, 9), max_size=12), st.integers(1, 5), st.integers(0, 20))
-def test_the_shares_of_context_ranks_have_each_token_once_and_whole_proteins_as_keys(lengths, num_ranks, filler):
+def test_the_tiles_of_context_ranks_have_each_token_once_and_whole_proteins_as_keys(lengths, num_ranks, filler):
     total = sum(lengths) + filler
     total += -total % num_ranks
     ends = list(itertools.accumulate(lengths, initial=0))
-    queries_of = [[] for _ in lengths]
+    queries_of = {span: [] for span in itertools.pairwise(ends)}
     for rank in range(num_ranks):
-        query, stop = rank * total // num_ranks, (rank + 1) * total // num_ranks
-        share = share_of(lengths, query, stop)
-        protein, key = ends.index(share.key_start), share.key_start
-        for num_queries, num_keys in zip(share.query_lengths, share.key_lengths, strict=True):
-            assert (key, key + num_keys) == (ends[protein], ends[protein + 1])
-            assert num_queries > 0
-            queries_of[protein] += range(query, query + num_queries)
-            query, key, protein = query + num_queries, key + num_keys, protein + 1
-        assert query == max(min(stop, ends[-1]), rank * total // num_ranks)
-    assert queries_of == [list(range(*span)) for span in itertools.pairwise(ends)]
+        start, stop, reached = rank * total // num_ranks, (rank + 1) * total // num_ranks, 0
+        for tile in tiles_of(lengths, start, stop):
+            assert tile.queries.start == reached < tile.queries.stop
+            assert tile.shift == start + tile.queries.start - tile.keys.start
+            queries_of[tile.keys.start, tile.keys.stop] += range(start + tile.queries.start, start + tile.queries.stop)
+            reached = tile.queries.stop
+        assert start + reached == max(min(stop, ends[-1]), start)
+    assert queries_of == {span: list(range(*span)) for span in itertools.pairwise(ends)}
+
+
+def test_a_windows_tiles_are_no_wider_than_their_queries_and_the_window():
+    tiles = tiles_of([1000, 3], 0, 1003, (20, 10))
+    assert all(tile.num_keys <= tile.num_queries + 30 for tile in tiles)
+    assert max(tile.num_queries for tile in tiles) == 128

@@ -60,7 +60,11 @@ def remaining_weight_gradient(weight_oi: Tensor, grad_to: Tensor, x_ti: Tensor) 
     wider: dict[str, Any] = {} if grad_to.dtype == dtype or not gives_dtype else {"out_dtype": dtype}
     if so_far_oi is None or not gives_dtype:
         return torch.mm(grad_ot, x_ti, **wider).to(dtype)
-    torch.addmm(so_far_oi, grad_ot, x_ti, **wider, out=so_far_oi)
+    try:
+        torch.addmm(so_far_oi, grad_ot, x_ti, **wider, out=so_far_oi)
+    except TypeError:  # torch 2.11 has none for tensors without values: one as large, in half of the gradient's bytes
+        narrow_oi = so_far_oi.view(x_ti.dtype)[:, :so_far_oi.shape[1]]
+        torch.addmm(narrow_oi, grad_ot, x_ti, out=narrow_oi)
     return None
 
 

@@ -51,10 +51,11 @@ class _Ways:
 class Pipeline:
     """Runs passes over the `num_stages` stages that each pipeline rank of `mesh` has.
 
-    `message` makes a tensor, without values, like each that passes between stages, forward or backward.
+    `message` makes a tensor, without values, like what comes to a stage of this rank or, where it is to, goes from it;
+    gradients are alike.
     """
 
-    def __init__(self, mesh: Mesh, num_stages: int, schedule: str, message: Callable[[], Tensor]) -> None:
+    def __init__(self, mesh: Mesh, num_stages: int, schedule: str, message: Callable[[int, bool], Tensor]) -> None:
         self._message = message
         self._axis, self._num_stages, self._schedule = mesh.pipeline, num_stages, schedule
         if self._axis.size > 1:
@@ -111,7 +112,7 @@ class Pipeline:
         channel = {"forward": ways.input, "weights": None}.get(action.kind, ways.gradient)
         if channel is None:
             return None
-        return channel.start_receive(self._message())
+        return channel.start_receive(self._message(action.stage, action.kind != "forward"))
 
 
 def _ways(mesh: Mesh, stage: int, num_stages: int) -> _Ways:

@@ -46,10 +46,10 @@ class Matrix(nn.Module):
 class Linear(Matrix):
     """`x Wᵀ + b` on x [t, i] in x's dtype; whole on every rank."""
 
-    def __init__(self, in_features: int, out_features: int, initial: Initial) -> None:
+    def __init__(self, in_features: int, out_features: int, initial: Initial, has_bias: bool = True) -> None:
         super().__init__()
         self.weight = whole_parameter((out_features, in_features), matrix(initial))
-        self.bias = whole_parameter((out_features,), BIAS)
+        self.bias = whole_parameter((out_features,), BIAS) if has_bias else None
 
     def forward(self, x_ti: Tensor) -> Tensor:
         """[t, o]."""
@@ -59,12 +59,13 @@ class Linear(Matrix):
 class ColumnParallelLinear(Matrix):
     """A linear layer from the residual stream whose output features are split over the tensor axis."""
 
-    def __init__(self, in_features: int, out_features: int, stream: Stream, initial: Initial) -> None:
+    def __init__(self, in_features: int, out_features: int, stream: Stream, initial: Initial,
+                 has_bias: bool = True) -> None:
         super().__init__()
         self.stream = stream
         self.deferral: WeightGradients | None = None
         self.weight = split_parameter((out_features, in_features), 0, stream.axis, matrix(initial))
-        self.bias = split_parameter((out_features,), 0, stream.axis, BIAS)
+        self.bias = split_parameter((out_features,), 0, stream.axis, BIAS) if has_bias else None
 
     def forward(self, x_ui: Tensor) -> Tensor:
         """[t, o], this rank's features of all tokens."""
@@ -74,17 +75,19 @@ class ColumnParallelLinear(Matrix):
 class RowParallelLinear(Matrix):
     """A linear layer back into the residual stream whose input features are split over the tensor axis."""
 
-    def __init__(self, in_features: int, out_features: int, stream: Stream, initial: Initial) -> None:
+    def __init__(self, in_features: int, out_features: int, stream: Stream, initial: Initial,
+                 has_bias: bool = True) -> None:
         super().__init__()
         self.stream = stream
         self.deferral: WeightGradients | None = None
         self.weight = split_parameter((out_features, in_features), 1, stream.axis, matrix(initial))
-        self.bias = replicated_parameter((out_features,), stream.axis, BIAS, has_partial_gradient=True)
+        self.bias = replicated_parameter((out_features,), stream.axis, BIAS,
+                                         has_partial_gradient=True) if has_bias else None
 
     def forward(self, x_ti: Tensor) -> Tensor:
         """[u, o], all features of this rank's tokens."""
         # The first rank alone adds the bias, inside its matrix product, and so gets the bias' whole gradient.
-        bias_o = self.bias if self.stream.axis.rank == 0 else self.bias * 0
+        bias_o = self.bias if self.bias is None or self.stream.axis.rank == 0 else self.bias * 0
         product_to = linear(x_ti, self.weight, self.weight_in(x_ti.dtype), bias_o, deferral=self.deferral)
         return self.stream.leave(product_to)
 
@@ -102,7 +105,7 @@ class Table(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation over the last axis (Ba et al., 2016, biased variance); statistics in fp32."""
+    """Layer normalisation over the last axis (Ba et al., 2016, arXiv 1607.06450); statistics in fp32."""
 
     def __init__(self, width: int, epsilon: float, stream: Stream) -> None:
         super().__init__()
@@ -115,38 +118,74 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.epsilon)
 
 
-def linear(x_ui: Tensor, weight_oi: Tensor, matrix_oi: Tensor, bias_o: Tensor, stream: Stream = ONE_RANK,
-           deferral: WeightGradients | None = None) -> Tensor:
-    """`x Wᵀ + b` [t, o] of all tokens of the stream, in x's dtype, in which `matrix_oi` is what the weight is.
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + epsilon) times a scale, over the last axis (Zhang and Sennrich, 2019, arXiv 1910.07467)."""
 
-    Forward: with sequence parallelism the tokens are gathered. Backward: the input's gradient is summed over the axis.
+    def __init__(self, width: int, epsilon: float, stream: Stream) -> None:
+        super().__init__()
+        self.weight = stream.parameter((width,), SCALE)
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same shape and dtype as `x`."""
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.epsilon)
+
+
+def linear(x_ui: Tensor, weight_oi: Tensor, matrix_oi: Tensor, bias_o: Tensor | None, stream: Stream = ONE_RANK,
+           deferral: WeightGradients | None = None) -> Tensor:
+    """`x Wᵀ`, plus `b` if there is one, [t, o] of all tokens of the stream, in x's dtype.
+
+    `matrix_oi` is the weight in that dtype. Forward: with sequence parallelism the tokens are gathered. Backward: the
+    input's gradient is summed over the axis.
     """
-    return _Linear.apply(x_ui, weight_oi, matrix_oi, bias_o, stream, deferral)
+    return _Linear.apply(x_ui, stream, deferral, weight_oi, matrix_oi, bias_o)[0]
+
+
+def linear_together(x_ui: Tensor, *layers: ColumnParallelLinear) -> tuple[Tensor, ...]:
+    """What each of some layers gives, of tokens that are gathered and of gradients that are summed once for all."""
+    operands = [operand for layer in layers for operand in (layer.weight, layer.weight_in(x_ui.dtype), layer.bias)]
+    return _Linear.apply(x_ui, layers[0].stream, layers[0].deferral, *operands)
 
 
 class _Linear(torch.autograd.Function):
-    """Only this rank's tokens are kept, and with sequence parallelism gathered again in the backward pass.
+    """Of each layer: weight, weight in the input's dtype, bias.
 
-    There each collective runs while a matrix product does that does not need it. The weight is not among the saved
-    tensors, for which torch.utils.checkpoint gives back others, not the leaf to which a gradient is to be added.
+    Only this rank's tokens are kept, and with sequence parallelism gathered again in the backward pass. There each
+    collective runs while a matrix product does that does not need it. The weight is not among the saved tensors, for
+    which torch.utils.checkpoint gives back others, not the leaf to which a gradient is to be added.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_ui: Tensor, weight_oi: Tensor, matrix_oi: Tensor, bias_o: Tensor, stream: Stream,
-                deferral: WeightGradients | None) -> Tensor:
-        ctx.save_for_backward(x_ui, matrix_oi)
-        ctx.weight_oi, ctx.stream, ctx.deferral, ctx.bias_dtype = weight_oi, stream, deferral, bias_o.dtype
-        return F.linear(stream.start_enter(x_ui).wait(), matrix_oi, bias_o.to(x_ui.dtype))
+    def forward(ctx: Any, x_ui: Tensor, stream: Stream, deferral: WeightGradients | None,
+                *operands: Any) -> tuple[Tensor, ...]:
+        weights, matrices, biases = operands[::3], operands[1::3], operands[2::3]
+        ctx.save_for_backward(x_ui, *matrices)
+        ctx.weights, ctx.stream, ctx.deferral = weights, stream, deferral
+        ctx.bias_dtypes = [None if bias_o is None else bias_o.dtype for bias_o in biases]
+        x_ti = stream.start_enter(x_ui).wait()
+        return tuple(F.linear(x_ti, matrix_oi, None if bias_o is None else bias_o.to(x_ui.dtype))
+                     for matrix_oi, bias_o in zip(matrices, biases, strict=True))
 
     @staticmethod
-    def backward(ctx: Any, grad_to: Tensor) -> tuple[Tensor, Tensor | None, None, Tensor, None, None]:
-        (x_ui, matrix_oi), weight_oi = ctx.saved_tensors, ctx.weight_oi
+    def backward(ctx: Any, *grads_to: Tensor) -> tuple[Tensor | None, ...]:
+        x_ui, *matrices = ctx.saved_tensors
         gathering = ctx.stream.start_enter(x_ui)
-        grad_ti = grad_to @ matrix_oi
+        grad_ti = grads_to[0] @ matrices[0]
+        for grad_to, matrix_oi in zip(grads_to[1:], matrices[1:], strict=True):
+            grad_ti = torch.addmm(grad_ti, grad_to, matrix_oi)
         x_ti = gathering.wait()
         summing = ctx.stream.start_leave(grad_ti)
-        grad_weight_oi = None
-        if ctx.needs_input_grad[1] and not (ctx.deferral is not None and ctx.deferral.takes(weight_oi, grad_to, x_ti)):
-            grad_weight_oi = remaining_weight_gradient(weight_oi, grad_to, x_ti)
-        grad_bias_o = grad_to.sum(0, dtype=ctx.bias_dtype)
-        return summing.wait(), grad_weight_oi, None, grad_bias_o, None, None
+        grads: list[Tensor | None] = []
+        for place, (weight_oi, grad_to) in enumerate(zip(ctx.weights, grads_to, strict=True)):
+            dtype, is_trained = ctx.bias_dtypes[place], ctx.needs_input_grad[3 + 3 * place]
+            grads += [_weight_gradient(weight_oi, grad_to, x_ti, ctx.deferral) if is_trained else None, None,
+                      None if dtype is None else grad_to.sum(0, dtype=dtype)]
+        return summing.wait(), None, None, *grads
+
+
+def _weight_gradient(weight_oi: Tensor, grad_to: Tensor, x_ti: Tensor,
+                     deferral: WeightGradients | None) -> Tensor | None:
+    """The gradient [o, i]; None where it is left for later, or added to the weight's own already."""
+    if deferral is not None and deferral.takes(weight_oi, grad_to, x_ti):
+        return None
+    return remaining_weight_gradient(weight_oi, grad_to, x_ti)

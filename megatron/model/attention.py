@@ -1,0 +1,115 @@
+"""Self-attention inside each protein, with what may be done to queries, keys and values before.
+
+Shapes: t tokens, u tokens of the residual stream on this rank (t, or fewer with sequence parallelism), h hidden, n
+heads in g groups of q (of this rank), d head width. Rows of the fused projection are grouped as in Megatron-LM: a
+group's queries, its key, its value, c = q + 2 of them; so a slice of its rows is the projection of some groups.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megatron.config import ModelConfig
+from megatron.kernels.packed_sequence import PackedSequence, proteins_of_tokens
+from megatron.kernels.rotary import Rotation, rotate
+from megatron.model.initialisation import normal, residual_output
+from megatron.model.normalisation import HeadNorm, with_normed_queries_and_keys
+from megatron.parallel.context import context_attention, with_neighbours
+from megatron.parallel.parameters import Constant, Declaration, replicated_parameter, split_parameter, table
+from megatron.parallel.randomness import distinct_randomness, rate_of
+from megatron.parallel.recomputation import recomputed
+from megatron.parallel.tensor.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.parallel.tensor.stream import Stream
+
+
+class Attention(nn.Module):
+    """Block `number`'s self-attention, the heads split over the tensor axis: [u, h] to [u, h]."""
+
+    def __init__(self, config: ModelConfig, number: int, num_ids: int, stream: Stream) -> None:
+        super().__init__()
+        self.axis, self.context, self.dropout = stream.axis, stream.context, config.attention_dropout
+        self.recomputes_core = config.recompute_granularity == "selective"
+        self.window = config.window(number)
+        heads, groups, head_width = config.num_attention_heads, config.num_groups, config.kv_channels
+        self.shape = groups // stream.axis.size, heads // groups + 2, head_width
+        width, has_bias = heads * head_width, not config.disable_bias_linear
+        rows = (heads + 2 * groups) * head_width
+        self.query_key_value = ColumnParallelLinear(config.hidden_size, rows, stream, normal(config), has_bias)
+        self.dense = RowParallelLinear(width, config.hidden_size, stream, residual_output(config), has_bias)
+        self.conv = ShortConvolution(rows, config.qkv_conv_kernel, stream) if config.qkv_conv_kernel else None
+        self.values = ValueEmbedding(config, num_ids, stream) if config.value_embeddings else None
+        if config.qk_layernorm:
+            self.query_norm = HeadNorm(config, heads, stream.axis)
+            self.key_norm = HeadNorm(config, groups, stream.axis)
+        self.has_qk_norm = config.qk_layernorm
+
+    def forward(self, hidden_uh: Tensor, sequence: PackedSequence, rotation: Rotation | None) -> Tensor:
+        """[u, h]; `rotation`: of queries and keys, if they are to be turned."""
+        qkv_tx = self.query_key_value(hidden_uh)
+        if self.conv is not None:
+            qkv_tx = self.conv(qkv_tx, sequence)
+        qkv_tgcd = qkv_tx.view(-1, *self.shape)
+        if self.values is not None:
+            qkv_tgcd = self.values(qkv_tgcd, sequence.tokens_t)
+        if self.has_qk_norm:
+            qkv_tgcd = with_normed_queries_and_keys(qkv_tgcd, self.query_norm, self.key_norm)
+        if rotation is not None:
+            qkv_tgcd = rotate(qkv_tgcd, rotation)
+        return self.dense(self._core(qkv_tgcd, sequence).flatten(1))
+
+    def _core(self, qkv_tgcd: Tensor, sequence: PackedSequence) -> Tensor:
+        dropout = rate_of(self)
+
+        def core(qkv_tgcd: Tensor) -> Tensor:
+            return context_attention(qkv_tgcd, sequence, dropout, self.context, self.window)
+
+        with distinct_randomness(self.axis, dropout, qkv_tgcd.device):
+            if self.recomputes_core and torch.is_grad_enabled():
+                return recomputed(core, qkv_tgcd, has_dropout=dropout > 0)
+            return core(qkv_tgcd)
+
+
+class ValueEmbedding(nn.Module):
+    """Mixes into the values an embedding of the token: v becomes a·v + b·E[token], a and b learned, at first 1/2 each.
+
+    As in the fastest recipes of small models (after Zhou et al., 2024, arXiv 2410.17897); a table a block.
+    """
+
+    def __init__(self, config: ModelConfig, num_ids: int, stream: Stream) -> None:
+        super().__init__()
+        width = config.num_groups * config.kv_channels
+        self.weight = split_parameter((num_ids, width), 1, stream.axis, table(normal(config)))
+        self.scales = replicated_parameter((2,), stream.axis, Declaration(Constant(0.5), "vector", decays=False),
+                                           has_partial_gradient=True)
+
+    def forward(self, qkv_tgcd: Tensor, tokens_t: Tensor) -> Tensor:
+        """The same shape."""
+        query_key_tgcd, value_tg1d = qkv_tgcd.split([qkv_tgcd.shape[2] - 1, 1], dim=2)
+        own, embedded = self.scales.to(qkv_tgcd.dtype).unbind()
+        embedded_tg1d = F.embedding(tokens_t, self.weight).to(qkv_tgcd.dtype).view_as(value_tg1d)
+        return torch.cat([query_key_tgcd, own * value_tg1d + embedded * embedded_tg1d], dim=2)
+
+
+class ShortConvolution(nn.Module):
+    """x + a depthwise convolution of x over neighbouring tokens of the same protein, at first 0.
+
+    Of queries, keys and values as in Primer (So et al., 2021, arXiv 2109.08668); here it looks to both sides.
+    """
+
+    def __init__(self, num_features: int, kernel: int, stream: Stream) -> None:
+        super().__init__()
+        self.context, self.halo = stream.context, kernel // 2
+        self.weight = split_parameter((num_features, kernel), 0, stream.axis,
+                                      Declaration(Constant(0.0), "vector", decays=False))
+
+    def forward(self, x_tf: Tensor, sequence: PackedSequence) -> Tensor:
+        """The same shape."""
+        size, halo = len(x_tf), self.halo
+        around = with_neighbours(x_tf, halo, self.context)
+        start = self.context.rank * size
+        protein = proteins_of_tokens(sequence.cu_seqlens, start - halo, start + size + halo)
+        weights, out_tf = self.weight.to(x_tf.dtype).unbind(1), x_tf
+        for place, weight_f in enumerate(weights):
+            is_other_t = protein[place:place + size] != protein[halo:halo + size]
+            out_tf = out_tf + around[place:place + size].masked_fill(is_other_t[:, None], 0) * weight_f
+        return out_tf
