@@ -13,7 +13,7 @@
 #     DATA_PATH         prefix of PREFIX.bin and PREFIX.idx, as tools/preprocess_data.py writes them; or several, each
 #                       behind its weight: "0.7 pfam 0.3 uniref" (default: the proteins in examples/proteins)
 #     CHECKPOINT_PATH   folder for checkpoints, logs, curves (default: runs/PRESET in the checkout)
-#     VOCAB_FILE        vocabulary, one token a line (default: protein_tools/iupac_vocab.txt)
+#     VOCAB_FILE        iupac, esm, protbert, or a file with one token a line (default: protein_tools/iupac_vocab.txt)
 #
 # A preset sets the model and the hyperparameters (megatron/config/presets.py). The published ones, which tape and the
 # proteinlm presets have, and any of which a flag overrides:

@@ -77,9 +77,10 @@ def open_place(place: Path, with_optimizer: bool = True) -> Checkpoint:
 def saved_flags(folder: str) -> dict[str, Any]:
     """The flags of the run in a folder, by their fields' names, as the first checkpoint to try has them; {} if none."""
     try:
-        return open_place(in_order(Path(folder))[1][0]).state["config"]
+        config = open_place(in_order(Path(folder))[1][0]).state["config"]
     except (CheckpointError, IndexError, KeyError):  # what is wrong is said where it is loaded
         return {}
+    return config if isinstance(config, dict) else {}
 
 
 def read_state(path: Path) -> dict[str, Any]:

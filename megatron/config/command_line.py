@@ -76,13 +76,13 @@ def parse(argv: Sequence[str], taken: Mapping[str, Any] | None = None) -> tuple[
 def left_open(argv: Sequence[str], saved: Callable[[str], Mapping[str, Any]]) -> dict[str, Any]:
     """What the checkpoint of `--load` says of flags that change arithmetic or vocabulary and that `argv` does not give.
 
-    Of a vocabulary whose file is not here, as that of another machine may not be, nothing. `saved`: the flags of the
+    Nothing of a vocabulary whose file is not here, as that of another machine may not be. `saved`: the flags of the
     checkpoint in a folder. Raises ConfigError.
     """
     values = _given(argv)
     known = saved(values["load"]) if "load" in values else {}
     given = values.keys() | PRESETS[values["preset"]].keys() if "preset" in values else values.keys()
-    file = known.get("vocab_file")
+    file = values.get("vocab_file", known.get("vocab_file"))
     is_here = file is None or file in VOCABULARIES or Path(str(file)).is_file()
     kinds = ("arithmetic", "vocabulary") if is_here else ("arithmetic",)
     return {item.name: known[item.name] for _, section in Config().sections() for item in fields(section)

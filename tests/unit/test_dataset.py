@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.config import DataConfig
+from megatron.data.batches.batch import batch_shape, collate
 from megatron.data.batches.loader import MicroBatchSamples
 from megatron.data.corpus.indexed_writer import IndexedWriter, write_indexed
 from megatron.data.corpus.vocab import Vocab
@@ -36,11 +37,14 @@ def config(prefix, **flags):
     return DataConfig(data_path=(str(prefix),), **flags)
 
 
-def originals(row):
-    """The proteins of a row before masking, as tuples."""
+def originals(row, vocab=VOCAB, num_ends=1):
+    """The proteins of a row before masking, as tuples, without their ends, which are checked."""
     tokens = row.tokens_t.copy()
     tokens[row.target_positions_m] = row.target_ids_m
-    return [tuple(part[1:]) for part in np.split(tokens, np.cumsum(row.lengths)[:-1])]
+    parts = np.split(tokens, np.cumsum(row.lengths)[:-1])
+    for part in parts:
+        assert [part[0], *part[len(part) - num_ends + 1:]] == [vocab.cls_id, vocab.sep_id][:num_ends]
+    return [tuple(part[1:len(part) - num_ends + 1]) for part in parts]
 
 
 def epoch_rows(dataset, epoch=0):
@@ -80,6 +84,66 @@ def test_ranks_together_see_every_protein_once_an_epoch(lengths, seq_length, see
     size = seq_length - 1
     assert sorted(seen) == sorted(tuple(protein[start:start + size]) for protein in proteins
                                   for start in range(0, len(protein), size))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, 90), min_size=1, max_size=60).filter(any), st.integers(3, 70), st.integers(0, 2**31),
+       st.sampled_from(["best-fit", "sequential"]), st.sampled_from(["split", "crop", "drop"]),
+       st.sampled_from(["iupac", "esm", "protbert"]), st.sampled_from(["start", "both"]))
+def test_every_protein_has_both_its_ends_and_the_models_ids(lengths, seq_length, seed, packing, long_proteins, family,
+                                                            ends):
+    vocab, size = Vocab.from_file(family), seq_length - (2 if ends == "both" else 1)
+    if long_proteins == "drop" and not any(0 < length <= size for length in lengths):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        written = write_proteins(Path(folder) / "a", lengths)
+        data = config(Path(folder) / "a", seq_length=seq_length, packing=packing, long_proteins=long_proteins,
+                      protein_ends=ends, mask_prob=0.5, mask_span_length=3.0)
+        splits = build_datasets(data, vocab, seed)
+        rows, shape = epoch_rows(splits.train), batch_shape(splits, 1)
+    proteins = [tuple(vocab.ids[VOCAB.tokens[index]] for index in protein) for protein in written]
+    found = [piece for row in rows for piece in originals(row, vocab, data.num_ends)]
+    for row in rows:
+        assert row.lengths.sum() == len(row.tokens_t) <= seq_length
+        assert len(row.target_ids_m) and np.isin(row.target_ids_m, vocab.residue_ids).all()
+        batch = collate([row], shape)
+        assert batch.num_residues == sum(map(len, originals(row, vocab, data.num_ends)))
+        assert batch.num_tokens == len(row.tokens_t)
+    if long_proteins == "split":
+        proteins = [protein[start:start + size] for protein in proteins for start in range(0, len(protein), size)]
+    elif long_proteins == "drop":
+        proteins = [protein for protein in proteins if 0 < len(protein) <= size]
+    if long_proteins != "crop":
+        assert sorted(found) == sorted(proteins)
+        return
+    cut = sorted(len(protein[:size]) for protein in proteins if protein)
+    assert sorted(map(len, found)) == cut
+    assert all(any(bytes(piece) in bytes(protein) for protein in proteins) for piece in found)
+
+
+def test_how_full_rows_are_counts_both_ends(tmp_path):
+    write_proteins(tmp_path / "a", [62, 30, 30])
+    train = build_datasets(config(tmp_path / "a", protein_ends="both"), VOCAB, 1).train
+    assert "2 rows an epoch, 100.00 % full" in train.describe()
+    assert (train.longest(), train.most_targets(), train.num_ends) == (64, round(0.15 * 62), 2)
+
+
+def test_mapped_ids_are_counted_and_said_and_own_ones_are_not_mapped(tmp_path):
+    proteins = write_proteins(tmp_path / "a", [40, 20])
+    esm = Vocab.from_file("esm")
+    own, mapped = (build_datasets(config(tmp_path / "a"), vocab, 1).train for vocab in (VOCAB, esm))
+    counts, expected = mapped.residue_counts(), np.bincount(np.concatenate(proteins), minlength=VOCAB.size)
+    assert {esm.tokens[i]: n for i, n in enumerate(counts) if n} == {VOCAB.tokens[i]: n for i, n in enumerate(expected)
+                                                                     if n}
+    assert "ids mapped by letter" in mapped.describe() and "mapped" not in own.describe()
+    assert all(np.array_equal(own.rows(0).row(i), mapped.rows(0).row(i)) for i in range(own.num_epoch_rows(0)))
+
+
+def test_an_end_that_preprocessing_wrote_is_not_doubled(tmp_path):
+    write_indexed(tmp_path / "a", [np.array([6, 7, VOCAB.sep_id])])
+    with pytest.raises(DataError, match="a: its proteins end with .SEP. already, .*without --append-eod"):
+        build_datasets(config(tmp_path / "a", protein_ends="both"), VOCAB, 1)
+    assert build_datasets(config(tmp_path / "a"), Vocab.from_file("esm"), 1).train[0].tokens_t[-1] == 2
 
 
 def test_a_row_depends_on_seed_and_sample_alone(tmp_path):
@@ -203,7 +267,7 @@ def unsampled(monkeypatch):
 def test_ids_outside_the_vocabulary_are_an_error_that_names_the_document(tmp_path):
     write_indexed(tmp_path / "a", [np.array([6, 7]), np.array([6, 31])])
     train = build_datasets(config(tmp_path / "a"), VOCAB, 1).train
-    with pytest.raises(DataError, match="a.bin: document 1 holds ids 6 to 31, but the vocabulary of its preprocessing has 31"):
+    with pytest.raises(DataError, match="a.bin: document 1 holds ids 6 to 31, but the vocabulary of .* has 31"):
         train[0]
 
 

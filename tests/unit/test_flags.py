@@ -164,6 +164,9 @@ def test_foreign_flags_say_why(flag):
     ("--preset demo --dry-run --dry-run-ranks 16385", "--dry-run-ranks is 16385; it must be between 1 and 16384"),
     ("--preset demo --mask-token-prob 0.9 --mask-random-prob 0.2", "sum to more than 1"),
     ("--lr 1e-3", "--seq-length is missing"),
+    ("--preset demo --seq-length 2 --protein-ends both", "--seq-length 2 holds no residue between the ends of "
+     "--protein-ends both; it must be 3 or greater"),
+    ("--preset demo --protein-ends none", "--protein-ends: invalid choice: 'none'"),
 ])
 def test_a_mistake_is_one_line_that_names_the_flag(text, message):
     assert message in error_of(text)
@@ -206,3 +209,17 @@ def test_flags_of_the_model_that_are_not_given_are_those_of_the_checkpoint():
     assert left_open([*argv, "--preset", "demo"], {"there": saved}.__getitem__) == {}
     assert left_open(["--num-layers", "2"], {}.__getitem__) == {}
     assert notice({"num_layers": 12}) is None
+
+
+def test_the_vocabulary_is_the_checkpoints_where_none_is_named_and_its_file_is_here(tmp_path):
+    file = tmp_path / "v.txt"
+    saved = {"vocab_file": str(file), "mask_token": "#", "protein_ends": "both"}
+    take = {"there": saved}.__getitem__
+    assert left_open(["--load", "there"], take) == {"protein_ends": "both"}
+    file.touch()
+    assert left_open(["--load", "there"], take) == saved
+    moved = file.rename(tmp_path / "moved.txt")
+    assert left_open(["--load", "there", "--vocab", str(moved)], take) == {"mask_token": "#", "protein_ends": "both"}
+    saved["vocab_file"] = "esm"
+    config, _ = parse(["--preset", "demo"], left_open(["--load", "there"], take))
+    assert (config.data.vocab_file, config.data.mask_token, config.data.num_ends) == ("esm", "#", 2)

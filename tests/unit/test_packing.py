@@ -15,6 +15,7 @@ COMPILED = pytest.mark.skipif(not packing.IS_COMPILED, reason="megatron.data.row
 
 packings = st.sampled_from(["sequential", "best-fit"])
 some_lengths = st.lists(st.integers(0, 90), max_size=300)
+num_ends = st.sampled_from([1, 2])
 keys = st.none() | st.integers(0, 2**64 - 1)
 
 
@@ -29,25 +30,28 @@ def fill(rows: PackedRows, lengths: np.ndarray, seq_length: int) -> float:
 
 
 @settings(deadline=None)
-@given(some_lengths, st.integers(2, 120), packings, keys, st.booleans())
-def test_every_protein_is_in_one_row_and_no_row_is_too_full(lengths, seq_length, kind, key, drop_long):
+@given(some_lengths, st.integers(1, 120), packings, keys, st.booleans(), num_ends)
+def test_every_protein_is_in_one_row_and_no_row_is_too_full(lengths, most_residues, kind, key, drop_long, ends):
+    seq_length = most_residues + ends
     sizes = np.array(lengths, dtype=np.int32)
-    rows = pack(sizes, seq_length, kind, key=key, drop_long=drop_long)
-    expected = [i for i, size in enumerate(lengths) if size > 0 and not (drop_long and size >= seq_length)]
+    rows = pack(sizes, seq_length, kind, key=key, drop_long=drop_long, num_ends=ends)
+    expected = [i for i, size in enumerate(lengths) if size > 0 and not (drop_long and size > most_residues)]
     assert sorted(rows.pieces.tolist()) == expected
     assert rows.row_starts[0] == 0 and rows.row_starts[-1] == len(expected)
     for index in range(len(rows)):
         row = rows.row(index)
         assert len(row) > 0
-        assert (np.minimum(sizes[row], seq_length - 1) + 1).sum() <= seq_length
+        assert np.minimum(sizes[row] + ends, seq_length).sum() <= seq_length
 
 
 @COMPILED
 @settings(deadline=None)
-@given(some_lengths, st.integers(2, 120), packings, keys, st.booleans())
-def test_the_compiled_packer_gives_the_rows_of_its_python_twin(lengths, seq_length, kind, key, drop_long):
+@given(some_lengths, st.integers(1, 120), packings, keys, st.booleans(), num_ends)
+def test_the_compiled_packer_gives_the_rows_of_its_python_twin(lengths, most_residues, kind, key, drop_long, ends):
+    seq_length = most_residues + ends
     for dtype in (np.int32, np.int64):
-        compiled, twin = (packer(np.array(lengths, dtype=dtype), seq_length, kind, key=key, drop_long=drop_long)
+        compiled, twin = (packer(np.array(lengths, dtype=dtype), seq_length, kind, key=key, drop_long=drop_long,
+                                        num_ends=ends)
                           for packer in (pack, pack_in_python))
         np.testing.assert_array_equal(compiled.pieces, twin.pieces)
         np.testing.assert_array_equal(compiled.row_starts, twin.row_starts)
@@ -83,6 +87,8 @@ def test_sequential_sends_an_exact_fit_to_the_next_row_unless_alone():
 
 def test_best_fit_closes_gaps_exactly():
     rows = pack(np.array([5, 6, 3, 2, 1], dtype=np.int32), 10, "best-fit", key=None)
+    both_ends = pack(np.array([4, 5, 2, 1], dtype=np.int32), 10, "best-fit", key=None, num_ends=2)
+    assert [both_ends.row(i).tolist() for i in range(len(both_ends))] == [[0, 2], [1, 3]]
     assert [rows.row(i).tolist() for i in range(len(rows))] == [[0, 2], [1, 3], [4]]
 
 

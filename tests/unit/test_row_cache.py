@@ -161,6 +161,7 @@ def test_the_name_carries_everything_that_rows_depend_on(tmp_path: Path, monkeyp
                       data_cache_path=str(tmp_path / "cache"))
     changes: list[dict[str, Any]] = [
         {}, {"split": "3,1"}, {"seq_length": 17}, {"packing": "sequential"}, {"long_proteins": "drop"},
+        {"protein_ends": "both"},
         {"data_path": (str(tmp_path / "b"),)}, {"blend_by": "cluster", "cluster_file": str(tmp_path / "clusters")}]
     for data, seed in [*((replace(base, **change), 1) for change in changes), (base, 2)]:
         build_datasets(data, VOCAB, seed)

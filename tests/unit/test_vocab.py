@@ -1,12 +1,24 @@
-"""Token ids are frozen; a vocabulary that is none is refused by name."""
+"""Token ids are frozen, of each family; a vocabulary that is none is refused by name."""
 
 import pickle
 from pathlib import Path
 
 import pytest
 
-from megatron.data.corpus.vocab import DEFAULT_VOCAB, Vocab
+from megatron.config.data import VOCABULARIES
+from megatron.data.corpus.tokenizer import ResidueTokenizer
+from megatron.data.corpus.vocab import DEFAULT_VOCAB, RESIDUE_LETTERS, Vocab
 from megatron.errors import VocabError
+
+# As fair-esm's Alphabet has it with its "proteinseq_toks", and as ProtBERT's vocab.txt.
+ESM_IDS = {
+    "<cls>": 0, "<pad>": 1, "<eos>": 2, "<unk>": 3, "L": 4, "A": 5, "G": 6, "V": 7, "S": 8, "E": 9, "R": 10, "T": 11,
+    "I": 12, "D": 13, "P": 14, "K": 15, "Q": 16, "N": 17, "F": 18, "Y": 19, "M": 20, "H": 21, "W": 22, "C": 23,
+    "X": 24, "B": 25, "U": 26, "Z": 27, "O": 28, ".": 29, "-": 30, "<null_1>": 31, "<mask>": 32}
+PROTBERT_IDS = {
+    "[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "L": 5, "A": 6, "G": 7, "V": 8, "E": 9, "S": 10,
+    "I": 11, "K": 12, "R": 13, "D": 14, "T": 15, "P": 16, "N": 17, "Q": 18, "F": 19, "Y": 20, "M": 21, "H": 22,
+    "C": 23, "W": 24, "X": 25, "U": 26, "B": 27, "Z": 28, "O": 29}
 
 
 def test_the_shipped_vocabulary_has_the_published_ids():
@@ -17,6 +29,61 @@ def test_the_shipped_vocabulary_has_the_published_ids():
     assert vocab.size == 31
     assert vocab.residue_ids.tolist() == list(range(6, 31))
     assert vocab.residue_ids.dtype == "uint16"
+
+
+@pytest.mark.parametrize(("family", "ids", "special"), [
+    ("esm", ESM_IDS, (1, 32, 0, 2, 3)), ("protbert", PROTBERT_IDS, (0, 4, 2, 3, 1))])
+def test_other_families_have_the_ids_of_their_published_models(family, ids, special):
+    vocab = Vocab.from_file(family)
+    assert vocab.ids == ids
+    assert (vocab.pad_id, vocab.mask_id, vocab.cls_id, vocab.sep_id, vocab.unk_id) == special
+    assert vocab.residue_ids.tolist() == sorted(index for token, index in ids.items() if token.isalpha())
+
+
+@pytest.mark.parametrize("family", VOCABULARIES)
+def test_every_letter_in_either_case_has_its_id_in_each_family_and_gaps_have_none(family):
+    vocab = Vocab.from_file(family)
+    expected = [vocab.unk_id if letter == "J" else vocab.tokens.index(letter) for letter in RESIDUE_LETTERS]
+    encode = ResidueTokenizer(vocab).encode
+    assert encode(RESIDUE_LETTERS).tolist() == encode(RESIDUE_LETTERS.lower()).tolist() == expected
+    assert encode("M-K .v").tolist() == [vocab.ids[letter] for letter in "MKV"]
+
+
+def test_a_name_is_a_familys_and_nothing_is_iupacs(tmp_path, monkeypatch):
+    assert Vocab.from_file() == Vocab.from_file("iupac") == Vocab.from_file(DEFAULT_VOCAB)
+    monkeypatch.chdir(tmp_path)
+    Path("esm").write_text(DEFAULT_VOCAB.read_text())
+    assert Vocab.from_file("esm").ids == ESM_IDS
+    assert Vocab.from_file("./esm") == Vocab.from_file()
+    with pytest.raises(VocabError, match="ems: cannot read the vocabulary .* or one of iupac, esm, protbert"):
+        Vocab.from_file("ems")
+
+
+def test_the_mask_token_of_another_name_can_be_named(tmp_path):
+    path = tmp_path / "vocab.txt"
+    path.write_text(DEFAULT_VOCAB.read_text().replace("[MASK]", "#"))
+    vocab = Vocab.from_file(path, "#")
+    assert vocab.mask_id == 1 and vocab.tokens[1] == "#"
+    assert pickle.loads(pickle.dumps(vocab)) == vocab
+    with pytest.raises(VocabError, match=r"lacks \[MASK\]/<mask>; .*--mask-token names"):
+        Vocab.from_file(path)
+
+
+@pytest.mark.parametrize(("name", "what"), [
+    ("#", "is none of its tokens"), ("A", "means something else"), ("[CLS]", "means something else")])
+def test_a_mask_token_that_cannot_be_one_is_refused_in_one_line(name, what):
+    with pytest.raises(VocabError, match=rf"iupac_vocab.txt: --mask-token .* {what}; name the token .*\Z"):
+        Vocab.from_file("iupac", name)
+
+
+def test_another_mask_token_is_another_vocabulary_and_the_same_one_named_is_not():
+    plain, same, other = (Vocab.from_file("iupac", name) for name in (None, "[MASK]", "[unused1]"))
+    assert plain.identity == same.identity != other.identity
+    assert (plain.mask_id, other.mask_id) == (1, 5)
+
+
+def test_identities_of_checkpoints_and_statistics_stay():
+    assert Vocab.from_file().identity == "11351d4709aec372"
 
 
 @pytest.mark.parametrize(("multiple", "padded"), [(1, 31), (31, 31), (128, 128), (2, 32)])

@@ -1,6 +1,6 @@
 """Residues to ids by a table of bytes: one id a residue, spaced or not, in either case.
 
-White space and the gaps `-` and `.` are dropped; `*` ends a protein; a letter without a token (J) is [UNK];
+White space and the gaps `-` and `.` are dropped; `*` ends a protein; a letter without a token (J) is the unknown one;
 whatever else is found is not protein. Ids are handled as bytes, one a residue, until they are stored.
 """
 

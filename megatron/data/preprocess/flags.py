@@ -34,7 +34,7 @@ class PreprocessConfig:
     split_sentences: bool = flag(False, "split texts at their full stops into sentences (untrained Punkt of NLTK)")
     keep_newlines: bool = flag(False, "keep newlines between sentences; residues are stored without white space, so "
                                "this changes no id")
-    append_eod: bool = flag(False, "end each document with [SEP]")
+    append_eod: bool = flag(False, "end each document with [SEP], or <eos> of esm")
     skip_bad_records: bool = flag(False, "leave out, count and report records that are no protein, instead of stopping")
     min_length: int = flag(0, "leave out proteins with fewer residues", kind=int, check=not_negative)
     max_length: int = flag(None, "leave out proteins with more residues", kind=int, check=positive)

@@ -150,7 +150,8 @@ class PackedDataset:
         clusters = "" if self.clusters is None else f" in {len(self.clusters):,} clusters ({self.clusters.match})"
         fate = {"crop": "cropped", "split": "split", "drop": "dropped"}[self.settings.long_proteins]
         fill = tokens / max(1, num_rows * self.settings.seq_length)
-        notes = "" if self._id_table is None else "; ids mapped by letter from the vocabulary of its preprocessing"
+        notes = "" if self._id_table is None else ("; ids mapped by letter from the vocabulary of its .stats.json, or "
+                                                   "iupac without one")
         notes += "" if IS_COMPILED else "; packed in Python, as the compiled module is missing: pip install -e ."
         return (f"{self.name}: {len(self.documents):,} proteins{clusters} ({pieces.num_long:,} longer than a row, "
                 f"{fate}; {pieces.num_empty:,} empty, left out), {num_rows:,} rows an epoch, {100 * fill:.2f} % full"

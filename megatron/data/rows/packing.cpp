@@ -19,7 +19,7 @@ namespace py = pybind11;
 
 namespace {
 
-constexpr int64_t kSmallestPiece = 2;  // [CLS] and one residue
+constexpr int64_t kSmallestPiece = 2;  // [CLS] and one residue; an end behind the residues counts as one of them
 
 // A piece's number, and in the low bits its tokens, [CLS] included: one word, so that scattering writes whole words.
 struct Piece {
