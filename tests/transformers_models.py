@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch.nn.functional import pad
@@ -15,7 +16,7 @@ PROTEINS = ("MKTAYIAKQRQISFVKSHFSRQ", "GAVLIPFMWXBUZO", "M", "MK#T##AAYLD")  # '
 _SHAPE = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 96}
 _ESM = _SHAPE | {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32, "layer_norm_eps": 1e-5,
                  "max_position_embeddings": 42, "token_dropout": True}
-KINDS = {
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "esm2": ("Esm", _ESM | {"position_embedding_type": "rotary"}),
     "esm1b": ("Esm", _ESM | {"emb_layer_norm_before": True}),
     "esm1v": ("Esm", _ESM | {"token_dropout": False}),

@@ -105,8 +105,8 @@ OWN = {"proteinlm": "ProteinForMaskedLM", "recipe": "ProteinForMaskedLM", "group
 def trained_here(name):
     """A checkpoint of a model of ours with random weights, and its flags."""
     configs = {"proteinlm": PROTEINLM, "recipe": RECIPE, "exact": replace(PROTEINLM, bias_gelu_fusion=False),
-               "grouped": replace(PROTEINLM, num_query_groups=2, openai_gelu=True, squared_relu=True, window_size=(2, 4),
-                                  normalization="RMSNorm", qk_layernorm=True, position_embedding_type="none")}
+               "grouped": replace(PROTEINLM, num_query_groups=2, squared_relu=True, window_size=(2, 4), qk_layernorm=True,
+                                  normalization="RMSNorm", position_embedding_type="none")}
     flags = {item.name: getattr(configs[name], item.name) for item in fields(ModelConfig)}
     torch.manual_seed(0)
     vocab = Vocab.from_file("iupac")

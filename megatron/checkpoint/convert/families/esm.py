@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron.checkpoint.convert.families import flags
 from megatron.checkpoint.convert.families.names import FAIR_ESM, family_tensors
-from megatron.checkpoint.convert.families.reading import FREQUENCIES, Family, checkpoint_of, frequencies_of
+from megatron.checkpoint.convert.families.reading import FREQUENCIES, Family, checkpoint_of
 from megatron.checkpoint.convert.families.vocabularies import vocabulary_of
 from megatron.checkpoint.convert.own_places import refuse_layout
 from megatron.checkpoint.convert.torch_files import read_torch_file
@@ -28,6 +28,7 @@ from megatron.checkpoint.stored import Box, Checkpoint, StoredTensor, one_piece,
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import CheckpointError
 from megatron.files import new_folder, sync
+from megatron.kernels.rotary import frequencies_of
 
 _REGRESSION = "-contact-regression.pt"
 _HEAD_BYTES, _MARK = 2**22, b"self_attn_layer_norm"  # of a file, in which its names are
@@ -76,7 +77,8 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
     theirs = family_tensors(with_rows(checkpoint, vocab.size), config, FAIR_ESM, vocab.size, _FIRST_ROW)
     theirs["lm_head.weight"] = theirs["embed_tokens.weight"]
     if is_rotary:
-        theirs |= {f"layers.{number}.self_attn.rot_emb{FREQUENCIES}": stored(frequencies_of(config))
+        frequencies = stored(frequencies_of(config["kv_channels"], _BASE, config["rotary_frequency_precision"]))
+        theirs |= {f"layers.{number}.self_attn.rot_emb{FREQUENCIES}": frequencies
                    for number in range(config["num_layers"])}
     contacts = {"weight": torch.zeros(1, config["num_layers"] * config["num_attention_heads"]), "bias": torch.zeros(1)}
     regression = {name: theirs.pop(name, stored(contacts[name.rpartition(".")[2]]))

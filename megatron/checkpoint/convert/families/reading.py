@@ -6,19 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron.checkpoint.convert.families.names import POSITIONS, Table, our_tensors, shapes_of, their_names
 from megatron.checkpoint.convert.token_types import NOTE, with_first_type
 from megatron.checkpoint.convert.vocabulary import BIAS, OUTPUT, WORDS, rows_for, with_rows
 from megatron.checkpoint.stored import Checkpoint, StoredTensor, Tensors
 from megatron.errors import CheckpointError
+from megatron.kernels.rotary import PRECISIONS, frequencies_of
 
 FREQUENCIES = ".inv_freq"
 TYPES = "bert.embeddings.token_type_embeddings.weight"
 # What is no part of the masked language model, or of those of its kind.
 _BESIDE = ("bert.pooler.", "cls.seq_relationship.", "esm.pooler.", "esm.embeddings.position_embeddings.")
-_ROUNDINGS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -57,20 +56,13 @@ def checkpoint_of(family: Family, tensors: Tensors, place: Path, state: Mapping[
 
 def _precision(frequencies: list[StoredTensor], config: Mapping[str, Any], place: Path) -> str:
     """What the frequencies of rotary positions were rounded to; raises CheckpointError where they are others."""
-    for name in _ROUNDINGS:
-        expected = frequencies_of({**config, "rotary_frequency_precision": name})
+    for name in PRECISIONS:
+        expected = frequencies_of(config["kv_channels"], config["rotary_base"], name)
         if all(found.shape == tuple(expected.shape) and torch.allclose(found.read().float(), expected, rtol=1e-6)
                for found in frequencies):
             return name
     raise CheckpointError(f"{place}: its inv_freq are not those of rotary positions with base {config['rotary_base']:g}"
                           f" over {config['kv_channels']} columns; give a model whose positions are not scaled")
-
-
-def frequencies_of(config: Mapping[str, Any]) -> Tensor:
-    """The inverse frequencies of rotary positions, fp32, rounded as a model of these flags has them."""
-    width = config["kv_channels"]
-    exact = 1.0 / config["rotary_base"] ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
-    return exact.to(_ROUNDINGS[config.get("rotary_frequency_precision", "fp32")]).float()
 
 
 def _drop_copies(left: dict[str, StoredTensor], family: Family, place: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from megatron.checkpoint.convert.megatron_v2.names import num_layers
 from megatron.checkpoint.stored import Checkpoint
-from megatron.config import Config, ScheduleConfig
+from megatron.config import Config, ModelConfig, ScheduleConfig
 from megatron.errors import CheckpointError
 from megatron.optim.schedule import Schedule
 
@@ -22,6 +22,11 @@ _SAME = {  # openai_gelu: in the head as well, where ours has the exact form
     "apply_layernorm_1p": False, "untie_embeddings_and_output_weights": False, "num_experts": None,
     "position_embedding_type": "learned_absolute", "group_query_attention": False, "add_bias_linear": True,
     "attention_head_type": "multihead", "glu_activation": None, "multi_query_attention": False}
+# The flags of the model that it has as well; of the others it has the defaults alone.
+_MEGATRONS = {
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "max_position_embeddings",
+    "make_vocab_size_divisible_by", "layernorm_epsilon", "apply_residual_connection_post_layernorm", "bias_gelu_fusion",
+    "openai_gelu"}
 # What Megatron's own arguments have besides ours, by their defaults there.
 _THEIRS: dict[str, Any] = {
     "onnx_safe": None, "log_interval": 100, "tensorboard_dir": None, "scaled_masked_softmax_fusion": True,
@@ -50,7 +55,9 @@ def config_of(arguments: argparse.Namespace | None, shapes: Mapping[str, Sequenc
 
     Raises CheckpointError where they tell of a model that computes something else.
     """
-    given = vars(arguments) if arguments is not None else {}
+    # Megatron says a number of groups that means nothing where heads share no keys.
+    given = {name: value for name, value in vars(arguments).items() if name != "num_query_groups"} if (
+        arguments is not None) else {}
     for name, ours in _SAME.items():
         if given.get(name, ours) != ours:
             raise CheckpointError(f"{path}: was trained with {name} {given[name]!r}, models here compute as with "
@@ -122,7 +129,11 @@ def learning_rate(state: Mapping[str, Any]) -> float:
 
 def arguments_of(checkpoint: Checkpoint, num_tensor: int, num_pipeline: int, num_rows: int,
                  dtype: torch.dtype) -> Callable[[int, int], argparse.Namespace]:
-    """Megatron's arguments for the file of a tensor and a pipeline rank, with what it asks a checkpoint for."""
+    """Megatron's arguments for the file of a tensor and a pipeline rank, with what it asks a checkpoint for.
+
+    Raises CheckpointError where its BERT would compute something else.
+    """
+    _refuse_options(checkpoint)
     flags = Config().as_dict() | checkpoint.state.get("config", {})
     ours = {item.name: flags[item.name] for name, section in Config().sections() if name in _SECTIONS
             for item in fields(section)}
@@ -137,6 +148,17 @@ def arguments_of(checkpoint: Checkpoint, num_tensor: int, num_pipeline: int, num
               "consumed_train_samples": progress.get("consumed_samples", 0), "consumed_valid_samples": 0}
     all_of_them = {**_THEIRS, **ours, **shape, **layout}
     return lambda tensor, pipeline: argparse.Namespace(**all_of_them, rank=pipeline * num_tensor + tensor)
+
+
+def _refuse_options(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError where the model has an option that Megatron's BERT has not."""
+    config = checkpoint.state.get("config", {})
+    for item in fields(ModelConfig):
+        usual = (None, config.get("num_attention_heads")) if item.name == "num_query_groups" else (item.default,)
+        is_option = item.metadata["changes"] == "arithmetic" and item.name not in _MEGATRONS
+        if is_option and config.get(item.name, item.default) not in usual:
+            raise CheckpointError(f"{checkpoint.path}: was trained with {item.name} {config[item.name]}, which "
+                                  "Megatron's BERT has not; write it as hf, or as sharded")
 
 
 def _rows_a_step(arguments: argparse.Namespace | None) -> int:

@@ -299,7 +299,7 @@ def _rotation(config, positions_bs):
     width = int(config.kv_channels * config.rotary_percent) // 2 * 2
     places = torch.arange(0, width, 2, dtype=torch.float32, device=positions_bs.device)
     rounded = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.rotary_frequency_precision]
-    frequencies = (config.rotary_base ** (-places / width)).to(rounded).float()
+    frequencies = (1.0 / config.rotary_base ** (places / width)).to(rounded).float()
     angles = positions_bs.float()[:, :, None, None, None] * frequencies
     return angles.cos(), angles.sin()
 
