@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -9,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from megatron.checkpoint.convert.families import esm, hf, hf_writing
+from megatron.checkpoint.convert.families import hf, hf_writing
 from megatron.checkpoint.convert.families.vocabularies import vocabulary_of
-from megatron.checkpoint.convert.formats import FORMATS, foreign, recognised
+from megatron.checkpoint.convert.formats import foreign, recognised
 from megatron.checkpoint.newest import saved_flags
 from megatron.checkpoint.stored import Checkpoint, stored
 from megatron.config import ModelConfig, PrecisionConfig
@@ -22,7 +23,7 @@ from megatron.data.corpus.vocab import Vocab
 from megatron.errors import CheckpointError
 from megatron.model.protein_model import ProteinModel
 from tests.families import PROTEINLM, RECIPE
-from tests.transformers_models import KINDS, PROTEINS, difference, made, our_logits, their_logits
+from tests.transformers_models import KINDS, PROTEINS, difference, made, our_logits, their_logits, transformers
 
 OF_TOKENS = ("word_embeddings.weight", "lm_head.bias", "decoder.weight", "values.weight")  # a row a token
 LEFT_OPEN = ("make_vocab_size_divisible_by", "num_query_groups", "group_query_attention", "max_position_embeddings")
@@ -105,8 +106,8 @@ OWN = {"proteinlm": "ProteinForMaskedLM", "recipe": "ProteinForMaskedLM", "group
 def trained_here(name):
     """A checkpoint of a model of ours with random weights, and its flags."""
     configs = {"proteinlm": PROTEINLM, "recipe": RECIPE, "exact": replace(PROTEINLM, bias_gelu_fusion=False),
-               "grouped": replace(PROTEINLM, num_query_groups=2, squared_relu=True, window_size=(2, 4), qk_layernorm=True,
-                                  normalization="RMSNorm", position_embedding_type="none")}
+               "grouped": replace(PROTEINLM, num_query_groups=2, squared_relu=True, window_size=(2, 4),
+                                  qk_layernorm=True, normalization="RMSNorm", position_embedding_type="none")}
     flags = {item.name: getattr(configs[name], item.name) for item in fields(ModelConfig)}
     torch.manual_seed(0)
     vocab = Vocab.from_file("iupac")
@@ -174,3 +175,187 @@ def test_models_of_ours_come_back_bit_by_bit(name, checkpoints, tmp_path):
     assert {name: after.get(name) for name in [*arithmetic, "protein_ends"] if name not in LEFT_OPEN} == {
         name: json.loads(json.dumps(before[name])) for name in [*arithmetic, "protein_ends"] if name not in LEFT_OPEN}
     assert again.state["vocabulary"] == first.state["vocabulary"]
+
+
+def rounded(model, dtype):
+    """A model whose rotary frequencies are rounded, and what a file of it holds under the names of old versions."""
+    model.esm.rotary_embeddings.inv_freq.copy_(model.esm.rotary_embeddings.inv_freq.to(dtype))
+    tensors = {name: value.clone() for name, value in model.state_dict().items()}
+    frequencies = tensors.pop("esm.rotary_embeddings.inv_freq")
+    return tensors | {f"esm.encoder.layer.{number}.attention.self.rotary_embeddings.inv_freq": frequencies.clone()
+                      for number in range(3)}
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_frequencies_that_were_rounded_stay_so(precision, folders, tmp_path):
+    vocab, model = Vocab.from_file("esm"), made("esm2")
+    exact = their_logits(model, vocab)
+    tensors = rounded(model, {"fp16": torch.float16, "bf16": torch.bfloat16}[precision])
+    shutil.copytree(folders / "esm2", tmp_path / "old")
+    save_file(tensors, tmp_path / "old" / "model.safetensors", {"format": "pt"})
+    checkpoint = hf.read(tmp_path / "old")
+    assert checkpoint.state["config"]["rotary_frequency_precision"] == precision
+    logits = our_logits(checkpoint, vocab)
+    assert difference(logits, their_logits(model, vocab)) < 2e-5
+    assert difference(logits, exact) > 1e-3, "the roundings can be told apart"
+    again = transformers().EsmForMaskedLM.from_pretrained(hf.write(checkpoint, tmp_path / "new")).eval()
+    assert difference(logits, their_logits(again, vocab)) < 2e-5
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin", "parts of safetensors", "parts of bin"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_form_of_file_holds_the_same_weights(form, dtype, models, folders, tmp_path):
+    tensors = {name: value.to(dtype).clone() for name, value in models["esm2"].state_dict().items()
+               if not name.endswith("inv_freq")}
+    shutil.copytree(folders / "esm2", tmp_path / "given", ignore=lambda *_: ["model.safetensors"])
+    names = sorted(tensors)
+    parts = [names[::2], names[1::2]] if form.startswith("parts") else [names]
+    end, save = (".bin", torch.save) if form.endswith("bin") else (".safetensors", save_file)
+    stem = "pytorch_model" if end == ".bin" else "model"
+    files = [stem + end] if len(parts) == 1 else [f"{stem}-0000{number}-of-00002{end}" for number in (1, 2)]
+    for file, part in zip(files, parts, strict=True):
+        save({name: tensors[name] for name in part}, tmp_path / "given" / file)
+    if len(parts) > 1:
+        index = {"weight_map": {name: file for file, part in zip(files, parts, strict=True) for name in part}}
+        (tmp_path / "given" / f"{stem}{end}.index.json").write_text(json.dumps(index))
+    checkpoint, expected = hf.read(tmp_path / "given"), hf.read(folders / "esm2")
+    assert {tensor.dtype for tensor in checkpoint.model.values()} == {dtype}
+    for name, tensor in expected.model.items():
+        assert torch.equal(checkpoint.model[name].read(), tensor.read().to(dtype)), name
+    assert foreign(tmp_path / "given") is hf
+
+
+def test_long_weights_are_written_in_parts_that_transformers_loads(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf_writing, "_LONGEST_FILE", 20_000)
+    checkpoint = hf.read(folders / "esm1b")
+    folder = hf.write(checkpoint, tmp_path / "out")
+    files = sorted(file.name for file in folder.glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert all(file.stat().st_size < 25_000 for file in folder.glob("*.safetensors"))
+    same_weights(hf.read(folder), checkpoint)
+    model = transformers().EsmForMaskedLM.from_pretrained(folder).eval()
+    vocab = Vocab.from_file("esm")
+    assert difference(their_logits(model, vocab), our_logits(checkpoint, vocab)) < 2e-5
+
+
+def test_what_published_files_hold_besides_is_left_out_and_said(models, folders, tmp_path):
+    given = {"esm2": {"esm.embeddings.position_embeddings.weight": torch.randn(42, 24),
+                      "esm.embeddings.position_ids": torch.arange(42)[None],
+                      "lm_head.decoder.weight": models["esm2"].esm.embeddings.word_embeddings.weight.detach().clone()},
+             "protbert": {"bert.pooler.dense.weight": torch.randn(24, 24), "cls.seq_relationship.bias": torch.randn(2),
+                          "bert.embeddings.position_ids": torch.arange(40)[None]}}
+    for kind, extra in given.items():
+        shutil.copytree(folders / kind, tmp_path / kind)
+        file = tmp_path / kind / "model.safetensors"
+        save_file(load_file(file) | extra, file, {"format": "pt"})
+        checkpoint = hf.read(tmp_path / kind)
+        same_weights(checkpoint, hf.read(folders / kind))
+        dropped = {"esm2": "esm.embeddings.position_embeddings", "protbert": "bert.pooler.dense, cls.seq_relationship"}
+        assert any(f"left out: {dropped[kind]}," in note for note in checkpoint.state["notes"])
+
+
+def test_a_vocabulary_of_the_folder_is_that_of_the_model(folders, tmp_path):
+    shutil.copytree(folders / "esm2", tmp_path / "given")
+    tokens = list(Vocab.from_file("esm").tokens)
+    (tmp_path / "given" / "vocab.txt").write_text("\n".join(tokens))
+    assert saved_flags(str(tmp_path / "given"))["vocab_file"] == "esm"
+    assert hf.read(tmp_path / "given").state["notes"] == []
+    tokens[4], tokens[5] = tokens[5], tokens[4]
+    (tmp_path / "given" / "vocab.txt").write_text("\n".join(tokens))
+    checkpoint = hf.read(tmp_path / "given")
+    assert checkpoint.state["config"]["vocab_file"] == str(tmp_path / "given" / "vocab.txt")
+    assert vocabulary_of(checkpoint).tokens == tuple(tokens)
+    (tmp_path / "given" / "vocab.txt").write_text("\n".join(tokens[:10]))
+    with pytest.raises(CheckpointError, match="lacks"):
+        hf.read(tmp_path / "given")
+
+
+def test_the_card_says_what_is_known_of_a_run(checkpoints, tmp_path):
+    run, start = tmp_path / "run", tmp_path / "esm2_start"
+    start.mkdir()
+    (start / "README.md").write_text("---\ntags: [a]\nlicense: mit\n---\nA model.\n")
+    run.mkdir()
+    records = [{"kind": kind, "iteration": step, "loss": 2.0 + step / 10}
+               for kind in ("train", "valid") for step in (5, 9)]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records) + '{"kind": "tr')
+    first = checkpoints["exact"]
+    flags = first.state["config"] | {"load": str(start), "finetune": True, "data_path": ["pfam"], "seq_length": 64}
+    state = first.state | {"config": flags, "progress": {"iteration": 7, "consumed_samples": 100}}
+    hf.write(replace(first, state=state, path=run / "iter_0000007"), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith('---\nlicense: mit\n')
+    for line in ('base_model: "esm2_start"', "- trained on from the weights in esm2_start", "- trained on pfam",
+                 "- 7 steps over 100 rows of 64 positions: at most 6,400 residues",
+                 "- training loss 2.5000 nats a masked residue after 5 steps"):
+        assert line in card.splitlines()
+
+
+CHANGES = [
+    ({"model_type": "bart", "architectures": ["BartModel"]}, "is of BartModel; of transformers' models EsmForMaskedLM"),
+    ({"is_decoder": True}, "was made with is_decoder 'True', models here compute as with False"),
+    ({"is_folding_model": True}, "is_folding_model"),
+    ({"hidden_act": "gelu_new"}, "hidden_act 'gelu_new', models here compute as with 'gelu'"),
+    ({"position_embedding_type": "relative_key"}, "relative_key', which models here have not; give one with rotary or"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers '1000000000', which is no number of that"),
+    ({"num_attention_heads": 5}, "has 5 heads in a width of 24, which they do not divide"),
+    ({"num_hidden_layers": 4}, "has no esm.encoder.layer.3.attention.LayerNorm.weight"),
+    ({"num_hidden_layers": 2}, "esm.contact_head.regression.weight is [1, 9] of float32, where its configuration says"),
+    ({"intermediate_size": 95}, "layer.0.intermediate.dense.weight is [96, 24] of float32, where its configuration"),
+    ({"rope_theta": 500.0}, "its inv_freq are not those of rotary positions with base 500"),
+    ({"vocab_size": 40}, "word_embeddings.weight is [33, 24]"),
+    ({"layer_norm_eps": "small"}, "layer_norm_eps"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES, ids=lambda value: str(value)[:40])
+def test_what_is_no_model_of_ours_is_refused_in_one_line(change, message, folders, tmp_path):
+    shutil.copytree(folders / "esm2", tmp_path / "given")
+    edited(tmp_path / "given", lambda config: config.update(change))
+    with pytest.raises(CheckpointError) as caught:
+        hf.read(tmp_path / "given")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_none_are_refused_in_one_line(folders, tmp_path):
+    def refused(edit, message):
+        shutil.rmtree(tmp_path / "given", ignore_errors=True)
+        shutil.copytree(folders / "esm2", tmp_path / "given")
+        edit(tmp_path / "given")
+        assert hf.recognises(tmp_path / "given")
+        with pytest.raises(CheckpointError) as caught:
+            checkpoint = hf.read(tmp_path / "given")
+            [tensor.read() for tensor in checkpoint.model.values()]
+        assert message in str(caught.value) and "\n" not in str(caught.value)
+
+    def weights(content):
+        return lambda folder: (folder / "model.safetensors").write_bytes(content)
+
+    def as_bin(tree):
+        def edit(folder):
+            (folder / "model.safetensors").unlink()
+            torch.save(tree, folder / "pytorch_model.bin")
+        return edit
+
+    def index(content):
+        def edit(folder):
+            (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+            (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+        return edit
+
+    whole = (folders / "esm2" / "model.safetensors").read_bytes()
+    refused(weights(b"version https://git-lfs.github.com/spec/v1\n"), "is a pointer of Git LFS")
+    refused(weights(whole[:-9]), "damaged")
+    refused(weights(b"{}"), "damaged")
+    refused(lambda folder: (folder / "config.json").write_text("[]"), "no configuration of transformers")
+    refused(lambda folder: (folder / "config.json").write_text("{"), "is damaged")
+    refused(as_bin({"model": {"a": torch.zeros(1)}}), "holds more than a table of tensors")
+    refused(as_bin(print), "it asks for __builtin__.print")
+    refused(as_bin(load_file(folders / "esm2" / "model.safetensors") | {"esm.adapter.weight": torch.zeros(2)}),
+            "holds esm.adapter.weight, which models here have no place for")
+    refused(index({"weight_map": {"esm.a": "../elsewhere.safetensors"}}), "which is no file beside it")
+    refused(index({"weight_map": {"esm.a": "model-00001-of-00001.safetensors"}}), "has no esm.a, which")
+    refused(index({"weight_map": {"esm.a": "model-00002-of-00002.safetensors"}}), "cannot be read")
+    with pytest.raises(CheckpointError, match="leave --iteration out"):
+        hf.read(folders / "esm2", 7)

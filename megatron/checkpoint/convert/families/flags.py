@@ -4,6 +4,7 @@ ESM-2 (rotary) and ESM-1b (absolute) are EsmForMaskedLM, ProtBERT is BertForMask
 is a ProteinForMaskedLM, whose code lies in the folder (`remote`), and whose config.json has our flags as they are.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import Field, fields
 from pathlib import Path
@@ -38,6 +39,7 @@ _SAME: Mapping[str, Any] = {
 _POSITIONS = {ESM: {"rotary": "rope", "absolute": "learned_absolute"}, BERT: {"absolute": "learned_absolute"}}
 _COUNTS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings",
            "vocab_size")
+_NUMBERS = {"layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "rope_theta"}
 _MOST = {"num_hidden_layers": 10_000, "num_layers": 10_000, "layers": 10_000}
 # The flags that a family's class has a field for, or that say nothing of the arithmetic of a whole model.
 _FREE = {"num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels",
@@ -71,6 +73,10 @@ def flags_of(theirs: Mapping[str, Any], place: Path) -> dict[str, Any]:
         raise CheckpointError(f"{place}: was made with position_embedding_type {str(said['position_embedding_type'])!r}"
                               f", which models here have not; give one with {' or '.join(_POSITIONS[kind])}")
     check_counts({name: said[name] for name in _COUNTS}, place)
+    for name in _NUMBERS & said.keys():
+        if type(said[name]) not in (int, float) or not 0 <= said[name] < math.inf:
+            raise CheckpointError(f"{place}: its configuration has {name} {str(said[name])[:40]!r}, which is no number of "
+                                  "that; copy it again")
     if said["hidden_size"] % said["num_attention_heads"]:
         raise CheckpointError(f"{place}: its configuration has {said['num_attention_heads']} heads in a width of "
                               f"{said['hidden_size']}, which they do not divide; copy it again")
