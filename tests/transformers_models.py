@@ -1,5 +1,6 @@
 """Small models of transformers with random weights, and what our program makes of them: the oracle of the formats."""
 
+from collections.abc import Sequence
 from dataclasses import fields
 from types import ModuleType
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
+from megatron.checkpoint.stored import Checkpoint
 from megatron.config import ModelConfig, PrecisionConfig
 from megatron.data.corpus.vocab import Vocab
 from megatron.kernels.packed_sequence import PackedSequence
@@ -33,11 +35,12 @@ def transformers() -> ModuleType:
     return transformers
 
 
-def made(kind: str) -> torch.nn.Module:
+def made(kind: str, **changes: int) -> torch.nn.Module:
     """A model of a kind, no weight of which is like another."""
     name, config = KINDS[kind]
     torch.manual_seed(0)
-    model = getattr(transformers(), f"{name}ForMaskedLM")(getattr(transformers(), f"{name}Config")(**config)).eval()
+    config_class, model_class = (getattr(transformers(), f"{name}{what}") for what in ("Config", "ForMaskedLM"))
+    model = model_class(config_class(**(config | changes))).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model
@@ -50,9 +53,9 @@ def ids_of(protein: str, vocab: Vocab, ends: str = "both") -> list[int]:
 
 
 @torch.no_grad()
-def their_logits(model: torch.nn.Module, vocab: Vocab, ends: str = "both") -> list[torch.Tensor]:
+def their_logits(model: torch.nn.Module, vocab: Vocab, proteins: Sequence[str] = PROTEINS) -> list[torch.Tensor]:
     """Those of each protein, all of them in one padded batch."""
-    rows = [ids_of(protein, vocab, ends) for protein in PROTEINS]
+    rows = [ids_of(protein, vocab) for protein in proteins]
     length = max(map(len, rows))
     ids = torch.tensor([row + [vocab.pad_id] * (length - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
@@ -61,14 +64,14 @@ def their_logits(model: torch.nn.Module, vocab: Vocab, ends: str = "both") -> li
 
 
 @torch.no_grad()
-def our_logits(checkpoint, vocab: Vocab) -> list[torch.Tensor]:
+def our_logits(checkpoint: Checkpoint, vocab: Vocab, proteins: Sequence[str] = PROTEINS) -> list[torch.Tensor]:
     """Those of each protein, all of them packed in one row, of the model that a checkpoint holds."""
     flags = checkpoint.state["config"]
     config = ModelConfig(**{item.name: flags[item.name] for item in fields(ModelConfig) if item.name in flags})
     num_rows = checkpoint.model["embedding.word_embeddings.weight"].shape[0]
     model = ProteinModel(config, PrecisionConfig(), num_rows, mask_id=vocab.mask_id).eval()
     model.load_state_dict({name: tensor.read().float() for name, tensor in checkpoint.model.items()}, strict=True)
-    rows = [torch.tensor(ids_of(protein, vocab, flags["protein_ends"])) for protein in PROTEINS]
+    rows = [torch.tensor(ids_of(protein, vocab, flags["protein_ends"])) for protein in proteins]
     lengths = torch.tensor(list(map(len, rows)))
     sequence = PackedSequence(torch.cat(rows), torch.cat([torch.arange(len(row)) for row in rows]),
                               pad(lengths.cumsum(0), (1, 0)).int(), int(lengths.max()), num_filler=0)

@@ -75,8 +75,8 @@ def flags_of(theirs: Mapping[str, Any], place: Path) -> dict[str, Any]:
     check_counts({name: said[name] for name in _COUNTS}, place)
     for name in _NUMBERS & said.keys():
         if type(said[name]) not in (int, float) or not 0 <= said[name] < math.inf:
-            raise CheckpointError(f"{place}: its configuration has {name} {str(said[name])[:40]!r}, which is no number of "
-                                  "that; copy it again")
+            raise CheckpointError(f"{place}: its configuration has {name} {str(said[name])[:40]!r}, which is no number "
+                                  "of that; copy it again")
     if said["hidden_size"] % said["num_attention_heads"]:
         raise CheckpointError(f"{place}: its configuration has {said['num_attention_heads']} heads in a width of "
                               f"{said['hidden_size']}, which they do not divide; copy it again")
