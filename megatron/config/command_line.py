@@ -258,8 +258,8 @@ def _model_faults(model: ModelConfig) -> list[tuple[Any, str]]:
     return [
         (heads % groups, f"--num-query-groups {groups} does not divide --num-attention-heads {heads}; give a divisor"),
         (model.position_embedding_type == "rope" and int(model.kv_channels * model.rotary_percent) < 2,
-         f"--rotary-percent {model.rotary_percent} of a head's width {model.kv_channels} leaves no two columns to turn; "
-         "give more, or --position-embedding-type none"),
+         f"--rotary-percent {model.rotary_percent} of a head's width {model.kv_channels} leaves no two columns to "
+         "turn; give more, or --position-embedding-type none"),
         (model.window_attn_skip_freq is not None and model.window_size is None,
          "--window-attn-skip-freq says which blocks go without the window of --window-size, which is missing; give "
          "both, or neither"),

@@ -15,9 +15,10 @@ _PUBLISHED: dict[str, Any] = {
     "bf16": True,
 }
 
-# ESM-2 (Lin et al., 2023, doi 10.1126/science.ade2574, supplement): 2 M tokens a batch (3.2 M for 15B), AdamW with betas
-# 0.9 and 0.98, from 4e-4 linearly to a tenth of it over 90 % of 500 k steps, after a warm-up of 2,000; no dropout. There
-# a row was one protein, cropped to 1,024 tokens; here it is 1,024 tokens of whole proteins, of which 2,048 are as many.
+# ESM-2 (Lin et al., 2023, doi 10.1126/science.ade2574, supplement): 2 M tokens a batch (3.2 M for 15B), AdamW with
+# betas 0.9 and 0.98, from 4e-4 linearly to a tenth of it over 90 % of 500 k steps, after a warm-up of 2,000; no
+# dropout. There a row was one protein, cropped to 1,024 tokens; here it is 1,024 tokens of whole proteins, of which
+# 2,048 are as many.
 _ESM2: dict[str, Any] = {
     "position_embedding_type": "rope", "token_dropout": True, "bias_gelu_fusion": False, "contact_head": True,
     "attention_dropout": 0.0, "hidden_dropout": 0.0, "layernorm_epsilon": 1e-5, "vocab_file": "esm",

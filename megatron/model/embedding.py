@@ -1,4 +1,4 @@
-"""From token ids to the residual stream. Shapes: t tokens, u of them in the stream of this rank, g proteins, h hidden."""
+"""From token ids to the residual stream. Shapes: t tokens, u of them in this rank's stream, g proteins, h hidden."""
 
 import torch
 from torch import Tensor, nn

@@ -17,7 +17,8 @@ class MaskedLMHead(nn.Module):
     """Dense, exact GeLU, norm, then the word embedding's transpose and a bias, as in BERT.
 
     Untied, the transpose is that of a matrix of its own, `decoder`. Up to the norm every tensor rank computes alike;
-    the vocabulary is split. With `--final-logit-softcapping` c a logit x becomes c·tanh(x / c) (Gemma 2, arXiv 2408.00118).
+    the vocabulary is split. With `--final-logit-softcapping` c a logit x becomes c·tanh(x / c) (Gemma 2, arXiv
+    2408.00118).
     """
 
     def __init__(self, config: ModelConfig, padded_vocab_size: int, stream: Stream) -> None:

@@ -28,8 +28,8 @@ class Block(nn.Module):
     """Attention and feed-forward, each a branch that is normalised and added to the residual stream.
 
     `--norm-placement` pre: x + f(norm(x)), as in Megatron-LM; post: norm(x + f(x)), as in BERT (arXiv 1810.04805);
-    both: x + norm(f(norm(x))) (Ding et al., 2021, arXiv 2105.13290). The residual stream keeps the dtype in which it comes;
-    the branches compute in `dtype`.
+    both: x + norm(f(norm(x))) (Ding et al., 2021, arXiv 2105.13290). The residual stream keeps the dtype in which it
+    comes; the branches compute in `dtype`.
     """
 
     def __init__(self, config: ModelConfig, number: int, num_ids: int, dtype: torch.dtype, stream: Stream) -> None:

@@ -17,11 +17,12 @@ from megatron.parallel.mesh import Mesh, build_mesh, with_writers
 from megatron.train.engine import build_engine
 from megatron.train.meters import Meters
 from megatron.train.step import TrainStep
+from tests.families import PROTEINLM
 from tests.ranks.launch import TIMEOUT, run_ranks
-from tests.ranks.test_model_layouts import CPU, MODEL, PROTEINS, SEQ_LENGTH, VOCABULARY, micro_batches, row
+from tests.ranks.test_model_layouts import CPU, PROTEINS, SEQ_LENGTH, VOCABULARY, micro_batches, row
 
 # Rows that no number of ranks divides, and a vocabulary whose last slices hold padding.
-ODD = replace(MODEL, hidden_size=24, kv_channels=6, ffn_hidden_size=52, max_position_embeddings=61,
+ODD = replace(PROTEINLM, hidden_size=24, kv_channels=6, ffn_hidden_size=52, max_position_embeddings=61,
               make_vocab_size_divisible_by=31)
 TP2 = ParallelConfig(tensor_model_parallel_size=2)
 WRITERS = {name: replace(TP2, data_parallel_sharding=name) for name in ("none", "optimizer", "gradients", "parameters")}

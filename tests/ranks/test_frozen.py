@@ -14,8 +14,9 @@ from megatron.parallel.placement import placement_of
 from megatron.train.engine import build_engine
 from megatron.train.meters import Meters
 from megatron.train.step import TrainStep
+from tests.families import PROTEINLM
 from tests.ranks.launch import TIMEOUT, run_ranks
-from tests.ranks.test_model_layouts import CPU, LAYOUTS, MODEL, PROTEINS, SEQ_LENGTH, VOCABULARY, micro_batches, row
+from tests.ranks.test_model_layouts import CPU, LAYOUTS, PROTEINS, SEQ_LENGTH, VOCABULARY, micro_batches, row
 from tests.wholes import wholes
 
 TRAINED = {
@@ -25,12 +26,12 @@ TRAINED = {
     "the last block's biases": lambda name: name.startswith("transformer.layers.3.") and name.endswith("bias"),
 }
 ROWS = [row(lengths, number) for number, lengths in enumerate(PROTEINS[:4])]
-FULL = replace(MODEL, checkpoint_activations=True, distribute_checkpointed_activations=True)
+FULL = replace(PROTEINLM, checkpoint_activations=True, distribute_checkpointed_activations=True)
 WAYS = {
-    **{name: (MODEL, LAYOUTS[name])
+    **{name: (PROTEINLM, LAYOUTS[name])
        for name in ("data", "overlapped", "pipeline", "zero-bubble", "interleaved", "context", "sequence")},
-    "optimizer": (MODEL, ParallelConfig(data_parallel_sharding="optimizer")),
-    "parameters": (MODEL, ParallelConfig(data_parallel_sharding="parameters")),
+    "optimizer": (PROTEINLM, ParallelConfig(data_parallel_sharding="optimizer")),
+    "parameters": (PROTEINLM, ParallelConfig(data_parallel_sharding="parameters")),
     "tensor, recomputed": (FULL, LAYOUTS["tensor"]),
 }
 
@@ -38,7 +39,7 @@ WAYS = {
 class Living:
     """A model of which some parameters are frozen, with what trains it."""
 
-    def __init__(self, mesh, trained, model=MODEL, parallel=ParallelConfig(), weights=None):  # noqa: B008
+    def __init__(self, mesh, trained, model=PROTEINLM, parallel=ParallelConfig(), weights=None):  # noqa: B008
         training = TrainingConfig(micro_batch_size=1, global_batch_size=len(ROWS))
         optimizer = OptimizerConfig(optimizer="sgd", weight_decay=0.1)
         config = Config(model=model, data=DataConfig(seq_length=SEQ_LENGTH), parallel=parallel, training=training,

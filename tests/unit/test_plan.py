@@ -122,13 +122,13 @@ def test_a_rank_holds_the_parameters_of_the_real_model(layout, number, flags):
 class BlockWithMore(transformer.Block):
     """A block with an option that the planner has never heard of: one more split layer, and a norm of its own."""
 
-    def __init__(self, config, dtype, stream):
-        super().__init__(config, dtype, stream)
+    def __init__(self, config, number, num_ids, dtype, stream):
+        super().__init__(config, number, num_ids, dtype, stream)
         self.gate = ColumnParallelLinear(config.hidden_size, 3 * config.hidden_size, stream, Normal(0.02))
         self.back = RowParallelLinear(3 * config.hidden_size, config.hidden_size, stream, Normal(0.02))
 
-    def forward(self, hidden_uh, sequence):
-        hidden_uh = super().forward(hidden_uh, sequence)
+    def forward(self, hidden_uh, sequence, *beside):
+        hidden_uh = super().forward(hidden_uh, sequence, *beside)
         more_uh = self.back(torch.sigmoid(self.gate(hidden_uh.to(self.dtype))))
         return hidden_uh + torch.nn.functional.rms_norm(more_uh, more_uh.shape[-1:])
 
