@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,14 +15,21 @@ from megatron.checkpoint.convert.families import hf, hf_writing
 from megatron.checkpoint.convert.families.vocabularies import vocabulary_of
 from megatron.checkpoint.convert.formats import foreign, recognised
 from megatron.checkpoint.newest import saved_flags
-from megatron.checkpoint.stored import Checkpoint, stored
-from megatron.config import ModelConfig, PrecisionConfig
+from megatron.config import ModelConfig
 from megatron.data.corpus.tokenizer import ResidueTokenizer
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import CheckpointError
-from megatron.model.protein_model import ProteinModel
 from tests.families import PROTEINLM, RECIPE
-from tests.transformers_models import KINDS, PROTEINS, difference, made, our_logits, their_logits, transformers
+from tests.transformers_models import (
+    KINDS,
+    PROTEINS,
+    difference,
+    made,
+    our_logits,
+    their_logits,
+    trained_here,
+    transformers,
+)
 
 OF_TOKENS = ("word_embeddings.weight", "lm_head.bias", "decoder.weight", "values.weight")  # a row a token
 LEFT_OPEN = ("make_vocab_size_divisible_by", "num_query_groups", "group_query_attention", "max_position_embeddings")
@@ -104,28 +110,16 @@ OWN = {"proteinlm": "ProteinForMaskedLM", "recipe": "ProteinForMaskedLM", "group
        "untied": "EsmForMaskedLM", "protbert": "BertForMaskedLM", "untied-bert": "BertForMaskedLM"}
 
 
-def trained_here(name):
-    """A checkpoint of a model of ours with random weights, and its flags."""
-    configs = {"proteinlm": PROTEINLM, "recipe": RECIPE, "exact": replace(PROTEINLM, bias_gelu_fusion=False),
-               "grouped": replace(PROTEINLM, num_query_groups=2, squared_relu=True, window_size=(2, 4),
-                                  qk_layernorm=True, normalization="RMSNorm", position_embedding_type="none")}
-    flags = {item.name: getattr(configs[name], item.name) for item in fields(ModelConfig)}
-    torch.manual_seed(0)
-    vocab = Vocab.from_file("iupac")
-    model = ProteinModel(configs[name], PrecisionConfig(), vocab.padded_size(8), mask_id=vocab.mask_id)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    with torch.no_grad():
-        model.lm_head.bias[vocab.size:] = -1e4
-    tensors = {key: stored(value.data) for key, value in model.named_parameters()}
-    state = {"config": flags | {"protein_ends": "both" if name == "exact" else "start", "vocab_file": None},
-             "vocabulary": vocab.identity}
-    return Checkpoint(Path(f"{name}/iter_0000007"), 7, tensors, None, state)
+CONFIGS = {
+    "proteinlm": PROTEINLM, "recipe": RECIPE, "exact": replace(PROTEINLM, bias_gelu_fusion=False),
+    "grouped": replace(PROTEINLM, num_query_groups=2, squared_relu=True, window_size=(2, 4), qk_layernorm=True,
+                       normalization="RMSNorm", position_embedding_type="none")}
 
 
 @pytest.fixture(scope="module")
 def checkpoints(folders):
-    return {name: hf.read(folders / name) if name in KINDS else trained_here(name) for name in OWN}
+    return {name: hf.read(folders / name) if name in KINDS else
+            trained_here(CONFIGS[name], "iupac", "both" if name == "exact" else "start") for name in OWN}
 
 
 @pytest.fixture(scope="module")
