@@ -1,11 +1,13 @@
 """Weights of ESM-2, ESM-1b and ProtBERT, in and out; the oracles are transformers and fair-esm."""
 
+import ast
 import json
 import os
 import shutil
 import subprocess
 import sys
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from megatron.checkpoint.convert.families import hf, hf_writing
 from megatron.checkpoint.convert.families.vocabularies import vocabulary_of
 from megatron.checkpoint.convert.formats import foreign, recognised
 from megatron.checkpoint.newest import saved_flags
+from megatron.checkpoint.stored import stored
 from megatron.config import ModelConfig
 from megatron.data.corpus.tokenizer import ResidueTokenizer
 from megatron.data.corpus.vocab import Vocab
@@ -110,8 +113,9 @@ OWN = {"proteinlm": "ProteinForMaskedLM", "recipe": "ProteinForMaskedLM", "group
        "untied": "EsmForMaskedLM", "protbert": "BertForMaskedLM", "untied-bert": "BertForMaskedLM"}
 
 
+EXACT = replace(PROTEINLM, bias_gelu_fusion=False)
 CONFIGS = {
-    "proteinlm": PROTEINLM, "recipe": RECIPE, "exact": replace(PROTEINLM, bias_gelu_fusion=False),
+    "proteinlm": PROTEINLM, "recipe": RECIPE, "exact": EXACT,
     "grouped": replace(PROTEINLM, num_query_groups=2, squared_relu=True, window_size=(2, 4), qk_layernorm=True,
                        normalization="RMSNorm", position_embedding_type="none")}
 
@@ -263,6 +267,19 @@ def test_a_vocabulary_of_the_folder_is_that_of_the_model(folders, tmp_path):
         hf.read(tmp_path / "given")
 
 
+def test_a_model_of_which_only_tokens_are_known_has_its_vocabulary(checkpoints, tmp_path):
+    """A file that has moved or changed is told by what its tokens were; of another program it is the default."""
+    first = checkpoints["protbert"]
+    moved = replace(first, state=first.state | {"config": first.state["config"] | {"vocab_file": "/gone/vocab.txt"}})
+    assert vocabulary_of(moved) == Vocab.from_file("protbert")
+    foreign_state = {"config": moved.state["config"]}
+    assert vocabulary_of(replace(moved, state=foreign_state)) == Vocab.from_file("iupac")
+    with pytest.raises(CheckpointError, match="its vocabulary is not there .*/gone/vocab.txt.*; put that file back"):
+        vocabulary_of(replace(moved, state=moved.state | {"vocabulary": "of others"}))
+    with pytest.raises(CheckpointError, match="has 20 rows for the 30 tokens"):
+        vocabulary_of(replace(first, model={WORDS: stored(torch.zeros(20, 24))}))
+
+
 def test_the_card_says_what_is_known_of_a_run(checkpoints, tmp_path):
     run, start = tmp_path / "run", tmp_path / "esm2_start"
     start.mkdir()
@@ -285,6 +302,9 @@ def test_the_card_says_what_is_known_of_a_run(checkpoints, tmp_path):
 
 CHANGES = [
     ({"model_type": "bart", "architectures": ["BartModel"]}, "is of BartModel; of transformers' models EsmForMaskedLM"),
+    ({"architectures": ["EsmForTokenClassification"]}, "is of EsmForTokenClassification; of transformers' models"),
+    ({"mask_token_id": 31}, "its configuration has the mask at 31, vocab.txt at 32"),
+    ({"pad_token_id": "1"}, "pad_token_id '1', which is no number of that"),
     ({"is_decoder": True}, "was made with is_decoder 'True', models here compute as with False"),
     ({"is_folding_model": True}, "is_folding_model"),
     ({"hidden_act": "gelu_new"}, "hidden_act 'gelu_new', models here compute as with 'gelu'"),
@@ -352,3 +372,27 @@ def test_files_that_are_none_are_refused_in_one_line(folders, tmp_path):
     refused(index({"weight_map": {"esm.a": "model-00002-of-00002.safetensors"}}), "cannot be read")
     with pytest.raises(CheckpointError, match="leave --iteration out"):
         hf.read(folders / "esm2", 7)
+
+
+@pytest.mark.parametrize(("change", "name"), [
+    ({}, "EsmForMaskedLM"), ({"position_embedding_type": "none"}, "ProteinForMaskedLM"),
+    ({"window_size": (3, 3)}, "ProteinForMaskedLM"), ({"final_logit_softcapping": 9.0}, "ProteinForMaskedLM"),
+    ({"position_embedding_type": "rope", "rotary_percent": 0.5}, "ProteinForMaskedLM"),
+    ({"num_query_groups": 2}, "ProteinForMaskedLM"), ({"kv_channels": 16}, "ProteinForMaskedLM"),
+    ({"norm_placement": "post", "embedding_layernorm": True}, "BertForMaskedLM"),
+    ({"norm_placement": "post"}, "ProteinForMaskedLM"), ({"bias_gelu_fusion": True}, "ProteinForMaskedLM")])
+def test_the_class_is_of_a_family_only_where_its_arithmetic_is_ours(change, name, tmp_path):
+    hf.write(trained_here(replace(EXACT, **change), "esm", "both"), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == [name]
+    assert (tmp_path / "out" / "modeling_protein.py").exists() == (name == "ProteinForMaskedLM")
+
+
+def test_the_code_in_the_folder_knows_every_flag_that_changes_the_arithmetic():
+    file = Path(hf_writing.__file__).parent / "remote" / "configuration_protein.py"
+    known = {argument.arg for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)
+             for argument in node.args.args}
+    flags = {item.name for item in fields(ModelConfig) if item.metadata["changes"] == "arithmetic"}
+    assert flags - known == {"make_vocab_size_divisible_by"}
+    model = (file.parent / "modeling_protein.py").read_text()
+    assert [name for name in sorted(flags & known - {"num_layers"}) if f"config.{name}" not in model] == []

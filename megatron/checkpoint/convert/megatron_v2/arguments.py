@@ -178,5 +178,6 @@ def fits(item: Field, value: Any) -> bool:
         return isinstance(value, bool)
     values = value if nargs and isinstance(value, list | tuple) else [value]
     allowed = (int, float) if kind is float else (kind,)
+    holds = item.metadata["check"][0] if item.metadata["check"] is not None else lambda one: True
     return all(isinstance(one, allowed) and not isinstance(one, bool) and (choices is None or one in choices)
-               for one in values)
+               and holds(one) for one in values)
