@@ -10,10 +10,11 @@
 #                       tape            12 layers x 768, 12 heads (the default with a GPU)
 #                       proteinlm-200m  16 layers x 1024, 16 heads
 #                       proteinlm-3b    36 layers x 2560, 40 heads
+#                       esm2-8m, -35m, -150m, -650m, -3b, -15b, esm1b, protbert
 #     DATA_PATH         prefix of PREFIX.bin and PREFIX.idx, as tools/preprocess_data.py writes them; or several, each
 #                       behind its weight: "0.7 pfam 0.3 uniref" (default: the proteins in examples/proteins)
 #     CHECKPOINT_PATH   folder for checkpoints, logs, curves (default: runs/PRESET in the checkout)
-#     VOCAB_FILE        iupac, esm, protbert, or a file with one token a line (default: protein_tools/iupac_vocab.txt)
+#     VOCAB_FILE        iupac, esm, protbert, or a file with one token a line (default: the preset's)
 #
 # A preset sets the model and the hyperparameters (megatron/config/presets.py). The published ones, which tape and the
 # proteinlm presets have, and any of which a flag overrides:

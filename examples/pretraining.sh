@@ -58,7 +58,7 @@ if [ "$num_gpus" -gt 0 ]; then default_preset=tape; else default_preset=demo; fi
 if [ "$num_gpus" -gt 0 ]; then default_processes=$num_gpus; else default_processes=2; fi
 preset=${PRESET:-$default_preset}
 checkpoint_path=${CHECKPOINT_PATH:-$root/runs/$preset${run_suffix-}}
-vocab_file=${VOCAB_FILE:-$root/protein_tools/iupac_vocab.txt}
+vocabulary=(${VOCAB_FILE:+--vocab-file "$VOCAB_FILE"})  # else the preset's
 
 if [ -n "${DATA_PATH-}" ]; then
     if [ -e "$DATA_PATH.idx" ]; then data_path=("$DATA_PATH"); else read -ra data_path <<<"$DATA_PATH"; fi
@@ -69,9 +69,9 @@ else
         echo "preprocessing: examples/proteins/small.fasta.gz -> ${data_path[0]}.bin and .idx"
         mkdir -p "$root/runs/data"
         "$python" "$root/tools/preprocess_data.py" --input "$root/examples/proteins/small.fasta.gz" \
-            --output-prefix "$small" --vocab "$vocab_file" --dataset-impl mmap --tokenizer-type BertWordPieceCase
+            --output-prefix "$small" --dataset-impl mmap --tokenizer-type BertWordPieceCase
     fi
 fi
 
-flags=(--preset "$preset" --data-path "${data_path[@]}" --vocab-file "$vocab_file"
+flags=(--preset "$preset" --data-path "${data_path[@]}" ${vocabulary[@]+"${vocabulary[@]}"}
     --save "$checkpoint_path" --load "$checkpoint_path")

@@ -60,7 +60,7 @@ def find_checkpoint(config: CheckpointConfig, world: Axis, log: Log) -> Checkpoi
 def refuse_changes(config: Config, vocab: Vocab, checkpoint: Checkpoint) -> None:
     """Raises CheckpointError where the weights, or the optimizer's state, would mean something else than they did."""
     # Programs and editions that say nothing of proteins' ends have [CLS] alone.
-    saved, options = {"protein_ends": "start", **checkpoint.state["config"]}, config.checkpoint
+    saved, options = {"protein_ends": "start", **_with_later_flags(checkpoint)}, config.checkpoint
     for item, now, then in _changed(config, config.as_dict(), saved, "arithmetic"):
         raise CheckpointError(f"{flag_name(item)} is {now}, but the checkpoint was trained with {then}; give that "
                               "value")
@@ -126,6 +126,14 @@ def _changed(config: Config, now: Mapping[str, Any], saved: Mapping[str, Any],
     now = _as_json(now)
     return [(item, now[item.name], saved[item.name]) for _, section in config.sections() for item in fields(section)
             if item.metadata["changes"] == kind and saved.get(item.name, now[item.name]) != now[item.name]]
+
+
+def _with_later_flags(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The flags of a checkpoint, and where it is one of ours, those that came after it: it does without."""
+    saved = checkpoint.state["config"]
+    if "vocabulary" not in checkpoint.state:
+        return saved
+    return Config().as_dict() | {"num_query_groups": saved.get("num_attention_heads")} | saved
 
 
 def _same_places(paths: Sequence[str], before: Sequence[str] | None) -> bool:
