@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron.checkpoint.convert.families import hf, hf_writing
+from megatron.checkpoint.convert.families.names import fused, split
 from megatron.checkpoint.convert.families.vocabularies import vocabulary_of
-from megatron.checkpoint.convert.formats import foreign, recognised
+from megatron.checkpoint.convert.formats import FORMATS, foreign, recognised
 from megatron.checkpoint.newest import saved_flags
 from megatron.checkpoint.stored import stored
 from megatron.config import ModelConfig
@@ -280,6 +281,22 @@ def test_a_model_of_which_only_tokens_are_known_has_its_vocabulary(checkpoints, 
         vocabulary_of(replace(first, model={WORDS: stored(torch.zeros(20, 24))}))
 
 
+@pytest.mark.parametrize("shape", [(24, 5), (24,)])
+def test_any_box_of_fused_queries_keys_and_values_is_that_of_the_whole(shape):
+    """As tensor ranks read them: [heads, 3, width] rows, of which a box may begin anywhere."""
+    parts = list(torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)))
+    whole = torch.stack([part.unflatten(0, (4, 6)) for part in parts], dim=1).flatten(0, 2)
+    together = fused([stored(part) for part in parts], heads=4)
+    assert torch.equal(together.read(), whole)
+    columns = [slice(1, 3)] * (len(shape) - 1)
+    for start in range(0, 72, 5):
+        for stop in range(start + 1, 73, 7):
+            box = (slice(start, stop), *columns)
+            assert torch.equal(together.read_box(box), whole[box])
+    for tensor, part in zip(split(together, heads=4), parts, strict=True):
+        assert torch.equal(tensor.read(), part)
+
+
 def test_the_card_says_what_is_known_of_a_run(checkpoints, tmp_path):
     run, start = tmp_path / "run", tmp_path / "esm2_start"
     start.mkdir()
@@ -396,3 +413,26 @@ def test_the_code_in_the_folder_knows_every_flag_that_changes_the_arithmetic():
     assert flags - known == {"make_vocab_size_divisible_by"}
     model = (file.parent / "modeling_protein.py").read_text()
     assert [name for name in sorted(flags & known - {"num_layers"}) if f"config.{name}" not in model] == []
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"rotary_percent": 2.0}, "rotary_percent '2.0', which is none that models here have"),
+    ({"norm_placement": "none"}, "norm_placement 'none'"), ({"swiglu": "yes"}, "swiglu 'yes'"),
+    ({"window_size": [3, "x"]}, "window_size"), ({"num_layers": 10**7}, "num_layers '10000000', which is no number"),
+    ({"vocab_size": None}, "vocab_size 'None'"), ({"num_query_groups": 3}, "query_key_value.weight is [96, 32]"),
+])
+def test_a_configuration_of_ours_with_other_values_is_refused_in_one_line(change, message, tmp_path):
+    hf.write(trained_here(PROTEINLM, "iupac", "start"), tmp_path / "out")
+    edited(tmp_path / "out", lambda config: config.update(change))
+    with pytest.raises(CheckpointError) as caught:
+        hf.read(tmp_path / "out")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["megatron-v2", "megatron-core", "megatron-core-dist"])
+@pytest.mark.parametrize("change", [{"num_query_groups": 2}, {"swiglu": True}, {"token_dropout": True}])
+def test_what_megatron_has_not_is_not_written_for_it(change, name, tmp_path):
+    checkpoint = trained_here(replace(PROTEINLM, **change), "iupac", "start")
+    with pytest.raises(CheckpointError):
+        FORMATS[name].write(checkpoint, tmp_path / "out")

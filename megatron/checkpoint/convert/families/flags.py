@@ -117,7 +117,9 @@ def _flags_as_they_are(theirs: Mapping[str, Any], place: Path) -> dict[str, Any]
         value = theirs.get(item.name)
         if value is None:
             continue
-        if not fits(item, value):
+        check = item.metadata["check"]
+        values = value if isinstance(value, list) else [value]
+        if not fits(item, value) or (check is not None and not all(map(check[0], values))):
             raise CheckpointError(f"{place}: its configuration has {item.name} {str(value)[:40]!r}, which is none that "
                                   "models here have; copy it again")
         config[item.name] = value
