@@ -38,7 +38,7 @@ _THEIRS: dict[str, Any] = {
     "iteration": 0, "do_train": 1, "do_valid": 1, "do_test": 1}
 # Our flags of the model that it has too, or that have no effect where the others are as they are by default.
 _MEANT_THERE = {
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "num_query_groups",
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels",
     "max_position_embeddings", "make_vocab_size_divisible_by", "layernorm_epsilon", "rotary_base", "rotary_percent",
     "apply_residual_connection_post_layernorm", "bias_gelu_fusion", "openai_gelu"}
 _SCHEDULES = (  # the names of each generation of Megatron's schedulers; the first counts iterations
@@ -62,7 +62,7 @@ def config_of(arguments: argparse.Namespace | None, shapes: Mapping[str, Sequenc
             raise CheckpointError(f"{path}: was trained with {name} {given[name]!r}, models here compute as with "
                                   f"{ours!r}; its weights would mean something else")
     config = {item.name: given[item.name] for name, section in Config().sections() if name in _SECTIONS
-              for item in fields(section) if item.name in given and _fits(item, given[item.name])}
+              for item in fields(section) if item.name in given and fits(item, given[item.name])}
     config.pop("num_query_groups", None)  # of which nothing is made there without group_query_attention
     if arguments is not None:
         config.setdefault("bias_gelu_fusion", False)  # before the fused kernel came, GeLU had its exact form
@@ -135,6 +135,8 @@ def arguments_of(checkpoint: Checkpoint, num_tensor: int, num_pipeline: int, num
     """
     defaults, saved = Config().as_dict(), checkpoint.state.get("config", {})
     flags = defaults | saved
+    flags["num_query_groups"] = None if flags["num_query_groups"] == flags["num_attention_heads"] else (
+        flags["num_query_groups"])
     for item in fields(Config().model):
         if item.metadata["changes"] == "arithmetic" and item.name not in _MEANT_THERE and (
                 flags[item.name] != defaults[item.name]):
@@ -163,7 +165,7 @@ def _rows_a_step(arguments: argparse.Namespace | None) -> int:
     return given.get("batch_size", 1) * ranks
 
 
-def _fits(item: Field, value: Any) -> bool:
+def fits(item: Field, value: Any) -> bool:
     """Whether a flag could have that value."""
     if value is None:
         return item.default is None
