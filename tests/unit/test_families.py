@@ -20,6 +20,7 @@ from megatron.checkpoint.convert.formats import FORMATS, foreign, recognised
 from megatron.checkpoint.newest import saved_flags
 from megatron.checkpoint.stored import stored
 from megatron.config import ModelConfig
+from megatron.config.command_line import left_open, parse
 from megatron.data.corpus.tokenizer import ResidueTokenizer
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import CheckpointError
@@ -436,3 +437,14 @@ def test_what_megatron_has_not_is_not_written_for_it(change, name, tmp_path):
     checkpoint = trained_here(replace(PROTEINLM, **change), "iupac", "start")
     with pytest.raises(CheckpointError):
         FORMATS[name].write(checkpoint, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_run_that_loads_a_folder_has_its_arithmetic(name, checkpoints, tmp_path):
+    folder = str(hf.write(checkpoints[name], tmp_path / "out"))
+    argv = f"--load {folder} --finetune --seq-length 24 --micro-batch-size 1 --lr 1e-3 --train-iters 1".split()
+    given, saved = parse(argv, left_open(argv, saved_flags))[0].as_dict(), hf.read(Path(folder)).state["config"]
+    names = [item.name for item in fields(ModelConfig) if item.metadata["changes"] == "arithmetic"]
+    for flag in [*names, "protein_ends"]:
+        assert json.dumps(given[flag]) == json.dumps(saved.get(flag)), flag
+    assert Vocab.from_file(given["vocab_file"]).identity == hf.read(Path(folder)).state["vocabulary"]
