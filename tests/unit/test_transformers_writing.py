@@ -50,7 +50,7 @@ CONFIGS = {
 LOADED = """
 import json, sys, torch
 from pathlib import Path
-from transformers import AutoModelForMaskedLM, AutoTokenizer, DataCollatorForLanguageModeling
+from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 root, asked = Path(sys.argv[1]), json.loads(sys.argv[2])
 found = {}
