@@ -90,8 +90,8 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{processor()}, torch {torch.__version__}, {'fp32' if arguments.fp32 else 'bf16'}\n")
-    print("| preset | rows x tokens | tokens/s | residues/s | model TFLOP/s | of the measured peak | GiB at the peak |\n"
-          "| --- | --- | --- | --- | --- | --- | --- |", flush=True)
+    columns = ["preset", "rows x tokens", "tokens/s", "residues/s", "model TFLOP/s", "of the measured peak", "GiB held"]
+    print(f"| {' | '.join(columns)} |\n{'| --- ' * len(columns)}|", flush=True)
     for preset in arguments.presets:
         rows = 2 if arguments.rehearse else ROWS[preset]
         config, _ = parse(["--preset", preset, "--micro-batch-size", str(rows), "--global-batch-size", str(rows),
