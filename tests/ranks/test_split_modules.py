@@ -101,8 +101,10 @@ def embedding_outcome(stream, dtype, config):
 
 def layers_and_twins(axis, is_split, dtype):
     pairs, streams = {}, (Stream(axis, is_split), ONE_RANK)
+    for kind in ("column", "row"):
+        pairs[kind] = [layer_outcome(kind, stream, dtype, CONFIG) for stream in streams]
     for family, config in CONFIGS.items():
-        for kind in ("column", "row", "attention", "feed-forward", "block"):
+        for kind in ("attention", "feed-forward", "block"):
             pairs[family, kind] = [layer_outcome(kind, stream, dtype, config) for stream in streams]
         pairs[family, "embedding"] = [embedding_outcome(stream, dtype, config) for stream in streams]
     return pairs
