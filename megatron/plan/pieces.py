@@ -2,13 +2,13 @@
 
 A piece is what comes before the blocks, one block (or a group of blocks that are recomputed together), or what follows
 them. Each is built as a pipeline stage of its own and goes forward and backward on `meta`, where tensors have sizes and
-no values, in a process group that sends nothing, once for each setting that a search asks for. (Fake tensors, which a
-dry run takes since FSDP2 needs them, cost three times as much.)
+no values, in a process group that sends nothing, once for each setting that a search asks for, and for blocks that are
+alike. (Fake tensors, which a dry run takes since FSDP2 needs them, cost three times as much.)
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from functools import cache, cached_property
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.data.batches.batch import Batch
+from megatron.kernels.rotary import Rotation
 from megatron.model.protein_model import ProteinModel
 from megatron.parallel.mesh import Mesh, build_axis
 from megatron.parallel.pipeline.deferral import WeightGradients, put_off_weight_gradients
@@ -34,16 +34,19 @@ Moments = list[list[int]]
 class Piece:
     """Bytes of one micro-batch's passes through a piece; parameters, and gradients that are there before, not counted.
 
-    `input`: hidden states that come, and `kept_input` if its backward pass needs them. `kept`: everything else that is
-    kept for it. `in_forward`, `in_backward`: what a pass holds, with what is kept but without a kept input; `end`: the
-    same when a backward pass is done. `gradients`: what it makes where there are none yet. `put_off`: what is kept
-    where weights' gradients wait, `in_late` what computing them takes. `traffic`, `flops` and `moved`
-    (`megatron.plan.work`): of both passes.
+    `input`: hidden states that come. `kept_inputs`: of what comes, that may be others' as well, what the backward pass
+    needs: of hidden states, the rotation, the embeddings, and the skips that are taken. `given`: for each skip that
+    goes on, whether that is the piece's hidden states. `kept`: everything else that is kept for the backward pass.
+    `in_forward`, `in_backward`: what a pass holds, with what is kept but without what comes; `end`: the same when a
+    backward pass is done. `gradients`: what it makes where there are none yet. `put_off`: what is kept where weights'
+    gradients wait, `in_late` what computing them takes. `traffic`, `flops` and `moved` (`megatron.plan.work`): of both
+    passes.
     """
 
     num_blocks: int
     input: int
-    kept_input: int
+    kept_inputs: list[int]
+    given: list[int]
     kept: int
     in_forward: Moments
     in_backward: Moments
@@ -87,7 +90,8 @@ def measured(setting: Setting, part: Part, puts_off: bool) -> Piece:
 
     Rows are alike: where the same is done for one and for two, what more rows take lies on the line through both.
     """
-    if part.num_blocks == 0 and setting is not setting.without_recomputation:
+    part = part._replace(blocks=setting.alike(part.blocks))
+    if not part.blocks and setting is not setting.without_recomputation:
         return measured(setting.without_recomputation, part, puts_off)  # it is about blocks
     if puts_off and not _can_put_off(setting, part):
         return measured(setting, part, False)
@@ -114,10 +118,11 @@ def _watched(setting: Setting, part: Part, puts_off: bool) -> Piece:
         counter = TrafficCounter(mesh)
         with MemoryWatch([counter.count, work.count]) as watch:
             model = setting.build(part, mesh)
-            run = _Run(model, setting, watch, puts_off)
-            return Piece(**run.passes(setting.batch), num_blocks=part.num_blocks,
-                         gradients=num_bytes(model.parameters()), traffic=counter.traffic, flops=work.flops,
-                         moved=work.moved)
+            run = _Run(model, setting, watch, puts_off, setting.num_taken(part.blocks))
+            work.moved = 0  # what comes is made elsewhere, once
+            trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+            return Piece(**run.passes(), num_blocks=len(part.blocks), gradients=num_bytes(trained),
+                         traffic=counter.traffic, flops=work.flops, moved=work.moved)
 
 
 @cache
@@ -156,9 +161,10 @@ def fake_group(rank: int, num_ranks: int) -> Iterator[None]:
 
 
 class _Run:
-    """Passes of one micro-batch through a piece, under the modes that watch them."""
+    """Passes of one micro-batch through a piece that takes some skips, under the modes that watch them."""
 
-    def __init__(self, model: ProteinModel, setting: Setting, watch: MemoryWatch, puts_off: bool) -> None:
+    def __init__(self, model: ProteinModel, setting: Setting, watch: MemoryWatch, puts_off: bool,
+                 num_taken: int) -> None:
         self._model, self._watch, self._waiting = model, watch, WeightGradients()
         self._num_tokens = model.stream.num_tokens_here(setting.num_rows * setting.data.seq_length)
         if puts_off:
@@ -166,40 +172,75 @@ class _Run:
         self._gate = torch.zeros((), device="meta", requires_grad=True)
         self._gradients = []
         for parameter in model.parameters():
+            if not parameter.requires_grad:
+                continue
             gradient = parameter.grad = torch.empty_like(parameter)
             self._gradients.append((gradient, num_bytes([gradient]), gradient._version))
         self._moments: Moments = []
-        self._end = 0
+        self._base = self._end = watch.current
+        self._batch = setting.batch
+        self._inputs = self._made_inputs(num_taken)
         watch.at_growth = self._note
 
-    def passes(self, batch: Batch) -> dict[str, Any]:
+    def passes(self) -> dict[str, Any]:
         """What a pass forward and back shows, which adds to gradients that are there."""
-        watch, hidden = self._watch, None
-        base = self._end = watch.current
-        if not self._model.stage.is_first:
-            hidden = _Begin.apply(self._gate, self._received, self._mark_end)
-        input_size = watch.current - base
-        output = self._model(batch.sequence, batch.targets, hidden)
-        found = {"input": input_size, "in_forward": self._noted(base + input_size)}
-        loss = output[0] if self._model.stage.is_last else _End.apply(output)
-        del output
-        before = watch.current
-        del hidden
-        kept_input = input_size if watch.current == before else 0
-        kept = watch.current - base - kept_input
+        watch, base, inputs = self._watch, self._base, self._inputs
+        sizes = [num_bytes(input) for input in inputs]
+        hidden, *skips = self._outputs()
+        found = {"input": sizes[0] if sizes else 0, "given": [int(skip is hidden) for skip in skips],
+                 "in_forward": self._noted(base + sum(sizes))}
+        loss = hidden if self._model.stage.is_last else _End.apply(hidden, *skips)
+        del hidden, skips
+        kept_inputs = [self._kept_of_next(size) for size in sizes]
+        beside = base + sum(kept_inputs)
+        kept = watch.current - beside
         self._note()
         with self._waiting.collecting():
             loss.backward()
         del loss
         self._note()
-        in_backward, put_off = self._noted(base + kept_input), watch.current - base
+        in_backward, put_off = self._noted(beside), watch.current - base
         self._note()
         self._waiting.compute_oldest()
-        return {**found, "kept_input": kept_input, "kept": kept, "in_backward": in_backward, "put_off": put_off,
-                "end": self._end - base - kept_input, "in_late": self._noted(base + put_off)}
+        return {**found, "kept_inputs": kept_inputs, "kept": kept, "in_backward": in_backward, "put_off": put_off,
+                "end": self._end - beside, "in_late": self._noted(base + put_off)}
+
+    def _made_inputs(self, num_taken: int) -> list[Sequence[Tensor]]:
+        """Hidden states, rotation, embeddings and skips that the piece takes, each of these some tensors."""
+        model, transformer = self._model, self._model.transformer
+        if model.stage.is_first:
+            return []
+        has_x0 = transformer.has_x0 and not model.stage.is_last
+        hidden, *others = _Begin.apply(self._gate, self._received, 1 + has_x0 + num_taken, self._mark_end)
+        if model.stage.is_last:
+            return [[hidden]]
+        # On a device positions are there, and so is what is made of them.
+        on_device = replace(self._batch.sequence, positions_t=self._batch.sequence.positions_t.to("meta"))
+        rotation = transformer.rotation(on_device)
+        return [[hidden], [rotation.cos, rotation.sin] if rotation else [], others[:has_x0],
+                *([skip] for skip in others[has_x0:])]
+
+    def _outputs(self) -> Sequence[Tensor]:
+        """Hidden states and skips that the next piece takes, or the loss."""
+        model, batch = self._model, self._batch
+        if model.stage.is_first:
+            return [model.embedding(batch.sequence)]
+        (hidden,), *others = self._inputs
+        if model.stage.is_last:
+            return model.loss(model.transformer.normed(hidden), batch.targets)[:1]
+        rotation, x0, *skips = others
+        return model.transformer.through_blocks(hidden, batch.sequence, Rotation(*rotation) if rotation else None,
+                                                x0[0] if x0 else None, [skip for skip, in skips])
+
+    def _kept_of_next(self, size: int) -> int:
+        """How much of the first input that there still is stays when it is let go."""
+        before = self._watch.current
+        del self._inputs[0]
+        return size - (before - self._watch.current)
 
     def _received(self) -> Tensor:
-        return self._model.message(self._num_tokens, "meta", is_output=False)
+        shape = self._num_tokens, self._model.config.hidden_size
+        return torch.empty(shape, dtype=self._model.stream_dtype, device="meta")
 
     def _mark_end(self) -> None:
         self._end = self._watch.current
@@ -216,27 +257,28 @@ class _Run:
 
 
 class _Begin(torch.autograd.Function):
-    """Forward: hidden states of a stage before. Backward: their gradient goes no further."""
+    """Forward: what comes from the piece before. Backward: its gradients go no further."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, received: Callable[[], Tensor], at_end: Callable[[], None]) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, received: Callable[[], Tensor], number: int,
+                at_end: Callable[[], None]) -> tuple[Tensor, ...]:
         ctx.at_end = at_end
-        return received()
+        return tuple(received() for _ in range(number))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None, None]:
         ctx.at_end()
-        return None, None, None
+        return None, None, None, None
 
 
 class _End(torch.autograd.Function):
-    """Forward: hidden states go to the next stage. Backward: their gradient comes from there."""
+    """Forward: all goes to the next piece. Backward: its gradients come from there."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor) -> Tensor:
-        ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
-        return hidden.new_zeros(())
+    def forward(ctx: Any, *given: Tensor) -> Tensor:
+        ctx.kinds = [(tensor.shape, tensor.dtype) for tensor in given]
+        return given[0].new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.new_empty(ctx.shape, dtype=ctx.dtype)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return tuple(gradient.new_empty(shape, dtype=dtype) for shape, dtype in ctx.kinds)

@@ -160,7 +160,8 @@ def test_more_sharding_holds_less():
 
 
 @pytest.mark.parametrize("num_rows", [4, 16])
-@pytest.mark.parametrize("part", [Part(True, 0, False), Part(False, 1, False), Part(False, 0, True)])
+@pytest.mark.parametrize("part", [Part(True, range(0), False), Part(False, range(1), False),
+                                  Part(False, range(0), True)])
 def test_many_rows_are_on_the_line_through_one_and_two(part, num_rows):
     config, _ = parse([*SMALL, *TP2, *SEQUENCE, "--micro-batch-size", str(num_rows), "--global-batch-size", "16"])
     setting = Rank(config, 2, 1).setting
