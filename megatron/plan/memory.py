@@ -46,18 +46,19 @@ def _moments(rank: Rank) -> Iterator[tuple[int, int]]:
               for stage in rank.stages]
     gathered = sum(stage.gathered for stage in stages)
     gradients, waiting_for_gradients = 0, set(range(len(stages)))
-    in_flight = last_output = 0
+    in_flight = last = 0  # of the last backward pass the messages from both sides, until the next one
     for action, following in _actions(rank):
         stage = stages[action.stage]
         # The next message is received while an action computes.
         coming = stages[following.stage].receives[following.kind] if following is not None else 0
         if action.kind == "forward":
-            yield gradients, in_flight + coming + last_output + gathered + stage.of_forward
-            in_flight, last_output = in_flight + stage.kept, 0
+            yield gradients, in_flight + coming + last + gathered + stage.of_forward
+            in_flight += stage.kept
             continue
         is_first = action.stage in waiting_for_gradients
         if action.kind != "weights":
-            in_flight, last_output = in_flight - stage.kept, stage.sent
+            yield gradients, in_flight + coming + last + gathered
+            in_flight, last = in_flight - stage.kept, stage.sent + 2 * stage.receives["forward"]
             for new, inside in stage.of_backward[is_first]:
                 yield gradients + new, in_flight + coming + gathered + inside
             in_flight += stage.put_off
@@ -65,7 +66,7 @@ def _moments(rank: Rank) -> Iterator[tuple[int, int]]:
             gradients += stage.gradients if is_first else 0
             waiting_for_gradients.discard(action.stage)
         if action.kind == "weights":
-            yield gradients, in_flight + coming + last_output + stage.of_weights
+            yield gradients, in_flight + coming + last + stage.of_weights
             in_flight -= stage.put_off
     yield gradients, _of_sums(rank)
 
@@ -132,20 +133,20 @@ class _StageMemory:
             below = self._below[number] + passing.kept + waiting + outside - dropped
             inside = below + passing.in_backward + in_messages
             if makes_new:
-                held, made = piece.first
+                held, made = piece.first(*passing.in_message)
                 yield min(new + made, self._whole), inside + held
                 new = min(new + piece.gradients, self._whole)
             elif self._sharding != "none":
-                yield 0, inside + sum(piece.first)
+                yield 0, inside + sum(piece.first(*passing.in_message))
             else:
-                yield 0, inside + piece.backward
+                yield 0, inside + piece.backward(*passing.in_message)
             if not piece.num_blocks and is_scattered:  # its gradients are shared out when the stage is done
                 outside = piece.gradients
             waiting += piece.put_off
             if piece.num_blocks:
                 dropped += self._dropped_a_block
                 in_messages = self._in_messages(is_first=False)
-                yield new, below + passing.at_end + piece.end + self._in_sums
+                yield new, below + passing.in_backward + piece.end + self._in_sums
         yield new, self._passing.pieces[0].kept + waiting + outside - dropped + self._passing.at_end + piece.end
 
     def _in_messages(self, is_first: bool) -> int:

@@ -17,13 +17,14 @@ class Passing:
     """Bytes of tensors that pass by or come to one piece.
 
     `in_forward`: held while it computes. `kept`: for its own backward pass and those of the pieces before it.
-    `in_backward`: gradients beside those that its own measurement shows, and `at_end` when its backward pass is done.
+    `in_backward`: gradients beside those of its own, with both messages to and from the next stage; `in_message`:
+    whether those of its hidden states, and of the skips that it gives, lie in there.
     """
 
     in_forward: int
     kept: int
     in_backward: int
-    at_end: int
+    in_message: tuple[bool, bool]
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,9 @@ def passing_of(planned: PlannedStage) -> StagePassing:
     for number, (in_forward_bytes, kept_bytes, passed_by, given) in enumerate(walk):
         above = planned.pieces[number + 1:]
         waiting = planned.has_x0 * any(piece.num_blocks for piece in above) + len(set(passed_by) - set(skips))
-        in_message = len(set(given) & set(skips)) + (not above and not planned.part.is_last)
-        at_end = 2 * planned.sent + planned.hidden_bytes * waiting
-        pieces.append(Passing(in_forward_bytes, kept_bytes, at_end - planned.hidden_bytes * in_message, at_end))
+        in_backward = 2 * planned.sent + planned.hidden_bytes * waiting
+        in_message = not above and not planned.part.is_last, not set(given).isdisjoint(skips)
+        pieces.append(Passing(in_forward_bytes, kept_bytes, in_backward, in_message))
     in_packing = held(there()) + (planned.sent if planned.num_sent > 1 else 0)
     in_unpacking = planned.received if planned.num_received > 1 else 0
-    return StagePassing(pieces, held(kept) + planned.sent, in_packing, pieces[0].at_end + in_unpacking)
+    return StagePassing(pieces, held(kept) + planned.sent, in_packing, pieces[0].in_backward + in_unpacking)

@@ -6,6 +6,7 @@ no values, in a process group that sends nothing, once for each setting that a s
 alike. (Fake tensors, which a dry run takes since FSDP2 needs them, cost three times as much.)
 """
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -26,7 +27,8 @@ from megatron.plan.memory_watch import MemoryWatch, num_bytes
 from megatron.plan.setting import Part, Setting
 from megatron.plan.work import WorkCounter
 
-# What is held at a moment at which more is held than before, and the new gradients beside it.
+# What is held at a moment at which more is held than before, and the new gradients beside it; of what is held, how much
+# are gradients of the hidden states and of the skips that the piece gives.
 Moments = list[list[int]]
 
 
@@ -66,22 +68,27 @@ class Piece:
     @cached_property
     def forward(self) -> int:
         """The most that a forward pass holds."""
-        return max(held for held, _ in self.in_forward)
+        return max(held for held, *_ in self.in_forward)
 
-    @cached_property
-    def backward(self) -> int:
-        """The most that a backward pass holds that adds to gradients."""
-        return max(held for held, _ in self.in_backward)
+    def backward(self, is_message: bool, is_in_message: bool) -> int:
+        """The most that a backward pass holds that adds to gradients.
 
-    @cached_property
-    def first(self) -> Sequence[int]:
+        `is_message`: without the gradient of the hidden states that it gives; `is_in_message`: of the skips.
+        """
+        return max(held for held, _ in self._without(is_message, is_in_message))
+
+    def first(self, is_message: bool, is_in_message: bool) -> tuple[int, int]:
         """When a backward pass holds most that makes the gradients: what it holds beside them, and what of them."""
-        return max(self.in_backward, key=sum)
+        return max(self._without(is_message, is_in_message), key=sum)
+
+    def _without(self, is_message: bool, is_in_message: bool) -> Iterator[tuple[int, int]]:
+        return ((held - is_message * hidden - is_in_message * skips, new)
+                for held, new, hidden, skips in self.in_backward)
 
     @cached_property
     def late(self) -> int:
         """The most that it takes to compute weights' gradients that waited."""
-        return max(held for held, _ in self.in_late)
+        return max(held for held, *_ in self.in_late)
 
 
 @cache  # a search asks for the same pieces thousands of times
@@ -177,6 +184,7 @@ class _Run:
             gradient = parameter.grad = torch.empty_like(parameter)
             self._gradients.append((gradient, num_bytes([gradient]), gradient._version))
         self._moments: Moments = []
+        self._given: Sequence[weakref.ref[torch.UntypedStorage]] = []  # gradients of the outputs
         self._base = self._end = watch.current
         self._batch = setting.batch
         self._inputs = self._made_inputs(num_taken)
@@ -189,7 +197,7 @@ class _Run:
         hidden, *skips = self._outputs()
         found = {"input": sizes[0] if sizes else 0, "given": [int(skip is hidden) for skip in skips],
                  "in_forward": self._noted(base + sum(sizes))}
-        loss = hidden if self._model.stage.is_last else _End.apply(hidden, *skips)
+        loss = hidden if self._model.stage.is_last else _End.apply(self._note_given, hidden, *skips)
         del hidden, skips
         kept_inputs = [self._kept_of_next(size) for size in sizes]
         beside = base + sum(kept_inputs)
@@ -248,11 +256,15 @@ class _Run:
     def _note(self) -> None:
         """Gradients count as new from when one is added to."""
         new = sum(size for gradient, size, version in self._gradients if gradient._version > version)
-        self._moments.append([self._watch.current, new])
+        hidden, *skips = [storage.nbytes() if (storage := given()) is not None else 0 for given in self._given] or [0]
+        self._moments.append([self._watch.current, new, hidden, sum(skips)])
+
+    def _note_given(self, gradients: Sequence[Tensor]) -> None:
+        self._given = [weakref.ref(gradient.untyped_storage()) for gradient in gradients]
 
     def _noted(self, base: int) -> Moments:
         """The moments since the last time; what is held beyond `base`."""
-        moments, self._moments = [[held - base, new] for held, new in self._moments], []
+        moments, self._moments = [[held - base, *parts] for held, *parts in self._moments], []
         return moments
 
 
@@ -275,10 +287,12 @@ class _End(torch.autograd.Function):
     """Forward: all goes to the next piece. Backward: its gradients come from there."""
 
     @staticmethod
-    def forward(ctx: Any, *given: Tensor) -> Tensor:
-        ctx.kinds = [(tensor.shape, tensor.dtype) for tensor in given]
+    def forward(ctx: Any, note: Callable[[Sequence[Tensor]], None], *given: Tensor) -> Tensor:
+        ctx.kinds, ctx.note = [(tensor.shape, tensor.dtype) for tensor in given], note
         return given[0].new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-        return tuple(gradient.new_empty(shape, dtype=dtype) for shape, dtype in ctx.kinds)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = [gradient.new_empty(shape, dtype=dtype) for shape, dtype in ctx.kinds]
+        ctx.note(gradients)
+        return None, *gradients
