@@ -147,7 +147,7 @@ class _StageMemory:
                 dropped += self._dropped_a_block
                 in_messages = self._in_messages(is_first=False)
                 yield new, below + passing.in_backward + piece.end + self._in_sums
-        yield new, self._passing.pieces[0].kept + waiting + outside - dropped + self._passing.at_end + piece.end
+        yield new, below + passing.in_backward + piece.end + self._passing.in_unpacking
 
     def _in_messages(self, is_first: bool) -> int:
         """Parameters gathered, and gradients to be scattered, beside the passes of a block."""

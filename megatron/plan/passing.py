@@ -31,13 +31,13 @@ class Passing:
 class StagePassing:
     """`pieces` in their order. `kept`: from a forward pass to its backward pass, with both messages.
 
-    `in_packing`: held while several tensors become one message, `at_end` when the message's gradient is made.
+    `in_packing`: held while several tensors become one message. `in_unpacking`: new when several gradients become one.
     """
 
     pieces: list[Passing]
     kept: int
     in_packing: int
-    at_end: int
+    in_unpacking: int
 
 
 def passing_of(planned: PlannedStage) -> StagePassing:
@@ -82,4 +82,4 @@ def passing_of(planned: PlannedStage) -> StagePassing:
         pieces.append(Passing(in_forward_bytes, kept_bytes, in_backward, in_message))
     in_packing = held(there()) + (planned.sent if planned.num_sent > 1 else 0)
     in_unpacking = planned.received if planned.num_received > 1 else 0
-    return StagePassing(pieces, held(kept) + planned.sent, in_packing, pieces[0].in_backward + in_unpacking)
+    return StagePassing(pieces, held(kept) + planned.sent, in_packing, in_unpacking)
