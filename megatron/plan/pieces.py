@@ -97,7 +97,8 @@ def measured(setting: Setting, part: Part, puts_off: bool) -> Piece:
 
     Rows are alike: where the same is done for one and for two, what more rows take lies on the line through both.
     """
-    part = part._replace(blocks=setting.alike(part.blocks))
+    if part.blocks != setting.alike(part.blocks):
+        return measured(setting, part._replace(blocks=setting.alike(part.blocks)), puts_off)
     if not part.blocks and setting is not setting.without_recomputation:
         return measured(setting.without_recomputation, part, puts_off)  # it is about blocks
     if puts_off and not _can_put_off(setting, part):
