@@ -107,7 +107,8 @@ class Rank:
     def stages(self) -> tuple[PlannedStage, ...]:
         """The stages of this pipeline rank."""
         parts = _parts(self.config.model.num_layers, self.config.parallel, self.place["pipeline"])
-        return tuple(_planned(self.setting, part, self.sizes["pipeline"] > 1, self.puts_off) for part in parts)
+        return tuple(_planned(self.setting, *_alike(self.setting, part), self.sizes["pipeline"] > 1, self.puts_off)
+                     for part in parts)
 
     @cached_property
     def held(self) -> Held:
@@ -150,7 +151,16 @@ def _parts(num_layers: int, parallel: ParallelConfig, place: int) -> list[Part]:
 
 
 @cache
-def _planned(setting: Setting, part: Part, has_pipeline: bool, puts_off: bool) -> PlannedStage:
+def _alike(setting: Setting, part: Part) -> tuple[Part, int, int]:
+    """The first part of the model that is as this one, and how many tensors this one receives and sends."""
+    blocks, model = part.blocks, setting.model
+    return (part._replace(blocks=setting.alike(blocks)), 0 if part.is_first else num_passing(model, blocks.start),
+            0 if part.is_last else num_passing(model, blocks.stop))
+
+
+@cache
+def _planned(setting: Setting, part: Part, num_received: int, num_sent: int, has_pipeline: bool,
+             puts_off: bool) -> PlannedStage:
     size, blocks = setting.blocks_a_piece, part.blocks
     groups = [blocks[start:start + size] for start in range(0, len(blocks), size)]
     parts = [Part(True, range(0), False)] * part.is_first + [Part(False, group, False) for group in groups]
@@ -158,8 +168,7 @@ def _planned(setting: Setting, part: Part, has_pipeline: bool, puts_off: bool) -
     pieces = tuple(measured(setting, one, puts_off) for one in parts)
     held = held_by(setting.of_parameters, part, has_pipeline)
     return PlannedStage(part, held, pieces, measured(setting, Part(False, range(1), False), puts_off).input,
-                        0 if part.is_first else num_passing(setting.model, blocks.start),
-                        0 if part.is_last else num_passing(setting.model, blocks.stop), setting.model.x0_skips)
+                        num_received, num_sent, setting.model.x0_skips)
 
 
 def padded_vocab_size(config: Config) -> int:
