@@ -9,6 +9,7 @@ from megatron.parallel.pipeline.schedules import Action, one_forward_one_backwar
 from megatron.plan.messages import buckets
 from megatron.plan.parameters import sharded_units, share_size
 from megatron.plan.passing import passing_of
+from megatron.plan.pieces import backward_of
 from megatron.plan.rank import PlannedStage, Rank
 
 
@@ -132,14 +133,14 @@ class _StageMemory:
             piece, passing = self._pieces[number], self._passing.pieces[number]
             below = self._below[number] + passing.kept + waiting + outside - dropped
             inside = below + passing.in_backward + in_messages
+            most, (held, made) = backward_of(piece, *passing.in_message)
             if makes_new:
-                held, made = piece.first(*passing.in_message)
                 yield min(new + made, self._whole), inside + held
                 new = min(new + piece.gradients, self._whole)
             elif self._sharding != "none":
-                yield 0, inside + sum(piece.first(*passing.in_message))
+                yield 0, inside + held + made
             else:
-                yield 0, inside + piece.backward(*passing.in_message)
+                yield 0, inside + most
             if not piece.num_blocks and is_scattered:  # its gradients are shared out when the stage is done
                 outside = piece.gradients
             waiting += piece.put_off

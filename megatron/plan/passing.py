@@ -5,6 +5,7 @@ of these costs nothing more.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from itertools import count
 
 from megatron.plan.rank import PlannedStage
@@ -40,6 +41,7 @@ class StagePassing:
     in_unpacking: int
 
 
+@cache  # sharding and the number of micro-batches change nothing here
 def passing_of(planned: PlannedStage) -> StagePassing:
     """That of a stage, whose pieces are gone through with a number for each tensor that passes."""
     numbers = count()

@@ -70,25 +70,21 @@ class Piece:
         """The most that a forward pass holds."""
         return max(held for held, *_ in self.in_forward)
 
-    def backward(self, is_message: bool, is_in_message: bool) -> int:
-        """The most that a backward pass holds that adds to gradients.
-
-        `is_message`: without the gradient of the hidden states that it gives; `is_in_message`: of the skips.
-        """
-        return max(held for held, _ in self._without(is_message, is_in_message))
-
-    def first(self, is_message: bool, is_in_message: bool) -> tuple[int, int]:
-        """When a backward pass holds most that makes the gradients: what it holds beside them, and what of them."""
-        return max(self._without(is_message, is_in_message), key=sum)
-
-    def _without(self, is_message: bool, is_in_message: bool) -> Iterator[tuple[int, int]]:
-        return ((held - is_message * hidden - is_in_message * skips, new)
-                for held, new, hidden, skips in self.in_backward)
-
     @cached_property
     def late(self) -> int:
         """The most that it takes to compute weights' gradients that waited."""
         return max(held for held, *_ in self.in_late)
+
+
+@cache
+def backward_of(piece: Piece, is_message: bool, is_in_message: bool) -> tuple[int, tuple[int, int]]:
+    """The most that a backward pass holds that adds to gradients; when it makes them, what beside, and what of them.
+
+    `is_message`: without the gradient of the hidden states that the piece gives; `is_in_message`: of the skips.
+    """
+    moments = [(held - is_message * hidden - is_in_message * skips, new)
+               for held, new, hidden, skips in piece.in_backward]
+    return max(moments)[0], max(moments, key=sum)
 
 
 @cache  # a search asks for the same pieces thousands of times
