@@ -182,8 +182,11 @@ class _Run:
             self._gradients.append((gradient, num_bytes([gradient]), gradient._version))
         self._moments: Moments = []
         self._given: Sequence[weakref.ref[torch.UntypedStorage]] = []  # gradients of the outputs
+        sequence, self._targets = setting.batch.sequence, setting.batch.targets
+        # On the device, as what is made of them; boundaries have values, by which attention's work is counted.
+        self._sequence = replace(sequence, tokens_t=sequence.tokens_t.to("meta"),
+                                 positions_t=sequence.positions_t.to("meta"))
         self._base = self._end = watch.current
-        self._batch = setting.batch
         self._inputs = self._made_inputs(num_taken)
         watch.at_growth = self._note
 
@@ -219,22 +222,20 @@ class _Run:
         hidden, *others = _Begin.apply(self._gate, self._received, 1 + has_x0 + num_taken, self._mark_end)
         if model.stage.is_last:
             return [[hidden]]
-        # On a device positions are there, and so is what is made of them.
-        on_device = replace(self._batch.sequence, positions_t=self._batch.sequence.positions_t.to("meta"))
-        rotation = transformer.rotation(on_device)
+        rotation = transformer.rotation(self._sequence)
         return [[hidden], [rotation.cos, rotation.sin] if rotation else [], others[:has_x0],
                 *([skip] for skip in others[has_x0:])]
 
     def _outputs(self) -> Sequence[Tensor]:
         """Hidden states and skips that the next piece takes, or the loss."""
-        model, batch = self._model, self._batch
+        model = self._model
         if model.stage.is_first:
-            return [model.embedding(batch.sequence)]
+            return [model.embedding(self._sequence)]
         (hidden,), *others = self._inputs
         if model.stage.is_last:
-            return model.loss(model.transformer.normed(hidden), batch.targets)[:1]
+            return model.loss(model.transformer.normed(hidden), self._targets)[:1]
         rotation, x0, *skips = others
-        return model.transformer.through_blocks(hidden, batch.sequence, Rotation(*rotation) if rotation else None,
+        return model.transformer.through_blocks(hidden, self._sequence, Rotation(*rotation) if rotation else None,
                                                 x0[0] if x0 else None, [skip for skip, in skips])
 
     def _kept_of_next(self, size: int) -> int:
