@@ -65,8 +65,10 @@ class ProteinModel(nn.Module):
             message = self.embedding(sequence)
         assert message is not None, "a later stage takes hidden states"
         hidden_uh = self.transformer(message, sequence)
-        if not self.stage.is_last:
-            return hidden_uh
+        return self.loss(hidden_uh, targets) if self.stage.is_last else hidden_uh
+
+    def loss(self, hidden_uh: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+        """What the last stage gives for its hidden states after the last norm."""
         logits_mv = self.logits(self.stream.pick(hidden_uh, targets.positions_m))
         if self.loss_in_fp32:
             logits_mv = logits_mv.float()

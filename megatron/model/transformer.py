@@ -106,17 +106,25 @@ class Transformer(nn.Module):
         x0_uh = None
         if self.has_x0:
             x0_uh = hidden_uh if self.stage.is_first else others.pop(0)
-        hidden_uh, *skips = self._through_blocks(hidden_uh, sequence, x0_uh, others)
+        hidden_uh, *skips = self.through_blocks(hidden_uh, sequence, self.rotation(sequence), x0_uh, others)
         if self.stage.is_last:
-            return self.final_layernorm(hidden_uh).to(self.dtype)
+            return self.normed(hidden_uh)
         passed = [hidden_uh, *([] if x0_uh is None else [x0_uh]), *skips]
         return torch.stack(passed) if len(passed) > 1 else hidden_uh
 
-    def _through_blocks(self, hidden_uh: Tensor, sequence: PackedSequence, x0_uh: Tensor | None,
-                        skips: Sequence[Tensor]) -> Sequence[Tensor]:
+    def rotation(self, sequence: PackedSequence) -> Rotation | None:
+        """That of queries and keys, the same for all blocks; None where they are not turned."""
+        if not self.rotary_width:
+            return None
+        return rotation_of(sequence.positions_t, self.rotary_width, self.rotary_base, self.rotary_precision)
+
+    def normed(self, hidden_uh: Tensor) -> Tensor:
+        """What the last stage gives for the hidden states behind its blocks."""
+        return self.final_layernorm(hidden_uh).to(self.dtype)
+
+    def through_blocks(self, hidden_uh: Tensor, sequence: PackedSequence, rotation: Rotation | None,
+                       x0_uh: Tensor | None, skips: Sequence[Tensor]) -> Sequence[Tensor]:
         """The hidden states behind the blocks, and the skips that are still open there."""
-        rotation = None if not self.rotary_width else rotation_of(
-            sequence.positions_t, self.rotary_width, self.rotary_base, self.rotary_precision)
         step, blocks = self.layers_a_checkpoint, list(self.layers.values())
         if step is None or not torch.is_grad_enabled():
             return _run(blocks, sequence, rotation, x0_uh, skips, hidden_uh)
@@ -149,7 +157,20 @@ def skips_of(config: ModelConfig, number: int) -> tuple[bool, bool]:
 
 def message_shape(config: ModelConfig, num_tokens: int, next_block: int) -> tuple[int, ...]:
     """The shape of what `Transformer` takes that begins with block `next_block`, for `num_tokens` of the stream."""
-    open_skips = min(next_block, config.num_layers // 2, config.num_layers - next_block) if config.unet_skips else 0
-    num_tensors = 1 + config.x0_skips + open_skips
-    shape = num_tokens, config.hidden_size
+    num_tensors, shape = num_passing(config, next_block), (num_tokens, config.hidden_size)
     return (num_tensors, *shape) if num_tensors > 1 else shape
+
+
+def num_passing(config: ModelConfig, next_block: int) -> int:
+    """How many tensors pass from the block before `next_block` to that one."""
+    return 1 + config.x0_skips + open_skips(config, next_block)
+
+
+def open_skips(config: ModelConfig, next_block: int) -> int:
+    """How many outputs of blocks before `next_block` wait for that one or a later one; the last is taken first."""
+    return min(next_block, config.num_layers // 2, config.num_layers - next_block) if config.unet_skips else 0
+
+
+def kind_of(config: ModelConfig, number: int) -> tuple[object, ...]:
+    """All that makes blocks of one model differ: two of the same kind have the same parameters and operations."""
+    return config.window(number), *skips_of(config, number)

@@ -3,10 +3,13 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 
 from megatron.parallel.pipeline.schedules import Action, one_forward_one_backward, zero_bubble
 from megatron.plan.messages import buckets
 from megatron.plan.parameters import sharded_units, share_size
+from megatron.plan.passing import passing_of
+from megatron.plan.pieces import backward_of
 from megatron.plan.rank import PlannedStage, Rank
 
 
@@ -28,35 +31,35 @@ class Memory:
 def peak_memory(rank: Rank) -> Memory:
     """The most that `rank` holds at once; CUDA's context and libraries come on top."""
     parameters = rank.held
-    own = share_size(parameters, rank.shards, rank.shard)
+    own, trained = (share_size(held, rank.shards, rank.shard) for held in (parameters, parameters.trained))
     optimizer = rank.config.optimizer
     is_adam = optimizer.optimizer == "adam"
     moments = 2 if is_adam else int(optimizer.sgd_momentum > 0)
-    steps = len(parameters.parameters) if is_adam else 0  # a count for each
+    steps = len(parameters.trained.parameters) if is_adam else 0  # a count for each
     gradients, activations = max(_moments(rank), key=sum)
     activations += parameters.copies if rank.sharding == "none" else 0
-    return Memory(4 * own, gradients, 4 * (moments * own + steps), activations)
+    return Memory(4 * own, gradients, 4 * (moments * trained + steps), activations)
 
 
 def _moments(rank: Rank) -> Iterator[tuple[int, int]]:
     """Bytes of gradients, and of everything that comes and goes, at each moment that may be the peak."""
     stages = [_stage_memory(stage, rank.sharding, rank.shards, rank.shard, rank.width, rank.num_micro_batches == 1)
               for stage in rank.stages]
-    hidden_bytes = rank.stages[0].hidden_bytes
     gathered = sum(stage.gathered for stage in stages)
     gradients, waiting_for_gradients = 0, set(range(len(stages)))
-    in_flight = last_output = 0
+    in_flight = last = 0  # of the last backward pass the messages from both sides, until the next one
     for action, following in _actions(rank):
         stage = stages[action.stage]
         # The next message is received while an action computes.
-        coming = hidden_bytes if following is not None and stages[following.stage].receives[following.kind] else 0
+        coming = stages[following.stage].receives[following.kind] if following is not None else 0
         if action.kind == "forward":
-            yield gradients, in_flight + coming + last_output + gathered + stage.of_forward
-            in_flight, last_output = in_flight + stage.kept, 0
+            yield gradients, in_flight + coming + last + gathered + stage.of_forward
+            in_flight += stage.kept
             continue
         is_first = action.stage in waiting_for_gradients
         if action.kind != "weights":
-            in_flight, last_output = in_flight - stage.kept, stage.sent
+            yield gradients, in_flight + coming + last + gathered
+            in_flight, last = in_flight - stage.kept, stage.sent + 2 * stage.receives["forward"]
             for new, inside in stage.of_backward[is_first]:
                 yield gradients + new, in_flight + coming + gathered + inside
             in_flight += stage.put_off
@@ -64,7 +67,7 @@ def _moments(rank: Rank) -> Iterator[tuple[int, int]]:
             gradients += stage.gradients if is_first else 0
             waiting_for_gradients.discard(action.stage)
         if action.kind == "weights":
-            yield gradients, in_flight + coming + last_output + stage.of_weights
+            yield gradients, in_flight + coming + last + stage.of_weights
             in_flight -= stage.put_off
     yield gradients, _of_sums(rank)
 
@@ -95,54 +98,57 @@ class _StageMemory:
 
     def __init__(self, planned: PlannedStage, sharding: str, shards: int, shard: int, width: int,
                  has_one_pass: bool) -> None:
-        part, units = planned.part, {unit.block: unit.padded_size for unit in sharded_units(planned.held, shards)}
+        units = {unit.block: unit.padded_size for unit in sharded_units(planned.held, shards)}
         # Gathered in the dtype of products, summed in fp32.
-        self._scattered_rest, self._scattered = 4 * units.pop(None, 0), 4 * max(units.values(), default=0)
-        self._rest, self._block = (size // 4 * width for size in (self._scattered_rest, self._scattered))
-        self._whole = 4 * planned.held.size
+        whole, rest = width * sum(units.values()), units.pop(None, 0)
+        self._rest, self._block = width * rest, width * max(units.values(), default=0)
+        self._scattered = 4 * max(units.values(), default=0)
+        self._whole = 4 * planned.held.trained.size
         # In its last pass alone, "optimizer" does what "gradients" does in each.
         self._sharding = "gradients" if sharding == "optimizer" and has_one_pass else sharding
         # Of gradients, once there are any: those of this rank's shares, or all where they are shared out at the end.
-        share = 4 * share_size(planned.held, shards, shard)
+        share = 4 * share_size(planned.held.trained, shards, shard)
         self.gradients = self._whole if self._sharding == "optimizer" else share
         is_gathered = self._sharding in ("optimizer", "gradients")
-        self.gathered = self._block * part.num_blocks + self._rest if is_gathered else 0  # and between passes
+        self.gathered = whole if is_gathered else 0  # and between passes
         self._dropped_a_block = self._block if is_gathered and has_one_pass else 0
         self._pieces = planned.pieces
-        self.sent = 0 if part.is_last else planned.hidden_bytes
-        self.receives = {"forward": not part.is_first, "backward": not part.is_last, "input": not part.is_last,
-                         "weights": False}
-        self._below = _held_below(planned)
-        self.kept = self._below[-1] + self.sent
+        self.sent, self._passing = planned.sent, passing_of(planned)
+        self.receives = {"forward": planned.received, "backward": self.sent, "input": self.sent, "weights": 0}
+        *self._below, below_all = accumulate((piece.kept for piece in self._pieces), initial=0)
+        self.kept = below_all + self._passing.kept
         self.put_off = sum(piece.put_off for piece in self._pieces)
         self.of_weights = max(piece.late for piece in self._pieces)
-        self.of_forward = max(below + piece.forward for below, piece in zip(self._below, self._pieces, strict=False))
+        self.of_forward = max(below_all + self._passing.in_packing, *(
+            below + passing.in_forward + piece.forward
+            for below, passing, piece in zip(self._below, self._passing.pieces, self._pieces, strict=True)))
         self.of_backward = {True: list(self._going_back(True)), False: [max(self._going_back(False), key=sum)]}
 
     def _going_back(self, is_first: bool) -> Iterator[tuple[int, int]]:
         """For each piece from the last to the first: when it takes most, and when it is done."""
-        new, waiting, beside, dropped, in_messages = 0, 0, self.sent, 0, self._in_messages(is_first=True)
+        new, waiting, dropped, in_messages = 0, 0, 0, self._in_messages(is_first=True)
         makes_new = is_first and self._sharding == "none"
         is_scattered, outside = self._sharding in ("gradients", "parameters"), 0
         for number in reversed(range(len(self._pieces))):
-            piece = self._pieces[number]
-            below = self._below[number] + waiting + beside + outside - dropped
+            piece, passing = self._pieces[number], self._passing.pieces[number]
+            below = self._below[number] + passing.kept + waiting + outside - dropped
+            inside = below + passing.in_backward + in_messages
+            most, (held, made) = backward_of(piece, *passing.in_message)
             if makes_new:
-                held, made = piece.first
-                yield min(new + made, self._whole), below + held + in_messages
+                yield min(new + made, self._whole), inside + held
                 new = min(new + piece.gradients, self._whole)
             elif self._sharding != "none":
-                yield 0, below + sum(piece.first) + in_messages
+                yield 0, inside + held + made
             else:
-                yield 0, below + piece.backward + in_messages
+                yield 0, inside + most
             if not piece.num_blocks and is_scattered:  # its gradients are shared out when the stage is done
                 outside = piece.gradients
-            beside = 2 * self.sent  # the output, and its gradient that came
             waiting += piece.put_off
             if piece.num_blocks:
                 dropped += self._dropped_a_block
                 in_messages = self._in_messages(is_first=False)
-                yield new, below + piece.end + self._in_sums
+                yield new, below + passing.in_backward + piece.end + self._in_sums
+        yield new, below + passing.in_backward + piece.end + self._passing.in_unpacking
 
     def _in_messages(self, is_first: bool) -> int:
         """Parameters gathered, and gradients to be scattered, beside the passes of a block."""
@@ -162,17 +168,6 @@ class _StageMemory:
 def _stage_memory(planned: PlannedStage, sharding: str, shards: int, shard: int, width: int,
                   has_one_pass: bool) -> _StageMemory:
     return _StageMemory(planned, sharding, shards, shard, width, has_one_pass)
-
-
-def _held_below(planned: PlannedStage) -> list[int]:
-    """What a forward pass keeps below each piece, with the input that it takes if that is kept; and in all."""
-    held, all_held, is_kept = 0, [], not planned.part.is_first
-    for piece in planned.pieces:
-        held += planned.hidden_bytes if is_kept else piece.kept_input
-        all_held.append(held)
-        held += piece.kept
-        is_kept = False
-    return [*all_held, held]
 
 
 def _of_sums(rank: Rank) -> int:

@@ -17,7 +17,7 @@ def step_traffic(rank: Rank) -> Traffic:
     for stage in rank.stages:
         _passes(traffic, rank, stage)
         _shards(traffic, rank, stage)
-    parameters, shards = rank.held, (rank.shards, rank.shard)
+    parameters, shards = rank.held.trained, (rank.shards, rank.shard)
     if rank.sharding == "none":
         traffic.include(_sums("data", parameters, "size", shards, rank.replicas))
     traffic.include(_sums("tensor", parameters, "is_partial", shards, rank.sizes["tensor"]))
@@ -31,8 +31,8 @@ def _passes(traffic: Traffic, rank: Rank, stage: PlannedStage) -> None:
     times = rank.num_micro_batches
     traffic.include(stage.traffic, times)
     if rank.sizes["pipeline"] > 1:
-        ways = (not stage.part.is_last) + (not stage.part.is_first)
-        traffic.add("pipeline", SEND, stage.hidden_bytes, 2, times * ways)
+        traffic.add("pipeline", SEND, stage.sent, 2, times * (not stage.part.is_last))
+        traffic.add("pipeline", SEND, stage.received, 2, times * (not stage.part.is_first))
 
 
 def _shards(traffic: Traffic, rank: Rank, stage: PlannedStage) -> None:
@@ -44,6 +44,7 @@ def _shards(traffic: Traffic, rank: Rank, stage: PlannedStage) -> None:
     scatters = 1 if rank.sharding == "optimizer" else times
     for size, count in _whole_units(stage.held, rank.shards).items():
         traffic.add("data", ALL_GATHER, rank.width * size, rank.shards, gathers * count)
+    for size, count in _whole_units(stage.held.trained, rank.shards).items():
         traffic.add("data", REDUCE_SCATTER, 4 * size, rank.shards, scatters * count)
         traffic.add("data", ALL_REDUCE, 4 * size // rank.shards, rank.replicas // rank.shards, count)
 

@@ -19,14 +19,16 @@ class Parameter:
     """A parameter on one tensor rank.
 
     `is_split`: other tensor ranks hold other slices. `is_partial`: held whole by all of them, each with a part of its
-    gradient. `is_at_ends`: the first and the last pipeline rank both hold it. `block`: the number of its block in the
-    stage, None outside the blocks. `copy_bytes`: of the copy for matrix products, where each rank has all parameters.
+    gradient. `is_at_ends`: the first and the last pipeline rank both hold it. `is_trained`: it has a gradient. `block`:
+    the number of its block in the model, None outside the blocks. `copy_bytes`: of the copy for matrix products, where
+    each rank has all parameters.
     """
 
     shape: tuple[int, ...]
     is_split: bool
     is_partial: bool
     is_at_ends: bool
+    is_trained: bool
     block: int | None
     copy_bytes: int
 
@@ -63,6 +65,13 @@ class Held:
         """Bytes of the copies for matrix products that are kept where each rank has all parameters."""
         return sum(parameter.copy_bytes for parameter in self)
 
+    @cached_property
+    def trained(self) -> "Held":
+        """Those that have gradients."""
+        if all(parameter.is_trained for parameter in self):
+            return self
+        return Held([parameter for parameter in self if parameter.is_trained])
+
     def __iter__(self) -> Iterator[Parameter]:
         return iter(self.parameters)
 
@@ -97,18 +106,26 @@ def together(stages: tuple[Held, ...]) -> Held:
 
 @cache
 def held_by(setting: Setting, part: Part, has_pipeline: bool) -> Held:
-    """The parameters of a stage, whose blocks are all alike: one is built, and counted as often as it comes."""
-    one = _with_one_block(setting, part._replace(num_blocks=1), has_pipeline)
+    """The parameters of a stage; of blocks that are alike one is built, and counted as often as it comes."""
+    with_one = part._replace(blocks=setting.alike(part.blocks[:1] or range(1)))
     found: list[Parameter] = []
-    for is_block, group in groupby(one, key=lambda parameter: parameter.block is not None):
-        same = list(group)
-        found += [replace(parameter, block=number) for number in range(part.num_blocks) for parameter in same
-                  ] if is_block else same
+    for is_block, group in groupby(_built(setting, with_one, has_pipeline), key=_is_in_block):
+        found += _of_blocks(setting, part.blocks) if is_block else group
     return Held(found)
 
 
+def _of_blocks(setting: Setting, blocks: range) -> Iterator[Parameter]:
+    for number in blocks:
+        one = Part(False, setting.alike(range(number, number + 1)), False)
+        yield from (replace(parameter, block=number) for parameter in filter(_is_in_block, _built(setting, one, False)))
+
+
+def _is_in_block(parameter: Parameter) -> bool:
+    return parameter.block is not None
+
+
 @cache
-def _with_one_block(setting: Setting, part: Part, has_pipeline: bool) -> list[Parameter]:
+def _built(setting: Setting, part: Part, has_pipeline: bool) -> list[Parameter]:
     mesh = Mesh(tensor=setting.tensor, context=setting.context)
     model = setting.build(part, mesh, Axis(0 if part.is_first else 1, 2) if has_pipeline else Axis())
     copies = {id(layer.weight): num_bytes([layer.copy]) for layer in model.modules() if isinstance(layer, Matrix)}
@@ -119,5 +136,6 @@ def _with_one_block(setting: Setting, part: Part, has_pipeline: bool) -> list[Pa
         has_axis = placement.axis.size > 1
         found.append(Parameter(tuple(parameter.shape), has_axis and placement.dim is not None,
                                has_axis and placement.has_partial_gradient, placement.ends.size > 1,
-                               0 if id(parameter) in in_block else None, copies.get(id(parameter), 0)))
+                               parameter.requires_grad, 0 if id(parameter) in in_block else None,
+                               copies.get(id(parameter), 0)))
     return found

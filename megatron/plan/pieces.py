@@ -2,13 +2,14 @@
 
 A piece is what comes before the blocks, one block (or a group of blocks that are recomputed together), or what follows
 them. Each is built as a pipeline stage of its own and goes forward and backward on `meta`, where tensors have sizes and
-no values, in a process group that sends nothing, once for each setting that a search asks for. (Fake tensors, which a
-dry run takes since FSDP2 needs them, cost three times as much.)
+no values, in a process group that sends nothing, once for each setting that a search asks for, and for blocks that are
+alike. (Fake tensors, which a dry run takes since FSDP2 needs them, cost three times as much.)
 """
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from functools import cache, cached_property
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.data.batches.batch import Batch
+from megatron.kernels.rotary import Rotation
 from megatron.model.protein_model import ProteinModel
 from megatron.parallel.mesh import Mesh, build_axis
 from megatron.parallel.pipeline.deferral import WeightGradients, put_off_weight_gradients
@@ -26,7 +27,8 @@ from megatron.plan.memory_watch import MemoryWatch, num_bytes
 from megatron.plan.setting import Part, Setting
 from megatron.plan.work import WorkCounter
 
-# What is held at a moment at which more is held than before, and the new gradients beside it.
+# What is held at a moment at which more is held than before, and the new gradients beside it; of what is held, how much
+# are gradients of the hidden states and of the skips that the piece gives.
 Moments = list[list[int]]
 
 
@@ -34,16 +36,19 @@ Moments = list[list[int]]
 class Piece:
     """Bytes of one micro-batch's passes through a piece; parameters, and gradients that are there before, not counted.
 
-    `input`: hidden states that come, and `kept_input` if its backward pass needs them. `kept`: everything else that is
-    kept for it. `in_forward`, `in_backward`: what a pass holds, with what is kept but without a kept input; `end`: the
-    same when a backward pass is done. `gradients`: what it makes where there are none yet. `put_off`: what is kept
-    where weights' gradients wait, `in_late` what computing them takes. `traffic`, `flops` and `moved`
-    (`megatron.plan.work`): of both passes.
+    `input`: hidden states that come. `kept_inputs`: of what comes, that may be others' as well, what the backward pass
+    needs: of hidden states, the rotation, the embeddings, and the skips that are taken. `given`: for each skip that
+    goes on, whether that is the piece's hidden states. `kept`: everything else that is kept for the backward pass.
+    `in_forward`, `in_backward`: what a pass holds, with what is kept but without what comes; `end`: the same when a
+    backward pass is done. `gradients`: what it makes where there are none yet. `put_off`: what is kept where weights'
+    gradients wait, `in_late` what computing them takes. `traffic`, `flops` and `moved` (`megatron.plan.work`): of both
+    passes.
     """
 
     num_blocks: int
     input: int
-    kept_input: int
+    kept_inputs: list[int]
+    given: list[int]
     kept: int
     in_forward: Moments
     in_backward: Moments
@@ -63,22 +68,23 @@ class Piece:
     @cached_property
     def forward(self) -> int:
         """The most that a forward pass holds."""
-        return max(held for held, _ in self.in_forward)
-
-    @cached_property
-    def backward(self) -> int:
-        """The most that a backward pass holds that adds to gradients."""
-        return max(held for held, _ in self.in_backward)
-
-    @cached_property
-    def first(self) -> Sequence[int]:
-        """When a backward pass holds most that makes the gradients: what it holds beside them, and what of them."""
-        return max(self.in_backward, key=sum)
+        return max(held for held, *_ in self.in_forward)
 
     @cached_property
     def late(self) -> int:
         """The most that it takes to compute weights' gradients that waited."""
-        return max(held for held, _ in self.in_late)
+        return max(held for held, *_ in self.in_late)
+
+
+@cache
+def backward_of(piece: Piece, is_message: bool, is_in_message: bool) -> tuple[int, tuple[int, int]]:
+    """The most that a backward pass holds that adds to gradients; when it makes them, what beside, and what of them.
+
+    `is_message`: without the gradient of the hidden states that the piece gives; `is_in_message`: of the skips.
+    """
+    moments = [(held - is_message * hidden - is_in_message * skips, new)
+               for held, new, hidden, skips in piece.in_backward]
+    return max(moments)[0], max(moments, key=sum)
 
 
 @cache  # a search asks for the same pieces thousands of times
@@ -87,7 +93,9 @@ def measured(setting: Setting, part: Part, puts_off: bool) -> Piece:
 
     Rows are alike: where the same is done for one and for two, what more rows take lies on the line through both.
     """
-    if part.num_blocks == 0 and setting is not setting.without_recomputation:
+    if part.blocks != setting.alike(part.blocks):
+        return measured(setting, part._replace(blocks=setting.alike(part.blocks)), puts_off)
+    if not part.blocks and setting is not setting.without_recomputation:
         return measured(setting.without_recomputation, part, puts_off)  # it is about blocks
     if puts_off and not _can_put_off(setting, part):
         return measured(setting, part, False)
@@ -114,10 +122,11 @@ def _watched(setting: Setting, part: Part, puts_off: bool) -> Piece:
         counter = TrafficCounter(mesh)
         with MemoryWatch([counter.count, work.count]) as watch:
             model = setting.build(part, mesh)
-            run = _Run(model, setting, watch, puts_off)
-            return Piece(**run.passes(setting.batch), num_blocks=part.num_blocks,
-                         gradients=num_bytes(model.parameters()), traffic=counter.traffic, flops=work.flops,
-                         moved=work.moved)
+            run = _Run(model, setting, watch, puts_off, setting.num_taken(part.blocks))
+            work.moved = 0  # what comes is made elsewhere, once
+            trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+            return Piece(**run.passes(), num_blocks=len(part.blocks), gradients=num_bytes(trained),
+                         traffic=counter.traffic, flops=work.flops, moved=work.moved)
 
 
 @cache
@@ -156,9 +165,10 @@ def fake_group(rank: int, num_ranks: int) -> Iterator[None]:
 
 
 class _Run:
-    """Passes of one micro-batch through a piece, under the modes that watch them."""
+    """Passes of one micro-batch through a piece that takes some skips, under the modes that watch them."""
 
-    def __init__(self, model: ProteinModel, setting: Setting, watch: MemoryWatch, puts_off: bool) -> None:
+    def __init__(self, model: ProteinModel, setting: Setting, watch: MemoryWatch, puts_off: bool,
+                 num_taken: int) -> None:
         self._model, self._watch, self._waiting = model, watch, WeightGradients()
         self._num_tokens = model.stream.num_tokens_here(setting.num_rows * setting.data.seq_length)
         if puts_off:
@@ -166,40 +176,77 @@ class _Run:
         self._gate = torch.zeros((), device="meta", requires_grad=True)
         self._gradients = []
         for parameter in model.parameters():
+            if not parameter.requires_grad:
+                continue
             gradient = parameter.grad = torch.empty_like(parameter)
             self._gradients.append((gradient, num_bytes([gradient]), gradient._version))
         self._moments: Moments = []
-        self._end = 0
+        self._given: Sequence[weakref.ref[torch.UntypedStorage]] = []  # gradients of the outputs
+        sequence, self._targets = setting.batch.sequence, setting.batch.targets
+        # On the device, as what is made of them; boundaries have values, by which attention's work is counted.
+        self._sequence = replace(sequence, tokens_t=sequence.tokens_t.to("meta"),
+                                 positions_t=sequence.positions_t.to("meta"))
+        self._base = self._end = watch.current
+        self._inputs = self._made_inputs(num_taken)
         watch.at_growth = self._note
 
-    def passes(self, batch: Batch) -> dict[str, Any]:
+    def passes(self) -> dict[str, Any]:
         """What a pass forward and back shows, which adds to gradients that are there."""
-        watch, hidden = self._watch, None
-        base = self._end = watch.current
-        if not self._model.stage.is_first:
-            hidden = _Begin.apply(self._gate, self._received, self._mark_end)
-        input_size = watch.current - base
-        output = self._model(batch.sequence, batch.targets, hidden)
-        found = {"input": input_size, "in_forward": self._noted(base + input_size)}
-        loss = output[0] if self._model.stage.is_last else _End.apply(output)
-        del output
-        before = watch.current
-        del hidden
-        kept_input = input_size if watch.current == before else 0
-        kept = watch.current - base - kept_input
+        watch, base, inputs = self._watch, self._base, self._inputs
+        sizes = [num_bytes(input) for input in inputs]
+        hidden, *skips = self._outputs()
+        found = {"input": sizes[0] if sizes else 0, "given": [int(skip is hidden) for skip in skips],
+                 "in_forward": self._noted(base + sum(sizes))}
+        loss = hidden if self._model.stage.is_last else _End.apply(self._note_given, hidden, *skips)
+        del hidden, skips
+        kept_inputs = [self._kept_of_next(size) for size in sizes]
+        beside = base + sum(kept_inputs)
+        kept = watch.current - beside
         self._note()
         with self._waiting.collecting():
             loss.backward()
         del loss
         self._note()
-        in_backward, put_off = self._noted(base + kept_input), watch.current - base
+        in_backward, put_off = self._noted(beside), watch.current - base
         self._note()
         self._waiting.compute_oldest()
-        return {**found, "kept_input": kept_input, "kept": kept, "in_backward": in_backward, "put_off": put_off,
-                "end": self._end - base - kept_input, "in_late": self._noted(base + put_off)}
+        return {**found, "kept_inputs": kept_inputs, "kept": kept, "in_backward": in_backward, "put_off": put_off,
+                "end": self._end - beside, "in_late": self._noted(base + put_off)}
+
+    def _made_inputs(self, num_taken: int) -> list[Sequence[Tensor]]:
+        """Hidden states, rotation, embeddings and skips that the piece takes, each of these some tensors."""
+        model, transformer = self._model, self._model.transformer
+        if model.stage.is_first:
+            return []
+        has_x0 = transformer.has_x0 and not model.stage.is_last
+        hidden, *others = _Begin.apply(self._gate, self._received, 1 + has_x0 + num_taken, self._mark_end)
+        if model.stage.is_last:
+            return [[hidden]]
+        rotation = transformer.rotation(self._sequence)
+        return [[hidden], [rotation.cos, rotation.sin] if rotation else [], others[:has_x0],
+                *([skip] for skip in others[has_x0:])]
+
+    def _outputs(self) -> Sequence[Tensor]:
+        """Hidden states and skips that the next piece takes, or the loss."""
+        model = self._model
+        if model.stage.is_first:
+            return [model.embedding(self._sequence)]
+        (hidden,), *others = self._inputs
+        if model.stage.is_last:
+            return model.loss(model.transformer.normed(hidden), self._targets)[:1]
+        rotation, x0, *skips = others
+        return model.transformer.through_blocks(hidden, self._sequence, Rotation(*rotation) if rotation else None,
+                                                x0[0] if x0 else None, [skip for skip, in skips])
+
+    def _kept_of_next(self, size: int) -> int:
+        """How much of the first input that there still is stays when it is let go."""
+        before = self._watch.current
+        del self._inputs[0]
+        return size - (before - self._watch.current)
 
     def _received(self) -> Tensor:
-        return self._model.message(self._num_tokens, "meta", is_output=False)
+        shape = self._num_tokens, self._model.config.hidden_size
+        return torch.empty(shape, dtype=self._model.stream_dtype, device="meta")
 
     def _mark_end(self) -> None:
         self._end = self._watch.current
@@ -207,36 +254,43 @@ class _Run:
     def _note(self) -> None:
         """Gradients count as new from when one is added to."""
         new = sum(size for gradient, size, version in self._gradients if gradient._version > version)
-        self._moments.append([self._watch.current, new])
+        hidden, *skips = [storage.nbytes() if (storage := given()) is not None else 0 for given in self._given] or [0]
+        self._moments.append([self._watch.current, new, hidden, sum(skips)])
+
+    def _note_given(self, gradients: Sequence[Tensor]) -> None:
+        self._given = [weakref.ref(gradient.untyped_storage()) for gradient in gradients]
 
     def _noted(self, base: int) -> Moments:
         """The moments since the last time; what is held beyond `base`."""
-        moments, self._moments = [[held - base, new] for held, new in self._moments], []
+        moments, self._moments = [[held - base, *parts] for held, *parts in self._moments], []
         return moments
 
 
 class _Begin(torch.autograd.Function):
-    """Forward: hidden states of a stage before. Backward: their gradient goes no further."""
+    """Forward: what comes from the piece before. Backward: its gradients go no further."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, received: Callable[[], Tensor], at_end: Callable[[], None]) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, received: Callable[[], Tensor], number: int,
+                at_end: Callable[[], None]) -> tuple[Tensor, ...]:
         ctx.at_end = at_end
-        return received()
+        return tuple(received() for _ in range(number))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None, None]:
         ctx.at_end()
-        return None, None, None
+        return None, None, None, None
 
 
 class _End(torch.autograd.Function):
-    """Forward: hidden states go to the next stage. Backward: their gradient comes from there."""
+    """Forward: all goes to the next piece. Backward: its gradients come from there."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor) -> Tensor:
-        ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
-        return hidden.new_zeros(())
+    def forward(ctx: Any, note: Callable[[Sequence[Tensor]], None], *given: Tensor) -> Tensor:
+        ctx.kinds, ctx.note = [(tensor.shape, tensor.dtype) for tensor in given], note
+        return given[0].new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.new_empty(ctx.shape, dtype=ctx.dtype)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = [gradient.new_empty(shape, dtype=dtype) for shape, dtype in ctx.kinds]
+        ctx.note(gradients)
+        return None, *gradients

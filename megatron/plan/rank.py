@@ -6,6 +6,7 @@ from functools import cache, cached_property
 from megatron.config import Config, ParallelConfig
 from megatron.data.corpus.vocab import Vocab
 from megatron.model.protein_model import compute_dtype
+from megatron.model.transformer import num_passing
 from megatron.parallel.mesh import Axis, grid_sizes
 from megatron.parallel.pipeline.partition import stages_of_rank
 from megatron.parallel.traffic import Traffic
@@ -19,13 +20,28 @@ from megatron.plan.setting import Part, Setting, setting_of
 class PlannedStage:
     """A part of the model on a rank: its parameters, and its pieces in their order.
 
-    `hidden_bytes`: of the hidden states of a micro-batch between two pieces, on this rank.
+    `hidden_bytes`: of the hidden states of a micro-batch between two pieces, on this rank; `num_received` and
+    `num_sent`: how many such tensors a message has that comes from the stage before, and that goes to the next one.
+    `has_x0`: whether the embeddings pass on as well.
     """
 
     part: Part
     held: Held
     pieces: tuple[Piece, ...]
     hidden_bytes: int
+    num_received: int
+    num_sent: int
+    has_x0: bool
+
+    @property
+    def received(self) -> int:
+        """Bytes of a message that comes, and of its gradient."""
+        return self.num_received * self.hidden_bytes
+
+    @property
+    def sent(self) -> int:
+        """Bytes of a message that goes, and of its gradient."""
+        return self.num_sent * self.hidden_bytes
 
     @cached_property
     def traffic(self) -> Traffic:
@@ -91,7 +107,8 @@ class Rank:
     def stages(self) -> tuple[PlannedStage, ...]:
         """The stages of this pipeline rank."""
         parts = _parts(self.config.model.num_layers, self.config.parallel, self.place["pipeline"])
-        return tuple(_planned(self.setting, part, self.sizes["pipeline"] > 1, self.puts_off) for part in parts)
+        return tuple(_planned(self.setting, *_alike(self.setting, part), self.sizes["pipeline"] > 1, self.puts_off)
+                     for part in parts)
 
     @cached_property
     def held(self) -> Held:
@@ -128,20 +145,30 @@ class Rank:
 
 @cache
 def _parts(num_layers: int, parallel: ParallelConfig, place: int) -> list[Part]:
-    """The stages of a pipeline rank; the blocks of a model are all alike."""
-    return [Part(stage.is_first, len(stage.layers), stage.is_last)
+    """The stages of a pipeline rank."""
+    return [Part(stage.is_first, stage.layers, stage.is_last)
             for stage in stages_of_rank(num_layers, parallel, place)]
 
 
 @cache
-def _planned(setting: Setting, part: Part, has_pipeline: bool, puts_off: bool) -> PlannedStage:
-    size, num_blocks = setting.blocks_a_piece, part.num_blocks
-    groups = [size] * (num_blocks // size) + [num_blocks % size] * (num_blocks % size > 0)
-    parts = [Part(True, 0, False)] * part.is_first + [Part(False, group, False) for group in groups]
-    parts += [Part(False, 0, True)] * part.is_last
+def _alike(setting: Setting, part: Part) -> tuple[Part, int, int]:
+    """The first part of the model that is as this one, and how many tensors this one receives and sends."""
+    blocks, model = part.blocks, setting.model
+    return (part._replace(blocks=setting.alike(blocks)), 0 if part.is_first else num_passing(model, blocks.start),
+            0 if part.is_last else num_passing(model, blocks.stop))
+
+
+@cache
+def _planned(setting: Setting, part: Part, num_received: int, num_sent: int, has_pipeline: bool,
+             puts_off: bool) -> PlannedStage:
+    size, blocks = setting.blocks_a_piece, part.blocks
+    groups = [blocks[start:start + size] for start in range(0, len(blocks), size)]
+    parts = [Part(True, range(0), False)] * part.is_first + [Part(False, group, False) for group in groups]
+    parts += [Part(False, range(0), True)] * part.is_last
     pieces = tuple(measured(setting, one, puts_off) for one in parts)
-    return PlannedStage(part, held_by(setting.of_parameters, part, has_pipeline), pieces,
-                        measured(setting, Part(False, 1, False), puts_off).input)
+    held = held_by(setting.of_parameters, part, has_pipeline)
+    return PlannedStage(part, held, pieces, measured(setting, Part(False, range(1), False), puts_off).input,
+                        num_received, num_sent, setting.model.x0_skips)
 
 
 def padded_vocab_size(config: Config) -> int:

@@ -12,9 +12,7 @@ from megatron.parallel.traffic import Traffic
 from megatron.plan.gpus import gpu_named, peak_flops
 from megatron.plan.memory import Memory, peak_memory
 from megatron.plan.messages import step_traffic
-from megatron.plan.pieces import measured
 from megatron.plan.rank import Rank
-from megatron.plan.setting import Part
 from megatron.plan.step_time import StepTime, step_time
 
 # The flags that settle a part of the layout: where one is given, its value is kept and nothing else is tried.
@@ -156,8 +154,8 @@ def _recomputations(config: Config) -> list[dict]:
                              {"checkpoint_activations": False, "recompute_granularity": "selective"},
                              {"checkpoint_activations": True, "recompute_granularity": None})
     alone = replace(config, parallel=ParallelConfig(), training=replace(config.training, micro_batch_size=1))
-    kept, kept_selective = (measured(Rank(replace(alone, model=replace(config.model, **what)), 1).setting,
-                                     Part(False, 1, False), puts_off=False).kept for what in (none, selective))
+    ranks = [Rank(replace(alone, model=replace(config.model, **what)), 1) for what in (none, selective)]
+    kept, kept_selective = (sum(piece.kept for piece in rank.stages[0].pieces if piece.num_blocks) for rank in ranks)
     return [none, *([selective] if kept_selective < _WORTHWHILE * kept else []), full]
 
 

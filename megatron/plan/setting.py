@@ -1,5 +1,6 @@
 """Which part of the model is measured, and all that it depends on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from megatron.config import DataConfig, ModelConfig, PrecisionConfig
 from megatron.data.batches.batch import Batch
 from megatron.data.batches.typical import typical_batch
 from megatron.model.protein_model import ProteinModel, compute_dtype
+from megatron.model.transformer import kind_of, open_skips
 from megatron.parallel.mesh import Axis, Mesh
 from megatron.parallel.pipeline.partition import Stage
 from megatron.parallel.tensor.copies import ComputeCopies
@@ -40,6 +42,23 @@ class Setting:
     def blocks_a_piece(self) -> int:
         """Blocks of which one input is kept, or 1."""
         return self.model.checkpoint_num_layers if self.model.checkpoint_activations else 1
+
+    @cached_property
+    def _kinds(self) -> Sequence[object]:
+        return [kind_of(self.model, number) for number in range(self.model.num_layers)]
+
+    def alike(self, blocks: range) -> range:
+        """The first blocks of the model that are each of the same kind."""
+        kinds, size = self._kinds, len(blocks)
+        wanted = kinds[blocks.start:blocks.stop]
+        starts = range(blocks.start) if size else ()
+        start = next((start for start in starts if kinds[start:start + size] == wanted), blocks.start if size else 0)
+        return range(start, start + size)
+
+    def num_taken(self, blocks: range) -> int:
+        """How many skips that come to these blocks they take; the others pass them by."""
+        waiting = [open_skips(self.model, number) for number in range(blocks.start, blocks.stop + 1)]
+        return waiting[0] - min(waiting)
 
     @cached_property
     def of_parameters(self) -> "Setting":
@@ -94,16 +113,16 @@ def setting_of(*values: Any) -> Setting:
 
 
 class Part(NamedTuple):
-    """Some blocks in a row, with what comes before the first and behind the last one or without."""
+    """The blocks of these numbers, with what comes before the first and behind the last one or without."""
 
     is_first: bool
-    num_blocks: int
+    blocks: range
     is_last: bool
 
     @property
     def stage(self) -> Stage:
-        """A stage that is this part, in a model that has no more than it takes."""
-        return Stage(0 if self.is_first else 1, 3 - self.is_first - self.is_last, range(self.num_blocks))
+        """A stage that is this part, of as few as there can be."""
+        return Stage(0 if self.is_first else 1, 3 - self.is_first - self.is_last, self.blocks)
 
 
 @cache

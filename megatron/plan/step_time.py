@@ -64,7 +64,7 @@ def _rank_seconds(rank: Rank, traffic: Traffic, gpu: Gpu, peak: float, gpus_per_
     compute_s = compute_seconds(rank, gpu, peak)
     waits_s = (_TENSOR_EXPOSED * seconds["tensor"] + seconds["context"] + _PIPELINE_EXPOSED * seconds["pipeline"])
     waits_s /= rank.num_micro_batches
-    own = share_size(rank.held, rank.shards, rank.shard)
+    own = share_size(rank.held.trained, rank.shards, rank.shard)
     optimizer_s = _BYTES_A_STEP * own / (gpu.memory_bandwidth * 1e9 * BANDWIDTH_SHARE)
     return compute_s + waits_s, optimizer_s + _exposed_data(rank, seconds["data"], compute_s)
 

@@ -34,7 +34,8 @@ class WorkCounter:
             queries, keys = (value for value in args if isinstance(value, Tensor) and value.dtype == torch.int32)
             with unset_fake_temporarily():
                 num_pairs = int((queries.diff() * keys.diff()).sum())
-            self.flops += _ATTENTION[packet] * num_pairs * args[1].shape[-2] * args[1].shape[-1]
+            # Of queries, or of the context's gradient: where heads share keys, there are fewer of those.
+            self.flops += _ATTENTION[packet] * num_pairs * args[0].shape[-2] * args[0].shape[-1]
         elif packet in _PRODUCTS:
             left, right = args[_PRODUCTS[packet]:][:2]
             self.flops += 2 * left.numel() * right.shape[-1]

@@ -66,13 +66,34 @@ LAYOUTS = {
     "dp2-tp2": (4, 0, TP2), "cp2-tp2-sequence": (4, 3, [*CP2, *TP2, *SEQUENCE]),
     "dp2-tp2-optimizer": (4, 0, [*TP2, *SEQUENCE, *sharding("optimizer")]),
 }
+FOUR = ["--num-layers", "4"]
+ESM2 = ["--position-embedding-type", "rope", "--token-dropout", "--no-bias-gelu-fusion", "--contact-head",
+        "--attention-dropout", "0", "--hidden-dropout", "0"]
+PROTBERT = ["--norm-placement", "post", "--embedding-layernorm", "--no-bias-gelu-fusion"]
+SKIPS = ["--x0-skips", "--unet-skips"]
+RECIPE = [*SKIPS, "--position-embedding-type", "rope", "--rotary-percent", "0.5", "--normalization", "RMSNorm",
+          "--norm-placement", "both", "--qk-layernorm", "--swiglu", "--disable-bias-linear", "--num-attention-heads",
+          "8", "--group-query-attention", "--num-query-groups", "4", "--untie-embeddings-and-output-weights",
+          "--window-size", "64", "64", "--window-attn-skip-freq", "2", "--value-embeddings", "--qkv-conv-kernel", "3",
+          "--final-logit-softcapping", "15", "--zero-init-output"]
+FAMILIES = {
+    "esm2": (1, 0, ESM2), "esm2-tp2-sequence": (2, 1, [*ESM2, *TP2, *SEQUENCE]), "esm2-cp2": (2, 0, [*ESM2, *CP2]),
+    "esm2-dp2-parameters": (2, 1, [*ESM2, *sharding("parameters")]), "esm2-pp2": (2, 0, [*ESM2, *PP2]),
+    "protbert-pp2": (2, 0, [*PROTBERT, *PP2]), "protbert-pp2-zero-bubble-last": (2, 1, [*PROTBERT, *PP2, *ZERO_BUBBLE]),
+    "protbert-full": (1, 0, [*PROTBERT, *FULL]), "recipe": (1, 0, [*RECIPE, *FOUR]),
+    "recipe-pp2-last": (2, 1, [*RECIPE, *PP2]), "recipe-tp2-sequence-full": (2, 1, [*RECIPE, *TP2, *SEQUENCE, *FULL]),
+    "skips-pp4": (4, 2, [*SKIPS, "--num-layers", "8", "--pipeline-model-parallel-size", "4"]),
+    "skips-pp2": (2, 0, [*SKIPS, *PP2]), "skips-pp2-zero-bubble-last": (2, 1, [*SKIPS, *PP2, *ZERO_BUBBLE]),
+    "skips-dp2-gradients": (2, 0, [*SKIPS, *FOUR, *sharding("gradients")]),
+    "unet-fp32-selective": (1, 0, ["--unet-skips", *FOUR, *FP32, "--recompute-granularity", "selective"]),
+}
 AT_SCALE = {"published-pp2-first": (2, 0, PP2), "published-dp8-gradients-full": (8, 0, [*sharding("gradients"), *FULL])}
 
 
 @cache
 def both(name):
     """What the dry run of a layout measures, and the planner's rank."""
-    num_ranks, number, flags = {**LAYOUTS, **AT_SCALE}[name]
+    num_ranks, number, flags = {**LAYOUTS, **FAMILIES, **AT_SCALE}[name]
     base = PUBLISHED if name in AT_SCALE else SMALL
     config, _ = parse([*base, "--dry-run-ranks", str(num_ranks), "--dry-run-rank", str(number), *flags])
     check_layout(config, num_ranks)
@@ -88,7 +109,7 @@ def by_group(counts):
     return {key: count for key, count in merged.items() if count}
 
 
-@pytest.mark.parametrize("name", [*LAYOUTS, *AT_SCALE])
+@pytest.mark.parametrize("name", [*LAYOUTS, *FAMILIES, *AT_SCALE])
 def test_memory_is_within_1_1_percent_of_the_dry_runs(name):
     measured, rank = both(name)
     planned = peak_memory(rank)
@@ -96,7 +117,7 @@ def test_memory_is_within_1_1_percent_of_the_dry_runs(name):
     assert (planned.parameters, planned.optimizer) == (measured.memory.parameters, measured.memory.optimizer)
 
 
-@pytest.mark.parametrize("name", [*LAYOUTS, *AT_SCALE])
+@pytest.mark.parametrize("name", [*LAYOUTS, *FAMILIES, *AT_SCALE])
 def test_a_rank_sends_exactly_what_the_dry_run_counts(name):
     measured, rank = both(name)
     planned = step_traffic(rank)
@@ -160,7 +181,8 @@ def test_more_sharding_holds_less():
 
 
 @pytest.mark.parametrize("num_rows", [4, 16])
-@pytest.mark.parametrize("part", [Part(True, 0, False), Part(False, 1, False), Part(False, 0, True)])
+@pytest.mark.parametrize("part", [Part(True, range(0), False), Part(False, range(1), False),
+                                  Part(False, range(0), True)])
 def test_many_rows_are_on_the_line_through_one_and_two(part, num_rows):
     config, _ = parse([*SMALL, *TP2, *SEQUENCE, "--micro-batch-size", str(num_rows), "--global-batch-size", "16"])
     setting = Rank(config, 2, 1).setting
