@@ -20,8 +20,10 @@ def parser() -> argparse.ArgumentParser:
     flags = OneLineParser(description="Write a checkpoint in another format or layout.", allow_abbrev=False)
     flags.add_argument("--load-dir", type=Path, required=True, help="a run's folder, a checkpoint's or a file")
     flags.add_argument("--save-dir", type=Path, required=True, help="new folder of a run")
-    flags.add_argument("--loader", choices=(AUTO, *FORMATS), default=AUTO, help="format of what is read")
-    flags.add_argument("--saver", choices=tuple(FORMATS), required=True, help="format of what is written")
+    flags.add_argument("--from", "--loader", dest="loader", choices=(AUTO, *FORMATS), default=AUTO,
+                       help="format of what is read (default: what it looks like)")
+    flags.add_argument("--to", "--saver", dest="saver", choices=tuple(FORMATS), required=True,
+                       help="format of what is written")
     flags.add_argument("--target-tensor-parallel-size", type=int, default=1, help="of Megatron's files (default: 1)")
     flags.add_argument("--target-pipeline-parallel-size", type=int, default=1, help="of Megatron's files (default: 1)")
     flags.add_argument("--iteration", type=int, help="which of a run's checkpoints (default: the newest)")

@@ -42,13 +42,20 @@ def saved_flags(folder: str) -> dict[str, Any]:
         return {}
 
 
+def _torch_files(place: Path) -> list[Path]:
+    """What torch.save wrote at a place, where it is what was read: beside safetensors it is not."""
+    if place.is_file():
+        return [place]
+    return sorted([*place.rglob("*.pt"), *(place.glob("*.bin") if not any(place.glob("*.safetensors")) else ())])
+
+
 def _foreign(known: Format | None, place: Path, world: Axis) -> tuple[Checkpoint | None, str | None]:
     """The checkpoint of another program, or what is wrong with it; the ranks share out the reading of its files."""
     if known is None:
         return None, f"{place} does not hold the same on all hosts; give a folder that they share"
     try:
         checkpoint = known.read(place)
-        for file in sorted(checkpoint.path.rglob("*.pt"))[world.rank::world.size]:
+        for file in _torch_files(checkpoint.path)[world.rank::world.size]:
             check_torch_file(file)
         return checkpoint, None
     except CheckpointError as error:

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -40,9 +41,10 @@ class FileFacts:
     crc32: int
 
 
-def write_tensors(path: Path, entries: Mapping[str, Entry]) -> FileFacts:
-    """Write a new file and bring it to the disk; raises OSError where the disk refuses."""
-    header, end = {}, 0
+def write_tensors(path: Path, entries: Mapping[str, Entry], notes: Mapping[str, str] | None = None) -> FileFacts:
+    """Write a new file and bring it to the disk, with `notes` at its head; raises OSError where the disk refuses."""
+    header: dict[str, Any] = {"__metadata__": dict(notes)} if notes else {}
+    end = 0
     for name, entry in entries.items():
         begin, end = end, end + entry.dtype.itemsize * torch.Size(entry.shape).numel()
         header[name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [begin, end]}
@@ -82,7 +84,7 @@ def read_box(path: Path, name: str, box: Box) -> Tensor:
         try:
             return file.get_slice(name)[box] if box else file.get_tensor(name).clone()
         except SafetensorError as error:
-            raise CheckpointError(f"{path}: damaged ({error}); load an older iteration") from error
+            raise CheckpointError(f"{path}: damaged ({error}); load an older iteration, or copy it again") from error
 
 
 def facts_of_file(path: Path, advance: Callable[[int], object] = lambda num_bytes: None) -> FileFacts:
@@ -110,4 +112,5 @@ def _opened(path: Path) -> safe_open:
                 return safe_open(f"/proc/self/fd/{file.fileno()}", framework="pt")
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: damaged or missing ({error}); load an older iteration") from error
+        raise CheckpointError(f"{path}: damaged or missing ({error}); load an older iteration, or copy it again"
+                              ) from error

@@ -26,11 +26,12 @@ def read_whole(place: Path, with_optimizer: bool = True) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{place / STATE}: damaged or missing ({error}); load an older iteration") from None
     optimizer = place / OPTIMIZER
-    return Checkpoint(place, iteration, _stored(place / MODEL),
-                      _stored(optimizer) if with_optimizer and optimizer.exists() else None, state)
+    return Checkpoint(place, iteration, stored_in(place / MODEL),
+                      stored_in(optimizer) if with_optimizer and optimizer.exists() else None, state)
 
 
-def _stored(path: Path) -> dict[str, StoredTensor]:
+def stored_in(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file, each read when it is asked for; raises CheckpointError for one that is damaged."""
     return {name: _one(path, name, entry) for name, entry in tensors_in(path).items()}
 
 

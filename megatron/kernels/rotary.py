@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
 
 @dataclass(frozen=True)
 class Rotation:
@@ -24,11 +26,17 @@ class Rotation:
     sin: Tensor
 
 
-def rotation_of(positions_t: Tensor, width: int, base: float) -> Rotation:
+def rotation_of(positions_t: Tensor, width: int, base: float, precision: str = "fp32") -> Rotation:
     """The rotation of `width` columns, an even number, at these positions in their proteins."""
-    places = torch.arange(0, width, 2, dtype=torch.float32, device=positions_t.device)
-    angles = positions_t.float()[:, None, None, None] * base ** (-places / width)
+    frequencies = frequencies_of(width, base, precision, positions_t.device)
+    angles = positions_t.float()[:, None, None, None] * frequencies
     return Rotation(angles.cos(), angles.sin())
+
+
+def frequencies_of(width: int, base: float, precision: str, device: torch.device | None = None) -> Tensor:
+    """base^(-2i/width), fp32, rounded to a `precision` first: those of the published ESM-2 are fp16's."""
+    exact = 1.0 / base ** (torch.arange(0, width, 2, dtype=torch.float32, device=device) / width)
+    return exact.to(PRECISIONS[precision]).float()
 
 
 def rotate(qkv_tgcd: Tensor, rotation: Rotation) -> Tensor:

@@ -90,7 +90,7 @@ class Transformer(nn.Module):
             self.final_layernorm = nn.Identity()
         is_rotary = config.position_embedding_type == "rope"
         self.rotary_width = int(config.kv_channels * config.rotary_percent) // 2 * 2 if is_rotary else 0
-        self.rotary_base = config.rotary_base
+        self.rotary_base, self.rotary_precision = config.rotary_base, config.rotary_frequency_precision
         self.layers_a_checkpoint = config.checkpoint_num_layers if config.checkpoint_activations else None
         self.kept_over = stream.axis if config.distribute_checkpointed_activations else Axis()
         self.has_dropout = config.attention_dropout > 0 or config.hidden_dropout > 0
@@ -113,7 +113,8 @@ class Transformer(nn.Module):
     def _through_blocks(self, hidden_uh: Tensor, sequence: PackedSequence, x0_uh: Tensor | None,
                         skips: Sequence[Tensor]) -> Sequence[Tensor]:
         """The hidden states behind the blocks, and the skips that are still open there."""
-        rotation = rotation_of(sequence.positions_t, self.rotary_width, self.rotary_base) if self.rotary_width else None
+        rotation = None if not self.rotary_width else rotation_of(
+            sequence.positions_t, self.rotary_width, self.rotary_base, self.rotary_precision)
         step, blocks = self.layers_a_checkpoint, list(self.layers.values())
         if step is None or not torch.is_grad_enabled():
             return _run(blocks, sequence, rotation, x0_uh, skips, hidden_uh)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron.checkpoint.convert import megatron_v2, sharded, whole
+from megatron.checkpoint.convert.families import esm, hf
 from megatron.checkpoint.convert.megatron_core import distributed, ranks
 from megatron.checkpoint.stored import Checkpoint
 from megatron.errors import CheckpointError
@@ -24,10 +25,10 @@ class Format(Protocol):
 
 
 FORMATS: Mapping[str, Format] = {
-    "sharded": sharded, "whole": whole, "megatron-v2": megatron_v2, "megatron-core": ranks,
+    "sharded": sharded, "whole": whole, "hf": hf, "esm": esm, "megatron-v2": megatron_v2, "megatron-core": ranks,
     "megatron-core-dist": distributed}
 # Of these the optimizer's state is neither read nor written.
-WEIGHTS_ALONE = ("megatron-core", "megatron-core-dist")
+WEIGHTS_ALONE = ("megatron-core", "megatron-core-dist", "hf", "esm")
 OURS = ("sharded", "whole")
 AUTO = "auto"
 

@@ -8,6 +8,8 @@ from torch import Tensor
 from megatron.checkpoint.stored import Box, Checkpoint, Piece, StoredTensor
 
 WORDS, BIAS = "embedding.word_embeddings.weight", "lm_head.bias"
+OUTPUT = "lm_head.decoder.weight"  # where it is not the word embedding
+_OF_TOKENS = (WORDS, OUTPUT, BIAS, ".attention.values.weight")  # endings of names
 _NEVER = -1e4  # the logit of a token that is none: its share of the softmax is 0 in every precision
 
 
@@ -27,12 +29,13 @@ def with_rows(checkpoint: Checkpoint, num_rows: int) -> Checkpoint:
 
     Rows that are added are 0, but in the head's bias: there they say that the token never is.
     """
-    model = {name: _with_rows(tensor, num_rows, _NEVER if name == BIAS else 0.0) if name in (WORDS, BIAS) else tensor
-             for name, tensor in checkpoint.model.items()}
+    def fitting(name: str, tensor: StoredTensor, value: float) -> StoredTensor:
+        return _with_rows(tensor, num_rows, value) if tensor.shape and name.endswith(_OF_TOKENS) else tensor
+
+    model = {name: fitting(name, tensor, _NEVER if name == BIAS else 0.0) for name, tensor in checkpoint.model.items()}
     optimizer = checkpoint.optimizer
     if optimizer is not None:
-        optimizer = {key: _with_rows(tensor, num_rows, 0.0) if tensor.shape and key.partition("/")[2] in (WORDS, BIAS)
-                     else tensor for key, tensor in optimizer.items()}
+        optimizer = {key: fitting(key, tensor, 0.0) for key, tensor in optimizer.items()}
     return replace(checkpoint, model=model, optimizer=optimizer)
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron.checkpoint.convert.megatron_v2.names import parameter_names
+from megatron.checkpoint.convert.token_types import NOTE, with_first_type
 from megatron.checkpoint.convert.vocabulary import WORDS
-from megatron.checkpoint.stored import Box, StoredTensor, Tensors, one_piece
+from megatron.checkpoint.stored import StoredTensor, Tensors
 from megatron.errors import CheckpointError
 
 OUTPUT = "output_layer.weight"  # where it is tied to the word embedding, the last of several pipeline stages' copy
@@ -83,8 +83,8 @@ def our_tensors(theirs: Tensors, place: Path) -> tuple[dict[str, StoredTensor], 
         raise CheckpointError(f"{place}: {OUTPUT} is not the word embedding, to which models here are tied; train it "
                               "without --untie-embeddings-and-output-weights")
     if (types := left.pop(_TOKEN_TYPES, None)) is not None:
-        model[_POSITIONS] = _with_first_type(model[_POSITIONS], types, place)
-        notes.append("the embedding of token type 0, which all residues have, was added to the position embeddings")
+        model[_POSITIONS] = with_first_type(model[_POSITIONS], types, _TOKEN_TYPES, place)
+        notes.append(NOTE)
     beside = [name for name in left if name.startswith(("pooler.", "binary_head."))]
     if beside:
         dropped = ", ".join(sorted({name.split(".")[0] for name in beside}))
@@ -121,15 +121,3 @@ def _check_shapes(model: Tensors, place: Path) -> None:
     if rows != 3 * inner:
         raise CheckpointError(f"{place}: has {rows} rows of queries, keys and values, expected 3 x {inner}; models "
                               "here have as many keys as queries, train it without --group-query-attention")
-
-
-def _with_first_type(positions: StoredTensor, types: StoredTensor, place: Path) -> StoredTensor:
-    """Positions plus the first row of `types`, in fp32: megatron-core's sum but for the rounding of its order."""
-    if len(types.shape) != 2 or not types.shape[0] or types.shape[1] != positions.shape[1]:
-        raise CheckpointError(f"{place}: {_TOKEN_TYPES} is {list(types.shape)}, expected [types, "
-                              f"{positions.shape[1]}]; copy it again")
-
-    def read(box: Box) -> Tensor:
-        return positions.read_box(box).float() + types.read_box((slice(0, 1), box[1])).float()
-
-    return one_piece(positions.shape, torch.float32, read)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron.checkpoint.convert.megatron_v2.arguments import config_of, progress_of, schedule_of
 from megatron.checkpoint.convert.megatron_v2.names import (
@@ -23,8 +22,9 @@ from megatron.checkpoint.convert.megatron_v2.names import (
 )
 from megatron.checkpoint.convert.megatron_v2.optimizer_state import OptimizerState, optimizer_state
 from megatron.checkpoint.convert.megatron_v2.places import RELEASE, Place, find_place
+from megatron.checkpoint.convert.token_types import NOTE, with_first_type
 from megatron.checkpoint.convert.torch_files import read_torch_file
-from megatron.checkpoint.stored import Box, Checkpoint, Piece, StoredTensor, one_piece, stored
+from megatron.checkpoint.stored import Checkpoint, Piece, StoredTensor, stored
 from megatron.errors import CheckpointError
 
 _POSITIONS = "embedding.position_embeddings.weight"
@@ -185,20 +185,13 @@ def _model(stages: Sequence[Sequence[_Rank]], join: _Joiner, notes: list[str]) -
         raise CheckpointError(f"{stages[0][0].path}: parameter {missing[0]} is in none of the ranks' files; copy the "
                               "checkpoint again")
     if TOKEN_TYPES in extra:
-        model[_POSITIONS] = _sum_with_row(model[_POSITIONS], extra.pop(TOKEN_TYPES))
-        notes.append("the embedding of token type 0, which all residues have, was added to the position embeddings")
+        model[_POSITIONS] = with_first_type(model[_POSITIONS], extra.pop(TOKEN_TYPES), TOKEN_TYPES,
+                                            stages[0][0].path)
+        notes.append(NOTE)
     if extra:
         dropped = ", ".join(sorted({name.split(".")[0] for name in extra}))
         notes.append(f"left out: {dropped}, which take no part in the masked language model")
     return model
-
-
-def _sum_with_row(tensor: StoredTensor, rows: StoredTensor) -> StoredTensor:
-    """A table to each row of which the first of `rows` was added, in fp32."""
-    def read(box: Box) -> Tensor:
-        return tensor.read_box(box).float() + rows.read_box((slice(0, 1), box[1])).float()
-
-    return one_piece(tensor.shape, torch.float32, read)
 
 
 def _optimizer(stages: Sequence[Sequence[_Rank]], join: _Joiner) -> dict[str, StoredTensor] | None:

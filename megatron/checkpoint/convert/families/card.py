@@ -1,0 +1,96 @@
+"""The model card of a folder of transformers: what its model is, and what it was made from, as far as that is known."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron.checkpoint.stored import Checkpoint
+
+CARD = "README.md"
+_LICENCE = re.compile(r"^license:\s*([A-Za-z0-9.\-]{1,40})\s*$", re.MULTILINE)
+_LONGEST = 2**20
+
+
+def licence_in(folder: Path) -> str | None:
+    """The licence that a model card says at its head; None where there is none."""
+    try:
+        with (folder / CARD).open(encoding="utf-8", errors="replace") as file:
+            text = file.read(_LONGEST)
+    except OSError:
+        return None
+    head = text.split("---")[1] if text.startswith("---") and text.count("---") > 1 else ""
+    match = _LICENCE.search(head)
+    return match[1] if match else None
+
+
+def card_of(checkpoint: Checkpoint, config: Mapping[str, Any], num_parameters: int, needs_code: bool) -> str:
+    """The text of a card; `needs_code`: whether the model is in a file of the folder."""
+    said = checkpoint.state.get("config", {})
+    start = said.get("load") if said.get("finetune") else None
+    source = Path(start) if start else checkpoint.path
+    facts = {"library_name": "transformers", "pipeline_tag": "fill-mask", "tags": ["protein", "biology"]}
+    head = "".join(f"{name}: {json.dumps(value)}\n" for name, value in facts.items())
+    if (licence := licence_in(source)) is not None:
+        head = f"license: {licence}\n{head}"
+    if start is not None:
+        head += f"base_model: {json.dumps(source.name)}\n"
+    trust = ", trust_remote_code=True" if needs_code else ""
+    lines = [f"- {line}" for line in _lines(checkpoint, config, num_parameters, start)]
+    return f"""---
+{head}---
+
+# A protein masked language model
+
+{chr(10).join(lines)}
+
+```python
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("."{trust})
+model = AutoModelForMaskedLM.from_pretrained("."{trust}).eval()
+logits = model(**tokenizer("MKTAYIAKQR", return_tensors="pt")).logits
+```
+
+Residues may be spaced or not, in either case; each becomes one token.
+"""
+
+
+def _lines(checkpoint: Checkpoint, config: Mapping[str, Any], num_parameters: int,
+           start: str | None) -> Iterator[str]:
+    said, progress = checkpoint.state.get("config", {}), checkpoint.state.get("progress", {})
+    yield (f"{config['num_layers']} layers of {config['hidden_size']}, {config['num_attention_heads']} heads, "
+           f"{num_parameters:,} parameters")
+    if start is not None:
+        yield f"trained on from the weights in {Path(start).name}"
+    if not progress.get("iteration"):
+        yield f"written from {checkpoint.path.name}; what it was trained on is not known here"
+        return
+    if said.get("data_path"):
+        yield f"trained on {' '.join(map(str, said['data_path']))}"
+    rows = f"{progress['iteration']:,} steps over {progress['consumed_samples']:,} rows"
+    if isinstance(length := said.get("seq_length"), int):
+        rows += f" of {length:,} positions: at most {progress['consumed_samples'] * length:,} residues"
+    yield rows
+    for kind, what in (("train", "training"), ("valid", "validation"), ("test", "test")):
+        for record in _last(checkpoint.path.parent / "metrics.jsonl", kind, checkpoint.iteration):
+            yield f"{what} loss {record['loss']:.4f} nats a masked residue after {record['iteration']:,} steps"
+
+
+def _last(metrics: Path, kind: str, iteration: int) -> list[dict[str, Any]]:
+    """The last record of a kind up to a step, if there is one."""
+    found: list[dict[str, Any]] = []
+    try:
+        lines = metrics.read_bytes().splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if (isinstance(record, dict) and record.get("kind") == kind and isinstance(record.get("loss"), float)
+                and isinstance(record.get("iteration"), int) and record["iteration"] <= iteration):
+            found = [record]
+    return found

@@ -1,0 +1,198 @@
+"""Files of fair-esm, in and out: ESM-2, and ESM-1b and ESM-1v.
+
+NAME.pt                       ESM-2: {"cfg": {"model": a namespace}, "model": tensors}; else {"args": a namespace, …}
+NAME-contact-regression.pt    {"model": tensors}: the regression of contacts, which fair-esm wants beside it
+
+Its loader takes what begins with esm2 for ESM-2, and so the file that is written is named. (Since torch 2.6 it needs
+torch.serialization.add_safe_globals([argparse.Namespace]), for its own files as well.)
+"""
+
+import argparse
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.convert.families import flags
+from megatron.checkpoint.convert.families.names import FAIR_ESM, family_tensors
+from megatron.checkpoint.convert.families.reading import FREQUENCIES, Family, checkpoint_of
+from megatron.checkpoint.convert.families.vocabularies import vocabulary_of
+from megatron.checkpoint.convert.own_places import refuse_layout
+from megatron.checkpoint.convert.torch_files import read_torch_file
+from megatron.checkpoint.convert.torch_writing import write_torch_file
+from megatron.checkpoint.convert.vocabulary import WORDS, with_rows
+from megatron.checkpoint.stored import Box, Checkpoint, StoredTensor, one_piece, stored
+from megatron.data.corpus.vocab import Vocab
+from megatron.errors import CheckpointError
+from megatron.files import new_folder, sync
+from megatron.kernels.rotary import frequencies_of
+
+_REGRESSION = "-contact-regression.pt"
+_HEAD_BYTES, _MARK = 2**22, b"self_attn_layer_norm"  # of a file, in which its names are
+_PREFIX = re.compile(r"^encoder\.(sentence_encoder\.)?")
+_FIRST_ROW = 2  # of the table of positions: behind that of padding, whose id is 1
+_ARCHITECTURE = "roberta_large"  # ESM-1b and ESM-1v; the others are other models
+_EPSILON, _BASE = 1e-5, 10000.0
+
+
+def recognises(path: Path) -> bool:
+    """Whether this looks like a file of fair-esm, or a folder with one; opens no pickle."""
+    try:
+        with _file_in(path).open("rb") as file:
+            return _MARK in file.read(_HEAD_BYTES)
+    except (CheckpointError, OSError):
+        return False
+
+
+def read(path: Path, iteration: int | None = None) -> Checkpoint:
+    """The weights in a file, a checkpoint of no iteration, with the regression of contacts that lies beside it.
+
+    `state` is as that of hf. Raises CheckpointError.
+    """
+    if iteration is not None:
+        raise CheckpointError(f"{path} holds one model and no iterations; leave --iteration out")
+    file = _file_in(path)
+    try:
+        return _read(file)
+    except CheckpointError:
+        raise
+    except Exception as error:  # what a file holds may be of any kind, and fail anywhere
+        raise CheckpointError(f"{file}: what it holds is not as fair-esm has it ({type(error).__name__}: "
+                              f"{' '.join(str(error).split())[:200]}); copy it again") from error
+
+
+def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: int = 1) -> Path:
+    """Write the weights, and the regression of contacts, into a new folder; returns the file of the weights.
+
+    A model that has no such regression gets one of zeros, by which every contact is as likely as not. Raises
+    ConfigError for a layout, CheckpointError where fair-esm has no such model, or the disk refuses.
+    """
+    refuse_layout(tensor, pipeline)
+    config, vocab = flags.complete(checkpoint), vocabulary_of(checkpoint)
+    is_rotary = config["position_embedding_type"] == "rope"
+    _refuse_others(checkpoint.path, config, vocab, is_rotary)
+    theirs = family_tensors(with_rows(checkpoint, vocab.size), config, FAIR_ESM, vocab.size, _FIRST_ROW)
+    theirs["lm_head.weight"] = theirs["embed_tokens.weight"]
+    if is_rotary:
+        frequencies = stored(frequencies_of(config["kv_channels"], _BASE, config["rotary_frequency_precision"]))
+        theirs |= {f"layers.{number}.self_attn.rot_emb{FREQUENCIES}": frequencies
+                   for number in range(config["num_layers"])}
+    contacts = {"weight": torch.zeros(1, config["num_layers"] * config["num_attention_heads"]), "bias": torch.zeros(1)}
+    regression = {name: theirs.pop(name, stored(contacts[name.rpartition(".")[2]]))
+                  for name in ("contact_head.regression.weight", "contact_head.regression.bias")}
+    is_named = folder.name.startswith("esm2") == is_rotary
+    file = folder / f"{'' if is_named else 'esm2_' if is_rotary else 'esm1b_'}{folder.name}.pt"
+    try:
+        with new_folder(folder) as temporary:
+            for name, tree in ((file.name, _tree(theirs, config, is_rotary)),
+                               (file.stem + _REGRESSION, {"model": regression})):
+                write_torch_file(temporary / name, tree)
+                sync(temporary / name)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written ({error.strerror}); make room, or give another folder"
+                              ) from error
+    return file
+
+
+def _file_in(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    files = [file for file in path.glob("*.pt") if not file.name.endswith(_REGRESSION)]
+    if len(files) != 1:
+        raise CheckpointError(f"{path} holds {len(files)} files of weights (NAME.pt); name one of fair-esm's")
+    return files[0]
+
+
+def _read(file: Path) -> Checkpoint:
+    tree = _tables(file)
+    regression = file.with_name(file.stem + _REGRESSION)
+    tensors = {_PREFIX.sub("", name): tensor for name, tensor in tree["model"].items()}
+    notes = [f"there is no {regression.name} beside it: it predicts no contacts"]
+    if regression.is_file():
+        tensors |= _tables(regression)["model"]
+        notes = []
+    config = _flags(tree, tensors, file)
+    vocab = Vocab.from_file("esm")
+    state = {"vocabulary": vocab.identity, "notes": notes}
+    checkpoint = checkpoint_of(Family(config, FAIR_ESM, vocab.size, _FIRST_ROW), tensors, file, state)
+    if config["position_embedding_type"] != "rope":
+        words = checkpoint.model[WORDS]
+        checkpoint = Checkpoint(file, 0, {**checkpoint.model, WORDS: _without_row(words, vocab.mask_id)}, None,
+                                checkpoint.state)
+    return checkpoint
+
+
+def _tables(file: Path) -> dict[str, Any]:
+    tree = read_torch_file(file)
+    model = tree.get("model") if isinstance(tree, dict) else None
+    if not isinstance(model, dict) or not all(isinstance(name, str) and isinstance(tensor, StoredTensor)
+                                              for name, tensor in model.items()):
+        raise CheckpointError(f"{file}: holds no table of tensors by the name of model; give a file of fair-esm")
+    return tree
+
+
+def _flags(tree: Mapping[str, Any], tensors: Mapping[str, StoredTensor], file: Path) -> dict[str, Any]:
+    """Our flags for what lies beside the tensors; raises CheckpointError for a model that is not known here."""
+    is_rotary = "cfg" in tree
+    given = tree["cfg"]["model"] if is_rotary else tree.get("args")
+    said = vars(given) if isinstance(given, argparse.Namespace) else given
+    if not isinstance(said, dict):
+        raise CheckpointError(f"{file}: has no namespace that says what its model is; give a file of fair-esm")
+    if not is_rotary and said.get("arch") != _ARCHITECTURE:
+        raise CheckpointError(f"{file}: is of the architecture {str(said.get('arch'))[:60]!r}; of fair-esm's models "
+                              "ESM-2, ESM-1b and ESM-1v can be read")
+    counts: dict[str, Any] = {name: said.get(f"encoder_{name}", said.get(name))
+                              for name in ("layers", "embed_dim", "attention_heads")}
+    flags.check_counts(counts, file)
+    width, heads = counts["embed_dim"], counts["attention_heads"]
+    rows = 0 if is_rotary else tensors["embed_positions.weight"].shape[0]
+    return flags.arithmetic() | flags.OF_ESM | {
+        "num_layers": counts["layers"], "hidden_size": width, "num_attention_heads": heads,
+        "kv_channels": width // heads, "ffn_hidden_size": tensors["layers.0.fc1.weight"].shape[0],
+        "layernorm_epsilon": _EPSILON, "hidden_dropout": 0.0, "attention_dropout": 0.0,
+        "position_embedding_type": "rope" if is_rotary else "learned_absolute", "rotary_base": _BASE,
+        "token_dropout": bool(said.get("token_dropout", False)), "untie_embeddings_and_output_weights": False,
+        "embedding_layernorm": "emb_layer_norm_before.weight" in tensors, "vocab_file": "esm", "protein_ends": "both",
+        **({} if is_rotary else {"max_position_embeddings": rows - _FIRST_ROW})}
+
+
+def _without_row(tensor: StoredTensor, row: int) -> StoredTensor:
+    """A table with zeros in a row: that of the mask, which fair-esm clears where it loads ESM-1b."""
+    def read(box: Box) -> Tensor:
+        values = tensor.read_box(box)
+        if box[0].start <= row < box[0].stop:
+            values[row - box[0].start] = 0
+        return values
+
+    return one_piece(tensor.shape, tensor.dtype, read)
+
+
+def _refuse_others(place: Path, config: Mapping[str, Any], vocab: Vocab, is_rotary: bool) -> None:
+    """Raises CheckpointError for a model that fair-esm cannot compute."""
+    expected = {"layernorm_epsilon": _EPSILON, "untie_embeddings_and_output_weights": False, "protein_ends": "both"}
+    if is_rotary:
+        expected |= {"rotary_base": _BASE, "ffn_hidden_size": 4 * config["hidden_size"], "embedding_layernorm": False}
+    wrong = next((f"{name} {config.get(name)}, where it has {value}" for name, value in expected.items()
+                  if config.get(name) != value), None)
+    if vocab.identity != Vocab.from_file("esm").identity:
+        wrong = "another vocabulary than esm"
+    if flags.family_of(config) != flags.ESM:
+        wrong = "another arithmetic than ESM's"
+    if wrong is not None:
+        raise CheckpointError(f"{place}: has {wrong}; fair-esm has no such model, write it as hf")
+
+
+def _tree(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any], is_rotary: bool) -> dict[str, Any]:
+    """What is pickled, with the names that fair-esm's loader strips."""
+    model = {f"encoder.{'' if name.startswith('lm_head.') else 'sentence_encoder.'}{name}": tensor
+             for name, tensor in tensors.items()}
+    said = {"encoder_layers": config["num_layers"], "encoder_embed_dim": config["hidden_size"],
+            "encoder_attention_heads": config["num_attention_heads"], "token_dropout": config["token_dropout"],
+            "encoder_ffn_embed_dim": config["ffn_hidden_size"]}
+    if is_rotary:
+        return {"cfg": {"model": argparse.Namespace(**said)}, "model": model}
+    return {"args": argparse.Namespace(arch=_ARCHITECTURE, max_positions=config["max_position_embeddings"], **said),
+            "model": model}

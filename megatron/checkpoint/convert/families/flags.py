@@ -1,0 +1,193 @@
+"""Configurations of `transformers`, and our flags: what of the one is the other, for the families that both have.
+
+ESM-2 (rotary) and ESM-1b (absolute) are EsmForMaskedLM, ProtBERT is BertForMaskedLM. What no class of theirs computes
+is a ProteinForMaskedLM, whose code lies in the folder (`remote`), and whose config.json has our flags as they are.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any
+
+from megatron.checkpoint.convert.megatron_v2.arguments import fits
+from megatron.checkpoint.stored import Checkpoint
+from megatron.config import DataConfig, ModelConfig
+from megatron.data.corpus.vocab import Vocab
+from megatron.errors import CheckpointError
+
+ESM, BERT, OWN = "esm", "bert", "protein_lm"
+CLASSES = {ESM: "EsmForMaskedLM", BERT: "BertForMaskedLM", OWN: "ProteinForMaskedLM"}
+_CODE = {"AutoConfig": "configuration_protein.ProteinConfig",
+         "AutoModelForMaskedLM": f"modeling_protein.{CLASSES[OWN]}"}
+_COURSE = ("attention_dropout", "hidden_dropout", "init_method_std")  # what it has besides
+# What is theirs where config.json leaves it out.
+_THEIRS: Mapping[str, Mapping[str, Any]] = {
+    ESM: {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
+          "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "max_position_embeddings": 1026,
+          "initializer_range": 0.02, "layer_norm_eps": 1e-12, "position_embedding_type": "absolute",
+          "emb_layer_norm_before": None, "token_dropout": False, "rope_theta": 10000.0, "tie_word_embeddings": True,
+          "vocab_size": 33, "pad_token_id": 1},
+    BERT: {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
+           "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "max_position_embeddings": 512,
+           "initializer_range": 0.02, "layer_norm_eps": 1e-12, "position_embedding_type": "absolute",
+           "tie_word_embeddings": True, "vocab_size": 30522, "pad_token_id": 0}}
+# What makes another function of the same weights, and the value that ours has.
+_SAME: Mapping[str, Any] = {
+    "hidden_act": "gelu", "is_decoder": False, "add_cross_attention": False, "is_folding_model": False,
+    "pruned_heads": {}, "quantization_config": None, "rope_scaling": None, "rope_parameters": None, "head_dim": None}
+_POSITIONS = {ESM: {"rotary": "rope", "absolute": "learned_absolute"}, BERT: {"absolute": "learned_absolute"}}
+_COUNTS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings",
+           "vocab_size")
+_NUMBERS = {"layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "rope_theta"}
+_MOST = {"num_hidden_layers": 10_000, "num_layers": 10_000, "layers": 10_000}
+# The flags that a family's class has a field for, or that say nothing of the arithmetic of a whole model.
+_FREE = {"num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels",
+         "max_position_embeddings", "make_vocab_size_divisible_by", "layernorm_epsilon",
+         "untie_embeddings_and_output_weights", "num_query_groups"}
+OF_ESM = {"norm_placement": "pre", "bias_gelu_fusion": False}
+_FREE_IN_ESM = {"position_embedding_type", "rotary_base", "rotary_frequency_precision", "embedding_layernorm",
+                "token_dropout", "contact_head"}
+_OF_BERT = {"norm_placement": "post", "embedding_layernorm": True, "bias_gelu_fusion": False,
+            "position_embedding_type": "learned_absolute"}
+
+
+def arithmetic() -> dict[str, Any]:
+    """The model's flags that change its arithmetic, with their defaults, but for those that others imply."""
+    return {item.name: item.default for item in fields(ModelConfig) if item.metadata["changes"] == "arithmetic"
+            and item.default is not None}
+
+
+def flags_of(theirs: Mapping[str, Any], place: Path) -> dict[str, Any]:
+    """Our flags for what config.json says; raises CheckpointError where models here compute something else."""
+    kind = kind_of(theirs, place)
+    if kind == OWN:
+        return _flags_as_they_are(theirs, place)
+    said = {**_THEIRS[kind], **{name: value for name, value in theirs.items() if value is not None}}
+    for name, ours in _SAME.items():
+        if (said.get(name) or ours) != ours:
+            raise CheckpointError(f"{place}: was made with {name} {str(said[name])[:60]!r}, models here compute as "
+                                  f"with {ours!r}; its weights would mean something else, give a model that has that")
+    positions = _POSITIONS[kind].get(str(said["position_embedding_type"]))
+    if positions is None:
+        raise CheckpointError(f"{place}: was made with position_embedding_type {str(said['position_embedding_type'])!r}"
+                              f", which models here have not; give one with {' or '.join(_POSITIONS[kind])}")
+    check_counts({name: said[name] for name in _COUNTS}, place)
+    for name in _NUMBERS & said.keys():
+        if type(said[name]) not in (int, float) or not 0 <= said[name] < math.inf:
+            raise CheckpointError(f"{place}: its configuration has {name} {str(said[name])[:40]!r}, which is no number "
+                                  "of that; copy it again")
+    if said["hidden_size"] % said["num_attention_heads"]:
+        raise CheckpointError(f"{place}: its configuration has {said['num_attention_heads']} heads in a width of "
+                              f"{said['hidden_size']}, which they do not divide; copy it again")
+    config = arithmetic() | {
+        "num_layers": said["num_hidden_layers"], "hidden_size": said["hidden_size"],
+        "ffn_hidden_size": said["intermediate_size"], "num_attention_heads": said["num_attention_heads"],
+        "kv_channels": said["hidden_size"] // said["num_attention_heads"],
+        "layernorm_epsilon": said["layer_norm_eps"], "hidden_dropout": said["hidden_dropout_prob"],
+        "attention_dropout": said["attention_probs_dropout_prob"], "init_method_std": said["initializer_range"],
+        "position_embedding_type": positions, "rotary_base": float(said.get("rope_theta", 10000.0)),
+        "untie_embeddings_and_output_weights": not said["tie_word_embeddings"],
+        "token_dropout": bool(said.get("token_dropout")), "protein_ends": "both", "contact_head": False,
+        "embedding_layernorm": bool(said.get("emb_layer_norm_before")), **(OF_ESM if kind == ESM else _OF_BERT)}
+    if positions == "learned_absolute":
+        config["max_position_embeddings"] = said["max_position_embeddings"] - tokens_of(said, kind)[1]
+    return config
+
+
+def complete(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The flags of a checkpoint with those that it leaves to their defaults; raises CheckpointError where some lack."""
+    config = arithmetic() | checkpoint.state.get("config", {})
+    said = checkpoint.state.get("config", {})
+    if missing := [name for name in ("num_layers", "hidden_size", "num_attention_heads") if name not in said]:
+        raise CheckpointError(f"{checkpoint.path}: does not say its {missing[0].replace('_', ' ')}, which others need; "
+                              "save it with its configuration")
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    implied = {"ffn_hidden_size": 4 * width, "kv_channels": width // heads}
+    return config | {name: value for name, value in implied.items() if config.get(name) is None}
+
+
+def _flags_as_they_are(theirs: Mapping[str, Any], place: Path) -> dict[str, Any]:
+    config = arithmetic()
+    for item in _stated():
+        value = theirs.get(item.name)
+        if value is None:
+            continue
+        if not fits(item, value):
+            raise CheckpointError(f"{place}: its configuration has {item.name} {str(value)[:40]!r}, which is none that "
+                                  "models here have; copy it again")
+        config[item.name] = value
+    check_counts({name: config.get(name) for name in ("num_layers", "hidden_size", "num_attention_heads",
+                                                      "ffn_hidden_size", "kv_channels")}, place)
+    check_counts({"vocab_size": theirs.get("vocab_size")}, place)
+    return config
+
+
+def _stated() -> list[Field]:
+    """The flags that a folder of our own says."""
+    return [item for section in (ModelConfig, DataConfig) for item in fields(section)
+            if item.metadata["changes"] == "arithmetic" or item.name in _COURSE]
+
+
+def kind_of(theirs: Mapping[str, Any], place: Path) -> str:
+    """The family of a configuration; raises CheckpointError for one that is not known."""
+    kind, classes = theirs.get("model_type"), theirs.get("architectures") or []
+    if kind not in CLASSES or not all(str(name).startswith(("Esm", "Bert", "Protein")) for name in classes):
+        found = ", ".join(map(str, classes)) or f"model_type {kind!r}"
+        raise CheckpointError(f"{place}: is of {found[:80]}; of transformers' models {', '.join(CLASSES.values())} can "
+                              "be read (ESM-2, ESM-1b, ESM-1v, ProtBERT, and what was written here)")
+    return kind
+
+
+def tokens_of(theirs: Mapping[str, Any], kind: str) -> tuple[int, int]:
+    """How many tokens a configuration has, and the row of its table of positions that is that of a first token.
+
+    Those of ESM come behind that of padding.
+    """
+    said = {**_THEIRS.get(kind, {}), **{name: value for name, value in theirs.items() if value is not None}}
+    return said["vocab_size"], said["pad_token_id"] + 1 if kind == ESM else 0
+
+
+def check_counts(counts: Mapping[str, Any], place: Path) -> None:
+    """Raises CheckpointError for what is no number of layers, columns, …"""
+    for name, value in counts.items():
+        if type(value) is not int or not 0 < value <= _MOST.get(name, 2**31):
+            raise CheckpointError(f"{place}: its configuration has {name} {str(value)[:40]!r}, which is no number of "
+                                  "that; copy it again")
+
+
+def family_of(config: Mapping[str, Any]) -> str:
+    """The family whose class computes what a model of these flags does; that of ours where none of theirs does."""
+    if config["kv_channels"] * config["num_attention_heads"] != config["hidden_size"] or (
+            config.get("num_query_groups") not in (None, config["num_attention_heads"])):
+        return OWN
+    defaults = arithmetic() | {"openai_gelu": False}
+    for kind, fixed, free in ((ESM, OF_ESM, _FREE | _FREE_IN_ESM), (BERT, _OF_BERT, _FREE)):
+        if all(config.get(name, value) == value for name, value in (defaults | fixed).items() if name not in free):
+            return kind
+    return OWN
+
+
+def configuration(config: Mapping[str, Any], kind: str, vocab: Vocab) -> dict[str, Any]:
+    """What config.json says of a model of these flags, whose family's class computes what it does."""
+    if kind == OWN:
+        said = {item.name: config[item.name] for item in _stated() if config.get(item.name) is not None}
+        return {"architectures": [CLASSES[OWN]], "model_type": OWN, "auto_map": _CODE, "vocab_size": vocab.size,
+                "pad_token_id": vocab.pad_id, "mask_token_id": vocab.mask_id, **said}
+    theirs = {
+        "architectures": [CLASSES[kind]], "model_type": kind, "vocab_size": vocab.size,
+        "hidden_size": config["hidden_size"], "num_hidden_layers": config["num_layers"],
+        "num_attention_heads": config["num_attention_heads"], "intermediate_size": config["ffn_hidden_size"],
+        "layer_norm_eps": config["layernorm_epsilon"], "initializer_range": config.get("init_method_std", 0.02),
+        "hidden_dropout_prob": config.get("hidden_dropout", 0.0),
+        "attention_probs_dropout_prob": config.get("attention_dropout", 0.0),
+        "tie_word_embeddings": not config["untie_embeddings_and_output_weights"], "pad_token_id": vocab.pad_id}
+    is_rotary = config["position_embedding_type"] == "rope"
+    if kind == BERT:
+        return theirs | {"max_position_embeddings": config["max_position_embeddings"], "hidden_act": "gelu",
+                         "type_vocab_size": 2, "position_embedding_type": "absolute"}
+    return theirs | {
+        "position_embedding_type": "rotary" if is_rotary else "absolute", "rope_theta": config["rotary_base"],
+        "max_position_embeddings": config.get("max_position_embeddings", 1024) + vocab.pad_id + 1,
+        "emb_layer_norm_before": config["embedding_layernorm"], "token_dropout": config["token_dropout"],
+        "mask_token_id": vocab.mask_id, "bos_token_id": vocab.cls_id, "eos_token_id": vocab.sep_id}

@@ -1,0 +1,129 @@
+"""Folders of transformers, in and out: ESM-2, ESM-1b and ProtBERT, and models of ours for its users.
+
+FOLDER/config.json            what the model is
+FOLDER/model.safetensors      its tensors; or of several files, which model.safetensors.index.json tells
+FOLDER/pytorch_model.bin      the same as torch.save writes it, which is read as well
+FOLDER/vocab.txt              a token a line
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from megatron.checkpoint.convert.families import flags
+from megatron.checkpoint.convert.families.hf_writing import CONFIG, INDEX, TABLES, WHOLE, write_files
+from megatron.checkpoint.convert.families.reading import Family, checkpoint_of
+from megatron.checkpoint.convert.families.vocabularies import vocabulary_in
+from megatron.checkpoint.convert.own_places import refuse_layout
+from megatron.checkpoint.convert.torch_files import read_torch_file
+from megatron.checkpoint.stored import Checkpoint, StoredTensor
+from megatron.checkpoint.whole import stored_in
+from megatron.errors import CheckpointError
+from megatron.files import new_folder
+
+BIN = "pytorch_model.bin"
+_VOCABULARIES = {flags.ESM: "esm", flags.BERT: "protbert", flags.OWN: "iupac"}
+_POINTER = b"version https://git-lfs"
+# What was saved before transformers named them so.
+_OLD = {re.compile(r"LayerNorm\.gamma$"): "LayerNorm.weight", re.compile(r"LayerNorm\.beta$"): "LayerNorm.bias"}
+
+
+def recognises(path: Path) -> bool:
+    """Whether this looks like a folder of transformers; opens no pickle."""
+    return (path / CONFIG).is_file() and any((path / f"{name}{end}").is_file() for name in (WHOLE, BIN)
+                                             for end in ("", INDEX))
+
+
+def read(path: Path, iteration: int | None = None) -> Checkpoint:
+    """The weights in a folder, a checkpoint of no iteration.
+
+    `state` has "config", "notes", a line for whatever was left out or changed, and "vocabulary", its identity, where it
+    is known. Raises CheckpointError.
+    """
+    if iteration is not None:
+        raise CheckpointError(f"{path} holds one model and no iterations; leave --iteration out")
+    try:
+        return _read(path)
+    except CheckpointError:
+        raise
+    except Exception as error:  # what a file holds may be of any kind, and fail anywhere
+        raise CheckpointError(f"{path}: what it holds is not as transformers writes it ({type(error).__name__}: "
+                              f"{' '.join(str(error).split())[:200]}); copy it again") from error
+
+
+def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: int = 1) -> Path:
+    """Write the weights, a tokenizer and a model card into a new folder; returns it.
+
+    Raises ConfigError for a layout, CheckpointError where something is missing or the disk refuses.
+    """
+    refuse_layout(tensor, pipeline)
+    try:
+        with new_folder(folder) as temporary:
+            write_files(checkpoint, temporary)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written ({error.strerror}); make room, or give another folder"
+                              ) from error
+    return folder
+
+
+def _read(place: Path) -> Checkpoint:
+    theirs = read_object(place / CONFIG)
+    kind = flags.kind_of(theirs, place)
+    config = flags.flags_of(theirs, place)
+    num_tokens, first_row = flags.tokens_of(theirs, kind)
+    state = vocabulary_in(place, _VOCABULARIES[kind], num_tokens)
+    family = Family(config | state["config"], TABLES[kind], num_tokens, first_row)
+    return checkpoint_of(family, tensors_in_folder(place), place, state)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises CheckpointError."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); copy it as well") from None
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is damaged, or no configuration of transformers; copy it again")
+    return found
+
+
+def tensors_in_folder(place: Path) -> dict[str, StoredTensor]:
+    """All tensors of the files in a folder, by their names there; raises CheckpointError."""
+    name = next(name for name in (WHOLE, BIN) if (place / name).is_file() or (place / f"{name}{INDEX}").is_file())
+    files = [name]
+    parts = {}
+    if not (place / name).is_file():
+        parts = read_object(place / f"{name}{INDEX}").get("weight_map", {})
+        files = sorted(set(parts.values()))
+        if wrong := [file for file in files if not isinstance(file, str) or Path(file).name != file]:
+            raise CheckpointError(f"{place / f'{name}{INDEX}'} names {str(wrong[0])[:60]!r}, which is no file beside "
+                                  "it; copy it again")
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        tensors |= _tensors_in(place / file)
+    if missing := sorted(parts.keys() - tensors.keys()):
+        raise CheckpointError(f"{place / parts[missing[0]]} has no {missing[0]}, which {name}{INDEX} says it has; copy "
+                              "all of it again")
+    for old, new in _OLD.items():
+        tensors = {old.sub(new, name): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def _tensors_in(file: Path) -> dict[str, StoredTensor]:
+    try:
+        with file.open("rb") as opened:
+            if opened.read(len(_POINTER)) == _POINTER:
+                raise CheckpointError(f"{file} is a pointer of Git LFS, and not what it points to; run git lfs pull "
+                                      "there")
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror}); copy it as well") from None
+    if file.suffix == ".safetensors":
+        return stored_in(file)
+    tree = read_torch_file(file)
+    if not isinstance(tree, dict) or not all(isinstance(name, str) and isinstance(tensor, StoredTensor)
+                                             for name, tensor in tree.items()):
+        raise CheckpointError(f"{file}: holds more than a table of tensors; give a pytorch_model.bin of transformers")
+    return tree

@@ -1,0 +1,26 @@
+"""The embedding of token types, of which proteins have one: it is part of the position embedding here."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.stored import Box, StoredTensor, one_piece
+from megatron.errors import CheckpointError
+
+NOTE = "the embedding of token type 0, which all residues have, was added to the position embeddings"
+
+
+def with_first_type(positions: StoredTensor, types: StoredTensor, name: str, place: Path) -> StoredTensor:
+    """Positions plus the first row of `types`, in fp32: their sum but for the rounding of its order.
+
+    `name`: of the types. Raises CheckpointError where they are none.
+    """
+    if len(types.shape) != 2 or not types.shape[0] or types.shape[1] != positions.shape[1]:
+        raise CheckpointError(f"{place}: {name} is {list(types.shape)}, expected [types, {positions.shape[1]}]; copy "
+                              "it again")
+
+    def read(box: Box) -> Tensor:
+        return positions.read_box(box).float() + types.read_box((slice(0, 1), box[1])).float()
+
+    return one_piece(positions.shape, torch.float32, read)

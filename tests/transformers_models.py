@@ -1,0 +1,86 @@
+"""Small models of transformers with random weights, and what our program makes of them: the oracle of the formats."""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+from megatron.checkpoint.stored import Checkpoint
+from megatron.config import ModelConfig, PrecisionConfig
+from megatron.data.corpus.vocab import Vocab
+from megatron.kernels.packed_sequence import PackedSequence
+from megatron.model.protein_model import ProteinModel
+
+PROTEINS = ("MKTAYIAKQRQISFVKSHFSRQ", "GAVLIPFMWXBUZO", "M", "MK#T##AAYLD")  # '#' for a masked residue
+_SHAPE = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 96}
+_ESM = _SHAPE | {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32, "layer_norm_eps": 1e-5,
+                 "max_position_embeddings": 42, "token_dropout": True}
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "esm2": ("Esm", _ESM | {"position_embedding_type": "rotary"}),
+    "esm1b": ("Esm", _ESM | {"emb_layer_norm_before": True}),
+    "esm1v": ("Esm", _ESM | {"token_dropout": False}),
+    "untied": ("Esm", _ESM | {"position_embedding_type": "rotary", "tie_word_embeddings": False}),
+    "protbert": ("Bert", _SHAPE | {"vocab_size": 30, "max_position_embeddings": 40}),
+    "untied-bert": ("Bert", _SHAPE | {"vocab_size": 30, "max_position_embeddings": 40, "tie_word_embeddings": False}),
+}
+
+
+def transformers() -> ModuleType:
+    """The library, imported once: that takes seconds."""
+    import transformers
+
+    return transformers
+
+
+def made(kind: str, **changes: int) -> torch.nn.Module:
+    """A model of a kind, no weight of which is like another."""
+    name, config = KINDS[kind]
+    torch.manual_seed(0)
+    config_class, model_class = (getattr(transformers(), f"{name}{what}") for what in ("Config", "ForMaskedLM"))
+    model = model_class(config_class(**(config | changes))).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def ids_of(protein: str, vocab: Vocab, ends: str = "both") -> list[int]:
+    """The ids of a protein between its ends, by the tokens' names alone."""
+    residues = [vocab.mask_id if letter == "#" else vocab.ids[letter] for letter in protein]
+    return [vocab.cls_id, *residues, *([vocab.sep_id] if ends == "both" else [])]
+
+
+@torch.no_grad()
+def their_logits(model: torch.nn.Module, vocab: Vocab, proteins: Sequence[str] = PROTEINS) -> list[torch.Tensor]:
+    """Those of each protein, all of them in one padded batch."""
+    rows = [ids_of(protein, vocab) for protein in proteins]
+    length = max(map(len, rows))
+    ids = torch.tensor([row + [vocab.pad_id] * (length - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    return [logits[number, :len(row)] for number, row in enumerate(rows)]
+
+
+@torch.no_grad()
+def our_logits(checkpoint: Checkpoint, vocab: Vocab, proteins: Sequence[str] = PROTEINS) -> list[torch.Tensor]:
+    """Those of each protein, all of them packed in one row, of the model that a checkpoint holds."""
+    flags = checkpoint.state["config"]
+    config = ModelConfig(**{item.name: flags[item.name] for item in fields(ModelConfig) if item.name in flags})
+    num_rows = checkpoint.model["embedding.word_embeddings.weight"].shape[0]
+    model = ProteinModel(config, PrecisionConfig(), num_rows, mask_id=vocab.mask_id).eval()
+    model.load_state_dict({name: tensor.read().float() for name, tensor in checkpoint.model.items()}, strict=True)
+    rows = [torch.tensor(ids_of(protein, vocab, flags["protein_ends"])) for protein in proteins]
+    lengths = torch.tensor(list(map(len, rows)))
+    sequence = PackedSequence(torch.cat(rows), torch.cat([torch.arange(len(row)) for row in rows]),
+                              pad(lengths.cumsum(0), (1, 0)).int(), int(lengths.max()), num_filler=0)
+    logits = model.logits(model.hidden(sequence))
+    never = -1e3 if config.final_logit_softcapping is None else -config.final_logit_softcapping + 0.1
+    assert (logits[:, vocab.size:] < never).all(), "rows of no token are never predicted"
+    return list(logits[:, :vocab.size].split(lengths.tolist()))
+
+
+def difference(some: list[torch.Tensor], others: list[torch.Tensor]) -> float:
+    """The largest between two lists of logits."""
+    return max(float((one - other).abs().max()) for one, other in zip(some, others, strict=True))
