@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
 
-from megatron.checkpoint.stored import Checkpoint
+from megatron.checkpoint.stored import Checkpoint, stored
 from megatron.config import ModelConfig, PrecisionConfig
 from megatron.data.corpus.vocab import Vocab
 from megatron.kernels.packed_sequence import PackedSequence
@@ -44,6 +45,21 @@ def made(kind: str, **changes: int) -> torch.nn.Module:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model
+
+
+def trained_here(config: ModelConfig, vocab_file: str, ends: str) -> Checkpoint:
+    """A checkpoint of a model of ours with random weights; the rows that fill its vocabulary up are never predicted."""
+    vocab = Vocab.from_file(vocab_file)
+    torch.manual_seed(0)
+    model = ProteinModel(config, PrecisionConfig(), vocab.padded_size(config.make_vocab_size_divisible_by),
+                         mask_id=vocab.mask_id)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    torch.nn.init.constant_(model.lm_head.bias[vocab.size:], -1e4)
+    flags = {item.name: getattr(config, item.name) for item in fields(ModelConfig)}
+    state = {"config": flags | {"protein_ends": ends, "vocab_file": vocab_file}, "vocabulary": vocab.identity}
+    return Checkpoint(Path("run/iter_0000007"), 7, {name: stored(value.data) for name, value in
+                                                    model.named_parameters()}, None, state)
 
 
 def ids_of(protein: str, vocab: Vocab, ends: str = "both") -> list[int]:

@@ -32,7 +32,7 @@ class ModelConfig:
     rotary_percent: float = flag(1.0, "share of a head's width that is rotated", kind=float,
                                  check=(lambda v: 0 < v <= 1, "above 0 and at most 1"), changes="arithmetic")
     rotary_frequency_precision: str = flag(
-        "fp32", "what the frequencies of --position-embedding-type rope are rounded to; the published ESM-2 have fp16's",
+        "fp32", "what the frequencies of --position-embedding-type rope are rounded to; the published ESM-2 has fp16's",
         choices=("fp32", "fp16", "bf16"), changes="arithmetic")
     window_size: tuple[int, ...] = flag(None, "LEFT RIGHT: how many residues to each side a residue attends to",
                                         kind=int, nargs=2, check=not_negative, changes="arithmetic")

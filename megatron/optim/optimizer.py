@@ -29,11 +29,12 @@ class Optimizer:
     """Steps fp32 parameters along their summed, scaled gradients; of frozen ones it keeps nothing.
 
     `parameters`: this rank's part of each, by name; `pipeline`: the ranks that hold the others, whose gradients count
-    in the norm. A step whose gradients are not all finite changes nothing. Raises ConfigError where all are frozen.
+    in the norm; `peak_lr`: the schedule's, with which learning rates of single groups are compared. A step whose
+    gradients are not all finite changes nothing. Raises ConfigError where all are frozen.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig,
-                 pipeline: Axis = ONE_RANK) -> None:
+                 pipeline: Axis = ONE_RANK, peak_lr: float | None = None) -> None:
         if not is_any_trained(parameters.values(), pipeline):
             raise ConfigError("every parameter of the model is frozen, so there is nothing to train; leave some "
                               "trainable")
@@ -41,6 +42,8 @@ class Optimizer:
         self._trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         self._clip_grad = config.clip_grad
         self._is_apex = config.optimizer_backend == "apex"
+        peaks = {"embedding": config.embedding_lr, "head": config.head_lr, "vector": config.scalar_lr}
+        self._lr_scales = {group: lr / peak_lr for group, lr in peaks.items() if lr is not None and peak_lr}
         self.inner = _build(_groups(self._all, config.weight_decay), config)
 
     def step(self, learning_rate: float, loss_scale: LossScale) -> StepOutcome:
@@ -53,7 +56,7 @@ class Optimizer:
         # Megatron's clipping: by max_norm / (norm + 1e-6) where that is below 1.
         divisor = scale * torch.clamp((norm + 1e-6) / self._clip_grad, min=1.0) if self._clip_grad else scale
         for group in self.inner.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * self._lr_scales.get(group["group"], 1.0)
         if self._is_apex:
             if is_finite.item():
                 torch._foreach_div_(gradients, divisor)

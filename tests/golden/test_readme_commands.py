@@ -9,11 +9,15 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megatron.checkpoint.convert.families import hf
+from tests.families import ESM2
 from tests.megatron_files import write_original
+from tests.transformers_models import trained_here
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_COPIED = (".git", ".venv", "build", "runs", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info")
@@ -21,7 +25,8 @@ NOT_COPIED = (".git", ".venv", "build", "runs", ".*_cache", ".hypothesis", "__py
 TINY = ("--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 256 --max-position-embeddings 256 "
         "--micro-batch-size 2 --train-iters 4 --eval-iters 1 --log-interval 2 --num-workers 0")
 # What is put behind a command that matches.
-QUICK = [(re.compile(r"--load proteinlm-200m"), "--seq-length 12 --global-batch-size 2 --train-iters 2"),
+QUICK = [(re.compile(r"--load (proteinlm-200m|esm2_t6_8M_UR50D)"),
+          "--seq-length 12 --global-batch-size 2 --train-iters 2"),
          (re.compile(r"\bpretrain_tape\w*\.(sh|py)\b"), TINY),
          (re.compile(r"\btests/run\.sh\b"), "--collect-only tests/unit/test_vocab.py")]
 
@@ -50,7 +55,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project without what running left in it."""
     place = Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("readme") / "checkout",
                                  ignore=shutil.ignore_patterns(*NOT_COPIED)))
-    write_original(place / "proteinlm-200m", tensor=2)  # a small one in place of the download
+    write_original(place / "proteinlm-200m", tensor=2)  # small ones in place of the downloads
+    hf.write(trained_here(replace(ESM2, ffn_hidden_size=128), "esm", "both"), place / "esm2_t6_8M_UR50D")
     return place
 
 

@@ -1,5 +1,6 @@
 """Weights of ESM-2, ESM-1b and ProtBERT, in and out; the oracles are transformers and fair-esm."""
 
+import ast
 import json
 import os
 import shutil
@@ -16,14 +17,22 @@ from megatron.checkpoint.convert.families import hf, hf_writing
 from megatron.checkpoint.convert.families.vocabularies import vocabulary_of
 from megatron.checkpoint.convert.formats import foreign, recognised
 from megatron.checkpoint.newest import saved_flags
-from megatron.checkpoint.stored import Checkpoint, stored
-from megatron.config import ModelConfig, PrecisionConfig
+from megatron.checkpoint.stored import stored
+from megatron.config import ModelConfig
 from megatron.data.corpus.tokenizer import ResidueTokenizer
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import CheckpointError
-from megatron.model.protein_model import ProteinModel
 from tests.families import PROTEINLM, RECIPE
-from tests.transformers_models import KINDS, PROTEINS, difference, made, our_logits, their_logits, transformers
+from tests.transformers_models import (
+    KINDS,
+    PROTEINS,
+    difference,
+    made,
+    our_logits,
+    their_logits,
+    trained_here,
+    transformers,
+)
 
 OF_TOKENS = ("word_embeddings.weight", "lm_head.bias", "decoder.weight", "values.weight")  # a row a token
 LEFT_OPEN = ("make_vocab_size_divisible_by", "num_query_groups", "group_query_attention", "max_position_embeddings")
@@ -104,28 +113,17 @@ OWN = {"proteinlm": "ProteinForMaskedLM", "recipe": "ProteinForMaskedLM", "group
        "untied": "EsmForMaskedLM", "protbert": "BertForMaskedLM", "untied-bert": "BertForMaskedLM"}
 
 
-def trained_here(name):
-    """A checkpoint of a model of ours with random weights, and its flags."""
-    configs = {"proteinlm": PROTEINLM, "recipe": RECIPE, "exact": replace(PROTEINLM, bias_gelu_fusion=False),
-               "grouped": replace(PROTEINLM, num_query_groups=2, squared_relu=True, window_size=(2, 4),
-                                  qk_layernorm=True, normalization="RMSNorm", position_embedding_type="none")}
-    flags = {item.name: getattr(configs[name], item.name) for item in fields(ModelConfig)}
-    torch.manual_seed(0)
-    vocab = Vocab.from_file("iupac")
-    model = ProteinModel(configs[name], PrecisionConfig(), vocab.padded_size(8), mask_id=vocab.mask_id)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    with torch.no_grad():
-        model.lm_head.bias[vocab.size:] = -1e4
-    tensors = {key: stored(value.data) for key, value in model.named_parameters()}
-    state = {"config": flags | {"protein_ends": "both" if name == "exact" else "start", "vocab_file": None},
-             "vocabulary": vocab.identity}
-    return Checkpoint(Path(f"{name}/iter_0000007"), 7, tensors, None, state)
+EXACT = replace(PROTEINLM, bias_gelu_fusion=False)
+CONFIGS = {
+    "proteinlm": PROTEINLM, "recipe": RECIPE, "exact": EXACT,
+    "grouped": replace(PROTEINLM, num_query_groups=2, squared_relu=True, window_size=(2, 4), qk_layernorm=True,
+                       normalization="RMSNorm", position_embedding_type="none")}
 
 
 @pytest.fixture(scope="module")
 def checkpoints(folders):
-    return {name: hf.read(folders / name) if name in KINDS else trained_here(name) for name in OWN}
+    return {name: hf.read(folders / name) if name in KINDS else
+            trained_here(CONFIGS[name], "iupac", "both" if name == "exact" else "start") for name in OWN}
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +267,19 @@ def test_a_vocabulary_of_the_folder_is_that_of_the_model(folders, tmp_path):
         hf.read(tmp_path / "given")
 
 
+def test_a_model_of_which_only_tokens_are_known_has_its_vocabulary(checkpoints, tmp_path):
+    """A file that has moved or changed is told by what its tokens were; of another program it is the default."""
+    first = checkpoints["protbert"]
+    moved = replace(first, state=first.state | {"config": first.state["config"] | {"vocab_file": "/gone/vocab.txt"}})
+    assert vocabulary_of(moved) == Vocab.from_file("protbert")
+    foreign_state = {"config": moved.state["config"]}
+    assert vocabulary_of(replace(moved, state=foreign_state)) == Vocab.from_file("iupac")
+    with pytest.raises(CheckpointError, match="its vocabulary is not there .*/gone/vocab.txt.*; put that file back"):
+        vocabulary_of(replace(moved, state=moved.state | {"vocabulary": "of others"}))
+    with pytest.raises(CheckpointError, match="has 20 rows for the 30 tokens"):
+        vocabulary_of(replace(first, model={WORDS: stored(torch.zeros(20, 24))}))
+
+
 def test_the_card_says_what_is_known_of_a_run(checkpoints, tmp_path):
     run, start = tmp_path / "run", tmp_path / "esm2_start"
     start.mkdir()
@@ -291,6 +302,9 @@ def test_the_card_says_what_is_known_of_a_run(checkpoints, tmp_path):
 
 CHANGES = [
     ({"model_type": "bart", "architectures": ["BartModel"]}, "is of BartModel; of transformers' models EsmForMaskedLM"),
+    ({"architectures": ["EsmForTokenClassification"]}, "is of EsmForTokenClassification; of transformers' models"),
+    ({"mask_token_id": 31}, "its configuration has the mask at 31, vocab.txt at 32"),
+    ({"pad_token_id": "1"}, "pad_token_id '1', which is no number of that"),
     ({"is_decoder": True}, "was made with is_decoder 'True', models here compute as with False"),
     ({"is_folding_model": True}, "is_folding_model"),
     ({"hidden_act": "gelu_new"}, "hidden_act 'gelu_new', models here compute as with 'gelu'"),
@@ -358,3 +372,27 @@ def test_files_that_are_none_are_refused_in_one_line(folders, tmp_path):
     refused(index({"weight_map": {"esm.a": "model-00002-of-00002.safetensors"}}), "cannot be read")
     with pytest.raises(CheckpointError, match="leave --iteration out"):
         hf.read(folders / "esm2", 7)
+
+
+@pytest.mark.parametrize(("change", "name"), [
+    ({}, "EsmForMaskedLM"), ({"position_embedding_type": "none"}, "ProteinForMaskedLM"),
+    ({"window_size": (3, 3)}, "ProteinForMaskedLM"), ({"final_logit_softcapping": 9.0}, "ProteinForMaskedLM"),
+    ({"position_embedding_type": "rope", "rotary_percent": 0.5}, "ProteinForMaskedLM"),
+    ({"num_query_groups": 2}, "ProteinForMaskedLM"), ({"kv_channels": 16}, "ProteinForMaskedLM"),
+    ({"norm_placement": "post", "embedding_layernorm": True}, "BertForMaskedLM"),
+    ({"norm_placement": "post"}, "ProteinForMaskedLM"), ({"bias_gelu_fusion": True}, "ProteinForMaskedLM")])
+def test_the_class_is_of_a_family_only_where_its_arithmetic_is_ours(change, name, tmp_path):
+    hf.write(trained_here(replace(EXACT, **change), "esm", "both"), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == [name]
+    assert (tmp_path / "out" / "modeling_protein.py").exists() == (name == "ProteinForMaskedLM")
+
+
+def test_the_code_in_the_folder_knows_every_flag_that_changes_the_arithmetic():
+    file = Path(hf_writing.__file__).parent / "remote" / "configuration_protein.py"
+    known = {argument.arg for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)
+             for argument in node.args.args}
+    flags = {item.name for item in fields(ModelConfig) if item.metadata["changes"] == "arithmetic"}
+    assert flags - known == {"make_vocab_size_divisible_by"}
+    model = (file.parent / "modeling_protein.py").read_text()
+    assert [name for name in sorted(flags & known - {"num_layers"}) if f"config.{name}" not in model] == []

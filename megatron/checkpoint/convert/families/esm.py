@@ -151,8 +151,9 @@ def _flags(tree: Mapping[str, Any], tensors: Mapping[str, StoredTensor], file: P
     rows = 0 if is_rotary else tensors["embed_positions.weight"].shape[0]
     return flags.arithmetic() | flags.OF_ESM | {
         "num_layers": counts["layers"], "hidden_size": width, "num_attention_heads": heads,
-        "kv_channels": width // heads, "ffn_hidden_size": tensors["layers.0.fc1.weight"].shape[0],
-        "layernorm_epsilon": _EPSILON, "hidden_dropout": 0.0, "attention_dropout": 0.0,
+        "kv_channels": width // heads, "num_query_groups": heads,
+        "ffn_hidden_size": tensors["layers.0.fc1.weight"].shape[0], "layernorm_epsilon": _EPSILON,
+        "hidden_dropout": 0.0, "attention_dropout": 0.0,
         "position_embedding_type": "rope" if is_rotary else "learned_absolute", "rotary_base": _BASE,
         "token_dropout": bool(said.get("token_dropout", False)), "untie_embeddings_and_output_weights": False,
         "embedding_layernorm": "emb_layer_norm_before.weight" in tensors, "vocab_file": "esm", "protein_ends": "both",

@@ -18,6 +18,7 @@ from megatron.errors import CheckpointError
 
 ESM, BERT, OWN = "esm", "bert", "protein_lm"
 CLASSES = {ESM: "EsmForMaskedLM", BERT: "BertForMaskedLM", OWN: "ProteinForMaskedLM"}
+_BOTH_HEADS = "BertForPreTraining"  # the same with a head for pairs of sentences, which is left out
 _CODE = {"AutoConfig": "configuration_protein.ProteinConfig",
          "AutoModelForMaskedLM": f"modeling_protein.{CLASSES[OWN]}"}
 _COURSE = ("attention_dropout", "hidden_dropout", "init_method_std")  # what it has besides
@@ -39,8 +40,10 @@ _SAME: Mapping[str, Any] = {
 _POSITIONS = {ESM: {"rotary": "rope", "absolute": "learned_absolute"}, BERT: {"absolute": "learned_absolute"}}
 _COUNTS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings",
            "vocab_size")
-_NUMBERS = {"layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "rope_theta"}
+_NUMBERS = {"layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "rope_theta",
+            "pad_token_id"}
 _MOST = {"num_hidden_layers": 10_000, "num_layers": 10_000, "layers": 10_000}
+_IMPLIED = ("ffn_hidden_size", "kv_channels", "num_query_groups", "max_position_embeddings")
 # The flags that a family's class has a field for, or that say nothing of the arithmetic of a whole model.
 _FREE = {"num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels",
          "max_position_embeddings", "make_vocab_size_divisible_by", "layernorm_epsilon",
@@ -53,9 +56,9 @@ _OF_BERT = {"norm_placement": "post", "embedding_layernorm": True, "bias_gelu_fu
 
 
 def arithmetic() -> dict[str, Any]:
-    """The model's flags that change its arithmetic, with their defaults, but for those that others imply."""
+    """The model's flags that change its arithmetic, with their defaults, but for those that follow from others."""
     return {item.name: item.default for item in fields(ModelConfig) if item.metadata["changes"] == "arithmetic"
-            and item.default is not None}
+            and item.name not in _IMPLIED}
 
 
 def flags_of(theirs: Mapping[str, Any], place: Path) -> dict[str, Any]:
@@ -84,6 +87,7 @@ def flags_of(theirs: Mapping[str, Any], place: Path) -> dict[str, Any]:
         "num_layers": said["num_hidden_layers"], "hidden_size": said["hidden_size"],
         "ffn_hidden_size": said["intermediate_size"], "num_attention_heads": said["num_attention_heads"],
         "kv_channels": said["hidden_size"] // said["num_attention_heads"],
+        "num_query_groups": said["num_attention_heads"],
         "layernorm_epsilon": said["layer_norm_eps"], "hidden_dropout": said["hidden_dropout_prob"],
         "attention_dropout": said["attention_probs_dropout_prob"], "init_method_std": said["initializer_range"],
         "position_embedding_type": positions, "rotary_base": float(said.get("rope_theta", 10000.0)),
@@ -120,6 +124,7 @@ def _flags_as_they_are(theirs: Mapping[str, Any], place: Path) -> dict[str, Any]
     check_counts({name: config.get(name) for name in ("num_layers", "hidden_size", "num_attention_heads",
                                                       "ffn_hidden_size", "kv_channels")}, place)
     check_counts({"vocab_size": theirs.get("vocab_size")}, place)
+    config.setdefault("num_query_groups", config["num_attention_heads"])
     return config
 
 
@@ -132,7 +137,7 @@ def _stated() -> list[Field]:
 def kind_of(theirs: Mapping[str, Any], place: Path) -> str:
     """The family of a configuration; raises CheckpointError for one that is not known."""
     kind, classes = theirs.get("model_type"), theirs.get("architectures") or []
-    if kind not in CLASSES or not all(str(name).startswith(("Esm", "Bert", "Protein")) for name in classes):
+    if kind not in CLASSES or not isinstance(classes, list) or {*map(str, classes)} - {CLASSES[kind], _BOTH_HEADS}:
         found = ", ".join(map(str, classes)) or f"model_type {kind!r}"
         raise CheckpointError(f"{place}: is of {found[:80]}; of transformers' models {', '.join(CLASSES.values())} can "
                               "be read (ESM-2, ESM-1b, ESM-1v, ProtBERT, and what was written here)")
@@ -161,7 +166,9 @@ def family_of(config: Mapping[str, Any]) -> str:
     if config["kv_channels"] * config["num_attention_heads"] != config["hidden_size"] or (
             config.get("num_query_groups") not in (None, config["num_attention_heads"])):
         return OWN
-    defaults = arithmetic() | {"openai_gelu": False}
+    if config["position_embedding_type"] not in _POSITIONS[ESM].values():
+        return OWN
+    defaults = arithmetic()
     for kind, fixed, free in ((ESM, OF_ESM, _FREE | _FREE_IN_ESM), (BERT, _OF_BERT, _FREE)):
         if all(config.get(name, value) == value for name, value in (defaults | fixed).items() if name not in free):
             return kind

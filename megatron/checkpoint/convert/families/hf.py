@@ -72,7 +72,7 @@ def _read(place: Path) -> Checkpoint:
     kind = flags.kind_of(theirs, place)
     config = flags.flags_of(theirs, place)
     num_tokens, first_row = flags.tokens_of(theirs, kind)
-    state = vocabulary_in(place, _VOCABULARIES[kind], num_tokens)
+    state = vocabulary_in(place, _VOCABULARIES[kind], num_tokens, theirs.get("mask_token_id"))
     family = Family(config | state["config"], TABLES[kind], num_tokens, first_row)
     return checkpoint_of(family, tensors_in_folder(place), place, state)
 

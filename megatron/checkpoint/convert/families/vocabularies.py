@@ -12,11 +12,12 @@ from megatron.errors import CheckpointError, VocabError
 FILE = "vocab.txt"
 
 
-def vocabulary_in(folder: Path, usual: str, num_rows: int) -> dict[str, Any]:
+def vocabulary_in(folder: Path, usual: str, num_rows: int, mask_id: Any) -> dict[str, Any]:
     """What a checkpoint's state says of it: "config" (its flag), "vocabulary" (its identity), "notes".
 
-    `usual`: the family's name whose vocabulary a folder without vocab.txt has, if it has as many tokens. Raises
-    CheckpointError where there are more tokens than `num_rows`, or they are no vocabulary of proteins.
+    `usual`: the family's name whose vocabulary a folder without vocab.txt has, if it has as many tokens; `mask_id`: of
+    the mask, where the configuration says it. Raises CheckpointError where the tokens are no vocabulary of proteins,
+    are more than `num_rows`, or have another mask.
     """
     path = folder / FILE
     notes = []
@@ -33,26 +34,31 @@ def vocabulary_in(folder: Path, usual: str, num_rows: int) -> dict[str, Any]:
     if vocab.size > num_rows:
         raise CheckpointError(f"{path}: has {vocab.size} tokens, but the model has {num_rows} rows for them; copy both "
                               "from one place")
+    if mask_id not in (None, vocab.mask_id):
+        raise CheckpointError(f"{folder}: its configuration has the mask at {str(mask_id)[:40]}, {path.name} at "
+                              f"{vocab.mask_id}; copy both from one place")
     return {"config": {"vocab_file": name}, "vocabulary": vocab.identity, "notes": notes}
 
 
 def vocabulary_of(checkpoint: Checkpoint) -> Vocab:
-    """The vocabulary of a model; raises CheckpointError where it is not that which it was trained with."""
+    """The vocabulary of a model; raises CheckpointError where it is not that which it was trained with.
+
+    What another program wrote may name a file of its own machine: then it is the default, as where it is trained on.
+    """
     config, identity = checkpoint.state.get("config", {}), checkpoint.state.get("vocabulary")
     given, mask_token = config.get("vocab_file"), config.get("mask_token")
-    names = [given] if identity is None else [given, *VOCABULARIES]
-    failures = []
-    for name in names:
+    is_elsewhere = identity is None and given not in (None, *VOCABULARIES) and not Path(given).exists()
+    failure = f"{given or 'the default'} holds other tokens than it did"
+    for name in [None] if is_elsewhere else [given] if identity is None else [given, *VOCABULARIES]:
         try:
             vocab = Vocab.from_file(name, mask_token if name == given else None)
         except VocabError as error:
-            failures.append(str(error))
+            failure = str(error)
             continue
         if identity in (None, vocab.identity):
             break
     else:
-        why = failures[0] if failures else f"{given or 'the default'} holds other tokens than it did"
-        raise CheckpointError(f"{checkpoint.path}: its vocabulary is not there ({why}); put that file back")
+        raise CheckpointError(f"{checkpoint.path}: its vocabulary is not there ({failure}); put that file back")
     if (rows := checkpoint.model[WORDS].shape[0]) < vocab.size:
         raise CheckpointError(f"{checkpoint.path}: has {rows} rows for the {vocab.size} tokens of "
                               f"{given or 'the default vocabulary'}; it was trained with another one")

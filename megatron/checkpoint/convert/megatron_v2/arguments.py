@@ -10,7 +10,8 @@ import torch
 
 from megatron.checkpoint.convert.megatron_v2.names import num_layers
 from megatron.checkpoint.stored import Checkpoint
-from megatron.config import Config, ModelConfig, ScheduleConfig
+from megatron.config import Config, ScheduleConfig
+from megatron.config.command_line import flag_name
 from megatron.errors import CheckpointError
 from megatron.optim.schedule import Schedule
 
@@ -22,11 +23,6 @@ _SAME = {  # openai_gelu: in the head as well, where ours has the exact form
     "apply_layernorm_1p": False, "untie_embeddings_and_output_weights": False, "num_experts": None,
     "position_embedding_type": "learned_absolute", "group_query_attention": False, "add_bias_linear": True,
     "attention_head_type": "multihead", "glu_activation": None, "multi_query_attention": False}
-# The flags of the model that it has as well; of the others it has the defaults alone.
-_MEGATRONS = {
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "max_position_embeddings",
-    "make_vocab_size_divisible_by", "layernorm_epsilon", "apply_residual_connection_post_layernorm", "bias_gelu_fusion",
-    "openai_gelu"}
 # What Megatron's own arguments have besides ours, by their defaults there.
 _THEIRS: dict[str, Any] = {
     "onnx_safe": None, "log_interval": 100, "tensorboard_dir": None, "scaled_masked_softmax_fusion": True,
@@ -40,6 +36,11 @@ _THEIRS: dict[str, Any] = {
     "titles_data_path": None, "query_in_block_prob": 0.1, "use_one_sent_docs": False, "report_topk_accuracies": [],
     "faiss_use_gpu": False, "block_data_path": None, "indexer_batch_size": 128, "indexer_log_interval": 1000,
     "iteration": 0, "do_train": 1, "do_valid": 1, "do_test": 1}
+# Our flags of the model that it has too, or that have no effect where the others are as they are by default.
+_MEANT_THERE = {
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "num_query_groups",
+    "max_position_embeddings", "make_vocab_size_divisible_by", "layernorm_epsilon", "rotary_base", "rotary_percent",
+    "apply_residual_connection_post_layernorm", "bias_gelu_fusion", "openai_gelu"}
 _SCHEDULES = (  # the names of each generation of Megatron's schedulers; the first counts iterations
     ("lr_scheduler", {"lr": "start_lr", "min_lr": "min_lr", "lr_decay_style": "decay_style",
                       "warmup_samples": "warmup_iter", "decay_samples": "end_iter", "num_samples": "num_iters"}),
@@ -55,9 +56,7 @@ def config_of(arguments: argparse.Namespace | None, shapes: Mapping[str, Sequenc
 
     Raises CheckpointError where they tell of a model that computes something else.
     """
-    # Megatron says a number of groups that means nothing where heads share no keys.
-    given = {name: value for name, value in vars(arguments).items() if name != "num_query_groups"} if (
-        arguments is not None) else {}
+    given = vars(arguments) if arguments is not None else {}
     for name, ours in _SAME.items():
         if given.get(name, ours) != ours:
             raise CheckpointError(f"{path}: was trained with {name} {given[name]!r}, models here compute as with "
@@ -132,10 +131,15 @@ def arguments_of(checkpoint: Checkpoint, num_tensor: int, num_pipeline: int, num
                  dtype: torch.dtype) -> Callable[[int, int], argparse.Namespace]:
     """Megatron's arguments for the file of a tensor and a pipeline rank, with what it asks a checkpoint for.
 
-    Raises CheckpointError where its BERT would compute something else.
+    Raises CheckpointError where it would make another function of the weights.
     """
-    _refuse_options(checkpoint)
-    flags = Config().as_dict() | checkpoint.state.get("config", {})
+    defaults, saved = Config().as_dict(), checkpoint.state.get("config", {})
+    flags = defaults | saved
+    for item in fields(Config().model):
+        if item.metadata["changes"] == "arithmetic" and item.name not in _MEANT_THERE and (
+                flags[item.name] != defaults[item.name]):
+            raise CheckpointError(f"{checkpoint.path}: was trained with {flag_name(item)} {flags[item.name]}, which "
+                                  "Megatron-LM's BERT does not have; --to hf writes any model of ours")
     ours = {item.name: flags[item.name] for name, section in Config().sections() if name in _SECTIONS
             for item in fields(section)}
     if ours["openai_gelu"]:  # there in the head as well, unlike here; in the blocks it is what the fusion has
@@ -149,17 +153,6 @@ def arguments_of(checkpoint: Checkpoint, num_tensor: int, num_pipeline: int, num
               "consumed_train_samples": progress.get("consumed_samples", 0), "consumed_valid_samples": 0}
     all_of_them = {**_THEIRS, **ours, **shape, **layout}
     return lambda tensor, pipeline: argparse.Namespace(**all_of_them, rank=pipeline * num_tensor + tensor)
-
-
-def _refuse_options(checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError where the model has an option that Megatron's BERT has not."""
-    config = checkpoint.state.get("config", {})
-    for item in fields(ModelConfig):
-        usual = (None, config.get("num_attention_heads")) if item.name == "num_query_groups" else (item.default,)
-        is_option = item.metadata["changes"] == "arithmetic" and item.name not in _MEGATRONS
-        if is_option and config.get(item.name, item.default) not in usual:
-            raise CheckpointError(f"{checkpoint.path}: was trained with {item.name} {config[item.name]}, which "
-                                  "Megatron's BERT has not; write it as hf, or as sharded")
 
 
 def _rows_a_step(arguments: argparse.Namespace | None) -> int:
@@ -179,5 +172,6 @@ def fits(item: Field, value: Any) -> bool:
         return isinstance(value, bool)
     values = value if nargs and isinstance(value, list | tuple) else [value]
     allowed = (int, float) if kind is float else (kind,)
+    holds = item.metadata["check"][0] if item.metadata["check"] is not None else lambda one: True
     return all(isinstance(one, allowed) and not isinstance(one, bool) and (choices is None or one in choices)
-               for one in values)
+               and holds(one) for one in values)

@@ -4,14 +4,18 @@ Parameters have the names of training. Shapes: b proteins, s positions, h hidden
 with c = q + 2 rows (its queries, its key, its value) of width d.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
 from .configuration_protein import ProteinConfig
 
+Rotation = tuple[Tensor, Tensor] | None  # cosines and sines, fp32 [b, s, 1, 1, r/2]
 _ESM_MASKED_SHARE = 0.15 * 0.8  # of residues that read the mask in ESM's training
 
 
@@ -22,7 +26,7 @@ class ProteinForMaskedLM(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "input_ids"
 
-    def __init__(self, config):
+    def __init__(self, config: ProteinConfig) -> None:
         super().__init__(config)
         self.embedding = Embedding(config)
         self.transformer = Transformer(config)
@@ -31,8 +35,8 @@ class ProteinForMaskedLM(PreTrainedModel):
             self.contact_head = nn.Linear(config.num_layers * config.num_attention_heads, 1)  # carried, not used
         self.post_init()
 
-    def forward(self, input_ids, attention_mask=None, labels=None, output_hidden_states=False, return_dict=True,
-                **unused):
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None,
+                output_hidden_states: bool = False, return_dict: bool = True, **unused: Any) -> MaskedLMOutput:
         """The last of the hidden states is behind the last normalisation."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -46,16 +50,16 @@ class ProteinForMaskedLM(PreTrainedModel):
             loss = F.cross_entropy(logits_bsv.flatten(0, 1).float(), labels.flatten())
         return MaskedLMOutput(loss=loss, logits=logits_bsv, hidden_states=states if output_hidden_states else None)
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module:
         """The table of tokens."""
         return self.embedding.word_embeddings
 
-    def get_output_embeddings(self):
+    def get_output_embeddings(self) -> None:
         """None: where it is tied, the table of tokens itself is multiplied."""
         return
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim > 1:
                 parameter.normal_(std=self.config.init_method_std)
@@ -68,7 +72,7 @@ class ProteinForMaskedLM(PreTrainedModel):
 class Embedding(nn.Module):
     """Word embeddings, with learned positions the sum of both."""
 
-    def __init__(self, config):
+    def __init__(self, config: ProteinConfig) -> None:
         super().__init__()
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.position_embedding_type == "learned_absolute":
@@ -76,7 +80,7 @@ class Embedding(nn.Module):
         self.layernorm = _norm(config) if config.embedding_layernorm else nn.Identity()
         self.config = config
 
-    def forward(self, tokens_bs, positions_bs, is_token_bs):
+    def forward(self, tokens_bs: Tensor, positions_bs: Tensor, is_token_bs: Tensor) -> Tensor:
         """[b, s, h]."""
         hidden_bsh = self.word_embeddings(tokens_bs)
         if self.config.token_dropout:
@@ -93,16 +97,17 @@ class Embedding(nn.Module):
 class Transformer(nn.Module):
     """The blocks, and behind the last a normalisation, but where each block ends with one."""
 
-    def __init__(self, config):
+    def __init__(self, config: ProteinConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Block(config, number) for number in range(config.num_layers))
         self.final_layernorm = nn.Identity() if config.norm_placement == "post" else _norm(config)
         self.config = config
 
-    def forward(self, hidden_bsh, tokens_bs, positions_bs, is_token_bs):
+    def forward(self, hidden_bsh: Tensor, tokens_bs: Tensor, positions_bs: Tensor,
+                is_token_bs: Tensor) -> tuple[Tensor, ...]:
         """The hidden states [b, s, h] before each block, and behind the last normalisation."""
         rotation, x0_bsh, states = _rotation(self.config, positions_bs), hidden_bsh, []
-        skips: list[torch.Tensor] = []
+        skips: list[Tensor] = []
         for block in self.layers:
             states.append(hidden_bsh)
             skip_bsh = skips.pop() if block.takes_skip else None
@@ -115,7 +120,7 @@ class Transformer(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each added to the residual stream, normalised before, behind, or both."""
 
-    def __init__(self, config, number):
+    def __init__(self, config: ProteinConfig, number: int) -> None:
         super().__init__()
         is_before, is_behind = config.norm_placement != "post", config.norm_placement != "pre"
         self.input_layernorm = _norm(config) if is_before else nn.Identity()
@@ -133,7 +138,7 @@ class Block(nn.Module):
             self.skip_scale = nn.Parameter(torch.ones(1))
         self.config = config
 
-    def forward(self, hidden_bsh, x0_bsh, skip_bsh, *about):
+    def forward(self, hidden_bsh: Tensor, x0_bsh: Tensor, skip_bsh: Tensor | None, *about: Any) -> Tensor:
         """[b, s, h]; `about`: what attention asks for besides."""
         if self.config.x0_skips:
             hidden_bsh = self.hidden_scale * hidden_bsh + self.x0_scale * x0_bsh
@@ -143,7 +148,8 @@ class Block(nn.Module):
                                self.attention_output_layernorm)
         return self._add(hidden_bsh, self.mlp, self.post_attention_layernorm, self.mlp_output_layernorm)
 
-    def _add(self, hidden_bsh, layer, before, behind):
+    def _add(self, hidden_bsh: Tensor, layer: Callable[[Tensor], Tensor], before: nn.Module,
+             behind: nn.Module) -> Tensor:
         normed_bsh = before(hidden_bsh)
         residual_bsh = normed_bsh if self.config.apply_residual_connection_post_layernorm else hidden_bsh
         branch_bsh = layer(normed_bsh)
@@ -156,7 +162,7 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Self-attention, the heads in groups that share a key and a value."""
 
-    def __init__(self, config, number):
+    def __init__(self, config: ProteinConfig, number: int) -> None:
         super().__init__()
         heads, groups, width = config.num_attention_heads, _groups(config), config.kv_channels
         rows, has_bias = (heads + 2 * groups) * width, not config.disable_bias_linear
@@ -172,7 +178,8 @@ class Attention(nn.Module):
         self.window = None if sees_all else config.window_size
         self.config = config
 
-    def forward(self, hidden_bsh, tokens_bs, positions_bs, is_token_bs, rotation):
+    def forward(self, hidden_bsh: Tensor, tokens_bs: Tensor, positions_bs: Tensor, is_token_bs: Tensor,
+                rotation: Rotation) -> Tensor:
         """[b, s, h]."""
         qkv_bsx = self.query_key_value(hidden_bsh)
         if self.config.qkv_conv_kernel:
@@ -199,13 +206,13 @@ class Attention(nn.Module):
 class HeadNorm(nn.Module):
     """Normalises the width of each head, with a scale of its own."""
 
-    def __init__(self, config, num_heads):
+    def __init__(self, config: ProteinConfig, num_heads: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(num_heads * config.kv_channels))
         self.normalise = F.rms_norm if config.normalization == "RMSNorm" else F.layer_norm
         self.epsilon = config.layernorm_epsilon
 
-    def forward(self, x_bsgqd):
+    def forward(self, x_bsgqd: Tensor) -> Tensor:
         """The same shape."""
         return self.normalise(x_bsgqd, x_bsgqd.shape[-1:], eps=self.epsilon) * self.weight.view(x_bsgqd.shape[2:])
 
@@ -213,12 +220,12 @@ class HeadNorm(nn.Module):
 class ValueEmbedding(nn.Module):
     """Mixes into the values an embedding of the token."""
 
-    def __init__(self, config):
+    def __init__(self, config: ProteinConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(config.vocab_size, _groups(config) * config.kv_channels))
         self.scales = nn.Parameter(torch.full((2,), 0.5))
 
-    def forward(self, value_bsg1d, tokens_bs):
+    def forward(self, value_bsg1d: Tensor, tokens_bs: Tensor) -> Tensor:
         """The same shape."""
         own, embedded = self.scales.unbind()
         return own * value_bsg1d + embedded * F.embedding(tokens_bs, self.weight).view_as(value_bsg1d)
@@ -227,11 +234,11 @@ class ValueEmbedding(nn.Module):
 class ShortConvolution(nn.Module):
     """x + a depthwise convolution of x over neighbouring tokens of the protein."""
 
-    def __init__(self, num_features, kernel):
+    def __init__(self, num_features: int, kernel: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(num_features, kernel))
 
-    def forward(self, x_bsx, is_token_bs):
+    def forward(self, x_bsx: Tensor, is_token_bs: Tensor) -> Tensor:
         """The same shape."""
         halo, size = self.weight.shape[1] // 2, x_bsx.shape[1]
         around = F.pad(x_bsx * is_token_bs.unsqueeze(-1), (0, 0, halo, halo))
@@ -241,7 +248,7 @@ class ShortConvolution(nn.Module):
 class FeedForward(nn.Module):
     """Two linear layers with GeLU, ReLU squared or a gate between."""
 
-    def __init__(self, config):
+    def __init__(self, config: ProteinConfig) -> None:
         super().__init__()
         has_bias = not config.disable_bias_linear
         self.dense_h_to_4h = nn.Linear(config.hidden_size, config.ffn_hidden_size, has_bias)
@@ -250,7 +257,7 @@ class FeedForward(nn.Module):
             self.gate = nn.Linear(config.hidden_size, config.ffn_hidden_size, has_bias)
         self.config = config
 
-    def forward(self, hidden_bsh):
+    def forward(self, hidden_bsh: Tensor) -> Tensor:
         """The same shape."""
         wide = self.dense_h_to_4h(hidden_bsh)
         if self.config.swiglu:
@@ -266,7 +273,7 @@ class FeedForward(nn.Module):
 class Head(nn.Module):
     """Dense, exact GeLU, a normalisation, the transpose of the word embeddings or a matrix of its own, a bias."""
 
-    def __init__(self, config):
+    def __init__(self, config: ProteinConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size, not config.disable_bias_linear)
         self.layernorm = _norm(config)
@@ -275,7 +282,7 @@ class Head(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.config = config
 
-    def forward(self, hidden_bsh, word_embeddings_vh):
+    def forward(self, hidden_bsh: Tensor, word_embeddings_vh: Tensor) -> Tensor:
         """Logits [b, s, v]."""
         matrix_vh = self.decoder.weight if self.config.untie_embeddings_and_output_weights else word_embeddings_vh
         logits_bsv = F.linear(self.layernorm(F.gelu(self.dense(hidden_bsh))), matrix_vh, self.bias)
@@ -283,17 +290,17 @@ class Head(nn.Module):
         return logits_bsv if cap is None else cap * torch.tanh(logits_bsv.float() / cap)
 
 
-def _norm(config):
+def _norm(config: ProteinConfig) -> nn.Module:
     kind = nn.RMSNorm if config.normalization == "RMSNorm" else nn.LayerNorm
     return kind(config.hidden_size, eps=config.layernorm_epsilon)
 
 
-def _groups(config):
+def _groups(config: ProteinConfig) -> int:
     return config.num_query_groups or config.num_attention_heads
 
 
-def _rotation(config, positions_bs):
-    """The cosines and sines, fp32 [b, s, 1, 1, r/2], by which queries and keys are turned; None for none."""
+def _rotation(config: ProteinConfig, positions_bs: Tensor) -> Rotation:
+    """How far queries and keys are turned; None where they are not."""
     if config.position_embedding_type != "rope":
         return None
     width = int(config.kv_channels * config.rotary_percent) // 2 * 2
@@ -304,7 +311,7 @@ def _rotation(config, positions_bs):
     return angles.cos(), angles.sin()
 
 
-def _rotate(x_bsgqd, rotation):
+def _rotate(x_bsgqd: Tensor, rotation: Rotation) -> Tensor:
     """The first columns of each head turned, the halves of them against each other."""
     if rotation is None:
         return x_bsgqd
