@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron.checkpoint.convert.formats import FORMATS, recognised  # noqa: E402
 from megatron.checkpoint.newest import saved_flags  # noqa: E402
 from megatron.checkpoint.store import iterations  # noqa: E402
+from megatron.checkpoint.stored import Checkpoint  # noqa: E402
 from megatron.config import Config, TrainingConfig  # noqa: E402
 from megatron.config.command_line import OneLineParser, left_open, parse  # noqa: E402
 from megatron.data.corpus.vocab import Vocab  # noqa: E402
@@ -31,6 +32,7 @@ from megatron.data.rows.dataset import build_datasets  # noqa: E402
 from megatron.data.sources.source import expand  # noqa: E402
 from megatron.errors import CheckpointError, ConfigError, DataError  # noqa: E402
 from megatron.log import exit_status  # noqa: E402
+from megatron.train.resume import refuse_changes  # noqa: E402
 
 POSITIONS = 1024  # of a row, as ESM was trained
 PEAK_LR, PEAK_ROWS = 1e-4, 256  # the peak learning rate of a batch of so many rows
@@ -52,8 +54,8 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("proteins", metavar="PROTEINS", help="a file of proteins")
     flags.add_argument("folder", type=Path, metavar="FOLDER", help="where everything goes")
     flags.add_argument("--old-proteins", default="", help="a file, or a prefix of .bin and .idx, of an old corpus")
-    flags.add_argument("--old-share", type=float, default=0.2, help="share of the rows from there (default: 0.2)")
-    flags.add_argument("--epochs", type=float, default=3.0, help="passes over PROTEINS (default: 3)")
+    flags.add_argument("--old-share", default="0.2", help="share of the rows from there (default: 0.2)")
+    flags.add_argument("--epochs", default="3", help="passes over PROTEINS (default: 3)")
     flags.add_argument("--processes", type=int, default=1, help="that share a batch (default: 1)")
     flags.add_argument("--gpus", type=int, default=0, help="GPUs; with 0 on the CPU (default)")
     flags.add_argument("--check", action="store_true", help="print nothing: say what is wrong before all work")
@@ -68,10 +70,6 @@ def main() -> int:
             at = argv.index("--")
             argv, theirs = argv[:at], argv[at + 1:]
         given = parser().parse_args(argv)
-        for name, value, holds in (("EPOCHS", given.epochs, 0 < given.epochs < math.inf),
-                                   ("OLD_SHARE", given.old_share, 0 < given.old_share < 1)):
-            if not holds:
-                raise ConfigError(f"{name} is {value}; it must be above 0{' and below 1' if name != 'EPOCHS' else ''}")
         continued = Continued(given, theirs)
         continued.check()
         if not given.check:
@@ -87,7 +85,10 @@ class Continued:
         self._given, self._argv = given, argv
         self._said = {word.partition("=")[0] for word in self._argv if word.startswith("--")}
         self._run = given.folder / "run"
-        self._num_parameters = _num_parameters(given.model)
+        self._epochs = _number("EPOCHS", given.epochs, 1e6)
+        self._old_share = _number("OLD_SHARE", given.old_share, 1)
+        self._model = _opened(given.model)
+        self._num_parameters = _num_parameters(self._model)
 
     def check(self) -> None:
         """Raises a UserError for what is wrong with the model, the flags, the folder or the files."""
@@ -100,7 +101,9 @@ class Continued:
         _check_data(given.proteins, data / "new.stats.json", given.folder)
         if given.old_proteins and not _is_prefix(given.old_proteins):
             _check_data(given.old_proteins, data / "old.stats.json", given.folder)
-        self._configured(self._start() | self._course(STEPS * PEAK_ROWS))
+        config = self._configured(self._start() | self._course(STEPS * PEAK_ROWS))
+        if config.checkpoint.finetune:
+            refuse_changes(config, Vocab.from_file(config.data.vocab_file, config.data.mask_token), self._model)
 
     def flags(self) -> list[str]:
         """All words of the command line, those of the user last."""
@@ -108,11 +111,11 @@ class Continued:
         new, old = str(given.folder / "data" / "new_text_document"), given.old_proteins
         if old and not _is_prefix(old):
             old = str(given.folder / "data" / "old_text_document")
-        share = given.old_share if old else 0.0
+        share = self._old_share if old else 0.0
         config = self._configured(start | self._course(STEPS * PEAK_ROWS))
         vocab = Vocab.from_file(config.data.vocab_file, config.data.mask_token)
         rows_new = build_datasets(replace(config.data, data_path=(new,)), vocab, config.training.seed).train
-        num_samples = round(given.epochs * rows_new.num_epoch_rows(0) / (1 - share))
+        num_samples = round(self._epochs * rows_new.num_epoch_rows(0) / (1 - share))
         course = self._course(max(LEAST_ROWS, num_samples), config)
         often = self._often(self._configured(start | course).training)
         paths = [f"{1 - share:g}", new, f"{share:g}", old] if old else [new]
@@ -128,7 +131,7 @@ class Continued:
         is_learned = taken.get("position_embedding_type", "learned_absolute") == "learned_absolute"
         positions = taken.get("max_position_embeddings") if is_learned else None
         return start | {
-            "--save": self._run, "--split": "95,5", "--attention-dropout": 0, "--hidden-dropout": 0,
+            "--save": self._run, "--split": "90,10", "--attention-dropout": 0, "--hidden-dropout": 0,
             "--seq-length": min(POSITIONS, positions or POSITIONS),
             "--eval-at-start": None, "--eval-each": None, "--keep-checkpoints": 2,
             **({"--bf16": None} if given.gpus else {}), **({"--checkpoint-activations": None} if is_large else {}),
@@ -171,12 +174,26 @@ class Continued:
         return [*(str(word) for pair in ours for word in pair), *self._argv]
 
 
-def _num_parameters(model: Path) -> int:
-    """How many a model has; raises CheckpointError where there is none that can be read."""
+def _opened(model: Path) -> Checkpoint:
+    """The weights at a path, of any format; raises CheckpointError where there are none that can be read."""
     if not model.exists():
         raise CheckpointError(f"MODEL {model} does not exist; give a folder of transformers, or a .pt of fair-esm")
-    tensors = FORMATS[recognised(model)].read(model).model
-    return sum(math.prod(tensor.shape) for tensor in tensors.values())
+    return FORMATS[recognised(model)].read(model)
+
+
+def _num_parameters(model: Checkpoint) -> int:
+    return sum(math.prod(tensor.shape) for tensor in model.model.values())
+
+
+def _number(name: str, text: str, limit: float) -> float:
+    """The number that a text is; raises ConfigError where it is none between 0 and `limit`."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < limit:
+        raise ConfigError(f"{name} is {text!r}; set it to a number above 0 and below {limit:g}")
+    return number
 
 
 def _is_prefix(path: str) -> bool:
