@@ -30,7 +30,7 @@ refuse() {
 if [ $# -lt 3 ] || [[ $1 == -* ]] || [[ $2 == -* ]] || [[ $3 == -* ]]; then
     refuse "say what to go on from, on what and where to: bash examples/continue_esm2.sh MODEL PROTEINS OUT_FOLDER"
 fi
-model=$1 proteins=$2 out=${3%/}
+model=$1 proteins=$2 out=$3
 shift 3
 if ! [ -e "$model" ]; then refuse "MODEL $model does not exist; give a folder of transformers, or a .pt of fair-esm"; fi
 if ! [ -e "$proteins" ]; then refuse "PROTEINS $proteins does not exist; give a file of proteins, such as FASTA"; fi
@@ -46,19 +46,19 @@ share_cores "$processes"
 
 ask=("$python" "$root/tools/continued_flags.py" "$model" "$proteins" "$out" --epochs "${EPOCHS:-3}"
     --old-proteins "$old" --old-share "${OLD_SHARE:-0.2}" --processes "$processes" --gpus "$num_gpus")
-"${ask[@]}" --check -- "$@"
-if ! { mkdir -p "$out/data" && [ -w "$out/data" ]; } 2>/dev/null; then
-    refuse "OUT_FOLDER $out cannot be written to; give another"
-fi
 
-# preprocess FILE NAME: makes OUT_FOLDER/data/NAME_text_document of it, unless that is there; its statistics come last.
-preprocess() {
-    if [ -e "$out/data/$2.stats.json" ]; then return; fi
-    echo "preprocessing: $1 -> $out/data/$2_text_document.bin and .idx"
-    "$python" "$root/tools/preprocess_data.py" --input "$1" --output-prefix "$out/data/$2"
-}
-preprocess "$proteins" new
-if [ -n "$old" ] && ! [ -e "$old.idx" ]; then preprocess "$old" old; fi
+inputs=("$proteins" new)
+if [ -n "$old" ] && ! [ -e "$old.idx" ]; then inputs+=("$old" old); fi
+is_checked=''
+for ((place = 0; place < ${#inputs[@]}; place += 2)); do
+    file=${inputs[place]} prefix=$out/data/${inputs[place + 1]}
+    if [ -e "$prefix.stats.json" ]; then continue; fi  # which is written last
+    if [ -z "$is_checked" ]; then "${ask[@]}" --check -- "$@"; fi
+    is_checked=yes
+    mkdir -p "$out/data" 2>/dev/null || fail "OUT_FOLDER $out cannot be written to; give another"
+    echo "preprocessing: $file -> ${prefix}_text_document.bin and .idx"
+    "$python" "$root/tools/preprocess_data.py" --input "$file" --output-prefix "$prefix"
+done
 
 flags=$("${ask[@]}" -- "$@")
 mapfile -t flags <<<"$flags"
