@@ -1,9 +1,9 @@
-"""One run in many layouts: `python benchmarks/layouts.py PREFIX [--steps 50] [--only NAME …]`.
+"""One run in many layouts: `python benchmarks/layouts.py PREFIX [--model NAME] [--steps 50] [--only NAME …]`.
 
-PREFIX names an indexed dataset, PREFIX.bin and .idx. Each layout trains the same 4-layer model (preset demo, rows of
-512) on the same global batch, in fp32 without dropout, over gloo ranks of one thread, and is compared with one rank:
-the loss and the gradient norm of each step, and the last weights. Then each takes 10 steps with dropout: are they
-bitwise equal to the same layout's run without recomputation (or, where that is it, to its rerun)?
+PREFIX names an indexed dataset, PREFIX.bin and .idx. Each layout trains the same 4-layer model (preset demo with the
+block of a family, rows of 512) on the same global batch, in fp32 without dropout, over gloo ranks of one thread, and is
+compared with one rank: the loss and the gradient norm of each step, and the last weights. Then each takes 10 steps with
+dropout: are they bitwise equal to the same layout's run without recomputation (or, where that is it, to its rerun)?
 """
 
 import argparse
@@ -40,7 +40,17 @@ LAYOUTS = {
     "dp2 x tp2": (4, TP2), "dp2 x pp2": (4, PP2), "tp2 x pp2": (4, f"{TP2} {PP2}"),
     "cp2": (2, "--context-parallel-size 2"),
 }
-RECOMPUTATION = {"": "", "full": "--checkpoint-activations", "selective": "--recompute-granularity selective"}
+MODELS = {
+    "proteinlm": "",
+    "esm2": "--position-embedding-type rope --token-dropout --no-bias-gelu-fusion --vocab-file esm --protein-ends both",
+    "protbert": "--norm-placement post --embedding-layernorm --no-bias-gelu-fusion --vocab-file protbert "
+                "--protein-ends both",
+    "recipe": "--position-embedding-type rope --rotary-percent 0.5 --normalization RMSNorm --norm-placement both "
+              "--qk-layernorm --swiglu --disable-bias-linear --num-attention-heads 8 --num-query-groups 4 "
+              "--untie-embeddings-and-output-weights --window-size 64 64 --window-attn-skip-freq 2 --value-embeddings "
+              "--x0-skips --unet-skips --qkv-conv-kernel 3 --final-logit-softcapping 15 --zero-init-output",
+}
+RECOMPUTATION = {"none": "", "full": "--checkpoint-activations", "selective": "--recompute-granularity selective"}
 
 
 def run(prefix: str, ranks: int, flags: list[str], steps: int, folder: str) -> tuple[list[dict], dict[str, Tensor]]:
@@ -72,18 +82,21 @@ def main() -> None:
     """Print the table, a line as soon as it is known."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prefix", metavar="PREFIX")
+    parser.add_argument("--model", choices=list(MODELS), default="proteinlm")
+    parser.add_argument("--recomputed", nargs="+", choices=list(RECOMPUTATION), default=list(RECOMPUTATION))
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--only", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
     arguments = parser.parse_args()
+    of_model = MODELS[arguments.model].split()
     print("| layout | recomputed | loss off by | gradient norm off by | weights off by | residues/s | "
           "with dropout |\n| --- | --- | --- | --- | --- | --- | --- |", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        expected, expected_weights = run(arguments.prefix, 1, [], arguments.steps, f"{folder}/one")
+        expected, expected_weights = run(arguments.prefix, 1, of_model, arguments.steps, f"{folder}/one")
         for layout in arguments.only:
-            ranks, flags = LAYOUTS[layout]
-            dropped = run(arguments.prefix, ranks, [*flags.split(), *DROPOUT], 10, f"{folder}/{layout}-dropout")
-            for recomputed, more in RECOMPUTATION.items():
-                place, together = f"{folder}/{layout}-{recomputed}", [*flags.split(), *more.split()]
+            ranks, flags = LAYOUTS[layout][0], [*of_model, *LAYOUTS[layout][1].split()]
+            dropped = run(arguments.prefix, ranks, [*flags, *DROPOUT], 10, f"{folder}/{layout}-dropout")
+            for recomputed in arguments.recomputed:
+                place, together = f"{folder}/{layout}-{recomputed}", [*flags, *RECOMPUTATION[recomputed].split()]
                 ours, weights = run(arguments.prefix, ranks, together, arguments.steps, place)
                 loss, norm = (worst_relative(ours, expected, name) for name in ("loss", "grad_norm"))
                 off = max(float((weights[name] - tensor).abs().max()) for name, tensor in expected_weights.items())

@@ -100,3 +100,10 @@ def our_logits(checkpoint: Checkpoint, vocab: Vocab, proteins: Sequence[str] = P
 def difference(some: list[torch.Tensor], others: list[torch.Tensor]) -> float:
     """The largest between two lists of logits."""
     return max(float((one - other).abs().max()) for one, other in zip(some, others, strict=True))
+
+
+def same_weights(one: Checkpoint, other: Checkpoint) -> None:
+    """Fails where two checkpoints do not hold the same weights, bit by bit."""
+    assert one.model.keys() == other.model.keys()
+    for name, tensor in one.model.items():
+        assert torch.equal(tensor.read(), other.model[name].read()), name

@@ -210,9 +210,11 @@ def _with_derived(config: Config) -> Config:
         raise ConfigError("--group-query-attention needs --num-query-groups: how many keys and values the heads share")
     # Megatron-LM's rule for a gated layer: as many parameters as the other, in multiples of 64.
     width = 4 * model.hidden_size if not model.swiglu else max(64, int(model.hidden_size * 8 / 3) // 64 * 64)
+    has_positions = model.position_embedding_type == "learned_absolute"
+    positions: Any = model.max_position_embeddings or data.seq_length if has_positions else None
     model = replace(model, ffn_hidden_size=model.ffn_hidden_size or width, num_query_groups=model.num_groups,
                     kv_channels=model.kv_channels or model.hidden_size // model.num_attention_heads,
-                    max_position_embeddings=model.max_position_embeddings or data.seq_length,
+                    max_position_embeddings=positions,
                     checkpoint_activations=model.checkpoint_activations or model.recompute_granularity == "full")
     parallel = config.parallel
     if parallel.use_distributed_optimizer and parallel.data_parallel_sharding == "none":

@@ -25,8 +25,8 @@ class ModelConfig:
     position_embedding_type: str = flag(
         "learned_absolute", "how a token's place in its protein is told: a learned table, rotated queries and keys, or "
         "not at all", choices=("learned_absolute", "rope", "none"), changes="arithmetic")
-    max_position_embeddings: int = flag(None, "learned positions (default: sequence length)", kind=int, check=positive,
-                                        changes="arithmetic")
+    max_position_embeddings: int = flag(None, "learned positions, where there are such (default: sequence length)",
+                                        kind=int, check=positive, changes="arithmetic")
     rotary_base: float = flag(10000.0, "base of the wavelengths of --position-embedding-type rope", kind=float,
                               check=positive, changes="arithmetic")
     rotary_percent: float = flag(1.0, "share of a head's width that is rotated", kind=float,

@@ -33,10 +33,11 @@ def attention_reference(qkv_tgcd: Tensor, sequence: PackedSequence, dropout: flo
     query_tnd = qkv_tgcd[:, :, :-2].flatten(1, 2)
     key_tnd, value_tnd = (tensor.repeat_interleave(queries, 1) for tensor in qkv_tgcd[:, :, -2:].unbind(2))
     scores_ntt = torch.einsum("tnd,snd->nts", query_tnd, key_tnd).float() * query_tnd.shape[-1] ** -0.5
-    protein_t, place_t = proteins_of_tokens(sequence.cu_seqlens, 0, len(qkv_tgcd)), torch.arange(len(qkv_tgcd))
+    protein_t = proteins_of_tokens(sequence.cu_seqlens, 0, len(qkv_tgcd))
+    place_t = torch.arange(len(qkv_tgcd), device=qkv_tgcd.device)
     is_apart_tt = protein_t[:, None] != protein_t[None, :]
     if window is not None:
-        behind_tt = (place_t[None, :] - place_t[:, None]).to(qkv_tgcd.device)
+        behind_tt = place_t[None, :] - place_t[:, None]
         is_apart_tt |= (behind_tt < -window[0]) | (behind_tt > window[1])
     probabilities_ntt = scores_ntt.masked_fill(is_apart_tt, float("-inf")).softmax(-1)
     probabilities_ntt = F.dropout(probabilities_ntt, dropout).to(value_tnd.dtype)

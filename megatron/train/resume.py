@@ -129,15 +129,11 @@ def _changed(config: Config, now: Mapping[str, Any], saved: Mapping[str, Any],
 
 
 def _with_later_flags(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The flags of a checkpoint, and where it tells its vocabulary, those that came after it: it does without.
-
-    One that says nothing of a table of positions has none, and fits any.
-    """
+    """The flags of a checkpoint, and where it is one of ours, those that came after it: it does without."""
     saved = checkpoint.state["config"]
     if "vocabulary" not in checkpoint.state:
         return saved
-    later = Config().as_dict() | {"num_query_groups": saved.get("num_attention_heads")}
-    return {name: value for name, value in later.items() if name != "max_position_embeddings"} | saved
+    return Config().as_dict() | {"num_query_groups": saved.get("num_attention_heads")} | saved
 
 
 def _same_places(paths: Sequence[str], before: Sequence[str] | None) -> bool:

@@ -15,8 +15,7 @@ from megatron.config import ModelConfig
 from megatron.data.corpus.vocab import Vocab
 from pretrain_tape import main
 from tests.golden.training import ROOT, losses
-from tests.published import write_published
-from tests.transformers_models import difference, our_logits, their_logits, transformers
+from tests.transformers_models import difference, our_logits, their_logits, trained_here, transformers
 
 MODEL = ModelConfig(num_layers=2, hidden_size=24, num_attention_heads=3, ffn_hidden_size=96, kv_channels=8,
                     num_query_groups=3, position_embedding_type="rope", token_dropout=True, bias_gelu_fusion=False,
@@ -29,7 +28,7 @@ FLAGS = ["--seq-length", "256", "--lr", "1e-3", "--num-workers", "0", "--peak-tf
 def inputs(tmp_path_factory):
     """A folder with a published model, 60 proteins and 60 others."""
     folder = tmp_path_factory.mktemp("inputs")
-    write_published(folder / "esm2_tiny", MODEL, "esm")
+    hf.write(trained_here(MODEL, "esm", "both"), folder / "esm2_tiny")
     with gzip.open(ROOT / "examples" / "proteins" / "small.fasta.gz", "rt") as file:
         records = file.read().split(">", 121)[1:-1]
     for name, part in (("new", records[:60]), ("old", records[60:])):

@@ -6,8 +6,12 @@ from contextlib import redirect_stdout
 import pytest
 import torch
 
+from megatron.config import PrecisionConfig
 from megatron.kernels.attention import attention_reference, packed_attention
+from megatron.model.initialisation import initialise
+from megatron.model.protein_model import ProteinModel
 from pretrain_tape import main
+from tests.families import FAMILIES, MASK_ID
 from tests.golden.training import TINY, losses
 from tests.packed import packed_batch
 
@@ -21,23 +25,24 @@ def sequence():
     return packed_batch(*LENGTHS, filler=FILLER, empty=3).to("cuda").sequence
 
 
-def context_and_gradient(function, qkv_tn3d, weights_tnd):
+def context_and_gradient(function, qkv_tgcd, weights_tnd, window):
     """Of the proteins' tokens; the gradient is that of all tokens."""
-    qkv_tn3d = qkv_tn3d.detach().clone().requires_grad_()
-    context_tnd = function(qkv_tn3d, sequence(), 0.0)[:REAL]
-    gradient, = torch.autograd.grad(context_tnd, qkv_tn3d, weights_tnd.to(context_tnd.dtype))
+    qkv_tgcd = qkv_tgcd.detach().clone().requires_grad_()
+    context_tnd = function(qkv_tgcd, sequence(), 0.0, window)[:REAL]
+    gradient, = torch.autograd.grad(context_tnd, qkv_tgcd, weights_tnd.to(context_tnd.dtype))
     return context_tnd.detach().float(), gradient.float()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("width", [16, 64, 128])
-def test_attentions_error_is_at_most_twice_plain_pytorchs_and_filler_has_no_gradient(dtype, width):
+@pytest.mark.parametrize(("width", "queries", "window"), [
+    (16, 1, None), (64, 1, None), (128, 1, None), (64, 3, None), (64, 1, (30, 7)), (32, 2, (100, 200)), (24, 1, None)])
+def test_attentions_error_is_at_most_twice_plain_pytorchs_and_filler_has_no_gradient(dtype, width, queries, window):
     torch.manual_seed(0)
-    qkv = torch.randn(REAL + FILLER, 4, 3, width, device="cuda")
-    weights = torch.randn(REAL, 4, width, device="cuda")
-    exact = context_and_gradient(attention_reference, qkv.double(), weights.double())
-    fast = context_and_gradient(packed_attention, qkv.to(dtype), weights)
-    plain = context_and_gradient(attention_reference, qkv.to(dtype), weights)
+    qkv = torch.randn(REAL + FILLER, 4, queries + 2, width, device="cuda")
+    weights = torch.randn(REAL, 4 * queries, width, device="cuda")
+    exact = context_and_gradient(attention_reference, qkv.double(), weights.double(), window)
+    fast = context_and_gradient(packed_attention, qkv.to(dtype), weights, window)
+    plain = context_and_gradient(attention_reference, qkv.to(dtype), weights, window)
     for ours, theirs, true in zip(fast, plain, exact, strict=True):
         assert (ours - true).norm() <= 2 * (theirs - true).norm() + 1e-6 * true.norm()
     assert not fast[1][REAL:].any()
@@ -54,6 +59,30 @@ def test_dropout_keeps_the_expected_context_and_repeats_with_its_seed(dtype):
     first = packed_attention(qkv, packed, 0.2)
     torch.manual_seed(5)
     assert torch.equal(first, packed_attention(qkv, packed, 0.2))
+
+
+def loss_and_gradients(family, device, is_compiled=False):
+    """Of a small model of a family on some proteins, in fp32."""
+    model = ProteinModel(FAMILIES[family], PrecisionConfig(), 128, mask_id=MASK_ID)
+    initialise(dict(model.named_parameters()), 1)
+    model.to(device)
+    for block in model.blocks() if is_compiled else ():
+        block.compile(fullgraph=True, dynamic=False)
+    batch = packed_batch(60, 17, filler=30, empty=3).to(device)
+    loss, _ = model(batch.sequence, batch.targets)
+    loss.backward()
+    return loss.item(), {name: parameter.grad.cpu() for name, parameter in model.named_parameters()
+                         if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_kind_of_model_has_the_cpus_loss_and_gradients_in_fp32(family, is_compiled):
+    (loss, gradients), (expected, exact) = (loss_and_gradients(family, "cuda", is_compiled),
+                                            loss_and_gradients(family, "cpu"))
+    assert loss == pytest.approx(expected, rel=1e-5)
+    for name, gradient in exact.items():
+        assert (gradients[name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-5, name
 
 
 def curve(corpus, folder, *flags):

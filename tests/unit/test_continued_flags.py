@@ -6,13 +6,14 @@ import sys
 import numpy as np
 import pytest
 
+from megatron.checkpoint.convert.families import hf
 from megatron.config import DataConfig
 from megatron.config.command_line import parse
 from megatron.data.corpus.indexed_writer import write_indexed
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.dataset import build_datasets
 from tests.families import ESM2, PROTBERT
-from tests.published import write_published
+from tests.transformers_models import trained_here
 from tools import continued_flags
 
 LETTERS = "MKTAYIAKQRQISFVKSHFS"
@@ -22,8 +23,8 @@ LETTERS = "MKTAYIAKQRQISFVKSHFS"
 def models(tmp_path_factory):
     """The folders of an ESM-2 and of a ProtBERT of 64 positions."""
     folder = tmp_path_factory.mktemp("models")
-    return {"esm": write_published(folder / "esm", ESM2, "esm"),
-            "protbert": write_published(folder / "protbert", PROTBERT, "protbert")}
+    return {name: hf.write(trained_here(config, name, "both"), folder / name)
+            for name, config in (("esm", ESM2), ("protbert", PROTBERT))}
 
 
 @pytest.fixture

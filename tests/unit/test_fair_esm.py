@@ -12,7 +12,7 @@ from megatron.checkpoint.newest import saved_flags
 from megatron.checkpoint.stored import stored
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import CheckpointError
-from tests.transformers_models import PROTEINS, difference, ids_of, made, our_logits
+from tests.transformers_models import PROTEINS, difference, ids_of, made, our_logits, same_weights
 
 VOCAB = Vocab.from_file("esm")
 WORDS = "embedding.word_embeddings.weight"
@@ -42,12 +42,6 @@ def edited(path, edit, **form):
     tree = loaded(path)
     edit(tree)
     torch.save(tree, path, **form)
-
-
-def same_weights(one, other):
-    assert one.model.keys() == other.model.keys()
-    for name, tensor in one.model.items():
-        assert torch.equal(tensor.read(), other.model[name].read()), name
 
 
 @pytest.mark.parametrize("kind", FORMS)

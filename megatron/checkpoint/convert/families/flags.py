@@ -117,7 +117,9 @@ def _flags_as_they_are(theirs: Mapping[str, Any], place: Path) -> dict[str, Any]
         value = theirs.get(item.name)
         if value is None:
             continue
-        if not fits(item, value):
+        check = item.metadata["check"]
+        values = value if isinstance(value, list) else [value]
+        if not fits(item, value) or (check is not None and not all(map(check[0], values))):
             raise CheckpointError(f"{place}: its configuration has {item.name} {str(value)[:40]!r}, which is none that "
                                   "models here have; copy it again")
         config[item.name] = value
@@ -125,6 +127,8 @@ def _flags_as_they_are(theirs: Mapping[str, Any], place: Path) -> dict[str, Any]
                                                       "ffn_hidden_size", "kv_channels")}, place)
     check_counts({"vocab_size": theirs.get("vocab_size")}, place)
     config.setdefault("num_query_groups", config["num_attention_heads"])
+    if config["position_embedding_type"] != "learned_absolute":
+        config.pop("max_position_embeddings", None)
     return config
 
 
@@ -195,6 +199,6 @@ def configuration(config: Mapping[str, Any], kind: str, vocab: Vocab) -> dict[st
                          "type_vocab_size": 2, "position_embedding_type": "absolute"}
     return theirs | {
         "position_embedding_type": "rotary" if is_rotary else "absolute", "rope_theta": config["rotary_base"],
-        "max_position_embeddings": config.get("max_position_embeddings", 1024) + vocab.pad_id + 1,
+        "max_position_embeddings": (config.get("max_position_embeddings") or 1024) + vocab.pad_id + 1,
         "emb_layer_norm_before": config["embedding_layernorm"], "token_dropout": config["token_dropout"],
         "mask_token_id": vocab.mask_id, "bos_token_id": vocab.cls_id, "eos_token_id": vocab.sep_id}

@@ -1,0 +1,110 @@
+"""Folders of transformers that hold no model of ours are refused in one line that says why."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron.checkpoint.convert.families import hf
+from megatron.errors import CheckpointError
+from tests.families import PROTEINLM
+from tests.transformers_models import (
+    trained_here,
+)
+
+
+def edited(folder, edit, name="config.json"):
+    content = json.loads((folder / name).read_text())
+    edit(content)
+    (folder / name).write_text(json.dumps(content))
+
+
+CHANGES = [
+    ({"model_type": "bart", "architectures": ["BartModel"]}, "is of BartModel; of transformers' models EsmForMaskedLM"),
+    ({"architectures": ["EsmForTokenClassification"]}, "is of EsmForTokenClassification; of transformers' models"),
+    ({"mask_token_id": 31}, "its configuration has the mask at 31, vocab.txt at 32"),
+    ({"pad_token_id": "1"}, "pad_token_id '1', which is no number of that"),
+    ({"is_decoder": True}, "was made with is_decoder 'True', models here compute as with False"),
+    ({"is_folding_model": True}, "is_folding_model"),
+    ({"hidden_act": "gelu_new"}, "hidden_act 'gelu_new', models here compute as with 'gelu'"),
+    ({"position_embedding_type": "relative_key"}, "relative_key', which models here have not; give one with rotary or"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers '1000000000', which is no number of that"),
+    ({"num_attention_heads": 5}, "has 5 heads in a width of 24, which they do not divide"),
+    ({"num_hidden_layers": 4}, "has no esm.encoder.layer.3.attention.LayerNorm.weight"),
+    ({"num_hidden_layers": 2}, "esm.contact_head.regression.weight is [1, 9] of float32, where its configuration says"),
+    ({"intermediate_size": 95}, "layer.0.intermediate.dense.weight is [96, 24] of float32, where its configuration"),
+    ({"rope_theta": 500.0}, "its inv_freq are not those of rotary positions with base 500"),
+    ({"vocab_size": 40}, "word_embeddings.weight is [33, 24]"),
+    ({"layer_norm_eps": "small"}, "layer_norm_eps"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES, ids=lambda value: str(value)[:40])
+def test_what_is_no_model_of_ours_is_refused_in_one_line(change, message, their_folders, tmp_path):
+    shutil.copytree(their_folders / "esm2", tmp_path / "given")
+    edited(tmp_path / "given", lambda config: config.update(change))
+    with pytest.raises(CheckpointError) as caught:
+        hf.read(tmp_path / "given")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_none_are_refused_in_one_line(their_folders, tmp_path):
+    def refused(edit, message):
+        shutil.rmtree(tmp_path / "given", ignore_errors=True)
+        shutil.copytree(their_folders / "esm2", tmp_path / "given")
+        edit(tmp_path / "given")
+        assert hf.recognises(tmp_path / "given")
+        with pytest.raises(CheckpointError) as caught:
+            checkpoint = hf.read(tmp_path / "given")
+            [tensor.read() for tensor in checkpoint.model.values()]
+        assert message in str(caught.value) and "\n" not in str(caught.value)
+
+    def weights(content):
+        return lambda folder: (folder / "model.safetensors").write_bytes(content)
+
+    def as_bin(tree):
+        def edit(folder):
+            (folder / "model.safetensors").unlink()
+            torch.save(tree, folder / "pytorch_model.bin")
+        return edit
+
+    def index(content):
+        def edit(folder):
+            (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+            (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+        return edit
+
+    whole = (their_folders / "esm2" / "model.safetensors").read_bytes()
+    refused(weights(b"version https://git-lfs.github.com/spec/v1\n"), "is a pointer of Git LFS")
+    refused(weights(whole[:-9]), "damaged")
+    refused(weights(b"{}"), "damaged")
+    refused(lambda folder: (folder / "config.json").write_text("[]"), "no configuration of transformers")
+    refused(lambda folder: (folder / "config.json").write_text("{"), "is damaged")
+    refused(as_bin({"model": {"a": torch.zeros(1)}}), "holds more than a table of tensors")
+    refused(as_bin(print), "it asks for __builtin__.print")
+    refused(as_bin(load_file(their_folders / "esm2" / "model.safetensors") | {"esm.adapter.weight": torch.zeros(2)}),
+            "holds esm.adapter.weight, which models here have no place for")
+    refused(index({"weight_map": {"esm.a": "../elsewhere.safetensors"}}), "which is no file beside it")
+    refused(index({"weight_map": {"esm.a": "model-00001-of-00001.safetensors"}}), "has no esm.a, which")
+    refused(index({"weight_map": {"esm.a": "model-00002-of-00002.safetensors"}}), "cannot be read")
+    with pytest.raises(CheckpointError, match="leave --iteration out"):
+        hf.read(their_folders / "esm2", 7)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"rotary_percent": 2.0}, "rotary_percent '2.0', which is none that models here have"),
+    ({"norm_placement": "none"}, "norm_placement 'none'"), ({"swiglu": "yes"}, "swiglu 'yes'"),
+    ({"window_size": [3, "x"]}, "window_size"), ({"num_layers": 10**7}, "num_layers '10000000', which is no number"),
+    ({"vocab_size": None}, "vocab_size 'None'"), ({"num_query_groups": 3}, "query_key_value.weight is [96, 32]"),
+])
+def test_a_configuration_of_ours_with_other_values_is_refused_in_one_line(change, message, tmp_path):
+    hf.write(trained_here(PROTEINLM, "iupac", "start"), tmp_path / "out")
+    edited(tmp_path / "out", lambda config: config.update(change))
+    with pytest.raises(CheckpointError) as caught:
+        hf.read(tmp_path / "out")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
