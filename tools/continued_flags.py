@@ -87,13 +87,15 @@ class Continued:
         self._run = given.folder / "run"
         self._epochs = _number("EPOCHS", given.epochs, 1e6)
         self._old_share = _number("OLD_SHARE", given.old_share, 1)
+        if min(given.processes, given.gpus + 1) < 1:
+            raise ConfigError(f"--processes {given.processes} with --gpus {given.gpus}; give at least 1 and 0")
         self._model = _opened(given.model)
         self._num_parameters = _num_parameters(self._model)
 
     def check(self) -> None:
         """Raises a UserError for what is wrong with the model, the flags, the folder or the files."""
         given, data = self._given, self._given.folder / "data"
-        if given.folder.resolve() in given.model.resolve().parents:
+        if given.folder.resolve() in (given.model.resolve(), *given.model.resolve().parents):
             raise ConfigError(f"MODEL {given.model} lies in OUT_FOLDER {given.folder}, where its successor goes; give "
                               "another folder")
         if (given.folder / "model").exists() and not iterations(self._run):

@@ -1,12 +1,15 @@
 """The flags of continued pretraining: they follow from the model and the proteins, and what is wrong is said first."""
 
 import math
+import shutil
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megatron.checkpoint.convert.families import hf
+from megatron.checkpoint.convert.families import esm, hf
 from megatron.config import DataConfig
 from megatron.config.command_line import parse
 from megatron.data.corpus.indexed_writer import write_indexed
@@ -21,10 +24,11 @@ LETTERS = "MKTAYIAKQRQISFVKSHFS"
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """The folders of an ESM-2 and of a ProtBERT of 64 positions."""
+    """An ESM-2 and a ProtBERT of 64 positions as folders of transformers, and the ESM-2 as a file of fair-esm."""
     folder = tmp_path_factory.mktemp("models")
-    return {name: hf.write(trained_here(config, name, "both"), folder / name)
-            for name, config in (("esm", ESM2), ("protbert", PROTBERT))}
+    esm2 = trained_here(replace(ESM2, ffn_hidden_size=128), "esm", "both")
+    return {"esm": hf.write(esm2, folder / "esm"), "pt": esm.write(esm2, folder / "esm2_pt"),
+            "protbert": hf.write(trained_here(PROTBERT, "protbert", "both"), folder / "protbert")}
 
 
 @pytest.fixture
@@ -106,6 +110,12 @@ def test_what_a_gpu_takes_at_once_follows_from_the_size_of_the_model(ask, monkey
     assert ("--checkpoint-activations" in said) == is_recomputed
 
 
+def test_a_file_of_fair_esm_is_a_model_too(ask, models):
+    folder, file = (values(ask(model=model)[1]) for model in ("esm", "pt"))
+    assert file.pop("--load") == str(models["pt"]) and models["pt"].is_file()
+    assert file == {name: value for name, value in folder.items() if name != "--load"}
+
+
 def test_the_users_flags_win_and_what_they_say_in_other_words_goes(ask):
     said = values(ask("--gpus", "1", "--", "--train-iters", "70", "--lr", "5e-6", "--fp16", "--lr-warmup-iters=3",
                       "--global-batch-size", "64")[1])
@@ -129,6 +139,7 @@ def test_the_check_says_nothing_where_nothing_is_wrong(ask):
 @pytest.mark.parametrize(("flags", "said"), [
     (["--epochs", "0"], "EPOCHS is '0'; set it to a number above 0"), (["--epochs", "few"], "EPOCHS is 'few'"),
     (["--old-share", "1"], "OLD_SHARE is '1'; set it to a number above 0 and below 1"),
+    (["--processes", "0"], "--processes 0 with --gpus 0; give at least 1 and 0"),
     (["--old-share", "nan"], "OLD_SHARE is 'nan'"), (["--old-proteins", "/nowhere"], "/nowhere: no such file"),
     (["--", "--lrr", "1"], "unknown argument --lrr; did you mean --lr?"),
     (["--", "--num-layers", "3"], "--num-layers is 3, but the checkpoint was trained with 4; give that value"),
@@ -148,6 +159,7 @@ def test_wrong_places_are_said_in_one_line(ask, place, models):
     out = place / "out"
     assert f"MODEL {place / 'none'} does not exist" in said(model=place / "none")
     assert "holds no checkpoint of a known format" in said(model=place)
+    assert "lies in OUT_FOLDER" in said(model=Path(shutil.copytree(models["esm"], out, dirs_exist_ok=True)))
     assert f"{place / 'none'}: no such file" in said(proteins=place / "none")
     (out / "data" / "new.stats.json").write_text('{"inputs": [{"path": "others.fasta", "bytes": 77}]}')
     assert f"OUT_FOLDER {out} was begun with the 77 bytes of others.fasta" in said()
