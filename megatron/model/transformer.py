@@ -28,9 +28,9 @@ class Block(nn.Module):
     """Attention and feed-forward, each a branch that is normalised and added to the residual stream.
 
     `--norm-placement` pre: x + f(norm(x)), as in Megatron-LM; post: norm(x + f(x)), as in BERT (arXiv 1810.04805);
-    both: x + norm(f(norm(x))) (Ding et al., 2021, arXiv 2105.13290). Before that, `--x0-skips`: x becomes a·x + b·e, e the
-    embeddings, a and b learned, at first 1 and 0; `--unet-skips`: x + c·y, y an earlier block's output, c at first 1
-    (both as in modded-nanogpt, the speed runs of GPT-2, 2024). The residual stream keeps the dtype in which it comes;
+    both: x + norm(f(norm(x))) (Ding et al., 2021, arXiv 2105.13290). Before that, `--x0-skips`: x becomes a·x + b·e, e
+    the embeddings, a and b learned, at first 1 and 0; `--unet-skips`: x + c·y, y an earlier block's output, c at first
+    1 (both as in modded-nanogpt, the speed runs of GPT-2, 2024). The residual stream keeps the dtype in which it comes;
     the branches compute in `dtype`.
     """
 

@@ -1,0 +1,115 @@
+"""How fast presets train on this machine: `python benchmarks/training.py [--presets NAME …] [--seconds 5]`.
+
+Whole steps as the program takes them (forward, backward, clipping, AdamW; compiled on GPUs), one micro-batch each, on
+full rows of random residues in proteins of the shipped ones' lengths, on the GPU if there is one. With --rehearse
+shrunken presets on a few tokens, to see that all of it runs.
+"""
+
+import argparse
+import gzip
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.train_step import processor  # noqa: E402
+from megatron.config import Config  # noqa: E402
+from megatron.config.command_line import parse  # noqa: E402
+from megatron.data.batches.batch import Batch, BatchShape, collate  # noqa: E402
+from megatron.data.rows.packed import Row  # noqa: E402
+from megatron.model.protein_model import compute_dtype  # noqa: E402
+from megatron.parallel.mesh import Mesh  # noqa: E402
+from megatron.plan.rank import padded_vocab_size  # noqa: E402
+from megatron.train.engine import build_engine  # noqa: E402
+from megatron.train.meters import Meters, Reading  # noqa: E402
+from megatron.train.peak import measured_peak_flops  # noqa: E402
+from megatron.train.step import TrainStep  # noqa: E402
+
+# Rows of a micro-batch that fill a GPU of 80 GB or more.
+ROWS = {"esm2-8m": 64, "esm2-35m": 64, "tape": 16, "esm2-150m": 32, "proteinlm-200m": 8, "esm2-650m": 16, "esm2-3b": 4,
+        "proteinlm-3b": 2}
+SMALL = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 256 --max-position-embeddings 256".split()
+WARM_UP = 3
+
+
+def shipped_lengths() -> list[int]:
+    """The residues of each shipped protein."""
+    with gzip.open(ROOT / "examples" / "proteins" / "small.fasta.gz", "rt") as file:
+        return [sum(map(len, record.splitlines()[1:])) for record in file.read().split(">")[1:]]
+
+
+def full_rows(config: Config, num_rows: int) -> Batch:
+    """Rows of proteins one behind the other, the last of each cut where the row ends."""
+    size, ends, rng = config.data.seq_length, config.data.num_ends, np.random.default_rng(0)
+    lengths = iter(shipped_lengths() * num_rows)
+    rows = []
+    for _ in range(num_rows):
+        row: list[int] = []
+        while sum(row) < size - ends:
+            row.append(min(next(lengths) + ends, size - sum(row)))
+        tokens = rng.integers(6, 26, sum(row))
+        targets = np.arange(1, len(tokens) - ends, 7)
+        rows.append(Row(tokens, np.array(row), targets, tokens[targets]))
+    shape = BatchShape(num_rows * size, sum(len(row.lengths) for row in rows),
+                       sum(len(row.target_ids_m) for row in rows), max(int(row.lengths.max()) for row in rows),
+                       num_ends=ends)
+    return collate(rows, shape)
+
+
+def measured(config: Config, seconds: float, device: torch.device) -> Reading:
+    """Steps for so long, after some that do not count."""
+    mesh = Mesh(device=device)
+    meters = Meters(mesh.world, device)
+    step = TrainStep(build_engine(config, mesh, padded_vocab_size(config), mask_id=5), meters)
+    batch = full_rows(config, config.training.micro_batch_size)
+    if device.type == "cuda":
+        batch = batch.pin_memory()
+    for _ in range(WARM_UP):
+        step([batch], 1e-5, 0, (False, False))
+    reading, num_steps = meters.read(), 1
+    while True:
+        for _ in range(num_steps):
+            step([batch], 1e-5, 0, (False, False))
+        reading = meters.read()
+        if reading.elapsed_s >= seconds or num_steps > 1:
+            return reading
+        num_steps = max(2, int(seconds / reading.elapsed_s))
+
+
+def main() -> None:
+    """Print the table, a line as soon as it is known."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--fp32", action="store_true", help="in place of bf16")
+    parser.add_argument("--rehearse", action="store_true")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"{processor()}, torch {torch.__version__}, {'fp32' if arguments.fp32 else 'bf16'}\n")
+    columns = ["preset", "rows x tokens", "tokens/s", "residues/s", "model TFLOP/s", "of the measured peak", "GiB held"]
+    print(f"| {' | '.join(columns)} |\n{'| --- ' * len(columns)}|", flush=True)
+    for preset in arguments.presets:
+        rows = 2 if arguments.rehearse else ROWS[preset]
+        config, _ = parse(["--preset", preset, "--micro-batch-size", str(rows), "--global-batch-size", str(rows),
+                           *(["--no-bf16"] if arguments.fp32 else []), *(SMALL if arguments.rehearse else [])])
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        reading = measured(config, 0.2 if arguments.rehearse else arguments.seconds, device)
+        held = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
+        dtype = compute_dtype(config.precision)
+        peak = measured_peak_flops(dtype, device, rows * config.data.seq_length, config.model)
+        flops = reading.model_flops / reading.elapsed_s
+        print(f"| {preset} | {rows} x {config.data.seq_length} | {reading.num_tokens / reading.elapsed_s:.0f} | "
+              f"{reading.num_residues / reading.elapsed_s:.0f} | {flops / 1e12:.3f} | {100 * flops / peak:.0f} % | "
+              f"{held:.1f} |", flush=True)
+        torch._dynamo.reset()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
