@@ -13,6 +13,7 @@ FOLDER/model                                        what comes out
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -73,7 +74,8 @@ def main() -> int:
         continued = Continued(given, theirs)
         continued.check()
         if not given.check:
-            print("\n".join(continued.flags()))
+            # As bytes: a path need be no text, and the script takes it as it is.
+            sys.stdout.buffer.write(b"".join(os.fsencode(word) + b"\n" for word in continued.flags()))
 
     return exit_status(work)
 
