@@ -22,6 +22,9 @@ class TrainingConfig:
     eval_iters: int = flag(100, "global batches an evaluation; 0 evaluates on the whole split", kind=int,
                            check=not_negative, changes="nothing")
     eval_interval: int = flag(1000, "steps between evaluations", kind=int, check=positive, changes="nothing")
+    eval_at_start: bool = flag(False, "evaluate before the first step too, as after the last", changes="nothing")
+    eval_each: bool = flag(False, "with several data paths, evaluate each by itself too, on as many batches",
+                           changes="nothing")
     exit_interval: int = flag(None, "save and leave at a step divisible by this", kind=int, check=positive,
                               changes="nothing")
     exit_duration_in_mins: float = flag(None, "save and leave after this long", kind=float, check=positive,

@@ -37,6 +37,7 @@ class Run:
     schedule: Schedule
     sizes: BatchSizes
     state: TrainState
+    began_from: str | None  # what the first of its weights were loaded from, as --load had it; None: from the seed
     meters: dict[str, Any]  # what the steps since the last log event had measured, where the run was left
 
     @cached_property
@@ -55,7 +56,7 @@ class Run:
     def facts(self) -> dict[str, Any]:
         """What else `build` needs to go on, as of now; as JSON has it."""
         return {"iteration": self.state.iteration, "progress": asdict(self.state),
-                "loss_scale": self.engine.loss_scale.state(),
+                "began_from": self.began_from, "loss_scale": self.engine.loss_scale.state(),
                 "schedule": _schedule_facts(self.schedule, self.config.schedule),
                 **facts_of(self.config, self.vocab, self.data, self.sizes.final)}
 
@@ -79,7 +80,10 @@ def build(config: Config, mesh: Mesh, log: Log) -> Run:
         if part is not None:
             log.line(part.describe())
     engine = _build_engine(config, mesh, vocab, checkpoint)
-    run = Run(config, mesh, log, data, vocab, engine, schedule, sizes, TrainState(), {"steps": [], "elapsed_s": 0.0})
+    began_from = config.checkpoint.load if config.checkpoint.finetune else (
+        None if checkpoint is None else checkpoint.state.get("began_from"))
+    run = Run(config, mesh, log, data, vocab, engine, schedule, sizes, TrainState(), began_from,
+              {"steps": [], "elapsed_s": 0.0})
     if checkpoint is not None and not config.checkpoint.finetune:
         _go_on(run, checkpoint)
     return run

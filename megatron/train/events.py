@@ -1,6 +1,7 @@
 """What a user watches: Megatron's log lines, TensorBoard, metrics.jsonl, and one picture at the end.
 
-Everything is written by rank 0. `SAVE/metrics.jsonl` holds one JSON object a log event: "kind" is train, valid or test.
+Everything is written by rank 0. `SAVE/metrics.jsonl` holds one JSON object a log event: "kind" is train, valid, test,
+or valid/NAME and test/NAME of one corpus.
 A number that means nothing (the loss of steps without targets, of a run that diverged) is null there.
 """
 
@@ -17,7 +18,7 @@ from megatron.errors import OutputError
 from megatron.log import Log
 from megatron.train.evaluate import Baselines, Evaluation, perplexity
 from megatron.train.meters import Reading
-from megatron.train.metrics import forget_after
+from megatron.train.metrics import forget_after, read_records
 
 
 class Events:
@@ -69,13 +70,19 @@ class Events:
             f"residues per second: {values['residues_per_s']:.0f} | model TFLOP/s: {flops / 1e12:.3f} "
             f"{'' if share is None else f'({100 * share:.0f} % of peak) '}|")
 
-    def evaluation(self, split: str, iteration: int, consumed_samples: int, result: Evaluation) -> None:
-        """The result of evaluating the split ("valid" or "test") after `iteration` steps."""
-        self._write(split, iteration, consumed_samples, asdict(result))
-        name = {"valid": "validation"}.get(split, split)
-        self._log.line(f" {name} loss at iteration {iteration} | lm loss value: {_text(result.loss, '.6E')} | "
+    def evaluation(self, kind: str, iteration: int, consumed_samples: int, result: Evaluation) -> None:
+        """The result of evaluating "valid" or "test", or of it a corpus ("valid/NAME"), after `iteration` steps."""
+        self._write(kind, iteration, consumed_samples, asdict(result))
+        self._log.line(f" {loss_name(kind)} at iteration {iteration} | lm loss value: {_text(result.loss, '.6E')} | "
                        f"lm loss PPL: {_text(result.perplexity, '.6E')} | "
                        f"masked accuracy: {_text(result.masked_accuracy, '.4f')}")
+
+    def before(self) -> dict[str, float | None]:
+        """The losses of each kind of evaluation before the first step, as far as --save holds them."""
+        if self._metrics is None:
+            return {}
+        return {record["kind"]: record.get("loss") for record in read_records(self._metrics)
+                if record["iteration"] == 0}
 
     def picture(self, baselines: Baselines | None) -> Path | None:
         """Draw the loss curves of metrics.jsonl with the baselines; returns the file, or None where none is written."""
@@ -105,6 +112,12 @@ class Events:
             with _writing(self._board.folder, self._board_flag):
                 self._board.scalars(iteration, {f"{kind}/{name}": value for name, value in values.items()
                                                 if value is not None})
+
+
+def loss_name(kind: str) -> str:
+    """What a kind of evaluation is called."""
+    split, _, corpus = kind.partition("/")
+    return f"{'validation' if split == 'valid' else split} loss{f' on {corpus}' if corpus else ''}"
 
 
 def _text(value: float | None, form: str) -> str:

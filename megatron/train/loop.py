@@ -12,13 +12,15 @@ from megatron.checkpoint.claim import Claim
 from megatron.checkpoint.saving import Saver
 from megatron.data.batches.batch import Batch
 from megatron.data.batches.loader import batches
+from megatron.data.rows.blend import BlendedDataset
+from megatron.data.rows.dataset import Dataset, corpora_of
 from megatron.data.rows.masking import Masking
 from megatron.errors import DivergedError
 from megatron.model.protein_model import compute_dtype
 from megatron.train.agreement import Arriving
 from megatron.train.build import Run
 from megatron.train.evaluate import Baselines, Evaluation, evaluate, frequency_baselines
-from megatron.train.events import Events
+from megatron.train.events import Events, loss_name
 from megatron.train.meters import Meters
 from megatron.train.peak import measured_peak_flops
 from megatron.train.step import TrainStep
@@ -35,16 +37,18 @@ def train(run: Run, requests: StopRequests, claim: Claim | None) -> None:
     saver = Saver(config, run.mesh, claim, run.log, run.state.iteration) if config.save else None
     with closing(events), closing(saver) if saver else nullcontext():
         baselines = _baselines(run)
+        if run.config.training.eval_at_start and run.state.iteration == 0:
+            _evaluate_all(run, events, requests, saver)
         if not Training(run, events, requests, saver).finish():
             return
-        results = {split: _evaluate(run, events, requests, saver, split) for split in ("valid", "test")}
+        results = _evaluate_all(run, events, requests, saver)
         if requests.agreed(run.mesh):
             run.log.line("stopped before the evaluation was done: the same command does it")
             return
         if saver is not None:
             saver.finish()
         picture = events.picture(baselines)
-    _summary(run, results, baselines, picture)
+    _summary(run, results, events.before(), baselines, picture)
 
 
 class Training:
@@ -164,23 +168,38 @@ def _is_due(interval: int | None, iteration: int) -> bool:
     return interval is not None and iteration % interval == 0
 
 
-def _evaluate(run: Run, events: Events, requests: StopRequests, saver: Saver | None, split: str) -> Evaluation | None:
-    """The evaluation of a split, written to the events; None where the split is empty, or a rank wants to stop."""
-    dataset, training = getattr(run.data, split), run.config.training
-    if dataset is None or requests.agreed(run.mesh):
-        return None
-    num_rows = dataset.num_epoch_rows(0)
-    if training.eval_iters:
-        num_rows = min(num_rows, training.eval_iters * run.sizes.final)
-    result = evaluate(run.engine, dataset, run.shape, run.log, num_rows=num_rows,
-                      label="validation" if split == "valid" else split,
-                      wants_stop=lambda: requests.agreed(run.mesh))
-    if result is None:
-        return None
-    events.evaluation(split, run.state.iteration, run.state.consumed_samples, result)
-    if saver is not None and split == "valid" and result.loss is not None:
-        saver.note_validation(run.state.iteration, result.loss)
-    return result
+def _evaluate_all(run: Run, events: Events, requests: StopRequests, saver: Saver | None) -> dict[str, Evaluation]:
+    """The evaluations of all splits, by their kinds."""
+    return {kind: result for split in ("valid", "test")
+            for kind, result in _evaluate(run, events, requests, saver, split).items()}
+
+
+def _evaluate(run: Run, events: Events, requests: StopRequests, saver: Saver | None,
+              split: str) -> dict[str, Evaluation]:
+    """The evaluation of a split and, with --eval-each, of each of its corpora, by their kinds, written to the events.
+
+    Nothing of a split that is empty, or from where a rank wants to stop.
+    """
+    whole, training, results = getattr(run.data, split), run.config.training, dict[str, Evaluation]()
+    datasets: dict[str, Dataset] = {} if whole is None else {split: whole}
+    if training.eval_each and whole is not None and isinstance(run.data.train, BlendedDataset):
+        datasets |= {f"{split}/{name}": corpus for name, corpus in corpora_of(whole).items()}
+    for kind, dataset in datasets.items():
+        if requests.agreed(run.mesh):
+            break
+        num_rows = dataset.num_epoch_rows(0)
+        if training.eval_iters:
+            num_rows = min(num_rows, training.eval_iters * run.sizes.final)
+        result = evaluate(run.engine, dataset, run.shape, run.log, num_rows=num_rows,
+                          label="validation" if split == "valid" else split,
+                          wants_stop=lambda: requests.agreed(run.mesh))
+        if result is None:
+            break
+        results[kind] = result
+        events.evaluation(kind, run.state.iteration, run.state.consumed_samples, result)
+        if saver is not None and kind == "valid" and result.loss is not None:
+            saver.note_validation(run.state.iteration, result.loss)
+    return results
 
 
 def _baselines(run: Run) -> Baselines | None:
@@ -197,20 +216,26 @@ def _baselines(run: Run) -> Baselines | None:
     return baselines
 
 
-def _summary(run: Run, results: dict[str, Evaluation | None], baselines: Baselines | None,
+def _summary(run: Run, results: dict[str, Evaluation], before: dict[str, float | None], baselines: Baselines | None,
              picture: Path | None) -> None:
     folder = run.config.checkpoint.save
-    rows = [(f"{'validation' if split == 'valid' else split} loss",
-             "none: there is no residue to predict" if result.loss is None else
-             f"{result.loss:.4f} nats (perplexity {result.perplexity:.2f}, {result.num_targets} masked residues)")
-            for split, result in results.items() if result is not None]
+    rows = [(loss_name(kind), _in_words(result, before.get(kind))) for kind, result in results.items()]
     if baselines is not None:
-        rows.insert(1, ("letter frequencies", f"{baselines.letters:.4f} nats: the baseline on validation "
-                        f"({baselines.visible:.4f} with the letters that masking leaves visible)"))
+        rows.insert(sum(kind.startswith("valid") for kind in results), (
+            "letter frequencies", f"{baselines.letters:.4f} nats: the baseline on validation "
+            f"({baselines.visible:.4f} with the letters that masking leaves visible)"))
     if folder:
         checkpoint = Path(folder) / f"iter_{run.state.iteration:07d}"
         rows += [*([("checkpoint", str(checkpoint))] if checkpoint.exists() else []),
                  ("metrics", str(Path(folder) / "metrics.jsonl")),
                  *([("loss curves", str(picture))] if picture else []),
                  ("TensorBoard", run.config.logging.tensorboard_dir or str(Path(folder) / "tensorboard"))]
-    run.log.line("\n".join(["", *(f"  {name:<20}{value}" for name, value in rows), ""]))
+    width = max(18, *(len(name) for name, _ in rows)) + 2 if rows else 0
+    run.log.line("\n".join(["", *(f"  {name:<{width}}{value}" for name, value in rows), ""]))
+
+
+def _in_words(result: Evaluation, before: float | None) -> str:
+    if result.loss is None:
+        return "none: there is no residue to predict"
+    return (f"{result.loss:.4f} nats (perplexity {result.perplexity:.2f}, {result.num_targets} masked residues)"
+            f"{'' if before is None else f', before the first step {before:.4f}'}")

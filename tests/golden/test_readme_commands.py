@@ -1,9 +1,10 @@
-"""Every command in the README's bash blocks, run in a copy of the checkout, in the order in which they stand there.
+"""Every command in the bash blocks of the README and of docs, run in a copy of the checkout, in the order there.
 
 So that this stays quick, pretraining gets a tiny model and few steps behind its own flags, and of the tests those of
 one file are listed.
 """
 
+import gzip
 import os
 import re
 import shutil
@@ -27,6 +28,7 @@ TINY = ("--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 25
 # What is put behind a command that matches.
 QUICK = [(re.compile(r"--load (proteinlm-200m|esm2_t6_8M_UR50D)"),
           "--seq-length 12 --global-batch-size 2 --train-iters 2"),
+         (re.compile(r"\bcontinue_esm2\.sh\b"), "--seq-length 128 --train-samples 16 --eval-iters 1 --num-workers 0"),
          (re.compile(r"\bpretrain_tape\w*\.(sh|py)\b"), TINY),
          (re.compile(r"\btests/run\.sh\b"), "--collect-only tests/unit/test_vocab.py")]
 
@@ -47,7 +49,8 @@ def quick(command: str) -> str:
     return command
 
 
-BLOCKS = bash_blocks((ROOT / "README.md").read_text(encoding="utf-8"))
+PAGES = ("README.md", "docs/continue_pretraining.md")
+BLOCKS = [block for page in PAGES for block in bash_blocks((ROOT / page).read_text(encoding="utf-8"))]
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +60,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
                                  ignore=shutil.ignore_patterns(*NOT_COPIED)))
     write_original(place / "proteinlm-200m", tensor=2)  # small ones in place of the downloads
     hf.write(trained_here(replace(ESM2, ffn_hidden_size=128), "esm", "both"), place / "esm2_t6_8M_UR50D")
+    with gzip.open(place / "examples" / "proteins" / "small.fasta.gz", "rt") as file:
+        (place / "my-proteins.fasta").write_text(">" + ">".join(file.read().split(">")[1:61]))
     return place
 
 
@@ -109,7 +114,7 @@ def test_the_map_names_every_folder_and_no_other() -> None:
     floors = {f"{folder.relative_to(ROOT)}/" for pattern in ("*", "*/*") for folder in (ROOT / "megatron").glob(pattern)
               if (folder / "__init__.py").is_file()}
     ground = {str(file.relative_to(ROOT)) for file in (ROOT / "megatron").glob("[a-z]*.py")}
-    doors = {"pretrain_tape.py", "examples/", "tools/", "protein_tools/", "megatron/", "tests/", "benchmarks/"}
+    doors = {"pretrain_tape.py", "examples/", "tools/", "protein_tools/", "megatron/", "tests/", "benchmarks/", "docs/"}
     assert described == floors | ground | doors
 
 

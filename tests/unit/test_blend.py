@@ -2,6 +2,7 @@
 
 import os
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from megatron.config import DataConfig
 from megatron.data.corpus.indexed_writer import write_indexed
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.blend import BlendedDataset, parse_data_path, place_in_blend
-from megatron.data.rows.dataset import build_datasets
+from megatron.data.rows.dataset import build_datasets, corpora_of
 from megatron.errors import ConfigError
 
 VOCAB = Vocab.from_file()
@@ -48,6 +49,18 @@ def test_a_blend_serves_rows_of_its_corpora(tmp_path):
     assert splits.valid is not None and splits.valid.num_epoch_rows(0) == 8
     assert splits.test is None
     assert splits.train.describe().count("train") == 2
+
+
+def test_a_corpus_goes_by_the_last_part_of_its_prefix_or_by_all_of_it_where_two_share_that(tmp_path):
+    prefixes = [str(tmp_path / name) for name in ("one/a", "two/a", "two/b")]
+    for prefix in prefixes:
+        Path(prefix).parent.mkdir(exist_ok=True)
+        write_indexed(prefix, [np.full(20, 6)] * 50)
+    paths = tuple(word for prefix in [*prefixes, prefixes[0]] for word in ("1", prefix))
+    blend = build_datasets(DataConfig(data_path=paths, seq_length=64), VOCAB, 1).train
+    assert list(corpora_of(blend)) == [prefixes[0], prefixes[1], "b"]
+    alone = build_datasets(DataConfig(data_path=(prefixes[0],), seq_length=64), VOCAB, 1).train
+    assert corpora_of(alone) == {"a": alone}
 
 
 def test_a_pass_of_evaluation_sees_every_row_of_every_corpus_once_and_them_evenly(tmp_path):

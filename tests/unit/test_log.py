@@ -18,6 +18,7 @@ DOORS = {"tools/preprocess_data.py": ["--input", NAME, "--output-prefix", "x"],
          "protein_tools/fasta2json.py": [NAME, "x"], "protein_tools/lmdb2json.py": [NAME, "x"],
          "tools/convert_checkpoint.py": ["--load-dir", NAME, "--save-dir", "x", "--saver", "whole"],
          "tools/merge_mp_partitions.py": ["--model-type", "BERT", "--load", NAME],
+         "tools/continued_flags.py": [NAME, "x", "y"],
          "tools/inspect_checkpoint.py": ["x", f"--{NAME}"], "pretrain_tape.py": [f"--{NAME}"]}
 
 

@@ -237,8 +237,30 @@ def test_a_script_refuses_in_one_line_before_it_sets_up(tmp_path: Path, script: 
     assert not list(tmp_path.iterdir())
 
 
+CONTINUED = [
+    ([], {}, "say what to go on from, on what and where to: bash examples/continue_esm2.sh MODEL PROTEINS OUT_FOLDER"),
+    (["model", "proteins", "--lr"], {}, "say what to go on from"),
+    (["nowhere", "proteins", "out"], {}, "MODEL nowhere does not exist; give a folder of transformers"),
+    (["model", "nowhere", "out"], {}, "PROTEINS nowhere does not exist; give a file of proteins, such as FASTA"),
+    (["model", "proteins", "out"], {"OLD_PROTEINS": "nowhere"}, "OLD_PROTEINS nowhere does not exist"),
+    (["model", "proteins", "out"], {"GPUS_PER_NODE": "all"}, "GPUS_PER_NODE is 'all'"),
+    (["model", "proteins", "out"], {}, "PYTHON is '/no/python'")]
+
+
+@pytest.mark.parametrize(("arguments", "given", "said"), CONTINUED)
+def test_continuing_refuses_in_one_line_before_it_sets_up(tmp_path: Path, arguments: list, given: dict,
+                                                          said: str) -> None:
+    for name in ("model", "proteins"):
+        (tmp_path / name).touch()
+    result = subprocess.run(["bash", ROOT / "examples" / "continue_esm2.sh", *arguments], cwd=tmp_path, text=True,
+                            env={"PATH": "/usr/bin:/bin", "PYTHON": "/no/python"} | given, capture_output=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"error: {said}") and result.stderr.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "proteins"]
+
+
 def test_a_request_to_stop_that_comes_while_a_script_sets_up_ends_it_with_success(checkout: Checkout) -> None:
-    for name in ("pretraining.sh", "pretrain_tape_distributed.sh"):
+    for name in ("starting.sh", "pretraining.sh", "pretrain_tape_distributed.sh"):
         shutil.copy(ROOT / "examples" / name, checkout.root / "examples" / name)
     process = checkout.start("examples/pretrain_tape_distributed.sh", PIP_SECONDS="0.3")
     while not checkout.pip_log.exists():

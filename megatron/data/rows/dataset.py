@@ -1,8 +1,10 @@
 """The training, validation and test rows of a run, from its flags."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 
 from megatron.config import DataConfig
 from megatron.data.corpus.documents import Documents
@@ -29,6 +31,14 @@ class Splits:
     train: Dataset
     valid: Dataset | None
     test: Dataset | None
+
+
+def corpora_of(dataset: Dataset) -> dict[str, PackedDataset]:
+    """The corpora of a dataset by their names: the last part of a prefix, or all of it where two share that."""
+    parts = dataset.datasets if isinstance(dataset, BlendedDataset) else (dataset,)
+    prefixes = {part.documents.indexed.prefix: part for part in parts}
+    names = Counter(Path(prefix).name for prefix in prefixes)
+    return {prefix if names[Path(prefix).name] > 1 else Path(prefix).name: part for prefix, part in prefixes.items()}
 
 
 def build_datasets(data: DataConfig, vocab: Vocab, seed: int) -> Splits:

@@ -11,6 +11,7 @@ from megatron.checkpoint.stored import Checkpoint
 CARD = "README.md"
 _LICENCE = re.compile(r"^license:\s*([A-Za-z0-9.\-]{1,40})\s*$", re.MULTILINE)
 _LONGEST = 2**20
+_SPLITS = {"train": "training", "valid": "validation"}
 
 
 def licence_in(folder: Path) -> str | None:
@@ -27,8 +28,7 @@ def licence_in(folder: Path) -> str | None:
 
 def card_of(checkpoint: Checkpoint, config: Mapping[str, Any], num_parameters: int, needs_code: bool) -> str:
     """The text of a card; `needs_code`: whether the model is in a file of the folder."""
-    said = checkpoint.state.get("config", {})
-    start = said.get("load") if said.get("finetune") else None
+    start = checkpoint.state.get("began_from")
     source = Path(start) if start else checkpoint.path
     facts = {"library_name": "transformers", "pipeline_tag": "fill-mask", "tags": ["protein", "biology"]}
     head = "".join(f"{name}: {json.dumps(value)}\n" for name, value in facts.items())
@@ -73,24 +73,28 @@ def _lines(checkpoint: Checkpoint, config: Mapping[str, Any], num_parameters: in
     if isinstance(length := said.get("seq_length"), int):
         rows += f" of {length:,} positions: at most {progress['consumed_samples'] * length:,} residues"
     yield rows
-    for kind, what in (("train", "training"), ("valid", "validation"), ("test", "test")):
-        for record in _last(checkpoint.path.parent / "metrics.jsonl", kind, checkpoint.iteration):
-            yield f"{what} loss {record['loss']:.4f} nats a masked residue after {record['iteration']:,} steps"
+    for kind, losses in _losses(checkpoint.path.parent / "metrics.jsonl", checkpoint.iteration).items():
+        split, _, corpus = kind.partition("/")
+        name = f"{_SPLITS.get(split, split)} loss{f' on {corpus}' if corpus else ''}"
+        before = f", {losses[0]:.4f} before the first" if 0 in losses else ""
+        step = max(losses)
+        yield f"{name} {losses[step]:.4f} nats a masked residue after {step:,} steps{before}"
 
 
-def _last(metrics: Path, kind: str, iteration: int) -> list[dict[str, Any]]:
-    """The last record of a kind up to a step, if there is one."""
-    found: list[dict[str, Any]] = []
+def _losses(metrics: Path, iteration: int) -> dict[str, dict[int, float]]:
+    """The losses of each kind of record, by their steps, up to a step."""
+    found: dict[str, dict[int, float]] = {}
     try:
         lines = metrics.read_bytes().splitlines()
     except OSError:
-        return []
+        return found
     for line in lines:
         try:
             record = json.loads(line)
         except ValueError:
             continue
-        if (isinstance(record, dict) and record.get("kind") == kind and isinstance(record.get("loss"), float)
-                and isinstance(record.get("iteration"), int) and record["iteration"] <= iteration):
-            found = [record]
+        if (isinstance(record, dict) and isinstance(kind := record.get("kind"), str)
+                and isinstance(loss := record.get("loss"), float)
+                and isinstance(step := record.get("iteration"), int) and step <= iteration):
+            found.setdefault(kind, {})[step] = loss
     return found

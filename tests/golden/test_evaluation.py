@@ -1,0 +1,95 @@
+"""What a run says of each of its corpora, and of the weights that it began with."""
+
+import json
+
+import pytest
+
+from pretrain_tape import main
+from tests.golden.training import TINY, losses, run_on_ranks, write_corpus
+
+FLAGS = [*TINY, "--eval-iters", "0", "--train-iters", "4", "--lr-decay-iters", "4"]
+EACH = ["--eval-each", "--eval-at-start"]
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory):
+    """A blend of two corpora of different sizes, as --data-path has it."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("few", "many")]
+    few, many = (write_corpus(folder, count) for folder, count in zip(folders, (60, 200), strict=True))
+    return ["0.3", few, "0.7", many]
+
+
+def run(folder, data_path, *flags):
+    """Run the program in this process; every record of its evaluations by kind and iteration."""
+    assert main([*FLAGS, "--data-path", *data_path, "--save", str(folder), *map(str, flags)]) == 0
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {(record["kind"], record["iteration"]): record for record in records if record["kind"] != "train"}
+
+
+@pytest.fixture(scope="module")
+def each(corpora, tmp_path_factory):
+    """The folder of a run with both flags, and its evaluations."""
+    folder = tmp_path_factory.mktemp("each")
+    return folder, run(folder, corpora, *EACH)
+
+
+def names(corpora):
+    # Both end in "corpus": the whole prefix tells them apart.
+    return corpora[1], corpora[3]
+
+
+def test_the_blends_loss_is_that_of_its_corpora_together(each, corpora):
+    for split in ("valid", "test"):
+        for iteration in (0, 4):
+            whole, *parts = (each[1][kind, iteration] for kind in (
+                split, *(f"{split}/{name}" for name in names(corpora))))
+            assert whole["num_targets"] == sum(part["num_targets"] for part in parts) > 0
+            together = sum(part["loss"] * part["num_targets"] for part in parts) / whole["num_targets"]
+            assert whole["loss"] == pytest.approx(together, rel=1e-6)
+
+
+def test_a_corpus_beside_others_is_evaluated_as_it_is_alone(each, corpora, tmp_path):
+    for number, name in enumerate(names(corpora)):
+        alone = run(tmp_path / str(number), [name], "--eval-at-start")
+        assert alone["valid", 0]["num_targets"] == each[1][f"valid/{name}", 0]["num_targets"]
+        assert alone["valid", 0]["loss"] == pytest.approx(each[1][f"valid/{name}", 0]["loss"], rel=1e-6)
+
+
+def test_more_evaluations_change_no_bit_of_a_run(each, corpora, tmp_path):
+    plain = run(tmp_path, corpora)
+    assert set(plain) == {("valid", 4), ("test", 4)}
+    assert {key: each[1][key] for key in plain} == plain
+    assert losses(tmp_path) == losses(each[0])
+
+
+def test_a_run_from_weights_begins_where_they_were_left_and_says_both_losses(each, corpora, tmp_path, capsys):
+    again = run(tmp_path, corpora, *EACH, "--load", each[0], "--finetune")
+    for kind, iteration in each[1]:
+        if iteration == 4:
+            assert again[kind, 0] == {**each[1][kind, 4], "iteration": 0, "consumed_samples": 0}
+    summary = capsys.readouterr().out.splitlines()
+    for name in names(corpora):
+        line = next(line for line in summary if line.startswith(f"  validation loss on {name}"))
+        assert f"{again[f'valid/{name}', 4]['loss']:.4f} nats" in line
+        assert line.endswith(f"before the first step {again[f'valid/{name}', 0]['loss']:.4f}")
+
+
+def test_a_run_that_goes_on_keeps_what_was_before_its_first_step(corpora, tmp_path, capsys):
+    flags = [*EACH, "--load", tmp_path]
+    first = run(tmp_path, corpora, *flags, "--exit-interval", 2)
+    again = run(tmp_path, corpora, *flags)
+    assert {iteration for _, iteration in first} == {0} and {iteration for _, iteration in again} == {0, 4}
+    assert capsys.readouterr().out.count("before the first step") == 6
+
+
+def test_tensorboard_has_each_corpus_by_its_name(each, corpora):
+    content = b"".join(file.read_bytes() for file in (each[0] / "tensorboard").iterdir())
+    for name in names(corpora):
+        assert f"valid/{name}/loss".encode() in content and f"test/{name}/loss".encode() in content
+
+
+def test_ranks_evaluate_each_corpus_together(each, corpora, tmp_path):
+    flags = [*FLAGS, "--data-path", *corpora, "--save", tmp_path, *EACH, "--micro-batch-size", 1]
+    assert run_on_ranks(*flags, ranks=2) == [0, 0]
+    for name in names(corpora):
+        assert losses(tmp_path, f"valid/{name}")[4] == pytest.approx(each[1][f"valid/{name}", 4]["loss"], rel=1e-4)
