@@ -203,8 +203,8 @@ def test_the_card_says_what_is_known_of_a_run(checkpoints, tmp_path):
     hf.write(replace(first, state=state, path=run / "iter_0000007"), tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith('---\nlicense: mit\n')
-    for line in ('base_model: "esm2_start"', "- trained on from the weights in esm2_start", "- trained on pfam pr\\udce9",
-                 "- 7 steps over 100 rows of 64 positions: at most 6,400 residues",
+    for line in ('base_model: "esm2_start"', "- trained on from the weights in esm2_start",
+                 "- trained on pfam pr\\udce9", "- 7 steps over 100 rows of 64 positions: at most 6,400 residues",
                  "- training loss 2.5000 nats a masked residue after 5 steps",
                  "- validation loss on pfam 2.5000 nats a masked residue after 5 steps, 2.0000 before the first"):
         assert line in card.splitlines()
