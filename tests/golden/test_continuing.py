@@ -21,7 +21,7 @@ MODEL = ModelConfig(num_layers=2, hidden_size=24, num_attention_heads=3, ffn_hid
                     num_query_groups=3, position_embedding_type="rope", token_dropout=True, bias_gelu_fusion=False,
                     layernorm_epsilon=1e-5, max_position_embeddings=256, contact_head=True)
 FLAGS = ["--seq-length", "256", "--lr", "1e-3", "--num-workers", "0", "--peak-tflops", "1", "--log-interval", "1",
-         "--micro-batch-size", "4"]
+         "--micro-batch-size", "4", "--eval-interval", "100", "--save-interval", "100"]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def inputs(tmp_path_factory):
 def start(inputs, out, **environment):
     """Starts the script; output and errors in one pipe."""
     command = ["bash", "examples/continue_esm2.sh", inputs / "esm2_tiny", inputs / "new.fasta.gz", out, *FLAGS]
-    given = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "EPOCHS": "2", "OLD_PROTEINS": inputs / "old.fasta.gz"}
+    given = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "EPOCHS": "1", "OLD_PROTEINS": inputs / "old.fasta.gz"}
     return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=os.environ | given | environment, text=True,
                             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 

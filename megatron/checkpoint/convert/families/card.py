@@ -38,7 +38,7 @@ def card_of(checkpoint: Checkpoint, config: Mapping[str, Any], num_parameters: i
         head += f"base_model: {json.dumps(source.name)}\n"
     trust = ", trust_remote_code=True" if needs_code else ""
     lines = [f"- {line}" for line in _lines(checkpoint, config, num_parameters, start)]
-    return f"""---
+    text = f"""---
 {head}---
 
 # A protein masked language model
@@ -55,6 +55,7 @@ logits = model(**tokenizer("MKTAYIAKQR", return_tensors="pt")).logits
 
 Residues may be spaced or not, in either case; each becomes one token.
 """
+    return text.encode("utf-8", "backslashreplace").decode()  # a path need be no text
 
 
 def _lines(checkpoint: Checkpoint, config: Mapping[str, Any], num_parameters: int,
