@@ -4,6 +4,8 @@ The ranges here are what the code can work with; `requirements.txt` pins what is
 proteins into rows is optional: without a C++ compiler or pybind11 its Python twin does the same work, more slowly.
 """
 
+import sys
+
 from setuptools import Extension, find_namespace_packages, setup
 
 REQUIRED = ["torch>=2.11", "numpy>=1.26", "safetensors>=0.4", "tensorboard>=2.14", "tqdm>=4.60", "matplotlib>=3.7"]
@@ -15,14 +17,20 @@ EXTRAS = {
 }
 
 
-def packing_extension() -> list[Extension]:
-    """The compiled helper `megatron.data.rows._packing`, or nothing where pybind11 is missing."""
+def extensions() -> list[Extension]:
+    """The compiled helpers, or nothing where pybind11 is missing."""
     try:
         from pybind11.setup_helpers import Pybind11Extension
     except ImportError:
         return []
+    threads = ["-fopenmp"] if sys.platform == "linux" else []  # PyTorch's own pool: it has loaded the library before
     return [Pybind11Extension("megatron.data.rows._packing", ["megatron/data/rows/packing.cpp"], cxx_std=17,
-                              extra_compile_args=["-O3"], optional=True)]
+                              extra_compile_args=["-O3"], optional=True),
+            Pybind11Extension("megatron.kernels._packed_attention", ["megatron/kernels/packed_attention.cpp"],
+                              cxx_std=17, extra_compile_args=["-O3", "-ffp-contract=fast", "-Wno-unknown-pragmas", *threads],
+                              extra_link_args=threads, optional=True,
+                              depends=["megatron/kernels/packed_attention.h",
+                                       "megatron/kernels/packed_attention_kernels.inc"])]
 
 
 setup(
@@ -32,7 +40,7 @@ setup(
     license="Apache-2.0",
     packages=find_namespace_packages(include=["megatron*", "protein_tools*"]),
     package_data={"protein_tools": ["*.txt"]},
-    ext_modules=packing_extension(),
+    ext_modules=extensions(),
     python_requires=">=3.10",
     install_requires=REQUIRED,
     extras_require=EXTRAS,

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from megatron.kernels.by_protein import Window, attention_by_protein
+from megatron.kernels.cpu_attention import cpu_attention, takes_helper
 from megatron.kernels.device import takes_gpu_way
 from megatron.kernels.packed_sequence import PackedSequence, proteins_of_tokens
 
@@ -24,6 +25,8 @@ def packed_attention(qkv_tgcd: Tensor, sequence: PackedSequence, dropout: float,
         ends, longest = sequence.cu_seqlens, sequence.max_length
         return fused_attention(qkv_tgcd[:, :, :-2], qkv_tgcd[:, :, -2:], (ends, ends), (longest, longest), dropout,
                                window)
+    if takes_helper(qkv_tgcd, dropout):
+        return cpu_attention(qkv_tgcd, sequence.cu_seqlens, sequence.num_filler, window)
     return attention_by_protein(qkv_tgcd, sequence.cu_seqlens, sequence.num_filler, window, dropout)
 
 
