@@ -1,7 +1,8 @@
 """Attention of packed proteins on CPUs by a compiled helper: scores never reach memory.
 
 It takes fp32 and bf16 (products of bf16 numbers where the processor has them, fp32 sums everywhere), windows, groups of
-queries and any width; not dropout. Backward it makes the scores anew from the logsumexp of each query's. Without a C++
+queries and any width; not dropout. For the backward pass,
+which makes the scores anew, it keeps the softmax's largest score and sum for each query. Without a C++
 compiler or pybind11 it is missing, and `megatron.kernels.by_protein` does the same work. Shapes: t tokens, g groups,
 each with c = q + 2 rows of width d: queries, key, value.
 """
@@ -44,8 +45,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv_tgcd: Tensor, cu_seqlens: Tensor, *numbers: Any) -> Tensor:
-        context_tgqd, logsumexp_tgq = _forward(qkv_tgcd, cu_seqlens, *numbers)
-        ctx.save_for_backward(qkv_tgcd, cu_seqlens, context_tgqd, logsumexp_tgq)
+        context_tgqd, statistics_tgq2 = _forward(qkv_tgcd, cu_seqlens, *numbers)
+        ctx.save_for_backward(qkv_tgcd, cu_seqlens, context_tgqd, statistics_tgq2)
         ctx.numbers = numbers
         return context_tgqd
 
@@ -58,32 +59,33 @@ def _forward(qkv_tgcd: Tensor, cu_seqlens: Tensor, num_filler: int, left: int, r
              instructions: str) -> tuple[Tensor, Tensor]:
     qkv_tgcd, lengths = qkv_tgcd.contiguous(), protein_lengths(cu_seqlens, num_filler)
     context_tgqd = torch.empty_like(qkv_tgcd[:, :, :-2], memory_format=torch.contiguous_format)
-    logsumexp_tgq = torch.empty(context_tgqd.shape[:-1])
+    statistics_tgq2 = torch.empty(*context_tgqd.shape[:-1], 2)
     context_tgqd[sum(lengths):] = 0
-    _attend(instructions, lengths, (left, right), logsumexp_tgq, qkv_tgcd, qkv_tgcd[:, :, -2:], context_tgqd)
-    return context_tgqd, logsumexp_tgq
+    statistics_tgq2[sum(lengths):] = 0
+    _attend(instructions, lengths, (left, right), statistics_tgq2, qkv_tgcd, qkv_tgcd[:, :, -2:], context_tgqd)
+    return context_tgqd, statistics_tgq2
 
 
-def _backward(grad_tgqd: Tensor, qkv_tgcd: Tensor, cu_seqlens: Tensor, context_tgqd: Tensor, logsumexp_tgq: Tensor,
+def _backward(grad_tgqd: Tensor, qkv_tgcd: Tensor, cu_seqlens: Tensor, context_tgqd: Tensor, statistics_tgq2: Tensor,
               num_filler: int, left: int, right: int, instructions: str) -> Tensor:
     qkv_tgcd, lengths = qkv_tgcd.contiguous(), protein_lengths(cu_seqlens, num_filler)
     grad_tgcd = torch.empty_like(qkv_tgcd)
     grad_tgcd[sum(lengths):] = 0
-    _attend(instructions, lengths, (left, right), logsumexp_tgq, qkv_tgcd, qkv_tgcd[:, :, -2:], context_tgqd,
+    _attend(instructions, lengths, (left, right), statistics_tgq2, qkv_tgcd, qkv_tgcd[:, :, -2:], context_tgqd,
             grad_tgqd.contiguous(), grad_tgcd, grad_tgcd[:, :, -2:])
     return grad_tgcd
 
 
-def _attend(instructions: str, lengths: list[int], window: tuple[int, int], logsumexp_tgq: Tensor,
+def _attend(instructions: str, lengths: list[int], window: tuple[int, int], statistics_tgq2: Tensor,
             *tensors: Tensor) -> None:
-    """Fill context and logsumexp, or with a gradient of the context those of queries, keys and values."""
+    """Fill context and statistics, or with a gradient of the context those of queries, keys and values."""
     if not lengths:
         return
     context_tgqd = tensors[2]
     reach = (_UNBOUNDED, _UNBOUNDED) if window[0] < 0 else window
     places = [(tensor.data_ptr(), *tensor.stride()[:2]) for tensor in tensors]
     _helper.attend(instructions or INSTRUCTION_SETS[0], torch.get_num_threads(), context_tgqd.dtype == torch.bfloat16,
-                   lengths, (0, len(context_tgqd)), context_tgqd.shape[1:], reach, places, logsumexp_tgq.data_ptr())
+                   lengths, (0, len(context_tgqd)), context_tgqd.shape[1:], reach, places, statistics_tgq2.data_ptr())
 
 
 # The same as an operator that torch.compile takes as it is; traced, each new list of lengths would compile anew. A
@@ -96,8 +98,8 @@ def _operator(qkv_tgcd: Tensor, cu_seqlens: Tensor, num_filler: int, left: int, 
 
 @torch.library.custom_op("megatron::cpu_attention_backward", mutates_args=())
 def _operator_backward(grad_tgqd: Tensor, qkv_tgcd: Tensor, cu_seqlens: Tensor, context_tgqd: Tensor,
-                       logsumexp_tgq: Tensor, num_filler: int, left: int, right: int, instructions: str) -> Tensor:
-    return _backward(grad_tgqd, qkv_tgcd, cu_seqlens, context_tgqd, logsumexp_tgq, num_filler, left, right,
+                       statistics_tgq2: Tensor, num_filler: int, left: int, right: int, instructions: str) -> Tensor:
+    return _backward(grad_tgqd, qkv_tgcd, cu_seqlens, context_tgqd, statistics_tgq2, num_filler, left, right,
                      instructions)
 
 
@@ -105,11 +107,11 @@ def _operator_backward(grad_tgqd: Tensor, qkv_tgcd: Tensor, cu_seqlens: Tensor, 
 def _(qkv_tgcd: Tensor, cu_seqlens: Tensor, num_filler: int, left: int, right: int,
       instructions: str) -> tuple[Tensor, Tensor]:
     shape = qkv_tgcd[:, :, :-2].shape
-    return qkv_tgcd.new_empty(shape), qkv_tgcd.new_empty(shape[:-1], dtype=torch.float32)
+    return qkv_tgcd.new_empty(shape), qkv_tgcd.new_empty((*shape[:-1], 2), dtype=torch.float32)
 
 
 @_operator_backward.register_fake
-def _(grad_tgqd: Tensor, qkv_tgcd: Tensor, cu_seqlens: Tensor, context_tgqd: Tensor, logsumexp_tgq: Tensor,
+def _(grad_tgqd: Tensor, qkv_tgcd: Tensor, cu_seqlens: Tensor, context_tgqd: Tensor, statistics_tgq2: Tensor,
       num_filler: int, left: int, right: int, instructions: str) -> Tensor:
     return torch.empty_like(qkv_tgcd, memory_format=torch.contiguous_format)
 

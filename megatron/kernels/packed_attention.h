@@ -10,7 +10,7 @@
 
 namespace packed_attention {
 
-constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kNothing = -1e38f;  // a maximum before the first score
 constexpr float kMasked = -2e38f;   // a score that does not count, below every maximum
 
@@ -36,11 +36,11 @@ struct Problem {
   int64_t start;
   float scale;
   Rows<Number> query, key_value, context;  // backward: `context` is only read
-  float* logsumexp;                        // [tokens here, groups, queries]
+  float* statistics;  // [tokens here, groups, queries, 2]: the softmax's largest score, by log2(e), and 1 / its sum
   Rows<Number> grad_context, grad_query, grad_key_value;  // backward alone
 
-  float* logsumexp_at(int64_t token, int64_t group, int64_t query_of_group) const {
-    return logsumexp + ((token - start) * groups + group) * queries + query_of_group;
+  float* statistics_at(int64_t token, int64_t group, int64_t head) const {
+    return statistics + 2 * (((token - start) * groups + group) * queries + head);
   }
 };
 
