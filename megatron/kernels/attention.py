@@ -5,7 +5,9 @@ more. They come as one tensor `qkv_tgcd`, as the fused projection makes it: for 
 its key and its value (grouped-query attention, Ainslie et al., 2023, arXiv 2305.13245; ordinary attention where q is
 1). Scores are scaled by 1/sqrt(d); softmax is in fp32. Under a window (left, right) a token attends to so many on each
 side of it (Beltagy et al., 2020, arXiv 2004.05150). On GPUs one fused operator does all proteins at once, by boundaries
-on the device; on CPUs `megatron.kernels.by_protein` is faster (see benchmarks/RESULTS.md), and the filler is skipped.
+on the device. On CPUs it is `megatron.kernels.cpu_attention`, which was faster in every shape that was measured (see
+benchmarks/RESULTS.md), or where that is not built, and under dropout, `megatron.kernels.by_protein`; both skip the
+filler.
 """
 
 import torch

@@ -1,4 +1,4 @@
-// Attention inside each protein of a packed sequence, forward and backward, on CPUs. cpu_attention.py says what it takes.
+// Attention inside each protein of a packed sequence on CPUs, forward and backward (see cpu_attention.py).
 //
 // No two units of work write to one place, and each works in one order: the bits do not depend on the threads.
 
@@ -115,7 +115,7 @@ const Way& way_named(const std::string& name) {
   throw std::invalid_argument("this processor or this build has no way '" + name + "'");
 }
 
-// Of each protein those queries that lie in `start` to `stop`, at most `most` a unit, for each group; the dearest first.
+// The queries from `start` to `stop`: of one protein and group, and at most `most`, a unit; the dearest first.
 std::vector<Unit> units_of(const std::vector<int64_t>& lengths, int64_t start, int64_t stop, int64_t groups,
                            int64_t most) {
   std::vector<Unit> units;
