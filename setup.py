@@ -1,28 +1,37 @@
 """Installs the project: `pip install -e .` (what `examples/setup.sh` does in its own environment).
 
-The ranges here are what the code can work with; `requirements.txt` pins what is tested. The compiled helper that packs
-proteins into rows is optional: without a C++ compiler or pybind11 its Python twin does the same work, more slowly.
+The ranges here are what the code can work with; `requirements.txt` pins what is tested. The compiled helpers that pack
+proteins into rows and attend on CPUs are optional: without a C++ compiler or pybind11 their Python twins do the same
+work, more slowly.
 """
+
+import sys
 
 from setuptools import Extension, find_namespace_packages, setup
 
 REQUIRED = ["torch>=2.11", "numpy>=1.26", "safetensors>=0.4", "tensorboard>=2.14", "tqdm>=4.60", "matplotlib>=3.7"]
 EXTRAS = {
-    "helper": ["pybind11>=2.11", "setuptools>=64"],  # builds the compiled helper
+    "helper": ["pybind11>=2.11", "setuptools>=64"],  # builds the compiled helpers
     "fast": ["orjson>=3.8", "isal>=1.5"],  # reads JSON and gzip faster than the standard library
     "sentences": ["nltk>=3.8"],  # tools/preprocess_data.py --split-sentences
     "formats": ["lmdb>=1.4", "pyarrow>=15", "zstandard>=0.21"],  # TAPE's LMDB, Parquet and Arrow, .zst
 }
 
 
-def packing_extension() -> list[Extension]:
-    """The compiled helper `megatron.data.rows._packing`, or nothing where pybind11 is missing."""
+def extensions() -> list[Extension]:
+    """The compiled helpers, or nothing where pybind11 is missing."""
     try:
         from pybind11.setup_helpers import Pybind11Extension
     except ImportError:
         return []
+    threads = ["-fopenmp"] if sys.platform == "linux" else []  # PyTorch's own pool: it has loaded the library before
     return [Pybind11Extension("megatron.data.rows._packing", ["megatron/data/rows/packing.cpp"], cxx_std=17,
-                              extra_compile_args=["-O3"], optional=True)]
+                              extra_compile_args=["-O3"], optional=True),
+            Pybind11Extension("megatron.kernels._packed_attention", ["megatron/kernels/packed_attention.cpp"],
+                              cxx_std=17, extra_link_args=threads, optional=True,
+                              extra_compile_args=["-O3", "-ffp-contract=fast", "-Wno-unknown-pragmas", *threads],
+                              depends=[f"megatron/kernels/packed_attention{rest}"
+                                       for rest in (".h", "_blocks.inc", "_kernels.inc")])]
 
 
 setup(
@@ -32,7 +41,7 @@ setup(
     license="Apache-2.0",
     packages=find_namespace_packages(include=["megatron*", "protein_tools*"]),
     package_data={"protein_tools": ["*.txt"]},
-    ext_modules=packing_extension(),
+    ext_modules=extensions(),
     python_requires=">=3.10",
     install_requires=REQUIRED,
     extras_require=EXTRAS,

@@ -94,24 +94,34 @@ install() {
     cp "$root/$file" "$installed"
 }
 
-# build_helper: compiles the helper beside its source if it is missing or older, and says so if it cannot.
-build_helper() {
-    local source="$root/megatron/data/rows/packing.cpp" helper why
-    helper=${source%/*}/_packing$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
-    if [ "$helper" -nt "$source" ]; then return; fi
+# build_helpers: compiles the helpers beside their sources if one is missing or older, and says so if it cannot.
+build_helpers() {
+    local suffix why
+    suffix=$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
+    if are_built "$suffix"; then return; fi
     if ! command -v "${CXX:-c++}" >/dev/null; then
         why="no C++ compiler"
     elif ! "$python" -c 'import pybind11, setuptools' 2>/dev/null; then
         why="no pybind11"
     else
+        echo "setup: building the compiled helpers (a minute)"
         (cd "$root" && "$python" setup.py --quiet build_ext --inplace) >"$root/.setup.log" 2>&1 || true
-        if [ "$helper" -nt "$source" ]; then
-            echo "setup: built the compiled helper"
+        if are_built "$suffix"; then
+            echo "setup: built the compiled helpers"
             return
         fi
         why="see .setup.log"
     fi
     echo "setup: no compiled helper ($why); its Python twin does the same work, more slowly"
+}
+
+# are_built SUFFIX: whether each helper is there and newer than what it is made of.
+are_built() {
+    local made
+    for made in data/rows/_packing:data/rows/packing.cpp kernels/_packed_attention:kernels/packed_attention.cpp \
+        kernels/_packed_attention:kernels/packed_attention{.h,_blocks.inc,_kernels.inc}; do
+        if ! [ "$root/megatron/${made%:*}$1" -nt "$root/megatron/${made#*:}" ]; then return 1; fi
+    done
 }
 
 python=$(first_python) || exit
@@ -122,7 +132,7 @@ export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-30000}
 if [ -w "$root" ]; then
     lock
     is_complete "$1" || make_environment "$1"
-    build_helper
+    build_helpers
     exec 9>&-
 else
     is_complete "$1" || fail "$python lacks packages of requirements.txt, and $root cannot be written to"

@@ -5,7 +5,9 @@ more. They come as one tensor `qkv_tgcd`, as the fused projection makes it: for 
 its key and its value (grouped-query attention, Ainslie et al., 2023, arXiv 2305.13245; ordinary attention where q is
 1). Scores are scaled by 1/sqrt(d); softmax is in fp32. Under a window (left, right) a token attends to so many on each
 side of it (Beltagy et al., 2020, arXiv 2004.05150). On GPUs one fused operator does all proteins at once, by boundaries
-on the device; on CPUs `megatron.kernels.by_protein` is faster (see benchmarks/RESULTS.md), and the filler is skipped.
+on the device. On CPUs it is `megatron.kernels.cpu_attention`, which was faster in every shape that was measured (see
+benchmarks/RESULTS.md), or where that is not built, and under dropout, `megatron.kernels.by_protein`; both skip the
+filler.
 """
 
 import torch
@@ -14,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from megatron.kernels.by_protein import Window, attention_by_protein
+from megatron.kernels.cpu_attention import cpu_attention, takes_helper
 from megatron.kernels.device import takes_gpu_way
 from megatron.kernels.packed_sequence import PackedSequence, proteins_of_tokens
 
@@ -24,6 +27,8 @@ def packed_attention(qkv_tgcd: Tensor, sequence: PackedSequence, dropout: float,
         ends, longest = sequence.cu_seqlens, sequence.max_length
         return fused_attention(qkv_tgcd[:, :, :-2], qkv_tgcd[:, :, -2:], (ends, ends), (longest, longest), dropout,
                                window)
+    if takes_helper(qkv_tgcd, dropout):
+        return cpu_attention(qkv_tgcd, sequence.cu_seqlens, sequence.num_filler, window)
     return attention_by_protein(qkv_tgcd, sequence.cu_seqlens, sequence.num_filler, window, dropout)
 
 

@@ -47,9 +47,10 @@ class Checkout:
         for name in ("examples/setup.sh", "requirements.txt", "setup.py", "tests/requirements.txt"):
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.root / name)
-        helper = self.root / "megatron" / "data" / "rows" / f"_packing{sysconfig.get_config_var('EXT_SUFFIX')}"
-        helper.parent.mkdir(parents=True)
-        helper.touch()
+        for name in ("data/rows/_packing", "kernels/_packed_attention"):
+            helper = self.root / "megatron" / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+            helper.parent.mkdir(parents=True)
+            helper.touch()
         self.bin = folder / "bin"
         self.bin.mkdir()
         for name in ("python", "python3", "python3.10", "python3.11", "python3.12"):

@@ -1,0 +1,145 @@
+"""The compiled attention of CPUs against its definition, for every instruction set that this processor has."""
+
+import pytest
+import torch
+
+from megatron.kernels import attention, cpu_attention
+from megatron.kernels.attention import attention_reference, packed_attention
+from tests.packed import packed_batch
+
+pytestmark = pytest.mark.skipif(not cpu_attention.INSTRUCTION_SETS,
+                                reason="megatron.kernels._packed_attention is not built")
+every_instruction_set = pytest.mark.parametrize("instructions", cpu_attention.INSTRUCTION_SETS)
+WINDOWS = [None, (5, 70), (200, 1)]
+
+
+def outcome(way, qkv, weights):
+    """The context and the gradient of what `way` makes of these."""
+    qkv = qkv.clone().requires_grad_()
+    context = way(qkv)
+    return context.detach(), *torch.autograd.grad(context, qkv, weights)
+
+
+def outcomes(sequence, qkv, window=None, instructions=""):
+    """Of the helper, of the definition in the same precision, and of that in fp64; the filler's are left out."""
+    weights = torch.randn(len(qkv), qkv.shape[1] * (qkv.shape[2] - 2), qkv.shape[3]).to(qkv.dtype)
+    size = int(sequence.cu_seqlens[len(sequence.cu_seqlens) - 1 - sequence.num_filler])
+    weights[size:] = 0
+
+    def ours(x):
+        return cpu_attention.cpu_attention(x, sequence.cu_seqlens, sequence.num_filler, window, instructions)
+
+    def definition(x):
+        return attention_reference(x, sequence, 0.0, window)
+
+    three = (outcome(ours, qkv, weights), outcome(definition, qkv, weights),
+             outcome(definition, qkv.double(), weights.double()))
+    return [tuple(tensor[:size].double() for tensor in each) for each in three]
+
+
+@every_instruction_set
+@pytest.mark.parametrize("width", [7, 8, 16, 20, 24, 32, 64, 128])
+def test_context_and_gradient_follow_the_definition(width, instructions):
+    torch.manual_seed(width)
+    for queries, lengths in ((1, (7, 1, 200)), (3, (65, 1, 33)), (1, (1,)), (1, ())):
+        for window in WINDOWS if width in (7, 16) else [None]:
+            sequence = packed_batch(*lengths, filler=5, empty=2).sequence
+            qkv = torch.randn(sum(lengths) + 5, 2, queries + 2, width)
+            ours, _, exact = outcomes(sequence, qkv, window, instructions)
+            for mine, right in zip(ours, exact, strict=True):
+                torch.testing.assert_close(mine, right, atol=2e-5, rtol=1e-5)
+
+
+@every_instruction_set
+@pytest.mark.parametrize("width", [7, 16, 24, 64])
+def test_bf16_errors_are_at_most_twice_the_definitions(width, instructions):
+    torch.manual_seed(width)
+    sequence = packed_batch(150, 1, 83, filler=3).sequence
+    for queries, window in ((1, None), (2, (30, 9))):
+        qkv = torch.randn(237, 3, queries + 2, width).bfloat16()
+        ours, plain, exact = outcomes(sequence, qkv, window, instructions)
+        for mine, theirs, right in zip(ours, plain, exact, strict=True):
+            assert (mine - right).abs().max() <= 2 * (theirs - right).abs().max()
+            assert (mine - right).norm() <= 2 * (theirs - right).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_exponential_is_right_where_scores_differ_by_much(dtype):
+    torch.manual_seed(0)
+    sequence = packed_batch(130).sequence
+    qkv = torch.randn(130, 2, 3, 16)
+    qkv[:, :, 0] *= torch.logspace(-2, 2, 130)[:, None, None]  # scores up to several hundreds
+    ours, plain, exact = outcomes(sequence, qkv.to(dtype))
+    for mine, theirs, right in zip(ours, plain, exact, strict=True):
+        assert (mine - right).norm() <= 2 * (theirs - right).norm()
+
+
+def test_a_protein_of_3000_residues_follows_the_definition():
+    torch.manual_seed(0)
+    sequence = packed_batch(3000, 5).sequence
+    ours, _, exact = outcomes(sequence, torch.randn(3005, 1, 3, 8))
+    for mine, right in zip(ours, exact, strict=True):
+        torch.testing.assert_close(mine, right, atol=2e-5, rtol=1e-5)
+
+
+@every_instruction_set
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bits_depend_neither_on_the_threads_nor_on_what_else_is_packed(dtype, instructions):
+    torch.manual_seed(0)
+    qkv, weights = torch.randn(300, 2, 4, 24).to(dtype), torch.randn(300, 4, 24).to(dtype)
+    results, threads = [], torch.get_num_threads()
+    for number, lengths in ((1, (90, 210)), (3, (90, 210)), (2, (90, 10, 200))):
+        sequence = packed_batch(*lengths).sequence
+        torch.set_num_threads(number)
+        try:
+            results.append(outcome(lambda x, ends=sequence.cu_seqlens: cpu_attention.cpu_attention(
+                x, ends, 0, None, instructions), qkv, weights))
+        finally:
+            torch.set_num_threads(threads)
+    for one, three, other in zip(*results, strict=True):
+        assert torch.equal(one, three)
+        assert torch.equal(one[:90], other[:90])
+
+
+def test_the_operator_is_what_torch_expects_of_one_and_gives_the_same_bits():
+    sequence = packed_batch(5, 2, filler=3).sequence
+    qkv = torch.randn(10, 2, 4, 4, requires_grad=True)
+    arguments = qkv, sequence.cu_seqlens, sequence.num_filler, 3, 1, ""
+    torch.library.opcheck(torch.ops.megatron.cpu_attention.default, arguments)
+    context, statistics = torch.ops.megatron.cpu_attention(*arguments)
+    torch.library.opcheck(torch.ops.megatron.cpu_attention_backward.default,
+                          (torch.ones_like(context), qkv.detach(), sequence.cu_seqlens, context.detach(),
+                           statistics.detach(), sequence.num_filler, 3, 1, ""))
+    eager = packed_attention(qkv, sequence, 0.0, (3, 1))
+    assert torch.equal(context.flatten(1, 2), eager)
+    weights = torch.randn_like(eager)
+    assert torch.equal(*(torch.autograd.grad(each, qkv, weights)[0] for each in (context.flatten(1, 2), eager)))
+
+
+def test_what_is_not_a_number_stays_so():
+    sequence = packed_batch(20, 20).sequence
+    for row in range(3):
+        qkv = torch.randn(40, 2, 3, 8)
+        qkv[3, 1, row] = torch.nan
+        context, gradient = outcome(lambda x: packed_attention(x, sequence, 0.0), qkv, torch.ones(40, 2, 8))
+        assert context[3, 1].isnan().all() and not context[20:].isnan().any() and not context[:, 0].isnan().any()
+        assert gradient[3, 1].isnan().any() and not gradient[20:].isnan().any()
+
+
+def test_the_helper_does_all_that_has_no_dropout_and_scores_never_reach_memory(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("attention a protein at a time was taken")
+
+    monkeypatch.setattr(attention, "attention_by_protein", refuse)
+    sequence = packed_batch(30).sequence
+    for dtype in (torch.float32, torch.bfloat16):
+        packed_attention(torch.randn(30, 2, 3, 8).to(dtype), sequence, 0.0)
+    with pytest.raises(AssertionError):
+        packed_attention(torch.randn(30, 2, 3, 8), sequence, 0.1)
+    with pytest.raises(AssertionError):
+        packed_attention(torch.randn(30, 2, 3, 8).double(), sequence, 0.0)
+
+
+def test_an_unknown_instruction_set_is_refused():
+    with pytest.raises(ValueError, match="no way 'mmx'"):
+        cpu_attention.cpu_attention(torch.randn(4, 1, 3, 8), torch.tensor([0, 4], dtype=torch.int32), 0, None, "mmx")
