@@ -46,7 +46,8 @@ def bert_step(layers: int, hidden: int, precision: str, micro_batches: int) -> C
     config = BertConfig(vocab_size=VOCABULARY, hidden_size=hidden, num_hidden_layers=layers,
                         num_attention_heads=hidden // 64, intermediate_size=4 * hidden, max_position_embeddings=2176,
                         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    model = BertForMaskedLM(config).to(device).train()
+    model: torch.nn.Module = BertForMaskedLM(config)
+    model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     proteins = [torch.randint(6, 31, (length,)) for length in LENGTHS]
     tokens = torch.nn.utils.rnn.pad_sequence(proteins, batch_first=True).to(device)
