@@ -106,8 +106,7 @@ class Living:
 
 
 PRECISIONS = {"fp32": PrecisionConfig(), "bf16": PrecisionConfig(bf16=True)}
-KINDS = [("proteinlm", "fp32"), ("proteinlm", "bf16"), ("esm2", "fp32"), ("esm2", "bf16"), ("protbert", "fp32"),
-         ("recipe", "fp32")]
+KINDS = [("proteinlm", "fp32"), ("esm2", "fp32"), ("esm2", "bf16"), ("protbert", "fp32"), ("recipe", "fp32")]
 
 
 def varied(parameters):
