@@ -144,7 +144,8 @@ def test_models_of_all_layouts_live_in_one_process_and_learn_what_one_rank_learn
         if "fp32" in layout:
             for name, expected in on_one_rank[layout[1:]].items():
                 error = (ours[name] - expected).norm() / expected.norm().clamp(min=1e-6)
-                assert error < 1e-5, f"{layout}, {name}: off by {error}"
+                is_scale = name.endswith("_scale")  # one number: a sum of thousands of both signs
+                assert error < (5e-5 if is_scale else 1e-5), f"{layout}, {name}: off by {error}"
     for other, layout in itertools.product(others, first):
         assert other[layout]["loss"] == first[layout]["loss"]
         assert other[layout]["norm"] == first[layout]["norm"]
