@@ -1,4 +1,4 @@
-"""Attention a protein at a time: two matrix products and a softmax each, the fastest way on CPUs.
+"""Attention a protein at a time: two matrix products and a softmax each, on any device.
 
 Shapes: u tokens with queries, t tokens with keys and values, n heads in g groups of q, d head width, k keys of a tile.
 Queries, keys and values of a token are c = q + 2 rows of width d for each group: the queries, the key, the value.
@@ -171,8 +171,7 @@ def _whole_gradient(grad_tgqd: Tensor, qkv_tgcd: Tensor, tiles: Sequence[Tile], 
                     has_dropout: bool) -> Tensor:
     grad_tgcd = torch.empty_like(qkv_tgcd)
     grad_tgcd[_num_queries(tiles):] = 0
-    queries, keys_values = ((tensor[:, :, :-2], tensor[:, :, -2:]) for tensor in (qkv_tgcd, grad_tgcd))
-    inputs, gradients = (qkv_tgcd[:, :, :-2], qkv_tgcd[:, :, -2:]), (grad_tgcd[:, :, :-2], grad_tgcd[:, :, -2:])
+    inputs, gradients = ((tensor[:, :, :-2], tensor[:, :, -2:]) for tensor in (qkv_tgcd, grad_tgcd))
     backward_by_protein(grad_tgqd, inputs, gradients, tiles, kept, has_dropout)
     return grad_tgcd
 

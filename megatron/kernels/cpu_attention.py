@@ -1,10 +1,9 @@
 """Attention of packed proteins on CPUs by a compiled helper: scores never reach memory.
 
 It takes fp32 and bf16 (products of bf16 numbers where the processor has them, fp32 sums everywhere), windows, groups of
-queries and any width; not dropout. For the backward pass,
-which makes the scores anew, it keeps the softmax's largest score and sum for each query. Without a C++
-compiler or pybind11 it is missing, and `megatron.kernels.by_protein` does the same work. Shapes: t tokens, g groups,
-each with c = q + 2 rows of width d: queries, key, value.
+queries and any width; not dropout. For the backward pass, which makes the scores anew, it keeps the softmax's largest
+score and sum for each query. Without a C++ compiler or pybind11 it is missing, and `megatron.kernels.by_protein` does
+the same work. Shapes: t tokens, g groups, each with c = q + 2 rows of width d: queries, key, value.
 """
 
 from importlib import import_module
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron.kernels.by_protein import Window
+from megatron.kernels.device import takes_gpu_way
 from megatron.kernels.packed_sequence import protein_lengths
 
 try:
@@ -27,8 +27,10 @@ _UNBOUNDED = 2**40  # a window that ends nowhere
 
 
 def takes_helper(qkv_tgcd: Tensor, dropout: float) -> bool:
-    """Whether the helper is there and takes these."""
-    return bool(INSTRUCTION_SETS) and not dropout and qkv_tgcd.dtype in (torch.float32, torch.bfloat16)
+    """Whether the helper is there and takes these: it reads memory of the host."""
+    if takes_gpu_way(qkv_tgcd) or dropout:
+        return False
+    return bool(INSTRUCTION_SETS) and qkv_tgcd.dtype in (torch.float32, torch.bfloat16)
 
 
 def cpu_attention(qkv_tgcd: Tensor, cu_seqlens: Tensor, num_filler: int, window: Window,

@@ -143,3 +143,10 @@ def test_the_helper_does_all_that_has_no_dropout_and_scores_never_reach_memory(m
 def test_an_unknown_instruction_set_is_refused():
     with pytest.raises(ValueError, match="no way 'mmx'"):
         cpu_attention.cpu_attention(torch.randn(4, 1, 3, 8), torch.tensor([0, 4], dtype=torch.int32), 0, None, "mmx")
+
+
+@pytest.mark.parametrize("tensor", [torch.empty(4, 2, 3, 9, device="meta"), torch.empty(4, 2, 3, 8).half()])
+def test_what_is_not_on_the_host_or_of_another_dtype_is_left_to_the_other_ways(tensor):
+    assert not cpu_attention.takes_helper(tensor, 0.0)
+    assert cpu_attention.takes_helper(torch.empty(4, 2, 3, 9), 0.0)
+    assert not cpu_attention.takes_helper(torch.empty(4, 2, 3, 9), 0.1)
