@@ -1,0 +1,98 @@
+"""The function between the two layers of a feed-forward, with what their biases add: one pass over memory on GPUs.
+
+Kinds: "gelu_tanh" and "gelu" (Hendrycks and Gimpel, 2016, arXiv 1606.08415), "squared_relu" (So et al., 2021, arXiv
+2109.08668), and with a gate "swiglu": silu(gate) · wide (Shazeer, 2020, arXiv 2002.05202). Shapes: t tokens, f features
+of the feed-forward.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from megatron.kernels.device import takes_triton
+
+Biased = tuple[Tensor, Tensor | None]  # a product [t, f], and the bias [f] that it is still without
+
+
+def activated(kind: str, wide: Biased, gate: Biased = (None, None)) -> Tensor:  # type: ignore[assignment]
+    """[t, f], in the product's dtype; biases that are still to be added are added."""
+    if takes_triton(wide[0]):
+        return _Activated.apply(kind, *wide, *gate)
+    return activated_reference(kind, *(product if bias is None else product + bias.to(product.dtype)
+                                       for product, bias in (wide, gate)[:1 + (kind == "swiglu")]))
+
+
+def activated_reference(kind: str, wide_tf: Tensor, *gates: Tensor) -> Tensor:
+    """By PyTorch's own functions."""
+    if kind == "swiglu":
+        return F.silu(gates[0]) * wide_tf
+    if kind == "squared_relu":
+        return F.relu(wide_tf).square()
+    return F.gelu(wide_tf, approximate="tanh" if kind == "gelu_tanh" else "none")
+
+
+class _Activated(torch.autograd.Function):
+    """Keeps the products as they come, and adds the biases again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, kind: str, wide_tf: Tensor, bias_f: Tensor | None, gate_tf: Tensor | None,
+                gate_bias_f: Tensor | None) -> Tensor:
+        ctx.save_for_backward(wide_tf, bias_f, gate_tf, gate_bias_f)
+        ctx.kind = kind
+        return _forward(wide_tf, bias_f, gate_tf, gate_bias_f, kind)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_tf: Tensor) -> tuple[Tensor | None, ...]:
+        wide_tf, bias_f, gate_tf, gate_bias_f = ctx.saved_tensors
+        grad_wide_tf, grad_gate_tf, grads_kf = _backward(grad_tf, wide_tf, bias_f, gate_tf, gate_bias_f, ctx.kind)
+        of_biases = iter(grads_kf.unbind())
+        of_bias_f, of_gate_bias_f = (None if bias is None else next(of_biases).to(bias.dtype)
+                                     for bias in (bias_f, gate_bias_f))
+        return None, grad_wide_tf, of_bias_f, None if gate_tf is None else grad_gate_tf, of_gate_bias_f
+
+
+@torch.library.custom_op("megatron::activated", mutates_args=())
+def _forward(wide_tf: Tensor, bias_f: Tensor | None, gate_tf: Tensor | None, gate_bias_f: Tensor | None,
+             kind: str) -> Tensor:
+    from megatron.kernels.pointwise.activation_triton import launch_forward
+
+    wide_tf, gate_tf = wide_tf.contiguous(), None if gate_tf is None else gate_tf.contiguous()
+    out_tf = torch.empty_like(wide_tf)
+    launch_forward(wide_tf, bias_f, gate_tf, gate_bias_f, kind, out_tf)
+    return out_tf
+
+
+@_forward.register_fake
+def _(wide_tf: Tensor, bias_f: Tensor | None, gate_tf: Tensor | None, gate_bias_f: Tensor | None,
+      kind: str) -> Tensor:
+    return wide_tf.new_empty(wide_tf.shape)
+
+
+@torch.library.custom_op("megatron::activated_backward", mutates_args=())
+def _backward(grad_tf: Tensor, wide_tf: Tensor, bias_f: Tensor | None, gate_tf: Tensor | None,
+              gate_bias_f: Tensor | None, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    from megatron.kernels.pointwise.activation_triton import launch_backward
+
+    wide_tf, gate_tf = wide_tf.contiguous(), None if gate_tf is None else gate_tf.contiguous()
+    grad_wide_tf, grad_gate_tf, _ = _gradients(wide_tf, bias_f, gate_tf, gate_bias_f)
+    grads_kf = launch_backward(grad_tf.contiguous(), wide_tf, bias_f, gate_tf, gate_bias_f, kind, grad_wide_tf,
+                               grad_gate_tf if gate_tf is not None else None)
+    return grad_wide_tf, grad_gate_tf, grads_kf
+
+
+@_backward.register_fake
+def _(grad_tf: Tensor, wide_tf: Tensor, bias_f: Tensor | None, gate_tf: Tensor | None, gate_bias_f: Tensor | None,
+      kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients(wide_tf, bias_f, gate_tf, gate_bias_f)
+
+
+def _gradients(wide_tf: Tensor, bias_f: Tensor | None, gate_tf: Tensor | None,
+               gate_bias_f: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the products, of the gate's where there is one, and of the biases that there are."""
+    num_biases = (bias_f is not None) + (gate_bias_f is not None)
+    return (wide_tf.new_empty(wide_tf.shape), wide_tf.new_empty(wide_tf.shape if gate_tf is not None else 0),
+            wide_tf.new_empty((num_biases, wide_tf.shape[1]), dtype=torch.float32))

@@ -1,0 +1,140 @@
+"""What is done to queries and keys before attention, normalising and turning them: one pass over memory on GPUs.
+
+Shapes: t tokens, g groups of heads, each with c = q + 2 rows of width d: queries, key, value. Normalised is the width
+of each head, which has a scale [d] of its own and no bias; turned it is as `megatron.kernels.rotary` says.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from megatron.kernels.device import takes_triton
+from megatron.kernels.rotary import Rotation, rotate
+
+
+@dataclass(frozen=True)
+class HeadScaling:
+    """How queries and keys are normalised: the scales of all queries' heads [g·q·d] and of all keys' [g·d]."""
+
+    query_weight: Tensor
+    key_weight: Tensor
+    epsilon: float
+    is_rms: bool
+
+
+def prepared_heads(qkv_tgcd: Tensor, scaling: HeadScaling | None, rotation: Rotation | None) -> Tensor:
+    """The projection with queries and keys normalised, then turned, values as they are.
+
+    Its memory may be that of `qkv_tgcd`, which is then changed: who made that must not have kept it.
+    """
+    if takes_triton(qkv_tgcd) and (scaling is not None or rotation is not None):
+        turn = (None, None) if rotation is None else (rotation.cos, rotation.sin)
+        if scaling is None:
+            return _Turned.apply(qkv_tgcd, *turn)
+        return _Prepared.apply(qkv_tgcd, scaling.query_weight, scaling.key_weight, *turn, scaling.epsilon,
+                               not scaling.is_rms)
+    if scaling is not None:
+        qkv_tgcd = normed_queries_and_keys(qkv_tgcd, scaling)
+    return qkv_tgcd if rotation is None else rotate(qkv_tgcd, rotation)
+
+
+def normed_queries_and_keys(qkv_tgcd: Tensor, scaling: HeadScaling) -> Tensor:
+    """Normalised by PyTorch's own functions."""
+    query_tgqd, key_tg1d, value_tg1d = qkv_tgcd.split([qkv_tgcd.shape[2] - 2, 1, 1], dim=2)
+    return torch.cat([normed_heads(query_tgqd, scaling.query_weight, scaling.epsilon, scaling.is_rms),
+                      normed_heads(key_tg1d, scaling.key_weight, scaling.epsilon, scaling.is_rms), value_tg1d], dim=2)
+
+
+def normed_heads(x_tgcd: Tensor, weight: Tensor, epsilon: float, is_rms: bool) -> Tensor:
+    """Each row normalised and times its scale; the same shape and dtype."""
+    normalise = F.rms_norm if is_rms else F.layer_norm
+    normed_tgcd = normalise(x_tgcd, x_tgcd.shape[-1:], eps=epsilon)
+    return normed_tgcd * weight.to(x_tgcd.dtype).view(x_tgcd.shape[1:])
+
+
+class _Turned(torch.autograd.Function):
+    """In place but for a leaf; backward, where the gradient may be someone else's too, it gives a tensor of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv_tgcd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        if (qkv_tgcd.is_leaf and qkv_tgcd.requires_grad) or not qkv_tgcd.is_contiguous():
+            return _prepare(qkv_tgcd, None, None, cos, sin, 0.0, False, 1)
+        _turn_(qkv_tgcd, cos, sin)
+        return qkv_tgcd  # not marked as changed: of a view the gradient would be copied
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_tgcd: Tensor) -> tuple[Tensor, None, None]:
+        return _prepare(grad_tgcd, None, None, *ctx.saved_tensors, 0.0, False, -1), None, None
+
+
+class _Prepared(torch.autograd.Function):
+    """Keeps the projection as it came, and normalises it again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv_tgcd: Tensor, query_weight: Tensor, key_weight: Tensor, cos: Tensor | None,
+                sin: Tensor | None, epsilon: float, has_mean: bool) -> Tensor:
+        ctx.save_for_backward(qkv_tgcd, query_weight, key_weight, cos, sin)
+        ctx.numbers = epsilon, has_mean
+        return _prepare(qkv_tgcd, query_weight, key_weight, cos, sin, epsilon, has_mean, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_tgcd: Tensor) -> tuple[Tensor | None, ...]:
+        _, query_weight, key_weight, *_ = ctx.saved_tensors
+        grad_qkv_tgcd, grads_gcd = _prepare_backward(grad_tgcd, *ctx.saved_tensors, *ctx.numbers)
+        of_queries = grads_gcd[:, :-2].reshape(query_weight.shape).to(query_weight.dtype)
+        of_keys = grads_gcd[:, -2].reshape(key_weight.shape).to(key_weight.dtype)
+        return grad_qkv_tgcd, of_queries, of_keys, None, None, None, None
+
+
+@torch.library.custom_op("megatron::turn_heads_", mutates_args=("qkv_tgcd",))
+def _turn_(qkv_tgcd: Tensor, cos: Tensor, sin: Tensor) -> None:
+    from megatron.kernels.pointwise.heads_triton import launch_forward
+
+    launch_forward(qkv_tgcd, None, None, cos, sin, 0.0, False, 1, qkv_tgcd)
+
+
+@_turn_.register_fake
+def _(qkv_tgcd: Tensor, cos: Tensor, sin: Tensor) -> None:
+    return None
+
+
+@torch.library.custom_op("megatron::prepare_heads", mutates_args=())
+def _prepare(qkv_tgcd: Tensor, query_weight: Tensor | None, key_weight: Tensor | None, cos: Tensor | None,
+             sin: Tensor | None, epsilon: float, has_mean: bool, sign: int) -> Tensor:
+    from megatron.kernels.pointwise.heads_triton import launch_forward
+
+    qkv_tgcd = qkv_tgcd.contiguous()
+    out_tgcd = torch.empty_like(qkv_tgcd)
+    launch_forward(qkv_tgcd, query_weight, key_weight, cos, sin, epsilon, has_mean, sign, out_tgcd)
+    return out_tgcd
+
+
+@_prepare.register_fake
+def _(qkv_tgcd: Tensor, query_weight: Tensor | None, key_weight: Tensor | None, cos: Tensor | None,
+      sin: Tensor | None, epsilon: float, has_mean: bool, sign: int) -> Tensor:
+    return qkv_tgcd.new_empty(qkv_tgcd.shape)
+
+
+@torch.library.custom_op("megatron::prepare_heads_backward", mutates_args=())
+def _prepare_backward(grad_tgcd: Tensor, qkv_tgcd: Tensor, query_weight: Tensor, key_weight: Tensor,
+                      cos: Tensor | None, sin: Tensor | None, epsilon: float,
+                      has_mean: bool) -> tuple[Tensor, Tensor]:
+    from megatron.kernels.pointwise.heads_triton import launch_backward
+
+    grad_tgcd, qkv_tgcd = grad_tgcd.contiguous(), qkv_tgcd.contiguous()
+    grad_qkv_tgcd = torch.empty_like(qkv_tgcd)
+    return grad_qkv_tgcd, launch_backward(grad_tgcd, qkv_tgcd, query_weight, key_weight, cos, sin, epsilon, has_mean,
+                                          grad_qkv_tgcd)
+
+
+@_prepare_backward.register_fake
+def _(grad_tgcd: Tensor, qkv_tgcd: Tensor, query_weight: Tensor, key_weight: Tensor, cos: Tensor | None,
+      sin: Tensor | None, epsilon: float, has_mean: bool) -> tuple[Tensor, Tensor]:
+    return qkv_tgcd.new_empty(qkv_tgcd.shape), qkv_tgcd.new_empty(qkv_tgcd.shape[1:], dtype=torch.float32)

@@ -1,0 +1,215 @@
+"""Triton kernels of `megatron.kernels.pointwise.heads`: a program takes some rows (heads) of a token; arithmetic is fp32.
+
+A row's width is cut into the two halves that are turned against each other, and the rest: a thread that has an element
+of one half has its partner, so that it may write where it has read.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_MOST_WARPS = 16 * 132  # of the backward pass, whose programs each have partial sums: what an H100 has at work at once
+_ELEMENTS = 2048  # of a program's tile: 16 a thread
+
+
+def launch_forward(qkv_tgcd: Tensor, query_weight: Tensor | None, key_weight: Tensor | None, cos: Tensor | None,
+                   sin: Tensor | None, epsilon: float, has_mean: bool, sign: int, out_tgcd: Tensor) -> None:
+    """Fill `out_tgcd`, which may be `qkv_tgcd`: then the values are not touched. `sign`: -1 turns the other way."""
+    tokens, groups, rows_a_group, _ = qkv_tgcd.shape
+    rows, *sizes, num_warps = _tile(qkv_tgcd, cos)
+    forward_kernel[tokens, triton.cdiv(groups * rows_a_group, rows)](
+        qkv_tgcd, query_weight, key_weight, cos, sin, out_tgcd, groups * rows_a_group, float(sign), epsilon,
+        rows_a_group, *sizes, rows, query_weight is not None, has_mean, out_tgcd is qkv_tgcd, num_warps=num_warps)
+
+
+def launch_backward(grad_tgcd: Tensor, qkv_tgcd: Tensor, query_weight: Tensor, key_weight: Tensor, cos: Tensor | None,
+                    sin: Tensor | None, epsilon: float, has_mean: bool, grad_qkv_tgcd: Tensor) -> Tensor:
+    """Fill the last one; the gradient of each row's scale [g, c, d], fp32, of which the values' rows mean nothing."""
+    tokens, groups, rows_a_group, width = qkv_tgcd.shape
+    rows, *sizes, num_warps = _tile(qkv_tgcd, cos)
+    chunks = triton.cdiv(groups * rows_a_group, rows)
+    strips = min(tokens, max(1, _MOST_WARPS // num_warps // chunks))
+    partial_pgcd = torch.empty(strips, groups, rows_a_group, width, dtype=torch.float32, device=qkv_tgcd.device)
+    backward_kernel[strips, chunks](
+        grad_tgcd, qkv_tgcd, query_weight, key_weight, cos, sin, grad_qkv_tgcd, partial_pgcd, tokens,
+        groups * rows_a_group, epsilon, rows_a_group, *sizes, rows, has_mean, num_warps=num_warps)
+    return partial_pgcd.sum(0)
+
+
+def _tile(qkv_tgcd: Tensor, cos: Tensor | None) -> tuple[int, int, int, int, int, int]:
+    """Rows of a program's tile, a row's width, its half that is turned, blocks for that and for the rest, warps."""
+    _, groups, rows_a_group, width = qkv_tgcd.shape
+    half = 0 if cos is None else cos.shape[-1]
+    block = triton.next_power_of_2(half) if half else 0
+    rest = triton.next_power_of_2(width - 2 * half) if width > 2 * half else 0
+    whole = triton.next_power_of_2(groups * rows_a_group)
+    rows = max(1, min(whole, _ELEMENTS // triton.next_power_of_2(2 * block + rest)))
+    return rows, width, half, block, rest, min(4, max(1, rows * (2 * block + rest) // 512))
+
+
+@triton.jit
+def forward_kernel(qkv, query_weight, key_weight, cos, sin, out, rows_a_token, sign, epsilon,
+                   ROWS_A_GROUP: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+                   REST: tl.constexpr, ROWS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_MEAN: tl.constexpr,
+                   IS_IN_PLACE: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    is_value = rows % ROWS_A_GROUP == ROWS_A_GROUP - 1
+    is_there = rows < rows_a_token
+    if IS_IN_PLACE:
+        is_there = is_there & (rows % ROWS_A_GROUP < ROWS_A_GROUP - 1)
+    starts = (token * rows_a_token + rows) * WIDTH
+    total = tl.zeros([ROWS], tl.float32)
+    if HALF:
+        columns = tl.arange(0, BLOCK)
+        first, second = loaded(qkv, starts, is_there, columns, HALF), loaded(qkv + HALF, starts, is_there, columns, HALF)
+        total += tl.sum(first, 1) + tl.sum(second, 1)
+    if REST:
+        rest_columns = tl.arange(0, REST)
+        rest = loaded(qkv + 2 * HALF, starts, is_there, rest_columns, WIDTH - 2 * HALF)
+        total += tl.sum(rest, 1)
+    if HAS_NORM:
+        mean = total / WIDTH if HAS_MEAN else total * 0
+        squares = tl.zeros([ROWS], tl.float32)
+        if HALF:
+            first_hat, second_hat = centred(first, mean, columns, HALF), centred(second, mean, columns, HALF)
+            squares += tl.sum(first_hat * first_hat, 1) + tl.sum(second_hat * second_hat, 1)
+        if REST:
+            rest_hat = centred(rest, mean, rest_columns, WIDTH - 2 * HALF)
+            squares += tl.sum(rest_hat * rest_hat, 1)
+        inverse = (1 / tl.sqrt(squares / WIDTH + epsilon))[:, None]
+        if HALF:
+            first_scale = scale_of(query_weight, key_weight, rows, is_there, columns, HALF, ROWS_A_GROUP, WIDTH)
+            second_scale = scale_of(query_weight + HALF, key_weight + HALF, rows, is_there, columns, HALF,
+                                    ROWS_A_GROUP, WIDTH)
+            first = tl.where(is_value[:, None], first, first_hat * inverse * first_scale)
+            second = tl.where(is_value[:, None], second, second_hat * inverse * second_scale)
+        if REST:
+            rest_scale = scale_of(query_weight + 2 * HALF, key_weight + 2 * HALF, rows, is_there, rest_columns,
+                                  WIDTH - 2 * HALF, ROWS_A_GROUP, WIDTH)
+            rest = tl.where(is_value[:, None], rest, rest_hat * inverse * rest_scale)
+    if HALF:
+        first, second = turned(first, second, cos, sin, token, columns, is_value, sign, HALF)
+        store(out, starts, is_there, columns, HALF, first)
+        store(out + HALF, starts, is_there, columns, HALF, second)
+    if REST:
+        store(out + 2 * HALF, starts, is_there, rest_columns, WIDTH - 2 * HALF, rest)
+
+
+@triton.jit
+def backward_kernel(grad, qkv, query_weight, key_weight, cos, sin, grad_qkv, partial, tokens, rows_a_token, epsilon,
+                    ROWS_A_GROUP: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+                    REST: tl.constexpr, ROWS: tl.constexpr, HAS_MEAN: tl.constexpr):
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    is_value = rows % ROWS_A_GROUP == ROWS_A_GROUP - 1
+    is_there = rows < rows_a_token
+    if HALF:
+        columns = tl.arange(0, BLOCK)
+        first_sum, second_sum = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([ROWS, BLOCK], tl.float32)
+        first_scale = scale_of(query_weight, key_weight, rows, is_there, columns, HALF, ROWS_A_GROUP, WIDTH)
+        second_scale = scale_of(query_weight + HALF, key_weight + HALF, rows, is_there, columns, HALF, ROWS_A_GROUP,
+                                WIDTH)
+    if REST:
+        rest_columns = tl.arange(0, REST)
+        rest_sum = tl.zeros([ROWS, REST], tl.float32)
+        rest_scale = scale_of(query_weight + 2 * HALF, key_weight + 2 * HALF, rows, is_there, rest_columns,
+                              WIDTH - 2 * HALF, ROWS_A_GROUP, WIDTH)
+    for place in range(tl.program_id(0), tokens, tl.num_programs(0)):
+        token = tl.cast(place, tl.int64)
+        starts = (token * rows_a_token + rows) * WIDTH
+        # The row again as it was normalised, and the gradients of what that gave, turned back.
+        total = tl.zeros([ROWS], tl.float32)
+        if HALF:
+            first, second = (loaded(qkv, starts, is_there, columns, HALF),
+                             loaded(qkv + HALF, starts, is_there, columns, HALF))
+            first_outer, second_outer = turned(loaded(grad, starts, is_there, columns, HALF),
+                                               loaded(grad + HALF, starts, is_there, columns, HALF), cos, sin, token,
+                                               columns, is_value, -1.0, HALF)
+            total += tl.sum(first, 1) + tl.sum(second, 1)
+        if REST:
+            rest = loaded(qkv + 2 * HALF, starts, is_there, rest_columns, WIDTH - 2 * HALF)
+            rest_outer = loaded(grad + 2 * HALF, starts, is_there, rest_columns, WIDTH - 2 * HALF)
+            total += tl.sum(rest, 1)
+        mean = total / WIDTH if HAS_MEAN else total * 0
+        squares = tl.zeros([ROWS], tl.float32)
+        if HALF:
+            first, second = centred(first, mean, columns, HALF), centred(second, mean, columns, HALF)
+            squares += tl.sum(first * first, 1) + tl.sum(second * second, 1)
+        if REST:
+            rest = centred(rest, mean, rest_columns, WIDTH - 2 * HALF)
+            squares += tl.sum(rest * rest, 1)
+        inverse = (1 / tl.sqrt(squares / WIDTH + epsilon))[:, None]
+        # Gradients of the scales, and of the row: what its mean and its length take away.
+        along, level = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+        if HALF:
+            first, second = first * inverse, second * inverse
+            first_sum += first_outer * first
+            second_sum += second_outer * second
+            first_inner, second_inner = first_outer * first_scale, second_outer * second_scale
+            along += tl.sum(first_inner * first, 1) + tl.sum(second_inner * second, 1)
+            level += tl.sum(first_inner, 1) + tl.sum(second_inner, 1)
+        if REST:
+            rest = rest * inverse
+            rest_sum += rest_outer * rest
+            rest_inner = rest_outer * rest_scale
+            along += tl.sum(rest_inner * rest, 1)
+            level += tl.sum(rest_inner, 1)
+        along, level = (along / WIDTH)[:, None], (level / WIDTH if HAS_MEAN else level * 0)[:, None]
+        if HALF:
+            first = tl.where(is_value[:, None], first_outer, (first_inner - first * along - level) * inverse)
+            second = tl.where(is_value[:, None], second_outer, (second_inner - second * along - level) * inverse)
+            store(grad_qkv, starts, is_there, columns, HALF, first)
+            store(grad_qkv + HALF, starts, is_there, columns, HALF, second)
+        if REST:
+            rest = tl.where(is_value[:, None], rest_outer, (rest_inner - rest * along - level) * inverse)
+            store(grad_qkv + 2 * HALF, starts, is_there, rest_columns, WIDTH - 2 * HALF, rest)
+    starts = (tl.program_id(0).to(tl.int64) * rows_a_token + rows) * WIDTH
+    if HALF:
+        store(partial, starts, is_there, columns, HALF, first_sum)
+        store(partial + HALF, starts, is_there, columns, HALF, second_sum)
+    if REST:
+        store(partial + 2 * HALF, starts, is_there, rest_columns, WIDTH - 2 * HALF, rest_sum)
+
+
+@triton.jit
+def loaded(pointer, starts, is_there, columns, SIZE: tl.constexpr):
+    """A part of each row, fp32."""
+    is_inside = is_there[:, None] & (columns[None, :] < SIZE)
+    return tl.load(pointer + starts[:, None] + columns[None, :], mask=is_inside, other=0).to(tl.float32)
+
+
+@triton.jit
+def store(pointer, starts, is_there, columns, SIZE: tl.constexpr, part):
+    """Put a part of each row where it belongs, in the dtype that is there."""
+    is_inside = is_there[:, None] & (columns[None, :] < SIZE)
+    tl.store(pointer + starts[:, None] + columns[None, :], part.to(pointer.dtype.element_ty), mask=is_inside)
+
+
+@triton.jit
+def centred(part, mean, columns, SIZE: tl.constexpr):
+    """A part of each row without the row's mean; 0 behind its end."""
+    return tl.where(columns[None, :] < SIZE, part - mean[:, None], 0)
+
+
+@triton.jit
+def scale_of(query_weight, key_weight, rows, is_there, columns, SIZE: tl.constexpr, ROWS_A_GROUP: tl.constexpr,
+             WIDTH: tl.constexpr):
+    """The scales of a part of each row: a group's rows are its queries, its key and its value, which has none."""
+    group, member = rows // ROWS_A_GROUP, rows % ROWS_A_GROUP
+    is_inside = is_there[:, None] & (columns[None, :] < SIZE)
+    query_starts = (group * (ROWS_A_GROUP - 2) + member) * WIDTH
+    of_query = tl.load(query_weight + query_starts[:, None] + columns[None, :],
+                       mask=is_inside & (member < ROWS_A_GROUP - 2)[:, None], other=0).to(tl.float32)
+    of_key = tl.load(key_weight + (group * WIDTH)[:, None] + columns[None, :],
+                     mask=is_inside & (member == ROWS_A_GROUP - 2)[:, None], other=0).to(tl.float32)
+    return of_query + of_key
+
+
+@triton.jit
+def turned(first, second, cos, sin, token, columns, is_value, sign, HALF: tl.constexpr):
+    """Both halves of each row, turned by the token's angles; values as they are."""
+    turn_cos = tl.load(cos + token * HALF + columns, mask=columns < HALF, other=0)[None, :]
+    turn_sin = sign * tl.load(sin + token * HALF + columns, mask=columns < HALF, other=0)[None, :]
+    return (tl.where(is_value[:, None], first, first * turn_cos - second * turn_sin),
+            tl.where(is_value[:, None], second, second * turn_cos + first * turn_sin))

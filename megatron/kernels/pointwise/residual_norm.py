@@ -1,0 +1,162 @@
+"""A branch joins the residual stream, and what comes next is normalised: one pass over memory on GPUs.
+
+sum = residual + dropout(branch); normed = norm(sum): LayerNorm (Ba et al., 2016, arXiv 1607.06450) or, without a bias,
+RMSNorm (Zhang and Sennrich, 2019, arXiv 1910.07467). There both are computed in fp32, and dropout's mask is never
+stored: it follows from a seed that the device's default generator gives. Shapes: u tokens of the residual stream on
+this rank, h hidden.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from megatron.kernels.device import takes_triton
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What a normalisation is made of: its scale [h], its bias [h], which an RMSNorm is without, and epsilon."""
+
+    weight: Tensor
+    bias: Tensor | None
+    epsilon: float
+
+
+def normalised(x_uh: Tensor, scaling: Scaling, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`x_uh` itself, for its other uses, and normalised in `dtype`: so the gradients of both are summed on the way."""
+    if takes_triton(x_uh):
+        return _ResidualNorm.apply(x_uh, None, None, scaling.weight, scaling.bias, 0.0, scaling.epsilon, dtype)
+    return x_uh, normalised_reference(x_uh, scaling).to(dtype)
+
+
+def normalised_reference(x_uh: Tensor, scaling: Scaling) -> Tensor:
+    """In the dtype of `x_uh`; statistics in fp32."""
+    weight_h = scaling.weight.to(x_uh.dtype)
+    if scaling.bias is None:
+        return F.rms_norm(x_uh, weight_h.shape, weight_h, scaling.epsilon)
+    return F.layer_norm(x_uh, weight_h.shape, weight_h, scaling.bias.to(x_uh.dtype), scaling.epsilon)
+
+
+def joined(residual_uh: Tensor, branch_uh: Tensor, rate: float, scaling: Scaling,
+           dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The sum, in the residual's dtype, and normalised in `dtype`, on Triton's way."""
+    return _ResidualNorm.apply(residual_uh, branch_uh, _seed(residual_uh, rate), scaling.weight, scaling.bias, rate,
+                               scaling.epsilon, dtype)
+
+
+def added(residual_uh: Tensor, branch_uh: Tensor, rate: float) -> Tensor:
+    """The sum alone, on Triton's way."""
+    if not rate:
+        return residual_uh + branch_uh
+    return _ResidualNorm.apply(residual_uh, branch_uh, _seed(residual_uh, rate), None, None, rate, 0.0, None)[0]
+
+
+def _seed(like: Tensor, rate: float) -> Tensor | None:
+    """A seed that stays on the device, so that the host never waits for it; drawn anew where a graph is replayed."""
+    return torch.randint(2**63 - 1, (), device=like.device) if rate else None
+
+
+class _ResidualNorm(torch.autograd.Function):
+    """Sum and norm; where there is no branch the residual is the sum, where there is no weight the norm is None."""
+
+    @staticmethod
+    def forward(ctx: Any, residual_uh: Tensor, branch_uh: Tensor | None, seed: Tensor | None, weight_h: Tensor | None,
+                bias_h: Tensor | None, rate: float, epsilon: float,
+                dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+        ctx.set_materialize_grads(False)
+        sum_uh, normed_uh, statistics_u2 = _forward(residual_uh, branch_uh, seed, weight_h, bias_h, rate, epsilon,
+                                                    dtype)
+        if branch_uh is None:
+            sum_uh = residual_uh
+        # Dropout alone needs nothing but the seed, and of the stream its shape.
+        ctx.save_for_backward(*((sum_uh, statistics_u2, weight_h) if weight_h is not None else (None, None, None)),
+                              seed)
+        ctx.rate, ctx.has_mean = rate, bias_h is not None
+        ctx.dtypes = residual_uh.dtype, None if branch_uh is None else branch_uh.dtype
+        return sum_uh, None if weight_h is None else normed_uh
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_sum_uh: Tensor | None, grad_normed_uh: Tensor | None) -> tuple[Tensor | None, ...]:
+        x_uh, statistics_u2, weight_h, seed = ctx.saved_tensors
+        residual_dtype, branch_dtype = ctx.dtypes
+        if grad_normed_uh is None and (grad_sum_uh is None or seed is None):
+            grad_branch_uh = None if grad_sum_uh is None or branch_dtype is None else grad_sum_uh.to(branch_dtype)
+            return grad_sum_uh, grad_branch_uh, None, None, None, None, None, None
+        if grad_normed_uh is None:
+            x_uh, statistics_u2, weight_h = grad_sum_uh, None, None
+        grad_residual_uh, grad_branch_uh, grads_kh = _backward(
+            grad_sum_uh, grad_normed_uh, x_uh, statistics_u2, weight_h, seed, ctx.rate, ctx.has_mean, branch_dtype)
+        grad_weight_h = grad_bias_h = None
+        if weight_h is not None:
+            grad_weight_h, *grad_biases = grads_kh.to(weight_h.dtype).unbind()
+            grad_bias_h = grad_biases[0] if grad_biases else None
+        else:
+            grad_residual_uh = grad_sum_uh
+        if branch_dtype is None:
+            grad_branch_uh = None
+        elif seed is None and branch_dtype == residual_dtype:
+            grad_branch_uh = grad_residual_uh
+        return grad_residual_uh, grad_branch_uh, None, grad_weight_h, grad_bias_h, None, None, None
+
+
+# What is not asked for is empty.
+@torch.library.custom_op("megatron::residual_norm", mutates_args=())
+def _forward(residual_uh: Tensor, branch_uh: Tensor | None, seed: Tensor | None, weight_h: Tensor | None,
+             bias_h: Tensor | None, rate: float, epsilon: float,
+             dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+    from megatron.kernels.pointwise.residual_norm_triton import launch_forward
+
+    residual_uh, branch_uh = residual_uh.contiguous(), None if branch_uh is None else branch_uh.contiguous()
+    outputs = _outputs(residual_uh, branch_uh, weight_h, dtype)
+    launch_forward(residual_uh, branch_uh, seed, weight_h, bias_h, rate, epsilon, *outputs)
+    return outputs
+
+
+@_forward.register_fake
+def _(residual_uh: Tensor, branch_uh: Tensor | None, seed: Tensor | None, weight_h: Tensor | None,
+      bias_h: Tensor | None, rate: float, epsilon: float, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+    return _outputs(residual_uh, branch_uh, weight_h, dtype)
+
+
+def _outputs(residual_uh: Tensor, branch_uh: Tensor | None, weight_h: Tensor | None,
+             dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum, norm, and of each row mean and the inverse of the standard deviation."""
+    shape = residual_uh.shape
+    return (residual_uh.new_empty(shape if branch_uh is not None else 0),
+            residual_uh.new_empty(shape if weight_h is not None else 0, dtype=dtype),
+            residual_uh.new_empty((len(residual_uh), 2) if weight_h is not None else 0, dtype=torch.float32))
+
+
+@torch.library.custom_op("megatron::residual_norm_backward", mutates_args=())
+def _backward(grad_sum_uh: Tensor | None, grad_normed_uh: Tensor | None, x_uh: Tensor, statistics_u2: Tensor | None,
+              weight_h: Tensor | None, seed: Tensor | None, rate: float, has_mean: bool,
+              branch_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+    from megatron.kernels.pointwise.residual_norm_triton import launch_backward
+
+    grad_sum_uh, grad_normed_uh = (None if gradient is None else gradient.contiguous()
+                                   for gradient in (grad_sum_uh, grad_normed_uh))
+    grad_residual_uh, grad_branch_uh, _ = _gradients(x_uh, weight_h, seed, has_mean, branch_dtype)
+    grads_kh = launch_backward(grad_sum_uh, grad_normed_uh, x_uh, statistics_u2, weight_h, seed, rate, has_mean,
+                               *(each if each.numel() else None for each in (grad_residual_uh, grad_branch_uh)))
+    return grad_residual_uh, grad_branch_uh, grads_kh
+
+
+@_backward.register_fake
+def _(grad_sum_uh: Tensor | None, grad_normed_uh: Tensor | None, x_uh: Tensor, statistics_u2: Tensor | None,
+      weight_h: Tensor | None, seed: Tensor | None, rate: float, has_mean: bool,
+      branch_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients(x_uh, weight_h, seed, has_mean, branch_dtype)
+
+
+def _gradients(x_uh: Tensor, weight_h: Tensor | None, seed: Tensor | None, has_mean: bool,
+               branch_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the residual, where it is not that of the sum; of the branch, where it is not the residual's; weight, bias."""
+    has_branch = branch_dtype is not None and (seed is not None or branch_dtype != x_uh.dtype)
+    return (x_uh.new_empty(x_uh.shape if weight_h is not None else 0),
+            x_uh.new_empty(x_uh.shape if has_branch else 0, dtype=branch_dtype),
+            x_uh.new_empty((1 + has_mean, x_uh.shape[1]) if weight_h is not None else 0, dtype=torch.float32))

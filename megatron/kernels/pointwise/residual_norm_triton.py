@@ -1,0 +1,140 @@
+"""Triton kernels of `megatron.kernels.pointwise.residual_norm`: a program takes whole rows, which stay in registers.
+
+All arithmetic is fp32; what is stored is rounded to the dtype of where it goes. Dropout by Philox4x32-10 (Salmon et
+al., 2011, doi 10.1145/2063384.2063405), keyed by the seed: element i of the stream, counted as row · width + column
+with the width rounded up to a multiple of 4, takes word i mod 4 of counter i div 4, and is dropped where the word's
+upper 24 bits are below rate · 2^24. So the backward pass makes the mask anew.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_MOST_WARPS = 16 * 132  # of the backward pass, whose programs each have partial sums: what an H100 has at work at once
+
+
+def launch_forward(residual_uh: Tensor, branch_uh: Tensor | None, seed: Tensor | None, weight_h: Tensor | None,
+                   bias_h: Tensor | None, rate: float, epsilon: float, sum_uh: Tensor, normed_uh: Tensor,
+                   statistics_u2: Tensor) -> None:
+    """Fill the last three; of a norm alone, without a branch, `sum_uh` is not touched."""
+    num_rows, width = residual_uh.shape
+    rows, block, num_warps = _tile(width)
+    forward_kernel[triton.cdiv(num_rows, rows),](
+        residual_uh, branch_uh, seed, weight_h, bias_h, sum_uh, normed_uh, statistics_u2, num_rows,
+        _threshold(rate), 1 / (1 - rate), epsilon, width, rows, block, branch_uh is not None, seed is not None,
+        weight_h is not None, bias_h is not None, num_warps=num_warps)
+
+
+def launch_backward(grad_sum_uh: Tensor | None, grad_normed_uh: Tensor | None, x_uh: Tensor, statistics_u2: Tensor,
+                    weight_h: Tensor | None, seed: Tensor | None, rate: float, has_mean: bool,
+                    grad_residual_uh: Tensor | None, grad_branch_uh: Tensor | None) -> Tensor:
+    """Fill the last two where they are there; the gradients of weight and bias [2, h], or of weight alone [1, h]."""
+    num_rows, width = x_uh.shape
+    rows, block, num_warps = _tile(width)
+    programs = min(triton.cdiv(num_rows, rows), _MOST_WARPS // num_warps)
+    has_norm = weight_h is not None
+    partial_pkh = torch.empty(programs if has_norm else 0, 1 + has_mean, width, dtype=torch.float32, device=x_uh.device)
+    backward_kernel[programs,](
+        grad_sum_uh, grad_normed_uh, x_uh, statistics_u2, weight_h, seed, grad_residual_uh, grad_branch_uh, partial_pkh,
+        num_rows, _threshold(rate), 1 / (1 - rate), width, rows, block, grad_sum_uh is not None, has_norm, has_mean,
+        seed is not None, grad_residual_uh is not None, grad_branch_uh is not None, num_warps=num_warps)
+    return partial_pkh.sum(0) if has_norm else partial_pkh
+
+
+def _tile(width: int) -> tuple[int, int, int]:
+    """Rows and columns of a program's tile, and its warps: 16 elements a thread, where a row has so many."""
+    block = triton.next_power_of_2(width)
+    rows = max(1, 2048 // block)
+    return rows, block, min(16, max(4, rows * block // 512))
+
+
+def _threshold(rate: float) -> int:
+    return round(rate * 2**24)
+
+
+@triton.jit
+def forward_kernel(residual, branch, seed, weight, bias, sum, normed, statistics, num_rows, threshold, scale, epsilon, width,
+                   ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_BRANCH: tl.constexpr,
+                   HAS_DROPOUT: tl.constexpr, HAS_NORM: tl.constexpr, HAS_MEAN: tl.constexpr):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    is_inside = (rows[:, None] < num_rows) & (columns[None, :] < width)
+    places = rows[:, None].to(tl.int64) * width + columns[None, :]
+    x = tl.load(residual + places, mask=is_inside, other=0).to(tl.float32)
+    if HAS_BRANCH:
+        added = tl.load(branch + places, mask=is_inside, other=0).to(tl.float32)
+        if HAS_DROPOUT:
+            added = tl.where(kept(seed, rows, threshold, width, BLOCK), added * scale, 0)
+        rounded = (x + added).to(sum.dtype.element_ty)
+        tl.store(sum + places, rounded, mask=is_inside)
+        x = rounded.to(tl.float32)  # so that the backward pass, which reads it, normalises the same
+    if HAS_NORM:
+        centred = x
+        if HAS_MEAN:
+            mean = tl.sum(x, 1) / width
+            tl.store(statistics + 2 * rows, mean, mask=rows < num_rows)
+            centred = tl.where(is_inside, x - mean[:, None], 0)
+        inverse = 1 / tl.sqrt(tl.sum(centred * centred, 1) / width + epsilon)
+        tl.store(statistics + 2 * rows + 1, inverse, mask=rows < num_rows)
+        factor = tl.load(weight + columns, mask=columns < width, other=0).to(tl.float32)
+        y = centred * inverse[:, None] * factor[None, :]
+        if HAS_MEAN:
+            y += tl.load(bias + columns, mask=columns < width, other=0).to(tl.float32)[None, :]
+        tl.store(normed + places, y.to(normed.dtype.element_ty), mask=is_inside)
+
+
+@triton.jit
+def backward_kernel(grad_sum, grad_normed, x_pointer, statistics, weight, seed, grad_residual, grad_branch, partial,
+                    num_rows, threshold, scale, width, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+                    HAS_GRAD_SUM: tl.constexpr, HAS_NORM: tl.constexpr, HAS_MEAN: tl.constexpr,
+                    HAS_DROPOUT: tl.constexpr, GIVES_RESIDUAL: tl.constexpr, GIVES_BRANCH: tl.constexpr):
+    program = tl.program_id(0)
+    columns = tl.arange(0, BLOCK)
+    if HAS_NORM:
+        factor = tl.load(weight + columns, mask=columns < width, other=0).to(tl.float32)
+        weight_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+        if HAS_MEAN:
+            bias_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    for tile in range(program, tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
+        rows = tile * ROWS + tl.arange(0, ROWS)
+        is_inside = (rows[:, None] < num_rows) & (columns[None, :] < width)
+        places = rows[:, None].to(tl.int64) * width + columns[None, :]
+        gradient = tl.zeros([ROWS, BLOCK], tl.float32)
+        if HAS_NORM:
+            outer = tl.load(grad_normed + places, mask=is_inside, other=0).to(tl.float32)
+            x = tl.load(x_pointer + places, mask=is_inside, other=0).to(tl.float32)
+            inverse = tl.load(statistics + 2 * rows + 1, mask=rows < num_rows, other=0)
+            if HAS_MEAN:
+                mean = tl.load(statistics + 2 * rows, mask=rows < num_rows, other=0)
+                x = tl.where(is_inside, x - mean[:, None], 0)
+                bias_sum += outer
+            x *= inverse[:, None]
+            weight_sum += outer * x
+            outer *= factor[None, :]
+            gradient = outer - x * (tl.sum(outer * x, 1) / width)[:, None]
+            if HAS_MEAN:
+                gradient -= (tl.sum(outer, 1) / width)[:, None]
+            gradient *= inverse[:, None]
+        if HAS_GRAD_SUM:
+            gradient += tl.load(grad_sum + places, mask=is_inside, other=0).to(tl.float32)
+        if GIVES_RESIDUAL:
+            tl.store(grad_residual + places, gradient.to(grad_residual.dtype.element_ty), mask=is_inside)
+        if GIVES_BRANCH:
+            if HAS_DROPOUT:
+                gradient = tl.where(kept(seed, rows, threshold, width, BLOCK), gradient * scale, 0)
+            tl.store(grad_branch + places, gradient.to(grad_branch.dtype.element_ty), mask=is_inside)
+    if HAS_NORM:
+        partial += program.to(tl.int64) * (1 + HAS_MEAN) * width
+        tl.store(partial + columns, tl.sum(weight_sum, 0), mask=columns < width)
+        if HAS_MEAN:
+            tl.store(partial + width + columns, tl.sum(bias_sum, 0), mask=columns < width)
+
+
+@triton.jit
+def kept(seed, rows, threshold, width, BLOCK: tl.constexpr):
+    """Which elements of a tile dropout keeps."""
+    counters = rows[:, None].to(tl.int64) * ((width + 3) // 4) + tl.arange(0, BLOCK // 4)[None, :]
+    first, second, third, fourth = tl.randint4x(tl.load(seed), counters)
+    words = tl.interleave(tl.interleave(first, third), tl.interleave(second, fourth))
+    return (words >> 8).to(tl.int32) >= threshold
