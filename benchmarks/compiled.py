@@ -6,7 +6,7 @@ Used by `benchmarks/roofline.py` and the tests; needs Triton, and TRITON_INTERPR
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from megatron.config import ModelConfig
 from megatron.kernels.packed_sequence import PackedSequence, proteins_of_tokens
-from megatron.kernels.rotary import Rotation, rotate
+from megatron.kernels.pointwise.heads import HeadScaling, prepared_heads
+from megatron.kernels.rotary import Rotation
 from megatron.model.initialisation import normal, residual_output
-from megatron.model.normalisation import HeadNorm, with_normed_queries_and_keys
+from megatron.model.normalisation import HeadNorm
 from megatron.parallel.context import context_attention, with_neighbours
 from megatron.parallel.parameters import Constant, Declaration, replicated_parameter, split_parameter, table
 from megatron.parallel.randomness import distinct_randomness, rate_of
@@ -41,7 +42,8 @@ class Attention(nn.Module):
         if config.qk_layernorm:
             self.query_norm = HeadNorm(config, heads, stream.axis)
             self.key_norm = HeadNorm(config, groups, stream.axis)
-        self.has_qk_norm = config.qk_layernorm
+        self.has_qk_norm, self.epsilon = config.qk_layernorm, config.layernorm_epsilon
+        self.is_rms = config.normalization == "RMSNorm"
 
     def forward(self, hidden_uh: Tensor, sequence: PackedSequence, rotation: Rotation | None) -> Tensor:
         """[u, h]; `rotation`: of queries and keys, if they are to be turned."""
@@ -51,11 +53,14 @@ class Attention(nn.Module):
         qkv_tgcd = qkv_tx.view(-1, *self.shape)
         if self.values is not None:
             qkv_tgcd = self.values(qkv_tgcd, sequence.tokens_t)
-        if self.has_qk_norm:
-            qkv_tgcd = with_normed_queries_and_keys(qkv_tgcd, self.query_norm, self.key_norm)
-        if rotation is not None:
-            qkv_tgcd = rotate(qkv_tgcd, rotation)
+        # May change the projection in its own memory: nothing that made it has kept it.
+        qkv_tgcd = prepared_heads(qkv_tgcd, self._head_scaling(), rotation)
         return self.dense(self._core(qkv_tgcd, sequence).flatten(1))
+
+    def _head_scaling(self) -> HeadScaling | None:
+        if not self.has_qk_norm:
+            return None
+        return HeadScaling(self.query_norm.weight, self.key_norm.weight, self.epsilon, self.is_rms)
 
     def _core(self, qkv_tgcd: Tensor, sequence: PackedSequence) -> Tensor:
         dropout = rate_of(self)

@@ -1,19 +1,18 @@
 """The feed-forward half of a block. Shapes: u tokens of the residual stream on this rank, h hidden."""
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from megatron.config import ModelConfig
+from megatron.kernels.pointwise.activation import activated
 from megatron.model.initialisation import normal, residual_output
-from megatron.parallel.tensor.layers import ColumnParallelLinear, RowParallelLinear, linear_together
+from megatron.parallel.tensor.layers import ColumnParallelLinear, RowParallelLinear, products_together
 from megatron.parallel.tensor.stream import Stream
 
 
 class FeedForward(nn.Module):
     """Two linear layers with a function between, their width split over the tensor axis: [u, h] to [u, h].
 
-    The function: GeLU, exact or by tanh (Hendrycks and Gimpel, 2016, arXiv 1606.08415), or ReLU squared (So et al.,
-    2021, arXiv 2109.08668).
+    The function: GeLU, exact or by tanh, or ReLU squared.
     """
 
     def __init__(self, config: ModelConfig, stream: Stream) -> None:
@@ -21,15 +20,12 @@ class FeedForward(nn.Module):
         hidden, width, has_bias = config.hidden_size, config.ffn_hidden_size, not config.disable_bias_linear
         self.dense_h_to_4h = ColumnParallelLinear(hidden, width, stream, normal(config), has_bias)
         self.dense_4h_to_h = RowParallelLinear(width, hidden, stream, residual_output(config), has_bias)
-        self.gelu_form = "tanh" if config.bias_gelu_fusion or config.openai_gelu else "none"
-        self.is_squared_relu = config.squared_relu
+        gelu = "gelu_tanh" if config.bias_gelu_fusion or config.openai_gelu else "gelu"
+        self.activation = "squared_relu" if config.squared_relu else gelu
 
     def forward(self, hidden_uh: Tensor) -> Tensor:
         """[u, h]."""
-        return self.dense_4h_to_h(self._activated(self.dense_h_to_4h(hidden_uh)))
-
-    def _activated(self, wide_tf: Tensor) -> Tensor:
-        return F.relu(wide_tf).square() if self.is_squared_relu else F.gelu(wide_tf, approximate=self.gelu_form)
+        return self.dense_4h_to_h(activated(self.activation, self.dense_h_to_4h.product(hidden_uh)))
 
 
 class GatedFeedForward(nn.Module):
@@ -47,8 +43,8 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, hidden_uh: Tensor) -> Tensor:
         """[u, h]."""
-        gate_tf, wide_tf = linear_together(hidden_uh, self.gate, self.dense_h_to_4h)
-        return self.dense_4h_to_h(F.silu(gate_tf) * wide_tf)
+        gate, wide = products_together(hidden_uh, self.gate, self.dense_h_to_4h)
+        return self.dense_4h_to_h(activated("swiglu", wide, gate))
 
 
 def feed_forward(config: ModelConfig, stream: Stream) -> FeedForward | GatedFeedForward:

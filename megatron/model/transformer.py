@@ -4,7 +4,7 @@ Shapes: u tokens of the residual stream on this rank, h hidden, k tensors [u, h]
 hidden states, with `--x0-skips` the embeddings, with `--unet-skips` the outputs that later blocks take.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from megatron.config import ModelConfig
 from megatron.kernels.packed_sequence import PackedSequence
+from megatron.kernels.pointwise.residual_norm import normalised
 from megatron.kernels.rotary import Rotation, rotation_of
 from megatron.model.attention import Attention
 from megatron.model.feed_forward import feed_forward
-from megatron.model.normalisation import norm
+from megatron.model.normalisation import Norm, norm, scaling_of
 from megatron.parallel.mesh import Axis
 from megatron.parallel.parameters import BIAS, SCALE
 from megatron.parallel.pipeline.partition import Stage
@@ -37,8 +38,8 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, number: int, num_ids: int, dtype: torch.dtype, stream: Stream) -> None:
         super().__init__()
         self.placement = config.norm_placement
-        before = partial(norm, config, stream) if self.placement != "post" else nn.Identity
-        behind = partial(norm, config, stream) if self.placement != "pre" else nn.Identity
+        before = partial(norm, config, stream) if self.placement != "post" else lambda: None
+        behind = partial(norm, config, stream) if self.placement != "pre" else lambda: None
         self.input_layernorm, self.attention_output_layernorm = before(), behind()
         self.attention = Attention(config, number, num_ids, stream)
         self.post_attention_layernorm, self.mlp_output_layernorm = before(), behind()
@@ -60,19 +61,28 @@ class Block(nn.Module):
             hidden_uh = self.hidden_scale.to(dtype) * hidden_uh + self.x0_scale.to(dtype) * x0_uh
         if skip_uh is not None:
             hidden_uh = hidden_uh + self.skip_scale.to(dtype) * skip_uh
-        attention = partial(self.attention, sequence=sequence, rotation=rotation)
-        hidden_uh = self._with_branch(hidden_uh, attention, self.input_layernorm, self.attention_output_layernorm)
-        return self._with_branch(hidden_uh, self.mlp, self.post_attention_layernorm, self.mlp_output_layernorm)
+        hidden_uh, normed_uh = normalised(hidden_uh, scaling_of(self.input_layernorm), self._normed_dtype(dtype))
+        branch_uh = self.attention(normed_uh.to(self.dtype), sequence, rotation)
+        hidden_uh, normed_uh = self._joined(hidden_uh, normed_uh, branch_uh, self.attention_output_layernorm,
+                                            self.post_attention_layernorm)
+        branch_uh = self.mlp(normed_uh.to(self.dtype))
+        return self._joined(hidden_uh, normed_uh, branch_uh, self.mlp_output_layernorm, None)[0]
 
-    def _with_branch(self, hidden_uh: Tensor, layer: Callable[[Tensor], Tensor], before: nn.Module,
-                     behind: nn.Module) -> Tensor:
-        normed_uh = before(hidden_uh)
+    def _joined(self, hidden_uh: Tensor, normed_uh: Tensor, branch_uh: Tensor, behind: Norm | None,
+                before_next: Norm | None) -> tuple[Tensor, Tensor]:
+        """The stream with a branch, and what the next branch takes of it."""
         residual_uh = normed_uh if self.residual_after_layernorm else hidden_uh
-        branch_uh = layer(normed_uh.to(self.dtype))
-        if self.placement == "both":
+        if self.placement == "both" and behind is not None:
             branch_uh = behind(branch_uh)
-        sum_uh = residual_uh + self.stream.dropout(branch_uh, rate_of(self))
-        return behind(sum_uh) if self.placement == "post" else sum_uh
+        normalises = behind if self.placement == "post" else before_next
+        sum_uh, normed_uh = self.stream.join(residual_uh, branch_uh, rate_of(self), scaling_of(normalises),
+                                             self._normed_dtype(residual_uh.dtype))
+        return (normed_uh if self.placement == "post" else sum_uh), normed_uh
+
+    def _normed_dtype(self, stream_dtype: torch.dtype) -> torch.dtype:
+        """Of what is normalised: the stream's where it goes on in the stream, else that of the branches."""
+        goes_on = self.placement == "post" or self.residual_after_layernorm
+        return stream_dtype if goes_on else self.dtype
 
 
 class Transformer(nn.Module):

@@ -58,6 +58,6 @@ class WeightBytes:
 
 
 def _moved(func: Any, given: list[Tensor], new: list[Tensor]) -> list[Tensor]:
-    if func.namespace != "aten" or func.is_view or "empty" in func.__name__:
+    if func.namespace not in ("aten", "megatron") or func.is_view or "empty" in func.__name__:
         return []
     return [*{id(tensor): tensor for tensor in given}.values(), *new]

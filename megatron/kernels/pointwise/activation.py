@@ -14,15 +14,16 @@ from torch.nn import functional as F
 
 from megatron.kernels.device import takes_triton
 
-Biased = tuple[Tensor, Tensor | None]  # a product [t, f], and the bias [f] that it is still without
+Product = tuple[Tensor, Tensor | None]  # [t, f], and the bias [f] that is still to be added to it
 
 
-def activated(kind: str, wide: Biased, gate: Biased = (None, None)) -> Tensor:  # type: ignore[assignment]
-    """[t, f], in the product's dtype; biases that are still to be added are added."""
+def activated(kind: str, wide: Product, gate: Product | None = None) -> Tensor:
+    """[t, f], in the product's dtype."""
     if takes_triton(wide[0]):
-        return _Activated.apply(kind, *wide, *gate)
+        return _Activated.apply(kind, *wide, *(gate or (None, None)))
+    products = [wide] if gate is None else [wide, gate]
     return activated_reference(kind, *(product if bias is None else product + bias.to(product.dtype)
-                                       for product, bias in (wide, gate)[:1 + (kind == "swiglu")]))
+                                       for product, bias in products))
 
 
 def activated_reference(kind: str, wide_tf: Tensor, *gates: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Triton kernels of `megatron.kernels.pointwise.heads`: a program takes some rows (heads) of a token; arithmetic is fp32.
+"""Triton kernels of `megatron.kernels.pointwise.heads`: a program takes some heads of a token, its rows.
 
-A row's width is cut into the two halves that are turned against each other, and the rest: a thread that has an element
-of one half has its partner, so that it may write where it has read.
+Arithmetic is fp32. A row's width is cut into the two halves that are turned against each other, and the rest: a thread
+that has an element of one half has its partner, so that it may write where it has read.
 """
 
 import torch
@@ -63,7 +63,8 @@ def forward_kernel(qkv, query_weight, key_weight, cos, sin, out, rows_a_token, s
     total = tl.zeros([ROWS], tl.float32)
     if HALF:
         columns = tl.arange(0, BLOCK)
-        first, second = loaded(qkv, starts, is_there, columns, HALF), loaded(qkv + HALF, starts, is_there, columns, HALF)
+        first = loaded(qkv, starts, is_there, columns, HALF)
+        second = loaded(qkv + HALF, starts, is_there, columns, HALF)
         total += tl.sum(first, 1) + tl.sum(second, 1)
     if REST:
         rest_columns = tl.arange(0, REST)

@@ -26,8 +26,13 @@ class Scaling:
     epsilon: float
 
 
-def normalised(x_uh: Tensor, scaling: Scaling, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`x_uh` itself, for its other uses, and normalised in `dtype`: so the gradients of both are summed on the way."""
+def normalised(x_uh: Tensor, scaling: Scaling | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`x_uh` itself, for its other uses, and normalised in `dtype`: so the gradients of both are summed on the way.
+
+    Without a scaling it is `x_uh` both times.
+    """
+    if scaling is None:
+        return x_uh, x_uh
     if takes_triton(x_uh):
         return _ResidualNorm.apply(x_uh, None, None, scaling.weight, scaling.bias, 0.0, scaling.epsilon, dtype)
     return x_uh, normalised_reference(x_uh, scaling).to(dtype)
@@ -41,23 +46,26 @@ def normalised_reference(x_uh: Tensor, scaling: Scaling) -> Tensor:
     return F.layer_norm(x_uh, weight_h.shape, weight_h, scaling.bias.to(x_uh.dtype), scaling.epsilon)
 
 
-def joined(residual_uh: Tensor, branch_uh: Tensor, rate: float, scaling: Scaling,
+def joined(residual_uh: Tensor, branch_uh: Tensor, rate: float, seed: Tensor | None, scaling: Scaling | None,
            dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The sum, in the residual's dtype, and normalised in `dtype`, on Triton's way."""
-    return _ResidualNorm.apply(residual_uh, branch_uh, _seed(residual_uh, rate), scaling.weight, scaling.bias, rate,
-                               scaling.epsilon, dtype)
+    """The sum, in the residual's dtype, and normalised in `dtype`, or without a scaling the sum both times.
+
+    Where Triton's kernels take these; elsewhere it is `normalised` of the sum. `seed`: of `dropout_seed`, where the
+    rate is not 0.
+    """
+    if scaling is None:
+        sum_uh = residual_uh + branch_uh if seed is None else _ResidualNorm.apply(
+            residual_uh, branch_uh, seed, None, None, rate, 0.0, None)[0]
+        return sum_uh, sum_uh
+    return _ResidualNorm.apply(residual_uh, branch_uh, seed, scaling.weight, scaling.bias, rate, scaling.epsilon, dtype)
 
 
-def added(residual_uh: Tensor, branch_uh: Tensor, rate: float) -> Tensor:
-    """The sum alone, on Triton's way."""
-    if not rate:
-        return residual_uh + branch_uh
-    return _ResidualNorm.apply(residual_uh, branch_uh, _seed(residual_uh, rate), None, None, rate, 0.0, None)[0]
+def dropout_seed(like: Tensor) -> Tensor:
+    """A seed from the default generator of the device: it stays there, so the host never waits for it.
 
-
-def _seed(like: Tensor, rate: float) -> Tensor | None:
-    """A seed that stays on the device, so that the host never waits for it; drawn anew where a graph is replayed."""
-    return torch.randint(2**63 - 1, (), device=like.device) if rate else None
+    In a graph that is replayed it is another one each time.
+    """
+    return torch.randint(2**63 - 1, (), device=like.device)
 
 
 class _ResidualNorm(torch.autograd.Function):

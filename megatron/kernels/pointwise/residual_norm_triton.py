@@ -26,8 +26,8 @@ def launch_forward(residual_uh: Tensor, branch_uh: Tensor | None, seed: Tensor |
         weight_h is not None, bias_h is not None, num_warps=num_warps)
 
 
-def launch_backward(grad_sum_uh: Tensor | None, grad_normed_uh: Tensor | None, x_uh: Tensor, statistics_u2: Tensor,
-                    weight_h: Tensor | None, seed: Tensor | None, rate: float, has_mean: bool,
+def launch_backward(grad_sum_uh: Tensor | None, grad_normed_uh: Tensor | None, x_uh: Tensor,
+                    statistics_u2: Tensor | None, weight_h: Tensor | None, seed: Tensor | None, rate: float, has_mean: bool,
                     grad_residual_uh: Tensor | None, grad_branch_uh: Tensor | None) -> Tensor:
     """Fill the last two where they are there; the gradients of weight and bias [2, h], or of weight alone [1, h]."""
     num_rows, width = x_uh.shape
@@ -54,8 +54,8 @@ def _threshold(rate: float) -> int:
 
 
 @triton.jit
-def forward_kernel(residual, branch, seed, weight, bias, sum, normed, statistics, num_rows, threshold, scale, epsilon, width,
-                   ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_BRANCH: tl.constexpr,
+def forward_kernel(residual, branch, seed, weight, bias, sum, normed, statistics, num_rows, threshold, scale, epsilon,
+                   width, ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_BRANCH: tl.constexpr,
                    HAS_DROPOUT: tl.constexpr, HAS_NORM: tl.constexpr, HAS_MEAN: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megatron.kernels.device import takes_triton
+from megatron.kernels.pointwise.residual_norm import Scaling, normalised
 from megatron.parallel.parameters import (
     BIAS,
     SCALE,
@@ -71,6 +73,10 @@ class ColumnParallelLinear(Matrix):
         """[t, o], this rank's features of all tokens."""
         return linear(x_ui, self.weight, self.weight_in(x_ui.dtype), self.bias, self.stream, self.deferral)
 
+    def product(self, x_ui: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`forward`, and None; or without the bias, and that: where a kernel follows that adds it on its way."""
+        return products_together(x_ui, self)[0]
+
 
 class RowParallelLinear(Matrix):
     """A linear layer back into the residual stream whose input features are split over the tensor axis."""
@@ -115,7 +121,12 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The same shape and dtype as `x`."""
-        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.epsilon)
+        return normalised(x, self.scaling, x.dtype)[1]
+
+    @property
+    def scaling(self) -> Scaling:
+        """What a kernel needs to know of it."""
+        return Scaling(self.weight, self.bias, self.epsilon)
 
 
 class RMSNorm(nn.Module):
@@ -128,7 +139,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The same shape and dtype as `x`."""
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.epsilon)
+        return normalised(x, self.scaling, x.dtype)[1]
+
+    @property
+    def scaling(self) -> Scaling:
+        """What a kernel needs to know of it."""
+        return Scaling(self.weight, None, self.epsilon)
 
 
 def linear(x_ui: Tensor, weight_oi: Tensor, matrix_oi: Tensor, bias_o: Tensor | None, stream: Stream = ONE_RANK,
@@ -141,10 +157,13 @@ def linear(x_ui: Tensor, weight_oi: Tensor, matrix_oi: Tensor, bias_o: Tensor | 
     return _Linear.apply(x_ui, stream, deferral, weight_oi, matrix_oi, bias_o)[0]
 
 
-def linear_together(x_ui: Tensor, *layers: ColumnParallelLinear) -> tuple[Tensor, ...]:
-    """What each of some layers gives, of tokens that are gathered and of gradients that are summed once for all."""
-    operands = [operand for layer in layers for operand in (layer.weight, layer.weight_in(x_ui.dtype), layer.bias)]
-    return _Linear.apply(x_ui, layers[0].stream, layers[0].deferral, *operands)
+def products_together(x_ui: Tensor, *layers: ColumnParallelLinear) -> list[tuple[Tensor, Tensor | None]]:
+    """Each layer's `product`, of tokens that are gathered and of gradients that are summed once for all."""
+    leaves_bias = takes_triton(x_ui)
+    operands = [operand for layer in layers for operand in (layer.weight, layer.weight_in(x_ui.dtype),
+                                                            None if leaves_bias else layer.bias)]
+    products = _Linear.apply(x_ui, layers[0].stream, layers[0].deferral, *operands)
+    return [(product, layer.bias if leaves_bias else None) for product, layer in zip(products, layers, strict=True)]
 
 
 class _Linear(torch.autograd.Function):

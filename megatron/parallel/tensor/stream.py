@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megatron.kernels.device import takes_triton
+from megatron.kernels.pointwise.residual_norm import Scaling, dropout_seed, joined, normalised
 from megatron.parallel import collectives
 from megatron.parallel.collectives import Pending
 from megatron.parallel.mesh import Axis
@@ -74,10 +76,23 @@ class Stream:
 
     def dropout(self, hidden_uh: Tensor, rate: float) -> Tensor:
         """Dropout [u, h] on the stream: the same on all ranks that hold the same tokens, another on other tokens."""
-        axis = self.axis if self.is_split else Axis()
-        with distinct_randomness(axis, rate, hidden_uh.device):
+        with distinct_randomness(self._distinct_axis, rate, hidden_uh.device):
             # Keeps a mask of one byte an element, on every device.
             return torch.native_dropout(hidden_uh, rate, True)[0] if rate else hidden_uh
+
+    def join(self, residual_uh: Tensor, branch_uh: Tensor, rate: float, scaling: Scaling | None,
+             dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The stream with a branch, after its dropout, added, and that normalised for what comes next, in `dtype`."""
+        if not takes_triton(residual_uh):
+            return normalised(residual_uh + self.dropout(branch_uh, rate), scaling, dtype)
+        with distinct_randomness(self._distinct_axis, rate, residual_uh.device):
+            seed = dropout_seed(residual_uh) if rate else None
+        return joined(residual_uh, branch_uh, rate, seed, scaling, dtype)
+
+    @property
+    def _distinct_axis(self) -> Axis:
+        """The axis whose ranks have different tokens of the stream."""
+        return self.axis if self.is_split else Axis()
 
 
 ONE_RANK = Stream()
