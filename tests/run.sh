@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Sets up what the tests need, as the example scripts do, and runs them.
+# Sets up what the tests need, as the example scripts do, and runs them, two files at a time.
 #
 #     bash tests/run.sh [any argument of pytest]      for example: bash tests/run.sh -k packing
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/../examples/setup.sh" tests
 cd "$root"
-exec "$python" -m pytest -q "$@"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec "$python" -m pytest -q --numprocesses 2 --dist loadfile "$@"

@@ -6,8 +6,7 @@ its key and its value (grouped-query attention, Ainslie et al., 2023, arXiv 2305
 1). Scores are scaled by 1/sqrt(d); softmax is in fp32. Under a window (left, right) a token attends to so many on each
 side of it (Beltagy et al., 2020, arXiv 2004.05150). On GPUs one fused operator does all proteins at once, by boundaries
 on the device. On CPUs it is `megatron.kernels.cpu_attention`, which was faster in every shape that was measured (see
-benchmarks/RESULTS.md), or where that is not built, and under dropout, `megatron.kernels.by_protein`; both skip the
-filler.
+benchmarks/RESULTS.md), or where that is not built `megatron.kernels.by_protein`; both skip the filler.
 """
 
 import torch
@@ -27,8 +26,8 @@ def packed_attention(qkv_tgcd: Tensor, sequence: PackedSequence, dropout: float,
         ends, longest = sequence.cu_seqlens, sequence.max_length
         return fused_attention(qkv_tgcd[:, :, :-2], qkv_tgcd[:, :, -2:], (ends, ends), (longest, longest), dropout,
                                window)
-    if takes_helper(qkv_tgcd, dropout):
-        return cpu_attention(qkv_tgcd, sequence.cu_seqlens, sequence.num_filler, window)
+    if takes_helper(qkv_tgcd):
+        return cpu_attention(qkv_tgcd, sequence.cu_seqlens, sequence.num_filler, window, dropout)
     return attention_by_protein(qkv_tgcd, sequence.cu_seqlens, sequence.num_filler, window, dropout)
 
 

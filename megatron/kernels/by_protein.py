@@ -56,6 +56,27 @@ def tiles_of(lengths: Sequence[int], start: int, end: int, window: Window = None
     return tiles
 
 
+class ProteinPass:
+    """Forward and backward pass over proteins of these lengths; the queries are those of u tokens from `start` on."""
+
+    def __init__(self, lengths: Sequence[int], start: int, num_queries: int, window: Window, dropout: float) -> None:
+        self.tiles, self.window = tiles_of(lengths, start, start + num_queries, window), window
+        self.dropout = dropout
+
+    def forward(self, query_ugqd: Tensor, key_value_tg2d: Tensor) -> tuple[Tensor, ...]:
+        """The context [u, g, q, d], 0 behind the last protein, and what the backward pass needs beside it."""
+        context_ugqd, kept = forward_by_protein(query_ugqd, key_value_tg2d, self.tiles, self.window, self.dropout)
+        return context_ugqd, *kept
+
+    def backward(self, grad_ugqd: Tensor, inputs: tuple[Tensor, Tensor], gradients: tuple[Tensor, Tensor],
+                 made: Sequence[Tensor]) -> None:
+        """Fill `gradients` of `inputs`, queries and keys with values, from that of the context; `made` is forward's.
+
+        Those of keys and values of proteins without a query here are left as they are.
+        """
+        backward_by_protein(grad_ugqd, inputs, gradients, self.tiles, iter(made[1:]), self.dropout > 0)
+
+
 def forward_by_protein(query_ugqd: Tensor, key_value_tg2d: Tensor, tiles: Sequence[Tile], window: Window,
                        dropout: float) -> tuple[Tensor, list[Tensor]]:
     """The context [u, g, q, d], 0 behind the last protein, and what the backward pass needs.

@@ -1,11 +1,13 @@
 """Attention of packed proteins on CPUs by a compiled helper: scores never reach memory.
 
 It takes fp32 and bf16 (products of bf16 numbers where the processor has them, fp32 sums everywhere), windows, groups of
-queries and any width; not dropout. For the backward pass, which makes the scores anew, it keeps the softmax's largest
-score and sum for each query. Without a C++ compiler or pybind11 it is missing, and `megatron.kernels.by_protein` does
-the same work. Shapes: t tokens, g groups, each with c = q + 2 rows of width d: queries, key, value.
+queries, any width and dropout. For the backward pass, which makes the scores anew, it keeps the softmax's largest score
+and sum for each query, and dropout's seed: which weights are dropped depends on that and on the places of query and key
+alone. Without a C++ compiler or pybind11 it is missing, and `megatron.kernels.by_protein` does the same work. Shapes: u
+tokens with queries, t tokens with keys and values, g groups, each with c = q + 2 rows of width d: queries, key, value.
 """
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -24,22 +26,63 @@ except ImportError:
 # What this processor can run, the fastest first: avx512_bf16, avx512, avx2, portable. Empty without the helper.
 INSTRUCTION_SETS: tuple[str, ...] = () if _helper is None else tuple(_helper.instruction_sets())
 _UNBOUNDED = 2**40  # a window that ends nowhere
+_DRAWN = 2**16  # dropout's rate comes in so many steps
 
 
-def takes_helper(qkv_tgcd: Tensor, dropout: float) -> bool:
+def takes_helper(qkv_tgcd: Tensor) -> bool:
     """Whether the helper is there and takes these: it reads memory of the host."""
-    if takes_gpu_way(qkv_tgcd) or dropout:
+    if takes_gpu_way(qkv_tgcd):
         return False
     return bool(INSTRUCTION_SETS) and qkv_tgcd.dtype in (torch.float32, torch.bfloat16)
 
 
-def cpu_attention(qkv_tgcd: Tensor, cu_seqlens: Tensor, num_filler: int, window: Window,
+def cpu_attention(qkv_tgcd: Tensor, cu_seqlens: Tensor, num_filler: int, window: Window, dropout: float = 0.0,
                   instructions: str = "") -> Tensor:
     """The context [t, n, d] of whole proteins, 0 in the filler; `instructions` names another set than the fastest."""
     left, right = window or (-1, -1)
-    arguments = qkv_tgcd, cu_seqlens, num_filler, left, right, instructions
+    arguments = qkv_tgcd, cu_seqlens, num_filler, left, right, dropout, instructions
     context_tgqd = _operator(*arguments)[0] if torch.compiler.is_compiling() else _Attention.apply(*arguments)
     return context_tgqd.flatten(1, 2)
+
+
+class CompiledPass:
+    """Forward and backward pass over proteins of these lengths; the queries are those of u tokens from `start` on."""
+
+    def __init__(self, lengths: Sequence[int], start: int, num_queries: int, window: Window, dropout: float,
+                 instructions: str = "") -> None:
+        self.lengths, self.here = list(lengths), (start, start + num_queries)
+        self.num_real = min(max(sum(self.lengths) - start, 0), num_queries)  # queries of proteins, not of filler
+        self.window, self.kept = window or (_UNBOUNDED, _UNBOUNDED), round((1 - dropout) * _DRAWN)
+        self.instructions = instructions or INSTRUCTION_SETS[0]
+
+    def forward(self, query_ugqd: Tensor, key_value_tg2d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The context [u, g, q, d], 0 behind the last protein; the softmax's statistics [u, g, q, 2]; a seed."""
+        context_ugqd = torch.empty_like(query_ugqd, memory_format=torch.contiguous_format)
+        statistics_ugq2 = torch.empty(*context_ugqd.shape[:-1], 2)
+        context_ugqd[self.num_real:] = 0
+        statistics_ugq2[self.num_real:] = 0
+        # In step on all ranks that compute the same, and drawn alike when a recomputation restores the generator.
+        seed = torch.randint(2**62, ()) if self.kept < _DRAWN else torch.zeros((), dtype=torch.int64)
+        self._attend(statistics_ugq2, seed, query_ugqd, key_value_tg2d, context_ugqd)
+        return context_ugqd, statistics_ugq2, seed
+
+    def backward(self, grad_ugqd: Tensor, inputs: tuple[Tensor, Tensor], gradients: tuple[Tensor, Tensor],
+                 made: Sequence[Tensor]) -> None:
+        """Fill `gradients` of `inputs`, queries and keys with values, from that of the context; `made` is forward's.
+
+        Those of keys and values of proteins without a query here are left as they are.
+        """
+        context_ugqd, statistics_ugq2, seed = made
+        gradients[0][self.num_real:] = 0
+        self._attend(statistics_ugq2, seed, *inputs, context_ugqd, grad_ugqd.contiguous(), *gradients)
+
+    def _attend(self, statistics_ugq2: Tensor, seed: Tensor, *tensors: Tensor) -> None:
+        """Fill context and statistics, or with a gradient of the context those of queries, keys and values."""
+        context_ugqd = tensors[2]
+        places = [(tensor.data_ptr(), *tensor.stride()[:2]) for tensor in tensors]
+        _helper.attend(self.instructions, torch.get_num_threads(), context_ugqd.dtype == torch.bfloat16, self.lengths,
+                       self.here, context_ugqd.shape[1:], self.window, (int(seed), self.kept), places,
+                       statistics_ugq2.data_ptr())
 
 
 class _Attention(torch.autograd.Function):
@@ -47,84 +90,73 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv_tgcd: Tensor, cu_seqlens: Tensor, *numbers: Any) -> Tensor:
-        context_tgqd, statistics_tgq2 = _forward(qkv_tgcd, cu_seqlens, *numbers)
-        ctx.save_for_backward(qkv_tgcd, cu_seqlens, context_tgqd, statistics_tgq2)
+        made = _forward(qkv_tgcd, cu_seqlens, *numbers)
+        ctx.save_for_backward(qkv_tgcd, cu_seqlens, *made)
         ctx.numbers = numbers
-        return context_tgqd
+        return made[0]
 
     @staticmethod
-    def backward(ctx: Any, grad_tgqd: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        return _backward(grad_tgqd, *ctx.saved_tensors, *ctx.numbers), None, None, None, None, None
+    def backward(ctx: Any, grad_tgqd: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(grad_tgqd, *ctx.saved_tensors, *ctx.numbers), None, *(None for _ in ctx.numbers)
 
 
-def _forward(qkv_tgcd: Tensor, cu_seqlens: Tensor, num_filler: int, left: int, right: int,
-             instructions: str) -> tuple[Tensor, Tensor]:
-    qkv_tgcd, lengths = qkv_tgcd.contiguous(), protein_lengths(cu_seqlens, num_filler)
-    context_tgqd = torch.empty_like(qkv_tgcd[:, :, :-2], memory_format=torch.contiguous_format)
-    statistics_tgq2 = torch.empty(*context_tgqd.shape[:-1], 2)
-    context_tgqd[sum(lengths):] = 0
-    statistics_tgq2[sum(lengths):] = 0
-    _attend(instructions, lengths, (left, right), statistics_tgq2, qkv_tgcd, qkv_tgcd[:, :, -2:], context_tgqd)
-    return context_tgqd, statistics_tgq2
+def _pass(num_tokens: int, cu_seqlens: Tensor, num_filler: int, left: int, right: int, dropout: float,
+          instructions: str) -> CompiledPass:
+    window = None if left < 0 else (left, right)
+    return CompiledPass(protein_lengths(cu_seqlens, num_filler), 0, num_tokens, window, dropout, instructions)
+
+
+def _forward(qkv_tgcd: Tensor, cu_seqlens: Tensor, *numbers: Any) -> tuple[Tensor, Tensor, Tensor]:
+    qkv_tgcd = qkv_tgcd.contiguous()
+    return _pass(len(qkv_tgcd), cu_seqlens, *numbers).forward(qkv_tgcd[:, :, :-2], qkv_tgcd[:, :, -2:])
 
 
 def _backward(grad_tgqd: Tensor, qkv_tgcd: Tensor, cu_seqlens: Tensor, context_tgqd: Tensor, statistics_tgq2: Tensor,
-              num_filler: int, left: int, right: int, instructions: str) -> Tensor:
-    qkv_tgcd, lengths = qkv_tgcd.contiguous(), protein_lengths(cu_seqlens, num_filler)
+              seed: Tensor, *numbers: Any) -> Tensor:
+    going, qkv_tgcd = _pass(len(qkv_tgcd), cu_seqlens, *numbers), qkv_tgcd.contiguous()
     grad_tgcd = torch.empty_like(qkv_tgcd)
-    grad_tgcd[sum(lengths):] = 0
-    _attend(instructions, lengths, (left, right), statistics_tgq2, qkv_tgcd, qkv_tgcd[:, :, -2:], context_tgqd,
-            grad_tgqd.contiguous(), grad_tgcd, grad_tgcd[:, :, -2:])
+    grad_tgcd[going.num_real:] = 0
+    inputs, gradients = ((tensor[:, :, :-2], tensor[:, :, -2:]) for tensor in (qkv_tgcd, grad_tgcd))
+    going.backward(grad_tgqd, inputs, gradients, (context_tgqd, statistics_tgq2, seed))
     return grad_tgcd
-
-
-def _attend(instructions: str, lengths: list[int], window: tuple[int, int], statistics_tgq2: Tensor,
-            *tensors: Tensor) -> None:
-    """Fill context and statistics, or with a gradient of the context those of queries, keys and values."""
-    if not lengths:
-        return
-    context_tgqd = tensors[2]
-    reach = (_UNBOUNDED, _UNBOUNDED) if window[0] < 0 else window
-    places = [(tensor.data_ptr(), *tensor.stride()[:2]) for tensor in tensors]
-    _helper.attend(instructions or INSTRUCTION_SETS[0], torch.get_num_threads(), context_tgqd.dtype == torch.bfloat16,
-                   lengths, (0, len(context_tgqd)), context_tgqd.shape[1:], reach, places, statistics_tgq2.data_ptr())
 
 
 # The same as an operator that torch.compile takes as it is; traced, each new list of lengths would compile anew. A
 # window of -1 is none.
-@torch.library.custom_op("megatron::cpu_attention", mutates_args=())
-def _operator(qkv_tgcd: Tensor, cu_seqlens: Tensor, num_filler: int, left: int, right: int,
-              instructions: str) -> tuple[Tensor, Tensor]:
-    return _forward(qkv_tgcd, cu_seqlens, num_filler, left, right, instructions)
+@torch.library.custom_op("megatron::cpu_attention", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _operator(qkv_tgcd: Tensor, cu_seqlens: Tensor, num_filler: int, left: int, right: int, dropout: float,
+              instructions: str) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward(qkv_tgcd, cu_seqlens, num_filler, left, right, dropout, instructions)
 
 
 @torch.library.custom_op("megatron::cpu_attention_backward", mutates_args=())
 def _operator_backward(grad_tgqd: Tensor, qkv_tgcd: Tensor, cu_seqlens: Tensor, context_tgqd: Tensor,
-                       statistics_tgq2: Tensor, num_filler: int, left: int, right: int, instructions: str) -> Tensor:
-    return _backward(grad_tgqd, qkv_tgcd, cu_seqlens, context_tgqd, statistics_tgq2, num_filler, left, right,
-                     instructions)
+                       statistics_tgq2: Tensor, seed: Tensor, num_filler: int, left: int, right: int, dropout: float,
+                       instructions: str) -> Tensor:
+    return _backward(grad_tgqd, qkv_tgcd, cu_seqlens, context_tgqd, statistics_tgq2, seed, num_filler, left, right,
+                     dropout, instructions)
 
 
 @_operator.register_fake
-def _(qkv_tgcd: Tensor, cu_seqlens: Tensor, num_filler: int, left: int, right: int,
-      instructions: str) -> tuple[Tensor, Tensor]:
+def _(qkv_tgcd: Tensor, cu_seqlens: Tensor, num_filler: int, left: int, right: int, dropout: float,
+      instructions: str) -> tuple[Tensor, Tensor, Tensor]:
     shape = qkv_tgcd[:, :, :-2].shape
-    return qkv_tgcd.new_empty(shape), qkv_tgcd.new_empty((*shape[:-1], 2), dtype=torch.float32)
+    statistics_tgq2 = qkv_tgcd.new_empty((*shape[:-1], 2), dtype=torch.float32)
+    return qkv_tgcd.new_empty(shape), statistics_tgq2, qkv_tgcd.new_empty((), dtype=torch.int64)
 
 
 @_operator_backward.register_fake
-def _(grad_tgqd: Tensor, qkv_tgcd: Tensor, cu_seqlens: Tensor, context_tgqd: Tensor, statistics_tgq2: Tensor,
-      num_filler: int, left: int, right: int, instructions: str) -> Tensor:
+def _(grad_tgqd: Tensor, qkv_tgcd: Tensor, *others: Any) -> Tensor:
     return torch.empty_like(qkv_tgcd, memory_format=torch.contiguous_format)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     qkv_tgcd, cu_seqlens, *ctx.numbers = inputs
     ctx.save_for_backward(qkv_tgcd, cu_seqlens, *output)
 
 
-def _go_back(ctx: Any, grad_tgqd: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-    return _operator_backward(grad_tgqd, *ctx.saved_tensors, *ctx.numbers), None, None, None, None, None
+def _go_back(ctx: Any, grad_tgqd: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    return _operator_backward(grad_tgqd, *ctx.saved_tensors, *ctx.numbers), None, *(None for _ in ctx.numbers)
 
 
 _operator.register_autograd(_go_back, setup_context=_keep)

@@ -23,6 +23,15 @@ struct Rows {
   Number* at(int64_t token, int64_t group) const { return data + token * per_token + group * per_group; }
 };
 
+// Dropout of weights: out of 65,536 numbers `kept` keep theirs, which grows by the inverse of that share.
+struct Dropout {
+  uint64_t seed;
+  uint32_t kept;
+
+  bool is_on() const { return kept < 65536; }
+  float growth() const { return kept ? 65536.0f / kept : 0.0f; }
+};
+
 // Queries `first` to `last` (places among all tokens) of one group, and the protein in which they lie.
 struct Unit {
   int64_t begin, end, first, last, group;
@@ -35,6 +44,7 @@ struct Problem {
   int64_t left, right;             // the window, as wide as can be where there is none
   int64_t start;
   float scale;
+  Dropout dropout;
   Rows<Number> query, key_value, context;  // backward: `context` is only read
   float* statistics;  // [tokens here, groups, queries, 2]: the softmax's largest score, by log2(e), and 1 / its sum
   Rows<Number> grad_context, grad_query, grad_key_value;  // backward alone

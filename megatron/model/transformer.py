@@ -6,6 +6,7 @@ hidden states, with `--x0-skips` the embeddings, with `--unet-skips` the outputs
 
 from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -139,8 +140,12 @@ class Transformer(nn.Module):
         if step is None or not torch.is_grad_enabled():
             return _run(blocks, sequence, rotation, x0_uh, skips, hidden_uh)
         for start in range(0, len(blocks), step):
-            run = partial(_run, blocks[start:start + step], sequence, rotation, x0_uh, skips)
-            hidden_uh, *skips = recomputed(run, hidden_uh, has_dropout=self.has_dropout, kept_over=self.kept_over)
+            together = blocks[start:start + step]
+            # The others pass by: what is recomputed would hold them as wholes until its backward pass is done.
+            first = len(skips) - num_taken((bool(block.gives_skip), bool(block.takes_skip)) for block in together)
+            run = partial(_run, together, sequence, rotation, x0_uh, skips[first:])
+            hidden_uh, *given = recomputed(run, hidden_uh, has_dropout=self.has_dropout, kept_over=self.kept_over)
+            skips = [*skips[:first], *given]
         return hidden_uh, *skips
 
 
@@ -163,6 +168,12 @@ def skips_of(config: ModelConfig, number: int) -> tuple[bool, bool]:
     """
     half = config.num_layers // 2
     return config.unet_skips and number < half, config.unet_skips and number >= config.num_layers - half
+
+
+def num_taken(blocks: Iterable[tuple[bool, bool]]) -> int:
+    """How many of the skips that are open before these blocks they take; of each block, what `skips_of` tells."""
+    more = (gives - takes for gives, takes in blocks)
+    return -min(accumulate(more, initial=0))
 
 
 def message_shape(config: ModelConfig, num_tokens: int, next_block: int) -> tuple[int, ...]:

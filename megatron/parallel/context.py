@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron.kernels.attention import fused_attention, is_fused, packed_attention
-from megatron.kernels.by_protein import Window, backward_by_protein, forward_by_protein, tiles_of
+from megatron.kernels.by_protein import ProteinPass, Window
+from megatron.kernels.cpu_attention import CompiledPass, takes_helper
 from megatron.kernels.packed_sequence import PackedSequence, protein_lengths
 from megatron.parallel.collectives import all_gather, gather_slices, reduce_scatter
 from megatron.parallel.mesh import Axis
@@ -26,7 +27,7 @@ def context_attention(qkv_ugcd: Tensor, sequence: PackedSequence, dropout: float
     if axis.size == 1:
         return packed_attention(qkv_ugcd, sequence, dropout, window)
     if not is_fused(qkv_ugcd, window, is_whole=False):
-        return _by_protein(qkv_ugcd, sequence, dropout, axis, window)
+        return _gathered(qkv_ugcd, sequence, dropout, axis, window)
     query_ugqd, key_value_ug2d = qkv_ugcd.split([qkv_ugcd.shape[2] - 2, 2], dim=2)
     num_queries, ends = len(qkv_ugcd), sequence.cu_seqlens
     query_ends = (ends - axis.rank * num_queries).clamp(0, num_queries)
@@ -52,33 +53,31 @@ def with_neighbours(x_uf: Tensor, num_neighbours: int, axis: Axis) -> Tensor:
 
 
 @torch.compiler.disable  # traced, each new list of lengths would compile anew
-def _by_protein(qkv_ugcd: Tensor, sequence: PackedSequence, dropout: float, axis: Axis, window: Window) -> Tensor:
-    return _GatheredByProtein.apply(qkv_ugcd, sequence, dropout, axis, window).flatten(1, 2)
+def _gathered(qkv_ugcd: Tensor, sequence: PackedSequence, dropout: float, axis: Axis, window: Window) -> Tensor:
+    return _GatheredAttention.apply(qkv_ugcd, sequence, dropout, axis, window).flatten(1, 2)
 
 
-class _GatheredByProtein(torch.autograd.Function):
+class _GatheredAttention(torch.autograd.Function):
     """Of the keys and values only the rank's own are kept for the backward pass, which gathers all of them again."""
 
     @staticmethod
     def forward(ctx: Any, qkv_ugcd: Tensor, sequence: PackedSequence, dropout: float, axis: Axis,
                 window: Window) -> Tensor:
-        start = axis.rank * len(qkv_ugcd)
         lengths = protein_lengths(sequence.cu_seqlens, sequence.num_filler)
-        tiles = tiles_of(lengths, start, start + len(qkv_ugcd), window)
-        key_value_tg2d = all_gather(qkv_ugcd[:, :, -2:], axis)
-        context_ugqd, kept = forward_by_protein(qkv_ugcd[:, :, :-2], key_value_tg2d, tiles, window, dropout)
-        ctx.save_for_backward(qkv_ugcd, *kept)
-        ctx.tiles, ctx.has_dropout, ctx.axis = tiles, dropout > 0, axis
+        kind = CompiledPass if takes_helper(qkv_ugcd) else ProteinPass
+        ctx.axis, ctx.going = axis, kind(lengths, axis.rank * len(qkv_ugcd), len(qkv_ugcd), window, dropout)
+        context_ugqd, *made = ctx.going.forward(qkv_ugcd[:, :, :-2], all_gather(qkv_ugcd[:, :, -2:], axis))
+        ctx.save_for_backward(qkv_ugcd, context_ugqd, *made)
         return context_ugqd
 
     @staticmethod
     def backward(ctx: Any, grad_ugqd: Tensor) -> tuple[Tensor, None, None, None, None]:
-        qkv_ugcd, *kept = ctx.saved_tensors
+        qkv_ugcd, *made = ctx.saved_tensors
         key_value_tg2d = all_gather(qkv_ugcd[:, :, -2:], ctx.axis)
         grad_qkv_ugcd = torch.empty_like(qkv_ugcd)
         # Summed over the ranks, of which each has some proteins' queries; 0 where a protein has none here.
         grad_key_value_tg2d = torch.zeros_like(key_value_tg2d)
-        backward_by_protein(grad_ugqd, (qkv_ugcd[:, :, :-2], key_value_tg2d),
-                            (grad_qkv_ugcd[:, :, :-2], grad_key_value_tg2d), ctx.tiles, iter(kept), ctx.has_dropout)
+        ctx.going.backward(grad_ugqd, (qkv_ugcd[:, :, :-2], key_value_tg2d),
+                           (grad_qkv_ugcd[:, :, :-2], grad_key_value_tg2d), made)
         grad_qkv_ugcd[:, :, -2:] = reduce_scatter(grad_key_value_tg2d, ctx.axis)
         return grad_qkv_ugcd, None, None, None, None

@@ -40,7 +40,8 @@ class Measurement:
 
     `weight_bytes`: what a further micro-batch reads and writes of weights and their gradients
     (`megatron.plan.work.WeightBytes`), divided by their elements; None where a step has no further one. Counted are
-    parameters of two and more dimensions that are not as long as the micro-batch, as a table of positions may be.
+    parameters of two and more dimensions that are not as long as the micro-batch, as a table of positions may be; None
+    where all are, as in a model that is as wide.
     """
 
     memory: Memory
@@ -127,7 +128,7 @@ class _Steps:
         self._watch.at_growth = self._note_peak
         traffic = self._traffic_of(second)
         weight_bytes = None
-        if second > first:
+        if second > first and self._num_counted:
             more = self._weights.num_bytes - 2 * weights_before + weights_at_start
             weight_bytes = more / (second - first) / self._num_counted
         if num_micro_batches > second:

@@ -46,14 +46,16 @@ def _moments(rank: Rank) -> Iterator[tuple[int, int]]:
     stages = [_stage_memory(stage, rank.sharding, rank.shards, rank.shard, rank.width, rank.num_micro_batches == 1)
               for stage in rank.stages]
     gathered = sum(stage.gathered for stage in stages)
-    gradients, waiting_for_gradients = 0, set(range(len(stages)))
+    gradients, waiting_for_gradients, to_gather = 0, set(range(len(stages))), set(range(len(stages)))
     in_flight = last = 0  # of the last backward pass the messages from both sides, until the next one
     for action, following in _actions(rank):
         stage = stages[action.stage]
         # The next message is received while an action computes.
         coming = stages[following.stage].receives[following.kind] if following is not None else 0
         if action.kind == "forward":
-            yield gradients, in_flight + coming + last + gathered + stage.of_forward
+            first = stage.in_first_forward if action.stage in to_gather else 0
+            to_gather.discard(action.stage)
+            yield gradients, in_flight + coming + last + gathered + first + stage.of_forward
             in_flight += stage.kept
             continue
         is_first = action.stage in waiting_for_gradients
@@ -93,7 +95,8 @@ class _StageMemory:
     `kept`: from a forward pass to its backward pass. `of_forward`: at most in a forward pass, and `of_backward` new
     gradients, and everything else, at the moments of a backward pass that may be its peak; by whether that is the first
     of a step, which makes the gradients. `gradients`: what those are when they stay, `gathered`: others' parameters
-    that stay. `put_off`, `of_weights`: what is kept for weights' gradients that wait, and what computing them takes.
+    that stay, `in_first_forward`: what gathering these takes in the first forward pass. `put_off`, `of_weights`: what
+    is kept for weights' gradients that wait, and what computing them takes.
     """
 
     def __init__(self, planned: PlannedStage, sharding: str, shards: int, shard: int, width: int,
@@ -111,6 +114,7 @@ class _StageMemory:
         self.gradients = self._whole if self._sharding == "optimizer" else share
         is_gathered = self._sharding in ("optimizer", "gradients")
         self.gathered = whole if is_gathered else 0  # and between passes
+        self.in_first_forward = self._block if is_gathered else 0  # the message that brought a block's
         self._dropped_a_block = self._block if is_gathered and has_one_pass else 0
         self._pieces = planned.pieces
         self.sent, self._passing = planned.sent, passing_of(planned)
@@ -120,19 +124,20 @@ class _StageMemory:
         self.put_off = sum(piece.put_off for piece in self._pieces)
         self.of_weights = max(piece.late for piece in self._pieces)
         self.of_forward = max(below_all + self._passing.in_packing, *(
-            below + passing.in_forward + piece.forward
-            for below, passing, piece in zip(self._below, self._passing.pieces, self._pieces, strict=True)))
+            below + passing.in_forward + piece.forward + self._in_gathering(number)
+            for number, (below, passing, piece) in enumerate(
+                zip(self._below, self._passing.pieces, self._pieces, strict=True))))
         self.of_backward = {True: list(self._going_back(True)), False: [max(self._going_back(False), key=sum)]}
 
     def _going_back(self, is_first: bool) -> Iterator[tuple[int, int]]:
         """For each piece from the last to the first: when it takes most, and when it is done."""
-        new, waiting, dropped, in_messages = 0, 0, 0, self._in_messages(is_first=True)
+        new, waiting, dropped = 0, 0, 0
         makes_new = is_first and self._sharding == "none"
         is_scattered, outside = self._sharding in ("gradients", "parameters"), 0
         for number in reversed(range(len(self._pieces))):
             piece, passing = self._pieces[number], self._passing.pieces[number]
             below = self._below[number] + passing.kept + waiting + outside - dropped
-            inside = below + passing.in_backward + in_messages
+            inside = below + passing.in_backward + self._in_messages(number)
             most, (held, made) = backward_of(piece, *passing.in_message)
             if makes_new:
                 yield min(new + made, self._whole), inside + held
@@ -146,21 +151,32 @@ class _StageMemory:
             waiting += piece.put_off
             if piece.num_blocks:
                 dropped += self._dropped_a_block
-                in_messages = self._in_messages(is_first=False)
-                yield new, below + passing.in_backward + piece.end + self._in_sums
+                yield new, below + passing.in_backward + piece.end + self._in_sums(number)
         yield new, below + passing.in_backward + piece.end + self._passing.in_unpacking
 
-    def _in_messages(self, is_first: bool) -> int:
-        """Parameters gathered, and gradients to be scattered, beside the passes of a block."""
-        if self._sharding == "parameters":  # this block's, the next one's on their way, gradients of the one before
-            return self._rest + self._block * 2 + (0 if is_first else self._scattered)
-        return self._scattered if self._sharding == "gradients" and not is_first else 0
+    def _in_gathering(self, number: int) -> int:
+        """Parameters gathered beside the forward pass of a piece: its own, and the message that brought the last."""
+        if self._sharding != "parameters":
+            return 0
+        own, any_yet = self._pieces[number].num_blocks, sum(piece.num_blocks for piece in self._pieces[:number + 1])
+        return self._rest + self._block * (bool(own) + bool(any_yet))
 
-    @property
-    def _in_sums(self) -> int:
+    def _next_block(self, number: int) -> int:
+        """What brings the parameters of the block that goes back after this piece."""
+        return self._block * any(piece.num_blocks for piece in self._pieces[:number])
+
+    def _in_messages(self, number: int) -> int:
+        """Parameters gathered, and gradients to be scattered, beside the backward pass of a piece."""
+        own = self._pieces[number].num_blocks
+        scattered = self._scattered * any(piece.num_blocks for piece in self._pieces[number + 1:])
+        if self._sharding == "parameters":
+            return self._rest + self._block * own + self._next_block(number) + scattered
+        return scattered if self._sharding == "gradients" else 0
+
+    def _in_sums(self, number: int) -> int:
         """What a block's gradients take where they are on their way to their owners."""
         if self._sharding == "parameters":
-            return self._rest + 3 * self._block + self._scattered
+            return self._rest + self._next_block(number) + self._block + self._scattered
         return self._block + self._scattered if self._sharding == "gradients" else 0
 
 

@@ -18,10 +18,10 @@ class MemoryWatch(TorchDispatchMode):
 
     Only those without values count: others are data on the host. What an operation takes for itself and gives back
     before it ends is not seen. `at_growth` is called when more is held than before, `counters` with each operation, its
-    arguments, and the tensors that it was given and gave.
+    arguments, those by name, and the tensors that it was given and gave.
     """
 
-    def __init__(self, counters: Sequence[Callable[[Any, Any, list[Tensor], list[Tensor]], None]] = ()) -> None:
+    def __init__(self, counters: Sequence[Callable[[Any, Any, Any, list[Tensor], list[Tensor]], None]] = ()) -> None:
         super().__init__()
         self._counters = counters
         self.at_growth: Callable[[], None] = lambda: None
@@ -66,7 +66,7 @@ class MemoryWatch(TorchDispatchMode):
             results = func(*args, **kwargs)
         new = _tensors((results,))
         for count in self._counters:
-            count(func, args, given, new)
+            count(func, args, kwargs, given, new)
         for tensor in new:
             if not _has_values(tensor):
                 self._follow(tensor.untyped_storage())

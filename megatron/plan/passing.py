@@ -54,7 +54,8 @@ def passing_of(planned: PlannedStage) -> StagePassing:
         return planned.received + sum(sizes.get(tensor, planned.hidden_bytes) for tensor in tensors)
 
     def there() -> set[int]:
-        return kept | {hidden, *skips} | ({x0} if planned.has_x0 else set())
+        # Whoever calls the blocks holds what they begin with until the last is done, whether it is mixed in or not.
+        return kept | {hidden, x0, *skips}
 
     walk: list[tuple[int, int, list[int], list[int]]] = []
     for number, piece in enumerate(planned.pieces):

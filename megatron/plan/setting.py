@@ -11,7 +11,7 @@ from megatron.config import DataConfig, ModelConfig, PrecisionConfig
 from megatron.data.batches.batch import Batch
 from megatron.data.batches.typical import typical_batch
 from megatron.model.protein_model import ProteinModel, compute_dtype
-from megatron.model.transformer import kind_of, open_skips
+from megatron.model.transformer import kind_of, num_taken, skips_of
 from megatron.parallel.mesh import Axis, Mesh
 from megatron.parallel.pipeline.partition import Stage
 from megatron.parallel.tensor.copies import ComputeCopies
@@ -57,8 +57,7 @@ class Setting:
 
     def num_taken(self, blocks: range) -> int:
         """How many skips that come to these blocks they take; the others pass them by."""
-        waiting = [open_skips(self.model, number) for number in range(blocks.start, blocks.stop + 1)]
-        return waiting[0] - min(waiting)
+        return num_taken(skips_of(self.model, number) for number in blocks)
 
     @cached_property
     def of_parameters(self) -> "Setting":

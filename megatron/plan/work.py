@@ -25,15 +25,16 @@ class WorkCounter:
     def __init__(self) -> None:
         self.flops = self.moved = 0
 
-    def count(self, func: Any, args: Any, given: list[Tensor], new: list[Tensor]) -> None:
+    def count(self, func: Any, args: Any, kwargs: Any, given: list[Tensor], new: list[Tensor]) -> None:
         """Count an operation that is done."""
         self.moved += sum(tensor.numel() * tensor.element_size() for tensor in _moved(func, given, new))
         packet = func._overloadpacket
         if packet in _ATTENTION:
             # Boundaries of proteins, of queries and of keys: real ones, since they lie on the host.
             queries, keys = (value for value in args if isinstance(value, Tensor) and value.dtype == torch.int32)
+            window = kwargs.get("window_size_left"), kwargs.get("window_size_right")
             with unset_fake_temporarily():
-                num_pairs = int((queries.diff() * keys.diff()).sum())
+                num_pairs = _num_pairs(queries.diff().long(), keys.diff().long(), window)
             # Of queries, or of the context's gradient: where heads share keys, there are fewer of those.
             self.flops += _ATTENTION[packet] * num_pairs * args[0].shape[-2] * args[0].shape[-1]
         elif packet in _PRODUCTS:
@@ -51,10 +52,25 @@ class WeightBytes:
     def __init__(self, shapes: Collection[tuple[int, ...]] = ()) -> None:
         self.num_bytes, self.shapes = 0, {tuple(sorted(shape)) for shape in shapes}
 
-    def count(self, func: Any, args: Any, given: list[Tensor], new: list[Tensor]) -> None:
+    def count(self, func: Any, args: Any, kwargs: Any, given: list[Tensor], new: list[Tensor]) -> None:
         """Count an operation that is done."""
         self.num_bytes += sum(tensor.numel() * tensor.element_size() for tensor in _moved(func, given, new)
                               if tuple(sorted(tensor.shape)) in self.shapes)
+
+
+def _num_pairs(queries_g: Tensor, keys_g: Tensor, window: tuple[int | None, int | None]) -> int:
+    """Pairs of a query and a key of the same protein no further apart than the window's ends; None is no end.
+
+    Where a rank has only some of a protein's queries, each is counted with as many keys as one has on average.
+    """
+    pairs_g = keys_g + sum(_keys_beside(keys_g, width) for width in window)
+    return int((queries_g * pairs_g // keys_g.clamp(min=1)).sum())
+
+
+def _keys_beside(keys_g: Tensor, width: int | None) -> Tensor:
+    """Of all tokens of each protein the keys on one side, of each token `width` at most."""
+    width_g = (keys_g - 1).clamp(0, width)
+    return width_g * keys_g - width_g * (width_g + 1) // 2
 
 
 def _moved(func: Any, given: list[Tensor], new: list[Tensor]) -> list[Tensor]:

@@ -94,7 +94,7 @@ def test_a_run_that_was_asked_to_stop_saves_and_the_same_command_goes_on_to_the_
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[0]
+    said = process.communicate(timeout=120)[0]
     assert process.returncode == 0 and "stopped at iteration" in said, said
     assert not (tmp_path / "out" / "model").exists()
     again = start(inputs, tmp_path / "out")

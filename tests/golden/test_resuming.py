@@ -251,7 +251,7 @@ def test_a_folder_in_use_is_refused_by_all_ranks(run):
         statuses = run_on_ranks(*SHORT, "--train-iters", 2, "--data-path", run.corpus, "--save", run.folder, ranks=2)
         assert statuses[0] == 2
         assert statuses[1]
-        assert time.monotonic() - began_s < 30
+        assert time.monotonic() - began_s < 120
     finally:
         claim.release()
     run("--train-iters", 2)
@@ -379,6 +379,6 @@ def test_a_request_while_the_program_loads_is_answered(run):
             break
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=120)[0]
     assert process.returncode == 0, output
     assert output == "stopped: there is nothing to save\n"

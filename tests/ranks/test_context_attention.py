@@ -1,11 +1,15 @@
 """Attention of tokens that are split over the context axis against the same on one rank."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 
+from megatron.kernels import cpu_attention
 from megatron.kernels.attention import packed_attention
 from megatron.kernels.by_protein import tiles_of
 from megatron.kernels.packed_sequence import protein_lengths
+from megatron.parallel import context
 from megatron.parallel.collectives import gather_slices
 from megatron.parallel.context import context_attention
 from megatron.parallel.mesh import Axis
@@ -38,12 +42,20 @@ def normal(*shape, dtype, seed):
 def fused(qkv, sequence, dropout, axis):
     """What GPUs take: FlashAttention in bf16, the memory-efficient operator in fp32."""
     with fused_by_definition() as calls:
-        context = context_attention(qkv, sequence, dropout, axis)
+        context_tnd = context_attention(qkv, sequence, dropout, axis)
     assert calls == [("memory-efficient" if qkv.dtype == torch.float32 else "flash", dropout)]
-    return context
+    return context_tnd
 
 
-WAYS = {"by protein": context_attention, "fused": fused}
+def by_protein(*arguments):
+    """What CPUs take without the compiled helper."""
+    with patch.object(context, "takes_helper", lambda _: False):
+        return context_attention(*arguments)
+
+
+WAYS = {"by protein": by_protein, "fused": fused}
+if cpu_attention.INSTRUCTION_SETS:
+    WAYS["compiled"] = context_attention
 
 
 def slices(case, dtype, axis):
@@ -58,23 +70,24 @@ def slices(case, dtype, axis):
 
 def context_and_gradient(attend, case, dtype, axis):
     qkv, weights = slices(case, dtype, axis)
-    context = attend(qkv, sequence(case), 0.0, axis)
-    return [context.detach(), *torch.autograd.grad(context, qkv, weights)]
+    context_tnd = attend(qkv, sequence(case), 0.0, axis)
+    return [context_tnd.detach(), *torch.autograd.grad(context_tnd, qkv, weights)]
 
 
-def with_dropout(axis):
+def with_dropout(attend, axis):
     """Context times the gradient to it, and values times theirs; how many elements are kept, and of which kinds."""
     packed, kept = sequence("proteins across ranks and filler"), []
     qkv, weights = slices("proteins across ranks and filler", torch.float32, axis)
     torch.manual_seed(axis.rank)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda x: x):
-        context = context_attention(qkv, packed, 0.3, axis)
-    gradient, = torch.autograd.grad(context, qkv, weights)
+        context_tnd = attend(qkv, packed, 0.3, axis)
+    gradient, = torch.autograd.grad(context_tnd, qkv, weights)
     lengths = protein_lengths(packed.cu_seqlens, packed.num_filler)
     tiles = tiles_of(lengths, axis.rank * len(qkv), (axis.rank + 1) * len(qkv))
     num_scores = sum(HEADS * tile.num_queries * tile.num_keys for tile in tiles)
-    return {"products": [(context * weights).sum().item(), (qkv * gradient)[:, :, 2].sum().item()],
-            "kept": sum(kept), "own and scores": [qkv.numel(), num_scores]}
+    return {"products": [(context_tnd * weights).sum().item(), (qkv * gradient)[:, :, 2].sum().item()],
+            "kept": sum(kept), "own": qkv.numel() + context_tnd.numel(), "scores": num_scores,
+            "statistics": 2 * len(qkv) * HEADS}
 
 
 def gathered(axis):
@@ -89,7 +102,8 @@ def on_one_rank_of_many(axis):
     """All that the tests below ask about, in one launch of the ranks."""
     contexts = {(case, way, dtype): context_and_gradient(WAYS[way], case, dtype, axis)
                 for case in CASES for way in WAYS for dtype in TOLERANCE}
-    return {"contexts": contexts, "with dropout": with_dropout(axis), "gathered": gathered(axis)}
+    dropped = {way: with_dropout(WAYS[way], axis) for way in WAYS if way != "fused"}
+    return {"contexts": contexts, "with dropout": dropped, "gathered": gathered(axis)}
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -109,16 +123,21 @@ def test_context_and_gradient_are_those_of_one_rank(results, case, way, dtype):
         assert (split - whole).float().norm() <= TOLERANCE[dtype] * whole.float().norm()
 
 
-def test_the_gradient_has_the_dropout_of_the_context(results):
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "fused"])
+def test_the_gradient_has_the_dropout_of_the_context(results, way):
     """The context is linear in the values, so both sums are the same."""
-    by_context, by_gradient = torch.tensor([rank["with dropout"]["products"] for rank in results]).sum(0).tolist()
+    products = torch.tensor([rank["with dropout"][way]["products"] for rank in results])
+    by_context, by_gradient = products.sum(0).tolist()
     assert by_gradient == pytest.approx(by_context, rel=1e-5)
 
 
-def test_other_ranks_keys_and_values_are_not_kept_for_the_backward_pass(results):
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "fused"])
+def test_other_ranks_keys_and_values_are_not_kept_for_the_backward_pass(results, way):
     for rank in results:
-        own, num_scores = rank["with dropout"]["own and scores"]
-        assert rank["with dropout"]["kept"] == own + 2 * num_scores  # probabilities and what dropout keeps of them
+        numbers = rank["with dropout"][way]
+        others = {"by protein": 2 * numbers["scores"],  # probabilities and what dropout keeps of them
+                  "compiled": numbers["statistics"] + 1}  # and a seed
+        assert numbers["kept"] == numbers["own"] + others[way]
 
 
 def test_gathered_slices_are_whole_and_their_gradients_are_summed(results):

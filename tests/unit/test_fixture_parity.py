@@ -135,8 +135,9 @@ def test_one_step_with_the_originals_optimizer_state_gives_its_next_weights():
         error = (parameter.detach() - expected[name]).abs()
         if name.endswith("query_key_value.bias"):
             # A key's bias shifts all scores of a query alike, so its true gradient is 0: both programs step along
-            # rounding noise of 1e-9, which Adam divides by its own size. Nothing that the model computes depends on it.
+            # rounding noise of 1e-9, which Adam divides by its own size: another on each processor, and no more than a
+            # step. Nothing that the model computes depends on it.
             error_n3d = error.view(4, 3, 16)
-            assert error_n3d[:, 1].max() < 2e-5, name
+            assert error_n3d[:, 1].max() < learning_rate, name
             error = error_n3d[:, [0, 2]]
         assert error.max() < 1e-6, name

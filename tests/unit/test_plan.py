@@ -87,13 +87,27 @@ FAMILIES = {
     "skips-dp2-gradients": (2, 0, [*SKIPS, *FOUR, *sharding("gradients")]),
     "unet-fp32-selective": (1, 0, ["--unet-skips", *FOUR, *FP32, "--recompute-granularity", "selective"]),
 }
+NO_CENTRE = ["--normalization", "RMSNorm"]
+# Where the peak lies in a forward pass, or in the head: of what is sharded and gathered something else is there.
+STREAM = [*PROTBERT, "--fp32-residual-connection", "--attention-dropout", "0", "--hidden-dropout", "0"]
+PEAKS_ELSEWHERE = {
+    "recipe-tp2-shared-activations": (2, 0, [*RECIPE, *FOUR, *TP2, *FULL, "--distribute-checkpointed-activations"]),
+    "skips-tp2-shared-activations-every-second-block": (2, 1, [
+        *SKIPS, "--num-layers", "8", *TP2, *FULL, "--distribute-checkpointed-activations", "--checkpoint-num-layers",
+        "2"]),
+    "protbert-fp32-stream": (1, 0, STREAM), "protbert-fp32-stream-pp2": (2, 0, [*STREAM, *PP2]),
+    "protbert-fp32-stream-dp2-parameters": (2, 0, [*STREAM, *sharding("parameters")]),
+    "protbert-fp32-stream-dp2-one-micro-batch": (2, 0, [*STREAM, *sharding("gradients"), "--global-batch-size", "4"]),
+    "rms-dp2-parameters": (2, 0, [*NO_CENTRE, *sharding("parameters")]),
+    "one-block-dp2-parameters-full": (2, 1, [*sharding("parameters"), *FULL, "--num-layers", "1"]),
+}
 AT_SCALE = {"published-pp2-first": (2, 0, PP2), "published-dp8-gradients-full": (8, 0, [*sharding("gradients"), *FULL])}
 
 
 @cache
 def both(name):
     """What the dry run of a layout measures, and the planner's rank."""
-    num_ranks, number, flags = {**LAYOUTS, **FAMILIES, **AT_SCALE}[name]
+    num_ranks, number, flags = {**LAYOUTS, **FAMILIES, **PEAKS_ELSEWHERE, **AT_SCALE}[name]
     base = PUBLISHED if name in AT_SCALE else SMALL
     config, _ = parse([*base, "--dry-run-ranks", str(num_ranks), "--dry-run-rank", str(number), *flags])
     check_layout(config, num_ranks)
@@ -109,7 +123,7 @@ def by_group(counts):
     return {key: count for key, count in merged.items() if count}
 
 
-@pytest.mark.parametrize("name", [*LAYOUTS, *FAMILIES, *AT_SCALE])
+@pytest.mark.parametrize("name", [*LAYOUTS, *FAMILIES, *PEAKS_ELSEWHERE, *AT_SCALE])
 def test_memory_is_within_1_1_percent_of_the_dry_runs(name):
     measured, rank = both(name)
     planned = peak_memory(rank)
@@ -117,7 +131,7 @@ def test_memory_is_within_1_1_percent_of_the_dry_runs(name):
     assert (planned.parameters, planned.optimizer) == (measured.memory.parameters, measured.memory.optimizer)
 
 
-@pytest.mark.parametrize("name", [*LAYOUTS, *FAMILIES, *AT_SCALE])
+@pytest.mark.parametrize("name", [*LAYOUTS, *FAMILIES, *PEAKS_ELSEWHERE, *AT_SCALE])
 def test_a_rank_sends_exactly_what_the_dry_run_counts(name):
     measured, rank = both(name)
     planned = step_traffic(rank)
@@ -228,6 +242,30 @@ def test_a_dry_run_counts_a_long_step_as_it_would_a_short_one():
 def test_a_further_micro_batch_moves_these_bytes_of_each_weight(flags, least, most):
     config, _ = parse([*SMALL, "--global-batch-size", "8", "--max-position-embeddings", "2048", *flags])
     assert least <= measure(config).weight_bytes <= most
+
+
+def test_a_dry_run_of_a_model_as_wide_as_a_micro_batch_is_long_tells_no_bytes_of_weights():
+    config, _ = parse([*SMALL, "--seq-length", "256", "--micro-batch-size", "1"])
+    assert measure(config).weight_bytes is None
+    assert "bytes a parameter" not in dry_run(config)
+
+
+@pytest.mark.parametrize("window", [(0, 0), (3, 5), (200, 1), (1000, 1000)])
+def test_attention_under_a_window_works_on_the_pairs_that_see_each_other(window):
+    def flops(*flags):
+        config, _ = parse([*SMALL, *flags])
+        setting = Rank(config, 1).setting
+        return measured_piece(setting, Part(False, range(1), False), False).flops, setting.batch.sequence.cu_seqlens
+
+    def pairs(ends, left, right):
+        places = [torch.arange(length) for length in ends.diff().tolist()]
+        return sum(int(((place - place[:, None]) >= -left).logical_and((place - place[:, None]) <= right).sum())
+                   for place in places)
+
+    whole, ends = flops()
+    inside, _ = flops("--window-size", *map(str, window))
+    left_out = pairs(ends, 10**6, 10**6) - pairs(ends, *window)
+    assert whole - inside == (4 + 10) * left_out * 256
 
 
 def test_a_dry_run_of_a_rank_that_is_not_there_is_refused():
