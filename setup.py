@@ -1,8 +1,8 @@
 """Installs the project: `pip install -e .` (what `examples/setup.sh` does in its own environment).
 
 The ranges here are what the code can work with; `requirements.txt` pins what is tested. The compiled helpers that pack
-proteins into rows and attend on CPUs are optional: without a C++ compiler or pybind11 their Python twins do the same
-work, more slowly.
+proteins into rows, and on CPUs attend and do what lies between matrix products, are optional: without a C++ compiler or
+pybind11 their Python twins do the same work, more slowly.
 """
 
 import sys
@@ -27,6 +27,10 @@ def extensions() -> list[Extension]:
     threads = ["-fopenmp"] if sys.platform == "linux" else []  # PyTorch's own pool: it has loaded the library before
     return [Pybind11Extension("megatron.data.rows._packing", ["megatron/data/rows/packing.cpp"], cxx_std=17,
                               extra_compile_args=["-O3"], optional=True),
+            Pybind11Extension("megatron.kernels.pointwise._pointwise", ["megatron/kernels/pointwise/pointwise.cpp"],
+                              cxx_std=17, extra_link_args=threads, optional=True,
+                              extra_compile_args=["-O3", "-ffp-contract=fast", "-fno-math-errno",
+                                                  "-fno-trapping-math", "-Wno-unknown-pragmas", *threads]),
             Pybind11Extension("megatron.kernels._packed_attention", ["megatron/kernels/packed_attention.cpp"],
                               cxx_std=17, extra_link_args=threads, optional=True,
                               extra_compile_args=["-O3", "-ffp-contract=fast", "-Wno-unknown-pragmas", *threads],

@@ -119,6 +119,7 @@ build_helpers() {
 are_built() {
     local made
     for made in data/rows/_packing:data/rows/packing.cpp kernels/_packed_attention:kernels/packed_attention.cpp \
+        kernels/pointwise/_pointwise:kernels/pointwise/pointwise.cpp \
         kernels/_packed_attention:kernels/packed_attention{.h,_blocks.inc,_kernels.inc}; do
         if ! [ "$root/megatron/${made%:*}$1" -nt "$root/megatron/${made#*:}" ]; then return 1; fi
     done

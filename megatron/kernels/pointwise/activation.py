@@ -13,17 +13,23 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from megatron.kernels.device import takes_triton
+from megatron.kernels.pointwise.compiled import activate, activate_backward, takes_compiled
 
 Product = tuple[Tensor, Tensor | None]  # [t, f], and the bias [f] that is still to be added to it
 
 
 def activated(kind: str, wide: Product, gate: Product | None = None) -> Tensor:
     """[t, f], in the product's dtype."""
-    if takes_triton(wide[0]):
+    if adds_biases(wide[0]):
         return _Activated.apply(kind, *wide, *(gate or (None, None)))
     products = [wide] if gate is None else [wide, gate]
     return activated_reference(kind, *(product if bias is None else product + bias.to(product.dtype)
                                        for product, bias in products))
+
+
+def adds_biases(product_tf: Tensor) -> bool:
+    """Whether a kernel takes these, which adds biases on its way, and sums their gradients on its way back."""
+    return takes_triton(product_tf) or takes_compiled(product_tf)
 
 
 def activated_reference(kind: str, wide_tf: Tensor, *gates: Tensor) -> Tensor:
@@ -43,12 +49,16 @@ class _Activated(torch.autograd.Function):
                 gate_bias_f: Tensor | None) -> Tensor:
         ctx.save_for_backward(wide_tf, bias_f, gate_tf, gate_bias_f)
         ctx.kind = kind
+        if takes_compiled(wide_tf):
+            return activate(wide_tf, bias_f, gate_tf, gate_bias_f, kind)
         return _forward(wide_tf, bias_f, gate_tf, gate_bias_f, kind)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_tf: Tensor) -> tuple[Tensor | None, ...]:
         wide_tf, bias_f, gate_tf, gate_bias_f = ctx.saved_tensors
+        if takes_compiled(wide_tf):
+            return None, *activate_backward(grad_tf, wide_tf, bias_f, gate_tf, gate_bias_f, ctx.kind)
         grad_wide_tf, grad_gate_tf, grads_kf = _backward(grad_tf, wide_tf, bias_f, gate_tf, gate_bias_f, ctx.kind)
         of_biases = iter(grads_kf.unbind())
         of_bias_f, of_gate_bias_f = (None if bias is None else next(of_biases).to(bias.dtype)

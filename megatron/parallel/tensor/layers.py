@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron.kernels.device import takes_triton
+from megatron.kernels.pointwise.activation import adds_biases
+from megatron.kernels.pointwise.compiled import sum_tokens, takes_compiled
 from megatron.kernels.pointwise.residual_norm import Scaling, normalised
 from megatron.parallel.parameters import (
     BIAS,
@@ -159,7 +160,7 @@ def linear(x_ui: Tensor, weight_oi: Tensor, matrix_oi: Tensor, bias_o: Tensor | 
 
 def products_together(x_ui: Tensor, *layers: ColumnParallelLinear) -> list[tuple[Tensor, Tensor | None]]:
     """Each layer's `product`, of tokens that are gathered and of gradients that are summed once for all."""
-    leaves_bias = takes_triton(x_ui)
+    leaves_bias = adds_biases(x_ui)
     operands = [operand for layer in layers for operand in (layer.weight, layer.weight_in(x_ui.dtype),
                                                             None if leaves_bias else layer.bias)]
     products = _Linear.apply(x_ui, layers[0].stream, layers[0].deferral, *operands)
@@ -198,8 +199,12 @@ class _Linear(torch.autograd.Function):
         for place, (weight_oi, grad_to) in enumerate(zip(ctx.weights, grads_to, strict=True)):
             dtype, is_trained = ctx.bias_dtypes[place], ctx.needs_input_grad[3 + 3 * place]
             grads += [_weight_gradient(weight_oi, grad_to, x_ti, ctx.deferral) if is_trained else None, None,
-                      None if dtype is None else grad_to.sum(0, dtype=dtype)]
+                      None if dtype is None else _bias_gradient(grad_to, dtype)]
         return summing.wait(), None, None, *grads
+
+
+def _bias_gradient(grad_to: Tensor, dtype: torch.dtype) -> Tensor:
+    return sum_tokens(grad_to) if takes_compiled(grad_to) and dtype == torch.float32 else grad_to.sum(0, dtype=dtype)
 
 
 def _weight_gradient(weight_oi: Tensor, grad_to: Tensor, x_ti: Tensor,

@@ -1,0 +1,75 @@
+"""What a block does between its matrix products on CPUs, by a compiled helper: each in one pass over memory.
+
+PyTorch's own functions take several passes, and its GeLU some ten times as long a number (benchmarks/RESULTS.md). It
+takes fp32 and bf16, and computes in fp32. Without a C++ compiler or pybind11 it is missing, and the plain functions do
+the same work. Shapes: t tokens, f features, g groups of c = q + 2 rows of width d, r columns of a row that are turned.
+"""
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.kernels.device import takes_gpu_way
+
+try:
+    _helper: Any = import_module("megatron.kernels.pointwise._pointwise")
+except ImportError:
+    _helper = None
+
+
+def takes_compiled(tensor: Tensor) -> bool:
+    """Whether the helper is there and takes these: it reads memory of the host. Inductor fuses the plain functions."""
+    if _helper is None or torch.compiler.is_compiling() or takes_gpu_way(tensor):
+        return False
+    return tensor.dtype in (torch.float32, torch.bfloat16)
+
+
+def activate(wide_tf: Tensor, bias_f: Tensor | None, gate_tf: Tensor | None, gate_bias_f: Tensor | None,
+             kind: str) -> Tensor:
+    """[t, f]: `megatron.kernels.pointwise.activation` of what it names."""
+    inputs = _contiguous(wide_tf, gate_tf, bias_f, gate_bias_f)
+    out_tf = torch.empty_like(wide_tf, memory_format=torch.contiguous_format)
+    _activate(kind, wide_tf, [*inputs, out_tf])
+    return out_tf
+
+
+def activate_backward(grad_tf: Tensor, wide_tf: Tensor, bias_f: Tensor | None, gate_tf: Tensor | None,
+                      gate_bias_f: Tensor | None, kind: str) -> tuple[Tensor | None, ...]:
+    """The gradients of the four tensors, of the biases in fp32; None where there is none."""
+    inputs = _contiguous(wide_tf, gate_tf, bias_f, gate_bias_f)
+    made = [None if tensor is None else torch.empty_like(tensor) for tensor in inputs]
+    _activate(kind, wide_tf, [*inputs, grad_tf.contiguous(), *made])
+    grad_wide_tf, grad_gate_tf, grad_bias_f, grad_gate_bias_f = made
+    return grad_wide_tf, grad_bias_f, grad_gate_tf, grad_gate_bias_f
+
+
+def turn(qkv_tgcd: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    """Queries and keys turned by `sign` times the angles of these cosines and sines, fp32 [t, 1, 1, r/2] each."""
+    qkv_tgcd, cos, sin = qkv_tgcd.contiguous(), cos.contiguous(), sin.contiguous()
+    out_tgcd = torch.empty_like(qkv_tgcd)
+    _helper.turn(_is_bf16(qkv_tgcd), [tensor.data_ptr() for tensor in (qkv_tgcd, cos, sin, out_tgcd)],
+                 tuple(qkv_tgcd.shape), cos.shape[-1], sign, torch.get_num_threads())
+    return out_tgcd
+
+
+def sum_tokens(x_tf: Tensor) -> Tensor:
+    """[f], fp32."""
+    x_tf, sums_f = x_tf.contiguous(), x_tf.new_empty(x_tf.shape[1], dtype=torch.float32)
+    _helper.add_columns(_is_bf16(x_tf), x_tf.data_ptr(), sums_f.data_ptr(), tuple(x_tf.shape), torch.get_num_threads())
+    return sums_f
+
+
+def _contiguous(wide_tf: Tensor, gate_tf: Tensor | None, *biases: Tensor | None) -> list[Tensor | None]:
+    return [wide_tf.contiguous(), None if gate_tf is None else gate_tf.contiguous(),
+            *(None if bias_f is None else bias_f.float().contiguous() for bias_f in biases)]
+
+
+def _activate(kind: str, like_tf: Tensor, tensors: list[Tensor | None]) -> None:
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    _helper.activate(kind, _is_bf16(like_tf), addresses, tuple(like_tf.shape), torch.get_num_threads())
+
+
+def _is_bf16(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.bfloat16

@@ -1,0 +1,334 @@
+// What a block does between its matrix products, on CPUs, each in one pass over memory (see compiled.py).
+//
+// Plain loops, which the compiler makes vectors of, for each set of instructions that `CLONED` names. Sums over tokens
+// are taken in pieces of fixed size, and those in their order: the bits do not depend on the threads.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
+#define CLONED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONED
+#endif
+#define INLINE inline __attribute__((always_inline))
+
+namespace {
+
+namespace py = pybind11;
+
+constexpr int64_t kTokens = 256;   // of a piece of work
+constexpr int64_t kFeatures = 256;
+
+INLINE float number_of(float number) { return number; }
+INLINE float number_of(uint16_t bits) {
+  const uint32_t word = uint32_t{bits} << 16;
+  float number;
+  std::memcpy(&number, &word, 4);
+  return number;
+}
+INLINE void put(float* place, float number) { *place = number; }
+INLINE void put(uint16_t* place, float number) {  // rounds to the nearest, ties to even
+  uint32_t word;
+  std::memcpy(&word, &number, 4);
+  *place = number != number ? 0x7FC0 : (word + 0x7FFF + (word >> 16 & 1)) >> 16;
+}
+
+// e^x for x up to 0, with fp32's error; NaN stays.
+INLINE float exp_of(float x) {
+  constexpr float kToInteger = 12582912.0f + 127.0f;  // 1.5 * 2^23: the low bits hold n and the exponent's bias
+  x *= 1.44269504088896341f;
+  x = x < -127.0f ? -127.0f : x;
+  const float shifted = x + kToInteger, f = x - (shifted - kToInteger);
+  const float power = ((((1.535336188319500e-4f * f + 1.339887440266574e-3f) * f + 9.618437357674640e-3f) * f
+                        + 5.550332471162809e-2f) * f + 2.402264791363012e-1f) * f + 6.931472028550421e-1f;
+  uint32_t word;
+  std::memcpy(&word, &shifted, 4);
+  word <<= 23;
+  float scale;
+  std::memcpy(&scale, &word, 4);
+  return (power * f + 1.0f) * scale;
+}
+
+INLINE float sigmoid(float x) {
+  const float small = exp_of(x < 0 ? x : -x), larger = 1.0f / (1.0f + small);
+  return x < 0 ? small * larger : larger;
+}
+
+// The functions: their value, and their derivative. A gated one has two of each.
+struct GeluTanh {  // x * sigmoid(2u), u = sqrt(2 / pi) (x + 0.044715 x^3): the same as with a tanh of u
+  static constexpr float kTwice = 1.5957691216057308f, kCube = 0.044715f;
+  static INLINE float value(float x) { return x * sigmoid(kTwice * (x + kCube * x * x * x)); }
+  static INLINE float derivative(float x) {
+    const float share = sigmoid(kTwice * (x + kCube * x * x * x));
+    return share + x * share * (1.0f - share) * kTwice * (1.0f + 3.0f * kCube * x * x);
+  }
+};
+
+struct Gelu {  // x * Phi(x); erf by Abramowitz and Stegun, 7.1.26: absolute error 1.5e-7
+  static INLINE float share_of(float x, float bell) {  // bell: exp(-x^2 / 2)
+    const float size = x < 0 ? -x : x, t = 1.0f / (1.0f + 0.3275911f * 0.70710678f * size);
+    const float tail = 0.5f * bell * t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f
+                       + t * (-1.453152027f + t * 1.061405429f))));
+    return x < 0 ? tail : 1.0f - tail;
+  }
+  static INLINE float value(float x) { return x * share_of(x, exp_of(-0.5f * x * x)); }
+  static INLINE float derivative(float x) {
+    const float bell = exp_of(-0.5f * x * x);
+    return share_of(x, bell) + x * 0.3989422804f * bell;
+  }
+};
+
+struct SquaredRelu {
+  static INLINE float value(float x) { return x > 0 ? x * x : x != x ? x : 0.0f; }
+  static INLINE float derivative(float x) { return x > 0 ? 2.0f * x : x != x ? x : 0.0f; }
+};
+
+template <class Function, typename Number>
+INLINE void forward_row(const Number* wide, const float* bias, Number* out, int64_t count) {
+#pragma GCC ivdep
+  for (int64_t x = 0; x < count; ++x) put(out + x, Function::value(number_of(wide[x]) + bias[x]));
+}
+
+template <typename Number>
+INLINE void forward_gated_row(const Number* wide, const float* bias, const Number* gate, const float* gate_bias,
+                              Number* out, int64_t count) {
+#pragma GCC ivdep
+  for (int64_t x = 0; x < count; ++x) {
+    const float open = number_of(gate[x]) + gate_bias[x];
+    put(out + x, open * sigmoid(open) * (number_of(wide[x]) + bias[x]));
+  }
+}
+
+template <class Function, typename Number>
+INLINE void backward_row(const Number* grad, const Number* wide, const float* bias, Number* grad_wide, float* sums,
+                         int64_t count) {
+#pragma GCC ivdep
+  for (int64_t x = 0; x < count; ++x) {
+    const float out = number_of(grad[x]) * Function::derivative(number_of(wide[x]) + bias[x]);
+    put(grad_wide + x, out);
+    sums[x] += out;
+  }
+}
+
+template <typename Number>
+INLINE void backward_gated_row(const Number* grad, const Number* wide, const float* bias, const Number* gate,
+                               const float* gate_bias, Number* grad_wide, Number* grad_gate, float* sums,
+                               float* gate_sums, int64_t count) {
+#pragma GCC ivdep
+  for (int64_t x = 0; x < count; ++x) {
+    const float open = number_of(gate[x]) + gate_bias[x], share = sigmoid(open), from = number_of(grad[x]);
+    const float out = from * open * share;
+    const float out_gate = from * (number_of(wide[x]) + bias[x]) * share * (1.0f + open * (1.0f - share));
+    put(grad_wide + x, out);
+    put(grad_gate + x, out_gate);
+    sums[x] += out;
+    gate_sums[x] += out_gate;
+  }
+}
+
+template <typename Number>
+INLINE void turn_row(const Number* in, const float* cos, const float* sin, float sign, Number* out, int64_t half,
+                     int64_t width) {
+#pragma GCC ivdep
+  for (int64_t x = 0; x < half; ++x) {
+    const float first = number_of(in[x]), second = number_of(in[x + half]), turn = sign * sin[x];
+    put(out + x, first * cos[x] - second * turn);
+    put(out + x + half, second * cos[x] + first * turn);
+  }
+  for (int64_t x = 2 * half; x < width; ++x) out[x] = in[x];
+}
+
+template <typename Number>
+INLINE void add_row(const Number* in, float* sums, int64_t count) {
+#pragma GCC ivdep
+  for (int64_t x = 0; x < count; ++x) sums[x] += number_of(in[x]);
+}
+
+struct Shape {
+  int64_t tokens, features;
+
+  int64_t pieces() const { return (tokens + kTokens - 1) / kTokens; }
+};
+
+// Of the tokens from `first` to `last` of a matrix: `width` features from `from` on.
+struct Piece {
+  int64_t first, last, from, width;
+};
+
+template <class Work>
+void in_pieces(const Shape& shape, int threads, const Work& work) {
+#pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
+  for (int64_t piece = 0; piece < shape.pieces(); ++piece)
+    for (int64_t from = 0; from < shape.features; from += kFeatures)
+      work(piece, Piece{piece * kTokens, std::min((piece + 1) * kTokens, shape.tokens), from,
+                        std::min(kFeatures, shape.features - from)});
+}
+
+// What is added to a product and its gate; zeros where there is no bias.
+struct Biases {
+  const float *wide, *gate;
+};
+
+template <class Function, typename Number>
+CLONED void forward_piece(const Piece& piece, int64_t features, const Number* wide, const Number* gate, Biases biases,
+                          Number* out) {
+  for (int64_t token = piece.first; token < piece.last; ++token) {
+    const int64_t place = token * features + piece.from;
+    if constexpr (std::is_void_v<Function>)
+      forward_gated_row(wide + place, biases.wide + piece.from, gate + place, biases.gate + piece.from, out + place,
+                        piece.width);
+    else
+      forward_row<Function>(wide + place, biases.wide + piece.from, out + place, piece.width);
+  }
+}
+
+template <class Function, typename Number>
+CLONED void backward_piece(const Piece& piece, int64_t features, const Number* grad, const Number* wide,
+                           const Number* gate, Biases biases, Number* grad_wide, Number* grad_gate, float* sums,
+                           float* gate_sums) {
+  for (int64_t token = piece.first; token < piece.last; ++token) {
+    const int64_t place = token * features + piece.from;
+    if constexpr (std::is_void_v<Function>)
+      backward_gated_row(grad + place, wide + place, biases.wide + piece.from, gate + place, biases.gate + piece.from,
+                         grad_wide + place, grad_gate + place, sums, gate_sums, piece.width);
+    else
+      backward_row<Function>(grad + place, wide + place, biases.wide + piece.from, grad_wide + place, sums,
+                             piece.width);
+  }
+}
+
+template <typename Number>
+CLONED void add_piece(const Piece& piece, int64_t features, const Number* in, float* sums) {
+  for (int64_t token = piece.first; token < piece.last; ++token)
+    add_row(in + token * features + piece.from, sums, piece.width);
+}
+
+template <typename Number>
+CLONED void turn_tokens(int64_t first, int64_t last, int64_t groups, int64_t rows, int64_t width, int64_t half,
+                        const Number* in, const float* cos, const float* sin, float sign, Number* out) {
+  for (int64_t token = first; token < last; ++token) {
+    const int64_t per_token = groups * rows * width;
+    for (int64_t row = 0; row < groups * rows; ++row) {
+      const int64_t place = token * per_token + row * width;
+      if (row % rows < rows - 1)
+        turn_row(in + place, cos + token * half, sin + token * half, sign, out + place, half, width);
+      else
+        std::memcpy(out + place, in + place, width * sizeof(Number));  // the value
+    }
+  }
+}
+
+template <typename Number>
+Number* at(uintptr_t address) {
+  return reinterpret_cast<Number*>(address);
+}
+
+// Sums over tokens from those of each piece, in their order.
+void sum_up(const std::vector<float>& sums, const Shape& shape, float* out) {
+  std::fill(out, out + shape.features, 0.0f);
+  for (int64_t piece = 0; piece < shape.pieces(); ++piece)
+    for (int64_t x = 0; x < shape.features; ++x) out[x] += sums[piece * shape.features + x];
+}
+
+using Addresses = std::vector<uintptr_t>;
+
+// `tensors`: product, its gate (or 0), their biases in fp32 (or 0), what is made.
+template <class Function, typename Number>
+void forward(const Addresses& tensors, const Shape& shape, int threads) {
+  const std::vector<float> nothing(shape.features);
+  const Biases biases{tensors[2] ? at<float>(tensors[2]) : nothing.data(),
+                      tensors[3] ? at<float>(tensors[3]) : nothing.data()};
+  in_pieces(shape, threads, [&](int64_t, const Piece& piece) {
+    forward_piece<Function, Number>(piece, shape.features, at<Number>(tensors[0]), at<Number>(tensors[1]), biases,
+                                    at<Number>(tensors[4]));
+  });
+}
+
+// The same four, the gradient of what was made, then what is filled: the gradients of the four (or 0).
+template <class Function, typename Number>
+void backward(const Addresses& tensors, const Shape& shape, int threads) {
+  const std::vector<float> nothing(shape.features);
+  const Biases biases{tensors[2] ? at<float>(tensors[2]) : nothing.data(),
+                      tensors[3] ? at<float>(tensors[3]) : nothing.data()};
+  std::vector<float> sums(shape.pieces() * shape.features);
+  std::vector<float> gate_sums(std::is_void_v<Function> ? sums.size() : 0);
+  in_pieces(shape, threads, [&](int64_t number, const Piece& piece) {
+    const int64_t place = number * shape.features + piece.from;
+    backward_piece<Function, Number>(piece, shape.features, at<Number>(tensors[4]), at<Number>(tensors[0]),
+                                     at<Number>(tensors[1]), biases, at<Number>(tensors[5]), at<Number>(tensors[6]),
+                                     sums.data() + place, gate_sums.data() + place);
+  });
+  if (tensors[7]) sum_up(sums, shape, at<float>(tensors[7]));
+  if (tensors[8]) sum_up(gate_sums, shape, at<float>(tensors[8]));
+}
+
+using Pass = void (*)(const Addresses&, const Shape&, int);
+
+template <template <class, typename> class Chosen>
+Pass pass_named(const std::string& kind, bool is_bf16) {
+  if (kind == "gelu_tanh") return is_bf16 ? Chosen<GeluTanh, uint16_t>::pass : Chosen<GeluTanh, float>::pass;
+  if (kind == "gelu") return is_bf16 ? Chosen<Gelu, uint16_t>::pass : Chosen<Gelu, float>::pass;
+  if (kind == "squared_relu") return is_bf16 ? Chosen<SquaredRelu, uint16_t>::pass : Chosen<SquaredRelu, float>::pass;
+  if (kind == "swiglu") return is_bf16 ? Chosen<void, uint16_t>::pass : Chosen<void, float>::pass;
+  throw std::invalid_argument("no activation is called '" + kind + "'");
+}
+
+template <class Function, typename Number>
+struct Forward {
+  static constexpr Pass pass = forward<Function, Number>;
+};
+template <class Function, typename Number>
+struct Backward {
+  static constexpr Pass pass = backward<Function, Number>;
+};
+
+template <typename Number>
+void add_columns(uintptr_t in, uintptr_t out, const Shape& shape, int threads) {
+  std::vector<float> sums(shape.pieces() * shape.features);
+  in_pieces(shape, threads, [&](int64_t number, const Piece& piece) {
+    add_piece(piece, shape.features, at<const Number>(in), sums.data() + number * shape.features + piece.from);
+  });
+  sum_up(sums, shape, at<float>(out));
+}
+
+using Heads = std::tuple<int64_t, int64_t, int64_t, int64_t>;  // tokens, groups, rows of a group, width
+
+template <typename Number>
+void turn(const Addresses& tensors, const Heads& heads, int64_t half, float sign, int threads) {
+  const auto [tokens, groups, rows, width] = heads;
+  const int64_t pieces = (tokens + kTokens - 1) / kTokens;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t piece = 0; piece < pieces; ++piece)
+    turn_tokens(piece * kTokens, std::min((piece + 1) * kTokens, tokens), groups, rows, width, half,
+                at<const Number>(tensors[0]), at<float>(tensors[1]), at<float>(tensors[2]), sign,
+                at<Number>(tensors[3]));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_pointwise, m) {
+  m.doc() = "What a block does between its matrix products (see megatron/kernels/pointwise/compiled.py).";
+  const auto released = py::call_guard<py::gil_scoped_release>();
+  m.def("activate", [](const std::string& kind, bool is_bf16, const Addresses& tensors,
+                       std::tuple<int64_t, int64_t> shape, int threads) {
+    const bool goes_back = tensors.size() > 5;
+    const Pass pass = goes_back ? pass_named<Backward>(kind, is_bf16) : pass_named<Forward>(kind, is_bf16);
+    pass(tensors, {std::get<0>(shape), std::get<1>(shape)}, threads);
+  }, released, "fills the activation, or, given nine tensors, the gradients");
+  m.def("turn", [](bool is_bf16, const Addresses& tensors, const Heads& heads, int64_t half, float sign, int threads) {
+    (is_bf16 ? turn<uint16_t> : turn<float>)(tensors, heads, half, sign, threads);
+  }, released, "queries and keys turned by cosines and sines, values copied");
+  m.def("add_columns", [](bool is_bf16, uintptr_t in, uintptr_t out, std::tuple<int64_t, int64_t> shape, int threads) {
+    (is_bf16 ? add_columns<uint16_t> : add_columns<float>)(in, out, {std::get<0>(shape), std::get<1>(shape)}, threads);
+  }, released, "fp32 sums over the tokens");
+}

@@ -1,0 +1,108 @@
+"""The compiled helper for what lies between matrix products on CPUs, against PyTorch's own functions in fp64."""
+
+import pytest
+import torch
+
+from megatron.kernels.pointwise import compiled
+from megatron.kernels.pointwise.activation import activated, activated_reference
+from megatron.kernels.rotary import rotate, rotate_reference, rotation_of
+
+pytestmark = pytest.mark.skipif(compiled._helper is None, reason="megatron.kernels.pointwise._pointwise is not built")
+KINDS = ["gelu_tanh", "gelu", "squared_relu", "swiglu"]
+SHAPES = [(1, 1), (3, 7), (257, 300), (600, 515)]  # within a piece of 256 x 256, and beyond
+
+
+def tensors_of(kind, shape, dtype, has_bias):
+    """Product, its bias, gate and its bias; None where there is none."""
+    made = [torch.randn(shape).mul(3).to(dtype), torch.randn(shape[1]) if has_bias else None]
+    made += [torch.randn(shape).to(dtype), torch.randn(shape[1]) if has_bias else None] if kind == "swiglu" else []
+    return [tensor if tensor is None else tensor.requires_grad_() for tensor in made]
+
+
+def gradients(out, tensors, weights):
+    return torch.autograd.grad(out, [tensor for tensor in tensors if tensor is not None], weights)
+
+
+def in_fp64(kind, tensors, weights):
+    wide = [None if tensor is None else tensor.detach().double().requires_grad_() for tensor in tensors]
+    sums = [product if bias is None else product + bias for product, bias in zip(wide[::2], wide[1::2], strict=True)]
+    out = activated_reference(kind, *sums)
+    return out, *gradients(out, wide, weights.double())
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_and_all_their_gradients_are_those_of_fp64(kind, shape, has_bias):
+    torch.manual_seed(0)
+    tensors, weights = tensors_of(kind, shape, torch.float32, has_bias), torch.randn(shape)
+    out = activated(kind, tuple(tensors[:2]), tuple(tensors[2:]) or None)
+    for mine, exact in zip((out, *gradients(out, tensors, weights)), in_fp64(kind, tensors, weights), strict=True):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine.double(), exact, atol=4e-6 * exact.abs().max().item(), rtol=2e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_errors_in_bf16_are_at_most_twice_pytorchs(kind):
+    torch.manual_seed(0)
+    shape = (300, 130)
+    tensors, weights = tensors_of(kind, shape, torch.bfloat16, True), torch.randn(shape).bfloat16()
+    out = activated(kind, tuple(tensors[:2]), tuple(tensors[2:]) or None)
+    sums = [product + bias.bfloat16() for product, bias in zip(tensors[::2], tensors[1::2], strict=True)]
+    plain = activated_reference(kind, *sums)
+    ours, plains = ((each, *gradients(each, tensors, weights)) for each in (out, plain))
+    for mine, theirs, exact in zip(ours, plains, in_fp64(kind, tensors, weights), strict=True):
+        assert mine.dtype == theirs.dtype
+        assert (mine - exact).norm() <= 2 * (theirs - exact).norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_large_or_not_a_number_is_as_in_pytorch(kind):
+    wide = torch.tensor([[0.0, -0.0, 80.0, -80.0, 1e4, -1e4, torch.inf, torch.nan]]).repeat(3, 1)
+    gates = [torch.ones_like(wide)] if kind == "swiglu" else []
+    mine = activated(kind, (wide, None), (gates[0], None) if gates else None)
+    exact = activated_reference(kind, wide.double(), *gates)  # in fp32 it makes NaN of infinity
+    torch.testing.assert_close(mine, exact.float(), equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("width", "turned"), [(16, 16), (64, 32), (20, 10), (9, 4)])
+def test_heads_are_turned_as_by_definition_and_back(width, turned, dtype):
+    torch.manual_seed(width)
+    qkv = torch.randn(300, 3, 4, width).to(dtype).requires_grad_()
+    rotation, weights = rotation_of(torch.arange(300) % 100, turned, 10000.0), torch.randn(300, 3, 4, width).to(dtype)
+    mine, exact = rotate(qkv, rotation), rotate_reference(qkv.detach().float().requires_grad_(), rotation)
+    assert mine.dtype == dtype
+    torch.testing.assert_close(mine.float(), exact, atol=1e-6 if dtype == torch.float32 else 0, rtol=4e-3)
+    wide = qkv.detach().float().requires_grad_()
+    expected, = torch.autograd.grad(rotate_reference(wide, rotation), wide, weights.float())
+    gradient, = torch.autograd.grad(mine, qkv, weights)
+    torch.testing.assert_close(gradient.float(), expected, atol=1e-6 if dtype == torch.float32 else 0, rtol=4e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_over_tokens_are_fp32s(dtype):
+    torch.manual_seed(0)
+    for shape in SHAPES:
+        x = torch.randn(shape).to(dtype)
+        torch.testing.assert_close(compiled.sum_tokens(x), x.double().sum(0).float(), atol=1e-5, rtol=1e-5)
+
+
+def test_the_bits_do_not_depend_on_the_threads():
+    torch.manual_seed(0)
+    tensors, weights = tensors_of("swiglu", (700, 300), torch.float32, True), torch.randn(700, 300)
+    results, threads = [], torch.get_num_threads()
+    for number in (1, 3):
+        torch.set_num_threads(number)
+        try:
+            out = activated("swiglu", tuple(tensors[:2]), tuple(tensors[2:]))
+            results.append((out, *gradients(out, tensors, weights), compiled.sum_tokens(weights)))
+        finally:
+            torch.set_num_threads(threads)
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("tensor", [torch.empty(4, 8, device="meta"), torch.empty(4, 8).half(), torch.empty(2).double()])
+def test_what_is_not_on_the_host_or_of_another_dtype_is_left_to_pytorch(tensor):
+    assert not compiled.takes_compiled(tensor)
+    assert compiled.takes_compiled(torch.empty(4, 8))
