@@ -246,6 +246,11 @@ def _check_combinations(config: Config) -> None:
         (model.recompute_granularity == "selective" and training.compile,
          "--recompute-granularity selective recomputes what --compile cannot, as it has another size in each "
          "micro-batch; give --checkpoint-activations in its place, or --no-compile"),
+        (config.logging.profile and config.checkpoint.save is None,
+         "--profile writes into SAVE/profile; give --save as well"),
+        (config.logging.profile_step_end <= config.logging.profile_step_start,
+         f"--profile-step-end {config.logging.profile_step_end} is not behind --profile-step-start "
+         f"{config.logging.profile_step_start}"),
         (parallel.use_distributed_optimizer and parallel.data_parallel_sharding in ("gradients", "parameters"),
          f"--use-distributed-optimizer is --data-parallel-sharding optimizer, which is given as "
          f"{parallel.data_parallel_sharding}; give one"),
