@@ -74,7 +74,7 @@ def parse(argv: Sequence[str], taken: Mapping[str, Any] | None = None) -> tuple[
 
 
 def left_open(argv: Sequence[str], saved: Callable[[str], Mapping[str, Any]]) -> dict[str, Any]:
-    """What the checkpoint of `--load` says of flags that change arithmetic or vocabulary and that `argv` does not give.
+    """What the checkpoint of `--load` says of the flags of its model (see `Changes`) that `argv` does not give.
 
     Nothing of a vocabulary whose file is not here, as that of another machine may not be. `saved`: the flags of the
     checkpoint in a folder. Raises ConfigError.
@@ -84,7 +84,7 @@ def left_open(argv: Sequence[str], saved: Callable[[str], Mapping[str, Any]]) ->
     given = values.keys() | PRESETS[values["preset"]].keys() if "preset" in values else values.keys()
     file = values.get("vocab_file", known.get("vocab_file"))
     is_here = file is None or file in VOCABULARIES or Path(str(file)).is_file()
-    kinds = ("arithmetic", "vocabulary") if is_here else ("arithmetic",)
+    kinds = {"arithmetic", "dropout", *(["vocabulary"] if is_here else [])}
     return {item.name: known[item.name] for _, section in Config().sections() for item in fields(section)
             if item.metadata["changes"] in kinds and item.name in known and item.name not in given}
 
@@ -229,8 +229,9 @@ def _check_combinations(config: Config) -> None:
     wrong = [
         *_model_faults(model),
         (model.position_embedding_type == "learned_absolute" and model.max_position_embeddings < (data.seq_length or 0),
-         f"--seq-length {data.seq_length} needs as many positions; --max-position-embeddings is "
-         f"{model.max_position_embeddings}"),
+         f"--seq-length {data.seq_length} needs as many positions, for a protein may fill a row; "
+         f"--max-position-embeddings is {model.max_position_embeddings}: give --seq-length "
+         f"{model.max_position_embeddings}, or a model with more"),
         ((data.seq_length or math.inf) <= data.num_ends,
          f"--seq-length {data.seq_length} holds no residue between the ends of --protein-ends {data.protein_ends}; it "
          f"must be {data.num_ends + 1} or greater"),
