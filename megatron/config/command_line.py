@@ -52,7 +52,8 @@ REFUSED = {
 
 # Flags that say in other words what a preset says, and what of the preset they replace.
 _REPLACES = {
-    "fp16": ("bf16",), "recompute_granularity": ("checkpoint_activations",),
+    "fp16": ("bf16", "precision"), "bf16": ("precision",), "precision": ("fp16", "bf16"),
+    "recompute_granularity": ("checkpoint_activations",),
     "train_samples": ("train_iters", "lr_decay_iters"),
     "lr_warmup_iters": ("lr_warmup_fraction",), "lr_warmup_samples": ("lr_warmup_fraction",),
 }
@@ -236,6 +237,8 @@ def _check_combinations(config: Config) -> None:
          f"--seq-length {data.seq_length} holds no residue between the ends of --protein-ends {data.protein_ends}; it "
          f"must be {data.num_ends + 1} or greater"),
         (config.precision.fp16 and config.precision.bf16, "--fp16 and --bf16 exclude each other; give one"),
+        (config.precision.precision and (config.precision.fp16 or config.precision.bf16),
+         "--precision auto chooses by itself; give it, or one of --fp16 and --bf16"),
         ((training.train_iters is None) != by_samples, "give one of --train-iters and --train-samples"),
         *_schedule_faults(schedule, training),
         (not by_samples and training.rampup_batch_size is not None,
