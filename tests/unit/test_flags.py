@@ -206,7 +206,8 @@ def test_flags_of_the_model_that_are_not_given_are_those_of_the_checkpoint():
     assert taken == {"num_layers": 3, "hidden_size": 48, "hidden_dropout": 0.5}
     config, _ = parse(argv, taken)
     assert (config.model.num_layers, config.model.hidden_size, config.model.num_attention_heads) == (3, 48, 4)
-    assert notice(taken) == "taken from the checkpoint, as no flag says otherwise: --num-layers 3, --hidden-size 48"
+    assert notice(taken) == ("taken from the checkpoint, as no flag says otherwise: --num-layers 3, --hidden-size 48, "
+                             "--hidden-dropout 0.5")
     assert left_open([*argv, "--preset", "demo"], {"there": saved}.__getitem__) == {}
     assert left_open(["--num-layers", "2"], {}.__getitem__) == {}
     assert notice({"num_layers": 12}) is None
