@@ -23,8 +23,8 @@ sys.path.insert(0, str(ROOT))
 from megatron.checkpoint.store import open_place, place_of  # noqa: E402
 
 # At the preset's learning rate, made for larger batches, one rank's curve has spikes, which amplify every rounding.
-FLAGS = ("--preset demo --lr 3e-4 --seq-length 512 --micro-batch-size 1 --global-batch-size 4 --log-interval 1 "
-         "--num-workers 0 --eval-interval 1000 --eval-iters 1 --peak-tflops 1").split()
+FLAGS = ("--preset demo --no-bf16 --lr 3e-4 --seq-length 512 --micro-batch-size 1 --global-batch-size 4 "
+         "--log-interval 1 --num-workers 0 --eval-interval 1000 --eval-iters 1 --peak-tflops 1").split()
 DROPOUT = "--attention-dropout 0.1 --hidden-dropout 0.1".split()
 
 TP2, TP4 = "--tensor-model-parallel-size 2", "--tensor-model-parallel-size 4"

@@ -57,7 +57,7 @@ class Claim:
         pid = os.getpid()
         self._me = {"host": socket.gethostname(), "pid": pid, "machine": _machine(), "started": _start_of(pid),
                     "token": uuid.uuid4().hex}
-        self._is_released = threading.Event()
+        self._is_released, self._is_new = threading.Event(), not folder.exists()
 
     def acquire(self, tell: Callable[[str], None]) -> None:
         """Take the lock, a dead holder's as well, and keep it fresh; `tell` hears of a wait for a sign of life."""
@@ -79,11 +79,13 @@ class Claim:
                                   "nothing of it was overwritten. Go on with one of the two")
 
     def release(self) -> None:
-        """Give the folder free."""
+        """Give the folder free; one that we made goes again where nothing has come into it."""
         self._is_released.set()
         with suppress(OSError):
             if self._is_ours():
                 self._lock.unlink()
+                if self._is_new:
+                    self._folder.rmdir()
 
     def _create(self) -> bool:
         """Whether there was no lock, and now is ours, or it is already."""

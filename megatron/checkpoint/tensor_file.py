@@ -22,6 +22,7 @@ _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torc
           torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _BLOCK_BYTES = 2**20
+_REMEDY = "copy it again, or take an older iteration if there is one"
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def read_box(path: Path, name: str, box: Box) -> Tensor:
         try:
             return file.get_slice(name)[box] if box else file.get_tensor(name).clone()
         except SafetensorError as error:
-            raise CheckpointError(f"{path}: damaged ({error}); load an older iteration, or copy it again") from error
+            raise CheckpointError(f"{path}: damaged ({error}); {_REMEDY}") from error
 
 
 def facts_of_file(path: Path, advance: Callable[[int], object] = lambda num_bytes: None) -> FileFacts:
@@ -112,5 +113,4 @@ def _opened(path: Path) -> safe_open:
                 return safe_open(f"/proc/self/fd/{file.fileno()}", framework="pt")
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: damaged or missing ({error}); load an older iteration, or copy it again"
-                              ) from error
+        raise CheckpointError(f"{path}: damaged or missing ({error}); {_REMEDY}") from error

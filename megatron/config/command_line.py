@@ -52,7 +52,8 @@ REFUSED = {
 
 # Flags that say in other words what a preset says, and what of the preset they replace.
 _REPLACES = {
-    "fp16": ("bf16",), "recompute_granularity": ("checkpoint_activations",),
+    "fp16": ("bf16", "precision"), "bf16": ("precision",), "precision": ("fp16", "bf16"),
+    "recompute_granularity": ("checkpoint_activations",),
     "train_samples": ("train_iters", "lr_decay_iters"),
     "lr_warmup_iters": ("lr_warmup_fraction",), "lr_warmup_samples": ("lr_warmup_fraction",),
 }
@@ -74,7 +75,7 @@ def parse(argv: Sequence[str], taken: Mapping[str, Any] | None = None) -> tuple[
 
 
 def left_open(argv: Sequence[str], saved: Callable[[str], Mapping[str, Any]]) -> dict[str, Any]:
-    """What the checkpoint of `--load` says of flags that change arithmetic or vocabulary and that `argv` does not give.
+    """What the checkpoint of `--load` says of the flags of its model (see `Changes`) that `argv` does not give.
 
     Nothing of a vocabulary whose file is not here, as that of another machine may not be. `saved`: the flags of the
     checkpoint in a folder. Raises ConfigError.
@@ -84,7 +85,7 @@ def left_open(argv: Sequence[str], saved: Callable[[str], Mapping[str, Any]]) ->
     given = values.keys() | PRESETS[values["preset"]].keys() if "preset" in values else values.keys()
     file = values.get("vocab_file", known.get("vocab_file"))
     is_here = file is None or file in VOCABULARIES or Path(str(file)).is_file()
-    kinds = ("arithmetic", "vocabulary") if is_here else ("arithmetic",)
+    kinds = {"arithmetic", "dropout", *(["vocabulary"] if is_here else [])}
     return {item.name: known[item.name] for _, section in Config().sections() for item in fields(section)
             if item.metadata["changes"] in kinds and item.name in known and item.name not in given}
 
@@ -229,12 +230,15 @@ def _check_combinations(config: Config) -> None:
     wrong = [
         *_model_faults(model),
         (model.position_embedding_type == "learned_absolute" and model.max_position_embeddings < (data.seq_length or 0),
-         f"--seq-length {data.seq_length} needs as many positions; --max-position-embeddings is "
-         f"{model.max_position_embeddings}"),
+         f"--seq-length {data.seq_length} needs as many positions, for a protein may fill a row; "
+         f"--max-position-embeddings is {model.max_position_embeddings}: give --seq-length "
+         f"{model.max_position_embeddings}, or a model with more"),
         ((data.seq_length or math.inf) <= data.num_ends,
          f"--seq-length {data.seq_length} holds no residue between the ends of --protein-ends {data.protein_ends}; it "
          f"must be {data.num_ends + 1} or greater"),
         (config.precision.fp16 and config.precision.bf16, "--fp16 and --bf16 exclude each other; give one"),
+        (config.precision.precision and (config.precision.fp16 or config.precision.bf16),
+         "--precision auto chooses by itself; give it, or one of --fp16 and --bf16"),
         ((training.train_iters is None) != by_samples, "give one of --train-iters and --train-samples"),
         *_schedule_faults(schedule, training),
         (not by_samples and training.rampup_batch_size is not None,
@@ -246,6 +250,11 @@ def _check_combinations(config: Config) -> None:
         (model.recompute_granularity == "selective" and training.compile,
          "--recompute-granularity selective recomputes what --compile cannot, as it has another size in each "
          "micro-batch; give --checkpoint-activations in its place, or --no-compile"),
+        (config.logging.profile and config.checkpoint.save is None,
+         "--profile writes into SAVE/profile; give --save as well"),
+        (config.logging.profile_step_end <= config.logging.profile_step_start,
+         f"--profile-step-end {config.logging.profile_step_end} is not behind --profile-step-start "
+         f"{config.logging.profile_step_start}"),
         (parallel.use_distributed_optimizer and parallel.data_parallel_sharding in ("gradients", "parameters"),
          f"--use-distributed-optimizer is --data-parallel-sharding optimizer, which is given as "
          f"{parallel.data_parallel_sharding}; give one"),

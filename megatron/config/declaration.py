@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 # What another value does to a run that goes on: "arithmetic" makes another function of the same weights, so that a
 # checkpoint refuses to load; "vocabulary" does too, unless the tokens are the same wherever their file lies; "samples"
-# gives other rows or masks, and "course" other steps, which the run says.
-Changes = Literal["arithmetic", "vocabulary", "samples", "course", "nothing"]
+# gives other rows or masks, "course" other steps, and so does "dropout", but it comes with a model: these the run says.
+Changes = Literal["arithmetic", "vocabulary", "dropout", "samples", "course", "nothing"]
 Check = tuple[Callable[[Any], bool], str]
 positive: Check = (lambda value: value > 0, "greater than 0")
 not_negative: Check = (lambda value: value >= 0, "0 or greater")

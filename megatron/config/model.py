@@ -58,9 +58,9 @@ class ModelConfig:
     token_dropout: bool = flag(False, "ESM's: embeddings of [MASK] are 0, the others of a protein scaled by how many "
                                "of it are masked", changes="arithmetic")
     attention_dropout: float = flag(0.1, "dropout of attention probabilities", kind=float, check=fraction,
-                                    changes="course")
+                                    changes="dropout")
     hidden_dropout: float = flag(0.1, "dropout of embeddings and of each block's two outputs", kind=float,
-                                 check=fraction, changes="course")
+                                 check=fraction, changes="dropout")
     init_method_std: float = flag(0.02, "standard deviation of the initial weights", kind=float, check=positive,
                                   changes="nothing")
     zero_init_output: bool = flag(False, "start the last matrix of each branch at 0", changes="nothing")

@@ -11,6 +11,9 @@ class PrecisionConfig:
 
     fp16: bool = flag(False, "compute in fp16, with a loss scale", changes="course")
     bf16: bool = flag(False, "compute in bf16", changes="course")
+    precision: str = flag(None, "auto: bf16 where the device multiplies faster in it, else fp32, as measured at the "
+                          "start; a run that goes on keeps what it had, and plans take fp32", choices=("auto",),
+                          changes="nothing")
     loss_scale: float = flag(None, "fixed loss scale for --fp16 (default: dynamic)", kind=float, check=positive,
                              changes="course")
     initial_loss_scale: float = flag(2.0**32, "first dynamic loss scale", kind=float, check=positive, changes="nothing")

@@ -45,7 +45,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "attention_dropout": 0.0, "hidden_dropout": 0.0,
         "seq_length": 1024, "micro_batch_size": 2, "global_batch_size": 4, "train_iters": 350, "lr": 1e-3,
         "min_lr": 1e-4, "lr_decay_style": "cosine", "lr_warmup_fraction": 0.1, "adam_beta2": 0.98, "log_interval": 10,
-        "save_interval": 100, "eval_interval": 100, "eval_iters": 0,
+        "save_interval": 100, "eval_interval": 100, "eval_iters": 0, "precision": "auto",
     },
     "tape": {**_PUBLISHED, "num_layers": 12, "hidden_size": 768, "num_attention_heads": 12},
     "proteinlm-200m": {**_PUBLISHED, "num_layers": 16, "hidden_size": 1024, "num_attention_heads": 16},

@@ -20,6 +20,7 @@ from megatron.optim.schedule import Schedule, build_schedule
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.placement import Part
 from megatron.train.engine import Engine, build_engine, stream_of
+from megatron.train.precision import with_precision_chosen
 from megatron.train.resume import differences, facts_of, find_checkpoint, refuse_changes
 from megatron.train.state import BatchSizes, TrainState
 
@@ -71,6 +72,8 @@ def build(config: Config, mesh: Mesh, log: Log) -> Run:
     checkpoint = find_checkpoint(config.checkpoint, mesh.world, log)
     if checkpoint is not None:
         refuse_changes(config, vocab, checkpoint)
+    goes_on = checkpoint is not None and not config.checkpoint.finetune
+    config = with_precision_chosen(config, checkpoint.state["config"] if checkpoint and goes_on else None, mesh, log)
     schedule = _schedule(config, sizes, checkpoint)
     notice = schedule.notice(config.training.train_samples or (config.training.train_iters or 0) * sizes.final)
     if notice is not None:
@@ -84,7 +87,7 @@ def build(config: Config, mesh: Mesh, log: Log) -> Run:
         None if checkpoint is None else checkpoint.state.get("began_from"))
     run = Run(config, mesh, log, data, vocab, engine, schedule, sizes, TrainState(), began_from,
               {"steps": [], "elapsed_s": 0.0})
-    if checkpoint is not None and not config.checkpoint.finetune:
+    if checkpoint is not None and goes_on:
         _go_on(run, checkpoint)
     return run
 

@@ -23,6 +23,7 @@ from megatron.train.evaluate import Baselines, Evaluation, evaluate, frequency_b
 from megatron.train.events import Events, loss_name
 from megatron.train.meters import Meters
 from megatron.train.peak import measured_peak_flops
+from megatron.train.profiler import StepProfiler
 from megatron.train.step import TrainStep
 from megatron.train.stop import StopRequests
 
@@ -76,11 +77,13 @@ class Training:
                          micro_batch_size=config.training.micro_batch_size, data_rank=mesh.data.rank,
                          data_size=mesh.data.size, num_workers=config.data.num_workers, pin=mesh.device.type == "cuda")
         bar = run.log.progress(self._last_iteration, run.state.iteration, unit="step", label="training")
-        with closing(loader), closing(bar):
+        profiler = StepProfiler(config.logging, config.checkpoint.save, mesh, run.log)
+        with closing(loader), closing(bar), closing(profiler):
             self._meters.load_state(run.meters)
             is_stopping = self._requests.agreed(mesh)
             while run.state.iteration < self._last_iteration and not is_stopping:
-                is_stopping = self._advance(loader)
+                with profiler.step():
+                    is_stopping = self._advance(loader)
                 bar.update()
             self._save()
         if run.state.iteration < self._last_iteration:

@@ -6,6 +6,7 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.convert.formats import foreign_name
 from megatron.checkpoint.newest import newest
 from megatron.checkpoint.store import LATEST, iterations
 from megatron.checkpoint.stored import Checkpoint
@@ -20,7 +21,7 @@ from megatron.log import Log
 from megatron.parallel.mesh import Axis
 
 # What may lie in the folder of a run that has yet to save, besides hidden files; people direct its output there.
-_OURS = ("loss.png", "tensorboard")
+_OURS = ("loss.png", "profile", "tensorboard")
 _OUTPUT_ENDINGS = (".log", ".out", ".err", ".txt")
 _FACTS = {"progress": dict, "schedule": dict, "loss_scale": list, "config": dict}
 _SCHEDULE = {"lr", "min_lr", "lr_decay_style", "warmup_samples", "decay_samples"}
@@ -36,6 +37,9 @@ def find_checkpoint(config: CheckpointConfig, world: Axis, log: Log) -> Checkpoi
     if target is not None and (config.finetune or not goes_on) and iterations(Path(target)):
         raise ConfigError(f"--save {target} already holds a run, which this one would overwrite; to go on with it give "
                           f"--load {target} (without --finetune), else name another folder")
+    if target is not None and (other := foreign_name(Path(target))) is not None:
+        raise ConfigError(f"--save {target} holds a model of another program ({other}), which a run's checkpoints "
+                          "beside it would hide; name a new folder")
     if folder is None:
         if config.finetune:
             raise ConfigError("--finetune takes the weights of --load, which is missing; give the folder of a run")
@@ -95,7 +99,7 @@ def differences(config: Config, facts: Mapping[str, Any], saved: Mapping[str, An
     if now["data_path"] == then.get("data_path") and not is_same_data:
         lines.append("note: the files behind --data-path are not those of before: the samples to come are others")
     lines += [f"note: {flag_name(item)} is {value}, it was {before} before: it holds from here on"
-              for item, value, before in _changed(config, now, then, "course")]
+              for kind in ("course", "dropout") for item, value, before in _changed(config, now, then, kind)]
     return lines
 
 

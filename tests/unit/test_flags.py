@@ -202,10 +202,12 @@ def test_flags_of_the_model_that_are_not_given_are_those_of_the_checkpoint():
     saved = {"num_layers": 3, "hidden_size": 48, "num_attention_heads": 2, "lr": 7.0, "hidden_dropout": 0.5}
     argv = "--load there --num-attention-heads 4 --seq-length 32 --micro-batch-size 1 --lr 1e-3 --train-iters 1".split()
     taken = left_open(argv, {"there": saved}.__getitem__)
-    assert taken == {"num_layers": 3, "hidden_size": 48}  # what changes the arithmetic, and is not given
+    # What changes the arithmetic, or comes with a model, and is not given.
+    assert taken == {"num_layers": 3, "hidden_size": 48, "hidden_dropout": 0.5}
     config, _ = parse(argv, taken)
     assert (config.model.num_layers, config.model.hidden_size, config.model.num_attention_heads) == (3, 48, 4)
-    assert notice(taken) == "taken from the checkpoint, as no flag says otherwise: --num-layers 3, --hidden-size 48"
+    assert notice(taken) == ("taken from the checkpoint, as no flag says otherwise: --num-layers 3, --hidden-size 48, "
+                             "--hidden-dropout 0.5")
     assert left_open([*argv, "--preset", "demo"], {"there": saved}.__getitem__) == {}
     assert left_open(["--num-layers", "2"], {}.__getitem__) == {}
     assert notice({"num_layers": 12}) is None

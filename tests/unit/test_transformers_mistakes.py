@@ -8,6 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from megatron.checkpoint.convert.families import hf
+from megatron.checkpoint.convert.families.vocabularies import vocabulary_in
+from megatron.checkpoint.convert.formats import recognised
+from megatron.data.corpus.vocab import Vocab
 from megatron.errors import CheckpointError
 from tests.families import PROTEINLM
 from tests.transformers_models import (
@@ -22,13 +25,15 @@ def edited(folder, edit, name="config.json"):
 
 
 CHANGES = [
-    ({"model_type": "bart", "architectures": ["BartModel"]}, "is of BartModel; of transformers' models EsmForMaskedLM"),
+    ({"model_type": "bart", "architectures": ["BartModel"]}, "is of model_type 'bart'; of transformers' models Esm"),
+    ({"model_type": None}, "is of model_type None; of transformers' models"),
+    ({"hidden_size": None}, "hidden_size 'None', which is no number of that"),
     ({"architectures": ["EsmForTokenClassification"]}, "is of EsmForTokenClassification; of transformers' models"),
     ({"mask_token_id": 31}, "its configuration has the mask at 31, vocab.txt at 32"),
     ({"pad_token_id": "1"}, "pad_token_id '1', which is no number of that"),
-    ({"is_decoder": True}, "was made with is_decoder 'True', models here compute as with False"),
+    ({"is_decoder": True}, "was made with is_decoder True, models here compute as with False"),
     ({"is_folding_model": True}, "is_folding_model"),
-    ({"hidden_act": "gelu_new"}, "hidden_act 'gelu_new', models here compute as with 'gelu'"),
+    ({"hidden_act": "gelu_new"}, "hidden_act gelu_new, models here compute as with gelu"),
     ({"position_embedding_type": "relative_key"}, "relative_key', which models here have not; give one with rotary or"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ({"num_hidden_layers": 10**9}, "num_hidden_layers '1000000000', which is no number of that"),
@@ -80,7 +85,7 @@ def test_files_that_are_none_are_refused_in_one_line(their_folders, tmp_path):
 
     whole = (their_folders / "esm2" / "model.safetensors").read_bytes()
     refused(weights(b"version https://git-lfs.github.com/spec/v1\n"), "is a pointer of Git LFS")
-    refused(weights(whole[:-9]), "damaged")
+    refused(weights(whole[:-9]), "copy it again, or take an older iteration if there is one")
     refused(weights(b"{}"), "damaged")
     refused(lambda folder: (folder / "config.json").write_text("[]"), "no configuration of transformers")
     refused(lambda folder: (folder / "config.json").write_text("{"), "is damaged")
@@ -93,6 +98,24 @@ def test_files_that_are_none_are_refused_in_one_line(their_folders, tmp_path):
     refused(index({"weight_map": {"esm.a": "model-00002-of-00002.safetensors"}}), "cannot be read")
     with pytest.raises(CheckpointError, match="leave --iteration out"):
         hf.read(their_folders / "esm2", 7)
+
+
+def test_half_a_folder_is_refused_with_what_is_missing(their_folders, tmp_path):
+    for name, message in (("config.json", "weights without the config.json that says what model they are of"),
+                          ("model.safetensors", "a config.json without model.safetensors or pytorch_model.bin")):
+        shutil.copytree(their_folders / "esm2", tmp_path / name)
+        (tmp_path / name / name).unlink()
+        with pytest.raises(CheckpointError, match=f"holds {message}; copy the other as well"):
+            recognised(tmp_path / name)
+
+
+def test_a_vocabulary_that_lacks_a_token_is_to_be_copied_again(tmp_path):
+    tokens = [token for token in Vocab.from_file("esm").tokens if token != "<mask>"]
+    (tmp_path / "vocab.txt").write_text("\n".join(tokens))
+    with pytest.raises(CheckpointError) as caught:
+        vocabulary_in(tmp_path, "esm", 33, None)
+    assert "it lacks <mask>" in str(caught.value) or "it lacks [MASK]" in str(caught.value)
+    assert str(caught.value).endswith("copy vocab.txt again from where the weights are")
 
 
 @pytest.mark.parametrize(("change", "message"), [

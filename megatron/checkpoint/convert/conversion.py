@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megatron.checkpoint.convert.formats import AUTO, FORMATS, WEIGHTS_ALONE, recognised
@@ -34,11 +35,20 @@ def convert(source: Path, target: Path, loader: str, saver: str, *, tensor: int,
         checkpoint = replace(checkpoint, optimizer=None)
     if vocab_size is not None:
         checkpoint = trimmed(checkpoint, vocab_size)
-    bar = log.progress(_num_bytes(checkpoint), 0, unit="B", label=f"writing {saver}")
+    bar, not_finite = log.progress(_num_bytes(checkpoint), 0, unit="B", label=f"writing {saver}"), set[str]()
+
+    def see(name: str, values: Tensor) -> None:
+        bar.update(values.nbytes)
+        # Least and largest are not finite where any number is not, and take no memory.
+        if values.is_floating_point() and values.numel() and not torch.stack(values.aminmax()).isfinite().all():
+            not_finite.add(name)
+
     try:
-        place = FORMATS[saver].write(_watched(checkpoint, bar.update), target, tensor=tensor, pipeline=pipeline)
+        place = FORMATS[saver].write(_watched(checkpoint, see), target, tensor=tensor, pipeline=pipeline)
     finally:
         bar.close()
+    if not_finite:
+        log.line(f"note: {', '.join(sorted(not_finite))} held numbers that are not finite, and still does")
     log.line(f"wrote {place} ({saver}, tensor {tensor} x pipeline {pipeline})")
     return place
 
@@ -55,16 +65,17 @@ def _num_bytes(checkpoint: Checkpoint) -> int:
                for tensors in (checkpoint.model, checkpoint.optimizer or {}) for tensor in tensors.values())
 
 
-def _watched(checkpoint: Checkpoint, advance: Callable[[int], object]) -> Checkpoint:
-    """The same, of whose reading `advance` hears, in bytes."""
-    def watch(tensor: StoredTensor) -> StoredTensor:
+def _watched(checkpoint: Checkpoint, see: Callable[[str, Tensor], object]) -> Checkpoint:
+    """The same, of which `see` is shown, by their names, all values that are read."""
+    def watch(name: str, tensor: StoredTensor) -> StoredTensor:
         def read(box: Box) -> Tensor:
             values = tensor.read_box(box)
-            advance(values.nbytes)
+            see(name, values)
             return values
 
         return one_piece(tensor.shape, tensor.dtype, read)
 
     optimizer = checkpoint.optimizer
-    return replace(checkpoint, model={name: watch(tensor) for name, tensor in checkpoint.model.items()},
-                   optimizer=None if optimizer is None else {key: watch(tensor) for key, tensor in optimizer.items()})
+    return replace(checkpoint, model={name: watch(name, tensor) for name, tensor in checkpoint.model.items()},
+                   optimizer=None if optimizer is None else {
+                       key: watch(key, tensor) for key, tensor in optimizer.items()})

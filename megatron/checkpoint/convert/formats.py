@@ -35,13 +35,21 @@ AUTO = "auto"
 
 def foreign(path: Path) -> Format | None:
     """The format of what lies at `path`, if it is one of another program."""
-    return next((known for name, known in FORMATS.items() if name not in OURS and known.recognises(path)), None)
+    name = foreign_name(path)
+    return None if name is None else FORMATS[name]
+
+
+def foreign_name(path: Path) -> str | None:
+    """The name of that format."""
+    return next((name for name, known in FORMATS.items() if name not in OURS and known.recognises(path)), None)
 
 
 def recognised(path: Path) -> str:
     """The name of the format of what lies at `path`; raises CheckpointError where none is recognised."""
     name = next((name for name, known in FORMATS.items() if known.recognises(path)), None)
     if name is None:
-        raise CheckpointError(f"{path} holds no checkpoint of a known format ({', '.join(FORMATS)}); give the folder "
+        half = hf.half_of_one(path)
+        raise CheckpointError(f"{path} holds {half}; copy the other as well" if half else
+                              f"{path} holds no checkpoint of a known format ({', '.join(FORMATS)}); give the folder "
                               "of a run, or of one of its checkpoints")
     return name

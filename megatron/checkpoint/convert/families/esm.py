@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.convert.families import flags
-from megatron.checkpoint.convert.families.names import FAIR_ESM, family_tensors
+from megatron.checkpoint.convert.families.names import FAIR_ESM, family_tensors, their_names
 from megatron.checkpoint.convert.families.reading import FREQUENCIES, Family, checkpoint_of
 from megatron.checkpoint.convert.families.vocabularies import vocabulary_of
 from megatron.checkpoint.convert.own_places import refuse_layout
@@ -112,7 +112,7 @@ def _read(file: Path) -> Checkpoint:
     tensors = {_PREFIX.sub("", name): tensor for name, tensor in tree["model"].items()}
     notes = [f"there is no {regression.name} beside it: it predicts no contacts"]
     if regression.is_file():
-        tensors |= _tables(regression)["model"]
+        tensors |= _regression_in(regression)
         notes = []
     config = _flags(tree, tensors, file)
     vocab = Vocab.from_file("esm")
@@ -132,6 +132,15 @@ def _tables(file: Path) -> dict[str, Any]:
                                               for name, tensor in model.items()):
         raise CheckpointError(f"{file}: holds no table of tensors by the name of model; give a file of fair-esm")
     return tree
+
+
+def _regression_in(file: Path) -> dict[str, StoredTensor]:
+    tensors = _tables(file)["model"]
+    known = {name for part in ("weight", "bias") for name in their_names(f"contact_head.{part}", FAIR_ESM)}
+    if others := sorted(tensors.keys() - known):
+        raise CheckpointError(f"{file}: holds {others[0]}, which is none of a regression of contacts; copy it again, "
+                              "or leave it out")
+    return tensors
 
 
 def _flags(tree: Mapping[str, Any], tensors: Mapping[str, StoredTensor], file: Path) -> dict[str, Any]:

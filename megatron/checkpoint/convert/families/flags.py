@@ -69,13 +69,13 @@ def flags_of(theirs: Mapping[str, Any], place: Path) -> dict[str, Any]:
     said = {**_THEIRS[kind], **{name: value for name, value in theirs.items() if value is not None}}
     for name, ours in _SAME.items():
         if (said.get(name) or ours) != ours:
-            raise CheckpointError(f"{place}: was made with {name} {str(said[name])[:60]!r}, models here compute as "
-                                  f"with {ours!r}; its weights would mean something else, give a model that has that")
+            raise CheckpointError(f"{place}: was made with {name} {str(said[name])[:60]}, models here compute as "
+                                  f"with {ours}; its weights would mean something else, give a model that has that")
     positions = _POSITIONS[kind].get(str(said["position_embedding_type"]))
     if positions is None:
         raise CheckpointError(f"{place}: was made with position_embedding_type {str(said['position_embedding_type'])!r}"
                               f", which models here have not; give one with {' or '.join(_POSITIONS[kind])}")
-    check_counts({name: said[name] for name in _COUNTS}, place)
+    check_counts({name: theirs.get(name, said[name]) for name in _COUNTS}, place)  # null is no number either
     for name in _NUMBERS & said.keys():
         if type(said[name]) not in (int, float) or not 0 <= said[name] < math.inf:
             raise CheckpointError(f"{place}: its configuration has {name} {str(said[name])[:40]!r}, which is no number "
@@ -142,7 +142,7 @@ def kind_of(theirs: Mapping[str, Any], place: Path) -> str:
     """The family of a configuration; raises CheckpointError for one that is not known."""
     kind, classes = theirs.get("model_type"), theirs.get("architectures") or []
     if kind not in CLASSES or not isinstance(classes, list) or {*map(str, classes)} - {CLASSES[kind], _BOTH_HEADS}:
-        found = ", ".join(map(str, classes)) or f"model_type {kind!r}"
+        found = f"model_type {kind!r}" if kind not in CLASSES or not classes else ", ".join(map(str, classes))
         raise CheckpointError(f"{place}: is of {found[:80]}; of transformers' models {', '.join(CLASSES.values())} can "
                               "be read (ESM-2, ESM-1b, ESM-1v, ProtBERT, and what was written here)")
     return kind

@@ -31,8 +31,18 @@ _OLD = {re.compile(r"LayerNorm\.gamma$"): "LayerNorm.weight", re.compile(r"Layer
 
 def recognises(path: Path) -> bool:
     """Whether this looks like a folder of transformers; opens no pickle."""
-    return (path / CONFIG).is_file() and any((path / f"{name}{end}").is_file() for name in (WHOLE, BIN)
-                                             for end in ("", INDEX))
+    return (path / CONFIG).is_file() and _has_weights(path)
+
+
+def half_of_one(path: Path) -> str | None:
+    """What there is of a folder of transformers where its configuration or its weights are missing."""
+    if (path / CONFIG).is_file():
+        return None if _has_weights(path) else f"a {CONFIG} without {WHOLE} or {BIN}"
+    return f"weights without the {CONFIG} that says what model they are of" if _has_weights(path) else None
+
+
+def _has_weights(path: Path) -> bool:
+    return any((path / f"{name}{end}").is_file() for name in (WHOLE, BIN) for end in ("", INDEX))
 
 
 def read(path: Path, iteration: int | None = None) -> Checkpoint:

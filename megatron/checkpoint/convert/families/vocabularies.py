@@ -24,7 +24,8 @@ def vocabulary_in(folder: Path, usual: str, num_rows: int, mask_id: Any) -> dict
     try:
         vocab = Vocab.from_file(path if path.exists() else usual)
     except VocabError as error:
-        raise CheckpointError(f"{error}: models here read proteins") from None
+        why = str(error).partition("; ")[0]
+        raise CheckpointError(f"{why}; copy {FILE} again from where the weights are") from None
     name = next((name for name in VOCABULARIES if Vocab.from_file(name).tokens == vocab.tokens), str(path.absolute()))
     if not path.exists():
         if vocab.size != num_rows:

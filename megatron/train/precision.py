@@ -1,0 +1,45 @@
+"""Which precision `--precision auto` is: a processor may multiply faster in bf16 than in fp32, or only emulate it."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from megatron.config import Config
+from megatron.log import Log
+from megatron.parallel.mesh import Mesh
+from megatron.train.agreement import summed
+from megatron.train.peak import measured_peak_flops
+
+LEAST_GAIN = 1.2  # in matrix products; of a step they are some two thirds
+
+
+def with_precision_chosen(config: Config, saved: Mapping[str, Any] | None, mesh: Mesh, log: Log) -> Config:
+    """`config` with fp32 or bf16 in place of `--precision auto`; all ranks call this, and get what the first measured.
+
+    `saved`: the flags of the run that this one goes on with, if it does: it goes on in their precision.
+    """
+    if config.precision.precision != "auto":
+        return config
+    if saved is not None and {"fp16", "bf16"} <= saved.keys():
+        chosen = {name: bool(saved[name]) for name in ("fp16", "bf16")}
+        why = "as the run has it that this one goes on with"
+    else:
+        is_bf16, gain = _measured(config, mesh)
+        chosen, why = {"bf16": is_bf16}, f"this device multiplies {gain:.2f} times as fast in bf16 as in fp32"
+    names = [name for name, is_chosen in chosen.items() if is_chosen]
+    log.line(f"precision: {names[0] if names else 'fp32'}; {why}")
+    return replace(config, precision=replace(config.precision, precision=None, **chosen))
+
+
+def _measured(config: Config, mesh: Mesh) -> tuple[bool, float]:
+    """Whether to take bf16, and its gain as this rank measured it, which is the first's on the first."""
+    gain, num_tokens = 0.0, config.training.micro_batch_size * config.data.seq_length
+    if mesh.world.rank == 0:
+        fp32, bf16 = (measured_peak_flops(dtype, mesh.device, num_tokens, config.model)
+                      for dtype in (torch.float32, torch.bfloat16))
+        gain = bf16 / fp32
+    votes = summed([gain >= LEAST_GAIN], mesh.world, mesh.device)
+    return bool(votes.item()), gain
+
