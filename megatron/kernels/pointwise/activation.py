@@ -13,17 +13,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from megatron.kernels.device import takes_triton
-
-Product = tuple[Tensor, Tensor | None]  # [t, f], and the bias [f] that is still to be added to it
+from megatron.kernels.pointwise.product import Product, whole
 
 
 def activated(kind: str, wide: Product, gate: Product | None = None) -> Tensor:
     """[t, f], in the product's dtype."""
     if takes_triton(wide[0]):
         return _Activated.apply(kind, *wide, *(gate or (None, None)))
-    products = [wide] if gate is None else [wide, gate]
-    return activated_reference(kind, *(product if bias is None else product + bias.to(product.dtype)
-                                       for product, bias in products))
+    return activated_reference(kind, *(whole(product) for product in (wide, gate) if product is not None))
 
 
 def activated_reference(kind: str, wide_tf: Tensor, *gates: Tensor) -> Tensor:

@@ -86,8 +86,8 @@ class _Prepared(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_tgcd: Tensor) -> tuple[Tensor | None, ...]:
-        _, query_weight, key_weight, *_ = ctx.saved_tensors
-        grad_qkv_tgcd, grads_gcd = _prepare_backward(grad_tgcd, *ctx.saved_tensors, *ctx.numbers)
+        qkv_tgcd, query_weight, key_weight, *turn = ctx.saved_tensors
+        grad_qkv_tgcd, grads_gcd = _prepare_backward(grad_tgcd, qkv_tgcd, query_weight, key_weight, *turn, *ctx.numbers)
         of_queries = grads_gcd[:, :-2].reshape(query_weight.shape).to(query_weight.dtype)
         of_keys = grads_gcd[:, -2].reshape(key_weight.shape).to(key_weight.dtype)
         return grad_qkv_tgcd, of_queries, of_keys, None, None, None, None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron.kernels.device import takes_triton
+from megatron.kernels.pointwise.product import Product
 from megatron.kernels.pointwise.residual_norm import Scaling, normalised
 from megatron.parallel.parameters import (
     BIAS,
@@ -73,8 +74,8 @@ class ColumnParallelLinear(Matrix):
         """[t, o], this rank's features of all tokens."""
         return linear(x_ui, self.weight, self.weight_in(x_ui.dtype), self.bias, self.stream, self.deferral)
 
-    def product(self, x_ui: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`forward`, and None; or without the bias, and that: where a kernel follows that adds it on its way."""
+    def product(self, x_ui: Tensor) -> Product:
+        """The same, but without the bias where the kernel that follows adds it on its way."""
         return products_together(x_ui, self)[0]
 
 
@@ -96,6 +97,16 @@ class RowParallelLinear(Matrix):
         bias_o = self.bias if self.bias is None or self.stream.axis.rank == 0 else self.bias * 0
         product_to = linear(x_ti, self.weight, self.weight_in(x_ti.dtype), bias_o, deferral=self.deferral)
         return self.stream.leave(product_to)
+
+    def product(self, x_ti: Tensor) -> Product:
+        """The same, but without the bias where the kernel that follows adds it on its way."""
+        if not takes_triton(x_ti):
+            return self(x_ti), None
+        product_to = linear(x_ti, self.weight, self.weight_in(x_ti.dtype), None, deferral=self.deferral)
+        bias_o: Tensor | None = self.bias
+        if bias_o is not None and self.stream.axis.rank and not self.stream.is_split:
+            bias_o = bias_o.detach() + bias_o * 0  # all ranks add it to the same tokens: the first has its gradient
+        return self.stream.leave(product_to), bias_o
 
 
 class Table(nn.Module):
@@ -157,7 +168,7 @@ def linear(x_ui: Tensor, weight_oi: Tensor, matrix_oi: Tensor, bias_o: Tensor | 
     return _Linear.apply(x_ui, stream, deferral, weight_oi, matrix_oi, bias_o)[0]
 
 
-def products_together(x_ui: Tensor, *layers: ColumnParallelLinear) -> list[tuple[Tensor, Tensor | None]]:
+def products_together(x_ui: Tensor, *layers: ColumnParallelLinear) -> list[Product]:
     """Each layer's `product`, of tokens that are gathered and of gradients that are summed once for all."""
     leaves_bias = takes_triton(x_ui)
     operands = [operand for layer in layers for operand in (layer.weight, layer.weight_in(x_ui.dtype),
