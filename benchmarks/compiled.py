@@ -20,16 +20,20 @@ import triton
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from megatron.config import Config
 from megatron.data.batches.typical import typical_batch
+from megatron.kernels import device
 from megatron.kernels.rotary import Rotation
 from megatron.model.protein_model import compute_dtype
 from megatron.model.transformer import Transformer
 from megatron.parallel.pipeline.partition import Stage
+from megatron.parallel.tensor.copies import ComputeCopies
+from megatron.parallel.tensor.layers import Matrix
 from megatron.parallel.tensor.stream import ONE_RANK
 
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64",
@@ -133,7 +137,17 @@ class Launches(TorchDispatchMode):
     @property
     def num_pointwise(self) -> int:
         """Launches besides matrix products and attention."""
-        return len(self.triton) + sum(name not in _MATRIX_PRODUCTS for name, _ in self.others)
+        return len(self.triton) + len(self.pointwise)
+
+    @property
+    def pointwise(self) -> list[tuple[str, int]]:
+        """What PyTorch launches besides matrix products and attention."""
+        return [other for other in self.others if other[0] not in _MATRIX_PRODUCTS]
+
+    @property
+    def num_bytes(self) -> int:
+        """What goes through memory besides matrix products and attention."""
+        return sum(launch.num_bytes for launch in self.triton) + sum(num_bytes for _, num_bytes in self.pointwise)
 
     def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operator of ours up to its launches, and any other on `meta`."""
@@ -142,8 +156,9 @@ class Launches(TorchDispatchMode):
                 return OPDEFS[func.name()]._init_fn(*args, **(kwargs or {}))
         results = func(*args, **(kwargs or {}))
         if func.namespace == "aten" and not func.is_view and not re.search("empty|detach", func.__name__):
-            tensors = [value for value in (*args, results) if isinstance(value, Tensor)]
-            self.others.append((func._overloadpacket.__name__, sum(map(_num_bytes, tensors))))
+            tensors = [value for value in tree_leaves((args, kwargs, results)) if isinstance(value, Tensor)]
+            num_bytes = sum(map(_num_bytes, {id(tensor): tensor for tensor in tensors}.values()))
+            self.others.append((func._overloadpacket.__name__, num_bytes))
         return results
 
     def _recorder(self, kernel: Any) -> Any:
@@ -152,8 +167,14 @@ class Launches(TorchDispatchMode):
         return launch
 
 
-def launches_of_block(config: Config, num_tokens: int | None = None) -> tuple[Launches, Launches]:
+def launches_of_block(config: Config, num_tokens: int | None = None,
+                      takes_triton: bool = True) -> tuple[Launches, Launches]:
     """Those of the first block of the model, forward and backward; weights' copies are there, gradients are not."""
+    with patch.object(device, "_DTYPES", device._DTYPES if takes_triton else ()):
+        return _launches_of_block(config, num_tokens)
+
+
+def _launches_of_block(config: Config, num_tokens: int | None) -> tuple[Launches, Launches]:
     model, dtype = config.model, compute_dtype(config.precision)
     stream_dtype = torch.float32 if model.fp32_residual_connection else dtype
     batch = typical_batch(config.data, config.training.micro_batch_size)
@@ -165,9 +186,7 @@ def launches_of_block(config: Config, num_tokens: int | None = None) -> tuple[La
         rotation = Rotation(*torch.empty(2, num_tokens, 1, 1, half).unbind()) if half else None
         sequence = batch.sequence.map(lambda tensor: torch.empty_like(tensor, device="meta"))
         block = transformer.layers["0"]
-        for module in block.modules():
-            if hasattr(module, "copy") and module.copy is None:
-                module.copy = module.weight.detach().to(dtype)
+        ComputeCopies((layer for layer in block.modules() if isinstance(layer, Matrix)), dtype)
         with Launches() as forward:
             out_uh = block(hidden_uh.view_as(hidden_uh), sequence, rotation)
         with Launches() as backward:

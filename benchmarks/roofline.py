@@ -1,10 +1,10 @@
-"""What a block's pointwise kernels move on paper: `python benchmarks/roofline.py [--registers 90]`.
+"""What a block's pointwise kernels move, on paper: `python benchmarks/roofline.py [--registers 90]`.
 
-Nothing is measured: bytes are those of the tensors that each launch is given, and the floor is the time in which an H100
-(3.35 TB/s) or an H200 (4.8 TB/s) moves them at its data sheet's bandwidth. Models of 133M, 650M and 3B parameters on 16
-rows of 1,024 tokens in bf16: in ESM-2's shape, and for 133M as in TAPE with dropout, for 650M also with RMSNorm, SwiGLU
-and normalised queries and keys. `--registers` compiles each for that capability and adds registers and spilled bytes a
-thread. Needs Triton, no GPU.
+Nothing is measured. Bytes are those of the tensors that each launch is given; the floor is the time in which an H100
+(3.35 TB/s) or an H200 (4.8 TB/s) moves them at the bandwidth of its data sheet. Models of 133M, 650M and 3B parameters
+on 16 rows of 1,024 tokens in bf16, as ESM-2; 133M also as TAPE, with dropout, and 650M with RMSNorm, SwiGLU and
+normalised queries and keys. `--registers` compiles each kernel for that capability and adds registers and spilled bytes
+a thread. Needs Triton, no GPU.
 """
 
 import argparse
@@ -36,7 +36,13 @@ def main() -> None:
     capability = parser.parse_args().registers
     for name, flags in SHAPES.items():
         config, _ = parse([*flags.split(), "--seq-length", "1024", "--micro-batch-size", "16"])
-        print_block(name, launches_of_block(config, NUM_TOKENS), capability)
+        passes = launches_of_block(config, NUM_TOKENS)
+        print_block(name, passes, capability)
+        plain = launches_of_block(config, NUM_TOKENS, takes_triton=False)
+        numbers, sizes = ([sum(getattr(each, what) for each in both) for both in (passes, plain)]
+                          for what in ("num_pointwise", "num_bytes"))
+        print(f"\nLaunches besides matrix products and attention: {numbers[0]}; in plain PyTorch {numbers[1]}, which "
+              f"move {sizes[1] / 1e6:,.0f} MB.")
 
 
 def print_block(name: str, passes: tuple[Launches, Launches], capability: int | None) -> None:
@@ -45,16 +51,17 @@ def print_block(name: str, passes: tuple[Launches, Launches], capability: int | 
     print(f"| kernel | pass | MB | {' | '.join(f'{gpu}, µs' for gpu in BANDWIDTH)} |"
           + (" registers | spilled |" if capability else ""))
     print(f"| --- | --- | {' | '.join('---' for _ in range(1 + len(BANDWIDTH) + 2 * bool(capability)))} |")
+    empty = "  |  |" if capability else ""
     rows = [(launch.name.removesuffix(" forward_kernel").removesuffix(" backward_kernel"), side, launch.num_bytes,
              launch) for side, launches in zip(("forward", "backward"), passes, strict=True)
             for launch in launches.triton]
     for kernel, side, num_bytes, launch in rows:
         print_row(kernel, side, num_bytes, resources(launch, capability))
-    others = sum(num_bytes for launches in passes for kind, num_bytes in launches.others if kind in ("sum", "add"))
-    print_row("PyTorch's sums", "both", others, "")
-    print_row("all", "both", others + sum(num_bytes for *_, num_bytes, _ in rows), "")
-    print(f"Launches besides matrix products and attention: forward {passes[0].num_pointwise}, backward "
-          f"{passes[1].num_pointwise}.")
+    others = [other for launches in passes for other in launches.pointwise]
+    for kind in sorted({kind for kind, _ in others}):
+        sizes = [num_bytes for other, num_bytes in others if other == kind]
+        print_row(f"PyTorch's {kind}, {len(sizes)}", "both", sum(sizes), empty)
+    print_row("all", "both", sum(launches.num_bytes for launches in passes), empty)
 
 
 def resources(launch: Launch, capability: int | None) -> str:

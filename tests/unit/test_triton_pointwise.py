@@ -21,8 +21,9 @@ from tests.interpreted import CHECKS
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
 CAPABILITIES = 80, 90, 100
-# What a block launches besides matrix products and attention, forward and backward.
-MOST_LAUNCHES = {"esm2-650m": 19, "tape": 19}
+# What a block launches besides matrix products and attention, forward and backward: of these, 4 put the gradients of
+# queries, keys and values together.
+MOST_LAUNCHES = {"esm2-650m": 18, "tape": 18}
 MOST_SPILLED = 24  # bytes a thread, of kernels that wait for memory
 
 _COMPILE = """

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_MOST_WARPS = 16 * 132  # of the backward pass, whose programs each have partial sums: what an H100 has at work at once
+_MOST_WARPS = 16 * 132  # of the backward pass, whose programs each have partial sums: what an H100 runs at once
 
 
 def launch_forward(residual_uh: Tensor, branch_uh: Tensor | None, shift_h: Tensor | None, seed: Tensor | None,
@@ -33,6 +33,7 @@ def launch_backward(grad_sum_uh: Tensor | None, grad_normed_uh: Tensor | None, x
     """Fill the last two where they are there; the gradients [k, h] of those that there are of weight, bias, shift."""
     num_rows, width = x_uh.shape
     rows, block, num_warps = _tile(width)
+    num_warps = min(16, 2 * num_warps)  # sums take registers: 8 elements a thread
     programs = min(triton.cdiv(num_rows, rows), _MOST_WARPS // num_warps)
     has_norm = weight_h is not None
     num_sums = has_norm + has_mean + has_shift
