@@ -67,7 +67,7 @@ class Launch:
     @cached_property
     def key(self) -> tuple[object, ...]:
         """What tells two launches apart that are compiled apart."""
-        return self.name, self.num_warps, *((*pair,) for pair in self._signature.items()), *self._constants.items(), \
+        return self.name, self.num_warps, *((*pair,) for pair in self._signature.items()), *self.constants.items(), \
             *self._divisible
 
     @property
@@ -83,7 +83,7 @@ class Launch:
 
     def resources(self, capability: int) -> Resources:
         """Of the kernel compiled for a capability, such as 90."""
-        source = ASTSource(self.kernel, self._signature, self._constants, {
+        source = ASTSource(self.kernel, self._signature, self.constants, {
             (place,): [["tt.divisibility", 16]] for place in self._divisible})
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32),
                                   options={"num_warps": self.num_warps})
@@ -105,7 +105,8 @@ class Launch:
             parameter, value) in enumerate(zip(self.kernel.params, self.arguments, strict=True))}
 
     @cached_property
-    def _constants(self) -> dict[str, Any]:
+    def constants(self) -> dict[str, Any]:
+        """The arguments that are known when it is compiled."""
         return {parameter.name: value for place, (parameter, value) in enumerate(
             zip(self.kernel.params, self.arguments, strict=True)) if self._is_constant(place)}
 

@@ -52,9 +52,8 @@ def print_block(name: str, passes: tuple[Launches, Launches], capability: int | 
           + (" registers | spilled |" if capability else ""))
     print(f"| --- | --- | {' | '.join('---' for _ in range(1 + len(BANDWIDTH) + 2 * bool(capability)))} |")
     empty = "  |  |" if capability else ""
-    rows = [(launch.name.removesuffix(" forward_kernel").removesuffix(" backward_kernel"), side, launch.num_bytes,
-             launch) for side, launches in zip(("forward", "backward"), passes, strict=True)
-            for launch in launches.triton]
+    rows = [(label(launch), side, launch.num_bytes, launch)
+            for side, launches in zip(("forward", "backward"), passes, strict=True) for launch in launches.triton]
     for kernel, side, num_bytes, launch in rows:
         print_row(kernel, side, num_bytes, resources(launch, capability))
     others = [other for launches in passes for other in launches.pointwise]
@@ -62,6 +61,15 @@ def print_block(name: str, passes: tuple[Launches, Launches], capability: int | 
         sizes = [num_bytes for other, num_bytes in others if other == kind]
         print_row(f"PyTorch's {kind}, {len(sizes)}", "both", sum(sizes), empty)
     print_row("all", "both", sum(launches.num_bytes for launches in passes), empty)
+
+
+def label(launch: Launch) -> str:
+    """What a kernel does, in words."""
+    kernel, has = launch.name.split()[0], launch.constants
+    if kernel == "residual_norm":
+        joins = has.get("HAS_BRANCH") or has["HAS_SHIFT"] or has["HAS_DROPOUT"]
+        return " and ".join(["join"] * bool(joins) + ["norm"] * has["HAS_NORM"])
+    return f"{'bias and ' * has['HAS_BIAS']}{has['KIND']}" if kernel == "activation" else "queries and keys"
 
 
 def resources(launch: Launch, capability: int | None) -> str:

@@ -57,7 +57,8 @@ def expected_mask(seed: int, num_rows: int, width: int, rate: float) -> Tensor:
     """Which elements dropout keeps."""
     counters = np.arange(num_rows * -(-width // 4), dtype=np.uint64)
     words = philox(seed, counters).reshape(num_rows, -1)[:, :width]
-    return torch.from_numpy((words >> np.uint64(8)) >= np.uint64(round(rate * 2**24)))
+    kept = (words >> np.uint64(8)) >= np.uint64(round(rate * 2**24))
+    return torch.from_numpy(kept).to(torch.get_default_device())
 
 
 def random(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
@@ -278,8 +279,7 @@ CHECKS: dict[str, Callable[[], None]] = {
                                                            fp32_residual_connection=True),
     "model proteinlm with the norm in the stream": partial(check_model, "proteinlm", PrecisionConfig(), 1e-4,
                                                            apply_residual_connection_post_layernorm=True),
-    **{f"recomputation of {family}": partial(check_recomputation, family)
-       for family in ("proteinlm", "protbert", "recipe")},
+    **{f"recomputation of {family}": partial(check_recomputation, family) for family in FAMILIES},
 }
 
 
