@@ -19,6 +19,7 @@ from megatron.kernels.device import takes_triton
 from tests.interpreted import CHECKS
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.timeout(900)  # a process of a minute's work, on a computer that may do other work
 ROOT = Path(__file__).resolve().parents[2]
 CAPABILITIES = 80, 90, 100
 # What no preset has: flags, and tokens.

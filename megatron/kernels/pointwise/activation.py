@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from megatron.kernels.device import takes_triton
+from megatron.kernels.device import as_called, takes_triton
 from megatron.kernels.pointwise.product import Product, whole
 
 
@@ -40,20 +40,20 @@ class _Activated(torch.autograd.Function):
                 gate_bias_f: Tensor | None) -> Tensor:
         ctx.save_for_backward(wide_tf, bias_f, gate_tf, gate_bias_f)
         ctx.kind = kind
-        return _forward(wide_tf, bias_f, gate_tf, gate_bias_f, kind)
+        return as_called(_forward_operator, _forward, wide_tf)(wide_tf, bias_f, gate_tf, gate_bias_f, kind)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_tf: Tensor) -> tuple[Tensor | None, ...]:
         wide_tf, bias_f, gate_tf, gate_bias_f = ctx.saved_tensors
-        grad_wide_tf, grad_gate_tf, grads_kf = _backward(grad_tf, wide_tf, bias_f, gate_tf, gate_bias_f, ctx.kind)
+        grad_wide_tf, grad_gate_tf, grads_kf = as_called(_backward_operator, _backward, grad_tf)(
+            grad_tf, wide_tf, bias_f, gate_tf, gate_bias_f, ctx.kind)
         of_biases = iter(grads_kf.unbind())
         of_bias_f, of_gate_bias_f = (None if bias is None else next(of_biases).to(bias.dtype)
                                      for bias in (bias_f, gate_bias_f))
         return None, grad_wide_tf, of_bias_f, None if gate_tf is None else grad_gate_tf, of_gate_bias_f
 
 
-@torch.library.custom_op("megatron::activated", mutates_args=())
 def _forward(wide_tf: Tensor, bias_f: Tensor | None, gate_tf: Tensor | None, gate_bias_f: Tensor | None,
              kind: str) -> Tensor:
     from megatron.kernels.pointwise.activation_triton import launch_forward
@@ -64,13 +64,15 @@ def _forward(wide_tf: Tensor, bias_f: Tensor | None, gate_tf: Tensor | None, gat
     return out_tf
 
 
-@_forward.register_fake
+_forward_operator = torch.library.custom_op("megatron::activated", _forward, mutates_args=())
+
+
+@_forward_operator.register_fake
 def _(wide_tf: Tensor, bias_f: Tensor | None, gate_tf: Tensor | None, gate_bias_f: Tensor | None,
       kind: str) -> Tensor:
     return wide_tf.new_empty(wide_tf.shape)
 
 
-@torch.library.custom_op("megatron::activated_backward", mutates_args=())
 def _backward(grad_tf: Tensor, wide_tf: Tensor, bias_f: Tensor | None, gate_tf: Tensor | None,
               gate_bias_f: Tensor | None, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     from megatron.kernels.pointwise.activation_triton import launch_backward
@@ -82,7 +84,10 @@ def _backward(grad_tf: Tensor, wide_tf: Tensor, bias_f: Tensor | None, gate_tf: 
     return grad_wide_tf, grad_gate_tf, grads_kf
 
 
-@_backward.register_fake
+_backward_operator = torch.library.custom_op("megatron::activated_backward", _backward, mutates_args=())
+
+
+@_backward_operator.register_fake
 def _(grad_tf: Tensor, wide_tf: Tensor, bias_f: Tensor | None, gate_tf: Tensor | None, gate_bias_f: Tensor | None,
       kind: str) -> tuple[Tensor, Tensor, Tensor]:
     return _gradients(wide_tf, bias_f, gate_tf, gate_bias_f)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from megatron.kernels.device import takes_triton
+from megatron.kernels.device import as_called, takes_triton
 from megatron.kernels.pointwise.product import Product
 
 
@@ -86,8 +86,8 @@ class _ResidualNorm(torch.autograd.Function):
                 weight_h: Tensor | None, bias_h: Tensor | None, rate: float, epsilon: float,
                 dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
-        sum_uh, normed_uh, statistics_u2 = _forward(residual_uh, branch_uh, shift_h, seed, weight_h, bias_h, rate,
-                                                    epsilon, dtype)
+        sum_uh, normed_uh, statistics_u2 = as_called(_forward_operator, _forward, residual_uh)(
+            residual_uh, branch_uh, shift_h, seed, weight_h, bias_h, rate, epsilon, dtype)
         if branch_uh is None:
             sum_uh = residual_uh
         # Without a norm nothing is needed but the seed.
@@ -108,7 +108,7 @@ class _ResidualNorm(torch.autograd.Function):
             x_uh, statistics_u2, weight_h, has_mean = grad_sum_uh, None, None, False
         else:
             has_mean = ctx.has_mean
-        grad_residual_uh, grad_branch_uh, grads_kh = _backward(
+        grad_residual_uh, grad_branch_uh, grads_kh = as_called(_backward_operator, _backward, x_uh)(
             grad_sum_uh, grad_normed_uh, x_uh, statistics_u2, weight_h, seed, ctx.rate, has_mean,
             shift_dtype is not None, branch_dtype)
         grads = iter(grads_kh.unbind())
@@ -134,7 +134,6 @@ def _of_a_plain_sum(grad_sum_uh: Tensor | None, branch_dtype: torch.dtype | None
 
 
 # What is not asked for is empty.
-@torch.library.custom_op("megatron::residual_norm", mutates_args=())
 def _forward(residual_uh: Tensor, branch_uh: Tensor | None, shift_h: Tensor | None, seed: Tensor | None,
              weight_h: Tensor | None, bias_h: Tensor | None, rate: float, epsilon: float,
              dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,7 +145,10 @@ def _forward(residual_uh: Tensor, branch_uh: Tensor | None, shift_h: Tensor | No
     return outputs
 
 
-@_forward.register_fake
+_forward_operator = torch.library.custom_op("megatron::residual_norm", _forward, mutates_args=())
+
+
+@_forward_operator.register_fake
 def _(residual_uh: Tensor, branch_uh: Tensor | None, shift_h: Tensor | None, seed: Tensor | None,
       weight_h: Tensor | None, bias_h: Tensor | None, rate: float, epsilon: float,
       dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,7 +164,6 @@ def _outputs(residual_uh: Tensor, branch_uh: Tensor | None, weight_h: Tensor | N
             residual_uh.new_empty((len(residual_uh), 2) if weight_h is not None else 0, dtype=torch.float32))
 
 
-@torch.library.custom_op("megatron::residual_norm_backward", mutates_args=())
 def _backward(grad_sum_uh: Tensor | None, grad_normed_uh: Tensor | None, x_uh: Tensor, statistics_u2: Tensor | None,
               weight_h: Tensor | None, seed: Tensor | None, rate: float, has_mean: bool, has_shift: bool,
               branch_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,7 +178,10 @@ def _backward(grad_sum_uh: Tensor | None, grad_normed_uh: Tensor | None, x_uh: T
     return grad_residual_uh, grad_branch_uh, grads_kh
 
 
-@_backward.register_fake
+_backward_operator = torch.library.custom_op("megatron::residual_norm_backward", _backward, mutates_args=())
+
+
+@_backward_operator.register_fake
 def _(grad_sum_uh: Tensor | None, grad_normed_uh: Tensor | None, x_uh: Tensor, statistics_u2: Tensor | None,
       weight_h: Tensor | None, seed: Tensor | None, rate: float, has_mean: bool, has_shift: bool,
       branch_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
