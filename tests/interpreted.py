@@ -114,6 +114,19 @@ def check_norm(num_rows: int, width: int, stream: torch.dtype, dtype: torch.dtyp
     compare(outputs, [x, *scale], lambda x, *scale: [x * 1, normalised_reference(x, scaling_of(scale))])
 
 
+def check_strided() -> None:
+    """What does not lie in rows is taken as well, in both directions."""
+    x, scale = random(40, 6), [random(40), random(40)]
+    compare([normalised(x.t(), scaling_of(scale), FP32)[1].t()], [x, *scale],
+            lambda x, *scale: [normalised_reference(x.t(), scaling_of(scale)).t()])
+    wide = random(7, 40)
+    compare([activated("gelu", (wide.t(), None)).t()], [wide], lambda wide: [activated_reference("gelu", wide)])
+    qkv, rotation = random(3, 2, 8, 5), rotation_of(torch.arange(5), 8, 1e4)
+    exact = Rotation(rotation.cos.double(), rotation.sin.double())
+    compare([prepared_heads(qkv.permute(3, 1, 0, 2), None, rotation)], [qkv],
+            lambda qkv: [rotate_reference(qkv.permute(3, 1, 0, 2), exact)])
+
+
 def check_activation(kind: str, num_rows: int, width: int, dtype: torch.dtype, has_bias: bool) -> None:
     """With the gradients of products and biases."""
     parts = [(random(num_rows, width, dtype=dtype), random(width) if has_bias else None)
@@ -272,7 +285,7 @@ CHECKS: dict[str, Callable[[], None]] = {
        for kind in ("", "LayerNorm", "RMSNorm") if half or kind},
     "what was kept cannot be overwritten unnoticed": check_overwriting,
     "mask 64 x 320": partial(check_mask, 64, 320, 0.1), "mask 33 x 77": partial(check_mask, 33, 77, 0.5),
-    "many strips": check_strips, "seeds": check_seeds,
+    "what is strided": check_strided, "many strips": check_strips, "seeds": check_seeds,
     **{f"model {family} in fp32": partial(check_model, family, PrecisionConfig(), 1e-4) for family in FAMILIES},
     "model esm2 in bf16": partial(check_model, "esm2", PrecisionConfig(bf16=True), 0.1),
     "model proteinlm in bf16 with an fp32 stream": partial(check_model, "proteinlm", PrecisionConfig(bf16=True), 0.1,

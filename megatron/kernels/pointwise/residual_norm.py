@@ -171,6 +171,7 @@ def _backward(grad_sum_uh: Tensor | None, grad_normed_uh: Tensor | None, x_uh: T
 
     grad_sum_uh, grad_normed_uh = (None if gradient is None else gradient.contiguous()
                                    for gradient in (grad_sum_uh, grad_normed_uh))
+    x_uh = x_uh.contiguous()
     grad_residual_uh, grad_branch_uh, _ = _gradients(x_uh, weight_h, seed, has_mean, has_shift, branch_dtype)
     grads_kh = launch_backward(grad_sum_uh, grad_normed_uh, x_uh, statistics_u2, weight_h, seed, rate, has_mean,
                                has_shift,
