@@ -1,27 +1,54 @@
-"""What Triton's kernels become for a GPU that is not there: registers a thread, spilled bytes, shared memory.
+"""Triton's kernels of a block, without a GPU: what a step launches, and what a compiler makes of it.
 
-Used by `benchmarks/roofline.py` and the tests; needs Triton, and TRITON_INTERPRET unset.
+A block goes forward and backward on `meta`, where tensors have sizes and no values; the kernels that it launches are
+written down instead, and can be compiled for any GPU. Used by `benchmarks/roofline.py` and the tests; needs Triton, and
+TRITON_INTERPRET unset.
 """
 
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import triton
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from megatron.config import Config
+from megatron.data.batches.typical import typical_batch
+from megatron.kernels import device
+from megatron.kernels.rotary import Rotation
+from megatron.model.protein_model import compute_dtype
+from megatron.model.transformer import Transformer
+from megatron.parallel.pipeline.partition import Stage
+from megatron.parallel.tensor.copies import ComputeCopies
+from megatron.parallel.tensor.layers import Matrix
+from megatron.parallel.tensor.stream import ONE_RANK
 
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64",
           torch.int32: "*i32"}
+_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+_MATRIX_PRODUCTS = ("mm", "addmm", "_flash_attention_forward", "_flash_attention_backward",
+                    "_efficient_attention_forward", "_efficient_attention_backward")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of one thread: registers, and the bytes of memory that it takes where they do not suffice."""
+
+    registers: int
+    spilled: int
 
 
 @dataclass(frozen=True)
@@ -33,34 +60,61 @@ class Launch:
     num_warps: int
 
     @property
+    def name(self) -> str:
+        """The operation, and the direction."""
+        return f"{self.kernel.__module__.rpartition('.')[2].removesuffix('_triton')} {self.kernel.__name__}"
+
+    @cached_property
     def key(self) -> tuple[object, ...]:
         """What tells two launches apart that are compiled apart."""
-        return self.kernel.__name__, self._signature(), tuple(self._constants().items()), self.num_warps
+        return self.name, self.num_warps, *((*pair,) for pair in self._signature.items()), *self.constants.items(), \
+            *self._divisible
 
-    def compile(self, capability: int) -> Any:
-        """The kernel compiled for a capability, such as 90."""
-        source = ASTSource(self.kernel, self._signature(), self._constants(), self._divisible())
-        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": self.num_warps})
+    @property
+    def num_bytes(self) -> int:
+        """What goes through memory at least: each tensor once; what is changed where it lies, but for values, twice."""
+        tensors = [value for value in self.arguments if isinstance(value, Tensor)]
+        distinct = {id(tensor): tensor for tensor in tensors}.values()
+        num_bytes = sum(map(_num_bytes, distinct))
+        qkv_tgcd = tensors[0]
+        if self.name.startswith("heads") and qkv_tgcd is tensors[-1]:
+            num_bytes += _num_bytes(qkv_tgcd) - 2 * _num_bytes(qkv_tgcd) // qkv_tgcd.shape[2]
+        return num_bytes
 
-    def _pairs(self) -> Iterator[tuple[int, Any, Any]]:
-        for place, (parameter, value) in enumerate(zip(self.kernel.params, self.arguments, strict=True)):
-            yield place, parameter, value
+    def resources(self, capability: int) -> Resources:
+        """Of the kernel compiled for a capability, such as 90."""
+        source = ASTSource(self.kernel, self._signature, self.constants, {
+            (place,): [["tt.divisibility", 16]] for place in self._divisible})
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32),
+                                  options={"num_warps": self.num_warps})
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            said = subprocess.run([_TOOLS / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True,
+                                  text=True, check=True).stdout
+        found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
+        return Resources(found["REG"], found["STACK"] + found["LOCAL"])
 
-    def _is_constant(self, parameter: Any, value: Any) -> bool:
-        return parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1)
+    def _is_constant(self, place: int) -> bool:
+        value = self.arguments[place]
+        return self.kernel.params[place].is_constexpr or value is None or (isinstance(value, int) and value == 1)
 
+    @cached_property
     def _signature(self) -> dict[str, str]:
-        return {parameter.name: "constexpr" if self._is_constant(parameter, value) else _type_of(value)
-                for _, parameter, value in self._pairs()}
+        return {parameter.name: "constexpr" if self._is_constant(place) else _type_of(value) for place, (
+            parameter, value) in enumerate(zip(self.kernel.params, self.arguments, strict=True))}
 
-    def _constants(self) -> dict[str, Any]:
-        return {parameter.name: value for _, parameter, value in self._pairs() if self._is_constant(parameter, value)}
+    @cached_property
+    def constants(self) -> dict[str, Any]:
+        """The arguments that are known when it is compiled."""
+        return {parameter.name: value for place, (parameter, value) in enumerate(
+            zip(self.kernel.params, self.arguments, strict=True)) if self._is_constant(place)}
 
-    def _divisible(self) -> dict[tuple[int, ...], list[list[object]]]:
-        """As Triton finds when it launches: memory of torch begins at multiples of 16 bytes."""
-        return {(place,): [["tt.divisibility", 16]] for place, parameter, value in self._pairs()
-                if not self._is_constant(parameter, value)
-                and (isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0))}
+    @cached_property
+    def _divisible(self) -> list[int]:
+        """Arguments that Triton finds divisible by 16 when it launches: torch's memory begins at such places."""
+        return [place for place, value in enumerate(self.arguments) if not self._is_constant(place) and (
+            isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0))]
 
 
 def _type_of(value: Any) -> str:
@@ -69,39 +123,78 @@ def _type_of(value: Any) -> str:
     return "fp32" if isinstance(value, float) else "i32"
 
 
-@contextmanager
-def recorded(*modules: ModuleType) -> Iterator[list[Launch]]:
-    """The launches of the modules' kernels within this context, which do not happen."""
-    launches: list[Launch] = []
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
-    def recorder(kernel: Any) -> Any:
+
+class Launches(TorchDispatchMode):
+    """Within this context what operators on `meta` launch is written down: Triton's kernels, and PyTorch's names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.triton: list[Launch] = []
+        self.others: list[tuple[str, int]] = []  # and the bytes of what they take and give
+
+    @property
+    def num_pointwise(self) -> int:
+        """Launches besides matrix products and attention."""
+        return len(self.triton) + len(self.pointwise)
+
+    @property
+    def pointwise(self) -> list[tuple[str, int]]:
+        """What PyTorch launches besides matrix products and attention."""
+        return [other for other in self.others if other[0] not in _MATRIX_PRODUCTS]
+
+    @property
+    def num_bytes(self) -> int:
+        """What goes through memory besides matrix products and attention."""
+        return sum(launch.num_bytes for launch in self.triton) + sum(num_bytes for _, num_bytes in self.pointwise)
+
+    def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
+        """Runs an operator of ours up to its launches, and any other on `meta`."""
+        if func.namespace == "megatron":
+            with patch.object(JITFunction, "__getitem__", lambda kernel, grid: self._recorder(kernel)), self:
+                return OPDEFS[func.name()]._init_fn(*args, **(kwargs or {}))
+        results = func(*args, **(kwargs or {}))
+        if func.namespace == "aten" and not func.is_view and not re.search("empty|detach", func.__name__):
+            tensors = [value for value in tree_leaves((args, kwargs, results)) if isinstance(value, Tensor)]
+            num_bytes = sum(map(_num_bytes, {id(tensor): tensor for tensor in tensors}.values()))
+            self.others.append((func._overloadpacket.__name__, num_bytes))
+        return results
+
+    def _recorder(self, kernel: Any) -> Any:
         def launch(*arguments: Any, num_warps: int = 4) -> None:
-            launches.append(Launch(kernel, arguments, num_warps))
+            self.triton.append(Launch(kernel, arguments, num_warps))
         return launch
 
-    with patch.object(triton.runtime.jit.JITFunction, "__getitem__", lambda kernel, grid: recorder(kernel)):
-        yield launches
+
+def launches_of_block(config: Config, num_tokens: int | None = None,
+                      takes_triton: bool = True) -> tuple[Launches, Launches]:
+    """Those of the first block of the model, forward and backward; weights' copies are there, gradients are not."""
+    with patch.object(device, "_DTYPES", device._DTYPES if takes_triton else ()):
+        return _launches_of_block(config, num_tokens)
 
 
-@dataclass(frozen=True)
-class Resources:
-    """Of one thread: registers and the bytes that do not fit them; of a program: shared memory."""
+def _launches_of_block(config: Config, num_tokens: int | None) -> tuple[Launches, Launches]:
+    model, dtype = config.model, compute_dtype(config.precision)
+    stream_dtype = torch.float32 if model.fp32_residual_connection else dtype
+    batch = typical_batch(config.data, config.training.micro_batch_size)
+    num_tokens = num_tokens or len(batch.sequence.tokens_t)
+    with torch.device("meta"):
+        transformer = Transformer(model, 128, dtype, ONE_RANK, Stage(0, 2, range(1)))
+        hidden_uh = torch.empty(num_tokens, model.hidden_size, dtype=stream_dtype, requires_grad=True)
+        half = transformer.rotary_width // 2
+        rotation = Rotation(*torch.empty(2, num_tokens, 1, 1, half).unbind()) if half else None
+        sequence = batch.sequence.map(lambda tensor: torch.empty_like(tensor, device="meta"))
+        block = transformer.layers["0"]
+        ComputeCopies((layer for layer in block.modules() if isinstance(layer, Matrix)), dtype)
+        with Launches() as forward:
+            out_uh = block(hidden_uh.view_as(hidden_uh), sequence, rotation)
+        with Launches() as backward:
+            out_uh.backward(torch.empty_like(out_uh))
+    return forward, backward
 
-    registers: int
-    spilled: int
-    shared: int
 
-
-def resources_of(compiled: Any, capability: int) -> Resources:
-    """What ptxas, which comes with Triton, says of the compiled kernel."""
-    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
-    program = folder / ("ptxas-blackwell" if capability >= 100 else "ptxas")
-    with tempfile.TemporaryDirectory() as scratch:
-        source = Path(scratch) / "kernel.ptx"
-        source.write_text(compiled.asm["ptx"])
-        suffix = "a" if capability >= 90 else ""
-        said = subprocess.run([program, "-v", f"--gpu-name=sm_{capability}{suffix}", source, "-o", f"{scratch}/out"],
-                              capture_output=True, text=True, check=True).stderr
-    registers, = re.findall(r"Used (\d+) registers", said)
-    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
-    return Resources(int(registers), spilled, compiled.metadata.shared)
+def distinct(launches: Sequence[Launch]) -> Iterator[Launch]:
+    """One of each that is compiled apart."""
+    yield from {launch.key: launch for launch in launches}.values()

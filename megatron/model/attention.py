@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from megatron.config import ModelConfig
 from megatron.kernels.packed_sequence import PackedSequence, proteins_of_tokens
 from megatron.kernels.pointwise.heads import HeadScaling, prepared_heads
+from megatron.kernels.pointwise.product import Product
 from megatron.kernels.rotary import Rotation
 from megatron.model.initialisation import normal, residual_output
 from megatron.model.normalisation import HeadNorm
@@ -45,8 +46,8 @@ class Attention(nn.Module):
         self.has_qk_norm, self.epsilon = config.qk_layernorm, config.layernorm_epsilon
         self.is_rms = config.normalization == "RMSNorm"
 
-    def forward(self, hidden_uh: Tensor, sequence: PackedSequence, rotation: Rotation | None) -> Tensor:
-        """[u, h]; `rotation`: of queries and keys, if they are to be turned."""
+    def forward(self, hidden_uh: Tensor, sequence: PackedSequence, rotation: Rotation | None) -> Product:
+        """[u, h], perhaps still without the last bias; `rotation`: of queries and keys, if they are to be turned."""
         qkv_tx = self.query_key_value(hidden_uh)
         if self.conv is not None:
             qkv_tx = self.conv(qkv_tx, sequence)
@@ -55,7 +56,7 @@ class Attention(nn.Module):
             qkv_tgcd = self.values(qkv_tgcd, sequence.tokens_t)
         # May change the projection in its own memory: nothing that made it has kept it.
         qkv_tgcd = prepared_heads(qkv_tgcd, self._head_scaling(), rotation)
-        return self.dense(self._core(qkv_tgcd, sequence).flatten(1))
+        return self.dense.product(self._core(qkv_tgcd, sequence).flatten(1))
 
     def _head_scaling(self) -> HeadScaling | None:
         if not self.has_qk_norm:

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from megatron.config import ModelConfig
 from megatron.kernels.pointwise.activation import activated
+from megatron.kernels.pointwise.product import Product
 from megatron.model.initialisation import normal, residual_output
 from megatron.parallel.tensor.layers import ColumnParallelLinear, RowParallelLinear, products_together
 from megatron.parallel.tensor.stream import Stream
@@ -23,9 +24,9 @@ class FeedForward(nn.Module):
         gelu = "gelu_tanh" if config.bias_gelu_fusion or config.openai_gelu else "gelu"
         self.activation = "squared_relu" if config.squared_relu else gelu
 
-    def forward(self, hidden_uh: Tensor) -> Tensor:
-        """[u, h]."""
-        return self.dense_4h_to_h(activated(self.activation, self.dense_h_to_4h.product(hidden_uh)))
+    def forward(self, hidden_uh: Tensor) -> Product:
+        """[u, h], perhaps still without the last bias."""
+        return self.dense_4h_to_h.product(activated(self.activation, self.dense_h_to_4h.product(hidden_uh)))
 
 
 class GatedFeedForward(nn.Module):
@@ -41,10 +42,10 @@ class GatedFeedForward(nn.Module):
         self.dense_h_to_4h = ColumnParallelLinear(hidden, width, stream, normal(config), has_bias)
         self.dense_4h_to_h = RowParallelLinear(width, hidden, stream, residual_output(config), has_bias)
 
-    def forward(self, hidden_uh: Tensor) -> Tensor:
-        """[u, h]."""
+    def forward(self, hidden_uh: Tensor) -> Product:
+        """[u, h], perhaps still without the last bias."""
         gate, wide = products_together(hidden_uh, self.gate, self.dense_h_to_4h)
-        return self.dense_4h_to_h(activated("swiglu", wide, gate))
+        return self.dense_4h_to_h.product(activated("swiglu", wide, gate))
 
 
 def feed_forward(config: ModelConfig, stream: Stream) -> FeedForward | GatedFeedForward:

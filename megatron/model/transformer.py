@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from megatron.config import ModelConfig
 from megatron.kernels.packed_sequence import PackedSequence
+from megatron.kernels.pointwise.product import Product, whole
 from megatron.kernels.pointwise.residual_norm import normalised
 from megatron.kernels.rotary import Rotation, rotation_of
 from megatron.model.attention import Attention
@@ -62,21 +63,22 @@ class Block(nn.Module):
             hidden_uh = self.hidden_scale.to(dtype) * hidden_uh + self.x0_scale.to(dtype) * x0_uh
         if skip_uh is not None:
             hidden_uh = hidden_uh + self.skip_scale.to(dtype) * skip_uh
+        seeds = self.stream.seeds(2, hidden_uh, rate_of(self))
         hidden_uh, normed_uh = normalised(hidden_uh, scaling_of(self.input_layernorm), self._normed_dtype(dtype))
-        branch_uh = self.attention(normed_uh.to(self.dtype), sequence, rotation)
-        hidden_uh, normed_uh = self._joined(hidden_uh, normed_uh, branch_uh, self.attention_output_layernorm,
-                                            self.post_attention_layernorm)
-        branch_uh = self.mlp(normed_uh.to(self.dtype))
-        return self._joined(hidden_uh, normed_uh, branch_uh, self.mlp_output_layernorm, None)[0]
+        branch = self.attention(normed_uh.to(self.dtype), sequence, rotation)
+        hidden_uh, normed_uh = self._joined(hidden_uh, normed_uh, branch, self.attention_output_layernorm,
+                                            self.post_attention_layernorm, seeds[0])
+        branch = self.mlp(normed_uh.to(self.dtype))
+        return self._joined(hidden_uh, normed_uh, branch, self.mlp_output_layernorm, None, seeds[1])[0]
 
-    def _joined(self, hidden_uh: Tensor, normed_uh: Tensor, branch_uh: Tensor, behind: Norm | None,
-                before_next: Norm | None) -> tuple[Tensor, Tensor]:
+    def _joined(self, hidden_uh: Tensor, normed_uh: Tensor, branch: Product, behind: Norm | None,
+                before_next: Norm | None, seed: Tensor | None) -> tuple[Tensor, Tensor]:
         """The stream with a branch, and what the next branch takes of it."""
         residual_uh = normed_uh if self.residual_after_layernorm else hidden_uh
         if self.placement == "both" and behind is not None:
-            branch_uh = behind(branch_uh)
+            branch = behind(whole(branch)), None
         normalises = behind if self.placement == "post" else before_next
-        sum_uh, normed_uh = self.stream.join(residual_uh, branch_uh, rate_of(self), scaling_of(normalises),
+        sum_uh, normed_uh = self.stream.join(residual_uh, branch, rate_of(self), seed, scaling_of(normalises),
                                              self._normed_dtype(residual_uh.dtype))
         return (normed_uh if self.placement == "post" else sum_uh), normed_uh
 

@@ -17,8 +17,9 @@ class MemoryWatch(TorchDispatchMode):
     """Within this context `current` is the bytes of the tensors that operations have given, and are still there.
 
     Only those without values count: others are data on the host. What an operation takes for itself and gives back
-    before it ends is not seen. `at_growth` is called when more is held than before, `counters` with each operation, its
-    arguments, those by name, and the tensors that it was given and gave.
+    before it ends is not seen. `at_growth` is called when more is held than before, and when an operation has changed
+    one of the tensors that it was given, which are in `changing` then; `counters` with each operation, its arguments,
+    those by name, and the tensors that it was given and gave.
     """
 
     def __init__(self, counters: Sequence[Callable[[Any, Any, Any, list[Tensor], list[Tensor]], None]] = ()) -> None:
@@ -26,6 +27,7 @@ class MemoryWatch(TorchDispatchMode):
         self._counters = counters
         self.at_growth: Callable[[], None] = lambda: None
         self.current = 0
+        self.changing: list[Tensor] = []
         self._sizes: dict[int, int] = {}  # by the address of the storage
         self._ends: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
@@ -70,6 +72,10 @@ class MemoryWatch(TorchDispatchMode):
         for tensor in new:
             if not _has_values(tensor):
                 self._follow(tensor.untyped_storage())
+        if func._schema.is_mutable:
+            self.changing = given
+            self.at_growth()
+            self.changing = []
         return results
 
     def _follow(self, storage: torch.UntypedStorage) -> None:

@@ -128,7 +128,8 @@ def _is_in_block(parameter: Parameter) -> bool:
 def _built(setting: Setting, part: Part, has_pipeline: bool) -> list[Parameter]:
     mesh = Mesh(tensor=setting.tensor, context=setting.context)
     model = setting.build(part, mesh, Axis(0 if part.is_first else 1, 2) if has_pipeline else Axis())
-    copies = {id(layer.weight): num_bytes([layer.copy]) for layer in model.modules() if isinstance(layer, Matrix)}
+    copies = {id(parameter): num_bytes([copy]) for layer in model.modules() if isinstance(layer, Matrix)
+              for parameter, copy in ((layer.weight, layer.copy), (getattr(layer, "bias", None), layer.bias_copy))}
     in_block = {id(parameter) for block in model.blocks() for parameter in block.parameters()}
     found = []
     for parameter in model.parameters():

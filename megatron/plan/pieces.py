@@ -252,8 +252,10 @@ class _Run:
         self._end = self._watch.current
 
     def _note(self) -> None:
-        """Gradients count as new from when one is added to."""
-        new = sum(size for gradient, size, version in self._gradients if gradient._version > version)
+        """Gradients count as new from when one is added to, which it counts itself when that is over."""
+        changing = {id(tensor) for tensor in self._watch.changing}
+        new = sum(size for gradient, size, version in self._gradients
+                  if gradient._version > version or id(gradient) in changing)
         hidden, *skips = [storage.nbytes() if (storage := given()) is not None else 0 for given in self._given] or [0]
         self._moments.append([self._watch.current, new, hidden, sum(skips)])
 

@@ -14,6 +14,7 @@ from megatron.model.protein_model import ProteinModel
 from pretrain_tape import main
 from tests.families import FAMILIES, MASK_ID
 from tests.golden.training import TINY, losses
+from tests.interpreted import CHECKS, TOLERANCE
 from tests.packed import packed_batch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -47,6 +48,15 @@ def test_attentions_error_is_at_most_twice_plain_pytorchs_and_filler_has_no_grad
     for ours, theirs, true in zip(fast, plain, exact, strict=True):
         assert (ours - true).norm() <= 2 * (theirs - true).norm() + 1e-6 * true.norm()
     assert not fast[1][REAL:].any()
+
+
+@pytest.mark.parametrize("check", [name for name in CHECKS if not name.startswith(("model", "recomputation"))])
+def test_tritons_kernels_give_what_plain_pytorch_gives(check, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setitem(TOLERANCE, torch.float32, 1e-5)  # exponentials and roots are approximate there
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        CHECKS[check]()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

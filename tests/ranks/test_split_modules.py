@@ -2,12 +2,14 @@
 
 import itertools
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from megatron.config import PrecisionConfig
 from megatron.kernels.packed_sequence import NO_TARGET
+from megatron.kernels.pointwise.product import whole as whole_product
 from megatron.kernels.rotary import rotation_of
 from megatron.model.attention import Attention
 from megatron.model.embedding import Embedding
@@ -19,6 +21,7 @@ from megatron.parallel.mesh import Axis, Mesh
 from megatron.parallel.parameters import BIAS, Normal, matrix
 from megatron.parallel.placement import Placement, gradient_norm, placement_of
 from megatron.parallel.randomness import seed_for
+from megatron.parallel.tensor import layers
 from megatron.parallel.tensor.layers import ColumnParallelLinear, Matrix, RowParallelLinear
 from megatron.parallel.tensor.stream import ONE_RANK, Stream
 from megatron.parallel.tensor.vocabulary import vocabulary_cross_entropy, vocabulary_logits, vocabulary_parameter
@@ -73,13 +76,19 @@ def layer_outcome(kind, stream, dtype, config):
         "attention": lambda: (Attention(config, 0, VOCABULARY, stream), on_stream(stream), on_stream(stream)),
         "feed-forward": lambda: (feed_forward(config, stream), on_stream(stream), on_stream(stream)),
         "block": lambda: (Block(config, 0, VOCABULARY, dtype, stream), on_stream(stream), on_stream(stream)),
-    }[kind]()
+    }[kind.removesuffix(" apart")]()
     fill(layer)
     whole = normal(TOKENS, width).to(dtype)
     local = whole[:, :width // stream.axis.size] if before.dim == 1 else whole[:len(stream.tokens(whole))]
     x = before.cut(whole, local).clone().requires_grad_()
-    y = layer(x, *beside_the_stream(config, x, kind)) if kind in ("attention", "block") else layer(x)
-    out_gradient = normal(TOKENS, 48 if kind in ("column", "row") else width, seed=1).to(dtype)
+    if "apart" in kind:
+        with patch.object(layers, "takes_triton", lambda _: True):
+            y = whole_product(layer.product(x))
+    else:
+        y = layer(x, *beside_the_stream(config, x, kind)) if kind in ("attention", "block") else layer(x)
+    if kind in ("attention", "feed-forward"):
+        y = whole_product(y)
+    out_gradient = normal(TOKENS, 48 if "column" in kind or "row" in kind else width, seed=1).to(dtype)
     y.backward(after.cut(out_gradient, y))
     return {**assembled({"output": after.part(y), "input gradient": before.part(x.grad)}), **gradients(layer)}
 
@@ -101,7 +110,7 @@ def embedding_outcome(stream, dtype, config):
 
 def layers_and_twins(axis, is_split, dtype):
     pairs, streams = {}, (Stream(axis, is_split), ONE_RANK)
-    for kind in ("column", "row"):
+    for kind in ("column", "row", "column apart", "row apart"):
         pairs[kind] = [layer_outcome(kind, stream, dtype, CONFIG) for stream in streams]
     for family, config in CONFIGS.items():
         for kind in ("attention", "feed-forward", "block"):

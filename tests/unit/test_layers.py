@@ -30,7 +30,7 @@ def three_steps(precision, casts_at_every_use):
     assert all(layer.copy is not None for layer in matrices)
     if casts_at_every_use:
         for layer in matrices:
-            layer.copy = None
+            layer.copy = layer.bias_copy = None
         engine.copies._layers.clear()
     meters = Meters(engine.mesh.world, engine.mesh.device)
     step = TrainStep(engine, meters)
@@ -62,7 +62,7 @@ def weights_gradient(inputs, waits):
     waiting, memory = WeightGradients(), set()
     for x in inputs:
         with waiting.collecting() if waits else nullcontext():
-            y = linear(x, weight, weight.detach().to(x.dtype), torch.zeros(16), ONE_RANK, waiting)
+            y = linear(x, weight, weight.detach().to(x.dtype), torch.zeros(16), None, ONE_RANK, waiting)
             y.float().square().sum().backward()
         if not waits:
             memory.add(weight.grad.data_ptr())

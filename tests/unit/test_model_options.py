@@ -140,14 +140,17 @@ def test_norm_placements_are_their_formulas():
         return F.layer_norm(x, (32,))
 
     def attention(x):
-        return inner[0](x, sequence, None)
+        return inner[0](x, sequence, None)[0]
+
+    def feed_forward(x):
+        return inner[1](x)[0]
 
     y = x + attention(norm(x))
-    torch.testing.assert_close(pre(x, sequence), y + inner[1](norm(y)))
+    torch.testing.assert_close(pre(x, sequence), y + feed_forward(norm(y)))
     y = norm(x + attention(x))
-    torch.testing.assert_close(post(x, sequence), norm(y + inner[1](y)))
+    torch.testing.assert_close(post(x, sequence), norm(y + feed_forward(y)))
     y = x + norm(attention(norm(x)))
-    torch.testing.assert_close(both(x, sequence), y + norm(inner[1](norm(y))))
+    torch.testing.assert_close(both(x, sequence), y + norm(feed_forward(norm(y))))
 
 
 def test_rms_norm_and_activations_are_their_formulas():
@@ -156,10 +159,10 @@ def test_rms_norm_and_activations_are_their_formulas():
     torch.testing.assert_close(rms(x), x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * rms.weight)
     squared = block(replace(PROTEINLM, squared_relu=True)).mlp
     wide = F.linear(x, squared.dense_h_to_4h.weight).clamp(min=0)**2
-    torch.testing.assert_close(squared(x), F.linear(wide, squared.dense_4h_to_h.weight))
+    torch.testing.assert_close(squared(x)[0], F.linear(wide, squared.dense_4h_to_h.weight))
     gated = block(replace(PROTEINLM, swiglu=True, disable_bias_linear=True)).mlp
     gate, wide = (F.linear(x, layer.weight) for layer in (gated.gate, gated.dense_h_to_4h))
-    torch.testing.assert_close(gated(x), F.linear(gate * gate.sigmoid() * wide, gated.dense_4h_to_h.weight))
+    torch.testing.assert_close(gated(x)[0], F.linear(gate * gate.sigmoid() * wide, gated.dense_4h_to_h.weight))
     assert not [name for name, _ in gated.named_parameters() if "bias" in name]
 
 

@@ -12,19 +12,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from megatron.kernels.device import takes_triton
+from megatron.kernels.device import as_called, takes_triton
 from megatron.kernels.pointwise.compiled import activate, activate_backward, takes_compiled
-
-Product = tuple[Tensor, Tensor | None]  # [t, f], and the bias [f] that is still to be added to it
+from megatron.kernels.pointwise.product import Product, whole
 
 
 def activated(kind: str, wide: Product, gate: Product | None = None) -> Tensor:
     """[t, f], in the product's dtype."""
     if adds_biases(wide[0]):
         return _Activated.apply(kind, *wide, *(gate or (None, None)))
-    products = [wide] if gate is None else [wide, gate]
-    return activated_reference(kind, *(product if bias is None else product + bias.to(product.dtype)
-                                       for product, bias in products))
+    return activated_reference(kind, *(whole(product) for product in (wide, gate) if product is not None))
 
 
 def adds_biases(product_tf: Tensor) -> bool:
@@ -51,7 +48,7 @@ class _Activated(torch.autograd.Function):
         ctx.kind = kind
         if takes_compiled(wide_tf):
             return activate(wide_tf, bias_f, gate_tf, gate_bias_f, kind)
-        return _forward(wide_tf, bias_f, gate_tf, gate_bias_f, kind)
+        return as_called(_forward_operator, _forward, wide_tf)(wide_tf, bias_f, gate_tf, gate_bias_f, kind)
 
     @staticmethod
     @once_differentiable
@@ -59,14 +56,14 @@ class _Activated(torch.autograd.Function):
         wide_tf, bias_f, gate_tf, gate_bias_f = ctx.saved_tensors
         if takes_compiled(wide_tf):
             return None, *activate_backward(grad_tf, wide_tf, bias_f, gate_tf, gate_bias_f, ctx.kind)
-        grad_wide_tf, grad_gate_tf, grads_kf = _backward(grad_tf, wide_tf, bias_f, gate_tf, gate_bias_f, ctx.kind)
+        grad_wide_tf, grad_gate_tf, grads_kf = as_called(_backward_operator, _backward, grad_tf)(
+            grad_tf, wide_tf, bias_f, gate_tf, gate_bias_f, ctx.kind)
         of_biases = iter(grads_kf.unbind())
         of_bias_f, of_gate_bias_f = (None if bias is None else next(of_biases).to(bias.dtype)
                                      for bias in (bias_f, gate_bias_f))
         return None, grad_wide_tf, of_bias_f, None if gate_tf is None else grad_gate_tf, of_gate_bias_f
 
 
-@torch.library.custom_op("megatron::activated", mutates_args=())
 def _forward(wide_tf: Tensor, bias_f: Tensor | None, gate_tf: Tensor | None, gate_bias_f: Tensor | None,
              kind: str) -> Tensor:
     from megatron.kernels.pointwise.activation_triton import launch_forward
@@ -77,13 +74,15 @@ def _forward(wide_tf: Tensor, bias_f: Tensor | None, gate_tf: Tensor | None, gat
     return out_tf
 
 
-@_forward.register_fake
+_forward_operator = torch.library.custom_op("megatron::activated", _forward, mutates_args=())
+
+
+@_forward_operator.register_fake
 def _(wide_tf: Tensor, bias_f: Tensor | None, gate_tf: Tensor | None, gate_bias_f: Tensor | None,
       kind: str) -> Tensor:
     return wide_tf.new_empty(wide_tf.shape)
 
 
-@torch.library.custom_op("megatron::activated_backward", mutates_args=())
 def _backward(grad_tf: Tensor, wide_tf: Tensor, bias_f: Tensor | None, gate_tf: Tensor | None,
               gate_bias_f: Tensor | None, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     from megatron.kernels.pointwise.activation_triton import launch_backward
@@ -95,7 +94,10 @@ def _backward(grad_tf: Tensor, wide_tf: Tensor, bias_f: Tensor | None, gate_tf: 
     return grad_wide_tf, grad_gate_tf, grads_kf
 
 
-@_backward.register_fake
+_backward_operator = torch.library.custom_op("megatron::activated_backward", _backward, mutates_args=())
+
+
+@_backward_operator.register_fake
 def _(grad_tf: Tensor, wide_tf: Tensor, bias_f: Tensor | None, gate_tf: Tensor | None, gate_bias_f: Tensor | None,
       kind: str) -> tuple[Tensor, Tensor, Tensor]:
     return _gradients(wide_tf, bias_f, gate_tf, gate_bias_f)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from megatron.kernels.device import takes_triton
+from megatron.kernels.device import as_called, takes_triton
 from megatron.kernels.rotary import Rotation, rotate
 
 
@@ -63,14 +63,15 @@ class _Turned(torch.autograd.Function):
     def forward(ctx: Any, qkv_tgcd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         if (qkv_tgcd.is_leaf and qkv_tgcd.requires_grad) or not qkv_tgcd.is_contiguous():
-            return _prepare(qkv_tgcd, None, None, cos, sin, 0.0, False, 1)
+            return as_called(_prepare_operator, _prepare, qkv_tgcd)(qkv_tgcd, None, None, cos, sin, 0.0, False, 1)
         _turn_(qkv_tgcd, cos, sin)
         return qkv_tgcd  # not marked as changed: of a view the gradient would be copied
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_tgcd: Tensor) -> tuple[Tensor, None, None]:
-        return _prepare(grad_tgcd, None, None, *ctx.saved_tensors, 0.0, False, -1), None, None
+        prepare = as_called(_prepare_operator, _prepare, grad_tgcd)
+        return prepare(grad_tgcd, None, None, *ctx.saved_tensors, 0.0, False, -1), None, None
 
 
 class _Prepared(torch.autograd.Function):
@@ -81,13 +82,15 @@ class _Prepared(torch.autograd.Function):
                 sin: Tensor | None, epsilon: float, has_mean: bool) -> Tensor:
         ctx.save_for_backward(qkv_tgcd, query_weight, key_weight, cos, sin)
         ctx.numbers = epsilon, has_mean
-        return _prepare(qkv_tgcd, query_weight, key_weight, cos, sin, epsilon, has_mean, 1)
+        return as_called(_prepare_operator, _prepare, qkv_tgcd)(qkv_tgcd, query_weight, key_weight, cos, sin, epsilon,
+                                                                has_mean, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_tgcd: Tensor) -> tuple[Tensor | None, ...]:
-        _, query_weight, key_weight, *_ = ctx.saved_tensors
-        grad_qkv_tgcd, grads_gcd = _prepare_backward(grad_tgcd, *ctx.saved_tensors, *ctx.numbers)
+        qkv_tgcd, query_weight, key_weight, *turn = ctx.saved_tensors
+        grad_qkv_tgcd, grads_gcd = as_called(_prepare_backward_operator, _prepare_backward, grad_tgcd)(
+            grad_tgcd, qkv_tgcd, query_weight, key_weight, *turn, *ctx.numbers)
         of_queries = grads_gcd[:, :-2].reshape(query_weight.shape).to(query_weight.dtype)
         of_keys = grads_gcd[:, -2].reshape(key_weight.shape).to(key_weight.dtype)
         return grad_qkv_tgcd, of_queries, of_keys, None, None, None, None
@@ -105,7 +108,6 @@ def _(qkv_tgcd: Tensor, cos: Tensor, sin: Tensor) -> None:
     return None
 
 
-@torch.library.custom_op("megatron::prepare_heads", mutates_args=())
 def _prepare(qkv_tgcd: Tensor, query_weight: Tensor | None, key_weight: Tensor | None, cos: Tensor | None,
              sin: Tensor | None, epsilon: float, has_mean: bool, sign: int) -> Tensor:
     from megatron.kernels.pointwise.heads_triton import launch_forward
@@ -116,13 +118,15 @@ def _prepare(qkv_tgcd: Tensor, query_weight: Tensor | None, key_weight: Tensor |
     return out_tgcd
 
 
-@_prepare.register_fake
+_prepare_operator = torch.library.custom_op("megatron::prepare_heads", _prepare, mutates_args=())
+
+
+@_prepare_operator.register_fake
 def _(qkv_tgcd: Tensor, query_weight: Tensor | None, key_weight: Tensor | None, cos: Tensor | None,
       sin: Tensor | None, epsilon: float, has_mean: bool, sign: int) -> Tensor:
     return qkv_tgcd.new_empty(qkv_tgcd.shape)
 
 
-@torch.library.custom_op("megatron::prepare_heads_backward", mutates_args=())
 def _prepare_backward(grad_tgcd: Tensor, qkv_tgcd: Tensor, query_weight: Tensor, key_weight: Tensor,
                       cos: Tensor | None, sin: Tensor | None, epsilon: float,
                       has_mean: bool) -> tuple[Tensor, Tensor]:
@@ -134,7 +138,11 @@ def _prepare_backward(grad_tgcd: Tensor, qkv_tgcd: Tensor, query_weight: Tensor,
                                           grad_qkv_tgcd)
 
 
-@_prepare_backward.register_fake
+_prepare_backward_operator = torch.library.custom_op("megatron::prepare_heads_backward", _prepare_backward,
+                                                     mutates_args=())
+
+
+@_prepare_backward_operator.register_fake
 def _(grad_tgcd: Tensor, qkv_tgcd: Tensor, query_weight: Tensor, key_weight: Tensor, cos: Tensor | None,
       sin: Tensor | None, epsilon: float, has_mean: bool) -> tuple[Tensor, Tensor]:
     return qkv_tgcd.new_empty(qkv_tgcd.shape), qkv_tgcd.new_empty(qkv_tgcd.shape[1:], dtype=torch.float32)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_MOST_WARPS = 16 * 132  # of the backward pass, whose programs each have partial sums: what an H100 has at work at once
+_MOST_WARPS = 16 * 132  # of the backward pass, whose programs each have partial sums: what an H100 runs at once
 _ELEMENTS = 2048  # of a program's tile: 16 a thread
 
 

@@ -1,11 +1,12 @@
 """A branch joins the residual stream, and what comes next is normalised: one pass over memory on GPUs.
 
-sum = residual + dropout(branch); normed = norm(sum): LayerNorm (Ba et al., 2016, arXiv 1607.06450) or, without a bias,
-RMSNorm (Zhang and Sennrich, 2019, arXiv 1910.07467). There both are computed in fp32, and dropout's mask is never
-stored: it follows from a seed that the device's default generator gives. Shapes: u tokens of the residual stream on
-this rank, h hidden.
+sum = residual + dropout(branch + its bias); normed = norm(sum): LayerNorm (Ba et al., 2016, arXiv 1607.06450) or,
+without a bias, RMSNorm (Zhang and Sennrich, 2019, arXiv 1910.07467). There both are computed in fp32, and dropout's
+mask is never stored: it follows from a seed that the device's default generator gives. Shapes: u tokens of the residual
+stream on this rank, h hidden.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from megatron.kernels.device import takes_triton
+from megatron.kernels.device import as_called, takes_triton
+from megatron.kernels.pointwise.product import Product
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ def normalised(x_uh: Tensor, scaling: Scaling | None, dtype: torch.dtype) -> tup
     if scaling is None:
         return x_uh, x_uh
     if takes_triton(x_uh):
-        return _ResidualNorm.apply(x_uh, None, None, scaling.weight, scaling.bias, 0.0, scaling.epsilon, dtype)
+        return _ResidualNorm.apply(x_uh, None, None, None, scaling.weight, scaling.bias, 0.0, scaling.epsilon, dtype)
     return x_uh, normalised_reference(x_uh, scaling).to(dtype)
 
 
@@ -46,88 +48,110 @@ def normalised_reference(x_uh: Tensor, scaling: Scaling) -> Tensor:
     return F.layer_norm(x_uh, weight_h.shape, weight_h, scaling.bias.to(x_uh.dtype), scaling.epsilon)
 
 
-def joined(residual_uh: Tensor, branch_uh: Tensor, rate: float, seed: Tensor | None, scaling: Scaling | None,
+def joined(residual_uh: Tensor, branch: Product, rate: float, seed: Tensor | None, scaling: Scaling | None,
            dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The sum, in the residual's dtype, and normalised in `dtype`, or without a scaling the sum both times.
 
-    Where Triton's kernels take these; elsewhere it is `normalised` of the sum. `seed`: of `dropout_seed`, where the
+    Where Triton's kernels take these; elsewhere it is `normalised` of the sum. `seed`: of `dropout_seeds`, where the
     rate is not 0.
     """
-    if scaling is None:
-        sum_uh = residual_uh + branch_uh if seed is None else _ResidualNorm.apply(
-            residual_uh, branch_uh, seed, None, None, rate, 0.0, None)[0]
-        return sum_uh, sum_uh
-    return _ResidualNorm.apply(residual_uh, branch_uh, seed, scaling.weight, scaling.bias, rate, scaling.epsilon, dtype)
+    branch_uh, shift_h = branch
+    if scaling is not None:
+        return _ResidualNorm.apply(residual_uh, branch_uh, shift_h, seed, scaling.weight, scaling.bias, rate,
+                                   scaling.epsilon, dtype)
+    if seed is None and shift_h is None:
+        sum_uh = residual_uh + branch_uh
+    else:
+        sum_uh = _ResidualNorm.apply(residual_uh, branch_uh, shift_h, seed, None, None, rate, 0.0, None)[0]
+    return sum_uh, sum_uh
 
 
-def dropout_seed(like: Tensor) -> Tensor:
-    """A seed from the default generator of the device: it stays there, so the host never waits for it.
+def dropout_seeds(number: int, device: torch.device) -> Sequence[Tensor]:
+    """So many seeds from the default generator of the device: they stay there, so the host never waits for them.
 
-    In a graph that is replayed it is another one each time.
+    In a graph that is replayed they are others each time.
     """
-    return torch.randint(2**63 - 1, (), device=like.device)
+    # 16 bytes apart, as memory of its own would begin: Triton compiles other kernels for other places.
+    return torch.randint(2**63 - 1, (number, 2), device=device).unbind(1)[0].unbind()
 
 
 class _ResidualNorm(torch.autograd.Function):
-    """Sum and norm; where there is no branch the residual is the sum, where there is no weight the norm is None."""
+    """Sum and norm; where there is no branch the residual is the sum, where there is no weight the norm is None.
+
+    `shift_h` is a bias that is added to the branch.
+    """
 
     @staticmethod
-    def forward(ctx: Any, residual_uh: Tensor, branch_uh: Tensor | None, seed: Tensor | None, weight_h: Tensor | None,
-                bias_h: Tensor | None, rate: float, epsilon: float,
+    def forward(ctx: Any, residual_uh: Tensor, branch_uh: Tensor | None, shift_h: Tensor | None, seed: Tensor | None,
+                weight_h: Tensor | None, bias_h: Tensor | None, rate: float, epsilon: float,
                 dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
-        sum_uh, normed_uh, statistics_u2 = _forward(residual_uh, branch_uh, seed, weight_h, bias_h, rate, epsilon,
-                                                    dtype)
+        sum_uh, normed_uh, statistics_u2 = as_called(_forward_operator, _forward, residual_uh)(
+            residual_uh, branch_uh, shift_h, seed, weight_h, bias_h, rate, epsilon, dtype)
         if branch_uh is None:
             sum_uh = residual_uh
-        # Dropout alone needs nothing but the seed, and of the stream its shape.
+        # Without a norm nothing is needed but the seed.
         ctx.save_for_backward(*((sum_uh, statistics_u2, weight_h) if weight_h is not None else (None, None, None)),
                               seed)
         ctx.rate, ctx.has_mean = rate, bias_h is not None
-        ctx.dtypes = residual_uh.dtype, None if branch_uh is None else branch_uh.dtype
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (residual_uh, branch_uh, shift_h)]
         return sum_uh, None if weight_h is None else normed_uh
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_sum_uh: Tensor | None, grad_normed_uh: Tensor | None) -> tuple[Tensor | None, ...]:
         x_uh, statistics_u2, weight_h, seed = ctx.saved_tensors
-        residual_dtype, branch_dtype = ctx.dtypes
+        residual_dtype, branch_dtype, shift_dtype = ctx.dtypes
         if grad_normed_uh is None and (grad_sum_uh is None or seed is None):
-            grad_branch_uh = None if grad_sum_uh is None or branch_dtype is None else grad_sum_uh.to(branch_dtype)
-            return grad_sum_uh, grad_branch_uh, None, None, None, None, None, None
-        if grad_normed_uh is None:
-            x_uh, statistics_u2, weight_h = grad_sum_uh, None, None
-        grad_residual_uh, grad_branch_uh, grads_kh = _backward(
-            grad_sum_uh, grad_normed_uh, x_uh, statistics_u2, weight_h, seed, ctx.rate, ctx.has_mean, branch_dtype)
-        grad_weight_h = grad_bias_h = None
-        if weight_h is not None:
-            grad_weight_h, *grad_biases = grads_kh.to(weight_h.dtype).unbind()
-            grad_bias_h = grad_biases[0] if grad_biases else None
+            return _of_a_plain_sum(grad_sum_uh, branch_dtype, shift_dtype)
+        if grad_normed_uh is None:  # dropout alone
+            x_uh, statistics_u2, weight_h, has_mean = grad_sum_uh, None, None, False
         else:
+            has_mean = ctx.has_mean
+        grad_residual_uh, grad_branch_uh, grads_kh = as_called(_backward_operator, _backward, x_uh)(
+            grad_sum_uh, grad_normed_uh, x_uh, statistics_u2, weight_h, seed, ctx.rate, has_mean,
+            shift_dtype is not None, branch_dtype)
+        grads = iter(grads_kh.unbind())
+        grad_weight_h = None if weight_h is None else next(grads).to(weight_h.dtype)
+        grad_bias_h = None if weight_h is None or not has_mean else next(grads).to(weight_h.dtype)
+        grad_shift_h = None if shift_dtype is None else next(grads).to(shift_dtype)
+        if grad_normed_uh is None:
             grad_residual_uh = grad_sum_uh
-        if branch_dtype is None:
-            grad_branch_uh = None
-        elif seed is None and branch_dtype == residual_dtype:
+        if seed is None and branch_dtype == residual_dtype:
             grad_branch_uh = grad_residual_uh
-        return grad_residual_uh, grad_branch_uh, None, grad_weight_h, grad_bias_h, None, None, None
+        return (grad_residual_uh, None if branch_dtype is None else grad_branch_uh, grad_shift_h, None, grad_weight_h,
+                grad_bias_h, None, None, None)
+
+
+def _of_a_plain_sum(grad_sum_uh: Tensor | None, branch_dtype: torch.dtype | None,
+                    shift_dtype: torch.dtype | None) -> tuple[Tensor | None, ...]:
+    """The gradients where nothing was dropped, and the norm has none."""
+    grad_branch_uh = grad_shift_h = None
+    if grad_sum_uh is not None and branch_dtype is not None:
+        grad_branch_uh = grad_sum_uh.to(branch_dtype)
+        grad_shift_h = None if shift_dtype is None else grad_sum_uh.sum(0, dtype=shift_dtype)
+    return grad_sum_uh, grad_branch_uh, grad_shift_h, None, None, None, None, None, None
 
 
 # What is not asked for is empty.
-@torch.library.custom_op("megatron::residual_norm", mutates_args=())
-def _forward(residual_uh: Tensor, branch_uh: Tensor | None, seed: Tensor | None, weight_h: Tensor | None,
-             bias_h: Tensor | None, rate: float, epsilon: float,
+def _forward(residual_uh: Tensor, branch_uh: Tensor | None, shift_h: Tensor | None, seed: Tensor | None,
+             weight_h: Tensor | None, bias_h: Tensor | None, rate: float, epsilon: float,
              dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
     from megatron.kernels.pointwise.residual_norm_triton import launch_forward
 
     residual_uh, branch_uh = residual_uh.contiguous(), None if branch_uh is None else branch_uh.contiguous()
     outputs = _outputs(residual_uh, branch_uh, weight_h, dtype)
-    launch_forward(residual_uh, branch_uh, seed, weight_h, bias_h, rate, epsilon, *outputs)
+    launch_forward(residual_uh, branch_uh, shift_h, seed, weight_h, bias_h, rate, epsilon, *outputs)
     return outputs
 
 
-@_forward.register_fake
-def _(residual_uh: Tensor, branch_uh: Tensor | None, seed: Tensor | None, weight_h: Tensor | None,
-      bias_h: Tensor | None, rate: float, epsilon: float, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+_forward_operator = torch.library.custom_op("megatron::residual_norm", _forward, mutates_args=())
+
+
+@_forward_operator.register_fake
+def _(residual_uh: Tensor, branch_uh: Tensor | None, shift_h: Tensor | None, seed: Tensor | None,
+      weight_h: Tensor | None, bias_h: Tensor | None, rate: float, epsilon: float,
+      dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
     return _outputs(residual_uh, branch_uh, weight_h, dtype)
 
 
@@ -140,31 +164,36 @@ def _outputs(residual_uh: Tensor, branch_uh: Tensor | None, weight_h: Tensor | N
             residual_uh.new_empty((len(residual_uh), 2) if weight_h is not None else 0, dtype=torch.float32))
 
 
-@torch.library.custom_op("megatron::residual_norm_backward", mutates_args=())
 def _backward(grad_sum_uh: Tensor | None, grad_normed_uh: Tensor | None, x_uh: Tensor, statistics_u2: Tensor | None,
-              weight_h: Tensor | None, seed: Tensor | None, rate: float, has_mean: bool,
+              weight_h: Tensor | None, seed: Tensor | None, rate: float, has_mean: bool, has_shift: bool,
               branch_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
     from megatron.kernels.pointwise.residual_norm_triton import launch_backward
 
     grad_sum_uh, grad_normed_uh = (None if gradient is None else gradient.contiguous()
                                    for gradient in (grad_sum_uh, grad_normed_uh))
-    grad_residual_uh, grad_branch_uh, _ = _gradients(x_uh, weight_h, seed, has_mean, branch_dtype)
+    x_uh = x_uh.contiguous()
+    grad_residual_uh, grad_branch_uh, _ = _gradients(x_uh, weight_h, seed, has_mean, has_shift, branch_dtype)
     grads_kh = launch_backward(grad_sum_uh, grad_normed_uh, x_uh, statistics_u2, weight_h, seed, rate, has_mean,
+                               has_shift,
                                *(each if each.numel() else None for each in (grad_residual_uh, grad_branch_uh)))
     return grad_residual_uh, grad_branch_uh, grads_kh
 
 
-@_backward.register_fake
+_backward_operator = torch.library.custom_op("megatron::residual_norm_backward", _backward, mutates_args=())
+
+
+@_backward_operator.register_fake
 def _(grad_sum_uh: Tensor | None, grad_normed_uh: Tensor | None, x_uh: Tensor, statistics_u2: Tensor | None,
-      weight_h: Tensor | None, seed: Tensor | None, rate: float, has_mean: bool,
+      weight_h: Tensor | None, seed: Tensor | None, rate: float, has_mean: bool, has_shift: bool,
       branch_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients(x_uh, weight_h, seed, has_mean, branch_dtype)
+    return _gradients(x_uh, weight_h, seed, has_mean, has_shift, branch_dtype)
 
 
-def _gradients(x_uh: Tensor, weight_h: Tensor | None, seed: Tensor | None, has_mean: bool,
+def _gradients(x_uh: Tensor, weight_h: Tensor | None, seed: Tensor | None, has_mean: bool, has_shift: bool,
                branch_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the residual, where it is not that of the sum; of the branch, where it is not the residual's; weight, bias."""
+    """Of the residual, where it is not that of the sum; of the branch, where it is not the residual's; of vectors."""
     has_branch = branch_dtype is not None and (seed is not None or branch_dtype != x_uh.dtype)
+    num_sums = (weight_h is not None) + has_mean + has_shift
     return (x_uh.new_empty(x_uh.shape if weight_h is not None else 0),
             x_uh.new_empty(x_uh.shape if has_branch else 0, dtype=branch_dtype),
-            x_uh.new_empty((1 + has_mean, x_uh.shape[1]) if weight_h is not None else 0, dtype=torch.float32))
+            x_uh.new_empty((num_sums, x_uh.shape[1]), dtype=torch.float32))

@@ -11,35 +11,38 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_MOST_WARPS = 16 * 132  # of the backward pass, whose programs each have partial sums: what an H100 has at work at once
+_MOST_WARPS = 16 * 132  # of the backward pass, whose programs each have partial sums: what an H100 runs at once
 
 
-def launch_forward(residual_uh: Tensor, branch_uh: Tensor | None, seed: Tensor | None, weight_h: Tensor | None,
-                   bias_h: Tensor | None, rate: float, epsilon: float, sum_uh: Tensor, normed_uh: Tensor,
-                   statistics_u2: Tensor) -> None:
+def launch_forward(residual_uh: Tensor, branch_uh: Tensor | None, shift_h: Tensor | None, seed: Tensor | None,
+                   weight_h: Tensor | None, bias_h: Tensor | None, rate: float, epsilon: float, sum_uh: Tensor,
+                   normed_uh: Tensor, statistics_u2: Tensor) -> None:
     """Fill the last three; of a norm alone, without a branch, `sum_uh` is not touched."""
     num_rows, width = residual_uh.shape
     rows, block, num_warps = _tile(width)
     forward_kernel[triton.cdiv(num_rows, rows),](
-        residual_uh, branch_uh, seed, weight_h, bias_h, sum_uh, normed_uh, statistics_u2, num_rows,
-        _threshold(rate), 1 / (1 - rate), epsilon, width, rows, block, branch_uh is not None, seed is not None,
-        weight_h is not None, bias_h is not None, num_warps=num_warps)
+        residual_uh, branch_uh, shift_h, seed, weight_h, bias_h, sum_uh, normed_uh, statistics_u2, num_rows,
+        _threshold(rate), 1 / (1 - rate), epsilon, width, rows, block, branch_uh is not None, shift_h is not None,
+        seed is not None, weight_h is not None, bias_h is not None, num_warps=num_warps)
 
 
 def launch_backward(grad_sum_uh: Tensor | None, grad_normed_uh: Tensor | None, x_uh: Tensor,
-                    statistics_u2: Tensor | None, weight_h: Tensor | None, seed: Tensor | None, rate: float, has_mean: bool,
-                    grad_residual_uh: Tensor | None, grad_branch_uh: Tensor | None) -> Tensor:
-    """Fill the last two where they are there; the gradients of weight and bias [2, h], or of weight alone [1, h]."""
+                    statistics_u2: Tensor | None, weight_h: Tensor | None, seed: Tensor | None, rate: float,
+                    has_mean: bool, has_shift: bool, grad_residual_uh: Tensor | None,
+                    grad_branch_uh: Tensor | None) -> Tensor:
+    """Fill the last two where they are there; the gradients [k, h] of those that there are of weight, bias, shift."""
     num_rows, width = x_uh.shape
     rows, block, num_warps = _tile(width)
+    num_warps = min(16, 2 * num_warps)  # sums take registers: 8 elements a thread
     programs = min(triton.cdiv(num_rows, rows), _MOST_WARPS // num_warps)
     has_norm = weight_h is not None
-    partial_pkh = torch.empty(programs if has_norm else 0, 1 + has_mean, width, dtype=torch.float32, device=x_uh.device)
+    num_sums = has_norm + has_mean + has_shift
+    partial_pkh = torch.empty(programs, num_sums, width, dtype=torch.float32, device=x_uh.device)
     backward_kernel[programs,](
         grad_sum_uh, grad_normed_uh, x_uh, statistics_u2, weight_h, seed, grad_residual_uh, grad_branch_uh, partial_pkh,
         num_rows, _threshold(rate), 1 / (1 - rate), width, rows, block, grad_sum_uh is not None, has_norm, has_mean,
-        seed is not None, grad_residual_uh is not None, grad_branch_uh is not None, num_warps=num_warps)
-    return partial_pkh.sum(0) if has_norm else partial_pkh
+        has_shift, seed is not None, grad_residual_uh is not None, grad_branch_uh is not None, num_warps=num_warps)
+    return partial_pkh.sum(0) if num_sums else partial_pkh[0]
 
 
 def _tile(width: int) -> tuple[int, int, int]:
@@ -54,9 +57,9 @@ def _threshold(rate: float) -> int:
 
 
 @triton.jit
-def forward_kernel(residual, branch, seed, weight, bias, sum, normed, statistics, num_rows, threshold, scale, epsilon,
-                   width, ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_BRANCH: tl.constexpr,
-                   HAS_DROPOUT: tl.constexpr, HAS_NORM: tl.constexpr, HAS_MEAN: tl.constexpr):
+def forward_kernel(residual, branch, shift, seed, weight, bias, sum, normed, statistics, num_rows, threshold,
+                   scale, epsilon, width, ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_BRANCH: tl.constexpr,
+                   HAS_SHIFT: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_NORM: tl.constexpr, HAS_MEAN: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
     is_inside = (rows[:, None] < num_rows) & (columns[None, :] < width)
@@ -64,6 +67,8 @@ def forward_kernel(residual, branch, seed, weight, bias, sum, normed, statistics
     x = tl.load(residual + places, mask=is_inside, other=0).to(tl.float32)
     if HAS_BRANCH:
         added = tl.load(branch + places, mask=is_inside, other=0).to(tl.float32)
+        if HAS_SHIFT:
+            added += tl.load(shift + columns, mask=columns < width, other=0).to(tl.float32)[None, :]
         if HAS_DROPOUT:
             added = tl.where(kept(seed, rows, threshold, width, BLOCK), added * scale, 0)
         rounded = (x + added).to(sum.dtype.element_ty)
@@ -88,7 +93,8 @@ def forward_kernel(residual, branch, seed, weight, bias, sum, normed, statistics
 def backward_kernel(grad_sum, grad_normed, x_pointer, statistics, weight, seed, grad_residual, grad_branch, partial,
                     num_rows, threshold, scale, width, ROWS: tl.constexpr, BLOCK: tl.constexpr,
                     HAS_GRAD_SUM: tl.constexpr, HAS_NORM: tl.constexpr, HAS_MEAN: tl.constexpr,
-                    HAS_DROPOUT: tl.constexpr, GIVES_RESIDUAL: tl.constexpr, GIVES_BRANCH: tl.constexpr):
+                    HAS_SHIFT: tl.constexpr, HAS_DROPOUT: tl.constexpr, GIVES_RESIDUAL: tl.constexpr,
+                    GIVES_BRANCH: tl.constexpr):
     program = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     if HAS_NORM:
@@ -96,6 +102,8 @@ def backward_kernel(grad_sum, grad_normed, x_pointer, statistics, weight, seed, 
         weight_sum = tl.zeros([ROWS, BLOCK], tl.float32)
         if HAS_MEAN:
             bias_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    if HAS_SHIFT:
+        shift_sum = tl.zeros([ROWS, BLOCK], tl.float32)
     for tile in range(program, tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
         rows = tile * ROWS + tl.arange(0, ROWS)
         is_inside = (rows[:, None] < num_rows) & (columns[None, :] < width)
@@ -120,15 +128,19 @@ def backward_kernel(grad_sum, grad_normed, x_pointer, statistics, weight, seed, 
             gradient += tl.load(grad_sum + places, mask=is_inside, other=0).to(tl.float32)
         if GIVES_RESIDUAL:
             tl.store(grad_residual + places, gradient.to(grad_residual.dtype.element_ty), mask=is_inside)
+        if HAS_DROPOUT:
+            gradient = tl.where(kept(seed, rows, threshold, width, BLOCK), gradient * scale, 0)
+        if HAS_SHIFT:
+            shift_sum += gradient
         if GIVES_BRANCH:
-            if HAS_DROPOUT:
-                gradient = tl.where(kept(seed, rows, threshold, width, BLOCK), gradient * scale, 0)
             tl.store(grad_branch + places, gradient.to(grad_branch.dtype.element_ty), mask=is_inside)
+    partial += program.to(tl.int64) * (HAS_NORM + HAS_MEAN + HAS_SHIFT) * width
     if HAS_NORM:
-        partial += program.to(tl.int64) * (1 + HAS_MEAN) * width
         tl.store(partial + columns, tl.sum(weight_sum, 0), mask=columns < width)
-        if HAS_MEAN:
-            tl.store(partial + width + columns, tl.sum(bias_sum, 0), mask=columns < width)
+    if HAS_MEAN:
+        tl.store(partial + width + columns, tl.sum(bias_sum, 0), mask=columns < width)
+    if HAS_SHIFT:
+        tl.store(partial + (HAS_NORM + HAS_MEAN) * width + columns, tl.sum(shift_sum, 0), mask=columns < width)
 
 
 @triton.jit

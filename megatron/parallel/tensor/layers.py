@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megatron.kernels.device import takes_triton
 from megatron.kernels.pointwise.activation import adds_biases
 from megatron.kernels.pointwise.compiled import sum_tokens, takes_compiled
+from megatron.kernels.pointwise.product import Product
 from megatron.kernels.pointwise.residual_norm import Scaling, normalised
 from megatron.parallel.parameters import (
     BIAS,
@@ -30,9 +32,10 @@ from megatron.parallel.tensor.stream import ONE_RANK, Stream
 
 
 class Matrix(nn.Module):
-    """A layer with an fp32 `weight` that matrix products take in another dtype.
+    """A layer with an fp32 `weight`, and perhaps a `bias`, that matrix products take in another dtype.
 
-    `copy` is the weight in that dtype, where something keeps one up to date (`megatron.parallel.tensor.copies`).
+    `copy` and `bias_copy` are these in that dtype, where something keeps them up to date
+    (`megatron.parallel.tensor.copies`).
     """
 
     weight: nn.Parameter
@@ -40,6 +43,7 @@ class Matrix(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.copy: Tensor | None = None
+        self.bias_copy: Tensor | None = None
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
         """The weight in `dtype`."""
@@ -56,7 +60,7 @@ class Linear(Matrix):
 
     def forward(self, x_ti: Tensor) -> Tensor:
         """[t, o]."""
-        return linear(x_ti, self.weight, self.weight_in(x_ti.dtype), self.bias)
+        return linear(x_ti, self.weight, self.weight_in(x_ti.dtype), self.bias, self.bias_copy)
 
 
 class ColumnParallelLinear(Matrix):
@@ -72,10 +76,11 @@ class ColumnParallelLinear(Matrix):
 
     def forward(self, x_ui: Tensor) -> Tensor:
         """[t, o], this rank's features of all tokens."""
-        return linear(x_ui, self.weight, self.weight_in(x_ui.dtype), self.bias, self.stream, self.deferral)
+        return linear(x_ui, self.weight, self.weight_in(x_ui.dtype), self.bias, self.bias_copy, self.stream,
+                      self.deferral)
 
-    def product(self, x_ui: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`forward`, and None; or without the bias, and that: where a kernel follows that adds it on its way."""
+    def product(self, x_ui: Tensor) -> Product:
+        """The same, but without the bias where the kernel that follows adds it on its way."""
         return products_together(x_ui, self)[0]
 
 
@@ -94,9 +99,21 @@ class RowParallelLinear(Matrix):
     def forward(self, x_ti: Tensor) -> Tensor:
         """[u, o], all features of this rank's tokens."""
         # The first rank alone adds the bias, inside its matrix product, and so gets the bias' whole gradient.
-        bias_o = self.bias if self.bias is None or self.stream.axis.rank == 0 else self.bias * 0
-        product_to = linear(x_ti, self.weight, self.weight_in(x_ti.dtype), bias_o, deferral=self.deferral)
+        is_first = self.stream.axis.rank == 0
+        bias_o = self.bias if self.bias is None or is_first else self.bias * 0
+        product_to = linear(x_ti, self.weight, self.weight_in(x_ti.dtype), bias_o, self.bias_copy if is_first else None,
+                            deferral=self.deferral)
         return self.stream.leave(product_to)
+
+    def product(self, x_ti: Tensor) -> Product:
+        """The same, but without the bias where the kernel that follows adds it on its way."""
+        if not takes_triton(x_ti):
+            return self(x_ti), None
+        product_to = linear(x_ti, self.weight, self.weight_in(x_ti.dtype), None, deferral=self.deferral)
+        bias_o: Tensor | None = self.bias
+        if bias_o is not None and self.stream.axis.rank and not self.stream.is_split:
+            bias_o = bias_o.detach() + bias_o * 0  # all ranks add it to the same tokens: the first has its gradient
+        return self.stream.leave(product_to), bias_o
 
 
 class Table(nn.Module):
@@ -148,27 +165,29 @@ class RMSNorm(nn.Module):
         return Scaling(self.weight, None, self.epsilon)
 
 
-def linear(x_ui: Tensor, weight_oi: Tensor, matrix_oi: Tensor, bias_o: Tensor | None, stream: Stream = ONE_RANK,
-           deferral: WeightGradients | None = None) -> Tensor:
+def linear(x_ui: Tensor, weight_oi: Tensor, matrix_oi: Tensor, bias_o: Tensor | None, vector_o: Tensor | None = None,
+           stream: Stream = ONE_RANK, deferral: WeightGradients | None = None) -> Tensor:
     """`x Wᵀ`, plus `b` if there is one, [t, o] of all tokens of the stream, in x's dtype.
 
-    `matrix_oi` is the weight in that dtype. Forward: with sequence parallelism the tokens are gathered. Backward: the
-    input's gradient is summed over the axis.
+    `matrix_oi` is the weight in that dtype, `vector_o` the bias, where that is at hand. Forward: with sequence
+    parallelism the tokens are gathered. Backward: the input's gradient is summed over the axis.
     """
-    return _Linear.apply(x_ui, stream, deferral, weight_oi, matrix_oi, bias_o)[0]
+    return _Linear.apply(x_ui, stream, deferral, weight_oi, matrix_oi, bias_o, vector_o)[0]
 
 
-def products_together(x_ui: Tensor, *layers: ColumnParallelLinear) -> list[tuple[Tensor, Tensor | None]]:
+def products_together(x_ui: Tensor, *layers: ColumnParallelLinear) -> list[Product]:
     """Each layer's `product`, of tokens that are gathered and of gradients that are summed once for all."""
     leaves_bias = adds_biases(x_ui)
-    operands = [operand for layer in layers for operand in (layer.weight, layer.weight_in(x_ui.dtype),
-                                                            None if leaves_bias else layer.bias)]
+    operands: list[Tensor | None] = []
+    for layer in layers:
+        biases = (None, None) if leaves_bias else (layer.bias, layer.bias_copy)
+        operands += [layer.weight, layer.weight_in(x_ui.dtype), *biases]
     products = _Linear.apply(x_ui, layers[0].stream, layers[0].deferral, *operands)
     return [(product, layer.bias if leaves_bias else None) for product, layer in zip(products, layers, strict=True)]
 
 
 class _Linear(torch.autograd.Function):
-    """Of each layer: weight, weight in the input's dtype, bias.
+    """Of each layer: weight, weight in the input's dtype, bias, perhaps the bias in some dtype.
 
     Only this rank's tokens are kept, and with sequence parallelism gathered again in the backward pass. There each
     collective runs while a matrix product does that does not need it. The weight is not among the saved tensors, for
@@ -178,13 +197,15 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ui: Tensor, stream: Stream, deferral: WeightGradients | None,
                 *operands: Any) -> tuple[Tensor, ...]:
-        weights, matrices, biases = operands[::3], operands[1::3], operands[2::3]
+        weights, matrices, biases, vectors = (operands[place::4] for place in range(4))
         ctx.save_for_backward(x_ui, *matrices)
         ctx.weights, ctx.stream, ctx.deferral = weights, stream, deferral
         ctx.bias_dtypes = [None if bias_o is None else bias_o.dtype for bias_o in biases]
         x_ti = stream.start_enter(x_ui).wait()
-        return tuple(F.linear(x_ti, matrix_oi, None if bias_o is None else bias_o.to(x_ui.dtype))
-                     for matrix_oi, bias_o in zip(matrices, biases, strict=True))
+        at_hand = [bias_o if vector_o is None or vector_o.dtype != x_ui.dtype else vector_o
+                   for bias_o, vector_o in zip(biases, vectors, strict=True)]
+        return tuple(F.linear(x_ti, matrix_oi, None if vector_o is None else vector_o.to(x_ui.dtype))
+                     for matrix_oi, vector_o in zip(matrices, at_hand, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads_to: Tensor) -> tuple[Tensor | None, ...]:
@@ -197,9 +218,9 @@ class _Linear(torch.autograd.Function):
         summing = ctx.stream.start_leave(grad_ti)
         grads: list[Tensor | None] = []
         for place, (weight_oi, grad_to) in enumerate(zip(ctx.weights, grads_to, strict=True)):
-            dtype, is_trained = ctx.bias_dtypes[place], ctx.needs_input_grad[3 + 3 * place]
+            dtype, is_trained = ctx.bias_dtypes[place], ctx.needs_input_grad[3 + 4 * place]
             grads += [_weight_gradient(weight_oi, grad_to, x_ti, ctx.deferral) if is_trained else None, None,
-                      None if dtype is None else _bias_gradient(grad_to, dtype)]
+                      None if dtype is None else _bias_gradient(grad_to, dtype), None]
         return summing.wait(), None, None, *grads
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron.kernels.device import takes_triton
-from megatron.kernels.pointwise.residual_norm import Scaling, dropout_seed, joined, normalised
+from megatron.kernels.pointwise.product import Product, whole
+from megatron.kernels.pointwise.residual_norm import Scaling, dropout_seeds, joined, normalised
 from megatron.parallel import collectives
 from megatron.parallel.collectives import Pending
 from megatron.parallel.mesh import Axis
@@ -80,14 +81,25 @@ class Stream:
             # Keeps a mask of one byte an element, on every device.
             return torch.native_dropout(hidden_uh, rate, True)[0] if rate else hidden_uh
 
-    def join(self, residual_uh: Tensor, branch_uh: Tensor, rate: float, scaling: Scaling | None,
+    def join(self, residual_uh: Tensor, branch: Product, rate: float, seed: Tensor | None, scaling: Scaling | None,
              dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The stream with a branch, after its dropout, added, and that normalised for what comes next, in `dtype`."""
-        if not takes_triton(residual_uh):
-            return normalised(residual_uh + self.dropout(branch_uh, rate), scaling, dtype)
-        with distinct_randomness(self._distinct_axis, rate, residual_uh.device):
-            seed = dropout_seed(residual_uh) if rate else None
-        return joined(residual_uh, branch_uh, rate, seed, scaling, dtype)
+        """The stream with a branch, after its dropout, added, and that normalised for what comes next, in `dtype`.
+
+        `seed`: one of `seeds`.
+        """
+        if takes_triton(residual_uh):
+            return joined(residual_uh, branch, rate, seed, scaling, dtype)
+        return normalised(residual_uh + self.dropout(whole(branch), rate), scaling, dtype)
+
+    def seeds(self, number: int, hidden_uh: Tensor, rate: float) -> Sequence[Tensor | None]:
+        """For so many joins: the same on all ranks that hold the same tokens, others on other tokens.
+
+        None where they do not need one: without dropout, and where masks are drawn as such.
+        """
+        if not rate or not takes_triton(hidden_uh):
+            return [None] * number
+        with distinct_randomness(self._distinct_axis, rate, hidden_uh.device):
+            return dropout_seeds(number, hidden_uh.device)
 
     @property
     def _distinct_axis(self) -> Axis:

@@ -1,0 +1,313 @@
+"""Checks of Triton's kernels interpreted on CPU tensors, each against plain PyTorch in fp64: tenths of a second each.
+
+They run in a process of their own, whose TRITON_INTERPRET is set before Triton is loaded: `python -m tests.interpreted`
+prints, as JSON, what each check found wrong ("" where nothing is).
+"""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron.config import PrecisionConfig
+from megatron.kernels.pointwise.activation import activated, activated_reference
+from megatron.kernels.pointwise.heads import HeadScaling, normed_queries_and_keys, prepared_heads
+from megatron.kernels.pointwise.residual_norm import (
+    Scaling,
+    dropout_seeds,
+    joined,
+    normalised,
+    normalised_reference,
+)
+from megatron.kernels.rotary import Rotation, rotate_reference, rotation_of
+from megatron.model.initialisation import initialise
+from megatron.model.protein_model import ProteinModel
+from tests.families import FAMILIES, MASK_ID
+from tests.packed import packed_batch
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+# Relative errors by norm. The interpreter cuts what it stores in bf16, where a GPU rounds: twice the error.
+TOLERANCE = {FP32: 1e-6, BF16: 6e-3, FP16: 6e-4}
+SEED = 0x5DEECE66D1234567
+
+
+def philox(seed: int, counters: np.ndarray) -> np.ndarray:
+    """Four 32-bit words for each counter by Philox4x32-10 (Salmon et al., 2011), [..., 4], in plain integers."""
+    low, mask = np.uint64(32), np.uint64(2**32 - 1)
+    words = [counters & mask, counters >> low, counters * np.uint64(0), counters * np.uint64(0)]
+    keys = [seed & (2**32 - 1), seed >> 32]
+    for _ in range(10):
+        first, second = words[0] * np.uint64(0xD2511F53), words[2] * np.uint64(0xCD9E8D57)
+        words = [(second >> low) ^ words[1] ^ np.uint64(keys[0]), second & mask,
+                 (first >> low) ^ words[3] ^ np.uint64(keys[1]), first & mask]
+        keys = [(keys[0] + 0x9E3779B9) % 2**32, (keys[1] + 0xBB67AE85) % 2**32]
+    return np.stack(words, -1)
+
+
+def expected_mask(seed: int, num_rows: int, width: int, rate: float) -> Tensor:
+    """Which elements dropout keeps."""
+    counters = np.arange(num_rows * -(-width // 4), dtype=np.uint64)
+    words = philox(seed, counters).reshape(num_rows, -1)[:, :width]
+    kept = (words >> np.uint64(8)) >= np.uint64(round(rate * 2**24))
+    return torch.from_numpy(kept).to(torch.get_default_device())
+
+
+def random(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
+    return torch.randn(*shape).to(dtype).requires_grad_()
+
+
+def compare(outputs: Sequence[Tensor], inputs: Sequence[Tensor], exact: Callable[..., Sequence[Tensor]]) -> None:
+    """Outputs, and gradients of all inputs for random ones of the outputs, against `exact` of the inputs in fp64."""
+    weights = [torch.randn_like(output) for output in outputs]
+    gradients = torch.autograd.grad(outputs, inputs, weights)
+    twins = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    expected = exact(*twins)
+    exact_gradients = torch.autograd.grad(expected, twins, [weight.double() for weight in weights])
+    tolerance = max(TOLERANCE[tensor.dtype] for tensor in (*outputs, *inputs))
+    for ours, true in zip((*outputs, *gradients), (*expected, *exact_gradients), strict=True):
+        assert ours.shape == true.shape
+        error, size = (ours.double() - true).norm(), true.norm()
+        assert error <= tolerance * size + 1e-7, f"error {error:.2e} of {size:.2e} in {ours.dtype}"
+    for ours, its in zip(gradients, inputs, strict=True):
+        assert ours.dtype == its.dtype
+
+
+def scaling_of(scale: Sequence[Tensor]) -> Scaling:
+    """Of a weight, or of a weight and a bias."""
+    return Scaling(scale[0], scale[1] if len(scale) > 1 else None, 1e-5)
+
+
+def check_join(num_rows: int, width: int, stream: torch.dtype, branch: torch.dtype, rate: float, kind: str,
+               has_bias: bool) -> None:
+    """Sum, norm and all gradients; `kind`: the norm, or "" for the sum alone."""
+    inputs = [random(num_rows, width, dtype=stream), random(num_rows, width, dtype=branch)]
+    inputs += [random(width) for _ in range(has_bias + ["", "RMSNorm", "LayerNorm"].index(kind))]
+    scale = inputs[2 + has_bias:]
+    mask = expected_mask(SEED, num_rows, width, rate) / (1 - rate)
+
+    def exact(residual: Tensor, branch: Tensor, *rest: Tensor) -> list[Tensor]:
+        total, scale = residual + mask * (branch + rest[0] if has_bias else branch), rest[has_bias:]
+        return [total, normalised_reference(total, scaling_of(scale))] if scale else [total]
+
+    scaling = scaling_of(scale) if kind else None
+    seed = torch.tensor(SEED) if rate else None
+    outputs = joined(inputs[0], (inputs[1], inputs[2] if has_bias else None), rate, seed, scaling, branch)
+    assert outputs[0].dtype == torch.promote_types(stream, branch) and (not kind or outputs[1].dtype == branch)
+    compare(outputs[:1 + (kind != "")], inputs, exact)
+
+
+def check_norm(num_rows: int, width: int, stream: torch.dtype, dtype: torch.dtype, kind: str) -> None:
+    """A norm alone, its input used twice: one gradient, of both uses."""
+    x = random(num_rows, width, dtype=stream)
+    scale = [random(width) for _ in range(1 + (kind == "LayerNorm"))]
+    outputs = normalised(x, scaling_of(scale), dtype)
+    assert outputs[0].data_ptr() == x.data_ptr() and outputs[1].dtype == dtype
+    compare(outputs, [x, *scale], lambda x, *scale: [x * 1, normalised_reference(x, scaling_of(scale))])
+
+
+def check_strided() -> None:
+    """What does not lie in rows is taken as well, in both directions."""
+    x, scale = random(40, 6), [random(40), random(40)]
+    compare([normalised(x.t(), scaling_of(scale), FP32)[1].t()], [x, *scale],
+            lambda x, *scale: [normalised_reference(x.t(), scaling_of(scale)).t()])
+    wide = random(7, 40)
+    compare([activated("gelu", (wide.t(), None)).t()], [wide], lambda wide: [activated_reference("gelu", wide)])
+    qkv, rotation = random(3, 2, 8, 5), rotation_of(torch.arange(5), 8, 1e4)
+    exact = Rotation(rotation.cos.double(), rotation.sin.double())
+    compare([prepared_heads(qkv.permute(3, 1, 0, 2), None, rotation)], [qkv],
+            lambda qkv: [rotate_reference(qkv.permute(3, 1, 0, 2), exact)])
+
+
+def check_activation(kind: str, num_rows: int, width: int, dtype: torch.dtype, has_bias: bool) -> None:
+    """With the gradients of products and biases."""
+    parts = [(random(num_rows, width, dtype=dtype), random(width) if has_bias else None)
+             for _ in range(1 + (kind == "swiglu"))]
+    inputs = [tensor for part in parts for tensor in part if tensor is not None]
+
+    def exact(*inputs: Tensor) -> list[Tensor]:
+        products = [inputs[place] + inputs[place + 1] for place in range(0, len(inputs), 2)] if has_bias else inputs
+        return [activated_reference(kind, *products)]
+
+    compare([activated(kind, *parts)], inputs, exact)
+
+
+def check_heads(shape: Sequence[int], half: int, dtype: torch.dtype, kind: str) -> None:
+    """Queries and keys normalised and turned; `half`: 0 where they are not turned."""
+    tokens, groups, rows, width = shape
+    inputs = [random(*shape, dtype=dtype)]
+    inputs += [random(groups * (rows - 2) * width), random(groups * width)] if kind else []
+    rotation = rotation_of(torch.arange(tokens) * 100, 2 * half, 1e4) if half else None
+
+    def exact(qkv: Tensor, *scale: Tensor) -> list[Tensor]:
+        if scale:
+            qkv = normed_queries_and_keys(qkv, HeadScaling(scale[0], scale[1], 1e-5, kind == "RMSNorm"))
+        wide = rotation and Rotation(rotation.cos.double(), rotation.sin.double())
+        return [rotate_reference(qkv, wide) if wide else qkv]
+
+    qkv = inputs[0] * 1  # no leaf: what is only turned is turned where it lies
+    out = prepared_heads(qkv, HeadScaling(inputs[1], inputs[2], 1e-5, kind == "RMSNorm") if kind else None, rotation)
+    assert (out.data_ptr() == qkv.data_ptr()) == (not kind)
+    assert torch.equal(out[:, :, -1], inputs[0][:, :, -1])
+    compare([out], inputs, exact)
+    if not kind:
+        before = inputs[0].detach().clone()
+        assert torch.equal(prepared_heads(inputs[0], None, rotation), out)
+        assert torch.equal(inputs[0], before), "a leaf stays as it is"
+
+
+def check_overwriting() -> None:
+    """What was kept of a projection that is then turned where it lies cannot be used unnoticed."""
+    x = random(3, 2, 3, 8)
+    kept = x * 1
+    product = kept.square()  # keeps `kept`
+    turned = prepared_heads(kept, None, rotation_of(torch.arange(3), 8, 1e4))
+    try:
+        torch.autograd.grad((product.sum(), turned.sum()), x)
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+    else:
+        raise AssertionError("the gradient is wrong")
+
+
+def check_mask(num_rows: int, width: int, rate: float) -> None:
+    """The numbers of an independent Philox, in both directions, and their rate."""
+    known = philox(0, np.zeros(1, dtype=np.uint64))[0].tolist()  # of the authors' test vectors
+    assert known == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    branch, expected = torch.ones(num_rows, width, requires_grad=True), expected_mask(SEED, num_rows, width, rate)
+    out = joined(torch.zeros(num_rows, width), (branch, None), rate, torch.tensor(SEED), None, FP32)[0]
+    gradient, = torch.autograd.grad(out, branch, torch.ones_like(out))
+    assert torch.equal(out > 0, expected) and torch.equal(gradient, out)
+    share = 1 - expected.float().mean().item()
+    assert abs(share - rate) < 5 * (rate * (1 - rate) / expected.numel())**0.5
+    other = joined(torch.zeros(num_rows, width), (branch, None), rate, torch.tensor(SEED + 1), None, FP32)[0]
+    assert not torch.equal(out, other)
+
+
+def check_strips() -> None:
+    """Gradients of scales and biases are sums of as many programs' sums as there are, in any number of strips."""
+    from megatron.kernels.pointwise import activation_triton, heads_triton, residual_norm_triton
+
+    with (patch.object(residual_norm_triton, "_MOST_WARPS", 12), patch.object(heads_triton, "_MOST_WARPS", 2),
+          patch.object(activation_triton, "_MOST_PROGRAMS", 3)):
+        check_join(17, 300, FP32, FP32, 0.3, "LayerNorm", True)
+        check_heads((5, 2, 3, 8), 4, FP32, "LayerNorm")
+        check_activation("gelu", 19, 40, FP32, True)
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """The context in which Triton's kernels are not taken."""
+    with patch.dict(os.environ, {"TRITON_INTERPRET": "0"}):
+        yield
+
+
+def step(model: ProteinModel, seed: int) -> dict[str, Tensor]:
+    """Loss and gradients of a micro-batch."""
+    batch = packed_batch(9, 1, 6, filler=3)
+    model.zero_grad()
+    torch.manual_seed(seed)
+    loss, _ = model(batch.sequence, batch.targets)
+    loss.backward()
+    return {"loss": loss.detach(), **{name: parameter.grad for name, parameter in model.named_parameters()
+                                      if parameter.grad is not None}}
+
+
+def made(family: str, precision: PrecisionConfig, **options: object) -> ProteinModel:
+    config = replace(FAMILIES[family], num_layers=2, **options)  # type: ignore[arg-type]
+    model = ProteinModel(config, precision, 128, mask_id=MASK_ID)
+    initialise(dict(model.named_parameters()), 1)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def check_model(family: str, precision: PrecisionConfig, tolerance: float, **options: object) -> None:
+    """Loss and every gradient of a whole model, without dropout, against those of plain PyTorch."""
+    model = made(family, precision, **options)
+    ours = step(model, 3)
+    with plainly():
+        theirs = step(model, 3)
+    assert ours.keys() == theirs.keys()
+    assert abs(ours["loss"] / theirs["loss"] - 1) < tolerance
+    of_all = torch.cat([tensor.flatten() for tensor in theirs.values()]).norm()
+    for name, gradient in theirs.items():
+        assert (ours[name] - gradient).norm() < tolerance * gradient.norm() + 1e-2 * tolerance * of_all, name
+
+
+def check_recomputation(family: str) -> None:
+    """Recomputed blocks draw the same masks: no bit of loss and gradients differs. Another seed draws others."""
+    kept, again = (step(made(family, PrecisionConfig(), hidden_dropout=0.2, checkpoint_activations=recomputes), 3)
+                   for recomputes in (False, True))
+    for name, tensor in kept.items():
+        assert torch.equal(tensor, again[name]), name
+    other = step(made(family, PrecisionConfig(), hidden_dropout=0.2), 4)
+    assert kept["loss"] != other["loss"]
+
+
+def check_seeds() -> None:
+    """Seeds are numbers of the default generator."""
+    torch.manual_seed(1)
+    first, second = dropout_seeds(2, torch.device("cpu"))
+    torch.manual_seed(1)
+    assert first == dropout_seeds(2, torch.device("cpu"))[0] and first != second
+    assert first.data_ptr() % 16 == second.data_ptr() % 16 == 0
+
+
+CHECKS: dict[str, Callable[[], None]] = {
+    **{f"join {kind or 'alone'}, dropout {rate}, {num_rows} x {width}, {stream} and {branch}, bias {has_bias}":
+       partial(check_join, num_rows, width, stream, branch, rate, kind, has_bias)
+       for num_rows, width, stream, branch in [(1, 20, FP32, FP32), (9, 77, FP32, BF16), (5, 130, FP16, FP16),
+                                               (3, 2100, BF16, BF16)]
+       for rate in (0.0, 0.3) for kind, has_bias in [("", False), ("", True), ("LayerNorm", False),
+                                                     ("LayerNorm", True), ("RMSNorm", rate > 0)]},
+    **{f"{kind} alone, {num_rows} x {width}, {stream} to {dtype}": partial(check_norm, num_rows, width, stream, dtype,
+                                                                          kind)
+       for num_rows, width, stream, dtype in [(1, 33, FP32, FP32), (5, 77, FP32, BF16), (6, 64, FP16, FP16)]
+       for kind in ("LayerNorm", "RMSNorm")},
+    **{f"{kind}, {num_rows} x {width}, {dtype}, bias {has_bias}": partial(check_activation, kind, num_rows, width,
+                                                                          dtype, has_bias)
+       for num_rows, width, dtype in [(1, 20, FP32), (5, 520, BF16), (3, 24, FP16)]
+       for kind in ("gelu", "gelu_tanh", "squared_relu", "swiglu") for has_bias in (True, False)},
+    **{f"heads {shape}, {kind or 'no norm'}, {half} turned, {dtype}": partial(check_heads, shape, half, dtype, kind)
+       for shape, half, dtype in [((1, 2, 3, 8), 4, FP32), ((3, 3, 3, 24), 12, BF16), ((2, 2, 5, 10), 3, FP32),
+                                  ((2, 1, 3, 16), 0, FP16), ((2, 9, 3, 64), 32, FP32)]
+       for kind in ("", "LayerNorm", "RMSNorm") if half or kind},
+    "what was kept cannot be overwritten unnoticed": check_overwriting,
+    "mask 64 x 320": partial(check_mask, 64, 320, 0.1), "mask 33 x 77": partial(check_mask, 33, 77, 0.5),
+    "what is strided": check_strided, "many strips": check_strips, "seeds": check_seeds,
+    **{f"model {family} in fp32": partial(check_model, family, PrecisionConfig(), 1e-4) for family in FAMILIES},
+    "model esm2 in bf16": partial(check_model, "esm2", PrecisionConfig(bf16=True), 0.1),
+    "model proteinlm in bf16 with an fp32 stream": partial(check_model, "proteinlm", PrecisionConfig(bf16=True), 0.1,
+                                                           fp32_residual_connection=True),
+    "model proteinlm with the norm in the stream": partial(check_model, "proteinlm", PrecisionConfig(), 1e-4,
+                                                           apply_residual_connection_post_layernorm=True),
+    **{f"recomputation of {family}": partial(check_recomputation, family) for family in FAMILIES},
+}
+
+
+def main() -> None:
+    assert os.environ["TRITON_INTERPRET"] == "1"
+    found = {}
+    for name in sys.argv[1:] or CHECKS:
+        torch.manual_seed(0)
+        try:
+            CHECKS[name]()
+            found[name] = ""
+        except Exception:
+            found[name] = traceback.format_exc(limit=-4)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Triton's kernels without a GPU: interpreted on CPU tensors, and compiled for GPUs that are not there.
+
+Each in a process of its own: interpreting is settled when Triton is loaded. `tests/interpreted.py` holds the checks.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from megatron.config.presets import PRESETS
+from megatron.kernels.device import takes_triton
+from tests.interpreted import CHECKS
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.timeout(900)  # a process of a minute's work, on a computer that may do other work
+ROOT = Path(__file__).resolve().parents[2]
+CAPABILITIES = 80, 90, 100
+# What no preset has: flags, and tokens.
+RECIPE = "--normalization RMSNorm --swiglu --qk-layernorm --rotary-percent 0.5".split()
+OTHERS = [(["--preset", "esm2-650m", *RECIPE], 1024), (["--preset", "esm2-8m", *RECIPE], 1),
+          (["--preset", "tape", "--fp16", "--qk-layernorm", "--squared-relu", "--fp32-residual-connection"], 1000)]
+# What a block launches besides matrix products and attention, forward and backward: of these, 4 put the gradients of
+# queries, keys and values together.
+MOST_LAUNCHES = {"esm2-650m": 18, "tape": 18}
+MOST_SPILLED = 24  # bytes a thread, of kernels that wait for memory
+
+_COMPILE = """
+import json, sys
+from benchmarks.compiled import distinct, launches_of_block
+from megatron.config.command_line import parse
+
+presets, capabilities, others = map(json.loads, sys.argv[1:])
+passes = {preset: launches_of_block(parse(["--preset", preset])[0]) for preset in presets}
+of_presets, of_others = (list(distinct([launch for both in all_passes for each in both for launch in each.triton]))
+                         for all_passes in (passes.values(), [launches_of_block(parse(flags)[0], num_tokens)
+                                                              for flags, num_tokens in others]))
+wanted = [(launch, capability) for launch in of_presets for capability in capabilities]
+wanted += [(launch, capabilities[1]) for launch in of_others]
+found = [(launch.name, capability, launch.resources(capability).spilled) for launch, capability in wanted]
+print(json.dumps([found, {preset: sum(each.num_pointwise for each in both) for preset, both in passes.items()}]))
+"""
+
+
+def answer(*command: str, interprets: bool, **environment: str) -> Any:
+    """What a process of its own prints, as JSON."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    environment.pop("TRITON_INTERPRET", None)
+    if interprets:
+        environment["TRITON_INTERPRET"] = "1"
+    result = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert not result.returncode, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def wrong() -> dict[str, str]:
+    return answer("-m", "tests.interpreted", interprets=True)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    return answer("-c", _COMPILE, json.dumps(list(PRESETS)), json.dumps(CAPABILITIES), json.dumps(OTHERS),
+                  interprets=False, TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("compiled")))
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_interpreted_it_is_what_plain_pytorch_gives(wrong, check):
+    assert not wrong[check], wrong[check]
+
+
+def test_every_kernel_of_every_preset_compiles_for_three_generations_of_gpus_and_hardly_spills(compiled):
+    found, _ = compiled
+    assert {capability for _, capability, _ in found} == set(CAPABILITIES)
+    assert {name for name, *_ in found} == {f"{operation} {direction}_kernel" for operation in (
+        "residual_norm", "activation", "heads") for direction in ("forward", "backward")}
+    assert [kernel for kernel in found if kernel[2] > MOST_SPILLED] == []
+    assert sum(kernel[2] > 0 for kernel in found) <= 0.05 * len(found)
+
+
+@pytest.mark.parametrize("preset", MOST_LAUNCHES)
+def test_a_block_launches_few_kernels_besides_its_products(compiled, preset):
+    assert compiled[1][preset] <= MOST_LAUNCHES[preset]
+
+
+def test_cpus_and_what_is_compiled_go_the_plain_way_and_fake_tensors_a_gpus(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert not takes_triton(torch.empty(2))
+    assert takes_triton(torch.empty(2, device="meta")) and not takes_triton(torch.empty(2, device="meta").double())
+    with FakeTensorMode():
+        assert takes_triton(torch.empty(2))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not takes_triton(torch.empty(2, device="meta"))
