@@ -30,7 +30,8 @@ def with_precision_chosen(config: Config, saved: Mapping[str, Any] | None, mesh:
         chosen, why = {"bf16": is_bf16}, f"this device multiplies {gain:.2f} times as fast in bf16 as in fp32"
     names = [name for name, is_chosen in chosen.items() if is_chosen]
     log.line(f"precision: {names[0] if names else 'fp32'}; {why}")
-    return replace(config, precision=replace(config.precision, precision=None, **chosen))
+    settled: dict[str, Any] = {"precision": None, **chosen}
+    return replace(config, precision=replace(config.precision, **settled))
 
 
 def _measured(config: Config, mesh: Mesh) -> tuple[bool, float]:
