@@ -22,8 +22,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.proteins import LENGTHS, packed_row  # noqa: E402
 from benchmarks.train_step import processor  # noqa: E402
-from megatron.kernels.attention import packed_attention  # noqa: E402
-from megatron.kernels.by_protein import attention_by_protein  # noqa: E402
+from megatron.kernels.attention.by_protein import attention_by_protein  # noqa: E402
+from megatron.kernels.attention.packed import packed_attention  # noqa: E402
 from megatron.kernels.packed_sequence import PackedSequence  # noqa: E402
 
 Way = Callable[[Tensor, PackedSequence, float], Tensor]

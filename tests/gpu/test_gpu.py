@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron.config import PrecisionConfig
-from megatron.kernels.attention import attention_reference, packed_attention
+from megatron.kernels.attention.packed import attention_reference, packed_attention
 from megatron.model.initialisation import initialise
 from megatron.model.protein_model import ProteinModel
 from pretrain_tape import main

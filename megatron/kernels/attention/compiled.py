@@ -2,8 +2,9 @@
 
 It takes fp32 and bf16 (products of bf16 numbers where the processor has them, fp32 sums everywhere), windows, groups of
 queries and any width; not dropout. For the backward pass, which makes the scores anew, it keeps the softmax's largest
-score and sum for each query. Without a C++ compiler or pybind11 it is missing, and `megatron.kernels.by_protein` does
-the same work. Shapes: t tokens, g groups, each with c = q + 2 rows of width d: queries, key, value.
+score and sum for each query. Without a C++ compiler or pybind11 it is missing, and
+`megatron.kernels.attention.by_protein` does the same work. Shapes: t tokens, g groups, each with c = q + 2
+rows of width d: queries, key, value.
 """
 
 from importlib import import_module
@@ -12,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.kernels.by_protein import Window
+from megatron.kernels.attention.by_protein import Window
 from megatron.kernels.device import takes_gpu_way
 from megatron.kernels.packed_sequence import protein_lengths
 
 try:
-    _helper: Any = import_module("megatron.kernels._packed_attention")
+    _helper: Any = import_module("megatron.kernels.attention._packed_attention")
 except ImportError:
     _helper = None
 
@@ -33,7 +34,7 @@ def takes_helper(qkv_tgcd: Tensor, dropout: float) -> bool:
     return bool(INSTRUCTION_SETS) and qkv_tgcd.dtype in (torch.float32, torch.bfloat16)
 
 
-def cpu_attention(qkv_tgcd: Tensor, cu_seqlens: Tensor, num_filler: int, window: Window,
+def compiled_attention(qkv_tgcd: Tensor, cu_seqlens: Tensor, num_filler: int, window: Window,
                   instructions: str = "") -> Tensor:
     """The context [t, n, d] of whole proteins, 0 in the filler; `instructions` names another set than the fastest."""
     left, right = window or (-1, -1)
@@ -92,13 +93,13 @@ def _attend(instructions: str, lengths: list[int], window: tuple[int, int], stat
 
 # The same as an operator that torch.compile takes as it is; traced, each new list of lengths would compile anew. A
 # window of -1 is none.
-@torch.library.custom_op("megatron::cpu_attention", mutates_args=())
+@torch.library.custom_op("megatron::compiled_attention", mutates_args=())
 def _operator(qkv_tgcd: Tensor, cu_seqlens: Tensor, num_filler: int, left: int, right: int,
               instructions: str) -> tuple[Tensor, Tensor]:
     return _forward(qkv_tgcd, cu_seqlens, num_filler, left, right, instructions)
 
 
-@torch.library.custom_op("megatron::cpu_attention_backward", mutates_args=())
+@torch.library.custom_op("megatron::compiled_attention_backward", mutates_args=())
 def _operator_backward(grad_tgqd: Tensor, qkv_tgcd: Tensor, cu_seqlens: Tensor, context_tgqd: Tensor,
                        statistics_tgq2: Tensor, num_filler: int, left: int, right: int, instructions: str) -> Tensor:
     return _backward(grad_tgqd, qkv_tgcd, cu_seqlens, context_tgqd, statistics_tgq2, num_filler, left, right,
