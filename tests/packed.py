@@ -55,6 +55,7 @@ def fused_by_definition() -> Iterator[list[tuple[str, float]]]:
         ends = ends[:len(ends) - num_filler]
         query_ends = (ends - first).clamp(0, len(query))
         context = _by_definition((query.flatten(1, 2), key, value), (query_ends, ends), dropout)
+        context = context + 0 * keys.sum()  # as an operator's, it depends on keys also where no query has any
         return [F.pad(context, (0, 0, 0, 0, 0, len(query) - len(context))).view_as(query)]
 
     with (patch.object(packed, "is_fused", lambda *_, **__: True),
