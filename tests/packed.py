@@ -60,7 +60,7 @@ def fused_by_definition() -> Iterator[list[tuple[str, float]]]:
 
     with (patch.object(packed, "is_fused", lambda *_, **__: True),
           patch.object(context, "is_fused", lambda *_, **__: True),
-          patch.object(fused, "_has_flash", lambda _: True),
+          patch.object(fused, "_is_of_ampere", lambda _: True),
           patch.object(fused, "varlen_attn", varlen), patch.object(fused, "_operator", triton)):
         yield calls
 

@@ -160,6 +160,17 @@ def test_tensors_that_stand_for_a_gpus_take_its_operator_and_get_their_gradient(
     assert qkv.grad.shape == qkv.shape
 
 
+@pytest.mark.parametrize(("dtype", "dropout"), [(torch.bfloat16, 0.0), (torch.bfloat16, 0.1), (torch.float32, 0.0)])
+def test_a_graph_takes_the_fused_operators_whole(dtype, dropout):
+    sequence = packed(5, 4, filler=3, empty=2).map(lambda tensor: tensor.to("meta"))
+    qkv = torch.empty(12, 2, 3, 8, dtype=dtype, device="meta", requires_grad=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(packed_attention, backend="aot_eager", fullgraph=True, dynamic=False)
+    context = compiled(qkv, sequence, dropout)
+    context.backward(torch.empty_like(context))
+    assert qkv.grad.shape == qkv.shape
+
+
 @given(st.lists(st.integers(1, 9), max_size=12), st.integers(1, 5), st.integers(0, 20))
 def test_the_tiles_of_context_ranks_have_each_token_once_and_whole_proteins_as_keys(lengths, num_ranks, filler):
     total = sum(lengths) + filler

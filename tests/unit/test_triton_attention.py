@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron.errors import ConfigError
-from megatron.kernels.attention import by_protein, fused
+from megatron.kernels.attention import by_protein, compiled, fused
 from megatron.kernels.attention.fused import is_fused
 from megatron.kernels.attention.packed import packed_attention
 from tests.interpreted_attention import CASES
@@ -65,20 +65,31 @@ def test_the_kernels_compile_without_spills_and_fit_a_gpus_shared_memory(capabil
             assert 0 < cost.shared <= MOST_SHARED[capability]
 
 
-def test_a_gpu_without_triton_is_told_what_to_install(monkeypatch):
-    monkeypatch.setattr(fused, "takes_gpu_way", lambda _: True)
-    monkeypatch.setattr(fused, "has_triton", lambda: False)
-    monkeypatch.setattr(fused, "takes_triton", lambda _: False)
-    with pytest.raises(ConfigError, match="pip install triton"):
-        is_fused(torch.empty(4, 1, 3, 16), 0.1)
-    monkeypatch.setattr(fused, "_has_flash", lambda _: True)
-    assert is_fused(torch.empty(4, 1, 3, 16, dtype=torch.bfloat16), 0.0)
+@pytest.fixture
+def gpu(monkeypatch):
+    """Passes CPU tensors off as a GPU's; sets whether Triton is there, and whether the GPU is of Ampere or later."""
+    def stand(has_triton, is_of_ampere):
+        for name, answer in (("takes_gpu_way", True), ("has_triton", has_triton), ("_is_of_ampere", is_of_ampere),
+                             ("takes_triton", has_triton and is_of_ampere)):
+            monkeypatch.setattr(fused, name, lambda _=None, answer=answer: answer)
+        for module in (by_protein, compiled):
+            monkeypatch.setattr(module, "takes_gpu_way", lambda _: True)
+
+    return stand
 
 
-def test_a_gpu_that_no_operator_takes_says_that_it_goes_by_protein(monkeypatch):
-    monkeypatch.setattr(fused, "takes_gpu_way", lambda _: True)
-    monkeypatch.setattr(fused, "takes_triton", lambda _: False)  # as on a V100
-    monkeypatch.setattr(by_protein, "takes_gpu_way", lambda _: True)
-    qkv, sequence = torch.randn(9, 1, 3, 16, dtype=torch.float64), packed_batch(5, 4).sequence
+def test_a_gpu_without_triton_is_told_what_to_install(gpu):
+    gpu(has_triton=False, is_of_ampere=True)
+    half = torch.empty(4, 1, 3, 16, dtype=torch.bfloat16)
+    for tensor, dropout in ((half, 0.1), (half.float(), 0.0), (half[..., :12], 0.0)):
+        with pytest.raises(ConfigError, match="pip install triton"):
+            is_fused(tensor, dropout)
+    assert is_fused(half, 0.0)  # by PyTorch's operator
+
+
+@pytest.mark.parametrize(("is_of_ampere", "dtype", "width"), [(False, torch.float16, 16), (True, torch.float64, 16),
+                                                              (True, torch.bfloat16, 320)])
+def test_a_gpu_that_no_operator_takes_says_that_it_goes_by_protein(gpu, is_of_ampere, dtype, width):
+    gpu(has_triton=True, is_of_ampere=is_of_ampere)
     with pytest.warns(UserWarning, match="one protein at a time"):
-        packed_attention(qkv, sequence, 0.0)
+        packed_attention(torch.randn(9, 1, 3, width).to(dtype), packed_batch(5, 4).sequence, 0.0)

@@ -42,7 +42,7 @@ def is_fused(qkv_ugcd: Tensor, dropout: float, window: Window = None, is_whole: 
         return False
     if _is_fake(qkv_ugcd) or takes_triton(qkv_ugcd):
         return True
-    if not has_triton():
+    if _is_of_ampere(qkv_ugcd) and not has_triton():
         raise ConfigError("attention with dropout, in fp32, with groups of queries or of a width that is no multiple "
                           "of 8 needs Triton on a GPU, and it is not installed: install it (pip install triton), or "
                           "train with --bf16 --attention-dropout 0")
@@ -71,10 +71,11 @@ def _takes_varlen(tensor: Tensor, num_queries: int, dropout: float, window: Wind
         return False
     if window is not None and not is_whole:
         return False
-    return _has_flash(tensor)
+    return _is_of_ampere(tensor)
 
 
-def _has_flash(tensor: Tensor) -> bool:
+def _is_of_ampere(tensor: Tensor) -> bool:
+    """Whether the GPU is of that generation or a later one: compute capability 8.0."""
     if _is_fake(tensor):
         return True
     return tensor.device.type == "cuda" and torch.cuda.get_device_capability(tensor.device) >= (8, 0)

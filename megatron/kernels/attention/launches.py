@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Queries and keys of a block, warps and stages of a pipeline: the largest blocks, of some that were compiled, without
-# spills and within the 99 KB of shared memory of GPUs of capability 8.6, 8.9 and 12.0. None has been timed.
+# By the size of an element and the most columns: queries and keys of a block, warps and stages of a pipeline. Of some
+# that were compiled the largest blocks that do not spill and fit the 99 KB of shared memory of GPUs of capability 8.6
+# and 8.9 (benchmarks/triton_kernels.py). None has been timed.
 _BLOCKS = {
     (2, 64): {"forward": (128, 64, 8, 3), "backward_queries": (64, 64, 4, 2), "backward_keys": (32, 64, 4, 2)},
     (2, 128): {"forward": (128, 64, 8, 2), "backward_queries": (64, 64, 8, 2), "backward_keys": (64, 64, 8, 2)},
     (2, 256): {"forward": (64, 32, 8, 2), "backward_queries": (32, 32, 8, 2), "backward_keys": (32, 32, 8, 2)},
     (4, 64): {"forward": (64, 32, 8, 2), "backward_queries": (64, 32, 8, 2), "backward_keys": (32, 64, 8, 2)},
-    (4, 128): {"forward": (64, 32, 8, 2), "backward_queries": (32, 32, 8, 2), "backward_keys": (32, 32, 8, 2)},
+    (4, 128): {"forward": (64, 16, 8, 2), "backward_queries": (32, 32, 8, 2), "backward_keys": (32, 32, 8, 2)},
     (4, 256): {"forward": (16, 16, 4, 2), "backward_queries": (16, 16, 4, 2), "backward_keys": (16, 16, 4, 2)},
 }
 
