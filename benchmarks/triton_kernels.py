@@ -106,8 +106,11 @@ def attention_launches(dtype: torch.dtype, width: int, dropout: float = 0.0, que
 def cost_of(case: Case, capability: int) -> Cost:
     """Compile it."""
     kernel, arguments, options = case.kernel, case.arguments, case.options
-    runtime = {name: value for name, value in arguments.items() if value is not None}
-    compiled_in = {**case.constants, **{name: None for name, value in arguments.items() if value is None}}
+    # As Triton does it: what is missing, and an integer that is 1, is compiled in.
+    is_compiled_in = {name: value is None or (isinstance(value, int) and value == 1)
+                      for name, value in arguments.items()}
+    runtime = {name: value for name, value in arguments.items() if not is_compiled_in[name]}
+    compiled_in = {**case.constants, **{name: value for name, value in arguments.items() if is_compiled_in[name]}}
     signature = {name: _type_of(runtime[name]) if name in runtime else "constexpr" for name in kernel.arg_names}
     aligned = {(number,): _ALIGNED for number, name in enumerate(kernel.arg_names)
                if name in runtime and _is_aligned(runtime[name])}
