@@ -31,10 +31,11 @@ def extensions() -> list[Extension]:
                               cxx_std=17, extra_link_args=threads, optional=True,
                               extra_compile_args=["-O3", "-ffp-contract=fast", "-fno-math-errno",
                                                   "-fno-trapping-math", "-Wno-unknown-pragmas", *threads]),
-            Pybind11Extension("megatron.kernels._packed_attention", ["megatron/kernels/packed_attention.cpp"],
+            Pybind11Extension("megatron.kernels.attention._packed_attention",
+                              ["megatron/kernels/attention/packed_attention.cpp"],
                               cxx_std=17, extra_link_args=threads, optional=True,
                               extra_compile_args=["-O3", "-ffp-contract=fast", "-Wno-unknown-pragmas", *threads],
-                              depends=[f"megatron/kernels/packed_attention{rest}"
+                              depends=[f"megatron/kernels/attention/packed_attention{rest}"
                                        for rest in (".h", "_blocks.inc", "_kernels.inc")])]
 
 

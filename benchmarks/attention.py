@@ -1,9 +1,9 @@
 """Attention forward and backward on packed proteins: `python benchmarks/attention.py [--repeats 9]`.
 
 One row of 2,176 positions of the shipped proteins as they are packed, 8 heads of 64, and 20 of 16 as in ESM-2's 8M, on
-the GPU if there is one. Ways compared: the project's kernel, its way without the compiled helper, PyTorch's
-scaled_dot_product_attention a protein, the same on proteins padded to the longest, and on the whole row with a mask.
-The cases alternate; `--forward` times the forward pass alone.
+the GPU if there is one. Ways compared: the project's kernel, its Triton kernels (on a GPU alone, where the first may be
+PyTorch's varlen_attn), its way by protein, PyTorch's scaled_dot_product_attention a protein, the same on proteins
+padded to the longest, and on the whole row with a mask. The cases alternate; `--forward` times the forward pass alone.
 """
 
 import argparse
@@ -22,14 +22,21 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.proteins import LENGTHS, packed_row  # noqa: E402
 from benchmarks.train_step import processor  # noqa: E402
-from megatron.kernels.attention import packed_attention  # noqa: E402
-from megatron.kernels.by_protein import attention_by_protein  # noqa: E402
+from megatron.kernels.attention.by_protein import attention_by_protein  # noqa: E402
+from megatron.kernels.attention.packed import packed_attention  # noqa: E402
 from megatron.kernels.packed_sequence import PackedSequence  # noqa: E402
 
 Way = Callable[[Tensor, PackedSequence, float], Tensor]
 
 
-def without_helper(qkv_tn3d: Tensor, sequence: PackedSequence, dropout: float) -> Tensor:
+def triton_kernels(qkv_tn3d: Tensor, sequence: PackedSequence, dropout: float) -> Tensor:
+    """The project's own kernels, also where it takes PyTorch's operator."""
+    seed = torch.randint(2**63 - 1, (), device=qkv_tn3d.device)
+    return torch.ops.megatron.fused_attention(qkv_tn3d, None, sequence.cu_seqlens, seed, sequence.num_filler, 0, -1, -1,
+                                              dropout)[0].flatten(1, 2)
+
+
+def by_protein(qkv_tn3d: Tensor, sequence: PackedSequence, dropout: float) -> Tensor:
     """Two products and a softmax for each protein."""
     return attention_by_protein(qkv_tn3d, sequence.cu_seqlens, sequence.num_filler, None, dropout)
 
@@ -61,7 +68,7 @@ def masked_row(qkv_tn3d: Tensor, sequence: PackedSequence, dropout: float) -> Te
     return F.scaled_dot_product_attention(query, key, value, mask, dropout)[0].transpose(0, 1)
 
 
-WAYS: dict[str, Way] = {"this project": packed_attention, "without the helper": without_helper,
+WAYS: dict[str, Way] = {"this project": packed_attention, "Triton": triton_kernels, "by protein": by_protein,
                         "SDPA a protein": a_protein_at_a_time, "SDPA, padded": padded, "SDPA, masked row": masked_row}
 CASES = [(shape, dtype, dropout) for shape, dropout in (((8, 64), 0.0), ((20, 16), 0.0), ((8, 64), 0.1))
          for dtype in (torch.float32, torch.bfloat16)]
@@ -88,11 +95,12 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sequence = packed_row().to(device).sequence
-    times: dict[tuple, list[float]] = {(name, *case): [] for name in WAYS for case in CASES}
+    ways = {name: way for name, way in WAYS.items() if device.type == "cuda" or way is not triton_kernels}
+    times: dict[tuple, list[float]] = {(name, *case): [] for name in ways for case in CASES}
     for repeat in range(arguments.repeats + 2):
         for shape, dtype, dropout in CASES:
             qkv = torch.randn(sum(LENGTHS), shape[0], 3, shape[1], device=device).to(dtype).requires_grad_()
-            for name, way in WAYS.items():
+            for name, way in ways.items():
                 elapsed_ms = milliseconds(way, qkv, sequence, dropout, not arguments.forward)
                 if repeat >= 2:  # the first two warm up
                     times[(name, shape, dtype, dropout)].append(elapsed_ms)
@@ -100,7 +108,7 @@ def main() -> None:
     heads = (f"{shape[0]} × {shape[1]}, {str(dtype).split('.')[1]}, dropout {dropout}"
              for shape, dtype, dropout in CASES)
     print("| way | " + " | ".join(heads) + " |\n| --- |" + " --- |" * len(CASES))
-    for name in WAYS:
+    for name in ways:
         columns = [times[(name, *case)] for case in CASES]
         cells = [f"{statistics.median(t):.1f} ({min(t):.1f}–{max(t):.1f})" for t in columns]
         print(f"| {name} | " + " | ".join(cells) + " |")

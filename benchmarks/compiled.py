@@ -39,8 +39,8 @@ from megatron.parallel.tensor.stream import ONE_RANK
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64",
           torch.int32: "*i32"}
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-_MATRIX_PRODUCTS = ("mm", "addmm", "_flash_attention_forward", "_flash_attention_backward",
-                    "_efficient_attention_forward", "_efficient_attention_backward")
+_ATTENTION = ("fused_attention", "fused_attention_backward", "_varlen_attn", "_varlen_attn_backward")
+_NOT_POINTWISE = ("mm", "addmm", *_ATTENTION)
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Launches(TorchDispatchMode):
     @property
     def pointwise(self) -> list[tuple[str, int]]:
         """What PyTorch launches besides matrix products and attention."""
-        return [other for other in self.others if other[0] not in _MATRIX_PRODUCTS]
+        return [other for other in self.others if other[0] not in _NOT_POINTWISE]
 
     @property
     def num_bytes(self) -> int:
@@ -152,14 +152,16 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operator of ours up to its launches, and any other on `meta`."""
-        if func.namespace == "megatron":
+        name = func._overloadpacket.__name__
+        if func.namespace == "megatron" and name not in _ATTENTION:
             with patch.object(JITFunction, "__getitem__", lambda kernel, grid: self._recorder(kernel)), self:
                 return OPDEFS[func.name()]._init_fn(*args, **(kwargs or {}))
         results = func(*args, **(kwargs or {}))
-        if func.namespace == "aten" and not func.is_view and not re.search("empty|detach", func.__name__):
+        if name in _ATTENTION or (func.namespace == "aten" and not func.is_view
+                                  and not re.search("empty|detach", func.__name__)):
             tensors = [value for value in tree_leaves((args, kwargs, results)) if isinstance(value, Tensor)]
             num_bytes = sum(map(_num_bytes, {id(tensor): tensor for tensor in tensors}.values()))
-            self.others.append((func._overloadpacket.__name__, num_bytes))
+            self.others.append((name, num_bytes))
         return results
 
     def _recorder(self, kernel: Any) -> Any:

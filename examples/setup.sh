@@ -120,9 +120,8 @@ build_helpers() {
 # are_built SUFFIX: whether each helper is there and newer than what it is made of.
 are_built() {
     local made
-    for made in data/rows/_packing:data/rows/packing.cpp kernels/_packed_attention:kernels/packed_attention.cpp \
-        kernels/pointwise/_pointwise:kernels/pointwise/pointwise.cpp \
-        kernels/_packed_attention:kernels/packed_attention{.h,_blocks.inc,_kernels.inc}; do
+    for made in data/rows/_packing:data/rows/packing.cpp kernels/pointwise/_pointwise:kernels/pointwise/pointwise.cpp \
+        kernels/attention/_packed_attention:kernels/attention/packed_attention{.cpp,.h,_blocks.inc,_kernels.inc}; do
         if ! [ "$root/megatron/${made%:*}$1" -nt "$root/megatron/${made#*:}" ]; then return 1; fi
     done
 }

@@ -3,17 +3,17 @@
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron.data.batches.batch import Batch, BatchShape, collate
 from megatron.data.rows.packed import Row
-from megatron.kernels import attention
+from megatron.kernels.attention import fused, packed
 from megatron.parallel import context
 
 
@@ -33,42 +33,44 @@ def packed_batch(*lengths: int, filler: int = 0, empty: int = 0, targets: Sequen
 
 @contextmanager
 def fused_by_definition() -> Iterator[list[tuple[str, float]]]:
-    """Lets attention take the operators of GPUs, which have no kernels on CPUs; lists their names and dropout."""
+    """Lets attention take the operators of GPUs, by their definitions; lists their names and dropout."""
     calls: list[tuple[str, float]] = []
 
-    def flash(query: Tensor, key: Tensor, value: Tensor, query_ends: Tensor, key_ends: Tensor, longest_query: int,
-              longest_key: int, dropout: float, is_causal: bool, returns_mask: bool, *, window_size_left: int | None,
-              window_size_right: int | None) -> list[Tensor]:
-        assert query.dtype != torch.float32 and not is_causal and not returns_mask
-        assert window_size_left is window_size_right is None
-        calls.append(("flash", dropout))
-        return [_by_definition((query, key, value), (query_ends, key_ends), (longest_query, longest_key), dropout)]
+    def varlen(query: Tensor, key: Tensor, value: Tensor, query_ends: Tensor, key_ends: Tensor, longest_query: int,
+               longest_key: int, *, window_size: tuple[int, int]) -> Tensor:
+        assert query.dtype != torch.float32 and window_size == (-1, -1)
+        assert torch.backends.cuda.flash_sdp_enabled() and not torch.backends.cuda.cudnn_sdp_enabled()
+        calls.append(("varlen", 0.0))
+        for tensor, ends, longest in ((query, query_ends, longest_query), (key, key_ends, longest_key)):
+            assert (ends[0], ends[-1]) == (0, len(tensor))  # what lies in no segment would have any context
+            assert 0 <= ends.diff().min() <= ends.diff().max() <= longest
+        return _by_definition((query, key, value), (query_ends, key_ends), 0.0)
 
-    def efficient(query: Tensor, key: Tensor, value: Tensor, bias: None, query_ends: Tensor, key_ends: Tensor,
-                  longest_query: int, longest_key: int, dropout: float, mask_type: int, goes_back: bool) -> Any:
-        assert bias is None and mask_type == 0 and goes_back == (torch.is_grad_enabled() and query.requires_grad)
-        assert all(len(tensor) == 1 for tensor in (query, key, value))
-        calls.append(("memory-efficient", dropout))
-        return [_by_definition((query[0], key[0], value[0]), (query_ends, key_ends), (longest_query, longest_key),
-                               dropout)[None]]
+    def triton(qkv: Tensor, key_value: Tensor | None, ends: Tensor, seed: Tensor | None, num_filler: int, first: int,
+               left: int, right: int, dropout: float) -> list[Tensor]:
+        assert left == right == -1 and (seed is not None) == (dropout > 0)
+        calls.append(("triton", dropout))
+        query, keys = (qkv[:, :, :-2], qkv[:, :, -2:]) if key_value is None else (qkv, key_value)
+        key, value = (tensor.repeat_interleave(query.shape[2], 1) for tensor in keys.unbind(2))
+        ends = ends[:len(ends) - num_filler]
+        query_ends = (ends - first).clamp(0, len(query))
+        context = _by_definition((query.flatten(1, 2), key, value), (query_ends, ends), dropout)
+        context = context + 0 * keys.sum()  # as an operator's, it depends on keys also where no query has any
+        return [F.pad(context, (0, 0, 0, 0, 0, len(query) - len(context))).view_as(query)]
 
-    with (patch.object(attention, "is_fused", lambda *_, **__: True),
+    with (patch.object(packed, "is_fused", lambda *_, **__: True),
           patch.object(context, "is_fused", lambda *_, **__: True),
-          patch.object(attention, "_takes_flash", lambda tensor: tensor.dtype != torch.float32),
-          patch.object(torch.ops.aten, "_flash_attention_forward", flash),
-          patch.object(torch.ops.aten, "_efficient_attention_forward", efficient)):
+          patch.object(fused, "is_of_ampere", lambda _: True),
+          patch.object(fused, "varlen_attn", varlen), patch.object(fused, "_operator", triton)):
         yield calls
 
 
-def _by_definition(tensors: tuple[Tensor, Tensor, Tensor], ends: tuple[Tensor, Tensor], longest: tuple[int, int],
-                   dropout: float) -> Tensor:
+def _by_definition(tensors: tuple[Tensor, Tensor, Tensor], ends: tuple[Tensor, Tensor], dropout: float) -> Tensor:
     """Each segment for itself; an empty one has no context, and what has no keys is none of the operators' business."""
-    spans = []
-    for tensor, each, most in zip(tensors, ends, longest, strict=False):
-        assert each.dtype == torch.int32 and each.is_contiguous() and (each[0], each[-1]) == (0, len(tensor))
-        assert 0 <= each.diff().min() <= each.diff().max() <= most
-        spans.append([slice(*span) for span in itertools.pairwise(each.tolist())])
+    assert all(each.dtype == torch.int32 and each.is_contiguous() for each in ends)
+    queries, keys = ([slice(*span) for span in itertools.pairwise(each.tolist())] for each in ends)
     query, key, value = (tensor.transpose(0, 1) for tensor in tensors)
-    contexts = [F.scaled_dot_product_attention(query[:, mine], key[:, whole], value[:, whole], dropout_p=dropout)
-                for mine, whole in zip(*spans, strict=True) if mine.stop > mine.start]
-    return torch.cat(contexts, dim=1).transpose(0, 1)
+    with sdpa_kernel(SDPBackend.MATH):
+        contexts = [F.scaled_dot_product_attention(query[:, mine], key[:, whole], value[:, whole], dropout_p=dropout)
+                    for mine, whole in zip(queries, keys, strict=True) if mine.stop > mine.start]
+    return torch.cat([query[:, :0], *contexts], dim=1).transpose(0, 1)

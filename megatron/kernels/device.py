@@ -19,17 +19,23 @@ def takes_gpu_way(tensor: Tensor) -> bool:
 
 
 def takes_triton(tensor: Tensor) -> bool:
-    """Whether Triton's kernels take `tensor`: on GPUs since Ampere, and where they are interpreted, anywhere.
+    """Whether what lies between matrix products goes by Triton's kernels.
 
     Fake tensors stand for a GPU's. What torch.compile compiles goes the plain way, which inductor fuses.
     """
     if torch.compiler.is_compiling() or tensor.dtype not in _DTYPES:
         return False
-    if is_fake(tensor):
-        return True
-    if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return False
-    return _has_triton() and (not tensor.is_cuda or _is_ampere_or_newer(tensor.device))
+    return is_fake(tensor) or runs_triton(tensor)
+
+
+def runs_triton(tensor: Tensor) -> bool:
+    """Whether Triton is there and its kernels run on `tensor`: on GPUs since Ampere, or interpreted anywhere."""
+    return (is_interpreted() or is_of_ampere(tensor)) and has_triton()
+
+
+def is_of_ampere(tensor: Tensor) -> bool:
+    """Whether the tensor's GPU is of that generation or a later one: compute capability 8.0."""
+    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
 
 
 def is_fake(tensor: Tensor) -> bool:
@@ -43,11 +49,18 @@ def as_called(operator: Callable[..., Any], function: Callable[..., Any], tensor
     return operator if is_fake(tensor) else function
 
 
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+@torch.compiler.assume_constant_result
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return _has("triton")
+
+
+@torch.compiler.assume_constant_result
+def is_interpreted() -> bool:
+    """Whether Triton runs kernels in Python, as it does in tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @cache
-def _is_ampere_or_newer(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+def _has(module: str) -> bool:
+    return find_spec(module) is not None

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.kernels.attention import fused_attention, is_fused, packed_attention
-from megatron.kernels.by_protein import ProteinPass, Window
-from megatron.kernels.cpu_attention import CompiledPass, takes_helper
+from megatron.kernels.attention.by_protein import ProteinPass, Window
+from megatron.kernels.attention.compiled import CompiledPass, takes_helper
+from megatron.kernels.attention.fused import fused_attention, is_fused
+from megatron.kernels.attention.packed import packed_attention
 from megatron.kernels.packed_sequence import PackedSequence, protein_lengths
 from megatron.parallel.collectives import all_gather, gather_slices, reduce_scatter
 from megatron.parallel.mesh import Axis
@@ -26,14 +27,11 @@ def context_attention(qkv_ugcd: Tensor, sequence: PackedSequence, dropout: float
     """
     if axis.size == 1:
         return packed_attention(qkv_ugcd, sequence, dropout, window)
-    if not is_fused(qkv_ugcd, window, is_whole=False):
+    if not is_fused(qkv_ugcd, dropout, window, is_whole=False):
         return _gathered(qkv_ugcd, sequence, dropout, axis, window)
     query_ugqd, key_value_ug2d = qkv_ugcd.split([qkv_ugcd.shape[2] - 2, 2], dim=2)
-    num_queries, ends = len(qkv_ugcd), sequence.cu_seqlens
-    query_ends = (ends - axis.rank * num_queries).clamp(0, num_queries)
-    longest = min(sequence.max_length, num_queries), sequence.max_length
-    return fused_attention(query_ugqd, gather_slices(key_value_ug2d, axis), (query_ends, ends), longest, dropout,
-                           window)
+    key_value_tg2d = gather_slices(key_value_ug2d, axis)
+    return fused_attention(query_ugqd, key_value_tg2d, sequence, axis.rank * len(qkv_ugcd), dropout, window)
 
 
 def with_neighbours(x_uf: Tensor, num_neighbours: int, axis: Axis) -> Tensor:

@@ -20,7 +20,7 @@ BANDWIDTH_SHARE = 0.8  # of memory's and links' bandwidth
 class Gpu:
     """One GPU: memory in GiB, peaks in TFLOP/s, bandwidths in GB/s, those of links for one direction.
 
-    `half_tflops` is bf16's and fp16's; `has_flash`: whether FlashAttention and bf16 are there, as from compute
+    `half_tflops` is bf16's and fp16's; `has_fused`: whether bf16 and fused attention are there, as from compute
     capability 8.0 on. `link` connects the GPUs of a node (NVLink, or PCIe where there is none), `network` is each one's
     share of the node's adapters.
     """
@@ -31,7 +31,7 @@ class Gpu:
     memory_bandwidth: float
     link: float
     network: float
-    has_flash: bool = True
+    has_fused: bool = True
 
 
 GPUS = {
@@ -41,7 +41,7 @@ GPUS = {
     "h200-141gb": Gpu(141, 989, 67, 4800, 450, 50),
     "b200-180gb": Gpu(180, 2250, 80, 8000, 900, 50),
     "l40s-48gb": Gpu(48, 362, 91.6, 864, 32, 12.5),
-    "v100-32gb": Gpu(32, 125, 15.7, 900, 150, 6.25, has_flash=False),
+    "v100-32gb": Gpu(32, 125, 15.7, 900, 150, 6.25, has_fused=False),
     "rtx4090-24gb": Gpu(24, 165, 82.6, 1008, 32, 3.125),
 }
 
@@ -56,7 +56,7 @@ def gpu_named(name: str) -> Gpu:
 def peak_flops(name: str, precision: PrecisionConfig) -> float:
     """FLOP/s at most in the dtype of activations; raises ConfigError where the GPU does not have it."""
     gpu, is_half = gpu_named(name), precision.fp16 or precision.bf16
-    if is_half and not gpu.has_flash:
-        raise ConfigError(f"--gpu {name} has no FlashAttention, and what the operator in its place keeps in fp16 is "
-                          "not counted; give another --gpu, or plan for fp32 with --no-bf16 and without --fp16")
+    if not gpu.has_fused:
+        raise ConfigError(f"--gpu {name} is from before compute capability 8.0: no fused attention runs on it, and "
+                          "what attention by protein keeps is not counted; give another --gpu")
     return (gpu.half_tflops if is_half else gpu.fp32_tflops) * 1e12

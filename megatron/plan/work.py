@@ -4,6 +4,7 @@ An operation moves each tensor that it is given once, and each that it gives, ch
 and collectives move nothing.
 """
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -11,12 +12,16 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+import megatron.kernels.attention.fused  # noqa: F401  (registers the operators)
+
 _ATEN = torch.ops.aten
 _PRODUCTS = {_ATEN.mm: 0, _ATEN.bmm: 0, _ATEN.addmm: 1, _ATEN.baddbmm: 1}  # where the two matrices stand
 # Operations for each pair of a query and a key, each head and each element of its width: two products forward, of which
-# the backward pass repeats one and has four.
-_ATTENTION = {_ATEN._flash_attention_forward: 4, _ATEN._flash_attention_backward: 10,
-              _ATEN._efficient_attention_forward: 4, _ATEN._efficient_attention_backward: 10}
+# FlashAttention's backward pass repeats one and has four; ours, without atomic additions, repeats three.
+_VARLEN, _FUSED = torch.ops.torch_attn, torch.ops.megatron
+_ATTENTION = {_VARLEN._varlen_attn: 4, _VARLEN._varlen_attn_backward: 10,
+              _FUSED.fused_attention: 4, _FUSED.fused_attention_backward: 14}
+_IN_MEMORY = ("aten", "megatron", "torch_attn")  # namespaces of operations that are more than messages
 
 
 class WorkCounter:
@@ -30,13 +35,10 @@ class WorkCounter:
         self.moved += sum(tensor.numel() * tensor.element_size() for tensor in _moved(func, given, new))
         packet = func._overloadpacket
         if packet in _ATTENTION:
-            # Boundaries of proteins, of queries and of keys: real ones, since they lie on the host.
-            queries, keys = (value for value in args if isinstance(value, Tensor) and value.dtype == torch.int32)
-            window = kwargs.get("window_size_left"), kwargs.get("window_size_right")
+            context = new[0] if _ATTENTION[packet] == 4 else args[0]  # or its gradient
             with unset_fake_temporarily():
-                num_pairs = _num_pairs(queries.diff().long(), keys.diff().long(), window)
-            # Of queries, or of the context's gradient: where heads share keys, there are fewer of those.
-            self.flops += _ATTENTION[packet] * num_pairs * args[0].shape[-2] * args[0].shape[-1]
+                num_pairs = _num_pairs(args, kwargs, len(context))
+            self.flops += _ATTENTION[packet] * num_pairs * math.prod(context.shape[1:])
         elif packet in _PRODUCTS:
             left, right = args[_PRODUCTS[packet]:][:2]
             self.flops += 2 * left.numel() * right.shape[-1]
@@ -58,22 +60,31 @@ class WeightBytes:
                               if tuple(sorted(tensor.shape)) in self.shapes)
 
 
-def _num_pairs(queries_g: Tensor, keys_g: Tensor, window: tuple[int | None, int | None]) -> int:
-    """Pairs of a query and a key of the same protein no further apart than the window's ends; None is no end.
+def _num_pairs(args: Any, kwargs: Any, num_queries: int) -> int:
+    """Pairs of a query and a key of one protein no further apart than the window's ends.
 
-    Where a rank has only some of a protein's queries, each is counted with as many keys as one has on average.
+    Boundaries are real ones, since they lie on the host. Where a rank has only some of a protein's queries, each is
+    counted with as many keys as one has on average.
     """
+    ends = [value for value in args if isinstance(value, Tensor) and value.dtype == torch.int32]
+    if len(ends) == 1:  # our own operator: boundaries of keys; filler has no part, and the queries begin at some token
+        num_filler, first, *window = [value for value in args if type(value) is int]
+        keys = ends[0][:len(ends[0]) - num_filler]
+        ends = [(keys - first).clamp(0, num_queries), keys]
+    else:
+        window = next((list(value) for value in (*args, *kwargs.values()) if isinstance(value, list | tuple)), [-1, -1])
+    queries_g, keys_g = (boundaries.diff().long() for boundaries in ends)
     pairs_g = keys_g + sum(_keys_beside(keys_g, width) for width in window)
     return int((queries_g * pairs_g // keys_g.clamp(min=1)).sum())
 
 
-def _keys_beside(keys_g: Tensor, width: int | None) -> Tensor:
-    """Of all tokens of each protein the keys on one side, of each token `width` at most."""
-    width_g = (keys_g - 1).clamp(0, width)
+def _keys_beside(keys_g: Tensor, width: int) -> Tensor:
+    """Of all tokens of each protein the keys on one side, of each token `width` at most, or all if that is negative."""
+    width_g = (keys_g - 1).clamp(0, None if width < 0 else width)
     return width_g * keys_g - width_g * (width_g + 1) // 2
 
 
 def _moved(func: Any, given: list[Tensor], new: list[Tensor]) -> list[Tensor]:
-    if func.namespace not in ("aten", "megatron") or func.is_view or "empty" in func.__name__:
+    if func.namespace not in _IN_MEMORY or func.is_view or "empty" in func.__name__:
         return []
     return [*{id(tensor): tensor for tensor in given}.values(), *new]

@@ -24,3 +24,13 @@ def test_rows_are_full_and_their_proteins_have_ends(preset):
     batch = training.full_rows(config, 1)
     assert config.data.seq_length - config.data.num_ends <= batch.num_tokens <= config.data.seq_length
     assert batch.num_residues == batch.num_tokens - config.data.num_ends * (batch.sequence.positions_t == 0).sum()
+
+
+def test_the_table_of_triton_kernels_has_a_row_a_kernel(monkeypatch, capsys):
+    pytest.importorskip("triton")
+    from benchmarks import triton_kernels
+
+    monkeypatch.setattr(sys, "argv", ["triton_kernels.py", "--presets", "demo", "--capabilities", "90"])
+    assert triton_kernels.main() == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| float32, width 32: ")]
+    assert [re.search(r": (\w+) \|", row)[1] for row in rows] == ["forward", "backward_queries", "backward_keys"]

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megatron.config import PrecisionConfig
-from megatron.kernels.attention import attention_reference, packed_attention
+from megatron.kernels.attention.fused import fused_attention
+from megatron.kernels.attention.packed import attention_reference, packed_attention
 from megatron.model.initialisation import initialise
 from megatron.model.protein_model import ProteinModel
 from pretrain_tape import main
@@ -37,7 +38,8 @@ def context_and_gradient(function, qkv_tgcd, weights_tnd, window):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("width", "queries", "window"), [
-    (16, 1, None), (64, 1, None), (128, 1, None), (64, 3, None), (64, 1, (30, 7)), (32, 2, (100, 200)), (24, 1, None)])
+    (16, 1, None), (64, 1, None), (128, 1, None), (64, 3, None), (64, 1, (30, 7)), (32, 2, (100, 200)), (24, 1, None),
+    (20, 1, None), (72, 2, (30, 7)), (256, 1, None)])
 def test_attentions_error_is_at_most_twice_plain_pytorchs_and_filler_has_no_gradient(dtype, width, queries, window):
     torch.manual_seed(0)
     qkv = torch.randn(REAL + FILLER, 4, queries + 2, width, device="cuda")
@@ -70,6 +72,27 @@ def test_dropout_keeps_the_expected_context_and_repeats_with_its_seed(dtype):
     first = packed_attention(qkv, packed, 0.2)
     torch.manual_seed(5)
     assert torch.equal(first, packed_attention(qkv, packed, 0.2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_context_ranks_have_the_context_gradient_and_dropout_of_one(dtype):
+    torch.manual_seed(0)
+    qkv = torch.randn(1600, 2, 4, 64, device="cuda").to(dtype)
+    packed = packed_batch(*LENGTHS, filler=1600 - REAL, empty=3).to("cuda").sequence
+    weights = torch.randn(1600, 4, 64, device="cuda").to(dtype)
+
+    def outcome(num_ranks):
+        x, contexts, size = qkv.clone().requires_grad_(), [], len(qkv) // num_ranks
+        for first in range(0, len(qkv), size):
+            torch.manual_seed(5)
+            query, keys = (x, None) if num_ranks == 1 else (x[first:first + size, :, :-2], x[:, :, -2:])
+            contexts.append(fused_attention(query, keys, packed, first, 0.2, (300, 40)))
+        context = torch.cat(contexts)
+        return context.detach(), torch.autograd.grad(context, x, weights)[0]
+
+    for one, four, again in zip(outcome(1), outcome(4), outcome(4), strict=True):
+        assert (one - four).float().norm() <= {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype] * one.float().norm()
+        assert torch.equal(four, again)
 
 
 def loss_and_gradients(family, device, is_compiled=False):

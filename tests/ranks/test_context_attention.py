@@ -5,9 +5,9 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from megatron.kernels import cpu_attention
-from megatron.kernels.attention import packed_attention
-from megatron.kernels.by_protein import tiles_of
+from megatron.kernels.attention import compiled
+from megatron.kernels.attention.by_protein import tiles_of
+from megatron.kernels.attention.packed import packed_attention
 from megatron.kernels.packed_sequence import protein_lengths
 from megatron.parallel import context
 from megatron.parallel.collectives import gather_slices
@@ -40,10 +40,10 @@ def normal(*shape, dtype, seed):
 
 
 def fused(qkv, sequence, dropout, axis):
-    """What GPUs take: FlashAttention in bf16, the memory-efficient operator in fp32."""
+    """What GPUs take: torch's operator in bf16, Triton's kernels in fp32."""
     with fused_by_definition() as calls:
         context_tnd = context_attention(qkv, sequence, dropout, axis)
-    assert calls == [("memory-efficient" if qkv.dtype == torch.float32 else "flash", dropout)]
+    assert calls == [("triton" if qkv.dtype == torch.float32 else "varlen", dropout)]
     return context_tnd
 
 
@@ -54,7 +54,7 @@ def by_protein(*arguments):
 
 
 WAYS = {"by protein": by_protein, "fused": fused}
-if cpu_attention.INSTRUCTION_SETS:
+if compiled.INSTRUCTION_SETS:
     WAYS["compiled"] = context_attention
 
 

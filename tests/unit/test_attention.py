@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron.kernels.attention import attention_reference, packed_attention
-from megatron.kernels.by_protein import attention_by_protein, tiles_of
+from megatron.kernels.attention.by_protein import attention_by_protein, tiles_of
+from megatron.kernels.attention.packed import attention_reference, packed_attention
 from tests.packed import fused_by_definition, packed_batch
 
 
@@ -126,31 +126,48 @@ def test_bf16_error_is_at_most_twice_the_definitions():
     assert errors[0] <= 2 * errors[1]
 
 
-@pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "flash"), (torch.float32, "memory-efficient")])
-def test_the_fused_operators_get_every_protein_and_the_filler_as_segments(dtype, name):
+@pytest.mark.parametrize(("dtype", "dropout", "queries", "width", "name"), [
+    (torch.bfloat16, 0.0, 1, 8, "varlen"), (torch.bfloat16, 0.1, 1, 8, "triton"), (torch.float32, 0.0, 1, 8, "triton"),
+    (torch.bfloat16, 0.0, 2, 8, "triton"), (torch.bfloat16, 0.0, 1, 12, "triton")])
+def test_each_fused_operator_gets_what_it_can_take(dtype, dropout, queries, width, name):
     sequence = packed(9, 1, 5, filler=20, empty=3)
-    qkv = torch.randn(35, 2, 3, 8).to(dtype).requires_grad_()
-    expected = packed_attention(qkv, sequence, 0.0)
+    qkv = torch.randn(35, 2, queries + 2, width).to(dtype).requires_grad_()
     with fused_by_definition() as calls:
-        context = packed_attention(qkv, sequence, 0.0)
-        with torch.no_grad():
-            packed_attention(qkv, sequence, 0.1)
-    assert calls == [(name, 0.0), (name, 0.1)]
-    assert (context - expected)[:15].norm() < {torch.bfloat16: 1e-2, torch.float32: 1e-6}[dtype] * expected.norm()
+        context = packed_attention(qkv, sequence, dropout)
+    assert calls == [(name, dropout)]
+    if not dropout:
+        expected = attention_reference(qkv.float(), sequence, 0.0)
+        assert (context - expected)[:15].norm() < 1e-2 * expected.norm()
 
 
-@pytest.mark.parametrize(("dtype", "node"), [(torch.bfloat16, "FlashAttentionBackward0"),
-                                             (torch.float32, "EfficientAttentionBackward0")])
-def test_tensors_that_stand_for_a_gpus_take_its_operator_and_get_their_gradient(dtype, node):
+@pytest.mark.parametrize(("dtype", "dropout", "node"), [(torch.bfloat16, 0.0, "_varlen_attn"),
+                                                        (torch.bfloat16, 0.1, "fused_attention"),
+                                                        (torch.float32, 0.0, "fused_attention")])
+@pytest.mark.parametrize("queries", [1, 2])
+def test_tensors_that_stand_for_a_gpus_take_its_operator_and_get_their_gradient(dtype, dropout, node, queries):
     sequence = packed(5, 4, filler=3, empty=2)
     with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
-        qkv = torch.empty(12, 2, 3, 8, dtype=dtype, requires_grad=True)
-        context = packed_attention(qkv, sequence.map(fakes.from_tensor), 0.1)
-        assert context.shape == (12, 2, 8)
-        while not (name := context.grad_fn.name()).startswith(("Flash", "Efficient")):
-            context = context._base
-        assert name == node
+        qkv = torch.empty(12, 2, queries + 2, 8, dtype=dtype, requires_grad=True)
+        context = packed_attention(qkv, sequence.map(fakes.from_tensor), dropout)
+        assert context.shape == (12, 2 * queries, 8)
+        names, waiting = set(), [context.grad_fn]
+        while waiting:
+            found = waiting.pop()
+            names.add(found.name())
+            waiting += [function for function, _ in found.next_functions if function is not None]
+        assert any((node if queries == 1 else "fused_attention") in name for name in names), names
         context.backward(torch.empty_like(context))
+    assert qkv.grad.shape == qkv.shape
+
+
+@pytest.mark.parametrize(("dtype", "dropout"), [(torch.bfloat16, 0.0), (torch.bfloat16, 0.1), (torch.float32, 0.0)])
+def test_a_graph_takes_the_fused_operators_whole(dtype, dropout):
+    sequence = packed(5, 4, filler=3, empty=2).map(lambda tensor: tensor.to("meta"))
+    qkv = torch.empty(12, 2, 3, 8, dtype=dtype, device="meta", requires_grad=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(packed_attention, backend="aot_eager", fullgraph=True, dynamic=False)
+    context = compiled(qkv, sequence, dropout)
+    context.backward(torch.empty_like(context))
     assert qkv.grad.shape == qkv.shape
 
 

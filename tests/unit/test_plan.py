@@ -10,6 +10,7 @@ import torch
 
 from megatron.config.command_line import parse
 from megatron.errors import ConfigError
+from megatron.kernels.attention.fused import fused_attention
 from megatron.model import transformer
 from megatron.model.protein_model import ProteinModel
 from megatron.parallel.layout import check_layout
@@ -21,6 +22,7 @@ from megatron.parallel.tensor.stream import Stream
 from megatron.plan.dry_run import dry_run, measure
 from megatron.plan.gpus import GPUS
 from megatron.plan.memory import peak_memory
+from megatron.plan.memory_watch import MemoryWatch
 from megatron.plan.messages import step_traffic
 from megatron.plan.pieces import _watched as watched_piece
 from megatron.plan.pieces import measured as measured_piece
@@ -28,6 +30,8 @@ from megatron.plan.rank import Rank, padded_vocab_size
 from megatron.plan.search import Machine, best_plans, layout_flags
 from megatron.plan.setting import Part
 from megatron.plan.step_time import bubble_micro_batches
+from megatron.plan.work import WorkCounter
+from tests.packed import packed_batch
 from tools.plan_layout import main
 
 TRAINING = ["--lr", "1e-4", "--train-iters", "1"]
@@ -194,6 +198,19 @@ def test_more_sharding_holds_less():
     assert peaks == sorted(peaks, reverse=True)
 
 
+@pytest.mark.parametrize(("dropout", "queries", "first", "pairs", "products"), [
+    (0.0, 1, None, 25 + 16 + 9, 7),  # FlashAttention, for which filler is a protein
+    (0.1, 1, None, 25 + 16, 9), (0.1, 3, None, 25 + 16, 9), (0.1, 1, 6, 3 * 4, 9)])
+def test_attention_counts_the_pairs_that_see_each_other(dropout, queries, first, pairs, products):
+    sequence, work = packed_batch(5, 4, filler=3, empty=2).sequence, WorkCounter()
+    with MemoryWatch([work.count]):
+        qkv = torch.empty(12, 2, queries + 2, 8, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        query, keys = (qkv, None) if first is None else (qkv[first:, :, :-2], qkv[:, :, -2:])
+        context = fused_attention(query, keys, sequence, first or 0, dropout)
+        context.backward(torch.empty_like(context))
+    assert work.flops == 2 * products * pairs * 2 * queries * 8
+
+
 @pytest.mark.parametrize("num_rows", [4, 16])
 @pytest.mark.parametrize("part", [Part(True, range(0), False), Part(False, range(1), False),
                                   Part(False, range(0), True)])
@@ -250,10 +267,11 @@ def test_a_dry_run_of_a_model_as_wide_as_a_micro_batch_is_long_tells_no_bytes_of
     assert "bytes a parameter" not in dry_run(config)
 
 
+@pytest.mark.parametrize(("dropout", "of_pair"), [(0.0, 4 + 10), (0.1, 4 + 14)])  # PyTorch's operator, and ours
 @pytest.mark.parametrize("window", [(0, 0), (3, 5), (200, 1), (1000, 1000)])
-def test_attention_under_a_window_works_on_the_pairs_that_see_each_other(window):
+def test_attention_under_a_window_works_on_the_pairs_that_see_each_other(window, dropout, of_pair):
     def flops(*flags):
-        config, _ = parse([*SMALL, *flags])
+        config, _ = parse([*SMALL, "--bf16", "--attention-dropout", str(dropout), *flags])
         setting = Rank(config, 1).setting
         return measured_piece(setting, Part(False, range(1), False), False).flops, setting.batch.sequence.cu_seqlens
 
@@ -265,7 +283,7 @@ def test_attention_under_a_window_works_on_the_pairs_that_see_each_other(window)
     whole, ends = flops()
     inside, _ = flops("--window-size", *map(str, window))
     left_out = pairs(ends, 10**6, 10**6) - pairs(ends, *window)
-    assert whole - inside == (4 + 10) * left_out * 256
+    assert whole - inside == of_pair * left_out * 256
 
 
 def test_a_dry_run_of_a_rank_that_is_not_there_is_refused():
@@ -328,7 +346,7 @@ def test_the_tool_prints_json(capsys):
 
 @pytest.mark.parametrize(("flags", "message"), [
     (["--gpu", "h100"], f"--gpu h100 is not known; give one of {', '.join(GPUS)}"),
-    (["--gpu", "v100-32gb"], "--gpu v100-32gb has no FlashAttention"),
+    (["--gpu", "v100-32gb"], "--gpu v100-32gb is from before compute capability 8.0"),
     (["--gpu", "a100-40gb", "--num-layers", "2000", "--gpus", "2"], "nothing fits: the least that a layout of 2 GPUs"),
     (["--gpu", "a100-40gb", "--global-batch-size", "3", "--pipeline-model-parallel-size", "1",
       "--context-parallel-size", "1"],

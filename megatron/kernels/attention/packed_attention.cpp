@@ -1,4 +1,4 @@
-// Attention inside each protein of a packed sequence on CPUs, forward and backward (see cpu_attention.py).
+// Attention inside each protein of a packed sequence on CPUs, forward and backward (see compiled.py).
 //
 // No two units of work write to one place, and each works in one order: the bits do not depend on the threads.
 
@@ -200,7 +200,7 @@ void attend(const Call& call, const std::vector<Place>& places, uintptr_t statis
 
 PYBIND11_MODULE(_packed_attention, m) {
   using namespace packed_attention;
-  m.doc() = "Attention inside each protein of a packed sequence (see megatron/kernels/cpu_attention.py).";
+  m.doc() = "Attention inside each protein of a packed sequence (see megatron/kernels/attention/compiled.py).";
   m.def("instruction_sets", &instruction_sets, "those of this build that the processor has, the fastest first");
   m.def("attend", [](const std::string& way, int threads, bool is_bf16, const std::vector<int64_t>& lengths,
                      std::tuple<int64_t, int64_t> queries_here, std::tuple<int64_t, int64_t, int64_t> shape,

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.kernels import attention, cpu_attention
-from megatron.kernels.attention import attention_reference, packed_attention
+from megatron.kernels.attention import compiled, packed
+from megatron.kernels.attention.packed import attention_reference, packed_attention
 from tests.packed import packed_batch
 
-pytestmark = pytest.mark.skipif(not cpu_attention.INSTRUCTION_SETS,
-                                reason="megatron.kernels._packed_attention is not built")
-every_instruction_set = pytest.mark.parametrize("instructions", cpu_attention.INSTRUCTION_SETS)
+pytestmark = pytest.mark.skipif(not compiled.INSTRUCTION_SETS,
+                                reason="megatron.kernels.attention._packed_attention is not built")
+every_instruction_set = pytest.mark.parametrize("instructions", compiled.INSTRUCTION_SETS)
 WINDOWS = [None, (5, 70), (200, 1)]
 
 
@@ -30,7 +30,7 @@ def outcomes(sequence, qkv, window=None, instructions=""):
     weights[size:] = 0
 
     def ours(x):
-        return cpu_attention.cpu_attention(x, sequence.cu_seqlens, sequence.num_filler, window, 0.0, instructions)
+        return compiled.compiled_attention(x, sequence.cu_seqlens, sequence.num_filler, window, 0.0, instructions)
 
     def definition(x):
         return attention_reference(x, sequence, 0.0, window)
@@ -95,7 +95,7 @@ def test_the_bits_depend_neither_on_the_threads_nor_on_what_else_is_packed(dtype
         sequence = packed_batch(*lengths).sequence
         torch.set_num_threads(number)
         try:
-            results.append(outcome(lambda x, ends=sequence.cu_seqlens: cpu_attention.cpu_attention(
+            results.append(outcome(lambda x, ends=sequence.cu_seqlens: compiled.compiled_attention(
                 x, ends, 0, None, 0.0, instructions), qkv, weights))
         finally:
             torch.set_num_threads(threads)
@@ -108,9 +108,9 @@ def test_the_operator_is_what_torch_expects_of_one_and_gives_the_same_bits():
     sequence = packed_batch(5, 2, filler=3).sequence
     qkv = torch.randn(10, 2, 4, 4, requires_grad=True)
     arguments = qkv, sequence.cu_seqlens, sequence.num_filler, 3, 1, 0.0, ""
-    torch.library.opcheck(torch.ops.megatron.cpu_attention.default, arguments)
-    context, statistics, seed = torch.ops.megatron.cpu_attention(*arguments)
-    torch.library.opcheck(torch.ops.megatron.cpu_attention_backward.default,
+    torch.library.opcheck(torch.ops.megatron.compiled_attention.default, arguments)
+    context, statistics, seed = torch.ops.megatron.compiled_attention(*arguments)
+    torch.library.opcheck(torch.ops.megatron.compiled_attention_backward.default,
                           (torch.ones_like(context), qkv.detach(), sequence.cu_seqlens, context.detach(),
                            statistics.detach(), seed, sequence.num_filler, 3, 1, 0.0, ""))
     eager = packed_attention(qkv, sequence, 0.0, (3, 1))
@@ -166,11 +166,11 @@ def test_dropout_drops_what_an_independent_generator_says(queries, window, dtype
     qkv = torch.randn(sum(lengths), 2, queries + 2, 16).to(dtype)
     weights = torch.randn(len(qkv), 2 * queries, 16).to(dtype)
     torch.manual_seed(5)
-    ours = outcome(lambda x: cpu_attention.cpu_attention(x, sequence.cu_seqlens, 0, window, rate, instructions), qkv,
+    ours = outcome(lambda x: compiled.compiled_attention(x, sequence.cu_seqlens, 0, window, rate, instructions), qkv,
                    weights)
     torch.manual_seed(5)
     factors = dropped(lengths, 2 * queries, rate, int(torch.randint(2**62, ())))
-    with patch.object(attention.F, "dropout", lambda probabilities, _: probabilities * factors):
+    with patch.object(packed.F, "dropout", lambda probabilities, _: probabilities * factors):
         plain = outcome(lambda x: attention_reference(x, sequence, rate, window), qkv, weights)
         exact = outcome(lambda x: attention_reference(x, sequence, rate, window), qkv.double(), weights.double())
     for mine, theirs, right in zip(ours, plain, exact, strict=True):
@@ -199,7 +199,7 @@ def test_the_helper_does_all_in_fp32_and_bf16_and_scores_never_reach_memory(monk
     def refuse(*_):
         raise AssertionError("attention a protein at a time was taken")
 
-    monkeypatch.setattr(attention, "attention_by_protein", refuse)
+    monkeypatch.setattr(packed, "attention_by_protein", refuse)
     sequence = packed_batch(30).sequence
     for dtype in (torch.float32, torch.bfloat16):
         for dropout in (0.0, 0.1):
@@ -210,10 +210,10 @@ def test_the_helper_does_all_in_fp32_and_bf16_and_scores_never_reach_memory(monk
 
 def test_an_unknown_instruction_set_is_refused():
     with pytest.raises(ValueError, match="no way 'mmx'"):
-        cpu_attention.cpu_attention(torch.randn(4, 1, 3, 8), packed_batch(4).sequence.cu_seqlens, 0, None, 0.0, "mmx")
+        compiled.compiled_attention(torch.randn(4, 1, 3, 8), packed_batch(4).sequence.cu_seqlens, 0, None, 0.0, "mmx")
 
 
 @pytest.mark.parametrize("tensor", [torch.empty(4, 2, 3, 9, device="meta"), torch.empty(4, 2, 3, 8).half()])
 def test_what_is_not_on_the_host_or_of_another_dtype_is_left_to_the_other_ways(tensor):
-    assert not cpu_attention.takes_helper(tensor)
-    assert cpu_attention.takes_helper(torch.empty(4, 2, 3, 9))
+    assert not compiled.takes_helper(tensor)
+    assert compiled.takes_helper(torch.empty(4, 2, 3, 9))

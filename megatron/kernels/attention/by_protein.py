@@ -4,6 +4,7 @@ Shapes: u tokens with queries, t tokens with keys and values, n heads in g group
 Queries, keys and values of a token are c = q + 2 rows of width d for each group: the queries, the key, the value.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.kernels.device import takes_gpu_way
 from megatron.kernels.packed_sequence import protein_lengths
 
 Window = tuple[int, int] | None
+_IS_SLOW = ("attention is computed one protein at a time, and the host waits for the GPU: no kernel takes this GPU, "
+            "dtype and head width (from compute capability 8.0 on, fp16, bf16 or fp32, heads up to 256)")
 _LEAST_QUERIES = 128  # of a tile under a window: fewer are not faster
 
 
@@ -83,6 +87,8 @@ def forward_by_protein(query_ugqd: Tensor, key_value_tg2d: Tensor, tiles: Sequen
 
     That is the probabilities [g, q·queries, k] of each tile, each followed by dropout's factors if there is any.
     """
+    if takes_gpu_way(query_ugqd):
+        warnings.warn(_IS_SLOW, stacklevel=2)
     context_ugqd = torch.empty_like(query_ugqd, memory_format=torch.contiguous_format)
     context_ugqd[_num_queries(tiles):] = 0
     kept: list[Tensor] = []

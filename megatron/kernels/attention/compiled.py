@@ -3,8 +3,9 @@
 It takes fp32 and bf16 (products of bf16 numbers where the processor has them, fp32 sums everywhere), windows, groups of
 queries, any width and dropout. For the backward pass, which makes the scores anew, it keeps the softmax's largest score
 and sum for each query, and dropout's seed: which weights are dropped depends on that and on the places of query and key
-alone. Without a C++ compiler or pybind11 it is missing, and `megatron.kernels.by_protein` does the same work. Shapes: u
-tokens with queries, t tokens with keys and values, g groups, each with c = q + 2 rows of width d: queries, key, value.
+alone. Without a C++ compiler or pybind11 it is missing, and `megatron.kernels.attention.by_protein` does the same work.
+Shapes: u tokens with queries, t tokens with keys and values, g groups, each with c = q + 2 rows of width d: queries,
+key, value.
 """
 
 from collections.abc import Sequence
@@ -14,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.kernels.by_protein import Window
+from megatron.kernels.attention.by_protein import Window
 from megatron.kernels.device import takes_gpu_way
 from megatron.kernels.packed_sequence import protein_lengths
 
 try:
-    _helper: Any = import_module("megatron.kernels._packed_attention")
+    _helper: Any = import_module("megatron.kernels.attention._packed_attention")
 except ImportError:
     _helper = None
 
@@ -36,7 +37,7 @@ def takes_helper(qkv_tgcd: Tensor) -> bool:
     return bool(INSTRUCTION_SETS) and qkv_tgcd.dtype in (torch.float32, torch.bfloat16)
 
 
-def cpu_attention(qkv_tgcd: Tensor, cu_seqlens: Tensor, num_filler: int, window: Window, dropout: float = 0.0,
+def compiled_attention(qkv_tgcd: Tensor, cu_seqlens: Tensor, num_filler: int, window: Window, dropout: float = 0.0,
                   instructions: str = "") -> Tensor:
     """The context [t, n, d] of whole proteins, 0 in the filler; `instructions` names another set than the fastest."""
     left, right = window or (-1, -1)
@@ -123,13 +124,13 @@ def _backward(grad_tgqd: Tensor, qkv_tgcd: Tensor, cu_seqlens: Tensor, context_t
 
 # The same as an operator that torch.compile takes as it is; traced, each new list of lengths would compile anew. A
 # window of -1 is none.
-@torch.library.custom_op("megatron::cpu_attention", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+@torch.library.custom_op("megatron::compiled_attention", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def _operator(qkv_tgcd: Tensor, cu_seqlens: Tensor, num_filler: int, left: int, right: int, dropout: float,
               instructions: str) -> tuple[Tensor, Tensor, Tensor]:
     return _forward(qkv_tgcd, cu_seqlens, num_filler, left, right, dropout, instructions)
 
 
-@torch.library.custom_op("megatron::cpu_attention_backward", mutates_args=())
+@torch.library.custom_op("megatron::compiled_attention_backward", mutates_args=())
 def _operator_backward(grad_tgqd: Tensor, qkv_tgcd: Tensor, cu_seqlens: Tensor, context_tgqd: Tensor,
                        statistics_tgq2: Tensor, seed: Tensor, num_filler: int, left: int, right: int, dropout: float,
                        instructions: str) -> Tensor:

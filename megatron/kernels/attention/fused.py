@@ -1,0 +1,167 @@
+"""Attention of all proteins at once on GPUs: one operator, by boundaries on the device.
+
+Two do it. PyTorch's `varlen_attn`, which is FlashAttention 2, in half precision, without dropout, with a key for each
+query head. Everything else is Triton's kernels (`megatron.kernels.attention.triton_kernels`): dropout, fp32 (with TF32
+products where `torch.backends.cuda.matmul` has them), any width up to 256, groups of queries, windows also where the
+queries are a context rank's; they take nothing of the filler, read the fused projection as it lies and write its
+gradient as one tensor. Fake tensors stand for those of a GPU that has both.
+
+Shapes: u tokens with queries, t tokens with keys and values, n heads in g groups of q, d head width, x = q rows of a
+group where keys and values come as a tensor of their own, and c = q + 2 where they lie behind the queries.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
+
+from megatron.errors import ConfigError
+from megatron.kernels.attention.by_protein import Window
+from megatron.kernels.attention.launches import Call
+from megatron.kernels.device import has_triton, is_fake, is_of_ampere, runs_triton, takes_gpu_way
+from megatron.kernels.packed_sequence import PackedSequence
+
+_WIDEST = 256
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def is_fused(qkv_ugcd: Tensor, dropout: float, window: Window = None, is_whole: bool = True) -> bool:
+    """Whether a fused operator takes these; `is_whole`: every protein's queries are here. False on CPUs.
+
+    False too for what none can do on a GPU: one from before Ampere, float64, a head wider than 256. Raises ConfigError
+    where Triton alone is missing.
+    """
+    if not takes_gpu_way(qkv_ugcd):
+        return False
+    if _takes_varlen(qkv_ugcd, qkv_ugcd.shape[2] - 2, dropout, window, is_whole):
+        return True
+    if qkv_ugcd.shape[-1] > _WIDEST or qkv_ugcd.dtype not in (*_HALF, torch.float32):
+        return False
+    if is_fake(qkv_ugcd) or runs_triton(qkv_ugcd):
+        return True
+    if is_of_ampere(qkv_ugcd) and not has_triton():
+        raise ConfigError("attention with dropout, in fp32, with groups of queries or of a width that is no multiple "
+                          "of 8 needs Triton on a GPU, and it is not installed: install it (pip install triton), or "
+                          "train with --bf16 --attention-dropout 0")
+    return False
+
+
+def fused_attention(qkv_ugxd: Tensor, key_value_tg2d: Tensor | None, sequence: PackedSequence, first: int,
+                    dropout: float, window: Window = None) -> Tensor:
+    """The context [u, n, d] of queries that begin with token `first`, from their own keys and values or from others."""
+    is_whole = key_value_tg2d is None
+    num_queries = qkv_ugxd.shape[2] - (2 if is_whole else 0)
+    if _takes_varlen(qkv_ugxd, num_queries, dropout, window, is_whole):
+        return _varlen(qkv_ugxd, key_value_tg2d, sequence, first, window)
+    # Drawn on the device, so that the host need not wait; what is computed again draws the same.
+    seed = torch.randint(2**63 - 1, (), device=qkv_ugxd.device) if dropout else None
+    left, right = window or (-1, -1)
+    return _operator(qkv_ugxd, key_value_tg2d, sequence.cu_seqlens, seed, sequence.num_filler, first, left, right,
+                     dropout)[0].flatten(1, 2)
+
+
+def _takes_varlen(tensor: Tensor, num_queries: int, dropout: float, window: Window, is_whole: bool) -> bool:
+    """A window it counts from each protein's end, so that it is to have the whole proteins."""
+    if dropout or num_queries > 1 or tensor.dtype not in _HALF or tensor.shape[-1] > _WIDEST or tensor.shape[-1] % 8:
+        return False
+    if window is not None and not is_whole:
+        return False
+    return is_fake(tensor) or is_of_ampere(tensor)
+
+
+def _varlen(qkv_ugxd: Tensor, key_value_tg2d: Tensor | None, sequence: PackedSequence, first: int,
+            window: Window) -> Tensor:
+    """Filler passes for proteins: what lies in no segment would have any context."""
+    num_queries, ends, longest = len(qkv_ugxd), sequence.cu_seqlens, sequence.max_length
+    if key_value_tg2d is None:
+        query_ends, (query_und, key_tgd, value_tgd) = ends, _apart(qkv_ugxd)
+    else:
+        query_ends = (ends - first).clamp(0, num_queries)
+        query_und, (key_tgd, value_tgd) = qkv_ugxd.flatten(1, 2), _apart(key_value_tg2d)
+    # Later versions of torch would take cuDNN, which others found to be slower (pytorch/pytorch#187770).
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        context_und = varlen_attn(query_und, key_tgd, value_tgd, query_ends, ends,
+                                  min(longest, num_queries), longest, window_size=window or (-1, -1))
+    assert isinstance(context_und, Tensor)
+    return context_und
+
+
+def _apart(rows_tgrd: Tensor) -> tuple[Tensor, ...]:
+    """The rows of each group, which inductor puts together again by itself."""
+    return rows_tgrd.unbind(2) if torch.compiler.is_compiling() else _Apart.apply(rows_tgrd)
+
+
+class _Apart(torch.autograd.Function):
+    """Backward one copy puts the rows' gradients together, where PyTorch's own views take one each, and a sum."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_tgrd: Tensor) -> tuple[Tensor, ...]:
+        return rows_tgrd.unbind(2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads_tgd: Tensor) -> Tensor:
+        return torch.stack(grads_tgd, 2)
+
+
+@torch.library.custom_op("megatron::fused_attention", mutates_args=())
+def _operator(qkv_ugxd: Tensor, key_value_tg2d: Tensor | None, cu_seqlens: Tensor, seed: Tensor | None,
+              num_filler: int, first: int, left: int, right: int, dropout: float) -> tuple[Tensor, Tensor]:
+    """The context [u, g, q, d] and of each query the logarithm of its softmax's sum [n, u]; a window of -1 is none."""
+    call = Call(qkv_ugxd, key_value_tg2d, cu_seqlens, seed, num_filler, first, left, right, dropout)
+    results = _empty_results(qkv_ugxd, key_value_tg2d)
+    call.forward(*results).run()
+    return results
+
+
+@torch.library.custom_op("megatron::fused_attention_backward", mutates_args=())
+def _operator_backward(grad_ugqd: Tensor, qkv_ugxd: Tensor, key_value_tg2d: Tensor | None, cu_seqlens: Tensor,
+                       seed: Tensor | None, context_ugqd: Tensor, logsumexp_nu: Tensor, num_filler: int, first: int,
+                       left: int, right: int, dropout: float) -> tuple[Tensor, Tensor]:
+    """Gradients of the first two arguments; where there is no second, an empty one."""
+    call = Call(qkv_ugxd, key_value_tg2d, cu_seqlens, seed, num_filler, first, left, right, dropout)
+    gradients = _empty_gradients(qkv_ugxd, key_value_tg2d)
+    results = grad_ugqd.contiguous(), context_ugqd, logsumexp_nu, torch.empty_like(logsumexp_nu)
+    for launch in call.backward(*results, gradients):
+        launch.run()
+    return gradients
+
+
+def _empty_results(qkv_ugxd: Tensor, key_value_tg2d: Tensor | None) -> tuple[Tensor, Tensor]:
+    tokens, groups, rows, width = qkv_ugxd.shape
+    queries = rows if key_value_tg2d is not None else rows - 2
+    return (qkv_ugxd.new_empty(tokens, groups, queries, width),
+            qkv_ugxd.new_empty(groups * queries, tokens, dtype=torch.float32))
+
+
+def _empty_gradients(qkv_ugxd: Tensor, key_value_tg2d: Tensor | None) -> tuple[Tensor, Tensor]:
+    return (torch.empty_like(qkv_ugxd, memory_format=torch.contiguous_format),
+            qkv_ugxd.new_empty(0) if key_value_tg2d is None else
+            torch.empty_like(key_value_tg2d, memory_format=torch.contiguous_format))
+
+
+@_operator.register_fake
+def _(qkv_ugxd: Tensor, key_value_tg2d: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+    return _empty_results(qkv_ugxd, key_value_tg2d)
+
+
+@_operator_backward.register_fake
+def _(grad_ugqd: Tensor, qkv_ugxd: Tensor, key_value_tg2d: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+    return _empty_gradients(qkv_ugxd, key_value_tg2d)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.numbers = inputs[4:]
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _go_back(ctx: Any, grad_ugqd: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    kept = ctx.saved_tensors  # recomputation lets it be asked for once
+    gradient, grad_key_value = _operator_backward(grad_ugqd, *kept, *ctx.numbers)
+    return gradient, None if kept[1] is None else grad_key_value, *[None] * 7
+
+
+_operator.register_autograd(_go_back, setup_context=_keep)

@@ -1,0 +1,206 @@
+"""The Triton attention on CPU tensors, as a program: `TRITON_INTERPRET=1 python -m tests.interpreted_attention FILE`.
+
+Triton looks at the variable where a kernel is defined, so that interpreted kernels want a process of their own.
+`tests/unit/test_triton_attention.py` starts it and looks at what it writes: errors are relative to the exact result's
+norm, in fp64, beside those of the definition in the same dtype.
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron.kernels.attention import launches
+from megatron.kernels.attention.fused import fused_attention
+from megatron.kernels.attention.packed import attention_reference
+from megatron.kernels.packed_sequence import PackedSequence
+from tests.packed import packed_batch
+
+RATE = 0.3
+
+
+@dataclass(frozen=True)
+class Case:
+    """Proteins and what attends to them; `ranks` share the queries.
+
+    `is_scattered`: the rows of a group do not lie one behind the other.
+    """
+
+    lengths: tuple[int, ...] = (37, 1, 20, 1, 1, 9)
+    filler: int = 19
+    groups: int = 1
+    queries: int = 1
+    width: int = 16
+    dtype: torch.dtype = torch.float32
+    window: tuple[int, int] | None = None
+    dropout: float = 0.0
+    ranks: int = 1
+    is_scattered: bool = False
+    blocks: tuple[int, int] | None = (16, 32)  # None: those of a GPU, of which fewer fit on a few tokens
+
+    @property
+    def sequence(self) -> PackedSequence:
+        """With boundaries of two proteins that are not there."""
+        return packed_batch(*self.lengths, filler=self.filler, empty=2).sequence
+
+    @property
+    def num_real(self) -> int:
+        """Tokens of proteins."""
+        return sum(self.lengths)
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Queries, keys and values, and a gradient of the context, with anything in the filler."""
+        generator, total = torch.Generator().manual_seed(1), self.num_real + self.filler
+        qkv = torch.randn(total, self.groups, self.queries + 2, self.width, generator=generator)
+        weights = torch.randn(total, self.groups * self.queries, self.width, generator=generator)
+        qkv[self.num_real:] = weights[self.num_real:] = torch.nan
+        return qkv.to(self.dtype), weights.to(self.dtype)
+
+
+CASES = {
+    "small heads": Case(width=8, groups=3),
+    "a width of 20": Case(width=20, queries=2),
+    "a width of 40": Case(width=40),
+    "a width of 72": Case(width=72),
+    "a width of 256": Case((20, 12), width=256),
+    "groups of three queries": Case(groups=2, queries=3),
+    "fp16": Case(dtype=torch.float16, width=32),
+    "proteins of one token": Case((1,) * 40),
+    "no filler": Case(filler=0),
+    "filler of many segments": Case((5, 3), filler=60),
+    "one protein over many blocks": Case((150,), filler=3),
+    "filler alone": Case((), filler=20),
+    "a projection that lies otherwise": Case(is_scattered=True),
+    "a window": Case((90, 1, 33), window=(11, 5)),
+    "a window of one token": Case(window=(0, 0)),
+    "a window wider than proteins": Case(window=(300, 2), queries=2),
+    "dropout": Case(dropout=RATE, queries=2),
+    "dropout in a window": Case((60, 7), dropout=RATE, window=(20, 9), width=20),
+    "two ranks": Case((37, 1, 20, 9), filler=13, ranks=2),
+    "four ranks, one of them filler": Case((37, 20), filler=19 + 24, ranks=4),
+    "four ranks, windows, groups": Case((90, 1, 33), filler=4, ranks=4, window=(11, 40), queries=2),
+    "two ranks with dropout": Case((37, 1, 20, 9), filler=13, ranks=2, dropout=RATE),
+    "a long protein": Case((2100, 30), filler=40, blocks=(256, 256)),
+    "dropout in a GPU's blocks": Case((200, 30), filler=40, width=64, groups=2, blocks=None, dropout=RATE),
+}
+
+
+def attend(case: Case, qkv: Tensor) -> Tensor:
+    """The context, of several ranks one behind the other."""
+    sequence, contexts = case.sequence, []
+    if case.is_scattered:
+        qkv = torch.stack([qkv, qkv], -2)[..., 0, :]
+    for rank in range(case.ranks):
+        torch.manual_seed(5)
+        if case.ranks == 1:
+            contexts.append(fused_attention(qkv, None, sequence, 0, case.dropout, case.window))
+        else:
+            first = rank * len(qkv) // case.ranks
+            query = qkv[first:first + len(qkv) // case.ranks, :, :-2]
+            contexts.append(fused_attention(query, qkv[:, :, -2:], sequence, first, case.dropout, case.window))
+    return torch.cat(contexts)
+
+
+def kept_by_philox(case: Case) -> Tensor:
+    """What dropout keeps, [n, t, t], by Philox 4x32 of seven rounds written down once more, in numpy."""
+    torch.manual_seed(5)
+    seed, size, heads = int(torch.randint(2**63 - 1, ())), case.num_real, case.groups * case.queries
+    head, query, key = np.meshgrid(np.arange(heads), np.arange(size), np.arange(size), indexing="ij")
+    counter = [key // 4, query, head, np.zeros_like(key)]
+    keys, low = [seed % 2**32, seed >> 32], np.uint64(2**32 - 1)
+    words = [part.astype(np.uint64) for part in counter]
+    for _ in range(7):
+        products = np.uint64(0xD2511F53) * words[0], np.uint64(0xCD9E8D57) * words[2]
+        words = [(products[1] >> np.uint64(32)) ^ words[1] ^ np.uint64(keys[0]), products[1] & low,
+                 (products[0] >> np.uint64(32)) ^ words[3] ^ np.uint64(keys[1]), products[0] & low]
+        keys = [(keys[0] + 0x9E3779B9) % 2**32, (keys[1] + 0xBB67AE85) % 2**32]
+    numbers = np.choose(key % 4, [word.astype(np.uint32).view(np.int32) for word in words])
+    return torch.from_numpy(numbers >= round(case.dropout * 2**32) - 2**31)
+
+
+def define(case: Case, qkv: Tensor) -> Tensor:
+    """The context of the proteins' tokens by the definition."""
+    qkv, sequence = qkv[:case.num_real], case.sequence
+    if not case.dropout:
+        return attention_reference(qkv, sequence, 0.0, case.window)
+    scaled = kept_by_philox(case) / (1 - case.dropout)
+    with patch("torch.nn.functional.dropout", lambda probabilities, _: probabilities * scaled.to(probabilities.dtype)):
+        return attention_reference(qkv, sequence, case.dropout, case.window)
+
+
+def errors(case: Case) -> dict[str, Any]:
+    """Of the context and the gradient: ours, the definition's; whether the filler has none."""
+    qkv, weights = case.tensors()
+    real = slice(case.num_real)
+
+    def outcome(function: Any, dtype: torch.dtype, shown: slice) -> tuple[Tensor, Tensor]:
+        x = qkv.to(dtype).requires_grad_()
+        context = function(case, x)
+        return context.detach(), torch.autograd.grad(context, x, weights[shown].to(dtype))[0]
+
+    ours = outcome(attend, case.dtype, slice(None))
+    plain, exact = (outcome(define, dtype, real) for dtype in (case.dtype, torch.float64))
+    return {"ours": [_error(*pair) for pair in zip(ours, exact, strict=True)],
+            "definition": [_error(*pair) for pair in zip(plain, exact, strict=True)],
+            "filler": [not tensor[case.num_real:].any().item() for tensor in ours]}
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    size = min(len(found), len(exact))
+    return ((found[:size] - exact[:size]).norm() / exact.norm().clamp(min=1e-30)).item()
+
+
+def checks_of_the_operator() -> None:
+    """Raises where the operator and its backward pass are not what torch expects of one."""
+    case = Case((9, 1, 12), filler=3, queries=2, dropout=RATE)
+    qkv = torch.randn(25, 2, 4, 16, requires_grad=True)
+    ends, numbers = case.sequence.cu_seqlens, (case.sequence.num_filler, 0, 3, 1, RATE)
+    for own, others in ((qkv, None), (qkv[:, :, :-2], qkv[:, :, -2:])):
+        arguments = own, others, ends, torch.tensor(7), *numbers
+        torch.library.opcheck(torch.ops.megatron.fused_attention.default, arguments)
+        context, logarithm = (result.detach() for result in torch.ops.megatron.fused_attention(*arguments))
+        given = [tensor if tensor is None else tensor.detach() for tensor in arguments[:4]]
+        torch.library.opcheck(torch.ops.megatron.fused_attention_backward.default,
+                              (torch.ones_like(context), *given, context, logarithm, *numbers))
+
+
+def bits() -> dict[str, list[Tensor]]:
+    """A context and gradient with dropout: twice, and beside another protein."""
+    case = Case((21, 40, 3), filler=5, dropout=RATE, queries=2)
+    qkv, weights = (tensor.nan_to_num() for tensor in case.tensors())
+
+    def outcome() -> list[Tensor]:
+        x = qkv.clone().requires_grad_()
+        context = attend(case, x)
+        return [context.detach(), *torch.autograd.grad(context, x, weights)]
+
+    found = {"once": outcome(), "again": outcome()}
+    qkv[:21] += 1
+    found["beside another protein"] = outcome()
+    return found
+
+
+def main() -> None:
+    """Write the errors of each case, and what else is asked about, to the file."""
+    results: dict[str, Any] = {"errors": {}}
+    choose = launches._blocks
+
+    def chosen(kernel: str, qkv: Tensor) -> dict[str, int]:
+        blocks = choose(kernel, qkv)
+        return blocks if case.blocks is None else {**blocks, **dict(zip(blocks, case.blocks, strict=False))}
+
+    with patch.object(launches, "_blocks", chosen):
+        case = Case()
+        checks_of_the_operator()
+        results["bits"] = bits()
+        for name, case in CASES.items():
+            results["errors"][name] = errors(case)
+    torch.save(results, sys.argv[1])
+
+
+if __name__ == "__main__":
+    main()

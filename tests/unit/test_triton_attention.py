@@ -1,0 +1,95 @@
+"""The Triton attention without a GPU: interpreted against the definition in fp64, and compiled for three kinds of GPU.
+
+Interpreted kernels want a process of their own: `tests/interpreted_attention.py`. What is interpreted says nothing of
+bf16, whose products Triton's interpreter gets wrong, nor of speed.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron.errors import ConfigError
+from megatron.kernels.attention import by_protein, compiled, fused
+from megatron.kernels.attention.fused import is_fused
+from megatron.kernels.attention.packed import packed_attention
+from tests.interpreted_attention import CASES
+from tests.packed import packed_batch
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory):
+    file = tmp_path_factory.mktemp("interpreted") / "results.pt"
+    command = [sys.executable, "-W", "ignore", "-m", "tests.interpreted_attention", str(file)]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_errors_are_at_most_twice_the_definitions_in_the_same_dtype(interpreted, name):
+    found = interpreted["errors"][name]
+    for ours, definition in zip(found["ours"], found["definition"], strict=True):
+        assert ours <= 2 * definition + 2e-7
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_filler_has_no_context_no_gradient_and_no_part_in_others(interpreted, name):
+    """It is not a number in these cases: whatever took part in anything would show."""
+    assert interpreted["errors"][name]["filler"] == [True, True]
+
+
+def test_the_same_bits_come_each_time_whatever_else_is_packed(interpreted):
+    once, again, beside = (interpreted["bits"][name] for name in ("once", "again", "beside another protein"))
+    for first, second, third in zip(once, again, beside, strict=True):
+        assert torch.equal(first, second)
+        assert torch.equal(first[21:], third[21:])
+        assert not torch.equal(first[:21], third[:21])
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_the_kernels_compile_without_spills_and_fit_a_gpus_shared_memory(capability, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    from benchmarks.triton_kernels import MOST_SHARED, cases, cost_of
+
+    for case in cases(["proteinlm-3b"]):
+        if "bfloat16" in case.name:
+            cost = cost_of(case, capability)
+            assert cost.spilled == 0 and cost.registers <= 255
+            assert 0 < cost.shared <= MOST_SHARED[capability]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Passes CPU tensors off as a GPU's; sets whether Triton is there, and whether the GPU is of Ampere or later."""
+    def stand(has_triton, is_of_ampere):
+        for name, answer in (("takes_gpu_way", True), ("has_triton", has_triton), ("is_of_ampere", is_of_ampere),
+                             ("runs_triton", has_triton and is_of_ampere)):
+            monkeypatch.setattr(fused, name, lambda _=None, answer=answer: answer)
+        for module in (by_protein, compiled):
+            monkeypatch.setattr(module, "takes_gpu_way", lambda _: True)
+
+    return stand
+
+
+def test_a_gpu_without_triton_is_told_what_to_install(gpu):
+    gpu(has_triton=False, is_of_ampere=True)
+    half = torch.empty(4, 1, 3, 16, dtype=torch.bfloat16)
+    for tensor, dropout in ((half, 0.1), (half.float(), 0.0), (half[..., :12], 0.0)):
+        with pytest.raises(ConfigError, match="pip install triton"):
+            is_fused(tensor, dropout)
+    assert is_fused(half, 0.0)  # by PyTorch's operator
+
+
+@pytest.mark.parametrize(("is_of_ampere", "dtype", "width"), [(False, torch.float16, 16), (True, torch.float64, 16),
+                                                              (True, torch.bfloat16, 320)])
+def test_a_gpu_that_no_operator_takes_says_that_it_goes_by_protein(gpu, is_of_ampere, dtype, width):
+    gpu(has_triton=True, is_of_ampere=is_of_ampere)
+    with pytest.warns(UserWarning, match="one protein at a time"):
+        packed_attention(torch.randn(9, 1, 3, width).to(dtype), packed_batch(5, 4).sequence, 0.0)
