@@ -23,6 +23,7 @@ from megatron.train.engine import Engine, build_engine, stream_of
 from megatron.train.precision import with_precision_chosen
 from megatron.train.resume import differences, facts_of, find_checkpoint, refuse_changes
 from megatron.train.state import BatchSizes, TrainState
+from megatron.train.ways import ways
 
 
 @dataclass
@@ -83,6 +84,7 @@ def build(config: Config, mesh: Mesh, log: Log) -> Run:
         if part is not None:
             log.line(part.describe())
     engine = _build_engine(config, mesh, vocab, checkpoint)
+    log.line(ways(config, mesh, engine.is_compiled))
     began_from = config.checkpoint.load if config.checkpoint.finetune else (
         None if checkpoint is None else checkpoint.state.get("began_from"))
     run = Run(config, mesh, log, data, vocab, engine, schedule, sizes, TrainState(), began_from,

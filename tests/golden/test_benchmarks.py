@@ -1,11 +1,15 @@
 """That what is measured elsewhere runs: benchmarks on tiny shapes."""
 
+import os
 import re
+import subprocess
 import sys
 
 import pytest
+import torch
 
 from benchmarks import training
+from tests.golden.training import ROOT
 
 
 def test_the_training_benchmark_of_gpus_runs_on_tiny_shapes(monkeypatch, capsys):
@@ -34,3 +38,23 @@ def test_the_table_of_triton_kernels_has_a_row_a_kernel(monkeypatch, capsys):
     assert triton_kernels.main() == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| float32, width 32: ")]
     assert [re.search(r": (\w+) \|", row)[1] for row in rows] == ["forward", "backward_queries", "backward_keys"]
+
+
+def test_the_benchmarks_for_a_gpu_run_on_tiny_shapes_where_there_is_none():
+    result = subprocess.run(["bash", ROOT / "benchmarks" / "gpu.sh", "--rehearse"], capture_output=True, text=True,
+                            env=os.environ | {"PYTHON": sys.executable}, timeout=240)
+    assert result.returncode == 0, result.stderr
+    assert "ended with status" not in result.stdout, result.stdout + result.stderr
+    rows = [line.split(" | ")[:2] for line in result.stdout.splitlines() if line.startswith("| ")]
+    for preset in training.ROWS:
+        assert any(row[0] == f"| {preset}" for row in rows), preset
+    for operation in ("norm", "bias and gelu", "rotation", "block"):
+        assert ["| tape", operation] in rows
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_measured_by_mistake():
+    result = subprocess.run(["bash", ROOT / "benchmarks" / "gpu.sh"], capture_output=True, text=True,
+                            env=os.environ | {"PYTHON": sys.executable}, timeout=120)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "no GPU that PyTorch can use" in result.stderr

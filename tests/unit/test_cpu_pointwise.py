@@ -7,7 +7,7 @@ from megatron.kernels.pointwise import compiled
 from megatron.kernels.pointwise.activation import activated, activated_reference
 from megatron.kernels.rotary import rotate, rotate_reference, rotation_of
 
-pytestmark = pytest.mark.skipif(compiled._helper is None, reason="megatron.kernels.pointwise._pointwise is not built")
+pytestmark = pytest.mark.skipif(not compiled.is_built(), reason="megatron.kernels.pointwise._pointwise is not built")
 KINDS = ["gelu_tanh", "gelu", "squared_relu", "swiglu"]
 SHAPES = [(1, 1), (3, 7), (257, 300), (600, 515)]  # within a piece of 256 x 256, and beyond
 

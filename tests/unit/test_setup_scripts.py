@@ -47,7 +47,7 @@ class Checkout:
         for name in ("examples/setup.sh", "requirements.txt", "setup.py", "tests/requirements.txt"):
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.root / name)
-        for name in ("data/rows/_packing", "kernels/attention/_packed_attention"):
+        for name in ("data/rows/_packing", "kernels/attention/_packed_attention", "kernels/pointwise/_pointwise"):
             helper = self.root / "megatron" / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
             helper.parent.mkdir(parents=True)
             helper.touch()

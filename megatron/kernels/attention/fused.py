@@ -35,7 +35,7 @@ def is_fused(qkv_ugcd: Tensor, dropout: float, window: Window = None, is_whole: 
     """
     if not takes_gpu_way(qkv_ugcd):
         return False
-    if _takes_varlen(qkv_ugcd, qkv_ugcd.shape[2] - 2, dropout, window, is_whole):
+    if takes_varlen(qkv_ugcd, qkv_ugcd.shape[2] - 2, dropout, window, is_whole):
         return True
     if qkv_ugcd.shape[-1] > _WIDEST or qkv_ugcd.dtype not in (*_HALF, torch.float32):
         return False
@@ -53,7 +53,7 @@ def fused_attention(qkv_ugxd: Tensor, key_value_tg2d: Tensor | None, sequence: P
     """The context [u, n, d] of queries that begin with token `first`, from their own keys and values or from others."""
     is_whole = key_value_tg2d is None
     num_queries = qkv_ugxd.shape[2] - (2 if is_whole else 0)
-    if _takes_varlen(qkv_ugxd, num_queries, dropout, window, is_whole):
+    if takes_varlen(qkv_ugxd, num_queries, dropout, window, is_whole):
         return _varlen(qkv_ugxd, key_value_tg2d, sequence, first, window)
     # Drawn on the device, so that the host need not wait; what is computed again draws the same.
     seed = torch.randint(2**63 - 1, (), device=qkv_ugxd.device) if dropout else None
@@ -62,8 +62,8 @@ def fused_attention(qkv_ugxd: Tensor, key_value_tg2d: Tensor | None, sequence: P
                      dropout)[0].flatten(1, 2)
 
 
-def _takes_varlen(tensor: Tensor, num_queries: int, dropout: float, window: Window, is_whole: bool) -> bool:
-    """A window it counts from each protein's end, so that it is to have the whole proteins."""
+def takes_varlen(tensor: Tensor, num_queries: int, dropout: float, window: Window, is_whole: bool) -> bool:
+    """Whether it is PyTorch's operator. A window that counts from each protein's end: it is to have whole proteins."""
     if dropout or num_queries > 1 or tensor.dtype not in _HALF or tensor.shape[-1] > _WIDEST or tensor.shape[-1] % 8:
         return False
     if window is not None and not is_whole:

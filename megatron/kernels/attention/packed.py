@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron.kernels.attention.by_protein import Window, attention_by_protein
-from megatron.kernels.attention.compiled import compiled_attention, takes_helper
-from megatron.kernels.attention.fused import fused_attention, is_fused
+from megatron.kernels.attention.compiled import INSTRUCTION_SETS, compiled_attention, takes_helper
+from megatron.kernels.attention.fused import fused_attention, is_fused, takes_varlen
 from megatron.kernels.packed_sequence import PackedSequence, proteins_of_tokens
 
 
@@ -29,6 +29,27 @@ def packed_attention(qkv_tgcd: Tensor, sequence: PackedSequence, dropout: float,
     if takes_helper(qkv_tgcd):
         return compiled_attention(qkv_tgcd, sequence.cu_seqlens, sequence.num_filler, window, dropout)
     return attention_by_protein(qkv_tgcd, sequence.cu_seqlens, sequence.num_filler, window, dropout)
+
+
+def way_of(qkv_tgcd: Tensor, dropout: float, window: Window = None, is_whole: bool = True) -> str:
+    """What computes attention of such tensors, in words, and why nothing faster does; `is_whole`: on one context rank.
+
+    Raises ConfigError where Triton alone is missing.
+    """
+    if is_fused(qkv_tgcd, dropout, window, is_whole):
+        queries, width = qkv_tgcd.shape[2] - 2, qkv_tgcd.shape[-1]
+        if takes_varlen(qkv_tgcd, queries, dropout, window, is_whole):
+            return "PyTorch's varlen_attn"
+        reasons = {"dropout": dropout, "groups of queries": queries > 1, "fp32": qkv_tgcd.dtype == torch.float32,
+                   "window over context ranks": window and not is_whole, f"width of {width}": width % 8}
+        lacking = " and no ".join(name for name, is_so in reasons.items() if is_so)
+        return f"Triton's kernels (varlen_attn takes no {lacking})"
+    if takes_helper(qkv_tgcd):
+        return f"compiled code ({INSTRUCTION_SETS[0]})"
+    if qkv_tgcd.device.type != "cpu":
+        return "PyTorch one protein at a time, which is slow (no kernel takes this GPU, dtype and width)"
+    why = "takes fp32 and bf16" if INSTRUCTION_SETS else "is not built"
+    return f"PyTorch one protein at a time (compiled code {why})"
 
 
 def attention_reference(qkv_tgcd: Tensor, sequence: PackedSequence, dropout: float, window: Window = None) -> Tensor:

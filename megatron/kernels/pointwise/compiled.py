@@ -19,9 +19,14 @@ except ImportError:
     _helper = None
 
 
+def is_built() -> bool:
+    """Whether the helper is there."""
+    return _helper is not None
+
+
 def takes_compiled(tensor: Tensor) -> bool:
     """Whether the helper is there and takes these: it reads memory of the host. Inductor fuses the plain functions."""
-    if _helper is None or torch.compiler.is_compiling() or takes_gpu_way(tensor):
+    if not is_built() or torch.compiler.is_compiling() or takes_gpu_way(tensor):
         return False
     return tensor.dtype in (torch.float32, torch.bfloat16)
 

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Measures on a machine with a GPU what this project claims of one, in some eight minutes: tables to paste into
+# benchmarks/RESULTS.md, on standard output.
+#
+#     bash benchmarks/gpu.sh > tables.md
+#     bash benchmarks/gpu.sh --rehearse     tiny shapes, on any machine: does all of it run?
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source examples/setup.sh run
+
+rehearse=("$@")
+if [ ${#rehearse[@]} -gt 1 ] || { [ $# = 1 ] && [ "$1" != --rehearse ]; }; then fail "gpu.sh takes --rehearse, or nothing"; fi
+if [ $# = 0 ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    fail "no GPU that PyTorch can use; --rehearse runs on tiny shapes without one"
+fi
+
+# measure SECONDS TITLE COMMAND...: a heading and what the command prints; one that fails or takes longer says so.
+measure() {
+    local seconds=$1 title=$2
+    shift 2
+    printf '\n### %s\n\n`%s`\n\n' "$title" "$*"
+    timeout "$seconds" "$python" "$@" || printf '\nended with status %s\n' $?
+}
+
+printf '%s, ' "$(date +%F)"
+"$python" -c 'import torch, platform
+print(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "no GPU",
+      f"torch {torch.__version__}, CUDA {torch.version.cuda}, Python {platform.python_version()}", sep=", ")'
+
+if [ $# = 0 ] && "$python" -c 'import pytest' 2>/dev/null; then
+    measure 150 "Errors of the kernels, memory, waits" -m pytest -q tests/gpu
+fi
+measure 200 "Training" benchmarks/training.py --seconds 2 "${rehearse[@]}"
+measure 90 "Between matrix products" benchmarks/pointwise.py "${rehearse[@]}"
+if [ $# = 0 ]; then measure 60 "Attention" benchmarks/attention.py; fi
+if [ $# = 0 ] && "$python" -c 'import transformers' 2>/dev/null; then
+    measure 60 "Beside transformers" benchmarks/esm2_step.py --presets esm2-150m --repeats 5 --bf16
+fi
+gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+if [ "$gpus" -gt 1 ]; then
+    export GPUS_PER_NODE=$gpus PRESET=esm2-650m
+    for layout in "" "--data-parallel-sharding parameters" "--tensor-model-parallel-size 2 --sequence-parallel"; do
+        printf '\n### %s GPUs, %s\n\n' "$gpus" "${layout:-replicas}"
+        folder=$(mktemp -d)
+        # shellcheck disable=SC2086  # several flags
+        CHECKPOINT_PATH=$folder timeout 90 bash examples/pretrain_tape_distributed.sh --global-batch-size $((16 * gpus)) \
+            --train-iters 30 --log-interval 10 --eval-iters 1 $layout | grep -e 'iteration ' || printf 'did not end\n'
+        rm -rf "$folder"
+    done
+fi

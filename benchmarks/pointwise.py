@@ -1,0 +1,110 @@
+"""What lies between matrix products, timed: `python benchmarks/pointwise.py [--presets NAME …] [--rehearse]`.
+
+Milliseconds of a forward and backward pass of a preset's normalisation, activation and rotation, and of a whole block,
+bf16, 16,384 tokens, on the GPU if there is one: the project's way (Triton's kernels there, compiled code on CPUs),
+PyTorch's own functions, and those compiled by torch.compile. The cases alternate; medians, with the least and the
+greatest. What each would take at the bandwidth of memory: benchmarks/roofline.py.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.train_step import processor  # noqa: E402
+from megatron.config import Config  # noqa: E402
+from megatron.config.command_line import parse  # noqa: E402
+from megatron.data.batches.typical import typical_batch  # noqa: E402
+from megatron.kernels import device as choice  # noqa: E402
+from megatron.kernels.pointwise import compiled  # noqa: E402
+from megatron.kernels.pointwise.activation import activated  # noqa: E402
+from megatron.kernels.pointwise.heads import prepared_heads  # noqa: E402
+from megatron.kernels.pointwise.residual_norm import Scaling, normalised  # noqa: E402
+from megatron.kernels.rotary import rotation_of  # noqa: E402
+from megatron.model.initialisation import initialise  # noqa: E402
+from megatron.model.transformer import Transformer  # noqa: E402
+from megatron.parallel.pipeline.partition import Stage  # noqa: E402
+from megatron.parallel.tensor.stream import ONE_RANK  # noqa: E402
+
+NUM_TOKENS, WARM_UP = 16 * 1024, 3
+SMALL = "--num-layers 2 --hidden-size 64 --num-attention-heads 4".split()
+Operation = Callable[[Tensor], Tensor]
+
+
+def operations(config: Config, num_tokens: int, device: torch.device) -> Iterator[tuple[str, Operation, Tensor]]:
+    """Of a preset, each with what it is given."""
+    model, dtype = config.model, torch.bfloat16
+    vector = partial(torch.randn, device=device, requires_grad=True)
+    scaling = Scaling(vector(model.hidden_size), vector(model.hidden_size), 1e-5)
+    yield "norm", lambda x: normalised(x, scaling, dtype)[1], _random(num_tokens, model.hidden_size, device=device)
+    bias = vector(model.ffn_hidden_size)
+    yield "bias and gelu", lambda x: activated("gelu", (x, bias)), _random(num_tokens, model.ffn_hidden_size,
+                                                                            device=device)
+    rotation = rotation_of(torch.arange(num_tokens, device=device) % 1024, model.kv_channels, 1e4)
+    shape = num_tokens, model.num_attention_heads, 3, model.kv_channels
+    yield "rotation", lambda x: prepared_heads(x, None, rotation), _random(*shape, device=device)
+    sequence = typical_batch(config.data, num_tokens // config.data.seq_length).sequence.map(lambda x: x.to(device))
+    with device:
+        transformer = Transformer(model, 128, dtype, ONE_RANK, Stage(0, 2, range(1)))
+    initialise(dict(transformer.named_parameters()), 1)
+    block, turned = transformer.layers["0"], transformer.rotation(sequence)
+    yield "block", lambda x: block(x, sequence, turned), _random(num_tokens, model.hidden_size, device=device)
+
+
+def _random(*shape: int, device: torch.device) -> Tensor:
+    return torch.randn(shape, device=device).bfloat16().requires_grad_()
+
+
+def by_pytorch(operation: Operation, x: Tensor) -> Tensor:
+    """The operation by PyTorch's own functions."""
+    with patch.object(choice, "_DTYPES", ()), patch.object(compiled, "_helper", None):
+        return operation(x)
+
+
+def milliseconds(operation: Operation, x: Tensor) -> float:
+    """The time of one forward and backward pass."""
+    began_s = time.perf_counter()
+    out = operation(x)
+    out.backward(torch.ones_like(out))
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - began_s)
+
+
+def main() -> None:
+    """Print the table, a line as soon as it is known."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", nargs="+", default=["tape", "esm2-150m", "esm2-650m"])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--rehearse", action="store_true", help="tiny shapes, to see that all of it runs")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"{processor()}, torch {torch.__version__}\n")
+    print("| preset | operation | this project | PyTorch | torch.compile |")
+    print("| --- | --- | --- | --- | --- |", flush=True)
+    for preset in arguments.presets:
+        config, _ = parse(["--preset", preset, "--seq-length", "1024", *(SMALL if arguments.rehearse else [])])
+        for name, operation, x in operations(config, 1024 if arguments.rehearse else NUM_TOKENS, device):
+            ways = [operation, partial(by_pytorch, operation), torch.compile(operation)]
+            times: list[list[float]] = [[] for _ in ways]
+            for _ in range(WARM_UP + (1 if arguments.rehearse else arguments.repeats)):
+                for each, way in zip(times, ways, strict=True):
+                    each.append(milliseconds(way, x))
+            cells = [f"{statistics.median(each[WARM_UP:]):.3f} ({min(each[WARM_UP:]):.3f}–{max(each[WARM_UP:]):.3f})"
+                     for each in times]
+            print(f"| {preset} | {name} | {' | '.join(cells)} |", flush=True)
+            torch._dynamo.reset()
+
+
+if __name__ == "__main__":
+    main()

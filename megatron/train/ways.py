@@ -1,0 +1,36 @@
+"""Which way a run's operations go, in a line: so that a slow one is seen before it has cost a day."""
+
+import torch
+
+from megatron.config import Config
+from megatron.kernels.attention.packed import way_of
+from megatron.kernels.device import has_triton, takes_triton
+from megatron.kernels.pointwise.compiled import is_built, takes_compiled
+from megatron.model.protein_model import compute_dtype
+from megatron.parallel.mesh import Mesh
+
+
+def ways(config: Config, mesh: Mesh, is_compiled: bool) -> str:
+    """What computes attention, and what lies between matrix products, here, and why nothing faster does.
+
+    `is_compiled`: whether torch.compile has the blocks. Raises ConfigError where Triton alone is missing.
+    """
+    model, dtype = config.model, compute_dtype(config.precision)
+    groups = model.num_groups // mesh.tensor.size
+    rows = model.num_attention_heads // model.num_groups + 2
+    qkv_tgcd = torch.empty(0, groups, rows, model.kv_channels, dtype=dtype, device=mesh.device)
+    windows = dict.fromkeys(model.window(number) for number in range(model.num_layers))
+    attention = dict.fromkeys(way_of(qkv_tgcd, model.attention_dropout, window, mesh.context.size == 1)
+                              for window in windows)
+    between = "torch.compile" if is_compiled else _between(qkv_tgcd)
+    return f"attention by {', and by '.join(attention)}; between matrix products {between}"
+
+
+def _between(tensor: torch.Tensor) -> str:
+    if takes_triton(tensor):
+        return "Triton's kernels"
+    if takes_compiled(tensor):
+        return "compiled code, and PyTorch for normalisation and dropout"
+    if tensor.is_cuda:
+        return f"PyTorch, in several passes (Triton {'takes no such GPU' if has_triton() else 'is not installed'})"
+    return f"PyTorch, in several passes (compiled code {'takes fp32 and bf16' if is_built() else 'is not built'})"

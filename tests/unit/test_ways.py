@@ -1,0 +1,53 @@
+"""What a run says of the ways of its operations."""
+
+import pytest
+import torch
+
+from megatron.config.command_line import parse
+from megatron.errors import ConfigError
+from megatron.kernels.attention import compiled, fused, packed
+from megatron.kernels.pointwise import compiled as pointwise
+from megatron.parallel.mesh import Axis, Mesh
+from megatron.train.ways import ways
+
+
+def said(flags, mesh=None, is_compiled=False):
+    config, _ = parse(["--preset", "esm2-8m", "--micro-batch-size", "1", *flags.split()])
+    return ways(config, mesh or Mesh(device=torch.device("cpu")), is_compiled)
+
+
+@pytest.mark.skipif(not compiled.INSTRUCTION_SETS, reason="the compiled helpers are not built")
+def test_on_cpus_it_is_compiled_code_and_why_it_is_not_where_it_is_not(monkeypatch):
+    best = compiled.INSTRUCTION_SETS[0]
+    assert said("").startswith(f"attention by compiled code ({best}); between matrix products compiled code, and")
+    assert said("--fp16") == ("attention by PyTorch one protein at a time (compiled code takes fp32 and bf16); between "
+                              "matrix products PyTorch, in several passes (compiled code takes fp32 and bf16)")
+    for module in (packed, compiled):
+        monkeypatch.setattr(module, "INSTRUCTION_SETS", ())
+    monkeypatch.setattr(pointwise, "_helper", None)
+    assert said("") == ("attention by PyTorch one protein at a time (compiled code is not built); between matrix "
+                        "products PyTorch, in several passes (compiled code is not built)")
+
+
+@pytest.mark.parametrize(("flags", "attention"), [
+    ("", "PyTorch's varlen_attn"), ("--attention-dropout 0.1", "Triton's kernels (varlen_attn takes no dropout)"),
+    ("--no-bf16 --num-query-groups 10", "Triton's kernels (varlen_attn takes no groups of queries and no fp32)"),
+    ("--kv-channels 12", "Triton's kernels (varlen_attn takes no width of 12)")])
+def test_on_gpus_it_says_which_operator_and_what_the_other_lacks(flags, attention):
+    assert said(flags, Mesh(device=torch.device("meta")), is_compiled=True) == (
+        f"attention by {attention}; between matrix products torch.compile")
+    assert said(flags, Mesh(device=torch.device("meta"))).endswith("between matrix products Triton's kernels")
+
+
+def test_blocks_with_and_without_a_window_are_both_named():
+    mesh = Mesh(device=torch.device("meta"), context=Axis(0, 2))
+    assert said("--window-size 4 4 --window-attn-skip-freq 2", mesh).startswith(
+        "attention by Triton's kernels (varlen_attn takes no window over context ranks), and by PyTorch's varlen_attn;")
+
+
+def test_a_gpu_without_triton_is_told_before_the_first_step(monkeypatch):
+    for name, answer in (("has_triton", False), ("is_fake", False), ("is_of_ampere", True)):
+        monkeypatch.setattr(fused, name, lambda _=None, answer=answer: answer)
+    monkeypatch.setattr(fused, "runs_triton", lambda _: False)
+    with pytest.raises(ConfigError, match="pip install triton"):
+        said("--attention-dropout 0.1", Mesh(device=torch.device("meta")))
