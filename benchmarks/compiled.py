@@ -1,14 +1,14 @@
 """Triton's kernels of a block, without a GPU: what a step launches, and what a compiler makes of it.
 
 A block goes forward and backward on `meta`, where tensors have sizes and no values; the kernels that it launches are
-written down instead, and can be compiled for any GPU. Used by `benchmarks/roofline.py` and the tests; needs Triton, and
-TRITON_INTERPRET unset.
+written down instead, and can be compiled for any GPU. Used by `benchmarks/roofline.py`, `benchmarks/triton_kernels.py`
+and the tests; needs Triton, and TRITON_INTERPRET unset.
 """
 
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,10 +45,11 @@ _NOT_POINTWISE = ("mm", "addmm", *_ATTENTION)
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one thread: registers, and the bytes of memory that it takes where they do not suffice."""
+    """Of a thread registers, and bytes of memory that it takes where they do not suffice; of a program shared bytes."""
 
     registers: int
     spilled: int
+    shared: int
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Launch:
 
     kernel: Any
     arguments: tuple[Any, ...]
-    num_warps: int
+    options: Mapping[str, int]
 
     @property
     def name(self) -> str:
@@ -67,8 +68,8 @@ class Launch:
     @cached_property
     def key(self) -> tuple[object, ...]:
         """What tells two launches apart that are compiled apart."""
-        return self.name, self.num_warps, *((*pair,) for pair in self._signature.items()), *self.constants.items(), \
-            *self._divisible
+        return self.name, *(pair for known in (self.options, self._signature, self.constants)
+                            for pair in known.items()), *self._divisible
 
     @property
     def num_bytes(self) -> int:
@@ -85,15 +86,14 @@ class Launch:
         """Of the kernel compiled for a capability, such as 90."""
         source = ASTSource(self.kernel, self._signature, self.constants, {
             (place,): [["tt.divisibility", 16]] for place in self._divisible})
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32),
-                                  options={"num_warps": self.num_warps})
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(self.options))
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
             said = subprocess.run([_TOOLS / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True,
                                   text=True, check=True).stdout
         found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
-        return Resources(found["REG"], found["STACK"] + found["LOCAL"])
+        return Resources(found["REG"], found["STACK"] + found["LOCAL"], compiled.metadata.shared)
 
     def _is_constant(self, place: int) -> bool:
         value = self.arguments[place]
@@ -113,14 +113,20 @@ class Launch:
     @cached_property
     def _divisible(self) -> list[int]:
         """Arguments that Triton finds divisible by 16 when it launches: torch's memory begins at such places."""
-        return [place for place, value in enumerate(self.arguments) if not self._is_constant(place) and (
-            isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0))]
+        return [place for place, value in enumerate(self.arguments)
+                if not self._is_constant(place) and _is_divisible(value)]
 
 
 def _type_of(value: Any) -> str:
     if isinstance(value, Tensor):
         return _TYPES[value.dtype]
     return "fp32" if isinstance(value, float) else "i32"
+
+
+def _is_divisible(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.storage_offset() * value.element_size() % 16 == 0
+    return isinstance(value, int) and value % 16 == 0
 
 
 def _num_bytes(tensor: Tensor) -> int:
@@ -165,8 +171,8 @@ class Launches(TorchDispatchMode):
         return results
 
     def _recorder(self, kernel: Any) -> Any:
-        def launch(*arguments: Any, num_warps: int = 4) -> None:
-            self.triton.append(Launch(kernel, arguments, num_warps))
+        def launch(*arguments: Any, **options: int) -> None:
+            self.triton.append(Launch(kernel, arguments, options))
         return launch
 
 

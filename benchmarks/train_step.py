@@ -2,8 +2,9 @@
 
 Residues a second of whole steps, as the program takes them (forward, backward, clipping, AdamW), on rows of 2,176
 positions, on the GPU if there is one. Beside the project stands `transformers`' BertForMaskedLM, where it is installed,
-on the same proteins padded to the longest; with --beside another checkout of the project, each in a process of its own
-of which only one works at a time, with the ratio of their speeds. The cases alternate.
+on the same proteins padded to the longest, and the rate of the step's matrix products alone; with --beside another
+checkout of the project, each in a process of its own of which only one works at a time, with the ratio of their speeds.
+The cases alternate.
 """
 
 import argparse
@@ -70,18 +71,45 @@ def bert_step(layers: int, hidden: int, precision: str, micro_batches: int) -> C
     return step
 
 
+def product_chain(layers: int, hidden: int, precision: str, micro_batches: int) -> Callable[[], float]:
+    """The matrix products of such a step and nothing else, forward, for the inputs' gradients and for the weights'."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokens, targets = sum(LENGTHS), packed_row().num_targets
+    blocks = [(tokens, hidden, 3 * hidden), (tokens, hidden, hidden), (tokens, hidden, 4 * hidden),
+              (tokens, 4 * hidden, hidden)] * layers
+    operands = [[torch.randn(shape, device=device).to(torch.bfloat16 if precision else torch.float32)
+                 for shape in ((rows, width), (out, width), (rows, out))]
+                for rows, width, out in [*blocks, (targets, hidden, hidden), (targets, hidden, VOCABULARY)]]
+
+    def chain() -> float:
+        began_s = time.perf_counter()
+        for _ in range(micro_batches):
+            for x, weight, _ in operands:
+                torch.nn.functional.linear(x, weight)
+            for x, weight, grad in reversed(operands):
+                torch.mm(grad, weight)
+                torch.mm(grad.t(), x)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began_s
+
+    return chain
+
+
 def row_beside_bert(case: tuple[int, int, str], micro_batches: int, repeats: int) -> list[str]:
-    """The cells of one case: residues a second and model FLOP/s, and those of transformers."""
+    """The cells of one case: residues a second, model FLOP/s, the share of a bare chain's rate; and transformers'."""
     ours = build_step(str(ROOT), micro_batches, LENGTHS, flags_of(*case))
-    theirs = bert_step(*case, micro_batches)
-    times: list[list[float]] = [[], []]
+    theirs, chain = bert_step(*case, micro_batches), product_chain(*case, micro_batches)
+    times: list[list[float]] = [[], [], []]
     for _ in range(WARM_UP + repeats):
         times[0].append(ours()[0])
+        times[2].append(chain())
         if theirs is not None:
             times[1].append(theirs())
     batch, config = packed_row(), parse(flags_of(*case))[0]
     flops = micro_batches * model_flops(config.model, VOCABULARY, batch.num_tokens, batch.num_pairs, batch.num_targets)
-    return [speed(times[0], micro_batches), f"{flops / statistics.median(times[0][WARM_UP:]) / 1e12:.3f}",
+    ours_s, chain_s = (statistics.median(times[which][WARM_UP:]) for which in (0, 2))
+    return [speed(times[0], micro_batches), f"{flops / ours_s / 1e12:.3f}", f"{100 * chain_s / ours_s:.0f} %",
             speed(times[1], micro_batches) if theirs is not None else "not installed"]
 
 
@@ -154,7 +182,8 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"{processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
           f"{arguments.micro_batches} micro-batches a step\n")
-    columns = ["residues/s (quartiles)", "model TFLOP/s", "transformers: residues/s"]
+    columns = ["residues/s (quartiles)", "model TFLOP/s", "of a bare chain of its products",
+               "transformers: residues/s"]
     if arguments.beside:
         columns = ["residues/s (quartiles)", f"{arguments.beside.name}: residues/s", "speed, ratio of medians",
                    "of pairs (quartiles)", "losses apart"]

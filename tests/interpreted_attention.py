@@ -19,6 +19,7 @@ from megatron.kernels.attention.fused import fused_attention
 from megatron.kernels.attention.packed import attention_reference
 from megatron.kernels.packed_sequence import PackedSequence
 from tests.packed import packed_batch
+from tests.philox import philox
 
 RATE = 0.3
 
@@ -106,19 +107,12 @@ def attend(case: Case, qkv: Tensor) -> Tensor:
 
 
 def kept_by_philox(case: Case) -> Tensor:
-    """What dropout keeps, [n, t, t], by Philox 4x32 of seven rounds written down once more, in numpy."""
+    """What dropout keeps, [n, t, t]: a counter for each query, four keys and head; a word a key."""
     torch.manual_seed(5)
     seed, size, heads = int(torch.randint(2**63 - 1, ())), case.num_real, case.groups * case.queries
     head, query, key = np.meshgrid(np.arange(heads), np.arange(size), np.arange(size), indexing="ij")
-    counter = [key // 4, query, head, np.zeros_like(key)]
-    keys, low = [seed % 2**32, seed >> 32], np.uint64(2**32 - 1)
-    words = [part.astype(np.uint64) for part in counter]
-    for _ in range(7):
-        products = np.uint64(0xD2511F53) * words[0], np.uint64(0xCD9E8D57) * words[2]
-        words = [(products[1] >> np.uint64(32)) ^ words[1] ^ np.uint64(keys[0]), products[1] & low,
-                 (products[0] >> np.uint64(32)) ^ words[3] ^ np.uint64(keys[1]), products[0] & low]
-        keys = [(keys[0] + 0x9E3779B9) % 2**32, (keys[1] + 0xBB67AE85) % 2**32]
-    numbers = np.choose(key % 4, [word.astype(np.uint32).view(np.int32) for word in words])
+    words = philox(np.stack([key // 4, query, head, 0 * key], -1), seed, 7)
+    numbers = np.take_along_axis(words, key[..., None] % 4, -1)[..., 0].astype(np.uint32).view(np.int32)
     return torch.from_numpy(numbers >= round(case.dropout * 2**32) - 2**31)
 
 

@@ -28,7 +28,7 @@ FILE = Path(ITERATION) / "mp_rank_00" / "model_optim_rng.pt"
 def unpack(place):
     """A folder a form, `whole.pt` (the state dict of one rank) and `logits.npz`."""
     with tarfile.open(PROGRAM.parent / "recorded.tar.xz") as files:
-        files.extractall(place, filter="data")
+        files.extractall(place)  # without a filter, which Python before 3.11.4 has not: the file is our own
     return place
 
 

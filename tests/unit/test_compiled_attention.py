@@ -9,6 +9,7 @@ import torch
 from megatron.kernels.attention import compiled, packed
 from megatron.kernels.attention.packed import attention_reference, packed_attention
 from tests.packed import packed_batch
+from tests.philox import philox
 
 pytestmark = pytest.mark.skipif(not compiled.INSTRUCTION_SETS,
                                 reason="megatron.kernels.attention._packed_attention is not built")
@@ -117,18 +118,6 @@ def test_the_operator_is_what_torch_expects_of_one_and_gives_the_same_bits():
     assert torch.equal(context.flatten(1, 2), eager)
     weights = torch.randn_like(eager)
     assert torch.equal(*(torch.autograd.grad(each, qkv, weights)[0] for each in (context.flatten(1, 2), eager)))
-
-
-def philox(counters, seed, rounds):
-    """Philox-4x32 of Salmon et al. (2011): four words [..., 4] for each counter [..., 4], all uint64 here."""
-    first, second, third, fourth = (counters[..., i].astype(np.uint64) for i in range(4))
-    keys, mask = [seed & 0xFFFFFFFF, seed >> 32], np.uint64(0xFFFFFFFF)
-    for _ in range(rounds):
-        product, other = first * np.uint64(0xD2511F53), third * np.uint64(0xCD9E8D57)
-        first, second, third, fourth = ((other >> np.uint64(32)) ^ second ^ np.uint64(keys[0]), other & mask,
-                                        (product >> np.uint64(32)) ^ fourth ^ np.uint64(keys[1]), product & mask)
-        keys = [(keys[0] + 0x9E3779B9) & 0xFFFFFFFF, (keys[1] + 0xBB67AE85) & 0xFFFFFFFF]
-    return np.stack([first, second, third, fourth], -1)
 
 
 def test_the_oracle_of_the_random_numbers_gives_those_of_its_authors():

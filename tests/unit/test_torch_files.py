@@ -12,11 +12,12 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint
 from torch import nn
 
 from megatron.checkpoint.convert import torch_writing
 from megatron.checkpoint.convert.torch_files import read_torch_file
-from megatron.checkpoint.convert.torch_pickle import Record
+from megatron.checkpoint.convert.torch_pickle import Record, load_torch_pickle
 from megatron.checkpoint.convert.torch_writing import write_torch_file
 from megatron.checkpoint.stored import StoredTensor, one_piece
 from megatron.errors import CheckpointError
@@ -181,6 +182,16 @@ class Evil:
 
     def __reduce__(self):
         return self.made
+
+
+def test_a_member_of_an_enumeration_is_read_however_its_python_pickled_it():
+    kind = torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING
+    member, records = kind.TORCH_CONTIGUOUS_FORMAT, []
+    for made in ((kind, member.value), (getattr, (kind, member.name))):  # the second: Python 3.11.0 to 3.11.3
+        arguments = made[1] if isinstance(made[1], tuple) else (made[1],)
+        records.append(load_torch_pickle(io.BytesIO(data := pickle.dumps(Evil(made[0], *arguments))), len(data)))
+    assert [record.name.rpartition(".")[2] for record in records] == ["_MEM_FORMAT_ENCODING"] * 2
+    assert [record.arguments for record in records] == [(member.value,), (member.name,)]
 
 
 @pytest.mark.parametrize("is_zip", [True, False])

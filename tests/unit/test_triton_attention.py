@@ -56,11 +56,11 @@ def test_the_same_bits_come_each_time_whatever_else_is_packed(interpreted):
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_the_kernels_compile_without_spills_and_fit_a_gpus_shared_memory(capability, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    from benchmarks.triton_kernels import MOST_SHARED, cases, cost_of
+    from benchmarks.triton_kernels import MOST_SHARED, cases
 
     for case in cases(["proteinlm-3b"]):
         if "bfloat16" in case.name:
-            cost = cost_of(case, capability)
+            cost = case.launch.resources(capability)
             assert cost.spilled == 0 and cost.registers <= 255
             assert 0 < cost.shared <= MOST_SHARED[capability]
 

@@ -159,6 +159,13 @@ def _with_attributes(rebuild: Any, kind: Any, arguments: tuple, state: Any) -> S
     return rebuild(*arguments)
 
 
+def _member(kind: Any, name: Any) -> Record:
+    """A member of an enumeration, as Python 3.11.0 to 3.11.3 pickles it."""
+    if not isinstance(kind, Inert) or not isinstance(name, str):
+        raise pickle.UnpicklingError("it asks for builtins.getattr, of what is no enumeration")
+    return Record(kind.name, (name,))
+
+
 def _size(sizes: Any) -> tuple[int, ...]:
     return tuple(sizes)
 
@@ -170,6 +177,7 @@ def _defaults(factory: Any = None) -> dict:
 
 _FOUND: dict[tuple[str, str], Any] = {
     ("argparse", "Namespace"): _namespace,
+    ("builtins", "getattr"): _member,
     ("collections", "defaultdict"): _defaults,
     ("torch", "Size"): _size,
     ("torch._utils", "_rebuild_tensor"): _tensor,

@@ -1,0 +1,16 @@
+"""Philox-4x32 (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3") in numpy: dropout's oracle."""
+
+import numpy as np
+
+
+def philox(counters: np.ndarray, seed: int, rounds: int) -> np.ndarray:
+    """Four words [..., 4] below 2^32, uint64, for each counter [..., 4] of words, by a key of 64 bits."""
+    high, mask = np.uint64(32), np.uint64(2**32 - 1)
+    words = [counters[..., i].astype(np.uint64) for i in range(4)]
+    keys = [seed % 2**32, seed >> 32]
+    for _ in range(rounds):
+        first, second = words[0] * np.uint64(0xD2511F53), words[2] * np.uint64(0xCD9E8D57)
+        words = [(second >> high) ^ words[1] ^ np.uint64(keys[0]), second & mask,
+                 (first >> high) ^ words[3] ^ np.uint64(keys[1]), first & mask]
+        keys = [(keys[0] + 0x9E3779B9) % 2**32, (keys[1] + 0xBB67AE85) % 2**32]
+    return np.stack(words, -1)
