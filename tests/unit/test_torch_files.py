@@ -187,11 +187,12 @@ class Evil:
 def test_a_member_of_an_enumeration_is_read_however_its_python_pickled_it():
     kind = torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING
     member, records = kind.TORCH_CONTIGUOUS_FORMAT, []
-    for made in ((kind, member.value), (getattr, (kind, member.name))):  # the second: Python 3.11.0 to 3.11.3
-        arguments = made[1] if isinstance(made[1], tuple) else (made[1],)
-        records.append(load_torch_pickle(io.BytesIO(data := pickle.dumps(Evil(made[0], *arguments))), len(data)))
-    assert [record.name.rpartition(".")[2] for record in records] == ["_MEM_FORMAT_ENCODING"] * 2
-    assert [record.arguments for record in records] == [(member.value,), (member.name,)]
+    for made in (Evil(kind, member.value), Evil(getattr, kind, member.name)):  # the second: Python 3.11.0 to 3.11.3
+        for protocol in (2, 4):
+            data = pickle.dumps(made, protocol)
+            records.append(load_torch_pickle(io.BytesIO(data), len(data)))
+    assert [record.name.rpartition(".")[2] for record in records] == ["_MEM_FORMAT_ENCODING"] * 4
+    assert [record.arguments for record in records] == [(member.value,)] * 2 + [(member.name,)] * 2
 
 
 @pytest.mark.parametrize("is_zip", [True, False])

@@ -178,6 +178,7 @@ def _defaults(factory: Any = None) -> dict:
 _FOUND: dict[tuple[str, str], Any] = {
     ("argparse", "Namespace"): _namespace,
     ("builtins", "getattr"): _member,
+    ("__builtin__", "getattr"): _member,
     ("collections", "defaultdict"): _defaults,
     ("torch", "Size"): _size,
     ("torch._utils", "_rebuild_tensor"): _tensor,
