@@ -193,6 +193,8 @@ def test_a_member_of_an_enumeration_is_read_however_its_python_pickled_it():
             records.append(load_torch_pickle(io.BytesIO(data), len(data)))
     assert [record.name.rpartition(".")[2] for record in records] == ["_MEM_FORMAT_ENCODING"] * 4
     assert [record.arguments for record in records] == [(member.value,)] * 2 + [(member.name,)] * 2
+    signal_by_name = load_torch_pickle(io.BytesIO(data := b"csignal\nSIGTERM\n."), len(data))
+    assert (signal_by_name.name, signal_by_name.arguments) == ("signal.Signals", ("SIGTERM",))
 
 
 @pytest.mark.parametrize("is_zip", [True, False])

@@ -7,6 +7,7 @@ refused.
 
 import argparse
 import pickle
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +86,8 @@ class _TorchUnpickler(PlainUnpickler):
             return getattr(torch, name)
         if module in _INERT_MODULES or (module, name) in _INERT_NAMES:
             return Inert(f"{module}.{name}")
+        if module == "signal" and name in signal.Signals.__members__:  # Python 3.11.0 to 3.11.3
+            return Record("signal.Signals", (name,))
         return super().find_class(module, name)
 
     def persistent_load(self, pid: Any) -> Storage:
