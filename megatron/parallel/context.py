@@ -61,6 +61,7 @@ class _GatheredAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv_ugcd: Tensor, sequence: PackedSequence, dropout: float, axis: Axis,
                 window: Window) -> Tensor:
+        qkv_ugcd = qkv_ugcd.contiguous()
         lengths = protein_lengths(sequence.cu_seqlens, sequence.num_filler)
         kind = CompiledPass if takes_helper(qkv_ugcd) else ProteinPass
         ctx.axis, ctx.going = axis, kind(lengths, axis.rank * len(qkv_ugcd), len(qkv_ugcd), window, dropout)

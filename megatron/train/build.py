@@ -73,8 +73,8 @@ def build(config: Config, mesh: Mesh, log: Log) -> Run:
     checkpoint = find_checkpoint(config.checkpoint, mesh.world, log)
     if checkpoint is not None:
         refuse_changes(config, vocab, checkpoint)
-    goes_on = checkpoint is not None and not config.checkpoint.finetune
-    config = with_precision_chosen(config, checkpoint.state["config"] if checkpoint and goes_on else None, mesh, log)
+    gone_on_from = None if config.checkpoint.finetune else checkpoint
+    config = with_precision_chosen(config, gone_on_from.state["config"] if gone_on_from else None, mesh, log)
     schedule = _schedule(config, sizes, checkpoint)
     notice = schedule.notice(config.training.train_samples or (config.training.train_iters or 0) * sizes.final)
     if notice is not None:
@@ -89,8 +89,8 @@ def build(config: Config, mesh: Mesh, log: Log) -> Run:
         None if checkpoint is None else checkpoint.state.get("began_from"))
     run = Run(config, mesh, log, data, vocab, engine, schedule, sizes, TrainState(), began_from,
               {"steps": [], "elapsed_s": 0.0})
-    if checkpoint is not None and goes_on:
-        _go_on(run, checkpoint)
+    if gone_on_from is not None:
+        _go_on(run, gone_on_from)
     return run
 
 

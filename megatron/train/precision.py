@@ -43,4 +43,3 @@ def _measured(config: Config, mesh: Mesh) -> tuple[bool, float]:
         gain = bf16 / fp32
     votes = summed([gain >= LEAST_GAIN], mesh.world, mesh.device)
     return bool(votes.item()), gain
-

@@ -8,6 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from megatron.config import LoggingConfig
+from megatron.errors import ConfigError
 from megatron.log import Log
 from megatron.parallel.mesh import Mesh
 
@@ -18,10 +19,14 @@ class StepProfiler:
     """Profiles the steps from `--profile-step-start` to before `--profile-step-end`, counted from this run's first.
 
     Of each of `--profile-ranks`, SAVE/profile/rank_N.json.gz is the trace and rank_N.txt the table of all operations;
-    the rank that speaks prints what took longest on it. The last of the steps waits for the device.
+    the rank that speaks prints what took longest on it. The last of the steps waits for the device. Raises ConfigError
+    for a rank that there is not.
     """
 
     def __init__(self, config: LoggingConfig, save: str | None, mesh: Mesh, log: Log) -> None:
+        if config.profile and max(config.profile_ranks) >= mesh.world.size:
+            raise ConfigError(f"--profile-ranks {max(config.profile_ranks)} is not among the {mesh.world.size} ranks "
+                              f"of this run; give ranks below {mesh.world.size}")
         is_profiled = config.profile and mesh.world.rank in config.profile_ranks
         self._steps = range(config.profile_step_start, config.profile_step_end) if is_profiled else range(0)
         self._stem = Path(save or "") / "profile" / f"rank_{mesh.world.rank}"

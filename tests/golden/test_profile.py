@@ -45,6 +45,11 @@ def test_a_run_that_ends_before_its_profile_says_so(corpus, tmp_path, capsys):
     assert not (tmp_path / "profile").exists()
 
 
+def test_a_rank_that_there_is_not_is_refused(corpus, tmp_path, capsys):
+    assert train(corpus, tmp_path, "--train-iters", 2, "--profile", "--profile-ranks", 0, 1) == 2
+    assert "--profile-ranks 1 is not among the 1 ranks of this run" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("flags", "message"), [
     (["--profile"], "--profile writes into SAVE/profile; give --save as well"),
     (["--profile-step-start", "5", "--profile-step-end", "5"],

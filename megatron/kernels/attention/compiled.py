@@ -38,7 +38,7 @@ def takes_helper(qkv_tgcd: Tensor) -> bool:
 
 
 def compiled_attention(qkv_tgcd: Tensor, cu_seqlens: Tensor, num_filler: int, window: Window, dropout: float = 0.0,
-                  instructions: str = "") -> Tensor:
+                       instructions: str = "") -> Tensor:
     """The context [t, n, d] of whole proteins, 0 in the filler; `instructions` names another set than the fastest."""
     left, right = window or (-1, -1)
     arguments = qkv_tgcd, cu_seqlens, num_filler, left, right, dropout, instructions
