@@ -24,48 +24,54 @@ from benchmarks.proteins import LENGTHS, packed_row  # noqa: E402
 from benchmarks.train_step import processor  # noqa: E402
 from megatron.kernels.attention.by_protein import attention_by_protein  # noqa: E402
 from megatron.kernels.attention.packed import packed_attention  # noqa: E402
+from megatron.kernels.dropout import Dropout, Use  # noqa: E402
 from megatron.kernels.packed_sequence import PackedSequence  # noqa: E402
 
-Way = Callable[[Tensor, PackedSequence, float], Tensor]
+Way = Callable[[Tensor, PackedSequence, Dropout | None], Tensor]
 
 
-def triton_kernels(qkv_tn3d: Tensor, sequence: PackedSequence, dropout: float) -> Tensor:
+def triton_kernels(qkv_tn3d: Tensor, sequence: PackedSequence, dropout: Dropout | None) -> Tensor:
     """The project's own kernels, also where it takes PyTorch's operator."""
-    seed = torch.randint(2**63 - 1, (), device=qkv_tn3d.device)
+    seed, kept = (dropout.seed, dropout.kept) if dropout else (None, 0)
     return torch.ops.megatron.fused_attention(qkv_tn3d, None, sequence.cu_seqlens, seed, sequence.num_filler, 0, -1, -1,
-                                              dropout)[0].flatten(1, 2)
+                                              kept, 0)[0].flatten(1, 2)
 
 
-def by_protein(qkv_tn3d: Tensor, sequence: PackedSequence, dropout: float) -> Tensor:
+def by_protein(qkv_tn3d: Tensor, sequence: PackedSequence, dropout: Dropout | None) -> Tensor:
     """Two products and a softmax for each protein."""
     return attention_by_protein(qkv_tn3d, sequence.cu_seqlens, sequence.num_filler, None, dropout)
 
 
-def a_protein_at_a_time(qkv_tn3d: Tensor, sequence: PackedSequence, dropout: float) -> Tensor:
+def rate(dropout: Dropout | None) -> float:
+    """As PyTorch has it."""
+    return dropout.rate if dropout else 0.0
+
+
+def a_protein_at_a_time(qkv_tn3d: Tensor, sequence: PackedSequence, dropout: Dropout | None) -> Tensor:
     """scaled_dot_product_attention on each protein."""
-    contexts = [F.scaled_dot_product_attention(*protein.permute(2, 1, 0, 3).unbind(0), dropout_p=dropout)
+    contexts = [F.scaled_dot_product_attention(*protein.permute(2, 1, 0, 3).unbind(0), dropout_p=rate(dropout))
                 for protein in qkv_tn3d.split(LENGTHS)]
     return torch.cat(contexts, dim=1).transpose(0, 1)
 
 
-def padded(qkv_tn3d: Tensor, sequence: PackedSequence, dropout: float) -> Tensor:
+def padded(qkv_tn3d: Tensor, sequence: PackedSequence, dropout: Dropout | None) -> Tensor:
     """scaled_dot_product_attention on a batch of proteins padded to the longest."""
     proteins = qkv_tn3d.split(LENGTHS)
     batch = torch.nn.utils.rnn.pad_sequence(list(proteins), batch_first=True)
     lengths = sequence.cu_seqlens.diff()[:len(LENGTHS)]
     is_real_bs = torch.arange(batch.shape[1], device=batch.device) < lengths[:, None]
     query, key, value = batch.permute(3, 0, 2, 1, 4).unbind(0)
-    context = F.scaled_dot_product_attention(query, key, value, is_real_bs[:, None, None], dropout)
+    context = F.scaled_dot_product_attention(query, key, value, is_real_bs[:, None, None], rate(dropout))
     return context.transpose(1, 2)[is_real_bs]
 
 
-def masked_row(qkv_tn3d: Tensor, sequence: PackedSequence, dropout: float) -> Tensor:
+def masked_row(qkv_tn3d: Tensor, sequence: PackedSequence, dropout: Dropout | None) -> Tensor:
     """scaled_dot_product_attention on the whole row with a mask of row x row."""
     lengths = sequence.cu_seqlens.diff()
     protein_t = torch.repeat_interleave(torch.arange(len(lengths), device=qkv_tn3d.device), lengths)
     query, key, value = qkv_tn3d.permute(2, 1, 0, 3)[:, None].unbind(0)
     mask = protein_t[:, None] == protein_t[None, :]
-    return F.scaled_dot_product_attention(query, key, value, mask, dropout)[0].transpose(0, 1)
+    return F.scaled_dot_product_attention(query, key, value, mask, rate(dropout))[0].transpose(0, 1)
 
 
 WAYS: dict[str, Way] = {"this project": packed_attention, "Triton": triton_kernels, "by protein": by_protein,
@@ -74,8 +80,9 @@ CASES = [(shape, dtype, dropout) for shape, dropout in (((8, 64), 0.0), ((20, 16
          for dtype in (torch.float32, torch.bfloat16)]
 
 
-def milliseconds(way: Way, qkv_tn3d: Tensor, sequence: PackedSequence, dropout: float, goes_back: bool) -> float:
+def milliseconds(way: Way, qkv_tn3d: Tensor, sequence: PackedSequence, rate: float, goes_back: bool) -> float:
     """The time of one pass."""
+    dropout = Dropout(rate, torch.ones((), dtype=torch.int64, device=qkv_tn3d.device), Use.WEIGHTS) if rate else None
     began_s = time.perf_counter()
     with torch.set_grad_enabled(goes_back):
         context = way(qkv_tn3d, sequence, dropout)

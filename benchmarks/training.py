@@ -69,11 +69,11 @@ def measured(config: Config, seconds: float, device: torch.device) -> Reading:
     if device.type == "cuda":
         batch = batch.pin_memory()
     for _ in range(WARM_UP):
-        step([batch], 1e-5, 0, (False, False))
+        step([batch], 1e-5, (False, False))
     reading, num_steps = meters.read(), 1
     while True:
         for _ in range(num_steps):
-            step([batch], 1e-5, 0, (False, False))
+            step([batch], 1e-5, (False, False))
         reading = meters.read()
         if reading.elapsed_s >= seconds or num_steps > 1:
             return reading

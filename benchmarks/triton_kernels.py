@@ -81,7 +81,7 @@ def attention_launches(dtype: torch.dtype, width: int, dropout: float = 0.0, que
         context, statistics = torch.empty_like(qkv[:, :, 2:]), torch.empty(16 * queries, 8704)
         ends = torch.empty(65, dtype=torch.int32)
         seed = torch.empty((), dtype=torch.int64) if dropout else None
-        call = Call(qkv, None, ends, seed, 4, 0, -1, -1, dropout)
+        call = Call(qkv, None, ends, seed, 4, 0, -1, -1, round((1 - dropout) * 2**16), 0)
         results = context, context, statistics, statistics
         return [call.forward(context, statistics), *call.backward(*results, (torch.empty_like(qkv), ends))]
 

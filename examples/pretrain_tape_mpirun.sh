@@ -31,6 +31,7 @@ read -ra mpirun_flags <<<"${MPIRUN_FLAGS-}"
 # Each MPI has a flag of its own for the environment of distant processes; `env` is the same for all. Unbound: a process
 # needs cores for its threads and for the workers that prepare its batches.
 environment=(PYTHONPATH="$PYTHONPATH" OMP_NUM_THREADS="$OMP_NUM_THREADS" GOMP_SPINCOUNT="$GOMP_SPINCOUNT"
+    GLIBC_TUNABLES="$GLIBC_TUNABLES"
     ${MASTER_ADDR:+"MASTER_ADDR=$MASTER_ADDR"} ${MASTER_PORT:+"MASTER_PORT=$MASTER_PORT"})
 # On SIGTERM Open MPI kills its processes at once. SIGUSR1 every mpirun passes on, and it asks them to stop as well.
 run_until_asked USR1 mpirun -np "$processes" --bind-to none ${mpirun_flags[@]+"${mpirun_flags[@]}"} \

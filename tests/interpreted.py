@@ -14,16 +14,15 @@ from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from megatron.config import PrecisionConfig
+from megatron.kernels.dropout import Dropout, Use
 from megatron.kernels.pointwise.activation import activated, activated_reference
 from megatron.kernels.pointwise.heads import HeadScaling, normed_queries_and_keys, prepared_heads
 from megatron.kernels.pointwise.residual_norm import (
     Scaling,
-    dropout_seeds,
     joined,
     normalised,
     normalised_reference,
@@ -33,21 +32,23 @@ from megatron.model.initialisation import initialise
 from megatron.model.protein_model import ProteinModel
 from tests.families import FAMILIES, MASK_ID
 from tests.packed import packed_batch
-from tests.philox import philox
+from tests.philox import kept
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 # Relative errors by norm. The interpreter cuts what it stores in bf16, where a GPU rounds: twice the error.
 TOLERANCE = {FP32: 1e-6, BF16: 6e-3, FP16: 6e-4}
-SEED = 0x5DEECE66D1234567
+SEED, FIRST_ROW = 0x5DEECE66D1234567, 1000
 
 
-def expected_mask(seed: int, num_rows: int, width: int, rate: float) -> Tensor:
-    """Which elements dropout keeps."""
-    number = np.arange(num_rows * -(-width // 4), dtype=np.uint64)
-    counters = np.stack([number % 2**32, number >> np.uint64(32), 0 * number, 0 * number], -1)
-    words = philox(counters, seed, 10).reshape(num_rows, -1)[:, :width]
-    kept = (words >> np.uint64(8)) >= np.uint64(round(rate * 2**24))
-    return torch.from_numpy(kept).to(torch.get_default_device())
+def dropout(rate: float, seed: int = SEED) -> Dropout | None:
+    """Of rows that begin with a later one; none for a rate of 0."""
+    return Dropout(rate, torch.tensor(seed), Use.ATTENTION_OUTPUT, FIRST_ROW) if rate else None
+
+
+def expected_mask(num_rows: int, width: int, rate: float) -> Tensor:
+    """Which elements dropout keeps, by an independent Philox."""
+    rows = range(FIRST_ROW, FIRST_ROW + num_rows)
+    return torch.from_numpy(kept(SEED, rate, rows, range(width), [0], Use.ATTENTION_OUTPUT)[0])
 
 
 def random(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
@@ -81,15 +82,14 @@ def check_join(num_rows: int, width: int, stream: torch.dtype, branch: torch.dty
     inputs = [random(num_rows, width, dtype=stream), random(num_rows, width, dtype=branch)]
     inputs += [random(width) for _ in range(has_bias + ["", "RMSNorm", "LayerNorm"].index(kind))]
     scale = inputs[2 + has_bias:]
-    mask = expected_mask(SEED, num_rows, width, rate) / (1 - rate)
+    mask = expected_mask(num_rows, width, rate) * 65536 / round((1 - rate) * 65536)
 
     def exact(residual: Tensor, branch: Tensor, *rest: Tensor) -> list[Tensor]:
         total, scale = residual + mask * (branch + rest[0] if has_bias else branch), rest[has_bias:]
         return [total, normalised_reference(total, scaling_of(scale))] if scale else [total]
 
     scaling = scaling_of(scale) if kind else None
-    seed = torch.tensor(SEED) if rate else None
-    outputs = joined(inputs[0], (inputs[1], inputs[2] if has_bias else None), rate, seed, scaling, branch)
+    outputs = joined(inputs[0], (inputs[1], inputs[2] if has_bias else None), dropout(rate), scaling, branch)
     assert outputs[0].dtype == torch.promote_types(stream, branch) and (not kind or outputs[1].dtype == branch)
     compare(outputs[:1 + (kind != "")], inputs, exact)
 
@@ -169,13 +169,13 @@ def check_overwriting() -> None:
 
 def check_mask(num_rows: int, width: int, rate: float) -> None:
     """The numbers of an independent Philox, in both directions, and their rate."""
-    branch, expected = torch.ones(num_rows, width, requires_grad=True), expected_mask(SEED, num_rows, width, rate)
-    out = joined(torch.zeros(num_rows, width), (branch, None), rate, torch.tensor(SEED), None, FP32)[0]
+    branch, expected = torch.ones(num_rows, width, requires_grad=True), expected_mask(num_rows, width, rate)
+    out = joined(torch.zeros(num_rows, width), (branch, None), dropout(rate), None, FP32)[0]
     gradient, = torch.autograd.grad(out, branch, torch.ones_like(out))
     assert torch.equal(out > 0, expected) and torch.equal(gradient, out)
     share = 1 - expected.float().mean().item()
     assert abs(share - rate) < 5 * (rate * (1 - rate) / expected.numel())**0.5
-    other = joined(torch.zeros(num_rows, width), (branch, None), rate, torch.tensor(SEED + 1), None, FP32)[0]
+    other = joined(torch.zeros(num_rows, width), (branch, None), dropout(rate, SEED + 1), None, FP32)[0]
     assert not torch.equal(out, other)
 
 
@@ -199,9 +199,8 @@ def plainly() -> Iterator[None]:
 
 def step(model: ProteinModel, seed: int) -> dict[str, Tensor]:
     """Loss and gradients of a micro-batch."""
-    batch = packed_batch(9, 1, 6, filler=3)
+    batch = packed_batch(9, 1, 6, filler=3, seed=seed)
     model.zero_grad()
-    torch.manual_seed(seed)
     loss, _ = model(batch.sequence, batch.targets)
     loss.backward()
     return {"loss": loss.detach(), **{name: parameter.grad for name, parameter in model.named_parameters()
@@ -242,15 +241,6 @@ def check_recomputation(family: str) -> None:
     assert kept["loss"] != other["loss"]
 
 
-def check_seeds() -> None:
-    """Seeds are numbers of the default generator."""
-    torch.manual_seed(1)
-    first, second = dropout_seeds(2, torch.device("cpu"))
-    torch.manual_seed(1)
-    assert first == dropout_seeds(2, torch.device("cpu"))[0] and first != second
-    assert first.data_ptr() % 16 == second.data_ptr() % 16 == 0
-
-
 CHECKS: dict[str, Callable[[], None]] = {
     **{f"join {kind or 'alone'}, dropout {rate}, {num_rows} x {width}, {stream} and {branch}, bias {has_bias}":
        partial(check_join, num_rows, width, stream, branch, rate, kind, has_bias)
@@ -272,7 +262,7 @@ CHECKS: dict[str, Callable[[], None]] = {
        for kind in ("", "LayerNorm", "RMSNorm") if half or kind},
     "what was kept cannot be overwritten unnoticed": check_overwriting,
     "mask 64 x 320": partial(check_mask, 64, 320, 0.1), "mask 33 x 77": partial(check_mask, 33, 77, 0.5),
-    "what is strided": check_strided, "many strips": check_strips, "seeds": check_seeds,
+    "what is strided": check_strided, "many strips": check_strips,
     **{f"model {family} in fp32": partial(check_model, family, PrecisionConfig(), 1e-4) for family in FAMILIES},
     "model esm2 in bf16": partial(check_model, "esm2", PrecisionConfig(bf16=True), 0.1),
     "model proteinlm in bf16 with an fp32 stream": partial(check_model, "proteinlm", PrecisionConfig(bf16=True), 0.1,

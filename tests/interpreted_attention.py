@@ -10,16 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from megatron.kernels.attention import launches
 from megatron.kernels.attention.fused import fused_attention
 from megatron.kernels.attention.packed import attention_reference
+from megatron.kernels.dropout import Dropout, Use
 from megatron.kernels.packed_sequence import PackedSequence
 from tests.packed import packed_batch
-from tests.philox import philox
 
 RATE = 0.3
 
@@ -96,34 +95,22 @@ def attend(case: Case, qkv: Tensor) -> Tensor:
     if case.is_scattered:
         qkv = torch.stack([qkv, qkv], -2)[..., 0, :]
     for rank in range(case.ranks):
-        torch.manual_seed(5)
         if case.ranks == 1:
-            contexts.append(fused_attention(qkv, None, sequence, 0, case.dropout, case.window))
+            contexts.append(fused_attention(qkv, None, sequence, 0, dropout_of(case), case.window))
         else:
             first = rank * len(qkv) // case.ranks
             query = qkv[first:first + len(qkv) // case.ranks, :, :-2]
-            contexts.append(fused_attention(query, qkv[:, :, -2:], sequence, first, case.dropout, case.window))
+            contexts.append(fused_attention(query, qkv[:, :, -2:], sequence, first, dropout_of(case), case.window))
     return torch.cat(contexts)
 
 
-def kept_by_philox(case: Case) -> Tensor:
-    """What dropout keeps, [n, t, t]: a counter for each query, four keys and head; a word a key."""
-    torch.manual_seed(5)
-    seed, size, heads = int(torch.randint(2**63 - 1, ())), case.num_real, case.groups * case.queries
-    head, query, key = np.meshgrid(np.arange(heads), np.arange(size), np.arange(size), indexing="ij")
-    words = philox(np.stack([key // 4, query, head, 0 * key], -1), seed, 7)
-    numbers = np.take_along_axis(words, key[..., None] % 4, -1)[..., 0].astype(np.uint32).view(np.int32)
-    return torch.from_numpy(numbers >= round(case.dropout * 2**32) - 2**31)
+def dropout_of(case: Case) -> Dropout | None:
+    return Dropout(case.dropout, torch.tensor(0x5DEECE66D1234567), Use.WEIGHTS, first_head=3) if case.dropout else None
 
 
 def define(case: Case, qkv: Tensor) -> Tensor:
     """The context of the proteins' tokens by the definition."""
-    qkv, sequence = qkv[:case.num_real], case.sequence
-    if not case.dropout:
-        return attention_reference(qkv, sequence, 0.0, case.window)
-    scaled = kept_by_philox(case) / (1 - case.dropout)
-    with patch("torch.nn.functional.dropout", lambda probabilities, _: probabilities * scaled.to(probabilities.dtype)):
-        return attention_reference(qkv, sequence, case.dropout, case.window)
+    return attention_reference(qkv[:case.num_real], case.sequence, dropout_of(case), case.window)
 
 
 def errors(case: Case) -> dict[str, Any]:
@@ -152,7 +139,7 @@ def checks_of_the_operator() -> None:
     """Raises where the operator and its backward pass are not what torch expects of one."""
     case = Case((9, 1, 12), filler=3, queries=2, dropout=RATE)
     qkv = torch.randn(25, 2, 4, 16, requires_grad=True)
-    ends, numbers = case.sequence.cu_seqlens, (case.sequence.num_filler, 0, 3, 1, RATE)
+    ends, numbers = case.sequence.cu_seqlens, (case.sequence.num_filler, 0, 3, 1, 50000, 3)
     for own, others in ((qkv, None), (qkv[:, :, :-2], qkv[:, :, -2:])):
         arguments = own, others, ends, torch.tensor(7), *numbers
         torch.library.opcheck(torch.ops.megatron.fused_attention.default, arguments)

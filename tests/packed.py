@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron.data.batches.batch import Batch, BatchShape, collate
 from megatron.data.rows.packed import Row
 from megatron.kernels.attention import fused, packed
+from megatron.kernels.dropout import Dropout, Use, is_kept
 from megatron.parallel import context
 
 
@@ -21,14 +21,15 @@ def packed_batch(*lengths: int, filler: int = 0, empty: int = 0, targets: Sequen
                  padding: int = 0, seed: int = 0, share: int = 0, num_shares: int = 1) -> Batch:
     """Random proteins with targets at every fifth token or at `targets`.
 
-    `filler` tokens lie behind them, the boundaries of `empty` more proteins, and `padding` that is no target.
+    `filler` tokens lie behind them, the boundaries of `empty` more proteins, and `padding` that is no target. `seed`:
+    of tokens and dropout.
     """
     rng = np.random.default_rng(seed)
     tokens = rng.integers(6, 31, sum(lengths))
     chosen = np.arange(1, len(tokens), 5) if targets is None else np.array(targets, dtype=np.int64)
     row = Row(tokens, np.array(lengths, dtype=np.int64), chosen, rng.integers(6, 31, len(chosen)))
     return collate([row], BatchShape(len(tokens) + filler, len(lengths) + empty, len(chosen) + padding,
-                                     max(lengths, default=1), share, num_shares))
+                                     max(lengths, default=1), share, num_shares), seed)
 
 
 @contextmanager
@@ -44,12 +45,14 @@ def fused_by_definition() -> Iterator[list[tuple[str, float]]]:
         for tensor, ends, longest in ((query, query_ends, longest_query), (key, key_ends, longest_key)):
             assert (ends[0], ends[-1]) == (0, len(tensor))  # what lies in no segment would have any context
             assert 0 <= ends.diff().min() <= ends.diff().max() <= longest
-        return _by_definition((query, key, value), (query_ends, key_ends), 0.0)
+        return _by_definition((query, key, value), (query_ends, key_ends), None)
 
     def triton(qkv: Tensor, key_value: Tensor | None, ends: Tensor, seed: Tensor | None, num_filler: int, first: int,
-               left: int, right: int, dropout: float) -> list[Tensor]:
-        assert left == right == -1 and (seed is not None) == (dropout > 0)
-        calls.append(("triton", dropout))
+               left: int, right: int, kept: int, first_head: int) -> list[Tensor]:
+        assert left == right == -1
+        rate = 0.0 if seed is None else 1 - kept / 65536
+        dropout = None if seed is None else Dropout(rate, seed, Use.WEIGHTS, first, first_head)
+        calls.append(("triton", round(rate, 3)))
         query, keys = (qkv[:, :, :-2], qkv[:, :, -2:]) if key_value is None else (qkv, key_value)
         key, value = (tensor.repeat_interleave(query.shape[2], 1) for tensor in keys.unbind(2))
         ends = ends[:len(ends) - num_filler]
@@ -65,12 +68,18 @@ def fused_by_definition() -> Iterator[list[tuple[str, float]]]:
         yield calls
 
 
-def _by_definition(tensors: tuple[Tensor, Tensor, Tensor], ends: tuple[Tensor, Tensor], dropout: float) -> Tensor:
+def _by_definition(tensors: tuple[Tensor, Tensor, Tensor], ends: tuple[Tensor, Tensor],
+                   dropout: Dropout | None) -> Tensor:
     """Each segment for itself; an empty one has no context, and what has no keys is none of the operators' business."""
     assert all(each.dtype == torch.int32 and each.is_contiguous() for each in ends)
     queries, keys = ([slice(*span) for span in itertools.pairwise(each.tolist())] for each in ends)
     query, key, value = (tensor.transpose(0, 1) for tensor in tensors)
-    with sdpa_kernel(SDPBackend.MATH):
-        contexts = [F.scaled_dot_product_attention(query[:, mine], key[:, whole], value[:, whole], dropout_p=dropout)
-                    for mine, whole in zip(queries, keys, strict=True) if mine.stop > mine.start]
+    contexts = []
+    for mine, whole in zip(queries, keys, strict=True):
+        weights = (query[:, mine].float() @ key[:, whole].float().mT * query.shape[-1] ** -0.5).softmax(-1)
+        if dropout is not None:
+            here = dropout.from_row(dropout.first_row + mine.start)
+            weights = weights * is_kept(here, weights.shape[1], range(whole.start, whole.stop), len(weights))
+            weights = weights * dropout.growth
+        contexts.append((weights @ value[:, whole].float()).to(query.dtype))
     return torch.cat([query[:, :0], *contexts], dim=1).transpose(0, 1)

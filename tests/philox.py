@@ -1,5 +1,7 @@
 """Philox-4x32 (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3") in numpy: dropout's oracle."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -14,3 +16,13 @@ def philox(counters: np.ndarray, seed: int, rounds: int) -> np.ndarray:
                  (first >> high) ^ words[3] ^ np.uint64(keys[1]), first & mask]
         keys = [(keys[0] + 0x9E3779B9) % 2**32, (keys[1] + 0xBB67AE85) % 2**32]
     return np.stack(words, -1)
+
+
+def kept(seed: int, rate: float, rows: Sequence[int], columns: Sequence[int], heads: Sequence[int],
+         use: int) -> np.ndarray:
+    """Whether dropout keeps (row, column) of a head, bool [n, u, x]: half a word of (row, column // 8, head, use)."""
+    head, row, column = np.meshgrid(heads, rows, columns, indexing="ij")
+    words = philox(np.stack([row, column // 8, head, np.full_like(head, use)], -1), seed, 7)
+    word = np.take_along_axis(words, column[..., None] % 8 // 2, -1)[..., 0]
+    number = np.where(column % 2, word >> np.uint64(16), word & np.uint64(0xFFFF))
+    return number < round((1 - rate) * 65536)

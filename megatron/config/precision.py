@@ -14,6 +14,8 @@ class PrecisionConfig:
     precision: str = flag(None, "auto: bf16 where the device multiplies faster in it, else fp32, as measured at the "
                           "start; a run that goes on keeps what it had, and plans take fp32", choices=("auto",),
                           changes="nothing")
+    tf32: bool = flag(False, "multiply fp32 numbers in TF32, of 10 bits behind the point, on GPUs since Ampere",
+                      changes="course")
     loss_scale: float = flag(None, "fixed loss scale for --fp16 (default: dynamic)", kind=float, check=positive,
                              changes="course")
     initial_loss_scale: float = flag(2.0**32, "first dynamic loss scale", kind=float, check=positive, changes="nothing")

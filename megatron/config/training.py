@@ -30,6 +30,8 @@ class TrainingConfig:
     exit_duration_in_mins: float = flag(None, "save and leave after this long", kind=float, check=positive,
                                         changes="nothing")
     compile: bool = flag(None, "compile each transformer block, once, by torch.compile (default: on GPUs, where the "
-                         "layout allows it); dropout then draws other random numbers", kind=bool, changes="course")
+                         "layout allows it)", kind=bool, changes="course")
+    cuda_graph: bool = flag(False, "on GPUs, capture a micro-batch's passes and the update as CUDA graphs, and launch "
+                            "these (one pipeline stage, nothing shared out)", changes="nothing")
     seed: int = flag(1234, "seed of weights, row order, masks and dropout", kind=int, check=not_negative,
                      changes="samples")

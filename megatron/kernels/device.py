@@ -18,12 +18,13 @@ def takes_gpu_way(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu" or isinstance(tensor, FakeTensor)
 
 
-def takes_triton(tensor: Tensor) -> bool:
+def takes_triton(tensor: Tensor, if_compiled: bool = False) -> bool:
     """Whether what lies between matrix products goes by Triton's kernels.
 
-    Fake tensors stand for a GPU's. What torch.compile compiles goes the plain way, which inductor fuses.
+    Fake tensors stand for a GPU's. What torch.compile compiles goes the plain way, which inductor fuses, but
+    `if_compiled`.
     """
-    if torch.compiler.is_compiling() or tensor.dtype not in _DTYPES:
+    if torch.compiler.is_compiling() and not if_compiled or tensor.dtype not in _DTYPES:
         return False
     return is_fake(tensor) or runs_triton(tensor)
 
@@ -44,9 +45,9 @@ def is_fake(tensor: Tensor) -> bool:
 
 
 def as_called(operator: Callable[..., Any], function: Callable[..., Any], tensor: Tensor) -> Callable[..., Any]:
-    """`operator` for fake tensors, which need one; else the `function` that it is made of: calling an operator of
-    Python costs some 15 µs."""
-    return operator if is_fake(tensor) else function
+    """`operator` for fake tensors and for torch.compile, which need one; else the `function` that it is made of:
+    calling an operator of Python costs some 15 µs."""
+    return operator if torch.compiler.is_compiling() or is_fake(tensor) else function
 
 
 @torch.compiler.assume_constant_result

@@ -28,15 +28,16 @@ class PackedSequence:
     cu_seqlens: Tensor  # int32 [g + num_filler + 1], from 0 to the number of tokens on all context ranks
     max_length: int
     num_filler: int
+    seed: Tensor | None = None  # int64 [], of the micro-batch's dropout; None where it is not needed
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "PackedSequence":
         """The same with `function` of each tensor."""
-        tokens_t, positions_t, cu_seqlens = map(function, self.tensors())
-        return replace(self, tokens_t=tokens_t, positions_t=positions_t, cu_seqlens=cu_seqlens)
+        return replace(self, tokens_t=function(self.tokens_t), positions_t=function(self.positions_t),
+                       cu_seqlens=function(self.cu_seqlens), seed=None if self.seed is None else function(self.seed))
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Tokens, positions, boundaries."""
-        return self.tokens_t, self.positions_t, self.cu_seqlens
+        """Tokens, positions, boundaries, and the seed where there is one."""
+        return self.tokens_t, self.positions_t, self.cu_seqlens, *([] if self.seed is None else [self.seed])
 
 
 @dataclass(frozen=True)

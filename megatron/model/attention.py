@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron.config import ModelConfig
+from megatron.kernels.dropout import Use
 from megatron.kernels.packed_sequence import PackedSequence, proteins_of_tokens
 from megatron.kernels.pointwise.heads import HeadScaling, prepared_heads
 from megatron.kernels.pointwise.product import Product
@@ -18,7 +19,7 @@ from megatron.model.initialisation import normal, residual_output
 from megatron.model.normalisation import HeadNorm
 from megatron.parallel.context import context_attention, with_neighbours
 from megatron.parallel.parameters import Constant, Declaration, replicated_parameter, split_parameter, table
-from megatron.parallel.randomness import distinct_randomness, rate_of
+from megatron.parallel.randomness import dropout_of
 from megatron.parallel.recomputation import recomputed
 from megatron.parallel.tensor.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.parallel.tensor.stream import Stream
@@ -29,11 +30,12 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, number: int, num_ids: int, stream: Stream) -> None:
         super().__init__()
-        self.axis, self.context, self.dropout = stream.axis, stream.context, config.attention_dropout
+        self.context, self.dropout = stream.context, config.attention_dropout
         self.recomputes_core = config.recompute_granularity == "selective"
         self.window = config.window(number)
         heads, groups, head_width = config.num_attention_heads, config.num_groups, config.kv_channels
         self.shape = groups // stream.axis.size, heads // groups + 2, head_width
+        self.first_head = stream.axis.rank * heads // stream.axis.size
         width, has_bias = heads * head_width, not config.disable_bias_linear
         rows = (heads + 2 * groups) * head_width
         self.query_key_value = ColumnParallelLinear(config.hidden_size, rows, stream, normal(config), has_bias)
@@ -64,15 +66,14 @@ class Attention(nn.Module):
         return HeadScaling(self.query_norm.weight, self.key_norm.weight, self.epsilon, self.is_rms)
 
     def _core(self, qkv_tgcd: Tensor, sequence: PackedSequence) -> Tensor:
-        dropout = rate_of(self)
+        dropout = dropout_of(self, sequence, Use.WEIGHTS, self.first_head)
 
         def core(qkv_tgcd: Tensor) -> Tensor:
             return context_attention(qkv_tgcd, sequence, dropout, self.context, self.window)
 
-        with distinct_randomness(self.axis, dropout, qkv_tgcd.device):
-            if self.recomputes_core and torch.is_grad_enabled():
-                return recomputed(core, qkv_tgcd, has_dropout=dropout > 0)
-            return core(qkv_tgcd)
+        if self.recomputes_core and torch.is_grad_enabled():
+            return recomputed(core, qkv_tgcd)
+        return core(qkv_tgcd)
 
 
 class ValueEmbedding(nn.Module):

@@ -4,12 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config import ModelConfig
+from megatron.kernels.dropout import Use
 from megatron.kernels.packed_sequence import PackedSequence, proteins_of_tokens
 from megatron.model.initialisation import normal
 from megatron.model.normalisation import norm
 from megatron.parallel.collectives import all_reduce_sum
 from megatron.parallel.mesh import Axis
-from megatron.parallel.randomness import rate_of
+from megatron.parallel.randomness import dropout_of
 from megatron.parallel.tensor.layers import Table
 from megatron.parallel.tensor.stream import Stream
 from megatron.parallel.tensor.vocabulary import VocabularyParallelTable
@@ -47,7 +48,7 @@ class Embedding(nn.Module):
             hidden_uh = hidden_uh + self.position_embeddings(self.stream.tokens(sequence.positions_t))
         if self.layernorm is not None:
             hidden_uh = self.layernorm(hidden_uh)
-        return self.stream.dropout(hidden_uh.to(self.dtype), rate_of(self))
+        return self.stream.dropout(hidden_uh.to(self.dtype), dropout_of(self, sequence, Use.EMBEDDINGS))
 
 
 class TiedEmbedding(nn.Module):

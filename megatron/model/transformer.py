@@ -5,6 +5,7 @@ hidden states, with `--x0-skips` the embeddings, with `--unet-skips` the outputs
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config import ModelConfig
+from megatron.kernels.dropout import Dropout, Use
 from megatron.kernels.packed_sequence import PackedSequence
 from megatron.kernels.pointwise.product import Product, whole
 from megatron.kernels.pointwise.residual_norm import normalised
@@ -22,7 +24,7 @@ from megatron.model.normalisation import Norm, norm, scaling_of
 from megatron.parallel.mesh import Axis
 from megatron.parallel.parameters import BIAS, SCALE
 from megatron.parallel.pipeline.partition import Stage
-from megatron.parallel.randomness import rate_of
+from megatron.parallel.randomness import dropout_of
 from megatron.parallel.recomputation import recomputed
 from megatron.parallel.tensor.stream import Stream
 
@@ -63,22 +65,23 @@ class Block(nn.Module):
             hidden_uh = self.hidden_scale.to(dtype) * hidden_uh + self.x0_scale.to(dtype) * x0_uh
         if skip_uh is not None:
             hidden_uh = hidden_uh + self.skip_scale.to(dtype) * skip_uh
-        seeds = self.stream.seeds(2, hidden_uh, rate_of(self))
         hidden_uh, normed_uh = normalised(hidden_uh, scaling_of(self.input_layernorm), self._normed_dtype(dtype))
         branch = self.attention(normed_uh.to(self.dtype), sequence, rotation)
         hidden_uh, normed_uh = self._joined(hidden_uh, normed_uh, branch, self.attention_output_layernorm,
-                                            self.post_attention_layernorm, seeds[0])
+                                            self.post_attention_layernorm,
+                                            dropout_of(self, sequence, Use.ATTENTION_OUTPUT))
         branch = self.mlp(normed_uh.to(self.dtype))
-        return self._joined(hidden_uh, normed_uh, branch, self.mlp_output_layernorm, None, seeds[1])[0]
+        dropout = dropout_of(self, sequence, Use.FEED_FORWARD_OUTPUT)
+        return self._joined(hidden_uh, normed_uh, branch, self.mlp_output_layernorm, None, dropout)[0]
 
     def _joined(self, hidden_uh: Tensor, normed_uh: Tensor, branch: Product, behind: Norm | None,
-                before_next: Norm | None, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+                before_next: Norm | None, dropout: Dropout | None) -> tuple[Tensor, Tensor]:
         """The stream with a branch, and what the next branch takes of it."""
         residual_uh = normed_uh if self.residual_after_layernorm else hidden_uh
         if self.placement == "both" and behind is not None:
             branch = behind(whole(branch)), None
         normalises = behind if self.placement == "post" else before_next
-        sum_uh, normed_uh = self.stream.join(residual_uh, branch, rate_of(self), seed, scaling_of(normalises),
+        sum_uh, normed_uh = self.stream.join(residual_uh, branch, dropout, scaling_of(normalises),
                                              self._normed_dtype(residual_uh.dtype))
         return (normed_uh if self.placement == "post" else sum_uh), normed_uh
 
@@ -108,7 +111,6 @@ class Transformer(nn.Module):
         self.rotary_base, self.rotary_precision = config.rotary_base, config.rotary_frequency_precision
         self.layers_a_checkpoint = config.checkpoint_num_layers if config.checkpoint_activations else None
         self.kept_over = stream.axis if config.distribute_checkpointed_activations else Axis()
-        self.has_dropout = config.attention_dropout > 0 or config.hidden_dropout > 0
 
     def forward(self, message: Tensor, sequence: PackedSequence) -> Tensor:
         """What the next stage takes: the hidden states [u, h], or [k, u, h] with what else passes between blocks.
@@ -138,23 +140,31 @@ class Transformer(nn.Module):
     def through_blocks(self, hidden_uh: Tensor, sequence: PackedSequence, rotation: Rotation | None,
                        x0_uh: Tensor | None, skips: Sequence[Tensor]) -> Sequence[Tensor]:
         """The hidden states behind the blocks, and the skips that are still open there."""
-        step, blocks = self.layers_a_checkpoint, list(self.layers.values())
+        step, blocks = self.layers_a_checkpoint, list(zip(self.layers.values(), self._sequences(sequence), strict=True))
         if step is None or not torch.is_grad_enabled():
-            return _run(blocks, sequence, rotation, x0_uh, skips, hidden_uh)
+            return _run(blocks, rotation, x0_uh, skips, hidden_uh)
         for start in range(0, len(blocks), step):
             together = blocks[start:start + step]
             # The others pass by: what is recomputed would hold them as wholes until its backward pass is done.
-            first = len(skips) - num_taken((bool(block.gives_skip), bool(block.takes_skip)) for block in together)
-            run = partial(_run, together, sequence, rotation, x0_uh, skips[first:])
-            hidden_uh, *given = recomputed(run, hidden_uh, has_dropout=self.has_dropout, kept_over=self.kept_over)
+            first = len(skips) - num_taken((bool(block.gives_skip), bool(block.takes_skip)) for block, _ in together)
+            run = partial(_run, together, rotation, x0_uh, skips[first:])
+            hidden_uh, *given = recomputed(run, hidden_uh, kept_over=self.kept_over)
             skips = [*skips[:first], *given]
         return hidden_uh, *skips
 
+    def _sequences(self, sequence: PackedSequence) -> Sequence[PackedSequence]:
+        """As each block takes it: with a seed of its own."""
+        if sequence.seed is None:
+            return [sequence] * len(self.layers)
+        first = self.stage.layers.start + 1  # the micro-batch's own is that of the embeddings
+        seeds = sequence.seed + torch.arange(first, first + len(self.layers), device=sequence.seed.device)
+        return [replace(sequence, seed=seed) for seed in seeds.unbind()]
 
-def _run(blocks: Iterable[nn.Module], sequence: PackedSequence, rotation: Rotation | None, x0_uh: Tensor | None,
+
+def _run(blocks: Iterable[tuple[nn.Module, PackedSequence]], rotation: Rotation | None, x0_uh: Tensor | None,
          skips: Sequence[Tensor], hidden_uh: Tensor) -> Sequence[Tensor]:
     open_skips = list(skips)
-    for block in blocks:
+    for block, sequence in blocks:
         skip_uh = open_skips.pop() if block.takes_skip else None
         hidden_uh = block(hidden_uh, sequence, rotation, x0_uh, skip_uh)
         if block.gives_skip:

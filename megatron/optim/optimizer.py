@@ -29,12 +29,13 @@ class Optimizer:
     """Steps fp32 parameters along their summed, scaled gradients; of frozen ones it keeps nothing.
 
     `parameters`: this rank's part of each, by name; `pipeline`: the ranks that hold the others, whose gradients count
-    in the norm; `peak_lr`: the schedule's, with which learning rates of single groups are compared. A step whose
-    gradients are not all finite changes nothing. Raises ConfigError where all are frozen.
+    in the norm; `peak_lr`: the schedule's, with which learning rates of single groups are compared; `is_captured`: a
+    step becomes a CUDA graph, so that learning rates and gradients keep their places. A step whose gradients are not
+    all finite changes nothing. Raises ConfigError where all are frozen.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig,
-                 pipeline: Axis = ONE_RANK, peak_lr: float | None = None) -> None:
+                 pipeline: Axis = ONE_RANK, peak_lr: float | None = None, is_captured: bool = False) -> None:
         if not is_any_trained(parameters.values(), pipeline):
             raise ConfigError("every parameter of the model is frozen, so there is nothing to train; leave some "
                               "trainable")
@@ -44,10 +45,28 @@ class Optimizer:
         self._is_apex = config.optimizer_backend == "apex"
         peaks = {"embedding": config.embedding_lr, "head": config.head_lr, "vector": config.scalar_lr}
         self._lr_scales = {group: lr / peak_lr for group, lr in peaks.items() if lr is not None and peak_lr}
-        self.inner = _build(_groups(self._all, config.weight_decay), config)
+        self._is_captured = is_captured
+        self.inner = _build(_groups(self._all, config.weight_decay), config, is_captured)
+        if is_captured:
+            for group in self.inner.param_groups:
+                group["lr"] = torch.zeros((), device=self._all[0].device)
 
-    def step(self, learning_rate: float, loss_scale: LossScale) -> StepOutcome:
-        """Unscale and clip the gradients, update the parameters, clear the gradients, update `loss_scale`."""
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """For the steps to come; each group's in proportion to its own peak."""
+        for group in self.inner.param_groups:
+            of_group = learning_rate * self._lr_scales.get(group["group"], 1.0)
+            if self._is_captured:
+                group["lr"].fill_(of_group)
+            else:
+                group["lr"] = of_group
+
+    def step(self, learning_rate: float | None, loss_scale: LossScale) -> StepOutcome:
+        """Unscale and clip the gradients, update the parameters, clear the gradients, update `loss_scale`.
+
+        The learning rate is what was set before where it is None.
+        """
+        if learning_rate is not None:
+            self.set_learning_rate(learning_rate)
         gradients = [parameter.grad for parameter in self._trained.values() if parameter.grad is not None]
         assert len(gradients) == len(self._trained), "every parameter that is trained takes part in the loss"
         scale = loss_scale.value
@@ -55,8 +74,6 @@ class Optimizer:
         is_finite = torch.isfinite(norm)
         # Megatron's clipping: by max_norm / (norm + 1e-6) where that is below 1.
         divisor = scale * torch.clamp((norm + 1e-6) / self._clip_grad, min=1.0) if self._clip_grad else scale
-        for group in self.inner.param_groups:
-            group["lr"] = learning_rate * self._lr_scales.get(group["group"], 1.0)
         if self._is_apex:
             if is_finite.item():
                 torch._foreach_div_(gradients, divisor)
@@ -66,7 +83,7 @@ class Optimizer:
             self.inner.grad_scale = divisor  # type: ignore[attr-defined]
             self.inner.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
             self.inner.step()
-        self.inner.zero_grad(set_to_none=True)
+        self.inner.zero_grad(set_to_none=not self._is_captured)
         loss_scale.update(is_finite)
         return StepOutcome(norm, is_finite)
 
@@ -107,11 +124,12 @@ def _groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dic
             for (group, decays), members in groups.items()]
 
 
-def _build(groups: list[dict], config: OptimizerConfig) -> torch.optim.Optimizer:
+def _build(groups: list[dict], config: OptimizerConfig, is_captured: bool) -> torch.optim.Optimizer:
     betas = (config.adam_beta1, config.adam_beta2)
     if config.optimizer_backend == "torch":
         if config.optimizer == "adam":
-            return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.adam_eps, fused=True)
+            return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.adam_eps, fused=True,
+                                     capturable=is_captured)
         return DecoupledSGD(groups, momentum=config.sgd_momentum)
     try:
         from apex.optimizers import FusedAdam, FusedSGD  # type: ignore[import-not-found]

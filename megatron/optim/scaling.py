@@ -42,8 +42,8 @@ class LossScale:
         grows = good_steps >= config.loss_scale_window
         after_good = torch.where(grows, scale * 2, scale)
         full = torch.full_like(left, config.hysteresis)
-        self._state = torch.stack([torch.where(good, after_good, after_overflow), torch.where(grows, full, left),
-                                   torch.where(grows, torch.zeros_like(good_steps), good_steps)])
+        self._state.copy_(torch.stack([torch.where(good, after_good, after_overflow), torch.where(grows, full, left),
+                                       torch.where(grows, torch.zeros_like(good_steps), good_steps)]))
 
     def state(self) -> list[float]:
         """What a checkpoint keeps of it."""

@@ -14,12 +14,13 @@ from megatron.kernels.attention.by_protein import ProteinPass, Window
 from megatron.kernels.attention.compiled import CompiledPass, takes_helper
 from megatron.kernels.attention.fused import fused_attention, is_fused
 from megatron.kernels.attention.packed import packed_attention
+from megatron.kernels.dropout import Dropout
 from megatron.kernels.packed_sequence import PackedSequence, protein_lengths
 from megatron.parallel.collectives import all_gather, gather_slices, reduce_scatter
 from megatron.parallel.mesh import Axis
 
 
-def context_attention(qkv_ugcd: Tensor, sequence: PackedSequence, dropout: float, axis: Axis,
+def context_attention(qkv_ugcd: Tensor, sequence: PackedSequence, dropout: Dropout | None, axis: Axis,
                       window: Window = None) -> Tensor:
     """The context [u, n, d] of this rank's tokens; on one rank `packed_attention`.
 
@@ -27,7 +28,7 @@ def context_attention(qkv_ugcd: Tensor, sequence: PackedSequence, dropout: float
     """
     if axis.size == 1:
         return packed_attention(qkv_ugcd, sequence, dropout, window)
-    if not is_fused(qkv_ugcd, dropout, window, is_whole=False):
+    if not is_fused(qkv_ugcd, dropout is not None, window, is_whole=False):
         return _gathered(qkv_ugcd, sequence, dropout, axis, window)
     query_ugqd, key_value_ug2d = qkv_ugcd.split([qkv_ugcd.shape[2] - 2, 2], dim=2)
     key_value_tg2d = gather_slices(key_value_ug2d, axis)
@@ -51,7 +52,8 @@ def with_neighbours(x_uf: Tensor, num_neighbours: int, axis: Axis) -> Tensor:
 
 
 @torch.compiler.disable  # traced, each new list of lengths would compile anew
-def _gathered(qkv_ugcd: Tensor, sequence: PackedSequence, dropout: float, axis: Axis, window: Window) -> Tensor:
+def _gathered(qkv_ugcd: Tensor, sequence: PackedSequence, dropout: Dropout | None, axis: Axis,
+              window: Window) -> Tensor:
     return _GatheredAttention.apply(qkv_ugcd, sequence, dropout, axis, window).flatten(1, 2)
 
 
@@ -59,7 +61,7 @@ class _GatheredAttention(torch.autograd.Function):
     """Of the keys and values only the rank's own are kept for the backward pass, which gathers all of them again."""
 
     @staticmethod
-    def forward(ctx: Any, qkv_ugcd: Tensor, sequence: PackedSequence, dropout: float, axis: Axis,
+    def forward(ctx: Any, qkv_ugcd: Tensor, sequence: PackedSequence, dropout: Dropout | None, axis: Axis,
                 window: Window) -> Tensor:
         qkv_ugcd = qkv_ugcd.contiguous()
         lengths = protein_lengths(sequence.cu_seqlens, sequence.num_filler)

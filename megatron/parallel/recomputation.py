@@ -15,20 +15,20 @@ T = TypeVar("T")
 NOT_SHARED = Axis()
 
 
-def recomputed(function: Callable[[Tensor], T], x: Tensor, *, has_dropout: bool, kept_over: Axis = NOT_SHARED) -> T:
+def recomputed(function: Callable[[Tensor], T], x: Tensor, *, kept_over: Axis = NOT_SHARED) -> T:
     """`function(x)`, of which only `x` is kept, and that shared out over the ranks of `kept_over`, which all have it.
 
     Forward: no communication of its own. Backward: `x` is gathered and `function`, with its collectives, runs again,
-    with the same random numbers if `has_dropout`.
+    which must do the same: it draws nothing from a generator.
     """
     if kept_over.size == 1:
-        return checkpoint(function, x, use_reentrant=False, preserve_rng_state=has_dropout)
+        return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
     shape, has_gradient, at_hand = x.shape, x.requires_grad, [x]
 
     def from_share(share: Tensor) -> T:
         return function(at_hand.pop() if at_hand else _gathered(share, shape, kept_over).requires_grad_(has_gradient))
 
-    return checkpoint(from_share, _share(x, kept_over), use_reentrant=False, preserve_rng_state=has_dropout)
+    return checkpoint(from_share, _share(x, kept_over), use_reentrant=False, preserve_rng_state=False)
 
 
 def _share(x: Tensor, axis: Axis) -> Tensor:

@@ -141,7 +141,7 @@ class _Steps:
     def _traffic_of(self, num_micro_batches: int) -> Traffic:
         self._counter.traffic = Traffic()
         with self._fake:
-            self._step([self._batch] * num_micro_batches, learning_rate=1e-4, consumed_samples=0, wishes=(False, False))
+            self._step([self._batch] * num_micro_batches, learning_rate=1e-4, wishes=(False, False))
         return self._counter.traffic
 
     def _note_peak(self) -> None:

@@ -68,7 +68,7 @@ def _num_pairs(args: Any, kwargs: Any, num_queries: int) -> int:
     """
     ends = [value for value in args if isinstance(value, Tensor) and value.dtype == torch.int32]
     if len(ends) == 1:  # our own operator: boundaries of keys; filler has no part, and the queries begin at some token
-        num_filler, first, *window = [value for value in args if type(value) is int]
+        num_filler, first, *window = [value for value in args if type(value) is int][:4]
         keys = ends[0][:len(ends[0]) - num_filler]
         ends = [(keys - first).clamp(0, num_queries), keys]
     else:

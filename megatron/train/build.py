@@ -20,7 +20,8 @@ from megatron.optim.schedule import Schedule, build_schedule
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.placement import Part
 from megatron.train.engine import Engine, build_engine, stream_of
-from megatron.train.precision import with_precision_chosen
+from megatron.train.graph import check_graph
+from megatron.train.precision import set_tf32, with_precision_chosen
 from megatron.train.resume import differences, facts_of, find_checkpoint, refuse_changes
 from megatron.train.state import BatchSizes, TrainState
 from megatron.train.ways import ways
@@ -68,6 +69,8 @@ def build(config: Config, mesh: Mesh, log: Log) -> Run:
     if config.data.data_path is None:
         raise ConfigError("--data-path is missing; give the prefix of the .bin and .idx that tools/preprocess_data.py "
                           "wrote")
+    check_graph(config, mesh)
+    set_tf32(config, mesh)
     sizes = BatchSizes(config.training, mesh.data.size)
     vocab = Vocab.from_file(config.data.vocab_file, config.data.mask_token)
     checkpoint = find_checkpoint(config.checkpoint, mesh.world, log)

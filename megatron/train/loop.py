@@ -75,7 +75,8 @@ class Training:
             config.model)
         loader = batches(run.data.train, run.shape, start_sample=run.state.consumed_samples, stop_sample=None,
                          micro_batch_size=config.training.micro_batch_size, data_rank=mesh.data.rank,
-                         data_size=mesh.data.size, num_workers=config.data.num_workers, pin=mesh.device.type == "cuda")
+                         data_size=mesh.data.size, num_workers=config.data.num_workers, pin=mesh.device.type == "cuda",
+                         seed=config.training.seed)
         bar = run.log.progress(self._last_iteration, run.state.iteration, unit="step", label="training")
         profiler = StepProfiler(config.logging, config.checkpoint.save, mesh, run.log)
         with closing(loader), closing(bar), closing(profiler):
@@ -117,7 +118,7 @@ class Training:
         # it has long arrived, so that no step waits for the device.
         agreed_before = self._wishes
         wishes = self._requests.wants_stop(), self._is_time_to_save()
-        self._wishes = self._step(micro_batches, learning_rate, state.consumed_samples, wishes)
+        self._wishes = self._step(micro_batches, learning_rate, wishes)
         num_stopping, num_saving = (self._wishes if run.mesh.world.size == 1 else agreed_before).read()
         state.iteration += 1
         state.consumed_samples += rows

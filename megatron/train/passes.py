@@ -12,7 +12,6 @@ from megatron.kernels.packed_sequence import NO_TARGET
 from megatron.parallel.pipeline.deferral import WeightGradients
 from megatron.parallel.pipeline.run import Passes, TrainingPasses
 from megatron.parallel.pipeline.schedules import Action
-from megatron.parallel.randomness import seed_dropout
 from megatron.train.engine import Engine
 from megatron.train.meters import Meters
 
@@ -42,21 +41,18 @@ class _Passes(Passes):
 class TrainPasses(_Passes, TrainingPasses):
     """Forward and backward passes of one step.
 
-    The losses are divided by `num_targets`, those of the whole global batch. Dropout is seeded by the run's
-    seed and the first sample of each micro-batch.
+    The losses are divided by `num_targets`, those of the whole global batch.
     """
 
-    def __init__(self, engine: Engine, batches: Iterable[Batch], first_samples: Sequence[int],
-                 num_targets: Tensor | int, meters: Meters, waiting: WeightGradients) -> None:
+    def __init__(self, engine: Engine, batches: Sequence[Batch], num_targets: Tensor | int, meters: Meters,
+                 waiting: WeightGradients) -> None:
         super().__init__(engine, batches)
-        self._first_samples, self._num_targets = first_samples, num_targets
-        self._meters, self._waiting = meters, waiting
-        self._seed, self._scale = engine.config.training.seed, engine.loss_scale.value
+        self._num_batches, self._num_targets = len(batches), num_targets
+        self._meters, self._waiting, self._scale = meters, waiting, engine.loss_scale.value
 
     def forward(self, action: Action, hidden_uh: Tensor | None) -> Tensor:
         """What the next stage takes, or of the last one the scaled share of the global batch's mean loss."""
         stage = self._engine.stages[action.stage].stage
-        seed_dropout(self._seed, self._first_samples[action.micro_batch], stage.number, self._mesh.context.rank)
         output = self._run(action, hidden_uh)
         if not stage.is_last:
             return output
@@ -68,7 +64,7 @@ class TrainPasses(_Passes, TrainingPasses):
 
     def backward(self, action: Action, output: Tensor, gradient_uh: Tensor | None) -> None:
         """Go back from `output`; of an "input" pass the weights' gradients wait."""
-        is_last = action.micro_batch == len(self._first_samples) - 1
+        is_last = action.micro_batch == self._num_batches - 1
         self._engine.model.before_backward(action.stage, is_last)
         with self._waiting.collecting() if action.kind == "input" else nullcontext():
             if output.requires_grad:  # not so where all parameters up to here are frozen

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from megatron.config import Config
+from megatron.errors import ConfigError
 from megatron.log import Log
 from megatron.parallel.mesh import Mesh
 from megatron.train.agreement import summed
@@ -32,6 +33,16 @@ def with_precision_chosen(config: Config, saved: Mapping[str, Any] | None, mesh:
     log.line(f"precision: {names[0] if names else 'fp32'}; {why}")
     settled: dict[str, Any] = {"precision": None, **chosen}
     return replace(config, precision=replace(config.precision, **settled))
+
+
+def set_tf32(config: Config, mesh: Mesh) -> None:
+    """Let fp32 products be in TF32 where `--tf32` asks for it; raises ConfigError where no GPU here has it."""
+    if not config.precision.tf32:
+        return
+    if mesh.device.type != "cuda" or torch.cuda.get_device_capability(mesh.device) < (8, 0):
+        raise ConfigError(f"--tf32 needs a GPU of compute capability 8.0 or later, and this run is on {mesh.device}; "
+                          "leave it out")
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
 
 
 def _measured(config: Config, mesh: Mesh) -> tuple[bool, float]:

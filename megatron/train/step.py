@@ -7,9 +7,11 @@ from torch import Tensor
 
 from megatron.data.batches.batch import Batch
 from megatron.model.flops import model_flops
+from megatron.optim.optimizer import StepOutcome
 from megatron.parallel.pipeline.deferral import WeightGradients, put_off_weight_gradients
 from megatron.train.agreement import Arriving, summed
 from megatron.train.engine import Engine
+from megatron.train.graph import CudaRecorder, Recorder, StepGraph
 from megatron.train.meters import Meters
 from megatron.train.passes import TrainPasses
 
@@ -21,16 +23,18 @@ class TrainStep:
     of targets of all micro-batches on all ranks, so the gradient does not depend on how the batch was cut.
     """
 
-    def __init__(self, engine: Engine, meters: Meters) -> None:
+    def __init__(self, engine: Engine, meters: Meters, recorder: Recorder | None = None) -> None:
         self._engine, self._meters = engine, meters
+        if engine.config.training.cuda_graph:
+            recorder = CudaRecorder()
+        self._graph = None if recorder is None else StepGraph(engine, recorder)
         self._waiting = WeightGradients()
         for stage in engine.stages:
             put_off_weight_gradients(stage, self._waiting)
 
-    def __call__(self, batches: Sequence[Batch], learning_rate: float, consumed_samples: int,
-                 wishes: Sequence[bool] = ()) -> Arriving:
+    def __call__(self, batches: Sequence[Batch], learning_rate: float, wishes: Sequence[bool] = ()) -> Arriving:
         """Train on this rank's micro-batches; returns of how many ranks each of `wishes` is one."""
-        engine, mesh, training = self._engine, self._engine.mesh, self._engine.config.training
+        mesh = self._engine.mesh
         here = sum(batch.num_targets for batch in batches) if mesh.is_first_reader else 0
         # At least 1: a step without a target has no loss, and no gradient.
         num_targets: Tensor | int = max(1, here)
@@ -38,17 +42,29 @@ class TrainStep:
         if mesh.world.size > 1:  # one rank knows the sums already
             sums = summed([here, *wishes], mesh.world, mesh.device)
             num_targets, num_wishes = sums[0].clamp(min=1), sums[1:]
-        rows = training.micro_batch_size
-        first_samples = [consumed_samples + (index * mesh.data.size + mesh.data.rank) * rows
-                         for index in range(len(batches))]
-        passes = TrainPasses(engine, batches, first_samples, num_targets, self._meters, self._waiting)
+        outcome = (self._stepped if self._graph is None else self._launched)(batches, num_targets, learning_rate)
+        self._count(batches)
+        self._meters.add_step(outcome.grad_norm, outcome.is_taken)
+        return Arriving(num_wishes)
+
+    def _stepped(self, batches: Sequence[Batch], num_targets: Tensor | int, learning_rate: float) -> StepOutcome:
+        engine = self._engine
+        passes = TrainPasses(engine, batches, num_targets, self._meters, self._waiting)
         engine.pipeline.train(passes, len(batches))
         engine.model.finish()
         outcome = engine.optimizer.step(learning_rate, engine.loss_scale)
         engine.copies.refresh()
-        self._count(batches)
-        self._meters.add_step(outcome.grad_norm, outcome.is_taken)
-        return Arriving(num_wishes)
+        return outcome
+
+    def _launched(self, batches: Sequence[Batch], num_targets: Tensor | int, learning_rate: float) -> StepOutcome:
+        assert self._graph is not None
+        self._graph.set_targets(num_targets)
+        for batch in batches:
+            loss_share, num_correct = self._graph.micro_batch(batch)
+            if self._engine.mesh.tensor.rank == 0:  # all tensor ranks have the same loss
+                self._meters.add_loss(loss_share, num_correct)
+        self._engine.model.finish()
+        return self._graph.update(learning_rate)
 
     def _count(self, batches: Sequence[Batch]) -> None:
         if not self._engine.mesh.is_first_reader:

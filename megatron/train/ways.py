@@ -20,7 +20,7 @@ def ways(config: Config, mesh: Mesh, is_compiled: bool) -> str:
     rows = model.num_attention_heads // model.num_groups + 2
     qkv_tgcd = torch.empty(0, groups, rows, model.kv_channels, dtype=dtype, device=mesh.device)
     windows = dict.fromkeys(model.window(number) for number in range(model.num_layers))
-    attention = dict.fromkeys(way_of(qkv_tgcd, model.attention_dropout, window, mesh.context.size == 1)
+    attention = dict.fromkeys(way_of(qkv_tgcd, model.attention_dropout > 0, window, mesh.context.size == 1)
                               for window in windows)
     between = "torch.compile" if is_compiled else _between(qkv_tgcd)
     return f"attention by {', and by '.join(attention)}; between matrix products {between}"
@@ -30,7 +30,7 @@ def _between(tensor: torch.Tensor) -> str:
     if takes_triton(tensor):
         return "Triton's kernels"
     if takes_compiled(tensor):
-        return "compiled code, and PyTorch for normalisation and dropout"
+        return "compiled code"
     if tensor.is_cuda:
         return f"PyTorch, in several passes (Triton {'takes no such GPU' if has_triton() else 'is not installed'})"
     return f"PyTorch, in several passes (compiled code {'takes fp32 and bf16' if is_built() else 'is not built'})"

@@ -9,7 +9,7 @@ from megatron.parallel.mesh import Axis
 from pretrain_tape import main
 from tests.golden.training import DROPOUT, TINY, losses, run_on_ranks, run_program
 
-MODEL = [*TINY, *"--num-layers 4 --num-attention-heads 4 --micro-batch-size 1 --global-batch-size 4".split()]
+MODEL = [*TINY, *DROPOUT, *"--num-layers 4 --num-attention-heads 4 --micro-batch-size 1 --global-batch-size 4".split()]
 TP2 = ["--tensor-model-parallel-size", "2"]
 TP4 = ["--tensor-model-parallel-size", "4"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
@@ -93,7 +93,7 @@ def one_rank(one_folder):
 
 
 @pytest.mark.parametrize(("ranks", "flags"), LAYOUTS.values(), ids=LAYOUTS)
-def test_every_layout_follows_the_curve_of_one_rank_to_the_same_weights(corpus, tmp_path, one_folder, ranks, flags):
+def test_every_layout_follows_the_curve_of_one_rank_with_its_dropout(corpus, tmp_path, one_folder, ranks, flags):
     assert_close(train(corpus, tmp_path, ranks, *flags), curves(one_folder))
     assert_same_checkpoint(tmp_path, one_folder)
 
@@ -112,18 +112,18 @@ def test_torchs_older_launcher_starts_ranks_that_share_the_model(corpus, tmp_pat
 
 @pytest.mark.parametrize("layout", ["dp2-tp2-sequence-optimizer", "tp2-pp2-zero-bubble", "cp2-pp2-interleaved",
                                     "dp2-parameters"])
-def test_with_dropout_runs_are_bitwise_equal_whatever_is_recomputed(corpus, tmp_path, layout):
+def test_runs_are_bitwise_equal_whatever_is_recomputed(corpus, tmp_path, layout):
     ranks, flags = LAYOUTS[layout]
     runs = {"first": [], "full": FULL, "selective": SELECTIVE}
     outcomes = {}
     for run, more in runs.items():
-        curve = train(corpus, tmp_path / run, ranks, *flags, *DROPOUT, *more, num_steps=3)
+        curve = train(corpus, tmp_path / run, ranks, *flags, *more, num_steps=3)
         outcomes[run] = curve, {name: tensor.tolist() for name, tensor in saved(tmp_path / run).items()}
     assert all(outcome == outcomes["first"] for outcome in outcomes.values())
 
 
-def test_with_dropout_zero_bubble_changes_no_bit(corpus, tmp_path):
-    plain, put_off = (train(corpus, tmp_path / str(len(flags)), 2, *PP2, *flags, *DROPOUT, num_steps=4)
+def test_zero_bubble_changes_no_bit(corpus, tmp_path):
+    plain, put_off = (train(corpus, tmp_path / str(len(flags)), 2, *PP2, *flags, num_steps=4)
                       for flags in ([], ZERO_BUBBLE))
     assert plain == put_off
 

@@ -10,6 +10,7 @@ import torch
 from megatron.config import PrecisionConfig
 from megatron.kernels.attention.fused import fused_attention
 from megatron.kernels.attention.packed import attention_reference, packed_attention
+from megatron.kernels.dropout import Dropout, Use
 from megatron.model.initialisation import initialise
 from megatron.model.protein_model import ProteinModel
 from pretrain_tape import main
@@ -28,10 +29,14 @@ def sequence():
     return packed_batch(*LENGTHS, filler=FILLER, empty=3).to("cuda").sequence
 
 
+def weights_dropout(seed):
+    return Dropout(0.2, torch.tensor(seed, device="cuda"), Use.WEIGHTS)
+
+
 def context_and_gradient(function, qkv_tgcd, weights_tnd, window):
     """Of the proteins' tokens; the gradient is that of all tokens."""
     qkv_tgcd = qkv_tgcd.detach().clone().requires_grad_()
-    context_tnd = function(qkv_tgcd, sequence(), 0.0, window)[:REAL]
+    context_tnd = function(qkv_tgcd, sequence(), None, window)[:REAL]
     gradient, = torch.autograd.grad(context_tnd, qkv_tgcd, weights_tnd.to(context_tnd.dtype))
     return context_tnd.detach().float(), gradient.float()
 
@@ -65,13 +70,11 @@ def test_tritons_kernels_give_what_plain_pytorch_gives(check, monkeypatch):
 def test_dropout_keeps_the_expected_context_and_repeats_with_its_seed(dtype):
     torch.manual_seed(0)
     qkv, packed = torch.randn(REAL + FILLER, 2, 3, 32, device="cuda").to(dtype), sequence()
-    plain = packed_attention(qkv, packed, 0.0).float()
-    contexts = torch.stack([packed_attention(qkv, packed, 0.2).float() for _ in range(400)])
+    plain = packed_attention(qkv, packed, None).float()
+    contexts = torch.stack([packed_attention(qkv, packed, weights_dropout(seed)).float() for seed in range(400)])
     assert (contexts.mean(0) - plain).norm() < 0.1 * plain.norm()
-    torch.manual_seed(5)
-    first = packed_attention(qkv, packed, 0.2)
-    torch.manual_seed(5)
-    assert torch.equal(first, packed_attention(qkv, packed, 0.2))
+    assert torch.equal(packed_attention(qkv, packed, weights_dropout(5)),
+                       packed_attention(qkv, packed, weights_dropout(5)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -84,9 +87,8 @@ def test_context_ranks_have_the_context_gradient_and_dropout_of_one(dtype):
     def outcome(num_ranks):
         x, contexts, size = qkv.clone().requires_grad_(), [], len(qkv) // num_ranks
         for first in range(0, len(qkv), size):
-            torch.manual_seed(5)
             query, keys = (x, None) if num_ranks == 1 else (x[first:first + size, :, :-2], x[:, :, -2:])
-            contexts.append(fused_attention(query, keys, packed, first, 0.2, (300, 40)))
+            contexts.append(fused_attention(query, keys, packed, first, weights_dropout(5), (300, 40)))
         context = torch.cat(contexts)
         return context.detach(), torch.autograd.grad(context, x, weights)[0]
 

@@ -27,7 +27,7 @@ def allocated_at_most(config):
     batches = [typical_batch(config.data, config.training.micro_batch_size)] * 3
     torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
-        step(batches, learning_rate=1e-4, consumed_samples=0, wishes=(False, False))
+        step(batches, learning_rate=1e-4, wishes=(False, False))
     return torch.cuda.max_memory_allocated() - before
 
 

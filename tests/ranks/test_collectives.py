@@ -1,6 +1,5 @@
 """What each collective does forward and backward, and the random numbers of split and of whole tensors."""
 
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,8 +9,6 @@ from megatron.parallel.collectives import sum_gradients, sum_outputs, sum_to_sli
 from megatron.parallel.mesh import Axis
 from megatron.parallel.parameters import BIAS, replicated_parameter, split_parameter
 from megatron.parallel.placement import gradient_norm, placement_of
-from megatron.parallel.randomness import distinct_randomness
-from megatron.parallel.tensor import stream
 from megatron.parallel.tensor.stream import Stream
 from tests.ranks.launch import run_ranks
 from tests.wholes import wholes
@@ -59,53 +56,6 @@ def test_rows_are_picked_from_whichever_rank_has_them():
     results = run_ranks(picked_rows, RANKS)
     assert [rows for rows, _ in results] == [[[10, 11], [0, 1], [10, 11]]] * RANKS
     assert [gradient for _, gradient in results] == [[1, 0, 0], [0, 0, 2]]
-
-
-def dropouts(axis):
-    """Masks of dropout on a split tensor, on one that is whole on all ranks, and on the same split one again."""
-    masks = []
-    for _ in range(2):
-        torch.manual_seed(7)
-        for is_split in (True, False, True):
-            masks.append(Stream(axis, is_split).dropout(torch.ones(64), 0.5))
-    return masks
-
-
-def test_dropout_is_distinct_on_what_is_split_and_equal_on_what_is_whole():
-    first, second = run_ranks(dropouts, RANKS)
-    assert not torch.equal(first[0], second[0])
-    assert torch.equal(first[1], second[1])
-    assert not torch.equal(first[2], second[2])
-    assert not torch.equal(first[0], first[2])
-    for masks in (first, second):
-        assert all(torch.equal(*pair) for pair in zip(masks[:3], masks[3:], strict=True))
-
-
-def seeds(axis):
-    """Two seeds for the masks of a stream that is split, of one that is whole, and of the same split one again."""
-    found = []
-    with patch.object(stream, "takes_triton", lambda _: True):
-        for _ in range(2):
-            torch.manual_seed(7)
-            found += [torch.stack(Stream(axis, is_split).seeds(2, torch.ones(1), 0.5))
-                      for is_split in (True, False, True)]
-    return found
-
-
-def test_seeds_of_masks_are_distinct_on_what_is_split_and_equal_on_what_is_whole():
-    first, second = run_ranks(seeds, RANKS)
-    assert len(torch.stack([first[0], second[0], first[2], second[2]]).unique()) == 8
-    assert torch.equal(first[1], second[1])
-    for rank in (first, second):
-        assert all(torch.equal(*pair) for pair in zip(rank[:3], rank[3:], strict=True))
-
-
-def test_one_rank_draws_what_it_would_draw_without_the_context():
-    torch.manual_seed(3)
-    expected = torch.rand(4)
-    torch.manual_seed(3)
-    with distinct_randomness(Axis(), 0.1, CPU):
-        assert torch.equal(torch.rand(4), expected)
 
 
 def through_a_checkpoint(axis):

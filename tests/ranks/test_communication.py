@@ -45,7 +45,7 @@ def counted_step(config):
     batches = [batch] * (config.training.global_batch_size // (rows * mesh.data.size))
     # What a planner's tensors stand for is a GPU's; on CPUs context ranks keep less, and gather once more instead.
     with TrafficCounter(mesh) as counter, fused_by_definition():
-        step(batches, learning_rate=1e-3, consumed_samples=0, wishes=(False, False))
+        step(batches, learning_rate=1e-3, wishes=(False, False))
     return dict(counter.traffic.sent)
 
 

@@ -57,7 +57,7 @@ class Living:
 
     def train(self):
         """One step on all rows; returns loss and norm."""
-        self.step(micro_batches(self.engine, ROWS), 0.1, 0)
+        self.step(micro_batches(self.engine, ROWS), 0.1)
         reading = self.meters.read()
         return {"loss": torch.tensor(reading.loss), "norm": torch.tensor(reading.grad_norm)}
 

@@ -1,6 +1,7 @@
 """The attention kernel against its definition."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron.kernels.attention.by_protein import attention_by_protein, tiles_of
 from megatron.kernels.attention.packed import attention_reference, packed_attention
+from megatron.kernels.dropout import Dropout, Use
 from tests.packed import fused_by_definition, packed_batch
 
 
@@ -17,16 +19,21 @@ def packed(*lengths, **padding):
     return packed_batch(*lengths, **padding).sequence
 
 
+def weights_dropout(rate, seed=2**62 + 5, device="cpu"):
+    return Dropout(rate, torch.tensor(seed, device=device), Use.WEIGHTS, first_head=3) if rate else None
+
+
 def eager(qkv, sequence, dropout, window=None):
-    """What `packed_attention` takes where the compiled helper is missing or there is dropout."""
+    """What `packed_attention` takes where the compiled helper is missing."""
     return attention_by_protein(qkv, sequence.cu_seqlens, sequence.num_filler, window, dropout)
 
 
 def operator(qkv, sequence, dropout, window=None):
     """The same under torch.compile."""
     left, right = window or (-1, -1)
-    return torch.ops.megatron.attention_by_protein(qkv, sequence.cu_seqlens, sequence.num_filler, left, right,
-                                                   dropout)[0].flatten(1, 2)
+    seed, rate, head = (dropout.seed, dropout.rate, dropout.first_head) if dropout else (None, 0.0, 0)
+    return torch.ops.megatron.attention_by_protein(qkv, sequence.cu_seqlens, seed, sequence.num_filler, left, right,
+                                                   rate, head)[0].flatten(1, 2)
 
 
 @pytest.mark.parametrize("padding", [{}, {"filler": 9, "empty": 3}], ids=["full", "with filler"])
@@ -35,7 +42,7 @@ def test_fast_path_equals_the_definition_and_the_filler_has_no_part_in_it(length
     torch.manual_seed(0)
     sequence, size = packed(*lengths, **padding), sum(lengths)
     qkv = torch.randn(len(sequence.tokens_t), 4, 3, 8, requires_grad=True)
-    fast, slow = (function(qkv, sequence, 0.0) for function in (packed_attention, attention_reference))
+    fast, slow = (function(qkv, sequence, None) for function in (packed_attention, attention_reference))
     torch.testing.assert_close(fast[:size], slow[:size], atol=2e-6, rtol=1e-5)
     weights = torch.randn(size, 4, 8)
     grads = [torch.autograd.grad(context[:size], qkv, weights, retain_graph=True)[0] for context in (fast, slow)]
@@ -48,31 +55,30 @@ def test_fast_path_equals_the_definition_and_the_filler_has_no_part_in_it(length
 
 @pytest.mark.parametrize("window", [None, (0, 0), (3, 1), (200, 100), (2, 500)], ids=str)
 @pytest.mark.parametrize("queries", [1, 3])
-def test_groups_of_queries_and_windows_follow_the_definition(queries, window):
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_groups_of_queries_windows_and_dropout_follow_the_definition(queries, window, rate):
     torch.manual_seed(0)
     sequence, size = packed(300, 1, 141, 7, filler=9, empty=2), 449
     qkv = torch.randn(len(sequence.tokens_t), 2, queries + 2, 8, requires_grad=True)
-    contexts = [function(qkv, sequence, 0.0, window)[:size] for function in (packed_attention, attention_reference)]
-    torch.testing.assert_close(*contexts, atol=2e-6, rtol=1e-5)
+    contexts = [function(qkv, sequence, weights_dropout(rate), window)[:size]
+                for function in (packed_attention, eager, attention_reference)]
     weights = torch.randn_like(contexts[0])
-    torch.testing.assert_close(*(torch.autograd.grad(context, qkv, weights)[0] for context in contexts), atol=1e-5,
-                               rtol=1e-5)
+    gradients = [torch.autograd.grad(context, qkv, weights)[0] for context in contexts]
+    for way in range(2):
+        torch.testing.assert_close(contexts[way], contexts[2], atol=4e-6, rtol=1e-5)
+        torch.testing.assert_close(gradients[way], gradients[2], atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("dropout", [None, weights_dropout(0.4)])
 def test_gradient_is_the_derivative_also_with_dropout(dropout):
     sequence = packed(4, 1, 2, filler=1)
     qkv = torch.randn(8, 2, 3, 2, dtype=torch.float64, requires_grad=True)
 
-    def context(x):
-        torch.manual_seed(5)
-        return packed_attention(x, sequence, dropout)
-
-    assert torch.autograd.gradcheck(context, (qkv,))
+    assert torch.autograd.gradcheck(lambda x: packed_attention(x, sequence, dropout), (qkv,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [None, weights_dropout(0.3)])
 def test_the_operator_for_compiled_graphs_gives_the_same_bits(dtype, dropout):
     cases = [(lengths, filler, 1, None) for lengths, filler in (((9, 1, 30), 5), ((12,), 0), ((), 4), ((), 0))]
     for lengths, filler, queries, window in [*cases, ((150, 140), 3, 2, (40, 7))]:
@@ -80,7 +86,6 @@ def test_the_operator_for_compiled_graphs_gives_the_same_bits(dtype, dropout):
         qkv = torch.randn(len(sequence.tokens_t), 2, queries + 2, 8).to(dtype).requires_grad_()
         outcomes = []
         for way in (eager, operator):
-            torch.manual_seed(7)
             context = way(qkv, sequence, dropout, window)
             outcomes.append((context, *torch.autograd.grad(context, qkv, torch.ones_like(context) + context)))
         assert all(torch.equal(*pair) for pair in zip(*outcomes, strict=True))
@@ -89,20 +94,20 @@ def test_the_operator_for_compiled_graphs_gives_the_same_bits(dtype, dropout):
 def test_the_operator_is_what_torch_expects_of_one():
     sequence = packed(5, 2, filler=3)
     qkv = torch.randn(10, 2, 4, 4, requires_grad=True)
-    arguments = qkv, sequence.cu_seqlens, sequence.num_filler, 3, 1, 0.0
+    arguments = qkv, sequence.cu_seqlens, torch.tensor(3), sequence.num_filler, 3, 1, 0.2, 0
     torch.library.opcheck(torch.ops.megatron.attention_by_protein.default, arguments)
     context, kept = torch.ops.megatron.attention_by_protein(*arguments)
     torch.library.opcheck(torch.ops.megatron.attention_by_protein_backward.default,
                           (torch.ones_like(context), qkv.detach(), sequence.cu_seqlens, kept.detach(),
-                           sequence.num_filler, 3, 1, 0.0))
+                           sequence.num_filler, 3, 1, True))
 
 
 def test_packed_proteins_do_not_attend_across():
     sequence = packed(12, 8, filler=4)
     qkv = torch.randn(24, 2, 3, 8)
-    before = packed_attention(qkv, sequence, 0.0)
+    before = packed_attention(qkv, sequence, None)
     qkv[12:] = torch.randn(12, 2, 3, 8)
-    after = packed_attention(qkv, sequence, 0.0)
+    after = packed_attention(qkv, sequence, None)
     assert torch.equal(before[:12], after[:12])
     assert not torch.equal(before[12:], after[12:])
 
@@ -110,8 +115,8 @@ def test_packed_proteins_do_not_attend_across():
 def test_dropout_keeps_the_expected_context():
     torch.manual_seed(0)
     qkv = torch.randn(40, 2, 3, 8)
-    contexts = torch.stack([packed_attention(qkv, packed(25, 15), 0.2) for _ in range(600)])
-    plain = packed_attention(qkv, packed(25, 15), 0.0)
+    contexts = torch.stack([packed_attention(qkv, packed(25, 15), weights_dropout(0.2, seed)) for seed in range(600)])
+    plain = packed_attention(qkv, packed(25, 15), None)
     standard_error = contexts.std(0) / 600**0.5
     assert ((contexts.mean(0) - plain).abs() < 6 * standard_error + 1e-6).all()
 
@@ -119,9 +124,9 @@ def test_dropout_keeps_the_expected_context():
 def test_bf16_error_is_at_most_twice_the_definitions():
     torch.manual_seed(0)
     qkv = torch.randn(96, 4, 3, 16)
-    exact = attention_reference(qkv, packed(60, 36), 0.0)
+    exact = attention_reference(qkv, packed(60, 36), None)
     half = qkv.bfloat16()
-    errors = [(function(half, packed(60, 36), 0.0).float() - exact).abs().max()
+    errors = [(function(half, packed(60, 36), None).float() - exact).abs().max()
               for function in (packed_attention, attention_reference)]
     assert errors[0] <= 2 * errors[1]
 
@@ -133,11 +138,10 @@ def test_each_fused_operator_gets_what_it_can_take(dtype, dropout, queries, widt
     sequence = packed(9, 1, 5, filler=20, empty=3)
     qkv = torch.randn(35, 2, queries + 2, width).to(dtype).requires_grad_()
     with fused_by_definition() as calls:
-        context = packed_attention(qkv, sequence, dropout)
+        context = packed_attention(qkv, sequence, weights_dropout(dropout))
     assert calls == [(name, dropout)]
-    if not dropout:
-        expected = attention_reference(qkv.float(), sequence, 0.0)
-        assert (context - expected)[:15].norm() < 1e-2 * expected.norm()
+    expected = attention_reference(qkv.float(), sequence, weights_dropout(dropout))
+    assert (context - expected)[:15].norm() < 1e-2 * expected.norm()
 
 
 @pytest.mark.parametrize(("dtype", "dropout", "node"), [(torch.bfloat16, 0.0, "_varlen_attn"),
@@ -148,7 +152,8 @@ def test_tensors_that_stand_for_a_gpus_take_its_operator_and_get_their_gradient(
     sequence = packed(5, 4, filler=3, empty=2)
     with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
         qkv = torch.empty(12, 2, queries + 2, 8, dtype=dtype, requires_grad=True)
-        context = packed_attention(qkv, sequence.map(fakes.from_tensor), dropout)
+        stands = weights_dropout(dropout) and replace(weights_dropout(dropout), seed=fakes.from_tensor(torch.tensor(0)))
+        context = packed_attention(qkv, sequence.map(fakes.from_tensor), stands)
         assert context.shape == (12, 2 * queries, 8)
         names, waiting = set(), [context.grad_fn]
         while waiting:
@@ -166,7 +171,7 @@ def test_a_graph_takes_the_fused_operators_whole(dtype, dropout):
     qkv = torch.empty(12, 2, 3, 8, dtype=dtype, device="meta", requires_grad=True)
     torch._dynamo.reset()
     compiled = torch.compile(packed_attention, backend="aot_eager", fullgraph=True, dynamic=False)
-    context = compiled(qkv, sequence, dropout)
+    context = compiled(qkv, sequence, weights_dropout(dropout, device="meta"))
     context.backward(torch.empty_like(context))
     assert qkv.grad.shape == qkv.shape
 

@@ -1,15 +1,12 @@
 """The compiled attention of CPUs against its definition, for every instruction set that this processor has."""
 
-from unittest.mock import patch
-
-import numpy as np
 import pytest
 import torch
 
 from megatron.kernels.attention import compiled, packed
 from megatron.kernels.attention.packed import attention_reference, packed_attention
+from megatron.kernels.dropout import Dropout, Use
 from tests.packed import packed_batch
-from tests.philox import philox
 
 pytestmark = pytest.mark.skipif(not compiled.INSTRUCTION_SETS,
                                 reason="megatron.kernels.attention._packed_attention is not built")
@@ -31,10 +28,10 @@ def outcomes(sequence, qkv, window=None, instructions=""):
     weights[size:] = 0
 
     def ours(x):
-        return compiled.compiled_attention(x, sequence.cu_seqlens, sequence.num_filler, window, 0.0, instructions)
+        return compiled.compiled_attention(x, sequence.cu_seqlens, sequence.num_filler, window, None, instructions)
 
     def definition(x):
-        return attention_reference(x, sequence, 0.0, window)
+        return attention_reference(x, sequence, None, window)
 
     three = (outcome(ours, qkv, weights), outcome(definition, qkv, weights),
              outcome(definition, qkv.double(), weights.double()))
@@ -97,7 +94,7 @@ def test_the_bits_depend_neither_on_the_threads_nor_on_what_else_is_packed(dtype
         torch.set_num_threads(number)
         try:
             results.append(outcome(lambda x, ends=sequence.cu_seqlens: compiled.compiled_attention(
-                x, ends, 0, None, 0.0, instructions), qkv, weights))
+                x, ends, 0, None, None, instructions), qkv, weights))
         finally:
             torch.set_num_threads(threads)
     for one, three, other in zip(*results, strict=True):
@@ -108,70 +105,35 @@ def test_the_bits_depend_neither_on_the_threads_nor_on_what_else_is_packed(dtype
 def test_the_operator_is_what_torch_expects_of_one_and_gives_the_same_bits():
     sequence = packed_batch(5, 2, filler=3).sequence
     qkv = torch.randn(10, 2, 4, 4, requires_grad=True)
-    arguments = qkv, sequence.cu_seqlens, sequence.num_filler, 3, 1, 0.0, ""
+    arguments = qkv, sequence.cu_seqlens, torch.tensor(7), sequence.num_filler, 3, 1, 0.2, 1, ""
     torch.library.opcheck(torch.ops.megatron.compiled_attention.default, arguments)
-    context, statistics, seed = torch.ops.megatron.compiled_attention(*arguments)
+    context, statistics = torch.ops.megatron.compiled_attention(*arguments)
     torch.library.opcheck(torch.ops.megatron.compiled_attention_backward.default,
-                          (torch.ones_like(context), qkv.detach(), sequence.cu_seqlens, context.detach(),
-                           statistics.detach(), seed, sequence.num_filler, 3, 1, 0.0, ""))
-    eager = packed_attention(qkv, sequence, 0.0, (3, 1))
+                          (torch.ones_like(context), qkv.detach(), *arguments[1:3], context.detach(),
+                           statistics.detach(), *arguments[3:]))
+    eager = packed_attention(qkv, sequence, Dropout(0.2, torch.tensor(7), Use.WEIGHTS, first_head=1), (3, 1))
     assert torch.equal(context.flatten(1, 2), eager)
     weights = torch.randn_like(eager)
     assert torch.equal(*(torch.autograd.grad(each, qkv, weights)[0] for each in (context.flatten(1, 2), eager)))
 
 
-def test_the_oracle_of_the_random_numbers_gives_those_of_its_authors():
-    # The first and the last of the known answers that Random123 ships for philox4x32, of seven and of ten rounds.
-    ones, pi = np.full(4, 0xFFFFFFFF), np.array([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344])
-    assert [hex(x) for x in philox(np.zeros(4), 0, 10)] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
-    assert [hex(x) for x in philox(ones, 2**64 - 1, 10)] == ["0x408f276d", "0x41c83b0e", "0xa20bc7c6", "0x6d5451fd"]
-    assert [hex(x) for x in philox(pi, 0x299F31D0A4093822, 10)] == [
-        "0xd16cfe09", "0x94fdcceb", "0x5001e420", "0x24126ea1"]
-    assert [hex(x) for x in philox(np.zeros(4), 0, 7)] == ["0x5f6fb709", "0xd893f64", "0x4f121f81", "0x4f730a48"]
-
-
-def dropped(lengths, heads, rate, seed):
-    """Dropout's factors [n, t, t]: a counter for each query, eight keys of its protein and head; a half word a key."""
-    total, kept = sum(lengths), round((1 - rate) * 65536)
-    factors, begin = torch.ones(heads, total, total), 0
-    for length in lengths:
-        head, query, eight = np.meshgrid(np.arange(heads), np.arange(begin, begin + length),
-                                         np.arange((length + 7) // 8), indexing="ij")
-        words = philox(np.stack([query, eight, head, 0 * head], -1), seed, 7)
-        halves = np.stack([words & np.uint64(0xFFFF), words >> np.uint64(16)], -1).reshape(heads, length, -1)
-        stays = torch.from_numpy((halves < kept)[..., :length])
-        factors[:, begin:begin + length, begin:begin + length] = stays * (65536 / kept)
-        begin += length
-    return factors
-
-
 @every_instruction_set
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("queries", "window"), [(1, None), (3, (21, 9)), (1, (100, 3))])
-def test_dropout_drops_what_an_independent_generator_says(queries, window, dtype, instructions):
+def test_dropout_drops_the_weights_of_its_definition(queries, window, dtype, instructions):
     torch.manual_seed(queries)
-    lengths, rate = (601, 1, 90), 0.2
+    lengths, dropout = (601, 1, 90), Dropout(0.2, torch.tensor(2**62 + 12345), Use.WEIGHTS, first_head=5)
     sequence = packed_batch(*lengths).sequence
     qkv = torch.randn(sum(lengths), 2, queries + 2, 16).to(dtype)
     weights = torch.randn(len(qkv), 2 * queries, 16).to(dtype)
-    torch.manual_seed(5)
-    ours = outcome(lambda x: compiled.compiled_attention(x, sequence.cu_seqlens, 0, window, rate, instructions), qkv,
+    ours = outcome(lambda x: compiled.compiled_attention(x, sequence.cu_seqlens, 0, window, dropout, instructions), qkv,
                    weights)
-    torch.manual_seed(5)
-    factors = dropped(lengths, 2 * queries, rate, int(torch.randint(2**62, ())))
-    with patch.object(packed.F, "dropout", lambda probabilities, _: probabilities * factors):
-        plain = outcome(lambda x: attention_reference(x, sequence, rate, window), qkv, weights)
-        exact = outcome(lambda x: attention_reference(x, sequence, rate, window), qkv.double(), weights.double())
+    plain = outcome(lambda x: attention_reference(x, sequence, dropout, window), qkv, weights)
+    exact = outcome(lambda x: attention_reference(x, sequence, dropout, window), qkv.double(), weights.double())
     for mine, theirs, right in zip(ours, plain, exact, strict=True):
         if dtype == torch.float32:
             torch.testing.assert_close(mine, right.float(), atol=2e-5, rtol=1e-5)
         assert (mine.double() - right).norm() <= 2 * (theirs.double() - right).norm()
-
-
-def test_the_share_that_dropout_drops_is_its_rate():
-    factors = dropped((1024,), 4, 0.1, 1234567890123456789)
-    assert factors.eq(0).float().mean().item() == pytest.approx(0.1, abs=4 * (0.09 / factors.numel())**0.5)
-    assert factors.mean().item() == pytest.approx(1, abs=1e-3)
 
 
 def test_what_is_not_a_number_stays_so():
@@ -179,7 +141,7 @@ def test_what_is_not_a_number_stays_so():
     for row in range(3):
         qkv = torch.randn(40, 2, 3, 8)
         qkv[3, 1, row] = torch.nan
-        context, gradient = outcome(lambda x: packed_attention(x, sequence, 0.0), qkv, torch.ones(40, 2, 8))
+        context, gradient = outcome(lambda x: packed_attention(x, sequence, None), qkv, torch.ones(40, 2, 8))
         assert context[3, 1].isnan().all() and not context[20:].isnan().any() and not context[:, 0].isnan().any()
         assert gradient[3, 1].isnan().any() and not gradient[20:].isnan().any()
 
@@ -191,10 +153,10 @@ def test_the_helper_does_all_in_fp32_and_bf16_and_scores_never_reach_memory(monk
     monkeypatch.setattr(packed, "attention_by_protein", refuse)
     sequence = packed_batch(30).sequence
     for dtype in (torch.float32, torch.bfloat16):
-        for dropout in (0.0, 0.1):
+        for dropout in (None, Dropout(0.1, torch.tensor(1), Use.WEIGHTS)):
             packed_attention(torch.randn(30, 2, 3, 8).to(dtype), sequence, dropout)
     with pytest.raises(AssertionError):
-        packed_attention(torch.randn(30, 2, 3, 8).double(), sequence, 0.0)
+        packed_attention(torch.randn(30, 2, 3, 8).double(), sequence, None)
 
 
 def test_an_unknown_instruction_set_is_refused():

@@ -118,7 +118,7 @@ def watched_step(ranks: int, flags: list[str], disturb: bool) -> tuple[list[str]
         with watch:
             batches = [batch(mesh.context.rank, mesh.context.size).pin_memory() for _ in range(num_micro_batches)]
             for _ in range(2):
-                step(batches, 1e-4, 0, (False, False))
+                step(batches, 1e-4, (False, False))
             if disturb:
                 engine.loss_scale.value.cpu()
     if ranks > 1:

@@ -11,6 +11,7 @@ import torch
 from megatron.config.command_line import parse
 from megatron.errors import ConfigError
 from megatron.kernels.attention.fused import fused_attention
+from megatron.kernels.dropout import Dropout, Use
 from megatron.model import transformer
 from megatron.model.protein_model import ProteinModel
 from megatron.parallel.layout import check_layout
@@ -198,14 +199,15 @@ def test_more_sharding_holds_less():
     assert peaks == sorted(peaks, reverse=True)
 
 
-@pytest.mark.parametrize(("dropout", "queries", "first", "pairs", "products"), [
+@pytest.mark.parametrize(("rate", "queries", "first", "pairs", "products"), [
     (0.0, 1, None, 25 + 16 + 9, 7),  # FlashAttention, for which filler is a protein
     (0.1, 1, None, 25 + 16, 9), (0.1, 3, None, 25 + 16, 9), (0.1, 1, 6, 3 * 4, 9)])
-def test_attention_counts_the_pairs_that_see_each_other(dropout, queries, first, pairs, products):
+def test_attention_counts_the_pairs_that_see_each_other(rate, queries, first, pairs, products):
     sequence, work = packed_batch(5, 4, filler=3, empty=2).sequence, WorkCounter()
     with MemoryWatch([work.count]):
         qkv = torch.empty(12, 2, queries + 2, 8, dtype=torch.bfloat16, device="meta", requires_grad=True)
         query, keys = (qkv, None) if first is None else (qkv[first:, :, :-2], qkv[:, :, -2:])
+        dropout = Dropout(rate, torch.tensor(1), Use.WEIGHTS) if rate else None
         context = fused_attention(query, keys, sequence, first or 0, dropout)
         context.backward(torch.empty_like(context))
     assert work.flops == 2 * products * pairs * 2 * queries * 8

@@ -8,6 +8,7 @@ from megatron.errors import ConfigError
 from megatron.kernels.attention import compiled, fused, packed
 from megatron.kernels.pointwise import compiled as pointwise
 from megatron.parallel.mesh import Axis, Mesh
+from megatron.train.precision import set_tf32
 from megatron.train.ways import ways
 
 
@@ -19,7 +20,7 @@ def said(flags, mesh=None, is_compiled=False):
 @pytest.mark.skipif(not compiled.INSTRUCTION_SETS, reason="the compiled helpers are not built")
 def test_on_cpus_it_is_compiled_code_and_why_it_is_not_where_it_is_not(monkeypatch):
     best = compiled.INSTRUCTION_SETS[0]
-    assert said("").startswith(f"attention by compiled code ({best}); between matrix products compiled code, and")
+    assert said("").startswith(f"attention by compiled code ({best}); between matrix products compiled code")
     assert said("--fp16") == ("attention by PyTorch one protein at a time (compiled code takes fp32 and bf16); between "
                               "matrix products PyTorch, in several passes (compiled code takes fp32 and bf16)")
     for module in (packed, compiled):
@@ -27,6 +28,22 @@ def test_on_cpus_it_is_compiled_code_and_why_it_is_not_where_it_is_not(monkeypat
     monkeypatch.setattr(pointwise, "_helper", None)
     assert said("") == ("attention by PyTorch one protein at a time (compiled code is not built); between matrix "
                         "products PyTorch, in several passes (compiled code is not built)")
+
+
+def test_tf32_is_set_where_it_is_asked_for_and_refused_without_a_gpu_that_has_it(monkeypatch):
+    config, _ = parse(["--preset", "esm2-8m", "--micro-batch-size", "1", "--tf32"])
+    with pytest.raises(ConfigError, match="--tf32 needs a GPU of compute capability 8.0 .* is on cpu"):
+        set_tf32(config, Mesh())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        set_tf32(config, Mesh(device=torch.device("cuda")))
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    with pytest.raises(ConfigError, match="on cuda; leave it out"):
+        set_tf32(config, Mesh(device=torch.device("cuda")))
 
 
 @pytest.mark.parametrize(("flags", "attention"), [

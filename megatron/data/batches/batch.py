@@ -92,13 +92,13 @@ class Batch:
 
 
 def _from_arrays(arrays: Sequence[np.ndarray], max_length: int, num_filler: int, *counts: int) -> Batch:
-    tokens_t, positions_t, cu_seqlens, target_positions_m, ids_m = map(torch.from_numpy, arrays)
-    return Batch(PackedSequence(tokens_t, positions_t, cu_seqlens, max_length, num_filler),
+    tokens_t, positions_t, cu_seqlens, seed, target_positions_m, ids_m = map(torch.from_numpy, arrays)
+    return Batch(PackedSequence(tokens_t, positions_t, cu_seqlens, max_length, num_filler, seed),
                  Targets(target_positions_m, ids_m), *counts)
 
 
-def collate(rows: Sequence[Row], shape: BatchShape) -> Batch:
-    """The batch of some rows, in their order; of none, a batch of filler alone."""
+def collate(rows: Sequence[Row], shape: BatchShape, seed: int = 0) -> Batch:
+    """The batch of some rows, in their order; of none, a batch of filler alone. `seed`: of its dropout."""
     lengths = _join([row.lengths for row in rows])
     ends = np.cumsum(lengths)
     num_tokens, num_targets = int(lengths.sum()), sum(len(row.target_ids_m) for row in rows)
@@ -114,7 +114,7 @@ def collate(rows: Sequence[Row], shape: BatchShape) -> Batch:
                  (shape.share + 1) * shape.num_tokens // shape.num_shares)
     first, last = np.searchsorted(target_positions, (here.start, here.stop))
     size = min(shape.num_targets, here.stop - here.start)
-    arrays = [tokens[here], positions[here], _boundaries(ends, num_tokens, shape),
+    arrays = [tokens[here], positions[here], _boundaries(ends, num_tokens, shape), np.array(seed),
               _padded(target_positions[first:last] - here.start, size, 0),
               _padded(target_ids[first:last], size, NO_TARGET)]
     return _from_arrays(arrays, shape.max_length, shape.num_filler, num_targets,

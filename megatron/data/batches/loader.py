@@ -16,19 +16,22 @@ from torch.utils.data import Dataset as TorchDataset
 from megatron.data.batches.batch import Batch, BatchShape, collate
 from megatron.data.rows.dataset import Dataset
 from megatron.errors import ConfigError, DataError
+from megatron.parallel.randomness import dropout_seed
 
 BATCHES_AHEAD = 4  # of each worker
 
 
 def batches(dataset: Dataset, shape: BatchShape, *, start_sample: int, micro_batch_size: int, data_rank: int,
-            data_size: int, num_workers: int, pin: bool, stop_sample: int | None = None) -> "BatchIterator":
+            data_size: int, num_workers: int, pin: bool, stop_sample: int | None = None,
+            seed: int = 0) -> "BatchIterator":
     """One rank's micro-batches from `start_sample` on, without end, or up to `stop_sample`; close it after use.
 
-    With `stop_sample` every rank gets equally many micro-batches; the last ones may hold fewer rows, or none.
+    With `stop_sample` every rank gets equally many micro-batches; the last ones may hold fewer rows, or none. `seed`:
+    the run's, from which that of each micro-batch's dropout comes.
     """
     samples = MicroBatchSamples(start_sample, stop_sample, micro_batch_size, data_rank, data_size)
     dataset[start_sample]  # finds mistakes in the data here, and builds the row index once for all workers
-    return BatchIterator(_Batches(dataset, shape), samples, num_workers, pin)
+    return BatchIterator(_Batches(dataset, shape, seed), samples, num_workers, pin)
 
 
 class MicroBatchSamples(Sampler):
@@ -90,12 +93,13 @@ class _Batches(TorchDataset):
     Mistakes in the data are items too: raised in a worker, they would reach the user inside a traceback.
     """
 
-    def __init__(self, dataset: Dataset, shape: BatchShape) -> None:
-        self.dataset, self._shape = dataset, shape
+    def __init__(self, dataset: Dataset, shape: BatchShape, seed: int) -> None:
+        self.dataset, self._shape, self._seed = dataset, shape, seed
 
     def __getitem__(self, samples: range) -> Batch | ValueError:
         try:
-            return collate([self.dataset[sample] for sample in samples], self._shape)
+            return collate([self.dataset[sample] for sample in samples], self._shape,
+                           dropout_seed(self._seed, samples.start))
         except (ConfigError, DataError) as error:
             return error
 

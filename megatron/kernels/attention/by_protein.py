@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron.kernels.device import takes_gpu_way
+from megatron.kernels.dropout import Dropout, Use, is_kept
 from megatron.kernels.packed_sequence import protein_lengths
 
 Window = tuple[int, int] | None
@@ -63,9 +64,10 @@ def tiles_of(lengths: Sequence[int], start: int, end: int, window: Window = None
 class ProteinPass:
     """Forward and backward pass over proteins of these lengths; the queries are those of u tokens from `start` on."""
 
-    def __init__(self, lengths: Sequence[int], start: int, num_queries: int, window: Window, dropout: float) -> None:
+    def __init__(self, lengths: Sequence[int], start: int, num_queries: int, window: Window,
+                 dropout: Dropout | None) -> None:
         self.tiles, self.window = tiles_of(lengths, start, start + num_queries, window), window
-        self.dropout = dropout
+        self.dropout = None if dropout is None else dropout.from_row(start)
 
     def forward(self, query_ugqd: Tensor, key_value_tg2d: Tensor) -> tuple[Tensor, ...]:
         """The context [u, g, q, d], 0 behind the last protein, and what the backward pass needs beside it."""
@@ -78,11 +80,11 @@ class ProteinPass:
 
         Those of keys and values of proteins without a query here are left as they are.
         """
-        backward_by_protein(grad_ugqd, inputs, gradients, self.tiles, iter(made[1:]), self.dropout > 0)
+        backward_by_protein(grad_ugqd, inputs, gradients, self.tiles, iter(made[1:]), self.dropout is not None)
 
 
 def forward_by_protein(query_ugqd: Tensor, key_value_tg2d: Tensor, tiles: Sequence[Tile], window: Window,
-                       dropout: float) -> tuple[Tensor, list[Tensor]]:
+                       dropout: Dropout | None) -> tuple[Tensor, list[Tensor]]:
     """The context [u, g, q, d], 0 behind the last protein, and what the backward pass needs.
 
     That is the probabilities [g, q·queries, k] of each tile, each followed by dropout's factors if there is any.
@@ -100,9 +102,9 @@ def forward_by_protein(query_ugqd: Tensor, key_value_tg2d: Tensor, tiles: Sequen
         probabilities = scores.softmax(-1)
         kept.append(probabilities)
         if dropout:
-            keep = torch.empty_like(probabilities).bernoulli_(1 - dropout).div_(1 - dropout)
-            kept.append(keep)
-            probabilities = probabilities * keep
+            factors = _factors(dropout, tile, probabilities)
+            kept.append(factors)
+            probabilities = probabilities * factors
         _put(context_ugqd, tile, torch.bmm(probabilities, value))
     return context_ugqd, kept
 
@@ -136,6 +138,14 @@ def backward_by_protein(grad_ugqd: Tensor, inputs: tuple[Tensor, Tensor], gradie
         filled = tile.keys.stop
 
 
+def _factors(dropout: Dropout, tile: Tile, probabilities: Tensor) -> Tensor:
+    """By which dropout multiplies a tile's probabilities [g, q·queries, k]."""
+    num_heads = len(probabilities) * (probabilities.shape[1] // tile.num_queries)
+    keeps_nqk = is_kept(dropout.from_row(dropout.first_row + tile.queries.start), tile.num_queries,
+                        range(tile.keys.start, tile.keys.stop), num_heads)
+    return keeps_nqk.view_as(probabilities).to(probabilities.dtype) * dropout.growth
+
+
 def _num_queries(tiles: Sequence[Tile]) -> int:
     return tiles[-1].queries.stop if tiles else 0
 
@@ -166,11 +176,12 @@ def _put(whole_ugqd: Tensor, tile: Tile, rows: Tensor) -> None:
 
 
 def attention_by_protein(qkv_tgcd: Tensor, cu_seqlens: Tensor, num_filler: int, window: Window,
-                         dropout: float) -> Tensor:
+                         dropout: Dropout | None) -> Tensor:
     """The context [t, n, d] of whole proteins."""
     if torch.compiler.is_compiling():
         left, right = window or (-1, -1)
-        context_tgqd = _operator(qkv_tgcd, cu_seqlens, num_filler, left, right, dropout)[0]
+        seed, rate, first_head = (dropout.seed, dropout.rate, dropout.first_head) if dropout else (None, 0.0, 0)
+        context_tgqd = _operator(qkv_tgcd, cu_seqlens, seed, num_filler, left, right, rate, first_head)[0]
     else:
         context_tgqd = _ByProtein.apply(qkv_tgcd, cu_seqlens, num_filler, window, dropout)
     return context_tgqd.flatten(1, 2)
@@ -181,11 +192,11 @@ class _ByProtein(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv_tgcd: Tensor, cu_seqlens: Tensor, num_filler: int, window: Window,
-                dropout: float) -> Tensor:
+                dropout: Dropout | None) -> Tensor:
         tiles = tiles_of(protein_lengths(cu_seqlens, num_filler), 0, len(qkv_tgcd), window)
         context_tgqd, kept = forward_by_protein(qkv_tgcd[:, :, :-2], qkv_tgcd[:, :, -2:], tiles, window, dropout)
         ctx.save_for_backward(qkv_tgcd, *kept)
-        ctx.tiles, ctx.has_dropout = tiles, dropout > 0
+        ctx.tiles, ctx.has_dropout = tiles, dropout is not None
         return context_tgqd
 
     @staticmethod
@@ -205,10 +216,11 @@ def _whole_gradient(grad_tgqd: Tensor, qkv_tgcd: Tensor, tiles: Sequence[Tile], 
 
 # The same as an operator that torch.compile takes as it is; traced, each new list of lengths would compile anew. What
 # the backward pass needs is one tensor, of a size that no shape tells. A window of -1 is none.
-@torch.library.custom_op("megatron::attention_by_protein", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def _operator(qkv_tgcd: Tensor, cu_seqlens: Tensor, num_filler: int, left: int, right: int,
-              dropout: float) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("megatron::attention_by_protein", mutates_args=())
+def _operator(qkv_tgcd: Tensor, cu_seqlens: Tensor, seed: Tensor | None, num_filler: int, left: int, right: int,
+              rate: float, first_head: int) -> tuple[Tensor, Tensor]:
     window = None if left < 0 else (left, right)
+    dropout = None if seed is None else Dropout(rate, seed, Use.WEIGHTS, first_head=first_head)
     tiles = tiles_of(protein_lengths(cu_seqlens, num_filler), 0, len(qkv_tgcd), window)
     context_tgqd, kept = forward_by_protein(qkv_tgcd[:, :, :-2], qkv_tgcd[:, :, -2:], tiles, window, dropout)
     return context_tgqd, torch.cat([qkv_tgcd.new_empty(0), *(tensor.flatten() for tensor in kept)])
@@ -216,35 +228,34 @@ def _operator(qkv_tgcd: Tensor, cu_seqlens: Tensor, num_filler: int, left: int, 
 
 @torch.library.custom_op("megatron::attention_by_protein_backward", mutates_args=())
 def _operator_backward(grad_tgqd: Tensor, qkv_tgcd: Tensor, cu_seqlens: Tensor, kept: Tensor, num_filler: int,
-                       left: int, right: int, dropout: float) -> Tensor:
+                       left: int, right: int, has_dropout: bool) -> Tensor:
     tiles = tiles_of(protein_lengths(cu_seqlens, num_filler), 0, len(qkv_tgcd), None if left < 0 else (left, right))
     groups, queries = qkv_tgcd.shape[1], qkv_tgcd.shape[2] - 2
-    shapes = [(groups, queries * tile.num_queries, tile.num_keys) for tile in tiles for _ in range(2 if dropout else 1)]
+    shapes = [(groups, queries * tile.num_queries, tile.num_keys) for tile in tiles for _ in range(1 + has_dropout)]
     pieces = kept.split([rows * columns * groups for _, rows, columns in shapes])
     views = (piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True))
-    return _whole_gradient(grad_tgqd, qkv_tgcd, tiles, views, dropout > 0)
+    return _whole_gradient(grad_tgqd, qkv_tgcd, tiles, views, has_dropout)
 
 
 @_operator.register_fake
-def _(qkv_tgcd: Tensor, cu_seqlens: Tensor, num_filler: int, left: int, right: int,
-      dropout: float) -> tuple[Tensor, Tensor]:
+def _(qkv_tgcd: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(qkv_tgcd[:, :, :-2]).contiguous(), qkv_tgcd.new_empty(
         torch.library.get_ctx().new_dynamic_size())
 
 
 @_operator_backward.register_fake
-def _(grad_tgqd: Tensor, qkv_tgcd: Tensor, cu_seqlens: Tensor, kept: Tensor, num_filler: int, left: int, right: int,
-      dropout: float) -> Tensor:
+def _(grad_tgqd: Tensor, qkv_tgcd: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(qkv_tgcd)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv_tgcd, cu_seqlens, *ctx.numbers = inputs
+    qkv_tgcd, cu_seqlens, seed, *numbers = inputs
+    ctx.numbers = *numbers[:3], seed is not None
     ctx.save_for_backward(qkv_tgcd, cu_seqlens, output[1])
 
 
-def _go_back(ctx: Any, grad_tgqd: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-    return _operator_backward(grad_tgqd, *ctx.saved_tensors, *ctx.numbers), None, None, None, None, None
+def _go_back(ctx: Any, grad_tgqd: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return _operator_backward(grad_tgqd, *ctx.saved_tensors, *ctx.numbers), *[None] * 7
 
 
 _operator.register_autograd(_go_back, setup_context=_keep)

@@ -2,8 +2,8 @@
 
 It takes fp32 and bf16 (products of bf16 numbers where the processor has them, fp32 sums everywhere), windows, groups of
 queries, any width and dropout. For the backward pass, which makes the scores anew, it keeps the softmax's largest score
-and sum for each query, and dropout's seed: which weights are dropped depends on that and on the places of query and key
-alone. Without a C++ compiler or pybind11 it is missing, and `megatron.kernels.attention.by_protein` does the same work.
+and sum for each query. Without a C++ compiler or pybind11 it is missing, and `megatron.kernels.attention.by_protein`
+does the same work.
 Shapes: u tokens with queries, t tokens with keys and values, g groups, each with c = q + 2 rows of width d: queries,
 key, value.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron.kernels.attention.by_protein import Window
 from megatron.kernels.device import takes_gpu_way
+from megatron.kernels.dropout import Dropout, Use
 from megatron.kernels.packed_sequence import protein_lengths
 
 try:
@@ -27,7 +28,7 @@ except ImportError:
 # What this processor can run, the fastest first: avx512_bf16, avx512, avx2, portable. Empty without the helper.
 INSTRUCTION_SETS: tuple[str, ...] = () if _helper is None else tuple(_helper.instruction_sets())
 _UNBOUNDED = 2**40  # a window that ends nowhere
-_DRAWN = 2**16  # dropout's rate comes in so many steps
+_ALL = 2**16  # numbers of dropout
 
 
 def takes_helper(qkv_tgcd: Tensor) -> bool:
@@ -37,11 +38,12 @@ def takes_helper(qkv_tgcd: Tensor) -> bool:
     return bool(INSTRUCTION_SETS) and qkv_tgcd.dtype in (torch.float32, torch.bfloat16)
 
 
-def compiled_attention(qkv_tgcd: Tensor, cu_seqlens: Tensor, num_filler: int, window: Window, dropout: float = 0.0,
-                       instructions: str = "") -> Tensor:
+def compiled_attention(qkv_tgcd: Tensor, cu_seqlens: Tensor, num_filler: int, window: Window,
+                       dropout: Dropout | None = None, instructions: str = "") -> Tensor:
     """The context [t, n, d] of whole proteins, 0 in the filler; `instructions` names another set than the fastest."""
     left, right = window or (-1, -1)
-    arguments = qkv_tgcd, cu_seqlens, num_filler, left, right, dropout, instructions
+    seed, rate, first_head = (dropout.seed, dropout.rate, dropout.first_head) if dropout else (None, 0.0, 0)
+    arguments = qkv_tgcd, cu_seqlens, seed, num_filler, left, right, rate, first_head, instructions
     context_tgqd = _operator(*arguments)[0] if torch.compiler.is_compiling() else _Attention.apply(*arguments)
     return context_tgqd.flatten(1, 2)
 
@@ -49,23 +51,22 @@ def compiled_attention(qkv_tgcd: Tensor, cu_seqlens: Tensor, num_filler: int, wi
 class CompiledPass:
     """Forward and backward pass over proteins of these lengths; the queries are those of u tokens from `start` on."""
 
-    def __init__(self, lengths: Sequence[int], start: int, num_queries: int, window: Window, dropout: float,
-                 instructions: str = "") -> None:
+    def __init__(self, lengths: Sequence[int], start: int, num_queries: int, window: Window,
+                 dropout: Dropout | None = None, instructions: str = "") -> None:
         self.lengths, self.here = list(lengths), (start, start + num_queries)
         self.num_real = min(max(sum(self.lengths) - start, 0), num_queries)  # queries of proteins, not of filler
-        self.window, self.kept = window or (_UNBOUNDED, _UNBOUNDED), round((1 - dropout) * _DRAWN)
+        self.window = window or (_UNBOUNDED, _UNBOUNDED)
+        self.dropout = (int(dropout.seed), dropout.kept, dropout.first_head) if dropout else (0, _ALL, 0)
         self.instructions = instructions or INSTRUCTION_SETS[0]
 
-    def forward(self, query_ugqd: Tensor, key_value_tg2d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The context [u, g, q, d], 0 behind the last protein; the softmax's statistics [u, g, q, 2]; a seed."""
+    def forward(self, query_ugqd: Tensor, key_value_tg2d: Tensor) -> tuple[Tensor, Tensor]:
+        """The context [u, g, q, d], 0 behind the last protein; the softmax's statistics [u, g, q, 2]."""
         context_ugqd = torch.empty_like(query_ugqd, memory_format=torch.contiguous_format)
         statistics_ugq2 = torch.empty(*context_ugqd.shape[:-1], 2)
         context_ugqd[self.num_real:] = 0
         statistics_ugq2[self.num_real:] = 0
-        # In step on all ranks that compute the same, and drawn alike when a recomputation restores the generator.
-        seed = torch.randint(2**62, ()) if self.kept < _DRAWN else torch.zeros((), dtype=torch.int64)
-        self._attend(statistics_ugq2, seed, query_ugqd, key_value_tg2d, context_ugqd)
-        return context_ugqd, statistics_ugq2, seed
+        self._attend(statistics_ugq2, query_ugqd, key_value_tg2d, context_ugqd)
+        return context_ugqd, statistics_ugq2
 
     def backward(self, grad_ugqd: Tensor, inputs: tuple[Tensor, Tensor], gradients: tuple[Tensor, Tensor],
                  made: Sequence[Tensor]) -> None:
@@ -73,77 +74,75 @@ class CompiledPass:
 
         Those of keys and values of proteins without a query here are left as they are.
         """
-        context_ugqd, statistics_ugq2, seed = made
+        context_ugqd, statistics_ugq2 = made
         gradients[0][self.num_real:] = 0
-        self._attend(statistics_ugq2, seed, *inputs, context_ugqd, grad_ugqd.contiguous(), *gradients)
+        self._attend(statistics_ugq2, *inputs, context_ugqd, grad_ugqd.contiguous(), *gradients)
 
-    def _attend(self, statistics_ugq2: Tensor, seed: Tensor, *tensors: Tensor) -> None:
+    def _attend(self, statistics_ugq2: Tensor, *tensors: Tensor) -> None:
         """Fill context and statistics, or with a gradient of the context those of queries, keys and values."""
         context_ugqd = tensors[2]
         places = [(tensor.data_ptr(), *tensor.stride()[:2]) for tensor in tensors]
         _helper.attend(self.instructions, torch.get_num_threads(), context_ugqd.dtype == torch.bfloat16, self.lengths,
-                       self.here, context_ugqd.shape[1:], self.window, (int(seed), self.kept), places,
-                       statistics_ugq2.data_ptr())
+                       self.here, context_ugqd.shape[1:], self.window, self.dropout, places, statistics_ugq2.data_ptr())
 
 
 class _Attention(torch.autograd.Function):
     """The same without what an operator costs a call."""
 
     @staticmethod
-    def forward(ctx: Any, qkv_tgcd: Tensor, cu_seqlens: Tensor, *numbers: Any) -> Tensor:
-        made = _forward(qkv_tgcd, cu_seqlens, *numbers)
-        ctx.save_for_backward(qkv_tgcd, cu_seqlens, *made)
+    def forward(ctx: Any, qkv_tgcd: Tensor, cu_seqlens: Tensor, seed: Tensor | None, *numbers: Any) -> Tensor:
+        made = _forward(qkv_tgcd, cu_seqlens, seed, *numbers)
+        ctx.save_for_backward(qkv_tgcd, cu_seqlens, seed, *made)
         ctx.numbers = numbers
         return made[0]
 
     @staticmethod
     def backward(ctx: Any, grad_tgqd: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward(grad_tgqd, *ctx.saved_tensors, *ctx.numbers), None, *(None for _ in ctx.numbers)
+        return _backward(grad_tgqd, *ctx.saved_tensors, *ctx.numbers), None, None, *(None for _ in ctx.numbers)
 
 
-def _pass(num_tokens: int, cu_seqlens: Tensor, num_filler: int, left: int, right: int, dropout: float,
-          instructions: str) -> CompiledPass:
+def _pass(num_tokens: int, cu_seqlens: Tensor, seed: Tensor | None, num_filler: int, left: int, right: int,
+          rate: float, first_head: int, instructions: str) -> CompiledPass:
     window = None if left < 0 else (left, right)
+    dropout = None if seed is None else Dropout(rate, seed, Use.WEIGHTS, first_head=first_head)
     return CompiledPass(protein_lengths(cu_seqlens, num_filler), 0, num_tokens, window, dropout, instructions)
 
 
-def _forward(qkv_tgcd: Tensor, cu_seqlens: Tensor, *numbers: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(qkv_tgcd: Tensor, cu_seqlens: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     qkv_tgcd = qkv_tgcd.contiguous()
-    return _pass(len(qkv_tgcd), cu_seqlens, *numbers).forward(qkv_tgcd[:, :, :-2], qkv_tgcd[:, :, -2:])
+    return _pass(len(qkv_tgcd), cu_seqlens, *others).forward(qkv_tgcd[:, :, :-2], qkv_tgcd[:, :, -2:])
 
 
-def _backward(grad_tgqd: Tensor, qkv_tgcd: Tensor, cu_seqlens: Tensor, context_tgqd: Tensor, statistics_tgq2: Tensor,
-              seed: Tensor, *numbers: Any) -> Tensor:
-    going, qkv_tgcd = _pass(len(qkv_tgcd), cu_seqlens, *numbers), qkv_tgcd.contiguous()
+def _backward(grad_tgqd: Tensor, qkv_tgcd: Tensor, cu_seqlens: Tensor, seed: Tensor | None, context_tgqd: Tensor,
+              statistics_tgq2: Tensor, *numbers: Any) -> Tensor:
+    going, qkv_tgcd = _pass(len(qkv_tgcd), cu_seqlens, seed, *numbers), qkv_tgcd.contiguous()
     grad_tgcd = torch.empty_like(qkv_tgcd)
     grad_tgcd[going.num_real:] = 0
     inputs, gradients = ((tensor[:, :, :-2], tensor[:, :, -2:]) for tensor in (qkv_tgcd, grad_tgcd))
-    going.backward(grad_tgqd, inputs, gradients, (context_tgqd, statistics_tgq2, seed))
+    going.backward(grad_tgqd, inputs, gradients, (context_tgqd, statistics_tgq2))
     return grad_tgcd
 
 
 # The same as an operator that torch.compile takes as it is; traced, each new list of lengths would compile anew. A
 # window of -1 is none.
-@torch.library.custom_op("megatron::compiled_attention", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def _operator(qkv_tgcd: Tensor, cu_seqlens: Tensor, num_filler: int, left: int, right: int, dropout: float,
-              instructions: str) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(qkv_tgcd, cu_seqlens, num_filler, left, right, dropout, instructions)
+@torch.library.custom_op("megatron::compiled_attention", mutates_args=())
+def _operator(qkv_tgcd: Tensor, cu_seqlens: Tensor, seed: Tensor | None, num_filler: int, left: int, right: int,
+              rate: float, first_head: int, instructions: str) -> tuple[Tensor, Tensor]:
+    return _forward(qkv_tgcd, cu_seqlens, seed, num_filler, left, right, rate, first_head, instructions)
 
 
 @torch.library.custom_op("megatron::compiled_attention_backward", mutates_args=())
-def _operator_backward(grad_tgqd: Tensor, qkv_tgcd: Tensor, cu_seqlens: Tensor, context_tgqd: Tensor,
-                       statistics_tgq2: Tensor, seed: Tensor, num_filler: int, left: int, right: int, dropout: float,
-                       instructions: str) -> Tensor:
-    return _backward(grad_tgqd, qkv_tgcd, cu_seqlens, context_tgqd, statistics_tgq2, seed, num_filler, left, right,
-                     dropout, instructions)
+def _operator_backward(grad_tgqd: Tensor, qkv_tgcd: Tensor, cu_seqlens: Tensor, seed: Tensor | None,
+                       context_tgqd: Tensor, statistics_tgq2: Tensor, num_filler: int, left: int, right: int,
+                       rate: float, first_head: int, instructions: str) -> Tensor:
+    return _backward(grad_tgqd, qkv_tgcd, cu_seqlens, seed, context_tgqd, statistics_tgq2, num_filler, left, right,
+                     rate, first_head, instructions)
 
 
 @_operator.register_fake
-def _(qkv_tgcd: Tensor, cu_seqlens: Tensor, num_filler: int, left: int, right: int, dropout: float,
-      instructions: str) -> tuple[Tensor, Tensor, Tensor]:
+def _(qkv_tgcd: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     shape = qkv_tgcd[:, :, :-2].shape
-    statistics_tgq2 = qkv_tgcd.new_empty((*shape[:-1], 2), dtype=torch.float32)
-    return qkv_tgcd.new_empty(shape), statistics_tgq2, qkv_tgcd.new_empty((), dtype=torch.int64)
+    return qkv_tgcd.new_empty(shape), qkv_tgcd.new_empty((*shape[:-1], 2), dtype=torch.float32)
 
 
 @_operator_backward.register_fake
@@ -152,12 +151,12 @@ def _(grad_tgqd: Tensor, qkv_tgcd: Tensor, *others: Any) -> Tensor:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    qkv_tgcd, cu_seqlens, *ctx.numbers = inputs
-    ctx.save_for_backward(qkv_tgcd, cu_seqlens, *output)
+    ctx.numbers = inputs[3:]
+    ctx.save_for_backward(*inputs[:3], *output)
 
 
 def _go_back(ctx: Any, grad_tgqd: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return _operator_backward(grad_tgqd, *ctx.saved_tensors, *ctx.numbers), None, *(None for _ in ctx.numbers)
+    return _operator_backward(grad_tgqd, *ctx.saved_tensors, *ctx.numbers), None, None, *(None for _ in ctx.numbers)
 
 
 _operator.register_autograd(_go_back, setup_context=_keep)

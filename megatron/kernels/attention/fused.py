@@ -21,13 +21,14 @@ from megatron.errors import ConfigError
 from megatron.kernels.attention.by_protein import Window
 from megatron.kernels.attention.launches import Call
 from megatron.kernels.device import has_triton, is_fake, is_of_ampere, runs_triton, takes_gpu_way
+from megatron.kernels.dropout import Dropout
 from megatron.kernels.packed_sequence import PackedSequence
 
 _WIDEST = 256
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def is_fused(qkv_ugcd: Tensor, dropout: float, window: Window = None, is_whole: bool = True) -> bool:
+def is_fused(qkv_ugcd: Tensor, has_dropout: bool, window: Window = None, is_whole: bool = True) -> bool:
     """Whether a fused operator takes these; `is_whole`: every protein's queries are here. False on CPUs.
 
     False too for what none can do on a GPU: one from before Ampere, float64, a head wider than 256. Raises ConfigError
@@ -35,7 +36,7 @@ def is_fused(qkv_ugcd: Tensor, dropout: float, window: Window = None, is_whole: 
     """
     if not takes_gpu_way(qkv_ugcd):
         return False
-    if takes_varlen(qkv_ugcd, qkv_ugcd.shape[2] - 2, dropout, window, is_whole):
+    if takes_varlen(qkv_ugcd, qkv_ugcd.shape[2] - 2, has_dropout, window, is_whole):
         return True
     if qkv_ugcd.shape[-1] > _WIDEST or qkv_ugcd.dtype not in (*_HALF, torch.float32):
         return False
@@ -49,22 +50,22 @@ def is_fused(qkv_ugcd: Tensor, dropout: float, window: Window = None, is_whole: 
 
 
 def fused_attention(qkv_ugxd: Tensor, key_value_tg2d: Tensor | None, sequence: PackedSequence, first: int,
-                    dropout: float, window: Window = None) -> Tensor:
+                    dropout: Dropout | None, window: Window = None) -> Tensor:
     """The context [u, n, d] of queries that begin with token `first`, from their own keys and values or from others."""
     is_whole = key_value_tg2d is None
     num_queries = qkv_ugxd.shape[2] - (2 if is_whole else 0)
-    if takes_varlen(qkv_ugxd, num_queries, dropout, window, is_whole):
+    if takes_varlen(qkv_ugxd, num_queries, dropout is not None, window, is_whole):
         return _varlen(qkv_ugxd, key_value_tg2d, sequence, first, window)
-    # Drawn on the device, so that the host need not wait; what is computed again draws the same.
-    seed = torch.randint(2**63 - 1, (), device=qkv_ugxd.device) if dropout else None
     left, right = window or (-1, -1)
+    seed, kept, first_head = (dropout.seed, dropout.kept, dropout.first_head) if dropout else (None, 0, 0)
     return _operator(qkv_ugxd, key_value_tg2d, sequence.cu_seqlens, seed, sequence.num_filler, first, left, right,
-                     dropout)[0].flatten(1, 2)
+                     kept, first_head)[0].flatten(1, 2)
 
 
-def takes_varlen(tensor: Tensor, num_queries: int, dropout: float, window: Window, is_whole: bool) -> bool:
+def takes_varlen(tensor: Tensor, num_queries: int, has_dropout: bool, window: Window, is_whole: bool) -> bool:
     """Whether it is PyTorch's operator. A window that counts from each protein's end: it is to have whole proteins."""
-    if dropout or num_queries > 1 or tensor.dtype not in _HALF or tensor.shape[-1] > _WIDEST or tensor.shape[-1] % 8:
+    width = tensor.shape[-1]
+    if has_dropout or num_queries > 1 or tensor.dtype not in _HALF or width > _WIDEST or width % 8:
         return False
     if window is not None and not is_whole:
         return False
@@ -107,9 +108,10 @@ class _Apart(torch.autograd.Function):
 
 @torch.library.custom_op("megatron::fused_attention", mutates_args=())
 def _operator(qkv_ugxd: Tensor, key_value_tg2d: Tensor | None, cu_seqlens: Tensor, seed: Tensor | None,
-              num_filler: int, first: int, left: int, right: int, dropout: float) -> tuple[Tensor, Tensor]:
+              num_filler: int, first: int, left: int, right: int, kept: int,
+              first_head: int) -> tuple[Tensor, Tensor]:
     """The context [u, g, q, d] and of each query the logarithm of its softmax's sum [n, u]; a window of -1 is none."""
-    call = Call(qkv_ugxd, key_value_tg2d, cu_seqlens, seed, num_filler, first, left, right, dropout)
+    call = Call(qkv_ugxd, key_value_tg2d, cu_seqlens, seed, num_filler, first, left, right, kept, first_head)
     results = _empty_results(qkv_ugxd, key_value_tg2d)
     call.forward(*results).run()
     return results
@@ -118,9 +120,9 @@ def _operator(qkv_ugxd: Tensor, key_value_tg2d: Tensor | None, cu_seqlens: Tenso
 @torch.library.custom_op("megatron::fused_attention_backward", mutates_args=())
 def _operator_backward(grad_ugqd: Tensor, qkv_ugxd: Tensor, key_value_tg2d: Tensor | None, cu_seqlens: Tensor,
                        seed: Tensor | None, context_ugqd: Tensor, logsumexp_nu: Tensor, num_filler: int, first: int,
-                       left: int, right: int, dropout: float) -> tuple[Tensor, Tensor]:
+                       left: int, right: int, kept: int, first_head: int) -> tuple[Tensor, Tensor]:
     """Gradients of the first two arguments; where there is no second, an empty one."""
-    call = Call(qkv_ugxd, key_value_tg2d, cu_seqlens, seed, num_filler, first, left, right, dropout)
+    call = Call(qkv_ugxd, key_value_tg2d, cu_seqlens, seed, num_filler, first, left, right, kept, first_head)
     gradients = _empty_gradients(qkv_ugxd, key_value_tg2d)
     results = grad_ugqd.contiguous(), context_ugqd, logsumexp_nu, torch.empty_like(logsumexp_nu)
     for launch in call.backward(*results, gradients):
@@ -161,7 +163,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _go_back(ctx: Any, grad_ugqd: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     kept = ctx.saved_tensors  # recomputation lets it be asked for once
     gradient, grad_key_value = _operator_backward(grad_ugqd, *kept, *ctx.numbers)
-    return gradient, None if kept[1] is None else grad_key_value, *[None] * 7
+    return gradient, None if kept[1] is None else grad_key_value, *[None] * 8
 
 
 _operator.register_autograd(_go_back, setup_context=_keep)

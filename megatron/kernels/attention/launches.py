@@ -53,7 +53,8 @@ class Call:
     first: int
     left: int
     right: int
-    dropout: float
+    kept: int  # of dropout, as `Dropout` has it
+    first_head: int
 
     def forward(self, context_ugqd: Tensor, logsumexp_nu: Tensor) -> Launch:
         """Fills both."""
@@ -88,13 +89,13 @@ class Call:
         shared = {"query": qkv, "key": key, "value": value, "seed": self.seed, "ends": self.cu_seqlens,
                   "num_proteins": num_proteins,
                   "num_queries": len(self.qkv_ugxd), "first": self.first, "before": before, "behind": behind,
-                  "scale": width**-0.5, "kept_scale": 1 / (1 - self.dropout),
-                  "dropped": round(self.dropout * 2**32) - 2**31}
+                  "scale": width**-0.5, "growth": 2**16 / self.kept if self.kept else 1.0,
+                  "kept": self.kept, "first_head": self.first_head}
         constants = {**{f"QUERY_{name}": size for name, size in _lie(qkv).items()},
                      **{f"KEY_{name}": size for name, size in _lie(key_value).items()},
                      **{f"GRAD_{name}": size for name, size in gradient.items()},
                      "HEADS": key.shape[1] * queries, "QUERIES": queries, "WIDTH": width, "COLUMNS": _columns(width),
-                     "STEPS": (num_proteins + 1).bit_length(), "HAS_DROPOUT": self.dropout > 0,
+                     "STEPS": (num_proteins + 1).bit_length(), "HAS_DROPOUT": self.seed is not None,
                      "PRECISION": _precision()}
         options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
         return Launch(kernel, grid, {**shared, **arguments}, {**constants, **blocks}, options)

@@ -14,33 +14,34 @@ loop over proteins (`by_protein`).
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from megatron.kernels.attention.by_protein import Window, attention_by_protein
 from megatron.kernels.attention.compiled import INSTRUCTION_SETS, compiled_attention, takes_helper
 from megatron.kernels.attention.fused import fused_attention, is_fused, takes_varlen
+from megatron.kernels.dropout import Dropout, is_kept
 from megatron.kernels.packed_sequence import PackedSequence, proteins_of_tokens
 
 
-def packed_attention(qkv_tgcd: Tensor, sequence: PackedSequence, dropout: float, window: Window = None) -> Tensor:
-    """The context [t, n, d] of each token; `dropout` is the rate on the probabilities (0 outside training)."""
-    if is_fused(qkv_tgcd, dropout, window):
+def packed_attention(qkv_tgcd: Tensor, sequence: PackedSequence, dropout: Dropout | None,
+                     window: Window = None) -> Tensor:
+    """The context [t, n, d] of each token; `dropout` is that of the probabilities (None outside training)."""
+    if is_fused(qkv_tgcd, dropout is not None, window):
         return fused_attention(qkv_tgcd, None, sequence, 0, dropout, window)
     if takes_helper(qkv_tgcd):
         return compiled_attention(qkv_tgcd, sequence.cu_seqlens, sequence.num_filler, window, dropout)
     return attention_by_protein(qkv_tgcd, sequence.cu_seqlens, sequence.num_filler, window, dropout)
 
 
-def way_of(qkv_tgcd: Tensor, dropout: float, window: Window = None, is_whole: bool = True) -> str:
+def way_of(qkv_tgcd: Tensor, has_dropout: bool, window: Window = None, is_whole: bool = True) -> str:
     """What computes attention of such tensors, in words, and why nothing faster does; `is_whole`: on one context rank.
 
     Raises ConfigError where Triton alone is missing.
     """
-    if is_fused(qkv_tgcd, dropout, window, is_whole):
+    if is_fused(qkv_tgcd, has_dropout, window, is_whole):
         queries, width = qkv_tgcd.shape[2] - 2, qkv_tgcd.shape[-1]
-        if takes_varlen(qkv_tgcd, queries, dropout, window, is_whole):
+        if takes_varlen(qkv_tgcd, queries, has_dropout, window, is_whole):
             return "PyTorch's varlen_attn"
-        reasons = {"dropout": dropout, "groups of queries": queries > 1, "fp32": qkv_tgcd.dtype == torch.float32,
+        reasons = {"dropout": has_dropout, "groups of queries": queries > 1, "fp32": qkv_tgcd.dtype == torch.float32,
                    "window over context ranks": window and not is_whole, f"width of {width}": width % 8}
         lacking = " and no ".join(name for name, is_so in reasons.items() if is_so)
         return f"Triton's kernels (varlen_attn takes no {lacking})"
@@ -52,7 +53,8 @@ def way_of(qkv_tgcd: Tensor, dropout: float, window: Window = None, is_whole: bo
     return f"PyTorch one protein at a time (compiled code {why})"
 
 
-def attention_reference(qkv_tgcd: Tensor, sequence: PackedSequence, dropout: float, window: Window = None) -> Tensor:
+def attention_reference(qkv_tgcd: Tensor, sequence: PackedSequence, dropout: Dropout | None = None,
+                        window: Window = None) -> Tensor:
     """The context [t, n, d] by the definition: all scores, those that do not count masked. The oracle of the tests."""
     queries = qkv_tgcd.shape[2] - 2
     query_tnd = qkv_tgcd[:, :, :-2].flatten(1, 2)
@@ -65,5 +67,8 @@ def attention_reference(qkv_tgcd: Tensor, sequence: PackedSequence, dropout: flo
         behind_tt = place_t[None, :] - place_t[:, None]
         is_apart_tt |= (behind_tt < -window[0]) | (behind_tt > window[1])
     probabilities_ntt = scores_ntt.masked_fill(is_apart_tt, float("-inf")).softmax(-1)
-    probabilities_ntt = F.dropout(probabilities_ntt, dropout).to(value_tnd.dtype)
-    return torch.einsum("nts,snd->tnd", probabilities_ntt, value_tnd)
+    if dropout is not None:
+        size = len(qkv_tgcd)
+        keeps_ntt = is_kept(dropout, size, range(size), len(probabilities_ntt))
+        probabilities_ntt = probabilities_ntt * keeps_ntt * dropout.growth
+    return torch.einsum("nts,snd->tnd", probabilities_ntt.to(value_tnd.dtype), value_tnd)

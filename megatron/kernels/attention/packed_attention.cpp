@@ -165,7 +165,7 @@ struct Call {
   std::tuple<int64_t, int64_t> queries_here;           // from this token to that one
   std::tuple<int64_t, int64_t, int64_t> shape;         // groups, queries of a group, width
   std::tuple<int64_t, int64_t> window;
-  std::tuple<uint64_t, uint32_t> dropout;              // seed, how many of 65,536 weights stay
+  std::tuple<uint64_t, uint32_t, int64_t> dropout;     // seed, how many of 65,536 weights stay, the first head
 };
 
 template <typename Number>
@@ -173,7 +173,7 @@ void attend(const Call& call, const std::vector<Place>& places, uintptr_t statis
   const auto [groups, queries, width] = call.shape;
   const auto [start, stop] = call.queries_here;
   Problem<Number> problem{groups, queries, width, std::get<0>(call.window), std::get<1>(call.window), start,
-                          1.0f / std::sqrt(float(width)), {std::get<0>(call.dropout), std::get<1>(call.dropout)},
+                          1.0f / std::sqrt(float(width)), {std::get<0>(call.dropout), std::get<1>(call.dropout), std::get<2>(call.dropout)},
                           rows_at<Number>(places[0]), rows_at<Number>(places[1]), rows_at<Number>(places[2]),
                           reinterpret_cast<float*>(statistics), {}, {}, {}};
   if (goes_back) {
@@ -204,7 +204,7 @@ PYBIND11_MODULE(_packed_attention, m) {
   m.def("instruction_sets", &instruction_sets, "those of this build that the processor has, the fastest first");
   m.def("attend", [](const std::string& way, int threads, bool is_bf16, const std::vector<int64_t>& lengths,
                      std::tuple<int64_t, int64_t> queries_here, std::tuple<int64_t, int64_t, int64_t> shape,
-                     std::tuple<int64_t, int64_t> window, std::tuple<uint64_t, uint32_t> dropout,
+                     std::tuple<int64_t, int64_t> window, std::tuple<uint64_t, uint32_t, int64_t> dropout,
                      const std::vector<Place>& places, uintptr_t statistics) {
     const Call call{way, threads, is_bf16, lengths, queries_here, shape, window, dropout};
     const py::gil_scoped_release release;

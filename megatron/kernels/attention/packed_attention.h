@@ -27,6 +27,7 @@ struct Rows {
 struct Dropout {
   uint64_t seed;
   uint32_t kept;
+  int64_t first_head;
 
   bool is_on() const { return kept < 65536; }
   float growth() const { return kept ? 65536.0f / kept : 0.0f; }

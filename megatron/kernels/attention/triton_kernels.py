@@ -15,14 +15,14 @@ filled up to a power of two. A tensor's TOKEN and GROUP: how many elements lie f
 import triton
 import triton.language as tl
 
+from megatron.kernels.dropout_triton import drawn, drawn_by_column
+
 LOG2_E = tl.constexpr(1.4426950408889634)
-# The fewest of Philox 4x32 that pass every test of Salmon et al. (2011, doi 10.1145/2063384.2063405).
-ROUNDS = tl.constexpr(7)
 
 
 @triton.jit
 def forward(query, key, value, context, logsumexp, seed, ends, num_proteins, num_queries, first, before,
-            behind, scale, kept_scale, dropped, QUERY_TOKEN: tl.constexpr, QUERY_GROUP: tl.constexpr,
+            behind, scale, growth, kept, first_head, QUERY_TOKEN: tl.constexpr, QUERY_GROUP: tl.constexpr,
             KEY_TOKEN: tl.constexpr, KEY_GROUP: tl.constexpr, HEADS: tl.constexpr, QUERIES: tl.constexpr,
             WIDTH: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
             PRECISION: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr):
@@ -49,12 +49,13 @@ def forward(query, key, value, context, logsumexp, seed, ends, num_proteins, num
         shrunk = tl.exp2(most - new_most)
         total = total * shrunk + tl.sum(probabilities, 1)
         if HAS_DROPOUT:
-            probabilities = tl.where(_is_kept(seed, head, place, start, dropped, BLOCK_KEYS), probabilities, 0.0)
+            is_kept = drawn(seed, place, start, first_head + head, 0, BLOCK_KEYS) < kept
+            probabilities = tl.where(is_kept, probabilities, 0.0)
         value_tile = _rows(value, start, num_real, KEY_TOKEN, WIDTH, COLUMNS, BLOCK_KEYS)
         summed = tl.dot(probabilities.to(value_tile.dtype), value_tile, summed * shrunk[:, None],
                         input_precision=PRECISION)
         most = new_most
-    summed *= (kept_scale / tl.where(total > 0, total, 1.0))[:, None]
+    summed *= (growth / tl.where(total > 0, total, 1.0))[:, None]
     _put_rows(context + head * WIDTH, summed, begin, num_queries, HEADS * WIDTH, WIDTH, COLUMNS, BLOCK_QUERIES)
     row = begin + tl.arange(0, BLOCK_QUERIES)
     tl.store(logsumexp + head.to(tl.int64) * num_queries + row, tl.where(total > 0, most + tl.log2(total), 0.0),
@@ -63,7 +64,7 @@ def forward(query, key, value, context, logsumexp, seed, ends, num_proteins, num
 
 @triton.jit
 def backward_queries(grad_context, query, key, value, context, logsumexp, products, grad_query, seed, ends,
-                     num_proteins, num_queries, first, before, behind, scale, kept_scale, dropped,
+                     num_proteins, num_queries, first, before, behind, scale, growth, kept, first_head,
                      QUERY_TOKEN: tl.constexpr, QUERY_GROUP: tl.constexpr, KEY_TOKEN: tl.constexpr,
                      KEY_GROUP: tl.constexpr, GRAD_TOKEN: tl.constexpr, GRAD_GROUP: tl.constexpr, HEADS: tl.constexpr,
                      QUERIES: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr,
@@ -92,7 +93,8 @@ def backward_queries(grad_context, query, key, value, context, logsumexp, produc
         scores = tl.dot(query_tile, tl.trans(key_tile), input_precision=PRECISION) * (scale * LOG2_E)
         grads = tl.dot(grad_tile, tl.trans(value_tile), input_precision=PRECISION)
         if HAS_DROPOUT:
-            grads = tl.where(_is_kept(seed, head, place, start, dropped, BLOCK_KEYS), grads * kept_scale, 0.0)
+            is_kept = drawn(seed, place, start, first_head + head, 0, BLOCK_KEYS) < kept
+            grads = tl.where(is_kept, grads * growth, 0.0)
         probabilities = tl.exp2(scores - logarithm[:, None])
         grads = tl.where(_is_within(start, low, high, BLOCK_KEYS), probabilities * (grads - product[:, None]), 0.0)
         summed = tl.dot(grads.to(key_tile.dtype), key_tile, summed, input_precision=PRECISION)
@@ -102,7 +104,7 @@ def backward_queries(grad_context, query, key, value, context, logsumexp, produc
 
 @triton.jit
 def backward_keys(grad_context, query, key, value, logsumexp, products, grad_key, grad_value, seed, ends, num_proteins,
-                  num_queries, num_keys, first, before, behind, scale, kept_scale, dropped,
+                  num_queries, num_keys, first, before, behind, scale, growth, kept, first_head,
                   QUERY_TOKEN: tl.constexpr, QUERY_GROUP: tl.constexpr, KEY_TOKEN: tl.constexpr,
                   KEY_GROUP: tl.constexpr, GRAD_TOKEN: tl.constexpr, GRAD_GROUP: tl.constexpr, HEADS: tl.constexpr,
                   QUERIES: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr,
@@ -137,9 +139,9 @@ def backward_keys(grad_context, query, key, value, logsumexp, products, grad_key
             grads = tl.dot(value_tile, tl.trans(grad_tile), input_precision=PRECISION)
             dropped_out = probabilities
             if HAS_DROPOUT:
-                is_kept = _is_kept_by_key(seed, head, first + row, begin, dropped, BLOCK_KEYS)
-                dropped_out = tl.where(is_kept, probabilities * kept_scale, 0.0)
-                grads = tl.where(is_kept, grads * kept_scale, 0.0)
+                is_kept = drawn_by_column(seed, first + row, begin, first_head + head, 0, BLOCK_KEYS) < kept
+                dropped_out = tl.where(is_kept, probabilities * growth, 0.0)
+                grads = tl.where(is_kept, grads * growth, 0.0)
             summed_value = tl.dot(dropped_out.to(grad_tile.dtype), grad_tile, summed_value, input_precision=PRECISION)
             grads = probabilities * (grads - product[None, :])
             summed_key = tl.dot(grads.to(query_tile.dtype), query_tile, summed_key, input_precision=PRECISION)
@@ -199,24 +201,3 @@ def _put_rows(pointer, rows, start, stop, TOKEN: tl.constexpr, WIDTH: tl.constex
     if COLUMNS > WIDTH:
         is_there = is_there & (column < WIDTH)[None, :]
     tl.store(pointer + row[:, None] * TOKEN + column[None, :], rows.to(pointer.dtype.element_ty), mask=is_there)
-
-
-@triton.jit
-def _is_kept(seed, head, place, start, dropped, KEYS: tl.constexpr):
-    """[queries, KEYS]: whether dropout keeps the keys from `start`, a multiple of four, on.
-
-    Philox 4x32 counts (key // 4, query, head, 0), and has a number for each of the four keys.
-    """
-    four = start // 4 + tl.arange(0, KEYS // 4)
-    a, b, c, d = tl.philox(tl.load(seed), four[None, :], place[:, None], head, 0, ROUNDS)
-    numbers = tl.join(tl.join(a, c), tl.join(b, d))
-    return tl.reshape(numbers, [place.shape[0], KEYS]).to(tl.int32, bitcast=True) >= dropped
-
-
-@triton.jit
-def _is_kept_by_key(seed, head, place, start, dropped, KEYS: tl.constexpr):
-    """[KEYS, queries]: the same, transposed."""
-    four = start // 4 + tl.arange(0, KEYS // 4)
-    a, b, c, d = tl.philox(tl.load(seed), four[:, None], place[None, :], head, 0, ROUNDS)
-    numbers = tl.permute(tl.join(tl.join(a, c), tl.join(b, d)), (0, 2, 3, 1))
-    return tl.reshape(numbers, [KEYS, place.shape[0]]).to(tl.int32, bitcast=True) >= dropped

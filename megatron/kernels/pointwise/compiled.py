@@ -5,6 +5,7 @@ takes fp32 and bf16, and computes in fp32. Without a C++ compiler or pybind11 it
 the same work. Shapes: t tokens, f features, g groups of c = q + 2 rows of width d, r columns of a row that are turned.
 """
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -18,17 +19,22 @@ try:
 except ImportError:
     _helper = None
 
+DTYPES = torch.float32, torch.bfloat16  # that it takes
+
 
 def is_built() -> bool:
     """Whether the helper is there."""
     return _helper is not None
 
 
-def takes_compiled(tensor: Tensor) -> bool:
-    """Whether the helper is there and takes these: it reads memory of the host. Inductor fuses the plain functions."""
-    if not is_built() or torch.compiler.is_compiling() or takes_gpu_way(tensor):
+def takes_compiled(tensor: Tensor, if_compiled: bool = False) -> bool:
+    """Whether the helper is there and takes these: it reads memory of the host.
+
+    Inductor fuses the plain functions: what torch.compile compiles goes that way, but `if_compiled`.
+    """
+    if not is_built() or torch.compiler.is_compiling() and not if_compiled or takes_gpu_way(tensor):
         return False
-    return tensor.dtype in (torch.float32, torch.bfloat16)
+    return tensor.dtype in DTYPES
 
 
 def activate(wide_tf: Tensor, bias_f: Tensor | None, gate_tf: Tensor | None, gate_bias_f: Tensor | None,
@@ -66,14 +72,53 @@ def sum_tokens(x_tf: Tensor) -> Tensor:
     return sums_f
 
 
+def join(residual_uh: Tensor, branch_uh: Tensor | None, shift_h: Tensor | None, seed: Tensor | None,
+         drawn: Sequence[int], weight_h: Tensor | None, bias_h: Tensor | None, epsilon: float, sum_uh: Tensor,
+         normed_uh: Tensor, statistics_u2: Tensor) -> None:
+    """Fill the last three; of a norm alone, without a branch, not `sum_uh`."""
+    vectors = [_single(tensor) for tensor in (shift_h, weight_h, bias_h)]
+    _helper.join(_are_bf16(residual_uh, branch_uh, normed_uh),
+                 _addresses(residual_uh, branch_uh, *vectors, sum_uh, normed_uh, statistics_u2),
+                 tuple(residual_uh.shape), _dropout(seed, drawn), epsilon, torch.get_num_threads())
+
+
+def join_backward(grad_sum_uh: Tensor | None, grad_normed_uh: Tensor | None, x_uh: Tensor,
+                  statistics_u2: Tensor | None, weight_h: Tensor | None, seed: Tensor | None, drawn: Sequence[int],
+                  has_mean: bool, has_shift: bool, grad_residual_uh: Tensor | None,
+                  grad_branch_uh: Tensor | None) -> Tensor:
+    """Fill the last two where they are there; the gradients [k, h] of those that there are of weight, bias, shift."""
+    sums_kh = x_uh.new_empty((weight_h is not None) + has_mean + has_shift, x_uh.shape[1], dtype=torch.float32)
+    weight_h = _single(weight_h)
+    _helper.join_backward(_are_bf16(x_uh, grad_branch_uh, grad_normed_uh),
+                          _addresses(grad_sum_uh, grad_normed_uh, x_uh, statistics_u2, weight_h, grad_residual_uh,
+                                     grad_branch_uh, sums_kh),
+                          tuple(x_uh.shape), _dropout(seed, drawn), has_mean, has_shift, torch.get_num_threads())
+    return sums_kh
+
+
+def _single(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.float().contiguous()
+
+
+def _dropout(seed: Tensor | None, drawn: Sequence[int]) -> tuple[int, ...]:
+    return (0, 2**16, 0, 0) if seed is None else (int(seed), *drawn)
+
+
+def _are_bf16(*tensors: Tensor | None) -> tuple[bool, ...]:
+    return tuple(tensor is not None and _is_bf16(tensor) for tensor in tensors)
+
+
+def _addresses(*tensors: Tensor | None) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
 def _contiguous(wide_tf: Tensor, gate_tf: Tensor | None, *biases: Tensor | None) -> list[Tensor | None]:
     return [wide_tf.contiguous(), None if gate_tf is None else gate_tf.contiguous(),
-            *(None if bias_f is None else bias_f.float().contiguous() for bias_f in biases)]
+            *map(_single, biases)]
 
 
 def _activate(kind: str, like_tf: Tensor, tensors: list[Tensor | None]) -> None:
-    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    _helper.activate(kind, _is_bf16(like_tf), addresses, tuple(like_tf.shape), torch.get_num_threads())
+    _helper.activate(kind, _is_bf16(like_tf), _addresses(*tensors), tuple(like_tf.shape), torch.get_num_threads())
 
 
 def _is_bf16(tensor: Tensor) -> bool:

@@ -8,19 +8,14 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <type_traits>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
-#define CLONED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLONED
-#endif
-#define INLINE inline __attribute__((always_inline))
+#include "numbers.h"
+#include "residual_norm.h"
 
 namespace {
 
@@ -28,20 +23,6 @@ namespace py = pybind11;
 
 constexpr int64_t kTokens = 256;   // of a piece of work
 constexpr int64_t kFeatures = 256;
-
-INLINE float number_of(float number) { return number; }
-INLINE float number_of(uint16_t bits) {
-  const uint32_t word = uint32_t{bits} << 16;
-  float number;
-  std::memcpy(&number, &word, 4);
-  return number;
-}
-INLINE void put(float* place, float number) { *place = number; }
-INLINE void put(uint16_t* place, float number) {  // rounds to the nearest, ties to even
-  uint32_t word;
-  std::memcpy(&word, &number, 4);
-  *place = number != number ? 0x7FC0 : (word + 0x7FFF + (word >> 16 & 1)) >> 16;
-}
 
 // e^x for x up to 0, with fp32's error; NaN stays.
 INLINE float exp_of(float x) {
@@ -314,6 +295,70 @@ void turn(const Addresses& tensors, const Heads& heads, int64_t half, float sign
                 at<Number>(tensors[3]));
 }
 
+using Types = std::tuple<bool, bool, bool>;  // whether they are bf16: the residual stream, the branch, what is normed
+using Dropout = std::tuple<uint64_t, uint32_t, uint32_t, uint32_t>;  // seed, how many of 65,536 stay, use, first row
+
+Drawn drawn_of(const Dropout& dropout) {
+  return {std::get<0>(dropout), std::get<1>(dropout), std::get<2>(dropout), std::get<3>(dropout)};
+}
+
+// `work` of each piece of the rows, with room for two rows and what is drawn.
+template <class Work>
+void by_rows(const Shape& shape, int threads, const Work& work) {
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> scratch(2 * shape.features + kLanes * kDrawn);
+#pragma omp for schedule(static)
+    for (int64_t piece = 0; piece < shape.pieces(); ++piece)
+      work(piece, piece * kTokens, std::min((piece + 1) * kTokens, shape.tokens), scratch.data());
+  }
+}
+
+// `tensors`: residual, branch, shift, weight, bias, then what is made: sum, normed, statistics (or 0).
+template <typename R, typename B, typename N>
+struct Joined {
+  static void pass(const Addresses& tensors, const Shape& shape, const Dropout& dropout, float epsilon, bool, bool,
+                   int threads) {
+    const Join<R, B, N> join{shape.features, at<const R>(tensors[0]), at<const B>(tensors[1]),
+                             at<const float>(tensors[2]), at<const float>(tensors[3]), at<const float>(tensors[4]),
+                             drawn_of(dropout), epsilon, at<R>(tensors[5]), at<N>(tensors[6]), at<float>(tensors[7])};
+    by_rows(shape, threads, [&](int64_t, int64_t first, int64_t last, float* scratch) {
+      join_rows(join, first, last, scratch);
+    });
+  }
+};
+
+// `tensors`: gradients of sum and norm, the sum, statistics, weight, then what is made: gradients of the residual and
+// the branch, and the sums over tokens of those of weight, bias and shift, those that there are, in fp32 (or 0).
+template <typename R, typename B, typename N>
+struct JoinedBackward {
+  static void pass(const Addresses& tensors, const Shape& shape, const Dropout& dropout, float, bool has_mean,
+                   bool has_shift, int threads) {
+    const JoinBackward<R, B, N> join{shape.features, at<const R>(tensors[0]), at<const N>(tensors[1]),
+                                     at<const R>(tensors[2]), at<const float>(tensors[3]), at<const float>(tensors[4]),
+                                     drawn_of(dropout), has_mean, has_shift, at<R>(tensors[5]), at<B>(tensors[6])};
+    const Shape wide{shape.tokens, shape.features * ((tensors[4] ? 1 + has_mean : 0) + has_shift)};
+    std::vector<float> sums(wide.pieces() * wide.features);
+    by_rows(shape, threads, [&](int64_t piece, int64_t first, int64_t last, float* scratch) {
+      join_rows_backward(join, first, last, scratch, sums.data() + piece * wide.features);
+    });
+    if (wide.features) sum_up(sums, wide, at<float>(tensors[7]));
+  }
+};
+
+using JoinPass = void (*)(const Addresses&, const Shape&, const Dropout&, float, bool, bool, int);
+
+template <template <typename, typename, typename> class Chosen>
+JoinPass join_pass(const Types& is_bf16) {
+  using Half = uint16_t;
+  const auto [residual, branch, normed] = is_bf16;
+  if (residual)
+    return branch ? normed ? Chosen<Half, Half, Half>::pass : Chosen<Half, Half, float>::pass
+                  : normed ? Chosen<Half, float, Half>::pass : Chosen<Half, float, float>::pass;
+  return branch ? normed ? Chosen<float, Half, Half>::pass : Chosen<float, Half, float>::pass
+                : normed ? Chosen<float, float, Half>::pass : Chosen<float, float, float>::pass;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_pointwise, m) {
@@ -331,4 +376,14 @@ PYBIND11_MODULE(_pointwise, m) {
   m.def("add_columns", [](bool is_bf16, uintptr_t in, uintptr_t out, std::tuple<int64_t, int64_t> shape, int threads) {
     (is_bf16 ? add_columns<uint16_t> : add_columns<float>)(in, out, {std::get<0>(shape), std::get<1>(shape)}, threads);
   }, released, "fp32 sums over the tokens");
+  m.def("join", [](const Types& is_bf16, const Addresses& tensors, std::tuple<int64_t, int64_t> shape,
+                   const Dropout& dropout, float epsilon, int threads) {
+    join_pass<Joined>(is_bf16)(tensors, {std::get<0>(shape), std::get<1>(shape)}, dropout, epsilon, false, false,
+                               threads);
+  }, released, "the sum of residual and branch, and its norm");
+  m.def("join_backward", [](const Types& is_bf16, const Addresses& tensors, std::tuple<int64_t, int64_t> shape,
+                            const Dropout& dropout, bool has_mean, bool has_shift, int threads) {
+    join_pass<JoinedBackward>(is_bf16)(tensors, {std::get<0>(shape), std::get<1>(shape)}, dropout, 0.0f, has_mean,
+                                       has_shift, threads);
+  }, released, "their gradients");
 }

@@ -1,12 +1,11 @@
-"""A branch joins the residual stream, and what comes next is normalised: one pass over memory on GPUs.
+"""A branch joins the residual stream, and what comes next is normalised: one pass over memory.
 
 sum = residual + dropout(branch + its bias); normed = norm(sum): LayerNorm (Ba et al., 2016, arXiv 1607.06450) or,
-without a bias, RMSNorm (Zhang and Sennrich, 2019, arXiv 1910.07467). There both are computed in fp32, and dropout's
-mask is never stored: it follows from a seed that the device's default generator gives. Shapes: u tokens of the residual
-stream on this rank, h hidden.
+without a bias, RMSNorm (Zhang and Sennrich, 2019, arXiv 1910.07467). On GPUs Triton does it, on CPUs compiled code, in
+fp32; dropout's mask is never stored, but drawn again. Elsewhere, and where torch.compile fuses plain functions by
+itself, PyTorch does. Shapes: u tokens of the residual stream on this rank, h hidden.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from megatron.kernels.device import as_called, takes_triton
-from megatron.kernels.pointwise.product import Product
+from megatron.kernels.dropout import Dropout, dropped
+from megatron.kernels.pointwise import compiled
+from megatron.kernels.pointwise.compiled import takes_compiled
+from megatron.kernels.pointwise.product import Product, whole
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ def normalised(x_uh: Tensor, scaling: Scaling | None, dtype: torch.dtype) -> tup
     """
     if scaling is None:
         return x_uh, x_uh
-    if takes_triton(x_uh):
-        return _ResidualNorm.apply(x_uh, None, None, None, scaling.weight, scaling.bias, 0.0, scaling.epsilon, dtype)
+    if _is_fused(x_uh, {dtype}, None):
+        return _ResidualNorm.apply(x_uh, None, None, None, scaling.weight, scaling.bias, scaling.epsilon, dtype)
     return x_uh, normalised_reference(x_uh, scaling).to(dtype)
 
 
@@ -48,31 +50,35 @@ def normalised_reference(x_uh: Tensor, scaling: Scaling) -> Tensor:
     return F.layer_norm(x_uh, weight_h.shape, weight_h, scaling.bias.to(x_uh.dtype), scaling.epsilon)
 
 
-def joined(residual_uh: Tensor, branch: Product, rate: float, seed: Tensor | None, scaling: Scaling | None,
+def joined(residual_uh: Tensor, branch: Product, dropout: Dropout | None, scaling: Scaling | None,
            dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The sum, in the residual's dtype, and normalised in `dtype`, or without a scaling the sum both times.
-
-    Where Triton's kernels take these; elsewhere it is `normalised` of the sum. `seed`: of `dropout_seeds`, where the
-    rate is not 0.
-    """
+    """The sum, in the residual's dtype, and normalised in `dtype`, or without a scaling the sum both times."""
     branch_uh, shift_h = branch
+    if not _is_fused(residual_uh, {branch_uh.dtype, dtype}, dropout):
+        return normalised(residual_uh + dropped(whole(branch), dropout), scaling, dtype)
     if scaling is not None:
-        return _ResidualNorm.apply(residual_uh, branch_uh, shift_h, seed, scaling.weight, scaling.bias, rate,
+        return _ResidualNorm.apply(residual_uh, branch_uh, shift_h, dropout, scaling.weight, scaling.bias,
                                    scaling.epsilon, dtype)
-    if seed is None and shift_h is None:
+    if dropout is None and shift_h is None:
         sum_uh = residual_uh + branch_uh
     else:
-        sum_uh = _ResidualNorm.apply(residual_uh, branch_uh, shift_h, seed, None, None, rate, 0.0, None)[0]
+        sum_uh = _ResidualNorm.apply(residual_uh, branch_uh, shift_h, dropout, None, None, 0.0, None)[0]
     return sum_uh, sum_uh
 
 
-def dropout_seeds(number: int, device: torch.device) -> Sequence[Tensor]:
-    """So many seeds from the default generator of the device: they stay there, so the host never waits for them.
+def after_dropout(x_uh: Tensor, dropout: Dropout | None) -> Tensor:
+    """`x_uh` after dropout, if there is any."""
+    return x_uh if dropout is None else joined(torch.zeros_like(x_uh), (x_uh, None), dropout, None, x_uh.dtype)[0]
 
-    In a graph that is replayed they are others each time.
+
+def _is_fused(residual_uh: Tensor, others: set[torch.dtype], dropout: Dropout | None) -> bool:
+    """Whether a kernel takes a stream, and the dtypes of its branch and norm.
+
+    Inductor would draw dropout's numbers eight times over: what has dropout is left to the kernel.
     """
-    # 16 bytes apart, as memory of its own would begin: Triton compiles other kernels for other places.
-    return torch.randint(2**63 - 1, (number, 2), device=device).unbind(1)[0].unbind()
+    if takes_triton(residual_uh, if_compiled=dropout is not None):
+        return True
+    return takes_compiled(residual_uh, if_compiled=dropout is not None) and others <= set(compiled.DTYPES)
 
 
 class _ResidualNorm(torch.autograd.Function):
@@ -82,18 +88,19 @@ class _ResidualNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, residual_uh: Tensor, branch_uh: Tensor | None, shift_h: Tensor | None, seed: Tensor | None,
-                weight_h: Tensor | None, bias_h: Tensor | None, rate: float, epsilon: float,
+    def forward(ctx: Any, residual_uh: Tensor, branch_uh: Tensor | None, shift_h: Tensor | None,
+                dropout: Dropout | None, weight_h: Tensor | None, bias_h: Tensor | None, epsilon: float,
                 dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
+        seed, ctx.drawn = (dropout.seed, [dropout.kept, dropout.use, dropout.first_row]) if dropout else (None, [])
         sum_uh, normed_uh, statistics_u2 = as_called(_forward_operator, _forward, residual_uh)(
-            residual_uh, branch_uh, shift_h, seed, weight_h, bias_h, rate, epsilon, dtype)
+            residual_uh, branch_uh, shift_h, seed, ctx.drawn, weight_h, bias_h, epsilon, dtype)
         if branch_uh is None:
             sum_uh = residual_uh
         # Without a norm nothing is needed but the seed.
         ctx.save_for_backward(*((sum_uh, statistics_u2, weight_h) if weight_h is not None else (None, None, None)),
                               seed)
-        ctx.rate, ctx.has_mean = rate, bias_h is not None
+        ctx.has_mean = bias_h is not None
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (residual_uh, branch_uh, shift_h)]
         return sum_uh, None if weight_h is None else normed_uh
 
@@ -109,7 +116,7 @@ class _ResidualNorm(torch.autograd.Function):
         else:
             has_mean = ctx.has_mean
         grad_residual_uh, grad_branch_uh, grads_kh = as_called(_backward_operator, _backward, x_uh)(
-            grad_sum_uh, grad_normed_uh, x_uh, statistics_u2, weight_h, seed, ctx.rate, has_mean,
+            grad_sum_uh, grad_normed_uh, x_uh, statistics_u2, weight_h, seed, ctx.drawn, has_mean,
             shift_dtype is not None, branch_dtype)
         grads = iter(grads_kh.unbind())
         grad_weight_h = None if weight_h is None else next(grads).to(weight_h.dtype)
@@ -120,7 +127,7 @@ class _ResidualNorm(torch.autograd.Function):
         if seed is None and branch_dtype == residual_dtype:
             grad_branch_uh = grad_residual_uh
         return (grad_residual_uh, None if branch_dtype is None else grad_branch_uh, grad_shift_h, None, grad_weight_h,
-                grad_bias_h, None, None, None)
+                grad_bias_h, None, None)
 
 
 def _of_a_plain_sum(grad_sum_uh: Tensor | None, branch_dtype: torch.dtype | None,
@@ -130,18 +137,25 @@ def _of_a_plain_sum(grad_sum_uh: Tensor | None, branch_dtype: torch.dtype | None
     if grad_sum_uh is not None and branch_dtype is not None:
         grad_branch_uh = grad_sum_uh.to(branch_dtype)
         grad_shift_h = None if shift_dtype is None else grad_sum_uh.sum(0, dtype=shift_dtype)
-    return grad_sum_uh, grad_branch_uh, grad_shift_h, None, None, None, None, None, None
+    return grad_sum_uh, grad_branch_uh, grad_shift_h, None, None, None, None, None
 
 
-# What is not asked for is empty.
+def _of(tensor: Tensor) -> Any:
+    """The module that does it: compiled code on CPUs, unless Triton interprets its kernels there."""
+    if takes_compiled(tensor, if_compiled=True) and not takes_triton(tensor, if_compiled=True):
+        return compiled
+    from megatron.kernels.pointwise import residual_norm_triton  # it imports Triton, which may be missing
+
+    return residual_norm_triton
+
+
+# What is not asked for is empty. `drawn`: of dropout how many of 65,536 numbers are kept, its use, and the first row.
 def _forward(residual_uh: Tensor, branch_uh: Tensor | None, shift_h: Tensor | None, seed: Tensor | None,
-             weight_h: Tensor | None, bias_h: Tensor | None, rate: float, epsilon: float,
+             drawn: list[int], weight_h: Tensor | None, bias_h: Tensor | None, epsilon: float,
              dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
-    from megatron.kernels.pointwise.residual_norm_triton import launch_forward
-
     residual_uh, branch_uh = residual_uh.contiguous(), None if branch_uh is None else branch_uh.contiguous()
     outputs = _outputs(residual_uh, branch_uh, weight_h, dtype)
-    launch_forward(residual_uh, branch_uh, shift_h, seed, weight_h, bias_h, rate, epsilon, *outputs)
+    _of(residual_uh).join(residual_uh, branch_uh, shift_h, seed, drawn, weight_h, bias_h, epsilon, *outputs)
     return outputs
 
 
@@ -150,7 +164,7 @@ _forward_operator = torch.library.custom_op("megatron::residual_norm", _forward,
 
 @_forward_operator.register_fake
 def _(residual_uh: Tensor, branch_uh: Tensor | None, shift_h: Tensor | None, seed: Tensor | None,
-      weight_h: Tensor | None, bias_h: Tensor | None, rate: float, epsilon: float,
+      drawn: list[int], weight_h: Tensor | None, bias_h: Tensor | None, epsilon: float,
       dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
     return _outputs(residual_uh, branch_uh, weight_h, dtype)
 
@@ -165,17 +179,15 @@ def _outputs(residual_uh: Tensor, branch_uh: Tensor | None, weight_h: Tensor | N
 
 
 def _backward(grad_sum_uh: Tensor | None, grad_normed_uh: Tensor | None, x_uh: Tensor, statistics_u2: Tensor | None,
-              weight_h: Tensor | None, seed: Tensor | None, rate: float, has_mean: bool, has_shift: bool,
+              weight_h: Tensor | None, seed: Tensor | None, drawn: list[int], has_mean: bool, has_shift: bool,
               branch_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
-    from megatron.kernels.pointwise.residual_norm_triton import launch_backward
-
     grad_sum_uh, grad_normed_uh = (None if gradient is None else gradient.contiguous()
                                    for gradient in (grad_sum_uh, grad_normed_uh))
     x_uh = x_uh.contiguous()
     grad_residual_uh, grad_branch_uh, _ = _gradients(x_uh, weight_h, seed, has_mean, has_shift, branch_dtype)
-    grads_kh = launch_backward(grad_sum_uh, grad_normed_uh, x_uh, statistics_u2, weight_h, seed, rate, has_mean,
-                               has_shift,
-                               *(each if each.numel() else None for each in (grad_residual_uh, grad_branch_uh)))
+    grads_kh = _of(x_uh).join_backward(
+        grad_sum_uh, grad_normed_uh, x_uh, statistics_u2, weight_h, seed, drawn, has_mean, has_shift,
+        *(each if each.numel() else None for each in (grad_residual_uh, grad_branch_uh)))
     return grad_residual_uh, grad_branch_uh, grads_kh
 
 
@@ -184,7 +196,7 @@ _backward_operator = torch.library.custom_op("megatron::residual_norm_backward",
 
 @_backward_operator.register_fake
 def _(grad_sum_uh: Tensor | None, grad_normed_uh: Tensor | None, x_uh: Tensor, statistics_u2: Tensor | None,
-      weight_h: Tensor | None, seed: Tensor | None, rate: float, has_mean: bool, has_shift: bool,
+      weight_h: Tensor | None, seed: Tensor | None, drawn: list[int], has_mean: bool, has_shift: bool,
       branch_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
     return _gradients(x_uh, weight_h, seed, has_mean, has_shift, branch_dtype)
 

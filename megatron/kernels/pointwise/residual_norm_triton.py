@@ -1,35 +1,37 @@
 """Triton kernels of `megatron.kernels.pointwise.residual_norm`: a program takes whole rows, which stay in registers.
 
-All arithmetic is fp32; what is stored is rounded to the dtype of where it goes. Dropout by Philox4x32-10 (Salmon et
-al., 2011, doi 10.1145/2063384.2063405), keyed by the seed: element i of the stream, counted as row · width + column
-with the width rounded up to a multiple of 4, takes word i mod 4 of counter i div 4, and is dropped where the word's
-upper 24 bits are below rate · 2^24. So the backward pass makes the mask anew.
+All arithmetic is fp32; what is stored is rounded to the dtype of where it goes. The backward pass draws dropout's mask
+anew.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron.kernels.dropout_triton import drawn
+
 _MOST_WARPS = 16 * 132  # of the backward pass, whose programs each have partial sums: what an H100 runs at once
 
 
-def launch_forward(residual_uh: Tensor, branch_uh: Tensor | None, shift_h: Tensor | None, seed: Tensor | None,
-                   weight_h: Tensor | None, bias_h: Tensor | None, rate: float, epsilon: float, sum_uh: Tensor,
-                   normed_uh: Tensor, statistics_u2: Tensor) -> None:
+def join(residual_uh: Tensor, branch_uh: Tensor | None, shift_h: Tensor | None, seed: Tensor | None,
+         drawn_of: Sequence[int], weight_h: Tensor | None, bias_h: Tensor | None, epsilon: float, sum_uh: Tensor,
+         normed_uh: Tensor, statistics_u2: Tensor) -> None:
     """Fill the last three; of a norm alone, without a branch, `sum_uh` is not touched."""
     num_rows, width = residual_uh.shape
     rows, block, num_warps = _tile(width)
     forward_kernel[triton.cdiv(num_rows, rows),](
         residual_uh, branch_uh, shift_h, seed, weight_h, bias_h, sum_uh, normed_uh, statistics_u2, num_rows,
-        _threshold(rate), 1 / (1 - rate), epsilon, width, rows, block, branch_uh is not None, shift_h is not None,
+        *_dropout(drawn_of), epsilon, width, rows, block, branch_uh is not None, shift_h is not None,
         seed is not None, weight_h is not None, bias_h is not None, num_warps=num_warps)
 
 
-def launch_backward(grad_sum_uh: Tensor | None, grad_normed_uh: Tensor | None, x_uh: Tensor,
-                    statistics_u2: Tensor | None, weight_h: Tensor | None, seed: Tensor | None, rate: float,
-                    has_mean: bool, has_shift: bool, grad_residual_uh: Tensor | None,
-                    grad_branch_uh: Tensor | None) -> Tensor:
+def join_backward(grad_sum_uh: Tensor | None, grad_normed_uh: Tensor | None, x_uh: Tensor,
+                  statistics_u2: Tensor | None, weight_h: Tensor | None, seed: Tensor | None, drawn_of: Sequence[int],
+                  has_mean: bool, has_shift: bool, grad_residual_uh: Tensor | None,
+                  grad_branch_uh: Tensor | None) -> Tensor:
     """Fill the last two where they are there; the gradients [k, h] of those that there are of weight, bias, shift."""
     num_rows, width = x_uh.shape
     rows, block, num_warps = _tile(width)
@@ -40,26 +42,29 @@ def launch_backward(grad_sum_uh: Tensor | None, grad_normed_uh: Tensor | None, x
     partial_pkh = torch.empty(programs, num_sums, width, dtype=torch.float32, device=x_uh.device)
     backward_kernel[programs,](
         grad_sum_uh, grad_normed_uh, x_uh, statistics_u2, weight_h, seed, grad_residual_uh, grad_branch_uh, partial_pkh,
-        num_rows, _threshold(rate), 1 / (1 - rate), width, rows, block, grad_sum_uh is not None, has_norm, has_mean,
+        num_rows, *_dropout(drawn_of), width, rows, block, grad_sum_uh is not None, has_norm, has_mean,
         has_shift, seed is not None, grad_residual_uh is not None, grad_branch_uh is not None, num_warps=num_warps)
     return partial_pkh.sum(0) if num_sums else partial_pkh[0]
 
 
 def _tile(width: int) -> tuple[int, int, int]:
     """Rows and columns of a program's tile, and its warps: 16 elements a thread, where a row has so many."""
-    block = triton.next_power_of_2(width)
+    block = max(8, triton.next_power_of_2(width))
     rows = max(1, 2048 // block)
     return rows, block, min(16, max(4, rows * block // 512))
 
 
-def _threshold(rate: float) -> int:
-    return round(rate * 2**24)
+def _dropout(drawn_of: Sequence[int]) -> tuple[int, float, int, int]:
+    """How many of 65,536 numbers are kept and how they grow, the use, the first row."""
+    kept, use, first_row = drawn_of or (2**16, 0, 0)
+    return kept, 2**16 / max(kept, 1), use, first_row
 
 
 @triton.jit
-def forward_kernel(residual, branch, shift, seed, weight, bias, sum, normed, statistics, num_rows, threshold,
-                   scale, epsilon, width, ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_BRANCH: tl.constexpr,
-                   HAS_SHIFT: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_NORM: tl.constexpr, HAS_MEAN: tl.constexpr):
+def forward_kernel(residual, branch, shift, seed, weight, bias, sum, normed, statistics, num_rows, kept,
+                   growth, use, first_row, epsilon, width, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+                   HAS_BRANCH: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+                   HAS_NORM: tl.constexpr, HAS_MEAN: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
     is_inside = (rows[:, None] < num_rows) & (columns[None, :] < width)
@@ -70,7 +75,7 @@ def forward_kernel(residual, branch, shift, seed, weight, bias, sum, normed, sta
         if HAS_SHIFT:
             added += tl.load(shift + columns, mask=columns < width, other=0).to(tl.float32)[None, :]
         if HAS_DROPOUT:
-            added = tl.where(kept(seed, rows, threshold, width, BLOCK), added * scale, 0)
+            added = tl.where(drawn(seed, first_row + rows, 0, 0, use, BLOCK) < kept, added * growth, 0)
         rounded = (x + added).to(sum.dtype.element_ty)
         tl.store(sum + places, rounded, mask=is_inside)
         x = rounded.to(tl.float32)  # so that the backward pass, which reads it, normalises the same
@@ -91,7 +96,7 @@ def forward_kernel(residual, branch, shift, seed, weight, bias, sum, normed, sta
 
 @triton.jit
 def backward_kernel(grad_sum, grad_normed, x_pointer, statistics, weight, seed, grad_residual, grad_branch, partial,
-                    num_rows, threshold, scale, width, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+                    num_rows, kept, growth, use, first_row, width, ROWS: tl.constexpr, BLOCK: tl.constexpr,
                     HAS_GRAD_SUM: tl.constexpr, HAS_NORM: tl.constexpr, HAS_MEAN: tl.constexpr,
                     HAS_SHIFT: tl.constexpr, HAS_DROPOUT: tl.constexpr, GIVES_RESIDUAL: tl.constexpr,
                     GIVES_BRANCH: tl.constexpr):
@@ -129,7 +134,7 @@ def backward_kernel(grad_sum, grad_normed, x_pointer, statistics, weight, seed, 
         if GIVES_RESIDUAL:
             tl.store(grad_residual + places, gradient.to(grad_residual.dtype.element_ty), mask=is_inside)
         if HAS_DROPOUT:
-            gradient = tl.where(kept(seed, rows, threshold, width, BLOCK), gradient * scale, 0)
+            gradient = tl.where(drawn(seed, first_row + rows, 0, 0, use, BLOCK) < kept, gradient * growth, 0)
         if HAS_SHIFT:
             shift_sum += gradient
         if GIVES_BRANCH:
@@ -142,11 +147,3 @@ def backward_kernel(grad_sum, grad_normed, x_pointer, statistics, weight, seed, 
     if HAS_SHIFT:
         tl.store(partial + (HAS_NORM + HAS_MEAN) * width + columns, tl.sum(shift_sum, 0), mask=columns < width)
 
-
-@triton.jit
-def kept(seed, rows, threshold, width, BLOCK: tl.constexpr):
-    """Which elements of a tile dropout keeps."""
-    counters = rows[:, None].to(tl.int64) * ((width + 3) // 4) + tl.arange(0, BLOCK // 4)[None, :]
-    first, second, third, fourth = tl.randint4x(tl.load(seed), counters)
-    words = tl.interleave(tl.interleave(first, third), tl.interleave(second, fourth))
-    return (words >> 8).to(tl.int32) >= threshold

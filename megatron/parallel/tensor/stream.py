@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron.kernels.device import takes_triton
-from megatron.kernels.pointwise.product import Product, whole
-from megatron.kernels.pointwise.residual_norm import Scaling, dropout_seeds, joined, normalised
+from megatron.kernels.dropout import Dropout
+from megatron.kernels.pointwise.product import Product
+from megatron.kernels.pointwise.residual_norm import Scaling, after_dropout, joined
 from megatron.parallel import collectives
 from megatron.parallel.collectives import Pending
 from megatron.parallel.mesh import Axis
 from megatron.parallel.parameters import Declaration, replicated_parameter
-from megatron.parallel.randomness import distinct_randomness
 
 
 @dataclass(frozen=True)
@@ -75,36 +74,21 @@ class Stream:
         """A parameter that acts on the stream: held whole, its gradient that of this rank's tokens."""
         return replicated_parameter(shape, self.axis, declaration, has_partial_gradient=self.is_split)
 
-    def dropout(self, hidden_uh: Tensor, rate: float) -> Tensor:
-        """Dropout [u, h] on the stream: the same on all ranks that hold the same tokens, another on other tokens."""
-        with distinct_randomness(self._distinct_axis, rate, hidden_uh.device):
-            # Keeps a mask of one byte an element, on every device.
-            return torch.native_dropout(hidden_uh, rate, True)[0] if rate else hidden_uh
+    def dropout(self, hidden_uh: Tensor, dropout: Dropout | None) -> Tensor:
+        """[u, h] after dropout: the same whatever rank has a token."""
+        return after_dropout(hidden_uh, self._of_tokens_here(dropout, len(hidden_uh)))
 
-    def join(self, residual_uh: Tensor, branch: Product, rate: float, seed: Tensor | None, scaling: Scaling | None,
+    def join(self, residual_uh: Tensor, branch: Product, dropout: Dropout | None, scaling: Scaling | None,
              dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The stream with a branch, after its dropout, added, and that normalised for what comes next, in `dtype`.
+        """The stream with a branch, after its dropout, added, and that normalised for what comes next, in `dtype`."""
+        return joined(residual_uh, branch, self._of_tokens_here(dropout, len(residual_uh)), scaling, dtype)
 
-        `seed`: one of `seeds`.
-        """
-        if takes_triton(residual_uh):
-            return joined(residual_uh, branch, rate, seed, scaling, dtype)
-        return normalised(residual_uh + self.dropout(whole(branch), rate), scaling, dtype)
-
-    def seeds(self, number: int, hidden_uh: Tensor, rate: float) -> Sequence[Tensor | None]:
-        """For so many joins: the same on all ranks that hold the same tokens, others on other tokens.
-
-        None where they do not need one: without dropout, and where masks are drawn as such.
-        """
-        if not rate or not takes_triton(hidden_uh):
-            return [None] * number
-        with distinct_randomness(self._distinct_axis, rate, hidden_uh.device):
-            return dropout_seeds(number, hidden_uh.device)
-
-    @property
-    def _distinct_axis(self) -> Axis:
-        """The axis whose ranks have different tokens of the stream."""
-        return self.axis if self.is_split else Axis()
+    def _of_tokens_here(self, dropout: Dropout | None, num_here: int) -> Dropout | None:
+        """The same of this rank's tokens, by their numbers in the micro-batch."""
+        if dropout is None:
+            return None
+        slices, slice_here = (self.axis.size, self.axis.rank) if self.is_split else (1, 0)
+        return dropout.from_row((self.context.rank * slices + slice_here) * num_here)
 
 
 ONE_RANK = Stream()

@@ -1,0 +1,196 @@
+// A branch joins the residual stream, with dropout, and the sum is normalised (see residual_norm.py). A row stays in
+// the nearest cache from its first number to its last. Sums along a row are taken in 16 parts whatever the processor.
+
+#pragma once
+
+#include <cmath>
+
+#include "numbers.h"
+
+constexpr int64_t kLanes = 16;
+constexpr int64_t kDrawn = 8;  // numbers of a counter
+
+// What dropout draws: `kept` of 65,536 numbers stay. 65,536 are no dropout.
+struct Drawn {
+  uint64_t seed;
+  uint32_t kept, use, first_row;
+
+  bool is_on() const { return kept < 65536; }
+  float growth() const { return kept ? 65536.0f / kept : 0.0f; }
+};
+
+// The factors by which dropout multiplies a row: megatron/kernels/dropout.py. There is room for kLanes * kDrawn more.
+INLINE void draw_row(const Drawn& drawn, int64_t row, int64_t width, float* factors) {
+  const float growth = drawn.growth();
+  for (int64_t from = 0; from < width; from += kLanes * kDrawn) {
+    uint32_t words[4][kLanes];
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      uint32_t first = drawn.first_row + uint32_t(row), second = uint32_t(from / kDrawn + lane), third = 0,
+               fourth = drawn.use, low_key = uint32_t(drawn.seed), high_key = uint32_t(drawn.seed >> 32);
+#pragma GCC unroll 7
+      for (int round = 0; round < 7; ++round) {
+        const uint64_t product = first * uint64_t{0xD2511F53u}, other = third * uint64_t{0xCD9E8D57u};
+        first = uint32_t(other >> 32) ^ second ^ low_key;
+        second = uint32_t(other);
+        third = uint32_t(product >> 32) ^ fourth ^ high_key;
+        fourth = uint32_t(product);
+        low_key += 0x9E3779B9u;
+        high_key += 0xBB67AE85u;
+      }
+      words[0][lane] = first;
+      words[1][lane] = second;
+      words[2][lane] = third;
+      words[3][lane] = fourth;
+    }
+    float* out = factors + from;
+    for (int64_t lane = 0; lane < kLanes; ++lane)
+      for (int64_t word = 0; word < 4; ++word) {
+        out[kDrawn * lane + 2 * word] = (words[word][lane] & 0xFFFFu) < drawn.kept ? growth : 0.0f;
+        out[kDrawn * lane + 2 * word + 1] = words[word][lane] >> 16 < drawn.kept ? growth : 0.0f;
+      }
+  }
+}
+
+INLINE float sum_of(const float (&parts)[kLanes]) {
+  float sum = 0;
+  for (int64_t lane = 0; lane < kLanes; ++lane) sum += parts[lane];
+  return sum;
+}
+
+// `function` of each of `width` places, summed.
+template <class Function>
+INLINE float sum_along(int64_t width, const Function& function) {
+  float parts[kLanes] = {};
+  const int64_t whole = width / kLanes * kLanes;
+  for (int64_t from = 0; from < whole; from += kLanes)
+    for (int64_t lane = 0; lane < kLanes; ++lane) parts[lane] += function(from + lane);
+  for (int64_t x = whole; x < width; ++x) parts[x - whole] += function(x);
+  return sum_of(parts);
+}
+
+// Pointers to what is not there are null. R: of the residual stream, B: of the branch, N: of what is normalised.
+template <typename R, typename B, typename N>
+struct Join {
+  int64_t width;
+  const R* residual;
+  const B* branch;
+  const float *shift, *weight, *bias;
+  Drawn drawn;
+  float epsilon;
+  R* sum;
+  N* normed;
+  float* statistics;
+};
+
+// Rows `first` to `last`; `scratch`: room for two rows and kLanes * kDrawn numbers more.
+template <typename R, typename B, typename N>
+CLONED void join_rows(const Join<R, B, N>& join, int64_t first, int64_t last, float* scratch) {
+  const int64_t width = join.width;
+  float *values = scratch, *factors = scratch + width;
+  const bool drops = join.drawn.is_on();
+  for (int64_t row = first; row < last; ++row) {
+    const R* residual = join.residual + row * width;
+    if (!join.branch) {
+      for (int64_t x = 0; x < width; ++x) values[x] = number_of(residual[x]);
+    } else {
+      const B* branch = join.branch + row * width;
+      for (int64_t x = 0; x < width; ++x) values[x] = number_of(branch[x]);
+      if (join.shift)
+        for (int64_t x = 0; x < width; ++x) values[x] += join.shift[x];
+      if (drops) {
+        draw_row(join.drawn, row, width, factors);
+        for (int64_t x = 0; x < width; ++x) values[x] *= factors[x];
+      }
+      R* sum = join.sum + row * width;
+#pragma GCC ivdep
+      for (int64_t x = 0; x < width; ++x) {
+        put(sum + x, number_of(residual[x]) + values[x]);
+        values[x] = number_of(sum[x]);  // as rounded: the backward pass reads that
+      }
+    }
+    if (!join.weight) continue;
+    const float mean = join.bias ? sum_along(width, [=](int64_t x) { return values[x]; }) / width : 0.0f;
+    const float square = sum_along(width, [=](int64_t x) { return (values[x] - mean) * (values[x] - mean); });
+    const float inverse = 1.0f / std::sqrt(square / width + join.epsilon);
+    join.statistics[2 * row] = mean;
+    join.statistics[2 * row + 1] = inverse;
+    N* normed = join.normed + row * width;
+    const float *weight = join.weight, *bias = join.bias;
+    if (bias) {
+#pragma GCC ivdep
+      for (int64_t x = 0; x < width; ++x) put(normed + x, (values[x] - mean) * inverse * weight[x] + bias[x]);
+    } else {
+#pragma GCC ivdep
+      for (int64_t x = 0; x < width; ++x) put(normed + x, values[x] * inverse * weight[x]);
+    }
+  }
+}
+
+template <typename R, typename B, typename N>
+struct JoinBackward {
+  int64_t width;
+  const R* grad_sum;
+  const N* grad_normed;
+  const R* x;
+  const float *statistics, *weight;
+  Drawn drawn;
+  bool has_mean, has_shift;
+  R* grad_residual;
+  B* grad_branch;
+};
+
+// The same rows' gradients; `sums`: of weight, bias and shift, those that there are, behind each other, to be added to.
+template <typename R, typename B, typename N>
+CLONED void join_rows_backward(const JoinBackward<R, B, N>& join, int64_t first, int64_t last, float* scratch,
+                               float* sums) {
+  const int64_t width = join.width;
+  float *gradient = scratch, *normal = scratch + width, *factors = normal;
+  float *weight_sum = sums, *bias_sum = weight_sum + (join.weight ? width : 0);
+  float* shift_sum = bias_sum + (join.weight && join.has_mean ? width : 0);
+  const float* weight = join.weight;
+  for (int64_t row = first; row < last; ++row) {
+    const int64_t place = row * width;
+    if (join.grad_sum)
+      for (int64_t x = 0; x < width; ++x) gradient[x] = number_of(join.grad_sum[place + x]);
+    else
+      for (int64_t x = 0; x < width; ++x) gradient[x] = 0;
+    if (weight) {
+      const float mean = join.has_mean ? join.statistics[2 * row] : 0.0f, inverse = join.statistics[2 * row + 1];
+      const N* outer = join.grad_normed + place;
+      const R* x_of_row = join.x + place;
+#pragma GCC ivdep
+      for (int64_t x = 0; x < width; ++x) {
+        normal[x] = (number_of(x_of_row[x]) - mean) * inverse;
+        weight_sum[x] += number_of(outer[x]) * normal[x];
+      }
+      if (join.has_mean) {
+#pragma GCC ivdep
+        for (int64_t x = 0; x < width; ++x) bias_sum[x] += number_of(outer[x]);
+      }
+      const float along = sum_along(width, [=](int64_t x) { return number_of(outer[x]) * weight[x] * normal[x]; });
+      const float all = join.has_mean ? sum_along(width, [=](int64_t x) { return number_of(outer[x]) * weight[x]; })
+                                      : 0.0f;
+#pragma GCC ivdep
+      for (int64_t x = 0; x < width; ++x)
+        gradient[x] += (number_of(outer[x]) * weight[x] - normal[x] * (along / width) - all / width) * inverse;
+    }
+    if (join.grad_residual) {
+      R* out = join.grad_residual + place;
+#pragma GCC ivdep
+      for (int64_t x = 0; x < width; ++x) put(out + x, gradient[x]);
+    }
+    if (join.drawn.is_on()) {
+      draw_row(join.drawn, row, width, factors);
+      for (int64_t x = 0; x < width; ++x) gradient[x] *= factors[x];
+    }
+    if (join.has_shift) {
+#pragma GCC ivdep
+      for (int64_t x = 0; x < width; ++x) shift_sum[x] += gradient[x];
+    }
+    if (join.grad_branch) {
+      B* out = join.grad_branch + place;
+#pragma GCC ivdep
+      for (int64_t x = 0; x < width; ++x) put(out + x, gradient[x]);
+    }
+  }
+}
