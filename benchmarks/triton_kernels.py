@@ -1,14 +1,15 @@
 """What compilers make of the Triton kernels, without a GPU: `python benchmarks/triton_kernels.py [--presets ...]`.
 
-For the attention of each preset, in its own precision and in fp32, each kernel and each compute capability: registers
-of a thread, bytes that a thread spills, shared memory of a program in KB (1,024 bytes). Kernels are compiled as a run
-would compile them. Exits with 1 where one needs more shared memory than the smallest GPU that takes its code has.
+For attention and cross entropy of each preset, in its own precision and in fp32, each kernel and each compute
+capability: registers of a thread, bytes that a thread spills, shared memory of a program in KB (1,024 bytes). Kernels
+are compiled as a run would compile them. Exits with 1 where one needs more shared memory than the smallest GPU that
+takes its code has.
 """
 
 import argparse
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.compiled import Launch, Resources  # noqa: E402
+from benchmarks.compiled import Launch, Resources, distinct, launches_of_loss  # noqa: E402
 from megatron.config.command_line import parse  # noqa: E402
 from megatron.config.presets import PRESETS  # noqa: E402
 from megatron.kernels.attention import triton_kernels as attention_kernels  # noqa: E402
@@ -43,7 +44,7 @@ def main() -> int:
     parser.add_argument("--capabilities", nargs="+", type=int, choices=MOST_SHARED, default=list(MOST_SHARED))
     options = parser.parse_args()
     heads = [f"{capability / 10} {item.name}" for capability in options.capabilities for item in fields(Resources)]
-    print("| kernel | queries x keys, warps, stages |", *(f"{head} |" for head in heads))
+    print("| kernel | rows x columns, warps, stages |", *(f"{head} |" for head in heads))
     print("| --- " * (2 + len(heads)) + "|")
     fits = True
     for case in cases(options.presets):
@@ -56,14 +57,18 @@ def main() -> int:
 
 
 def cases(presets: Iterable[str]) -> Iterator[Case]:
-    """Attention of each preset, once for those that are alike."""
+    """Attention and cross entropy of each preset, once for those that are alike."""
     alike: dict[tuple[torch.dtype, int, float], list[str]] = {}
+    losses: list[Launch] = []
     for preset in presets:
         config, _ = parse(["--preset", preset])
         own = torch.bfloat16 if config.precision.bf16 else torch.float32
         for dtype in dict.fromkeys((own, torch.float32)):
             key = dtype, config.model.kv_channels, config.model.attention_dropout
             alike.setdefault(key, []).append(preset)
+            precision = replace(config.precision, bf16=dtype == torch.bfloat16)
+            for passes in launches_of_loss(replace(config, precision=precision)):
+                losses += [launch for launch in passes.triton if launch.name.startswith("cross_entropy")]
     for (dtype, width, dropout), names in sorted(alike.items(), key=lambda item: (item[0][0].itemsize, *item[0][1:])):
         kind = f"{str(dtype).removeprefix('torch.')}, width {width}{', dropout' if dropout else ''}"
         print(f"{kind}: {', '.join(names)}", file=sys.stderr)
@@ -72,6 +77,11 @@ def cases(presets: Iterable[str]) -> Iterator[Case]:
             yield Case(f"{kind}: {each.kernel}",
                        Launch(kernel, tuple(named[name] for name in kernel.arg_names), each.options),
                        f"{each.constants['BLOCK_QUERIES']} x {each.constants['BLOCK_KEYS']}")
+    for launch in distinct(losses):
+        dtype, constants = launch.arguments[0].dtype, launch.constants
+        kind = f"{str(dtype).removeprefix('torch.')}, {len(launch.arguments[0])} targets"
+        yield Case(f"{kind}: {launch.name}", launch,
+                   f"{constants['ROWS']} x {constants['BLOCK']}")
 
 
 def attention_launches(dtype: torch.dtype, width: int, dropout: float = 0.0, queries: int = 1) -> list[OfAttention]:

@@ -5,12 +5,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron.config import ModelConfig
+from megatron.kernels.cross_entropy import softcapped
 from megatron.model.initialisation import normal
 from megatron.model.normalisation import norm
 from megatron.parallel.parameters import Constant, Declaration, whole_parameter
 from megatron.parallel.tensor.layers import Linear, Matrix
 from megatron.parallel.tensor.stream import ONE_RANK, Stream
-from megatron.parallel.tensor.vocabulary import vocabulary_logits, vocabulary_parameter
+from megatron.parallel.tensor.vocabulary import vocabulary_logits, vocabulary_loss, vocabulary_parameter
 
 
 class MaskedLMHead(nn.Module):
@@ -21,7 +22,8 @@ class MaskedLMHead(nn.Module):
     2408.00118).
     """
 
-    def __init__(self, config: ModelConfig, padded_vocab_size: int, stream: Stream) -> None:
+    def __init__(self, config: ModelConfig, padded_vocab_size: int, stream: Stream,
+                 loss_in_fp32: bool = True) -> None:
         super().__init__()
         self.dense = Linear(config.hidden_size, config.hidden_size, normal(config), not config.disable_bias_linear)
         self.layernorm = norm(config, ONE_RANK)
@@ -29,15 +31,28 @@ class MaskedLMHead(nn.Module):
         self.decoder = Decoder(config, padded_vocab_size, stream) if has_decoder(config) else None
         self.bias = vocabulary_parameter((padded_vocab_size,), config.make_vocab_size_divisible_by, stream.axis,
                                          Declaration(Constant(0.0), "head", decays=False))
-        self.softcap = config.final_logit_softcapping
+        self.softcap, self.loss_in_fp32 = config.final_logit_softcapping, loss_in_fp32
 
     def forward(self, hidden_mh: Tensor, word_embeddings: Matrix | None) -> Tensor:
         """Logits [m, v]; every rank gives the same hidden states. `word_embeddings` are taken where it is tied."""
-        hidden_mh = self.layernorm(F.gelu(self.dense(hidden_mh)))
+        matrix = self._matrix(word_embeddings)
+        logits_mv = vocabulary_logits(self._features(hidden_mh), matrix, self.bias, self.num_ids, self.axis)
+        return softcapped(logits_mv, self.softcap)
+
+    def loss(self, hidden_mh: Tensor, word_embeddings: Matrix | None, target_ids_m: Tensor) -> tuple[Tensor, Tensor]:
+        """The summed cross entropy (nats, fp32) of the targets, and how many are the likeliest id: no logits stay."""
+        return vocabulary_loss(self._features(hidden_mh), self._matrix(word_embeddings), self.bias, target_ids_m,
+                               self.num_ids, self.axis, self.softcap,
+                               torch.float32 if self.loss_in_fp32 else hidden_mh.dtype)
+
+    def _features(self, hidden_mh: Tensor) -> Tensor:
+        """[m, h], what the matrix is multiplied with."""
+        return self.layernorm(F.gelu(self.dense(hidden_mh)))
+
+    def _matrix(self, word_embeddings: Matrix | None) -> Matrix:
         matrix = self.decoder or word_embeddings
         assert matrix is not None, "a tied head has the embeddings"
-        logits_mv = vocabulary_logits(hidden_mh, matrix, self.bias, self.num_ids, self.axis)
-        return logits_mv if self.softcap is None else self.softcap * torch.tanh(logits_mv.float() / self.softcap)
+        return matrix
 
 
 class Decoder(Matrix):
