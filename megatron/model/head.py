@@ -67,7 +67,7 @@ class Decoder(Matrix):
 class ContactHead(nn.Module):
     """ESM's logistic regression from attention maps to contacts (Rao et al., 2021, bioRxiv 2020.12.15.422761).
 
-    Fitted on structures, not pretrained: carried along, so that a model that came with it leaves with it.
+    A weight for each head of each block. Fitted on structures, not pretrained: who came with it leaves with it.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -75,6 +75,18 @@ class ContactHead(nn.Module):
         carried = Declaration(Constant(0.0), "head", decays=False, is_trained=False)
         self.weight = whole_parameter((1, config.num_layers * config.num_attention_heads), carried)
         self.bias = whole_parameter((1,), carried)
+
+    def forward(self, map_nrr: Tensor, first: int) -> Tensor:
+        """What maps among r residues add to the logits [r, r], without the bias: those of n heads from number `first`.
+
+        A map plus its transpose, S, less its average product, S 1 1ᵀ S / 1ᵀ S 1 (Dunn et al., 2008, doi
+        10.1093/bioinformatics/btm604), times the head's weight; summed over the heads without another tensor of n maps.
+        """
+        weight_n = self.weight[0, first:first + len(map_nrr)].float()
+        summed_rr = torch.tensordot(weight_n, map_nrr, 1)
+        margin_nr = map_nrr.sum(1) + map_nrr.sum(2)
+        scaled_nr = margin_nr * (weight_n / margin_nr.sum(1))[:, None]
+        return summed_rr + summed_rr.t() - scaled_nr.t() @ margin_nr
 
 
 def has_decoder(config: ModelConfig) -> bool:

@@ -5,8 +5,6 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megatron.kernels.cross_entropy import cross_entropy_reference
 from megatron.kernels.packed_sequence import NO_TARGET
@@ -14,6 +12,7 @@ from megatron.parallel.mesh import Axis
 from megatron.parallel.tensor import vocabulary
 from megatron.parallel.tensor.layers import Matrix
 from megatron.parallel.tensor.vocabulary import vocabulary_loss
+from tests.largest import Largest
 
 WIDTH = 24
 # Of hidden states and logits rounded to the dtype; fp32 sums.
@@ -75,19 +74,6 @@ def test_each_targets_loss_is_rounded_to_the_dtype_that_is_asked_for():
     full, rounded = (vocabulary_loss(hidden, matrix, torch.zeros(32), ids, 32, Axis(), dtype=dtype)[0]
                      for dtype in (torch.float32, torch.float16))
     assert rounded == full.half() != full
-
-
-class Largest(TorchDispatchMode):
-    """The most elements of any tensor that an operation in this context gives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.size = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        results = func(*args, **(kwargs or {}))
-        self.size = max([self.size, *(each.numel() for each in tree_leaves(results) if isinstance(each, torch.Tensor))])
-        return results
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])

@@ -62,6 +62,15 @@ def fused_attention(qkv_ugxd: Tensor, key_value_tg2d: Tensor | None, sequence: P
                      dropout)[0].flatten(1, 2)
 
 
+def context_and_logsumexp(qkv_tgcd: Tensor, sequence: PackedSequence, window: Window = None) -> tuple[Tensor, Tensor]:
+    """By Triton's kernels, without dropout: the context [t, n, d], and the base-2 logarithm of each softmax's sum
+    [n, t]."""
+    left, right = window or (-1, -1)
+    context_tgqd, logsumexp_nt = _operator(qkv_tgcd, None, sequence.cu_seqlens, None, sequence.num_filler, 0, left,
+                                           right, 0.0)
+    return context_tgqd.flatten(1, 2), logsumexp_nt
+
+
 def takes_varlen(tensor: Tensor, num_queries: int, dropout: float, window: Window, is_whole: bool) -> bool:
     """Whether it is PyTorch's operator. A window that counts from each protein's end: it is to have whole proteins."""
     if dropout or num_queries > 1 or tensor.dtype not in _HALF or tensor.shape[-1] > _WIDEST or tensor.shape[-1] % 8:
