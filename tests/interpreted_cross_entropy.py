@@ -15,6 +15,11 @@ from megatron.kernels.packed_sequence import NO_TARGET
 _TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
 
+def approximate() -> float:
+    """How much larger errors may be where exponentials are approximate: on GPUs."""
+    return 10.0 if torch.get_default_device().type == "cuda" else 1.0
+
+
 def check_loss(num_targets: int, num_ids: int, dtype: torch.dtype, softcap: float | None, parts: int) -> None:
     """Loss, count and gradient of logits that lie in so many parts, against the definition in fp64."""
     logits = (3 * torch.randn(num_targets, num_ids)).to(dtype)
@@ -30,12 +35,12 @@ def check_loss(num_targets: int, num_ids: int, dtype: torch.dtype, softcap: floa
     logsumexp, share, likeliest, largest = map(torch.stack, zip(*found, strict=True))
     together = logsumexp.logsumexp(0)
     share = (share + logsumexp - together).amax(0).where(ids != NO_TARGET, 0)
-    assert abs(loss + share.double().sum()) <= 1e-6 * loss + 1e-6
+    assert abs(loss + share.double().sum()) <= (1e-6 * loss + 1e-6) * approximate()
     assert likeliest.gather(0, largest.argmax(0)[None]).sum() == count
     ours = [logits_gradient(piece, ids, together, torch.tensor(3.0), first, softcap)
             for piece, first in zip(pieces, firsts, strict=True)]
     assert all(each.dtype == dtype and each.shape == piece.shape for each, piece in zip(ours, pieces, strict=True))
-    _compare(torch.cat(ours, 1), true, _TOLERANCE[dtype])
+    _compare(torch.cat(ours, 1), true, _TOLERANCE[dtype] * approximate())
     assert not torch.cat(ours, 1)[ids == NO_TARGET].any()
 
 
@@ -61,7 +66,7 @@ def check_small_caps() -> None:
     ids = torch.arange(9)
     for ours, plain in zip(target_statistics(logits, ids, 0, 1e4), target_statistics(logits, ids, 0, None),
                            strict=True):
-        _compare(ours, plain, 1e-6)
+        _compare(ours, plain, 1e-6 * approximate())
 
 
 def _compare(ours: Tensor, true: Tensor, tolerance: float) -> None:

@@ -5,6 +5,7 @@ Shapes: t tokens, g proteins, m targets.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class PackedSequence:
     cu_seqlens: Tensor  # int32 [g + num_filler + 1], from 0 to the number of tokens on all context ranks
     max_length: int
     num_filler: int
+    masks: dict[Any, Any] | None = None  # what FlexAttention knows of it, by window (see `attention.flex`)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "PackedSequence":
         """The same with `function` of each tensor."""

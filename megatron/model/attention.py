@@ -35,7 +35,7 @@ class Attention(nn.Module):
         self.axis, self.context, self.dropout = stream.axis, stream.context, config.attention_dropout
         self.recomputes_core = config.recompute_granularity == "selective"
         self.takes_maps: Callable[[Iterator[Tensor]], None] | None = None  # what wants each protein's map, if anything
-        self.window = config.window(number)
+        self.window, self.backend = config.window(number), config.attention_backend
         heads, groups, head_width = config.num_attention_heads, config.num_groups, config.kv_channels
         self.shape = groups // stream.axis.size, heads // groups + 2, head_width
         width, has_bias = heads * head_width, not config.disable_bias_linear
@@ -75,7 +75,7 @@ class Attention(nn.Module):
         dropout = rate_of(self)
 
         def core(qkv_tgcd: Tensor) -> Tensor:
-            return context_attention(qkv_tgcd, sequence, dropout, self.context, self.window)
+            return context_attention(qkv_tgcd, sequence, dropout, self.context, self.window, self.backend)
 
         with distinct_randomness(self.axis, dropout, qkv_tgcd.device):
             if self.recomputes_core and torch.is_grad_enabled():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config import ModelConfig
+from megatron.kernels.attention.flex import with_masks
 from megatron.kernels.packed_sequence import PackedSequence
 from megatron.kernels.pointwise.product import Product, whole
 from megatron.kernels.pointwise.residual_norm import normalised
@@ -108,6 +109,8 @@ class Transformer(nn.Module):
         self.rotary_base, self.rotary_precision = config.rotary_base, config.rotary_frequency_precision
         self.layers_a_checkpoint = config.checkpoint_num_layers if config.checkpoint_activations else None
         self.kept_over = stream.axis if config.distribute_checkpointed_activations else Axis()
+        windows = (config.window(number) for number in stage.layers)
+        self.mask_windows = dict.fromkeys(windows) if config.attention_backend == "flex" else None
         self.has_dropout = config.attention_dropout > 0 or config.hidden_dropout > 0
 
     def forward(self, message: Tensor, sequence: PackedSequence) -> Tensor:
@@ -115,6 +118,8 @@ class Transformer(nn.Module):
 
         Of the last stage the hidden states.
         """
+        if self.mask_windows:
+            sequence = with_masks(sequence, self.mask_windows)
         hidden_uh, *others = message.unbind() if message.ndim == 3 else [message]
         x0_uh = None
         if self.has_x0:
