@@ -80,8 +80,9 @@ def cases(presets: Iterable[str]) -> Iterator[Case]:
             yield Case(f"{kind}: {each.kernel}",
                        Launch(kernel, tuple(named[name] for name in kernel.arg_names), each.options),
                        f"{each.constants['BLOCK_QUERIES']} x {each.constants['BLOCK_KEYS']}")
+    for dtype, width in dict.fromkeys(sorted((key[:2] for key in alike), key=lambda each: (each[0].itemsize, each[1]))):
         maps = map_launch(dtype, width)
-        yield Case(f"{kind.removesuffix(', dropout')}: {maps.name}", maps,
+        yield Case(f"{str(dtype).removeprefix('torch.')}, width {width}: {maps.name}", maps,
                    f"{maps.constants['BLOCK']} x {maps.constants['BLOCK']}")
     for launch in distinct(losses):
         dtype, constants = launch.arguments[0].dtype, launch.constants
