@@ -2,8 +2,9 @@
 
 One row of 2,176 positions of the shipped proteins as they are packed, 8 heads of 64, and 20 of 16 as in ESM-2's 8M, on
 the GPU if there is one. Ways compared: the project's kernel, its Triton kernels (on a GPU alone, where the first may be
-PyTorch's varlen_attn), its way by protein, PyTorch's scaled_dot_product_attention a protein, the same on proteins
-padded to the longest, and on the whole row with a mask. The cases alternate; `--forward` times the forward pass alone.
+PyTorch's varlen_attn), PyTorch's FlexAttention under a mask that is made beforehand (on a GPU alone, and without
+dropout), its way by protein, PyTorch's scaled_dot_product_attention a protein, the same on proteins padded to the
+longest, and on the whole row with a mask. The cases alternate; `--forward` times the forward pass alone.
 """
 
 import argparse
@@ -23,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.proteins import LENGTHS, packed_row  # noqa: E402
 from benchmarks.train_step import processor  # noqa: E402
 from megatron.kernels.attention.by_protein import attention_by_protein  # noqa: E402
+from megatron.kernels.attention.flex import with_masks  # noqa: E402
 from megatron.kernels.attention.packed import packed_attention  # noqa: E402
 from megatron.kernels.dropout import Dropout, Use  # noqa: E402
 from megatron.kernels.packed_sequence import PackedSequence  # noqa: E402
@@ -35,6 +37,11 @@ def triton_kernels(qkv_tn3d: Tensor, sequence: PackedSequence, dropout: Dropout 
     seed, kept = (dropout.seed, dropout.kept) if dropout else (None, 0)
     return torch.ops.megatron.fused_attention(qkv_tn3d, None, sequence.cu_seqlens, seed, sequence.num_filler, 0, -1, -1,
                                               kept, 0)[0].flatten(1, 2)
+
+
+def flex(qkv_tn3d: Tensor, sequence: PackedSequence, dropout: Dropout | None) -> Tensor:
+    """By `--attention-backend flex`."""
+    return packed_attention(qkv_tn3d, sequence, dropout, None, "flex")
 
 
 def by_protein(qkv_tn3d: Tensor, sequence: PackedSequence, dropout: Dropout | None) -> Tensor:
@@ -74,8 +81,9 @@ def masked_row(qkv_tn3d: Tensor, sequence: PackedSequence, dropout: Dropout | No
     return F.scaled_dot_product_attention(query, key, value, mask, rate(dropout))[0].transpose(0, 1)
 
 
-WAYS: dict[str, Way] = {"this project": packed_attention, "Triton": triton_kernels, "by protein": by_protein,
-                        "SDPA a protein": a_protein_at_a_time, "SDPA, padded": padded, "SDPA, masked row": masked_row}
+WAYS: dict[str, Way] = {"this project": packed_attention, "Triton": triton_kernels, "FlexAttention": flex,
+                        "by protein": by_protein, "SDPA a protein": a_protein_at_a_time, "SDPA, padded": padded,
+                        "SDPA, masked row": masked_row}
 CASES = [(shape, dtype, dropout) for shape, dropout in (((8, 64), 0.0), ((20, 16), 0.0), ((8, 64), 0.1))
          for dtype in (torch.float32, torch.bfloat16)]
 
@@ -101,13 +109,15 @@ def main() -> None:
     parser.add_argument("--forward", action="store_true", help="the forward pass alone")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sequence = packed_row().to(device).sequence
-    ways = {name: way for name, way in WAYS.items() if device.type == "cuda" or way is not triton_kernels}
+    sequence = with_masks(packed_row().to(device).sequence, [None])
+    ways = {name: way for name, way in WAYS.items() if device.type == "cuda" or way not in (triton_kernels, flex)}
     times: dict[tuple, list[float]] = {(name, *case): [] for name in ways for case in CASES}
     for repeat in range(arguments.repeats + 2):
         for shape, dtype, dropout in CASES:
             qkv = torch.randn(sum(LENGTHS), shape[0], 3, shape[1], device=device).to(dtype).requires_grad_()
             for name, way in ways.items():
+                if way is flex and dropout:
+                    continue
                 elapsed_ms = milliseconds(way, qkv, sequence, dropout, not arguments.forward)
                 if repeat >= 2:  # the first two warm up
                     times[(name, shape, dtype, dropout)].append(elapsed_ms)
@@ -117,7 +127,7 @@ def main() -> None:
     print("| way | " + " | ".join(heads) + " |\n| --- |" + " --- |" * len(CASES))
     for name in ways:
         columns = [times[(name, *case)] for case in CASES]
-        cells = [f"{statistics.median(t):.1f} ({min(t):.1f}–{max(t):.1f})" for t in columns]
+        cells = [f"{statistics.median(t):.1f} ({min(t):.1f}–{max(t):.1f})" if t else "none" for t in columns]
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 

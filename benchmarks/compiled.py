@@ -1,6 +1,6 @@
-"""Triton's kernels of a block, without a GPU: what a step launches, and what a compiler makes of it.
+"""Triton's kernels of a block and of the loss, without a GPU: what a step launches, and what a compiler makes of it.
 
-A block goes forward and backward on `meta`, where tensors have sizes and no values; the kernels that it launches are
+Both go forward and backward on `meta`, where tensors have sizes and no values; the kernels that it launches are
 written down instead, and can be compiled for any GPU. Used by `benchmarks/roofline.py`, `benchmarks/triton_kernels.py`
 and the tests; needs Triton, and TRITON_INTERPRET unset.
 """
@@ -9,7 +9,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from megatron.config import Config
 from megatron.data.batches.typical import typical_batch
 from megatron.kernels import device
 from megatron.kernels.rotary import Rotation
-from megatron.model.protein_model import compute_dtype
+from megatron.model.protein_model import ProteinModel, compute_dtype
 from megatron.model.transformer import Transformer
 from megatron.parallel.pipeline.partition import Stage
 from megatron.parallel.tensor.copies import ComputeCopies
@@ -200,6 +200,24 @@ def _launches_of_block(config: Config, num_tokens: int | None) -> tuple[Launches
             out_uh = block(hidden_uh.view_as(hidden_uh), sequence, rotation)
         with Launches() as backward:
             out_uh.backward(torch.empty_like(out_uh))
+    return forward, backward
+
+
+def launches_of_loss(config: Config, softcap: float | None = None) -> tuple[Launches, Launches]:
+    """Those of the head and the loss for a micro-batch's targets, forward and backward, as `launches_of_block`."""
+    dtype, batch = compute_dtype(config.precision), typical_batch(config.data, config.training.micro_batch_size)
+    with torch.device("meta"):
+        model = replace(config.model, num_layers=1)
+        if softcap is not None:
+            model = replace(model, final_logit_softcapping=softcap)
+        stage = ProteinModel(model, config.precision, 128, stage=Stage(1, 2, range(1)), mask_id=4)
+        ComputeCopies(stage.matrices(), dtype)
+        hidden_uh = torch.empty(len(batch.sequence.tokens_t), model.hidden_size, dtype=dtype, requires_grad=True)
+        targets = batch.targets.map(lambda tensor: torch.empty_like(tensor, device="meta"))
+        with Launches() as forward:
+            loss, _ = stage.loss(hidden_uh, targets)
+        with Launches() as backward:
+            loss.backward()
     return forward, backward
 
 

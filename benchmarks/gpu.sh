@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures on a machine with a GPU what this project claims of one, in some eight minutes: tables to paste into
+# Measures on a machine with a GPU what this project claims of one, in some nine minutes: tables to paste into
 # benchmarks/RESULTS.md, on standard output.
 #
 #     bash benchmarks/gpu.sh > tables.md
@@ -33,7 +33,7 @@ if [ $# = 0 ] && "$python" -c 'import pytest' 2>/dev/null; then
 fi
 measure 200 "Training" benchmarks/training.py --seconds 2 "${rehearse[@]}"
 measure 90 "Between matrix products" benchmarks/pointwise.py "${rehearse[@]}"
-if [ $# = 0 ]; then measure 60 "Attention" benchmarks/attention.py; fi
+if [ $# = 0 ]; then measure 150 "Attention" benchmarks/attention.py; fi
 if [ $# = 0 ] && "$python" -c 'import transformers' 2>/dev/null; then
     measure 60 "Beside transformers" benchmarks/esm2_step.py --presets esm2-150m --repeats 5 --bf16
 fi

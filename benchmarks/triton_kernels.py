@@ -1,28 +1,32 @@
 """What compilers make of the Triton kernels, without a GPU: `python benchmarks/triton_kernels.py [--presets ...]`.
 
-For the attention of each preset, in its own precision and in fp32, each kernel and each compute capability: registers
-of a thread, bytes that a thread spills, shared memory of a program in KB (1,024 bytes). Kernels are compiled as a run
-would compile them. Exits with 1 where one needs more shared memory than the smallest GPU that takes its code has.
+For attention, its maps and cross entropy of each preset, in its own precision and in fp32, each kernel and each
+compute capability: registers of a thread, bytes that a thread spills, shared memory of a program in KB (1,024 bytes).
+Kernels are compiled as a run would compile them. Exits with 1 where one needs more shared memory than the smallest GPU
+that takes its code has.
 """
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
+from triton.runtime.jit import JITFunction
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.compiled import Launch, Resources  # noqa: E402
+from benchmarks.compiled import Launch, Resources, distinct, launches_of_loss  # noqa: E402
 from megatron.config.command_line import parse  # noqa: E402
 from megatron.config.presets import PRESETS  # noqa: E402
 from megatron.kernels.attention import triton_kernels as attention_kernels  # noqa: E402
 from megatron.kernels.attention.launches import Call  # noqa: E402
 from megatron.kernels.attention.launches import Launch as OfAttention  # noqa: E402
+from megatron.kernels.attention.maps_triton import launch_map  # noqa: E402
 
 # Bytes of shared memory that a program may have: code for 8.0 also runs on 8.6 and 8.9, which have the least.
 MOST_SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -43,7 +47,7 @@ def main() -> int:
     parser.add_argument("--capabilities", nargs="+", type=int, choices=MOST_SHARED, default=list(MOST_SHARED))
     options = parser.parse_args()
     heads = [f"{capability / 10} {item.name}" for capability in options.capabilities for item in fields(Resources)]
-    print("| kernel | queries x keys, warps, stages |", *(f"{head} |" for head in heads))
+    print("| kernel | rows x columns, warps, stages |", *(f"{head} |" for head in heads))
     print("| --- " * (2 + len(heads)) + "|")
     fits = True
     for case in cases(options.presets):
@@ -56,14 +60,18 @@ def main() -> int:
 
 
 def cases(presets: Iterable[str]) -> Iterator[Case]:
-    """Attention of each preset, once for those that are alike."""
+    """Attention and cross entropy of each preset, once for those that are alike."""
     alike: dict[tuple[torch.dtype, int, float], list[str]] = {}
+    losses: list[Launch] = []
     for preset in presets:
         config, _ = parse(["--preset", preset])
         own = torch.bfloat16 if config.precision.bf16 else torch.float32
         for dtype in dict.fromkeys((own, torch.float32)):
             key = dtype, config.model.kv_channels, config.model.attention_dropout
             alike.setdefault(key, []).append(preset)
+            precision = replace(config.precision, bf16=dtype == torch.bfloat16)
+            for passes in launches_of_loss(replace(config, precision=precision)):
+                losses += [launch for launch in passes.triton if launch.name.startswith("cross_entropy")]
     for (dtype, width, dropout), names in sorted(alike.items(), key=lambda item: (item[0][0].itemsize, *item[0][1:])):
         kind = f"{str(dtype).removeprefix('torch.')}, width {width}{', dropout' if dropout else ''}"
         print(f"{kind}: {', '.join(names)}", file=sys.stderr)
@@ -72,6 +80,15 @@ def cases(presets: Iterable[str]) -> Iterator[Case]:
             yield Case(f"{kind}: {each.kernel}",
                        Launch(kernel, tuple(named[name] for name in kernel.arg_names), each.options),
                        f"{each.constants['BLOCK_QUERIES']} x {each.constants['BLOCK_KEYS']}")
+    for dtype, width in dict.fromkeys(sorted((key[:2] for key in alike), key=lambda each: (each[0].itemsize, each[1]))):
+        maps = map_launch(dtype, width)
+        yield Case(f"{str(dtype).removeprefix('torch.')}, width {width}: {maps.name}", maps,
+                   f"{maps.constants['BLOCK']} x {maps.constants['BLOCK']}")
+    for launch in distinct(losses):
+        dtype, constants = launch.arguments[0].dtype, launch.constants
+        kind = f"{str(dtype).removeprefix('torch.')}, {len(launch.arguments[0])} targets"
+        yield Case(f"{kind}: {launch.name}", launch,
+                   f"{constants['ROWS']} x {constants['BLOCK']}")
 
 
 def attention_launches(dtype: torch.dtype, width: int, dropout: float = 0.0, queries: int = 1) -> list[OfAttention]:
@@ -84,6 +101,19 @@ def attention_launches(dtype: torch.dtype, width: int, dropout: float = 0.0, que
         call = Call(qkv, None, ends, seed, 4, 0, -1, -1, round((1 - dropout) * 2**16), 0)
         results = context, context, statistics, statistics
         return [call.forward(context, statistics), *call.backward(*results, (torch.empty_like(qkv), ends))]
+
+
+def map_launch(dtype: torch.dtype, width: int, queries: int = 1) -> Launch:
+    """Of the maps of a protein of 500 tokens among 8,704."""
+    found: list[Launch] = []
+
+    def record(kernel: Any, _: object) -> Callable[..., None]:
+        return lambda *arguments, **options: found.append(Launch(kernel, arguments, options))
+
+    with torch.device("meta"), patch.object(JITFunction, "__getitem__", record):
+        qkv = torch.empty(8704, 16, queries + 2, width, dtype=dtype)
+        launch_map(qkv, torch.empty(16 * queries, 8704), 320, None, torch.empty(16 * queries, 500, 500))
+    return found[0]
 
 
 if __name__ == "__main__":

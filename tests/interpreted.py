@@ -30,6 +30,7 @@ from megatron.kernels.pointwise.residual_norm import (
 from megatron.kernels.rotary import Rotation, rotate_reference, rotation_of
 from megatron.model.initialisation import initialise
 from megatron.model.protein_model import ProteinModel
+from tests import interpreted_cross_entropy, interpreted_maps
 from tests.families import FAMILIES, MASK_ID
 from tests.packed import packed_batch
 from tests.philox import kept
@@ -270,6 +271,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "model proteinlm with the norm in the stream": partial(check_model, "proteinlm", PrecisionConfig(), 1e-4,
                                                            apply_residual_connection_post_layernorm=True),
     **{f"recomputation of {family}": partial(check_recomputation, family) for family in FAMILIES},
+    **interpreted_cross_entropy.CHECKS, **interpreted_maps.CHECKS,
 }
 
 

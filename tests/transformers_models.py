@@ -72,29 +72,45 @@ def ids_of(protein: str, vocab: Vocab, ends: str = "both") -> list[int]:
 def their_logits(model: torch.nn.Module, vocab: Vocab, proteins: Sequence[str] = PROTEINS) -> list[torch.Tensor]:
     """Those of each protein, all of them in one padded batch."""
     rows = [ids_of(protein, vocab) for protein in proteins]
-    length = max(map(len, rows))
-    ids = torch.tensor([row + [vocab.pad_id] * (length - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+    ids, mask = padded(rows, vocab)
     logits = model(input_ids=ids, attention_mask=mask).logits
     return [logits[number, :len(row)] for number, row in enumerate(rows)]
+
+
+def padded(rows: Sequence[list[int]], vocab: Vocab) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids, and the mask that is 1 where there are any."""
+    length = max(map(len, rows))
+    ids = torch.tensor([row + [vocab.pad_id] * (length - len(row)) for row in rows])
+    return ids, torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
 
 
 @torch.no_grad()
 def our_logits(checkpoint: Checkpoint, vocab: Vocab, proteins: Sequence[str] = PROTEINS) -> list[torch.Tensor]:
     """Those of each protein, all of them packed in one row, of the model that a checkpoint holds."""
+    model = our_model(checkpoint, vocab)
+    sequence = one_row(vocab, proteins, checkpoint.state["config"]["protein_ends"])
+    logits, softcap = model.logits(model.hidden(sequence)), model.config.final_logit_softcapping
+    never = -1e3 if softcap is None else -softcap + 0.1
+    assert (logits[:, vocab.size:] < never).all(), "rows of no token are never predicted"
+    return list(logits[:, :vocab.size].split(sequence.cu_seqlens.diff().tolist()))
+
+
+def our_model(checkpoint: Checkpoint, vocab: Vocab) -> ProteinModel:
+    """The model that a checkpoint holds, for evaluation."""
     flags = checkpoint.state["config"]
     config = ModelConfig(**{item.name: flags[item.name] for item in fields(ModelConfig) if item.name in flags})
     num_rows = checkpoint.model["embedding.word_embeddings.weight"].shape[0]
     model = ProteinModel(config, PrecisionConfig(), num_rows, mask_id=vocab.mask_id).eval()
     model.load_state_dict({name: tensor.read().float() for name, tensor in checkpoint.model.items()}, strict=True)
-    rows = [torch.tensor(ids_of(protein, vocab, flags["protein_ends"])) for protein in proteins]
+    return model
+
+
+def one_row(vocab: Vocab, proteins: Sequence[str] = PROTEINS, ends: str = "both") -> PackedSequence:
+    """The proteins packed, without filler."""
+    rows = [torch.tensor(ids_of(protein, vocab, ends)) for protein in proteins]
     lengths = torch.tensor(list(map(len, rows)))
-    sequence = PackedSequence(torch.cat(rows), torch.cat([torch.arange(len(row)) for row in rows]),
-                              pad(lengths.cumsum(0), (1, 0)).int(), int(lengths.max()), num_filler=0)
-    logits = model.logits(model.hidden(sequence))
-    never = -1e3 if config.final_logit_softcapping is None else -config.final_logit_softcapping + 0.1
-    assert (logits[:, vocab.size:] < never).all(), "rows of no token are never predicted"
-    return list(logits[:, :vocab.size].split(lengths.tolist()))
+    return PackedSequence(torch.cat(rows), torch.cat([torch.arange(len(row)) for row in rows]),
+                          pad(lengths.cumsum(0), (1, 0)).int(), int(lengths.max()), num_filler=0)
 
 
 def difference(some: list[torch.Tensor], others: list[torch.Tensor]) -> float:

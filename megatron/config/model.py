@@ -90,6 +90,10 @@ class ModelConfig:
     recompute_granularity: str = flag(
         None, "selective: recompute attention's core alone; full: --checkpoint-activations",
         choices=("selective", "full"), changes="nothing")
+    attention_backend: str = flag(
+        "auto", "what computes attention: the fastest that takes it; or, if it does, on GPUs PyTorch's varlen_attn, "
+        "Triton's kernels or PyTorch's FlexAttention, on CPUs compiled code, or PyTorch one protein at a time",
+        choices=("auto", "varlen", "triton", "flex", "compiled", "plain"), changes="nothing")
 
     @property
     def num_groups(self) -> int:

@@ -5,6 +5,7 @@ Shapes: t tokens, g proteins, m targets.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class PackedSequence:
     max_length: int
     num_filler: int
     seed: Tensor | None = None  # int64 [], of the micro-batch's dropout; None where it is not needed
+    masks: dict[Any, Any] | None = None  # what FlexAttention knows of it, by window (see `attention.flex`)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "PackedSequence":
         """The same with `function` of each tensor."""

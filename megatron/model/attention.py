@@ -5,11 +5,14 @@ heads in g groups of q (of this rank), d head width. Rows of the fused projectio
 group's queries, its key, its value, c = q + 2 of them; so a slice of its rows is the projection of some groups.
 """
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron.config import ModelConfig
+from megatron.kernels.attention.maps import attention_with_maps
 from megatron.kernels.dropout import Use
 from megatron.kernels.packed_sequence import PackedSequence, proteins_of_tokens
 from megatron.kernels.pointwise.heads import HeadScaling, prepared_heads
@@ -32,7 +35,8 @@ class Attention(nn.Module):
         super().__init__()
         self.context, self.dropout = stream.context, config.attention_dropout
         self.recomputes_core = config.recompute_granularity == "selective"
-        self.window = config.window(number)
+        self.takes_maps: Callable[[Iterator[Tensor]], None] | None = None  # what wants each protein's map, if anything
+        self.window, self.backend = config.window(number), config.attention_backend
         heads, groups, head_width = config.num_attention_heads, config.num_groups, config.kv_channels
         self.shape = groups // stream.axis.size, heads // groups + 2, head_width
         self.first_head = stream.axis.rank * heads // stream.axis.size
@@ -66,10 +70,14 @@ class Attention(nn.Module):
         return HeadScaling(self.query_norm.weight, self.key_norm.weight, self.epsilon, self.is_rms)
 
     def _core(self, qkv_tgcd: Tensor, sequence: PackedSequence) -> Tensor:
+        if self.takes_maps is not None:
+            context_tnd, maps = attention_with_maps(qkv_tgcd, sequence, self.window)
+            self.takes_maps(maps)
+            return context_tnd
         dropout = dropout_of(self, sequence, Use.WEIGHTS, self.first_head)
 
         def core(qkv_tgcd: Tensor) -> Tensor:
-            return context_attention(qkv_tgcd, sequence, dropout, self.context, self.window)
+            return context_attention(qkv_tgcd, sequence, dropout, self.context, self.window, self.backend)
 
         if self.recomputes_core and torch.is_grad_enabled():
             return recomputed(core, qkv_tgcd)

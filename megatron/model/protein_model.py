@@ -19,7 +19,6 @@ from megatron.parallel.parameters import inherit
 from megatron.parallel.pipeline.partition import Stage, whole_model
 from megatron.parallel.tensor.layers import Matrix
 from megatron.parallel.tensor.stream import ONE_RANK, Stream
-from megatron.parallel.tensor.vocabulary import vocabulary_cross_entropy
 
 _ONE_END = Axis()
 
@@ -50,10 +49,9 @@ class ProteinModel(nn.Module):
             self.embedding = TiedEmbedding(config, padded_vocab_size, stream, ends)
         self.transformer = Transformer(config, padded_vocab_size, dtype, stream, self.stage)
         if self.stage.is_last:
-            self.lm_head = MaskedLMHead(config, padded_vocab_size, stream)
+            self.lm_head = MaskedLMHead(config, padded_vocab_size, stream, not precision.fp16_lm_cross_entropy)
             if config.contact_head:
                 self.contact_head = ContactHead(config)
-        self.loss_in_fp32 = not precision.fp16_lm_cross_entropy
 
     def forward(self, sequence: PackedSequence, targets: Targets,
                 message: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
@@ -69,10 +67,7 @@ class ProteinModel(nn.Module):
 
     def loss(self, hidden_uh: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
         """What the last stage gives for its hidden states after the last norm."""
-        logits_mv = self.logits(self.stream.pick(hidden_uh, targets.positions_m))
-        if self.loss_in_fp32:
-            logits_mv = logits_mv.float()
-        return vocabulary_cross_entropy(logits_mv, targets.ids_m, len(self.lm_head.bias), self.stream.axis)
+        return self.lm_head.loss(self.stream.pick(hidden_uh, targets.positions_m), self._tied(), targets.ids_m)
 
     def hidden(self, sequence: PackedSequence) -> Tensor:
         """Hidden states [u, h] after the last norm of a whole model, whose stream takes tokens as they are."""
@@ -80,7 +75,11 @@ class ProteinModel(nn.Module):
 
     def logits(self, hidden_mh: Tensor) -> Tensor:
         """Logits [m, v] of hidden states."""
-        return self.lm_head(hidden_mh, self.embedding.word_embeddings if self.is_tied else None)
+        return self.lm_head(hidden_mh, self._tied())
+
+    def _tied(self) -> Matrix | None:
+        """The word embeddings, where the head has no matrix of its own."""
+        return self.embedding.word_embeddings if self.is_tied else None
 
     def message(self, num_tokens: int, device: torch.device | str, is_output: bool) -> Tensor:
         """A tensor, without values, like what comes to this stage, or goes from it, for `num_tokens` of the stream."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config import ModelConfig
+from megatron.kernels.attention.flex import with_masks
 from megatron.kernels.dropout import Dropout, Use
 from megatron.kernels.packed_sequence import PackedSequence
 from megatron.kernels.pointwise.product import Product, whole
@@ -111,12 +112,16 @@ class Transformer(nn.Module):
         self.rotary_base, self.rotary_precision = config.rotary_base, config.rotary_frequency_precision
         self.layers_a_checkpoint = config.checkpoint_num_layers if config.checkpoint_activations else None
         self.kept_over = stream.axis if config.distribute_checkpointed_activations else Axis()
+        windows = (config.window(number) for number in stage.layers)
+        self.mask_windows = dict.fromkeys(windows) if config.attention_backend == "flex" else None
 
     def forward(self, message: Tensor, sequence: PackedSequence) -> Tensor:
         """What the next stage takes: the hidden states [u, h], or [k, u, h] with what else passes between blocks.
 
         Of the last stage the hidden states.
         """
+        if self.mask_windows:
+            sequence = with_masks(sequence, self.mask_windows)
         hidden_uh, *others = message.unbind() if message.ndim == 3 else [message]
         x0_uh = None
         if self.has_x0:

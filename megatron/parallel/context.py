@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.kernels.attention.asked import check_asked
 from megatron.kernels.attention.by_protein import ProteinPass, Window
 from megatron.kernels.attention.compiled import CompiledPass, takes_helper
 from megatron.kernels.attention.fused import fused_attention, is_fused
@@ -21,13 +22,15 @@ from megatron.parallel.mesh import Axis
 
 
 def context_attention(qkv_ugcd: Tensor, sequence: PackedSequence, dropout: Dropout | None, axis: Axis,
-                      window: Window = None) -> Tensor:
-    """The context [u, n, d] of this rank's tokens; on one rank `packed_attention`.
+                      window: Window = None, backend: str = "auto") -> Tensor:
+    """The context [u, n, d] of this rank's tokens; on one rank `packed_attention`, which alone takes a `backend`.
 
     Forward: keys and values are gathered. Backward: their gradients are summed to their owners.
     """
     if axis.size == 1:
-        return packed_attention(qkv_ugcd, sequence, dropout, window)
+        return packed_attention(qkv_ugcd, sequence, dropout, window, backend)
+    if backend != "auto":
+        check_asked(backend, qkv_ugcd, dropout is not None, window, is_whole=False)
     if not is_fused(qkv_ugcd, dropout is not None, window, is_whole=False):
         return _gathered(qkv_ugcd, sequence, dropout, axis, window)
     query_ugqd, key_value_ug2d = qkv_ugcd.split([qkv_ugcd.shape[2] - 2, 2], dim=2)

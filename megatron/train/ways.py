@@ -13,15 +13,16 @@ from megatron.parallel.mesh import Mesh
 def ways(config: Config, mesh: Mesh, is_compiled: bool) -> str:
     """What computes attention, and what lies between matrix products, here, and why nothing faster does.
 
-    `is_compiled`: whether torch.compile has the blocks. Raises ConfigError where Triton alone is missing.
+    `is_compiled`: whether torch.compile has the blocks. Raises ConfigError where Triton alone is missing, or
+    `--attention-backend` cannot be honoured.
     """
     model, dtype = config.model, compute_dtype(config.precision)
     groups = model.num_groups // mesh.tensor.size
     rows = model.num_attention_heads // model.num_groups + 2
     qkv_tgcd = torch.empty(0, groups, rows, model.kv_channels, dtype=dtype, device=mesh.device)
     windows = dict.fromkeys(model.window(number) for number in range(model.num_layers))
-    attention = dict.fromkeys(way_of(qkv_tgcd, model.attention_dropout > 0, window, mesh.context.size == 1)
-                              for window in windows)
+    attention = dict.fromkeys(way_of(qkv_tgcd, model.attention_dropout > 0, window, mesh.context.size == 1,
+                                     model.attention_backend) for window in windows)
     between = "torch.compile" if is_compiled else _between(qkv_tgcd)
     return f"attention by {', and by '.join(attention)}; between matrix products {between}"
 

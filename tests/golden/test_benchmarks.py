@@ -36,8 +36,12 @@ def test_the_table_of_triton_kernels_has_a_row_a_kernel(monkeypatch, capsys):
 
     monkeypatch.setattr(sys, "argv", ["triton_kernels.py", "--presets", "demo", "--capabilities", "90"])
     assert triton_kernels.main() == 0
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| float32, width 32: ")]
-    assert [re.search(r": (\w+) \|", row)[1] for row in rows] == ["forward", "backward_queries", "backward_keys"]
+    rows = [re.match(r"\| float32, (.+): (.+?) \|", line) for line in capsys.readouterr().out.splitlines()]
+    found = [row.groups() for row in rows if row]
+    assert found[:4] == [("width 32", kernel) for kernel in ("forward", "backward_queries", "backward_keys",
+                                                             "maps map_kernel")]
+    assert [(targets.partition(" ")[2], kernel) for targets, kernel in found[4:]] == [
+        ("targets", f"cross_entropy {direction}_kernel") for direction in ("forward", "backward")]
 
 
 def test_the_benchmarks_for_a_gpu_run_on_tiny_shapes_where_there_is_none():

@@ -3,6 +3,7 @@
 import io
 import itertools
 from contextlib import redirect_stdout
+from functools import partial
 
 import pytest
 import torch
@@ -55,6 +56,21 @@ def test_attentions_error_is_at_most_twice_plain_pytorchs_and_filler_has_no_grad
     for ours, theirs, true in zip(fast, plain, exact, strict=True):
         assert (ours - true).norm() <= 2 * (theirs - true).norm() + 1e-6 * true.norm()
     assert not fast[1][REAL:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("width", "queries", "window"), [(16, 1, None), (64, 3, None), (64, 1, (30, 7)),
+                                                          (24, 1, None)])
+def test_flex_attentions_error_is_at_most_twice_plain_pytorchs(dtype, width, queries, window):
+    torch.manual_seed(0)
+    qkv = torch.randn(REAL + FILLER, 4, queries + 2, width, device="cuda")
+    weights = torch.randn(REAL, 4 * queries, width, device="cuda")
+    flex = partial(packed_attention, backend="flex")
+    exact, ours, plain = (context_and_gradient(function, qkv.to(its), weights.to(its), window) for function, its in (
+        (attention_reference, torch.float64), (flex, dtype), (attention_reference, dtype)))
+    for mine, theirs, true in zip(ours, plain, exact, strict=True):
+        assert (mine - true).norm() <= 2 * (theirs - true).norm() + 1e-6 * true.norm()
+    assert not ours[1][REAL:].any()
 
 
 @pytest.mark.parametrize("check", [name for name in CHECKS if not name.startswith(("model", "recomputation"))])

@@ -21,10 +21,10 @@ from megatron.parallel.mesh import Axis, Mesh
 from megatron.parallel.parameters import BIAS, Normal, matrix
 from megatron.parallel.placement import Placement, gradient_norm, placement_of
 from megatron.parallel.randomness import seed_for
-from megatron.parallel.tensor import layers
+from megatron.parallel.tensor import layers, vocabulary
 from megatron.parallel.tensor.layers import ColumnParallelLinear, Matrix, RowParallelLinear
 from megatron.parallel.tensor.stream import ONE_RANK, Stream
-from megatron.parallel.tensor.vocabulary import vocabulary_cross_entropy, vocabulary_logits, vocabulary_parameter
+from megatron.parallel.tensor.vocabulary import vocabulary_loss, vocabulary_parameter
 from tests.families import FAMILIES, MASK_ID
 from tests.packed import packed_batch
 from tests.ranks.launch import run_ranks
@@ -130,14 +130,13 @@ def assert_same(results, tolerance):
             assert error <= of_scalars * tolerance * norm + 1e-7, f"{case}, {name}: off by {error}, its norm is {norm}"
 
 
-def head_outcome(axis, target_ids, multiple, dtype):
+def head_outcome(axis, target_ids, multiple, dtype, softcap=None):
     module, target_ids = Matrix(), torch.tensor(target_ids, dtype=torch.int64)
     module.weight = vocabulary_parameter((VOCABULARY, 16), multiple, axis, matrix(INITIAL))
     module.bias = vocabulary_parameter((VOCABULARY,), multiple, axis, BIAS)
     fill(module)
     hidden = normal(len(target_ids), 16).to(dtype).requires_grad_()
-    logits = vocabulary_logits(hidden, module, module.bias, VOCABULARY, axis)
-    loss, num_correct = vocabulary_cross_entropy(logits.float(), target_ids, len(module.bias), axis)
+    loss, num_correct = vocabulary_loss(hidden, module, module.bias, target_ids, VOCABULARY, axis, softcap)
     (3 * loss).backward()
     return {"loss": loss.detach(), "correct": num_correct, "input gradient": hidden.grad, **gradients(module)}
 
@@ -146,15 +145,22 @@ def heads_and_twins(axis, dtype):
     """For rows on each rank a multiple of 8: a share for each of 4; of 24: 24 and 8; of 32: all on the first."""
     targets = {"every shard": range(VOCABULARY), "the first": [3, 3, 5], "the last": [31], "none": [],
                "some, then padding": [31, 8, 0, *[NO_TARGET] * 4], "padding": [NO_TARGET] * 3}
-    return {f"targets on {place}, rows by {multiple}": [head_outcome(axis, ids, multiple, dtype),
-                                                        head_outcome(Axis(), ids, VOCABULARY, dtype)]
-            for place, ids in targets.items() for multiple in (8, 24, 32)}
+    pairs = {f"targets on {place}, rows by {multiple}": [head_outcome(axis, ids, multiple, dtype),
+                                                         head_outcome(Axis(), ids, VOCABULARY, dtype)]
+             for place, ids in targets.items() for multiple in (8, 24, 32)}
+    ids = [*range(VOCABULARY), NO_TARGET, 7]
+    whole = head_outcome(Axis(), ids, VOCABULARY, dtype, 0.7)
+    pairs["with a softcap"] = [head_outcome(axis, ids, 24, dtype, 0.7), whole]
+    with patch.object(vocabulary, "_CHUNK", 5):
+        pairs["in chunks"] = [head_outcome(axis, ids, 24, dtype, 0.7), whole]
+    return pairs
 
 
 def likeliest_counts(axis):
     logits = torch.tensor([[0., 5., 5., 1.], [2., 0., 0., 2.], [0., 0., 0., 9.], [1., 1., 1., 1.]])
-    mine = logits.chunk(axis.size, 1)[axis.rank] if axis.size > 1 else logits
-    return [vocabulary_cross_entropy(mine, torch.tensor(ids), mine.shape[1], axis)[1].item()
+    rows = Matrix()
+    rows.weight = torch.nn.Parameter(torch.eye(4).chunk(axis.size)[axis.rank])
+    return [vocabulary_loss(logits, rows, torch.zeros(4 // axis.size), torch.tensor(ids), 4, axis)[1].item()
             for ids in ([1, 0, 3, 0], [2, 3, 3, 1], [0, 0, 0, 0], [NO_TARGET, 0, NO_TARGET, 0], [NO_TARGET] * 4)]
 
 

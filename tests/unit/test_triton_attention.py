@@ -58,11 +58,14 @@ def test_the_kernels_compile_without_spills_and_fit_a_gpus_shared_memory(capabil
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     from benchmarks.triton_kernels import MOST_SHARED, cases
 
+    seen = set()
     for case in cases(["proteinlm-3b"]):
-        if "bfloat16" in case.name:
+        if "bfloat16" in case.name and "cross_entropy" not in case.name:
             cost = case.launch.resources(capability)
             assert cost.spilled == 0 and cost.registers <= 255
             assert 0 < cost.shared <= MOST_SHARED[capability]
+            seen.add(case.name.rpartition(": ")[2])
+    assert seen == {"forward", "backward_queries", "backward_keys", "maps map_kernel"}
 
 
 @pytest.fixture

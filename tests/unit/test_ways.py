@@ -56,6 +56,34 @@ def test_on_gpus_it_says_which_operator_and_what_the_other_lacks(flags, attentio
     assert said(flags, Mesh(device=torch.device("meta"))).endswith("between matrix products Triton's kernels")
 
 
+@pytest.mark.parametrize(("asked", "flags", "why"), [
+    ("varlen", "--attention-dropout 0.1", "takes no dropout; leave it at auto, or give triton"),
+    ("varlen", "--no-bf16", "takes no fp32; leave it at auto, or give triton"),
+    ("flex", "--attention-dropout 0.1", "takes no dropout; leave it at auto, or give triton or --attention-dropout 0"),
+    ("flex", "--kv-channels 8", "takes no width of 8; leave it at auto, or give triton"),
+    ("triton", "--kv-channels 320", "takes fp32, fp16 and bf16, heads up to 256 wide"),
+    ("compiled", "", "is for CPUs, and this is a GPU; leave it at auto, or give plain")])
+def test_a_way_that_cannot_be_had_on_a_gpu_is_refused_at_the_start(asked, flags, why):
+    with pytest.raises(ConfigError, match=f"--attention-backend {asked} .*{why}"):
+        said(f"--attention-backend {asked} {flags}", Mesh(device=torch.device("meta")))
+
+
+@pytest.mark.parametrize("asked", ["varlen", "triton", "flex"])
+def test_the_ways_of_gpus_are_refused_on_cpus_and_over_context_ranks(asked):
+    with pytest.raises(ConfigError, match=f"--attention-backend {asked} .* is for GPUs, and this is a CPU"):
+        said(f"--attention-backend {asked}")
+    with pytest.raises(ConfigError, match="is for one context rank; leave it at auto, or --context-parallel-size at 1"):
+        said(f"--attention-backend {asked}", Mesh(device=torch.device("meta"), context=Axis(0, 2)))
+
+
+@pytest.mark.parametrize(("asked", "name"), [("varlen", "PyTorch's varlen_attn"), ("triton", "Triton's kernels"),
+                                             ("flex", "PyTorch's FlexAttention, compiled"),
+                                             ("plain", "PyTorch one protein at a time")])
+def test_a_way_that_is_asked_for_is_said(asked, name):
+    assert said(f"--attention-backend {asked}", Mesh(device=torch.device("meta"))).startswith(
+        f"attention by {name} (as --attention-backend says); ")
+
+
 def test_blocks_with_and_without_a_window_are_both_named():
     mesh = Mesh(device=torch.device("meta"), context=Axis(0, 2))
     assert said("--window-size 4 4 --window-attn-skip-freq 2", mesh).startswith(

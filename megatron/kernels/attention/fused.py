@@ -38,10 +38,10 @@ def is_fused(qkv_ugcd: Tensor, has_dropout: bool, window: Window = None, is_whol
         return False
     if takes_varlen(qkv_ugcd, qkv_ugcd.shape[2] - 2, has_dropout, window, is_whole):
         return True
-    if qkv_ugcd.shape[-1] > _WIDEST or qkv_ugcd.dtype not in (*_HALF, torch.float32):
-        return False
-    if is_fake(qkv_ugcd) or runs_triton(qkv_ugcd):
+    if takes_triton_attention(qkv_ugcd):
         return True
+    if not _fits_triton(qkv_ugcd):
+        return False
     if is_of_ampere(qkv_ugcd) and not has_triton():
         raise ConfigError("attention with dropout, in fp32, with groups of queries or of a width that is no multiple "
                           "of 8 needs Triton on a GPU, and it is not installed: install it (pip install triton), or "
@@ -50,16 +50,37 @@ def is_fused(qkv_ugcd: Tensor, has_dropout: bool, window: Window = None, is_whol
 
 
 def fused_attention(qkv_ugxd: Tensor, key_value_tg2d: Tensor | None, sequence: PackedSequence, first: int,
-                    dropout: Dropout | None, window: Window = None) -> Tensor:
-    """The context [u, n, d] of queries that begin with token `first`, from their own keys and values or from others."""
+                    dropout: Dropout | None, window: Window = None, takes_triton: bool = False) -> Tensor:
+    """The context [u, n, d] of queries that begin with token `first`, from their own keys and values or from others.
+
+    `takes_triton`: by Triton's kernels, also where PyTorch's operator would do.
+    """
     is_whole = key_value_tg2d is None
     num_queries = qkv_ugxd.shape[2] - (2 if is_whole else 0)
-    if takes_varlen(qkv_ugxd, num_queries, dropout is not None, window, is_whole):
+    if not takes_triton and takes_varlen(qkv_ugxd, num_queries, dropout is not None, window, is_whole):
         return _varlen(qkv_ugxd, key_value_tg2d, sequence, first, window)
     left, right = window or (-1, -1)
     seed, kept, first_head = (dropout.seed, dropout.kept, dropout.first_head) if dropout else (None, 0, 0)
     return _operator(qkv_ugxd, key_value_tg2d, sequence.cu_seqlens, seed, sequence.num_filler, first, left, right,
                      kept, first_head)[0].flatten(1, 2)
+
+
+def context_and_logsumexp(qkv_tgcd: Tensor, sequence: PackedSequence, window: Window = None) -> tuple[Tensor, Tensor]:
+    """By Triton's kernels, without dropout: the context [t, n, d], and the base-2 logarithm of each softmax's sum
+    [n, t]."""
+    left, right = window or (-1, -1)
+    context_tgqd, logsumexp_nt = _operator(qkv_tgcd, None, sequence.cu_seqlens, None, sequence.num_filler, 0, left,
+                                           right, 0, 0)
+    return context_tgqd.flatten(1, 2), logsumexp_nt
+
+
+def takes_triton_attention(tensor: Tensor) -> bool:
+    """Whether Triton's kernels take these: on a GPU since Ampere, with Triton there."""
+    return _fits_triton(tensor) and (is_fake(tensor) or runs_triton(tensor))
+
+
+def _fits_triton(tensor: Tensor) -> bool:
+    return tensor.shape[-1] <= _WIDEST and tensor.dtype in (*_HALF, torch.float32)
 
 
 def takes_varlen(tensor: Tensor, num_queries: int, has_dropout: bool, window: Window, is_whole: bool) -> bool:

@@ -15,6 +15,7 @@ loop over proteins (`by_protein`).
 import torch
 from torch import Tensor
 
+from megatron.kernels.attention.asked import WORDS, asked_attention, check_asked, what_varlen_lacks
 from megatron.kernels.attention.by_protein import Window, attention_by_protein
 from megatron.kernels.attention.compiled import INSTRUCTION_SETS, compiled_attention, takes_helper
 from megatron.kernels.attention.fused import fused_attention, is_fused, takes_varlen
@@ -22,9 +23,14 @@ from megatron.kernels.dropout import Dropout, is_kept
 from megatron.kernels.packed_sequence import PackedSequence, proteins_of_tokens
 
 
-def packed_attention(qkv_tgcd: Tensor, sequence: PackedSequence, dropout: Dropout | None,
-                     window: Window = None) -> Tensor:
-    """The context [t, n, d] of each token; `dropout` is that of the probabilities (None outside training)."""
+def packed_attention(qkv_tgcd: Tensor, sequence: PackedSequence, dropout: Dropout | None, window: Window = None,
+                     backend: str = "auto") -> Tensor:
+    """The context [t, n, d] of each token; `dropout` is that of the probabilities (None outside training).
+
+    `backend`: that of `--attention-backend`; raises ConfigError where it does not take these.
+    """
+    if backend != "auto":
+        return asked_attention(backend, qkv_tgcd, sequence, dropout, window)
     if is_fused(qkv_tgcd, dropout is not None, window):
         return fused_attention(qkv_tgcd, None, sequence, 0, dropout, window)
     if takes_helper(qkv_tgcd):
@@ -32,19 +38,20 @@ def packed_attention(qkv_tgcd: Tensor, sequence: PackedSequence, dropout: Dropou
     return attention_by_protein(qkv_tgcd, sequence.cu_seqlens, sequence.num_filler, window, dropout)
 
 
-def way_of(qkv_tgcd: Tensor, has_dropout: bool, window: Window = None, is_whole: bool = True) -> str:
+def way_of(qkv_tgcd: Tensor, has_dropout: bool, window: Window = None, is_whole: bool = True,
+           backend: str = "auto") -> str:
     """What computes attention of such tensors, in words, and why nothing faster does; `is_whole`: on one context rank.
 
-    Raises ConfigError where Triton alone is missing.
+    Raises ConfigError where Triton alone is missing, and where what is asked for does not take them.
     """
+    if backend != "auto":
+        check_asked(backend, qkv_tgcd, has_dropout, window, is_whole)
+        return f"{WORDS[backend]} (as --attention-backend says)"
     if is_fused(qkv_tgcd, has_dropout, window, is_whole):
-        queries, width = qkv_tgcd.shape[2] - 2, qkv_tgcd.shape[-1]
-        if takes_varlen(qkv_tgcd, queries, has_dropout, window, is_whole):
-            return "PyTorch's varlen_attn"
-        reasons = {"dropout": has_dropout, "groups of queries": queries > 1, "fp32": qkv_tgcd.dtype == torch.float32,
-                   "window over context ranks": window and not is_whole, f"width of {width}": width % 8}
-        lacking = " and no ".join(name for name, is_so in reasons.items() if is_so)
-        return f"Triton's kernels (varlen_attn takes no {lacking})"
+        if takes_varlen(qkv_tgcd, qkv_tgcd.shape[2] - 2, has_dropout, window, is_whole):
+            return WORDS["varlen"]
+        lacking = what_varlen_lacks(qkv_tgcd, has_dropout, window, is_whole)
+        return f"{WORDS['triton']} (varlen_attn takes no {lacking})"
     if takes_helper(qkv_tgcd):
         return f"compiled code ({INSTRUCTION_SETS[0]})"
     if qkv_tgcd.device.type != "cpu":

@@ -186,6 +186,11 @@ def products_together(x_ui: Tensor, *layers: ColumnParallelLinear) -> list[Produ
     return [(product, layer.bias if leaves_bias else None) for product, layer in zip(products, layers, strict=True)]
 
 
+def bias_gradient(grad_to: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient [o] of a bias that was added to products."""
+    return sum_tokens(grad_to) if takes_compiled(grad_to) and dtype == torch.float32 else grad_to.sum(0, dtype=dtype)
+
+
 class _Linear(torch.autograd.Function):
     """Of each layer: weight, weight in the input's dtype, bias, perhaps the bias in some dtype.
 
@@ -220,12 +225,8 @@ class _Linear(torch.autograd.Function):
         for place, (weight_oi, grad_to) in enumerate(zip(ctx.weights, grads_to, strict=True)):
             dtype, is_trained = ctx.bias_dtypes[place], ctx.needs_input_grad[3 + 4 * place]
             grads += [_weight_gradient(weight_oi, grad_to, x_ti, ctx.deferral) if is_trained else None, None,
-                      None if dtype is None else _bias_gradient(grad_to, dtype), None]
+                      None if dtype is None else bias_gradient(grad_to, dtype), None]
         return summing.wait(), None, None, *grads
-
-
-def _bias_gradient(grad_to: Tensor, dtype: torch.dtype) -> Tensor:
-    return sum_tokens(grad_to) if takes_compiled(grad_to) and dtype == torch.float32 else grad_to.sum(0, dtype=dtype)
 
 
 def _weight_gradient(weight_oi: Tensor, grad_to: Tensor, x_ti: Tensor,

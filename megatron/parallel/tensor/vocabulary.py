@@ -1,11 +1,17 @@
 """Embedding, logits and cross entropy of a vocabulary split over the tensor axis: no rank ever sees all logits.
 
+The loss is one operation on hidden states, chunk by chunk of targets: however many targets there are, logits and their
+gradient take the memory of a chunk. A chunk is what a micro-batch of the presets has, so that small models pay nothing
+for it: the last chunk's logits are kept for the backward pass, and only those of other chunks are made again there.
+torch 2.13's `linear_cross_entropy` does not serve: it knows no softcap and no split vocabulary, does not say which id
+is the likeliest, and takes gradients in the forward pass, where those in fp16 are still without their loss scale.
+
 Each rank holds as many rows, a multiple of a number that suits the hardware, as in Megatron-LM; ids are numbered on
 from rank to rank. The rows at the end that are more than one rank would have are never used, not by the softmax either,
 so that every layout computes the same.
 
 Shapes: t tokens, u tokens of the stream on this rank, m targets, h hidden, r rows of the vocabulary on this rank, v
-those among them that stand for ids.
+those among them that stand for ids, c targets of a chunk, s ranks of the axis.
 """
 
 from collections.abc import Sequence
@@ -13,16 +19,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from megatron.kernels.cross_entropy import cross_entropy_reference, logits_gradient, target_statistics
+from megatron.kernels.device import takes_triton
 from megatron.kernels.packed_sequence import NO_TARGET
-from megatron.parallel.collectives import all_gather, all_reduce_sum, sum_gradients
+from megatron.parallel.collectives import all_gather, start_all_reduce, sum_gradients
 from megatron.parallel.mesh import Axis
 from megatron.parallel.parameters import Declaration, Initial, split_parameter, table
-from megatron.parallel.tensor.layers import Matrix, linear
+from megatron.parallel.pipeline.deferral import remaining_weight_gradient
+from megatron.parallel.tensor.layers import Matrix, bias_gradient, linear
 from megatron.parallel.tensor.stream import Stream, rows_here
 
 _ONE_RANK = Axis()
+_CHUNK = 8192  # targets: with 128 ids 4 MiB of logits in fp32
 
 
 def vocabulary_parameter(shape: Sequence[int], multiple: int, axis: Axis, declaration: Declaration,
@@ -53,72 +64,95 @@ def vocabulary_logits(hidden_mh: Tensor, table: Matrix, bias_r: Tensor, num_ids:
     """Logits [m, v] of this rank's part of `num_ids` ids. Forward: no communication. Backward: `hidden_mh`'s gradient
     is summed over the axis."""
     hidden_mh = sum_gradients(hidden_mh, axis)
-    weight_rh: Tensor = table.weight
-    matrix_rh = table.weight_in(hidden_mh.dtype)
-    num_here = min(max(num_ids - axis.rank * len(weight_rh), 0), len(weight_rh))
-    if num_here < len(weight_rh):
-        weight_rh, matrix_rh, bias_r = weight_rh[:num_here], matrix_rh[:num_here], bias_r[:num_here]
-    return linear(hidden_mh, weight_rh, matrix_rh, bias_r)
+    return linear(hidden_mh, *_of_ids_here(table, bias_r, num_ids, axis, hidden_mh.dtype))
 
 
-def vocabulary_cross_entropy(logits_mv: Tensor, target_ids_m: Tensor, rows_a_rank: int,
-                             axis: Axis) -> tuple[Tensor, Tensor]:
+def vocabulary_loss(hidden_mh: Tensor, table: Matrix, bias_r: Tensor, target_ids_m: Tensor, num_ids: int, axis: Axis,
+                    softcap: float | None = None, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """The summed cross entropy (nats, fp32) and how many targets are the likeliest id, on every rank alike.
 
-    What has the id NO_TARGET counts as nothing.
-
-    Rank i's logits are those of the ids from `i * rows_a_rank` on. Forward: the largest logits are gathered, sums of
-    exponentials and the targets' logits summed over the axis. Backward: no communication.
+    Of the logits that `vocabulary_logits` would give, capped if there is a cap; each target's loss is rounded to
+    `dtype`. What has the id NO_TARGET counts as nothing. Rank i's logits are those of the ids from i times its rows on.
+    Forward: four numbers a target are gathered from all ranks, once. Backward: `hidden_mh`'s gradient is summed over
+    the axis, a chunk while the next one is computed.
     """
+    operands = _of_ids_here(table, bias_r, num_ids, axis, hidden_mh.dtype)
+    if axis.size == 1 and len(hidden_mh) <= _CHUNK and not takes_triton(hidden_mh):
+        # On CPUs a chunk of a small model costs its calls, of which autograd's own functions need the fewest.
+        return cross_entropy_reference(linear(hidden_mh, *operands).float(), target_ids_m, softcap, dtype)
+    return _LinearCrossEntropy.apply(hidden_mh, *operands, target_ids_m, axis.rank * len(bias_r), axis, softcap, dtype)
+
+
+def _of_ids_here(table: Matrix, bias_r: Tensor, num_ids: int, axis: Axis,
+                 dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Of this rank's rows those that stand for ids: weight, weight in `dtype`, bias."""
+    weight_rh: Tensor = table.weight
+    matrix_rh = table.weight_in(dtype)
+    num_here = min(max(num_ids - axis.rank * len(weight_rh), 0), len(weight_rh))
+    if num_here == len(weight_rh):
+        return weight_rh, matrix_rh, bias_r
+    return weight_rh[:num_here], matrix_rh[:num_here], bias_r[:num_here]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """`first` is this rank's first id. The weight is not among the saved tensors, as in `layers`."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_mh: Tensor, weight_vh: Tensor, matrix_vh: Tensor, bias_v: Tensor, target_ids_m: Tensor,
+                first: int, axis: Axis, softcap: float | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        shift_v, statistics = bias_v.to(hidden_mh.dtype), []
+        for hidden_ch, ids_c in zip(hidden_mh.split(_CHUNK), target_ids_m.split(_CHUNK), strict=True):
+            logits_cv = F.linear(hidden_ch, matrix_vh, shift_v)
+            statistics.append(target_statistics(logits_cv, ids_c, first, softcap))
+        logsumexp_m, target_m, is_likeliest_m = _together(statistics, target_ids_m, axis)
+        ctx.save_for_backward(hidden_mh, matrix_vh, shift_v, target_ids_m, logsumexp_m, logits_cv)
+        ctx.weight, ctx.bias_dtype, ctx.numbers, ctx.axis = weight_vh, bias_v.dtype, (first, softcap), axis
+        num_likeliest = is_likeliest_m.sum(dtype=torch.int64)
+        ctx.mark_non_differentiable(num_likeliest)
+        return -target_m.to(dtype).sum(dtype=torch.float32), num_likeliest
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_mh, matrix_vh, shift_v, target_ids_m, logsumexp_m, last_cv = ctx.saved_tensors
+        takes_hidden, takes_weight, _, takes_bias = ctx.needs_input_grad[:4]
+        grad_mh = torch.empty_like(hidden_mh) if takes_hidden else None
+        grad_weight_vh: Tensor | None = None
+        grad_bias_v: Tensor | None = None
+        summing = []
+        for start in range(0, max(1, len(hidden_mh)), _CHUNK):
+            chunk = slice(start, start + _CHUNK)
+            hidden_ch = hidden_mh[chunk]
+            is_last = chunk.stop >= len(hidden_mh)
+            logits_cv = last_cv if is_last else F.linear(hidden_ch, matrix_vh, shift_v)
+            grad_cv = logits_gradient(logits_cv, target_ids_m[chunk], logsumexp_m[chunk], gradient, *ctx.numbers)
+            if grad_mh is not None:
+                torch.mm(grad_cv, matrix_vh, out=grad_mh[chunk])
+                summing.append(start_all_reduce(grad_mh[chunk], ctx.axis))
+            if takes_weight:
+                grad_weight_vh = _sum(grad_weight_vh, remaining_weight_gradient(ctx.weight, grad_cv, hidden_ch))
+            if takes_bias:
+                grad_bias_v = _sum(grad_bias_v, bias_gradient(grad_cv, torch.float32))
+        for each in summing:
+            each.wait()
+        gradients = ((grad_weight_vh, ctx.weight.dtype), (None, None), (grad_bias_v, ctx.bias_dtype))
+        return grad_mh, *(None if grad is None else grad.to(dtype) for grad, dtype in gradients), *[None] * 5
+
+
+def _sum(so_far: Tensor | None, more: Tensor | None) -> Tensor | None:
+    """Of chunks, in fp32."""
+    return more if so_far is None else so_far if more is None else so_far.float() + more
+
+
+def _together(of_chunks: Sequence[Sequence[Tensor]], target_ids_m: Tensor, axis: Axis) -> Sequence[Tensor]:
+    """The first three statistics [m] of all chunks and all ranks' logits: of equal ones the first rank's is first."""
+    statistics = of_chunks[0]
+    if len(of_chunks) > 1:
+        statistics = [torch.cat(of_each) for of_each in zip(*of_chunks, strict=True)]
     if axis.size == 1:
-        # Each target's loss is in the logits' dtype, their sum is not: in fp16 it would end at 65,504.
-        loss_m = F.cross_entropy(logits_mv, target_ids_m, reduction="none", ignore_index=NO_TARGET)
-        loss = loss_m.sum(dtype=torch.float32)
-        return loss, (logits_mv.detach().argmax(-1) == target_ids_m).sum()
-    is_target_m = target_ids_m != NO_TARGET
-    target_ids_m = target_ids_m - axis.rank * rows_a_rank
-    largest_m, is_likeliest_m = _largest(logits_mv.detach().float(), target_ids_m, axis)
-    loss = _CrossEntropy.apply(logits_mv, target_ids_m, is_target_m, largest_m, axis)
-    return loss, (is_likeliest_m & is_target_m).sum()
-
-
-def _largest(logits_mv: Tensor, target_ids_m: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
-    """The largest logit of all ranks [m], and whether it is first reached at the target [m]."""
-    if logits_mv.shape[1]:
-        largest_m, ids_m = logits_mv.max(-1)
-    else:
-        largest_m = logits_mv.new_full(logits_mv.shape[:1], float("-inf"))
-        ids_m = torch.zeros_like(target_ids_m)
-    is_target_m = (ids_m == target_ids_m).float()
-    gathered_s2m = all_gather(torch.stack([largest_m, is_target_m])[None], axis)
-    largest_m, winner_m = gathered_s2m[:, 0].max(0)
-    return largest_m, gathered_s2m[:, 1].gather(0, winner_m[None])[0] > 0
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """-log softmax at the target, summed; `target_ids_m` counts from this rank's first id."""
-
-    @staticmethod
-    def forward(ctx: Any, logits_mv: Tensor, target_ids_m: Tensor, is_target_m: Tensor, largest_m: Tensor,
-                axis: Axis) -> Tensor:
-        num_ids = logits_mv.shape[1]
-        shifted_mv = logits_mv.float() - largest_m[:, None]
-        is_here_m = (target_ids_m >= 0) & (target_ids_m < num_ids)
-        ids_m = target_ids_m.masked_fill(~is_here_m, 0)
-        targets_m = shifted_mv.new_zeros(len(ids_m))
-        if num_ids:
-            targets_m = shifted_mv.gather(1, ids_m[:, None])[:, 0].masked_fill(~is_here_m, 0)
-        exponentials_mv = shifted_mv.exp_()
-        sums_m, targets_m = all_reduce_sum(torch.stack([exponentials_mv.sum(-1), targets_m]), axis)
-        probabilities_mv = exponentials_mv.div_(sums_m[:, None]).masked_fill_(~is_target_m[:, None], 0)
-        ctx.save_for_backward(probabilities_mv, ids_m, is_here_m & is_target_m)
-        ctx.dtype = logits_mv.dtype
-        return (sums_m.log() - targets_m).masked_fill(~is_target_m, 0).sum()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-        probabilities_mv, ids_m, is_here_m = ctx.saved_tensors
-        grad_mv = probabilities_mv.clone()
-        if grad_mv.shape[1]:
-            grad_mv.scatter_add_(1, ids_m[:, None], -is_here_m.float()[:, None])
-        return grad_mv.mul_(gradient).to(ctx.dtype), None, None, None, None
+        return statistics[:3]
+    gathered_s4m = all_gather(torch.stack(list(statistics))[None], axis)
+    logsumexp_sm, target_sm, is_likeliest_sm, largest_sm = gathered_s4m.unbind(1)
+    logsumexp_m = logsumexp_sm.logsumexp(0)
+    target_m = (target_sm + (logsumexp_sm - logsumexp_m)).amax(0).where(target_ids_m != NO_TARGET, 0)
+    return logsumexp_m, target_m, is_likeliest_sm.gather(0, largest_sm.argmax(0)[None])[0]
