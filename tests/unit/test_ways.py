@@ -39,6 +39,13 @@ def test_on_gpus_it_says_which_operator_and_what_the_other_lacks(flags, attentio
     assert said(flags, Mesh(device=torch.device("meta"))).endswith("between matrix products Triton's kernels")
 
 
+def test_products_in_fp8_are_named_with_what_takes_them():
+    recipe = "--fp8 hybrid --fp8-recipe rowwise"
+    assert said(recipe).endswith("; the blocks' products in FP8 (hybrid, rowwise) by PyTorch in fp32, of numbers "
+                                 "rounded to FP8 (slow: no CPU multiplies FP8)")
+    assert said(recipe, Mesh(device=torch.device("meta"))).endswith("FP8 (hybrid, rowwise) by scaled_mm")
+
+
 def test_blocks_with_and_without_a_window_are_both_named():
     mesh = Mesh(device=torch.device("meta"), context=Axis(0, 2))
     assert said("--window-size 4 4 --window-attn-skip-freq 2", mesh).startswith(
