@@ -239,6 +239,11 @@ def _check_combinations(config: Config) -> None:
         (config.precision.fp16 and config.precision.bf16, "--fp16 and --bf16 exclude each other; give one"),
         (config.precision.precision and (config.precision.fp16 or config.precision.bf16),
          "--precision auto chooses by itself; give it, or one of --fp16 and --bf16"),
+        (config.precision.fp8 and not config.precision.bf16,
+         f"--fp8 {config.precision.fp8} is for products whose tensors are in bf16; give --bf16 as well"),
+        (config.precision.fp8 is None and config.precision.fp8_recipe != "tensorwise",
+         f"--fp8-recipe {config.precision.fp8_recipe} says how to scale in FP8, and --fp8 is missing; give both, or "
+         "neither"),
         ((training.train_iters is None) != by_samples, "give one of --train-iters and --train-samples"),
         *_schedule_faults(schedule, training),
         (not by_samples and training.rampup_batch_size is not None,

@@ -23,4 +23,9 @@ class PrecisionConfig:
     loss_scale_window: int = flag(1000, "steps without overflow until the scale doubles", kind=int, check=positive,
                                   changes="course")
     hysteresis: int = flag(2, "overflows until the scale halves", kind=int, check=positive, changes="course")
+    fp8: str = flag(None, "the blocks' matrix products in FP8, with --bf16: e4m3, or hybrid, which has gradients in "
+                    "E5M2 (default: in bf16)", choices=("e4m3", "hybrid"), aliases=("--fp8-format",), changes="course")
+    fp8_recipe: str = flag("tensorwise", "what has a scale of its own in FP8, as large as it is then: a tensor, a row "
+                           "or column of a product's factor, or 32 neighbours (MXFP8, for GPUs since Blackwell)",
+                           choices=("tensorwise", "rowwise", "mxfp8"), changes="course")
     fp16_lm_cross_entropy: bool = flag(False, "cross entropy in fp16 instead of fp32", changes="course")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config import ModelConfig, PrecisionConfig
+from megatron.kernels.fp8 import recipe_of
 from megatron.kernels.packed_sequence import PackedSequence, Targets
 from megatron.model.embedding import Embedding, TiedEmbedding
 from megatron.model.head import ContactHead, MaskedLMHead, has_decoder
@@ -48,6 +49,9 @@ class ProteinModel(nn.Module):
         elif self.stage.is_last and self.is_tied:
             self.embedding = TiedEmbedding(config, padded_vocab_size, stream, ends)
         self.transformer = Transformer(config, padded_vocab_size, dtype, stream, self.stage)
+        for layer in self.transformer.modules():
+            if isinstance(layer, Matrix):
+                layer.recipe = recipe_of(precision)
         if self.stage.is_last:
             self.lm_head = MaskedLMHead(config, padded_vocab_size, stream, not precision.fp16_lm_cross_entropy)
             if config.contact_head:

@@ -21,6 +21,13 @@ def all_reduce_sum(tensor: Tensor, axis: Axis) -> Tensor:
     return start_all_reduce(tensor, axis).wait()
 
 
+def all_reduce_max(tensor: Tensor, axis: Axis) -> Tensor:
+    """`tensor`, replaced in place by the largest values over the axis. Not differentiable."""
+    if axis.size > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=axis.group)
+    return tensor
+
+
 def all_gather(tensor: Tensor, axis: Axis) -> Tensor:
     """The ranks' equally shaped tensors, one behind the other along the first dimension. Not differentiable."""
     return start_all_gather(tensor, axis).wait()

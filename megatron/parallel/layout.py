@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from megatron.config import Config
 from megatron.errors import ConfigError
+from megatron.kernels.fp8 import Recipe, recipe_of
 
 _PIPELINE = "--pipeline-model-parallel-size"
 _CONTEXT = "--context-parallel-size"
@@ -22,6 +23,8 @@ _LAST = "--decoder-last-pipeline-num-layers"
 def check_layout(config: Config, num_ranks: int) -> None:
     """Raises ConfigError unless `num_ranks` ranks can train the model in the layout that `config` asks for."""
     _check_tensor(config)
+    if (recipe := recipe_of(config.precision)) is not None:
+        _check_fp8(config, recipe)
     _check_stages(config)
     _check_number_of_ranks(config, num_ranks)
     _check_schedule(config, num_ranks)
@@ -41,6 +44,24 @@ def _check_tensor(config: Config) -> None:
         if value % size:
             raise ConfigError(f"{name} {value} is not divisible by {_TENSOR} {size}; the nearest size that can be is "
                               f"{_nearest(_divisors(_splits_into(config)), size)}")
+
+
+def _check_fp8(config: Config, recipe: Recipe) -> None:
+    """All sizes of the blocks' products on a rank; those of tokens too, of which weights' gradients are sums."""
+    model, parallel, tensor = config.model, config.parallel, config.parallel.tensor_model_parallel_size
+    shares = parallel.context_parallel_size * (tensor if parallel.sequence_parallel else 1)
+    tokens = config.training.micro_batch_size * (config.data.seq_length or 0)
+    width = model.num_attention_heads * model.kv_channels
+    for size, divisor, name in (
+            (model.hidden_size, 1, "--hidden-size"), (model.ffn_hidden_size or 0, tensor, "--ffn-hidden-size"),
+            (width, tensor, "--num-attention-heads x --kv-channels"),
+            (width + 2 * model.num_groups * model.kv_channels, tensor,
+             "the width of queries, keys and values, (--num-attention-heads + 2 --num-query-groups) x --kv-channels,"),
+            (tokens, shares, "--micro-batch-size x --seq-length")):
+        if size % (recipe.multiple * divisor):
+            over = f" x {divisor} ranks" if divisor > 1 else ""
+            raise ConfigError(f"--fp8 with --fp8-recipe {recipe.scaling} multiplies what is divisible by "
+                              f"{recipe.multiple}{over}, and {name} is {size}; choose a multiple, or leave --fp8 out")
 
 
 def _check_stages(config: Config) -> None:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from itertools import groupby
+from itertools import chain, groupby
 from typing import NamedTuple
 
 from megatron.parallel.mesh import Axis, Mesh
@@ -128,8 +128,9 @@ def _is_in_block(parameter: Parameter) -> bool:
 def _built(setting: Setting, part: Part, has_pipeline: bool) -> list[Parameter]:
     mesh = Mesh(tensor=setting.tensor, context=setting.context)
     model = setting.build(part, mesh, Axis(0 if part.is_first else 1, 2) if has_pipeline else Axis())
-    copies = {id(parameter): num_bytes([copy]) for layer in model.modules() if isinstance(layer, Matrix)
-              for parameter, copy in ((layer.weight, layer.copy), (getattr(layer, "bias", None), layer.bias_copy))}
+    copies = {id(parameter): num_bytes(made) for layer in model.modules() if isinstance(layer, Matrix)
+              for parameter, made in ((layer.weight, [layer.copy, *chain(*layer.fp8_copy or ())]),
+                                      (getattr(layer, "bias", None), [layer.bias_copy]))}
     in_block = {id(parameter) for block in model.blocks() for parameter in block.parameters()}
     found = []
     for parameter in model.parameters():

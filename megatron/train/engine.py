@@ -39,10 +39,12 @@ class Engine:
     def skips_filler(self) -> bool:
         """Whether micro-batches may do without it: where nothing counts on their one shape, and on CPUs alone.
 
-        There is no launch or graph to save there, and rows of a small corpus may be mostly filler.
+        There is no launch or graph to save there, and rows of a small corpus may be mostly filler. In FP8 scales that
+        tokens share, and blocks of them, are to be those of every other layout.
         """
         mesh = self.mesh
-        return mesh.device.type == "cpu" and mesh.pipeline.size == mesh.context.size == 1 and not self.is_compiled
+        is_free = not self.is_compiled and self.config.precision.fp8 is None
+        return mesh.device.type == "cpu" and mesh.pipeline.size == mesh.context.size == 1 and is_free
 
 
 Fill = Callable[[Mapping[str, nn.Parameter]], None]

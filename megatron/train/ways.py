@@ -5,16 +5,18 @@ import torch
 from megatron.config import Config
 from megatron.kernels.attention.packed import way_of
 from megatron.kernels.device import has_triton, takes_triton
+from megatron.kernels.fp8 import recipe_of
+from megatron.kernels.fp8 import way_of as way_of_fp8
 from megatron.kernels.pointwise.compiled import is_built, takes_compiled
 from megatron.model.protein_model import compute_dtype
 from megatron.parallel.mesh import Mesh
 
 
 def ways(config: Config, mesh: Mesh, is_compiled: bool) -> str:
-    """What computes attention, and what lies between matrix products, here, and why nothing faster does.
+    """What computes attention, what lies between matrix products, and those in FP8, and why nothing faster does.
 
-    `is_compiled`: whether torch.compile has the blocks. Raises ConfigError where Triton alone is missing, or
-    `--attention-backend` cannot be honoured.
+    `is_compiled`: whether torch.compile has the blocks. Raises ConfigError where Triton alone is missing,
+    `--attention-backend` cannot be honoured, or a GPU does not multiply in FP8.
     """
     model, dtype = config.model, compute_dtype(config.precision)
     groups = model.num_groups // mesh.tensor.size
@@ -24,7 +26,10 @@ def ways(config: Config, mesh: Mesh, is_compiled: bool) -> str:
     attention = dict.fromkeys(way_of(qkv_tgcd, model.attention_dropout > 0, window, mesh.context.size == 1,
                                      model.attention_backend) for window in windows)
     between = "torch.compile" if is_compiled else _between(qkv_tgcd)
-    return f"attention by {', and by '.join(attention)}; between matrix products {between}"
+    recipe = recipe_of(config.precision)
+    kind = f"{config.precision.fp8}, {config.precision.fp8_recipe}"
+    fp8 = "" if recipe is None else f"; the blocks' products in FP8 ({kind}) by {way_of_fp8(recipe, mesh.device)}"
+    return f"attention by {', and by '.join(attention)}; between matrix products {between}{fp8}"
 
 
 def _between(tensor: torch.Tensor) -> str:

@@ -22,6 +22,16 @@ def test_the_training_benchmark_of_gpus_runs_on_tiny_shapes(monkeypatch, capsys)
         assert 0 < residues < tokens
 
 
+def test_the_training_benchmark_says_how_much_faster_fp8_is(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["training.py", "--rehearse", "--presets", "esm2-3b", "--fp8", "hybrid"])
+    training.main()
+    output = capsys.readouterr().out
+    bf16, fp8 = (int(re.search(rf"\| {name} \| 2 x 256 \| (\d+) \|", output)[1])
+                 for name in ("esm2-3b", "esm2-3b --fp8 hybrid"))
+    gain = re.search(r"esm2-3b: ([\d.]+) times as many tokens/s with --fp8 hybrid", output)
+    assert float(gain[1]) == pytest.approx(fp8 / bf16, abs=0.01)
+
+
 @pytest.mark.parametrize("preset", training.ROWS)
 def test_rows_are_full_and_their_proteins_have_ends(preset):
     config, _ = training.parse(["--preset", preset, "--micro-batch-size", "1", "--global-batch-size", "1"])
@@ -52,6 +62,7 @@ def test_the_benchmarks_for_a_gpu_run_on_tiny_shapes_where_there_is_none():
     rows = [line.split(" | ")[:2] for line in result.stdout.splitlines() if line.startswith("| ")]
     for preset in training.ROWS:
         assert any(row[0] == f"| {preset}" for row in rows), preset
+    assert re.search(r"esm2-3b: [\d.]+ times as many tokens/s with --fp8 hybrid", result.stdout)
     for operation in ("norm", "bias and gelu", "rotation", "block"):
         assert ["| tape", operation] in rows
 

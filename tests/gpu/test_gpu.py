@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron.config import PrecisionConfig
+from megatron.kernels import fp8
 from megatron.kernels.attention.fused import fused_attention
 from megatron.kernels.attention.packed import attention_reference, packed_attention
 from megatron.kernels.dropout import Dropout, Use
@@ -135,6 +136,38 @@ def test_every_kind_of_model_has_the_cpus_loss_and_gradients_in_fp32(family, is_
     assert loss == pytest.approx(expected, rel=1e-5)
     for name, gradient in exact.items():
         assert (gradients[name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-5, name
+
+
+def takes_fp8(scaling):
+    return torch.cuda.get_device_capability() >= ((10, 0) if scaling == "mxfp8" else (8, 9))
+
+
+@pytest.mark.parametrize("scaling", ["tensorwise", "rowwise", "mxfp8"])
+@pytest.mark.parametrize("gradients", [fp8.E4M3, fp8.E5M2])
+def test_products_in_fp8_are_those_of_the_numbers_that_they_multiply(scaling, gradients):
+    if not takes_fp8(scaling):
+        pytest.skip("this GPU does not multiply so")
+    torch.manual_seed(0)
+    a, b = (fp8.quantised(x, fp8.largest(x, scaling, 1), scaling, dtype) for x, dtype in (
+        (torch.randn(320, 256, device="cuda").bfloat16(), gradients),
+        (torch.randn(192, 256, device="cuda").bfloat16(), fp8.E4M3)))
+    expected = fp8.product_reference(a, b, torch.float64)
+    for is_fast, tolerance in ((False, 2.0**-8), (True, 2.0**-6)):
+        for product in (fp8.product, torch.compile(fp8.product, fullgraph=True, dynamic=False)):
+            ours = product(a, b, torch.bfloat16, is_fast).double()
+            assert (ours - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("scaling", ["tensorwise", "rowwise", "mxfp8"])
+@pytest.mark.parametrize("is_compiled", ["--compile", "--no-compile"])
+def test_a_run_in_fp8_has_nearly_the_curve_of_the_reference(corpus, tmp_path, monkeypatch, scaling, is_compiled):
+    if not takes_fp8(scaling):
+        pytest.skip("this GPU does not multiply so")
+    flags = ["--bf16", "--fp8", "hybrid", "--fp8-recipe", scaling, "--train-iters", "12"]
+    gpu = curve(corpus, tmp_path / "gpu", *flags, is_compiled)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cpu = curve(corpus, tmp_path / "cpu", *flags)
+    assert all(gpu[step] == pytest.approx(cpu[step], rel=2e-3) for step in cpu)
 
 
 def curve(corpus, folder, *flags):

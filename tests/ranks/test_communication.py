@@ -20,6 +20,7 @@ MODEL = ["--num-layers", "4", "--hidden-size", "32", "--num-attention-heads", "4
          "--train-iters", "1", "--micro-batch-size", "2", "--global-batch-size", "8"]
 LAYOUTS = {
     "tp2-sequence": ["--tensor-model-parallel-size", "2", "--sequence-parallel"],
+    "tp2-fp8": ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--bf16", "--fp8", "hybrid"],
     "tp2-full": ["--tensor-model-parallel-size", "2", "--checkpoint-activations", "--hidden-dropout", "0"],
     "dp2-parameters": ["--data-parallel-sharding", "parameters"],
     "pp2": ["--pipeline-model-parallel-size", "2"],

@@ -34,6 +34,9 @@ LAYOUTS = {"one rank": (1, ""), "one rank, fp16": (1, "--fp16"), "one rank, fp32
            "tensor": (2, "--tensor-model-parallel-size 2"),
            "sequence": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
            "context": (2, "--context-parallel-size 2"),
+           "fp8": (1, "--fp8 hybrid"),
+           "fp8 recomputed": (1, "--fp8 hybrid --fp8-recipe mxfp8 --checkpoint-activations"),
+           "fp8 sequence": (2, "--fp8 hybrid --fp8-recipe rowwise --tensor-model-parallel-size 2 --sequence-parallel"),
            "pipeline": (2, "--pipeline-model-parallel-size 2 --global-batch-size 4")}
 # Operations whose result the host must know, or whose shape depends on values.
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal.default", "item")

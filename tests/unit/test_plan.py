@@ -71,6 +71,13 @@ LAYOUTS = {
     "dp2-tp2": (4, 0, TP2), "cp2-tp2-sequence": (4, 3, [*CP2, *TP2, *SEQUENCE]),
     "dp2-tp2-optimizer": (4, 0, [*TP2, *SEQUENCE, *sharding("optimizer")]),
 }
+FP8 = ["--bf16", "--fp8", "hybrid"]
+IN_FP8 = {
+    "fp8": (1, 0, FP8), "fp8-tp2-sequence": (2, 1, [*FP8, *TP2, *SEQUENCE]),
+    "fp8-blocks-tp2-sequence": (2, 0, [*FP8, "--fp8-recipe", "mxfp8", *TP2, *SEQUENCE]),
+    "fp8-dp2-parameters": (2, 1, [*FP8, *sharding("parameters")]),
+    "fp8-pp2-zero-bubble": (2, 0, [*FP8, *PP2, *ZERO_BUBBLE]),
+}
 FOUR = ["--num-layers", "4"]
 ESM2 = ["--position-embedding-type", "rope", "--token-dropout", "--no-bias-gelu-fusion", "--contact-head",
         "--attention-dropout", "0", "--hidden-dropout", "0"]
@@ -112,7 +119,7 @@ AT_SCALE = {"published-pp2-first": (2, 0, PP2), "published-dp8-gradients-full": 
 @cache
 def both(name):
     """What the dry run of a layout measures, and the planner's rank."""
-    num_ranks, number, flags = {**LAYOUTS, **FAMILIES, **PEAKS_ELSEWHERE, **AT_SCALE}[name]
+    num_ranks, number, flags = {**LAYOUTS, **IN_FP8, **FAMILIES, **PEAKS_ELSEWHERE, **AT_SCALE}[name]
     base = PUBLISHED if name in AT_SCALE else SMALL
     config, _ = parse([*base, "--dry-run-ranks", str(num_ranks), "--dry-run-rank", str(number), *flags])
     check_layout(config, num_ranks)
@@ -128,7 +135,7 @@ def by_group(counts):
     return {key: count for key, count in merged.items() if count}
 
 
-@pytest.mark.parametrize("name", [*LAYOUTS, *FAMILIES, *PEAKS_ELSEWHERE, *AT_SCALE])
+@pytest.mark.parametrize("name", [*LAYOUTS, *IN_FP8, *FAMILIES, *PEAKS_ELSEWHERE, *AT_SCALE])
 def test_memory_is_within_1_1_percent_of_the_dry_runs(name):
     measured, rank = both(name)
     planned = peak_memory(rank)
@@ -136,7 +143,7 @@ def test_memory_is_within_1_1_percent_of_the_dry_runs(name):
     assert (planned.parameters, planned.optimizer) == (measured.memory.parameters, measured.memory.optimizer)
 
 
-@pytest.mark.parametrize("name", [*LAYOUTS, *FAMILIES, *PEAKS_ELSEWHERE, *AT_SCALE])
+@pytest.mark.parametrize("name", [*LAYOUTS, *IN_FP8, *FAMILIES, *PEAKS_ELSEWHERE, *AT_SCALE])
 def test_a_rank_sends_exactly_what_the_dry_run_counts(name):
     measured, rank = both(name)
     planned = step_traffic(rank)

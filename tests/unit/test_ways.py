@@ -84,6 +84,13 @@ def test_a_way_that_is_asked_for_is_said(asked, name):
         f"attention by {name} (as --attention-backend says); ")
 
 
+def test_products_in_fp8_are_named_with_what_takes_them():
+    recipe = "--fp8 hybrid --fp8-recipe rowwise"
+    assert said(recipe).endswith("; the blocks' products in FP8 (hybrid, rowwise) by PyTorch in fp32, of numbers "
+                                 "rounded to FP8 (slow: no CPU multiplies FP8)")
+    assert said(recipe, Mesh(device=torch.device("meta"))).endswith("FP8 (hybrid, rowwise) by scaled_mm")
+
+
 def test_blocks_with_and_without_a_window_are_both_named():
     mesh = Mesh(device=torch.device("meta"), context=Axis(0, 2))
     assert said("--window-size 4 4 --window-attn-skip-freq 2", mesh).startswith(

@@ -1,39 +1,48 @@
-"""Copies of weights and biases in the dtype of the matrix products: made once an update, not once a micro-batch."""
+"""Copies of weights and biases as the matrix products take them: made once an update, not once a micro-batch."""
 
 from collections.abc import Iterable
+from itertools import chain
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from megatron.parallel.tensor.fp8 import weight_operands
 from megatron.parallel.tensor.layers import Matrix
 
 
 class ComputeCopies:
     """Gives each of `layers` copies of weight and bias in `dtype`, if it is another; call `refresh` after updates.
 
-    Not to what data-parallel ranks share out: those are gathered in `dtype`.
+    The weights of layers that multiply in FP8 are in that, once for each direction. Not what data-parallel ranks share
+    out: that is gathered in `dtype`.
     """
 
     def __init__(self, layers: Iterable[Matrix], dtype: torch.dtype) -> None:
+        self._dtype = dtype
         self._layers = [layer for layer in layers
                         if layer.weight.dtype != dtype and not isinstance(layer.weight, DTensor)]
         for layer in self._layers:
-            layer.copy = layer.weight.detach().to(dtype)
+            if layer.recipe is not None:
+                layer.fp8_copy = weight_operands(layer.weight, layer.recipe, dtype)
+            else:
+                layer.copy = layer.weight.detach().to(dtype)
             bias = _bias_of(layer)
-            layer.bias_copy = None if bias is None else bias.detach().to(dtype)
-
-    def tensors(self) -> list[Tensor]:
-        """The copies."""
-        copies = (copy for layer in self._layers for copy in (layer.copy, layer.bias_copy))
-        return [copy for copy in copies if copy is not None]
+            layer.bias_copy = None if bias is None or layer.recipe is not None else bias.detach().to(dtype)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Bring the copies up to date."""
-        if self._layers:
-            originals = (original for layer in self._layers for original in (layer.weight, _bias_of(layer)))
-            torch._foreach_copy_(self.tensors(), [original for original in originals if original is not None])
+        pairs = [(copy, original) for layer in self._layers
+                 for copy, original in ((layer.copy, layer.weight), (layer.bias_copy, _bias_of(layer)))
+                 if copy is not None and original is not None]
+        if pairs:
+            torch._foreach_copy_([copy for copy, _ in pairs], [original for _, original in pairs])
+        for layer in self._layers:
+            if layer.recipe is not None:
+                made = weight_operands(layer.weight, layer.recipe, self._dtype)
+                for copy, new in zip(chain(*layer.fp8_copy or ()), chain(*made), strict=True):
+                    copy.copy_(new)
 
 
 def _bias_of(layer: Matrix) -> Tensor | None:

@@ -6,6 +6,7 @@ the stream on this rank (t, or fewer with sequence parallelism), i and o feature
 share where split.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron.kernels.device import takes_triton
+from megatron.kernels.fp8 import Recipe
 from megatron.kernels.pointwise.activation import adds_biases
-from megatron.kernels.pointwise.compiled import sum_tokens, takes_compiled
-from megatron.kernels.pointwise.product import Product
+from megatron.kernels.pointwise.product import Product, sum_over_tokens
 from megatron.kernels.pointwise.residual_norm import Scaling, normalised
 from megatron.parallel.parameters import (
     BIAS,
@@ -27,7 +28,8 @@ from megatron.parallel.parameters import (
     table,
     whole_parameter,
 )
-from megatron.parallel.pipeline.deferral import WeightGradients, remaining_weight_gradient
+from megatron.parallel.pipeline.deferral import WeightGradients, weight_gradient
+from megatron.parallel.tensor.fp8 import Operands, fp8_products, weight_operands
 from megatron.parallel.tensor.stream import ONE_RANK, Stream
 
 
@@ -35,7 +37,8 @@ class Matrix(nn.Module):
     """A layer with an fp32 `weight`, and perhaps a `bias`, that matrix products take in another dtype.
 
     `copy` and `bias_copy` are these in that dtype, where something keeps them up to date
-    (`megatron.parallel.tensor.copies`).
+    (`megatron.parallel.tensor.copies`); of a split layer that has a `recipe`, by which its products are in FP8, there
+    is `fp8_copy` in place of the first.
     """
 
     weight: nn.Parameter
@@ -44,6 +47,8 @@ class Matrix(nn.Module):
         super().__init__()
         self.copy: Tensor | None = None
         self.bias_copy: Tensor | None = None
+        self.recipe: Recipe | None = None
+        self.fp8_copy: Operands | None = None
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
         """The weight in `dtype`."""
@@ -76,6 +81,8 @@ class ColumnParallelLinear(Matrix):
 
     def forward(self, x_ui: Tensor) -> Tensor:
         """[t, o], this rank's features of all tokens."""
+        if self.recipe is not None:
+            return _in_fp8(x_ui, [self], [self.bias], entry=self.stream)[0]
         return linear(x_ui, self.weight, self.weight_in(x_ui.dtype), self.bias, self.bias_copy, self.stream,
                       self.deferral)
 
@@ -98,6 +105,8 @@ class RowParallelLinear(Matrix):
 
     def forward(self, x_ti: Tensor) -> Tensor:
         """[u, o], all features of this rank's tokens."""
+        if self.recipe is not None:
+            return _in_fp8(x_ti, [self], [self._bias_of_sum()], leaving=self.stream)[0]
         # The first rank alone adds the bias, inside its matrix product, and so gets the bias' whole gradient.
         is_first = self.stream.axis.rank == 0
         bias_o = self.bias if self.bias is None or is_first else self.bias * 0
@@ -109,11 +118,17 @@ class RowParallelLinear(Matrix):
         """The same, but without the bias where the kernel that follows adds it on its way."""
         if not takes_triton(x_ti):
             return self(x_ti), None
+        if self.recipe is not None:
+            return _in_fp8(x_ti, [self], [None], leaving=self.stream)[0], self._bias_of_sum()
         product_to = linear(x_ti, self.weight, self.weight_in(x_ti.dtype), None, deferral=self.deferral)
+        return self.stream.leave(product_to), self._bias_of_sum()
+
+    def _bias_of_sum(self) -> Tensor | None:
+        """The bias as it is added to the sum over the ranks."""
         bias_o: Tensor | None = self.bias
         if bias_o is not None and self.stream.axis.rank and not self.stream.is_split:
             bias_o = bias_o.detach() + bias_o * 0  # all ranks add it to the same tokens: the first has its gradient
-        return self.stream.leave(product_to), bias_o
+        return bias_o
 
 
 class Table(nn.Module):
@@ -178,17 +193,25 @@ def linear(x_ui: Tensor, weight_oi: Tensor, matrix_oi: Tensor, bias_o: Tensor | 
 def products_together(x_ui: Tensor, *layers: ColumnParallelLinear) -> list[Product]:
     """Each layer's `product`, of tokens that are gathered and of gradients that are summed once for all."""
     leaves_bias = adds_biases(x_ui)
-    operands: list[Tensor | None] = []
-    for layer in layers:
-        biases = (None, None) if leaves_bias else (layer.bias, layer.bias_copy)
-        operands += [layer.weight, layer.weight_in(x_ui.dtype), *biases]
-    products = _Linear.apply(x_ui, layers[0].stream, layers[0].deferral, *operands)
+    if layers[0].recipe is not None:
+        biases = [None if leaves_bias else layer.bias for layer in layers]
+        products = _in_fp8(x_ui, layers, biases, entry=layers[0].stream)
+    else:
+        operands: list[Tensor | None] = []
+        for layer in layers:
+            bias_pair = (None, None) if leaves_bias else (layer.bias, layer.bias_copy)
+            operands += [layer.weight, layer.weight_in(x_ui.dtype), *bias_pair]
+        products = _Linear.apply(x_ui, layers[0].stream, layers[0].deferral, *operands)
     return [(product, layer.bias if leaves_bias else None) for product, layer in zip(products, layers, strict=True)]
 
 
-def bias_gradient(grad_to: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient [o] of a bias that was added to products."""
-    return sum_tokens(grad_to) if takes_compiled(grad_to) and dtype == torch.float32 else grad_to.sum(0, dtype=dtype)
+def _in_fp8(x_ui: Tensor, layers: Sequence[ColumnParallelLinear | RowParallelLinear], biases: Sequence[Tensor | None],
+            entry: Stream = ONE_RANK, leaving: Stream = ONE_RANK) -> tuple[Tensor, ...]:
+    recipe = layers[0].recipe
+    assert recipe is not None, "layers that are multiplied together have one recipe"
+    operands = [(layer.weight, layer.fp8_copy or weight_operands(layer.weight, recipe, x_ui.dtype), bias_o)
+                for layer, bias_o in zip(layers, biases, strict=True)]
+    return fp8_products(x_ui, recipe, entry, leaving, layers[0].deferral, operands)
 
 
 class _Linear(torch.autograd.Function):
@@ -224,14 +247,6 @@ class _Linear(torch.autograd.Function):
         grads: list[Tensor | None] = []
         for place, (weight_oi, grad_to) in enumerate(zip(ctx.weights, grads_to, strict=True)):
             dtype, is_trained = ctx.bias_dtypes[place], ctx.needs_input_grad[3 + 4 * place]
-            grads += [_weight_gradient(weight_oi, grad_to, x_ti, ctx.deferral) if is_trained else None, None,
-                      None if dtype is None else bias_gradient(grad_to, dtype), None]
+            grads += [weight_gradient(weight_oi, grad_to, x_ti, ctx.deferral) if is_trained else None, None,
+                      None if dtype is None else sum_over_tokens(grad_to, dtype), None]
         return summing.wait(), None, None, *grads
-
-
-def _weight_gradient(weight_oi: Tensor, grad_to: Tensor, x_ti: Tensor,
-                     deferral: WeightGradients | None) -> Tensor | None:
-    """The gradient [o, i]; None where it is left for later, or added to the weight's own already."""
-    if deferral is not None and deferral.takes(weight_oi, grad_to, x_ti):
-        return None
-    return remaining_weight_gradient(weight_oi, grad_to, x_ti)

@@ -25,11 +25,12 @@ from torch.nn import functional as F
 from megatron.kernels.cross_entropy import cross_entropy_reference, logits_gradient, target_statistics
 from megatron.kernels.device import takes_triton
 from megatron.kernels.packed_sequence import NO_TARGET
+from megatron.kernels.pointwise.product import sum_over_tokens
 from megatron.parallel.collectives import all_gather, start_all_reduce, sum_gradients
 from megatron.parallel.mesh import Axis
 from megatron.parallel.parameters import Declaration, Initial, split_parameter, table
 from megatron.parallel.pipeline.deferral import remaining_weight_gradient
-from megatron.parallel.tensor.layers import Matrix, bias_gradient, linear
+from megatron.parallel.tensor.layers import Matrix, linear
 from megatron.parallel.tensor.stream import Stream, rows_here
 
 _ONE_RANK = Axis()
@@ -132,7 +133,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if takes_weight:
                 grad_weight_vh = _sum(grad_weight_vh, remaining_weight_gradient(ctx.weight, grad_cv, hidden_ch))
             if takes_bias:
-                grad_bias_v = _sum(grad_bias_v, bias_gradient(grad_cv, torch.float32))
+                grad_bias_v = _sum(grad_bias_v, sum_over_tokens(grad_cv, torch.float32))
         for each in summing:
             each.wait()
         gradients = ((grad_weight_vh, ctx.weight.dtype), (None, None), (grad_bias_v, ctx.bias_dtype))

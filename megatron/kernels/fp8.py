@@ -1,0 +1,181 @@
+"""Matrix products in FP8: numbers of 8 bits, and scales that bring what a tensor holds into their range.
+
+E4M3 has 3 bits of mantissa and goes to 448, E5M2 has 2 and goes to 57,344 (Micikevicius et al., 2022, arXiv
+2209.05433). A scale is the largest magnitude, as it is now, over the largest number of the format, rounded up to a
+power of two: so scaling rounds nothing, and what is above the subnormal numbers comes out the same whatever the scale
+is. `Scaling` says what shares one: the whole tensor; in a product each row of the left and each column of the right
+factor; or, as the OCP's Microscaling Formats (MXFP8, 2023) have it, 32 neighbours along the dimension that is summed
+over. Shapes: r rows, c columns of any matrix; in a product [r, k] and [c, k], of which k is summed over.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron.config import PrecisionConfig
+from megatron.errors import ConfigError
+from megatron.kernels.device import has_triton, takes_gpu_way
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+Scaling = Literal["tensorwise", "rowwise", "mxfp8"]
+MX_BLOCK = 32
+_LEAST = 2.0**-126  # of the scales: below it fp32 has no power of two that is normal
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How products are taken in FP8. Inputs and weights are in E4M3, gradients in the dtype `gradients`."""
+
+    scaling: Scaling
+    gradients: torch.dtype
+
+    @property
+    def multiple(self) -> int:
+        """All sizes of a product are to be divisible by this: cuBLAS takes 16, a block is not cut."""
+        return MX_BLOCK if self.scaling == "mxfp8" else 16
+
+
+def recipe_of(precision: PrecisionConfig) -> Recipe | None:
+    """That of the blocks' matrix products; None where they are not in FP8."""
+    if precision.fp8 is None:
+        return None
+    scaling: Any = precision.fp8_recipe
+    return Recipe(scaling, E5M2 if precision.fp8 == "hybrid" else E4M3)
+
+
+class Quantised(NamedTuple):
+    """`values` [r, c] in FP8, and the `scale` that they are to be multiplied by.
+
+    That is fp32 [1, 1], [r, 1] or [1, c], or of MXFP8 its exponent plus 127 in a byte, [r, c / 32] or [r / 32, c].
+    """
+
+    values: Tensor
+    scale: Tensor
+
+    def along(self, dim: int) -> "Quantised":
+        """The operand of a product that sums over dimension `dim`: that one last, and neighbours in memory.
+
+        The tensor cores before Blackwell read FP8 no other way.
+        """
+        if dim == 1:
+            return self
+        # A clone: of a line `contiguous` would keep the strides, at which scaled_mm looks.
+        scale = self.scale.t().clone(memory_format=torch.contiguous_format)
+        return Quantised(self.values.t().contiguous(), scale)
+
+
+def largest(x_rc: Tensor, scaling: Scaling, dim: int) -> Tensor:
+    """fp32: the largest magnitudes of what shares a scale where a product sums over `dim`; shaped like the scale."""
+    return _way(_largest, x_rc)(x_rc, scaling, dim)
+
+
+def quantised(x_rc: Tensor, amax: Tensor, scaling: Scaling, dtype: torch.dtype) -> Quantised:
+    """`x_rc` in FP8, scaled by its `largest` magnitudes, or those that it shares with others; NaN where they are."""
+    return Quantised(*_way(_quantised, x_rc)(x_rc, amax, scaling, dtype))
+
+
+def product(a_rk: Quantised, b_ck: Quantised, dtype: torch.dtype, is_fast: bool = False) -> Tensor:
+    """a bᵀ [r, c] in `dtype`, summed in fp32; `is_fast`: in the fewer bits in which Hopper sums faster.
+
+    On GPUs rows that have scales of their own give no more than bf16.
+    """
+    if not takes_gpu_way(a_rk.values):
+        return product_reference(a_rk, b_ck, dtype)
+    is_rowwise = a_rk.scale.dtype == torch.float32 and a_rk.scale.numel() > 1
+    return _scaled_product(a_rk, b_ck, torch.bfloat16 if is_rowwise else dtype, is_fast).to(dtype)
+
+
+def product_reference(a_rk: Quantised, b_ck: Quantised, dtype: torch.dtype) -> Tensor:
+    """By PyTorch's own product, in fp32, of the numbers that the operands stand for."""
+    return (dequantised(a_rk) @ dequantised(b_ck).t()).to(dtype)
+
+
+def dequantised(x: Quantised) -> Tensor:
+    """fp32 [r, c], exact."""
+    scale = x.scale if x.scale.dtype == torch.float32 else (x.scale.to(torch.int32) << 23).view(torch.float32)
+    return _scaled(x.values, scale)
+
+
+def way_of(recipe: Recipe, device: torch.device) -> str:
+    """What takes the products on `device`, and why nothing faster does; raises ConfigError where a GPU cannot."""
+    if device.type == "cpu":
+        return "PyTorch in fp32, of numbers rounded to FP8 (slow: no CPU multiplies FP8)"
+    if device.type == "cuda":
+        has, needs = torch.cuda.get_device_capability(device), (10, 0) if recipe.scaling == "mxfp8" else (8, 9)
+        if has < needs:
+            what = "--fp8-recipe mxfp8" if has >= (8, 9) else "--fp8"
+            remedy = "give --fp8-recipe tensorwise" if has >= (8, 9) else "leave it out"
+            raise ConfigError(f"{what} needs a GPU of compute capability {needs[0]}.{needs[1]} or later, and "
+                              f"{torch.cuda.get_device_name(device)} has {has[0]}.{has[1]}; {remedy}")
+    return "scaled_mm"
+
+
+def _largest(x_rc: Tensor, scaling: Scaling, dim: int) -> Tensor:
+    sizes = x_rc.abs()
+    if scaling == "tensorwise":
+        return sizes.amax().float().view(1, 1)
+    if scaling == "rowwise":
+        return sizes.amax(dim, keepdim=True).float()
+    return sizes.unflatten(dim, (-1, MX_BLOCK)).amax(dim + 1).float()
+
+
+def _quantised(x_rc: Tensor, amax: Tensor, scaling: Scaling, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    most = torch.finfo(dtype).max
+    # Up to a power of two: what lies above one carries into the exponent, and leaves no mantissa.
+    bits = ((amax / most).clamp(min=_LEAST).view(torch.int32) + 0x7FFFFF) & 0x7F800000
+    scale = torch.where(amax.isfinite(), bits.view(torch.float32), amax)
+    # Converting does not saturate, and a scale that is shared may come from another tensor.
+    values_rc = _scaled(x_rc, 1 / scale).clamp(-most, most).to(dtype)
+    return values_rc, scale if scaling != "mxfp8" else (scale.view(torch.int32) >> 23).to(torch.uint8)
+
+
+def _scaled(x_rc: Tensor, scale: Tensor) -> Tensor:
+    """fp32 [r, c]: `x_rc` times its scale."""
+    for dim in range(2):
+        if scale.shape[dim] not in (1, x_rc.shape[dim]):
+            blocks = x_rc.unflatten(dim, (scale.shape[dim], MX_BLOCK))
+            return (blocks.float() * scale.unsqueeze(dim + 1)).flatten(dim, dim + 1)
+    return x_rc.float() * scale
+
+
+def _scaled_product(a_rk: Quantised, b_ck: Quantised, dtype: torch.dtype, is_fast: bool) -> Tensor:
+    scale_a, scale_b, has_blocks = a_rk.scale, b_ck.scale.t(), a_rk.scale.dtype == torch.uint8
+    if has_blocks:
+        scale_a, scale_b = (swizzled(x.scale).view(torch.float8_e8m0fnu) for x in (a_rk, b_ck))
+    is_fast = is_fast and not has_blocks
+    if torch.compiler.is_compiling():
+        # torch.compile does not know the public function in torch 2.11, and in 2.13 not with scales of blocks.
+        return torch._scaled_mm(a_rk.values, b_ck.values.t(), scale_a, scale_b, out_dtype=dtype,
+                                use_fast_accum=is_fast)
+    of_fp32 = F.ScalingType.RowWise if scale_a.numel() > 1 else F.ScalingType.TensorWise
+    kind = F.ScalingType.BlockWise1x32 if has_blocks else of_fp32
+    order = F.SwizzleType.SWIZZLE_32_4_4 if has_blocks else F.SwizzleType.NO_SWIZZLE
+    return F.scaled_mm(a_rk.values, b_ck.values.t(), scale_a, kind, scale_b, kind, order, order, output_dtype=dtype,
+                       use_fast_accum=is_fast)
+
+
+def swizzled(scale_rb: Tensor) -> Tensor:
+    """Blocks' scales in the order in which cuBLAS reads them: tiles of 128 rows and 4 columns, filled up with 0.
+
+    In a tile row i and column j are at 16 (i mod 32) + 4 (i div 32) + j (cuBLAS, "1D Block Scaling Factors Layout").
+    """
+    rows, columns = scale_rb.shape
+    scale_rb = F.pad(scale_rb, (0, -columns % 4, 0, -rows % 128))
+    tiles = scale_rb.view(scale_rb.shape[0] // 128, 4, 32, scale_rb.shape[1] // 4, 4)
+    return tiles.permute(0, 3, 2, 1, 4).flatten()
+
+
+def _way(function: Callable[..., Any], x_rc: Tensor) -> Callable[..., Any]:
+    """`function`, compiled where it is not being compiled: on GPUs each of its operations would go through memory."""
+    is_eager_on_gpu = x_rc.is_cuda and not torch.compiler.is_compiling() and has_triton()
+    return _compiled(function) if is_eager_on_gpu else function
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)
