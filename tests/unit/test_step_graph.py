@@ -73,8 +73,9 @@ def trained(is_graph, precision, optimizer):
     def kept():
         state = [tensor for values in engine.optimizer.inner.state.values() for tensor in values.values()]
         parameters = list(engine.model.parameters.values())
+        copies = [copy for layer in engine.stages[0].matrices() for copy in (layer.copy, layer.bias_copy)]
         return [*parameters, *(parameter.grad for parameter in parameters), *state, engine.loss_scale._state,
-                *engine.copies.tensors()]
+                *(copy for copy in copies if copy is not None)]
 
     tracer = Tracer(kept) if is_graph else None
     if is_graph:
