@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--fp32", action="store_true", help="in place of bf16")
     parser.add_argument("--fp8", choices=("e4m3", "hybrid"), help="each preset in that too")
+    parser.add_argument("--cuda-graph", action="store_true", help="each preset with that too")
     parser.add_argument("--rehearse", action="store_true")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -95,16 +96,18 @@ def main() -> None:
     columns = ["preset", "rows x tokens", "tokens/s", "residues/s", "model TFLOP/s", "of the measured peak", "GiB held"]
     print(f"| {' | '.join(columns)} |\n{'| --- ' * len(columns)}|", flush=True)
     common = [*(["--no-bf16"] if arguments.fp32 else []), *(SMALL if arguments.rehearse else [])]
+    more = [["--fp8", arguments.fp8]] if arguments.fp8 else []
+    more += [["--cuda-graph"]] if arguments.cuda_graph else []
     seconds, gains = 0.2 if arguments.rehearse else arguments.seconds, []
     for preset in arguments.presets:
         rows = str(2 if arguments.rehearse else ROWS[preset])
         speeds = []
-        for flags in [[], ["--fp8", arguments.fp8]] if arguments.fp8 else [[]]:
+        for flags in ([], *more):
             config, _ = parse(["--preset", preset, "--micro-batch-size", rows, "--global-batch-size", rows, *common,
                                *flags])
             speeds.append(print_row(" ".join([preset, *flags]), config, seconds, device))
-        if arguments.fp8:
-            gains.append(f"{preset}: {speeds[1] / speeds[0]:.2f} times as many tokens/s with --fp8 {arguments.fp8}")
+        gains += [f"{preset}: {speed / speeds[0]:.2f} times as many tokens/s with {' '.join(flags)}"
+                  for speed, flags in zip(speeds[1:], more, strict=True)]
     if gains:
         print("", *gains, sep="\n")
 

@@ -85,7 +85,10 @@ class StepGraph:
 
     def set_targets(self, num_targets: Tensor | int) -> None:
         """Of the whole global batch, by which losses are divided."""
-        self._num_targets.copy_(torch.as_tensor(num_targets))
+        if isinstance(num_targets, Tensor):
+            self._num_targets.copy_(num_targets)
+        else:
+            self._num_targets.fill_(num_targets)
 
     def micro_batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The share of the global batch's mean loss, and how many targets are predicted right; gradients are added."""

@@ -193,6 +193,14 @@ def test_half_precision_learns_and_resumes(corpus, tmp_path, precision):
     assert all(resumed[step] == pytest.approx(unbroken[step], rel=1e-3) for step in unbroken)
 
 
+@pytest.mark.parametrize("is_compiled", ["--compile", "--no-compile"])
+@pytest.mark.parametrize("precision", ["--no-bf16", "--bf16"])
+def test_graphs_have_the_curve_of_steps_without_them(corpus, tmp_path, is_compiled, precision):
+    flags = [precision, is_compiled, "--attention-dropout", "0.1", "--hidden-dropout", "0.1", "--train-iters", "12"]
+    plain, graphs = (curve(corpus, tmp_path / str(len(more)), *flags, *more) for more in ([], ["--cuda-graph"]))
+    assert all(graphs[step] == pytest.approx(plain[step], rel=1e-4) for step in plain)
+
+
 def test_a_step_never_waits_for_the_device(corpus, tmp_path, monkeypatch):
     from megatron.train import step as module
 
