@@ -31,6 +31,9 @@ class TrainingConfig:
                                         changes="nothing")
     compile: bool = flag(None, "compile each transformer block, once, by torch.compile (default: on GPUs, where the "
                          "layout allows it)", kind=bool, changes="course")
+    flash_attention: str = flag("FA2", "which FlashAttention PyTorch's operator is: its own second one, or what is "
+                                "installed beside it, the third for Hopper or the fourth",
+                                choices=("FA2", "FA3", "FA4"), changes="nothing")
     cuda_graph: bool = flag(False, "on GPUs, capture a micro-batch's passes and the update as CUDA graphs, and launch "
                             "these (one pipeline stage, nothing shared out)", changes="nothing")
     seed: int = flag(1234, "seed of weights, row order, masks and dropout", kind=int, check=not_negative,

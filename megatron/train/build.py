@@ -24,7 +24,7 @@ from megatron.train.graph import check_graph
 from megatron.train.precision import set_tf32, with_precision_chosen
 from megatron.train.resume import differences, facts_of, find_checkpoint, refuse_changes
 from megatron.train.state import BatchSizes, TrainState
-from megatron.train.ways import ways
+from megatron.train.ways import set_flash_attention, ways
 
 
 @dataclass
@@ -71,6 +71,7 @@ def build(config: Config, mesh: Mesh, log: Log) -> Run:
                           "wrote")
     check_graph(config, mesh)
     set_tf32(config, mesh)
+    set_flash_attention(config, mesh)
     sizes = BatchSizes(config.training, mesh.data.size)
     vocab = Vocab.from_file(config.data.vocab_file, config.data.mask_token)
     checkpoint = find_checkpoint(config.checkpoint, mesh.world, log)

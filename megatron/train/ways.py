@@ -1,8 +1,10 @@
 """Which way a run's operations go, in a line: so that a slow one is seen before it has cost a day."""
 
 import torch
+from torch.nn.attention import activate_flash_attention_impl
 
 from megatron.config import Config
+from megatron.errors import ConfigError
 from megatron.kernels.attention.packed import way_of
 from megatron.kernels.device import has_triton, takes_triton
 from megatron.kernels.fp8 import recipe_of
@@ -30,6 +32,25 @@ def ways(config: Config, mesh: Mesh, is_compiled: bool) -> str:
     kind = f"{config.precision.fp8}, {config.precision.fp8_recipe}"
     fp8 = "" if recipe is None else f"; the blocks' products in FP8 ({kind}) by {way_of_fp8(recipe, mesh.device)}"
     return f"attention by {', and by '.join(attention)}; between matrix products {between}{fp8}"
+
+
+def set_flash_attention(config: Config, mesh: Mesh) -> None:
+    """Let PyTorch's operators be the FlashAttention that is asked for; raises ConfigError where it is not there."""
+    wanted = config.training.flash_attention
+    if wanted == "FA2":
+        return
+    if mesh.device.type != "cuda":
+        raise ConfigError(f"--flash-attention {wanted} is for GPUs, and this run is on {mesh.device}; leave it out")
+    has, takes = torch.cuda.get_device_capability(mesh.device), {"FA3": [9], "FA4": [9, 10]}[wanted]
+    if has[0] not in takes:
+        needed = " or ".join(f"{major}.0" for major in takes)
+        raise ConfigError(f"--flash-attention {wanted} needs a GPU of compute capability {needed}, and this one has "
+                          f"{has[0]}.{has[1]}; leave it out")
+    try:
+        activate_flash_attention_impl(wanted)
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(f"--flash-attention {wanted} cannot be loaded ({error}); install it (package "
+                          f"{'flash_attn_3' if wanted == 'FA3' else 'flash-attn-4'}), or leave it out") from error
 
 
 def _between(tensor: torch.Tensor) -> str:

@@ -6,7 +6,7 @@ from torch._dynamo.utils import counters
 
 from megatron.kernels import fp8
 from pretrain_tape import main
-from tests.golden.training import TINY, losses
+from tests.golden.training import DROPOUT, TINY, losses
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,18 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one(compiled_run, kind):
     eager, compiled = (losses(folder / name, kind) for name in ("eager", "compiled"))
     assert eager
     assert compiled == pytest.approx(eager, rel=1e-5)
+
+
+def test_a_compiled_run_has_the_dropout_of_an_eager_one_by_two_graphs_for_training_and_evaluation(corpus, tmp_path):
+    flags = [*TINY, *DROPOUT, "--data-path", corpus, "--train-iters", "8", "--eval-interval", "4"]
+    assert main([*flags, "--save", str(tmp_path / "eager")]) == 0
+    torch._dynamo.reset()
+    counters.clear()
+    assert main([*flags, "--save", str(tmp_path / "compiled"), "--compile"]) == 0
+    assert (counters["stats"]["unique_graphs"], dict(counters["graph_break"])) == (2, {})
+    for kind in ("train", "valid"):
+        eager, compiled = (losses(tmp_path / name, kind) for name in ("eager", "compiled"))
+        assert compiled == pytest.approx(eager, rel=1e-5)
 
 
 def test_a_compiled_run_in_fp8_has_nearly_the_losses_of_an_eager_one(corpus, tmp_path):

@@ -8,8 +8,9 @@ from megatron.errors import ConfigError
 from megatron.kernels.attention import compiled, fused, packed
 from megatron.kernels.pointwise import compiled as pointwise
 from megatron.parallel.mesh import Axis, Mesh
+from megatron.train import ways as module_of_ways
 from megatron.train.precision import set_tf32
-from megatron.train.ways import ways
+from megatron.train.ways import set_flash_attention, ways
 
 
 def said(flags, mesh=None, is_compiled=False):
@@ -47,13 +48,32 @@ def test_tf32_is_set_where_it_is_asked_for_and_refused_without_a_gpu_that_has_it
 
 
 @pytest.mark.parametrize(("flags", "attention"), [
-    ("", "PyTorch's varlen_attn"), ("--attention-dropout 0.1", "Triton's kernels (varlen_attn takes no dropout)"),
+    ("", "PyTorch's varlen_attn (FA2)"), ("--attention-dropout 0.1", "Triton's kernels (varlen_attn takes no dropout)"),
     ("--no-bf16 --num-query-groups 10", "Triton's kernels (varlen_attn takes no groups of queries and no fp32)"),
     ("--kv-channels 12", "Triton's kernels (varlen_attn takes no width of 12)")])
 def test_on_gpus_it_says_which_operator_and_what_the_other_lacks(flags, attention):
     assert said(flags, Mesh(device=torch.device("meta")), is_compiled=True) == (
         f"attention by {attention}; between matrix products torch.compile")
     assert said(flags, Mesh(device=torch.device("meta"))).endswith("between matrix products Triton's kernels")
+
+
+def test_another_flash_attention_is_set_where_it_is_installed_and_refused_elsewhere(monkeypatch):
+    def config(asked):
+        return parse(["--preset", "esm2-8m", "--micro-batch-size", "1", "--flash-attention", asked])[0]
+
+    gpu, activated = Mesh(device=torch.device("cuda")), []
+    set_flash_attention(config("FA2"), Mesh())
+    with pytest.raises(ConfigError, match="--flash-attention FA3 is for GPUs, and this run is on cpu; leave it out"):
+        set_flash_attention(config("FA3"), Mesh())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    with pytest.raises(ConfigError, match="FA4 needs a GPU of compute capability 9.0 or 10.0, and this one has 8.0"):
+        set_flash_attention(config("FA4"), gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    with pytest.raises(ConfigError, match="FA3 cannot be loaded .*flash_attn_interface.*package flash_attn_3"):
+        set_flash_attention(config("FA3"), gpu)
+    monkeypatch.setattr(module_of_ways, "activate_flash_attention_impl", activated.append)
+    set_flash_attention(config("FA4"), gpu)
+    assert activated == ["FA4"]
 
 
 @pytest.mark.parametrize(("asked", "flags", "why"), [
@@ -94,7 +114,8 @@ def test_products_in_fp8_are_named_with_what_takes_them():
 def test_blocks_with_and_without_a_window_are_both_named():
     mesh = Mesh(device=torch.device("meta"), context=Axis(0, 2))
     assert said("--window-size 4 4 --window-attn-skip-freq 2", mesh).startswith(
-        "attention by Triton's kernels (varlen_attn takes no window over context ranks), and by PyTorch's varlen_attn;")
+        "attention by Triton's kernels (varlen_attn takes no window over context ranks), and by PyTorch's varlen_attn "
+        "(FA2);")
 
 
 def test_a_gpu_without_triton_is_told_before_the_first_step(monkeypatch):

@@ -14,6 +14,7 @@ loop over proteins (`by_protein`).
 
 import torch
 from torch import Tensor
+from torch.nn.attention import current_flash_attention_impl
 
 from megatron.kernels.attention.asked import WORDS, asked_attention, check_asked, what_varlen_lacks
 from megatron.kernels.attention.by_protein import Window, attention_by_protein
@@ -49,7 +50,7 @@ def way_of(qkv_tgcd: Tensor, has_dropout: bool, window: Window = None, is_whole:
         return f"{WORDS[backend]} (as --attention-backend says)"
     if is_fused(qkv_tgcd, has_dropout, window, is_whole):
         if takes_varlen(qkv_tgcd, qkv_tgcd.shape[2] - 2, has_dropout, window, is_whole):
-            return WORDS["varlen"]
+            return f"{WORDS['varlen']} ({current_flash_attention_impl() or 'FA2'})"
         lacking = what_varlen_lacks(qkv_tgcd, has_dropout, window, is_whole)
         return f"{WORDS['triton']} (varlen_attn takes no {lacking})"
     if takes_helper(qkv_tgcd):
