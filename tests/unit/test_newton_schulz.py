@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron.kernels.newton_schulz.orthogonal import A, B, C, orthogonalised, working_dtype
+from megatron.kernels.newton_schulz.orthogonal import COEFFICIENTS, orthogonalised, working_dtype
 from megatron.kernels.newton_schulz.symmetric import gram, with_square
 
 
@@ -11,18 +11,18 @@ def by_singular_values(x_kmn, num_steps):
     """What the iteration comes to, in fp64."""
     left, values, right = torch.linalg.svd(x_kmn.double(), full_matrices=False)
     values = values / values.norm(dim=1, keepdim=True).clamp(min=1e-30)
-    for _ in range(num_steps):
-        values = A * values + B * values**3 + C * values**5
+    for a, b, c in COEFFICIENTS[:num_steps]:
+        values = a * values + b * values**3 + c * values**5
     return left * values[:, None] @ right
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 7), (3, 24, 24), (2, 31, 61), (2, 33, 66), (1, 20, 300)])
-@pytest.mark.parametrize("num_steps", [1, 5])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 7), (3, 24, 24), (2, 31, 61), (2, 33, 99), (1, 20, 300)])
+@pytest.mark.parametrize("num_steps", [1, 4, 5])
 def test_singular_values_change_and_nothing_else(shape, num_steps):
     torch.manual_seed(0)
     x = torch.randn(*shape)
     torch.testing.assert_close(orthogonalised(x, num_steps).double(), by_singular_values(x, num_steps), rtol=0,
-                               atol=5e-5)  # five steps let errors grow some hundredfold
+                               atol=2e-4)  # errors grow with the short directions
 
 
 def test_directions_a_thousandth_as_long_keep_their_digits():
@@ -31,14 +31,23 @@ def test_directions_a_thousandth_as_long_keep_their_digits():
         left, _, right = torch.linalg.svd(torch.randn(1, *shape), full_matrices=False)
         x = left * torch.logspace(0, -3, 32) @ right
         error = orthogonalised(x, 5).double() - by_singular_values(x, 5)
-        assert error.abs().max() < 2e-4
+        assert error.abs().max() < 5e-4
 
 
-def test_five_steps_bring_long_and_short_directions_close_to_one():
+@pytest.mark.parametrize(("num_steps", "low", "high"), [(4, 0.4, 1.58), (5, 0.85, 1.14)])
+def test_directions_of_very_different_lengths_come_close_to_one(num_steps, low, high):
     torch.manual_seed(2)
-    for shape in ((64, 64), (16, 200)):
-        values = torch.linalg.svdvals(orthogonalised(torch.randn(1, *shape), 5))
-        assert values.max() < 1.21 and values.quantile(0.1) > 0.6
+    for shape in ((64, 64), (64, 200)):
+        left, _, right = torch.linalg.svd(torch.randn(1, *shape), full_matrices=False)
+        values = torch.linalg.svdvals(orthogonalised(left * torch.logspace(0, -2.5, 64) @ right, num_steps))
+        assert low < values.min() and values.max() < high
+
+
+def test_one_direction_alone_is_safe_in_bf16():
+    torch.manual_seed(6)
+    for _ in range(20):
+        x = (torch.randn(3, 40, 1) @ torch.randn(3, 1, 90)).bfloat16()
+        assert torch.linalg.svdvals(orthogonalised(x, 5).float()).max() < 1.3
 
 
 @pytest.mark.parametrize("factor", [0.0, 1e-12, 1e12])
