@@ -36,7 +36,7 @@ class OptimizerConfig:
     muon_momentum: float = flag(0.95, "momentum of muon and normuon", kind=float, check=fraction, changes="course")
     muon_momentum_warmup_iters: int = flag(300, "steps over which it rises from 0.85", kind=int, check=not_negative,
                                            changes="course")
-    muon_num_ns_steps: int = flag(4, "Newton-Schulz steps that orthogonalise a matrix", kind=int,
+    muon_num_ns_steps: int = flag(3, "Newton-Schulz steps that orthogonalise a matrix", kind=int,
                                   check=(lambda v: 1 <= v <= 5, "from 1 to 5"), changes="course")
     normuon_beta2: float = flag(0.95, "decay of normuon's second moment of rows", kind=float, check=fraction,
                                 changes="course")

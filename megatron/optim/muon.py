@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron.config import OptimizerConfig
+from megatron.kernels.device import takes_gpu_way
 from megatron.kernels.newton_schulz.orthogonal import orthogonalised, working_dtype
 from megatron.parallel.matrices.exchange import Result, WholeMatrices
 from megatron.parallel.mesh import Mesh
@@ -55,7 +56,9 @@ class Muon(torch.optim.Optimizer):
             parameter, group = self._of_parameter[number]
             update = self._matrices.joined(number, list(self._scaled(results, self.state[parameter], is_taken)))
             rate = group["lr"] * is_taken
-            parameter.mul_(1 - group["weight_decay"] * rate).addcmul_(update.to(parameter.dtype), -rate)
+            if group["weight_decay"]:
+                parameter.mul_(1 - group["weight_decay"] * rate)
+            parameter.addcmul_(update.to(parameter.dtype), -rate)
 
     def momentum(self, step: int) -> float:
         """That of step number `step`, the first is 1: it rises linearly over the warm-up."""
@@ -69,7 +72,11 @@ class Muon(torch.optim.Optimizer):
         gradient, momentum, state = parameter.grad, self.momentum(step), self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        gradient.div_(self.grad_scale).masked_fill_(is_taken == 0, 0.0)
+        gradient.div_(self.grad_scale)
+        if takes_gpu_way(gradient):
+            gradient.masked_fill_(is_taken == 0, 0.0)
+        elif not is_taken:  # which a CPU may look at
+            gradient.zero_()
         state["momentum_buffer"].lerp_(gradient, (1 - momentum) * is_taken)
         return gradient.lerp_(state["momentum_buffer"], momentum)
 
@@ -81,8 +88,8 @@ class Muon(torch.optim.Optimizer):
         scales = self._row_scales(results, state, is_taken) if self._evens_rows else [None] * len(results)
         for result, scale_m in zip(results, scales, strict=True):
             rows, columns = result.matrix.shape
-            scaled = result.part * max(1.0, rows / columns)**0.5
-            yield scaled if scale_m is None else scaled * scale_m[result.rows, None]
+            part = result.part if rows <= columns else result.part * (rows / columns)**0.5
+            yield part if scale_m is None else part * scale_m[result.rows, None]
 
     def _row_scales(self, results: list[Result], state: dict[str, Tensor], is_taken: Tensor) -> Iterable[Tensor]:
         """For each matrix what its rows are multiplied by: their root mean squares of late become alike, and the

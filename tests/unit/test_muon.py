@@ -29,7 +29,7 @@ def stepped(gradients, *, runs=(), rate=0.1, **flags):
     return steps
 
 
-def orthogonalised(x, num_steps=4):
+def orthogonalised(x, num_steps=3):
     left, values, right = torch.linalg.svd(x.double(), full_matrices=False)
     values = values / values.norm()
     for a, b, c in COEFFICIENTS[:num_steps]:

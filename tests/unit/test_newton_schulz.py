@@ -17,7 +17,7 @@ def by_singular_values(x_kmn, num_steps):
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 7), (3, 24, 24), (2, 31, 61), (2, 33, 99), (1, 20, 300)])
-@pytest.mark.parametrize("num_steps", [1, 4, 5])
+@pytest.mark.parametrize("num_steps", [1, 3, 5])
 def test_singular_values_change_and_nothing_else(shape, num_steps):
     torch.manual_seed(0)
     x = torch.randn(*shape)
@@ -34,7 +34,7 @@ def test_directions_a_thousandth_as_long_keep_their_digits():
         assert error.abs().max() < 5e-4
 
 
-@pytest.mark.parametrize(("num_steps", "low", "high"), [(4, 0.4, 1.58), (5, 0.85, 1.14)])
+@pytest.mark.parametrize(("num_steps", "low", "high"), [(3, 0.18, 1.88), (4, 0.4, 1.58), (5, 0.85, 1.14)])
 def test_directions_of_very_different_lengths_come_close_to_one(num_steps, low, high):
     torch.manual_seed(2)
     for shape in ((64, 64), (64, 200)):
