@@ -69,13 +69,13 @@ def test_a_run_goes_on_in_any_layout(corpus, tmp_path, one_folder):
 
 @pytest.mark.parametrize(("before", "after"), [("adam", "muon"), ("muon", "normuon"), ("normuon", "adam")])
 def test_the_state_of_another_optimizer_is_refused_in_a_line(corpus, tmp_path, capsys, before, after):
-    places = ["--data-path", corpus, "--save", str(tmp_path), "--load", str(tmp_path), "--eval-iters", "1"]
-    assert main([*MODEL, *places, "--train-iters", "1", "--optimizer", before]) == 0
+    command = [*MODEL, "--data-path", corpus, "--save", str(tmp_path), "--load", str(tmp_path), "--train-iters", "2"]
+    assert main([*command, "--exit-interval", "1", "--optimizer", before]) == 0
     capsys.readouterr()
-    assert main([*MODEL, *places, "--train-iters", "2", "--optimizer", after]) == 2
+    assert main([*command, "--optimizer", after]) == 2
     said, = capsys.readouterr().err.splitlines()
     assert f"--optimizer is {after}, but the checkpoint in {tmp_path} holds the state of {before}; give" in said
-    assert main([*MODEL, *places, "--train-iters", "2", "--optimizer", after, "--no-load-optim"]) == 0
+    assert main([*command, "--optimizer", after, "--no-load-optim"]) == 0
 
 
 def test_the_log_says_the_learning_rate_of_each_group(corpus, tmp_path, capsys):

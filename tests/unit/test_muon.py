@@ -66,13 +66,14 @@ def test_steps_go_where_those_of_torchs_own_muon_go_which_leaves_singular_values
     gradients = [torch.randn(40, 24) for _ in range(3)]
     theirs = torch.nn.Parameter(torch.zeros(40, 24))
     optimizer = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.0, momentum=0.95)
-    steps = stepped(gradients, optimizer="muon", weight_decay=0.0, muon_momentum_warmup_iters=0)
+    flags = {"weight_decay": 0.0, "muon_momentum_warmup_iters": 0, "muon_num_ns_steps": 5}
+    steps = stepped(gradients, optimizer="muon", **flags)
     for gradient in gradients:
         theirs.grad = gradient.clone()
         optimizer.step()
     ours, reached = sum(steps), theirs.detach()
     assert (ours * reached).sum() > 0.92 * ours.norm() * reached.norm()
-    assert ours.norm().item() == pytest.approx(reached.norm().item(), rel=0.3)
+    assert ours.norm().item() == pytest.approx(reached.norm().item(), rel=0.2)
 
 
 def test_a_step_is_as_long_at_any_width():
@@ -81,7 +82,7 @@ def test_a_step_is_as_long_at_any_width():
     for rows, columns in ((16, 16), (64, 16), (256, 64), (16, 64), (16, 256)):
         step, = stepped([torch.randn(rows, columns)], optimizer="muon", weight_decay=0.0)
         length = torch.linalg.svdvals(step).square().mean().sqrt().item()
-        assert length * min(1.0, columns / rows)**0.5 == pytest.approx(0.1, rel=0.2)
+        assert length * min(1.0, columns / rows)**0.5 == pytest.approx(0.1, rel=0.4)
 
 
 def test_matrices_whose_rows_take_turns_are_orthogonalised_each_by_itself():
