@@ -50,8 +50,8 @@ def _check_kinds(tensors: Tensors, checkpoint: Checkpoint) -> None:
         kinds_of.setdefault(name, set()).add(kind)
     for name, kinds in sorted(kinds_of.items()):
         # Others that are stepped as this one is: some optimizers step but the matrices, and leave the rest to another.
-        alike = [other for other in kinds_of.values() if (other & kinds) - {"step"}] or kinds_of.values()
-        if missing := set().union(*alike) - kinds:
+        alike = [other for other in kinds_of.values() if (other & kinds) - {"step"}]
+        if missing := set().union(*(alike if alike and name else kinds_of.values())) - kinds:
             raise CheckpointError(f"{checkpoint.path}: the optimizer's state lacks {min(missing)}/{name}; load an "
                                   "older iteration, or give --no-load-optim to start the optimizer afresh")
 
