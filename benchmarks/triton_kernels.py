@@ -1,9 +1,9 @@
 """What compilers make of the Triton kernels, without a GPU: `python benchmarks/triton_kernels.py [--presets ...]`.
 
-For attention, its maps and cross entropy of each preset, in its own precision and in fp32, each kernel and each
-compute capability: registers of a thread, bytes that a thread spills, shared memory of a program in KB (1,024 bytes).
-Kernels are compiled as a run would compile them. Exits with 1 where one needs more shared memory than the smallest GPU
-that takes its code has.
+For attention, its maps and cross entropy of each preset, in its own precision and in fp32, and for Muon's symmetric
+products, each kernel and each compute capability: registers of a thread, bytes that a thread spills, shared memory of a
+program in KB (1,024 bytes). Kernels are compiled as a run would compile them. Exits with 1 where one needs more shared
+memory than the smallest GPU that takes its code has.
 """
 
 import argparse
@@ -20,13 +20,14 @@ from triton.runtime.jit import JITFunction
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.compiled import Launch, Resources, distinct, launches_of_loss  # noqa: E402
+from benchmarks.compiled import Launch, Launches, Resources, distinct, launches_of_loss  # noqa: E402
 from megatron.config.command_line import parse  # noqa: E402
 from megatron.config.presets import PRESETS  # noqa: E402
 from megatron.kernels.attention import triton_kernels as attention_kernels  # noqa: E402
 from megatron.kernels.attention.launches import Call  # noqa: E402
 from megatron.kernels.attention.launches import Launch as OfAttention  # noqa: E402
 from megatron.kernels.attention.maps_triton import launch_map  # noqa: E402
+from megatron.kernels.newton_schulz.orthogonal import orthogonalised  # noqa: E402
 
 # Bytes of shared memory that a program may have: code for 8.0 also runs on 8.6 and 8.9, which have the least.
 MOST_SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -47,10 +48,10 @@ def main() -> int:
     parser.add_argument("--capabilities", nargs="+", type=int, choices=MOST_SHARED, default=list(MOST_SHARED))
     options = parser.parse_args()
     heads = [f"{capability / 10} {item.name}" for capability in options.capabilities for item in fields(Resources)]
-    print("| kernel | rows x columns, warps, stages |", *(f"{head} |" for head in heads))
+    print("| kernel | tile, warps, stages |", *(f"{head} |" for head in heads))
     print("| --- " * (2 + len(heads)) + "|")
     fits = True
-    for case in cases(options.presets):
+    for case in (*cases(options.presets), *newton_schulz_cases()):
         costs = [case.launch.resources(capability) for capability in options.capabilities]
         fits &= all(cost.shared <= MOST_SHARED[each] for cost, each in zip(costs, options.capabilities, strict=True))
         figures = [figure for cost in costs for figure in (cost.registers, cost.spilled, f"{cost.shared / 1024:.0f}")]
@@ -89,6 +90,17 @@ def cases(presets: Iterable[str]) -> Iterator[Case]:
         kind = f"{str(dtype).removeprefix('torch.')}, {len(launch.arguments[0])} targets"
         yield Case(f"{kind}: {launch.name}", launch,
                    f"{constants['ROWS']} x {constants['BLOCK']}")
+
+
+def newton_schulz_cases() -> Iterator[Case]:
+    """Muon's symmetric products of matrices of a small model and of a large one; the tile: rows x columns at once."""
+    with torch.device("meta"), Launches() as launches:
+        for width in (128, 1280):
+            orthogonalised(torch.empty(4, width, 4 * width, dtype=torch.bfloat16), 1)
+    for launch in distinct(launches.triton):
+        has = launch.constants
+        kind = "a A + b A²" if has["HAS_FACTOR"] else "X Xᵀ"
+        yield Case(f"bfloat16, {launch.arguments[2]} rows: {kind}", launch, f"{has['TILE']} x {has['DEPTH']}")
 
 
 def attention_launches(dtype: torch.dtype, width: int, dropout: float = 0.0, queries: int = 1) -> list[OfAttention]:

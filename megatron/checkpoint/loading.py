@@ -8,7 +8,7 @@ from torch import Tensor
 from megatron.checkpoint.sharded import read_parts
 from megatron.checkpoint.stored import Checkpoint, StoredTensor, Tensors
 from megatron.errors import CheckpointError
-from megatron.parallel.placement import Part, placement_of
+from megatron.parallel.placement import Part, part_of_state, placement_of
 
 
 def load_model(parameters: Mapping[str, Tensor], checkpoint: Checkpoint, names: Collection[str]) -> None:
@@ -38,8 +38,8 @@ def load_optimizer(parameters: Mapping[str, Tensor], checkpoint: Checkpoint) -> 
     _check_kinds(tensors, checkpoint)
     state = {key: _memory(tensors[key], parameters[name]) for key in tensors
              if (name := key.partition("/")[2]) in parameters}
-    read_parts({key: _fitting(key, placement_of(parameters[key.partition("/")[2]]).part(tensor), tensors[key],
-                              checkpoint) for key, tensor in state.items()}, tensors)
+    read_parts({key: _fitting(key, part_of_state(parameters[key.partition("/")[2]], tensor), tensors[key], checkpoint)
+                for key, tensor in state.items()}, tensors)
     return state
 
 
@@ -49,14 +49,16 @@ def _check_kinds(tensors: Tensors, checkpoint: Checkpoint) -> None:
         kind, _, name = key.partition("/")
         kinds_of.setdefault(name, set()).add(kind)
     for name, kinds in sorted(kinds_of.items()):
-        if missing := set().union(*kinds_of.values()) - kinds:
+        # Others that are stepped as this one is: some optimizers step but the matrices, and leave the rest to another.
+        alike = [other for other in kinds_of.values() if (other & kinds) - {"step"}]
+        if missing := set().union(*(alike if alike and name else kinds_of.values())) - kinds:
             raise CheckpointError(f"{checkpoint.path}: the optimizer's state lacks {min(missing)}/{name}; load an "
                                   "older iteration, or give --no-load-optim to start the optimizer afresh")
 
 
 def _memory(tensor: StoredTensor, parameter: Tensor) -> Tensor:
-    """Zeros for a state tensor: a scalar, such as a count of steps, is one everywhere."""
-    shape = parameter.shape if tensor.shape else ()
+    """Zeros for a state tensor: one of fewer dimensions than its parameter is the same everywhere."""
+    shape = parameter.shape if len(tensor.shape) == parameter.ndim else tensor.shape
     return torch.zeros(shape, dtype=tensor.dtype, device=parameter.device if tensor.shape else "cpu")
 
 

@@ -29,13 +29,13 @@ from megatron.errors import CheckpointError
 from megatron.files import left_over, write_json
 from megatron.log import Log
 from megatron.parallel.mesh import Axis, Mesh
-from megatron.parallel.placement import Part, placement_of
+from megatron.parallel.placement import Part, part_of_state, placement_of
 
 
 def parts_of(model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> dict[str, Part]:
-    """This rank's part of every tensor of a checkpoint; the optimizer's, KIND/PARAMETER, lie as their parameters do."""
+    """This rank's part of every tensor of a checkpoint; the optimizer's are named KIND/PARAMETER."""
     parts = {f"model/{name}": placement_of(tensor).part(tensor) for name, tensor in model.items()}
-    return parts | {f"optimizer/{key}": placement_of(model[key.partition("/")[2]]).part(tensor)
+    return parts | {f"optimizer/{key}": part_of_state(model[key.partition("/")[2]], tensor)
                     for key, tensor in optimizer.items()}
 
 

@@ -220,7 +220,7 @@ def _with_derived(config: Config) -> Config:
     parallel = config.parallel
     if parallel.use_distributed_optimizer and parallel.data_parallel_sharding == "none":
         parallel = replace(parallel, data_parallel_sharding="optimizer")
-    return replace(config, model=model, parallel=parallel)
+    return replace(config, model=model, optimizer=config.optimizer.filled(), parallel=parallel)
 
 
 def _check_combinations(config: Config) -> None:

@@ -1,22 +1,30 @@
 """The flags of the optimizer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron.config.declaration import flag, fraction, not_negative, positive
+from megatron.errors import ConfigError
+
+# Peak learning rates under Muon where no flag gives one. A vector of the group "scalar" is any that is no matrix.
+_WITH_MUON = {"muon_lr": 0.02, "embedding_lr": 5e-3, "head_lr": 5e-3, "scalar_lr": 5e-3}
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """The optimizer and its regularisation."""
 
-    optimizer: str = flag("adam", "optimizer (adam is AdamW)", choices=("adam", "sgd"), changes="course")
+    optimizer: str = flag("adam", "optimizer (adam is AdamW; under muon and normuon it steps what is no matrix of a "
+                          "linear layer)", choices=("adam", "sgd", "muon", "normuon"), changes="course")
     optimizer_backend: str = flag("torch", "whose implementation of it", choices=("torch", "apex"), changes="course")
-    embedding_lr: float = flag(None, "peak learning rate of the tables of embeddings (default: --lr), on the course of "
-                               "the others", kind=float, check=positive, changes="course")
-    head_lr: float = flag(None, "peak learning rate of the head's own matrix and bias (default: --lr)", kind=float,
+    muon_lr: float = flag(None, "peak learning rate of what muon or normuon steps (default: 0.02)", kind=float,
                           check=positive, changes="course")
-    scalar_lr: float = flag(None, "peak learning rate of biases, scales and other vectors and scalars (default: --lr)",
-                            kind=float, check=positive, changes="course")
+    embedding_lr: float = flag(None, "peak learning rate of the tables of embeddings, on the course of the others "
+                               "(default: --lr, under muon 0.005)", kind=float, check=positive, changes="course")
+    head_lr: float = flag(None, "peak learning rate of the head's own matrix and bias (default: --lr, under muon "
+                          "0.005)", kind=float, check=positive, changes="course")
+    scalar_lr: float = flag(None, "peak learning rate of biases, scales and other vectors and scalars (default: --lr, "
+                            "under muon 0.005)", kind=float, check=positive, changes="course")
     weight_decay: float = flag(0.01, "decoupled weight decay; never on biases and LayerNorms", kind=float,
                                check=not_negative, changes="course")
     clip_grad: float = flag(1.0, "largest L2 norm of the gradient; 0 switches clipping off", kind=float,
@@ -25,3 +33,27 @@ class OptimizerConfig:
     adam_beta2: float = flag(0.999, "decay of the second moment", kind=float, check=fraction, changes="course")
     adam_eps: float = flag(1e-8, "added to the denominator", kind=float, check=positive, changes="course")
     sgd_momentum: float = flag(0.9, "momentum of sgd", kind=float, check=fraction, changes="course")
+    muon_momentum: float = flag(0.95, "momentum of muon and normuon", kind=float, check=fraction, changes="course")
+    muon_momentum_warmup_iters: int = flag(300, "steps over which it rises from 0.85", kind=int, check=not_negative,
+                                           changes="course")
+    muon_num_ns_steps: int = flag(3, "Newton-Schulz steps that orthogonalise a matrix", kind=int,
+                                  check=(lambda v: 1 <= v <= 5, "from 1 to 5"), changes="course")
+    normuon_beta2: float = flag(0.95, "decay of normuon's second moment of rows", kind=float, check=fraction,
+                                changes="course")
+
+    @property
+    def uses_muon(self) -> bool:
+        """Whether matrices are stepped by Muon, or by NorMuon, which goes on from it."""
+        return self.optimizer in ("muon", "normuon")
+
+    def filled(self) -> "OptimizerConfig":
+        """With the learning rates that follow from the optimizer; raises ConfigError where it has no use for one."""
+        if not self.uses_muon:
+            if self.muon_lr is not None:
+                raise ConfigError(f"--muon-lr {self.muon_lr} is of --optimizer muon and normuon, which is "
+                                  f"{self.optimizer}; give --lr, or one of these")
+            return self
+        if self.optimizer_backend != "torch":
+            raise ConfigError(f"--optimizer-backend {self.optimizer_backend} has no {self.optimizer}; give torch")
+        missing: dict[str, Any] = {name: rate for name, rate in _WITH_MUON.items() if getattr(self, name) is None}
+        return replace(self, **missing)

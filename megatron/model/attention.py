@@ -42,7 +42,8 @@ class Attention(nn.Module):
         self.first_head = stream.axis.rank * heads // stream.axis.size
         width, has_bias = heads * head_width, not config.disable_bias_linear
         rows = (heads + 2 * groups) * head_width
-        self.query_key_value = ColumnParallelLinear(config.hidden_size, rows, stream, normal(config), has_bias)
+        runs = (heads // groups * head_width, head_width, head_width)
+        self.query_key_value = ColumnParallelLinear(config.hidden_size, rows, stream, normal(config), has_bias, runs)
         self.dense = RowParallelLinear(width, config.hidden_size, stream, residual_output(config), has_bias)
         self.conv = ShortConvolution(rows, config.qkv_conv_kernel, stream) if config.qkv_conv_kernel else None
         self.values = ValueEmbedding(config, num_ids, stream) if config.value_embeddings else None

@@ -8,13 +8,14 @@ from torch import Tensor, nn
 
 from megatron.config import OptimizerConfig
 from megatron.errors import ConfigError
+from megatron.optim.muon import Muon
 from megatron.optim.scaling import LossScale
 from megatron.optim.sgd import DecoupledSGD
-from megatron.parallel.mesh import Axis
+from megatron.parallel.mesh import Mesh
 from megatron.parallel.parameters import declaration_of
 from megatron.parallel.placement import gradient_norm, is_any_trained
 
-ONE_RANK = Axis()
+ONE_RANK = Mesh()
 
 
 @dataclass(frozen=True)
@@ -28,33 +29,35 @@ class StepOutcome:
 class Optimizer:
     """Steps fp32 parameters along their summed, scaled gradients; of frozen ones it keeps nothing.
 
-    `parameters`: this rank's part of each, by name; `pipeline`: the ranks that hold the others, whose gradients count
-    in the norm; `peak_lr`: the schedule's, with which learning rates of single groups are compared; `is_captured`: a
-    step becomes a CUDA graph, so that learning rates and gradients keep their places. A step whose gradients are not
-    all finite changes nothing. Raises ConfigError where all are frozen.
+    `parameters`: this rank's part of each, by name; `mesh`: the ranks that hold the others; `peak_lr`: the schedule's,
+    with which learning rates of single groups are compared; `is_captured`: a step becomes a CUDA graph, so that
+    learning rates and gradients keep their places. A step whose gradients are not all finite changes nothing. Raises
+    ConfigError where all are frozen.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig,
-                 pipeline: Axis = ONE_RANK, peak_lr: float | None = None, is_captured: bool = False) -> None:
-        if not is_any_trained(parameters.values(), pipeline):
+    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, mesh: Mesh = ONE_RANK,
+                 peak_lr: float | None = None, is_captured: bool = False) -> None:
+        if not is_any_trained(parameters.values(), mesh.pipeline):
             raise ConfigError("every parameter of the model is frozen, so there is nothing to train; leave some "
                               "trainable")
-        self._all, self._pipeline = list(parameters.values()), pipeline
+        self._all, self._pipeline = list(parameters.values()), mesh.pipeline
         self._trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         self._clip_grad = config.clip_grad
         self._is_apex = config.optimizer_backend == "apex"
-        peaks = {"embedding": config.embedding_lr, "head": config.head_lr, "vector": config.scalar_lr}
+        peaks = {"matrix": config.muon_lr, "embedding": config.embedding_lr, "head": config.head_lr,
+                 "vector": config.scalar_lr}
         self._lr_scales = {group: lr / peak_lr for group, lr in peaks.items() if lr is not None and peak_lr}
         self._is_captured = is_captured
-        self.inner = _build(_groups(self._all, config.weight_decay), config, is_captured)
+        self.inner = _build(_groups(self._all, config.weight_decay), config, mesh, is_captured)
         if is_captured:
-            for group in self.inner.param_groups:
+            for group in self._param_groups():
                 group["lr"] = torch.zeros((), device=self._all[0].device)
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """For the steps to come; each group's in proportion to its own peak."""
-        for group in self.inner.param_groups:
-            of_group = learning_rate * self._lr_scales.get(group["group"], 1.0)
+        rates = self.learning_rates(learning_rate)
+        for group in self._param_groups():
+            of_group = rates.get(group["group"], learning_rate)
             if self._is_captured:
                 group["lr"].fill_(of_group)
             else:
@@ -74,40 +77,51 @@ class Optimizer:
         is_finite = torch.isfinite(norm)
         # Megatron's clipping: by max_norm / (norm + 1e-6) where that is below 1.
         divisor = scale * torch.clamp((norm + 1e-6) / self._clip_grad, min=1.0) if self._clip_grad else scale
-        if self._is_apex:
-            if is_finite.item():
+        for inner in self.inner:
+            if not self._is_apex:
+                # As torch.amp.GradScaler does: the fused kernels divide by grad_scale and skip where found_inf is 1.
+                inner.grad_scale = divisor  # type: ignore[attr-defined]
+                inner.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
+                inner.step()
+            elif is_finite.item():
                 torch._foreach_div_(gradients, divisor)
-                self.inner.step()
-        else:
-            # What torch.amp.GradScaler does: the fused kernels divide by grad_scale and skip where found_inf is 1.
-            self.inner.grad_scale = divisor  # type: ignore[attr-defined]
-            self.inner.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
-            self.inner.step()
-        self.inner.zero_grad(set_to_none=not self._is_captured)
+                inner.step()
+            inner.zero_grad(set_to_none=not self._is_captured)
         loss_scale.update(is_finite)
         return StepOutcome(norm, is_finite)
+
+    def learning_rates(self, learning_rate: float) -> dict[str, float]:
+        """Those of the groups that have their own, where the others' is `learning_rate`."""
+        return {group: learning_rate * scale for group, scale in self._lr_scales.items()}
 
     def state(self) -> dict[str, Tensor]:
         """Every state tensor, of this rank, under `KIND/PARAMETER`, e.g. `exp_avg/lm_head.bias`."""
         names: dict[Tensor, str] = {parameter: name for name, parameter in self._trained.items()}
-        state = {f"{kind}/{names[parameter]}": tensor for parameter, values in self.inner.state.items()
+        state = {f"{kind}/{names[parameter]}": tensor for inner in self.inner
+                 for parameter, values in inner.state.items()
                  for kind, tensor in values.items() if isinstance(tensor, Tensor)}
-        for group in self.inner.param_groups:
-            if "step" in group:  # apex counts steps a group, torch a parameter
+        for group in self._param_groups():
+            if "step" in group:  # apex and Muon count steps a group, torch a parameter
                 state |= {f"step/{names[p]}": torch.tensor(float(group["step"])) for p in group["params"]}
         return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Go on from what `state()` gave, by either implementation; that of parameters frozen since is left out."""
-        for key, tensor in state.items():
-            kind, name = key.split("/", 1)
-            if name in self._trained and not (self._is_apex and kind == "step"):
-                parameter = self._trained[name]
-                self.inner.state[parameter][kind] = tensor.to(parameter.device)
-        if self._is_apex:
-            steps = [int(tensor) for key, tensor in state.items() if key.startswith("step/")]
-            for group in self.inner.param_groups:
-                group["step"] = max(steps, default=0)
+        for inner in self.inner:
+            mine = {name: parameter for name, parameter in self._trained.items()
+                    if any(parameter is one for group in inner.param_groups for one in group["params"])}
+            counts_by_group = self._is_apex or isinstance(inner, Muon)
+            for key, tensor in state.items():
+                kind, name = key.split("/", 1)
+                if name in mine and not (counts_by_group and kind == "step"):
+                    inner.state[mine[name]][kind] = tensor.to(mine[name].device)
+            if counts_by_group:
+                steps = [int(state[f"step/{name}"]) for name in mine if f"step/{name}" in state]
+                for group in inner.param_groups:
+                    group["step"] = max(steps, default=0)
+
+    def _param_groups(self) -> list[dict]:
+        return [group for inner in self.inner for group in inner.param_groups]
 
 
 def _groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict]:
@@ -124,18 +138,24 @@ def _groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dic
             for (group, decays), members in groups.items()]
 
 
-def _build(groups: list[dict], config: OptimizerConfig, is_captured: bool) -> torch.optim.Optimizer:
+def _build(groups: list[dict], config: OptimizerConfig, mesh: Mesh, is_captured: bool) -> list[torch.optim.Optimizer]:
+    """Who steps the groups: all of them one, or Muon the matrices and AdamW the others."""
     betas = (config.adam_beta1, config.adam_beta2)
+    if config.uses_muon:
+        matrices, others = ([group for group in groups if (group["group"] == "matrix") is is_matrix]
+                            for is_matrix in (True, False))
+        adam = [torch.optim.AdamW(others, lr=0.0, betas=betas, eps=config.adam_eps, fused=True)] if others else []
+        return [*([Muon(matrices, config, mesh)] if matrices else []), *adam]
     if config.optimizer_backend == "torch":
         if config.optimizer == "adam":
-            return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.adam_eps, fused=True,
-                                     capturable=is_captured)
-        return DecoupledSGD(groups, momentum=config.sgd_momentum)
+            return [torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.adam_eps, fused=True,
+                                      capturable=is_captured)]
+        return [DecoupledSGD(groups, momentum=config.sgd_momentum)]
     try:
         from apex.optimizers import FusedAdam, FusedSGD  # type: ignore[import-not-found]
     except ImportError as error:
         raise ConfigError(f"--optimizer-backend apex: apex cannot be imported ({error}); install it, or give "
                           "torch") from error
     if config.optimizer == "adam":
-        return FusedAdam(groups, lr=0.0, betas=betas, eps=config.adam_eps)
-    return FusedSGD(groups, lr=0.0, momentum=config.sgd_momentum, wd_after_momentum=True)
+        return [FusedAdam(groups, lr=0.0, betas=betas, eps=config.adam_eps)]
+    return [FusedSGD(groups, lr=0.0, momentum=config.sgd_momentum, wd_after_momentum=True)]

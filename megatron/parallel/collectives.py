@@ -4,6 +4,7 @@
 where every rank holds all of it, and "partial" where the true values are the sum over the ranks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -88,6 +89,18 @@ def start_reduce_scatter(tensor: Tensor, axis: Axis) -> Pending:
     mine = tensor.new_empty(tensor.shape[0] // axis.size, *tensor.shape[1:])
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     return Pending(mine, scatter(mine, tensor.contiguous(), group=axis.group, async_op=True))
+
+
+def start_exchange(tensor: Tensor, to_each: Sequence[int], from_each: Sequence[int], axis: Axis) -> Pending:
+    """Begin to send `to_each[r]` elements of `tensor`, which lie in the ranks' order, to rank r of the axis.
+
+    The result: `from_each[r]` elements of rank r, in the ranks' order. Not differentiable.
+    """
+    if axis.size == 1:
+        return Pending(tensor, None)
+    received = tensor.new_empty(sum(from_each))
+    return Pending(received, dist.all_to_all_single(received, tensor, list(from_each), list(to_each), group=axis.group,
+                                                    async_op=True))
 
 
 def slice_of(tensor: Tensor, axis: Axis) -> Tensor:

@@ -36,10 +36,12 @@ class Mesh:
     `pipeline`: ranks that share the depth. `data`: ranks that see different rows. `context`: ranks that share the
     tokens of each row. `tensor`: ranks that share each layer. `replicas`: data and context together, the ranks that
     have the same parameters and see other tokens; of these, `shards` are the neighbours that share out what
-    `--data-parallel-sharding` says, and `copies` those that have the same share. `ends`: the first and the last
-    pipeline rank, on these; one rank elsewhere. `channels`: groups of the pipeline for point-to-point messages, each
-    of which carries one kind of message in one direction, so that no two ever wait for each other. `writers`: all ranks
-    on a gloo group of their own, on which they agree about files while the others are at work for the training.
+    `--data-parallel-sharding` says, and `copies` those that have the same share. `holders`: replicas and tensor
+    together, all ranks that have parts of the same parameters, numbered by copy, shard and tensor rank. `ends`: the
+    first and the last pipeline rank, on these; one rank elsewhere. `channels`: groups of the pipeline for
+    point-to-point messages, each of which carries one kind of message in one direction, so that no two ever wait for
+    each other. `writers`: all ranks on a gloo group of their own, on which they agree about files while the others are
+    at work for the training.
     """
 
     world: Axis = field(default_factory=Axis)
@@ -50,6 +52,7 @@ class Mesh:
     replicas: Axis = field(default_factory=Axis)
     shards: Axis = field(default_factory=Axis)
     copies: Axis = field(default_factory=Axis)
+    holders: Axis = field(default_factory=Axis)
     ends: Axis = field(default_factory=Axis)
     channels: tuple[dist.ProcessGroup, ...] = ()
     writers: Axis = field(default_factory=Axis)
@@ -91,13 +94,15 @@ def build_mesh(config: ParallelConfig, device: torch.device, timeout: timedelta)
     inside = (config.shard_within or replicas.size) if config.data_parallel_sharding != "none" else 1
     split = {"pipeline": sizes["pipeline"], "copies": replicas.size // inside, "shards": inside,
              "tensor": sizes["tensor"]}
+    holders = replicas if sizes["tensor"] == 1 else axes["tensor"] if replicas.size == 1 else (
+        build_axis(split, ["copies", "shards", "tensor"], timeout))
     line = line_through(sizes, ["pipeline"], dist.get_rank())
     ends = _ends(line, timeout)
     num_channels = 0 if len(line) == 1 else 4 if config.num_layers_per_virtual_pipeline_stage else 2
     channels = tuple(_new_group(line, timeout, f"channel {number}") for number in range(num_channels))
     return Mesh(world=Axis(dist.get_rank(), dist.get_world_size(), dist.group.WORLD), **axes, replicas=replicas,
-                shards=build_axis(split, ["shards"], timeout), copies=build_axis(split, ["copies"], timeout), ends=ends,
-                channels=channels, device=device)
+                shards=build_axis(split, ["shards"], timeout), copies=build_axis(split, ["copies"], timeout),
+                holders=holders, ends=ends, channels=channels, device=device)
 
 
 def with_writers(mesh: Mesh, timeout: timedelta) -> Mesh:

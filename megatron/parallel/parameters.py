@@ -49,22 +49,24 @@ class Declaration:
     `group`: the parameters that an optimizer, or a learning rate, is chosen for together. "matrix": the weights of
     linear layers; "embedding": tables of which rows are looked up; "head": what is particular to the vocabulary's
     logits; "vector": biases and scales. `decays`: whether weight decay pulls it towards 0. `is_trained`: whether it is
-    ever; what is not is carried along.
+    ever; what is not is carried along. `runs`: of several matrices whose rows take turns, how many rows each has in a
+    turn; (): it is one matrix.
     """
 
     initial: Initial
     group: Group
     decays: bool
     is_trained: bool = True
+    runs: tuple[int, ...] = ()
 
 
 BIAS = Declaration(Constant(0.0), "vector", decays=False)
 SCALE = Declaration(Constant(1.0), "vector", decays=False)
 
 
-def matrix(initial: Initial) -> Declaration:
-    """What the weight of a linear layer is."""
-    return Declaration(initial, "matrix", decays=True)
+def matrix(initial: Initial, runs: tuple[int, ...] = ()) -> Declaration:
+    """What the weight of a linear layer is, or of several with one input, whose rows take turns."""
+    return Declaration(initial, "matrix", decays=True, runs=runs)
 
 
 def table(initial: Initial) -> Declaration:

@@ -52,6 +52,18 @@ class Placement:
             held = held.narrow(self.dim, 0, min(held.shape[self.dim], max(0, self.whole_size - offsets[self.dim])))
         return Part(held, tuple(offsets), self.whole_shape(local))
 
+    def box_on(self, whole_shape: tuple[int, ...], tensor_rank: int, shard: int) -> tuple[slice, ...]:
+        """What tensor rank number `tensor_rank`, with share number `shard`, holds of a whole that divides evenly."""
+        box = [slice(0, size) for size in whole_shape]
+        if self.dim is not None and self.axis.size > 1:
+            size = whole_shape[self.dim] // self.axis.size
+            box[self.dim] = slice(tensor_rank * size, (tensor_rank + 1) * size)
+        if self.shards.size > 1:
+            start, end = box[0].start, box[0].stop
+            size = -(-(end - start) // self.shards.size)
+            box[0] = slice(min(start + shard * size, end), min(start + (shard + 1) * size, end))
+        return tuple(box)
+
     def cut(self, whole: Tensor, local: Tensor) -> Tensor:
         """This rank's part of `whole`, in the shape of `local`."""
         if whole.ndim == 0:
@@ -79,6 +91,13 @@ class Part:
 def placement_of(parameter: Tensor) -> Placement:
     """How `parameter` lies on the ranks."""
     return getattr(parameter, "placement", Placement())
+
+
+def part_of_state(parameter: Tensor, state: Tensor) -> Part:
+    """What an optimizer's `state` for `parameter` holds of the whole: it lies as that does, or where it has fewer
+    dimensions, as a count or a number a row, whole on every rank."""
+    placement = placement_of(parameter) if state.ndim == parameter.ndim else Placement()
+    return placement.part(state)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter], pipeline: Axis | None = None) -> Tensor:

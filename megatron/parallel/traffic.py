@@ -1,7 +1,8 @@
 """How many bytes a rank sends, by axis and operation: counted where PyTorch calls its collectives.
 
 The count is that of a ring, the least that every rank must send: of a tensor of N bytes on s ranks an all-reduce sends
-2 (s - 1) / s N, an all-gather or a reduce-scatter (s - 1) / s of the whole, a message N (counted by its sender).
+2 (s - 1) / s N, an all-gather or a reduce-scatter (s - 1) / s of the whole, a message N (counted by its sender), and
+an exchange what is not for itself.
 """
 
 from collections import Counter
@@ -19,6 +20,7 @@ from megatron.parallel.mesh import Mesh
 Key = tuple[str, str]
 
 ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, SEND = "all-reduce", "all-gather", "reduce-scatter", "send"
+EXCHANGE = "exchange"
 
 
 class Traffic:
@@ -30,7 +32,7 @@ class Traffic:
     def add(self, axis: str, operation: str, num_bytes: int, num_ranks: int, times: int = 1) -> None:
         """Count `times` calls on `num_ranks` ranks; `num_bytes`: of the whole tensor. One rank sends nothing."""
         if num_ranks > 1 and times:
-            rounds = {ALL_REDUCE: 2 * (num_ranks - 1), SEND: num_ranks}.get(operation, num_ranks - 1)
+            rounds = {ALL_REDUCE: 2 * num_ranks - 2, SEND: num_ranks, EXCHANGE: num_ranks}.get(operation, num_ranks - 1)
             self.calls[axis, operation] += times
             self.sent[axis, operation] += times * (rounds * num_bytes // num_ranks)
 
@@ -84,9 +86,17 @@ def _axes_by_group(mesh: Mesh) -> dict[str, str]:
     for name, group in groups:
         if group is not None and name not in names.setdefault(group.group_name, []):
             names[group.group_name].append(name)
+    if mesh.holders.group is not None:
+        names.setdefault(mesh.holders.group.group_name, ["holders"])
     if mesh.world.group is not None:
         names.setdefault(mesh.world.group.group_name, ["world"])
     return {group: "+".join(sharing) for group, sharing in names.items()}
+
+
+def _for_others(args: Sequence[Any]) -> Sequence[torch.Tensor]:
+    """What an exchange sends to other ranks."""
+    own = dist.ProcessGroup.unbox(args[2]).rank()
+    return [piece for rank, piece in enumerate(args[1].split(args[4])) if rank != own]
 
 
 _Tensors = Callable[[Sequence[Any]], Sequence[torch.Tensor]]
@@ -96,5 +106,6 @@ _COUNTED: dict[Any, tuple[str, _Tensors, int]] = {
     _C10D.allreduce_.default: (ALL_REDUCE, lambda args: args[0], 1),
     _C10D._allgather_base_.default: (ALL_GATHER, lambda args: args[:1], 2),
     _C10D._reduce_scatter_base_.default: (REDUCE_SCATTER, lambda args: args[1:2], 2),
+    _C10D.alltoall_base_.default: (EXCHANGE, _for_others, 2),
     _C10D.send.default: (SEND, lambda args: args[0], 1),
 }

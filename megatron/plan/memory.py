@@ -7,7 +7,7 @@ from itertools import accumulate
 
 from megatron.parallel.pipeline.schedules import Action, one_forward_one_backward, zero_bubble
 from megatron.plan.messages import buckets
-from megatron.plan.parameters import sharded_units, share_size
+from megatron.plan.parameters import Held, matrices_of, sharded_units, share_size
 from megatron.plan.passing import passing_of
 from megatron.plan.pieces import backward_of
 from megatron.plan.rank import PlannedStage, Rank
@@ -31,14 +31,21 @@ class Memory:
 def peak_memory(rank: Rank) -> Memory:
     """The most that `rank` holds at once; CUDA's context and libraries come on top."""
     parameters = rank.held
-    own, trained = (share_size(held, rank.shards, rank.shard) for held in (parameters, parameters.trained))
-    optimizer = rank.config.optimizer
-    is_adam = optimizer.optimizer == "adam"
-    moments = 2 if is_adam else int(optimizer.sgd_momentum > 0)
-    steps = len(parameters.trained.parameters) if is_adam else 0  # a count for each
+    own = share_size(parameters, rank.shards, rank.shard)
     gradients, activations = max(_moments(rank), key=sum)
     activations += parameters.copies if rank.sharding == "none" else 0
-    return Memory(4 * own, gradients, 4 * (moments * trained + steps), activations)
+    return Memory(4 * own, gradients, 4 * _optimizer_state(rank, parameters.trained), activations)
+
+
+def _optimizer_state(rank: Rank, trained: Held) -> int:
+    """Elements of the optimizer's state: moments, and for all but sgd a count of steps for each parameter."""
+    config, size = rank.config.optimizer, share_size(trained, rank.shards, rank.shard)
+    if config.optimizer == "sgd":
+        return size * (config.sgd_momentum > 0)
+    matrices = matrices_of(trained)
+    spared = share_size(matrices, rank.shards, rank.shard) if config.uses_muon else 0  # these have one moment
+    rows = sum(parameter.whole_rows for parameter in matrices) if config.optimizer == "normuon" else 0
+    return 2 * size - spared + rows + len(trained.parameters)
 
 
 def _moments(rank: Rank) -> Iterator[tuple[int, int]]:

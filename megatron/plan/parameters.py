@@ -7,7 +7,10 @@ from functools import cache, cached_property
 from itertools import chain, groupby
 from typing import NamedTuple
 
+from torch import nn
+
 from megatron.parallel.mesh import Axis, Mesh
+from megatron.parallel.parameters import declaration_of
 from megatron.parallel.placement import placement_of
 from megatron.parallel.tensor.layers import Matrix
 from megatron.plan.memory_watch import num_bytes
@@ -21,7 +24,7 @@ class Parameter:
     `is_split`: other tensor ranks hold other slices. `is_partial`: held whole by all of them, each with a part of its
     gradient. `is_at_ends`: the first and the last pipeline rank both hold it. `is_trained`: it has a gradient. `block`:
     the number of its block in the model, None outside the blocks. `copy_bytes`: of the copy for matrix products, where
-    each rank has all parameters.
+    each rank has all parameters. `whole_rows`: of a matrix of linear layers, the rows of the whole; 0 of others.
     """
 
     shape: tuple[int, ...]
@@ -31,6 +34,7 @@ class Parameter:
     is_trained: bool
     block: int | None
     copy_bytes: int
+    whole_rows: int
 
     @cached_property
     def size(self) -> int:
@@ -88,6 +92,12 @@ def share_size(held: Held, shards: int, shard: int) -> int:
 
 
 @cache
+def matrices_of(held: Held) -> Held:
+    """Those that are matrices of linear layers."""
+    return Held([parameter for parameter in held if parameter.whole_rows])
+
+
+@cache
 def sharded_units(held: Held, shards: int) -> Sequence[Unit]:
     """What of a stage is gathered together: each block, then what is outside the blocks."""
     sizes: dict[int | None, int] = {}
@@ -139,5 +149,10 @@ def _built(setting: Setting, part: Part, has_pipeline: bool) -> list[Parameter]:
         found.append(Parameter(tuple(parameter.shape), has_axis and placement.dim is not None,
                                has_axis and placement.has_partial_gradient, placement.ends.size > 1,
                                parameter.requires_grad, 0 if id(parameter) in in_block else None,
-                               copies.get(id(parameter), 0)))
+                               copies.get(id(parameter), 0), _whole_rows(parameter)))
     return found
+
+
+def _whole_rows(parameter: nn.Parameter) -> int:
+    is_matrix = declaration_of(parameter).group == "matrix"
+    return placement_of(parameter).whole_shape(parameter)[0] if is_matrix else 0

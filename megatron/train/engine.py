@@ -92,8 +92,7 @@ def with_optimizer(config: Config, mesh: Mesh, padded_vocab_size: int, stages: l
                         lambda stage, is_output: stages[stage].message(num_tokens, mesh.device, is_output))
     matrices = (layer for stage in stages for layer in stage.matrices())
     copies = ComputeCopies(matrices, compute_dtype(config.precision))
-    optimizer = Optimizer(model.parameters, config.optimizer, mesh.pipeline, config.schedule.lr,
-                          config.training.cuda_graph)
+    optimizer = Optimizer(model.parameters, config.optimizer, mesh, config.schedule.lr, config.training.cuda_graph)
     loss_scale = LossScale(config.precision, mesh.device)
     return Engine(config, mesh, padded_vocab_size, stages, model, pipeline, optimizer, copies, loss_scale,
                   wants_compilation(config, mesh.device))

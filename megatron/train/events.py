@@ -7,7 +7,7 @@ A number that means nothing (the loss of steps without targets, of a run that di
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -45,15 +45,22 @@ class Events:
                 self._board = Board(folder, first_step=iteration + 1)
 
     def train(self, iteration: int, num_iterations: int, consumed_samples: int, reading: Reading, *,
-              learning_rate: float, global_batch_size: int, loss_scale: float, peak_flops: float) -> None:
-        """One log event of training; `peak_flops` is the measured FLOP/s of all ranks together."""
+              learning_rate: float, group_rates: Mapping[str, float], global_batch_size: int, loss_scale: float,
+              peak_flops: float) -> None:
+        """One log event of training.
+
+        `group_rates`: the learning rates of groups that have their own; `peak_flops`: the measured FLOP/s of all ranks
+        together.
+        """
         flops = reading.model_flops / reading.elapsed_s
         # Above 1 the peak was measured too low, as the machine was at something else: such a share means nothing.
         share = flops / peak_flops if flops <= peak_flops else None
         values = {
             "loss": reading.loss, "perplexity": None if reading.loss is None else perplexity(reading.loss),
             "masked_accuracy": reading.masked_accuracy,
-            "learning_rate": learning_rate, "grad_norm": reading.grad_norm, "loss_scale": loss_scale,
+            "learning_rate": learning_rate,
+            **{f"learning_rate_{group}": rate for group, rate in group_rates.items()},
+            "grad_norm": reading.grad_norm, "loss_scale": loss_scale,
             "global_batch_size": global_batch_size, "tokens_per_s": reading.num_tokens / reading.elapsed_s,
             "residues_per_s": reading.num_residues / reading.elapsed_s, "model_tflops": flops / 1e12,
             "share_of_peak": share, "skipped_iterations": reading.num_skipped,
@@ -62,7 +69,8 @@ class Events:
         self._log.line(
             f" iteration {iteration:8d}/{num_iterations:8d} | consumed samples: {consumed_samples:12d} | "
             f"elapsed time per iteration (ms): {1000 * reading.elapsed_s / reading.num_steps:.1f} | "
-            f"learning rate: {learning_rate:.3E} | global batch size: {global_batch_size:5d} | "
+            f"learning rate: {learning_rate:.3E}{_of_groups(group_rates)} | "
+            f"global batch size: {global_batch_size:5d} | "
             f"lm loss: {_text(reading.loss, '.6E')} | loss scale: {loss_scale:.1f} | "
             f"grad norm: {_text(reading.grad_norm, '.3f')} | "
             f"number of skipped iterations: {reading.num_skipped:3d} | "
@@ -118,6 +126,10 @@ def loss_name(kind: str) -> str:
     """What a kind of evaluation is called."""
     split, _, corpus = kind.partition("/")
     return f"{'validation' if split == 'valid' else split} loss{f' on {corpus}' if corpus else ''}"
+
+
+def _of_groups(rates: Mapping[str, float]) -> str:
+    return f" ({', '.join(f'{group} {rate:.3E}' for group, rate in rates.items())})" if rates else ""
 
 
 def _text(value: float | None, form: str) -> str:

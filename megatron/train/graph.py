@@ -134,7 +134,9 @@ def check_graph(config: Config, mesh: Mesh) -> None:
         "whose stages wait for messages: --pipeline-model-parallel-size": (mesh.pipeline.size, 1),
         "whose gathers a graph would hold on to: --data-parallel-sharding": (parallel.data_parallel_sharding, "none"),
         "whose sums start from hooks: --DDP-impl": (parallel.DDP_impl, "local"),
-        "whose optimizer asks the host: --optimizer-backend": (config.optimizer.optimizer_backend, "torch")}
+        "whose optimizer asks the host: --optimizer-backend": (config.optimizer.optimizer_backend, "torch"),
+        "whose ranks exchange matrices at their own pace: --optimizer": (
+            config.optimizer.optimizer, "adam" if config.optimizer.uses_muon else config.optimizer.optimizer)}
     for why, (value, wanted) in reasons.items():
         if value != wanted:
             raise ConfigError(f"{flag} cannot capture a run {why} {value}; leave it out, or give {wanted} there")

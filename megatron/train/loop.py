@@ -146,8 +146,9 @@ class Training:
         if self._saver is not None:
             self._saver.check_claim()
         self._events.train(run.state.iteration, self._last_iteration, run.state.consumed_samples, reading,
-                           learning_rate=learning_rate, global_batch_size=rows, loss_scale=scale,
-                           peak_flops=self._peak_flops * run.mesh.world.size)
+                           learning_rate=learning_rate,
+                           group_rates=run.engine.optimizer.learning_rates(learning_rate), global_batch_size=rows,
+                           loss_scale=scale, peak_flops=self._peak_flops * run.mesh.world.size)
         can_recover = run.engine.loss_scale.is_dynamic and scale > run.config.precision.min_loss_scale
         if 0 < reading.num_steps_with_targets == reading.num_skipped and not can_recover:
             raise DivergedError(f"the gradients of the last {reading.num_skipped} steps up to iteration "

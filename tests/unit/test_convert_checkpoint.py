@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,23 @@ def test_an_iteration_can_be_chosen_and_the_vocabulary_cut(tmp_path, monkeypatch
     name = "lm_head.bias"
     assert torch.equal(cut.model[name].read(), wholes()[name][:24])
     assert cut.optimizer[f"exp_avg/{name}"].shape == (24,)
+
+
+def test_the_state_of_muon_stays_behind_where_the_original_has_none(tmp_path, monkeypatch, capsys):
+    write_original(tmp_path / "original")
+    adam = FORMATS["megatron-v2"].read(tmp_path / "original")
+    moments = {key.replace("exp_avg/", "momentum_buffer/"): value for key, value in adam.optimizer.items()
+               if key.startswith("exp_avg/")}
+    muon = replace(adam, optimizer=moments, state=adam.state | {"config": adam.state["config"] | {"optimizer": "muon"}})
+    FORMATS["whole"].write(muon, tmp_path / "muon")
+    for saver, note in (("sharded", None), ("megatron-v2", "note: megatron-v2 knows no Muon; the optimizer")):
+        flags = ["--load-dir", tmp_path / "muon", "--save-dir", tmp_path / saver, "--saver", saver]
+        status, said, _ = run(convert_checkpoint, monkeypatch, capsys, *flags)
+        assert status == 0 and (note is None or note in said)
+    assert FORMATS["sharded"].read(tmp_path / "sharded").optimizer.keys() == moments.keys()
+    weights = FORMATS["megatron-v2"].read(tmp_path / "megatron-v2")
+    assert weights.optimizer is None
+    check_values(weights, wholes())
 
 
 def test_partitions_are_merged_and_split_with_the_original_tools_flags(tmp_path, monkeypatch, capsys):

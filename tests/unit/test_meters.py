@@ -72,7 +72,8 @@ def test_a_split_without_a_residue_is_evaluated_to_nothing(tmp_path):
 
 
 def told(events: Events, found: Reading, peak_flops: float = 1e12) -> None:
-    events.train(1, 2, 8, found, learning_rate=1e-3, global_batch_size=8, loss_scale=1.0, peak_flops=peak_flops)
+    events.train(1, 2, 8, found, learning_rate=1e-3, group_rates={}, global_batch_size=8, loss_scale=1.0,
+                 peak_flops=peak_flops)
 
 
 def test_what_was_not_measured_is_none_in_the_log_and_null_in_the_metrics(tmp_path, capsys):

@@ -143,6 +143,15 @@ def test_memory_is_within_1_1_percent_of_the_dry_runs(name):
     assert (planned.parameters, planned.optimizer) == (measured.memory.parameters, measured.memory.optimizer)
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "normuon", "sgd"])
+@pytest.mark.parametrize(("num_ranks", "layout"), [(1, []), (4, [*TP2, *sharding("parameters")]), (2, PP2)])
+def test_it_knows_the_state_of_every_optimizer(num_ranks, layout, optimizer):
+    config, _ = parse([*SMALL, "--dry-run-ranks", str(num_ranks), *layout, "--optimizer", optimizer])
+    measured, planned = measure(config).memory, peak_memory(Rank(config, num_ranks))
+    assert planned.optimizer == measured.optimizer > 0
+    assert planned.peak == pytest.approx(measured.peak, rel=0.011)
+
+
 @pytest.mark.parametrize("name", [*LAYOUTS, *IN_FP8, *FAMILIES, *PEAKS_ELSEWHERE, *AT_SCALE])
 def test_a_rank_sends_exactly_what_the_dry_run_counts(name):
     measured, rank = both(name)

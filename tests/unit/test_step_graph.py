@@ -71,7 +71,8 @@ def trained(is_graph, precision, optimizer):
     meters = Meters(mesh.world, mesh.device)
 
     def kept():
-        state = [tensor for values in engine.optimizer.inner.state.values() for tensor in values.values()]
+        state = [tensor for inner in engine.optimizer.inner for values in inner.state.values()
+                 for tensor in values.values()]
         parameters = list(engine.model.parameters.values())
         copies = [copy for layer in engine.stages[0].matrices() for copy in (layer.copy, layer.bias_copy)]
         return [*parameters, *(parameter.grad for parameter in parameters), *state, engine.loss_scale._state,
@@ -80,7 +81,7 @@ def trained(is_graph, precision, optimizer):
     tracer = Tracer(kept) if is_graph else None
     if is_graph:
         engine.optimizer._is_captured = True
-        for group in engine.optimizer.inner.param_groups:
+        for group in engine.optimizer._param_groups():
             group["lr"] = torch.zeros(())
     step, results = TrainStep(engine, meters, tracer), []
     for number in range(5):
@@ -112,7 +113,8 @@ def test_without_a_gpu_it_is_refused():
 @pytest.mark.parametrize(("parallel", "optimizer", "words"), [
     (ParallelConfig(data_parallel_sharding="optimizer"), OptimizerConfig(), "--data-parallel-sharding optimizer; "),
     (ParallelConfig(DDP_impl="torch"), OptimizerConfig(), "--DDP-impl torch; leave it out, or give local there"),
-    (ParallelConfig(), OptimizerConfig(optimizer_backend="apex"), "--optimizer-backend apex; leave")])
+    (ParallelConfig(), OptimizerConfig(optimizer_backend="apex"), "--optimizer-backend apex; leave"),
+    (ParallelConfig(), OptimizerConfig(optimizer="normuon"), "--optimizer normuon; leave it out, or give adam there")])
 def test_a_layout_or_optimizer_that_no_graph_can_hold_is_refused(parallel, optimizer, words):
     config = Config(training=TrainingConfig(cuda_graph=True), parallel=parallel, optimizer=optimizer)
     with pytest.raises(ConfigError, match=words):

@@ -30,8 +30,10 @@ def convert(source: Path, target: Path, loader: str, saver: str, *, tensor: int,
     check_files(checkpoint.path, log)
     for note in checkpoint.state.get("notes", ()):
         log.line(f"note: {note}")
-    if saver in WEIGHTS_ALONE and checkpoint.optimizer is not None:
-        log.line(f"note: {saver} takes the weights alone; the optimizer's state is left out")
+    of_muon = saver == "megatron-v2" and checkpoint.state.get("config", {}).get("optimizer") in ("muon", "normuon")
+    if (saver in WEIGHTS_ALONE or of_muon) and checkpoint.optimizer is not None:
+        log.line(f"note: {saver} {'knows no Muon' if of_muon else 'takes the weights alone'}; the optimizer's state is "
+                 "left out")
         checkpoint = replace(checkpoint, optimizer=None)
     if vocab_size is not None:
         checkpoint = trimmed(checkpoint, vocab_size)

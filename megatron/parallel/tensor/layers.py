@@ -69,14 +69,17 @@ class Linear(Matrix):
 
 
 class ColumnParallelLinear(Matrix):
-    """A linear layer from the residual stream whose output features are split over the tensor axis."""
+    """A linear layer from the residual stream whose output features are split over the tensor axis.
+
+    `runs`: of several layers in one, whose features take turns, how many each has in a turn.
+    """
 
     def __init__(self, in_features: int, out_features: int, stream: Stream, initial: Initial,
-                 has_bias: bool = True) -> None:
+                 has_bias: bool = True, runs: tuple[int, ...] = ()) -> None:
         super().__init__()
         self.stream = stream
         self.deferral: WeightGradients | None = None
-        self.weight = split_parameter((out_features, in_features), 0, stream.axis, matrix(initial))
+        self.weight = split_parameter((out_features, in_features), 0, stream.axis, matrix(initial, runs))
         self.bias = split_parameter((out_features,), 0, stream.axis, BIAS) if has_bias else None
 
     def forward(self, x_ui: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""The nearest matrix with orthogonal rows, approximately: Newton-Schulz iteration, and its symmetric products."""

@@ -1,0 +1,1 @@
+"""Matrices whose parts lie on several ranks, made whole on one rank each and worked on there."""

@@ -1,0 +1,48 @@
+"""The Triton kernel of symmetric products, interpreted, against fp64: run by tests/unit/test_triton_symmetric.py.
+
+A process of its own, with TRITON_INTERPRET=1. Prints as JSON the largest error of each case, in the last place of what
+is stored, and whether what is below the diagonal is above it.
+"""
+
+import json
+import os
+from unittest.mock import patch
+
+import torch
+
+from megatron.kernels.newton_schulz import symmetric_triton
+from megatron.kernels.newton_schulz.orthogonal import orthogonalised
+from megatron.kernels.newton_schulz.symmetric import gram, with_square
+
+# k, m, n: one tile and several, sizes that no tile divides, more columns than rows and fewer.
+SHAPES = [(1, 1, 1), (2, 16, 64), (1, 33, 77), (2, 65, 130), (1, 200, 40), (1, 129, 129)]
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}  # of bf16 the interpreter gets products wrong
+CASES = [f"{name} {shape}" for name in DTYPES for shape in SHAPES]
+
+
+def outcome(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[float, bool]:
+    """Of X Xᵀ, and of a combination of that with its square."""
+    x = (torch.randn(*shape) / shape[2]**0.5).to(dtype)
+    first, second = gram(x), with_square(gram(x), -4.0, 2.0)
+    exact = gram(x).double()
+    errors = [(first.double() - x.double() @ x.double().mT).abs().max(),
+              (second.double() - (-4 * exact + 2 * exact @ exact)).abs().max() / 8]
+    return float(max(errors)) / torch.finfo(dtype).eps, all(torch.equal(each, each.mT) for each in (first, second))
+
+
+def main() -> None:
+    assert os.environ["TRITON_INTERPRET"] == "1"
+    torch.manual_seed(0)
+    found = {f"{name} {shape}": outcome(shape, dtype) for name, dtype in DTYPES.items() for shape in SHAPES}
+    with patch.object(symmetric_triton, "_tile", lambda size, dtype: (16, 16, {})):
+        found["many tiles"] = outcome((1, 16 * 13 + 5, 50), torch.float32)
+    x = torch.randn(2, 40, 70)
+    ours = orthogonalised(x, 5)
+    with patch.dict(os.environ, {"TRITON_INTERPRET": "0"}):
+        plain = orthogonalised(x, 5)
+    found["orthogonalised"] = float((ours - plain).abs().max() / torch.finfo(torch.float32).eps), True
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Matrices made whole of the parts that ranks hold, and handed back: against the same on one rank."""
+
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from megatron.config import ParallelConfig
+from megatron.parallel.matrices import sharing
+from megatron.parallel.matrices.exchange import WholeMatrices
+from megatron.parallel.mesh import Axis, Mesh, build_mesh
+from megatron.parallel.parameters import Normal, declaration_of, matrix
+from megatron.parallel.placement import Placement
+from megatron.parallel.traffic import TrafficCounter
+from tests.ranks.launch import TIMEOUT, run_ranks
+
+# Shape, dimension that is split over tensor ranks, runs of rows. Shares cut turns in two, and one of two may be empty.
+PARAMETERS = [((5, 4), None, ()), ((4, 5), None, ()), ((5, 8), 1, ()), ((20, 3), 0, (2, 1, 2)), ((1, 4), 1, ()),
+              ((10, 3), 0, (1, 4)), ((8, 5), 0, ())]
+MESHES = {"tp2, dp2 sharded": ParallelConfig(tensor_model_parallel_size=2, data_parallel_sharding="parameters"),
+          "tp2, dp2": ParallelConfig(tensor_model_parallel_size=2),
+          "dp4 sharded within 2": ParallelConfig(data_parallel_sharding="optimizer", shard_within=2),
+          "tp4": ParallelConfig(tensor_model_parallel_size=4), "dp4": ParallelConfig()}
+
+
+def wholes():
+    torch.manual_seed(0)
+    return [torch.randn(shape) for shape, _, _ in PARAMETERS]
+
+
+def part(whole, dim, runs, mesh):
+    """A rank's part of a parameter; one that the tensor ranks cannot split they all hold."""
+    dim = dim if dim is not None and whole.shape[dim] % (mesh.tensor.size * max(1, sum(runs))) == 0 else None
+    local = whole if dim is None else whole.chunk(mesh.tensor.size, dim)[mesh.tensor.rank]
+    placement = Placement(mesh.tensor, dim, whole.shape[dim] if dim is not None else 0, shards=mesh.shards,
+                          num_rows=len(local))
+    size = -(-len(local) // mesh.shards.size)
+    local = local[mesh.shards.rank * size:(mesh.shards.rank + 1) * size].clone()
+    local.placement, local.declaration = placement, matrix(Normal(0.02), runs)
+    return local
+
+
+def worked_on(mesh):
+    """Of each parameter this rank's part of what comes back, and the squares of rows."""
+    parts = [part(whole, dim, runs, mesh) for whole, (_, dim, runs) in zip(wholes(), PARAMETERS, strict=True)]
+    matrices = WholeMatrices(parts, mesh, torch.float32, with_squares=True)
+    back = {}
+    for results in matrices.worked_on(parts, lambda stack: stack / stack.norm(dim=(1, 2), keepdim=True)):
+        number = results[0].matrix.parameter
+        assert len(results) == max(1, len(declaration_of(parts[number]).runs))
+        back[number] = (matrices.joined(number, [result.part for result in results]),
+                        [result.squares for result in results])
+    assert back.keys() == set(range(len(parts)))
+    return back, parts
+
+
+def compared(axis, config, most_elements):
+    """The largest error on this rank, and how much it has sent."""
+    mesh = build_mesh(config, torch.device("cpu"), TIMEOUT)
+    with TrafficCounter(mesh) as counter, patch.object(sharing, "MOST_ELEMENTS", most_elements):
+        back, parts = worked_on(mesh)
+    expected, _ = worked_on(Mesh())
+    errors = [0.0]
+    for number, (found, squares) in back.items():
+        _, dim, runs = PARAMETERS[number]
+        mine = part(expected[number][0], dim, runs, mesh)
+        assert found.shape == parts[number].shape == mine.shape
+        errors.append(float((found - mine).norm()))
+        errors += [float((one - other).norm()) for one, other in zip(squares, expected[number][1], strict=True)]
+    return max(errors), counter.traffic.sent.total()
+
+
+@pytest.mark.parametrize("most_elements", [16, sharing.MOST_ELEMENTS])
+@pytest.mark.parametrize("name", MESHES)
+def test_parts_come_back_as_of_the_whole_on_one_rank(name, most_elements):
+    outcomes = run_ranks(compared, 4, MESHES[name], most_elements)
+    assert max(error for error, _ in outcomes) < 1e-6
+    assert all(sent > 0 for _, sent in outcomes)
+
+
+def test_on_one_rank_each_run_of_rows_is_a_matrix():
+    back, _ = worked_on(Mesh())
+    for number, (whole, (_, _, runs)) in enumerate(zip(wholes(), PARAMETERS, strict=True)):
+        runs = runs or (len(whole),)
+        found, expected = (each.view(-1, sum(runs), whole.shape[1]).split(runs, 1) for each in (back[number][0], whole))
+        for one, other, squares in zip(found, expected, back[number][1], strict=True):
+            torch.testing.assert_close(one, other / other.norm())
+            torch.testing.assert_close(squares, one.flatten(0, 1).square().mean(1))
+
+
+def test_as_much_work_goes_to_every_rank():
+    mesh = Mesh(holders=Axis(0, 3), copies=Axis(0, 3))
+    parameters = [part(torch.empty(size, 64), None, (), Mesh()) for size in (64, 16, 32, 64, 64, 64, 16, 32, 64, 64)]
+    work = [0, 0, 0]
+    for one in sharing.shared_out(parameters, mesh):
+        work[one.owner] += min(one.shape) ** 2
+        assert one.givers == {one.owner}
+    assert max(work) < 1.2 * min(work)
