@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from megatron.config import Config, ModelConfig, ScheduleConfig, TrainingConfig
 from megatron.config.data import VOCABULARIES
+from megatron.config.precision import DELAYED
 from megatron.config.presets import PRESETS
 from megatron.errors import ConfigError
 
@@ -244,6 +245,10 @@ def _check_combinations(config: Config) -> None:
         (config.precision.fp8 is None and config.precision.fp8_recipe != "tensorwise",
          f"--fp8-recipe {config.precision.fp8_recipe} says how to scale in FP8, and --fp8 is missing; give both, or "
          "neither"),
+        *[(config.precision.fp8_recipe != "delayed",
+           f"{flag_name(item)} {getattr(config.precision, item.name)} is about --fp8-recipe delayed, which is "
+           f"{config.precision.fp8_recipe}; leave one of the two out") for item in fields(config.precision)
+          if item.name in DELAYED and getattr(config.precision, item.name) != item.default],
         ((training.train_iters is None) != by_samples, "give one of --train-iters and --train-samples"),
         *_schedule_faults(schedule, training),
         (not by_samples and training.rampup_batch_size is not None,

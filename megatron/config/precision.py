@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from megatron.config.declaration import flag, positive
+from megatron.config.declaration import flag, not_negative, positive
+
+DELAYED = ("fp8_amax_history_len", "fp8_amax_compute_algo", "fp8_margin")  # what is for that recipe alone
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,13 @@ class PrecisionConfig:
     fp8: str = flag(None, "the blocks' matrix products in FP8, with --bf16: e4m3, or hybrid, which has gradients in "
                     "E5M2 (default: in bf16)", choices=("e4m3", "hybrid"), aliases=("--fp8-format",), changes="course")
     fp8_recipe: str = flag("tensorwise", "what has a scale of its own in FP8, as large as it is then: a tensor, a row "
-                           "or column of a product's factor, or 32 neighbours (MXFP8, for GPUs since Blackwell)",
-                           choices=("tensorwise", "rowwise", "mxfp8"), changes="course")
+                           "or column of a product's factor, or 32 neighbours (MXFP8, for GPUs since Blackwell); "
+                           "delayed: a tensor, as large as it was in the last steps",
+                           choices=("tensorwise", "rowwise", "mxfp8", "delayed"), changes="course")
+    fp8_amax_history_len: int = flag(16, "of how many steps --fp8-recipe delayed keeps the largest magnitudes",
+                                     kind=int, check=positive, changes="course")
+    fp8_amax_compute_algo: str = flag("max", "which of these it scales by: the largest, or the last one",
+                                      choices=("max", "most_recent"), changes="course")
+    fp8_margin: int = flag(0, "by how many powers of two it scales for larger numbers than these", kind=int,
+                           check=not_negative, changes="course")
     fp16_lm_cross_entropy: bool = flag(False, "cross entropy in fp16 instead of fp32", changes="course")

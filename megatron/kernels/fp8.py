@@ -1,11 +1,12 @@
 """Matrix products in FP8: numbers of 8 bits, and scales that bring what a tensor holds into their range.
 
 E4M3 has 3 bits of mantissa and goes to 448, E5M2 has 2 and goes to 57,344 (Micikevicius et al., 2022, arXiv
-2209.05433). A scale is the largest magnitude, as it is now, over the largest number of the format, rounded up to a
-power of two: so scaling rounds nothing, and what is above the subnormal numbers comes out the same whatever the scale
-is. `Scaling` says what shares one: the whole tensor; in a product each row of the left and each column of the right
-factor; or, as the OCP's Microscaling Formats (MXFP8, 2023) have it, 32 neighbours along the dimension that is summed
-over. Shapes: r rows, c columns of any matrix; in a product [r, k] and [c, k], of which k is summed over.
+2209.05433). A scale is the largest magnitude, as it is now or was in the last steps, over the largest number of the
+format, rounded up to a power of two: so scaling rounds nothing, and what is above the subnormal numbers, and is not cut
+off at the largest, comes out the same whatever the scale is. `Scaling` says what shares one: the whole tensor; in a
+product each row of the left and each column of the right factor; or, as the OCP's Microscaling Formats (MXFP8, 2023)
+have it, 32 neighbours along the dimension that is summed over. Shapes: r rows, c columns of any matrix; in a product
+[r, k] and [c, k], of which k is summed over.
 """
 
 from collections.abc import Callable
@@ -28,11 +29,27 @@ _LEAST = 2.0**-126  # of the scales: below it fp32 has no power of two that is n
 
 
 @dataclass(frozen=True)
+class Delay:
+    """Scales of what a tensor held in the last `num_steps` steps: of the largest, or if not `takes_max` of the last.
+
+    The numbers may grow by a factor of 2 to the power of `margin` before they are cut off.
+    """
+
+    num_steps: int
+    takes_max: bool
+    margin: int
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """How products are taken in FP8. Inputs and weights are in E4M3, gradients in the dtype `gradients`."""
+    """How products are taken in FP8. Inputs and weights are in E4M3, gradients in the dtype `gradients`.
+
+    `delay`: that of the scales of inputs and gradients, each one tensor; None where they are scaled as they are.
+    """
 
     scaling: Scaling
     gradients: torch.dtype
+    delay: Delay | None = None
 
     @property
     def multiple(self) -> int:
@@ -44,8 +61,12 @@ def recipe_of(precision: PrecisionConfig) -> Recipe | None:
     """That of the blocks' matrix products; None where they are not in FP8."""
     if precision.fp8 is None:
         return None
+    gradients = E5M2 if precision.fp8 == "hybrid" else E4M3
+    if precision.fp8_recipe == "delayed":
+        takes_max = precision.fp8_amax_compute_algo == "max"
+        return Recipe("tensorwise", gradients, Delay(precision.fp8_amax_history_len, takes_max, precision.fp8_margin))
     scaling: Any = precision.fp8_recipe
-    return Recipe(scaling, E5M2 if precision.fp8 == "hybrid" else E4M3)
+    return Recipe(scaling, gradients)
 
 
 class Quantised(NamedTuple):
@@ -75,7 +96,10 @@ def largest(x_rc: Tensor, scaling: Scaling, dim: int) -> Tensor:
 
 
 def quantised(x_rc: Tensor, amax: Tensor, scaling: Scaling, dtype: torch.dtype) -> Quantised:
-    """`x_rc` in FP8, scaled by its `largest` magnitudes, or those that it shares with others; NaN where they are."""
+    """`x_rc` in FP8, scaled by its `largest` magnitudes, or others: what is too large then becomes the largest number.
+
+    NaN where `x_rc`, or what it is scaled by, is not finite.
+    """
     return Quantised(*_way(_quantised, x_rc)(x_rc, amax, scaling, dtype))
 
 
@@ -130,7 +154,7 @@ def _quantised(x_rc: Tensor, amax: Tensor, scaling: Scaling, dtype: torch.dtype)
     bits = ((amax / most).clamp(min=_LEAST).view(torch.int32) + 0x7FFFFF) & 0x7F800000
     scale = torch.where(amax.isfinite(), bits.view(torch.float32), amax)
     # Converting does not saturate, and a scale that is shared may come from another tensor.
-    values_rc = _scaled(x_rc, 1 / scale).clamp(-most, most).to(dtype)
+    values_rc = torch.where(x_rc.isfinite(), _scaled(x_rc, 1 / scale).clamp(-most, most), torch.nan).to(dtype)
     return values_rc, scale if scaling != "mxfp8" else (scale.view(torch.int32) >> 23).to(torch.uint8)
 
 

@@ -60,7 +60,7 @@ def _check_fp8(config: Config, recipe: Recipe) -> None:
             (tokens, shares, "--micro-batch-size x --seq-length")):
         if size % (recipe.multiple * divisor):
             over = f" x {divisor} ranks" if divisor > 1 else ""
-            raise ConfigError(f"--fp8 with --fp8-recipe {recipe.scaling} multiplies what is divisible by "
+            raise ConfigError(f"--fp8 with --fp8-recipe {config.precision.fp8_recipe} multiplies what is divisible by "
                               f"{recipe.multiple}{over}, and {name} is {size}; choose a multiple, or leave --fp8 out")
 
 

@@ -76,7 +76,10 @@ def buckets(held: Held, which: str = "size", shards: tuple[int, int] = (1, 0)) -
 
 
 def _scalars(traffic: Traffic, rank: Rank, parameters: Held) -> None:
-    """The numbers of targets and of ranks that want to stop or save; the squares of which the norm is made."""
+    """The numbers of targets and of ranks that want to stop or save; the squares of which the norm is made.
+
+    And for delayed scales the largest magnitudes of each layer's input and gradient.
+    """
     sizes = {**rank.sizes, "data": rank.replicas}
     axis = next((axis for axis in sizes if sizes[axis] == rank.num_ranks), "world")
     traffic.add(axis, ALL_REDUCE, 24, rank.num_ranks)
@@ -84,6 +87,10 @@ def _scalars(traffic: Traffic, rank: Rank, parameters: Held) -> None:
         traffic.add("tensor", ALL_REDUCE, 4, rank.sizes["tensor"] if is_split else 1)
         traffic.add("data", ALL_REDUCE, 4, rank.shards)
     traffic.add("pipeline", ALL_REDUCE, 4, rank.sizes["pipeline"])
+    num_delayed = sum(parameter.has_history for parameter in rank.held)
+    if num_delayed:
+        traffic.add("tensor", ALL_REDUCE, 8 * num_delayed, rank.sizes["tensor"])
+        traffic.add("data", ALL_REDUCE, 8 * num_delayed, rank.replicas)
 
 
 @cache

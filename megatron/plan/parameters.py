@@ -25,6 +25,7 @@ class Parameter:
     gradient. `is_at_ends`: the first and the last pipeline rank both hold it. `is_trained`: it has a gradient. `block`:
     the number of its block in the model, None outside the blocks. `copy_bytes`: of the copy for matrix products, where
     each rank has all parameters. `whole_rows`: of a matrix of linear layers, the rows of the whole; 0 of others.
+    `has_history`: its layer's scales in FP8 are delayed.
     """
 
     shape: tuple[int, ...]
@@ -35,6 +36,7 @@ class Parameter:
     block: int | None
     copy_bytes: int
     whole_rows: int
+    has_history: bool
 
     @cached_property
     def size(self) -> int:
@@ -141,6 +143,8 @@ def _built(setting: Setting, part: Part, has_pipeline: bool) -> list[Parameter]:
     copies = {id(parameter): num_bytes(made) for layer in model.modules() if isinstance(layer, Matrix)
               for parameter, made in ((layer.weight, [layer.copy, *chain(*layer.fp8_copy or ())]),
                                       (getattr(layer, "bias", None), [layer.bias_copy]))}
+    delayed = {id(layer.weight) for layer in model.modules() if isinstance(layer, Matrix)
+               and layer.amaxes.input.known is not None}
     in_block = {id(parameter) for block in model.blocks() for parameter in block.parameters()}
     found = []
     for parameter in model.parameters():
@@ -149,7 +153,7 @@ def _built(setting: Setting, part: Part, has_pipeline: bool) -> list[Parameter]:
         found.append(Parameter(tuple(parameter.shape), has_axis and placement.dim is not None,
                                has_axis and placement.has_partial_gradient, placement.ends.size > 1,
                                parameter.requires_grad, 0 if id(parameter) in in_block else None,
-                               copies.get(id(parameter), 0), _whole_rows(parameter)))
+                               copies.get(id(parameter), 0), _whole_rows(parameter), id(parameter) in delayed))
     return found
 
 

@@ -14,6 +14,7 @@ from megatron.model.protein_model import ProteinModel, compute_dtype
 from megatron.model.transformer import kind_of, num_taken, skips_of
 from megatron.parallel.mesh import Axis, Mesh
 from megatron.parallel.pipeline.partition import Stage
+from megatron.parallel.tensor.amax_history import AmaxHistory
 from megatron.parallel.tensor.copies import ComputeCopies
 from megatron.parallel.tensor.stream import Stream
 
@@ -89,7 +90,7 @@ class Setting:
         return _batch(self.data, self.num_rows, self.stream(Mesh(tensor=self.tensor, context=self.context)))
 
     def build(self, part: "Part", mesh: Mesh, ends: Axis = _ONE_END) -> ProteinModel:
-        """The part of the model on `meta`, as the pipeline stage that it can be, with copies for matrix products."""
+        """The part of the model on `meta`, as the pipeline stage that it can be, with copies and scales."""
         dtype = compute_dtype(self.precision)
         with torch.device("meta"):
             model = ProteinModel(self.model, self.precision, self.padded_vocab_size, self.stream(mesh), part.stage,
@@ -98,6 +99,8 @@ class Setting:
                 for parameter in model.parameters():
                     parameter.data = parameter.data.to(dtype)
             ComputeCopies(model.matrices(), dtype)
+            with AmaxHistory([model], Mesh(device=torch.device("meta"))).of_step():
+                pass  # the first step is another than those that follow
         return model
 
     def stream(self, mesh: Mesh) -> Stream:

@@ -60,6 +60,7 @@ class Run:
         """What else `build` needs to go on, as of now; as JSON has it."""
         return {"iteration": self.state.iteration, "progress": asdict(self.state),
                 "began_from": self.began_from, "loss_scale": self.engine.loss_scale.state(),
+                "fp8_amaxes": self.engine.amaxes.state(),
                 "schedule": _schedule_facts(self.schedule, self.config.schedule),
                 **facts_of(self.config, self.vocab, self.data, self.sizes.final)}
 
@@ -99,12 +100,13 @@ def build(config: Config, mesh: Mesh, log: Log) -> Run:
 
 
 def _go_on(run: Run, checkpoint: Checkpoint) -> None:
-    """Take up progress, loss scale and optimizer, and say what is not as it was."""
+    """Take up progress, scales and optimizer, and say what is not as it was."""
     config, engine, saved = run.config, run.engine, checkpoint.state
     run.state = TrainState(**saved["progress"])
     run.meters = saved.get("meters", run.meters)
     if saved["config"].get("fp16", config.precision.fp16):  # elsewhere the scale was 1, and nothing was learnt of it
         engine.loss_scale.load_state(saved["loss_scale"])
+    engine.amaxes.load_state(saved.get("fp8_amaxes", {}))
     if checkpoint.optimizer is not None:
         engine.optimizer.load_state(load_optimizer(engine.model.parameters, checkpoint))
     facts = facts_of(config, run.vocab, run.data, run.sizes.final)

@@ -16,6 +16,7 @@ from megatron.parallel.data.data_parallel import DataParallel, data_parallel
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.pipeline.partition import stages_of_rank
 from megatron.parallel.pipeline.run import Pipeline
+from megatron.parallel.tensor.amax_history import AmaxHistory
 from megatron.parallel.tensor.copies import ComputeCopies
 from megatron.parallel.tensor.stream import Stream
 
@@ -32,6 +33,7 @@ class Engine:
     pipeline: Pipeline
     optimizer: Optimizer
     copies: ComputeCopies
+    amaxes: AmaxHistory
     loss_scale: LossScale
     is_compiled: bool
 
@@ -92,7 +94,8 @@ def with_optimizer(config: Config, mesh: Mesh, padded_vocab_size: int, stages: l
                         lambda stage, is_output: stages[stage].message(num_tokens, mesh.device, is_output))
     matrices = (layer for stage in stages for layer in stage.matrices())
     copies = ComputeCopies(matrices, compute_dtype(config.precision))
+    amaxes = AmaxHistory(stages, mesh)
     optimizer = Optimizer(model.parameters, config.optimizer, mesh, config.schedule.lr, config.training.cuda_graph)
     loss_scale = LossScale(config.precision, mesh.device)
-    return Engine(config, mesh, padded_vocab_size, stages, model, pipeline, optimizer, copies, loss_scale,
+    return Engine(config, mesh, padded_vocab_size, stages, model, pipeline, optimizer, copies, amaxes, loss_scale,
                   wants_compilation(config, mesh.device))

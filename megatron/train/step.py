@@ -42,7 +42,8 @@ class TrainStep:
         if mesh.world.size > 1:  # one rank knows the sums already
             sums = summed([here, *wishes], mesh.world, mesh.device)
             num_targets, num_wishes = sums[0].clamp(min=1), sums[1:]
-        outcome = (self._stepped if self._graph is None else self._launched)(batches, num_targets, learning_rate)
+        with self._engine.amaxes.of_step():
+            outcome = (self._stepped if self._graph is None else self._launched)(batches, num_targets, learning_rate)
         self._count(batches)
         self._meters.add_step(outcome.grad_norm, outcome.is_taken)
         return Arriving(num_wishes)

@@ -1,5 +1,7 @@
 """Runs whose blocks multiply in FP8: they learn as in bf16, go on as if never stopped, and agree over layouts."""
 
+import json
+
 import pytest
 
 from pretrain_tape import main
@@ -7,7 +9,8 @@ from tests.golden.training import TINY, losses, run_on_ranks
 
 STEPS = 30
 FLAGS = [*TINY, "--global-batch-size", "4", "--train-iters", str(STEPS), "--eval-interval", "100", "--bf16"]
-FP8 = {scaling: ["--fp8", "hybrid", "--fp8-recipe", scaling] for scaling in ("tensorwise", "rowwise", "mxfp8")}
+FP8 = {scaling: ["--fp8", "hybrid", "--fp8-recipe", scaling]
+       for scaling in ("tensorwise", "rowwise", "mxfp8", "delayed")}
 TP2, PP2 = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]
 
 
@@ -53,11 +56,22 @@ LAYOUTS = {
     "pp2-zero-bubble": [*PP2, "--pipeline-schedule", "zero-bubble"]}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_layout_has_the_curve_of_one_rank_within_the_roundings_of_bf16(runs, corpus, tmp_path, layout):
+@pytest.mark.parametrize(("scaling", "layout"), [
+    *(("tensorwise", layout) for layout in LAYOUTS), *(("delayed", layout) for layout in (
+        "dp2-parameters", "tp2-sequence", "cp2", "pp2-zero-bubble"))])
+def test_any_layout_has_the_curve_of_one_rank_within_the_roundings_of_bf16(runs, corpus, tmp_path, scaling, layout):
     """1e-5 is asked of fp32; in bf16 layouts differ by some 1e-4, and here by twice as much at the most."""
-    ours = train(corpus, tmp_path, *FP8["tensorwise"], *LAYOUTS[layout], ranks=2)
-    assert off_by(ours, runs["tensorwise"]) < 5e-4
+    ours = train(corpus, tmp_path, *FP8[scaling], *LAYOUTS[layout], ranks=2)
+    assert off_by(ours, runs[scaling]) < 5e-4
+
+
+def test_delayed_scales_begin_as_those_of_now_and_go_on_in_another_layout(runs, corpus, tmp_path):
+    assert runs["delayed"][1] == runs["tensorwise"][1]
+    assert train(corpus, tmp_path, *FP8["delayed"], *PP2, "--exit-interval", "17", ranks=2).keys() == {*range(1, 18)}
+    saved = json.loads((tmp_path / "iter_0000017" / "state.json").read_text())["fp8_amaxes"]
+    assert len(saved) == 4 * 2 and {len(steps) for layer in saved.values() for steps in layer} == {16}
+    assert all(amax > 0 for layer in saved.values() for steps in layer for amax in steps)
+    assert off_by(train(corpus, tmp_path, *FP8["delayed"]), runs["delayed"]) < 5e-4
 
 
 def test_a_run_says_what_multiplies_in_fp8(corpus, tmp_path, capsys):

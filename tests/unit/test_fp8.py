@@ -298,6 +298,16 @@ def test_what_does_not_go_with_fp8_is_refused(flags, message):
         parse([*BASE, *flags.split()])
 
 
+@pytest.mark.parametrize("flags", ["--fp8-amax-history-len 4", "--fp8-margin 1",
+                                   "--fp8-amax-compute-algo most_recent"])
+@pytest.mark.parametrize("recipe", ["tensorwise", "mxfp8"])
+def test_flags_of_delayed_scaling_are_refused_with_another_recipe(flags, recipe):
+    fp8 = ["--bf16", "--fp8", "hybrid", "--fp8-recipe"]
+    with pytest.raises(ConfigError, match=f"{flags} is about --fp8-recipe delayed, which is {recipe}; leave one"):
+        parse([*BASE, *fp8, recipe, *flags.split()])
+    parse([*BASE, *fp8, "delayed", *flags.split()])
+
+
 @pytest.mark.parametrize(("flags", "ranks", "message"), [
     ("--num-attention-heads 5 --hidden-size 40", 1, "divisible by 16, and --hidden-size is 40"),
     ("--ffn-hidden-size 40", 1, "divisible by 16, and --ffn-hidden-size is 40"),

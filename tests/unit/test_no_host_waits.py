@@ -36,6 +36,7 @@ LAYOUTS = {"one rank": (1, ""), "one rank, fp16": (1, "--fp16"), "one rank, fp32
            "sequence": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
            "context": (2, "--context-parallel-size 2"),
            "fp8": (1, "--fp8 hybrid"),
+           "fp8 delayed": (1, "--fp8 hybrid --fp8-recipe delayed"),
            "fp8 recomputed": (1, "--fp8 hybrid --fp8-recipe mxfp8 --checkpoint-activations"),
            "fp8 sequence": (2, "--fp8 hybrid --fp8-recipe rowwise --tensor-model-parallel-size 2 --sequence-parallel"),
            "pipeline": (2, "--pipeline-model-parallel-size 2 --global-batch-size 4")}

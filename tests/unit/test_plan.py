@@ -74,6 +74,8 @@ LAYOUTS = {
 FP8 = ["--bf16", "--fp8", "hybrid"]
 IN_FP8 = {
     "fp8": (1, 0, FP8), "fp8-tp2-sequence": (2, 1, [*FP8, *TP2, *SEQUENCE]),
+    "fp8-delayed-tp2-sequence": (2, 0, [*FP8, "--fp8-recipe", "delayed", *TP2, *SEQUENCE]),
+    "fp8-delayed-dp2-optimizer": (2, 0, [*FP8, "--fp8-recipe", "delayed", *sharding("optimizer")]),
     "fp8-blocks-tp2-sequence": (2, 0, [*FP8, "--fp8-recipe", "mxfp8", *TP2, *SEQUENCE]),
     "fp8-dp2-parameters": (2, 1, [*FP8, *sharding("parameters")]),
     "fp8-pp2-zero-bubble": (2, 0, [*FP8, *PP2, *ZERO_BUBBLE]),

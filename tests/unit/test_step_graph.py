@@ -1,6 +1,7 @@
 """Steps as graphs. A trace of what PyTorch computes stands for one of CUDA: it too does the same in the same places."""
 
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 import torch
@@ -74,9 +75,11 @@ def trained(is_graph, precision, optimizer):
         state = [tensor for inner in engine.optimizer.inner for values in inner.state.values()
                  for tensor in values.values()]
         parameters = list(engine.model.parameters.values())
+        amaxes = engine.amaxes._before_slp, engine.amaxes._known_lp, engine.amaxes._seen_lp
+        fp8_copies = [copy for layer in engine.stages[0].matrices() for copy in chain(*layer.fp8_copy or ())]
         copies = [copy for layer in engine.stages[0].matrices() for copy in (layer.copy, layer.bias_copy)]
         return [*parameters, *(parameter.grad for parameter in parameters), *state, engine.loss_scale._state,
-                *(copy for copy in copies if copy is not None)]
+                *amaxes, *fp8_copies, *(copy for copy in copies if copy is not None)]
 
     tracer = Tracer(kept) if is_graph else None
     if is_graph:
@@ -95,6 +98,7 @@ def trained(is_graph, precision, optimizer):
 
 @pytest.mark.parametrize(("precision", "optimizer"), [
     (PrecisionConfig(), "adam"), (PrecisionConfig(bf16=True), "adam"), (PrecisionConfig(), "sgd"),
+    (PrecisionConfig(bf16=True, fp8="hybrid", fp8_recipe="delayed"), "adam"),
     (PrecisionConfig(fp16=True, initial_loss_scale=2.0**40, loss_scale_window=2, hysteresis=1), "adam")])
 def test_graphs_train_as_steps_do_without_them(precision, optimizer):
     plain, expected, scale, _ = trained(False, precision, optimizer)

@@ -1,8 +1,9 @@
 """Products of layers that are split over the tensor axis, in FP8, with gathers in FP8.
 
-Input, weight and gradient are scaled as they are in this very product: nothing is remembered from step to step, and
-what is computed again comes out the same. A scale that tokens of several ranks share is agreed among them; others are
-each rank's own. Shapes as in `layers`: t tokens, u of them in the stream on this rank, i and o features in and out.
+Input, weight and gradient are scaled as they are in this very product, or input and gradient as they were in the last
+steps (`Amaxes`): within a step nothing changes a scale, and what is computed again comes out the same. A scale that
+tokens of several ranks share is agreed among them; others are each rank's own. Shapes as in `layers`: t tokens, u of
+them in the stream on this rank, i and o features in and out.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,6 +26,26 @@ class Operands(NamedTuple):
     weight_io: Quantised
 
 
+class Amax(NamedTuple):
+    """Largest magnitudes of one tensor, fp32 [1, 1], where a recipe asks for them.
+
+    It is scaled by the `known` one, or without that by its own. That goes, if it is larger, in place into `seen`.
+    """
+
+    known: Tensor | None = None
+    seen: Tensor | None = None
+
+
+class Amaxes(NamedTuple):
+    """Of a layer: those of its input, and of its output's gradient."""
+
+    input: Amax = Amax()
+    gradient: Amax = Amax()
+
+
+_NOTHING = Amax()
+
+
 def weight_operands(weight_oi: Tensor, recipe: Recipe, dtype: torch.dtype) -> Operands:
     """Of a weight as it is after rounding to `dtype`: so it comes where ranks gather it."""
     by_dim = _both_ways(weight_oi.detach().to(dtype), recipe, E4M3, ONE_RANK)
@@ -32,19 +53,20 @@ def weight_operands(weight_oi: Tensor, recipe: Recipe, dtype: torch.dtype) -> Op
 
 
 def fp8_products(x_ui: Tensor, recipe: Recipe, entry: Stream, leaving: Stream, deferral: WeightGradients | None,
-                 layers: Sequence[tuple[Tensor, Operands, Tensor | None]]) -> tuple[Tensor, ...]:
-    """`x Wᵀ`, plus `b` if there is one, in x's dtype, of each layer's weight, that in FP8, and bias.
+                 layers: Sequence[tuple[Tensor, Operands, Tensor | None, Amaxes]]) -> tuple[Tensor, ...]:
+    """`x Wᵀ`, plus `b` if there is one, in x's dtype, of each layer's weight, that in FP8, bias, and `Amaxes`.
 
-    Forward: with sequence parallelism tokens are gathered if they come from the stream `entry`, and the products summed
-    over the axis on their way to the stream `leaving`. Backward: the reverse.
+    The first layer's are the input's. Forward: with sequence parallelism tokens are gathered if they come from the
+    stream `entry`, and the products summed over the axis on their way to the stream `leaving`. Backward: the reverse.
     """
-    operands = [operand for weight_oi, in_fp8, bias_o in layers
-                for operand in (weight_oi, bias_o, *in_fp8.weight_oi, *in_fp8.weight_io)]
+    operands = [operand for weight_oi, in_fp8, bias_o, amaxes in layers
+                for operand in (weight_oi, bias_o, *in_fp8.weight_oi, *in_fp8.weight_io, *amaxes.input,
+                                *amaxes.gradient)]
     return _Fp8Linear.apply(x_ui, recipe, entry, leaving, deferral, *operands)
 
 
 class _Fp8Linear(torch.autograd.Function):
-    """Of each layer: weight, bias, and the two pairs of `Operands`.
+    """Of each layer: weight, bias, the two pairs of `Operands`, and the two `Amax` of its `Amaxes`.
 
     Of the input this rank's tokens are kept, in FP8, scaled as the weight's gradient takes them.
     """
@@ -52,13 +74,14 @@ class _Fp8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ui: Tensor, recipe: Recipe, entry: Stream, leaving: Stream,
                 deferral: WeightGradients | None, *operands: Any) -> tuple[Tensor, ...]:
-        weights, biases = operands[0::6], operands[1::6]
-        places = range(0, len(operands), 6)
+        weights, biases = operands[0::10], operands[1::10]
+        places = range(0, len(operands), 10)
         matrices = [Quantised(*operands[place + 2:place + 4]) for place in places]
-        by_dim = _both_ways(x_ui, recipe, E4M3, entry)
+        by_dim = _both_ways(x_ui, recipe, E4M3, entry, Amax(*operands[6:8]))
         ctx.save_for_backward(*by_dim[0], *(tensor for place in places for tensor in operands[place + 4:place + 6]))
         ctx.weights, ctx.recipe, ctx.entry, ctx.leaving, ctx.deferral = weights, recipe, entry, leaving, deferral
         ctx.bias_dtypes = [None if bias_o is None else bias_o.dtype for bias_o in biases]
+        ctx.amaxes = [Amax(*operands[place + 8:place + 10]) for place in places]
         x_ti = _start_gather(by_dim[1], entry)()
         leavings = [leaving.start_leave(product(x_ti, matrix_oi, x_ui.dtype, is_fast=True)) for matrix_oi in matrices]
         return tuple(pending.wait() if bias_o is None else pending.wait() + bias_o.to(x_ui.dtype)
@@ -69,7 +92,8 @@ class _Fp8Linear(torch.autograd.Function):
         values_ui, scale, *matrices = ctx.saved_tensors
         recipe, dtype = ctx.recipe, grads_uo[0].dtype
         gathering = _start_gather(Quantised(values_ui, scale), ctx.entry)
-        grads = [_gathered_gradient(grad_uo, recipe, ctx.leaving) for grad_uo in grads_uo]
+        grads = [_gathered_gradient(grad_uo, recipe, ctx.leaving, amax)
+                 for grad_uo, amax in zip(grads_uo, ctx.amaxes, strict=True)]
         grad_ti = product(grads[0][1], Quantised(*matrices[:2]), dtype)
         for place in range(1, len(grads)):
             grad_ti += product(grads[place][1], Quantised(*matrices[2 * place:2 * place + 2]), dtype)
@@ -77,23 +101,29 @@ class _Fp8Linear(torch.autograd.Function):
         summing = ctx.entry.start_leave(grad_ti)
         of_operands: list[Tensor | None] = []
         for place, (weight_oi, grad_uo, by_dim) in enumerate(zip(ctx.weights, grads_uo, grads, strict=True)):
-            bias_dtype, is_trained = ctx.bias_dtypes[place], ctx.needs_input_grad[5 + 6 * place]
+            bias_dtype, is_trained = ctx.bias_dtypes[place], ctx.needs_input_grad[5 + 10 * place]
             of_operands += [
                 weight_gradient(weight_oi, by_dim[0].along(0), x_it, ctx.deferral) if is_trained else None,
-                None if bias_dtype is None else sum_over_tokens(grad_uo, bias_dtype), None, None, None, None]
-        return summing.wait(), None, None, None, None, *of_operands
+                None if bias_dtype is None else sum_over_tokens(grad_uo, bias_dtype), *[None] * 8]
+        return summing.wait(), *[None] * 4, *of_operands
 
 
-def _both_ways(x_rc: Tensor, recipe: Recipe, dtype: torch.dtype, stream: Stream) -> tuple[Quantised, Quantised]:
+def _both_ways(x_rc: Tensor, recipe: Recipe, dtype: torch.dtype, stream: Stream,
+               of_steps: Amax = _NOTHING) -> tuple[Quantised, Quantised]:
     """In FP8 for products that sum over the first dimension, and for those that sum over the second."""
     if recipe.scaling == "tensorwise":
-        x = _scaled_over(1, x_rc, recipe, dtype, stream)
+        x = _scaled_over(1, x_rc, recipe, dtype, stream, of_steps)
         return x, x
     return _scaled_over(0, x_rc, recipe, dtype, stream), _scaled_over(1, x_rc, recipe, dtype, stream)
 
 
-def _scaled_over(dim: int, x_rc: Tensor, recipe: Recipe, dtype: torch.dtype, stream: Stream) -> Quantised:
+def _scaled_over(dim: int, x_rc: Tensor, recipe: Recipe, dtype: torch.dtype, stream: Stream,
+                 of_steps: Amax = _NOTHING) -> Quantised:
     amax = largest(x_rc, recipe.scaling, dim)
+    if of_steps.seen is not None:
+        of_steps.seen.copy_(torch.maximum(of_steps.seen, amax))
+    if of_steps.known is not None:
+        return quantised(x_rc, of_steps.known, recipe.scaling, dtype)
     if stream.is_split and len(amax) == 1:
         all_reduce_max(amax, stream.axis)
     return quantised(x_rc, amax, recipe.scaling, dtype)
@@ -106,10 +136,11 @@ def _start_gather(x_uc: Quantised, stream: Stream) -> Callable[[], Quantised]:
     return lambda: Quantised(values.wait().view(x_uc.values.dtype), x_uc.scale if scale is None else scale.wait())
 
 
-def _gathered_gradient(grad_uo: Tensor, recipe: Recipe, leaving: Stream) -> tuple[Quantised, Quantised]:
+def _gathered_gradient(grad_uo: Tensor, recipe: Recipe, leaving: Stream,
+                       of_steps: Amax) -> tuple[Quantised, Quantised]:
     """`_both_ways` of the gradients of all tokens: gathered in FP8 where one gather does for both, else as they come.
     """
     if recipe.scaling == "tensorwise":
-        grad_to = _start_gather(_both_ways(grad_uo, recipe, recipe.gradients, leaving)[0], leaving)()
+        grad_to = _start_gather(_both_ways(grad_uo, recipe, recipe.gradients, leaving, of_steps)[0], leaving)()
         return grad_to, grad_to
     return _both_ways(leaving.start_enter(grad_uo).wait(), recipe, recipe.gradients, ONE_RANK)

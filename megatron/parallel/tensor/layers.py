@@ -29,7 +29,7 @@ from megatron.parallel.parameters import (
     whole_parameter,
 )
 from megatron.parallel.pipeline.deferral import WeightGradients, weight_gradient
-from megatron.parallel.tensor.fp8 import Operands, fp8_products, weight_operands
+from megatron.parallel.tensor.fp8 import Amaxes, Operands, fp8_products, weight_operands
 from megatron.parallel.tensor.stream import ONE_RANK, Stream
 
 
@@ -38,7 +38,8 @@ class Matrix(nn.Module):
 
     `copy` and `bias_copy` are these in that dtype, where something keeps them up to date
     (`megatron.parallel.tensor.copies`); of a split layer that has a `recipe`, by which its products are in FP8, there
-    is `fp8_copy` in place of the first.
+    is `fp8_copy` in place of the first, and `amaxes`, which where scales are delayed something renews between steps
+    (`megatron.parallel.tensor.amax_history`).
     """
 
     weight: nn.Parameter
@@ -49,6 +50,7 @@ class Matrix(nn.Module):
         self.bias_copy: Tensor | None = None
         self.recipe: Recipe | None = None
         self.fp8_copy: Operands | None = None
+        self.amaxes = Amaxes()
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
         """The weight in `dtype`."""
@@ -212,7 +214,8 @@ def _in_fp8(x_ui: Tensor, layers: Sequence[ColumnParallelLinear | RowParallelLin
             entry: Stream = ONE_RANK, leaving: Stream = ONE_RANK) -> tuple[Tensor, ...]:
     recipe = layers[0].recipe
     assert recipe is not None, "layers that are multiplied together have one recipe"
-    operands = [(layer.weight, layer.fp8_copy or weight_operands(layer.weight, recipe, x_ui.dtype), bias_o)
+    operands = [(layer.weight, layer.fp8_copy or weight_operands(layer.weight, recipe, x_ui.dtype), bias_o,
+                 layer.amaxes)
                 for layer, bias_o in zip(layers, biases, strict=True)]
     return fp8_products(x_ui, recipe, entry, leaving, layers[0].deferral, operands)
 

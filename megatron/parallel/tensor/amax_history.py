@@ -1,0 +1,82 @@
+"""Delayed scaling: the largest magnitudes that FP8 layers saw in the last steps give the scales of the next one.
+
+As NVIDIA's TransformerEngine has it, but that the first step, which has no other behind it, is scaled by what it holds
+itself. Shapes: l layers, p = 2 for a layer's input and its output's gradient, s steps, the last one first.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from megatron.parallel.collectives import all_reduce_max, everyones
+from megatron.parallel.mesh import Mesh
+from megatron.parallel.tensor.fp8 import Amax, Amaxes
+from megatron.parallel.tensor.layers import Matrix
+
+_UNSEEN = 1.0  # the magnitude taken for a tensor that was 0 in every step so far
+
+
+class AmaxHistory:
+    """That of the layers in this rank's `stages` whose recipe has a delay: it gives them their `Amaxes`.
+
+    All ranks with the same layers have the same. It stays on the device, in place: no step waits for it.
+    """
+
+    def __init__(self, stages: Iterable[nn.Module], mesh: Mesh) -> None:
+        self._layers = {name: layer for stage in stages for name, layer in stage.named_modules()
+                        if isinstance(layer, Matrix) and layer.recipe and layer.recipe.delay}
+        self._mesh, size = mesh, len(self._layers)
+        self._delay = next((layer.recipe.delay for layer in self._layers.values() if layer.recipe), None)
+        num_steps = self._delay.num_steps if self._delay else 0
+        self._before_slp = torch.zeros(num_steps, size, 2, device=mesh.device)
+        self._known_lp, self._seen_lp = torch.ones(2, size, 2, device=mesh.device)
+        self.is_known = size == 0  # whether the next step is scaled by those before it
+        self._give()
+
+    @contextmanager
+    def of_step(self) -> Iterator[None]:
+        """What layers see within is that of one step of training; what they saw before is none's."""
+        self._seen_lp.zero_()
+        yield
+        if self._delay is not None:
+            self._note()
+
+    @torch.no_grad()
+    def _note(self) -> None:
+        seen_lp = torch.nan_to_num(self._seen_lp, nan=0.0, posinf=0.0)
+        for axis in (self._mesh.tensor, self._mesh.replicas):
+            all_reduce_max(seen_lp, axis)
+        # A step that had nothing, or what is not finite, was like the one before it.
+        seen_lp = torch.where(seen_lp > 0, seen_lp, self._before_slp[0])
+        self._before_slp.copy_(torch.cat([seen_lp[None], self._before_slp[:-1]]))
+        self._choose()
+
+    def _choose(self) -> None:
+        assert self._delay is not None
+        amax_lp = self._before_slp.amax(0) if self._delay.takes_max else self._before_slp[0]
+        self._known_lp.copy_(torch.where(amax_lp > 0, amax_lp, _UNSEEN) * 2.0**self._delay.margin)
+        if not self.is_known:
+            self.is_known = True
+            self._give()
+
+    def _give(self) -> None:
+        for layer, known_p, seen_p in zip(self._layers.values(), self._known_lp, self._seen_lp, strict=True):
+            layer.amaxes = Amaxes(*(Amax(known.view(1, 1) if self.is_known else None, seen.view(1, 1))
+                                    for known, seen in zip(known_p, seen_p, strict=True)))
+
+    def state(self) -> dict[str, list[list[float]]]:
+        """What a checkpoint keeps: of each layer of all pipeline ranks, which call this together, [p, s]."""
+        if self._delay is None:
+            return {}
+        here = dict(zip(self._layers, self._before_slp.permute(1, 2, 0).tolist(), strict=True))
+        return {name: steps for part in everyones(here, self._mesh.pipeline) for name, steps in part.items()}
+
+    def load_state(self, state: Mapping[str, list[list[float]]]) -> None:
+        """Go on from what `state()` gave, of as many steps as are kept here; afresh where it lacks a layer."""
+        if self._delay is None or not state.keys() >= self._layers.keys():
+            return
+        saved_slp = torch.tensor([state[name] for name in self._layers]).permute(2, 0, 1)[:len(self._before_slp)]
+        self._before_slp[:len(saved_slp)] = saved_slp.to(self._before_slp)
+        self._choose()
