@@ -24,6 +24,11 @@ def train(corpus, folder, *flags, ranks=1):
     return losses(folder)
 
 
+def amaxes(folder, iteration):
+    """What a checkpoint keeps of delayed scales."""
+    return json.loads((folder / f"iter_{iteration:07d}" / "state.json").read_text())["fp8_amaxes"]
+
+
 @pytest.fixture(scope="module")
 def runs(corpus, tmp_path_factory):
     """The curves of one rank, in bf16 and in FP8."""
@@ -48,6 +53,7 @@ def test_a_run_that_was_stopped_and_one_that_recomputes_have_the_same_bits(runs,
     assert train(corpus, tmp_path / "recomputed", *FP8[scaling], "--checkpoint-activations") == runs[scaling]
     train(corpus, tmp_path / "parts", *FP8[scaling], "--exit-interval", "17")
     assert train(corpus, tmp_path / "parts", *FP8[scaling]) == runs[scaling]
+    assert amaxes(tmp_path / "parts", STEPS) == amaxes(tmp_path / "recomputed", STEPS)
 
 
 LAYOUTS = {
@@ -68,7 +74,7 @@ def test_any_layout_has_the_curve_of_one_rank_within_the_roundings_of_bf16(runs,
 def test_delayed_scales_begin_as_those_of_now_and_go_on_in_another_layout(runs, corpus, tmp_path):
     assert runs["delayed"][1] == runs["tensorwise"][1]
     assert train(corpus, tmp_path, *FP8["delayed"], *PP2, "--exit-interval", "17", ranks=2).keys() == {*range(1, 18)}
-    saved = json.loads((tmp_path / "iter_0000017" / "state.json").read_text())["fp8_amaxes"]
+    saved = amaxes(tmp_path, 17)
     assert len(saved) == 4 * 2 and {len(steps) for layer in saved.values() for steps in layer} == {16}
     assert all(amax > 0 for layer in saved.values() for steps in layer for amax in steps)
     assert off_by(train(corpus, tmp_path, *FP8["delayed"]), runs["delayed"]) < 5e-4

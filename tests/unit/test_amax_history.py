@@ -157,6 +157,22 @@ def test_a_history_goes_on_with_as_many_of_its_steps_as_are_kept(num_steps):
     assert all(before > after for before, after in pairwise(newest))
 
 
+def test_a_layer_that_is_not_trained_has_gradients_scaled_as_they_are():
+    layer = ColumnParallelLinear(IN, OUT, ONE_RANK, Normal(1.0)).requires_grad_(False)
+    torch.nn.init.ones_(layer.weight)
+    torch.nn.init.zeros_(layer.bias)
+    layer.recipe = Recipe("tensorwise", E5M2, MAX)
+    history = AmaxHistory([layer], Mesh())
+    for size in (1.0, 2.0**-40):
+        with history.of_step():
+            assert not layer(values(IN, 0)).requires_grad
+            x, gradient = values(IN, 0).requires_grad_(), values(OUT, 1, size)
+            layer(x).backward(gradient)
+        gradient8 = dequantised(quantised(gradient, gradient.abs().amax().float().view(1, 1), "tensorwise", E5M2))
+        torch.testing.assert_close(x.grad.float(), gradient8.sum(1, keepdim=True).expand(-1, IN), rtol=2.0**-7, atol=0)
+    assert layer.amaxes.input.known is not None and layer.amaxes.gradient.known is None
+
+
 def test_a_history_that_lacks_a_layer_begins_afresh():
     _, history = made(MAX)
     with history.of_step():
@@ -181,10 +197,10 @@ def test_torch_compile_takes_a_layer_whole_with_the_same_numbers_and_the_same_hi
         for step in range(3):
             x = values(IN, step, 2.0**step).requires_grad_()
             with history.of_step():
-                for _ in range(2):
-                    y = function(x)
+                outputs = [function(x * factor) for factor in (1.0, 4.0)]  # a pipeline goes forward more than once
+                for y in outputs:
                     y.backward(values(OUT, step, 2.0**-step))
-            found += [y.detach(), x.grad, history._before_slp.clone()]
+            found += [*(y.detach() for y in outputs), x.grad, history._before_slp.clone()]
         outcomes.append([*found, first.weight.grad, second.weight.grad])
     for eager, compiled in zip(*outcomes, strict=True):
         if backend == "aot_eager":

@@ -75,7 +75,7 @@ def trained(is_graph, precision, optimizer):
         state = [tensor for inner in engine.optimizer.inner for values in inner.state.values()
                  for tensor in values.values()]
         parameters = list(engine.model.parameters.values())
-        amaxes = engine.amaxes._before_slp, engine.amaxes._known_lp, engine.amaxes._seen_lp
+        amaxes = engine.amaxes._before_slp, engine.amaxes._known_lp, *engine.amaxes._seen
         fp8_copies = [copy for layer in engine.stages[0].matrices() for copy in chain(*layer.fp8_copy or ())]
         copies = [copy for layer in engine.stages[0].matrices() for copy in (layer.copy, layer.bias_copy)]
         return [*parameters, *(parameter.grad for parameter in parameters), *state, engine.loss_scale._state,

@@ -6,9 +6,10 @@ itself. Shapes: l layers, p = 2 for a layer's input and its output's gradient, s
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron.parallel.collectives import all_reduce_max, everyones
 from megatron.parallel.mesh import Mesh
@@ -31,21 +32,29 @@ class AmaxHistory:
         self._delay = next((layer.recipe.delay for layer in self._layers.values() if layer.recipe), None)
         num_steps = self._delay.num_steps if self._delay else 0
         self._before_slp = torch.zeros(num_steps, size, 2, device=mesh.device)
-        self._known_lp, self._seen_lp = torch.ones(2, size, 2, device=mesh.device)
+        self._known_lp = torch.ones(size, 2, device=mesh.device)
+        # Each in memory of its own: a compiled graph that writes to it would count what else lies there as changed.
+        self._seen = [torch.zeros(1, 1, device=mesh.device) for _ in range(2 * size)]
+        self._probes = [torch.zeros(1, 1, device=mesh.device, requires_grad=layer.weight.requires_grad)
+                        for layer in self._layers.values()]
+        for probe, seen in zip(self._probes, self._seen[1::2], strict=True):
+            if probe.requires_grad:
+                probe.register_post_accumulate_grad_hook(partial(_take, seen))
         self.is_known = size == 0  # whether the next step is scaled by those before it
         self._give()
 
     @contextmanager
     def of_step(self) -> Iterator[None]:
         """What layers see within is that of one step of training; what they saw before is none's."""
-        self._seen_lp.zero_()
+        for seen in self._seen:
+            seen.zero_()
         yield
         if self._delay is not None:
             self._note()
 
     @torch.no_grad()
     def _note(self) -> None:
-        seen_lp = torch.nan_to_num(self._seen_lp, nan=0.0, posinf=0.0)
+        seen_lp = torch.nan_to_num(torch.cat(self._seen).view(-1, 2), nan=0.0, posinf=0.0)
         for axis in (self._mesh.tensor, self._mesh.replicas):
             all_reduce_max(seen_lp, axis)
         # A step that had nothing, or what is not finite, was like the one before it.
@@ -62,9 +71,12 @@ class AmaxHistory:
             self._give()
 
     def _give(self) -> None:
-        for layer, known_p, seen_p in zip(self._layers.values(), self._known_lp, self._seen_lp, strict=True):
-            layer.amaxes = Amaxes(*(Amax(known.view(1, 1) if self.is_known else None, seen.view(1, 1))
-                                    for known, seen in zip(known_p, seen_p, strict=True)))
+        for layer, known_p, seen, probe in zip(self._layers.values(), self._known_lp, self._seen[::2], self._probes,
+                                               strict=True):
+            of_input, of_gradient = (known.view(1, 1) if self.is_known else None for known in known_p)
+            # A layer that is not trained may have no gradient: it is scaled as it is.
+            layer.amaxes = Amaxes(Amax(of_input, seen),
+                                  Amax(of_gradient, probe) if probe.requires_grad else Amax())
 
     def state(self) -> dict[str, list[list[float]]]:
         """What a checkpoint keeps: of each layer of all pipeline ranks, which call this together, [p, s]."""
@@ -80,3 +92,11 @@ class AmaxHistory:
         saved_slp = torch.tensor([state[name] for name in self._layers]).permute(2, 0, 1)[:len(self._before_slp)]
         self._before_slp[:len(saved_slp)] = saved_slp.to(self._before_slp)
         self._choose()
+
+
+@torch.no_grad()
+def _take(seen: Tensor, probe: Tensor) -> None:
+    """Note what came as the gradient of a probe."""
+    assert probe.grad is not None
+    seen.copy_(torch.maximum(seen, probe.grad))
+    probe.grad = None

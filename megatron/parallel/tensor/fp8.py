@@ -29,7 +29,9 @@ class Operands(NamedTuple):
 class Amax(NamedTuple):
     """Largest magnitudes of one tensor, fp32 [1, 1], where a recipe asks for them.
 
-    It is scaled by the `known` one, or without that by its own. That goes, if it is larger, in place into `seen`.
+    It is scaled by the `known` one, or without that by its own. That goes into `seen`: an input's in place, if it is
+    larger; a gradient's as the gradient of `seen`, since compiled backward passes may not write over what they are
+    given.
     """
 
     known: Tensor | None = None
@@ -92,8 +94,9 @@ class _Fp8Linear(torch.autograd.Function):
         values_ui, scale, *matrices = ctx.saved_tensors
         recipe, dtype = ctx.recipe, grads_uo[0].dtype
         gathering = _start_gather(Quantised(values_ui, scale), ctx.entry)
+        amaxes = [Amax(known, None if seen is None else torch.zeros_like(seen)) for known, seen in ctx.amaxes]
         grads = [_gathered_gradient(grad_uo, recipe, ctx.leaving, amax)
-                 for grad_uo, amax in zip(grads_uo, ctx.amaxes, strict=True)]
+                 for grad_uo, amax in zip(grads_uo, amaxes, strict=True)]
         grad_ti = product(grads[0][1], Quantised(*matrices[:2]), dtype)
         for place in range(1, len(grads)):
             grad_ti += product(grads[place][1], Quantised(*matrices[2 * place:2 * place + 2]), dtype)
@@ -104,7 +107,7 @@ class _Fp8Linear(torch.autograd.Function):
             bias_dtype, is_trained = ctx.bias_dtypes[place], ctx.needs_input_grad[5 + 10 * place]
             of_operands += [
                 weight_gradient(weight_oi, by_dim[0].along(0), x_it, ctx.deferral) if is_trained else None,
-                None if bias_dtype is None else sum_over_tokens(grad_uo, bias_dtype), *[None] * 8]
+                None if bias_dtype is None else sum_over_tokens(grad_uo, bias_dtype), *[None] * 7, amaxes[place].seen]
         return summing.wait(), *[None] * 4, *of_operands
 
 
