@@ -92,6 +92,13 @@ def test_the_commands_of_the_readme_run(number: int, checkout: Path, environment
     assert result.returncode == 0, result.stdout[-4000:]
 
 
+def test_a_command_that_the_program_refuses_fails(checkout: Path, environment: dict[str, str]) -> None:
+    result = subprocess.run(["bash", "-c", "python pretrain_tape.py --lerning-rate 1"], cwd=checkout, env=environment,
+                            capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ") and "--lerning-rate" in result.stderr
+
+
 def described_paths(markdown: str) -> set[str]:
     """The paths that the map describes: a name stands two spaces further in than the folder that it lies in."""
     match = re.search(r"^```text\n(pretrain_tape\.py.*?)^```$", markdown, re.MULTILINE | re.DOTALL)
