@@ -1,14 +1,17 @@
-"""The corpus of the short real runs, written once a session."""
+"""The corpus of the short real runs, written once a session, and models of transformers.
+
+What takes seconds to import is imported where it is asked for: many tests do without.
+"""
 
 import pytest
-import torch
-
-from tests.golden.training import write_corpus
-from tests.transformers_models import KINDS, made
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
+    import torch
+
+    from tests.golden.training import write_corpus
+
     torch.set_num_threads(1)  # the models are too small for more
     return write_corpus(tmp_path_factory.mktemp("corpus"))
 
@@ -16,6 +19,8 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="session")
 def their_models():
     """One of transformers of each kind."""
+    from tests.transformers_models import KINDS, made
+
     return {kind: made(kind) for kind in KINDS}
 
 

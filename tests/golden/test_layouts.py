@@ -9,7 +9,8 @@ from megatron.parallel.mesh import Axis
 from pretrain_tape import main
 from tests.golden.training import DROPOUT, TINY, losses, run_on_ranks, run_program
 
-MODEL = [*TINY, *DROPOUT, *"--num-layers 4 --num-attention-heads 4 --micro-batch-size 1 --global-batch-size 4".split()]
+MODEL = [*TINY, *DROPOUT, *"--num-layers 4 --num-attention-heads 4 --micro-batch-size 1 --global-batch-size 4 "
+         "--eval-interval 3".split()]
 TP2 = ["--tensor-model-parallel-size", "2"]
 TP4 = ["--tensor-model-parallel-size", "4"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
@@ -43,7 +44,7 @@ LAYOUTS = {
 }
 
 
-def train(corpus, folder, ranks, *flags, num_steps=8):
+def train(corpus, folder, ranks, *flags, num_steps=6):
     places = ["--data-path", corpus, "--save", str(folder), "--load", str(folder), "--train-iters", str(num_steps)]
     if ranks == 1:
         assert main([*MODEL, *places, *flags]) == 0
@@ -72,12 +73,13 @@ def saved(folder, name="model"):
 
 
 def assert_same_checkpoint(folder, expected_folder):
-    for name in ("model", "optimizer"):
-        ours, expected = saved(folder, name), saved(expected_folder, name)
-        assert {key: tensor.shape for key, tensor in ours.items()} == {
-            key: tensor.shape for key, tensor in expected.items()}
-    for name, tensor in saved(expected_folder).items():
-        torch.testing.assert_close(saved(folder)[name], tensor, rtol=0, atol=1e-4, msg=name)
+    for kind in ("model", "optimizer"):
+        ours, expected = saved(folder, kind), saved(expected_folder, kind)
+        assert {name: tensor.shape for name, tensor in ours.items()} == {
+            name: tensor.shape for name, tensor in expected.items()}
+        if kind == "model":
+            for name, tensor in expected.items():
+                torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-4, msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +106,7 @@ def test_shared_out_activations_follow_the_curve_of_one_rank(corpus, tmp_path, o
 
 
 def test_torchs_older_launcher_starts_ranks_that_share_the_model(corpus, tmp_path, one_rank):
-    status, output = run_program(*MODEL, *TP2, "--train-iters", 8, "--data-path", corpus, "--save", tmp_path,
+    status, output = run_program(*MODEL, *TP2, "--train-iters", 6, "--data-path", corpus, "--save", tmp_path,
                                  ranks=2, launcher="launch")
     assert status == 0, output
     assert_close(curves(tmp_path), one_rank)
@@ -132,7 +134,7 @@ def test_a_run_goes_on_in_any_layout(corpus, tmp_path, one_folder):
     folder = tmp_path / "run"
     train(corpus, folder, 2, *TP2, "--exit-interval", "2")
     train(corpus, folder, 4, *LAYOUTS["cp2-pp2-interleaved"][1], "--exit-interval", "4")
-    train(corpus, folder, 1, "--exit-interval", "6")
+    train(corpus, folder, 1, "--exit-interval", "5")
     assert_close(train(corpus, folder, 4, *LAYOUTS["dp2-pp2-parameters"][1]), curves(one_folder))
     assert_same_checkpoint(folder, one_folder)
 

@@ -1,7 +1,7 @@
 """Every command in the bash blocks of the README and of docs, run in a copy of the checkout, in the order there.
 
-So that this stays quick, pretraining gets a tiny model and few steps behind its own flags, and of the tests those of
-one file are listed.
+So that this stays quick, pretraining gets a tiny model and few steps behind its own flags, of the tests those of one
+file are listed, and `python` has loaded torch already (`tests/warm_python.py`).
 """
 
 import gzip
@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import subprocess
-import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from megatron.checkpoint.convert.families import hf
 from tests.families import ESM2
 from tests.megatron_files import write_original
 from tests.transformers_models import trained_here
+from tests.warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_COPIED = (".git", ".venv", "build", "runs", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info")
@@ -30,7 +31,7 @@ QUICK = [(re.compile(r"--load (proteinlm-200m|esm2_t6_8M_UR50D)"),
           "--seq-length 12 --global-batch-size 2 --train-iters 2"),
          (re.compile(r"\bcontinue_esm2\.sh\b"), "--seq-length 128 --train-samples 16 --eval-iters 1 --num-workers 0"),
          (re.compile(r"\bpretrain_tape\w*\.(sh|py)\b"), TINY),
-         (re.compile(r"\btests/run\.sh\b"), "--collect-only tests/unit/test_vocab.py")]
+         (re.compile(r"\btests/run\.sh\b"), "--collect-only --numprocesses 0 tests/unit/test_vocab.py")]
 
 
 def bash_blocks(markdown: str) -> list[list[str]]:
@@ -66,14 +67,13 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment of a user whose active Python is the one that runs the tests."""
+    not_a_users = "PYTHON", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "PRESET"
+    inherited = {key: value for key, value in os.environ.items() if key not in not_a_users}
     folder = tmp_path_factory.mktemp("bin")
-    for name in ("python", "python3"):
-        (folder / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-        (folder / name).chmod(0o755)
-    inherited = {key: value for key, value in os.environ.items() if key not in ("PYTHON", "PYTHONPATH", "PRESET")}
-    return inherited | {"PATH": f"{folder}:{os.environ['PATH']}"}
+    with warm_python(folder):
+        yield inherited | {"PATH": f"{folder}:{os.environ['PATH']}"}
 
 
 def test_the_readme_has_commands() -> None:
@@ -90,6 +90,13 @@ def test_the_commands_of_the_readme_run(number: int, checkout: Path, environment
     result = subprocess.run(["bash", "-c", script], cwd=checkout, env=environment, stdin=subprocess.DEVNULL,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert result.returncode == 0, result.stdout[-4000:]
+
+
+def test_a_command_that_the_program_refuses_fails(checkout: Path, environment: dict[str, str]) -> None:
+    result = subprocess.run(["bash", "-c", "python pretrain_tape.py --lerning-rate 1"], cwd=checkout, env=environment,
+                            capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ") and "--lerning-rate" in result.stderr
 
 
 def described_paths(markdown: str) -> set[str]:
@@ -121,7 +128,8 @@ def test_the_map_names_every_folder_and_no_other() -> None:
 def test_quick_commands_keep_their_own_arguments() -> None:
     assert quick("PRESET=tape bash examples/pretrain_tape.sh --lr 1 &") == (
         f"PRESET=tape bash examples/pretrain_tape.sh --lr 1 {TINY} &")
-    assert quick("bash tests/run.sh -k data") == "bash tests/run.sh -k data --collect-only tests/unit/test_vocab.py"
+    assert quick("bash tests/run.sh -k data") == (
+        "bash tests/run.sh -k data --collect-only --numprocesses 0 tests/unit/test_vocab.py")
     assert quick("ls") == "ls"
 
 

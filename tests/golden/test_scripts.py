@@ -10,6 +10,7 @@ import time
 import pytest
 
 from tests.golden.training import ROOT, TINY, losses
+from tests.warm_python import warm_python
 
 FLAGS = [*TINY, "--num-attention-heads", "4", "--micro-batch-size", "1", "--global-batch-size", "4", "--train-iters",
          "2", "--lr-decay-iters", "2"]
@@ -41,6 +42,14 @@ def run(script, corpus, folder, *flags, **environment):
     return losses(folder)
 
 
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    """The path of one that has loaded torch already."""
+    folder = tmp_path_factory.mktemp("python")
+    with warm_python(folder):
+        yield str(folder / "python")
+
+
 @pytest.fixture
 def path_with(tmp_path):
     """A function that puts a stand-in for a program first on PATH; gives PATH."""
@@ -54,18 +63,18 @@ def path_with(tmp_path):
     return put
 
 
-def test_mpirun_starts_the_ranks(corpus, tmp_path, path_with):
+def test_mpirun_starts_the_ranks(corpus, tmp_path, path_with, python):
     path = path_with("mpirun", OPEN_MPI)
     curve = run(ROOT / "examples" / "pretrain_tape_mpirun.sh", corpus, tmp_path / "run", *TWO_RANKS, PATH=path,
-                PROCESSES="2", MPIRUN_FLAGS="--host localhost:2")
+                PYTHON=python, PROCESSES="2", MPIRUN_FLAGS="--host localhost:2")
     assert list(curve) == [1, 2]
 
 
-def test_srun_starts_the_ranks_from_the_copy_that_slurm_makes_of_the_script(corpus, tmp_path, path_with):
+def test_srun_starts_the_ranks_from_the_copy_that_slurm_makes_of_the_script(corpus, tmp_path, path_with, python):
     path = path_with("srun", SRUN)
     script = shutil.copy(ROOT / "examples" / "pretrain_tape_slurm.sh", tmp_path / "slurm_script")
     batch = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_NTASKS_PER_NODE": "2",
-             "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "2"}
+             "PYTHON": python, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "2"}
     curve = run(script, corpus, tmp_path / "run", *TWO_RANKS, PATH=path, **batch)
     assert list(curve) == [1, 2]
 

@@ -96,7 +96,7 @@ class Living:
     def outcome(self):
         """Loss, norm, and the gradients' wholes (from Adam's first moment) after one step on all rows."""
         rows = [row(lengths, number) for number, lengths in enumerate(PROTEINS)]
-        self.step(micro_batches(self.engine, rows), 0.0, 0)
+        self.step(micro_batches(self.engine, rows), 0.0)
         reading = self.meters.read()
         state = self.engine.optimizer.state()
         moments = {name: tensor for name, tensor in state.items() if name.startswith("exp_avg/")}

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from functools import cache
 from unittest.mock import patch
 
 import pytest
@@ -65,7 +66,7 @@ def on_stream(stream):
     return Placement(stream.axis, 0, TOKENS) if stream.is_split else Placement()
 
 
-def layer_outcome(kind, stream, dtype, config):
+def layer_outcome(stream, kind, dtype, config):
     """Output, input gradient and parameter gradients of one layer, as wholes."""
     width = config.hidden_size
     layer, before, after = {
@@ -108,14 +109,23 @@ def embedding_outcome(stream, dtype, config):
     return {**assembled({"output": on_stream(stream).part(y)}), **gradients(embedding)}
 
 
+@cache
+def twin(outcome, *arguments):
+    """What `outcome` gives on one rank: the same beside every layout. All ranks ask for it together."""
+    return outcome(ONE_RANK, *arguments)
+
+
+def with_twin(axis, is_split, outcome, *arguments):
+    return [outcome(Stream(axis, is_split), *arguments), twin(outcome, *arguments)]
+
+
 def layers_and_twins(axis, is_split, dtype):
-    pairs, streams = {}, (Stream(axis, is_split), ONE_RANK)
-    for kind in ("column", "row", "column apart", "row apart"):
-        pairs[kind] = [layer_outcome(kind, stream, dtype, CONFIG) for stream in streams]
+    pairs = {kind: with_twin(axis, is_split, layer_outcome, kind, dtype, CONFIG)
+             for kind in ("column", "row", "column apart", "row apart")}
     for family, config in CONFIGS.items():
         for kind in ("attention", "feed-forward", "block"):
-            pairs[family, kind] = [layer_outcome(kind, stream, dtype, config) for stream in streams]
-        pairs[family, "embedding"] = [embedding_outcome(stream, dtype, config) for stream in streams]
+            pairs[family, kind] = with_twin(axis, is_split, layer_outcome, kind, dtype, config)
+        pairs[family, "embedding"] = with_twin(axis, is_split, embedding_outcome, dtype, config)
     return pairs
 
 
@@ -145,8 +155,8 @@ def heads_and_twins(axis, dtype):
     """For rows on each rank a multiple of 8: a share for each of 4; of 24: 24 and 8; of 32: all on the first."""
     targets = {"every shard": range(VOCABULARY), "the first": [3, 3, 5], "the last": [31], "none": [],
                "some, then padding": [31, 8, 0, *[NO_TARGET] * 4], "padding": [NO_TARGET] * 3}
-    pairs = {f"targets on {place}, rows by {multiple}": [head_outcome(axis, ids, multiple, dtype),
-                                                         head_outcome(Axis(), ids, VOCABULARY, dtype)]
+    twins = {place: head_outcome(Axis(), ids, VOCABULARY, dtype) for place, ids in targets.items()}
+    pairs = {f"targets on {place}, rows by {multiple}": [head_outcome(axis, ids, multiple, dtype), twins[place]]
              for place, ids in targets.items() for multiple in (8, 24, 32)}
     ids = [*range(VOCABULARY), NO_TARGET, 7]
     whole = head_outcome(Axis(), ids, VOCABULARY, dtype, 0.7)
@@ -184,13 +194,12 @@ BATCHES = {
 
 
 def models_and_twins(axis, is_split, precision):
-    return {case: [model_outcome(stream, case, precision) for stream in (Stream(axis, is_split), ONE_RANK)]
-            for case in BATCHES}
+    return {case: with_twin(axis, is_split, model_outcome, case, precision) for case in BATCHES}
 
 
 def families_and_twins(axis, is_split):
-    return {family: [model_outcome(stream, "with filler and padding", PrecisionConfig(), config)
-                     for stream in (Stream(axis, is_split), ONE_RANK)] for family, config in CONFIGS.items()}
+    return {family: with_twin(axis, is_split, model_outcome, "with filler and padding", PrecisionConfig(), config)
+            for family, config in CONFIGS.items()}
 
 
 def recomputed_models(axis, is_split, dropout):
@@ -207,6 +216,7 @@ def recomputed_models(axis, is_split, dropout):
 def on_one_rank_of_many(axis):
     """All that the tests below ask about, in one launch of the ranks."""
     both = (False, True)
+    twin.cache_clear()  # processes stay, and on some there may be answers that others have not
     return {
         "layers": {(split, dtype): layers_and_twins(axis, split, dtype) for split in both for dtype in TOLERANCE},
         "heads": {dtype: heads_and_twins(axis, dtype) for dtype in TOLERANCE},

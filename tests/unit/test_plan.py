@@ -339,9 +339,9 @@ def test_flags_that_are_given_are_kept():
 
 
 def test_context_is_split_where_nothing_fits_without():
-    config, _ = parse(["--preset", "tape", "--seq-length", "2097152", "--max-position-embeddings", "2097152",
+    config, _ = parse(["--preset", "tape", "--seq-length", "262144", "--max-position-embeddings", "262144",
                        "--global-batch-size", "16", *TP2])
-    machine, given = Machine("a100-40gb", 16, 8, 0.1), ["--tensor-model-parallel-size"]
+    machine, given = Machine("a100-40gb", 16, 8, 0.9), ["--tensor-model-parallel-size"]
     assert min(plan.sizes["context"] for plan in best_plans(config, machine, given)) > 1
 
 
@@ -367,7 +367,7 @@ def test_the_tool_prints_json(capsys):
 @pytest.mark.parametrize(("flags", "message"), [
     (["--gpu", "h100"], f"--gpu h100 is not known; give one of {', '.join(GPUS)}"),
     (["--gpu", "v100-32gb"], "--gpu v100-32gb is from before compute capability 8.0"),
-    (["--gpu", "a100-40gb", "--num-layers", "2000", "--gpus", "2"], "nothing fits: the least that a layout of 2 GPUs"),
+    (["--gpu", "a100-40gb", "--num-layers", "600", "--gpus", "2"], "nothing fits: the least that a layout of 2 GPUs"),
     (["--gpu", "a100-40gb", "--global-batch-size", "3", "--pipeline-model-parallel-size", "1",
       "--context-parallel-size", "1"],
      "no layout of 8 GPUs divides --global-batch-size 3"),
