@@ -28,12 +28,14 @@ def build_step(checkout: str, micro_batches: int, lengths: Sequence[int], flags:
     meters = import_module("megatron.train.meters").Meters(mesh.world, device)
     step = import_module("megatron.train.step").TrainStep(engine, meters)
     # The first edition's takes whether this rank wants to stop.
-    wishes = () if "wishes" in signature(step.__call__).parameters else (False,)
+    takes = signature(step.__call__).parameters
+    wishes = () if "wishes" in takes else (False,)
+    samples = (0,) if "consumed_samples" in takes else ()  # earlier editions seeded dropout by their number
     batches = [_batch(lengths, seed) for seed in range(micro_batches)]
 
     def timed() -> tuple[float, float]:
         began_s = time.perf_counter()
-        step(batches, LEARNING_RATE, 0, *wishes)
+        step(batches, LEARNING_RATE, *samples, *wishes)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - began_s, meters.read().loss

@@ -66,7 +66,7 @@ def our_step(flags: list[str]) -> Callable[[], float]:
     step, batch = TrainStep(engine, meters), _packed(proteins())
 
     def timed() -> float:
-        step([batch], 1e-5, 0, (False, False))
+        step([batch], 1e-5, (False, False))
         return meters.read().loss
 
     return timed

@@ -50,7 +50,7 @@ def our_step(config: Config, batches: list[Batch], device: torch.device) -> Call
     """A step as the program takes it."""
     mesh = Mesh(device=device)
     step = TrainStep(build_engine(config, mesh, VOCABULARY), Meters(mesh.world, device))
-    return lambda: step(batches, LEARNING_RATE, 0)
+    return lambda: step(batches, LEARNING_RATE)
 
 
 def plain_step(config: Config, batches: list[Batch], device: torch.device) -> Callable[[], object]:

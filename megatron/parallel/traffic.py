@@ -86,10 +86,9 @@ def _axes_by_group(mesh: Mesh) -> dict[str, str]:
     for name, group in groups:
         if group is not None and name not in names.setdefault(group.group_name, []):
             names[group.group_name].append(name)
-    if mesh.holders.group is not None:
-        names.setdefault(mesh.holders.group.group_name, ["holders"])
-    if mesh.world.group is not None:
-        names.setdefault(mesh.world.group.group_name, ["world"])
+    for name, axis in (("world", mesh.world), ("holders", mesh.holders)):
+        if axis.group is not None:
+            names.setdefault(axis.group.group_name, [name])
     return {group: "+".join(sharing) for group, sharing in names.items()}
 
 

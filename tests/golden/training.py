@@ -3,10 +3,11 @@
 import gzip
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from unittest.mock import patch
 
@@ -58,10 +59,16 @@ def run_program(*flags: object, ranks: int = 1, launcher: str = "run") -> tuple[
 
 def run_on_ranks(*flags: object, ranks: int) -> list[int | None]:
     """The exit status of each rank of a program that is started without a launcher, in processes that have torch."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    answers = on_processes(_one_rank, ranks, port, [str(flag) for flag in flags])
+    answers = on_processes(_one_rank, ranks, free_port(), [str(flag) for flag in flags])
     return [0 if isinstance(answer, bytes) else answer for answer in answers]
+
+
+def free_port() -> int:
+    """Below those that Linux gives connections, one of which may come between finding a port and taking it."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def _one_rank(rank: int, ranks: int, port: int, flags: list[str]) -> bytes:

@@ -50,7 +50,7 @@ def pass_on(axis, parallel, source, target):
     if checkpoint is None:
         engine = build_engine(config, mesh, VOCABULARY - 1)
         rows = [row(lengths, number) for number, lengths in enumerate(PROTEINS)]
-        TrainStep(engine, Meters(mesh.world, CPU))(micro_batches(engine, rows), 1e-3, 0)
+        TrainStep(engine, Meters(mesh.world, CPU))(micro_batches(engine, rows), 1e-3)
     else:
         engine = build_engine(config, mesh, VOCABULARY - 1,
                               lambda parameters: load_model(parameters, checkpoint, checkpoint.model.keys()))
