@@ -9,14 +9,13 @@ import itertools
 import os
 import random
 import signal
-import socket
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 from megatron.checkpoint.store import open_place, place_of
-from tests.golden.training import TINY, losses, write_corpus
+from tests.golden.training import TINY, free_port, losses, write_corpus
 from tests.ranks.launch import warm_processes
 
 STEPS, INTERVAL = 60, 3
@@ -69,8 +68,7 @@ def _run(name: str, corpus: str, folder: Path, killed_after_s: float | None,
     """Start all ranks and kill one so many seconds later; whether all came to their end, and whether one was killed."""
     ranks, flags = WAYS[name]
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     output = folder / "lines.txt"
     output.unlink(missing_ok=True)
     arguments = [*RUN, *flags, "--data-path", corpus, "--save", str(folder), "--load", str(folder)]

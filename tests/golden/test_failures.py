@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.golden.training import ROOT, TINY, losses, run_on_ranks
+from tests.golden.training import ROOT, TINY, free_port, losses, run_on_ranks
 
 HOST = socket.gethostname()
 RUN = [*TINY, "--micro-batch-size", "1", "--global-batch-size", "4", "--eval-interval", "100000"]
@@ -131,8 +131,7 @@ def test_torchrun_starts_a_killed_job_again_from_its_last_checkpoint(start_ranks
 
 
 def test_where_no_launcher_tells_the_survivors_do(start, corpus, tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     ranks = [start([sys.executable, ROOT / "pretrain_tape.py"], *ENDLESS, "--data-path", corpus, "--save", tmp_path,
                    SLURM_STEP_NODELIST="localhost", SLURM_STEP_NUM_TASKS="2", SLURM_PROCID=str(rank),
                    SLURM_LOCALID=str(rank), MASTER_PORT=str(port)) for rank in range(2)]
