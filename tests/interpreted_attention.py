@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron.kernels.attention import launches
+from megatron.kernels.attention.by_protein import attention_by_protein
 from megatron.kernels.attention.fused import fused_attention
 from megatron.kernels.attention.packed import attention_reference
 from megatron.kernels.dropout import Dropout, Use
@@ -130,6 +131,28 @@ def errors(case: Case) -> dict[str, Any]:
             "filler": [not tensor[case.num_real:].any().item() for tensor in ours]}
 
 
+def of_titin() -> dict[str, list[float]]:
+    """Errors on a protein of 35,213 residues in a window, in blocks, and those of attention by protein.
+
+    By the definition its scores would take 5 GB.
+    """
+    case = Case((35_213,), filler=100, window=(40, 25), dropout=RATE)
+    qkv, weights = case.tensors()
+
+    def by_protein(x: Tensor) -> Tensor:
+        sequence = case.sequence
+        return attention_by_protein(x, sequence.cu_seqlens, sequence.num_filler, case.window, dropout_of(case))
+
+    def outcome(function: Any, dtype: torch.dtype) -> list[Tensor]:
+        x = qkv.to(dtype).requires_grad_()
+        context = function(x)[:case.num_real]
+        return [context.detach(), torch.autograd.grad(context, x, weights[:case.num_real].to(dtype))[0][:case.num_real]]
+
+    exact = outcome(by_protein, torch.float64)
+    return {name: [_error(*pair) for pair in zip(outcome(way, torch.float32), exact, strict=True)]
+            for name, way in (("ours", lambda x: attend(case, x)), ("by protein", by_protein))}
+
+
 def _error(found: Tensor, exact: Tensor) -> float:
     size = min(len(found), len(exact))
     return ((found[:size] - exact[:size]).norm() / exact.norm().clamp(min=1e-30)).item()
@@ -180,6 +203,8 @@ def main() -> None:
         results["bits"] = bits()
         for name, case in CASES.items():
             results["errors"][name] = errors(case)
+        case = Case(blocks=(256, 256))
+        results["titin"] = of_titin()
     torch.save(results, sys.argv[1])
 
 

@@ -45,6 +45,11 @@ def test_filler_has_no_context_no_gradient_and_no_part_in_others(interpreted, na
     assert interpreted["errors"][name]["filler"] == [True, True]
 
 
+def test_the_longest_protein_of_all_is_done_in_blocks(interpreted):
+    for ours, theirs in zip(interpreted["titin"]["ours"], interpreted["titin"]["by protein"], strict=True):
+        assert ours <= 2 * theirs + 2e-7
+
+
 def test_the_same_bits_come_each_time_whatever_else_is_packed(interpreted):
     once, again, beside = (interpreted["bits"][name] for name in ("once", "again", "beside another protein"))
     for first, second, third in zip(once, again, beside, strict=True):
