@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Measures on a machine with a GPU what this project claims of one, in at most eight minutes: tables to paste into
+# Measures on a machine with a GPU what this project claims of one, in at most eight minutes on one: tables to paste into
 # benchmarks/RESULTS.md, on standard output. What takes longer than its share is cut off, and says so.
+# Where there are several GPUs three layouts more take up to five minutes.
 #
 #     bash benchmarks/gpu.sh > tables.md
 #     bash benchmarks/gpu.sh --rehearse     tiny shapes, on any machine: does all of it run?
