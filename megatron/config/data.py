@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron.config.declaration import flag, not_negative
+from megatron.config.declaration import flag, not_negative, positive
 
 VOCABULARIES = ("iupac", "esm", "protbert")  # families; each is protein_tools/NAME_vocab.txt
 
@@ -31,8 +31,9 @@ class DataConfig:
                            aliases=("--encoder-seq-length",), changes="samples")
     data_impl: str = flag("infer", "format of the indexed dataset", choices=("infer", "mmap", "cached", "lazy"),
                           changes="nothing")
-    mask_prob: float = flag(0.15, "share of residues chosen for prediction", kind=float,
-                            check=(lambda v: 0 < v < 1, "between 0 and 1"), changes="samples")
+    mask_prob: tuple[float, ...] = flag(
+        (0.15,), "share of residues chosen for prediction, or START END SAMPLES: from one share to another over so "
+        "many rows; evaluation chooses 15 %", kind=float, nargs="+", check=positive, changes="samples")
     mask_token_prob: float = flag(0.8, "share of the chosen replaced by [MASK]", kind=float,
                                   check=(lambda v: 0 <= v <= 1, "between 0 and 1"), changes="samples")
     mask_random_prob: float = flag(0.1, "share of the chosen replaced by a random residue", kind=float,
@@ -41,7 +42,8 @@ class DataConfig:
                                    check=(lambda v: v >= 1, "1 or greater"), changes="samples")
     packing: str = flag("best-fit", "how proteins are laid into rows", choices=("best-fit", "sequential"),
                         changes="samples")
-    long_proteins: str = flag("crop", "a protein longer than a row: a random window, consecutive pieces, or none",
+    long_proteins: str = flag("crop", "a protein longer than a row: a random window, consecutive pieces (as in every "
+                              "evaluation), or none",
                               choices=("crop", "split", "drop"), changes="samples")
     data_cache_path: str = flag(None, "folder of the row index (default: beside the data, or the user's cache folder)",
                                 changes="nothing")

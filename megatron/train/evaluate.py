@@ -1,7 +1,7 @@
 """Evaluation on fixed rows with fixed masks, and the baseline that a model must beat."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -37,6 +37,7 @@ def evaluate(engine: Engine, dataset: Dataset, shape: BatchShape, log: Log, *, n
     None where `wants_stop`, which all ranks ask together between some micro-batches, ends it early.
     """
     mesh, micro_batch_size = engine.mesh, engine.config.training.micro_batch_size
+    shape = replace(shape, num_targets=dataset.most_targets(micro_batch_size))
     rows_a_micro_step = micro_batch_size * mesh.data.size
     bar = log.progress(total=num_rows, done=0, unit="row", label=label)
     # No worker processes: starting them costs more than the few rows that they would prepare.

@@ -14,7 +14,7 @@ from megatron.data.batches.batch import Batch
 from megatron.data.batches.loader import batches
 from megatron.data.rows.blend import BlendedDataset
 from megatron.data.rows.dataset import Dataset, corpora_of
-from megatron.data.rows.masking import Masking
+from megatron.data.rows.fixed_masks import FIXED
 from megatron.errors import DivergedError
 from megatron.model.protein_model import compute_dtype
 from megatron.train.agreement import Arriving
@@ -213,7 +213,7 @@ def _baselines(run: Run) -> Baselines | None:
     if run.data.valid is None or not run.log.is_speaker:
         return None
     baselines = frequency_baselines(run.data.train.residue_counts(), run.data.valid.residue_counts(),
-                                    run.vocab.residue_ids, Masking())
+                                    run.vocab.residue_ids, FIXED)
     if baselines is None:
         return None
     run.log.line(f"letter-frequency baseline on validation: {baselines.letters:.4f} nats, or {baselines.visible:.4f} "

@@ -128,6 +128,8 @@ def _changed(config: Config, now: Mapping[str, Any], saved: Mapping[str, Any],
              kind: str) -> list[tuple[Field, Any, Any]]:
     """The flags, of those that change what `kind` says, whose values differ: each with its value now and then."""
     now = _as_json(now)
+    if isinstance(saved.get("mask_prob"), float):  # of a time when a share had no course
+        saved = {**saved, "mask_prob": [saved["mask_prob"]]}
     return [(item, now[item.name], saved[item.name]) for _, section in config.sections() for item in fields(section)
             if item.metadata["changes"] == kind and saved.get(item.name, now[item.name]) != now[item.name]]
 

@@ -51,6 +51,15 @@ def test_a_blend_serves_rows_of_its_corpora(tmp_path):
     assert splits.train.describe().count("train") == 2
 
 
+def test_a_course_of_masking_counts_the_rows_of_the_run_not_of_the_corpus(tmp_path):
+    for name in "ab":
+        write_indexed(tmp_path / name, [np.full(100, 6)] * 50)
+    data = DataConfig(data_path=("1", str(tmp_path / "a"), "1", str(tmp_path / "b")), seq_length=101, split="1,0,0",
+                      mask_prob=(0.1, 0.5, 40.0))
+    train = build_datasets(data, VOCAB, 1).train
+    assert [len(train[sample].target_ids_m) for sample in (0, 1, 20, 39, 40, 90)] == [10, 11, 30, 49, 50, 50]
+
+
 def test_a_corpus_goes_by_the_last_part_of_its_prefix_or_by_all_of_it_where_two_share_that(tmp_path):
     prefixes = [str(tmp_path / name) for name in ("one/a", "two/a", "two/b")]
     for prefix in prefixes:

@@ -98,7 +98,7 @@ def test_every_protein_has_both_its_ends_and_the_models_ids(lengths, seq_length,
     with tempfile.TemporaryDirectory() as folder:
         written = write_proteins(Path(folder) / "a", lengths)
         data = config(Path(folder) / "a", seq_length=seq_length, packing=packing, long_proteins=long_proteins,
-                      protein_ends=ends, mask_prob=0.5, mask_span_length=3.0)
+                      protein_ends=ends, mask_prob=(0.5,), mask_span_length=3.0)
         splits = build_datasets(data, vocab, seed)
         rows, shape = epoch_rows(splits.train), batch_shape(splits, 1)
     proteins = [tuple(vocab.ids[VOCAB.tokens[index]] for index in protein) for protein in written]
@@ -125,7 +125,7 @@ def test_how_full_rows_are_counts_both_ends(tmp_path):
     write_proteins(tmp_path / "a", [62, 30, 30])
     train = build_datasets(config(tmp_path / "a", protein_ends="both"), VOCAB, 1).train
     assert "2 rows an epoch, 100.00 % full" in train.describe()
-    assert (train.longest(), train.most_targets(), train.num_ends) == (64, round(0.15 * 62), 2)
+    assert (train.longest(), train.most_targets(1), train.num_ends) == (64, round(0.15 * 62), 2)
 
 
 def test_mapped_ids_are_counted_and_said_and_own_ones_are_not_mapped(tmp_path):
@@ -203,7 +203,7 @@ def test_paths_need_not_be_utf8(tmp_path, monkeypatch):
 def test_evaluation_rows_and_masks_are_the_same_whatever_training_uses(tmp_path):
     write_proteins(tmp_path / "a", np.random.default_rng(1).integers(1, 90, 200))
     one, other = (build_datasets(config(tmp_path / "a", split="6,2,2", **flags), VOCAB, seed) for seed, flags in
-                  ((1, {}), (2, {"mask_prob": 0.5, "mask_token_prob": 0.1, "mask_span_length": 5.0})))
+                  ((1, {}), (2, {"mask_prob": (0.5,), "mask_token_prob": 0.1, "mask_span_length": 5.0})))
     for a, b in ((one.valid, other.valid), (one.test, other.test)):
         assert a is not None and b is not None
         rows = a.num_epoch_rows(0)

@@ -91,3 +91,18 @@ def test_a_row_without_residues_has_no_targets(span_length):
 def test_shares_above_one_are_refused():
     with pytest.raises(ConfigError, match="--mask-token-prob 0.8 and --mask-random-prob 0.3"):
         Masking.from_config(DataConfig(mask_random_prob=0.3))
+
+
+def test_the_share_goes_evenly_from_one_to_another_over_so_many_rows_of_the_run():
+    masking = Masking.from_config(DataConfig(mask_prob=(0.3, 0.1, 200.0)))
+    masker, lengths = Masker(masking, VOCAB), np.array([101])
+    tokens = row_of([101], np.random.default_rng(0))
+    chosen = [len(masker.mask(tokens, lengths, np.random.default_rng(1), sample)[1])
+              for sample in (0, 100, 150, 200, 999)]
+    assert chosen == [30, 20, 15, 10, 10] and masker.most_chosen(100) == 30
+
+
+@pytest.mark.parametrize("share", [(1.2,), (0.3, 0.2), (0.3, 1.0, 5.0), (0.1, 0.2, 3.0, 4.0)])
+def test_a_share_or_a_course_that_is_none_is_refused(share):
+    with pytest.raises(ConfigError, match="--mask-prob is .*; give a share between 0 and 1, or START END SAMPLES"):
+        Masking.from_config(DataConfig(mask_prob=share))

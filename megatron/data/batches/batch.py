@@ -22,7 +22,7 @@ class BatchShape:
 
     num_tokens: int  # rows x sequence length, evened up to what the layout divides
     num_proteins: int  # a micro-batch of more is padded to twice as many, or four times
-    num_targets: int
+    num_targets: int  # likewise
     max_length: int  # tokens of the longest protein
     share: int = 0
     num_shares: int = 1
@@ -38,7 +38,7 @@ def batch_shape(splits: Splits, micro_batch_size: int, token_multiple: int = 1, 
                 start_sample: int = 0) -> BatchShape:
     """The shape of all micro-batches of a run that starts at `start_sample`, by the row indices it begins with.
 
-    They have a multiple of `token_multiple` tokens.
+    They have a multiple of `token_multiple` tokens. Those of an evaluation differ in their targets.
     """
     evaluated = [part for part in (splits.valid, splits.test) if part is not None]
     parts = [splits.train, *evaluated]
@@ -48,7 +48,7 @@ def batch_shape(splits: Splits, micro_batch_size: int, token_multiple: int = 1, 
     return BatchShape(
         num_tokens=num_tokens + -num_tokens % token_multiple,
         num_proteins=proteins + proteins // 4 + 8,  # those of an epoch; others differ a little
-        num_targets=micro_batch_size * max(part.most_targets() for part in parts),
+        num_targets=splits.train.most_targets(micro_batch_size),
         max_length=max(part.longest() for part in parts), share=share, num_shares=num_shares,
         num_ends=splits.train.num_ends)
 
@@ -103,7 +103,6 @@ def collate(rows: Sequence[Row], shape: BatchShape, seed: int = 0) -> Batch:
     ends = np.cumsum(lengths)
     num_tokens, num_targets = int(lengths.sum()), sum(len(row.target_ids_m) for row in rows)
     assert num_tokens <= shape.num_tokens, "rows are not longer than they are said to be"
-    assert num_targets <= shape.num_targets, "no row has more targets than its masking allows"
     row_starts = np.cumsum([0, *(len(row.tokens_t) for row in rows)])
     tokens, positions = np.zeros((2, shape.num_tokens), np.int64)
     tokens[:num_tokens] = _join([row.tokens_t for row in rows])
@@ -113,7 +112,7 @@ def collate(rows: Sequence[Row], shape: BatchShape, seed: int = 0) -> Batch:
     here = slice(shape.share * shape.num_tokens // shape.num_shares,
                  (shape.share + 1) * shape.num_tokens // shape.num_shares)
     first, last = np.searchsorted(target_positions, (here.start, here.stop))
-    size = min(shape.num_targets, here.stop - here.start)
+    size = min(_doubled(shape.num_targets, num_targets), here.stop - here.start)
     arrays = [tokens[here], positions[here], _boundaries(ends, num_tokens, shape), np.array(seed),
               _padded(target_positions[first:last] - here.start, size, 0),
               _padded(target_ids[first:last], size, NO_TARGET)]
@@ -123,12 +122,17 @@ def collate(rows: Sequence[Row], shape: BatchShape, seed: int = 0) -> Batch:
 
 def _boundaries(ends: np.ndarray, num_tokens: int, shape: BatchShape) -> np.ndarray:
     """int32: 0, the end of each protein, the end of the last again and again, and the ends of the filler's segments."""
-    num_proteins = shape.num_proteins
-    while num_proteins < len(ends):
-        num_proteins *= 2
+    num_proteins = _doubled(shape.num_proteins, len(ends))
     filler = num_tokens + shape.max_length * np.arange(1, shape.num_filler + 1)
     ends = np.concatenate([[0], _padded(ends, num_proteins, num_tokens), np.minimum(filler, shape.num_tokens)])
     return ends.astype(np.int32)
+
+
+def _doubled(size: int, least: int) -> int:
+    """`size`, doubled until it is `least`."""
+    while size < least:
+        size *= 2
+    return size
 
 
 def _padded(values: np.ndarray, size: int, filler: int) -> np.ndarray:

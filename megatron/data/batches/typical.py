@@ -24,7 +24,7 @@ def typical_batch(data: DataConfig, num_rows: int, token_multiple: int = 1, shar
                   num_shares: int = 1) -> Batch:
     """The micro-batch of `num_rows` such rows, its targets evenly spread; as `batch_shape` would have it."""
     lengths = typical_lengths(data.seq_length, data.num_ends)
-    num_targets = max(1, round(data.mask_prob * (data.seq_length - data.num_ends * len(lengths))))
+    num_targets = max(1, round(max(data.mask_prob[:2]) * (data.seq_length - data.num_ends * len(lengths))))
     positions = np.linspace(1, data.seq_length - data.num_ends, num_targets).astype(np.int64)
     row = Row(np.zeros(data.seq_length, np.int64), np.array(lengths), positions, np.zeros(num_targets, np.int64))
     num_tokens = num_rows * data.seq_length

@@ -27,7 +27,7 @@ class BlendedDataset:
 
     def __getitem__(self, sample: int) -> Row:
         corpus, index = place_in_blend(self.weights, sample)
-        return self.datasets[corpus][index]
+        return self.datasets[corpus].row(index, sample)
 
     @property
     def seq_length(self) -> int:
@@ -53,9 +53,9 @@ class BlendedDataset:
         nearest = (sample * weight // sum(self.weights) for weight in self.weights)
         return num_rows * max(part.most_proteins(1, own) for part, own in zip(self.datasets, nearest, strict=True))
 
-    def most_targets(self) -> int:
-        """The most targets that a row can have."""
-        return max(dataset.most_targets() for dataset in self.datasets)
+    def most_targets(self, num_rows: int) -> int:
+        """The most targets that so many rows have."""
+        return max(dataset.most_targets(num_rows) for dataset in self.datasets)
 
     def longest(self) -> int:
         """The tokens of the longest protein in a row."""

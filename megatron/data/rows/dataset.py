@@ -20,7 +20,7 @@ from megatron.data.rows.packed import PackedDataset, PackingSettings
 from megatron.errors import ConfigError, DataError
 
 Dataset = PackedDataset | BlendedDataset
-EVALUATION_SEED = 1234  # evaluation sees the same rows and masks whatever training uses
+EVALUATION_SEED = 1234  # evaluation sees the same rows whatever training uses
 IN_MEMORY_DOCUMENTS = 1 << 14  # up to which packing an epoch costs less (1 ms) than writing a file (10 ms)
 
 
@@ -44,7 +44,8 @@ def corpora_of(dataset: Dataset) -> dict[str, PackedDataset]:
 def build_datasets(data: DataConfig, vocab: Vocab, seed: int) -> Splits:
     """The datasets of `--data-path` and `--split`; raises ConfigError or DataError.
 
-    Training draws order, crops and masks from `seed`; validation and test repeat one epoch with masks of their own.
+    Training draws order, crops and masks from `seed`. Validation and test repeat one epoch of whole proteins, long ones
+    in pieces, with masks that depend on a protein's letters alone.
     """
     if data.seq_length is None:
         raise ConfigError("--seq-length is missing; give the positions of a row, such as 2176")
@@ -87,7 +88,7 @@ def _build_corpus(prefix: str, data: DataConfig, vocab: Vocab, seed: int) -> lis
     for name, documents in zip(("train", "valid", "test"), split_documents(data.split, indexed.num_documents),
                                strict=True):
         training = name == "train"
-        settings = PackingSettings(data.seq_length, data.packing, data.long_proteins,
+        settings = PackingSettings(data.seq_length, data.packing, data.long_proteins if training else "split",
                                    seed if training else EVALUATION_SEED, data.num_ends)
         clusters = folder = None
         if len(documents) > IN_MEMORY_DOCUMENTS:
@@ -97,9 +98,8 @@ def _build_corpus(prefix: str, data: DataConfig, vocab: Vocab, seed: int) -> lis
                                                    choose_cache_folder(prefix, data.data_cache_path))
             clusters = Clusters(of_document[documents.start:documents.stop], match)
         dataset = PackedDataset(Documents(indexed, documents), settings, vocab,
-                                Masking.from_config(data) if training else Masking(), folder, name,
-                                clusters=clusters, repeats_one_epoch=not training,
-                                id_table=id_table(corpus_vocab, vocab))
+                                Masking.from_config(data) if training else None, folder, name,
+                                clusters=clusters, id_table=id_table(corpus_vocab, vocab))
         parts.append(dataset if dataset.num_epoch_rows(0) else None)
     if parts[0] is None:
         raise DataError(f"{prefix}: its training documents hold no protein for a row of {data.seq_length} positions "

@@ -15,20 +15,35 @@ from megatron.errors import ConfigError
 
 @dataclass(frozen=True)
 class Masking:
-    """Shares and spans of the masking; the defaults are BERT's (arXiv 1810.04805), and every evaluation's."""
+    """Shares and spans of the masking; the defaults are BERT's (arXiv 1810.04805), and every evaluation's.
+
+    The share of residues chosen goes linearly from `prob` to `final_prob`, where given, over `course_rows` of a run.
+    """
 
     prob: float = 0.15
     mask_token_prob: float = 0.8
     random_prob: float = 0.1
     span_length: float = 1.0
+    final_prob: float | None = None
+    course_rows: float = 1.0
 
     @classmethod
     def from_config(cls, data: DataConfig) -> "Masking":
-        """The masking that the flags ask for; raises ConfigError if their shares exceed one."""
+        """The masking that the flags ask for; raises ConfigError for shares above one, or no share or course."""
         if data.mask_token_prob + data.mask_random_prob > 1:
             raise ConfigError(f"--mask-token-prob {data.mask_token_prob} and --mask-random-prob "
                               f"{data.mask_random_prob} add up to more than 1; lower one of them")
-        return cls(data.mask_prob, data.mask_token_prob, data.mask_random_prob, data.mask_span_length)
+        start, *course = data.mask_prob
+        if len(course) not in (0, 2) or not all(0 < share < 1 for share in (start, *course[:1])):
+            raise ConfigError(f"--mask-prob is {' '.join(map(str, data.mask_prob))}; give a share between 0 and 1, or "
+                              "START END SAMPLES: such a share, another, and the rows from the one to the other")
+        return cls(start, data.mask_token_prob, data.mask_random_prob, data.mask_span_length, *course)
+
+    def prob_at(self, sample: int) -> float:
+        """The share of residues chosen in a run's row of that number."""
+        if self.final_prob is None:
+            return self.prob
+        return self.prob + (self.final_prob - self.prob) * min(1.0, sample / self.course_rows)
 
 
 class Masker:
@@ -41,18 +56,18 @@ class Masker:
         self._is_residue = np.zeros(vocab.size, dtype=bool)
         self._is_residue[vocab.residue_ids] = True
 
-    def num_chosen(self, num_residues: int) -> int:
-        """How many of a row's residues are chosen."""
-        return min(max(1, round(self.masking.prob * num_residues)), num_residues)
+    def most_chosen(self, num_residues: int) -> int:
+        """How many of a row's residues are chosen at most, at any time of the run."""
+        return _num_chosen(max(self.masking.prob, self.masking.final_prob or 0), num_residues)
 
-    def mask(self, tokens_t: np.ndarray, lengths: np.ndarray, rng: np.random.Generator
+    def mask(self, tokens_t: np.ndarray, lengths: np.ndarray, rng: np.random.Generator, sample: int = 0
              ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The masked copy of a row, the positions chosen (int64, ascending) and the ids that stood there.
 
-        `lengths` are the tokens of each protein of the row. `num_chosen` residues are chosen.
+        `lengths`: the tokens of each protein of the row; `sample`: its number in the run. At least one is chosen.
         """
         residues = np.flatnonzero(self._is_residue[tokens_t])
-        num_chosen = self.num_chosen(len(residues))
+        num_chosen = _num_chosen(self.masking.prob_at(sample), len(residues))
         if self.masking.span_length > 1:
             chosen = _choose_spans(residues, num_chosen, self.masking.span_length, lengths, rng)
         else:
@@ -70,6 +85,10 @@ class Masker:
         drawn = rng.integers(len(self._residue_ids), size=np.count_nonzero(becomes_random))
         masked_t[chosen[becomes_random]] = self._residue_ids[drawn]
         return masked_t
+
+
+def _num_chosen(share: float, num_residues: int) -> int:
+    return min(max(1, round(share * num_residues)), num_residues)
 
 
 def _choose_spans(residues: np.ndarray, num_chosen: int, mean_length: float, lengths: np.ndarray,

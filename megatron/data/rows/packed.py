@@ -8,6 +8,7 @@ import hashlib
 import json
 import threading
 from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 from megatron.data.corpus.documents import Documents, Pieces
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.clusters import Clusters
+from megatron.data.rows.fixed_masks import FixedMasks, most_fixed_targets
 from megatron.data.rows.masking import Masker, Masking
 from megatron.data.rows.packing import IS_COMPILED, PackedRows, order_key, pack
 from megatron.data.rows.row_cache import RowCache
@@ -56,17 +58,17 @@ class PackingSettings:
 class PackedDataset:
     """The rows of some documents, epoch after epoch; of `clusters`, where given, each epoch has one member.
 
-    `repeats_one_epoch` gives epoch 0 again and again (evaluation). Without `cache_folder` a process packs for itself.
-    `id_table` has the id in `vocab` of each id of the documents (None: the same).
+    Without `masking` the rows are an evaluation's: epoch 0 again and again, with fixed masks. Without `cache_folder` a
+    process packs for itself. `id_table` has the id in `vocab` of each id of the documents (None: the same).
     """
 
-    def __init__(self, documents: Documents, settings: PackingSettings, vocab: Vocab, masking: Masking,
-                 cache_folder: Path | None, name: str, *, clusters: Clusters | None = None,
-                 repeats_one_epoch: bool = False, id_table: np.ndarray | None = None) -> None:
+    def __init__(self, documents: Documents, settings: PackingSettings, vocab: Vocab,
+                 masking: Masking | None, cache_folder: Path | None, name: str, *, clusters: Clusters | None = None,
+                 id_table: np.ndarray | None = None) -> None:
         self.documents, self.settings, self.name = documents, settings, name
         self.vocab, self.clusters, self._id_table = vocab, clusters, id_table
-        self._masker = Masker(masking, vocab)
-        self._repeats_one_epoch = repeats_one_epoch
+        self._masker = FixedMasks(vocab) if masking is None else Masker(masking, vocab)
+        self._repeats_one_epoch = masking is None
         self._cache = None if cache_folder is None else RowCache(cache_folder, self._stem())
         # Of epochs 0, 1, …
         self._first_samples = [0] if self._cache is None else self._cache.known_first_samples()
@@ -77,10 +79,18 @@ class PackedDataset:
         return {key: value for key, value in self.__dict__.items() if key != "pieces"} | {"_rows": {}}
 
     def __getitem__(self, sample: int) -> Row:
+        return self.row(sample, sample)
+
+    def row(self, sample: int, run_sample: int) -> Row:
+        """The row of a sample of this corpus, which is number `run_sample` of the run."""
         epoch, row = self.locate(sample)
+        pieces = self.rows(epoch).row(row)
+        if isinstance(self._masker, FixedMasks):
+            return self._row_of_evaluation(pieces, self._masker)
         rng = np.random.default_rng((self.settings.seed, ROW, epoch, row))
-        tokens_t, lengths = self._read(self.rows(epoch).row(row), rng)
-        masked_t, positions_m, ids_m = self._masker.mask(tokens_t, lengths, rng)
+        parts = [self._read_ids(*place) for place in self._places(pieces, rng)]
+        tokens_t, lengths = self._between_ends(parts), np.array([len(part) for part in parts]) + self.num_ends
+        masked_t, positions_m, ids_m = self._masker.mask(tokens_t, lengths, rng, run_sample)
         return Row(masked_t, lengths, positions_m, ids_m)
 
     @property
@@ -162,9 +172,11 @@ class PackedDataset:
         ends = self.rows(self.locate(sample)[0]).row_starts
         return int((ends[num_rows:] - ends[:-num_rows]).max()) if len(ends) > num_rows else int(ends[-1])
 
-    def most_targets(self) -> int:
-        """The most targets that a row can have."""
-        return self._masker.num_chosen(self.settings.max_residues)
+    def most_targets(self, num_rows: int) -> int:
+        """The most targets that so many rows have; those of an evaluation are seldom more."""
+        if isinstance(self._masker, FixedMasks):
+            return most_fixed_targets(num_rows * self.settings.max_residues)
+        return num_rows * self._masker.most_chosen(self.settings.max_residues)
 
     def longest(self) -> int:
         """The tokens of the longest protein in a row."""
@@ -194,18 +206,31 @@ class PackedDataset:
             return slice(None)
         return self.pieces.of_documents(self.clusters.draw(order_key(self.settings.seed, DRAW, epoch)))
 
-    def _read(self, pieces: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of a row, ends included, and the tokens of each of its proteins."""
+    def _row_of_evaluation(self, pieces: np.ndarray, masks: FixedMasks) -> Row:
+        """A row whose pieces are masked as parts of their whole proteins."""
+        original, masked, is_target = list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
+        for document, offset, length in self._places(pieces, np.random.default_rng(0)):
+            ids = self._read_ids(document, 0, int(self.documents.lengths[document]))
+            for parts, whole in zip((original, masked, is_target), (ids, *masks.mask(ids)), strict=True):
+                parts.append(whole[offset:offset + length])
+        positions_m = np.flatnonzero(self._between_ends(is_target, ends=(0, 0)))
+        lengths = np.array([len(part) for part in original]) + self.num_ends
+        return Row(self._between_ends(masked), lengths, positions_m, self._between_ends(original)[positions_m])
+
+    def _places(self, pieces: np.ndarray, rng: np.random.Generator) -> Iterator[tuple[int, int, int]]:
+        """The document of each piece, where the piece starts in it, and its residues."""
         max_residues = self.pieces.max_residues
-        further_ends = [[self.vocab.sep_id]] * (self.num_ends - 1)
-        parts: list = []
-        lengths = self.pieces.lengths[pieces].astype(np.int64)
-        for piece, length in zip(pieces.tolist(), lengths.tolist(), strict=True):
+        for piece, length in zip(pieces.tolist(), self.pieces.lengths[pieces].tolist(), strict=True):
             document, offset = self.pieces.locate(piece)
             if length > max_residues:  # a crop
                 offset, length = int(rng.integers(length - max_residues + 1)), max_residues
-            parts += [self.vocab.cls_id], self._read_ids(document, offset, length), *further_ends
-        return np.concatenate(parts, dtype=np.int64), np.minimum(lengths, max_residues) + self.num_ends
+            yield document, offset, length
+
+    def _between_ends(self, parts: Sequence[np.ndarray], ends: tuple[int, int] | None = None) -> np.ndarray:
+        """Proteins one behind the other, int64, each between its ends: `ends`, or the vocabulary's."""
+        first, last = ends or (self.vocab.cls_id, self.vocab.sep_id)
+        before, *behind = np.array([[first], [last]])[:self.num_ends]
+        return np.concatenate([array for part in parts for array in (before, part, *behind)], dtype=np.int64)
 
     def _read_ids(self, document: int, offset: int, length: int) -> np.ndarray:
         """The ids in `vocab` of a part of a document."""

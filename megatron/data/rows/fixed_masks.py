@@ -1,0 +1,59 @@
+"""Masks of an evaluation: of a protein they depend on its own letters alone.
+
+So whatever the corpus, the packing, the length of rows, the vocabulary or the masks of training: two runs that evaluate
+one protein predict the very same residues of it from the very same others, as far as these stand in the same row.
+"""
+
+import hashlib
+
+import numpy as np
+
+from megatron.data.corpus.vocab import RESIDUE_LETTERS, Vocab
+from megatron.data.rows.masking import Masking
+from megatron.data.rows.packing import order_hashes
+
+FIXED = Masking()  # 15 %, 80/10/10, single residues, whatever training uses
+_DEVIATIONS = 4
+
+
+class FixedMasks:
+    """The masks of proteins in one vocabulary."""
+
+    def __init__(self, vocab: Vocab) -> None:
+        known = [letter for letter in RESIDUE_LETTERS if letter in vocab.ids]
+        self._mask_id, self._residue_ids = vocab.mask_id, np.array([vocab.ids[letter] for letter in known])
+        self._letters = np.zeros(vocab.size, np.uint8)  # of ids; 0 of what is no residue
+        self._letters[self._residue_ids] = [ord(letter) for letter in known]
+
+    def mask(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The masked copy of a whole protein without its ends, and which of its tokens are targets (bool).
+
+        A share of FIXED.prob of its residues, rounded up or down by chance so that it is that on the average: those
+        whose hashes by SplitMix64 are the smallest. The generator's key is a digest of the letters.
+        """
+        letters = self._letters[ids]
+        residues = np.flatnonzero(letters)
+        key = int.from_bytes(hashlib.blake2b(letters.tobytes(), digest_size=8).digest(), "little")
+        hashes = order_hashes(key, 2 * len(residues) + 1)
+        becomes, order, rounding = np.split(hashes, [len(residues), 2 * len(residues)])
+        num_chosen = int(FIXED.prob * len(residues) + _uniform(rounding)[0])
+        chosen = np.sort(np.argsort(order)[:num_chosen])
+        draw = (_uniform(becomes[chosen]) - FIXED.mask_token_prob) / FIXED.random_prob  # <0 mask, <1 random, else kept
+        masked, is_target = ids.copy(), np.zeros(len(ids), bool)
+        is_target[residues[chosen]] = True
+        masked[residues[chosen[draw < 0]]] = self._mask_id
+        is_random = (draw >= 0) & (draw < 1)
+        drawn = (draw[is_random] * len(self._residue_ids)).astype(np.int64)
+        masked[residues[chosen[is_random]]] = self._residue_ids[drawn]
+        return masked, is_target
+
+
+def most_fixed_targets(num_residues: int) -> int:
+    """So many targets that proteins, or pieces of them, of `num_residues` in all seldom have more."""
+    mean = FIXED.prob * num_residues
+    return min(num_residues, round(mean + _DEVIATIONS * (mean * (1 - FIXED.prob)) ** 0.5) + 1)
+
+
+def _uniform(hashes: np.ndarray) -> np.ndarray:
+    """In [0, 1), from the upper 53 bits."""
+    return (hashes >> np.uint64(11)).astype(np.float64) * 2.0**-53
