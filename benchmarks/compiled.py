@@ -1,16 +1,16 @@
-"""Triton's kernels of a block and of the loss, without a GPU: what a step launches, and what a compiler makes of it.
+"""Kernels without a GPU: what operators launch on tensors without values, and what a compiler makes of it.
 
-Both go forward and backward on `meta`, where tensors have sizes and no values; the kernels that it launches are
-written down instead, and can be compiled for any GPU. Used by `benchmarks/roofline.py`, `benchmarks/triton_kernels.py`
-and the tests; needs Triton, and TRITON_INTERPRET unset.
+The kernels that an operator would launch on a GPU are written down instead, each with the bytes that it moves and what
+it computes, and Triton's can be compiled for any GPU. `benchmarks/launched.py` takes parts of a training step through
+it. Needs Triton, and TRITON_INTERPRET unset.
 """
 
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,27 +20,24 @@ import triton
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from megatron.config import Config
-from megatron.data.batches.typical import typical_batch
-from megatron.kernels import device
-from megatron.kernels.rotary import Rotation
-from megatron.model.protein_model import ProteinModel, compute_dtype
-from megatron.model.transformer import Transformer
-from megatron.parallel.pipeline.partition import Stage
-from megatron.parallel.tensor.copies import ComputeCopies
-from megatron.parallel.tensor.layers import Matrix
-from megatron.parallel.tensor.stream import ONE_RANK
+from benchmarks.tile_flops import code_of, flops_of_tiles
+from megatron.kernels import fp8
+from megatron.kernels.device import is_fake
+from megatron.plan.work import WorkCounter
 
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64",
           torch.int32: "*i32"}
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-_ATTENTION = ("fused_attention", "fused_attention_backward", "_varlen_attn", "_varlen_attn_backward")
-_NOT_POINTWISE = ("mm", "addmm", *_ATTENTION)
+ATTENTION = ("fused_attention", "fused_attention_backward", "_varlen_attn", "_varlen_attn_backward")
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "_scaled_mm_v2")
+_NOT_POINTWISE = (*PRODUCTS, *ATTENTION)
+_PICK = ("embedding", "index_select", "index", "gather")  # read of what they are given no more than they give
+_ONLY_WRITES = ("copy_", "zero_", "fill_", "_foreach_copy_", "_foreach_zero_")
 
 
 @dataclass(frozen=True)
@@ -72,21 +69,43 @@ class Launch:
                             for pair in known.items()), *self._divisible
 
     @property
+    def module(self) -> str:
+        """Where the kernel is, below `megatron.kernels`."""
+        return self.kernel.__module__.removeprefix("megatron.kernels.")
+
+    @cached_property
+    def flops(self) -> int:
+        """What it computes: of symmetric products the half that is, of a map its products, else what its code says."""
+        tensors = self._named
+        if self.kernel.__name__ == "symmetric_kernel":
+            number, size, width = tensors["x"].shape
+            return number * size * (size + 1) * width
+        if self.kernel.__name__ == "map_kernel":
+            return 2 * tensors["map"].numel() * tensors["qkv"].shape[-1]
+        return flops_of_tiles(code_of(self._source, self.options), tensors)
+
+    @property
+    def units(self) -> str:
+        """What computes most of it: the matrix units in "fp8" or "half" precision, or "fp32"'s."""
+        is_product = self.kernel.__name__ in ("symmetric_kernel", "map_kernel")
+        return units_of([self.arguments[0]]) if is_product else "fp32"
+
+    @property
     def num_bytes(self) -> int:
         """What goes through memory at least: each tensor once; what is changed where it lies, but for values, twice."""
         tensors = [value for value in self.arguments if isinstance(value, Tensor)]
         distinct = {id(tensor): tensor for tensor in tensors}.values()
         num_bytes = sum(map(_num_bytes, distinct))
         qkv_tgcd = tensors[0]
-        if self.name.startswith("heads") and qkv_tgcd is tensors[-1]:
+        if self.kernel.__name__ == "map_kernel":  # which reads no values
+            num_bytes -= _num_bytes(qkv_tgcd) // qkv_tgcd.shape[2]
+        elif self.name.startswith("heads") and qkv_tgcd is tensors[-1]:
             num_bytes += _num_bytes(qkv_tgcd) - 2 * _num_bytes(qkv_tgcd) // qkv_tgcd.shape[2]
         return num_bytes
 
     def resources(self, capability: int) -> Resources:
         """Of the kernel compiled for a capability, such as 90."""
-        source = ASTSource(self.kernel, self._signature, self.constants, {
-            (place,): [["tt.divisibility", 16]] for place in self._divisible})
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(self.options))
+        compiled = triton.compile(self._source, target=GPUTarget("cuda", capability, 32), options=dict(self.options))
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
@@ -94,6 +113,15 @@ class Launch:
                                   text=True, check=True).stdout
         found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
         return Resources(found["REG"], found["STACK"] + found["LOCAL"], compiled.metadata.shared)
+
+    @property
+    def _named(self) -> dict[str, Any]:
+        return {parameter.name: value for parameter, value in zip(self.kernel.params, self.arguments, strict=True)}
+
+    @property
+    def _source(self) -> ASTSource:
+        return ASTSource(self.kernel, self._signature, self.constants, {
+            (place,): [["tt.divisibility", 16]] for place in self._divisible})
 
     def _is_constant(self, place: int) -> bool:
         value = self.arguments[place]
@@ -129,17 +157,48 @@ def _is_divisible(value: Any) -> bool:
     return isinstance(value, int) and value % 16 == 0
 
 
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+
+
 def _num_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+@dataclass(frozen=True)
+class Other:
+    """An operator of PyTorch's, or a function that torch.compile makes kernels of, and what it moves and computes.
+
+    Each tensor that it takes or gives goes through memory once; one that it reads and changes twice.
+    """
+
+    name: str
+    num_bytes: int
+    flops: int  # of products and attention; of anything else, one for each element that it gives or sums up
+    units: str  # as of `Launch`
+
+
 class Launches(TorchDispatchMode):
-    """Within this context what operators on `meta` launch is written down: Triton's kernels, and PyTorch's names."""
+    """Within this context what operators on tensors without values launch is written down, and not done.
+
+    Triton's kernels, PyTorch's operators, and FP8's conversions as the kernels that torch.compile makes of them. What
+    has values is computed as it is: boundaries of proteins, by which attention is counted.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.triton: list[Launch] = []
-        self.others: list[tuple[str, int]] = []  # and the bytes of what they take and give
+        self.others: list[Other] = []
+        self._patches: list[Any] = []  # one each time that the context is entered, which operators of ours do again
+
+    def __enter__(self) -> "Launches":
+        self._patches.append(patch.object(fp8, "_way", lambda function, _: partial(self._fused, function)))
+        self._patches[-1].start()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._patches.pop().stop()
 
     @property
     def num_pointwise(self) -> int:
@@ -147,27 +206,56 @@ class Launches(TorchDispatchMode):
         return len(self.triton) + len(self.pointwise)
 
     @property
-    def pointwise(self) -> list[tuple[str, int]]:
+    def pointwise(self) -> list[Other]:
         """What PyTorch launches besides matrix products and attention."""
-        return [other for other in self.others if other[0] not in _NOT_POINTWISE]
+        return [other for other in self.others if other.name not in _NOT_POINTWISE]
 
     @property
     def num_bytes(self) -> int:
         """What goes through memory besides matrix products and attention."""
-        return sum(launch.num_bytes for launch in self.triton) + sum(num_bytes for _, num_bytes in self.pointwise)
+        return sum(each.num_bytes for each in (*self.triton, *self.pointwise))
 
     def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
-        """Runs an operator of ours up to its launches, and any other on `meta`."""
-        name = func._overloadpacket.__name__
-        if func.namespace == "megatron" and name not in _ATTENTION:
+        """Runs an operator of ours up to its launches, and any other without values."""
+        name, kwargs = func._overloadpacket.__name__, kwargs or {}
+        given = _tensors((args, kwargs))
+        if given and not any(map(is_fake, given)):
+            return func(*args, **kwargs)
+        if func.namespace == "megatron" and name not in ATTENTION:
             with patch.object(JITFunction, "__getitem__", lambda kernel, grid: self._recorder(kernel)), self:
-                return OPDEFS[func.name()]._init_fn(*args, **(kwargs or {}))
-        results = func(*args, **(kwargs or {}))
-        if name in _ATTENTION or (func.namespace == "aten" and not func.is_view
-                                  and not re.search("empty|detach", func.__name__)):
-            tensors = [value for value in tree_leaves((args, kwargs, results)) if isinstance(value, Tensor)]
-            num_bytes = sum(map(_num_bytes, {id(tensor): tensor for tensor in tensors}.values()))
-            self.others.append((name, num_bytes))
+                return OPDEFS[func.name()]._init_fn(*args, **kwargs)
+        inputs = args, kwargs
+        if any(tensor.is_meta for tensor in given):  # all on one device
+            inputs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), inputs)
+        results = func(*inputs[0], **inputs[1])
+        if name in ATTENTION or (func.namespace == "aten" and not func.is_view
+                                 and not re.search("empty|detach", func.__name__)):
+            self._note(name, func, args, kwargs, given, results)
+        return results
+
+    def _note(self, name: str, func: Any, args: Any, kwargs: Any, given: list[Tensor], results: Any) -> None:
+        new = _tensors(results)
+        moved = [*new, *new] if name in _PICK else [*{id(tensor): tensor for tensor in (*given, *new)}.values()]
+        if name not in _ONLY_WRITES:
+            moved += _tensors([value for argument, value in zip(func._schema.arguments, args, strict=False)
+                               if argument.alias_info and argument.alias_info.is_write])
+        work = WorkCounter()
+        work.count(func, args, kwargs, given, new)
+        if name in _NOT_POINTWISE:
+            flops, units = work.flops, units_of(given)
+        else:
+            counted = given if torch.Tag.reduction in func.tags else new if torch.Tag.pointwise in func.tags else []
+            flops, units = max((tensor.numel() for tensor in counted), default=0), "fp32"
+        self.others.append(Other(name, sum(map(_num_bytes, moved)), flops, units))
+
+    def _fused(self, function: Any, x_rc: Tensor, *arguments: Any) -> Any:
+        """A conversion is one kernel: what it takes and gives, and the operations that it is made of."""
+        before = len(self.others)
+        results = function(x_rc, *arguments)
+        inside, self.others = self.others[before:], self.others[:before]
+        self.others.append(Other(f"fp8{function.__name__}",
+                                 sum(map(_num_bytes, _tensors((x_rc, arguments, results)))),
+                                 sum(each.flops for each in inside), "fp32"))
         return results
 
     def _recorder(self, kernel: Any) -> Any:
@@ -176,51 +264,12 @@ class Launches(TorchDispatchMode):
         return launch
 
 
-def launches_of_block(config: Config, num_tokens: int | None = None,
-                      takes_triton: bool = True) -> tuple[Launches, Launches]:
-    """Those of the first block of the model, forward and backward; weights' copies are there, gradients are not."""
-    with patch.object(device, "_DTYPES", device._DTYPES if takes_triton else ()):
-        return _launches_of_block(config, num_tokens)
+def units_of(tensors: Sequence[Tensor]) -> str:
+    """What multiplies such tensors: the matrix units in FP8 or half precision, or fp32's."""
+    sizes = {tensor.element_size() for tensor in tensors if tensor.is_floating_point()}
+    return {1: "fp8", 2: "half"}.get(min(sizes), "fp32")
 
 
-def _launches_of_block(config: Config, num_tokens: int | None) -> tuple[Launches, Launches]:
-    model, dtype = config.model, compute_dtype(config.precision)
-    stream_dtype = torch.float32 if model.fp32_residual_connection else dtype
-    batch = typical_batch(config.data, config.training.micro_batch_size)
-    num_tokens = num_tokens or len(batch.sequence.tokens_t)
-    with torch.device("meta"):
-        transformer = Transformer(model, 128, dtype, ONE_RANK, Stage(0, 2, range(1)))
-        hidden_uh = torch.empty(num_tokens, model.hidden_size, dtype=stream_dtype, requires_grad=True)
-        half = transformer.rotary_width // 2
-        rotation = Rotation(*torch.empty(2, num_tokens, 1, 1, half).unbind()) if half else None
-        sequence = batch.sequence.map(lambda tensor: torch.empty_like(tensor, device="meta"))
-        block = transformer.layers["0"]
-        ComputeCopies((layer for layer in block.modules() if isinstance(layer, Matrix)), dtype)
-        with Launches() as forward:
-            out_uh = block(hidden_uh.view_as(hidden_uh), sequence, rotation)
-        with Launches() as backward:
-            out_uh.backward(torch.empty_like(out_uh))
-    return forward, backward
-
-
-def launches_of_loss(config: Config, softcap: float | None = None) -> tuple[Launches, Launches]:
-    """Those of the head and the loss for a micro-batch's targets, forward and backward, as `launches_of_block`."""
-    dtype, batch = compute_dtype(config.precision), typical_batch(config.data, config.training.micro_batch_size)
-    with torch.device("meta"):
-        model = replace(config.model, num_layers=1)
-        if softcap is not None:
-            model = replace(model, final_logit_softcapping=softcap)
-        stage = ProteinModel(model, config.precision, 128, stage=Stage(1, 2, range(1)), mask_id=4)
-        ComputeCopies(stage.matrices(), dtype)
-        hidden_uh = torch.empty(len(batch.sequence.tokens_t), model.hidden_size, dtype=dtype, requires_grad=True)
-        targets = batch.targets.map(lambda tensor: torch.empty_like(tensor, device="meta"))
-        with Launches() as forward:
-            loss, _ = stage.loss(hidden_uh, targets)
-        with Launches() as backward:
-            loss.backward()
-    return forward, backward
-
-
-def distinct(launches: Sequence[Launch]) -> Iterator[Launch]:
+def distinct(launches: Iterable[Launch]) -> Iterator[Launch]:
     """One of each that is compiled apart."""
     yield from {launch.key: launch for launch in launches}.values()

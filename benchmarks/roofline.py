@@ -1,89 +1,204 @@
-"""What a block's pointwise kernels move, on paper: `python benchmarks/roofline.py [--registers 90]`.
+"""A roofline on paper: `python benchmarks/roofline.py [--models 133M 650M 3B] [--registers 90]`.
 
-Nothing is measured. Bytes are those of the tensors that each launch is given; the floor is the time in which an H100
-(3.35 TB/s) or an H200 (4.8 TB/s) moves them at the bandwidth of its data sheet. Models of 133M, 650M and 3B parameters
-on 16 rows of 1,024 tokens in bf16, as ESM-2; 133M also as TAPE, with dropout, and 650M with RMSNorm, SwiGLU and
-normalised queries and keys. `--registers` compiles each kernel for that capability and adds registers and spilled bytes
-a thread. Needs Triton, no GPU.
+Nothing is measured. Of each kernel of a training step, one block's and what is around the blocks, as ESM-2 has it, of
+the update, and of the kernels that other flags bring: the bytes of the tensors that its launches are given, what they
+compute, and the floor, the time in which an H100 or an H200 moves the one and computes the other at the peaks of its
+data sheet, whichever takes longer, launch by launch. From the floors, one after the other, follows how fast the model
+could train on one such GPU at most. `--registers` compiles each Triton kernel for that capability and adds registers
+and spilled bytes a thread. Needs Triton, no GPU.
 """
 
 import argparse
 import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.compiled import Launch, Launches, launches_of_block  # noqa: E402
-from megatron.config.command_line import parse  # noqa: E402
+from benchmarks.compiled import PRODUCTS, Launch, Other, distinct  # noqa: E402
+from benchmarks.launched import NUM_IDS, launches_of_block  # noqa: E402
+from benchmarks.roofline_lines import OTHERS, Line, Step, config_of, lines_instead, step_of  # noqa: E402
+from megatron.model.flops import model_flops  # noqa: E402
+from megatron.plan.gpus import GPUS  # noqa: E402
 
-BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12}  # bytes a second
-NUM_TOKENS = 16 * 1024
-SHAPES = {
-    "133M, TAPE, 24 x 768": "--preset tape --num-layers 24",
-    "133M, ESM-2, 24 x 768": "--preset esm2-150m --num-layers 24 --hidden-size 768 --num-attention-heads 12",
-    "650M, ESM-2, 33 x 1280": "--preset esm2-650m",
-    "650M, recipe, 33 x 1280": "--preset esm2-650m --normalization RMSNorm --swiglu --qk-layernorm "
-                               "--disable-bias-linear",
-    "3B, ESM-2, 36 x 2560": "--preset esm2-3b",
+FP8_TFLOPS = 1979  # of both cards' data sheets, dense
+CARDS = {"H100": GPUS["h100-80gb"], "H200": GPUS["h200-141gb"]}
+PEAKS = {card: {"half": gpu.half_tflops * 1e12, "fp8": FP8_TFLOPS * 1e12, "fp32": gpu.fp32_tflops * 1e12}
+         for card, gpu in CARDS.items()}
+# SpeedrunningPLMs' 133M has 24 x 768 with a feed-forward layer of 8/3 of that.
+MODELS = {
+    "133M": "--preset esm2-150m --num-layers 24 --hidden-size 768 --num-attention-heads 6 --ffn-hidden-size 2048",
+    "650M": "--preset esm2-650m",
+    "3B": "--preset esm2-3b",
 }
+IN_FP8 = " in FP8"
+TOKENS_A_STEP = 2**21  # ESM-2's
+TARGETS = {"133M": 600_000, "650M": 130_000}  # residues/s on an H200
+LEAST_MFU = {"650M": 0.6}
+
+
+@dataclass(frozen=True)
+class Bound:
+    """How fast a model could train at most, with an update every so many micro-batches.
+
+    `products_s`: what matrix products take of a step.
+    """
+
+    step_s: float
+    products_s: float
+    residues_per_s: float
+    tokens_per_s: float
+    mfu: float
 
 
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--registers", type=int, metavar="CAPABILITY", help="such as 90: compile for it as well")
-    capability = parser.parse_args().registers
-    for name, flags in SHAPES.items():
-        config, _ = parse([*flags.split(), "--seq-length", "1024", "--micro-batch-size", "16"])
-        passes = launches_of_block(config, NUM_TOKENS)
-        print_block(name, passes, capability)
-        plain = launches_of_block(config, NUM_TOKENS, takes_triton=False)
-        numbers, sizes = ([sum(getattr(each, what) for each in both) for both in (passes, plain)]
-                          for what in ("num_pointwise", "num_bytes"))
-        print(f"\nLaunches besides matrix products and attention: {numbers[0]}; in plain PyTorch {numbers[1]}, which "
-              f"move {sizes[1] / 1e6:,.0f} MB.")
+    options = parser.parse_args()
+    steps = {model: step_of(MODELS[model]) for model in options.models}
+    rows = {model: rows_of(MODELS[model], step) for model, step in steps.items()}
+    print_rows(rows)
+    print_launches(steps)
+    print_bounds(steps | {f"{model}{IN_FP8}": step_of(f"{MODELS[model]} --fp8 hybrid") for model in steps})
+    if options.registers:
+        print_registers(rows, options.registers)
 
 
-def print_block(name: str, passes: tuple[Launches, Launches], capability: int | None) -> None:
-    """The table of one block."""
-    print(f"\n{name}: one block, {NUM_TOKENS:,} tokens, bf16")
-    print(f"| kernel | pass | MB | {' | '.join(f'{gpu}, µs' for gpu in BANDWIDTH)} |"
-          + (" registers | spilled |" if capability else ""))
-    print(f"| --- | --- | {' | '.join('---' for _ in range(1 + len(BANDWIDTH) + 2 * bool(capability)))} |")
-    empty = "  |  |" if capability else ""
-    rows = [(label(launch), side, launch.num_bytes, launch)
-            for side, launches in zip(("forward", "backward"), passes, strict=True) for launch in launches.triton]
-    for kernel, side, num_bytes, launch in rows:
-        print_row(kernel, side, num_bytes, resources(launch, capability))
-    others = [other for launches in passes for other in launches.pointwise]
-    for kind in sorted({kind for kind, _ in others}):
-        sizes = [num_bytes for other, num_bytes in others if other == kind]
-        print_row(f"PyTorch's {kind}, {len(sizes)}", "both", sum(sizes), empty)
-    print_row("all", "both", sum(launches.num_bytes for launches in passes), empty)
+def rows_of(flags: str, step: Step) -> dict[tuple[str, ...], Line]:
+    """The lines of a model and their sums, by part, kernel and pass."""
+    rows: dict[tuple[str, ...], Line] = {}
+    num_layers = step.config.model.num_layers
+    for part, lines, times in (("a block", step.block, 1), ("all blocks", step.block, num_layers),
+                               ("around the blocks", step.around, 1), ("update of all parameters", step.update, 1),
+                               ("instead", lines_instead(flags, (*step.block, *step.around, *step.update)), 1)):
+        if part != "all blocks":
+            rows |= {(part, line.kernel.split(OTHERS)[0], line.side): line for line in lines}
+        if part != "instead":
+            launches = [launch for line in lines for launch in line.launches]
+            rows[part, "", "all"] = Line(f"**{part}**", "all", launches * times)
+    return rows
 
 
-def label(launch: Launch) -> str:
-    """What a kernel does, in words."""
-    kernel, has = launch.name.split()[0], launch.constants
-    if kernel == "residual_norm":
-        joins = has.get("HAS_BRANCH") or has["HAS_SHIFT"] or has["HAS_DROPOUT"]
-        return " and ".join(["join"] * bool(joins) + ["norm"] * has["HAS_NORM"])
-    return f"{'bias and ' * has['HAS_BIAS']}{has['KIND']}" if kernel == "activation" else "queries and keys"
+def floor_s(launches: Iterable[Launch | Other], card: str) -> float:
+    """Seconds at least, one launch behind the other."""
+    return sum(max(_memory_s(launch, card), _arithmetic_s(launch, card)) for launch in launches)
 
 
-def resources(launch: Launch, capability: int | None) -> str:
-    """The last columns, if there are any."""
-    if capability is None:
-        return ""
-    found = launch.resources(capability)
-    return f" {found.registers} | {found.spilled} |"
+def is_arithmetic(launches: Iterable[Launch | Other], card: str) -> bool:
+    """Whether arithmetic takes longer than memory."""
+    launches = list(launches)
+    return sum(_arithmetic_s(each, card) for each in launches) > sum(_memory_s(each, card) for each in launches)
 
 
-def print_row(kernel: str, side: str, num_bytes: int, rest: str) -> None:
-    """One line."""
-    floors = " | ".join(f"{num_bytes / bandwidth * 1e6:.1f}" for bandwidth in BANDWIDTH.values())
-    print(f"| {kernel} | {side} | {num_bytes / 1e6:.1f} | {floors} |{rest}")
+def bound(step: Step, card: str, num_micro_batches: int) -> Bound:
+    """That of one GPU, with all kernels at their floors and nothing beside them."""
+    config, batch = step.config, step.batch
+    of_step = [launch for lines, times in ((step.block, config.model.num_layers), (step.around, 1)) for line in lines
+               for launch in line.launches * times]
+    products = [launch for launch in of_step if launch.name in PRODUCTS]
+    step_s = num_micro_batches * floor_s(of_step, card) + sum(floor_s(line.launches, card) for line in step.update)
+    flops = model_flops(config.model, NUM_IDS, batch.num_tokens, batch.num_pairs, batch.num_targets)
+    in_step = (batch.num_residues, batch.num_tokens, flops / PEAKS[card]["half"])
+    return Bound(step_s, num_micro_batches * floor_s(products, card),
+                 *(num_micro_batches * number / step_s for number in in_step))
+
+
+def print_rows(rows: dict[str, dict[tuple[str, ...], Line]]) -> None:
+    """The table of all models."""
+    for model in rows:
+        sizes = config_of(MODELS[model]).model
+        print(f"{model}: {sizes.num_layers} x {sizes.hidden_size}, feed-forward {sizes.ffn_hidden_size:,}")
+    heads = [f"{model} {what}" for model in rows for what in (
+        "MB", "GFLOP", "FLOP a byte", *(f"{card} µs" for card in CARDS))]
+    print_line("kernel", "pass", *heads)
+    print_line(*["---"] * (2 + len(heads)))
+    for key, first in next(iter(rows.values())).items():
+        print_line(first.kernel, first.side, *(cell for of_model in rows.values() for cell in _cells(of_model[key])))
+
+
+def _cells(line: Line) -> list[str]:
+    """What a line has of one model; a dagger where arithmetic takes longer than memory."""
+    floors = [f"{floor_s(line.launches, card) * 1e6:,.1f}{'†' * is_arithmetic(line.launches, card)}" for card in CARDS]
+    return [f"{line.num_bytes / 1e6:,.1f}", f"{line.flops / 1e9:,.2f}", f"{line.flops / line.num_bytes:,.1f}", *floors]
+
+
+def print_launches(steps: dict[str, Step]) -> None:
+    """How many kernels a block launches, and in plain PyTorch."""
+    print()
+    for model, step in steps.items():
+        ways = [launches_of_block(step.config, takes_triton=takes, batch=step.batch) for takes in (True, False)]
+        ours, plain = (f"{sum(each.num_pointwise for each in way)} kernels that move "
+                       f"{sum(each.num_bytes for each in way) / 1e6:,.0f} MB" for way in ways)
+        print(f"{model}: besides matrix products and attention a block launches {ours}; in plain PyTorch {plain}")
+
+
+def print_registers(rows: dict[str, dict[tuple[str, ...], Line]], capability: int) -> None:
+    """Of each of Triton's kernels registers and spilled bytes of a thread, the most of any launch."""
+    print(f"\nCompiled for compute capability {capability / 10}: registers a thread (spilled bytes)\n")
+    print_line("kernel", "pass", *rows)
+    print_line(*["---"] * (2 + len(rows)))
+    for key, first in next(iter(rows.values())).items():
+        found = [_resources(of_model[key].launches, capability) for of_model in rows.values()]
+        if all(found) and key[1]:
+            print_line(first.kernel, first.side, *found)
+
+
+def _resources(launches: Sequence[Launch | Other], capability: int) -> str:
+    compiled = distinct(launch for launch in launches if isinstance(launch, Launch))
+    found = [launch.resources(capability) for launch in compiled]
+    return f"{max(each.registers for each in found)} ({max(each.spilled for each in found)})" if found else ""
+
+
+def print_line(*cells: str) -> None:
+    """One line of a table."""
+    print(f"| {' | '.join(cells)} |")
+
+
+def print_bounds(steps: dict[str, Step]) -> None:
+    """How fast each model could train, and what was aimed at."""
+    print("\nAt most, every kernel at its floor:\n")
+    heads = ("model", "card", "tokens a step", "step, ms", "tokens/s", "residues/s", "of bf16's peak", "aim")
+    print_line(*heads)
+    print_line(*["---"] * len(heads))
+    for model, step in steps.items():
+        tokens = len(step.batch.sequence.tokens_t)
+        for card in CARDS:
+            for number in (1, TOKENS_A_STEP // tokens):
+                most = bound(step, card, number)
+                beside = bound(steps[model.removesuffix(IN_FP8)], card, number)
+                gain = f"{most.tokens_per_s / beside.tokens_per_s:.2f} times as fast as in bf16"
+                print_line(model, card, f"{number * tokens:,}", f"{most.step_s * 1e3:,.1f}",
+                           f"{most.tokens_per_s:,.0f}", f"{most.residues_per_s:,.0f}", f"{most.mfu:.0%}",
+                           gain if model.endswith(IN_FP8) else _aim(model, card, most))
+
+
+def _aim(model: str, card: str, most: Bound) -> str:
+    said = []
+    if model in TARGETS and card == "H200":
+        said.append(f"{TARGETS[model]:,} residues/s: {_share(TARGETS[model] / most.residues_per_s, most)}")
+    if model in LEAST_MFU:
+        said.append(f"MFU {LEAST_MFU[model]:.0%}: {_share(LEAST_MFU[model] / most.mfu, most)}")
+    return "; ".join(said)
+
+
+def _share(share: float, most: Bound) -> str:
+    """Of the bound; and how fast products have to be for that where all else is at its floor."""
+    if share > 1:
+        return f"above the bound ({share:.2f} times)"
+    spared_s = most.step_s / share - most.step_s
+    return f"{share:.0%} of the bound, products at {most.products_s / (most.products_s + spared_s):.0%} of theirs"
+
+
+def _memory_s(launch: Launch | Other, card: str) -> float:
+    return launch.num_bytes / (CARDS[card].memory_bandwidth * 1e9)
+
+
+def _arithmetic_s(launch: Launch | Other, card: str) -> float:
+    return launch.flops / PEAKS[card][launch.units]
 
 
 if __name__ == "__main__":

@@ -8,25 +8,23 @@ memory than the smallest GPU that takes its code has.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest.mock import patch
+from typing import NamedTuple
 
 import torch
-from triton.runtime.jit import JITFunction
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.compiled import Launch, Launches, Resources, distinct, launches_of_loss  # noqa: E402
+from benchmarks.compiled import Launch, Launches, Resources, distinct  # noqa: E402
+from benchmarks.launched import launch_of_map, launches_of_loss  # noqa: E402
 from megatron.config.command_line import parse  # noqa: E402
 from megatron.config.presets import PRESETS  # noqa: E402
 from megatron.kernels.attention import triton_kernels as attention_kernels  # noqa: E402
 from megatron.kernels.attention.launches import Call  # noqa: E402
 from megatron.kernels.attention.launches import Launch as OfAttention  # noqa: E402
-from megatron.kernels.attention.maps_triton import launch_map  # noqa: E402
 from megatron.kernels.newton_schulz.orthogonal import orthogonalised  # noqa: E402
 
 # Bytes of shared memory that a program may have: code for 8.0 also runs on 8.6 and 8.9, which have the least.
@@ -82,7 +80,7 @@ def cases(presets: Iterable[str]) -> Iterator[Case]:
                        Launch(kernel, tuple(named[name] for name in kernel.arg_names), each.options),
                        f"{each.constants['BLOCK_QUERIES']} x {each.constants['BLOCK_KEYS']}")
     for dtype, width in dict.fromkeys(sorted((key[:2] for key in alike), key=lambda each: (each[0].itemsize, each[1]))):
-        maps = map_launch(dtype, width)
+        maps = launch_of_map(dtype, width, 8704, 500)
         yield Case(f"{str(dtype).removeprefix('torch.')}, width {width}: {maps.name}", maps,
                    f"{maps.constants['BLOCK']} x {maps.constants['BLOCK']}")
     for launch in distinct(losses):
@@ -113,19 +111,6 @@ def attention_launches(dtype: torch.dtype, width: int, dropout: float = 0.0, que
         call = Call(qkv, None, ends, seed, 4, 0, -1, -1, round((1 - dropout) * 2**16), 0)
         results = context, context, statistics, statistics
         return [call.forward(context, statistics), *call.backward(*results, (torch.empty_like(qkv), ends))]
-
-
-def map_launch(dtype: torch.dtype, width: int, queries: int = 1) -> Launch:
-    """Of the maps of a protein of 500 tokens among 8,704."""
-    found: list[Launch] = []
-
-    def record(kernel: Any, _: object) -> Callable[..., None]:
-        return lambda *arguments, **options: found.append(Launch(kernel, arguments, options))
-
-    with torch.device("meta"), patch.object(JITFunction, "__getitem__", record):
-        qkv = torch.empty(8704, 16, queries + 2, width, dtype=dtype)
-        launch_map(qkv, torch.empty(16 * queries, 8704), 320, None, torch.empty(16 * queries, 500, 500))
-    return found[0]
 
 
 if __name__ == "__main__":

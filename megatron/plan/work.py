@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 import megatron.kernels.attention.fused  # noqa: F401  (registers the operators)
 
 _ATEN = torch.ops.aten
-_PRODUCTS = {_ATEN.mm: 0, _ATEN.bmm: 0, _ATEN.addmm: 1, _ATEN.baddbmm: 1}  # where the two matrices stand
+_PRODUCTS = {_ATEN.mm: 0, _ATEN.bmm: 0, _ATEN.addmm: 1, _ATEN.baddbmm: 1, _ATEN._scaled_mm: 0,
+             _ATEN._scaled_mm_v2: 0}  # where the two matrices stand
 # Operations for each pair of a query and a key, each head and each element of its width: two products forward, of which
 # FlashAttention's backward pass repeats one and has four; ours, without atomic additions, repeats three.
 _VARLEN, _FUSED = torch.ops.torch_attn, torch.ops.megatron

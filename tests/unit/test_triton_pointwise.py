@@ -33,7 +33,8 @@ MOST_SPILLED = 24  # bytes a thread, of kernels that wait for memory
 
 _COMPILE = """
 import json, sys
-from benchmarks.compiled import distinct, launches_of_block, launches_of_loss
+from benchmarks.compiled import distinct
+from benchmarks.launched import launches_of_block, launches_of_loss
 from megatron.config.command_line import parse
 
 presets, capabilities, others = map(json.loads, sys.argv[1:])
