@@ -38,7 +38,7 @@ from tools.plan_layout import main
 TRAINING = ["--lr", "1e-4", "--train-iters", "1"]
 # Activations are half and more of what these hold.
 SMALL = [*TRAINING, "--num-layers", "2", "--hidden-size", "256", "--num-attention-heads", "4", "--seq-length", "1024",
-         "--micro-batch-size", "2", "--global-batch-size", "24", "--bf16"]
+         "--micro-batch-size", "2", "--global-batch-size", "8", "--bf16"]
 FP32 = ["--no-bf16", "--attention-dropout", "0", "--hidden-dropout", "0"]
 PUBLISHED = ["--preset", "proteinlm-200m", "--micro-batch-size", "1", "--global-batch-size", "8"]
 TP2, PP2, CP2 = (["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2", "--num-layers", "4"],
@@ -61,7 +61,8 @@ LAYOUTS = {
     "tp2-sequence-full": (2, 0, [*TP2, *SEQUENCE, *FULL]),
     "tp2-shared-activations": (2, 0, [*TP2, *FULL, "--distribute-checkpointed-activations"]),
     "dp2": (2, 0, []), "dp2-optimizer": (2, 0, sharding("optimizer")), "dp2-gradients": (2, 0, sharding("gradients")),
-    "dp2-parameters": (2, 1, sharding("parameters")), "dp3-parameters": (3, 0, sharding("parameters")),
+    "dp2-parameters": (2, 1, sharding("parameters")),
+    "dp3-parameters": (3, 0, [*sharding("parameters"), "--global-batch-size", "12"]),
     "dp4-within-2": (4, 0, [*sharding("parameters"), "--shard-within", "2"]),
     "pp2": (2, 0, PP2), "pp2-last": (2, 1, PP2), "pp2-interleaved": (2, 0, [*PP2, *INTERLEAVED]),
     "pp2-no-blocks-first": (2, 0, [*PP2, "--decoder-first-pipeline-num-layers", "0"]),
