@@ -1,0 +1,122 @@
+"""A ladder of recipes on one corpus, one change at a time: `python benchmarks/recipes.py PREFIX`.
+
+PREFIX is `proteins_demo` (train and valid). An arm is a set of flags of `pretrain_tape.py`; each is trained on as many
+rows as the others, with each seed in turn, and evaluated on all validation proteins, whose masks are the same in all.
+What is done stands in recipes.jsonl, a line a run, and is not done again: a ladder that was killed goes on.
+
+    python benchmarks/recipes.py PREFIX --size 6x256 --rows 5600 --seeds 1 2 3 --arms all "all - conv"    these alone
+    python benchmarks/recipes.py --table                                                    what is known so far
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.train_step import processor  # noqa: E402
+from megatron.train.metrics import read_records  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "recipes.jsonl"
+SIZES = {f"{layers}x{width}": f"--num-layers {layers} --hidden-size {width} --num-attention-heads {width // 32}"
+         for layers, width in ((4, 64), (4, 128), (4, 256), (6, 256))}
+COMMON = ("--split 40000,2000,0 --seq-length 1024 --micro-batch-size 2 --attention-dropout 0 --hidden-dropout 0 "
+          "--precision auto --lr-decay-style cosine --lr-warmup-fraction 0.1 --adam-beta2 0.98 --eval-iters 0 "
+          "--eval-interval 1000000 --log-interval 50")
+ADAMW = "--lr 1e-3 --min-lr 1e-4"
+MUON = "--optimizer muon --lr 0.02 --min-lr 0.002"
+MODEL = {"rotary": "--position-embedding-type rope", "rmsnorm": "--normalization RMSNorm", "qknorm": "--qk-layernorm",
+         "relu2": "--squared-relu", "zero": "--zero-init-output", "untied": "--untie-embeddings-and-output-weights",
+         "value": "--value-embeddings", "conv": "--qkv-conv-kernel 5"}
+ALL = f"{MUON} {' '.join(MODEL.values())}"
+# Arms by name: the flags, and the rows a step where they are not 4.
+ARMS: dict[str, tuple[str, int]] = {
+    "all": (ALL, 4), "all, 2 rows": (ALL, 2),
+    **{f"adamw, lr {lr}": (f"--lr {lr} --min-lr {float(lr) / 10:g}", 4) for lr in ("1e-3", "2e-3", "4e-3", "8e-3")},
+    "muon": (MUON, 4), "normuon": (MUON.replace("muon", "normuon", 1), 4),
+    **{f"muon + {name}": (f"{MUON} {flags}", 4) for name, flags in MODEL.items()},
+    "muon + swiglu": (f"{MUON} --swiglu", 4), "muon + unet": (f"{MUON} --unet-skips", 4),
+    "muon + x0": (f"{MUON} --x0-skips", 4),
+    **{f"all - {name}": (f"{MUON} {' '.join(flags for other, flags in MODEL.items() if other != name)}", 4)
+       for name in MODEL},
+    "all + unet": (f"{ALL} --unet-skips", 4), "all + x0": (f"{ALL} --x0-skips", 4),
+    "all, swiglu": (ALL.replace("--squared-relu", "--swiglu"), 4),
+    **{f"all, muon-lr {lr}": (f"{ALL} --muon-lr {lr}", 4) for lr in (0.005, 0.01, 0.014, 0.028, 0.04, 0.08)},
+}
+
+
+def trained(prefix: str, size: str, rows: int, arm: str, seed: int) -> dict:
+    """The record of one run on `rows` rows: its loss, and what it took."""
+    flags, batch = ARMS[arm]
+    steps = rows // batch
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "pretrain_tape.py"), *shlex.split(f"{COMMON} {SIZES[size]} {flags}"),
+                   "--global-batch-size", str(batch), "--train-iters", str(steps), "--seed", str(seed), "--data-path",
+                   prefix, "--save", folder]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{arm}: {done.stderr.strip().splitlines()[-1]}")
+        records = read_records(Path(folder) / "metrics.jsonl")
+    train = [record for record in records if record["kind"] == "train"]
+    valid = [record for record in records if record["kind"] == "valid"]
+    step_ms = statistics.median(1000 * batch * 1024 / record["tokens_per_s"] for record in train[1:])
+    return {"size": size, "rows": rows, "arm": arm, "seed": seed, "flags": flags, "steps": steps,
+            "loss": round(valid[-1]["loss"], 5), "step_ms": round(step_ms, 1), "processor": processor()}
+
+
+def known() -> list[dict]:
+    """The records of all runs so far."""
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def table(records: list[dict]) -> str:
+    """The mean loss of each arm, with the spread over its seeds, the best first."""
+    arms = defaultdict[tuple[str, int, str], list[dict]](list)
+    for record in records:
+        arms[record["size"], record["rows"], record["arm"]].append(record)
+    lines = ["| size | rows | arm | validation loss | seeds | ms a step |", "| --- | --- | --- | --- | --- | --- |"]
+    for (size, rows, arm), runs in sorted(arms.items(), key=lambda item: (*item[0][:2], mean_loss(item[1]))):
+        losses = [run["loss"] for run in runs]
+        spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
+        step_ms = statistics.median(run["step_ms"] for run in runs)
+        lines.append(f"| {size} | {rows:,} | {arm} | {mean_loss(runs):.4f}{spread} | {len(runs)} | {step_ms:.0f} |")
+    return "\n".join(lines)
+
+
+def mean_loss(runs: list[dict]) -> float:
+    """The mean over the seeds."""
+    return statistics.fmean(run["loss"] for run in runs)
+
+
+def main() -> None:
+    """Run what is missing, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prefix", nargs="?", help="prefix of proteins_demo's .bin and .idx")
+    parser.add_argument("--size", choices=SIZES, default="4x128")
+    parser.add_argument("--rows", type=int, default=1400, help="of 1,024 tokens, in all: 1400 are 350 steps of 4")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--table", action="store_true", help="train nothing")
+    arguments = parser.parse_args()
+    size, rows = arguments.size, arguments.rows
+    done = {(record["size"], record["rows"], record["arm"], record["seed"]) for record in known()}
+    todo = [(arm, seed) for seed in arguments.seeds for arm in arguments.arms
+            if (size, rows, arm, seed) not in done and not arguments.table]
+    for number, (arm, seed) in enumerate(todo, 1):
+        print(f"{number} of {len(todo)}: {arm}, seed {seed}", end=" … ", flush=True)
+        record = trained(arguments.prefix, size, rows, arm, seed)
+        with RESULTS.open("a") as file:
+            file.write(f"{json.dumps(record)}\n")
+        print(f"{record['loss']:.4f}", flush=True)
+    print(table(known()))
+
+
+if __name__ == "__main__":
+    main()
