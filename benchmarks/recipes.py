@@ -39,7 +39,12 @@ ALL = f"{MUON} {' '.join(MODEL.values())}"
 # Arms by name: the flags, and the rows a step where they are not 4.
 ARMS: dict[str, tuple[str, int]] = {
     "all": (ALL, 4), "all, 2 rows": (ALL, 2),
-    **{f"adamw, lr {lr}": (f"--lr {lr} --min-lr {float(lr) / 10:g}", 4) for lr in ("1e-3", "2e-3", "4e-3", "8e-3")},
+    **{f"adamw, lr {lr}": (f"--lr {lr} --min-lr {float(lr) / 10:g}", 4) for lr in ("5e-4", "1e-3", "1.4e-3", "2e-3")},
+    "adamw, beta2 0.95": (f"{ADAMW} --adam-beta2 0.95", 4), "adamw, beta2 0.999": (f"{ADAMW} --adam-beta2 0.999", 4),
+    "adamw, warm-up 0.3": (f"{ADAMW} --lr-warmup-fraction 0.3", 4),
+    "adamw, warm-up 0.3, lr 2e-3": ("--lr 2e-3 --min-lr 2e-4 --lr-warmup-fraction 0.3", 4),
+    "adamw, 2 rows": (ADAMW, 2), "adamw, 2 rows, lr 7e-4": ("--lr 7e-4 --min-lr 7e-5", 2),
+    "adamw, 8 rows": (ADAMW, 8), "adamw, 8 rows, lr 2e-3": ("--lr 2e-3 --min-lr 2e-4", 8),
     "muon": (MUON, 4), "normuon": (MUON.replace("muon", "normuon", 1), 4),
     **{f"muon + {name}": (f"{MUON} {flags}", 4) for name, flags in MODEL.items()},
     "muon + swiglu": (f"{MUON} --swiglu", 4), "muon + unet": (f"{MUON} --unet-skips", 4),
@@ -49,6 +54,12 @@ ARMS: dict[str, tuple[str, int]] = {
     "all + unet": (f"{ALL} --unet-skips", 4), "all + x0": (f"{ALL} --x0-skips", 4),
     "all, swiglu": (ALL.replace("--squared-relu", "--swiglu"), 4),
     **{f"all, muon-lr {lr}": (f"{ALL} --muon-lr {lr}", 4) for lr in (0.005, 0.01, 0.014, 0.028, 0.04, 0.08)},
+    "all, embedding-lr and head-lr 0.02": (f"{ALL} --embedding-lr 0.02 --head-lr 0.02", 4),
+    "all, muon-lr 0.01, embedding-lr and head-lr 0.02": (
+        f"{ALL} --muon-lr 0.01 --embedding-lr 0.02 --head-lr 0.02", 4),
+    **{f"all, mask {share}": (f"{ALL} --mask-prob {share}", 4) for share in (0.1, 0.2, 0.3)},
+    "all, mask 0.3 to 0.15": (f"{ALL} --mask-prob 0.3 0.15 1400", 4),
+    "all, 8 rows": (ALL, 8), "all, to 0": (f"{ALL} --min-lr 0", 4), "all, beta2 0.95": (f"{ALL} --adam-beta2 0.95", 4),
 }
 
 

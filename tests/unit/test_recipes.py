@@ -1,0 +1,43 @@
+"""The ladder of recipes: what its arms mean, and that it goes on where it stopped."""
+
+import shlex
+import sys
+
+import pytest
+
+from benchmarks import recipes
+from megatron.config.command_line import parse
+
+
+def test_every_arm_and_size_is_a_run_that_the_program_takes():
+    arms = [(recipes.SIZES["4x128"], *arm) for arm in recipes.ARMS.values()]
+    for size, flags, batch in [*arms, *((size, *recipes.ARMS["all"]) for size in recipes.SIZES.values())]:
+        config, _ = parse([*shlex.split(f"{recipes.COMMON} {size} {flags}"), "--global-batch-size", str(batch),
+                           "--train-iters", "1"])
+        assert config.training.eval_iters == 0  # all of the validation split
+
+
+def test_arms_differ():
+    assert len({(" ".join(sorted(shlex.split(flags))), batch) for flags, batch in recipes.ARMS.values()}) == len(
+        recipes.ARMS)
+
+
+def test_what_was_trained_is_not_trained_again_and_what_is_missing_is(monkeypatch, tmp_path, capsys):
+    trained = []
+
+    def run(prefix, size, rows, arm, seed):
+        trained.append((arm, seed))
+        if (arm, seed) == ("muon", 2) and trained.count(("muon", 2)) == 1:
+            raise KeyboardInterrupt
+        return {"size": size, "rows": rows, "arm": arm, "seed": seed, "loss": 2.0 + seed + (arm == "muon"),
+                "step_ms": 10.0 * seed}
+
+    monkeypatch.setattr(recipes, "RESULTS", tmp_path / "recipes.jsonl")
+    monkeypatch.setattr(recipes, "trained", run)
+    monkeypatch.setattr(sys, "argv", ["recipes.py", "PREFIX", "--seeds", "1", "2", "3", "--arms", "muon", "all"])
+    with pytest.raises(KeyboardInterrupt):
+        recipes.main()
+    recipes.main()
+    assert trained == [("muon", 1), ("all", 1), ("muon", 2), ("muon", 2), ("all", 2), ("muon", 3), ("all", 3)]
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "| 4x128 | 1,400 | all | 4.0000 ± 1.0000 | 3 | 20 |", "| 4x128 | 1,400 | muon | 5.0000 ± 1.0000 | 3 | 20 |"]
