@@ -95,7 +95,8 @@ def with_optimizer(config: Config, mesh: Mesh, padded_vocab_size: int, stages: l
     matrices = (layer for stage in stages for layer in stage.matrices())
     copies = ComputeCopies(matrices, compute_dtype(config.precision))
     amaxes = AmaxHistory(stages, mesh)
-    optimizer = Optimizer(model.parameters, config.optimizer, mesh, config.schedule.lr, config.training.cuda_graph)
+    optimizer = Optimizer(model.parameters, config.optimizer, mesh, config.schedule.lr, config.training.cuda_graph,
+                          config.schedule.weight_decay_incr_style != "constant")
     loss_scale = LossScale(config.precision, mesh.device)
     return Engine(config, mesh, padded_vocab_size, stages, model, pipeline, optimizer, copies, amaxes, loss_scale,
                   wants_compilation(config, mesh.device))

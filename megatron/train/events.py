@@ -46,11 +46,11 @@ class Events:
 
     def train(self, iteration: int, num_iterations: int, consumed_samples: int, reading: Reading, *,
               learning_rate: float, group_rates: Mapping[str, float], global_batch_size: int, loss_scale: float,
-              peak_flops: float) -> None:
+              peak_flops: float, weight_decay: float | None = None) -> None:
         """One log event of training.
 
-        `group_rates`: the learning rates of groups that have their own; `peak_flops`: the measured FLOP/s of all ranks
-        together.
+        `weight_decay`: where it has a course; `group_rates`: the learning rates of groups that have their own;
+        `peak_flops`: the measured FLOP/s of all ranks together.
         """
         flops = reading.model_flops / reading.elapsed_s
         # Above 1 the peak was measured too low, as the machine was at something else: such a share means nothing.
@@ -60,6 +60,7 @@ class Events:
             "masked_accuracy": reading.masked_accuracy,
             "learning_rate": learning_rate,
             **{f"learning_rate_{group}": rate for group, rate in group_rates.items()},
+            **({} if weight_decay is None else {"weight_decay": weight_decay}),
             "grad_norm": reading.grad_norm, "loss_scale": loss_scale,
             "global_batch_size": global_batch_size, "tokens_per_s": reading.num_tokens / reading.elapsed_s,
             "residues_per_s": reading.num_residues / reading.elapsed_s, "model_tflops": flops / 1e12,

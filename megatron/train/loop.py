@@ -113,6 +113,9 @@ class Training:
         run, state, config = self._run, self._run.state, self._run.config
         rows = run.sizes.at(state.consumed_samples)
         learning_rate = run.schedule.learning_rate(state.consumed_samples)
+        weight_decay = run.schedule.weight_decay(state.consumed_samples)
+        if weight_decay is not None:
+            run.engine.optimizer.set_weight_decay(weight_decay)
         micro_batches = list(itertools.islice(loader, rows // run.sizes.rows_a_micro_step))
         # Ranks agree on stopping and saving in the step's own reduction. With several, it is read one step later, when
         # it has long arrived, so that no step waits for the device.
@@ -124,7 +127,7 @@ class Training:
         state.consumed_samples += rows
         is_end = state.iteration == self._last_iteration
         if is_end or state.iteration % config.logging.log_interval == 0:
-            self._log(learning_rate, rows)
+            self._log(learning_rate, weight_decay, rows)
         self._meters.pause()
         is_stopping = num_stopping > 0
         is_evaluating = not is_end and state.iteration % config.training.eval_interval == 0
@@ -140,13 +143,13 @@ class Training:
         self._meters.resume()
         return is_stopping or _is_due(config.training.exit_interval, state.iteration)
 
-    def _log(self, learning_rate: float, rows: int) -> None:
+    def _log(self, learning_rate: float, weight_decay: float | None, rows: int) -> None:
         run, reading = self._run, self._meters.read()
         scale = float(run.engine.loss_scale.value)
         if self._saver is not None:
             self._saver.check_claim()
         self._events.train(run.state.iteration, self._last_iteration, run.state.consumed_samples, reading,
-                           learning_rate=learning_rate,
+                           learning_rate=learning_rate, weight_decay=weight_decay,
                            group_rates=run.engine.optimizer.learning_rates(learning_rate), global_batch_size=rows,
                            loss_scale=scale, peak_flops=self._peak_flops * run.mesh.world.size)
         can_recover = run.engine.loss_scale.is_dynamic and scale > run.config.precision.min_loss_scale

@@ -280,6 +280,26 @@ def test_a_run_that_is_longer_than_the_course_of_its_checkpoint_says_so(begun):
             "trained at --min-lr 0.0001; --override-lr-scheduler takes the flags' course in its place" in note]
 
 
+COURSES = ["--weight-decay-incr-style", "cosine", "--start-weight-decay", 0, "--end-weight-decay", 9,
+           "--cautious-weight-decay"]
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "normuon"])
+def test_a_run_with_a_course_of_cautious_weight_decay_goes_on_as_if_it_had_not_stopped(run, tmp_path, optimizer):
+    flags = [*COURSES, "--optimizer", optimizer, "--train-iters", 8]
+    run(*flags, "--exit-interval", 4)
+    run(*flags)
+    assert run.notes() == []
+    stopped, run.folder = run.folder, tmp_path / "unbroken"
+    run(*flags)
+    unbroken = weights(run.folder, 8)
+    assert all(torch.equal(tensor.read(), unbroken[name].read()) for name, tensor in weights(stopped, 8).items())
+    decays = losses(run.folder, name="weight_decay")
+    assert decays == losses(stopped, name="weight_decay") and 0 < decays[2] < decays[8] < 9
+    assert "end weight decay of the learning-rate schedule is 8.0, in the checkpoint 9.0" in run.error(
+        *flags, "--end-weight-decay", 8)
+
+
 # --- one folder ---
 
 
