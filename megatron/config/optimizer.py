@@ -29,6 +29,8 @@ class OptimizerConfig:
                                check=not_negative, changes="course")
     cautious_weight_decay: bool = flag(False, "let weight decay spare what a step makes larger: it takes only from "
                                        "coordinates that the update draws towards 0 as well", changes="course")
+    ema: float = flag(None, "decay of an exponential average of the weights, which is evaluated and saved beside them "
+                      "(0.999: over some thousand steps)", kind=float, check=fraction, changes="course")
     clip_grad: float = flag(1.0, "largest L2 norm of the gradient; 0 switches clipping off", kind=float,
                             check=not_negative, changes="course")
     adam_beta1: float = flag(0.9, "decay of the first moment", kind=float, check=fraction, changes="course")

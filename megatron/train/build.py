@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megatron.checkpoint.loading import load_model, load_optimizer
+from megatron.checkpoint.loading import load_average, load_model, load_optimizer
 from megatron.checkpoint.saving import parts_of
 from megatron.checkpoint.stored import Checkpoint
 from megatron.config import Config
@@ -55,7 +55,8 @@ class Run:
     def parts(self) -> dict[str, Part]:
         """This rank's part of the tensors of a checkpoint, as of now."""
         moments = {} if self.config.checkpoint.no_save_optim else self.engine.optimizer.state()
-        return parts_of(self.engine.model.parameters, moments)
+        average = self.engine.average
+        return parts_of(self.engine.model.parameters, moments, None if average is None else average.tensors)
 
     def facts(self) -> dict[str, Any]:
         """What else `build` needs to go on, as of now; as JSON has it."""
@@ -63,6 +64,7 @@ class Run:
                 "began_from": self.began_from, "loss_scale": self.engine.loss_scale.state(),
                 "fp8_amaxes": self.engine.amaxes.state(),
                 "schedule": asdict(self.schedule),
+                **({} if self.engine.average is None else {"ema_steps": self.engine.average.num_steps}),
                 **facts_of(self.config, self.vocab, self.data, self.sizes.final)}
 
 
@@ -107,6 +109,9 @@ def _go_on(run: Run, checkpoint: Checkpoint) -> None:
     engine.amaxes.load_state(saved.get("fp8_amaxes", {}))
     if checkpoint.optimizer is not None:
         engine.optimizer.load_state(load_optimizer(engine.model.parameters, checkpoint))
+    if engine.average is not None and checkpoint.average is not None:
+        load_average(engine.average.tensors, engine.model.parameters, checkpoint)
+        engine.average.go_on(saved.get("ema_steps", run.state.iteration))
     facts = facts_of(config, run.vocab, run.data, run.sizes.final)
     for line in differences(config, facts, saved):
         run.log.line(line)

@@ -1,7 +1,7 @@
 """What a user watches: Megatron's log lines, TensorBoard, metrics.jsonl, and one picture at the end.
 
 Everything is written by rank 0. `SAVE/metrics.jsonl` holds one JSON object a log event: "kind" is train, valid, test,
-or valid/NAME and test/NAME of one corpus.
+or valid/NAME and test/NAME of one corpus; valid_ema, test_ema and so on are of the average of the weights.
 A number that means nothing (the loss of steps without targets, of a run that diverged) is null there.
 """
 
@@ -19,6 +19,8 @@ from megatron.log import Log
 from megatron.train.evaluate import Baselines, Evaluation, perplexity
 from megatron.train.meters import Reading
 from megatron.train.metrics import forget_after, read_records
+
+OF_AVERAGE = "_ema"  # ends the kind of a split's evaluation where it is of the average of the weights
 
 
 class Events:
@@ -126,7 +128,8 @@ class Events:
 def loss_name(kind: str) -> str:
     """What a kind of evaluation is called."""
     split, _, corpus = kind.partition("/")
-    return f"{'validation' if split == 'valid' else split} loss{f' on {corpus}' if corpus else ''}"
+    name, of_average = split.removesuffix(OF_AVERAGE), " of the average" if split.endswith(OF_AVERAGE) else ""
+    return f"{'validation' if name == 'valid' else name} loss{of_average}{f' on {corpus}' if corpus else ''}"
 
 
 def _of_groups(rates: Mapping[str, float]) -> str:

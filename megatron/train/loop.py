@@ -20,7 +20,7 @@ from megatron.model.protein_model import compute_dtype
 from megatron.train.agreement import Arriving
 from megatron.train.build import Run
 from megatron.train.evaluate import Baselines, Evaluation, evaluate, frequency_baselines
-from megatron.train.events import Events, loss_name
+from megatron.train.events import OF_AVERAGE, Events, loss_name
 from megatron.train.meters import Meters
 from megatron.train.peak import measured_peak_flops
 from megatron.train.profiler import StepProfiler
@@ -184,14 +184,27 @@ def _evaluate_all(run: Run, events: Events, requests: StopRequests, saver: Saver
 
 def _evaluate(run: Run, events: Events, requests: StopRequests, saver: Saver | None,
               split: str) -> dict[str, Evaluation]:
+    """The evaluations of a split, as `_evaluate_weights` has them, and with --ema also those of the average.
+
+    Before the first step that is the weights.
+    """
+    results = _evaluate_weights(run, events, requests, saver, split, split)
+    if run.engine.average is not None and run.state.iteration:
+        with run.engine.averaged():
+            results |= _evaluate_weights(run, events, requests, saver, split, f"{split}{OF_AVERAGE}")
+    return results
+
+
+def _evaluate_weights(run: Run, events: Events, requests: StopRequests, saver: Saver | None, split: str,
+                      whole_kind: str) -> dict[str, Evaluation]:
     """The evaluation of a split and, with --eval-each, of each of its corpora, by their kinds, written to the events.
 
-    Nothing of a split that is empty, or from where a rank wants to stop.
+    `whole_kind`: that of the split itself. Nothing of a split that is empty, or from where a rank wants to stop.
     """
     whole, training, results = getattr(run.data, split), run.config.training, dict[str, Evaluation]()
-    datasets: dict[str, Dataset] = {} if whole is None else {split: whole}
+    datasets: dict[str, Dataset] = {} if whole is None else {whole_kind: whole}
     if training.eval_each and whole is not None and isinstance(run.data.train, BlendedDataset):
-        datasets |= {f"{split}/{name}": corpus for name, corpus in corpora_of(whole).items()}
+        datasets |= {f"{whole_kind}/{name}": corpus for name, corpus in corpora_of(whole).items()}
     for kind, dataset in datasets.items():
         if requests.agreed(run.mesh):
             break

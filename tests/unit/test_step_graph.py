@@ -81,7 +81,8 @@ def trained(is_graph, precision, optimizer, course=None):
         amaxes = engine.amaxes._before_slp, engine.amaxes._known_lp, *engine.amaxes._seen
         fp8_copies = [copy for layer in engine.stages[0].matrices() for copy in chain(*layer.fp8_copy or ())]
         copies = [copy for layer in engine.stages[0].matrices() for copy in (layer.copy, layer.bias_copy)]
-        return [*parameters, *(parameter.grad for parameter in parameters), *state, engine.loss_scale._state,
+        average = [] if engine.average is None else [*engine.average.tensors.values(), engine.average._num_steps]
+        return [*parameters, *average, *(parameter.grad for parameter in parameters), *state, engine.loss_scale._state,
                 *amaxes, *fp8_copies, *(copy for copy in copies if copy is not None)]
 
     tracer = Tracer(kept) if is_graph else None
@@ -94,11 +95,13 @@ def trained(is_graph, precision, optimizer, course=None):
         step(batches, 1e-3 * (number + 1))
         reading = meters.read()
         results += [reading.loss, reading.masked_accuracy, reading.grad_norm]
-    return results, engine.model.parameters, engine.loss_scale.state(), tracer
+    named = engine.model.parameters | ({} if engine.average is None else {
+        f"average of {name}": tensor for name, tensor in engine.average.tensors.items()})
+    return results, named, engine.loss_scale.state(), tracer
 
 
 ADAM, SGD = OptimizerConfig(), OptimizerConfig(optimizer="sgd")
-CAUTIOUS = OptimizerConfig(cautious_weight_decay=True)
+CAUTIOUS = OptimizerConfig(cautious_weight_decay=True, ema=0.3)
 
 
 @pytest.mark.parametrize(("precision", "optimizer", "course"), [
