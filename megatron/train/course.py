@@ -54,9 +54,10 @@ def _check(schedule: Schedule, checkpoint: Checkpoint, fraction: float | None, l
         return
     if schedule.differs_in_its_end(saved):
         if done <= min(schedule.open_until, saved.open_until):
-            log.line(f"note: the course of the learning rate ends after {schedule.decay_samples:,.0f} samples, and was "
-                     f"to end after {saved.decay_samples:,.0f}: the {done:,} that are behind the run are the same in "
-                     "both")
+            if schedule.lr_decay_style != "constant":
+                log.line(f"note: the course of the learning rate ends after {schedule.decay_samples:,.0f} samples, and "
+                         f"was to end after {saved.decay_samples:,.0f}: the {done:,} that are behind the run are the "
+                         "same in both")
             return
         if saved.lr_decay_style == "WSD" and done > saved.open_until:
             raise CheckpointError(
