@@ -58,7 +58,8 @@ class Muon(torch.optim.Optimizer):
             update = self._matrices.joined(number, list(self._scaled(results, self.state[parameter], is_taken)))
             rate = group["lr"] * is_taken
             if group["weight_decay"]:
-                decay(parameter, group["weight_decay"] * rate, update if self._config.cautious_weight_decay else None)
+                along = parameter * update if self._config.cautious_weight_decay else None
+                decay(parameter, group["weight_decay"] * rate, along)
             parameter.addcmul_(update.to(parameter.dtype), -rate)
 
     def momentum(self, step: int) -> float:

@@ -178,7 +178,8 @@ def _check_state(checkpoint: Checkpoint, facts: Collection[str]) -> None:
                 type(value) is int and 0 <= value < 2**63 for value in progress.values()) and (
                 progress["iteration"] == checkpoint.iteration),
             "loss_scale": len(scale) == 3 and all(isinstance(value, int | float) for value in scale),
-            "schedule": state["schedule"].keys() >= _SCHEDULE}
+            "schedule": state["schedule"].keys() >= _SCHEDULE and all(
+                isinstance(state["schedule"][name], int | float) for name in _SCHEDULE - {"lr_decay_style"})}
         wrong = [f"{name} {state[name]}" for name, is_whole in holds.items() if not is_whole]
     if wrong:
         raise CheckpointError(f"{checkpoint.path}: its state is damaged, or of another folder ({wrong[0]}); write the "

@@ -186,7 +186,7 @@ def test_a_state_that_is_not_a_runs_is_named(begun):
     whole = read_state(place / "state.json")
     for damage in ({"progress": None}, {"progress": {"iteration": 4}}, {"config": []}, {"loss_scale": {}},
                    {"progress": {"iteration": 5, "consumed_samples": 8}}, {"schedule": 3},
-                   {"schedule": {}}, {"loss_scale": [1.0]},
+                   {"schedule": {}}, {"schedule": whole["schedule"] | {"decay_samples": "16"}}, {"loss_scale": [1.0]},
                    {"progress": {"iteration": 4, "consumed_samples": 10**30}}, {"loss_scale": ["1", 2, 3]}):
         edit_state(place, **(whole | damage))
         assert str(place) in begun.error("--train-iters", 8), damage
