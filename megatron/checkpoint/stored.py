@@ -80,7 +80,8 @@ class Checkpoint:
 
     `model`: the parameters' whole values. `optimizer`: state tensors as KIND/PARAMETER (`exp_avg/lm_head.bias`; the
     count of steps, a scalar, as `step/lm_head.bias`), None where there is none. `state`: what else is known, of
-    "progress" {"iteration", "consumed_samples"}, "schedule", "loss_scale" and "config" (flags by their fields' names).
+    "progress" {"iteration", "consumed_samples"}, "schedule", "loss_scale", "config" (flags by their fields' names) and
+    "is_averaged", where the weights are an average.
     `path`: where it lies, for messages. `average`: that of the trained parameters, by their names, of a run with --ema.
     """
 
@@ -92,8 +93,8 @@ class Checkpoint:
     average: Tensors | None = None
 
     def averaged(self) -> "Checkpoint":
-        """The average as the weights of a model that is not trained on: nothing of the optimizer. Raises
-        CheckpointError where there is none."""
+        """The same with the average as the weights, and nothing of the optimizer; raises CheckpointError where there
+        is none."""
         if self.average is None:
             raise CheckpointError(f"{self.path} holds no average of the weights, which a run with --ema saves; leave "
                                   "--load-ema out")

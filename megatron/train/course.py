@@ -26,7 +26,7 @@ def chosen_schedule(config: Config, sizes: BatchSizes, checkpoint: Checkpoint | 
     num_samples = training.train_samples or progress["consumed_samples"] + sizes.final * (
         (training.train_iters or 0) - progress["iteration"])
     if checkpoint is not None and config.schedule.use_checkpoint_lr_scheduler:
-        return _kept(checkpoint, num_samples, log)
+        return _kept(schedule, checkpoint, num_samples, log)
     if checkpoint is not None and not config.schedule.override_lr_scheduler:
         _check(schedule, checkpoint, config.schedule.lr_warmup_fraction, log)
     for line in schedule.notices(num_samples):
@@ -34,12 +34,21 @@ def chosen_schedule(config: Config, sizes: BatchSizes, checkpoint: Checkpoint | 
     return schedule
 
 
-def _kept(checkpoint: Checkpoint, num_samples: int, log: Log) -> Schedule:
-    """The checkpoint's schedule; says so where the run is longer than it."""
+def _kept(flags: Schedule, checkpoint: Checkpoint, num_samples: int, log: Log) -> Schedule:
+    """The checkpoint's schedule; says so where the run is longer than it.
+
+    Raises CheckpointError where it is not known here, or its weight decay has a course and that of `flags` none, or the
+    other way: an optimizer is made for either.
+    """
     schedule = schedule_of(checkpoint.state["schedule"])
     if schedule.lr_decay_style not in LR_DECAY_STYLES:
         raise CheckpointError(f"--use-checkpoint-lr-scheduler: the course in {checkpoint.path} is "
                               f"{schedule.lr_decay_style}, which is not known here; give --override-lr-scheduler")
+    if (schedule.weight_decay_incr_style is None) != (flags.weight_decay_incr_style is None):
+        raise CheckpointError("--use-checkpoint-lr-scheduler: --weight-decay-incr-style is "
+                              f"{flags.weight_decay_incr_style or 'constant'}, in {checkpoint.path} "
+                              f"{schedule.weight_decay_incr_style or 'constant'}; give that, or "
+                              "--override-lr-scheduler")
     if schedule.lr_decay_style != "constant" and num_samples > schedule.decay_samples:
         log.line(f"note: --use-checkpoint-lr-scheduler: {schedule.notice_of_the_rest(num_samples)}; "
                  "--override-lr-scheduler takes the flags' course in its place")
@@ -63,7 +72,7 @@ def _check(schedule: Schedule, checkpoint: Checkpoint, fraction: float | None, l
             raise CheckpointError(
                 f"{checkpoint.path} is inside the decay of the learning rate, which began after "
                 f"{saved.open_until:.0f} samples and is now to begin after {schedule.open_until:.0f}; go on from a "
-                f"checkpoint before it ({checkpoint.path.parent / LATEST} names one), or {_REMEDY}")
+                f"checkpoint before it, whose number goes into {checkpoint.path.parent / LATEST}, or {_REMEDY}")
     name, (value, before) = next(iter(changed.items()))
     hint = ""
     if name == "warmup_samples" and fraction:

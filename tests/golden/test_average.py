@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from megatron.checkpoint.convert.conversion import convert
 from megatron.checkpoint.store import open_place
+from megatron.log import Log
 from pretrain_tape import main
 from tests.golden.training import TINY, losses, run_on_ranks
 
@@ -68,3 +70,16 @@ def test_a_run_from_the_average_begins_where_that_was_left(corpus, unbroken, tmp
     run(corpus, tmp_path / "again", "--load", tmp_path, "--load-ema", "--finetune", "--eval-at-start", "--train-iters",
         1, "--bf16")
     assert losses(tmp_path / "again", "valid")[0] == losses(tmp_path, "valid_ema")[2] != losses(tmp_path, "valid")[2]
+
+
+def test_what_is_written_from_the_average_says_so_with_its_loss(unbroken, tmp_path):
+    said = []
+    for takes_average in (False, True):
+        folder = tmp_path / str(takes_average)
+        convert(unbroken, folder, "auto", "hf", tensor=1, pipeline=1, iteration=None, vocab_size=None,
+                log=Log(is_speaker=False), takes_average=takes_average)
+        said.append((folder / "README.md").read_text())
+    for card, kind in zip(said, ("valid", "valid_ema"), strict=True):
+        assert card.count("validation loss") == 1
+        assert f"validation loss {losses(unbroken, kind)[8]:.4f} nats" in card
+        assert ("exponential average of those of the steps, of decay 0.8" in card) is (kind == "valid_ema")

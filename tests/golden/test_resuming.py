@@ -296,6 +296,8 @@ def test_a_run_with_a_course_of_cautious_weight_decay_goes_on_as_if_it_had_not_s
     assert all(torch.equal(tensor.read(), unbroken[name].read()) for name, tensor in weights(stopped, 8).items())
     decays = losses(run.folder, name="weight_decay")
     assert decays == losses(stopped, name="weight_decay") and 0 < decays[2] < decays[8] < 9
+    assert "--weight-decay-incr-style is constant, in " in run.error(
+        "--optimizer", optimizer, "--train-iters", 8, "--use-checkpoint-lr-scheduler")
     assert "end weight decay of the learning-rate schedule is 8.0, in the checkpoint 9.0" in run.error(
         *flags, "--end-weight-decay", 8)
 
