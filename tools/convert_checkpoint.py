@@ -28,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--target-pipeline-parallel-size", type=int, default=1, help="of Megatron's files (default: 1)")
     flags.add_argument("--iteration", type=int, help="which of a run's checkpoints (default: the newest)")
     flags.add_argument("--true-vocab-size", type=int, help="tokens of the vocabulary: rows beyond its padding are cut")
+    flags.add_argument("--load-ema", action="store_true", help="write the average of --ema as the weights")
     return flags
 
 
@@ -37,7 +38,7 @@ def main() -> int:
         given = parser().parse_args()
         convert(given.load_dir, given.save_dir, given.loader, given.saver, tensor=given.target_tensor_parallel_size,
                 pipeline=given.target_pipeline_parallel_size, iteration=given.iteration,
-                vocab_size=given.true_vocab_size, log=Log())
+                vocab_size=given.true_vocab_size, log=Log(), takes_average=given.load_ema)
 
     return exit_status(work)
 

@@ -43,6 +43,13 @@ def load_optimizer(parameters: Mapping[str, Tensor], checkpoint: Checkpoint) -> 
     return state
 
 
+def load_average(average: Mapping[str, Tensor], parameters: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
+    """Fill this rank's `average` of `parameters` in place, as far as the checkpoint has it; raises CheckpointError."""
+    stored = checkpoint.average or {}
+    read_parts({name: _fitting(name, part_of_state(parameters[name], tensor), stored[name], checkpoint)
+                for name, tensor in average.items() if name in stored}, stored)
+
+
 def _check_kinds(tensors: Tensors, checkpoint: Checkpoint) -> None:
     kinds_of: dict[str, set[str]] = {}
     for key in tensors:

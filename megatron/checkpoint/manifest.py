@@ -2,7 +2,7 @@
 
 manifest.json   {"crc32": of the content's canonical JSON, "content": {"version", "iteration",
                  "files": {NAME: [bytes, crc32]},
-                 "tensors": {"model/NAME" or "optimizer/KIND/NAME":
+                 "tensors": {"model/NAME", "optimizer/KIND/NAME" or "ema/NAME":
                              {"dtype", "shape", "pieces": [[offsets, sizes, file], ...]}}}}
 """
 

@@ -32,9 +32,11 @@ from megatron.parallel.mesh import Axis, Mesh
 from megatron.parallel.placement import Part, part_of_state, placement_of
 
 
-def parts_of(model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> dict[str, Part]:
+def parts_of(model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor],
+             average: Mapping[str, Tensor] | None = None) -> dict[str, Part]:
     """This rank's part of every tensor of a checkpoint; the optimizer's are named KIND/PARAMETER."""
     parts = {f"model/{name}": placement_of(tensor).part(tensor) for name, tensor in model.items()}
+    parts |= {f"ema/{name}": part_of_state(model[name], tensor) for name, tensor in (average or {}).items()}
     return parts | {f"optimizer/{key}": part_of_state(model[key.partition("/")[2]], tensor)
                     for key, tensor in optimizer.items()}
 

@@ -2,7 +2,7 @@
 
 Its planners share the work out: what several ranks hold alike is written by one of them, in turns, and whoever reads
 gets the boxes that overlap with its own. Its own storage keeps its index as a pickle; ours is a manifest and files of
-safetensors, one of each kind ("model", "optimizer") a rank.
+safetensors, one of each kind ("model", "optimizer", "ema") a rank.
 """
 
 import warnings
@@ -51,8 +51,8 @@ Finish = Callable[[Path], dict[str, FileFacts]]
 def write_parts(place: Path, iteration: int, parts: Parts, group: dist.ProcessGroup | None, finish: Finish) -> None:
     """Write the folder `place`: all ranks of `group` (None: this process alone) call this with their parts.
 
-    Keys are "model/NAME" and "optimizer/KIND/NAME". The folder appears once it is whole and on the disk. Raises what
-    torch.distributed.checkpoint makes of the ranks' errors, CheckpointException, on each.
+    Keys are "model/NAME", "optimizer/KIND/NAME" and "ema/NAME". The folder appears once it is whole and on the disk.
+    Raises what torch.distributed.checkpoint makes of the ranks' errors, CheckpointException, on each.
     """
     with _told_of_one_process():
         dcp.save(dict(parts), storage_writer=_Writer(place, iteration, finish), planner=_SavePlanner(),

@@ -71,7 +71,7 @@ def open_place(place: Path, with_optimizer: bool = True) -> Checkpoint:
     manifest.check_sizes(place)
     optimizer = manifest.stored(place, "optimizer/") if with_optimizer else None
     return Checkpoint(place, manifest.iteration, manifest.stored(place, "model/"), optimizer or None,
-                      read_state(place / STATE))
+                      read_state(place / STATE), manifest.stored(place, "ema/") or None)
 
 
 def saved_flags(folder: str) -> dict[str, Any]:

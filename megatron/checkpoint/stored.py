@@ -4,12 +4,14 @@ A reader of a format gives a `Checkpoint`; loading, converting and inspecting ta
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron.errors import CheckpointError
 
 Box = tuple[slice, ...]
 
@@ -78,8 +80,9 @@ class Checkpoint:
 
     `model`: the parameters' whole values. `optimizer`: state tensors as KIND/PARAMETER (`exp_avg/lm_head.bias`; the
     count of steps, a scalar, as `step/lm_head.bias`), None where there is none. `state`: what else is known, of
-    "progress" {"iteration", "consumed_samples"}, "schedule", "loss_scale" and "config" (flags by their fields' names).
-    `path`: where it lies, for messages.
+    "progress" {"iteration", "consumed_samples"}, "schedule", "loss_scale", "config" (flags by their fields' names) and
+    "is_averaged", where the weights are an average.
+    `path`: where it lies, for messages. `average`: that of the trained parameters, by their names, of a run with --ema.
     """
 
     path: Path
@@ -87,6 +90,16 @@ class Checkpoint:
     model: Tensors
     optimizer: Tensors | None
     state: dict[str, Any]
+    average: Tensors | None = None
+
+    def averaged(self) -> "Checkpoint":
+        """The same with the average as the weights, and nothing of the optimizer; raises CheckpointError where there
+        is none."""
+        if self.average is None:
+            raise CheckpointError(f"{self.path} holds no average of the weights, which a run with --ema saves; leave "
+                                  "--load-ema out")
+        return replace(self, model={**self.model, **self.average}, optimizer=None, average=None,
+                       state=self.state | {"is_averaged": True})
 
 
 def _from(offsets: Sequence[int], box: Box) -> Box:

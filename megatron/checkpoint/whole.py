@@ -2,6 +2,7 @@
 
 PLACE/model.safetensors        every parameter, fp32, by name
 PLACE/optimizer.safetensors    every state tensor, as KIND/PARAMETER, where there is one
+PLACE/ema.safetensors          the average of the weights, by name, where there is one
 PLACE/state.json               progress, loss scale, the flags of the run
 """
 
@@ -14,6 +15,7 @@ from megatron.errors import CheckpointError
 
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+AVERAGE = "ema.safetensors"
 STATE = "state.json"
 VERSION = 1
 
@@ -25,9 +27,10 @@ def read_whole(place: Path, with_optimizer: bool = True) -> Checkpoint:
         iteration = int(state["iteration"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{place / STATE}: damaged or missing ({error}); load an older iteration") from None
-    optimizer = place / OPTIMIZER
+    optimizer, average = place / OPTIMIZER, place / AVERAGE
     return Checkpoint(place, iteration, stored_in(place / MODEL),
-                      stored_in(optimizer) if with_optimizer and optimizer.exists() else None, state)
+                      stored_in(optimizer) if with_optimizer and optimizer.exists() else None, state,
+                      stored_in(average) if average.exists() else None)
 
 
 def stored_in(path: Path) -> dict[str, StoredTensor]:

@@ -23,4 +23,5 @@ class CheckpointConfig:
                                       check=not_negative)
     no_save_optim: bool = flag(False, "leave the optimizer's state out of the checkpoint")
     no_load_optim: bool = flag(False, "start the optimizer afresh")
+    load_ema: bool = flag(False, "with --finetune, load the average of --ema as the weights")
     finetune: bool = flag(False, "load the weights alone and start from iteration 0")

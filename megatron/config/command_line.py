@@ -12,10 +12,11 @@ from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron.config import Config, ModelConfig, ScheduleConfig, TrainingConfig
+from megatron.config import Config, ModelConfig
 from megatron.config.data import VOCABULARIES
 from megatron.config.precision import DELAYED
 from megatron.config.presets import PRESETS
+from megatron.config.schedule import schedule_faults
 from megatron.errors import ConfigError
 
 # Flags of Megatron-LM whose effect is always there: accepted, so that old scripts run, and named in the listing.
@@ -57,6 +58,7 @@ _REPLACES = {
     "recompute_granularity": ("checkpoint_activations",),
     "train_samples": ("train_iters", "lr_decay_iters"),
     "lr_warmup_iters": ("lr_warmup_fraction",), "lr_warmup_samples": ("lr_warmup_fraction",),
+    "start_weight_decay": ("weight_decay",),
 }
 
 
@@ -225,7 +227,7 @@ def _with_derived(config: Config) -> Config:
 
 
 def _check_combinations(config: Config) -> None:
-    model, data, training, schedule = config.model, config.data, config.training, config.schedule
+    model, data, training = config.model, config.data, config.training
     parallel = config.parallel
     by_samples = training.train_samples is not None
     wrong = [
@@ -250,7 +252,7 @@ def _check_combinations(config: Config) -> None:
            f"{config.precision.fp8_recipe}; leave one of the two out") for item in fields(config.precision)
           if item.name in DELAYED and getattr(config.precision, item.name) != item.default],
         ((training.train_iters is None) != by_samples, "give one of --train-iters and --train-samples"),
-        *_schedule_faults(schedule, training),
+        *schedule_faults(config.schedule, training, config.optimizer),
         (not by_samples and training.rampup_batch_size is not None,
          "--rampup-batch-size goes with --train-samples, since iterations then differ in size"),
         (data.mask_token_prob + data.mask_random_prob > 1,
@@ -290,29 +292,6 @@ def _model_faults(model: ModelConfig) -> list[tuple[Any, str]]:
          f"--apply-residual-connection-post-layernorm is about --norm-placement pre, which is {model.norm_placement}; "
          "leave one of the two out"),
         (model.unet_skips and model.num_layers < 2, "--unet-skips joins blocks, and --num-layers is 1; give more"),
-    ]
-
-
-def _schedule_faults(schedule: ScheduleConfig, training: TrainingConfig) -> list[tuple[Any, str]]:
-    by_samples = training.train_samples is not None
-    unit = "samples" if by_samples else "iters"
-    warmup = getattr(schedule, f"lr_warmup_{unit}")
-    decay = getattr(schedule, f"lr_decay_{unit}") or getattr(training, f"train_{unit}") or math.inf
-    return [
-        (by_samples and schedule.lr_decay_iters is not None,
-         "--train-samples goes with --lr-decay-samples, not with --lr-decay-iters"),
-        (not by_samples and schedule.lr_decay_samples is not None,
-         "--lr-decay-samples goes with --train-samples; with --train-iters give --lr-decay-iters"),
-        (by_samples and schedule.lr_warmup_iters > 0, "--train-samples goes with --lr-warmup-samples"),
-        (not by_samples and schedule.lr_warmup_samples > 0, "--lr-warmup-samples goes with --train-samples"),
-        (schedule.lr_warmup_fraction and (schedule.lr_warmup_iters or schedule.lr_warmup_samples),
-         "--lr-warmup-fraction excludes --lr-warmup-iters and --lr-warmup-samples; give one"),
-        # Megatron-LM's rule: the warm-up is a part of the decay's span.
-        (warmup >= decay, f"--lr-warmup-{unit} is {warmup}, and the learning rate is to have decayed after {decay} "
-         f"{unit}; give a shorter warm-up, or more --lr-decay-{unit} (default: all of --train-{unit})"),
-        (schedule.min_lr > (schedule.lr or 0), f"--min-lr {schedule.min_lr} is above --lr {schedule.lr}"),
-        (schedule.override_lr_scheduler and schedule.use_checkpoint_lr_scheduler,
-         "--override-lr-scheduler and --use-checkpoint-lr-scheduler exclude each other; give one"),
     ]
 
 

@@ -27,6 +27,10 @@ class OptimizerConfig:
                             "under muon 0.005)", kind=float, check=positive, changes="course")
     weight_decay: float = flag(0.01, "decoupled weight decay; never on biases and LayerNorms", kind=float,
                                check=not_negative, changes="course")
+    cautious_weight_decay: bool = flag(False, "let weight decay spare what a step makes larger: it takes only from "
+                                       "coordinates that the update draws towards 0 as well", changes="course")
+    ema: float = flag(None, "decay of an exponential average of the weights, which is evaluated and saved beside them "
+                      "(0.999: over some thousand steps)", kind=float, check=fraction, changes="course")
     clip_grad: float = flag(1.0, "largest L2 norm of the gradient; 0 switches clipping off", kind=float,
                             check=not_negative, changes="course")
     adam_beta1: float = flag(0.9, "decay of the first moment", kind=float, check=fraction, changes="course")
@@ -48,6 +52,10 @@ class OptimizerConfig:
 
     def filled(self) -> "OptimizerConfig":
         """With the learning rates that follow from the optimizer; raises ConfigError where it has no use for one."""
+        if self.cautious_weight_decay and (self.optimizer == "sgd" or self.optimizer_backend != "torch"):
+            raise ConfigError(f"--cautious-weight-decay is of adam, muon and normuon by torch, and the optimizer is "
+                              f"{self.optimizer} by {self.optimizer_backend}; leave it out, or give --optimizer and "
+                              "--optimizer-backend so")
         if not self.uses_muon:
             if self.muon_lr is not None:
                 raise ConfigError(f"--muon-lr {self.muon_lr} is of --optimizer muon and normuon, which is "

@@ -1,1 +1,1 @@
-"""What turns gradients into new weights: optimizer, schedule, loss scale, clipping."""
+"""What turns gradients into new weights: optimizer, schedule, loss scale, clipping; and their average."""

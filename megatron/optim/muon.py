@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron.config import OptimizerConfig
 from megatron.kernels.device import takes_gpu_way
 from megatron.kernels.newton_schulz.orthogonal import orthogonalised, working_dtype
+from megatron.optim.decay import decay
 from megatron.parallel.matrices.exchange import Result, WholeMatrices
 from megatron.parallel.mesh import Mesh
 
@@ -57,7 +58,8 @@ class Muon(torch.optim.Optimizer):
             update = self._matrices.joined(number, list(self._scaled(results, self.state[parameter], is_taken)))
             rate = group["lr"] * is_taken
             if group["weight_decay"]:
-                parameter.mul_(1 - group["weight_decay"] * rate)
+                along = parameter * update if self._config.cautious_weight_decay else None
+                decay(parameter, group["weight_decay"] * rate, along)
             parameter.addcmul_(update.to(parameter.dtype), -rate)
 
     def momentum(self, step: int) -> float:

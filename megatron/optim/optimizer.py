@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megatron.config import OptimizerConfig
 from megatron.errors import ConfigError
+from megatron.optim.decay import BesideAdamW
 from megatron.optim.muon import Muon
 from megatron.optim.scaling import LossScale
 from megatron.optim.sgd import DecoupledSGD
@@ -30,13 +32,13 @@ class Optimizer:
     """Steps fp32 parameters along their summed, scaled gradients; of frozen ones it keeps nothing.
 
     `parameters`: this rank's part of each, by name; `mesh`: the ranks that hold the others; `peak_lr`: the schedule's,
-    with which learning rates of single groups are compared; `is_captured`: a step becomes a CUDA graph, so that
-    learning rates and gradients keep their places. A step whose gradients are not all finite changes nothing. Raises
-    ConfigError where all are frozen.
+    with which learning rates of single groups are compared; `is_captured`: a step becomes a CUDA graph, so that what
+    it reads keeps its place; `varies_decay`: the weight decay has a course. A step whose gradients are not all finite
+    changes nothing. Raises ConfigError where all are frozen.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, mesh: Mesh = ONE_RANK,
-                 peak_lr: float | None = None, is_captured: bool = False) -> None:
+                 peak_lr: float | None = None, is_captured: bool = False, varies_decay: bool = False) -> None:
         if not is_any_trained(parameters.values(), mesh.pipeline):
             raise ConfigError("every parameter of the model is frozen, so there is nothing to train; leave some "
                               "trainable")
@@ -48,20 +50,25 @@ class Optimizer:
                  "vector": config.scalar_lr}
         self._lr_scales = {group: lr / peak_lr for group, lr in peaks.items() if lr is not None and peak_lr}
         self._is_captured = is_captured
-        self.inner = _build(_groups(self._all, config.weight_decay), config, mesh, is_captured)
+        groups = _groups(self._all, config.weight_decay, varies_decay)
+        self.inner = _build(groups, config, mesh, is_captured, is_captured and varies_decay)
         if is_captured:
             for group in self._param_groups():
                 group["lr"] = torch.zeros((), device=self._all[0].device)
+                if varies_decay:
+                    group["decay"] = torch.zeros((), device=self._all[0].device)
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """For the steps to come; each group's in proportion to its own peak."""
         rates = self.learning_rates(learning_rate)
         for group in self._param_groups():
-            of_group = rates.get(group["group"], learning_rate)
-            if self._is_captured:
-                group["lr"].fill_(of_group)
-            else:
-                group["lr"] = of_group
+            _set(group, "lr", rates.get(group["group"], learning_rate))
+
+    def set_weight_decay(self, weight_decay: float) -> None:
+        """For the steps to come, of all that decay."""
+        for group in self._param_groups():
+            if group["decays"]:
+                _set(group, "decay" if "decay" in group else "weight_decay", weight_decay)
 
     def step(self, learning_rate: float | None, loss_scale: LossScale) -> StepOutcome:
         """Unscale and clip the gradients, update the parameters, clear the gradients, update `loss_scale`.
@@ -124,7 +131,14 @@ class Optimizer:
         return [group for inner in self.inner for group in inner.param_groups]
 
 
-def _groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict]:
+def _set(group: dict, name: str, value: float) -> None:
+    if isinstance(group[name], Tensor):
+        group[name].fill_(value)
+    else:
+        group[name] = value
+
+
+def _groups(parameters: Iterable[nn.Parameter], weight_decay: float, varies_decay: bool) -> list[dict]:
     """What torch's optimizers take: the parameters by what they declare, their `group` and whether they decay.
 
     Frozen ones leave their group empty: there is one at least, without which torch's optimizers refuse to be made.
@@ -134,23 +148,27 @@ def _groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dic
         declaration = declaration_of(parameter)
         members = groups.setdefault((declaration.group, declaration.decays), [])
         members += [parameter] if parameter.requires_grad else []
-    return [{"params": members, "group": group, "weight_decay": weight_decay if decays else 0.0}
-            for (group, decays), members in groups.items()]
+    return [{"params": members, "group": group, "weight_decay": weight_decay if decays else 0.0,
+             "decays": decays and (weight_decay > 0 or varies_decay)} for (group, decays), members in groups.items()]
 
 
-def _build(groups: list[dict], config: OptimizerConfig, mesh: Mesh, is_captured: bool) -> list[torch.optim.Optimizer]:
+def _build(groups: list[dict], config: OptimizerConfig, mesh: Mesh, is_captured: bool,
+           captures_decay: bool) -> list[torch.optim.Optimizer]:
     """Who steps the groups: all of them one, or Muon the matrices and AdamW the others."""
     betas = (config.adam_beta1, config.adam_beta2)
+
+    def adamw(groups: list[dict]) -> torch.optim.Optimizer:
+        options: dict[str, Any] = {"betas": betas, "eps": config.adam_eps, "capturable": is_captured}
+        if config.cautious_weight_decay or captures_decay:
+            return BesideAdamW(groups, is_cautious=config.cautious_weight_decay, **options)
+        return torch.optim.AdamW(groups, lr=0.0, fused=True, **options)
+
     if config.uses_muon:
         matrices, others = ([group for group in groups if (group["group"] == "matrix") is is_matrix]
                             for is_matrix in (True, False))
-        adam = [torch.optim.AdamW(others, lr=0.0, betas=betas, eps=config.adam_eps, fused=True)] if others else []
-        return [*([Muon(matrices, config, mesh)] if matrices else []), *adam]
+        return [*([Muon(matrices, config, mesh)] if matrices else []), *([adamw(others)] if others else [])]
     if config.optimizer_backend == "torch":
-        if config.optimizer == "adam":
-            return [torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.adam_eps, fused=True,
-                                      capturable=is_captured)]
-        return [DecoupledSGD(groups, momentum=config.sgd_momentum)]
+        return [adamw(groups) if config.optimizer == "adam" else DecoupledSGD(groups, momentum=config.sgd_momentum)]
     try:
         from apex.optimizers import FusedAdam, FusedSGD  # type: ignore[import-not-found]
     except ImportError as error:

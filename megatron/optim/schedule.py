@@ -1,54 +1,137 @@
-"""The learning rate as a function of the samples behind us: nothing to save, nothing to step."""
+"""The learning rate and the weight decay as functions of the samples behind us: nothing to save, nothing to step."""
 
 import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from megatron.config import ScheduleConfig
 
+# What says where the course ends, and how: before that it is the same under any other value.
+_OF_THE_END = {"decay_samples", "wsd_decay_samples", "lr_wsd_decay_style"}
+# The share of the way from `lr` to `min_lr` that is left when `done` of a decay are behind us, as Megatron-LM has it.
+_LEFT = {
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: 0.5 * (math.cos(math.pi * done) + 1),
+    "exponential": lambda done: 2 * 0.5**done - 1,
+    "minus_sqrt": lambda done: 1 - math.sqrt(done),
+}
 
+
+@dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up from 0, then constant, linear or cosine to `min_lr`, as Megatron-LM's AnnealingLR.
+    """Linear warm-up from 0, then a course to `min_lr`, as Megatron-LM's OptimizerParamScheduler.
 
-    `warmup_samples` and `decay_samples` are counted from the start of training; the warm-up is a part of the decay's
-    span.
+    All spans are in samples from the start of training; the warm-up is a part of the decay's span. WSD (warm-up,
+    stable, decay: Hu et al., 2024, arXiv 2404.06395) stays at `lr` but for the last `wsd_decay_samples` of that span.
+    The weight decay rises from `start_weight_decay` over `weight_decay_incr_samples`, where it is a course at all:
+    all four are None where it stays what it is.
     """
 
-    def __init__(self, config: ScheduleConfig, *, warmup_samples: float, decay_samples: int) -> None:
-        self._config = config
-        self.warmup_samples, self.decay_samples = warmup_samples, decay_samples
+    lr: float
+    min_lr: float
+    lr_decay_style: str
+    warmup_samples: float
+    decay_samples: float
+    wsd_decay_samples: float | None = None
+    lr_wsd_decay_style: str | None = None
+    start_weight_decay: float | None = None
+    end_weight_decay: float | None = None
+    weight_decay_incr_style: str | None = None
+    weight_decay_incr_samples: float | None = None
 
     def learning_rate(self, consumed_samples: int) -> float:
         """The rate of the step that starts after `consumed_samples`."""
-        config = self._config
-        lr, min_lr = config.lr, config.min_lr
         if self.warmup_samples and consumed_samples <= self.warmup_samples:
-            return lr * consumed_samples / self.warmup_samples
-        if config.lr_decay_style == "constant":
-            return lr
+            return self.lr * consumed_samples / self.warmup_samples
+        if self.lr_decay_style == "constant":
+            return self.lr
         if consumed_samples > self.decay_samples:
-            return min_lr
-        done = (consumed_samples - self.warmup_samples) / (self.decay_samples - self.warmup_samples)
-        left = 1 - done if config.lr_decay_style == "linear" else 0.5 * (math.cos(math.pi * done) + 1)
-        return min_lr + left * (lr - min_lr)
+            return self.min_lr
+        if self.lr_decay_style == "inverse-square-root":
+            return max(self.min_lr, self.lr * math.sqrt(max(self.warmup_samples, 1) / max(consumed_samples, 1)))
+        return self.min_lr + self._left(consumed_samples) * (self.lr - self.min_lr)
 
-    def notice(self, num_samples: int) -> str | None:
-        """A line for the log of a run of `num_samples` that ends before the warm-up does."""
-        if num_samples >= self.warmup_samples:
+    def weight_decay(self, consumed_samples: int) -> float | None:
+        """That of the step that starts after `consumed_samples`; None where it has no course."""
+        if self.weight_decay_incr_samples is None:
             return None
-        return (f"the warm-up takes {self.warmup_samples:,.0f} samples and the run {num_samples:,}: the learning rate "
-                f"gets to {self.learning_rate(num_samples):.3g} of --lr {self._config.lr:.3g}; --lr-warmup-iters, "
-                "--lr-warmup-samples or --lr-warmup-fraction gives a shorter one")
+        assert self.start_weight_decay is not None and self.end_weight_decay is not None
+        done = min(1.0, consumed_samples / self.weight_decay_incr_samples)
+        share = done if self.weight_decay_incr_style == "linear" else 0.5 * (math.cos(math.pi * (1 - done)) + 1)
+        return self.start_weight_decay + share * (self.end_weight_decay - self.start_weight_decay)
+
+    @property
+    def open_until(self) -> float:
+        """The samples up to which the learning rate is the same wherever the course ends."""
+        if self.lr_decay_style == "constant":
+            return math.inf
+        if self.lr_decay_style == "inverse-square-root":
+            return self.decay_samples
+        return self.warmup_samples if self.wsd_decay_samples is None else self.decay_samples - self.wsd_decay_samples
+
+    def differences(self, other: "Schedule") -> dict[str, tuple[Any, Any]]:
+        """What the two do not have alike, by its name: here, and in `other`."""
+        theirs = asdict(other)
+        return {name: (value, theirs[name]) for name, value in asdict(self).items() if value != theirs[name]}
+
+    def differs_in_its_end(self, other: "Schedule") -> bool:
+        """Whether the two are one course but for where, and how, it ends."""
+        return self.differences(other).keys() <= _OF_THE_END
+
+    def notices(self, num_samples: int) -> Iterator[str]:
+        """Lines for the log of a run of `num_samples` which has no warm-up, or decay, as its flags say it."""
+        if num_samples < self.warmup_samples:
+            yield (f"the warm-up takes {self.warmup_samples:,.0f} samples and the run {num_samples:,}: the learning "
+                   f"rate gets to {self.learning_rate(num_samples):.3g} of --lr {self.lr:.3g}; --lr-warmup-iters, "
+                   "--lr-warmup-samples or --lr-warmup-fraction gives a shorter one")
+        if self.lr_decay_style == "WSD" and num_samples <= self.open_until:
+            yield (f"the decay of --lr-decay-style WSD begins after {self.open_until:,.0f} samples and the run ends "
+                   f"after {num_samples:,}: its learning rate does not decay; --lr-decay-iters or --lr-decay-samples "
+                   "moves it")
+        if self.lr_decay_style == "WSD" and num_samples > self.decay_samples:
+            yield self.notice_of_the_rest(num_samples)
+
+    def notice_of_the_rest(self, num_samples: int) -> str:
+        """A line for the log of a run of `num_samples`, which is longer than the course."""
+        return (f"the learning rate is to have decayed after {self.decay_samples:,.0f} samples, and the run ends after "
+                f"{num_samples:,}: all between are trained at --min-lr {self.min_lr:.3g}")
+
+    def _left(self, consumed_samples: int) -> float:
+        if self.lr_decay_style != "WSD":
+            done = (consumed_samples - self.warmup_samples) / (self.decay_samples - self.warmup_samples)
+            return _LEFT[self.lr_decay_style](done)
+        assert self.wsd_decay_samples is not None and self.lr_wsd_decay_style is not None
+        if consumed_samples <= self.open_until:
+            return 1.0
+        return _LEFT[self.lr_wsd_decay_style]((consumed_samples - self.open_until) / self.wsd_decay_samples)
+
+
+def schedule_of(facts: Mapping[str, Any]) -> Schedule:
+    """The schedule of which a checkpoint keeps `asdict`; what else is there is passed over."""
+    return Schedule(**{item.name: facts[item.name] for item in fields(Schedule) if item.name in facts})
 
 
 def build_schedule(config: ScheduleConfig, *, global_batch_size: int, train_iters: int | None,
                    train_samples: int | None) -> Schedule:
     """The schedule of a run that is counted in iterations of `global_batch_size` rows, or in samples."""
     if train_samples is not None:
-        decay = config.lr_decay_samples or train_samples
+        num_samples, decay = train_samples, config.lr_decay_samples or train_samples
         warmup: float = config.lr_warmup_samples
+        at_end = config.lr_wsd_decay_samples
     else:
         assert train_iters is not None
+        num_samples = train_iters * global_batch_size
         decay = (config.lr_decay_iters or train_iters) * global_batch_size
         warmup = config.lr_warmup_iters * global_batch_size
+        at_end = (config.lr_wsd_decay_iters or 0) * global_batch_size
     if config.lr_warmup_fraction:
         warmup = config.lr_warmup_fraction * decay
-    return Schedule(config, warmup_samples=warmup, decay_samples=decay)
+    of_style: dict[str, Any] = {}
+    if config.lr_decay_style == "WSD":
+        of_style |= {"wsd_decay_samples": at_end, "lr_wsd_decay_style": config.lr_wsd_decay_style}
+    if config.weight_decay_incr_style != "constant":
+        of_style |= {name: getattr(config, name) for name in (
+            "start_weight_decay", "end_weight_decay", "weight_decay_incr_style")}
+        of_style |= {"weight_decay_incr_samples": num_samples}
+    return Schedule(config.lr, config.min_lr, config.lr_decay_style, warmup, decay, **of_style)

@@ -23,6 +23,6 @@ class DecoupledSGD(torch.optim.SGD):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step along the gradients."""
         for group in self.param_groups:
-            if group["decay"] and group["params"]:
+            if group["decays"] and group["params"]:
                 torch._foreach_mul_(group["params"], 1 - group["lr"] * group["decay"] * (1 - self.found_inf))
         return super().step(closure)

@@ -134,7 +134,9 @@ class _Steps:
         if num_micro_batches > second:
             traffic = before.continued(traffic, (num_micro_batches - first) / (second - first))
         parameters = num_bytes(self._engine.model.parameters.values())
-        optimizer = num_bytes(self._engine.optimizer.state().values())
+        average = self._engine.average
+        optimizer = num_bytes(self._engine.optimizer.state().values()) + (
+            0 if average is None else num_bytes(average.tensors.values()))
         memory = Memory(parameters, self._gradients, optimizer, self._peak - parameters - optimizer - self._gradients)
         return Measurement(memory, traffic, weight_bytes)
 

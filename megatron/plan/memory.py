@@ -15,7 +15,11 @@ from megatron.plan.rank import PlannedStage, Rank
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the peak. `activations`: everything but this rank's parameters, their gradients and optimizer state."""
+    """Bytes at the peak.
+
+    `optimizer`: its state, and an average of the weights; `activations`: all that is neither of these nor parameters
+    and gradients.
+    """
 
     parameters: int
     gradients: int
@@ -34,7 +38,10 @@ def peak_memory(rank: Rank) -> Memory:
     own = share_size(parameters, rank.shards, rank.shard)
     gradients, activations = max(_moments(rank), key=sum)
     activations += parameters.copies if rank.sharding == "none" else 0
-    return Memory(4 * own, gradients, 4 * _optimizer_state(rank, parameters.trained), activations)
+    state = _optimizer_state(rank, parameters.trained)
+    if rank.config.optimizer.ema is not None:
+        state += share_size(parameters.trained, rank.shards, rank.shard)
+    return Memory(4 * own, gradients, 4 * state, activations)
 
 
 def _optimizer_state(rank: Rank, trained: Held) -> int:

@@ -1,24 +1,25 @@
 """From a configuration to a run that is ready to train: data, model, optimizer, and what a checkpoint brings back."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from megatron.checkpoint.loading import load_model, load_optimizer
+from megatron.checkpoint.loading import load_average, load_model, load_optimizer
 from megatron.checkpoint.saving import parts_of
 from megatron.checkpoint.stored import Checkpoint
-from megatron.config import Config, ScheduleConfig
+from megatron.config import Config
 from megatron.data.batches.batch import BatchShape, batch_shape
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.dataset import Splits, build_datasets
-from megatron.errors import CheckpointError, ConfigError
+from megatron.errors import ConfigError
 from megatron.log import Log
 from megatron.model.protein_model import ProteinModel
-from megatron.optim.schedule import Schedule, build_schedule
+from megatron.optim.schedule import Schedule
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.placement import Part
+from megatron.train.course import chosen_schedule
 from megatron.train.engine import Engine, build_engine, stream_of
 from megatron.train.graph import check_graph
 from megatron.train.precision import set_tf32, with_precision_chosen
@@ -54,14 +55,16 @@ class Run:
     def parts(self) -> dict[str, Part]:
         """This rank's part of the tensors of a checkpoint, as of now."""
         moments = {} if self.config.checkpoint.no_save_optim else self.engine.optimizer.state()
-        return parts_of(self.engine.model.parameters, moments)
+        average = self.engine.average
+        return parts_of(self.engine.model.parameters, moments, None if average is None else average.tensors)
 
     def facts(self) -> dict[str, Any]:
         """What else `build` needs to go on, as of now; as JSON has it."""
         return {"iteration": self.state.iteration, "progress": asdict(self.state),
                 "began_from": self.began_from, "loss_scale": self.engine.loss_scale.state(),
                 "fp8_amaxes": self.engine.amaxes.state(),
-                "schedule": _schedule_facts(self.schedule, self.config.schedule),
+                "schedule": asdict(self.schedule),
+                **({} if self.engine.average is None else {"ema_steps": self.engine.average.num_steps}),
                 **facts_of(self.config, self.vocab, self.data, self.sizes.final)}
 
 
@@ -80,10 +83,7 @@ def build(config: Config, mesh: Mesh, log: Log) -> Run:
         refuse_changes(config, vocab, checkpoint)
     gone_on_from = None if config.checkpoint.finetune else checkpoint
     config = with_precision_chosen(config, gone_on_from.state["config"] if gone_on_from else None, mesh, log)
-    schedule = _schedule(config, sizes, checkpoint)
-    notice = schedule.notice(config.training.train_samples or (config.training.train_iters or 0) * sizes.final)
-    if notice is not None:
-        log.line(notice)
+    schedule = chosen_schedule(config, sizes, gone_on_from, log)
     data = build_datasets(config.data, vocab, config.training.seed)
     for part in (data.train, data.valid, data.test):
         if part is not None:
@@ -109,6 +109,9 @@ def _go_on(run: Run, checkpoint: Checkpoint) -> None:
     engine.amaxes.load_state(saved.get("fp8_amaxes", {}))
     if checkpoint.optimizer is not None:
         engine.optimizer.load_state(load_optimizer(engine.model.parameters, checkpoint))
+    if engine.average is not None and checkpoint.average is not None:
+        load_average(engine.average.tensors, engine.model.parameters, checkpoint)
+        engine.average.go_on(saved.get("ema_steps", run.state.iteration))
     facts = facts_of(config, run.vocab, run.data, run.sizes.final)
     for line in differences(config, facts, saved):
         run.log.line(line)
@@ -129,27 +132,3 @@ def _build_engine(config: Config, mesh: Mesh, vocab: Vocab, checkpoint: Checkpoi
     names = {name for name, _ in whole.named_parameters()}
     return build_engine(config, mesh, size, fill=lambda parameters: load_model(parameters, checkpoint, names),
                         mask_id=vocab.mask_id)
-
-
-def _schedule(config: Config, sizes: BatchSizes, checkpoint: Checkpoint | None) -> Schedule:
-    """The schedule of the flags, or the checkpoint's with --use-checkpoint-lr-scheduler; raises where they differ."""
-    training = config.training
-    schedule = build_schedule(config.schedule, global_batch_size=sizes.final, train_iters=training.train_iters,
-                              train_samples=training.train_samples)
-    if checkpoint is None or config.checkpoint.finetune or config.schedule.override_lr_scheduler:
-        return schedule
-    saved = checkpoint.state["schedule"]
-    if config.schedule.use_checkpoint_lr_scheduler:
-        section = replace(config.schedule, **{name: saved[name] for name in ("lr", "min_lr", "lr_decay_style")})
-        return Schedule(section, warmup_samples=saved["warmup_samples"], decay_samples=saved["decay_samples"])
-    for name, value in _schedule_facts(schedule, config.schedule).items():
-        if saved.get(name) != value:
-            raise CheckpointError(f"{name.replace('_', ' ')} of the learning-rate schedule is {value}, in the "
-                                  f"checkpoint {saved.get(name)}; give --override-lr-scheduler to take the flags', "
-                                  "or --use-checkpoint-lr-scheduler to keep the checkpoint's")
-    return schedule
-
-
-def _schedule_facts(schedule: Schedule, config: ScheduleConfig) -> dict[str, float | str]:
-    return {"lr": config.lr, "min_lr": config.min_lr, "lr_decay_style": config.lr_decay_style,
-            "warmup_samples": schedule.warmup_samples, "decay_samples": schedule.decay_samples}

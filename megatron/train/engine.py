@@ -1,6 +1,7 @@
 """The model in its layout, with what runs and steps it: everything of a run but its data, its log and its progress."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,8 @@ from torch import nn
 from megatron.config import Config
 from megatron.model.initialisation import initialise
 from megatron.model.protein_model import ProteinModel, compute_dtype
-from megatron.optim.optimizer import Optimizer
+from megatron.optim.average import WeightAverage
+from megatron.optim.optimizer import Optimizer, StepOutcome
 from megatron.optim.scaling import LossScale
 from megatron.parallel.compilation import compile_blocks, wants_compilation
 from megatron.parallel.data.data_parallel import DataParallel, data_parallel
@@ -23,7 +25,10 @@ from megatron.parallel.tensor.stream import Stream
 
 @dataclass(frozen=True)
 class Engine:
-    """`stages`: the model's on this pipeline rank; `model`: the same, as data parallelism runs and shares them out."""
+    """`stages`: the model's on this pipeline rank; `model`: the same, as data parallelism runs and shares them out.
+
+    `average`: that of the weights, where --ema asks for one.
+    """
 
     config: Config
     mesh: Mesh
@@ -32,6 +37,7 @@ class Engine:
     model: DataParallel
     pipeline: Pipeline
     optimizer: Optimizer
+    average: WeightAverage | None
     copies: ComputeCopies
     amaxes: AmaxHistory
     loss_scale: LossScale
@@ -47,6 +53,29 @@ class Engine:
         mesh = self.mesh
         is_free = not self.is_compiled and self.config.precision.fp8 is None
         return mesh.device.type == "cpu" and mesh.pipeline.size == mesh.context.size == 1 and is_free
+
+    def update(self, learning_rate: float | None) -> StepOutcome:
+        """Step along the gradients, at the rate that was set before where it is None, and bring all up to date."""
+        outcome = self.optimizer.step(learning_rate, self.loss_scale)
+        if self.average is not None:
+            self.average.update(outcome.is_taken)
+        self.copies.refresh()
+        return outcome
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, the model computes with the average of the weights; all ranks enter and leave together."""
+        assert self.average is not None
+        try:
+            with self.average.in_place():
+                self._take_up_weights()
+                yield
+        finally:
+            self._take_up_weights()
+
+    def _take_up_weights(self) -> None:
+        self.model.drop_gathered()
+        self.copies.refresh()
 
 
 Fill = Callable[[Mapping[str, nn.Parameter]], None]
@@ -95,7 +124,10 @@ def with_optimizer(config: Config, mesh: Mesh, padded_vocab_size: int, stages: l
     matrices = (layer for stage in stages for layer in stage.matrices())
     copies = ComputeCopies(matrices, compute_dtype(config.precision))
     amaxes = AmaxHistory(stages, mesh)
-    optimizer = Optimizer(model.parameters, config.optimizer, mesh, config.schedule.lr, config.training.cuda_graph)
+    optimizer = Optimizer(model.parameters, config.optimizer, mesh, config.schedule.lr, config.training.cuda_graph,
+                          config.schedule.weight_decay_incr_style != "constant")
+    decay = config.optimizer.ema
+    average = None if decay is None else WeightAverage(model.parameters, decay, mesh.device)
     loss_scale = LossScale(config.precision, mesh.device)
-    return Engine(config, mesh, padded_vocab_size, stages, model, pipeline, optimizer, copies, amaxes, loss_scale,
-                  wants_compilation(config, mesh.device))
+    return Engine(config, mesh, padded_vocab_size, stages, model, pipeline, optimizer, average, copies, amaxes,
+                  loss_scale, wants_compilation(config, mesh.device))

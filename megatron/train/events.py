@@ -1,7 +1,7 @@
 """What a user watches: Megatron's log lines, TensorBoard, metrics.jsonl, and one picture at the end.
 
 Everything is written by rank 0. `SAVE/metrics.jsonl` holds one JSON object a log event: "kind" is train, valid, test,
-or valid/NAME and test/NAME of one corpus.
+or valid/NAME and test/NAME of one corpus; valid_ema, test_ema and so on are of the average of the weights.
 A number that means nothing (the loss of steps without targets, of a run that diverged) is null there.
 """
 
@@ -19,6 +19,8 @@ from megatron.log import Log
 from megatron.train.evaluate import Baselines, Evaluation, perplexity
 from megatron.train.meters import Reading
 from megatron.train.metrics import forget_after, read_records
+
+OF_AVERAGE = "_ema"  # ends the kind of a split's evaluation where it is of the average of the weights
 
 
 class Events:
@@ -46,11 +48,11 @@ class Events:
 
     def train(self, iteration: int, num_iterations: int, consumed_samples: int, reading: Reading, *,
               learning_rate: float, group_rates: Mapping[str, float], global_batch_size: int, loss_scale: float,
-              peak_flops: float) -> None:
+              peak_flops: float, weight_decay: float | None = None) -> None:
         """One log event of training.
 
-        `group_rates`: the learning rates of groups that have their own; `peak_flops`: the measured FLOP/s of all ranks
-        together.
+        `weight_decay`: where it has a course; `group_rates`: the learning rates of groups that have their own;
+        `peak_flops`: the measured FLOP/s of all ranks together.
         """
         flops = reading.model_flops / reading.elapsed_s
         # Above 1 the peak was measured too low, as the machine was at something else: such a share means nothing.
@@ -60,6 +62,7 @@ class Events:
             "masked_accuracy": reading.masked_accuracy,
             "learning_rate": learning_rate,
             **{f"learning_rate_{group}": rate for group, rate in group_rates.items()},
+            **({} if weight_decay is None else {"weight_decay": weight_decay}),
             "grad_norm": reading.grad_norm, "loss_scale": loss_scale,
             "global_batch_size": global_batch_size, "tokens_per_s": reading.num_tokens / reading.elapsed_s,
             "residues_per_s": reading.num_residues / reading.elapsed_s, "model_tflops": flops / 1e12,
@@ -125,7 +128,8 @@ class Events:
 def loss_name(kind: str) -> str:
     """What a kind of evaluation is called."""
     split, _, corpus = kind.partition("/")
-    return f"{'validation' if split == 'valid' else split} loss{f' on {corpus}' if corpus else ''}"
+    name, of_average = split.removesuffix(OF_AVERAGE), " of the average" if split.endswith(OF_AVERAGE) else ""
+    return f"{'validation' if name == 'valid' else name} loss{of_average}{f' on {corpus}' if corpus else ''}"
 
 
 def _of_groups(rates: Mapping[str, float]) -> str:

@@ -120,8 +120,7 @@ class StepGraph:
         return [loss_share.detach(), num_correct]
 
     def _updated(self) -> list[Tensor]:
-        outcome = self._engine.optimizer.step(None, self._engine.loss_scale)
-        self._engine.copies.refresh()
+        outcome = self._engine.update(None)
         return [outcome.grad_norm, outcome.is_taken]
 
 

@@ -20,7 +20,7 @@ from megatron.model.protein_model import compute_dtype
 from megatron.train.agreement import Arriving
 from megatron.train.build import Run
 from megatron.train.evaluate import Baselines, Evaluation, evaluate, frequency_baselines
-from megatron.train.events import Events, loss_name
+from megatron.train.events import OF_AVERAGE, Events, loss_name
 from megatron.train.meters import Meters
 from megatron.train.peak import measured_peak_flops
 from megatron.train.profiler import StepProfiler
@@ -113,6 +113,9 @@ class Training:
         run, state, config = self._run, self._run.state, self._run.config
         rows = run.sizes.at(state.consumed_samples)
         learning_rate = run.schedule.learning_rate(state.consumed_samples)
+        weight_decay = run.schedule.weight_decay(state.consumed_samples)
+        if weight_decay is not None:
+            run.engine.optimizer.set_weight_decay(weight_decay)
         micro_batches = list(itertools.islice(loader, rows // run.sizes.rows_a_micro_step))
         # Ranks agree on stopping and saving in the step's own reduction. With several, it is read one step later, when
         # it has long arrived, so that no step waits for the device.
@@ -124,7 +127,7 @@ class Training:
         state.consumed_samples += rows
         is_end = state.iteration == self._last_iteration
         if is_end or state.iteration % config.logging.log_interval == 0:
-            self._log(learning_rate, rows)
+            self._log(learning_rate, weight_decay, rows)
         self._meters.pause()
         is_stopping = num_stopping > 0
         is_evaluating = not is_end and state.iteration % config.training.eval_interval == 0
@@ -140,13 +143,13 @@ class Training:
         self._meters.resume()
         return is_stopping or _is_due(config.training.exit_interval, state.iteration)
 
-    def _log(self, learning_rate: float, rows: int) -> None:
+    def _log(self, learning_rate: float, weight_decay: float | None, rows: int) -> None:
         run, reading = self._run, self._meters.read()
         scale = float(run.engine.loss_scale.value)
         if self._saver is not None:
             self._saver.check_claim()
         self._events.train(run.state.iteration, self._last_iteration, run.state.consumed_samples, reading,
-                           learning_rate=learning_rate,
+                           learning_rate=learning_rate, weight_decay=weight_decay,
                            group_rates=run.engine.optimizer.learning_rates(learning_rate), global_batch_size=rows,
                            loss_scale=scale, peak_flops=self._peak_flops * run.mesh.world.size)
         can_recover = run.engine.loss_scale.is_dynamic and scale > run.config.precision.min_loss_scale
@@ -181,14 +184,27 @@ def _evaluate_all(run: Run, events: Events, requests: StopRequests, saver: Saver
 
 def _evaluate(run: Run, events: Events, requests: StopRequests, saver: Saver | None,
               split: str) -> dict[str, Evaluation]:
+    """The evaluations of a split, as `_evaluate_weights` has them, and with --ema also those of the average.
+
+    Before the first step that is the weights.
+    """
+    results = _evaluate_weights(run, events, requests, saver, split, split)
+    if run.engine.average is not None and run.state.iteration:
+        with run.engine.averaged():
+            results |= _evaluate_weights(run, events, requests, saver, split, f"{split}{OF_AVERAGE}")
+    return results
+
+
+def _evaluate_weights(run: Run, events: Events, requests: StopRequests, saver: Saver | None, split: str,
+                      whole_kind: str) -> dict[str, Evaluation]:
     """The evaluation of a split and, with --eval-each, of each of its corpora, by their kinds, written to the events.
 
-    Nothing of a split that is empty, or from where a rank wants to stop.
+    `whole_kind`: that of the split itself. Nothing of a split that is empty, or from where a rank wants to stop.
     """
     whole, training, results = getattr(run.data, split), run.config.training, dict[str, Evaluation]()
-    datasets: dict[str, Dataset] = {} if whole is None else {split: whole}
+    datasets: dict[str, Dataset] = {} if whole is None else {whole_kind: whole}
     if training.eval_each and whole is not None and isinstance(run.data.train, BlendedDataset):
-        datasets |= {f"{split}/{name}": corpus for name, corpus in corpora_of(whole).items()}
+        datasets |= {f"{whole_kind}/{name}": corpus for name, corpus in corpora_of(whole).items()}
     for kind, dataset in datasets.items():
         if requests.agreed(run.mesh):
             break

@@ -20,7 +20,8 @@ def draw_losses(metrics: Path, baselines: Baselines | None) -> Path:
                if isinstance(record.get("loss"), float) and math.isfinite(record["loss"])]
     figure, axes = pyplot.subplots(figsize=(8, 5), dpi=150, layout="constrained")
     for kind, label, style in (("train", "training", {"linewidth": 1.0, "alpha": 0.8}),
-                               ("valid", "validation", {"marker": "o", "markersize": 4})):
+                               ("valid", "validation", {"marker": "o", "markersize": 4}),
+                               ("valid_ema", "validation of the average", {"marker": "s", "markersize": 4})):
         points = {record["iteration"]: record["loss"] for record in records if record["kind"] == kind}
         if points:
             axes.plot(list(points), list(points.values()), label=f"{label} ({list(points.values())[-1]:.4f})", **style)

@@ -40,6 +40,9 @@ def find_checkpoint(config: CheckpointConfig, world: Axis, log: Log) -> Checkpoi
     if target is not None and (other := foreign_name(Path(target))) is not None:
         raise ConfigError(f"--save {target} holds a model of another program ({other}), which a run's checkpoints "
                           "beside it would hide; name a new folder")
+    if config.load_ema and not config.finetune:
+        raise ConfigError("--load-ema takes the average of a run's weights, from which that run cannot go on; give "
+                          "--finetune as well")
     if folder is None:
         if config.finetune:
             raise ConfigError("--finetune takes the weights of --load, which is missing; give the folder of a run")
@@ -51,7 +54,7 @@ def find_checkpoint(config: CheckpointConfig, world: Axis, log: Log) -> Checkpoi
             _name_batch(checkpoint.state)
         log.line(f"{'taking the weights of' if config.finetune else 'going on from'} iteration "
                  f"{checkpoint.iteration} in {folder}")
-        return checkpoint
+        return checkpoint.averaged() if config.load_ema else checkpoint
     strangers = _strangers(Path(folder))
     if config.finetune or not goes_on or strangers:
         found = f"{strangers[0]} but no checkpoint" if strangers else "no checkpoint"
@@ -177,7 +180,8 @@ def _check_state(checkpoint: Checkpoint, facts: Collection[str]) -> None:
                 type(value) is int and 0 <= value < 2**63 for value in progress.values()) and (
                 progress["iteration"] == checkpoint.iteration),
             "loss_scale": len(scale) == 3 and all(isinstance(value, int | float) for value in scale),
-            "schedule": state["schedule"].keys() >= _SCHEDULE}
+            "schedule": state["schedule"].keys() >= _SCHEDULE and all(
+                isinstance(state["schedule"][name], int | float) for name in _SCHEDULE - {"lr_decay_style"})}
         wrong = [f"{name} {state[name]}" for name, is_whole in holds.items() if not is_whole]
     if wrong:
         raise CheckpointError(f"{checkpoint.path}: its state is damaged, or of another folder ({wrong[0]}); write the "

@@ -53,9 +53,7 @@ class TrainStep:
         passes = TrainPasses(engine, batches, num_targets, self._meters, self._waiting)
         engine.pipeline.train(passes, len(batches))
         engine.model.finish()
-        outcome = engine.optimizer.step(learning_rate, engine.loss_scale)
-        engine.copies.refresh()
-        return outcome
+        return engine.update(learning_rate)
 
     def _launched(self, batches: Sequence[Batch], num_targets: Tensor | int, learning_rate: float) -> StepOutcome:
         assert self._graph is not None

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from megatron.checkpoint import sharded
 from megatron.checkpoint.claim import Claim
 from megatron.checkpoint.saving import Saver
-from megatron.checkpoint.store import read_state
+from megatron.checkpoint.store import open_place, read_state
 from megatron.config import CheckpointConfig, LoggingConfig
 from megatron.data.corpus.indexed import open_indexed
 from megatron.data.corpus.indexed_writer import write_indexed
@@ -81,7 +82,7 @@ def test_a_run_in_samples_ends_there_after_another_global_batch(run, before, aft
 def test_a_run_in_iterations_says_where_it_ends_after_another_global_batch(begun):
     assert "--override-lr-scheduler" in begun.error("--train-iters", 8, "--global-batch-size", 4)
     begun("--train-iters", 8, "--global-batch-size", 4, "--use-checkpoint-lr-scheduler")
-    assert begun.notes()[1:] == [
+    assert begun.notes()[2:] == [
         "note: --train-iters 8 now ends after 24 samples, and the course of the learning rate after 16"]
     assert list(losses(begun.folder)) == [2, 4, 6, 8]
 
@@ -185,7 +186,7 @@ def test_a_state_that_is_not_a_runs_is_named(begun):
     whole = read_state(place / "state.json")
     for damage in ({"progress": None}, {"progress": {"iteration": 4}}, {"config": []}, {"loss_scale": {}},
                    {"progress": {"iteration": 5, "consumed_samples": 8}}, {"schedule": 3},
-                   {"schedule": {}}, {"loss_scale": [1.0]},
+                   {"schedule": {}}, {"schedule": whole["schedule"] | {"decay_samples": "16"}}, {"loss_scale": [1.0]},
                    {"progress": {"iteration": 4, "consumed_samples": 10**30}}, {"loss_scale": ["1", 2, 3]}):
         edit_state(place, **(whole | damage))
         assert str(place) in begun.error("--train-iters", 8), damage
@@ -237,6 +238,68 @@ def test_a_run_that_is_complete_evaluates_again_and_names_no_checkpoint_that_is_
     assert "training is complete at iteration 4" in begun.lines
     assert [line for line in begun.lines if "test loss" in line]
     assert not [line for line in begun.lines if "iter_0000004" in line]
+
+
+# --- the course of the learning rate ---
+
+WSD = ["--lr-decay-style", "WSD", "--lr-wsd-decay-iters", 2, "--lr-warmup-fraction", 0, "--lr-warmup-iters", 1,
+       "--save-interval", 4]
+
+
+def weights(folder, iteration):
+    return open_place(folder / f"iter_{iteration:07d}").model
+
+
+def test_a_run_is_prolonged_from_before_its_decay_to_what_a_longer_one_is(run, tmp_path):
+    run(*WSD, "--train-iters", 6)
+    within = run.error(*WSD, "--train-iters", 10)
+    assert "iter_0000006 is inside the decay of the learning rate, which began after 8 samples and is now to begin "\
+        "after 16; go on from a checkpoint before it" in within
+    (run.folder / "latest_checkpointed_iteration.txt").write_text("4")
+    run(*WSD, "--train-iters", 10)
+    assert ("note: the course of the learning rate ends after 20 samples, and was to end after 12: the 8 that are "
+            "behind the run are the same in both") in run.notes()
+    prolonged, run.folder = run.folder, tmp_path / "long"
+    run(*WSD, "--train-iters", 10)
+    for kind in ("loss", "learning_rate"):
+        assert losses(prolonged, name=kind) == losses(run.folder, name=kind)
+    longer = weights(run.folder, 10)
+    assert all(torch.equal(tensor.read(), longer[name].read()) for name, tensor in weights(prolonged, 10).items())
+    assert losses(run.folder, name="learning_rate")[10] < losses(run.folder, name="learning_rate")[8] == 2e-3
+
+
+def test_a_warm_up_that_grows_with_the_run_is_another_course(run):
+    run(*WSD[:-6], "--train-iters", 6, "--exit-interval", 2)
+    assert "(--lr-warmup-fraction 0.1 is of the decay: --lr-warmup-iters or " in run.error(
+        *WSD[:-6], "--train-iters", 10)
+
+
+def test_a_run_that_is_longer_than_the_course_of_its_checkpoint_says_so(begun):
+    begun("--train-iters", 12, "--use-checkpoint-lr-scheduler", "--exit-interval", 5)
+    assert [note for note in begun.notes() if "decayed after 16 samples, and the run ends after 24: all between are "
+            "trained at --min-lr 0.0001; --override-lr-scheduler takes the flags' course in its place" in note]
+
+
+COURSES = ["--weight-decay-incr-style", "cosine", "--start-weight-decay", 0, "--end-weight-decay", 9,
+           "--cautious-weight-decay"]
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "normuon"])
+def test_a_run_with_a_course_of_cautious_weight_decay_goes_on_as_if_it_had_not_stopped(run, tmp_path, optimizer):
+    flags = [*COURSES, "--optimizer", optimizer, "--train-iters", 8]
+    run(*flags, "--exit-interval", 4)
+    run(*flags)
+    assert run.notes() == []
+    stopped, run.folder = run.folder, tmp_path / "unbroken"
+    run(*flags)
+    unbroken = weights(run.folder, 8)
+    assert all(torch.equal(tensor.read(), unbroken[name].read()) for name, tensor in weights(stopped, 8).items())
+    decays = losses(run.folder, name="weight_decay")
+    assert decays == losses(stopped, name="weight_decay") and 0 < decays[2] < decays[8] < 9
+    assert "--weight-decay-incr-style is constant, in " in run.error(
+        "--optimizer", optimizer, "--train-iters", 8, "--use-checkpoint-lr-scheduler")
+    assert "end weight decay of the learning-rate schedule is 8.0, in the checkpoint 9.0" in run.error(
+        *flags, "--end-weight-decay", 8)
 
 
 # --- one folder ---

@@ -32,7 +32,8 @@ MEGATRON_FLAGS = """
 --no-bias-gelu-fusion --no-bias-dropout-fusion --scaled-masked-softmax-fusion --fp32-allreduce
 --distribute-checkpointed-activations --sequence-parallel --num-layers-per-virtual-pipeline-stage
 --use-distributed-optimizer --context-parallel-size --recompute-granularity --recompute-activations
---decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers --distributed-timeout-minutes
+--lr-wsd-decay-style --lr-wsd-decay-iters --lr-wsd-decay-samples --weight-decay-incr-style --start-weight-decay
+--end-weight-decay --decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers --distributed-timeout-minutes
 """.split()
 
 

@@ -30,7 +30,8 @@ FLAGS = ("--preset tape --num-layers 2 --hidden-size 64 --num-attention-heads 4 
          "--max-position-embeddings 96 --micro-batch-size 2 --train-iters 9").split()
 LAYOUTS = {"one rank": (1, ""), "one rank, fp16": (1, "--fp16"), "one rank, fp32": (1, "--no-bf16"),
            "recomputed": (1, "--checkpoint-activations --attention-dropout 0 --hidden-dropout 0"),
-           "normuon": (1, "--optimizer normuon"),
+           "normuon": (1, "--optimizer normuon --cautious-weight-decay"),
+           "average": (1, "--ema 0.999 --cautious-weight-decay"),
            "data": (2, "--global-batch-size 8"),
            "tensor": (2, "--tensor-model-parallel-size 2"),
            "sequence": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),

@@ -1,4 +1,4 @@
-"""Optimizer, loss scale and schedule."""
+"""Optimizer and loss scale."""
 
 import sys
 import types
@@ -6,11 +6,10 @@ import types
 import pytest
 import torch
 
-from megatron.config import OptimizerConfig, PrecisionConfig, ScheduleConfig
+from megatron.config import OptimizerConfig, PrecisionConfig
 from megatron.errors import ConfigError
 from megatron.optim.optimizer import Optimizer
 from megatron.optim.scaling import LossScale
-from megatron.optim.schedule import build_schedule
 from megatron.parallel.parameters import BIAS, SCALE, Normal, matrix, whole_parameter
 
 CPU = torch.device("cpu")
@@ -205,34 +204,3 @@ def test_the_scale_goes_on_from_its_state():
     other.load_state(scale.state())
     other.update(torch.tensor(False))
     assert other.value == 2.0**31
-
-
-def schedule(style, **flags):
-    return build_schedule(ScheduleConfig(lr=1.0, min_lr=0.1, lr_decay_style=style, **flags), global_batch_size=4,
-                          train_iters=100, train_samples=None)
-
-
-def test_learning_rate_warms_up_then_decays_as_named():
-    for style, middle in (("linear", 0.55), ("cosine", 0.55), ("constant", 1.0)):
-        rate = schedule(style, lr_warmup_fraction=0.2).learning_rate
-        assert rate(0) == 0
-        assert rate(40) == pytest.approx(0.5)
-        assert rate(80) == pytest.approx(1.0)
-        assert rate(240) == pytest.approx(middle)
-        assert rate(401) == (1.0 if style == "constant" else 0.1)
-
-
-def test_a_run_that_ends_within_its_warm_up_is_told_how_far_the_rate_gets():
-    warming = schedule("linear", lr_warmup_fraction=0.2)
-    assert warming.notice(80) is None
-    assert warming.notice(20).startswith(
-        "the warm-up takes 80 samples and the run 20: the learning rate gets to 0.25 of --lr 1; ")
-
-
-def test_a_schedule_in_samples_equals_one_in_iterations():
-    by_samples = build_schedule(ScheduleConfig(lr=1.0, lr_warmup_samples=40, lr_decay_samples=300), global_batch_size=4,
-                                train_iters=None, train_samples=400)
-    by_iterations = schedule("linear", lr_warmup_iters=10, lr_decay_iters=75)
-    for samples in (0, 20, 40, 100, 300):
-        expected = by_iterations.learning_rate(samples)
-        assert by_samples.learning_rate(samples) == pytest.approx(expected if samples <= 40 else (expected - 0.1) / 0.9)

@@ -71,6 +71,8 @@ LAYOUTS = {
     "cp2-fp32": (2, 1, [*CP2, *FP32]), "cp2-full": (2, 0, [*CP2, *FULL]),
     "dp2-tp2": (4, 0, TP2), "cp2-tp2-sequence": (4, 3, [*CP2, *TP2, *SEQUENCE]),
     "dp2-tp2-optimizer": (4, 0, [*TP2, *SEQUENCE, *sharding("optimizer")]),
+    "average": (1, 0, ["--ema", "0.99", "--cautious-weight-decay"]),
+    "average-dp2-parameters": (2, 1, ["--ema", "0.99", *sharding("parameters")]),
 }
 FP8 = ["--bf16", "--fp8", "hybrid"]
 IN_FP8 = {

@@ -8,11 +8,11 @@ import torch
 
 from megatron.checkpoint.convert.formats import FORMATS
 from megatron.checkpoint.convert.megatron_v2 import read, write
-from megatron.config import OptimizerConfig, PrecisionConfig, ScheduleConfig
+from megatron.config import OptimizerConfig, PrecisionConfig
 from megatron.model.protein_model import ProteinModel
 from megatron.optim.optimizer import Optimizer
 from megatron.optim.scaling import LossScale
-from megatron.optim.schedule import Schedule
+from megatron.optim.schedule import schedule_of
 from tests.megatron_checks import same_but_random_states
 from tests.megatron_files import loaded
 from tests.unit.test_fixture_parity import (
@@ -60,10 +60,7 @@ def test_a_step_after_loading_gives_the_originals_next_weights(through, tmp_path
     optimizer = Optimizer(dict(model.named_parameters()), OptimizerConfig())
     optimizer.load_state(first_rows(checkpoint.optimizer))
     backward_of_step_4(model)
-    schedule = checkpoint.state["schedule"]
-    course = Schedule(ScheduleConfig(**{name: schedule[name] for name in ("lr", "min_lr", "lr_decay_style")}),
-                      warmup_samples=schedule["warmup_samples"], decay_samples=schedule["decay_samples"])
-    rate = course.learning_rate(checkpoint.state["progress"]["consumed_samples"])
+    rate = schedule_of(checkpoint.state["schedule"]).learning_rate(checkpoint.state["progress"]["consumed_samples"])
     optimizer.step(rate, LossScale(PrecisionConfig(), torch.device("cpu")))
     expected = read(ORIGINAL, 4).model
     for name, parameter in model.named_parameters():

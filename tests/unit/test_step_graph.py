@@ -19,6 +19,7 @@ from megatron.config import (
 from megatron.errors import ConfigError
 from megatron.kernels.attention.packed import attention_reference
 from megatron.kernels.pointwise import compiled
+from megatron.optim.optimizer import Optimizer
 from megatron.parallel import context
 from megatron.parallel.mesh import Mesh
 from megatron.train.engine import build_engine
@@ -63,12 +64,14 @@ def plain(monkeypatch):
     monkeypatch.setattr(context, "packed_attention", lambda *arguments: attention_reference(*arguments[:4]))
 
 
-def trained(is_graph, precision, optimizer):
+def trained(is_graph, precision, optimizer, course=None):
     """Losses, norms and weights of five steps of two micro-batches, whose fourth has more proteins; what was traced."""
-    config = Config(model=MODEL, data=DataConfig(seq_length=64), precision=precision,
-                    optimizer=OptimizerConfig(optimizer=optimizer), training=TrainingConfig(micro_batch_size=1))
+    config = Config(model=MODEL, data=DataConfig(seq_length=64), precision=precision, optimizer=optimizer,
+                    training=TrainingConfig(micro_batch_size=1))
     mesh = Mesh()
     engine = build_engine(config, mesh, 128, mask_id=5)
+    varies = course is not None
+    engine = replace(engine, optimizer=Optimizer(engine.model.parameters, optimizer, mesh, 1e-3, is_graph, varies))
     meters = Meters(mesh.world, mesh.device)
 
     def kept():
@@ -78,31 +81,37 @@ def trained(is_graph, precision, optimizer):
         amaxes = engine.amaxes._before_slp, engine.amaxes._known_lp, *engine.amaxes._seen
         fp8_copies = [copy for layer in engine.stages[0].matrices() for copy in chain(*layer.fp8_copy or ())]
         copies = [copy for layer in engine.stages[0].matrices() for copy in (layer.copy, layer.bias_copy)]
-        return [*parameters, *(parameter.grad for parameter in parameters), *state, engine.loss_scale._state,
+        average = [] if engine.average is None else [*engine.average.tensors.values(), engine.average._num_steps]
+        return [*parameters, *average, *(parameter.grad for parameter in parameters), *state, engine.loss_scale._state,
                 *amaxes, *fp8_copies, *(copy for copy in copies if copy is not None)]
 
     tracer = Tracer(kept) if is_graph else None
-    if is_graph:
-        engine.optimizer._is_captured = True
-        for group in engine.optimizer._param_groups():
-            group["lr"] = torch.zeros(())
     step, results = TrainStep(engine, meters, tracer), []
     for number in range(5):
         batches = [packed_batch(9 + number, 12, 3, filler=6 - number, empty=60 if number == 3 else 2, padding=3,
                                 seed=2 * number + index) for index in range(2)]
+        if course is not None:
+            engine.optimizer.set_weight_decay(course * number)
         step(batches, 1e-3 * (number + 1))
         reading = meters.read()
         results += [reading.loss, reading.masked_accuracy, reading.grad_norm]
-    return results, engine.model.parameters, engine.loss_scale.state(), tracer
+    named = engine.model.parameters | ({} if engine.average is None else {
+        f"average of {name}": tensor for name, tensor in engine.average.tensors.items()})
+    return results, named, engine.loss_scale.state(), tracer
 
 
-@pytest.mark.parametrize(("precision", "optimizer"), [
-    (PrecisionConfig(), "adam"), (PrecisionConfig(bf16=True), "adam"), (PrecisionConfig(), "sgd"),
-    (PrecisionConfig(bf16=True, fp8="hybrid", fp8_recipe="delayed"), "adam"),
-    (PrecisionConfig(fp16=True, initial_loss_scale=2.0**40, loss_scale_window=2, hysteresis=1), "adam")])
-def test_graphs_train_as_steps_do_without_them(precision, optimizer):
-    plain, expected, scale, _ = trained(False, precision, optimizer)
-    graphs, parameters, its_scale, tracer = trained(True, precision, optimizer)
+ADAM, SGD = OptimizerConfig(), OptimizerConfig(optimizer="sgd")
+CAUTIOUS = OptimizerConfig(cautious_weight_decay=True, ema=0.3)
+
+
+@pytest.mark.parametrize(("precision", "optimizer", "course"), [
+    (PrecisionConfig(), ADAM, None), (PrecisionConfig(bf16=True), ADAM, None), (PrecisionConfig(), SGD, None),
+    (PrecisionConfig(), ADAM, 20.0), (PrecisionConfig(), SGD, 20.0), (PrecisionConfig(), CAUTIOUS, 20.0),
+    (PrecisionConfig(bf16=True, fp8="hybrid", fp8_recipe="delayed"), ADAM, None),
+    (PrecisionConfig(fp16=True, initial_loss_scale=2.0**40, loss_scale_window=2, hysteresis=1), ADAM, None)])
+def test_graphs_train_as_steps_do_without_them(precision, optimizer, course):
+    plain, expected, scale, _ = trained(False, precision, optimizer, course)
+    graphs, parameters, its_scale, tracer = trained(True, precision, optimizer, course)
     assert tracer.num_recorded == 2  # micro-batches and update; the batch of another shape came too seldom
     assert graphs == pytest.approx(plain, rel=1e-6, nan_ok=True) and its_scale == scale
     for name, parameter in expected.items():

@@ -8,19 +8,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.convert.formats import AUTO, FORMATS, WEIGHTS_ALONE, recognised
+from megatron.checkpoint.convert.formats import AUTO, FORMATS, OURS, WEIGHTS_ALONE, recognised
 from megatron.checkpoint.convert.vocabulary import trimmed
 from megatron.checkpoint.manifest import check_files
-from megatron.checkpoint.stored import Box, Checkpoint, StoredTensor, one_piece
+from megatron.checkpoint.stored import Box, Checkpoint, StoredTensor, Tensors, one_piece
 from megatron.errors import ConfigError
 from megatron.log import Log
 
 
 def convert(source: Path, target: Path, loader: str, saver: str, *, tensor: int, pipeline: int, iteration: int | None,
-            vocab_size: int | None, log: Log) -> Path:
+            vocab_size: int | None, log: Log, takes_average: bool = False) -> Path:
     """Read `source` and write it below `target`, a folder that is new or empty; returns the checkpoint's place.
 
-    `vocab_size`: of the tokens, beyond whose padding the rows are cut. Raises ConfigError or CheckpointError.
+    `vocab_size`: of the tokens, beyond whose padding the rows are cut; `takes_average`: the average of the weights is
+    written as the weights. Raises ConfigError or CheckpointError.
     """
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ConfigError(f"--save-dir {target} holds something already; give a new folder")
@@ -28,6 +29,12 @@ def convert(source: Path, target: Path, loader: str, saver: str, *, tensor: int,
     checkpoint = FORMATS[name].read(source, iteration)
     log.line(f"reading {checkpoint.path} ({name}): {describe(checkpoint)}")
     check_files(checkpoint.path, log)
+    if takes_average:
+        checkpoint = checkpoint.averaged()
+    if saver not in OURS and checkpoint.average is not None:
+        log.line(f"note: {saver} knows no average of the weights beside them, and it is left out; --load-ema writes it "
+                 "in their place")
+        checkpoint = replace(checkpoint, average=None)
     for note in checkpoint.state.get("notes", ()):
         log.line(f"note: {note}")
     of_muon = saver == "megatron-v2" and checkpoint.state.get("config", {}).get("optimizer") in ("muon", "normuon")
@@ -59,12 +66,15 @@ def describe(checkpoint: Checkpoint) -> str:
     """What a checkpoint holds, in some words."""
     count = sum(math.prod(tensor.shape) for tensor in checkpoint.model.values())
     moments = "no optimizer state" if checkpoint.optimizer is None else "with the optimizer's state"
-    return f"iteration {checkpoint.iteration}, {count:,} parameters in {len(checkpoint.model)} tensors, {moments}"
+    average = "" if checkpoint.average is None else " and the average of the weights"
+    return (f"iteration {checkpoint.iteration}, {count:,} parameters in {len(checkpoint.model)} tensors, {moments}"
+            f"{average}")
 
 
 def _num_bytes(checkpoint: Checkpoint) -> int:
     return sum(math.prod(tensor.shape) * tensor.dtype.itemsize
-               for tensors in (checkpoint.model, checkpoint.optimizer or {}) for tensor in tensors.values())
+               for tensors in (checkpoint.model, checkpoint.optimizer or {}, checkpoint.average or {})
+               for tensor in tensors.values())
 
 
 def _watched(checkpoint: Checkpoint, see: Callable[[str, Tensor], object]) -> Checkpoint:
@@ -77,7 +87,8 @@ def _watched(checkpoint: Checkpoint, see: Callable[[str, Tensor], object]) -> Ch
 
         return one_piece(tensor.shape, tensor.dtype, read)
 
-    optimizer = checkpoint.optimizer
-    return replace(checkpoint, model={name: watch(name, tensor) for name, tensor in checkpoint.model.items()},
-                   optimizer=None if optimizer is None else {
-                       key: watch(key, tensor) for key, tensor in optimizer.items()})
+    def watched(tensors: Tensors | None) -> Tensors | None:
+        return None if tensors is None else {name: watch(name, tensor) for name, tensor in tensors.items()}
+
+    return replace(checkpoint, model=watched(checkpoint.model) or {}, optimizer=watched(checkpoint.optimizer),
+                   average=watched(checkpoint.average))

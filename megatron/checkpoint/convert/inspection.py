@@ -62,8 +62,10 @@ def _facts(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _kinds(checkpoint: Checkpoint) -> dict[str, Tensors]:
-    """The parameters, and each kind of state of theirs that has their shapes."""
+    """The parameters, their average, and each kind of state of theirs that has their shapes."""
     kinds: dict[str, dict[str, StoredTensor]] = {"parameters": dict(checkpoint.model)}
+    if checkpoint.average is not None:
+        kinds["average"] = dict(checkpoint.average)
     for key, tensor in (checkpoint.optimizer or {}).items():
         kind, _, name = key.partition("/")
         if tensor.shape:

@@ -40,6 +40,8 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
     kinds = {"model": entries(checkpoint.model, torch.float32)}
     if checkpoint.optimizer is not None:
         kinds["optimizer"] = entries(checkpoint.optimizer)
+    if checkpoint.average is not None:
+        kinds["ema"] = entries(checkpoint.average)
     try:
         with new_folder(place) as temporary:
             for kind, held in kinds.items():

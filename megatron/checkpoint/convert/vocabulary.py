@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.stored import Box, Checkpoint, Piece, StoredTensor
+from megatron.checkpoint.stored import Box, Checkpoint, Piece, StoredTensor, Tensors
 
 WORDS, BIAS = "embedding.word_embeddings.weight", "lm_head.bias"
 OUTPUT = "lm_head.decoder.weight"  # where it is not the word embedding
@@ -32,11 +32,14 @@ def with_rows(checkpoint: Checkpoint, num_rows: int) -> Checkpoint:
     def fitting(name: str, tensor: StoredTensor, value: float) -> StoredTensor:
         return _with_rows(tensor, num_rows, value) if tensor.shape and name.endswith(_OF_TOKENS) else tensor
 
-    model = {name: fitting(name, tensor, _NEVER if name == BIAS else 0.0) for name, tensor in checkpoint.model.items()}
+    def weights(tensors: Tensors) -> dict[str, StoredTensor]:
+        return {name: fitting(name, tensor, _NEVER if name == BIAS else 0.0) for name, tensor in tensors.items()}
+
     optimizer = checkpoint.optimizer
     if optimizer is not None:
         optimizer = {key: fitting(key, tensor, 0.0) for key, tensor in optimizer.items()}
-    return replace(checkpoint, model=model, optimizer=optimizer)
+    return replace(checkpoint, model=weights(checkpoint.model), optimizer=optimizer,
+                   average=None if checkpoint.average is None else weights(checkpoint.average))
 
 
 def _with_rows(tensor: StoredTensor, num_rows: int, value: float) -> StoredTensor:

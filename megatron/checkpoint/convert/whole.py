@@ -8,7 +8,7 @@ from megatron.checkpoint.convert.own_places import place_in, refuse_layout
 from megatron.checkpoint.store import place_of, point_to
 from megatron.checkpoint.stored import Checkpoint, Tensors
 from megatron.checkpoint.tensor_file import Entry, write_tensors
-from megatron.checkpoint.whole import MODEL, OPTIMIZER, STATE, VERSION, read_whole
+from megatron.checkpoint.whole import AVERAGE, MODEL, OPTIMIZER, STATE, VERSION, read_whole
 from megatron.errors import CheckpointError
 from megatron.files import new_folder, sync, write_json
 
@@ -38,6 +38,8 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
             write_tensors(temporary / MODEL, entries(checkpoint.model, torch.float32))
             if checkpoint.optimizer is not None:
                 write_tensors(temporary / OPTIMIZER, entries(checkpoint.optimizer))
+            if checkpoint.average is not None:
+                write_tensors(temporary / AVERAGE, entries(checkpoint.average))
             write_json(temporary / STATE, {**checkpoint.state, "version": VERSION, "iteration": checkpoint.iteration})
             sync(temporary / STATE)
         point_to(folder, checkpoint.iteration)

@@ -31,6 +31,9 @@ class DataParallel(Protocol):
     def finish(self) -> None:
         """Bring the gradients of a step to their sums, after its last backward pass."""
 
+    def drop_gathered(self) -> None:
+        """Forget what was gathered of parameters that have been given other values since."""
+
 
 def data_parallel(stages: Sequence[nn.Module], blocks: Blocks, mesh: Mesh, config: ParallelConfig,
                   dtype: torch.dtype) -> DataParallel:

@@ -32,6 +32,9 @@ class Replicated:
             sum_over(self._axis, (parameter.grad for parameter in self.parameters.values() if parameter.requires_grad))
         sum_partial(self.parameters)
 
+    def drop_gathered(self) -> None:
+        """Nothing is gathered."""
+
 
 class Overlapped:
     """Every rank holds everything; torch's DistributedDataParallel sums while the last backward pass runs."""
@@ -62,6 +65,9 @@ class Overlapped:
     def finish(self) -> None:
         """The sums are there."""
         sum_partial(self.parameters)
+
+    def drop_gathered(self) -> None:
+        """Nothing is gathered."""
 
 
 def _sum_bucket(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:

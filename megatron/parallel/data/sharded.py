@@ -70,6 +70,12 @@ class Sharded:
             source.grad = None
         sum_partial(self.parameters)
 
+    def drop_gathered(self) -> None:
+        """Keep each rank's shares alone: the next pass gathers them."""
+        for module in (module for stage in self._stages for module in stage.modules()):
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
 
 def materialise(stage: nn.Module, device: torch.device) -> None:
     """Give the parameters of a stage that is built on `meta` memory on the device, without values."""

@@ -11,6 +11,7 @@ from megatron.checkpoint.stored import Checkpoint
 CARD = "README.md"
 _LICENCE = re.compile(r"^license:\s*([A-Za-z0-9.\-]{1,40})\s*$", re.MULTILINE)
 _LONGEST = 2**20
+_OF_AVERAGE = "_ema"  # ends a kind of metrics.jsonl that is of the average
 _SPLITS = {"train": "training", "valid": "validation"}
 
 
@@ -74,8 +75,14 @@ def _lines(checkpoint: Checkpoint, config: Mapping[str, Any], num_parameters: in
     if isinstance(length := said.get("seq_length"), int):
         rows += f" of {length:,} positions: at most {progress['consumed_samples'] * length:,} residues"
     yield rows
+    is_averaged = checkpoint.state.get("is_averaged", False)
+    if is_averaged:
+        yield f"the weights are the exponential average of those of the steps, of decay {said.get('ema')}"
     for kind, losses in _losses(checkpoint.path.parent / "metrics.jsonl", checkpoint.iteration).items():
         split, _, corpus = kind.partition("/")
+        if split != "train" and split.endswith(_OF_AVERAGE) is not is_averaged:
+            continue
+        split = split.removesuffix(_OF_AVERAGE)
         name = f"{_SPLITS.get(split, split)} loss{f' on {corpus}' if corpus else ''}"
         before = f", {losses[0]:.4f} before the first" if 0 in losses else ""
         step = max(losses)

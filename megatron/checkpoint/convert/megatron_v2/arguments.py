@@ -10,10 +10,11 @@ import torch
 
 from megatron.checkpoint.convert.megatron_v2.names import num_layers
 from megatron.checkpoint.stored import Checkpoint
-from megatron.config import Config, ScheduleConfig
+from megatron.config import Config
 from megatron.config.command_line import flag_name
+from megatron.config.schedule import LR_DECAY_STYLES
 from megatron.errors import CheckpointError
-from megatron.optim.schedule import Schedule
+from megatron.optim.schedule import schedule_of as course_of
 
 # Sections whose flags mean there what they mean here; layouts, places and logs are of each run.
 _SECTIONS = ("model", "data", "optimizer", "schedule", "precision", "training")
@@ -94,8 +95,24 @@ def schedule_of(tree: Mapping[str, Any], arguments: argparse.Namespace | None) -
             if "num_iters" in facts:
                 rows = _rows_a_step(arguments)
                 schedule |= {name: schedule[name] * rows for name in ("warmup_samples", "decay_samples", "num_samples")}
-            return schedule
+            return _with_later_courses(schedule, facts, arguments)
     return None
+
+
+def _with_later_courses(schedule: dict[str, Any], facts: Mapping[str, Any],
+                        arguments: argparse.Namespace | None) -> dict[str, Any] | None:
+    """With what Megatron-LM's later schedulers know; None where the decay of WSD, which arguments tell, is not told."""
+    given = vars(arguments) if arguments is not None else {}
+    if schedule["lr_decay_style"] == "WSD":
+        samples = given.get("lr_wsd_decay_samples") or (given.get("lr_wsd_decay_iters") or 0) * _rows_a_step(arguments)
+        if not samples:
+            return None
+        schedule |= {"wsd_decay_samples": samples, "lr_wsd_decay_style": str(given.get("lr_wsd_decay_style"))}
+    if facts.get("wd_incr_style", "constant") != "constant":
+        schedule |= {"start_weight_decay": facts["start_wd"], "end_weight_decay": facts["end_wd"],
+                     "weight_decay_incr_style": facts["wd_incr_style"],
+                     "weight_decay_incr_samples": facts["wd_incr_steps"]}
+    return schedule
 
 
 def progress_of(iteration: int, arguments: argparse.Namespace | None,
@@ -120,11 +137,9 @@ def scheduler_of(state: Mapping[str, Any]) -> dict[str, Any] | None:
 def learning_rate(state: Mapping[str, Any]) -> float:
     """That of the step to come; 0 where the course is not known."""
     schedule = state.get("schedule")
-    if schedule is None:
+    if schedule is None or schedule["lr_decay_style"] not in LR_DECAY_STYLES:
         return 0.0
-    config = ScheduleConfig(**{name: schedule[name] for name in ("lr", "min_lr", "lr_decay_style")})
-    course = Schedule(config, warmup_samples=schedule["warmup_samples"], decay_samples=schedule["decay_samples"])
-    return course.learning_rate(state["progress"]["consumed_samples"])
+    return course_of(schedule).learning_rate(state["progress"]["consumed_samples"])
 
 
 def arguments_of(checkpoint: Checkpoint, num_tensor: int, num_pipeline: int, num_rows: int,

@@ -1,0 +1,81 @@
+"""Which course learning rate and weight decay take: that of the flags, or of the checkpoint that a run goes on from."""
+
+from megatron.checkpoint.store import LATEST
+from megatron.checkpoint.stored import Checkpoint
+from megatron.config import Config
+from megatron.config.schedule import LR_DECAY_STYLES
+from megatron.errors import CheckpointError
+from megatron.log import Log
+from megatron.optim.schedule import Schedule, build_schedule, schedule_of
+from megatron.train.state import BatchSizes
+
+_REMEDY = ("give --override-lr-scheduler to take the flags', or --use-checkpoint-lr-scheduler to keep the "
+           "checkpoint's")
+
+
+def chosen_schedule(config: Config, sizes: BatchSizes, checkpoint: Checkpoint | None, log: Log) -> Schedule:
+    """The schedule of the flags, or with --use-checkpoint-lr-scheduler that of `checkpoint`.
+
+    `checkpoint`: what the run goes on from, if it does. Where the two differ in nothing but an end that it has not come
+    to, the run was prolonged, and the flags' is taken. Raises CheckpointError where they differ in more.
+    """
+    training = config.training
+    schedule = build_schedule(config.schedule, global_batch_size=sizes.final, train_iters=training.train_iters,
+                              train_samples=training.train_samples)
+    progress = checkpoint.state["progress"] if checkpoint is not None else {"iteration": 0, "consumed_samples": 0}
+    num_samples = training.train_samples or progress["consumed_samples"] + sizes.final * (
+        (training.train_iters or 0) - progress["iteration"])
+    if checkpoint is not None and config.schedule.use_checkpoint_lr_scheduler:
+        return _kept(schedule, checkpoint, num_samples, log)
+    if checkpoint is not None and not config.schedule.override_lr_scheduler:
+        _check(schedule, checkpoint, config.schedule.lr_warmup_fraction, log)
+    for line in schedule.notices(num_samples):
+        log.line(line)
+    return schedule
+
+
+def _kept(flags: Schedule, checkpoint: Checkpoint, num_samples: int, log: Log) -> Schedule:
+    """The checkpoint's schedule; says so where the run is longer than it.
+
+    Raises CheckpointError where it is not known here, or its weight decay has a course and that of `flags` none, or the
+    other way: an optimizer is made for either.
+    """
+    schedule = schedule_of(checkpoint.state["schedule"])
+    if schedule.lr_decay_style not in LR_DECAY_STYLES:
+        raise CheckpointError(f"--use-checkpoint-lr-scheduler: the course in {checkpoint.path} is "
+                              f"{schedule.lr_decay_style}, which is not known here; give --override-lr-scheduler")
+    if (schedule.weight_decay_incr_style is None) != (flags.weight_decay_incr_style is None):
+        raise CheckpointError("--use-checkpoint-lr-scheduler: --weight-decay-incr-style is "
+                              f"{flags.weight_decay_incr_style or 'constant'}, in {checkpoint.path} "
+                              f"{schedule.weight_decay_incr_style or 'constant'}; give that, or "
+                              "--override-lr-scheduler")
+    if schedule.lr_decay_style != "constant" and num_samples > schedule.decay_samples:
+        log.line(f"note: --use-checkpoint-lr-scheduler: {schedule.notice_of_the_rest(num_samples)}; "
+                 "--override-lr-scheduler takes the flags' course in its place")
+    return schedule
+
+
+def _check(schedule: Schedule, checkpoint: Checkpoint, fraction: float | None, log: Log) -> None:
+    """Raises CheckpointError where the schedule is not the checkpoint's, as far as that has come."""
+    saved, done = schedule_of(checkpoint.state["schedule"]), checkpoint.state["progress"]["consumed_samples"]
+    changed = schedule.differences(saved)
+    if not changed:
+        return
+    if schedule.differs_in_its_end(saved):
+        if done <= min(schedule.open_until, saved.open_until):
+            if schedule.lr_decay_style != "constant":
+                log.line(f"note: the course of the learning rate ends after {schedule.decay_samples:,.0f} samples, and "
+                         f"was to end after {saved.decay_samples:,.0f}: the {done:,} that are behind the run are the "
+                         "same in both")
+            return
+        if saved.lr_decay_style == "WSD" and done > saved.open_until:
+            raise CheckpointError(
+                f"{checkpoint.path} is inside the decay of the learning rate, which began after "
+                f"{saved.open_until:.0f} samples and is now to begin after {schedule.open_until:.0f}; go on from a "
+                f"checkpoint before it, whose number goes into {checkpoint.path.parent / LATEST}, or {_REMEDY}")
+    name, (value, before) = next(iter(changed.items()))
+    hint = ""
+    if name == "warmup_samples" and fraction:
+        hint = f" (--lr-warmup-fraction {fraction:g} is of the decay: --lr-warmup-iters or --lr-warmup-samples is not)"
+    raise CheckpointError(f"{name.replace('_', ' ')} of the learning-rate schedule is {value}, in the checkpoint "
+                          f"{before}{hint}; {_REMEDY}")
