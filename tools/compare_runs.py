@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron.config.command_line import OneLineParser  # noqa: E402
 from megatron.errors import ConfigError, OutputError  # noqa: E402
 from megatron.log import exit_status  # noqa: E402
-from megatron.study.curves import AXES, Curve, kinds_of, mean_curve, read_curve  # noqa: E402
+from megatron.study.curves import AXES, Curve, kinds_of, loss_name, mean_curve, read_curve  # noqa: E402
 from megatron.study.naming import differing_flags, names_of  # noqa: E402
 from megatron.study.table import in_short, in_time, table  # noqa: E402
 
@@ -111,11 +111,10 @@ def draw(runs: Sequence[Compared], loss: float, metric: str, path: Path) -> None
     """Write the picture; raises OutputError."""
     from megatron.study.comparison_picture import draw_comparison  # matplotlib: slow to import, needed once
 
-    kind = {"valid": "validation", "train": "training"}.get(metric, metric)
     try:
         draw_comparison({run.name: run.curve for run in runs},
                         {run.name: run.training for run in runs if run.training is not None}, loss,
-                        f"{kind} loss (nats a masked residue)", path)
+                        f"{loss_name(metric)} (nats a masked residue)", path)
     except (OSError, ValueError) as error:
         raise OutputError(f"--output {path} cannot be written ({getattr(error, 'strerror', None) or error}); "
                           "name a .png, .pdf or .svg in a folder that is "
@@ -138,7 +137,7 @@ def as_table(facts: Sequence[dict[str, Any]], loss: float, metric: str) -> str:
     heads = ["run", "steps", "final", "best", "at step", *HEADS.values()]
     rows = [[run["name"], f"{run['steps']:,}", _loss(run), f"{run['best_loss']:.4f}", f"{run['best_step']:,}",
              *_reached(run["reached"], facts[0]["reached"])] for run in facts]
-    about = f"{metric} loss in nats, and what it took to come to {loss:.4f}" + (
+    about = f"{loss_name(metric)} in nats, and what it took to come to {loss:.4f}" + (
         " (times what the first took)" if len(facts) > 1 and facts[0]["reached"] else "")
     return f"{about}:\n\n{table(heads, rows)}"
 

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron.config.command_line import OneLineParser  # noqa: E402
 from megatron.errors import ConfigError  # noqa: E402
 from megatron.log import Log, exit_status  # noqa: E402
+from megatron.study.curves import loss_name  # noqa: E402
 from megatron.study.outcome import as_table, edges, outcomes  # noqa: E402
 from megatron.study.record import Record, held  # noqa: E402
 from megatron.study.running import LOG, Sweep  # noqa: E402
@@ -95,11 +96,11 @@ def environments(num_jobs: int) -> list[Mapping[str, str]]:
 
 def _tell(record: Record, space: Space, metric: str, is_done: bool, log: Log) -> None:
     found = outcomes(record.all())
-    log.line(f"\n{'validation' if metric == 'valid' else metric} loss in nats, the best first:\n\n{as_table(found)}\n")
+    log.line(f"\n{loss_name(metric)} in nats, the best first:\n\n{as_table(found)}\n")
     if any(one.losses for one in found):
         from megatron.study.sweep_picture import draw_sweep  # matplotlib: slow to import, needed once
 
-        draw_sweep(found, f"{metric} loss (nats a masked residue)", record.folder / "sweep.png")
+        draw_sweep(found, f"{loss_name(metric)} (nats a masked residue)", record.folder / "sweep.png")
         log.line(f"picture: {record.folder / 'sweep.png'}, table: {record.folder / 'sweep.csv'}")
     if not is_done:
         log.line("stopped: the same command goes on")

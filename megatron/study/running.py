@@ -36,6 +36,7 @@ class _Running:
     process: subprocess.Popen
     began_s: float
     num_seen: int = 0  # bytes of metrics.jsonl that were looked at
+    judged_at: int | None = None  # the step of the last evaluation that was
     outcome: str | None = None  # with which this sweep has asked it to stop
 
 
@@ -157,8 +158,9 @@ class Sweep:
     def _judged(self, running: _Running) -> str | None:
         """The outcome of a trial that is to be stopped where it is; None for one that may go on."""
         facts = self._facts(running)
-        if not facts or facts["steps"] == self._space.last_iteration(running.trial):
+        if not facts or facts["steps"] in (running.judged_at, self._space.last_iteration(running.trial)):
             return None
+        running.judged_at = facts["steps"]
         if facts["loss"] is None:
             return NOT_FINITE
         others = [loss for result in self._record.all() if result.trial != running.result.trial

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from megatron.config import Config
-from megatron.config.command_line import flag_name, parse
+from megatron.config.command_line import flag_name, left_open, parse
 from megatron.errors import ConfigError
 from megatron.train.state import BatchSizes, TrainState
 
@@ -57,7 +57,7 @@ class Space:
 
     def last_iteration(self, trial: Trial) -> int:
         """The step at which a trial ends."""
-        return BatchSizes(parse(self.words(trial))[0].training, 1).last_iteration(TrainState())
+        return BatchSizes(_parsed(self.words(trial)).training, 1).last_iteration(TrainState())
 
     def check(self) -> None:
         """Raises ConfigError for values that make no sweep, or flags that pretrain_tape.py would refuse."""
@@ -79,7 +79,7 @@ class Space:
                                   f"folder {self.folder_name(trial)}; spell them so that letters or digits differ")
 
     def _check_flags(self, trial: Trial) -> None:
-        config = parse(self.words(trial))[0]
+        config = _parsed(self.words(trial))
         BatchSizes(config.training, 1)
         for _, section in config.sections():
             for item in fields(section):
@@ -89,6 +89,15 @@ class Space:
         if config.checkpoint.load and not config.checkpoint.finetune:
             raise ConfigError(f"--load {config.checkpoint.load} would have every trial go on with one run; leave it "
                               "out, or give --finetune to begin each with its weights")
+
+
+def _parsed(words: Sequence[str]) -> Config:
+    """The configuration of a trial that begins; raises ConfigError."""
+    if "--load" not in words:
+        return parse(words)[0]
+    from megatron.checkpoint.newest import saved_flags  # torch: slow to import, and few need it
+
+    return parse(words, left_open(words, saved_flags))[0]
 
 
 def _words(name: str, value: str) -> list[str]:
