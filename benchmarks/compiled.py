@@ -213,7 +213,7 @@ class Launches(TorchDispatchMode):
     @property
     def num_bytes(self) -> int:
         """What goes through memory besides matrix products and attention."""
-        return sum(each.num_bytes for each in (*self.triton, *self.pointwise))
+        return sum(launch.num_bytes for launch in self.triton) + sum(other.num_bytes for other in self.pointwise)
 
     def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operator of ours up to its launches, and any other without values."""

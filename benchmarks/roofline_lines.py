@@ -121,7 +121,8 @@ def lines_of(passes: Sequence[Launches], prefix: str = "") -> list[Line]:
     lines: list[Line] = []
     for side, launches in zip(sides, passes, strict=True):
         found: dict[str, list[Launch | Other]] = {}
-        for launch in (*launches.triton, *launches.others):
+        in_order: list[Launch | Other] = [*launches.triton, *launches.others]
+        for launch in in_order:
             found.setdefault(_label(launch, prefix), []).append(launch)
         rest = found.pop("", [])
         lines += [Line(kernel, side, launches) for kernel, launches in found.items()]

@@ -39,7 +39,7 @@ def code_of(source: ASTSource, options: Mapping[str, int]) -> list[str]:
 
 def flops_of_tiles(code: list[str], tensors: Mapping[str, Any]) -> int:
     """Of a kernel that goes over the elements of `tensors`, its arguments by name, in tiles of two dimensions."""
-    base, loaded, flops = {}, dict.fromkeys(tensors, 0), 0
+    base, loaded, flops = dict[str, str](), dict.fromkeys(tensors, 0), 0
     for line in code:
         if pointer := _POINTER.match(line):
             base[pointer[1]] = base.get(pointer[2], pointer[2][1:])

@@ -22,6 +22,7 @@ from megatron.parallel.placement import Part
 from megatron.train.course import chosen_schedule
 from megatron.train.engine import Engine, build_engine, stream_of
 from megatron.train.graph import check_graph
+from megatron.train.meters import Totals
 from megatron.train.precision import set_tf32, with_precision_chosen
 from megatron.train.resume import differences, facts_of, find_checkpoint, refuse_changes
 from megatron.train.state import BatchSizes, TrainState
@@ -93,7 +94,7 @@ def build(config: Config, mesh: Mesh, log: Log) -> Run:
     began_from = config.checkpoint.load if config.checkpoint.finetune else (
         None if checkpoint is None else checkpoint.state.get("began_from"))
     run = Run(config, mesh, log, data, vocab, engine, schedule, sizes, TrainState(), began_from,
-              {"steps": [], "elapsed_s": 0.0})
+              {"steps": [], "elapsed_s": 0.0, "totals": asdict(Totals())})
     if gone_on_from is not None:
         _go_on(run, gone_on_from)
     return run
@@ -103,7 +104,7 @@ def _go_on(run: Run, checkpoint: Checkpoint) -> None:
     """Take up progress, scales and optimizer, and say what is not as it was."""
     config, engine, saved = run.config, run.engine, checkpoint.state
     run.state = TrainState(**saved["progress"])
-    run.meters = saved.get("meters", run.meters)
+    run.meters = saved.get("meters", run.meters | {"totals": None})
     if saved["config"].get("fp16", config.precision.fp16):  # elsewhere the scale was 1, and nothing was learnt of it
         engine.loss_scale.load_state(saved["loss_scale"])
     engine.amaxes.load_state(saved.get("fp8_amaxes", {}))

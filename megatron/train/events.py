@@ -2,6 +2,7 @@
 
 Everything is written by rank 0. `SAVE/metrics.jsonl` holds one JSON object a log event: "kind" is train, valid, test,
 or valid/NAME and test/NAME of one corpus; valid_ema, test_ema and so on are of the average of the weights.
+"consumed_residues", "training_s" and "consumed_flops" are what the run has taken up to there.
 A number that means nothing (the loss of steps without targets, of a run that diverged) is null there.
 """
 
@@ -17,7 +18,7 @@ from megatron.config import CheckpointConfig, LoggingConfig
 from megatron.errors import OutputError
 from megatron.log import Log
 from megatron.train.evaluate import Baselines, Evaluation, perplexity
-from megatron.train.meters import Reading
+from megatron.train.meters import Reading, Totals
 from megatron.train.metrics import forget_after, read_records
 
 OF_AVERAGE = "_ema"  # ends the kind of a split's evaluation where it is of the average of the weights
@@ -46,10 +47,10 @@ class Events:
             with _writing(folder, self._board_flag):
                 self._board = Board(folder, first_step=iteration + 1)
 
-    def train(self, iteration: int, num_iterations: int, consumed_samples: int, reading: Reading, *,
-              learning_rate: float, group_rates: Mapping[str, float], global_batch_size: int, loss_scale: float,
-              peak_flops: float, weight_decay: float | None = None) -> None:
-        """One log event of training.
+    def train(self, iteration: int, num_iterations: int, consumed_samples: int, totals: Totals | None,
+              reading: Reading, *, learning_rate: float, group_rates: Mapping[str, float], global_batch_size: int,
+              loss_scale: float, peak_flops: float, weight_decay: float | None = None) -> None:
+        """One log event of training, up to which the run has taken `totals`.
 
         `weight_decay`: where it has a course; `group_rates`: the learning rates of groups that have their own;
         `peak_flops`: the measured FLOP/s of all ranks together.
@@ -68,7 +69,7 @@ class Events:
             "residues_per_s": reading.num_residues / reading.elapsed_s, "model_tflops": flops / 1e12,
             "share_of_peak": share, "skipped_iterations": reading.num_skipped,
         }
-        self._write("train", iteration, consumed_samples, values)
+        self._write("train", iteration, consumed_samples, totals, values)
         self._log.line(
             f" iteration {iteration:8d}/{num_iterations:8d} | consumed samples: {consumed_samples:12d} | "
             f"elapsed time per iteration (ms): {1000 * reading.elapsed_s / reading.num_steps:.1f} | "
@@ -81,9 +82,10 @@ class Events:
             f"residues per second: {values['residues_per_s']:.0f} | model TFLOP/s: {flops / 1e12:.3f} "
             f"{'' if share is None else f'({100 * share:.0f} % of peak) '}|")
 
-    def evaluation(self, kind: str, iteration: int, consumed_samples: int, result: Evaluation) -> None:
+    def evaluation(self, kind: str, iteration: int, consumed_samples: int, totals: Totals | None,
+                   result: Evaluation) -> None:
         """The result of evaluating "valid" or "test", or of it a corpus ("valid/NAME"), after `iteration` steps."""
-        self._write(kind, iteration, consumed_samples, asdict(result))
+        self._write(kind, iteration, consumed_samples, totals, asdict(result))
         self._log.line(f" {loss_name(kind)} at iteration {iteration} | lm loss value: {_text(result.loss, '.6E')} | "
                        f"lm loss PPL: {_text(result.perplexity, '.6E')} | "
                        f"masked accuracy: {_text(result.masked_accuracy, '.4f')}")
@@ -113,10 +115,12 @@ class Events:
             with suppress(OSError):  # the disk had refused before, and that was said
                 self._board.close()
 
-    def _write(self, kind: str, iteration: int, consumed_samples: int, values: dict[str, Any]) -> None:
+    def _write(self, kind: str, iteration: int, consumed_samples: int, totals: Totals | None,
+               values: dict[str, Any]) -> None:
         if self._metrics is not None:
             numbers = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
-            record = {"kind": kind, "iteration": iteration, "consumed_samples": consumed_samples, **numbers}
+            record = {"kind": kind, "iteration": iteration, "consumed_samples": consumed_samples,
+                      **(asdict(totals) if totals else {}), **numbers}
             with _writing(self._metrics, f"--save {self._metrics.parent}"), self._metrics.open("ab") as file:
                 file.write(f"{json.dumps(record)}\n".encode())
         if self._board is not None:

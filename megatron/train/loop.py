@@ -12,15 +12,14 @@ from megatron.checkpoint.claim import Claim
 from megatron.checkpoint.saving import Saver
 from megatron.data.batches.batch import Batch
 from megatron.data.batches.loader import batches
-from megatron.data.rows.blend import BlendedDataset
-from megatron.data.rows.dataset import Dataset, corpora_of
 from megatron.data.rows.fixed_masks import FIXED
 from megatron.errors import DivergedError
 from megatron.model.protein_model import compute_dtype
 from megatron.train.agreement import Arriving
 from megatron.train.build import Run
-from megatron.train.evaluate import Baselines, Evaluation, evaluate, frequency_baselines
-from megatron.train.events import OF_AVERAGE, Events, loss_name
+from megatron.train.evaluate import Baselines, Evaluation, frequency_baselines
+from megatron.train.evaluations import Evaluations
+from megatron.train.events import Events, loss_name
 from megatron.train.meters import Meters
 from megatron.train.peak import measured_peak_flops
 from megatron.train.profiler import StepProfiler
@@ -37,12 +36,15 @@ def train(run: Run, requests: StopRequests, claim: Claim | None) -> None:
     events = Events(config, run.config.logging, run.log, run.state.iteration)
     saver = Saver(config, run.mesh, claim, run.log, run.state.iteration) if config.save else None
     with closing(events), closing(saver) if saver else nullcontext():
-        baselines = _baselines(run)
+        baselines, meters = _baselines(run), Meters(run.mesh.world, run.mesh.device)
+        meters.load_state(run.meters)
+        meters.pause()  # until the first step
+        evaluations = Evaluations(run, events, requests, saver, meters)
         if run.config.training.eval_at_start and run.state.iteration == 0:
-            _evaluate_all(run, events, requests, saver)
-        if not Training(run, events, requests, saver).finish():
+            evaluations.of_all_splits()
+        if not Training(run, events, requests, saver, meters, evaluations).finish():
             return
-        results = _evaluate_all(run, events, requests, saver)
+        results = evaluations.of_all_splits()
         if requests.agreed(run.mesh):
             run.log.line("stopped before the evaluation was done: the same command does it")
             return
@@ -55,12 +57,14 @@ def train(run: Run, requests: StopRequests, claim: Claim | None) -> None:
 class Training:
     """The steps of one run."""
 
-    def __init__(self, run: Run, events: Events, requests: StopRequests, saver: Saver | None) -> None:
+    def __init__(self, run: Run, events: Events, requests: StopRequests, saver: Saver | None, meters: Meters,
+                 evaluations: Evaluations) -> None:
         self._run, self._events, self._requests, self._saver = run, events, requests, saver
+        self._evaluations = evaluations
         self._began_at = self._saved_at = run.state.iteration
         self._last_iteration = run.sizes.last_iteration(run.state)
-        self._meters = Meters(run.mesh.world, run.mesh.device)
-        self._step = TrainStep(run.engine, self._meters)
+        self._meters = meters
+        self._step = TrainStep(run.engine, meters)
         self._wishes = Arriving(torch.zeros(2))
         self._saved_at_s = time.monotonic()
 
@@ -80,7 +84,7 @@ class Training:
         bar = run.log.progress(self._last_iteration, run.state.iteration, unit="step", label="training")
         profiler = StepProfiler(config.logging, config.checkpoint.save, mesh, run.log)
         with closing(loader), closing(bar), closing(profiler):
-            self._meters.load_state(run.meters)
+            self._meters.resume()
             is_stopping = self._requests.agreed(mesh)
             while run.state.iteration < self._last_iteration and not is_stopping:
                 with profiler.step():
@@ -126,14 +130,15 @@ class Training:
         state.iteration += 1
         state.consumed_samples += rows
         is_end = state.iteration == self._last_iteration
+        is_evaluating = not is_end and state.iteration % config.training.eval_interval == 0
         if is_end or state.iteration % config.logging.log_interval == 0:
             self._log(learning_rate, weight_decay, rows)
+        totals = self._meters.totals() if is_evaluating else None  # waits for the steps: they are no evaluation's time
         self._meters.pause()
         is_stopping = num_stopping > 0
-        is_evaluating = not is_end and state.iteration % config.training.eval_interval == 0
         is_saving = _is_due(config.checkpoint.save_interval, state.iteration) or num_saving > 0
         if is_evaluating and not is_stopping:
-            _evaluate(run, self._events, self._requests, self._saver, "valid")
+            self._evaluations.of_split("valid", totals)
         if is_saving:
             self._save()
         elif self._saver is not None:
@@ -148,8 +153,8 @@ class Training:
         scale = float(run.engine.loss_scale.value)
         if self._saver is not None:
             self._saver.check_claim()
-        self._events.train(run.state.iteration, self._last_iteration, run.state.consumed_samples, reading,
-                           learning_rate=learning_rate, weight_decay=weight_decay,
+        self._events.train(run.state.iteration, self._last_iteration, run.state.consumed_samples,
+                           self._meters.totals(), reading, learning_rate=learning_rate, weight_decay=weight_decay,
                            group_rates=run.engine.optimizer.learning_rates(learning_rate), global_batch_size=rows,
                            loss_scale=scale, peak_flops=self._peak_flops * run.mesh.world.size)
         can_recover = run.engine.loss_scale.is_dynamic and scale > run.config.precision.min_loss_scale
@@ -174,53 +179,6 @@ class Training:
 
 def _is_due(interval: int | None, iteration: int) -> bool:
     return interval is not None and iteration % interval == 0
-
-
-def _evaluate_all(run: Run, events: Events, requests: StopRequests, saver: Saver | None) -> dict[str, Evaluation]:
-    """The evaluations of all splits, by their kinds."""
-    return {kind: result for split in ("valid", "test")
-            for kind, result in _evaluate(run, events, requests, saver, split).items()}
-
-
-def _evaluate(run: Run, events: Events, requests: StopRequests, saver: Saver | None,
-              split: str) -> dict[str, Evaluation]:
-    """The evaluations of a split, as `_evaluate_weights` has them, and with --ema also those of the average.
-
-    Before the first step that is the weights.
-    """
-    results = _evaluate_weights(run, events, requests, saver, split, split)
-    if run.engine.average is not None and run.state.iteration:
-        with run.engine.averaged():
-            results |= _evaluate_weights(run, events, requests, saver, split, f"{split}{OF_AVERAGE}")
-    return results
-
-
-def _evaluate_weights(run: Run, events: Events, requests: StopRequests, saver: Saver | None, split: str,
-                      whole_kind: str) -> dict[str, Evaluation]:
-    """The evaluation of a split and, with --eval-each, of each of its corpora, by their kinds, written to the events.
-
-    `whole_kind`: that of the split itself. Nothing of a split that is empty, or from where a rank wants to stop.
-    """
-    whole, training, results = getattr(run.data, split), run.config.training, dict[str, Evaluation]()
-    datasets: dict[str, Dataset] = {} if whole is None else {whole_kind: whole}
-    if training.eval_each and whole is not None and isinstance(run.data.train, BlendedDataset):
-        datasets |= {f"{whole_kind}/{name}": corpus for name, corpus in corpora_of(whole).items()}
-    for kind, dataset in datasets.items():
-        if requests.agreed(run.mesh):
-            break
-        num_rows = dataset.num_epoch_rows(0)
-        if training.eval_iters:
-            num_rows = min(num_rows, training.eval_iters * run.sizes.final)
-        result = evaluate(run.engine, dataset, run.shape, run.log, num_rows=num_rows,
-                          label="validation" if split == "valid" else split,
-                          wants_stop=lambda: requests.agreed(run.mesh))
-        if result is None:
-            break
-        results[kind] = result
-        events.evaluation(kind, run.state.iteration, run.state.consumed_samples, result)
-        if saver is not None and kind == "valid" and result.loss is not None:
-            saver.note_validation(run.state.iteration, result.loss)
-    return results
 
 
 def _baselines(run: Run) -> Baselines | None:

@@ -1,7 +1,7 @@
 """What happened since the last log event: sums of each step, kept on the device and read once."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -31,12 +31,30 @@ class Reading:
     elapsed_s: float
 
 
+@dataclass(frozen=True)
+class Totals:
+    """What a run has taken since its first step, over all ranks: residues read, seconds of training, model FLOPs.
+
+    The clock runs from the first step to the last, whatever a resumed run has to do again for its start; evaluation and
+    saving take no time.
+    """
+
+    consumed_residues: int = 0
+    training_s: float = 0.0
+    consumed_flops: float = 0.0
+
+    def plus(self, residues: float, elapsed_s: float, flops: float) -> "Totals":
+        """These and what came after them."""
+        return Totals(self.consumed_residues + int(residues), self.training_s + elapsed_s, self.consumed_flops + flops)
+
+
 class Meters:
     """Collects steps; `read` gives them, summed over all ranks of `world`, and starts again."""
 
     def __init__(self, world: Axis, device: torch.device) -> None:
         self._world, self._device = world, device
         self._pause_began_s: float | None = None
+        self._totals: Totals | None = Totals()  # up to the last reading; None where a checkpoint did not say
         self.restart()
 
     def add_loss(self, loss_share: Tensor, num_correct: Tensor) -> None:
@@ -78,16 +96,31 @@ class Meters:
             num_skipped=with_targets[1].count(0.0), num_residues=int(residues), num_tokens=int(tokens),
             model_flops=flops,
             elapsed_s=self._elapsed_s())
+        if self._totals is not None:
+            self._totals = self._totals.plus(residues, reading.elapsed_s, flops)
         self.restart()
         return reading
 
+    def totals(self) -> Totals | None:
+        """What the run has taken up to here; None where a checkpoint it went on from did not say.
+
+        Waits for the device, and for the other ranks, which all call this.
+        """
+        if self._totals is None or not self._steps:
+            return self._totals
+        _, _, _, residues, _, flops = self._summed()[:, :6].sum(0).tolist()
+        return self._totals.plus(residues, self._elapsed_s(), flops)
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: the steps since the last reading, summed over the ranks, which all call this."""
-        return {"steps": self._summed().tolist() if self._steps else [], "elapsed_s": self._elapsed_s()}
+        return {"steps": self._summed().tolist() if self._steps else [], "elapsed_s": self._elapsed_s(),
+                "totals": None if self._totals is None else asdict(self._totals)}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `state()` gave, in any layout."""
+        """Go on from what `state()` gave, in any layout; the totals of an edition that kept none are not known."""
         self.restart()
+        totals = state.get("totals")
+        self._totals = None if totals is None else Totals(**totals)
         for loss, correct, targets, residues, tokens, flops, norm, is_taken in state["steps"]:
             if self._world.rank == 0:
                 self._device_sums += torch.tensor([loss, correct], dtype=torch.float64, device=self._device)

@@ -25,7 +25,7 @@ from megatron.log import Log
 from megatron.train import build as build_module
 from megatron.train import loop
 from megatron.train.events import Events
-from megatron.train.meters import Reading
+from megatron.train.meters import Reading, Totals
 from megatron.train.metrics import read_records
 from pretrain_tape import main
 from tests.golden.training import TINY, edit_state, losses, run_on_ranks, start_program
@@ -345,7 +345,7 @@ def test_a_disk_that_is_full_while_metrics_are_written_is_one_line(tmp_path, cap
         else:
             events._board._file, events._board._records = full, RecordWriter(full)
         with pytest.raises(OutputError, match="No space left on device"):
-            events.train(1, 2, 2, reading, learning_rate=1.0, group_rates={}, global_batch_size=2,
+            events.train(1, 2, 2, Totals(), reading, learning_rate=1.0, group_rates={}, global_batch_size=2,
                          loss_scale=1.0, peak_flops=1.0)
         events.close()
     assert "Traceback" not in "".join(capfd.readouterr())

@@ -45,6 +45,12 @@ def test_stopping_and_going_on_changes_no_bit_of_any_later_loss(corpus, tmp_path
     train(corpus, tmp_path / "broken", *DROPOUT, "--exit-interval", 5)
     assert list(losses(tmp_path / "broken")) == [1, 2, 3, 4, 5]
     assert train(corpus, tmp_path / "broken", *DROPOUT) == unbroken
+    for kind in ("train", "valid", "test"):
+        residues, flops, seconds = (losses(tmp_path / "broken", kind, name) for name in (
+            "consumed_residues", "consumed_flops", "training_s"))
+        assert residues == losses(tmp_path / "unbroken", kind, "consumed_residues")
+        assert flops == losses(tmp_path / "unbroken", kind, "consumed_flops")
+        assert seconds[min(seconds)] > 0 and sorted(seconds.values()) == list(seconds.values())
 
 
 def test_going_on_in_fp16_keeps_the_loss_scale(corpus, tmp_path):

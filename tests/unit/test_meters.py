@@ -16,7 +16,7 @@ from megatron.parallel.mesh import Axis, Mesh
 from megatron.train.engine import build_engine
 from megatron.train.evaluate import Baselines, Evaluation, evaluate
 from megatron.train.events import Events
-from megatron.train.meters import Meters, Reading
+from megatron.train.meters import Meters, Reading, Totals
 from megatron.train.peak import measured_peak_flops
 from megatron.train.picture import draw_losses
 
@@ -59,6 +59,49 @@ def test_a_loss_that_diverged_is_told_from_one_that_is_not_there():
     assert found.num_skipped == 1
 
 
+def counted(meters: Meters, num_steps: int) -> None:
+    for _ in range(num_steps):
+        meters.add_batch(10, 100, 110, 1000)
+        meters.add_step(torch.tensor(0.5), torch.tensor(True))
+
+
+def test_totals_go_on_over_readings_and_over_a_checkpoint_between_them(monkeypatch):
+    now_s = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now_s[0])
+    meters = Meters(Axis(), CPU)
+    assert meters.totals() == Totals(0, 0.0, 0.0)
+    counted(meters, 2)
+    now_s[0] = 3.0
+    assert meters.totals() == Totals(200, 3.0, 2000.0)  # an evaluation between two readings
+    meters.read()
+    counted(meters, 1)
+    now_s[0] = 4.0
+    meters.pause()
+    now_s[0] = 50.0
+    saved = json.loads(json.dumps(meters.state()))
+    now_s[0] = 1000.0
+    resumed = Meters(Axis(), CPU)
+    resumed.load_state(saved)
+    resumed.pause()
+    assert resumed.totals() == Totals(300, 4.0, 3000.0)
+    now_s[0] = 2000.0
+    resumed.resume()
+    counted(resumed, 1)
+    now_s[0] = 2001.5
+    resumed.read()
+    now_s[0] = 9000.0
+    assert resumed.totals() == Totals(400, 5.5, 4000.0)
+
+
+def test_totals_of_which_a_checkpoint_says_nothing_are_not_known_later_either():
+    meters = Meters(Axis(), CPU)
+    meters.load_state({"steps": [], "elapsed_s": 1.0})
+    counted(meters, 1)
+    assert meters.totals() is None
+    meters.read()
+    assert meters.totals() is meters.state()["totals"] is None
+
+
 def test_a_split_without_a_residue_is_evaluated_to_nothing(tmp_path):
     write_indexed(tmp_path / "a", [np.full(10, 6), np.full(10, VOCAB.unk_id)])
     data = DataConfig(data_path=(str(tmp_path / "a"),), seq_length=16, split="1,1")
@@ -72,7 +115,7 @@ def test_a_split_without_a_residue_is_evaluated_to_nothing(tmp_path):
 
 
 def told(events: Events, found: Reading, peak_flops: float = 1e12) -> None:
-    events.train(1, 2, 8, found, learning_rate=1e-3, group_rates={}, global_batch_size=8, loss_scale=1.0,
+    events.train(1, 2, 8, Totals(), found, learning_rate=1e-3, group_rates={}, global_batch_size=8, loss_scale=1.0,
                  peak_flops=peak_flops)
 
 
@@ -80,7 +123,7 @@ def test_what_was_not_measured_is_none_in_the_log_and_null_in_the_metrics(tmp_pa
     events = Events(CheckpointConfig(save=str(tmp_path)), LoggingConfig(), Log(), 0)
     told(events, reading((NOTHING, 0, NOTHING, False)))
     told(events, reading((NOTHING, 10, float("inf"), False)))
-    events.evaluation("valid", 1, 8, Evaluation(None, None, None, 0))
+    events.evaluation("valid", 1, 8, Totals(), Evaluation(None, None, None, 0))
     events.close()
     nothing, diverged, valid = capsys.readouterr().out.splitlines()
     assert "lm loss: none | " in nothing and "grad norm: none" in nothing and "masked accuracy: none" in nothing
@@ -89,6 +132,7 @@ def test_what_was_not_measured_is_none_in_the_log_and_null_in_the_metrics(tmp_pa
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line, parse_constant=pytest.fail) for line in lines]
     assert [record["loss"] for record in records] == [None] * 3
+    assert [record["training_s"] for record in records] == [0.0] * 3
     assert draw_losses(tmp_path / "metrics.jsonl", Baselines(2.9, 2.7)).exists()
 
 

@@ -1,0 +1,1 @@
+"""Runs looked at together: their curves in one picture, and settings tried one after the other."""

@@ -1,0 +1,115 @@
+"""What a run's metrics.jsonl says of its course: a loss against steps, residues, seconds of training, and FLOPs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron.errors import ConfigError
+from megatron.train.metrics import read_records
+
+METRICS = "metrics.jsonl"
+# What a loss is drawn against, and how records call it.
+AXES = {"steps": "iteration", "residues": "consumed_residues", "seconds": "training_s", "flops": "consumed_flops"}
+_SPLITS = {"valid": "validation", "train": "training"}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Losses in nats at rising steps; at each, every axis of AXES that the run recorded.
+
+    `spread`: for the mean of several runs, the standard deviation of one (over n - 1) at each point.
+    """
+
+    losses: np.ndarray
+    axes: dict[str, np.ndarray]
+    spread: np.ndarray | None = None
+
+    @property
+    def missing(self) -> list[str]:
+        """The axes that were not recorded."""
+        return [name for name in AXES if name not in self.axes]
+
+    def best(self) -> int:
+        """The index of the lowest loss."""
+        return int(self.losses.argmin())
+
+    def reached(self, loss: float) -> dict[str, float] | None:
+        """Where on each axis the curve first comes down to `loss`, linear between two points; None where it does not.
+
+        A curve that begins below it has reached it at its first point, as far as is known.
+        """
+        below = np.flatnonzero(self.losses <= loss)
+        if not below.size:
+            return None
+        at = below[0]
+        if at == 0:
+            return {name: float(values[0]) for name, values in self.axes.items()}
+        before, after = self.losses[at - 1], self.losses[at]
+        share = (before - loss) / (before - after)
+        return {name: float(values[at - 1] + share * (values[at] - values[at - 1]))
+                for name, values in self.axes.items()}
+
+    def smoothed(self) -> "Curve":
+        """The running mean over a twentieth of the points, as many on either side."""
+        half, sums = len(self.losses) // 40, np.cumsum([0.0, *self.losses])
+        index = np.arange(len(self.losses))
+        reach = np.minimum(half, np.minimum(index, index[::-1]))
+        return Curve((sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1), self.axes)
+
+
+def read_curve(folder: Path, kind: str) -> Curve:
+    """The losses of a kind of record ("train", "valid", "test", "valid/NAME") of the run in a folder, those finite.
+
+    Raises ConfigError where there are none.
+    """
+    records = kinds_of(folder)
+    found = {record["iteration"]: record for record in records.get(kind, ()) if isinstance(record.get("loss"), float)}
+    if not found:
+        others = ", ".join(name for name in records if name != kind) or "nothing"
+        raise ConfigError(f"{folder} has no {kind} loss; it has {others}. Let it come to an evaluation, or give "
+                          "another --metric")
+    points = [found[step] for step in sorted(found)]
+    axes = {name: [point.get(key) for point in points] for name, key in AXES.items()}
+    return Curve(np.array([point["loss"] for point in points]),
+                 {name: np.array(values, dtype=float) for name, values in axes.items() if None not in values})
+
+
+def kinds_of(folder: Path) -> dict[str, list[dict]]:
+    """The records of the run in a folder, by their kinds; raises ConfigError where the folder holds no run."""
+    path = folder / METRICS
+    if not path.is_file():
+        inside = sorted(place.parent.name for place in folder.glob(f"*/{METRICS}"))
+        remedy = f"give the runs in it, {folder}/{inside[0]} and so on" if inside else (
+            "give the folder that a run was saved in (--save)")
+        raise ConfigError(f"{folder} holds no {METRICS}; {remedy}" if folder.is_dir() else
+                          f"{folder} is no folder; {remedy}")
+    kinds: dict[str, list[dict]] = {}
+    for record in read_records(path):
+        kinds.setdefault(record["kind"], []).append(record)
+    return kinds
+
+
+def loss_name(kind: str) -> str:
+    """What the loss of a kind of record is called."""
+    split, slash, corpus = kind.partition("/")
+    return f"{_SPLITS.get(split, split)} loss{f' on {corpus}' if slash else ''}"
+
+
+def mean_curve(curves: Sequence[Curve]) -> Curve:
+    """The mean of runs, with their spread, at the steps that all have; on other axes, the mean of where they were.
+
+    Raises ConfigError where they have no step in common.
+    """
+    if len(curves) == 1:
+        return curves[0]
+    steps = sorted(set.intersection(*(set(curve.axes["steps"]) for curve in curves)))
+    if not steps:
+        raise ConfigError("these runs have no step in common at which they were evaluated, so they have no mean; give "
+                          "them one by one")
+    at = [np.searchsorted(curve.axes["steps"], steps) for curve in curves]
+    losses = np.stack([curve.losses[index] for curve, index in zip(curves, at, strict=True)])
+    axes = {name: np.mean([curve.axes[name][index] for curve, index in zip(curves, at, strict=True)], 0)
+            for name in AXES if all(name in curve.axes for curve in curves)}
+    return Curve(losses.mean(0), axes, losses.std(0, ddof=1))

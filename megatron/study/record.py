@@ -1,0 +1,150 @@
+"""What a sweep keeps in its folder, so that it goes on after it was killed, and what became of each trial.
+
+FOLDER/sweep.json     what it is: the flags of all trials, which flags are varied, which loss decides
+FOLDER/sweep.jsonl    one line a trial, begun or ended
+FOLDER/sweep.csv      the same as a table
+FOLDER/lr=1e-3_seed=1 one trial: the folder of its run, and run.log, what that printed
+"""
+
+import csv
+import fcntl
+import io
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from megatron.errors import ConfigError
+from megatron.files import write_json, write_text
+from megatron.study.settings import Space, Trial
+
+BEGUN, FINISHED, STOPPED, NOT_FINITE, FAILED = "begun", "finished", "stopped early", "not finite", "failed"
+ENDED = (FINISHED, STOPPED, NOT_FINITE)  # is not tried again
+IDENTITY, RESULTS = "sweep.json", "sweep.jsonl"
+_SAID = {"flags": "its trials have", "varied": "it varies", "metric": "it goes by"}
+WAIT_S = 60.0  # for a trial of a sweep that was killed, which is still saving
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is known of a trial: the loss at its last evaluation, and what it took up to there."""
+
+    trial: str
+    values: dict[str, str]
+    seed: str | None
+    outcome: str = BEGUN
+    loss: float | None = None
+    steps: int | None = None
+    residues: float | None = None
+    seconds: float | None = None
+    flops: float | None = None
+    wall_s: float | None = None
+    note: str = ""
+
+
+class Record:
+    """The results in a sweep's folder, by their trials; what is put in is on the disk at once."""
+
+    def __init__(self, folder: Path, space: Space, metric: str) -> None:
+        self.folder, self._space = folder, space
+        self._path = folder / RESULTS
+        self._results = {result.trial: result for result in self._read()}
+        self._check_identity({"flags": list(space.base), "varied": list(space.names), "metric": metric})
+
+    def __getitem__(self, trial: Trial) -> Result | None:
+        return self._results.get(self._space.folder_name(trial))
+
+    def all(self) -> list[Result]:
+        """Every result, in the order in which the trials were begun."""
+        return list(self._results.values())
+
+    def begun(self, trial: Trial) -> Result:
+        """A result to be filled in; that of an earlier start, if there is one."""
+        return self[trial] or Result(self._space.folder_name(trial),
+                                     dict(zip(self._space.names, trial.setting, strict=True)), trial.seed)
+
+    def put(self, result: Result) -> None:
+        """Keep a result, in place of what was known of its trial."""
+        self._results[result.trial] = result
+        write_text(self._path, "".join(f"{json.dumps(asdict(one))}\n" for one in self.all()))
+
+    def write_table(self) -> None:
+        """Write sweep.csv."""
+        text = io.StringIO()
+        columns = [*self._space.names, *(name for name in Result.__dataclass_fields__ if name != "values")]
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        for result in self.all():
+            facts: dict[str, Any] = asdict(result)
+            writer.writerow(facts.pop("values") | facts)
+        write_text(self.folder / "sweep.csv", text.getvalue())
+
+    def _read(self) -> list[Result]:
+        try:
+            lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+            return [Result(**json.loads(line)) for line in lines]
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{self._path} is damaged ({error}); remove it: trials that are done end at once when "
+                              "started again") from None
+
+    def _check_identity(self, identity: dict[str, Any]) -> None:
+        """Raises ConfigError where another sweep's trials have got anywhere here; writes there what this one is."""
+        path = self.folder / IDENTITY
+        try:
+            found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        except ValueError:
+            raise ConfigError(f"{path} is damaged; give a new folder") from None
+        differing = next((name for name, value in identity.items() if found.get(name) != value), None)
+        if differing is None:
+            return
+        if any(result.steps is not None or has_checkpoint(self.folder / result.trial) for result in self.all()):
+            then, now = _difference(found.get(differing) or [], identity[differing])
+            raise ConfigError(f"--output {self.folder} holds another sweep: {_SAID[differing]} {then or 'nothing'} "
+                              f"where here is {now or 'nothing'}; give a new folder, or what it has")
+        self._results = {}
+        write_json(path, identity)
+
+
+def _difference(then: Sequence[str] | str, now: Sequence[str] | str) -> list[str]:
+    """What two lists of words have from the flag on in which they first differ, in short."""
+    pair = [[one] if isinstance(one, str) else list(one) for one in (then, now)]
+    alike = next((index for index, words in enumerate(zip(*pair, strict=False)) if words[0] != words[1]),
+                 min(map(len, pair)))
+    if alike and any(words[alike:] and not words[alike].startswith("--") for words in pair):
+        alike -= 1  # a value: with its flag, if that is what stands before it
+    return [" ".join(words[alike:alike + 4]) + (" …" if len(words) > alike + 4 else "") for words in pair]
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run in a folder has saved; without loading torch, as the checkpoints' own module does."""
+    return any(folder.glob("iter_*"))
+
+
+@contextmanager
+def held(folder: Path, tell: Callable[[str], None]) -> Iterator[IO[str]]:
+    """The folder for this sweep alone: a file that trials inherit, so that it is free once all have ended.
+
+    Raises ConfigError where it is of something else, another sweep holds it, or trials are still at work after a while.
+    """
+    others = sorted(place.name for place in folder.glob("[!.]*"))
+    if others and not (folder / IDENTITY).exists():
+        raise ConfigError(f"--output {folder} holds {others[0]} and no sweep; give a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".sweep.lock").open("w") as file:
+        began_s, is_told = time.monotonic(), False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not is_told:
+                    tell(f"waiting for what is at work in {folder}: a trial of an earlier start may be saving")
+                    is_told = True
+                if time.monotonic() >= began_s + WAIT_S:
+                    raise ConfigError(f"another sweep is at work in --output {folder}; wait for it, or give another "
+                                      "folder") from None
+                time.sleep(0.1)
+        yield file

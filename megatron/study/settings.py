@@ -1,0 +1,126 @@
+"""What a sweep tries: values of flags on the command line, one of each a setting, each setting with every seed."""
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from megatron.config import Config
+from megatron.config.command_line import flag_name, left_open, parse
+from megatron.errors import ConfigError
+from megatron.train.state import BatchSizes, TrainState
+
+Setting = tuple[str, ...]  # a value of each varied flag, as on the command line
+_SWITCH = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}
+# What a sweep sets itself, or what would end a trial before its end.
+_NOT_THEIRS = ("save", "tensorboard_dir", "exit_interval", "exit_duration_in_mins", "dry_run")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep: a setting with a seed, None where the flags say it."""
+
+    setting: Setting
+    seed: str | None
+
+
+@dataclass(frozen=True)
+class Space:
+    """The varied flags, without their dashes, with the values of each; the seeds; and the flags of all trials."""
+
+    names: tuple[str, ...]
+    values: tuple[tuple[str, ...], ...]
+    seeds: tuple[str | None, ...]
+    base: tuple[str, ...]
+
+    def settings(self) -> list[Setting]:
+        """All of them, the last flag's values changing fastest."""
+        return list(itertools.product(*self.values))
+
+    def trials(self, setting: Setting) -> list[Trial]:
+        """A setting with each seed."""
+        return [Trial(setting, seed) for seed in self.seeds]
+
+    def folder_name(self, trial: Trial) -> str:
+        """What a trial's folder is called, such as lr=1e-3_seed=1."""
+        pairs = [*zip(self.names, trial.setting, strict=True), *([("seed", trial.seed)] if trial.seed else [])]
+        return "_".join(f"{name}={re.sub(r'[^A-Za-z0-9.+-]+', '-', str(value)).strip('-')}" for name, value in pairs)
+
+    def varied_words(self, setting: Setting) -> list[str]:
+        """A setting on the command line."""
+        return [word for name, value in zip(self.names, setting, strict=True) for word in _words(name, value)]
+
+    def words(self, trial: Trial) -> list[str]:
+        """A trial on the command line, but for where it lies."""
+        seed = ["--seed", trial.seed] if trial.seed else []
+        return ["--keep-checkpoints", "1", *self.base, *self.varied_words(trial.setting), *seed]
+
+    def last_iteration(self, trial: Trial) -> int:
+        """The step at which a trial ends."""
+        return BatchSizes(_parsed(self.words(trial)).training, 1).last_iteration(TrainState())
+
+    def check(self) -> None:
+        """Raises ConfigError for values that make no sweep, or flags that pretrain_tape.py would refuse."""
+        for name, values in zip(self.names, self.values, strict=True):
+            if not values:
+                raise ConfigError(f"--vary {name} has no values; give some behind it: --vary {name} VALUE VALUE")
+            if len(set(values)) < len(values):
+                raise ConfigError(f"--vary {name} has {max(values, key=values.count)} twice; give it once")
+        if len(set(self.names)) < len(self.names):
+            raise ConfigError(f"--vary {max(self.names, key=self.names.count)} is given twice; put its values together")
+        trials = [trial for setting in self.settings() for trial in self.trials(setting)]
+        found: dict[str, Trial] = {}
+        for trial in trials:
+            if trial.seed == self.seeds[0] or trial.setting == trials[0].setting:
+                self._check_flags(trial)
+            other = found.setdefault(self.folder_name(trial), trial)
+            if other != trial:
+                raise ConfigError(f"the values {' '.join(other.setting)} and {' '.join(trial.setting)} would share the "
+                                  f"folder {self.folder_name(trial)}; spell them so that letters or digits differ")
+
+    def _check_flags(self, trial: Trial) -> None:
+        config = _parsed(self.words(trial))
+        BatchSizes(config.training, 1)
+        for _, section in config.sections():
+            for item in fields(section):
+                if item.name in _NOT_THEIRS and getattr(section, item.name) != item.default:
+                    raise ConfigError(f"{flag_name(item)} is not for a sweep, whose trials have folders of their own "
+                                      "and go to their end; leave it out")
+        if config.checkpoint.load and not config.checkpoint.finetune:
+            raise ConfigError(f"--load {config.checkpoint.load} would have every trial go on with one run; leave it "
+                              "out, or give --finetune to begin each with its weights")
+
+
+def _parsed(words: Sequence[str]) -> Config:
+    """The configuration of a trial that begins; raises ConfigError."""
+    if "--load" not in words:
+        return parse(words)[0]
+    from megatron.checkpoint.newest import saved_flags  # torch: slow to import, and few need it
+
+    return parse(words, left_open(words, saved_flags))[0]
+
+
+def _words(name: str, value: str) -> list[str]:
+    item = next((item for _, section in Config().sections() for item in fields(section)
+                 if flag_name(item) == f"--{name}"), None)
+    if item is None:  # the preset, or a mistake that the command line will find
+        return [f"--{name}", value]
+    if item.metadata["type"] is bool or isinstance(item.default, bool):
+        if value.lower() not in _SWITCH:
+            raise ConfigError(f"--vary {name} has {value}; --{name} is a switch: give true or false")
+        is_on = _SWITCH[value.lower()]
+        return [f"--{name}"] if is_on else [] if name.startswith("no-") else [f"--no-{name}"]
+    return [f"--{name}", *(value.split() if item.metadata["nargs"] else [value])]
+
+
+def is_number(text: str) -> bool:
+    """Whether a value is one."""
+    try:
+        return bool(float(text)) or True
+    except ValueError:
+        return False
+
+
+def in_order(values: Sequence[str]) -> list[str]:
+    """Values from the smallest to the largest where all are numbers, else as they are."""
+    return sorted(values, key=float) if all(map(is_number, values)) else list(values)

@@ -1,0 +1,31 @@
+"""Rows of text under their heads, for a terminal."""
+
+from collections.abc import Sequence
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], num_left: int = 1) -> str:
+    """The rows under `heads`, each column as wide as its widest cell; the first `num_left` begin at the left."""
+    lines = [list(heads), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) if index < num_left else cell.rjust(width)
+                               for index, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip()
+                     for line in lines)
+
+
+def in_short(number: float) -> str:
+    """Three digits with a letter for thousands, millions and so on: 1.23M; whole below a thousand where it is."""
+    for exponent, letter in ((24, "Y"), (21, "Z"), (18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if abs(number) >= 0.9995 * 10**exponent:
+            return f"{number / 10**exponent:#.3g}".rstrip(".") + letter
+    return f"{number:.3g}"
+
+
+def in_time(seconds: float) -> str:
+    """Seconds as a person says them: 3.2 s, 41 s, 12 min, 3 h 05 min, 2 d 4 h."""
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours = minutes // 60
+    return f"{hours} h {minutes % 60:02} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"

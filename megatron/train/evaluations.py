@@ -1,0 +1,56 @@
+"""All evaluations of a run, written to its events as they come: splits, corpora, and the average of the weights."""
+
+from megatron.checkpoint.saving import Saver
+from megatron.data.rows.blend import BlendedDataset
+from megatron.data.rows.dataset import Dataset, corpora_of
+from megatron.train.build import Run
+from megatron.train.evaluate import Evaluation, evaluate
+from megatron.train.events import OF_AVERAGE, Events
+from megatron.train.meters import Meters, Totals
+from megatron.train.stop import StopRequests
+
+
+class Evaluations:
+    """The evaluations of one run; each ends early, without a result, where a rank wants to stop."""
+
+    def __init__(self, run: Run, events: Events, requests: StopRequests, saver: Saver | None, meters: Meters) -> None:
+        self._run, self._events, self._requests, self._saver, self._meters = run, events, requests, saver, meters
+
+    def of_all_splits(self) -> dict[str, Evaluation]:
+        """Those of validation and test, by their kinds."""
+        totals = self._meters.totals()
+        return {kind: result for split in ("valid", "test") for kind, result in self.of_split(split, totals).items()}
+
+    def of_split(self, split: str, totals: Totals | None) -> dict[str, Evaluation]:
+        """Those of a split, with --eval-each of each of its corpora, and with --ema of both by the average.
+
+        `totals`: what the run has taken up to here. Before the first step the average is the weights.
+        """
+        results = self._by_weights(split, split, totals)
+        if self._run.engine.average is not None and self._run.state.iteration:
+            with self._run.engine.averaged():
+                results |= self._by_weights(split, f"{split}{OF_AVERAGE}", totals)
+        return results
+
+    def _by_weights(self, split: str, whole_kind: str, totals: Totals | None) -> dict[str, Evaluation]:
+        run, results = self._run, dict[str, Evaluation]()
+        whole, training, state = getattr(run.data, split), run.config.training, run.state
+        datasets: dict[str, Dataset] = {} if whole is None else {whole_kind: whole}
+        if training.eval_each and whole is not None and isinstance(run.data.train, BlendedDataset):
+            datasets |= {f"{whole_kind}/{name}": corpus for name, corpus in corpora_of(whole).items()}
+        for kind, dataset in datasets.items():
+            if self._requests.agreed(run.mesh):
+                break
+            num_rows = dataset.num_epoch_rows(0)
+            if training.eval_iters:
+                num_rows = min(num_rows, training.eval_iters * run.sizes.final)
+            result = evaluate(run.engine, dataset, run.shape, run.log, num_rows=num_rows,
+                              label="validation" if split == "valid" else split,
+                              wants_stop=lambda: self._requests.agreed(run.mesh))
+            if result is None:
+                break
+            results[kind] = result
+            self._events.evaluation(kind, state.iteration, state.consumed_samples, totals, result)
+            if self._saver is not None and kind == "valid" and result.loss is not None:
+                self._saver.note_validation(state.iteration, result.loss)
+        return results

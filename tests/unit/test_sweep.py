@@ -1,0 +1,320 @@
+"""A sweep: which trials there are, which are stopped, what is kept, and what is said.
+
+A stand-in takes the trials' place. It writes the records of a run whose loss is known, saves what stands for a
+checkpoint, and leaves on SIGTERM.
+"""
+
+import csv
+import json
+import os
+import random
+import signal
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+
+from megatron.study import running
+from megatron.study.outcome import as_table, edges, outcomes
+from megatron.study.record import Record, Result
+from megatron.study.running import falls_behind
+from megatron.study.sampling import plan
+from megatron.study.settings import Space, Trial
+from megatron.study.sweep_picture import draw_sweep
+from tools.sweep import environments, main
+
+BASE = ("--seq-length", "8", "--micro-batch-size", "1", "--train-iters", "30")
+STAND_IN = '''
+import argparse, json, math, os, signal, sys, time
+from pathlib import Path
+parser = argparse.ArgumentParser()
+for name in ("lr", "save", "load", "train-iters", "seed"):
+    parser.add_argument(f"--{name}")
+parser.add_argument("--sgd-momentum", type=float, default=0)  # the seconds between two evaluations
+given, rest = parser.parse_known_args()
+print(f"threads={os.environ.get('OMP_NUM_THREADS')}", *sys.argv[1:], flush=True)
+if given.seed == "13":
+    sys.exit("error: unlucky") if given.lr == "1" else None
+    print("error: no such thing")
+    sys.exit(2)
+folder, asked = Path(given.save), []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+done = max((int(place.name[5:]) for place in folder.glob("iter_*")), default=0)
+for step in range(done + 10, int(given.train_iters) + 1, 10):
+    loss = abs(math.log10(float(given.lr)) + 3) + 1 / step + 0.25 * int(given.seed or 0)
+    record = {"iteration": step, "consumed_residues": step, "loss": None if float(given.lr) > 1 else loss}
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"kind": "train", "skipped_iterations": 0} | record) + "\\n")
+        file.write(json.dumps({"kind": "valid"} | record) + "\\n")
+    (folder / f"iter_{step:07d}").mkdir()
+    time.sleep(given.sgd_momentum)
+    if asked:
+        break
+'''
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch, capsys):
+    """A function that runs the tool over the stand-in; gives its exit status, its lines and its errors."""
+    (tmp_path / "program.py").write_text(STAND_IN)
+    monkeypatch.setattr(running, "PROGRAM", tmp_path / "program.py")
+    monkeypatch.setattr(running, "POLL_S", 0.01)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*own, base=BASE):
+        status = main(["--output", "out", *own, "--", *base])
+        said = capsys.readouterr()
+        return status, said.out.splitlines(), said.err
+
+    return run
+
+
+def begun(lines):
+    return [line.split(": ")[1] for line in lines if line.startswith("trial ")]
+
+
+def results(folder="out"):
+    found = map(json.loads, Path(folder, "sweep.jsonl").read_text().splitlines())
+    return {result["trial"]: result for result in found}
+
+
+def space(**values):
+    return Space(tuple(values), tuple(map(tuple, values.values())), ("1", "2"), BASE)
+
+
+def test_a_grid_takes_every_setting_with_one_seed_before_the_next(sweep):
+    own = ("--vary", "lr", "1e-4", "1e-3", "--vary", "swiglu", "true", "false", "--seeds", "1", "2")
+    status, lines, error = sweep(*own)
+    assert (status, error) == (0, "")
+    assert begun(lines) == [f"lr={lr}_swiglu={swiglu}_seed={seed}" for seed in "12" for lr in ("1e-4", "1e-3")
+                            for swiglu in ("true", "false")]
+    assert lines[0].startswith("trial 1 of 8: ") and "; 7 to go, about " in lines[1]
+    assert "finished: loss 1.2833 at step 30, in " in lines[1]  # |-4 + 3| + 1 / 30 + 0.25
+    said = Path("out/lr=1e-4_swiglu=false_seed=2/run.log").read_text().split()
+    assert said[1:3] == ["--keep-checkpoints", "1"] and "--no-swiglu" in said
+    assert said[said.index("--seed") + 1] == "2" and said[said.index("--load") + 1] == said[said.index("--save") + 1]
+
+
+def test_the_end_says_the_best_and_draws_and_keeps_a_table(sweep):
+    _, lines, _ = sweep("--vary", "lr", "1e-4", "1e-3", "--seeds", "1", "2")
+    at = lines.index("validation loss in nats, the best first:")
+    assert lines[at + 3].split()[:5] == ["1e-3", "0.4083", "±", "0.1768", "2"]
+    assert lines[-2:] == ["note: --lr 1e-3 is the largest that was tried: widen its list, a larger one may be better",
+                          "best: --lr 1e-3"]
+    with open("out/sweep.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["lr"], row["seed"], row["outcome"], row["steps"]) for row in rows] == [
+        (lr, seed, "finished", "30") for seed in "12" for lr in ("1e-4", "1e-3")]
+    assert Path("out/sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_done_is_not_run_again_and_a_longer_list_adds_to_it(sweep):
+    sweep("--vary", "lr", "1e-4", "1e-3")
+    _, again, _ = sweep("--vary", "lr", "1e-4", "1e-3")
+    assert begun(again) == [] and again[-1] == "best: --lr 1e-3"
+    _, wider, _ = sweep("--vary", "lr", "1e-4", "1e-3", "1e-2")
+    assert begun(wider) == ["lr=1e-2"] and wider[0].startswith("trial 3 of 3: ")
+    assert wider[-1] == "best: --lr 1e-3" and not any("widen" in line for line in wider)
+
+
+def test_a_trial_worse_than_the_median_of_the_others_is_stopped_and_stays_so(sweep):
+    own = ("--vary", "lr", "1e-3", "1e-2", "1e-1", "1", "--early-stop", "20")
+    slow = (*BASE, "--sgd-momentum", "0.1")
+    _, lines, _ = sweep(*own, base=slow)
+    found = results()
+    assert [found[f"lr={lr}"]["outcome"] for lr in ("1e-3", "1e-2", "1e-1", "1")] == [
+        "finished", "finished", "stopped early", "stopped early"]
+    assert found["lr=1"]["steps"] == 20 and found["lr=1"]["loss"] == pytest.approx(3 + 1 / 20)
+    assert any(line.split()[-2:] == ["stopped", "early"] for line in lines)
+    assert begun(sweep(*own, base=slow)[1]) == []
+
+
+def test_a_loss_that_is_not_finite_stops_a_trial(sweep):
+    sweep("--vary", "lr", "2", "--early-stop", base=(*BASE, "--sgd-momentum", "0.1"))
+    assert results()["lr=2"]["outcome"] == "not finite" and results()["lr=2"]["steps"] < 30
+
+
+@pytest.mark.parametrize(("loss", "others", "expected"), [
+    (2.0, [], False), (2.0, [1.0], False), (2.0, [1.0, 1.5], True), (2.0, [1.0, 3.0], False), (2.1, [1.0, 3.0], True),
+    (2.0, [1.0, 2.0, 3.0], False), (2.5, [1.0, 2.0, 3.0], True)])
+def test_the_median_decides_who_falls_behind(loss, others, expected):
+    assert falls_behind(loss, others) is expected
+
+
+def test_two_trials_at_once_share_the_cores(sweep, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(6))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    own = ("--vary", "lr", "1e-4", "1e-3", "1e-2", "--jobs", "2")
+    _, lines, _ = sweep(*own, base=(*BASE, "--sgd-momentum", "0.1"))
+    assert [line.split(":")[0] for line in lines[:2]] == ["trial 1 of 3", "trial 2 of 3"]
+    assert {Path("out", name, "run.log").read_text().split()[0] for name in results()} == {"threads=3"}
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    assert [one["CUDA_VISIBLE_DEVICES"] for one in environments(3)] == ["4", "7", "4"]
+
+
+def test_a_request_to_stop_is_passed_on_and_the_same_command_goes_on(sweep, monkeypatch):
+    slow = (*BASE, "--sgd-momentum", "0.2")
+    monkeypatch.setattr(running.Sweep, "_begin", _and_signal(running.Sweep._begin))
+    status, lines, _ = sweep("--vary", "lr", "1e-3", "1e-2", base=slow)
+    assert status == 0 and lines[-1] == "stopped: the same command goes on"
+    assert begun(lines) == ["lr=1e-3"] and results()["lr=1e-3"]["outcome"] == "begun"
+    monkeypatch.undo()
+
+
+def _and_signal(begin):
+    def begin_and_signal(self, trial):
+        begin(self, trial)
+        folder = Path("out", self._space.folder_name(trial))
+        while not list(folder.glob("iter_*")):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    return begin_and_signal
+
+
+def test_weights_to_begin_with_are_loaded_once(sweep):
+    base = (*BASE, "--finetune", "--load", "weights")
+    sweep("--vary", "lr", "1e-3", base=base)
+    words = Path("out/lr=1e-3/run.log").read_text().split()
+    assert [words[at + 1] for at, word in enumerate(words) if word == "--load"] == ["weights"]
+    Path("out/sweep.jsonl").unlink()
+    sweep("--vary", "lr", "1e-3", base=base)
+    again = Path("out/lr=1e-3/run.log").read_text().splitlines()[1].split()
+    assert again[-3:] == ["--load", "out/lr=1e-3", "--no-finetune"]
+
+
+def test_a_trial_that_fails_is_tried_again_and_a_mistake_ends_the_sweep(sweep):
+    status, lines, error = sweep("--vary", "lr", "1", "0.1", "--seeds", "13")
+    assert (status, error) == (2, "error: trial lr=0.1_seed=13: no such thing\n")
+    assert lines[1].startswith("  failed (exit status 1: error: unlucky): no loss yet, in ")
+    assert begun(sweep("--vary", "lr", "1", "--seeds", "13")[1]) == ["lr=1_seed=13"]
+
+
+@pytest.mark.parametrize(("own", "base", "said"), [
+    ([], BASE, "--vary is missing"),
+    (["--vary", "lr"], BASE, "--vary lr has no values"),
+    (["--vary", "lrr", "1"], BASE, "unknown argument --lrr; did you mean --lr?"),
+    (["--vary", "lr", "1e-3", "fast"], BASE, "argument --lr: invalid float value: 'fast'"),
+    (["--vary", "lr", "1", "1"], BASE, "--vary lr has 1 twice"),
+    (["--vary", "swiglu", "maybe"], BASE, "--vary swiglu has maybe; --swiglu is a switch"),
+    (["--vary", "data-path", "a/b", "a-b"], (*BASE, "--lr", "1"), "the values a/b and a-b would share the folder"),
+    (["--vary", "lr", "1", "--jobs", "0"], BASE, "--jobs is 0"),
+    (["--vary", "lr", "1", "--sampler", "random"], BASE, "--sampler random needs --trials"),
+    (["--vary", "lr", "1"], (*BASE, "--nix"), "unknown argument --nix"),
+    (["--vary", "lr", "1"], (*BASE, "--save", "x"), "--save is not for a sweep"),
+    (["--vary", "lr", "1"], (*BASE, "--load", "x"), "--load x would have every trial go on with one run"),
+])
+def test_what_makes_no_sweep_is_one_line(sweep, own, base, said):
+    status, lines, error = sweep(*own, base=base)
+    assert (status, lines) == (2, []) and error.startswith(f"error: {said}") and error.count("\n") == 1
+    assert not Path("out").exists()
+
+
+def test_the_folder_of_something_else_is_refused(sweep):
+    Path("out").mkdir()
+    Path("out/notes.txt").touch()
+    assert sweep("--vary", "lr", "1")[2] == "error: --output out holds notes.txt and no sweep; give a new folder\n"
+
+
+def test_another_sweep_in_the_folder_is_refused_once_a_trial_has_got_anywhere(sweep):
+    assert sweep("--vary", "lr", "0.1", "--seeds", "13")[0] == 2  # nothing came of it
+    assert sweep("--vary", "lr", "1")[0] == 0
+    assert sweep("--vary", "lr", "1", base=(*BASE[:-1], "60"))[2] == (
+        "error: --output out holds another sweep: its trials have --train-iters 30 where here is --train-iters 60; "
+        "give a new folder, or what it has\n")
+    assert "it varies lr where here is lr min-lr" in sweep("--vary", "lr", "1", "--vary", "min-lr", "0")[2]
+    assert "it goes by valid where here is test" in sweep("--vary", "lr", "1", "--metric", "test")[2]
+
+
+def test_random_draws_some_of_the_grid_and_the_same_again(tmp_path):
+    values = space(lr=["1", "2", "3"], seed_of=["4", "5", "6"])
+    drawn = [list(plan("random", values, Record(_new(tmp_path / name), values, "valid"), 4).upcoming) for name in "ab"]
+    assert drawn[0] == drawn[1] and len(set(drawn[0])) == 8  # four settings with two seeds
+    assert [trial.seed for trial in drawn[0]] == ["1"] * 4 + ["2"] * 4
+
+
+def test_without_optuna_that_is_said(sweep, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    status, _, error = sweep("--vary", "lr", "1", "--sampler", "optuna", "--trials", "1")
+    assert status == 2 and error.startswith("error: --sampler optuna needs optuna, which is not installed")
+
+
+def test_optuna_is_told_what_was_found_and_asked_until_there_are_enough(tmp_path, monkeypatch):
+    optuna = _Optuna()
+    monkeypatch.setitem(sys.modules, "optuna", optuna.module)
+    values = space(lr=["1e-2", "1e-3", "1e-4"], normalization=["LayerNorm", "RMSNorm"])
+    record = Record(_new(tmp_path / "a"), values, "valid")
+    begun_before = Trial(("1e-3", "RMSNorm"), "1")
+    record.put(record.begun(begun_before))
+    planned, taken = plan("optuna", values, record, 3), []
+    assert planned.num_trials == 6
+    for trial in planned.upcoming:
+        taken.append(trial)
+        result = record.begun(trial)
+        record.put(Result(result.trial, result.values, trial.seed, "finished", float(trial.setting[0]), 30))
+    assert taken[:2] == [begun_before, Trial(begun_before.setting, "2")] and len(taken) == 6
+    assert {trial.setting[0] for trial in taken[2:]} == {"1e-4"}  # the best value by what it was told
+    assert optuna.told[0]["params"] == {"lr": 1, "normalization": 1} and optuna.told[0]["value"] == 1e-3
+
+
+class _Optuna:
+    """Suggests the smallest step of each scale of numbers, by chance what has none; keeps what it is told."""
+
+    def __init__(self):
+        self.told, chance = [], random.Random(1)
+
+        def ask(scales):
+            return types.SimpleNamespace(params={name: scale[0] if isinstance(scale, tuple) else chance.choice(scale)
+                                                 for name, scale in scales.items()})
+
+        study = types.SimpleNamespace(add_trial=self.told.append, ask=ask)
+        self.module = types.SimpleNamespace(
+            create_study=lambda sampler: study,
+            logging=types.SimpleNamespace(set_verbosity=lambda level: None, WARNING=0),
+            samplers=types.SimpleNamespace(TPESampler=lambda **options: None),
+            distributions=types.SimpleNamespace(IntDistribution=lambda low, high: (low, high),
+                                                CategoricalDistribution=lambda choices: choices),
+            trial=types.SimpleNamespace(create_trial=lambda **facts: facts,
+                                        TrialState=types.SimpleNamespace(COMPLETE="complete", PRUNED="pruned")))
+
+
+def _new(folder):
+    folder.mkdir()
+    return folder
+
+
+def made(**values):
+    """A finished result for each pair of a number and a loss; without a loss, one that was stopped at 9."""
+    return [Result(f"{name}{index}{seed}", {"lr": lr, "beta": beta}, str(seed), "finished" if loss else "stopped early",
+                   loss or 9.0, 30) for name, rows in values.items() for index, (lr, beta, losses) in enumerate(rows)
+            for seed, loss in enumerate(losses)]
+
+
+def test_settings_that_were_not_finished_come_last_whatever_their_loss():
+    rows = [("1", "x", [1.0, None]), ("2", "x", [3.0, 4.0]), ("10", "y", [2.0, 2.5]), ("3", "y", [None])]
+    found = outcomes(made(a=rows))
+    assert [(one.values["lr"], one.is_finished, one.mean) for one in found] == [
+        ("10", True, 2.25), ("2", True, 3.5), ("1", False, 1.0), ("3", False, 9.0)]
+    assert found[0].spread == pytest.approx(0.125**0.5) and found[3].spread is None
+    assert as_table(found).splitlines()[3].endswith("1 finished, 1 stopped early")
+    assert edges(found) == ["note: --lr 10 is the largest that was tried: widen its list, a larger one may be better"]
+
+
+@pytest.mark.parametrize("rows", [
+    [("1e-3", "x", [2.0])],
+    [("1e-4", "x", [2.0, 2.1]), ("1e-3", "x", [2.5, 2.6]), ("1", "x", [None])],
+    [("1e-4", "x", [2.0]), ("1e-3", "x", [2.5]), ("1e-4", "y", [None])]])
+def test_a_picture_is_drawn_of_one_flag_and_of_two(tmp_path, rows):
+    draw_sweep(outcomes(made(a=rows)), "loss", tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_is_drawn_of_more_flags(tmp_path):
+    found = [Result(f"{a}{b}{c}", {"a": a, "b": b, "c": c}, None, "finished", float(a), 3) for a in "12" for b in "xy"
+             for c in "34"]
+    draw_sweep(outcomes(found), "loss", tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
