@@ -31,7 +31,8 @@ COMMON = ("--split 40000,2000,0 --seq-length 1024 --micro-batch-size 2 --attenti
           "--precision auto --lr-decay-style cosine --lr-warmup-fraction 0.1 --adam-beta2 0.98 --eval-iters 0 "
           "--eval-interval 1000000 --log-interval 50")
 ADAMW = "--lr 1e-3 --min-lr 1e-4"
-MUON = "--optimizer muon --lr 0.02 --min-lr 0.002"
+MUON = ("--optimizer muon --lr 0.02 --min-lr 0.002 --muon-lr 0.02 --embedding-lr 0.005 --head-lr 0.005 "
+        "--scalar-lr 0.005")
 MODEL = {"rotary": "--position-embedding-type rope", "rmsnorm": "--normalization RMSNorm", "qknorm": "--qk-layernorm",
          "relu2": "--squared-relu", "zero": "--zero-init-output", "untied": "--untie-embeddings-and-output-weights",
          "value": "--value-embeddings", "conv": "--qkv-conv-kernel 5"}

@@ -7,7 +7,7 @@ from megatron.config.declaration import flag, fraction, not_negative, positive
 from megatron.errors import ConfigError
 
 # Peak learning rates under Muon where no flag gives one. A vector of the group "scalar" is any that is no matrix.
-_WITH_MUON = {"muon_lr": 0.02, "embedding_lr": 5e-3, "head_lr": 5e-3, "scalar_lr": 5e-3}
+_WITH_MUON = {"muon_lr": 0.01, "embedding_lr": 0.02, "head_lr": 0.02, "scalar_lr": 5e-3}
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,12 @@ class OptimizerConfig:
     optimizer: str = flag("adam", "optimizer (adam is AdamW; under muon and normuon it steps what is no matrix of a "
                           "linear layer)", choices=("adam", "sgd", "muon", "normuon"), changes="course")
     optimizer_backend: str = flag("torch", "whose implementation of it", choices=("torch", "apex"), changes="course")
-    muon_lr: float = flag(None, "peak learning rate of what muon or normuon steps (default: 0.02)", kind=float,
+    muon_lr: float = flag(None, "peak learning rate of what muon or normuon steps (default: 0.01)", kind=float,
                           check=positive, changes="course")
     embedding_lr: float = flag(None, "peak learning rate of the tables of embeddings, on the course of the others "
-                               "(default: --lr, under muon 0.005)", kind=float, check=positive, changes="course")
+                               "(default: --lr, under muon 0.02)", kind=float, check=positive, changes="course")
     head_lr: float = flag(None, "peak learning rate of the head's own matrix and bias (default: --lr, under muon "
-                          "0.005)", kind=float, check=positive, changes="course")
+                          "0.02)", kind=float, check=positive, changes="course")
     scalar_lr: float = flag(None, "peak learning rate of biases, scales and other vectors and scalars (default: --lr, "
                             "under muon 0.005)", kind=float, check=positive, changes="course")
     weight_decay: float = flag(0.01, "decoupled weight decay; never on biases and LayerNorms", kind=float,

@@ -134,7 +134,7 @@ def test_learning_rates_of_groups_have_defaults_under_muon_alone():
         return config.muon_lr, config.embedding_lr, config.head_lr, config.scalar_lr
 
     assert of("adam") == (None,) * 4
-    assert of("muon", "--head-lr", "0.1") == (0.02, 5e-3, 0.1, 5e-3)
+    assert of("muon", "--head-lr", "0.1") == (0.01, 0.02, 0.1, 5e-3)
     with pytest.raises(ConfigError, match="--muon-lr 0.1 is of --optimizer muon and normuon, which is adam"):
         of("adam", "--muon-lr", "0.1")
     with pytest.raises(ConfigError, match="--optimizer-backend apex has no normuon; give torch"):
