@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ROWS_AT_ONCE = 1 << 14  # in fp64
-MAX_STEPS, MAX_SWEEPS, SUFFICIENT = 100, 200, 0.01
+MAX_STEPS, MAX_SWEEPS, MAX_HALVINGS = 50, 200, 20
+SUFFICIENT = 0.01  # of the fall that the slope promises
 
 
 def fit(features: Sequence[Tensor], labels: Sequence[Tensor], c: float, tolerance: float = 1e-3) -> Tensor:
@@ -29,15 +30,14 @@ def fit(features: Sequence[Tensor], labels: Sequence[Tensor], c: float, toleranc
         if violation(theta, gradient, penalty) <= tolerance:
             break
         step = _newton_step(theta, gradient, hessian, penalty)
-        growth = penalty @ (np.abs(theta + step) - np.abs(theta))
-        before, size = loss + penalty @ np.abs(theta), 1.0
-        while size > 1e-8:
+        before = loss + penalty @ np.abs(theta)
+        fall = gradient @ step + penalty @ (np.abs(theta + step) - np.abs(theta))
+        for size in 0.5 ** np.arange(MAX_HALVINGS):
             tried = theta + size * step
-            loss, new_gradient, new_hessian = _derivatives(features, labels, c, tried)
-            if loss + penalty @ np.abs(tried) <= before + SUFFICIENT * size * (gradient @ step + growth):
+            loss, gradient, hessian = _derivatives(features, labels, c, tried)
+            if loss + penalty @ np.abs(tried) <= before + SUFFICIENT * size * fall:
                 break
-            size /= 2
-        theta, gradient, hessian = tried, new_gradient, new_hessian
+        theta = tried
     return torch.from_numpy(theta)
 
 

@@ -16,6 +16,7 @@ secondary_structure/{train,test_cb513}.jsonl.gz    seq, ss3 (H, E, C), mask (1: 
 import argparse
 import gzip
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,14 +31,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import structure_probe  # noqa: E402
-from benchmarks.contact_probe import NUM_FITTED, Chain, chance, contact_precision  # noqa: E402
+from benchmarks.contact_probe import NUM_FITTED, SEPARATIONS, Chain, chance, contact_precision  # noqa: E402
 from benchmarks.structure_probe import Labelled, accuracy, hidden_states, labels, windows  # noqa: E402
 from megatron.config.command_line import OneLineParser  # noqa: E402
 from megatron.errors import ConfigError, DataError  # noqa: E402
 from megatron.infer.pretrained import Pretrained, load  # noqa: E402
 from megatron.log import Log, exit_status  # noqa: E402
 
-HEADINGS = ("model", "P@L, all from 6", "P@L/2", "P@L/5", "P@L, long from 24", "P@L/2", "P@L/5", "CB513, 3 classes")
+HEADINGS = ("model", *(f"P@{size}, separation ≥ {least}" for least in SEPARATIONS for size in ("L", "L/2", "L/5")),
+            "CB513, 3 classes")
 Item = TypeVar("Item")
 
 
@@ -96,8 +98,10 @@ def read_task(given: argparse.Namespace) -> Task:
 def rows(models: dict[str, Pretrained], task: Task, num_draws: int) -> Iterator[list[str]]:
     """The cells of each row: the models, random weights in each of their shapes, and what needs no model."""
     named = {f"{folder}, iteration {model.iteration}": model for folder, model in models.items()}
-    shapes = {(model.config.model, model.vocab): (folder, model) for folder, model in reversed(models.items())}
-    named |= {f"random weights, as {folder}": model.untrained(seed=0) for folder, model in reversed(shapes.values())}
+    shapes: dict[object, str] = {}
+    for folder, model in models.items():
+        shapes.setdefault((model.config.model, model.vocab), folder)
+    named |= {f"random weights, as {folder}": models[folder].untrained(seed=0) for folder in shapes.values()}
     train_labels_t, test_labels_t = labels(task.structure_train), labels(task.structure_test)
     for name, model in named.items():
         start = time.monotonic()
@@ -141,17 +145,25 @@ def _read(path: Path, item: Callable[[dict[str, Any]], Item], number: int | None
 
 
 def _chain(fields: dict[str, Any]) -> Chain:
+    sequence = _letters(fields["seq"])
     atoms = torch.tensor([[torch.nan] * 3 if atom is None else atom for atom in fields["ca"]], dtype=torch.float32)
-    if atoms.shape != (len(fields["seq"]), 3):
-        raise ValueError(f"{len(fields['seq'])} residues, and C-alpha of {len(atoms)}")
-    return Chain(fields["seq"], atoms)
+    if atoms.shape != (len(sequence), 3):
+        raise ValueError(f"{len(sequence)} residues, and C-alpha atoms of {len(atoms)}")
+    return Chain(sequence, atoms)
 
 
 def _labelled(fields: dict[str, Any]) -> Labelled:
-    protein = Labelled(fields["seq"], fields["ss3"], fields.get("mask", "1" * len(fields["seq"])))
-    if not len(protein.sequence) == len(protein.classes) == len(protein.counts):
-        raise ValueError(f"{len(protein.sequence)} residues, and classes of {len(protein.classes)}")
-    return protein
+    sequence, classes = _letters(fields["seq"]), fields["ss3"]
+    counts = fields.get("mask", "1" * len(sequence))
+    if not len(sequence) == len(classes) == len(counts) or set(classes) - set(structure_probe.CLASSES):
+        raise ValueError(f"{len(sequence)} residues, and classes {classes}")
+    return Labelled(sequence, classes, counts)
+
+
+def _letters(sequence: str) -> str:
+    if not re.fullmatch("[A-Z]+", sequence):
+        raise ValueError(f"not residues: {sequence}")
+    return sequence
 
 
 if __name__ == "__main__":

@@ -64,14 +64,14 @@ def accuracy(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float
         scale_f = 1 / deviation_f.clamp(min=1e-6)
         train_features, features = ((each - mean_f) * scale_f for each in (train_features, features))
     num_features = train_features.shape[1] if train_features.is_floating_point() else (2 * WINDOW + 1) * NUM_LETTERS
-    weight_fc, bias_c = fit(train_features, train_labels_t, num_features)
-    return float((logits(features, weight_fc, bias_c).argmax(1) == labels_t).float().mean())
+    weight_cf, bias_c = fit(train_features, train_labels_t, num_features)
+    return float((logits(features, weight_cf, bias_c).argmax(1) == labels_t).float().mean())
 
 
 def fit(features: Tensor, labels_t: Tensor, num_features: int) -> tuple[Tensor, Tensor]:
-    """Weights [f, c] and bias [c] that minimise the mean cross entropy plus L2 / 2 times the weights' square."""
-    parameters = [torch.zeros(*shape, requires_grad=True) for shape in ((num_features, len(CLASSES)), (len(CLASSES),))]
-    optimizer = torch.optim.LBFGS(parameters, max_iter=MAX_STEPS, tolerance_grad=1e-5, tolerance_change=1e-8,
+    """Weights [c, f] and bias [c] that minimise the mean cross entropy plus L2 / 2 times the weights' square."""
+    parameters = [torch.zeros(len(CLASSES), *width, requires_grad=True) for width in ((num_features,), ())]
+    optimizer = torch.optim.LBFGS(parameters, max_iter=MAX_STEPS, tolerance_grad=1e-5, tolerance_change=1e-7,
                                   line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
@@ -81,15 +81,15 @@ def fit(features: Tensor, labels_t: Tensor, num_features: int) -> tuple[Tensor, 
         return found
 
     optimizer.step(loss)
-    weight_fc, bias_c = (parameter.detach() for parameter in parameters)
-    return weight_fc, bias_c
+    weight_cf, bias_c = (parameter.detach() for parameter in parameters)
+    return weight_cf, bias_c
 
 
-def logits(features: Tensor, weight_fc: Tensor, bias_c: Tensor) -> Tensor:
+def logits(features: Tensor, weight_cf: Tensor, bias_c: Tensor) -> Tensor:
     """[t, c], of numbers [t, f], or of the features [t, w] that are 1."""
     if features.is_floating_point():
-        return features @ weight_fc + bias_c
-    return F.embedding_bag(features, weight_fc, mode="sum") + bias_c
+        return F.linear(features, weight_cf, bias_c)
+    return F.embedding_bag(features, weight_cf.T.contiguous(), mode="sum") + bias_c
 
 
 def _counted(residues: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

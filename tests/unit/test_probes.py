@@ -71,6 +71,14 @@ def test_precision_is_the_share_of_contacts_among_the_highest_scores():
     assert found == pytest.approx([3 / 5, 1 / 2, 1, 1 / 3, 1 / 2, 0])  # three pairs are of long range, L / 2 is 2
 
 
+def test_a_chain_without_pairs_has_no_precision(pretrained):
+    chain = Chain("MKTAY", torch.zeros(5, 3))
+    pairs = chain.pairs()
+    features = pair_features(pretrained, chain.sequence, pairs)
+    assert features.shape == (0, 4)
+    assert np.isnan(precisions(features[:, 0], pairs, 5)).all()
+
+
 def test_scores_that_are_all_the_same_tell_as_much_as_chance():
     first, second = torch.triu_indices(300, 300, 6)
     touches = first < 30  # as if sequence order were a hint
@@ -172,8 +180,8 @@ def test_the_probe_is_at_its_optimum():
     generator = torch.Generator().manual_seed(0)
     states, classes = torch.randn(500, 4, generator=generator), torch.randint(3, (500,), generator=generator)
     weight, bias = (each.double() for each in structure_probe.fit(states, classes, 4))
-    error = (states.double() @ weight + bias).softmax(1) - torch.nn.functional.one_hot(classes, 3)
-    assert (states.double().T @ error / 500 + structure_probe.L2 * weight).abs().max() < 1e-4
+    error = (states.double() @ weight.T + bias).softmax(1) - torch.nn.functional.one_hot(classes, 3)
+    assert (error.T @ states.double() / 500 + structure_probe.L2 * weight).abs().max() < 1e-4
     assert error.mean(0).abs().max() < 1e-4
 
 
@@ -231,9 +239,11 @@ def test_checkpoints_of_several_shapes_make_one_table(data, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(("name", "text", "message"), [
-    ("contacts/train.jsonl.gz", '{"seq": "MK", "ca": [[1, 2, 3]]}', "2 residues, and C-alpha of 1"),
+    ("contacts/train.jsonl.gz", '{"seq": "MK", "ca": [[1, 2, 3]]}', "2 residues, and C-alpha atoms of 1"),
+    ("contacts/train.jsonl.gz", '{"seq": "M-", "ca": [null, null]}', "not residues: M-"),
     ("contacts/test.jsonl.gz", None, "--data names the folder"),
     ("secondary_structure/train.jsonl.gz", '{"seq": "MK"}', "'ss3'"),
+    ("secondary_structure/train.jsonl.gz", '{"seq": "MK", "ss3": "HG"}', "2 residues, and classes HG"),
     ("secondary_structure/test_cb513.jsonl.gz", '{"seq": ', "damaged, or of another form"),
 ])
 def test_data_of_another_form_are_refused(name, text, message, data, tmp_path, monkeypatch, capsys):
