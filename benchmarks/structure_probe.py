@@ -61,8 +61,8 @@ def accuracy(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float
     (train_features, train_labels_t), (features, labels_t) = map(_counted, (train, test))
     if train_features.is_floating_point():
         deviation_f, mean_f = torch.std_mean(train_features, dim=0)
-        scale_f = 1 / deviation_f.clamp(min=1e-6)
-        train_features, features = ((each - mean_f) * scale_f for each in (train_features, features))
+        for each in (train_features, features):
+            each.sub_(mean_f).div_(deviation_f.clamp(min=1e-6))  # they are copies
     num_features = train_features.shape[1] if train_features.is_floating_point() else (2 * WINDOW + 1) * NUM_LETTERS
     weight_cf, bias_c = fit(train_features, train_labels_t, num_features)
     return float((logits(features, weight_cf, bias_c).argmax(1) == labels_t).float().mean())
@@ -93,6 +93,7 @@ def logits(features: Tensor, weight_cf: Tensor, bias_c: Tensor) -> Tensor:
 
 
 def _counted(residues: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """A copy of those that count."""
     features, labels_t = residues
     is_counted_t = labels_t != UNCOUNTED
     return features[is_counted_t], labels_t[is_counted_t]
