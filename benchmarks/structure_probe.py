@@ -1,6 +1,6 @@
 """How well frozen hidden states tell secondary structure, by a multinomial logistic regression on each residue's.
 
-Shapes: t residues of all proteins, f features, w letters of a window, c classes.
+Shapes: t residues of all proteins, f features, c classes.
 """
 
 from collections.abc import Sequence
@@ -46,50 +46,38 @@ def hidden_states(pretrained: Pretrained, proteins: Sequence[Labelled]) -> Tenso
 
 
 def windows(proteins: Sequence[Labelled]) -> Tensor:
-    """The letters around each residue as features that are 1, all others being 0: their numbers, int64 [t, w]."""
-    places, outside = torch.arange(2 * WINDOW + 1), NUM_LETTERS - 1
+    """The letters around each residue, each as one number of NUM_LETTERS that is 1: fp32 [t, f]."""
+    size, outside = 2 * WINDOW + 1, NUM_LETTERS - 1
     letters = [F.pad(torch.tensor([ord(letter) - ord("A") for letter in protein.sequence]), (WINDOW, WINDOW),
-                     value=outside).unfold(0, len(places), 1) for protein in proteins]
-    return torch.cat(letters) + places * NUM_LETTERS
+                     value=outside) for protein in proteins]
+    return torch.cat([F.one_hot(each, NUM_LETTERS).float().unfold(0, size, 1).flatten(1) for each in letters])
 
 
 def accuracy(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
-    """The share of test residues that a regression on train residues has right; each is features and labels.
-
-    Features are `hidden_states`, or `windows`.
-    """
-    (train_features, train_labels_t), (features, labels_t) = map(_counted, (train, test))
-    if train_features.is_floating_point():
-        deviation_f, mean_f = torch.std_mean(train_features, dim=0)
-        for each in (train_features, features):
-            each.sub_(mean_f).div_(deviation_f.clamp(min=1e-6))  # they are copies
-    num_features = train_features.shape[1] if train_features.is_floating_point() else (2 * WINDOW + 1) * NUM_LETTERS
-    weight_cf, bias_c = fit(train_features, train_labels_t, num_features)
-    return float((logits(features, weight_cf, bias_c).argmax(1) == labels_t).float().mean())
+    """The share of test residues that a regression on train residues has right; each is features and labels."""
+    (train_features_tf, train_labels_t), (features_tf, labels_t) = map(_counted, (train, test))
+    deviation_f, mean_f = torch.std_mean(train_features_tf, dim=0)
+    for each_tf in (train_features_tf, features_tf):
+        each_tf.sub_(mean_f).div_(deviation_f.clamp(min=1e-6))  # they are copies
+    weight_cf, bias_c = fit(train_features_tf, train_labels_t)
+    return float((F.linear(features_tf, weight_cf, bias_c).argmax(1) == labels_t).float().mean())
 
 
-def fit(features: Tensor, labels_t: Tensor, num_features: int) -> tuple[Tensor, Tensor]:
+def fit(features_tf: Tensor, labels_t: Tensor) -> tuple[Tensor, Tensor]:
     """Weights [c, f] and bias [c] that minimise the mean cross entropy plus L2 / 2 times the weights' square."""
-    parameters = [torch.zeros(len(CLASSES), *width, requires_grad=True) for width in ((num_features,), ())]
-    optimizer = torch.optim.LBFGS(parameters, max_iter=MAX_STEPS, tolerance_grad=1e-5, tolerance_change=1e-7,
+    weight_cf = torch.zeros(len(CLASSES), features_tf.shape[1], requires_grad=True)
+    bias_c = torch.zeros(len(CLASSES), requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight_cf, bias_c], max_iter=MAX_STEPS, tolerance_grad=1e-5, tolerance_change=1e-7,
                                   line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        found = F.cross_entropy(logits(features, *parameters), labels_t) + L2 / 2 * parameters[0].square().sum()
+        found = F.cross_entropy(F.linear(features_tf, weight_cf, bias_c), labels_t) + L2 / 2 * weight_cf.square().sum()
         found.backward()
         return found
 
     optimizer.step(loss)
-    weight_cf, bias_c = (parameter.detach() for parameter in parameters)
-    return weight_cf, bias_c
-
-
-def logits(features: Tensor, weight_cf: Tensor, bias_c: Tensor) -> Tensor:
-    """[t, c], of numbers [t, f], or of the features [t, w] that are 1."""
-    if features.is_floating_point():
-        return F.linear(features, weight_cf, bias_c)
-    return F.embedding_bag(features, weight_cf.T.contiguous(), mode="sum") + bias_c
+    return weight_cf.detach(), bias_c.detach()
 
 
 def _counted(residues: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -179,7 +179,7 @@ def test_the_probe_has_right_what_hidden_states_say_and_counts_resolved_residues
 def test_the_probe_is_at_its_optimum():
     generator = torch.Generator().manual_seed(0)
     states, classes = torch.randn(500, 4, generator=generator), torch.randint(3, (500,), generator=generator)
-    weight, bias = (each.double() for each in structure_probe.fit(states, classes, 4))
+    weight, bias = (each.double() for each in structure_probe.fit(states, classes))
     error = (states.double() @ weight.T + bias).softmax(1) - torch.nn.functional.one_hot(classes, 3)
     assert (error.T @ states.double() / 500 + structure_probe.L2 * weight).abs().max() < 1e-4
     assert error.mean(0).abs().max() < 1e-4
