@@ -10,6 +10,7 @@ What is done stands in recipes.jsonl, a line a run, and is not done again: a lad
 
 import argparse
 import json
+import os
 import shlex
 import statistics
 import subprocess
@@ -72,15 +73,16 @@ def trained(prefix: str, size: str, rows: int, arm: str, seed: int) -> dict:
         command = [sys.executable, str(ROOT / "pretrain_tape.py"), *shlex.split(f"{COMMON} {SIZES[size]} {flags}"),
                    "--global-batch-size", str(batch), "--train-iters", str(steps), "--seed", str(seed), "--data-path",
                    prefix, "--save", folder]
+        before = os.times()
         done = subprocess.run(command, capture_output=True, text=True)
+        after = os.times()
         if done.returncode:
             raise SystemExit(f"{arm}: {done.stderr.strip().splitlines()[-1]}")
         records = read_records(Path(folder) / "metrics.jsonl")
-    train = [record for record in records if record["kind"] == "train"]
-    valid = [record for record in records if record["kind"] == "valid"]
-    step_ms = statistics.median(1000 * batch * 1024 / record["tokens_per_s"] for record in train[1:])
+    loss = next(record["loss"] for record in reversed(records) if record["kind"] == "valid")
+    processor_s = after.children_user + after.children_system - before.children_user - before.children_system
     return {"size": size, "rows": rows, "arm": arm, "seed": seed, "flags": flags, "steps": steps,
-            "loss": round(valid[-1]["loss"], 5), "step_ms": round(step_ms, 1), "processor": processor()}
+            "loss": round(loss, 5), "processor_s": round(processor_s, 1), "processor": processor()}
 
 
 def known() -> list[dict]:
@@ -93,12 +95,11 @@ def table(records: list[dict]) -> str:
     arms = defaultdict[tuple[str, int, str], list[dict]](list)
     for record in records:
         arms[record["size"], record["rows"], record["arm"]].append(record)
-    lines = ["| size | rows | arm | validation loss | seeds | ms a step |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = ["| size | rows | arm | validation loss | seeds |", "| --- | --- | --- | --- | --- |"]
     for (size, rows, arm), runs in sorted(arms.items(), key=lambda item: (*item[0][:2], mean_loss(item[1]))):
         losses = [run["loss"] for run in runs]
         spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
-        step_ms = statistics.median(run["step_ms"] for run in runs)
-        lines.append(f"| {size} | {rows:,} | {arm} | {mean_loss(runs):.4f}{spread} | {len(runs)} | {step_ms:.0f} |")
+        lines.append(f"| {size} | {rows:,} | {arm} | {mean_loss(runs):.4f}{spread} | {len(runs)} |")
     return "\n".join(lines)
 
 
