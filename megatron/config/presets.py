@@ -44,7 +44,7 @@ _PROTBERT: dict[str, Any] = {
 _RECIPE: dict[str, Any] = {
     "optimizer": "muon", "lr": 1e-3, "lr_decay_style": "cosine", "adam_beta2": 0.98, "position_embedding_type": "rope",
     "normalization": "RMSNorm", "qk_layernorm": True, "squared_relu": True, "zero_init_output": True,
-    "untie_embeddings_and_output_weights": True, "value_embeddings": True, "qkv_conv_kernel": 5,
+    "untie_embeddings_and_output_weights": True, "qkv_conv_kernel": 5,
     "attention_dropout": 0.0, "hidden_dropout": 0.0, "seq_length": 1024,
 }
 # Settings scaled up from there: 12 residues a parameter in batches of 524,288 tokens, heads of 64. Not measured.
