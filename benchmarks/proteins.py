@@ -37,7 +37,7 @@ def shipped_rows(data: DataConfig, num_rows: int) -> Batch:
     num_pairs = [sum(int((lengths**2).sum()) for lengths in batch) for batch in batches]
     chosen = batches[int(np.abs(np.array(num_pairs) - np.mean(num_pairs)).argmin())]
     most = data.seq_length - data.num_ends
-    shape = BatchShape(num_rows * data.seq_length, sum(map(len, chosen)), num_rows * round(data.mask_prob * most),
+    shape = BatchShape(num_rows * data.seq_length, sum(map(len, chosen)), num_rows * round(data.mask_prob[0] * most),
                        max(int(lengths.max()) for lengths in chosen), num_ends=data.num_ends)
     return collate([_row(lengths, data) for lengths in chosen], shape)
 
@@ -51,6 +51,6 @@ def shipped_lengths() -> np.ndarray:
 
 def _row(lengths: np.ndarray, data: DataConfig) -> Row:
     size = int(lengths.sum())
-    num_targets = round(data.mask_prob * (size - data.num_ends * len(lengths)))
+    num_targets = round(data.mask_prob[0] * (size - data.num_ends * len(lengths)))
     positions = np.linspace(1, size - data.num_ends, num_targets).astype(np.int64)
     return Row(np.zeros(size, np.int64), lengths, positions, np.zeros(num_targets, np.int64))

@@ -14,6 +14,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "convolution.h"
 #include "numbers.h"
 #include "residual_norm.h"
 
@@ -295,6 +296,29 @@ void turn(const Addresses& tensors, const Heads& heads, int64_t half, float sign
                 at<Number>(tensors[3]));
 }
 
+// `tensors`: what is convolved, positions, weight [taps, features] in fp32, what is made; or backward the gradient of
+// what was made, positions, weight, the gradient that is filled, then what was convolved, and the weight's gradient.
+template <typename Number>
+void convolve(const Addresses& tensors, const Shape& shape, int64_t taps, int threads) {
+  const bool goes_back = tensors.size() > 4;
+  const Convolution<Number> made{shape.tokens, shape.features, taps, at<const int64_t>(tensors[1]),
+                                 at<const float>(tensors[2]), at<const Number>(tensors[goes_back ? 4 : 0]),
+                                 at<const Number>(tensors[0]), at<Number>(tensors[3]), goes_back};
+  const Shape wide{shape.tokens, shape.features * taps};
+  std::vector<float> grads(goes_back ? wide.pieces() * wide.features : 0);
+  const std::vector<Number> zeros(kFeatures);
+  in_pieces(shape, threads, [&](int64_t number, const Piece& piece) {
+    const Span span{piece.first, piece.last, piece.from, piece.width};
+    std::vector<const Number*> rows(taps);
+    float sums[kFeatures];
+    if (goes_back)
+      convolve_span_back(made, span, zeros.data(), sums, rows.data(), grads.data() + number * wide.features);
+    else
+      convolve_span(made, span, zeros.data(), sums, rows.data());
+  });
+  if (goes_back) sum_up(grads, wide, at<float>(tensors[5]));
+}
+
 using Types = std::tuple<bool, bool, bool>;  // whether they are bf16: the residual stream, the branch, what is normed
 using Dropout = std::tuple<uint64_t, uint32_t, uint32_t, uint32_t>;  // seed, how many of 65,536 stay, use, first row
 
@@ -376,6 +400,10 @@ PYBIND11_MODULE(_pointwise, m) {
   m.def("add_columns", [](bool is_bf16, uintptr_t in, uintptr_t out, std::tuple<int64_t, int64_t> shape, int threads) {
     (is_bf16 ? add_columns<uint16_t> : add_columns<float>)(in, out, {std::get<0>(shape), std::get<1>(shape)}, threads);
   }, released, "fp32 sums over the tokens");
+  m.def("convolve", [](bool is_bf16, const Addresses& tensors, std::tuple<int64_t, int64_t> shape, int64_t taps,
+                       int threads) {
+    (is_bf16 ? convolve<uint16_t> : convolve<float>)(tensors, {std::get<0>(shape), std::get<1>(shape)}, taps, threads);
+  }, released, "fills x plus its convolution, or, given six tensors, the gradients");
   m.def("join", [](const Types& is_bf16, const Addresses& tensors, std::tuple<int64_t, int64_t> shape,
                    const Dropout& dropout, float epsilon, int threads) {
     join_pass<Joined>(is_bf16)(tensors, {std::get<0>(shape), std::get<1>(shape)}, dropout, epsilon, false, false,
