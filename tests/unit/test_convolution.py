@@ -47,7 +47,7 @@ def exactly(x, weight, outer, lengths):
     return with_gradients(by_protein(*wide, lengths), wide, outer.double())
 
 
-@pytest.mark.parametrize("taps", [3, 5, 7])
+@pytest.mark.parametrize("taps", [1, 3, 5, 7, 9])
 @pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_each_protein_and_both_gradients_are_those_of_torchs_convolution(lengths, features, taps):

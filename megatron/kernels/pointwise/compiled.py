@@ -21,6 +21,7 @@ except ImportError:
     _helper = None
 
 DTYPES = torch.float32, torch.bfloat16  # that it takes
+TAPS = 3, 5, 7  # of convolutions that it takes
 
 
 def is_built() -> bool:
