@@ -76,6 +76,7 @@ def sum_tokens(x_tf: Tensor) -> Tensor:
 
 def convolve(x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor) -> Tensor:
     """[t, f]: `megatron.kernels.pointwise.convolution` of what it names."""
+    assert len(x_tf) == len(positions_t), "the helper reads each token's position"
     inputs, out_tf = [x_tf.contiguous(), positions_t.contiguous(), _taps(weight_fk)], x_tf.new_empty(x_tf.shape)
     _helper.convolve(_is_bf16(x_tf), _addresses(*inputs, out_tf), tuple(x_tf.shape), weight_fk.shape[1],
                      torch.get_num_threads())
