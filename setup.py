@@ -29,7 +29,8 @@ def extensions() -> list[Extension]:
                               extra_compile_args=["-O3"], optional=True),
             Pybind11Extension("megatron.kernels.pointwise._pointwise", ["megatron/kernels/pointwise/pointwise.cpp"],
                               cxx_std=17, extra_link_args=threads, optional=True,
-                              depends=[f"megatron/kernels/pointwise/{name}.h" for name in ("numbers", "residual_norm")],
+                              depends=[f"megatron/kernels/pointwise/{name}.h"
+                                       for name in ("convolution", "numbers", "residual_norm")],
                               extra_compile_args=["-O3", "-ffp-contract=fast", "-fno-math-errno",
                                                   "-fno-trapping-math", "-Wno-unknown-pragmas", *threads]),
             Pybind11Extension("megatron.kernels.attention._packed_attention",

@@ -21,7 +21,8 @@ OTHERS, MUON = "PyTorch's ", "Muon: "
 # By flags that are not those of the model: what a block, or the update, launches then.
 INSTEAD = {
     "": ("--hidden-dropout 0.1 --attention-dropout 0.1 --bias-gelu-fusion",
-         "--normalization RMSNorm --swiglu --qk-layernorm --disable-bias-linear", "--squared-relu"),
+         "--normalization RMSNorm --swiglu --qk-layernorm --disable-bias-linear",
+         "--qkv-conv-kernel 5", "--squared-relu"),
     "FP8, tensorwise or delayed: ": ("--fp8 hybrid",),
     "FP8, rowwise: ": ("--fp8 hybrid --fp8-recipe rowwise",),
     "FP8, mxfp8: ": ("--fp8 hybrid --fp8-recipe mxfp8",),

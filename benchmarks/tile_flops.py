@@ -2,7 +2,8 @@
 
 Operations on floats, an exponential or a division counted as one; what is done to integers (addresses, dropout's
 generator), comparisons and choices are not counted. A tile of rows and columns does what its code says; there are as
-many tiles as it takes to load the largest tensor once. So neither grid, loop nor columns that are filled up count.
+many tiles as it takes to load or store the largest tensor once, of several the one that a tile has the least of:
+neighbours' rows are loaded again and again. So neither grid, loop nor columns that are filled up count.
 """
 
 import re
@@ -18,7 +19,7 @@ from triton.compiler.compiler import make_backend
 
 _CAPABILITY = 90  # the code is the same for any: nothing has been chosen for a GPU yet
 _POINTER = re.compile(r"(%[\w.#-]+) = (?:tt\.splat|tt\.addptr|tt\.broadcast|tt\.bitcast) (%[\w.#-]+)")
-_LOAD = re.compile(r"= tt\.load (%[\w.#-]+).*tensor<([\dx]+)x!tt\.ptr")
+_MOVE = re.compile(r"tt\.(?:load|store) (%[\w.#-]+).*tensor<([\dx]+)x!tt\.ptr")
 _FLOAT = re.compile(r"= (?:arith\.(?:add|sub|mul|div|rem|max\w*|min\w*|neg)f|math\.\w+|tt\.precise\w+|tt\.extern\w+) "
                     r".*tensor<([\dx]+)xf\d+>$")
 _SUM = re.compile(r"^}\) : \(tensor<([\dx]+)xf\d+>")
@@ -39,16 +40,17 @@ def code_of(source: ASTSource, options: Mapping[str, int]) -> list[str]:
 
 def flops_of_tiles(code: list[str], tensors: Mapping[str, Any]) -> int:
     """Of a kernel that goes over the elements of `tensors`, its arguments by name, in tiles of two dimensions."""
-    base, loaded, flops = dict[str, str](), dict.fromkeys(tensors, 0), 0
+    base, moved, flops = dict[str, str](), dict.fromkeys(tensors, 0), 0
     for line in code:
         if pointer := _POINTER.match(line):
             base[pointer[1]] = base.get(pointer[2], pointer[2][1:])
-        elif load := _LOAD.search(line):
-            loaded[base[load[1]]] += _num_elements(load[2])
+        elif move := _MOVE.search(line):
+            moved[base[move[1]]] += _num_elements(move[2])
         elif operation := _FLOAT.search(line) or _SUM.search(line):
             flops += _num_elements(operation[1])
-    largest = max((name for name, size in loaded.items() if size), key=lambda name: _numel(tensors[name]))
-    return flops * _numel(tensors[largest]) // loaded[largest]
+    largest = max((name for name, size in moved.items() if size),
+                  key=lambda name: (_numel(tensors[name]), -moved[name]))
+    return flops * _numel(tensors[largest]) // moved[largest]
 
 
 def _numel(value: Any) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron.config import PrecisionConfig
 from megatron.kernels.dropout import Dropout, Use
 from megatron.kernels.pointwise.activation import activated, activated_reference
+from megatron.kernels.pointwise.convolution import convolved, convolved_reference
 from megatron.kernels.pointwise.heads import HeadScaling, normed_queries_and_keys, prepared_heads
 from megatron.kernels.pointwise.residual_norm import (
     Scaling,
@@ -154,6 +155,14 @@ def check_heads(shape: Sequence[int], half: int, dtype: torch.dtype, kind: str) 
         assert torch.equal(inputs[0], before), "a leaf stays as it is"
 
 
+def check_convolution(lengths: Sequence[int], width: int, taps: int, dtype: torch.dtype) -> None:
+    """Over some proteins, with the gradients of what is convolved and of the weight."""
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    inputs = [random(len(positions), width, dtype=dtype), random(width, taps)]
+    compare([convolved(inputs[0], positions, inputs[1])], inputs,
+            lambda x, weight: [convolved_reference(x, positions, weight)])
+
+
 def check_overwriting() -> None:
     """What was kept of a projection that is then turned where it lies cannot be used unnoticed."""
     x = random(3, 2, 3, 8)
@@ -182,10 +191,11 @@ def check_mask(num_rows: int, width: int, rate: float) -> None:
 
 def check_strips() -> None:
     """Gradients of scales and biases are sums of as many programs' sums as there are, in any number of strips."""
-    from megatron.kernels.pointwise import activation_triton, heads_triton, residual_norm_triton
+    from megatron.kernels.pointwise import activation_triton, convolution_triton, heads_triton, residual_norm_triton
 
     with (patch.object(residual_norm_triton, "_MOST_WARPS", 12), patch.object(heads_triton, "_MOST_WARPS", 2),
-          patch.object(activation_triton, "_MOST_PROGRAMS", 3)):
+          patch.object(activation_triton, "_MOST_PROGRAMS", 3), patch.object(convolution_triton, "_MOST_PROGRAMS", 3)):
+        check_convolution((30, 17), 140, 5, FP32)
         check_join(17, 300, FP32, FP32, 0.3, "LayerNorm", True)
         check_heads((5, 2, 3, 8), 4, FP32, "LayerNorm")
         check_activation("gelu", 19, 40, FP32, True)
@@ -263,6 +273,10 @@ CHECKS: dict[str, Callable[[], None]] = {
        for shape, half, dtype in [((1, 2, 3, 8), 4, FP32), ((3, 3, 3, 24), 12, BF16), ((2, 2, 5, 10), 3, FP32),
                                   ((2, 1, 3, 16), 0, FP16), ((2, 9, 3, 64), 32, FP32)]
        for kind in ("", "LayerNorm", "RMSNorm") if half or kind},
+    **{f"convolution of {lengths}, width {width}, {taps} taps, {dtype}":
+       partial(check_convolution, lengths, width, taps, dtype)
+       for lengths, width, taps, dtype in [((1,), 20, 3, FP32), ((2, 1, 3, 1, 14), 140, 5, FP32),
+                                           ((4, 30), 33, 7, BF16), ((20,), 16, 5, FP16)]},
     "what was kept cannot be overwritten unnoticed": check_overwriting,
     "mask 64 x 320": partial(check_mask, 64, 320, 0.1), "mask 33 x 77": partial(check_mask, 33, 77, 0.5),
     "what is strided": check_strided, "many strips": check_strips,

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from megatron.config import ModelConfig
 from megatron.kernels.attention.maps import attention_with_maps
 from megatron.kernels.dropout import Use
-from megatron.kernels.packed_sequence import PackedSequence, proteins_of_tokens
+from megatron.kernels.packed_sequence import PackedSequence
+from megatron.kernels.pointwise.convolution import convolved
 from megatron.kernels.pointwise.heads import HeadScaling, prepared_heads
 from megatron.kernels.pointwise.product import Product
 from megatron.kernels.rotary import Rotation
@@ -120,12 +121,6 @@ class ShortConvolution(nn.Module):
 
     def forward(self, x_tf: Tensor, sequence: PackedSequence) -> Tensor:
         """The same shape."""
-        size, halo = len(x_tf), self.halo
-        around = with_neighbours(x_tf, halo, self.context)
-        start = self.context.rank * size
-        protein = proteins_of_tokens(sequence.cu_seqlens, start - halo, start + size + halo)
-        weights, out_tf = self.weight.to(x_tf.dtype).unbind(1), x_tf
-        for place, weight_f in enumerate(weights):
-            is_other_t = protein[place:place + size] != protein[halo:halo + size]
-            out_tf = out_tf + around[place:place + size].masked_fill(is_other_t[:, None], 0) * weight_f
-        return out_tf
+        around_tf, positions = (with_neighbours(each, self.halo, self.context) for each in (x_tf, sequence.positions_t))
+        num_before = (len(around_tf) - len(x_tf)) // 2
+        return convolved(around_tf, positions, self.weight).narrow(0, num_before, len(x_tf))

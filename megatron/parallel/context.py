@@ -41,12 +41,12 @@ def context_attention(qkv_ugcd: Tensor, sequence: PackedSequence, dropout: Dropo
 def with_neighbours(x_uf: Tensor, num_neighbours: int, axis: Axis) -> Tensor:
     """This rank's tokens between so many of the rank before and of the rank behind, [u + 2 · neighbours, f].
 
-    Before the first and behind the last token of all there are zeros. Forward: each rank's first and last tokens are
-    gathered. Backward: their gradients are summed to their owners.
+    Before the first and behind the last token of all there are zeros; one rank has no neighbours, [u, f]. Forward: each
+    rank's first and last tokens are gathered. Backward: their gradients are summed to their owners.
     """
-    edge = x_uf.new_zeros(num_neighbours, *x_uf.shape[1:])
     if axis.size == 1:
-        return torch.cat([edge, x_uf, edge])
+        return x_uf
+    edge = x_uf.new_zeros(num_neighbours, *x_uf.shape[1:])
     assert len(x_uf) >= num_neighbours, "neighbours lie on the next rank"
     edges = gather_slices(torch.cat([x_uf[:num_neighbours], x_uf[-num_neighbours:]]), axis).split(num_neighbours)
     before = edges[2 * axis.rank - 1] if axis.rank else edge

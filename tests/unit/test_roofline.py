@@ -32,7 +32,8 @@ WITHOUT_KERNELS = {
     "attention", "attention.asked", "attention.by_protein", "attention.compiled", "attention.launches",
     "attention.maps", "attention.packed", "cross_entropy", "device", "dropout", "newton_schulz",
     "newton_schulz.orthogonal", "newton_schulz.symmetric", "packed_sequence", "pointwise", "pointwise.activation",
-    "pointwise.compiled", "pointwise.heads", "pointwise.product", "pointwise.residual_norm", "rotary"}
+    "pointwise.compiled", "pointwise.convolution", "pointwise.heads", "pointwise.product", "pointwise.residual_norm",
+    "rotary"}
 INSIDE_OTHERS = {"dropout_triton"}  # functions that kernels of other modules call
 
 
@@ -88,10 +89,10 @@ def test_a_join_moves_residual_branch_sum_and_normed_once_and_its_vectors():
 
 @pytest.mark.parametrize("kernel, side, operations", [
     ("LayerNorm", "forward", 7),  # sum, centre, square, sum, by the length, the scale, the bias
-    ("bias, residual", "forward", 2), ("bias and squared_relu", "forward", 3)])
+    ("bias, residual", "forward", 2), ("convolution", "forward", 10), ("bias and squared_relu", "forward", 3)])
 def test_operations_of_an_element_are_those_of_the_formula(kernel, side, operations):
     found = line([*step().block, *instead()], kernel, side)
-    elements = 16 * 1024 * (FEED_FORWARD if "relu" in kernel else HIDDEN)
+    elements = 16 * 1024 * (FEED_FORWARD if "relu" in kernel else 3 * HIDDEN if "conv" in kernel else HIDDEN)
     assert found.flops / elements == pytest.approx(operations, abs=0.1)  # and those of a row
 
 

@@ -2,7 +2,8 @@
 
 PyTorch's own functions take several passes, and its GeLU some ten times as long a number (benchmarks/RESULTS.md). It
 takes fp32 and bf16, and computes in fp32. Without a C++ compiler or pybind11 it is missing, and the plain functions do
-the same work. Shapes: t tokens, f features, g groups of c = q + 2 rows of width d, r columns of a row that are turned.
+the same work. Shapes: t tokens, f features, k taps, g groups of c = q + 2 rows of width d, r columns of a row that are
+turned.
 """
 
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ except ImportError:
     _helper = None
 
 DTYPES = torch.float32, torch.bfloat16  # that it takes
+TAPS = 3, 5, 7  # of convolutions that it takes
 
 
 def is_built() -> bool:
@@ -70,6 +72,28 @@ def sum_tokens(x_tf: Tensor) -> Tensor:
     x_tf, sums_f = x_tf.contiguous(), x_tf.new_empty(x_tf.shape[1], dtype=torch.float32)
     _helper.add_columns(_is_bf16(x_tf), x_tf.data_ptr(), sums_f.data_ptr(), tuple(x_tf.shape), torch.get_num_threads())
     return sums_f
+
+
+def convolve(x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor) -> Tensor:
+    """[t, f]: `megatron.kernels.pointwise.convolution` of what it names."""
+    assert len(x_tf) == len(positions_t), "the helper reads each token's position"
+    inputs, out_tf = [x_tf.contiguous(), positions_t.contiguous(), _taps(weight_fk)], x_tf.new_empty(x_tf.shape)
+    _helper.convolve(_is_bf16(x_tf), _addresses(*inputs, out_tf), tuple(x_tf.shape), weight_fk.shape[1],
+                     torch.get_num_threads())
+    return out_tf
+
+
+def convolve_backward(grad_tf: Tensor, x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of what is convolved, and of the weight, that in fp32."""
+    inputs, x_tf = [grad_tf.contiguous(), positions_t.contiguous(), _taps(weight_fk)], x_tf.contiguous()
+    grad_x_tf, grad_kf = torch.empty_like(x_tf), torch.empty_like(inputs[2])
+    _helper.convolve(_is_bf16(x_tf), _addresses(*inputs, grad_x_tf, x_tf, grad_kf), tuple(x_tf.shape),
+                     len(grad_kf), torch.get_num_threads())
+    return grad_x_tf, grad_kf.t().contiguous()
+
+
+def _taps(weight_fk: Tensor) -> Tensor:
+    return weight_fk.float().t().contiguous()
 
 
 def join(residual_uh: Tensor, branch_uh: Tensor | None, shift_h: Tensor | None, seed: Tensor | None,

@@ -14,6 +14,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "convolution.h"
 #include "numbers.h"
 #include "residual_norm.h"
 
@@ -295,6 +296,34 @@ void turn(const Addresses& tensors, const Heads& heads, int64_t half, float sign
                 at<Number>(tensors[3]));
 }
 
+// `tensors`: what is convolved, positions, weight [taps, features] in fp32, what is made; or backward the gradient of
+// what was made, positions, weight, the gradient that is filled, then what was convolved, and the weight's gradient.
+template <int64_t kTaps, typename Number>
+void convolve(const Addresses& tensors, const Shape& shape, int threads) {
+  const bool goes_back = tensors.size() > 4;
+  const Convolution<Number> made{shape.tokens, shape.features, at<const int64_t>(tensors[1]),
+                                 at<const float>(tensors[2]), at<const Number>(tensors[goes_back ? 4 : 0]),
+                                 at<const Number>(tensors[0]), at<Number>(tensors[3]), goes_back};
+  const Shape wide{shape.tokens, shape.features * kTaps};
+  std::vector<float> grads(goes_back ? wide.pieces() * wide.features : 0);
+  const std::vector<Number> zeros(kFeatures);
+  in_pieces(shape, threads, [&](int64_t number, const Piece& piece) {
+    const Span span{piece.first, piece.last, piece.from, piece.width};
+    if (goes_back)
+      convolve_span_back<kTaps>(made, span, zeros.data(), grads.data() + number * wide.features);
+    else
+      convolve_span<kTaps>(made, span, zeros.data());
+  });
+  if (goes_back) sum_up(grads, wide, at<float>(tensors[5]));
+}
+
+Pass convolution_of(int64_t taps, bool is_bf16) {
+  if (taps == 3) return is_bf16 ? convolve<3, uint16_t> : convolve<3, float>;
+  if (taps == 5) return is_bf16 ? convolve<5, uint16_t> : convolve<5, float>;
+  if (taps == 7) return is_bf16 ? convolve<7, uint16_t> : convolve<7, float>;
+  throw std::invalid_argument("no convolution has " + std::to_string(taps) + " taps");
+}
+
 using Types = std::tuple<bool, bool, bool>;  // whether they are bf16: the residual stream, the branch, what is normed
 using Dropout = std::tuple<uint64_t, uint32_t, uint32_t, uint32_t>;  // seed, how many of 65,536 stay, use, first row
 
@@ -376,6 +405,10 @@ PYBIND11_MODULE(_pointwise, m) {
   m.def("add_columns", [](bool is_bf16, uintptr_t in, uintptr_t out, std::tuple<int64_t, int64_t> shape, int threads) {
     (is_bf16 ? add_columns<uint16_t> : add_columns<float>)(in, out, {std::get<0>(shape), std::get<1>(shape)}, threads);
   }, released, "fp32 sums over the tokens");
+  m.def("convolve", [](bool is_bf16, const Addresses& tensors, std::tuple<int64_t, int64_t> shape, int64_t taps,
+                       int threads) {
+    convolution_of(taps, is_bf16)(tensors, {std::get<0>(shape), std::get<1>(shape)}, threads);
+  }, released, "fills x plus its convolution, or, given six tensors, the gradients");
   m.def("join", [](const Types& is_bf16, const Addresses& tensors, std::tuple<int64_t, int64_t> shape,
                    const Dropout& dropout, float epsilon, int threads) {
     join_pass<Joined>(is_bf16)(tensors, {std::get<0>(shape), std::get<1>(shape)}, dropout, epsilon, false, false,

@@ -1,0 +1,86 @@
+"""x + a depthwise convolution of x over neighbouring tokens of the same protein: one pass over memory, one backward.
+
+Of k taps, an odd number, the one in the middle is the token's own: out[t] = x[t] + Σ_i w[:, i] · x[t + i - k // 2],
+without what lies in another protein; products and sums in fp32. On GPUs Triton does it, on CPUs compiled code;
+elsewhere, and where torch.compile fuses plain functions by itself, PyTorch does. Shapes: t tokens, f features.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from megatron.kernels.device import as_called, takes_triton
+from megatron.kernels.pointwise import compiled
+from megatron.kernels.pointwise.compiled import takes_compiled
+
+
+def convolved(x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor) -> Tensor:
+    """[t, f], in the dtype of `x_tf`. `positions_t`: in its protein, int64; so token t sees that many before it."""
+    if takes_triton(x_tf) or takes_compiled(x_tf) and weight_fk.shape[1] in compiled.TAPS:
+        return _Convolved.apply(x_tf, positions_t, weight_fk)
+    return convolved_reference(x_tf, positions_t, weight_fk)
+
+
+def convolved_reference(x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor) -> Tensor:
+    """By PyTorch's own functions."""
+    size, halo = len(x_tf), weight_fk.shape[1] // 2
+    out_tf = wide_tf = x_tf.to(torch.promote_types(x_tf.dtype, torch.float32))
+    around, positions = F.pad(wide_tf, (0, 0, halo, halo)), F.pad(positions_t, (0, halo))
+    for place, weight_f in enumerate(weight_fk.to(wide_tf.dtype).unbind(1)):
+        distance, later = abs(place - halo), max(place - halo, 0)
+        is_other_t = positions[later:later + size] < distance  # the later one of the two is too near to its start
+        out_tf = out_tf + around[place:place + size].masked_fill(is_other_t[:, None], 0) * weight_f
+    return out_tf.to(x_tf.dtype)
+
+
+class _Convolved(torch.autograd.Function):
+    """Keeps what is convolved."""
+
+    @staticmethod
+    def forward(ctx: Any, x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor) -> Tensor:
+        ctx.save_for_backward(x_tf, positions_t, weight_fk)
+        return as_called(_forward_operator, _forward, x_tf)(x_tf, positions_t, weight_fk)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_tf: Tensor) -> tuple[Tensor, None, Tensor]:
+        x_tf, positions_t, weight_fk = ctx.saved_tensors
+        grad_x_tf, grad_weight_fk = as_called(_backward_operator, _backward, x_tf)(grad_tf, x_tf, positions_t,
+                                                                                   weight_fk)
+        return grad_x_tf, None, grad_weight_fk.to(weight_fk.dtype)
+
+
+def _of(tensor: Tensor) -> Any:
+    """The module that does it: compiled code on CPUs, unless Triton interprets its kernels there."""
+    if takes_compiled(tensor) and not takes_triton(tensor):
+        return compiled
+    from megatron.kernels.pointwise import convolution_triton  # it imports Triton, which may be missing
+
+    return convolution_triton
+
+
+def _forward(x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor) -> Tensor:
+    return _of(x_tf).convolve(x_tf, positions_t, weight_fk)
+
+
+_forward_operator = torch.library.custom_op("megatron::convolved", _forward, mutates_args=())
+
+
+@_forward_operator.register_fake
+def _(x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor) -> Tensor:
+    return x_tf.new_empty(x_tf.shape)
+
+
+def _backward(grad_tf: Tensor, x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor) -> tuple[Tensor, Tensor]:
+    return _of(x_tf).convolve_backward(grad_tf, x_tf, positions_t, weight_fk)
+
+
+_backward_operator = torch.library.custom_op("megatron::convolved_backward", _backward, mutates_args=())
+
+
+@_backward_operator.register_fake
+def _(grad_tf: Tensor, x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor) -> tuple[Tensor, Tensor]:
+    return x_tf.new_empty(x_tf.shape), weight_fk.new_empty(weight_fk.shape, dtype=torch.float32)

@@ -1,0 +1,85 @@
+"""Triton kernels of `megatron.kernels.pointwise.convolution`: a program takes some columns of rows; arithmetic is fp32.
+
+A row is read once for each tap, from the caches but for the first time. The backward pass needs sums over all rows, the
+weight's gradient: each program takes every so manieth tile of rows, and keeps sums of its own.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_ROWS, _COLUMNS = 16, 128  # of a tile forward: 16 elements a thread; backward half as many, beside a sum for each tap
+_MOST_PROGRAMS = 4 * 132  # of the backward pass, whose programs each have partial sums: what an H100 runs at once
+
+
+def convolve(x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor) -> Tensor:
+    """[t, f]: `megatron.kernels.pointwise.convolution` of what it names."""
+    x_tf, weight_fk = x_tf.contiguous(), weight_fk.contiguous()
+    out_tf = torch.empty_like(x_tf)
+    num_rows, width = x_tf.shape
+    forward_kernel[triton.cdiv(num_rows, _ROWS), triton.cdiv(width, _COLUMNS)](
+        x_tf, positions_t.contiguous(), weight_fk, out_tf, num_rows, width, weight_fk.shape[1], _ROWS, _COLUMNS)
+    return out_tf
+
+
+def convolve_backward(grad_tf: Tensor, x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of what is convolved, and of the weight, that in fp32."""
+    x_tf, weight_fk = x_tf.contiguous(), weight_fk.contiguous()
+    grad_x_tf = torch.empty_like(x_tf)
+    (num_rows, width), rows, taps = x_tf.shape, _ROWS // 2, weight_fk.shape[1]
+    blocks = triton.cdiv(width, _COLUMNS)
+    strips = min(triton.cdiv(num_rows, rows), max(1, _MOST_PROGRAMS // blocks))
+    partial_pfk = torch.empty(strips, width, taps, dtype=torch.float32, device=x_tf.device)
+    backward_kernel[strips, blocks](
+        grad_tf.contiguous(), x_tf, positions_t.contiguous(), weight_fk, grad_x_tf, partial_pfk, num_rows, width, taps,
+        rows, _COLUMNS)
+    return grad_x_tf, partial_pfk.sum(0)
+
+
+@triton.jit
+def forward_kernel(x, positions, weight, out, num_rows, width, TAPS: tl.constexpr, ROWS: tl.constexpr,
+                   COLUMNS: tl.constexpr):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    is_inside = (rows[:, None] < num_rows) & (columns[None, :] < width)
+    places = rows[:, None].to(tl.int64) * width + columns[None, :]
+    y = tl.load(x + places, mask=is_inside, other=0).to(tl.float32)
+    for tap in tl.static_range(TAPS):
+        factor = tl.load(weight + columns * TAPS + tap, mask=columns < width, other=0).to(tl.float32)
+        y += factor[None, :] * seen(x, positions, rows, columns, num_rows, width, tap - TAPS // 2)
+    tl.store(out + places, y.to(out.dtype.element_ty), mask=is_inside)
+
+
+@triton.jit
+def backward_kernel(grad, x, positions, weight, grad_x, partial, num_rows, width, TAPS: tl.constexpr,
+                    ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    sums = (tl.zeros([ROWS, COLUMNS], tl.float32),) * TAPS
+    for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
+        rows = tile * ROWS + tl.arange(0, ROWS)
+        is_inside = (rows[:, None] < num_rows) & (columns[None, :] < width)
+        places = rows[:, None].to(tl.int64) * width + columns[None, :]
+        own = tl.load(x + places, mask=is_inside, other=0).to(tl.float32)
+        gradient = tl.load(grad + places, mask=is_inside, other=0).to(tl.float32)
+        for tap in tl.static_range(TAPS):
+            # What reads this row at this tap lies on the other side.
+            outer = seen(grad, positions, rows, columns, num_rows, width, TAPS // 2 - tap)
+            factor = tl.load(weight + columns * TAPS + tap, mask=columns < width, other=0).to(tl.float32)
+            gradient += factor[None, :] * outer
+            sums = sums[1:] + (sums[0] + own * outer,)  # after the last tap they are in order again
+        tl.store(grad_x + places, gradient.to(grad_x.dtype.element_ty), mask=is_inside)
+    partial += tl.program_id(0).to(tl.int64) * width * TAPS
+    for tap in tl.static_range(TAPS):
+        tl.store(partial + columns * TAPS + tap, tl.sum(sums[tap], 0), mask=columns < width)
+
+
+@triton.jit
+def seen(pointer, positions, rows, columns, num_rows, width, WAY: tl.constexpr):
+    """The rows so far behind each of `rows`, fp32; 0 where that is in another protein."""
+    others = rows + WAY
+    later = tl.maximum(rows, others)
+    far = tl.load(positions + later, mask=later < num_rows, other=0) >= tl.maximum(WAY, -WAY)
+    is_same = far & (others >= 0) & (later < num_rows)
+    return tl.load(pointer + others[:, None].to(tl.int64) * width + columns[None, :],
+                   mask=is_same[:, None] & (columns[None, :] < width), other=0).to(tl.float32)
