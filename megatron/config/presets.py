@@ -56,8 +56,8 @@ _RECIPE_AT_SCALE: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
         **_RECIPE, "num_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "micro_batch_size": 2,
-        "global_batch_size": 4, "train_iters": 700, "lr_warmup_fraction": 0.1, "log_interval": 10, "save_interval": 100,
-        "eval_interval": 350, "eval_iters": 0, "precision": "auto",
+        "global_batch_size": 4, "train_iters": 1000, "lr_warmup_fraction": 0.1, "log_interval": 10,
+        "save_interval": 100, "eval_interval": 500, "eval_iters": 0, "precision": "auto",
     },
     "recipe-8m": {**_RECIPE_AT_SCALE, "num_layers": 6, "hidden_size": 320, "num_attention_heads": 5,
                   "micro_batch_size": 32, "train_iters": 200},

@@ -102,7 +102,7 @@ def test_training_by_samples_replaces_the_presets_iterations():
     ("--preset demo --lr-warmup-iters 7", 28), ("--preset demo --lr-warmup-iters 0", 0),
     ("--preset demo --lr-warmup-iters 7 --lr-warmup-fraction 0", 28), ("--preset demo --lr-warmup-fraction 0", 0),
     ("--preset tape --train-samples 900 --lr-warmup-samples 50", 50),
-    ("--preset tape --train-samples 900 --lr-warmup-fraction 0.5", 450), ("--preset demo", 280)])
+    ("--preset tape --train-samples 900 --lr-warmup-fraction 0.5", 450), ("--preset demo", 400)])
 def test_any_flag_of_the_warm_up_replaces_the_presets(text, samples):
     config = parsed(text)
     schedule = build_schedule(config.schedule, global_batch_size=4, train_iters=config.training.train_iters,
@@ -154,8 +154,9 @@ def test_foreign_flags_say_why(flag):
     ("--preset demo --train-samples 9 --train-iters 9", "give one of --train-iters and --train-samples"),
     ("--preset demo --rampup-batch-size 4 4 100", "--rampup-batch-size goes with --train-samples"),
     ("--preset demo --lr-warmup-iters 5 --lr-warmup-fraction 0.1", "--lr-warmup-fraction excludes"),
-    ("--preset demo --lr-warmup-iters 700", "--lr-warmup-iters is 700, and the learning rate is to have decayed after "
-     "700 iters; give a shorter warm-up, or more --lr-decay-iters (default: all of --train-iters)"),
+    ("--preset demo --lr-warmup-iters 1000",
+     "--lr-warmup-iters is 1000, and the learning rate is to have decayed after 1000 iters; give a shorter warm-up, or "
+     "more --lr-decay-iters (default: all of --train-iters)"),
     ("--preset demo --train-samples 90 --lr-warmup-samples 80 --lr-decay-samples 70",
      "--lr-warmup-samples is 80, and the learning rate is to have decayed after 70 samples"),
     ("--preset demo --min-lr 1", "--min-lr 1.0 is above --lr"),
