@@ -19,12 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron.config.command_line import OneLineParser  # noqa: E402
 from megatron.errors import ConfigError  # noqa: E402
 from megatron.log import Log, exit_status  # noqa: E402
-from megatron.study.curves import loss_name  # noqa: E402
 from megatron.study.outcome import as_table, edges, outcomes  # noqa: E402
 from megatron.study.record import Record, held  # noqa: E402
 from megatron.study.running import LOG, Sweep  # noqa: E402
 from megatron.study.sampling import SAMPLERS, optuna_module, plan  # noqa: E402
 from megatron.study.settings import Space  # noqa: E402
+from megatron.train.metrics import loss_name  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:

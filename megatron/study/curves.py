@@ -12,7 +12,6 @@ from megatron.train.metrics import read_records
 METRICS = "metrics.jsonl"
 # What a loss is drawn against, and how records call it.
 AXES = {"steps": "iteration", "residues": "consumed_residues", "seconds": "training_s", "flops": "consumed_flops"}
-_SPLITS = {"valid": "validation", "train": "training"}
 
 
 @dataclass(frozen=True)
@@ -89,12 +88,6 @@ def kinds_of(folder: Path) -> dict[str, list[dict]]:
     for record in read_records(path):
         kinds.setdefault(record["kind"], []).append(record)
     return kinds
-
-
-def loss_name(kind: str) -> str:
-    """What the loss of a kind of record is called."""
-    split, slash, corpus = kind.partition("/")
-    return f"{_SPLITS.get(split, split)} loss{f' on {corpus}' if slash else ''}"
 
 
 def mean_curve(curves: Sequence[Curve]) -> Curve:

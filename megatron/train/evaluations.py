@@ -5,8 +5,9 @@ from megatron.data.rows.blend import BlendedDataset
 from megatron.data.rows.dataset import Dataset, corpora_of
 from megatron.train.build import Run
 from megatron.train.evaluate import Evaluation, evaluate
-from megatron.train.events import OF_AVERAGE, Events
+from megatron.train.events import Events
 from megatron.train.meters import Meters, Totals
+from megatron.train.metrics import OF_AVERAGE
 from megatron.train.stop import StopRequests
 
 

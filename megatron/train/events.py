@@ -19,9 +19,7 @@ from megatron.errors import OutputError
 from megatron.log import Log
 from megatron.train.evaluate import Baselines, Evaluation, perplexity
 from megatron.train.meters import Reading, Totals
-from megatron.train.metrics import forget_after, read_records
-
-OF_AVERAGE = "_ema"  # ends the kind of a split's evaluation where it is of the average of the weights
+from megatron.train.metrics import forget_after, loss_name, read_records
 
 
 class Events:
@@ -127,13 +125,6 @@ class Events:
             with _writing(self._board.folder, self._board_flag):
                 self._board.scalars(iteration, {f"{kind}/{name}": value for name, value in values.items()
                                                 if value is not None})
-
-
-def loss_name(kind: str) -> str:
-    """What a kind of evaluation is called."""
-    split, _, corpus = kind.partition("/")
-    name, of_average = split.removesuffix(OF_AVERAGE), " of the average" if split.endswith(OF_AVERAGE) else ""
-    return f"{'validation' if name == 'valid' else name} loss{of_average}{f' on {corpus}' if corpus else ''}"
 
 
 def _of_groups(rates: Mapping[str, float]) -> str:

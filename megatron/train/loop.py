@@ -19,8 +19,9 @@ from megatron.train.agreement import Arriving
 from megatron.train.build import Run
 from megatron.train.evaluate import Baselines, Evaluation, frequency_baselines
 from megatron.train.evaluations import Evaluations
-from megatron.train.events import Events, loss_name
+from megatron.train.events import Events
 from megatron.train.meters import Meters
+from megatron.train.metrics import loss_name
 from megatron.train.peak import measured_peak_flops
 from megatron.train.profiler import StepProfiler
 from megatron.train.step import TrainStep

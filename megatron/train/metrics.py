@@ -6,6 +6,16 @@ from typing import Any
 
 from megatron.files import write_text
 
+OF_AVERAGE = "_ema"  # ends the kind of a split's evaluation where it is of the average of the weights
+_SPLITS = {"valid": "validation", "train": "training"}
+
+
+def loss_name(kind: str) -> str:
+    """What the loss of a kind of record is called."""
+    split, _, corpus = kind.partition("/")
+    name, of_average = split.removesuffix(OF_AVERAGE), " of the average" if split.endswith(OF_AVERAGE) else ""
+    return f"{_SPLITS.get(name, name)} loss{of_average}{f' on {corpus}' if corpus else ''}"
+
 
 def read_records(metrics: Path) -> list[dict[str, Any]]:
     """The records in the file, in its order; whatever else is there is passed over."""
