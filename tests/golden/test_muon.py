@@ -81,5 +81,5 @@ def test_the_state_of_another_optimizer_is_refused_in_a_line(corpus, tmp_path, c
 def test_the_log_says_the_learning_rate_of_each_group(corpus, tmp_path, capsys):
     train(corpus, tmp_path, 1, "--optimizer", "muon", "--head-lr", "3e-3", "--lr-warmup-fraction", "0",
           "--lr-decay-style", "constant", num_steps=1)
-    assert ("learning rate: 2.000E-03 (matrix 2.000E-02, embedding 5.000E-03, head 3.000E-03, vector 5.000E-03) |"
+    assert ("learning rate: 2.000E-03 (matrix 1.000E-02, embedding 2.000E-02, head 3.000E-03, vector 5.000E-03) |"
             in capsys.readouterr().out)

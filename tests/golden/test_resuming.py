@@ -23,7 +23,7 @@ from megatron.data.corpus.vocab import DEFAULT_VOCAB, Vocab
 from megatron.errors import OutputError
 from megatron.log import Log
 from megatron.train import build as build_module
-from megatron.train import loop
+from megatron.train import evaluations
 from megatron.train.events import Events
 from megatron.train.meters import Reading, Totals
 from megatron.train.metrics import read_records
@@ -416,7 +416,7 @@ def test_a_request_on_going_on_saves_nothing_anew(begun, monkeypatch):
 
 
 @pytest.mark.parametrize("flags", [[], ["--async-save"]])
-@pytest.mark.parametrize(("where", "name"), [(loop, "evaluate"), (Saver, "save")])
+@pytest.mark.parametrize(("where", "name"), [(evaluations, "evaluate"), (Saver, "save")])
 def test_a_request_during_evaluation_or_saving_ends_the_run_there(run, monkeypatch, where, name, flags):
     signalled_in(monkeypatch, where, name)
     run("--train-iters", 8, "--eval-interval", 2, "--save-interval", 2, *flags)
@@ -425,7 +425,7 @@ def test_a_request_during_evaluation_or_saving_ends_the_run_there(run, monkeypat
 
 
 def test_a_request_after_the_last_step_leaves_the_evaluation_for_later(run, monkeypatch):
-    signalled_in(monkeypatch, loop, "evaluate")
+    signalled_in(monkeypatch, evaluations, "evaluate")
     run("--train-iters", 4)
     assert "stopped before the evaluation was done: the same command does it" in run.lines
     run("--train-iters", 4)

@@ -18,7 +18,8 @@ DOORS = {"tools/preprocess_data.py": ["--input", NAME, "--output-prefix", "x"],
          "protein_tools/fasta2json.py": [NAME, "x"], "protein_tools/lmdb2json.py": [NAME, "x"],
          "tools/convert_checkpoint.py": ["--load-dir", NAME, "--save-dir", "x", "--saver", "whole"],
          "tools/merge_mp_partitions.py": ["--model-type", "BERT", "--load", NAME],
-         "tools/continued_flags.py": [NAME, "x", "y"],
+         "tools/continued_flags.py": [NAME, "x", "y"], "tools/compare_runs.py": [NAME],
+         "tools/sweep.py": ["--output", "x", "--vary", NAME, "1"],
          "tools/inspect_checkpoint.py": ["x", f"--{NAME}"], "pretrain_tape.py": [f"--{NAME}"]}
 
 
@@ -49,7 +50,8 @@ def test_every_door_names_a_path_that_is_no_text(monkeypatch, door):
     spec = importlib.util.spec_from_file_location("door", ROOT / door)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    given = {"protein_tools": ("fasta", ""), "pretrain_tape.py": (DOORS[door],), "tools/plan_layout.py": (DOORS[door],)}
+    given = {"protein_tools": ("fasta", ""), **{taking: (DOORS[taking],) for taking in (
+        "pretrain_tape.py", "tools/plan_layout.py", "tools/compare_runs.py", "tools/sweep.py")}}
     assert module.main(*given.get(door, given.get(Path(door).parts[0], ()))) == 2  # others take theirs themselves
     assert b"prot\\udce9ines" in written.getvalue()
 
