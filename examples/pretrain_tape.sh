@@ -11,6 +11,7 @@
 #                       proteinlm-200m  16 layers x 1024, 16 heads
 #                       proteinlm-3b    36 layers x 2560, 40 heads
 #                       esm2-8m, -35m, -150m, -650m, -3b, -15b, esm1b, protbert
+#                       recipe-8m, -35m, -150m, -650m (demo's recipe at scale; not measured)
 #     DATA_PATH         prefix of PREFIX.bin and PREFIX.idx, as tools/preprocess_data.py writes them; or several, each
 #                       behind its weight: "0.7 pfam 0.3 uniref" (default: the proteins in examples/proteins)
 #     CHECKPOINT_PATH   folder for checkpoints, logs, curves (default: runs/PRESET in the checkout)
