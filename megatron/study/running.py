@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -19,7 +19,7 @@ from megatron.study.curves import METRICS, kinds_of, read_curve
 from megatron.study.record import BEGUN, FAILED, FINISHED, NOT_FINITE, STOPPED, Record, Result, has_checkpoint
 from megatron.study.settings import Space, Trial
 from megatron.study.table import in_time
-from megatron.train.starting import REQUESTS_TO_STOP
+from megatron.train.starting import requests_heard_by
 
 PROGRAM = Path(__file__).resolve().parents[2] / "pretrain_tape.py"
 LOG = "run.log"
@@ -63,7 +63,7 @@ class Sweep:
         `num_done` of `num_trials` have ended before. SIGTERM, SIGINT and SIGUSR1 stop it: trials save and leave. Raises
         ConfigError with what a trial calls a mistake of the user's.
         """
-        with self._listening():
+        with requests_heard_by(self._note):
             try:
                 while True:
                     while not self._is_stopping and len(self._running) < len(self._environments):
@@ -190,15 +190,6 @@ class Sweep:
             return ""
         seconds = statistics.mean(self._walls_s) * num_left / len(self._environments)
         return f"; {num_left} to go, about {in_time(seconds)}"
-
-    @contextmanager
-    def _listening(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._note) for number in REQUESTS_TO_STOP}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._is_stopping = True

@@ -2,15 +2,14 @@
 
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from types import FrameType
 
 import torch
 
 from megatron.parallel.collectives import all_reduce_sum
 from megatron.parallel.mesh import Mesh
-from megatron.train.starting import REQUESTS_TO_STOP
+from megatron.train.starting import requests_heard_by
 
 
 class StopRequests:
@@ -29,15 +28,9 @@ class StopRequests:
         wishes = torch.tensor([self.wants_stop()], dtype=torch.int64, device=mesh.device)
         return bool(all_reduce_sum(wishes, mesh.world))
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self) -> AbstractContextManager[None]:
         """Take SIGTERM, SIGUSR1 and the first SIGINT (Ctrl-C) as requests; a second Ctrl-C interrupts at once."""
-        before = {number: signal.signal(number, self._note) for number in REQUESTS_TO_STOP}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        return requests_heard_by(self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._was_signalled = True
