@@ -118,6 +118,8 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--table", action="store_true", help="train nothing")
     arguments = parser.parse_args()
+    if arguments.prefix is None and not arguments.table:
+        parser.error("give the prefix of a corpus, or --table")
     size, rows = arguments.size, arguments.rows
     done = {(record["size"], record["rows"], record["arm"], record["seed"]) for record in known()}
     todo = [(arm, seed) for seed in arguments.seeds for arm in arguments.arms
