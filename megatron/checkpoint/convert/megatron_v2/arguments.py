@@ -161,6 +161,8 @@ def arguments_of(checkpoint: Checkpoint, num_tensor: int, num_pipeline: int, num
             for item in fields(section)}
     if ours["openai_gelu"]:  # there in the head as well, unlike here; in the blocks it is what the fusion has
         ours |= {"openai_gelu": False, "bias_gelu_fusion": True}
+    if not isinstance(shares := ours["mask_prob"], float):  # the one there is, or the one a course goes to
+        ours["mask_prob"] = shares[:2][-1]
     positions, hidden = checkpoint.model["embedding.position_embeddings.weight"].shape
     shape = {"num_layers": num_layers(list(checkpoint.model)), "hidden_size": hidden,
              "max_position_embeddings": positions, "padded_vocab_size": num_rows, "params_dtype": dtype}
