@@ -4,7 +4,7 @@ PREFIX is `proteins_demo` (train and valid). An arm is a set of flags of `pretra
 rows as the others, with each seed in turn, and evaluated on all validation proteins, whose masks are the same in all.
 What is done stands in recipes.jsonl, a line a run, and is not done again: a ladder that was killed goes on.
 
-    python benchmarks/recipes.py PREFIX --size 6x256 --rows 5600 --seeds 1 2 3 --arms all "all - conv"    these alone
+    python benchmarks/recipes.py PREFIX --size 6x256 --rows 5600 --seeds 1 2 3 --arms recipe "recipe - conv"    these alone
     python benchmarks/recipes.py --table                                                    what is known so far
 """
 
@@ -32,36 +32,49 @@ COMMON = ("--split 40000,2000,0 --seq-length 1024 --micro-batch-size 2 --attenti
           "--precision auto --lr-decay-style cosine --lr-warmup-fraction 0.1 --adam-beta2 0.98 --eval-iters 0 "
           "--eval-interval 1000000 --log-interval 50")
 ADAMW = "--lr 1e-3 --min-lr 1e-4"
-MUON = ("--optimizer muon --lr 0.02 --min-lr 0.002 --muon-lr 0.02 --embedding-lr 0.005 --head-lr 0.005 "
-        "--scalar-lr 0.005")
+BEST_ADAMW = "--lr 7e-4 --min-lr 7e-5"
+MUON = "--optimizer muon --lr 1e-3 --min-lr 0"
+NORMUON = MUON.replace("muon", "normuon")
 MODEL = {"rotary": "--position-embedding-type rope", "rmsnorm": "--normalization RMSNorm", "qknorm": "--qk-layernorm",
          "relu2": "--squared-relu", "zero": "--zero-init-output", "untied": "--untie-embeddings-and-output-weights",
-         "value": "--value-embeddings", "conv": "--qkv-conv-kernel 5"}
-ALL = f"{MUON} {' '.join(MODEL.values())}"
+         "conv": "--qkv-conv-kernel 5"}
+MORE = {"value": "--value-embeddings", "unet": "--unet-skips", "x0": "--x0-skips"}
+RECIPE = f"{MUON} {' '.join(MODEL.values())}"
+WSD = "--lr-decay-style WSD --lr-wsd-decay-style minus_sqrt --lr-wsd-decay-iters"
 # Arms by name: the flags, and the rows a step where they are not 4.
 ARMS: dict[str, tuple[str, int]] = {
-    "all": (ALL, 4), "all, 2 rows": (ALL, 2),
     **{f"adamw, lr {lr}": (f"--lr {lr} --min-lr {float(lr) / 10:g}", 4) for lr in ("5e-4", "1e-3", "1.4e-3", "2e-3")},
     "adamw, beta2 0.95": (f"{ADAMW} --adam-beta2 0.95", 4), "adamw, beta2 0.999": (f"{ADAMW} --adam-beta2 0.999", 4),
     "adamw, warm-up 0.3": (f"{ADAMW} --lr-warmup-fraction 0.3", 4),
     "adamw, warm-up 0.3, lr 2e-3": ("--lr 2e-3 --min-lr 2e-4 --lr-warmup-fraction 0.3", 4),
-    "adamw, 2 rows": (ADAMW, 2), "adamw, 2 rows, lr 7e-4": ("--lr 7e-4 --min-lr 7e-5", 2),
+    "adamw, 2 rows": (ADAMW, 2), "adamw, 2 rows, lr 7e-4": (BEST_ADAMW, 2),
+    "adamw, 2 rows, lr 5e-4": ("--lr 5e-4 --min-lr 5e-5", 2),
+    "adamw, 2 rows, lr 7e-4, beta2 0.95": (f"{BEST_ADAMW} --adam-beta2 0.95", 2),
+    "adamw, 2 rows, lr 7e-4, to 0": (f"{BEST_ADAMW} --min-lr 0", 2),
     "adamw, 8 rows": (ADAMW, 8), "adamw, 8 rows, lr 2e-3": ("--lr 2e-3 --min-lr 2e-4", 8),
-    "muon": (MUON, 4), "normuon": (MUON.replace("muon", "normuon", 1), 4),
-    **{f"muon + {name}": (f"{MUON} {flags}", 4) for name, flags in MODEL.items()},
-    "muon + swiglu": (f"{MUON} --swiglu", 4), "muon + unet": (f"{MUON} --unet-skips", 4),
-    "muon + x0": (f"{MUON} --x0-skips", 4),
-    **{f"all - {name}": (f"{MUON} {' '.join(flags for other, flags in MODEL.items() if other != name)}", 4)
+    "muon": (MUON, 4), "normuon": (NORMUON, 4),
+    **{f"muon + {name}": (f"{MUON} {flags}", 4) for name, flags in (MODEL | MORE).items()},
+    "muon + swiglu": (f"{MUON} --swiglu", 4),
+    "recipe": (RECIPE, 4),
+    **{f"recipe - {name}": (f"{MUON} {' '.join(flags for other, flags in MODEL.items() if other != name)}", 4)
        for name in MODEL},
-    "all + unet": (f"{ALL} --unet-skips", 4), "all + x0": (f"{ALL} --x0-skips", 4),
-    "all, swiglu": (ALL.replace("--squared-relu", "--swiglu"), 4),
-    **{f"all, muon-lr {lr}": (f"{ALL} --muon-lr {lr}", 4) for lr in (0.005, 0.01, 0.014, 0.028, 0.04, 0.08)},
-    "all, embedding-lr and head-lr 0.02": (f"{ALL} --embedding-lr 0.02 --head-lr 0.02", 4),
-    "all, muon-lr 0.01, embedding-lr and head-lr 0.02": (
-        f"{ALL} --muon-lr 0.01 --embedding-lr 0.02 --head-lr 0.02", 4),
-    **{f"all, mask {share}": (f"{ALL} --mask-prob {share}", 4) for share in (0.1, 0.2, 0.3)},
-    "all, mask 0.3 to 0.15": (f"{ALL} --mask-prob 0.3 0.15 1400", 4),
-    "all, 8 rows": (ALL, 8), "all, to 0": (f"{ALL} --min-lr 0", 4), "all, beta2 0.95": (f"{ALL} --adam-beta2 0.95", 4),
+    "recipe - muon": (f"{ADAMW} {' '.join(MODEL.values())}", 4),
+    "recipe - muon, lr 2e-3": (f"--lr 2e-3 --min-lr 2e-4 {' '.join(MODEL.values())}", 4),
+    "recipe - muon, lr 5e-3": (f"--lr 5e-3 --min-lr 5e-4 {' '.join(MODEL.values())}", 4),
+    **{f"recipe + {name}": (f"{RECIPE} {flags}", 4) for name, flags in MORE.items()},
+    "recipe, swiglu": (RECIPE.replace("--squared-relu", "--swiglu"), 4),
+    "recipe, normuon": (RECIPE.replace("muon", "normuon"), 4),
+    **{f"recipe, muon-lr {lr}": (f"{RECIPE} --muon-lr {lr}", 4) for lr in (0.0025, 0.005, 0.007, 0.014, 0.02, 0.04)},
+    **{f"recipe, mask {share}": (f"{RECIPE} --mask-prob {share}", 4) for share in (0.1, 0.2, 0.3)},
+    "recipe, mask 0.3 to 0.15": (f"{RECIPE} --mask-prob 0.3 0.15 1400", 4),
+    "recipe, 2 rows": (RECIPE, 2), "recipe, 8 rows": (RECIPE, 8),
+    "recipe, 8 rows of 512": (f"{RECIPE} --seq-length 512 --micro-batch-size 4 --global-batch-size 8", 4),
+    "recipe, 2 rows of 2048": (f"{RECIPE} --seq-length 2048 --micro-batch-size 1 --global-batch-size 2", 4),
+    "recipe, WSD over the last fifth": (f"{RECIPE} {WSD} 70", 4), "recipe, WSD over the last half": (
+        f"{RECIPE} {WSD} 175", 4),
+    "recipe, linear": (f"{RECIPE} --lr-decay-style linear", 4), "recipe, to a tenth": (f"{RECIPE} --min-lr 1e-4", 4),
+    "recipe, ema 0.98": (f"{RECIPE} --ema 0.98", 4),
+    "recipe, cautious decay 0.1": (f"{RECIPE} --weight-decay 0.1 --cautious-weight-decay", 4),
 }
 
 
@@ -70,16 +83,17 @@ def trained(prefix: str, size: str, rows: int, arm: str, seed: int) -> dict:
     flags, batch = ARMS[arm]
     steps = rows // batch
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "pretrain_tape.py"), *shlex.split(f"{COMMON} {SIZES[size]} {flags}"),
-                   "--global-batch-size", str(batch), "--train-iters", str(steps), "--seed", str(seed), "--data-path",
-                   prefix, "--save", folder]
+        command = [sys.executable, str(ROOT / "pretrain_tape.py"), "--global-batch-size", str(batch),
+                   *shlex.split(f"{COMMON} {SIZES[size]} {flags}"), "--train-iters", str(steps), "--seed", str(seed),
+                   "--data-path", prefix, "--save", folder]
         before = os.times()
         done = subprocess.run(command, capture_output=True, text=True)
         after = os.times()
         if done.returncode:
             raise SystemExit(f"{arm}: {done.stderr.strip().splitlines()[-1]}")
         records = read_records(Path(folder) / "metrics.jsonl")
-    loss = next(record["loss"] for record in reversed(records) if record["kind"] == "valid")
+    kind = "valid_ema" if "--ema " in flags else "valid"
+    loss = next(record["loss"] for record in reversed(records) if record["kind"] == kind)
     processor_s = after.children_user + after.children_system - before.children_user - before.children_system
     return {"size": size, "rows": rows, "arm": arm, "seed": seed, "flags": flags, "steps": steps,
             "loss": round(loss, 5), "processor_s": round(processor_s, 1), "processor": processor()}
