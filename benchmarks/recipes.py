@@ -4,8 +4,8 @@ PREFIX is `proteins_demo` (train and valid). An arm is a set of flags of `pretra
 rows as the others, with each seed in turn, and evaluated on all validation proteins, whose masks are the same in all.
 What is done stands in recipes.jsonl, a line a run, and is not done again: a ladder that was killed goes on.
 
-    python benchmarks/recipes.py PREFIX --size 6x256 --rows 5600 --seeds 1 2 3 --arms recipe "recipe - conv"    these alone
-    python benchmarks/recipes.py --table                                                    what is known so far
+    python benchmarks/recipes.py PREFIX --size 6x256 --rows 5600 --seeds 1 2 --arms recipe "recipe - conv"   these alone
+    python benchmarks/recipes.py --table                                                       what is known so far
 """
 
 import argparse
