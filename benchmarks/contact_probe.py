@@ -35,7 +35,8 @@ class Chain:
 
     def pairs(self) -> "Pairs":
         """All pairs of resolved residues that are far enough apart in the sequence."""
-        first_p, second_p = torch.triu_indices(*[len(self.sequence)] * 2, SEPARATIONS[0]).unbind()
+        size = len(self.sequence)
+        first_p, second_p = torch.triu_indices(size, size, SEPARATIONS[0]).unbind()
         distance_p = (self.atoms_r3[first_p] - self.atoms_r3[second_p]).norm(dim=1)
         is_resolved_p = ~distance_p.isnan()
         return Pairs(first_p[is_resolved_p], second_p[is_resolved_p], distance_p[is_resolved_p] < CUTOFF_ANGSTROM)
@@ -98,8 +99,7 @@ def pair_features(pretrained: Pretrained, sequence: str, pairs: Pairs) -> Tensor
         for map_nkk in maps:
             parts.append(corrected(map_nkk[:, residues, residues])[:, pairs.first_p, pairs.second_p])
 
-    for row in pretrained.rows([sequence]):
-        watch_maps(pretrained.model, row, take)
+    watch_maps(pretrained.model, pretrained.row([sequence]), take)
     return torch.cat(parts).T.contiguous()
 
 

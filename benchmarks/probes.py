@@ -35,8 +35,8 @@ from benchmarks.contact_probe import NUM_FITTED, SEPARATIONS, Chain, chance, con
 from benchmarks.structure_probe import Labelled, accuracy, hidden_states, labels, windows  # noqa: E402
 from megatron.config.command_line import OneLineParser  # noqa: E402
 from megatron.errors import ConfigError, DataError  # noqa: E402
-from megatron.infer.pretrained import Pretrained, load  # noqa: E402
-from megatron.log import Log, exit_status  # noqa: E402
+from megatron.infer.pretrained import Pretrained, load_pretrained  # noqa: E402
+from megatron.log import exit_status  # noqa: E402
 
 HEADINGS = ("model", *(f"P@{size}, separation ≥ {least}" for least in SEPARATIONS for size in ("L", "L/2", "L/5")),
             "CB513, 3 classes")
@@ -54,8 +54,10 @@ class Task:
 
     def cropped(self, size: int) -> "Task":
         """The same, with the first residues of each protein."""
-        return Task(*([each.cropped(size) for each in part] for part in (
-            self.contacts_train, self.contacts_test, self.structure_train, self.structure_test)))
+        return Task([each.cropped(size) for each in self.contacts_train],
+                    [each.cropped(size) for each in self.contacts_test],
+                    [each.cropped(size) for each in self.structure_train],
+                    [each.cropped(size) for each in self.structure_test])
 
 
 def parser() -> argparse.ArgumentParser:
@@ -77,8 +79,8 @@ def main() -> int:
         for name in ("draws", "test_chains", "train_proteins", "test_proteins"):
             if getattr(given, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(given, name)}; it must be 1 or greater")
-        models = {folder: load(folder, Log()) for folder in given.checkpoints}
-        task = read_task(given).cropped(min(model.max_residues for model in models.values()))
+        models = {folder: load_pretrained(folder, device="cpu") for folder in given.checkpoints}
+        task = read_task(given).cropped(min(model.config.data.seq_length - model.num_ends for model in models.values()))
         print(table(list(rows(models, task, given.draws))))
 
     return exit_status(work)

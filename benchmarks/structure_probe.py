@@ -6,6 +6,7 @@ Shapes: t residues of all proteins, f features, c classes.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -38,11 +39,9 @@ def labels(proteins: Sequence[Labelled]) -> Tensor:
                          for letter, counts in zip(protein.classes, protein.counts, strict=True)])
 
 
-@torch.no_grad()
 def hidden_states(pretrained: Pretrained, proteins: Sequence[Labelled]) -> Tensor:
     """What the model gives behind its last norm for each residue, fp32 [t, f]."""
-    return torch.cat([pretrained.model.hidden(row)[pretrained.is_residue(row)]
-                      for row in pretrained.rows(protein.sequence for protein in proteins)])
+    return torch.from_numpy(np.concatenate(pretrained.embed_residues([protein.sequence for protein in proteins])))
 
 
 def windows(proteins: Sequence[Labelled]) -> Tensor:

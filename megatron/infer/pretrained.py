@@ -1,16 +1,15 @@
-"""A checkpoint of any format as a model to ask: whole, on the host, in fp32, in evaluation.
+"""A checkpoint of any format as a model to ask: `load_pretrained(path)`. It tells its own flags, none need be given.
 
-No flag need be given, the checkpoint tells its own. `megatron.train.build` makes what is trained, in any layout.
+`megatron.train.build` makes what is trained, in any layout. Shapes: r residues of a protein, h hidden, v tokens of the
+vocabulary.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from megatron.checkpoint.loading import load_model
 from megatron.checkpoint.newest import newest
@@ -19,90 +18,155 @@ from megatron.config import Config
 from megatron.config.command_line import left_open, parse
 from megatron.data.corpus.tokenizer import ResidueTokenizer
 from megatron.data.corpus.vocab import Vocab
-from megatron.errors import CheckpointError
+from megatron.errors import CheckpointError, ConfigError, ResidueError
+from megatron.infer.answers import Answer, Asked, answers
+from megatron.infer.rows import packed
 from megatron.kernels.packed_sequence import PackedSequence
 from megatron.log import Log
 from megatron.model.initialisation import initialise
-from megatron.model.protein_model import ProteinModel
-from megatron.parallel.mesh import Axis
+from megatron.model.protein_model import ProteinModel, compute_dtype
+from megatron.parallel.mesh import Mesh
+from megatron.parallel.tensor.copies import ComputeCopies
+from megatron.parallel.tensor.stream import Stream
 
+PRECISIONS = ("fp32", "bf16", "fp16")
 POSITIONS = 1024  # of a row, where a checkpoint does not say
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model, and what is to be known to feed it; of `config` the model, the data's ends and the row length hold."""
+    """A model in evaluation, and what is to be known to feed it.
+
+    Of `config` the model, the precision, the data's ends and the row length hold. Tensor ranks of `mesh` have a part of
+    the model each, ask together and get the same. Proteins are texts of residues, in either case; what is no protein
+    raises ResidueError, as an empty text does.
+    """
 
     model: ProteinModel
     config: Config
     vocab: Vocab
     iteration: int
+    mesh: Mesh
+
+    def embed(self, proteins: Sequence[str], layer: int = -1) -> np.ndarray:
+        """The mean over each protein's residues of the hidden states, fp32 [proteins, h].
+
+        `layer`: 0 for the embeddings, n behind block n, -1 for the last, behind the final norm.
+        """
+        return np.stack([answer["mean"][0] for answer in self.ask(proteins, Asked(("mean",), (layer,)))])
+
+    def embed_residues(self, proteins: Sequence[str], layer: int = -1) -> list[np.ndarray]:
+        """Of each protein the hidden states of its residues, fp32 [r, h]; layers as in `embed`."""
+        return [answer["per_tok"][0] for answer in self.ask(proteins, Asked(("per_tok",), (layer,)))]
+
+    def logits(self, proteins: Sequence[str]) -> list[np.ndarray]:
+        """Of each protein what the head gives for its residues, none of them masked, fp32 [r, v].
+
+        Column i is that of `vocab.tokens[i]`.
+        """
+        return [answer["logits"] for answer in self.ask(proteins, Asked(("logits",), ()))]
+
+    def contacts(self, proteins: Sequence[str]) -> list[np.ndarray]:
+        """Of each protein the probability that two of its residues touch, fp32 [r, r]; for models with a contact head.
+        """
+        return [answer["contacts"] for answer in self.ask(proteins, Asked(("contacts",), ()))]
+
+    def ask(self, proteins: Sequence[str], asked: Asked, budget: int | None = None) -> list[Answer]:
+        """All that is asked of each protein, in their order; `budget`: the tokens of a row, else as memory allows."""
+        return self.ask_ids([self.encode(protein, f"protein {number}") for number, protein in enumerate(proteins, 1)],
+                            asked, budget)
+
+    def ask_ids(self, proteins: Sequence[np.ndarray], asked: Asked, budget: int | None = None) -> list[Answer]:
+        """The same of proteins that `encode` made, or some of whose residues were masked by the id of [MASK]."""
+        asked = asked.resolved(self.config.model.num_layers, self.config.model.contact_head)
+        return answers(self.model, self.mesh, proteins, self.num_ends, self.vocab.size, asked, budget)
+
+    def encode(self, protein: str, name: str) -> np.ndarray:
+        """A protein's ids between its ends, int64; raises errors that call it `name`.
+
+        ResidueError where it is no protein, ConfigError where it is longer than the model's positions.
+        """
+        try:
+            return self.between_ends(self._tokenizer.encode(protein), name)
+        except ResidueError as error:
+            raise ResidueError(f"{name}: {error}") from None
+
+    def between_ends(self, residues: np.ndarray, name: str) -> np.ndarray:
+        """Ids of residues with the tokens around a protein, int64; as `encode`."""
+        if not len(residues):
+            raise ResidueError(f"{name}: it has no residue")
+        if self.max_residues is not None and len(residues) > self.max_residues:
+            raise ConfigError(f"{name}: it has {len(residues)} residues, and the model knows the positions of "
+                              f"{self.max_residues}; crop it, or ask in windows")
+        behind = [self.vocab.sep_id] * (self.num_ends - 1)
+        return np.array([self.vocab.cls_id, *residues, *behind], dtype=np.int64)
+
+    def row(self, proteins: Sequence[str]) -> PackedSequence:
+        """The proteins as one row, on the model's device."""
+        return packed([self.encode(protein, f"protein {number}") for number, protein in enumerate(proteins, 1)],
+                      self.mesh.device)
 
     @property
-    def max_residues(self) -> int:
-        """The most residues of a protein in a row."""
-        return self.config.data.seq_length - self.config.data.num_ends
+    def num_ends(self) -> int:
+        """How many tokens stand around a protein: 1, before it, or 2."""
+        return self.config.data.num_ends
 
-    def rows(self, proteins: Iterable[str]) -> Iterator[PackedSequence]:
-        """The proteins in their order, as many in each row as it holds; a longer one begins only. There is no filler.
-
-        Raises ResidueError for a text that is no protein.
-        """
-        parts: list[np.ndarray] = []
-        for protein in proteins:
-            part = self._between_ends(self._tokenizer.encode(protein)[:self.max_residues])
-            if sum(map(len, parts)) + len(part) > self.config.data.seq_length:
-                yield _packed(parts)
-                parts = []
-            parts.append(part)
-        if parts:
-            yield _packed(parts)
-
-    def is_residue(self, sequence: PackedSequence) -> Tensor:
-        """Of each token of a row whether it is none of a protein's ends, bool [t]."""
-        return (sequence.tokens_t != self.vocab.cls_id) & (sequence.tokens_t != self.vocab.sep_id)
+    @property
+    def max_residues(self) -> int | None:
+        """The most residues of a protein; None: any number."""
+        model = self.config.model
+        return None if model.position_embedding_type == "rope" else model.max_position_embeddings - self.num_ends
 
     def untrained(self, seed: int) -> "Pretrained":
         """One of the same shape with the random weights that training begins with by default."""
-        model = _without_values(self.config, self.vocab)
+        model = _without_values(self.config, self.vocab, self.mesh)
         initialise(dict(model.named_parameters()), seed)
+        _make_copies(model, self.config)
         return replace(self, model=model, iteration=0)
 
     @cached_property
     def _tokenizer(self) -> ResidueTokenizer:
         return ResidueTokenizer(self.vocab)
 
-    def _between_ends(self, ids: np.ndarray) -> np.ndarray:
-        behind = [self.vocab.sep_id] * (self.config.data.num_ends - 1)
-        return np.array([self.vocab.cls_id, *ids, *behind], dtype=np.int64)
 
+def load_pretrained(path: str, device: str | None = None, precision: str = "fp32") -> Pretrained:
+    """The model of what `--load` takes: a run's folder, of which the newest, or a checkpoint of another program.
 
-def load(folder: str, log: Log) -> Pretrained:
-    """What the newest whole checkpoint in a run's folder holds, or a model of another program; raises CheckpointError.
-
-    `log` is told what is to be said of it, as where a broken one is passed over.
+    `device`: as PyTorch names it, by default a GPU if there is one. `precision`: fp32, bf16 or fp16, of what it
+    computes; answers are in fp32. Raises CheckpointError where there is none that can be read, ConfigError.
     """
-    checkpoint = newest(folder, Axis(), log, with_optimizer=False)
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return load(path, Mesh(device=chosen), Log(), precision)
+
+
+def load(path: str, mesh: Mesh, log: Log, precision: str = "fp32") -> Pretrained:
+    """The same on the tensor ranks of a mesh, which call this together; `log` is told what is to be said of it."""
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
+    checkpoint = newest(path, mesh.world, log, with_optimizer=False)
     if checkpoint is None:
-        raise CheckpointError(f"{folder} holds no checkpoint; give the folder that a run was saved in")
-    config = _config_of(checkpoint)
+        raise CheckpointError(f"{path} holds no checkpoint; give the folder that a run was saved in")
+    config = _config_of(checkpoint, precision)
     vocab = Vocab.from_file(config.data.vocab_file, config.data.mask_token)
     if checkpoint.state.get("vocabulary", vocab.identity) != vocab.identity:
         name = _flags_of(checkpoint).get("vocab_file") or "iupac"
         raise CheckpointError(f"{checkpoint.path}: its vocabulary, {name}, is not there, or has changed; put it back "
                               "as it was")
-    model = _without_values(config, vocab)
-    parameters = dict(model.named_parameters())
-    load_model(parameters, checkpoint, parameters.keys())
-    return Pretrained(model, config, vocab, checkpoint.iteration)
+    model = _without_values(config, vocab, mesh)
+    with torch.device("meta"):
+        whole = ProteinModel(config.model, config.precision, _num_ids(config, vocab), mask_id=vocab.mask_id)
+    load_model(dict(model.named_parameters()), checkpoint, {name for name, _ in whole.named_parameters()})
+    _make_copies(model, config)
+    return Pretrained(model, config, vocab, checkpoint.iteration, mesh)
 
 
-def _config_of(checkpoint: Checkpoint) -> Config:
+def _config_of(checkpoint: Checkpoint, precision: str) -> Config:
     """Its model's flags, its row length and vocabulary; everything else by default."""
     flags = _flags_of(checkpoint)
     positions = flags.get("seq_length") or flags.get("max_position_embeddings") or POSITIONS
     needed = {"--seq-length": positions, "--micro-batch-size": 1, "--train-iters": 1, "--lr": 1}
     argv = [str(word) for pair in needed.items() for word in pair]
+    argv += [] if precision == "fp32" else [f"--{precision}"]
     return parse(argv, left_open(["--load", str(checkpoint.path)], lambda _: flags))[0]
 
 
@@ -113,16 +177,18 @@ def _flags_of(checkpoint: Checkpoint) -> dict:
     return flags
 
 
-def _without_values(config: Config, vocab: Vocab) -> ProteinModel:
-    """The model in evaluation, its parameters yet to be filled."""
+def _num_ids(config: Config, vocab: Vocab) -> int:
+    return vocab.padded_size(config.model.make_vocab_size_divisible_by)
+
+
+def _without_values(config: Config, vocab: Vocab, mesh: Mesh) -> ProteinModel:
+    """This rank's part of the model in evaluation, its parameters yet to be filled."""
     with torch.device("meta"):
-        model = ProteinModel(config.model, config.precision,
-                             vocab.padded_size(config.model.make_vocab_size_divisible_by), mask_id=vocab.mask_id)
-    return model.to_empty(device="cpu").eval().requires_grad_(False)
+        model = ProteinModel(config.model, config.precision, _num_ids(config, vocab), Stream(mesh.tensor),
+                             mask_id=vocab.mask_id)
+    return model.to_empty(device=mesh.device).eval().requires_grad_(False)
 
 
-def _packed(parts: Sequence[np.ndarray]) -> PackedSequence:
-    lengths = [len(part) for part in parts]
-    positions_t = torch.cat([torch.arange(length) for length in lengths])
-    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    return PackedSequence(torch.from_numpy(np.concatenate(parts)), positions_t, ends, max(lengths), num_filler=0)
+def _make_copies(model: ProteinModel, config: Config) -> None:
+    """Weights in the precision of the products, once for all."""
+    ComputeCopies(model.matrices(), compute_dtype(config.precision))

@@ -1,23 +1,26 @@
 """A checkpoint as a model to ask: the one that was saved, whatever its shape, fed as in training."""
 
 import json
+from copy import deepcopy
 from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from megatron import load_pretrained
 from megatron.checkpoint.saving import parts_of
 from megatron.checkpoint.sharded import write_parts
 from megatron.checkpoint.store import STATE, place_of, point_to
 from megatron.checkpoint.tensor_file import facts_of_file
 from megatron.config import ModelConfig, PrecisionConfig
 from megatron.data.corpus.vocab import Vocab
-from megatron.errors import CheckpointError
-from megatron.infer.pretrained import load
-from megatron.log import Log
+from megatron.errors import CheckpointError, ConfigError, ResidueError
+from megatron.infer.answers import INCLUDED, OF_LAYERS, Asked
+from megatron.infer.rows import shared_out
 from megatron.model.protein_model import ProteinModel
-from tests.transformers_models import PROTEINS, difference, ids_of, one_row, their_logits
+from tests.transformers_models import PROTEINS, ids_of, one_row
 
 TINY = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=2, ffn_hidden_size=32, kv_channels=8,
                    num_query_groups=2, max_position_embeddings=64)
@@ -63,44 +66,99 @@ def saved(folder: Path, config: ModelConfig = TINY, vocab_file: str = "iupac", e
     (TINY, "iupac", "start"), (EVERYTHING, "iupac", "both"), (replace(TINY, token_dropout=True), "esm", "both")],
     ids=["default", "everything", "esm"])
 def test_a_model_is_the_one_that_was_saved_and_is_fed_as_in_training(config, vocab_file, ends, tmp_path):
-    pretrained = load(str(saved(tmp_path, config, vocab_file, ends)), Log())
+    pretrained = load_pretrained(str(saved(tmp_path, config, vocab_file, ends)))
     proteins = [protein.replace("#", "A") for protein in PROTEINS]
-    (row,) = pretrained.rows(proteins)
+    row = pretrained.row(proteins)
     expected = one_row(Vocab.from_file(vocab_file), proteins, ends)
     for mine, other in zip(row.tensors(), expected.tensors(), strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=0)
     with torch.no_grad():
         assert torch.equal(pretrained.model.hidden(row), made(config, vocab_file).hidden(expected))
     assert pretrained.iteration == 7
-    assert int(pretrained.is_residue(row).sum()) == sum(map(len, proteins))
 
 
-def test_a_model_of_transformers_gives_its_logits(their_models, their_folders):
-    pretrained = load(str(their_folders / "esm2"), Log())
-    (row,) = pretrained.rows(PROTEINS[:3])
-    with torch.no_grad():
-        ours = pretrained.model.logits(pretrained.model.hidden(row))[:, :pretrained.vocab.size]
-    lengths = [len(ids_of(protein, pretrained.vocab)) for protein in PROTEINS[:3]]
-    theirs = their_logits(their_models["esm2"], pretrained.vocab, PROTEINS[:3])
-    assert difference(list(ours.split(lengths)), theirs) < 1e-3
+@pytest.mark.parametrize("kind", ["esm2", "esm1b", "protbert"])
+def test_states_of_every_layer_and_logits_are_those_of_transformers(kind, their_models, their_folders):
+    pretrained, proteins = load_pretrained(str(their_folders / kind)), [*PROTEINS[:3], "ACDE"]
+    model, num_layers = their_models[kind], pretrained.config.model.num_layers
+    asked = Asked((*OF_LAYERS, "logits"), tuple(range(num_layers + 1)))
+    for protein, answer in zip(proteins, pretrained.ask(proteins, asked, budget=30), strict=True):
+        with torch.no_grad():
+            theirs = model(input_ids=torch.tensor([ids_of(protein, pretrained.vocab)]), output_hidden_states=True)
+        states_lth = torch.cat(theirs.hidden_states).numpy()
+        expected = {"per_tok": states_lth[:, 1:-1], "mean": states_lth[:, 1:-1].mean(1), "cls": states_lth[:, 0],
+                    "logits": theirs.logits[0, 1:-1, :pretrained.vocab.size].numpy()}
+        for name, values in expected.items():
+            scale = abs(values).max()
+            np.testing.assert_allclose(answer[name] / scale, values / scale, rtol=0, atol=2e-5, err_msg=name)
 
 
-def test_rows_hold_as_many_proteins_in_order_as_fit_and_crop_longer_ones(tmp_path):
-    pretrained = load(str(saved(tmp_path)), Log())
-    assert pretrained.max_residues == 63
-    rows = list(pretrained.rows(["A" * 31, "C" * 31, "D", "E" * 62, "F" * 100, "G"]))
-    ids = pretrained.vocab.ids
-    lengths = [(31, 31), (1,), (62,), (63,), (1,)]
-    letters = ["AC", "D", "E", "F", "G"]
-    assert len(rows) == len(lengths)
-    for row, sizes, names in zip(rows, lengths, letters, strict=True):
-        expected = [token for size, letter in zip(sizes, names, strict=True)
-                    for token in (pretrained.vocab.cls_id, *[ids[letter]] * size)]
-        assert row.tokens_t.tolist() == expected and len(expected) <= 64
+def test_contacts_are_those_of_transformers(their_models, their_folders):
+    pretrained, model = load_pretrained(str(their_folders / "esm2")), deepcopy(their_models["esm2"])
+    model.set_attn_implementation("eager")  # the only one of theirs that gives its maps
+    for protein, ours in zip(PROTEINS[:2], pretrained.contacts(PROTEINS[:2]), strict=True):
+        ids = torch.tensor([ids_of(protein, pretrained.vocab)])
+        with torch.no_grad():
+            theirs = model.predict_contacts(ids, torch.ones_like(ids))[0].numpy()
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)
+
+
+def test_an_answer_does_not_depend_on_the_proteins_beside_it_or_on_their_order(their_folders):
+    pretrained = load_pretrained(str(their_folders / "esm2"))
+    asked = Asked(INCLUDED, (0, -2, -1))
+    proteins = ["MKTAYIAKQRQISFVKSHFSRQ", "gavlipfmwx", "M", "MKTAYIAKQRQISFVKSHFSRQ", "ACDEFGHIKL" * 3]
+    together = pretrained.ask(proteins, asked, budget=40)
+    for protein, answer in zip(proteins, together, strict=True):
+        (alone,) = pretrained.ask([protein], asked)
+        for name in INCLUDED:
+            np.testing.assert_allclose(answer[name], alone[name], rtol=1e-5, atol=1e-5)
+
+
+def test_what_the_methods_give_is_what_is_asked(tmp_path):
+    pretrained, proteins = load_pretrained(str(saved(tmp_path))), ["MKV", "ACDEF"]
+    first, second = pretrained.ask(proteins, Asked((*OF_LAYERS, "logits"), (1, 2)))
+    assert [first[name].shape for name in first] == [(2, 16), (2, 3, 16), (2, 16), (3, pretrained.vocab.size)]
+    assert np.array_equal(pretrained.embed(proteins), np.stack([first["mean"][1], second["mean"][1]]))
+    assert np.array_equal(pretrained.embed(proteins, layer=1)[0], first["mean"][0])
+    assert np.array_equal(pretrained.embed_residues(proteins)[1], second["per_tok"][1])
+    assert np.array_equal(pretrained.logits(proteins)[1], second["logits"])
+
+
+def test_half_precision_is_near_to_fp32_and_answers_in_it(tmp_path):
+    folder, proteins = str(saved(tmp_path)), ["MKTAYIAKQRQISFVKSHFSRQ", "ACDEF"]
+    exact, half = (load_pretrained(folder, precision=name).embed(proteins) for name in ("fp32", "bf16"))
+    assert half.dtype == np.float32 and not np.array_equal(exact, half)
+    assert float(abs(exact - half).max()) < 0.05 * float(abs(exact).max())
+
+
+@pytest.mark.parametrize(("protein", "what"), [("MK1", "protein 2: column 3: '1' is not a residue"),
+                                               ("", "protein 2: it has no residue"),
+                                               ("A" * 64, "protein 2: it has 64 residues, and the model knows .* 63")])
+def test_what_is_no_protein_for_the_model_is_refused_by_its_number(protein, what, tmp_path):
+    pretrained = load_pretrained(str(saved(tmp_path)))
+    with pytest.raises((ResidueError, ConfigError), match=what):
+        pretrained.embed(["MKV", protein])
+
+
+@pytest.mark.parametrize(("asked", "what"), [(Asked(("means",)), "may have mean, per_tok"),
+                                             (Asked(layers=(3,)), "layer 3 is asked for, and the model has 2"),
+                                             (Asked(layers=(-4,)), "layer -4"),
+                                             (Asked(("contacts",)), "which this model has not; fit one")])
+def test_what_the_model_cannot_answer_is_refused(asked, what, tmp_path):
+    with pytest.raises(ConfigError, match=what):
+        load_pretrained(str(saved(tmp_path))).ask(["MKV"], asked)
+
+
+def test_rows_hold_what_the_budget_allows_and_each_protein_once():
+    lengths = [5, 1, 9, 4, 12, 3, 3]
+    rows = list(shared_out(lengths, 10))
+    assert sorted(place for row in rows for place in row) == list(range(7))
+    assert all(len(row) == 1 or sum(lengths[place] for place in row) <= 10 for row in rows)
+    assert [lengths[place] for row in rows for place in row] == sorted(lengths, reverse=True)
 
 
 def test_untrained_weights_are_those_that_a_run_of_that_seed_begins_with(tmp_path):
-    pretrained = load(str(saved(tmp_path, replace(TINY, zero_init_output=True))), Log())
+    pretrained = load_pretrained(str(saved(tmp_path, replace(TINY, zero_init_output=True))))
     one, again, other = (pretrained.untrained(seed).model.state_dict() for seed in (1, 1, 2))
     name = "transformer.layers.0.mlp.dense_4h_to_h.weight"
     assert torch.equal(one[name], again[name]) and not torch.equal(one[name], other[name])
@@ -110,9 +168,9 @@ def test_untrained_weights_are_those_that_a_run_of_that_seed_begins_with(tmp_pat
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="holds no checkpoint; give the folder"):
-        load(str(tmp_path), Log())
+        load_pretrained(str(tmp_path))
 
 
 def test_another_vocabulary_than_that_of_training_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="its vocabulary, iupac, is not there, or has changed"):
-        load(str(saved(tmp_path, vocabulary="another")), Log())
+        load_pretrained(str(saved(tmp_path, vocabulary="another")))

@@ -12,10 +12,9 @@ import torch
 from benchmarks import contact_probe, l1_logistic, probes, structure_probe
 from benchmarks.contact_probe import Chain, Pairs, chance, corrected, pair_features, precisions
 from benchmarks.structure_probe import Labelled, accuracy, hidden_states, labels, windows
+from megatron import load_pretrained
 from megatron.checkpoint.convert.families import hf
 from megatron.data.corpus.vocab import AMINO_ACIDS
-from megatron.infer.pretrained import load
-from megatron.log import Log
 from megatron.model.contacts import contacts
 from tests.unit.test_pretrained import TINY, saved
 
@@ -33,7 +32,7 @@ def walk(rng, length):
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-    return load(str(saved(tmp_path_factory.mktemp("run"))), Log())
+    return load_pretrained(str(saved(tmp_path_factory.mktemp("run"))))
 
 
 def test_corrected_maps_are_those_of_the_definition():
@@ -47,12 +46,12 @@ def test_corrected_maps_are_those_of_the_definition():
 def test_features_that_are_weighed_are_the_logits_of_a_model_with_a_contact_head(their_folders):
     from tests.transformers_models import our_model
 
-    pretrained = load(str(their_folders / "esm2"), Log())
+    pretrained = load_pretrained(str(their_folders / "esm2"))
     chain = Chain("MKTAYIAKQRQISFVKSHFSRQ", torch.zeros(22, 3))
     pairs, head = chain.pairs(), pretrained.model.contact_head
     features = pair_features(pretrained, chain.sequence, pairs)
     chances = contacts(our_model(hf.read(their_folders / "esm2"), pretrained.vocab),
-                       next(pretrained.rows([chain.sequence])), num_ends=2)[0][pairs.first_p, pairs.second_p]
+                       pretrained.row([chain.sequence]), num_ends=2)[0][pairs.first_p, pairs.second_p]
     torch.testing.assert_close((features @ head.weight[0] + head.bias).sigmoid(), chances, atol=1e-5, rtol=0)
 
 

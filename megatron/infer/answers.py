@@ -1,0 +1,116 @@
+"""What a model says of proteins: hidden states, their means, contacts, logits. Shapes: r residues, h hidden, v tokens.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron.errors import ConfigError
+from megatron.infer.rows import packed, shared_out, split, token_budget
+from megatron.kernels.packed_sequence import PackedSequence
+from megatron.model.contacts import contacts
+from megatron.model.protein_model import ProteinModel
+from megatron.model.states import watched_layers
+from megatron.parallel.collectives import all_gather
+from megatron.parallel.mesh import Mesh
+
+OF_LAYERS = ("mean", "per_tok", "cls")
+INCLUDED = (*OF_LAYERS, "contacts", "logits")
+
+Answer = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is wanted of each protein: some of INCLUDED, those of OF_LAYERS for each of `layers`.
+
+    Layers count as ESM has it: 0 the embeddings, n the stream behind block n, the last behind the final norm; -1 is the
+    last, -2 the one before. An answer has for each name an array in fp32:
+
+    - mean [layers, h], over the residues; per_tok [layers, r, h]; cls [layers, h], of the token before the first
+    - contacts [r, r], the probability that two residues touch
+    - logits [r, v], v the tokens of the vocabulary in its order
+    """
+
+    include: tuple[str, ...] = ("mean",)
+    layers: tuple[int, ...] = (-1,)
+
+    def resolved(self, num_layers: int, has_contacts: bool) -> "Asked":
+        """With layers from 0; raises ConfigError for one that the model has not, and for contacts of one without."""
+        for name in self.include:
+            if name not in INCLUDED:
+                raise ConfigError(f"include has {name!r}; it may have {', '.join(INCLUDED)}")
+        if "contacts" in self.include and not has_contacts:
+            raise ConfigError("contacts need a regression on attention maps, which this model has not; fit one: "
+                              "tools/predict_contacts.py --fit")
+        for layer in self.layers:
+            if not -num_layers - 1 <= layer <= num_layers:
+                raise ConfigError(f"layer {layer} is asked for, and the model has {num_layers}: from 0, the embeddings "
+                                  f"alone, to {num_layers}, or from the end, -1 the last")
+        return Asked(self.include, tuple(layer % (num_layers + 1) for layer in self.layers))
+
+    @property
+    def watched(self) -> tuple[int, ...]:
+        """The layers whose states are needed."""
+        return self.layers if set(OF_LAYERS) & set(self.include) else ()
+
+
+@torch.no_grad()
+def answers(model: ProteinModel, mesh: Mesh, proteins: Sequence[np.ndarray], num_ends: int, num_tokens: int,
+            asked: Asked, budget: int | None = None, progress: Callable[[int], object] = lambda residues: None
+            ) -> list[Answer]:
+    """The answer for each protein, in their order; a protein is its ids between its ends.
+
+    `num_ends`: 1 or 2; `num_tokens`: of the vocabulary; `asked` is resolved; `budget`: the tokens of a row, by default
+    as memory allows. `progress` hears how many tokens are done. Tensor ranks call this together and get the same.
+    """
+    found = list[Answer]([{}] * len(proteins))
+    budget = budget or token_budget(model.config, len(asked.watched), mesh.device)
+    for places in shared_out([len(ids) for ids in proteins], budget):
+        row = packed([proteins[place] for place in places], mesh.device)
+        for place, answer in zip(places, _of_row(model, mesh, row, num_ends, num_tokens, asked), strict=True):
+            found[place] = answer
+        progress(len(row.tokens_t))
+    return found
+
+
+def _of_row(model: ProteinModel, mesh: Mesh, row: PackedSequence, num_ends: int, num_tokens: int,
+            asked: Asked) -> Iterator[Answer]:
+    """The answer for each of a row's proteins."""
+    last = model.config.num_layers
+    needs_last = "logits" in asked.include
+    named: dict[str, list[np.ndarray]] = {}
+    with ExitStack() as stack:
+        states = stack.enter_context(watched_layers(model, {*asked.watched, *([last] if needs_last else [])}))
+        if "contacts" in asked.include:
+            named["contacts"] = [map_rr.cpu().numpy() for map_rr in contacts(model, row, num_ends)]
+        else:
+            model.hidden(row)
+    if needs_last:
+        logits_tv = _of_all_ids(model.logits(states[last]), mesh)[:, :num_tokens]
+        named["logits"] = [_residues(part, num_ends) for part in split(logits_tv.float().cpu(), row)]
+    if asked.watched:
+        stacked_tlh = torch.stack([states[layer] for layer in asked.layers], 1).float().cpu()
+        parts = split(stacked_tlh, row)
+        if "mean" in asked.include:
+            named["mean"] = [_residues(part, num_ends).mean(0) for part in parts]
+        if "per_tok" in asked.include:
+            named["per_tok"] = [_residues(part, num_ends).transpose(1, 0, 2) for part in parts]
+        if "cls" in asked.include:
+            named["cls"] = [part[0].numpy() for part in parts]
+    for number in range(len(row.cu_seqlens) - 1):
+        yield {name: named[name][number] for name in asked.include}
+
+
+def _of_all_ids(logits_tv: Tensor, mesh: Mesh) -> Tensor:
+    """Of the tensor ranks' parts of the vocabulary, one beside the other."""
+    return all_gather(logits_tv.T.contiguous(), mesh.tensor).T
+
+
+def _residues(values_t: Tensor, num_ends: int) -> np.ndarray:
+    """A protein's own, without those of its ends."""
+    return values_t[1:len(values_t) + 1 - num_ends].numpy()
