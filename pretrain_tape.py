@@ -4,11 +4,8 @@
 saved; with 2 and one line on a mistake of the user; with 1 where a rank failed, or lost the others.
 """
 
-import atexit
-import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from megatron.train.starting import leave_when_asked
 
@@ -23,6 +20,7 @@ from megatron.errors import ConfigError, LaunchError, UserError
 from megatron.log import Log, take_any_text
 from megatron.parallel.launch.environment import Launch, check_launch, launched
 from megatron.parallel.launch.failure import report
+from megatron.parallel.launch.leaving import leave
 from megatron.parallel.layout import check_layout
 from megatron.parallel.mesh import grid_sizes, joined
 from megatron.plan.dry_run import dry_run
@@ -72,25 +70,6 @@ def _check_sizes(config: Config, launch: Launch) -> None:
             raise ConfigError(f"--dry-run builds any layout in one process, and {launch.size} were started; start one")
     check_layout(config, num_ranks)
     BatchSizes(config.training, grid_sizes(config.parallel, num_ranks)["data"])  # raises where they do not divide
-
-
-def leave(exit_status: int) -> NoReturn:
-    """Ends the process, after what is registered with `atexit`: whatever has to be finished first belongs there.
-
-    A rank among others ends without the interpreter's own end. gloo's threads live as long as anything refers to a
-    group, and free tensors, for which they need the interpreter's lock: one that asks for it too late aborts the
-    process ("terminate called without an active exception", one of a hundred finished runs).
-    """
-    try:
-        is_alone = launched().size == 1
-    except LaunchError:
-        is_alone = True
-    if is_alone:
-        sys.exit(exit_status)
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_status)
 
 
 if __name__ == "__main__":

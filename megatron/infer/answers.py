@@ -1,13 +1,14 @@
 """What a model says of proteins: hidden states, their means, contacts, logits. Shapes: r residues, h hidden, v tokens.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from megatron.errors import ConfigError
 from megatron.infer.rows import packed, shared_out, split, token_budget
@@ -15,7 +16,7 @@ from megatron.kernels.packed_sequence import PackedSequence
 from megatron.model.contacts import contacts
 from megatron.model.protein_model import ProteinModel
 from megatron.model.states import watched_layers
-from megatron.parallel.collectives import all_gather
+from megatron.parallel.collectives import all_gather, everyones
 from megatron.parallel.mesh import Mesh
 
 OF_LAYERS = ("mean", "per_tok", "cls")
@@ -61,20 +62,18 @@ class Asked:
 
 @torch.no_grad()
 def answers(model: ProteinModel, mesh: Mesh, proteins: Sequence[np.ndarray], num_ends: int, num_tokens: int,
-            asked: Asked, budget: int | None = None, progress: Callable[[int], object] = lambda residues: None
-            ) -> list[Answer]:
+            asked: Asked, budget: int | None = None) -> list[Answer]:
     """The answer for each protein, in their order; a protein is its ids between its ends.
 
     `num_ends`: 1 or 2; `num_tokens`: of the vocabulary; `asked` is resolved; `budget`: the tokens of a row, by default
-    as memory allows. `progress` hears how many tokens are done. Tensor ranks call this together and get the same.
+    as memory allows. Tensor ranks call this together and get the same.
     """
     found = list[Answer]([{}] * len(proteins))
-    budget = budget or token_budget(model.config, len(asked.watched), mesh.device)
+    budget = budget or min(everyones(token_budget(model.config, len(asked.watched), mesh.device), mesh.tensor))
     for places in shared_out([len(ids) for ids in proteins], budget):
         row = packed([proteins[place] for place in places], mesh.device)
         for place, answer in zip(places, _of_row(model, mesh, row, num_ends, num_tokens, asked), strict=True):
             found[place] = answer
-        progress(len(row.tokens_t))
     return found
 
 
@@ -91,7 +90,7 @@ def _of_row(model: ProteinModel, mesh: Mesh, row: PackedSequence, num_ends: int,
         else:
             model.hidden(row)
     if needs_last:
-        logits_tv = _of_all_ids(model.logits(states[last]), mesh)[:, :num_tokens]
+        logits_tv = _of_all_ids(model, states[last], mesh)[:, :num_tokens]
         named["logits"] = [_residues(part, num_ends) for part in split(logits_tv.float().cpu(), row)]
     if asked.watched:
         stacked_tlh = torch.stack([states[layer] for layer in asked.layers], 1).float().cpu()
@@ -106,9 +105,11 @@ def _of_row(model: ProteinModel, mesh: Mesh, row: PackedSequence, num_ends: int,
         yield {name: named[name][number] for name in asked.include}
 
 
-def _of_all_ids(logits_tv: Tensor, mesh: Mesh) -> Tensor:
-    """Of the tensor ranks' parts of the vocabulary, one beside the other."""
-    return all_gather(logits_tv.T.contiguous(), mesh.tensor).T
+def _of_all_ids(model: ProteinModel, hidden_th: Tensor, mesh: Mesh) -> Tensor:
+    """The tensor ranks' logits one beside the other; the last ones may have fewer ids than rows, or none."""
+    logits_tv = model.logits(hidden_th)
+    filled_tv = F.pad(logits_tv, (0, len(model.lm_head.bias) - logits_tv.shape[1]))
+    return all_gather(filled_tv.T.contiguous(), mesh.tensor).T
 
 
 def _residues(values_t: Tensor, num_ends: int) -> np.ndarray:

@@ -1,0 +1,90 @@
+"""Answers on the disk, a folder a part, each whole or not there: a run that was killed goes on behind the last one.
+
+An array a name: of what is of a protein [proteins, …], of what is of each residue [residues, …] of all proteins one
+behind the other, of contacts [pairs].
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron.errors import OutputError
+from megatron.files import new_folder, write_json
+from megatron.infer.answers import Answer, Asked
+
+IDENTITY = "asked.json"
+_OF_RESIDUES = {"per_tok": 1, "logits": 0}  # the axis of residues
+
+
+class Parts:
+    """The parts of one piece of work, in `folder`, which holds what was `asked` and of what: its `identity`.
+
+    Raises OutputError where another piece of work has left its parts there.
+    """
+
+    def __init__(self, folder: Path, ranges: Sequence[range], lengths_u: np.ndarray, asked: Asked) -> None:
+        self.folder, self.ranges, self._asked = folder, ranges, asked
+        self._lengths_u = lengths_u
+        self._starts = np.array([part.start for part in ranges])
+        self._residues_before = np.append(0, np.cumsum(lengths_u, dtype=np.int64))
+        self._pairs_before = np.append(0, np.cumsum(lengths_u.astype(np.int64) ** 2))
+        self._open: tuple[int, dict[str, np.ndarray]] | None = None
+
+    def begin(self, identity: Any) -> None:
+        """Make the folder, or find that it is of the same work."""
+        file = self.folder / IDENTITY
+        if not self.folder.exists():
+            self.folder.mkdir(parents=True)
+            write_json(file, {"identity": identity})
+        elif not is_of(file, identity):
+            raise OutputError(f"{self.folder} holds parts of other work (another input, checkpoint or flags); remove "
+                              "it, or choose another output")
+
+    def is_done(self, number: int) -> bool:
+        """Whether that part is whole."""
+        return self._place(number).exists()
+
+    def write(self, number: int, answers: Sequence[Answer], dtype: np.dtype) -> None:
+        """The answers for the proteins of that part, in order."""
+        with new_folder(self._place(number)) as folder:
+            for name in self._asked.include:
+                values = [answer[name] for answer in answers]
+                if name in _OF_RESIDUES:
+                    stacked = np.concatenate([np.moveaxis(each, _OF_RESIDUES[name], 0) for each in values])
+                else:
+                    stacked = np.concatenate([each.ravel() for each in values]) if name == "contacts" else (
+                        np.stack(values))
+                np.save(folder / f"{name}.npy", stacked.astype(dtype))
+
+    def read(self, distinct: int) -> Answer:
+        """The answer for a protein, by its number among the distinct ones; of the disk, not in memory."""
+        number = int(np.searchsorted(self._starts, distinct, side="right")) - 1
+        if self._open is None or self._open[0] != number:
+            place = self._place(number)
+            self._open = number, {name: np.load(place / f"{name}.npy", mmap_mode="r") for name in self._asked.include}
+        first, length = self.ranges[number].start, int(self._lengths_u[distinct])
+        answer: Answer = {}
+        for name, values in self._open[1].items():
+            if name in _OF_RESIDUES:
+                start = int(self._residues_before[distinct] - self._residues_before[first])
+                answer[name] = np.moveaxis(values[start:start + length], 0, _OF_RESIDUES[name])
+            elif name == "contacts":
+                start = int(self._pairs_before[distinct] - self._pairs_before[first])
+                answer[name] = values[start:start + length**2].reshape(length, length)
+            else:
+                answer[name] = values[distinct - first]
+        return answer
+
+    def _place(self, number: int) -> Path:
+        return self.folder / f"{number:07d}"
+
+
+def is_of(file: Path, identity: Any) -> bool:
+    """Whether a JSON file tells that identity."""
+    try:
+        return json.loads(file.read_text())["identity"] == json.loads(json.dumps(identity))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

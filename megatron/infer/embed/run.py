@@ -1,0 +1,160 @@
+"""Embeds files of proteins: what is asked of each goes to one file, in the order of the input, however it was computed.
+
+Equal proteins are computed once. The data ranks share out the parts; tensor ranks compute each together.
+"""
+
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron.errors import ConfigError, OutputError
+from megatron.files import write_json
+from megatron.infer.answers import OF_LAYERS, Answer, Asked
+from megatron.infer.embed.parts import Parts, is_of
+from megatron.infer.embed.survey import Survey, first_ones, survey
+from megatron.infer.embed.writers import writer
+from megatron.infer.pretrained import Pretrained
+from megatron.infer.proteins import Protein, ProteinFiles
+from megatron.infer.windows import joined, windows_of
+from megatron.log import Log
+from megatron.parallel.collectives import everyones
+
+# A part is what a killed run loses: seconds of work. More than one row, so that rows can be of proteins as long.
+MOST_RESIDUES = {"cpu": 2**15, "cuda": 2**18}
+MOST_BYTES = 2**28
+LINE_EVERY_S = 30.0  # where no terminal shows a bar
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be embedded, how, and where to. `window`: residues of a window; None: every protein whole."""
+
+    checkpoint: str
+    output: Path
+    asked: Asked  # resolved
+    window: int | None
+    budget: int | None
+    dtype: str  # of the numbers in the output
+
+    def identity(self, pretrained: Pretrained, files: ProteinFiles) -> dict[str, Any]:
+        """What two runs must share for one to go on where the other was killed; as JSON has it."""
+        return {"checkpoint": str(Path(self.checkpoint).absolute()), "iteration": pretrained.iteration,
+                "precision": asdict(pretrained.config.precision), **asdict(self.asked), "window": self.window,
+                "dtype": self.dtype, "inputs": files.identity()}
+
+
+def embed(work: Work, pretrained: Pretrained, files: ProteinFiles, log: Log) -> None:
+    """Write the output; all ranks call this. Raises a UserError for what cannot be."""
+    mesh, facts = pretrained.mesh, work.output.with_name(f"{work.output.name}.json")
+    identity = work.identity(pretrained, files)
+    if work.output.exists():
+        if not is_of(facts, identity):
+            raise OutputError(f"{work.output} exists; remove it, or choose another output")
+        log.line(f"{work.output} is whole: nothing to do")
+        return
+    surveyed = survey(files, None if work.window else pretrained.max_residues)
+    config = pretrained.config.model
+    numbers = len(work.asked.layers) * config.hidden_size + pretrained.vocab.size + 1024
+    ranges = surveyed.parts(4 * numbers, MOST_RESIDUES[mesh.device.type], MOST_BYTES)
+    parts = Parts(work.output.with_name(f"{work.output.name}.parts"), ranges, surveyed.lengths_u, work.asked)
+    if mesh.world.rank == 0:
+        parts.begin(identity)
+    _compute(work, pretrained, files, surveyed, parts, log)
+    everyones(None, mesh.world)
+    if mesh.world.rank == 0:
+        _assemble(work, files, surveyed, parts, log)
+        write_json(facts, {"identity": identity, "proteins": len(surveyed.distinct_p),
+                           "distinct": len(surveyed.lengths_u)})
+        shutil.rmtree(parts.folder)
+    everyones(None, mesh.world)
+    log.line(f"{work.output}: {len(surveyed.distinct_p):,} proteins, {len(surveyed.lengths_u):,} of them distinct")
+
+
+def _compute(work: Work, pretrained: Pretrained, files: ProteinFiles, surveyed: Survey, parts: Parts, log: Log) -> None:
+    """All parts of this data rank that are not there yet."""
+    data, tensor = pretrained.mesh.data, pretrained.mesh.tensor
+    mine = [number for number in range(data.rank, len(parts.ranges), data.size) if not parts.is_done(number)]
+    everyones(None, pretrained.mesh.world)  # all have seen what there is before anyone adds to it
+    residues_of = {number: int(surveyed.lengths_u[parts.ranges[number]].sum()) for number in mine}
+    if len(mine) < len(range(data.rank, len(parts.ranges), data.size)):
+        log.line(f"going on: {len(parts.ranges) - len(mine) * data.size} of {len(parts.ranges)} parts are there")
+    pace = _Pace(sum(residues_of.values()), log)
+    for number, proteins in _of_parts(files, surveyed, parts, set(mine)):
+        answers = ask_whole(pretrained, proteins, work.asked, work.window, work.budget)
+        if tensor.rank == 0:
+            parts.write(number, answers, np.dtype(work.dtype))
+        pace.done(residues_of[number])
+    pace.close()
+
+
+def _of_parts(files: ProteinFiles, surveyed: Survey, parts: Parts, wanted: set[int]) -> Iterator[
+        tuple[int, list[Protein]]]:
+    """The proteins of each of the wanted parts."""
+    proteins = first_ones(files, surveyed) if wanted else iter(())
+    for number, part in enumerate(parts.ranges if wanted else ()):
+        of_part = [next(proteins) for _ in part]
+        if number in wanted:
+            yield number, of_part
+
+
+def ask_whole(pretrained: Pretrained, proteins: list[Protein], asked: Asked, window: int | None,
+              budget: int | None = None) -> list[Answer]:
+    """The answer for each protein; of one that is longer than the window it is put together from several.
+
+    Of its windows each residue is told by the one in which it has the most around it; cls is the first's. Raises
+    ConfigError for contacts in windows, which do not see all pairs.
+    """
+    windows = [windows_of(len(protein), window) for protein in proteins]
+    if all(len(each) == 1 for each in windows):
+        ids = [pretrained.between_ends(protein.residues, protein.name) for protein in proteins]
+        return pretrained.ask_ids(ids, asked, budget)
+    if "contacts" in asked.include:
+        raise ConfigError("contacts are between all residues of a protein, and some are longer than --window "
+                          f"{window}; leave one of the two out")
+    of_residues = tuple(dict.fromkeys("per_tok" if name == "mean" else name for name in asked.include))
+    ids = [pretrained.between_ends(protein.residues[part.start:part.stop], protein.name)
+           for protein, parts in zip(proteins, windows, strict=True) for part in parts]
+    found = iter(pretrained.ask_ids(ids, Asked(of_residues, asked.layers), budget))
+    answers = list[Answer]()
+    for parts in windows:
+        pieces = [next(found) for _ in parts]
+        whole = {name: pieces[0][name] if name == "cls" else joined([piece[name] for piece in pieces], parts,
+                 axis=1 if name in OF_LAYERS else 0) for name in of_residues}
+        answers.append({name: whole["per_tok"].mean(1) if name == "mean" else whole[name] for name in asked.include})
+    return answers
+
+
+def _assemble(work: Work, files: ProteinFiles, surveyed: Survey, parts: Parts, log: Log) -> None:
+    """One file of all parts."""
+    bar = log.progress(total=len(surveyed.distinct_p), done=0, unit="protein", label="writing")
+    with writer(work.output, work.asked) as writes:
+        for protein, distinct in zip(files, surveyed.distinct_p.tolist(), strict=True):
+            writes.add(protein.name, len(protein), parts.read(distinct))
+            bar.update(1)
+    bar.close()
+
+
+class _Pace:
+    """Tells how far the work is: a bar on a terminal, elsewhere a line now and then."""
+
+    def __init__(self, num_residues: int, log: Log) -> None:
+        self._total, self._log, self._done = num_residues, log, 0
+        self._bar = log.progress(total=num_residues, done=0, unit="residue", label="embedding")
+        self._start_s = self._line_s = time.monotonic()
+
+    def done(self, num_residues: int) -> None:
+        self._done += num_residues
+        self._bar.update(num_residues)
+        now_s = time.monotonic()
+        if now_s - self._line_s >= LINE_EVERY_S:
+            self._line_s, rate = now_s, self._done / (now_s - self._start_s)
+            self._log.line(f"{self._done:,} of {self._total:,} residues, {rate:,.0f}/s, "
+                           f"{(self._total - self._done) / rate / 60:.0f} min left")
+
+    def close(self) -> None:
+        self._bar.close()

@@ -1,0 +1,73 @@
+"""What is to be computed, known before any of it is: how long the proteins are, and which are the same."""
+
+import hashlib
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron.errors import ConfigError, DataError
+from megatron.infer.proteins import Protein
+
+DIGEST_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Of p proteins, u of them distinct; what is computed are these, in the order in which they first come."""
+
+    lengths_u: np.ndarray  # residues, int32
+    distinct_p: np.ndarray  # which of the distinct ones each protein is, int64
+
+    def parts(self, bytes_a_residue: int, most_residues: int, most_bytes: int) -> list[range]:
+        """The distinct proteins in pieces of work, so large as these allow, but one protein at least."""
+        limit = max(1, min(most_residues, most_bytes // bytes_a_residue))
+        starts, size = [0], 0
+        for number, length in enumerate(self.lengths_u.tolist()):
+            if size and size + length > limit:
+                starts.append(number)
+                size = 0
+            size += length
+        return [range(*ends) for ends in zip(starts, [*starts[1:], len(self.lengths_u)], strict=True)]
+
+
+def survey(proteins: Iterable[Protein], max_residues: int | None) -> Survey:
+    """Read them all once; raises DataError for two of one name, ConfigError for one with more than `max_residues`.
+
+    Memory: some hundred bytes a distinct protein.
+    """
+    lengths, distinct = array("i"), array("q")
+    known: dict[bytes, int] = {}
+    names: dict[bytes, int] = {}
+    for number, protein in enumerate(proteins, 1):
+        first = names.setdefault(_digest(file_name(protein.name).encode(errors="surrogateescape")), number)
+        if first != number:
+            raise DataError(f"proteins {first} and {number} both have the name {protein.name} (/ counts as _); "
+                            "give each its own")
+        if max_residues is not None and len(protein) > max_residues:
+            raise ConfigError(f"protein {number}, {protein.name}, has {len(protein)} residues, and the model knows the "
+                              f"positions of {max_residues}; give --window {max_residues}")
+        place = known.setdefault(_digest(protein.residues.tobytes()), len(known))
+        if place == len(lengths):
+            lengths.append(len(protein))
+        distinct.append(place)
+    return Survey(np.array(lengths, dtype=np.int32), np.array(distinct, dtype=np.int64))
+
+
+def first_ones(proteins: Iterable[Protein], surveyed: Survey) -> Iterator[Protein]:
+    """Of equal proteins the first, in order: those that are computed."""
+    num_before = 0
+    for protein, place in zip(proteins, surveyed.distinct_p.tolist(), strict=True):
+        if place == num_before:
+            num_before += 1
+            yield protein
+
+
+def file_name(name: str) -> str:
+    """A protein's name as a file or a key of HDF5 can have it."""
+    return name.replace("/", "_")
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()

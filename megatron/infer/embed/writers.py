@@ -1,0 +1,145 @@
+"""Files of answers, each written protein by protein, so that memory holds one: HDF5, NumPy's archive, Parquet, .pt.
+
+Where one thing is asked for, in one layer, it stands under the protein's name; of several each under its own, such as
+mean.6 (layer 6), contacts.
+"""
+
+import zipfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from megatron.errors import ConfigError
+from megatron.files import new_folder, replacing
+from megatron.infer.answers import OF_LAYERS, Answer, Asked
+from megatron.infer.embed.survey import file_name
+
+PARQUET_ROWS = 1024  # of a group, which memory holds
+_LIBRARIES = {".h5": "h5py", ".hdf5": "h5py", ".parquet": "pyarrow"}
+
+
+class Writer(Protocol):
+    """Takes what is said of one protein after the other."""
+
+    def add(self, name: str, length: int, answer: Answer) -> None:
+        """`length`: its residues."""
+
+
+def check_form(path: Path) -> None:
+    """Raises ConfigError where a path's ending tells no form, or one whose library is not installed."""
+    if path.suffix not in FORMS:
+        raise ConfigError(f"{path}: how it is to be written is told by its ending: {', '.join(filter(None, FORMS))}; "
+                          "without one it is a folder of fair-esm's .pt files")
+    library = _LIBRARIES.get(path.suffix)
+    if library is not None and find_spec(library) is None:
+        raise ConfigError(f"{path} needs {library}: pip install {library}; or write .npz, or a folder")
+
+
+def writer(path: Path, asked: Asked) -> AbstractContextManager[Writer]:
+    """The context in which `path`, whose ending tells its form, is written; it appears when that ends well."""
+    return FORMS[path.suffix](path, asked)
+
+
+def named(answer: Answer, asked: Asked) -> Iterator[tuple[str, np.ndarray]]:
+    """Each array with what it is: of things of layers one a layer."""
+    for name in asked.include:
+        if name in OF_LAYERS:
+            yield from ((f"{name}.{layer}", values) for layer, values in zip(asked.layers, answer[name], strict=True))
+        else:
+            yield name, answer[name]
+
+
+@contextmanager
+def _hdf5(path: Path, asked: Asked) -> Iterator[Writer]:
+    """A data set a protein with the attribute original_id, as ProtTrans and biotrainer have it."""
+    import h5py
+
+    class Hdf5:
+        def add(self, name: str, length: int, answer: Answer) -> None:
+            arrays = list(named(answer, asked))
+            for what, values in arrays:
+                key = file_name(name) if len(arrays) == 1 else f"{what}/{file_name(name)}"
+                file.create_dataset(key, data=values).attrs["original_id"] = name
+
+    with replacing(path) as temporary, h5py.File(temporary, "w", track_order=True) as file:
+        yield Hdf5()
+
+
+@contextmanager
+def _npz(path: Path, asked: Asked) -> Iterator[Writer]:
+    """What `numpy.load` reads: an array a protein."""
+    class Npz:
+        def add(self, name: str, length: int, answer: Answer) -> None:
+            arrays = list(named(answer, asked))
+            for what, values in arrays:
+                key = file_name(name) if len(arrays) == 1 else f"{what}/{file_name(name)}"
+                with archive.open(f"{key}.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, np.ascontiguousarray(values), allow_pickle=False)
+
+    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        yield Npz()
+
+
+@contextmanager
+def _parquet(path: Path, asked: Asked) -> Iterator[Writer]:
+    """A row a protein: id, length, and of each thing its numbers in a list, those of residues row by row."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    class Parquet:
+        def __init__(self) -> None:
+            self._rows: list[dict] = []
+            self._file: parquet.ParquetWriter | None = None
+
+        def add(self, name: str, length: int, answer: Answer) -> None:
+            self._rows.append({"id": name, "length": length, **{what: np.ravel(values)
+                                                                for what, values in named(answer, asked)}})
+            if len(self._rows) == PARQUET_ROWS:
+                self.flush()
+
+        def flush(self) -> None:
+            if self._rows:
+                table = pa.Table.from_pylist(self._rows)
+                self._file = self._file or parquet.ParquetWriter(temporary, table.schema)
+                self._file.write_table(table)
+                self._rows = []
+
+        def close(self) -> None:
+            self.flush()
+            if self._file is not None:
+                self._file.close()
+
+    with replacing(path) as temporary:
+        made = Parquet()
+        try:
+            yield made
+        finally:
+            made.close()
+
+
+@contextmanager
+def _folder(path: Path, asked: Asked) -> Iterator[Writer]:
+    """A file a protein, as fair-esm's extract.py writes it; logits beside, which it has not."""
+    keys = {"per_tok": "representations", "mean": "mean_representations", "cls": "bos_representations"}
+
+    class Folder:
+        def add(self, name: str, length: int, answer: Answer) -> None:
+            content: dict[str, object] = {"label": name}
+            for what in asked.include:
+                values = torch.from_numpy(np.array(answer[what]))
+                content[keys.get(what, what)] = dict(zip(asked.layers, (each.clone() for each in values), strict=True)
+                                                     ) if what in OF_LAYERS else values
+            torch.save(content, folder / f"{file_name(name)}.pt")
+
+    with new_folder(path) as folder:
+        yield Folder()
+
+
+FORMS = {".h5": _hdf5, ".hdf5": _hdf5, ".npz": _npz, ".parquet": _parquet, "": _folder}
+
+

@@ -1,0 +1,61 @@
+"""The proteins of files, each with its name, in order: what every reader of preprocessing takes."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron.data.corpus.tokenizer import ResidueTokenizer
+from megatron.data.corpus.vocab import Vocab
+from megatron.data.preprocess.encode import Encoding, encode_block
+from megatron.data.sources.names import DEFAULT_NAME_KEY
+from megatron.data.sources.source import expand
+from megatron.errors import DataError
+
+_NAMED = "fasta"  # the kind whose records have names that need no key
+
+
+@dataclass(frozen=True)
+class Protein:
+    """`name`: the first word of its header, or what stands under the key of names, else its number from 1."""
+
+    name: str
+    residues: np.ndarray  # ids, uint8
+
+    def __len__(self) -> int:
+        return len(self.residues)
+
+
+class ProteinFiles:
+    """Files, folders or patterns of them, read again at each pass.
+
+    `key`: of the texts where records have several; `name_key`: of the names there. Raises DataError for a file that
+    cannot be read, and while it is read for a record that is no protein, and for one without residues.
+    """
+
+    def __init__(self, paths: Sequence[str], key: str, name_key: str | None, vocab: Vocab) -> None:
+        if "-" in paths:
+            raise DataError("standard input cannot be read twice, as is needed here; give a file")
+        self._sources, self._key, self._name_key = expand(paths), key, name_key
+        self._tokenizer = ResidueTokenizer(vocab)
+
+    def __iter__(self) -> Iterator[Protein]:
+        number = 0
+        for source in self._sources:
+            for block in source.blocks((self._key,), self._name_key):
+                has_names = self._name_key is not None or block.kind == _NAMED
+                name_key = (self._name_key or DEFAULT_NAME_KEY) if has_names else None
+                encoding = Encoding((self._key,), self._tokenizer, unknown=b"", name_key=name_key)
+                (documents,) = encode_block(encoding, block)
+                names = documents.names.decode(errors="surrogateescape").splitlines()
+                ends = np.cumsum(documents.lengths())[:-1]
+                for index, residues in enumerate(np.split(np.frombuffer(documents.ids, np.uint8), ends)):
+                    number += 1
+                    name = names[index] if has_names else str(number)
+                    if not len(residues):
+                        raise DataError(f"{block.source}: protein {number}, {name}, has no residue; leave it out")
+                    yield Protein(name, residues)
+
+    def identity(self) -> list[tuple[str, int, int]]:
+        """Tells whether the files are still the same: path, size and time of the last change of each."""
+        return [facts for source in self._sources for facts in source.identity()]

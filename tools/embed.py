@@ -1,0 +1,62 @@
+"""Embeds proteins: `python tools/embed.py CHECKPOINT INPUT [INPUT ...] OUTPUT [--layers …] [--include …]`.
+
+CHECKPOINT is whatever --load of pretrain_tape.py takes, INPUT whatever tools/preprocess_data.py takes, FASTA above all.
+OUTPUT is by its ending HDF5 (.h5), NumPy's archive (.npz) or Parquet (.parquet), without one a folder with one .pt file
+a protein, as fair-esm's extract.py writes it. Proteins stand there in the order of the input, under the first word of
+their headers. Run again after a kill, it goes on. Under torchrun the ranks share the proteins out.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron.config.command_line import OneLineParser  # noqa: E402
+from megatron.errors import ConfigError  # noqa: E402
+from megatron.infer.answers import INCLUDED, Asked  # noqa: E402
+from megatron.infer.door import add_model_flags, enter  # noqa: E402
+from megatron.infer.embed.run import Work, embed  # noqa: E402
+from megatron.infer.embed.writers import check_form  # noqa: E402
+from megatron.infer.pretrained import load  # noqa: E402
+from megatron.infer.proteins import ProteinFiles  # noqa: E402
+from megatron.log import Log  # noqa: E402
+from megatron.parallel.mesh import Mesh  # noqa: E402
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    flags = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    flags.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder, or a checkpoint of another program")
+    flags.add_argument("input", nargs="+", metavar="INPUT", help="files of proteins")
+    flags.add_argument("output", type=Path, metavar="OUTPUT", help="a file of .h5, .npz or .parquet, or a folder")
+    flags.add_argument("--include", nargs="+", choices=INCLUDED, default=["mean"], metavar="WHAT",
+                       help=f"what to write: {', '.join(INCLUDED)} (default: mean)")
+    flags.add_argument("--layers", nargs="+", type=int, default=[-1], metavar="N",
+                       help="of which layers: 0 the embeddings, N behind block N, -1 the last (default)")
+    flags.add_argument("--half", action="store_true", help="write numbers in fp16 instead of fp32")
+    flags.add_argument("--window", type=int, metavar="N",
+                       help="read proteins of more than N residues in overlapping windows (default: whole)")
+    flags.add_argument("--json-key", default="text", help="key or column of the sequence where records have several "
+                       "(default: text)")
+    flags.add_argument("--name-key", help="key or column of the name; without it such proteins are numbered")
+    add_model_flags(flags)
+    return flags
+
+
+def main(given: argparse.Namespace, mesh: Mesh, log: Log) -> None:
+    """Embed; raises a UserError for what cannot be."""
+    if given.window is not None and given.window < 2:
+        raise ConfigError(f"--window is {given.window}; it must be 2 or greater")
+    check_form(given.output)
+    pretrained = load(given.checkpoint, mesh, log, given.precision)
+    model = pretrained.config.model
+    asked = Asked(tuple(dict.fromkeys(given.include)), tuple(dict.fromkeys(given.layers))).resolved(
+        model.num_layers, model.contact_head)
+    work = Work(given.checkpoint, given.output, asked, given.window, given.tokens_per_row,
+                "float16" if given.half else "float32")
+    embed(work, pretrained, ProteinFiles(given.input, given.json_key, given.name_key, pretrained.vocab), log)
+
+
+if __name__ == "__main__":
+    enter(parser(), main)
