@@ -14,7 +14,7 @@ NUM_PROTEINS = 600  # of several parts
 
 
 def start(checkpoint, fasta, output):
-    return subprocess.Popen([sys.executable, str(ROOT / "tools" / "embed.py"), str(checkpoint), str(fasta), str(output)],
+    return subprocess.Popen([sys.executable, str(ROOT / "tools" / "embed.py"), *map(str, (checkpoint, fasta, output))],
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
