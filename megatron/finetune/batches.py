@@ -21,7 +21,7 @@ from megatron.data.rows.packed import Row
 from megatron.data.rows.packing import PackedRows, order_key, pack
 from megatron.finetune.examples import Example
 from megatron.finetune.labels import LabelSpace
-from megatron.finetune.tasks import CLASS, CLASSES, CONTACTS, NUMBER, RESIDUES
+from megatron.finetune.tasks import CLASS, CLASSES, CONTACTS, LEAST_SEPARATION, NUMBER, RESIDUES
 from megatron.kernels.packed_sequence import NO_TARGET
 from megatron.parallel.randomness import dropout_seed
 
@@ -86,11 +86,15 @@ class LabelledBatch:
 
 @dataclass(frozen=True)
 class Step:
-    """One global batch: this rank's micro-batches, and what all ranks' hold together, to divide a loss by."""
+    """One global batch: this rank's micro-batches, and what all ranks' hold together, to divide a loss by.
+
+    num_labels: of residues those that count; of contacts the pairs of resolved residues that are LEAST_SEPARATION or
+    more apart; else one a protein.
+    """
 
     batches: list[LabelledBatch]
     num_examples: int
-    num_residue_labels: int
+    num_labels: int
 
 
 class PackedExamples:
@@ -159,12 +163,18 @@ class PackedExamples:
                        stride)
         batches = [self._batch(epoch, range(start, max(start, min(start + settings.micro_batch_size, last))))
                    for start in starts]
-        rows = range(first, last)
-        parts = [part for row in rows for part in self._parts(epoch, row)]
-        num_labels = 0
+        parts = [part for row in range(first, last) for part in self._parts(epoch, row)]
+        return Step(batches, len(parts), sum(self._num_labels(*part) for part in parts))
+
+    def _num_labels(self, number: int, window: slice) -> int:
+        """What a part of an example adds to `Step.num_labels`."""
+        label = self.examples[number].label
         if self._space.kind == RESIDUES:
-            num_labels = sum(int((self.examples[number].label[window] != NO_TARGET).sum()) for number, window in parts)
-        return Step(batches, len(parts), num_labels)
+            return int((label[window] != NO_TARGET).sum())
+        if self._space.kind == CONTACTS:
+            is_resolved_r = ~np.isnan(label[window, 0])
+            return int(is_resolved_r[LEAST_SEPARATION:] @ np.cumsum(is_resolved_r)[:-LEAST_SEPARATION])
+        return 1
 
     def _parts(self, epoch: int, row: int) -> list[tuple[int, slice]]:
         """The examples of a row by number, and which of their residues are in it."""

@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 
 from megatron.finetune.labels import LabelSpace
-from megatron.finetune.tasks import CLASS, CLASSES, CONTACTS, METRICS, NUMBER
+from megatron.finetune.tasks import CLASS, CLASSES, CONTACTS, CUTOFF_ANGSTROM, LEAST_SEPARATION, METRICS, NUMBER
 from megatron.kernels.packed_sequence import NO_TARGET
 
-CUTOFF_ANGSTROM = 8.0
 # The least separation in the sequence, and what it is below.
-REACHES = {"short": (6, 12), "medium": (12, 24), "long": (24, None), "medium_long": (12, None)}
+REACHES = {"short": (LEAST_SEPARATION, 12), "medium": (12, 24), "long": (24, None), "medium_long": (12, None)}
 DIVISORS = {"l": 1, "l2": 2, "l5": 5}  # of a protein's length: as many pairs are predicted
 _THRESHOLDS = np.arange(1, 100) / 100
 Statistic = Callable[[np.ndarray], dict[str, float]]
@@ -130,7 +129,7 @@ def contact_precision(atoms_r3: np.ndarray, scores_rr: np.ndarray) -> dict[str, 
     way each time.
     """
     length = len(atoms_r3)
-    first_p, second_p = np.triu_indices(length, REACHES["short"][0])
+    first_p, second_p = np.triu_indices(length, LEAST_SEPARATION)
     distances_p = np.linalg.norm(atoms_r3[first_p] - atoms_r3[second_p], axis=1)
     order_p = np.random.default_rng(0).permutation(len(first_p))
     order_p = order_p[~np.isnan(distances_p[order_p])]

@@ -15,6 +15,9 @@ from megatron.errors import ConfigError, DataError
 # touch, told by coordinates.
 NUMBER, CLASS, CLASSES, RESIDUES, CONTACTS = LABEL_KINDS = ("number", "class", "classes", "residues", "contacts")
 
+# Residues touch whose C-alpha atoms are closer; nearer ones in the sequence are not asked for (as CASP and TAPE count).
+CUTOFF_ANGSTROM, LEAST_SEPARATION = 8.0, 6
+
 # As `metrics.measure` names them; the first one chooses the best of several evaluations.
 METRICS = {
     NUMBER: ("spearman", "pearson", "mse", "mae"),

@@ -84,7 +84,7 @@ def test_the_class_of_each_residue_is_at_its_token(num_ends, is_training):
             special = torch.tensor([VOCAB.cls_id, VOCAB.sep_id, VOCAB.pad_id, UNLABELLED])
             assert len(at_targets) == int((~torch.isin(tokens_t, special)).sum())
             num_labels += len(at_targets)
-    assert num_labels == sum(step.num_residue_labels for step in rows.steps(epoch=2))
+    assert num_labels == sum(step.num_labels for step in rows.steps(epoch=2))
     assert len(labelled.labels) == 0
 
 
@@ -138,13 +138,25 @@ def test_ranks_share_out_the_global_batches_of_one(data_size):
     alone = packed("residues", lengths())
     shared = [packed("residues", lengths(), data_size=data_size, data_rank=rank) for rank in range(data_size)]
     for step, *parts in zip(alone.steps(1), *(rows.steps(1) for rows in shared), strict=True):
-        assert {(part.num_examples, part.num_residue_labels) for part in parts} == {
-            (step.num_examples, step.num_residue_labels)}
+        assert {(part.num_examples, part.num_labels) for part in parts} == {(step.num_examples, step.num_labels)}
         together = [batch for micro in zip(*(part.batches for part in parts), strict=True) for batch in micro]
         for ours, theirs in zip(step.batches, together, strict=True):
             for one, other in zip(ours.batch.sequence.tensors(), theirs.batch.sequence.tensors(), strict=True):
                 assert torch.equal(one, other)
             assert torch.equal(ours.batch.targets.ids_m, theirs.batch.targets.ids_m)
+
+
+def test_a_step_counts_the_pairs_of_contacts_and_one_label_a_protein_otherwise():
+    for step in packed("contacts", [*lengths(), 3, 6, 7, 50]).steps(0):
+        num_pairs = 0
+        for labelled in step.batches:
+            ends = labelled.batch.sequence.cu_seqlens
+            for start, stop in zip(ends[:-1], ends[1:], strict=True):
+                is_resolved = ~labelled.labels[start:stop].isnan().any(1)
+                num_pairs += sum(bool(is_resolved[i] and is_resolved[j]) for i in range(len(is_resolved))
+                                 for j in range(i + 6, len(is_resolved)))
+        assert step.num_labels == num_pairs
+    assert all(step.num_labels == step.num_examples for step in packed("classes", lengths()).steps(0))
 
 
 def test_the_last_step_of_an_epoch_has_as_many_batches_some_of_them_empty():
