@@ -77,8 +77,8 @@ def pearson(true_n: np.ndarray, predicted_n: np.ndarray) -> float:
 
 
 def accuracy(true_n: np.ndarray, predicted_n: np.ndarray) -> float:
-    """The share that is right."""
-    return float(np.mean(np.asarray(true_n) == np.asarray(predicted_n))) if len(true_n) else np.nan
+    """The share that is right; NaN where there is none."""
+    return _accuracy(_counts(true_n, predicted_n))
 
 
 def mcc(true_n: np.ndarray, predicted_n: np.ndarray) -> float:
@@ -86,39 +86,20 @@ def mcc(true_n: np.ndarray, predicted_n: np.ndarray) -> float:
 
     0 where either is of one class alone.
     """
-    true_c, predicted_c, right_c = _counts(true_n, predicted_n)
-    total = true_c.sum()
-    covariances = [total * total - first @ second for first, second in
-                   ((true_c, true_c), (predicted_c, predicted_c))]
-    product = covariances[0] * covariances[1]
-    return float((right_c.sum() * total - true_c @ predicted_c) / np.sqrt(product)) if product else 0.0
+    return _mcc(_counts(true_n, predicted_n))
 
 
 def f1_macro(true_n: np.ndarray, predicted_n: np.ndarray) -> float:
     """The mean over the classes that are true or predicted somewhere of the harmonic mean of precision and recall."""
-    true_c, predicted_c, right_c = _counts(true_n, predicted_n)
-    occurs_c = true_c + predicted_c > 0
-    return float((2 * right_c[occurs_c] / (true_c + predicted_c)[occurs_c]).mean()) if occurs_c.any() else np.nan
+    return _f1_macro(_counts(true_n, predicted_n))
 
 
 def f1_max(true_nc: np.ndarray, scores_nc: np.ndarray) -> float:
     """CAFA's F-max (Radivojac et al., 2013, doi 10.1038/nmeth.2340), over thresholds from 0.01 to 0.99.
 
-    Precision is the mean over proteins with a prediction, recall over those with a label.
+    Precision is the mean over proteins with a prediction, recall over those with a label; NaN where none has one.
     """
-    true_nc, scores_nc = np.asarray(true_nc, dtype=bool), np.asarray(scores_nc)
-    num_true_n = true_nc.sum(axis=1)
-    if not num_true_n.any():
-        return np.nan
-    best = 0.0
-    for threshold in _THRESHOLDS:
-        is_chosen_nc = scores_nc >= threshold
-        right_n, chosen_n = (is_chosen_nc & true_nc).sum(axis=1), is_chosen_nc.sum(axis=1)
-        if right_n.any():
-            precision = (right_n[chosen_n > 0] / chosen_n[chosen_n > 0]).mean()
-            recall = (right_n[num_true_n > 0] / num_true_n[num_true_n > 0]).mean()
-            best = max(best, float(2 * precision * recall / (precision + recall)))
-    return best
+    return _f1_max(*_precisions_and_recalls(np.asarray(true_nc, dtype=bool), np.asarray(scores_nc)))
 
 
 def contact_precision(atoms_r3: np.ndarray, scores_rr: np.ndarray) -> dict[str, float]:
@@ -151,12 +132,11 @@ def _statistic(space: LabelSpace, true: Sequence[Any], predicted: Sequence[Any])
         return _on_arrays(np.array(true, dtype=np.float64), np.array(predicted, dtype=np.float64), {
             "spearman": spearman, "pearson": pearson,
             "mse": lambda x, y: float(np.mean((x - y) ** 2)), "mae": lambda x, y: float(np.mean(np.abs(x - y)))})
-    of_classes = {"accuracy": accuracy, "mcc": mcc, "f1_macro": f1_macro}
     if space.kind == CLASS:
-        return _on_arrays(np.array(true), np.array(predicted), of_classes)
+        return _on_arrays(np.array(true), np.array(predicted),
+                          {"accuracy": accuracy, "mcc": mcc, "f1_macro": f1_macro})
     if space.kind == CLASSES:
-        return _on_arrays(np.array(true, dtype=bool), np.array(predicted), {
-            "f1_max": f1_max, "f1_micro": _f1_micro_of_several, "f1_macro": _f1_macro_of_several})
+        return _of_several(np.array(true, dtype=bool), np.array(predicted))
     if space.kind == CONTACTS:
         names = METRICS[CONTACTS]
         found = [contact_precision(atoms_r3[:len(scores_rr)], scores_rr)
@@ -164,13 +144,10 @@ def _statistic(space: LabelSpace, true: Sequence[Any], predicted: Sequence[Any])
         table = np.array([[one[name] for name in names] for one in found]).reshape(-1, len(names))
         return lambda chosen: dict(zip(names, map(_mean, table[chosen].T), strict=True))
     seen = [(labels[:len(classes)], np.asarray(classes)) for labels, classes in zip(true, predicted, strict=True)]
-    pairs = [(labels[labels != NO_TARGET], classes[labels != NO_TARGET]) for labels, classes in seen]
-
-    def of_residues(chosen: np.ndarray) -> dict[str, float]:
-        true_n, predicted_n = (np.concatenate([pairs[number][side] for number in chosen]) for side in (0, 1))
-        return {name: function(true_n, predicted_n) for name, function in of_classes.items()}
-
-    return of_residues
+    counts_n3c = np.array([_counts(labels[labels != NO_TARGET], classes[labels != NO_TARGET], len(space.class_names))
+                           for labels, classes in seen])
+    return lambda chosen: {name: function(counts_n3c[chosen].sum(axis=0)) for name, function in
+                           (("accuracy", _accuracy), ("mcc", _mcc), ("f1_macro", _f1_macro))}
 
 
 def _on_arrays(true: np.ndarray, predicted: np.ndarray,
@@ -178,28 +155,59 @@ def _on_arrays(true: np.ndarray, predicted: np.ndarray,
     return lambda chosen: {name: function(true[chosen], predicted[chosen]) for name, function in functions.items()}
 
 
-def _f1_micro_of_several(true_nc: np.ndarray, scores_nc: np.ndarray) -> float:
-    """F1 of all proteins' classes together, those with a probability of a half or more being predicted."""
-    chosen_nc = scores_nc >= 0.5
-    total = true_nc.sum() + chosen_nc.sum()
-    return float(2 * (true_nc & chosen_nc).sum() / total) if total else np.nan
+def _of_several(true_nc: np.ndarray, scores_nc: np.ndarray) -> Statistic:
+    """The measures of several classes a protein; F1 is of those with a probability of a half or more."""
+    precisions_hn, recalls_hn = _precisions_and_recalls(true_nc, scores_nc)
+    is_chosen_nc = scores_nc >= 0.5
+    counts_n3c = np.stack([true_nc, is_chosen_nc, true_nc & is_chosen_nc], axis=1).astype(np.float64)
+
+    def measures(chosen: np.ndarray) -> dict[str, float]:
+        counts_3c = counts_n3c[chosen].sum(axis=0)
+        return {"f1_max": _f1_max(precisions_hn[:, chosen], recalls_hn[:, chosen]),
+                "f1_micro": _f1_macro(counts_3c.sum(axis=1, keepdims=True)), "f1_macro": _f1_macro(counts_3c)}
+
+    return measures
 
 
-def _f1_macro_of_several(true_nc: np.ndarray, scores_nc: np.ndarray) -> float:
-    """The mean of each class's F1 at a half, over the classes that are true or predicted somewhere."""
-    chosen_nc = scores_nc >= 0.5
-    total_c = true_nc.sum(axis=0) + chosen_nc.sum(axis=0)
-    return _mean(2 * (true_nc & chosen_nc).sum(axis=0)[total_c > 0] / total_c[total_c > 0])
+def _precisions_and_recalls(true_nc: np.ndarray, scores_nc: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each protein at each of h thresholds, both float64 [h, n]; NaN where nothing is predicted, or true."""
+    right_hn = np.array([(true_nc & (scores_nc >= threshold)).sum(axis=1) for threshold in _THRESHOLDS])
+    chosen_hn = np.array([(scores_nc >= threshold).sum(axis=1) for threshold in _THRESHOLDS])
+    true_hn = np.broadcast_to(true_nc.sum(axis=1), right_hn.shape)
+    return tuple(np.divide(right_hn, whole, out=np.full(right_hn.shape, np.nan), where=whole > 0)
+                 for whole in (chosen_hn, true_hn))
 
 
-def _counts(true_n: np.ndarray, predicted_n: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How often each class is true, predicted, and both; float64 [c], in which products are exact to 2^53."""
+def _f1_max(precisions_hn: np.ndarray, recalls_hn: np.ndarray) -> float:
+    if np.isnan(recalls_hn).all():
+        return np.nan
+    precision_h, recall_h = (np.nansum(shares, axis=1) / np.maximum((~np.isnan(shares)).sum(axis=1), 1)
+                             for shares in (precisions_hn, recalls_hn))
+    return float((2 * precision_h * recall_h / np.maximum(precision_h + recall_h, 1e-300)).max())
+
+
+def _counts(true_n: np.ndarray, predicted_n: np.ndarray, num_classes: int = 0) -> np.ndarray:
+    """How often each class is true, predicted, and both, float64 [3, c], in which products are exact to 2^53."""
     true_n, predicted_n = np.asarray(true_n), np.asarray(predicted_n)
-    size = int(max(true_n.max(initial=0), predicted_n.max(initial=0))) + 1
-    right_n = true_n[true_n == predicted_n]
-    true_c, predicted_c, right_c = (np.bincount(values, minlength=size).astype(np.float64)
-                                    for values in (true_n, predicted_n, right_n))
-    return true_c, predicted_c, right_c
+    size = max(int(max(true_n.max(initial=0), predicted_n.max(initial=0))) + 1, num_classes)
+    return np.array([np.bincount(values, minlength=size) for values in
+                     (true_n, predicted_n, true_n[true_n == predicted_n])], dtype=np.float64)
+
+
+def _accuracy(counts_3c: np.ndarray) -> float:
+    return float(counts_3c[2].sum() / counts_3c[0].sum()) if counts_3c[0].any() else np.nan
+
+
+def _mcc(counts_3c: np.ndarray) -> float:
+    true_c, predicted_c, right_c = counts_3c
+    total = true_c.sum()
+    product = (total * total - true_c @ true_c) * (total * total - predicted_c @ predicted_c)
+    return float((right_c.sum() * total - true_c @ predicted_c) / np.sqrt(product)) if product else 0.0
+
+
+def _f1_macro(counts_3c: np.ndarray) -> float:
+    true_c, predicted_c, right_c = counts_3c[:, counts_3c.any(axis=0)]
+    return _mean(2 * right_c / (true_c + predicted_c))
 
 
 def _ranks(values_n: np.ndarray) -> np.ndarray:
