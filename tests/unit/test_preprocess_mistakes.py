@@ -45,7 +45,7 @@ def test_a_record_without_a_name_is_one_clear_line(tmp_path, content, expected):
     ("MK\n\nM?\n", "line 3, column 2: '?' is not a residue"),
     ("", "is empty"),
     (" \n\n", "is empty"),
-    ('[{"text": "MK"}]', "one object a line"),
+    ('["MK"]', "expected objects, one a line or in one array"),
     ("\ufeff{broken\n", "line 1: not a JSON object"),
 ])
 def test_bad_input_is_one_clear_line_and_leaves_nothing(tmp_path, content, expected):

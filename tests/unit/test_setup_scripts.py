@@ -181,7 +181,8 @@ def looked_for() -> tuple[set[str], set[str]]:
     """What setup.sh wants of an active Python: to run, and in addition to test."""
     lists = re.findall(r"needed \+?= (\[[^]]*\])", (ROOT / "examples" / "setup.sh").read_text())
     to_run, to_test = (set(ast.literal_eval(item)) for item in lists)
-    return to_run, {{"xdist": "pytest-xdist"}.get(name, name.replace("_", "-")) for name in to_test}
+    packages = {"xdist": "pytest-xdist", "sklearn": "scikit-learn"}
+    return to_run, {packages.get(name, name.replace("_", "-")) for name in to_test}
 
 
 def test_an_active_python_needs_what_setup_py_requires() -> None:

@@ -20,7 +20,7 @@ REFUSED = {
     "a NumPy array": b"\x93NUMPY\x01\x00v\x00{'descr': '<U9'}",
     "an indexed dataset already": b"MMIDIDX\x00\x00\x01\x00\x00\x00\x00\x00\x00\x00\x08",
     "UTF-16 text": b"\xff\xfe>\x00a\x00\n\x00",
-    "a JSON array": b'[\n {"text": "MK"},\n {"text": "V"}\n]\n',
+    "a JSON array of no objects": b'[\n "MK",\n "V"\n]\n',
     "JSON over several lines": b'{\n  "text": "MK"\n}\n',
     "PIR": b">P1;CRAB_ANAPL\nALPHA CRYSTALLIN - DUCK\nMDITIHNPLI*\n",
     "a Stockholm alignment": b"# STOCKHOLM 1.0\n\nQ1/1-5   MKV..LLA\n//\n",

@@ -11,7 +11,10 @@ from megatron.data.sources.streams import InputStream, Lookahead
 
 @dataclass(frozen=True)
 class Wanted:
-    """The keys, or columns, of each record's texts and, if given, of its name; kinds without keys have one text."""
+    """The keys, or columns, of each record's texts and, if given, of its name; kinds without keys have one text.
+
+    Without keys whole records are wanted, for `source.records_of`.
+    """
 
     keys: tuple[str, ...]
     name_key: str | None = None

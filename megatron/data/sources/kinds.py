@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 from tempfile import NamedTemporaryFile
 from typing import Any
 
-from megatron.data.sources import names, tar
+from megatron.data.sources import names, tar, values
 from megatron.data.sources.binary.arrow import ARROW_FILE_MAGIC, ARROW_STREAM_MAGIC, arrow_blocks
 from megatron.data.sources.binary.columns import parse_columns
 from megatron.data.sources.binary.parquet import PARQUET_MAGIC, parquet_blocks
 from megatron.data.sources.binary.tape_lmdb import LMDB_MAGIC, LMDB_MAGIC_OFFSET, lmdb_blocks, parse_lmdb
 from megatron.data.sources.block import Contents, RecordBlock, Texts, Wanted
 from megatron.data.sources.streams import GZIP_MAGIC, ZSTD_MAGICS, InputStream, Lookahead, unpacked, with_unix_line_ends
-from megatron.data.sources.text import delimited, looks, records
+from megatron.data.sources.text import delimited, json_array, looks, records
 from megatron.errors import DataError
 
 EXPECTED = "proteins as JSON lines, FASTA, CSV or TSV, one a line, LMDB, Parquet or Arrow"
@@ -25,26 +25,30 @@ _UTF8_MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class Format:
-    """What is in blocks of one kind: their texts and, where there are any, their names with their places.
+    """What is in blocks of one kind: their texts, whole records and, where there are any, names with their places.
 
     place: of a byte in a record's text, where that is not just the record and the byte. has_keys: are texts told apart
     by a key or a column?
     """
 
     texts: Callable[[RecordBlock, str], Texts]
+    values: Callable[[RecordBlock], Iterator[tuple[str, dict[str, Any]]]]
     names: Callable[[RecordBlock, str], Iterable[tuple[str, bytes]]] | None = None
     place: Callable[[RecordBlock, int, int], str] | None = None
     has_keys: bool = True
 
 
 FORMATS = {
-    "json": Format(records.parse_json, names.names_in_json, records.place_in_json),
-    "fasta": Format(records.parse_fasta, names.names_in_fasta, records.place_in_fasta, has_keys=False),
-    "strings": Format(records.parse_strings, None, records.place_in_strings, has_keys=False),
-    "csv": Format(delimited.parse_delimited, delimited.names_in_delimited, delimited.place_in_delimited),
-    "lmdb": Format(parse_lmdb, names.names_in_lmdb),
-    "parquet": Format(parse_columns, names.names_in_columns),
-    "arrow": Format(parse_columns, names.names_in_columns),
+    "json": Format(records.parse_json, values.values_in_json, names.names_in_json, records.place_in_json),
+    "json array": Format(json_array.parse_json_array, values.values_in_json_array, names.names_in_json_array),
+    "fasta": Format(records.parse_fasta, values.values_in_fasta, names.names_in_fasta, records.place_in_fasta,
+                    has_keys=False),
+    "strings": Format(records.parse_strings, values.values_in_strings, None, records.place_in_strings, has_keys=False),
+    "csv": Format(delimited.parse_delimited, delimited.values_in_delimited, delimited.names_in_delimited,
+                  delimited.place_in_delimited),
+    "lmdb": Format(parse_lmdb, values.values_in_lmdb, names.names_in_lmdb),
+    "parquet": Format(parse_columns, values.values_in_columns, names.names_in_columns),
+    "arrow": Format(parse_columns, values.values_in_columns, names.names_in_columns),
 }
 
 
@@ -156,7 +160,8 @@ BINARY_KINDS = (
     Kind("UTF-16 text", _magic(b"\xff\xfe", b"\xfe\xff"), instead="expected ASCII or UTF-8: convert it first"),
 )
 TEXT_KINDS = (
-    Kind("a JSON array", _text(rb"\[\s*[\[{\"]"), instead="expected one object a line, as jq -c '.[]' makes it"),
+    Kind("a JSON array", _text(rb"\[\s*\{"), json_array.json_array_blocks),
+    Kind("a JSON array of no objects", _text(rb"\[\s*[\[\"]"), instead="expected objects, one a line or in one array"),
     Kind("JSON over several lines", _text(rb"\{[ \t]*\n"), instead="expected one object a line, as jq -c . makes it"),
     Kind("loose JSON", _text(rb"\{(?!\\rtf)"), records.json_blocks),
     Kind("PIR", _text(rb">(P1|F1|DL|DC|RL|RC|N1|N3|XX);"), instead=_TO_FASTA),

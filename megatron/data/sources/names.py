@@ -37,6 +37,12 @@ def names_in_json(block: RecordBlock, key: str) -> Iterator[tuple[str, bytes]]:
             yield f"line {number}", _under_key(record, key)
 
 
+def names_in_json_array(block: RecordBlock, key: str) -> Iterator[tuple[str, bytes]]:
+    """The number and the value under `key` of each element."""
+    for number, record in enumerate(block.records, start=block.first):
+        yield f"record {number}", _under_key(record, key)
+
+
 def _odd_json(line: bytes) -> Any:
     """What the more lenient parser makes of a line; None where that is damaged too, as its text will say."""
     try:

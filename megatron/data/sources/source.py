@@ -5,6 +5,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from megatron.data.sources.block import BadRecord, RecordBlock, Texts, Wanted
 from megatron.data.sources.folders import files_of
@@ -26,10 +27,10 @@ class Source:
         self._files = files_of(path)
         self.size = 0 if path == "-" else sum(map(os.path.getsize, self._files))
 
-    def blocks(self, keys: Sequence[str], name_key: str | None = None) -> Iterator[RecordBlock]:
+    def blocks(self, keys: Sequence[str] = (), name_key: str | None = None) -> Iterator[RecordBlock]:
         """The blocks of whole records, in order; raises DataError for what cannot be read.
 
-        `keys` are those of the texts; `name_key`, if given, that of the name.
+        `keys` are those of the texts; `name_key`, if given, that of the name. `records_of` takes blocks without keys.
         """
         digest = hashlib.sha256()
         bytes_before = 0
@@ -72,6 +73,15 @@ def expand(patterns: Sequence[str]) -> list[Source]:
 def texts_of(block: RecordBlock, key: str) -> Texts:
     """The text of each of a block's records; `key` names it where records have several."""
     return FORMATS[block.kind].texts(block, key)
+
+
+def records_of(block: RecordBlock) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The place, in words, and all values by key of each of a block's records, read without keys.
+
+    Values are as the file has them: of CSV and TSV text, of LMDB also arrays. FASTA has `id` and `sequence`, one
+    protein a line `sequence`. Raises DataError for the first bad record.
+    """
+    return FORMATS[block.kind].values(block)
 
 
 def names_of(block: RecordBlock, key: str) -> Texts:

@@ -4,7 +4,7 @@ import mmap
 from collections.abc import Iterator
 from typing import Any
 
-from megatron.data.sources.binary.columns import as_bytes, check_schema
+from megatron.data.sources.binary.columns import check_schema, columns_of
 from megatron.data.sources.block import RecordBlock, Wanted
 from megatron.data.sources.streams import BLOCK_BYTES
 from megatron.errors import DataError
@@ -37,8 +37,7 @@ def _blocks(source: str, data: mmap.mmap, wanted: Wanted) -> Iterator[RecordBloc
         num_records = max(1, min(_MAX_BLOCK_RECORDS, BLOCK_BYTES * len(batch) // max(batch.nbytes, 1)))
         for start in range(0, len(batch), num_records):
             part = batch.slice(start, num_records)
-            records = {column: as_bytes(part.column(column)) for column in wanted.columns()}
-            yield RecordBlock(source, "arrow", records, first, bytes_read)
+            yield RecordBlock(source, "arrow", columns_of(source, part, wanted), first, bytes_read)
             first += len(part)
 
 
@@ -55,6 +54,6 @@ def _batches(source: str, data: mmap.mmap, wanted: Wanted) -> Iterator[tuple[Any
         check_schema(source, "Arrow", reader.schema, wanted)
         batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
         for batch in batches:
-            batch = batch.select(list(wanted.columns()))
+            batch = batch.select(list(wanted.columns())) if wanted.keys else batch
             batch.validate(full=True)  # what is damaged could otherwise end the process
             yield batch, buffer.tell()

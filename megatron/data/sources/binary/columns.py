@@ -50,6 +50,22 @@ def as_bytes(column: Any) -> list[bytes | None]:
     return column.cast(pa.large_binary()).to_pylist()
 
 
+def columns_of(source: str, batch: Any, wanted: Wanted) -> dict[str, list]:
+    """The wanted columns of a record batch by their names: texts as bytes or, where all are wanted, Python's values."""
+    if wanted.keys:
+        return {column: as_bytes(batch.column(column)) for column in wanted.columns()}
+    names = batch.schema.names
+    check_distinct(source, names)
+    return {name: batch.column(number).to_pylist() for number, name in enumerate(names)}
+
+
+def check_distinct(source: str, names: Sequence[str]) -> None:
+    """Raise DataError where two columns have one name."""
+    twice = [name for number, name in enumerate(names) if name in names[:number]]
+    if twice:
+        raise DataError(f"{source}: has two columns {twice[0]!r}; rename one of them")
+
+
 def parse_columns(block: RecordBlock, key: str) -> Texts:
     """The column `key`; a null is a bad record."""
     column = block.records[key]

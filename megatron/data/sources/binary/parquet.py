@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from megatron.data.sources.binary.columns import as_bytes, check_schema
+from megatron.data.sources.binary.columns import check_schema, columns_of
 from megatron.data.sources.block import RecordBlock, Wanted
 from megatron.data.sources.streams import BLOCK_BYTES
 from megatron.errors import DataError
@@ -27,13 +27,13 @@ def parquet_blocks(source: str, path: str, wanted: Wanted) -> Iterator[RecordBlo
         with open(path, "rb") as opened, pq.ParquetFile(opened, buffer_size=_BUFFER_BYTES, pre_buffer=False,
                                                         page_checksum_verification=True) as file:
             check_schema(source, "Parquet", file.schema_arrow, wanted)
-            columns = list(wanted.columns())
+            columns = list(wanted.columns()) or None
             num_records = file.metadata.num_rows
             size = os.path.getsize(path)
             for batch in file.iter_batches(_batch_records(file.metadata), columns=columns, use_threads=False):
-                records = {column: as_bytes(batch.column(column)) for column in columns}
                 num_read = first - 1 + len(batch)
-                yield RecordBlock(source, "parquet", records, first, size * num_read // max(num_records, 1))
+                yield RecordBlock(source, "parquet", columns_of(source, batch, wanted), first,
+                                  size * num_read // max(num_records, 1))
                 first += len(batch)
             if first - 1 != num_records:
                 raise DataError(f"{source}: damaged Parquet ({first - 1} records where it says {num_records}); copy it "

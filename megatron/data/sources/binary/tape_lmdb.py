@@ -8,7 +8,7 @@ import os
 import pickle
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from megatron.data.sources.block import BadRecord, RecordBlock, Texts, Wanted
 from megatron.data.sources.streams import BLOCK_BYTES, MAX_RECORD_BYTES
@@ -54,15 +54,22 @@ def parse_lmdb(block: RecordBlock, key: str) -> Texts:
     return parsed
 
 
-def _text_of(value: bytes | None, key: str) -> bytes | BadRecord:
+def unpickled(value: bytes | None) -> dict[Any, Any] | BadRecord:
+    """The dict of a record, or what is wrong with it."""
     if value is None:
         return BadRecord("missing record", "is missing; the LMDB is not whole")
     try:
         record = load_plain_pickle(value)
     except pickle.UnpicklingError as error:
         return BadRecord("bad pickle", f"cannot be unpickled ({error})")
-    if not isinstance(record, dict):
-        return BadRecord("bad pickle", f"{type(record).__name__} where a dict belongs")
+    return record if isinstance(record, dict) else BadRecord("bad pickle",
+                                                             f"{type(record).__name__} where a dict belongs")
+
+
+def _text_of(value: bytes | None, key: str) -> bytes | BadRecord:
+    record = unpickled(value)
+    if isinstance(record, BadRecord):
+        return record
     name = "primary" if key == "text" and "text" not in record else key
     if name not in record:
         found = ", ".join(repr(other)[:40] for other in list(record)[:5]) or "nothing"

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from megatron.data.sources.binary.columns import check_columns
+from megatron.data.sources.binary.columns import check_columns, check_distinct
 from megatron.data.sources.block import BadRecord, Contents, RecordBlock, Texts, Wanted
 from megatron.data.sources.streams import MAX_RECORD_BYTES
 from megatron.data.sources.text.looks import HEAD_BYTES, delimiter_of
@@ -65,6 +65,17 @@ def names_in_delimited(block: RecordBlock, key: str) -> Iterable[tuple[str, byte
     for number, row in enumerate(_rows(block), start=block.first):
         if row is not None:
             yield f"line {number}", b"" if isinstance(row, BadRecord) else row[column]
+
+
+def values_in_delimited(block: RecordBlock) -> Iterator[tuple[str, dict[str, str]]]:
+    """The line and the fields of each row, by column; raises DataError for a bad one."""
+    check_distinct(block.source, block.records.header)
+    for number, row in enumerate(_rows(block), start=block.first):
+        if isinstance(row, BadRecord):
+            raise DataError(f"{block.source}: line {number}: {row.message}")
+        if row is not None:
+            fields = (field.decode(errors="replace").strip() for field in row)
+            yield f"line {number}", dict(zip(block.records.header, fields, strict=True))
 
 
 def place_in_delimited(block: RecordBlock, index: int, offset: int) -> str:

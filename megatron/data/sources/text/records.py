@@ -149,6 +149,11 @@ def _explain_json(line: bytes, key: str) -> bytes | BadRecord:
         return BadRecord("bad JSON", f"not a JSON object ({error.msg}, column {error.colno})")
     except (ValueError, RecursionError) as error:
         return BadRecord("bad JSON", f"not a JSON object ({error})")
+    return text_under(value, key)
+
+
+def text_under(value: Any, key: str) -> bytes | BadRecord:
+    """The text under `key` of what should be an object, or what is wrong."""
     if not isinstance(value, dict):
         return BadRecord("bad JSON", f"{type(value).__name__} where a JSON object belongs")
     if key not in value:

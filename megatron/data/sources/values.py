@@ -1,0 +1,82 @@
+"""Whole records as dictionaries, each with its place in words; the first bad one raises DataError.
+
+Of tables, `text.delimited` has its own.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from megatron.data.sources.binary.tape_lmdb import unpickled
+from megatron.data.sources.block import BadRecord, RecordBlock
+from megatron.data.sources.names import DEFAULT_NAME_KEY
+from megatron.data.sources.text.records import json_loads, parse_fasta, parse_strings
+from megatron.errors import DataError
+
+SEQUENCE_KEY = "sequence"  # of the proteins of files without keys
+Values = Iterator[tuple[str, dict[str, Any]]]
+
+
+def values_in_json(block: RecordBlock) -> Values:
+    """The line and the object of each line that is not blank."""
+    loads = json_loads()
+    for number, line in enumerate(block.records.split(b"\n"), start=block.first):
+        if line.strip():
+            try:
+                record = loads(line)
+            except ValueError:
+                record = _odd_json(line, f"{block.source}: line {number}")
+            yield f"line {number}", _object(record, f"{block.source}: line {number}")
+
+
+def values_in_json_array(block: RecordBlock) -> Values:
+    """The number and the object of each element."""
+    for number, record in enumerate(block.records, start=block.first):
+        yield f"record {number}", _object(record, f"{block.source}: record {number}")
+
+
+def values_in_lmdb(block: RecordBlock) -> Values:
+    """The number and the dict of each record."""
+    for number, value in enumerate(block.records, start=block.first):
+        record = unpickled(value)
+        if isinstance(record, BadRecord):
+            raise DataError(f"{block.source}: record {number}: {record.message}")
+        yield f"record {number}", record
+
+
+def values_in_columns(block: RecordBlock) -> Values:
+    """The number and the values of each row of Parquet or Arrow."""
+    for number, row in enumerate(zip(*block.records.values(), strict=True), start=block.first):
+        yield f"record {number}", dict(zip(block.records, row, strict=True))
+
+
+def values_in_fasta(block: RecordBlock) -> Values:
+    """The line, name and residues of each record."""
+    line = block.first
+    for record, text in zip(block.records[1:].split(b"\n>"), parse_fasta(block, "").texts, strict=True):
+        name = b"".join(record.partition(b"\n")[0].split(None, 1)[:1])
+        yield f"line {line}", {DEFAULT_NAME_KEY: name.decode(errors="replace"),
+                               SEQUENCE_KEY: text.decode(errors="replace")}
+        line += record.count(b"\n") + 1
+
+
+def values_in_strings(block: RecordBlock) -> Values:
+    """The line and the residues of each line that is not blank."""
+    parse_strings(block, "")  # raises for what is none
+    for number, line in enumerate(block.records.split(b"\n"), start=block.first):
+        if line.strip():
+            yield f"line {number}", {SEQUENCE_KEY: line.decode(errors="replace")}
+
+
+def _odd_json(line: bytes, place: str) -> Any:
+    """What the more lenient parser makes of a line: it takes NaN, for one."""
+    try:
+        return json.loads(line.decode())
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: not a JSON object ({error})") from None
+
+
+def _object(record: Any, place: str) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise DataError(f"{place}: {type(record).__name__} where a JSON object belongs")
+    return record

@@ -1,0 +1,243 @@
+"""Labelled proteins packed into rows, and rows into micro-batches of one shape, the same for any data-parallel size.
+
+What lies in which row depends on the seed and the epoch alone. A step takes `global_batch_size` rows in Megatron's
+order: micro-batch k of rank r has the rows first + (k x ranks + r) x micro … + micro, the last ones fewer, or none.
+
+Shapes: t tokens of a micro-batch (this rank's share of them), g proteins and where there are fewer, empty ones, as in
+`PackedSequence`, c classes, r residues.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron.data.batches.batch import Batch, BatchShape, collate
+from megatron.data.corpus.vocab import Vocab
+from megatron.data.rows.packed import Row
+from megatron.data.rows.packing import PackedRows, order_key, pack
+from megatron.finetune.examples import Example
+from megatron.finetune.labels import LabelSpace
+from megatron.finetune.tasks import CLASS, CLASSES, CONTACTS, LEAST_SEPARATION, NUMBER, RESIDUES
+from megatron.kernels.packed_sequence import NO_TARGET
+from megatron.parallel.randomness import dropout_seed
+
+_ORDER, _CROP = 0, 1  # purposes of randomness
+_SPARE_PROTEINS = 8
+NO_EXAMPLE = -1
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """How a run lays examples into rows and shares these out; `num_ends` as `DataConfig` has it.
+
+    token_multiple, share, num_shares: as `BatchShape` has them, for tensor and context parallelism.
+    """
+
+    seq_length: int
+    num_ends: int
+    micro_batch_size: int
+    global_batch_size: int
+    seed: int = 0
+    data_rank: int = 0
+    data_size: int = 1
+    token_multiple: int = 1
+    share: int = 0
+    num_shares: int = 1
+
+    def __post_init__(self) -> None:
+        assert self.global_batch_size % (self.micro_batch_size * self.data_size) == 0, "as check_layout sees to"
+
+    @property
+    def max_residues(self) -> int:
+        """The most residues of a protein in a row."""
+        return self.seq_length - self.num_ends
+
+
+@dataclass(frozen=True)
+class LabelledBatch:
+    """A micro-batch with its labels; all shapes are the same throughout a run.
+
+    `batch.targets` are the residues' classes: their places among the tokens here, and NO_TARGET where there is none. Of
+    the other kinds it has no targets, and `labels` are: number, float32 [g], 0 where there is no protein; class, int64
+    [g], NO_TARGET there; classes, float32 [g, c] of 0 and 1, 0 there; contacts, the coordinates of each token's residue
+    in angstrom, float32 [t, 3], NaN for ends, filler and what is unresolved: pairs are to be formed on the device.
+    Residues have an empty one.
+    """
+
+    batch: Batch
+    labels: Tensor
+    examples_g: Tensor  # int64, the number of each protein's example, NO_EXAMPLE where there is no protein
+    offsets_g: Tensor  # int64, the first of its residues that is in the row: 0 unless the protein was cropped
+
+    def to(self, device: torch.device | str) -> "LabelledBatch":
+        """The same on a device; does not wait for copies from page-locked memory."""
+        tensors = (tensor.to(device, non_blocking=True) for tensor in (self.labels, self.examples_g, self.offsets_g))
+        return LabelledBatch(self.batch.to(device), *tensors)
+
+    def pin_memory(self) -> "LabelledBatch":
+        """The same in page-locked memory."""
+        tensors = (tensor.pin_memory() for tensor in (self.labels, self.examples_g, self.offsets_g))
+        return LabelledBatch(self.batch.pin_memory(), *tensors)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One global batch: this rank's micro-batches, and what all ranks' hold together, to divide a loss by.
+
+    num_labels: of residues those that count; of contacts the pairs of resolved residues that are LEAST_SEPARATION or
+    more apart; else one a protein.
+    """
+
+    batches: list[LabelledBatch]
+    num_examples: int
+    num_labels: int
+
+
+class PackedExamples:
+    """The rows of some examples, epoch after epoch.
+
+    In training each epoch has an order of its own, and a random window of a protein that is longer than a row; in
+    evaluation rows are those of epoch 0 always, in the file's order, and proteins begin at their first residue.
+    """
+
+    def __init__(self, examples: Sequence[Example], space: LabelSpace, vocab: Vocab, settings: BatchSettings,
+                 is_training: bool) -> None:
+        self.examples, self._space, self._vocab, self._settings = examples, space, vocab, settings
+        self._is_training = is_training
+        self._lengths = np.array([len(example.ids) for example in examples], dtype=np.int64)
+        self._packed = lru_cache(maxsize=2)(self._pack)
+        self._shape = self._batch_shape()
+
+    def steps(self, epoch: int, first_step: int = 0) -> Iterator[Step]:
+        """The global batches of an epoch, from its `first_step` on."""
+        size = self._settings.global_batch_size
+        for first in range(first_step * size, self.num_rows(epoch), size):
+            yield self._step(self._epoch(epoch), first)
+
+    def num_rows(self, epoch: int) -> int:
+        """The rows of an epoch; epochs differ by a few."""
+        return len(self._packed(self._epoch(epoch)))
+
+    def num_steps(self, epoch: int) -> int:
+        """The global batches of an epoch."""
+        return -(-self.num_rows(epoch) // self._settings.global_batch_size)
+
+    def describe(self, name: str) -> str:
+        """What there is and how it is packed, in one line for the log."""
+        settings, num_long = self._settings, int((self._lengths > self._settings.max_residues).sum())
+        tokens = int(np.minimum(self._lengths, settings.max_residues).sum()) + settings.num_ends * len(self._lengths)
+        what = "a random window" if self._is_training else "the beginning"
+        crops = (f" ({num_long:,} longer than a row of {settings.seq_length:,}, of which {what} is taken with its "
+                 "labels)" if num_long else "")
+        return (f"{name}: {len(self.examples):,} proteins{crops}, {self.num_rows(0):,} rows an epoch, "
+                f"{100 * tokens / (self.num_rows(0) * settings.seq_length):.1f} % full")
+
+    def _epoch(self, epoch: int) -> int:
+        return epoch if self._is_training else 0
+
+    def _pack(self, epoch: int) -> PackedRows:
+        key = order_key(self._settings.seed, _ORDER, epoch) if self._is_training else None
+        return pack(self._lengths, self._settings.seq_length, "best-fit", key=key, num_ends=self._settings.num_ends)
+
+    def _batch_shape(self) -> BatchShape:
+        settings = self._settings
+        num_tokens = settings.micro_batch_size * settings.seq_length
+        counts = np.diff(self._packed(0).row_starts)
+        most = int(np.sort(counts)[-settings.micro_batch_size:].sum()) if len(counts) else 0
+        num_targets = settings.micro_batch_size * settings.max_residues if self._space.kind == RESIDUES else 0
+        return BatchShape(
+            num_tokens=num_tokens + -num_tokens % settings.token_multiple,
+            num_proteins=most + most // 4 * self._is_training + _SPARE_PROTEINS, num_targets=num_targets,
+            max_length=int(min(self._lengths.max(initial=1), settings.max_residues)) + settings.num_ends,
+            share=settings.share, num_shares=settings.num_shares, num_ends=settings.num_ends)
+
+    def _step(self, epoch: int, first: int) -> Step:
+        settings, packed = self._settings, self._packed(epoch)
+        last = min(first + settings.global_batch_size, len(packed))
+        stride = settings.micro_batch_size * settings.data_size
+        starts = range(first + settings.data_rank * settings.micro_batch_size, first + settings.global_batch_size,
+                       stride)
+        batches = [self._batch(epoch, range(start, max(start, min(start + settings.micro_batch_size, last))))
+                   for start in starts]
+        parts = [part for row in range(first, last) for part in self._parts(epoch, row)]
+        return Step(batches, len(parts), sum(self._num_labels(*part) for part in parts))
+
+    def _num_labels(self, number: int, window: slice) -> int:
+        """What a part of an example adds to `Step.num_labels`."""
+        label = self.examples[number].label
+        if self._space.kind == RESIDUES:
+            return int((label[window] != NO_TARGET).sum())
+        if self._space.kind == CONTACTS:
+            is_resolved_r = ~np.isnan(label[window, 0])
+            return int(is_resolved_r[LEAST_SEPARATION:] @ np.cumsum(is_resolved_r)[:-LEAST_SEPARATION])
+        return 1
+
+    def _parts(self, epoch: int, row: int) -> list[tuple[int, slice]]:
+        """The examples of a row by number, and which of their residues are in it."""
+        return [(number, self._window(epoch, number)) for number in self._packed(epoch).row(row).tolist()]
+
+    def _window(self, epoch: int, number: int) -> slice:
+        length, size = int(self._lengths[number]), self._settings.max_residues
+        if length <= size:
+            return slice(0, length)
+        start = 0
+        if self._is_training:
+            rng = np.random.default_rng((self._settings.seed, _CROP, epoch, number))
+            start = int(rng.integers(length - size + 1))
+        return slice(start, start + size)
+
+    def _batch(self, epoch: int, rows: range) -> LabelledBatch:
+        parts = [self._parts(epoch, row) for row in rows]
+        seed = dropout_seed(self._settings.seed, (epoch << 32) + rows.start)
+        batch = collate([self._row(part) for part in parts], self._shape, seed)
+        joined = [pair for part in parts for pair in part]
+        size = len(batch.sequence.cu_seqlens) - 1 - batch.sequence.num_filler
+        examples_g, offsets_g = np.full(size, NO_EXAMPLE), np.zeros(size, dtype=np.int64)
+        examples_g[:len(joined)] = [number for number, _ in joined]
+        offsets_g[:len(joined)] = [window.start for _, window in joined]
+        return LabelledBatch(batch, torch.from_numpy(self._labels(joined, size)), torch.from_numpy(examples_g),
+                             torch.from_numpy(offsets_g))
+
+    def _row(self, parts: Sequence[tuple[int, slice]]) -> Row:
+        """The tokens of a row and, where residues have labels, its targets."""
+        cls, sep = np.array([[self._vocab.cls_id], [self._vocab.sep_id]])
+        ends = (cls, sep)[1:self._settings.num_ends]
+        tokens_t = np.concatenate([array for number, window in parts
+                                   for array in (cls, self.examples[number].ids[window], *ends)], dtype=np.int64)
+        lengths = np.array([window.stop - window.start for _, window in parts]) + self._settings.num_ends
+        nothing = np.empty(0, dtype=np.int64)
+        if self._space.kind != RESIDUES:
+            return Row(tokens_t, lengths, nothing, nothing)
+        labels_t = np.full(len(tokens_t), NO_TARGET)
+        for start, (number, window) in zip(np.cumsum(lengths) - lengths, parts, strict=True):
+            labels_t[start + 1:start + 1 + window.stop - window.start] = self.examples[number].label[window]
+        positions_m = np.flatnonzero(labels_t != NO_TARGET)
+        return Row(tokens_t, lengths, positions_m, labels_t[positions_m])
+
+    def _labels(self, parts: Sequence[tuple[int, slice]], num_proteins: int) -> np.ndarray:
+        """`LabelledBatch.labels` of proteins one behind the other."""
+        kind, found = self._space.kind, [self.examples[number].label for number, _ in parts]
+        if kind == CONTACTS:
+            return self._coordinates(parts)
+        empty = {NUMBER: np.zeros(num_proteins, np.float32), CLASS: np.full(num_proteins, NO_TARGET),
+                 CLASSES: np.zeros((num_proteins, len(self._space.class_names)), np.float32),
+                 RESIDUES: np.empty(0, np.float32)}[kind]
+        if kind != RESIDUES and found:
+            empty[:len(found)] = found
+        return empty
+
+    def _coordinates(self, parts: Sequence[tuple[int, slice]]) -> np.ndarray:
+        """float32 [t, 3] of this rank's share of the tokens."""
+        atoms_t3 = np.full((self._shape.num_tokens, 3), np.nan, dtype=np.float32)
+        start = 0
+        for number, window in parts:
+            size = window.stop - window.start
+            atoms_t3[start + 1:start + 1 + size] = self.examples[number].label[window]
+            start += size + self._settings.num_ends
+        here = self._shape.num_tokens // self._shape.num_shares
+        return atoms_t3[self._shape.share * here:(self._shape.share + 1) * here]
+

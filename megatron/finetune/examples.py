@@ -1,0 +1,103 @@
+"""Labelled proteins of a task's files, held in memory: residues as ids, labels as what a model learns."""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron.data.corpus.tokenizer import ResidueTokenizer
+from megatron.data.sources.names import DEFAULT_NAME_KEY
+from megatron.data.sources.source import Source, records_of
+from megatron.errors import DataError
+from megatron.finetune.labels import LabelSpace, Record, label_space
+from megatron.finetune.tasks import CONTACTS, NUMBER, Task, present_key
+
+
+@dataclass(frozen=True)
+class Example:
+    """A protein and its label, as `LabelSpace.read` gives it; None where none was asked for."""
+
+    name: str
+    ids: np.ndarray  # uint8 [residues]
+    label: Any = None
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The examples of each part of a task, `train` among them, and what its labels are."""
+
+    task: Task
+    space: LabelSpace
+    parts: dict[str, list[Example]]
+
+
+def load_task(task: Task, files: dict[str, str], tokenizer: ResidueTokenizer) -> TaskData:
+    """The examples of files by the names of their parts; classes are those of `train`. Raises DataError."""
+    records: Iterable[Record] = read_records(files["train"], task, tokenizer)
+    if task.kind not in (NUMBER, CONTACTS):  # which are known without having seen every label
+        records = list(records)
+        space = label_space(task, records)
+    else:
+        space = label_space(task, ())
+    parts = {"train": _examples(space, records)}
+    parts |= {part: read_examples(path, task, space, tokenizer) for part, path in files.items() if part != "train"}
+    return TaskData(task, space, parts)
+
+
+def read_examples(path: str, task: Task, space: LabelSpace, tokenizer: ResidueTokenizer) -> list[Example]:
+    """The examples of one file, with labels of `space`; raises DataError."""
+    return _examples(space, read_records(path, task, tokenizer))
+
+
+def read_proteins(path: str, task: Task, tokenizer: ResidueTokenizer) -> list[Example]:
+    """The proteins of a file of any kind, FASTA too, without labels; raises DataError."""
+    return [Example(record.name, record.ids) for record in read_records(path, task, tokenizer, needs_label=False)]
+
+
+def read_records(path: str, task: Task, tokenizer: ResidueTokenizer, needs_label: bool = True) -> Iterator[Record]:
+    """The proteins of a file in order, their labels as they stand there; raises DataError for the first bad one.
+
+    A protein without an `id` is named by its number, from 1.
+    """
+    if not os.path.exists(path):
+        raise DataError(f"{path}: no such file")
+    number = 0
+    for block in Source(path).blocks():
+        for where, values in records_of(block):
+            number += 1
+            place = f"{block.source}: {where}"
+            ids = _ids(place, _under(place, values, task.sequence_keys, "sequence"), tokenizer)
+            label = _under(place, values, task.label_keys, "label") if needs_label else None
+            mask_key = present_key(task.mask_keys, values)
+            name = values.get(DEFAULT_NAME_KEY)
+            name = name.decode(errors="replace") if isinstance(name, bytes) else name
+            yield Record(place, str(number if name in (None, "") else name), ids, label,
+                         None if mask_key is None else values[mask_key])
+
+
+def _examples(space: LabelSpace, records: Iterable[Record]) -> list[Example]:
+    return [Example(record.name, record.ids, space.read(record)) for record in records]
+
+
+def _under(place: str, values: dict[str, Any], keys: tuple[str, ...], what: str) -> Any:
+    """What stands under the first of some keys that is there; raises DataError where none is."""
+    key = present_key(keys, values)
+    if key is None:
+        found = ", ".join(repr(other)[:40] for other in list(values)[:8]) or "nothing"
+        wanted = " or ".join(map(repr, keys))
+        raise DataError(f"{place}: no {what} under {wanted}; it has {found}. --{what}-key names it")
+    return values[key]
+
+
+def _ids(place: str, sequence: Any, tokenizer: ResidueTokenizer) -> np.ndarray:
+    if not isinstance(sequence, (str, bytes)):
+        raise DataError(f"{place}: the sequence is of type {type(sequence).__name__}; expected text of residues")
+    text = sequence.encode(errors="replace") if isinstance(sequence, str) else sequence
+    (ids,), problems = tokenizer.encode_many([text])
+    if problems:
+        raise DataError(f"{place}, column {problems[0].offset + 1} of the sequence: {problems[0].found}")
+    if not ids:
+        raise DataError(f"{place}: the sequence has no residue")
+    return np.frombuffer(ids, dtype=np.uint8)

@@ -1,0 +1,227 @@
+"""How well a task is done, as the field reports it, from predictions that were gathered to the host.
+
+Every function takes what is true first. `measure` gives all measures of a kind of labels by name, as `tasks.METRICS`
+lists them, with an interval where asked. Shapes: n proteins or labels, c classes, r residues.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron.finetune.labels import LabelSpace
+from megatron.finetune.tasks import CLASS, CLASSES, CONTACTS, CUTOFF_ANGSTROM, LEAST_SEPARATION, METRICS, NUMBER
+from megatron.kernels.packed_sequence import NO_TARGET
+
+# The least separation in the sequence, and what it is below.
+REACHES = {"short": (LEAST_SEPARATION, 12), "medium": (12, 24), "long": (24, None), "medium_long": (12, None)}
+DIVISORS = {"l": 1, "l2": 2, "l5": 5}  # of a protein's length: as many pairs are predicted
+_THRESHOLDS = np.arange(1, 100) / 100
+Statistic = Callable[[np.ndarray], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A measure, and the ends of its interval; NaN where none was asked for."""
+
+    value: float
+    low: float = np.nan
+    high: float = np.nan
+
+
+def measure(space: LabelSpace, true: Sequence[Any], predicted: Sequence[Any], *, num_draws: int = 0,
+            level: float = 0.95, seed: int = 0) -> dict[str, Measured]:
+    """The measures of a kind of labels on some proteins, by name.
+
+    true: labels as `LabelSpace.read` gives them. predicted, for each protein: number, a float; class, the class;
+    classes, a probability of each [c]; residues, the class of each residue [r]; contacts, a score of each pair [r, r].
+    Where these are of the first residues alone, the others do not count. Residues count alike, whatever their protein.
+    With `num_draws` the interval is that of so many draws of as many proteins, with replacement (the percentile
+    bootstrap; Efron, 1979); draws in which a measure is not defined are left out.
+    """
+    statistic, everything = _statistic(space, true, predicted), np.arange(len(true))
+    values = statistic(everything)
+    if not num_draws:
+        return {name: Measured(values[name]) for name in METRICS[space.kind]}
+    rng = np.random.default_rng(seed)
+    draws = [statistic(rng.integers(len(true), size=len(true))) for _ in range(num_draws)]
+    ends = [(1 - level) / 2, (1 + level) / 2]
+    return {name: Measured(values[name], *_quantiles([draw[name] for draw in draws], ends))
+            for name in METRICS[space.kind]}
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """The mean over seeds and its standard deviation (of a sample: over n − 1); NaN for one seed."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else np.nan
+
+
+def with_spread(values: Sequence[float], digits: int = 3) -> str:
+    """`0.712 ± 0.004`, or without a spread where there is one value."""
+    mean, deviation = spread(values)
+    return f"{mean:.{digits}f}" + ("" if np.isnan(deviation) else f" ± {deviation:.{digits}f}")
+
+
+def spearman(true_n: np.ndarray, predicted_n: np.ndarray) -> float:
+    """Spearman's rank correlation, equal values sharing their mean rank; NaN where either is constant."""
+    return pearson(_ranks(np.asarray(true_n)), _ranks(np.asarray(predicted_n)))
+
+
+def pearson(true_n: np.ndarray, predicted_n: np.ndarray) -> float:
+    """Pearson's correlation; NaN where either is constant."""
+    x, y = (np.asarray(values, dtype=np.float64) for values in (true_n, predicted_n))
+    if len(x) < 2 or (x == x[0]).all() or (y == y[0]).all():
+        return np.nan
+    x, y = x - x.mean(), y - y.mean()
+    return float(x @ y / np.sqrt((x @ x) * (y @ y)))
+
+
+def accuracy(true_n: np.ndarray, predicted_n: np.ndarray) -> float:
+    """The share that is right; NaN where there is none."""
+    return _accuracy(_counts(true_n, predicted_n))
+
+
+def mcc(true_n: np.ndarray, predicted_n: np.ndarray) -> float:
+    """Matthews' correlation for any number of classes (Gorodkin, 2004, doi 10.1016/j.compbiolchem.2004.09.006).
+
+    0 where either is of one class alone.
+    """
+    return _mcc(_counts(true_n, predicted_n))
+
+
+def f1_macro(true_n: np.ndarray, predicted_n: np.ndarray) -> float:
+    """The mean over the classes that are true or predicted somewhere of the harmonic mean of precision and recall."""
+    return _f1_macro(_counts(true_n, predicted_n))
+
+
+def f1_max(true_nc: np.ndarray, scores_nc: np.ndarray) -> float:
+    """CAFA's F-max (Radivojac et al., 2013, doi 10.1038/nmeth.2340), over thresholds from 0.01 to 0.99.
+
+    Precision is the mean over proteins with a prediction, recall over those with a label; NaN where none has one.
+    """
+    return _f1_max(*_precisions_and_recalls(np.asarray(true_nc, dtype=bool), np.asarray(scores_nc)))
+
+
+def contact_precision(atoms_r3: np.ndarray, scores_rr: np.ndarray) -> dict[str, float]:
+    """The shares of contacts among the L, L/2 and L/5 pairs of the highest scores, for each of REACHES.
+
+    Scores are made symmetric. L is the number of residues, unresolved ones too, whose pairs do not count; where there
+    are fewer pairs than are to be predicted, all are; NaN where there is none. Equal scores rank at random, the same
+    way each time.
+    """
+    length = len(atoms_r3)
+    first_p, second_p = np.triu_indices(length, LEAST_SEPARATION)
+    distances_p = np.linalg.norm(atoms_r3[first_p] - atoms_r3[second_p], axis=1)
+    order_p = np.random.default_rng(0).permutation(len(first_p))
+    order_p = order_p[~np.isnan(distances_p[order_p])]
+    scores_p = (scores_rr[first_p, second_p] + scores_rr[second_p, first_p])[order_p]
+    ranked_p = order_p[np.argsort(-scores_p, kind="stable")]
+    touches_p, separations_p = distances_p[ranked_p] < CUTOFF_ANGSTROM, (second_p - first_p)[ranked_p]
+    found = {}
+    for reach, (least, below) in REACHES.items():
+        touches = touches_p[(separations_p >= least) & (separations_p < (below or np.inf))]
+        for name, divisor in DIVISORS.items():
+            taken = touches[:max(1, length // divisor)]
+            found[f"{reach}_p_at_{name}"] = float(taken.mean()) if len(taken) else np.nan
+    return found
+
+
+def _statistic(space: LabelSpace, true: Sequence[Any], predicted: Sequence[Any]) -> Statistic:
+    """The measures of some of the proteins, by their numbers."""
+    if space.kind == NUMBER:
+        return _on_arrays(np.array(true, dtype=np.float64), np.array(predicted, dtype=np.float64), {
+            "spearman": spearman, "pearson": pearson,
+            "mse": lambda x, y: float(np.mean((x - y) ** 2)), "mae": lambda x, y: float(np.mean(np.abs(x - y)))})
+    if space.kind == CLASS:
+        return _on_arrays(np.array(true), np.array(predicted),
+                          {"accuracy": accuracy, "mcc": mcc, "f1_macro": f1_macro})
+    if space.kind == CLASSES:
+        return _of_several(np.array(true, dtype=bool), np.array(predicted))
+    if space.kind == CONTACTS:
+        names = METRICS[CONTACTS]
+        found = [contact_precision(atoms_r3[:len(scores_rr)], scores_rr)
+                 for atoms_r3, scores_rr in zip(true, predicted, strict=True)]
+        table = np.array([[one[name] for name in names] for one in found]).reshape(-1, len(names))
+        return lambda chosen: dict(zip(names, map(_mean, table[chosen].T), strict=True))
+    seen = [(labels[:len(classes)], np.asarray(classes)) for labels, classes in zip(true, predicted, strict=True)]
+    counts_n3c = np.array([_counts(labels[labels != NO_TARGET], classes[labels != NO_TARGET], len(space.class_names))
+                           for labels, classes in seen])
+    return lambda chosen: {name: function(counts_n3c[chosen].sum(axis=0)) for name, function in
+                           (("accuracy", _accuracy), ("mcc", _mcc), ("f1_macro", _f1_macro))}
+
+
+def _on_arrays(true: np.ndarray, predicted: np.ndarray,
+               functions: Mapping[str, Callable[[np.ndarray, np.ndarray], float]]) -> Statistic:
+    return lambda chosen: {name: function(true[chosen], predicted[chosen]) for name, function in functions.items()}
+
+
+def _of_several(true_nc: np.ndarray, scores_nc: np.ndarray) -> Statistic:
+    """The measures of several classes a protein; F1 is of those with a probability of a half or more."""
+    precisions_hn, recalls_hn = _precisions_and_recalls(true_nc, scores_nc)
+    is_chosen_nc = scores_nc >= 0.5
+    counts_n3c = np.stack([true_nc, is_chosen_nc, true_nc & is_chosen_nc], axis=1).astype(np.float64)
+
+    def measures(chosen: np.ndarray) -> dict[str, float]:
+        counts_3c = counts_n3c[chosen].sum(axis=0)
+        return {"f1_max": _f1_max(precisions_hn[:, chosen], recalls_hn[:, chosen]),
+                "f1_micro": _f1_macro(counts_3c.sum(axis=1, keepdims=True)), "f1_macro": _f1_macro(counts_3c)}
+
+    return measures
+
+
+def _precisions_and_recalls(true_nc: np.ndarray, scores_nc: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each protein at each of h thresholds, both float64 [h, n]; NaN where nothing is predicted, or true."""
+    right_hn = np.array([(true_nc & (scores_nc >= threshold)).sum(axis=1) for threshold in _THRESHOLDS])
+    chosen_hn = np.array([(scores_nc >= threshold).sum(axis=1) for threshold in _THRESHOLDS])
+    true_hn = np.broadcast_to(true_nc.sum(axis=1), right_hn.shape)
+    return tuple(np.divide(right_hn, whole, out=np.full(right_hn.shape, np.nan), where=whole > 0)
+                 for whole in (chosen_hn, true_hn))
+
+
+def _f1_max(precisions_hn: np.ndarray, recalls_hn: np.ndarray) -> float:
+    if np.isnan(recalls_hn).all():
+        return np.nan
+    precision_h, recall_h = (np.nansum(shares, axis=1) / np.maximum((~np.isnan(shares)).sum(axis=1), 1)
+                             for shares in (precisions_hn, recalls_hn))
+    return float((2 * precision_h * recall_h / np.maximum(precision_h + recall_h, 1e-300)).max())
+
+
+def _counts(true_n: np.ndarray, predicted_n: np.ndarray, num_classes: int = 0) -> np.ndarray:
+    """How often each class is true, predicted, and both, float64 [3, c], in which products are exact to 2^53."""
+    true_n, predicted_n = np.asarray(true_n), np.asarray(predicted_n)
+    size = max(int(max(true_n.max(initial=0), predicted_n.max(initial=0))) + 1, num_classes)
+    return np.array([np.bincount(values, minlength=size) for values in
+                     (true_n, predicted_n, true_n[true_n == predicted_n])], dtype=np.float64)
+
+
+def _accuracy(counts_3c: np.ndarray) -> float:
+    return float(counts_3c[2].sum() / counts_3c[0].sum()) if counts_3c[0].any() else np.nan
+
+
+def _mcc(counts_3c: np.ndarray) -> float:
+    true_c, predicted_c, right_c = counts_3c
+    total = true_c.sum()
+    product = (total * total - true_c @ true_c) * (total * total - predicted_c @ predicted_c)
+    return float((right_c.sum() * total - true_c @ predicted_c) / np.sqrt(product)) if product else 0.0
+
+
+def _f1_macro(counts_3c: np.ndarray) -> float:
+    true_c, predicted_c, right_c = counts_3c[:, counts_3c.any(axis=0)]
+    return _mean(2 * right_c / (true_c + predicted_c))
+
+
+def _ranks(values_n: np.ndarray) -> np.ndarray:
+    """The rank of each value, from 1; equal ones share their mean rank."""
+    _, group_n, sizes = np.unique(values_n, return_inverse=True, return_counts=True)
+    return (np.cumsum(sizes) - (sizes - 1) / 2)[group_n]
+
+
+def _mean(values: np.ndarray) -> float:
+    """The mean of those that are defined; NaN where none is."""
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if len(defined) else np.nan
+
+
+def _quantiles(values: Sequence[float], ends: Sequence[float]) -> list[float]:
+    defined = [value for value in values if not np.isnan(value)]
+    return [float(end) for end in np.quantile(defined, ends)] if defined else [np.nan, np.nan]

@@ -1,0 +1,131 @@
+"""What a task is: the kind of its labels, where they stand in a record, how it is measured, and TAPE's names of files.
+
+TAPE (Rao et al., 2019, arXiv 1906.08230) stores records as LMDB or JSON with the keys below; FLIP and others, as CSV or
+JSON lines, call the sequence `seq` or `sequence`. A task of one's own has no name here: `own_task`.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from megatron.errors import ConfigError, DataError
+
+# The kinds of labels: one number, one class, or any of several classes a protein; one class a residue; which residues
+# touch, told by coordinates.
+NUMBER, CLASS, CLASSES, RESIDUES, CONTACTS = LABEL_KINDS = ("number", "class", "classes", "residues", "contacts")
+
+# Residues touch whose C-alpha atoms are closer; nearer ones in the sequence are not asked for (as CASP and TAPE count).
+CUTOFF_ANGSTROM, LEAST_SEPARATION = 8.0, 6
+
+# As `metrics.measure` names them; the first one chooses the best of several evaluations.
+METRICS = {
+    NUMBER: ("spearman", "pearson", "mse", "mae"),
+    CLASS: ("accuracy", "mcc", "f1_macro"),
+    CLASSES: ("f1_max", "f1_micro", "f1_macro"),
+    RESIDUES: ("accuracy", "mcc", "f1_macro"),
+    CONTACTS: tuple(f"{reach}_p_at_{size}" for reach in ("medium_long", "long", "medium", "short")
+                    for size in ("l5", "l2", "l")),
+}
+SEQUENCE_KEYS = ("primary", "seq", "sequence", "text")
+LABEL_KEYS = ("label", "labels", "target")
+MASK_KEYS = ("mask", "valid_mask")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task; of several keys the first that a file has holds. `kind` None is inferred from the labels.
+
+    class_names: where the task fixes classes and their order; a whole number as a label is then a place among them.
+    uncounted: of residues' labels those that do not count, besides null and -1. stems: how TAPE's files begin.
+    """
+
+    name: str
+    kind: str | None
+    label_keys: tuple[str, ...] = LABEL_KEYS
+    mask_keys: tuple[str, ...] = MASK_KEYS
+    sequence_keys: tuple[str, ...] = SEQUENCE_KEYS
+    class_names: tuple[str, ...] | None = None
+    uncounted: tuple[str, ...] = ()
+    stems: tuple[str, ...] = ()
+
+
+# TAPE numbers eight classes in NetSurfP-2.0's order, GHIBESTC, and three of them HHHEECCC. Its `valid_mask` is 0 where
+# CB513 is not to be judged; `disorder` is 1 where a residue is resolved, and --mask-key takes it.
+TASKS = {task.name: task for task in (
+    Task("secondary_structure", RESIDUES, ("ss3",), class_names=tuple("HEC"), stems=("secondary_structure",)),
+    Task("secondary_structure_8", RESIDUES, ("ss8",), class_names=tuple("GHIBESTC"), uncounted=("-",),
+         stems=("secondary_structure",)),
+    Task("contacts", CONTACTS, ("tertiary", "ca"), ("valid_mask",), stems=("proteinnet", "contacts")),
+    Task("remote_homology", CLASS, ("fold_label",), stems=("remote_homology",)),
+    Task("fluorescence", NUMBER, ("log_fluorescence",), stems=("fluorescence",)),
+    Task("stability", NUMBER, ("stability_score", "stability"), stems=("stability",)),
+)}
+OWN = "own"
+TASK_NAMES = (*TASKS, OWN)
+
+_PART = r"(?P<part>train|valid|test\w*|cb513|ts115|casp12)"
+_ENDING = r"\.(lmdb|json|jsonl|csv|tsv|parquet|arrow)(\.gz|\.zst)?"
+
+
+def task_of(name: str, *, sequence_key: str | None = None, label_key: str | None = None, mask_key: str | None = None,
+            label_kind: str | None = None) -> Task:
+    """The task of a name, with keys and a kind of the user's where they are given.
+
+    Raises ConfigError for an unknown name, and for a kind that is not that of a named task's own labels.
+    """
+    if name not in TASK_NAMES:
+        raise ConfigError(f"the task is {name}; it must be one of {', '.join(TASK_NAMES)}")
+    task = TASKS.get(name, Task(OWN, None))
+    if label_key is not None and label_key not in task.label_keys:
+        # Other labels of a task's proteins, such as TAPE's `family_label`: of the same kind unless it is said.
+        task = replace(task, label_keys=(label_key,), class_names=None, kind=label_kind or task.kind)
+    elif label_key is not None:
+        task = replace(task, label_keys=(label_key,))
+    if label_kind not in (None, task.kind) and task.kind is not None:
+        raise ConfigError(f"--label-kind is {label_kind}, but the labels of {name} are of the kind {task.kind}; take "
+                          f"the task {OWN}, or name other labels with --label-key")
+    return replace(task, kind=label_kind or task.kind,
+                   sequence_keys=(sequence_key,) if sequence_key else task.sequence_keys,
+                   mask_keys=(mask_key,) if mask_key else task.mask_keys)
+
+
+def split_files(task: Task, folder: str) -> dict[str, str]:
+    """The path of each part, train and valid first, in a folder of TAPE's (`STEM_PART.lmdb`) or of `PART.jsonl.gz`.
+
+    They may lie in the folder or in one of the task's name within it, as where TAPE's archives are unpacked together.
+    Raises DataError where no file of training is there, or two of one part.
+    """
+    names = (*task.stems, task.name)
+    pattern = re.compile(rf"((?:{'|'.join(map(re.escape, names))})_)?{_PART}{_ENDING}")
+    for place in (folder, *(os.path.join(folder, name) for name in names)):
+        found: dict[str, str] = {}
+        for name in _listed(place):
+            match = pattern.fullmatch(name)
+            if match is None:
+                continue
+            part = match["part"]
+            if part in found:
+                raise DataError(f"{place}: has two files of the part {part}, {os.path.basename(found[part])} and "
+                                f"{name}; move one of them away, or name the files themselves")
+            found[part] = os.path.join(place, name)
+        if "train" in found:
+            return {part: found[part] for part in sorted(found, key=_order)}
+    raise DataError(f"{folder}: holds no training file of {task.name}; expected {names[0]}_train.lmdb or "
+                    "train.jsonl.gz, .csv.gz, .parquet, …")
+
+
+def present_key(keys: Sequence[str], record: dict[str, object]) -> str | None:
+    """The first of some keys that a record has."""
+    return next((key for key in keys if key in record), None)
+
+
+def _order(part: str) -> tuple[int, str]:
+    return ("train", "valid").index(part) if part in ("train", "valid") else 2, part
+
+
+def _listed(folder: str) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []

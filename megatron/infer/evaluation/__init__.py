@@ -1,0 +1,1 @@
+"""How well a model predicts masked residues: of which letters, where in a protein, and how sure that is."""

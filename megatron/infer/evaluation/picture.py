@@ -1,0 +1,50 @@
+"""One picture of several evaluations: the loss by letter and by place in the protein."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from megatron.files import replacing
+from megatron.infer.evaluation.tally import bin_names
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot  # noqa: E402 (the backend is chosen first: there may be no display)
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#000000")
+
+
+def draw(reports: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> None:
+    """Write the picture of reports (see `Tally.report`) of one corpus, by the models' names, to `path`."""
+    figure, (letters, positions) = pyplot.subplots(2, 1, figsize=(10, 8), dpi=120, layout="constrained")
+    first = next(iter(reports.values()))
+    by_share = sorted(first["by_letter"], key=lambda name: -first["by_letter"][name]["targets"])
+    _bars(letters, reports, "by_letter", by_share, "residue, the most frequent first")
+    _bars(positions, reports, "by_position", [name for name in bin_names() if name in first["by_position"]],
+          "number of the residue in its protein")
+    letters.set_title(title)
+    figure.legend(*letters.get_legend_handles_labels(), loc="outside upper center", fontsize=9)
+    try:
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png")
+    finally:
+        pyplot.close(figure)
+
+
+def _bars(panel: Any, reports: Mapping[str, Mapping[str, Any]], what: str, names: Sequence[str], label: str) -> None:
+    """A group of bars a name, one a model, and the mean loss of each as a line."""
+    width = 0.8 / len(reports)
+    for number, (model, report) in enumerate(reports.items()):
+        losses = [report[what].get(name, {}).get("loss", np.nan) for name in names]
+        colour = COLOURS[number % len(COLOURS)]
+        panel.bar(np.arange(len(names)) - 0.4 + (number + 0.5) * width, losses, width, color=colour,
+                  label=f"{model}: {report['loss']:.4f} nats, {report['accuracy']:.1%} right")
+        panel.axhline(report["loss"], color=colour, linewidth=0.8, linestyle="--")
+    panel.set_xticks(range(len(names)), names)
+    panel.set_xlabel(label)
+    panel.set_ylabel("loss (nats a masked residue)")
+    panel.grid(axis="y", alpha=0.3)
+    panel.set_axisbelow(True)

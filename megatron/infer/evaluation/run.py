@@ -1,0 +1,74 @@
+"""A model on a corpus: the loss on masks that are fixed, and the pseudo-perplexity."""
+
+from collections.abc import Iterator
+from itertools import islice
+
+import numpy as np
+
+from megatron.data.rows.fixed_masks import FixedMasks
+from megatron.infer.evaluation.tally import Tally
+from megatron.infer.predictions import log_probabilities, with_each_masked
+from megatron.infer.pretrained import Pretrained
+from megatron.infer.proteins import Protein, ProteinFiles
+from megatron.log import Progress
+from megatron.parallel.collectives import everyones
+
+PROTEINS_AT_ONCE = 64
+COPIES_TOKENS = 2**18  # of one protein, each with another residue masked
+
+
+def evaluated(pretrained: Pretrained, files: ProteinFiles, piece: int | None, budget: int | None,
+              bar: Progress) -> Tally:
+    """What the model makes of the masked residues of every protein; all ranks call this and get the same.
+
+    The masks are those of an evaluation in training: 15 % of the residues, 80/10/10, by the letters of the protein
+    alone. A protein of more than `piece` residues is read in pieces of so many, as there.
+    """
+    masks, tally = FixedMasks(pretrained.vocab), Tally(np.zeros((3, pretrained.vocab.size)))
+    for proteins in _of_this_rank(pretrained, files):
+        pieces, chosen, owners = list[np.ndarray](), list[np.ndarray](), list[int]()
+        masked = [masks.mask(protein.residues.astype(np.int64)) for protein in proteins]
+        for number, (ids, is_target) in enumerate(masked):
+            size = piece or len(ids)
+            for start in range(0, len(ids), size):
+                pieces.append(pretrained.between_ends(ids[start:start + size], proteins[number].name))
+                chosen.append(1 + np.flatnonzero(is_target[start:start + size]))
+                owners.append(number)
+        found = log_probabilities(pretrained, pieces, chosen, budget)
+        for number, (protein, (_, is_target)) in enumerate(zip(proteins, masked, strict=True)):
+            _add(tally, protein, np.flatnonzero(is_target),
+                 np.concatenate([part for part, owner in zip(found, owners, strict=True) if owner == number]))
+        bar.update(len(proteins) * pretrained.mesh.data.size)
+    return Tally.merged(everyones(tally, pretrained.mesh.data))
+
+
+def pseudo_perplexity(pretrained: Pretrained, files: ProteinFiles, num_proteins: int, bar: Progress) -> Tally:
+    """The same where each residue is masked in turn, and nothing else, of `num_proteins` drawn at random.
+
+    Salazar et al., 2020, arXiv 1910.14659: exp of the mean loss. As many passes as there are residues.
+    """
+    total = sum(1 for _ in files)
+    drawn = set(np.random.default_rng(0).permutation(total)[:num_proteins].tolist())
+    tally = Tally(np.zeros((3, pretrained.vocab.size)))
+    data = pretrained.mesh.data
+    some = (protein for number, protein in enumerate(files) if number in drawn)
+    for protein in islice(some, data.rank, None, data.size):
+        ids = pretrained.between_ends(protein.residues, protein.name)
+        found = np.concatenate(list(with_each_masked(pretrained, ids, COPIES_TOKENS)))
+        _add(tally, protein, np.arange(len(protein)), found)
+        bar.update(data.size)
+    return Tally.merged(everyones(tally, data))
+
+
+def _of_this_rank(pretrained: Pretrained, files: ProteinFiles) -> Iterator[list[Protein]]:
+    """Some proteins at a time, of those that fall to this data rank."""
+    data = pretrained.mesh.data
+    mine = islice(files, data.rank, None, data.size)
+    while proteins := list(islice(mine, PROTEINS_AT_ONCE)):
+        yield proteins
+
+
+def _add(tally: Tally, protein: Protein, residues: np.ndarray, log_probabilities_cv: np.ndarray) -> None:
+    true_ids = protein.residues[residues].astype(np.int64)
+    losses = -log_probabilities_cv[np.arange(len(true_ids)), true_ids].astype(np.float64)
+    tally.add(true_ids, 1 + residues, losses, log_probabilities_cv.argmax(1) == true_ids)

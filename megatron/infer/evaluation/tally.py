@@ -1,0 +1,67 @@
+"""What is counted of predictions: by letter, by place in the protein, by protein. Shapes: v ids, n bins, p proteins."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from megatron.data.corpus.vocab import Vocab
+
+FIRST_OF_BIN = np.array([1, 2, 11, 51, 101, 201, 401, 801])  # numbers of residues, from 1
+
+
+def bin_names() -> list[str]:
+    """The residues of each bin, in words."""
+    last = [*(FIRST_OF_BIN[1:] - 1), None]
+    return [f"{first}+" if until is None else f"{first}" if first == until else f"{first}–{until}"
+            for first, until in zip(FIRST_OF_BIN, last, strict=True)]
+
+
+@dataclass
+class Tally:
+    """Sums over targets: rows are their number, their loss in nats, and how many were predicted right."""
+
+    by_letter_3v: np.ndarray
+    by_position_3n: np.ndarray = field(default_factory=lambda: np.zeros((3, len(FIRST_OF_BIN))))
+    of_proteins: list[tuple[int, float]] = field(default_factory=list)  # targets and their loss; p long
+
+    def add(self, true_ids: np.ndarray, numbers: np.ndarray, losses: np.ndarray, is_right: np.ndarray) -> None:
+        """The targets of a protein: their letters, numbers in the protein from 1, losses, and whether they are right.
+        """
+        bins = np.searchsorted(FIRST_OF_BIN, numbers, side="right") - 1
+        for counts, place in ((self.by_letter_3v, true_ids), (self.by_position_3n, bins)):
+            for row, values in zip(counts, (np.ones(len(losses)), losses, is_right), strict=True):
+                np.add.at(row, place, values)
+        self.of_proteins.append((len(losses), float(losses.sum())))
+
+    @classmethod
+    def merged(cls, tallies: Sequence["Tally"]) -> "Tally":
+        """The sum of several ranks' tallies."""
+        return cls(np.sum([each.by_letter_3v for each in tallies], 0),
+                   np.sum([each.by_position_3n for each in tallies], 0),
+                   [pair for each in tallies for pair in each.of_proteins])
+
+    def report(self, vocab: Vocab) -> dict[str, Any]:
+        """The means, as JSON has them; None where there is no target.
+
+        `standard_error`: of the loss, as far as it comes from which proteins were drawn. `letters_alone`: what it costs
+        to know this corpus's letters by their frequency, and nothing else.
+        """
+        number, loss, right = self.by_letter_3v.sum(1)
+        if number == 0:
+            return {"proteins": len(self.of_proteins), "targets": 0, "loss": None}
+        counts, sums = np.array(self.of_proteins).T
+        mean, shares = loss / number, self.by_letter_3v[0] / number
+        shares = shares[shares > 0]
+        return {"proteins": len(counts), "targets": int(number), "loss": mean,
+                "standard_error": float(np.sqrt(np.square(sums - mean * counts).sum()) / number),
+                "perplexity": float(np.exp(mean)), "accuracy": right / number,
+                "letters_alone": float(-(shares * np.log(shares)).sum()),
+                "by_letter": _means(self.by_letter_3v, vocab.tokens),
+                "by_position": _means(self.by_position_3n, bin_names())}
+
+
+def _means(counts: np.ndarray, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    return {name: {"targets": int(number), "loss": float(loss / number), "accuracy": float(right / number)}
+            for name, (number, loss, right) in zip(names, counts.T, strict=False) if number}

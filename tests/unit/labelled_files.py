@@ -1,0 +1,48 @@
+"""Small files of labelled proteins, and what reading them gives."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+
+from megatron.data.corpus.tokenizer import ResidueTokenizer
+from megatron.data.corpus.vocab import Vocab
+from megatron.errors import DataError
+from megatron.finetune.examples import TaskData, load_task
+from megatron.finetune.tasks import task_of
+from tests.unit.protein_files import write_lmdb
+
+VOCAB = Vocab.from_file()
+TOKENIZER = ResidueTokenizer(VOCAB)
+
+
+def json_lines(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def lmdb(path: Path, records: list[dict]) -> Path:
+    return write_lmdb(path, [pickle.dumps(record) for record in records], len(records))
+
+
+def loaded(tmp_path: Path, records: list[dict], name: str = "own", others: list[dict] | None = None,
+           **keys) -> TaskData:
+    """The task of some records as JSON lines, `others` being those of valid."""
+    files = {"train": str(json_lines(tmp_path / "train.jsonl", records))}
+    if others is not None:
+        files["valid"] = str(json_lines(tmp_path / "valid.jsonl", others))
+    return load_task(task_of(name, **keys), files, TOKENIZER)
+
+
+def labels(data: TaskData, part: str = "train") -> list:
+    return [example.label for example in data.parts[part]]
+
+
+def refused(tmp_path: Path, *arguments, **keys) -> str:
+    """The one line that refuses them, behind the folder."""
+    with pytest.raises(DataError) as caught:
+        loaded(tmp_path, *arguments, **keys)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message.removeprefix(f"{tmp_path}/")

@@ -1,0 +1,214 @@
+"""Labelled proteins in rows: each label beside its residues, one shape, the same for every number of ranks.
+
+Labels are made from the residues' ids, so that what lies in a batch can be judged from its tokens alone.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from megatron.finetune.batches import NO_EXAMPLE, BatchSettings, PackedExamples
+from megatron.finetune.examples import Example
+from megatron.finetune.labels import LabelSpace
+from megatron.finetune.tasks import LABEL_KINDS
+from megatron.kernels.packed_sequence import NO_TARGET
+from tests.unit.labelled_files import VOCAB
+
+SEQ_LENGTH = 32
+SPACES = {kind: LabelSpace(kind, tuple("abc") if kind in ("class", "classes", "residues") else ())
+          for kind in LABEL_KINDS}
+UNLABELLED = int(VOCAB.ids["G"])  # of residues, and unresolved
+
+
+def label_of(kind, ids):
+    """What a protein of these residues has as its label."""
+    ids = ids.astype(np.int64)
+    if kind == "residues":
+        return np.where(ids == UNLABELLED, NO_TARGET, ids % 3).astype(np.int16)
+    if kind == "contacts":
+        places = np.stack([ids, ids * 2, ids * 3], axis=1).astype(np.float32)
+        places[ids == UNLABELLED] = np.nan
+        return places
+    total = int(ids.sum())
+    return {"number": total / 4, "class": total % 3, "classes": np.array([total % 2, total % 3, total % 5]) == 1}[kind]
+
+
+def examples_of(kind, lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    letters = np.array([VOCAB.ids[letter] for letter in "ACDEFGHIKL"], dtype=np.uint8)
+    proteins = [rng.choice(letters, size=length) for length in lengths]
+    return [Example(str(number), ids, label_of(kind, ids)) for number, ids in enumerate(proteins)]
+
+
+def lengths(count=70, longest=SEQ_LENGTH - 2):
+    return np.random.default_rng(1).integers(1, longest + 1, size=count).tolist()
+
+
+def packed(kind, sizes, is_training=True, seed=3, **settings):
+    defaults = {"micro_batch_size": 2, "global_batch_size": 8, "num_ends": 2}
+    return PackedExamples(examples_of(kind, sizes), SPACES[kind], VOCAB,
+                          BatchSettings(SEQ_LENGTH, **{**defaults, **settings}, seed=seed), is_training)
+
+
+def proteins_in(labelled):
+    """The example, first residue and residues of each protein of a whole micro-batch."""
+    sequence = labelled.batch.sequence
+    ends = sequence.cu_seqlens.tolist()
+    found = []
+    for g, (number, offset) in enumerate(zip(labelled.examples_g.tolist(), labelled.offsets_g.tolist(), strict=True)):
+        tokens = sequence.tokens_t[ends[g]:ends[g + 1]]
+        if number == NO_EXAMPLE:
+            assert len(tokens) == 0
+            continue
+        assert (tokens[0], tokens[-1]) == (VOCAB.cls_id, VOCAB.sep_id)
+        found.append((number, offset, tokens[1:-1].numpy()))
+    return found
+
+
+def numbers_in(steps):
+    """The examples of each step's micro-batches."""
+    return [[[number for number, _, _ in proteins_in(batch)] for batch in step.batches] for step in steps]
+
+
+@pytest.mark.parametrize("num_ends", [1, 2])
+@pytest.mark.parametrize("is_training", [True, False])
+def test_the_class_of_each_residue_is_at_its_token(num_ends, is_training):
+    rows = packed("residues", [*lengths(), 60, 45], is_training, num_ends=num_ends)
+    num_labels = 0
+    for step in rows.steps(epoch=2):
+        for labelled in step.batches:
+            targets, tokens_t = labelled.batch.targets, labelled.batch.sequence.tokens_t
+            is_target_m = targets.ids_m != NO_TARGET
+            at_targets = tokens_t[targets.positions_m[is_target_m]]
+            assert torch.equal(targets.ids_m[is_target_m], at_targets % 3)
+            special = torch.tensor([VOCAB.cls_id, VOCAB.sep_id, VOCAB.pad_id, UNLABELLED])
+            assert len(at_targets) == int((~torch.isin(tokens_t, special)).sum())
+            num_labels += len(at_targets)
+    assert num_labels == sum(step.num_labels for step in rows.steps(epoch=2))
+    assert len(labelled.labels) == 0
+
+
+@pytest.mark.parametrize("kind", ["number", "class", "classes", "contacts"])
+def test_the_label_of_each_protein_is_in_its_place(kind):
+    rows = packed(kind, lengths())
+    for step in rows.steps(epoch=1):
+        for labelled in step.batches:
+            is_protein_g = labelled.examples_g != NO_EXAMPLE
+            ids = [ids for _, _, ids in proteins_in(labelled)]
+            if kind == "contacts":
+                starts = labelled.batch.sequence.cu_seqlens[:-1][:len(is_protein_g)][is_protein_g].tolist()
+                expected = torch.full((len(labelled.batch.sequence.tokens_t), 3), torch.nan)
+                for start, each in zip(starts, ids, strict=True):
+                    expected[start + 1:start + 1 + len(each)] = torch.from_numpy(label_of(kind, each))
+                assert torch.equal(labelled.labels.nan_to_num(-1), expected.nan_to_num(-1))
+                continue
+            assert labelled.labels[is_protein_g].tolist() == [np.asarray(label_of(kind, each)).tolist() for each in ids]
+            assert (labelled.labels[~is_protein_g] == (NO_TARGET if kind == "class" else 0)).all()
+    assert labelled.batch.num_targets == 0
+
+
+@pytest.mark.parametrize("kind", LABEL_KINDS)
+def test_all_batches_of_a_run_have_one_shape(kind):
+    rows = packed(kind, lengths(), token_multiple=48)
+    batches = [labelled for epoch in range(4) for step in rows.steps(epoch) for labelled in step.batches]
+    shapes = {tuple((tensor.shape, tensor.dtype) for tensor in (
+        *labelled.batch.sequence.tensors(), *labelled.batch.targets.tensors(), labelled.labels, labelled.examples_g,
+        labelled.offsets_g)) for labelled in batches}
+    assert len(shapes) == 1
+    assert batches[0].batch.sequence.tokens_t.shape == (96,)
+    assert {labelled.batch.sequence.max_length for labelled in batches} == {max(lengths()) + 2}
+
+
+def test_each_epoch_has_every_example_once_in_an_order_of_its_own():
+    rows = packed("number", lengths())
+    first, second = (numbers_in(rows.steps(epoch)) for epoch in (0, 1))
+    for epoch in (first, second):
+        assert sorted(number for step in epoch for batch in step for number in batch) == list(range(70))
+    assert first != second
+    assert numbers_in(packed("number", lengths()).steps(1)) == second
+    assert numbers_in(rows.steps(1, first_step=2)) == second[2:]
+    assert numbers_in(packed("number", lengths(), seed=4).steps(1)) != second
+    assert len(first) == rows.num_steps(0)
+    evaluated = packed("number", lengths(), is_training=False)
+    assert numbers_in(evaluated.steps(0)) == numbers_in(evaluated.steps(5))
+
+
+@pytest.mark.parametrize("data_size", [2, 4])
+def test_ranks_share_out_the_global_batches_of_one(data_size):
+    alone = packed("residues", lengths())
+    shared = [packed("residues", lengths(), data_size=data_size, data_rank=rank) for rank in range(data_size)]
+    for step, *parts in zip(alone.steps(1), *(rows.steps(1) for rows in shared), strict=True):
+        assert {(part.num_examples, part.num_labels) for part in parts} == {(step.num_examples, step.num_labels)}
+        together = [batch for micro in zip(*(part.batches for part in parts), strict=True) for batch in micro]
+        for ours, theirs in zip(step.batches, together, strict=True):
+            for one, other in zip(ours.batch.sequence.tensors(), theirs.batch.sequence.tensors(), strict=True):
+                assert torch.equal(one, other)
+            assert torch.equal(ours.batch.targets.ids_m, theirs.batch.targets.ids_m)
+
+
+def test_a_step_counts_the_pairs_of_contacts_and_one_label_a_protein_otherwise():
+    for step in packed("contacts", [*lengths(), 3, 6, 7, 50]).steps(0):
+        num_pairs = 0
+        for labelled in step.batches:
+            ends = labelled.batch.sequence.cu_seqlens
+            for start, stop in zip(ends[:-1], ends[1:], strict=True):
+                is_resolved = ~labelled.labels[start:stop].isnan().any(1)
+                num_pairs += sum(bool(is_resolved[i] and is_resolved[j]) for i in range(len(is_resolved))
+                                 for j in range(i + 6, len(is_resolved)))
+        assert step.num_labels == num_pairs
+    assert all(step.num_labels == step.num_examples for step in packed("classes", lengths()).steps(0))
+
+
+def test_the_last_step_of_an_epoch_has_as_many_batches_some_of_them_empty():
+    steps = list(packed("number", [SEQ_LENGTH - 2] * 9).steps(0))
+    assert [len(step.batches) for step in steps] == [4, 4]
+    assert [[len(batch) for batch in step] for step in numbers_in(steps)] == [[2, 2, 2, 2], [1, 0, 0, 0]]
+    assert [step.num_examples for step in steps] == [8, 1]
+
+
+def test_a_long_protein_is_cropped_with_its_labels():
+    size = SEQ_LENGTH - 2
+    windows = set()
+    for is_training in (True, False):
+        rows = packed("contacts", [100, 5], is_training)
+        whole = rows.examples[0].ids
+        for epoch in range(6):
+            (step,) = rows.steps(epoch)
+            ((number, offset, ids),) = [found for batch in step.batches for found in proteins_in(batch) if not found[0]]
+            assert ids.tolist() == whole[offset:offset + size].tolist()
+            places = torch.cat([batch.labels for batch in step.batches])
+            expected = np.concatenate([label_of("contacts", whole[offset:offset + size]),
+                                       rows.examples[1].label])
+            resolved = places[~places.isnan().any(1)].numpy()
+            np.testing.assert_array_equal(np.sort(resolved, 0), np.sort(expected[~np.isnan(expected).any(1)], 0))
+            windows.add((is_training, offset))
+    assert {offset for is_training, offset in windows if not is_training} == {0}
+    assert len({offset for is_training, offset in windows if is_training}) > 3
+    said = packed("number", [100, 5]).describe("train")
+    assert said.startswith("train: 2 proteins (1 longer than a row of 32, of which a random window is taken with its "
+                           "labels), 2 rows an epoch, ")
+    assert "longer" not in packed("number", [5, 6]).describe("train")
+
+
+@pytest.mark.parametrize("kind", ["residues", "contacts"])
+def test_context_ranks_have_the_labels_of_their_tokens(kind):
+    whole = packed(kind, lengths(), token_multiple=4)
+    shares = [packed(kind, lengths(), token_multiple=4, share=share, num_shares=4) for share in range(4)]
+    for step, *parts in zip(whole.steps(0), *(rows.steps(0) for rows in shares), strict=True):
+        for ours, *theirs in zip(step.batches, *(part.batches for part in parts), strict=True):
+            joined = torch.cat([batch.batch.sequence.tokens_t for batch in theirs])
+            assert torch.equal(joined, ours.batch.sequence.tokens_t)
+            if kind == "contacts":
+                places = torch.cat([batch.labels for batch in theirs])
+                assert torch.equal(places.nan_to_num(-1), ours.labels.nan_to_num(-1))
+                continue
+            ids = torch.cat([batch.batch.targets.ids_m for batch in theirs])
+            assert ids[ids != NO_TARGET].tolist() == [
+                label for label in ours.batch.targets.ids_m.tolist() if label != NO_TARGET]
+
+
+def test_a_batch_goes_to_a_device_whole():
+    (step, *_) = packed("class", lengths()).steps(0)
+    moved = step.batches[0].to("meta")
+    assert {tensor.device.type for tensor in (*moved.batch.sequence.tensors(), moved.labels, moved.examples_g,
+                                              moved.offsets_g)} == {"meta"}

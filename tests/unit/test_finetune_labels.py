@@ -1,0 +1,129 @@
+"""Labels as they stand in files: their kind is told from them, they are read as what a model learns, or refused."""
+
+import json
+
+import numpy as np
+import pytest
+from sklearn.utils.class_weight import compute_class_weight
+
+from megatron.finetune.labels import LabelSpace, class_weights
+from megatron.kernels.packed_sequence import NO_TARGET
+from tests.unit.labelled_files import labels, loaded, refused
+
+X = NO_TARGET
+
+
+def of(*values, sequences=("MKV", "ACDE", "GG")):
+    return [{"seq": sequence, "label": value} for sequence, value in zip(sequences, values, strict=False)]
+
+
+@pytest.mark.parametrize(("values", "kind", "names", "expected"), [
+    ((1.5, -2, 0), "number", (), [1.5, -2.0, 0.0]),
+    (("1.5", "-2e1", " 3"), "number", (), [1.5, -20.0, 3.0]),
+    (([0.5], [1], [2.5]), "number", (), [0.5, 1.0, 2.5]),
+    (("b", "a", "b"), "class", ("a", "b"), [1, 0, 1]),
+    ((True, False, True), "class", ("False", "True"), [1, 0, 1]),
+    (("3", "a", "b"), "class", ("3", "a", "b"), [0, 1, 2]),
+    (("x;y", "y", "z; x"), "classes", ("x", "y", "z"), [[1, 1, 0], [0, 1, 0], [1, 0, 1]]),
+    ((["x", "y"], [], ["z"]), "classes", ("x", "y", "z"), [[1, 1, 0], [0, 0, 0], [0, 0, 1]]),
+    (([10, 9], [9], [2]), "classes", ("2", "9", "10"), [[0, 1, 1], [0, 1, 0], [1, 0, 0]]),
+    (("HEC", "HHCC", "EE"), "residues", ("C", "E", "H"), [[2, 1, 0], [2, 2, 0, 0], [1, 1]]),
+    (("012", "0011", "10"), "residues", ("0", "1", "2"), [[0, 1, 2], [0, 0, 1, 1], [1, 0]]),
+    (("1.5", "0.11", "10"), "number", (), [1.5, 0.11, 10.0]),
+    ((["a", None, "b"], ["a"] * 4, [-1, "b"]), "residues", ("a", "b"), [[0, X, 1], [0] * 4, [X, 1]])])
+def test_the_kind_of_labels_is_told_from_them_and_each_is_read(tmp_path, values, kind, names, expected):
+    data = loaded(tmp_path, of(*values))
+    assert (data.space.kind, data.space.class_names) == (kind, names)
+    assert [np.asarray(label).tolist() for label in labels(data)] == expected
+    assert LabelSpace.from_json(json.loads(json.dumps(vars(data.space)))) == data.space
+
+
+def test_numbers_are_classes_if_it_is_said(tmp_path):
+    data = loaded(tmp_path, of(10, 9.0, "2"), label_kind="class")
+    assert (data.space.class_names, labels(data)) == (("2", "9", "10"), [2, 1, 0])
+    assert "line 1: 1.5 is no class; expected text or a whole number" in refused(tmp_path, of(1.5, 2, 3),
+                                                                                 label_kind="class")
+
+
+def test_contacts_are_coordinates_and_what_is_masked_or_unknown_is_unresolved(tmp_path):
+    places = [[0.0, 1.0, 2.0], None, [3.5, 4.0, 5.0]]
+    data = loaded(tmp_path, [{"seq": "MKV", "label": places}, {"seq": "MKV", "label": places, "mask": [1, 1, 0]}])
+    assert data.space.kind == "contacts"
+    nowhere = [np.nan] * 3
+    for label, expected in zip(labels(data), ([places[0], nowhere, places[2]], [places[0], nowhere, nowhere]),
+                               strict=True):
+        assert label.dtype == np.float32
+        np.testing.assert_array_equal(label, expected)
+
+
+@pytest.mark.parametrize("mask", ["0110", [0, 1, 1, 0], [False, True, True, False], [0.0, 1.0, 1.0, 0.0]])
+def test_residues_that_a_mask_leaves_out_have_no_label_and_give_no_class(tmp_path, mask):
+    data = loaded(tmp_path, [{"seq": "MKVL", "label": "?HE?", "ok": mask}], mask_key="ok")
+    assert (data.space.class_names, labels(data)[0].tolist()) == (("E", "H"), [X, 1, 0, X])
+
+
+def test_gaps_of_a_sequence_have_no_label(tmp_path):
+    assert labels(loaded(tmp_path, [{"seq": "M-KV*", "label": "HEC"}], label_kind="residues"))[0].tolist() == [2, 1, 0]
+
+
+@pytest.mark.parametrize(("records", "message"), [
+    (of("a", "", "b"), "train.jsonl: line 2: the label is missing"),
+    (of("a", None, "b"), "train.jsonl: line 2: the label is missing"),
+    ([*of("a", "b"), {"seq": "MK", "y": 1}], "train.jsonl: line 3: no label under 'label' or 'labels' or 'target'; it "
+                                             "has 'seq', 'y'. --label-key names it"),
+    ([*of(1), {"id": 3, "label": 2}], "train.jsonl: line 2: no sequence under 'primary' or 'seq'"),
+    (of(1, float("nan")), "train.jsonl: line 2: the label is nan; expected a finite number"),
+    (of("1", "-inf"), "train.jsonl: line 2: the label is -inf; expected a finite number"),
+    (of(1.5, "a"), "train.jsonl: line 2: the label 'a' is of another kind than those before it (number); --label-kind"),
+    (of("a", {"b": 1}), "train.jsonl: line 2: the label {'b': 1} is of another kind"),
+    (of("a", "a"), "train.jsonl: line 1: all labels of the training file are of the class a; there is nothing to"),
+    ([{"seq": "MK1", "label": 1}], "train.jsonl: line 1, column 3 of the sequence: '1' is not a residue"),
+    ([{"seq": "M*K", "label": 1}], "train.jsonl: line 1, column 2 of the sequence: an internal stop"),
+    ([{"seq": "", "label": 1}], "train.jsonl: line 1: the sequence has no residue"),
+    ([{"seq": 5, "label": 1}], "train.jsonl: line 1: the sequence is of type int; expected text of residues"),
+    ([], "train.jsonl: is empty; expected proteins as JSON lines")])
+def test_a_bad_record_is_one_line_that_names_file_and_place(tmp_path, records, message):
+    assert refused(tmp_path, records).startswith(message)
+
+
+@pytest.mark.parametrize(("kind", "record", "message"), [
+    ("number", {"label": "high"}, "the label 'high' is no number"),
+    ("number", {"label": True}, "the label True is no number"),
+    ("number", {"label": [1.0, 2.0]}, "the label [1.0, 2.0] is no number"),
+    ("residues", {"label": "HE"}, "3 residues, but 2 classes in the label"),
+    ("residues", {"label": 5}, "the label 5 is neither text nor a list with a class for each residue"),
+    ("residues", {"label": [[1], [2], [3]]}, "the label [[1], [2], [3]] has no class for some residue"),
+    ("residues", {"label": ["a", 1.5, "b"]}, "1.5 is no class"),
+    ("residues", {"label": "HEC", "mask": "11"}, "3 residues, but a mask of 2"),
+    ("residues", {"label": "HEC", "mask": "1?1"}, "the mask has '?'; expected 0 or 1 for each residue"),
+    ("residues", {"label": "HEC", "mask": [1, None, [2]]}, "the mask has None; expected 0 or 1"),
+    ("residues", {"label": "HEC", "mask": 1}, "the mask 1 is neither text nor a list"),
+    ("contacts", {"label": [[0, 1, 2]] * 2}, "3 residues, but 2 places in the label"),
+    ("contacts", {"label": [[0, 1]] * 3}, "the label [[0, 1], [0, 1], [0, 1]] is not a place [x, y, z], or null, for"),
+    ("contacts", {"label": [[0, 1, 2], [0, 1], None]}, "the label [[0, 1, 2], [0, 1], [nan, nan, nan]] is not a"),
+    ("contacts", {"label": 7}, "the label 7 is not a place"),
+    ("contacts", {"label": [[0, 1, float("inf")]] * 3}, "a place of the label is infinite")])
+def test_a_label_of_another_form_than_was_said_is_refused(tmp_path, kind, record, message):
+    assert refused(tmp_path, [{"seq": "MKV", **record}], label_kind=kind).startswith(f"train.jsonl: line 1: {message}")
+
+
+def test_a_class_that_training_has_not_is_refused_elsewhere(tmp_path):
+    message = refused(tmp_path, of("a", "b"), others=of("a", "c"), name="own")
+    assert message == "valid.jsonl: line 2: the class 'c' is none of the training file's (a, b)"
+    message = refused(tmp_path, [{"seq": "MK", "ss3": "HQ"}], name="secondary_structure")
+    assert message == "train.jsonl: line 1: the class 'Q' is none of the task's (H, E, C)"
+    message = refused(tmp_path, [{"seq": "MK", "ss3": [0, 3]}], name="secondary_structure")
+    assert message == "train.jsonl: line 1: the class '3' is none of the task's (H, E, C)"
+
+
+def test_balanced_weights_are_scikit_learns(tmp_path):
+    rng = np.random.default_rng(0)
+    classes = rng.choice(4, size=200, p=[0.6, 0.3, 0.05, 0.05])
+    expected = compute_class_weight("balanced", classes=np.arange(4), y=classes)
+    assert class_weights(LabelSpace("class", tuple("abcd")), classes) == pytest.approx(expected)
+    of_residues = [np.append(part, X) for part in np.split(classes, [30, 90])]
+    assert class_weights(LabelSpace("residues", tuple("abcd")), of_residues) == pytest.approx(expected)
+    assert class_weights(LabelSpace("class", tuple("abcde")), classes)[4] == 0
+    several = rng.random((50, 3)) < [0.5, 0.1, 0]
+    weights = class_weights(LabelSpace("classes", tuple("abc")), list(several))
+    assert weights == pytest.approx([(~several[:, c]).sum() / max(several[:, c].sum(), 1) * (c < 2) for c in range(3)])

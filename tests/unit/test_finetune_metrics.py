@@ -1,0 +1,151 @@
+"""Measures against scikit-learn's, SciPy's and the definitions, and the intervals of proteins that are drawn anew."""
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn import metrics as sklearn_metrics
+
+from megatron.finetune import metrics
+from megatron.finetune.labels import LabelSpace
+from megatron.finetune.tasks import LABEL_KINDS, METRICS
+from megatron.kernels.packed_sequence import NO_TARGET
+
+
+def space(kind, num_classes=0):
+    return LabelSpace(kind, tuple(map(str, range(num_classes))))
+
+
+@pytest.mark.parametrize("ties", [1, 10, 1000])
+def test_correlations_are_scipys_with_ties(ties):
+    rng = np.random.default_rng(ties)
+    x = np.round(rng.normal(size=200) * ties) / ties
+    y = np.round((x + rng.normal(size=200)) * ties) / ties
+    assert metrics.spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
+    assert metrics.pearson(x, y) == pytest.approx(stats.pearsonr(x, y).statistic, abs=1e-12)
+
+
+def test_correlations_with_a_constant_are_not_defined():
+    for values in (np.ones(5), np.full(5, 0.1)):
+        assert np.isnan(metrics.spearman(values, np.arange(5)))
+        assert np.isnan(metrics.pearson(np.arange(5), values))
+    assert np.isnan(metrics.spearman(np.ones(1), np.ones(1)))
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 40])
+def test_measures_of_classes_are_scikit_learns(num_classes):
+    rng = np.random.default_rng(num_classes)
+    for share in (0.0, 0.3, 0.9):
+        true = rng.integers(num_classes, size=60)
+        predicted = np.where(rng.random(60) < share, true, rng.integers(num_classes, size=60))
+        assert metrics.accuracy(true, predicted) == pytest.approx(sklearn_metrics.accuracy_score(true, predicted))
+        assert metrics.mcc(true, predicted) == pytest.approx(sklearn_metrics.matthews_corrcoef(true, predicted))
+        expected = sklearn_metrics.f1_score(true, predicted, average="macro")
+        assert metrics.f1_macro(true, predicted) == pytest.approx(expected)
+    assert metrics.mcc(true, np.zeros(60, dtype=int)) == 0
+
+
+def test_measures_of_several_classes_are_scikit_learns():
+    rng = np.random.default_rng(0)
+    true, scores = rng.random((40, 5)) < 0.3, rng.random((40, 5))
+    found = metrics.measure(space("classes", 5), list(true), list(scores))
+    for average in ("micro", "macro"):
+        expected = sklearn_metrics.f1_score(true, scores >= 0.5, average=average)
+        assert found[f"f1_{average}"].value == pytest.approx(expected)
+
+
+def test_f_max_is_its_definition():
+    rng = np.random.default_rng(1)
+    true, scores = rng.random((12, 4)) < 0.4, rng.random((12, 4))
+    best = 0.0
+    for threshold in np.arange(1, 100) / 100:
+        precisions = [np.mean(labels[row >= threshold]) for labels, row in zip(true, scores, strict=True)
+                      if (row >= threshold).any()]
+        recalls = [np.mean(row[labels] >= threshold) for labels, row in zip(true, scores, strict=True) if labels.any()]
+        precision, recall = np.mean(precisions or [0]), np.mean(recalls)
+        if precision + recall:
+            best = max(best, 2 * precision * recall / (precision + recall))
+    assert metrics.f1_max(true, scores) == pytest.approx(best)
+    assert metrics.f1_max(true, true.astype(float)) == 1
+    assert np.isnan(metrics.f1_max(np.zeros((3, 2)), np.ones((3, 2))))
+
+
+def test_precision_of_contacts_is_its_definition():
+    rng = np.random.default_rng(2)
+    length = 60
+    atoms = np.cumsum(rng.normal(scale=2.5, size=(length, 3)), axis=0).astype(np.float32)
+    atoms[[7, 33]] = np.nan
+    scores = rng.random((length, length))
+    found = metrics.contact_precision(atoms, scores)
+    reaches = {"short": (6, 12), "medium": (12, 24), "long": (24, 99), "medium_long": (12, 99)}
+    for reach, (least, below) in reaches.items():
+        pairs = [(scores[i, j] + scores[j, i], float(np.linalg.norm(atoms[i] - atoms[j]) < 8))
+                 for i in range(length) for j in range(i + least, min(i + below, length)) if {i, j}.isdisjoint({7, 33})]
+        touches = [touch for _, touch in sorted(pairs, reverse=True)]
+        assert 0 < sum(touches) < len(touches)
+        for name, number in (("l", 60), ("l2", 30), ("l5", 12)):
+            assert found[f"{reach}_p_at_{name}"] == pytest.approx(np.mean(touches[:number]))
+
+
+def test_contacts_of_a_short_chain_have_no_long_range():
+    found = metrics.contact_precision(np.zeros((10, 3), np.float32), np.zeros((10, 10)))
+    assert np.isnan(found["long_p_at_l"])
+    assert found["short_p_at_l5"] == 1
+    chains = [np.zeros((10, 3), np.float32), np.zeros((30, 3), np.float32)]
+    measured = metrics.measure(space("contacts"), chains, [np.zeros((n, n)) for n in (10, 30)], num_draws=20)
+    assert measured["long_p_at_l5"].value == 1  # of the one that has any
+
+
+def test_equal_scores_do_not_rank_by_place():
+    """A chain whose first half touches itself alone: in the order of places a constant score would find it all."""
+    atoms = np.zeros((200, 3), np.float32)
+    atoms[100:, 0] = 100 * np.arange(100)
+    found = metrics.contact_precision(atoms, np.zeros((200, 200)))["medium_long_p_at_l"]
+    pairs = [(i, j) for i in range(200) for j in range(i + 12, 200)]
+    share = np.mean([j <= 100 for _, j in pairs])
+    assert found == pytest.approx(share, abs=4 * np.sqrt(share * (1 - share) / 200))
+
+
+PERFECT = {
+    "number": ([0.5, 1.5, -1.0], [0.5, 1.5, -1.0]), "class": ([0, 1, 2], [0, 1, 2]),
+    "classes": ([np.array([True, False, True]), np.array([False, True, False])], [np.array([.9, .1, .9]),
+                                                                                  np.array([.1, .9, .1])]),
+    "residues": ([np.array([0, NO_TARGET, 1]), np.array([2, 0])], [np.array([0, 2, 1]), np.array([2, 0])]),
+    "contacts": ([np.zeros((40, 3))], [np.ones((40, 40))])}
+
+
+@pytest.mark.parametrize("kind", LABEL_KINDS)
+def test_what_is_right_everywhere_has_the_best_measures(kind):
+    found = metrics.measure(space(kind, 3), *PERFECT[kind])
+    assert tuple(found) == METRICS[kind]
+    for name, measured in found.items():
+        assert measured.value == pytest.approx(0 if name in ("mse", "mae") else 1)
+        assert np.isnan([measured.low, measured.high]).all()
+
+
+def test_residues_behind_a_crop_do_not_count():
+    true = [np.array([0, 1, 1, 1]), np.array([1])]
+    assert metrics.measure(space("residues", 2), true, [np.array([0, 0]), np.array([1])])["accuracy"].value == 2 / 3
+    atoms, scores = np.zeros((50, 3)), np.ones((40, 40))
+    assert metrics.measure(space("contacts"), [atoms], [scores])["long_p_at_l"].value == 1
+
+
+def test_intervals_draw_whole_proteins():
+    right, wrong = np.zeros(100, dtype=int), np.ones(100, dtype=int)
+    found = metrics.measure(space("residues", 2), [right, right], [right, wrong], num_draws=200)["accuracy"]
+    assert (found.value, found.low, found.high) == (0.5, 0, 1)  # of residues it would be 0.43 to 0.57
+
+
+def test_an_interval_of_accuracy_is_that_of_its_normal_approximation():
+    rng = np.random.default_rng(0)
+    true, predicted = np.zeros(2000, dtype=int), (rng.random(2000) < 0.3).astype(int)
+    found = metrics.measure(space("class", 2), true, predicted, num_draws=500)["accuracy"]
+    half = 1.96 * np.sqrt(found.value * (1 - found.value) / 2000)
+    assert (found.low, found.high) == pytest.approx((found.value - half, found.value + half), abs=half / 6)
+    again = metrics.measure(space("class", 2), true, predicted, num_draws=500)["accuracy"]
+    assert again == found
+
+
+def test_a_spread_over_seeds_is_a_samples():
+    assert metrics.spread([0.6, 0.7, 0.8]) == pytest.approx((0.7, 0.1))
+    assert metrics.with_spread([0.6, 0.7, 0.8]) == "0.700 ± 0.100"
+    assert metrics.with_spread([0.71]) == "0.710"

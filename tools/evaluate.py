@@ -1,0 +1,109 @@
+"""Evaluates models on proteins: `python tools/evaluate.py CHECKPOINT [CHECKPOINT ...] --on [NAME=]FILE ...`.
+
+CHECKPOINT is whatever --load of pretrain_tape.py takes, FILE what tools/preprocess_data.py takes, or a folder of such.
+15 % of the residues are masked as in every evaluation here: of a protein always the same ones, whatever the model and
+the corpus. Prints the loss of each checkpoint on each corpus with its standard error over proteins, its perplexity and
+accuracy; writes evaluation.json, which has them by letter and by place in the protein too, and a picture a corpus.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron.config.command_line import OneLineParser  # noqa: E402
+from megatron.errors import ConfigError  # noqa: E402
+from megatron.files import write_json  # noqa: E402
+from megatron.infer.door import add_model_flags, enter  # noqa: E402
+from megatron.infer.evaluation.picture import draw  # noqa: E402
+from megatron.infer.evaluation.run import evaluated, pseudo_perplexity  # noqa: E402
+from megatron.infer.pretrained import Pretrained, load  # noqa: E402
+from megatron.infer.proteins import ProteinFiles  # noqa: E402
+from megatron.log import Log  # noqa: E402
+from megatron.parallel.mesh import Mesh  # noqa: E402
+from megatron.study.table import table  # noqa: E402
+
+HEADS = ("model", "corpus", "proteins", "targets", "loss", "± s.e.", "perplexity", "accuracy", "letters alone",
+         "pseudo-perplexity")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    flags = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    flags.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="a run's folder, or one of another program")
+    flags.add_argument("--on", nargs="+", required=True, metavar="[NAME=]FILE", help="the corpora")
+    flags.add_argument("--piece", type=int, metavar="N", help="read a protein of more than N residues in pieces of N "
+                       "(default: whole, or what a model with learned positions knows)")
+    flags.add_argument("--pseudo-perplexity", type=int, default=0, metavar="N",
+                       help="also mask each residue of N proteins in turn (default: of none)")
+    flags.add_argument("--output", type=Path, default=Path("evaluation"), metavar="FOLDER",
+                       help="where evaluation.json and the pictures go (default: evaluation)")
+    flags.add_argument("--json-key", default="text", help="key or column of the sequence where records have several "
+                       "(default: text)")
+    add_model_flags(flags)
+    return flags
+
+
+def main(given: argparse.Namespace, mesh: Mesh, log: Log) -> None:
+    """Evaluate; raises a UserError for what cannot be."""
+    for value, flag, least in ((given.piece, "--piece", 1), (given.pseudo_perplexity, "--pseudo-perplexity", 0)):
+        if value is not None and value < least:
+            raise ConfigError(f"{flag} is {value}; it must be {least} or greater")
+    corpora = corpora_of(given.on)
+    reports: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in corpora}
+    for checkpoint in given.checkpoints:
+        pretrained = load(checkpoint, mesh, log, given.precision)
+        for name, path in corpora.items():
+            files = ProteinFiles([path], given.json_key, None, pretrained.vocab)
+            reports[name][f"{checkpoint} at {pretrained.iteration}"] = report_of(given, pretrained, files, name, log)
+    if mesh.world.rank == 0:
+        given.output.mkdir(parents=True, exist_ok=True)
+        write_json(given.output / "evaluation.json", reports)
+        for name, of_models in reports.items():
+            draw(of_models, f"masked residues of {name}", given.output / f"{name}.png")
+    log.line(table(HEADS, [cells(model, name, report) for name, of_models in reports.items()
+                           for model, report in of_models.items()], num_left=2))
+    log.line(f"{given.output / 'evaluation.json'}, and beside it a picture of each corpus")
+
+
+def corpora_of(given: list[str]) -> dict[str, str]:
+    """The paths by their names: those given, or the files' own without endings; raises ConfigError for two of one."""
+    corpora: dict[str, str] = {}
+    for word in given:
+        name, has_name, path = word.partition("=")
+        path = path if has_name else word
+        name = name if has_name else Path(path).name.split(".")[0]
+        if not name or "/" in name or name in corpora:
+            raise ConfigError(f"--on {word}: its name is {name!r}; give each corpus one of its own: NAME={path}")
+        corpora[name] = path
+    return corpora
+
+
+def report_of(given: argparse.Namespace, pretrained: Pretrained, files: ProteinFiles, name: str,
+              log: Log) -> dict[str, Any]:
+    """What is told of one model on one corpus."""
+    piece = min(filter(None, (given.piece, pretrained.max_residues)), default=None)
+    bar = log.progress(total=sum(1 for _ in files), done=0, unit="protein", label=name)
+    report = evaluated(pretrained, files, piece, given.tokens_per_row, bar).report(pretrained.vocab)
+    bar.close()
+    if given.pseudo_perplexity:
+        bar = log.progress(total=given.pseudo_perplexity, done=0, unit="protein", label=f"{name}, residue by residue")
+        report["pseudo"] = pseudo_perplexity(pretrained, files, given.pseudo_perplexity, bar).report(pretrained.vocab)
+        bar.close()
+    return report
+
+
+def cells(model: str, corpus: str, report: dict[str, Any]) -> list[str]:
+    """A row of the table."""
+    if report["loss"] is None:
+        return [model, corpus, f"{report['proteins']:,}", "0", *["–"] * 6]
+    pseudo = f"{report['pseudo']['perplexity']:.2f}" if "pseudo" in report else "–"
+    return [model, corpus, f"{report['proteins']:,}", f"{report['targets']:,}", f"{report['loss']:.4f}",
+            f"{report['standard_error']:.4f}", f"{report['perplexity']:.2f}", f"{report['accuracy']:.4f}",
+            f"{report['letters_alone']:.4f}", pseudo]
+
+
+if __name__ == "__main__":
+    enter(parser(), main)
