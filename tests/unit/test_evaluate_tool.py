@@ -1,0 +1,133 @@
+"""What tools/evaluate.py tells of a model: losses by the definition, on the masks of every evaluation."""
+
+import json
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from megatron import load_pretrained
+from megatron.data.corpus.vocab import Vocab
+from megatron.data.rows.fixed_masks import FixedMasks
+from megatron.errors import ConfigError
+from megatron.infer.evaluation.run import evaluated, pseudo_perplexity
+from megatron.infer.evaluation.tally import FIRST_OF_BIN, Tally, bin_names
+from megatron.infer.predictions import log_probabilities, with_each_masked
+from megatron.infer.proteins import ProteinFiles
+from megatron.log import Log
+from megatron.parallel.mesh import Mesh
+from tests.transformers_models import PROTEINS
+from tools.evaluate import corpora_of, main, parser
+
+TEXTS = [PROTEINS[0], PROTEINS[1], "ACDEFGHIKLMNPQRSTVWY" * 3]
+BAR = Log(is_speaker=False).progress(total=1, done=0, unit="protein", label="")
+
+
+@pytest.fixture(scope="module")
+def pretrained(their_folders):
+    return load_pretrained(str(their_folders / "esm2"))
+
+
+@pytest.fixture(scope="module")
+def fasta(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "three.fasta"
+    path.write_text("".join(f">p{number}\n{text}\n" for number, text in enumerate(TEXTS)))
+    return path
+
+
+def files(fasta):
+    return ProteinFiles([str(fasta)], "text", None, Vocab.from_file("esm"))
+
+
+def their_log_probabilities(model, ids):
+    with torch.no_grad():
+        return model(input_ids=torch.from_numpy(ids)[None]).logits[0].log_softmax(-1).numpy()
+
+
+def test_predictions_at_chosen_tokens_are_those_of_transformers(pretrained, their_models):
+    proteins = [pretrained.encode(text, "a") for text in TEXTS]
+    chosen = [np.array([0, 3]), np.array([], dtype=int), np.arange(61)]
+    for ids, places, found in zip(proteins, chosen, log_probabilities(pretrained, proteins, chosen, 70), strict=True):
+        expected = their_log_probabilities(their_models["esm2"], ids)[places]
+        assert len(found) == len(places)
+        np.testing.assert_allclose(found[:, :33], expected, rtol=0, atol=1e-3)
+
+
+def test_the_loss_is_the_mean_over_the_masked_residues_of_all_proteins(pretrained, fasta, their_models):
+    report = evaluated(pretrained, files(fasta), None, 70, BAR).report(pretrained.vocab)
+    masks, losses, right, letters = FixedMasks(pretrained.vocab), [], [], []
+    for text in TEXTS:
+        ids = pretrained.encode(text, "a")[1:-1]
+        masked, is_target = masks.mask(ids)
+        found = their_log_probabilities(their_models["esm2"], pretrained.between_ends(masked, "a"))[1:-1]
+        losses.append(-found[is_target, ids[is_target]])
+        right.append(found[is_target].argmax(1) == ids[is_target])
+        letters += [pretrained.vocab.tokens[index] for index in ids[is_target]]
+    flat = np.concatenate(losses)
+    assert report["targets"] == len(flat) and report["proteins"] == 3
+    assert report["loss"] == pytest.approx(flat.mean(), abs=1e-4)
+    assert report["perplexity"] == pytest.approx(math.exp(flat.mean()), rel=1e-3)
+    assert report["accuracy"] == np.concatenate(right).mean()
+    for letter in set(letters):
+        of_letter = flat[[each == letter for each in letters]]
+        assert report["by_letter"][letter]["targets"] == len(of_letter)
+        assert report["by_letter"][letter]["loss"] == pytest.approx(of_letter.mean(), abs=1e-3)
+    mean = flat.mean()
+    spread = math.sqrt(sum((each.sum() - mean * len(each))**2 for each in losses)) / len(flat)
+    assert report["standard_error"] == pytest.approx(spread, rel=1e-2)
+
+
+def test_pieces_of_a_protein_are_masked_as_parts_of_it(pretrained, fasta):
+    whole, pieces = (evaluated(pretrained, files(fasta), size, None, BAR) for size in (None, 25))
+    assert np.array_equal(whole.by_letter_3v[0], pieces.by_letter_3v[0])
+    assert np.array_equal(whole.by_position_3n[0], pieces.by_position_3n[0])
+    assert whole.of_proteins[:2] == pieces.of_proteins[:2] and whole.of_proteins[2] != pieces.of_proteins[2]
+
+
+def test_pseudo_perplexity_masks_each_residue_in_turn_and_no_other(pretrained, fasta, their_models):
+    report = pseudo_perplexity(pretrained, files(fasta), 3, BAR).report(pretrained.vocab)
+    losses = []
+    for text in TEXTS:
+        ids = pretrained.encode(text, "a")
+        for place in range(1, len(ids) - 1):
+            masked = ids.copy()
+            masked[place] = pretrained.vocab.mask_id
+            losses.append(-their_log_probabilities(their_models["esm2"], masked)[place, ids[place]])
+    assert report["targets"] == len(losses) == sum(map(len, TEXTS))
+    assert report["loss"] == pytest.approx(np.mean(losses), abs=1e-4)
+    ids = pretrained.encode(TEXTS[2], "a")
+    at_once, few = (np.concatenate(list(with_each_masked(pretrained, ids, size))) for size in (10**6, 100))
+    np.testing.assert_allclose(at_once, few, rtol=0, atol=1e-5)
+    assert pseudo_perplexity(pretrained, files(fasta), 1, BAR).report(pretrained.vocab)["proteins"] == 1
+
+
+def test_residues_are_counted_in_the_bin_of_their_number():
+    tally = Tally(np.zeros((3, 4)))
+    numbers = np.array([1, 2, 10, 11, 50, 51, 800, 801, 5000])
+    tally.add(np.zeros(9, int), numbers, np.arange(9.0), np.ones(9, bool))
+    assert tally.by_position_3n[0].tolist() == [1, 2, 2, 1, 0, 0, 1, 2]
+    assert bin_names() == ["1", "2–10", "11–50", "51–100", "101–200", "201–400", "401–800", "801+"]
+    assert all(before < after for before, after in pairwise(FIRST_OF_BIN))
+
+
+def test_the_program_writes_a_table_a_file_and_a_picture_a_corpus(their_folders, fasta, tmp_path, capsys):
+    output = tmp_path / "out"
+    given = parser().parse_args([str(their_folders / "esm2"), str(their_folders / "protbert"), "--on", str(fasta),
+                                 f"again={fasta}", "--output", str(output), "--pseudo-perplexity", "1"])
+    main(given, Mesh(), Log())
+    said = capsys.readouterr().out
+    reports = json.loads((output / "evaluation.json").read_text())
+    assert list(reports) == ["three", "again"] and reports["three"] == reports["again"]
+    assert [len(of_models) for of_models in reports.values()] == [2, 2]
+    for model, report in reports["three"].items():
+        assert f"{report['loss']:.4f}" in said and model in said
+        assert report["targets"] == 15 and report["pseudo"]["proteins"] == 1
+    assert (output / "three.png").read_bytes()[:4] == (output / "again.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("words", [["a.fasta", "b/a.fa"], ["x=a", "x=b"], ["=a"], ["a/b=c"]])
+def test_two_corpora_of_one_name_and_names_that_are_no_files_are_refused(words):
+    with pytest.raises(ConfigError, match="give each corpus one of its own"):
+        corpora_of(words)
