@@ -10,7 +10,6 @@ What is done stands in recipes.jsonl, a line a run, and is not done again: a lad
 
 import argparse
 import json
-import os
 import shlex
 import statistics
 import subprocess
@@ -79,24 +78,21 @@ ARMS: dict[str, tuple[str, int]] = {
 
 
 def trained(prefix: str, size: str, rows: int, arm: str, seed: int) -> dict:
-    """The record of one run on `rows` rows: its loss, and what it took."""
+    """The record of one run on `rows` rows: its loss, and the seconds of its steps."""
     flags, batch = ARMS[arm]
     steps = rows // batch
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "pretrain_tape.py"), "--global-batch-size", str(batch),
                    *shlex.split(f"{COMMON} {SIZES[size]} {flags}"), "--train-iters", str(steps), "--seed", str(seed),
                    "--data-path", prefix, "--save", folder]
-        before = os.times()
         done = subprocess.run(command, capture_output=True, text=True)
-        after = os.times()
         if done.returncode:
             raise SystemExit(f"{arm}: {done.stderr.strip().splitlines()[-1]}")
         records = read_records(Path(folder) / "metrics.jsonl")
     kind = "valid_ema" if "--ema " in flags else "valid"
-    loss = next(record["loss"] for record in reversed(records) if record["kind"] == kind)
-    processor_s = after.children_user + after.children_system - before.children_user - before.children_system
+    last = next(record for record in reversed(records) if record["kind"] == kind)
     return {"size": size, "rows": rows, "arm": arm, "seed": seed, "flags": flags, "steps": steps,
-            "loss": round(loss, 5), "processor_s": round(processor_s, 1), "processor": processor()}
+            "loss": round(last["loss"], 5), "training_s": round(last["training_s"], 1), "processor": processor()}
 
 
 def known() -> list[dict]:
