@@ -90,7 +90,7 @@ def _of_row(model: ProteinModel, mesh: Mesh, row: PackedSequence, num_ends: int,
         else:
             model.hidden(row)
     if needs_last:
-        logits_tv = _of_all_ids(model, states[last], mesh)[:, :num_tokens]
+        logits_tv = all_logits(model, states[last], mesh)[:, :num_tokens]
         named["logits"] = [_residues(part, num_ends) for part in split(logits_tv.float().cpu(), row)]
     if asked.watched:
         stacked_tlh = torch.stack([states[layer] for layer in asked.layers], 1).float().cpu()
@@ -105,11 +105,12 @@ def _of_row(model: ProteinModel, mesh: Mesh, row: PackedSequence, num_ends: int,
         yield {name: named[name][number] for name in asked.include}
 
 
-def _of_all_ids(model: ProteinModel, hidden_th: Tensor, mesh: Mesh) -> Tensor:
-    """The tensor ranks' logits one beside the other; the last ones may have fewer ids than rows, or none."""
-    logits_tv = model.logits(hidden_th)
-    filled_tv = F.pad(logits_tv, (0, len(model.lm_head.bias) - logits_tv.shape[1]))
-    return all_gather(filled_tv.T.contiguous(), mesh.tensor).T
+def all_logits(model: ProteinModel, hidden_mh: Tensor, mesh: Mesh) -> Tensor:
+    """Logits [m, v] of hidden states, v all ids that the head knows, on every tensor rank."""
+    logits_mv = model.logits(hidden_mh)
+    rows_a_rank = len(model.lm_head.bias)  # the last ranks may have fewer ids than rows, or none
+    filled_mv = F.pad(logits_mv, (0, rows_a_rank - logits_mv.shape[1]))
+    return all_gather(filled_mv.T.contiguous(), mesh.tensor).T[:, :model.lm_head.num_ids]
 
 
 def _residues(values_t: Tensor, num_ends: int) -> np.ndarray:
