@@ -13,6 +13,7 @@ from megatron.errors import ConfigError, DataError, ResidueError, UserError
 from megatron.infer.variants.assays import files_of, read_assay
 from megatron.infer.variants.averages import averaged
 from megatron.infer.variants.mutants import Substitution, letters_of, parse_mutant
+from megatron.infer.variants.record import Record
 from megatron.infer.variants.substitutions_picture import GROUPS, draw_substitutions
 from megatron.infer.variants.wild_types import read_wild_types
 from megatron.log import Log
@@ -188,6 +189,27 @@ def test_scores_stand_behind_what_was_read_and_a_file_that_is_done_is_not_done_a
     write(first, ASSAY.replace("R10E,MKTAYIAKQE", "R10D,MKTAYIAKQD"))
     run(*command)
     assert "R10D" in (out / "A.csv").read_text()
+
+
+def test_a_run_that_is_stopped_loses_the_file_that_it_was_at_alone(tmp_path, monkeypatch, capsys):
+    files = [write(tmp_path / f"{name}.txt", "M1A\n") for name in "ABC"]
+    command = (saved(tmp_path / "run"), *files, tmp_path / "out", "--sequence", WILD)
+    told = Record.tell
+
+    def stopped(record, kind, name, facts):
+        if name == "B":  # its scores are written, and nothing tells of them yet
+            raise KeyboardInterrupt
+        told(record, kind, name, facts)
+
+    monkeypatch.setattr(Record, "tell", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(*command)
+    monkeypatch.setattr(Record, "tell", told)
+    capsys.readouterr()
+    run(*command)
+    said = capsys.readouterr().out
+    assert "1 of 3 files are done already" in said and "B: 1 variants" in said and "A: 1 variants" not in said
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["A.csv", "B.csv", "C.csv", "summary.json"]
 
 
 def test_what_a_reference_says_later_counts_without_scoring_again(tmp_path):

@@ -17,7 +17,7 @@ from megatron.infer.spearman import spearman, spearman_interval
 from megatron.infer.variants.assays import Assay, read_assay
 from megatron.infer.variants.mutants import letters_of
 from megatron.infer.variants.record import ASSAYS, PROTEINS, Record
-from megatron.infer.variants.scores import num_copies, scores_of, sites_of
+from megatron.infer.variants.scores import num_copies, scores_of, sites_of, together
 from megatron.infer.variants.substitutions import all_substitutions, write_substitutions
 from megatron.infer.variants.tables import write_csv
 from megatron.infer.variants.wild_types import WildTypes
@@ -106,7 +106,8 @@ def draw_proteins(pretrained: Pretrained, proteins: Mapping[str, str], way: Way,
         if record.is_done(PROTEINS, name, identity) and table.exists() and picture.exists():
             log.line(f"{name}: is done already in {record.folder}")
             continue
-        with closing(log.progress(-(-len(protein) // pretrained.mesh.data.size), 0, "copy", name)) as bar:
+        copies = len(together(way.scoring, range(len(protein)), len(protein), way.longest))
+        with closing(log.progress(-(-copies // pretrained.mesh.data.size), 0, "copy", name)) as bar:
             scores = all_substitutions(pretrained, way.scoring, protein, way.longest, way.budget, bar.update)
         if pretrained.mesh.world.rank == 0:
             write_substitutions(table, protein, scores, way.offset)

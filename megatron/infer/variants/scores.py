@@ -49,8 +49,8 @@ def site_table(pretrained: Pretrained, scoring: str, wild_type: str, sites: Sequ
                budget: int | None = None, progress: Progress = lambda copies: None) -> np.ndarray:
     """The log-probabilities of all tokens at sites of a protein, which ascend, fp32 [sites, v], by one of MARGINALS."""
     residues, axis = _ids(pretrained, wild_type), pretrained.mesh.data
-    copies = (copy_of(pretrained, residues, together, longest, scoring == MASKED)
-              for together in _together(scoring, sites, len(residues), longest)[axis.rank::axis.size])
+    copies = (copy_of(pretrained, residues, group, longest, scoring == MASKED)
+              for group in together(scoring, sites, len(residues), longest)[axis.rank::axis.size])
     return np.concatenate(_of_all(list(log_probabilities(pretrained, copies, budget, progress)), axis))
 
 
@@ -58,7 +58,7 @@ def num_copies(scoring: str, wild_type: str, mutants: Sequence[Mutant], longest:
     """How many copies of a protein all ranks compute for `scores_of`."""
     if scoring == PSEUDO:
         return len(set(mutants)) * len(wild_type)
-    return len(_together(scoring, sites_of(mutants), len(wild_type), longest))
+    return len(together(scoring, sites_of(mutants), len(wild_type), longest))
 
 
 def sites_of(mutants: Sequence[Mutant]) -> list[int]:
@@ -66,7 +66,7 @@ def sites_of(mutants: Sequence[Mutant]) -> list[int]:
     return sorted({one.site for mutant in mutants for one in mutant})
 
 
-def _together(scoring: str, sites: Sequence[int], num_residues: int, longest: int | None) -> list[list[int]]:
+def together(scoring: str, sites: Sequence[int], num_residues: int, longest: int | None) -> list[list[int]]:
     """The sites that are computed in one copy: each by itself where it is masked, else those of one window."""
     if scoring == MASKED:
         return [[site] for site in sites]
