@@ -90,7 +90,8 @@ def report_of(given: argparse.Namespace, pretrained: Pretrained, files: ProteinF
     bar.close()
     if given.pseudo_perplexity:
         bar = log.progress(total=given.pseudo_perplexity, done=0, unit="protein", label=f"{name}, residue by residue")
-        report["pseudo"] = pseudo_perplexity(pretrained, files, given.pseudo_perplexity, bar).report(pretrained.vocab)
+        report["pseudo"] = pseudo_perplexity(pretrained, files, given.pseudo_perplexity, piece, given.tokens_per_row,
+                                             bar).report(pretrained.vocab)
         bar.close()
     return report
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from megatron.finetune.labels import LabelSpace
 from megatron.finetune.tasks import CLASS, CLASSES, CONTACTS, CUTOFF_ANGSTROM, LEAST_SEPARATION, METRICS, NUMBER
+from megatron.infer.spearman import spearman
 from megatron.kernels.packed_sequence import NO_TARGET
 
 # The least separation in the sequence, and what it is below.
@@ -60,11 +61,6 @@ def with_spread(values: Sequence[float], digits: int = 3) -> str:
     """`0.712 ± 0.004`, or without a spread where there is one value."""
     mean, deviation = spread(values)
     return f"{mean:.{digits}f}" + ("" if np.isnan(deviation) else f" ± {deviation:.{digits}f}")
-
-
-def spearman(true_n: np.ndarray, predicted_n: np.ndarray) -> float:
-    """Spearman's rank correlation, equal values sharing their mean rank; NaN where either is constant."""
-    return pearson(_ranks(np.asarray(true_n)), _ranks(np.asarray(predicted_n)))
 
 
 def pearson(true_n: np.ndarray, predicted_n: np.ndarray) -> float:
@@ -208,12 +204,6 @@ def _mcc(counts_3c: np.ndarray) -> float:
 def _f1_macro(counts_3c: np.ndarray) -> float:
     true_c, predicted_c, right_c = counts_3c[:, counts_3c.any(axis=0)]
     return _mean(2 * right_c / (true_c + predicted_c))
-
-
-def _ranks(values_n: np.ndarray) -> np.ndarray:
-    """The rank of each value, from 1; equal ones share their mean rank."""
-    _, group_n, sizes = np.unique(values_n, return_inverse=True, return_counts=True)
-    return (np.cumsum(sizes) - (sizes - 1) / 2)[group_n]
 
 
 def _mean(values: np.ndarray) -> float:

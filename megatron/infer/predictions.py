@@ -1,47 +1,60 @@
-"""What a model predicts at chosen tokens: the head is asked there alone. Shapes: c chosen tokens of a protein, v ids.
+"""What a model thinks of residues, the one in question masked or not: log-probabilities, in packed rows.
+
+Copies of a protein, each with another residue masked, lie one behind the other in rows without padding, and the head
+works on the residues in question alone. Shapes: v ids.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from megatron.infer.answers import all_logits
 from megatron.infer.pretrained import Pretrained
-from megatron.infer.rows import packed, shared_out, token_budget
+from megatron.infer.rows import packed, token_budget
 from megatron.parallel.collectives import everyones
 
 
-@torch.no_grad()
-def log_probabilities(pretrained: Pretrained, proteins: Sequence[np.ndarray], chosen: Sequence[np.ndarray],
-                      budget: int | None = None) -> list[np.ndarray]:
-    """The logarithms of the probabilities, in nats, of every id at the chosen tokens of each protein, fp32 [c, v].
+class Copy(NamedTuple):
+    """A protein or a window of it, its ids between its ends, and the places there of the tokens in question."""
 
-    A protein is its ids between its ends, some of them masked; v are all ids that the head knows, as in training, those
-    that fill the vocabulary up among them. Tensor ranks call this together and get the same.
+    ids: np.ndarray
+    places: Sequence[int]
+
+
+@torch.no_grad()
+def log_probabilities(pretrained: Pretrained, copies: Iterable[Copy], budget: int | None = None,
+                      progress: Callable[[int], object] = lambda copies: None,
+                      num_ids: int | None = None) -> Iterator[np.ndarray]:
+    """For each copy, in their order, the log-probabilities in nats at its places, fp32 [places, v].
+
+    `copies` are made as they are needed. `budget`: the tokens of a row, by default as memory allows; `progress` hears
+    of how many copies are done. `num_ids`: v, by default the vocabulary's tokens, special ones included, as in ESM's
+    `predict.py`; training's losses are over the ids that fill the vocabulary up as well. Tensor ranks call this
+    together and get the same.
     """
     model, mesh = pretrained.model, pretrained.mesh
-    budget = budget or min(everyones(token_budget(model.config, 1, mesh.device), mesh.tensor))
-    found = list[np.ndarray]([np.empty(0)] * len(proteins))
-    for places in shared_out([len(ids) for ids in proteins], budget):
-        row = packed([proteins[place] for place in places], mesh.device)
-        starts = np.cumsum([0, *(len(proteins[place]) for place in places)])
-        flat_m = np.concatenate([chosen[place] + start for place, start in zip(places, starts[:-1], strict=True)])
-        hidden_mh = model.hidden(row)[torch.from_numpy(flat_m).to(mesh.device)]
-        logits_mv = all_logits(model, hidden_mh, mesh).float().log_softmax(-1).cpu().numpy()
-        parts = np.split(logits_mv, np.cumsum([len(chosen[place]) for place in places])[:-1])
-        for place, part in zip(places, parts, strict=True):
-            found[place] = part
-    return found
+    budget = budget or min(everyones(token_budget(model.config, 0, mesh.device), mesh.tensor))
+    for row in _rows(copies, budget):
+        sequence = packed([copy.ids for copy in row], mesh.device)
+        starts = sequence.cu_seqlens.tolist()
+        places = [start + place for start, copy in zip(starts, row, strict=False) for place in copy.places]
+        hidden_th = model.hidden(sequence)[torch.tensor(places, device=mesh.device)]
+        logits_tv = all_logits(model, hidden_th, mesh)[:, :num_ids or pretrained.vocab.size]
+        values_tv = logits_tv.float().log_softmax(-1).cpu().numpy()
+        progress(len(row))
+        yield from np.split(values_tv, np.cumsum([len(copy.places) for copy in row])[:-1])
 
 
-def with_each_masked(pretrained: Pretrained, protein: np.ndarray, most_tokens: int) -> Iterator[np.ndarray]:
-    """The logarithms of the probabilities at each residue of a protein when that one is masked, [c, v] at a time.
-
-    `protein`: its ids between its ends; copies of it make up at most `most_tokens` at once.
-    """
-    residues = np.arange(1, len(protein) + 1 - pretrained.num_ends)
-    for some in np.array_split(residues, -(-len(residues) * len(protein) // most_tokens)):
-        copies = np.repeat(protein[None], len(some), 0)
-        copies[np.arange(len(some)), some] = pretrained.vocab.mask_id
-        yield np.concatenate(log_probabilities(pretrained, list(copies), [np.array([place]) for place in some]))
+def _rows(copies: Iterable[Copy], budget: int) -> Iterator[list[Copy]]:
+    """As many copies at a time, in their order, as have `budget` tokens, or one."""
+    row, num_tokens = list[Copy](), 0
+    for copy in copies:
+        if row and num_tokens + len(copy.ids) > budget:
+            yield row
+            row, num_tokens = [], 0
+        row.append(copy)
+        num_tokens += len(copy.ids)
+    if row:
+        yield row

@@ -14,7 +14,6 @@ from megatron.data.rows.fixed_masks import FixedMasks
 from megatron.errors import ConfigError
 from megatron.infer.evaluation.run import evaluated, pseudo_perplexity
 from megatron.infer.evaluation.tally import FIRST_OF_BIN, Tally, bin_names
-from megatron.infer.predictions import log_probabilities, with_each_masked
 from megatron.infer.proteins import ProteinFiles
 from megatron.log import Log
 from megatron.parallel.mesh import Mesh
@@ -44,15 +43,6 @@ def files(fasta):
 def their_log_probabilities(model, ids):
     with torch.no_grad():
         return model(input_ids=torch.from_numpy(ids)[None]).logits[0].log_softmax(-1).numpy()
-
-
-def test_predictions_at_chosen_tokens_are_those_of_transformers(pretrained, their_models):
-    proteins = [pretrained.encode(text, "a") for text in TEXTS]
-    chosen = [np.array([0, 3]), np.array([], dtype=int), np.arange(61)]
-    for ids, places, found in zip(proteins, chosen, log_probabilities(pretrained, proteins, chosen, 70), strict=True):
-        expected = their_log_probabilities(their_models["esm2"], ids)[places]
-        assert len(found) == len(places)
-        np.testing.assert_allclose(found[:, :33], expected, rtol=0, atol=1e-3)
 
 
 def test_the_loss_is_the_mean_over_the_masked_residues_of_all_proteins(pretrained, fasta, their_models):
@@ -87,7 +77,7 @@ def test_pieces_of_a_protein_are_masked_as_parts_of_it(pretrained, fasta):
 
 
 def test_pseudo_perplexity_masks_each_residue_in_turn_and_no_other(pretrained, fasta, their_models):
-    report = pseudo_perplexity(pretrained, files(fasta), 3, BAR).report(pretrained.vocab)
+    report = pseudo_perplexity(pretrained, files(fasta), 3, None, 100, BAR).report(pretrained.vocab)
     losses = []
     for text in TEXTS:
         ids = pretrained.encode(text, "a")
@@ -97,10 +87,7 @@ def test_pseudo_perplexity_masks_each_residue_in_turn_and_no_other(pretrained, f
             losses.append(-their_log_probabilities(their_models["esm2"], masked)[place, ids[place]])
     assert report["targets"] == len(losses) == sum(map(len, TEXTS))
     assert report["loss"] == pytest.approx(np.mean(losses), abs=1e-4)
-    ids = pretrained.encode(TEXTS[2], "a")
-    at_once, few = (np.concatenate(list(with_each_masked(pretrained, ids, size))) for size in (10**6, 100))
-    np.testing.assert_allclose(at_once, few, rtol=0, atol=1e-5)
-    assert pseudo_perplexity(pretrained, files(fasta), 1, BAR).report(pretrained.vocab)["proteins"] == 1
+    assert pseudo_perplexity(pretrained, files(fasta), 1, None, None, BAR).report(pretrained.vocab)["proteins"] == 1
 
 
 def test_residues_are_counted_in_the_bin_of_their_number():
@@ -123,7 +110,7 @@ def test_the_program_writes_a_table_a_file_and_a_picture_a_corpus(their_folders,
     assert [len(of_models) for of_models in reports.values()] == [2, 2]
     for model, report in reports["three"].items():
         assert f"{report['loss']:.4f}" in said and model in said
-        assert report["targets"] == 15 and report["pseudo"]["proteins"] == 1
+        assert report["targets"] == 14 and report["pseudo"]["proteins"] == 1
     assert (output / "three.png").read_bytes()[:4] == (output / "again.png").read_bytes()[:4] == b"\x89PNG"
 
 

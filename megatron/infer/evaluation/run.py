@@ -7,14 +7,14 @@ import numpy as np
 
 from megatron.data.rows.fixed_masks import FixedMasks
 from megatron.infer.evaluation.tally import Tally
-from megatron.infer.predictions import log_probabilities, with_each_masked
+from megatron.infer.predictions import Copy, log_probabilities
 from megatron.infer.pretrained import Pretrained
 from megatron.infer.proteins import Protein, ProteinFiles
+from megatron.infer.variants.windows import copy_of
 from megatron.log import Progress
 from megatron.parallel.collectives import everyones
 
 PROTEINS_AT_ONCE = 64
-COPIES_TOKENS = 2**18  # of one protein, each with another residue masked
 
 
 def evaluated(pretrained: Pretrained, files: ProteinFiles, piece: int | None, budget: int | None,
@@ -26,15 +26,15 @@ def evaluated(pretrained: Pretrained, files: ProteinFiles, piece: int | None, bu
     """
     masks, tally = FixedMasks(pretrained.vocab), Tally(np.zeros((3, pretrained.vocab.size)))
     for proteins in _of_this_rank(pretrained, files):
-        pieces, chosen, owners = list[np.ndarray](), list[np.ndarray](), list[int]()
         masked = [masks.mask(protein.residues.astype(np.int64)) for protein in proteins]
+        copies, owners = list[Copy](), list[int]()
         for number, (ids, is_target) in enumerate(masked):
             size = piece or len(ids)
             for start in range(0, len(ids), size):
-                pieces.append(pretrained.between_ends(ids[start:start + size], proteins[number].name))
-                chosen.append(1 + np.flatnonzero(is_target[start:start + size]))
+                copies.append(Copy(pretrained.between_ends(ids[start:start + size], proteins[number].name),
+                                   (1 + np.flatnonzero(is_target[start:start + size])).tolist()))
                 owners.append(number)
-        found = log_probabilities(pretrained, pieces, chosen, budget)
+        found = list(log_probabilities(pretrained, copies, budget, num_ids=pretrained.model.lm_head.num_ids))
         for number, (protein, (_, is_target)) in enumerate(zip(proteins, masked, strict=True)):
             _add(tally, protein, np.flatnonzero(is_target),
                  np.concatenate([part for part, owner in zip(found, owners, strict=True) if owner == number]))
@@ -42,10 +42,12 @@ def evaluated(pretrained: Pretrained, files: ProteinFiles, piece: int | None, bu
     return Tally.merged(everyones(tally, pretrained.mesh.data))
 
 
-def pseudo_perplexity(pretrained: Pretrained, files: ProteinFiles, num_proteins: int, bar: Progress) -> Tally:
+def pseudo_perplexity(pretrained: Pretrained, files: ProteinFiles, num_proteins: int, piece: int | None,
+                      budget: int | None, bar: Progress) -> Tally:
     """The same where each residue is masked in turn, and nothing else, of `num_proteins` drawn at random.
 
-    Salazar et al., 2020, arXiv 1910.14659: exp of the mean loss. As many passes as there are residues.
+    Salazar et al., 2020, arXiv 1910.14659: exp of the mean loss. As many passes as there are residues. Of a protein of
+    more than `piece` residues so many are seen, the masked one in their middle where it can be.
     """
     total = sum(1 for _ in files)
     drawn = set(np.random.default_rng(0).permutation(total)[:num_proteins].tolist())
@@ -53,9 +55,10 @@ def pseudo_perplexity(pretrained: Pretrained, files: ProteinFiles, num_proteins:
     data = pretrained.mesh.data
     some = (protein for number, protein in enumerate(files) if number in drawn)
     for protein in islice(some, data.rank, None, data.size):
-        ids = pretrained.between_ends(protein.residues, protein.name)
-        found = np.concatenate(list(with_each_masked(pretrained, ids, COPIES_TOKENS)))
-        _add(tally, protein, np.arange(len(protein)), found)
+        residues = protein.residues.astype(np.int64)
+        copies = (copy_of(pretrained, residues, [site], piece, is_masked=True) for site in range(len(residues)))
+        found = log_probabilities(pretrained, copies, budget, num_ids=pretrained.model.lm_head.num_ids)
+        _add(tally, protein, np.arange(len(protein)), np.concatenate(list(found)))
         bar.update(data.size)
     return Tally.merged(everyones(tally, data))
 

@@ -1,0 +1,48 @@
+"""Spearman's rank correlation, ties at their mean rank, and how sure it is by resampling."""
+
+import math
+
+import numpy as np
+
+CONFIDENCE = 0.95
+_RESAMPLES = 1000
+
+
+def spearman(first: np.ndarray, second: np.ndarray) -> float:
+    """The correlation of the ranks of two arrays [n]; nan where one of them is constant."""
+    return _weighted(_groups(first), _groups(second), np.ones(len(first)))
+
+
+def spearman_interval(first: np.ndarray, second: np.ndarray, num_resamples: int = _RESAMPLES, seed: int = 0
+                      ) -> tuple[float, float]:
+    """The percentile bootstrap's interval of it, of CONFIDENCE, over pairs drawn with replacement; nan where none is.
+
+    A resample is how often each pair was drawn: ranks follow from these counts without sorting again.
+    """
+    groups, generator, number = (_groups(first), _groups(second)), np.random.default_rng(seed), len(first)
+    found = [_weighted(*groups, np.bincount(generator.integers(number, size=number), minlength=number).astype(float))
+             for _ in range(num_resamples)]
+    known = [value for value in found if not math.isnan(value)]
+    if not known:
+        return math.nan, math.nan
+    low, high = np.quantile(known, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def _groups(values: np.ndarray) -> np.ndarray:
+    """The number of each value among the distinct ones, ascending."""
+    return np.unique(values, return_inverse=True)[1]
+
+
+def _weighted(first: np.ndarray, second: np.ndarray, counts: np.ndarray) -> float:
+    """The correlation where pair i occurs `counts[i]` times."""
+    total = counts.sum()
+    one, other = (_ranks(groups, counts) - (total + 1) / 2 for groups in (first, second))
+    scale = math.sqrt(float(counts @ one**2) * float(counts @ other**2))
+    return float(counts @ (one * other)) / scale if scale > 0 else math.nan
+
+
+def _ranks(groups: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Mean ranks from 1: those below, and half of the equal ones."""
+    sizes = np.bincount(groups, weights=counts)
+    return (np.cumsum(sizes) - (sizes - 1) / 2)[groups]

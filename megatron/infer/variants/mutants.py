@@ -1,0 +1,87 @@
+"""Substitutions in a protein, as ProteinGym writes them: `A1P:D2N`, wild-type letter, number, letter in its place."""
+
+import re
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+from megatron.data.corpus.vocab import RESIDUE_LETTERS, Vocab
+from megatron.errors import ResidueError
+
+_FORM = re.compile(r"([A-Za-z])(-?[0-9]{1,9})([A-Za-z])")
+
+
+class Substitution(NamedTuple):
+    """One residue in place of another; `site` counts from 0."""
+
+    site: int
+    wild: str
+    mutant: str
+
+
+Mutant = tuple[Substitution, ...]
+
+
+def letters_of(vocab: Vocab) -> frozenset[str]:
+    """The residues that a vocabulary has."""
+    return frozenset(RESIDUE_LETTERS) & frozenset(vocab.tokens)
+
+
+def parse_mutant(text: str, offset: int = 1) -> Mutant:
+    """The substitutions of a mutant, whose numbers count from `offset`; raises ResidueError.
+
+    Whether they fit a protein `check_mutant` tells.
+    """
+    substitutions = []
+    for word in text.strip().split(":"):
+        match = _FORM.fullmatch(word.strip())
+        if match is None:
+            raise ResidueError(f"mutant {text!r} is not of the form A1P, or A1P:D2N for several substitutions")
+        substitutions.append(Substitution(int(match[2]) - offset, match[1].upper(), match[3].upper()))
+    if len({one.site for one in substitutions}) < len(substitutions):
+        raise ResidueError(f"mutant {text!r} substitutes one residue twice")
+    return tuple(substitutions)
+
+
+def check_mutant(mutant: Mutant, wild_type: str, letters: Collection[str], offset: int = 1) -> None:
+    """Raises ResidueError for a number beyond the protein, another letter there, and one that is not in `letters`."""
+    for site, wild, other in mutant:
+        name = f"{wild}{site + offset}{other}"
+        if not 0 <= site < len(wild_type):
+            raise ResidueError(f"{name}: the protein has the residues {offset} to {len(wild_type) + offset - 1}; "
+                               "--offset tells the number of its first")
+        if wild_type[site] != wild:
+            raise ResidueError(f"{name}: residue {site + offset} of the protein is {wild_type[site]}; --offset tells "
+                               "the number of its first")
+        if other not in letters:
+            raise ResidueError(f"{name}: {other} is not in the model's vocabulary; take the variant out")
+
+
+def check_protein(protein: str, letters: Collection[str]) -> None:
+    """Raises ResidueError for one without residues, or with what is not in `letters`."""
+    if not protein:
+        raise ResidueError("the protein has no residue")
+    for number, letter in enumerate(protein, 1):
+        if letter not in letters:
+            raise ResidueError(f"column {number}: {letter!r} is not a residue of the model's vocabulary")
+
+
+def mutated(wild_type: str, mutant: Mutant) -> str:
+    """The protein with a mutant's substitutions."""
+    return _with_letters(wild_type, [(one.site, one.mutant) for one in mutant])
+
+
+def wild_type_of(mutated_sequence: str, mutant: Mutant, offset: int = 1) -> str:
+    """The protein without a mutant's substitutions; raises ResidueError where it has not got them."""
+    for site, wild, other in mutant:
+        if not (0 <= site < len(mutated_sequence) and mutated_sequence[site] == other):
+            found = mutated_sequence[site] if 0 <= site < len(mutated_sequence) else "not there"
+            raise ResidueError(f"mutated_sequence is not what {wild}{site + offset}{other} says: residue "
+                               f"{site + offset} is {found}; --offset tells the number of its first")
+    return _with_letters(mutated_sequence, [(one.site, one.wild) for one in mutant])
+
+
+def _with_letters(protein: str, letters: Sequence[tuple[int, str]]) -> str:
+    residues = list(protein)
+    for site, letter in letters:
+        residues[site] = letter
+    return "".join(residues)

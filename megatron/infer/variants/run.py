@@ -1,0 +1,117 @@
+"""Files of variants, or proteins, scored one after the other, each done once; what a user watches."""
+
+import hashlib
+import math
+import time
+from collections.abc import Collection, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron.errors import DataError
+from megatron.infer.pretrained import Pretrained
+from megatron.infer.spearman import spearman, spearman_interval
+from megatron.infer.variants.assays import Assay, read_assay
+from megatron.infer.variants.mutants import letters_of
+from megatron.infer.variants.record import ASSAYS, PROTEINS, Record
+from megatron.infer.variants.scores import num_copies, scores_of, sites_of, together
+from megatron.infer.variants.substitutions import all_substitutions, write_substitutions
+from megatron.infer.variants.tables import write_csv
+from megatron.infer.variants.wild_types import WildTypes
+from megatron.log import Log
+
+_LEAST = 3  # variants that a correlation is of
+
+
+@dataclass(frozen=True)
+class Way:
+    """How to score: one of SCORINGS, the residues of a window, the number of the first residue, the scores' column.
+
+    `budget`: the tokens of a row, None for as many as memory allows.
+    """
+
+    scoring: str
+    longest: int | None
+    offset: int = 1
+    column: str = "score"
+    budget: int | None = None
+
+
+def score_files(pretrained: Pretrained, files: Mapping[str, Path], wild_types: WildTypes, way: Way, record: Record,
+                log: Log) -> None:
+    """Score what is not done yet of `files`, by their names, into the record's folder; the first rank writes.
+
+    All files are read before any is scored: a mistake in the last raises its DataError at once.
+    """
+    letters, writes = letters_of(pretrained.vocab), pretrained.mesh.world.rank == 0
+    left = _left(files, wild_types, way, letters, record, writes)
+    if len(left) < len(files):
+        log.line(f"{len(files) - len(left)} of {len(files)} files are done already in {record.folder}")
+    for name in left:
+        assay, start_s = read_assay(name, files[name], wild_types, letters, way.offset), time.monotonic()
+        copies = num_copies(way.scoring, assay.wild_type, assay.mutants, way.longest)
+        with closing(log.progress(-(-copies // pretrained.mesh.data.size), 0, "copy", name)) as bar:
+            scores = scores_of(pretrained, way.scoring, assay.wild_type, assay.mutants, way.longest, way.budget,
+                               bar.update)
+        if writes:
+            facts = facts_of(assay, scores) | {"seconds": round(time.monotonic() - start_s, 3)}
+            texts = [f"{score:.6f}" for score in scores]
+            write_csv(record.folder / f"{name}.csv", [*assay.table.columns, way.column],
+                      ([*row, text] for row, text in zip(assay.table.rows, texts, strict=True)))
+            record.tell(ASSAYS, name, facts)
+            found = "" if facts["spearman"] is None else f", Spearman {facts['spearman']:.3f}"
+            log.line(f"{name}: {len(scores):,} variants at {facts['sites']:,} sites{found}, {facts['seconds']:.1f} s")
+
+
+def _left(files: Mapping[str, Path], wild_types: WildTypes, way: Way, letters: Collection[str], record: Record,
+          writes: bool) -> list[str]:
+    """The names of the files that are not done; of those that are, what the reference says may have changed."""
+    left = []
+    for name, path in files.items():
+        if path.resolve() == (record.folder / f"{name}.csv").resolve():
+            raise DataError(f"--output {record.folder}: {path} itself lies there; give another folder")
+        assay = read_assay(name, path, wild_types, letters, way.offset)
+        if way.column in assay.table.columns:
+            raise DataError(f"{path}: line 1: has a column {way.column!r} already; --score-column names the new one")
+        if not (record.is_done(ASSAYS, name, assay.identity) and (record.folder / f"{name}.csv").exists()):
+            left.append(name)
+        elif writes and (known := record.assays()[name]) | (said := assay.said) != known:
+            record.tell(ASSAYS, name, said)
+    return left
+
+
+def facts_of(assay: Assay, scores: np.ndarray) -> dict[str, Any]:
+    """What is put down of an assay: among it the correlation with what was measured, None where nothing was."""
+    facts: dict[str, Any] = {"file": str(assay.table.path), "identity": assay.identity, "variants": len(scores),
+             "sites": len(sites_of(assay.mutants)), "residues": len(assay.wild_type), **assay.said,
+             "spearman": None, "interval": None}
+    if assay.measured is not None and (known := np.isfinite(assay.measured)).sum() >= _LEAST:
+        measured, scores = assay.measured[known], scores[known]
+        if math.isfinite(found := spearman(measured, scores)):
+            facts |= {"spearman": found, "interval": list(spearman_interval(measured, scores))}
+    return facts
+
+
+def draw_proteins(pretrained: Pretrained, proteins: Mapping[str, str], way: Way, record: Record, log: Log) -> None:
+    """Of each protein that is not done all substitutions, as a CSV and a PNG in the record's folder."""
+    from megatron.infer.variants.substitutions_picture import draw_substitutions  # matplotlib: slow to import
+
+    for name, protein in proteins.items():
+        identity = hashlib.sha256(protein.encode()).hexdigest()
+        place = record.folder / name.replace("/", "_")
+        table, picture = Path(f"{place}.substitutions.csv"), Path(f"{place}.substitutions.png")
+        if record.is_done(PROTEINS, name, identity) and table.exists() and picture.exists():
+            log.line(f"{name}: is done already in {record.folder}")
+            continue
+        copies = len(together(way.scoring, range(len(protein)), len(protein), way.longest))
+        with closing(log.progress(-(-copies // pretrained.mesh.data.size), 0, "copy", name)) as bar:
+            scores = all_substitutions(pretrained, way.scoring, protein, way.longest, way.budget, bar.update)
+        if pretrained.mesh.world.rank == 0:
+            write_substitutions(table, protein, scores, way.offset)
+            draw_substitutions(protein, scores, way.offset, f"{name}, {len(protein):,} residues: {way.scoring}",
+                               picture)
+            record.tell(PROTEINS, name, {"identity": identity, "residues": len(protein)})
+            log.line(f"{name}: {table}, {picture}")

@@ -1,0 +1,98 @@
+"""Scores of variants by a masked language model: higher is likelier to work. Shapes: v tokens of the vocabulary.
+
+- masked-marginals: over the substituted sites, the sum of log p(mutant) - log p(wild type), where the wild type is seen
+  with that site alone masked. A site is computed once for all variants.
+- wt-marginals: the same, nothing masked: one pass for a protein, or for each of its windows.
+- pseudo-ppl: over all residues of the mutated protein, the sum of their log p, each masked in turn.
+
+Meier et al. 2021, doi 10.1101/2021.07.09.450648. The last is by the definition: ESM's own `predict.py` leaves both ends
+out and takes at each masked place the probability of the residue behind it.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import TypeVar
+
+import numpy as np
+
+from megatron.infer.predictions import log_probabilities
+from megatron.infer.pretrained import Pretrained
+from megatron.infer.variants.mutants import Mutant, mutated
+from megatron.infer.variants.windows import copy_of, window_around
+from megatron.parallel.collectives import everyones
+from megatron.parallel.mesh import Axis
+
+MASKED, WILD_TYPE, PSEUDO = "masked-marginals", "wt-marginals", "pseudo-ppl"
+SCORINGS = (MASKED, WILD_TYPE, PSEUDO)
+MARGINALS = (MASKED, WILD_TYPE)
+
+Progress = Callable[[int], object]
+T = TypeVar("T")
+
+
+def scores_of(pretrained: Pretrained, scoring: str, wild_type: str, mutants: Sequence[Mutant], longest: int | None,
+              budget: int | None = None, progress: Progress = lambda copies: None) -> np.ndarray:
+    """The score of each mutant, fp64 [mutants], by one of SCORINGS.
+
+    `longest`: the residues of a window, None for whole proteins; `budget` and `progress` as in `log_probabilities`,
+    of this rank's share. Data ranks share the work out; all ranks call this together and get the same.
+    """
+    if scoring == PSEUDO:
+        return _pseudo_likelihoods(pretrained, wild_type, mutants, longest, budget, progress)
+    sites = sites_of(mutants)
+    table = site_table(pretrained, scoring, wild_type, sites, longest, budget, progress)
+    row, ids = {site: row for row, site in enumerate(sites)}, pretrained.vocab.ids
+    return np.array([sum(float(table[row[one.site], ids[one.mutant]]) - float(table[row[one.site], ids[one.wild]])
+                         for one in mutant) for mutant in mutants])
+
+
+def site_table(pretrained: Pretrained, scoring: str, wild_type: str, sites: Sequence[int], longest: int | None,
+               budget: int | None = None, progress: Progress = lambda copies: None) -> np.ndarray:
+    """The log-probabilities of all tokens at sites of a protein, which ascend, fp32 [sites, v], by one of MARGINALS."""
+    residues, axis = _ids(pretrained, wild_type), pretrained.mesh.data
+    copies = (copy_of(pretrained, residues, group, longest, scoring == MASKED)
+              for group in together(scoring, sites, len(residues), longest)[axis.rank::axis.size])
+    return np.concatenate(_of_all(list(log_probabilities(pretrained, copies, budget, progress)), axis))
+
+
+def num_copies(scoring: str, wild_type: str, mutants: Sequence[Mutant], longest: int | None) -> int:
+    """How many copies of a protein all ranks compute for `scores_of`."""
+    if scoring == PSEUDO:
+        return len(set(mutants)) * len(wild_type)
+    return len(together(scoring, sites_of(mutants), len(wild_type), longest))
+
+
+def sites_of(mutants: Sequence[Mutant]) -> list[int]:
+    """Where any of them has a substitution, ascending, from 0."""
+    return sorted({one.site for mutant in mutants for one in mutant})
+
+
+def together(scoring: str, sites: Sequence[int], num_residues: int, longest: int | None) -> list[list[int]]:
+    """The sites that are computed in one copy: each by itself where it is masked, else those of one window."""
+    if scoring == MASKED:
+        return [[site] for site in sites]
+    return [list(group) for _, group in groupby(sites, lambda site: window_around(site, num_residues, longest))]
+
+
+def _pseudo_likelihoods(pretrained: Pretrained, wild_type: str, mutants: Sequence[Mutant], longest: int | None,
+                        budget: int | None, progress: Progress) -> np.ndarray:
+    axis, distinct = pretrained.mesh.data, list(dict.fromkeys(mutants))
+    mine = distinct[axis.rank::axis.size]
+    copies = (copy_of(pretrained, residues, [site], longest, is_masked=True)
+              for residues in (_ids(pretrained, mutated(wild_type, mutant)) for mutant in mine)
+              for site in range(len(residues)))
+    found = log_probabilities(pretrained, copies, budget, progress)
+    sums = _of_all([sum(float(next(found)[0, residue]) for residue in _ids(pretrained, mutated(wild_type, mutant)))
+                    for mutant in mine], axis)
+    of_mutant = dict(zip(distinct, sums, strict=True))
+    return np.array([of_mutant[mutant] for mutant in mutants])
+
+
+def _of_all(mine: list[T], axis: Axis) -> list[T]:
+    """What ranks did of things, rank r those at r, r + size and so on, in the things' order."""
+    parts = everyones(mine, axis)
+    return [parts[number % axis.size][number // axis.size] for number in range(sum(map(len, parts)))]
+
+
+def _ids(pretrained: Pretrained, protein: str) -> np.ndarray:
+    return np.array([pretrained.vocab.ids[letter] for letter in protein])

@@ -1,0 +1,99 @@
+"""Tables as files: CSVs and lists that are read, plain or packed, and CSVs that are written whole."""
+
+import csv
+import hashlib
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron.data.sources.streams import InputStream, unpacked
+from megatron.errors import DataError
+from megatron.files import write_text
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a file holds, as text: rows under their columns, and of each row the line where it ends, from 1.
+
+    `digest` is that of the file, as it lies on the disk.
+    """
+
+    path: Path
+    columns: list[str]
+    rows: list[list[str]]
+    lines: list[int] = field(repr=False)
+    digest: str
+
+    def column(self, name: str) -> list[str] | None:
+        """What stands in a column; None where there is none of that name."""
+        if name not in self.columns:
+            return None
+        at = self.columns.index(name)
+        return [row[at] for row in self.rows]
+
+    def needed(self, name: str) -> list[str]:
+        """The same; raises DataError where there is none."""
+        found = self.column(name)
+        if found is None:
+            raise DataError(f"{self.path}: line 1: there is no column {name!r} among {', '.join(self.columns)}; name "
+                            "one so")
+        return found
+
+
+def read_csv(path: Path) -> Table:
+    """A CSV with a header; blank lines are left out. Raises DataError."""
+    text, digest = _text(path)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    columns, rows, lines = list[str](), list[list[str]](), list[int]()
+    try:
+        for row in reader:
+            if not row:
+                continue
+            if not columns:
+                columns = [name.strip() for name in row]
+                continue
+            if len(row) != len(columns):
+                raise DataError(f"{path}: line {reader.line_num}: has {len(row)} fields, and the header {len(columns)}")
+            rows.append(row)
+            lines.append(reader.line_num)
+    except csv.Error as error:
+        raise DataError(f"{path}: line {reader.line_num}: is no CSV ({error})") from None
+    return Table(path, columns, rows, lines, digest)
+
+
+def read_list(path: Path, name: str) -> Table:
+    """A file with one word a line as a table of one column; blank lines are left out. Raises DataError."""
+    text, digest = _text(path)
+    found = [(line.strip(), number) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    return Table(path, [name], [[line] for line, _ in found], [number for _, number in found], digest)
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A CSV, whole or not at all."""
+    file = io.StringIO(newline="")
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    write_text(path, file.getvalue())
+
+
+def _text(path: Path) -> tuple[str, str]:
+    """What a file holds, unpacked, and the digest of the file."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    digest = hashlib.sha256()
+    stream = InputStream(str(path), digest=digest)
+    try:
+        content = b"".join(unpacked(stream))
+        stream.drain()
+    finally:
+        stream.close()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}: line {line}: is not UTF-8 text") from None
+    if not text.strip():
+        raise DataError(f"{path}: is empty")
+    return text, digest.hexdigest()

@@ -1,0 +1,273 @@
+"""Files of variants: what is read of them, what is refused by file and line, and what comes of it in a folder."""
+
+import csv
+import gzip
+import json
+import os
+
+import numpy as np
+import pytest
+
+from megatron.data.corpus.vocab import Vocab
+from megatron.errors import ConfigError, DataError, ResidueError, UserError
+from megatron.infer.variants.assays import files_of, read_assay
+from megatron.infer.variants.averages import averaged
+from megatron.infer.variants.mutants import Substitution, letters_of, parse_mutant
+from megatron.infer.variants.record import Record
+from megatron.infer.variants.substitutions_picture import GROUPS, draw_substitutions
+from megatron.infer.variants.wild_types import read_wild_types
+from megatron.log import Log
+from megatron.parallel.mesh import Mesh
+from tests.unit.test_pretrained import saved
+from tools.score_variants import parser, score, tables
+
+WILD = "MKTAYIAKQR"
+VOCAB = Vocab.from_file()
+ASSAY = """mutant,mutated_sequence,DMS_score,note
+M1A,AKTAYIAKQR,0.5,"one, two"
+K2W:A7C,MWTAYICKQR,,
+R10E,MKTAYIAKQE,-1.5,x
+M1A,AKTAYIAKQR,0.25,again
+"""
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def read(path, **given):
+    wild_types = read_wild_types(given.get("sequence"), given.get("fasta"), given.get("reference"), VOCAB)
+    return read_assay("A", path, wild_types, letters_of(VOCAB))
+
+
+def test_mutants_are_read_as_proteingym_writes_them():
+    assert parse_mutant("A1P:D12N") == (Substitution(0, "A", "P"), Substitution(11, "D", "N"))
+    assert parse_mutant(" a24p ", offset=24) == (Substitution(0, "A", "P"),)
+
+
+def test_the_wild_type_is_worked_out_where_it_is_not_given(tmp_path):
+    assay = read(write(tmp_path / "A.csv", ASSAY))
+    assert assay.wild_type == WILD
+    assert assay.mutants[1] == (Substitution(1, "K", "W"), Substitution(6, "A", "C"))
+    np.testing.assert_array_equal(assay.measured, [0.5, np.nan, -1.5, 0.25])
+
+
+def test_the_wild_type_of_a_reference_or_a_fasta_is_taken_by_the_name_of_the_file(tmp_path):
+    path = write(tmp_path / "A.csv", "mutant\nM1A\n")
+    reference = write(tmp_path / "ref.csv", "DMS_id,DMS_filename,target_seq,UniProt_ID,coarse_selection_type\n"
+                      f"B,B.csv,AAA,P1,Binding\nA1,A.csv,{WILD},P2,Stability\n")
+    assay = read(path, reference=reference)
+    assert (assay.wild_type, assay.said) == (WILD, {"uniprot": "P2", "category": "Stability"})
+    fasta = write(tmp_path / "all.fasta", ">B other\nAAA\n>A some words\nmktay\niakqr*\n")
+    assert read(path, fasta=str(fasta)).wild_type == WILD
+    one = write(tmp_path / "one.fasta", f">whatever\n{WILD}\n")
+    assert read(path, fasta=str(one)).wild_type == read(path, sequence=WILD.lower()).wild_type == WILD
+
+
+def test_a_list_is_any_other_file_and_both_may_be_packed(tmp_path):
+    path = write(tmp_path / "A.txt", "M1A\n\n K2W:A7C\n")
+    assert len(read(path, sequence=WILD).mutants) == 2
+    packed = tmp_path / "B.csv.gz"
+    packed.write_bytes(gzip.compress(("\ufeff" + ASSAY.replace("\n", "\r\n")).encode()))
+    assert read(packed).wild_type == WILD
+    assert list(files_of([path, packed], None)) == ["A", "B"]
+
+
+def test_a_folder_stands_for_its_csvs_but_the_reference(tmp_path):
+    for name in ("b.csv", "a.csv", "ref.csv", "notes.md"):
+        write(tmp_path / name, ASSAY)
+    assert list(files_of([tmp_path], tmp_path / "ref.csv")) == ["a", "b"]
+    with pytest.raises(DataError, match="is called a, too"):
+        files_of([tmp_path, tmp_path / "a.csv"], None)
+
+
+@pytest.mark.parametrize(("text", "what"), [
+    ("", "A.csv: is empty"),
+    ("\n \n", "A.csv: is empty"),
+    ("mutant,DMS_score\n", "A.csv: holds no variant"),
+    ("variant,DMS_score\nM1A,1\n", "A.csv: line 1: there is no column 'mutant' among variant, DMS_score"),
+    ("mutant,DMS_score\nM1A,1\nK2W\n", "A.csv: line 3: has 1 fields, and the header 2"),
+    ("mutant\nM1A\nR11A\n", "A.csv: line 3: R11A: the protein has the residues 1 to 10; --offset"),
+    ("mutant\nM0A\n", "A.csv: line 2: M0A: the protein has the residues 1 to 10"),
+    ("mutant\nM1A\nK2W:C7A\n", "A.csv: line 3: C7A: residue 7 of the protein is A"),
+    ("mutant\nM1A\nM1\n", "A.csv: line 3: mutant 'M1' is not of the form A1P"),
+    ("mutant\nM1*\n", "A.csv: line 2: mutant 'M1\\*' is not of the form"),
+    ("mutant\nM1A:M1C\n", "A.csv: line 2: mutant 'M1A:M1C' substitutes one residue twice"),
+    ("mutant\nM1J\n", "A.csv: line 2: M1J: J is not in the model's vocabulary"),
+    ("mutant,mutated_sequence\nM1A,AKTAYIAKQR\nM1C,CKTAYIWKQR\n",
+     "A.csv: line 3: mutated_sequence is not what mutant M1C makes of the wild type: residue 7 is W, and should be A"),
+    ("mutant,mutated_sequence\nM1A,AKTAYIAKQ\n", "A.csv: line 2: mutated_sequence has 9 residues, and the protein 10"),
+    ("mutant,DMS_score\nM1A,high\n", "A.csv: line 2: DMS_score is 'high', which is no number"),
+    ('mutant\n"M1A\n', "A.csv: line 2: is no CSV"),
+])
+def test_a_mistake_in_a_file_is_named_by_its_line(text, what, tmp_path):
+    with pytest.raises(DataError, match=what):
+        read(write(tmp_path / "A.csv", text), sequence=WILD)
+
+
+@pytest.mark.parametrize(("text", "what"), [
+    ("mutant\nM1A\n", "says nothing of the wild type"),
+    ("mutant,mutated_sequence\nM1A,KKTAYIAKQR\n", "line 2: mutated_sequence is not what M1A says: residue 1 is K"),
+    ("mutant,mutated_sequence\nM1A,AKTAY1AKQR\n", "line 2: column 6: '1' is not a residue of the model's vocabulary"),
+    ("mutant,mutated_sequence\nM1A,AKT\nK4A,MKTA\n", "line 3: K4A: the protein has the residues 1 to 3"),
+])
+def test_a_mistake_in_what_the_wild_type_is_worked_out_from_is_named(text, what, tmp_path):
+    with pytest.raises(DataError, match=what):
+        read(write(tmp_path / "A.csv", text))
+
+
+def test_a_mistake_in_a_wild_type_that_is_given_is_named(tmp_path):
+    path = write(tmp_path / "A.csv", ASSAY)
+    with pytest.raises(ResidueError, match="--sequence: column 2: '-' is not a residue"):
+        read(path, sequence="M-K")
+    with pytest.raises(DataError, match=r"p.fasta: x: residue 3 is not in the model's vocabulary"):
+        read(path, fasta=str(write(tmp_path / "p.fasta", ">x\nMKJ\n")))
+    with pytest.raises(DataError, match="two proteins are called x"):
+        read(path, fasta=str(write(tmp_path / "p.fasta", ">x\nMK\n>x\nMK\n")))
+    with pytest.raises(DataError, match="none of the 2 proteins of --fasta is called A"):
+        read(path, fasta=str(write(tmp_path / "p.fasta", ">x\nMK\n>y\nMK\n")))
+    with pytest.raises(DataError, match="ref.csv has no line whose DMS_id is A"):
+        read(path, reference=write(tmp_path / "ref.csv", "DMS_id,target_seq\nB,MK\n"))
+    with pytest.raises(DataError, match="ref.csv: line 1: there is no column 'target_seq'"):
+        read(path, reference=write(tmp_path / "ref.csv", "DMS_id\nB\n"))
+
+
+def facts(spearman, uniprot, category):
+    return {"spearman": spearman, "uniprot": uniprot, "category": category}
+
+
+def test_averages_are_over_proteins_then_functions():
+    found = averaged([facts(0.1, "P1", "Activity"), facts(0.5, "P1", "Activity"), facts(0.6, "P2", "Activity"),
+                      facts(0.9, "P1", "Stability"), facts(None, "P3", "Stability"), facts(0.9, "", "")])
+    activity = ((0.1 + 0.5) / 2 + 0.6) / 2
+    assert found["categories"] == {"Activity": {"spearman": pytest.approx(activity), "proteins": 2},
+                                   "Stability": {"spearman": pytest.approx(0.9), "proteins": 1}}
+    assert found["spearman"] == pytest.approx((activity + 0.9) / 2)
+    # Of two proteins drawn twice the mean has a variance of half theirs, and half of it goes into the average.
+    assert found["standard_error"] == pytest.approx((0.6 - 0.3) / 2 / 2**0.5 / 2, rel=0.03)
+    assert averaged([facts(0.9, "", "")]) == {}
+
+
+def test_the_table_says_what_the_summary_does():
+    assays = {"A": facts(0.25, "P1", "Binding") | {"variants": 1234, "sites": 9, "interval": [0.125, 0.375]},
+              "B": facts(None, "", "") | {"variants": 1, "sites": 1, "interval": None}}
+    assert tables(assays, averaged(list(assays.values()))).splitlines() == [
+        "assay  variants  sites  Spearman    95% interval",
+        "A         1,234      9     0.250  0.125 to 0.375",
+        "B             1      1",
+        "",
+        "function  proteins  Spearman  standard error",
+        "Binding          1     0.250",
+        "average                0.250         ± 0.000"]
+
+
+def run(*flags):
+    score(parser().parse_args([str(flag) for flag in flags]), Mesh(), Log())
+
+
+def test_scores_stand_behind_what_was_read_and_a_file_that_is_done_is_not_done_again(tmp_path, capsys):
+    model, out = saved(tmp_path / "run"), tmp_path / "out"
+    first, second = write(tmp_path / "A.csv", ASSAY), write(tmp_path / "B.txt", "M1A\nR10E\n")
+    command = (model, first, second, out, "--sequence", WILD)
+    run(*command)
+    rows = list(csv.reader((out / "A.csv").open()))
+    assert [row[:-1] for row in rows] == list(csv.reader(ASSAY.splitlines()))
+    assert rows[0][-1] == "score" and rows[1][-1] == rows[4][-1]
+    listed = list(csv.DictReader((out / "B.csv").open()))
+    assert [float(row["score"]) for row in listed] == pytest.approx([float(rows[at][-1]) for at in (1, 3)], abs=1e-5)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["assays"]["A"]["variants"] == 4 and abs(summary["assays"]["A"]["spearman"]) <= 1
+    assert summary["assays"]["B"]["spearman"] is None
+    assert "A: 4 variants at 4 sites, Spearman" in capsys.readouterr().out
+
+    before = os.stat(out / "A.csv").st_mtime_ns
+    (out / "B.csv").unlink()  # as if it had been killed before
+    run(*command)
+    assert os.stat(out / "A.csv").st_mtime_ns == before and (out / "B.csv").exists()
+    assert "1 of 2 files are done already" in capsys.readouterr().out
+    write(first, ASSAY.replace("R10E,MKTAYIAKQE", "R10D,MKTAYIAKQD"))
+    run(*command)
+    assert "R10D" in (out / "A.csv").read_text()
+
+
+def test_a_run_that_is_stopped_loses_the_file_that_it_was_at_alone(tmp_path, monkeypatch, capsys):
+    files = [write(tmp_path / f"{name}.txt", "M1A\n") for name in "ABC"]
+    command = (saved(tmp_path / "run"), *files, tmp_path / "out", "--sequence", WILD)
+    told = Record.tell
+
+    def stopped(record, kind, name, facts):
+        if name == "B":  # its scores are written, and nothing tells of them yet
+            raise KeyboardInterrupt
+        told(record, kind, name, facts)
+
+    monkeypatch.setattr(Record, "tell", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(*command)
+    monkeypatch.setattr(Record, "tell", told)
+    capsys.readouterr()
+    run(*command)
+    said = capsys.readouterr().out
+    assert "1 of 3 files are done already" in said and "B: 1 variants" in said and "A: 1 variants" not in said
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["A.csv", "B.csv", "C.csv", "summary.json"]
+
+
+def test_what_a_reference_says_later_counts_without_scoring_again(tmp_path):
+    command = (saved(tmp_path / "run"), write(tmp_path / "A.csv", ASSAY), tmp_path / "out")
+    run(*command)
+    before = (tmp_path / "out" / "A.csv").stat().st_mtime_ns
+    run(*command, "--reference", write(tmp_path / "ref.csv", "DMS_id,target_seq,UniProt_ID,coarse_selection_type\n"
+                                       f"A,{WILD},P1,Binding\n"))
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["average"]["spearman"] == summary["assays"]["A"]["spearman"]
+    assert (tmp_path / "out" / "A.csv").stat().st_mtime_ns == before
+
+
+def test_heat_maps_of_the_proteins_of_a_file_are_drawn_once(tmp_path, capsys):
+    proteins = write(tmp_path / "p.fasta", f">a/b words\n{WILD}\n>c\nMKV\n")
+    command = (saved(tmp_path / "run"), proteins, tmp_path / "out", "--heatmap", "--offset", "5")
+    run(*command)
+    run(*command)
+    assert capsys.readouterr().out.count("is done already") == 2
+    assert (tmp_path / "out" / "a_b.substitutions.png").read_bytes().startswith(b"\x89PNG")
+    lines = (tmp_path / "out" / "a_b.substitutions.csv").read_text().splitlines()
+    assert len(lines) == 1 + len(WILD) and lines[-1].startswith("14,R,")
+
+
+@pytest.mark.parametrize(("flags", "what"), [
+    (("--heatmap", "--scoring", "pseudo-ppl"), "--scoring pseudo-ppl; give masked-marginals"),
+    (("--heatmap", "--sequence", "MK"), "--sequence is for files of variants"),
+    (("--sequence", "MK", "--fasta", "x"), "both give the wild type"),
+    (("--window", "64"), "--window is 64; it must be 1 or greater, and at most 63"),
+    (("--score-column", "note"), "A.csv: line 1: has a column 'note' already"),
+])
+def test_flags_that_cannot_be_honoured_are_refused(flags, what, tmp_path):
+    path = write(tmp_path / "A.csv", ASSAY)
+    with pytest.raises(UserError, match=what):
+        run(saved(tmp_path / "run"), path, tmp_path / "out", *flags)
+    assert not list((tmp_path / "out").glob("*.csv"))
+
+
+def test_inputs_are_not_written_over_and_must_be_there(tmp_path):
+    path, model = write(tmp_path / "A.csv", ASSAY), saved(tmp_path / "run")
+    with pytest.raises(DataError, match="A.csv itself lies there; give another folder"):
+        run(model, path, tmp_path)
+    with pytest.raises(DataError, match="none.csv: no such file"):
+        run(model, path, tmp_path / "none.csv", tmp_path / "out")
+    (tmp_path / "out" / "summary.json").write_text("{}")
+    with pytest.raises(DataError, match="summary.json: is no summary of scores"):
+        run(model, path, tmp_path / "out")
+
+
+def test_a_folder_of_other_scores_is_refused(tmp_path):
+    command = (saved(tmp_path / "run"), write(tmp_path / "A.csv", ASSAY), tmp_path / "out")
+    run(*command)
+    with pytest.raises(ConfigError, match="are of scoring masked-marginals, and wt-marginals is asked for"):
+        run(*command, "--scoring", "wt-marginals")
+
+
+def test_every_amino_acid_has_a_line_of_its_own_in_the_picture(tmp_path):
+    assert sorted("".join(GROUPS.values())) == sorted("ACDEFGHIKLMNPQRSTVWY")
+    protein = "ACDEFGHIKLMNPQRSTVWYX" * 5  # two lines
+    draw_substitutions(protein, np.random.default_rng(0).normal(size=(105, 20)), 1, "title", tmp_path / "map.png")
+    assert (tmp_path / "map.png").stat().st_size > 10_000

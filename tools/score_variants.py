@@ -1,0 +1,116 @@
+"""Scores variants of proteins: `python tools/score_variants.py CHECKPOINT INPUT [INPUT ...] FOLDER [--scoring …]`.
+
+CHECKPOINT is whatever --load of pretrain_tape.py takes. INPUT are ProteinGym's CSVs (mutant such as A1P:D2N,
+mutated_sequence, DMS_score), folders of them, and lists, one mutant a line. FOLDER gets each as a CSV with a column of
+scores, higher where a variant is likelier to work, and a summary. With --heatmap INPUT are proteins, all of whose
+substitutions are scored and drawn. Run again after a kill, it goes on with the files that are left. Under torchrun the
+ranks share the work out. docs/variants.md tells more.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron.config.command_line import OneLineParser  # noqa: E402
+from megatron.errors import ConfigError  # noqa: E402
+from megatron.infer.door import add_model_flags, enter  # noqa: E402
+from megatron.infer.pretrained import Pretrained, load  # noqa: E402
+from megatron.infer.spearman import CONFIDENCE  # noqa: E402
+from megatron.infer.variants.assays import files_of  # noqa: E402
+from megatron.infer.variants.record import SUMMARY, Record  # noqa: E402
+from megatron.infer.variants.run import Way, draw_proteins, score_files  # noqa: E402
+from megatron.infer.variants.scores import MARGINALS, MASKED, SCORINGS  # noqa: E402
+from megatron.infer.variants.wild_types import read_proteins, read_wild_types  # noqa: E402
+from megatron.infer.variants.windows import longest_window  # noqa: E402
+from megatron.log import Log  # noqa: E402
+from megatron.parallel.mesh import Mesh  # noqa: E402
+from megatron.study.table import table  # noqa: E402
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    flags = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    flags.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder, or a checkpoint of another program")
+    flags.add_argument("input", nargs="+", type=Path, metavar="INPUT", help="variants: a .csv, a folder of them, or, "
+                       "with any other ending, a list of mutants; with --heatmap proteins, FASTA above all")
+    flags.add_argument("output", type=Path, metavar="FOLDER", help="where the scores go")
+    flags.add_argument("--heatmap", action="store_true", help="score all substitutions of each protein of INPUT, as "
+                       "CSV and PNG")
+    flags.add_argument("--reference", type=Path, metavar="FILE", help="ProteinGym's reference CSV: target_seq by "
+                       "DMS_id, UniProt_ID and coarse_selection_type, by which averages are taken")
+    flags.add_argument("--sequence", metavar="LETTERS", help="the wild type of all files")
+    flags.add_argument("--fasta", metavar="FILE", help="the wild type of all files, or one for each, called like it "
+                       "(default: from --reference, else from mutant and mutated_sequence)")
+    flags.add_argument("--offset", type=int, default=1, metavar="N", help="the number of the wild type's first residue "
+                       "(default: 1)")
+    flags.add_argument("--scoring", choices=SCORINGS, default=MASKED, help="sums over the substituted sites of "
+                       "log p(mutant) - log p(wild type), each masked in turn, or nothing masked; or the sum over all "
+                       f"residues of the mutated protein of their log p, each masked in turn (default: {MASKED})")
+    flags.add_argument("--window", type=int, metavar="N", help="residues around a site that the model sees of longer "
+                       "proteins (default: as many as it has positions; whole proteins where these are rotary)")
+    flags.add_argument("--score-column", default="score", metavar="NAME", help="what the scores' column is called "
+                       "(default: score)")
+    add_model_flags(flags)
+    return flags
+
+
+def score(given: argparse.Namespace, mesh: Mesh, log: Log) -> None:
+    """Do what is asked for; raises a UserError for what cannot be scored."""
+    if given.heatmap:
+        check_heatmap(given)
+    files = {} if given.heatmap else files_of(given.input, given.reference)
+    pretrained = load(given.checkpoint, mesh, log, given.precision)
+    way = Way(given.scoring, longest_window(pretrained, given.window), given.offset, given.score_column,
+              given.tokens_per_row)
+    given.output.mkdir(parents=True, exist_ok=True)
+    record = Record(given.output, settings_of(given, pretrained, way))
+    if given.heatmap:
+        draw_proteins(pretrained, read_proteins([*map(str, given.input)], pretrained.vocab), way, record, log)
+        return
+    wild_types = read_wild_types(given.sequence, given.fasta, given.reference, pretrained.vocab)
+    score_files(pretrained, files, wild_types, way, record, log)
+    log.line(f"\n{tables(record.assays(), record.average())}\n\nscores and {SUMMARY}: {given.output}")
+
+
+def check_heatmap(given: argparse.Namespace) -> None:
+    """Raises ConfigError for flags that do not go with --heatmap."""
+    if given.scoring not in MARGINALS:
+        raise ConfigError(f"--heatmap cannot be drawn by --scoring {given.scoring}; give {' or '.join(MARGINALS)}")
+    for name in ("sequence", "fasta", "reference"):
+        if getattr(given, name) is not None:
+            raise ConfigError(f"--{name} is for files of variants, and with --heatmap INPUT are the proteins; leave it "
+                              "out")
+
+
+def settings_of(given: argparse.Namespace, pretrained: Pretrained, way: Way) -> dict[str, Any]:
+    """What scores depend on besides the variants, as the summary tells it."""
+    return {"checkpoint": str(Path(given.checkpoint).resolve()), "iteration": pretrained.iteration,
+            "scoring": way.scoring, "window": way.longest, "offset": way.offset, "score column": way.column,
+            "precision": given.precision, "softmax": "over all tokens of the vocabulary"}
+
+
+def tables(assays: Mapping[str, Mapping[str, Any]], average: Mapping[str, Any]) -> str:
+    """The assays, one a line, and, if there is one, what `averaged` gives."""
+    rows = [[name, f"{facts['variants']:,}", f"{facts['sites']:,}", *_correlation(facts)]
+            for name, facts in assays.items()]
+    text = table(["assay", "variants", "sites", "Spearman", f"{CONFIDENCE:.0%} interval"], rows)
+    if not average:
+        return text
+    rows = [[category, f"{facts['proteins']:,}", f"{facts['spearman']:.3f}", ""]
+            for category, facts in average["categories"].items()]
+    rows.append(["average", "", f"{average['spearman']:.3f}", f"± {average['standard_error']:.3f}"])
+    return f"{text}\n\n{table(['function', 'proteins', 'Spearman', 'standard error'], rows)}"
+
+
+def _correlation(facts: Mapping[str, Any]) -> list[str]:
+    if facts["spearman"] is None:
+        return ["", ""]
+    return [f"{facts['spearman']:.3f}", "{:.3f} to {:.3f}".format(*facts["interval"])]
+
+
+if __name__ == "__main__":
+    enter(parser(), score)
