@@ -1,0 +1,1 @@
+"""Pretrained models fitted to tasks."""
