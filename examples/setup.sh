@@ -37,7 +37,7 @@ from importlib.util import find_spec
 needed = ["torch", "numpy", "safetensors", "tensorboard", "tqdm", "matplotlib"]
 if sys.argv[1] == "tests":
     needed += ["pytest", "pytest_timeout", "xdist", "hypothesis", "ruff", "mypy", "pybind11", "setuptools", "orjson",
-               "isal", "nltk", "lmdb", "pyarrow", "zstandard", "transformers", "triton"]
+               "isal", "nltk", "lmdb", "pyarrow", "zstandard", "transformers", "peft", "triton"]
     if sys.platform != "linux":
         needed.remove("triton")
 complete = all(find_spec(name) for name in needed)

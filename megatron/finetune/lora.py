@@ -8,12 +8,13 @@ A model is adapted as it is built, a pipeline stage like the whole, on `meta` or
 copies of its weights are made.
 """
 
+import itertools
 from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
-from torch import nn
 
+from megatron.config import ModelConfig
 from megatron.config.lora import LORA_TARGETS, LoraConfig
 from megatron.errors import ConfigError
 from megatron.kernels.dropout import Use
@@ -26,7 +27,6 @@ T = TypeVar("T")
 PARTS: Mapping[str, tuple[str, ...]] = {
     "attention.query_key_value": ("query", "key", "value"), "attention.dense": ("dense",), "mlp.gate": ("gate",),
     "mlp.dense_h_to_4h": ("dense_h_to_4h",), "mlp.dense_4h_to_h": ("dense_4h_to_h",)}
-_USES = {name: Use[f"ADAPTED_{name.upper()}"] for name in LORA_TARGETS}
 _MARK = ".adapters."
 
 
@@ -37,20 +37,25 @@ def adapt(model: ProteinModel, config: LoraConfig) -> None:
     device and ranks as their layer. Raises ConfigError where the model lacks a target.
     """
     assert config.lora_rank is not None, "who adapts says the rank"
-    model.requires_grad_(False)
     targets = frozenset(config.lora_targets)
-    for block in model.blocks():
-        layers = {path: layer for path in PARTS if (layer := _layer(block, path)) is not None}
-        if missing := targets - {part for path in layers for part in PARTS[path]}:
-            raise ConfigError(f"--lora-targets has {min(missing)}, a layer that this model has not, for it is without "
-                              "--swiglu; leave it out")
-        for path, layer in layers.items():
-            if targets & {*PARTS[path]}:
-                with torch.device(layer.weight.device):
-                    adapters = Adapters(layer, {part: _USES[part] for part in PARTS[path]}, targets, config.lora_rank,
-                                        config.scale, config.lora_dropout)
-                layer.adapters = adapters.train(layer.training)
-                adapters.hook = block.register_forward_pre_hook(adapters.take_seed) if config.lora_dropout else None
+    if missing := targets - {*possible_targets(model.config)}:
+        raise ConfigError(f"--lora-targets has {min(missing)}, which goes with --swiglu, and the model is without; "
+                          "leave it out")
+    model.requires_grad_(False)
+    for block, path in itertools.product(model.blocks(), PARTS):
+        if targets & {*PARTS[path]}:
+            layer = block.get_submodule(path)
+            assert isinstance(layer, SplitLinear)
+            with torch.device(layer.weight.device):
+                adapters = Adapters(layer, {part: Use[f"ADAPTED_{part.upper()}"] for part in PARTS[path]}, targets,
+                                    config.lora_rank, config.scale, config.lora_dropout)
+            layer.adapters = adapters.train(layer.training)
+            adapters.hook = block.register_forward_pre_hook(adapters.take_seed) if config.lora_dropout else None
+
+
+def possible_targets(config: ModelConfig) -> tuple[str, ...]:
+    """The layers of such a model that may have adapters."""
+    return tuple(target for target in LORA_TARGETS if target != "gate" or config.swiglu)
 
 
 def adapters_in(tensors: Mapping[str, T]) -> dict[str, T]:
@@ -70,8 +75,3 @@ def merge(model: ProteinModel) -> None:
             if layer.adapters.hook is not None:
                 layer.adapters.hook.remove()
             layer.adapters = None
-
-
-def _layer(block: nn.Module, path: str) -> SplitLinear | None:
-    parent, _, name = path.rpartition(".")
-    return getattr(block.get_submodule(parent), name, None)

@@ -32,13 +32,13 @@ from tests.wholes import wholes
 
 LORA = LoraConfig(lora_rank=3, lora_dropout=0.3)
 KINDS = {
-    "esm2": (FAMILIES["esm2"], replace(LORA, lora_targets=("query", "value", "dense", "dense_4h_to_h"))),
-    "recipe": (FAMILIES["recipe"], replace(LORA, lora_targets=LORA_TARGETS)),
-    "recomputed": (replace(FAMILIES["esm2"], checkpoint_activations=True), replace(LORA, lora_targets=("key",)))}
-ON_TWO = {name: LAYOUTS[name] for name in ("data", "overlapped", "gradients", "pipeline", "zero-bubble", "interleaved",
-                                           "context", "tensor", "sequence")} | {
-    kind: ParallelConfig(data_parallel_sharding=kind) for kind in ("optimizer", "parameters")}
-FOUR = {name: ON_FOUR[name] for name in ("pipeline, sequence, zero-bubble", "sequence, sharded", "context, tensor")}
+    "esm2, recomputed": (replace(FAMILIES["esm2"], checkpoint_activations=True),
+                         replace(LORA, lora_targets=("query", "value", "dense", "dense_4h_to_h"))),
+    "recipe": (FAMILIES["recipe"], replace(LORA, lora_targets=LORA_TARGETS))}
+ON_TWO = {name: LAYOUTS[name] for name in ("data", "overlapped", "zero-bubble", "interleaved", "context", "tensor",
+                                           "sequence")} | {
+    kind: ParallelConfig(data_parallel_sharding=kind) for kind in ("optimizer", "gradients", "parameters")}
+FOUR = {name: ON_FOUR[name] for name in ("pipeline, sequence, zero-bubble", "sequence, sharded")}
 RATE = 0.01
 
 
