@@ -231,16 +231,17 @@ def _in_fp8(x_ui: Tensor, layers: Sequence[ColumnParallelLinear | RowParallelLin
 class _Linear(torch.autograd.Function):
     """Of each layer: weight, weight in the input's dtype, bias, perhaps the bias in some dtype.
 
-    Only this rank's tokens are kept, and with sequence parallelism gathered again in the backward pass. There each
-    collective runs while a matrix product does that does not need it. The weight is not among the saved tensors, for
-    which torch.utils.checkpoint gives back others, not the leaf to which a gradient is to be added.
+    Only this rank's tokens are kept, none where all weights are frozen, and with sequence parallelism gathered again in
+    the backward pass. There each collective runs while a matrix product does that does not need it. The weight is not
+    among the saved tensors, for which torch.utils.checkpoint gives back others, not the leaf to which a gradient is to
+    be added.
     """
 
     @staticmethod
     def forward(ctx: Any, x_ui: Tensor, stream: Stream, deferral: WeightGradients | None,
                 *operands: Any) -> tuple[Tensor, ...]:
         weights, matrices, biases, vectors = (operands[place::4] for place in range(4))
-        ctx.save_for_backward(x_ui, *matrices)
+        ctx.save_for_backward(x_ui if any(ctx.needs_input_grad[3::4]) else None, *matrices)
         ctx.weights, ctx.stream, ctx.deferral = weights, stream, deferral
         ctx.bias_dtypes = [None if bias_o is None else bias_o.dtype for bias_o in biases]
         x_ti = stream.start_enter(x_ui).wait()
@@ -252,11 +253,11 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads_to: Tensor) -> tuple[Tensor | None, ...]:
         x_ui, *matrices = ctx.saved_tensors
-        gathering = ctx.stream.start_enter(x_ui)
+        gathering = None if x_ui is None else ctx.stream.start_enter(x_ui)
         grad_ti = grads_to[0] @ matrices[0]
         for grad_to, matrix_oi in zip(grads_to[1:], matrices[1:], strict=True):
             grad_ti = torch.addmm(grad_ti, grad_to, matrix_oi)
-        x_ti = gathering.wait()
+        x_ti = x_ui if gathering is None else gathering.wait()
         summing = ctx.stream.start_leave(grad_ti)
         grads: list[Tensor | None] = []
         for place, (weight_oi, grad_to) in enumerate(zip(ctx.weights, grads_to, strict=True)):
