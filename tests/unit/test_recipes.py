@@ -11,8 +11,8 @@ from megatron.config.command_line import parse
 
 def test_every_arm_and_size_is_a_run_that_the_program_takes():
     arms = [(recipes.SIZES["4x128"], *arm) for arm in recipes.ARMS.values()]
-    for size, flags, batch in [*arms, *((size, *recipes.ARMS["all"]) for size in recipes.SIZES.values())]:
-        config, _ = parse([*shlex.split(f"{recipes.COMMON} {size} {flags}"), "--global-batch-size", str(batch),
+    for size, flags, batch in [*arms, *((size, *recipes.ARMS["recipe"]) for size in recipes.SIZES.values())]:
+        config, _ = parse(["--global-batch-size", str(batch), *shlex.split(f"{recipes.COMMON} {size} {flags}"),
                            "--train-iters", "1"])
         assert config.training.eval_iters == 0  # all of the validation split
 
@@ -33,10 +33,10 @@ def test_what_was_trained_is_not_trained_again_and_what_is_missing_is(monkeypatc
 
     monkeypatch.setattr(recipes, "RESULTS", tmp_path / "recipes.jsonl")
     monkeypatch.setattr(recipes, "trained", run)
-    monkeypatch.setattr(sys, "argv", ["recipes.py", "PREFIX", "--seeds", "1", "2", "3", "--arms", "muon", "all"])
+    monkeypatch.setattr(sys, "argv", ["recipes.py", "PREFIX", "--seeds", "1", "2", "3", "--arms", "muon", "recipe"])
     with pytest.raises(KeyboardInterrupt):
         recipes.main()
     recipes.main()
-    assert trained == [("muon", 1), ("all", 1), ("muon", 2), ("muon", 2), ("all", 2), ("muon", 3), ("all", 3)]
+    assert trained == [("muon", 1), ("recipe", 1), ("muon", 2), ("muon", 2), ("recipe", 2), ("muon", 3), ("recipe", 3)]
     assert capsys.readouterr().out.splitlines()[-2:] == [
-        "| 4x128 | 1,400 | all | 4.0000 ± 1.0000 | 3 |", "| 4x128 | 1,400 | muon | 5.0000 ± 1.0000 | 3 |"]
+        "| 4x128 | 1,400 | recipe | 4.0000 ± 1.0000 | 3 |", "| 4x128 | 1,400 | muon | 5.0000 ± 1.0000 | 3 |"]
