@@ -31,7 +31,7 @@ def extensions() -> list[Extension]:
             Pybind11Extension("megatron.kernels.pointwise._pointwise", ["megatron/kernels/pointwise/pointwise.cpp"],
                               cxx_std=17, extra_link_args=threads, optional=True,
                               depends=[f"megatron/kernels/pointwise/{name}.h"
-                                       for name in ("convolution", "numbers", "residual_norm")],
+                                       for name in ("convolution", "heads", "numbers", "residual_norm")],
                               extra_compile_args=["-O3", "-ffp-contract=fast", "-fno-math-errno",
                                                   "-fno-trapping-math", "-Wno-unknown-pragmas", *threads]),
             Pybind11Extension("megatron.kernels.attention._packed_attention",

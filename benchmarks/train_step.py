@@ -9,6 +9,7 @@ The cases alternate.
 
 import argparse
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -113,12 +114,12 @@ def row_beside_bert(case: tuple[int, int, str], micro_batches: int, repeats: int
             speed(times[1], micro_batches) if theirs is not None else "not installed"]
 
 
-def row_beside_checkout(case: tuple[int, int, str], micro_batches: int, repeats: int, other: Path) -> list[str]:
-    """The cells of one case: both speeds, how much faster this one is, and how far the losses are apart."""
+def row_beside_checkout(flags: Sequence[str], micro_batches: int, repeats: int, other: Path) -> list[str]:
+    """The cells of a case: both speeds, how much faster this one is, and how far the losses are apart."""
     times: list[list[float]] = [[], []]
     losses: list[list[float]] = [[], []]
-    with (step_in_a_process(ROOT, micro_batches, flags_of(*case)) as ours,
-          step_in_a_process(other, micro_batches, flags_of(*case)) as theirs):
+    with (step_in_a_process(ROOT, micro_batches, flags) as ours,
+          step_in_a_process(other, micro_batches, flags) as theirs):
         for number in range(WARM_UP + repeats):
             for which in (0, 1) if number % 2 else (1, 0):
                 elapsed_s, loss = (ours, theirs)[which]()
@@ -179,7 +180,10 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, nargs="+", choices=(256, 1024), default=[256, 1024])
     parser.add_argument("--large", action="store_true", help="the published 16 x 1024 model as well")
     parser.add_argument("--beside", type=Path, help="another checkout of the project, back to the first edition's")
+    parser.add_argument("--flags", help="with --beside: the program's, of the one case that is then timed")
     arguments = parser.parse_args()
+    if arguments.flags is not None and not arguments.beside:
+        parser.error("give --beside CHECKOUT with --flags")
     print(f"{processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
           f"{arguments.micro_batches} micro-batches a step\n")
     columns = ["residues/s (quartiles)", "model TFLOP/s", "of a bare chain of its products",
@@ -188,10 +192,16 @@ def main() -> None:
         columns = ["residues/s (quartiles)", f"{arguments.beside.name}: residues/s", "speed, ratio of medians",
                    "of pairs (quartiles)", "losses apart"]
     print(f"| layers x hidden | precision | {' | '.join(columns)} |\n{'| --- ' * (len(columns) + 2)}|", flush=True)
+    if arguments.flags is not None:
+        cells = row_beside_checkout(shlex.split(arguments.flags), arguments.micro_batches, arguments.repeats,
+                                    arguments.beside.resolve())
+        print(f"| {arguments.flags} | | {' | '.join(cells)} |")
+        return
     for layers, hidden in [*((4, hidden) for hidden in arguments.hidden), *([(16, 1024)] if arguments.large else [])]:
         for precision in ("", "--bf16"):
             case = layers, hidden, precision
-            cells = (row_beside_checkout(case, arguments.micro_batches, arguments.repeats, arguments.beside.resolve())
+            cells = (row_beside_checkout(flags_of(*case), arguments.micro_batches, arguments.repeats,
+                                         arguments.beside.resolve())
                      if arguments.beside else row_beside_bert(case, arguments.micro_batches, arguments.repeats))
             print(f"| {layers} x {hidden} | {precision.strip('-') or 'fp32'} | {' | '.join(cells)} |", flush=True)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.kernels.pointwise.compiled import takes_compiled, turn
+from megatron.kernels.pointwise.compiled import prepare_heads, takes_compiled
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -73,7 +73,7 @@ class _Rotate(torch.autograd.Function):
 
 def _turned(qkv_tgcd: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     if takes_compiled(qkv_tgcd):
-        return turn(qkv_tgcd, cos, sin, sign)
+        return prepare_heads(qkv_tgcd, None, None, cos, sin, 0.0, False, sign)
     wide, half = qkv_tgcd.float(), cos.shape[-1]
     out = torch.empty_like(wide, memory_format=torch.contiguous_format)
     out[:, :, -1] = wide[:, :, -1]

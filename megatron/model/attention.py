@@ -122,5 +122,6 @@ class ShortConvolution(nn.Module):
     def forward(self, x_tf: Tensor, sequence: PackedSequence) -> Tensor:
         """The same shape."""
         around_tf, positions = (with_neighbours(each, self.halo, self.context) for each in (x_tf, sequence.positions_t))
-        num_before = (len(around_tf) - len(x_tf)) // 2
-        return convolved(around_tf, positions, self.weight).narrow(0, num_before, len(x_tf))
+        out_tf, num_before = convolved(around_tf, positions, self.weight), (len(around_tf) - len(x_tf)) // 2
+        # Backward a view costs a tensor of zeros and a copy.
+        return out_tf.narrow(0, num_before, len(x_tf)) if num_before else out_tf

@@ -21,6 +21,7 @@ from megatron.parallel.pipeline.run import Pipeline
 from megatron.parallel.tensor.amax_history import AmaxHistory
 from megatron.parallel.tensor.copies import ComputeCopies
 from megatron.parallel.tensor.stream import Stream
+from megatron.train.freed_memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ def build_engine(config: Config, mesh: Mesh, padded_vocab_size: int, fill: Fill 
     Before that nothing has any: no rank holds more than its own part, and of what it fills it with one tensor.
     `is_frozen` says of a parameter's name whether it is not trained; `mask_id` is that of [MASK].
     """
+    if mesh.device.type == "cpu":
+        keep_freed_memory()
     with torch.device("meta"):
         stages = build_stages(config, mesh, padded_vocab_size, mask_id)
     for name, parameter in (named for stage in stages for named in stage.named_parameters()):

@@ -5,7 +5,8 @@ import torch
 
 from megatron.kernels.pointwise import compiled
 from megatron.kernels.pointwise.activation import activated, activated_reference
-from megatron.kernels.rotary import rotate, rotate_reference, rotation_of
+from megatron.kernels.pointwise.heads import HeadScaling, normed_queries_and_keys, prepared_heads
+from megatron.kernels.rotary import Rotation, rotate, rotate_reference, rotation_of
 
 pytestmark = pytest.mark.skipif(not compiled.is_built(), reason="megatron.kernels.pointwise._pointwise is not built")
 KINDS = ["gelu_tanh", "gelu", "squared_relu", "swiglu"]
@@ -80,6 +81,57 @@ def test_heads_are_turned_as_by_definition_and_back(width, turned, dtype):
     torch.testing.assert_close(gradient.float(), expected, atol=1e-6 if dtype == torch.float32 else 0, rtol=4e-3)
 
 
+# Tokens, groups, rows of a group, width, columns turned: widths that have code of their own, and others.
+HEADS = [(1, 1, 3, 8, 8), (5, 2, 3, 9, 4), (300, 3, 4, 32, 32), (257, 2, 3, 64, 32), (300, 1, 5, 20, 0)]
+
+
+def heads_of(shape, dtype):
+    """Projection, scales of queries and keys, rotation, and the gradient of what is made."""
+    torch.manual_seed(0)
+    tokens, groups, rows, width, turned = shape
+    inputs = [torch.randn(*shape[:-1]).to(dtype), torch.randn(groups * (rows - 2) * width), torch.randn(groups * width)]
+    rotation = rotation_of(torch.arange(tokens) % 100, turned, 1e4) if turned else None
+    return [each.requires_grad_() for each in inputs], rotation, torch.randn(shape[:-1]).to(dtype)
+
+
+def plain_heads(inputs, is_rms, rotation, outer):
+    """By PyTorch's functions, with the gradients."""
+    normed = normed_queries_and_keys(inputs[0], HeadScaling(*inputs[1:], 1e-5, is_rms))
+    out = normed if rotation is None else rotate_reference(normed, rotation)
+    return out, *gradients(out, inputs, outer)
+
+
+def prepared_and_gradients(inputs, is_rms, rotation, outer):
+    out = prepared_heads(inputs[0], HeadScaling(*inputs[1:], 1e-5, is_rms), rotation)
+    return out, *gradients(out, inputs, outer)
+
+
+def heads_in_fp64(inputs, is_rms, rotation, outer):
+    exact = rotation and Rotation(rotation.cos.double(), rotation.sin.double())
+    return plain_heads([each.detach().double().requires_grad_() for each in inputs], is_rms, exact, outer.double())
+
+
+@pytest.mark.parametrize("is_rms", [True, False])
+@pytest.mark.parametrize("shape", HEADS, ids=str)
+def test_heads_are_normalised_and_turned_as_in_fp64_with_all_gradients(shape, is_rms):
+    inputs, rotation, outer = heads_of(shape, torch.float32)
+    ours = prepared_and_gradients(inputs, is_rms, rotation, outer)
+    for mine, exact in zip(ours, heads_in_fp64(inputs, is_rms, rotation, outer), strict=True):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine.double(), exact, atol=2e-6 * exact.abs().max().item(), rtol=2e-6)
+    assert torch.equal(ours[0][:, :, -1], inputs[0][:, :, -1]) and torch.equal(ours[1][:, :, -1], outer[:, :, -1])
+
+
+@pytest.mark.parametrize("is_rms", [True, False])
+@pytest.mark.parametrize("shape", HEADS, ids=str)
+def test_errors_of_heads_in_bf16_are_at_most_twice_pytorchs(shape, is_rms):
+    inputs, rotation, outer = heads_of(shape, torch.bfloat16)
+    ours, plains = (made(inputs, is_rms, rotation, outer) for made in (prepared_and_gradients, plain_heads))
+    for mine, plain, exact in zip(ours, plains, heads_in_fp64(inputs, is_rms, rotation, outer), strict=True):
+        assert mine.dtype == plain.dtype
+        assert (mine - exact).norm() <= 2 * (plain - exact).norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sums_over_tokens_are_fp32s(dtype):
     torch.manual_seed(0)
@@ -91,12 +143,14 @@ def test_sums_over_tokens_are_fp32s(dtype):
 def test_the_bits_do_not_depend_on_the_threads():
     torch.manual_seed(0)
     tensors, weights = tensors_of("swiglu", (700, 300), torch.float32, True), torch.randn(700, 300)
+    heads = heads_of((700, 2, 3, 32, 32), torch.float32)
     results, threads = [], torch.get_num_threads()
     for number in (1, 3):
         torch.set_num_threads(number)
         try:
             out = activated("swiglu", tuple(tensors[:2]), tuple(tensors[2:]))
-            results.append((out, *gradients(out, tensors, weights), compiled.sum_tokens(weights)))
+            results.append((out, *gradients(out, tensors, weights), compiled.sum_tokens(weights),
+                            *prepared_and_gradients(heads[0], True, *heads[1:])))
         finally:
             torch.set_num_threads(threads)
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))

@@ -58,13 +58,25 @@ def activate_backward(grad_tf: Tensor, wide_tf: Tensor, bias_f: Tensor | None, g
     return grad_wide_tf, grad_bias_f, grad_gate_tf, grad_gate_bias_f
 
 
-def turn(qkv_tgcd: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    """Queries and keys turned by `sign` times the angles of these cosines and sines, fp32 [t, 1, 1, r/2] each."""
-    qkv_tgcd, cos, sin = qkv_tgcd.contiguous(), cos.contiguous(), sin.contiguous()
+def prepare_heads(qkv_tgcd: Tensor, query_weight: Tensor | None, key_weight: Tensor | None, cos: Tensor | None,
+                  sin: Tensor | None, epsilon: float, has_mean: bool, sign: int) -> Tensor:
+    """Queries and keys normalised where there are scales, then turned by `sign` times the angles of these cosines and
+    sines, fp32 [t, 1, 1, r/2] each, where there are any."""
+    qkv_tgcd = qkv_tgcd.contiguous()
     out_tgcd = torch.empty_like(qkv_tgcd)
-    _helper.turn(_is_bf16(qkv_tgcd), [tensor.data_ptr() for tensor in (qkv_tgcd, cos, sin, out_tgcd)],
-                 tuple(qkv_tgcd.shape), cos.shape[-1], sign, torch.get_num_threads())
+    _prepare_heads([qkv_tgcd, query_weight, key_weight, cos, sin, out_tgcd], epsilon, has_mean, sign)
     return out_tgcd
+
+
+def prepare_heads_backward(grad_tgcd: Tensor, qkv_tgcd: Tensor, query_weight: Tensor, key_weight: Tensor,
+                           cos: Tensor | None, sin: Tensor | None, epsilon: float,
+                           has_mean: bool) -> tuple[Tensor, Tensor]:
+    """The gradients of the projection, and of each row's scale [g, c, d] in fp32, which is 0 for values."""
+    grad_tgcd, qkv_tgcd = grad_tgcd.contiguous(), qkv_tgcd.contiguous()
+    grad_qkv_tgcd, sums_gcd = torch.empty_like(qkv_tgcd), qkv_tgcd.new_empty(qkv_tgcd.shape[1:], dtype=torch.float32)
+    _prepare_heads([qkv_tgcd, query_weight, key_weight, cos, sin, grad_qkv_tgcd, grad_tgcd, sums_gcd], epsilon,
+                   has_mean, 1)
+    return grad_qkv_tgcd, sums_gcd
 
 
 def sum_tokens(x_tf: Tensor) -> Tensor:
@@ -118,6 +130,15 @@ def join_backward(grad_sum_uh: Tensor | None, grad_normed_uh: Tensor | None, x_u
                                      grad_branch_uh, sums_kh),
                           tuple(x_uh.shape), _dropout(seed, drawn), has_mean, has_shift, torch.get_num_threads())
     return sums_kh
+
+
+def _prepare_heads(tensors: list[Tensor | None], epsilon: float, has_mean: bool, sign: int) -> None:
+    qkv_tgcd, *vectors = tensors[:5]
+    assert qkv_tgcd is not None
+    vectors = [_single(vector) for vector in vectors]
+    half = 0 if vectors[2] is None else vectors[2].shape[-1]
+    _helper.prepare_heads(_is_bf16(qkv_tgcd), _addresses(qkv_tgcd, *vectors, *tensors[5:]), (*qkv_tgcd.shape, half),
+                          epsilon, has_mean, sign, torch.get_num_threads())
 
 
 def _single(vector: Tensor | None) -> Tensor | None:

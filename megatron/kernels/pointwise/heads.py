@@ -1,4 +1,7 @@
-"""What is done to queries and keys before attention, normalising and turning them: one pass over memory on GPUs.
+"""What is done to queries and keys before attention, normalising and turning them: one pass over memory.
+
+On GPUs Triton does it, on CPUs compiled code; elsewhere, and where torch.compile fuses plain functions by itself,
+PyTorch does.
 
 Shapes: t tokens, g groups of heads, each with c = q + 2 rows of width d: queries, key, value. Normalised is the width
 of each head, which has a scale [d] of its own and no bias; turned it is as `megatron.kernels.rotary` says.
@@ -13,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from megatron.kernels.device import as_called, takes_triton
+from megatron.kernels.pointwise.compiled import prepare_heads, prepare_heads_backward, takes_compiled
 from megatron.kernels.rotary import Rotation, rotate
 
 
@@ -31,10 +35,10 @@ def prepared_heads(qkv_tgcd: Tensor, scaling: HeadScaling | None, rotation: Rota
 
     Its memory may be that of `qkv_tgcd`, which is then changed: who made that must not have kept it.
     """
-    if takes_triton(qkv_tgcd) and (scaling is not None or rotation is not None):
-        turn = (None, None) if rotation is None else (rotation.cos, rotation.sin)
-        if scaling is None:
-            return _Turned.apply(qkv_tgcd, *turn)
+    turn = (None, None) if rotation is None else (rotation.cos, rotation.sin)
+    if takes_triton(qkv_tgcd) and scaling is None and rotation is not None:
+        return _Turned.apply(qkv_tgcd, *turn)
+    if scaling is not None and (takes_triton(qkv_tgcd) or takes_compiled(qkv_tgcd)):
         return _Prepared.apply(qkv_tgcd, scaling.query_weight, scaling.key_weight, *turn, scaling.epsilon,
                                not scaling.is_rms)
     if scaling is not None:
@@ -108,8 +112,15 @@ def _(qkv_tgcd: Tensor, cos: Tensor, sin: Tensor) -> None:
     return None
 
 
+def _is_compiled(tensor: Tensor) -> bool:
+    """Whether compiled code does it: on CPUs, unless Triton interprets its kernels there."""
+    return takes_compiled(tensor) and not takes_triton(tensor)
+
+
 def _prepare(qkv_tgcd: Tensor, query_weight: Tensor | None, key_weight: Tensor | None, cos: Tensor | None,
              sin: Tensor | None, epsilon: float, has_mean: bool, sign: int) -> Tensor:
+    if _is_compiled(qkv_tgcd):
+        return prepare_heads(qkv_tgcd, query_weight, key_weight, cos, sin, epsilon, has_mean, sign)
     from megatron.kernels.pointwise.heads_triton import launch_forward
 
     qkv_tgcd = qkv_tgcd.contiguous()
@@ -130,6 +141,8 @@ def _(qkv_tgcd: Tensor, query_weight: Tensor | None, key_weight: Tensor | None, 
 def _prepare_backward(grad_tgcd: Tensor, qkv_tgcd: Tensor, query_weight: Tensor, key_weight: Tensor,
                       cos: Tensor | None, sin: Tensor | None, epsilon: float,
                       has_mean: bool) -> tuple[Tensor, Tensor]:
+    if _is_compiled(qkv_tgcd):
+        return prepare_heads_backward(grad_tgcd, qkv_tgcd, query_weight, key_weight, cos, sin, epsilon, has_mean)
     from megatron.kernels.pointwise.heads_triton import launch_backward
 
     grad_tgcd, qkv_tgcd = grad_tgcd.contiguous(), qkv_tgcd.contiguous()

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "convolution.h"
+#include "heads.h"
 #include "numbers.h"
 #include "residual_norm.h"
 
@@ -119,18 +120,6 @@ INLINE void backward_gated_row(const Number* grad, const Number* wide, const flo
 }
 
 template <typename Number>
-INLINE void turn_row(const Number* in, const float* cos, const float* sin, float sign, Number* out, int64_t half,
-                     int64_t width) {
-#pragma GCC ivdep
-  for (int64_t x = 0; x < half; ++x) {
-    const float first = number_of(in[x]), second = number_of(in[x + half]), turn = sign * sin[x];
-    put(out + x, first * cos[x] - second * turn);
-    put(out + x + half, second * cos[x] + first * turn);
-  }
-  for (int64_t x = 2 * half; x < width; ++x) out[x] = in[x];
-}
-
-template <typename Number>
 INLINE void add_row(const Number* in, float* sums, int64_t count) {
 #pragma GCC ivdep
   for (int64_t x = 0; x < count; ++x) sums[x] += number_of(in[x]);
@@ -193,21 +182,6 @@ template <typename Number>
 CLONED void add_piece(const Piece& piece, int64_t features, const Number* in, float* sums) {
   for (int64_t token = piece.first; token < piece.last; ++token)
     add_row(in + token * features + piece.from, sums, piece.width);
-}
-
-template <typename Number>
-CLONED void turn_tokens(int64_t first, int64_t last, int64_t groups, int64_t rows, int64_t width, int64_t half,
-                        const Number* in, const float* cos, const float* sin, float sign, Number* out) {
-  for (int64_t token = first; token < last; ++token) {
-    const int64_t per_token = groups * rows * width;
-    for (int64_t row = 0; row < groups * rows; ++row) {
-      const int64_t place = token * per_token + row * width;
-      if (row % rows < rows - 1)
-        turn_row(in + place, cos + token * half, sin + token * half, sign, out + place, half, width);
-      else
-        std::memcpy(out + place, in + place, width * sizeof(Number));  // the value
-    }
-  }
 }
 
 template <typename Number>
@@ -283,17 +257,30 @@ void add_columns(uintptr_t in, uintptr_t out, const Shape& shape, int threads) {
   sum_up(sums, shape, at<float>(out));
 }
 
-using Heads = std::tuple<int64_t, int64_t, int64_t, int64_t>;  // tokens, groups, rows of a group, width
+using HeadsShape = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;  // tokens, groups, rows, width, half
 
+// `tensors`: the projection, the scales of queries and keys, cosines, sines, what is made; backward also the gradient of
+// what was made, and the sums over tokens of the scales' gradients.
 template <typename Number>
-void turn(const Addresses& tensors, const Heads& heads, int64_t half, float sign, int threads) {
-  const auto [tokens, groups, rows, width] = heads;
-  const int64_t pieces = (tokens + kTokens - 1) / kTokens;
+void prepare_heads(const Addresses& tensors, const HeadsShape& shape, float epsilon, bool has_mean, float sign,
+                   int threads) {
+  const auto [tokens, groups, rows, width, half] = shape;
+  const bool goes_back = tensors.size() > 6;
+  const Heads<Number> heads{groups, rows, width, half, at<const Number>(tensors[0]), at<const float>(tensors[1]),
+                            at<const float>(tensors[2]), at<const float>(tensors[3]), at<const float>(tensors[4]),
+                            epsilon, sign, has_mean, goes_back ? at<const Number>(tensors[6]) : nullptr,
+                            at<Number>(tensors[5])};
+  const Shape wide{tokens, goes_back ? groups * rows * width : 0};
+  std::vector<float> sums(wide.pieces() * wide.features);
+  const auto prepare = width == 32 ? prepare_tokens<32, Number> : width == 64 ? prepare_tokens<64, Number>
+                                                                              : prepare_tokens<0, Number>;
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t piece = 0; piece < pieces; ++piece)
-    turn_tokens(piece * kTokens, std::min((piece + 1) * kTokens, tokens), groups, rows, width, half,
-                at<const Number>(tensors[0]), at<float>(tensors[1]), at<float>(tensors[2]), sign,
-                at<Number>(tensors[3]));
+  for (int64_t piece = 0; piece < wide.pieces(); ++piece) {
+    std::vector<float> scratch(2 * width);
+    prepare(heads, piece * kTokens, std::min((piece + 1) * kTokens, wide.tokens), scratch.data(),
+            sums.data() + piece * wide.features);
+  }
+  if (goes_back) sum_up(sums, wide, at<float>(tensors[7]));
 }
 
 // `tensors`: what is convolved, positions, weight [taps, features] in fp32, what is made; or backward the gradient of
@@ -399,9 +386,10 @@ PYBIND11_MODULE(_pointwise, m) {
     const Pass pass = goes_back ? pass_named<Backward>(kind, is_bf16) : pass_named<Forward>(kind, is_bf16);
     pass(tensors, {std::get<0>(shape), std::get<1>(shape)}, threads);
   }, released, "fills the activation, or, given nine tensors, the gradients");
-  m.def("turn", [](bool is_bf16, const Addresses& tensors, const Heads& heads, int64_t half, float sign, int threads) {
-    (is_bf16 ? turn<uint16_t> : turn<float>)(tensors, heads, half, sign, threads);
-  }, released, "queries and keys turned by cosines and sines, values copied");
+  m.def("prepare_heads", [](bool is_bf16, const Addresses& tensors, const HeadsShape& shape, float epsilon,
+                            bool has_mean, float sign, int threads) {
+    (is_bf16 ? prepare_heads<uint16_t> : prepare_heads<float>)(tensors, shape, epsilon, has_mean, sign, threads);
+  }, released, "queries and keys normalised and turned, values copied, or, given eight tensors, the gradients");
   m.def("add_columns", [](bool is_bf16, uintptr_t in, uintptr_t out, std::tuple<int64_t, int64_t> shape, int threads) {
     (is_bf16 ? add_columns<uint16_t> : add_columns<float>)(in, out, {std::get<0>(shape), std::get<1>(shape)}, threads);
   }, released, "fp32 sums over the tokens");
