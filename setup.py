@@ -32,7 +32,7 @@ def extensions() -> list[Extension]:
                               cxx_std=17, extra_link_args=threads, optional=True,
                               depends=[f"megatron/kernels/pointwise/{name}.h"
                                        for name in ("convolution", "heads", "numbers", "residual_norm")],
-                              extra_compile_args=["-O3", "-ffp-contract=fast", "-fno-math-errno",
+                              extra_compile_args=["-O3", "-fwrapv", "-ffp-contract=fast", "-fno-math-errno",
                                                   "-fno-trapping-math", "-Wno-unknown-pragmas", *threads]),
             Pybind11Extension("megatron.kernels.attention._packed_attention",
                               ["megatron/kernels/attention/packed_attention.cpp"],

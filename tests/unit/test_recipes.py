@@ -13,7 +13,7 @@ def test_every_arm_and_size_is_a_run_that_the_program_takes():
     arms = [(recipes.SIZES["4x128"], *arm) for arm in recipes.ARMS.values()]
     for size, flags, batch in [*arms, *((size, *recipes.ARMS["recipe"]) for size in recipes.SIZES.values())]:
         config, _ = parse(["--global-batch-size", str(batch), *shlex.split(f"{recipes.COMMON} {size} {flags}"),
-                           "--train-iters", "1"])
+                           "--train-iters", "350"])
         assert config.training.eval_iters == 0  # all of the validation split
 
 
