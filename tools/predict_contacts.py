@@ -81,7 +81,9 @@ def main(given: argparse.Namespace, mesh: Mesh, log: Log) -> None:
     texts = {name: text_of(ids, pretrained) for name, ids in proteins}
     truths = structures_of(texts, chains) if given.input else {chain.name: chain for chain in chains}
     if to_fit:
-        fit(given, pretrained, to_fit, log)
+        names = fit(given, pretrained, to_fit, log)
+        if num_shared := len(names & {chain.name for chain in chains}):
+            log.line(f"note: {num_shared} of the structures that are compared with were fitted on: the table flatters")
         pretrained = load(given.checkpoint, mesh, log, given.precision)
     if proteins:
         predict(given, pretrained, proteins, truths, log)
@@ -129,8 +131,8 @@ def text_of(ids: np.ndarray, pretrained: Pretrained) -> str:
     return "".join(token if len(token) == 1 else "X" for token in tokens)
 
 
-def fit(given: argparse.Namespace, pretrained: Pretrained, chains: Sequence[Chain], log: Log) -> None:
-    """Fit the regression on some of the chains and write it beside the checkpoint."""
+def fit(given: argparse.Namespace, pretrained: Pretrained, chains: Sequence[Chain], log: Log) -> set[str]:
+    """Fit the regression on some of the chains, whose names it gives, and write it beside the checkpoint."""
     if len(chains) < given.fit_chains:
         log.line(f"note: --fit has {len(chains)} chains, fewer than --fit-chains {given.fit_chains}: all are taken")
     chosen = drawn(chains, given.fit_chains, given.fit_seed)
@@ -145,6 +147,7 @@ def fit(given: argparse.Namespace, pretrained: Pretrained, chains: Sequence[Chai
     log.line(f"fitted on {len(chosen)} of {len(chains)} chains: {np.count_nonzero(weight)} of {len(weight)} heads "
              "count")
     log.line(f"contact head: {file}")
+    return {chain.name for chain in chosen}
 
 
 def predict(given: argparse.Namespace, pretrained: Pretrained, proteins: Sequence[Named], truths: dict[str, Chain],
