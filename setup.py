@@ -15,6 +15,7 @@ EXTRAS = {
     "fast": ["orjson>=3.8", "isal>=1.5"],  # reads JSON and gzip faster than the standard library
     "sentences": ["nltk>=3.8"],  # tools/preprocess_data.py --split-sentences
     "hdf5": ["h5py>=3.8"],  # tools/embed.py to .h5
+    "structures": ["gemmi>=0.6.5"],  # tools/predict_contacts.py on PDB and mmCIF files
     "formats": ["lmdb>=1.4", "pyarrow>=15", "zstandard>=0.21"],  # TAPE's LMDB, Parquet and Arrow, .zst
 }
 

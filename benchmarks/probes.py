@@ -19,26 +19,28 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import structure_probe  # noqa: E402
-from benchmarks.contact_probe import NUM_FITTED, SEPARATIONS, Chain, chance, contact_precision  # noqa: E402
+from benchmarks.contact_probe import SHOWN, chance, contact_precision  # noqa: E402
 from benchmarks.structure_probe import Labelled, accuracy, hidden_states, labels, windows  # noqa: E402
 from megatron.config.command_line import OneLineParser  # noqa: E402
 from megatron.errors import ConfigError, DataError  # noqa: E402
+from megatron.infer.contacts.chains import Chain  # noqa: E402
+from megatron.infer.contacts.regression import NUM_FITTED  # noqa: E402
+from megatron.infer.contacts.structures import read_chains  # noqa: E402
 from megatron.infer.pretrained import Pretrained, load_pretrained  # noqa: E402
 from megatron.log import exit_status  # noqa: E402
 
-HEADINGS = ("model", *(f"P@{size}, separation ≥ {least}" for least in SEPARATIONS for size in ("L", "L/2", "L/5")),
+HEADINGS = ("model", *(f"P@{size}, {pairs}" for pairs in SHOWN for size in ("L", "L/2", "L/5")),
             "CB513, 3 classes")
 Item = TypeVar("Item")
 
@@ -89,12 +91,12 @@ def main() -> int:
 def read_task(given: argparse.Namespace) -> Task:
     """The proteins of the flags' folder, as many as they say; raises DataError."""
     contacts, structure = given.data / "contacts", given.data / "secondary_structure"
-    train = _read(contacts / "train.jsonl.gz", _chain, None)
+    train = read_chains([str(contacts / "train.jsonl.gz")])
     if len(train) < NUM_FITTED:
         raise DataError(f"{contacts / 'train.jsonl.gz'} has {len(train)} chains, and {NUM_FITTED} are drawn; give more")
-    return Task(train, _read(contacts / "test.jsonl.gz", _chain, given.test_chains),
-                _read(structure / "train.jsonl.gz", _labelled, given.train_proteins),
-                _read(structure / "test_cb513.jsonl.gz", _labelled, given.test_proteins))
+    return Task(train, _some(read_chains([str(contacts / "test.jsonl.gz")]), given.test_chains),
+                _some(_read(structure / "train.jsonl.gz"), given.train_proteins),
+                _some(_read(structure / "test_cb513.jsonl.gz"), given.test_proteins))
 
 
 def rows(models: dict[str, Pretrained], task: Task, num_draws: int) -> Iterator[list[str]]:
@@ -131,13 +133,16 @@ def _with_spread(values_d: np.ndarray) -> str:
     return f"{values_d.mean():.3f}{spread}"
 
 
-def _read(path: Path, item: Callable[[dict[str, Any]], Item], number: int | None) -> list[Item]:
-    """What the objects of a file are, or `number` of them, drawn at random."""
+def _some(items: Sequence[Item], number: int) -> list[Item]:
+    """As many, drawn at random, in their order."""
+    return [items[place] for place in np.sort(np.random.default_rng(0).permutation(len(items))[:number])]
+
+
+def _read(path: Path) -> list[Labelled]:
+    """The proteins of a file."""
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
-            lines = file.readlines()
-        chosen = np.sort(np.random.default_rng(0).permutation(len(lines))[:number])
-        return [item(json.loads(lines[place])) for place in chosen]
+            return [_labelled(json.loads(line)) for line in file]
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); --data names the folder of contacts/ and "
                         "secondary_structure/") from None
@@ -146,26 +151,14 @@ def _read(path: Path, item: Callable[[dict[str, Any]], Item], number: int | None
             error)
 
 
-def _chain(fields: dict[str, Any]) -> Chain:
-    sequence = _letters(fields["seq"])
-    atoms = torch.tensor([[torch.nan] * 3 if atom is None else atom for atom in fields["ca"]], dtype=torch.float32)
-    if atoms.shape != (len(sequence), 3):
-        raise ValueError(f"{len(sequence)} residues, and C-alpha atoms of {len(atoms)}")
-    return Chain(sequence, atoms)
-
-
 def _labelled(fields: dict[str, Any]) -> Labelled:
-    sequence, classes = _letters(fields["seq"]), fields["ss3"]
+    sequence, classes = fields["seq"], fields["ss3"]
+    if not re.fullmatch("[A-Z]+", sequence):
+        raise ValueError(f"not residues: {sequence}")
     counts = fields.get("mask", "1" * len(sequence))
     if not len(sequence) == len(classes) == len(counts) or set(classes) - set(structure_probe.CLASSES):
         raise ValueError(f"{len(sequence)} residues, and classes {classes}")
     return Labelled(sequence, classes, counts)
-
-
-def _letters(sequence: str) -> str:
-    if not re.fullmatch("[A-Z]+", sequence):
-        raise ValueError(f"not residues: {sequence}")
-    return sequence
 
 
 if __name__ == "__main__":

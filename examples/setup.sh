@@ -38,7 +38,7 @@ needed = ["torch", "numpy", "safetensors", "tensorboard", "tqdm", "matplotlib"]
 if sys.argv[1] == "tests":
     needed += ["pytest", "pytest_timeout", "xdist", "hypothesis", "ruff", "mypy", "pybind11", "setuptools", "orjson",
                "isal", "nltk", "h5py", "lmdb", "pyarrow", "zstandard", "transformers", "peft", "triton",
-               "sklearn", "scipy"]
+               "sklearn", "scipy", "gemmi"]
     if sys.platform != "linux":
         needed.remove("triton")
 complete = all(find_spec(name) for name in needed)

@@ -7,10 +7,12 @@ vocabulary.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from megatron.checkpoint.contact_head import with_contact_head
 from megatron.checkpoint.loading import load_model
 from megatron.checkpoint.newest import newest
 from megatron.checkpoint.stored import Checkpoint
@@ -35,7 +37,7 @@ POSITIONS = 1024  # of a row, where a checkpoint does not say
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model in evaluation, and what is to be known to feed it.
+    """A model in evaluation, what is to be known to feed it, and the path of its checkpoint.
 
     Of `config` the model, the precision, the data's ends and the row length hold. Tensor ranks of `mesh` have a part of
     the model each, ask together and get the same. Proteins are texts of residues, in either case; what is no protein
@@ -47,6 +49,7 @@ class Pretrained:
     vocab: Vocab
     iteration: int
     mesh: Mesh
+    path: Path
 
     def embed(self, proteins: Sequence[str], layer: int = -1) -> np.ndarray:
         """The mean over each protein's residues of the hidden states, fp32 [proteins, h].
@@ -67,7 +70,10 @@ class Pretrained:
         return [answer["logits"] for answer in self.ask(proteins, Asked(("logits",), ()))]
 
     def contacts(self, proteins: Sequence[str]) -> list[np.ndarray]:
-        """Of each protein the probability that two of its residues touch, fp32 [r, r]; for models with a contact head.
+        """Of each protein the probability that two of its residues touch, fp32 [r, r].
+
+        By the contact head that the model came with, as ESM's do, or the one that `tools/predict_contacts.py --fit` has
+        left beside the checkpoint; without either raises ConfigError.
         """
         return [answer["contacts"] for answer in self.ask(proteins, Asked(("contacts",), ()))]
 
@@ -146,6 +152,7 @@ def load(path: str, mesh: Mesh, log: Log, precision: str = "fp32") -> Pretrained
     checkpoint = newest(path, mesh.world, log, with_optimizer=False)
     if checkpoint is None:
         raise CheckpointError(f"{path} holds no checkpoint; give the folder that a run was saved in")
+    checkpoint = with_contact_head(checkpoint)
     config = _config_of(checkpoint, precision)
     vocab = Vocab.from_file(config.data.vocab_file, config.data.mask_token)
     if checkpoint.state.get("vocabulary", vocab.identity) != vocab.identity:
@@ -157,7 +164,7 @@ def load(path: str, mesh: Mesh, log: Log, precision: str = "fp32") -> Pretrained
         whole = ProteinModel(config.model, config.precision, _num_ids(config, vocab), mask_id=vocab.mask_id)
     load_model(dict(model.named_parameters()), checkpoint, {name for name, _ in whole.named_parameters()})
     _make_copies(model, config)
-    return Pretrained(model, config, vocab, checkpoint.iteration, mesh)
+    return Pretrained(model, config, vocab, checkpoint.iteration, mesh, checkpoint.path)
 
 
 def _config_of(checkpoint: Checkpoint, precision: str) -> Config:

@@ -18,6 +18,7 @@ import pytest
 from megatron.checkpoint.convert.families import hf
 from tests.families import ESM2
 from tests.megatron_files import write_original
+from tests.structure_files import mmcif, pdb
 from tests.transformers_models import trained_here
 from tests.warm_python import warm_python
 
@@ -50,7 +51,8 @@ def quick(command: str) -> str:
     return command
 
 
-PAGES = ("README.md", "docs/continue_pretraining.md", "docs/embeddings.md", "docs/evaluation.md", "docs/variants.md")
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("continue_pretraining", "embeddings", "evaluation", "variants",
+                                                      "contacts")))
 BLOCKS = [block for page in PAGES for block in bash_blocks((ROOT / page).read_text(encoding="utf-8"))]
 
 
@@ -61,6 +63,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
                                  ignore=shutil.ignore_patterns(*NOT_COPIED)))
     write_original(place / "proteinlm-200m", tensor=2)  # small ones in place of the downloads
     hf.write(trained_here(replace(ESM2, ffn_hidden_size=128), "esm", "both"), place / "esm2_t6_8M_UR50D")
+    (place / "structures").mkdir()
+    (place / "structures" / "1abc.cif").write_text(mmcif())
+    (place / "structures" / "2xyz.pdb").write_text(pdb())
     with gzip.open(place / "examples" / "proteins" / "small.fasta.gz", "rt") as file:
         (place / "my-proteins.fasta").write_text(">" + ">".join(file.read().split(">")[1:61]))
     return place

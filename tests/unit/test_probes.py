@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import contact_probe, l1_logistic, probes, structure_probe
-from benchmarks.contact_probe import Chain, Pairs, chance, corrected, pair_features, precisions
+from benchmarks import contact_probe, probes, structure_probe
+from benchmarks.contact_probe import chance
 from benchmarks.structure_probe import Labelled, accuracy, hidden_states, labels, windows
 from megatron import load_pretrained
-from megatron.checkpoint.convert.families import hf
 from megatron.data.corpus.vocab import AMINO_ACIDS
-from megatron.model.contacts import contacts
+from megatron.infer.contacts import regression
+from megatron.infer.contacts.chains import Chain
 from tests.unit.test_pretrained import TINY, saved
 
 
@@ -35,115 +35,24 @@ def pretrained(tmp_path_factory):
     return load_pretrained(str(saved(tmp_path_factory.mktemp("run"))))
 
 
-def test_corrected_maps_are_those_of_the_definition():
-    maps = torch.rand(3, 7, 7)
-    for mine, exact in zip(corrected(maps).double(), maps.double().numpy(), strict=True):
-        total = exact + exact.T
-        exact = [[total[i, j] - total[i].sum() * total[:, j].sum() / total.sum() for j in range(7)] for i in range(7)]
-        np.testing.assert_allclose(mine, exact, atol=1e-6)
-
-
-def test_features_that_are_weighed_are_the_logits_of_a_model_with_a_contact_head(their_folders):
-    from tests.transformers_models import our_model
-
-    pretrained = load_pretrained(str(their_folders / "esm2"))
-    chain = Chain("MKTAYIAKQRQISFVKSHFSRQ", torch.zeros(22, 3))
-    pairs, head = chain.pairs(), pretrained.model.contact_head
-    features = pair_features(pretrained, chain.sequence, pairs)
-    chances = contacts(our_model(hf.read(their_folders / "esm2"), pretrained.vocab),
-                       pretrained.row([chain.sequence]), num_ends=2)[0][pairs.first_p, pairs.second_p]
-    torch.testing.assert_close((features @ head.weight[0] + head.bias).sigmoid(), chances, atol=1e-5, rtol=0)
-
-
-def test_pairs_are_of_resolved_residues_that_are_far_apart_in_the_sequence_and_close_in_space():
-    atoms = [[0, 0, 0], *[[20, 0, 9 * place] for place in range(5)], [0, 0, 7.9], None, [0, 0, 8.1]]
-    pairs = probes._chain({"seq": "A" * 9, "ca": atoms}).pairs()
-    found = list(zip(pairs.first_p.tolist(), pairs.second_p.tolist(), pairs.touches_p.tolist(), strict=True))
-    assert found == [(0, 6, True), (0, 8, False), (1, 8, False), (2, 8, False)]
-
-
-def test_precision_is_the_share_of_contacts_among_the_highest_scores():
-    first, second = torch.tensor([0, 0, 0, 0, 0, 0]), torch.tensor([6, 24, 25, 7, 26, 8])
-    touches = torch.tensor([True, False, True, True, False, False])
-    scores = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
-    found = precisions(scores, Pairs(first, second, touches), length=5)
-    assert found == pytest.approx([3 / 5, 1 / 2, 1, 1 / 3, 1 / 2, 0])  # three pairs are of long range, L / 2 is 2
-
-
-def test_a_chain_without_pairs_has_no_precision(pretrained):
-    chain = Chain("MKTAY", torch.zeros(5, 3))
-    pairs = chain.pairs()
-    features = pair_features(pretrained, chain.sequence, pairs)
-    assert features.shape == (0, 4)
-    assert np.isnan(precisions(features[:, 0], pairs, 5)).all()
-
-
-def test_scores_that_are_all_the_same_tell_as_much_as_chance():
-    first, second = torch.triu_indices(300, 300, 6)
-    touches = first < 30  # as if sequence order were a hint
-    found = precisions(torch.zeros(len(first)), Pairs(first, second, touches), 300)
-    assert found[0] == pytest.approx(float(touches.float().mean()), abs=0.1)
-
-
 def test_chance_is_the_share_of_contacts():
-    chains = [probes._chain({"seq": "A" * 40, "ca": walk(np.random.default_rng(seed), 40)}) for seed in range(2)]
+    chains = [Chain(str(seed), "A" * 40, torch.tensor([atom or [torch.nan] * 3 for atom in walk(
+        np.random.default_rng(seed), 40)])) for seed in range(2)]
     shares = [[np.mean([np.linalg.norm(a - b) < 8 for i, a in enumerate(atoms) for b in atoms[i + least:]
                         if not np.isnan(a - b).any()]) for least in (6, 24)]
               for atoms in (chain.atoms_r3.numpy() for chain in chains)]
     np.testing.assert_allclose(chance(chains), np.mean(shares, axis=0).repeat(3), rtol=1e-6)
 
 
-def told(weights, num_pairs=4000, seed=0):
-    """Features with correlations and scales of their own, and labels drawn by a logistic model."""
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=(num_pairs, len(weights))) @ (np.eye(len(weights)) + 0.3) * 10.0 ** -np.arange(len(weights))
-    y = rng.random(num_pairs) < 1 / (1 + np.exp(2 - x @ weights))
-    return x, y
-
-
-def test_the_regression_is_where_0_is_a_subgradient_and_leaves_useless_features_out():
-    x, y = told(np.array([1.0, 0.0, -200.0, 0.0]))
-    pieces = np.array_split(np.arange(len(x)), 3)
-    theta = l1_logistic.fit([torch.from_numpy(x[piece]) for piece in pieces],
-                            [torch.from_numpy(y[piece]) for piece in pieces], c=0.15, tolerance=1e-6).numpy()
-    error = 1 / (1 + np.exp(-(x @ theta[:-1] + theta[-1]))) - y
-    gradient = 0.15 * np.array([*(x.T @ error), error.sum()])
-    for weight, slope in zip(theta[:-1], gradient[:-1], strict=True):
-        if weight:
-            assert slope == pytest.approx(-np.sign(weight), abs=1e-5)
-        else:
-            assert abs(slope) <= 1
-    assert gradient[-1] == pytest.approx(0, abs=1e-5)
-    assert theta[0] > 0 > theta[2] and theta[3] == 0
-
-
-def test_no_step_from_the_fitted_weights_lowers_the_objective():
-    x, y = told(np.array([1.0, -10.0, 0.0]))
-
-    def objective(theta):
-        logits = x @ theta[:-1] + theta[-1]
-        return np.abs(theta[:-1]).sum() + 0.15 * (np.logaddexp(0, logits) - y * logits).sum()
-
-    theta = l1_logistic.fit([torch.from_numpy(x)], [torch.from_numpy(y)], c=0.15).numpy()
-    rng = np.random.default_rng(1)
-    steps = rng.normal(size=(500, 4)) * 10.0 ** rng.integers(-4, 1, (500, 1))
-    assert min(objective(theta + step) for step in steps) >= objective(theta) - 1e-6
-
-
-def test_a_penalty_that_no_feature_is_worth_leaves_the_log_odds():
-    x, y = told(np.array([1.0, 0.0]))
-    theta = l1_logistic.fit([torch.from_numpy(x).float()], [torch.from_numpy(y)], c=1e-6)
-    assert theta.tolist() == pytest.approx([0, 0, np.log(y.mean() / (1 - y.mean()))])
-
-
 def test_heads_that_see_contacts_are_found_and_tell_them_in_other_chains(pretrained, monkeypatch):
-    def features(_, sequence, pairs):
-        noise = torch.randn(len(pairs.first_p), 3, generator=torch.Generator().manual_seed(len(sequence)))
+    def features(_, chain, pairs):
+        noise = torch.randn(len(pairs.first_p), 3, generator=torch.Generator().manual_seed(len(chain.sequence)))
         noise[:, 1] = noise[:, 1] / 10 + pairs.touches_p
         return noise
 
-    monkeypatch.setattr(contact_probe, "pair_features", features)
-    chains = [Chain("A" * length, torch.randn(length, 3, generator=torch.Generator().manual_seed(length)) * 20)
+    for module in (contact_probe, regression):
+        monkeypatch.setattr(module, "pair_features", features)
+    chains = [Chain("x", "A" * length, torch.randn(length, 3, generator=torch.Generator().manual_seed(length)) * 20)
               for length in range(30, 52)]
     found = contact_probe.contact_precision(pretrained, chains[:20], chains[20:], num_draws=2)
     expected = []
@@ -211,8 +120,8 @@ def data(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     for name, number in (("train", 21), ("test", 3)):
         write(folder / "contacts" / f"{name}.jsonl.gz",
-              [{"id": "1ABC_A", "seq": random_protein(rng, 45), "ss8": "C" * 45, "ca": walk(rng, 45)}
-               for _ in range(number)])
+              [{"id": f"1ABC_{chain}", "seq": random_protein(rng, 45), "ss8": "C" * 45, "ca": walk(rng, 45)}
+               for chain in range(number)])
     for name, others in (("train", {"mask": "0" * 5 + "1" * 45}), ("test_cb513", {})):
         write(folder / "secondary_structure" / f"{name}.jsonl.gz",
               [{"id": "x", "seq": random_protein(rng, 50), "ss3": "".join(rng.choice(list("HEC"), 50)), **others}
@@ -240,7 +149,8 @@ def test_checkpoints_of_several_shapes_make_one_table(data, tmp_path, monkeypatc
 @pytest.mark.parametrize(("name", "text", "message"), [
     ("contacts/train.jsonl.gz", '{"seq": "MK", "ca": [[1, 2, 3]]}', "2 residues, and C-alpha atoms of 1"),
     ("contacts/train.jsonl.gz", '{"seq": "M-", "ca": [null, null]}', "not residues: M-"),
-    ("contacts/test.jsonl.gz", None, "--data names the folder"),
+    ("contacts/test.jsonl.gz", None, "cannot be read (No such file"),
+    ("secondary_structure/train.jsonl.gz", None, "--data names the folder"),
     ("secondary_structure/train.jsonl.gz", '{"seq": "MK"}', "'ss3'"),
     ("secondary_structure/train.jsonl.gz", '{"seq": "MK", "ss3": "HG"}', "2 residues, and classes HG"),
     ("secondary_structure/test_cb513.jsonl.gz", '{"seq": ', "damaged, or of another form"),

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.contact_head import contact_head_file, with_contact_head
+from megatron.checkpoint.convert.families import flags
 from megatron.checkpoint.convert.formats import AUTO, FORMATS, OURS, WEIGHTS_ALONE, recognised
 from megatron.checkpoint.convert.vocabulary import trimmed
 from megatron.checkpoint.manifest import check_files
@@ -29,6 +31,7 @@ def convert(source: Path, target: Path, loader: str, saver: str, *, tensor: int,
     checkpoint = FORMATS[name].read(source, iteration)
     log.line(f"reading {checkpoint.path} ({name}): {describe(checkpoint)}")
     check_files(checkpoint.path, log)
+    checkpoint = _with_fitted_contacts(checkpoint, saver, takes_average, log)
     if takes_average:
         checkpoint = checkpoint.averaged()
     if saver not in OURS and checkpoint.average is not None:
@@ -69,6 +72,20 @@ def describe(checkpoint: Checkpoint) -> str:
     average = "" if checkpoint.average is None else " and the average of the weights"
     return (f"iteration {checkpoint.iteration}, {count:,} parameters in {len(checkpoint.model)} tensors, {moments}"
             f"{average}")
+
+
+def _with_fitted_contacts(checkpoint: Checkpoint, saver: str, takes_average: bool, log: Log) -> Checkpoint:
+    """With the regression of contacts that was fitted on these weights, where the format has a place for one."""
+    file = contact_head_file(checkpoint.path)
+    if not file.is_file():
+        return checkpoint
+    has_place = saver == "esm" or (saver == "hf" and flags.family_of(flags.complete(checkpoint)) != flags.BERT)
+    if has_place and not takes_average:
+        log.line(f"note: {file} goes along as the contact head")
+        return with_contact_head(checkpoint)
+    why = f"{saver} has no place for it" if not has_place else "it was fitted on the weights, not on their average"
+    log.line(f"note: {file} is left out: {why}")
+    return checkpoint
 
 
 def _num_bytes(checkpoint: Checkpoint) -> int:

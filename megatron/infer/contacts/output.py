@@ -1,0 +1,50 @@
+"""Where predictions go: a file of all scores in one of the forms of embeddings, or a table of pairs a protein.
+
+Shapes: r residues of a protein.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from megatron.files import write_text
+from megatron.infer.answers import Asked
+from megatron.infer.contacts.chains import LEAST_SEPARATION
+from megatron.infer.embed.survey import file_name
+from megatron.infer.embed.writers import writer
+
+Write = Callable[[str, np.ndarray], None]
+
+
+@contextmanager
+def output(path: Path, threshold: float | None, score: str) -> Iterator[Write]:
+    """What writes one protein's scores [r, r] after another, under its name.
+
+    Into a .npz, .h5 or .parquet, which appears when the context ends well; where `path` has no such ending, into
+    PATH/NAME.tsv those of `best_pairs`, `score` being what they are called at the head.
+    """
+    if path.suffix:
+        with writer(path, Asked(("contacts",), ())) as file:
+            yield lambda name, scores_rr: file.add(name, len(scores_rr), {"contacts": scores_rr})
+        return
+    path.mkdir(parents=True, exist_ok=True)
+
+    def write(name: str, scores_rr: np.ndarray) -> None:
+        lines = (f"{first}\t{second}\t{value:.4f}\n" for first, second, value in best_pairs(scores_rr, threshold))
+        write_text(path / f"{file_name(name)}.tsv", f"i\tj\t{score}\n{''.join(lines)}")
+
+    yield write
+
+
+def best_pairs(scores_rr: np.ndarray, threshold: float | None) -> list[tuple[int, int, float]]:
+    """Pairs of residues, which count from 1, with their scores, the highest first.
+
+    Of pairs that are far enough apart in the sequence, those above `threshold`; None: as many as there are residues.
+    """
+    first, second = np.triu_indices(len(scores_rr), LEAST_SEPARATION)
+    scores = scores_rr[first, second]
+    order = np.argsort(-scores, kind="stable")
+    order = order[:len(scores_rr)] if threshold is None else order[scores[order] > threshold]
+    return [(int(first[place]) + 1, int(second[place]) + 1, float(scores[place])) for place in order]

@@ -1,0 +1,62 @@
+"""A protein's contacts in one picture: what a model predicts above the diagonal, what its structure has below.
+
+Shapes: r residues of a protein.
+"""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap
+
+from megatron.files import replacing
+from megatron.infer.contacts.chains import CUTOFF_ANGSTROM, LEAST_SEPARATION, Chain
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot  # noqa: E402 (the backend is chosen first: there may be no display)
+
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#E4E4E4"  # Okabe and Ito's, which the colour-blind tell apart
+INCHES, DPI = 6.2, 160
+
+
+def draw_contacts(path: Path, title: str, scores_rr: np.ndarray, are_probabilities: bool, truth: Chain | None) -> None:
+    """Write the picture of one protein as PNG to `path`.
+
+    Of a structure, pairs of unresolved residues are grey, and pairs that are nearer in the sequence than those that
+    count are left out on both sides; without a structure both sides are the prediction's.
+    """
+    size = len(scores_rr)
+    row, column = np.indices((size, size))
+    is_told = (abs(column - row) >= LEAST_SEPARATION) & ((column > row) | (truth is None))
+    highest = 1.0 if are_probabilities else max(float(np.quantile(scores_rr[is_told], 0.998)) if is_told.any() else 0,
+                                                1e-9)
+    figure, axes = pyplot.subplots(figsize=(INCHES, INCHES), dpi=DPI, layout="constrained")
+    extent = (0.5, size + 0.5, size + 0.5, 0.5)  # residues count from 1
+    image = axes.imshow(np.where(is_told, scores_rr, np.nan), cmap=LinearSegmentedColormap.from_list(
+        "told", ["white", BLUE]), vmin=0, vmax=highest, extent=extent, interpolation="nearest")
+    if truth is not None:
+        below = _below(truth, row, column)
+        axes.imshow(np.ma.masked_less(below, 0), cmap=ListedColormap(["white", GREY, ORANGE]), vmin=0, vmax=2,
+                    extent=extent, interpolation="nearest")
+        axes.text(0.98, 0.98, "predicted", transform=axes.transAxes, ha="right", va="top", color=BLUE)
+        label = f"structure: < {CUTOFF_ANGSTROM:g} Å{' (grey: unresolved)' if (below == 1).any() else ''}"
+        axes.text(0.02, 0.02, label, transform=axes.transAxes, color=ORANGE)
+    axes.plot([0.5, size + 0.5], [0.5, size + 0.5], color="black", linewidth=0.6)
+    axes.set(xlabel="residue", ylabel="residue")
+    axes.set_title(title, fontsize=10)
+    figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02,
+                    label="probability of a contact" if are_probabilities else "score of the Jacobian")
+    try:
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png")
+    finally:
+        pyplot.close(figure)
+
+
+def _below(truth: Chain, row: np.ndarray, column: np.ndarray) -> np.ndarray:
+    """What to draw below the diagonal: 2 a contact, 1 an unresolved pair, 0 none, and -1 on the other side."""
+    atoms_r3 = truth.atoms_r3.numpy()
+    distance_rr = np.linalg.norm(atoms_r3[:, None] - atoms_r3[None], axis=2)
+    kind = np.where(np.isnan(distance_rr), 1, np.where(distance_rr < CUTOFF_ANGSTROM, 2, 0))
+    return np.where(row - column >= LEAST_SEPARATION, kind, -1)
