@@ -6,6 +6,7 @@ There is no padding and no filler: a row has as many tokens as its proteins. Sha
 import os
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ def token_budget(config: ModelConfig, num_layers: int, device: torch.device) -> 
     # What a block has at once: the stream and its norm, queries, keys and values, the context, the feed-forward twice.
     width = 8 * config.hidden_size + 2 * config.ffn_hidden_size * (1 + config.swiglu)
     bytes_a_token = 4 * (width + 2 * num_layers * config.hidden_size)
-    return max(1, min(MOST_TOKENS[device.type], _free_bytes(device) // (_SHARE * bytes_a_token)))
+    return max(1, min(MOST_TOKENS[device.type], free_bytes(device) // (_SHARE * bytes_a_token)))
 
 
 def shared_out(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -57,7 +58,12 @@ def split(values_t: Tensor, row: PackedSequence) -> list[Tensor]:
     return list(values_t.split(torch.diff(row.cu_seqlens).tolist()))
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """How much memory may still be taken; on the host what its caches hold counts as free."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # no Linux
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
