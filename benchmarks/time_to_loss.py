@@ -8,13 +8,13 @@ on all validation proteins. Seconds are those of training, without loading, eval
 import argparse
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.recipes import ARMS, SIZES, trained  # noqa: E402
-from benchmarks.train_step import spread  # noqa: E402
 
 
 def main() -> None:
@@ -37,8 +37,12 @@ def main() -> None:
                   f"{record['training_s']:.0f} |", flush=True)
     before, after = (seconds[arm] for arm in given.arms)
     ratios = [slow / fast for slow, fast in zip(before, after, strict=True)]
-    print(f"\nseconds: {spread(before, '.0f')} and {spread(after, '.0f')}, {statistics.median(ratios):.2f} times"
-          f" as many ({min(ratios):.2f} to {max(ratios):.2f})")
+    print(f"\nseconds: {_range(before, '.0f')} and {_range(after, '.0f')}: {_range(ratios, '.2f')} times as many")
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    """The median, the least and the most."""
+    return f"{statistics.median(values):{form}} ({min(values):{form}}–{max(values):{form}})"
 
 
 if __name__ == "__main__":
