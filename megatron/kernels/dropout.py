@@ -24,6 +24,7 @@ class Use(IntEnum):
     ATTENTION_OUTPUT = 1
     FEED_FORWARD_OUTPUT = 2
     EMBEDDINGS = 3
+    TASK_HEAD = 11
 
 
 @dataclass(frozen=True)
