@@ -116,7 +116,7 @@ class TaskHead(nn.Module):
         sums_gx = torch.segment_reduce(values_tx, "sum", offsets=ends[:len(ends) - sequence.num_filler], axis=0,
                                        unsafe=True)
         # Backward, all context ranks' gradients of the sums are summed, of which the first's alone is not 0.
-        sums_gx = sum_gradients(sum_outputs(sums_gx, context), context)
+        sums_gx = sum_gradients(sum_outputs(sums_gx.clone(), context), context)  # in place, and autograd keeps them
         return sums_gx[:, :-1] / sums_gx[:, -1:].clamp(min=1)
 
     def _predictions(self, outputs: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ class Described:
     def _names(self, config: Config, vocab: Vocab) -> set[str]:
         """Those of the whole model's parameters."""
         with torch.device("meta"):
-            whole = self._stage(config.model, config.precision, _num_ids(config, vocab))
+            whole = self._stage(config.model, config.precision, _num_ids(config, vocab), mask_id=vocab.mask_id)
         return {name for name, _ in whole.named_parameters()}
 
 
