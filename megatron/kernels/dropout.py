@@ -24,6 +24,13 @@ class Use(IntEnum):
     ATTENTION_OUTPUT = 1
     FEED_FORWARD_OUTPUT = 2
     EMBEDDINGS = 3
+    ADAPTED_QUERY = 4  # what adapters of a layer take
+    ADAPTED_KEY = 5
+    ADAPTED_VALUE = 6
+    ADAPTED_DENSE = 7
+    ADAPTED_GATE = 8
+    ADAPTED_DENSE_H_TO_4H = 9
+    ADAPTED_DENSE_4H_TO_H = 10
     TASK_HEAD = 11
 
 
@@ -52,11 +59,11 @@ class Dropout:
         return replace(self, first_row=first_row)
 
 
-def dropped(x_ux: Tensor, dropout: Dropout | None) -> Tensor:
-    """`x_ux` after dropout, if there is any; autograd keeps a byte an element."""
+def dropped(x_ux: Tensor, dropout: Dropout | None, first_column: int = 0) -> Tensor:
+    """`x_ux`, the columns from that number on, after dropout, if there is any; autograd keeps a byte an element."""
     if dropout is None:
         return x_ux
-    keeps_ux = is_kept(dropout, len(x_ux), range(x_ux.shape[1]))[0]
+    keeps_ux = is_kept(dropout, len(x_ux), range(first_column, first_column + x_ux.shape[1]))[0]
     return torch.where(keeps_ux, x_ux * dropout.growth, 0)
 
 

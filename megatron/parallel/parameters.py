@@ -29,6 +29,17 @@ class Normal:
 
 
 @dataclass(frozen=True)
+class Uniform:
+    """Initial values drawn evenly from -bound to bound."""
+
+    bound: float
+
+    def values(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        """The whole, fp32, drawn on the CPU: the same values for every device and layout."""
+        return torch.empty(*shape, device="cpu").uniform_(-self.bound, self.bound, generator=generator)
+
+
+@dataclass(frozen=True)
 class Constant:
     """The same initial value everywhere."""
 
@@ -39,7 +50,7 @@ class Constant:
         return torch.full(tuple(shape), self.value, device="cpu")
 
 
-Initial = Normal | Constant
+Initial = Normal | Uniform | Constant
 
 
 @dataclass(frozen=True)

@@ -66,9 +66,11 @@ def joined(residual_uh: Tensor, branch: Product, dropout: Dropout | None, scalin
     return sum_uh, sum_uh
 
 
-def after_dropout(x_uh: Tensor, dropout: Dropout | None) -> Tensor:
-    """`x_uh` after dropout, if there is any."""
-    return x_uh if dropout is None else joined(torch.zeros_like(x_uh), (x_uh, None), dropout, None, x_uh.dtype)[0]
+def after_dropout(x_uh: Tensor, dropout: Dropout | None, first_column: int = 0) -> Tensor:
+    """`x_uh` after dropout, if there is any; its columns are those from `first_column` on."""
+    if dropout is None or first_column:  # the kernels count columns from 0
+        return dropped(x_uh, dropout, first_column)
+    return joined(torch.zeros_like(x_uh), (x_uh, None), dropout, None, x_uh.dtype)[0]
 
 
 def _is_fused(residual_uh: Tensor, others: set[torch.dtype], dropout: Dropout | None) -> bool:

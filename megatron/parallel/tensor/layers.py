@@ -26,7 +26,6 @@ from megatron.parallel.parameters import (
     replicated_parameter,
     split_parameter,
     table,
-    whole_parameter,
 )
 from megatron.parallel.pipeline.deferral import WeightGradients, weight_gradient
 from megatron.parallel.tensor.fp8 import Amaxes, Operands, fp8_products, weight_operands
@@ -39,7 +38,8 @@ class Matrix(nn.Module):
     `copy` and `bias_copy` are these in that dtype, where something keeps them up to date
     (`megatron.parallel.tensor.copies`); of a split layer that has a `recipe`, by which its products are in FP8, there
     is `fp8_copy` in place of the first, and `amaxes`, which where scales are delayed something renews between steps
-    (`megatron.parallel.tensor.amax_history`).
+    (`megatron.parallel.tensor.amax_history`). `adapters` of a split layer, where it has some
+    (`megatron.parallel.tensor.adapters`), give what is added to its output.
     """
 
     weight: nn.Parameter
@@ -51,23 +51,29 @@ class Matrix(nn.Module):
         self.recipe: Recipe | None = None
         self.fp8_copy: Operands | None = None
         self.amaxes = Amaxes()
+        self.adapters: nn.Module | None = None
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
         """The weight in `dtype`."""
         return self.copy if self.copy is not None and self.copy.dtype == dtype else self.weight.detach().to(dtype)
 
+    def adapted(self, output: Tensor, x: Tensor) -> Tensor:
+        """The layer's output for `x` with what its adapters, if it has some, add to it."""
+        return output if self.adapters is None else output + self.adapters(x)
+
 
 class Linear(Matrix):
-    """`x Wᵀ + b` on x [t, i] in x's dtype; whole on every rank."""
+    """`x Wᵀ + b` on this rank's tokens x [u, i] in x's dtype; whole on every rank."""
 
-    def __init__(self, in_features: int, out_features: int, initial: Initial, has_bias: bool = True) -> None:
+    def __init__(self, in_features: int, out_features: int, initial: Initial, has_bias: bool = True,
+                 stream: Stream = ONE_RANK) -> None:
         super().__init__()
-        self.weight = whole_parameter((out_features, in_features), matrix(initial))
-        self.bias = whole_parameter((out_features,), BIAS) if has_bias else None
+        self.weight = stream.parameter((out_features, in_features), matrix(initial))
+        self.bias = stream.parameter((out_features,), BIAS) if has_bias else None
 
-    def forward(self, x_ti: Tensor) -> Tensor:
-        """[t, o]."""
-        return linear(x_ti, self.weight, self.weight_in(x_ti.dtype), self.bias, self.bias_copy)
+    def forward(self, x_ui: Tensor) -> Tensor:
+        """[u, o]."""
+        return linear(x_ui, self.weight, self.weight_in(x_ui.dtype), self.bias, self.bias_copy)
 
 
 class ColumnParallelLinear(Matrix):
@@ -87,9 +93,10 @@ class ColumnParallelLinear(Matrix):
     def forward(self, x_ui: Tensor) -> Tensor:
         """[t, o], this rank's features of all tokens."""
         if self.recipe is not None:
-            return _in_fp8(x_ui, [self], [self.bias], entry=self.stream)[0]
-        return linear(x_ui, self.weight, self.weight_in(x_ui.dtype), self.bias, self.bias_copy, self.stream,
-                      self.deferral)
+            return self.adapted(_in_fp8(x_ui, [self], [self.bias], entry=self.stream)[0], x_ui)
+        product_to = linear(x_ui, self.weight, self.weight_in(x_ui.dtype), self.bias, self.bias_copy, self.stream,
+                            self.deferral)
+        return self.adapted(product_to, x_ui)
 
     def product(self, x_ui: Tensor) -> Product:
         """The same, but without the bias where the kernel that follows adds it on its way."""
@@ -111,22 +118,22 @@ class RowParallelLinear(Matrix):
     def forward(self, x_ti: Tensor) -> Tensor:
         """[u, o], all features of this rank's tokens."""
         if self.recipe is not None:
-            return _in_fp8(x_ti, [self], [self._bias_of_sum()], leaving=self.stream)[0]
+            return self.adapted(_in_fp8(x_ti, [self], [self._bias_of_sum()], leaving=self.stream)[0], x_ti)
         # The first rank alone adds the bias, inside its matrix product, and so gets the bias' whole gradient.
         is_first = self.stream.axis.rank == 0
         bias_o = self.bias if self.bias is None or is_first else self.bias * 0
         product_to = linear(x_ti, self.weight, self.weight_in(x_ti.dtype), bias_o, self.bias_copy if is_first else None,
                             deferral=self.deferral)
-        return self.stream.leave(product_to)
+        return self.adapted(self.stream.leave(product_to), x_ti)
 
     def product(self, x_ti: Tensor) -> Product:
         """The same, but without the bias where the kernel that follows adds it on its way."""
         if not takes_triton(x_ti):
             return self(x_ti), None
         if self.recipe is not None:
-            return _in_fp8(x_ti, [self], [None], leaving=self.stream)[0], self._bias_of_sum()
+            return self.adapted(_in_fp8(x_ti, [self], [None], leaving=self.stream)[0], x_ti), self._bias_of_sum()
         product_to = linear(x_ti, self.weight, self.weight_in(x_ti.dtype), None, deferral=self.deferral)
-        return self.stream.leave(product_to), self._bias_of_sum()
+        return self.adapted(self.stream.leave(product_to), x_ti), self._bias_of_sum()
 
     def _bias_of_sum(self) -> Tensor | None:
         """The bias as it is added to the sum over the ranks."""
@@ -207,7 +214,8 @@ def products_together(x_ui: Tensor, *layers: ColumnParallelLinear) -> list[Produ
             bias_pair = (None, None) if leaves_bias else (layer.bias, layer.bias_copy)
             operands += [layer.weight, layer.weight_in(x_ui.dtype), *bias_pair]
         products = _Linear.apply(x_ui, layers[0].stream, layers[0].deferral, *operands)
-    return [(product, layer.bias if leaves_bias else None) for product, layer in zip(products, layers, strict=True)]
+    return [(layer.adapted(product, x_ui), layer.bias if leaves_bias else None)
+            for product, layer in zip(products, layers, strict=True)]
 
 
 def _in_fp8(x_ui: Tensor, layers: Sequence[ColumnParallelLinear | RowParallelLinear], biases: Sequence[Tensor | None],
@@ -223,16 +231,17 @@ def _in_fp8(x_ui: Tensor, layers: Sequence[ColumnParallelLinear | RowParallelLin
 class _Linear(torch.autograd.Function):
     """Of each layer: weight, weight in the input's dtype, bias, perhaps the bias in some dtype.
 
-    Only this rank's tokens are kept, and with sequence parallelism gathered again in the backward pass. There each
-    collective runs while a matrix product does that does not need it. The weight is not among the saved tensors, for
-    which torch.utils.checkpoint gives back others, not the leaf to which a gradient is to be added.
+    Only this rank's tokens are kept, none where all weights are frozen, and with sequence parallelism gathered again in
+    the backward pass. There each collective runs while a matrix product does that does not need it. The weight is not
+    among the saved tensors, for which torch.utils.checkpoint gives back others, not the leaf to which a gradient is to
+    be added.
     """
 
     @staticmethod
     def forward(ctx: Any, x_ui: Tensor, stream: Stream, deferral: WeightGradients | None,
                 *operands: Any) -> tuple[Tensor, ...]:
         weights, matrices, biases, vectors = (operands[place::4] for place in range(4))
-        ctx.save_for_backward(x_ui, *matrices)
+        ctx.save_for_backward(x_ui if any(ctx.needs_input_grad[3::4]) else None, *matrices)
         ctx.weights, ctx.stream, ctx.deferral = weights, stream, deferral
         ctx.bias_dtypes = [None if bias_o is None else bias_o.dtype for bias_o in biases]
         x_ti = stream.start_enter(x_ui).wait()
@@ -244,15 +253,15 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads_to: Tensor) -> tuple[Tensor | None, ...]:
         x_ui, *matrices = ctx.saved_tensors
-        gathering = ctx.stream.start_enter(x_ui)
+        gathering = None if x_ui is None else ctx.stream.start_enter(x_ui)
         grad_ti = grads_to[0] @ matrices[0]
         for grad_to, matrix_oi in zip(grads_to[1:], matrices[1:], strict=True):
             grad_ti = torch.addmm(grad_ti, grad_to, matrix_oi)
-        x_ti = gathering.wait()
+        x_ti = x_ui if gathering is None else gathering.wait()
         summing = ctx.stream.start_leave(grad_ti)
         grads: list[Tensor | None] = []
         for place, (weight_oi, grad_to) in enumerate(zip(ctx.weights, grads_to, strict=True)):
-            dtype, is_trained = ctx.bias_dtypes[place], ctx.needs_input_grad[3 + 4 * place]
+            is_trained, _, has_trained_bias, _ = ctx.needs_input_grad[3 + 4 * place:7 + 4 * place]
             grads += [weight_gradient(weight_oi, grad_to, x_ti, ctx.deferral) if is_trained else None, None,
-                      None if dtype is None else sum_over_tokens(grad_to, dtype), None]
+                      sum_over_tokens(grad_to, ctx.bias_dtypes[place]) if has_trained_bias else None, None]
         return summing.wait(), None, None, *grads

@@ -78,6 +78,12 @@ class Stream:
         """[u, h] after dropout: the same whatever rank has a token."""
         return after_dropout(hidden_uh, self._of_tokens_here(dropout, len(hidden_uh)))
 
+    def dropout_of_features(self, x_ti: Tensor, dropout: Dropout | None) -> Tensor:
+        """[t, i] after dropout, of all tokens and this rank's features: the same whatever rank has a feature."""
+        if dropout is None:
+            return x_ti
+        return after_dropout(x_ti, dropout.from_row(self.context.rank * len(x_ti)), self.axis.rank * x_ti.shape[1])
+
     def join(self, residual_uh: Tensor, branch: Product, dropout: Dropout | None, scaling: Scaling | None,
              dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The stream with a branch, after its dropout, added, and that normalised for what comes next, in `dtype`."""

@@ -1,0 +1,77 @@
+"""Low-rank adapters (LoRA: Hu et al., 2021, arXiv 2106.09685) for a model as it is built, on whatever ranks it lies.
+
+    adapt(model, LoraConfig(lora_rank=8))       before data parallelism shares the model out
+    initialise(adapters_in(parameters), seed)   and its own weights from a checkpoint, by `load_model`
+    merge(model)                                a plain model that computes the same
+
+A model is adapted as it is built, a pipeline stage like the whole, on `meta` or with values, before an optimizer or the
+copies of its weights are made.
+"""
+
+import itertools
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+
+from megatron.config import ModelConfig
+from megatron.config.lora import LORA_TARGETS, LoraConfig
+from megatron.errors import ConfigError
+from megatron.kernels.dropout import Use
+from megatron.model.protein_model import ProteinModel
+from megatron.parallel.tensor.adapters import Adapters, SplitLinear
+from megatron.parallel.tensor.layers import Matrix
+
+T = TypeVar("T")
+# Of a block's layers the parts that may be adapted, in the order of their rows.
+PARTS: Mapping[str, tuple[str, ...]] = {
+    "attention.query_key_value": ("query", "key", "value"), "attention.dense": ("dense",), "mlp.gate": ("gate",),
+    "mlp.dense_h_to_4h": ("dense_h_to_4h",), "mlp.dense_4h_to_h": ("dense_4h_to_h",)}
+_MARK = ".adapters."
+
+
+def adapt(model: ProteinModel, config: LoraConfig) -> None:
+    """Freeze all of a model, and give its blocks' layers that are targets adapters, which are without values as yet.
+
+    They are parameters named LAYER.adapters.TARGET.a.weight [r, i] and .b.weight [o, r], trained, of the same mode,
+    device and ranks as their layer. Raises ConfigError where the model lacks a target.
+    """
+    assert config.lora_rank is not None, "who adapts says the rank"
+    targets = frozenset(config.lora_targets)
+    if missing := targets - {*possible_targets(model.config)}:
+        raise ConfigError(f"--lora-targets has {min(missing)}, which goes with --swiglu, and the model is without; "
+                          "leave it out")
+    model.requires_grad_(False)
+    for block, path in itertools.product(model.blocks(), PARTS):
+        if targets & {*PARTS[path]}:
+            layer = block.get_submodule(path)
+            assert isinstance(layer, SplitLinear)
+            with torch.device(layer.weight.device):
+                adapters = Adapters(layer, {part: Use[f"ADAPTED_{part.upper()}"] for part in PARTS[path]}, targets,
+                                    config.lora_rank, config.scale, config.lora_dropout)
+            layer.adapters = adapters.train(layer.training)
+            adapters.hook = block.register_forward_pre_hook(adapters.take_seed) if config.lora_dropout else None
+
+
+def possible_targets(config: ModelConfig) -> tuple[str, ...]:
+    """The layers of such a model that may have adapters."""
+    return tuple(target for target in LORA_TARGETS if target != "gate" or config.swiglu)
+
+
+def adapters_in(tensors: Mapping[str, T]) -> dict[str, T]:
+    """Those of tensors by their names in a model that are adapters'."""
+    return {name: tensor for name, tensor in tensors.items() if _MARK in name}
+
+
+@torch.no_grad()
+def merge(model: ProteinModel) -> None:
+    """Add to the weights what the adapters add to outputs, in place, and take these off: in evaluation nothing changes.
+
+    On tensor ranks each merges its part. Not where data parallelism has shared weights out.
+    """
+    for layer in model.modules():
+        if isinstance(layer, Matrix) and isinstance(layer.adapters, Adapters):
+            layer.weight.add_(layer.adapters.delta())
+            if layer.adapters.hook is not None:
+                layer.adapters.hook.remove()
+            layer.adapters = None

@@ -1,0 +1,98 @@
+"""Low-rank adapters of layers that are split over the tensor axis (LoRA: Hu et al., 2021, arXiv 2106.09685).
+
+To the output of a layer that is frozen an adapter adds s · B A x. The matrix on the side of the residual stream is
+whole on every rank, the other one split as the layer's own: so r features a token pass between the ranks, and each rank
+can add its part of s · B A to its part of the layer's weight. Shapes as in `layers`: t tokens, u of them in the stream
+on this rank, i and o features in and out; r the adapter's rank.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from megatron.kernels.dropout import Dropout, Use
+from megatron.parallel.parameters import Constant, Uniform, declaration_of
+from megatron.parallel.placement import placement_of
+from megatron.parallel.tensor.layers import ColumnParallelLinear, Linear, RowParallelLinear
+
+SplitLinear = ColumnParallelLinear | RowParallelLinear
+
+
+class Adapters(nn.Module):
+    """Those of one layer, or of the layers in one whose features take turns, which are its parts.
+
+    `uses`: the names of its parts in their order, and of each what its dropout is told by; `adapted`: the parts that
+    get an adapter; `scale`: s; `rate`: of the dropout of x, of which each part has its own. Where there is dropout,
+    `take_seed` is called before each forward pass, by the `hook` of the block that the layer is in.
+    """
+
+    hook: RemovableHandle | None = None
+
+    def __init__(self, layer: SplitLinear, uses: Mapping[str, Use], adapted: frozenset[str], rank: int, scale: float,
+                 rate: float) -> None:
+        super().__init__()
+        self.runs, self.uses, self.scale, self.rate = declaration_of(layer.weight).runs, uses, scale, rate
+        self.seed: Tensor | None = None
+        num_out = placement_of(layer.weight).whole_shape(layer.weight)[0]
+        shares = self.runs or (1,)
+        for name, share in zip(uses, shares, strict=True):
+            self.add_module(name, Adapter(layer, num_out * share // sum(shares), rank) if name in adapted else None)
+
+    def take_seed(self, block: nn.Module, arguments: tuple[Any, ...]) -> None:
+        """Of a block's arguments the seed of its dropout."""
+        self.seed = arguments[1].seed
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What is added to the layer's output for `x`, in the shape of that."""
+        return in_turns([None if adapter is None else adapter(x, self.scale, self._dropout(use))
+                         for adapter, use in zip(self.of_parts(), self.uses.values(), strict=True)], self.runs)
+
+    def delta(self) -> Tensor:
+        """What is added to this rank's part of the layer's weight [o, i], fp32."""
+        products = [None if adapter is None else (adapter.b.weight @ adapter.a.weight).t()
+                    for adapter in self.of_parts()]
+        return self.scale * in_turns(products, self.runs).t()
+
+    def of_parts(self) -> list["Adapter | None"]:
+        """Each part's adapter, None for one that has none."""
+        return [getattr(self, name) for name in self.uses]
+
+    def _dropout(self, use: Use) -> Dropout | None:
+        if not self.rate or not self.training:
+            return None
+        assert self.seed is not None, "who trains with dropout gives it a seed"
+        return Dropout(self.rate, self.seed, use)
+
+
+class Adapter(nn.Module):
+    """s · B A x of `num_out` of a layer's features, at first 0: A is drawn as torch.nn.Linear's weight is, B is 0."""
+
+    def __init__(self, layer: SplitLinear, num_out: int, rank: int) -> None:
+        super().__init__()
+        num_in = placement_of(layer.weight).whole_shape(layer.weight)[1]
+        drawn, zero = Uniform(num_in**-0.5), Constant(0.0)
+        if isinstance(layer, RowParallelLinear):
+            self.a: Linear | RowParallelLinear = RowParallelLinear(num_in, rank, layer.stream, drawn, has_bias=False)
+            self.b: Linear | ColumnParallelLinear = Linear(rank, num_out, zero, False, layer.stream)
+            self.dropped: Callable[[Tensor, Dropout | None], Tensor] = layer.stream.dropout_of_features
+        else:
+            self.a = Linear(num_in, rank, drawn, False, layer.stream)
+            self.b = ColumnParallelLinear(rank, num_out, layer.stream, zero, has_bias=False)
+            self.dropped = layer.stream.dropout
+
+    def forward(self, x: Tensor, scale: float, dropout: Dropout | None) -> Tensor:
+        """[t, o], or of a layer back into the stream [u, o]; `dropout`: that of x."""
+        return self.b(scale * self.a(self.dropped(x, dropout)))
+
+
+def in_turns(parts: Sequence[Tensor | None], runs: tuple[int, ...]) -> Tensor:
+    """The parts' features [..., o] in one, `runs` of each in a turn; zeros for a part that is None."""
+    known = next((part, run) for part, run in zip(parts, runs or (1,), strict=True) if part is not None)
+    if not runs:
+        return known[0]
+    leading = (*known[0].shape[:-1], known[0].shape[-1] // known[1])
+    return torch.cat([known[0].new_zeros(*leading, run) if part is None else part.unflatten(-1, (-1, run))
+                      for part, run in zip(parts, runs, strict=True)], -1).flatten(-2)
