@@ -37,7 +37,8 @@ from importlib.util import find_spec
 needed = ["torch", "numpy", "safetensors", "tensorboard", "tqdm", "matplotlib"]
 if sys.argv[1] == "tests":
     needed += ["pytest", "pytest_timeout", "xdist", "hypothesis", "ruff", "mypy", "pybind11", "setuptools", "orjson",
-               "isal", "nltk", "h5py", "lmdb", "pyarrow", "zstandard", "transformers", "peft", "triton", "sklearn", "scipy"]
+               "isal", "nltk", "h5py", "lmdb", "pyarrow", "zstandard", "transformers", "peft", "triton", "sklearn",
+               "scipy"]
     if sys.platform != "linux":
         needed.remove("triton")
 complete = all(find_spec(name) for name in needed)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from megatron.config import Config
 from megatron.config.command_line import OneLineParser, add_section_flags, check_section, left_open, parse
 from megatron.config.declaration import flag, fraction, not_negative, positive
+from megatron.config.lora import LoraConfig
 from megatron.errors import ConfigError
 from megatron.finetune.heads import POOLINGS
 from megatron.finetune.tasks import LABEL_KEYS, LABEL_KINDS, SEQUENCE_KEYS, TASK_NAMES, Task, split_files, task_of
@@ -74,7 +75,7 @@ _TAKEN: Mapping[str, frozenset[str]] = {
     "logging": frozenset(("log_interval",)),
 }
 _MICRO_BATCH, _GLOBAL_BATCH, _WARMUP, _LOG_INTERVAL = 2, 8, 0.1, 10
-_LR, _LR_OF_HEAD = 1e-4, 1e-3
+_LR, _LR_OF_LITTLE = 1e-4, 1e-3  # of a whole model, and of a head or adapters beside one that stays
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Flags:
     task_name: str
     task: TaskConfig
     finetune: FinetuneConfig
+    lora: LoraConfig | None
     others: Mapping[str, Any]
 
     def config(self, saved: Mapping[str, Any], data_size: int, num_iterations: int | None = None) -> Config:
@@ -95,7 +97,7 @@ class Flags:
         rows = micro_batch * data_size
         defaults = {"seq_length": positions_of(saved), "micro_batch_size": micro_batch,
                     "global_batch_size": max(1, -(-_GLOBAL_BATCH // rows)) * rows,
-                    "lr": _LR_OF_HEAD if self.finetune.head_only else _LR,
+                    "lr": _LR_OF_LITTLE if self.finetune.head_only or self.lora else _LR,
                     "train_iters": num_iterations or 10**9, "log_interval": _LOG_INTERVAL,
                     **({} if "lr_warmup_iters" in self.others else {"lr_warmup_fraction": _WARMUP})}
         if self.finetune.head_only:  # its input is to be the same in every epoch
@@ -106,7 +108,8 @@ class Flags:
     def identity(self) -> dict[str, Any]:
         """What two runs have in common that give the same but for their seeds, as JSON has it."""
         free = {"save", "log_interval", "local_rank", "distributed_timeout_minutes"}
-        values = {**vars(self.task), **vars(self.finetune), **self.others, "task": self.task_name}
+        values = {**vars(self.task), **vars(self.finetune), **(vars(self.lora) if self.lora else {}), **self.others,
+                  "task": self.task_name}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()
                 if name not in free | {"seeds"}}
 
@@ -115,21 +118,28 @@ def parse_flags(argv: Sequence[str], description: str) -> Flags:
     """What `argv` says; raises ConfigError."""
     parser = OneLineParser(description=description, allow_abbrev=False)
     parser.add_argument("task", metavar="TASK", choices=TASK_NAMES, help=", ".join(TASK_NAMES))
-    for kind in (TaskConfig, FinetuneConfig):
+    for kind in (TaskConfig, FinetuneConfig, LoraConfig):
         add_section_flags(parser, kind)
     for name, section_of_run in Config().sections():
         add_section_flags(parser, type(section_of_run), _TAKEN[name])
     given = dict[str, Any]((name, tuple(value) if isinstance(value, list) else value)
                            for name, value in vars(parser.parse_args(argv)).items())
     task_name, task, finetune = given.pop("task"), _taken(TaskConfig, given), _taken(FinetuneConfig, given)
-    for section in (task, finetune):
+    lora = _taken(LoraConfig, given)
+    for section in (task, finetune, lora):
         check_section(section)
+    if lora.lora_rank is None and lora != LoraConfig():
+        raise ConfigError("--lora-rank is missing, without which there are no adapters; give it, or leave the other "
+                          "flags of adapters out")
+    if lora.lora_rank is not None and finetune.head_only:
+        raise ConfigError(f"--head-only trains nothing of the model, and --lora-rank {lora.lora_rank} asks for "
+                          "adapters; leave one out")
     for name, what in (("load", "the folder of a checkpoint to begin with"), ("save", "a new folder for the model")):
         if not given.get(name):
             raise ConfigError(f"--{name} is missing; give {what}")
     if len(set(finetune.seeds)) < len(finetune.seeds):
         raise ConfigError(f"--seeds are {' '.join(map(str, finetune.seeds))}; give each once")
-    return Flags(task_name, task, finetune, given)
+    return Flags(task_name, task, finetune, None if lora.lora_rank is None else lora, given)
 
 
 def _taken(section: type[T], given: dict[str, Any]) -> T:

@@ -13,11 +13,13 @@ from torch import nn
 from megatron.checkpoint.loading import load_model
 from megatron.checkpoint.stored import Checkpoint
 from megatron.config import Config, ModelConfig, PrecisionConfig
+from megatron.config.lora import LoraConfig
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import CheckpointError
 from megatron.files import write_json
 from megatron.finetune.heads import HeadSpec, TaskHead
 from megatron.finetune.labels import LabelSpace
+from megatron.finetune.lora import adapt, adapters_in
 from megatron.finetune.tasks import Task
 from megatron.model.initialisation import initialise
 from megatron.model.protein_model import ProteinModel
@@ -38,10 +40,11 @@ class Described:
     task: Task
     space: LabelSpace
     head: HeadSpec
+    lora: LoraConfig | None = None
 
     def write(self, folder: Path) -> None:
         """Write it into a model's folder."""
-        write_json(folder / TASK_FILE, {name: asdict(value) for name, value in vars(self).items()})
+        write_json(folder / TASK_FILE, {name: asdict(value) for name, value in vars(self).items() if value is not None})
 
     @classmethod
     def read(cls, folder: Path) -> "Described":
@@ -49,9 +52,9 @@ class Described:
         path = folder / TASK_FILE
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
-            task, head = (dict[str, Any]((key, tuple(value) if isinstance(value, list) else value)
-                                         for key, value in fields[name].items()) for name in ("task", "head"))
-            return cls(Task(**task), LabelSpace.from_json(fields["space"]), HeadSpec(**head))
+            lora = LoraConfig(**_with_tuples(fields["lora"])) if "lora" in fields else None
+            return cls(Task(**_with_tuples(fields["task"])), LabelSpace.from_json(fields["space"]),
+                       HeadSpec(**_with_tuples(fields["head"])), lora)
         except FileNotFoundError:
             raise CheckpointError(f"{folder} holds no fine-tuned model ({TASK_FILE} is not there); give what --save of "
                                   "tools/finetune.py named, with several seeds a folder in it") from None
@@ -60,8 +63,9 @@ class Described:
 
     def begin(self, config: Config, mesh: Mesh, vocab: Vocab, checkpoint: Checkpoint, seed: int,
               is_head_only: bool) -> Engine:
-        """The engine that trains it, its head's weights from the seed and all others those of a checkpoint."""
-        names = {name for name in self._names(config, vocab) if not name.startswith(_HEAD)}
+        """The engine that trains it: the weights of head and adapters from the seed, all others of a checkpoint."""
+        born = [name for name in self._names(config, vocab) if not name.startswith(_HEAD)]
+        names = {*born} - {*adapters_in(dict.fromkeys(born))}
         trunk = replace(checkpoint, model={name: stored for name, stored in checkpoint.model.items() if name in names})
 
         def fill(parameters: Mapping[str, nn.Parameter]) -> None:
@@ -82,15 +86,24 @@ class Described:
 
     def _stage(self, config: ModelConfig, precision: PrecisionConfig, num_ids: int, stream: Stream = ONE_RANK,
                stage: Stage | None = None, ends: Axis = _ONE_END, mask_id: int | None = None) -> ProteinModel:
-        """What ProteinModel's arguments make, with the head."""
-        return ProteinModel(config, precision, num_ids, stream, stage, ends, mask_id,
-                            partial(TaskHead, config, self.head, stream))
+        """What ProteinModel's arguments make, with the head and adapters."""
+        model = ProteinModel(config, precision, num_ids, stream, stage, ends, mask_id,
+                             partial(TaskHead, config, self.head, stream))
+        if self.lora is not None:
+            adapt(model, self.lora)
+            if model.task_head is not None:
+                model.task_head.requires_grad_(True)
+        return model
 
     def _names(self, config: Config, vocab: Vocab) -> set[str]:
         """Those of the whole model's parameters."""
         with torch.device("meta"):
             whole = self._stage(config.model, config.precision, _num_ids(config, vocab), mask_id=vocab.mask_id)
         return {name for name, _ in whole.named_parameters()}
+
+
+def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 def _num_ids(config: Config, vocab: Vocab) -> int:

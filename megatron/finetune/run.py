@@ -63,7 +63,7 @@ def described(flags: Flags, data: TaskData, num_ends: int) -> Described:
                               "leave it out")
         weights = tuple(map(float, class_weights(space, labels)))
         spec = HeadSpec(**vars(spec) | {"class_weights": weights})
-    return Described(data.task, space, spec)
+    return Described(data.task, space, spec, flags.lora)
 
 
 def spreads(reports: list[Report]) -> dict[str, dict[str, list[float]]]:

@@ -10,14 +10,17 @@ from typing import Any
 import torch
 
 from megatron.checkpoint.saving import Saver, parts_of
+from megatron.checkpoint.store import open_place, place_of
 from megatron.checkpoint.stored import Checkpoint
 from megatron.config import Config
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import DivergedError
 from megatron.files import write_json
+from megatron.finetune import peft_files
 from megatron.finetune.batches import PackedExamples
 from megatron.finetune.examples import TaskData
 from megatron.finetune.flags import Flags
+from megatron.finetune.lora import adapters_in
 from megatron.finetune.metrics import Measured
 from megatron.finetune.model import Described
 from megatron.finetune.predictions import measured, predictions, settings_of
@@ -30,6 +33,7 @@ from megatron.train.step import TrainStep
 
 REPORT = "report.json"
 METRICS_FILE = "metrics.jsonl"
+ADAPTERS = "adapters"  # in the files of peft
 Measures = dict[str, Measured]
 
 
@@ -131,6 +135,9 @@ class _Training:
         saver.close()
         if self._log.is_speaker:
             self._job.described.write(self._folder)
+            if (lora := self._job.described.lora) is not None:
+                tensors = adapters_in(open_place(place_of(self._folder, self._best_at)).model)
+                peft_files.write(self._folder / ADAPTERS, tensors, lora, self._config.model)
             write_json(self._folder / REPORT, report)
 
     def _packed(self, part: str, is_training: bool) -> PackedExamples:

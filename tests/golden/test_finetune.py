@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 
+from megatron.finetune.peft_files import read
 from megatron.infer.door import status_of
 from tests.unit.labelled_files import json_lines
 from tests.unit.test_pretrained import TINY, saved
@@ -105,6 +106,22 @@ def test_predictions_of_a_saved_model_are_those_of_its_validation(taught, tmp_pa
         assert [len(one["probabilities"]["H"]) for one in found] == [len(line["seq"]) for line in lines]
 
 
+def test_adapters_learn_and_are_saved_for_peft_too(taught, base, tmp_path):
+    data = taught / "residues-data"
+    assert finetune("own", "--load", base, "--data", data, "--save", tmp_path / "out", "--epochs", 4, "--lora-rank", 4,
+                    "--lora-targets", "query", "value", *QUICK, "--lr", 4e-2) == 0
+    accuracy = report_of(tmp_path / "out")["measures"]["valid"]["accuracy"][0]
+    assert accuracy > 0.65, "half of the letters have either class"
+    adapters, lora = read(tmp_path / "out" / "adapters", MODEL)
+    assert (lora.lora_rank, lora.lora_targets, len(adapters.model)) == (4, ("query", "value"), 8)
+    assert any(tensor.read().abs().max() > 0 for name, tensor in adapters.model.items() if ".b." in name)
+    assert finetune("predict", tmp_path / "out", data / "valid.jsonl", tmp_path / "out.jsonl") == 0
+    found = [json.loads(line)["prediction"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    lines = [json.loads(line)["label"] for line in (data / "valid.jsonl").read_text().splitlines()]
+    assert np.mean([a == b for pair in zip(found, lines, strict=True) for a, b in zip(*pair, strict=True)]) == (
+        pytest.approx(accuracy))
+
+
 def test_fasta_is_predicted_by_its_names(taught, tmp_path):
     (tmp_path / "in.fasta").write_text(">one first\nAAAAAACDEF\n>two\nCDEFGHIKLG\n")
     assert finetune("predict", taught / "number", tmp_path / "in.fasta", tmp_path / "out.csv") == 0
@@ -186,6 +203,8 @@ def test_what_is_no_fine_tuned_model_cannot_predict(base, tmp_path, capsys):
     (["own", "--load", "/nowhere", "--save", "x"], "/nowhere holds no checkpoint"),
     (["own", "--load", "x", "--save", "y", "--epochs", "0"], "--epochs is 0; it must be greater than 0"),
     (["own", "--load", "x", "--save", "y", "--seeds", "1", "1"], "give each once"),
+    (["own", "--load", "x", "--save", "y", "--lora-alpha", "3"], "--lora-rank is missing"),
+    (["own", "--load", "x", "--save", "y", "--lora-rank", "3", "--head-only"], "leave one out"),
     (["fluoresence", "--load", "x", "--save", "y"], "invalid choice: 'fluoresence'")])
 def test_flags_that_cannot_be_are_refused(flags, said, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

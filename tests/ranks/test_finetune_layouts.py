@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 
 from megatron.config import OptimizerConfig, ParallelConfig
+from megatron.config.lora import LoraConfig
 from megatron.finetune.batches import PackedExamples
 from megatron.finetune.predictions import predictions, settings_of
 from megatron.finetune.tasks import LABEL_KINDS
@@ -19,18 +20,20 @@ from tests.ranks.test_model_layouts import CPU, LAYOUTS
 from tests.tasks import SPACES, VOCAB, as_tensors, checkpoint_of, config_of, described, examples_of
 
 MODEL = replace(ESM2, hidden_dropout=0.1)
+LORA = LoraConfig(lora_rank=4, lora_dropout=0.1)
 HEADS = {kind: {"dropout": 0.2} for kind in LABEL_KINDS} | {"class": {"pooling": "cls", "class_weights": (0.5, 1, 2)}}
-OTHERS = [("sequence", "number", False), ("sequence", "residues", False), ("sequence", "contacts", False),
-          ("tensor", "class", False), ("zero-bubble", "residues", False), ("interleaved", "classes", False),
-          ("parameters", "residues", False), ("parameters", "contacts", False), ("optimizer", "class", False),
-          ("pipeline", "residues", True), ("data", "class", True), ("parameters", "number", True)]
+OTHERS = [("sequence", "number", "all"), ("sequence", "residues", "all"), ("sequence", "contacts", "all"),
+          ("tensor", "class", "all"), ("zero-bubble", "residues", "all"), ("interleaved", "classes", "all"),
+          ("parameters", "residues", "all"), ("parameters", "contacts", "all"), ("optimizer", "class", "all"),
+          ("pipeline", "residues", "head"), ("data", "class", "head"), ("parameters", "number", "head"),
+          ("pipeline", "number", "adapters"), ("tensor", "residues", "adapters"), ("data", "classes", "adapters")]
 
 
-def outcome(mesh, parallel, kind, is_head_only, num_steps=2):
+def outcome(mesh, parallel, kind, how, num_steps=2):
     """The losses and norms of some steps, then the predictions for other proteins."""
     config = config_of(MODEL, parallel, optimizer=OptimizerConfig(optimizer="sgd"))
-    task = described(kind, **HEADS[kind])
-    engine = task.begin(config, mesh, VOCAB, checkpoint_of(MODEL), 7, is_head_only)
+    task = replace(described(kind, **HEADS[kind]), lora=LORA if how == "adapters" else None)
+    engine = task.begin(config, mesh, VOCAB, checkpoint_of(MODEL), 7, how == "head")
     meters = Meters(mesh.world, CPU)
     step, settings = TrainStep(engine, meters), settings_of(engine, 5)
     rows = PackedExamples(examples_of(kind, 30), SPACES[kind], VOCAB, settings, is_training=True)
@@ -54,7 +57,7 @@ def layout_of(name):
 
 
 def test_every_layout_learns_and_predicts_what_one_rank_does():
-    cases = [*itertools.product(("data", "pipeline", "context"), LABEL_KINDS, [False]), *OTHERS]
+    cases = [*itertools.product(("data", "pipeline", "context"), LABEL_KINDS, ["all"]), *OTHERS]
     expected = {case[1:]: outcome(Mesh(), ParallelConfig(), *case[1:]) for case in cases}
     for found in run_ranks(outcomes, 2, cases):
         for case, name in itertools.product(cases, ("curve", "predicted")):
