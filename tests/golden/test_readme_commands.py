@@ -50,7 +50,7 @@ def quick(command: str) -> str:
     return command
 
 
-PAGES = ("README.md", "docs/continue_pretraining.md", "docs/embeddings.md")
+PAGES = ("README.md", "docs/continue_pretraining.md", "docs/embeddings.md", "docs/finetuning.md")
 BLOCKS = [block for page in PAGES for block in bash_blocks((ROOT / page).read_text(encoding="utf-8"))]
 
 
