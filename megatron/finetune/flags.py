@@ -53,6 +53,8 @@ class FinetuneConfig:
                        check=positive)
     patience: int = flag(3, "stop after this many epochs without a better validation; 0 never does", kind=int,
                          check=not_negative)
+    calibrate_lr: tuple[float, ...] = flag((), "learning rates to try for a quarter of an epoch each; the best by "
+                                           "validation is taken", kind=float, nargs="+", check=positive)
     seeds: tuple[int, ...] = flag((1234,), "seeds of the head's first weights, the order and dropout; a run for each",
                                   kind=int, nargs="+", check=not_negative)
     bootstrap: int = flag(1000, "draws of proteins for the intervals in the report; 0 for none", kind=int,
@@ -131,6 +133,8 @@ def parse_flags(argv: Sequence[str], description: str) -> Flags:
     if lora.lora_rank is None and lora != LoraConfig():
         raise ConfigError("--lora-rank is missing, without which there are no adapters; give it, or leave the other "
                           "flags of adapters out")
+    if finetune.calibrate_lr and "lr" in given:
+        raise ConfigError(f"--lr {given['lr']:g} says the learning rate, and --calibrate-lr is to find it; give one")
     if lora.lora_rank is not None and finetune.head_only:
         raise ConfigError(f"--head-only trains nothing of the model, and --lora-rank {lora.lora_rank} asks for "
                           "adapters; leave one out")

@@ -19,7 +19,7 @@ from megatron.finetune.labels import class_weights
 from megatron.finetune.metrics import spread, with_spread
 from megatron.finetune.model import Described
 from megatron.finetune.tasks import CONTACTS, METRICS, NUMBER
-from megatron.finetune.training import REPORT, Job, fine_tune
+from megatron.finetune.training import REPORT, Job, fine_tune, with_best_rate
 from megatron.infer.pretrained import config_of, flags_of, vocab_of
 from megatron.log import Log
 from megatron.parallel.collectives import everyones
@@ -36,13 +36,15 @@ def run(flags: Flags, mesh: Mesh, log: Log) -> list[list[str]]:
     """
     job, root = _job(flags, mesh, log), Path(flags.others["save"])
     reports: dict[int, Report] = {}
+    folders = {seed: root if len(flags.finetune.seeds) == 1 else root / f"seed-{seed}" for seed in flags.finetune.seeds}
     with claimed(str(root), mesh, log):
-        for seed in flags.finetune.seeds:
-            folder = root if len(flags.finetune.seeds) == 1 else root / f"seed-{seed}"
-            done = everyones(_done(folder, flags, seed), mesh.world)[0]
-            if done is not None:
+        done = {seed: everyones(_done(folder, flags, seed), mesh.world)[0] for seed, folder in folders.items()}
+        if flags.finetune.calibrate_lr and not all(done.values()):
+            job = with_best_rate(job, root)
+        for seed, folder in folders.items():
+            if done[seed] is not None:
                 log.line(f"seed {seed} is done already: {folder}")
-            reports[seed] = done or fine_tune(job, seed, folder)
+            reports[seed] = done[seed] or fine_tune(job, seed, folder)
         if log.is_speaker and len(reports) > 1:
             write_json(root / REPORT, {"seeds": {str(seed): report for seed, report in reports.items()},
                                        "spread": spreads(list(reports.values()))})
@@ -99,8 +101,8 @@ def _job(flags: Flags, mesh: Mesh, log: Log) -> Job:
         log.line("note: without a validation file nothing chooses the best weights: the last ones are kept")
     log.line(f"{len(data.parts['train']):,} proteins to learn from, labels of the kind {data.space.kind}"
              + (f", {len(data.space.class_names)} classes" if data.space.class_names else ""))
-    return Job(flags, data, described(flags, data, config.data.num_ends), vocab, checkpoint, flags_of(checkpoint), mesh,
-               log)
+    return Job(flags, flags.identity(), data, described(flags, data, config.data.num_ends), vocab, checkpoint,
+               flags_of(checkpoint), mesh, log)
 
 
 def _done(folder: Path, flags: Flags, seed: int) -> Report | None:

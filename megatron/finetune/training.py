@@ -14,7 +14,7 @@ from megatron.checkpoint.store import open_place, place_of
 from megatron.checkpoint.stored import Checkpoint
 from megatron.config import Config
 from megatron.data.corpus.vocab import Vocab
-from megatron.errors import DivergedError
+from megatron.errors import ConfigError, DivergedError
 from megatron.files import write_json
 from megatron.finetune import peft_files
 from megatron.finetune.batches import PackedExamples
@@ -33,6 +33,7 @@ from megatron.train.step import TrainStep
 
 REPORT = "report.json"
 METRICS_FILE = "metrics.jsonl"
+_LEAST_OF_A_TRY = 20  # steps
 ADAPTERS = "adapters"  # in the files of peft
 Measures = dict[str, Measured]
 
@@ -42,6 +43,7 @@ class Job:
     """Everything of a run but its seed."""
 
     flags: Flags
+    identity: Mapping[str, Any]  # that of the flags as they were given
     data: TaskData
     described: Described
     vocab: Vocab
@@ -53,32 +55,56 @@ class Job:
 
 def fine_tune(job: Job, seed: int, folder: Path) -> dict[str, Any]:
     """Train with one seed, write the model and its report into a folder, and give the report; all ranks together."""
-    training = _Training(job, seed, folder)
+    training = Training(job, seed, folder)
     training.run()
     report = training.report()
     training.save(report)
     return report
 
 
-class _Training:
-    """One run; `best` are the weights of the best validation, on this rank, where there is one."""
+def with_best_rate(job: Job, folder: Path) -> Job:
+    """The job with that of --calibrate-lr of which a try with the first seed has the best validation; all together.
 
-    def __init__(self, job: Job, seed: int, folder: Path) -> None:
+    What is seen of each goes into a folder. Raises ConfigError where there is no validation file to choose by.
+    """
+    if "valid" not in job.data.parts:
+        raise ConfigError("--calibrate-lr chooses by validation, and there is no such file; give --valid-data, or "
+                          "leave it out")
+    values, tries = dict[float, float](), {rate: _with_rate(job, rate) for rate in job.flags.finetune.calibrate_lr}
+    for rate, one in tries.items():
+        training = Training(one, job.flags.finetune.seeds[0], folder / "calibration" / f"lr-{rate:g}", is_try=True)
+        training.run()
+        values[rate] = training.best_value
+    best = max(values, key=lambda rate: values[rate])
+    shown = ", ".join(f"{value:.4f} with {rate:g}" for rate, value in values.items())
+    job.log.line(f"learning rate {best:g}, by {METRICS[job.data.space.kind][0]} on validation: {shown}")
+    return tries[best]
+
+
+class Training:
+    """One run of `num_steps` at most; `best_value`: of the first measure, at the best validation so far.
+
+    `is_try`: it ends after a quarter of an epoch, or 20 steps, and has the whole course of the learning rate in these.
+    """
+
+    def __init__(self, job: Job, seed: int, folder: Path, is_try: bool = False) -> None:
         self._job, self._seed, self._folder, self._mesh, self._log = job, seed, folder, job.mesh, job.log
         config, finetune = job.flags.config(job.saved, job.mesh.data.size), job.flags.finetune
         self._engine = job.described.begin(config, job.mesh, job.vocab, job.checkpoint, seed, finetune.head_only)
         self._train = self._packed("train", is_training=True)
-        self._num_steps = job.flags.others.get("train_iters") or sum(
+        self.num_steps = job.flags.others.get("train_iters") or sum(
             self._train.num_steps(epoch) for epoch in range(finetune.epochs))
-        self._config = job.flags.config(job.saved, job.mesh.data.size, self._num_steps)
+        if is_try:
+            self.num_steps = min(self.num_steps, max(_LEAST_OF_A_TRY, self._train.num_steps(0) // 4))
+        self._config = job.flags.config(job.saved, job.mesh.data.size, self.num_steps)
         self._rows = _rows_a_step(self._config)
         self._schedule = build_schedule(self._config.schedule, global_batch_size=self._rows,
-                                        train_iters=self._num_steps, train_samples=None)
+                                        train_iters=self.num_steps, train_samples=None)
         self._parts = {part: self._packed(part, is_training=False) for part in job.data.parts if part != "train"}
         self._meters = Meters(job.mesh.world, job.mesh.device)
         self._step = TrainStep(self._engine, self._meters)
         self._iteration, self._best_at, self._best_epoch = 0, 0, 0
-        self._best_value = -math.inf
+        self.best_value = -math.inf
         self._best: dict[str, torch.Tensor] | None = None
         if self._log.is_speaker:
             folder.mkdir(parents=True, exist_ok=True)
@@ -87,8 +113,8 @@ class _Training:
     def run(self) -> None:
         """Take the steps, epoch after epoch, until all are taken or nothing gets better; then put the best in place."""
         epoch, patience = 0, self._job.flags.finetune.patience
-        bar = self._log.progress(total=self._num_steps, done=0, unit="step", label=f"training, seed {self._seed}")
-        while self._iteration < self._num_steps and not (
+        bar = self._log.progress(total=self.num_steps, done=0, unit="step", label=f"training, seed {self._seed}")
+        while self._iteration < self.num_steps and not (
                 self._best is not None and 0 < patience <= epoch - self._best_epoch):
             epoch += 1
             for batches in self._train.steps(epoch - 1):
@@ -96,9 +122,9 @@ class _Training:
                 self._step(batches, learning_rate)
                 self._iteration += 1
                 bar.update()
-                if self._iteration % self._config.logging.log_interval == 0 or self._iteration == self._num_steps:
+                if self._iteration % self._config.logging.log_interval == 0 or self._iteration == self.num_steps:
                     self._note_training(epoch, learning_rate)
-                if self._iteration == self._num_steps:
+                if self._iteration == self.num_steps:
                     break
             if "valid" in self._parts:
                 self._validate(epoch)
@@ -106,7 +132,7 @@ class _Training:
         if self._best is None:
             self._best_at, self._best_epoch = self._iteration, epoch
             return
-        if self._iteration < self._num_steps:
+        if self._iteration < self.num_steps:
             self._log.line(f"no better validation for {patience} epochs: stopped after {epoch}")
         with torch.no_grad():
             for name, weight in self._best.items():
@@ -116,8 +142,8 @@ class _Training:
     def report(self) -> dict[str, Any]:
         """What is told of the run: the measures of each part by the best weights, with their intervals."""
         found = {part: self._measured(part, self._job.flags.finetune.bootstrap) for part in self._parts}
-        return {"flags": self._job.flags.identity(), "seed": self._seed, "iteration": self._best_at,
-                "epoch": self._best_epoch, "iterations": self._iteration,
+        return {"flags": self._job.identity, "seed": self._seed, "lr": self._config.schedule.lr,
+                "iteration": self._best_at, "epoch": self._best_epoch, "iterations": self._iteration,
                 "proteins": {part: len(examples) for part, examples in self._job.data.parts.items()},
                 "measures": {part: {name: [_finite(end) for end in (one.value, one.low, one.high)]
                                     for name, one in measures.items()} for part, measures in found.items()}}
@@ -151,10 +177,10 @@ class _Training:
         self._meters.pause()
         measures, name = self._measured("valid"), METRICS[self._job.data.space.kind][0]
         value = measures[name].value
-        is_better = self._best is None or value > self._best_value
+        is_better = self._best is None or value > self.best_value
         if is_better:
             self._best_at, self._best_epoch = self._iteration, epoch
-            self._best_value = -math.inf if math.isnan(value) else value
+            self.best_value = -math.inf if math.isnan(value) else value
             self._best = {name: parameter.detach().clone() for name, parameter in self._engine.model.parameters.items()
                           if parameter.requires_grad}
         self._write("valid", epoch, {name: one.value for name, one in measures.items()})
@@ -174,7 +200,7 @@ class _Training:
         self._write("train", epoch, values)
         shown = "none" if reading.loss is None or reading.grad_norm is None else (
             f"{reading.loss:.4E} | grad norm: {reading.grad_norm:.3f}")
-        self._log.line(f" iteration {self._iteration:7d}/{self._num_steps:7d} | epoch {epoch:4d} | learning rate: "
+        self._log.line(f" iteration {self._iteration:7d}/{self.num_steps:7d} | epoch {epoch:4d} | learning rate: "
                        f"{learning_rate:.3E} | loss: {shown} | residues per second: {values['residues_per_s']:.0f}")
         if 0 < reading.num_steps_with_targets == reading.num_skipped and not self._engine.loss_scale.is_dynamic:
             raise DivergedError(f"the gradients of the last {reading.num_skipped} steps up to iteration "
@@ -187,6 +213,10 @@ class _Training:
                       **{name: None if value is None else _finite(value) for name, value in values.items()}}
             with (self._folder / METRICS_FILE).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+
+
+def _with_rate(job: Job, rate: float) -> Job:
+    return replace(job, flags=replace(job.flags, others={**job.flags.others, "lr": rate}))
 
 
 def _rows_a_step(config: Config) -> int:

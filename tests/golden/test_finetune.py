@@ -9,8 +9,11 @@ from functools import partial
 import numpy as np
 import pytest
 
+from megatron.checkpoint.convert.families import hf
 from megatron.finetune.peft_files import read
 from megatron.infer.door import status_of
+from tests.families import ESM2
+from tests.transformers_models import trained_here
 from tests.unit.labelled_files import json_lines
 from tests.unit.test_pretrained import TINY, saved
 from tools.finetune import prepare
@@ -122,6 +125,19 @@ def test_adapters_learn_and_are_saved_for_peft_too(taught, base, tmp_path):
         pytest.approx(accuracy))
 
 
+def test_a_model_of_transformers_is_taught_too(taught, tmp_path):
+    hf.write(trained_here(replace(ESM2, ffn_hidden_size=128), "esm", "both"), tmp_path / "esm")
+    data = taught / "residues-data"
+    assert finetune("own", "--load", tmp_path / "esm", "--data", data, "--save", tmp_path / "out", "--train-iters", 4,
+                    *QUICK) == 0
+    assert finetune("predict", tmp_path / "out", data / "test.jsonl", tmp_path / "out.jsonl") == 0
+    found = [json.loads(line)["prediction"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    lines = [json.loads(line)["label"] for line in (data / "test.jsonl").read_text().splitlines()]
+    assert [len(one) for one in found] == [len(line) for line in lines]
+    right = np.mean([a == b for pair in zip(found, lines, strict=True) for a, b in zip(*pair, strict=True)])
+    assert right == pytest.approx(report_of(tmp_path / "out")["measures"]["test"]["accuracy"][0])
+
+
 def test_fasta_is_predicted_by_its_names(taught, tmp_path):
     (tmp_path / "in.fasta").write_text(">one first\nAAAAAACDEF\n>two\nCDEFGHIKLG\n")
     assert finetune("predict", taught / "number", tmp_path / "in.fasta", tmp_path / "out.csv") == 0
@@ -144,6 +160,18 @@ def test_seeds_have_a_model_each_and_the_same_command_does_none_again(taught, ba
     assert report_of(tmp_path / "out")["seeds"].keys() == {"1", "2", "3"}
     assert finetune(*command, 1, 2, "--pooling", "cls") == 2
     assert "holds the report of other flags" in capsys.readouterr().err
+
+
+def test_the_rate_is_taken_that_is_best_by_validation(taught, base, tmp_path, capsys):
+    command = ["own", "--load", base, "--data", taught / "residues-data", "--save", tmp_path / "out", *QUICK[2:],
+               "--train-iters", 4, "--calibrate-lr", 1e-6, 1e-2]
+    assert finetune(*command) == 0
+    tries = [records_of(tmp_path / "out" / "calibration" / f"lr-{rate}", "valid") for rate in ("1e-06", "0.01")]
+    values = [max(record["accuracy"] for record in records) for records in tries]
+    assert values[0] < values[1] and "learning rate 0.01, by accuracy on validation" in capsys.readouterr().out
+    assert report_of(tmp_path / "out")["lr"] == 0.01
+    assert finetune(*command) == 0 and "is done already" in capsys.readouterr().out
+    assert "give one" in refusal(capsys, *command, "--lr", 1)
 
 
 def refusal(capsys, *argv):
