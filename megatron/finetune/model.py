@@ -63,7 +63,14 @@ class Described:
 
     def begin(self, config: Config, mesh: Mesh, vocab: Vocab, checkpoint: Checkpoint, seed: int,
               is_head_only: bool) -> Engine:
-        """The engine that trains it: the weights of head and adapters from the seed, all others of a checkpoint."""
+        """The engine that trains it: the weights of head and adapters from the seed, all others of a checkpoint.
+
+        Another task's head in the checkpoint is left out. Raises CheckpointError where weights do not fit, or are not
+        all of the model's, for there are adapters beside them.
+        """
+        if adapters_in(checkpoint.model):
+            raise CheckpointError(f"{checkpoint.path} has adapters beside its weights, which would be lost; --load the "
+                                  "checkpoint that they were trained on")
         born = [name for name in self._names(config, vocab) if not name.startswith(_HEAD)]
         names = {*born} - {*adapters_in(dict.fromkeys(born))}
         trunk = replace(checkpoint, model={name: stored for name, stored in checkpoint.model.items() if name in names})

@@ -109,7 +109,7 @@ def test_predictions_of_a_saved_model_are_those_of_its_validation(taught, tmp_pa
         assert [len(one["probabilities"]["H"]) for one in found] == [len(line["seq"]) for line in lines]
 
 
-def test_adapters_learn_and_are_saved_for_peft_too(taught, base, tmp_path):
+def test_adapters_learn_and_are_saved_for_peft_too(taught, base, tmp_path, capsys):
     data = taught / "residues-data"
     assert finetune("own", "--load", base, "--data", data, "--save", tmp_path / "out", "--epochs", 4, "--lora-rank", 4,
                     "--lora-targets", "query", "value", *QUICK, "--lr", 4e-2) == 0
@@ -123,6 +123,13 @@ def test_adapters_learn_and_are_saved_for_peft_too(taught, base, tmp_path):
     lines = [json.loads(line)["label"] for line in (data / "valid.jsonl").read_text().splitlines()]
     assert np.mean([a == b for pair in zip(found, lines, strict=True) for a, b in zip(*pair, strict=True)]) == (
         pytest.approx(accuracy))
+    assert "has adapters beside its weights" in refusal(capsys, "own", "--load", tmp_path / "out", "--data", data,
+                                                        "--save", tmp_path / "again")
+
+
+def test_a_fine_tuned_model_is_taught_another_task(taught, tmp_path):
+    assert finetune("own", "--load", taught / "number", "--data", taught / "residues-data", "--save", tmp_path / "out",
+                    "--train-iters", 1, *QUICK) == 0
 
 
 def test_a_model_of_transformers_is_taught_too(taught, tmp_path):
