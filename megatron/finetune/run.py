@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,10 @@ from megatron.finetune.training import REPORT, Job, fine_tune, with_best_rate
 from megatron.infer.pretrained import config_of, flags_of, vocab_of
 from megatron.log import Log
 from megatron.parallel.collectives import everyones
+from megatron.parallel.compilation import wants_compilation
 from megatron.parallel.mesh import Mesh
+from megatron.train.precision import set_tf32, with_precision_chosen
+from megatron.train.ways import set_flash_attention, ways
 
 Report = dict[str, Any]
 HEADS = ("part", "measure", "proteins", "value", "95 % interval")
@@ -101,8 +105,20 @@ def _job(flags: Flags, mesh: Mesh, log: Log) -> Job:
         log.line("note: without a validation file nothing chooses the best weights: the last ones are kept")
     log.line(f"{len(data.parts['train']):,} proteins to learn from, labels of the kind {data.space.kind}"
              + (f", {len(data.space.class_names)} classes" if data.space.class_names else ""))
-    return Job(flags, flags.identity(), data, described(flags, data, config.data.num_ends), vocab, checkpoint,
-               flags_of(checkpoint), mesh, log)
+    return Job(_settled(flags, flags_of(checkpoint), mesh, log), flags.identity(), data,
+               described(flags, data, config.data.num_ends), vocab, checkpoint, flags_of(checkpoint), mesh, log)
+
+
+def _settled(flags: Flags, saved: Mapping[str, Any], mesh: Mesh, log: Log) -> Flags:
+    """The flags with what `--precision auto` comes to, and PyTorch set as they ask for; raises ConfigError."""
+    config = flags.config(saved, mesh.data.size)
+    set_tf32(config, mesh)
+    set_flash_attention(config, mesh)
+    config = with_precision_chosen(config, None, mesh, log)
+    log.line(ways(config, mesh, wants_compilation(config, mesh.device)))
+    if "precision" not in flags.others:
+        return flags
+    return replace(flags, others={**flags.others, "precision": None, "bf16": config.precision.bf16})
 
 
 def _done(folder: Path, flags: Flags, seed: int) -> Report | None:

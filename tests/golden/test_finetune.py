@@ -246,6 +246,15 @@ def test_flags_that_cannot_be_are_refused(flags, said, capsys, tmp_path, monkeyp
     assert said in refusal(capsys, *flags)
 
 
+def test_precision_is_chosen_and_what_no_cpu_can_is_refused(base, taught, tmp_path, capsys):
+    command = ["own", "--load", base, "--data", taught / "number-data", "--train-iters", 1, *QUICK]
+    assert finetune(*command, "--save", tmp_path / "auto", "--precision", "auto") == 0
+    assert "precision: " in capsys.readouterr().out
+    for flag in (["--tf32"], ["--flash-attention", "FA3"]):
+        said = refusal(capsys, *command, "--save", tmp_path / "out", *flag)
+        assert said.startswith(flag[0]) and "this run is on cpu" in said
+
+
 def test_weights_of_classes_are_for_classes(base, taught, tmp_path, capsys):
     said = refusal(capsys, "own", "--load", base, "--data", taught / "number-data", "--save", tmp_path / "out",
                    "--class-weights", "balanced")
