@@ -3,6 +3,7 @@
 The others are pretraining's, those of them that mean something here.
 """
 
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -118,7 +119,7 @@ class Flags:
 
 def parse_flags(argv: Sequence[str], description: str) -> Flags:
     """What `argv` says; raises ConfigError."""
-    parser = OneLineParser(description=description, allow_abbrev=False)
+    parser = OneLineParser(description=description, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("task", metavar="TASK", choices=TASK_NAMES, help=", ".join(TASK_NAMES))
     for kind in (TaskConfig, FinetuneConfig, LoraConfig):
         add_section_flags(parser, kind)
