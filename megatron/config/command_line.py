@@ -7,7 +7,7 @@ Values come from, in rising order: a field's default, the preset, the flags. Wha
 import argparse
 import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -110,11 +110,11 @@ def listing(config: Config, always_so: Sequence[str]) -> str:
     return "\n".join([f"{rule} arguments {rule}", *rows, f"{rule}- end of arguments {rule}"])
 
 
-def add_section_flags(parser: argparse.ArgumentParser, section: type) -> None:
-    """Add one flag for each field of the dataclass `section`; a flag that is not given leaves no value behind."""
+def add_section_flags(parser: argparse.ArgumentParser, section: type, names: Collection[str] | None = None) -> None:
+    """Add a flag for each field of the dataclass `section`, or of `names`; one that is not given leaves no value."""
     group = parser.add_argument_group(section.__name__.removesuffix("Config").lower(), section.__doc__)
-    for item in fields(section):
-        names = [flag_name(item), *item.metadata["aliases"]]
+    for item in (item for item in fields(section) if names is None or item.name in names):
+        spellings = [flag_name(item), *item.metadata["aliases"]]
         text = item.metadata["help"].replace("%", "%%")
         options: dict[str, Any] = {"dest": item.name, "default": argparse.SUPPRESS, "help": text}
         if item.metadata["type"] is bool or isinstance(item.default, bool):
@@ -125,7 +125,7 @@ def add_section_flags(parser: argparse.ArgumentParser, section: type) -> None:
                         "nargs": item.metadata["nargs"]}
             if item.default is not None:
                 options["help"] += f" (default: {_shown(item.default)})"
-        group.add_argument(*names, **options)
+        group.add_argument(*spellings, **options)
 
 
 def flag_name(item: Field) -> str:
@@ -177,16 +177,21 @@ def _build(values: dict[str, Any]) -> Config:
         mine = {key: tuple(value) if isinstance(value, list) else value for key, value in mine.items()}
         config = replace(config, **{name: replace(section, **mine)})
     for _, section in config.sections():
-        for item in fields(section):
-            _check_value(item, getattr(section, item.name))
+        check_section(section)
     config = _with_derived(config)
     _check_combinations(config)
     return config
 
 
-def _check_value(item: Field, value: Any) -> None:
+def check_section(section: Any) -> None:
+    """Raises ConfigError for a value that its flag's check does not take."""
+    for item in fields(section):
+        value = getattr(section, item.name)
+        _check_values(item, value, value if isinstance(value, tuple) else (value,))
+
+
+def _check_values(item: Field, value: Any, values: tuple[Any, ...]) -> None:
     check = item.metadata["check"]
-    values = value if isinstance(value, tuple) else (value,)
     if any(one in ("", "~") or str(one).startswith("~/") for one in values):
         raise ConfigError(f"{flag_name(item)} is {' '.join(map(repr, values))}, where the shell should have put "
                           "something in; write it out, or leave the flag out")

@@ -1,1 +1,1 @@
-"""Trained models taught a task: proteins with labels, what is learnt beside the model, and how well it is done."""
+"""Trained models taught a task: labelled proteins, heads, training, low-rank adapters, and how well it is done."""

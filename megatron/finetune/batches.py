@@ -7,8 +7,8 @@ Shapes: t tokens of a micro-batch (this rank's share of them), g proteins and wh
 `PackedSequence`, c classes, r residues.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -22,7 +22,7 @@ from megatron.data.rows.packing import PackedRows, order_key, pack
 from megatron.finetune.examples import Example
 from megatron.finetune.labels import LabelSpace
 from megatron.finetune.tasks import CLASS, CLASSES, CONTACTS, LEAST_SEPARATION, NUMBER, RESIDUES
-from megatron.kernels.packed_sequence import NO_TARGET
+from megatron.kernels.packed_sequence import NO_TARGET, PackedSequence
 from megatron.parallel.randomness import dropout_seed
 
 _ORDER, _CROP = 0, 1  # purposes of randomness
@@ -59,42 +59,64 @@ class BatchSettings:
 
 @dataclass(frozen=True)
 class LabelledBatch:
-    """A micro-batch with its labels; all shapes are the same throughout a run.
+    """A micro-batch with its labels, as training takes it; all shapes are the same throughout a run.
 
     `batch.targets` are the residues' classes: their places among the tokens here, and NO_TARGET where there is none. Of
     the other kinds it has no targets, and `labels` are: number, float32 [g], 0 where there is no protein; class, int64
     [g], NO_TARGET there; classes, float32 [g, c] of 0 and 1, 0 there; contacts, the coordinates of each token's residue
     in angstrom, float32 [t, 3], NaN for ends, filler and what is unresolved: pairs are to be formed on the device.
     Residues have an empty one.
+
+    num_targets: the labels of the whole micro-batch: of residues those that count; of contacts the pairs of resolved
+    residues that are LEAST_SEPARATION or more apart; else one a protein. Where examples have no label, it is 0.
     """
 
     batch: Batch
     labels: Tensor
     examples_g: Tensor  # int64, the number of each protein's example, NO_EXAMPLE where there is no protein
     offsets_g: Tensor  # int64, the first of its residues that is in the row: 0 unless the protein was cropped
+    num_targets: int
+
+    @property
+    def sequence(self) -> PackedSequence:
+        """The tokens."""
+        return self.batch.sequence
+
+    @property
+    def targets(self) -> "LabelledBatch":
+        """What a task's head takes as targets: all of it."""
+        return self
+
+    @property
+    def num_residues(self) -> int:
+        """Tokens that are neither ends of proteins nor filler."""
+        return self.batch.num_residues
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are no filler."""
+        return self.batch.num_tokens
+
+    @property
+    def num_pairs(self) -> int:
+        """Tokens that see each other."""
+        return self.batch.num_pairs
+
+    def without_filler(self, token_multiple: int) -> "LabelledBatch":
+        """The same, whole and on the host, with no more filler than a multiple of tokens takes; labels stay."""
+        return replace(self, batch=self.batch.without_filler(token_multiple))
 
     def to(self, device: torch.device | str) -> "LabelledBatch":
         """The same on a device; does not wait for copies from page-locked memory."""
-        tensors = (tensor.to(device, non_blocking=True) for tensor in (self.labels, self.examples_g, self.offsets_g))
-        return LabelledBatch(self.batch.to(device), *tensors)
+        return self._map(self.batch.to(device), lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "LabelledBatch":
         """The same in page-locked memory."""
-        tensors = (tensor.pin_memory() for tensor in (self.labels, self.examples_g, self.offsets_g))
-        return LabelledBatch(self.batch.pin_memory(), *tensors)
+        return self._map(self.batch.pin_memory(), Tensor.pin_memory)
 
-
-@dataclass(frozen=True)
-class Step:
-    """One global batch: this rank's micro-batches, and what all ranks' hold together, to divide a loss by.
-
-    num_labels: of residues those that count; of contacts the pairs of resolved residues that are LEAST_SEPARATION or
-    more apart; else one a protein.
-    """
-
-    batches: list[LabelledBatch]
-    num_examples: int
-    num_labels: int
+    def _map(self, batch: Batch, function: Callable[[Tensor], Tensor]) -> "LabelledBatch":
+        return LabelledBatch(batch, function(self.labels), function(self.examples_g), function(self.offsets_g),
+                             self.num_targets)
 
 
 class PackedExamples:
@@ -112,8 +134,8 @@ class PackedExamples:
         self._packed = lru_cache(maxsize=2)(self._pack)
         self._shape = self._batch_shape()
 
-    def steps(self, epoch: int, first_step: int = 0) -> Iterator[Step]:
-        """The global batches of an epoch, from its `first_step` on."""
+    def steps(self, epoch: int, first_step: int = 0) -> Iterator[list[LabelledBatch]]:
+        """This rank's micro-batches of each global batch of an epoch, from its `first_step` on."""
         size = self._settings.global_batch_size
         for first in range(first_step * size, self.num_rows(epoch), size):
             yield self._step(self._epoch(epoch), first)
@@ -155,20 +177,20 @@ class PackedExamples:
             max_length=int(min(self._lengths.max(initial=1), settings.max_residues)) + settings.num_ends,
             share=settings.share, num_shares=settings.num_shares, num_ends=settings.num_ends)
 
-    def _step(self, epoch: int, first: int) -> Step:
+    def _step(self, epoch: int, first: int) -> list[LabelledBatch]:
         settings, packed = self._settings, self._packed(epoch)
         last = min(first + settings.global_batch_size, len(packed))
         stride = settings.micro_batch_size * settings.data_size
         starts = range(first + settings.data_rank * settings.micro_batch_size, first + settings.global_batch_size,
                        stride)
-        batches = [self._batch(epoch, range(start, max(start, min(start + settings.micro_batch_size, last))))
-                   for start in starts]
-        parts = [part for row in range(first, last) for part in self._parts(epoch, row)]
-        return Step(batches, len(parts), sum(self._num_labels(*part) for part in parts))
+        return [self._batch(epoch, range(start, max(start, min(start + settings.micro_batch_size, last))))
+                for start in starts]
 
     def _num_labels(self, number: int, window: slice) -> int:
-        """What a part of an example adds to `Step.num_labels`."""
+        """What a part of an example adds to `LabelledBatch.num_targets`."""
         label = self.examples[number].label
+        if label is None:
+            return 0
         if self._space.kind == RESIDUES:
             return int((label[window] != NO_TARGET).sum())
         if self._space.kind == CONTACTS:
@@ -200,7 +222,7 @@ class PackedExamples:
         examples_g[:len(joined)] = [number for number, _ in joined]
         offsets_g[:len(joined)] = [window.start for _, window in joined]
         return LabelledBatch(batch, torch.from_numpy(self._labels(joined, size)), torch.from_numpy(examples_g),
-                             torch.from_numpy(offsets_g))
+                             torch.from_numpy(offsets_g), sum(self._num_labels(*part) for part in joined))
 
     def _row(self, parts: Sequence[tuple[int, slice]]) -> Row:
         """The tokens of a row and, where residues have labels, its targets."""
@@ -210,7 +232,7 @@ class PackedExamples:
                                    for array in (cls, self.examples[number].ids[window], *ends)], dtype=np.int64)
         lengths = np.array([window.stop - window.start for _, window in parts]) + self._settings.num_ends
         nothing = np.empty(0, dtype=np.int64)
-        if self._space.kind != RESIDUES:
+        if self._space.kind != RESIDUES or any(self.examples[number].label is None for number, _ in parts):
             return Row(tokens_t, lengths, nothing, nothing)
         labels_t = np.full(len(tokens_t), NO_TARGET)
         for start, (number, window) in zip(np.cumsum(lengths) - lengths, parts, strict=True):
@@ -221,12 +243,13 @@ class PackedExamples:
     def _labels(self, parts: Sequence[tuple[int, slice]], num_proteins: int) -> np.ndarray:
         """`LabelledBatch.labels` of proteins one behind the other."""
         kind, found = self._space.kind, [self.examples[number].label for number, _ in parts]
-        if kind == CONTACTS:
+        is_labelled = all(label is not None for label in found)
+        if kind == CONTACTS and is_labelled:
             return self._coordinates(parts)
         empty = {NUMBER: np.zeros(num_proteins, np.float32), CLASS: np.full(num_proteins, NO_TARGET),
                  CLASSES: np.zeros((num_proteins, len(self._space.class_names)), np.float32),
-                 RESIDUES: np.empty(0, np.float32)}[kind]
-        if kind != RESIDUES and found:
+                 RESIDUES: np.empty(0, np.float32), CONTACTS: np.empty(0, np.float32)}[kind]
+        if kind != RESIDUES and found and is_labelled:
             empty[:len(found)] = found
         return empty
 

@@ -1,11 +1,24 @@
-"""The flags that say what is to be learnt: the files of a task, and where sequence and label stand in them."""
+"""The flags of fine-tuning: the files of a task, where sequence and label stand in them, and how it is learnt.
 
-from dataclasses import dataclass
+The others are pretraining's, those of them that mean something here.
+"""
+
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, TypeVar
 
-from megatron.config.declaration import flag
+from megatron.config import Config
+from megatron.config.command_line import OneLineParser, add_section_flags, check_section, left_open, parse
+from megatron.config.declaration import flag, fraction, not_negative, positive
+from megatron.config.lora import LoraConfig
 from megatron.errors import ConfigError
-from megatron.finetune.tasks import LABEL_KEYS, LABEL_KINDS, SEQUENCE_KEYS, Task, split_files, task_of
+from megatron.finetune.heads import POOLINGS
+from megatron.finetune.tasks import LABEL_KEYS, LABEL_KINDS, SEQUENCE_KEYS, TASK_NAMES, Task, split_files, task_of
+from megatron.infer.pretrained import positions_of
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -27,6 +40,116 @@ class TaskConfig:
                            "taken for numbers)", choices=LABEL_KINDS)
     class_weights: str = flag("none", "balanced: rare classes count more, so that all count alike together",
                               choices=("none", "balanced"))
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How a task is learnt."""
+
+    head_only: bool = flag(False, "train the head alone, on a model that stays as it is")
+    pooling: str = flag("mean", "what the head takes of a whole protein: the mean over its residues, or the token "
+                        "before the first", choices=POOLINGS)
+    head_dropout: float = flag(0.1, "dropout before the head's outputs", kind=float, check=fraction)
+    epochs: int = flag(10, "times that every protein is seen, if --train-iters does not say how long", kind=int,
+                       check=positive)
+    patience: int = flag(3, "stop after this many epochs without a better validation; 0 never does", kind=int,
+                         check=not_negative)
+    calibrate_lr: tuple[float, ...] = flag((), "learning rates to try for a quarter of an epoch each; the best by "
+                                           "validation is taken", kind=float, nargs="+", check=positive)
+    seeds: tuple[int, ...] = flag((1234,), "seeds of the head's first weights, the order and dropout; a run for each",
+                                  kind=int, nargs="+", check=not_negative)
+    bootstrap: int = flag(1000, "draws of proteins for the intervals in the report; 0 for none", kind=int,
+                          check=not_negative)
+
+
+# Of pretraining's flags those that are taken, by their sections; the model's others are those of --load.
+_TAKEN: Mapping[str, frozenset[str]] = {
+    "model": frozenset(("hidden_dropout", "attention_dropout", "attention_backend", "fp32_residual_connection",
+                        "checkpoint_activations", "checkpoint_num_layers", "distribute_checkpointed_activations",
+                        "recompute_granularity")),
+    "data": frozenset(("seq_length",)),
+    "optimizer": frozenset(item.name for item in fields(Config().optimizer)) - {"ema"},
+    "schedule": frozenset(("lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_warmup_fraction",
+                           "lr_warmup_iters")),
+    "precision": frozenset(item.name for item in fields(Config().precision)) - {"fp16_lm_cross_entropy"},
+    "parallel": frozenset(name for item in fields(Config().parallel) if not (name := item.name).startswith("dry_run")),
+    "training": frozenset(("micro_batch_size", "global_batch_size", "train_iters", "compile", "flash_attention")),
+    "checkpoint": frozenset(("save", "load")),
+    "logging": frozenset(("log_interval",)),
+}
+_MICRO_BATCH, _GLOBAL_BATCH, _WARMUP, _LOG_INTERVAL = 2, 8, 0.1, 10
+_LR, _LR_OF_LITTLE = 1e-4, 1e-3  # of a whole model, and of a head or adapters beside one that stays
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What a command line says. `others`: the values of pretraining's flags that it gives, by their fields' names."""
+
+    task_name: str
+    task: TaskConfig
+    finetune: FinetuneConfig
+    lora: LoraConfig | None
+    others: Mapping[str, Any]
+
+    def config(self, saved: Mapping[str, Any], data_size: int, num_iterations: int | None = None) -> Config:
+        """Pretraining's configuration, with the model of a checkpoint whose flags are `saved`; raises ConfigError.
+
+        `num_iterations`: where it is known how many there will be, if the flags do not say.
+        """
+        micro_batch = self.others.get("micro_batch_size", _MICRO_BATCH)
+        rows = micro_batch * data_size
+        defaults = {"seq_length": positions_of(saved), "micro_batch_size": micro_batch,
+                    "global_batch_size": max(1, -(-_GLOBAL_BATCH // rows)) * rows,
+                    "lr": _LR_OF_LITTLE if self.finetune.head_only or self.lora else _LR,
+                    "train_iters": num_iterations or 10**9, "log_interval": _LOG_INTERVAL,
+                    **({} if "lr_warmup_iters" in self.others else {"lr_warmup_fraction": _WARMUP})}
+        if self.finetune.head_only:  # its input is to be the same in every epoch
+            defaults |= {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+        of_model = left_open(["--load", self.others["load"]], lambda _: saved)
+        return parse([], {**of_model, **defaults, **self.others})[0]
+
+    def identity(self) -> dict[str, Any]:
+        """What two runs have in common that give the same but for their seeds, as JSON has it."""
+        free = {"save", "log_interval", "local_rank", "distributed_timeout_minutes"}
+        values = {**vars(self.task), **vars(self.finetune), **(vars(self.lora) if self.lora else {}), **self.others,
+                  "task": self.task_name}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()
+                if name not in free | {"seeds"}}
+
+
+def parse_flags(argv: Sequence[str], description: str) -> Flags:
+    """What `argv` says; raises ConfigError."""
+    parser = OneLineParser(description=description, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("task", metavar="TASK", choices=TASK_NAMES, help=", ".join(TASK_NAMES))
+    for kind in (TaskConfig, FinetuneConfig, LoraConfig):
+        add_section_flags(parser, kind)
+    for name, section_of_run in Config().sections():
+        add_section_flags(parser, type(section_of_run), _TAKEN[name])
+    given = dict[str, Any]((name, tuple(value) if isinstance(value, list) else value)
+                           for name, value in vars(parser.parse_args(argv)).items())
+    task_name, task, finetune = given.pop("task"), _taken(TaskConfig, given), _taken(FinetuneConfig, given)
+    lora = _taken(LoraConfig, given)
+    for section in (task, finetune, lora):
+        check_section(section)
+    if lora.lora_rank is None and lora != LoraConfig():
+        raise ConfigError("--lora-rank is missing, without which there are no adapters; give it, or leave the other "
+                          "flags of adapters out")
+    if finetune.calibrate_lr and "lr" in given:
+        raise ConfigError(f"--lr {given['lr']:g} says the learning rate, and --calibrate-lr is to find it; give one")
+    if lora.lora_rank is not None and finetune.head_only:
+        raise ConfigError(f"--head-only trains nothing of the model, and --lora-rank {lora.lora_rank} asks for "
+                          "adapters; leave one out")
+    for name, what in (("load", "the folder of a checkpoint to begin with"), ("save", "a new folder for the model")):
+        if not given.get(name):
+            raise ConfigError(f"--{name} is missing; give {what}")
+    if len(set(finetune.seeds)) < len(finetune.seeds):
+        raise ConfigError(f"--seeds are {' '.join(map(str, finetune.seeds))}; give each once")
+    return Flags(task_name, task, finetune, None if lora.lora_rank is None else lora, given)
+
+
+def _taken(section: type[T], given: dict[str, Any]) -> T:
+    """The section of the values that are its own, which are taken out."""
+    return section(**{item.name: given.pop(item.name) for item in fields(section) if item.name in given})  # type: ignore
 
 
 def task_and_files(name: str, config: TaskConfig) -> tuple[Task, dict[str, str]]:

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import NoReturn
 
 from megatron.config import ParallelConfig
@@ -30,14 +31,7 @@ def enter(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace, M
 
     Status 0; 2 and one line for a mistake of the user's; 1 where a rank failed or lost the others; 130 after Ctrl-C.
     """
-    leave(_status(parser, work))
-
-
-def _status(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace, Mesh, Log], None]) -> int:
-    take_any_text()
-    launch = Launch()
-    try:
-        launch = launched()
+    def prepare(launch: Launch) -> tuple[ParallelConfig, Callable[[Mesh, Log], None]]:
         given = parser.parse_args()
         size = given.tensor_model_parallel_size
         if size < 1 or launch.size % size:
@@ -45,14 +39,26 @@ def _status(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace,
                               f"{launch.size}")
         if given.tokens_per_row is not None and given.tokens_per_row < 1:
             raise ConfigError(f"--tokens-per-row is {given.tokens_per_row}; it must be 1 or greater")
+        return ParallelConfig(tensor_model_parallel_size=size), partial(work, given)
+
+    leave(status_of(prepare))
+
+
+def status_of(prepare: Callable[[Launch], tuple[ParallelConfig, Callable[[Mesh, Log], None]]]) -> int:
+    """The exit status of work on this rank's mesh, as `enter` has it; `prepare` gives the layout and the work."""
+    take_any_text()
+    launch = Launch()
+    try:
+        launch = launched()
+        parallel, work = prepare(launch)
         check_launch(launch)
     except UserError as error:
         if launch.speaks_for_host() if isinstance(error, LaunchError) else launch.speaks():
             print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        with joined(ParallelConfig(tensor_model_parallel_size=size), launch) as mesh:
-            work(given, mesh, Log(is_speaker=mesh.world.rank == 0))
+        with joined(parallel, launch) as mesh:
+            work(mesh, Log(is_speaker=mesh.world.rank == 0))
     except KeyboardInterrupt:
         return 130
     except Exception as error:

@@ -4,10 +4,11 @@
 vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -153,12 +154,14 @@ def load(path: str, mesh: Mesh, log: Log, precision: str = "fp32") -> Pretrained
     if checkpoint is None:
         raise CheckpointError(f"{path} holds no checkpoint; give the folder that a run was saved in")
     checkpoint = with_contact_head(checkpoint)
-    config = _config_of(checkpoint, precision)
+    config = config_of(checkpoint, precision)
     vocab = Vocab.from_file(config.data.vocab_file, config.data.mask_token)
     if checkpoint.state.get("vocabulary", vocab.identity) != vocab.identity:
-        name = _flags_of(checkpoint).get("vocab_file") or "iupac"
+        name = flags_of(checkpoint).get("vocab_file") or "iupac"
         raise CheckpointError(f"{checkpoint.path}: its vocabulary, {name}, is not there, or has changed; put it back "
                               "as it was")
+    config = config_of(checkpoint, precision)
+    vocab = vocab_of(checkpoint, config)
     model = _without_values(config, vocab, mesh)
     with torch.device("meta"):
         whole = ProteinModel(config.model, config.precision, _num_ids(config, vocab), mask_id=vocab.mask_id)
@@ -167,17 +170,32 @@ def load(path: str, mesh: Mesh, log: Log, precision: str = "fp32") -> Pretrained
     return Pretrained(model, config, vocab, checkpoint.iteration, mesh, checkpoint.path)
 
 
-def _config_of(checkpoint: Checkpoint, precision: str) -> Config:
+def config_of(checkpoint: Checkpoint, precision: str) -> Config:
     """Its model's flags, its row length and vocabulary; everything else by default."""
-    flags = _flags_of(checkpoint)
-    positions = flags.get("seq_length") or flags.get("max_position_embeddings") or POSITIONS
-    needed = {"--seq-length": positions, "--micro-batch-size": 1, "--train-iters": 1, "--lr": 1}
+    flags = flags_of(checkpoint)
+    needed = {"--seq-length": positions_of(flags), "--micro-batch-size": 1, "--train-iters": 1, "--lr": 1}
     argv = [str(word) for pair in needed.items() for word in pair]
     argv += [] if precision == "fp32" else [f"--{precision}"]
     return parse(argv, left_open(["--load", str(checkpoint.path)], lambda _: flags))[0]
 
 
-def _flags_of(checkpoint: Checkpoint) -> dict:
+def positions_of(flags: Mapping[str, Any]) -> int:
+    """The row length of the model of these flags."""
+    return flags.get("seq_length") or flags.get("max_position_embeddings") or POSITIONS
+
+
+def vocab_of(checkpoint: Checkpoint, config: Config) -> Vocab:
+    """The vocabulary of a checkpoint; raises CheckpointError where it is not here."""
+    vocab = Vocab.from_file(config.data.vocab_file, config.data.mask_token)
+    if checkpoint.state.get("vocabulary", vocab.identity) != vocab.identity:
+        name = flags_of(checkpoint).get("vocab_file") or "iupac"
+        raise CheckpointError(f"{checkpoint.path}: its vocabulary, {name}, is not there, or has changed; put it back "
+                              "as it was")
+    return vocab
+
+
+def flags_of(checkpoint: Checkpoint) -> dict:
+    """The flags that a checkpoint tells, by their fields' names; raises CheckpointError where it tells none."""
     flags = checkpoint.state.get("config")
     if not isinstance(flags, dict):
         raise CheckpointError(f"{checkpoint.path} does not say its flags, without which no model can be made")

@@ -31,6 +31,7 @@ class Use(IntEnum):
     ADAPTED_GATE = 8
     ADAPTED_DENSE_H_TO_4H = 9
     ADAPTED_DENSE_4H_TO_H = 10
+    TASK_HEAD = 11
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ but for sequence parallelism), m targets among them, h hidden, v vocabulary (pad
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,16 +32,17 @@ class ProteinModel(nn.Module):
     `padded_vocab_size` is that of one rank; `stream` says how layers and tokens are split over the context and tensor
     axes. A `stage` that is not the whole model has those parameters alone that it needs, under the same names; the word
     embedding, tied to the head, stands on the first and on the last, which are the two pipeline `ends`. `mask_id`: of
-    [MASK], which `--token-dropout` knows.
+    [MASK], which `--token-dropout` knows. `task_head` makes what stands in the head's place where there is a task: a
+    module that takes the hidden states [u, h] after the last norm, the sequence, and what `forward` has as targets.
     """
 
     def __init__(self, config: ModelConfig, precision: PrecisionConfig, padded_vocab_size: int,
                  stream: Stream = ONE_RANK, stage: Stage | None = None, ends: Axis = _ONE_END,
-                 mask_id: int | None = None) -> None:
+                 mask_id: int | None = None, task_head: Callable[[], nn.Module] | None = None) -> None:
         super().__init__()
         self.stream, self.stage = stream, stage or whole_model(config.num_layers)
         dtype = compute_dtype(precision)
-        self.config, self.is_tied = config, not has_decoder(config)
+        self.config, self.is_tied = config, task_head is None and not has_decoder(config)
         self.stream_dtype = torch.float32 if config.fp32_residual_connection else dtype
         ends = ends if self.is_tied else _ONE_END
         if self.stage.is_first:
@@ -52,21 +54,25 @@ class ProteinModel(nn.Module):
         for layer in self.transformer.modules():
             if isinstance(layer, Matrix):
                 layer.recipe = recipe_of(precision)
-        if self.stage.is_last:
+        self.task_head = task_head() if task_head is not None and self.stage.is_last else None
+        if self.stage.is_last and task_head is None:
             self.lm_head = MaskedLMHead(config, padded_vocab_size, stream, not precision.fp16_lm_cross_entropy)
             if config.contact_head:
                 self.contact_head = ContactHead(config)
 
-    def forward(self, sequence: PackedSequence, targets: Targets,
+    def forward(self, sequence: PackedSequence, targets: Any,
                 message: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """What the next stage takes as `message`, of the shape that `message_shape` tells; of the last stage the loss.
 
-        That is the summed cross entropy of the targets (nats, fp32) and how many of them are the most likely token.
+        That is the summed cross entropy of the targets (nats, fp32) and how many of them are the most likely token; of
+        a model with a task whatever its head gives.
         """
         if self.stage.is_first:
             message = self.embedding(sequence)
         assert message is not None, "a later stage takes hidden states"
         hidden_uh = self.transformer(message, sequence)
+        if self.task_head is not None:
+            return self.task_head(hidden_uh, sequence, targets)
         return self.loss(hidden_uh, targets) if self.stage.is_last else hidden_uh
 
     def loss(self, hidden_uh: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:

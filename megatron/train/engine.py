@@ -69,30 +69,34 @@ class Engine:
         assert self.average is not None
         try:
             with self.average.in_place():
-                self._take_up_weights()
+                self.take_up_weights()
                 yield
         finally:
-            self._take_up_weights()
+            self.take_up_weights()
 
-    def _take_up_weights(self) -> None:
+    def take_up_weights(self) -> None:
+        """Compute with what the parameters have been given since the last update."""
         self.model.drop_gathered()
         self.copies.refresh()
 
 
 Fill = Callable[[Mapping[str, nn.Parameter]], None]
+MakeStage = Callable[..., ProteinModel]
 
 
 def build_engine(config: Config, mesh: Mesh, padded_vocab_size: int, fill: Fill | None = None,
-                 is_frozen: Callable[[str], bool] = lambda name: False, mask_id: int | None = None) -> Engine:
+                 is_frozen: Callable[[str], bool] = lambda name: False, mask_id: int | None = None,
+                 make_stage: MakeStage = ProteinModel) -> Engine:
     """This rank's part of the engine, on the mesh's device; `fill` gives the parameters their values, else the seed.
 
     Before that nothing has any: no rank holds more than its own part, and of what it fills it with one tensor.
-    `is_frozen` says of a parameter's name whether it is not trained; `mask_id` is that of [MASK].
+    `is_frozen` says of a parameter's name whether it is not trained; `mask_id` is that of [MASK]; `make_stage` takes
+    what ProteinModel takes.
     """
     if mesh.device.type == "cpu":
         keep_freed_memory()
     with torch.device("meta"):
-        stages = build_stages(config, mesh, padded_vocab_size, mask_id)
+        stages = build_stages(config, mesh, padded_vocab_size, mask_id, make_stage)
     for name, parameter in (named for stage in stages for named in stage.named_parameters()):
         parameter.requires_grad_(parameter.requires_grad and not is_frozen(name))
     if wants_compilation(config, mesh.device):
@@ -110,11 +114,12 @@ def stream_of(config: Config, mesh: Mesh) -> Stream:
     return Stream(mesh.tensor, config.parallel.sequence_parallel, mesh.context)
 
 
-def build_stages(config: Config, mesh: Mesh, padded_vocab_size: int, mask_id: int | None = None) -> list[ProteinModel]:
+def build_stages(config: Config, mesh: Mesh, padded_vocab_size: int, mask_id: int | None = None,
+                 make_stage: MakeStage = ProteinModel) -> list[ProteinModel]:
     """The model's stages on this pipeline rank, this rank's part of each, without values."""
     stream = stream_of(config, mesh)
     stages = stages_of_rank(config.model.num_layers, config.parallel, mesh.pipeline.rank)
-    return [ProteinModel(config.model, config.precision, padded_vocab_size, stream, stage, mesh.ends, mask_id)
+    return [make_stage(config.model, config.precision, padded_vocab_size, stream, stage, mesh.ends, mask_id)
             for stage in stages]
 
 

@@ -1,5 +1,6 @@
 """What the pipeline runs in training and in evaluation: one micro-batch through one stage of this rank."""
 
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.data.batches.batch import Batch
+from megatron.data.batches.batch import Batch, MicroBatch
 from megatron.kernels.packed_sequence import NO_TARGET
 from megatron.parallel.pipeline.deferral import WeightGradients
 from megatron.parallel.pipeline.run import Passes, TrainingPasses
@@ -19,16 +20,16 @@ from megatron.train.meters import Meters
 class _Passes(Passes):
     """Micro-batches by number, on the device: brought there when a pass first asks for one, in their order."""
 
-    def __init__(self, engine: Engine, batches: Iterable[Batch]) -> None:
+    def __init__(self, engine: Engine, batches: Iterable[MicroBatch]) -> None:
         self._engine, self._mesh, self._source = engine, engine.mesh, iter(batches)
-        self._batches: dict[int, Batch] = {}
+        self._batches: dict[int, MicroBatch] = {}
         self._num_made = 0
 
     def _run(self, action: Action, hidden_uh: Tensor | None) -> Any:
         batch = self._batch(action)
         return self._engine.model.forward(action.stage, batch.sequence, batch.targets, hidden_uh)
 
-    def _batch(self, action: Action) -> Batch:
+    def _batch(self, action: Action) -> MicroBatch:
         while action.micro_batch >= self._num_made:
             batch = next(self._source)
             if self._engine.skips_filler:
@@ -44,7 +45,7 @@ class TrainPasses(_Passes, TrainingPasses):
     The losses are divided by `num_targets`, those of the whole global batch.
     """
 
-    def __init__(self, engine: Engine, batches: Sequence[Batch], num_targets: Tensor | int, meters: Meters,
+    def __init__(self, engine: Engine, batches: Sequence[MicroBatch], num_targets: Tensor | int, meters: Meters,
                  waiting: WeightGradients) -> None:
         super().__init__(engine, batches)
         self._num_batches, self._num_targets = len(batches), num_targets
@@ -75,24 +76,35 @@ class TrainPasses(_Passes, TrainingPasses):
         self._waiting.compute_oldest()
 
 
-class EvaluationPasses(_Passes):
+class ForwardPasses(_Passes):
+    """Forward passes; `take` gets what the model's last stage gives for each micro-batch."""
+
+    def forward(self, action: Action, hidden_uh: Tensor | None) -> Tensor:
+        """What the next stage takes, or whatever the last one gives."""
+        batch = self._batch(action)
+        with torch.set_grad_enabled(self._engine.is_compiled):  # training's graphs serve here as well
+            output = self._run(action, hidden_uh)
+        if action.stage == len(self._engine.stages) - 1:
+            del self._batches[action.micro_batch]  # nobody asks for it again
+        if self._engine.stages[action.stage].stage.is_last:
+            self.take(batch, output)
+        return output
+
+    @abstractmethod
+    def take(self, batch: Any, output: Any) -> None:
+        """Keep what is wanted of a micro-batch."""
+
+
+class EvaluationPasses(ForwardPasses):
     """Forward passes; they add loss, correct predictions and targets to `sums` (fp64 [3]) on the rank that counts."""
 
     def __init__(self, engine: Engine, batches: Iterable[Batch], sums: Tensor) -> None:
         super().__init__(engine, batches)
         self.sums = sums
 
-    def forward(self, action: Action, hidden_uh: Tensor | None) -> Tensor:
-        """What the next stage takes, or of the last one the summed loss."""
-        batch = self._batch(action)
-        with torch.set_grad_enabled(self._engine.is_compiled):  # training's graphs serve here as well
-            output = self._run(action, hidden_uh)
-        if action.stage == len(self._engine.stages) - 1:
-            del self._batches[action.micro_batch]  # nobody asks for it again
-        if not self._engine.stages[action.stage].stage.is_last:
-            return output
+    def take(self, batch: Batch, output: tuple[Tensor, Tensor]) -> None:
+        """Add to the sums."""
         loss_sum, num_correct = output
         if self._mesh.tensor.rank == 0:  # all tensor ranks have the same loss
             self.sums += torch.stack([loss_sum.detach().double(), num_correct.double(),
                                       (batch.targets.ids_m != NO_TARGET).sum().double()])
-        return loss_sum

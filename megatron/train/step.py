@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron.data.batches.batch import Batch
+from megatron.data.batches.batch import MicroBatch
 from megatron.model.flops import model_flops
 from megatron.optim.optimizer import StepOutcome
 from megatron.parallel.pipeline.deferral import WeightGradients, put_off_weight_gradients
@@ -32,7 +32,7 @@ class TrainStep:
         for stage in engine.stages:
             put_off_weight_gradients(stage, self._waiting)
 
-    def __call__(self, batches: Sequence[Batch], learning_rate: float, wishes: Sequence[bool] = ()) -> Arriving:
+    def __call__(self, batches: Sequence[MicroBatch], learning_rate: float, wishes: Sequence[bool] = ()) -> Arriving:
         """Train on this rank's micro-batches; returns of how many ranks each of `wishes` is one."""
         mesh = self._engine.mesh
         here = sum(batch.num_targets for batch in batches) if mesh.is_first_reader else 0
@@ -48,14 +48,14 @@ class TrainStep:
         self._meters.add_step(outcome.grad_norm, outcome.is_taken)
         return Arriving(num_wishes)
 
-    def _stepped(self, batches: Sequence[Batch], num_targets: Tensor | int, learning_rate: float) -> StepOutcome:
+    def _stepped(self, batches: Sequence[MicroBatch], num_targets: Tensor | int, learning_rate: float) -> StepOutcome:
         engine = self._engine
         passes = TrainPasses(engine, batches, num_targets, self._meters, self._waiting)
         engine.pipeline.train(passes, len(batches))
         engine.model.finish()
         return engine.update(learning_rate)
 
-    def _launched(self, batches: Sequence[Batch], num_targets: Tensor | int, learning_rate: float) -> StepOutcome:
+    def _launched(self, batches: Sequence[MicroBatch], num_targets: Tensor | int, learning_rate: float) -> StepOutcome:
         assert self._graph is not None
         self._graph.set_targets(num_targets)
         for batch in batches:
@@ -65,7 +65,7 @@ class TrainStep:
         self._engine.model.finish()
         return self._graph.update(learning_rate)
 
-    def _count(self, batches: Sequence[Batch]) -> None:
+    def _count(self, batches: Sequence[MicroBatch]) -> None:
         if not self._engine.mesh.is_first_reader:
             return
         for batch in batches:

@@ -52,7 +52,7 @@ def quick(command: str) -> str:
 
 
 PAGES = ("README.md", *(f"docs/{name}.md" for name in ("continue_pretraining", "embeddings", "evaluation", "variants",
-                                                      "contacts")))
+                                                      "contacts", "finetuning")))
 BLOCKS = [block for page in PAGES for block in bash_blocks((ROOT / page).read_text(encoding="utf-8"))]
 
 

@@ -3,6 +3,8 @@
 Labels are made from the residues' ids, so that what lies in a batch can be judged from its tokens alone.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -67,7 +69,7 @@ def proteins_in(labelled):
 
 def numbers_in(steps):
     """The examples of each step's micro-batches."""
-    return [[[number for number, _, _ in proteins_in(batch)] for batch in step.batches] for step in steps]
+    return [[[number for number, _, _ in proteins_in(batch)] for batch in step] for step in steps]
 
 
 @pytest.mark.parametrize("num_ends", [1, 2])
@@ -76,7 +78,7 @@ def test_the_class_of_each_residue_is_at_its_token(num_ends, is_training):
     rows = packed("residues", [*lengths(), 60, 45], is_training, num_ends=num_ends)
     num_labels = 0
     for step in rows.steps(epoch=2):
-        for labelled in step.batches:
+        for labelled in step:
             targets, tokens_t = labelled.batch.targets, labelled.batch.sequence.tokens_t
             is_target_m = targets.ids_m != NO_TARGET
             at_targets = tokens_t[targets.positions_m[is_target_m]]
@@ -84,7 +86,7 @@ def test_the_class_of_each_residue_is_at_its_token(num_ends, is_training):
             special = torch.tensor([VOCAB.cls_id, VOCAB.sep_id, VOCAB.pad_id, UNLABELLED])
             assert len(at_targets) == int((~torch.isin(tokens_t, special)).sum())
             num_labels += len(at_targets)
-    assert num_labels == sum(step.num_labels for step in rows.steps(epoch=2))
+    assert num_labels == sum(labelled.num_targets for step in rows.steps(epoch=2) for labelled in step)
     assert len(labelled.labels) == 0
 
 
@@ -92,7 +94,7 @@ def test_the_class_of_each_residue_is_at_its_token(num_ends, is_training):
 def test_the_label_of_each_protein_is_in_its_place(kind):
     rows = packed(kind, lengths())
     for step in rows.steps(epoch=1):
-        for labelled in step.batches:
+        for labelled in step:
             is_protein_g = labelled.examples_g != NO_EXAMPLE
             ids = [ids for _, _, ids in proteins_in(labelled)]
             if kind == "contacts":
@@ -110,7 +112,7 @@ def test_the_label_of_each_protein_is_in_its_place(kind):
 @pytest.mark.parametrize("kind", LABEL_KINDS)
 def test_all_batches_of_a_run_have_one_shape(kind):
     rows = packed(kind, lengths(), token_multiple=48)
-    batches = [labelled for epoch in range(4) for step in rows.steps(epoch) for labelled in step.batches]
+    batches = [labelled for epoch in range(4) for step in rows.steps(epoch) for labelled in step]
     shapes = {tuple((tensor.shape, tensor.dtype) for tensor in (
         *labelled.batch.sequence.tensors(), *labelled.batch.targets.tensors(), labelled.labels, labelled.examples_g,
         labelled.offsets_g)) for labelled in batches}
@@ -138,32 +140,45 @@ def test_ranks_share_out_the_global_batches_of_one(data_size):
     alone = packed("residues", lengths())
     shared = [packed("residues", lengths(), data_size=data_size, data_rank=rank) for rank in range(data_size)]
     for step, *parts in zip(alone.steps(1), *(rows.steps(1) for rows in shared), strict=True):
-        assert {(part.num_examples, part.num_labels) for part in parts} == {(step.num_examples, step.num_labels)}
-        together = [batch for micro in zip(*(part.batches for part in parts), strict=True) for batch in micro]
-        for ours, theirs in zip(step.batches, together, strict=True):
+        together = [batch for micro in zip(*parts, strict=True) for batch in micro]
+        for ours, theirs in zip(step, together, strict=True):
+            assert ours.num_targets == theirs.num_targets
             for one, other in zip(ours.batch.sequence.tensors(), theirs.batch.sequence.tensors(), strict=True):
                 assert torch.equal(one, other)
             assert torch.equal(ours.batch.targets.ids_m, theirs.batch.targets.ids_m)
 
 
-def test_a_step_counts_the_pairs_of_contacts_and_one_label_a_protein_otherwise():
+def test_a_batch_counts_the_pairs_of_contacts_and_one_label_a_protein_otherwise():
     for step in packed("contacts", [*lengths(), 3, 6, 7, 50]).steps(0):
-        num_pairs = 0
-        for labelled in step.batches:
-            ends = labelled.batch.sequence.cu_seqlens
+        for labelled in step:
+            num_pairs, ends = 0, labelled.batch.sequence.cu_seqlens
             for start, stop in zip(ends[:-1], ends[1:], strict=True):
                 is_resolved = ~labelled.labels[start:stop].isnan().any(1)
                 num_pairs += sum(bool(is_resolved[i] and is_resolved[j]) for i in range(len(is_resolved))
                                  for j in range(i + 6, len(is_resolved)))
-        assert step.num_labels == num_pairs
-    assert all(step.num_labels == step.num_examples for step in packed("classes", lengths()).steps(0))
+            assert labelled.num_targets == num_pairs
+    for labelled in next(packed("classes", lengths()).steps(0)):
+        assert labelled.num_targets == int((labelled.examples_g != NO_EXAMPLE).sum())
+
+
+@pytest.mark.parametrize("kind", LABEL_KINDS)
+def test_proteins_without_labels_have_the_same_rows(kind):
+    sizes = lengths()
+    labelled = packed(kind, sizes, is_training=False)
+    examples = [replace(example, label=None) for example in examples_of(kind, sizes)]
+    bare = PackedExamples(examples, SPACES[kind], VOCAB, BatchSettings(SEQ_LENGTH, 2, 2, 8, seed=3), is_training=False)
+    for with_labels, without in zip(labelled.steps(0), bare.steps(0), strict=True):
+        for ours, theirs in zip(with_labels, without, strict=True):
+            assert torch.equal(ours.sequence.tokens_t, theirs.sequence.tokens_t)
+            assert torch.equal(ours.examples_g, theirs.examples_g)
+            assert theirs.num_targets == 0
 
 
 def test_the_last_step_of_an_epoch_has_as_many_batches_some_of_them_empty():
     steps = list(packed("number", [SEQ_LENGTH - 2] * 9).steps(0))
-    assert [len(step.batches) for step in steps] == [4, 4]
+    assert [len(step) for step in steps] == [4, 4]
     assert [[len(batch) for batch in step] for step in numbers_in(steps)] == [[2, 2, 2, 2], [1, 0, 0, 0]]
-    assert [step.num_examples for step in steps] == [8, 1]
+    assert [sum(batch.num_targets for batch in step) for step in steps] == [8, 1]
 
 
 def test_a_long_protein_is_cropped_with_its_labels():
@@ -174,9 +189,9 @@ def test_a_long_protein_is_cropped_with_its_labels():
         whole = rows.examples[0].ids
         for epoch in range(6):
             (step,) = rows.steps(epoch)
-            ((number, offset, ids),) = [found for batch in step.batches for found in proteins_in(batch) if not found[0]]
+            ((number, offset, ids),) = [found for batch in step for found in proteins_in(batch) if not found[0]]
             assert ids.tolist() == whole[offset:offset + size].tolist()
-            places = torch.cat([batch.labels for batch in step.batches])
+            places = torch.cat([batch.labels for batch in step])
             expected = np.concatenate([label_of("contacts", whole[offset:offset + size]),
                                        rows.examples[1].label])
             resolved = places[~places.isnan().any(1)].numpy()
@@ -195,7 +210,7 @@ def test_context_ranks_have_the_labels_of_their_tokens(kind):
     whole = packed(kind, lengths(), token_multiple=4)
     shares = [packed(kind, lengths(), token_multiple=4, share=share, num_shares=4) for share in range(4)]
     for step, *parts in zip(whole.steps(0), *(rows.steps(0) for rows in shares), strict=True):
-        for ours, *theirs in zip(step.batches, *(part.batches for part in parts), strict=True):
+        for ours, *theirs in zip(step, *parts, strict=True):
             joined = torch.cat([batch.batch.sequence.tokens_t for batch in theirs])
             assert torch.equal(joined, ours.batch.sequence.tokens_t)
             if kind == "contacts":
@@ -209,6 +224,6 @@ def test_context_ranks_have_the_labels_of_their_tokens(kind):
 
 def test_a_batch_goes_to_a_device_whole():
     (step, *_) = packed("class", lengths()).steps(0)
-    moved = step.batches[0].to("meta")
+    moved = step[0].to("meta")
     assert {tensor.device.type for tensor in (*moved.batch.sequence.tensors(), moved.labels, moved.examples_g,
                                               moved.offsets_g)} == {"meta"}

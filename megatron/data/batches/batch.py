@@ -5,7 +5,7 @@ t tokens of all rows, g proteins, m chosen tokens.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -89,6 +89,40 @@ class Batch:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         return replace(self, sequence=self.sequence.map(function), targets=self.targets.map(function))
+
+
+class MicroBatch(Protocol):
+    """What training and evaluation take of a micro-batch, whatever its targets are."""
+
+    @property
+    def sequence(self) -> PackedSequence:
+        """The tokens."""
+
+    @property
+    def targets(self) -> Any:
+        """What the model's last stage takes beside hidden states."""
+
+    @property
+    def num_targets(self) -> int:
+        """What the whole micro-batch's loss is a sum over."""
+
+    @property
+    def num_residues(self) -> int:
+        """As in `Batch`."""
+
+    @property
+    def num_tokens(self) -> int:
+        """As in `Batch`."""
+
+    @property
+    def num_pairs(self) -> int:
+        """As in `Batch`."""
+
+    def to(self, device: torch.device | str) -> "MicroBatch":
+        """As in `Batch`."""
+
+    def without_filler(self, token_multiple: int) -> "MicroBatch":
+        """As in `Batch`."""
 
 
 def _from_arrays(arrays: Sequence[np.ndarray], max_length: int, num_filler: int, *counts: int) -> Batch:

@@ -1,0 +1,192 @@
+"""What stands in the masked-LM head's place where there is a task: from hidden states to its loss, or what it predicts.
+
+Computed in fp32, on every tensor rank alike. Shapes: u tokens of the stream on this rank, t of this context rank, h
+hidden, w features, g proteins as in `PackedSequence`, c classes; contacts: b blocks of l tokens.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megatron.config import ModelConfig
+from megatron.finetune.batches import NO_EXAMPLE, LabelledBatch
+from megatron.finetune.tasks import CLASS, CLASSES, CONTACTS, CUTOFF_ANGSTROM, LEAST_SEPARATION, NUMBER, RESIDUES
+from megatron.kernels.dropout import Dropout, Use, dropped
+from megatron.kernels.packed_sequence import NO_TARGET, PackedSequence, proteins_of_tokens
+from megatron.model.initialisation import normal
+from megatron.parallel.collectives import all_gather, gather_slices, sum_gradients, sum_outputs
+from megatron.parallel.parameters import Constant, Declaration, Initial, Normal, whole_parameter
+from megatron.parallel.tensor.stream import Stream
+
+POOLINGS = ("mean", "cls")
+_CONTACT_FEATURES = 128  # of a residue, at most
+_CONTACT_BIAS = -3.0  # at first some 5 % of the pairs are taken to touch, as about as many do
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """All that says what a head is, besides the model's shape.
+
+    num_outputs: classes, or 1. num_ends: tokens around a protein. pooling: how a protein's residues become one. mean,
+    deviation: of the numbers to learn, of which the head gives how many deviations they lie from the mean.
+    class_weights: of the classes' shares in the loss (of several classes a protein: of those that are true); (): all 1.
+    """
+
+    kind: str
+    num_outputs: int
+    num_ends: int
+    pooling: str = "mean"
+    dropout: float = 0.0
+    mean: float = 0.0
+    deviation: float = 1.0
+    class_weights: tuple[float, ...] = ()
+
+
+class TaskHead(nn.Module):
+    """Dense, GeLU, dropout, outputs: of the residues' mean, of each residue, or of pairs of residues."""
+
+    def __init__(self, config: ModelConfig, spec: HeadSpec, stream: Stream) -> None:
+        super().__init__()
+        width = config.hidden_size if spec.kind != CONTACTS else min(config.hidden_size, _CONTACT_FEATURES)
+        self.spec, self.stream, self.dropout = spec, stream, spec.dropout
+        self.dense = _Dense(config.hidden_size, width, Normal(config.hidden_size**-0.5), Constant(0.0))
+        self.output = _Dense(width, spec.num_outputs, normal(config),
+                             Constant(_CONTACT_BIAS if spec.kind == CONTACTS else 0.0))
+
+    def forward(self, hidden_uh: Tensor, sequence: PackedSequence,
+                batch: LabelledBatch | None) -> tuple[Tensor, Tensor] | Tensor:
+        """The loss, summed over what `LabelledBatch.num_targets` counts, fp32, and a 0; without a batch, predictions.
+
+        Context ranks have a part of the loss each. Predictions are the same on all ranks: numbers [g]; probabilities of
+        classes [g, c], of a class of each token [t, c], t of all context ranks; for contacts [t, 2, w + 1], of which
+        the product of one token's first and another's second is the logit that they touch.
+        """
+        outputs = self._outputs(hidden_uh, sequence)
+        if batch is None:
+            return self._predictions(outputs)
+        loss = getattr(self, f"_loss_of_{self.spec.kind}")(outputs, sequence, batch)
+        if self.spec.kind != RESIDUES and self.stream.context.rank:
+            loss = loss * 0  # all context ranks have the same outputs: the first one's loss counts
+        return loss, torch.zeros_like(loss)
+
+    def _pair_factors(self, features_tw: Tensor) -> tuple[Tensor, Tensor]:
+        """Two vectors of each token, [t, w + 1]: the first one's of i and the second one's of j give the logit of i, j.
+
+        It is a weighted product of features and a bias, symmetric, as TAPE's, whose differences of features cancel
+        when it makes its logits symmetric.
+        """
+        bias_t1 = self.output.bias.float().expand(len(features_tw), 1)
+        weighted_tw = features_tw * self.output.weight.float()
+        return torch.cat([weighted_tw, bias_t1], 1), torch.cat([features_tw, torch.ones_like(bias_t1)], 1)
+
+    def _outputs(self, hidden_uh: Tensor, sequence: PackedSequence) -> Tensor:
+        kind, context = self.spec.kind, self.stream.context
+        hidden_th = self._all_tokens(hidden_uh).float()
+        first_row = context.rank * len(hidden_th)
+        if kind in (NUMBER, CLASS, CLASSES):
+            hidden_th, first_row = self._pooled(hidden_th, sequence), 0
+        features_tw = F.gelu(self.dense(hidden_th))
+        if self.training and self.dropout:
+            assert sequence.seed is not None, "who trains with dropout gives it a seed"
+            features_tw = dropped(features_tw, Dropout(self.dropout, sequence.seed, Use.TASK_HEAD, first_row))
+        return gather_slices(features_tw, context) if kind == CONTACTS else self.output(features_tw)
+
+    def _all_tokens(self, hidden_uh: Tensor) -> Tensor:
+        """The hidden states [t, h] of this context rank's tokens."""
+        if not self.stream.is_split:
+            return hidden_uh
+        places_t = torch.arange(len(hidden_uh) * self.stream.axis.size, device=hidden_uh.device)
+        return self.stream.pick(hidden_uh, places_t)
+
+    def _pooled(self, hidden_th: Tensor, sequence: PackedSequence) -> Tensor:
+        """The mean over each protein's residues, or its first token, [g, h]; 0 of one that is empty."""
+        context, start = self.stream.context, self.stream.context.rank * len(hidden_th)
+        if self.spec.pooling == "cls":
+            is_taken_t = sequence.positions_t == 0
+        else:
+            places_t = torch.arange(start, start + len(hidden_th), device=hidden_th.device)
+            proteins_t = proteins_of_tokens(sequence.cu_seqlens, start, start + len(hidden_th))
+            is_last_t = places_t == sequence.cu_seqlens[1:][proteins_t] - 1
+            is_taken_t = (sequence.positions_t > 0) & ~(is_last_t & (self.spec.num_ends == 2))
+        values_tx = torch.cat([hidden_th, torch.ones_like(hidden_th[:, :1])], 1) * is_taken_t[:, None]
+        ends = (sequence.cu_seqlens.long() - start).clamp(0, len(hidden_th))
+        sums_gx = torch.segment_reduce(values_tx, "sum", offsets=ends[:len(ends) - sequence.num_filler], axis=0,
+                                       unsafe=True)
+        # Backward, all context ranks' gradients of the sums are summed, of which the first's alone is not 0.
+        sums_gx = sum_gradients(sum_outputs(sums_gx.clone(), context), context)  # in place, and autograd keeps them
+        return sums_gx[:, :-1] / sums_gx[:, -1:].clamp(min=1)
+
+    def _predictions(self, outputs: Tensor) -> Tensor:
+        kind = self.spec.kind
+        if kind == NUMBER:
+            return self.spec.mean + self.spec.deviation * outputs[:, 0]
+        if kind == RESIDUES:
+            return all_gather(outputs.softmax(1), self.stream.context)
+        if kind == CONTACTS:
+            return torch.stack(self._pair_factors(outputs), 1)
+        return outputs.softmax(1) if kind == CLASS else outputs.sigmoid()
+
+    def _loss_of_number(self, outputs_g1: Tensor, sequence: PackedSequence, batch: LabelledBatch) -> Tensor:
+        errors_g = outputs_g1[:, 0] - (batch.labels - self.spec.mean) / self.spec.deviation
+        return (errors_g.square() * (batch.examples_g != NO_EXAMPLE)).sum()
+
+    def _loss_of_class(self, logits_gc: Tensor, sequence: PackedSequence, batch: LabelledBatch) -> Tensor:
+        return F.cross_entropy(logits_gc, batch.labels, self._weights, ignore_index=NO_TARGET, reduction="sum")
+
+    def _loss_of_classes(self, logits_gc: Tensor, sequence: PackedSequence, batch: LabelledBatch) -> Tensor:
+        losses_gc = F.binary_cross_entropy_with_logits(logits_gc, batch.labels, pos_weight=self._weights,
+                                                       reduction="none")
+        return (losses_gc.mean(1) * (batch.examples_g != NO_EXAMPLE)).sum()
+
+    def _loss_of_residues(self, logits_tc: Tensor, sequence: PackedSequence, batch: LabelledBatch) -> Tensor:
+        targets = batch.batch.targets
+        return F.cross_entropy(logits_tc[targets.positions_m], targets.ids_m, self._weights, ignore_index=NO_TARGET,
+                               reduction="sum")
+
+    def _loss_of_contacts(self, features_tw: Tensor, sequence: PackedSequence, batch: LabelledBatch) -> Tensor:
+        """A token is paired with those of its block of tokens and of the next, among which are all of its protein."""
+        places_t3 = all_gather(batch.labels[:len(sequence.tokens_t)], self.stream.context)
+        proteins_t = proteins_of_tokens(sequence.cu_seqlens, 0, len(features_tw))
+        proteins_t = proteins_t.masked_fill(places_t3.isnan().any(1), -1)  # what is not resolved is of none
+        size = min(sequence.max_length, len(features_tw))
+        first_tw, second_tw = self._pair_factors(features_tw)
+        logits_bll = _blocks(first_tw, size, 0.0)[0] @ _blocks(second_tw, size, 0.0)[1].mT
+        places = _blocks(places_t3.nan_to_num(), size, 0.0)
+        distances_bll = torch.cdist(*places, compute_mode="donot_use_mm_for_euclid_dist")
+        first_b1l, second_b1l = (numbers.mT for numbers in _blocks(proteins_t[:, None], size, -2))
+        order = torch.arange(2 * size, device=features_tw.device)
+        is_pair_bll = (first_b1l.mT == second_b1l) & (first_b1l.mT >= 0)
+        is_pair_bll = is_pair_bll & (order - order[:size, None] >= LEAST_SEPARATION)
+        losses_bll = F.binary_cross_entropy_with_logits(logits_bll, (distances_bll < CUTOFF_ANGSTROM).float(),
+                                                        reduction="none")
+        return (losses_bll * is_pair_bll).sum()
+
+    @cached_property
+    def _weights(self) -> Tensor | None:
+        """The classes' weights on the device; made when they are first needed, for the head is born without values."""
+        weights = self.spec.class_weights
+        return torch.tensor(weights, device=self.dense.weight.device) if weights else None
+
+
+class _Dense(nn.Module):
+    """`x Wᵀ + b` in fp32, whole on every rank, of the head's group."""
+
+    def __init__(self, in_features: int, out_features: int, initial: Initial, initial_bias: Initial) -> None:
+        super().__init__()
+        self.weight = whole_parameter((out_features, in_features), Declaration(initial, "head", decays=True))
+        self.bias = whole_parameter((out_features,), Declaration(initial_bias, "head", decays=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[…, o]."""
+        return F.linear(x, self.weight.float(), self.bias.float())
+
+
+def _blocks(values_tx: Tensor, size: int, filler: float) -> tuple[Tensor, Tensor]:
+    """Blocks [b, l, x] of `size` tokens, and each with the next one [b, 2 l, x]; `filler` behind the last."""
+    num_blocks = -(-len(values_tx) // size)
+    padded = F.pad(values_tx, (0, 0, 0, (num_blocks + 1) * size - len(values_tx)), value=filler)
+    blocks = padded.view(num_blocks + 1, size, -1)
+    return blocks[:-1], torch.cat([blocks[:-1], blocks[1:]], 1)

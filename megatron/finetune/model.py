@@ -1,0 +1,117 @@
+"""A model with a task's head: begun on a checkpoint's weights, saved beside what it predicts, and opened again."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron.checkpoint.loading import load_model
+from megatron.checkpoint.stored import Checkpoint
+from megatron.config import Config, ModelConfig, PrecisionConfig
+from megatron.config.lora import LoraConfig
+from megatron.data.corpus.vocab import Vocab
+from megatron.errors import CheckpointError
+from megatron.files import write_json
+from megatron.finetune.heads import HeadSpec, TaskHead
+from megatron.finetune.labels import LabelSpace
+from megatron.finetune.lora import adapt, adapters_in
+from megatron.finetune.tasks import Task
+from megatron.model.initialisation import initialise
+from megatron.model.protein_model import ProteinModel
+from megatron.parallel.mesh import Axis, Mesh
+from megatron.parallel.pipeline.partition import Stage
+from megatron.parallel.tensor.stream import ONE_RANK, Stream
+from megatron.train.engine import Engine, build_engine
+
+TASK_FILE = "task.json"
+_HEAD = "task_head."
+_ONE_END = Axis()
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a model is to predict, and by what head: all that its folder holds besides a checkpoint."""
+
+    task: Task
+    space: LabelSpace
+    head: HeadSpec
+    lora: LoraConfig | None = None
+
+    def write(self, folder: Path) -> None:
+        """Write it into a model's folder."""
+        write_json(folder / TASK_FILE, {name: asdict(value) for name, value in vars(self).items() if value is not None})
+
+    @classmethod
+    def read(cls, folder: Path) -> "Described":
+        """That of a model's folder; raises CheckpointError where there is none."""
+        path = folder / TASK_FILE
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            lora = LoraConfig(**_with_tuples(fields["lora"])) if "lora" in fields else None
+            return cls(Task(**_with_tuples(fields["task"])), LabelSpace.from_json(fields["space"]),
+                       HeadSpec(**_with_tuples(fields["head"])), lora)
+        except FileNotFoundError:
+            raise CheckpointError(f"{folder} holds no fine-tuned model ({TASK_FILE} is not there); give what --save of "
+                                  "tools/finetune.py named, with several seeds a folder in it") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error}); it is damaged, or of another program") from None
+
+    def begin(self, config: Config, mesh: Mesh, vocab: Vocab, checkpoint: Checkpoint, seed: int,
+              is_head_only: bool) -> Engine:
+        """The engine that trains it: the weights of head and adapters from the seed, all others of a checkpoint.
+
+        Another task's head in the checkpoint is left out. Raises CheckpointError where weights do not fit, or are not
+        all of the model's, for there are adapters beside them.
+        """
+        if adapters_in(checkpoint.model):
+            raise CheckpointError(f"{checkpoint.path} has adapters beside its weights, which would be lost; --load the "
+                                  "checkpoint that they were trained on")
+        born = [name for name in self._names(config, vocab) if not name.startswith(_HEAD)]
+        names = {*born} - {*adapters_in(dict.fromkeys(born))}
+        trunk = replace(checkpoint, model={name: stored for name, stored in checkpoint.model.items() if name in names})
+
+        def fill(parameters: Mapping[str, nn.Parameter]) -> None:
+            load_model({name: parameter for name, parameter in parameters.items() if name in names}, trunk, names)
+            initialise({name: parameter for name, parameter in parameters.items() if name not in names}, seed)
+
+        return self._engine(config, mesh, vocab, fill, lambda name: is_head_only and name in names)
+
+    def open(self, config: Config, mesh: Mesh, vocab: Vocab, checkpoint: Checkpoint) -> Engine:
+        """The engine of one that was saved."""
+        names = self._names(config, vocab)
+        return self._engine(config, mesh, vocab, lambda parameters: load_model(parameters, checkpoint, names),
+                            lambda name: False)
+
+    def _engine(self, config: Config, mesh: Mesh, vocab: Vocab, fill: Callable[[Mapping[str, nn.Parameter]], None],
+                is_frozen: Callable[[str], bool]) -> Engine:
+        return build_engine(config, mesh, _num_ids(config, vocab), fill, is_frozen, vocab.mask_id, self._stage)
+
+    def _stage(self, config: ModelConfig, precision: PrecisionConfig, num_ids: int, stream: Stream = ONE_RANK,
+               stage: Stage | None = None, ends: Axis = _ONE_END, mask_id: int | None = None) -> ProteinModel:
+        """What ProteinModel's arguments make, with the head and adapters."""
+        model = ProteinModel(config, precision, num_ids, stream, stage, ends, mask_id,
+                             partial(TaskHead, config, self.head, stream))
+        if self.lora is not None:
+            adapt(model, self.lora)
+            if model.task_head is not None:
+                model.task_head.requires_grad_(True)
+        return model
+
+    def _names(self, config: Config, vocab: Vocab) -> set[str]:
+        """Those of the whole model's parameters."""
+        with torch.device("meta"):
+            whole = self._stage(config.model, config.precision, _num_ids(config, vocab), mask_id=vocab.mask_id)
+        return {name for name, _ in whole.named_parameters()}
+
+
+def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+
+
+def _num_ids(config: Config, vocab: Vocab) -> int:
+    return vocab.padded_size(config.model.make_vocab_size_divisible_by)

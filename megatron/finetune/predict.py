@@ -1,0 +1,115 @@
+"""Predictions of a fine-tuned model for the proteins of a file, as CSV or JSON lines."""
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron.checkpoint.newest import newest
+from megatron.config import Config
+from megatron.data.corpus.tokenizer import ResidueTokenizer
+from megatron.errors import CheckpointError, ConfigError, DataError
+from megatron.files import replacing
+from megatron.finetune.batches import PackedExamples
+from megatron.finetune.examples import Example, read_proteins
+from megatron.finetune.labels import SEPARATOR, LabelSpace
+from megatron.finetune.model import Described
+from megatron.finetune.predictions import predictions, settings_of
+from megatron.finetune.tasks import CLASS, CLASSES, CONTACTS, LEAST_SEPARATION, NUMBER
+from megatron.infer.pretrained import config_of, vocab_of
+from megatron.log import Log
+from megatron.parallel.mesh import Mesh
+
+ENDINGS = (".csv", ".jsonl")
+_DIGITS = 6
+
+
+def predict(folder: str, file: str, output: str, precision: str, mesh: Mesh, log: Log) -> None:
+    """Write what the model in `folder` says of each protein of `file`; all ranks call this together.
+
+    Raises a UserError for what cannot be read, and for an output of another ending.
+    """
+    if Path(output).suffix not in ENDINGS:
+        raise ConfigError(f"{output}: the output ends in {' or '.join(ENDINGS)}")
+    described = Described.read(Path(folder))
+    checkpoint = newest(folder, mesh.world, log, with_optimizer=False)
+    if checkpoint is None:
+        raise CheckpointError(f"{folder} holds no checkpoint; give what --save of tools/finetune.py named")
+    config = config_of(checkpoint, precision)
+    vocab = vocab_of(checkpoint, config)
+    proteins = read_proteins(file, described.task, ResidueTokenizer(vocab))
+    if not proteins:
+        raise DataError(f"{file}: holds no protein")
+    engine = described.open(_with_rows_for(proteins, config, mesh), mesh, vocab, checkpoint)
+    packed = PackedExamples(proteins, described.space, vocab, settings_of(engine, 0), is_training=False)
+    log.line(packed.describe(file))
+    values = predictions(engine, described.head, packed, log, "predicting")
+    if log.is_speaker:
+        _write(Path(output), described.space, proteins, values)
+    log.line(f"{len(proteins):,} predictions in {output}")
+
+
+def _with_rows_for(proteins: list[Example], config: Config, mesh: Mesh) -> Config:
+    """With rows that take the longest protein, where the model knows so many positions, and a row a rank at once."""
+    longest = max(len(protein.ids) for protein in proteins) + config.data.num_ends
+    seq_length = config.data.seq_length or 0
+    if config.model.position_embedding_type != "learned_absolute":
+        seq_length = max(seq_length, longest)
+    return replace(config, data=replace(config.data, seq_length=seq_length),
+                   training=replace(config.training, micro_batch_size=1, global_batch_size=mesh.data.size))
+
+
+def _write(path: Path, space: LabelSpace, proteins: list[Example], values: list[Any]) -> None:
+    records = [{"name": protein.name, **_record(space, value)} for protein, value in
+               zip(proteins, values, strict=True)]
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        if path.suffix == ".jsonl":
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            return
+        writer = csv.writer(file, lineterminator="\n")
+        has_columns = space.kind in (CLASS, CLASSES)
+        writer.writerow(["name", "prediction", *(space.class_names if has_columns else ())])
+        for record in records:
+            probabilities = record["probabilities"].values() if has_columns else ()
+            writer.writerow([record["name"], _as_cell(record["prediction"]), *probabilities])
+
+
+def _record(space: LabelSpace, value: Any) -> dict[str, Any]:
+    """A protein's prediction and, of classes, what it is chosen from; residues count from 1."""
+    names = space.class_names
+    if space.kind == NUMBER:
+        return {"prediction": value}
+    if space.kind == CONTACTS:
+        pairs = list(_likeliest(value))
+        return {"prediction": [[i + 1, j + 1] for i, j in pairs],
+                "probabilities": [_rounded(value[i, j]) for i, j in pairs]}
+    if space.kind in (CLASS, CLASSES):
+        chosen = names[int(value.argmax())] if space.kind == CLASS else [
+            name for name, probability in zip(names, value, strict=True) if probability >= 0.5]
+        return {"prediction": chosen, "probabilities": {name: _rounded(one) for name, one in
+                                                        zip(names, value, strict=True)}}
+    classes = [names[place] for place in value.argmax(1)]
+    return {"prediction": "".join(classes) if all(len(name) == 1 for name in names) else classes,
+            "probabilities": {name: [_rounded(one) for one in value[:, place]] for place, name in enumerate(names)}}
+
+
+def _likeliest(scores_rr: np.ndarray) -> Iterator[tuple[int, int]]:
+    """As many pairs of residues as there are residues, the likeliest first."""
+    first_p, second_p = np.triu_indices(len(scores_rr), LEAST_SEPARATION)
+    best = np.argsort(-scores_rr[first_p, second_p], kind="stable")[:len(scores_rr)]
+    return zip(first_p[best].tolist(), second_p[best].tolist(), strict=True)
+
+
+def _as_cell(prediction: Any) -> Any:
+    """Lists as one text, their parts parted as in the files of training; a pair of residues by a dash."""
+    if not isinstance(prediction, list):
+        return prediction
+    return SEPARATOR.join("-".join(map(str, part)) if isinstance(part, list) else part for part in prediction)
+
+
+def _rounded(probability: float) -> float:
+    return round(float(probability), _DIGITS)

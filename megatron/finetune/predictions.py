@@ -1,0 +1,88 @@
+"""What a model with a task's head says of each protein, from any layout to every rank's host, and how right it is."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.finetune.batches import NO_EXAMPLE, BatchSettings, LabelledBatch, PackedExamples
+from megatron.finetune.examples import Example
+from megatron.finetune.heads import HeadSpec
+from megatron.finetune.labels import LabelSpace
+from megatron.finetune.metrics import Measured, measure
+from megatron.finetune.tasks import CLASS, CLASSES, CONTACTS, NUMBER, RESIDUES
+from megatron.log import Log
+from megatron.parallel.collectives import everyones
+from megatron.parallel.pipeline.schedules import Action
+from megatron.train.engine import Engine, stream_of
+from megatron.train.passes import ForwardPasses
+
+
+def settings_of(engine: Engine, seed: int) -> BatchSettings:
+    """How labelled proteins are laid into rows and shared out in an engine's layout."""
+    config, mesh = engine.config, engine.mesh
+    assert config.data.seq_length is not None and config.training.global_batch_size is not None
+    return BatchSettings(
+        config.data.seq_length, config.data.num_ends, config.training.micro_batch_size,
+        config.training.global_batch_size, seed, mesh.data.rank, mesh.data.size,
+        stream_of(config, mesh).token_multiple, mesh.context.rank, mesh.context.size)
+
+
+@torch.no_grad()
+def predictions(engine: Engine, head: HeadSpec, packed: PackedExamples, log: Log, label: str) -> list[Any]:
+    """What the model says of each example, in their order, on every rank; all ranks call this together.
+
+    number: a float. class: probabilities, fp32 [c]; classes: the same, each of its own. residues: probabilities of each
+    residue's class [r, c]. contacts: the probability that two residues touch [r, r]. Of a protein that is longer than a
+    row, r are its first residues.
+    """
+    found: dict[int, Any] = {}
+    bar = log.progress(total=packed.num_steps(0), done=0, unit="step", label=label)
+    for stage in engine.stages:
+        stage.eval()
+    for batches in packed.steps(0):
+        engine.pipeline.evaluate(_Predicting(engine, batches, head, found), len(batches))
+        bar.update()
+    for stage in engine.stages:
+        stage.train()
+    bar.close()
+    for theirs in everyones(found, engine.mesh.world):
+        found |= theirs
+    return [found[number] for number in range(len(packed.examples))]
+
+
+def measured(space: LabelSpace, examples: Sequence[Example], predicted: Sequence[Any], num_draws: int = 0
+             ) -> dict[str, Measured]:
+    """The measures of what `predictions` gave, by their names; of `num_draws`, see `metrics.measure`."""
+    chosen = [value.argmax(-1) for value in predicted] if space.kind in (CLASS, RESIDUES) else predicted
+    return measure(space, [example.label for example in examples], chosen, num_draws=num_draws)
+
+
+class _Predicting(ForwardPasses):
+    """Forward passes whose predictions come to the host on one of the ranks that have them."""
+
+    def __init__(self, engine: Engine, batches: Sequence[LabelledBatch], head: HeadSpec, found: dict[int, Any]) -> None:
+        super().__init__(engine, batches)
+        self._head, self._found = head, found
+
+    def _run(self, action: Action, hidden_uh: Tensor | None) -> Any:
+        return self._engine.model.forward(action.stage, self._batch(action).sequence, None, hidden_uh)
+
+    def take(self, batch: LabelledBatch, output: Tensor) -> None:
+        """Keep those of each protein by its example's number."""
+        if self._mesh.tensor.rank or self._mesh.context.rank:
+            return
+        kind, ends = self._head.kind, batch.sequence.cu_seqlens.tolist()
+        values: Any = output.float() if kind == CONTACTS else output.float().cpu().numpy()
+        for place, number in enumerate(batch.examples_g.tolist()):
+            if number == NO_EXAMPLE:
+                continue
+            if kind in (NUMBER, CLASS, CLASSES):
+                self._found[number] = float(values[place]) if kind == NUMBER else values[place]
+                continue
+            of_protein = values[ends[place] + 1:ends[place + 1] - self._head.num_ends + 1]
+            if kind == CONTACTS:
+                first_rw, second_rw = of_protein.unbind(1)
+                of_protein = (first_rw @ second_rw.mT).sigmoid().cpu().numpy()
+            self._found[number] = of_protein

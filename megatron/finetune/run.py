@@ -1,0 +1,136 @@
+"""A whole fine-tuning: the task's data, a run for each seed, and the report of all."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron.checkpoint.claim import claimed
+from megatron.checkpoint.newest import newest
+from megatron.data.corpus.tokenizer import ResidueTokenizer
+from megatron.errors import CheckpointError, ConfigError, DataError
+from megatron.files import write_json
+from megatron.finetune.examples import TaskData, load_task
+from megatron.finetune.flags import Flags, task_and_files
+from megatron.finetune.heads import HeadSpec
+from megatron.finetune.labels import class_weights
+from megatron.finetune.metrics import spread, with_spread
+from megatron.finetune.model import Described
+from megatron.finetune.tasks import CONTACTS, METRICS, NUMBER
+from megatron.finetune.training import REPORT, Job, fine_tune, with_best_rate
+from megatron.infer.pretrained import config_of, flags_of, vocab_of
+from megatron.log import Log
+from megatron.parallel.collectives import everyones
+from megatron.parallel.compilation import wants_compilation
+from megatron.parallel.mesh import Mesh
+from megatron.train.precision import set_tf32, with_precision_chosen
+from megatron.train.ways import set_flash_attention, ways
+
+Report = dict[str, Any]
+HEADS = ("part", "measure", "proteins", "value", "95 % interval")
+
+
+def run(flags: Flags, mesh: Mesh, log: Log) -> list[list[str]]:
+    """Fine-tune with each seed and report; gives the rows of a table under HEADS. All ranks call this together.
+
+    Raises a UserError for what does not fit.
+    """
+    job, root = _job(flags, mesh, log), Path(flags.others["save"])
+    reports: dict[int, Report] = {}
+    folders = {seed: root if len(flags.finetune.seeds) == 1 else root / f"seed-{seed}" for seed in flags.finetune.seeds}
+    with claimed(str(root), mesh, log):
+        done = {seed: everyones(_done(folder, flags, seed), mesh.world)[0] for seed, folder in folders.items()}
+        if flags.finetune.calibrate_lr and not all(done.values()):
+            job = with_best_rate(job, root)
+        for seed, folder in folders.items():
+            if done[seed] is not None:
+                log.line(f"seed {seed} is done already: {folder}")
+            reports[seed] = done[seed] or fine_tune(job, seed, folder)
+        if log.is_speaker and len(reports) > 1:
+            write_json(root / REPORT, {"seeds": {str(seed): report for seed, report in reports.items()},
+                                       "spread": spreads(list(reports.values()))})
+    return rows_of(list(reports.values()), METRICS[job.data.space.kind])
+
+
+def described(flags: Flags, data: TaskData, num_ends: int) -> Described:
+    """What a model learns of some data; raises ConfigError for weights of classes where there are none."""
+    space, labels = data.space, [example.label for example in data.parts["train"]]
+    spec = HeadSpec(space.kind, max(1, len(space.class_names)), num_ends, flags.finetune.pooling,
+                    flags.finetune.head_dropout)
+    if space.kind == NUMBER:
+        deviation = float(np.std(labels))
+        spec = HeadSpec(**vars(spec) | {"mean": float(np.mean(labels)), "deviation": deviation or 1.0})
+    if flags.task.class_weights == "balanced":
+        if space.kind in (NUMBER, CONTACTS):
+            raise ConfigError(f"--class-weights balanced is for classes, and the labels are of the kind {space.kind}; "
+                              "leave it out")
+        weights = tuple(map(float, class_weights(space, labels)))
+        spec = HeadSpec(**vars(spec) | {"class_weights": weights})
+    return Described(data.task, space, spec, flags.lora)
+
+
+def spreads(reports: list[Report]) -> dict[str, dict[str, list[float]]]:
+    """Of each part's measures the mean over the seeds and the standard deviation."""
+    return {part: {name: list(spread([_number(report["measures"][part][name][0]) for report in reports]))
+                   for name in measures} for part, measures in reports[0]["measures"].items()}
+
+
+def rows_of(reports: list[Report], names: tuple[str, ...]) -> list[list[str]]:
+    """The measures on each part: of one seed with their intervals, of several their mean and spread."""
+    rows = []
+    for part, measures in reports[0]["measures"].items():
+        for name in names:
+            values = [_number(report["measures"][part][name][0]) for report in reports]
+            ends = [] if len(reports) > 1 else [_number(end) for end in measures[name][1:]]
+            rows.append([part, name, f"{reports[0]['proteins'][part]:,}", with_spread(values),
+                         "–" if not ends or np.isnan(ends[0]) else f"{ends[0]:.3f} to {ends[1]:.3f}"])
+    return rows
+
+
+def _job(flags: Flags, mesh: Mesh, log: Log) -> Job:
+    checkpoint = newest(flags.others["load"], mesh.world, log, with_optimizer=False)
+    if checkpoint is None:
+        raise CheckpointError(f"--load {flags.others['load']} holds no checkpoint; give the folder of a run")
+    config = config_of(checkpoint, "fp32")
+    vocab = vocab_of(checkpoint, config)
+    task, files = task_and_files(flags.task_name, flags.task)
+    data = load_task(task, files, ResidueTokenizer(vocab))
+    for part, examples in data.parts.items():
+        if not examples:
+            raise DataError(f"{files[part]}: holds no protein")
+    if "valid" not in data.parts:
+        log.line("note: without a validation file nothing chooses the best weights: the last ones are kept")
+    log.line(f"{len(data.parts['train']):,} proteins to learn from, labels of the kind {data.space.kind}"
+             + (f", {len(data.space.class_names)} classes" if data.space.class_names else ""))
+    return Job(_settled(flags, flags_of(checkpoint), mesh, log), flags.identity(), data,
+               described(flags, data, config.data.num_ends), vocab, checkpoint, flags_of(checkpoint), mesh, log)
+
+
+def _settled(flags: Flags, saved: Mapping[str, Any], mesh: Mesh, log: Log) -> Flags:
+    """The flags with what `--precision auto` comes to, and PyTorch set as they ask for; raises ConfigError."""
+    config = flags.config(saved, mesh.data.size)
+    set_tf32(config, mesh)
+    set_flash_attention(config, mesh)
+    config = with_precision_chosen(config, None, mesh, log)
+    log.line(ways(config, mesh, wants_compilation(config, mesh.device)))
+    if "precision" not in flags.others:
+        return flags
+    return replace(flags, others={**flags.others, "precision": None, "bf16": config.precision.bf16})
+
+
+def _done(folder: Path, flags: Flags, seed: int) -> Report | None:
+    """The report of a seed that an earlier run of this command has finished; raises ConfigError for one of another."""
+    path = folder / REPORT
+    if not path.exists():
+        return None
+    report: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if report.get("flags") != json.loads(json.dumps(flags.identity())) or report.get("seed") != seed:
+        raise ConfigError(f"--save {folder} holds the report of other flags or another seed; name a new folder")
+    return dict(report)
+
+
+def _number(value: float | None) -> float:
+    return np.nan if value is None else value

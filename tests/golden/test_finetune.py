@@ -1,0 +1,261 @@
+"""The door of fine-tuning, from a checkpoint and files to a model, its report and its predictions; and its refusals."""
+
+import csv
+import json
+import random
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+
+from megatron.checkpoint.convert.families import hf
+from megatron.finetune.peft_files import read
+from megatron.infer.door import status_of
+from tests.families import ESM2
+from tests.transformers_models import trained_here
+from tests.unit.labelled_files import json_lines
+from tests.unit.test_pretrained import TINY, saved
+from tools.finetune import prepare
+
+MODEL = replace(TINY, hidden_dropout=0.0, attention_dropout=0.0)
+QUICK = "--lr 1e-2 --head-dropout 0 --bootstrap 20 --global-batch-size 4 --log-interval 5".split()
+
+
+def proteins(number, seed, label):
+    """Records with random residues and what `label` makes of them."""
+    rng = random.Random(seed)
+    letters = ["".join(rng.choices("ACDEFGHIKL", k=rng.randint(8, 40))) for _ in range(number)]
+    return [{"id": f"p{place}", "seq": seq, "label": label(seq)} for place, seq in enumerate(letters)]
+
+
+LABELS = {"number": lambda seq: 10 + 5 * seq.count("A") / len(seq),
+          "residues": lambda seq: "".join("H" if letter in "ACDEF" else "C" for letter in seq),
+          "class": lambda seq: "rich" if seq.count("A") >= len(seq) / 5 else "poor"}
+
+
+def task(folder, kind):
+    """A folder of a task's files."""
+    folder.mkdir()
+    for seed, (part, number) in enumerate((("train", 80), ("valid", 30), ("test", 20))):
+        json_lines(folder / f"{part}.jsonl", proteins(number, seed, LABELS[kind]))
+    return folder
+
+
+def finetune(*argv):
+    return status_of(partial(prepare, [str(word) for word in argv]))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("base"), MODEL)
+
+
+@pytest.fixture(scope="module")
+def taught(base, tmp_path_factory):
+    """A folder with a model of each kind and the task that it learnt."""
+    folder = tmp_path_factory.mktemp("taught")
+    for kind, epochs in (("number", 8), ("residues", 4)):
+        data = task(folder / f"{kind}-data", kind)
+        assert finetune("own", "--load", base, "--data", data, "--save", folder / kind, "--epochs", epochs, *QUICK) == 0
+    return folder
+
+
+def report_of(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def records_of(folder, kind):
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [record for record in records if record["kind"] == kind]
+
+
+def test_what_letters_tell_is_learnt(taught):
+    measures = {kind: report_of(taught / kind)["measures"] for kind in ("number", "residues")}
+    assert measures["number"]["test"]["spearman"][0] > 0.8
+    assert measures["residues"]["test"]["accuracy"][0] > 0.9
+    for of_parts in measures.values():
+        for measures_of_part in of_parts.values():
+            for value, low, high in measures_of_part.values():
+                assert low <= high and low - 0.2 <= value <= high + 0.2
+
+
+def test_the_best_epoch_is_kept_and_training_stops_behind_it(taught, base, tmp_path):
+    data = taught / "number-data"
+    assert finetune("own", "--load", base, "--data", data, "--save", tmp_path / "out", "--epochs", 12, "--patience", 1,
+                    "--head-only", *QUICK, "--lr", 3e-1) == 0
+    valid, report = records_of(tmp_path / "out", "valid"), report_of(tmp_path / "out")
+    values = [-np.inf if record["spearman"] is None else record["spearman"] for record in valid]
+    best = int(np.argmax(values))
+    assert (report["epoch"], report["iteration"]) == (valid[best]["epoch"], valid[best]["iteration"])
+    assert report["measures"]["valid"]["spearman"][0] == pytest.approx(values[best], abs=1e-6)
+    assert len(valid) == min(best + 2, 12) < 12, "the rate is made so high that some epoch is worse"
+
+
+def test_predictions_of_a_saved_model_are_those_of_its_validation(taught, tmp_path):
+    for kind in ("number", "residues"):
+        lines = [json.loads(line) for line in (taught / f"{kind}-data" / "valid.jsonl").read_text().splitlines()]
+        assert finetune("predict", taught / kind, taught / f"{kind}-data" / "valid.jsonl", tmp_path / "out.jsonl") == 0
+        found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+        assert [one["name"] for one in found] == [line["id"] for line in lines]
+        measures = report_of(taught / kind)["measures"]["valid"]
+        if kind == "number":
+            errors = [one["prediction"] - line["label"] for one, line in zip(found, lines, strict=True)]
+            assert np.square(errors).mean() == pytest.approx(measures["mse"][0], rel=1e-4)
+            continue
+        right = [a == b for one, line in zip(found, lines, strict=True)
+                 for a, b in zip(one["prediction"], line["label"], strict=True)]
+        assert np.mean(right) == pytest.approx(measures["accuracy"][0])
+        assert [len(one["probabilities"]["H"]) for one in found] == [len(line["seq"]) for line in lines]
+
+
+def test_adapters_learn_and_are_saved_for_peft_too(taught, base, tmp_path, capsys):
+    data = taught / "residues-data"
+    assert finetune("own", "--load", base, "--data", data, "--save", tmp_path / "out", "--epochs", 4, "--lora-rank", 4,
+                    "--lora-targets", "query", "value", *QUICK, "--lr", 4e-2) == 0
+    accuracy = report_of(tmp_path / "out")["measures"]["valid"]["accuracy"][0]
+    assert accuracy > 0.65, "half of the letters have either class"
+    adapters, lora = read(tmp_path / "out" / "adapters", MODEL)
+    assert (lora.lora_rank, lora.lora_targets, len(adapters.model)) == (4, ("query", "value"), 8)
+    assert any(tensor.read().abs().max() > 0 for name, tensor in adapters.model.items() if ".b." in name)
+    assert finetune("predict", tmp_path / "out", data / "valid.jsonl", tmp_path / "out.jsonl") == 0
+    found = [json.loads(line)["prediction"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    lines = [json.loads(line)["label"] for line in (data / "valid.jsonl").read_text().splitlines()]
+    assert np.mean([a == b for pair in zip(found, lines, strict=True) for a, b in zip(*pair, strict=True)]) == (
+        pytest.approx(accuracy))
+    assert "has adapters beside its weights" in refusal(capsys, "own", "--load", tmp_path / "out", "--data", data,
+                                                        "--save", tmp_path / "again")
+
+
+def test_a_fine_tuned_model_is_taught_another_task(taught, tmp_path):
+    assert finetune("own", "--load", taught / "number", "--data", taught / "residues-data", "--save", tmp_path / "out",
+                    "--train-iters", 1, *QUICK) == 0
+
+
+def test_a_model_of_transformers_is_taught_too(taught, tmp_path):
+    hf.write(trained_here(replace(ESM2, ffn_hidden_size=128), "esm", "both"), tmp_path / "esm")
+    data = taught / "residues-data"
+    assert finetune("own", "--load", tmp_path / "esm", "--data", data, "--save", tmp_path / "out", "--train-iters", 4,
+                    *QUICK) == 0
+    assert finetune("predict", tmp_path / "out", data / "test.jsonl", tmp_path / "out.jsonl") == 0
+    found = [json.loads(line)["prediction"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    lines = [json.loads(line)["label"] for line in (data / "test.jsonl").read_text().splitlines()]
+    assert [len(one) for one in found] == [len(line) for line in lines]
+    right = np.mean([a == b for pair in zip(found, lines, strict=True) for a, b in zip(*pair, strict=True)])
+    assert right == pytest.approx(report_of(tmp_path / "out")["measures"]["test"]["accuracy"][0])
+
+
+def test_fasta_is_predicted_by_its_names(taught, tmp_path):
+    (tmp_path / "in.fasta").write_text(">one first\nAAAAAACDEF\n>two\nCDEFGHIKLG\n")
+    assert finetune("predict", taught / "number", tmp_path / "in.fasta", tmp_path / "out.csv") == 0
+    one, two = csv.DictReader((tmp_path / "out.csv").open())
+    assert (one["name"], two["name"]) == ("one", "two")
+    assert float(one["prediction"]) > float(two["prediction"])
+
+
+def test_seeds_have_a_model_each_and_the_same_command_does_none_again(taught, base, tmp_path, capsys):
+    command = ["own", "--load", base, "--data", task(tmp_path / "data", "class"), "--save", tmp_path / "out",
+               "--class-weights", "balanced", "--train-iters", 6, *QUICK, "--seeds"]
+    assert finetune(*command, 1, 2) == 0
+    report = report_of(tmp_path / "out")
+    values = [report["seeds"][seed]["measures"]["test"]["accuracy"][0] for seed in ("1", "2")]
+    assert report["spread"]["test"]["accuracy"] == pytest.approx([np.mean(values), np.std(values, ddof=1)])
+    assert f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" in capsys.readouterr().out
+    assert finetune(*command, 1, 2, 3) == 0
+    said = capsys.readouterr().out
+    assert said.count("is done already") == 2 and "training, seed" not in said
+    assert report_of(tmp_path / "out")["seeds"].keys() == {"1", "2", "3"}
+    assert finetune(*command, 1, 2, "--pooling", "cls") == 2
+    assert "holds the report of other flags" in capsys.readouterr().err
+
+
+def test_the_rate_is_taken_that_is_best_by_validation(taught, base, tmp_path, capsys):
+    command = ["own", "--load", base, "--data", taught / "residues-data", "--save", tmp_path / "out", *QUICK[2:],
+               "--train-iters", 4, "--calibrate-lr", 1e-6, 1e-2]
+    assert finetune(*command) == 0
+    tries = [records_of(tmp_path / "out" / "calibration" / f"lr-{rate}", "valid") for rate in ("1e-06", "0.01")]
+    values = [max(record["accuracy"] for record in records) for records in tries]
+    assert values[0] < values[1] and "learning rate 0.01, by accuracy on validation" in capsys.readouterr().out
+    assert report_of(tmp_path / "out")["lr"] == 0.01
+    assert finetune(*command) == 0 and "is done already" in capsys.readouterr().out
+    assert "give one" in refusal(capsys, *command, "--lr", 1)
+
+
+def refusal(capsys, *argv):
+    """The one line that refuses a command."""
+    assert finetune(*argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line.removeprefix("error: ")
+
+
+BAD = {
+    "a label is missing": ([{"seq": "ACDE", "label": "H"}, {"seq": "ACDE", "label": None}], "the label is missing"),
+    "lengths differ": ([{"seq": "ACDE", "label": "HHHH"}, {"seq": "ACDE", "label": "HHC"}],
+                       "4 residues, but 3 classes in the label"),
+    "no label at all": ([{"seq": "ACDE"}], "no label under 'label'"),
+    "no residue": ([{"seq": "", "label": "H"}], "has no residue"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_labels_are_refused_with_their_place(base, tmp_path, capsys, name):
+    records, said = BAD[name]
+    path = json_lines(tmp_path / "train.jsonl", records)
+    kind = ["--label-kind", "residues"] if name == "lengths differ" else []
+    line = refusal(capsys, "own", "--load", base, "--train-data", path, "--save", tmp_path / "out", *kind)
+    assert said in line and str(path) in line
+
+
+def test_a_class_that_training_has_not_is_refused(base, tmp_path, capsys):
+    train = json_lines(tmp_path / "train.jsonl", proteins(6, 0, LABELS["class"]) + [
+        {"seq": "AAAAAA", "label": "rich"}, {"seq": "CCCCCC", "label": "poor"}])
+    valid = json_lines(tmp_path / "valid.jsonl", [{"seq": "ACDE", "label": "middling"}])
+    files = ["--train-data", train, "--valid-data", valid]
+    line = refusal(capsys, "own", "--load", base, *files, "--save", tmp_path / "out")
+    assert f"{valid}" in line and "the class 'middling' is none of the training file's (poor, rich)" in line
+
+
+def test_an_empty_file_is_refused(base, taught, tmp_path, capsys):
+    (tmp_path / "train.jsonl").write_text("")
+    for command in (["own", "--load", base, "--data", tmp_path, "--save", tmp_path / "out"],
+                    ["predict", taught / "number", tmp_path / "train.jsonl", tmp_path / "out.csv"]):
+        assert str(tmp_path / "train.jsonl") in refusal(capsys, *command)
+
+
+def test_a_model_of_another_vocabulary_is_refused(taught, tmp_path, capsys):
+    other = saved(tmp_path / "other", MODEL, vocabulary="of another")
+    said = refusal(capsys, "own", "--load", other, "--data", taught / "number-data", "--save", tmp_path / "out")
+    assert "its vocabulary, iupac, is not there, or has changed" in said
+
+
+def test_what_is_no_fine_tuned_model_cannot_predict(base, tmp_path, capsys):
+    assert "holds no fine-tuned model" in refusal(capsys, "predict", base, tmp_path / "a.fasta", tmp_path / "out.csv")
+    assert "ends in .csv or .jsonl" in refusal(capsys, "predict", base, tmp_path / "a.fasta", tmp_path / "out.xml")
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["own", "--save", "x"], "--load is missing"), (["own", "--load", "x"], "--save is missing"),
+    (["own", "--load", "/nowhere", "--save", "x"], "/nowhere holds no checkpoint"),
+    (["own", "--load", "x", "--save", "y", "--epochs", "0"], "--epochs is 0; it must be greater than 0"),
+    (["own", "--load", "x", "--save", "y", "--seeds", "1", "1"], "give each once"),
+    (["own", "--load", "x", "--save", "y", "--lora-alpha", "3"], "--lora-rank is missing"),
+    (["own", "--load", "x", "--save", "y", "--lora-rank", "3", "--head-only"], "leave one out"),
+    (["fluoresence", "--load", "x", "--save", "y"], "invalid choice: 'fluoresence'")])
+def test_flags_that_cannot_be_are_refused(flags, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert said in refusal(capsys, *flags)
+
+
+def test_precision_is_chosen_and_what_no_cpu_can_is_refused(base, taught, tmp_path, capsys):
+    command = ["own", "--load", base, "--data", taught / "number-data", "--train-iters", 1, *QUICK]
+    assert finetune(*command, "--save", tmp_path / "auto", "--precision", "auto") == 0
+    assert "precision: " in capsys.readouterr().out
+    for flag in (["--tf32"], ["--flash-attention", "FA3"]):
+        said = refusal(capsys, *command, "--save", tmp_path / "out", *flag)
+        assert said.startswith(flag[0]) and "this run is on cpu" in said
+
+
+def test_weights_of_classes_are_for_classes(base, taught, tmp_path, capsys):
+    said = refusal(capsys, "own", "--load", base, "--data", taught / "number-data", "--save", tmp_path / "out",
+                   "--class-weights", "balanced")
+    assert "--class-weights balanced is for classes" in said

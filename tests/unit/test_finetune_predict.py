@@ -1,0 +1,94 @@
+"""Predictions as they are written, and the flags of fine-tuning."""
+
+import csv
+import json
+from dataclasses import fields
+
+import numpy as np
+import pytest
+
+from megatron.config import Config
+from megatron.errors import ConfigError
+from megatron.finetune.examples import Example
+from megatron.finetune.flags import _TAKEN, parse_flags
+from megatron.finetune.labels import LabelSpace
+from megatron.finetune.predict import _write
+from tests.tasks import SPACES
+
+PROTEINS = [Example("first, of two", np.zeros(8, dtype=np.uint8)), Example("b", np.zeros(7, dtype=np.uint8))]
+CONTACTS = np.zeros((8, 8), dtype=np.float32)
+CONTACTS[0, 7], CONTACTS[1, 7], CONTACTS[0, 1] = 0.9, 0.5, 1.0  # the last is too near to count
+VALUES = {
+    "number": [1.5, -2.0], "class": [np.array([0.25, 0.5, 0.25]), np.array([0.75, 0.125, 0.125])],
+    "classes": [np.array([0.5, 0.25, 0.75]), np.array([0.125, 0.0, 0.25])],
+    "residues": [np.eye(3)[[0, 1, 2, 0, 1, 2, 0, 1]], np.eye(3)[[2] * 7]],
+    "contacts": [CONTACTS, CONTACTS[:7, :7]]}
+PREDICTED = {
+    "number": [1.5, -2.0], "class": ["b", "a"], "classes": [["a", "c"], []], "residues": ["abcabcab", "ccccccc"],
+    "contacts": [[[1, 8], [2, 8], [1, 7]], [[1, 7]]]}
+CELLS = PREDICTED | {"number": ["1.5", "-2.0"], "classes": ["a;c", ""], "contacts": ["1-8;2-8;1-7", "1-7"]}
+
+
+@pytest.mark.parametrize("kind", VALUES)
+def test_json_lines_have_each_prediction_with_its_probabilities(kind, tmp_path):
+    _write(tmp_path / "out.jsonl", SPACES[kind], PROTEINS, VALUES[kind])
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(one["name"], one["prediction"]) for one in found] == [
+        (protein.name, value) for protein, value in zip(PROTEINS, PREDICTED[kind], strict=True)]
+    if kind == "number":
+        assert "probabilities" not in found[0]
+    elif kind == "contacts":
+        assert found[0]["probabilities"] == pytest.approx([0.9, 0.5, 0.0])
+    else:
+        assert list(found[0]["probabilities"].values()) == VALUES[kind][0].T.tolist()
+
+
+@pytest.mark.parametrize("kind", VALUES)
+def test_a_table_has_a_row_a_protein_and_a_column_a_class(kind, tmp_path):
+    _write(tmp_path / "out.csv", SPACES[kind], PROTEINS, VALUES[kind])
+    heads, *rows = csv.reader((tmp_path / "out.csv").open())
+    columns = ["a", "b", "c"] if kind in ("class", "classes") else []
+    assert heads == ["name", "prediction", *columns]
+    assert [row[:2] for row in rows] == [[protein.name, cell] for protein, cell in
+                                         zip(PROTEINS, CELLS[kind], strict=True)]
+    assert [[float(cell) for cell in row[2:]] for row in rows] == (
+        [value.tolist() for value in VALUES[kind]] if columns else [[], []])
+
+
+def test_classes_of_residues_with_longer_names_are_parted(tmp_path):
+    space = LabelSpace("residues", ("in", "out", "x"))
+    _write(tmp_path / "out.csv", space, PROTEINS[1:], VALUES["residues"][1:])
+    assert (tmp_path / "out.csv").read_text().splitlines()[1] == "b," + ";".join("x" * 7)
+
+
+def test_every_flag_that_is_taken_is_one_of_pretrainings():
+    for name, section in Config().sections():
+        assert _TAKEN[name] <= {item.name for item in fields(section)}
+    assert len(_TAKEN) == len(Config().sections())
+
+
+SAVED = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "seq_length": 48, "hidden_dropout": 0.25,
+         "position_embedding_type": "rope"}
+
+
+@pytest.mark.parametrize(("argv", "lr", "dropout"), [
+    ([], 1e-4, 0.25), (["--head-only"], 1e-3, 0.0), (["--lora-rank", "2"], 1e-3, 0.25), (["--lr", "3"], 3.0, 0.25),
+    (["--head-only", "--hidden-dropout", "0.5"], 1e-3, 0.5)])
+def test_what_is_not_given_follows_from_the_model_and_what_is_trained(argv, lr, dropout):
+    config = parse_flags(["own", "--load", "x", "--save", "y", *argv], "").config(SAVED, 3)
+    assert (config.schedule.lr, config.model.hidden_dropout, config.model.num_layers) == (lr, dropout, 2)
+    assert (config.data.seq_length, config.training.micro_batch_size, config.training.global_batch_size) == (48, 2, 12)
+
+
+def test_runs_that_differ_in_seeds_and_place_alone_are_of_one_identity():
+    common = ["own", "--load", "x"]
+    first = parse_flags([*common, "--save", "y", "--seeds", "1"], "").identity()
+    assert parse_flags([*common, "--save", "z", "--seeds", "2", "3"], "").identity() == first
+    for other in (["--epochs", "3"], ["--lr", "1"], ["--lora-rank", "2"], ["--label-key", "k"]):
+        assert parse_flags([*common, "--save", "y", *other], "").identity() != first
+
+
+def test_pretrainings_other_flags_are_unknown():
+    for flag in ("--ema", "--mask-prob", "--data-path", "--cuda-graph", "--num-layers"):
+        with pytest.raises(ConfigError, match=f"unrecognized arguments: {flag}"):
+            parse_flags(["own", "--load", "x", "--save", "y", flag, "1"], "")

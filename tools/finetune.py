@@ -1,0 +1,69 @@
+"""Teaches a model a task, and predicts with it:
+
+    python tools/finetune.py TASK --load CHECKPOINT --data FOLDER --save MODEL
+    python tools/finetune.py predict MODEL FILE OUTPUT
+
+CHECKPOINT is whatever --load of pretrain_tape.py takes. TASK is one of TAPE's, or `own` with --train-data FILE and
+more; `TASK --help` lists the flags. FILE is FASTA, or whatever a task is read from; OUTPUT ends in .csv or .jsonl.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron.checkpoint.newest import saved_flags  # noqa: E402
+from megatron.config import ParallelConfig  # noqa: E402
+from megatron.config.command_line import OneLineParser  # noqa: E402
+from megatron.finetune.flags import Flags, parse_flags  # noqa: E402
+from megatron.finetune.predict import predict  # noqa: E402
+from megatron.finetune.run import HEADS, run  # noqa: E402
+from megatron.infer.door import status_of  # noqa: E402
+from megatron.infer.pretrained import PRECISIONS  # noqa: E402
+from megatron.log import Log  # noqa: E402
+from megatron.parallel.launch.environment import Launch  # noqa: E402
+from megatron.parallel.launch.leaving import leave  # noqa: E402
+from megatron.parallel.layout import check_layout  # noqa: E402
+from megatron.parallel.mesh import Mesh, grid_sizes  # noqa: E402
+from megatron.study.table import table  # noqa: E402
+from megatron.train.state import BatchSizes  # noqa: E402
+
+PREDICT = "predict"
+
+
+def prepare(argv: list[str], launch: Launch) -> tuple[ParallelConfig, Callable[[Mesh, Log], None]]:
+    """The layout that is asked for and what is to be done in it; raises ConfigError."""
+    if argv[:1] == [PREDICT]:
+        given = predict_parser().parse_args(argv[1:])
+        return ParallelConfig(), partial(predict, given.model, given.file, given.output, given.precision)
+    flags = parse_flags(argv, __doc__ or "")
+    saved = saved_flags(flags.others["load"])
+    config = flags.config(saved, 1)
+    check_layout(config, launch.size)
+    data_size = grid_sizes(config.parallel, launch.size)["data"]
+    BatchSizes(flags.config(saved, data_size).training, data_size)  # raises where they do not divide
+    return config.parallel, partial(teach, flags)
+
+
+def teach(flags: Flags, mesh: Mesh, log: Log) -> None:
+    """Fine-tune, and print how well the task is done."""
+    rows = run(flags, mesh, log)
+    log.line(f"\n{table(HEADS, rows, num_left=2)}\n\n  model and report: {flags.others['save']}")
+
+
+def predict_parser() -> argparse.ArgumentParser:
+    """The flags of predicting."""
+    flags = OneLineParser(prog=f"finetune.py {PREDICT}", description="Predict with a fine-tuned model.",
+                          allow_abbrev=False)
+    flags.add_argument("model", metavar="MODEL", help="the folder that --save named")
+    flags.add_argument("file", metavar="FILE", help="proteins: FASTA, or whatever a task is read from")
+    flags.add_argument("output", metavar="OUTPUT", help="a .csv or .jsonl")
+    flags.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of what is computed (default: fp32)")
+    return flags
+
+
+if __name__ == "__main__":
+    leave(status_of(partial(prepare, sys.argv[1:])))
