@@ -15,12 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron.config.command_line import OneLineParser  # noqa: E402
 from megatron.errors import ConfigError  # noqa: E402
 from megatron.infer.answers import INCLUDED, Asked  # noqa: E402
-from megatron.infer.door import add_model_flags, enter  # noqa: E402
+from megatron.infer.door import add_model_flags, asked  # noqa: E402
 from megatron.infer.embed.run import Work, embed  # noqa: E402
 from megatron.infer.embed.writers import check_form  # noqa: E402
 from megatron.infer.pretrained import load  # noqa: E402
 from megatron.infer.proteins import ProteinFiles  # noqa: E402
 from megatron.log import Log  # noqa: E402
+from megatron.parallel.launch.leaving import leave  # noqa: E402
 from megatron.parallel.mesh import Mesh  # noqa: E402
 
 
@@ -44,7 +45,12 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
-def main(given: argparse.Namespace, mesh: Mesh, log: Log) -> None:
+def main() -> int:
+    """The exit status: 0, 2 for a mistake of the user's, 1 where a rank failed, 130 after Ctrl-C."""
+    return asked(parser(), embed_files)
+
+
+def embed_files(given: argparse.Namespace, mesh: Mesh, log: Log) -> None:
     """Embed; raises a UserError for what cannot be."""
     if given.window is not None and given.window < 2:
         raise ConfigError(f"--window is {given.window}; it must be 2 or greater")
@@ -59,4 +65,4 @@ def main(given: argparse.Namespace, mesh: Mesh, log: Log) -> None:
 
 
 if __name__ == "__main__":
-    enter(parser(), main)
+    leave(main())

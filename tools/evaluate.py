@@ -16,12 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron.config.command_line import OneLineParser  # noqa: E402
 from megatron.errors import ConfigError  # noqa: E402
 from megatron.files import write_json  # noqa: E402
-from megatron.infer.door import add_model_flags, enter  # noqa: E402
+from megatron.infer.door import add_model_flags, asked  # noqa: E402
 from megatron.infer.evaluation.picture import draw  # noqa: E402
 from megatron.infer.evaluation.run import evaluated, pseudo_perplexity  # noqa: E402
 from megatron.infer.pretrained import Pretrained, load  # noqa: E402
 from megatron.infer.proteins import ProteinFiles  # noqa: E402
 from megatron.log import Log  # noqa: E402
+from megatron.parallel.launch.leaving import leave  # noqa: E402
 from megatron.parallel.mesh import Mesh  # noqa: E402
 from megatron.study.table import table  # noqa: E402
 
@@ -46,7 +47,12 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
-def main(given: argparse.Namespace, mesh: Mesh, log: Log) -> None:
+def main() -> int:
+    """The exit status: 0, 2 for a mistake of the user's, 1 where a rank failed, 130 after Ctrl-C."""
+    return asked(parser(), evaluate)
+
+
+def evaluate(given: argparse.Namespace, mesh: Mesh, log: Log) -> None:
     """Evaluate; raises a UserError for what cannot be."""
     for value, flag, least in ((given.piece, "--piece", 1), (given.pseudo_perplexity, "--pseudo-perplexity", 0)):
         if value is not None and value < least:
@@ -107,4 +113,4 @@ def cells(model: str, corpus: str, report: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    enter(parser(), main)
+    leave(main())

@@ -34,6 +34,11 @@ from megatron.train.state import BatchSizes  # noqa: E402
 PREDICT = "predict"
 
 
+def main() -> int:
+    """The exit status: 0, 2 for a mistake of the user's, 1 where a rank failed, 130 after Ctrl-C."""
+    return status_of(partial(prepare, sys.argv[1:]))
+
+
 def prepare(argv: list[str], launch: Launch) -> tuple[ParallelConfig, Callable[[Mesh, Log], None]]:
     """The layout that is asked for and what is to be done in it; raises ConfigError."""
     if argv[:1] == [PREDICT]:
@@ -66,4 +71,4 @@ def predict_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    leave(status_of(partial(prepare, sys.argv[1:])))
+    leave(main())

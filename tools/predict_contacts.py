@@ -29,13 +29,14 @@ from megatron.infer.contacts.output import output  # noqa: E402
 from megatron.infer.contacts.precision import DIVISORS, RANGES, mean_and_interval, precisions  # noqa: E402
 from megatron.infer.contacts.regression import NUM_FITTED, C, drawn, fitted  # noqa: E402
 from megatron.infer.contacts.structures import read_chains  # noqa: E402
-from megatron.infer.door import add_model_flags, enter  # noqa: E402
+from megatron.infer.door import add_model_flags, asked  # noqa: E402
 from megatron.infer.embed.survey import file_name  # noqa: E402
 from megatron.infer.embed.writers import check_form  # noqa: E402
 from megatron.infer.pretrained import Pretrained, load  # noqa: E402
 from megatron.infer.proteins import ProteinFiles  # noqa: E402
 from megatron.log import Log  # noqa: E402
 from megatron.parallel.collectives import everyones  # noqa: E402
+from megatron.parallel.launch.leaving import leave  # noqa: E402
 from megatron.parallel.mesh import Mesh  # noqa: E402
 from megatron.study.table import table  # noqa: E402
 
@@ -72,7 +73,12 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
-def main(given: argparse.Namespace, mesh: Mesh, log: Log) -> None:
+def main() -> int:
+    """The exit status: 0, 2 for a mistake of the user's, 1 where a rank failed, 130 after Ctrl-C."""
+    return asked(parser(), tell)
+
+
+def tell(given: argparse.Namespace, mesh: Mesh, log: Log) -> None:
     """Fit, predict, compare; raises a UserError for what cannot be."""
     check(given, mesh)
     to_fit, chains = read_chains(given.fit), read_chains(given.structures)
@@ -245,4 +251,4 @@ def _cell(value: float) -> str:
 
 
 if __name__ == "__main__":
-    enter(parser(), main)
+    leave(main())

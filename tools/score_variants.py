@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.config.command_line import OneLineParser  # noqa: E402
 from megatron.errors import ConfigError  # noqa: E402
-from megatron.infer.door import add_model_flags, enter  # noqa: E402
+from megatron.infer.door import add_model_flags, asked  # noqa: E402
 from megatron.infer.pretrained import Pretrained, load  # noqa: E402
 from megatron.infer.spearman import CONFIDENCE  # noqa: E402
 from megatron.infer.variants.assays import files_of  # noqa: E402
@@ -27,6 +27,7 @@ from megatron.infer.variants.scores import MARGINALS, MASKED, SCORINGS  # noqa: 
 from megatron.infer.variants.wild_types import read_proteins, read_wild_types  # noqa: E402
 from megatron.infer.variants.windows import longest_window  # noqa: E402
 from megatron.log import Log  # noqa: E402
+from megatron.parallel.launch.leaving import leave  # noqa: E402
 from megatron.parallel.mesh import Mesh  # noqa: E402
 from megatron.study.table import table  # noqa: E402
 
@@ -56,6 +57,11 @@ def parser() -> argparse.ArgumentParser:
                        "(default: score)")
     add_model_flags(flags)
     return flags
+
+
+def main() -> int:
+    """The exit status: 0, 2 for a mistake of the user's, 1 where a rank failed, 130 after Ctrl-C."""
+    return asked(parser(), score)
 
 
 def score(given: argparse.Namespace, mesh: Mesh, log: Log) -> None:
@@ -113,4 +119,4 @@ def _correlation(facts: Mapping[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    enter(parser(), score)
+    leave(main())

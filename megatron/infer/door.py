@@ -4,7 +4,6 @@ import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import NoReturn
 
 from megatron.config import ParallelConfig
 from megatron.errors import ConfigError, LaunchError, OutputError, UserError
@@ -12,7 +11,6 @@ from megatron.infer.pretrained import PRECISIONS
 from megatron.log import Log, take_any_text
 from megatron.parallel.launch.environment import Launch, check_launch, launched
 from megatron.parallel.launch.failure import report
-from megatron.parallel.launch.leaving import leave
 from megatron.parallel.mesh import Mesh, joined
 
 
@@ -26,10 +24,10 @@ def add_model_flags(flags: argparse.ArgumentParser) -> None:
                        help="computed at once (default: as memory allows, at most some thousands)")
 
 
-def enter(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace, Mesh, Log], None]) -> NoReturn:
-    """Run `work` with the flags, on this rank's mesh, and end the process.
+def asked(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace, Mesh, Log], None]) -> int:
+    """Run `work` with the flags, on this rank's mesh; the status with which the process is to `leave`.
 
-    Status 0; 2 and one line for a mistake of the user's; 1 where a rank failed or lost the others; 130 after Ctrl-C.
+    0; 2 and one line for a mistake of the user's; 1 where a rank failed or lost the others; 130 after Ctrl-C.
     """
     def prepare(launch: Launch) -> tuple[ParallelConfig, Callable[[Mesh, Log], None]]:
         given = parser.parse_args()
@@ -41,11 +39,11 @@ def enter(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace, M
             raise ConfigError(f"--tokens-per-row is {given.tokens_per_row}; it must be 1 or greater")
         return ParallelConfig(tensor_model_parallel_size=size), partial(work, given)
 
-    leave(status_of(prepare))
+    return status_of(prepare)
 
 
 def status_of(prepare: Callable[[Launch], tuple[ParallelConfig, Callable[[Mesh, Log], None]]]) -> int:
-    """The exit status of work on this rank's mesh, as `enter` has it; `prepare` gives the layout and the work."""
+    """The exit status of work on this rank's mesh, as `asked` has it; `prepare` gives the layout and the work."""
     take_any_text()
     launch = Launch()
     try:

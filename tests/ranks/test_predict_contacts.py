@@ -9,13 +9,13 @@ from megatron.errors import ConfigError
 from megatron.log import Log
 from megatron.parallel.mesh import Axis, Mesh
 from tests.ranks.launch import run_ranks
-from tools.predict_contacts import main, parser
+from tools.predict_contacts import parser, tell
 
 LETTERS = "ACDEFGHIKLMNPQRSTVWY"
 
 
 def predicted(axis, split, *argv):
-    main(parser().parse_args([*argv]), Mesh(world=axis, **({split: axis} if split else {})), Log(is_speaker=False))
+    tell(parser().parse_args([*argv]), Mesh(world=axis, **({split: axis} if split else {})), Log(is_speaker=False))
 
 
 @pytest.mark.parametrize(("split", "method"), [("data", "attention"), ("tensor", "attention"), ("tensor", "jacobian")])

@@ -18,7 +18,7 @@ from megatron.infer.proteins import ProteinFiles
 from megatron.log import Log
 from megatron.parallel.mesh import Mesh
 from tests.transformers_models import PROTEINS
-from tools.evaluate import corpora_of, main, parser
+from tools.evaluate import corpora_of, evaluate, parser
 
 TEXTS = [PROTEINS[0], PROTEINS[1], "ACDEFGHIKLMNPQRSTVWY" * 3]
 BAR = Log(is_speaker=False).progress(total=1, done=0, unit="protein", label="")
@@ -103,7 +103,7 @@ def test_the_program_writes_a_table_a_file_and_a_picture_a_corpus(their_folders,
     output = tmp_path / "out"
     given = parser().parse_args([str(their_folders / "esm2"), str(their_folders / "protbert"), "--on", str(fasta),
                                  f"again={fasta}", "--output", str(output), "--pseudo-perplexity", "1"])
-    main(given, Mesh(), Log())
+    evaluate(given, Mesh(), Log())
     said = capsys.readouterr().out
     reports = json.loads((output / "evaluation.json").read_text())
     assert list(reports) == ["three", "again"] and reports["three"] == reports["again"]

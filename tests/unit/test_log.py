@@ -20,7 +20,11 @@ DOORS = {"tools/preprocess_data.py": ["--input", NAME, "--output-prefix", "x"],
          "tools/merge_mp_partitions.py": ["--model-type", "BERT", "--load", NAME],
          "tools/continued_flags.py": [NAME, "x", "y"], "tools/compare_runs.py": [NAME],
          "tools/sweep.py": ["--output", "x", "--vary", NAME, "1"],
-         "tools/inspect_checkpoint.py": ["x", f"--{NAME}"], "pretrain_tape.py": [f"--{NAME}"]}
+         "tools/inspect_checkpoint.py": ["x", f"--{NAME}"], "tools/embed.py": [NAME, "x", "y"],
+         "tools/evaluate.py": [NAME, "--on", "x"], "tools/score_variants.py": [NAME, "x", "y"],
+         "tools/predict_contacts.py": [NAME, "--input", "x", "--output", "y.npz"],
+         "tools/finetune.py": ["own", f"--{NAME}"],
+         "pretrain_tape.py": [f"--{NAME}"]}
 
 
 def ascii_stream(monkeypatch, name: str) -> io.BytesIO:

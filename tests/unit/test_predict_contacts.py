@@ -19,7 +19,6 @@ from megatron.infer.contacts.jacobian import jacobian_contacts
 from megatron.infer.contacts.output import best_pairs
 from megatron.infer.contacts.precision import precisions
 from megatron.infer.contacts.regression import pair_features
-from megatron.infer.door import enter
 from megatron.log import Log
 from tests.transformers_models import PROTEINS, ids_of, transformers
 from tests.unit.test_contact_fit import random_chains
@@ -32,9 +31,7 @@ def ask(monkeypatch, capsys):
     """Runs the tool; gives its exit status and what it said on both streams."""
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["predict_contacts.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            enter(predict_contacts.parser(), predict_contacts.main)
-        return ended.value.code, *capsys.readouterr()
+        return predict_contacts.main(), *capsys.readouterr()
 
     return run
 
