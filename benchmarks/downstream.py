@@ -1,0 +1,252 @@
+"""What pretraining is worth: `python benchmarks/downstream.py FOLDER --models NAME=CHECKPOINT …`.
+
+FOLDER holds the seven tasks below, `train.jsonl.gz` and so on in a folder each. Of each task every way is asked with
+the same test proteins:
+
+- letters      what scikit-learn learns from letters (downstream_probes.py)
+- frozen       what it learns from the hidden states of all layers of a model, or its attention maps
+- fine-tuned   tools/finetune.py, all weights, as many steps for each model
+
+each of the named models, and of one of the same shape with random weights. With each seed other training proteins are
+drawn (of contacts, all), with one of each class among them, other random weights and other first weights of the head.
+Proteins are cropped to their first 1,022 residues. What is done stands in downstream.jsonl, a line a run, and is not
+done again.
+
+    python benchmarks/downstream.py --table        what is known so far
+"""
+
+import argparse
+import csv
+import gzip
+import json
+import random
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.downstream_probes import Features, Letters, States, told  # noqa: E402
+from benchmarks.train_step import processor  # noqa: E402
+from megatron.checkpoint.newest import newest  # noqa: E402
+from megatron.checkpoint.saving import Saver, parts_of  # noqa: E402
+from megatron.config import CheckpointConfig  # noqa: E402
+from megatron.data.corpus.tokenizer import ResidueTokenizer  # noqa: E402
+from megatron.data.corpus.vocab import Vocab  # noqa: E402
+from megatron.finetune.examples import load_task  # noqa: E402
+from megatron.finetune.metrics import measure, with_spread  # noqa: E402
+from megatron.finetune.tasks import task_of  # noqa: E402
+from megatron.infer.pretrained import flags_of, load_pretrained  # noqa: E402
+from megatron.log import Log  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "downstream.jsonl"
+MOST_RESIDUES, NUM_VALID, NUM_TEST = 1022, 200, 500
+LETTERS, FROZEN, FINE_TUNED = WAYS = ("letters", "frozen", "fine-tuned")
+TUNING = ("--patience 0 --seq-length 1024 --micro-batch-size 2 --global-batch-size 4 --bootstrap 0 --lr 3e-3 "
+          "--precision auto")
+SHOWN = {"accuracy": "accuracy", "spearman": "Spearman", "medium_long_p_at_l5": "P@L/5 from 12 apart"}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A task: its folder and the file to test on, as what tools/finetune.py knows it, and how it is measured.
+
+    `num_train` proteins are drawn to learn from; `steps` of 4 rows are taken in fine-tuning.
+    """
+
+    folder: str
+    test: str
+    task: str
+    measure: str
+    num_train: int
+    steps: int
+    class_key: str | None = None
+
+    def finetune_flags(self) -> list[str]:
+        """How the command line names it."""
+        return [self.task, *(["--label-key", self.class_key] if self.class_key else [])]
+
+
+TASKS = (
+    Asked("secondary_structure", "test_cb513", "secondary_structure", "accuracy", 600, 80),
+    Asked("contacts", "test", "contacts", "medium_long_p_at_l5", 782, 40),
+    Asked("remote_homology", "test_fold_holdout", "remote_homology", "accuracy", 8000, 120, "fold_label"),
+    Asked("fluorescence", "test", "fluorescence", "spearman", 2000, 50),
+    Asked("stability", "test", "stability", "spearman", 8000, 40),
+    Asked("localisation_deeploc", "test_hard", "own", "accuracy", 2000, 60, "location"),
+    Asked("go_localisation", "valid", "own", "accuracy", 3000, 60, "label"),
+)
+
+
+def draw(data: Path, asked: Asked, seed: int, into: Path) -> None:
+    """Write train, valid and test.jsonl of proteins that are drawn, the test ones the same for every seed.
+
+    What is tested on was not validated on: where one file has to do for both, validation is of training proteins.
+    """
+    train = shuffled(read(data / asked.folder, "train"), seed, asked.class_key)
+    valid = train[asked.num_train:] if asked.test == "valid" else shuffled(read(data / asked.folder, "valid"), seed)
+    test = shuffled(read(data / asked.folder, asked.test), 0)
+    for part, records in (("train", train[:asked.num_train]), ("valid", valid[:NUM_VALID]), ("test", test[:NUM_TEST])):
+        with (into / f"{part}.jsonl").open("w") as file:
+            file.writelines(f"{json.dumps(cropped(record))}\n" for record in records)
+
+
+def read(folder: Path, part: str) -> list[dict[str, Any]]:
+    """The records of PART.csv.gz or PART.jsonl.gz."""
+    path = folder / f"{part}.csv.gz"
+    if path.exists():
+        with gzip.open(path, "rt") as file:
+            return list(csv.DictReader(file))
+    with gzip.open(folder / f"{part}.jsonl.gz", "rt") as file:
+        return [json.loads(line) for line in file]
+
+
+def shuffled(records: list[dict[str, Any]], seed: int, class_key: str | None = None) -> list[dict[str, Any]]:
+    """The records in another order, with one of each class in front."""
+    random.Random(seed).shuffle(records)
+    if class_key is None:
+        return records
+    firsts = {record[class_key]: place for place, record in reversed(list(enumerate(records)))}
+    return sorted(records, key=lambda record: records[firsts[record[class_key]]] is not record)
+
+
+def cropped(record: dict[str, Any]) -> dict[str, Any]:
+    """Its first residues, and what is said of each of these."""
+    size = len(record["seq"])
+    return {key: value[:MOST_RESIDUES] if isinstance(value, (str, list)) and len(value) == size else value
+            for key, value in record.items()}
+
+
+def probed(features: Features, vocab: Vocab, asked: Asked, data: Path, seed: int) -> float:
+    """The measure of what scikit-learn learns of `features`."""
+    with tempfile.TemporaryDirectory() as folder:
+        draw(data, asked, seed, Path(folder))
+        task = task_of(asked.task, label_key=asked.class_key)
+        files = {part: f"{folder}/{part}.jsonl" for part in ("train", "test")}
+        examples = load_task(task, files, ResidueTokenizer(vocab))
+    test = [example.label for example in examples.parts["test"]]
+    return measure(examples.space, test, told(features, examples, seed))[asked.measure].value
+
+
+def fine_tuned(checkpoint: str, asked: Asked, data: Path, seed: int) -> float:
+    """The measure of tools/finetune.py."""
+    with tempfile.TemporaryDirectory() as folder:
+        draw(data, asked, seed, Path(folder))
+        command = [sys.executable, str(ROOT / "tools" / "finetune.py"), *asked.finetune_flags(), "--load", checkpoint,
+                   "--data", folder, "--save", f"{folder}/model", "--train-iters", str(asked.steps),
+                   "--seeds", str(seed), *shlex.split(TUNING)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{asked.folder}: {done.stderr.strip().splitlines()[-1]}")
+        return json.loads(Path(folder, "model", "report.json").read_text())["measures"]["test"][asked.measure][0]
+
+
+def with_random_weights(path: str, seed: int, folder: str) -> str:
+    """A checkpoint as that at `path` with weights of a normal distribution, also where training begins with zeros."""
+    pretrained = load_pretrained(path, device="cpu")
+    checkpoint = newest(path, pretrained.mesh.world, Log(), with_optimizer=False)
+    assert checkpoint is not None
+    config = replace(pretrained.config, model=replace(pretrained.config.model, zero_init_output=False))
+    model = replace(pretrained, config=config).untrained(seed).model
+    saver = Saver(CheckpointConfig(save=folder), pretrained.mesh, None, Log(), loaded=0)
+    saver.save(1, parts_of(dict(model.named_parameters()), {}), {
+        "iteration": 1, "config": {**flags_of(checkpoint), "zero_init_output": False},
+        "vocabulary": pretrained.vocab.identity, "progress": {"iteration": 1, "consumed_samples": 0}})
+    saver.close()
+    return folder
+
+
+Key = tuple[str, str, str, int]  # of a run: model, way, task, seed
+Run = tuple[Key, Callable[[], float]]  # and what gives its measure
+
+
+def runs(models: dict[str, str], ways: Sequence[str], seeds: Sequence[int], tasks: Sequence[Asked], data: Path
+         ) -> Iterator[Run]:
+    """Each run that is asked for."""
+    if LETTERS in ways:
+        vocab = Vocab.from_file("iupac")
+        for seed, asked in product(seeds, tasks):
+            yield (LETTERS, LETTERS, asked.folder, seed), partial(probed, Letters(), vocab, asked, data, seed)
+    for name, path in models.items():
+        yield from runs_of(name, path, ways, seeds, tasks, data)
+        for seed in seeds:
+            with tempfile.TemporaryDirectory() as folder:
+                yield from runs_of(f"random weights, {name}", with_random_weights(path, seed, folder), ways, [seed],
+                                   tasks, data)
+
+
+def runs_of(name: str, path: str, ways: Sequence[str], seeds: Sequence[int], tasks: Sequence[Asked], data: Path
+            ) -> Iterator[Run]:
+    """Those of one checkpoint."""
+    pretrained = load_pretrained(path, device="cpu", precision="bf16")
+    states = States(pretrained)
+    for seed, asked in product(seeds, tasks):
+        if FROZEN in ways:
+            yield (name, FROZEN, asked.folder, seed), partial(probed, states, pretrained.vocab, asked, data, seed)
+        if FINE_TUNED in ways:
+            yield (name, FINE_TUNED, asked.folder, seed), partial(fine_tuned, path, asked, data, seed)
+
+
+def known() -> list[dict[str, Any]]:
+    """The records of all runs so far."""
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """A row a model and way, a column a task: mean and standard deviation over seeds."""
+    cells = defaultdict[tuple[str, str], dict[str, list[float]]](lambda: defaultdict(list))
+    for record in records:
+        cells[record["way"], record["model"]][record["task"]].append(record["value"])
+    shown = [asked for asked in TASKS if any(asked.folder in row for row in cells.values())]
+    lines = ["| | model | " + " | ".join(f"{asked.folder.replace('_', ' ')}, {SHOWN[asked.measure]}" for asked in shown)
+             + " |", "| --- " * (len(shown) + 2) + "|"]
+    for (way, model), row in sorted(cells.items(), key=lambda item: (WAYS.index(item[0][0]), item[0][1])):
+        values = (with_spread(row[asked.folder]) if row[asked.folder] else "–" for asked in shown)
+        lines.append(f"| {way} | {'–' if way == LETTERS else model} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("data", nargs="?", type=Path, help="the folder of the tasks' folders")
+    flags.add_argument("--models", nargs="+", default=[], metavar="NAME=CHECKPOINT")
+    flags.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    flags.add_argument("--tasks", nargs="+", choices=[asked.folder for asked in TASKS],
+                       default=[asked.folder for asked in TASKS])
+    flags.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    flags.add_argument("--table", action="store_true", help="train nothing")
+    return flags
+
+
+def main() -> None:
+    """Run what is missing, then print the table."""
+    given = parser().parse_args()
+    if given.data is None and not given.table:
+        parser().error("give the folder of the tasks, or --table")
+    models = dict(word.split("=", 1) for word in given.models)
+    done = {(record["model"], record["way"], record["task"], record["seed"]) for record in known()}
+    tasks = [asked for asked in TASKS if asked.folder in given.tasks]
+    for key, run in () if given.table else runs(models, given.ways, given.seeds, tasks, given.data):
+        if key in done:
+            continue
+        began_s = time.monotonic()
+        record = dict(zip(("model", "way", "task", "seed"), key, strict=True)) | {"value": round(run(), 5)}
+        with RESULTS.open("a") as file:
+            file.write(f"{json.dumps({**record, 'processor': processor()})}\n")
+        print(f"{', '.join(map(str, key))}: {record['value']:.3f} ({time.monotonic() - began_s:.0f} s)", flush=True)
+    print(table(known()))
+
+
+if __name__ == "__main__":
+    main()
