@@ -9,11 +9,11 @@ import torch
 from megatron.checkpoint.stored import Checkpoint, stored
 from megatron.config import Config, DataConfig, ModelConfig, ParallelConfig, PrecisionConfig, TrainingConfig
 from megatron.data.corpus.vocab import Vocab
-from megatron.finetune.examples import Example
+from megatron.finetune.data.examples import Example
+from megatron.finetune.data.labels import LabelSpace
+from megatron.finetune.data.tasks import LABEL_KINDS, task_of
 from megatron.finetune.heads import HeadSpec
-from megatron.finetune.labels import LabelSpace
 from megatron.finetune.model import Described
-from megatron.finetune.tasks import LABEL_KINDS, task_of
 from megatron.kernels.packed_sequence import NO_TARGET
 from megatron.model.initialisation import initialise
 from megatron.model.protein_model import ProteinModel

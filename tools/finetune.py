@@ -19,7 +19,7 @@ from megatron.checkpoint.newest import saved_flags  # noqa: E402
 from megatron.config import ParallelConfig  # noqa: E402
 from megatron.config.command_line import OneLineParser  # noqa: E402
 from megatron.finetune.flags import Flags, parse_flags  # noqa: E402
-from megatron.finetune.predict import predict  # noqa: E402
+from megatron.finetune.predictions.files import predict  # noqa: E402
 from megatron.finetune.run import HEADS, run  # noqa: E402
 from megatron.infer.door import status_of  # noqa: E402
 from megatron.infer.pretrained import PRECISIONS  # noqa: E402

@@ -14,8 +14,8 @@ from megatron.config.command_line import OneLineParser, add_section_flags, check
 from megatron.config.declaration import flag, fraction, not_negative, positive
 from megatron.config.lora import LoraConfig
 from megatron.errors import ConfigError
+from megatron.finetune.data.tasks import LABEL_KEYS, LABEL_KINDS, SEQUENCE_KEYS, TASK_NAMES, Task, split_files, task_of
 from megatron.finetune.heads import POOLINGS
-from megatron.finetune.tasks import LABEL_KEYS, LABEL_KINDS, SEQUENCE_KEYS, TASK_NAMES, Task, split_files, task_of
 from megatron.infer.pretrained import positions_of
 
 T = TypeVar("T")

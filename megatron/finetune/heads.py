@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron.config import ModelConfig
-from megatron.finetune.batches import NO_EXAMPLE, LabelledBatch
-from megatron.finetune.tasks import CLASS, CLASSES, CONTACTS, CUTOFF_ANGSTROM, LEAST_SEPARATION, NUMBER, RESIDUES
+from megatron.finetune.data.batches import NO_EXAMPLE, LabelledBatch
+from megatron.finetune.data.tasks import CLASS, CLASSES, CONTACTS, CUTOFF_ANGSTROM, LEAST_SEPARATION, NUMBER, RESIDUES
 from megatron.kernels.dropout import Dropout, Use, dropped
 from megatron.kernels.packed_sequence import NO_TARGET, PackedSequence, proteins_of_tokens
 from megatron.model.initialisation import normal

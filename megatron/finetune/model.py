@@ -17,11 +17,11 @@ from megatron.config.lora import LoraConfig
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import CheckpointError
 from megatron.files import write_json
+from megatron.finetune.data.labels import LabelSpace
+from megatron.finetune.data.tasks import Task
 from megatron.finetune.heads import HeadSpec, TaskHead
-from megatron.finetune.labels import LabelSpace
-from megatron.finetune.lora import adapt, adapters_in
-from megatron.finetune.tasks import Task
 from megatron.model.initialisation import initialise
+from megatron.model.lora import adapt, adapters_in
 from megatron.model.protein_model import ProteinModel
 from megatron.parallel.mesh import Axis, Mesh
 from megatron.parallel.pipeline.partition import Stage

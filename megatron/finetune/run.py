@@ -13,13 +13,13 @@ from megatron.checkpoint.newest import newest
 from megatron.data.corpus.tokenizer import ResidueTokenizer
 from megatron.errors import CheckpointError, ConfigError, DataError
 from megatron.files import write_json
-from megatron.finetune.examples import TaskData, load_task
+from megatron.finetune.data.examples import TaskData, load_task
+from megatron.finetune.data.labels import class_weights
+from megatron.finetune.data.tasks import CONTACTS, METRICS, NUMBER
 from megatron.finetune.flags import Flags, task_and_files
 from megatron.finetune.heads import HeadSpec
-from megatron.finetune.labels import class_weights
-from megatron.finetune.metrics import spread, with_spread
 from megatron.finetune.model import Described
-from megatron.finetune.tasks import CONTACTS, METRICS, NUMBER
+from megatron.finetune.predictions.metrics import spread, with_spread
 from megatron.finetune.training import REPORT, Job, fine_tune, with_best_rate
 from megatron.infer.pretrained import config_of, flags_of, vocab_of
 from megatron.log import Log

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megatron.checkpoint.lora import peft_files
 from megatron.checkpoint.saving import Saver, parts_of
 from megatron.checkpoint.store import open_place, place_of
 from megatron.checkpoint.stored import Checkpoint
@@ -16,16 +17,15 @@ from megatron.config import Config
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import ConfigError, DivergedError
 from megatron.files import write_json
-from megatron.finetune import peft_files
-from megatron.finetune.batches import PackedExamples
-from megatron.finetune.examples import TaskData
+from megatron.finetune.data.batches import PackedExamples
+from megatron.finetune.data.examples import TaskData
+from megatron.finetune.data.tasks import METRICS
 from megatron.finetune.flags import Flags
-from megatron.finetune.lora import adapters_in
-from megatron.finetune.metrics import Measured
 from megatron.finetune.model import Described
-from megatron.finetune.predictions import measured, predictions, settings_of
-from megatron.finetune.tasks import METRICS
+from megatron.finetune.predictions.collected import measured, predictions, settings_of
+from megatron.finetune.predictions.metrics import Measured
 from megatron.log import Log
+from megatron.model.lora import adapters_in
 from megatron.optim.schedule import build_schedule
 from megatron.parallel.mesh import Mesh
 from megatron.train.meters import Meters

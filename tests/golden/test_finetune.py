@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron.checkpoint.convert.families import hf
-from megatron.finetune.peft_files import read
+from megatron.checkpoint.lora.peft_files import read
 from megatron.infer.door import status_of
 from tests.families import ESM2
 from tests.transformers_models import trained_here

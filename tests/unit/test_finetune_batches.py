@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.finetune.batches import NO_EXAMPLE, BatchSettings, PackedExamples
-from megatron.finetune.examples import Example
-from megatron.finetune.labels import LabelSpace
-from megatron.finetune.tasks import LABEL_KINDS
+from megatron.finetune.data.batches import NO_EXAMPLE, BatchSettings, PackedExamples
+from megatron.finetune.data.examples import Example
+from megatron.finetune.data.labels import LabelSpace
+from megatron.finetune.data.tasks import LABEL_KINDS
 from megatron.kernels.packed_sequence import NO_TARGET
 from tests.unit.labelled_files import VOCAB
 

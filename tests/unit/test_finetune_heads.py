@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from megatron.finetune.batches import NO_EXAMPLE, BatchSettings, PackedExamples
+from megatron.finetune.data.batches import NO_EXAMPLE, BatchSettings, PackedExamples
+from megatron.finetune.data.tasks import LABEL_KINDS
 from megatron.finetune.heads import TaskHead
-from megatron.finetune.tasks import LABEL_KINDS
 from megatron.kernels.packed_sequence import NO_TARGET
 from megatron.model.initialisation import initialise
 from megatron.parallel.tensor.stream import ONE_RANK

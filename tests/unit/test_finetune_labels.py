@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.utils.class_weight import compute_class_weight
 
-from megatron.finetune.labels import LabelSpace, class_weights
+from megatron.finetune.data.labels import LabelSpace, class_weights
 from megatron.kernels.packed_sequence import NO_TARGET
 from tests.unit.labelled_files import labels, loaded, refused
 

@@ -5,9 +5,9 @@ import pytest
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
-from megatron.finetune import metrics
-from megatron.finetune.labels import LabelSpace
-from megatron.finetune.tasks import LABEL_KINDS, METRICS
+from megatron.finetune.data.labels import LabelSpace
+from megatron.finetune.data.tasks import LABEL_KINDS, METRICS
+from megatron.finetune.predictions import metrics
 from megatron.kernels.packed_sequence import NO_TARGET
 
 

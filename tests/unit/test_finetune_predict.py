@@ -9,10 +9,10 @@ import pytest
 
 from megatron.config import Config
 from megatron.errors import ConfigError
-from megatron.finetune.examples import Example
+from megatron.finetune.data.examples import Example
+from megatron.finetune.data.labels import LabelSpace
 from megatron.finetune.flags import _TAKEN, parse_flags
-from megatron.finetune.labels import LabelSpace
-from megatron.finetune.predict import _write
+from megatron.finetune.predictions.files import _write
 from tests.tasks import SPACES
 
 PROTEINS = [Example("first, of two", np.zeros(8, dtype=np.uint8)), Example("b", np.zeros(7, dtype=np.uint8))]

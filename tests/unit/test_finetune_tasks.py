@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from megatron.errors import ConfigError, DataError
-from megatron.finetune.examples import load_task, read_proteins
+from megatron.finetune.data.examples import load_task, read_proteins
+from megatron.finetune.data.tasks import TASKS, split_files, task_of
 from megatron.finetune.flags import TaskConfig, task_and_files
-from megatron.finetune.tasks import TASKS, split_files, task_of
 from megatron.kernels.packed_sequence import NO_TARGET
 from tests.unit.labelled_files import TOKENIZER, json_lines, labels, lmdb, loaded
 

@@ -12,9 +12,9 @@ from megatron.config import PrecisionConfig
 from megatron.config.command_line import OneLineParser, add_section_flags
 from megatron.config.lora import LORA_TARGETS, LoraConfig
 from megatron.errors import ConfigError
-from megatron.finetune.lora import adapt, adapters_in, merge
 from megatron.kernels.dropout import Use
 from megatron.model.initialisation import initialise
+from megatron.model.lora import adapt, adapters_in, merge
 from megatron.model.protein_model import ProteinModel
 from megatron.parallel.parameters import Normal
 from megatron.parallel.pipeline.partition import Stage

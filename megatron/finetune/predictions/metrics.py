@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron.finetune.labels import LabelSpace
-from megatron.finetune.tasks import CLASS, CLASSES, CONTACTS, CUTOFF_ANGSTROM, LEAST_SEPARATION, METRICS, NUMBER
+from megatron.finetune.data.labels import LabelSpace
+from megatron.finetune.data.tasks import CLASS, CLASSES, CONTACTS, CUTOFF_ANGSTROM, LEAST_SEPARATION, METRICS, NUMBER
 from megatron.infer.spearman import spearman
 from megatron.kernels.packed_sequence import NO_TARGET
 

@@ -14,12 +14,12 @@ from megatron.config import Config
 from megatron.data.corpus.tokenizer import ResidueTokenizer
 from megatron.errors import CheckpointError, ConfigError, DataError
 from megatron.files import replacing
-from megatron.finetune.batches import PackedExamples
-from megatron.finetune.examples import Example, read_proteins
-from megatron.finetune.labels import SEPARATOR, LabelSpace
+from megatron.finetune.data.batches import PackedExamples
+from megatron.finetune.data.examples import Example, read_proteins
+from megatron.finetune.data.labels import SEPARATOR, LabelSpace
+from megatron.finetune.data.tasks import CLASS, CLASSES, CONTACTS, LEAST_SEPARATION, NUMBER
 from megatron.finetune.model import Described
-from megatron.finetune.predictions import predictions, settings_of
-from megatron.finetune.tasks import CLASS, CLASSES, CONTACTS, LEAST_SEPARATION, NUMBER
+from megatron.finetune.predictions.collected import predictions, settings_of
 from megatron.infer.pretrained import config_of, vocab_of
 from megatron.log import Log
 from megatron.parallel.mesh import Mesh

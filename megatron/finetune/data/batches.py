@@ -19,9 +19,9 @@ from megatron.data.batches.batch import Batch, BatchShape, collate
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.packed import Row
 from megatron.data.rows.packing import PackedRows, order_key, pack
-from megatron.finetune.examples import Example
-from megatron.finetune.labels import LabelSpace
-from megatron.finetune.tasks import CLASS, CLASSES, CONTACTS, LEAST_SEPARATION, NUMBER, RESIDUES
+from megatron.finetune.data.examples import Example
+from megatron.finetune.data.labels import LabelSpace
+from megatron.finetune.data.tasks import CLASS, CLASSES, CONTACTS, LEAST_SEPARATION, NUMBER, RESIDUES
 from megatron.kernels.packed_sequence import NO_TARGET, PackedSequence
 from megatron.parallel.randomness import dropout_seed
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron.errors import DataError
-from megatron.finetune.tasks import CLASS, CLASSES, CONTACTS, NUMBER, RESIDUES, Task
+from megatron.finetune.data.tasks import CLASS, CLASSES, CONTACTS, NUMBER, RESIDUES, Task
 from megatron.kernels.packed_sequence import NO_TARGET
 
 SEPARATOR = ";"  # between the classes of one text

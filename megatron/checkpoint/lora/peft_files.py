@@ -30,7 +30,7 @@ from megatron.config import ModelConfig, PrecisionConfig
 from megatron.config.lora import LORA_TARGETS, LoraConfig
 from megatron.errors import CheckpointError
 from megatron.files import new_folder, write_json
-from megatron.finetune.lora import adapt, possible_targets
+from megatron.model.lora import adapt, possible_targets
 from megatron.model.protein_model import ProteinModel
 from megatron.parallel.tensor.adapters import Adapters, in_turns
 

@@ -11,8 +11,8 @@ from megatron.data.corpus.tokenizer import ResidueTokenizer
 from megatron.data.sources.names import DEFAULT_NAME_KEY
 from megatron.data.sources.source import Source, records_of
 from megatron.errors import DataError
-from megatron.finetune.labels import LabelSpace, Record, label_space
-from megatron.finetune.tasks import CONTACTS, NUMBER, Task, present_key
+from megatron.finetune.data.labels import LabelSpace, Record, label_space
+from megatron.finetune.data.tasks import CONTACTS, NUMBER, Task, present_key
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.finetune.batches import NO_EXAMPLE, BatchSettings, LabelledBatch, PackedExamples
-from megatron.finetune.examples import Example
+from megatron.finetune.data.batches import NO_EXAMPLE, BatchSettings, LabelledBatch, PackedExamples
+from megatron.finetune.data.examples import Example
+from megatron.finetune.data.labels import LabelSpace
+from megatron.finetune.data.tasks import CLASS, CLASSES, CONTACTS, NUMBER, RESIDUES
 from megatron.finetune.heads import HeadSpec
-from megatron.finetune.labels import LabelSpace
-from megatron.finetune.metrics import Measured, measure
-from megatron.finetune.tasks import CLASS, CLASSES, CONTACTS, NUMBER, RESIDUES
+from megatron.finetune.predictions.metrics import Measured, measure
 from megatron.log import Log
 from megatron.parallel.collectives import everyones
 from megatron.parallel.pipeline.schedules import Action
