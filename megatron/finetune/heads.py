@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from megatron.config import ModelConfig
 from megatron.finetune.data.batches import NO_EXAMPLE, LabelledBatch
-from megatron.finetune.data.tasks import CLASS, CLASSES, CONTACTS, CUTOFF_ANGSTROM, LEAST_SEPARATION, NUMBER, RESIDUES
+from megatron.finetune.data.tasks import CLASS, CLASSES, CONTACTS, NUMBER, RESIDUES
+from megatron.infer.contacts.chains import CUTOFF_ANGSTROM, LEAST_SEPARATION
 from megatron.kernels.dropout import Dropout, Use, dropped
 from megatron.kernels.packed_sequence import NO_TARGET, PackedSequence, proteins_of_tokens
 from megatron.model.initialisation import normal

@@ -21,7 +21,8 @@ from megatron.data.rows.packed import Row
 from megatron.data.rows.packing import PackedRows, order_key, pack
 from megatron.finetune.data.examples import Example
 from megatron.finetune.data.labels import LabelSpace
-from megatron.finetune.data.tasks import CLASS, CLASSES, CONTACTS, LEAST_SEPARATION, NUMBER, RESIDUES
+from megatron.finetune.data.tasks import CLASS, CLASSES, CONTACTS, NUMBER, RESIDUES
+from megatron.infer.contacts.chains import LEAST_SEPARATION
 from megatron.kernels.packed_sequence import NO_TARGET, PackedSequence
 from megatron.parallel.randomness import dropout_seed
 

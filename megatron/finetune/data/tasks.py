@@ -12,11 +12,8 @@ from dataclasses import dataclass, replace
 from megatron.errors import ConfigError, DataError
 
 # The kinds of labels: one number, one class, or any of several classes a protein; one class a residue; which residues
-# touch, told by coordinates.
+# touch, told by coordinates (of C-alpha atoms, as CASP and TAPE count).
 NUMBER, CLASS, CLASSES, RESIDUES, CONTACTS = LABEL_KINDS = ("number", "class", "classes", "residues", "contacts")
-
-# Residues touch whose C-alpha atoms are closer; nearer ones in the sequence are not asked for (as CASP and TAPE count).
-CUTOFF_ANGSTROM, LEAST_SEPARATION = 8.0, 6
 
 # As `metrics.measure` names them; the first one chooses the best of several evaluations.
 METRICS = {

@@ -17,9 +17,10 @@ from megatron.files import replacing
 from megatron.finetune.data.batches import PackedExamples
 from megatron.finetune.data.examples import Example, read_proteins
 from megatron.finetune.data.labels import SEPARATOR, LabelSpace
-from megatron.finetune.data.tasks import CLASS, CLASSES, CONTACTS, LEAST_SEPARATION, NUMBER
+from megatron.finetune.data.tasks import CLASS, CLASSES, CONTACTS, NUMBER
 from megatron.finetune.model import Described
 from megatron.finetune.predictions.collected import predictions, settings_of
+from megatron.infer.contacts.chains import LEAST_SEPARATION
 from megatron.infer.pretrained import config_of, vocab_of
 from megatron.log import Log
 from megatron.parallel.mesh import Mesh

@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from megatron.finetune.data.labels import LabelSpace
-from megatron.finetune.data.tasks import CLASS, CLASSES, CONTACTS, CUTOFF_ANGSTROM, LEAST_SEPARATION, METRICS, NUMBER
+from megatron.finetune.data.tasks import CLASS, CLASSES, CONTACTS, METRICS, NUMBER
+from megatron.infer.contacts.chains import pairs_of
+from megatron.infer.contacts.precision import DIVISORS, RANGES, precisions
 from megatron.infer.spearman import spearman
 from megatron.kernels.packed_sequence import NO_TARGET
 
-# The least separation in the sequence, and what it is below.
-REACHES = {"short": (LEAST_SEPARATION, 12), "medium": (12, 24), "long": (24, None), "medium_long": (12, None)}
-DIVISORS = {"l": 1, "l2": 2, "l5": 5}  # of a protein's length: as many pairs are predicted
+REACHES = {name: RANGES[name] for name in ("short", "medium", "long")} | {"medium_long": (12, None)}
 _THRESHOLDS = np.arange(1, 100) / 100
 Statistic = Callable[[np.ndarray], dict[str, float]]
 
@@ -99,27 +100,15 @@ def f1_max(true_nc: np.ndarray, scores_nc: np.ndarray) -> float:
 
 
 def contact_precision(atoms_r3: np.ndarray, scores_rr: np.ndarray) -> dict[str, float]:
-    """The shares of contacts among the L, L/2 and L/5 pairs of the highest scores, for each of REACHES.
+    """The precisions of `infer.contacts.precision` for each of REACHES, REACH_p_at_l, _l2 and _l5.
 
-    Scores are made symmetric. L is the number of residues, unresolved ones too, whose pairs do not count; where there
-    are fewer pairs than are to be predicted, all are; NaN where there is none. Equal scores rank at random, the same
-    way each time.
+    Scores are made symmetric. L is the number of residues, unresolved ones too, whose pairs do not count.
     """
-    length = len(atoms_r3)
-    first_p, second_p = np.triu_indices(length, LEAST_SEPARATION)
-    distances_p = np.linalg.norm(atoms_r3[first_p] - atoms_r3[second_p], axis=1)
-    order_p = np.random.default_rng(0).permutation(len(first_p))
-    order_p = order_p[~np.isnan(distances_p[order_p])]
-    scores_p = (scores_rr[first_p, second_p] + scores_rr[second_p, first_p])[order_p]
-    ranked_p = order_p[np.argsort(-scores_p, kind="stable")]
-    touches_p, separations_p = distances_p[ranked_p] < CUTOFF_ANGSTROM, (second_p - first_p)[ranked_p]
-    found = {}
-    for reach, (least, below) in REACHES.items():
-        touches = touches_p[(separations_p >= least) & (separations_p < (below or np.inf))]
-        for name, divisor in DIVISORS.items():
-            taken = touches[:max(1, length // divisor)]
-            found[f"{reach}_p_at_{name}"] = float(taken.mean()) if len(taken) else np.nan
-    return found
+    pairs = pairs_of(torch.from_numpy(atoms_r3))
+    scores_p = torch.from_numpy(scores_rr + scores_rr.T)[pairs.first_p, pairs.second_p]
+    found = precisions(scores_p, pairs, len(atoms_r3), REACHES)
+    return {f"{reach}_p_at_l{divisor if divisor > 1 else ''}": float(found[row, column])
+            for row, reach in enumerate(REACHES) for column, divisor in enumerate(DIVISORS)}
 
 
 def _statistic(space: LabelSpace, true: Sequence[Any], predicted: Sequence[Any]) -> Statistic:
