@@ -56,7 +56,8 @@ def prepare(argv: list[str], launch: Launch) -> tuple[ParallelConfig, Callable[[
 def teach(flags: Flags, mesh: Mesh, log: Log) -> None:
     """Fine-tune, and print how well the task is done."""
     rows = run(flags, mesh, log)
-    log.line(f"\n{table(HEADS, rows, num_left=2)}\n\n  model and report: {flags.others['save']}")
+    if rows is not None:
+        log.line(f"\n{table(HEADS, rows, num_left=2)}\n\n  model and report: {flags.others['save']}")
 
 
 def predict_parser() -> argparse.ArgumentParser:

@@ -73,8 +73,9 @@ _TAKEN: Mapping[str, frozenset[str]] = {
                            "lr_warmup_iters")),
     "precision": frozenset(item.name for item in fields(Config().precision)) - {"fp16_lm_cross_entropy"},
     "parallel": frozenset(name for item in fields(Config().parallel) if not (name := item.name).startswith("dry_run")),
-    "training": frozenset(("micro_batch_size", "global_batch_size", "train_iters", "compile", "flash_attention")),
-    "checkpoint": frozenset(("save", "load")),
+    "training": frozenset(("micro_batch_size", "global_batch_size", "train_iters", "compile", "flash_attention",
+                           "exit_interval", "exit_duration_in_mins")),
+    "checkpoint": frozenset(("save", "load", "save_interval")),
     "logging": frozenset(("log_interval",)),
 }
 _MICRO_BATCH, _GLOBAL_BATCH, _WARMUP, _LOG_INTERVAL = 2, 8, 0.1, 10
@@ -110,7 +111,8 @@ class Flags:
 
     def identity(self) -> dict[str, Any]:
         """What two runs have in common that give the same but for their seeds, as JSON has it."""
-        free = {"save", "log_interval", "local_rank", "distributed_timeout_minutes"}
+        free = {"save", "save_interval", "exit_interval", "exit_duration_in_mins", "log_interval", "local_rank",
+                "distributed_timeout_minutes"}
         values = {**vars(self.task), **vars(self.finetune), **(vars(self.lora) if self.lora else {}), **self.others,
                   "task": self.task_name}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()

@@ -13,6 +13,7 @@ from megatron.checkpoint.newest import newest
 from megatron.data.corpus.tokenizer import ResidueTokenizer
 from megatron.errors import CheckpointError, ConfigError, DataError
 from megatron.files import write_json
+from megatron.finetune.calibration import with_best_rate
 from megatron.finetune.data.examples import TaskData, load_task
 from megatron.finetune.data.labels import class_weights
 from megatron.finetune.data.tasks import CONTACTS, METRICS, NUMBER
@@ -20,35 +21,45 @@ from megatron.finetune.flags import Flags, task_and_files
 from megatron.finetune.heads import HeadSpec
 from megatron.finetune.model import Described
 from megatron.finetune.predictions.metrics import spread, with_spread
-from megatron.finetune.training import REPORT, Job, fine_tune, with_best_rate
+from megatron.finetune.training import REPORT, Job, fine_tune
 from megatron.infer.pretrained import config_of, flags_of, vocab_of
 from megatron.log import Log
 from megatron.parallel.collectives import everyones
 from megatron.parallel.compilation import wants_compilation
 from megatron.parallel.mesh import Mesh
 from megatron.train.precision import set_tf32, with_precision_chosen
+from megatron.train.stop import StopRequests
 from megatron.train.ways import set_flash_attention, ways
 
 Report = dict[str, Any]
 HEADS = ("part", "measure", "proteins", "value", "95 % interval")
 
 
-def run(flags: Flags, mesh: Mesh, log: Log) -> list[list[str]]:
+def run(flags: Flags, mesh: Mesh, log: Log) -> list[list[str]] | None:
     """Fine-tune with each seed and report; gives the rows of a table under HEADS. All ranks call this together.
 
-    Raises a UserError for what does not fit.
+    SIGTERM, SIGUSR1, Ctrl-C and the flags of pretraining that say when to leave make it save and give None; called
+    again, it goes on. Raises a UserError for what does not fit.
     """
-    job, root = _job(flags, mesh, log), Path(flags.others["save"])
+    requests = StopRequests(flags.others.get("exit_duration_in_mins"))
+    job, root = _job(flags, mesh, log, requests), Path(flags.others["save"])
     reports: dict[int, Report] = {}
     folders = {seed: root if len(flags.finetune.seeds) == 1 else root / f"seed-{seed}" for seed in flags.finetune.seeds}
-    with claimed(str(root), mesh, log):
+    with claimed(str(root), mesh, log) as claim, requests.listening():
+        job = replace(job, claim=claim)
         done = {seed: everyones(_done(folder, flags, seed), mesh.world)[0] for seed, folder in folders.items()}
         if flags.finetune.calibrate_lr and not all(done.values()):
-            job = with_best_rate(job, root)
+            found = with_best_rate(job, root)
+            if found is None:
+                return None
+            job = found
         for seed, folder in folders.items():
             if done[seed] is not None:
                 log.line(f"seed {seed} is done already: {folder}")
-            reports[seed] = done[seed] or fine_tune(job, seed, folder)
+            report = done[seed] or fine_tune(job, seed, folder)
+            if report is None:
+                return None
+            reports[seed] = report
         if log.is_speaker and len(reports) > 1:
             write_json(root / REPORT, {"seeds": {str(seed): report for seed, report in reports.items()},
                                        "spread": spreads(list(reports.values()))})
@@ -90,7 +101,7 @@ def rows_of(reports: list[Report], names: tuple[str, ...]) -> list[list[str]]:
     return rows
 
 
-def _job(flags: Flags, mesh: Mesh, log: Log) -> Job:
+def _job(flags: Flags, mesh: Mesh, log: Log, requests: StopRequests) -> Job:
     checkpoint = newest(flags.others["load"], mesh.world, log, with_optimizer=False)
     if checkpoint is None:
         raise CheckpointError(f"--load {flags.others['load']} holds no checkpoint; give the folder of a run")
@@ -106,7 +117,8 @@ def _job(flags: Flags, mesh: Mesh, log: Log) -> Job:
     log.line(f"{len(data.parts['train']):,} proteins to learn from, labels of the kind {data.space.kind}"
              + (f", {len(data.space.class_names)} classes" if data.space.class_names else ""))
     return Job(_settled(flags, flags_of(checkpoint), mesh, log), flags.identity(), data,
-               described(flags, data, config.data.num_ends), vocab, checkpoint, flags_of(checkpoint), mesh, log)
+               described(flags, data, config.data.num_ends), vocab, checkpoint, flags_of(checkpoint), mesh, log,
+               requests)
 
 
 def _settled(flags: Flags, saved: Mapping[str, Any], mesh: Mesh, log: Log) -> Flags:
