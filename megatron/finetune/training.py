@@ -159,7 +159,7 @@ class Training:
         saver.save(self._kept, parts_of(self._engine.model.parameters, {}), {
             "iteration": self._kept, "config": values, "vocabulary": self._job.vocab.identity,
             "progress": {"iteration": self._kept, "consumed_samples": self._kept * self._rows},
-            "began_from": self._job.flags.others["load"]})
+            "began_from": self._job.flags.others["load"], **self._job.described.state()})
         saver.close()
         if self._log.is_speaker:
             self._job.described.write(self._folder)
