@@ -36,8 +36,10 @@ class TaskConfig:
     mask_key: str = flag(None, "key or column that has 1 for each residue that counts and 0 for the others (default: "
                          "mask or valid_mask, where there is one)")
     label_kind: str = flag(None, "what labels are: a number, a class, several classes (a list, or parted by ;), a "
-                           "class of each residue, contacts by coordinates (default: told from the labels; numbers are "
-                           "taken for numbers)", choices=LABEL_KINDS)
+                           "class or a number of each residue, contacts by coordinates or pairs (default: told from "
+                           "the labels; numbers are taken for numbers)", choices=LABEL_KINDS)
+    pairs_from: int = flag(None, "number of a protein's first residue, where contacts are lists of pairs", kind=int,
+                           choices=(0, 1))
     class_weights: str = flag("none", "balanced: rare classes count more, so that all count alike together",
                               choices=("none", "balanced"))
 
@@ -157,7 +159,7 @@ def _taken(section: type[T], given: dict[str, Any]) -> T:
 def task_and_files(name: str, config: TaskConfig) -> tuple[Task, dict[str, str]]:
     """The task of that name with its files by part, `train` first; raises ConfigError or DataError."""
     task = task_of(name, sequence_key=config.sequence_key, label_key=config.label_key, mask_key=config.mask_key,
-                   label_kind=config.label_kind)
+                   label_kind=config.label_kind, pairs_from=config.pairs_from)
     named = {"--train-data": config.train_data, "--valid-data": config.valid_data, "--test-data": config.test_data}
     given = " and ".join(flag_name for flag_name, value in named.items() if value)
     if config.data is not None:

@@ -1,7 +1,7 @@
 """A whole fine-tuning: the task's data, a run for each seed, and the report of all."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from megatron.files import write_json
 from megatron.finetune.calibration import with_best_rate
 from megatron.finetune.data.examples import TaskData, load_task
 from megatron.finetune.data.labels import class_weights
-from megatron.finetune.data.tasks import CONTACTS, METRICS, NUMBER
+from megatron.finetune.data.tasks import METRICS, NUMBER, NUMBERS, WITHOUT_CLASSES
 from megatron.finetune.flags import Flags, task_and_files
 from megatron.finetune.heads import HeadSpec
 from megatron.finetune.model import Described
@@ -71,11 +71,12 @@ def described(flags: Flags, data: TaskData, num_ends: int) -> Described:
     space, labels = data.space, [example.label for example in data.parts["train"]]
     spec = HeadSpec(space.kind, max(1, len(space.class_names)), num_ends, flags.finetune.pooling,
                     flags.finetune.head_dropout)
-    if space.kind == NUMBER:
-        deviation = float(np.std(labels))
-        spec = HeadSpec(**vars(spec) | {"mean": float(np.mean(labels)), "deviation": deviation or 1.0})
+    if space.kind in (NUMBER, NUMBERS):
+        numbers = np.asarray(labels, dtype=np.float64) if space.kind == NUMBER else _that_count(labels)
+        deviation = float(np.std(numbers))
+        spec = HeadSpec(**vars(spec) | {"mean": float(np.mean(numbers)), "deviation": deviation or 1.0})
     if flags.task.class_weights == "balanced":
-        if space.kind in (NUMBER, CONTACTS):
+        if space.kind in WITHOUT_CLASSES:
             raise ConfigError(f"--class-weights balanced is for classes, and the labels are of the kind {space.kind}; "
                               "leave it out")
         weights = tuple(map(float, class_weights(space, labels)))
@@ -142,6 +143,15 @@ def _done(folder: Path, flags: Flags, seed: int) -> Report | None:
     if report.get("flags") != json.loads(json.dumps(flags.identity())) or report.get("seed") != seed:
         raise ConfigError(f"--save {folder} holds the report of other flags or another seed; name a new folder")
     return dict(report)
+
+
+def _that_count(labels: Sequence[np.ndarray]) -> np.ndarray:
+    """The numbers of all residues that count, float64; raises DataError where none does."""
+    numbers = np.concatenate(labels).astype(np.float64)
+    numbers = numbers[~np.isnan(numbers)]
+    if not len(numbers):
+        raise DataError("no residue of the training proteins has a number; there is nothing to learn")
+    return numbers
 
 
 def _number(value: float | None) -> float:

@@ -47,10 +47,10 @@ LABELS = {"number": lambda seq: 10 + 5 * seq.count("A") / len(seq),
 
 
 def task(folder, kind):
-    """A folder of a task's files."""
+    """A folder of a task's files, with a kind of LABELS or what gives them."""
     folder.mkdir()
     for seed, (part, number) in enumerate((("train", 80), ("valid", 30), ("test", 20))):
-        json_lines(folder / f"{part}.jsonl", proteins(number, seed, LABELS[kind]))
+        json_lines(folder / f"{part}.jsonl", proteins(number, seed, LABELS.get(kind, kind)))
     return folder
 
 
@@ -211,6 +211,30 @@ def test_fasta_is_predicted_by_its_names(taught, tmp_path):
     one, two = csv.DictReader((tmp_path / "out.csv").open())
     assert (one["name"], two["name"]) == ("one", "two")
     assert float(one["prediction"]) > float(two["prediction"])
+
+
+def test_a_number_of_each_residue_is_learnt_and_predicted(base, tmp_path):
+    values = dict(zip("ACDEFGHIKL", np.linspace(-1, 3, 10).round(2).tolist(), strict=True))
+    data = task(tmp_path / "data", lambda seq: [None if letter == "G" else values[letter] for letter in seq])
+    assert finetune("own", "--load", base, "--data", data, "--save", tmp_path / "out", "--epochs", 3, *QUICK) == 0
+    measures = report_of(tmp_path / "out")["measures"]["test"]
+    assert measures["spearman"][0] > 0.7
+    assert finetune("predict", tmp_path / "out", data / "test.jsonl", tmp_path / "out.jsonl") == 0
+    found = [json.loads(line)["prediction"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    lines = [json.loads(line)["label"] for line in (data / "test.jsonl").read_text().splitlines()]
+    errors = [one - label for pair in zip(found, lines, strict=True) for one, label in zip(*pair, strict=True)
+              if label is not None]
+    assert np.square(errors).mean() == pytest.approx(measures["mse"][0], rel=1e-4)
+
+
+def test_pairs_of_residues_are_learnt_as_contacts(base, tmp_path, capsys):
+    data = task(tmp_path / "data", lambda seq: [[i + 1, j + 1] for i in range(len(seq)) for j in range(i + 6, len(seq))
+                                                if seq[i] == seq[j]])
+    command = ["own", "--load", base, "--data", data, "--save", tmp_path / "out", "--train-iters", 20, *QUICK]
+    assert "lists pairs" in refusal(capsys, *command)
+    assert finetune(*command, "--pairs-from", 1) == 0
+    losses = [record["loss"] for record in records_of(tmp_path / "out", "train")]
+    assert losses[-1] < losses[0] and report_of(tmp_path / "out")["measures"]["test"]["short_p_at_l5"][0] > 0
 
 
 def test_seeds_have_a_model_each_and_the_same_command_does_none_again(taught, base, tmp_path, capsys):

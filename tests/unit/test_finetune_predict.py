@@ -22,11 +22,13 @@ VALUES = {
     "number": [1.5, -2.0], "class": [np.array([0.25, 0.5, 0.25]), np.array([0.75, 0.125, 0.125])],
     "classes": [np.array([0.5, 0.25, 0.75]), np.array([0.125, 0.0, 0.25])],
     "residues": [np.eye(3)[[0, 1, 2, 0, 1, 2, 0, 1]], np.eye(3)[[2] * 7]],
-    "contacts": [CONTACTS, CONTACTS[:7, :7]]}
+    "numbers": [np.arange(8) / 4, np.full(7, -0.5)], "contacts": [CONTACTS, CONTACTS[:7, :7]]}
 PREDICTED = {
+    "numbers": [[0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75], [-0.5] * 7],
     "number": [1.5, -2.0], "class": ["b", "a"], "classes": [["a", "c"], []], "residues": ["abcabcab", "ccccccc"],
     "contacts": [[[1, 8], [2, 8], [1, 7]], [[1, 7]]]}
-CELLS = PREDICTED | {"number": ["1.5", "-2.0"], "classes": ["a;c", ""], "contacts": ["1-8;2-8;1-7", "1-7"]}
+CELLS = PREDICTED | {"numbers": ["0.0;0.25;0.5;0.75;1.0;1.25;1.5;1.75", ";".join(["-0.5"] * 7)],
+                     "number": ["1.5", "-2.0"], "classes": ["a;c", ""], "contacts": ["1-8;2-8;1-7", "1-7"]}
 
 
 @pytest.mark.parametrize("kind", VALUES)
@@ -35,7 +37,7 @@ def test_json_lines_have_each_prediction_with_its_probabilities(kind, tmp_path):
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [(one["name"], one["prediction"]) for one in found] == [
         (protein.name, value) for protein, value in zip(PROTEINS, PREDICTED[kind], strict=True)]
-    if kind == "number":
+    if kind in ("number", "numbers"):
         assert "probabilities" not in found[0]
     elif kind == "contacts":
         assert found[0]["probabilities"] == pytest.approx([0.9, 0.5, 0.0])

@@ -23,7 +23,7 @@ TAPE = {
                              "evolutionary": np.zeros((3, 30), np.float32)}, [0, 2, NO_TARGET]),
     "secondary_structure_8": ({"ss3": np.array([0, 2, 1]), "ss8": np.array([1, 7, 4])}, [1, 7, 4]),
     "contacts": ({"tertiary": PLACES, "valid_mask": np.array([True, True, False])},
-                 [*PLACES[:2].tolist(), [np.nan] * 3]),
+                 [[1], [1], [0]]),  # no pair of so few residues counts
     "fluorescence": ({"log_fluorescence": np.array([3.5], np.float32), "num_mutations": 1}, 3.5),
     "stability": ({"stability_score": np.array([-0.5], np.float32), "topology": "HHH"}, -0.5),
 }

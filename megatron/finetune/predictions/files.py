@@ -17,7 +17,7 @@ from megatron.files import replacing
 from megatron.finetune.data.batches import PackedExamples
 from megatron.finetune.data.examples import Example, read_proteins
 from megatron.finetune.data.labels import SEPARATOR, LabelSpace
-from megatron.finetune.data.tasks import CLASS, CLASSES, CONTACTS, NUMBER
+from megatron.finetune.data.tasks import CLASS, CLASSES, CONTACTS, NUMBER, NUMBERS
 from megatron.finetune.model import Described
 from megatron.finetune.predictions.collected import predictions, settings_of
 from megatron.infer.contacts.chains import LEAST_SEPARATION
@@ -84,6 +84,8 @@ def _record(space: LabelSpace, value: Any) -> dict[str, Any]:
     names = space.class_names
     if space.kind == NUMBER:
         return {"prediction": value}
+    if space.kind == NUMBERS:
+        return {"prediction": [_rounded(one) for one in value]}
     if space.kind == CONTACTS:
         pairs = list(_likeliest(value))
         return {"prediction": [[i + 1, j + 1] for i, j in pairs],
@@ -109,7 +111,7 @@ def _as_cell(prediction: Any) -> Any:
     """Lists as one text, their parts parted as in the files of training; a pair of residues by a dash."""
     if not isinstance(prediction, list):
         return prediction
-    return SEPARATOR.join("-".join(map(str, part)) if isinstance(part, list) else part for part in prediction)
+    return SEPARATOR.join("-".join(map(str, part)) if isinstance(part, list) else str(part) for part in prediction)
 
 
 def _rounded(probability: float) -> float:
