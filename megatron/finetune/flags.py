@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron.config import Config
+from megatron.config import Config, OptimizerConfig
 from megatron.config.command_line import OneLineParser, add_section_flags, check_section, left_open, parse
 from megatron.config.declaration import flag, fraction, not_negative, positive
 from megatron.config.lora import LoraConfig
@@ -82,6 +82,9 @@ _TAKEN: Mapping[str, frozenset[str]] = {
 }
 _MICRO_BATCH, _GLOBAL_BATCH, _WARMUP, _LOG_INTERVAL = 2, 8, 0.1, 10
 _LR, _LR_OF_LITTLE = 1e-4, 1e-3  # of a whole model, and of a head or adapters beside one that stays
+# Under Muon --lr is of the head alone: the model's groups have rates of their own. AdamW steps its matrices, whose best
+# rate falls with their width (Yang et al., 2022, arXiv 2203.03466).
+_LR_WITH_MUON, _WIDTH = 0.02, 128  # up to this hidden size; as much less as a model is wider
 
 
 @dataclass(frozen=True)
@@ -101,15 +104,25 @@ class Flags:
         """
         micro_batch = self.others.get("micro_batch_size", _MICRO_BATCH)
         rows = micro_batch * data_size
+        lr = self.others.get("lr") or self._default_lr(saved.get("hidden_size") or _WIDTH)
         defaults = {"seq_length": positions_of(saved), "micro_batch_size": micro_batch,
                     "global_batch_size": max(1, -(-_GLOBAL_BATCH // rows)) * rows,
-                    "lr": _LR_OF_LITTLE if self.finetune.head_only or self.lora else _LR,
+                    "lr": lr, **({"head_lr": lr} if self._uses_muon else {}),
                     "train_iters": num_iterations or 10**9, "log_interval": _LOG_INTERVAL,
                     **({} if "lr_warmup_iters" in self.others else {"lr_warmup_fraction": _WARMUP})}
         if self.finetune.head_only:  # its input is to be the same in every epoch
             defaults |= {"hidden_dropout": 0.0, "attention_dropout": 0.0}
         of_model = left_open(["--load", self.others["load"]], lambda _: saved)
         return parse([], {**of_model, **defaults, **self.others})[0]
+
+    def _default_lr(self, hidden_size: int) -> float:
+        if self._uses_muon:
+            return _LR_WITH_MUON * min(1.0, _WIDTH / hidden_size)
+        return _LR_OF_LITTLE if self.finetune.head_only or self.lora else _LR
+
+    @property
+    def _uses_muon(self) -> bool:
+        return OptimizerConfig(optimizer=self.others.get("optimizer", "adam")).uses_muon
 
     def identity(self) -> dict[str, Any]:
         """What two runs have in common that give the same but for their seeds, as JSON has it."""

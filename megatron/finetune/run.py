@@ -21,6 +21,7 @@ from megatron.finetune.flags import Flags, task_and_files
 from megatron.finetune.heads import HeadSpec
 from megatron.finetune.model import Described
 from megatron.finetune.predictions.metrics import spread, with_spread
+from megatron.finetune.progress import remove_unfinished
 from megatron.finetune.training import REPORT, Job, fine_tune
 from megatron.infer.pretrained import config_of, flags_of, vocab_of
 from megatron.log import Log
@@ -56,6 +57,8 @@ def run(flags: Flags, mesh: Mesh, log: Log) -> list[list[str]] | None:
         for seed, folder in folders.items():
             if done[seed] is not None:
                 log.line(f"seed {seed} is done already: {folder}")
+                if log.is_speaker:
+                    remove_unfinished(folder)  # where a run died between its report and this
             report = done[seed] or fine_tune(job, seed, folder)
             if report is None:
                 return None

@@ -112,6 +112,8 @@ def test_a_seed_that_dies_behind_its_last_step_takes_none_again(command, undistu
             command("head", tmp_path / "out")
     after_steps(1, monkeypatch, lambda: pytest.fail("all steps are taken"))
     assert command("head", tmp_path / "out") == 0
+    (tmp_path / "out" / UNFINISHED).mkdir()  # as where it dies while it takes that away
+    assert command("head", tmp_path / "out") == 0 and not (tmp_path / "out" / UNFINISHED).exists()
     assert content(tmp_path / "out") == content(undisturbed / "head")
 
 

@@ -82,6 +82,17 @@ def test_what_is_not_given_follows_from_the_model_and_what_is_trained(argv, lr, 
     assert (config.data.seq_length, config.training.micro_batch_size, config.training.global_batch_size) == (48, 2, 12)
 
 
+@pytest.mark.parametrize(("argv", "hidden_size", "head_lr"), [
+    ([], 16, 0.02), ([], 128, 0.02), (["--head-only"], 1280, 0.002), (["--lr", "3e-2"], 1280, 3e-2),
+    (["--lr", "3e-2", "--head-lr", "0.5"], 16, 0.5)])
+def test_under_muon_the_head_has_the_rate_that_is_given_or_one_that_falls_with_its_width(argv, hidden_size, head_lr):
+    saved = {**SAVED, "hidden_size": hidden_size}
+    config = parse_flags(["own", "--load", "x", "--save", "y", "--optimizer", "normuon", *argv], "").config(saved, 1)
+    assert config.optimizer.head_lr == pytest.approx(head_lr)
+    assert (config.optimizer.muon_lr, config.optimizer.embedding_lr) == (0.01, 0.02), "as in pretraining"
+    assert parse_flags(["own", "--load", "x", "--save", "y"], "").config(SAVED, 1).optimizer.head_lr is None
+
+
 def test_runs_that_differ_in_seeds_and_place_alone_are_of_one_identity():
     common = ["own", "--load", "x"]
     first = parse_flags([*common, "--save", "y", "--seeds", "1"], "").identity()
