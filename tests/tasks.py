@@ -9,11 +9,12 @@ import torch
 from megatron.checkpoint.stored import Checkpoint, stored
 from megatron.config import Config, DataConfig, ModelConfig, ParallelConfig, PrecisionConfig, TrainingConfig
 from megatron.data.corpus.vocab import Vocab
-from megatron.finetune.examples import Example
+from megatron.finetune.data.contacts import table_of_atoms
+from megatron.finetune.data.examples import Example
+from megatron.finetune.data.labels import LabelSpace
+from megatron.finetune.data.tasks import LABEL_KINDS, task_of
 from megatron.finetune.heads import HeadSpec
-from megatron.finetune.labels import LabelSpace
 from megatron.finetune.model import Described
-from megatron.finetune.tasks import LABEL_KINDS, task_of
 from megatron.kernels.packed_sequence import NO_TARGET
 from megatron.model.initialisation import initialise
 from megatron.model.protein_model import ProteinModel
@@ -30,10 +31,12 @@ def label_of(kind, ids, rng):
         return 3.0 + 2.0 * float(np.mean(ids == VOCAB.ids["A"]))
     if kind == "residues":
         return np.where(ids == VOCAB.ids["G"], NO_TARGET, ids.astype(np.int16) % 3)
+    if kind == "numbers":
+        return np.where(ids == VOCAB.ids["G"], np.nan, 5.0 + ids % 3).astype(np.float32)
     if kind == "contacts":
         places = rng.normal(scale=6.0, size=(len(ids), 3)).astype(np.float32)
         places[ids == VOCAB.ids["G"]] = np.nan
-        return places
+        return table_of_atoms(places)
     counts = np.bincount(ids % 3, minlength=3)
     return int(counts.argmax()) if kind == "class" else counts > len(ids) / 3
 

@@ -19,7 +19,7 @@ from megatron.checkpoint.newest import saved_flags  # noqa: E402
 from megatron.config import ParallelConfig  # noqa: E402
 from megatron.config.command_line import OneLineParser  # noqa: E402
 from megatron.finetune.flags import Flags, parse_flags  # noqa: E402
-from megatron.finetune.predict import predict  # noqa: E402
+from megatron.finetune.predictions.files import predict  # noqa: E402
 from megatron.finetune.run import HEADS, run  # noqa: E402
 from megatron.infer.door import status_of  # noqa: E402
 from megatron.infer.pretrained import PRECISIONS  # noqa: E402
@@ -56,7 +56,8 @@ def prepare(argv: list[str], launch: Launch) -> tuple[ParallelConfig, Callable[[
 def teach(flags: Flags, mesh: Mesh, log: Log) -> None:
     """Fine-tune, and print how well the task is done."""
     rows = run(flags, mesh, log)
-    log.line(f"\n{table(HEADS, rows, num_left=2)}\n\n  model and report: {flags.others['save']}")
+    if rows is not None:
+        log.line(f"\n{table(HEADS, rows, num_left=2)}\n\n  model and report: {flags.others['save']}")
 
 
 def predict_parser() -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ from torch import Tensor
 from megatron.checkpoint.sharded import read_parts
 from megatron.checkpoint.stored import Checkpoint, StoredTensor, Tensors
 from megatron.errors import CheckpointError
+from megatron.model.protein_model import TASK_HEAD
 from megatron.parallel.placement import Part, part_of_state, placement_of
 
 
@@ -17,6 +18,8 @@ def load_model(parameters: Mapping[str, Tensor], checkpoint: Checkpoint, names: 
     `names`: those of the whole model's parameters, of which this rank has some. Raises CheckpointError naming what does
     not fit.
     """
+    if not any(name.startswith(TASK_HEAD) for name in names):
+        refuse_task(checkpoint)
     for name in sorted(set(names) ^ checkpoint.model.keys()):
         where = "the model" if name in checkpoint.model else checkpoint.path
         raise CheckpointError(f"{checkpoint.path}: parameter {name} is not in {where}; give the model flags of that "
@@ -27,6 +30,14 @@ def load_model(parameters: Mapping[str, Tensor], checkpoint: Checkpoint, names: 
                 parameter.zero_()  # padding
         read_parts({name: _fitting(name, placement_of(parameter).part(parameter), checkpoint.model[name], checkpoint)
                     for name, parameter in parameters.items()}, checkpoint.model)
+
+
+def refuse_task(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError where the model was fine-tuned, and so has no masked-LM head."""
+    if any(name.startswith(TASK_HEAD) for name in checkpoint.model):
+        origin = checkpoint.state.get("began_from")
+        raise CheckpointError(f"{checkpoint.path} was taught a task, and has a head for that in place of the masked-LM "
+                              f"head; give what it was begun from{f', {origin}' if origin else ''}")
 
 
 def load_optimizer(parameters: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -1,1 +1,1 @@
-"""Trained models taught a task: labelled proteins, heads, training, low-rank adapters, and how well it is done."""
+"""Trained models taught a task: flags, heads, the model with one, its training, the runs of all seeds."""

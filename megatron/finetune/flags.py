@@ -9,13 +9,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron.config import Config
+from megatron.config import Config, OptimizerConfig
 from megatron.config.command_line import OneLineParser, add_section_flags, check_section, left_open, parse
 from megatron.config.declaration import flag, fraction, not_negative, positive
 from megatron.config.lora import LoraConfig
 from megatron.errors import ConfigError
+from megatron.finetune.data.tasks import LABEL_KEYS, LABEL_KINDS, SEQUENCE_KEYS, TASK_NAMES, Task, split_files, task_of
 from megatron.finetune.heads import POOLINGS
-from megatron.finetune.tasks import LABEL_KEYS, LABEL_KINDS, SEQUENCE_KEYS, TASK_NAMES, Task, split_files, task_of
 from megatron.infer.pretrained import positions_of
 
 T = TypeVar("T")
@@ -36,8 +36,10 @@ class TaskConfig:
     mask_key: str = flag(None, "key or column that has 1 for each residue that counts and 0 for the others (default: "
                          "mask or valid_mask, where there is one)")
     label_kind: str = flag(None, "what labels are: a number, a class, several classes (a list, or parted by ;), a "
-                           "class of each residue, contacts by coordinates (default: told from the labels; numbers are "
-                           "taken for numbers)", choices=LABEL_KINDS)
+                           "class or a number of each residue, contacts by coordinates or pairs (default: told from "
+                           "the labels; numbers are taken for numbers)", choices=LABEL_KINDS)
+    pairs_from: int = flag(None, "number of a protein's first residue, where contacts are lists of pairs", kind=int,
+                           choices=(0, 1))
     class_weights: str = flag("none", "balanced: rare classes count more, so that all count alike together",
                               choices=("none", "balanced"))
 
@@ -73,12 +75,16 @@ _TAKEN: Mapping[str, frozenset[str]] = {
                            "lr_warmup_iters")),
     "precision": frozenset(item.name for item in fields(Config().precision)) - {"fp16_lm_cross_entropy"},
     "parallel": frozenset(name for item in fields(Config().parallel) if not (name := item.name).startswith("dry_run")),
-    "training": frozenset(("micro_batch_size", "global_batch_size", "train_iters", "compile", "flash_attention")),
-    "checkpoint": frozenset(("save", "load")),
+    "training": frozenset(("micro_batch_size", "global_batch_size", "train_iters", "compile", "flash_attention",
+                           "exit_interval", "exit_duration_in_mins")),
+    "checkpoint": frozenset(("save", "load", "save_interval")),
     "logging": frozenset(("log_interval",)),
 }
 _MICRO_BATCH, _GLOBAL_BATCH, _WARMUP, _LOG_INTERVAL = 2, 8, 0.1, 10
 _LR, _LR_OF_LITTLE = 1e-4, 1e-3  # of a whole model, and of a head or adapters beside one that stays
+# Under Muon --lr is of the head alone: the model's groups have rates of their own. AdamW steps its matrices, whose best
+# rate falls with their width (Yang et al., 2022, arXiv 2203.03466).
+_LR_WITH_MUON, _WIDTH = 0.02, 128  # up to this hidden size; as much less as a model is wider
 
 
 @dataclass(frozen=True)
@@ -98,9 +104,10 @@ class Flags:
         """
         micro_batch = self.others.get("micro_batch_size", _MICRO_BATCH)
         rows = micro_batch * data_size
+        lr = self.others.get("lr") or self._default_lr(saved.get("hidden_size") or _WIDTH)
         defaults = {"seq_length": positions_of(saved), "micro_batch_size": micro_batch,
                     "global_batch_size": max(1, -(-_GLOBAL_BATCH // rows)) * rows,
-                    "lr": _LR_OF_LITTLE if self.finetune.head_only or self.lora else _LR,
+                    "lr": lr, **({"head_lr": lr} if self._uses_muon else {}),
                     "train_iters": num_iterations or 10**9, "log_interval": _LOG_INTERVAL,
                     **({} if "lr_warmup_iters" in self.others else {"lr_warmup_fraction": _WARMUP})}
         if self.finetune.head_only:  # its input is to be the same in every epoch
@@ -108,9 +115,19 @@ class Flags:
         of_model = left_open(["--load", self.others["load"]], lambda _: saved)
         return parse([], {**of_model, **defaults, **self.others})[0]
 
+    def _default_lr(self, hidden_size: int) -> float:
+        if self._uses_muon:
+            return _LR_WITH_MUON * min(1.0, _WIDTH / hidden_size)
+        return _LR_OF_LITTLE if self.finetune.head_only or self.lora else _LR
+
+    @property
+    def _uses_muon(self) -> bool:
+        return OptimizerConfig(optimizer=self.others.get("optimizer", "adam")).uses_muon
+
     def identity(self) -> dict[str, Any]:
         """What two runs have in common that give the same but for their seeds, as JSON has it."""
-        free = {"save", "log_interval", "local_rank", "distributed_timeout_minutes"}
+        free = {"save", "save_interval", "exit_interval", "exit_duration_in_mins", "log_interval", "local_rank",
+                "distributed_timeout_minutes"}
         values = {**vars(self.task), **vars(self.finetune), **(vars(self.lora) if self.lora else {}), **self.others,
                   "task": self.task_name}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()
@@ -155,7 +172,7 @@ def _taken(section: type[T], given: dict[str, Any]) -> T:
 def task_and_files(name: str, config: TaskConfig) -> tuple[Task, dict[str, str]]:
     """The task of that name with its files by part, `train` first; raises ConfigError or DataError."""
     task = task_of(name, sequence_key=config.sequence_key, label_key=config.label_key, mask_key=config.mask_key,
-                   label_kind=config.label_kind)
+                   label_kind=config.label_kind, pairs_from=config.pairs_from)
     named = {"--train-data": config.train_data, "--valid-data": config.valid_data, "--test-data": config.test_data}
     given = " and ".join(flag_name for flag_name, value in named.items() if value)
     if config.data is not None:

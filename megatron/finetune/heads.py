@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron.config import ModelConfig
-from megatron.finetune.batches import NO_EXAMPLE, LabelledBatch
-from megatron.finetune.tasks import CLASS, CLASSES, CONTACTS, CUTOFF_ANGSTROM, LEAST_SEPARATION, NUMBER, RESIDUES
+from megatron.finetune.data.batches import NO_EXAMPLE, LabelledBatch
+from megatron.finetune.data.tasks import CLASS, CLASSES, CONTACTS, NUMBER, NUMBERS, RESIDUES
+from megatron.infer.contacts.chains import LEAST_SEPARATION
 from megatron.kernels.dropout import Dropout, Use, dropped
 from megatron.kernels.packed_sequence import NO_TARGET, PackedSequence, proteins_of_tokens
 from megatron.model.initialisation import normal
@@ -61,14 +62,15 @@ class TaskHead(nn.Module):
         """The loss, summed over what `LabelledBatch.num_targets` counts, fp32, and a 0; without a batch, predictions.
 
         Context ranks have a part of the loss each. Predictions are the same on all ranks: numbers [g]; probabilities of
-        classes [g, c], of a class of each token [t, c], t of all context ranks; for contacts [t, 2, w + 1], of which
-        the product of one token's first and another's second is the logit that they touch.
+        classes [g, c]; a number of each token [t], probabilities of its class [t, c], t of all context ranks; for
+        contacts [t, 2, w + 1], of which the product of one token's first and another's second is the logit that they
+        touch.
         """
         outputs = self._outputs(hidden_uh, sequence)
         if batch is None:
             return self._predictions(outputs)
         loss = getattr(self, f"_loss_of_{self.spec.kind}")(outputs, sequence, batch)
-        if self.spec.kind != RESIDUES and self.stream.context.rank:
+        if self.spec.kind not in (RESIDUES, NUMBERS) and self.stream.context.rank:
             loss = loss * 0  # all context ranks have the same outputs: the first one's loss counts
         return loss, torch.zeros_like(loss)
 
@@ -123,6 +125,8 @@ class TaskHead(nn.Module):
         kind = self.spec.kind
         if kind == NUMBER:
             return self.spec.mean + self.spec.deviation * outputs[:, 0]
+        if kind == NUMBERS:
+            return self.spec.mean + self.spec.deviation * all_gather(outputs, self.stream.context)[:, 0]
         if kind == RESIDUES:
             return all_gather(outputs.softmax(1), self.stream.context)
         if kind == CONTACTS:
@@ -146,22 +150,28 @@ class TaskHead(nn.Module):
         return F.cross_entropy(logits_tc[targets.positions_m], targets.ids_m, self._weights, ignore_index=NO_TARGET,
                                reduction="sum")
 
+    def _loss_of_numbers(self, outputs_t1: Tensor, sequence: PackedSequence, batch: LabelledBatch) -> Tensor:
+        labels_t = batch.labels[:len(outputs_t1)]
+        errors_t = outputs_t1[:, 0] - (labels_t.nan_to_num() - self.spec.mean) / self.spec.deviation
+        return (errors_t.square() * ~labels_t.isnan()).sum()
+
     def _loss_of_contacts(self, features_tw: Tensor, sequence: PackedSequence, batch: LabelledBatch) -> Tensor:
         """A token is paired with those of its block of tokens and of the next, among which are all of its protein."""
-        places_t3 = all_gather(batch.labels[:len(sequence.tokens_t)], self.stream.context)
+        table_tx = all_gather(batch.labels[:len(sequence.tokens_t)], self.stream.context)
         proteins_t = proteins_of_tokens(sequence.cu_seqlens, 0, len(features_tw))
-        proteins_t = proteins_t.masked_fill(places_t3.isnan().any(1), -1)  # what is not resolved is of none
+        proteins_t = proteins_t.masked_fill(table_tx[:, 0] == 0, -1)  # what is not resolved is of none
         size = min(sequence.max_length, len(features_tw))
         first_tw, second_tw = self._pair_factors(features_tw)
         logits_bll = _blocks(first_tw, size, 0.0)[0] @ _blocks(second_tw, size, 0.0)[1].mT
-        places = _blocks(places_t3.nan_to_num(), size, 0.0)
-        distances_bll = torch.cdist(*places, compute_mode="donot_use_mm_for_euclid_dist")
         first_b1l, second_b1l = (numbers.mT for numbers in _blocks(proteins_t[:, None], size, -2))
         order = torch.arange(2 * size, device=features_tw.device)
         is_pair_bll = (first_b1l.mT == second_b1l) & (first_b1l.mT >= 0)
         is_pair_bll = is_pair_bll & (order - order[:size, None] >= LEAST_SEPARATION)
-        losses_bll = F.binary_cross_entropy_with_logits(logits_bll, (distances_bll < CUTOFF_ANGSTROM).float(),
-                                                        reduction="none")
+        offsets_blk = _blocks(table_tx[:, 1:], size, 0)[0]
+        # Those that a residue has not, or that were cropped away, go into a column behind all, which is taken off.
+        places_blk = (order[:size, None] + offsets_blk).masked_fill(offsets_blk == 0, 2 * size).clamp(max=2 * size)
+        touches_bll = logits_bll.new_zeros(*logits_bll.shape[:2], 2 * size + 1).scatter_(2, places_blk, 1.0)[:, :, :-1]
+        losses_bll = F.binary_cross_entropy_with_logits(logits_bll, touches_bll, reduction="none")
         return (losses_bll * is_pair_bll).sum()
 
     @cached_property

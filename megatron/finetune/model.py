@@ -11,25 +11,25 @@ import torch
 from torch import nn
 
 from megatron.checkpoint.loading import load_model
+from megatron.checkpoint.lora.merging import STATE, merged
 from megatron.checkpoint.stored import Checkpoint
 from megatron.config import Config, ModelConfig, PrecisionConfig
 from megatron.config.lora import LoraConfig
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import CheckpointError
 from megatron.files import write_json
+from megatron.finetune.data.labels import LabelSpace
+from megatron.finetune.data.tasks import Task
 from megatron.finetune.heads import HeadSpec, TaskHead
-from megatron.finetune.labels import LabelSpace
-from megatron.finetune.lora import adapt, adapters_in
-from megatron.finetune.tasks import Task
 from megatron.model.initialisation import initialise
-from megatron.model.protein_model import ProteinModel
+from megatron.model.lora import adapt, adapters_in
+from megatron.model.protein_model import TASK_HEAD, ProteinModel
 from megatron.parallel.mesh import Axis, Mesh
 from megatron.parallel.pipeline.partition import Stage
 from megatron.parallel.tensor.stream import ONE_RANK, Stream
 from megatron.train.engine import Engine, build_engine
 
 TASK_FILE = "task.json"
-_HEAD = "task_head."
 _ONE_END = Axis()
 
 
@@ -45,6 +45,10 @@ class Described:
     def write(self, folder: Path) -> None:
         """Write it into a model's folder."""
         write_json(folder / TASK_FILE, {name: asdict(value) for name, value in vars(self).items() if value is not None})
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint is to say of it, so that its adapters can be merged."""
+        return {} if self.lora is None else {STATE: asdict(self.lora)}
 
     @classmethod
     def read(cls, folder: Path) -> "Described":
@@ -65,13 +69,11 @@ class Described:
               is_head_only: bool) -> Engine:
         """The engine that trains it: the weights of head and adapters from the seed, all others of a checkpoint.
 
-        Another task's head in the checkpoint is left out. Raises CheckpointError where weights do not fit, or are not
-        all of the model's, for there are adapters beside them.
+        Another task's head in the checkpoint is left out, and adapters there are merged. Raises CheckpointError where
+        weights do not fit.
         """
-        if adapters_in(checkpoint.model):
-            raise CheckpointError(f"{checkpoint.path} has adapters beside its weights, which would be lost; --load the "
-                                  "checkpoint that they were trained on")
-        born = [name for name in self._names(config, vocab) if not name.startswith(_HEAD)]
+        checkpoint = merged(checkpoint, config.model)
+        born = [name for name in self._names(config, vocab) if not name.startswith(TASK_HEAD)]
         names = {*born} - {*adapters_in(dict.fromkeys(born))}
         trunk = replace(checkpoint, model={name: stored for name, stored in checkpoint.model.items() if name in names})
 

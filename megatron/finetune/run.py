@@ -1,7 +1,7 @@
 """A whole fine-tuning: the task's data, a run for each seed, and the report of all."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,42 +13,56 @@ from megatron.checkpoint.newest import newest
 from megatron.data.corpus.tokenizer import ResidueTokenizer
 from megatron.errors import CheckpointError, ConfigError, DataError
 from megatron.files import write_json
-from megatron.finetune.examples import TaskData, load_task
+from megatron.finetune.calibration import with_best_rate
+from megatron.finetune.data.examples import TaskData, load_task
+from megatron.finetune.data.labels import class_weights
+from megatron.finetune.data.tasks import METRICS, NUMBER, NUMBERS, WITHOUT_CLASSES
 from megatron.finetune.flags import Flags, task_and_files
 from megatron.finetune.heads import HeadSpec
-from megatron.finetune.labels import class_weights
-from megatron.finetune.metrics import spread, with_spread
 from megatron.finetune.model import Described
-from megatron.finetune.tasks import CONTACTS, METRICS, NUMBER
-from megatron.finetune.training import REPORT, Job, fine_tune, with_best_rate
+from megatron.finetune.predictions.metrics import spread, with_spread
+from megatron.finetune.progress import remove_unfinished
+from megatron.finetune.training import REPORT, Job, fine_tune
 from megatron.infer.pretrained import config_of, flags_of, vocab_of
 from megatron.log import Log
 from megatron.parallel.collectives import everyones
 from megatron.parallel.compilation import wants_compilation
 from megatron.parallel.mesh import Mesh
 from megatron.train.precision import set_tf32, with_precision_chosen
+from megatron.train.stop import StopRequests
 from megatron.train.ways import set_flash_attention, ways
 
 Report = dict[str, Any]
 HEADS = ("part", "measure", "proteins", "value", "95 % interval")
 
 
-def run(flags: Flags, mesh: Mesh, log: Log) -> list[list[str]]:
+def run(flags: Flags, mesh: Mesh, log: Log) -> list[list[str]] | None:
     """Fine-tune with each seed and report; gives the rows of a table under HEADS. All ranks call this together.
 
-    Raises a UserError for what does not fit.
+    SIGTERM, SIGUSR1, Ctrl-C and the flags of pretraining that say when to leave make it save and give None; called
+    again, it goes on. Raises a UserError for what does not fit.
     """
-    job, root = _job(flags, mesh, log), Path(flags.others["save"])
+    requests = StopRequests(flags.others.get("exit_duration_in_mins"))
+    job, root = _job(flags, mesh, log, requests), Path(flags.others["save"])
     reports: dict[int, Report] = {}
     folders = {seed: root if len(flags.finetune.seeds) == 1 else root / f"seed-{seed}" for seed in flags.finetune.seeds}
-    with claimed(str(root), mesh, log):
+    with claimed(str(root), mesh, log) as claim, requests.listening():
+        job = replace(job, claim=claim)
         done = {seed: everyones(_done(folder, flags, seed), mesh.world)[0] for seed, folder in folders.items()}
         if flags.finetune.calibrate_lr and not all(done.values()):
-            job = with_best_rate(job, root)
+            found = with_best_rate(job, root)
+            if found is None:
+                return None
+            job = found
         for seed, folder in folders.items():
             if done[seed] is not None:
                 log.line(f"seed {seed} is done already: {folder}")
-            reports[seed] = done[seed] or fine_tune(job, seed, folder)
+                if log.is_speaker:
+                    remove_unfinished(folder)  # where a run died between its report and this
+            report = done[seed] or fine_tune(job, seed, folder)
+            if report is None:
+                return None
+            reports[seed] = report
         if log.is_speaker and len(reports) > 1:
             write_json(root / REPORT, {"seeds": {str(seed): report for seed, report in reports.items()},
                                        "spread": spreads(list(reports.values()))})
@@ -60,11 +74,12 @@ def described(flags: Flags, data: TaskData, num_ends: int) -> Described:
     space, labels = data.space, [example.label for example in data.parts["train"]]
     spec = HeadSpec(space.kind, max(1, len(space.class_names)), num_ends, flags.finetune.pooling,
                     flags.finetune.head_dropout)
-    if space.kind == NUMBER:
-        deviation = float(np.std(labels))
-        spec = HeadSpec(**vars(spec) | {"mean": float(np.mean(labels)), "deviation": deviation or 1.0})
+    if space.kind in (NUMBER, NUMBERS):
+        numbers = np.asarray(labels, dtype=np.float64) if space.kind == NUMBER else _that_count(labels)
+        deviation = float(np.std(numbers))
+        spec = HeadSpec(**vars(spec) | {"mean": float(np.mean(numbers)), "deviation": deviation or 1.0})
     if flags.task.class_weights == "balanced":
-        if space.kind in (NUMBER, CONTACTS):
+        if space.kind in WITHOUT_CLASSES:
             raise ConfigError(f"--class-weights balanced is for classes, and the labels are of the kind {space.kind}; "
                               "leave it out")
         weights = tuple(map(float, class_weights(space, labels)))
@@ -90,7 +105,7 @@ def rows_of(reports: list[Report], names: tuple[str, ...]) -> list[list[str]]:
     return rows
 
 
-def _job(flags: Flags, mesh: Mesh, log: Log) -> Job:
+def _job(flags: Flags, mesh: Mesh, log: Log, requests: StopRequests) -> Job:
     checkpoint = newest(flags.others["load"], mesh.world, log, with_optimizer=False)
     if checkpoint is None:
         raise CheckpointError(f"--load {flags.others['load']} holds no checkpoint; give the folder of a run")
@@ -106,7 +121,8 @@ def _job(flags: Flags, mesh: Mesh, log: Log) -> Job:
     log.line(f"{len(data.parts['train']):,} proteins to learn from, labels of the kind {data.space.kind}"
              + (f", {len(data.space.class_names)} classes" if data.space.class_names else ""))
     return Job(_settled(flags, flags_of(checkpoint), mesh, log), flags.identity(), data,
-               described(flags, data, config.data.num_ends), vocab, checkpoint, flags_of(checkpoint), mesh, log)
+               described(flags, data, config.data.num_ends), vocab, checkpoint, flags_of(checkpoint), mesh, log,
+               requests)
 
 
 def _settled(flags: Flags, saved: Mapping[str, Any], mesh: Mesh, log: Log) -> Flags:
@@ -130,6 +146,15 @@ def _done(folder: Path, flags: Flags, seed: int) -> Report | None:
     if report.get("flags") != json.loads(json.dumps(flags.identity())) or report.get("seed") != seed:
         raise ConfigError(f"--save {folder} holds the report of other flags or another seed; name a new folder")
     return dict(report)
+
+
+def _that_count(labels: Sequence[np.ndarray]) -> np.ndarray:
+    """The numbers of all residues that count, float64; raises DataError where none does."""
+    numbers = np.concatenate(labels).astype(np.float64)
+    numbers = numbers[~np.isnan(numbers)]
+    if not len(numbers):
+        raise DataError("no residue of the training proteins has a number; there is nothing to learn")
+    return numbers
 
 
 def _number(value: float | None) -> float:

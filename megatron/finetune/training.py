@@ -4,32 +4,39 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron.checkpoint.claim import Claim
+from megatron.checkpoint.lora import peft_files
 from megatron.checkpoint.saving import Saver, parts_of
 from megatron.checkpoint.store import open_place, place_of
 from megatron.checkpoint.stored import Checkpoint
 from megatron.config import Config
 from megatron.data.corpus.vocab import Vocab
-from megatron.errors import ConfigError, DivergedError
+from megatron.errors import DivergedError
 from megatron.files import write_json
-from megatron.finetune import peft_files
-from megatron.finetune.batches import PackedExamples
-from megatron.finetune.examples import TaskData
+from megatron.finetune.data.batches import LabelledBatch, PackedExamples
+from megatron.finetune.data.examples import TaskData
+from megatron.finetune.data.tasks import METRICS
 from megatron.finetune.flags import Flags
-from megatron.finetune.lora import adapters_in
-from megatron.finetune.metrics import Measured
 from megatron.finetune.model import Described
-from megatron.finetune.predictions import measured, predictions, settings_of
-from megatron.finetune.tasks import METRICS
+from megatron.finetune.predictions.collected import measured, predictions, settings_of
+from megatron.finetune.predictions.metrics import Measured
+from megatron.finetune.progress import Unfinished
 from megatron.log import Log
+from megatron.model.lora import adapters_in
 from megatron.optim.schedule import build_schedule
 from megatron.parallel.mesh import Mesh
+from megatron.train.agreement import Arriving
 from megatron.train.meters import Meters
+from megatron.train.metrics import forget_after
+from megatron.train.state import is_due
 from megatron.train.step import TrainStep
+from megatron.train.stop import StopRequests
 
 REPORT = "report.json"
 METRICS_FILE = "metrics.jsonl"
@@ -40,7 +47,7 @@ Measures = dict[str, Measured]
 
 @dataclass(frozen=True)
 class Job:
-    """Everything of a run but its seed."""
+    """Everything of a run but its seed. `claim`: on rank 0, the right to write into --save."""
 
     flags: Flags
     identity: Mapping[str, Any]  # that of the flags as they were given
@@ -51,40 +58,28 @@ class Job:
     saved: Mapping[str, Any]  # the flags of the checkpoint
     mesh: Mesh
     log: Log
+    requests: StopRequests
+    claim: Claim | None = None
 
 
-def fine_tune(job: Job, seed: int, folder: Path) -> dict[str, Any]:
-    """Train with one seed, write the model and its report into a folder, and give the report; all ranks together."""
+def fine_tune(job: Job, seed: int, folder: Path) -> dict[str, Any] | None:
+    """Train with one seed, write the model and its report into a folder, and give the report; all ranks together.
+
+    It goes on from where it was left. Gives None where it was asked to stop before the end.
+    """
     training = Training(job, seed, folder)
-    training.run()
+    if not training.run():
+        return None
     report = training.report()
     training.save(report)
     return report
 
 
-def with_best_rate(job: Job, folder: Path) -> Job:
-    """The job with that of --calibrate-lr of which a try with the first seed has the best validation; all together.
-
-    What is seen of each goes into a folder. Raises ConfigError where there is no validation file to choose by.
-    """
-    if "valid" not in job.data.parts:
-        raise ConfigError("--calibrate-lr chooses by validation, and there is no such file; give --valid-data, or "
-                          "leave it out")
-    values, tries = dict[float, float](), {rate: _with_rate(job, rate) for rate in job.flags.finetune.calibrate_lr}
-    for rate, one in tries.items():
-        training = Training(one, job.flags.finetune.seeds[0], folder / "calibration" / f"lr-{rate:g}", is_try=True)
-        training.run()
-        values[rate] = training.best_value
-    best = max(values, key=lambda rate: values[rate])
-    shown = ", ".join(f"{value:.4f} with {rate:g}" for rate, value in values.items())
-    job.log.line(f"learning rate {best:g}, by {METRICS[job.data.space.kind][0]} on validation: {shown}")
-    return tries[best]
-
-
 class Training:
-    """One run of `num_steps` at most; `best_value`: of the first measure, at the best validation so far.
+    """One run of `num_steps` at most, from where it was left; `best_value`: of the first measure, at the best so far.
 
-    `is_try`: it ends after a quarter of an epoch, or 20 steps, and has the whole course of the learning rate in these.
+    `is_try`: it ends after a quarter of an epoch, or 20 steps, and has the whole course of the learning rate in these;
+    nothing of it is saved.
     """
 
     def __init__(self, job: Job, seed: int, folder: Path, is_try: bool = False) -> None:
@@ -102,48 +97,55 @@ class Training:
                                         train_iters=self.num_steps, train_samples=None)
         self._parts = {part: self._packed(part, is_training=False) for part in job.data.parts if part != "train"}
         self._meters = Meters(job.mesh.world, job.mesh.device)
-        self._step = TrainStep(self._engine, self._meters)
-        self._iteration, self._best_at, self._best_epoch = 0, 0, 0
-        self.best_value = -math.inf
-        self._best: dict[str, torch.Tensor] | None = None
+        self._step, self._wishes = TrainStep(self._engine, self._meters), Arriving(torch.zeros(1))
+        self._unfinished = Unfinished(folder, self._config, self._engine, job.log, job.claim, self._work())
+        self._saves = not is_try
+        self._progress, self._best = self._unfinished.go_on(self._meters)
         if self._log.is_speaker:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / METRICS_FILE).unlink(missing_ok=True)
+            forget_after(folder / METRICS_FILE, self._progress.iteration)
 
-    def run(self) -> None:
-        """Take the steps, epoch after epoch, until all are taken or nothing gets better; then put the best in place."""
-        epoch, patience = 0, self._job.flags.finetune.patience
-        bar = self._log.progress(total=self.num_steps, done=0, unit="step", label=f"training, seed {self._seed}")
-        while self._iteration < self.num_steps and not (
-                self._best is not None and 0 < patience <= epoch - self._best_epoch):
-            epoch += 1
-            for batches in self._train.steps(epoch - 1):
-                learning_rate = self._schedule.learning_rate(self._iteration * self._rows)
-                self._step(batches, learning_rate)
-                self._iteration += 1
+    @property
+    def best_value(self) -> float:
+        """The first measure of the best validation so far."""
+        return self._progress.best_value
+
+    def run(self) -> bool:
+        """Take the steps that are left, epoch after epoch, until all are taken or nothing gets better; then put the
+        best in place. Returns False where it was asked to stop before, and has saved.
+        """
+        progress, is_stopping = self._progress, self._job.requests.agreed(self._mesh)
+        bar = self._log.progress(total=self.num_steps, done=progress.iteration, unit="step",
+                                 label=f"training, seed {self._seed}")
+        while not is_stopping and not self._is_complete():
+            for batches in islice(self._train.steps(progress.epoch, progress.step),
+                                  self.num_steps - progress.iteration):
+                is_stopping = self._advance(batches)
                 bar.update()
-                if self._iteration % self._config.logging.log_interval == 0 or self._iteration == self.num_steps:
-                    self._note_training(epoch, learning_rate)
-                if self._iteration == self.num_steps:
+                if is_stopping:
+                    self._save()
                     break
-            if "valid" in self._parts:
-                self._validate(epoch)
+            else:
+                self._end_epoch()
+                is_stopping = self._job.requests.agreed(self._mesh)
         bar.close()
-        if self._best is None:
-            self._best_at, self._best_epoch = self._iteration, epoch
-            return
-        if self._iteration < self.num_steps:
-            self._log.line(f"no better validation for {patience} epochs: stopped after {epoch}")
-        with torch.no_grad():
-            for name, weight in self._best.items():
-                self._engine.model.parameters[name].copy_(weight)
-        self._engine.take_up_weights()
+        if not self._is_complete():
+            where = (f"saved in {self._folder}: the same command goes on from there"
+                     if self._saves and progress.iteration else "there is nothing to save")
+            self._log.line(f"stopped at iteration {progress.iteration}; {where}")
+            return False
+        if progress.iteration < self.num_steps:
+            self._log.line(f"no better validation for {self._job.flags.finetune.patience} epochs: stopped after "
+                           f"{progress.epoch}")
+        self._unfinished.put_in_place(self._best)
+        return True
 
     def report(self) -> dict[str, Any]:
         """What is told of the run: the measures of each part by the best weights, with their intervals."""
         found = {part: self._measured(part, self._job.flags.finetune.bootstrap) for part in self._parts}
         return {"flags": self._job.identity, "seed": self._seed, "lr": self._config.schedule.lr,
-                "iteration": self._best_at, "epoch": self._best_epoch, "iterations": self._iteration,
+                "iteration": self._kept, "epoch": self._progress.best_epoch or self._progress.epoch,
+                "iterations": self._progress.iteration,
                 "proteins": {part: len(examples) for part, examples in self._job.data.parts.items()},
                 "measures": {part: {name: [_finite(end) for end in (one.value, one.low, one.high)]
                                     for name, one in measures.items()} for part, measures in found.items()}}
@@ -151,20 +153,26 @@ class Training:
     def save(self, report: dict[str, Any]) -> None:
         """Write the model, what it predicts, and last the report."""
         config = replace(self._config.checkpoint, save=str(self._folder))
-        saver = Saver(config, self._mesh, None, self._log, loaded=0)
+        saver = Saver(config, self._mesh, self._job.claim, self._log, loaded=0)
         values = {name: list(value) if isinstance(value, tuple) else value
                   for name, value in self._config.as_dict().items()}
-        saver.save(self._best_at, parts_of(self._engine.model.parameters, {}), {
-            "iteration": self._best_at, "config": values, "vocabulary": self._job.vocab.identity,
-            "progress": {"iteration": self._best_at, "consumed_samples": self._best_at * self._rows},
-            "began_from": self._job.flags.others["load"]})
+        saver.save(self._kept, parts_of(self._engine.model.parameters, {}), {
+            "iteration": self._kept, "config": values, "vocabulary": self._job.vocab.identity,
+            "progress": {"iteration": self._kept, "consumed_samples": self._kept * self._rows},
+            "began_from": self._job.flags.others["load"], **self._job.described.state()})
         saver.close()
         if self._log.is_speaker:
             self._job.described.write(self._folder)
             if (lora := self._job.described.lora) is not None:
-                tensors = adapters_in(open_place(place_of(self._folder, self._best_at)).model)
+                tensors = adapters_in(open_place(place_of(self._folder, self._kept)).model)
                 peft_files.write(self._folder / ADAPTERS, tensors, lora, self._config.model)
             write_json(self._folder / REPORT, report)
+        self._unfinished.remove()
+
+    @property
+    def _kept(self) -> int:
+        """The step whose weights are kept: the best, or the last where nothing was validated."""
+        return self._progress.best_at or self._progress.iteration
 
     def _packed(self, part: str, is_training: bool) -> PackedExamples:
         packed = PackedExamples(self._job.data.parts[part], self._job.data.space, self._job.vocab,
@@ -172,21 +180,63 @@ class Training:
         self._log.line(packed.describe(part))
         return packed
 
-    def _validate(self, epoch: int) -> None:
-        """Measure, and keep the weights where they are better than before."""
-        self._meters.pause()
-        measures, name = self._measured("valid"), METRICS[self._job.data.space.kind][0]
+    def _work(self) -> dict[str, Any]:
+        """What must be as it was where a training goes on."""
+        return {"flags": self._job.identity, "seed": self._seed, "lr": self._config.schedule.lr,
+                "steps": self.num_steps, "rows": self._rows, "began_from": self._job.checkpoint.iteration,
+                "proteins": {part: len(examples) for part, examples in self._job.data.parts.items()}}
+
+    def _is_complete(self) -> bool:
+        """Whether all steps are taken, and validated, or nothing has got better for long enough."""
+        progress, patience = self._progress, self._job.flags.finetune.patience
+        is_at_end = progress.iteration == self.num_steps and progress.step == 0
+        return is_at_end or (progress.best_at > 0 and 0 < patience <= progress.epoch - progress.best_epoch)
+
+    def _advance(self, batches: list[LabelledBatch]) -> bool:
+        """One step and what is due after it; returns whether to stop."""
+        progress, config = self._progress, self._config
+        learning_rate = self._schedule.learning_rate(progress.iteration * self._rows)
+        # As pretraining has it: ranks agree in the step's own reduction, which with several is read one step later.
+        agreed_before = self._wishes
+        self._wishes = self._step(batches, learning_rate, [self._job.requests.wants_stop()])
+        (num_stopping,) = (self._wishes if self._mesh.world.size == 1 else agreed_before).read()
+        progress.iteration, progress.step = progress.iteration + 1, progress.step + 1
+        is_end = progress.iteration == self.num_steps
+        if progress.iteration % config.logging.log_interval == 0 or is_end:
+            self._note_training(progress.epoch + 1, learning_rate)
+        is_epochs_end = is_end or progress.step == self._train.num_steps(progress.epoch)
+        is_stopping = num_stopping > 0 or (self._saves and is_due(config.training.exit_interval, progress.iteration))
+        if not is_stopping and not is_epochs_end and is_due(config.checkpoint.save_interval, progress.iteration):
+            self._save()
+        return is_stopping
+
+    def _save(self) -> None:
+        if self._saves:
+            self._meters.pause()
+            self._unfinished.save(self._progress, self._best, self._meters)
+            self._meters.resume()
+
+    def _end_epoch(self) -> None:
+        """Measure, keep the weights where they are better than before, and save."""
+        progress = self._progress
+        progress.epoch, progress.step = progress.epoch + 1, 0
+        if "valid" in self._parts:
+            self._meters.pause()
+            self._validate()
+            self._meters.resume()
+        self._save()
+
+    def _validate(self) -> None:
+        progress, measures, name = self._progress, self._measured("valid"), METRICS[self._job.data.space.kind][0]
         value = measures[name].value
-        is_better = self._best is None or value > self.best_value
+        is_better = progress.best_at == 0 or value > progress.best_value
         if is_better:
-            self._best_at, self._best_epoch = self._iteration, epoch
-            self.best_value = -math.inf if math.isnan(value) else value
-            self._best = {name: parameter.detach().clone() for name, parameter in self._engine.model.parameters.items()
-                          if parameter.requires_grad}
-        self._write("valid", epoch, {name: one.value for name, one in measures.items()})
+            progress.best_at, progress.best_epoch = progress.iteration, progress.epoch
+            progress.best_value = -math.inf if math.isnan(value) else value
+            self._best = self._unfinished.copied()
+        self._write("valid", progress.epoch, {name: one.value for name, one in measures.items()})
         shown = " | ".join(f"{name}: {one.value:.4f}" for name, one in list(measures.items())[:4])
-        self._log.line(f" epoch {epoch:4d} | validation {shown}{' | best so far' if is_better else ''}")
-        self._meters.resume()
+        self._log.line(f" epoch {progress.epoch:4d} | validation {shown}{' | best so far' if is_better else ''}")
 
     def _measured(self, part: str, num_draws: int = 0) -> Measures:
         packed = self._parts[part]
@@ -200,23 +250,20 @@ class Training:
         self._write("train", epoch, values)
         shown = "none" if reading.loss is None or reading.grad_norm is None else (
             f"{reading.loss:.4E} | grad norm: {reading.grad_norm:.3f}")
-        self._log.line(f" iteration {self._iteration:7d}/{self.num_steps:7d} | epoch {epoch:4d} | learning rate: "
-                       f"{learning_rate:.3E} | loss: {shown} | residues per second: {values['residues_per_s']:.0f}")
+        self._log.line(f" iteration {self._progress.iteration:7d}/{self.num_steps:7d} | epoch {epoch:4d} | "
+                       f"learning rate: {learning_rate:.3E} | loss: {shown} | "
+                       f"residues per second: {values['residues_per_s']:.0f}")
         if 0 < reading.num_steps_with_targets == reading.num_skipped and not self._engine.loss_scale.is_dynamic:
             raise DivergedError(f"the gradients of the last {reading.num_skipped} steps up to iteration "
-                                f"{self._iteration} were not finite; lower --lr, or lengthen the warm-up")
+                                f"{self._progress.iteration} were not finite; lower --lr, or lengthen the warm-up")
 
     def _write(self, kind: str, epoch: int, values: Mapping[str, float | None]) -> None:
         """One line of metrics.jsonl."""
         if self._log.is_speaker:
-            record = {"kind": kind, "iteration": self._iteration, "epoch": epoch,
+            record = {"kind": kind, "iteration": self._progress.iteration, "epoch": epoch,
                       **{name: None if value is None else _finite(value) for name, value in values.items()}}
             with (self._folder / METRICS_FILE).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-
-
-def _with_rate(job: Job, rate: float) -> Job:
-    return replace(job, flags=replace(job.flags, others={**job.flags.others, "lr": rate}))
 
 
 def _rows_a_step(config: Config) -> int:

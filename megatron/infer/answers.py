@@ -106,7 +106,13 @@ def _of_row(model: ProteinModel, mesh: Mesh, row: PackedSequence, num_ends: int,
 
 
 def all_logits(model: ProteinModel, hidden_mh: Tensor, mesh: Mesh) -> Tensor:
-    """Logits [m, v] of hidden states, v all ids that the head knows, on every tensor rank."""
+    """Logits [m, v] of hidden states, v all ids that the head knows, on every tensor rank.
+
+    Raises ConfigError for a model without that head.
+    """
+    if not hasattr(model, "lm_head"):
+        raise ConfigError("what residues are likely is asked of a fine-tuned model, which has no masked-LM head; ask "
+                          "the one that it was begun from")
     logits_mv = model.logits(hidden_mh)
     rows_a_rank = len(model.lm_head.bias)  # the last ranks may have fewer ids than rows, or none
     filled_mv = F.pad(logits_mv, (0, rows_a_rank - logits_mv.shape[1]))

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron.checkpoint.contact_head import with_contact_head
+from megatron.checkpoint.contact_head import WEIGHT, with_contact_head
 from megatron.checkpoint.loading import load_model
+from megatron.checkpoint.lora.merging import merged
 from megatron.checkpoint.newest import newest
 from megatron.checkpoint.stored import Checkpoint
 from megatron.config import Config
@@ -27,7 +28,7 @@ from megatron.infer.rows import packed
 from megatron.kernels.packed_sequence import PackedSequence
 from megatron.log import Log
 from megatron.model.initialisation import initialise
-from megatron.model.protein_model import ProteinModel, compute_dtype
+from megatron.model.protein_model import TASK_HEAD, ProteinModel, compute_dtype
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.tensor.copies import ComputeCopies
 from megatron.parallel.tensor.stream import Stream
@@ -139,6 +140,7 @@ class Pretrained:
 def load_pretrained(path: str, device: str | None = None, precision: str = "fp32") -> Pretrained:
     """The model of what `--load` takes: a run's folder, of which the newest, or a checkpoint of another program.
 
+    Of a fine-tuned model, its adapters merged, all but its head: it has embeddings and no logits.
     `device`: as PyTorch names it, by default a GPU if there is one. `precision`: fp32, bf16 or fp16, of what it
     computes; answers are in fp32. Raises CheckpointError where there is none that can be read, ConfigError.
     """
@@ -155,16 +157,16 @@ def load(path: str, mesh: Mesh, log: Log, precision: str = "fp32") -> Pretrained
         raise CheckpointError(f"{path} holds no checkpoint; give the folder that a run was saved in")
     checkpoint = with_contact_head(checkpoint)
     config = config_of(checkpoint, precision)
-    vocab = Vocab.from_file(config.data.vocab_file, config.data.mask_token)
-    if checkpoint.state.get("vocabulary", vocab.identity) != vocab.identity:
-        name = flags_of(checkpoint).get("vocab_file") or "iupac"
-        raise CheckpointError(f"{checkpoint.path}: its vocabulary, {name}, is not there, or has changed; put it back "
-                              "as it was")
-    config = config_of(checkpoint, precision)
     vocab = vocab_of(checkpoint, config)
+    checkpoint = merged(checkpoint, config.model)
+    is_taught = any(name.startswith(TASK_HEAD) for name in checkpoint.model)
+    if is_taught:
+        checkpoint, config = _without_task(checkpoint, config)
     model = _without_values(config, vocab, mesh)
     with torch.device("meta"):
         whole = ProteinModel(config.model, config.precision, _num_ids(config, vocab), mask_id=vocab.mask_id)
+    if is_taught:
+        del model.lm_head, whole.lm_head
     load_model(dict(model.named_parameters()), checkpoint, {name for name, _ in whole.named_parameters()})
     _make_copies(model, config)
     return Pretrained(model, config, vocab, checkpoint.iteration, mesh, checkpoint.path)
@@ -200,6 +202,13 @@ def flags_of(checkpoint: Checkpoint) -> dict:
     if not isinstance(flags, dict):
         raise CheckpointError(f"{checkpoint.path} does not say its flags, without which no model can be made")
     return flags
+
+
+def _without_task(checkpoint: Checkpoint, config: Config) -> tuple[Checkpoint, Config]:
+    """A fine-tuned model without its head, and its flags, which know whether a regression of contacts was fitted."""
+    tensors = {name: tensor for name, tensor in checkpoint.model.items() if not name.startswith(TASK_HEAD)}
+    model = replace(config.model, contact_head=WEIGHT in tensors)
+    return replace(checkpoint, model=tensors), replace(config, model=model)
 
 
 def _num_ids(config: Config, vocab: Vocab) -> int:

@@ -22,6 +22,7 @@ from megatron.parallel.pipeline.partition import Stage, whole_model
 from megatron.parallel.tensor.layers import Matrix
 from megatron.parallel.tensor.stream import ONE_RANK, Stream
 
+TASK_HEAD = "task_head."  # begins the names of what stands in the masked-LM head's place where there is a task
 _ONE_END = Axis()
 
 

@@ -24,6 +24,7 @@ from megatron.train.meters import Meters
 from megatron.train.metrics import loss_name
 from megatron.train.peak import measured_peak_flops
 from megatron.train.profiler import StepProfiler
+from megatron.train.state import is_due
 from megatron.train.step import TrainStep
 from megatron.train.stop import StopRequests
 
@@ -137,7 +138,7 @@ class Training:
         totals = self._meters.totals() if is_evaluating else None  # waits for the steps: they are no evaluation's time
         self._meters.pause()
         is_stopping = num_stopping > 0
-        is_saving = _is_due(config.checkpoint.save_interval, state.iteration) or num_saving > 0
+        is_saving = is_due(config.checkpoint.save_interval, state.iteration) or num_saving > 0
         if is_evaluating and not is_stopping:
             self._evaluations.of_split("valid", totals)
         if is_saving:
@@ -147,7 +148,7 @@ class Training:
         if is_evaluating or is_saving:  # which take long
             is_stopping = is_stopping or self._requests.agreed(run.mesh)
         self._meters.resume()
-        return is_stopping or _is_due(config.training.exit_interval, state.iteration)
+        return is_stopping or is_due(config.training.exit_interval, state.iteration)
 
     def _log(self, learning_rate: float, weight_decay: float | None, rows: int) -> None:
         run, reading = self._run, self._meters.read()
@@ -176,10 +177,6 @@ class Training:
             return
         self._saver.save(run.state.iteration, run.parts(), run.facts() | {"meters": self._meters.state()})
         self._saved_at, self._saved_at_s = run.state.iteration, time.monotonic()
-
-
-def _is_due(interval: int | None, iteration: int) -> bool:
-    return interval is not None and iteration % interval == 0
 
 
 def _baselines(run: Run) -> Baselines | None:

@@ -62,3 +62,8 @@ class BatchSizes:
         if consumed >= self._samples:
             iteration += max(0, config.train_samples - consumed) // self.final
         return iteration
+
+
+def is_due(interval: int | None, iteration: int) -> bool:
+    """Whether what is done every so many steps, None for never, is done after this one."""
+    return interval is not None and iteration % interval == 0

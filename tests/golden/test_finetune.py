@@ -8,17 +8,29 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 
+import pretrain_tape
+from megatron import load_pretrained
+from megatron.checkpoint.convert.conversion import convert
 from megatron.checkpoint.convert.families import hf
-from megatron.finetune.peft_files import read
+from megatron.checkpoint.lora.peft_files import read
+from megatron.checkpoint.store import iterations, open_place
+from megatron.data.corpus.vocab import Vocab
+from megatron.errors import CheckpointError, ConfigError
+from megatron.finetune.model import Described
 from megatron.infer.door import status_of
+from megatron.infer.pretrained import config_of
+from megatron.log import Log
+from megatron.parallel.mesh import Mesh
 from tests.families import ESM2
-from tests.transformers_models import trained_here
+from tests.transformers_models import PROTEINS, one_row, trained_here
 from tests.unit.labelled_files import json_lines
 from tests.unit.test_pretrained import TINY, saved
 from tools.finetune import prepare
 
 MODEL = replace(TINY, hidden_dropout=0.0, attention_dropout=0.0)
+TWO = PROTEINS[:2]
 QUICK = "--lr 1e-2 --head-dropout 0 --bootstrap 20 --global-batch-size 4 --log-interval 5".split()
 
 
@@ -35,10 +47,10 @@ LABELS = {"number": lambda seq: 10 + 5 * seq.count("A") / len(seq),
 
 
 def task(folder, kind):
-    """A folder of a task's files."""
+    """A folder of a task's files, with a kind of LABELS or what gives them."""
     folder.mkdir()
     for seed, (part, number) in enumerate((("train", 80), ("valid", 30), ("test", 20))):
-        json_lines(folder / f"{part}.jsonl", proteins(number, seed, LABELS[kind]))
+        json_lines(folder / f"{part}.jsonl", proteins(number, seed, LABELS.get(kind, kind)))
     return folder
 
 
@@ -109,27 +121,66 @@ def test_predictions_of_a_saved_model_are_those_of_its_validation(taught, tmp_pa
         assert [len(one["probabilities"]["H"]) for one in found] == [len(line["seq"]) for line in lines]
 
 
-def test_adapters_learn_and_are_saved_for_peft_too(taught, base, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def adapted(taught, base):
+    """The folder of a model that learnt by adapters."""
+    assert finetune("own", "--load", base, "--data", taught / "residues-data", "--save", taught / "adapted", "--epochs",
+                    4, "--lora-rank", 4, "--lora-targets", "query", "value", *QUICK, "--lr", 4e-2) == 0
+    return taught / "adapted"
+
+
+def test_adapters_learn_and_are_saved_for_peft_too(taught, adapted, tmp_path):
     data = taught / "residues-data"
-    assert finetune("own", "--load", base, "--data", data, "--save", tmp_path / "out", "--epochs", 4, "--lora-rank", 4,
-                    "--lora-targets", "query", "value", *QUICK, "--lr", 4e-2) == 0
-    accuracy = report_of(tmp_path / "out")["measures"]["valid"]["accuracy"][0]
+    accuracy = report_of(adapted)["measures"]["valid"]["accuracy"][0]
     assert accuracy > 0.65, "half of the letters have either class"
-    adapters, lora = read(tmp_path / "out" / "adapters", MODEL)
+    adapters, lora = read(adapted / "adapters", MODEL)
     assert (lora.lora_rank, lora.lora_targets, len(adapters.model)) == (4, ("query", "value"), 8)
     assert any(tensor.read().abs().max() > 0 for name, tensor in adapters.model.items() if ".b." in name)
-    assert finetune("predict", tmp_path / "out", data / "valid.jsonl", tmp_path / "out.jsonl") == 0
+    assert finetune("predict", adapted, data / "valid.jsonl", tmp_path / "out.jsonl") == 0
     found = [json.loads(line)["prediction"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     lines = [json.loads(line)["label"] for line in (data / "valid.jsonl").read_text().splitlines()]
     assert np.mean([a == b for pair in zip(found, lines, strict=True) for a, b in zip(*pair, strict=True)]) == (
         pytest.approx(accuracy))
-    assert "has adapters beside its weights" in refusal(capsys, "own", "--load", tmp_path / "out", "--data", data,
-                                                        "--save", tmp_path / "again")
 
 
-def test_a_fine_tuned_model_is_taught_another_task(taught, tmp_path):
-    assert finetune("own", "--load", taught / "number", "--data", taught / "residues-data", "--save", tmp_path / "out",
-                    "--train-iters", 1, *QUICK) == 0
+def states_of(folder):
+    """The states of two proteins behind the last norm, by the model with its head and adapters."""
+    (place,) = iterations(folder).values()
+    checkpoint = open_place(place)
+    config = config_of(checkpoint, "fp32")
+    engine = Described.read(folder).open(config, Mesh(), Vocab.from_file(), checkpoint)
+    with torch.no_grad():
+        return engine.stages[0].eval().hidden(one_row(Vocab.from_file(), TWO, "start"))
+
+
+@pytest.mark.parametrize("kind", ["number", "adapted"])
+def test_a_fine_tuned_model_is_asked_without_its_head_and_its_adapters_are_merged(kind, taught, adapted, base):
+    loaded, expected = load_pretrained(str(taught / kind)), states_of(taught / kind)
+    with torch.no_grad():
+        found = loaded.model.hidden(loaded.row(TWO))
+        before = load_pretrained(str(base)).model.hidden(loaded.row(TWO))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert (found - before).abs().max() > 1e-2, "it has learnt"
+    with pytest.raises(ConfigError, match="which has no masked-LM head; ask the one that it was begun from"):
+        loaded.logits(TWO)
+
+
+@pytest.mark.parametrize("kind", ["number", "adapted"])
+def test_a_fine_tuned_model_is_taught_another_task_from_its_own_weights(kind, taught, adapted, tmp_path):
+    assert finetune("own", "--load", taught / kind, "--data", taught / "residues-data", "--save", tmp_path / "out",
+                    "--train-iters", 1, *QUICK, "--head-only") == 0
+    torch.testing.assert_close(states_of(tmp_path / "out"), states_of(taught / kind), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["number", "adapted"])
+def test_pretraining_does_not_go_on_from_a_fine_tuned_model(kind, taught, adapted, base, corpus, tmp_path, capsys):
+    (place,) = iterations(taught / kind).values()
+    assert pretrain_tape.main([str(word) for word in (
+        "--load", taught / kind, "--finetune", "--save", tmp_path / "out", "--data-path", corpus, "--seq-length", 64,
+        "--micro-batch-size", 1, "--lr", 1e-3, "--train-iters", 1)]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line == (f"error: {place} was taught a task, and has a head for that in place of the masked-LM head; give "
+                    f"what it was begun from, {base}")
 
 
 def test_a_model_of_transformers_is_taught_too(taught, tmp_path):
@@ -145,12 +196,45 @@ def test_a_model_of_transformers_is_taught_too(taught, tmp_path):
     assert right == pytest.approx(report_of(tmp_path / "out")["measures"]["test"]["accuracy"][0])
 
 
+def test_a_fine_tuned_model_is_not_written_for_programs_that_have_no_place_for_its_head(taught, tmp_path):
+    flags = {"tensor": 1, "pipeline": 1, "iteration": None, "vocab_size": None, "log": Log(is_speaker=False)}
+    with pytest.raises(CheckpointError, match="was taught a task"):
+        convert(taught / "number", tmp_path / "hf", "auto", "hf", **flags)
+    convert(taught / "number", tmp_path / "whole", "auto", "whole", **flags)
+    assert torch.equal(load_pretrained(str(tmp_path / "whole")).model.hidden(one_row(Vocab.from_file(), TWO, "start")),
+                       states_of(taught / "number"))
+
+
 def test_fasta_is_predicted_by_its_names(taught, tmp_path):
     (tmp_path / "in.fasta").write_text(">one first\nAAAAAACDEF\n>two\nCDEFGHIKLG\n")
     assert finetune("predict", taught / "number", tmp_path / "in.fasta", tmp_path / "out.csv") == 0
     one, two = csv.DictReader((tmp_path / "out.csv").open())
     assert (one["name"], two["name"]) == ("one", "two")
     assert float(one["prediction"]) > float(two["prediction"])
+
+
+def test_a_number_of_each_residue_is_learnt_and_predicted(base, tmp_path):
+    values = dict(zip("ACDEFGHIKL", np.linspace(-1, 3, 10).round(2).tolist(), strict=True))
+    data = task(tmp_path / "data", lambda seq: [None if letter == "G" else values[letter] for letter in seq])
+    assert finetune("own", "--load", base, "--data", data, "--save", tmp_path / "out", "--epochs", 3, *QUICK) == 0
+    measures = report_of(tmp_path / "out")["measures"]["test"]
+    assert measures["spearman"][0] > 0.7
+    assert finetune("predict", tmp_path / "out", data / "test.jsonl", tmp_path / "out.jsonl") == 0
+    found = [json.loads(line)["prediction"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    lines = [json.loads(line)["label"] for line in (data / "test.jsonl").read_text().splitlines()]
+    errors = [one - label for pair in zip(found, lines, strict=True) for one, label in zip(*pair, strict=True)
+              if label is not None]
+    assert np.square(errors).mean() == pytest.approx(measures["mse"][0], rel=1e-4)
+
+
+def test_pairs_of_residues_are_learnt_as_contacts(base, tmp_path, capsys):
+    data = task(tmp_path / "data", lambda seq: [[i + 1, j + 1] for i in range(len(seq)) for j in range(i + 6, len(seq))
+                                                if seq[i] == seq[j]])
+    command = ["own", "--load", base, "--data", data, "--save", tmp_path / "out", "--train-iters", 20, *QUICK]
+    assert "lists pairs" in refusal(capsys, *command)
+    assert finetune(*command, "--pairs-from", 1) == 0
+    losses = [record["loss"] for record in records_of(tmp_path / "out", "train")]
+    assert losses[-1] < losses[0] and report_of(tmp_path / "out")["measures"]["test"]["short_p_at_l5"][0] > 0
 
 
 def test_seeds_have_a_model_each_and_the_same_command_does_none_again(taught, base, tmp_path, capsys):

@@ -7,9 +7,9 @@ import torch
 
 from megatron.config import OptimizerConfig, ParallelConfig
 from megatron.config.lora import LoraConfig
-from megatron.finetune.batches import PackedExamples
-from megatron.finetune.predictions import predictions, settings_of
-from megatron.finetune.tasks import LABEL_KINDS
+from megatron.finetune.data.batches import PackedExamples
+from megatron.finetune.data.tasks import LABEL_KINDS
+from megatron.finetune.predictions.collected import predictions, settings_of
 from megatron.log import Log
 from megatron.parallel.mesh import Mesh, build_mesh
 from megatron.train.meters import Meters

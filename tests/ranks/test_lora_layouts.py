@@ -8,7 +8,7 @@ import torch
 
 from megatron.config import Config, DataConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 from megatron.config.lora import LORA_TARGETS, LoraConfig
-from megatron.finetune.lora import adapt, adapters_in
+from megatron.model.lora import adapt, adapters_in
 from megatron.model.protein_model import ProteinModel
 from megatron.parallel.data.data_parallel import data_parallel
 from megatron.parallel.mesh import Mesh, build_mesh

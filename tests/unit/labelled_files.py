@@ -9,8 +9,8 @@ import pytest
 from megatron.data.corpus.tokenizer import ResidueTokenizer
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import DataError
-from megatron.finetune.examples import TaskData, load_task
-from megatron.finetune.tasks import task_of
+from megatron.finetune.data.examples import TaskData, load_task
+from megatron.finetune.data.tasks import task_of
 from tests.unit.protein_files import write_lmdb
 
 VOCAB = Vocab.from_file()

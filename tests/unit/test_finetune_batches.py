@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.finetune.batches import NO_EXAMPLE, BatchSettings, PackedExamples
-from megatron.finetune.examples import Example
-from megatron.finetune.labels import LabelSpace
-from megatron.finetune.tasks import LABEL_KINDS
+from megatron.finetune.data.batches import NO_EXAMPLE, BatchSettings, PackedExamples
+from megatron.finetune.data.contacts import table_of_atoms
+from megatron.finetune.data.examples import Example
+from megatron.finetune.data.labels import LabelSpace
+from megatron.finetune.data.tasks import LABEL_KINDS
 from megatron.kernels.packed_sequence import NO_TARGET
 from tests.unit.labelled_files import VOCAB
 
@@ -30,7 +31,9 @@ def label_of(kind, ids):
     if kind == "contacts":
         places = np.stack([ids, ids * 2, ids * 3], axis=1).astype(np.float32)
         places[ids == UNLABELLED] = np.nan
-        return places
+        return table_of_atoms(places)
+    if kind == "numbers":
+        return np.where(ids == UNLABELLED, np.nan, ids / 2).astype(np.float32)
     total = int(ids.sum())
     return {"number": total / 4, "class": total % 3, "classes": np.array([total % 2, total % 3, total % 5]) == 1}[kind]
 
@@ -90,18 +93,23 @@ def test_the_class_of_each_residue_is_at_its_token(num_ends, is_training):
     assert len(labelled.labels) == 0
 
 
-@pytest.mark.parametrize("kind", ["number", "class", "classes", "contacts"])
+@pytest.mark.parametrize("kind", ["number", "class", "classes", "numbers", "contacts"])
 def test_the_label_of_each_protein_is_in_its_place(kind):
     rows = packed(kind, lengths())
     for step in rows.steps(epoch=1):
         for labelled in step:
             is_protein_g = labelled.examples_g != NO_EXAMPLE
             ids = [ids for _, _, ids in proteins_in(labelled)]
-            if kind == "contacts":
+            if kind in ("numbers", "contacts"):
                 starts = labelled.batch.sequence.cu_seqlens[:-1][:len(is_protein_g)][is_protein_g].tolist()
-                expected = torch.full((len(labelled.batch.sequence.tokens_t), 3), torch.nan)
+                expected = torch.full_like(labelled.labels, torch.nan if kind == "numbers" else 0)
                 for start, each in zip(starts, ids, strict=True):
-                    expected[start + 1:start + 1 + len(each)] = torch.from_numpy(label_of(kind, each))
+                    label = torch.from_numpy(label_of(kind, each))
+                    place = slice(start + 1, start + 1 + len(each))
+                    if kind == "numbers":
+                        expected[place] = label
+                    else:
+                        expected[place, :label.shape[1]] = label
                 assert torch.equal(labelled.labels.nan_to_num(-1), expected.nan_to_num(-1))
                 continue
             assert labelled.labels[is_protein_g].tolist() == [np.asarray(label_of(kind, each)).tolist() for each in ids]
@@ -153,10 +161,12 @@ def test_a_batch_counts_the_pairs_of_contacts_and_one_label_a_protein_otherwise(
         for labelled in step:
             num_pairs, ends = 0, labelled.batch.sequence.cu_seqlens
             for start, stop in zip(ends[:-1], ends[1:], strict=True):
-                is_resolved = ~labelled.labels[start:stop].isnan().any(1)
+                is_resolved = labelled.labels[start:stop, 0] > 0
                 num_pairs += sum(bool(is_resolved[i] and is_resolved[j]) for i in range(len(is_resolved))
                                  for j in range(i + 6, len(is_resolved)))
             assert labelled.num_targets == num_pairs
+    for labelled in next(packed("numbers", lengths()).steps(0)):
+        assert labelled.num_targets == int((~labelled.labels.isnan()).sum()) > 0
     for labelled in next(packed("classes", lengths()).steps(0)):
         assert labelled.num_targets == int((labelled.examples_g != NO_EXAMPLE).sum())
 
@@ -191,11 +201,10 @@ def test_a_long_protein_is_cropped_with_its_labels():
             (step,) = rows.steps(epoch)
             ((number, offset, ids),) = [found for batch in step for found in proteins_in(batch) if not found[0]]
             assert ids.tolist() == whole[offset:offset + size].tolist()
-            places = torch.cat([batch.labels for batch in step])
-            expected = np.concatenate([label_of("contacts", whole[offset:offset + size]),
-                                       rows.examples[1].label])
-            resolved = places[~places.isnan().any(1)].numpy()
-            np.testing.assert_array_equal(np.sort(resolved, 0), np.sort(expected[~np.isnan(expected).any(1)], 0))
+            tables = torch.cat([batch.labels for batch in step])
+            place = int(torch.cat([batch.sequence.tokens_t for batch in step]).eq(VOCAB.cls_id).nonzero()[
+                [number for batch in step for number, _, _ in proteins_in(batch)].index(0)]) + 1
+            np.testing.assert_array_equal(tables[place:place + size], rows.examples[0].label[offset:offset + size])
             windows.add((is_training, offset))
     assert {offset for is_training, offset in windows if not is_training} == {0}
     assert len({offset for is_training, offset in windows if is_training}) > 3
@@ -205,7 +214,7 @@ def test_a_long_protein_is_cropped_with_its_labels():
     assert "longer" not in packed("number", [5, 6]).describe("train")
 
 
-@pytest.mark.parametrize("kind", ["residues", "contacts"])
+@pytest.mark.parametrize("kind", ["residues", "numbers", "contacts"])
 def test_context_ranks_have_the_labels_of_their_tokens(kind):
     whole = packed(kind, lengths(), token_multiple=4)
     shares = [packed(kind, lengths(), token_multiple=4, share=share, num_shares=4) for share in range(4)]
@@ -213,7 +222,7 @@ def test_context_ranks_have_the_labels_of_their_tokens(kind):
         for ours, *theirs in zip(step, *parts, strict=True):
             joined = torch.cat([batch.batch.sequence.tokens_t for batch in theirs])
             assert torch.equal(joined, ours.batch.sequence.tokens_t)
-            if kind == "contacts":
+            if kind != "residues":
                 places = torch.cat([batch.labels for batch in theirs])
                 assert torch.equal(places.nan_to_num(-1), ours.labels.nan_to_num(-1))
                 continue

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from megatron.finetune.batches import NO_EXAMPLE, BatchSettings, PackedExamples
+from megatron.finetune.data.batches import NO_EXAMPLE, BatchSettings, PackedExamples
+from megatron.finetune.data.tasks import LABEL_KINDS
 from megatron.finetune.heads import TaskHead
-from megatron.finetune.tasks import LABEL_KINDS
 from megatron.kernels.packed_sequence import NO_TARGET
 from megatron.model.initialisation import initialise
 from megatron.parallel.tensor.stream import ONE_RANK
@@ -16,7 +16,8 @@ from tests.tasks import SEQ_LENGTH, SPACES, VOCAB, described, examples_of
 
 WEIGHTS = (0.5, 1.0, 3.0)
 HEADS = {"number": {"mean": 3.2, "deviation": 0.5}, "class": {"class_weights": WEIGHTS, "pooling": "cls"},
-         "classes": {"class_weights": WEIGHTS}, "residues": {"class_weights": WEIGHTS}, "contacts": {}}
+         "classes": {"class_weights": WEIGHTS}, "residues": {"class_weights": WEIGHTS}, "contacts": {},
+         "numbers": {"mean": 5.5, "deviation": 2.0}}
 
 
 def made(kind, **head):
@@ -57,12 +58,15 @@ def expected_loss(kind, head, label, first, states):
     if kind == "residues":
         targets = torch.from_numpy(label.astype(np.int64))
         return F.cross_entropy(outputs(states), targets, weights, ignore_index=NO_TARGET, reduction="sum")
+    if kind == "numbers":
+        is_known = ~torch.from_numpy(label).isnan()
+        return F.mse_loss(outputs(states)[is_known, 0], (torch.from_numpy(label)[is_known] - 5.5) / 2, reduction="sum")
     features, loss = F.gelu(head.dense(states)), torch.zeros(())
     for i in range(len(label)):
         for j in range(i + 6, len(label)):
-            if not np.isnan(label[[i, j]]).any():
+            if label[i, 0] and label[j, 0]:
                 logit = head.output(features[i] * features[j])[0]
-                touches = float(np.linalg.norm(label[i] - label[j]) < 8.0)
+                touches = float(j - i in label[i, 1:])
                 loss = loss + F.binary_cross_entropy_with_logits(logit, torch.tensor(touches))
     return loss
 
@@ -89,11 +93,11 @@ def test_what_comes_without_a_batch_is_the_prediction_of_each_protein(kind):
             expected = torch.stack([head.output(one * features)[:, 0] for one in features])
             torch.testing.assert_close(left @ right.T, expected)
             continue
-        pooled = {"class": first, "residues": states}.get(kind, states.mean(0))
+        pooled = {"class": first, "residues": states, "numbers": states}.get(kind, states.mean(0))
         outputs = head.output(F.gelu(head.dense(pooled)))
-        expected = {"number": lambda o: 3.2 + 0.5 * o[0], "classes": torch.sigmoid}.get(
-            kind, lambda o: o.softmax(-1))(outputs)
-        ours = found[ends[place] + 1:ends[place + 1]] if kind == "residues" else found[place]
+        expected = {"number": lambda o: 3.2 + 0.5 * o[0], "numbers": lambda o: 5.5 + 2 * o[:, 0],
+                    "classes": torch.sigmoid}.get(kind, lambda o: o.softmax(-1))(outputs)
+        ours = found[ends[place] + 1:ends[place + 1]] if kind in ("residues", "numbers") else found[place]
         torch.testing.assert_close(ours, expected)
 
 

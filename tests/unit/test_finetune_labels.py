@@ -4,9 +4,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from sklearn.utils.class_weight import compute_class_weight
 
-from megatron.finetune.labels import LabelSpace, class_weights
+from megatron.finetune.data.contacts import pairs_in, table_of_atoms
+from megatron.finetune.data.labels import LabelSpace, class_weights
+from megatron.infer.contacts import chains
 from megatron.kernels.packed_sequence import NO_TARGET
 from tests.unit.labelled_files import labels, loaded, refused
 
@@ -45,15 +48,73 @@ def test_numbers_are_classes_if_it_is_said(tmp_path):
                                                                                  label_kind="class")
 
 
-def test_contacts_are_coordinates_and_what_is_masked_or_unknown_is_unresolved(tmp_path):
-    places = [[0.0, 1.0, 2.0], None, [3.5, 4.0, 5.0]]
-    data = loaded(tmp_path, [{"seq": "MKV", "label": places}, {"seq": "MKV", "label": places, "mask": [1, 1, 0]}])
+def pairs_of(table):
+    """The pairs that touch, in order, and which residues are resolved."""
+    touching = [(place, place + offset) for place, row in enumerate(table.tolist()) for offset in row[1:] if offset]
+    return touching, table[:, 0].tolist()
+
+
+def test_contacts_by_coordinates_are_nearer_than_8_angstrom_and_what_is_masked_or_unknown_is_unresolved(tmp_path):
+    rng = np.random.default_rng(0)
+    places = rng.normal(scale=5.0, size=(20, 3)).round(3).tolist()
+    places[4] = None
+    mask = [1] * 19 + [0]
+    data = loaded(tmp_path, [{"seq": "M" * 20, "label": places}, {"seq": "M" * 20, "label": places, "mask": mask}])
     assert data.space.kind == "contacts"
-    nowhere = [np.nan] * 3
-    for label, expected in zip(labels(data), ([places[0], nowhere, places[2]], [places[0], nowhere, nowhere]),
-                               strict=True):
+    for table, last in zip(labels(data), (20, 19), strict=True):
+        expected = [(i, j) for i in range(20) for j in range(i + 6, last) if 4 not in (i, j)
+                    and np.linalg.norm(np.subtract(places[i], places[j])) < 8]
+        assert len(expected) > 10
+        assert pairs_of(table) == (expected, [int(place != 4 and place < last) for place in range(20)])
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_contacts_may_be_lists_of_pairs_whose_first_residue_is_told(tmp_path, first):
+    pairs = [[first + 11, first], [first, first + 11], [first, first + 6], [first, first + 5], [first + 2, first + 9]]
+    data = loaded(tmp_path, [{"seq": "M" * 12, "label": pairs, "mask": "1" * 11 + "0"}, {"seq": "MKV", "label": []}],
+                  pairs_from=first)
+    assert data.space.kind == "contacts"
+    assert pairs_of(labels(data)[0]) == ([(0, 6), (0, 11), (2, 9)], [1] * 11 + [0])
+    assert pairs_of(labels(data)[1]) == ([], [1] * 3)
+
+
+@pytest.mark.parametrize(("label", "first", "message"), [
+    ([[0, 7]], None, "the label [[0, 7]] lists pairs, in which the first residue is 0 or 1; --pairs-from says which"),
+    ([[0, 7]], 1, "the label has the pair [0, 7]; expected two of the residues 1 to 8"),
+    ([[1, 7], [8, 1]], 0, "the label has the pair [8, 1]; expected two of the residues 0 to 7"),
+    ([[1, 2.5]], 0, "the label has the pair [1, 2.5]; expected two of the residues"),
+    ([[1, True]], 0, "the label has the pair [1, True]; expected two"),
+    ([[1, 2, 3]], 0, "8 residues, but 1 places in the label"),
+    ([], None, "the label [] is neither a place [x, y, z], or null, for each residue, nor a list of pairs"),
+    (None, 0, "the label is missing")])
+def test_pairs_that_cannot_be_are_refused(tmp_path, label, first, message):
+    records = [{"seq": "MKVLACDE", "label": label}]
+    assert refused(tmp_path, records, label_kind="contacts", pairs_from=first).startswith(
+        f"train.jsonl: line 1: {message}")
+
+
+def test_contacts_of_a_table_are_those_of_its_coordinates():
+    rng = np.random.default_rng(1)
+    atoms = np.cumsum(rng.normal(scale=2.0, size=(30, 3)), axis=0).astype(np.float32)
+    atoms[[3, 20]] = np.nan
+    for length in (30, 18):  # the whole, and its beginning
+        expected, found = chains.pairs_of(torch.from_numpy(atoms[:length])), pairs_in(table_of_atoms(atoms)[:length])
+        assert expected.touches_p.any()
+        for name, tensor in vars(expected).items():
+            assert torch.equal(tensor, getattr(found, name))
+
+
+@pytest.mark.parametrize(("values", "expected"), [
+    (([1.5, None, 2], [0, 0, 0.25, 1], [3.0, 4]), [[1.5, np.nan, 2], [0, 0, 0.25, 1], [3, 4]]),
+    (("1.5;;2", "0;0;.25;1", "3;4e1"), [[1.5, np.nan, 2], [0, 0, 0.25, 1], [3, 40]])])
+def test_numbers_of_residues_are_told_from_lists_that_are_as_long(tmp_path, values, expected):
+    data = loaded(tmp_path, of(*values))
+    assert (data.space.kind, data.space.class_names) == ("numbers", ())
+    for label, one in zip(labels(data), expected, strict=True):
         assert label.dtype == np.float32
-        np.testing.assert_array_equal(label, expected)
+        np.testing.assert_array_equal(label, np.float32(one))
+    masked = loaded(tmp_path, [{"seq": "MKV", "label": [5, 6, "?"], "mask": "010"}], label_kind="numbers")
+    np.testing.assert_array_equal(labels(masked)[0], [np.nan, 6, np.nan])
 
 
 @pytest.mark.parametrize("mask", ["0110", [0, 1, 1, 0], [False, True, True, False], [0.0, 1.0, 1.0, 0.0]])
@@ -99,9 +160,13 @@ def test_a_bad_record_is_one_line_that_names_file_and_place(tmp_path, records, m
     ("residues", {"label": "HEC", "mask": [1, None, [2]]}, "the mask has None; expected 0 or 1"),
     ("residues", {"label": "HEC", "mask": 1}, "the mask 1 is neither text nor a list"),
     ("contacts", {"label": [[0, 1, 2]] * 2}, "3 residues, but 2 places in the label"),
-    ("contacts", {"label": [[0, 1]] * 3}, "the label [[0, 1], [0, 1], [0, 1]] is not a place [x, y, z], or null, for"),
-    ("contacts", {"label": [[0, 1, 2], [0, 1], None]}, "the label [[0, 1, 2], [0, 1], [nan, nan, nan]] is not a"),
-    ("contacts", {"label": 7}, "the label 7 is not a place"),
+    ("contacts", {"label": [[0, 1, 2], [0, 1], None]}, "the label [[0, 1, 2], [0, 1], [nan, nan, nan]] is neither"),
+    ("contacts", {"label": 7}, "the label 7 is neither a place"),
+    ("numbers", {"label": [1, 2]}, "3 residues, but 2 numbers in the label"),
+    ("numbers", {"label": 1.5}, "the label 1.5 is no list with a number, or null, for each residue"),
+    ("numbers", {"label": [1, "high", 2]}, "the label has 'high' for residue 2; expected a number, or null where"),
+    ("numbers", {"label": [1, 2, float("inf")]}, "the label has inf for residue 3; expected a number"),
+    ("numbers", {"label": None}, "the label is missing"),
     ("contacts", {"label": [[0, 1, float("inf")]] * 3}, "a place of the label is infinite")])
 def test_a_label_of_another_form_than_was_said_is_refused(tmp_path, kind, record, message):
     assert refused(tmp_path, [{"seq": "MKV", **record}], label_kind=kind).startswith(f"train.jsonl: line 1: {message}")

@@ -5,9 +5,10 @@ import pytest
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
-from megatron.finetune import metrics
-from megatron.finetune.labels import LabelSpace
-from megatron.finetune.tasks import LABEL_KINDS, METRICS
+from megatron.finetune.data.contacts import table_of_atoms
+from megatron.finetune.data.labels import LabelSpace
+from megatron.finetune.data.tasks import LABEL_KINDS, METRICS
+from megatron.finetune.predictions import metrics
 from megatron.kernels.packed_sequence import NO_TARGET
 
 
@@ -75,7 +76,7 @@ def test_precision_of_contacts_is_its_definition():
     atoms = np.cumsum(rng.normal(scale=2.5, size=(length, 3)), axis=0).astype(np.float32)
     atoms[[7, 33]] = np.nan
     scores = rng.random((length, length))
-    found = metrics.contact_precision(atoms, scores)
+    found = metrics.contact_precision(table_of_atoms(atoms), scores)
     reaches = {"short": (6, 12), "medium": (12, 24), "long": (24, 99), "medium_long": (12, 99)}
     for reach, (least, below) in reaches.items():
         pairs = [(scores[i, j] + scores[j, i], float(np.linalg.norm(atoms[i] - atoms[j]) < 8))
@@ -87,10 +88,10 @@ def test_precision_of_contacts_is_its_definition():
 
 
 def test_contacts_of_a_short_chain_have_no_long_range():
-    found = metrics.contact_precision(np.zeros((10, 3), np.float32), np.zeros((10, 10)))
+    found = metrics.contact_precision(table_of_atoms(np.zeros((10, 3), np.float32)), np.zeros((10, 10)))
     assert np.isnan(found["long_p_at_l"])
     assert found["short_p_at_l5"] == 1
-    chains = [np.zeros((10, 3), np.float32), np.zeros((30, 3), np.float32)]
+    chains = [table_of_atoms(np.zeros((length, 3), np.float32)) for length in (10, 30)]
     measured = metrics.measure(space("contacts"), chains, [np.zeros((n, n)) for n in (10, 30)], num_draws=20)
     assert measured["long_p_at_l5"].value == 1  # of the one that has any
 
@@ -99,7 +100,7 @@ def test_equal_scores_do_not_rank_by_place():
     """A chain whose first half touches itself alone: in the order of places a constant score would find it all."""
     atoms = np.zeros((200, 3), np.float32)
     atoms[100:, 0] = 100 * np.arange(100)
-    found = metrics.contact_precision(atoms, np.zeros((200, 200)))["medium_long_p_at_l"]
+    found = metrics.contact_precision(table_of_atoms(atoms), np.zeros((200, 200)))["medium_long_p_at_l"]
     pairs = [(i, j) for i in range(200) for j in range(i + 12, 200)]
     share = np.mean([j <= 100 for _, j in pairs])
     assert found == pytest.approx(share, abs=4 * np.sqrt(share * (1 - share) / 200))
@@ -110,7 +111,8 @@ PERFECT = {
     "classes": ([np.array([True, False, True]), np.array([False, True, False])], [np.array([.9, .1, .9]),
                                                                                   np.array([.1, .9, .1])]),
     "residues": ([np.array([0, NO_TARGET, 1]), np.array([2, 0])], [np.array([0, 2, 1]), np.array([2, 0])]),
-    "contacts": ([np.zeros((40, 3))], [np.ones((40, 40))])}
+    "numbers": ([np.array([0.5, np.nan]), np.array([1.5, -1.0])], [np.array([0.5, 9.0]), np.array([1.5, -1.0])]),
+    "contacts": ([table_of_atoms(np.zeros((40, 3)))], [np.ones((40, 40))])}
 
 
 @pytest.mark.parametrize("kind", LABEL_KINDS)
@@ -125,8 +127,24 @@ def test_what_is_right_everywhere_has_the_best_measures(kind):
 def test_residues_behind_a_crop_do_not_count():
     true = [np.array([0, 1, 1, 1]), np.array([1])]
     assert metrics.measure(space("residues", 2), true, [np.array([0, 0]), np.array([1])])["accuracy"].value == 2 / 3
-    atoms, scores = np.zeros((50, 3)), np.ones((40, 40))
-    assert metrics.measure(space("contacts"), [atoms], [scores])["long_p_at_l"].value == 1
+    table, scores = table_of_atoms(np.zeros((50, 3))), np.ones((40, 40))
+    assert metrics.measure(space("contacts"), [table], [scores])["long_p_at_l"].value == 1
+
+
+def test_numbers_of_residues_are_judged_together_and_drawn_by_protein():
+    rng = np.random.default_rng(4)
+    true = [rng.normal(size=length) for length in (5, 9, 30)]
+    predicted = [labels + rng.normal(size=len(labels)) for labels in true]
+    true[1][3] = np.nan
+    cropped = [*predicted[:2], predicted[2][:20]]
+    x, y = (np.delete(np.concatenate(parts), 8) for parts in ([*true[:2], true[2][:20]], cropped))
+    found = metrics.measure(space("numbers"), true, cropped, num_draws=50)
+    assert found["spearman"].value == pytest.approx(stats.spearmanr(x, y).statistic)
+    assert found["mse"].value == pytest.approx(np.mean((x - y) ** 2))
+    means = [np.nanmean((one[:len(other)] - other) ** 2) for one, other in zip(true, cropped, strict=True)]
+    assert min(means) <= found["mse"].low < found["mse"].high <= max(means)
+    nothing = metrics.measure(space("numbers"), [np.full(3, np.nan)], [np.ones(3)])
+    assert np.isnan([measured.value for measured in nothing.values()]).all()
 
 
 def test_intervals_draw_whole_proteins():

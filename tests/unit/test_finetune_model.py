@@ -7,9 +7,9 @@ import torch
 
 from megatron.config import OptimizerConfig
 from megatron.errors import CheckpointError
-from megatron.finetune.batches import PackedExamples
+from megatron.finetune.data.batches import PackedExamples
 from megatron.finetune.model import TASK_FILE, Described
-from megatron.finetune.predictions import settings_of
+from megatron.finetune.predictions.collected import settings_of
 from megatron.parallel.mesh import Mesh
 from megatron.train.meters import Meters
 from megatron.train.step import TrainStep

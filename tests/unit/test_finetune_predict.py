@@ -9,10 +9,10 @@ import pytest
 
 from megatron.config import Config
 from megatron.errors import ConfigError
-from megatron.finetune.examples import Example
+from megatron.finetune.data.examples import Example
+from megatron.finetune.data.labels import LabelSpace
 from megatron.finetune.flags import _TAKEN, parse_flags
-from megatron.finetune.labels import LabelSpace
-from megatron.finetune.predict import _write
+from megatron.finetune.predictions.files import _write
 from tests.tasks import SPACES
 
 PROTEINS = [Example("first, of two", np.zeros(8, dtype=np.uint8)), Example("b", np.zeros(7, dtype=np.uint8))]
@@ -22,11 +22,13 @@ VALUES = {
     "number": [1.5, -2.0], "class": [np.array([0.25, 0.5, 0.25]), np.array([0.75, 0.125, 0.125])],
     "classes": [np.array([0.5, 0.25, 0.75]), np.array([0.125, 0.0, 0.25])],
     "residues": [np.eye(3)[[0, 1, 2, 0, 1, 2, 0, 1]], np.eye(3)[[2] * 7]],
-    "contacts": [CONTACTS, CONTACTS[:7, :7]]}
+    "numbers": [np.arange(8) / 4, np.full(7, -0.5)], "contacts": [CONTACTS, CONTACTS[:7, :7]]}
 PREDICTED = {
+    "numbers": [[0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75], [-0.5] * 7],
     "number": [1.5, -2.0], "class": ["b", "a"], "classes": [["a", "c"], []], "residues": ["abcabcab", "ccccccc"],
     "contacts": [[[1, 8], [2, 8], [1, 7]], [[1, 7]]]}
-CELLS = PREDICTED | {"number": ["1.5", "-2.0"], "classes": ["a;c", ""], "contacts": ["1-8;2-8;1-7", "1-7"]}
+CELLS = PREDICTED | {"numbers": ["0.0;0.25;0.5;0.75;1.0;1.25;1.5;1.75", ";".join(["-0.5"] * 7)],
+                     "number": ["1.5", "-2.0"], "classes": ["a;c", ""], "contacts": ["1-8;2-8;1-7", "1-7"]}
 
 
 @pytest.mark.parametrize("kind", VALUES)
@@ -35,7 +37,7 @@ def test_json_lines_have_each_prediction_with_its_probabilities(kind, tmp_path):
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [(one["name"], one["prediction"]) for one in found] == [
         (protein.name, value) for protein, value in zip(PROTEINS, PREDICTED[kind], strict=True)]
-    if kind == "number":
+    if kind in ("number", "numbers"):
         assert "probabilities" not in found[0]
     elif kind == "contacts":
         assert found[0]["probabilities"] == pytest.approx([0.9, 0.5, 0.0])
@@ -78,6 +80,17 @@ def test_what_is_not_given_follows_from_the_model_and_what_is_trained(argv, lr, 
     config = parse_flags(["own", "--load", "x", "--save", "y", *argv], "").config(SAVED, 3)
     assert (config.schedule.lr, config.model.hidden_dropout, config.model.num_layers) == (lr, dropout, 2)
     assert (config.data.seq_length, config.training.micro_batch_size, config.training.global_batch_size) == (48, 2, 12)
+
+
+@pytest.mark.parametrize(("argv", "hidden_size", "head_lr"), [
+    ([], 16, 0.02), ([], 128, 0.02), (["--head-only"], 1280, 0.002), (["--lr", "3e-2"], 1280, 3e-2),
+    (["--lr", "3e-2", "--head-lr", "0.5"], 16, 0.5)])
+def test_under_muon_the_head_has_the_rate_that_is_given_or_one_that_falls_with_its_width(argv, hidden_size, head_lr):
+    saved = {**SAVED, "hidden_size": hidden_size}
+    config = parse_flags(["own", "--load", "x", "--save", "y", "--optimizer", "normuon", *argv], "").config(saved, 1)
+    assert config.optimizer.head_lr == pytest.approx(head_lr)
+    assert (config.optimizer.muon_lr, config.optimizer.embedding_lr) == (0.01, 0.02), "as in pretraining"
+    assert parse_flags(["own", "--load", "x", "--save", "y"], "").config(SAVED, 1).optimizer.head_lr is None
 
 
 def test_runs_that_differ_in_seeds_and_place_alone_are_of_one_identity():

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from megatron.errors import ConfigError, DataError
-from megatron.finetune.examples import load_task, read_proteins
+from megatron.finetune.data.examples import load_task, read_proteins
+from megatron.finetune.data.tasks import TASKS, split_files, task_of
 from megatron.finetune.flags import TaskConfig, task_and_files
-from megatron.finetune.tasks import TASKS, split_files, task_of
 from megatron.kernels.packed_sequence import NO_TARGET
 from tests.unit.labelled_files import TOKENIZER, json_lines, labels, lmdb, loaded
 
@@ -23,7 +23,7 @@ TAPE = {
                              "evolutionary": np.zeros((3, 30), np.float32)}, [0, 2, NO_TARGET]),
     "secondary_structure_8": ({"ss3": np.array([0, 2, 1]), "ss8": np.array([1, 7, 4])}, [1, 7, 4]),
     "contacts": ({"tertiary": PLACES, "valid_mask": np.array([True, True, False])},
-                 [*PLACES[:2].tolist(), [np.nan] * 3]),
+                 [[1], [1], [0]]),  # no pair of so few residues counts
     "fluorescence": ({"log_fluorescence": np.array([3.5], np.float32), "num_mutations": 1}, 3.5),
     "stability": ({"stability_score": np.array([-0.5], np.float32), "topology": "HHH"}, -0.5),
 }

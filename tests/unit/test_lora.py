@@ -1,20 +1,24 @@
 """Low-rank adapters of a model that is built: what they add, what stays, and what is merged."""
 
 import copy
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+from megatron.checkpoint.lora.merging import STATE, merged
+from megatron.checkpoint.stored import Checkpoint, stored
 from megatron.config import PrecisionConfig
 from megatron.config.command_line import OneLineParser, add_section_flags
 from megatron.config.lora import LORA_TARGETS, LoraConfig
-from megatron.errors import ConfigError
-from megatron.finetune.lora import adapt, adapters_in, merge
+from megatron.errors import CheckpointError, ConfigError
 from megatron.kernels.dropout import Use
 from megatron.model.initialisation import initialise
+from megatron.model.lora import adapt, adapters_in, merge
 from megatron.model.protein_model import ProteinModel
 from megatron.parallel.parameters import Normal
 from megatron.parallel.pipeline.partition import Stage
@@ -172,3 +176,20 @@ def test_the_flags_are_those_of_the_section():
 def test_a_target_that_the_model_has_not_is_refused():
     with pytest.raises(ConfigError, match="--lora-targets has gate, which goes with --swiglu"):
         built("esm2", replace(LORA, lora_targets=("key", "gate")))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_is_merged_as_its_model_is(family):
+    model = varied(built(family, ALL[family]))
+    tensors = {name: stored(parameter.clone()) for name, parameter in model.named_parameters()}
+    checkpoint = Checkpoint(Path("x"), 3, tensors, None,
+                            {STATE: json.loads(json.dumps(asdict(ALL[family]))), "more": 1})
+    found = merged(checkpoint, model.config)
+    merge(model)
+    expected = dict(model.named_parameters())
+    assert found.model.keys() == expected.keys() and found.state == {"more": 1}
+    for name, parameter in expected.items():
+        assert torch.equal(found.model[name].read(), parameter), name
+    assert merged(found, model.config) is found
+    with pytest.raises(CheckpointError, match="x has adapters, of which its state.json does not say all"):
+        merged(replace(checkpoint, state={}), model.config)

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from megatron.checkpoint.convert.families import hf
 from megatron.checkpoint.convert.families.vocabularies import vocabulary_of
 from megatron.checkpoint.loading import load_model
+from megatron.checkpoint.lora import peft_files
 from megatron.checkpoint.stored import stored
 from megatron.config.lora import LORA_TARGETS, LoraConfig
 from megatron.errors import CheckpointError
-from megatron.finetune import peft_files
-from megatron.finetune.lora import adapt, adapters_in, merge
+from megatron.model.lora import adapt, adapters_in, merge
 from tests.families import RECIPE
 from tests.transformers_models import (
     PROTEINS,

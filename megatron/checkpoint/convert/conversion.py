@@ -12,6 +12,7 @@ from megatron.checkpoint.contact_head import contact_head_file, with_contact_hea
 from megatron.checkpoint.convert.families import flags
 from megatron.checkpoint.convert.formats import AUTO, FORMATS, OURS, WEIGHTS_ALONE, recognised
 from megatron.checkpoint.convert.vocabulary import trimmed
+from megatron.checkpoint.loading import refuse_task
 from megatron.checkpoint.manifest import check_files
 from megatron.checkpoint.stored import Box, Checkpoint, StoredTensor, Tensors, one_piece
 from megatron.errors import ConfigError
@@ -30,6 +31,8 @@ def convert(source: Path, target: Path, loader: str, saver: str, *, tensor: int,
     name = recognised(source) if loader == AUTO else loader
     checkpoint = FORMATS[name].read(source, iteration)
     log.line(f"reading {checkpoint.path} ({name}): {describe(checkpoint)}")
+    if saver not in OURS:
+        refuse_task(checkpoint)
     check_files(checkpoint.path, log)
     checkpoint = _with_fitted_contacts(checkpoint, saver, takes_average, log)
     if takes_average:

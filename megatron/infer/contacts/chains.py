@@ -26,11 +26,7 @@ class Chain:
 
     def pairs(self) -> "Pairs":
         """All pairs of resolved residues that are far enough apart in the sequence."""
-        size = len(self.sequence)
-        first_p, second_p = torch.triu_indices(size, size, LEAST_SEPARATION).unbind()
-        distance_p = (self.atoms_r3[first_p] - self.atoms_r3[second_p]).norm(dim=1)
-        is_resolved_p = ~distance_p.isnan()
-        return Pairs(first_p[is_resolved_p], second_p[is_resolved_p], distance_p[is_resolved_p] < CUTOFF_ANGSTROM)
+        return pairs_of(self.atoms_r3)
 
 
 @dataclass(frozen=True)
@@ -40,6 +36,15 @@ class Pairs:
     first_p: Tensor
     second_p: Tensor
     touches_p: Tensor
+
+
+def pairs_of(atoms_r3: Tensor) -> Pairs:
+    """All pairs of residues whose atoms are there, NaN where they are not, that are far enough apart in the sequence.
+    """
+    first_p, second_p = torch.triu_indices(len(atoms_r3), len(atoms_r3), LEAST_SEPARATION).unbind()
+    distance_p = (atoms_r3[first_p] - atoms_r3[second_p]).norm(dim=1)
+    is_resolved_p = ~distance_p.isnan()
+    return Pairs(first_p[is_resolved_p], second_p[is_resolved_p], distance_p[is_resolved_p] < CUTOFF_ANGSTROM)
 
 
 def structures_of(proteins: Mapping[str, str], chains: Sequence[Chain]) -> dict[str, Chain]:

@@ -3,7 +3,7 @@
 Shapes: p pairs, q proteins.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,20 +11,22 @@ from torch import Tensor
 
 from megatron.infer.contacts.chains import LEAST_SEPARATION, Pairs
 
+Ranges = Mapping[str, tuple[int, int | None]]
 # As CASP has it: the least separation of a range, and the first that is beyond it.
-RANGES = {"short": (LEAST_SEPARATION, 12), "medium": (12, 24), "long": (24, None), "all": (LEAST_SEPARATION, None)}
+RANGES: Ranges = {"short": (LEAST_SEPARATION, 12), "medium": (12, 24), "long": (24, None),
+                  "all": (LEAST_SEPARATION, None)}
 DIVISORS = (1, 2, 5)  # of the residues: as many pairs are told
 INTERVAL, RESAMPLINGS = 0.95, 2000
 
 
-def precisions(scores_p: Tensor, pairs: Pairs, length: int) -> np.ndarray:
-    """The shares of contacts among the L, L/2, L/5 pairs of the highest scores, [4, 3]: of RANGES by DIVISORS.
+def precisions(scores_p: Tensor, pairs: Pairs, length: int, ranges: Ranges = RANGES) -> np.ndarray:
+    """The shares of contacts among the L, L/2, L/5 pairs of the highest scores, [4, 3]: of the ranges by DIVISORS.
 
     L is `length`; where there are fewer pairs, among all; NaN where there are none. Equal scores rank at random.
     """
     order_p = torch.randperm(len(scores_p), generator=torch.Generator().manual_seed(0))
-    found = np.empty((len(RANGES), len(DIVISORS)))
-    for row, is_there_p in enumerate(_in_ranges(pairs)):
+    found = np.empty((len(ranges), len(DIVISORS)))
+    for row, is_there_p in enumerate(_in_ranges(pairs, ranges)):
         candidates = order_p[is_there_p[order_p]]
         ranked = pairs.touches_p[candidates[scores_p[candidates].argsort(descending=True, stable=True)]].float()
         found[row] = [float(ranked[:max(1, length // divisor)].mean()) for divisor in DIVISORS]
@@ -34,7 +36,7 @@ def precisions(scores_p: Tensor, pairs: Pairs, length: int) -> np.ndarray:
 def shares(pairs: Pairs) -> np.ndarray:
     """The precision of pairs drawn at random, [4]: the share of contacts in each of RANGES; NaN where there is no pair.
     """
-    return np.array([float(pairs.touches_p[is_there_p].float().mean()) for is_there_p in _in_ranges(pairs)])
+    return np.array([float(pairs.touches_p[is_there_p].float().mean()) for is_there_p in _in_ranges(pairs, RANGES)])
 
 
 def mean_and_interval(values_q: Sequence[float]) -> tuple[float, float, float]:
@@ -49,7 +51,7 @@ def mean_and_interval(values_q: Sequence[float]) -> tuple[float, float, float]:
     return float(known.mean()), float(low), float(high)
 
 
-def _in_ranges(pairs: Pairs) -> list[Tensor]:
-    """Which pairs are in each of RANGES."""
+def _in_ranges(pairs: Pairs, ranges: Ranges) -> list[Tensor]:
+    """Which pairs are in each of the ranges."""
     separation_p = pairs.second_p - pairs.first_p
-    return [(separation_p >= least) & (separation_p < (beyond or torch.inf)) for least, beyond in RANGES.values()]
+    return [(separation_p >= least) & (separation_p < (beyond or torch.inf)) for least, beyond in ranges.values()]

@@ -18,6 +18,7 @@ from megatron.parallel.parameters import Constant, Uniform, declaration_of
 from megatron.parallel.placement import placement_of
 from megatron.parallel.tensor.layers import ColumnParallelLinear, Linear, RowParallelLinear
 
+Pair = tuple[Tensor, Tensor]  # A [r, i], B [o, r]
 SplitLinear = ColumnParallelLinear | RowParallelLinear
 
 
@@ -52,9 +53,8 @@ class Adapters(nn.Module):
 
     def delta(self) -> Tensor:
         """What is added to this rank's part of the layer's weight [o, i], fp32."""
-        products = [None if adapter is None else (adapter.b.weight @ adapter.a.weight).t()
-                    for adapter in self.of_parts()]
-        return self.scale * in_turns(products, self.runs).t()
+        return weight_of([None if adapter is None else (adapter.a.weight, adapter.b.weight)
+                          for adapter in self.of_parts()], self.runs, self.scale)
 
     def of_parts(self) -> list["Adapter | None"]:
         """Each part's adapter, None for one that has none."""
@@ -86,6 +86,12 @@ class Adapter(nn.Module):
     def forward(self, x: Tensor, scale: float, dropout: Dropout | None) -> Tensor:
         """[t, o], or of a layer back into the stream [u, o]; `dropout`: that of x."""
         return self.b(scale * self.a(self.dropped(x, dropout)))
+
+
+def weight_of(pairs: Sequence[Pair | None], runs: tuple[int, ...], scale: float) -> Tensor:
+    """What the adapters of a layer's parts, None for a part without, add to its weight [o, i], fp32."""
+    products = [None if pair is None else (pair[1] @ pair[0]).t() for pair in pairs]
+    return scale * in_turns(products, runs).t()
 
 
 def in_turns(parts: Sequence[Tensor | None], runs: tuple[int, ...]) -> Tensor:

@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
-from megatron.finetune.labels import LabelSpace
-from megatron.finetune.tasks import CLASS, CLASSES, CONTACTS, CUTOFF_ANGSTROM, LEAST_SEPARATION, METRICS, NUMBER
+from megatron.finetune.data.contacts import pairs_in
+from megatron.finetune.data.labels import LabelSpace
+from megatron.finetune.data.tasks import CLASS, CLASSES, CONTACTS, METRICS, NUMBER, NUMBERS
+from megatron.infer.contacts.precision import DIVISORS, RANGES, precisions
 from megatron.infer.spearman import spearman
 from megatron.kernels.packed_sequence import NO_TARGET
 
-# The least separation in the sequence, and what it is below.
-REACHES = {"short": (LEAST_SEPARATION, 12), "medium": (12, 24), "long": (24, None), "medium_long": (12, None)}
-DIVISORS = {"l": 1, "l2": 2, "l5": 5}  # of a protein's length: as many pairs are predicted
+REACHES = {name: RANGES[name] for name in ("short", "medium", "long")} | {"medium_long": (12, None)}
 _THRESHOLDS = np.arange(1, 100) / 100
 Statistic = Callable[[np.ndarray], dict[str, float]]
 
@@ -36,10 +37,10 @@ def measure(space: LabelSpace, true: Sequence[Any], predicted: Sequence[Any], *,
     """The measures of a kind of labels on some proteins, by name.
 
     true: labels as `LabelSpace.read` gives them. predicted, for each protein: number, a float; class, the class;
-    classes, a probability of each [c]; residues, the class of each residue [r]; contacts, a score of each pair [r, r].
-    Where these are of the first residues alone, the others do not count. Residues count alike, whatever their protein.
-    With `num_draws` the interval is that of so many draws of as many proteins, with replacement (the percentile
-    bootstrap; Efron, 1979); draws in which a measure is not defined are left out.
+    classes, a probability of each [c]; residues, the class of each residue [r]; numbers, that of each [r]; contacts, a
+    score of each pair [r, r]. Where these are of the first residues alone, the others do not count. Residues count
+    alike, whatever their protein. With `num_draws` the interval is that of so many draws of as many proteins, with
+    replacement (the percentile bootstrap; Efron, 1979); draws in which a measure is not defined are left out.
     """
     statistic, everything = _statistic(space, true, predicted), np.arange(len(true))
     values = statistic(everything)
@@ -98,36 +99,25 @@ def f1_max(true_nc: np.ndarray, scores_nc: np.ndarray) -> float:
     return _f1_max(*_precisions_and_recalls(np.asarray(true_nc, dtype=bool), np.asarray(scores_nc)))
 
 
-def contact_precision(atoms_r3: np.ndarray, scores_rr: np.ndarray) -> dict[str, float]:
-    """The shares of contacts among the L, L/2 and L/5 pairs of the highest scores, for each of REACHES.
+def contact_precision(table: np.ndarray, scores_rr: np.ndarray) -> dict[str, float]:
+    """The precisions of `infer.contacts.precision` for each of REACHES, REACH_p_at_l, _l2 and _l5.
 
-    Scores are made symmetric. L is the number of residues, unresolved ones too, whose pairs do not count; where there
-    are fewer pairs than are to be predicted, all are; NaN where there is none. Equal scores rank at random, the same
-    way each time.
+    `table`: that of the true contacts, as `data.contacts` has it. Scores are made symmetric. L is the number of
+    residues, unresolved ones too, whose pairs do not count.
     """
-    length = len(atoms_r3)
-    first_p, second_p = np.triu_indices(length, LEAST_SEPARATION)
-    distances_p = np.linalg.norm(atoms_r3[first_p] - atoms_r3[second_p], axis=1)
-    order_p = np.random.default_rng(0).permutation(len(first_p))
-    order_p = order_p[~np.isnan(distances_p[order_p])]
-    scores_p = (scores_rr[first_p, second_p] + scores_rr[second_p, first_p])[order_p]
-    ranked_p = order_p[np.argsort(-scores_p, kind="stable")]
-    touches_p, separations_p = distances_p[ranked_p] < CUTOFF_ANGSTROM, (second_p - first_p)[ranked_p]
-    found = {}
-    for reach, (least, below) in REACHES.items():
-        touches = touches_p[(separations_p >= least) & (separations_p < (below or np.inf))]
-        for name, divisor in DIVISORS.items():
-            taken = touches[:max(1, length // divisor)]
-            found[f"{reach}_p_at_{name}"] = float(taken.mean()) if len(taken) else np.nan
-    return found
+    pairs = pairs_in(table)
+    scores_p = torch.from_numpy(scores_rr + scores_rr.T)[pairs.first_p, pairs.second_p]
+    found = precisions(scores_p, pairs, len(table), REACHES)
+    return {f"{reach}_p_at_l{divisor if divisor > 1 else ''}": float(found[row, column])
+            for row, reach in enumerate(REACHES) for column, divisor in enumerate(DIVISORS)}
 
 
 def _statistic(space: LabelSpace, true: Sequence[Any], predicted: Sequence[Any]) -> Statistic:
     """The measures of some of the proteins, by their numbers."""
     if space.kind == NUMBER:
-        return _on_arrays(np.array(true, dtype=np.float64), np.array(predicted, dtype=np.float64), {
-            "spearman": spearman, "pearson": pearson,
-            "mse": lambda x, y: float(np.mean((x - y) ** 2)), "mae": lambda x, y: float(np.mean(np.abs(x - y)))})
+        return _on_arrays(np.array(true, dtype=np.float64), np.array(predicted, dtype=np.float64), _OF_NUMBERS)
+    if space.kind == NUMBERS:
+        return _of_numbers(true, predicted)
     if space.kind == CLASS:
         return _on_arrays(np.array(true), np.array(predicted),
                           {"accuracy": accuracy, "mcc": mcc, "f1_macro": f1_macro})
@@ -135,10 +125,10 @@ def _statistic(space: LabelSpace, true: Sequence[Any], predicted: Sequence[Any])
         return _of_several(np.array(true, dtype=bool), np.array(predicted))
     if space.kind == CONTACTS:
         names = METRICS[CONTACTS]
-        found = [contact_precision(atoms_r3[:len(scores_rr)], scores_rr)
-                 for atoms_r3, scores_rr in zip(true, predicted, strict=True)]
-        table = np.array([[one[name] for name in names] for one in found]).reshape(-1, len(names))
-        return lambda chosen: dict(zip(names, map(_mean, table[chosen].T), strict=True))
+        found = [contact_precision(table[:len(scores_rr)], scores_rr)
+                 for table, scores_rr in zip(true, predicted, strict=True)]
+        values = np.array([[one[name] for name in names] for one in found]).reshape(-1, len(names))
+        return lambda chosen: dict(zip(names, map(_mean, values[chosen].T), strict=True))
     seen = [(labels[:len(classes)], np.asarray(classes)) for labels, classes in zip(true, predicted, strict=True)]
     counts_n3c = np.array([_counts(labels[labels != NO_TARGET], classes[labels != NO_TARGET], len(space.class_names))
                            for labels, classes in seen])
@@ -149,6 +139,19 @@ def _statistic(space: LabelSpace, true: Sequence[Any], predicted: Sequence[Any])
 def _on_arrays(true: np.ndarray, predicted: np.ndarray,
                functions: Mapping[str, Callable[[np.ndarray, np.ndarray], float]]) -> Statistic:
     return lambda chosen: {name: function(true[chosen], predicted[chosen]) for name, function in functions.items()}
+
+
+def _of_numbers(true: Sequence[np.ndarray], predicted: Sequence[np.ndarray]) -> Statistic:
+    """The measures of all residues that count of some proteins, each alike."""
+    counted = [~np.isnan(numbers[:len(found)]) for numbers, found in zip(true, predicted, strict=True)]
+    pairs = [np.array([numbers[:len(found)][is_counted], found[is_counted]], dtype=np.float64)
+             for numbers, found, is_counted in zip(true, predicted, counted, strict=True)]
+
+    def measures(chosen: np.ndarray) -> dict[str, float]:
+        both = np.concatenate([pairs[number] for number in chosen], axis=1)
+        return {name: function(*both) for name, function in _OF_NUMBERS.items()}
+
+    return measures
 
 
 def _of_several(true_nc: np.ndarray, scores_nc: np.ndarray) -> Statistic:
@@ -215,3 +218,8 @@ def _mean(values: np.ndarray) -> float:
 def _quantiles(values: Sequence[float], ends: Sequence[float]) -> list[float]:
     defined = [value for value in values if not np.isnan(value)]
     return [float(end) for end in np.quantile(defined, ends)] if defined else [np.nan, np.nan]
+
+
+_OF_NUMBERS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "spearman": spearman, "pearson": pearson, "mse": lambda x, y: _mean((x - y) ** 2),
+    "mae": lambda x, y: _mean(np.abs(x - y))}

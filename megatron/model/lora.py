@@ -9,12 +9,13 @@ copies of its weights are made.
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
 
-from megatron.config import ModelConfig
+from megatron.config import ModelConfig, PrecisionConfig
 from megatron.config.lora import LORA_TARGETS, LoraConfig
 from megatron.errors import ConfigError
 from megatron.kernels.dropout import Use
@@ -56,6 +57,19 @@ def adapt(model: ProteinModel, config: LoraConfig) -> None:
 def possible_targets(config: ModelConfig) -> tuple[str, ...]:
     """The layers of such a model that may have adapters."""
     return tuple(target for target in LORA_TARGETS if target != "gate" or config.swiglu)
+
+
+def adapted_layers(config: ModelConfig, lora: LoraConfig) -> Iterator[tuple[str, Adapters]]:
+    """The name of each layer of such a model that has adapters, and these, without values.
+
+    Raises ConfigError where the model lacks a target.
+    """
+    with torch.device("meta"):
+        built = ProteinModel(replace(config, make_vocab_size_divisible_by=1), PrecisionConfig(), 1, mask_id=0)
+    adapt(built, lora)
+    for name, adapters in built.named_modules():
+        if isinstance(adapters, Adapters):
+            yield name.removesuffix(".adapters"), adapters
 
 
 def adapters_in(tensors: Mapping[str, T]) -> dict[str, T]:

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.finetune.batches import NO_EXAMPLE, BatchSettings, LabelledBatch, PackedExamples
-from megatron.finetune.examples import Example
+from megatron.finetune.data.batches import NO_EXAMPLE, BatchSettings, LabelledBatch, PackedExamples
+from megatron.finetune.data.examples import Example
+from megatron.finetune.data.labels import LabelSpace
+from megatron.finetune.data.tasks import CLASS, CLASSES, CONTACTS, NUMBER, RESIDUES
 from megatron.finetune.heads import HeadSpec
-from megatron.finetune.labels import LabelSpace
-from megatron.finetune.metrics import Measured, measure
-from megatron.finetune.tasks import CLASS, CLASSES, CONTACTS, NUMBER, RESIDUES
+from megatron.finetune.predictions.metrics import Measured, measure
 from megatron.log import Log
 from megatron.parallel.collectives import everyones
 from megatron.parallel.pipeline.schedules import Action
@@ -34,8 +34,8 @@ def predictions(engine: Engine, head: HeadSpec, packed: PackedExamples, log: Log
     """What the model says of each example, in their order, on every rank; all ranks call this together.
 
     number: a float. class: probabilities, fp32 [c]; classes: the same, each of its own. residues: probabilities of each
-    residue's class [r, c]. contacts: the probability that two residues touch [r, r]. Of a protein that is longer than a
-    row, r are its first residues.
+    residue's class [r, c]. numbers: that of each residue [r]. contacts: the probability that two residues touch [r, r].
+    Of a protein that is longer than a row, r are its first residues.
     """
     found: dict[int, Any] = {}
     bar = log.progress(total=packed.num_steps(0), done=0, unit="step", label=label)

@@ -19,9 +19,10 @@ from megatron.data.batches.batch import Batch, BatchShape, collate
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.packed import Row
 from megatron.data.rows.packing import PackedRows, order_key, pack
-from megatron.finetune.examples import Example
-from megatron.finetune.labels import LabelSpace
-from megatron.finetune.tasks import CLASS, CLASSES, CONTACTS, LEAST_SEPARATION, NUMBER, RESIDUES
+from megatron.finetune.data.examples import Example
+from megatron.finetune.data.labels import LabelSpace
+from megatron.finetune.data.tasks import CLASS, CLASSES, CONTACTS, NUMBER, NUMBERS, RESIDUES
+from megatron.infer.contacts.chains import LEAST_SEPARATION
 from megatron.kernels.packed_sequence import NO_TARGET, PackedSequence
 from megatron.parallel.randomness import dropout_seed
 
@@ -63,12 +64,13 @@ class LabelledBatch:
 
     `batch.targets` are the residues' classes: their places among the tokens here, and NO_TARGET where there is none. Of
     the other kinds it has no targets, and `labels` are: number, float32 [g], 0 where there is no protein; class, int64
-    [g], NO_TARGET there; classes, float32 [g, c] of 0 and 1, 0 there; contacts, the coordinates of each token's residue
-    in angstrom, float32 [t, 3], NaN for ends, filler and what is unresolved: pairs are to be formed on the device.
-    Residues have an empty one.
+    [g], NO_TARGET there; classes, float32 [g, c] of 0 and 1, 0 there; numbers, that of each token's residue, float32
+    [t], NaN for ends, filler and what does not count; contacts, the rows of `contacts`' table, int32 [t, 1 + k], 0 for
+    ends and filler: pairs are to be formed on the device. Residues have an empty one.
 
-    num_targets: the labels of the whole micro-batch: of residues those that count; of contacts the pairs of resolved
-    residues that are LEAST_SEPARATION or more apart; else one a protein. Where examples have no label, it is 0.
+    num_targets: the labels of the whole micro-batch: of residues and numbers those that count; of contacts the pairs of
+    resolved residues that are LEAST_SEPARATION or more apart; else one a protein. Where examples have no label, it is
+    0.
     """
 
     batch: Batch
@@ -132,6 +134,8 @@ class PackedExamples:
         self._is_training = is_training
         self._lengths = np.array([len(example.ids) for example in examples], dtype=np.int64)
         self._packed = lru_cache(maxsize=2)(self._pack)
+        self._width = max((example.label.shape[1] for example in examples if example.label is not None), default=1
+                          ) if space.kind == CONTACTS else 1  # of the contacts' tables
         self._shape = self._batch_shape()
 
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[list[LabelledBatch]]:
@@ -193,8 +197,10 @@ class PackedExamples:
             return 0
         if self._space.kind == RESIDUES:
             return int((label[window] != NO_TARGET).sum())
+        if self._space.kind == NUMBERS:
+            return int((~np.isnan(label[window])).sum())
         if self._space.kind == CONTACTS:
-            is_resolved_r = ~np.isnan(label[window, 0])
+            is_resolved_r = label[window, 0] > 0
             return int(is_resolved_r[LEAST_SEPARATION:] @ np.cumsum(is_resolved_r)[:-LEAST_SEPARATION])
         return 1
 
@@ -244,23 +250,26 @@ class PackedExamples:
         """`LabelledBatch.labels` of proteins one behind the other."""
         kind, found = self._space.kind, [self.examples[number].label for number, _ in parts]
         is_labelled = all(label is not None for label in found)
-        if kind == CONTACTS and is_labelled:
-            return self._coordinates(parts)
+        if kind in (NUMBERS, CONTACTS) and is_labelled:
+            return self._of_tokens(parts)
         empty = {NUMBER: np.zeros(num_proteins, np.float32), CLASS: np.full(num_proteins, NO_TARGET),
                  CLASSES: np.zeros((num_proteins, len(self._space.class_names)), np.float32),
-                 RESIDUES: np.empty(0, np.float32), CONTACTS: np.empty(0, np.float32)}[kind]
-        if kind != RESIDUES and found and is_labelled:
+                 RESIDUES: np.empty(0, np.float32), NUMBERS: np.empty(0, np.float32),
+                 CONTACTS: np.empty(0, np.int32)}[kind]
+        if kind in (NUMBER, CLASS, CLASSES) and found and is_labelled:
             empty[:len(found)] = found
         return empty
 
-    def _coordinates(self, parts: Sequence[tuple[int, slice]]) -> np.ndarray:
-        """float32 [t, 3] of this rank's share of the tokens."""
-        atoms_t3 = np.full((self._shape.num_tokens, 3), np.nan, dtype=np.float32)
-        start = 0
+    def _of_tokens(self, parts: Sequence[tuple[int, slice]]) -> np.ndarray:
+        """Labels of residues at their tokens, [t] or [t, 1 + k], of this rank's share of the tokens."""
+        num_tokens, start = self._shape.num_tokens, 0
+        labels_tx = (np.full((num_tokens, 1), np.nan, np.float32) if self._space.kind == NUMBERS else
+                     np.zeros((num_tokens, self._width), np.int32))
         for number, window in parts:
-            size = window.stop - window.start
-            atoms_t3[start + 1:start + 1 + size] = self.examples[number].label[window]
-            start += size + self._settings.num_ends
-        here = self._shape.num_tokens // self._shape.num_shares
-        return atoms_t3[self._shape.share * here:(self._shape.share + 1) * here]
+            label_rx = self.examples[number].label[window].reshape(window.stop - window.start, -1)
+            labels_tx[start + 1:start + 1 + len(label_rx), :label_rx.shape[1]] = label_rx
+            start += len(label_rx) + self._settings.num_ends
+        here = num_tokens // self._shape.num_shares
+        labels_tx = labels_tx[self._shape.share * here:(self._shape.share + 1) * here]
+        return labels_tx[:, 0] if self._space.kind == NUMBERS else labels_tx
 

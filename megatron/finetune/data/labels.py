@@ -11,29 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from megatron.errors import DataError
-from megatron.finetune.tasks import CLASS, CLASSES, CONTACTS, NUMBER, RESIDUES, Task
+from megatron.finetune.data.contacts import read_contacts
+from megatron.finetune.data.record import Record, as_number, shown
+from megatron.finetune.data.tasks import CLASS, CLASSES, CONTACTS, NUMBER, NUMBERS, RESIDUES, WITHOUT_CLASSES, Task
 from megatron.kernels.packed_sequence import NO_TARGET
 
-SEPARATOR = ";"  # between the classes of one text
+SEPARATOR = ";"  # between the classes, or numbers, of one text
 _WHOLE = re.compile(r"-?\d+")
-_SHOWN = 40
-_MASKS: dict[Any, bool] = {"0": False, "1": True, 0: False, 1: True}
-
-
-@dataclass(frozen=True)
-class Record:
-    """A protein as a file has it; `place` names file and line or record, `ids` are its residues' in the vocabulary."""
-
-    place: str
-    name: str
-    ids: np.ndarray  # uint8 [r]
-    label: Any = None
-    mask: Any = None
-
-    def wrong(self, finding: str) -> DataError:
-        """The error that says so of this record."""
-        return DataError(f"{self.place}: {finding}")
 
 
 @dataclass(frozen=True)
@@ -41,12 +25,14 @@ class LabelSpace:
     """What labels of a task can be: all that is needed to read more of them, and to name what a model predicts.
 
     is_fixed: the classes are the task's and not those of a training file; a whole number is then a place among them.
+    pairs_from: the number of the first residue where contacts are lists of pairs.
     """
 
     kind: str
     class_names: tuple[str, ...] = ()
     uncounted: tuple[str, ...] = ()
     is_fixed: bool = False
+    pairs_from: int | None = None
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "LabelSpace":
@@ -58,7 +44,8 @@ class LabelSpace:
         """The label of a record; raises DataError where it is missing, or not one of these.
 
         number: a float. class: its place among the names, an int. classes: bool [c]. residues: int16 [r], NO_TARGET
-        where a residue does not count. contacts: coordinates in angstrom, float32 [r, 3], NaN where unresolved.
+        where a residue does not count. numbers: float32 [r], NaN where one does not count. contacts: a table, as
+        `contacts` has it.
         """
         return _READ[self.kind](self, record)
 
@@ -71,14 +58,14 @@ class LabelSpace:
             return int(name)
         known = ", ".join(self.class_names[:12]) + (", …" if len(self.class_names) > 12 else "")
         owner = "task" if self.is_fixed else "training file"
-        raise record.wrong(f"the class {name[:_SHOWN]!r} is none of the {owner}'s ({known})")
+        raise record.wrong(f"the class {shown(name)} is none of the {owner}'s ({known})")
 
 
 def label_space(task: Task, records: Sequence[Record]) -> LabelSpace:
     """The labels of a task by its training records; raises DataError where these do not agree, or leave no choice."""
     kind = task.kind or _kind_of(records)
-    if kind in (NUMBER, CONTACTS):
-        return LabelSpace(kind)
+    if kind in WITHOUT_CLASSES:
+        return LabelSpace(kind, pairs_from=task.pairs_from)
     if task.class_names is not None:
         return LabelSpace(kind, task.class_names, task.uncounted, is_fixed=True)
     names = _class_names(kind, task.uncounted, records)
@@ -94,7 +81,7 @@ def class_name(record: Record, value: Any) -> str:
         value = int(value)
     if isinstance(value, (str, int)) and str(value).strip():
         return str(value).strip()
-    raise record.wrong(f"{_shown(value)} is no class; expected text or a whole number")
+    raise record.wrong(f"{shown(value)} is no class; expected text or a whole number")
 
 
 def class_weights(space: LabelSpace, labels: Sequence[Any]) -> np.ndarray:
@@ -114,13 +101,14 @@ def class_weights(space: LabelSpace, labels: Sequence[Any]) -> np.ndarray:
 
 def _kind_of(records: Sequence[Record]) -> str:
     """The kind that all labels can be of."""
-    possible = {CONTACTS, RESIDUES, NUMBER, CLASSES, CLASS}
+    order = (CONTACTS, RESIDUES, NUMBERS, NUMBER, CLASSES, CLASS)
+    possible = {*order}
     has_separators = has_points = False
     for record in records:
-        value = _present(record)
+        value = record.present()
         fitting = possible & _kinds(value, len(record.ids))
         if not fitting:
-            raise record.wrong(f"the label {_shown(value)} is of another kind than those before it ("
+            raise record.wrong(f"the label {shown(value)} is of another kind than those before it ("
                                f"{', '.join(sorted(possible))}); --label-kind says what the labels are")
         possible = fitting
         has_separators |= not isinstance(value, str) or SEPARATOR in value
@@ -129,14 +117,15 @@ def _kind_of(records: Sequence[Record]) -> str:
         possible.discard(RESIDUES)
     if not has_separators:
         possible.discard(CLASSES)
-    return next(kind for kind in (CONTACTS, RESIDUES, NUMBER, CLASSES, CLASS) if kind in possible)
+    return next(kind for kind in order if kind in possible)
 
 
 def _kinds(value: Any, num_residues: int) -> set[str]:
     """What a label alone could be."""
     if isinstance(value, str):
         kinds = {CLASS, CLASSES} | ({RESIDUES} if len(value) == num_residues else set())
-        return kinds | ({NUMBER} if _as_number(value) is not None else set())
+        kinds |= {NUMBERS} if SEPARATOR in value and _are_numbers(value.split(SEPARATOR), num_residues) else set()
+        return kinds | ({NUMBER} if as_number(value) is not None else set())
     if isinstance(value, bool):
         return {CLASS}
     if isinstance(value, (int, float)):
@@ -144,13 +133,25 @@ def _kinds(value: Any, num_residues: int) -> set[str]:
     if not isinstance(value, list):
         return set()
     fits = len(value) == num_residues
-    if value and all(item is None or (isinstance(item, list) and len(item) == 3) for item in value):
-        return {CONTACTS} if fits else set()
+    if value and all(isinstance(item, list) and len(item) == 2 for item in value):
+        return {CONTACTS}
+    if any(isinstance(item, list) for item in value):
+        return {CONTACTS} if fits and all(item is None or (isinstance(item, list) and len(item) == 3)
+                                          for item in value) else set()
+    kinds = {NUMBERS} if _are_numbers(value, num_residues) else set()
     if len(value) == 1 and isinstance(value[0], float):
-        return {NUMBER}
+        return {NUMBER, *kinds}
     if not all(item is None or isinstance(item, (str, int)) for item in value):
-        return set()
-    return {CLASSES} | ({RESIDUES} if fits else set()) | ({NUMBER} if len(value) == 1 and _is_int(value[0]) else set())
+        return kinds
+    kinds |= {CLASSES} | ({RESIDUES} if fits else set()) | (
+        {CONTACTS} if (fits or not value) and all(item is None for item in value) else set())
+    return kinds | ({NUMBER} if len(value) == 1 and _is_int(value[0]) else set())
+
+
+def _are_numbers(values: Sequence[Any], num_residues: int) -> bool:
+    """Whether they are a number, or nothing, for each residue."""
+    return len(values) == num_residues and all(
+        value is None or value == "" or as_number(value) is not None for value in values)
 
 
 def _class_names(kind: str, uncounted: Sequence[str], records: Iterable[Record]) -> tuple[str, ...]:
@@ -160,16 +161,16 @@ def _class_names(kind: str, uncounted: Sequence[str], records: Iterable[Record])
         values: Iterable[Any] = [_single(record)] if kind == CLASS else (
             _several(record) if kind == CLASSES else _of_residues(record))
         if kind == RESIDUES:
-            values = [value for value in set(compress(values, _counts(record))) if not _is_uncounted(value, uncounted)]
+            values = [value for value in set(compress(values, record.counts())) if not _is_uncounted(value, uncounted)]
         names.update(class_name(record, value) for value in values)
     return tuple(sorted(names, key=int) if all(map(_WHOLE.fullmatch, names)) else sorted(names))
 
 
 def _number(space: LabelSpace, record: Record) -> float:
     value = _single(record)
-    number = _as_number(value)
+    number = as_number(value)
     if number is None:
-        raise record.wrong(f"the label {_shown(value)} is no number")
+        raise record.wrong(f"the label {shown(value)} is no number")
     if not np.isfinite(number):
         raise record.wrong(f"the label is {number}; expected a finite number")
     return number
@@ -186,83 +187,58 @@ def _classes(space: LabelSpace, record: Record) -> np.ndarray:
 
 
 def _residues(space: LabelSpace, record: Record) -> np.ndarray:
-    values, counts = _of_residues(record), _counts(record)
+    values, counts = _of_residues(record), record.counts()
     indices = {value: NO_TARGET if _is_uncounted(value, space.uncounted) else space.index(record, value)
                for value in set(compress(values, counts))}
     return np.array([indices[value] if is_counted else NO_TARGET
                      for value, is_counted in zip(values, counts, strict=True)], dtype=np.int16)
 
 
+def _numbers(space: LabelSpace, record: Record) -> np.ndarray:
+    value = record.present()
+    values = value.split(SEPARATOR) if isinstance(value, str) else value
+    if not isinstance(values, list):
+        raise record.wrong(f"the label {shown(value)} is no list with a number, or null, for each residue")
+    record.check_length("numbers", len(values))
+    numbers_r = np.full(len(values), np.nan, dtype=np.float32)
+    for place in np.flatnonzero(record.counts()):
+        number = None if values[place] in (None, "") else as_number(values[place])
+        if values[place] not in (None, "") and (number is None or np.isinf(number)):
+            raise record.wrong(f"the label has {shown(values[place])} for residue {place + 1}; expected a number, or "
+                               "null where none is known")
+        numbers_r[place] = np.nan if number is None else number
+    return numbers_r
+
+
 def _contacts(space: LabelSpace, record: Record) -> np.ndarray:
-    value = record.label if isinstance(record.label, np.ndarray) else _present(record)
-    try:
-        if not isinstance(value, np.ndarray):
-            value = [[np.nan] * 3 if atom is None else atom for atom in value]
-        atoms_r3 = np.array(value, dtype=np.float32)
-    except (TypeError, ValueError):
-        atoms_r3 = np.empty(0, dtype=np.float32)
-    if atoms_r3.ndim != 2 or atoms_r3.shape[1] != 3:
-        raise record.wrong(f"the label {_shown(value)} is not a place [x, y, z], or null, for each residue")
-    _check_length(record, "places", len(atoms_r3))
-    if np.isinf(atoms_r3).any():
-        raise record.wrong("a place of the label is infinite; null stands for an unresolved residue")
-    atoms_r3[np.isnan(atoms_r3).any(axis=1) | ~_counts(record)] = np.nan
-    return atoms_r3
+    return read_contacts(record, space.pairs_from)
 
 
 _READ: dict[str, Callable[[LabelSpace, Record], Any]] = {
-    NUMBER: _number, CLASS: _class, CLASSES: _classes, RESIDUES: _residues, CONTACTS: _contacts}
-
-
-def _present(record: Record) -> Any:
-    """The label in Python's own types; raises DataError where there is none."""
-    value = _plain(record.label)
-    if value is None or (isinstance(value, str) and not value.strip()):
-        raise record.wrong("the label is missing")
-    return value
+    NUMBER: _number, CLASS: _class, CLASSES: _classes, RESIDUES: _residues, NUMBERS: _numbers, CONTACTS: _contacts}
 
 
 def _single(record: Record) -> Any:
     """A label that is one value; one alone in an array, as TAPE has numbers, is that too."""
-    value = _present(record)
+    value = record.present()
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 def _several(record: Record) -> list[Any]:
-    value = _present(record)
+    value = record.present()
     if isinstance(value, str):
         return [part for part in value.split(SEPARATOR) if part.strip()]
     return value if isinstance(value, list) else [value]
 
 
 def _of_residues(record: Record) -> Sequence[Any]:
-    value = _present(record)
+    value = record.present()
     if not isinstance(value, (str, list)):
-        raise record.wrong(f"the label {_shown(value)} is neither text nor a list with a class for each residue")
+        raise record.wrong(f"the label {shown(value)} is neither text nor a list with a class for each residue")
     if isinstance(value, list) and not all(item is None or isinstance(item, (str, int, float)) for item in value):
-        raise record.wrong(f"the label {_shown(value)} has no class for some residue; expected text or whole numbers")
-    _check_length(record, "classes", len(value))
+        raise record.wrong(f"the label {shown(value)} has no class for some residue; expected text or whole numbers")
+    record.check_length("classes", len(value))
     return value
-
-
-def _counts(record: Record) -> np.ndarray:
-    """Which residues count, bool [r], by the record's mask; without one all do."""
-    mask = _plain(record.mask)
-    if mask is None:
-        return np.ones(len(record.ids), dtype=bool)
-    if not isinstance(mask, (str, list)):
-        raise record.wrong(f"the mask {_shown(mask)} is neither text nor a list with 0 or 1 for each residue")
-    if len(mask) != len(record.ids):
-        raise record.wrong(f"{len(record.ids)} residues, but a mask of {len(mask)}")
-    bad = [value for value in mask if not isinstance(value, (str, int, float)) or value not in _MASKS]
-    if bad:
-        raise record.wrong(f"the mask has {_shown(bad[0])}; expected 0 or 1 for each residue")
-    return np.array([_MASKS[value] for value in mask])
-
-
-def _check_length(record: Record, things: str, number: int) -> None:
-    if number != len(record.ids):
-        raise record.wrong(f"{len(record.ids)} residues, but {number} {things} in the label")
 
 
 def _is_uncounted(value: Any, uncounted: Sequence[str]) -> bool:
@@ -271,23 +247,3 @@ def _is_uncounted(value: Any, uncounted: Sequence[str]) -> bool:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _as_number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or "_" in str(value):
-        return None
-    try:
-        return float(value)
-    except ValueError:
-        return None
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return value.decode(errors="replace")
-    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"

@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 
 from megatron.errors import ConfigError, DataError
 
-# The kinds of labels: one number, one class, or any of several classes a protein; one class a residue; which residues
-# touch, told by coordinates.
-NUMBER, CLASS, CLASSES, RESIDUES, CONTACTS = LABEL_KINDS = ("number", "class", "classes", "residues", "contacts")
-
-# Residues touch whose C-alpha atoms are closer; nearer ones in the sequence are not asked for (as CASP and TAPE count).
-CUTOFF_ANGSTROM, LEAST_SEPARATION = 8.0, 6
+# The kinds of labels: one number, one class, or any of several classes a protein; one class, or one number, a residue;
+# which residues touch, told by coordinates (of C-alpha atoms, as CASP and TAPE count) or by pairs.
+NUMBER, CLASS, CLASSES, RESIDUES, NUMBERS, CONTACTS = LABEL_KINDS = (
+    "number", "class", "classes", "residues", "numbers", "contacts")
+WITHOUT_CLASSES = (NUMBER, NUMBERS, CONTACTS)  # known without having seen every label
 
 # As `metrics.measure` names them; the first one chooses the best of several evaluations.
 METRICS = {
@@ -24,6 +23,7 @@ METRICS = {
     CLASS: ("accuracy", "mcc", "f1_macro"),
     CLASSES: ("f1_max", "f1_micro", "f1_macro"),
     RESIDUES: ("accuracy", "mcc", "f1_macro"),
+    NUMBERS: ("spearman", "pearson", "mse", "mae"),
     CONTACTS: tuple(f"{reach}_p_at_{size}" for reach in ("medium_long", "long", "medium", "short")
                     for size in ("l5", "l2", "l")),
 }
@@ -38,6 +38,7 @@ class Task:
 
     class_names: where the task fixes classes and their order; a whole number as a label is then a place among them.
     uncounted: of residues' labels those that do not count, besides null and -1. stems: how TAPE's files begin.
+    pairs_from: the number of the first residue where contacts are lists of pairs, if that was said.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Task:
     class_names: tuple[str, ...] | None = None
     uncounted: tuple[str, ...] = ()
     stems: tuple[str, ...] = ()
+    pairs_from: int | None = None
 
 
 # TAPE numbers eight classes in NetSurfP-2.0's order, GHIBESTC, and three of them HHHEECCC. Its `valid_mask` is 0 where
@@ -69,7 +71,7 @@ _ENDING = r"\.(lmdb|json|jsonl|csv|tsv|parquet|arrow)(\.gz|\.zst)?"
 
 
 def task_of(name: str, *, sequence_key: str | None = None, label_key: str | None = None, mask_key: str | None = None,
-            label_kind: str | None = None) -> Task:
+            label_kind: str | None = None, pairs_from: int | None = None) -> Task:
     """The task of a name, with keys and a kind of the user's where they are given.
 
     Raises ConfigError for an unknown name, and for a kind that is not that of a named task's own labels.
@@ -87,7 +89,7 @@ def task_of(name: str, *, sequence_key: str | None = None, label_key: str | None
                           f"the task {OWN}, or name other labels with --label-key")
     return replace(task, kind=label_kind or task.kind,
                    sequence_keys=(sequence_key,) if sequence_key else task.sequence_keys,
-                   mask_keys=(mask_key,) if mask_key else task.mask_keys)
+                   mask_keys=(mask_key,) if mask_key else task.mask_keys, pairs_from=pairs_from)
 
 
 def split_files(task: Task, folder: str) -> dict[str, str]:

@@ -11,8 +11,9 @@ from megatron.data.corpus.tokenizer import ResidueTokenizer
 from megatron.data.sources.names import DEFAULT_NAME_KEY
 from megatron.data.sources.source import Source, records_of
 from megatron.errors import DataError
-from megatron.finetune.labels import LabelSpace, Record, label_space
-from megatron.finetune.tasks import CONTACTS, NUMBER, Task, present_key
+from megatron.finetune.data.labels import LabelSpace, label_space
+from megatron.finetune.data.record import Record
+from megatron.finetune.data.tasks import WITHOUT_CLASSES, Task, present_key
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class TaskData:
 def load_task(task: Task, files: dict[str, str], tokenizer: ResidueTokenizer) -> TaskData:
     """The examples of files by the names of their parts; classes are those of `train`. Raises DataError."""
     records: Iterable[Record] = read_records(files["train"], task, tokenizer)
-    if task.kind not in (NUMBER, CONTACTS):  # which are known without having seen every label
+    if task.kind not in WITHOUT_CLASSES:
         records = list(records)
         space = label_space(task, records)
     else:

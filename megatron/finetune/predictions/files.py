@@ -14,12 +14,13 @@ from megatron.config import Config
 from megatron.data.corpus.tokenizer import ResidueTokenizer
 from megatron.errors import CheckpointError, ConfigError, DataError
 from megatron.files import replacing
-from megatron.finetune.batches import PackedExamples
-from megatron.finetune.examples import Example, read_proteins
-from megatron.finetune.labels import SEPARATOR, LabelSpace
+from megatron.finetune.data.batches import PackedExamples
+from megatron.finetune.data.examples import Example, read_proteins
+from megatron.finetune.data.labels import SEPARATOR, LabelSpace
+from megatron.finetune.data.tasks import CLASS, CLASSES, CONTACTS, NUMBER, NUMBERS
 from megatron.finetune.model import Described
-from megatron.finetune.predictions import predictions, settings_of
-from megatron.finetune.tasks import CLASS, CLASSES, CONTACTS, LEAST_SEPARATION, NUMBER
+from megatron.finetune.predictions.collected import predictions, settings_of
+from megatron.infer.contacts.chains import LEAST_SEPARATION
 from megatron.infer.pretrained import config_of, vocab_of
 from megatron.log import Log
 from megatron.parallel.mesh import Mesh
@@ -83,6 +84,8 @@ def _record(space: LabelSpace, value: Any) -> dict[str, Any]:
     names = space.class_names
     if space.kind == NUMBER:
         return {"prediction": value}
+    if space.kind == NUMBERS:
+        return {"prediction": [_rounded(one) for one in value]}
     if space.kind == CONTACTS:
         pairs = list(_likeliest(value))
         return {"prediction": [[i + 1, j + 1] for i, j in pairs],
@@ -108,7 +111,7 @@ def _as_cell(prediction: Any) -> Any:
     """Lists as one text, their parts parted as in the files of training; a pair of residues by a dash."""
     if not isinstance(prediction, list):
         return prediction
-    return SEPARATOR.join("-".join(map(str, part)) if isinstance(part, list) else part for part in prediction)
+    return SEPARATOR.join("-".join(map(str, part)) if isinstance(part, list) else str(part) for part in prediction)
 
 
 def _rounded(probability: float) -> float:

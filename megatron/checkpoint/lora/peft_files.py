@@ -23,19 +23,18 @@ from megatron.checkpoint.convert.families.hf import read_object
 from megatron.checkpoint.convert.families.hf_writing import TABLES
 from megatron.checkpoint.convert.families.names import their_names
 from megatron.checkpoint.convert.whole import entries
+from megatron.checkpoint.lora.merging import stored_pair
 from megatron.checkpoint.stored import Checkpoint, Tensors, stored
 from megatron.checkpoint.tensor_file import write_tensors
 from megatron.checkpoint.whole import stored_in
-from megatron.config import ModelConfig, PrecisionConfig
+from megatron.config import ModelConfig
 from megatron.config.lora import LORA_TARGETS, LoraConfig
 from megatron.errors import CheckpointError
 from megatron.files import new_folder, write_json
-from megatron.finetune.lora import adapt, possible_targets
-from megatron.model.protein_model import ProteinModel
-from megatron.parallel.tensor.adapters import Adapters, in_turns
+from megatron.model.lora import adapted_layers, possible_targets
+from megatron.parallel.tensor.adapters import Adapters, Pair, in_turns
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-Pair = tuple[Tensor, Tensor]  # A [r, i], B [o, r]
 _PREFIX, _FUSED = "base_model.model.", "query_key_value"
 # What else peft says that is known here, or says nothing of what the tensors mean.
 _KNOWN = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
@@ -110,19 +109,14 @@ def read(folder: Path, model: ModelConfig) -> tuple[Checkpoint, LoraConfig]:
 
 def _layers(model: ModelConfig, lora: LoraConfig) -> Iterator[tuple[str, list[str], Adapters]]:
     """Of each layer of such a model that has adapters its name, those of the modules that it is there, and them."""
-    with torch.device("meta"):
-        built = ProteinModel(replace(model, make_vocab_size_divisible_by=1), PrecisionConfig(), 1, mask_id=0)
-    adapt(built, lora)
     table = TABLES[family_of(vars(model))]
-    for name, adapters in built.named_modules():
-        if isinstance(adapters, Adapters):
-            layer = name.removesuffix(".adapters")
-            yield layer, [module.removesuffix(".weight") for module in their_names(f"{layer}.weight", table)], adapters
+    for layer, adapters in adapted_layers(model, lora):
+        yield layer, [module.removesuffix(".weight") for module in their_names(f"{layer}.weight", table)], adapters
 
 
 def _pair(tensors: Tensors, layer: str, part: str) -> Pair:
-    names = [f"{layer}.adapters.{part}.{which}.weight" for which in "ab"]
-    return tensors[names[0]].read(), tensors[names[1]].read()
+    a, b = stored_pair(tensors, layer, part)
+    return a.read(), b.read()
 
 
 def _joined(pairs: list[Pair | None], runs: tuple[int, ...]) -> Pair:

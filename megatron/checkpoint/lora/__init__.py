@@ -1,0 +1,1 @@
+"""Low-rank adapters on the disk: in the files of peft, and merged into the weights."""

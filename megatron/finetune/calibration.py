@@ -1,0 +1,56 @@
+"""The learning rate of --calibrate-lr that is best by validation, found by short tries, and kept for the next time."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron.errors import ConfigError
+from megatron.files import write_json
+from megatron.finetune.data.tasks import METRICS
+from megatron.finetune.training import Job, Training
+from megatron.parallel.collectives import everyones
+
+CHOSEN = "chosen.json"
+
+
+def with_best_rate(job: Job, folder: Path) -> Job | None:
+    """The job with that of --calibrate-lr of which a try with the first seed has the best validation; all together.
+
+    What is seen of each, and which was chosen, goes into a folder, from which it is taken the next time. Gives None
+    where it was asked to stop before. Raises ConfigError where there is no validation file to choose by.
+    """
+    if "valid" not in job.data.parts:
+        raise ConfigError("--calibrate-lr chooses by validation, and there is no such file; give --valid-data, or "
+                          "leave it out")
+    place = folder / "calibration"
+    known = everyones(_chosen(place / CHOSEN, job.identity), job.mesh.world)[0]
+    if known is not None:
+        return _with_rate(job, known)
+    values = dict[float, float]()
+    for rate in job.flags.finetune.calibrate_lr:
+        training = Training(_with_rate(job, rate), job.flags.finetune.seeds[0], place / f"lr-{rate:g}", is_try=True)
+        if not training.run():
+            job.log.line("stopped before a learning rate was chosen: the same command begins with that")
+            return None
+        values[rate] = training.best_value
+    best = max(values, key=lambda rate: values[rate])
+    shown = ", ".join(f"{value:.4f} with {rate:g}" for rate, value in values.items())
+    job.log.line(f"learning rate {best:g}, by {METRICS[job.data.space.kind][0]} on validation: {shown}")
+    if job.log.is_speaker:
+        write_json(place / CHOSEN, {"flags": job.identity, "lr": best})
+    return _with_rate(job, best)
+
+
+def _chosen(path: Path, identity: Mapping[str, Any]) -> float | None:
+    """The learning rate that an earlier run with these flags has chosen."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        return float(fields["lr"]) if fields["flags"] == json.loads(json.dumps(identity)) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _with_rate(job: Job, rate: float) -> Job:
+    return replace(job, flags=replace(job.flags, others={**job.flags.others, "lr": rate}))

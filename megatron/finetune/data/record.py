@@ -1,0 +1,75 @@
+"""A labelled protein as a file has it, and what all kinds of labels ask of it. Shapes: r residues."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron.errors import DataError
+
+_SHOWN = 40
+_MASKS: dict[Any, bool] = {"0": False, "1": True, 0: False, 1: True}
+
+
+@dataclass(frozen=True)
+class Record:
+    """A protein as a file has it; `place` names file and line or record, `ids` are its residues' in the vocabulary."""
+
+    place: str
+    name: str
+    ids: np.ndarray  # uint8 [r]
+    label: Any = None
+    mask: Any = None
+
+    def wrong(self, finding: str) -> DataError:
+        """The error that says so of this record."""
+        return DataError(f"{self.place}: {finding}")
+
+    def present(self) -> Any:
+        """The label in Python's own types; raises DataError where there is none."""
+        value = plain(self.label)
+        if value is None or (isinstance(value, str) and not value.strip()):
+            raise self.wrong("the label is missing")
+        return value
+
+    def counts(self) -> np.ndarray:
+        """Which residues count, bool [r], by the record's mask; without one all do. Raises DataError."""
+        mask = plain(self.mask)
+        if mask is None:
+            return np.ones(len(self.ids), dtype=bool)
+        if not isinstance(mask, (str, list)):
+            raise self.wrong(f"the mask {shown(mask)} is neither text nor a list with 0 or 1 for each residue")
+        if len(mask) != len(self.ids):
+            raise self.wrong(f"{len(self.ids)} residues, but a mask of {len(mask)}")
+        bad = [value for value in mask if not isinstance(value, (str, int, float)) or value not in _MASKS]
+        if bad:
+            raise self.wrong(f"the mask has {shown(bad[0])}; expected 0 or 1 for each residue")
+        return np.array([_MASKS[value] for value in mask])
+
+    def check_length(self, things: str, number: int) -> None:
+        """Raises DataError where there are not as many things as residues."""
+        if number != len(self.ids):
+            raise self.wrong(f"{len(self.ids)} residues, but {number} {things} in the label")
+
+
+def as_number(value: Any) -> float | None:
+    """A number, or a text that is one; None for what is none."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or "_" in str(value):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
+def plain(value: Any) -> Any:
+    """A value of NumPy, or bytes, in Python's own types."""
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
