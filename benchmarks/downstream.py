@@ -43,9 +43,10 @@ from megatron.checkpoint.saving import Saver, parts_of  # noqa: E402
 from megatron.config import CheckpointConfig  # noqa: E402
 from megatron.data.corpus.tokenizer import ResidueTokenizer  # noqa: E402
 from megatron.data.corpus.vocab import Vocab  # noqa: E402
-from megatron.finetune.examples import load_task  # noqa: E402
-from megatron.finetune.metrics import measure, with_spread  # noqa: E402
-from megatron.finetune.tasks import task_of  # noqa: E402
+from megatron.finetune.data.examples import load_task  # noqa: E402
+from megatron.finetune.data.tasks import CONTACTS, task_of  # noqa: E402
+from megatron.finetune.predictions.metrics import measure, with_spread  # noqa: E402
+from megatron.infer.contacts.structures import read_chains  # noqa: E402
 from megatron.infer.pretrained import flags_of, load_pretrained  # noqa: E402
 from megatron.log import Log  # noqa: E402
 
@@ -134,8 +135,13 @@ def probed(features: Features, vocab: Vocab, asked: Asked, data: Path, seed: int
         task = task_of(asked.task, label_key=asked.class_key)
         files = {part: f"{folder}/{part}.jsonl" for part in ("train", "test")}
         examples = load_task(task, files, ResidueTokenizer(vocab))
+        if task.kind == CONTACTS:
+            tell = features.contacts(read_chains([files["train"]]), seed)
+            answers = [tell(chain) for chain in read_chains([files["test"]])]
+        else:
+            answers = told(features, examples)
     test = [example.label for example in examples.parts["test"]]
-    return measure(examples.space, test, told(features, examples, seed))[asked.measure].value
+    return measure(examples.space, test, answers)[asked.measure].value
 
 
 def fine_tuned(checkpoint: str, asked: Asked, data: Path, seed: int) -> float:

@@ -1,4 +1,4 @@
-"""How well frozen models tell a task, by scikit-learn, and how well letters alone do: `told(features, data, seed)`.
+"""How well frozen models tell a task, by scikit-learn, and how well letters alone do: `told(features, data)`.
 
 Number and class of a protein: ridge regression, whose penalty is chosen by leaving one protein out, on the means of the
 hidden states of all layers, or on the frequencies of letters and of their pairs. Class of a residue: logistic
@@ -16,10 +16,10 @@ from sklearn.naive_bayes import CategoricalNB
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from megatron.finetune.examples import Example, TaskData
-from megatron.finetune.tasks import CONTACTS, LEAST_SEPARATION, NUMBER, RESIDUES
+from megatron.finetune.data.examples import Example, TaskData
+from megatron.finetune.data.tasks import NUMBER, RESIDUES
 from megatron.infer.answers import Asked
-from megatron.infer.contacts.chains import Chain
+from megatron.infer.contacts.chains import LEAST_SEPARATION, Chain
 from megatron.infer.contacts.regression import NUM_FITTED, drawn, fitted, pair_features
 from megatron.infer.pretrained import Pretrained
 from megatron.kernels.packed_sequence import NO_TARGET
@@ -28,7 +28,7 @@ WINDOW, NUM_LETTERS = 7, 32  # letters to each side; ids that a vocabulary of re
 PENALTIES = np.logspace(-4, 5, 19)
 MOST_ITERATIONS = 200
 FARTHEST = 100  # residues so far apart in the sequence, or farther, count alike
-TellContacts = Callable[[Example], np.ndarray]
+TellContacts = Callable[[Chain], np.ndarray]
 
 
 class Features(Protocol):
@@ -40,16 +40,13 @@ class Features(Protocol):
     def of_residues(self, examples: Sequence[Example]) -> np.ndarray:
         """[residues of all, f]."""
 
-    def contacts(self, train: Sequence[Example], seed: int) -> TellContacts:
-        """What gives a score of each pair of residues [r, r], learnt from the examples of `train`."""
+    def contacts(self, train: Sequence[Chain], seed: int) -> TellContacts:
+        """What gives a score of each pair of a chain's residues [r, r], learnt from those of `train`."""
 
 
-def told(features: Features, data: TaskData, seed: int) -> list[Any]:
-    """Of each test example what was learnt from the training ones, as `finetune.metrics.measure` takes it."""
+def told(features: Features, data: TaskData) -> list[Any]:
+    """Of each test example what was learnt from the training ones, as `metrics.measure` takes it; no contacts."""
     train, test, kind = data.parts["train"], data.parts["test"], data.space.kind
-    if kind == CONTACTS:
-        tell = features.contacts(train, seed)
-        return [tell(example) for example in test]
     if kind == RESIDUES:
         labels = np.concatenate([example.label for example in train])
         counts = labels != NO_TARGET
@@ -82,24 +79,25 @@ class Letters:
         around = np.concatenate([np.lib.stride_tricks.sliding_window_view(ids, size) for ids in padded])
         return np.eye(NUM_LETTERS, dtype=np.float32)[around].reshape(len(around), -1)
 
-    def contacts(self, train: Sequence[Example], seed: int) -> TellContacts:
+    def contacts(self, train: Sequence[Chain], seed: int) -> TellContacts:
         """By how often pairs of such letters touch, and how often those so far apart do, as if independent."""
-        pairs = [(example, _chain(example).pairs()) for example in train]
+        pairs = [(chain, chain.pairs()) for chain in train]
         model = CategoricalNB(min_categories=[NUM_LETTERS, NUM_LETTERS, FARTHEST + 1])
-        model.fit(np.concatenate([self._pairs(example, known.first_p.numpy(), known.second_p.numpy())
-                                  for example, known in pairs]),
+        model.fit(np.concatenate([self._pairs(chain, known.first_p.numpy(), known.second_p.numpy())
+                                  for chain, known in pairs]),
                   np.concatenate([known.touches_p.numpy() for _, known in pairs]))
 
-        def tell(example: Example) -> np.ndarray:
-            first_p, second_p = np.triu_indices(len(example.ids), LEAST_SEPARATION)
-            return _as_map(model.predict_log_proba(self._pairs(example, first_p, second_p))[:, 1],
-                           first_p, second_p, len(example.ids))
+        def tell(chain: Chain) -> np.ndarray:
+            first_p, second_p = np.triu_indices(len(chain.sequence), LEAST_SEPARATION)
+            return _as_map(model.predict_log_proba(self._pairs(chain, first_p, second_p))[:, 1],
+                           first_p, second_p, len(chain.sequence))
 
         return tell
 
-    def _pairs(self, example: Example, first_p: np.ndarray, second_p: np.ndarray) -> np.ndarray:
+    def _pairs(self, chain: Chain, first_p: np.ndarray, second_p: np.ndarray) -> np.ndarray:
         """The letters of each pair and how far apart they are, [p, 3]."""
-        return np.stack([example.ids[first_p], example.ids[second_p], np.minimum(second_p - first_p, FARTHEST)], 1)
+        letters = np.frombuffer(chain.sequence.encode(), np.uint8) % NUM_LETTERS
+        return np.stack([letters[first_p], letters[second_p], np.minimum(second_p - first_p, FARTHEST)], 1)
 
 
 class States:
@@ -123,16 +121,14 @@ class States:
                                        Asked(("per_tok",), self._layers))
         return np.concatenate([np.concatenate(answer["per_tok"], axis=1) for answer in answers])
 
-    def contacts(self, train: Sequence[Example], seed: int) -> TellContacts:
+    def contacts(self, train: Sequence[Chain], seed: int) -> TellContacts:
         """By ESM's regression on attention maps."""
-        chains = drawn([_chain(example, self._pretrained) for example in train], NUM_FITTED, seed)
-        theta = fitted(self._pretrained, chains).float()
+        theta = fitted(self._pretrained, drawn(train, NUM_FITTED, seed)).float()
 
-        def tell(example: Example) -> np.ndarray:
-            chain = _chain(example, self._pretrained)
+        def tell(chain: Chain) -> np.ndarray:
             pairs = chain.pairs()
             scores_p = pair_features(self._pretrained, chain, pairs) @ theta[:-1]
-            return _as_map(scores_p.numpy(), pairs.first_p.numpy(), pairs.second_p.numpy(), len(example.ids))
+            return _as_map(scores_p.numpy(), pairs.first_p.numpy(), pairs.second_p.numpy(), len(chain.sequence))
 
         return tell
 
@@ -146,11 +142,3 @@ def _as_map(scores_p: np.ndarray, first_p: np.ndarray, second_p: np.ndarray, siz
 def _text(example: Example, pretrained: Pretrained) -> str:
     tokens = [pretrained.vocab.tokens[index] for index in example.ids]
     return "".join(token if len(token) == 1 else "X" for token in tokens)
-
-
-def _chain(example: Example, pretrained: Pretrained | None = None) -> Chain:
-    """With its text where a model is to read it."""
-    import torch
-
-    text = _text(example, pretrained) if pretrained else "X" * len(example.ids)
-    return Chain(example.name, text, torch.from_numpy(example.label))

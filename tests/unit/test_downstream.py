@@ -17,11 +17,13 @@ from benchmarks.downstream_probes import Letters, States, told
 from megatron import load_pretrained
 from megatron.data.corpus.tokenizer import ResidueTokenizer
 from megatron.data.corpus.vocab import AMINO_ACIDS, Vocab
-from megatron.finetune.examples import Example, TaskData
-from megatron.finetune.labels import LabelSpace
-from megatron.finetune.metrics import measure
-from megatron.finetune.tasks import CLASS, CONTACTS, NUMBER, RESIDUES, task_of
+from megatron.finetune.data.contacts import table_of_atoms
+from megatron.finetune.data.examples import Example, TaskData
+from megatron.finetune.data.labels import LabelSpace
+from megatron.finetune.data.tasks import CLASS, CONTACTS, NUMBER, RESIDUES, task_of
+from megatron.finetune.predictions.metrics import measure
 from megatron.infer.contacts import regression
+from megatron.infer.contacts.chains import Chain
 from megatron.kernels.packed_sequence import NO_TARGET
 from tests.unit.test_pretrained import TINY, saved
 
@@ -95,9 +97,21 @@ def thirds(ids):
     return (np.searchsorted(IDS, ids) // 7).astype(np.int16)
 
 
-def found(features, data, seed=0):
+def found(features, data):
     """The measures of what is told of the test examples."""
-    return measure(data.space, [example.label for example in data.parts["test"]], told(features, data, seed))
+    return measure(data.space, [example.label for example in data.parts["test"]], told(features, data))
+
+
+def contacts_found(features, number, atoms_of):
+    """The precision of what is told of the second half of chains of 40 residues, whose atoms a function gives."""
+    chains = []
+    for place in range(number):
+        text = random_protein(40)
+        chains.append(Chain(str(place), text, torch.from_numpy(atoms_of(text).astype(np.float32))))
+    tell = features.contacts(chains[:number // 2], 0)
+    test = chains[number // 2:]
+    return measure(LabelSpace(CONTACTS), [table_of_atoms(chain.atoms_r3.numpy()) for chain in test],
+                   [tell(chain) for chain in test])["medium_long_p_at_l5"].value
 
 
 def test_letters_tell_what_hangs_on_a_proteins_letters():
@@ -125,12 +139,12 @@ def test_residues_that_do_not_count_are_not_learnt_from():
 
 
 def test_letters_of_contacts_are_a_pairs_two_and_how_far_apart_they_are():
-    def atoms(ids):
-        """Residues of the first letters touch each other, and no others do."""
-        apart = np.arange(40, dtype=np.float32)[:, None] * np.array([[50, 0, 0]], dtype=np.float32)
-        return np.where(np.isin(ids, IDS[:6])[:, None], np.float32(-100), apart)
+    def atoms(text):
+        """Residues of the letters A to G touch each other, and no others do."""
+        apart = np.arange(40)[:, None] * np.array([[50, 0, 0]])
+        return np.where(np.array([letter < "H" for letter in text])[:, None], -100, apart)
 
-    assert found(Letters(), examples(80, CONTACTS, atoms))["medium_long_p_at_l5"].value > 0.95
+    assert contacts_found(Letters(), 80, atoms) > 0.95
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +172,7 @@ def test_heads_that_see_contacts_are_found_and_tell_them_in_other_chains(checkpo
 
     for module in (downstream_probes, regression):
         monkeypatch.setattr(module, "pair_features", features)
-    folded = examples(44, CONTACTS, lambda ids: (RNG.normal(size=(40, 3)) * 8).astype(np.float32))
-    assert found(States(load_pretrained(checkpoint)), folded)["medium_long_p_at_l5"].value > 0.95
+    assert contacts_found(States(load_pretrained(checkpoint)), 44, lambda _: RNG.normal(size=(40, 3)) * 8) > 0.95
 
 
 def test_random_weights_are_of_the_same_shape_another_with_each_seed_and_not_zero(checkpoint, tmp_path):
