@@ -164,7 +164,7 @@ def with_random_weights(path: str, seed: int, folder: str) -> str:
     assert checkpoint is not None
     config = replace(pretrained.config, model=replace(pretrained.config.model, zero_init_output=False))
     model = replace(pretrained, config=config).untrained(seed).model
-    saver = Saver(CheckpointConfig(save=folder), pretrained.mesh, None, Log(), loaded=0)
+    saver = Saver(CheckpointConfig(save=folder), pretrained.mesh, None, Log(is_speaker=False), loaded=0)
     saver.save(1, parts_of(dict(model.named_parameters()), {}), {
         "iteration": 1, "config": {**flags_of(checkpoint), "zero_init_output": False},
         "vocabulary": pretrained.vocab.identity, "progress": {"iteration": 1, "consumed_samples": 0}})
