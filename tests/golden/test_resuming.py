@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -435,7 +436,7 @@ def test_a_request_after_the_last_step_leaves_the_evaluation_for_later(run, monk
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_a_request_while_the_program_loads_is_answered(run):
-    process = start_program(*SHORT, "--train-iters", 8, "--data-path", run.corpus)
+    process = start_program(sys.executable, *SHORT, "--train-iters", 8, "--data-path", run.corpus)
     bit, deadline_s = 1 << (signal.SIGTERM - 1), time.monotonic() + 60
     while time.monotonic() < deadline_s:
         status = Path(f"/proc/{process.pid}/status").read_text()

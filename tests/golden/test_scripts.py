@@ -10,7 +10,6 @@ import time
 import pytest
 
 from tests.golden.training import ROOT, TINY, losses
-from tests.warm_python import warm_python
 
 FLAGS = [*TINY, "--num-attention-heads", "4", "--micro-batch-size", "1", "--global-batch-size", "4", "--train-iters",
          "2", "--lr-decay-iters", "2"]
@@ -40,14 +39,6 @@ def run(script, corpus, folder, *flags, **environment):
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 0, output
     return losses(folder)
-
-
-@pytest.fixture(scope="module")
-def python(tmp_path_factory):
-    """The path of one that has loaded torch already."""
-    folder = tmp_path_factory.mktemp("python")
-    with warm_python(folder):
-        yield str(folder / "python")
 
 
 @pytest.fixture
