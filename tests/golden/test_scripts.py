@@ -36,7 +36,7 @@ def start(script, corpus, folder, *flags, **environment):
 def run(script, corpus, folder, *flags, **environment):
     """Runs the script; the losses of its iterations."""
     process = start(script, corpus, folder, *flags, **environment)
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate()[0]
     assert process.returncode == 0, output
     return losses(folder)
 
@@ -88,7 +88,7 @@ def test_a_request_to_stop_reaches_the_ranks_which_save_and_end_with_success(cor
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
     process.send_signal(signal.SIGUSR1)
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate()[0]
     assert process.returncode == 0, output
     assert "stopped at iteration" in output
     assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").exists()
