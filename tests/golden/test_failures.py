@@ -6,12 +6,11 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from tests.golden.training import ROOT, TINY, free_port, losses, run_on_ranks
+from tests.golden.training import ROOT, TINY, free_port, losses, processes_with, run_on_ranks
 
 HOST = socket.gethostname()
 RUN = [*TINY, "--micro-batch-size", "1", "--global-batch-size", "4", "--eval-interval", "100000"]
@@ -74,17 +73,6 @@ def send_to_rank_1(number: signal.Signals, launcher: "subprocess.Popen[str]", fo
     wait_for_checkpoint(launcher, folder)
     [rank_1] = processes_with(str(folder), "RANK=1")
     os.kill(rank_1, number)
-
-
-def processes_with(argument: str, variable: str) -> list[int]:
-    """The numbers of the processes that were started with both."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # ended meanwhile, or not ours
-            has_both = [text.encode() in (place / name).read_bytes().split(b"\0")
-                        for name, text in (("cmdline", argument), ("environ", variable))]
-            found += [int(place.name)] * all(has_both)
-    return found
 
 
 def end_of(process: "subprocess.Popen[str]") -> tuple[int, list[str], str]:

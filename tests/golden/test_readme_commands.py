@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NOT_COPIED = (".git", ".venv", "build", "runs", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info")
 
 TINY = ("--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 256 --max-position-embeddings 256 "
-        "--micro-batch-size 2 --train-iters 4 --eval-iters 1 --log-interval 2 --num-workers 0")
+        "--micro-batch-size 2 --train-iters 4 --eval-iters 1 --log-interval 2 --num-workers 0 --peak-tflops 1")
 # What is put behind a command that matches.
 QUICK = [(re.compile(r"--load (proteinlm-200m|esm2_t6_8M_UR50D)"),
           "--seq-length 12 --global-batch-size 2 --train-iters 2"),

@@ -57,6 +57,17 @@ def run_program(python: str, *flags: object, ranks: int = 1, launcher: str = "ru
     return process.returncode, output
 
 
+def processes_with(argument: str, variable: str) -> list[int]:
+    """The numbers of the processes that were started with both."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # ended meanwhile, or not ours
+            has_both = [text.encode() in (place / name).read_bytes().split(b"\0")
+                        for name, text in (("cmdline", argument), ("environ", variable))]
+            found += [int(place.name)] * all(has_both)
+    return found
+
+
 def run_on_ranks(*flags: object, ranks: int) -> list[int | None]:
     """The exit status of each rank of a program that is started without a launcher, in processes that have torch."""
     answers = on_processes(_one_rank, ranks, free_port(), [str(flag) for flag in flags])
