@@ -37,13 +37,13 @@ exec "{python}" "$@"
 
 
 @contextmanager
-def warm_python(folder: Path, *prefix: str) -> Iterator[None]:
-    """Within this context `folder` holds `python` and `python3`; what `prefix` starts a command in, theirs run in."""
+def warm_python(folder: Path) -> Iterator[None]:
+    """Within this context `folder` holds `python` and `python3`."""
     place = folder / "socket"
     for name in ("python", "python3"):
         (folder / name).write_text(STAND_IN.format(python=sys.executable, file=__file__, place=place))
         (folder / name).chmod(0o755)
-    with subprocess.Popen([*prefix, sys.executable, __file__, "serve", place], stdout=subprocess.PIPE) as server:
+    with subprocess.Popen([sys.executable, __file__, "serve", place], stdout=subprocess.PIPE) as server:
         assert server.stdout and server.stdout.readline() == b"ready\n"
         yield
         server.terminate()

@@ -7,14 +7,13 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from tests.golden.training import ROOT, TINY, processes_with
-from tests.warm_python import warm_python
+from tests.golden.training import ROOT, TINY
 
 RUN = [*TINY, "--num-attention-heads", "4", "--micro-batch-size", "1", "--global-batch-size", "4", "--train-iters",
        "100000", "--save-interval", "3", "--tensor-model-parallel-size", "2", "--distributed-timeout-minutes", "1"]
@@ -26,13 +25,9 @@ def ip(*words: str) -> None:
 
 
 class Hosts:
-    """Two namespaces, `first` and `second`, whose processes reach each other at ADDRESSES.
+    """Two namespaces, `first` and `second`, whose processes reach each other at ADDRESSES."""
 
-    Each has a `python` of its own in a folder, which has loaded torch already.
-    """
-
-    def __init__(self, folders: dict[str, Path]) -> None:
-        self.folders = folders
+    def __init__(self) -> None:
         self.namespaces = {name: f"{name}-{os.getpid()}" for name in ADDRESSES}
 
     def make(self) -> None:
@@ -52,43 +47,41 @@ class Hosts:
                 os.kill(number, signal.SIGKILL)
             subprocess.run(["ip", "netns", "del", namespace], capture_output=True)
 
-    def entered(self, name: str) -> list[str]:
-        """What starts a command on the host `name`, and is replaced by it."""
-        return ["ip", "netns", "exec", self.namespaces[name], "unshare", "--uts", "bash", "-c",
-                'echo "$0" >/proc/sys/kernel/hostname; exec "$@"', name]
-
-    def launch(self, name: str, *arguments: object, **environment: str) -> "subprocess.Popen[str]":
-        """The launcher on the host `name`, errors among its output."""
-        command = [self.folders[name] / "python", "-m", "megatron.parallel.launch", *arguments]
-        return subprocess.Popen(list(map(str, command)), cwd=ROOT,
+    def start(self, name: str, *command: object, **environment: str) -> "subprocess.Popen[str]":
+        """`command` on the host `name`, errors among its output. What enters the host is replaced by the command."""
+        inside = ["unshare", "--uts", "bash", "-c", 'echo "$0" >/proc/sys/kernel/hostname; exec "$@"', name]
+        return subprocess.Popen(["ip", "netns", "exec", self.namespaces[name], *inside, *map(str, command)], cwd=ROOT,
                                 env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
                                 text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 @pytest.fixture(scope="module")
-def hosts(tmp_path_factory):
+def hosts():
     if os.geteuid() != 0:
         pytest.skip("making network namespaces needs root")
     if not (shutil.which("ip") and shutil.which("unshare")):
         pytest.skip("making network namespaces needs the commands ip (Debian: iproute2) and unshare (util-linux)")
-    pair = Hosts({name: tmp_path_factory.mktemp(name) for name in ADDRESSES})
+    pair = Hosts()
     try:
         pair.make()
     except subprocess.CalledProcessError as error:
         pair.remove()
         pytest.skip(f"network namespaces cannot be made here: {error.stderr.strip()}")
-    with ExitStack() as stack:
-        stack.callback(pair.remove)
-        for name, folder in pair.folders.items():
-            stack.enter_context(warm_python(folder, *pair.entered(name)))
-        yield pair
+    yield pair
+    pair.remove()
 
 
 def start_on_both(hosts, corpus, folder):
-    return [hosts.launch(name, "--nnodes", 2, "--node_rank", number, "--master_addr", ADDRESSES["first"],
-                         "--master_port", 6001, "--nproc_per_node", 2, "--max-restarts", 1, ROOT / "pretrain_tape.py",
-                         *RUN, "--data-path", corpus, "--save", folder, "--load", folder, GLOO_SOCKET_IFNAME="wire")
+    return [hosts.start(name, sys.executable, "-m", "megatron.parallel.launch", "--nnodes", 2, "--node_rank",
+                        number, "--master_addr", ADDRESSES["first"], "--master_port", 6001, "--nproc_per_node", 2,
+                        "--max-restarts", 1, ROOT / "pretrain_tape.py", *RUN, "--data-path", corpus,
+                        "--save", folder, "--load", folder, GLOO_SOCKET_IFNAME="wire")
             for number, name in enumerate(ADDRESSES)]
+
+
+def ranks_of(launcher: subprocess.Popen) -> list[int]:
+    """The process numbers of the ranks that a launcher has started."""
+    return [int(number) for number in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
 
 
 def wait_for(condition, processes: "list[subprocess.Popen[str]]") -> None:
@@ -103,16 +96,15 @@ def errors_in(output: str) -> list[str]:
 
 
 def test_both_hosts_start_again_or_end_and_say_which_rank_died_where(corpus, tmp_path, hosts):
-    processes = start_on_both(hosts, corpus, tmp_path)
+    first, second = processes = start_on_both(hosts, corpus, tmp_path)
     pointer = tmp_path / "latest_checkpointed_iteration.txt"
     wait_for(pointer.exists, processes)
-    [before] = processes_with(str(tmp_path), "RANK=3")
-    os.kill(before, signal.SIGKILL)
-    wait_for(lambda: set(processes_with(str(tmp_path), "RANK=3")) - {before}, processes)
+    before = ranks_of(second)
+    os.kill(before[1], signal.SIGKILL)
+    wait_for(lambda: ranks_of(second) and not set(ranks_of(second)) & set(before), processes)
     saved = pointer.read_text()
     wait_for(lambda: pointer.read_text() != saved, processes)
-    [rank_1] = processes_with(str(tmp_path), "RANK=1")
-    os.kill(rank_1, signal.SIGKILL)
+    os.kill(ranks_of(first)[1], signal.SIGKILL)
     outputs = [process.communicate()[0] for process in processes]
     lines = ["error: rank 3 on second: killed by signal 9 (SIGKILL); starting again, restart 1 of 1",
              "error: rank 1 on first: killed by signal 9 (SIGKILL)"]
@@ -123,6 +115,7 @@ def test_both_hosts_start_again_or_end_and_say_which_rank_died_where(corpus, tmp
 
 def test_one_host_does_not_need_its_own_name(corpus, tmp_path, hosts):
     flags = [*RUN, "--train-iters", 2, "--data-path", corpus, "--save", tmp_path]
-    process = hosts.launch("first", "--nproc_per_node", 2, ROOT / "pretrain_tape.py", *flags)
+    process = hosts.start("first", sys.executable, "-m", "megatron.parallel.launch", "--nproc_per_node", 2,
+                          ROOT / "pretrain_tape.py", *flags)
     output = process.communicate()[0]
     assert process.returncode == 0, output
