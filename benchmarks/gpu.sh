@@ -25,10 +25,12 @@ measure() {
     timeout "$seconds" "$python" "$@" || printf '\nended with status %s\n' $?
 }
 
-printf '%s, ' "$(date +%F)"
-"$python" -c 'import torch, platform
+machine=$("$python" -c 'import torch, platform
 print(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "no GPU",
-      f"torch {torch.__version__}, CUDA {torch.version.cuda}, Python {platform.python_version()}", sep=", ")'
+      f"torch {torch.__version__}, CUDA {torch.version.cuda}, Python {platform.python_version()}", sep=", ")
+print(torch.cuda.device_count())')
+gpus=${machine##*$'\n'}
+printf '%s, %s\n' "$(date +%F)" "${machine%$'\n'*}"
 
 if [ $# = 0 ] && "$python" -c 'import pytest' 2>/dev/null; then
     measure 100 "Errors of the kernels, memory, waits" -m pytest -q tests/gpu
@@ -44,7 +46,6 @@ if [ $# = 0 ]; then measure 70 "Attention" benchmarks/attention.py; fi
 if [ $# = 0 ] && "$python" -c 'import transformers' 2>/dev/null; then
     measure 50 "Beside transformers" benchmarks/esm2_step.py --presets esm2-150m --repeats 5 --bf16
 fi
-gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
 if [ "$gpus" -gt 1 ]; then
     export GPUS_PER_NODE=$gpus PRESET=esm2-650m
     for layout in "" "--data-parallel-sharding parameters" "--tensor-model-parallel-size 2 --sequence-parallel"; do

@@ -1,4 +1,4 @@
-"""The corpus of the short real runs, written once a session, and models of transformers.
+"""The corpus of the short real runs, written once a session, a Python for commands, and models of transformers.
 
 What takes seconds to import is imported where it is asked for: many tests do without.
 """
@@ -14,6 +14,16 @@ def corpus(tmp_path_factory):
 
     torch.set_num_threads(1)  # the models are too small for more
     return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory):
+    """The path of one that has loaded torch already."""
+    from tests.warm_python import warm_python
+
+    folder = tmp_path_factory.mktemp("python")
+    with warm_python(folder):
+        yield str(folder / "python")
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,10 @@
 """A `python` that has loaded torch already: each command is a fork of one process. For tests that run many commands.
 
 Loading torch is most of what a command on a tiny model takes. Nothing of the project is loaded beforehand: a command
-takes that from where it runs. It has its own arguments, environment, folder, open files, signals and exit status, and
-starts others (`sys.executable`) in the same way. Only scripts and modules that train or convert go this way; whatever
-else is asked of `python` is Python's as ever.
+takes that from where it runs. It has its own arguments, environment, folder, open files, signals and exit status, dies
+where what was started in its place is killed (but SIGSTOP does not reach it), and starts others (`sys.executable`) in
+the same way. Only scripts and modules that train, measure or convert go this way; whatever else is asked of `python` is
+Python's as ever.
 """
 
 import importlib
@@ -14,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,7 +28,8 @@ STAND_IN = """#!/bin/sh
 case "$1 $2" in
     "-c "*"print(sys.executable)") echo "$0"; exit ;;
     *tools/preprocess_data.py\\ *) ;;
-    *pretrain_tape.py\\ * | *tools/*.py\\ * | "-m megatron.parallel.launch")
+    *pretrain_tape.py\\ * | *tools/*.py\\ * | *benchmarks/*.py\\ * | \\
+    "-m megatron.parallel.launch" | "-m torch.distributed."*)
         exec "{python}" -I -S "{file}" ask "{place}" "$0" "$@" ;;
 esac
 exec "{python}" "$@"
@@ -86,6 +89,7 @@ def _answer(connection: socket.socket) -> None:
     process = os.fork()
     if process:
         connection.sendall(process.to_bytes(8, "big"))
+        threading.Thread(target=_kill_if_left, args=(connection, process), daemon=True).start()
         status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
         connection.sendall((status if status >= 0 else 128 - status).to_bytes(8, "big"))
         os._exit(0)
@@ -98,6 +102,13 @@ def _answer(connection: socket.socket) -> None:
     os.environ.clear()
     os.environ.update(environment)
     _run(*command)
+
+
+def _kill_if_left(connection: socket.socket, process: int) -> None:
+    """Kill the process when who asked for it has been."""
+    with suppress(OSError):  # both have ended
+        if not connection.recv(1):
+            os.kill(process, signal.SIGKILL)
 
 
 def _run(executable: str, *arguments: str) -> None:

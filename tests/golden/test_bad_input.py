@@ -2,7 +2,6 @@
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -94,23 +93,23 @@ def test_a_checkpoint_without_optimizer(capsys, corpus, tmp_path):
     assert main([*RUN, *flags, "--no-load-optim"]) == 0
 
 
-FULL_DISK = """
+FULL_DISK = f"""
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 limit = 40_000  # bytes a file: less than the model, more than what comes before it
-sys.argv = sys.argv[1:]
-sys.path.insert(0, sys.argv[0].rsplit("/", 1)[0])
+sys.path.insert(0, {str(ROOT)!r})
 import pretrain_tape
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 sys.exit(pretrain_tape.main(sys.argv[1:]))
 """
 
 
-def test_a_full_disk_while_saving_leaves_the_last_good_checkpoint(corpus, tmp_path):
+def test_a_full_disk_while_saving_leaves_the_last_good_checkpoint(corpus, tmp_path, python):
     flags = [*RUN, "--data-path", corpus, "--save", str(tmp_path), "--load", str(tmp_path)]
     assert main([*flags, "--exit-interval", "4"]) == 0
-    result = subprocess.run([sys.executable, "-c", FULL_DISK, ROOT / "pretrain_tape.py", *flags], text=True,
-                            capture_output=True, timeout=120)
+    program = tmp_path / "full_disk_pretrain_tape.py"
+    program.write_text(FULL_DISK)
+    result = subprocess.run([python, program, *flags], text=True, capture_output=True)
     assert result.returncode == 2, result.stdout + result.stderr
     assert "could not save" in result.stderr.splitlines()[-1]
     assert sorted(path.name for path in Path(tmp_path).glob("*iter_*")) == ["iter_0000004"]

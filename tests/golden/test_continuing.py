@@ -4,7 +4,6 @@ import gzip
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -37,20 +36,20 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def start(inputs, out, **environment):
+def start(python, inputs, out):
     """Starts the script; output and errors in one pipe."""
     command = ["bash", "examples/continue_esm2.sh", inputs / "esm2_tiny", inputs / "new.fasta.gz", out, *FLAGS]
-    given = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "EPOCHS": "1", "OLD_PROTEINS": inputs / "old.fasta.gz"}
-    return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=os.environ | given | environment, text=True,
+    given = {"PYTHON": python, "OMP_NUM_THREADS": "1", "EPOCHS": "1", "OLD_PROTEINS": inputs / "old.fasta.gz"}
+    return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=os.environ | given, text=True,
                             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 @pytest.fixture(scope="module")
-def unbroken(inputs, tmp_path_factory):
+def unbroken(python, inputs, tmp_path_factory):
     """The folder of a run that nothing disturbed, and what was said."""
     out = tmp_path_factory.mktemp("runs") / "unbroken"
-    process = start(inputs, out)
-    said = process.communicate(timeout=120)[0]
+    process = start(python, inputs, out)
+    said = process.communicate()[0]
     assert process.returncode == 0, said
     return out, said
 
@@ -87,18 +86,19 @@ def test_what_comes_out_is_gone_on_from_again(unbroken, tmp_path):
     assert losses(tmp_path, "valid")[0] == pytest.approx(curve[max(curve)], rel=1e-6)
 
 
-def test_a_run_that_was_asked_to_stop_saves_and_the_same_command_goes_on_to_the_same_end(unbroken, inputs, tmp_path):
-    process = start(inputs, tmp_path / "out")
+def test_a_run_that_was_asked_to_stop_saves_and_the_same_command_goes_on_to_the_same_end(unbroken, python, inputs,
+                                                                                                   tmp_path):
+    process = start(python, inputs, tmp_path / "out")
     metrics = tmp_path / "out" / "run" / "metrics.jsonl"
     while not (metrics.exists() and b'"train"' in metrics.read_bytes()):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=120)[0]
+    said = process.communicate()[0]
     assert process.returncode == 0 and "stopped at iteration" in said, said
     assert not (tmp_path / "out" / "model").exists()
-    again = start(inputs, tmp_path / "out")
-    said = again.communicate(timeout=120)[0]
+    again = start(python, inputs, tmp_path / "out")
+    said = again.communicate()[0]
     assert again.returncode == 0 and "going on from iteration" in said, said
     assert losses(tmp_path / "out" / "run") == losses(unbroken[0] / "run")
     for name in ("model.safetensors", "config.json", "tokenizer.json"):

@@ -105,8 +105,8 @@ def test_shared_out_activations_follow_the_curve_of_one_rank(corpus, tmp_path, o
     assert_close(train(corpus, tmp_path, 2, *flags), one_rank)
 
 
-def test_torchs_older_launcher_starts_ranks_that_share_the_model(corpus, tmp_path, one_rank):
-    status, output = run_program(*MODEL, *TP2, "--train-iters", 6, "--data-path", corpus, "--save", tmp_path,
+def test_torchs_older_launcher_starts_ranks_that_share_the_model(corpus, tmp_path, one_rank, python):
+    status, output = run_program(python, *MODEL, *TP2, "--train-iters", 6, "--data-path", corpus, "--save", tmp_path,
                                  ranks=2, launcher="launch")
     assert status == 0, output
     assert_close(curves(tmp_path), one_rank)

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,13 +19,12 @@ from tests.families import ESM2
 from tests.megatron_files import write_original
 from tests.structure_files import mmcif, pdb
 from tests.transformers_models import trained_here
-from tests.warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_COPIED = (".git", ".venv", "build", "runs", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info")
 
 TINY = ("--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 256 --max-position-embeddings 256 "
-        "--micro-batch-size 2 --train-iters 4 --eval-iters 1 --log-interval 2 --num-workers 0")
+        "--micro-batch-size 2 --train-iters 4 --eval-iters 1 --log-interval 2 --num-workers 0 --peak-tflops 1")
 # What is put behind a command that matches.
 QUICK = [(re.compile(r"--load (proteinlm-200m|esm2_t6_8M_UR50D)"),
           "--seq-length 12 --global-batch-size 2 --train-iters 2"),
@@ -72,13 +70,11 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def environment(python: str) -> dict[str, str]:
     """The environment of a user whose active Python is the one that runs the tests."""
     not_a_users = "PYTHON", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "PRESET"
     inherited = {key: value for key, value in os.environ.items() if key not in not_a_users}
-    folder = tmp_path_factory.mktemp("bin")
-    with warm_python(folder):
-        yield inherited | {"PATH": f"{folder}:{os.environ['PATH']}"}
+    return inherited | {"PATH": f"{Path(python).parent}:{os.environ['PATH']}"}
 
 
 def test_the_readme_has_commands() -> None:

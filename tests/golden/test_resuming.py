@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -310,11 +311,9 @@ def test_a_folder_in_use_is_refused_by_all_ranks(run):
     claim.acquire(print)
     try:
         assert f"--save {run.folder} is in use by process {os.getpid()}" in run.error("--train-iters", 2)
-        began_s = time.monotonic()
         statuses = run_on_ranks(*SHORT, "--train-iters", 2, "--data-path", run.corpus, "--save", run.folder, ranks=2)
         assert statuses[0] == 2
-        assert statuses[1]
-        assert time.monotonic() - began_s < 120
+        assert statuses[1]  # it has ended
     finally:
         claim.release()
     run("--train-iters", 2)
@@ -435,14 +434,13 @@ def test_a_request_after_the_last_step_leaves_the_evaluation_for_later(run, monk
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_a_request_while_the_program_loads_is_answered(run):
-    process = start_program(*SHORT, "--train-iters", 8, "--data-path", run.corpus)
-    bit, deadline_s = 1 << (signal.SIGTERM - 1), time.monotonic() + 60
-    while time.monotonic() < deadline_s:
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        if int(status.split("SigCgt:")[1].split()[0], 16) & bit:
-            break
+    process = start_program(sys.executable, *SHORT, "--train-iters", 8, "--data-path", run.corpus)
+    bit, caught = 1 << (signal.SIGTERM - 1), 0
+    while not caught & bit:
+        assert process.poll() is None, process.communicate()[0]
+        caught = int(Path(f"/proc/{process.pid}/status").read_text().split("SigCgt:")[1].split()[0], 16)
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate()[0]
     assert process.returncode == 0, output
     assert output == "stopped: there is nothing to save\n"

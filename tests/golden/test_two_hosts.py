@@ -85,10 +85,9 @@ def ranks_of(launcher: subprocess.Popen) -> list[int]:
 
 
 def wait_for(condition, processes: "list[subprocess.Popen[str]]") -> None:
-    deadline_s = time.monotonic() + 60
     while not condition():
         ended = [process.communicate(timeout=10)[0] for process in processes if process.poll() is not None]
-        assert not ended and time.monotonic() < deadline_s, ended
+        assert not ended, ended
         time.sleep(0.02)
 
 
@@ -106,7 +105,7 @@ def test_both_hosts_start_again_or_end_and_say_which_rank_died_where(corpus, tmp
     saved = pointer.read_text()
     wait_for(lambda: pointer.read_text() != saved, processes)
     os.kill(ranks_of(first)[1], signal.SIGKILL)
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    outputs = [process.communicate()[0] for process in processes]
     lines = ["error: rank 3 on second: killed by signal 9 (SIGKILL); starting again, restart 1 of 1",
              "error: rank 1 on first: killed by signal 9 (SIGKILL)"]
     assert list(map(errors_in, outputs)) == [lines, lines]
@@ -118,5 +117,5 @@ def test_one_host_does_not_need_its_own_name(corpus, tmp_path, hosts):
     flags = [*RUN, "--train-iters", 2, "--data-path", corpus, "--save", tmp_path]
     process = hosts.start("first", sys.executable, "-m", "megatron.parallel.launch", "--nproc_per_node", 2,
                           ROOT / "pretrain_tape.py", *flags)
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate()[0]
     assert process.returncode == 0, output

@@ -39,22 +39,33 @@ def write_corpus(folder: Path, num_proteins: int = 300) -> str:
     return str(folder / "corpus")
 
 
-def start_program(*flags: object, ranks: int = 1, launcher: str = "run") -> subprocess.Popen:
-    """`pretrain_tape.py FLAGS`, under the launcher where there are several ranks; output and errors in one pipe.
+def start_program(python: str, *flags: object, ranks: int = 1, launcher: str = "run") -> subprocess.Popen:
+    """`PYTHON pretrain_tape.py FLAGS`, under the launcher where there are several ranks; output and errors in one pipe.
 
     One thread a rank, as the tests' own process has: the order of sums, and so the last bits, depend on it.
     """
     start = ["-m", f"torch.distributed.{launcher}", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    command = [sys.executable, *start, str(ROOT / "pretrain_tape.py"), *map(str, flags)]
+    command = [python, *start, str(ROOT / "pretrain_tape.py"), *map(str, flags)]
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def run_program(*flags: object, ranks: int = 1, launcher: str = "run") -> tuple[int, str]:
+def run_program(python: str, *flags: object, ranks: int = 1, launcher: str = "run") -> tuple[int, str]:
     """The exit status and the output of `start_program`."""
-    process = start_program(*flags, ranks=ranks, launcher=launcher)
-    output = process.communicate(timeout=120)[0]
+    process = start_program(python, *flags, ranks=ranks, launcher=launcher)
+    output = process.communicate()[0]
     return process.returncode, output
+
+
+def processes_with(argument: str, variable: str) -> list[int]:
+    """The numbers of the processes that were started with both."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # ended meanwhile, or not ours
+            has_both = [text.encode() in (place / name).read_bytes().split(b"\0")
+                        for name, text in (("cmdline", argument), ("environ", variable))]
+            found += [int(place.name)] * all(has_both)
+    return found
 
 
 def run_on_ranks(*flags: object, ranks: int) -> list[int | None]:

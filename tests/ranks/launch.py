@@ -45,7 +45,7 @@ def on_processes(function: Callable[..., bytes], number: int, *arguments: Any) -
     busy = workers[:number]
     for rank, worker in enumerate(busy):
         worker.connection.send((function, (rank, number, *arguments)))
-    deadline_s = time.monotonic() + 2 * TIMEOUT_S
+    deadline_s = time.monotonic() + 4 * TIMEOUT_S
     answers = [worker.answer(deadline_s) for worker in busy]
     if not all(isinstance(answer, bytes) for answer in answers):
         for worker in workers:

@@ -24,6 +24,7 @@ from tests.ranks.test_model_layouts import (
     PROTEINS,
     SEQ_LENGTH,
     VOCABULARY,
+    layers_for,
     micro_batches,
     row,
     varied,
@@ -45,11 +46,11 @@ RATE = 0.01
 class Living:
     """A model with adapters in one layout, ready to step."""
 
-    def __init__(self, mesh, parallel, kind):
+    def __init__(self, mesh, parallel, kind, num_layers):
         model, lora = KINDS[kind]
         training = TrainingConfig(micro_batch_size=1, global_batch_size=len(PROTEINS))
-        config = Config(model=model, data=DataConfig(seq_length=SEQ_LENGTH), parallel=parallel, training=training,
-                        optimizer=OptimizerConfig(clip_grad=0.0))
+        config = Config(model=replace(model, num_layers=num_layers), data=DataConfig(seq_length=SEQ_LENGTH),
+                        parallel=parallel, training=training, optimizer=OptimizerConfig(clip_grad=0.0))
         with torch.device("meta"):
             stages = build_stages(config, mesh, VOCABULARY, MASK_ID)
         for stage in stages:
@@ -75,7 +76,8 @@ class Living:
 
 
 def outcomes(axis, layouts):
-    return {(layout, kind): Living(build_mesh(parallel, CPU, TIMEOUT), parallel, kind).outcome()
+    return {(layout, kind, layers_for(parallel)):
+            Living(build_mesh(parallel, CPU, TIMEOUT), parallel, kind, layers_for(parallel)).outcome()
             for layout, parallel in layouts.items() for kind in KINDS}
 
 
@@ -86,12 +88,13 @@ def results(request):
 
 @pytest.fixture(scope="module")
 def on_one_rank():
-    return {kind: Living(Mesh(), ParallelConfig(), kind).outcome() for kind in KINDS}
+    return {(kind, num_layers): Living(Mesh(), ParallelConfig(), kind, num_layers).outcome()
+            for kind in KINDS for num_layers in (2, 4)}
 
 
 def test_every_layout_drops_and_learns_what_one_rank_does(results, on_one_rank):
-    for (layout, kind), (ours, start, _) in results.items():
-        expected, first, _ = on_one_rank[kind]
+    for (layout, *kind), (ours, start, _) in results.items():
+        expected, first, _ = on_one_rank[tuple(kind)]
         assert ours.keys() == expected.keys()
         assert all(torch.equal(start[name], first[name]) for name in first), (layout, kind)
         for name, one in expected.items():
@@ -100,8 +103,8 @@ def test_every_layout_drops_and_learns_what_one_rank_does(results, on_one_rank):
 
 
 def test_adapters_alone_are_stepped_and_the_rest_stays_bit_by_bit(results, on_one_rank):
-    for (layout, kind), (state, start, end) in itertools.chain(results.items(), {
-            ("one rank", kind): outcome for kind, outcome in on_one_rank.items()}.items()):
+    for (layout, *kind), (state, start, end) in itertools.chain(results.items(), {
+            ("one rank", *kind): outcome for kind, outcome in on_one_rank.items()}.items()):
         trained = adapters_in(start)
         assert {name.removeprefix("exp_avg/") for name in state} - {"loss", "norm"} == trained.keys()
         for name, before in start.items():

@@ -238,7 +238,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
     assert load(tmp_path).iteration == 1
     behind = saver(tmp_path, async_save=True)
     behind.save(2, parts_of(*tensors(2)), {"iteration": 2})
-    deadline_s = time.monotonic() + 30
+    deadline_s = time.monotonic() + 120
     with pytest.raises(CheckpointError, match="No space left on device"):
         while time.monotonic() < deadline_s:  # as at each step
             behind.poll()

@@ -14,6 +14,8 @@ from megatron.errors import CheckpointError, ConfigError
 from megatron.log import Log
 from megatron.parallel.mesh import Mesh
 
+MOST_S = 100  # for what takes 0.3 s on a computer that does nothing else, and three minutes or a day where it is wrong
+
 
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch):
@@ -62,7 +64,8 @@ def test_a_process_number_that_another_process_has_by_now_holds_nothing(tmp_path
     acquired(tmp_path).release()
 
 
-def test_a_holder_on_another_host_lives_while_its_lock_is_renewed(tmp_path):
+def test_a_holder_on_another_host_lives_while_its_lock_is_renewed(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "STALE_S", 60)
     other = acquired(tmp_path)
     other._me |= {"machine": "another", "host": "node7"}
     move_to_another_host(tmp_path / LOCK)
@@ -77,7 +80,7 @@ def test_a_holder_on_another_host_that_rests_is_dead_after_a_while(tmp_path):
     move_to_another_host(tmp_path / LOCK, token="of the dead")
     said, began_s = [], time.monotonic()
     acquired(tmp_path, said).release()
-    assert 0.1 < time.monotonic() - began_s < 5
+    assert 0.1 < time.monotonic() - began_s < MOST_S
     assert len(said) == 1
     assert "waiting up to" in said[0]
 
@@ -106,7 +109,7 @@ def test_a_clock_that_was_put_back_does_not_lengthen_the_wait_for_a_dead_holder(
     tomorrow_s, began_s = time.time() + 86400, time.monotonic()
     os.utime(tmp_path / LOCK, (tomorrow_s, tomorrow_s))
     acquired(tmp_path).release()
-    assert time.monotonic() - began_s < 5
+    assert time.monotonic() - began_s < MOST_S
 
 
 def test_of_many_that_find_a_dead_holder_one_takes_the_folder(tmp_path):

@@ -171,7 +171,7 @@ def test_the_next_epochs_rows_are_built_ahead(tmp_path, monkeypatch):
     train = build_datasets(DataConfig(data_path=(str(tmp_path / "a"),), seq_length=64, split="1"), VOCAB, 1).train
     loader = load(train, num_workers=1)
     next(loader)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 120
     while not list(tmp_path.glob("row_index/*-000001.rows")) and time.monotonic() < deadline:
         time.sleep(0.01)
     loader.close()

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.config.data import VOCABULARIES
@@ -79,6 +79,7 @@ def test_of_large_data_a_sample_is_looked_at(tmp_path, monkeypatch):
         corpus_vocabulary(write(tmp_path / "b", ids))
 
 
+@settings(deadline=None)
 @given(families, families, st.text(RESIDUE_LETTERS, min_size=1))
 def test_ids_are_mapped_by_letter_and_back(corpus, model, protein):
     there, back = id_table(corpus, model), id_table(model, corpus)

@@ -81,9 +81,9 @@ def test_many_bad_records_take_no_longer_than_good_ones(tmp_path):
 
 def test_a_long_record_in_small_chunks_is_searched_once(monkeypatch):
     monkeypatch.setattr(streams, "BLOCK_BYTES", 1 << 10)
-    begun = time.monotonic()
+    begun_s = time.process_time()
     assert [len(block) for block in streams.cut([b"A" * 64] * 100_000 + [b"\nMK\n"], b"\n", "in")] == [6_400_001, 3]
-    assert time.monotonic() - begun < 2  # searched anew with each chunk, it takes a minute
+    assert time.process_time() - begun_s < 15  # searched anew with each chunk, it takes a minute
 
 
 def test_a_record_without_end_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):

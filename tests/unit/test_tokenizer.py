@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.data.corpus.tokenizer import TOKENIZER_TYPES, build_tokenizer, split_sentences
@@ -23,6 +23,7 @@ def test_every_type_reads_residues_in_any_spelling(tokenizer_type, text):
     assert ids.tolist() == [17, 15, 26, 4]
 
 
+@settings(deadline=None)
 @given(st.text(alphabet=RESIDUE_LETTERS + RESIDUE_LETTERS.lower()))
 def test_each_letter_gives_the_id_of_its_line(text):
     expected = [VOCAB.ids.get(letter.upper(), VOCAB.unk_id) for letter in text]

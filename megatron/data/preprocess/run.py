@@ -31,7 +31,7 @@ from megatron.data.sources.names import DEFAULT_NAME_KEY
 from megatron.data.sources.source import Source, expand
 from megatron.data.sources.streams import BLOCK_BYTES
 from megatron.errors import DataError, UserError
-from megatron.files import write_json
+from megatron.files import left_over, write_json
 
 VERSION = 1
 _PROGRESS_FILE = "progress.json"
@@ -148,7 +148,7 @@ class _Preprocessing:
 
     def _open_writers(self) -> None:
         prefixes = output_prefixes(self.config).values()
-        saved = _saved_progress(Path(f"{next(iter(prefixes))}.partial"), self._identity())
+        saved = _saved_progress([Path(f"{prefix}.partial") for prefix in prefixes], self._identity())
         if saved:
             self.num_blocks, self.num_shards = saved["blocks"], saved["shards"]
             self.tallies = [Tally.from_state(state) for state in saved["tallies"]]
@@ -205,7 +205,8 @@ class _Preprocessing:
         if not self.writers:
             return stats
         stats_path = Path(f"{self.config.output_prefix}.stats.json")
-        stats_path.unlink(missing_ok=True)
+        for old in (stats_path, *left_over(stats_path)):
+            old.unlink(missing_ok=True)
         for writer, output in zip(self.writers, outputs.values(), strict=True):
             writer.finish()
             output["files"] = [{"path": path, "bytes": os.path.getsize(path), "sha256": _file_sha256(path)}
@@ -228,14 +229,14 @@ def _endings(config: PreprocessConfig) -> tuple[str, ...]:
     return ("bin", "idx", "names") if config.names else ("bin", "idx")
 
 
-def _saved_progress(folder: Path, identity: list[Any]) -> dict[str, Any] | None:
-    """What a killed run of the same identity has committed."""
+def _saved_progress(folders: list[Path], identity: list[Any]) -> dict[str, Any] | None:
+    """What a killed run of the same identity has committed, if it was not yet moving it into place."""
     try:
-        saved = json.loads((folder / _PROGRESS_FILE).read_text())
+        saved = json.loads((folders[0] / _PROGRESS_FILE).read_text())
     except (OSError, ValueError):
         return None
     same = identity and saved.get("identity") == json.loads(json.dumps(identity))
-    return saved if same else None
+    return saved if same and all((folder / "bin").exists() for folder in folders) else None
 
 
 def _synced_size(path: Path) -> int:
