@@ -3,7 +3,7 @@
 The mean of each protein's last hidden states, of the same random weights and proteins: here packed on lines of tokens,
 there by EsmModel (SDPA), in bf16 and fp32, in batches of proteins sorted by length that are padded to at most so many
 tokens, and in batches of so many proteins as they come. Both read texts and give arrays. The cases alternate. Peak
-memory is that of a process of its own with one of the rounds, over what it held before.
+memory is that of a process of its own while it embeds one of the rounds, PyTorch and the weights included.
 """
 
 import argparse
@@ -104,21 +104,15 @@ def read(path: str, number: int) -> list[str]:
     return [text[:1022] for text, _ in zip(found, range(number), strict=False)]
 
 
-def held_mib(what: str) -> float:
-    """VmRSS, what this process holds, or VmHWM, the most that it has since that was reset."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(what)) / 1024
-
-
 def alone(arguments: argparse.Namespace, proteins: Sequence[str]) -> None:
-    """Print the memory that one way takes, in MiB."""
+    """Print the most memory that this process holds while it goes one way, in MiB."""
     with tempfile.TemporaryDirectory() as folder:
         way = ways_of(arguments.presets[0], folder, arguments.precisions[0])[arguments.alone]
     way(["ACDE"])
-    before = held_mib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on
     way(proteins[::arguments.rounds])
-    print(held_mib("VmHWM") - before)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    print(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024)
 
 
 def memory_of(arguments: argparse.Namespace, preset: str, precision: str, way: str) -> float:
