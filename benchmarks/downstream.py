@@ -43,12 +43,13 @@ from megatron.checkpoint.saving import Saver, parts_of  # noqa: E402
 from megatron.config import CheckpointConfig  # noqa: E402
 from megatron.data.corpus.tokenizer import ResidueTokenizer  # noqa: E402
 from megatron.data.corpus.vocab import Vocab  # noqa: E402
+from megatron.errors import DataError  # noqa: E402
 from megatron.finetune.data.examples import load_task  # noqa: E402
 from megatron.finetune.data.tasks import CONTACTS, task_of  # noqa: E402
 from megatron.finetune.predictions.metrics import measure, with_spread  # noqa: E402
 from megatron.infer.contacts.structures import read_chains  # noqa: E402
 from megatron.infer.pretrained import flags_of, load_pretrained  # noqa: E402
-from megatron.log import Log  # noqa: E402
+from megatron.log import Log, exit_status  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "downstream.jsonl"
 MOST_RESIDUES, NUM_VALID, NUM_TEST = 1022, 200, 500
@@ -103,13 +104,21 @@ def draw(data: Path, asked: Asked, seed: int, into: Path) -> None:
 
 
 def read(folder: Path, part: str) -> list[dict[str, Any]]:
-    """The records of PART.csv.gz or PART.jsonl.gz."""
-    path = folder / f"{part}.csv.gz"
-    if path.exists():
-        with gzip.open(path, "rt") as file:
-            return list(csv.DictReader(file))
-    with gzip.open(folder / f"{part}.jsonl.gz", "rt") as file:
-        return [json.loads(line) for line in file]
+    """The records of PART.csv.gz or PART.jsonl.gz; raises DataError."""
+    as_csv, path = folder / f"{part}.csv.gz", folder / f"{part}.jsonl.gz"
+    path = as_csv if as_csv.exists() else path
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            records = list(csv.DictReader(file)) if path == as_csv else [json.loads(line) for line in file]
+        if not records or not all(isinstance(record["seq"], str) for record in records):
+            raise ValueError("no proteins under seq")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); name the folder that holds the tasks' "
+                        "folders") from None
+    except (EOFError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: damaged, or of another form ({error!r}); expected a record a line, its sequence "
+                        "under seq") from None
+    return records
 
 
 def shuffled(records: list[dict[str, Any]], seed: int, class_key: str | None = None) -> list[dict[str, Any]]:
@@ -235,11 +244,19 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
-def main() -> None:
-    """Run what is missing, then print the table."""
+def main() -> int:
+    """The exit status: 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
     given = parser().parse_args()
     if given.data is None and not given.table:
         parser().error("give the folder of the tasks, or --table")
+    for word in given.models:
+        if "=" not in word:
+            parser().error(f"--models has {word!r}; expected NAME=CHECKPOINT")
+    return exit_status(partial(work, given))
+
+
+def work(given: argparse.Namespace) -> None:
+    """Run what is missing, then print the table; raises a UserError."""
     models = dict(word.split("=", 1) for word in given.models)
     done = {(record["model"], record["way"], record["task"], record["seed"]) for record in known()}
     tasks = [asked for asked in TASKS if asked.folder in given.tasks]
@@ -255,4 +272,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

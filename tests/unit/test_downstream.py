@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -207,7 +208,7 @@ def test_a_draw_has_every_class_crops_proteins_and_tests_on_the_same_ones_with_e
 
 def run(monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", ["downstream.py", *map(str, arguments)])
-    downstream.main()
+    assert downstream.main() == 0
     return capsys.readouterr().out
 
 
@@ -224,6 +225,31 @@ def test_every_task_has_its_figure_of_letters_and_states_and_what_is_known_is_no
     assert [row[:2] for row in rows] == [[LETTERS, "–"], [FROZEN, "random weights, tiny"], [FROZEN, "tiny"]]
     assert all(-1 <= float(cell) <= 1 for row in rows for cell in row[2:])
     assert first.splitlines()[-3:] == lines
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("stability/train.csv.gz", None, "cannot be read (No such file"),
+    ("go_localisation/train.jsonl.gz", b"{", "damaged, or of another form"),
+    ("go_localisation/train.jsonl.gz", b'{"text": "MK"}\n', "its sequence under seq"),
+    ("go_localisation/train.jsonl.gz", b"", "no proteins under seq"),
+])
+def test_files_that_are_missing_or_of_another_form_are_refused_in_one_line(name, content, message, data, few, tmp_path,
+                                                                            monkeypatch, capsys):
+    shutil.copytree(data, tmp_path / "tasks")
+    path = tmp_path / "tasks" / name
+    path.unlink() if content is None else path.write_bytes(gzip.compress(content))
+    monkeypatch.setattr(sys, "argv", ["downstream.py", str(tmp_path / "tasks"), "--ways", LETTERS, "--seeds", "1",
+                                      "--tasks", name.split("/")[0]])
+    assert downstream.main() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "tasks" / name.split("/")[0]) in line and message in line
+
+
+def test_a_model_without_a_name_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["downstream.py", "x", "--models", "runs/demo"])
+    with pytest.raises(SystemExit, match="2"):
+        downstream.main()
+    assert "expected NAME=CHECKPOINT" in capsys.readouterr().err
 
 
 def test_fine_tuning_has_the_figure_of_the_tools_report(data, checkpoint, few):
