@@ -24,8 +24,7 @@ from megatron.parallel.launch.leaving import leave
 from megatron.parallel.layout import check_layout
 from megatron.parallel.mesh import grid_sizes, joined
 from megatron.plan.dry_run import dry_run
-from megatron.train.build import build
-from megatron.train.loop import train
+from megatron.train.rewinding import train_to_its_end
 from megatron.train.state import BatchSizes
 from megatron.train.stop import StopRequests
 
@@ -56,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
             if (said := notice(taken)) is not None:
                 log.line(said)
             with claimed(config.checkpoint.save, mesh, log) as claim, requests.listening():
-                train(build(config, mesh, log), requests, claim)
+                train_to_its_end(config, mesh, log, requests, claim)
     except Exception as error:
         return report(error, launch)
     return 0

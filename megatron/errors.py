@@ -1,8 +1,10 @@
-"""What a user can mend: each kind of mistake is a class, and the command lines print its one line and exit with 2."""
+"""What a user can mend: each kind of mistake is a class, whose one line the command lines print before they end."""
 
 
 class UserError(ValueError):
     """A mistake that the user can mend; the message names what was found, what was expected and the remedy."""
+
+    exit_status = 2
 
 
 class ConfigError(UserError):
@@ -34,4 +36,6 @@ class LaunchError(UserError):
 
 
 class DivergedError(UserError):
-    """No step of a whole log interval had finite gradients, and no loss scale can help."""
+    """A run whose steps go wrong again and again: to start it again would only repeat that."""
+
+    exit_status = 3

@@ -21,7 +21,7 @@ def take_any_text() -> None:
 
 
 def exit_status(work: Callable[[], int | None]) -> int:
-    """What a door ends with: what `work` gives, 2 and one line for a mistake of the user's, 130 after Ctrl-C."""
+    """What a door ends with: what `work` gives, a UserError's status and line, 2 for a file's, 130 after Ctrl-C."""
     take_any_text()
     try:
         return work() or 0
@@ -29,7 +29,7 @@ def exit_status(work: Callable[[], int | None]) -> int:
         return 130
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_status if isinstance(error, UserError) else 2
 
 
 class Log:

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.data import DataConfig
+from megatron.config.guards import GuardsConfig
 from megatron.config.logging import LoggingConfig
 from megatron.config.model import ModelConfig
 from megatron.config.optimizer import OptimizerConfig
@@ -18,8 +19,8 @@ from megatron.config.schedule import ScheduleConfig
 from megatron.config.training import TrainingConfig
 
 __all__ = [
-    "CheckpointConfig", "Config", "DataConfig", "LoggingConfig", "ModelConfig", "OptimizerConfig", "ParallelConfig",
-    "PrecisionConfig", "ScheduleConfig", "TrainingConfig"]
+    "CheckpointConfig", "Config", "DataConfig", "GuardsConfig", "LoggingConfig", "ModelConfig", "OptimizerConfig",
+    "ParallelConfig", "PrecisionConfig", "ScheduleConfig", "TrainingConfig"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Config:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 

@@ -115,7 +115,7 @@ def add_section_flags(parser: argparse.ArgumentParser, section: type, names: Col
     group = parser.add_argument_group(section.__name__.removesuffix("Config").lower(), section.__doc__)
     for item in (item for item in fields(section) if names is None or item.name in names):
         spellings = [flag_name(item), *item.metadata["aliases"]]
-        text = item.metadata["help"].replace("%", "%%")
+        text = argparse.SUPPRESS if item.metadata["is_hidden"] else item.metadata["help"].replace("%", "%%")
         options: dict[str, Any] = {"dest": item.name, "default": argparse.SUPPRESS, "help": text}
         if item.metadata["type"] is bool or isinstance(item.default, bool):
             negatable = not item.name.startswith("no_")
@@ -123,7 +123,7 @@ def add_section_flags(parser: argparse.ArgumentParser, section: type, names: Col
         else:
             options |= {"type": item.metadata["type"], "choices": item.metadata["choices"],
                         "nargs": item.metadata["nargs"]}
-            if item.default is not None:
+            if item.default not in (None, ()) and not item.metadata["is_hidden"]:
                 options["help"] += f" (default: {_shown(item.default)})"
         group.add_argument(*spellings, **options)
 
@@ -267,6 +267,10 @@ def _check_combinations(config: Config) -> None:
         (model.recompute_granularity == "selective" and training.compile,
          "--recompute-granularity selective recomputes what --compile cannot, as it has another size in each "
          "micro-batch; give --checkpoint-activations in its place, or --no-compile"),
+        (config.guards.on_spike == "rewind" and config.checkpoint.save is None,
+         "--on-spike rewind goes back to the last checkpoint in --save, which is missing; give both"),
+        (config.guards.on_spike == "skip" and training.cuda_graph,
+         "--on-spike skip looks at each step before its update, which --cuda-graph has captured; give another"),
         (config.logging.profile and config.checkpoint.save is None,
          "--profile writes into SAVE/profile; give --save as well"),
         (config.logging.profile_step_end <= config.logging.profile_step_start,

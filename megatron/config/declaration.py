@@ -16,11 +16,12 @@ fraction: Check = (lambda value: 0 <= value < 1, "at least 0 and less than 1")
 
 def flag(default: Any, help: str, *, kind: type = str, check: Check | None = None, name: str | None = None,
          aliases: tuple[str, ...] = (), choices: tuple[Any, ...] | None = None, nargs: int | str | None = None,
-         changes: Changes | None = None) -> Any:
+         changes: Changes | None = None, is_hidden: bool = False) -> Any:
     """A dataclass field that is also a command-line flag; `--its-name` unless `name` says otherwise.
 
-    Fields whose default is a bool become switches: `False` is set by `--x`, `True` is unset by `--no-x`.
+    Fields whose default is a bool become switches: `False` is set by `--x`, `True` is unset by `--no-x`. `is_hidden`:
+    no help tells of it.
     """
     metadata = {"help": help, "type": kind, "check": check, "name": name, "aliases": aliases, "choices": choices,
-                "nargs": nargs, "changes": changes}
+                "nargs": nargs, "changes": changes, "is_hidden": is_hidden}
     return field(default=default, metadata=metadata)

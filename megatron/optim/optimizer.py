@@ -1,6 +1,6 @@
 """The optimizer: groups of parameters by what they declare, whose implementation, and one step that may be skipped."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,10 +70,12 @@ class Optimizer:
             if group["decays"]:
                 _set(group, "decay" if "decay" in group else "weight_decay", weight_decay)
 
-    def step(self, learning_rate: float | None, loss_scale: LossScale) -> StepOutcome:
+    def step(self, learning_rate: float | None, loss_scale: LossScale,
+             is_normal: Callable[[Tensor], Tensor] | None = None) -> StepOutcome:
         """Unscale and clip the gradients, update the parameters, clear the gradients, update `loss_scale`.
 
-        The learning rate is what was set before where it is None.
+        The learning rate is what was set before where it is None. `is_normal` tells of the gradient's norm whether the
+        step is to be taken.
         """
         if learning_rate is not None:
             self.set_learning_rate(learning_rate)
@@ -82,20 +84,21 @@ class Optimizer:
         scale = loss_scale.value
         norm = gradient_norm(self._all, self._pipeline) / scale
         is_finite = torch.isfinite(norm)
+        is_taken = is_finite if is_normal is None else is_finite & is_normal(norm)
         # Megatron's clipping: by max_norm / (norm + 1e-6) where that is below 1.
         divisor = scale * torch.clamp((norm + 1e-6) / self._clip_grad, min=1.0) if self._clip_grad else scale
         for inner in self.inner:
             if not self._is_apex:
                 # As torch.amp.GradScaler does: the fused kernels divide by grad_scale and skip where found_inf is 1.
                 inner.grad_scale = divisor  # type: ignore[attr-defined]
-                inner.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
+                inner.found_inf = (~is_taken).float()  # type: ignore[attr-defined]
                 inner.step()
-            elif is_finite.item():
+            elif is_taken.item():
                 torch._foreach_div_(gradients, divisor)
                 inner.step()
             inner.zero_grad(set_to_none=not self._is_captured)
         loss_scale.update(is_finite)
-        return StepOutcome(norm, is_finite)
+        return StepOutcome(norm, is_taken)
 
     def learning_rates(self, learning_rate: float) -> dict[str, float]:
         """Those of the groups that have their own, where the others' is `learning_rate`."""

@@ -11,6 +11,7 @@ from megatron.checkpoint.saving import parts_of
 from megatron.checkpoint.stored import Checkpoint
 from megatron.config import Config
 from megatron.data.batches.batch import BatchShape, batch_shape
+from megatron.data.batches.order import SampleOrder, Windows
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.dataset import Splits, build_datasets
 from megatron.errors import ConfigError
@@ -22,6 +23,7 @@ from megatron.parallel.placement import Part
 from megatron.train.course import chosen_schedule
 from megatron.train.engine import Engine, build_engine, stream_of
 from megatron.train.graph import check_graph
+from megatron.train.guards.spikes import SpikeJudge
 from megatron.train.meters import Totals
 from megatron.train.precision import set_tf32, with_precision_chosen
 from megatron.train.resume import differences, facts_of, find_checkpoint, refuse_changes
@@ -42,6 +44,7 @@ class Run:
     schedule: Schedule
     sizes: BatchSizes
     state: TrainState
+    judge: SpikeJudge
     began_from: str | None  # what the first of its weights were loaded from, as --load had it; None: from the seed
     meters: dict[str, Any]  # what the steps since the last log event had measured, where the run was left
 
@@ -51,7 +54,12 @@ class Run:
         mesh = self.mesh
         return batch_shape(self.data, self.config.training.micro_batch_size,
                            stream_of(self.config, mesh).token_multiple, mesh.context.rank, mesh.context.size,
-                           self.state.consumed_samples)
+                           self.order.sample(self.state.consumed_samples))
+
+    @property
+    def order(self) -> SampleOrder:
+        """Which samples are trained on."""
+        return SampleOrder(self.state.left_out)
 
     def parts(self) -> dict[str, Part]:
         """This rank's part of the tensors of a checkpoint, as of now."""
@@ -61,16 +69,21 @@ class Run:
 
     def facts(self) -> dict[str, Any]:
         """What else `build` needs to go on, as of now; as JSON has it."""
-        return {"iteration": self.state.iteration, "progress": asdict(self.state),
+        return {"iteration": self.state.iteration, "progress": self.state.progress,
                 "began_from": self.began_from, "loss_scale": self.engine.loss_scale.state(),
                 "fp8_amaxes": self.engine.amaxes.state(),
                 "schedule": asdict(self.schedule),
+                "guards": {"left_out": self.state.left_out, "num_rewinds": self.state.num_rewinds,
+                           "judge": self.judge.state()},
                 **({} if self.engine.average is None else {"ema_steps": self.engine.average.num_steps}),
                 **facts_of(self.config, self.vocab, self.data, self.sizes.final)}
 
 
-def build(config: Config, mesh: Mesh, log: Log) -> Run:
-    """A run, resumed from `--load` where there is a checkpoint; raises a UserError for whatever does not fit."""
+def build(config: Config, mesh: Mesh, log: Log, left_out: Windows = (), num_rewinds: int = 0) -> Run:
+    """A run, resumed from `--load` where there is a checkpoint; raises a UserError for whatever does not fit.
+
+    `left_out` and `num_rewinds`: of the run itself, where it has gone back to that checkpoint.
+    """
     if config.data.data_path is None:
         raise ConfigError("--data-path is missing; give the prefix of the .bin and .idx that tools/preprocess_data.py "
                           "wrote")
@@ -93,17 +106,25 @@ def build(config: Config, mesh: Mesh, log: Log) -> Run:
     log.line(ways(config, mesh, engine.is_compiled))
     began_from = config.checkpoint.load if config.checkpoint.finetune else (
         None if checkpoint is None else checkpoint.state.get("began_from"))
-    run = Run(config, mesh, log, data, vocab, engine, schedule, sizes, TrainState(), began_from,
+    # Where steps are skipped they are judged before the update, on the device, else when they are read.
+    judge = SpikeJudge(config.guards, mesh.device if config.guards.on_spike == "skip" else torch.device("cpu"),
+                       engine.loss_scale.is_dynamic)
+    run = Run(config, mesh, log, data, vocab, engine, schedule, sizes, TrainState(), judge, began_from,
               {"steps": [], "elapsed_s": 0.0, "totals": asdict(Totals())})
     if gone_on_from is not None:
         _go_on(run, gone_on_from)
+    run.state.leave_out([*config.guards.left_out, *left_out])
+    run.state.num_rewinds = max(run.state.num_rewinds, num_rewinds)
     return run
 
 
 def _go_on(run: Run, checkpoint: Checkpoint) -> None:
     """Take up progress, scales and optimizer, and say what is not as it was."""
     config, engine, saved = run.config, run.engine, checkpoint.state
-    run.state = TrainState(**saved["progress"])
+    guards = saved.get("guards", {})
+    run.state = TrainState.from_saved(saved["progress"], guards)
+    if "judge" in guards:
+        run.judge.load_state(guards["judge"])
     run.meters = saved.get("meters", run.meters | {"totals": None})
     if saved["config"].get("fp16", config.precision.fp16):  # elsewhere the scale was 1, and nothing was learnt of it
         engine.loss_scale.load_state(saved["loss_scale"])

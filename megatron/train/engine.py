@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron.config import Config
 from megatron.model.initialisation import initialise
@@ -55,9 +55,9 @@ class Engine:
         is_free = not self.is_compiled and self.config.precision.fp8 is None
         return mesh.device.type == "cpu" and mesh.pipeline.size == mesh.context.size == 1 and is_free
 
-    def update(self, learning_rate: float | None) -> StepOutcome:
-        """Step along the gradients, at the rate that was set before where it is None, and bring all up to date."""
-        outcome = self.optimizer.step(learning_rate, self.loss_scale)
+    def update(self, learning_rate: float | None, is_normal: Callable[[Tensor], Tensor] | None = None) -> StepOutcome:
+        """Step along the gradients, and bring all up to date; the arguments as `Optimizer.step` has them."""
+        outcome = self.optimizer.step(learning_rate, self.loss_scale, is_normal)
         if self.average is not None:
             self.average.update(outcome.is_taken)
         self.copies.refresh()

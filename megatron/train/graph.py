@@ -83,7 +83,7 @@ class StepGraph:
         self._micro_batches: dict[tuple[torch.Size, ...], tuple[MicroBatch, _Recorded]] = {}
         self._update = _Recorded(self._updated, recorder)
 
-    def set_targets(self, num_targets: Tensor | int) -> None:
+    def set_targets(self, num_targets: Tensor | float) -> None:
         """Of the whole global batch, by which losses are divided."""
         if isinstance(num_targets, Tensor):
             self._num_targets.copy_(num_targets)

@@ -20,7 +20,9 @@ from megatron.train.build import Run
 from megatron.train.evaluate import Baselines, Evaluation, frequency_baselines
 from megatron.train.evaluations import Evaluations
 from megatron.train.events import Events
-from megatron.train.meters import Meters
+from megatron.train.guards.faults import Faults
+from megatron.train.guards.guard import Guard, Window
+from megatron.train.meters import Meters, StepSums
 from megatron.train.metrics import loss_name
 from megatron.train.peak import measured_peak_flops
 from megatron.train.profiler import StepProfiler
@@ -29,10 +31,11 @@ from megatron.train.step import TrainStep
 from megatron.train.stop import StopRequests
 
 
-def train(run: Run, requests: StopRequests, claim: Claim | None) -> None:
+def train(run: Run, requests: StopRequests, claim: Claim | None, faults: Faults, suspect: Window | None = None) -> None:
     """Train `run` to its end, or until it is told to stop; then say where everything is.
 
-    `claim`: on rank 0, the right to write into `--save`.
+    `claim`: on rank 0, the right to write into `--save`; `suspect`: why the run has gone back to where it stands.
+    Raises RewindError where it is to go back.
     """
     config = run.config.checkpoint
     events = Events(config, run.config.logging, run.log, run.state.iteration)
@@ -44,7 +47,7 @@ def train(run: Run, requests: StopRequests, claim: Claim | None) -> None:
         evaluations = Evaluations(run, events, requests, saver, meters)
         if run.config.training.eval_at_start and run.state.iteration == 0:
             evaluations.of_all_splits()
-        if not Training(run, events, requests, saver, meters, evaluations).finish():
+        if not Training(run, events, requests, saver, meters, evaluations, faults, Guard(run, suspect)).finish():
             return
         results = evaluations.of_all_splits()
         if requests.agreed(run.mesh):
@@ -60,13 +63,14 @@ class Training:
     """The steps of one run."""
 
     def __init__(self, run: Run, events: Events, requests: StopRequests, saver: Saver | None, meters: Meters,
-                 evaluations: Evaluations) -> None:
+                 evaluations: Evaluations, faults: Faults, guard: Guard) -> None:
         self._run, self._events, self._requests, self._saver = run, events, requests, saver
+        self._faults, self._guard = faults, guard
         self._evaluations = evaluations
         self._began_at = self._saved_at = run.state.iteration
         self._last_iteration = run.sizes.last_iteration(run.state)
         self._meters = meters
-        self._step = TrainStep(run.engine, meters)
+        self._step = TrainStep(run.engine, meters, judge=run.judge if run.config.guards.on_spike == "skip" else None)
         self._wishes = Arriving(torch.zeros(2))
         self._saved_at_s = time.monotonic()
 
@@ -82,7 +86,7 @@ class Training:
         loader = batches(run.data.train, run.shape, start_sample=run.state.consumed_samples, stop_sample=None,
                          micro_batch_size=config.training.micro_batch_size, data_rank=mesh.data.rank,
                          data_size=mesh.data.size, num_workers=config.data.num_workers, pin=mesh.device.type == "cuda",
-                         seed=config.training.seed)
+                         seed=config.training.seed, order=run.order)
         bar = run.log.progress(self._last_iteration, run.state.iteration, unit="step", label="training")
         profiler = StepProfiler(config.logging, config.checkpoint.save, mesh, run.log)
         with closing(loader), closing(bar), closing(profiler):
@@ -127,7 +131,9 @@ class Training:
         # it has long arrived, so that no step waits for the device.
         agreed_before = self._wishes
         wishes = self._requests.wants_stop(), self._is_time_to_save()
-        self._wishes = self._step(micro_batches, learning_rate, wishes)
+        self._guard.note(rows)
+        factor = self._faults.factor(state.iteration + 1, run.order.sample(state.consumed_samples))
+        self._wishes = self._step(micro_batches, learning_rate, wishes, factor)
         num_stopping, num_saving = (self._wishes if run.mesh.world.size == 1 else agreed_before).read()
         state.iteration += 1
         state.consumed_samples += rows
@@ -138,7 +144,8 @@ class Training:
         totals = self._meters.totals() if is_evaluating else None  # waits for the steps: they are no evaluation's time
         self._meters.pause()
         is_stopping = num_stopping > 0
-        is_saving = is_due(config.checkpoint.save_interval, state.iteration) or num_saving > 0
+        is_saving = is_due(config.checkpoint.save_interval, state.iteration) or num_saving > 0 or (
+            self._guard.is_before_suspect())
         if is_evaluating and not is_stopping:
             self._evaluations.of_split("valid", totals)
         if is_saving:
@@ -152,6 +159,7 @@ class Training:
 
     def _log(self, learning_rate: float, weight_decay: float | None, rows: int) -> None:
         run, reading = self._run, self._meters.read()
+        self._guard.look(reading.steps)
         scale = float(run.engine.loss_scale.value)
         if self._saver is not None:
             self._saver.check_claim()
@@ -175,7 +183,9 @@ class Training:
         run = self._run
         if self._saver is None or self._saved_at == run.state.iteration:
             return
-        self._saver.save(run.state.iteration, run.parts(), run.facts() | {"meters": self._meters.state()})
+        meters = self._meters.state()
+        self._guard.look([StepSums(*step) for step in meters["steps"]])  # nothing is saved of a course that went wrong
+        self._saver.save(run.state.iteration, run.parts(), run.facts() | {"meters": meters})
         self._saved_at, self._saved_at_s = run.state.iteration, time.monotonic()
 
 

@@ -2,13 +2,26 @@
 
 import time
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron.parallel.collectives import all_reduce_sum
 from megatron.parallel.mesh import Axis
+
+
+class StepSums(NamedTuple):
+    """What is known of a step, over all ranks; the loss is the mean over its targets, `is_taken` 1 or 0."""
+
+    loss: float
+    num_correct: float
+    num_targets: float
+    num_residues: float
+    num_tokens: float
+    model_flops: float
+    grad_norm: float
+    is_taken: float
 
 
 @dataclass(frozen=True)
@@ -29,6 +42,7 @@ class Reading:
     num_tokens: int
     model_flops: float
     elapsed_s: float
+    steps: list[StepSums]
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,10 @@ class Meters:
         self._steps.append((self._device_sums, self._host_sums, grad_norm, is_taken))
         self._begin_step()
 
+    def loss_of_step(self) -> Tensor:
+        """The loss of the step that has not ended, fp64 on the device; all ranks call this."""
+        return all_reduce_sum(self._device_sums[:1].clone(), self._world)[0]
+
     def pause(self) -> None:
         """Stop the clock: what comes is not training."""
         self._pause_began_s = time.perf_counter()
@@ -94,8 +112,7 @@ class Meters:
             num_steps=len(self._steps), num_steps_with_targets=int(has_targets.sum()), loss=loss if targets else None,
             masked_accuracy=correct / targets if targets else None, grad_norm=with_targets[0][-1] if targets else None,
             num_skipped=with_targets[1].count(0.0), num_residues=int(residues), num_tokens=int(tokens),
-            model_flops=flops,
-            elapsed_s=self._elapsed_s())
+            model_flops=flops, elapsed_s=self._elapsed_s(), steps=[StepSums(*step) for step in steps.tolist()])
         if self._totals is not None:
             self._totals = self._totals.plus(residues, reading.elapsed_s, flops)
         self.restart()

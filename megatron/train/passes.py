@@ -45,7 +45,7 @@ class TrainPasses(_Passes, TrainingPasses):
     The losses are divided by `num_targets`, those of the whole global batch.
     """
 
-    def __init__(self, engine: Engine, batches: Sequence[MicroBatch], num_targets: Tensor | int, meters: Meters,
+    def __init__(self, engine: Engine, batches: Sequence[MicroBatch], num_targets: Tensor | float, meters: Meters,
                  waiting: WeightGradients) -> None:
         super().__init__(engine, batches)
         self._num_batches, self._num_targets = len(batches), num_targets

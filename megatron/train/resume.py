@@ -179,6 +179,7 @@ def _check_state(checkpoint: Checkpoint, facts: Collection[str]) -> None:
             "progress": progress.keys() == {"iteration", "consumed_samples"} and all(
                 type(value) is int and 0 <= value < 2**63 for value in progress.values()) and (
                 progress["iteration"] == checkpoint.iteration),
+            "guards": "guards" not in state or _are_guards(state["guards"]),
             "loss_scale": len(scale) == 3 and all(isinstance(value, int | float) for value in scale),
             "schedule": state["schedule"].keys() >= _SCHEDULE and all(
                 isinstance(state["schedule"][name], int | float) for name in _SCHEDULE - {"lr_decay_style"})}
@@ -186,6 +187,17 @@ def _check_state(checkpoint: Checkpoint, facts: Collection[str]) -> None:
     if wrong:
         raise CheckpointError(f"{checkpoint.path}: its state is damaged, or of another folder ({wrong[0]}); write the "
                               f"number of another iter_ folder into {checkpoint.path.parent / LATEST}")
+
+
+def _are_guards(guards: Any) -> bool:
+    """Whether these are what `Run.facts` says of windows that are left out, and of the steps behind."""
+    try:
+        pairs, counts = guards["left_out"] + guards["judge"]["steps"], [guards["num_rewinds"],
+                                                                        guards["judge"]["num_steps"]]
+        return all(isinstance(value, int | float) for pair in pairs for value in pair) and all(
+            len(pair) == 2 for pair in pairs) and all(type(count) is int and count >= 0 for count in counts)
+    except (TypeError, KeyError, IndexError):
+        return False
 
 
 def _strangers(folder: Path) -> list[str]:

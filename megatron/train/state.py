@@ -1,17 +1,46 @@
 """How far a run has come, and the sizes of its steps."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from megatron.config import TrainingConfig
+from megatron.data.batches.order import SampleOrder, Windows, merged
 from megatron.errors import ConfigError
 
 
 @dataclass
 class TrainState:
-    """Progress of a run; what a checkpoint keeps besides tensors."""
+    """Progress of a run; what a checkpoint keeps besides tensors.
+
+    `left_out`: samples of the data that are not trained on; `num_rewinds`: how often the run has gone back for them.
+    """
 
     iteration: int = 0
     consumed_samples: int = 0
+    left_out: Windows = ()
+    num_rewinds: int = 0
+
+    @property
+    def progress(self) -> dict[str, int]:
+        """How far, as a checkpoint tells it."""
+        return {"iteration": self.iteration, "consumed_samples": self.consumed_samples}
+
+    @classmethod
+    def from_saved(cls, progress: Mapping[str, int], guards: Mapping[str, Any]) -> "TrainState":
+        """From what JSON has made of `progress`, and of the other fields in "guards", which may be missing."""
+        windows = tuple((first, stop) for first, stop in guards.get("left_out", ()))
+        return cls(**progress, left_out=windows, num_rewinds=guards.get("num_rewinds", 0))
+
+    def leave_out(self, windows: Iterable[tuple[int, int]]) -> None:
+        """Leave these samples out, too; raises ConfigError for such as the run has behind it."""
+        position = SampleOrder(self.left_out).sample(self.consumed_samples)
+        new = [window for window in windows if merged([*self.left_out, window]) != self.left_out]
+        for first, stop in new:
+            if first < position:
+                raise ConfigError(f"--leave-out-samples {first}-{stop}: the run has come to sample {position} already; "
+                                  f"give {position}-{max(stop, position + 1)}, or go on from an older checkpoint")
+        self.left_out = merged([*self.left_out, *new])
 
 
 class BatchSizes:

@@ -1,6 +1,7 @@
 """One step of training: micro-batches forward and backward, gradients summed over ranks, one update."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from megatron.parallel.pipeline.deferral import WeightGradients, put_off_weight_
 from megatron.train.agreement import Arriving, summed
 from megatron.train.engine import Engine
 from megatron.train.graph import CudaRecorder, Recorder, StepGraph
+from megatron.train.guards.spikes import SpikeJudge
 from megatron.train.meters import Meters
 from megatron.train.passes import TrainPasses
 
@@ -23,8 +25,9 @@ class TrainStep:
     of targets of all micro-batches on all ranks, so the gradient does not depend on how the batch was cut.
     """
 
-    def __init__(self, engine: Engine, meters: Meters, recorder: Recorder | None = None) -> None:
-        self._engine, self._meters = engine, meters
+    def __init__(self, engine: Engine, meters: Meters, recorder: Recorder | None = None,
+                 judge: SpikeJudge | None = None) -> None:
+        self._engine, self._meters, self._judge = engine, meters, judge
         if engine.config.training.cuda_graph:
             recorder = CudaRecorder()
         self._graph = None if recorder is None else StepGraph(engine, recorder)
@@ -32,30 +35,39 @@ class TrainStep:
         for stage in engine.stages:
             put_off_weight_gradients(stage, self._waiting)
 
-    def __call__(self, batches: Sequence[MicroBatch], learning_rate: float, wishes: Sequence[bool] = ()) -> Arriving:
-        """Train on this rank's micro-batches; returns of how many ranks each of `wishes` is one."""
+    def __call__(self, batches: Sequence[MicroBatch], learning_rate: float, wishes: Sequence[bool] = (),
+                 factor: float = 1.0) -> Arriving:
+        """Train on this rank's micro-batches; returns of how many ranks each of `wishes` is one.
+
+        `factor`: on the loss, for a fault that is made on purpose.
+        """
         mesh = self._engine.mesh
         here = sum(batch.num_targets for batch in batches) if mesh.is_first_reader else 0
         # At least 1: a step without a target has no loss, and no gradient.
-        num_targets: Tensor | int = max(1, here)
+        num_targets: Tensor | float = max(1, here)
         num_wishes = torch.tensor(wishes, dtype=torch.int64)
         if mesh.world.size > 1:  # one rank knows the sums already
             sums = summed([here, *wishes], mesh.world, mesh.device)
             num_targets, num_wishes = sums[0].clamp(min=1), sums[1:]
+        if factor != 1:
+            num_targets = num_targets / factor
         with self._engine.amaxes.of_step():
             outcome = (self._stepped if self._graph is None else self._launched)(batches, num_targets, learning_rate)
         self._count(batches)
         self._meters.add_step(outcome.grad_norm, outcome.is_taken)
         return Arriving(num_wishes)
 
-    def _stepped(self, batches: Sequence[MicroBatch], num_targets: Tensor | int, learning_rate: float) -> StepOutcome:
+    def _stepped(self, batches: Sequence[MicroBatch], num_targets: Tensor | float, learning_rate: float) -> StepOutcome:
         engine = self._engine
         passes = TrainPasses(engine, batches, num_targets, self._meters, self._waiting)
         engine.pipeline.train(passes, len(batches))
         engine.model.finish()
-        return engine.update(learning_rate)
+        if self._judge is None:
+            return engine.update(learning_rate)
+        return engine.update(learning_rate, partial(self._judge.is_normal, self._meters.loss_of_step()))
 
-    def _launched(self, batches: Sequence[MicroBatch], num_targets: Tensor | int, learning_rate: float) -> StepOutcome:
+    def _launched(self, batches: Sequence[MicroBatch], num_targets: Tensor | float,
+                  learning_rate: float) -> StepOutcome:
         assert self._graph is not None
         self._graph.set_targets(num_targets)
         for batch in batches:

@@ -23,14 +23,15 @@ FAILING = f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import pretrain_tape
-train = pretrain_tape.train
+from megatron.train import rewinding
+train = rewinding.train
 
 def train_or_fail(*what):
     if os.environ["RANK"] == "1":
         raise KeyError("name")
     train(*what)
 
-pretrain_tape.train = train_or_fail
+rewinding.train = train_or_fail
 pretrain_tape.leave(pretrain_tape.main(sys.argv[1:]))
 """
 

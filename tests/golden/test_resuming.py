@@ -337,7 +337,7 @@ def test_folders_that_cannot_be_written_are_named_with_their_flag_before_trainin
 @pytest.mark.parametrize("place", ["metrics", "board"])
 def test_a_disk_that_is_full_while_metrics_are_written_is_one_line(tmp_path, capfd, place):
     events = Events(CheckpointConfig(save=str(tmp_path)), LoggingConfig(), Log(), 0)
-    reading = Reading(1, 1, 2.5, 0.1, 1.0, 0, 10, 10, 1.0, 1.0)
+    reading = Reading(1, 1, 2.5, 0.1, 1.0, 0, 10, 10, 1.0, 1.0, [])
     with Path("/dev/full").open("wb") as full:
         if place == "metrics":
             events._metrics = Path("/dev/full")

@@ -22,6 +22,7 @@ from megatron.model.protein_model import ProteinModel, compute_dtype
 from megatron.parallel.data.data_parallel import data_parallel
 from megatron.parallel.mesh import Mesh, build_mesh
 from megatron.train.engine import build_stages, with_optimizer
+from megatron.train.guards.spikes import SpikeJudge
 from megatron.train.meters import Meters
 from megatron.train.step import TrainStep
 from tests.ranks.launch import warm_processes
@@ -31,6 +32,7 @@ FLAGS = ("--preset tape --num-layers 2 --hidden-size 64 --num-attention-heads 4 
 LAYOUTS = {"one rank": (1, ""), "one rank, fp16": (1, "--fp16"), "one rank, fp32": (1, "--no-bf16"),
            "recomputed": (1, "--checkpoint-activations --attention-dropout 0 --hidden-dropout 0"),
            "normuon": (1, "--optimizer normuon --cautious-weight-decay"),
+           "skip": (2, "--pipeline-model-parallel-size 2 --global-batch-size 4 --on-spike skip"),
            "average": (1, "--ema 0.999 --cautious-weight-decay"),
            "data": (2, "--global-batch-size 8"),
            "tensor": (2, "--tensor-model-parallel-size 2"),
@@ -120,7 +122,8 @@ def watched_step(ranks: int, flags: list[str], disturb: bool) -> tuple[list[str]
             stages = build_stages(config, mesh, 128)
             model = data_parallel(stages, ProteinModel.blocks, mesh, config.parallel, compute_dtype(config.precision))
             engine = with_optimizer(config, mesh, 128, stages, model)
-        step = TrainStep(engine, Meters(mesh.world, device))
+        judge = SpikeJudge(config.guards, device, False) if config.guards.on_spike == "skip" else None
+        step = TrainStep(engine, Meters(mesh.world, device), judge=judge)
         num_micro_batches = max(1, (config.training.global_batch_size or 0) // (2 * mesh.data.size))
         with watch:
             batches = [batch(mesh.context.rank, mesh.context.size).pin_memory() for _ in range(num_micro_batches)]

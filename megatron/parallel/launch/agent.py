@@ -34,7 +34,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.run import config_from_args, get_rdzv_endpoint, parse_args, parse_min_max_nnodes
 
-from megatron.errors import LaunchError, UserError
+from megatron.errors import DivergedError, LaunchError, UserError
 from megatron.log import take_any_text
 from megatron.parallel.launch.hosts import LOOPBACK, check_address
 from megatron.parallel.launch.stop_signals import StopSignals
@@ -43,7 +43,7 @@ from megatron.parallel.launch.stop_signals import StopSignals
 # themselves, and then to follow the request to end, before they are killed: what does not answer by then hangs.
 GRACE_S, PATIENCE_S = 2, 5
 LISTENING_S = 1  # the other launchers have heard by then; the store ends with the launcher of the first host
-USER_ERROR = 2  # the exit status for a mistake of the user
+NOT_AGAIN = (UserError.exit_status, DivergedError.exit_status)  # exit statuses of what would only repeat itself
 AS_ASKED = "0 "  # the word of a launcher that was asked to stop before its ranks were started again
 DEFAULT_PORT = 29500  # torchrun's
 
@@ -106,8 +106,8 @@ class Agent(LocalElasticAgent):
         if word == AS_ASKED:
             sys.exit(0)
         status, _, line = word.partition(" ")
-        if int(status) == USER_ERROR or self._asked:
-            self._remaining_restarts = 0  # it would only repeat itself, or nobody wants it
+        if int(status) in NOT_AGAIN or self._asked:
+            self._remaining_restarts = 0
         if self._remaining_restarts:
             line += f"; starting again, restart {max_restarts - self._remaining_restarts + 1} of {max_restarts}"
         if line:
@@ -182,7 +182,7 @@ def line_of(rank: int, failure: ProcessFailure, has_hung: bool) -> str:
     """What to say of the failure; empty where the rank has already printed its one line."""
     _, line = reason(failure)
     where = f"rank {rank} on {socket.gethostname()}"
-    if line or failure.exitcode == USER_ERROR:
+    if line or failure.exitcode in NOT_AGAIN:
         return line
     if has_hung:
         return f"{where}: did not answer, and was killed"
@@ -233,7 +233,7 @@ def main(argv: Sequence[str], signals: StopSignals) -> int:
         launcher.elastic_launch(config, command)(*arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        status = USER_ERROR
+        status = error.exit_status
     except ChildFailedError as failed:
         status = cause(failed.failures)[1].exitcode
     except SignalException as stopped:

@@ -42,7 +42,7 @@ def report(error: Exception, launch: Launch) -> int:
     get_error_handler().record_exception(reason)  # megatron/parallel/launch/agent.py reads it
     if not launch.is_heard:
         sys.stderr.write(f"error: {reason}\n")
-    return 2 if is_of_user else 1
+    return error.exit_status if isinstance(error, UserError) else 1
 
 
 def _reason(error: Exception, launch: Launch) -> RankError:

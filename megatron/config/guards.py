@@ -1,0 +1,37 @@
+"""The flags that say what is done when a step goes wrong."""
+
+import re
+from dataclasses import dataclass
+
+from megatron.config.declaration import Check, flag, positive
+
+_WINDOW = re.compile(r"(\d+)-(\d+)")
+_windows: Check = (lambda text: (match := _WINDOW.fullmatch(text)) is not None
+                   and int(match[1]) < int(match[2]), "FIRST-STOP, two whole numbers of which the second is greater")
+_faults: Check = (lambda text: re.fullmatch(r"(nan|spike|flip)@[1-9]\d*", text) is not None,
+                  "nan, spike or flip, then @ and a step from 1")
+
+
+@dataclass(frozen=True)
+class GuardsConfig:
+    """What is done when a step goes wrong."""
+
+    on_spike: str = flag(
+        "warn", "where the loss or the norm of the gradient is not finite, or far above those of the steps before: say "
+        "so; skip the step; or go back to the last checkpoint, see whether it comes again, and if so leave its rows "
+        "out", choices=("warn", "skip", "rewind"), changes="course")
+    spike_threshold: float = flag(10.0, "what far is, in robust standard deviations of the last 128 steps", kind=float,
+                                  check=positive, changes="course")
+    most_spikes: int = flag(3, "end the run where --on-spike has skipped so many steps in a row, or would go back more "
+                            "often", kind=int, check=positive, changes="nothing")
+    leave_out_samples: tuple[str, ...] = flag(
+        (), "FIRST-STOP …: rows of the training data that are left out, by their number from 0; the second is the one "
+        "behind", nargs="+", check=_windows, changes="samples")
+    inject_fault: tuple[str, ...] = flag(
+        (), "KIND@STEP …: make a step go wrong, to see what follows. nan and spike come again with the step's rows, "
+        "flip comes once", nargs="+", check=_faults, changes="nothing", is_hidden=True)
+
+    @property
+    def left_out(self) -> list[tuple[int, int]]:
+        """The first and the one behind of each of --leave-out-samples."""
+        return [(int(first), int(stop)) for first, stop in (text.split("-") for text in self.leave_out_samples)]

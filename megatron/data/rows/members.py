@@ -1,0 +1,57 @@
+"""Which proteins are in a row: their numbers in the corpus, and their names where it has kept them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from megatron.data.rows.blend import BlendedDataset, place_in_blend
+from megatron.data.rows.dataset import Dataset
+from megatron.data.rows.packed import PackedDataset
+
+
+@dataclass(frozen=True)
+class Member:
+    """A protein, or a part of one, in the row of a sample.
+
+    `document`: its number in the corpus at `prefix`; `name`: of PREFIX.names, empty without one; `num_residues`: of the
+    whole protein.
+    """
+
+    sample: int
+    prefix: str
+    document: int
+    name: str
+    num_residues: int
+
+
+def members_of(dataset: Dataset, samples: Sequence[int]) -> list[Member]:
+    """Those of some rows, in the order of the rows."""
+    found = [(sample, corpus, document) for sample in samples for corpus, document in _documents_of(dataset, sample)]
+    names = {corpus.documents.indexed.prefix: names_of(
+        corpus.documents.indexed.prefix, {corpus.documents.range[document] for _, other, document in found
+                                          if other is corpus}) for corpus in {corpus for _, corpus, _ in found}}
+    return [Member(sample, prefix := corpus.documents.indexed.prefix, number := corpus.documents.range[document],
+                   names[prefix].get(number, ""), int(corpus.documents.lengths[document]))
+            for sample, corpus, document in found]
+
+
+def names_of(prefix: str, documents: set[int]) -> dict[int, str]:
+    """The names of some documents of a corpus, as far as PREFIX.names has them; it is read up to the last of them."""
+    path = Path(f"{prefix}.names")
+    if not documents or not path.is_file():
+        return {}
+    with path.open(encoding="utf-8", errors="replace") as file:
+        lines = islice(file, max(documents) + 1)
+        return {number: line.rstrip("\r\n") for number, line in enumerate(lines) if number in documents}
+
+
+def _documents_of(dataset: Dataset, sample: int) -> Iterator[tuple[PackedDataset, int]]:
+    corpus, index = dataset, sample
+    if isinstance(dataset, BlendedDataset):
+        number, index = place_in_blend(dataset.weights, sample)
+        corpus = dataset.datasets[number]
+    assert isinstance(corpus, PackedDataset)
+    epoch, row = corpus.locate(index)
+    for piece in corpus.rows(epoch).row(row).tolist():
+        yield corpus, corpus.pieces.locate(piece)[0]

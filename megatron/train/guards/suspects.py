@@ -1,0 +1,34 @@
+"""Which proteins were in the rows of steps that went wrong, in a file below --save."""
+
+from pathlib import Path
+
+from megatron.data.rows.members import members_of
+from megatron.errors import OutputError
+from megatron.files import write_text
+from megatron.train.build import Run
+
+FOLDER = "spikes"
+_COLUMNS = ("row", "corpus", "document", "name", "residues")
+
+
+def write_suspects(run: Run, step: int, rows: range) -> str:
+    """Have rank 0 write them; returns where they are, as the end of a line.
+
+    `rows`: positions among the rows that the run trains on. Raises OutputError.
+    """
+    samples = [run.order.sample(position) for position in rows]
+    said = f"; its rows are {samples[0]} to {samples[-1]}"
+    if run.config.checkpoint.save is None:
+        return said
+    path = Path(run.config.checkpoint.save) / FOLDER / f"step_{step:07d}.tsv"
+    if run.mesh.world.rank == 0:
+        lines = ["\t".join(_COLUMNS), *("\t".join(map(str, (member.sample, member.prefix, member.document, member.name,
+                                                            member.num_residues)))
+                                        for member in members_of(run.data.train, samples))]
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, "".join(f"{line}\n" for line in lines))
+        except OSError as error:
+            raise OutputError(f"{path} cannot be written ({error.strerror or error}); make room, or give another "
+                              "--save") from error
+    return f"{said}, whose proteins are in {path}"

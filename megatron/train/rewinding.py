@@ -1,0 +1,62 @@
+"""A run from its start to its end, which may lie behind some ways back (`--on-spike rewind`)."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from megatron.checkpoint.claim import Claim
+from megatron.checkpoint.store import iterations
+from megatron.config import Config
+from megatron.errors import DivergedError
+from megatron.log import Log
+from megatron.parallel.collectives import everyones
+from megatron.parallel.mesh import Mesh
+from megatron.train.build import Run, build
+from megatron.train.guards.faults import Faults
+from megatron.train.guards.guard import HELP, RewindError
+from megatron.train.guards.suspects import write_suspects
+from megatron.train.loop import train
+from megatron.train.stop import StopRequests
+
+
+def train_to_its_end(config: Config, mesh: Mesh, log: Log, requests: StopRequests, claim: Claim | None) -> None:
+    """Build the run and train it; where its guard says so, build it again from its last checkpoint.
+
+    `claim`: on rank 0, the right to write into `--save`. Raises a UserError.
+    """
+    faults, suspect, run = Faults(config.guards.inject_fault), None, build(config, mesh, log)
+    while True:
+        try:
+            return train(run, requests, claim, faults, suspect)
+        except RewindError as found:
+            left_out, num_rewinds = _left_out(run, found)
+            suspect = None if found.is_again else found.window
+        config = _from_last_checkpoint(run)
+        del run  # its memory is needed for the next
+        run = build(config, mesh, log, left_out, num_rewinds)
+
+
+def _left_out(run: Run, found: RewindError) -> tuple[tuple[tuple[int, int], ...], int]:
+    """The rows that the run leaves out from here on, and how often it has gone back for them; says so."""
+    window, state, most = found.window, run.state, run.config.guards.most_spikes
+    steps = f"steps {window.first_step} to {window.last_step}"
+    if not found.is_again:
+        run.log.line(f"going back to the last checkpoint, to see whether {steps} go wrong again")
+        return state.left_out, state.num_rewinds
+    where = write_suspects(run, window.first_step, window.rows)
+    if state.num_rewinds >= most:
+        raise DivergedError(f"{steps} went wrong twice{where}; the run has left out rows {most} times, as often as "
+                            f"--most-spikes allows; {HELP}")
+    first, last = run.order.sample(window.rows.start), run.order.sample(window.rows.stop - 1)
+    run.log.line(f"{steps} went wrong twice, so it is the data, or the course{where}; going back to the last "
+                 f"checkpoint and leaving them out, {state.num_rewinds + 1} of {most} times")
+    return (*state.left_out, (first, last + 1)), state.num_rewinds + 1
+
+
+def _from_last_checkpoint(run: Run) -> Config:
+    """The configuration that builds the run as it last was saved, or if it never was as it began."""
+    config, save = run.config, run.config.checkpoint.save
+    assert save is not None, "--on-spike rewind needs it"
+    if not everyones(bool(iterations(Path(save))), run.mesh.world)[0]:
+        return config
+    return replace(config, checkpoint=replace(config.checkpoint, load=save, finetune=False, load_ema=False,
+                                              no_load_optim=False))

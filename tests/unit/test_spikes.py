@@ -1,0 +1,124 @@
+"""Which steps are taken for spikes, against the definition in the standard library; which rows are left out; which
+proteins they hold."""
+
+import json
+import math
+import random
+import statistics
+
+import numpy as np
+import pytest
+import torch
+
+from megatron.config import DataConfig, GuardsConfig
+from megatron.data.batches.order import SampleOrder, merged
+from megatron.data.corpus.indexed_writer import write_indexed
+from megatron.data.corpus.vocab import Vocab
+from megatron.data.rows.dataset import build_datasets
+from megatron.data.rows.members import members_of
+from megatron.errors import ConfigError
+from megatron.train.guards.faults import Faults
+from megatron.train.guards.spikes import HISTORY, LEAST, SpikeJudge
+from megatron.train.state import TrainState
+
+CPU = torch.device("cpu")
+
+
+def judge(may_overflow=False, threshold=10.0):
+    return SpikeJudge(GuardsConfig(spike_threshold=threshold), CPU, may_overflow)
+
+
+def is_normal(one, loss, norm):
+    return bool(one.is_normal(torch.tensor(loss), torch.tensor(norm)))
+
+
+def steps(number, seed=0):
+    draw = random.Random(seed)
+    return [(draw.gauss(2.7, 0.05), draw.gauss(0.6, 0.1)) for _ in range(number)]
+
+
+def test_what_is_far_is_so_by_the_definition():
+    one, kept = judge(threshold=3.0), []
+    for loss, norm in [(loss + 0.3 * (number % 37 == 0), norm) for number, (loss, norm) in enumerate(steps(400))]:
+        limits = [math.inf, math.inf]
+        if len(kept) >= LEAST:
+            for which in (0, 1):
+                values = [step[which] for step in kept[-HISTORY:]]
+                # The lower of two middle values, as torch has it.
+                middle = statistics.median_low(values)
+                deviation = 1.4826 * statistics.median_low([abs(value - middle) for value in values])
+                limits[which] = middle + 3 * max(deviation, 0.005 * middle)
+        expected = loss <= limits[0] and norm <= limits[1]
+        assert is_normal(one, loss, norm) == expected
+        kept += [(loss, norm)] * expected
+    assert len(kept) < 400
+
+
+def test_before_there_are_steps_to_compare_with_only_what_is_not_finite_is_wrong():
+    one = judge()
+    assert is_normal(one, 3.0, 1.0)
+    assert is_normal(one, 300.0, 100.0)
+    assert not is_normal(one, math.nan, 1.0)
+    assert not is_normal(one, 3.0, math.inf)
+
+
+def test_a_falling_loss_and_a_step_without_targets_are_normal():
+    one = judge()
+    assert all(is_normal(one, 3 * 0.97**number, 1.0) for number in range(200))
+    assert is_normal(one, 0.0, 0.0)
+    assert is_normal(one, 3 * 0.97**200, 1.0)
+
+
+def test_in_fp16_a_gradient_may_overflow_and_a_loss_may_not():
+    one = judge(may_overflow=True)
+    assert is_normal(one, 3.0, math.inf)
+    assert not is_normal(one, math.nan, 1.0)
+
+
+def test_a_judge_that_goes_on_from_a_checkpoint_judges_alike():
+    one, other = judge(threshold=2.0), judge(threshold=2.0)
+    for step in steps(150):
+        is_normal(one, *step)
+    other.load_state(json.loads(json.dumps(one.state())))
+    answers = [(is_normal(one, *step), is_normal(other, *step)) for step in steps(150, seed=1)]
+    assert {left == right for left, right in answers} == {True}
+    assert {left for left, _ in answers} == {True, False}
+
+
+def test_what_is_left_out_is_jumped_over():
+    windows = merged([(8, 9), (3, 5), (4, 6), (9, 11)])
+    assert windows == ((3, 6), (8, 11))
+    order = SampleOrder(windows)
+    assert [order.sample(position) for position in range(8)] == [0, 1, 2, 6, 7, 11, 12, 13]
+
+
+def test_a_window_counts_once_and_none_may_lie_behind():
+    state = TrainState(5, 10, left_out=((4, 8),))
+    state.leave_out([(4, 8), (20, 24)])
+    assert state.left_out == ((4, 8), (20, 24))
+    with pytest.raises(ConfigError, match="has come to sample 14 already; give 14-16"):
+        state.leave_out([(12, 16)])
+
+
+def test_a_fault_of_the_rows_comes_with_them_and_one_of_a_device_once():
+    faults = Faults(["nan@2", "flip@4"])
+    factors = [faults.factor(step, 4 * step) for step in (1, 2, 3, 4, 2, 3, 4)]
+    assert [math.isnan(factor) for factor in factors] == [False, True, False, True, True, False, False]
+    assert not math.isnan(faults.factor(2, 12)) and math.isnan(faults.factor(9, 8))
+
+
+def test_the_proteins_of_rows_are_told_by_corpus_number_and_name(tmp_path):
+    for name, letter in (("a", 6), ("b", 7)):
+        write_indexed(tmp_path / name, (np.full(5 + number, letter, np.uint16) for number in range(20)))
+    (tmp_path / "b.names").write_text("".join(f"protein {number}\n" for number in range(20)))
+    paths = ("1", str(tmp_path / "a"), "1", str(tmp_path / "b"))
+    data = DataConfig(data_path=paths, split="10,5,5", seq_length=64)
+    train = build_datasets(data, Vocab.from_file(), seed=1).train
+    members = members_of(train, range(12))
+    assert {member.sample for member in members} == set(range(12))
+    for member in members:
+        assert member.num_residues == 5 + member.document
+        assert member.name == (f"protein {member.document}" if member.prefix.endswith("b") else "")
+    for sample in range(12):
+        lengths = [member.num_residues + 1 for member in members if member.sample == sample]
+        assert lengths == train[sample].lengths.tolist()
