@@ -8,8 +8,8 @@ from megatron.config.declaration import Check, flag, positive
 _WINDOW = re.compile(r"(\d+)-(\d+)")
 _windows: Check = (lambda text: (match := _WINDOW.fullmatch(text)) is not None
                    and int(match[1]) < int(match[2]), "FIRST-STOP, two whole numbers of which the second is greater")
-_faults: Check = (lambda text: re.fullmatch(r"(nan|spike|flip)@[1-9]\d*", text) is not None,
-                  "nan, spike or flip, then @ and a step from 1")
+_faults: Check = (lambda text: re.fullmatch(r"(nan|spike|flip|stuck)@[1-9]\d*", text) is not None,
+                  "nan, spike, flip or stuck, then @ and a step from 1")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class GuardsConfig:
         "behind", nargs="+", check=_windows, changes="samples")
     inject_fault: tuple[str, ...] = flag(
         (), "KIND@STEP …: make a step go wrong, to see what follows. nan and spike come again with the step's rows, "
-        "flip comes once", nargs="+", check=_faults, changes="nothing", is_hidden=True)
+        "flip comes once, stuck holds the last rank up for good", nargs="+", check=_faults, changes="nothing",
+        is_hidden=True)
 
     @property
     def left_out(self) -> list[tuple[int, int]]:

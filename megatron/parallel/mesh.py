@@ -18,6 +18,7 @@ from megatron.errors import ConfigError
 from megatron.parallel.launch.environment import Launch, device_of
 from megatron.parallel.launch.hosts import choose_interface
 from megatron.parallel.launch.meeting import meeting_store
+from megatron.parallel.launch.watch import Progress, watched
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Mesh:
     first and the last pipeline rank, on these; one rank elsewhere. `channels`: groups of the pipeline for
     point-to-point messages, each of which carries one kind of message in one direction, so that no two ever wait for
     each other. `writers`: all ranks on a gloo group of their own, on which they agree about files while the others are
-    at work for the training.
+    at work for the training. `progress`: what this rank tells the others of when they have to wait.
     """
 
     world: Axis = field(default_factory=Axis)
@@ -57,6 +58,7 @@ class Mesh:
     channels: tuple[dist.ProcessGroup, ...] = ()
     writers: Axis = field(default_factory=Axis)
     device: torch.device = torch.device("cpu")
+    progress: Progress = field(default_factory=Progress)
 
     @property
     def is_first_reader(self) -> bool:
@@ -79,9 +81,12 @@ def joined(config: ParallelConfig, launch: Launch) -> Iterator[Mesh]:
     if backend == "gloo":
         choose_interface(launch.is_on_one_host)
     timeout = timedelta(minutes=config.distributed_timeout_minutes)
-    dist.init_process_group(backend, store=meeting_store(launch, timeout), rank=launch.rank, world_size=launch.size,
-                            timeout=timeout)
-    yield with_writers(build_mesh(config, device, timeout), timeout)
+    store = meeting_store(launch, timeout)
+    dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=timeout)
+    mesh = with_writers(build_mesh(config, device, timeout), timeout)
+    of_watch = store.clone()  # type: ignore[attr-defined]
+    with watched(of_watch, launch.rank, launch.size, timeout, mesh.progress):
+        yield mesh
     # Not after an error: the process is about to end, and its peers should not hear of it before it has said why.
     dist.destroy_process_group()
 
@@ -102,7 +107,7 @@ def build_mesh(config: ParallelConfig, device: torch.device, timeout: timedelta)
     channels = tuple(_new_group(line, timeout, f"channel {number}") for number in range(num_channels))
     return Mesh(world=Axis(dist.get_rank(), dist.get_world_size(), dist.group.WORLD), **axes, replicas=replicas,
                 shards=build_axis(split, ["shards"], timeout), copies=build_axis(split, ["copies"], timeout),
-                holders=holders, ends=ends, channels=channels, device=device)
+                holders=holders, ends=ends, channels=channels, device=device, progress=Progress())
 
 
 def with_writers(mesh: Mesh, timeout: timedelta) -> Mesh:

@@ -132,6 +132,7 @@ class Training:
         agreed_before = self._wishes
         wishes = self._requests.wants_stop(), self._is_time_to_save()
         self._guard.note(rows)
+        run.mesh.progress.step = state.iteration + 1
         factor = self._faults.factor(state.iteration + 1, run.order.sample(state.consumed_samples))
         self._wishes = self._step(micro_batches, learning_rate, wishes, factor)
         num_stopping, num_saving = (self._wishes if run.mesh.world.size == 1 else agreed_before).read()

@@ -23,7 +23,8 @@ def train_to_its_end(config: Config, mesh: Mesh, log: Log, requests: StopRequest
 
     `claim`: on rank 0, the right to write into `--save`. Raises a UserError.
     """
-    faults, suspect, run = Faults(config.guards.inject_fault), None, build(config, mesh, log)
+    faults = Faults(config.guards.inject_fault, mesh.world.rank == mesh.world.size - 1)
+    suspect, run = None, build(config, mesh, log)
     while True:
         try:
             return train(run, requests, claim, faults, suspect)

@@ -1,6 +1,7 @@
 """Ranks that die, fail or hang: the job ends in time with one line, or goes on from the last checkpoint."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -95,9 +96,21 @@ def test_a_rank_that_hangs_ends_the_job_in_time(start_ranks, corpus, tmp_path):
     process = start_ranks(OURS, corpus, tmp_path, *ENDLESS, "--distributed-timeout-minutes", 0.1,
                           python=sys.executable)
     send_to_rank_1(signal.SIGSTOP, process, tmp_path)
-    status, errors, _ = end_of(process)
+    status, errors, output = end_of(process)
+    assert re.search(rf"note:   rank 0 on {HOST}, step \d+: waits for others, in parallel/collectives.py", output)
+    assert "note:   rank 1: does not answer" in output
     assert errors == [f"error: rank 1 on {HOST}: did not answer, and was killed"]
     assert status != 0
+
+
+def test_before_ranks_give_up_they_say_who_holds_them_up(start_ranks, corpus, tmp_path):
+    process = start_ranks(OURS, corpus, tmp_path, *ENDLESS, "--distributed-timeout-minutes", 0.1, "--inject-fault",
+                          "stuck@3")
+    _, _, output = end_of(process)
+    notes = [line.removeprefix("note:").strip() for line in output.splitlines() if line.startswith("note: ")]
+    assert notes[0].startswith(f"rank 0 on {HOST} has waited 3 s, and will give up 3 s after that")
+    assert notes[1].startswith(f"rank 0 on {HOST}, step 3: waits for others, in parallel/collectives.py:")
+    assert notes[2].startswith(f"rank 1 on {HOST}, step 3: is not waiting for others, in train/guards/faults.py:")
 
 
 def test_a_rank_that_fails_is_reported_with_its_reason_and_the_others_are_not(start_ranks, corpus, tmp_path):

@@ -101,7 +101,7 @@ def test_a_window_counts_once_and_none_may_lie_behind():
 
 
 def test_a_fault_of_the_rows_comes_with_them_and_one_of_a_device_once():
-    faults = Faults(["nan@2", "flip@4"])
+    faults = Faults(["nan@2", "flip@4"], is_last_rank=True)
     factors = [faults.factor(step, 4 * step) for step in (1, 2, 3, 4, 2, 3, 4)]
     assert [math.isnan(factor) for factor in factors] == [False, True, False, True, True, False, False]
     assert not math.isnan(faults.factor(2, 12)) and math.isnan(faults.factor(9, 8))
