@@ -1,4 +1,4 @@
-"""Installs the project: `pip install -e .` (what `examples/setup.sh` does in its own environment).
+"""Installs the project: `pip install -e .` (what `examples/setup.sh` does in its own environment), or `pip install .`.
 
 The ranges here are what the code can work with; `requirements.txt` pins what is tested. The compiled helpers that pack
 proteins into rows, and on CPUs attend and do what lies between matrix products, are optional: without a C++ compiler or
@@ -6,6 +6,7 @@ pybind11 their Python twins do the same work, more slowly.
 """
 
 import sys
+from pathlib import Path
 
 from setuptools import Extension, find_namespace_packages, setup
 
@@ -43,14 +44,25 @@ def extensions() -> list[Extension]:
                                        for rest in (".h", "_blocks.inc", "_kernels.inc")])]
 
 
+def commands() -> list[str]:
+    """`proteinlm-pretrain`, `proteinlm-preprocess`, `proteinlm-embed` and so on, one a program."""
+    names = [path.stem.removesuffix("_data").replace("_", "-") for path in sorted(Path("tools").glob("*.py"))]
+    return [f"proteinlm-{name} = megatron.console:run" for name in ("pretrain", *names)]
+
+
 setup(
     name="proteinlm-pretrain",
     version="0.1.0",
     description="Protein masked language models, pretrained Megatron-style, on packed proteins",
     license="Apache-2.0",
-    packages=find_namespace_packages(include=["megatron*", "protein_tools*"]),
+    # tools/ is installed below megatron/: a package called tools would not be ours alone.
+    packages=[*find_namespace_packages(include=["megatron*", "protein_tools*"]), "megatron.tools"],
+    package_dir={"megatron.tools": "tools"},
     package_data={"protein_tools": ["*.txt"]},
+    py_modules=["pretrain_tape"],
+    entry_points={"console_scripts": commands()},
     ext_modules=extensions(),
+    setup_requires=["pybind11>=2.11"],  # of a build by itself, for the compiled helpers
     python_requires=">=3.10",
     install_requires=REQUIRED,
     extras_require=EXTRAS,

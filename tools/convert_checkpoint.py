@@ -7,7 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # else it is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.checkpoint.convert.conversion import convert  # noqa: E402
 from megatron.checkpoint.convert.formats import AUTO, FORMATS  # noqa: E402

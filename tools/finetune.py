@@ -13,7 +13,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # else it is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.checkpoint.newest import saved_flags  # noqa: E402
 from megatron.config import ParallelConfig  # noqa: E402

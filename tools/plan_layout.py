@@ -14,7 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # else it is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.config import Config
 from megatron.config.command_line import parse  # noqa: E402

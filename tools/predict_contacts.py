@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # else it is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.checkpoint.contact_head import write_contact_head  # noqa: E402
 from megatron.config.command_line import OneLineParser  # noqa: E402

@@ -6,7 +6,8 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # else it is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.data.preprocess.flags import parse_arguments  # noqa: E402
 from megatron.data.preprocess.run import preprocess  # noqa: E402

@@ -140,8 +140,8 @@ def parse_flags(argv: Sequence[str], description: str) -> Flags:
     parser.add_argument("task", metavar="TASK", choices=TASK_NAMES, help=", ".join(TASK_NAMES))
     for kind in (TaskConfig, FinetuneConfig, LoraConfig):
         add_section_flags(parser, kind)
-    for name, section_of_run in Config().sections():
-        add_section_flags(parser, type(section_of_run), _TAKEN[name])
+    for name, names in _TAKEN.items():
+        add_section_flags(parser, type(getattr(Config(), name)), names)
     given = dict[str, Any]((name, tuple(value) if isinstance(value, list) else value)
                            for name, value in vars(parser.parse_args(argv)).items())
     task_name, task, finetune = given.pop("task"), _taken(TaskConfig, given), _taken(FinetuneConfig, given)
