@@ -6,6 +6,7 @@ What is done stands in recipes.jsonl, a line a run, and is not done again: a lad
 
     python benchmarks/recipes.py PREFIX --size 6x256 --rows 5600 --seeds 1 2 --arms recipe "recipe - conv"   these alone
     python benchmarks/recipes.py --table                                                       what is known so far
+    python benchmarks/recipes.py --rates benchmarks/rates.png                  the rate of Muon by width, as a picture
 """
 
 import argparse
@@ -17,6 +18,8 @@ import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -39,6 +42,7 @@ MODEL = {"rotary": "--position-embedding-type rope", "rmsnorm": "--normalization
          "conv": "--qkv-conv-kernel 5"}
 MORE = {"value": "--value-embeddings", "unet": "--unet-skips", "x0": "--x0-skips"}
 RECIPE = f"{MUON} {' '.join(MODEL.values())}"
+RECIPE_RATE, RATES_ROWS = 0.01, 600  # --muon-lr where nothing says another; of the runs that compare rates
 WSD = "--lr-decay-style WSD --lr-wsd-decay-style minus_sqrt --lr-wsd-decay-iters"
 # Arms by name: the flags, and the rows a step where they are not 4.
 ARMS: dict[str, tuple[str, int]] = {
@@ -118,6 +122,49 @@ def mean_loss(runs: list[dict]) -> float:
     return statistics.fmean(run["loss"] for run in runs)
 
 
+def rates_of(records: list[dict]) -> dict[str, dict[float, float]]:
+    """By size, the mean loss of the recipe at each rate of Muon, of the runs on RATES_ROWS rows."""
+    found = defaultdict[str, dict[float, list[float]]](lambda: defaultdict(list))
+    for record in records:
+        arm, _, rate = record["arm"].partition(", muon-lr ")
+        if record["rows"] == RATES_ROWS and arm == "recipe":
+            found[record["size"]][float(rate or RECIPE_RATE)].append(record["loss"])
+    return {size: {rate: statistics.fmean(losses[rate]) for rate in sorted(losses)} for size, losses in found.items()}
+
+
+def best_rate(losses: dict[float, float]) -> float:
+    """Where a parabola over the logarithm of the rate is least, through the best rate and its neighbours on both sides.
+
+    The best one itself where it is at an end, or the three lie as no parabola with a least value does.
+    """
+    rates = sorted(losses)
+    at = min(range(len(rates)), key=lambda index: losses[rates[index]])
+    if not 0 < at < len(rates) - 1:
+        return rates[at]
+    near = rates[at - 1:at + 2]
+    curve, slope, _ = np.polyfit(np.log(near), [losses[rate] for rate in near], 2)
+    return float(np.exp(-slope / (2 * curve))) if curve > 0 else rates[at]
+
+
+def draw_rates(rates: dict[str, dict[float, float]], path: Path) -> None:
+    """Each size's losses above its least over the rate, with the best of the parabola dotted."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
+    panel = figure.subplots()
+    for size, losses in sorted(rates.items(), key=lambda item: int(item[0].split("x")[1])):
+        least = min(losses.values())
+        [line] = panel.plot([*losses], [loss - least for loss in losses.values()], marker="o",
+                            label=f"{size}: {best_rate(losses):.4f}")
+        panel.axvline(best_rate(losses), color=line.get_color(), linestyle=":", linewidth=1)
+    panel.set(xscale="log", xlabel="--muon-lr", ylabel="validation loss above the size's least, nats")
+    ticks = sorted({rate for losses in rates.values() for rate in losses})
+    panel.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
+    panel.minorticks_off()
+    panel.legend(title="size: best rate")
+    figure.savefig(path)
+
+
 def main() -> None:
     """Run what is missing, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -127,9 +174,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--table", action="store_true", help="train nothing")
+    parser.add_argument("--rates", type=Path, metavar="PNG", help="train nothing, and draw the rates of Muon by width")
     arguments = parser.parse_args()
+    if arguments.rates is not None:
+        draw_rates(rates_of(known()), arguments.rates)
+        return
     if arguments.prefix is None and not arguments.table:
-        parser.error("give the prefix of a corpus, or --table")
+        parser.error("give the prefix of a corpus, --table or --rates")
     size, rows = arguments.size, arguments.rows
     done = {(record["size"], record["rows"], record["arm"], record["seed"]) for record in known()}
     todo = [(arm, seed) for seed in arguments.seeds for arm in arguments.arms

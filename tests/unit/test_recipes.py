@@ -1,5 +1,6 @@
 """The ladder of recipes: what its arms mean, and that it goes on where it stopped."""
 
+import math
 import shlex
 import sys
 
@@ -40,3 +41,16 @@ def test_what_was_trained_is_not_trained_again_and_what_is_missing_is(monkeypatc
     assert trained == [("muon", 1), ("recipe", 1), ("muon", 2), ("muon", 2), ("recipe", 2), ("muon", 3), ("recipe", 3)]
     assert capsys.readouterr().out.splitlines()[-2:] == [
         "| 4x128 | 1,400 | recipe | 4.0000 ± 1.0000 | 3 |", "| 4x128 | 1,400 | muon | 5.0000 ± 1.0000 | 3 |"]
+
+
+def test_the_best_rate_is_where_a_parabola_over_its_logarithm_is_least(tmp_path):
+    best = 0.0123
+    losses = {rate: 2.6 + 0.01 * math.log(rate / best) ** 2 for rate in (0.0025, 0.005, 0.01, 0.02, 0.04)}
+    assert recipes.best_rate(losses) == pytest.approx(best)
+    assert recipes.best_rate({rate: loss for rate, loss in losses.items() if rate <= 0.01}) == 0.01
+    records = [{"size": "4x64", "rows": rows, "arm": arm, "seed": seed, "loss": loss + seed}
+               for rows, arm, loss in ((600, "recipe", 2.0), (600, "recipe, muon-lr 0.02", 3.0), (1400, "recipe", 9.0),
+                                       (600, "recipe, mask 0.2", 9.0)) for seed in (1, 2)]
+    assert recipes.rates_of(records) == {"4x64": {0.01: 3.5, 0.02: 4.5}}
+    recipes.draw_rates(recipes.rates_of(records), tmp_path / "rates.png")
+    assert (tmp_path / "rates.png").stat().st_size > 1000
