@@ -55,7 +55,11 @@ def main(argv: Sequence[str]) -> int:
             if (said := notice(taken)) is not None:
                 log.line(said)
             with claimed(config.checkpoint.save, mesh, log) as claim, requests.listening():
-                train_to_its_end(config, mesh, log, requests, claim)
+                run = train_to_its_end(config, mesh, log, requests, claim)
+                if config.checkpoint.save and log.is_speaker:
+                    from megatron.study.report import leave_report  # matplotlib: slow to import, needed once
+
+                    leave_report(run)
     except Exception as error:
         return report(error, launch)
     return 0

@@ -153,7 +153,8 @@ def prune(root: Path, *, keep: int, keep_every: int, retain_optimizer: int, spar
 def note_validation(place: Path, loss: float) -> None:
     """Keep the validation loss of a checkpoint beside it, and link to the best of the run."""
     write_json(place / _VALIDATION, {"loss": loss})
-    losses = {other: found for other in iterations(place.parent).values() if (found := _validation(other)) is not None}
+    losses = {other: found for other in iterations(place.parent).values()
+              if (found := validation_loss(other)) is not None}
     link, new = place.parent / BEST, place.parent / f".{BEST}"
     new.unlink(missing_ok=True)
     new.symlink_to(min(losses, key=lambda other: losses[other]).name)
@@ -204,7 +205,8 @@ def _drop_optimizer(place: Path) -> None:
             (place / name).unlink(missing_ok=True)
 
 
-def _validation(place: Path) -> float | None:
+def validation_loss(place: Path) -> float | None:
+    """That of the run when it wrote this checkpoint; None where it is not known."""
     try:
         return float(json.loads((place / _VALIDATION).read_text(encoding="utf-8"))["loss"])
     except (OSError, ValueError, KeyError, TypeError):

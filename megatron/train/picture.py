@@ -18,7 +18,8 @@ def draw_losses(metrics: Path, baselines: Baselines | None) -> Path:
     """Draw the records of `metrics` to `loss.png` beside it and return its path."""
     records = [record for record in read_records(metrics)
                if isinstance(record.get("loss"), float) and math.isfinite(record["loss"])]
-    figure, axes = pyplot.subplots(figsize=(8, 5), dpi=150, layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(8, 5), dpi=150)
+    figure.subplots_adjust(left=0.09, right=0.98, bottom=0.1, top=0.94)
     for kind, label, style in (("train", "training", {"linewidth": 1.0, "alpha": 0.8}),
                                ("valid", "validation", {"marker": "o", "markersize": 4}),
                                ("valid_ema", "validation of the average", {"marker": "s", "markersize": 4})):

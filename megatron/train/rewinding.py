@@ -18,8 +18,8 @@ from megatron.train.loop import train
 from megatron.train.stop import StopRequests
 
 
-def train_to_its_end(config: Config, mesh: Mesh, log: Log, requests: StopRequests, claim: Claim | None) -> None:
-    """Build the run and train it; where its guard says so, build it again from its last checkpoint.
+def train_to_its_end(config: Config, mesh: Mesh, log: Log, requests: StopRequests, claim: Claim | None) -> Run:
+    """The run, built and trained; where its guard says so, built again from its last checkpoint.
 
     `claim`: on rank 0, the right to write into `--save`. Raises a UserError.
     """
@@ -27,7 +27,8 @@ def train_to_its_end(config: Config, mesh: Mesh, log: Log, requests: StopRequest
     suspect, run = None, build(config, mesh, log)
     while True:
         try:
-            return train(run, requests, claim, faults, suspect)
+            train(run, requests, claim, faults, suspect)
+            return run
         except RewindError as found:
             left_out, num_rewinds = _left_out(run, found)
             suspect = None if found.is_again else found.window

@@ -33,6 +33,20 @@ def unbroken(corpus, tmp_path_factory):
     return train(corpus, tmp_path_factory.mktemp("unbroken"), *DROPOUT, "--train-iters", 60)
 
 
+def test_the_report_is_one_page_that_tells_how_a_run_went(corpus, tmp_path):
+    train(corpus, tmp_path / "run", "--exit-interval", 6)
+    assert "stopped at step 6 of 12" in (tmp_path / "run" / "report.html").read_text()
+    train(corpus, tmp_path / "run")
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "complete: 12 steps, 24 rows; 2 layers x 32" in page
+    loss = losses(tmp_path / "run", "valid")[12]
+    assert re.search(rf"<td class=number>validation loss<td class=number>12<td class=number>{loss:.4f}<", page)
+    assert "<code>--hidden-size</code><td class=number><code>32</code>" in page
+    assert "<code>iter_0000012</code>" in page
+    pictures = re.findall(r'(?:src|href)="([^"]{22})', page)
+    assert pictures == ["data:image/png;base64,"] * 2  # the loss and the panels: nothing lies elsewhere
+
+
 def test_reruns_are_bitwise_equal(corpus, tmp_path):
     first, second = (train(corpus, tmp_path / name, *DROPOUT) for name in "ab")
     assert len(first) == 12
