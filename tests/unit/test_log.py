@@ -23,6 +23,7 @@ DOORS = {"tools/preprocess_data.py": ["--input", NAME, "--output-prefix", "x"],
          "tools/inspect_checkpoint.py": ["x", f"--{NAME}"], "tools/embed.py": [NAME, "x", "y"],
          "tools/evaluate.py": [NAME, "--on", "x"], "tools/score_variants.py": [NAME, "x", "y"],
          "tools/predict_contacts.py": [NAME, "--input", "x", "--output", "y.npz"],
+         "tools/merge_datasets.py": ["--input", NAME, "--output-prefix", "x"],
          "tools/finetune.py": ["own", f"--{NAME}"],
          "pretrain_tape.py": [f"--{NAME}"]}
 

@@ -44,13 +44,13 @@ class Index:
 class IndexedDataset:
     """The sequences of one indexed dataset; n sequences, d documents. Reopened, not copied, when it is pickled.
 
-    sizes: int32 [n], tokens a sequence. doc_idx: int64 [d+1], the first sequence of each document.
-    tokens: every id, in one flat array.
+    layout: of the .idx, mmap or tnt. sizes: int32 [n], tokens a sequence. doc_idx: int64 [d+1], the first sequence of
+    each document. tokens: every id, in one flat array.
     """
 
     def __init__(self, prefix: str, impl: str, index: Index, tokens: np.ndarray) -> None:
         self.prefix, self.impl = prefix, impl
-        self.dtype = index.dtype
+        self.layout, self.dtype = index.layout, index.dtype
         self.sizes, self.doc_idx, self.tokens = index.sizes, index.doc_idx, tokens
         self._pointers, self._pointers_per_token = index.pointers, index.pointers_per_token
 
