@@ -24,7 +24,7 @@ DOORS = {"tools/preprocess_data.py": ["--input", NAME, "--output-prefix", "x"],
          "tools/evaluate.py": [NAME, "--on", "x"], "tools/score_variants.py": [NAME, "x", "y"],
          "tools/predict_contacts.py": [NAME, "--input", "x", "--output", "y.npz"],
          "tools/merge_datasets.py": ["--input", NAME, "--output-prefix", "x"],
-         "tools/finetune.py": ["own", f"--{NAME}"],
+         "tools/doctor.py": [f"--{NAME}"], "tools/finetune.py": ["own", f"--{NAME}"],
          "pretrain_tape.py": [f"--{NAME}"]}
 
 
