@@ -11,6 +11,7 @@ from megatron.doctor.finding import NOTE, OK, ROOT, WRONG, Asked, Finding
 
 _GIB = 2**30
 _TELLING_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+_MUCH_LOAD = 0.5  # processes at work for each core
 _FEW_FILES, _LEAST_SHM, _LEAST_MEMORY = 1024, 1 * _GIB, 2 * _GIB
 _WATCHED = re.compile(r"(NCCL|GLOO|TORCH|PYTORCH|CUDA|OMP|GOMP|MKL|KMP|TRITON)_\w+|GLIBC_TUNABLES|MASTER_(ADDR|PORT)")
 
@@ -28,6 +29,10 @@ def processor(asked: Asked) -> Iterator[Finding]:
     if quota is not None and quota < allowed:
         yield Finding(NOTE, f"the container may use {quota:g} of these cores: more threads wait for each other",
                       f"export OMP_NUM_THREADS={max(1, int(quota))}")
+    load = os.getloadavg()[0]
+    if load > _MUCH_LOAD * allowed:
+        yield Finding(NOTE, f"other work is at these cores (load {load:.1f}): what is measured here is less than they "
+                      "can do", "top")
 
 
 def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:

@@ -92,6 +92,13 @@ def test_a_containers_share_of_the_cores_is_read_from_either_kind_of_control_gro
     assert machine.cpu_quota(tmp_path) == cores
 
 
+@pytest.mark.parametrize(("load", "level"), [(0.0, OK), (1000.0, NOTE)])
+def test_other_work_on_the_cores_is_told(monkeypatch, load, level):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(machine, "cpu_quota", lambda: None)
+    assert levels(machine.processor(Asked(Path())))[-1] == level
+
+
 @pytest.mark.parametrize(("threads", "level"), [("none", WRONG), ("0", WRONG), ("100000", NOTE)])
 def test_a_wrong_number_of_threads_is_told(monkeypatch, threads, level):
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
