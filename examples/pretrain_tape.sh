@@ -12,8 +12,9 @@
 #                       proteinlm-3b    36 layers x 2560, 40 heads
 #                       esm2-8m, -35m, -150m, -650m, -3b, -15b, esm1b, protbert
 #                       recipe-8m, -35m, -150m, -650m (demo's recipe at scale; not measured)
-#     DATA_PATH         prefix of PREFIX.bin and PREFIX.idx, as tools/preprocess_data.py writes them; or several, each
-#                       behind its weight: "0.7 pfam 0.3 uniref" (default: the proteins in examples/proteins)
+#     DATA_PATH         prefix of PREFIX.bin and PREFIX.idx, as tools/preprocess_data.py writes them; several, or @FILE with
+#                       one a line, as one corpus; or each behind its weight: "0.7 pfam 0.3 uniref" (default: the
+#                       proteins in examples/proteins)
 #     CHECKPOINT_PATH   folder for checkpoints, logs, curves (default: runs/PRESET in the checkout)
 #     VOCAB_FILE        iupac, esm, protbert, or a file with one token a line (default: the preset's)
 #

@@ -1,5 +1,6 @@
 """Files and folders that appear under their final name only when they are whole and on the disk."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -81,6 +82,15 @@ def new_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file's contents, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(1 << 20):
+            digest.update(data)
+    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -5,8 +5,6 @@ import sys
 from collections.abc import Callable
 from typing import Protocol
 
-from tqdm import tqdm
-
 from megatron.errors import UserError
 
 
@@ -41,11 +39,13 @@ class Log:
     def line(self, text: str) -> None:
         """Print `text`, above the progress bar if there is one."""
         if self.is_speaker:
+            from tqdm import tqdm  # here, since tools/doctor.py tells where it is missing
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
     def progress(self, total: int, done: int, unit: str, label: str) -> "Progress":
         """A progress bar over `total` units of which `done` are behind us; silent where nobody watches."""
+        from tqdm import tqdm
         hidden = not (self.is_speaker and sys.stderr.isatty())
         return tqdm(total=total, initial=done, unit=unit, desc=label, disable=hidden, dynamic_ncols=True, leave=False)
 

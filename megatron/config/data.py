@@ -12,8 +12,8 @@ class DataConfig:
     """The corpora, the packing of proteins into rows and the masking."""
 
     data_path: tuple[str, ...] = flag(
-        None, "prefix of PREFIX.bin and PREFIX.idx, or several as WEIGHT PREFIX WEIGHT PREFIX …", nargs="+",
-        changes="samples")
+        None, "prefix of PREFIX.bin and PREFIX.idx; several, or @LIST, a file with one a line, as one corpus; or "
+        "WEIGHT PREFIX …", nargs="+", changes="samples")
     split: str = flag("969,30,1", "shares or exact document counts of training, validation and test, by commas",
                       changes="samples")
     vocab_file: str = flag(None, f"vocabulary of the model: {', '.join(VOCABULARIES)}, or a file with one token a line "

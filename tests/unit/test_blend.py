@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from megatron.config import DataConfig
 from megatron.data.corpus.indexed_writer import write_indexed
 from megatron.data.corpus.vocab import Vocab
-from megatron.data.rows.blend import BlendedDataset, parse_data_path, place_in_blend
+from megatron.data.rows.blend import BlendedDataset, place_in_blend
+from megatron.data.rows.data_path import parse_data_path
 from megatron.data.rows.dataset import build_datasets, corpora_of
 from megatron.errors import ConfigError
 
@@ -96,7 +97,8 @@ def test_a_blend_of_hundreds_of_corpora_holds_no_file_open(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("path, message", [
-    (("1", "a", "2"), "has 3 parts"), (("a", "b"), "a is not a weight"), (("0", "a", "1", "b"), "0 is not a weight")])
+    (("1", "a", "2"), "has 3 parts"), (("1", "a", "b", "c"), "b is not a weight"),
+    (("0", "a", "1", "b"), "0 is not a weight")])
 def test_a_malformed_data_path_is_an_error(path, message):
     with pytest.raises(ConfigError, match=message):
         parse_data_path(path)

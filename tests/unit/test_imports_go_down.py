@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 HEIGHT = {"megatron.config": 0, "megatron.errors": 0, "megatron.files": 0, "megatron.log": 0,
           "megatron.plain_pickle": 0, "megatron.kernels": 1, "megatron.parallel": 2, "megatron.data": 3,
           "megatron.model": 3, "megatron.optim": 4, "megatron.checkpoint": 5, "megatron.train": 6, "megatron.infer": 6,
-          "megatron.finetune": 7, "megatron.plan": 7, "megatron.study": 7, "megatron.console": 8, "pretrain_tape": 8,
-          "tools": 8, "protein_tools": 8}
+          "megatron.finetune": 7, "megatron.plan": 7, "megatron.study": 7, "megatron.doctor": 8, "megatron.console": 9,
+          "pretrain_tape": 9, "tools": 9, "protein_tools": 9}
 DOORS = ("pretrain_tape", "tools", "protein_tools")
 GROUND, TOP = 0, HEIGHT["tools"]
 

@@ -23,7 +23,8 @@ DOORS = {"tools/preprocess_data.py": ["--input", NAME, "--output-prefix", "x"],
          "tools/inspect_checkpoint.py": ["x", f"--{NAME}"], "tools/embed.py": [NAME, "x", "y"],
          "tools/evaluate.py": [NAME, "--on", "x"], "tools/score_variants.py": [NAME, "x", "y"],
          "tools/predict_contacts.py": [NAME, "--input", "x", "--output", "y.npz"],
-         "tools/finetune.py": ["own", f"--{NAME}"],
+         "tools/merge_datasets.py": ["--input", NAME, "--output-prefix", "x"],
+         "tools/doctor.py": [f"--{NAME}"], "tools/finetune.py": ["own", f"--{NAME}"],
          "pretrain_tape.py": [f"--{NAME}"]}
 
 

@@ -1,10 +1,12 @@
 """Proteins as the packing sees them: a run of documents of an indexed dataset, and the pieces that rows are made of."""
 
+from bisect import bisect_right
 from functools import cached_property
 
 import numpy as np
 
 from megatron.data.corpus.indexed import IndexedDataset
+from megatron.data.corpus.joined import Corpus, JoinedDataset
 
 CHUNK_DOCUMENTS = 1 << 20
 
@@ -13,40 +15,79 @@ class Documents:
     """The documents `documents` of an indexed dataset, numbered from 0. A document is one protein."""
 
     def __init__(self, indexed: IndexedDataset, documents: range) -> None:
-        self.indexed, self.range = indexed, documents
+        self.indexed: Corpus = indexed
+        self.range, self._file = documents, indexed
 
     def __len__(self) -> int:
         return len(self.range)
 
     def __reduce__(self) -> tuple:
-        return Documents, (self.indexed, self.range)
+        return type(self), (self.indexed, self.range)
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """The residues of each document, [documents]; int32 straight from the file, or int64 where they are summed."""
         if self._first_sequence is not None:
-            return self.indexed.sizes[self._first_sequence:self._first_sequence + len(self)]
-        bounds = np.asarray(self.indexed.doc_idx[self.range.start:self.range.stop + 1])
-        ends = np.cumsum(np.asarray(self.indexed.sizes[bounds[0]:bounds[-1]]), dtype=np.int64)
+            return self._file.sizes[self._first_sequence:self._first_sequence + len(self)]
+        bounds = np.asarray(self._file.doc_idx[self.range.start:self.range.stop + 1])
+        ends = np.cumsum(np.asarray(self._file.sizes[bounds[0]:bounds[-1]]), dtype=np.int64)
         return np.diff(np.concatenate([[0], ends])[bounds - bounds[0]])
 
     def read(self, document: int, offset: int, length: int) -> np.ndarray:
         """`length` ids of a document from `offset` on; a document of several sequences is all of them in a row."""
         if self._first_sequence is not None:
-            return self.indexed.get(self._first_sequence + document, offset, length)
-        first, last = self.indexed.doc_idx[self.range.start + document:self.range.start + document + 2].tolist()
-        whole = [self.indexed.tokens[:0], *(self.indexed[sequence] for sequence in range(first, last))]
+            return self._file.get(self._first_sequence + document, offset, length)
+        first, last = self._file.doc_idx[self.range.start + document:self.range.start + document + 2].tolist()
+        whole = [self._file.tokens[:0], *(self._file[sequence] for sequence in range(first, last))]
         return np.concatenate(whole)[offset:offset + length]
+
+    def place(self, document: int) -> tuple[str, int]:
+        """The prefix of the files that a document is in, and its number there."""
+        return self._file.prefix, self.range[document]
 
     @cached_property
     def _first_sequence(self) -> int | None:
         """The sequence of the first document where every document is one sequence; None where some are not."""
-        bounds = self.indexed.doc_idx
+        bounds = self._file.doc_idx
         for start in range(self.range.start, self.range.stop, CHUNK_DOCUMENTS):
             stop = min(start + CHUNK_DOCUMENTS, self.range.stop)
             if not np.all(np.diff(bounds[start:stop + 1]) == 1):
                 return None
         return int(bounds[self.range.start])
+
+
+class JoinedDocuments(Documents):
+    """The documents `documents` of several datasets, one behind the other; their lengths are held in memory."""
+
+    def __init__(self, indexed: JoinedDataset, documents: range) -> None:
+        self.indexed, self.range = indexed, documents
+        self._parts, self._starts, start = list[Documents](), list[int](), -documents.start
+        for part in indexed.parts:
+            own = range(max(0, -start), min(part.num_documents, len(documents) - start))
+            if own:
+                self._parts.append(Documents(part, own))
+                self._starts.append(start + own.start)
+            start += part.num_documents
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """The residues of each document, [documents]."""
+        return np.concatenate([np.zeros(0, np.int32), *(part.lengths for part in self._parts)])
+
+    def read(self, document: int, offset: int, length: int) -> np.ndarray:
+        """`length` ids of a document from `offset` on."""
+        part = bisect_right(self._starts, document) - 1
+        return self._parts[part].read(document - self._starts[part], offset, length)
+
+    def place(self, document: int) -> tuple[str, int]:
+        """The prefix of the files that a document is in, and its number there."""
+        part = bisect_right(self._starts, document) - 1
+        return self._parts[part].place(document - self._starts[part])
+
+
+def documents_of(corpus: Corpus, documents: range) -> Documents:
+    """The documents `documents` of a corpus, in one file or several."""
+    return JoinedDocuments(corpus, documents) if isinstance(corpus, JoinedDataset) else Documents(corpus, documents)
 
 
 class Pieces:

@@ -6,6 +6,7 @@ whether the .bin is read into memory at the start or mapped). A document is a ru
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from errno import EMFILE
 from functools import cached_property
@@ -44,13 +45,13 @@ class Index:
 class IndexedDataset:
     """The sequences of one indexed dataset; n sequences, d documents. Reopened, not copied, when it is pickled.
 
-    sizes: int32 [n], tokens a sequence. doc_idx: int64 [d+1], the first sequence of each document.
-    tokens: every id, in one flat array.
+    layout: of the .idx, mmap or tnt. sizes: int32 [n], tokens a sequence. doc_idx: int64 [d+1], the first sequence of
+    each document. tokens: every id, in one flat array.
     """
 
     def __init__(self, prefix: str, impl: str, index: Index, tokens: np.ndarray) -> None:
         self.prefix, self.impl = prefix, impl
-        self.dtype = index.dtype
+        self.layout, self.dtype = index.layout, index.dtype
         self.sizes, self.doc_idx, self.tokens = index.sizes, index.doc_idx, tokens
         self._pointers, self._pointers_per_token = index.pointers, index.pointers_per_token
 
@@ -74,20 +75,47 @@ class IndexedDataset:
         """How many documents there are, empty ones included."""
         return len(self.doc_idx) - 1
 
+    @property
+    def parts(self) -> "tuple[IndexedDataset, ...]":
+        """The datasets that this is made of: itself."""
+        return (self,)
+
     @cached_property
     def identity(self) -> str:
         """A digest of dtype, sizes, documents and the size of the .bin: names the dataset in the keys of caches."""
-        digest = hashlib.sha256(f"{self.dtype.str} {self.tokens.nbytes} {len(self.sizes)}".encode())
-        digest.update(np.ascontiguousarray(self.sizes).data)
-        digest.update(np.ascontiguousarray(self.doc_idx).data)
-        return digest.hexdigest()[:32]
+        return identity_of(self.parts)
 
     def contents(self) -> str:
         """A digest of `identity` and of ids from all over the .bin: tells other data of the same lengths."""
-        digest = hashlib.sha256(self.identity.encode())
-        for start in np.linspace(0, max(0, len(self.tokens) - IDS_A_PROBE), PROBES, dtype=np.int64).tolist():
-            digest.update(np.ascontiguousarray(self.tokens[start:start + IDS_A_PROBE]).data)
-        return digest.hexdigest()[:32]
+        return contents_of(self.parts, self.identity)
+
+
+def identity_of(parts: Sequence[IndexedDataset]) -> str:
+    """The `identity` of the dataset that holds those of `parts`, one behind the other."""
+    num_bytes, num_sequences = sum(part.tokens.nbytes for part in parts), sum(len(part) for part in parts)
+    digest = hashlib.sha256(f"{parts[0].dtype.str} {num_bytes} {num_sequences}".encode())
+    for part in parts:
+        digest.update(np.ascontiguousarray(part.sizes).data)
+    digest.update(np.zeros(1, dtype=np.int64).data)
+    before = 0
+    for part in parts:
+        ends = part.doc_idx[1:]
+        digest.update(np.ascontiguousarray(ends + before if before else ends).data)
+        before += len(part)
+    return digest.hexdigest()[:32]
+
+
+def contents_of(parts: Sequence[IndexedDataset], identity: str) -> str:
+    """The `contents` of the dataset that holds those of `parts`, one behind the other."""
+    digest = hashlib.sha256(identity.encode())
+    num_tokens = sum(len(part.tokens) for part in parts)
+    for start in np.linspace(0, max(0, num_tokens - IDS_A_PROBE), PROBES, dtype=np.int64).tolist():
+        for part in parts:
+            if start < len(part.tokens) and start + IDS_A_PROBE > 0:
+                ids = part.tokens[max(0, start):start + IDS_A_PROBE]
+                digest.update(np.ascontiguousarray(ids).data)
+            start -= len(part.tokens)
+    return digest.hexdigest()[:32]
 
 
 def open_indexed(prefix: str, impl: str = "infer") -> IndexedDataset:

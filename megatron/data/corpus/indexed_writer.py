@@ -26,15 +26,15 @@ _SPOOLS = ("bin", "sizes", "documents", "names")
 class IndexedWriter:
     """A context that takes documents and, if it is left without an error, puts PREFIX.bin and PREFIX.idx in place.
 
-    `impl` mmap stores uint16 ids, cached and lazy int32. One writer a prefix at a time: a second raises DataError.
-    `resume_at`, a value that `commit` gave, goes on behind what was committed then; otherwise the writer starts empty.
-    `with_names` puts the names of the documents, one a line, into PREFIX.names.
+    `impl` mmap stores uint16 ids, cached and lazy int32, unless `dtype` says otherwise. One writer a prefix at a time:
+    a second raises DataError. `resume_at`, a value that `commit` gave, goes on behind what was committed then;
+    otherwise the writer starts empty. `with_names` puts the names of the documents, one a line, into PREFIX.names.
     """
 
     def __init__(self, prefix: str | Path, impl: str = "mmap", resume_at: tuple[int, ...] | None = None,
-                 with_names: bool = False) -> None:
+                 with_names: bool = False, dtype: np.dtype | None = None) -> None:
         self.prefix, self.impl, self.with_names = str(prefix), impl, with_names
-        self.dtype = np.dtype(np.uint16 if impl == "mmap" else np.int32)
+        self.dtype = dtype or np.dtype(np.uint16 if impl == "mmap" else np.int32)
         self.folder = Path(f"{prefix}.partial")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """Which vocabulary gave an indexed dataset its ids, and what they are in that of the model."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,21 +56,32 @@ def id_table(corpus: Vocab, vocab: Vocab) -> np.ndarray | None:
     return table
 
 
-def _tokens_of_statistics(prefix: str) -> list[str] | None:
-    """The tokens that the preprocessing of PREFIX_KEY_LEVEL had, in order; None where nothing says."""
-    name = Path(f"{prefix}.bin").name
-    stem = prefix.rpartition("_")[0]
-    while "_" in Path(stem).name:
+def statistics_of(prefix: str) -> tuple[Path, dict[str, Any]] | None:
+    """The file of statistics that names PREFIX.bin, and what it says; None where there is none.
+
+    A merge leaves it as PREFIX.stats.json, preprocessing under the prefix without _KEY_LEVEL.
+    """
+    stem = prefix
+    while True:
+        path = Path(f"{stem}.stats.json")
+        stats = _read(path)
+        with suppress(KeyError, TypeError, AttributeError):
+            if f"{Path(prefix).name}.bin" in (Path(file["path"]).name for output in stats["outputs"].values()
+                                              for file in output["files"]):
+                return path, stats
+        if "_" not in Path(stem).name:
+            return None
         stem = stem.rpartition("_")[0]  # a key may have underscores too
-        stats = _read(Path(f"{stem}.stats.json"))
-        try:
-            files = [Path(file["path"]).name for output in stats["outputs"].values() for file in output["files"]]
-            tokens = stats["vocabulary"]["tokens"]
-        except (KeyError, TypeError, AttributeError):
-            continue
-        if name in files and isinstance(tokens, list) and all(isinstance(token, str) for token in tokens):
-            return tokens
-    return None
+
+
+def _tokens_of_statistics(prefix: str) -> list[str] | None:
+    """The tokens that the preprocessing of a dataset had, in order; None where nothing says."""
+    found = statistics_of(prefix)
+    try:
+        tokens = found[1]["vocabulary"]["tokens"] if found else None
+    except (KeyError, TypeError):
+        return None
+    return tokens if isinstance(tokens, list) and all(isinstance(token, str) for token in tokens) else None
 
 
 def _read(path: Path) -> Any:

@@ -4,7 +4,6 @@ Order in is order out, so the number of workers changes no byte. With --shards t
 each piece, and a run that was killed goes on behind the last one.
 """
 
-import hashlib
 import json
 import os
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron.data.corpus.indexed_writer import IndexedWriter
+from megatron.data.corpus.origin import statistics_of
 from megatron.data.corpus.tokenizer import build_tokenizer
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.preprocess.duplicates import SeenDigests
@@ -31,7 +31,7 @@ from megatron.data.sources.names import DEFAULT_NAME_KEY
 from megatron.data.sources.source import Source, expand
 from megatron.data.sources.streams import BLOCK_BYTES
 from megatron.errors import DataError, UserError
-from megatron.files import left_over, write_json
+from megatron.files import left_over, sha256, write_json
 
 VERSION = 1
 _PROGRESS_FILE = "progress.json"
@@ -62,6 +62,12 @@ def output_prefixes(config: PreprocessConfig) -> dict[str, str]:
     """The prefix of the .bin and .idx of each key."""
     level = "sentence" if config.split_sentences else "document"
     return {key: f"{config.output_prefix}_{key}_{level}" for key in config.json_keys}
+
+
+def facts_of_files(prefix: str, with_names: bool) -> list[dict[str, Any]]:
+    """What statistics say of the files of an output: path, size and digest of each."""
+    return [{"path": path, "bytes": os.path.getsize(path), "sha256": sha256(path)}
+            for path in (f"{prefix}.{ending}" for ending in _endings(with_names))]
 
 
 class _Preprocessing:
@@ -208,9 +214,10 @@ class _Preprocessing:
         for old in (stats_path, *left_over(stats_path)):
             old.unlink(missing_ok=True)
         for writer, output in zip(self.writers, outputs.values(), strict=True):
+            while old_stats := statistics_of(writer.prefix):  # of a merge, which would be found before these
+                old_stats[0].unlink()
             writer.finish()
-            output["files"] = [{"path": path, "bytes": os.path.getsize(path), "sha256": _file_sha256(path)}
-                               for path in (f"{writer.prefix}.{ending}" for ending in _endings(self.config))]
+            output["files"] = facts_of_files(writer.prefix, self.config.names)
         write_json(stats_path, stats)
         return stats
 
@@ -225,8 +232,8 @@ def _encoding(config: PreprocessConfig, vocab: Vocab) -> Encoding:
         name_key=(config.name_key or DEFAULT_NAME_KEY) if config.names else None)
 
 
-def _endings(config: PreprocessConfig) -> tuple[str, ...]:
-    return ("bin", "idx", "names") if config.names else ("bin", "idx")
+def _endings(with_names: bool) -> tuple[str, ...]:
+    return ("bin", "idx", "names") if with_names else ("bin", "idx")
 
 
 def _saved_progress(folders: list[Path], identity: list[Any]) -> dict[str, Any] | None:
@@ -245,18 +252,10 @@ def _synced_size(path: Path) -> int:
         return os.path.getsize(path)
 
 
-def _file_sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while data := file.read(1 << 20):
-            digest.update(data)
-    return digest.hexdigest()
-
-
 def _summary(config: PreprocessConfig, sources: list[Source], report: dict[str, Any]) -> Iterator[str]:
     kinds = Counter(kind for source in sources for kind in source.kinds)
     yield "read as " + ", ".join(f"{kind} ({count} of {len(sources)} inputs)" for kind, count in sorted(kinds.items()))
     for key, prefix in output_prefixes(config).items():
-        files = ", ".join(f"{prefix}.{ending}" for ending in _endings(config))
+        files = ", ".join(f"{prefix}.{ending}" for ending in _endings(config.names))
         yield f"{key}: a dry run, nothing written" if config.dry_run else files
         yield from (f"  {line}" for line in describe(report["outputs"][key]))

@@ -62,6 +62,17 @@ class Tally:
         return cls(**{**state, "dropped": Counter(state["dropped"]), "ids": np.array(state["ids"]),
                       "histogram": np.array(state["histogram"])})
 
+    @classmethod
+    def from_report(cls, report: dict[str, Any], vocab: Vocab) -> "Tally":
+        """The tally whose `report` this is; raises KeyError, TypeError or ValueError where it is none."""
+        ids = np.zeros(_MANY_IDS, dtype=np.int64)
+        for token, count in report["letters"].items():
+            ids[vocab.ids[token]] = count
+        histogram = np.array([report["length_histogram"][label] for label in _length_labels()], dtype=np.int64)
+        return cls(report["records"], report["kept"], report["empty_kept"], report["blank_lines"], report["sequences"],
+                   Counter(report["dropped"]), ids, histogram, report["length"]["shortest"],
+                   report["length"]["longest"])
+
     def report(self, vocab: Vocab) -> dict[str, Any]:
         """What a reader of the statistics wants to know, as JSON can hold it."""
         num_residues = int(self.ids.sum())

@@ -12,7 +12,6 @@ from math import lcm
 import numpy as np
 
 from megatron.data.rows.packed import COUNTED_RESIDUES, PackedDataset, Row
-from megatron.errors import ConfigError
 
 DESCRIBED_CORPORA = 4
 
@@ -90,24 +89,3 @@ def place_in_blend(weights: Sequence[int], sample: int) -> tuple[int, int]:
         sample -= index
         rest -= weight
     return len(weights) - 1, sample
-
-
-def parse_data_path(data_path: Sequence[str] | None) -> tuple[list[Fraction], list[str]]:
-    """The weights and prefixes of `--data-path`: one prefix, or WEIGHT PREFIX pairs; raises ConfigError."""
-    if not data_path:
-        raise ConfigError("--data-path is missing; give the prefix of PREFIX.bin and PREFIX.idx")
-    if len(data_path) == 1:
-        return [Fraction(1)], list(data_path)
-    if len(data_path) % 2:
-        raise ConfigError(f"--data-path has {len(data_path)} parts; give one prefix, or WEIGHT PREFIX WEIGHT PREFIX …")
-    return [_parse_weight(word) for word in data_path[::2]], list(data_path[1::2])
-
-
-def _parse_weight(word: str) -> Fraction:
-    try:
-        weight = Fraction(word)
-    except (ValueError, ZeroDivisionError):
-        weight = Fraction(0)
-    if weight <= 0:
-        raise ConfigError(f"--data-path: {word} is not a weight above 0; give WEIGHT PREFIX WEIGHT PREFIX …")
-    return weight

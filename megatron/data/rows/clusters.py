@@ -7,7 +7,7 @@ that file, the number of a document from 0. `sp|P12345|ALBU_HUMAN` and the P1234
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from megatron.data.corpus.indexed import IndexedDataset
+from megatron.data.corpus.joined import Corpus
 from megatron.data.rows.cache_files import keeping, locked
 from megatron.data.rows.packing import order_hashes
 from megatron.errors import DataError
@@ -54,13 +54,13 @@ class Clusters:
         return self._members[self._starts + (order_hashes(key, len(self)) % self._sizes.astype(np.uint64)).astype(int)]
 
 
-def cluster_documents(cluster_file: str, indexed: IndexedDataset, cache_folder: Path) -> ClusteredDocuments:
+def cluster_documents(cluster_file: str, indexed: Corpus, cache_folder: Path) -> ClusteredDocuments:
     """The clusters of the documents of a dataset; raises DataError.
 
     Read once and then kept in `cache_folder`, as reading takes some 2 µs a line.
     """
-    names = Path(f"{indexed.prefix}.names")
-    sources = [Path(cluster_file), *([names] if names.is_file() else [])]
+    names = [path for part in indexed.parts if (path := Path(f"{part.prefix}.names")).is_file()]
+    sources = [Path(cluster_file), *names]
     if not sources[0].is_file():
         raise DataError(f"{cluster_file}: no such file; --cluster-file names clusters, one representative and member "
                         "a line")
@@ -71,7 +71,8 @@ def cluster_documents(cluster_file: str, indexed: IndexedDataset, cache_folder: 
         clusters = _load(kept, indexed.num_documents)
         if clusters is None:
             try:
-                clusters = _read_clusters(sources[0], _name_hashes(names, indexed.num_documents), names)
+                clusters = _read_clusters(sources[0], _name_hashes(indexed, names),
+                                          names[0] if names else Path(f"{indexed.prefix}.names"))
             except OSError as error:
                 raise DataError(f"{error.filename}: cannot be read ({error.strerror}); is it yours to read?") from error
             with keeping(kept) as file:
@@ -88,14 +89,18 @@ def _load(kept: Path, num_documents: int) -> ClusteredDocuments | None:
     return clusters if len(clusters.cluster_of_document) == num_documents else None
 
 
-def _name_hashes(names: Path, num_documents: int) -> np.ndarray:
-    if not names.is_file():
-        return _hashes(b"%d" % document for document in range(num_documents))
-    with open(names, "rb") as file:
-        hashes = _hashes(line.rstrip(b"\r\n") for line in file)
-    if len(hashes) != num_documents:
-        raise DataError(f"{names}: {len(hashes)} names for {num_documents} documents; it has one a line, in order")
-    return hashes
+def _name_hashes(indexed: Corpus, names: Sequence[Path]) -> np.ndarray:
+    if not names:
+        return _hashes(b"%d" % document for document in range(indexed.num_documents))
+    hashes = []
+    for part in indexed.parts:
+        path = Path(f"{part.prefix}.names")
+        with open(path, "rb") as file:
+            hashes.append(_hashes(line.rstrip(b"\r\n") for line in file))
+        if len(hashes[-1]) != part.num_documents:
+            raise DataError(f"{path}: {len(hashes[-1])} names for {part.num_documents} documents; it has one a line, "
+                            "in order")
+    return np.concatenate(hashes)
 
 
 def _read_clusters(cluster_file: Path, name_hashes: np.ndarray, names: Path) -> ClusteredDocuments:

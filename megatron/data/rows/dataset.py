@@ -7,14 +7,15 @@ from fractions import Fraction
 from pathlib import Path
 
 from megatron.config import DataConfig
-from megatron.data.corpus.documents import Documents
-from megatron.data.corpus.indexed import open_indexed
+from megatron.data.corpus.documents import documents_of
+from megatron.data.corpus.joined import Corpus, open_corpus
 from megatron.data.corpus.origin import corpus_vocabulary, id_table
 from megatron.data.corpus.split import split_documents
 from megatron.data.corpus.vocab import Vocab
-from megatron.data.rows.blend import BlendedDataset, parse_data_path
+from megatron.data.rows.blend import BlendedDataset
 from megatron.data.rows.cache_files import choose_cache_folder
 from megatron.data.rows.clusters import Clusters, cluster_documents
+from megatron.data.rows.data_path import CorpusFiles, parse_data_path
 from megatron.data.rows.masking import Masking
 from megatron.data.rows.packed import PackedDataset, PackingSettings
 from megatron.errors import ConfigError, DataError
@@ -49,13 +50,13 @@ def build_datasets(data: DataConfig, vocab: Vocab, seed: int) -> Splits:
     """
     if data.seq_length is None:
         raise ConfigError("--seq-length is missing; give the positions of a row, such as 2176")
-    weights, prefixes = parse_data_path(data.data_path)
+    weights, named = parse_data_path(data.data_path)
     if (data.blend_by == "cluster") != (data.cluster_file is not None):
         raise ConfigError(f"--blend-by {data.blend_by} with --cluster-file {data.cluster_file}; --blend-by cluster and "
                           "--cluster-file FILE go together")
-    if data.cluster_file is not None and len(prefixes) > 1:
-        raise ConfigError(f"--blend-by cluster with {len(prefixes)} data paths; give the one of the clusters")
-    corpora = [_build_corpus(prefix, data, vocab, seed) for prefix in prefixes]
+    if data.cluster_file is not None and len(named) > 1:
+        raise ConfigError(f"--blend-by cluster with {len(named)} data paths; give the one of the clusters")
+    corpora = [_build_corpus(corpus, data, vocab, seed) for corpus in named]
     parts: list[Dataset | None] = []
     for part in range(3):
         present = [(dataset, weight) for corpus, weight in zip(corpora, weights, strict=True)
@@ -76,14 +77,15 @@ def _blend(present: Sequence[tuple[PackedDataset, Fraction]], is_training: bool)
     return BlendedDataset(datasets, [dataset.num_epoch_rows(0) for dataset in datasets])
 
 
-def _build_corpus(prefix: str, data: DataConfig, vocab: Vocab, seed: int) -> list[PackedDataset | None]:
-    indexed = open_indexed(prefix, data.data_impl)
-    corpus_vocab = corpus_vocabulary(indexed)
-    if data.protein_ends == "both" and len(indexed.tokens) and indexed.tokens[-1] == corpus_vocab.sep_id:
-        raise DataError(f"{prefix}: its proteins end with [SEP] already, and --protein-ends both puts one behind each; "
-                        "preprocess it again without --append-eod, or give --protein-ends start")
-    if data.mmap_warmup:
-        _read_through(f"{prefix}.bin")
+def _build_corpus(named: CorpusFiles, data: DataConfig, vocab: Vocab, seed: int) -> list[PackedDataset | None]:
+    indexed = open_corpus(named.name, named.prefixes, data.data_impl)
+    prefix, corpus_vocab = indexed.prefix, _vocabulary_of(indexed)
+    for part in indexed.parts:
+        if data.protein_ends == "both" and len(part.tokens) and part.tokens[-1] == corpus_vocab.sep_id:
+            raise DataError(f"{part.prefix}: its proteins end with [SEP] already, and --protein-ends both puts one "
+                            "behind each; preprocess it again without --append-eod, or give --protein-ends start")
+        if data.mmap_warmup:
+            _read_through(f"{part.prefix}.bin")
     parts: list[PackedDataset | None] = []
     for name, documents in zip(("train", "valid", "test"), split_documents(data.split, indexed.num_documents),
                                strict=True):
@@ -97,7 +99,7 @@ def _build_corpus(prefix: str, data: DataConfig, vocab: Vocab, seed: int) -> lis
             of_document, match = cluster_documents(data.cluster_file, indexed,
                                                    choose_cache_folder(prefix, data.data_cache_path))
             clusters = Clusters(of_document[documents.start:documents.stop], match)
-        dataset = PackedDataset(Documents(indexed, documents), settings, vocab,
+        dataset = PackedDataset(documents_of(indexed, documents), settings, vocab,
                                 Masking.from_config(data) if training else None, folder, name,
                                 clusters=clusters, id_table=id_table(corpus_vocab, vocab))
         parts.append(dataset if dataset.num_epoch_rows(0) else None)
@@ -105,6 +107,15 @@ def _build_corpus(prefix: str, data: DataConfig, vocab: Vocab, seed: int) -> lis
         raise DataError(f"{prefix}: its training documents hold no protein for a row of {data.seq_length} positions "
                         f"with --long-proteins {data.long_proteins}; preprocess the data again, or lengthen the rows")
     return parts
+
+
+def _vocabulary_of(corpus: Corpus) -> Vocab:
+    first, *others = (corpus_vocabulary(part) for part in corpus.parts)
+    for part, vocab in zip(corpus.parts[1:], others, strict=True):
+        if vocab.tokens != first.tokens:
+            raise DataError(f"{corpus.parts[0].prefix} and {part.prefix} are of different vocabularies, which one "
+                            "corpus cannot be; preprocess one again, or give weights: WEIGHT PREFIX WEIGHT PREFIX …")
+    return first
 
 
 def _read_through(path: str) -> None:

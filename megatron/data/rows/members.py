@@ -1,10 +1,12 @@
 """Which proteins are in a row: their numbers in the corpus, and their names where it has kept them."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from megatron.data.corpus.documents import Documents
 from megatron.data.rows.blend import BlendedDataset, place_in_blend
 from megatron.data.rows.dataset import Dataset
 from megatron.data.rows.packed import PackedDataset
@@ -27,13 +29,14 @@ class Member:
 
 def members_of(dataset: Dataset, samples: Sequence[int]) -> list[Member]:
     """Those of some rows, in the order of the rows."""
-    found = [(sample, corpus, document) for sample in samples for corpus, document in _documents_of(dataset, sample)]
-    names = {corpus.documents.indexed.prefix: names_of(
-        corpus.documents.indexed.prefix, {corpus.documents.range[document] for _, other, document in found
-                                          if other is corpus}) for corpus in {corpus for _, corpus, _ in found}}
-    return [Member(sample, prefix := corpus.documents.indexed.prefix, number := corpus.documents.range[document],
-                   names[prefix].get(number, ""), int(corpus.documents.lengths[document]))
-            for sample, corpus, document in found]
+    found = [(sample, *documents.place(document), int(documents.lengths[document])) for sample in samples
+             for documents, document in _documents_of(dataset, sample)]
+    numbers = defaultdict[str, set[int]](set)
+    for _, prefix, number, _ in found:
+        numbers[prefix].add(number)
+    names = {prefix: names_of(prefix, those) for prefix, those in numbers.items()}
+    return [Member(sample, prefix, number, names[prefix].get(number, ""), size)
+            for sample, prefix, number, size in found]
 
 
 def names_of(prefix: str, documents: set[int]) -> dict[int, str]:
@@ -46,7 +49,7 @@ def names_of(prefix: str, documents: set[int]) -> dict[int, str]:
         return {number: line.rstrip("\r\n") for number, line in enumerate(lines) if number in documents}
 
 
-def _documents_of(dataset: Dataset, sample: int) -> Iterator[tuple[PackedDataset, int]]:
+def _documents_of(dataset: Dataset, sample: int) -> Iterator[tuple[Documents, int]]:
     corpus, index = dataset, sample
     if isinstance(dataset, BlendedDataset):
         number, index = place_in_blend(dataset.weights, sample)
@@ -54,4 +57,4 @@ def _documents_of(dataset: Dataset, sample: int) -> Iterator[tuple[PackedDataset
     assert isinstance(corpus, PackedDataset)
     epoch, row = corpus.locate(index)
     for piece in corpus.rows(epoch).row(row).tolist():
-        yield corpus, corpus.pieces.locate(piece)[0]
+        yield corpus.documents, corpus.pieces.locate(piece)[0]

@@ -163,9 +163,11 @@ class PackedDataset:
         notes = "" if self._id_table is None else ("; ids mapped by letter from the vocabulary of its .stats.json, or "
                                                    "iupac without one")
         notes += "" if IS_COMPILED else "; packed in Python, as the compiled module is missing: pip install -e ."
-        return (f"{self.name}: {len(self.documents):,} proteins{clusters} ({pieces.num_long:,} longer than a row, "
-                f"{fate}; {pieces.num_empty:,} empty, left out), {num_rows:,} rows an epoch, {100 * fill:.2f} % full"
-                f"{notes}")
+        num_files = len(self.documents.indexed.parts)
+        files = f" of {num_files} files" if num_files > 1 else ""
+        return (f"{self.name}: {len(self.documents):,} proteins{files}{clusters} ({pieces.num_long:,} longer than a "
+                f"row, {fate}; {pieces.num_empty:,} empty, left out), {num_rows:,} rows an epoch, {100 * fill:.2f} % "
+                f"full{notes}")
 
     def most_proteins(self, num_rows: int, sample: int = 0) -> int:
         """The most proteins in so many neighbouring rows of the epoch of a sample."""
@@ -237,9 +239,10 @@ class PackedDataset:
         ids = self.documents.read(document, offset, length)
         num_ids = self.vocab.size if self._id_table is None else len(self._id_table)
         if length and not 0 <= ids.min() <= ids.max() < num_ids:
-            raise DataError(f"{self.documents.indexed.prefix}.bin: document {self.documents.range[document]} holds ids "
-                            f"{ids.min()} to {ids.max()}, but the vocabulary of its preprocessing has {num_ids}: it "
-                            "is damaged, or lacks the .stats.json that names another; preprocess it again")
+            prefix, number = self.documents.place(document)
+            raise DataError(f"{prefix}.bin: document {number} holds ids {ids.min()} to {ids.max()}, but the vocabulary "
+                            f"of its preprocessing has {num_ids}: it is damaged, or lacks the .stats.json that names "
+                            "another; preprocess it again")
         return ids if self._id_table is None else self._id_table[ids]
 
     def _stem(self) -> str:

@@ -1,0 +1,253 @@
+"""Several indexed datasets joined into one: the bytes that preprocessing all their inputs at once, in order, gives."""
+
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron.data.corpus.indexed import IndexedDataset, open_indexed
+from megatron.data.corpus.indexed_writer import IndexedWriter
+from megatron.data.corpus.origin import corpus_vocabulary, statistics_of
+from megatron.data.corpus.vocab import Vocab
+from megatron.data.preprocess.progress import ReadingProgress
+from megatron.data.preprocess.run import VERSION, facts_of_files
+from megatron.data.preprocess.tally import Tally, describe
+from megatron.errors import DataError
+from megatron.files import sha256, write_json
+
+_CHUNK_ITEMS = 1 << 22
+_LOG_INTERVAL = 1_000_000  # documents between two progress lines, where there is no terminal
+# The options of preprocessing that say what was kept, and how it was written.
+_SHARED_OPTIONS = ("dataset_impl", "split_sentences", "append_eod", "min_length", "max_length", "max_unknown_fraction",
+                   "dedup")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What is known of one dataset before it is copied; `said` and `tally` by its statistics, None without any."""
+
+    prefix: str
+    format: tuple[str, str]  # layout of the .idx, dtype of the .bin
+    num_documents: int
+    has_names: bool
+    vocab: Vocab
+    said: dict[str, Any] | None
+    tally: Tally | None
+    key: str
+
+    @property
+    def paths(self) -> list[Path]:
+        """Its files."""
+        return [Path(f"{self.prefix}.{ending}") for ending in ("bin", "idx", *(["names"] if self.has_names else []))]
+
+
+def merge(inputs: Sequence[str], output_prefix: str, overwrite: bool = False) -> None:
+    """Write OUTPUT_PREFIX.bin, .idx, .stats.json and, where the inputs have them, .names; raises DataError.
+
+    `inputs`: folders, whose datasets count in the natural order of their names, and prefixes. Memory does not grow with
+    what is copied; the output appears whole.
+    """
+    parts = [_part(prefix) for prefix in merged_prefixes(inputs, output_prefix)]
+    _check_alike(parts)
+    _check_output(output_prefix, overwrite)
+    _check_room(parts, Path(output_prefix))
+    total = sum(Path(f"{part.prefix}.bin").stat().st_size for part in parts)
+    first, done, num_documents, stats_path = parts[0], 0, 0, Path(f"{output_prefix}.stats.json")
+    with IndexedWriter(output_prefix, "mmap" if first.format[0] == "mmap" else "cached", None, first.has_names,
+                       np.dtype(first.format[1])) as writer, ReadingProgress(total, _LOG_INTERVAL) as progress:
+        for part in parts:
+            for size in _copied(part, writer):
+                done += size
+                progress.show(done, num_documents)
+            num_documents += part.num_documents
+        stats_path.unlink(missing_ok=True)
+    stats = _statistics(parts, output_prefix)
+    write_json(stats_path, stats)
+    print(f"{len(parts)} datasets, {num_documents:,} proteins: " + ", ".join(
+        f"{output_prefix}.{path.suffix[1:]}" for path in first.paths))
+    if "options" in stats:
+        for line in describe(stats["outputs"][first.key]):
+            print(f"  {line}")
+
+
+def merged_prefixes(inputs: Sequence[str], output_prefix: str) -> list[str]:
+    """The prefixes of `inputs` in the order of the output; raises DataError for one that has no place there."""
+    prefixes: list[str] = []
+    for word in inputs:
+        is_folder = Path(word).is_dir()
+        prefixes += _prefixes_in(Path(word), Path(output_prefix)) if is_folder else [word.removesuffix(".bin")]
+    seen: set[Path] = set()
+    for prefix in prefixes:
+        place = Path(prefix).resolve()
+        if place in seen:
+            raise DataError(f"--input names {prefix} twice; name each dataset once")
+        if place == Path(output_prefix).resolve():
+            raise DataError(f"--output-prefix {output_prefix} is among the inputs; give another, or name the inputs "
+                            "one by one without it")
+        seen.add(place)
+    return prefixes
+
+
+def natural_order(name: str) -> list[Any]:
+    """A key to sort names by: numbers in them by value, so that x_2 comes before x_10."""
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", name))]
+
+
+def _prefixes_in(folder: Path, output: Path) -> list[str]:
+    """The prefixes of all pairs in a folder, in natural order."""
+    names = {ending: {path.name.removesuffix(ending) for path in folder.glob(f"*{ending}")}
+             for ending in (".bin", ".idx", ".partial")}
+    for name in sorted(names[".partial"]):
+        if (folder / name).resolve() != output.resolve():
+            raise DataError(f"{folder / name}.partial: preprocessing that is at work or was killed; let it end, or "
+                            "remove it to merge what else is there")
+    for have, lack in ((".bin", ".idx"), (".idx", ".bin")):
+        for name in sorted(names[have] - names[lack]):
+            raise DataError(f"{folder / name}{lack}: no such file, and {name}{have} is there; copy or preprocess it "
+                            "again, or remove its other half")
+    if not names[".bin"]:
+        raise DataError(f"{folder}: it holds no .bin and .idx; --input names folders of such pairs, or prefixes")
+    return [str(folder / name) for name in sorted(names[".bin"], key=natural_order)]
+
+
+def _part(prefix: str) -> _Part:
+    indexed, found = open_indexed(prefix), statistics_of(prefix)
+    vocab, has_names = corpus_vocabulary(indexed), Path(f"{prefix}.names").is_file()
+    known = prefix, (indexed.layout, indexed.dtype.str), indexed.num_documents, has_names, vocab
+    if found is None:
+        return _Part(*known, None, None, "text")
+    path, said = found
+    key = next(key for key, output in said["outputs"].items() if f"{Path(prefix).name}.bin" in _names(output))
+    try:  # a merge of datasets without statistics has none to tell
+        tally = Tally.from_report(said["outputs"][key], vocab) if "options" in said else None
+        part = _Part(*known, said, tally, key)
+        sizes = [(file, file.stat().st_size, recorded["bytes"]) for file, recorded in _recorded(part)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: it is damaged ({error!r}); preprocess the data again") from None
+    for file, size, expected in sizes:
+        if size != expected:
+            raise DataError(f"{file}: {size} bytes, where {path.name} says {expected}; copy or preprocess it again")
+    return part
+
+
+def _names(output: dict[str, Any]) -> list[str]:
+    return [Path(file["path"]).name for file in output["files"]]
+
+
+def _recorded(part: _Part) -> list[tuple[Path, dict[str, Any]]]:
+    """The files of a dataset that its statistics describe."""
+    output = part.said["outputs"][part.key] if part.said else {"files": []}
+    files = dict(zip(_names(output), output["files"], strict=True))
+    return [(path, files[path.name]) for path in part.paths if path.name in files]
+
+
+def _check_alike(parts: Sequence[_Part]) -> None:
+    first = parts[0]
+    for part in parts[1:]:
+        pair = f"{first.prefix} and {part.prefix} cannot be joined: "
+        if part.format != first.format:
+            raise DataError(f"{pair}{' of '.join(first.format)} and {' of '.join(part.format)} (layout of the .idx, "
+                            "dtype); preprocess one of them again with the --dataset-impl of the other")
+        if part.vocab.tokens != first.vocab.tokens:
+            raise DataError(f"{pair}their vocabularies differ ({first.vocab.identity} and {part.vocab.identity}); "
+                            "preprocess one of them again with the --vocab-file of the other, or give both to "
+                            "--data-path, which maps ids")
+        if part.has_names != first.has_names:
+            with_names, without = (first, part) if first.has_names else (part, first)
+            raise DataError(f"{pair}{with_names.prefix}.names is there and {without.prefix}.names is not; copy it too, "
+                            "preprocess again with --names, or take the .names away from all")
+        if first.said and part.said:
+            _check_statistics(first, part, pair)
+
+
+def _check_statistics(first: _Part, part: _Part, pair: str) -> None:
+    if part.key != first.key:
+        raise DataError(f"{pair}one is of the key {first.key!r}, the other of {part.key!r}; name the datasets of one "
+                        "key one by one")
+    options, others = ((one.said or {}).get("options", {}) for one in (first, part))
+    for name in _SHARED_OPTIONS:
+        if options.get(name) != others.get(name):
+            flag = f"--{name.replace('_', '-')}"
+            raise DataError(f"{pair}one was preprocessed with {flag} {options.get(name)}, the other with "
+                            f"{others.get(name)}; preprocess one of them again as the other")
+
+
+def _check_output(output_prefix: str, overwrite: bool) -> None:
+    for ending in ("bin", "idx", "names", "stats.json"):
+        if not overwrite and Path(f"{output_prefix}.{ending}").exists():
+            raise DataError(f"{output_prefix}.{ending} is there already; give another --output-prefix, or --overwrite")
+
+
+def _check_room(parts: Sequence[_Part], output: Path) -> None:
+    needed = sum(path.stat().st_size * (2 if path.suffix == ".idx" else 1) for part in parts for path in part.paths)
+    folder = next(folder for folder in output.resolve().parents if folder.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise DataError(f"{folder}: {free / 1e9:.2f} GB are free, and {output} needs {needed / 1e9:.2f} GB until it is "
+                        "whole; make room, or give another --output-prefix")
+
+
+def _copied(part: _Part, writer: IndexedWriter) -> Iterator[int]:
+    """Append a dataset; yields the bytes of the .bin of each chunk."""
+    for path, file in _recorded(part):
+        if sha256(path) != file["sha256"]:
+            raise DataError(f"{path}: its contents are not those that its statistics describe; copy or preprocess it "
+                            "again")
+    indexed, nothing, num_tokens = open_indexed(part.prefix), np.zeros(0, np.int32), 0
+    for start in range(0, len(indexed.sizes), _CHUNK_ITEMS):
+        sizes = indexed.sizes[start:start + _CHUNK_ITEMS]
+        num_tokens += int(sizes.sum(dtype=np.int64))
+        writer.add(nothing, sizes, nothing)
+    if num_tokens != len(indexed.tokens):
+        raise DataError(f"{part.prefix}.idx: its sequences have {num_tokens} ids, its .bin holds "
+                        f"{len(indexed.tokens)}; preprocess it again")
+    for start in range(0, indexed.num_documents, _CHUNK_ITEMS):
+        writer.add(nothing, nothing, np.diff(indexed.doc_idx[start:start + _CHUNK_ITEMS + 1]))
+    _copy_names(part, writer)
+    yield from _copied_ids(indexed, writer)
+
+
+def _copied_ids(indexed: IndexedDataset, writer: IndexedWriter) -> Iterator[int]:
+    nothing = np.zeros(0, np.int32)
+    for start in range(0, len(indexed.tokens), _CHUNK_ITEMS):
+        ids = indexed.tokens[start:start + _CHUNK_ITEMS]
+        writer.add(ids, nothing, nothing)
+        yield ids.nbytes
+
+
+def _copy_names(part: _Part, writer: IndexedWriter) -> None:
+    if not part.has_names:
+        return
+    nothing, num_names = np.zeros(0, np.int32), 0
+    with open(f"{part.prefix}.names", "rb") as file:
+        while names := file.read(_CHUNK_ITEMS):
+            num_names += names.count(b"\n")
+            writer.add(nothing, nothing, nothing, names)
+    if num_names != part.num_documents:
+        raise DataError(f"{part.prefix}.names: {num_names} names for {part.num_documents} documents; it has one a "
+                        "line, in order. Copy or preprocess it again")
+
+
+def _statistics(parts: Sequence[_Part], output_prefix: str) -> dict[str, Any]:
+    """What preprocessing would say of the output; where an input has no statistics, its vocabulary and files alone."""
+    first, files = parts[0], facts_of_files(output_prefix, parts[0].has_names)
+    stats: dict[str, Any] = {
+        "version": VERSION, "vocabulary": {"identity": first.vocab.identity, "tokens": first.vocab.tokens},
+        "merged": [{"path": f"{part.prefix}.bin", "documents": part.num_documents} for part in parts]}
+    told = [(part.said, part.tally) for part in parts if part.said and part.tally]
+    if len(told) < len(parts):
+        unknown = next(part.prefix for part in parts if part.tally is None)
+        print(f"note: {unknown} has no statistics, so those of the output name its vocabulary and its files alone")
+        return {**stats, "outputs": {first.key: {"files": files}}}
+    tally = Tally()
+    for _, one in told:
+        tally.add(one)
+    options = {**told[0][0]["options"], "json_keys": [first.key]}
+    if options.get("dedup"):
+        options["dedup"] += f", in each of {len(parts)} datasets by itself"
+    return {**stats, "options": options, "inputs": [source for said, _ in told for source in said["inputs"]],
+            "outputs": {first.key: {**tally.report(first.vocab), "files": files}}}

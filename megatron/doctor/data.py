@@ -1,0 +1,46 @@
+"""The data of `--data-path`: whether all files are there and whole, and whether row indices have a place."""
+
+import os
+from collections.abc import Iterator
+
+from megatron.data.corpus.joined import open_corpus
+from megatron.data.corpus.origin import corpus_vocabulary
+from megatron.data.rows.cache_files import choose_cache_folder
+from megatron.data.rows.data_path import parse_data_path
+from megatron.doctor.finding import OK, WRONG, Asked, Finding
+from megatron.errors import UserError
+
+
+def data(asked: Asked) -> Iterator[Finding]:
+    """What each corpus holds, or why it cannot be read."""
+    if not asked.data_path:
+        return
+    try:
+        _, corpora = parse_data_path(asked.data_path)
+    except UserError as error:
+        yield Finding(WRONG, str(error))
+        return
+    for named in corpora:
+        try:
+            corpus = open_corpus(named.name, named.prefixes)
+            for part in corpus.parts:
+                corpus_vocabulary(part)
+            folder = choose_cache_folder(corpus.prefix, None)
+        except UserError as error:
+            yield Finding(WRONG, str(error))
+            continue
+        num_residues = sum(len(part.tokens) for part in corpus.parts)
+        yield Finding(OK, f"{named.name}: {corpus.num_documents:,} proteins, {num_residues:,} ids in "
+                      f"{len(corpus.parts)} file{'s' if len(corpus.parts) > 1 else ''}; row indices go to {folder}")
+
+
+def sizes(data_path: tuple[str, ...]) -> list[int]:
+    """The bytes of each file of the data, in order; -1 for one that is not here."""
+    if not data_path:
+        return []
+    try:
+        prefixes = [prefix for corpus in parse_data_path(data_path)[1] for prefix in corpus.prefixes]
+    except UserError:
+        return [-1]
+    paths = [f"{prefix}.{ending}" for prefix in prefixes for ending in ("bin", "idx")]
+    return [os.path.getsize(path) if os.path.exists(path) else -1 for path in paths]

@@ -1,0 +1,105 @@
+"""All checks in their order: on this host, or on each host of a job and then between its ranks."""
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron.doctor.disk import disk
+from megatron.doctor.finding import NOTE, WRONG, Asked, Check, Finding, found, lines
+from megatron.doctor.machine import environment, limits, memory, processor
+from megatron.doctor.software import compiled_helpers, compiler, python_and_packages, torch_loads
+from megatron.errors import OutputError
+from megatron.files import write_json
+
+Report = dict[str, list[Finding]]
+PACKAGES = "Python and packages"
+_WITHOUT_PACKAGES: tuple[tuple[str, tuple[Check, ...]], ...] = (
+    ("Compiler and processor", (compiler, processor, memory, limits)), ("Environment", (environment,)),
+    ("Disk", (disk,)))
+
+
+def examine(asked: Asked, json_file: Path | None) -> int:
+    """Print what is found, by rank 0, and write it to `json_file`; the exit status: 1 where something is wrong."""
+    report: Report = {PACKAGES: [*found(python_and_packages, asked), *found(torch_loads, asked)]}
+    if _is_wrong(report):  # without the packages the rest of the project cannot be imported
+        report |= _without_packages(asked)
+        report[PACKAGES].append(Finding(NOTE, "the rest needs these packages: run this again when they are there",
+                                        "bash examples/setup.sh run"))
+        speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+        return _tell(report, json_file) if speaks else 1
+    return _examine_with_ranks(asked, json_file, report)
+
+
+def _examine_with_ranks(asked: Asked, json_file: Path | None, report: Report) -> int:
+    from megatron.config import ParallelConfig
+    from megatron.doctor.job import job
+    from megatron.infer.door import status_of
+    from megatron.log import Log
+    from megatron.parallel.collectives import everyones
+    from megatron.parallel.launch.environment import Launch
+    from megatron.parallel.mesh import Mesh
+    outcome: list[int] = []
+
+    def work(mesh: Mesh, log: Log) -> None:
+        # One rank a host examines it, so that ranks do not slow each other down.
+        host, is_first = socket.gethostname(), mesh.world.rank == 0
+        hosts = everyones(host, mesh.world)
+        own = report | _here(asked) if hosts.index(host) == mesh.world.rank else {}
+        reports = everyones(own, mesh.world)
+        whole = _together(hosts, reports)
+        if mesh.world.size > 1:
+            whole["The job"] = job(asked, mesh)
+        outcome.append(_tell(whole, json_file) if is_first else int(_is_wrong(whole)))
+
+    def prepare(launch: Launch) -> tuple:
+        return ParallelConfig(), work
+
+    return status_of(prepare) or outcome[0]
+
+
+def _here(asked: Asked) -> Report:
+    """What is to be found on a host that has the packages."""
+    from megatron.doctor.computing import gpus, presets, speed
+    from megatron.doctor.data import data
+    report = {"Compiled helpers": found(compiled_helpers, asked), **_without_packages(asked),
+              "GPUs": found(gpus, asked), "Data": found(data, asked), "Speed": found(speed, asked),
+              "What fits": found(presets, asked)}
+    return {title: findings for title, findings in report.items() if findings}
+
+
+def _without_packages(asked: Asked) -> Report:
+    return {title: [finding for check in checks for finding in found(check, asked)]
+            for title, checks in _WITHOUT_PACKAGES}
+
+
+def _together(hosts: list[str], reports: list[Report]) -> Report:
+    """The first host's report; of each other host what is not well."""
+    whole = dict(reports[0])
+    for host, report in list(zip(hosts, reports, strict=True))[1:]:
+        bad = [Finding(finding.level, f"{title}: {finding.text}", finding.command)
+               for title, findings in report.items() for finding in findings if finding.level in (NOTE, WRONG)]
+        if bad:
+            whole[f"Host {host}"] = bad
+    return whole
+
+
+def _is_wrong(report: Mapping[str, list[Finding]]) -> bool:
+    return any(finding.level == WRONG for findings in report.values() for finding in findings)
+
+
+def _tell(report: Report, json_file: Path | None) -> int:
+    for title, findings in report.items():
+        print(title, *lines(findings), sep="\n")
+    levels = [finding.level for findings in report.values() for finding in findings]
+    print(f"\n{levels.count(WRONG)} wrong, {levels.count(NOTE)} notes")
+    sys.stdout.flush()
+    if json_file is not None:
+        told = {title: [vars(finding) for finding in findings] for title, findings in report.items()}
+        try:
+            write_json(json_file, json.loads(json.dumps(told)))
+        except OSError as error:
+            raise OutputError(f"--json {json_file}: cannot be written ({error.strerror})") from None
+    return int(_is_wrong(report))

@@ -1,0 +1,143 @@
+"""Python, packages, compiled helpers, the compiler. What is needed, and for what, is read from setup.py."""
+
+import ast
+import importlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from megatron.doctor.finding import NOTE, OK, ROOT, WRONG, Asked, Finding
+
+BUILD = "pip install pybind11 setuptools && python setup.py build_ext --inplace"
+_OLDEST, _NEWEST_TRIED = (3, 10), (3, 12)
+# Which setup.py does not ask for, as they are large, need a GPU, or are called by the user alone.
+_OTHERS = {"optuna": "tools/sweep.py --sampler optuna", "transformers": "to use models that --to hf wrote",
+           "triton": "the kernels of GPUs", "apex": "--optimizer-backend apex"}
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What setup.py says: requirements, extras with what each is for, and the modules that it compiles."""
+
+    required: list[str]
+    extras: dict[str, tuple[list[str], str]]
+    helpers: list[str]
+
+
+def needs(setup: Path = ROOT / "setup.py") -> Needs:
+    """Read from setup.py, without running it."""
+    text = setup.read_text(encoding="utf-8")
+    values = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(text).body
+              if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)}
+    purposes = dict(re.findall(r'^\s+"(\w+)": \[.*\],\s+# (.*)$', text, re.MULTILINE))
+    return Needs(values["REQUIRED"], {name: (what, purposes.get(name, "")) for name, what in values["EXTRAS"].items()},
+                 re.findall(r'Pybind11Extension\(\s*"([\w.]+)"', text))
+
+
+def python_and_packages(asked: Asked) -> Iterator[Finding]:
+    """Python itself; of the packages that are needed each that is missing or too old; the optional ones by purpose."""
+    here = f"Python {sys.version.split()[0]} at {sys.executable}"
+    if sys.version_info < _OLDEST:
+        yield Finding(WRONG, f"{here}: 3.10 or newer is needed", "PYTHON=/path/to/python3 bash examples/setup.sh run")
+    elif sys.version_info[:2] > _NEWEST_TRIED:
+        yield Finding(NOTE, f"{here}: tried were 3.10 to 3.12")
+    else:
+        yield Finding(OK, here)
+    wanted = needs()
+    faults = {requirement: fault for requirement in wanted.required if (fault := fault_of(requirement))}
+    if faults:
+        yield Finding(WRONG, f"needed: {'; '.join(faults.values())}", _install(faults))
+    there = [requirement for requirement in wanted.required if requirement not in faults]
+    if there:
+        yield Finding(OK, "needed and there: " + ", ".join(map(_with_version, there)))
+    for extra, (requirements, purpose) in wanted.extras.items():
+        faults = {requirement: fault for requirement in requirements if (fault := fault_of(requirement))}
+        if faults:
+            yield Finding(NOTE, f"{'; '.join(faults.values())} ({extra}: {purpose})", _install(faults))
+        else:
+            yield Finding(OK, f"{', '.join(map(_with_version, requirements))} ({extra}: {purpose})")
+    for package, purpose in _OTHERS.items():
+        fault = fault_of(package)
+        yield Finding(OK, f"{fault or _with_version(package)} (optional: {purpose})")
+
+
+def fault_of(requirement: str) -> str | None:
+    """Why `NAME>=VERSION` is not fulfilled; None where it is."""
+    name, _, least = requirement.partition(">=")
+    try:
+        there = version(name)
+    except PackageNotFoundError:
+        return f"{name} is missing"
+    if least and _numbers(there) < _numbers(least):
+        return f"{name} is {there}, older than {least}"
+    return None
+
+
+def torch_loads(asked: Asked) -> Iterator[Finding]:
+    """Whether PyTorch and NumPy, where installed, can be imported: a library that they need may be missing."""
+    for name in ("numpy", "torch"):
+        if fault_of(name):
+            continue  # told already
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # whatever a broken installation raises
+            why = next(iter(str(error).splitlines()), "")
+            yield Finding(WRONG, f"{name} is installed and cannot be imported: {type(error).__name__}: {why}",
+                          f"pip install --force-reinstall {name}")
+
+
+def compiled_helpers(asked: Asked) -> Iterator[Finding]:
+    """Whether each helper is built, newer than its sources, and can be loaded; without one its Python twin works."""
+    for module in needs().helpers:
+        folder, name = ROOT.joinpath(*module.split(".")[:-1]), module.split(".")[-1]
+        built = next((path for suffix in EXTENSION_SUFFIXES if (path := folder / f"{name}{suffix}").is_file()), None)
+        if built is None:
+            yield Finding(NOTE, f"{module} is not built for this Python: its twin does the work, more slowly", BUILD)
+            continue
+        sources = [path for ending in ("cpp", "h", "inc") for path in folder.glob(f"*.{ending}")]
+        newer = [path.name for path in sources if path.stat().st_mtime > built.stat().st_mtime]
+        if newer:
+            yield Finding(NOTE, f"{module} is older than {', '.join(sorted(newer))}", BUILD)
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            yield Finding(WRONG, f"{module} is built and cannot be loaded: {str(error).splitlines()[0]}",
+                          f"rm {built.relative_to(ROOT)} && {BUILD}")
+        else:
+            yield Finding(OK, f"{module} is built and loads")
+
+
+def compiler(asked: Asked) -> Iterator[Finding]:
+    """The C++ compiler, which builds the helpers, and which torch.compile and Triton call while a model runs."""
+    name = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "")
+    if not name or not shutil.which(name):
+        yield Finding(NOTE, f"no C++ compiler{f' {name}' if name else ''}: no compiled helpers, no --compile",
+                      "apt install g++")
+        return
+    said = subprocess.run([name, "--version"], capture_output=True, text=True, check=False, timeout=20).stdout
+    yield Finding(OK, f"{name}: {next(iter(said.splitlines()), 'says nothing of its version')}")
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        yield Finding(NOTE, f"{sysconfig.get_path('include')}/Python.h is missing, which the helpers and Triton are "
+                      "compiled with", f"apt install python{sys.version_info.major}.{sys.version_info.minor}-dev")
+
+
+def _install(requirements: Iterable[str]) -> str:
+    return "pip install " + " ".join(f"'{requirement}'" for requirement in requirements)
+
+
+def _with_version(requirement: str) -> str:
+    name = requirement.partition(">=")[0]
+    return f"{name} {version(name)}"
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text.split("+")[0])[:3]]
