@@ -18,7 +18,6 @@ from megatron.config.command_line import OneLineParser  # noqa: E402
 from megatron.errors import ConfigError  # noqa: E402
 from megatron.files import write_json  # noqa: E402
 from megatron.infer.door import add_model_flags, asked  # noqa: E402
-from megatron.infer.evaluation.picture import draw  # noqa: E402
 from megatron.infer.evaluation.run import evaluated, pseudo_perplexity  # noqa: E402
 from megatron.infer.pretrained import Pretrained, load  # noqa: E402
 from megatron.infer.proteins import ProteinFiles  # noqa: E402
@@ -66,6 +65,8 @@ def evaluate(given: argparse.Namespace, mesh: Mesh, log: Log) -> None:
             files = ProteinFiles([path], given.json_key, None, pretrained.vocab)
             reports[name][f"{checkpoint} at {pretrained.iteration}"] = report_of(given, pretrained, files, name, log)
     if mesh.world.rank == 0:
+        from megatron.infer.evaluation.picture import draw  # matplotlib: slow to import
+
         given.output.mkdir(parents=True, exist_ok=True)
         write_json(given.output / "evaluation.json", reports)
         for name, of_models in reports.items():

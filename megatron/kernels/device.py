@@ -13,6 +13,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 _DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 
+def constant_when_compiled(function: Callable[[], bool]) -> Callable[[], bool]:
+    """`function`, whose result torch.compile takes as it is.
+
+    As `torch.compiler.assume_constant_result`, which imports torch._dynamo: as slow as importing torch.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def takes_gpu_way(tensor: Tensor) -> bool:
     """Whether `tensor` is on a GPU, or is a fake one, which stands for a GPU's."""
     return tensor.device.type != "cpu" or isinstance(tensor, FakeTensor)
@@ -50,13 +59,13 @@ def as_called(operator: Callable[..., Any], function: Callable[..., Any], tensor
     return operator if torch.compiler.is_compiling() or is_fake(tensor) else function
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def has_triton() -> bool:
     """Whether Triton is installed."""
     return _has("triton")
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def is_interpreted() -> bool:
     """Whether Triton runs kernels in Python, as it does in tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -54,7 +54,9 @@ def with_neighbours(x_uf: Tensor, num_neighbours: int, axis: Axis) -> Tensor:
     return torch.cat([before, x_uf, behind])
 
 
-@torch.compiler.disable  # traced, each new list of lengths would compile anew
+# Traced, each new list of lengths would compile anew. This is torch.compiler.disable, but for importing torch._dynamo,
+# which takes as long as importing torch, only when it is first called.
+@torch._disable_dynamo
 def _gathered(qkv_ugcd: Tensor, sequence: PackedSequence, dropout: Dropout | None, axis: Axis,
               window: Window) -> Tensor:
     return _GatheredAttention.apply(qkv_ugcd, sequence, dropout, axis, window).flatten(1, 2)

@@ -12,16 +12,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-import megatron.kernels.attention.fused  # noqa: F401  (registers the operators)
-
 _ATEN = torch.ops.aten
 _PRODUCTS = {_ATEN.mm: 0, _ATEN.bmm: 0, _ATEN.addmm: 1, _ATEN.baddbmm: 1, _ATEN._scaled_mm: 0,
              _ATEN._scaled_mm_v2: 0}  # where the two matrices stand
 # Operations for each pair of a query and a key, each head and each element of its width: two products forward, of which
 # FlashAttention's backward pass repeats one and has four; ours, without atomic additions, repeats three.
-_VARLEN, _FUSED = torch.ops.torch_attn, torch.ops.megatron
-_ATTENTION = {_VARLEN._varlen_attn: 4, _VARLEN._varlen_attn_backward: 10,
-              _FUSED.fused_attention: 4, _FUSED.fused_attention_backward: 14}
+_ATTENTION = {"torch_attn::_varlen_attn": 4, "torch_attn::_varlen_attn_backward": 10,
+              "megatron::fused_attention": 4, "megatron::fused_attention_backward": 14}
 _IN_MEMORY = ("aten", "megatron", "torch_attn")  # namespaces of operations that are more than messages
 
 
@@ -34,12 +31,12 @@ class WorkCounter:
     def count(self, func: Any, args: Any, kwargs: Any, given: list[Tensor], new: list[Tensor]) -> None:
         """Count an operation that is done."""
         self.moved += sum(tensor.numel() * tensor.element_size() for tensor in _moved(func, given, new))
-        packet = func._overloadpacket
-        if packet in _ATTENTION:
-            context = new[0] if _ATTENTION[packet] == 4 else args[0]  # or its gradient
+        name, packet = func.name(), func._overloadpacket
+        if name in _ATTENTION:
+            context = new[0] if _ATTENTION[name] == 4 else args[0]  # or its gradient
             with unset_fake_temporarily():
                 num_pairs = _num_pairs(args, kwargs, len(context))
-            self.flops += _ATTENTION[packet] * num_pairs * math.prod(context.shape[1:])
+            self.flops += _ATTENTION[name] * num_pairs * math.prod(context.shape[1:])
         elif packet in _PRODUCTS:
             left, right = args[_PRODUCTS[packet]:][:2]
             self.flops += 2 * left.numel() * right.shape[-1]

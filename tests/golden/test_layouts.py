@@ -10,7 +10,7 @@ from pretrain_tape import main
 from tests.golden.training import DROPOUT, TINY, losses, run_on_ranks, run_program
 
 MODEL = [*TINY, *DROPOUT, *"--num-layers 4 --num-attention-heads 4 --micro-batch-size 1 --global-batch-size 4 "
-         "--eval-interval 3".split()]
+         "--eval-interval 2 --eval-iters 1".split()]
 TP2 = ["--tensor-model-parallel-size", "2"]
 TP4 = ["--tensor-model-parallel-size", "4"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
@@ -44,7 +44,7 @@ LAYOUTS = {
 }
 
 
-def train(corpus, folder, ranks, *flags, num_steps=6):
+def train(corpus, folder, ranks, *flags, num_steps=4):
     places = ["--data-path", corpus, "--save", str(folder), "--load", str(folder), "--train-iters", str(num_steps)]
     if ranks == 1:
         assert main([*MODEL, *places, *flags]) == 0
@@ -106,7 +106,7 @@ def test_shared_out_activations_follow_the_curve_of_one_rank(corpus, tmp_path, o
 
 
 def test_torchs_older_launcher_starts_ranks_that_share_the_model(corpus, tmp_path, one_rank, python):
-    status, output = run_program(python, *MODEL, *TP2, "--train-iters", 6, "--data-path", corpus, "--save", tmp_path,
+    status, output = run_program(python, *MODEL, *TP2, "--train-iters", 4, "--data-path", corpus, "--save", tmp_path,
                                  ranks=2, launcher="launch")
     assert status == 0, output
     assert_close(curves(tmp_path), one_rank)
@@ -132,9 +132,9 @@ def test_zero_bubble_changes_no_bit(corpus, tmp_path):
 
 def test_a_run_goes_on_in_any_layout(corpus, tmp_path, one_folder):
     folder = tmp_path / "run"
-    train(corpus, folder, 2, *TP2, "--exit-interval", "2")
-    train(corpus, folder, 4, *LAYOUTS["cp2-pp2-interleaved"][1], "--exit-interval", "4")
-    train(corpus, folder, 1, "--exit-interval", "5")
+    train(corpus, folder, 2, *TP2, "--exit-interval", "1")
+    train(corpus, folder, 4, *LAYOUTS["cp2-pp2-interleaved"][1], "--exit-interval", "2")
+    train(corpus, folder, 1, "--exit-interval", "3")
     assert_close(train(corpus, folder, 4, *LAYOUTS["dp2-pp2-parameters"][1]), curves(one_folder))
     assert_same_checkpoint(folder, one_folder)
 

@@ -51,7 +51,7 @@ def test_every_layout_follows_the_curve_of_one_rank_to_the_same_weights_and_stat
 
 
 def test_a_run_that_was_stopped_goes_on_bit_by_bit(corpus, tmp_path, one_folder):
-    train(corpus, tmp_path, 1, *NORMUON, "--exit-interval", "3")
+    train(corpus, tmp_path, 1, *NORMUON, "--exit-interval", "2")
     assert train(corpus, tmp_path, 1, *NORMUON) == curves(one_folder[tuple(NORMUON)])
     for name in ("model", "optimizer"):
         ours, expected = saved(tmp_path, name), saved(one_folder[tuple(NORMUON)], name)
@@ -60,9 +60,9 @@ def test_a_run_that_was_stopped_goes_on_bit_by_bit(corpus, tmp_path, one_folder)
 
 def test_a_run_goes_on_in_any_layout(corpus, tmp_path, one_folder):
     expected = one_folder[tuple(NORMUON)]
-    train(corpus, tmp_path, 2, *NORMUON, *LAYOUTS["dp2-parameters"][1], "--exit-interval", "2")
-    train(corpus, tmp_path, 4, *NORMUON, *LAYOUTS["dp2-tp2"][1], "--exit-interval", "4")
-    train(corpus, tmp_path, 1, *NORMUON, "--exit-interval", "6")
+    train(corpus, tmp_path, 2, *NORMUON, *LAYOUTS["dp2-parameters"][1], "--exit-interval", "1")
+    train(corpus, tmp_path, 4, *NORMUON, *LAYOUTS["dp2-tp2"][1], "--exit-interval", "2")
+    train(corpus, tmp_path, 1, *NORMUON, "--exit-interval", "3")
     assert_follows(train(corpus, tmp_path, 4, *NORMUON, *LAYOUTS["tp2-pp2"][1]), curves(expected))
     assert_same(tmp_path, expected)
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.varlen import varlen_attn
 
 from megatron.errors import ConfigError
 from megatron.kernels.attention.by_protein import Window
@@ -96,6 +95,8 @@ def takes_varlen(tensor: Tensor, num_queries: int, has_dropout: bool, window: Wi
 def _varlen(qkv_ugxd: Tensor, key_value_tg2d: Tensor | None, sequence: PackedSequence, first: int,
             window: Window) -> Tensor:
     """Filler passes for proteins: what lies in no segment would have any context."""
+    from torch.nn.attention.varlen import varlen_attn  # imports torch._dynamo: as slow as importing torch
+
     num_queries, ends, longest = len(qkv_ugxd), sequence.cu_seqlens, sequence.max_length
     if key_value_tg2d is None:
         query_ends, (query_und, key_tgd, value_tgd) = ends, _apart(qkv_ugxd)
