@@ -15,7 +15,8 @@ if __name__ == "__main__":
 from megatron.checkpoint.claim import claimed
 from megatron.checkpoint.newest import saved_flags
 from megatron.config import Config
-from megatron.config.command_line import left_open, listing, notice, parse
+from megatron.config.command_line import left_open, resolve
+from megatron.config.telling.listing import listing, notice
 from megatron.errors import ConfigError, LaunchError, UserError
 from megatron.log import Log, take_any_text
 from megatron.parallel.launch.environment import Launch, check_launch, launched
@@ -25,6 +26,7 @@ from megatron.parallel.layout import check_layout
 from megatron.parallel.mesh import grid_sizes, joined
 from megatron.plan.dry_run import dry_run
 from megatron.train.build import build
+from megatron.train.configuration import keep_configuration, write_configuration
 from megatron.train.loop import train
 from megatron.train.state import BatchSizes
 from megatron.train.stop import StopRequests
@@ -37,7 +39,12 @@ def main(argv: Sequence[str]) -> int:
     try:
         launch = launched()
         taken = left_open(argv, saved_flags)
-        config, always_so = parse(argv, taken)
+        resolved = resolve(argv, taken)
+        config = resolved.config
+        if resolved.given.write_config is not None:
+            if launch.speaks():
+                write_configuration(resolved)
+            return 0
         requests = StopRequests(config.training.exit_duration_in_mins)
         check_launch(launch)
         _check_sizes(config, launch)
@@ -52,11 +59,14 @@ def main(argv: Sequence[str]) -> int:
             return 0
         with joined(config.parallel, launch) as mesh:
             log = Log(is_speaker=mesh.world.rank == 0)
-            log.line(listing(config, always_so))
+            log.line(listing(config, resolved.given.always_so))
             if (said := notice(taken)) is not None:
                 log.line(said)
             with claimed(config.checkpoint.save, mesh, log) as claim, requests.listening():
-                train(build(config, mesh, log), requests, claim)
+                run = build(config, mesh, log)
+                if claim is not None:
+                    keep_configuration(resolved, run.state.iteration)
+                train(run, requests, claim)
     except Exception as error:
         return report(error, launch)
     return 0

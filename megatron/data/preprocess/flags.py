@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from megatron.config.command_line import OneLineParser, add_section_flags, flag_name
+from megatron.config.command_line import OneLineParser, add_section_flags
 from megatron.config.data import VOCABULARIES
-from megatron.config.declaration import flag, fraction, not_negative, positive
+from megatron.config.declaration import flag, flag_name, fraction, not_negative, positive
 from megatron.data.corpus.indexed import IMPLEMENTATIONS
 from megatron.data.corpus.tokenizer import TOKENIZER_TYPES
 from megatron.errors import ConfigError
