@@ -8,7 +8,7 @@ import argparse
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -144,6 +144,7 @@ class _Answer(argparse.Action):
         parser.exit()
 
 
+@cache
 def _parser() -> OneLineParser:
     parser = OneLineParser(prog="pretrain_tape.py", usage=USAGE, description=DESCRIPTION, formatter_class=HelpLines,
                            allow_abbrev=False, add_help=False)
