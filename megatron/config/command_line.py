@@ -7,6 +7,7 @@ honoured raises `ConfigError` with the flag, its value and the remedy.
 import argparse
 import difflib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cache, cached_property
 from pathlib import Path
@@ -89,8 +90,13 @@ def parse(argv: Sequence[str], taken: Mapping[str, Any] | None = None) -> tuple[
 def resolve(argv: Sequence[str], taken: Mapping[str, Any] | None = None) -> Resolved:
     """The same with where it comes from; raises ConfigError."""
     given = read(argv)
-    values = plain(overlaid(taken or {}, overlaid(given.of_preset, given.said)))
-    return Resolved(given, values, filled(values))
+    values = overlaid(taken or {}, overlaid(given.of_preset, given.said))
+    config = filled(plain(values))
+    for name in taken or {}:  # what a checkpoint says of what follows anyway is no choice
+        less = {other: value for other, value in values.items() if other != name}
+        with suppress(ConfigError):
+            values = less if filled(plain(less)) == config else values
+    return Resolved(given, plain(values), config)
 
 
 def left_open(argv: Sequence[str], saved: Callable[[str], Mapping[str, Any]]) -> dict[str, Any]:

@@ -101,6 +101,16 @@ def test_a_run_that_goes_on_keeps_its_earlier_configurations(tmp_path):
     assert changes[1:] == [["--lr", "0.0005", "(before:", "0.001)"]]
 
 
+def test_what_a_checkpoint_says_of_what_follows_is_no_other_configuration():
+    flags = "--hidden-size 64 --num-attention-heads 4 --lr 1 --batch-size 1 --train-iters 9 --seq-length 8".split()
+    first = resolve(flags)
+    again = resolve(flags, {name: value for name, value in vars(first.config.model).items() if name != "hidden_size"})
+    assert (again.plain, again.config) == (first.plain, first.config)
+    wider = resolve(flags, {"ffn_hidden_size": 300, "kv_channels": 16, "num_layers": 3})
+    assert (wider.plain.model.ffn_hidden_size, wider.plain.model.kv_channels) == (300, None)
+    assert (wider.config.model.num_layers, wider.config.model.kv_channels) == (3, 16)
+
+
 def test_a_damaged_configuration_of_a_run_is_kept_and_stops_nothing(tmp_path):
     (tmp_path / "config.toml").write_bytes(b"\0\0\0")
     kept(tmp_path, 5)
