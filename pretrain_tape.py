@@ -17,7 +17,7 @@ from megatron.checkpoint.newest import saved_flags
 from megatron.config import Config
 from megatron.config.command_line import left_open, resolve
 from megatron.config.telling.listing import listing, notice
-from megatron.errors import ConfigError, LaunchError, UserError
+from megatron.errors import ConfigError, ConfigFileError, LaunchError, UserError
 from megatron.log import Log, take_any_text
 from megatron.parallel.launch.environment import Launch, check_launch, launched
 from megatron.parallel.launch.failure import report
@@ -49,8 +49,9 @@ def main(argv: Sequence[str]) -> int:
         check_launch(launch)
         _check_sizes(config, launch)
     except UserError as error:
-        # The other ranks have the same flags, and those of this host the same environment.
-        if launch.speaks_for_host() if isinstance(error, LaunchError) else launch.speaks():
+        # The other ranks have the same flags, and those of this host the same environment and files.
+        is_of_host = isinstance(error, LaunchError | ConfigFileError)
+        if launch.speaks_for_host() if is_of_host else launch.speaks():
             print(f"error: {error}", file=sys.stderr)
         return 2
     try:

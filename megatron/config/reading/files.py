@@ -4,7 +4,7 @@
     [model]
     hidden-size = 256
 
-A value is checked as its flag is. Every mistake is a ConfigError of one line that names the file and the key.
+A value is checked as its flag is. Every mistake is a ConfigFileError of one line that names the file and the key.
 """
 
 import difflib
@@ -19,7 +19,7 @@ from megatron.config import Config
 from megatron.config.declaration import can_be_off, flag_name, is_switch
 from megatron.config.reading.checks import check_value
 from megatron.config.reading.megatron_flags import ALWAYS_SO, REFUSED
-from megatron.errors import ConfigError
+from megatron.errors import ConfigError, ConfigFileError
 
 YAML_ENDINGS = (".yaml", ".yml")  # what ends otherwise is TOML
 _EXPECTED = {int: "a whole number", float: "a number", str: "text"}
@@ -29,7 +29,7 @@ _Key = tuple[Field, str, bool]  # a flag, its section, and whether the key is it
 def read_file(path: Path, presets: Collection[str]) -> dict[str, Any]:
     """What a file says, by the fields' names, with "preset" where it names one; flags that are always so by their own.
 
-    `presets`: those that it may name. Raises ConfigError.
+    `presets`: those that it may name. Raises ConfigFileError.
     """
     values: dict[str, Any] = {}
     said: dict[str, str] = {}
@@ -37,10 +37,10 @@ def read_file(path: Path, presets: Collection[str]) -> dict[str, Any]:
         where = f"{path}: {f'[{table}] ' if table else ''}{key}"
         name, value = _entry(table, key.replace("_", "-"), found, where, presets)
         if name in values:
-            raise ConfigError(f"{where} says again what {said[name]} said; keep one of the two")
+            raise ConfigFileError(f"{where} says again what {said[name]} said; keep one of the two")
         values[name], said[name] = value, key
     if not values:
-        raise ConfigError(f"{path} says nothing; give it keys such as hidden-size = 256, or leave --config out")
+        raise ConfigFileError(f"{path} says nothing; give it keys such as hidden-size = 256, or leave --config out")
     return values
 
 
@@ -48,19 +48,20 @@ def _tree(path: Path) -> Any:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise ConfigError(f"--config {path} cannot be read ({error.strerror}); give a file of TOML or YAML") from None
+        raise ConfigFileError(f"--config {path} cannot be read ({error.strerror}); give a file of TOML or "
+                              "YAML") from None
     except UnicodeDecodeError as error:
         line = error.object[:error.start].count(b"\n") + 1
-        raise ConfigError(f"{path}: line {line} is not UTF-8; save it as that") from None
+        raise ConfigFileError(f"{path}: line {line} is not UTF-8; save it as that") from None
     try:
         return _yaml(text) if path.suffix.lower() in YAML_ENDINGS else _module("tomllib", "tomli").loads(text)
     except ModuleNotFoundError as error:
         needed = "YAML needs the package PyYAML" if error.name == "yaml" else (
             "before Python 3.11 TOML needs the package tomli")
-        raise ConfigError(f"{path} cannot be read: {needed}; install it with pip") from None
+        raise ConfigFileError(f"{path} cannot be read: {needed}; install it with pip") from None
     except (ValueError, RecursionError) as error:
         kind = "YAML" if path.suffix.lower() in YAML_ENDINGS else "TOML (YAML ends in .yaml)"
-        raise ConfigError(f"{path} is no {kind}: {' '.join(str(error).split())}") from None
+        raise ConfigFileError(f"{path} is no {kind}: {' '.join(str(error).split())}") from None
 
 
 def _module(*names: str) -> Any:
@@ -97,7 +98,7 @@ def _entries(tree: Any, path: Path) -> Iterator[tuple[str | None, str, Any]]:
     if not isinstance(tree, dict):
         if tree is None:
             return
-        raise ConfigError(f"{path} holds {_shown(tree)}; it must be keys with values, such as hidden-size: 256")
+        raise ConfigFileError(f"{path} holds {_shown(tree)}; it must be keys with values, such as hidden-size: 256")
     sections = [name for name, _ in Config().sections()]
     for name, content in tree.items():
         if not isinstance(content, dict):
@@ -105,31 +106,35 @@ def _entries(tree: Any, path: Path) -> Iterator[tuple[str | None, str, Any]]:
             continue
         if name not in sections:
             hint = _nearest(str(name), sections) or f"; they are {', '.join(sections)}"
-            raise ConfigError(f"{path}: [{name}] is no section{hint}")
+            raise ConfigFileError(f"{path}: [{name}] is no section{hint}")
         for key, found in content.items():
             if isinstance(found, dict):
-                raise ConfigError(f"{path}: [{name}.{key}] is a table in a section; write {key} = VALUE in [{name}]")
+                raise ConfigFileError(f"{path}: [{name}.{key}] is a table in a section; write {key} = VALUE in "
+                                      f"[{name}]")
             yield name, str(key), found
 
 
 def _entry(table: str | None, key: str, found: Any, where: str, presets: Collection[str]) -> tuple[str, Any]:
-    """The field's name and the value of a key; raises ConfigError."""
+    """The field's name and the value of a key; raises ConfigFileError."""
     if key == "preset" and table is None:
         return key, _choice(found, list(presets), where)
     if f"--{key}" in ALWAYS_SO:
         if found is not True:
-            raise ConfigError(f"{where} is {_shown(found)}; it is always true: {ALWAYS_SO[f'--{key}']}")
+            raise ConfigFileError(f"{where} is {_shown(found)}; it is always true: {ALWAYS_SO[f'--{key}']}")
         return f"--{key}", True
     if f"--{key}" in REFUSED:
-        raise ConfigError(f"{where} cannot be used: {REFUSED[f'--{key}']}")
+        raise ConfigFileError(f"{where} cannot be used: {REFUSED[f'--{key}']}")
     if key not in _keys():
         near = _nearest(key, ["preset", *_keys()])
-        raise ConfigError(f"{where} is no flag{near or '; pretrain_tape.py --help-all lists them'}")
+        raise ConfigFileError(f"{where} is no flag{near or '; pretrain_tape.py --help-all lists them'}")
     item, section, is_negated = _keys()[key]
     if table not in (None, section):
-        raise ConfigError(f"{where} is of another section; write it in [{section}], or above all tables")
+        raise ConfigFileError(f"{where} is of another section; write it in [{section}], or above all tables")
     value = _value(item, found, where)
-    check_value(item, value, where)
+    try:
+        check_value(item, value, where)
+    except ConfigError as error:
+        raise ConfigFileError(str(error)) from None
     return item.name, (not value) if is_negated else value
 
 
@@ -148,18 +153,18 @@ def _keys() -> Mapping[str, _Key]:
 
 
 def _value(item: Field, found: Any, where: str) -> Any:
-    """What the flag takes of a value in a file; raises ConfigError."""
+    """What the flag takes of a value in a file; raises ConfigFileError."""
     nargs = item.metadata["nargs"]
     if is_switch(item):
         if not isinstance(found, bool):
-            raise ConfigError(f"{where} is {_shown(found)}; it must be true or false")
+            raise ConfigFileError(f"{where} is {_shown(found)}; it must be true or false")
         return found
     if nargs is None:
         return _one(item, found, where)
     values = found if isinstance(found, list) else [found]
     if len(values) != nargs if isinstance(nargs, int) else not values:
         expected = "one or more" if nargs == "+" else nargs
-        raise ConfigError(f"{where} is {_shown(found)}; it must be a list of {expected}")
+        raise ConfigFileError(f"{where} is {_shown(found)}; it must be a list of {expected}")
     return tuple(_one(item, one, where) for one in values)
 
 
@@ -174,13 +179,13 @@ def _one(item: Field, found: Any, where: str) -> Any:
     if choices is not None:
         return _choice(found if value is None else value, choices, where)
     if value is None:
-        raise ConfigError(f"{where} is {_shown(found)}; it must be {_EXPECTED[kind]}")
+        raise ConfigFileError(f"{where} is {_shown(found)}; it must be {_EXPECTED[kind]}")
     return value
 
 
 def _choice(found: Any, choices: Collection[Any], where: str) -> Any:
     if found not in choices:
-        raise ConfigError(f"{where} is {_shown(found)}; it must be one of {', '.join(map(str, choices))}"
+        raise ConfigFileError(f"{where} is {_shown(found)}; it must be one of {', '.join(map(str, choices))}"
                           f"{_nearest(str(found), list(map(str, choices)))}")
     return found
 
