@@ -15,7 +15,7 @@
 #     DATA_PATH         prefix of PREFIX.bin and PREFIX.idx, as tools/preprocess_data.py writes them; or several, each
 #                       behind its weight: "0.7 pfam 0.3 uniref" (default: the proteins in examples/proteins)
 #     CHECKPOINT_PATH   folder for checkpoints, logs, curves (default: runs/PRESET in the checkout)
-#                       (with --config FILE among the flags: runs/FILE, unless it says --save; and PRESET has no default)
+#                       (with --config FILE among the flags: runs/FILE, if that says no folder; and no PRESET)
 #     VOCAB_FILE        iupac, esm, protbert, or a file with one token a line (default: the preset's)
 #
 # A preset sets the model and the hyperparameters (megatron/config/presets/). The published ones, which tape and the

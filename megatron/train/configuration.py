@@ -22,7 +22,7 @@ CONFIG, CHANGES = "config.toml", "config_changes.txt"
 
 def write_configuration(resolved: Resolved) -> None:
     """Write the file of `--write-config`, or print it where that is -; raises ConfigError where it cannot be had."""
-    name, text = resolved.given.write_config or "-", _text(resolved)
+    name, text = resolved.given.write_config or "", _text(resolved)
     if name == "-":
         sys.stdout.write(text)
         return

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +44,12 @@ def test_bash_completes_the_names_of_flags():
     offered = by_bash("./pretrain_tape.py", "--swiglu", "--lr", "1e-3", "")
     assert {flag_name(item) for item in ITEMS} <= set(offered)
     assert {"--help", "--help-all", "--completion", "--no-save-rng"} <= set(offered)
+
+
+def test_every_script_that_takes_the_flags_is_completed():
+    for script in Path(__file__).parents[2].glob("examples/pretrain_*.sh"):
+        assert "[any flag of pretrain_tape.py]" in script.read_text()
+        assert by_bash("bash", f"examples/{script.name}", "--hidd") == ["--hidden-size", "--hidden-dropout"]
 
 
 def test_bash_completes_the_choices_of_a_flag():

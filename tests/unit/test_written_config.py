@@ -60,6 +60,7 @@ def test_a_written_configuration_can_be_printed(capsys):
 def test_a_configuration_is_not_written_where_it_cannot_be(tmp_path, capsys):
     (tmp_path / "a.toml").mkdir()
     for flags, message in ((["--write-config", f"{tmp_path}/a.yaml"], "let its name end in .toml"),
+                           (["--write-config", ""], "let its name end in .toml"),
                            (["--write-config", f"{tmp_path}/a.toml"], "is no file"),
                            (["--write-config", f"{tmp_path}/no/b.toml"], "cannot be written (No such file"),
                            (["--write-config", f"{tmp_path}/b.toml", "--save", "\udce9"], "cannot hold --save")):
@@ -122,3 +123,5 @@ def test_a_damaged_configuration_of_a_run_is_kept_and_stops_nothing(tmp_path):
 def test_a_path_that_is_no_text_stops_no_run_from_keeping_its_configuration(tmp_path):
     kept(tmp_path, 0, "--tensorboard-dir", "t\udce9")
     assert "# tensorboard-dir is a path that no text can say" in (tmp_path / "config.toml").read_text()
+    kept(tmp_path, 9, "--tensorboard-dir", "t\udce9")
+    assert not (tmp_path / "config-1.toml").exists()

@@ -28,11 +28,10 @@ class HelpLines(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=34, width=columns())
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return ", ".join(f"--[no-]{name[2:]}" for name in action.option_strings if not name.startswith("--no-"))
         if not action.option_strings or action.nargs == 0:
-            names = [name for name in action.option_strings if not name.startswith("--no-")]
-            is_both = len(names) < len(action.option_strings) and names
-            return ", ".join(f"--[no-]{name.removeprefix('--')}" for name in names) if is_both else (
-                super()._format_action_invocation(action))
+            return super()._format_action_invocation(action)
         value = self._format_args(action, self._get_default_metavar_for_optional(action))
         return f"{', '.join(action.option_strings)} {value}"
 

@@ -36,10 +36,14 @@ def unwritable(config: Config) -> list[str]:
 
 
 def changes(now: Mapping[str, Any], before: Mapping[str, Any], was: str) -> list[str]:
-    """A line for each flag, by its field's name in both, whose value is not what it `was`: "preset", "before", …"""
+    """A line for each flag, by its field's name in both, whose value is not what it `was`: "preset", "before", …
+
+    Not for what `as_toml` cannot say.
+    """
     items = {item.name: item for _, section in Config().sections() for item in fields(section)}
     rows = [(flag_name(items[name]), _in_words(items[name], value), _in_words(items[name], before[name]))
-            for name, value in now.items() if value != before[name] and name not in OF_A_PROCESS]
+            for name, value in now.items()
+            if value != before[name] and name not in OF_A_PROCESS and not _has_no_text(value)]
     return [f"  {name:<36} {value:<24} ({was}: {other})" for name, value, other in rows]
 
 
