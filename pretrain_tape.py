@@ -6,6 +6,7 @@ saved; with 2 and one line on a mistake of the user; with 1 where a rank failed,
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from megatron.train.starting import leave_when_asked
 
@@ -15,8 +16,9 @@ if __name__ == "__main__":
 from megatron.checkpoint.claim import claimed
 from megatron.checkpoint.newest import saved_flags
 from megatron.config import Config
-from megatron.config.command_line import left_open, listing, notice, parse
-from megatron.errors import ConfigError, LaunchError, UserError
+from megatron.config.command_line import left_open, resolve
+from megatron.config.telling.listing import listing, notice
+from megatron.errors import ConfigError, ConfigFileError, LaunchError, UserError
 from megatron.log import Log, take_any_text
 from megatron.parallel.launch.environment import Launch, check_launch, launched
 from megatron.parallel.launch.failure import report
@@ -24,6 +26,7 @@ from megatron.parallel.launch.leaving import leave
 from megatron.parallel.layout import check_layout
 from megatron.parallel.mesh import grid_sizes, joined
 from megatron.plan.dry_run import dry_run
+from megatron.train.configuration import keep_configuration, write_configuration
 from megatron.train.rewinding import train_to_its_end
 from megatron.train.state import BatchSizes
 from megatron.train.stop import StopRequests
@@ -36,13 +39,19 @@ def main(argv: Sequence[str]) -> int:
     try:
         launch = launched()
         taken = left_open(argv, saved_flags)
-        config, always_so = parse(argv, taken)
+        resolved = resolve(argv, taken)
+        config = resolved.config
+        if resolved.given.write_config is not None:
+            if launch.speaks():
+                write_configuration(resolved)
+            return 0
         requests = StopRequests(config.training.exit_duration_in_mins)
         check_launch(launch)
         _check_sizes(config, launch)
     except UserError as error:
-        # The other ranks have the same flags, and those of this host the same environment.
-        if launch.speaks_for_host() if isinstance(error, LaunchError) else launch.speaks():
+        # The other ranks have the same flags, and those of this host the same environment and files.
+        is_of_host = isinstance(error, LaunchError | ConfigFileError)
+        if launch.speaks_for_host() if is_of_host else launch.speaks():
             print(f"error: {error}", file=sys.stderr)
         return 2
     try:
@@ -51,11 +60,12 @@ def main(argv: Sequence[str]) -> int:
             return 0
         with joined(config.parallel, launch) as mesh:
             log = Log(is_speaker=mesh.world.rank == 0)
-            log.line(listing(config, always_so))
+            log.line(listing(config, resolved.given.always_so))
             if (said := notice(taken)) is not None:
                 log.line(said)
             with claimed(config.checkpoint.save, mesh, log) as claim, requests.listening():
-                run = train_to_its_end(config, mesh, log, requests, claim)
+                keep = None if claim is None else partial(keep_configuration, resolved)
+                run = train_to_its_end(config, mesh, log, requests, claim, keep)
                 if config.checkpoint.save and log.is_speaker:
                     from megatron.study.report import leave_report  # matplotlib: slow to import, needed once
 

@@ -10,13 +10,15 @@ from pathlib import Path
 
 from setuptools import Extension, find_namespace_packages, setup
 
-REQUIRED = ["torch>=2.11", "numpy>=1.26", "safetensors>=0.4", "tensorboard>=2.14", "tqdm>=4.60", "matplotlib>=3.7"]
+REQUIRED = ["torch>=2.11", "numpy>=1.26", "safetensors>=0.4", "tensorboard>=2.14", "tqdm>=4.60", "matplotlib>=3.7",
+            "tomli>=2.0 ; python_version < '3.11'"]
 EXTRAS = {
     "helper": ["pybind11>=2.11", "setuptools>=64"],  # builds the compiled helpers
     "fast": ["orjson>=3.8", "isal>=1.5"],  # reads JSON and gzip faster than the standard library
     "sentences": ["nltk>=3.8"],  # tools/preprocess_data.py --split-sentences
     "hdf5": ["h5py>=3.8"],  # tools/embed.py to .h5
     "structures": ["gemmi>=0.6.5"],  # tools/predict_contacts.py on PDB and mmCIF files
+    "yaml": ["PyYAML>=6"],  # --config FILE.yaml
     "formats": ["lmdb>=1.4", "pyarrow>=15", "zstandard>=0.21"],  # TAPE's LMDB, Parquet and Arrow, .zst
 }
 
@@ -58,7 +60,7 @@ setup(
     # tools/ is installed below megatron/: a package called tools would not be ours alone.
     packages=[*find_namespace_packages(include=["megatron*", "protein_tools*"]), "megatron.tools"],
     package_dir={"megatron.tools": "tools"},
-    package_data={"protein_tools": ["*.txt"]},
+    package_data={"protein_tools": ["*.txt"], "megatron.config.presets": ["*/*.toml"]},
     py_modules=["pretrain_tape"],
     entry_points={"console_scripts": commands()},
     ext_modules=extensions(),

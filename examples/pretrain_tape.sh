@@ -16,9 +16,10 @@
 #                       one a line, as one corpus; or each behind its weight: "0.7 pfam 0.3 uniref" (default: the
 #                       proteins in examples/proteins)
 #     CHECKPOINT_PATH   folder for checkpoints, logs, curves (default: runs/PRESET in the checkout)
+#                       (with --config FILE among the flags: runs/FILE, if that says no folder; and no PRESET)
 #     VOCAB_FILE        iupac, esm, protbert, or a file with one token a line (default: the preset's)
 #
-# A preset sets the model and the hyperparameters (megatron/config/presets.py). The published ones, which tape and the
+# A preset sets the model and the hyperparameters (megatron/config/presets/). The published ones, which tape and the
 # proteinlm presets have, and any of which a flag overrides:
 #
 #     --seq-length 2176 --micro-batch-size 4 --train-iters 1000000 --weight-decay 0.01 --clip-grad 1.0

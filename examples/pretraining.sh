@@ -1,30 +1,60 @@
 # What the pretraining scripts share. To be sourced; runs starting.sh and with it setup.sh, sets `default_processes` and
 # `flags`, those of pretrain_tape.py, from PRESET, DATA_PATH, CHECKPOINT_PATH and VOCAB_FILE, and preprocesses the shipped
-# proteins. What a script may set before, besides what starting.sh takes:
+# proteins. Where --config is among the script's arguments, the file takes the preset's place, and gives its name to the
+# folder; neither the data nor the folder that it says is replaced by a default. What a script may set before, besides
+# what starting.sh takes:
 #
 #     run_suffix    what its checkpoints' folder has behind the preset's name
 # shellcheck shell=bash disable=SC2034,SC2154  # variables come from setup.sh and go to the script that sources this
 
 source "$(dirname "${BASH_SOURCE[0]}")/starting.sh"
 
+# said ARGUMENTS: the file of --config, and behind it a line for each flag that it and the arguments say: data_path, …
+said() {
+    PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" "$python" - "$@" <<'PYTHON_CODE'
+import sys
+
+from megatron.config.command_line import read
+from megatron.log import exit_status
+
+
+def tell() -> None:
+    given = read(sys.argv[1:])
+    print(given.file or "", *given.said, sep="\n")
+
+
+sys.exit(exit_status(tell))
+PYTHON_CODE
+}
+
 if [ "$num_gpus" -gt 0 ]; then default_preset=tape; else default_preset=demo; fi
 if [ "$num_gpus" -gt 0 ]; then default_processes=$num_gpus; else default_processes=2; fi
-preset=${PRESET:-$default_preset}
-checkpoint_path=${CHECKPOINT_PATH:-$root/runs/$preset${run_suffix-}}
-vocabulary=(${VOCAB_FILE:+--vocab-file "$VOCAB_FILE"})  # else the preset's
+preset=${PRESET:-$default_preset} all_said=$'\n'
+if [[ " $*" == *" --config"* ]]; then
+    all_said=$(said "$@")$'\n'
+    config_file=${all_said%%$'\n'*}
+    config_name=${config_file##*/}
+fi
+flags=()
+if [ -z "${config_file-}" ] || [ -n "${PRESET-}" ]; then flags+=(--preset "$preset"); fi
+if [ -n "${VOCAB_FILE-}" ]; then flags+=(--vocab-file "$VOCAB_FILE"); fi  # else the preset's
 
 if [ -n "${DATA_PATH-}" ]; then
     if [ -e "$DATA_PATH.idx" ]; then data_path=("$DATA_PATH"); else read -ra data_path <<<"$DATA_PATH"; fi
-else
+    flags+=(--data-path "${data_path[@]}")
+elif [[ $all_said != *$'\ndata_path\n'* ]]; then
     small="$root/runs/data/small"
-    data_path=("${small}_text_document")
-    if ! [ -e "${data_path[0]}.idx" ]; then
-        echo "preprocessing: examples/proteins/small.fasta.gz -> ${data_path[0]}.bin and .idx"
+    flags+=(--data-path "${small}_text_document")
+    if ! [ -e "${small}_text_document.idx" ]; then
+        echo "preprocessing: examples/proteins/small.fasta.gz -> ${small}_text_document.bin and .idx"
         mkdir -p "$root/runs/data"
         "$python" "$root/tools/preprocess_data.py" --input "$root/examples/proteins/small.fasta.gz" \
             --output-prefix "$small" --dataset-impl mmap --tokenizer-type BertWordPieceCase
     fi
 fi
 
-flags=(--preset "$preset" --data-path "${data_path[@]}" ${vocabulary[@]+"${vocabulary[@]}"}
-    --save "$checkpoint_path" --load "$checkpoint_path")
+if [ -n "${CHECKPOINT_PATH-}" ] || [[ $all_said != *$'\nsave\n'* ]]; then
+    name=${config_name-$preset}
+    checkpoint_path=${CHECKPOINT_PATH:-$root/runs/${name%.*}${run_suffix-}}
+    flags+=(--save "$checkpoint_path" --load "$checkpoint_path")
+fi

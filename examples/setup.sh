@@ -34,7 +34,9 @@ import sys
 from importlib.metadata import version
 from importlib.util import find_spec
 
-needed = ["torch", "numpy", "safetensors", "tensorboard", "tqdm", "matplotlib"]
+needed = ["torch", "numpy", "safetensors", "tensorboard", "tqdm", "matplotlib", "tomli"]
+if sys.version_info >= (3, 11):
+    needed.remove("tomli")
 if sys.argv[1] == "tests":
     needed += ["pytest", "pytest_timeout", "xdist", "hypothesis", "ruff", "mypy", "pybind11", "setuptools", "orjson",
                "isal", "nltk", "h5py", "lmdb", "pyarrow", "zstandard", "transformers", "peft", "triton",

@@ -11,6 +11,10 @@ class ConfigError(UserError):
     """A flag, or a combination of flags, that cannot be honoured; the message names flag, value and remedy."""
 
 
+class ConfigFileError(ConfigError):
+    """A file of flags that cannot be used; the message names the file, the key and the remedy."""
+
+
 class DataError(UserError):
     """Data that cannot be used; the message names the file, what was found and what to do."""
 

@@ -28,7 +28,7 @@ from megatron.checkpoint.newest import saved_flags  # noqa: E402
 from megatron.checkpoint.store import iterations  # noqa: E402
 from megatron.checkpoint.stored import Checkpoint  # noqa: E402
 from megatron.config import Config, TrainingConfig  # noqa: E402
-from megatron.config.command_line import OneLineParser, left_open, parse  # noqa: E402
+from megatron.config.command_line import OneLineParser, as_flags, left_open, parse  # noqa: E402
 from megatron.data.corpus.vocab import Vocab  # noqa: E402
 from megatron.data.rows.dataset import build_datasets  # noqa: E402
 from megatron.data.sources.source import expand  # noqa: E402
@@ -85,7 +85,7 @@ class Continued:
     """A run that goes on from `given.model`: what its flags are, those of `argv` behind them, and what is wrong."""
 
     def __init__(self, given: argparse.Namespace, argv: list[str]) -> None:
-        self._given, self._argv = given, argv
+        self._given, self._argv = given, as_flags(argv)
         self._said = {word.partition("=")[0] for word in self._argv if word.startswith("--")}
         self._run = given.folder / "run"
         self._epochs = _number("EPOCHS", given.epochs, 1e6)

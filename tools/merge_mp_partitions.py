@@ -15,7 +15,8 @@ if not __package__:  # else it is installed
 from megatron.checkpoint.convert import megatron_v2  # noqa: E402
 from megatron.checkpoint.convert.conversion import convert  # noqa: E402
 from megatron.config import Config  # noqa: E402
-from megatron.config.command_line import ALWAYS_SO, OneLineParser, add_section_flags  # noqa: E402
+from megatron.config.command_line import OneLineParser, add_section_flags  # noqa: E402
+from megatron.config.reading.megatron_flags import ALWAYS_SO  # noqa: E402
 from megatron.data.corpus.vocab import Vocab  # noqa: E402
 from megatron.errors import ConfigError  # noqa: E402
 from megatron.log import Log, exit_status  # noqa: E402

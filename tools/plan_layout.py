@@ -18,7 +18,7 @@ if not __package__:  # else it is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.config import Config
-from megatron.config.command_line import parse  # noqa: E402
+from megatron.config.command_line import parse, resolve  # noqa: E402
 from megatron.errors import ConfigError, UserError  # noqa: E402
 from megatron.log import take_any_text  # noqa: E402
 from megatron.parallel.traffic import ALL_GATHER  # noqa: E402
@@ -26,6 +26,7 @@ from megatron.plan.gpus import GPUS  # noqa: E402
 from megatron.plan.search import Machine, Plan, best_plans, layout_flags  # noqa: E402
 
 _GIB = 2**30
+_ANY = {"micro_batch_size": 1, "lr": 1e-4, "train_iters": 1}  # no layout depends on these: they need not be given
 
 
 def main(argv: Sequence[str]) -> int:
@@ -34,8 +35,7 @@ def main(argv: Sequence[str]) -> int:
     own, rest = _parser().parse_known_args(argv)
     try:
         machine = _machine(own)
-        config = _config(rest)
-        plans = best_plans(config, machine, {argument.split("=")[0] for argument in rest})
+        plans = best_plans(parse(rest, _ANY)[0], machine, _given(rest))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -73,11 +73,12 @@ def _machine(own: argparse.Namespace) -> Machine:
     return Machine(own.gpu, own.gpus, own.gpus_per_node, own.memory_margin)
 
 
-def _config(rest: Sequence[str]) -> Config:
-    """The flags' configuration; those that no layout depends on need not be given."""
-    defaults = [] if any(argument.split("=")[0] == "--preset" for argument in rest) else [
-        "--micro-batch-size", "1", "--lr", "1e-4", "--train-iters", "1"]
-    return parse([*defaults, *rest])[0]
+def _given(rest: Sequence[str]) -> set[str]:
+    """The flags that the user gave; of a file, which may hold all there are, those that are not as by default."""
+    defaults = Config().as_dict()
+    return {argument.split("=")[0] for argument in rest} | {
+        f"--{name.replace('_', '-')}" for name, value in resolve(rest, _ANY).given.of_file.items()
+        if value != defaults[name]}
 
 
 def facts(plan: Plan) -> dict:

@@ -9,14 +9,16 @@ from megatron.config.declaration import flag, not_negative, positive
 class CheckpointConfig:
     """What is saved, where, and what of it is taken up again."""
 
-    save: str = flag(None, "folder to save checkpoints in")
-    load: str = flag(None, "folder to go on from, or to take weights from; an empty one starts afresh")
+    save: str = flag(None, "folder to save checkpoints in", common=True, path="folder")
+    load: str = flag(None, "folder to go on from, or to take weights from; an empty one starts afresh", common=True,
+                     path="folder")
     save_interval: int = flag(None, "steps between checkpoints (the last step is always saved)", kind=int,
-                              check=positive)
+                              check=positive, common=True)
     save_interval_minutes: float = flag(None, "minutes between checkpoints, beside or instead of --save-interval",
                                         kind=float, check=positive)
     async_save: bool = flag(False, "write checkpoints behind the training, from a copy in host memory")
-    keep_checkpoints: int = flag(0, "how many of the newest to keep; 0 keeps all", kind=int, check=not_negative)
+    keep_checkpoints: int = flag(0, "how many of the newest to keep; 0 keeps all", kind=int, check=not_negative,
+                                common=True)
     keep_every: int = flag(0, "keep the checkpoints of every so many steps beside them; 0 for none", kind=int,
                            check=not_negative)
     save_retain_optimizer: int = flag(0, "how many of the newest keep the optimizer's state; 0 for all", kind=int,
@@ -24,4 +26,4 @@ class CheckpointConfig:
     no_save_optim: bool = flag(False, "leave the optimizer's state out of the checkpoint")
     no_load_optim: bool = flag(False, "start the optimizer afresh")
     load_ema: bool = flag(False, "with --finetune, load the average of --ema as the weights")
-    finetune: bool = flag(False, "load the weights alone and start from iteration 0")
+    finetune: bool = flag(False, "load the weights alone and start from iteration 0", common=True)

@@ -13,12 +13,12 @@ class DataConfig:
 
     data_path: tuple[str, ...] = flag(
         None, "prefix of PREFIX.bin and PREFIX.idx; several, or @LIST, a file with one a line, as one corpus; or "
-        "WEIGHT PREFIX …", nargs="+", changes="samples")
+        "WEIGHT PREFIX …", nargs="+", changes="samples", common=True, path="prefix")
     split: str = flag("969,30,1", "shares or exact document counts of training, validation and test, by commas",
-                      changes="samples")
+                      changes="samples", common=True)
     vocab_file: str = flag(None, f"vocabulary of the model: {', '.join(VOCABULARIES)}, or a file with one token a line "
                            "(default: iupac); ids of data that were preprocessed with another one are mapped by letter",
-                           aliases=("--vocab",), changes="vocabulary")
+                           aliases=("--vocab",), changes="vocabulary", common=True, path="file")
     mask_token: str = flag(None, "the mask token of a vocabulary that calls it neither [MASK] nor <mask>",
                            changes="vocabulary")
     protein_ends: str = flag("start", "what stands around each protein of a row: start, [CLS] before it alone; both, "
@@ -28,12 +28,12 @@ class DataConfig:
         "BertWordPieceCase", "every type reads residues, spaced or not, in either case, on a protein vocabulary",
         choices=("BertWordPieceLowerCase", "BertWordPieceCase"), changes="nothing")
     seq_length: int = flag(None, "positions in a row", kind=int, check=(lambda v: v >= 2, "2 or greater"),
-                           aliases=("--encoder-seq-length",), changes="samples")
+                           aliases=("--encoder-seq-length",), changes="samples", common=True)
     data_impl: str = flag("infer", "format of the indexed dataset", choices=("infer", "mmap", "cached", "lazy"),
                           changes="nothing")
     mask_prob: tuple[float, ...] = flag(
         (0.15,), "share of residues chosen for prediction, or START END SAMPLES: from one share to another over so "
-        "many rows; evaluation chooses 15 %", kind=float, nargs="+", check=positive, changes="samples")
+        "many rows; evaluation chooses 15 %", kind=float, nargs="+", check=positive, changes="samples", common=True)
     mask_token_prob: float = flag(0.8, "share of the chosen replaced by [MASK]", kind=float,
                                   check=(lambda v: 0 <= v <= 1, "between 0 and 1"), changes="samples")
     mask_random_prob: float = flag(0.1, "share of the chosen replaced by a random residue", kind=float,
@@ -46,12 +46,12 @@ class DataConfig:
                               "evaluation), or none",
                               choices=("crop", "split", "drop"), changes="samples")
     data_cache_path: str = flag(None, "folder of the row index (default: beside the data, or the user's cache folder)",
-                                changes="nothing")
+                                changes="nothing", path="folder")
     blend_by: str = flag("weight", "weight: several data paths in proportion; cluster: each epoch draws one protein of "
                          "each cluster", choices=("weight", "cluster"), changes="samples")
     cluster_file: str = flag(None, "clusters for --blend-by cluster: representative and member a line, by tab; members "
                              "are names of PREFIX.names, which preprocess_data.py --names writes, or numbers of "
-                             "documents from 0", changes="samples")
+                             "documents from 0", changes="samples", path="file")
     num_workers: int = flag(2, "processes that prepare batches ahead; 0 prepares them in the training process",
                             kind=int, check=not_negative, changes="nothing")
     mmap_warmup: bool = flag(False, "read the whole dataset once at start, into the page cache", changes="nothing")

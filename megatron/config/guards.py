@@ -17,22 +17,22 @@ class GuardsConfig:
     """What is done when a step goes wrong."""
 
     on_spike: str = flag(
-        "warn", "where the loss or the norm of the gradient is not finite, or far above those of the steps before: say "
-        "so; skip the step; or go back to the last checkpoint, see whether it comes again, and if so leave its rows "
-        "out", choices=("warn", "skip", "rewind"), changes="course")
+        "warn", "when loss or gradient go wrong (not finite, or far above those of the steps before): say so; skip the "
+        "step; or go back to the last checkpoint, see whether it comes again, and if so leave its rows out",
+        choices=("warn", "skip", "rewind"), changes="course", common=True)
     spike_threshold: float = flag(10.0, "what far is, in robust standard deviations of the last 128 steps", kind=float,
                                   check=positive, changes="course")
     most_spikes: int = flag(3, "end the run where --on-spike has skipped so many steps in a row, or would go back more "
                             "often", kind=int, check=positive, changes="nothing")
     leave_out_samples: tuple[str, ...] = flag(
-        (), "FIRST-STOP …: rows of the training data that are left out, by their number from 0; the second is the one "
-        "behind", nargs="+", check=_windows, changes="samples")
+        None, "FIRST-STOP …: rows of the training data that are left out, by their number from 0; the second is the "
+        "one behind", nargs="+", check=_windows, changes="samples")
     inject_fault: tuple[str, ...] = flag(
-        (), "KIND@STEP …: make a step go wrong, to see what follows. nan and spike come again with the step's rows, "
+        None, "KIND@STEP …: make a step go wrong, to see what follows. nan and spike come again with the step's rows, "
         "flip comes once, stuck holds the last rank up for good", nargs="+", check=_faults, changes="nothing",
         is_hidden=True)
 
     @property
     def left_out(self) -> list[tuple[int, int]]:
         """The first and the one behind of each of --leave-out-samples."""
-        return [(int(first), int(stop)) for first, stop in (text.split("-") for text in self.leave_out_samples)]
+        return [(int(first), int(stop)) for first, stop in (text.split("-") for text in self.leave_out_samples or ())]

@@ -9,8 +9,8 @@ from megatron.config.declaration import flag, not_negative, positive
 class LoggingConfig:
     """What a user watches."""
 
-    log_interval: int = flag(100, "steps between log lines", kind=int, check=positive)
-    tensorboard_dir: str = flag(None, "folder of TensorBoard files (default: SAVE/tensorboard)")
+    log_interval: int = flag(100, "steps between log lines", kind=int, check=positive, common=True)
+    tensorboard_dir: str = flag(None, "folder of TensorBoard files (default: SAVE/tensorboard)", path="folder")
     peak_tflops: float = flag(None, "the device's matrix peak in TFLOP/s (default: measured at start)", kind=float,
                               check=positive)
     profile: bool = flag(False, "write a trace of some steps, and a table of where their time goes, to SAVE/profile")

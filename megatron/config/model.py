@@ -11,11 +11,12 @@ _ODD = (lambda v: v >= 3 and v % 2 == 1, "odd, 3 or greater")
 class ModelConfig:
     """The transformer's shape and arithmetic."""
 
-    num_layers: int = flag(12, "transformer blocks", kind=int, check=positive, changes="arithmetic")
-    hidden_size: int = flag(768, "width of the residual stream", kind=int, check=positive, changes="arithmetic")
+    num_layers: int = flag(12, "transformer blocks", kind=int, check=positive, changes="arithmetic", common=True)
+    hidden_size: int = flag(768, "width of the residual stream", kind=int, check=positive, changes="arithmetic",
+                            common=True)
     ffn_hidden_size: int = flag(None, "width of the feed-forward layer (default: 4 x hidden size; with --swiglu two "
                                 "thirds of it, in multiples of 64)", kind=int, check=positive, changes="arithmetic")
-    num_attention_heads: int = flag(12, "attention heads", kind=int, check=positive, changes="arithmetic")
+    num_attention_heads: int = flag(12, "attention heads", kind=int, check=positive, changes="arithmetic", common=True)
     kv_channels: int = flag(None, "width of one head (default: hidden size / heads)", kind=int, check=positive,
                             changes="arithmetic")
     group_query_attention: bool = flag(False, "let heads share keys and values in --num-query-groups groups",
@@ -24,7 +25,7 @@ class ModelConfig:
                                  kind=int, check=positive, changes="arithmetic")
     position_embedding_type: str = flag(
         "learned_absolute", "how a token's place in its protein is told: a learned table, rotated queries and keys, or "
-        "not at all", choices=("learned_absolute", "rope", "none"), changes="arithmetic")
+        "not at all", choices=("learned_absolute", "rope", "none"), changes="arithmetic", common=True)
     max_position_embeddings: int = flag(None, "learned positions, where there are such (default: sequence length)",
                                         kind=int, check=positive, changes="arithmetic")
     rotary_base: float = flag(10000.0, "base of the wavelengths of --position-embedding-type rope", kind=float,
@@ -82,7 +83,7 @@ class ModelConfig:
     fp32_residual_connection: bool = flag(False, "keep the residual stream in fp32 under --fp16 or --bf16",
                                           changes="course")
     checkpoint_activations: bool = flag(False, "recompute each block's activations in the backward pass",
-                                        aliases=("--recompute-activations",), changes="nothing")
+                                        aliases=("--recompute-activations",), changes="nothing", common=True)
     checkpoint_num_layers: int = flag(1, "blocks between two checkpointed activations", kind=int, check=positive,
                                       changes="nothing")
     distribute_checkpointed_activations: bool = flag(

@@ -15,7 +15,7 @@ class OptimizerConfig:
     """The optimizer and its regularisation."""
 
     optimizer: str = flag("adam", "optimizer (adam is AdamW; under muon and normuon it steps what is no matrix of a "
-                          "linear layer)", choices=("adam", "sgd", "muon", "normuon"), changes="course")
+                          "linear layer)", choices=("adam", "sgd", "muon", "normuon"), changes="course", common=True)
     optimizer_backend: str = flag("torch", "whose implementation of it", choices=("torch", "apex"), changes="course")
     muon_lr: float = flag(None, "peak learning rate of what muon or normuon steps (default: 0.01)", kind=float,
                           check=positive, changes="course")
@@ -26,13 +26,13 @@ class OptimizerConfig:
     scalar_lr: float = flag(None, "peak learning rate of biases, scales and other vectors and scalars (default: --lr, "
                             "under muon 0.005)", kind=float, check=positive, changes="course")
     weight_decay: float = flag(0.01, "decoupled weight decay; never on biases and LayerNorms", kind=float,
-                               check=not_negative, changes="course")
+                               check=not_negative, changes="course", common=True)
     cautious_weight_decay: bool = flag(False, "let weight decay spare what a step makes larger: it takes only from "
                                        "coordinates that the update draws towards 0 as well", changes="course")
     ema: float = flag(None, "decay of an exponential average of the weights, which is evaluated and saved beside them "
                       "(0.999: over some thousand steps)", kind=float, check=fraction, changes="course")
     clip_grad: float = flag(1.0, "largest L2 norm of the gradient; 0 switches clipping off", kind=float,
-                            check=not_negative, changes="course")
+                            check=not_negative, changes="course", common=True)
     adam_beta1: float = flag(0.9, "decay of the first moment", kind=float, check=fraction, changes="course")
     adam_beta2: float = flag(0.999, "decay of the second moment", kind=float, check=fraction, changes="course")
     adam_eps: float = flag(1e-8, "added to the denominator", kind=float, check=positive, changes="course")

@@ -10,10 +10,10 @@ class ParallelConfig:
     """The grid of ranks and how they talk."""
 
     tensor_model_parallel_size: int = flag(1, "ranks that share each layer", kind=int, check=positive,
-                                           aliases=("--model-parallel-size",))
+                                           aliases=("--model-parallel-size",), common=True)
     sequence_parallel: bool = flag(False, "share the tokens of LayerNorms, dropouts and residuals out among the "
-                                   "tensor-parallel ranks")
-    pipeline_model_parallel_size: int = flag(1, "ranks that share the depth", kind=int, check=positive)
+                                   "tensor-parallel ranks", common=True)
+    pipeline_model_parallel_size: int = flag(1, "ranks that share the depth", kind=int, check=positive, common=True)
     num_layers_per_virtual_pipeline_stage: int = flag(
         None, "interleaved schedule: each pipeline rank holds several stages of this many blocks", kind=int,
         check=positive)
@@ -25,10 +25,10 @@ class ParallelConfig:
     decoder_last_pipeline_num_layers: int = flag(None, "blocks of the last pipeline stage (default: balanced)",
                                                  kind=int, check=not_negative)
     context_parallel_size: int = flag(1, "ranks that share the tokens of each row, for proteins longer than one "
-                                      "device's memory", kind=int, check=positive)
+                                      "device's memory", kind=int, check=positive, common=True)
     data_parallel_sharding: str = flag(
         "none", "what data-parallel ranks share out instead of repeating: optimizer state; and gradients; and "
-        "parameters", choices=("none", "optimizer", "gradients", "parameters"))
+        "parameters", choices=("none", "optimizer", "gradients", "parameters"), common=True)
     use_distributed_optimizer: bool = flag(False, "Megatron's name of --data-parallel-sharding optimizer")
     shard_within: int = flag(None, "share out inside groups of this many neighbouring data-parallel ranks (those of a "
                              "node) and repeat across them (default: all)", kind=int, check=positive)
@@ -41,7 +41,7 @@ class ParallelConfig:
     distributed_timeout_minutes: float = flag(10.0, "longest wait for a peer", kind=float,
                                               check=(lambda v: 0 < v <= 1e6, "greater than 0 and at most a million"))
     dry_run: bool = flag(False, "build one rank of the layout without allocating anything, report its memory and "
-                         "communication, and exit")
+                         "communication, and exit", common=True)
     dry_run_ranks: int = flag(1, "ranks of the layout of a --dry-run", kind=int,
                               check=(lambda v: 1 <= v <= 16384, "between 1 and 16384"))
     dry_run_rank: int = flag(0, "the rank that a --dry-run reports", kind=int, check=not_negative)

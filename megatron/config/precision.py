@@ -11,11 +11,11 @@ DELAYED = ("fp8_amax_history_len", "fp8_amax_compute_algo", "fp8_margin")  # wha
 class PrecisionConfig:
     """The dtype of activations and the loss scale. Parameters and their gradients are fp32 throughout."""
 
-    fp16: bool = flag(False, "compute in fp16, with a loss scale", changes="course")
-    bf16: bool = flag(False, "compute in bf16", changes="course")
+    fp16: bool = flag(False, "compute in fp16, with a loss scale", changes="course", common=True)
+    bf16: bool = flag(False, "compute in bf16", changes="course", common=True)
     precision: str = flag(None, "auto: bf16 where the device multiplies faster in it, else fp32, as measured at the "
                           "start; a run that goes on keeps what it had, and plans take fp32", choices=("auto",),
-                          changes="nothing")
+                          changes="nothing", common=True)
     tf32: bool = flag(False, "multiply fp32 numbers in TF32, of 10 bits behind the point, on GPUs since Ampere",
                       changes="course")
     loss_scale: float = flag(None, "fixed loss scale for --fp16 (default: dynamic)", kind=float, check=positive,

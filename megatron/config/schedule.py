@@ -15,11 +15,11 @@ LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 class ScheduleConfig:
     """The learning rate's and the weight decay's course, counted in iterations or in samples as training is."""
 
-    lr: float = flag(None, "peak learning rate", kind=float, check=positive)
-    min_lr: float = flag(0.0, "learning rate at the end of the decay", kind=float, check=not_negative)
+    lr: float = flag(None, "peak learning rate", kind=float, check=positive, common=True)
+    min_lr: float = flag(0.0, "learning rate at the end of the decay", kind=float, check=not_negative, common=True)
     lr_decay_style: str = flag("linear", "course after the warm-up; WSD (warm-up, stable, decay) stays at the peak "
                                "until its decay, so that a run can be prolonged from before that",
-                               choices=LR_DECAY_STYLES)
+                               choices=LR_DECAY_STYLES, common=True)
     lr_decay_iters: int = flag(None, "iterations until min-lr (default: all)", kind=int, check=positive)
     lr_decay_samples: int = flag(None, "samples until min-lr (default: all)", kind=int, check=positive)
     lr_wsd_decay_style: str = flag("exponential", "course of the decay of WSD",
@@ -28,8 +28,9 @@ class ScheduleConfig:
                                    check=positive)
     lr_wsd_decay_samples: int = flag(None, "samples of the decay of WSD, the last before min-lr", kind=int,
                                      check=positive)
-    lr_warmup_fraction: float = flag(None, "share of the decay spent in linear warm-up", kind=float, check=fraction)
-    lr_warmup_iters: int = flag(0, "iterations of linear warm-up", kind=int, check=not_negative)
+    lr_warmup_fraction: float = flag(None, "share of the decay spent in linear warm-up", kind=float, check=fraction,
+                                     common=True)
+    lr_warmup_iters: int = flag(0, "iterations of linear warm-up", kind=int, check=not_negative, common=True)
     lr_warmup_samples: int = flag(0, "samples of linear warm-up", kind=int, check=not_negative)
     weight_decay_incr_style: str = flag("constant", "course of the weight decay over the whole run",
                                         choices=("constant", "linear", "cosine"))

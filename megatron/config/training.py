@@ -10,18 +10,19 @@ class TrainingConfig:
     """How long, in which batches, and when to evaluate and to stop."""
 
     micro_batch_size: int = flag(None, "rows a rank computes at once", kind=int, check=positive,
-                                 aliases=("--batch-size",), changes="nothing")
+                                 aliases=("--batch-size",), changes="nothing", common=True)
     global_batch_size: int = flag(None, "rows a step, over all ranks (default: micro-batch size x ranks)", kind=int,
-                                  check=positive, changes="course")
+                                  check=positive, changes="course", common=True)
     rampup_batch_size: tuple[int, ...] = flag(
         None, "START INCREMENT SAMPLES: grow the global batch from START by INCREMENT over SAMPLES", kind=int, nargs=3,
         check=positive, changes="course")
-    train_iters: int = flag(None, "steps in all", kind=int, check=positive, changes="nothing")
+    train_iters: int = flag(None, "steps in all", kind=int, check=positive, changes="nothing", common=True)
     train_samples: int = flag(None, "rows in all, instead of --train-iters", kind=int, check=positive,
-                              changes="nothing")
+                              changes="nothing", common=True)
     eval_iters: int = flag(100, "global batches an evaluation; 0 evaluates on the whole split", kind=int,
-                           check=not_negative, changes="nothing")
-    eval_interval: int = flag(1000, "steps between evaluations", kind=int, check=positive, changes="nothing")
+                           check=not_negative, changes="nothing", common=True)
+    eval_interval: int = flag(1000, "steps between evaluations", kind=int, check=positive, changes="nothing",
+                              common=True)
     eval_at_start: bool = flag(False, "evaluate before the first step too, as after the last", changes="nothing")
     eval_each: bool = flag(False, "with several data paths, evaluate each by itself too, on as many batches",
                            changes="nothing")
@@ -37,4 +38,4 @@ class TrainingConfig:
     cuda_graph: bool = flag(False, "on GPUs, capture a micro-batch's passes and the update as CUDA graphs, and launch "
                             "these (one pipeline stage, nothing shared out)", changes="nothing")
     seed: int = flag(1234, "seed of weights, row order, masks and dropout", kind=int, check=not_negative,
-                     changes="samples")
+                     changes="samples", common=True)

@@ -26,10 +26,12 @@ class TaskConfig:
     """The files of a task and their labels."""
 
     data: str = flag(None, "folder of the task's files, as TAPE names them (TASK_train.lmdb) or train.csv.gz, "
-                     "valid.jsonl, …, of each any readable kind")
-    train_data: str = flag(None, "file to train on, in place of --data: LMDB, JSON, CSV, TSV, Parquet or Arrow")
-    valid_data: str = flag(None, "file that chooses the best of several evaluations")
-    test_data: tuple[str, ...] = flag((), "files to evaluate at the end, each told by its name", nargs="+")
+                     "valid.jsonl, …, of each any readable kind", path="folder")
+    train_data: str = flag(None, "file to train on, in place of --data: LMDB, JSON, CSV, TSV, Parquet or Arrow",
+                           path="file")
+    valid_data: str = flag(None, "file that chooses the best of several evaluations", path="file")
+    test_data: tuple[str, ...] = flag((), "files to evaluate at the end, each told by its name", nargs="+",
+                                      path="file")
     sequence_key: str = flag(None, f"key or column of the sequence (default: the first of {', '.join(SEQUENCE_KEYS)})")
     label_key: str = flag(None, "key or column of the label (default: the task's, or the first of "
                           f"{', '.join(LABEL_KEYS)})")

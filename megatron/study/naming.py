@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron.checkpoint.store import saved_flags
 from megatron.config import Config
-from megatron.config.command_line import flag_name
+from megatron.config.declaration import flag_name
 
 # Where a run lies, what is watched of it and when it leaves: no difference between models.
 _IGNORED_SECTIONS = ("checkpoint", "logging")

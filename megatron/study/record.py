@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from megatron.config.command_line import as_flags
 from megatron.errors import ConfigError
 from megatron.files import write_json, write_text
 from megatron.study.settings import Space, Trial
@@ -52,7 +53,7 @@ class Record:
         self.folder, self._space = folder, space
         self._path = folder / RESULTS
         self._results = {result.trial: result for result in self._read()}
-        self._check_identity({"flags": list(space.base), "varied": list(space.names), "metric": metric})
+        self._check_identity({"flags": as_flags(space.base), "varied": list(space.names), "metric": metric})
 
     def __getitem__(self, trial: Trial) -> Result | None:
         return self._results.get(self._space.folder_name(trial))

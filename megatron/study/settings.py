@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from megatron.config import Config
-from megatron.config.command_line import flag_name, left_open, parse
+from megatron.config.command_line import as_flags, left_open, parse
+from megatron.config.declaration import flag_name, is_switch
 from megatron.errors import ConfigError
 from megatron.train.state import BatchSizes, TrainState
 
@@ -51,9 +52,9 @@ class Space:
         return [word for name, value in zip(self.names, setting, strict=True) for word in _words(name, value)]
 
     def words(self, trial: Trial) -> list[str]:
-        """A trial on the command line, but for where it lies."""
+        """A trial on the command line, but for where it lies; a file of --config as flags."""
         seed = ["--seed", trial.seed] if trial.seed else []
-        return ["--keep-checkpoints", "1", *self.base, *self.varied_words(trial.setting), *seed]
+        return as_flags(["--keep-checkpoints", "1", *self.base, *self.varied_words(trial.setting), *seed])
 
     def last_iteration(self, trial: Trial) -> int:
         """The step at which a trial ends."""
@@ -93,7 +94,7 @@ class Space:
 
 def _parsed(words: Sequence[str]) -> Config:
     """The configuration of a trial that begins; raises ConfigError."""
-    if "--load" not in words:
+    if not any(word.split("=")[0] == "--load" for word in words):
         return parse(words)[0]
     from megatron.checkpoint.newest import saved_flags  # torch: slow to import, and few need it
 
@@ -103,9 +104,9 @@ def _parsed(words: Sequence[str]) -> Config:
 def _words(name: str, value: str) -> list[str]:
     item = next((item for _, section in Config().sections() for item in fields(section)
                  if flag_name(item) == f"--{name}"), None)
-    if item is None:  # the preset, or a mistake that the command line will find
+    if item is None:  # the preset, a file, or a mistake that the command line will find
         return [f"--{name}", value]
-    if item.metadata["type"] is bool or isinstance(item.default, bool):
+    if is_switch(item):
         if value.lower() not in _SWITCH:
             raise ConfigError(f"--vary {name} has {value}; --{name} is a switch: give true or false")
         is_on = _SWITCH[value.lower()]

@@ -11,8 +11,8 @@ from megatron.checkpoint.newest import newest
 from megatron.checkpoint.store import LATEST, iterations
 from megatron.checkpoint.stored import Checkpoint
 from megatron.config import CheckpointConfig, Config
-from megatron.config.command_line import flag_name
 from megatron.config.data import VOCABULARIES
+from megatron.config.declaration import flag_name
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.blend import BlendedDataset
 from megatron.data.rows.dataset import Splits
@@ -21,7 +21,7 @@ from megatron.log import Log
 from megatron.parallel.mesh import Axis
 
 # What may lie in the folder of a run that has yet to save, besides hidden files; people direct its output there.
-_OURS = ("loss.png", "profile", "tensorboard")
+_OURS = ("config.toml", "loss.png", "profile", "tensorboard")
 _OUTPUT_ENDINGS = (".log", ".out", ".err", ".txt")
 _FACTS = {"progress": dict, "schedule": dict, "loss_scale": list, "config": dict}
 _SCHEDULE = {"lr", "min_lr", "lr_decay_style", "warmup_samples", "decay_samples"}

@@ -1,5 +1,6 @@
 """A run from its start to its end, which may lie behind some ways back (`--on-spike rewind`)."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,13 +19,17 @@ from megatron.train.loop import train
 from megatron.train.stop import StopRequests
 
 
-def train_to_its_end(config: Config, mesh: Mesh, log: Log, requests: StopRequests, claim: Claim | None) -> Run:
+def train_to_its_end(config: Config, mesh: Mesh, log: Log, requests: StopRequests, claim: Claim | None,
+                     keep: Callable[[int], None] | None) -> Run:
     """The run, built and trained; where its guard says so, built again from its last checkpoint.
 
-    `claim`: on rank 0, the right to write into `--save`. Raises a UserError.
+    `claim`: on rank 0, the right to write into `--save`; `keep`: called with the iteration that it begins at. Raises a
+    UserError.
     """
-    faults = Faults(config.guards.inject_fault, mesh.world.rank == mesh.world.size - 1)
+    faults = Faults(config.guards.inject_fault or (), mesh.world.rank == mesh.world.size - 1)
     suspect, run = None, build(config, mesh, log)
+    if keep is not None:
+        keep(run.state.iteration)
     while True:
         try:
             train(run, requests, claim, faults, suspect)

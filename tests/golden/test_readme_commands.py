@@ -49,8 +49,8 @@ def quick(command: str) -> str:
     return command
 
 
-PAGES = ("README.md", *(f"docs/{name}.md" for name in ("continue_pretraining", "embeddings", "evaluation", "variants",
-                                                      "contacts", "finetuning")))
+PAGES = ("README.md", *(f"docs/{name}.md" for name in (
+    "configuration", "continue_pretraining", "embeddings", "evaluation", "variants", "contacts", "finetuning")))
 BLOCKS = [block for page in PAGES for block in bash_blocks((ROOT / page).read_text(encoding="utf-8"))]
 
 

@@ -67,6 +67,19 @@ def test_stopping_and_going_on_changes_no_bit_of_any_later_loss(corpus, tmp_path
         assert seconds[min(seconds)] > 0 and sorted(seconds.values()) == list(seconds.values())
 
 
+def test_the_configuration_that_a_run_keeps_trains_the_same_run_and_changes_are_kept(corpus, tmp_path):
+    first = train(corpus, tmp_path / "a", "--train-iters", 2)
+    again = ["--config", tmp_path / "a" / "config.toml", "--save", tmp_path / "b", "--load", tmp_path / "b"]
+    assert main(list(map(str, again))) == 0
+    assert losses(tmp_path / "b") == first
+    assert main([*map(str, again), "--log-interval", "5"]) == 0
+    assert sorted(path.name for path in (tmp_path / "b").glob("config*")) == [
+        "config-1.toml", "config.toml", "config_changes.txt"]
+    changes = (tmp_path / "b" / "config_changes.txt").read_text().split("\n\n")[1]
+    assert changes.startswith("from iteration 2 on, in place of what config-1.toml has: ")
+    assert changes.splitlines()[1].split() == ["--log-interval", "5", "(before:", "1)"]
+
+
 def test_going_on_in_fp16_keeps_the_loss_scale(corpus, tmp_path):
     flags = [*DROPOUT, "--fp16", "--initial-loss-scale", 2**20, "--loss-scale-window", 4]
     unbroken = train(corpus, tmp_path / "unbroken", *flags)

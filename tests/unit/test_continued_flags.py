@@ -124,6 +124,14 @@ def test_the_users_flags_win_and_what_they_say_in_other_words_goes(ask):
     assert (said["--eval-interval"], said["--log-interval"], said["--eval-iters"]) == ("7", "1", "8")
 
 
+def test_a_file_of_the_users_wins_as_its_flags_do(ask, tmp_path):
+    (tmp_path / "run.toml").write_text('train-iters = 70\nadam-beta2 = 0.999\neval-at-start = false\nlr = 1e-3\n')
+    words = ask("--", "--config", str(tmp_path / "run.toml"), "--lr", "5e-6")[1]
+    config, _ = parse([*words, "--seq-length", "64"])
+    assert (config.training.train_iters, config.training.train_samples) == (70, None)
+    assert (config.optimizer.adam_beta2, config.training.eval_at_start, config.schedule.lr) == (0.999, False, 5e-6)
+
+
 def test_a_run_begins_with_the_models_weights_and_goes_on_with_its_own(ask, place, models):
     said = values(ask()[1])
     assert said["--load"] == str(models["esm"]) and "--finetune" in said

@@ -359,6 +359,16 @@ def test_the_tool_prints_a_table_and_flags_to_paste(capsys):
     assert "--tensor-model-parallel-size 2" in lines[-1]
 
 
+def test_the_tool_keeps_what_a_file_says_of_the_layout_and_tries_the_rest(capsys, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('preset = "proteinlm-200m"\ntensor-model-parallel-size = 2\npipeline-model-parallel-size = 1\n')
+    asked = ["--gpus", "8", "--global-batch-size", "64", "--gpu", "h100-80gb", "--top", "2", "--json"]
+    assert main([*asked, "--config", str(file)]) == 0
+    by_file = capsys.readouterr().out
+    assert main([*asked, "--preset", "proteinlm-200m", *TP2]) == 0
+    assert by_file == capsys.readouterr().out
+
+
 def test_the_tool_prints_json(capsys):
     assert main([*BOUGHT, "--gpu", "h100-80gb", "--top", "2", "--json"]) == 0
     first, second = json.loads(capsys.readouterr().out)

@@ -231,6 +231,19 @@ def test_another_sweep_in_the_folder_is_refused_once_a_trial_has_got_anywhere(sw
     assert "it goes by valid where here is test" in sweep("--vary", "lr", "1", "--metric", "test")[2]
 
 
+def test_a_file_of_flags_is_read_for_each_trial_and_is_another_sweep_once_it_is_another(sweep):
+    Path("run.toml").write_text("seq-length = 8\nmicro-batch-size = 1\ntrain-iters = 30\nkeep-checkpoints = 7\n"
+                                "lr = 9.0")
+    own, base = ("--vary", "lr", "1e-3", "1e-2"), ("--config", "run.toml", "--swiglu")
+    status, lines, error = sweep(*own, base=base)
+    assert (status, error, lines[-1]) == (0, "", "best: --lr 1e-3")
+    said = Path("out/lr=1e-3/run.log").read_text().split()
+    assert {"--seq-length=8", "--train-iters=30", "--swiglu"} <= set(said) and "--config" not in said
+    assert not {"--keep-checkpoints=7", "--lr=9.0"} & set(said)
+    Path("run.toml").write_text("seq-length = 8\nmicro-batch-size = 1\ntrain-iters = 40")
+    assert "holds another sweep: its trials have " in sweep(*own, base=base)[2]
+
+
 def test_random_draws_some_of_the_grid_and_the_same_again(tmp_path):
     values = space(lr=["1", "2", "3"], seed_of=["4", "5", "6"])
     drawn = [list(plan("random", values, Record(_new(tmp_path / name), values, "valid"), 4).upcoming) for name in "ab"]

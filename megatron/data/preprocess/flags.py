@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from megatron.config.command_line import OneLineParser, add_section_flags, flag_name
+from megatron.config.command_line import OneLineParser, add_section_flags
 from megatron.config.data import VOCABULARIES
-from megatron.config.declaration import flag, fraction, not_negative, positive
+from megatron.config.declaration import flag, flag_name, fraction, not_negative, positive
 from megatron.data.corpus.indexed import IMPLEMENTATIONS
 from megatron.data.corpus.tokenizer import TOKENIZER_TYPES
 from megatron.errors import ConfigError
@@ -18,13 +18,15 @@ class PreprocessConfig:
 
     input: tuple[str, ...] = flag(
         None, "files of proteins, told apart by content: loose JSON, FASTA, one sequence a line, CSV, TSV, Parquet, "
-        "Arrow, TAPE's LMDB folders, plain, gzip, zstd or in a tar; patterns too; - is standard input", nargs="+")
+        "Arrow, TAPE's LMDB folders, plain, gzip, zstd or in a tar; patterns too; - is standard input", nargs="+",
+        path="file")
     json_keys: tuple[str, ...] = flag(("text",), "key or column of the sequence in JSON, CSV, LMDB, Parquet or Arrow; "
                                       "each gives an output", nargs="+", aliases=("--json-key",))
-    output_prefix: str = flag(None, "path of the output without _KEY_document.bin and .idx")
+    output_prefix: str = flag(None, "path of the output without _KEY_document.bin and .idx",
+                              path="prefix")
     dataset_impl: str = flag("mmap", "layout of the output", choices=IMPLEMENTATIONS)
     vocab_file: str = flag(VOCABULARIES[0], f"vocabulary: {', '.join(VOCABULARIES)}, or a file with one token a line; "
-                           "training maps its ids to the model's", aliases=("--vocab",))
+                           "training maps its ids to the model's", aliases=("--vocab",), path="file")
     mask_token: str = flag(None, "the mask token of a vocabulary that calls it neither [MASK] nor <mask>")
     tokenizer_type: str = flag("BertWordPieceLowerCase", "each type reads residues, spaced or not, in either case",
                                choices=TOKENIZER_TYPES)

@@ -11,7 +11,7 @@ import torch
 from megatron.checkpoint.convert.megatron_v2.names import num_layers
 from megatron.checkpoint.stored import Checkpoint
 from megatron.config import Config
-from megatron.config.command_line import flag_name
+from megatron.config.declaration import flag_name
 from megatron.config.schedule import LR_DECAY_STYLES
 from megatron.errors import CheckpointError
 from megatron.optim.schedule import schedule_of as course_of

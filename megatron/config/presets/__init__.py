@@ -1,0 +1,52 @@
+"""Named sets of flags: the published models with their hyperparameters, and small ones for a computer without a GPU.
+
+A preset is the file FAMILY/NAME.toml, written as `--config` has it. The preset that it names is what it begins from;
+files whose names begin with _ are such beginnings alone, which nobody asks for.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from megatron.config.reading.files import read_file
+from megatron.config.reading.layers import overlaid
+
+
+class _Presets(Mapping[str, dict[str, Any]]):
+    """Each preset's values by their fields' names, read from its file where they are asked for."""
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        if name not in self:
+            raise KeyError(name)
+        return dict(_values(name))
+
+    def __contains__(self, name: object) -> bool:
+        return name in _files() and not str(name).startswith("_")
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in _files() if name in self)
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+PRESETS: Mapping[str, dict[str, Any]] = _Presets()
+
+
+@cache
+def _files() -> Mapping[str, Path]:
+    """Families by their names, in each the smaller models first."""
+    def place(path: Path) -> tuple[str, bool, str, bool, int]:
+        name, number, unit = re.fullmatch(r"(.*?)(?:-(\d+)([mb]))?", path.stem).groups()  # type: ignore[union-attr]
+        return path.parent.name, number is not None, name, unit == "b", int(number or 0)
+
+    return {path.stem: path for path in sorted(Path(__file__).parent.glob("*/*.toml"), key=place)}
+
+
+@cache
+def _values(name: str) -> Mapping[str, Any]:
+    values = read_file(_files()[name], _files())
+    below = values.pop("preset", None)
+    return overlaid(_values(below) if below else {}, values)

@@ -1,0 +1,152 @@
+"""From values to a `Config`: each checked by itself, what follows from others filled in, combinations refused."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import Field, fields, replace
+from typing import Any
+
+from megatron.config import Config, ModelConfig
+from megatron.config.declaration import flag_name
+from megatron.config.precision import DELAYED
+from megatron.config.schedule import schedule_faults
+from megatron.errors import ConfigError
+
+
+def plain(values: Mapping[str, Any]) -> Config:
+    """The configuration of values by their fields' names, with defaults for the others; raises ConfigError."""
+    config = Config()
+    for name, section in config.sections():
+        mine = {item.name: values[item.name] for item in fields(section) if item.name in values}
+        mine = {key: tuple(value) if isinstance(value, list) else value for key, value in mine.items()}
+        config = replace(config, **{name: replace(section, **mine)})
+    for _, section in config.sections():
+        check_section(section)
+    return config
+
+
+def filled(config: Config) -> Config:
+    """`config` with what follows from its values in place of what is not given; raises ConfigError for combinations."""
+    config = _with_derived(config)
+    _check_combinations(config)
+    return config
+
+
+def check_section(section: Any) -> None:
+    """Raises ConfigError for a value that its flag's check does not take."""
+    for item in fields(section):
+        check_value(item, getattr(section, item.name), flag_name(item))
+
+
+def check_value(item: Field, value: Any, name: str) -> None:
+    """Raises ConfigError, which calls the flag `name`, for a value that its check does not take."""
+    check, values = item.metadata["check"], value if isinstance(value, tuple) else (value,)
+    if any(one in ("", "~") or str(one).startswith("~/") for one in values):
+        raise ConfigError(f"{name} is {' '.join(map(repr, values))}, where the shell should have put "
+                          "something in; write it out, or leave the flag out")
+    if any(isinstance(one, float) and not math.isfinite(one) for one in values):
+        raise ConfigError(f"{name} is {value}; it must be a finite number")
+    if check is None or value is None:
+        return
+    holds, expected = check
+    for one in values:
+        if not holds(one):
+            raise ConfigError(f"{name} is {one}; it must be {expected}")
+
+
+def _with_derived(config: Config) -> Config:
+    """`config` with the defaults that follow from other flags filled in."""
+    model, data = config.model, config.data
+    for value, flag in ((data.seq_length, "--seq-length"), (config.training.micro_batch_size, "--micro-batch-size"),
+                        (config.schedule.lr, "--lr")):
+        if value is None:
+            raise ConfigError(f"{flag} is missing; give it, or a --preset")
+    if model.kv_channels is None and model.hidden_size % model.num_attention_heads:
+        raise ConfigError(f"--hidden-size {model.hidden_size} is not divisible by --num-attention-heads "
+                          f"{model.num_attention_heads}; choose a multiple, or give --kv-channels")
+    if model.group_query_attention and model.num_query_groups is None:
+        raise ConfigError("--group-query-attention needs --num-query-groups: how many keys and values the heads share")
+    # Megatron-LM's rule for a gated layer: as many parameters as the other, in multiples of 64.
+    width = 4 * model.hidden_size if not model.swiglu else max(64, int(model.hidden_size * 8 / 3) // 64 * 64)
+    has_positions = model.position_embedding_type == "learned_absolute"
+    positions: Any = model.max_position_embeddings or data.seq_length if has_positions else None
+    model = replace(model, ffn_hidden_size=model.ffn_hidden_size or width, num_query_groups=model.num_groups,
+                    kv_channels=model.kv_channels or model.hidden_size // model.num_attention_heads,
+                    max_position_embeddings=positions,
+                    checkpoint_activations=model.checkpoint_activations or model.recompute_granularity == "full")
+    parallel = config.parallel
+    if parallel.use_distributed_optimizer and parallel.data_parallel_sharding == "none":
+        parallel = replace(parallel, data_parallel_sharding="optimizer")
+    return replace(config, model=model, optimizer=config.optimizer.filled(), parallel=parallel)
+
+
+def _check_combinations(config: Config) -> None:
+    model, data, training = config.model, config.data, config.training
+    parallel = config.parallel
+    by_samples = training.train_samples is not None
+    wrong = [
+        *_model_faults(model),
+        (model.position_embedding_type == "learned_absolute" and model.max_position_embeddings < (data.seq_length or 0),
+         f"--seq-length {data.seq_length} needs as many positions, for a protein may fill a row; "
+         f"--max-position-embeddings is {model.max_position_embeddings}: give --seq-length "
+         f"{model.max_position_embeddings}, or a model with more"),
+        ((data.seq_length or math.inf) <= data.num_ends,
+         f"--seq-length {data.seq_length} holds no residue between the ends of --protein-ends {data.protein_ends}; it "
+         f"must be {data.num_ends + 1} or greater"),
+        (config.precision.fp16 and config.precision.bf16, "--fp16 and --bf16 exclude each other; give one"),
+        (config.precision.precision and (config.precision.fp16 or config.precision.bf16),
+         "--precision auto chooses by itself; give it, or one of --fp16 and --bf16"),
+        (config.precision.fp8 and not config.precision.bf16,
+         f"--fp8 {config.precision.fp8} is for products whose tensors are in bf16; give --bf16 as well"),
+        (config.precision.fp8 is None and config.precision.fp8_recipe != "tensorwise",
+         f"--fp8-recipe {config.precision.fp8_recipe} says how to scale in FP8, and --fp8 is missing; give both, or "
+         "neither"),
+        *[(config.precision.fp8_recipe != "delayed",
+           f"{flag_name(item)} {getattr(config.precision, item.name)} is about --fp8-recipe delayed, which is "
+           f"{config.precision.fp8_recipe}; leave one of the two out") for item in fields(config.precision)
+          if item.name in DELAYED and getattr(config.precision, item.name) != item.default],
+        ((training.train_iters is None) != by_samples, "give one of --train-iters and --train-samples"),
+        *schedule_faults(config.schedule, training, config.optimizer),
+        (not by_samples and training.rampup_batch_size is not None,
+         "--rampup-batch-size goes with --train-samples, since iterations then differ in size"),
+        (data.mask_token_prob + data.mask_random_prob > 1,
+         f"--mask-token-prob {data.mask_token_prob} and --mask-random-prob {data.mask_random_prob} sum to more than 1"),
+        (model.checkpoint_activations and model.recompute_granularity == "selective",
+         "--recompute-granularity selective and --checkpoint-activations exclude each other; give one"),
+        (model.recompute_granularity == "selective" and training.compile,
+         "--recompute-granularity selective recomputes what --compile cannot, as it has another size in each "
+         "micro-batch; give --checkpoint-activations in its place, or --no-compile"),
+        (config.guards.on_spike == "rewind" and config.checkpoint.save is None,
+         "--on-spike rewind goes back to the last checkpoint in --save, which is missing; give both"),
+        (config.guards.on_spike == "skip" and training.cuda_graph,
+         "--on-spike skip looks at each step before its update, which --cuda-graph has captured; give another"),
+        (config.logging.profile and config.checkpoint.save is None,
+         "--profile writes into SAVE/profile; give --save as well"),
+        (config.logging.profile_step_end <= config.logging.profile_step_start,
+         f"--profile-step-end {config.logging.profile_step_end} is not behind --profile-step-start "
+         f"{config.logging.profile_step_start}"),
+        (parallel.use_distributed_optimizer and parallel.data_parallel_sharding in ("gradients", "parameters"),
+         f"--use-distributed-optimizer is --data-parallel-sharding optimizer, which is given as "
+         f"{parallel.data_parallel_sharding}; give one"),
+    ]
+    for is_wrong, message in wrong:
+        if is_wrong:
+            raise ConfigError(message)
+
+
+def _model_faults(model: ModelConfig) -> list[tuple[Any, str]]:
+    heads, groups = model.num_attention_heads, model.num_groups
+    return [
+        (heads % groups, f"--num-query-groups {groups} does not divide --num-attention-heads {heads}; give a divisor"),
+        (model.position_embedding_type == "rope" and int(model.kv_channels * model.rotary_percent) < 2,
+         f"--rotary-percent {model.rotary_percent} of a head's width {model.kv_channels} leaves no two columns to "
+         "turn; give more, or --position-embedding-type none"),
+        (model.window_attn_skip_freq is not None and model.window_size is None,
+         "--window-attn-skip-freq says which blocks go without the window of --window-size, which is missing; give "
+         "both, or neither"),
+        (model.swiglu and model.squared_relu, "--swiglu and --squared-relu exclude each other; give one"),
+        (model.swiglu and model.openai_gelu, "--swiglu and --openai-gelu exclude each other; give one"),
+        (model.apply_residual_connection_post_layernorm and model.norm_placement != "pre",
+         f"--apply-residual-connection-post-layernorm is about --norm-placement pre, which is {model.norm_placement}; "
+         "leave one of the two out"),
+        (model.unet_skips and model.num_layers < 2, "--unet-skips joins blocks, and --num-layers is 1; give more"),
+    ]

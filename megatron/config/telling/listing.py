@@ -1,0 +1,26 @@
+"""Lines about a configuration: its listing, and what of it comes from a checkpoint."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from megatron.config import Config
+from megatron.config.declaration import flag_name, shown
+from megatron.config.reading.megatron_flags import ALWAYS_SO
+
+
+def listing(config: Config, always_so: Sequence[str]) -> str:
+    """The argument listing that a run prints at its start: every flag with its value, in alphabetical order."""
+    values = sorted(config.as_dict().items())
+    rows = [f"  {name} {'.' * max(2, 46 - len(name))} {shown(value)}" for name, value in values]
+    rows += [f"  {name}: always so; {ALWAYS_SO[name]}" for name in always_so]
+    rule = "-" * 24
+    return "\n".join([f"{rule} arguments {rule}", *rows, f"{rule}- end of arguments {rule}"])
+
+
+def notice(taken: Mapping[str, Any]) -> str | None:
+    """A line that says which flags are taken from a checkpoint, of those that are not the program's own defaults."""
+    defaults = Config().as_dict()
+    names = {item.name: flag_name(item) for _, section in Config().sections() for item in fields(section)}
+    flags = [f"{names[name]} {value}" for name, value in taken.items() if value != defaults[name]]
+    return f"taken from the checkpoint, as no flag says otherwise: {', '.join(flags)}" if flags else None
