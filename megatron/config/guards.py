@@ -17,8 +17,8 @@ class GuardsConfig:
     """What is done when a step goes wrong."""
 
     on_spike: str = flag(
-        "warn", "when loss or gradient go wrong (not finite, or far above those of the steps before): say so; skip the "
-        "step; or go back to the last checkpoint, see whether it comes again, and if so leave its rows out",
+        "warn", "if steps go wrong (loss or gradient not finite, or far above those of the steps before): say so; skip "
+        "the step; or go back to the last checkpoint, see whether it comes again, and if so leave its rows out",
         choices=("warn", "skip", "rewind"), changes="course", common=True)
     spike_threshold: float = flag(10.0, "what far is, in robust standard deviations of the last 128 steps", kind=float,
                                   check=positive, changes="course")
