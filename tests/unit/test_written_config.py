@@ -6,6 +6,7 @@ import pytest
 
 from megatron.config.command_line import parse, resolve
 from megatron.config.presets import PRESETS
+from megatron.config.telling.as_toml import as_toml
 from megatron.errors import ConfigError
 from megatron.train.configuration import keep_configuration
 from pretrain_tape import main
@@ -125,3 +126,10 @@ def test_a_path_that_is_no_text_stops_no_run_from_keeping_its_configuration(tmp_
     assert "# tensorboard-dir is a path that no text can say" in (tmp_path / "config.toml").read_text()
     kept(tmp_path, 9, "--tensorboard-dir", "t\udce9")
     assert not (tmp_path / "config-1.toml").exists()
+
+
+def test_a_value_that_fills_a_line_goes_without_help():
+    config, _ = parse(["--preset", "demo", "--data-path", "0.3", "/a" * 40, "0.7", "/b" * 40, "--save", "/c" * 90])
+    lines = as_toml(config, config, "flags").splitlines()
+    assert f'data-path = ["0.3", "{"/a" * 40}", "0.7", "{"/b" * 40}"]' in lines
+    assert f'save = "{"/c" * 90}"' in lines

@@ -55,8 +55,9 @@ def _line(item: Field, value: Any, resolved: Any) -> str:
     if _has_no_text(value):
         return f"# {key} is a path that no text can say: give {flag_name(item)}"
     room = _LINES_TO - 4 - max(_VALUES_TO, len(text))
-    help = textwrap.shorten(in_short(item), max(room, 0), placeholder=" …")
-    return f"{text:<{_VALUES_TO}}  # {help}" if room > _LEAST_HELP else text
+    if room <= _LEAST_HELP:
+        return text
+    return f"{text:<{_VALUES_TO}}  # {textwrap.shorten(in_short(item), room, placeholder=' …')}"
 
 
 def _toml(value: Any) -> str:
