@@ -94,7 +94,8 @@ def test_a_step_is_skipped_and_the_next_ones_are_taken(run):
 
 def test_by_default_a_step_that_goes_wrong_is_told(run):
     _, lines = run("warn", "--inject-fault", "nan@7")
-    assert sum(line.startswith("note: step 7 went wrong: loss nan") for line in lines) == 1
+    [line] = [line for line in lines if line.startswith("note: step 7 went wrong: loss nan")]
+    assert "; skipped;" in line  # without a gradient there is nothing to take
 
 
 def test_rows_behind_the_run_cannot_be_left_out(run):

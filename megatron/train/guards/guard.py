@@ -98,7 +98,7 @@ class Guard:
             run.log.line(text)
             raise RewindError(Window(first, last, rows, step.loss, step.grad_norm),
                          self._suspect is not None and self._suspect.first_step == first)
-        fate = "skipped" if self._config.on_spike == "skip" else "taken all the same"
+        fate = "taken all the same" if step.is_taken else "skipped"
         where = "" if self._was_wrong else write_suspects(run, first, self._rows[first])
         run.log.line(f"{text}; {fate}{where}")
 
