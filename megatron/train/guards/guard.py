@@ -20,16 +20,11 @@ HELP = "lower --lr, lengthen the warm-up, or go on from an older checkpoint"
 
 @dataclass(frozen=True)
 class Window:
-    """Steps of which the first went wrong, up to where that was noticed, and their rows, by position in the order.
-
-    `loss` and `grad_norm`: the first step's.
-    """
+    """Steps of which the first went wrong, up to where that was noticed, and their rows, by position in the order."""
 
     first_step: int
     last_step: int
     rows: range
-    loss: float
-    grad_norm: float
 
 
 class RewindError(Exception):
@@ -96,8 +91,8 @@ class Guard:
         if self._config.on_spike == "rewind":
             rows = range(self._rows[first].start, self._rows[last].stop)
             run.log.line(text)
-            raise RewindError(Window(first, last, rows, step.loss, step.grad_norm),
-                         self._suspect is not None and self._suspect.first_step == first)
+            is_again = self._suspect is not None and self._suspect.first_step == first
+            raise RewindError(Window(first, last, rows), is_again)
         fate = "taken all the same" if step.is_taken else "skipped"
         where = "" if self._was_wrong else write_suspects(run, first, self._rows[first])
         run.log.line(f"{text}; {fate}{where}")
