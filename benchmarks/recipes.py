@@ -68,7 +68,7 @@ ARMS: dict[str, tuple[str, int]] = {
     "recipe, swiglu": (RECIPE.replace("--squared-relu", "--swiglu"), 4),
     "recipe, normuon": (RECIPE.replace("muon", "normuon"), 4),
     **{f"recipe, muon-lr {lr}": (f"{RECIPE} --muon-lr {lr}", 4) for lr in (0.0025, 0.005, 0.007, 0.014, 0.02, 0.04)},
-    **{f"recipe, mask {share}": (f"{RECIPE} --mask-prob {share}", 4) for share in (0.1, 0.2, 0.3)},
+    **{f"recipe, mask {share}": (f"{RECIPE} --mask-prob {share}", 4) for share in (0.1, 0.2, 0.3, 0.4)},
     "recipe, mask 0.3 to 0.15": (f"{RECIPE} --mask-prob 0.3 0.15 1400", 4),
     "recipe, 2 rows": (RECIPE, 2), "recipe, 8 rows": (RECIPE, 8),
     "recipe, 8 rows of 512": (f"{RECIPE} --seq-length 512 --micro-batch-size 4 --global-batch-size 8", 4),
