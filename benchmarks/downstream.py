@@ -82,7 +82,7 @@ class Asked:
 TASKS = (
     Asked("secondary_structure", "test_cb513", "secondary_structure", "accuracy", 600, 80),
     Asked("contacts", "test", "contacts", "medium_long_p_at_l5", 782, 40),
-    Asked("remote_homology", "test_fold_holdout", "remote_homology", "accuracy", 8000, 120, "fold_label"),
+    Asked("remote_homology", "test_fold_holdout", "remote_homology", "accuracy", 8000, 320, "fold_label"),
     Asked("fluorescence", "test", "fluorescence", "spearman", 2000, 50),
     Asked("stability", "test", "stability", "spearman", 8000, 40),
     Asked("localisation_deeploc", "test_hard", "own", "accuracy", 2000, 60, "location"),
