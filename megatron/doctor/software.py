@@ -39,8 +39,15 @@ def needs(setup: Path = ROOT / "setup.py") -> Needs:
     values = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(text).body
               if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)}
     purposes = dict(re.findall(r'^\s+"(\w+)": \[.*\],\s+# (.*)$', text, re.MULTILINE))
-    return Needs(values["REQUIRED"], {name: (what, purposes.get(name, "")) for name, what in values["EXTRAS"].items()},
+    here = [requirement.partition(";")[0].strip() for requirement in values["REQUIRED"] if _is_for_here(requirement)]
+    return Needs(here, {name: (what, purposes.get(name, "")) for name, what in values["EXTRAS"].items()},
                  re.findall(r'Pybind11Extension\(\s*"([\w.]+)"', text))
+
+
+def _is_for_here(requirement: str) -> bool:
+    """Whether a requirement is for this Python: `NAME ; python_version < 'X.Y'` is for those before X.Y."""
+    before = re.search(r"python_version\s*<\s*['\"](\d+)\.(\d+)", requirement)
+    return before is None or sys.version_info[:2] < (int(before[1]), int(before[2]))
 
 
 def python_and_packages(asked: Asked) -> Iterator[Finding]:
