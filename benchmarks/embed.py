@@ -28,7 +28,6 @@ from megatron.data.corpus.vocab import Vocab  # noqa: E402
 from megatron.infer.proteins import ProteinFiles  # noqa: E402
 
 VOCAB = Vocab.from_file("esm")
-SORTED_TOKENS, UNSORTED_PROTEINS = (2048, 4096, 8192), (8, 16)
 Way = Callable[[Sequence[str]], np.ndarray]
 
 
@@ -81,17 +80,17 @@ def their_way(model: torch.nn.Module, proteins: Sequence[str], batches: Iterator
     return means
 
 
-def ways_of(preset: str, folder: str, precision: str) -> dict[str, Way]:
+def ways_of(arguments: argparse.Namespace, preset: str, folder: str, precision: str) -> dict[str, Way]:
     """Every way to embed, by its name."""
     model = theirs(preset)
     model.save_pretrained(folder)
     ours = load_pretrained(folder, device="cpu", precision=precision)
     model = model.bfloat16() if precision == "bf16" else model
     ways: dict[str, Way] = {"packed, this project": ours.embed}
-    for size in SORTED_TOKENS:
+    for size in arguments.sorted:
         ways[f"transformers, sorted, {size:,} tokens"] = lambda proteins, size=size: their_way(
             model, proteins, sorted_batches([len(each) for each in proteins], size))
-    for size in UNSORTED_PROTEINS:
+    for size in arguments.unsorted:
         ways[f"transformers, as they come, {size} proteins"] = lambda proteins, size=size: their_way(
             model, proteins, batches_as_they_come([len(each) for each in proteins], size))
     return ways
@@ -107,7 +106,7 @@ def read(path: str, number: int) -> list[str]:
 def alone(arguments: argparse.Namespace, proteins: Sequence[str]) -> None:
     """Print the most memory that this process holds while it goes one way, in MiB."""
     with tempfile.TemporaryDirectory() as folder:
-        way = ways_of(arguments.presets[0], folder, arguments.precisions[0])[arguments.alone]
+        way = ways_of(arguments, arguments.presets[0], folder, arguments.precisions[0])[arguments.alone]
     way(["ACDE"])
     Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on
     way(proteins[::arguments.rounds])
@@ -118,7 +117,8 @@ def alone(arguments: argparse.Namespace, proteins: Sequence[str]) -> None:
 def memory_of(arguments: argparse.Namespace, preset: str, precision: str, way: str) -> float:
     """The same, of a process of its own."""
     command = [sys.executable, __file__, arguments.fasta, "--presets", preset, "--precisions", precision, "--proteins",
-               str(arguments.proteins), "--rounds", str(arguments.rounds), "--alone", way]
+               str(arguments.proteins), "--rounds", str(arguments.rounds), "--sorted", *map(str, arguments.sorted),
+               "--unsorted", *map(str, arguments.unsorted), "--alone", way]
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
 
@@ -130,6 +130,9 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", default=["bf16", "fp32"], choices=("bf16", "fp32"))
     parser.add_argument("--proteins", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=8, help="into which the proteins are cut: the ways alternate")
+    parser.add_argument("--sorted", nargs="*", type=int, default=[2048, 4096, 8192], help="tokens of a padded batch of "
+                        "proteins sorted by length")
+    parser.add_argument("--unsorted", nargs="*", type=int, default=[8, 16], help="proteins of a batch as they come")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     import transformers
@@ -150,7 +153,7 @@ def main() -> None:
 def compare(arguments: argparse.Namespace, preset: str, precision: str, proteins: Sequence[str]) -> None:
     """Print the rows of one model."""
     with tempfile.TemporaryDirectory() as folder:
-        ways = ways_of(preset, folder, precision)
+        ways = ways_of(arguments, preset, folder, precision)
     speeds: dict[str, list[float]] = {name: [] for name in ways}
     for way in ways.values():
         way(proteins[:20])
