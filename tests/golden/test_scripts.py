@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+from megatron.data.corpus.joined import open_corpus
+from megatron.data.rows.data_path import parse_data_path
 from tests.golden.training import ROOT, TINY, losses
 
 FLAGS = [*TINY, "--num-attention-heads", "4", "--micro-batch-size", "1", "--global-batch-size", "4", "--train-iters",
@@ -92,3 +94,48 @@ def test_a_request_to_stop_reaches_the_ranks_which_save_and_end_with_success(cor
     assert process.returncode == 0, output
     assert "stopped at iteration" in output
     assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").exists()
+
+
+# Runs a job at once, each task of an array as SLURM would, from a copy of the script; notes what it was asked.
+SBATCH = """#!/usr/bin/env bash
+echo "$*" >>"$SBATCH_LOG"
+tasks='' id=7
+while [[ $1 == -* ]]; do case $1 in --array=*) tasks=${1#*=} ;; esac; shift; done
+cp "$1" "$SBATCH_LOG.script"
+shift
+export SLURM_JOB_ID=$id SLURM_SUBMIT_DIR=$PWD
+if [ -z "$tasks" ]; then bash "$SBATCH_LOG.script" "$@" >&2; fi
+tasks=${tasks%\\%*}
+for task in $(seq ${tasks/-/ }); do SLURM_ARRAY_TASK_ID=$task bash "$SBATCH_LOG.script" "$@" >&2; done
+echo $id
+"""
+
+
+def test_one_command_preprocesses_a_list_of_files_as_an_array_and_leaves_the_list_that_training_takes(tmp_path):
+    parts = []
+    for number in (1, 2):
+        parts.append(tmp_path / f"part {number}.txt")
+        parts[-1].write_text("MKTAYIAKQR\n" * number)
+    (tmp_path / "files.txt").write_text("\n".join(map(str, parts)))
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sbatch").write_text(SBATCH)
+    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": sys.executable,
+                                "SBATCH_LOG": str(tmp_path / "log")}
+    command = ["bash", "examples/preprocess_slurm.sh", str(tmp_path / "files.txt"), str(tmp_path / "out" / "all")]
+
+    def ran(*flags):
+        return subprocess.run([*command, *flags], cwd=ROOT, text=True, capture_output=True, env=environment)
+
+    done = ran("--append-eod")
+    assert done.returncode == 0, done.stderr
+    array, listing = (tmp_path / "log").read_text().splitlines()
+    assert "--array=1-2%64" in array and "--dependency=afterok:7" in listing
+    names, weights = parse_data_path((f"@{tmp_path / 'out' / 'all_text_document.txt'}",))[::-1]
+    assert len(weights) == 1 and names[0].prefixes == tuple(
+        str(tmp_path / "out" / f"all-{number}_text_document") for number in (1, 2))
+    for number, prefix in enumerate(names[0].prefixes, start=1):
+        assert open_corpus(prefix, (prefix,)).num_documents == number
+    parts[1].unlink()
+    refused = ran()
+    assert refused.returncode == 2 and f"error: {parts[1]}, which" in refused.stderr
