@@ -67,6 +67,16 @@ def test_the_compiled_packer_gives_its_twins_rows_past_one_window_and_one_bucket
     np.testing.assert_array_equal(compiled.row_starts, twin.row_starts)
 
 
+@COMPILED
+@pytest.mark.parametrize("most_held", [1, 700, 19_999])
+def test_shuffling_in_passes_that_hold_fewer_proteins_gives_the_same_rows(most_held):
+    lengths = pfam_like(20_000)
+    expected = pack(lengths, 512, "best-fit", key=11)
+    pieces, row_starts = packing._packing.pack(lengths, 512, packing.WAITING_PIECES, 11, False, most_held)
+    np.testing.assert_array_equal(pieces, expected.pieces)
+    np.testing.assert_array_equal(row_starts, expected.row_starts)
+
+
 @pytest.mark.parametrize("name, seq_length", [("20ns_128sl_1234s", 128), ("70ns_128sl_1234s", 128),
                                               ("40ns_512sl_7s", 512)])
 def test_sequential_rows_begin_with_the_originals_windows(name, seq_length):

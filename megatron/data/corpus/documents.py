@@ -100,8 +100,11 @@ class Pieces:
         self.max_residues = max_residues  # of a protein in a row
         self.lengths = documents.lengths  # residues; a piece longer than a row is a protein to crop or drop
         self.num_documents = len(documents)
-        self.num_empty = int(np.count_nonzero(self.lengths == 0))
-        long = np.flatnonzero(self.lengths > self.max_residues)
+        starts = range(0, self.num_documents, CHUNK_DOCUMENTS)  # a mask of a billion would be a gigabyte
+        parts = [(start, self.lengths[start:start + CHUNK_DOCUMENTS]) for start in starts]
+        self.num_empty = sum(int(np.count_nonzero(part == 0)) for _, part in parts)
+        long = np.concatenate([np.zeros(0, np.int64), *(start + np.flatnonzero(part > max_residues)
+                                                        for start, part in parts)])
         self.num_long = len(long)
         self._documents, self._offsets = long[:0], long[:0]
         if long_proteins == "split" and self.num_long:

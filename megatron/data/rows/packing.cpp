@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <stdexcept>
 #include <utility>
@@ -86,25 +87,32 @@ class BucketSort {
   std::vector<Hashed> unsorted_, sorted_;
 };
 
-// Hands every piece that takes tokens to `place(number, tokens)`, in the order of their hashes.
+// Hands every piece that takes tokens to `place(number, tokens)`, in the order of their hashes. Some `most_held` pieces
+// are in memory at once: of more, each pass over the lengths takes a share of the hashes.
 template <typename Tokens, typename Place>
-void place_shuffled(int64_t num_pieces, uint64_t key, Tokens tokens_of, Place place) {
+void place_shuffled(int64_t num_pieces, uint64_t key, int64_t most_held, Tokens tokens_of, Place place) {
   constexpr int kPiecesPerBucketBits = 12, kMaxBucketBits = 11;  // measured: more are too many streams to write to
-  const int bits = std::clamp(bits_for(num_pieces) - kPiecesPerBucketBits, 0, kMaxBucketBits);
-  std::vector<int64_t> ends((size_t{1} << bits) + 1, 0);
-  for (int64_t i = 0; i < num_pieces; ++i) ends[top_bits(order_hash(key, i), bits) + 1] += tokens_of(i) > 0;
-  for (size_t b = 1; b < ends.size(); ++b) ends[b] += ends[b - 1];
-  const std::unique_ptr<Piece[]> pieces(new Piece[ends.back()]);  // a vector would first clear it
-  for (int64_t i = 0; i < num_pieces; ++i) {
-    const int64_t tokens = tokens_of(i);
-    if (tokens > 0) pieces[ends[top_bits(order_hash(key, i), bits)]++] = {uint64_t(i) << Piece::kTokensBits | tokens};
-  }
+  const int pass_bits = bits_for((num_pieces + most_held - 1) / most_held);
+  const int bits = std::clamp(bits_for(num_pieces) - pass_bits - kPiecesPerBucketBits, 0, kMaxBucketBits);
+  const int64_t num_passes = int64_t{1} << pass_bits, num_buckets = int64_t{1} << bits;
+  std::vector<int64_t> counts(num_passes * num_buckets, 0);
+  for (int64_t i = 0; i < num_pieces; ++i) counts[top_bits(order_hash(key, i), pass_bits + bits)] += tokens_of(i) > 0;
+  std::vector<int64_t> ends(num_buckets);
   BucketSort sort;
-  int64_t begin = 0;
-  for (size_t b = 0; b + 1 < ends.size(); ++b) {  // filling has moved each bucket's begin to its end
-    for (const Hashed& item : sort(pieces.get() + begin, ends[b] - begin, key, bits))
-      place(item.piece.number(), item.piece.tokens());
-    begin = ends[b];
+  for (int64_t pass = 0; pass < num_passes; ++pass) {
+    const int64_t* sizes = counts.data() + pass * num_buckets;
+    std::exclusive_scan(sizes, sizes + num_buckets, ends.begin(), int64_t{0});
+    const std::unique_ptr<Piece[]> pieces(new Piece[ends.back() + sizes[num_buckets - 1]]);  // a vector would clear it
+    for (int64_t i = 0; i < num_pieces; ++i) {
+      const uint64_t bucket = top_bits(order_hash(key, i), pass_bits + bits) - pass * num_buckets;
+      if (bucket >= static_cast<uint64_t>(num_buckets)) continue;  // of another pass
+      const int64_t tokens = tokens_of(i);
+      if (tokens > 0) pieces[ends[bucket]++] = {uint64_t(i) << Piece::kTokensBits | tokens};
+    }
+    for (int64_t b = 0; b < num_buckets; ++b) {  // filling has moved each bucket's begin to its end
+      for (const Hashed& item : sort(pieces.get() + ends[b] - sizes[b], sizes[b], key, pass_bits + bits))
+        place(item.piece.number(), item.piece.tokens());
+    }
   }
 }
 
@@ -222,10 +230,10 @@ class BestFit {
 };
 
 template <typename Tokens, typename Packer>
-void place_all(int64_t num_pieces, std::optional<uint64_t> key, Tokens tokens_of, Packer packer) {
+void place_all(int64_t num_pieces, std::optional<uint64_t> key, int64_t most_held, Tokens tokens_of, Packer packer) {
   const auto place = [&](uint64_t number, int64_t tokens) { packer.place(number, tokens); };
   if (key) {
-    place_shuffled(num_pieces, *key, tokens_of, place);
+    place_shuffled(num_pieces, *key, most_held, tokens_of, place);
   } else {
     for (int64_t i = 0; i < num_pieces; ++i)
       if (const int64_t tokens = tokens_of(i); tokens > 0) place(i, tokens);
@@ -235,7 +243,7 @@ void place_all(int64_t num_pieces, std::optional<uint64_t> key, Tokens tokens_of
 
 template <typename Number, typename Length>
 py::tuple pack_as(const py::array_t<Length, py::array::c_style>& lengths, int64_t seq_length, int64_t window,
-                  std::optional<uint64_t> key, bool drop_long) {
+                  std::optional<uint64_t> key, bool drop_long, int64_t most_held) {
   const Length* data = lengths.data();
   const int64_t num_pieces = lengths.size();
   py::array_t<Number> pieces(num_pieces);
@@ -243,8 +251,8 @@ py::tuple pack_as(const py::array_t<Length, py::array::c_style>& lengths, int64_
   {
     py::gil_scoped_release release;
     const auto tokens_of = [=](int64_t i) { return num_tokens(data[i], seq_length, drop_long); };
-    if (window > 0) place_all(num_pieces, key, tokens_of, BestFit<Number>(seq_length, window, rows));
-    else place_all(num_pieces, key, tokens_of, NextFit<Number>(seq_length, rows));
+    if (window > 0) place_all(num_pieces, key, most_held, tokens_of, BestFit<Number>(seq_length, window, rows));
+    else place_all(num_pieces, key, most_held, tokens_of, NextFit<Number>(seq_length, rows));
   }
   auto* starts = new std::vector<int64_t>(std::move(rows.starts));  // the array's, without a copy
   const py::capsule owner(starts, [](void* owned) { delete static_cast<std::vector<int64_t>*>(owned); });
@@ -254,12 +262,13 @@ py::tuple pack_as(const py::array_t<Length, py::array::c_style>& lengths, int64_
 
 template <typename Length>
 py::tuple pack(const py::array_t<Length, py::array::c_style>& lengths, int64_t seq_length, int64_t window,
-               std::optional<uint64_t> key, bool drop_long) {
+               std::optional<uint64_t> key, bool drop_long, int64_t most_held) {
   if (seq_length < kSmallestPiece || seq_length >= int64_t{1} << Piece::kTokensBits)
     throw std::invalid_argument("a row has 2 to 16,777,215 positions");
   if (lengths.size() >= int64_t{1} << 40) throw std::invalid_argument("an epoch has fewer than 2^40 pieces");
-  if (lengths.size() <= int64_t{1} << 32) return pack_as<uint32_t>(lengths, seq_length, window, key, drop_long);
-  return pack_as<int64_t>(lengths, seq_length, window, key, drop_long);
+  if (lengths.size() <= int64_t{1} << 32)
+    return pack_as<uint32_t>(lengths, seq_length, window, key, drop_long, most_held);
+  return pack_as<int64_t>(lengths, seq_length, window, key, drop_long, most_held);
 }
 
 }  // namespace
@@ -268,7 +277,8 @@ PYBIND11_MODULE(_packing, m) {
   m.doc() = "Rows of whole proteins for one epoch (see megatron/data/rows/packing.py).";
   const auto bind = [&m](auto function) {
     m.def("pack", function, py::arg("lengths").noconvert(), py::arg("seq_length"), py::arg("window"), py::arg("key"),
-          py::arg("drop_long"), "(piece numbers row after row, int64 row starts); window 0 packs sequentially");
+          py::arg("drop_long"), py::arg("most_held") = int64_t{1} << 27,  // 1 GiB
+          "(piece numbers row after row, int64 row starts); window 0 packs sequentially");
   };
   bind(&pack<int32_t>);
   bind(&pack<int64_t>);
