@@ -46,8 +46,10 @@ elif [[ $all_said != *$'\ndata_path\n'* ]]; then
     small="$root/runs/data/small"
     flags+=(--data-path "${small}_text_document")
     if ! [ -e "${small}_text_document.idx" ]; then
+        mkdir -p "$root/runs/data" 2>/dev/null || fail "$root/runs cannot be made; preprocess elsewhere:" \
+            "python tools/preprocess_data.py --input examples/proteins/small.fasta.gz --output-prefix FOLDER/small," \
+            "and give DATA_PATH=FOLDER/small_text_document CHECKPOINT_PATH=FOLDER/run"
         echo "preprocessing: examples/proteins/small.fasta.gz -> ${small}_text_document.bin and .idx"
-        mkdir -p "$root/runs/data"
         "$python" "$root/tools/preprocess_data.py" --input "$root/examples/proteins/small.fasta.gz" \
             --output-prefix "$small" --dataset-impl mmap --tokenizer-type BertWordPieceCase
     fi

@@ -219,7 +219,8 @@ def _summary(run: Run, results: dict[str, Evaluation], before: dict[str, float |
                  *([("loss curves", str(picture))] if picture else []),
                  ("TensorBoard", run.config.logging.tensorboard_dir or str(Path(folder) / "tensorboard"))]
     width = max(18, *(len(name) for name, _ in rows)) + 2 if rows else 0
-    run.log.line("\n".join(["", *(f"  {name:<{width}}{value}" for name, value in rows), ""]))
+    # Of a run with --save the last line is where its report is.
+    run.log.line("\n".join(["", *(f"  {name:<{width}}{value}" for name, value in rows), *([] if folder else [""])]))
 
 
 def _in_words(result: Evaluation, before: float | None) -> str:

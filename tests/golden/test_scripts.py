@@ -139,3 +139,12 @@ def test_one_command_preprocesses_a_list_of_files_as_an_array_and_leaves_the_lis
     parts[1].unlink()
     refused = ran()
     assert refused.returncode == 2 and f"error: {parts[1]}, which" in refused.stderr
+
+
+def test_where_the_checkout_cannot_be_written_the_script_says_what_to_give(tmp_path, python):
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    (tmp_path / "runs").touch()  # no folder can be made of it, whoever asks
+    done = subprocess.run(["bash", str(tmp_path / "examples" / "pretrain_tape.sh")], text=True, capture_output=True,
+                          env=os.environ | {"PYTHON": python, "CXX": "no-compiler"})
+    assert done.returncode == 2
+    assert f"error: {tmp_path}/runs cannot be made" in done.stderr and "DATA_PATH=" in done.stderr
