@@ -100,6 +100,8 @@ def _panels(training: Sequence[Mapping[str, Any]]) -> bytes:
         panel.set(title=label, yscale=scale)
         panel.title.set_fontsize(9)
         panel.tick_params(labelsize=8)
+        panel.minorticks_off()
+        panel.locator_params(**({"axis": "x"} if scale == "log" else {}), nbins=4)
         panel.grid(alpha=0.3)
     picture = io.BytesIO()
     figure.savefig(picture, format="png")

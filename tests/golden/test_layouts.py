@@ -1,4 +1,7 @@
-"""Short real runs of pretrain_tape.py on several ranks that share the layers: one run, any layout."""
+"""Short real runs of pretrain_tape.py on several ranks that share the layers: one run, any layout.
+
+All of them by `-m "table or not table"`; of those on four ranks, tests/ranks/test_model_layouts.py has the others too.
+"""
 
 import pytest
 import torch
@@ -42,6 +45,16 @@ LAYOUTS = {
     "cp2-tp2-sequence": (4, [*CP2, *TP2, *SEQUENCE]), "cp2-pp2-interleaved": (4, [*CP2, *PP2, *INTERLEAVED]),
     "cp2-dp2-gradients": (4, [*CP2, *sharding("gradients")]),
 }
+
+
+# On four ranks, what is tried each time.
+ON_FOUR = {"dp4-parameters-within-2", "tp2-pp2-zero-bubble", "dp2-tp2-sequence-optimizer", "cp2-pp2-interleaved"}
+
+
+def tried(names):
+    """Parameters of a test: some of the names each time, the others as a table."""
+    return [name if LAYOUTS[name][0] == 2 or name in ON_FOUR else pytest.param(name, marks=pytest.mark.table)
+            for name in names]
 
 
 def train(corpus, folder, ranks, *flags, num_steps=4):
@@ -94,8 +107,9 @@ def one_rank(one_folder):
     return curves(one_folder)
 
 
-@pytest.mark.parametrize(("ranks", "flags"), LAYOUTS.values(), ids=LAYOUTS)
-def test_every_layout_follows_the_curve_of_one_rank_with_its_dropout(corpus, tmp_path, one_folder, ranks, flags):
+@pytest.mark.parametrize("layout", tried(LAYOUTS))
+def test_every_layout_follows_the_curve_of_one_rank_with_its_dropout(corpus, tmp_path, one_folder, layout):
+    ranks, flags = LAYOUTS[layout]
     assert_close(train(corpus, tmp_path, ranks, *flags), curves(one_folder))
     assert_same_checkpoint(tmp_path, one_folder)
 
@@ -112,8 +126,9 @@ def test_torchs_older_launcher_starts_ranks_that_share_the_model(corpus, tmp_pat
     assert_close(curves(tmp_path), one_rank)
 
 
-@pytest.mark.parametrize("layout", ["dp2-tp2-sequence-optimizer", "tp2-pp2-zero-bubble", "cp2-pp2-interleaved",
-                                    "dp2-parameters"])
+@pytest.mark.parametrize("layout", [
+    "dp2-parameters", "tp2-pp2-zero-bubble",
+    *(pytest.param(name, marks=pytest.mark.table) for name in ("dp2-tp2-sequence-optimizer", "cp2-pp2-interleaved"))])
 def test_runs_are_bitwise_equal_whatever_is_recomputed(corpus, tmp_path, layout):
     ranks, flags = LAYOUTS[layout]
     runs = {"first": [], "full": FULL, "selective": SELECTIVE}
