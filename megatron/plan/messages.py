@@ -7,6 +7,7 @@ from functools import cache
 
 from megatron.parallel.data.sums import BUCKET_ELEMENTS
 from megatron.parallel.traffic import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, SEND, Traffic
+from megatron.plan.muon import muon_traffic
 from megatron.plan.parameters import Held, sharded_units
 from megatron.plan.rank import PlannedStage, Rank
 
@@ -22,6 +23,7 @@ def step_traffic(rank: Rank) -> Traffic:
         traffic.include(_sums("data", parameters, "size", shards, rank.replicas))
     traffic.include(_sums("tensor", parameters, "is_partial", shards, rank.sizes["tensor"]))
     traffic.include(_sums("pipeline", parameters, "is_at_ends", shards, 2))
+    traffic.include(muon_traffic(rank))
     _scalars(traffic, rank, parameters)
     return traffic
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from itertools import chain, groupby
 from typing import NamedTuple
@@ -24,7 +24,7 @@ class Parameter:
     `is_split`: other tensor ranks hold other slices. `is_partial`: held whole by all of them, each with a part of its
     gradient. `is_at_ends`: the first and the last pipeline rank both hold it. `is_trained`: it has a gradient. `block`:
     the number of its block in the model, None outside the blocks. `copy_bytes`: of the copy for matrix products, where
-    each rank has all parameters. `whole_rows`: of a matrix of linear layers, the rows of the whole; 0 of others.
+    each rank has all parameters. `matrix`: of a matrix of linear layers, it itself on `meta`; None of others.
     `has_history`: its layer's scales in FP8 are delayed.
     """
 
@@ -35,13 +35,18 @@ class Parameter:
     is_trained: bool
     block: int | None
     copy_bytes: int
-    whole_rows: int
     has_history: bool
+    matrix: nn.Parameter | None = field(compare=False)
 
     @cached_property
     def size(self) -> int:
         """Elements."""
         return math.prod(self.shape)
+
+    @property
+    def whole_rows(self) -> int:
+        """Of a matrix of linear layers, the rows of the whole; 0 of others."""
+        return 0 if self.matrix is None else placement_of(self.matrix).whole_shape(self.matrix)[0]
 
     def padded(self, shards: int) -> int:
         """Elements when rows are added until each of `shards` ranks has as many."""
@@ -96,7 +101,7 @@ def share_size(held: Held, shards: int, shard: int) -> int:
 @cache
 def matrices_of(held: Held) -> Held:
     """Those that are matrices of linear layers."""
-    return Held([parameter for parameter in held if parameter.whole_rows])
+    return Held([parameter for parameter in held if parameter.matrix is not None])
 
 
 @cache
@@ -153,10 +158,6 @@ def _built(setting: Setting, part: Part, has_pipeline: bool) -> list[Parameter]:
         found.append(Parameter(tuple(parameter.shape), has_axis and placement.dim is not None,
                                has_axis and placement.has_partial_gradient, placement.ends.size > 1,
                                parameter.requires_grad, 0 if id(parameter) in in_block else None,
-                               copies.get(id(parameter), 0), _whole_rows(parameter), id(parameter) in delayed))
+                               copies.get(id(parameter), 0), id(parameter) in delayed,
+                               parameter if declaration_of(parameter).group == "matrix" else None))
     return found
-
-
-def _whole_rows(parameter: nn.Parameter) -> int:
-    is_matrix = declaration_of(parameter).group == "matrix"
-    return placement_of(parameter).whole_shape(parameter)[0] if is_matrix else 0

@@ -101,7 +101,17 @@ class Rank:
     @property
     def shard(self) -> int:
         """This rank's number among those that share out."""
-        return (self.place["data"] * self.sizes["context"] + self.place["context"]) % self.shards
+        return self._replica % self.shards
+
+    @property
+    def holders(self) -> Axis:
+        """All ranks that have parts of the same parameters."""
+        tensor = self.sizes["tensor"]
+        return Axis(self._replica * tensor + self.place["tensor"], self.replicas * tensor)
+
+    @property
+    def _replica(self) -> int:
+        return self.place["data"] * self.sizes["context"] + self.place["context"]
 
     @cached_property
     def stages(self) -> tuple[PlannedStage, ...]:

@@ -6,8 +6,9 @@ An estimate to compare layouts with, from data sheets and stated assumptions (`m
 from dataclasses import dataclass
 
 from megatron.model.flops import model_flops
-from megatron.parallel.traffic import ALL_REDUCE, Traffic
+from megatron.parallel.traffic import ALL_REDUCE, EXCHANGE, Traffic
 from megatron.plan.gpus import BANDWIDTH_SHARE, MATRIX_SHARE, Gpu
+from megatron.plan.muon import muon_flops, muon_traffic
 from megatron.plan.parameters import share_size
 from megatron.plan.rank import Rank
 
@@ -66,6 +67,7 @@ def _rank_seconds(rank: Rank, traffic: Traffic, gpu: Gpu, peak: float, gpus_per_
     waits_s /= rank.num_micro_batches
     own = share_size(rank.held.trained, rank.shards, rank.shard)
     optimizer_s = _BYTES_A_STEP * own / (gpu.memory_bandwidth * 1e9 * BANDWIDTH_SHARE)
+    optimizer_s += _muon_seconds(rank, gpu, peak, gpus_per_node)
     return compute_s + waits_s, optimizer_s + _exposed_data(rank, seconds["data"], compute_s)
 
 
@@ -75,16 +77,26 @@ def compute_seconds(rank: Rank, gpu: Gpu, peak: float) -> float:
             + sum(stage.moved for stage in rank.stages) / (gpu.memory_bandwidth * 1e9 * BANDWIDTH_SHARE))
 
 
+def _muon_seconds(rank: Rank, gpu: Gpu, peak: float, gpus_per_node: int) -> float:
+    """Seconds of Muon: the matrices of one round are worked on while those of the next are under way."""
+    exchanges_s = _seconds_on_links(muon_traffic(rank), rank.holders.size <= gpus_per_node, gpu)
+    return max(exchanges_s, muon_flops(rank) / (peak * MATRIX_SHARE))
+
+
 def _message_seconds(traffic: Traffic, axis: str, rank: Rank, gpu: Gpu, gpus_per_node: int) -> float:
-    """Seconds that a step's messages along an axis take, alone on their links."""
+    """Seconds that a step's messages along an axis take, alone on their links; those of Muon are left out."""
     seconds = 0.0
-    for (name, operation), sent in traffic.sent.items():
-        if name != axis:
-            continue
-        is_inside = _span(axis, operation, rank) <= gpus_per_node
-        bandwidth, latency_s = (gpu.link, LATENCY_S) if is_inside else (gpu.network, NETWORK_LATENCY_S)
-        seconds += sent / (bandwidth * 1e9 * BANDWIDTH_SHARE) + traffic.calls[name, operation] * latency_s
+    for key, sent in traffic.sent.items():
+        if key[0] == axis and key[1] != EXCHANGE:
+            seconds += _seconds_on_links(Traffic({key: traffic.calls[key]}, {key: sent}),
+                                         _span(*key, rank) <= gpus_per_node, gpu)
     return seconds
+
+
+def _seconds_on_links(traffic: Traffic, is_inside: bool, gpu: Gpu) -> float:
+    """Seconds of messages inside a node, or between nodes."""
+    bandwidth, latency_s = (gpu.link, LATENCY_S) if is_inside else (gpu.network, NETWORK_LATENCY_S)
+    return traffic.sent.total() / (bandwidth * 1e9 * BANDWIDTH_SHARE) + traffic.calls.total() * latency_s
 
 
 def _span(axis: str, operation: str, rank: Rank) -> int:

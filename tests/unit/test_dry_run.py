@@ -25,6 +25,7 @@ from megatron.plan.dry_run import dry_run, measure
 from megatron.plan.memory import peak_memory
 from megatron.plan.memory_watch import MemoryWatch
 from megatron.plan.messages import step_traffic
+from megatron.plan.muon import muon_flops
 from megatron.plan.pieces import _watched as watched_piece
 from megatron.plan.pieces import measured as measured_piece
 from megatron.plan.rank import Rank, padded_vocab_size
@@ -157,12 +158,20 @@ def test_memory_is_within_1_1_percent_of_the_dry_runs(name):
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "normuon", "sgd"])
-@pytest.mark.parametrize(("num_ranks", "layout"), [(1, []), (4, [*TP2, *sharding("parameters")]), (2, PP2)])
-def test_it_knows_the_state_of_every_optimizer(num_ranks, layout, optimizer):
-    config, _ = parse([*SMALL, "--dry-run-ranks", str(num_ranks), *layout, "--optimizer", optimizer])
-    measured, planned = measure(config).memory, peak_memory(Rank(config, num_ranks))
-    assert planned.optimizer == measured.optimizer > 0
-    assert planned.peak == pytest.approx(measured.peak, rel=0.011)
+@pytest.mark.parametrize(("num_ranks", "layout"), [
+    (1, []), (4, [*TP2, *sharding("parameters")]), (2, PP2),
+    (8, [*TP2, *CP2, *sharding("optimizer"), "--shard-within", "2"])])
+def test_it_knows_the_state_of_every_optimizer_and_what_it_sends(num_ranks, layout, optimizer):
+    number = num_ranks // 2
+    config, _ = parse([*SMALL, "--dry-run-ranks", str(num_ranks), "--dry-run-rank", str(number), *layout, "--optimizer",
+                       optimizer])
+    measured, rank = measure(config), Rank(config, num_ranks, number)
+    planned, sent = peak_memory(rank), step_traffic(rank)
+    assert planned.optimizer == measured.memory.optimizer > 0
+    assert planned.peak == pytest.approx(measured.memory.peak, rel=0.011)
+    assert by_group(sent.sent) == by_group(measured.traffic.sent)
+    assert by_group(sent.calls) == by_group(measured.traffic.calls)
+    assert (muon_flops(rank) > 0) == (optimizer != "sgd")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -38,6 +38,12 @@ def orthogonalised(x_kmn: Tensor, num_steps: int) -> Tensor:
     return torch.cat([_orthogonalised(together, COEFFICIENTS[:num_steps]) for together in x_kmn.split(number)])
 
 
+def num_flops(shape: tuple[int, int], num_steps: int) -> int:
+    """FLOPs of the iteration on one matrix as GPUs go it, who compute half of what is symmetric."""
+    m, n = sorted(shape)
+    return num_steps * (m * m * n + m**3 + 2 * m * m * n)
+
+
 def _orthogonalised(x_kmn: Tensor, coefficients: Coefficients) -> Tensor:
     norm_k11 = torch.linalg.vector_norm(x_kmn, dim=(1, 2), keepdim=True, dtype=torch.float32)
     inverse_k11 = (1 / norm_k11.clamp(min=_TINY)).to(x_kmn.dtype)

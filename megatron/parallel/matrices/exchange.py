@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron.parallel.collectives import Pending, start_exchange
-from megatron.parallel.matrices.sharing import WholeMatrix, places_in_part, rounds_of, shared_out
+from megatron.parallel.matrices.sharing import Round, WholeMatrix, places_in_part, rounds_of, shared_out
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.parameters import declaration_of
 
@@ -40,7 +40,7 @@ class WholeMatrices:
     def __init__(self, parameters: Sequence[Tensor], mesh: Mesh, dtype: torch.dtype, with_squares: bool) -> None:
         self._axis, self._dtype, self._with_squares = mesh.holders, dtype, with_squares
         matrices = shared_out(parameters, mesh)
-        self._rounds = rounds_of(matrices, self._axis.size)
+        self._rounds = rounds_of(matrices, self._axis, int(with_squares))
         self._of_parameter: list[list[WholeMatrix]] = [[] for _ in parameters]
         for matrix in sorted(matrices, key=lambda matrix: matrix.run):
             self._of_parameter[matrix.parameter].append(matrix)
@@ -58,11 +58,11 @@ class WholeMatrices:
         cut, done = self._cut(parts), dict[int, list[Result]]()
         gathering = self._gather(self._rounds[0], cut)
         returning: Iterator[Result] = iter(())
-        for number, matrices in enumerate(self._rounds):
+        for number, one in enumerate(self._rounds):
             gathered = gathering
             if number + 1 < len(self._rounds):
                 gathering = self._gather(self._rounds[number + 1], cut)
-            before, returning = returning, self._work_on(matrices, gathered, cut, work)
+            before, returning = returning, self._work_on(one, gathered, cut, work)
             yield from self._complete(before, done)
         yield from self._complete(returning, done)
 
@@ -80,61 +80,42 @@ class WholeMatrices:
             cut.update(zip(matrices, rows.split(heights), strict=True))
         return cut
 
-    def _gather(self, matrices: list[WholeMatrix], cut: dict[WholeMatrix, Tensor]) -> Pending | None:
+    def _gather(self, one: Round, cut: dict[WholeMatrix, Tensor]) -> Pending | None:
         """Send the owners this rank's parts; nothing is sent where it owns all."""
-        here, ranks = self._axis.rank, range(self._axis.size)
-        if len(ranks) == 1:
+        if self._axis.size == 1:
             return None
-        given = [matrix for matrix in matrices if here in matrix.givers]
-        to_each = [sum(matrix.size_on(here) for matrix in given if matrix.owner == rank) for rank in ranks]
-        from_each = [sum(matrix.size_on(rank) for matrix in _of(matrices, here) if rank in matrix.givers)
-                     for rank in ranks]
-        return start_exchange(self._flat([cut[matrix] for matrix in given], cut[matrices[0]]), to_each, from_each,
-                              self._axis)
+        parts = [cut[matrix] for matrix in one.given]
+        return start_exchange(self._flat(parts, cut[one.matrices[0]]), one.to_owners, one.from_givers, self._axis)
 
-    def _work_on(self, matrices: list[WholeMatrix], gathered: Pending | None, cut: dict[WholeMatrix, Tensor],
+    def _work_on(self, one: Round, gathered: Pending | None, cut: dict[WholeMatrix, Tensor],
                  work: Work) -> Iterator[Result]:
         """Work on those that are this rank's own and begin to send the parts; the results, each waiting for its own."""
-        owned = _of(matrices, self._axis.rank)
-        wholes = [cut[matrix].to(self._dtype) for matrix in owned] if gathered is None else (
-            self._wholes(owned, gathered.wait()))
-        if owned:
+        wholes = [cut[matrix].to(self._dtype) for matrix in one.owned] if gathered is None else (
+            self._wholes(one, gathered.wait()))
+        if one.owned:
             stack = work(torch.stack([whole if len(whole) <= whole.shape[1] else whole.mT for whole in wholes]))
             wholes = [out if len(whole) <= whole.shape[1] else out.mT for whole, out in zip(wholes, stack, strict=True)]
         squares = [whole.float().square().mean(1) if self._with_squares else whole.new_empty(0) for whole in wholes]
         if gathered is None:
-            return map(Result, owned, (matrix.boxes[0][0] for matrix in owned), wholes, squares)
-        return self._returned(matrices, self._return(matrices, owned, wholes, squares, cut[matrices[0]]))
+            return map(Result, one.owned, (matrix.box_on(0)[0] for matrix in one.owned), wholes, squares)
+        sent = [piece for place, box in one.leaving for piece in (wholes[place][box], squares[place])]
+        returning = start_exchange(self._flat(sent, cut[one.matrices[0]]), one.to_holders, one.from_owners, self._axis)
+        return self._returned(one, returning)
 
-    def _wholes(self, owned: list[WholeMatrix], flat: Tensor) -> list[Tensor]:
+    def _wholes(self, one: Round, flat: Tensor) -> list[Tensor]:
         """The matrices of this rank from all parts, which lie by the ranks that gave them."""
-        wholes = [flat.new_empty(matrix.shape) for matrix in owned]
-        boxes = [(rank, matrix, whole) for rank in range(self._axis.size)
-                 for matrix, whole in zip(owned, wholes, strict=True) if rank in matrix.givers]
-        pieces = flat.split([matrix.size_on(rank) for rank, matrix, _ in boxes])
-        for (rank, matrix, whole), piece in zip(boxes, pieces, strict=True):
-            whole[matrix.boxes[rank]] = piece.view(matrix.shape_on(rank))
+        wholes = [flat.new_empty(matrix.shape) for matrix in one.owned]
+        views = [wholes[place][box] for place, box in one.arriving]
+        for view, piece in zip(views, flat.split([view.numel() for view in views]), strict=True):
+            view.copy_(piece.view(view.shape))
         return wholes
 
-    def _return(self, matrices: list[WholeMatrix], owned: list[WholeMatrix], wholes: list[Tensor],
-                squares: list[Tensor], like: Tensor) -> Pending:
-        """Send every rank its parts, each with its squares behind it."""
-        here, ranks = self._axis.rank, range(self._axis.size)
-        sent = [piece for rank in ranks for matrix, whole, square in zip(owned, wholes, squares, strict=True)
-                for piece in (whole[matrix.boxes[rank]], square)]
-        to_each = [sum(self._returned_size(matrix, rank) for matrix in owned) for rank in ranks]
-        from_each = [sum(self._returned_size(matrix, here) for matrix in _of(matrices, rank)) for rank in ranks]
-        return start_exchange(self._flat(sent, like), to_each, from_each, self._axis)
-
-    def _returned(self, matrices: list[WholeMatrix], returning: Pending) -> Iterator[Result]:
-        here = self._axis.rank
-        pieces = returning.wait().split([self._returned_size(matrix, here) for matrix in matrices])
-        for matrix, piece in zip(matrices, pieces, strict=True):
-            size = matrix.size_on(here)
-            yield Result(matrix, matrix.boxes[here][0], piece[:size].view(matrix.shape_on(here)), piece[size:].float())
-
-    def _returned_size(self, matrix: WholeMatrix, rank: int) -> int:
-        return matrix.size_on(rank) + self._with_squares * matrix.shape[0]
+    def _returned(self, one: Round, returning: Pending) -> Iterator[Result]:
+        """What came of this rank's parts, each with the squares behind it."""
+        for matrix, piece in zip(one.matrices, returning.wait().split(one.returned), strict=True):
+            shape = matrix.shape_on(self._axis.rank)
+            part, squares = piece.split([shape[0] * shape[1], len(piece) - shape[0] * shape[1]])
+            yield Result(matrix, matrix.box_on(self._axis.rank)[0], part.view(shape), squares.float())
 
     def _complete(self, results: Iterator[Result], done: dict[int, list[Result]]) -> Iterator[list[Result]]:
         """Keep `results` until all of a parameter are there."""
@@ -148,8 +129,3 @@ class WholeMatrices:
         """All in one, in the dtype of messages; `like`: where nothing is sent, something on the same device."""
         return torch.cat([piece.to(self._dtype).flatten() for piece in pieces]) if pieces else (
             like.new_empty(0, dtype=self._dtype))
-
-
-def _of(matrices: list[WholeMatrix], rank: int) -> list[WholeMatrix]:
-    """Those that `rank` owns."""
-    return [matrix for matrix in matrices if matrix.owner == rank]
