@@ -21,7 +21,7 @@ from megatron.config import Config
 from megatron.config.command_line import parse, resolve  # noqa: E402
 from megatron.errors import ConfigError, UserError  # noqa: E402
 from megatron.log import take_any_text  # noqa: E402
-from megatron.parallel.traffic import ALL_GATHER  # noqa: E402
+from megatron.parallel.traffic import ALL_GATHER, EXCHANGE  # noqa: E402
 from megatron.plan.gpus import GPUS  # noqa: E402
 from megatron.plan.search import Machine, Plan, best_plans, layout_flags  # noqa: E402
 
@@ -89,7 +89,7 @@ def facts(plan: Plan) -> dict:
     schedule = parallel.pipeline_schedule if plan.sizes["pipeline"] > 1 else "-"
     if parallel.num_layers_per_virtual_pipeline_stage:
         schedule = f"1f1b, by {parallel.num_layers_per_virtual_pipeline_stage}"
-    kinds = {axis: sum(size for (name, _), size in sent.items() if name == axis)
+    kinds = {axis: sum(size for (name, operation), size in sent.items() if name == axis and operation != EXCHANGE)
              for axis in ("tensor", "context", "pipeline", "data")}
     parameters = sent["data", ALL_GATHER]
     return {**{f"{axis}_ranks": size for axis, size in plan.sizes.items()}, "schedule": schedule,
@@ -98,7 +98,8 @@ def facts(plan: Plan) -> dict:
             "gradient_bytes": memory.gradients, "optimizer_bytes": memory.optimizer,
             "activation_bytes": memory.activations, "peak_bytes": memory.peak,
             **{f"{axis}_bytes_sent": kinds[axis] for axis in ("tensor", "context", "pipeline")},
-            "gradient_bytes_sent": kinds["data"] - parameters, "parameter_bytes_sent": parameters,
+            "gradient_bytes_sent": kinds["data"] - parameters,
+            "parameter_bytes_sent": parameters + sum(size for (_, kind), size in sent.items() if kind == EXCHANGE),
             "bubble": plan.time.bubble, "step_s": plan.time.step_s, "mfu": plan.time.mfu,
             "flags": layout_flags(plan.config)}
 
