@@ -203,7 +203,7 @@ def main() -> None:
         results["bits"] = bits()
         for name, case in CASES.items():
             results["errors"][name] = errors(case)
-        case = Case(blocks=(256, 256))
+        case = Case(blocks=(512, 512))
         results["titin"] = of_titin()
     torch.save(results, sys.argv[1])
 
