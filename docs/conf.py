@@ -55,5 +55,6 @@ def _block(writer: Any, node: nodes.math_block) -> None:
 
 
 def _draw(writer: Any, node: nodes.Element, is_block: bool) -> None:
-    writer.body.append(tex2mathml(node.astext(), is_block))
+    # The theme lets elements scroll, which puts bars beside equations that need none.
+    writer.body.append(tex2mathml(node.astext(), is_block).replace("<math ", '<math style="overflow: visible" ', 1))
     raise nodes.SkipNode
