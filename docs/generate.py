@@ -111,7 +111,7 @@ def formats_page(root: Path) -> str:
     """The files that are read and written, as the modules that do it describe them."""
     lines = ["# File formats", "", "As the modules that read and write them describe them.", "", "## Checkpoints", "",
              *_table(("`--to`", "optimizer's state", "module"),
-                     ([_code(name), "no" if name in WEIGHTS_ALONE else "yes", _code(form.__name__)]  # type: ignore
+                     ([_code(name), "no" if name in WEIGHTS_ALONE else "yes", _code(form.__name__)]
                       for name, form in FORMATS.items())), ""]
     for title, module in DESCRIBED.items():
         lines += [f"## {title}", "", "```text", described(root, module), "```", ""]
