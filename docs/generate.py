@@ -21,6 +21,7 @@ from megatron.config.presets import PRESETS
 from megatron.config.reading.megatron_flags import ALWAYS_SO, REFUSED
 from megatron.config.reading.parser import value_name
 from megatron.config.reading.sources import Sources
+from megatron.config.telling.completion import SHELLS
 from megatron.data.corpus.indexed import DTYPES, MMAP_HEADER_BYTES, MMAP_MAGIC, TNT_HEADER_BYTES, TNT_MAGIC
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.preprocess.flags import PreprocessConfig
@@ -65,7 +66,8 @@ def flags_page() -> str:
              "it makes another function of the same weights (a vocabulary only if its tokens are others); it is "
              "honoured and *said* in a line, as rows, masks or steps become others; or it is *free*. Where the column "
              "is empty the flag is not compared.",
-             "", "## pretrain_tape.py", ""]
+             "", f"`--help` lists the commonest, `--help-all` all of them; `--completion` with {', '.join(SHELLS)} "
+             "prints a script with which that shell completes them.", "", "## pretrain_tape.py", ""]
     for section in (Sources, *(type(section) for _, section in Config().sections())):
         lines += _section(section)
     lines += ["### Always so", "", "Flags of Megatron-LM that are accepted and change nothing.", "",

@@ -1,6 +1,7 @@
 """The documentation as Sphinx builds it, offline and without a warning; and what of it the code decides."""
 
 import importlib.util
+import itertools
 import re
 import shlex
 import shutil
@@ -14,10 +15,15 @@ import pytest
 from megatron.config import Config
 from megatron.config.declaration import flag_name
 from tests.golden.test_readme_commands import bash_blocks
+from tests.unit.test_imports_go_down import HEIGHT
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 BUILT = ("docs/_build", "docs/generated")
+# Flags of other programs that the pages name: docker, apptainer, sbatch and srun, scancel, torchrun, Megatron-LM.
+FOREIGN = set("--build-arg --ipc --nv --rm --user --nodes --ntasks-per-node --partition --requeue --signal "
+              "--nproc-per-node --max-restarts --spec".split())
+FLAG = re.compile(r"(?<![\w-])--[a-zA-Z][\w-]*")
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +50,15 @@ def test_the_reference_has_every_flag(built: Path) -> None:
     items = [item for _, section in Config().sections() for item in fields(section) if not item.metadata["is_hidden"]]
     assert {flag_name(item) for item in items} <= names
     assert "--inject-fault" not in names
+
+
+def test_pages_name_no_flag_that_is_not_there(built: Path) -> None:
+    reference = "".join((built.parents[1] / "generated" / f"{name}.md").read_text(encoding="utf-8")
+                        for name in ("flags", "tools"))
+    known = set(FLAG.findall(reference.replace("--[no-]", "--")))
+    known |= {f"--no-{name[2:]}" for name in known} | FOREIGN
+    for page in (ROOT / "README.md", *DOCS.glob("*.md")):
+        assert set(FLAG.findall(page.read_text(encoding="utf-8"))) - known == set(), page.name
 
 
 def test_every_tool_tells_its_flags_in_the_reference(built: Path) -> None:
@@ -76,6 +91,15 @@ def test_the_diagrams_are_what_their_script_draws() -> None:
     spec.loader.exec_module(draw)
     for name, text in draw.pictures().items():
         assert (DOCS / "pictures" / name).read_text(encoding="utf-8") == text, name
+
+
+def test_the_picture_of_the_floors_has_each_folder_at_its_height() -> None:
+    lines = (DOCS / "pictures" / "floors.svg").read_text(encoding="utf-8").splitlines()
+    folders = {name.split(".")[1]: height for name, height in HEIGHT.items() if (ROOT / name.replace(".", "/")).is_dir()
+               and name.startswith("megatron.")}
+    drawn = {name: next(number for number, line in enumerate(lines) if f"{name}/" in line) for name in folders}
+    for one, other in itertools.combinations(folders, 2):
+        assert (folders[one] > folders[other]) == (drawn[one] < drawn[other]), (one, other)
 
 
 @pytest.mark.parametrize("page", ["README.md", "protein_tools/README.md", *sorted(
