@@ -116,7 +116,7 @@ def formats_page(root: Path) -> str:
                      ([_code(name), "no" if name in WEIGHTS_ALONE else "yes", _code(form.__name__)]
                       for name, form in FORMATS.items())), ""]
     for title, module in DESCRIBED.items():
-        lines += [f"## {title}", "", "```text", described(root, module), "```", ""]
+        lines += [f"## {title}", "", *described(root, module)]
         if title == "Indexed data":
             lines += [*_table(("layout", "first bytes", "header"), (
                 ["mmap", _code(MMAP_MAGIC), f"{MMAP_HEADER_BYTES} bytes"],
@@ -131,14 +131,16 @@ def formats_page(root: Path) -> str:
     return "\n".join(lines)
 
 
-def described(root: Path, module: str) -> str:
-    """The docstring of a module, which is not imported for it."""
+def described(root: Path, module: str) -> Iterator[str]:
+    """The docstring of a module, which is not imported for it: paragraphs, and as they stand those that are set out."""
     path = root / (module.replace(".", "/") + ".py")
     path = path if path.exists() else path.with_suffix("") / "__init__.py"
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     if text is None:
         raise ValueError(f"{path} has no docstring to show")
-    return text
+    for paragraph in text.split("\n\n"):
+        is_set_out = re.search(r"\S   +\S|^ |^\S+$", paragraph, re.MULTILINE)
+        yield from ("```text", paragraph, "```", "") if is_set_out else (_text(paragraph), "")
 
 
 def _section(section: type) -> Iterator[str]:
@@ -167,9 +169,15 @@ def _table(heads: Iterable[str], rows: Iterable[list[str]]) -> Iterator[str]:
 
 
 def _text(plain: str) -> str:
-    """Words of help as Markdown: flags as code, nothing else that Markdown would read."""
-    escaped = re.sub(r"([<>*_\[\]])", r"\\\1", " ".join(plain.split()))
-    return re.sub(r"(?<![\w`-])(--[a-zA-Z](?:[\w-]|\\_)*)", lambda found: _code(found[1].replace("\\", "")), escaped)
+    """Words of help as Markdown: flags as code, and what is code already; nothing else that Markdown would read."""
+    parts = " ".join(plain.split()).split("`")
+    return "`".join(part if number % 2 else _escaped(part) for number, part in enumerate(parts))
+
+
+def _escaped(plain: str) -> str:
+    parts = re.split(r"(?<![\w-])(--[a-zA-Z][\w-]*)", plain)
+    return "".join(_code(part) if number % 2 else re.sub(r"([<>*_\[\]])", r"\\\1", part)
+                   for number, part in enumerate(parts))
 
 
 def _code(text: object) -> str:
