@@ -19,6 +19,8 @@ EXTRAS = {
     "hdf5": ["h5py>=3.8"],  # tools/embed.py to .h5
     "structures": ["gemmi>=0.6.5"],  # tools/predict_contacts.py on PDB and mmCIF files
     "yaml": ["PyYAML>=6"],  # --config FILE.yaml
+    "docs": ["sphinx>=8.1", "myst-parser>=4.0", "furo>=2024.8.6"],  # python -m sphinx docs docs/_build/html
+    "notebook": ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"],  # examples/notebook.ipynb
     "formats": ["lmdb>=1.4", "pyarrow>=15", "zstandard>=0.21"],  # TAPE's LMDB, Parquet and Arrow, .zst
 }
 

@@ -40,7 +40,7 @@ if sys.version_info >= (3, 11):
 if sys.argv[1] == "tests":
     needed += ["pytest", "pytest_timeout", "xdist", "hypothesis", "ruff", "mypy", "pybind11", "setuptools", "orjson",
                "isal", "nltk", "h5py", "lmdb", "pyarrow", "zstandard", "transformers", "peft", "triton",
-               "sklearn", "scipy", "gemmi"]
+               "sklearn", "scipy", "gemmi", "sphinx", "myst_parser", "furo", "ipykernel", "nbclient", "nbformat"]
     if sys.platform != "linux":
         needed.remove("triton")
 complete = all(find_spec(name) for name in needed)

@@ -21,7 +21,7 @@ from tests.structure_files import mmcif, pdb
 from tests.transformers_models import trained_here
 
 ROOT = Path(__file__).resolve().parents[2]
-NOT_COPIED = (".git", ".venv", "build", "runs", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info")
+NOT_COPIED = (".git", ".venv", "build", "_build", "generated", "runs", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info")
 
 TINY = ("--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 256 --max-position-embeddings 256 "
         "--micro-batch-size 2 --train-iters 4 --eval-iters 1 --log-interval 2 --num-workers 0 --peak-tflops 1")
@@ -50,8 +50,20 @@ def quick(command: str) -> str:
 
 
 PAGES = ("README.md", *(f"docs/{name}.md" for name in (
-    "configuration", "continue_pretraining", "embeddings", "evaluation", "variants", "contacts", "finetuning")))
+    "configuration", "continue_pretraining", "embeddings", "evaluation", "variants", "contacts", "finetuning",
+    "tutorial", "add_a_task", "read_a_checkpoint", "scaling")))
+# Without a command, but such as say why no test runs them; that of the last is run by tests/golden/test_docs.py.
+WITHOUT = ("add_a_flag", "api", "arithmetic", "containers", "exactness", "peers", "slurm", "index")
 BLOCKS = [block for page in PAGES for block in bash_blocks((ROOT / page).read_text(encoding="utf-8"))]
+
+
+def test_every_page_is_run_or_has_no_command() -> None:
+    pages = {str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")}
+    assert pages == {*PAGES[1:], *(f"docs/{name}.md" for name in WITHOUT)}
+    for name in WITHOUT[:-1]:
+        text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        assert bash_blocks(text) == []
+        assert "```text" not in text or re.search(r"run by\s+(them|the\s+tests)", text), f"{name} does not say why"
 
 
 @pytest.fixture(scope="module")
