@@ -1,6 +1,6 @@
 """A run from its start to its end, which may lie behind some ways back (`--on-spike rewind`)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,15 +16,16 @@ from megatron.train.guards.faults import Faults
 from megatron.train.guards.guard import HELP, RewindError
 from megatron.train.guards.suspects import write_suspects
 from megatron.train.loop import train
+from megatron.train.observation.observers import Observer
 from megatron.train.stop import StopRequests
 
 
 def train_to_its_end(config: Config, mesh: Mesh, log: Log, requests: StopRequests, claim: Claim | None,
-                     keep: Callable[[int], None] | None) -> Run:
+                     keep: Callable[[int], None] | None, observers: Sequence[Observer] = ()) -> Run:
     """The run, built and trained; where its guard says so, built again from its last checkpoint.
 
-    `claim`: on rank 0, the right to write into `--save`; `keep`: called with the iteration that it begins at. Raises a
-    UserError.
+    `claim`: on rank 0, the right to write into `--save`; `keep`: called with the iteration that it begins at;
+    `observers`: on rank 0, who is told of its numbers. Raises a UserError.
     """
     faults = Faults(config.guards.inject_fault or (), mesh.world.rank == mesh.world.size - 1)
     suspect, run = None, build(config, mesh, log)
@@ -32,7 +33,7 @@ def train_to_its_end(config: Config, mesh: Mesh, log: Log, requests: StopRequest
         keep(run.state.iteration)
     while True:
         try:
-            train(run, requests, claim, faults, suspect)
+            train(run, requests, claim, faults, suspect, observers)
             return run
         except RewindError as found:
             left_out, num_rewinds = _left_out(run, found)
