@@ -27,7 +27,6 @@ from megatron.parallel.layout import check_layout
 from megatron.parallel.mesh import grid_sizes, joined
 from megatron.plan.dry_run import dry_run
 from megatron.train.configuration import keep_configuration, write_configuration
-from megatron.train.observation.observers import observed
 from megatron.train.rewinding import train_to_its_end
 from megatron.train.state import BatchSizes
 from megatron.train.stop import StopRequests
@@ -64,10 +63,9 @@ def main(argv: Sequence[str]) -> int:
             log.line(listing(config, resolved.given.always_so))
             if (said := notice(taken)) is not None:
                 log.line(said)
-            with claimed(config.checkpoint.save, mesh, log) as claim, requests.listening(), (
-                    observed(config, mesh, log)) as observers:
+            with claimed(config.checkpoint.save, mesh, log) as claim, requests.listening():
                 keep = None if claim is None else partial(keep_configuration, resolved)
-                run = train_to_its_end(config, mesh, log, requests, claim, keep, observers)
+                run = train_to_its_end(config, mesh, log, requests, claim, keep)
                 if config.checkpoint.save and log.is_speaker:
                     from megatron.study.report import leave_report  # matplotlib: slow to import, needed once
 

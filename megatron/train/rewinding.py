@@ -1,6 +1,6 @@
 """A run from its start to its end, which may lie behind some ways back (`--on-spike rewind`)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,31 +16,32 @@ from megatron.train.guards.faults import Faults
 from megatron.train.guards.guard import HELP, RewindError
 from megatron.train.guards.suspects import write_suspects
 from megatron.train.loop import train
-from megatron.train.observation.observers import Observer
+from megatron.train.observation.observers import observed
 from megatron.train.stop import StopRequests
 
 
 def train_to_its_end(config: Config, mesh: Mesh, log: Log, requests: StopRequests, claim: Claim | None,
-                     keep: Callable[[int], None] | None, observers: Sequence[Observer] = ()) -> Run:
+                     keep: Callable[[int], None] | None) -> Run:
     """The run, built and trained; where its guard says so, built again from its last checkpoint.
 
-    `claim`: on rank 0, the right to write into `--save`; `keep`: called with the iteration that it begins at;
-    `observers`: on rank 0, who is told of its numbers. Raises a UserError.
+    `claim`: on rank 0, the right to write into `--save`; `keep`: called with the iteration that it begins at. Raises a
+    UserError.
     """
     faults = Faults(config.guards.inject_fault or (), mesh.world.rank == mesh.world.size - 1)
     suspect, run = None, build(config, mesh, log)
     if keep is not None:
         keep(run.state.iteration)
-    while True:
-        try:
-            train(run, requests, claim, faults, suspect, observers)
-            return run
-        except RewindError as found:
-            left_out, num_rewinds = _left_out(run, found)
-            suspect = None if found.is_again else found.window
-        config = _from_last_checkpoint(run)
-        del run  # its memory is needed for the next
-        run = build(config, mesh, log, left_out, num_rewinds)
+    with observed(run.config, mesh, log) as observers:
+        while True:
+            try:
+                train(run, requests, claim, faults, suspect, observers)
+                return run
+            except RewindError as found:
+                left_out, num_rewinds = _left_out(run, found)
+                suspect = None if found.is_again else found.window
+            config = _from_last_checkpoint(run)
+            del run  # its memory is needed for the next
+            run = build(config, mesh, log, left_out, num_rewinds)
 
 
 def _left_out(run: Run, found: RewindError) -> tuple[tuple[tuple[int, int], ...], int]:

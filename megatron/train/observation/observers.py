@@ -25,7 +25,7 @@ class Observer(Protocol):
 def observed(config: Config, mesh: Mesh, log: Log) -> Iterator[Sequence[Observer]]:
     """The observers that the flags ask for, on rank 0, closed at the end; raises ConfigError where one cannot be had.
 
-    Rank 0 is to have the folder of --save by then.
+    The run has been built by then, so that the folder of --save is its own.
     """
     observers: list[Observer] = []
     has_failed = True
