@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 Point = tuple[float, float]
 MARK = "o"
-_LABEL = 8  # letters of a number at the left
+_LABEL = 10  # letters of a number at the left
 _BRAILLE, _DOTS = 0x2800, ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # rows of a letter from its top
 _EARLY = 0.05  # share of the steps whose losses may lie above the picture: at first they fall from far above
 

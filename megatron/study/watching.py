@@ -48,7 +48,7 @@ class View:
     def state(self) -> str:
         """What the run is doing, in words."""
         if self.is_held is False:
-            return "died: its process is gone, and has not said why; the same command goes on from the last checkpoint"
+            return "died: its process is gone without a word"
         if self.is_held is None:
             is_done = self.num_iterations is not None and self.iteration >= self.num_iterations
             return "finished" if is_done else "stopped"
@@ -85,7 +85,7 @@ def frame(view: View, width: int, height: int, is_plain: bool = False) -> list[s
             *(f"{name:<12}{value}" for name, value in _rows(view) if value)]
     train, valid = (_points(view.records, kind) for kind in ("train", "valid"))
     plot = text_plot(train, valid, width, height - len(told) - 2, is_plain)
-    head = [f"{'':10}loss in training{f', {MARK} on validation' if valid else ''}"] if plot else []
+    head = [f"{'':12}loss in training{f', {MARK} on validation' if valid else ''}"] if plot else []
     return [line[:width] for line in [*told, "", *head, *plot][:height]]
 
 
@@ -110,10 +110,8 @@ def _progress(view: View) -> str:
         return f"step {view.iteration:,}"
     share = min(1.0, view.iteration / max(1, view.num_iterations))
     bar = "#" * int(share * _BAR)
-    left = next((record["time_left_s"] for record in reversed(view.records) if record.get("time_left_s")), None)
-    said = ""
-    if view.is_held and left is not None and share < 1:
-        said = f", {in_time(max(0.0, left - (view.now_s - view.written_s)))} left"
+    left_s = (view.train[-1].get("time_left_s") or 0.0) - (view.now_s - view.written_s) if view.train else 0.0
+    said = f", {in_time(left_s)} left" if view.is_held and left_s > 0 else ""
     return f"step {view.iteration:,} of {view.num_iterations:,} [{bar:-<{_BAR}}] {100 * share:.0f} %{said}"
 
 
