@@ -179,7 +179,7 @@ def test_a_library_that_fails_is_noted_once_and_gets_what_comes_later(name, libr
         pass
     found._jobs.put(lambda remote: setattr(library, "broken", None))
     told(found, VALID)
-    assert said == [f"note: --logger {name} did not take a record (ConnectionError: no network); training goes on, and "
+    assert said == [f"note: --logger {name} did not take a record (ConnectionError: no network); training goes on; "
                     "metrics.jsonl has all numbers"]
     assert [iteration for iteration, _ in library.starts[0].records] == [7]
 

@@ -74,7 +74,7 @@ class Tracker:
         """Tell the user, if it is the first time."""
         if not self._has_told:
             self._has_told = True
-            self._tell(f"note: --logger {self._name} {what}; training goes on, and metrics.jsonl has all numbers")
+            self._tell(f"note: --logger {self._name} {what}; metrics.jsonl has all numbers")
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -82,7 +82,7 @@ class Tracker:
                 if self._remote is not None:
                     job(self._remote)
             except Exception as error:  # whatever a library, or a network, comes up with
-                self.note(f"did not take a record ({_in_short(error)})")
+                self.note(f"did not take a record ({_in_short(error)}); training goes on")
 
 
 def tracker(name: str, save: str | None, project: str | None, parameters: Mapping[str, Any],
@@ -103,7 +103,7 @@ def tracker(name: str, save: str | None, project: str | None, parameters: Mappin
             raise ConfigError(f"--logger {name} could not begin a run ({_in_short(error)}); mend that, or leave it "
                               "out") from error
         gone = Tracker(name, None, tell)
-        gone.note(f"could not go on with its run {asked.key} ({_in_short(error)})")
+        gone.note(f"could not go on with its run {asked.key} ({_in_short(error)}); training goes on without it")
         return gone
     if folder is not None and remote.key != asked.key:
         write_json(folder / KEYS, keys | {name: remote.key})
