@@ -6,7 +6,7 @@ Point = tuple[float, float]
 MARK = "o"
 _LABEL = 10  # letters of a number at the left
 _BRAILLE, _DOTS = 0x2800, ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # rows of a letter from its top
-_EARLY = 0.05  # share of the steps whose losses may lie above the picture: at first they fall from far above
+_EARLY, _MANY = 0.05, 20  # share of the steps whose losses may lie above the picture, as they fall from far above
 
 
 def text_plot(line: Sequence[Point], marks: Sequence[Point], width: int, height: int, is_plain: bool = False,
@@ -39,7 +39,8 @@ def text_plot(line: Sequence[Point], marks: Sequence[Point], width: int, height:
 def _ranges(points: Sequence[Point]) -> tuple[Point, Point]:
     """What the picture goes over in x and in y; neither is empty."""
     left, right = min(x for x, _ in points), max(x for x, _ in points)
-    late = [y for x, y in points if x >= left + _EARLY * (right - left)]
+    early = _EARLY if len(points) > _MANY else 0.0
+    late = [y for x, y in points if x >= left + early * (right - left)]
     low, high = min(late), max(late)
     return (left, right if right > left else left + 1), (low, high if high > low else low + abs(low) / 100 + 1e-6)
 
