@@ -1,4 +1,4 @@
-"""What a run says on its terminal: lines from one rank, a progress bar where a person watches."""
+"""What a run says on its terminal: lines from one rank, a progress bar where a person watches, times in words."""
 
 import io
 import sys
@@ -28,6 +28,17 @@ def exit_status(work: Callable[[], int | None]) -> int:
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status if isinstance(error, UserError) else 2
+
+
+def in_time(seconds: float) -> str:
+    """Seconds as a person says them: 3.2 s, 41 s, 12 min, 3 h 05 min, 2 d 4 h."""
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours = minutes // 60
+    return f"{hours} h {minutes % 60:02} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"
 
 
 class Log:

@@ -14,14 +14,13 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from megatron.errors import CheckpointError, ConfigError
 from megatron.log import Log
-from megatron.parallel.collectives import all_reduce_sum
-from megatron.parallel.mesh import Mesh
+
+if TYPE_CHECKING:
+    from megatron.parallel.mesh import Mesh
 
 LOCK = ".lock"
 BEAT_S = 15.0
@@ -30,7 +29,7 @@ SETTLE_S = 0.2  # another process that has found the same dead holder has put it
 
 
 @contextmanager
-def claimed(folder: str | None, mesh: Mesh, log: Log) -> Iterator["Claim | None"]:
+def claimed(folder: str | None, mesh: "Mesh", log: Log) -> Iterator["Claim | None"]:
     """Rank 0's claim to `folder`, None elsewhere or without a folder; all ranks call this, and go on together.
 
     Raises ConfigError, on rank 0, where another run holds the folder or where it cannot be written.
@@ -38,6 +37,10 @@ def claimed(folder: str | None, mesh: Mesh, log: Log) -> Iterator["Claim | None"
     if folder is None:
         yield None
         return
+    import torch  # here, since who only looks at a folder needs none of it, and it takes seconds
+
+    from megatron.parallel.collectives import all_reduce_sum
+
     claim = Claim(Path(folder)) if mesh.world.rank == 0 else None
     try:
         if claim is not None:
@@ -47,6 +50,18 @@ def claimed(folder: str | None, mesh: Mesh, log: Log) -> Iterator["Claim | None"
     finally:
         if claim is not None:
             claim.release()
+
+
+def is_held(folder: Path) -> bool | None:
+    """Whether a process that lives holds the folder; False where its holder has died, None where there is no lock.
+
+    Of a process on another host the lock's age tells, by this host's clock.
+    """
+    found = _read(folder / LOCK)
+    if found is None:
+        return None
+    lives = _lives_here(found[0])
+    return time.time() - found[1] < STALE_S if lives is None else lives
 
 
 class Claim:
@@ -112,11 +127,10 @@ class Claim:
         who = f"process {holder.get('pid', '?')} on {holder.get('host', 'an unknown host')}"
         in_use = ConfigError(f"--save {self._folder} is in use by {who}; wait for its end, stop it, or name another "
                              "folder")
-        if holder.get("machine") == self._me["machine"]:
-            pid = holder.get("pid")
-            started = _start_of(pid) if isinstance(pid, int) else None
-            if started is not None and started == holder.get("started"):
-                raise in_use
+        lives = _lives_here(holder)
+        if lives:
+            raise in_use
+        if lives is False:
             return True
         left_s = min(STALE_S, STALE_S - (self._time_there_s() - beat_s))  # a clock may have been put back since
         if left_s > 0:
@@ -158,6 +172,15 @@ def _read(lock: Path) -> tuple[dict[str, Any], float] | None:
     except ValueError:
         holder = None
     return (holder if isinstance(holder, dict) else {}), beat_s
+
+
+def _lives_here(holder: dict[str, Any]) -> bool | None:
+    """Whether a holder of this machine lives; None for one of another."""
+    if holder.get("machine") != _machine():
+        return None
+    pid = holder.get("pid")
+    started = _start_of(pid) if isinstance(pid, int) else None
+    return started is not None and started == holder.get("started")
 
 
 def _machine() -> str:

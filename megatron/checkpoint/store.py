@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.manifest import MANIFEST, check_files, read_manifest
+from megatron.checkpoint.places import BEST, STATE, VALIDATION, iterations, place_of, validation_loss
 from megatron.checkpoint.stored import Checkpoint
 from megatron.checkpoint.whole import MODEL, read_whole
 from megatron.errors import CheckpointError
@@ -31,9 +32,6 @@ from megatron.parallel.collectives import everyones
 from megatron.parallel.mesh import Axis
 
 LATEST = "latest_checkpointed_iteration.txt"
-STATE = "state.json"
-BEST = "best"
-_VALIDATION = "validation.json"
 
 
 def find(folder: str, world: Axis, log: Log, with_optimizer: bool = True) -> Checkpoint | None:
@@ -94,17 +92,6 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def place_of(root: Path, iteration: int) -> Path:
-    """The folder of the checkpoint of an iteration."""
-    return root / f"iter_{iteration:07d}"
-
-
-def iterations(root: Path) -> dict[int, Path]:
-    """The folders of checkpoints below `root` by their numbers, ascending."""
-    places = {int(place.name[5:]): place for place in root.glob("iter_*") if re.fullmatch("[0-9]{7,}", place.name[5:])}
-    return dict(sorted(places.items()))
-
-
 def written_s(place: Path) -> float:
     """When a checkpoint was written, in seconds since 1970; 0 where nothing says so."""
     try:
@@ -152,7 +139,7 @@ def prune(root: Path, *, keep: int, keep_every: int, retain_optimizer: int, spar
 
 def note_validation(place: Path, loss: float) -> None:
     """Keep the validation loss of a checkpoint beside it, and link to the best of the run."""
-    write_json(place / _VALIDATION, {"loss": loss})
+    write_json(place / VALIDATION, {"loss": loss})
     losses = {other: found for other in iterations(place.parent).values()
               if (found := validation_loss(other)) is not None}
     link, new = place.parent / BEST, place.parent / f".{BEST}"
@@ -203,11 +190,3 @@ def _drop_optimizer(place: Path) -> None:
         weights.write(place)
         for name in manifest.files.keys() - weights.files.keys():
             (place / name).unlink(missing_ok=True)
-
-
-def validation_loss(place: Path) -> float | None:
-    """That of the run when it wrote this checkpoint; None where it is not known."""
-    try:
-        return float(json.loads((place / _VALIDATION).read_text(encoding="utf-8"))["loss"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from megatron.config.declaration import flag, not_negative, positive
+from megatron.config.declaration import Check, flag, not_negative, positive
+
+_port: Check = (lambda value: 0 <= value < 2**16, "a port, 1 to 65535, or 0 for one that is free")
 
 
 @dataclass(frozen=True)
@@ -11,6 +13,16 @@ class LoggingConfig:
 
     log_interval: int = flag(100, "steps between log lines", kind=int, check=positive, common=True)
     tensorboard_dir: str = flag(None, "folder of TensorBoard files (default: SAVE/tensorboard)", path="folder")
+    logger: tuple[str, ...] = flag(
+        None, "libraries that get the numbers and the flags of the run, too; what each needs to know of servers and "
+        "keys, its environment variables say", nargs="+", choices=("wandb", "trackio", "mlflow"))
+    logger_project: str = flag(None, "the project of wandb and trackio, the experiment of mlflow (default: as their "
+                               "environment variables say, else proteinlm)", aliases=("--wandb-project",))
+    metrics_port: int = flag(None, "port at which the first rank shows its numbers to Prometheus; 0 for one that is "
+                             "free", kind=int, check=_port)
+    metrics_host: str = flag("127.0.0.1", "address at which it listens there; 0.0.0.0 for all of the machine")
+    metrics_file: str = flag(None, "file that holds the same, for node_exporter's textfile collector (.prom)",
+                             path="file")
     peak_tflops: float = flag(None, "the device's matrix peak in TFLOP/s (default: measured at start)", kind=float,
                               check=positive)
     profile: bool = flag(False, "write a trace of some steps, and a table of where their time goes, to SAVE/profile")

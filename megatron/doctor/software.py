@@ -20,7 +20,8 @@ from megatron.doctor.finding import NOTE, OK, ROOT, WRONG, Asked, Finding
 BUILD = "pip install pybind11 setuptools && python setup.py build_ext --inplace"
 _OLDEST, _NEWEST_TRIED = (3, 10), (3, 12)
 # Which setup.py does not ask for, as they are large, need a GPU, or are called by the user alone.
-_OTHERS = {"optuna": "tools/sweep.py --sampler optuna", "transformers": "to use models that --to hf wrote",
+_OTHERS = {"optuna": "tools/sweep.py --sampler optuna", "wandb": "--logger wandb", "trackio": "--logger trackio",
+           "mlflow": "--logger mlflow", "transformers": "to use models that --to hf wrote",
            "triton": "the kernels of GPUs", "apex": "--optimizer-backend apex"}
 
 

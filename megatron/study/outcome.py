@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron.log import in_time
 from megatron.study.record import FINISHED, Result
 from megatron.study.settings import in_order, is_number
-from megatron.study.table import in_short, in_time, table
+from megatron.study.table import in_short, table
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from types import FrameType
 from typing import Any
 
 from megatron.errors import ConfigError
+from megatron.log import in_time
 from megatron.study.curves import METRICS, kinds_of, read_curve
 from megatron.study.record import BEGUN, FAILED, FINISHED, NOT_FINITE, STOPPED, Record, Result, has_checkpoint
 from megatron.study.settings import Space, Trial
-from megatron.study.table import in_time
 from megatron.train.starting import requests_heard_by
 
 PROGRAM = Path(__file__).resolve().parents[2] / "pretrain_tape.py"

@@ -18,14 +18,3 @@ def in_short(number: float) -> str:
         if abs(number) >= 0.9995 * 10**exponent:
             return f"{number / 10**exponent:#.3g}".rstrip(".") + letter
     return f"{number:.3g}"
-
-
-def in_time(seconds: float) -> str:
-    """Seconds as a person says them: 3.2 s, 41 s, 12 min, 3 h 05 min, 2 d 4 h."""
-    if seconds < 59.5:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours = minutes // 60
-    return f"{hours} h {minutes % 60:02} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"

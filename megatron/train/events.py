@@ -2,13 +2,15 @@
 
 Everything is written by rank 0. `SAVE/metrics.jsonl` holds one JSON object a log event: "kind" is train, valid, test,
 or valid/NAME and test/NAME of one corpus; valid_ema, test_ema and so on are of the average of the weights.
-"consumed_residues", "training_s" and "consumed_flops" are what the run has taken up to there.
+"consumed_residues", "training_s" and "consumed_flops" are what the run has taken up to there, "written_s" is when that
+was written, in seconds since 1970; "memory_gib" is the most that a rank has held.
 A number that means nothing (the loss of steps without targets, of a run that diverged) is null there.
 """
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -16,17 +18,22 @@ from typing import Any
 
 from megatron.config import CheckpointConfig, LoggingConfig
 from megatron.errors import OutputError
-from megatron.log import Log
+from megatron.log import Log, in_time
 from megatron.train.evaluate import Baselines, Evaluation, perplexity
 from megatron.train.meters import Reading, Totals
 from megatron.train.metrics import forget_after, loss_name, read_records
+from megatron.train.observation.observers import Observer
 
 
 class Events:
-    """Writes the events of one run, going on where a run that was resumed at `iteration` left off."""
+    """Writes the events of one run, going on where a run that was resumed at `iteration` left off.
 
-    def __init__(self, checkpoint: CheckpointConfig, logging: LoggingConfig, log: Log, iteration: int) -> None:
-        self._log = log
+    `observers`: who else is told of them.
+    """
+
+    def __init__(self, checkpoint: CheckpointConfig, logging: LoggingConfig, log: Log, iteration: int,
+                 observers: Sequence[Observer] = ()) -> None:
+        self._log, self._observers = log, observers
         self._metrics: Path | None = None
         self._board: Any = None
         self._board_flag = ""
@@ -47,11 +54,12 @@ class Events:
 
     def train(self, iteration: int, num_iterations: int, consumed_samples: int, totals: Totals | None,
               reading: Reading, *, learning_rate: float, group_rates: Mapping[str, float], global_batch_size: int,
-              loss_scale: float, peak_flops: float, weight_decay: float | None = None) -> None:
+              loss_scale: float, peak_flops: float, weight_decay: float | None = None, num_ranks: int = 1,
+              memory_gib: float | None = None, time_left_s: float | None = None) -> None:
         """One log event of training, up to which the run has taken `totals`.
 
         `weight_decay`: where it has a course; `group_rates`: the learning rates of groups that have their own;
-        `peak_flops`: the measured FLOP/s of all ranks together.
+        `peak_flops`: the measured FLOP/s of all ranks together; `memory_gib`, `time_left_s`: where they are known.
         """
         flops = reading.model_flops / reading.elapsed_s
         # Above 1 the peak was measured too low, as the machine was at something else: such a share means nothing.
@@ -66,8 +74,10 @@ class Events:
             "global_batch_size": global_batch_size, "tokens_per_s": reading.num_tokens / reading.elapsed_s,
             "residues_per_s": reading.num_residues / reading.elapsed_s, "model_tflops": flops / 1e12,
             "share_of_peak": share, "skipped_iterations": reading.num_skipped,
+            "memory_gib": memory_gib, "time_left_s": time_left_s,
         }
-        self._write("train", iteration, consumed_samples, totals, values)
+        self._write("train", iteration, consumed_samples, totals, values, num_iterations=num_iterations,
+                    num_ranks=num_ranks)
         self._log.line(
             f" iteration {iteration:8d}/{num_iterations:8d} | consumed samples: {consumed_samples:12d} | "
             f"elapsed time per iteration (ms): {1000 * reading.elapsed_s / reading.num_steps:.1f} | "
@@ -78,7 +88,9 @@ class Events:
             f"number of skipped iterations: {reading.num_skipped:3d} | "
             f"masked accuracy: {_text(reading.masked_accuracy, '.4f')} | "
             f"residues per second: {values['residues_per_s']:.0f} | model TFLOP/s: {flops / 1e12:.3f} "
-            f"{'' if share is None else f'({100 * share:.0f} % of peak) '}|")
+            f"{'' if share is None else f'({100 * share:.0f} % of peak) '}|"
+            f"{'' if memory_gib is None else f' memory: {memory_gib:.2f} GiB |'}"
+            f"{f' time left: {in_time(time_left_s)} |' if time_left_s else ''}")
 
     def evaluation(self, kind: str, iteration: int, consumed_samples: int, totals: Totals | None,
                    result: Evaluation) -> None:
@@ -114,17 +126,21 @@ class Events:
                 self._board.close()
 
     def _write(self, kind: str, iteration: int, consumed_samples: int, totals: Totals | None,
-               values: dict[str, Any]) -> None:
+               values: dict[str, Any], **facts: int) -> None:
+        """`facts`: what has no course, and so none on the board."""
+        record = {"kind": kind, "iteration": iteration, "consumed_samples": consumed_samples,
+                  "written_s": round(time.time(), 3), **(asdict(totals) if totals else {}), **facts, **values}
         if self._metrics is not None:
-            numbers = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
-            record = {"kind": kind, "iteration": iteration, "consumed_samples": consumed_samples,
-                      **(asdict(totals) if totals else {}), **numbers}
+            record_of_file = record | {name: None for name, value in values.items()
+                                       if value is not None and not math.isfinite(value)}
             with _writing(self._metrics, f"--save {self._metrics.parent}"), self._metrics.open("ab") as file:
-                file.write(f"{json.dumps(record)}\n".encode())
+                file.write(f"{json.dumps(record_of_file)}\n".encode())
         if self._board is not None:
             with _writing(self._board.folder, self._board_flag):
                 self._board.scalars(iteration, {f"{kind}/{name}": value for name, value in values.items()
                                                 if value is not None})
+        for observer in self._observers:
+            observer.record(record)
 
 
 def _of_groups(rates: Mapping[str, float]) -> str:

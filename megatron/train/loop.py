@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 
@@ -22,8 +22,11 @@ from megatron.train.evaluations import Evaluations
 from megatron.train.events import Events
 from megatron.train.guards.faults import Faults
 from megatron.train.guards.guard import Guard, Window
+from megatron.train.memory import peak_memory_gib
 from megatron.train.meters import Meters, StepSums
 from megatron.train.metrics import loss_name
+from megatron.train.observation.observers import Observer
+from megatron.train.pace import Pace
 from megatron.train.peak import measured_peak_flops
 from megatron.train.profiler import StepProfiler
 from megatron.train.state import is_due
@@ -31,14 +34,16 @@ from megatron.train.step import TrainStep
 from megatron.train.stop import StopRequests
 
 
-def train(run: Run, requests: StopRequests, claim: Claim | None, faults: Faults, suspect: Window | None = None) -> None:
+def train(run: Run, requests: StopRequests, claim: Claim | None, faults: Faults, suspect: Window | None = None,
+          observers: Sequence[Observer] = ()) -> None:
     """Train `run` to its end, or until it is told to stop; then say where everything is.
 
-    `claim`: on rank 0, the right to write into `--save`; `suspect`: why the run has gone back to where it stands.
+    `claim`: on rank 0, the right to write into `--save`; `suspect`: why the run has gone back to where it stands;
+    `observers`: on rank 0, who is told of its numbers.
     Raises RewindError where it is to go back.
     """
     config = run.config.checkpoint
-    events = Events(config, run.config.logging, run.log, run.state.iteration)
+    events = Events(config, run.config.logging, run.log, run.state.iteration, observers)
     saver = Saver(config, run.mesh, claim, run.log, run.state.iteration) if config.save else None
     with closing(events), closing(saver) if saver else nullcontext():
         baselines, meters = _baselines(run), Meters(run.mesh.world, run.mesh.device)
@@ -91,6 +96,7 @@ class Training:
         profiler = StepProfiler(config.logging, config.checkpoint.save, mesh, run.log)
         with closing(loader), closing(bar), closing(profiler):
             self._meters.resume()
+            self._pace = Pace()
             is_stopping = self._requests.agreed(mesh)
             while run.state.iteration < self._last_iteration and not is_stopping:
                 with profiler.step():
@@ -167,7 +173,9 @@ class Training:
         self._events.train(run.state.iteration, self._last_iteration, run.state.consumed_samples,
                            self._meters.totals(), reading, learning_rate=learning_rate, weight_decay=weight_decay,
                            group_rates=run.engine.optimizer.learning_rates(learning_rate), global_batch_size=rows,
-                           loss_scale=scale, peak_flops=self._peak_flops * run.mesh.world.size)
+                           loss_scale=scale, peak_flops=self._peak_flops * run.mesh.world.size,
+                           num_ranks=run.mesh.world.size, memory_gib=peak_memory_gib(run.mesh),
+                           time_left_s=self._pace.time_left_s(reading, self._last_iteration - run.state.iteration))
         can_recover = run.engine.loss_scale.is_dynamic and scale > run.config.precision.min_loss_scale
         if 0 < reading.num_steps_with_targets == reading.num_skipped and not can_recover:
             raise DivergedError(f"the gradients of the last {reading.num_skipped} steps up to iteration "

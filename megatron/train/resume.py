@@ -21,8 +21,8 @@ from megatron.log import Log
 from megatron.parallel.mesh import Axis
 
 # What may lie in the folder of a run that has yet to save, besides hidden files; people direct its output there.
-_OURS = ("config.toml", "loss.png", "profile", "tensorboard")
-_OUTPUT_ENDINGS = (".log", ".out", ".err", ".txt")
+_OURS = ("config.toml", "loss.png", "mlflow", "profile", "tensorboard", "trackers.json", "wandb")
+_OUTPUT_ENDINGS = (".log", ".out", ".err", ".txt", ".prom")
 _FACTS = {"progress": dict, "schedule": dict, "loss_scale": list, "config": dict}
 _SCHEDULE = {"lr", "min_lr", "lr_decay_style", "warmup_samples", "decay_samples"}
 

@@ -16,6 +16,7 @@ from megatron.train.guards.faults import Faults
 from megatron.train.guards.guard import HELP, RewindError
 from megatron.train.guards.suspects import write_suspects
 from megatron.train.loop import train
+from megatron.train.observation.observers import observed
 from megatron.train.stop import StopRequests
 
 
@@ -30,16 +31,17 @@ def train_to_its_end(config: Config, mesh: Mesh, log: Log, requests: StopRequest
     suspect, run = None, build(config, mesh, log)
     if keep is not None:
         keep(run.state.iteration)
-    while True:
-        try:
-            train(run, requests, claim, faults, suspect)
-            return run
-        except RewindError as found:
-            left_out, num_rewinds = _left_out(run, found)
-            suspect = None if found.is_again else found.window
-        config = _from_last_checkpoint(run)
-        del run  # its memory is needed for the next
-        run = build(config, mesh, log, left_out, num_rewinds)
+    with observed(run.config, mesh, log) as observers:
+        while True:
+            try:
+                train(run, requests, claim, faults, suspect, observers)
+                return run
+            except RewindError as found:
+                left_out, num_rewinds = _left_out(run, found)
+                suspect = None if found.is_again else found.window
+            config = _from_last_checkpoint(run)
+            del run  # its memory is needed for the next
+            run = build(config, mesh, log, left_out, num_rewinds)
 
 
 def _left_out(run: Run, found: RewindError) -> tuple[tuple[tuple[int, int], ...], int]:

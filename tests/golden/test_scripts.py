@@ -1,6 +1,7 @@
 """The example scripts beside the two that the README shows, with tiny models; SLURM and MPI are played by stand-ins."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -36,10 +37,12 @@ def start(script, corpus, folder, *flags, **environment):
 
 
 def run(script, corpus, folder, *flags, **environment):
-    """Runs the script; the losses of its iterations."""
+    """Runs the script, whose output is no terminal; the losses of its two iterations, of which one rank tells."""
     process = start(script, corpus, folder, *flags, **environment)
     output = process.communicate()[0]
     assert process.returncode == 0, output
+    told = re.findall(r"^ iteration +(\d+)/ +(\d+) \|(?:.*\| time left: ([^|]+) \|)?", output, re.MULTILINE)
+    assert [(step, of) for step, of, _ in told] == [("1", "2"), ("2", "2")] and told[0][2] and "\r" not in output
     return losses(folder)
 
 

@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from megatron.log import in_time
 from megatron.study import naming
 from megatron.study.curves import AXES, Curve, mean_curve, read_curve
-from megatron.study.table import in_short, in_time, table
+from megatron.study.table import in_short, table
 from tools.compare_runs import main
 
 # At step s: 100 s residues, 2 s seconds, s squared FLOPs.

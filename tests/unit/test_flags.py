@@ -166,6 +166,10 @@ def test_foreign_flags_say_why(flag):
     ("--preset demo --use-distributed-optimizer --data-parallel-sharding parameters",
      "--use-distributed-optimizer is --data-parallel-sharding optimizer, which is given as parameters"),
     ("--preset demo --dry-run --dry-run-ranks 16385", "--dry-run-ranks is 16385; it must be between 1 and 16384"),
+    ("--preset demo --logger wandb tensorboardx", "--logger: invalid choice: 'tensorboardx'"),
+    ("--preset demo --logger-project mine", "--logger-project mine is of --logger, which is missing; give both"),
+    ("--preset demo --metrics-host 0.0.0.0", "--metrics-host 0.0.0.0 is of --metrics-port, which is missing; "),
+    ("--preset demo --metrics-port 65536", "--metrics-port is 65536; it must be a port, 1 to 65535, or 0"),
     ("--preset demo --mask-token-prob 0.9 --mask-random-prob 0.2", "sum to more than 1"),
     ("--lr 1e-3", "--seq-length is missing"),
     ("--preset demo --seq-length 2 --protein-ends both", "--seq-length 2 holds no residue between the ends of "

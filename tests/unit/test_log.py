@@ -24,7 +24,7 @@ DOORS = {"tools/preprocess_data.py": ["--input", NAME, "--output-prefix", "x"],
          "tools/evaluate.py": [NAME, "--on", "x"], "tools/score_variants.py": [NAME, "x", "y"],
          "tools/predict_contacts.py": [NAME, "--input", "x", "--output", "y.npz"],
          "tools/merge_datasets.py": ["--input", NAME, "--output-prefix", "x"],
-         "tools/doctor.py": [f"--{NAME}"], "tools/finetune.py": ["own", f"--{NAME}"],
+         "tools/watch.py": [NAME], "tools/doctor.py": [f"--{NAME}"], "tools/finetune.py": ["own", f"--{NAME}"],
          "pretrain_tape.py": [f"--{NAME}"]}
 
 
@@ -56,7 +56,7 @@ def test_every_door_names_a_path_that_is_no_text(monkeypatch, door):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     given = {"protein_tools": ("fasta", ""), **{taking: (DOORS[taking],) for taking in (
-        "pretrain_tape.py", "tools/plan_layout.py", "tools/compare_runs.py", "tools/sweep.py")}}
+        "pretrain_tape.py", "tools/plan_layout.py", "tools/compare_runs.py", "tools/sweep.py", "tools/watch.py")}}
     assert module.main(*given.get(door, given.get(Path(door).parts[0], ()))) == 2  # others take theirs themselves
     assert b"prot\\udce9ines" in written.getvalue()
 

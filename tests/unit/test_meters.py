@@ -1,6 +1,9 @@
 """What is measured of training and evaluation, and what is not said where there was nothing to measure."""
 
 import json
+import re
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +19,9 @@ from megatron.parallel.mesh import Axis, Mesh
 from megatron.train.engine import build_engine
 from megatron.train.evaluate import Baselines, Evaluation, evaluate
 from megatron.train.events import Events
+from megatron.train.memory import peak_memory_gib
 from megatron.train.meters import Meters, Reading, Totals
+from megatron.train.pace import Pace
 from megatron.train.peak import measured_peak_flops
 from megatron.train.picture import draw_losses
 
@@ -143,6 +148,33 @@ def test_a_share_of_the_peak_above_one_is_not_told(tmp_path, capsys):
         told(events, found, peak_flops)
     measured, beyond = capsys.readouterr().out.splitlines()
     assert measured.endswith(" (25 % of peak) |") and beyond.endswith(" |") and "of peak" not in beyond
+
+
+def test_memory_and_time_left_are_told_where_they_are_known(capsys):
+    events = Events(CheckpointConfig(), LoggingConfig(), Log(), 0)
+    for time_left_s in (125.0, 0.0):
+        events.train(1, 2, 8, Totals(), reading((2.0, 10, 1.0, True)), learning_rate=1e-3, group_rates={},
+                     global_batch_size=8, loss_scale=1.0, peak_flops=1e300, memory_gib=1.5, time_left_s=time_left_s)
+    underway, at_end = capsys.readouterr().out.splitlines()
+    assert underway.endswith("| memory: 1.50 GiB | time left: 2 min |") and at_end.endswith("| memory: 1.50 GiB |")
+
+
+def test_time_left_counts_what_lies_between_steps_and_the_pace_of_now(monkeypatch):
+    now_s = [50.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now_s[0])
+    pace, found = Pace(), reading((2.0, 10, 1.0, True), (2.0, 10, 1.0, True))
+    now_s[0] += 6.0
+    assert pace.time_left_s(replace(found, elapsed_s=4.0), 10) == pytest.approx(10 * 2.0 * 6 / 4)
+    now_s[0] += 18.0
+    assert pace.time_left_s(replace(found, elapsed_s=12.0), 10) == pytest.approx(10 * 6.0 * 24 / 16)
+    # Of what a checkpoint says was measured, the clock here has seen nothing.
+    assert Pace().time_left_s(replace(found, elapsed_s=4.0), 10) == pytest.approx(20.0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="there is no /proc/self/status here")
+def test_the_memory_of_a_cpu_is_the_peak_of_its_process():
+    kib = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    assert peak_memory_gib(Mesh()) == pytest.approx(kib / 2**20, rel=0.05)
 
 
 def test_the_peak_is_the_best_of_many_runs_within_the_time_given(monkeypatch):

@@ -124,6 +124,10 @@ def _check_combinations(config: Config) -> None:
         (config.logging.profile_step_end <= config.logging.profile_step_start,
          f"--profile-step-end {config.logging.profile_step_end} is not behind --profile-step-start "
          f"{config.logging.profile_step_start}"),
+        (config.logging.logger_project and not config.logging.logger,
+         f"--logger-project {config.logging.logger_project} is of --logger, which is missing; give both, or neither"),
+        (config.logging.metrics_host != "127.0.0.1" and config.logging.metrics_port is None,
+         f"--metrics-host {config.logging.metrics_host} is of --metrics-port, which is missing; give both, or neither"),
         (parallel.use_distributed_optimizer and parallel.data_parallel_sharding in ("gradients", "parameters"),
          f"--use-distributed-optimizer is --data-parallel-sharding optimizer, which is given as "
          f"{parallel.data_parallel_sharding}; give one"),

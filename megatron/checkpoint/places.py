@@ -1,0 +1,28 @@
+"""Where the checkpoints of a run lie, and what their folders say without being opened; this needs no PyTorch."""
+
+import json
+import re
+from pathlib import Path
+
+STATE = "state.json"
+BEST = "best"
+VALIDATION = "validation.json"
+
+
+def place_of(root: Path, iteration: int) -> Path:
+    """The folder of the checkpoint of an iteration."""
+    return root / f"iter_{iteration:07d}"
+
+
+def iterations(root: Path) -> dict[int, Path]:
+    """The folders of checkpoints below `root` by their numbers, ascending."""
+    places = {int(place.name[5:]): place for place in root.glob("iter_*") if re.fullmatch("[0-9]{7,}", place.name[5:])}
+    return dict(sorted(places.items()))
+
+
+def validation_loss(place: Path) -> float | None:
+    """That of the run when it wrote this checkpoint; None where it is not known."""
+    try:
+        return float(json.loads((place / VALIDATION).read_text(encoding="utf-8"))["loss"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

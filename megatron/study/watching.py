@@ -1,0 +1,175 @@
+"""What the folder of a run says of it, while it goes on or later; nothing of this needs PyTorch or the run itself."""
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.checkpoint.claim import LOCK, is_held
+from megatron.checkpoint.places import BEST, STATE, iterations, validation_loss
+from megatron.config.presets import PRESETS
+from megatron.config.reading.files import read_file
+from megatron.errors import ConfigError
+from megatron.log import in_time
+from megatron.study.curves import METRICS
+from megatron.study.table import in_short
+from megatron.study.text_plot import MARK, Point, text_plot
+from megatron.train.metrics import read_records
+
+_CONFIG, _SPIKES = "config.toml", "spikes"  # as megatron.train names them
+_PATIENCE_S, _PATIENCE = 60.0, 10  # before a run counts as silent: seconds at least, and log intervals
+_BAR = 24  # letters
+
+
+@dataclass(frozen=True)
+class View:
+    """A run at the time `now_s`; `records`: all of metrics.jsonl; `is_held`: whether a process has its folder."""
+
+    folder: Path
+    records: list[dict[str, Any]]
+    num_iterations: int | None
+    is_held: bool | None
+    written_s: float
+    now_s: float
+
+    @property
+    def train(self) -> list[dict[str, Any]]:
+        """The log events of training."""
+        return [record for record in self.records if record["kind"] == "train"]
+
+    @property
+    def iteration(self) -> int:
+        """The newest step that is known of."""
+        return max((record["iteration"] for record in self.records), default=0)
+
+    def state(self) -> str:
+        """What the run is doing, in words."""
+        if self.is_held is False:
+            return "died: its process is gone without a word"
+        if self.is_held is None:
+            is_done = self.num_iterations is not None and self.iteration >= self.num_iterations
+            return "finished" if is_done else "stopped"
+        if not self.records:
+            return "starting"
+        silent_s = self.now_s - self.written_s
+        times_s = [record["written_s"] for record in self.train[-2:] if "written_s" in record]
+        usual_s = times_s[1] - times_s[0] if len(times_s) == 2 else 0.0
+        if silent_s < max(_PATIENCE_S, _PATIENCE * usual_s):
+            return "running"
+        return f"silent since {time.strftime('%H:%M', time.localtime(self.written_s))} ({in_time(silent_s)})"
+
+
+def look(folder: Path, now_s: float) -> View:
+    """The run in a folder as it is; raises ConfigError where there is none."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is {'no folder' if folder.exists() else 'not there'}; give the folder that a run "
+                          "is saved in (--save)")
+    metrics = folder / METRICS
+    if not any((folder / name).exists() for name in (METRICS, _CONFIG, LOCK)):
+        inside = sorted(place.parent for place in folder.glob(f"*/{METRICS}"))
+        remedy = f"give one of those in it, such as {inside[0]}" if inside else (
+            "give the folder that a run is saved in (--save)")
+        raise ConfigError(f"{folder} holds no run; {remedy}")
+    records, written_s = [], now_s
+    with suppress(FileNotFoundError):
+        records, written_s = read_records(metrics), metrics.stat().st_mtime
+    return View(folder, records, _num_iterations(folder, records), is_held(folder), written_s, now_s)
+
+
+def frame(view: View, width: int, height: int, is_plain: bool = False) -> list[str]:
+    """The view as at most `height` lines of at most `width` letters; `is_plain`: in ASCII."""
+    told = [f"{view.folder.resolve().name}: {view.state()}", _progress(view),
+            *(f"{name:<12}{value}" for name, value in _rows(view) if value)]
+    train, valid = (_points(view.records, kind) for kind in ("train", "valid"))
+    plot = text_plot(train, valid, width, height - len(told) - 2, is_plain)
+    head = [f"{'':12}loss in training{f', {MARK} on validation' if valid else ''}"] if plot else []
+    return [line[:width] for line in [*told, "", *head, *plot][:height]]
+
+
+def _num_iterations(folder: Path, records: Sequence[dict[str, Any]]) -> int | None:
+    """At which step the run ends: its records know, and before the first its configuration may."""
+    known = [record["num_iterations"] for record in records if "num_iterations" in record]
+    if known:
+        return known[-1]
+    with suppress(ConfigError):
+        return read_file(folder / _CONFIG, PRESETS).get("train_iters")
+    return None
+
+
+def _points(records: Sequence[dict[str, Any]], kind: str) -> list[Point]:
+    points = {record["iteration"]: record.get("loss") for record in records if record["kind"] == kind}
+    return [(step, loss) for step, loss in sorted(points.items())
+            if isinstance(loss, int | float) and math.isfinite(loss)]
+
+
+def _progress(view: View) -> str:
+    if view.num_iterations is None:
+        return f"step {view.iteration:,}"
+    share = min(1.0, view.iteration / max(1, view.num_iterations))
+    bar = "#" * int(share * _BAR)
+    left_s = (view.train[-1].get("time_left_s") or 0.0) - (view.now_s - view.written_s) if view.train else 0.0
+    said = f", {in_time(left_s)} left" if view.is_held and left_s > 0 else ""
+    return f"step {view.iteration:,} of {view.num_iterations:,} [{bar:-<{_BAR}}] {100 * share:.0f} %{said}"
+
+
+def _rows(view: View) -> list[tuple[str, str]]:
+    """What is told, by its name; empty where nothing is known."""
+    last = view.train[-1] if view.train else {}
+    number = {name: value for name, value in last.items() if isinstance(value, int | float)}
+
+    def said(name: str, form: str, behind: str = "") -> list[str]:
+        return [f"{number[name]:{form}}{behind}"] if name in number else []
+
+    speed = [f"{in_short(number['residues_per_s'])} residues/s"] if "residues_per_s" in number else []
+    return [
+        ("loss", ", ".join([*said("loss", ".4f"), *said("perplexity", ".2f", " perplexity"),
+                            *said("masked_accuracy", ".1%", " predicted right")])),
+        ("validation", _validation(view)),
+        ("speed", ", ".join([*speed, *said("model_tflops", ".3f", " TFLOP/s"), *said("share_of_peak", ".0%", " of peak")
+                             ])),
+        ("memory", ", ".join([*said("memory_gib", ".2f", " GiB on the fullest rank"),
+                              *(["1 rank"] if number.get("num_ranks") == 1 else said("num_ranks", "d", " ranks"))])),
+        ("rate", ", ".join([*said("learning_rate", ".3E"), *said("grad_norm", ".3f", " norm of the gradient"),
+                            *said("global_batch_size", ",d", " rows a step")])),
+        ("so far", ", ".join([*([in_time(number["training_s"])] if "training_s" in number else []),
+                              *([f"{in_short(number['consumed_residues'])} residues"]
+                                if "consumed_residues" in number else [])])),
+        ("checkpoint", _checkpoint(view)),
+        ("wrong steps", _wrong_steps(view)),
+        ("last record", f"{in_time(max(0.0, view.now_s - view.written_s))} ago" if view.records else ""),
+    ]
+
+
+def _validation(view: View) -> str:
+    points = _points(view.records, "valid")
+    if not points:
+        return ""
+    step, loss = points[-1]
+    best_step, best = min(points, key=lambda point: point[1])
+    of_best = f"best {best:.4f} at {best_step:,.0f}" if best < loss else "the best"
+    return f"{loss:.4f} at step {step:,.0f}, {of_best}"
+
+
+def _checkpoint(view: View) -> str:
+    places = list(iterations(view.folder).values())
+    ages_s = {}
+    for place in places:
+        with suppress(OSError):  # it is being removed
+            ages_s[place] = view.now_s - (place / STATE).stat().st_mtime
+    if not ages_s:
+        return "none yet" if not places else ""
+    newest = min(ages_s, key=lambda place: ages_s[place])
+    best = (view.folder / BEST).resolve()
+    loss = validation_loss(best)
+    told = f", best {best.name} ({loss:.4f})" if loss is not None else ""
+    return f"{newest.name}, {in_time(max(0.0, ages_s[newest]))} old{told}"
+
+
+def _wrong_steps(view: View) -> str:
+    files = sorted((view.folder / _SPIKES).glob("step_*.tsv"))
+    skipped = sum(record.get("skipped_iterations") or 0 for record in view.train)
+    last = f", last {int(files[-1].stem.removeprefix('step_')):,}" if files else ""
+    return f"{len(files):,}{last}, {skipped:,} skipped" if view.train else ""

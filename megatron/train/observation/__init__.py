@@ -1,0 +1,1 @@
+"""Who else is told of a run's numbers: experiment trackers, Prometheus. None of them can stop a run."""

@@ -1,0 +1,210 @@
+"""A run's newest numbers as Prometheus reads them: over HTTP (`--metrics-port`), in a file (`--metrics-file`).
+
+The text is that of version 0.0.4 of its exposition format
+(https://prometheus.io/docs/instrumenting/exposition_formats/). It changes at log events and evaluations.
+"""
+
+import errno
+import socket
+import socketserver
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+from megatron.config import LoggingConfig
+from megatron.errors import ConfigError
+from megatron.files import write_text
+from megatron.train.observation.observers import Record
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+Labels = tuple[tuple[str, str], ...]
+_OF_A_GROUP = "learning_rate_"  # begins the names of learning rates of groups of parameters
+
+
+@dataclass(frozen=True)
+class Family:
+    """What Prometheus calls a number of the records, which is in `unit` of its own unit there."""
+
+    name: str
+    help: str
+    unit: float = 1.0
+
+    @property
+    def kind(self) -> str:
+        """Of a counter its users ask by how much it has grown."""
+        return "counter" if self.name.endswith("_total") else "gauge"
+
+
+# By the names of the records. The first three are told of each kind of record, all others of the newest that has them.
+OF_EACH_KIND = {
+    "loss": Family("loss", "Mean cross entropy of masked residues in nats."),
+    "perplexity": Family("perplexity", "The exponential of the loss."),
+    "masked_accuracy": Family("masked_accuracy_ratio", "Share of masked residues that were predicted right."),
+}
+OF_THE_RUN = {
+    "iteration": Family("iterations_total", "Steps taken."),
+    "num_iterations": Family("last_iteration", "The step at which the run ends."),
+    "time_left_s": Family("time_left_seconds", "Time to the last step at the present pace."),
+    "consumed_samples": Family("rows_total", "Rows trained on."),
+    "consumed_residues": Family("residues_total", "Residues trained on."),
+    "consumed_flops": Family("model_flops_total", "FLOPs that the model itself needed for them."),
+    "training_s": Family("training_seconds_total", "Time spent on steps."),
+    "num_skipped": Family("skipped_iterations_total", "Steps since this start of the run that changed no weight."),
+    "learning_rate": Family("learning_rate", "Learning rate; of a group of parameters where it has its own."),
+    "weight_decay": Family("weight_decay", "Weight decay."),
+    "grad_norm": Family("gradient_norm", "Norm of the gradient of the last step."),
+    "loss_scale": Family("loss_scale", "Loss scale of fp16."),
+    "global_batch_size": Family("batch_rows", "Rows of a step."),
+    "tokens_per_s": Family("tokens_per_second", "Tokens trained on a second."),
+    "residues_per_s": Family("residues_per_second", "Residues trained on a second."),
+    "model_tflops": Family("model_flops_per_second", "FLOPs that the model itself needs, a second.", 1e12),
+    "share_of_peak": Family("peak_flops_ratio", "The same as a share of the device's measured matrix peak."),
+    "memory_gib": Family("memory_peak_bytes", "The most that a rank has held since its start.", 2.0**30),
+    "num_ranks": Family("ranks", "Processes that train together."),
+    "written_s": Family("last_record_timestamp_seconds", "When the newest of these numbers was written."),
+    "is_running": Family("running", "Whether the run goes on: 0 once it has ended, of itself or by an error."),
+}
+
+
+class Exposition:
+    """The newest of each number. `run`: the value of the label of that name, which all have; empty for none."""
+
+    def __init__(self, run: str) -> None:
+        self._run = run
+        self._of_kinds: dict[str, Record] = {}
+        self._values: dict[str, Any] = {"is_running": 1, "num_skipped": 0}
+
+    def take(self, record: Record) -> None:
+        """The numbers of a record in place of older ones; what is None there is not told until it is known again."""
+        self._of_kinds[record["kind"]] = record
+        skipped = self._values["num_skipped"] + record.get("skipped_iterations", 0)
+        self._values |= {**record, "num_skipped": skipped}
+
+    def end(self) -> None:
+        """The run has ended."""
+        self._values["is_running"] = 0
+
+    def text(self) -> str:
+        """All of them as Prometheus reads them."""
+        return "".join(f"{line}\n" for line in self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        for name, family in OF_EACH_KIND.items():
+            yield from self._family(family, {(("kind", kind),): record[name] for kind, record in self._of_kinds.items()
+                                             if name in record})
+        for name, family in OF_THE_RUN.items():
+            found: dict[Labels, float | None] = {(): self._values[name]} if name in self._values else {}
+            if name == "learning_rate":
+                found |= {(("group", key.removeprefix(_OF_A_GROUP)),): value for key, value in self._values.items()
+                          if key.startswith(_OF_A_GROUP)}
+            yield from self._family(family, found)
+
+    def _family(self, family: Family, found: Mapping[Labels, float | None]) -> Iterator[str]:
+        known = {labels: value for labels, value in found.items() if value is not None}
+        name = f"proteinlm_{family.name}"
+        if known:
+            yield f"# HELP {name} {family.help}"
+            yield f"# TYPE {name} {family.kind}"
+        for labels, value in known.items():
+            pairs = [*([("run", self._run)] if self._run else []), *labels]
+            said = ",".join(f'{key}="{_escaped(text)}"' for key, text in pairs)
+            yield f"{name}{f'{{{said}}}' if said else ''} {_number(family.unit * value)}"
+
+
+class Prometheus:
+    """Shows the text where the flags say; raises ConfigError where it cannot be shown there."""
+
+    def __init__(self, logging: LoggingConfig, save: str | None, tell: Callable[[str], None]) -> None:
+        self._exposition = Exposition("" if save is None else Path(save).resolve().name)
+        self._text, self._tell, self._has_told = self._exposition.text(), tell, False
+        self._server = None
+        self._file = None if logging.metrics_file is None else Path(logging.metrics_file)
+        if self._file is not None:
+            try:
+                write_text(self._file, self._text)
+            except OSError as error:
+                raise ConfigError(f"--metrics-file {self._file} cannot be written ({error.strerror or error}); name a "
+                                  "file in a folder that is there") from error
+        if logging.metrics_port is not None:
+            self._server = _server(logging.metrics_host, logging.metrics_port, lambda: self._text)
+            host, port = self._server.server_address[:2]
+            tell(f"Prometheus finds metrics at http://{f'[{host!s}]' if ':' in str(host) else host!s}:{port}/metrics")
+
+    def record(self, record: Record) -> None:
+        """Show its numbers from now on."""
+        self._exposition.take(record)
+        self._show()
+
+    def close(self, has_failed: bool) -> None:
+        """Listen no longer; the file says that the run has ended."""
+        self._exposition.end()
+        self._show()
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+
+    def _show(self) -> None:
+        self._text = self._exposition.text()
+        try:
+            if self._file is not None:
+                write_text(self._file, self._text)
+        except OSError as error:
+            if not self._has_told:
+                self._has_told = True
+                self._tell(f"note: --metrics-file {self._file} cannot be written ({error.strerror or error}); training "
+                           "goes on")
+
+
+class _Server(socketserver.ThreadingTCPServer):
+    """HTTP without what http.server's own does besides: to ask for the name of the address it listens at."""
+
+    allow_reuse_address = True  # from a run that has just ended
+    daemon_threads = True
+
+    def __init__(self, host: str, port: int, text: Callable[[], str]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.text = text
+        super().__init__((host, port), _Answer)
+
+
+class _Answer(BaseHTTPRequestHandler):
+    timeout = 10.0  # seconds in which a client is to have asked
+    server: _Server
+
+    def do_GET(self) -> None:
+        """Answer /metrics, and / for who looks at it in a browser."""
+        is_known = self.path.partition("?")[0] in ("/", "/metrics")
+        body = self.server.text().encode() if is_known else b"see /metrics\n"
+        self.send_response(200 if is_known else 404)
+        self.send_header("Content-Type", CONTENT_TYPE)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Who asks is not told: it would be told every 15 seconds."""
+
+
+def _server(host: str, port: int, text: Callable[[], str]) -> _Server:
+    try:
+        server = _Server(host, port, text)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(f"--metrics-port {port} is in use on {host}; give another, or 0 for one that is "
+                              "free") from error
+        raise ConfigError(f"--metrics-port {port} of --metrics-host {host} cannot be listened at "
+                          f"({error.strerror or error}); give others") from error
+    threading.Thread(target=server.serve_forever, name="--metrics-port", daemon=True).start()
+    return server
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", r"\\").replace('"', r'\"').replace("\n", r"\n")
+
+
+def _number(value: float) -> str:
+    """As Go reads it."""
+    return repr(float(value)).replace("nan", "NaN").replace("inf", "Inf")

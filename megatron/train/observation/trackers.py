@@ -1,0 +1,182 @@
+"""wandb, trackio and mlflow (`--logger`): each is told from a thread of its own, so that no step waits for a network.
+
+A run that goes on, goes on in the same run there: SAVE/trackers.json keeps under which name that is found; whoever
+wants another removes the file. Where they send what, and how they identify themselves, their own environment variables
+say.
+"""
+
+import importlib.util
+import json
+import queue
+import re
+import threading
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.errors import ConfigError
+from megatron.files import write_json
+from megatron.train.observation.observers import Record
+
+KEYS = "trackers.json"
+PROJECT = "proteinlm"  # where neither a flag nor the library's environment names one
+CLOSING_S = 60.0  # how long the end of a run waits for what was not yet taken
+_PARAMETERS_AT_ONCE = 100  # mlflow takes no more
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a library is asked for. `name`: what a person calls the run; `key`: what its earlier start was kept under.
+    """
+
+    folder: Path | None
+    name: str | None
+    project: str | None
+    parameters: Mapping[str, Any]
+    key: str | None
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A run of a library. `key`: what it is found under again; `send` takes an iteration and values by their names."""
+
+    key: str
+    send: Callable[[int, Mapping[str, float]], Any]
+    finish: Callable[[bool], Any]  # whether the run ended by an error
+
+
+class Tracker:
+    """Passes records on to a library in their order, whatever time it takes; says once where that fails."""
+
+    def __init__(self, name: str, remote: Remote | None, tell: Callable[[str], None]) -> None:
+        self._name, self._remote, self._tell, self._has_told = name, remote, tell, False
+        self._jobs: queue.SimpleQueue[Callable[[Remote], Any] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name=f"--logger {name}", daemon=True)
+        self._thread.start()
+
+    def record(self, record: Record) -> None:
+        """Have the thread send it: KIND/NAME each."""
+        values = {f"{record['kind']}/{name}": float(value) for name, value in record.items()
+                  if name not in ("kind", "iteration") and value is not None}
+        self._jobs.put(lambda remote: remote.send(record["iteration"], values))
+
+    def close(self, has_failed: bool) -> None:
+        """Let what is left be sent, for up to CLOSING_S seconds."""
+        self._jobs.put(lambda remote: remote.finish(has_failed))
+        self._jobs.put(None)
+        self._thread.join(CLOSING_S)
+        if self._thread.is_alive():
+            self.note(f"has not taken everything {CLOSING_S:.0f} s after the end")
+
+    def note(self, what: str) -> None:
+        """Tell the user, if it is the first time."""
+        if not self._has_told:
+            self._has_told = True
+            self._tell(f"note: --logger {self._name} {what}; metrics.jsonl has all numbers")
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                if self._remote is not None:
+                    job(self._remote)
+            except Exception as error:  # whatever a library, or a network, comes up with
+                self.note(f"did not take a record ({_in_short(error)}); training goes on")
+
+
+def tracker(name: str, save: str | None, project: str | None, parameters: Mapping[str, Any],
+            tell: Callable[[str], None]) -> Tracker:
+    """The tracker of a library, which has begun its run, or taken it up again.
+
+    Raises ConfigError where that cannot be; where this run had begun there before, that is a note.
+    """
+    if importlib.util.find_spec(name) is None:
+        raise ConfigError(f"--logger {name} needs the package {name}, which is not installed: pip install {name}")
+    folder = None if save is None else Path(save).resolve()
+    keys = {} if folder is None else _read_keys(folder / KEYS)
+    asked = Asked(folder, None if folder is None else folder.name, project, parameters, keys.get(name))
+    try:
+        remote = _OPEN[name](asked)
+    except Exception as error:  # not logged in, no such server, no network, a file that cannot be written, …
+        if asked.key is None:
+            raise ConfigError(f"--logger {name} could not begin a run ({_in_short(error)}); mend that, or leave it "
+                              "out") from error
+        gone = Tracker(name, None, tell)
+        gone.note(f"could not go on with its run {asked.key} ({_in_short(error)}); training goes on without it")
+        return gone
+    if folder is not None and remote.key != asked.key:
+        write_json(folder / KEYS, keys | {name: remote.key})
+    return Tracker(name, remote, tell)
+
+
+def _wandb(asked: Asked) -> Remote:
+    import wandb
+
+    theirs, key = wandb.setup().settings, asked.key or uuid.uuid4().hex[:8]
+    settings = {"finish_timeout": CLOSING_S} if "finish_timeout" in getattr(wandb.Settings, "model_fields", ()) else {}
+    run = wandb.init(id=key, resume="allow", project=asked.project or theirs.project or PROJECT,
+                     name=theirs.run_name or asked.name, dir=asked.folder, settings=wandb.Settings(**settings))
+    run.config.update(dict(asked.parameters), allow_val_change=True)
+    run.define_metric("iteration")  # wandb's own count of records never goes back, as a run may
+    run.define_metric("*", step_metric="iteration")
+    return Remote(key, lambda iteration, values: run.log({"iteration": iteration, **values}),
+                  lambda has_failed: run.finish(exit_code=int(has_failed)))
+
+
+def _trackio(asked: Asked) -> Remote:
+    import trackio
+
+    key = asked.key or f"{asked.name or PROJECT}-{uuid.uuid4().hex[:8]}"  # it finds runs by their name alone
+    run = trackio.init(project=asked.project or PROJECT, name=key, resume="allow", embed=False,
+                       config={name: _plain(value) for name, value in asked.parameters.items()})
+    return Remote(key, lambda iteration, values: run.log(dict(values), step=iteration), lambda has_failed: run.finish())
+
+
+def _mlflow(asked: Asked) -> Remote:
+    import mlflow
+    from mlflow.entities import Metric, Param
+
+    if not mlflow.is_tracking_uri_set() and asked.folder is not None:
+        (asked.folder / "mlflow").mkdir(exist_ok=True)
+        mlflow.set_tracking_uri(f"sqlite:///{asked.folder / 'mlflow' / 'mlflow.db'}")
+    client = mlflow.MlflowClient()
+    if asked.key is None:
+        name = asked.project or mlflow.environment_variables.MLFLOW_EXPERIMENT_NAME.get() or PROJECT
+        experiment = client.get_experiment_by_name(name)
+        number = client.create_experiment(name) if experiment is None else experiment.experiment_id
+        run = client.create_run(number, run_name=asked.name)
+    else:
+        run = client.get_run(asked.key)
+        client.update_run(asked.key, status="RUNNING")
+    key = run.info.run_id
+    new = [Param(name, str(value)) for name, value in asked.parameters.items() if name not in run.data.params]
+    for first in range(0, len(new), _PARAMETERS_AT_ONCE):  # one that is there already cannot be changed
+        client.log_batch(key, params=new[first:first + _PARAMETERS_AT_ONCE])
+
+    def send(iteration: int, values: Mapping[str, float]) -> None:
+        now_ms = int(1000 * values[next(name for name in values if name.endswith("/written_s"))])
+        client.log_batch(key, metrics=[Metric(re.sub(r"[^\w\-. :/]", "_", name), value, now_ms, iteration)
+                                       for name, value in values.items()])
+
+    return Remote(key, send, lambda has_failed: client.set_terminated(key, "FAILED" if has_failed else "FINISHED"))
+
+
+_OPEN: Mapping[str, Callable[[Asked], Remote]] = {"wandb": _wandb, "trackio": _trackio, "mlflow": _mlflow}
+
+
+def _read_keys(path: Path) -> dict[str, str]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _in_short(error: Exception) -> str:
+    """The error's first line."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"

@@ -1,0 +1,47 @@
+"""Short real runs with those that are told of their numbers; trackio is played by a stand-in."""
+
+import re
+import socket
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from pretrain_tape import main
+from tests.golden.training import TINY, losses
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """The records that trackio gets: step, values; and what it was begun with."""
+    records, begun = [], {}
+    run = SimpleNamespace(log=lambda values, step: records.append((step, values)), finish=lambda: None)
+    stand_in = ModuleType("trackio")
+    stand_in.__spec__ = ModuleSpec("trackio", None)
+    stand_in.init = lambda **what: begun.update(what) or run
+    monkeypatch.setitem(sys.modules, "trackio", stand_in)
+    return records, begun
+
+
+def test_a_tracker_and_prometheus_get_what_metrics_jsonl_gets(corpus, tmp_path, told):
+    records, begun = told
+    assert main([*TINY, "--data-path", corpus, "--save", str(tmp_path / "run"), "--train-iters", "2", "--logger",
+                 "trackio", "--metrics-file", str(tmp_path / "run.prom")]) == 0
+    for kind in ("train", "valid", "test"):
+        assert {step: values[f"{kind}/loss"] for step, values in records if f"{kind}/loss" in values} == (
+            losses(tmp_path / "run", kind))
+    assert (begun["project"], begun["config"]["num_layers"], begun["config"]["num_ranks"]) == ("proteinlm", 2, 1)
+    text = (tmp_path / "run.prom").read_text()
+    assert dict(re.findall(r'^proteinlm_(\w+)\{run="run"\} (\S+)$', text, re.MULTILINE)).items() >= {
+        "iterations_total": "2.0", "last_iteration": "2.0", "ranks": "1.0", "running": "0.0"}.items()
+
+
+def test_a_port_in_use_ends_the_program_with_status_2_before_the_first_step(corpus, tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main([*TINY, "--data-path", corpus, "--save", str(tmp_path / "run"), "--train-iters", "2",
+                     "--metrics-port", str(port)]) == 2
+    said = f"error: --metrics-port {port} is in use on 127.0.0.1; give another, or 0 for one that is free\n"
+    assert capsys.readouterr().err == said
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
