@@ -1,13 +1,15 @@
 """What a user watches: Megatron's log lines, TensorBoard, metrics.jsonl, and one picture at the end.
 
-Everything is written by rank 0. `SAVE/metrics.jsonl` holds one JSON object a log event: "kind" is train, valid, test,
-or valid/NAME and test/NAME of one corpus; valid_ema, test_ema and so on are of the average of the weights.
+Everything is written by rank 0; what the disk refuses is said once, kept, and written once there is room again
+(metrics.jsonl), or left out (TensorBoard). `SAVE/metrics.jsonl` holds one JSON object a log event: "kind" is train,
+valid, test, or valid/NAME and test/NAME of one corpus; valid_ema, test_ema and so on are of the average of the weights.
 "consumed_residues", "training_s" and "consumed_flops" are what the run has taken up to there.
 A number that means nothing (the loss of steps without targets, of a run that diverged) is null there.
 """
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -28,8 +30,8 @@ class Events:
     def __init__(self, checkpoint: CheckpointConfig, logging: LoggingConfig, log: Log, iteration: int) -> None:
         self._log = log
         self._metrics: Path | None = None
+        self._unwritten = b""  # lines of metrics.jsonl that the disk has refused so far
         self._board: Any = None
-        self._board_flag = ""
         if not log.is_speaker:
             return
         if checkpoint.save:
@@ -41,8 +43,8 @@ class Events:
         if folder:
             from megatron.train.board import Board  # only this rank needs it
 
-            self._board_flag = f"--tensorboard-dir {folder}" if logging.tensorboard_dir else f"--save {checkpoint.save}"
-            with _writing(folder, self._board_flag):
+            flag = f"--tensorboard-dir {folder}" if logging.tensorboard_dir else f"--save {checkpoint.save}"
+            with _writing(folder, flag):
                 self._board = Board(folder, first_step=iteration + 1)
 
     def train(self, iteration: int, num_iterations: int, consumed_samples: int, totals: Totals | None,
@@ -109,6 +111,8 @@ class Events:
 
     def close(self) -> None:
         """Close what is open."""
+        if self._unwritten:
+            self._append(b"")
         if self._board is not None:
             with suppress(OSError):  # the disk had refused before, and that was said
                 self._board.close()
@@ -119,12 +123,31 @@ class Events:
             numbers = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
             record = {"kind": kind, "iteration": iteration, "consumed_samples": consumed_samples,
                       **(asdict(totals) if totals else {}), **numbers}
-            with _writing(self._metrics, f"--save {self._metrics.parent}"), self._metrics.open("ab") as file:
-                file.write(f"{json.dumps(record)}\n".encode())
+            self._append(f"{json.dumps(record)}\n".encode())
         if self._board is not None:
-            with _writing(self._board.folder, self._board_flag):
+            try:
                 self._board.scalars(iteration, {f"{kind}/{name}": value for name, value in values.items()
                                                 if value is not None})
+            except OSError as error:
+                self._log.line(f"note: {self._board.folder} cannot be written ({error.strerror or error}): nothing "
+                               "more of this run goes to TensorBoard until it is started again")
+                self.close()
+                self._board = None
+
+    def _append(self, line: bytes) -> None:
+        assert self._metrics is not None
+        was_refused, self._unwritten = bool(self._unwritten), self._unwritten + line
+        size = self._metrics.stat().st_size if self._metrics.exists() else 0
+        try:
+            with self._metrics.open("ab") as file:
+                file.write(self._unwritten)
+            self._unwritten = b""
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(self._metrics, size)  # no half a line
+            if not was_refused:
+                self._log.line(f"note: {self._metrics} cannot be written ({error.strerror or error}): its lines are "
+                               "kept, and written once there is room again")
 
 
 def _of_groups(rates: Mapping[str, float]) -> str:

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from megatron.checkpoint.claim import Claim
-from megatron.checkpoint.saving import Saver
 from megatron.data.batches.batch import Batch
 from megatron.data.batches.loader import batches
 from megatron.data.rows.fixed_masks import FIXED
@@ -24,6 +23,7 @@ from megatron.train.guards.faults import Faults
 from megatron.train.guards.guard import Guard, Window
 from megatron.train.meters import Meters, StepSums
 from megatron.train.metrics import loss_name
+from megatron.train.patience import PatientSaver
 from megatron.train.peak import measured_peak_flops
 from megatron.train.profiler import StepProfiler
 from megatron.train.state import is_due
@@ -35,11 +35,12 @@ def train(run: Run, requests: StopRequests, claim: Claim | None, faults: Faults,
     """Train `run` to its end, or until it is told to stop; then say where everything is.
 
     `claim`: on rank 0, the right to write into `--save`; `suspect`: why the run has gone back to where it stands.
-    Raises RewindError where it is to go back.
+    Raises RewindError where it is to go back, and at its end SaveError where the last checkpoint could not be saved.
     """
     config = run.config.checkpoint
     events = Events(config, run.config.logging, run.log, run.state.iteration)
-    saver = Saver(config, run.mesh, claim, run.log, run.state.iteration) if config.save else None
+    saver = PatientSaver(config, run.mesh, claim, run.log, run.state.iteration, faults.meet_disk) if (
+        config.save) else None
     with closing(events), closing(saver) if saver else nullcontext():
         baselines, meters = _baselines(run), Meters(run.mesh.world, run.mesh.device)
         meters.load_state(run.meters)
@@ -52,17 +53,21 @@ def train(run: Run, requests: StopRequests, claim: Claim | None, faults: Faults,
         results = evaluations.of_all_splits()
         if requests.agreed(run.mesh):
             run.log.line("stopped before the evaluation was done: the same command does it")
+            if saver is not None:
+                saver.check()
             return
         if saver is not None:
             saver.finish()
         picture = events.picture(baselines)
     _summary(run, results, events.before(), baselines, picture)
+    if saver is not None:
+        saver.check()
 
 
 class Training:
     """The steps of one run."""
 
-    def __init__(self, run: Run, events: Events, requests: StopRequests, saver: Saver | None, meters: Meters,
+    def __init__(self, run: Run, events: Events, requests: StopRequests, saver: PatientSaver | None, meters: Meters,
                  evaluations: Evaluations, faults: Faults, guard: Guard) -> None:
         self._run, self._events, self._requests, self._saver = run, events, requests, saver
         self._faults, self._guard = faults, guard
@@ -99,7 +104,7 @@ class Training:
             self._save()
         if run.state.iteration < self._last_iteration:
             if self._saver is not None:
-                self._saver.finish()
+                self._saver.check()
             run.log.line(f"stopped {self._where_stopped()}")
         return run.state.iteration >= self._last_iteration
 
@@ -187,7 +192,9 @@ class Training:
         meters = self._meters.state()
         self._guard.look([StepSums(*step) for step in meters["steps"]])  # nothing is saved of a course that went wrong
         self._saver.save(run.state.iteration, run.parts(), run.facts() | {"meters": meters})
-        self._saved_at, self._saved_at_s = run.state.iteration, time.monotonic()
+        self._saved_at_s = time.monotonic()
+        if not self._saver.has_failed:
+            self._saved_at = run.state.iteration
 
 
 def _baselines(run: Run) -> Baselines | None:

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.config import DataConfig, GuardsConfig
+from megatron.config import Config, DataConfig, GuardsConfig
 from megatron.data.batches.order import SampleOrder, merged
 from megatron.data.corpus.indexed_writer import write_indexed
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.dataset import build_datasets
 from megatron.data.rows.members import members_of
 from megatron.errors import ConfigError
+from megatron.parallel.mesh import Axis
 from megatron.train.guards.faults import Faults
 from megatron.train.guards.spikes import HISTORY, LEAST, SpikeJudge
 from megatron.train.state import TrainState
@@ -101,7 +102,7 @@ def test_a_window_counts_once_and_none_may_lie_behind():
 
 
 def test_a_fault_of_the_rows_comes_with_them_and_one_of_a_device_once():
-    faults = Faults(["nan@2", "flip@4"], is_last_rank=True)
+    faults = Faults(Config(guards=GuardsConfig(inject_fault=("nan@2", "flip@4"))), Axis())
     factors = [faults.factor(step, 4 * step) for step in (1, 2, 3, 4, 2, 3, 4)]
     assert [math.isnan(factor) for factor in factors] == [False, True, False, True, True, False, False]
     assert not math.isnan(faults.factor(2, 12)) and math.isnan(faults.factor(9, 8))

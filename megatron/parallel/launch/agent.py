@@ -34,7 +34,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.run import config_from_args, get_rdzv_endpoint, parse_args, parse_min_max_nnodes
 
-from megatron.errors import DivergedError, LaunchError, UserError
+from megatron.errors import DivergedError, LaunchError, SaveError, UserError
 from megatron.log import take_any_text
 from megatron.parallel.launch.hosts import LOOPBACK, check_address
 from megatron.parallel.launch.stop_signals import StopSignals
@@ -43,7 +43,8 @@ from megatron.parallel.launch.stop_signals import StopSignals
 # themselves, and then to follow the request to end, before they are killed: what does not answer by then hangs.
 GRACE_S, PATIENCE_S = 2, 5
 LISTENING_S = 1  # the other launchers have heard by then; the store ends with the launcher of the first host
-NOT_AGAIN = (UserError.exit_status, DivergedError.exit_status)  # exit statuses of what would only repeat itself
+# Exit statuses of what would only repeat itself.
+NOT_AGAIN = (UserError.exit_status, DivergedError.exit_status, SaveError.exit_status)
 AS_ASKED = "0 "  # the word of a launcher that was asked to stop before its ranks were started again
 DEFAULT_PORT = 29500  # torchrun's
 
