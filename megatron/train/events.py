@@ -49,11 +49,12 @@ class Events:
 
     def train(self, iteration: int, num_iterations: int, consumed_samples: int, totals: Totals | None,
               reading: Reading, *, learning_rate: float, group_rates: Mapping[str, float], global_batch_size: int,
-              loss_scale: float, peak_flops: float, weight_decay: float | None = None) -> None:
+              loss_scale: float, peak_flops: float, weight_decay: float | None = None,
+              of_ranks: Mapping[str, Any] | None = None) -> None:
         """One log event of training, up to which the run has taken `totals`.
 
         `weight_decay`: where it has a course; `group_rates`: the learning rates of groups that have their own;
-        `peak_flops`: the measured FLOP/s of all ranks together.
+        `peak_flops`: the measured FLOP/s of all ranks together; `of_ranks`: the times of each, as Stragglers has them.
         """
         flops = reading.model_flops / reading.elapsed_s
         # Above 1 the peak was measured too low, as the machine was at something else: such a share means nothing.
@@ -67,7 +68,7 @@ class Events:
             "grad_norm": reading.grad_norm, "loss_scale": loss_scale,
             "global_batch_size": global_batch_size, "tokens_per_s": reading.num_tokens / reading.elapsed_s,
             "residues_per_s": reading.num_residues / reading.elapsed_s, "model_tflops": flops / 1e12,
-            "share_of_peak": share, "skipped_iterations": reading.num_skipped,
+            "share_of_peak": share, "skipped_iterations": reading.num_skipped, **(of_ranks or {}),
         }
         self._write("train", iteration, consumed_samples, totals, values)
         self._log.line(
@@ -120,14 +121,15 @@ class Events:
     def _write(self, kind: str, iteration: int, consumed_samples: int, totals: Totals | None,
                values: dict[str, Any]) -> None:
         if self._metrics is not None:
-            numbers = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
+            numbers = {name: value if isinstance(value, list | None) or math.isfinite(value) else None
+                       for name, value in values.items()}
             record = {"kind": kind, "iteration": iteration, "consumed_samples": consumed_samples,
                       **(asdict(totals) if totals else {}), **numbers}
             self._append(f"{json.dumps(record)}\n".encode())
         if self._board is not None:
             try:
                 self._board.scalars(iteration, {f"{kind}/{name}": value for name, value in values.items()
-                                                if value is not None})
+                                                if not isinstance(value, list | None)})
             except OSError as error:
                 self._log.line(f"note: {self._board.folder} cannot be written ({error.strerror or error}): nothing "
                                "more of this run goes to TensorBoard until it is started again")

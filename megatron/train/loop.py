@@ -21,6 +21,7 @@ from megatron.train.evaluations import Evaluations
 from megatron.train.events import Events
 from megatron.train.guards.faults import Faults
 from megatron.train.guards.guard import Guard, Window
+from megatron.train.guards.stragglers import Stragglers
 from megatron.train.meters import Meters, StepSums
 from megatron.train.metrics import loss_name
 from megatron.train.patience import PatientSaver
@@ -42,7 +43,7 @@ def train(run: Run, requests: StopRequests, claim: Claim | None, faults: Faults,
     saver = PatientSaver(config, run.mesh, claim, run.log, run.state.iteration, faults.meet_disk) if (
         config.save) else None
     with closing(events), closing(saver) if saver else nullcontext():
-        baselines, meters = _baselines(run), Meters(run.mesh.world, run.mesh.device)
+        baselines, meters = _baselines(run), Meters(run.mesh.world, run.mesh.device, run.mesh.waits)
         meters.load_state(run.meters)
         meters.pause()  # until the first step
         evaluations = Evaluations(run, events, requests, saver, meters)
@@ -71,7 +72,7 @@ class Training:
                  evaluations: Evaluations, faults: Faults, guard: Guard) -> None:
         self._run, self._events, self._requests, self._saver = run, events, requests, saver
         self._faults, self._guard = faults, guard
-        self._evaluations = evaluations
+        self._evaluations, self._stragglers = evaluations, Stragglers(run.mesh, run.log)
         self._began_at = self._saved_at = run.state.iteration
         self._last_iteration = run.sizes.last_iteration(run.state)
         self._meters = meters
@@ -172,7 +173,8 @@ class Training:
         self._events.train(run.state.iteration, self._last_iteration, run.state.consumed_samples,
                            self._meters.totals(), reading, learning_rate=learning_rate, weight_decay=weight_decay,
                            group_rates=run.engine.optimizer.learning_rates(learning_rate), global_batch_size=rows,
-                           loss_scale=scale, peak_flops=self._peak_flops * run.mesh.world.size)
+                           loss_scale=scale, peak_flops=self._peak_flops * run.mesh.world.size,
+                           of_ranks=self._stragglers.look(reading))
         can_recover = run.engine.loss_scale.is_dynamic and scale > run.config.precision.min_loss_scale
         if 0 < reading.num_steps_with_targets == reading.num_skipped and not can_recover:
             raise DivergedError(f"the gradients of the last {reading.num_skipped} steps up to iteration "

@@ -15,6 +15,7 @@ from megatron.data.corpus.indexed_writer import write_indexed
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.dataset import IN_MEMORY_DOCUMENTS, build_datasets
 from megatron.files import left_over
+from megatron.train.metrics import read_records
 from pretrain_tape import main
 from tests.golden.training import ROOT, TINY, losses, start_program
 
@@ -84,11 +85,13 @@ def about_saving(lines: list[str]) -> list[str]:
 
 
 def test_a_run_goes_on_after_a_full_disk_and_its_next_save_is_whole(run, corpus, tmp_path):
-    [line] = about_saving(run(corpus, "--inject-fault", "full-disk@3"))
+    lines = run(corpus, "--inject-fault", "full-disk@3", "slow@1")
+    [line] = about_saving(lines)
     assert line.startswith(f"note: could not save {tmp_path}/iter_0000004: No space left on device; it takes 0.3 MB, ")
     assert f"MB are free in {tmp_path}. The last good checkpoint is untouched; make room, as by moving older" in line
     assert line.endswith("The run goes on, and the next save tries again")
     assert saved(tmp_path) == [8]
+    assert not any("slower than the others" in line for line in lines)  # there are none
 
 
 @pytest.mark.parametrize("flags", [[], ["--async-save"]])
@@ -102,12 +105,19 @@ def test_a_run_whose_last_save_failed_ends_with_a_status_of_its_own(run, corpus,
     assert saved(tmp_path) == [4, 8]
 
 
-def test_two_ranks_end_alike_after_a_full_disk(run_two, corpus, tmp_path):
-    lines = run_two(corpus, "--inject-fault", "full-disk@8", "full-disk@7", status=4)
+def test_two_ranks_end_alike_after_a_full_disk_and_a_slow_one_is_named(run_two, corpus, tmp_path):
+    steps = ["--train-iters", 12, "--save-interval", 6, "--log-interval", 12]
+    lines = run_two(corpus, *steps, "--inject-fault", "slow@1", "full-disk@12", "full-disk@11", status=4)
+    [line] = [line for line in lines if "slower than the others" in line]
+    assert line.startswith(f"note: rank 1 on {HOST} is slower than the others: in the last 12 steps it computed for ")
+    [record] = read_records(tmp_path / "metrics.jsonl")[:1]
+    assert record["slowest_rank"] == 1 and record["slowest_rank_factor"] > 1.2
+    assert record["compute_ms"][1] > record["compute_ms"][0]
+    assert 0 < record["exposed_communication"] < 1
     assert len(about_saving(lines)) == 2
     assert len(errors_in(lines)) == 1
-    assert errors_in(lines)[0].startswith(f"error: could not save {tmp_path}/iter_0000008: No space left on device; ")
-    assert saved(tmp_path) == [4]
+    assert errors_in(lines)[0].startswith(f"error: could not save {tmp_path}/iter_0000012: No space left on device; ")
+    assert saved(tmp_path) == [6]
 
 
 def test_a_rank_that_dies_alone_is_gone_as_by_kill_9(corpus, tmp_path, python):
