@@ -22,6 +22,7 @@ from megatron.checkpoint.store import (
     place_of,
     point_to,
     prune,
+    remove_left_over,
     set_aside,
     written_s,
 )
@@ -80,6 +81,7 @@ class Saver:
         self.finish()
         self.check_claim()
         if self._is_first and self._writers.rank == 0:
+            remove_left_over(self._root)
             for place in set_aside(str(self._root), self._loaded):
                 self._log.line(f"note: {place.name} is of the course that was left by going back to iteration "
                                f"{self._loaded}; remove it if you do not need it")

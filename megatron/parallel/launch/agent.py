@@ -214,6 +214,11 @@ def prepared(argv: Sequence[str]) -> tuple[launcher.LaunchConfig, Any, list[str]
         if args.rdzv_backend in ("static", "c10d") and "file" not in args.rdzv_conf:
             check_address(parse_rendezvous_endpoint(get_rdzv_endpoint(args), DEFAULT_PORT)[0])
         args.signals_to_handle = "SIGQUIT"  # the others are requests to stop
+        least, most = parse_min_max_nnodes(args.nnodes)
+        if least < most:
+            # A launcher that has had other hosts before tells new ones nothing of the store that it shares with its
+            # ranks (torch 2.13): they would wait in vain. So rank 0 makes one of its own.
+            os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         return config_from_args(args)
     except UserError:
         raise
@@ -241,7 +246,7 @@ def main(argv: Sequence[str], signals: StopSignals) -> int:
         status = -stopped.sigval
     except (RendezvousError, DistError) as error:
         print(f"error: the launcher on {socket.gethostname()} lost the others, or did not find them: "
-              f"{str(error).splitlines()[0]}", file=sys.stderr)
+              f"{next(iter(str(error).splitlines()), type(error).__name__)}", file=sys.stderr)
         status = 1
     else:
         status = 0

@@ -35,7 +35,7 @@ class Faults:
         self._full_from = sorted(int(step) for kind, _, step in (text.partition("@") for text in told)
                                  if kind == "full-disk")
         self._kinds: dict[int, str] = {}  # by the first row of the step
-        self._is_slow = False
+        self._is_slow = self._has_begun = False
         self._went_on_s = math.inf
         if TRUNCATED_CACHE in told:
             if world.rank == 0:
@@ -44,6 +44,9 @@ class Faults:
 
     def factor(self, step: int, first_row: int) -> float:
         """What the loss of a step, and so its gradient, is to be multiplied by, which starts with that row."""
+        if not self._has_begun:
+            self._has_begun = True
+            self._full_from = [start for start in self._full_from if start >= step]  # the others it has had before
         if (kind := self._steps.pop(step, None)) is not None:
             if kind in ("stuck", "dead", "slow"):
                 self._befall(kind)
