@@ -24,12 +24,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron.checkpoint.store import open_place, place_of
-from megatron.train.metrics import read_records
 from tests.golden.training import ROOT, TINY, losses, processes_with, run_on_ranks, write_corpus
 
 KINDS = ("kill", "stop", "nan", "full disk")
 INJECTED = {"nan": "flip", "full disk": "full-disk"}
-LOOK_S = 0.05
+LOOK_S, SAMPLE_S = 0.05, 1.0  # between looks at the step, and at memory and files
 SETTLED_STEPS = 30  # of a process: before them its memory still grows, as buffers are met for the first time
 ROOM_MIB, ROOM_FILES = 32, 8  # that a process may come to need more, in its life
 
@@ -116,13 +115,19 @@ def _one_start(python: str, flags: list, output, place: Path, faults: Iterator[t
                                  "--max-restarts", "1000", str(ROOT / "pretrain_tape.py"), *map(str, flags)], cwd=ROOT,
                                 env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=output, stderr=subprocess.STDOUT)
     step, kind = next(faults, (0, ""))
-    was_stopped = False
+    was_stopped, sampled_s = False, 0.0
     while launcher.poll() is None:
+        time.sleep(LOOK_S)
         at = _step(place)
+        is_due, is_sampled = bool(kind) and at >= step, time.monotonic() - sampled_s > SAMPLE_S
+        if not is_due and not is_sampled:
+            continue
         ranks = [processes_with(str(place), f"RANK={rank}") for rank in range(2)]
-        for process in [launcher.pid, *(number for numbers in ranks for number in numbers)]:
-            _sample(soaked.processes, process, at)
-        if kind and at >= step and all(ranks):
+        if is_sampled:
+            sampled_s = time.monotonic()
+            for process in [launcher.pid, *(number for numbers in ranks for number in numbers)]:
+                _sample(soaked.processes, process, at)
+        if is_due and all(ranks):
             if kind == "stop":
                 launcher.send_signal(signal.SIGTERM)
                 launcher.wait()
@@ -131,14 +136,15 @@ def _one_start(python: str, flags: list, output, place: Path, faults: Iterator[t
             with suppress(ProcessLookupError):
                 os.kill(chance.choice(ranks)[0], signal.SIGKILL)
             step, kind = next(faults, (0, ""))
-        time.sleep(LOOK_S)
     return launcher.returncode, not was_stopped or _step(place) >= num_steps
 
 
 def _step(place: Path) -> int:
     """The last one that the metrics tell of."""
-    with suppress(OSError):
-        return max((record["iteration"] for record in read_records(place / "metrics.jsonl")), default=0)
+    with suppress(OSError), (place / "metrics.jsonl").open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+        told = re.findall(rb'"iteration": (\d+)', file.read())
+        return int(told[-1]) if told else 0
     return 0
 
 
