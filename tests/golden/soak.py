@@ -22,9 +22,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 from megatron.checkpoint.store import open_place, place_of
-from tests.golden.training import ROOT, TINY, losses, processes_with, run_on_ranks, write_corpus
+from tests.golden.training import ROOT, TINY, losses, processes_with, write_corpus
 
 KINDS = ("kill", "stop", "nan", "full disk")
 INJECTED = {"nan": "flip", "full disk": "full-disk"}
@@ -91,10 +92,11 @@ def soak(num_steps: int, faults: list[tuple[int, str]], corpus: str, folder: Pat
              num_steps, "--save-interval", interval, "--keep-checkpoints", 3, "--log-interval", 2, "--on-spike",
              "rewind", "--data-path", corpus]
     whole, place = folder / "whole", folder / "soaked"
-    assert run_on_ranks(*flags, "--save", whole, ranks=2) == [0, 0]
     injected = [f"{INJECTED[kind]}@{step}" for step, kind in faults if kind in INJECTED]
     told = [*flags, "--save", place, "--load", place, *(["--inject-fault", *injected] if injected else [])]
     soaked, lines = Soaked(Counter(kind for _, kind in faults)), folder / "lines.txt"
+    with lines.open("w") as output:
+        assert _started(python, [*flags, "--save", whole], output).wait() == 0, lines.read_text()
     began_s = time.monotonic()
     outside = iter([fault for fault in faults if fault[1] not in INJECTED])
     with lines.open("w") as output:
@@ -108,12 +110,10 @@ def soak(num_steps: int, faults: list[tuple[int, str]], corpus: str, folder: Pat
     return soaked
 
 
-def _one_start(python: str, flags: list, output, place: Path, faults: Iterator[tuple[int, str]], soaked: Soaked,
+def _one_start(python: str, flags: list, output: TextIO, place: Path, faults: Iterator[tuple[int, str]], soaked: Soaked,
                chance: random.Random, num_steps: int) -> tuple[int, bool]:
     """Start the launcher, and do to it what is due; its exit status, and whether the run has come to its end."""
-    launcher = subprocess.Popen([python, "-m", "megatron.parallel.launch", "--standalone", "--nproc-per-node", "2",
-                                 "--max-restarts", "1000", str(ROOT / "pretrain_tape.py"), *map(str, flags)], cwd=ROOT,
-                                env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=output, stderr=subprocess.STDOUT)
+    launcher = _started(python, flags, output)
     step, kind = next(faults, (0, ""))
     was_stopped, sampled_s = False, 0.0
     while launcher.poll() is None:
@@ -137,6 +137,12 @@ def _one_start(python: str, flags: list, output, place: Path, faults: Iterator[t
                 os.kill(chance.choice(ranks)[0], signal.SIGKILL)
             step, kind = next(faults, (0, ""))
     return launcher.returncode, not was_stopped or _step(place) >= num_steps
+
+
+def _started(python: str, flags: list, output: TextIO) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen([python, "-m", "megatron.parallel.launch", "--standalone", "--nproc-per-node", "2",
+                             "--max-restarts", "1000", str(ROOT / "pretrain_tape.py"), *map(str, flags)], cwd=ROOT,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=output, stderr=subprocess.STDOUT)
 
 
 def _step(place: Path) -> int:

@@ -75,3 +75,38 @@ def test_of_waits_within_one_another_the_outer_is_counted_and_none_while_nothing
     waits.during(wait, 0.5)
     assert waits.take_s() == 3.5
     assert waits.take_s() == 0.0
+
+
+class Event:
+    """An event of a stream that is behind the host by two units of its clock; nobody can wait for it."""
+
+    host, num_made = 0.0, 0
+
+    def __init__(self, device, enable_timing):
+        assert (device, enable_timing) == ("cuda", True)
+        Event.num_made += 1
+
+    def record(self):
+        self.at = Event.host
+
+    def query(self):
+        return Event.host >= self.at + 2
+
+    def elapsed_time(self, end):
+        assert end.query()
+        return 1000.0 * (end.at - self.at)
+
+
+def test_on_a_gpu_waits_are_read_from_events_that_have_passed_and_are_used_again(monkeypatch):
+    monkeypatch.setattr("torch.Event", Event)
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
+    waits = Waits(torch.device("cuda"))
+    waits.is_counting = True
+    for _ in range(100):
+        begin = waits.begin()
+        Event.host += 0.5
+        waits.end(begin)
+        Event.host += 0.5
+    Event.host += 2
+    assert waits.take_s() == 50.0
+    assert Event.num_made < 10
