@@ -39,6 +39,7 @@ class Stragglers:
         self._times = [RankTimes(0.0, 0.0) for _ in places]  # since ranks were last compared
         self._num_steps = 0
         self._named: int | None = None
+        self._is_warm = False
 
     def look(self, reading: Reading) -> Mapping[str, float | list[float] | None]:
         """What the metrics say of a reading; prints a line where a rank has become slow."""
@@ -58,12 +59,12 @@ class Stragglers:
 
     def _compare(self) -> None:
         rank, factor = slowest([one.compute_s for one in self._times], self._stages) or (0, 0.0)
-        is_slow = factor >= FACTOR
+        is_slow = self._is_warm and factor >= FACTOR  # the first steps of a process load and compile
         if is_slow and rank != self._named:
             its_ms = 1000 * self._times[rank].compute_s / self._num_steps
             self._log.line(
                 f"note: rank {rank} on {self._hosts[rank]} is slower than the others: in the last {self._num_steps} "
                 f"steps it computed for {its_ms:.1f} ms each, {100 * (factor - 1):.0f} % more than the median of those "
                 "with the same work, which wait for it; look at that host's clock rate, temperature and other programs")
-        self._named = rank if is_slow else None
+        self._named, self._is_warm = rank if is_slow else None, True
         self._times, self._num_steps = [RankTimes(0.0, 0.0) for _ in self._times], 0
