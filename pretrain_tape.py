@@ -1,7 +1,8 @@
 """Pretrain a masked protein language model on packed proteins: `python pretrain_tape.py --help`.
 
 `examples/pretrain_tape.sh` shows a whole run. Exits with 0 at the end, or when a signal asked it to stop and it has
-saved; with 2 and one line on a mistake of the user; with 1 where a rank failed, or lost the others.
+saved; with 1 where a rank failed, or lost the others; with 2 and one line on a mistake of the user, 3 where steps go
+wrong again and again, 4 where the last checkpoint could not be saved.
 """
 
 import sys

@@ -14,7 +14,7 @@
 #     NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 bash examples/pretrain_tape_distributed.sh        (the other: NODE_RANK=1)
 #
 #     GPUS_PER_NODE   processes on this machine (default: its GPUs; 2 if it has none, on the CPU over gloo)
-#     NNODES          machines (default: 1)
+#     NNODES          machines (default: 1); LEAST:MOST for a number that may change, see below
 #     NODE_RANK       this machine's number, from 0 (default: 0)
 #     MASTER_ADDR     address of machine 0 (default: this machine; needed where NODE_RANK is not 0)
 #     MASTER_PORT     a free port there (default: 6000; with one machine, any that is free)
@@ -23,17 +23,28 @@
 # A process that dies ends all, on all machines, with one line that says which, where and why; one that hangs does so
 # within --distributed-timeout-minutes (default: 10). A request to stop (Ctrl-C, SIGTERM, SIGHUP, SIGUSR1) on one machine
 # is one to all: all processes save, and all end with success.
+#
+# With NNODES=2:4 the training starts once 2 machines have come (and half a minute has passed), and goes on with as many
+# as there are, up to 4: one that comes later joins it, from a checkpoint that is saved for it; one that is lost counts
+# for MAX_RESTARTS, and the others go on from the last checkpoint without it. Machine 0 must stay. NODE_RANK is not asked
+# for. Give --global-batch-size, a multiple of what each number of processes sees at once: then the run stays the same.
 set -euo pipefail
 
+if [[ ${NNODES-} == *:* ]]; then LEAST_NNODES=${NNODES%%:*} NNODES=${NNODES#*:}; fi
 run_suffix=-distributed
-numbers=(GPUS_PER_NODE:1:999 NNODES:1:99999 NODE_RANK:0:"${NNODES-1}-1" MASTER_PORT:1:65535 MAX_RESTARTS:0:999999)
+numbers=(GPUS_PER_NODE:1:999 NNODES:1:99999 LEAST_NNODES:1:"${NNODES-1}" NODE_RANK:0:"${NNODES-1}-1" MASTER_PORT:1:65535
+    MAX_RESTARTS:0:999999)
 source "$(dirname "${BASH_SOURCE[0]}")/pretraining.sh"
 
 processes=${GPUS_PER_NODE:-$default_processes}
 share_cores "$processes"
 
 nodes=${NNODES:-1} node_rank=${NODE_RANK:-0}
-if [ "$nodes" -eq 1 ] && [ -z "${MASTER_PORT-}" ]; then
+if [ -n "${LEAST_NNODES-}" ]; then
+    if [ -z "${MASTER_ADDR-}" ]; then fail "NNODES is $LEAST_NNODES:$nodes; set MASTER_ADDR too"; fi
+    meeting=(--nnodes "$LEAST_NNODES:$nodes" --rdzv_backend c10d --rdzv_id "${SLURM_JOB_ID:-pretraining}"
+        --rdzv_endpoint "$MASTER_ADDR:${MASTER_PORT:-6000}")
+elif [ "$nodes" -eq 1 ] && [ -z "${MASTER_PORT-}" ]; then
     meeting=(--standalone)
 else
     if [ "$node_rank" -gt 0 ] && [ -z "${MASTER_ADDR-}" ]; then fail "NODE_RANK is $node_rank; set MASTER_ADDR too"; fi

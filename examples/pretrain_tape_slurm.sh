@@ -5,7 +5,7 @@
 #SBATCH --ntasks-per-node=8
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
-#SBATCH --signal=TERM@180
+#SBATCH --signal=B:USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #
@@ -16,9 +16,12 @@
 #     PRESET=proteinlm-200m sbatch examples/pretrain_tape_slurm.sh [any flag of pretrain_tape.py]
 #
 # Options of sbatch stand before the script and win over those above: sbatch --nodes=4 --partition=gpu examples/…
-# All machines must see the checkout and CHECKPOINT_PATH. Three minutes before the time is up the tasks are asked to
-# stop, and save; a job whose machine fails is queued again. The same command later goes on from the last checkpoint.
-# To stop it earlier: scancel --signal=TERM JOB. A bare scancel asks too, and kills after KillWait, 30 seconds as a rule.
+# All machines must see the checkout and CHECKPOINT_PATH. Before tasks are started each machine is asked whether it can
+# run them; those that cannot, or do not answer, are named. Five minutes before the time is up the tasks are asked to
+# stop, and save, and the job is queued again, under its number, and goes on from there: until its end, as often as it
+# takes. So is a job of which a task or a machine has failed, if it has saved since it began; one that ends with 2, 3 or 4
+# (README) is not. To stop it for good: scancel --signal=TERM JOB, which saves. A bare scancel asks too, and kills after
+# KillWait, 30 seconds as a rule.
 #
 #     MASTER_ADDR, MASTER_PORT   where the tasks meet (default: the first machine; a port by the job's number)
 #
@@ -37,4 +40,38 @@ share_cores "${SLURM_NTASKS_PER_NODE:-1}"
 
 # What sbatch was told of cores does not reach srun by itself.
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
-exec srun --kill-on-bad-exit=1 "$python" "$root/pretrain_tape.py" "${flags[@]}" "$@"
+
+# Names the machines that cannot load the program within five minutes.
+check_machines() {
+    local name expected answers missing=()
+    expected=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    # shellcheck disable=SC2016  # it is for the bash of each machine
+    answers=$(timeout 300 srun --ntasks="$(wc -w <<<"$expected")" --ntasks-per-node=1 bash -c \
+        '"$1" -c "import torch, sys; sys.path.insert(0, sys.argv[1]); import megatron.errors" "$2" &&
+            echo "ready: ${SLURMD_NODENAME:-$HOSTNAME}"' check "$python" "$root" || true)
+    for name in $expected; do
+        if ! [[ $'\n'$answers$'\n' == *$'\n'"ready: $name"$'\n'* ]]; then missing+=("$name"); fi
+    done
+    if [ ${#missing[@]} -gt 0 ]; then
+        echo "error: ${missing[*]}: cannot load the program, or did not answer in time; look at what it says above, and" \
+            "leave out a broken machine by sbatch --exclude=$(IFS=,; echo "${missing[*]}")" >&2
+        exit 1
+    fi
+}
+
+if [ -n "${SLURM_JOB_NODELIST-}" ]; then check_machines; fi
+
+# A path whose content changes as the run saves; none where only a file of flags says where it saves.
+pointer=${checkpoint_path:+$checkpoint_path/latest_checkpointed_iteration.txt}
+saved() { if [ -e "$pointer" ]; then cat "$pointer"; fi; }
+before=$(saved) status=0
+# On SIGTERM srun ends its tasks by force; SIGUSR1 it passes on.
+run_until_asked USR1 srun --kill-on-bad-exit=1 "$python" "$root/pretrain_tape.py" "${flags[@]}" "$@" || status=$?
+why=''
+if [ "$asked" = USR1 ] && [ "$status" -eq 0 ]; then why="the time is up"; fi
+if [ -z "$asked" ] && { [ "$status" -eq 1 ] || [ "$status" -gt 128 ]; }; then why="a task has failed"; fi
+if [ -n "$why" ] && { [ "$(saved)" != "$before" ] || { [ -z "$pointer" ] && [ -n "$asked" ]; }; }; then
+    echo "$why: job $SLURM_JOB_ID is queued again, and goes on from its last checkpoint"
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

@@ -29,12 +29,15 @@ share_cores() {
 }
 
 # run_until_asked SIGNAL COMMAND…: runs it and returns as it does; a request to stop goes to it, and to it alone, as SIGNAL,
-# and leaves `asked` set. One that it dies of came before it could listen, when there is nothing to save.
+# and leaves its own name in `asked`. One that it dies of came before it could listen, when there is nothing to save.
 run_until_asked() {
-    local signal=$1 signalled=yes status
+    local signal=$1 signalled=yes status request
     asked=''
     shift
-    trap 'asked=yes signalled=yes; kill -s "$signal" "${!:-}" 2>/dev/null || true' TERM INT HUP USR1
+    for request in TERM INT HUP USR1; do
+        # shellcheck disable=SC2064  # the name of each is to be known now
+        trap "asked=$request"' signalled=yes; kill -s "$signal" "${!:-}" 2>/dev/null || true' "$request"
+    done
     set -m  # its own process group: Ctrl-C at a terminal interrupts the whole group
     "$@" </dev/null &
     set +m

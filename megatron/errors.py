@@ -31,6 +31,12 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be read or does not fit the run; the message names the file and the remedy."""
 
 
+class SaveError(CheckpointError):
+    """A checkpoint that the disk refuses; the message names folder, what is to be freed and the remedy."""
+
+    exit_status = 4
+
+
 class OutputError(UserError):
     """A file of a run that cannot be written; the message names it, the flag and the remedy."""
 

@@ -2,8 +2,10 @@
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,13 @@ from megatron.checkpoint.store import (
     place_of,
     point_to,
     prune,
+    remove_left_over,
     set_aside,
     written_s,
 )
 from megatron.checkpoint.tensor_file import FileFacts, facts_of_file
 from megatron.config import CheckpointConfig
-from megatron.errors import CheckpointError
+from megatron.errors import CheckpointError, SaveError
 from megatron.files import left_over, write_json
 from megatron.log import Log
 from megatron.parallel.mesh import Axis, Mesh
@@ -57,13 +60,16 @@ class Saver:
 
     With `--async-save`, `save` returns once what this rank writes is copied to host memory. One write at most is under
     way; what went wrong with it is raised by the next call. `loaded`: the iteration that the run goes on from, which is
-    never removed; those after it, found at the first save, are of a course that was left.
+    never removed; those after it, found at the first save, are of a course that was left. `meet_disk`: called with an
+    iteration before the last files of its checkpoint are written, for a fault that is made on purpose.
     """
 
-    def __init__(self, config: CheckpointConfig, mesh: Mesh, claim: Claim | None, log: Log, loaded: int) -> None:
+    def __init__(self, config: CheckpointConfig, mesh: Mesh, claim: Claim | None, log: Log, loaded: int,
+                 meet_disk: Callable[[int], None] = lambda iteration: None) -> None:
         assert config.save is not None
         self._config, self._root, self._claim, self._log = config, Path(config.save), claim, log
         self._writers, self._sharers, self._device = mesh.writers, mesh.copies, mesh.device
+        self._meet_disk = meet_disk
         self._loaded, self._is_first = loaded, True
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._under_way: Future[Path] | None = None
@@ -71,17 +77,18 @@ class Saver:
         self._validation: tuple[Path, float] | None = None
 
     def save(self, iteration: int, parts: Parts, state: Mapping[str, Any]) -> None:
-        """Write a checkpoint, or have it written; raises CheckpointError."""
+        """Write a checkpoint, or have it written; raises CheckpointError, and SaveError where the disk refuses."""
         self.finish()
         self.check_claim()
         if self._is_first and self._writers.rank == 0:
+            remove_left_over(self._root)
             for place in set_aside(str(self._root), self._loaded):
                 self._log.line(f"note: {place.name} is of the course that was left by going back to iteration "
                                f"{self._loaded}; remove it if you do not need it")
         self._is_first = False
         parts = share_of(parts, self._sharers)
         if not self._config.async_save:
-            self._say(self._write(iteration, parts, state, None))
+            self._settle(partial(self._write, iteration, parts, state, None))
             return
         staged = {key: Part(self._copy(key, part.tensor), part.offsets, part.whole_shape)
                   for key, part in parts.items()}
@@ -105,7 +112,7 @@ class Saver:
         """Wait for the write that is under way; raises CheckpointError where it failed."""
         if self._under_way is not None:
             under_way, self._under_way = self._under_way, None
-            self._say(under_way.result())
+            self._settle(under_way.result)
 
     def close(self) -> None:
         """Wait for the write that is under way, and for its thread."""
@@ -126,6 +133,7 @@ class Saver:
             copied.synchronize()
 
         def write_state(temporary: Path) -> dict[str, FileFacts]:
+            self._meet_disk(iteration)
             # Later than all others, whatever the clock says.
             last_s = max(map(written_s, iterations(self._root).values()), default=0.0)
             write_json(temporary / STATE, {**state, "written_s": max(time.time(), last_s + 1e-3)})
@@ -133,19 +141,36 @@ class Saver:
 
         try:
             write_parts(place, iteration, parts, self._writers.group, write_state)
-            if self._writers.rank == 0:
-                point_to(self._root, iteration)
         except (OSError, CheckpointException) as error:
             if self._writers.rank == 0:
                 for rest in left_over(place):
                     shutil.rmtree(rest, ignore_errors=True)
-            raise CheckpointError(f"could not save {place}: {_reason(error)}; the last good checkpoint is untouched, "
-                                  "make room or give another --save") from error
+            raise self._refused(place, error, parts) from error
         if self._writers.rank == 0:
+            with suppress(OSError):  # the pointer may be behind
+                point_to(self._root, iteration)
             prune(self._root, keep=self._config.keep_checkpoints, keep_every=self._config.keep_every,
                   retain_optimizer=self._config.save_retain_optimizer,
                   spared={place, place_of(self._root, self._loaded)})
         return place
+
+    def _refused(self, place: Path, error: OSError | CheckpointException, parts: Parts) -> CheckpointError:
+        """What is to be raised; `parts`: what this rank was to write, about as many bytes as the others."""
+        reason = _reason(error)
+        if not isinstance(reason, OSError):
+            return CheckpointError(f"could not save {place}: {reason}; the last good checkpoint is untouched")
+        needed = self._writers.size * sum(part.tensor.numel() * part.tensor.element_size() for part in parts.values())
+        try:
+            room = f"{shutil.disk_usage(self._root).free / 1e6:,.1f} MB are free in {self._root}"
+        except OSError as unknown:
+            room = f"what is free in {self._root} cannot be asked ({unknown.strerror})"
+        return SaveError(f"could not save {place}: {reason.strerror or reason}; it takes {needed / 1e6:,.1f} MB, and "
+                         f"{room}. The last good checkpoint is untouched; make room, as by moving older iter_ folders "
+                         "away, or give another --save")
+
+    def _settle(self, write: Callable[[], Path]) -> None:
+        """Have a write done, or take its result; raises what went wrong with it."""
+        self._say(write())
 
     def _say(self, place: Path) -> None:
         self._log.line(f"  saved checkpoint {place}")
@@ -153,7 +178,8 @@ class Saver:
 
     def _keep_validation(self) -> None:
         if self._validation is not None and self._under_way is None and self._validation[0].exists():
-            note_validation(*self._validation)
+            with suppress(OSError):  # where the disk is full the next save says so; the loss stands in the metrics too
+                note_validation(*self._validation)
             self._validation = None
 
     def _copy(self, key: str, tensor: Tensor) -> Tensor:
@@ -165,8 +191,8 @@ class Saver:
         return copy.copy_(tensor, non_blocking=True)
 
 
-def _reason(error: OSError | CheckpointException) -> str:
+def _reason(error: OSError | CheckpointException) -> BaseException:
     if isinstance(error, CheckpointException):
         failed = [wrapped[0] for wrapped in error.failures.values()]
-        return str(next((one for one in failed if isinstance(one, OSError)), failed[0]))
-    return str(error)
+        return next((one for one in failed if isinstance(one, OSError)), failed[0])
+    return error

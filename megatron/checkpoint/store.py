@@ -26,7 +26,7 @@ from megatron.checkpoint.places import BEST, STATE, VALIDATION, iterations, plac
 from megatron.checkpoint.stored import Checkpoint
 from megatron.checkpoint.whole import MODEL, read_whole
 from megatron.errors import CheckpointError
-from megatron.files import write_json, write_text
+from megatron.files import left_over, write_json, write_text
 from megatron.log import Log
 from megatron.parallel.collectives import everyones
 from megatron.parallel.mesh import Axis
@@ -119,6 +119,15 @@ def set_aside(folder: str, iteration: int) -> list[Path]:
         raise CheckpointError(f"{folder}: iteration {number} cannot be renamed ({error.strerror}); it belongs to a "
                               "course that was left, move it away") from error
     return moved
+
+
+def remove_left_over(root: Path) -> None:
+    """Remove what killed processes left of checkpoints and pointers that they were at; for whoever holds the folder."""
+    for rest in (*left_over(root / "iter_"), *left_over(root / LATEST)):
+        if rest.is_dir():
+            shutil.rmtree(rest, ignore_errors=True)
+        else:
+            rest.unlink(missing_ok=True)
 
 
 def prune(root: Path, *, keep: int, keep_every: int, retain_optimizer: int, spared: Collection[Path]) -> None:

@@ -8,8 +8,9 @@ from megatron.config.declaration import Check, flag, positive
 _WINDOW = re.compile(r"(\d+)-(\d+)")
 _windows: Check = (lambda text: (match := _WINDOW.fullmatch(text)) is not None
                    and int(match[1]) < int(match[2]), "FIRST-STOP, two whole numbers of which the second is greater")
-_faults: Check = (lambda text: re.fullmatch(r"(nan|spike|flip|stuck)@[1-9]\d*", text) is not None,
-                  "nan, spike, flip or stuck, then @ and a step from 1")
+_FAULT = re.compile(r"(nan|spike|flip|stuck|dead|slow|full-disk)@[1-9]\d*|truncated-cache")
+_faults: Check = (lambda text: _FAULT.fullmatch(text) is not None,
+                  "nan, spike, flip, stuck, dead, slow or full-disk, then @ and a step from 1; or truncated-cache")
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,9 @@ class GuardsConfig:
         "one behind", nargs="+", check=_windows, changes="samples")
     inject_fault: tuple[str, ...] = flag(
         None, "KIND@STEP …: make a step go wrong, to see what follows. nan and spike come again with the step's rows, "
-        "flip comes once, stuck holds the last rank up for good", nargs="+", check=_faults, changes="nothing",
-        is_hidden=True)
+        "flip comes once; stuck holds the last rank up for good, dead kills it, slow halves its pace; full-disk lets "
+        "the next save fail. truncated-cache damages the row index at the start", nargs="+", check=_faults,
+        changes="nothing", is_hidden=True)
 
     @property
     def left_out(self) -> list[tuple[int, int]]:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.parallel.mesh import Axis
+from megatron.parallel.waits import Waits
 
 T = TypeVar("T")
 
@@ -24,9 +25,10 @@ def all_reduce_sum(tensor: Tensor, axis: Axis) -> Tensor:
 
 def all_reduce_max(tensor: Tensor, axis: Axis) -> Tensor:
     """`tensor`, replaced in place by the largest values over the axis. Not differentiable."""
-    if axis.size > 1:
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=axis.group)
-    return tensor
+    if axis.size == 1:
+        return tensor
+    return Pending(tensor, dist.all_reduce(tensor, dist.ReduceOp.MAX, group=axis.group, async_op=True),
+                   axis.waits).wait()
 
 
 def all_gather(tensor: Tensor, axis: Axis) -> Tensor:
@@ -50,15 +52,18 @@ def everyones(value: T, axis: Axis) -> list[T]:
 
 @dataclass(frozen=True)
 class Pending:
-    """A collective under way: whatever is computed before `wait` overlaps with it."""
+    """A collective under way: whatever is computed before `wait` overlaps with it. `waits` counts the rest."""
 
     result: Tensor
     work: dist.Work | None
+    waits: Waits | None = None
 
     def wait(self) -> Tensor:
         """The result, once it is there."""
-        if self.work is not None:
+        if self.work is not None and self.waits is None:
             self.work.wait()
+        elif self.work is not None and self.waits is not None:
+            self.waits.during(self.work.wait)
         return self.result
 
     def is_done(self) -> bool:
@@ -69,7 +74,7 @@ class Pending:
 def start_all_reduce(tensor: Tensor, axis: Axis) -> Pending:
     """`all_reduce_sum`, begun; `tensor` is not to be touched until it is waited for."""
     work = dist.all_reduce(tensor, group=axis.group, async_op=True) if axis.size > 1 else None
-    return Pending(tensor, work)
+    return Pending(tensor, work, axis.waits)
 
 
 def start_all_gather(tensor: Tensor, axis: Axis) -> Pending:
@@ -79,7 +84,7 @@ def start_all_gather(tensor: Tensor, axis: Axis) -> Pending:
     whole = tensor.new_empty(axis.size * tensor.shape[0], *tensor.shape[1:])
     # torch 2.13 has the first name and deprecates the second; 2.11 has the second alone.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return Pending(whole, gather(whole, tensor.contiguous(), group=axis.group, async_op=True))
+    return Pending(whole, gather(whole, tensor.contiguous(), group=axis.group, async_op=True), axis.waits)
 
 
 def start_reduce_scatter(tensor: Tensor, axis: Axis) -> Pending:
@@ -88,7 +93,7 @@ def start_reduce_scatter(tensor: Tensor, axis: Axis) -> Pending:
         return Pending(tensor, None)
     mine = tensor.new_empty(tensor.shape[0] // axis.size, *tensor.shape[1:])
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    return Pending(mine, scatter(mine, tensor.contiguous(), group=axis.group, async_op=True))
+    return Pending(mine, scatter(mine, tensor.contiguous(), group=axis.group, async_op=True), axis.waits)
 
 
 def start_exchange(tensor: Tensor, to_each: Sequence[int], from_each: Sequence[int], axis: Axis) -> Pending:
@@ -100,7 +105,7 @@ def start_exchange(tensor: Tensor, to_each: Sequence[int], from_each: Sequence[i
         return Pending(tensor, None)
     received = tensor.new_empty(sum(from_each))
     return Pending(received, dist.all_to_all_single(received, tensor, list(from_each), list(to_each), group=axis.group,
-                                                    async_op=True))
+                                                    async_op=True), axis.waits)
 
 
 def slice_of(tensor: Tensor, axis: Axis) -> Tensor:

@@ -7,8 +7,9 @@ group: collectives on a one-rank axis do nothing.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,15 +20,20 @@ from megatron.parallel.launch.environment import Launch, device_of
 from megatron.parallel.launch.hosts import choose_interface
 from megatron.parallel.launch.meeting import meeting_store
 from megatron.parallel.launch.watch import Progress, watched
+from megatron.parallel.waits import Waits
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One direction of the grid: this rank's place among `size` ranks, and their group (None for one rank)."""
+    """One direction of the grid: this rank's place among `size` ranks, and their group (None for one rank).
+
+    `waits` counts how long this rank waits for the others of it.
+    """
 
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
+    waits: Waits | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,8 @@ class Mesh:
     first and the last pipeline rank, on these; one rank elsewhere. `channels`: groups of the pipeline for
     point-to-point messages, each of which carries one kind of message in one direction, so that no two ever wait for
     each other. `writers`: all ranks on a gloo group of their own, on which they agree about files while the others are
-    at work for the training. `progress`: what this rank tells the others of when they have to wait.
+    at work for the training. `progress`: what this rank tells the others of when they have to wait. `waits`: for how
+    long it has waited itself, counted where there are several ranks.
     """
 
     world: Axis = field(default_factory=Axis)
@@ -59,6 +66,7 @@ class Mesh:
     writers: Axis = field(default_factory=Axis)
     device: torch.device = torch.device("cpu")
     progress: Progress = field(default_factory=Progress)
+    waits: Waits | None = None
 
     @property
     def is_first_reader(self) -> bool:
@@ -83,7 +91,7 @@ def joined(config: ParallelConfig, launch: Launch) -> Iterator[Mesh]:
     timeout = timedelta(minutes=config.distributed_timeout_minutes)
     store = meeting_store(launch, timeout)
     dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=timeout)
-    mesh = with_writers(build_mesh(config, device, timeout), timeout)
+    mesh = with_writers(with_waits(build_mesh(config, device, timeout)), timeout)
     of_watch = store.clone()  # type: ignore[attr-defined]
     with watched(of_watch, launch.rank, launch.size, timeout, mesh.progress):
         yield mesh
@@ -94,7 +102,7 @@ def joined(config: ParallelConfig, launch: Launch) -> Iterator[Mesh]:
 def build_mesh(config: ParallelConfig, device: torch.device, timeout: timedelta) -> Mesh:
     """This rank's mesh in the process group that it is a member of; all ranks call this together."""
     sizes = grid_sizes(config, dist.get_world_size())
-    axes = {name: build_axis(sizes, [name], timeout) for name in sizes}
+    axes: dict[str, Any] = {name: build_axis(sizes, [name], timeout) for name in sizes}
     replicas = build_axis(sizes, ["data", "context"], timeout)
     inside = (config.shard_within or replicas.size) if config.data_parallel_sharding != "none" else 1
     split = {"pipeline": sizes["pipeline"], "copies": replicas.size // inside, "shards": inside,
@@ -110,10 +118,18 @@ def build_mesh(config: ParallelConfig, device: torch.device, timeout: timedelta)
                 holders=holders, ends=ends, channels=channels, device=device, progress=Progress())
 
 
+def with_waits(mesh: Mesh) -> Mesh:
+    """The mesh, whose axes' collectives count how long this rank waits in them."""
+    waits = Waits(mesh.device)
+    axes: dict[str, Any] = {item.name: replace(axis, waits=waits) for item in fields(mesh)
+                            if isinstance(axis := getattr(mesh, item.name), Axis)}
+    return replace(mesh, **axes, waits=waits)
+
+
 def with_writers(mesh: Mesh, timeout: timedelta) -> Mesh:
     """The mesh of ranks that save, whatever they compute on; all ranks call this together."""
     group = dist.new_group(backend="gloo", timeout=timeout, group_desc="writers")
-    return replace(mesh, writers=replace(mesh.world, group=group))
+    return replace(mesh, writers=replace(mesh.world, group=group, waits=None))
 
 
 def grid_sizes(config: ParallelConfig, num_ranks: int) -> dict[str, int]:

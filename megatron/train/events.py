@@ -1,7 +1,8 @@
 """What a user watches: Megatron's log lines, TensorBoard, metrics.jsonl, and one picture at the end.
 
-Everything is written by rank 0. `SAVE/metrics.jsonl` holds one JSON object a log event: "kind" is train, valid, test,
-or valid/NAME and test/NAME of one corpus; valid_ema, test_ema and so on are of the average of the weights.
+Everything is written by rank 0; what the disk refuses is said once, kept, and written once there is room again
+(metrics.jsonl), or left out (TensorBoard). `SAVE/metrics.jsonl` holds one JSON object a log event: "kind" is train,
+valid, test, or valid/NAME and test/NAME of one corpus; valid_ema, test_ema and so on are of the average of the weights.
 "consumed_residues", "training_s" and "consumed_flops" are what the run has taken up to there, "written_s" is when that
 was written, in seconds since 1970; "memory_gib" is the most that a rank has held.
 A number that means nothing (the loss of steps without targets, of a run that diverged) is null there.
@@ -9,6 +10,7 @@ A number that means nothing (the loss of steps without targets, of a run that di
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -35,8 +37,8 @@ class Events:
                  observers: Sequence[Observer] = ()) -> None:
         self._log, self._observers = log, observers
         self._metrics: Path | None = None
+        self._unwritten = b""  # lines of metrics.jsonl that the disk has refused so far
         self._board: Any = None
-        self._board_flag = ""
         if not log.is_speaker:
             return
         if checkpoint.save:
@@ -48,18 +50,20 @@ class Events:
         if folder:
             from megatron.train.board import Board  # only this rank needs it
 
-            self._board_flag = f"--tensorboard-dir {folder}" if logging.tensorboard_dir else f"--save {checkpoint.save}"
-            with _writing(folder, self._board_flag):
+            flag = f"--tensorboard-dir {folder}" if logging.tensorboard_dir else f"--save {checkpoint.save}"
+            with _writing(folder, flag):
                 self._board = Board(folder, first_step=iteration + 1)
 
     def train(self, iteration: int, num_iterations: int, consumed_samples: int, totals: Totals | None,
               reading: Reading, *, learning_rate: float, group_rates: Mapping[str, float], global_batch_size: int,
               loss_scale: float, peak_flops: float, weight_decay: float | None = None, num_ranks: int = 1,
-              memory_gib: float | None = None, time_left_s: float | None = None) -> None:
+              memory_gib: float | None = None, time_left_s: float | None = None,
+              of_ranks: Mapping[str, Any] | None = None) -> None:
         """One log event of training, up to which the run has taken `totals`.
 
         `weight_decay`: where it has a course; `group_rates`: the learning rates of groups that have their own;
-        `peak_flops`: the measured FLOP/s of all ranks together; `memory_gib`, `time_left_s`: where they are known.
+        `peak_flops`: the measured FLOP/s of all ranks together; `memory_gib`, `time_left_s`: where they are known;
+        `of_ranks`: the times of each, as Stragglers has them.
         """
         flops = reading.model_flops / reading.elapsed_s
         # Above 1 the peak was measured too low, as the machine was at something else: such a share means nothing.
@@ -74,7 +78,7 @@ class Events:
             "global_batch_size": global_batch_size, "tokens_per_s": reading.num_tokens / reading.elapsed_s,
             "residues_per_s": reading.num_residues / reading.elapsed_s, "model_tflops": flops / 1e12,
             "share_of_peak": share, "skipped_iterations": reading.num_skipped,
-            "memory_gib": memory_gib, "time_left_s": time_left_s,
+            "memory_gib": memory_gib, "time_left_s": time_left_s, **(of_ranks or {}),
         }
         self._write("train", iteration, consumed_samples, totals, values, num_iterations=num_iterations,
                     num_ranks=num_ranks)
@@ -121,6 +125,8 @@ class Events:
 
     def close(self) -> None:
         """Close what is open."""
+        if self._unwritten:
+            self._append(b"")
         if self._board is not None:
             with suppress(OSError):  # the disk had refused before, and that was said
                 self._board.close()
@@ -131,16 +137,35 @@ class Events:
         record = {"kind": kind, "iteration": iteration, "consumed_samples": consumed_samples,
                   "written_s": round(time.time(), 3), **(asdict(totals) if totals else {}), **facts, **values}
         if self._metrics is not None:
-            record_of_file = record | {name: None for name, value in values.items()
-                                       if value is not None and not math.isfinite(value)}
-            with _writing(self._metrics, f"--save {self._metrics.parent}"), self._metrics.open("ab") as file:
-                file.write(f"{json.dumps(record_of_file)}\n".encode())
+            numbers = {name: value if isinstance(value, list | None) or math.isfinite(value) else None
+                       for name, value in values.items()}
+            self._append(f"{json.dumps(record | numbers)}\n".encode())
         if self._board is not None:
-            with _writing(self._board.folder, self._board_flag):
+            try:
                 self._board.scalars(iteration, {f"{kind}/{name}": value for name, value in values.items()
-                                                if value is not None})
+                                                if not isinstance(value, list | None)})
+            except OSError as error:
+                self._log.line(f"note: {self._board.folder} cannot be written ({error.strerror or error}): nothing "
+                               "more of this run goes to TensorBoard until it is started again")
+                self.close()
+                self._board = None
         for observer in self._observers:
             observer.record(record)
+
+    def _append(self, line: bytes) -> None:
+        assert self._metrics is not None
+        was_refused, self._unwritten = bool(self._unwritten), self._unwritten + line
+        size = self._metrics.stat().st_size if self._metrics.exists() else 0
+        try:
+            with self._metrics.open("ab") as file:
+                file.write(self._unwritten)
+            self._unwritten = b""
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(self._metrics, size)  # no half a line
+            if not was_refused:
+                self._log.line(f"note: {self._metrics} cannot be written ({error.strerror or error}): its lines are "
+                               "kept, and written once there is room again")
 
 
 def _of_groups(rates: Mapping[str, float]) -> str:

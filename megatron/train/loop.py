@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from megatron.checkpoint.claim import Claim
-from megatron.checkpoint.saving import Saver
 from megatron.data.batches.batch import Batch
 from megatron.data.batches.loader import batches
 from megatron.data.rows.fixed_masks import FIXED
@@ -22,11 +21,13 @@ from megatron.train.evaluations import Evaluations
 from megatron.train.events import Events
 from megatron.train.guards.faults import Faults
 from megatron.train.guards.guard import Guard, Window
+from megatron.train.guards.stragglers import Stragglers
 from megatron.train.memory import peak_memory_gib
 from megatron.train.meters import Meters, StepSums
 from megatron.train.metrics import loss_name
 from megatron.train.observation.observers import Observer
 from megatron.train.pace import Pace
+from megatron.train.patience import PatientSaver
 from megatron.train.peak import measured_peak_flops
 from megatron.train.profiler import StepProfiler
 from megatron.train.state import is_due
@@ -40,13 +41,14 @@ def train(run: Run, requests: StopRequests, claim: Claim | None, faults: Faults,
 
     `claim`: on rank 0, the right to write into `--save`; `suspect`: why the run has gone back to where it stands;
     `observers`: on rank 0, who is told of its numbers.
-    Raises RewindError where it is to go back.
+    Raises RewindError where it is to go back, and at its end SaveError where the last checkpoint could not be saved.
     """
     config = run.config.checkpoint
     events = Events(config, run.config.logging, run.log, run.state.iteration, observers)
-    saver = Saver(config, run.mesh, claim, run.log, run.state.iteration) if config.save else None
+    saver = PatientSaver(config, run.mesh, claim, run.log, run.state.iteration, faults.meet_disk) if (
+        config.save) else None
     with closing(events), closing(saver) if saver else nullcontext():
-        baselines, meters = _baselines(run), Meters(run.mesh.world, run.mesh.device)
+        baselines, meters = _baselines(run), Meters(run.mesh.world, run.mesh.device, run.mesh.waits)
         meters.load_state(run.meters)
         meters.pause()  # until the first step
         evaluations = Evaluations(run, events, requests, saver, meters)
@@ -57,21 +59,25 @@ def train(run: Run, requests: StopRequests, claim: Claim | None, faults: Faults,
         results = evaluations.of_all_splits()
         if requests.agreed(run.mesh):
             run.log.line("stopped before the evaluation was done: the same command does it")
+            if saver is not None:
+                saver.check()
             return
         if saver is not None:
             saver.finish()
         picture = events.picture(baselines)
     _summary(run, results, events.before(), baselines, picture)
+    if saver is not None:
+        saver.check()
 
 
 class Training:
     """The steps of one run."""
 
-    def __init__(self, run: Run, events: Events, requests: StopRequests, saver: Saver | None, meters: Meters,
+    def __init__(self, run: Run, events: Events, requests: StopRequests, saver: PatientSaver | None, meters: Meters,
                  evaluations: Evaluations, faults: Faults, guard: Guard) -> None:
         self._run, self._events, self._requests, self._saver = run, events, requests, saver
         self._faults, self._guard = faults, guard
-        self._evaluations = evaluations
+        self._evaluations, self._stragglers = evaluations, Stragglers(run.mesh, run.log)
         self._began_at = self._saved_at = run.state.iteration
         self._last_iteration = run.sizes.last_iteration(run.state)
         self._meters = meters
@@ -105,7 +111,7 @@ class Training:
             self._save()
         if run.state.iteration < self._last_iteration:
             if self._saver is not None:
-                self._saver.finish()
+                self._saver.check()
             run.log.line(f"stopped {self._where_stopped()}")
         return run.state.iteration >= self._last_iteration
 
@@ -175,7 +181,8 @@ class Training:
                            group_rates=run.engine.optimizer.learning_rates(learning_rate), global_batch_size=rows,
                            loss_scale=scale, peak_flops=self._peak_flops * run.mesh.world.size,
                            num_ranks=run.mesh.world.size, memory_gib=peak_memory_gib(run.mesh),
-                           time_left_s=self._pace.time_left_s(reading, self._last_iteration - run.state.iteration))
+                           time_left_s=self._pace.time_left_s(reading, self._last_iteration - run.state.iteration),
+                           of_ranks=self._stragglers.look(reading))
         can_recover = run.engine.loss_scale.is_dynamic and scale > run.config.precision.min_loss_scale
         if 0 < reading.num_steps_with_targets == reading.num_skipped and not can_recover:
             raise DivergedError(f"the gradients of the last {reading.num_skipped} steps up to iteration "
@@ -195,7 +202,9 @@ class Training:
         meters = self._meters.state()
         self._guard.look([StepSums(*step) for step in meters["steps"]])  # nothing is saved of a course that went wrong
         self._saver.save(run.state.iteration, run.parts(), run.facts() | {"meters": meters})
-        self._saved_at, self._saved_at_s = run.state.iteration, time.monotonic()
+        self._saved_at_s = time.monotonic()
+        if not self._saver.has_failed:
+            self._saved_at = run.state.iteration
 
 
 def _baselines(run: Run) -> Baselines | None:

@@ -1,14 +1,16 @@
 """What happened since the last log event: sums of each step, kept on the device and read once."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron.parallel.collectives import all_reduce_sum
+from megatron.parallel.collectives import all_gather, all_reduce_sum
 from megatron.parallel.mesh import Axis
+from megatron.parallel.waits import Waits
 
 
 class StepSums(NamedTuple):
@@ -24,12 +26,20 @@ class StepSums(NamedTuple):
     is_taken: float
 
 
+class RankTimes(NamedTuple):
+    """Seconds of one rank: at work, and waiting for what others send while it had nothing to compute beside."""
+
+    compute_s: float
+    waited_s: float
+
+
 @dataclass(frozen=True)
 class Reading:
     """Means and sums over the steps since the last reading and over all ranks; evaluation and saving take no time.
 
     A step whose rows hold no residue has no targets, and so no loss and no gradient: loss, accuracy, norm (the last
-    one's) and skipped steps are those of the steps with targets, None where there was none.
+    one's) and skipped steps are those of the steps with targets, None where there was none. `ranks`: of each rank,
+    since this process began or since the last reading; none where there is one rank.
     """
 
     num_steps: int
@@ -43,6 +53,7 @@ class Reading:
     model_flops: float
     elapsed_s: float
     steps: list[StepSums]
+    ranks: Sequence[RankTimes] = ()
 
 
 @dataclass(frozen=True)
@@ -63,10 +74,10 @@ class Totals:
 
 
 class Meters:
-    """Collects steps; `read` gives them, summed over all ranks of `world`, and starts again."""
+    """Collects steps; `read` gives them, summed over all ranks of `world`, and starts again. `waits`: of this rank."""
 
-    def __init__(self, world: Axis, device: torch.device) -> None:
-        self._world, self._device = world, device
+    def __init__(self, world: Axis, device: torch.device, waits: Waits | None = None) -> None:
+        self._world, self._device, self._waits = world, device, waits
         self._pause_began_s: float | None = None
         self._totals: Totals | None = Totals()  # up to the last reading; None where a checkpoint did not say
         self.restart()
@@ -93,12 +104,16 @@ class Meters:
     def pause(self) -> None:
         """Stop the clock: what comes is not training."""
         self._pause_began_s = time.perf_counter()
+        if self._waits is not None:
+            self._waits.is_counting = False
 
     def resume(self) -> None:
         """Let the clock run on."""
         assert self._pause_began_s is not None, "the clock was stopped"
         self._paused_s += time.perf_counter() - self._pause_began_s
         self._pause_began_s = None
+        if self._waits is not None:
+            self._waits.is_counting = True
 
     def read(self) -> Reading:
         """What was collected since the last reading. Waits for the device, and for the other ranks."""
@@ -112,7 +127,8 @@ class Meters:
             num_steps=len(self._steps), num_steps_with_targets=int(has_targets.sum()), loss=loss if targets else None,
             masked_accuracy=correct / targets if targets else None, grad_norm=with_targets[0][-1] if targets else None,
             num_skipped=with_targets[1].count(0.0), num_residues=int(residues), num_tokens=int(tokens),
-            model_flops=flops, elapsed_s=self._elapsed_s(), steps=[StepSums(*step) for step in steps.tolist()])
+            model_flops=flops, elapsed_s=self._elapsed_s(), steps=[StepSums(*step) for step in steps.tolist()],
+            ranks=self._times_of_ranks())
         if self._totals is not None:
             self._totals = self._totals.plus(residues, reading.elapsed_s, flops)
         self.restart()
@@ -144,12 +160,21 @@ class Meters:
                 self._host_sums = [targets, residues, tokens, flops]
             self.add_step(torch.tensor(norm, device=self._device), torch.tensor(is_taken > 0, device=self._device))
         self._began_s -= state["elapsed_s"]
+        self._before_s = state["elapsed_s"]
 
     def restart(self) -> None:
         """Forget what was collected and start the clock."""
         self._steps: list[tuple[Tensor, list[float], Tensor, Tensor]] = []
         self._begin_step()
         self._began_s, self._paused_s = time.perf_counter(), 0.0
+        self._before_s = 0.0  # of what elapsed, in a process before this one
+
+    def _times_of_ranks(self) -> list[RankTimes]:
+        if self._waits is None:
+            return []
+        waited_s = self._waits.take_s()
+        here = torch.tensor([[self._elapsed_s() - self._before_s - waited_s, waited_s]], dtype=torch.float64)
+        return [RankTimes(*times) for times in all_gather(here.to(self._device), self._world).tolist()]
 
     def _summed(self) -> Tensor:
         """Of each step loss, correct predictions, targets, residues, tokens, FLOPs, norm, and whether it was taken."""

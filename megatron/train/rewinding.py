@@ -27,7 +27,7 @@ def train_to_its_end(config: Config, mesh: Mesh, log: Log, requests: StopRequest
     `claim`: on rank 0, the right to write into `--save`; `keep`: called with the iteration that it begins at. Raises a
     UserError.
     """
-    faults = Faults(config.guards.inject_fault or (), mesh.world.rank == mesh.world.size - 1)
+    faults = Faults(config, mesh.world)
     suspect, run = None, build(config, mesh, log)
     if keep is not None:
         keep(run.state.iteration)

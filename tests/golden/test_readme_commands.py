@@ -21,7 +21,8 @@ from tests.structure_files import mmcif, pdb
 from tests.transformers_models import trained_here
 
 ROOT = Path(__file__).resolve().parents[2]
-NOT_COPIED = (".git", ".venv", "build", "_build", "generated", "runs", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info")
+NOT_COPIED = (".git", ".venv", "build", "_build", "generated", "runs", ".*_cache", ".hypothesis", "__pycache__",
+              "*.egg-info")
 
 TINY = ("--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 256 --max-position-embeddings 256 "
         "--micro-batch-size 2 --train-iters 4 --eval-iters 1 --log-interval 2 --num-workers 0 --peak-tflops 1")

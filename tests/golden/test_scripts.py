@@ -36,6 +36,13 @@ def start(script, corpus, folder, *flags, **environment):
         env=os.environ | {"PYTHON": sys.executable, "DATA_PATH": corpus, "CHECKPOINT_PATH": str(folder)} | environment)
 
 
+def wait_for_first_step(process, folder):
+    metrics = folder / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size):  # it is there before the first step, empty
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
 def run(script, corpus, folder, *flags, **environment):
     """Runs the script, whose output is no terminal; the losses of its two iterations, of which one rank tells."""
     process = start(script, corpus, folder, *flags, **environment)
@@ -48,31 +55,97 @@ def run(script, corpus, folder, *flags, **environment):
 
 @pytest.fixture
 def path_with(tmp_path):
-    """A function that puts a stand-in for a program first on PATH; gives PATH."""
-    def put(name, variables):
-        program = tmp_path / "bin" / name
-        program.parent.mkdir()
-        program.write_text(STAND_IN.format(variables))
-        program.chmod(0o755)
-        return f"{program.parent}:{os.environ['PATH']}"
+    """A function that puts stand-ins for programs first on PATH; gives PATH."""
+    def put(**programs):
+        (tmp_path / "bin").mkdir()
+        for name, text in programs.items():
+            (tmp_path / "bin" / name).write_text(text)
+            (tmp_path / "bin" / name).chmod(0o755)
+        return f"{tmp_path / 'bin'}:{os.environ['PATH']}"
 
     return put
 
 
 def test_mpirun_starts_the_ranks(corpus, tmp_path, path_with, python):
-    path = path_with("mpirun", OPEN_MPI)
+    path = path_with(mpirun=STAND_IN.format(OPEN_MPI))
     curve = run(ROOT / "examples" / "pretrain_tape_mpirun.sh", corpus, tmp_path / "run", *TWO_RANKS, PATH=path,
                 PYTHON=python, PROCESSES="2", MPIRUN_FLAGS="--host localhost:2")
     assert list(curve) == [1, 2]
 
 
 def test_srun_starts_the_ranks_from_the_copy_that_slurm_makes_of_the_script(corpus, tmp_path, path_with, python):
-    path = path_with("srun", SRUN)
+    path = path_with(srun=STAND_IN.format(SRUN))
     script = shutil.copy(ROOT / "examples" / "pretrain_tape_slurm.sh", tmp_path / "slurm_script")
     batch = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_NTASKS_PER_NODE": "2",
              "PYTHON": python, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "2"}
     curve = run(script, corpus, tmp_path / "run", *TWO_RANKS, PATH=path, **batch)
     assert list(curve) == [1, 2]
+
+
+# As srun does, it passes SIGUSR1 on, waits for both tasks, and ends with the highest of their statuses.
+PATIENT_SRUN = f"""#!/usr/bin/env bash
+while [[ $1 == -* ]]; do shift; done
+for rank in 0 1; do {SRUN} "$@" & done
+trap 'kill -s USR1 $(jobs -p) 2>/dev/null' USR1
+highest=0
+for task in $(jobs -p); do
+    wait "$task"; status=$?
+    while kill -0 "$task" 2>/dev/null; do wait "$task"; status=$?; done
+    if [ "$status" -gt "$highest" ]; then highest=$status; fi
+done
+exit "$highest"
+"""
+# SLURM's two machines, of which one is this, and a list of the jobs that it was asked to queue again.
+SCONTROL = """#!/usr/bin/env bash
+case $1 in show) echo "$HOSTNAME"; echo "${OTHER_MACHINE:-$HOSTNAME}" ;; requeue) echo "$2" >>"$REQUEUED" ;; esac
+"""
+
+
+@pytest.fixture
+def start_job(corpus, tmp_path, path_with, python):
+    """A function that starts the script as SLURM would."""
+    path, script = path_with(srun=PATIENT_SRUN, scontrol=SCONTROL), ROOT / "examples" / "pretrain_tape_slurm.sh"
+
+    def one(*flags, **environment):
+        return start(script, corpus, tmp_path / "run", *TWO_RANKS, *flags, PATH=path, SLURM_JOB_ID="17",
+                     REQUEUED=str(tmp_path / "requeued"), SLURM_NTASKS_PER_NODE="2",
+                     PYTHON=python, **environment)
+
+    return one
+
+
+def queued_again(tmp_path):
+    return (tmp_path / "requeued").read_text().split() if (tmp_path / "requeued").exists() else []
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGUSR1, ["17"]), (signal.SIGTERM, [])])
+def test_a_job_whose_time_is_up_saves_and_is_queued_again_and_one_that_is_stopped_is_not(start_job, tmp_path, number,
+                                                                                         expected):
+    process = start_job("--train-iters", 100000)
+    wait_for_first_step(process, tmp_path / "run")
+    process.send_signal(number)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    assert "stopped at iteration" in output
+    assert queued_again(tmp_path) == expected
+    assert ("the time is up: job 17 is queued again" in output) == bool(expected)
+
+
+@pytest.mark.parametrize(("fault", "expected"), [("dead@5", ["17"]), ("dead@2", [])])
+def test_a_job_that_fails_is_queued_again_only_where_it_has_come_further(start_job, tmp_path, fault, expected):
+    process = start_job("--train-iters", 9, "--save-interval", 4, "--inject-fault", fault)
+    output = process.communicate()[0]
+    assert process.returncode == 128 + signal.SIGKILL, output
+    assert queued_again(tmp_path) == expected
+
+
+def test_a_machine_that_cannot_run_the_program_is_named_before_the_tasks_are_started(start_job, tmp_path):
+    process = start_job(SLURM_JOB_NODELIST="both", OTHER_MACHINE="node08")
+    output = process.communicate()[0]
+    assert process.returncode == 1
+    assert "error: node08: cannot load the program, or did not answer in time" in output
+    assert "--exclude=node08" in output
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture
@@ -88,10 +161,7 @@ def test_a_request_to_stop_reaches_the_ranks_which_save_and_end_with_success(cor
     # A published model's script, in its layout but for the number of ranks that share a layer.
     process = start(ROOT / "examples" / "pretrain_proteinlm_3b.sh", corpus, tmp_path / "run", "--train-iters", 100000,
                     *TWO_RANKS, PATH=slim_path, GPUS_PER_NODE="2")
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    while not (metrics.exists() and metrics.stat().st_size):  # it is there before the first step, empty
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
+    wait_for_first_step(process, tmp_path / "run")
     process.send_signal(signal.SIGUSR1)
     output = process.communicate()[0]
     assert process.returncode == 0, output

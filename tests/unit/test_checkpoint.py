@@ -247,7 +247,9 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
 
 def test_what_a_killed_save_left_is_never_read_and_is_cleared_by_the_next(tmp_path):
     write(tmp_path, 1)
-    (begin_folder(tmp_path / "iter_0000002") / FILES[0]).write_bytes(b"half")
+    for iteration in (2, 3):  # the second is of a stop, at a step where none is due again
+        (begin_folder(tmp_path / f"iter_000000{iteration}") / FILES[0]).write_bytes(b"half")
+    (tmp_path / f".unfinished-{LATEST}-1").write_bytes(b"3")
     assert load(tmp_path).iteration == 1
     write(tmp_path, 2)
     assert load(tmp_path).iteration == 2

@@ -46,7 +46,7 @@ def test_rows_are_built_once_and_then_mapped(tmp_path, dtype):
         assert rows.pieces.dtype == dtype and rows.row(1).tolist() == [1, 2, 0] and len(rows) == 2
 
 
-def test_a_damaged_file_is_built_again(tmp_path):
+def test_a_damaged_file_is_built_again_with_one_note(tmp_path, capsys):
     cache = RowCache(tmp_path, "a")
     cache.rows(0, pack)
     path, = tmp_path.glob("*.rows")
@@ -55,6 +55,7 @@ def test_a_damaged_file_is_built_again(tmp_path):
         path.write_bytes(damaged)
         assert cache.rows(0, pack).row(0).tolist() == [3]
         assert path.read_bytes() == whole
+        assert capsys.readouterr().err == f"note: {path} is damaged, so its rows are packed again\n"
 
 
 def count(folder: Path, sample: int, pack) -> list[int]:

@@ -220,6 +220,8 @@ REFUSED = [
     ("distributed", {"GPUS_PER_NODE": "0"}, "GPUS_PER_NODE is '0'"), ("distributed", {"NNODES": ""}, "NNODES is ''"),
     ("distributed", {"NODE_RANK": "x"}, "NODE_RANK is 'x'"),
     ("distributed", {"NNODES": "08", "NODE_RANK": "8"}, "NODE_RANK is '8'; set it to a whole number from 0 to 7"),
+    ("distributed", {"NNODES": "4:2"}, "LEAST_NNODES is '4'; set it to a whole number from 1 to 2"),
+    ("distributed", {"NNODES": "2:a[$(touch here)]"}, "NNODES is 'a[$(touch here)]'"),
     ("distributed", {"NNODES": "a[$(touch here)]"}, "NNODES is 'a[$(touch here)]'"),
     ("distributed", {"MASTER_PORT": "70000"}, "MASTER_PORT is '70000'; set it to a whole number from 1 to 65535"),
     ("distributed", {"MAX_RESTARTS": "-1"}, "MAX_RESTARTS is '-1'"),

@@ -1,6 +1,7 @@
 """Which steps are taken for spikes, against the definition in the standard library; which rows are left out; which
 proteins they hold."""
 
+import errno
 import json
 import math
 import random
@@ -10,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.config import DataConfig, GuardsConfig
+from megatron.config import Config, DataConfig, GuardsConfig
 from megatron.data.batches.order import SampleOrder, merged
 from megatron.data.corpus.indexed_writer import write_indexed
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.dataset import build_datasets
 from megatron.data.rows.members import members_of
 from megatron.errors import ConfigError
+from megatron.parallel.mesh import Axis
 from megatron.train.guards.faults import Faults
 from megatron.train.guards.spikes import HISTORY, LEAST, SpikeJudge
 from megatron.train.state import TrainState
@@ -101,10 +103,27 @@ def test_a_window_counts_once_and_none_may_lie_behind():
 
 
 def test_a_fault_of_the_rows_comes_with_them_and_one_of_a_device_once():
-    faults = Faults(["nan@2", "flip@4"], is_last_rank=True)
+    faults = Faults(Config(guards=GuardsConfig(inject_fault=("nan@2", "flip@4"))), Axis())
     factors = [faults.factor(step, 4 * step) for step in (1, 2, 3, 4, 2, 3, 4)]
     assert [math.isnan(factor) for factor in factors] == [False, True, False, True, True, False, False]
     assert not math.isnan(faults.factor(2, 12)) and math.isnan(faults.factor(9, 8))
+
+
+def meets_full_disk(faults, iteration):
+    try:
+        faults.meet_disk(iteration)
+    except OSError as error:
+        assert error.errno == errno.ENOSPC
+        return True
+    return False
+
+
+def test_a_full_disk_meets_one_save_at_or_behind_its_step_and_none_of_a_run_that_goes_on_behind_it():
+    config = Config(guards=GuardsConfig(inject_fault=("full-disk@5", "full-disk@6")))
+    for first_step, expected in ((1, [False, True, True, False]), (6, [False, True, False, False]), (7, [False] * 4)):
+        faults = Faults(config, Axis())
+        faults.factor(first_step, 0)
+        assert [meets_full_disk(faults, iteration) for iteration in (4, 8, 12, 16)] == expected
 
 
 def test_the_proteins_of_rows_are_told_by_corpus_number_and_name(tmp_path):

@@ -6,6 +6,7 @@ the lock and builds it, or builds it regardless if the lock is long in coming.
 
 import contextlib
 import glob
+import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -40,7 +41,7 @@ class RowCache:
         if rows is not None:
             return rows
         with locked(self.folder / f"{self.stem}.lock"):
-            rows = self._map(epoch)
+            rows = self._map(epoch, tell=True)
             return self._keep(epoch, pack(epoch)) if rows is None else rows
 
     def known_first_samples(self) -> list[int]:
@@ -61,7 +62,7 @@ class RowCache:
             kept_at_s = time.monotonic()
             while first_samples[-1] <= sample:
                 epoch = len(first_samples) - 1
-                rows = self._map(epoch)
+                rows = self._map(epoch, tell=True)
                 is_packed = rows is None
                 rows = pack(epoch) if rows is None else rows
                 first_samples.append(first_samples[-1] + len(rows))
@@ -81,13 +82,17 @@ class RowCache:
     def _path(self, epoch: int) -> Path:
         return self.folder / f"{self.stem}-{epoch:06d}.rows"
 
-    def _map(self, epoch: int) -> PackedRows | None:
+    def _map(self, epoch: int, tell: bool = False) -> PackedRows | None:
+        """The rows in the file of an epoch; None where there is none, or a damaged one, which `tell` says."""
         try:
             raw = mapped(self._path(epoch))
-            file_format, num_rows, num_pieces, item_bytes = np.frombuffer(raw, np.int64, 4).tolist()
-        except (OSError, ValueError):  # none yet, another user's, or damaged
+        except OSError:  # none yet, or another user's
             return None
+        head = np.frombuffer(raw, np.int64, 4) if len(raw) >= 32 else np.zeros(4, np.int64)
+        file_format, num_rows, num_pieces, item_bytes = head.tolist()
         if file_format != FORMAT or len(raw) != 8 * (5 + num_rows) + item_bytes * num_pieces:
+            if tell:
+                print(f"note: {self._path(epoch)} is damaged, so its rows are packed again", file=sys.stderr)
             return None
         row_starts = np.frombuffer(raw, np.int64, num_rows + 1, 32)
         dtype = np.uint32 if item_bytes == 4 else np.int64

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from megatron.parallel.data.sums import sum_over, sum_partial
 from megatron.parallel.mesh import Mesh
+from megatron.parallel.waits import Mark
 
 
 class Replicated:
@@ -41,12 +42,13 @@ class Overlapped:
 
     def __init__(self, stages: Sequence[nn.Module], mesh: Mesh) -> None:
         self.parameters = {name: parameter for stage in stages for name, parameter in stage.named_parameters()}
-        group = mesh.replicas.group
+        group, self._waits = mesh.replicas.group, mesh.waits
         self._stages = list(stages)
+        self._last_began: Mark = None
         self._summed = {number: DistributedDataParallel(stage, process_group=group, gradient_as_bucket_view=True)
                         for number, stage in enumerate(stages) if any(p.requires_grad for p in stage.parameters())}
         for stage in self._summed.values():
-            stage.register_comm_hook(group, _sum_bucket)
+            stage.register_comm_hook(group, self._sum_bucket)
 
     def forward(self, stage: int, *args: Any) -> Any:
         """The stage's outputs."""
@@ -64,12 +66,16 @@ class Overlapped:
 
     def finish(self) -> None:
         """The sums are there."""
+        if self._waits is not None:
+            self._waits.end(self._last_began)
+            self._last_began = None
         sum_partial(self.parameters)
 
     def drop_gathered(self) -> None:
         """Nothing is gathered."""
 
-
-def _sum_bucket(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
-    return work.get_future().then(lambda future: future.value()[0])
+    def _sum_bucket(self, group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
+        if self._waits is not None and bucket.is_last():  # nothing is left to compute beside it
+            self._last_began = self._waits.begin()
+        return work.get_future().then(lambda future: future.value()[0])

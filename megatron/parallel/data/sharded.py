@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from megatron.parallel.data.sums import sum_partial
 from megatron.parallel.mesh import Axis, Mesh
 from megatron.parallel.parameters import inherit
 from megatron.parallel.placement import placement_of
+from megatron.parallel.waits import Waits
 
 Blocks = Callable[[Any], Iterable[nn.Module]]
 
@@ -43,6 +45,8 @@ class Sharded:
                 assert isinstance(unit, FSDPModule)
                 unit.set_gradient_divide_factor(1.0)
                 unit.set_force_sum_reduction_for_comms(True)
+                if mesh.waits is not None:
+                    _count_waits(unit, mesh.waits)
             materialise(stage, mesh.device)
             for name, source in stage.named_parameters():
                 assert isinstance(source, DTensor)
@@ -75,6 +79,15 @@ class Sharded:
         for module in (module for stage in self._stages for module in stage.modules()):
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+
+def _count_waits(unit: FSDPModule, waits: Waits) -> None:
+    """Have counted what FSDP2 waits for in a unit, with the copies around it; torch offers no way to ask for it."""
+    state: Any = unit._get_fsdp_state()
+    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    for group in filter(None, groups):
+        for name in ("unshard", "wait_for_unshard", "post_backward", "finalize_backward"):
+            setattr(group, name, partial(waits.during, getattr(group, name)))
 
 
 def materialise(stage: nn.Module, device: torch.device) -> None:

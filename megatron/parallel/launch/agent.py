@@ -34,7 +34,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.run import config_from_args, get_rdzv_endpoint, parse_args, parse_min_max_nnodes
 
-from megatron.errors import DivergedError, LaunchError, UserError
+from megatron.errors import DivergedError, LaunchError, SaveError, UserError
 from megatron.log import take_any_text
 from megatron.parallel.launch.hosts import LOOPBACK, check_address
 from megatron.parallel.launch.stop_signals import StopSignals
@@ -43,7 +43,8 @@ from megatron.parallel.launch.stop_signals import StopSignals
 # themselves, and then to follow the request to end, before they are killed: what does not answer by then hangs.
 GRACE_S, PATIENCE_S = 2, 5
 LISTENING_S = 1  # the other launchers have heard by then; the store ends with the launcher of the first host
-NOT_AGAIN = (UserError.exit_status, DivergedError.exit_status)  # exit statuses of what would only repeat itself
+# Exit statuses of what would only repeat itself.
+NOT_AGAIN = (UserError.exit_status, DivergedError.exit_status, SaveError.exit_status)
 AS_ASKED = "0 "  # the word of a launcher that was asked to stop before its ranks were started again
 DEFAULT_PORT = 29500  # torchrun's
 
@@ -213,6 +214,11 @@ def prepared(argv: Sequence[str]) -> tuple[launcher.LaunchConfig, Any, list[str]
         if args.rdzv_backend in ("static", "c10d") and "file" not in args.rdzv_conf:
             check_address(parse_rendezvous_endpoint(get_rdzv_endpoint(args), DEFAULT_PORT)[0])
         args.signals_to_handle = "SIGQUIT"  # the others are requests to stop
+        least, most = parse_min_max_nnodes(args.nnodes)
+        if least < most:
+            # A launcher that has had other hosts before tells new ones nothing of the store that it shares with its
+            # ranks (torch 2.13): they would wait in vain. So rank 0 makes one of its own.
+            os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         return config_from_args(args)
     except UserError:
         raise
@@ -240,7 +246,7 @@ def main(argv: Sequence[str], signals: StopSignals) -> int:
         status = -stopped.sigval
     except (RendezvousError, DistError) as error:
         print(f"error: the launcher on {socket.gethostname()} lost the others, or did not find them: "
-              f"{str(error).splitlines()[0]}", file=sys.stderr)
+              f"{next(iter(str(error).splitlines()), type(error).__name__)}", file=sys.stderr)
         status = 1
     else:
         status = 0

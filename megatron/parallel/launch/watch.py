@@ -21,7 +21,7 @@ import torch.distributed as dist
 LEAD_S = 60  # before the timeout; half of one that is shorter
 _LOOKS = 8  # into the lead
 _PACKAGE = Path(__file__).resolve().parents[2]
-_WAITING = ("/parallel/collectives.py", "/parallel/pipeline/channels.py")
+_WAITING = ("/parallel/collectives.py", "/parallel/pipeline/channels.py", "/parallel/waits.py")
 _CALL, _ANSWER = "watch/call", "watch/answer"
 
 

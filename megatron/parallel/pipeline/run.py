@@ -124,10 +124,11 @@ def _ways(mesh: Mesh, stage: int, num_stages: int) -> _Ways:
     before, after = (rank - 1) % (last + 1), (rank + 1) % (last + 1)
     forward_in, backward_out = (forward, backward) if rank > 0 or is_first else around
     forward_out, backward_in = (forward, backward) if rank < last or is_last else around
-    return _Ways(input=None if is_first else Channel(forward_in, before, rank),
-                 output=None if is_last else Channel(forward_out, rank, after),
-                 gradient=None if is_last else Channel(backward_in, after, rank),
-                 input_gradient=None if is_first else Channel(backward_out, rank, before))
+    waits = mesh.waits
+    return _Ways(input=None if is_first else Channel(forward_in, before, rank, waits),
+                 output=None if is_last else Channel(forward_out, rank, after, waits),
+                 gradient=None if is_last else Channel(backward_in, after, rank, waits),
+                 input_gradient=None if is_first else Channel(backward_out, rank, before, waits))
 
 
 def _open_channels(mesh: Mesh) -> None:

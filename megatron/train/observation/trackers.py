@@ -59,7 +59,7 @@ class Tracker:
     def record(self, record: Record) -> None:
         """Have the thread send it: KIND/NAME each."""
         values = {f"{record['kind']}/{name}": float(value) for name, value in record.items()
-                  if name not in ("kind", "iteration") and value is not None}
+                  if name not in ("kind", "iteration") and not isinstance(value, list | None)}
         self._jobs.put(lambda remote: remote.send(record["iteration"], values))
 
     def close(self, has_failed: bool) -> None:

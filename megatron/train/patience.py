@@ -1,0 +1,32 @@
+"""A run that goes on where the disk refuses a checkpoint: days of training are worth more than one of many saves."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron.checkpoint.saving import Saver
+from megatron.errors import SaveError
+
+
+class PatientSaver(Saver):
+    """A Saver that says what the disk refuses, and leaves it to the next save to try again."""
+
+    _failure: SaveError | None = None
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the last save, as far as it is settled, has failed."""
+        return self._failure is not None
+
+    def check(self) -> None:
+        """Raises SaveError where the last save has failed; for the end of a run, when there is no next one."""
+        self.finish()
+        if self._failure is not None:
+            raise self._failure
+
+    def _settle(self, write: Callable[[], Path]) -> None:
+        try:
+            super()._settle(write)
+            self._failure = None
+        except SaveError as error:
+            self._log.line(f"note: {error}. The run goes on, and the next save tries again")
+            self._failure = error

@@ -1,0 +1,197 @@
+"""A run that meets a fault every so often and starts again by itself: `python -m tests.golden.soak [--steps 2000]
+[--every 100] [--seed 0]`.
+
+Two ranks under the project's launcher. Faults come at random steps, one in `--every` on average: a rank is killed
+(SIGKILL; the launcher starts the ranks again), the launcher is asked to stop (it saves, ends with 0 and is started
+again), a gradient that a device computed wrongly (the run goes back and takes the step again), a checkpoint that the
+disk refuses. Ends with 1 where the run did not come to its end, went on from less than had been saved, ended with other
+bits than an undisturbed run, left a file of something unfinished, or where memory or open files grew.
+"""
+
+import argparse
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+from megatron.checkpoint.store import open_place, place_of
+from tests.golden.training import ROOT, TINY, losses, processes_with, write_corpus
+
+KINDS = ("kill", "stop", "nan", "full disk")
+INJECTED = {"nan": "flip", "full disk": "full-disk"}
+LOOK_S, SAMPLE_S = 0.05, 1.0  # between looks at the step, and at memory and files
+SETTLED_STEPS = 30  # of a process: before them its memory still grows, as buffers are met for the first time
+ROOM_MIB, ROOM_FILES = 32, 8  # that a process may come to need more, in its life
+
+
+@dataclass
+class Process:
+    """What was seen of a process: resident memory and open files, when it had settled and last."""
+
+    settled: tuple[float, int]
+    last: tuple[float, int]
+    from_step: int
+    to_step: int
+
+
+@dataclass
+class Soaked:
+    """What happened: faults by kind, iterations gone on from, and each process' memory and files."""
+
+    faults: Counter[str] = field(default_factory=Counter)
+    resumed: list[int] = field(default_factory=list)
+    processes: dict[int, Process] = field(default_factory=dict)
+    elapsed_s: float = 0.0
+
+    def grown(self) -> tuple[float, int]:
+        """MiB and files that a process came to need more between having settled and its end, at most."""
+        pairs = [(one.last[0] - one.settled[0], one.last[1] - one.settled[1]) for one in self.processes.values()]
+        return max((mib for mib, _ in pairs), default=0.0), max((files for _, files in pairs), default=0)
+
+
+def main(argv: list[str]) -> int:
+    """Print a table row; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--every", type=int, default=100, help="steps between faults, on average")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    chance = random.Random(options.seed)
+    num_faults = max(1, options.steps // options.every)
+    faults = plan(options.steps, [chance.choice(KINDS) for _ in range(num_faults)], chance)
+    with tempfile.TemporaryDirectory() as folder:
+        soaked = soak(options.steps, faults, write_corpus(Path(folder)), Path(folder), sys.executable, chance)
+    mib, files = soaked.grown()
+    kinds = ", ".join(f"{soaked.faults[kind]} {kind}" for kind in KINDS)
+    print("| steps | faults | starts from checkpoints | memory grew by at most, MiB | open files grew by at most | s |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    print(f"| {options.steps} | {kinds} | {len(soaked.resumed)} | {mib:.1f} | {files} | {soaked.elapsed_s:.0f} |")
+    return 0
+
+
+def plan(num_steps: int, kinds: list[str], chance: random.Random) -> list[tuple[int, str]]:
+    """Faults at different steps, ascending; none in the first step, nor when a last save would be all that is left."""
+    return list(zip(sorted(chance.sample(range(2, num_steps - 5), len(kinds))), kinds, strict=True))
+
+
+def soak(num_steps: int, faults: list[tuple[int, str]], corpus: str, folder: Path, python: str,
+         chance: random.Random) -> Soaked:
+    """Have a run endure them; raises AssertionError where it did not."""
+    interval = max(3, min(20, num_steps // 10))
+    flags = [*TINY, "--micro-batch-size", 1, "--global-batch-size", 2, "--eval-interval", 10**6, "--train-iters",
+             num_steps, "--save-interval", interval, "--keep-checkpoints", 3, "--log-interval", 2, "--on-spike",
+             "rewind", "--data-path", corpus]
+    whole, place = folder / "whole", folder / "soaked"
+    injected = [f"{INJECTED[kind]}@{step}" for step, kind in faults if kind in INJECTED]
+    told = [*flags, "--save", place, "--load", place, *(["--inject-fault", *injected] if injected else [])]
+    soaked, lines = Soaked(Counter(kind for _, kind in faults)), folder / "lines.txt"
+    with lines.open("w") as output:
+        assert _started(python, [*flags, "--save", whole], output).wait() == 0, lines.read_text()
+    began_s = time.monotonic()
+    outside = iter([fault for fault in faults if fault[1] not in INJECTED])
+    with lines.open("w") as output:
+        is_at_end = False
+        while not is_at_end:
+            status, is_at_end = _one_start(python, told, output, place, outside, soaked, chance, num_steps)
+            assert status == 0, lines.read_text()
+    soaked.elapsed_s = time.monotonic() - began_s
+    soaked.resumed = _check_lines(lines.read_text(), place)
+    _check_end(soaked, whole, place, num_steps)
+    return soaked
+
+
+def _one_start(python: str, flags: list, output: TextIO, place: Path, faults: Iterator[tuple[int, str]], soaked: Soaked,
+               chance: random.Random, num_steps: int) -> tuple[int, bool]:
+    """Start the launcher, and do to it what is due; its exit status, and whether the run has come to its end."""
+    launcher = _started(python, flags, output)
+    step, kind = next(faults, (0, ""))
+    was_stopped, sampled_s = False, 0.0
+    while launcher.poll() is None:
+        time.sleep(LOOK_S)
+        at = _step(place)
+        is_due = bool(kind) and at >= step
+        # At its end a run loads what draws its pictures.
+        is_sampled = at < num_steps and time.monotonic() - sampled_s > SAMPLE_S
+        if not is_due and not is_sampled:
+            continue
+        ranks = [processes_with(str(place), f"RANK={rank}") for rank in range(2)]
+        if is_sampled:
+            sampled_s = time.monotonic()
+            for process in [launcher.pid, *(number for numbers in ranks for number in numbers)]:
+                _sample(soaked.processes, process, at)
+        if is_due and all(ranks):
+            if kind == "stop":
+                launcher.send_signal(signal.SIGTERM)
+                launcher.wait()
+                was_stopped = True
+                break
+            with suppress(ProcessLookupError):
+                os.kill(chance.choice(ranks)[0], signal.SIGKILL)
+            step, kind = next(faults, (0, ""))
+    return launcher.returncode, not was_stopped or _step(place) >= num_steps
+
+
+def _started(python: str, flags: list, output: TextIO) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen([python, "-m", "megatron.parallel.launch", "--standalone", "--nproc-per-node", "2",
+                             "--max-restarts", "1000", str(ROOT / "pretrain_tape.py"), *map(str, flags)], cwd=ROOT,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=output, stderr=subprocess.STDOUT)
+
+
+def _step(place: Path) -> int:
+    """The last one that the metrics tell of."""
+    with suppress(OSError), (place / "metrics.jsonl").open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+        told = re.findall(rb'"iteration": (\d+)', file.read())
+        return int(told[-1]) if told else 0
+    return 0
+
+
+def _sample(processes: dict[int, Process], number: int, step: int) -> None:
+    try:
+        resident = int(Path(f"/proc/{number}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+        found = resident, len(os.listdir(f"/proc/{number}/fd"))
+    except OSError:  # it has ended
+        return
+    one = processes.setdefault(number, Process(found, found, step, step))
+    one.last, one.to_step = found, step
+    if step < one.from_step + SETTLED_STEPS:
+        one.settled = max(one.settled[0], found[0]), max(one.settled[1], found[1])
+
+
+def _check_lines(text: str, place: Path) -> list[int]:
+    """The iterations that starts went on from, none of which is before what had been saved."""
+    assert "Traceback" not in text, text
+    saved, resumed = 0, []
+    for line in text.splitlines():
+        if match := re.fullmatch(rf"  saved checkpoint {re.escape(str(place))}/iter_(\d+)", line):
+            saved = int(match[1])
+        elif match := re.match(r"going on from iteration (\d+) in ", line):
+            assert int(match[1]) >= saved, f"saved {saved}, and {line}"
+            resumed.append(int(match[1]))
+    return resumed
+
+
+def _check_end(soaked: Soaked, whole: Path, place: Path, num_steps: int) -> None:
+    assert losses(place) == losses(whole)
+    ours, theirs = (open_place(place_of(folder, num_steps)) for folder in (place, whole))
+    for our, their in ((ours.model, theirs.model), (ours.optimizer or {}, theirs.optimizer or {})):
+        assert our.keys() == their.keys()
+        assert all(bool((our[name].read() == their[name].read()).all()) for name in our)
+    left = [path.name for path in place.iterdir() if path.name.startswith((".", "abandoned-"))]
+    assert left == [], left
+    mib, files = soaked.grown()
+    assert mib < ROOM_MIB and files < ROOM_FILES, f"a process grew by {mib:.1f} MiB and {files} files: {soaked}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
