@@ -53,6 +53,7 @@ ARMS: dict[str, tuple[str, int]] = {
     "adamw, 2 rows": (ADAMW, 2), "adamw, 2 rows, lr 7e-4": (BEST_ADAMW, 2),
     "adamw, 2 rows, lr 5e-4": ("--lr 5e-4 --min-lr 5e-5", 2),
     "adamw, 2 rows, lr 7e-4, beta2 0.95": (f"{BEST_ADAMW} --adam-beta2 0.95", 2),
+    "adamw, 2 rows, lr 7e-4, beta2 0.95, mask 0.3": (f"{BEST_ADAMW} --adam-beta2 0.95 --mask-prob 0.3", 2),
     "adamw, 2 rows, lr 7e-4, to 0": (f"{BEST_ADAMW} --min-lr 0", 2),
     "adamw, 8 rows": (ADAMW, 8), "adamw, 8 rows, lr 2e-3": ("--lr 2e-3 --min-lr 2e-4", 8),
     "muon": (MUON, 4), "normuon": (NORMUON, 4),

@@ -25,6 +25,7 @@ def run(folder, data_path, *flags):
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for record in records:
         assert record.pop("training_s") > 0 or record["iteration"] == 0
+        assert record.pop("written_s") > 0
     return {(record["kind"], record["iteration"]): record for record in records if record["kind"] != "train"}
 
 
