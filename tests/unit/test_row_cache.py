@@ -116,6 +116,14 @@ def test_a_rank_that_hangs_with_the_lock_is_not_waited_for(tmp_path, monkeypatch
         assert len(RowCache(tmp_path, "a").rows(0, pack)) == 2
 
 
+def test_one_that_packs_many_proteins_is_waited_for_longer(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_files, "LONGEST_WAIT_S", 0.05)
+    with locked(tmp_path / "a.lock"):
+        began_s = time.monotonic()
+        RowCache(tmp_path, "a", num_pieces=300_000).rows(0, pack)
+    assert time.monotonic() - began_s > 0.3
+
+
 def test_what_a_killed_process_left_behind_is_removed_in_time(tmp_path):
     old, new = tmp_path / ".unfinished-a-1", tmp_path / ".unfinished-a-2"
     for path in (old, new):

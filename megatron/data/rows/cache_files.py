@@ -58,12 +58,14 @@ def keeping(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, longest_work_s: float = 0.0) -> Iterator[None]:
     """Holds the lock of file `path`; goes on without it where it is long in coming or not to be had.
+
+    `longest_work_s`: what its holder may need besides.
 
     What it guards is so written that two who do it at once waste time and nothing else.
     """
-    deadline = time.monotonic() + LONGEST_WAIT_S
+    deadline = time.monotonic() + LONGEST_WAIT_S + longest_work_s
     descriptor = _open_lock(path)
     try:
         while descriptor is not None and time.monotonic() < deadline:

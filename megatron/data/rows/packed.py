@@ -69,7 +69,7 @@ class PackedDataset:
         self.vocab, self.clusters, self._id_table = vocab, clusters, id_table
         self._masker = FixedMasks(vocab) if masking is None else Masker(masking, vocab)
         self._repeats_one_epoch = masking is None
-        self._cache = None if cache_folder is None else RowCache(cache_folder, self._stem())
+        self._cache = None if cache_folder is None else RowCache(cache_folder, self._stem(), len(documents))
         # Of epochs 0, 1, …
         self._first_samples = [0] if self._cache is None else self._cache.known_first_samples()
         self._rows: dict[int, PackedRows] = {}  # the epochs in use, two at most
