@@ -186,11 +186,12 @@ def streamed(*arguments):
 
 
 def test_conversions_hold_one_tensor_at_a_time(tmp_path):
-    """Of 260 MB, of which the largest tensor has 34: the whole of it and a rank's quarter, and no second one."""
+    """Of 260 MB, of which the largest tensor has 34: the whole of it, a rank's quarter and what is imported, and no
+    second one."""
     streamed(tmp_path)
     largest = 1024 * 8192 * 4
     assert sum(file.stat().st_size for file in tmp_path.rglob("*.pt")) > 7 * largest
     peaks = streamed(tmp_path, "given sharded a 1", "a megatron-v2 b 4", "b whole c 1", "c megatron-v2 d 1",
                      "d megatron-core e 4", "e megatron-core-dist f 1", "f whole g 1", "g hf h 1", "h sharded i 1")
     assert len(peaks) == 9
-    assert all(largest / 2 < peak < 1.5 * largest for peak in peaks), [peak / largest for peak in peaks]
+    assert all(largest / 2 < peak < 1.7 * largest for peak in peaks), [peak / largest for peak in peaks]

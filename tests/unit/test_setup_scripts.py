@@ -53,7 +53,7 @@ class Checkout:
             helper.touch()
         self.bin = folder / "bin"
         self.bin.mkdir()
-        for name in ("python", "python3", "python3.10", "python3.11", "python3.12"):
+        for name in ("python", "python3", "python3.10", "python3.11", "python3.12", "python3.13"):
             (self.bin / name).write_text(STAND_IN)
             (self.bin / name).chmod(0o755)
         for name in ("bash", *COREUTILS):

@@ -312,3 +312,10 @@ def test_a_flipped_bit_in_a_tensor_is_found(tmp_path):
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="checksum"):
         read_torch_file(path)[0].read()
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_a_path_is_passed_over_whichever_python_wrote_it(module):
+    written = f"c{module}\nPosixPath\n(V/runs\ntR.".encode()  # Python 3.13 names the module by its inner name
+    found = load_torch_pickle(io.BytesIO(written), len(written))
+    assert (found.name, found.arguments) == (f"{module}.PosixPath", ("/runs",))

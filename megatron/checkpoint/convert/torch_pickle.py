@@ -30,9 +30,9 @@ _INERT_NAMES = {
     ("torch.serialization", "_get_layout"), ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"),
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"),
-    ("signal", "Signals"), ("pathlib", "PosixPath"), ("pathlib", "PurePosixPath"), ("io", "BytesIO"),
-    ("_io", "BytesIO"), ("types", "SimpleNamespace"), ("builtins", "dict"), ("builtins", "list"), ("builtins", "int"),
-    ("builtins", "float")}
+    ("signal", "Signals"), ("pathlib", "PosixPath"), ("pathlib", "PurePosixPath"), ("pathlib._local", "PosixPath"),
+    ("pathlib._local", "PurePosixPath"), ("io", "BytesIO"), ("_io", "BytesIO"), ("types", "SimpleNamespace"),
+    ("builtins", "dict"), ("builtins", "list"), ("builtins", "int"), ("builtins", "float")}
 _STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,

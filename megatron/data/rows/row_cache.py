@@ -20,7 +20,7 @@ from megatron.data.rows.packing import PackedRows
 
 FORMAT = int.from_bytes(b"ROWS0001", "little")
 COUNTS_FORMAT = int.from_bytes(b"ROWCNT01", "little")
-PACKING_S = 1e-6  # of a piece at the most; a billion were packed in 88 s, and ranks that do not wait pack for themselves
+PACKING_S = 1e-6  # of a piece at the most: a billion took 88 s, and a rank that does not wait packs for itself
 SECONDS_AT_RISK = 2.0  # of counting, lost with a process that is killed
 
 Pack = Callable[[int], PackedRows]
