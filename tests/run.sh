@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up what the tests need, as the example scripts do, and runs them, three files at a time: many tests wait.
+# Sets up what the tests need, as the example scripts do, and runs them, two files at a time.
 #
 #     bash tests/run.sh [any argument of pytest]      for example: bash tests/run.sh -k packing
 set -euo pipefail
@@ -7,4 +7,4 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../examples/setup.sh" tests
 cd "$root"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$python" -m pytest -q --numprocesses 3 --dist loadfile --no-loadscope-reorder "$@"
+exec "$python" -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"
