@@ -23,8 +23,12 @@
 # queued again, and goes on with what its files had.
 set -euo pipefail
 
-examples=${SLURM_SUBMIT_DIR:+$SLURM_SUBMIT_DIR/examples}  # SLURM runs a copy of this script, from a folder of its own
-examples=${examples:-$(dirname "${BASH_SOURCE[0]}")}
+# What a job of this script does, its first argument; none where it is called to queue them, be it from within a job.
+step=submit
+if [[ ${1-} == --step=* ]]; then
+    step=${1#--step=}
+    shift
+fi
 
 refuse() {
     echo "error: $*" >&2
@@ -48,19 +52,19 @@ submit() {
     done
     [ -e examples/preprocess_slurm.sh ] || refuse "run this in the checkout: bash examples/preprocess_slurm.sh …"
     mkdir -p "$(dirname "$prefix")"
-    job=$(sbatch --parsable --array="${TASKS:-1-$num_tasks%64}" examples/preprocess_slurm.sh "$list" "$prefix" "$@")
+    job=$(sbatch --parsable --array="${TASKS:-1-$num_tasks%64}" examples/preprocess_slurm.sh --step=preprocess "$list" \
+        "$prefix" "$@")
     job=${job%%;*}
     sbatch --parsable --dependency="afterok:$job" --kill-on-invalid-dep=yes --time=10 --cpus-per-task=1 \
-        examples/preprocess_slurm.sh "$list" "$prefix" >/dev/null
+        examples/preprocess_slurm.sh --step=write_lists "$list" "$prefix" >/dev/null
     echo "queued ${#files[@]} files as $num_tasks tasks of job $job; the lists for --data-path come behind them:" \
         "${prefix}_text_document.txt"
 }
 
-# preprocess NUMBER: the files of one task, the NUMBER-th and those a whole number of arrays further on.
+# preprocess: the files of this task, the one of its number and those a whole number of arrays further on.
 preprocess() {
-    local number=$1
-    shift
-    source "$examples/setup.sh" run
+    local number=$SLURM_ARRAY_TASK_ID
+    source "$SLURM_SUBMIT_DIR/examples/setup.sh" run  # SLURM runs a copy of this script, from a folder of its own
     while [ "$number" -le ${#files[@]} ]; do
         "$python" "$root/tools/preprocess_data.py" --input "${files[number - 1]}" --output-prefix "$prefix-$number" \
             --workers "${SLURM_CPUS_PER_TASK:-1}" "$@"
@@ -86,6 +90,4 @@ write_lists() {
     done
 }
 
-if [ -z "${SLURM_JOB_ID-}" ]; then submit "$@"
-elif [ -n "${SLURM_ARRAY_TASK_ID-}" ]; then preprocess "$SLURM_ARRAY_TASK_ID" "$@"
-else write_lists; fi
+"$step" "$@"

@@ -194,7 +194,8 @@ def test_one_command_preprocesses_a_list_of_files_as_an_array_and_leaves_the_lis
     (tmp_path / "bin" / "sbatch").write_text(SBATCH)
     (tmp_path / "bin" / "sbatch").chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": sys.executable,
-                                "SBATCH_LOG": str(tmp_path / "log")}
+                                "SBATCH_LOG": str(tmp_path / "log"),
+                                "SLURM_JOB_ID": "3", "SLURM_SUBMIT_DIR": str(tmp_path)}  # asked from within another job
     command = ["bash", "examples/preprocess_slurm.sh", str(tmp_path / "files.txt"), str(tmp_path / "out" / "all")]
 
     def ran(*flags):
