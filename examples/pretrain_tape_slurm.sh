@@ -27,8 +27,10 @@
 #
 # srun starts each task once. To have tasks that die started again within the job, start torchrun on each machine by
 #
-#     srun --ntasks-per-node=1 bash -c 'NNODES=$SLURM_NNODES NODE_RANK=$SLURM_NODEID MAX_RESTARTS=3 \
-#         MASTER_ADDR=$(scontrol show hostnames | head -n 1) bash examples/pretrain_tape_distributed.sh'
+#     srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 bash -c 'NNODES=$SLURM_NNODES NODE_RANK=$SLURM_NODEID \
+#         MAX_RESTARTS=3 MASTER_ADDR=$(scontrol show hostnames | head -n 1) bash examples/pretrain_tape_distributed.sh'
+#
+# (without --ntasks it would start as many as the job has tasks, whatever stands behind it).
 set -euo pipefail
 
 # SLURM runs a copy of this script, from a folder of its own.

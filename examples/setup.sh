@@ -16,7 +16,7 @@ fail() {
 
 # first_python: the path of the Python that PYTHON names, or of the first that is new enough, the active one before others.
 first_python() {
-    local candidate candidates=(python3 python python3.13 python3.12 python3.11 python3.10)
+    local candidate candidates=(python3 python python3.14 python3.13 python3.12 python3.11 python3.10)
     if [ -n "${PYTHON-}" ]; then candidates=("$PYTHON"); fi
     for candidate in "${candidates[@]}"; do
         if "$candidate" -c 'import sys; sys.version_info < (3, 10) and sys.exit(1); print(sys.executable)' 2>/dev/null; then

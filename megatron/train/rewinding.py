@@ -16,7 +16,7 @@ from megatron.train.guards.faults import Faults
 from megatron.train.guards.guard import HELP, RewindError
 from megatron.train.guards.suspects import write_suspects
 from megatron.train.loop import train
-from megatron.train.observation.observers import observed
+from megatron.train.observation.observers import check_installed, observed
 from megatron.train.stop import StopRequests
 
 
@@ -27,6 +27,8 @@ def train_to_its_end(config: Config, mesh: Mesh, log: Log, requests: StopRequest
     `claim`: on rank 0, the right to write into `--save`; `keep`: called with the iteration that it begins at. Raises a
     UserError.
     """
+    if log.is_speaker:
+        check_installed(config.logging)
     faults = Faults(config, mesh.world)
     suspect, run = None, build(config, mesh, log)
     if keep is not None:

@@ -61,6 +61,14 @@ def test_pages_name_no_flag_that_is_not_there(built: Path) -> None:
         assert set(FLAG.findall(page.read_text(encoding="utf-8"))) - known == set(), page.name
 
 
+def test_no_text_has_what_a_merge_left() -> None:
+    pages = [path for pattern in ("*.md", "docs/*", "examples/**/*", "benchmarks/*", "protein_tools/*")
+             for path in ROOT.glob(pattern) if path.suffix in {".md", ".sh", ".txt", ".jsonl", ".toml", ".yaml"}]
+    assert len(pages) > 30
+    for page in pages:
+        assert not re.search(r"^(<<<<<<<|>>>>>>>) ", page.read_text(encoding="utf-8"), re.MULTILINE), page
+
+
 def test_every_tool_tells_its_flags_in_the_reference(built: Path) -> None:
     pages = [(built / "generated" / f"{name}.html").read_text(encoding="utf-8") for name in ("tools", "flags")]
     for path in (ROOT / "tools").glob("*.py"):

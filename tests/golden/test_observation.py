@@ -37,6 +37,16 @@ def test_a_tracker_and_prometheus_get_what_metrics_jsonl_gets(corpus, tmp_path, 
         "iterations_total": "2.0", "last_iteration": "2.0", "ranks": "1.0", "running": "0.0"}.items()
 
 
+def test_a_library_that_is_not_installed_ends_the_program_with_status_2_before_anything_is_built(
+        corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr("megatron.train.rewinding.build", lambda *_: pytest.fail("built"))
+    assert main([*TINY, "--data-path", corpus, "--save", str(tmp_path / "run"), "--train-iters", "2", "--logger",
+                 "wandb"]) == 2
+    assert capsys.readouterr().err == (
+        "error: --logger wandb needs the package wandb, which is not installed: pip install wandb\n")
+
+
 def test_a_port_in_use_ends_the_program_with_status_2_before_the_first_step(corpus, tmp_path, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

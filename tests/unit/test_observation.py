@@ -203,14 +203,6 @@ def test_a_library_that_cannot_begin_ends_the_program_but_not_a_run_that_it_has_
     assert len(said) == 1 and "could not go on with its run" in said[0] and "training goes on" in said[0]
 
 
-def test_a_library_that_is_not_installed_is_named_with_what_installs_it(name, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError) as caught:
-        tracker(name, None, None, FLAGS, pytest.fail)
-    said = f"--logger {name} needs the package {name}, which is not installed: pip install {name}"
-    assert str(caught.value) == said
-
-
 # --- Prometheus ---
 
 SAMPLE = re.compile(r'([a-zA-Z_:][\w:]*)(?:\{((?:[a-z_]\w*="(?:[^"\\\n]|\\["\\n])*",?)*)\})? (\S+)')

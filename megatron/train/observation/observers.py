@@ -1,10 +1,13 @@
 """Those who are told of each record of metrics.jsonl, besides it and TensorBoard (`--logger`, `--metrics-…`)."""
 
+import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 from megatron.config import Config
+from megatron.config.logging import LoggingConfig
+from megatron.errors import ConfigError
 from megatron.log import Log
 from megatron.parallel.mesh import Mesh
 
@@ -19,6 +22,13 @@ class Observer(Protocol):
 
     def close(self, has_failed: bool) -> None:
         """No more come; `has_failed`: the run ended by an error."""
+
+
+def check_installed(logging: LoggingConfig) -> None:
+    """Raises ConfigError where a library of --logger is not there; asked on rank 0 before a run is built."""
+    for name in logging.logger or ():
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"--logger {name} needs the package {name}, which is not installed: pip install {name}")
 
 
 @contextmanager

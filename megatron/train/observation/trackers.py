@@ -5,7 +5,6 @@ wants another removes the file. Where they send what, and how they identify them
 say.
 """
 
-import importlib.util
 import json
 import queue
 import re
@@ -91,8 +90,6 @@ def tracker(name: str, save: str | None, project: str | None, parameters: Mappin
 
     Raises ConfigError where that cannot be; where this run had begun there before, that is a note.
     """
-    if importlib.util.find_spec(name) is None:
-        raise ConfigError(f"--logger {name} needs the package {name}, which is not installed: pip install {name}")
     folder = None if save is None else Path(save).resolve()
     keys = {} if folder is None else _read_keys(folder / KEYS)
     asked = Asked(folder, None if folder is None else folder.name, project, parameters, keys.get(name))
