@@ -18,7 +18,7 @@ from pathlib import Path
 from megatron.doctor.finding import NOTE, OK, ROOT, WRONG, Asked, Finding
 
 BUILD = "pip install pybind11 setuptools && python setup.py build_ext --inplace"
-_OLDEST, _NEWEST_TRIED = (3, 10), (3, 13)
+_OLDEST, _NEWEST_TRIED = (3, 10), (3, 14)
 # Which setup.py does not ask for, as they are large, need a GPU, or are called by the user alone.
 _OTHERS = {"optuna": "tools/sweep.py --sampler optuna", "wandb": "--logger wandb", "trackio": "--logger trackio",
            "mlflow": "--logger mlflow", "transformers": "to use models that --to hf wrote",
@@ -57,7 +57,7 @@ def python_and_packages(asked: Asked) -> Iterator[Finding]:
     if sys.version_info < _OLDEST:
         yield Finding(WRONG, f"{here}: 3.10 or newer is needed", "PYTHON=/path/to/python3 bash examples/setup.sh run")
     elif sys.version_info[:2] > _NEWEST_TRIED:
-        yield Finding(NOTE, f"{here}: tried were 3.10 to 3.13")
+        yield Finding(NOTE, f"{here}: tried were 3.10 to {'.'.join(map(str, _NEWEST_TRIED))}")
     else:
         yield Finding(OK, here)
     wanted = needs()

@@ -86,13 +86,13 @@ def joined(config: ParallelConfig, launch: Launch) -> Iterator[Mesh]:
     backend = config.distributed_backend or ("nccl" if device.type == "cuda" else "gloo")
     if backend == "nccl" and device.type != "cuda":
         raise ConfigError("--distributed-backend nccl needs a GPU on every rank; give gloo")
-    if backend == "gloo":
-        choose_interface(launch.is_on_one_host)
+    choose_interface(launch.is_on_one_host)  # beside NCCL's there is a group of gloo's, of those who write
     timeout = timedelta(minutes=config.distributed_timeout_minutes)
     store = meeting_store(launch, timeout)
+    # Before the ranks have met: a clone connects anew, and waits for the timeout where rank 0 has gone already.
+    of_watch = store.clone()  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=timeout)
     mesh = with_writers(with_waits(build_mesh(config, device, timeout)), timeout)
-    of_watch = store.clone()  # type: ignore[attr-defined]
     with watched(of_watch, launch.rank, launch.size, timeout, mesh.progress):
         yield mesh
     # Not after an error: the process is about to end, and its peers should not hear of it before it has said why.

@@ -2,10 +2,11 @@
 [--every 100] [--seed 0]`.
 
 Two ranks under the project's launcher. Faults come at random steps, one in `--every` on average: a rank is killed
-(SIGKILL; the launcher starts the ranks again), the launcher is asked to stop (it saves, ends with 0 and is started
-again), a gradient that a device computed wrongly (the run goes back and takes the step again), a checkpoint that the
-disk refuses. Ends with 1 where the run did not come to its end, went on from less than had been saved, ended with other
-bits than an undisturbed run, left a file of something unfinished, or where memory or open files grew.
+(SIGKILL; the launcher starts the ranks again) or frozen (SIGSTOP; the other gives it up after six seconds, and as
+before), the launcher is asked to stop (it saves, ends with 0 and is started again), a gradient that a device computed
+wrongly (the run goes back and takes the step again), a checkpoint that the disk refuses. Ends with 1 where the run did
+not come to its end, went on from less than had been saved, ended with other bits than an undisturbed run, left a file
+of something unfinished, or where memory or open files grew.
 """
 
 import argparse
@@ -27,7 +28,8 @@ from typing import TextIO
 from megatron.checkpoint.store import open_place, place_of
 from tests.golden.training import ROOT, TINY, losses, processes_with, write_corpus
 
-KINDS = ("kill", "stop", "nan", "full disk")
+KINDS = ("kill", "freeze", "stop", "nan", "full disk")
+SENT = {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP}  # to a rank
 INJECTED = {"nan": "flip", "full disk": "full-disk"}
 LOOK_S, SAMPLE_S = 0.05, 1.0  # between looks at the step, and at memory and files
 SETTLED_STEPS = 30  # of a process: before them its memory still grows, as buffers are met for the first time
@@ -90,7 +92,7 @@ def soak(num_steps: int, faults: list[tuple[int, str]], corpus: str, folder: Pat
     interval = max(3, min(20, num_steps // 10))
     flags = [*TINY, "--micro-batch-size", 1, "--global-batch-size", 2, "--eval-interval", 10**6, "--train-iters",
              num_steps, "--save-interval", interval, "--keep-checkpoints", 3, "--log-interval", 2, "--on-spike",
-             "rewind", "--data-path", corpus]
+             "rewind", "--distributed-timeout-minutes", 0.1, "--data-path", corpus]
     whole, place = folder / "whole", folder / "soaked"
     injected = [f"{INJECTED[kind]}@{step}" for step, kind in faults if kind in INJECTED]
     told = [*flags, "--save", place, "--load", place, *(["--inject-fault", *injected] if injected else [])]
@@ -136,7 +138,7 @@ def _one_start(python: str, flags: list, output: TextIO, place: Path, faults: It
                 was_stopped = True
                 break
             with suppress(ProcessLookupError):
-                os.kill(chance.choice(ranks)[0], signal.SIGKILL)
+                os.kill(chance.choice(ranks)[0], SENT[kind])
             step, kind = next(faults, (0, ""))
     return launcher.returncode, not was_stopped or _step(place) >= num_steps
 

@@ -73,7 +73,7 @@ def test_two_ranks_go_back_together(run, corpus, tmp_path):
     assert run_on_ranks(*FLAGS, *places, *faults, ranks=2) == [0, 0]
     told, _ = run("told", "--leave-out-samples", "12-16")
     for name, tensor in weights(folder).items():
-        torch.testing.assert_close(tensor, weights(told)[name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(tensor, weights(told)[name], rtol=1e-4, atol=5e-6)
 
 
 def test_rows_that_go_wrong_again_and_again_end_the_run_with_a_status_of_their_own(run):
@@ -111,4 +111,4 @@ def test_stages_of_a_pipeline_skip_the_same_step(run, corpus, tmp_path):
     assert run_on_ranks(*FLAGS, *places, *faults, "--pipeline-model-parallel-size", "2", ranks=2) == [0, 0]
     alone, _ = run("alone", *faults)
     for name, tensor in weights(tmp_path / "ranks").items():
-        torch.testing.assert_close(tensor, weights(alone)[name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(tensor, weights(alone)[name], rtol=1e-4, atol=5e-6)

@@ -63,6 +63,7 @@ def test_versions_are_compared_by_their_numbers(monkeypatch, there, requirement,
 def test_a_missing_package_is_wrong_where_it_is_needed_and_a_note_where_some_need_it(monkeypatch):
     wanted = software.Needs(["no-such-a>=1"], {"extra": (["no-such-b>=2"], "for b")}, [])
     monkeypatch.setattr(software, "needs", lambda: wanted)
+    monkeypatch.setattr(software, "_NEWEST_TRIED", sys.version_info[:2])
     findings = list(software.python_and_packages(Asked(Path())))
     bad = [finding for finding in findings if finding.level != OK]
     assert bad == [Finding(WRONG, "needed: no-such-a is missing", "pip install 'no-such-a>=1'"),

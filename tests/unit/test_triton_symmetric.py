@@ -27,9 +27,9 @@ def interpreted():
 
 @pytest.mark.parametrize("case", [*CASES, "many tiles", "orthogonalised"])
 def test_half_the_tiles_give_the_whole_product_to_the_last_places(interpreted, case):
-    error, is_symmetric = interpreted[case]
+    error, is_mirrored = interpreted[case]
     assert error < (60 if case == "orthogonalised" else 8)
-    assert is_symmetric
+    assert is_mirrored
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

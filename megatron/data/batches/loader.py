@@ -63,7 +63,9 @@ class BatchIterator(Iterator[Batch]):
     def __init__(self, dataset: "_Batches", samples: MicroBatchSamples, num_workers: int, pin: bool) -> None:
         options: dict[str, Any] = {}
         if num_workers:
-            options = {"prefetch_factor": BATCHES_AHEAD, "worker_init_fn": _build_ahead}
+            # Forked, which Python 3.14 no longer does by itself: else workers would not inherit the mask below.
+            options = {"prefetch_factor": BATCHES_AHEAD, "worker_init_fn": _build_ahead,
+                       "multiprocessing_context": "fork"}
         loader = DataLoader(dataset, batch_size=None, sampler=samples, num_workers=num_workers,
                             pin_memory=pin, **options)
         unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))  # workers inherit it
