@@ -2,7 +2,7 @@
 
 `examples/pretrain_tape.sh` shows a whole run. Exits with 0 at the end, or when a signal asked it to stop and it has
 saved; with 1 where a rank failed, or lost the others; with 2 and one line on a mistake of the user, 3 where steps go
-wrong again and again, 4 where the last checkpoint could not be saved.
+wrong again and again, 4 where the last checkpoint could not be saved; with 130 after a second Ctrl-C.
 """
 
 import sys
@@ -71,6 +71,8 @@ def main(argv: Sequence[str]) -> int:
                     from megatron.study.report import leave_report  # matplotlib: slow to import, needed once
 
                     leave_report(run)
+    except KeyboardInterrupt:  # the second; the first asks to stop
+        return 130
     except Exception as error:
         return report(error, launch)
     return 0

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_MARK = ".unfinished-"
+_MARK, _REPLACED = ".unfinished-", "-replaced"
 
 
 @contextmanager
@@ -29,9 +30,13 @@ def replacing(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
-def left_over(path: Path) -> Iterator[Path]:
-    """What killed processes have left of their attempts to replace `path`, a file or a folder."""
-    return path.parent.glob(f"{_MARK}{path.name}*")
+def left_over(path: Path, begins: bool = False) -> Iterator[Path]:
+    """What killed processes have left of their attempts to replace `path`, a file or a folder.
+
+    `begins`: or whatever has a name that begins so.
+    """
+    ours = re.compile(re.escape(_MARK + path.name) + (".*" if begins else f"({_REPLACED}|-[0-9a-f]{{32}})?"))
+    return (other for other in path.parent.glob(f"{_MARK}*") if ours.fullmatch(other.name))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -63,7 +68,7 @@ def finish_folder(path: Path) -> None:
     temporary = path.parent / f"{_MARK}{path.name}"
     sync(temporary)
     if path.exists():
-        replaced = path.parent / f"{_MARK}{path.name}-replaced"
+        replaced = path.parent / f"{_MARK}{path.name}{_REPLACED}"
         path.rename(replaced)
         temporary.rename(path)
         shutil.rmtree(replaced)

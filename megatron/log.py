@@ -67,8 +67,5 @@ class Progress(Protocol):
     def update(self, n: float | None = 1) -> bool | None:
         """Advance by `n` units."""
 
-    def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
-        """Show `s` behind the bar."""
-
     def close(self) -> None:
         """Take the bar off the terminal."""

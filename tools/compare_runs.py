@@ -99,7 +99,10 @@ def _group(word: str) -> tuple[str, list[Path]]:
     name, equals, rest = word.partition("=")
     if Path(word).exists() or not equals:
         return "", [Path(word)]
-    return name, [Path(text) for text in rest.split(",") if text]
+    folders = [Path(text) for text in rest.split(",") if text]
+    if not folders:
+        raise ConfigError(f"{word}: no run stands behind the name; give its folders, e.g. {name or 'NAME'}=runs/demo")
+    return name, folders
 
 
 def _training(folders: Sequence[Path]) -> Curve | None:

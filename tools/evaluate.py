@@ -58,21 +58,22 @@ def evaluate(given: argparse.Namespace, mesh: Mesh, log: Log) -> None:
         if value is not None and value < least:
             raise ConfigError(f"{flag} is {value}; it must be {least} or greater")
     corpora = corpora_of(given.on)
+    if mesh.world.rank == 0:
+        given.output.mkdir(parents=True, exist_ok=True)  # refused now rather than behind hours of work
     reports: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in corpora}
     for checkpoint in given.checkpoints:
         pretrained = load(checkpoint, mesh, log, given.precision)
         for name, path in corpora.items():
             files = ProteinFiles([path], given.json_key, None, pretrained.vocab)
             reports[name][f"{checkpoint} at {pretrained.iteration}"] = report_of(given, pretrained, files, name, log)
+    log.line(table(HEADS, [cells(model, name, report) for name, of_models in reports.items()
+                           for model, report in of_models.items()], num_left=2))
     if mesh.world.rank == 0:
         from megatron.infer.evaluation.picture import draw  # matplotlib: slow to import
 
-        given.output.mkdir(parents=True, exist_ok=True)
         write_json(given.output / "evaluation.json", reports)
         for name, of_models in reports.items():
             draw(of_models, f"masked residues of {name}", given.output / f"{name}.png")
-    log.line(table(HEADS, [cells(model, name, report) for name, of_models in reports.items()
-                           for model, report in of_models.items()], num_left=2))
     log.line(f"{given.output / 'evaluation.json'}, and beside it a picture of each corpus")
 
 

@@ -18,9 +18,9 @@ if not __package__:  # else it is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.config import Config
-from megatron.config.command_line import parse, resolve  # noqa: E402
-from megatron.errors import ConfigError, UserError  # noqa: E402
-from megatron.log import take_any_text  # noqa: E402
+from megatron.config.command_line import OneLineParser, parse, resolve  # noqa: E402
+from megatron.errors import ConfigError  # noqa: E402
+from megatron.log import exit_status  # noqa: E402
 from megatron.parallel.traffic import ALL_GATHER, EXCHANGE  # noqa: E402
 from megatron.plan.gpus import GPUS  # noqa: E402
 from megatron.plan.search import Machine, Plan, best_plans, layout_flags  # noqa: E402
@@ -30,30 +30,28 @@ _ANY = {"micro_batch_size": 1, "lr": 1e-4, "train_iters": 1}  # no layout depend
 
 
 def main(argv: Sequence[str]) -> int:
-    """The exit status: 0, or 2 for a mistake of the user's and where nothing fits."""
-    take_any_text()
-    own, rest = _parser().parse_known_args(argv)
-    try:
-        machine = _machine(own)
-        plans = best_plans(parse(rest, _ANY)[0], machine, _given(rest))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """The exit status: 0, 2 for a mistake of the user's and where nothing fits, 130 after Ctrl-C."""
+    return exit_status(lambda: plan_layouts(*_parser().parse_known_args(argv)))
+
+
+def plan_layouts(own: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Print the layouts; raises a UserError."""
+    machine = _machine(own)
+    plans = best_plans(parse(rest, _ANY)[0], machine, _given(rest))
     shown = plans[:own.top]
     if own.json:
         print(json.dumps([facts(plan) for plan in shown], indent=1))
-        return 0
+        return
     room = f"{machine.memory / _GIB:.1f} GiB a GPU"
     print(f"{len(plans)} layouts of {machine.num_gpus} x {machine.name} fit into {room}; the fastest first:\n")
     print(table(shown))
     print("\nthe first, behind pretrain_tape.py and the model's own flags:\n")
     print("  " + " ".join(layout_flags(shown[0].config)))
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                           allow_abbrev=False)
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="how many GPUs")
     parser.add_argument("--gpu", required=True, metavar="NAME", help=f"which: {', '.join(GPUS)}")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of a host (default: 8)")

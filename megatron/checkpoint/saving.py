@@ -71,7 +71,9 @@ class Saver:
         self._writers, self._sharers, self._device = mesh.writers, mesh.copies, mesh.device
         self._meet_disk = meet_disk
         self._loaded, self._is_first = loaded, True
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        # A thread's own device is the first one, where each rank's would otherwise take memory.
+        self._thread = ThreadPoolExecutor(1, "checkpoint", *(
+            () if self._device.type != "cuda" else (torch.cuda.set_device, (self._device,))))
         self._under_way: Future[Path] | None = None
         self._copies: dict[str, Tensor] = {}
         self._validation: tuple[Path, float] | None = None

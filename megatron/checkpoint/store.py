@@ -123,7 +123,7 @@ def set_aside(folder: str, iteration: int) -> list[Path]:
 
 def remove_left_over(root: Path) -> None:
     """Remove what killed processes left of checkpoints and pointers that they were at; for whoever holds the folder."""
-    for rest in (*left_over(root / "iter_"), *left_over(root / LATEST)):
+    for rest in (*left_over(root / "iter_", begins=True), *left_over(root / LATEST)):
         if rest.is_dir():
             shutil.rmtree(rest, ignore_errors=True)
         else:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import SubprocessError
 
 ROOT = Path(__file__).resolve().parents[2]
 OK, NOTE, WRONG = "ok", "note", "wrong"
@@ -36,7 +37,7 @@ def found(check: Check, asked: Asked) -> list[Finding]:
     findings: list[Finding] = []
     try:
         findings.extend(check(asked))
-    except (OSError, RuntimeError) as error:  # of a file in /proc or /sys, or of a library
+    except (OSError, RuntimeError, SubprocessError) as error:  # of a file in /proc or /sys, a library, a program
         why = next(iter(str(error).splitlines()), "")
         findings.append(Finding(NOTE, f"could not be found out: {type(error).__name__}: {why}"))
     return findings

@@ -40,7 +40,7 @@ def commit() -> str:
     try:
         said = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
                               check=False, timeout=20)
-    except OSError:
+    except (OSError, subprocess.SubprocessError):
         return "no git"
     return said.stdout.strip() or "no commit"
 

@@ -35,6 +35,7 @@ def with_best_rate(job: Job, folder: Path) -> Job | None:
             job.log.line("stopped before a learning rate was chosen: the same command begins with that")
             return None
         values[rate] = training.best_value
+        del training  # its memory is the next one's
     best = max(values, key=lambda rate: values[rate])
     shown = ", ".join(f"{value:.4f} with {rate:g}" for rate, value in values.items())
     job.log.line(f"learning rate {best:g}, by {METRICS[job.data.space.kind][0]} on validation: {shown}")

@@ -24,7 +24,7 @@ from megatron.data.corpus.tokenizer import ResidueTokenizer
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import CheckpointError, ConfigError, ResidueError
 from megatron.infer.answers import Answer, Asked, answers
-from megatron.infer.rows import packed
+from megatron.infer.rows import MOST_TOKENS, packed
 from megatron.kernels.packed_sequence import PackedSequence
 from megatron.log import Log
 from megatron.model.initialisation import initialise
@@ -145,6 +145,10 @@ def load_pretrained(path: str, device: str | None = None, precision: str = "fp32
     computes; answers are in fp32. Raises CheckpointError where there is none that can be read, ConfigError.
     """
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.type not in MOST_TOKENS:
+        raise ConfigError(f"device is {device!r}; it must be one of {', '.join(MOST_TOKENS)}, with a number or without")
+    if chosen.type == "cuda" and chosen.index is not None:
+        torch.cuda.set_device(chosen)  # where Triton starts kernels, wherever their tensors are
     return load(path, Mesh(device=chosen), Log(), precision)
 
 

@@ -47,7 +47,7 @@ class ProteinFiles:
                 name_key = (self._name_key or DEFAULT_NAME_KEY) if has_names else None
                 encoding = Encoding((self._key,), self._tokenizer, unknown=b"", name_key=name_key)
                 (documents,) = encode_block(encoding, block)
-                names = documents.names.decode(errors="surrogateescape").splitlines()
+                names = [name.decode(errors="surrogateescape") for name in documents.names.splitlines()]
                 ends = np.cumsum(documents.lengths())[:-1]
                 for index, residues in enumerate(np.split(np.frombuffer(documents.ids, np.uint8), ends)):
                     number += 1

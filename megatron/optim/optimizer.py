@@ -96,7 +96,10 @@ class Optimizer:
             elif is_taken.item():
                 torch._foreach_div_(gradients, divisor)
                 inner.step()
-            inner.zero_grad(set_to_none=not self._is_captured)
+            if self._is_apex:
+                inner.zero_grad()
+            else:
+                inner.zero_grad(set_to_none=not self._is_captured)
         loss_scale.update(is_finite)
         return StepOutcome(norm, is_taken)
 
@@ -177,6 +180,7 @@ def _build(groups: list[dict], config: OptimizerConfig, mesh: Mesh, is_captured:
     except ImportError as error:
         raise ConfigError(f"--optimizer-backend apex: apex cannot be imported ({error}); install it, or give "
                           "torch") from error
+    groups = [group for group in groups if group["params"]]  # apex looks at the first of each
     if config.optimizer == "adam":
         return [FusedAdam(groups, lr=0.0, betas=betas, eps=config.adam_eps)]
     return [FusedSGD(groups, lr=0.0, momentum=config.sgd_momentum, wd_after_momentum=True)]

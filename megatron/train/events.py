@@ -155,14 +155,16 @@ class Events:
     def _append(self, line: bytes) -> None:
         assert self._metrics is not None
         was_refused, self._unwritten = bool(self._unwritten), self._unwritten + line
-        size = self._metrics.stat().st_size if self._metrics.exists() else 0
+        size = None
         try:
+            size = self._metrics.stat().st_size if self._metrics.exists() else 0
             with self._metrics.open("ab") as file:
                 file.write(self._unwritten)
             self._unwritten = b""
         except OSError as error:
             with suppress(OSError):
-                os.truncate(self._metrics, size)  # no half a line
+                if size is not None:
+                    os.truncate(self._metrics, size)  # no half a line
             if not was_refused:
                 self._log.line(f"note: {self._metrics} cannot be written ({error.strerror or error}): its lines are "
                                "kept, and written once there is room again")

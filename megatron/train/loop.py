@@ -190,10 +190,12 @@ class Training:
                                 "from an older checkpoint")
 
     def _is_time_to_save(self) -> bool:
-        """Whether this rank's clock, the first one's, asks for a checkpoint."""
-        minutes = self._run.config.checkpoint.save_interval_minutes
-        return minutes is not None and self._run.mesh.world.rank == 0 and (
-            time.monotonic() - self._saved_at_s >= 60 * minutes)
+        """Whether this rank's clock, the first one's, asks for a checkpoint; once, as it comes a step later."""
+        minutes, now_s = self._run.config.checkpoint.save_interval_minutes, time.monotonic()
+        if minutes is None or self._run.mesh.world.rank or now_s - self._saved_at_s < 60 * minutes:
+            return False
+        self._saved_at_s = now_s
+        return True
 
     def _save(self) -> None:
         run = self._run

@@ -57,10 +57,14 @@ class StepProfiler:
 
     def _write(self) -> None:
         assert self._profile is not None
-        self._stem.parent.mkdir(parents=True, exist_ok=True)
-        self._profile.export_chrome_trace(f"{self._stem}.json.gz")
         rows = _table(self._profile, len(self._steps))
-        self._stem.with_suffix(".txt").write_text("\n".join(rows) + "\n")
+        try:
+            self._stem.parent.mkdir(parents=True, exist_ok=True)
+            self._stem.with_suffix(".txt").write_text("\n".join(rows) + "\n")
+            self._profile.export_chrome_trace(f"{self._stem}.json.gz")
+        except OSError as error:
+            self._log.line(f"note: the profile cannot be written to {self._stem.parent} ({error.strerror or error})")
+            return
         self._log.line("\n".join([*rows[:_ROWS + 1], f"profile of {len(self._steps)} steps: {self._stem}.txt, and for "
                                   f"chrome://tracing or ui.perfetto.dev {self._stem}.json.gz"]))
 

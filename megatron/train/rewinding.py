@@ -1,5 +1,6 @@
 """A run from its start to its end, which may lie behind some ways back (`--on-spike rewind`)."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +43,8 @@ def train_to_its_end(config: Config, mesh: Mesh, log: Log, requests: StopRequest
                 left_out, num_rewinds = _left_out(run, found)
                 suspect = None if found.is_again else found.window
             config = _from_last_checkpoint(run)
-            del run  # its memory is needed for the next
+            del run  # its memory is needed for the next, at once
+            gc.collect()
             run = build(config, mesh, log, left_out, num_rewinds)
 
 

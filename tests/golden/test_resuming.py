@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from megatron.log import Log
 from megatron.train import build as build_module
 from megatron.train import evaluations
 from megatron.train.events import Events
+from megatron.train.loop import Training
 from megatron.train.meters import Reading, Totals
 from megatron.train.metrics import read_records
 from pretrain_tape import main
@@ -365,6 +367,13 @@ def test_a_run_saves_by_the_clock_where_told(corpus, tmp_path, ranks):
     assert run_on_ranks(*flags, ranks=ranks) == [0] * ranks
     # With several ranks a step is agreed on by the next.
     assert [int(path.name[5:]) for path in sorted(tmp_path.glob("iter_*"))] == list(range(ranks, 7))
+
+
+def test_the_clock_asks_once_for_a_checkpoint_that_comes_a_step_later():
+    run = SimpleNamespace(config=SimpleNamespace(checkpoint=CheckpointConfig(save_interval_minutes=1.0)),
+                          mesh=SimpleNamespace(world=SimpleNamespace(rank=0)))
+    training = SimpleNamespace(_run=run, _saved_at_s=time.monotonic() - 61)
+    assert [Training._is_time_to_save(training) for _ in range(2)] == [True, False]
 
 
 def test_the_best_of_a_run_is_linked_to(run):

@@ -1,6 +1,8 @@
 """Data parallelism, in each of its ways, against one rank that sees the whole batch."""
 
+import gc
 import itertools
+import weakref
 from typing import Any
 
 import pytest
@@ -50,6 +52,20 @@ def gradients_of_two_steps(mesh: Mesh, config: ParallelConfig) -> list[dict[str,
     return steps
 
 
+def is_freed(mesh: Mesh, config: ParallelConfig) -> bool:
+    """Whether nothing keeps a model that was trained and is needed no more."""
+    model = make_model()
+    weights = [weakref.ref(parameter) for parameter in model.parameters()]
+    parallel = data_parallel([model], lambda stage: [], mesh, config, torch.float32)
+    weights += map(weakref.ref, parallel.parameters.values())
+    parallel.before_backward(0, is_last=True)
+    parallel.forward(0, torch.ones(2, 5)).sum().backward()
+    parallel.finish()
+    del model, parallel
+    gc.collect()
+    return not any(weight() is not None for weight in weights)
+
+
 def each_way(axis: Axis, within: Any) -> dict[str, dict[str, Any]]:
     """For each way the steps' outcomes, and how many elements of parameters this rank holds."""
     outcomes = {}
@@ -57,7 +73,7 @@ def each_way(axis: Axis, within: Any) -> dict[str, dict[str, Any]]:
         config = ParallelConfig(**flags, **({"shard_within": within} if "data_parallel_sharding" in flags else {}))
         mesh = build_mesh(config, torch.device("cpu"), TIMEOUT)
         held = data_parallel([make_model()], lambda stage: [], mesh, config, torch.float32).parameters
-        outcomes[name] = {"steps": gradients_of_two_steps(mesh, config),
+        outcomes[name] = {"is_freed": is_freed(mesh, config), "steps": gradients_of_two_steps(mesh, config),
                           "held": sum(parameter.numel() for parameter in held.values())}
     return outcomes
 
@@ -75,6 +91,10 @@ def test_gradients_are_the_sums_that_one_rank_gets(results):
             assert ours.keys() == one.keys()
             for name in one:
                 torch.testing.assert_close(ours[name], one[name], rtol=1e-5, atol=1e-5, msg=f"{way}, {name}")
+
+
+def test_a_model_that_is_needed_no_more_is_freed(results):
+    assert all(outcomes[way]["is_freed"] for outcomes in results[1] for way in WAYS)
 
 
 def test_shares_of_the_ranks_are_together_the_whole(results):

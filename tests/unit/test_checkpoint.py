@@ -249,11 +249,18 @@ def test_what_a_killed_save_left_is_never_read_and_is_cleared_by_the_next(tmp_pa
     write(tmp_path, 1)
     for iteration in (2, 3):  # the second is of a stop, at a step where none is due again
         (begin_folder(tmp_path / f"iter_000000{iteration}") / FILES[0]).write_bytes(b"half")
-    (tmp_path / f".unfinished-{LATEST}-1").write_bytes(b"3")
+    (tmp_path / f".unfinished-{LATEST}-{'1f' * 16}").write_bytes(b"3")
     assert load(tmp_path).iteration == 1
     write(tmp_path, 2)
     assert load(tmp_path).iteration == 2
     assert not list(tmp_path.glob(".unfinished*"))
+
+
+def test_what_another_process_makes_beside_it_stays(tmp_path):
+    theirs = [begin_folder(tmp_path / name) for name in ("out2", "out-fp16", "a[1]")]
+    begin_folder(tmp_path / "out")
+    assert all(folder.exists() for folder in theirs)
+    assert begin_folder(tmp_path / "a[1]").exists()  # again, as after a kill
 
 
 def test_a_text_is_replaced_at_once(tmp_path):

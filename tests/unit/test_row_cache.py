@@ -142,6 +142,12 @@ def test_a_file_that_cannot_be_written_leaves_nothing_and_says_so(tmp_path, caps
     assert "a.rows: cannot be written (No space left on device)" in note and "--data-cache-path" in note
 
 
+def test_a_file_that_cannot_even_be_begun_stops_nobody(tmp_path, capsys):
+    with keeping(tmp_path / "gone" / "a.rows") as file:
+        file.write(b"worked out")
+    assert "gone/a.rows: cannot be written (No such file or directory)" in capsys.readouterr().err
+
+
 def test_what_another_user_closed_to_us_is_worked_out_in_memory(tmp_path):
     """Folders stand under the names of the files: like a file of another user they can be neither read nor replaced."""
     for name in ("a-000002.rows", "a.counts", "a.lock"):

@@ -30,7 +30,7 @@ from megatron.data.sources.block import RecordBlock
 from megatron.data.sources.names import DEFAULT_NAME_KEY
 from megatron.data.sources.source import Source, expand
 from megatron.data.sources.streams import BLOCK_BYTES
-from megatron.errors import DataError, UserError
+from megatron.errors import DataError
 from megatron.files import left_over, sha256, write_json
 
 VERSION = 1
@@ -43,9 +43,6 @@ def preprocess(config: PreprocessConfig) -> dict[str, Any]:
     run = _Preprocessing(config)
     try:
         report = run.process()
-    except UserError:
-        run.discard()
-        raise
     except OSError as error:  # readers tell of their own as DataError
         run.leave()
         raise DataError(f"{error.filename or config.output_prefix}: cannot write the output "
@@ -103,11 +100,6 @@ class _Preprocessing:
                     self._commit(bytes_read * self.config.shards // total)
         self.nucleotides.finish()
         return self._finish()
-
-    def discard(self) -> None:
-        """Remove everything that is not in place."""
-        for writer in self.writers:
-            writer.discard()
 
     def leave(self) -> None:
         """Keep finished shards for a later run; without shards there is nothing to keep."""

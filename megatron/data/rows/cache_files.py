@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -49,10 +50,14 @@ def _candidates(prefix: str, data_cache_path: str | None) -> Iterator[Path]:
 @contextlib.contextmanager
 def keeping(path: Path) -> Iterator[BinaryIO]:
     """The file to write that becomes `path`; where it cannot be written, a note says so and nothing is left."""
+    has_begun = False
     try:
         with files.replacing(path) as temporary, open(temporary, "xb") as file:
+            has_begun = True
             yield file
     except OSError as error:
+        if not has_begun:
+            yield BytesIO()
         print(f"note: {path}: cannot be written ({error.strerror}), so each process works it out anew; make room, or "
               "name another folder with --data-cache-path", file=sys.stderr)
 
@@ -93,7 +98,7 @@ def _open_lock(path: Path) -> int | None:
 
 def remove_stale(path: Path) -> None:
     """Removes what killed processes left of their attempts to write `path`, or a file whose name begins so."""
-    for unfinished in files.left_over(path):
+    for unfinished in files.left_over(path, begins=True):
         with contextlib.suppress(OSError):
             if time.time() - unfinished.stat().st_mtime > STALE_AFTER_S:
                 unfinished.unlink()

@@ -27,6 +27,7 @@ class InputStream(io.RawIOBase):
 
     def __init__(self, path: str, file: Any = None, digest: Any = None) -> None:
         self.path = path
+        self._file: Any = None  # closed where nothing could be opened, too
         try:
             self._file = file or (sys.stdin.buffer if path == "-" else open(path, "rb"))  # noqa: SIM115
         except OSError as error:
@@ -66,7 +67,7 @@ class InputStream(io.RawIOBase):
 
     def close(self) -> None:
         """Close the file; standard input stays open."""
-        if self.path != "-":
+        if self.path != "-" and self._file is not None:
             self._file.close()
         super().close()
 

@@ -7,6 +7,7 @@ NAME.jsonl .json (.gz)           an object a line: id, seq, ca ([x, y, z] of C-a
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -119,7 +120,7 @@ def _of_lines(file: Path) -> Iterator[tuple[str, Chain]]:
                 if line.strip():
                     chain = _of_object(json.loads(line), number)
                     yield chain.name, chain
-    except (EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise DataError(f"{file}: line {max(number, 1)}: damaged, or of another form ({what[:200]}); expected an "
                         "object with seq and ca") from None

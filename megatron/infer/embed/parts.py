@@ -36,8 +36,8 @@ class Parts:
     def begin(self, identity: Any) -> None:
         """Make the folder, or find that it is of the same work."""
         file = self.folder / IDENTITY
-        if not self.folder.exists():
-            self.folder.mkdir(parents=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not any(self.folder.iterdir()):
             write_json(file, {"identity": identity})
         elif not is_of(file, identity):
             raise OutputError(f"{self.folder} holds parts of other work (another input, checkpoint or flags); remove "

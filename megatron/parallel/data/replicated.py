@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from megatron.parallel.data.sums import sum_over, sum_partial
 from megatron.parallel.mesh import Mesh
-from megatron.parallel.waits import Mark
+from megatron.parallel.waits import Mark, Waits
 
 
 class Replicated:
@@ -42,13 +42,12 @@ class Overlapped:
 
     def __init__(self, stages: Sequence[nn.Module], mesh: Mesh) -> None:
         self.parameters = {name: parameter for stage in stages for name, parameter in stage.named_parameters()}
-        group, self._waits = mesh.replicas.group, mesh.waits
-        self._stages = list(stages)
-        self._last_began: Mark = None
+        group = mesh.replicas.group
+        self._stages, self._buckets = list(stages), _Buckets(mesh.replicas.group, mesh.waits)
         self._summed = {number: DistributedDataParallel(stage, process_group=group, gradient_as_bucket_view=True)
                         for number, stage in enumerate(stages) if any(p.requires_grad for p in stage.parameters())}
         for stage in self._summed.values():
-            stage.register_comm_hook(group, self._sum_bucket)
+            stage.register_comm_hook(self._buckets, _sum_bucket)
 
     def forward(self, stage: int, *args: Any) -> Any:
         """The stage's outputs."""
@@ -66,16 +65,34 @@ class Overlapped:
 
     def finish(self) -> None:
         """The sums are there."""
-        if self._waits is not None:
-            self._waits.end(self._last_began)
-            self._last_began = None
+        self._buckets.arrived()
         sum_partial(self.parameters)
 
     def drop_gathered(self) -> None:
         """Nothing is gathered."""
 
-    def _sum_bucket(self, group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
-        if self._waits is not None and bucket.is_last():  # nothing is left to compute beside it
+
+class _Buckets:
+    """The sums under way. The reducer keeps this for good, so that it must not lead back to the model."""
+
+    def __init__(self, group: dist.ProcessGroup | None, waits: Waits | None) -> None:
+        self.group, self._waits = group, waits
+        self._last_began: Mark = None
+
+    def is_left_alone(self) -> None:
+        """Nothing is left to compute beside the last of them."""
+        if self._waits is not None:
             self._last_began = self._waits.begin()
-        return work.get_future().then(lambda future: future.value()[0])
+
+    def arrived(self) -> None:
+        """All of them have."""
+        if self._waits is not None:
+            self._waits.end(self._last_began)
+            self._last_began = None
+
+
+def _sum_bucket(buckets: _Buckets, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    work = dist.all_reduce(bucket.buffer(), group=buckets.group, async_op=True)
+    if bucket.is_last():
+        buckets.is_left_alone()
+    return work.get_future().then(lambda future: future.value()[0])

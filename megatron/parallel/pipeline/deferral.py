@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron.kernels.device import takes_gpu_way
+from megatron.kernels.device import is_fake, takes_gpu_way
 from megatron.kernels.fp8 import Quantised, product
 
 Factor = Tensor | Quantised  # of the product: the output's gradient [t, o] and the input [t, i]; in FP8 [o, t], [i, t]
@@ -82,6 +82,8 @@ def _product_added(so_far_oi: Tensor | None, grad_to: Tensor, x_ti: Tensor, dtyp
     try:
         torch.addmm(so_far_oi, grad_ot, x_ti, **wider, out=so_far_oi)
     except TypeError:  # torch 2.11 has none for tensors without values: one as large, in half of the gradient's bytes
+        if not is_fake(so_far_oi):
+            raise
         narrow_oi = so_far_oi.view(x_ti.dtype)[:, :so_far_oi.shape[1]]
         torch.addmm(narrow_oi, grad_ot, x_ti, out=narrow_oi)
     return None

@@ -102,9 +102,14 @@ def tracker(name: str, save: str | None, project: str | None, parameters: Mappin
         gone = Tracker(name, None, tell)
         gone.note(f"could not go on with its run {asked.key} ({_in_short(error)}); training goes on without it")
         return gone
+    begun = Tracker(name, remote, tell)
     if folder is not None and remote.key != asked.key:
-        write_json(folder / KEYS, keys | {name: remote.key})
-    return Tracker(name, remote, tell)
+        try:
+            write_json(folder / KEYS, keys | {name: remote.key})
+        except OSError as error:
+            begun.note(f"cannot keep the name of its run in {folder / KEYS} ({error.strerror or error}): a later start "
+                       "begins another there")
+    return begun
 
 
 def _wandb(asked: Asked) -> Remote:
