@@ -25,7 +25,7 @@
 #
 #     MASTER_ADDR, MASTER_PORT   where the tasks meet (default: the first machine; a port by the job's number)
 #
-# srun starts each task once. To have tasks that die started again within the job, start torchrun on each machine by
+# srun starts each task once. To have tasks that die started again within the job, start a launcher on each machine by
 #
 #     srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 bash -c 'NNODES=$SLURM_NNODES NODE_RANK=$SLURM_NODEID \
 #         MAX_RESTARTS=3 MASTER_ADDR=$(scontrol show hostnames | head -n 1) bash examples/pretrain_tape_distributed.sh'

@@ -117,7 +117,7 @@ build_helpers() {
         fi
         why="see .setup.log"
     fi
-    echo "setup: no compiled helper ($why); its Python twin does the same work, more slowly"
+    echo "setup: no compiled helpers ($why); their Python twins do the same work, more slowly"
 }
 
 # are_built SUFFIX: whether each helper is there and newer than what it is made of.
