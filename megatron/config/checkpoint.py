@@ -10,8 +10,8 @@ class CheckpointConfig:
     """What is saved, where, and what of it is taken up again."""
 
     save: str = flag(None, "folder to save checkpoints in", common=True, path="folder")
-    load: str = flag(None, "folder to go on from, or to take weights from; one without a checkpoint starts afresh only where "
-                     "it is --save too", common=True, path="folder")
+    load: str = flag(None, "folder to go on from, or to take weights from; one without a checkpoint starts afresh only "
+                     "where it is --save too", common=True, path="folder")
     save_interval: int = flag(None, "steps between checkpoints (the last step is always saved)", kind=int,
                               check=positive, common=True)
     save_interval_minutes: float = flag(None, "minutes between checkpoints, beside or instead of --save-interval",

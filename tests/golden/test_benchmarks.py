@@ -54,6 +54,7 @@ def test_the_table_of_triton_kernels_has_a_row_a_kernel(monkeypatch, capsys):
         ("targets", f"cross_entropy {direction}_kernel") for direction in ("forward", "backward")]
 
 
+@pytest.mark.table
 def test_the_benchmarks_for_a_gpu_run_on_tiny_shapes_where_there_is_none(python):
     result = subprocess.run(["bash", ROOT / "benchmarks" / "gpu.sh", "--rehearse"], capture_output=True, text=True,
                             env=os.environ | {"PYTHON": python})

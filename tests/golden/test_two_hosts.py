@@ -15,6 +15,7 @@ import pytest
 
 from tests.golden.training import ROOT, TINY
 
+pytestmark = pytest.mark.table
 RUN = [*TINY, "--num-attention-heads", "4", "--micro-batch-size", "1", "--global-batch-size", "4", "--train-iters",
        "100000", "--save-interval", "3", "--tensor-model-parallel-size", "2", "--distributed-timeout-minutes", "1"]
 ADDRESSES = {"first": "10.97.0.1", "second": "10.97.0.2"}

@@ -182,7 +182,7 @@ def test_a_history_that_lacks_a_layer_begins_afresh():
     assert not other.is_known and layer.amaxes.input.known is None
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.table)])
 def test_torch_compile_takes_a_layer_whole_with_the_same_numbers_and_the_same_history(backend):
     torch._dynamo.reset()
     outcomes = []

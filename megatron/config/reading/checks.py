@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import Field, fields, replace
 from typing import Any
 
-from megatron.config import Config, ModelConfig
+from megatron.config import Config, LoggingConfig, ModelConfig, PrecisionConfig
 from megatron.config.declaration import flag_name
 from megatron.config.precision import DELAYED
 from megatron.config.schedule import schedule_faults
@@ -92,18 +92,7 @@ def _check_combinations(config: Config) -> None:
         ((data.seq_length or math.inf) <= data.num_ends,
          f"--seq-length {data.seq_length} holds no residue between the ends of --protein-ends {data.protein_ends}; it "
          f"must be {data.num_ends + 1} or greater"),
-        (config.precision.fp16 and config.precision.bf16, "--fp16 and --bf16 exclude each other; give one"),
-        (config.precision.precision and (config.precision.fp16 or config.precision.bf16),
-         "--precision auto chooses by itself; give it, or one of --fp16 and --bf16"),
-        (config.precision.fp8 and not config.precision.bf16,
-         f"--fp8 {config.precision.fp8} is for products whose tensors are in bf16; give --bf16 as well"),
-        (config.precision.fp8 is None and config.precision.fp8_recipe != "tensorwise",
-         f"--fp8-recipe {config.precision.fp8_recipe} says how to scale in FP8, and --fp8 is missing; give both, or "
-         "neither"),
-        *[(config.precision.fp8_recipe != "delayed",
-           f"{flag_name(item)} {getattr(config.precision, item.name)} is about --fp8-recipe delayed, which is "
-           f"{config.precision.fp8_recipe}; leave one of the two out") for item in fields(config.precision)
-          if item.name in DELAYED and getattr(config.precision, item.name) != item.default],
+        *_precision_faults(config.precision),
         ((training.train_iters is None) != by_samples, "give one of --train-iters and --train-samples"),
         *schedule_faults(config.schedule, training, config.optimizer),
         (not by_samples and training.rampup_batch_size is not None,
@@ -119,15 +108,7 @@ def _check_combinations(config: Config) -> None:
          "--on-spike rewind goes back to the last checkpoint in --save, which is missing; give both"),
         (config.guards.on_spike == "skip" and training.cuda_graph,
          "--on-spike skip looks at each step before its update, which --cuda-graph has captured; give another"),
-        (config.logging.profile and config.checkpoint.save is None,
-         "--profile writes into SAVE/profile; give --save as well"),
-        (config.logging.profile_step_end <= config.logging.profile_step_start,
-         f"--profile-step-end {config.logging.profile_step_end} is not behind --profile-step-start "
-         f"{config.logging.profile_step_start}"),
-        (config.logging.logger_project and not config.logging.logger,
-         f"--logger-project {config.logging.logger_project} is of --logger, which is missing; give both, or neither"),
-        (config.logging.metrics_host != "127.0.0.1" and config.logging.metrics_port is None,
-         f"--metrics-host {config.logging.metrics_host} is of --metrics-port, which is missing; give both, or neither"),
+        *_logging_faults(config.logging, config.checkpoint.save),
         (parallel.use_distributed_optimizer and parallel.data_parallel_sharding in ("gradients", "parameters"),
          f"--use-distributed-optimizer is --data-parallel-sharding optimizer, which is given as "
          f"{parallel.data_parallel_sharding}; give one"),
@@ -135,6 +116,37 @@ def _check_combinations(config: Config) -> None:
     for is_wrong, message in wrong:
         if is_wrong:
             raise ConfigError(message)
+
+
+def _precision_faults(precision: PrecisionConfig) -> list[tuple[Any, str]]:
+    return [
+        (precision.fp16 and precision.bf16, "--fp16 and --bf16 exclude each other; give one"),
+        (precision.precision and (precision.fp16 or precision.bf16),
+         "--precision auto chooses by itself; give it, or one of --fp16 and --bf16"),
+        (precision.fp8 and not precision.bf16,
+         f"--fp8 {precision.fp8} is for products whose tensors are in bf16; give --bf16 as well"),
+        (precision.fp8 is None and precision.fp8_recipe != "tensorwise",
+         f"--fp8-recipe {precision.fp8_recipe} says how to scale in FP8, and --fp8 is missing; give both, or "
+         "neither"),
+        *[(precision.fp8_recipe != "delayed",
+           f"{flag_name(item)} {getattr(precision, item.name)} is about --fp8-recipe delayed, which is "
+           f"{precision.fp8_recipe}; leave one of the two out") for item in fields(precision)
+          if item.name in DELAYED and getattr(precision, item.name) != item.default],
+    ]
+
+
+def _logging_faults(logging: LoggingConfig, save: str | None) -> list[tuple[Any, str]]:
+    return [
+        (logging.profile and save is None,
+         "--profile writes into SAVE/profile; give --save as well"),
+        (logging.profile_step_end <= logging.profile_step_start,
+         f"--profile-step-end {logging.profile_step_end} is not behind --profile-step-start "
+         f"{logging.profile_step_start}"),
+        (logging.logger_project and not logging.logger,
+         f"--logger-project {logging.logger_project} is of --logger, which is missing; give both, or neither"),
+        (logging.metrics_host != "127.0.0.1" and logging.metrics_port is None,
+         f"--metrics-host {logging.metrics_host} is of --metrics-port, which is missing; give both, or neither"),
+    ]
 
 
 def _model_faults(model: ModelConfig) -> list[tuple[Any, str]]:
