@@ -222,3 +222,18 @@ def test_where_the_checkout_cannot_be_written_the_script_says_what_to_give(tmp_p
                           env=os.environ | {"PYTHON": python, "CXX": "no-compiler"})
     assert done.returncode == 2
     assert f"error: {tmp_path}/runs cannot be made" in done.stderr and "DATA_PATH=" in done.stderr
+
+
+def test_without_home_git_and_compiler_a_checkout_on_a_read_only_disk_serves(corpus, tmp_path, slim_path):
+    read_only = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && '
+    if shutil.which("unshare") is None or subprocess.run(
+            ["unshare", "--mount", "bash", "-c", f"{read_only} true", ROOT], capture_output=True).returncode:
+        pytest.skip("making a read-only disk needs root and the command unshare (util-linux)")
+    folder = tmp_path / "run"
+    environment = [f"PATH={slim_path}", f"PYTHON={sys.executable}", f"DATA_PATH={corpus}", f"CHECKPOINT_PATH={folder}",
+                   "OMP_NUM_THREADS=1"]
+    script = f'{read_only} ! touch "$0/x" 2>/dev/null && cd "$0" && exec env -i "$@"'
+    done = subprocess.run(["unshare", "--mount", "bash", "-c", script, ROOT, *environment, "bash",
+                           "examples/pretrain_tape.sh", *FLAGS], text=True, capture_output=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(losses(folder)) == {1, 2} and (folder / "report.html").exists()
