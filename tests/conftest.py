@@ -3,7 +3,12 @@
 What takes seconds to import is imported where it is asked for: many tests do without.
 """
 
+import signal
+
 import pytest
+
+# A shell has what it starts in the background ignore Ctrl-C, which tests send to programs of theirs.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -55,6 +55,16 @@ def test_a_run_that_goes_back_ends_as_one_that_was_told_to_leave_the_rows_out(ru
     assert {row[0] for row in rows} == {"12", "13", "14", "15"}
 
 
+def test_a_disk_that_refuses_the_names_of_the_proteins_stops_no_run(run, monkeypatch):
+    def refused(path, text):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("megatron.train.guards.suspects.write_text", refused)
+    _, lines = run("full", "--inject-fault", "nan@7", "--on-spike", "rewind")
+    assert any(line.startswith("steps 7 to 8 went wrong twice") and "(No space left on device); going back" in line
+               for line in lines)
+
+
 def test_a_step_that_comes_out_normal_again_is_a_faulty_device_and_costs_no_rows(run):
     folder, lines = run("flip", "--inject-fault", "flip@7", "--on-spike", "rewind")
     assert sum(line.startswith("note: step 7 came out normal this time") for line in lines) == 1

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from megatron.data.rows.members import members_of
-from megatron.errors import OutputError
 from megatron.files import write_text
 from megatron.train.build import Run
 
@@ -14,7 +13,7 @@ _COLUMNS = ("row", "corpus", "document", "name", "residues")
 def write_suspects(run: Run, step: int, rows: range) -> str:
     """Have rank 0 write them; returns where they are, as the end of a line.
 
-    `rows`: positions among the rows that the run trains on. Raises OutputError.
+    `rows`: positions among the rows that the run trains on. A disk that refuses the file stops nothing.
     """
     samples = [run.order.sample(position) for position in rows]
     said = f"; its rows are {samples[0]} to {samples[-1]}"
@@ -29,6 +28,5 @@ def write_suspects(run: Run, step: int, rows: range) -> str:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, "".join(f"{line}\n" for line in lines))
         except OSError as error:
-            raise OutputError(f"{path} cannot be written ({error.strerror or error}); make room, or give another "
-                              "--save") from error
+            return f"{said}; whose proteins those are could not be written to {path} ({error.strerror or error})"
     return f"{said}, whose proteins are in {path}"
