@@ -93,7 +93,7 @@ def test_a_killed_rank_ends_the_job_with_one_line(start_ranks, corpus, tmp_path)
 
 
 def test_a_rank_that_hangs_ends_the_job_in_time(start_ranks, corpus, tmp_path):
-    process = start_ranks(OURS, corpus, tmp_path, *ENDLESS, "--distributed-timeout-minutes", 0.1,
+    process = start_ranks(OURS, corpus, tmp_path, *ENDLESS, "--distributed-timeout-minutes", 0.2,
                           python=sys.executable)
     send_to_rank_1(signal.SIGSTOP, process, tmp_path)
     status, errors, output = end_of(process)

@@ -156,7 +156,7 @@ def test_a_run_goes_on_in_any_layout(corpus, tmp_path, one_folder):
 
 @pytest.mark.parametrize("flags", [TP2, PP2, CP2], ids=["tp2", "pp2", "cp2"])
 def test_ranks_agree_on_the_step_after_which_time_is_up(corpus, tmp_path, flags):
-    curve = train(corpus, tmp_path, 2, *flags, "--exit-duration-in-mins", "0.02", num_steps=10**6)["loss"]
+    curve = train(corpus, tmp_path, 2, *flags, "--exit-duration-in-mins", "0.05", num_steps=10**6)["loss"]
     assert int((tmp_path / "latest_checkpointed_iteration.txt").read_text()) == len(curve) < 10**6
 
 

@@ -152,7 +152,7 @@ def test_an_output_that_is_whole_is_not_made_again_and_one_of_other_work_not_rep
     assert json.loads((tmp_path / "out.npz.json").read_text())["distinct"] == 4
     with pytest.raises(OutputError, match="exists; remove it"):
         made(pretrained, fasta, output, Asked(("mean",), (3,)))
-    (tmp_path / "other.npz.parts").mkdir()
+    (tmp_path / "other.npz.parts" / "of-another").mkdir(parents=True)
     with pytest.raises(OutputError, match="holds parts of other work"):
         made(pretrained, fasta, tmp_path / "other.npz")
 
