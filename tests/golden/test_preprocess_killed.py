@@ -17,7 +17,7 @@ from megatron.data.preprocess.run import preprocess
 ROOT = Path(__file__).resolve().parents[2]
 # The program, but it kills itself where it is about to give a file the name NAME for the TIMES_LEFT-th time.
 DYING = f"""
-import os, runpy, signal, sys
+import os, pathlib, runpy, signal, sys
 name, times_left = sys.argv[1], int(sys.argv[2])
 replace = os.replace
 
@@ -29,6 +29,7 @@ def replace_or_die(old, new):
     replace(old, new)
 
 os.replace = replace_or_die
+pathlib.Path.replace = lambda path, new: os.replace(path, new)  # Python 3.10's has a copy of the other
 del sys.argv[1:3]
 runpy.run_path({str(ROOT / "tools" / "preprocess_data.py")!r}, run_name="__main__")
 """

@@ -3,6 +3,8 @@
 scikit-learn's liblinear, which ESM fitted with, is the oracle where it is installed.
 """
 
+from importlib.metadata import version
+
 import numpy as np
 import pytest
 import torch
@@ -134,7 +136,8 @@ def test_the_weights_are_those_of_scikit_learns_liblinear_on_the_same_features(p
     features = torch.cat([pair_features(pretrained, chain, chain.pairs()) for chain in chains]).numpy()
     touches = torch.cat([chain.pairs().touches_p for chain in chains]).numpy()
     # liblinear penalises the bias as well, the less the greater its column of features
-    theirs = linear_model.LogisticRegression(solver="liblinear", l1_ratio=1, C=100.0, intercept_scaling=30, tol=1e-6
+    lasso = {"l1_ratio": 1} if int(version("scikit-learn").split(".")[1]) >= 8 else {"penalty": "l1"}
+    theirs = linear_model.LogisticRegression(solver="liblinear", C=100.0, intercept_scaling=30, tol=1e-6, **lasso
                                              ).fit(features, touches)
     assert 0 < np.count_nonzero(ours[:-1]) < len(ours) - 1
     np.testing.assert_allclose(ours[:-1], theirs.coef_[0], rtol=2e-3, atol=2e-3)
