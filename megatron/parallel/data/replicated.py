@@ -43,7 +43,7 @@ class Overlapped:
     def __init__(self, stages: Sequence[nn.Module], mesh: Mesh) -> None:
         self.parameters = {name: parameter for stage in stages for name, parameter in stage.named_parameters()}
         group = mesh.replicas.group
-        self._stages, self._buckets = list(stages), _Buckets(mesh.replicas.group, mesh.waits)
+        self._stages, self._buckets = list(stages), _Buckets(group, mesh.waits)
         self._summed = {number: DistributedDataParallel(stage, process_group=group, gradient_as_bucket_view=True)
                         for number, stage in enumerate(stages) if any(p.requires_grad for p in stage.parameters())}
         for stage in self._summed.values():
