@@ -158,7 +158,7 @@ def _label_of_triton(launch: Launch, prefix: str) -> str:
     if kernel == "activation":
         return f"{'bias and ' * has['HAS_BIAS']}{has['KIND']}"
     if kernel == "heads":
-        norms = has.get("HAS_NORM", True)
+        norms = has.get("HAS_NORM", "turn_back" not in launch.name)
         return " and ".join(["norm of queries and keys"] * norms + ["rotary"] * bool(has["HALF"]))
     if kernel == "symmetric":
         return f"{prefix}{'a A + b A²' if has['HAS_FACTOR'] else 'X Xᵀ'}, half"

@@ -16,12 +16,20 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.nn.attention import varlen
 
 from megatron.config import PrecisionConfig
+from megatron.kernels.attention import packed
+from megatron.kernels.attention.by_protein import attention_by_protein
 from megatron.kernels.dropout import Dropout, Use
 from megatron.kernels.pointwise.activation import activated, activated_reference
 from megatron.kernels.pointwise.convolution import convolved, convolved_reference
-from megatron.kernels.pointwise.heads import HeadScaling, normed_queries_and_keys, prepared_heads
+from megatron.kernels.pointwise.heads import (
+    HeadScaling,
+    normed_queries_and_keys,
+    prepared_heads,
+    prepared_parts,
+)
 from megatron.kernels.pointwise.residual_norm import (
     Scaling,
     joined,
@@ -131,28 +139,41 @@ def check_activation(kind: str, num_rows: int, width: int, dtype: torch.dtype, h
     compare([activated(kind, *parts)], inputs, exact)
 
 
-def check_heads(shape: Sequence[int], half: int, dtype: torch.dtype, kind: str) -> None:
-    """Queries and keys normalised and turned; `half`: 0 where they are not turned."""
+def check_heads(shape: Sequence[int], half: int, dtype: torch.dtype, kind: str, is_apart: bool = False) -> None:
+    """Queries and keys normalised, or with a bias, and turned, all whole or apart; `half`: 0 where not turned."""
     tokens, groups, rows, width = shape
     inputs = [random(*shape, dtype=dtype)]
-    inputs += [random(groups * (rows - 2) * width), random(groups * width)] if kind else []
+    inputs += ([random(groups * (rows - 2) * width), random(groups * width)] if kind else
+               [random(groups * rows * width)])
     rotation = rotation_of(torch.arange(tokens) * 100, 2 * half, 1e4) if half else None
 
-    def exact(qkv: Tensor, *scale: Tensor) -> list[Tensor]:
-        if scale:
-            qkv = normed_queries_and_keys(qkv, HeadScaling(scale[0], scale[1], 1e-5, kind == "RMSNorm"))
+    def exact(qkv: Tensor, *rest: Tensor) -> Sequence[Tensor]:
+        if kind:
+            qkv = normed_queries_and_keys(qkv, HeadScaling(rest[0], rest[1], 1e-5, kind == "RMSNorm"))
+        else:
+            qkv = qkv + rest[0].view(shape[1:])
         wide = rotation and Rotation(rotation.cos.double(), rotation.sin.double())
-        return [rotate_reference(qkv, wide) if wide else qkv]
+        whole = rotate_reference(qkv, wide) if wide else qkv
+        return whole.unbind(2) if is_apart else [whole]
 
-    qkv = inputs[0] * 1  # no leaf: what is only turned is turned where it lies
-    out = prepared_heads(qkv, HeadScaling(inputs[1], inputs[2], 1e-5, kind == "RMSNorm") if kind else None, rotation)
-    assert (out.data_ptr() == qkv.data_ptr()) == (not kind)
-    assert torch.equal(out[:, :, -1], inputs[0][:, :, -1])
-    compare([out], inputs, exact)
+    def prepared(qkv: Tensor) -> Sequence[Tensor]:
+        scaling = HeadScaling(inputs[1], inputs[2], 1e-5, kind == "RMSNorm") if kind else None
+        bias = None if kind else inputs[1]
+        if is_apart:
+            return prepared_parts(qkv, scaling, rotation, bias)
+        return [prepared_heads(qkv, scaling, rotation, bias)]
+
+    # No leaf: what is only turned is turned where it lies. The bias is there already.
+    qkv = inputs[0] * 1 if kind else inputs[0] + inputs[1].detach().to(dtype).view(shape[1:])
+    before = qkv.detach().clone()
+    out = prepared(qkv)
+    assert (out[0].data_ptr() == qkv.data_ptr()) == (not kind)
+    assert torch.equal(out[2] if is_apart else out[0][:, :, -1], before[:, :, -1])
+    compare(out, inputs, exact)
     if not kind:
-        before = inputs[0].detach().clone()
-        assert torch.equal(prepared_heads(inputs[0], None, rotation), out)
-        assert torch.equal(inputs[0], before), "a leaf stays as it is"
+        leaf = before.clone().requires_grad_()
+        assert all(torch.equal(*pair) for pair in zip(prepared(leaf), out, strict=True))
+        assert torch.equal(leaf, before), "a leaf stays as it is"
 
 
 def check_convolution(lengths: Sequence[int], width: int, taps: int, dtype: torch.dtype) -> None:
@@ -235,11 +256,34 @@ def check_model(family: str, precision: PrecisionConfig, tolerance: float, **opt
     ours = step(model, 3)
     with plainly():
         theirs = step(model, 3)
+    compare_steps(ours, theirs, tolerance)
+
+
+def compare_steps(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:
+    """Loss and each gradient within a relative tolerance."""
     assert ours.keys() == theirs.keys()
     assert abs(ours["loss"] / theirs["loss"] - 1) < tolerance
     of_all = torch.cat([tensor.flatten() for tensor in theirs.values()]).norm()
     for name, gradient in theirs.items():
         assert (ours[name] - gradient).norm() < tolerance * gradient.norm() + 1e-2 * tolerance * of_all, name
+
+
+def check_parts(family: str, **options: object) -> None:
+    """A whole model whose attention takes queries, keys and values apart, as PyTorch's operator does on a GPU."""
+    calls = []
+
+    def attends(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, *_: object, **window: object) -> Tensor:
+        calls.append(window)
+        return attention_by_protein(torch.stack([query, key, value], 2), ends, 0, None, None)
+
+    model = made(family, PrecisionConfig(), **options)
+    with (patch.object(packed, "takes_varlen", lambda _, num_queries, *__, **___: num_queries == 1),
+          patch.object(varlen, "varlen_attn", attends)):
+        ours = step(model, 3)
+    assert calls
+    with plainly():
+        theirs = step(model, 3)
+    compare_steps(ours, theirs, 1e-4)
 
 
 def check_recomputation(family: str) -> None:
@@ -273,6 +317,10 @@ CHECKS: dict[str, Callable[[], None]] = {
        for shape, half, dtype in [((1, 2, 3, 8), 4, FP32), ((3, 3, 3, 24), 12, BF16), ((2, 2, 5, 10), 3, FP32),
                                   ((2, 1, 3, 16), 0, FP16), ((2, 9, 3, 64), 32, FP32)]
        for kind in ("", "LayerNorm", "RMSNorm") if half or kind},
+    **{f"heads apart, {shape}, {kind or 'no norm'}, {half} turned, {dtype}":
+       partial(check_heads, shape, half, dtype, kind, is_apart=True)
+       for shape, half, dtype in [((3, 5, 3, 24), 12, FP32), ((4, 2, 3, 10), 3, BF16), ((2, 1, 3, 16), 0, FP16)]
+       for kind in ("", "LayerNorm", "RMSNorm") if half or kind},
     **{f"convolution of {lengths}, width {width}, {taps} taps, {dtype}":
        partial(check_convolution, lengths, width, taps, dtype)
        for lengths, width, taps, dtype in [((1,), 20, 3, FP32), ((2, 1, 3, 1, 14), 140, 5, FP32),
@@ -286,6 +334,10 @@ CHECKS: dict[str, Callable[[], None]] = {
                                                            fp32_residual_connection=True),
     "model proteinlm with the norm in the stream": partial(check_model, "proteinlm", PrecisionConfig(), 1e-4,
                                                            apply_residual_connection_post_layernorm=True),
+    "model esm2, its heads apart": partial(check_parts, "esm2"),
+    "model esm2, its heads apart and attention recomputed": partial(check_parts, "esm2",
+                                                                    recompute_granularity="selective"),
+    "model esm2 with norms of heads, apart": partial(check_parts, "esm2", qk_layernorm=True),
     **{f"recomputation of {family}": partial(check_recomputation, family) for family in FAMILIES},
     **interpreted_cross_entropy.CHECKS, **interpreted_maps.CHECKS,
 }

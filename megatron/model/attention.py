@@ -12,11 +12,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron.config import ModelConfig
+from megatron.kernels.attention.fused import varlen_attention
 from megatron.kernels.attention.maps import attention_with_maps
-from megatron.kernels.dropout import Use
+from megatron.kernels.attention.packed import takes_parts
+from megatron.kernels.dropout import Dropout, Use
 from megatron.kernels.packed_sequence import PackedSequence
 from megatron.kernels.pointwise.convolution import convolved
-from megatron.kernels.pointwise.heads import HeadScaling, prepared_heads
+from megatron.kernels.pointwise.heads import (
+    HeadScaling,
+    Parts,
+    gives_bias_gradient,
+    prepared_heads,
+    prepared_parts,
+    prepares_parts,
+)
 from megatron.kernels.pointwise.product import Product
 from megatron.kernels.rotary import Rotation
 from megatron.model.initialisation import normal, residual_output
@@ -56,34 +65,46 @@ class Attention(nn.Module):
 
     def forward(self, hidden_uh: Tensor, sequence: PackedSequence, rotation: Rotation | None) -> Product:
         """[u, h], perhaps still without the last bias; `rotation`: of queries and keys, if they are to be turned."""
-        qkv_tx = self.query_key_value(hidden_uh)
+        scaling, bias_x = self._head_scaling(), None
+        if self.conv is None and self.values is None and gives_bias_gradient(hidden_uh, scaling, rotation):
+            bias_x = self.query_key_value.bias
+        qkv_tx = self.query_key_value(hidden_uh, trains_bias=bias_x is None)
         if self.conv is not None:
             qkv_tx = self.conv(qkv_tx, sequence)
         qkv_tgcd = qkv_tx.view(-1, *self.shape)
         if self.values is not None:
             qkv_tgcd = self.values(qkv_tgcd, sequence.tokens_t)
+        dropout = dropout_of(self, sequence, Use.WEIGHTS, self.first_head)
+        is_apart = prepares_parts(qkv_tgcd, scaling, rotation) and self._takes_parts(qkv_tgcd, dropout)
         # May change the projection in its own memory: nothing that made it has kept it.
-        qkv_tgcd = prepared_heads(qkv_tgcd, self._head_scaling(), rotation)
-        return self.dense.product(self._core(qkv_tgcd, sequence).flatten(1))
+        heads = (prepared_parts(qkv_tgcd, scaling, rotation, bias_x) if is_apart else
+                 (prepared_heads(qkv_tgcd, scaling, rotation, bias_x),))
+        return self.dense.product(self._core(heads, sequence, dropout).flatten(1))
 
     def _head_scaling(self) -> HeadScaling | None:
         if not self.has_qk_norm:
             return None
         return HeadScaling(self.query_norm.weight, self.key_norm.weight, self.epsilon, self.is_rms)
 
-    def _core(self, qkv_tgcd: Tensor, sequence: PackedSequence) -> Tensor:
+    def _takes_parts(self, qkv_tgcd: Tensor, dropout: Dropout | None) -> bool:
+        return (self.takes_maps is None and self.context.size == 1
+                and takes_parts(qkv_tgcd, dropout is not None, self.window, self.backend))
+
+    def _core(self, heads: Parts, sequence: PackedSequence, dropout: Dropout | None) -> Tensor:
+        """The context [t, n, d]; `heads`: the whole projection, or its parts."""
         if self.takes_maps is not None:
-            context_tnd, maps = attention_with_maps(qkv_tgcd, sequence, self.window)
+            context_tnd, maps = attention_with_maps(heads[0], sequence, self.window)
             self.takes_maps(maps)
             return context_tnd
-        dropout = dropout_of(self, sequence, Use.WEIGHTS, self.first_head)
 
-        def core(qkv_tgcd: Tensor) -> Tensor:
-            return context_attention(qkv_tgcd, sequence, dropout, self.context, self.window, self.backend)
+        def core(*heads: Tensor) -> Tensor:
+            if len(heads) > 1:
+                return varlen_attention(heads, sequence, window=self.window)
+            return context_attention(heads[0], sequence, dropout, self.context, self.window, self.backend)
 
         if self.recomputes_core and torch.is_grad_enabled():
-            return recomputed(core, qkv_tgcd)
-        return core(qkv_tgcd)
+            return recomputed(core, *heads)
+        return core(*heads)
 
 
 class ValueEmbedding(nn.Module):

@@ -15,14 +15,16 @@ T = TypeVar("T")
 NOT_SHARED = Axis()
 
 
-def recomputed(function: Callable[[Tensor], T], x: Tensor, *, kept_over: Axis = NOT_SHARED) -> T:
-    """`function(x)`, of which only `x` is kept, and that shared out over the ranks of `kept_over`, which all have it.
+def recomputed(function: Callable[..., T], *inputs: Tensor, kept_over: Axis = NOT_SHARED) -> T:
+    """`function(*inputs)`, of which only the inputs are kept; one alone may be shared out over the ranks of
+    `kept_over`, which all have it.
 
-    Forward: no communication of its own. Backward: `x` is gathered and `function`, with its collectives, runs again,
-    which must do the same: it draws nothing from a generator.
+    Forward: no communication of its own. Backward: the input is gathered and `function`, with its collectives, runs
+    again, which must do the same: it draws nothing from a generator.
     """
     if kept_over.size == 1:
-        return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    [x] = inputs
     shape, has_gradient, at_hand = x.shape, x.requires_grad, [x]
 
     def from_share(share: Tensor) -> T:

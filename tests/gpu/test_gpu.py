@@ -114,9 +114,9 @@ def test_context_ranks_have_the_context_gradient_and_dropout_of_one(dtype):
         assert torch.equal(four, again)
 
 
-def loss_and_gradients(family, device, is_compiled=False):
-    """Of a small model of a family on some proteins, in fp32."""
-    model = ProteinModel(FAMILIES[family], PrecisionConfig(), 128, mask_id=MASK_ID)
+def loss_and_gradients(family, device, is_compiled=False, is_bf16=False):
+    """Of a small model of a family on some proteins."""
+    model = ProteinModel(FAMILIES[family], PrecisionConfig(bf16=is_bf16), 128, mask_id=MASK_ID)
     initialise(dict(model.named_parameters()), 1)
     model.to(device)
     for block in model.blocks() if is_compiled else ():
@@ -136,6 +136,16 @@ def test_every_kind_of_model_has_the_cpus_loss_and_gradients_in_fp32(family, is_
     assert loss == pytest.approx(expected, rel=1e-5)
     for name, gradient in exact.items():
         assert (gradients[name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-5, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_bf16_every_kind_of_model_has_nearly_the_cpus_loss_and_gradients(family):
+    (loss, gradients), (expected, theirs) = (loss_and_gradients(family, device, is_bf16=True)
+                                             for device in ("cuda", "cpu"))
+    assert loss == pytest.approx(expected, rel=1e-2)
+    of_all = torch.cat([gradient.flatten() for gradient in theirs.values()]).norm()
+    for name, gradient in theirs.items():
+        assert (gradients[name] - gradient).norm() <= 0.1 * gradient.norm() + 1e-3 * of_all, name
 
 
 def takes_fp8(scaling):

@@ -27,7 +27,7 @@ RECIPE = "--normalization RMSNorm --swiglu --qk-layernorm --rotary-percent 0.5 -
 OTHERS = [(["--preset", "esm2-650m", *RECIPE], 1024), (["--preset", "esm2-8m", *RECIPE], 1),
           (["--preset", "tape", "--fp16", "--qk-layernorm", "--squared-relu", "--fp32-residual-connection"], 1000)]
 # What a block launches besides matrix products and attention, forward and backward.
-MOST_LAUNCHES = {"esm2-650m": 17, "tape": 13}
+MOST_LAUNCHES = {"esm2-650m": 16, "tape": 13}
 MOST_LAUNCHES_OF_LOSS = 18  # with PyTorch's own cross entropy there were 22
 MOST_SPILLED = 24  # bytes a thread, of kernels that wait for memory
 
@@ -87,7 +87,7 @@ def test_interpreted_it_is_what_plain_pytorch_gives(wrong, check):
 def check_kernels(found):
     operations = "residual_norm", "activation", "heads", "convolution", "cross_entropy"
     assert {name for name, _ in found} == {f"{operation} {direction}_kernel" for operation in operations
-                                           for direction in ("forward", "backward")}
+                                           for direction in ("forward", "backward")} | {"heads turn_back_kernel"}
     assert [kernel for kernel in found if kernel[1] > MOST_SPILLED] == []
     assert sum(kernel[1] > 0 for kernel in found) <= 0.05 * len(found)
 

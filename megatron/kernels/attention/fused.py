@@ -57,11 +57,31 @@ def fused_attention(qkv_ugxd: Tensor, key_value_tg2d: Tensor | None, sequence: P
     is_whole = key_value_tg2d is None
     num_queries = qkv_ugxd.shape[2] - (2 if is_whole else 0)
     if not takes_triton and takes_varlen(qkv_ugxd, num_queries, dropout is not None, window, is_whole):
-        return _varlen(qkv_ugxd, key_value_tg2d, sequence, first, window)
+        parts = _apart(qkv_ugxd) if key_value_tg2d is None else (qkv_ugxd.flatten(1, 2), *_apart(key_value_tg2d))
+        return varlen_attention(parts, sequence, first, window)
     left, right = window or (-1, -1)
     seed, kept, first_head = (dropout.seed, dropout.kept, dropout.first_head) if dropout else (None, 0, 0)
     return _operator(qkv_ugxd, key_value_tg2d, sequence.cu_seqlens, seed, sequence.num_filler, first, left, right,
                      kept, first_head)[0].flatten(1, 2)
+
+
+def varlen_attention(parts: tuple[Tensor, ...], sequence: PackedSequence, first: int = 0,
+                     window: Window = None) -> Tensor:
+    """The context [u, n, d] by PyTorch's operator; `parts`: queries [u, n, d], from token `first` on, keys and values.
+
+    Filler passes for proteins: what lies in no segment would have any context.
+    """
+    from torch.nn.attention.varlen import varlen_attn  # imports torch._dynamo: as slow as importing torch
+
+    query_und, key_tgd, value_tgd = parts
+    num_queries, ends, longest = len(query_und), sequence.cu_seqlens, sequence.max_length
+    query_ends = ends if num_queries == len(key_tgd) else (ends - first).clamp(0, num_queries)
+    # Later versions of torch would take cuDNN, which others found to be slower (pytorch/pytorch#187770).
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        context_und = varlen_attn(query_und, key_tgd, value_tgd, query_ends, ends,
+                                  min(longest, num_queries), longest, window_size=window or (-1, -1))
+    assert isinstance(context_und, Tensor)
+    return context_und
 
 
 def context_and_logsumexp(qkv_tgcd: Tensor, sequence: PackedSequence, window: Window = None) -> tuple[Tensor, Tensor]:
@@ -90,25 +110,6 @@ def takes_varlen(tensor: Tensor, num_queries: int, has_dropout: bool, window: Wi
     if window is not None and not is_whole:
         return False
     return is_fake(tensor) or is_of_ampere(tensor)
-
-
-def _varlen(qkv_ugxd: Tensor, key_value_tg2d: Tensor | None, sequence: PackedSequence, first: int,
-            window: Window) -> Tensor:
-    """Filler passes for proteins: what lies in no segment would have any context."""
-    from torch.nn.attention.varlen import varlen_attn  # imports torch._dynamo: as slow as importing torch
-
-    num_queries, ends, longest = len(qkv_ugxd), sequence.cu_seqlens, sequence.max_length
-    if key_value_tg2d is None:
-        query_ends, (query_und, key_tgd, value_tgd) = ends, _apart(qkv_ugxd)
-    else:
-        query_ends = (ends - first).clamp(0, num_queries)
-        query_und, (key_tgd, value_tgd) = qkv_ugxd.flatten(1, 2), _apart(key_value_tg2d)
-    # Later versions of torch would take cuDNN, which others found to be slower (pytorch/pytorch#187770).
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        context_und = varlen_attn(query_und, key_tgd, value_tgd, query_ends, ends,
-                                  min(longest, num_queries), longest, window_size=window or (-1, -1))
-    assert isinstance(context_und, Tensor)
-    return context_und
 
 
 def _apart(rows_tgrd: Tensor) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ Shapes: t tokens, g groups of heads, each with c = q + 2 rows of width d: querie
 of each head, which has a scale [d] of its own and no bias; turned it is as `megatron.kernels.rotary` says.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from megatron.kernels.device import as_called, takes_triton
 from megatron.kernels.pointwise.compiled import prepare_heads, prepare_heads_backward, takes_compiled
 from megatron.kernels.rotary import Rotation, rotate
 
+Parts = tuple[Tensor, ...]  # queries, keys and values, [t, g, d] each
+
 
 @dataclass(frozen=True)
 class HeadScaling:
@@ -30,20 +33,46 @@ class HeadScaling:
     is_rms: bool
 
 
-def prepared_heads(qkv_tgcd: Tensor, scaling: HeadScaling | None, rotation: Rotation | None) -> Tensor:
+def prepared_heads(qkv_tgcd: Tensor, scaling: HeadScaling | None, rotation: Rotation | None,
+                   bias_x: Tensor | None = None) -> Tensor:
     """The projection with queries and keys normalised, then turned, values as they are.
 
-    Its memory may be that of `qkv_tgcd`, which is then changed: who made that must not have kept it.
+    Its memory may be that of `qkv_tgcd`, which is then changed: who made that must not have kept it. `bias_x`: one that
+    the projection has with it already, for which only its gradient is to be given, where `gives_bias_gradient`.
     """
-    turn = (None, None) if rotation is None else (rotation.cos, rotation.sin)
+    turn = _turn_of(rotation)
     if takes_triton(qkv_tgcd) and scaling is None and rotation is not None:
-        return _Turned.apply(qkv_tgcd, *turn)
+        return _Turned.apply(qkv_tgcd, bias_x, *turn, False)
+    assert bias_x is None, "the product gives the gradient of its bias"
     if scaling is not None and (takes_triton(qkv_tgcd) or takes_compiled(qkv_tgcd)):
         return _Prepared.apply(qkv_tgcd, scaling.query_weight, scaling.key_weight, *turn, scaling.epsilon,
-                               not scaling.is_rms)
+                               not scaling.is_rms, False)
     if scaling is not None:
         qkv_tgcd = normed_queries_and_keys(qkv_tgcd, scaling)
     return qkv_tgcd if rotation is None else rotate(qkv_tgcd, rotation)
+
+
+def prepared_parts(qkv_tgcd: Tensor, scaling: HeadScaling | None, rotation: Rotation | None,
+                   bias_x: Tensor | None = None) -> Parts:
+    """The same, where `prepares_parts`, as queries, keys and values apart; each query has a key of its own.
+
+    They lie where the projection lies; their gradients are put together as they are turned back or normalised, where
+    PyTorch takes a copy.
+    """
+    if scaling is None:
+        return _Turned.apply(qkv_tgcd, bias_x, *_turn_of(rotation), True)
+    return _Prepared.apply(qkv_tgcd, scaling.query_weight, scaling.key_weight, *_turn_of(rotation), scaling.epsilon,
+                           not scaling.is_rms, True)
+
+
+def prepares_parts(x: Tensor, scaling: HeadScaling | None, rotation: Rotation | None) -> bool:
+    """Whether `prepared_parts` takes these: Triton's kernels do, where there is something to do."""
+    return takes_triton(x) and not (scaling is None and rotation is None)
+
+
+def gives_bias_gradient(x: Tensor, scaling: HeadScaling | None, rotation: Rotation | None) -> bool:
+    """Whether what turns queries and keys sums up the gradient of the projection's bias on its way."""
+    return takes_triton(x) and scaling is None and rotation is not None
 
 
 def normed_queries_and_keys(qkv_tgcd: Tensor, scaling: HeadScaling) -> Tensor:
@@ -60,22 +89,32 @@ def normed_heads(x_tgcd: Tensor, weight: Tensor, epsilon: float, is_rms: bool) -
     return normed_tgcd * weight.to(x_tgcd.dtype).view(x_tgcd.shape[1:])
 
 
+def _turn_of(rotation: Rotation | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if rotation is None else (rotation.cos, rotation.sin)
+
+
 class _Turned(torch.autograd.Function):
     """In place but for a leaf; backward, where the gradient may be someone else's too, it gives a tensor of its own."""
 
     @staticmethod
-    def forward(ctx: Any, qkv_tgcd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, qkv_tgcd: Tensor, bias_x: Tensor | None, cos: Tensor, sin: Tensor,
+                is_apart: bool) -> Tensor | Parts:
         ctx.save_for_backward(cos, sin)
+        ctx.bias_dtype = None if bias_x is None else bias_x.dtype
         if (qkv_tgcd.is_leaf and qkv_tgcd.requires_grad) or not qkv_tgcd.is_contiguous():
-            return as_called(_prepare_operator, _prepare, qkv_tgcd)(qkv_tgcd, None, None, cos, sin, 0.0, False, 1)
-        _turn_(qkv_tgcd, cos, sin)
-        return qkv_tgcd  # not marked as changed: of a view the gradient would be copied
+            prepare = as_called(_prepare_operator, _prepare, qkv_tgcd)
+            qkv_tgcd = prepare(qkv_tgcd, None, None, cos, sin, 0.0, False)
+        else:
+            _turn_(qkv_tgcd, cos, sin)  # not marked as changed: of a view the gradient would be copied
+        return qkv_tgcd.unbind(2) if is_apart else qkv_tgcd
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_tgcd: Tensor) -> tuple[Tensor, None, None]:
-        prepare = as_called(_prepare_operator, _prepare, grad_tgcd)
-        return prepare(grad_tgcd, None, None, *ctx.saved_tensors, 0.0, False, -1), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        has_sum = ctx.needs_input_grad[1]
+        turn_back = as_called(_turn_back_operator, _turn_back, grads[0])
+        grad_qkv_tgcd, sum_gcd = turn_back(grads, *ctx.saved_tensors, has_sum)
+        return grad_qkv_tgcd, sum_gcd.flatten().to(ctx.bias_dtype) if has_sum else None, None, None, None
 
 
 class _Prepared(torch.autograd.Function):
@@ -83,28 +122,29 @@ class _Prepared(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv_tgcd: Tensor, query_weight: Tensor, key_weight: Tensor, cos: Tensor | None,
-                sin: Tensor | None, epsilon: float, has_mean: bool) -> Tensor:
+                sin: Tensor | None, epsilon: float, has_mean: bool, is_apart: bool) -> Tensor | Parts:
         ctx.save_for_backward(qkv_tgcd, query_weight, key_weight, cos, sin)
         ctx.numbers = epsilon, has_mean
-        return as_called(_prepare_operator, _prepare, qkv_tgcd)(qkv_tgcd, query_weight, key_weight, cos, sin, epsilon,
-                                                                has_mean, 1)
+        prepare = as_called(_prepare_operator, _prepare, qkv_tgcd)
+        out_tgcd = prepare(qkv_tgcd, query_weight, key_weight, cos, sin, epsilon, has_mean)
+        return out_tgcd.unbind(2) if is_apart else out_tgcd
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_tgcd: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         qkv_tgcd, query_weight, key_weight, *turn = ctx.saved_tensors
-        grad_qkv_tgcd, grads_gcd = as_called(_prepare_backward_operator, _prepare_backward, grad_tgcd)(
-            grad_tgcd, qkv_tgcd, query_weight, key_weight, *turn, *ctx.numbers)
+        grad_qkv_tgcd, grads_gcd = as_called(_prepare_backward_operator, _prepare_backward, qkv_tgcd)(
+            grads, qkv_tgcd, query_weight, key_weight, *turn, *ctx.numbers)
         of_queries = grads_gcd[:, :-2].reshape(query_weight.shape).to(query_weight.dtype)
         of_keys = grads_gcd[:, -2].reshape(key_weight.shape).to(key_weight.dtype)
-        return grad_qkv_tgcd, of_queries, of_keys, None, None, None, None
+        return grad_qkv_tgcd, of_queries, of_keys, None, None, None, None, None
 
 
 @torch.library.custom_op("megatron::turn_heads_", mutates_args=("qkv_tgcd",))
 def _turn_(qkv_tgcd: Tensor, cos: Tensor, sin: Tensor) -> None:
     from megatron.kernels.pointwise.heads_triton import launch_forward
 
-    launch_forward(qkv_tgcd, None, None, cos, sin, 0.0, False, 1, qkv_tgcd)
+    launch_forward(qkv_tgcd, None, None, cos, sin, 0.0, False, qkv_tgcd)
 
 
 @_turn_.register_fake
@@ -118,14 +158,14 @@ def _is_compiled(tensor: Tensor) -> bool:
 
 
 def _prepare(qkv_tgcd: Tensor, query_weight: Tensor | None, key_weight: Tensor | None, cos: Tensor | None,
-             sin: Tensor | None, epsilon: float, has_mean: bool, sign: int) -> Tensor:
+             sin: Tensor | None, epsilon: float, has_mean: bool) -> Tensor:
     if _is_compiled(qkv_tgcd):
-        return prepare_heads(qkv_tgcd, query_weight, key_weight, cos, sin, epsilon, has_mean, sign)
+        return prepare_heads(qkv_tgcd, query_weight, key_weight, cos, sin, epsilon, has_mean, 1)
     from megatron.kernels.pointwise.heads_triton import launch_forward
 
     qkv_tgcd = qkv_tgcd.contiguous()
     out_tgcd = torch.empty_like(qkv_tgcd)
-    launch_forward(qkv_tgcd, query_weight, key_weight, cos, sin, epsilon, has_mean, sign, out_tgcd)
+    launch_forward(qkv_tgcd, query_weight, key_weight, cos, sin, epsilon, has_mean, out_tgcd)
     return out_tgcd
 
 
@@ -134,20 +174,45 @@ _prepare_operator = torch.library.custom_op("megatron::prepare_heads", _prepare,
 
 @_prepare_operator.register_fake
 def _(qkv_tgcd: Tensor, query_weight: Tensor | None, key_weight: Tensor | None, cos: Tensor | None,
-      sin: Tensor | None, epsilon: float, has_mean: bool, sign: int) -> Tensor:
+      sin: Tensor | None, epsilon: float, has_mean: bool) -> Tensor:
     return qkv_tgcd.new_empty(qkv_tgcd.shape)
 
 
-def _prepare_backward(grad_tgcd: Tensor, qkv_tgcd: Tensor, query_weight: Tensor, key_weight: Tensor,
+def _turn_back(grads: Sequence[Tensor], cos: Tensor, sin: Tensor, has_sum: bool) -> tuple[Tensor, Tensor]:
+    """The gradient of what was turned, from that of the whole or those of the parts, and its sum over the tokens."""
+    from megatron.kernels.pointwise.heads_triton import launch_turn_back
+
+    grads = [grad.contiguous() for grad in grads]
+    grad_qkv_tgcd = _empty_whole(grads)
+    return grad_qkv_tgcd, launch_turn_back(grads, cos, sin, has_sum, grad_qkv_tgcd)
+
+
+_turn_back_operator = torch.library.custom_op("megatron::turn_heads_back", _turn_back, mutates_args=())
+
+
+@_turn_back_operator.register_fake
+def _(grads: Sequence[Tensor], cos: Tensor, sin: Tensor, has_sum: bool) -> tuple[Tensor, Tensor]:
+    whole_tgcd = _empty_whole(grads)
+    return whole_tgcd, whole_tgcd.new_empty(whole_tgcd.shape[1:] if has_sum else 0, dtype=torch.float32)
+
+
+def _empty_whole(grads: Sequence[Tensor]) -> Tensor:
+    """For the gradient of the whole projection, given as one or as three."""
+    shape = grads[0].shape if len(grads) == 1 else (*grads[0].shape[:2], len(grads), grads[0].shape[2])
+    return grads[0].new_empty(shape)
+
+
+def _prepare_backward(grads: Sequence[Tensor], qkv_tgcd: Tensor, query_weight: Tensor, key_weight: Tensor,
                       cos: Tensor | None, sin: Tensor | None, epsilon: float,
                       has_mean: bool) -> tuple[Tensor, Tensor]:
+    """Of the projection, from the gradient of the whole or of the parts; of each row's scale [g, c, d], fp32."""
     if _is_compiled(qkv_tgcd):
-        return prepare_heads_backward(grad_tgcd, qkv_tgcd, query_weight, key_weight, cos, sin, epsilon, has_mean)
+        return prepare_heads_backward(grads[0], qkv_tgcd, query_weight, key_weight, cos, sin, epsilon, has_mean)
     from megatron.kernels.pointwise.heads_triton import launch_backward
 
-    grad_tgcd, qkv_tgcd = grad_tgcd.contiguous(), qkv_tgcd.contiguous()
+    grads, qkv_tgcd = [grad.contiguous() for grad in grads], qkv_tgcd.contiguous()
     grad_qkv_tgcd = torch.empty_like(qkv_tgcd)
-    return grad_qkv_tgcd, launch_backward(grad_tgcd, qkv_tgcd, query_weight, key_weight, cos, sin, epsilon, has_mean,
+    return grad_qkv_tgcd, launch_backward(grads, qkv_tgcd, query_weight, key_weight, cos, sin, epsilon, has_mean,
                                           grad_qkv_tgcd)
 
 
@@ -156,6 +221,6 @@ _prepare_backward_operator = torch.library.custom_op("megatron::prepare_heads_ba
 
 
 @_prepare_backward_operator.register_fake
-def _(grad_tgcd: Tensor, qkv_tgcd: Tensor, query_weight: Tensor, key_weight: Tensor, cos: Tensor | None,
+def _(grads: Sequence[Tensor], qkv_tgcd: Tensor, query_weight: Tensor, key_weight: Tensor, cos: Tensor | None,
       sin: Tensor | None, epsilon: float, has_mean: bool) -> tuple[Tensor, Tensor]:
     return qkv_tgcd.new_empty(qkv_tgcd.shape), qkv_tgcd.new_empty(qkv_tgcd.shape[1:], dtype=torch.float32)

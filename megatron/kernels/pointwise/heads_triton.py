@@ -1,40 +1,67 @@
 """Triton kernels of `megatron.kernels.pointwise.heads`: a program takes some heads of a token, its rows.
 
 Arithmetic is fp32. A row's width is cut into the two halves that are turned against each other, and the rest: a thread
-that has an element of one half has its partner, so that it may write where it has read.
+that has an element of one half has its partner, so that it may write where it has read. Gradients, `grads`, are of the
+whole, one tensor, or of queries, keys and values, three.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_MOST_WARPS = 16 * 132  # of the backward pass, whose programs each have partial sums: what an H100 runs at once
+_MOST_WARPS = 16 * 132  # of the backward pass, whose programs each have partial has_sum: what an H100 runs at once
 _ELEMENTS = 2048  # of a program's tile: 16 a thread
 
 
 def launch_forward(qkv_tgcd: Tensor, query_weight: Tensor | None, key_weight: Tensor | None, cos: Tensor | None,
-                   sin: Tensor | None, epsilon: float, has_mean: bool, sign: int, out_tgcd: Tensor) -> None:
-    """Fill `out_tgcd`, which may be `qkv_tgcd`: then the values are not touched. `sign`: -1 turns the other way."""
+                   sin: Tensor | None, epsilon: float, has_mean: bool, out_tgcd: Tensor) -> None:
+    """Fill `out_tgcd`, which may be `qkv_tgcd`: then the values are not touched."""
     tokens, groups, rows_a_group, _ = qkv_tgcd.shape
     rows, *sizes, num_warps = _tile(qkv_tgcd, cos)
     forward_kernel[tokens, triton.cdiv(groups * rows_a_group, rows)](
-        qkv_tgcd, query_weight, key_weight, cos, sin, out_tgcd, groups * rows_a_group, float(sign), epsilon,
-        rows_a_group, *sizes, rows, query_weight is not None, has_mean, out_tgcd is qkv_tgcd, num_warps=num_warps)
+        qkv_tgcd, query_weight, key_weight, cos, sin, out_tgcd, groups * rows_a_group, epsilon, rows_a_group, *sizes,
+        rows, query_weight is not None, has_mean, out_tgcd is qkv_tgcd, num_warps=num_warps)
 
 
-def launch_backward(grad_tgcd: Tensor, qkv_tgcd: Tensor, query_weight: Tensor, key_weight: Tensor, cos: Tensor | None,
-                    sin: Tensor | None, epsilon: float, has_mean: bool, grad_qkv_tgcd: Tensor) -> Tensor:
+def launch_turn_back(grads: Sequence[Tensor], cos: Tensor, sin: Tensor, has_sum: bool,
+                     grad_qkv_tgcd: Tensor) -> Tensor:
+    """Fill the last one; its sum over the tokens [g, c, d], fp32, or where it is not to have one nothing."""
+    tokens, groups, rows_a_group, width = grad_qkv_tgcd.shape
+    rows, *sizes, num_warps = _tile(grad_qkv_tgcd, cos)
+    chunks = triton.cdiv(groups * rows_a_group, rows)
+    strips = _num_strips(tokens, chunks, num_warps) if has_sum else tokens
+    partial_pgcd = torch.empty(strips * has_sum, groups, rows_a_group, width, dtype=torch.float32,
+                               device=grad_qkv_tgcd.device)
+    turn_back_kernel[strips, chunks](*_three(grads), cos, sin, grad_qkv_tgcd, partial_pgcd if has_sum else None, tokens,
+                                     groups * rows_a_group, rows_a_group, *sizes, rows, len(grads) > 1, has_sum,
+                                     num_warps=num_warps)
+    return partial_pgcd.sum(0) if has_sum else partial_pgcd.flatten()
+
+
+def launch_backward(grads: Sequence[Tensor], qkv_tgcd: Tensor, query_weight: Tensor, key_weight: Tensor,
+                    cos: Tensor | None, sin: Tensor | None, epsilon: float, has_mean: bool,
+                    grad_qkv_tgcd: Tensor) -> Tensor:
     """Fill the last one; the gradient of each row's scale [g, c, d], fp32, of which the values' rows mean nothing."""
     tokens, groups, rows_a_group, width = qkv_tgcd.shape
     rows, *sizes, num_warps = _tile(qkv_tgcd, cos)
     chunks = triton.cdiv(groups * rows_a_group, rows)
-    strips = min(tokens, max(1, _MOST_WARPS // num_warps // chunks))
+    strips = _num_strips(tokens, chunks, num_warps)
     partial_pgcd = torch.empty(strips, groups, rows_a_group, width, dtype=torch.float32, device=qkv_tgcd.device)
     backward_kernel[strips, chunks](
-        grad_tgcd, qkv_tgcd, query_weight, key_weight, cos, sin, grad_qkv_tgcd, partial_pgcd, tokens,
-        groups * rows_a_group, epsilon, rows_a_group, *sizes, rows, has_mean, num_warps=num_warps)
+        *_three(grads), qkv_tgcd, query_weight, key_weight, cos, sin, grad_qkv_tgcd, partial_pgcd, tokens,
+        groups * rows_a_group, epsilon, rows_a_group, *sizes, rows, len(grads) > 1, has_mean, num_warps=num_warps)
     return partial_pgcd.sum(0)
+
+
+def _three(grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    return tuple(grads) if len(grads) > 1 else (grads[0], None, None)
+
+
+def _num_strips(tokens: int, chunks: int, num_warps: int) -> int:
+    return min(tokens, max(1, _MOST_WARPS // num_warps // chunks))
 
 
 def _tile(qkv_tgcd: Tensor, cos: Tensor | None) -> tuple[int, int, int, int, int, int]:
@@ -49,7 +76,7 @@ def _tile(qkv_tgcd: Tensor, cos: Tensor | None) -> tuple[int, int, int, int, int
 
 
 @triton.jit
-def forward_kernel(qkv, query_weight, key_weight, cos, sin, out, rows_a_token, sign, epsilon,
+def forward_kernel(qkv, query_weight, key_weight, cos, sin, out, rows_a_token, epsilon,
                    ROWS_A_GROUP: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
                    REST: tl.constexpr, ROWS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_MEAN: tl.constexpr,
                    IS_IN_PLACE: tl.constexpr):
@@ -91,7 +118,7 @@ def forward_kernel(qkv, query_weight, key_weight, cos, sin, out, rows_a_token, s
                                   WIDTH - 2 * HALF, ROWS_A_GROUP, WIDTH)
             rest = tl.where(is_value[:, None], rest, rest_hat * inverse * rest_scale)
     if HALF:
-        first, second = turned(first, second, cos, sin, token, columns, is_value, sign, HALF)
+        first, second = turned(first, second, cos, sin, token, columns, is_value, 1.0, HALF)
         store(out, starts, is_there, columns, HALF, first)
         store(out + HALF, starts, is_there, columns, HALF, second)
     if REST:
@@ -99,9 +126,46 @@ def forward_kernel(qkv, query_weight, key_weight, cos, sin, out, rows_a_token, s
 
 
 @triton.jit
-def backward_kernel(grad, qkv, query_weight, key_weight, cos, sin, grad_qkv, partial, tokens, rows_a_token, epsilon,
-                    ROWS_A_GROUP: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
-                    REST: tl.constexpr, ROWS: tl.constexpr, HAS_MEAN: tl.constexpr):
+def turn_back_kernel(grad, key_grad, value_grad, cos, sin, grad_qkv, partial, tokens, rows_a_token,
+                     ROWS_A_GROUP: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+                     REST: tl.constexpr, ROWS: tl.constexpr, IS_APART: tl.constexpr, HAS_SUM: tl.constexpr):
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    is_value = rows % ROWS_A_GROUP == ROWS_A_GROUP - 1
+    is_there = rows < rows_a_token
+    columns = tl.arange(0, BLOCK)
+    first_sum, second_sum = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([ROWS, BLOCK], tl.float32)
+    if REST:
+        rest_columns = tl.arange(0, REST)
+        rest_sum = tl.zeros([ROWS, REST], tl.float32)
+    for place in range(tl.program_id(0), tokens, tl.num_programs(0)):
+        token = tl.cast(place, tl.int64)
+        starts = (token * rows_a_token + rows) * WIDTH
+        first, second = turned(
+            outer(grad, key_grad, value_grad, 0, token, rows, rows_a_token, is_there, columns, HALF, WIDTH, IS_APART),
+            outer(grad, key_grad, value_grad, HALF, token, rows, rows_a_token, is_there, columns, HALF, WIDTH,
+                  IS_APART), cos, sin, token, columns, is_value, -1.0, HALF)
+        store(grad_qkv, starts, is_there, columns, HALF, first)
+        store(grad_qkv + HALF, starts, is_there, columns, HALF, second)
+        first_sum += first
+        second_sum += second
+        if REST:
+            rest = outer(grad, key_grad, value_grad, 2 * HALF, token, rows, rows_a_token, is_there, rest_columns,
+                         WIDTH - 2 * HALF, WIDTH, IS_APART)
+            store(grad_qkv + 2 * HALF, starts, is_there, rest_columns, WIDTH - 2 * HALF, rest)
+            rest_sum += rest
+    if HAS_SUM:
+        starts = (tl.program_id(0).to(tl.int64) * rows_a_token + rows) * WIDTH
+        store(partial, starts, is_there, columns, HALF, first_sum)
+        store(partial + HALF, starts, is_there, columns, HALF, second_sum)
+        if REST:
+            store(partial + 2 * HALF, starts, is_there, rest_columns, WIDTH - 2 * HALF, rest_sum)
+
+
+@triton.jit
+def backward_kernel(grad, key_grad, value_grad, qkv, query_weight, key_weight, cos, sin, grad_qkv, partial, tokens,
+                    rows_a_token, epsilon, ROWS_A_GROUP: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
+                    BLOCK: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr, IS_APART: tl.constexpr,
+                    HAS_MEAN: tl.constexpr):
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     is_value = rows % ROWS_A_GROUP == ROWS_A_GROUP - 1
     is_there = rows < rows_a_token
@@ -124,13 +188,16 @@ def backward_kernel(grad, qkv, query_weight, key_weight, cos, sin, grad_qkv, par
         if HALF:
             first, second = (loaded(qkv, starts, is_there, columns, HALF),
                              loaded(qkv + HALF, starts, is_there, columns, HALF))
-            first_outer, second_outer = turned(loaded(grad, starts, is_there, columns, HALF),
-                                               loaded(grad + HALF, starts, is_there, columns, HALF), cos, sin, token,
-                                               columns, is_value, -1.0, HALF)
+            first_outer, second_outer = turned(
+                outer(grad, key_grad, value_grad, 0, token, rows, rows_a_token, is_there, columns, HALF, WIDTH,
+                      IS_APART),
+                outer(grad, key_grad, value_grad, HALF, token, rows, rows_a_token, is_there, columns, HALF, WIDTH,
+                      IS_APART), cos, sin, token, columns, is_value, -1.0, HALF)
             total += tl.sum(first, 1) + tl.sum(second, 1)
         if REST:
             rest = loaded(qkv + 2 * HALF, starts, is_there, rest_columns, WIDTH - 2 * HALF)
-            rest_outer = loaded(grad + 2 * HALF, starts, is_there, rest_columns, WIDTH - 2 * HALF)
+            rest_outer = outer(grad, key_grad, value_grad, 2 * HALF, token, rows, rows_a_token, is_there,
+                               rest_columns, WIDTH - 2 * HALF, WIDTH, IS_APART)
             total += tl.sum(rest, 1)
         mean = total / WIDTH if HAS_MEAN else total * 0
         squares = tl.zeros([ROWS], tl.float32)
@@ -178,6 +245,20 @@ def loaded(pointer, starts, is_there, columns, SIZE: tl.constexpr):
     """A part of each row, fp32."""
     is_inside = is_there[:, None] & (columns[None, :] < SIZE)
     return tl.load(pointer + starts[:, None] + columns[None, :], mask=is_inside, other=0).to(tl.float32)
+
+
+@triton.jit
+def outer(grad, key_grad, value_grad, OFFSET: tl.constexpr, token, rows, rows_a_token, is_there, columns,
+          SIZE: tl.constexpr, WIDTH: tl.constexpr, IS_APART: tl.constexpr):
+    """A part of each row's gradient, fp32, from column OFFSET on: of the whole, or from queries', keys' or values'."""
+    if IS_APART:
+        starts, member = (token * (rows_a_token // 3) + rows // 3) * WIDTH, rows % 3
+        part = (loaded(grad + OFFSET, starts, is_there & (member == 0), columns, SIZE)
+                + loaded(key_grad + OFFSET, starts, is_there & (member == 1), columns, SIZE)
+                + loaded(value_grad + OFFSET, starts, is_there & (member == 2), columns, SIZE))
+    else:
+        part = loaded(grad + OFFSET, (token * rows_a_token + rows) * WIDTH, is_there, columns, SIZE)
+    return part
 
 
 @triton.jit

@@ -104,10 +104,11 @@ class _Fp8Linear(torch.autograd.Function):
         summing = ctx.entry.start_leave(grad_ti)
         of_operands: list[Tensor | None] = []
         for place, (weight_oi, grad_uo, by_dim) in enumerate(zip(ctx.weights, grads_uo, grads, strict=True)):
-            bias_dtype, is_trained = ctx.bias_dtypes[place], ctx.needs_input_grad[5 + 10 * place]
+            is_trained, has_trained_bias = ctx.needs_input_grad[5 + 10 * place:7 + 10 * place]
             of_operands += [
                 weight_gradient(weight_oi, by_dim[0].along(0), x_it, ctx.deferral) if is_trained else None,
-                None if bias_dtype is None else sum_over_tokens(grad_uo, bias_dtype), *[None] * 7, amaxes[place].seen]
+                sum_over_tokens(grad_uo, ctx.bias_dtypes[place]) if has_trained_bias else None, *[None] * 7,
+                amaxes[place].seen]
         return summing.wait(), *[None] * 4, *of_operands
 
 

@@ -90,11 +90,12 @@ class ColumnParallelLinear(Matrix):
         self.weight = split_parameter((out_features, in_features), 0, stream.axis, matrix(initial, runs))
         self.bias = split_parameter((out_features,), 0, stream.axis, BIAS) if has_bias else None
 
-    def forward(self, x_ui: Tensor) -> Tensor:
-        """[t, o], this rank's features of all tokens."""
+    def forward(self, x_ui: Tensor, trains_bias: bool = True) -> Tensor:
+        """[t, o], this rank's features of all tokens; not `trains_bias`: what follows gives the bias' gradient."""
+        bias_o = self.bias if self.bias is None or trains_bias else self.bias.detach()
         if self.recipe is not None:
-            return self.adapted(_in_fp8(x_ui, [self], [self.bias], entry=self.stream)[0], x_ui)
-        product_to = linear(x_ui, self.weight, self.weight_in(x_ui.dtype), self.bias, self.bias_copy, self.stream,
+            return self.adapted(_in_fp8(x_ui, [self], [bias_o], entry=self.stream)[0], x_ui)
+        product_to = linear(x_ui, self.weight, self.weight_in(x_ui.dtype), bias_o, self.bias_copy, self.stream,
                             self.deferral)
         return self.adapted(product_to, x_ui)
 
