@@ -105,7 +105,7 @@ class Launch:
 
     def resources(self, capability: int) -> Resources:
         """Of the kernel compiled for a capability, such as 90."""
-        compiled = triton.compile(self._source, target=GPUTarget("cuda", capability, 32), options=dict(self.options))
+        compiled = self.compiled(capability)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
@@ -113,6 +113,10 @@ class Launch:
                                   text=True, check=True).stdout
         found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
         return Resources(found["REG"], found["STACK"] + found["LOCAL"], compiled.metadata.shared)
+
+    def compiled(self, capability: int) -> Any:
+        """The kernel as Triton compiles it for a capability."""
+        return triton.compile(self._source, target=GPUTarget("cuda", capability, 32), options=dict(self.options))
 
     @property
     def _named(self) -> dict[str, Any]:

@@ -33,9 +33,12 @@ gpus=${machine##*$'\n'}
 printf '%s, %s\n' "$(date +%F)" "${machine%$'\n'*}"
 
 if [ $# = 0 ] && "$python" -c 'import pytest' 2>/dev/null; then
-    measure 100 "Errors of the kernels, memory, waits" -m pytest -q tests/gpu
+    measure 90 "Errors of the kernels, memory, waits" -m pytest -q tests/gpu
 fi
-measure 130 "Training" benchmarks/training.py --seconds 1 "${rehearse[@]}"
+measure 80 "Training" benchmarks/training.py --seconds 1 --presets esm2-8m esm2-35m tape proteinlm-200m \
+    "${rehearse[@]}"
+measure 60 "Training, compiled and by this project's kernels" benchmarks/training.py --seconds 1 \
+    --presets 133M esm2-650m --no-compile "${rehearse[@]}"
 measure 50 "FP8, whose goal from 3B on is 1.3 times the speed" benchmarks/training.py --presets esm2-3b --fp8 hybrid \
     --seconds 2 "${rehearse[@]}"
 if [ $# = 0 ]; then

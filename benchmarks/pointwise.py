@@ -3,7 +3,8 @@
 Milliseconds of a forward and backward pass of a preset's normalisation, activation and rotation, and of a whole block,
 bf16, 16,384 tokens, on the GPU if there is one: the project's way (Triton's kernels there, compiled code on CPUs),
 PyTorch's own functions, and those compiled by torch.compile. The cases alternate; medians, with the least and the
-greatest. What each would take at the bandwidth of memory: benchmarks/roofline.py.
+greatest. Beside them the floor of one operation: what it has to read and write, at the rate at which this device
+copies memory. A block's is in benchmarks/roofline.py.
 """
 
 import argparse
@@ -41,24 +42,25 @@ SMALL = "--num-layers 2 --hidden-size 64 --num-attention-heads 4".split()
 Operation = Callable[[Tensor], Tensor]
 
 
-def operations(config: Config, num_tokens: int, device: torch.device) -> Iterator[tuple[str, Operation, Tensor]]:
-    """Of a preset, each with what it is given."""
+def operations(config: Config, num_tokens: int, device: torch.device) -> Iterator[
+        tuple[str, Operation, Tensor, float]]:
+    """Of a preset, each with what it is given, and how often as many bytes go through memory in both passes."""
     model, dtype = config.model, torch.bfloat16
     vector = partial(torch.randn, device=device, requires_grad=True)
     scaling = Scaling(vector(model.hidden_size), vector(model.hidden_size), 1e-5)
-    yield "norm", lambda x: normalised(x, scaling, dtype)[1], _random(num_tokens, model.hidden_size, device=device)
+    yield "norm", lambda x: normalised(x, scaling, dtype)[1], _random(num_tokens, model.hidden_size, device=device), 5
     bias = vector(model.ffn_hidden_size)
     yield "bias and gelu", lambda x: activated("gelu", (x, bias)), _random(num_tokens, model.ffn_hidden_size,
-                                                                            device=device)
+                                                                            device=device), 5
     rotation = rotation_of(torch.arange(num_tokens, device=device) % 1024, model.kv_channels, 1e4)
     shape = num_tokens, model.num_attention_heads, 3, model.kv_channels
-    yield "rotation", lambda x: prepared_heads(x, None, rotation), _random(*shape, device=device)
+    yield "rotation", lambda x: prepared_heads(x, None, rotation)[0], _random(*shape, device=device), 4
     sequence = typical_batch(config.data, num_tokens // config.data.seq_length).sequence.map(lambda x: x.to(device))
     with device:
         transformer = Transformer(model, 128, dtype, ONE_RANK, Stage(0, 2, range(1)))
     initialise(dict(transformer.named_parameters()), 1)
     block, turned = transformer.layers["0"], transformer.rotation(sequence)
-    yield "block", lambda x: block(x, sequence, turned), _random(num_tokens, model.hidden_size, device=device)
+    yield "block", lambda x: block(x, sequence, turned), _random(num_tokens, model.hidden_size, device=device), 0
 
 
 def _random(*shape: int, device: torch.device) -> Tensor:
@@ -81,6 +83,19 @@ def milliseconds(operation: Operation, x: Tensor) -> float:
     return 1000 * (time.perf_counter() - began_s)
 
 
+def copied_bytes_per_s(device: torch.device, num_bytes: int) -> float:
+    """Read and written together, by a copy of so many bytes: the best of some."""
+    source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    target, least_s = torch.empty_like(source), float("inf")
+    for _ in range(WARM_UP + 5):
+        began_s = time.perf_counter()
+        target.copy_(source)
+        if source.is_cuda:
+            torch.cuda.synchronize()
+        least_s = min(least_s, time.perf_counter() - began_s)
+    return 2 * num_bytes / least_s
+
+
 def main() -> None:
     """Print the table, a line as soon as it is known."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -90,11 +105,12 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{processor()}, torch {torch.__version__}\n")
-    print("| preset | operation | this project | PyTorch | torch.compile |")
-    print("| --- | --- | --- | --- | --- |", flush=True)
+    rate = copied_bytes_per_s(device, 2**22 if arguments.rehearse else 2**29)
+    print("| preset | operation | this project | PyTorch | torch.compile | floor |")
+    print("| --- | --- | --- | --- | --- | --- |", flush=True)
     for preset in arguments.presets[:2] if arguments.rehearse else arguments.presets:
         config, _ = parse(["--preset", preset, "--seq-length", "1024", *(SMALL if arguments.rehearse else [])])
-        for name, operation, x in operations(config, 1024 if arguments.rehearse else NUM_TOKENS, device):
+        for name, operation, x, times_moved in operations(config, 1024 if arguments.rehearse else NUM_TOKENS, device):
             ways = [operation, partial(by_pytorch, operation), torch.compile(operation)]
             times: list[list[float]] = [[] for _ in ways]
             for _ in range(WARM_UP + (1 if arguments.rehearse else arguments.repeats)):
@@ -102,7 +118,9 @@ def main() -> None:
                     each.append(milliseconds(way, x))
             cells = [f"{statistics.median(each[WARM_UP:]):.3f} ({min(each[WARM_UP:]):.3f}–{max(each[WARM_UP:]):.3f})"
                      for each in times]
-            print(f"| {preset} | {name} | {' | '.join(cells)} |", flush=True)
+            floor_ms = 1000 * times_moved * x.numel() * x.element_size() / rate
+            print(f"| {preset} | {name} | {' | '.join(cells)} | {f'{floor_ms:.3f}' if times_moved else ''} |",
+                  flush=True)
             torch._dynamo.reset()
 
 

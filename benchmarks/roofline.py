@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.compiled import PRODUCTS, Launch, Other, distinct  # noqa: E402
 from benchmarks.launched import NUM_IDS, launches_of_block  # noqa: E402
 from benchmarks.roofline_lines import OTHERS, Line, Step, config_of, lines_instead, step_of  # noqa: E402
+from benchmarks.training import SHAPES  # noqa: E402
 from megatron.model.flops import model_flops  # noqa: E402
 from megatron.plan.gpus import GPUS  # noqa: E402
 
@@ -27,9 +28,8 @@ FP8_TFLOPS = 1979  # of both cards' data sheets, dense
 CARDS = {"H100": GPUS["h100-80gb"], "H200": GPUS["h200-141gb"]}
 PEAKS = {card: {"half": gpu.half_tflops * 1e12, "fp8": FP8_TFLOPS * 1e12, "fp32": gpu.fp32_tflops * 1e12}
          for card, gpu in CARDS.items()}
-# SpeedrunningPLMs' 133M has 24 x 768 with a feed-forward layer of 8/3 of that.
 MODELS = {
-    "133M": "--preset esm2-150m --num-layers 24 --hidden-size 768 --num-attention-heads 6 --ffn-hidden-size 2048",
+    "133M": SHAPES["133M"],
     "650M": "--preset esm2-650m",
     "3B": "--preset esm2-3b",
 }

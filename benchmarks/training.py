@@ -2,8 +2,9 @@
 
 Whole steps as the program takes them (forward, backward, clipping, AdamW; compiled on GPUs), one micro-batch each, on
 full rows of random residues in proteins of the shipped ones' lengths, on the GPU if there is one. With --fp8 each
-preset a second time with its blocks' products in FP8, and how much faster that is. With --rehearse shrunken presets on
-a few tokens, to see that all of it runs.
+preset a second time with its blocks' products in FP8, with --cuda-graph as CUDA graphs, with --no-compile by this
+project's kernels in place of torch.compile's, and how much faster that is. With --rehearse shrunken presets on a few
+tokens, to see that all of it runs.
 """
 
 import argparse
@@ -32,10 +33,17 @@ from megatron.train.peak import measured_peak_flops  # noqa: E402
 from megatron.train.step import TrainStep  # noqa: E402
 
 # Rows of a micro-batch that fill a GPU of 80 GB or more.
-ROWS = {"esm2-8m": 64, "esm2-35m": 64, "tape": 16, "esm2-150m": 32, "proteinlm-200m": 8, "esm2-650m": 16, "esm2-3b": 4,
-        "proteinlm-3b": 2}
+ROWS = {"esm2-8m": 64, "esm2-35m": 64, "tape": 16, "133M": 32, "esm2-150m": 32, "proteinlm-200m": 8, "esm2-650m": 16,
+        "esm2-3b": 4, "proteinlm-3b": 2}
+# What is no preset: SpeedrunningPLMs' 133M has 24 x 768 with a feed-forward layer of 8/3 of that.
+SHAPES = {"133M": "--preset esm2-150m --num-layers 24 --hidden-size 768 --num-attention-heads 6 --ffn-hidden-size 2048"}
 SMALL = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 256 --max-position-embeddings 256".split()
 WARM_UP = 3
+
+
+def shape_of(name: str) -> list[str]:
+    """The flags of a preset, or of a shape that is none."""
+    return SHAPES.get(name, f"--preset {name}").split()
 
 
 def shipped_lengths() -> list[int]:
@@ -90,6 +98,7 @@ def main() -> None:
     parser.add_argument("--fp32", action="store_true", help="in place of bf16")
     parser.add_argument("--fp8", choices=("e4m3", "hybrid"), help="each preset in that too")
     parser.add_argument("--cuda-graph", action="store_true", help="each preset with that too")
+    parser.add_argument("--no-compile", action="store_true", help="each preset with that too")
     parser.add_argument("--rehearse", action="store_true")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -99,12 +108,13 @@ def main() -> None:
     common = [*(["--no-bf16"] if arguments.fp32 else []), *(SMALL if arguments.rehearse else [])]
     more = [["--fp8", arguments.fp8]] if arguments.fp8 else []
     more += [["--cuda-graph"]] if arguments.cuda_graph else []
+    more += [["--no-compile"]] if arguments.no_compile else []
     seconds, gains = 0.2 if arguments.rehearse else arguments.seconds, []
     for preset in arguments.presets:
         rows = str(2 if arguments.rehearse else ROWS[preset])
         speeds = []
         for flags in ([], *more):
-            config, _ = parse(["--preset", preset, "--micro-batch-size", rows, "--global-batch-size", rows, *common,
+            config, _ = parse([*shape_of(preset), "--micro-batch-size", rows, "--global-batch-size", rows, *common,
                                *flags])
             speeds.append(print_row(" ".join([preset, *flags]), config, seconds, device))
         gains += [f"{preset}: {speed / speeds[0]:.2f} times as many tokens/s with {' '.join(flags)}"

@@ -19,17 +19,11 @@ from torch import Tensor
 from torch.nn.attention import varlen
 
 from megatron.config import PrecisionConfig
-from megatron.kernels.attention import packed
 from megatron.kernels.attention.by_protein import attention_by_protein
 from megatron.kernels.dropout import Dropout, Use
 from megatron.kernels.pointwise.activation import activated, activated_reference
 from megatron.kernels.pointwise.convolution import convolved, convolved_reference
-from megatron.kernels.pointwise.heads import (
-    HeadScaling,
-    normed_queries_and_keys,
-    prepared_heads,
-    prepared_parts,
-)
+from megatron.kernels.pointwise.heads import HeadScaling, normed_queries_and_keys, prepared_heads
 from megatron.kernels.pointwise.residual_norm import (
     Scaling,
     joined,
@@ -39,6 +33,7 @@ from megatron.kernels.pointwise.residual_norm import (
 from megatron.kernels.rotary import Rotation, rotate_reference, rotation_of
 from megatron.model.initialisation import initialise
 from megatron.model.protein_model import ProteinModel
+from megatron.parallel import context
 from tests import interpreted_cross_entropy, interpreted_maps
 from tests.families import FAMILIES, MASK_ID
 from tests.packed import packed_batch
@@ -122,7 +117,7 @@ def check_strided() -> None:
     compare([activated("gelu", (wide.t(), None)).t()], [wide], lambda wide: [activated_reference("gelu", wide)])
     qkv, rotation = random(3, 2, 8, 5), rotation_of(torch.arange(5), 8, 1e4)
     exact = Rotation(rotation.cos.double(), rotation.sin.double())
-    compare([prepared_heads(qkv.permute(3, 1, 0, 2), None, rotation)], [qkv],
+    compare(prepared_heads(qkv.permute(3, 1, 0, 2), None, rotation), [qkv],
             lambda qkv: [rotate_reference(qkv.permute(3, 1, 0, 2), exact)])
 
 
@@ -158,10 +153,7 @@ def check_heads(shape: Sequence[int], half: int, dtype: torch.dtype, kind: str, 
 
     def prepared(qkv: Tensor) -> Sequence[Tensor]:
         scaling = HeadScaling(inputs[1], inputs[2], 1e-5, kind == "RMSNorm") if kind else None
-        bias = None if kind else inputs[1]
-        if is_apart:
-            return prepared_parts(qkv, scaling, rotation, bias)
-        return [prepared_heads(qkv, scaling, rotation, bias)]
+        return prepared_heads(qkv, scaling, rotation, None if kind else inputs[1], is_apart)
 
     # No leaf: what is only turned is turned where it lies. The bias is there already.
     qkv = inputs[0] * 1 if kind else inputs[0] + inputs[1].detach().to(dtype).view(shape[1:])
@@ -189,7 +181,7 @@ def check_overwriting() -> None:
     x = random(3, 2, 3, 8)
     kept = x * 1
     product = kept.square()  # keeps `kept`
-    turned = prepared_heads(kept, None, rotation_of(torch.arange(3), 8, 1e4))
+    [turned] = prepared_heads(kept, None, rotation_of(torch.arange(3), 8, 1e4))
     try:
         torch.autograd.grad((product.sum(), turned.sum()), x)
     except RuntimeError as error:
@@ -219,6 +211,11 @@ def check_strips() -> None:
         check_convolution((30, 17), 140, 5, FP32)
         check_join(17, 300, FP32, FP32, 0.3, "LayerNorm", True)
         check_heads((5, 2, 3, 8), 4, FP32, "LayerNorm")
+        with patch.object(heads_triton, "_ELEMENTS", 64):  # tiles of 8 rows, that begin inside a group
+            for is_apart, most_warps in ((False, 2), (True, 2), (True, 4)):
+                with patch.object(heads_triton, "_MOST_WARPS", most_warps):
+                    check_heads((5, 3, 3, 8), 4, FP32, "", is_apart)
+            check_heads((5, 3, 3, 8), 4, FP32, "RMSNorm", is_apart=True)
         check_activation("gelu", 19, 40, FP32, True)
 
 
@@ -268,16 +265,23 @@ def compare_steps(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance:
         assert (ours[name] - gradient).norm() < tolerance * gradient.norm() + 1e-2 * tolerance * of_all, name
 
 
-def check_parts(family: str, **options: object) -> None:
-    """A whole model whose attention takes queries, keys and values apart, as PyTorch's operator does on a GPU."""
+def check_parts(frozen: str = "none", **options: object) -> None:
+    """A whole ESM-2 whose attention takes queries, keys and values apart, as PyTorch's operator does on a GPU.
+
+    `frozen`: how the names of parameters end that are not trained.
+    """
     calls = []
 
-    def attends(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, *_: object, **window: object) -> Tensor:
-        calls.append(window)
-        return attention_by_protein(torch.stack([query, key, value], 2), ends, 0, None, None)
+    def attends(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, *_: object,
+                window_size: tuple[int, int]) -> Tensor:
+        calls.append(window_size)
+        window = window_size if max(window_size) >= 0 else None
+        return attention_by_protein(torch.stack([query, key, value], 2), ends, 0, window, None)
 
-    model = made(family, PrecisionConfig(), **options)
-    with (patch.object(packed, "takes_varlen", lambda _, num_queries, *__, **___: num_queries == 1),
+    model = made("esm2", PrecisionConfig(), **options)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.endswith(frozen))
+    with (patch.object(context, "takes_varlen", lambda _, num_queries, *__, **___: num_queries == 1),
           patch.object(varlen, "varlen_attn", attends)):
         ours = step(model, 3)
     assert calls
@@ -334,10 +338,11 @@ CHECKS: dict[str, Callable[[], None]] = {
                                                            fp32_residual_connection=True),
     "model proteinlm with the norm in the stream": partial(check_model, "proteinlm", PrecisionConfig(), 1e-4,
                                                            apply_residual_connection_post_layernorm=True),
-    "model esm2, its heads apart": partial(check_parts, "esm2"),
-    "model esm2, its heads apart and attention recomputed": partial(check_parts, "esm2",
-                                                                    recompute_granularity="selective"),
-    "model esm2 with norms of heads, apart": partial(check_parts, "esm2", qk_layernorm=True),
+    "model esm2, heads apart": check_parts,
+    "model esm2, heads apart, only biases trained": partial(check_parts, "weight"),
+    "model esm2, heads apart, biases frozen, attention recomputed": partial(check_parts, "bias",
+                                                                            recompute_granularity="selective"),
+    "model esm2, heads normed and apart, in windows": partial(check_parts, qk_layernorm=True, window_size=(5, 3)),
     **{f"recomputation of {family}": partial(check_recomputation, family) for family in FAMILIES},
     **interpreted_cross_entropy.CHECKS, **interpreted_maps.CHECKS,
 }

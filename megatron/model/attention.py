@@ -12,25 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron.config import ModelConfig
-from megatron.kernels.attention.fused import varlen_attention
 from megatron.kernels.attention.maps import attention_with_maps
-from megatron.kernels.attention.packed import takes_parts
 from megatron.kernels.dropout import Dropout, Use
 from megatron.kernels.packed_sequence import PackedSequence
 from megatron.kernels.pointwise.convolution import convolved
-from megatron.kernels.pointwise.heads import (
-    HeadScaling,
-    Parts,
-    gives_bias_gradient,
-    prepared_heads,
-    prepared_parts,
-    prepares_parts,
-)
+from megatron.kernels.pointwise.heads import Heads, HeadScaling, gives_bias_gradient, prepared_heads, prepares_parts
 from megatron.kernels.pointwise.product import Product
 from megatron.kernels.rotary import Rotation
 from megatron.model.initialisation import normal, residual_output
 from megatron.model.normalisation import HeadNorm
-from megatron.parallel.context import context_attention, with_neighbours
+from megatron.parallel.context import context_attention, takes_parts, with_neighbours
 from megatron.parallel.parameters import Constant, Declaration, replicated_parameter, split_parameter, table
 from megatron.parallel.randomness import dropout_of
 from megatron.parallel.recomputation import recomputed
@@ -75,10 +66,10 @@ class Attention(nn.Module):
         if self.values is not None:
             qkv_tgcd = self.values(qkv_tgcd, sequence.tokens_t)
         dropout = dropout_of(self, sequence, Use.WEIGHTS, self.first_head)
-        is_apart = prepares_parts(qkv_tgcd, scaling, rotation) and self._takes_parts(qkv_tgcd, dropout)
+        is_apart = (self.takes_maps is None and prepares_parts(qkv_tgcd, scaling, rotation)
+                    and takes_parts(qkv_tgcd, dropout is not None, self.context, self.window, self.backend))
         # May change the projection in its own memory: nothing that made it has kept it.
-        heads = (prepared_parts(qkv_tgcd, scaling, rotation, bias_x) if is_apart else
-                 (prepared_heads(qkv_tgcd, scaling, rotation, bias_x),))
+        heads = prepared_heads(qkv_tgcd, scaling, rotation, bias_x, is_apart)
         return self.dense.product(self._core(heads, sequence, dropout).flatten(1))
 
     def _head_scaling(self) -> HeadScaling | None:
@@ -86,21 +77,14 @@ class Attention(nn.Module):
             return None
         return HeadScaling(self.query_norm.weight, self.key_norm.weight, self.epsilon, self.is_rms)
 
-    def _takes_parts(self, qkv_tgcd: Tensor, dropout: Dropout | None) -> bool:
-        return (self.takes_maps is None and self.context.size == 1
-                and takes_parts(qkv_tgcd, dropout is not None, self.window, self.backend))
-
-    def _core(self, heads: Parts, sequence: PackedSequence, dropout: Dropout | None) -> Tensor:
-        """The context [t, n, d]; `heads`: the whole projection, or its parts."""
+    def _core(self, heads: Heads, sequence: PackedSequence, dropout: Dropout | None) -> Tensor:
         if self.takes_maps is not None:
             context_tnd, maps = attention_with_maps(heads[0], sequence, self.window)
             self.takes_maps(maps)
             return context_tnd
 
         def core(*heads: Tensor) -> Tensor:
-            if len(heads) > 1:
-                return varlen_attention(heads, sequence, window=self.window)
-            return context_attention(heads[0], sequence, dropout, self.context, self.window, self.backend)
+            return context_attention(heads, sequence, dropout, self.context, self.window, self.backend)
 
         if self.recomputes_core and torch.is_grad_enabled():
             return recomputed(core, *heads)

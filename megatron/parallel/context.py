@@ -13,20 +13,25 @@ from torch import Tensor
 from megatron.kernels.attention.asked import check_asked
 from megatron.kernels.attention.by_protein import ProteinPass, Window
 from megatron.kernels.attention.compiled import CompiledPass, takes_helper
-from megatron.kernels.attention.fused import fused_attention, is_fused
+from megatron.kernels.attention.fused import fused_attention, is_fused, takes_varlen, varlen_attention
 from megatron.kernels.attention.packed import packed_attention
 from megatron.kernels.dropout import Dropout
 from megatron.kernels.packed_sequence import PackedSequence, protein_lengths
+from megatron.kernels.pointwise.heads import Heads
 from megatron.parallel.collectives import all_gather, gather_slices, reduce_scatter
 from megatron.parallel.mesh import Axis
 
 
-def context_attention(qkv_ugcd: Tensor, sequence: PackedSequence, dropout: Dropout | None, axis: Axis,
+def context_attention(heads: Heads, sequence: PackedSequence, dropout: Dropout | None, axis: Axis,
                       window: Window = None, backend: str = "auto") -> Tensor:
-    """The context [u, n, d] of this rank's tokens; on one rank `packed_attention`, which alone takes a `backend`.
+    """The context [u, n, d] of this rank's tokens; on one rank `packed_attention`, which alone takes a `backend`, or
+    where `takes_parts` and they are given apart `varlen_attention`.
 
     Forward: keys and values are gathered. Backward: their gradients are summed to their owners.
     """
+    if len(heads) > 1:
+        return varlen_attention(heads, sequence, window=window)
+    [qkv_ugcd] = heads
     if axis.size == 1:
         return packed_attention(qkv_ugcd, sequence, dropout, window, backend)
     if backend != "auto":
@@ -36,6 +41,15 @@ def context_attention(qkv_ugcd: Tensor, sequence: PackedSequence, dropout: Dropo
     query_ugqd, key_value_ug2d = qkv_ugcd.split([qkv_ugcd.shape[2] - 2, 2], dim=2)
     key_value_tg2d = gather_slices(key_value_ug2d, axis)
     return fused_attention(query_ugqd, key_value_tg2d, sequence, axis.rank * len(qkv_ugcd), dropout, window)
+
+
+def takes_parts(qkv_ugcd: Tensor, has_dropout: bool, axis: Axis, window: Window = None, backend: str = "auto") -> bool:
+    """Whether `context_attention` is best given queries, keys and values apart, as PyTorch's operator takes them.
+
+    Not where torch.compile fuses by itself what puts their gradients together.
+    """
+    return (axis.size == 1 and backend in ("auto", "varlen") and not torch.compiler.is_compiling()
+            and takes_varlen(qkv_ugcd, qkv_ugcd.shape[2] - 2, has_dropout, window, is_whole=True))
 
 
 def with_neighbours(x_uf: Tensor, num_neighbours: int, axis: Axis) -> Tensor:

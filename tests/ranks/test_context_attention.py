@@ -41,10 +41,15 @@ def normal(*shape, dtype, seed):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def attended(qkv, *arguments):
+    """Of the projection as one tensor."""
+    return context_attention((qkv,), *arguments)
+
+
 def fused(qkv, sequence, dropout, axis):
     """What GPUs take: torch's operator in bf16, Triton's kernels in fp32."""
     with fused_by_definition() as calls:
-        context_tnd = context_attention(qkv, sequence, dropout, axis)
+        context_tnd = attended(qkv, sequence, dropout, axis)
     assert [name for name, _ in calls] == ["triton" if qkv.dtype == torch.float32 or dropout else "varlen"]
     return context_tnd
 
@@ -52,12 +57,12 @@ def fused(qkv, sequence, dropout, axis):
 def by_protein(*arguments):
     """What CPUs take without the compiled helper."""
     with patch.object(context, "takes_helper", lambda _: False):
-        return context_attention(*arguments)
+        return attended(*arguments)
 
 
 WAYS = {"by protein": by_protein, "fused": fused}
 if compiled.INSTRUCTION_SETS:
-    WAYS["compiled"] = context_attention
+    WAYS["compiled"] = attended
 
 
 def dropout(rate):
@@ -121,7 +126,7 @@ def results(request):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("rate", RATES)
 def test_context_and_gradient_are_those_of_one_rank(results, case, way, dtype, rate):
-    expected = context_and_gradient(context_attention, case, dtype, rate, Axis())
+    expected = context_and_gradient(attended, case, dtype, rate, Axis())
     contexts, gradients = zip(*(rank["contexts"][case, way, dtype, rate] for rank in results), strict=True)
     num_real = sum(CASES[case][0])  # what the filler's contexts are is nobody's business
     for split, whole in ((torch.cat(contexts)[:num_real], expected[0][:num_real]), (torch.cat(gradients), expected[1])):
@@ -157,4 +162,4 @@ def test_on_one_rank_the_slice_and_its_attention_are_the_whole():
     x = torch.randn(4)
     assert gather_slices(x, Axis()) is x
     qkv, packed = torch.randn(5, 1, 3, 4), packed_batch(3, 2).sequence
-    assert torch.equal(context_attention(qkv, packed, None, Axis()), packed_attention(qkv, packed, None))
+    assert torch.equal(attended(qkv, packed, None, Axis()), packed_attention(qkv, packed, None))

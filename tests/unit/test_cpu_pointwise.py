@@ -102,7 +102,7 @@ def plain_heads(inputs, is_rms, rotation, outer):
 
 
 def prepared_and_gradients(inputs, is_rms, rotation, outer):
-    out = prepared_heads(inputs[0], HeadScaling(*inputs[1:], 1e-5, is_rms), rotation)
+    [out] = prepared_heads(inputs[0], HeadScaling(*inputs[1:], 1e-5, is_rms), rotation)
     return out, *gradients(out, inputs, outer)
 
 

@@ -38,6 +38,11 @@ LAYOUTS = {"one rank": (1, ""), "one rank, fp16": (1, "--fp16"), "one rank, fp32
            "tensor": (2, "--tensor-model-parallel-size 2"),
            "sequence": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
            "convolution": (1, "--qkv-conv-kernel 5"),
+           "rotary": (1, "--position-embedding-type rope --attention-dropout 0 --hidden-dropout 0"),
+           "recipe": (1, "--position-embedding-type rope --normalization RMSNorm --qk-layernorm --swiglu "
+                         "--disable-bias-linear --group-query-attention --num-query-groups 2 --window-size 9 9 "
+                         "--untie-embeddings-and-output-weights --value-embeddings --unet-skips --x0-skips "
+                         "--attention-dropout 0 --hidden-dropout 0 --optimizer muon"),
            "context": (2, "--context-parallel-size 2 --qkv-conv-kernel 5"),
            "fp8": (1, "--fp8 hybrid"),
            "fp8 delayed": (1, "--fp8 hybrid --fp8-recipe delayed"),

@@ -73,6 +73,23 @@ def test_the_kernels_compile_without_spills_and_fit_a_gpus_shared_memory(capabil
     assert seen == {"forward", "backward_queries", "backward_keys", "maps map_kernel"}
 
 
+def test_fp32_is_multiplied_as_it_is_and_under_tf32_in_that(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    from benchmarks.triton_kernels import cases
+
+    def forward_code():
+        forward = next(case for case in cases(["proteinlm-3b"]) if "float32" in case.name and "forward" in case.name)
+        return forward.launch.compiled(80).asm["ptx"]
+
+    products = torch.backends.cuda.matmul
+    before, products.fp32_precision = products.fp32_precision, "tf32"
+    try:
+        in_tf32 = forward_code()
+    finally:
+        products.fp32_precision = before
+    assert ".tf32" in in_tf32 and ".tf32" not in forward_code()
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """Passes CPU tensors off as a GPU's; sets whether Triton is there, and whether the GPU is of Ampere or later."""

@@ -39,15 +39,6 @@ def packed_attention(qkv_tgcd: Tensor, sequence: PackedSequence, dropout: Dropou
     return attention_by_protein(qkv_tgcd, sequence.cu_seqlens, sequence.num_filler, window, dropout)
 
 
-def takes_parts(qkv_tgcd: Tensor, has_dropout: bool, window: Window = None, backend: str = "auto") -> bool:
-    """Whether queries, keys and values are best given apart, to `varlen_attention`, which gives their gradients so.
-
-    Not where torch.compile fuses by itself what puts those together.
-    """
-    return (backend in ("auto", "varlen") and not torch.compiler.is_compiling()
-            and takes_varlen(qkv_tgcd, qkv_tgcd.shape[2] - 2, has_dropout, window, is_whole=True))
-
-
 def way_of(qkv_tgcd: Tensor, has_dropout: bool, window: Window = None, is_whole: bool = True,
            backend: str = "auto") -> str:
     """What computes attention of such tensors, in words, and why nothing faster does; `is_whole`: on one context rank.

@@ -20,7 +20,7 @@ from megatron.kernels.device import as_called, takes_triton
 from megatron.kernels.pointwise.compiled import prepare_heads, prepare_heads_backward, takes_compiled
 from megatron.kernels.rotary import Rotation, rotate
 
-Parts = tuple[Tensor, ...]  # queries, keys and values, [t, g, d] each
+Heads = tuple[Tensor, ...]  # the whole projection [t, g, c, d], or queries, keys and values [t, g, d] each, one a group
 
 
 @dataclass(frozen=True)
@@ -34,40 +34,29 @@ class HeadScaling:
 
 
 def prepared_heads(qkv_tgcd: Tensor, scaling: HeadScaling | None, rotation: Rotation | None,
-                   bias_x: Tensor | None = None) -> Tensor:
+                   bias_x: Tensor | None = None, is_apart: bool = False) -> Heads:
     """The projection with queries and keys normalised, then turned, values as they are.
 
     Its memory may be that of `qkv_tgcd`, which is then changed: who made that must not have kept it. `bias_x`: one that
     the projection has with it already, for which only its gradient is to be given, where `gives_bias_gradient`.
+    `is_apart`, where `prepares_parts`: the gradients of queries, keys and values are put together as they are turned
+    back or the norm's are computed, where PyTorch takes a copy.
     """
-    turn = _turn_of(rotation)
-    if takes_triton(qkv_tgcd) and scaling is None and rotation is not None:
-        return _Turned.apply(qkv_tgcd, bias_x, *turn, False)
+    turn = (None, None) if rotation is None else (rotation.cos, rotation.sin)
+    if gives_bias_gradient(qkv_tgcd, scaling, rotation):
+        return _Turned.apply(qkv_tgcd, bias_x, *turn, is_apart)
     assert bias_x is None, "the product gives the gradient of its bias"
     if scaling is not None and (takes_triton(qkv_tgcd) or takes_compiled(qkv_tgcd)):
         return _Prepared.apply(qkv_tgcd, scaling.query_weight, scaling.key_weight, *turn, scaling.epsilon,
-                               not scaling.is_rms, False)
+                               not scaling.is_rms, is_apart)
     if scaling is not None:
         qkv_tgcd = normed_queries_and_keys(qkv_tgcd, scaling)
-    return qkv_tgcd if rotation is None else rotate(qkv_tgcd, rotation)
-
-
-def prepared_parts(qkv_tgcd: Tensor, scaling: HeadScaling | None, rotation: Rotation | None,
-                   bias_x: Tensor | None = None) -> Parts:
-    """The same, where `prepares_parts`, as queries, keys and values apart; each query has a key of its own.
-
-    They lie where the projection lies; their gradients are put together as they are turned back or normalised, where
-    PyTorch takes a copy.
-    """
-    if scaling is None:
-        return _Turned.apply(qkv_tgcd, bias_x, *_turn_of(rotation), True)
-    return _Prepared.apply(qkv_tgcd, scaling.query_weight, scaling.key_weight, *_turn_of(rotation), scaling.epsilon,
-                           not scaling.is_rms, True)
+    return (qkv_tgcd if rotation is None else rotate(qkv_tgcd, rotation),)
 
 
 def prepares_parts(x: Tensor, scaling: HeadScaling | None, rotation: Rotation | None) -> bool:
-    """Whether `prepared_parts` takes these: Triton's kernels do, where there is something to do."""
-    return takes_triton(x) and not (scaling is None and rotation is None)
+    """Whether `prepared_heads` can give queries, keys and values apart: by Triton's kernels, which have to do any."""
+    return takes_triton(x) and (scaling is not None or rotation is not None)
 
 
 def gives_bias_gradient(x: Tensor, scaling: HeadScaling | None, rotation: Rotation | None) -> bool:
@@ -89,16 +78,12 @@ def normed_heads(x_tgcd: Tensor, weight: Tensor, epsilon: float, is_rms: bool) -
     return normed_tgcd * weight.to(x_tgcd.dtype).view(x_tgcd.shape[1:])
 
 
-def _turn_of(rotation: Rotation | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if rotation is None else (rotation.cos, rotation.sin)
-
-
 class _Turned(torch.autograd.Function):
     """In place but for a leaf; backward, where the gradient may be someone else's too, it gives a tensor of its own."""
 
     @staticmethod
     def forward(ctx: Any, qkv_tgcd: Tensor, bias_x: Tensor | None, cos: Tensor, sin: Tensor,
-                is_apart: bool) -> Tensor | Parts:
+                is_apart: bool) -> Heads:
         ctx.save_for_backward(cos, sin)
         ctx.bias_dtype = None if bias_x is None else bias_x.dtype
         if (qkv_tgcd.is_leaf and qkv_tgcd.requires_grad) or not qkv_tgcd.is_contiguous():
@@ -106,7 +91,7 @@ class _Turned(torch.autograd.Function):
             qkv_tgcd = prepare(qkv_tgcd, None, None, cos, sin, 0.0, False)
         else:
             _turn_(qkv_tgcd, cos, sin)  # not marked as changed: of a view the gradient would be copied
-        return qkv_tgcd.unbind(2) if is_apart else qkv_tgcd
+        return qkv_tgcd.unbind(2) if is_apart else (qkv_tgcd,)
 
     @staticmethod
     @once_differentiable
@@ -114,7 +99,8 @@ class _Turned(torch.autograd.Function):
         has_sum = ctx.needs_input_grad[1]
         turn_back = as_called(_turn_back_operator, _turn_back, grads[0])
         grad_qkv_tgcd, sum_gcd = turn_back(grads, *ctx.saved_tensors, has_sum)
-        return grad_qkv_tgcd, sum_gcd.flatten().to(ctx.bias_dtype) if has_sum else None, None, None, None
+        grad_bias_x = sum_gcd.flatten().to(ctx.bias_dtype) if has_sum else None
+        return grad_qkv_tgcd, grad_bias_x, None, None, None
 
 
 class _Prepared(torch.autograd.Function):
@@ -122,12 +108,12 @@ class _Prepared(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv_tgcd: Tensor, query_weight: Tensor, key_weight: Tensor, cos: Tensor | None,
-                sin: Tensor | None, epsilon: float, has_mean: bool, is_apart: bool) -> Tensor | Parts:
+                sin: Tensor | None, epsilon: float, has_mean: bool, is_apart: bool) -> Heads:
         ctx.save_for_backward(qkv_tgcd, query_weight, key_weight, cos, sin)
         ctx.numbers = epsilon, has_mean
         prepare = as_called(_prepare_operator, _prepare, qkv_tgcd)
         out_tgcd = prepare(qkv_tgcd, query_weight, key_weight, cos, sin, epsilon, has_mean)
-        return out_tgcd.unbind(2) if is_apart else out_tgcd
+        return out_tgcd.unbind(2) if is_apart else (out_tgcd,)
 
     @staticmethod
     @once_differentiable

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_MOST_WARPS = 16 * 132  # of the backward pass, whose programs each have partial has_sum: what an H100 runs at once
+_MOST_WARPS = 16 * 132  # of the backward pass, whose programs each have partial sums: what an H100 runs at once
 _ELEMENTS = 2048  # of a program's tile: 16 a thread
 
 
@@ -33,12 +33,12 @@ def launch_turn_back(grads: Sequence[Tensor], cos: Tensor, sin: Tensor, has_sum:
     rows, *sizes, num_warps = _tile(grad_qkv_tgcd, cos)
     chunks = triton.cdiv(groups * rows_a_group, rows)
     strips = _num_strips(tokens, chunks, num_warps) if has_sum else tokens
-    partial_pgcd = torch.empty(strips * has_sum, groups, rows_a_group, width, dtype=torch.float32,
+    partial_pgcd = torch.empty(strips if has_sum else 0, groups, rows_a_group, width, dtype=torch.float32,
                                device=grad_qkv_tgcd.device)
     turn_back_kernel[strips, chunks](*_three(grads), cos, sin, grad_qkv_tgcd, partial_pgcd if has_sum else None, tokens,
                                      groups * rows_a_group, rows_a_group, *sizes, rows, len(grads) > 1, has_sum,
                                      num_warps=num_warps)
-    return partial_pgcd.sum(0) if has_sum else partial_pgcd.flatten()
+    return partial_pgcd.sum(0) if has_sum else partial_pgcd.new_empty(0)
 
 
 def launch_backward(grads: Sequence[Tensor], qkv_tgcd: Tensor, query_weight: Tensor, key_weight: Tensor,
@@ -141,16 +141,17 @@ def turn_back_kernel(grad, key_grad, value_grad, cos, sin, grad_qkv, partial, to
         token = tl.cast(place, tl.int64)
         starts = (token * rows_a_token + rows) * WIDTH
         first, second = turned(
-            outer(grad, key_grad, value_grad, 0, token, rows, rows_a_token, is_there, columns, HALF, WIDTH, IS_APART),
-            outer(grad, key_grad, value_grad, HALF, token, rows, rows_a_token, is_there, columns, HALF, WIDTH,
-                  IS_APART), cos, sin, token, columns, is_value, -1.0, HALF)
+            gradient_of(grad, key_grad, value_grad, 0, token, rows, rows_a_token, is_there, columns, HALF, WIDTH,
+                        IS_APART),
+            gradient_of(grad, key_grad, value_grad, HALF, token, rows, rows_a_token, is_there, columns, HALF, WIDTH,
+                        IS_APART), cos, sin, token, columns, is_value, -1.0, HALF)
         store(grad_qkv, starts, is_there, columns, HALF, first)
         store(grad_qkv + HALF, starts, is_there, columns, HALF, second)
         first_sum += first
         second_sum += second
         if REST:
-            rest = outer(grad, key_grad, value_grad, 2 * HALF, token, rows, rows_a_token, is_there, rest_columns,
-                         WIDTH - 2 * HALF, WIDTH, IS_APART)
+            rest = gradient_of(grad, key_grad, value_grad, 2 * HALF, token, rows, rows_a_token, is_there,
+                               rest_columns, WIDTH - 2 * HALF, WIDTH, IS_APART)
             store(grad_qkv + 2 * HALF, starts, is_there, rest_columns, WIDTH - 2 * HALF, rest)
             rest_sum += rest
     if HAS_SUM:
@@ -189,15 +190,15 @@ def backward_kernel(grad, key_grad, value_grad, qkv, query_weight, key_weight, c
             first, second = (loaded(qkv, starts, is_there, columns, HALF),
                              loaded(qkv + HALF, starts, is_there, columns, HALF))
             first_outer, second_outer = turned(
-                outer(grad, key_grad, value_grad, 0, token, rows, rows_a_token, is_there, columns, HALF, WIDTH,
-                      IS_APART),
-                outer(grad, key_grad, value_grad, HALF, token, rows, rows_a_token, is_there, columns, HALF, WIDTH,
-                      IS_APART), cos, sin, token, columns, is_value, -1.0, HALF)
+                gradient_of(grad, key_grad, value_grad, 0, token, rows, rows_a_token, is_there, columns, HALF, WIDTH,
+                            IS_APART),
+                gradient_of(grad, key_grad, value_grad, HALF, token, rows, rows_a_token, is_there, columns, HALF, WIDTH,
+                            IS_APART), cos, sin, token, columns, is_value, -1.0, HALF)
             total += tl.sum(first, 1) + tl.sum(second, 1)
         if REST:
             rest = loaded(qkv + 2 * HALF, starts, is_there, rest_columns, WIDTH - 2 * HALF)
-            rest_outer = outer(grad, key_grad, value_grad, 2 * HALF, token, rows, rows_a_token, is_there,
-                               rest_columns, WIDTH - 2 * HALF, WIDTH, IS_APART)
+            rest_outer = gradient_of(grad, key_grad, value_grad, 2 * HALF, token, rows, rows_a_token, is_there,
+                                     rest_columns, WIDTH - 2 * HALF, WIDTH, IS_APART)
             total += tl.sum(rest, 1)
         mean = total / WIDTH if HAS_MEAN else total * 0
         squares = tl.zeros([ROWS], tl.float32)
@@ -248,11 +249,12 @@ def loaded(pointer, starts, is_there, columns, SIZE: tl.constexpr):
 
 
 @triton.jit
-def outer(grad, key_grad, value_grad, OFFSET: tl.constexpr, token, rows, rows_a_token, is_there, columns,
-          SIZE: tl.constexpr, WIDTH: tl.constexpr, IS_APART: tl.constexpr):
+def gradient_of(grad, key_grad, value_grad, OFFSET: tl.constexpr, token, rows, rows_a_token, is_there, columns,
+                SIZE: tl.constexpr, WIDTH: tl.constexpr, IS_APART: tl.constexpr):
     """A part of each row's gradient, fp32, from column OFFSET on: of the whole, or from queries', keys' or values'."""
     if IS_APART:
-        starts, member = (token * (rows_a_token // 3) + rows // 3) * WIDTH, rows % 3
+        group, member = rows // 3, rows % 3  # a query, a key and a value each
+        starts = (token * (rows_a_token // 3) + group) * WIDTH
         part = (loaded(grad + OFFSET, starts, is_there & (member == 0), columns, SIZE)
                 + loaded(key_grad + OFFSET, starts, is_there & (member == 1), columns, SIZE)
                 + loaded(value_grad + OFFSET, starts, is_there & (member == 2), columns, SIZE))
