@@ -52,7 +52,8 @@ ARMS: dict[str, tuple[str, int]] = {
     "adamw, warm-up 0.3, lr 2e-3": ("--lr 2e-3 --min-lr 2e-4 --lr-warmup-fraction 0.3", 4),
     "adamw, 2 rows": (ADAMW, 2), "adamw, 2 rows, lr 7e-4": (BEST_ADAMW, 2),
     "adamw, 2 rows, lr 5e-4": ("--lr 5e-4 --min-lr 5e-5", 2),
-    "adamw, 2 rows, lr 7e-4, beta2 0.95": (f"{BEST_ADAMW} --adam-beta2 0.95", 2),
+    **{f"adamw, 2 rows, lr {lr}, beta2 0.95": (f"--lr {lr} --min-lr {float(lr) / 10:g} --adam-beta2 0.95", 2)
+       for lr in ("2.5e-4", "3.5e-4", "5e-4", "7e-4", "1e-3")},
     "adamw, 2 rows, lr 7e-4, beta2 0.95, mask 0.3": (f"{BEST_ADAMW} --adam-beta2 0.95 --mask-prob 0.3", 2),
     "adamw, 2 rows, lr 7e-4, to 0": (f"{BEST_ADAMW} --min-lr 0", 2),
     "adamw, 8 rows": (ADAMW, 8), "adamw, 8 rows, lr 2e-3": ("--lr 2e-3 --min-lr 2e-4", 8),
