@@ -15,7 +15,8 @@ from megatron.parallel.mesh import Mesh
 
 
 def ways(config: Config, mesh: Mesh, is_compiled: bool) -> str:
-    """What computes attention, what lies between matrix products, and those in FP8, and why nothing faster does.
+    """What computes attention, what lies between matrix products, the loss, the update, and the products in FP8, and
+    why nothing faster does.
 
     `is_compiled`: whether torch.compile has the blocks. Raises ConfigError where Triton alone is missing,
     `--attention-backend` cannot be honoured, or a GPU does not multiply in FP8.
@@ -27,11 +28,16 @@ def ways(config: Config, mesh: Mesh, is_compiled: bool) -> str:
     windows = dict.fromkeys(model.window(number) for number in range(model.num_layers))
     attention = dict.fromkeys(way_of(qkv_tgcd, model.attention_dropout > 0, window, mesh.context.size == 1,
                                      model.attention_backend) for window in windows)
-    between = "torch.compile" if is_compiled else _between(qkv_tgcd)
+    between = _between(qkv_tgcd)
+    loss = between if takes_triton(qkv_tgcd) else "PyTorch"
+    if is_compiled:
+        joins = takes_triton(qkv_tgcd) and model.hidden_dropout > 0
+        between = "torch.compile, but for dropout Triton's kernels" if joins else "torch.compile"
     recipe = recipe_of(config.precision)
     kind = f"{config.precision.fp8}, {config.precision.fp8_recipe}"
     fp8 = "" if recipe is None else f"; the blocks' products in FP8 ({kind}) by {way_of_fp8(recipe, mesh.device)}"
-    return f"attention by {', and by '.join(attention)}; between matrix products {between}{fp8}"
+    return (f"attention by {', and by '.join(attention)}; between matrix products {between}; the loss by {loss}; "
+            f"the update by {_update(config, qkv_tgcd)}{fp8}")
 
 
 def set_flash_attention(config: Config, mesh: Mesh) -> None:
@@ -51,6 +57,17 @@ def set_flash_attention(config: Config, mesh: Mesh) -> None:
     except (ImportError, RuntimeError) as error:
         raise ConfigError(f"--flash-attention {wanted} cannot be loaded ({error}); install it (package "
                           f"{'flash_attn_3' if wanted == 'FA3' else 'flash-attn-4'}), or leave it out") from error
+
+
+def _update(config: Config, tensor: torch.Tensor) -> str:
+    optimizer, adamw = config.optimizer, "PyTorch's fused AdamW"
+    if optimizer.uses_muon:
+        products = "half of each by Triton's kernels" if takes_triton(tensor) else "whole by PyTorch"
+        name = {"muon": "Muon", "normuon": "NorMuon"}[optimizer.optimizer]
+        return f"{name} (its symmetric products {products}) and {adamw}"
+    if optimizer.optimizer_backend == "apex":
+        return "apex"
+    return adamw if optimizer.optimizer == "adam" else "PyTorch's SGD, all parameters at once"
 
 
 def _between(tensor: torch.Tensor) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron.config.presets import PRESETS
 from megatron.errors import ConfigError
 from megatron.kernels.attention import by_protein, compiled, fused
 from megatron.kernels.attention.fused import is_fused
@@ -71,6 +72,23 @@ def test_the_kernels_compile_without_spills_and_fit_a_gpus_shared_memory(capabil
             assert 0 < cost.shared <= MOST_SHARED[capability]
             seen.add(case.name.rpartition(": ")[2])
     assert seen == {"forward", "backward_queries", "backward_keys", "maps map_kernel"}
+
+
+@pytest.mark.table
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_the_kernels_of_every_preset_compile_in_its_precision_and_in_fp32(capability, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    from benchmarks.triton_kernels import MOST_SHARED, cases
+
+    widths = set()
+    for case in cases(list(PRESETS)):
+        if "cross_entropy" not in case.name:
+            cost = case.launch.resources(capability)
+            assert cost.spilled <= (8 if "float32" in case.name else 0), case.name
+            assert cost.shared <= MOST_SHARED[capability], case.name
+            widths.add(int(case.name.partition("width ")[2].split(",")[0].split(":")[0]))
+    assert widths >= {16, 24, 32, 64, 128}
 
 
 def test_fp32_is_multiplied_as_it_is_and_under_tf32_in_that(monkeypatch):

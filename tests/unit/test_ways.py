@@ -23,12 +23,13 @@ def test_on_cpus_it_is_compiled_code_and_why_it_is_not_where_it_is_not(monkeypat
     best = compiled.INSTRUCTION_SETS[0]
     assert said("").startswith(f"attention by compiled code ({best}); between matrix products compiled code")
     assert said("--fp16") == ("attention by PyTorch one protein at a time (compiled code takes fp32 and bf16); between "
-                              "matrix products PyTorch, in several passes (compiled code takes fp32 and bf16)")
+                              "matrix products PyTorch, in several passes (compiled code takes fp32 and bf16); "
+                              "the loss by PyTorch; the update by PyTorch's fused AdamW")
     for module in (packed, compiled):
         monkeypatch.setattr(module, "INSTRUCTION_SETS", ())
     monkeypatch.setattr(pointwise, "_helper", None)
-    assert said("") == ("attention by PyTorch one protein at a time (compiled code is not built); between matrix "
-                        "products PyTorch, in several passes (compiled code is not built)")
+    assert said("").startswith("attention by PyTorch one protein at a time (compiled code is not built); between "
+                               "matrix products PyTorch, in several passes (compiled code is not built); ")
 
 
 def test_tf32_is_set_where_it_is_asked_for_and_refused_without_a_gpu_that_has_it(monkeypatch):
@@ -52,9 +53,21 @@ def test_tf32_is_set_where_it_is_asked_for_and_refused_without_a_gpu_that_has_it
     ("--no-bf16 --num-query-groups 10", "Triton's kernels (varlen_attn takes no groups of queries and no fp32)"),
     ("--kv-channels 12", "Triton's kernels (varlen_attn takes no width of 12)")])
 def test_on_gpus_it_says_which_operator_and_what_the_other_lacks(flags, attention):
+    rest = "the loss by Triton's kernels; the update by PyTorch's fused AdamW"
     assert said(flags, Mesh(device=torch.device("meta")), is_compiled=True) == (
-        f"attention by {attention}; between matrix products torch.compile")
-    assert said(flags, Mesh(device=torch.device("meta"))).endswith("between matrix products Triton's kernels")
+        f"attention by {attention}; between matrix products torch.compile; {rest}")
+    assert said(flags, Mesh(device=torch.device("meta"))).endswith(f"between matrix products Triton's kernels; {rest}")
+    assert "torch.compile, but for dropout Triton's kernels; " in said(
+        f"{flags} --hidden-dropout 0.1", Mesh(device=torch.device("meta")), is_compiled=True)
+
+
+@pytest.mark.parametrize(("flags", "update"), [
+    ("--optimizer muon", "Muon (its symmetric products {}) and PyTorch's fused AdamW"),
+    ("--optimizer normuon", "NorMuon (its symmetric products {}) and PyTorch's fused AdamW"),
+    ("--optimizer sgd", "PyTorch's SGD, all parameters at once"), ("--optimizer-backend apex", "apex")])
+def test_it_says_what_makes_the_update(flags, update):
+    for device, products in (("cpu", "whole by PyTorch"), ("meta", "half of each by Triton's kernels")):
+        assert said(flags, Mesh(device=torch.device(device))).endswith(f"; the update by {update.format(products)}")
 
 
 def test_another_flash_attention_is_set_where_it_is_installed_and_refused_elsewhere(monkeypatch):

@@ -55,7 +55,7 @@ def prepared_heads(qkv_tgcd: Tensor, scaling: HeadScaling | None, rotation: Rota
 
 
 def prepares_parts(x: Tensor, scaling: HeadScaling | None, rotation: Rotation | None) -> bool:
-    """Whether `prepared_heads` can give queries, keys and values apart: by Triton's kernels, which have to do any."""
+    """Whether `prepared_heads` can give queries, keys and values apart: Triton's kernels do, where there is work."""
     return takes_triton(x) and (scaling is not None or rotation is not None)
 
 
