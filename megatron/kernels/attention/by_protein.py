@@ -126,10 +126,8 @@ def backward_by_protein(grad_ugqd: Tensor, inputs: tuple[Tensor, Tensor], gradie
             keep = next(kept)
             grad_probabilities *= keep
             dropped = probabilities * keep
-        # Of softmax, in place: p (g - sum of p g).
-        grad_scores = grad_probabilities.mul_(probabilities)
-        total = grad_scores.sum(-1, keepdim=True, dtype=torch.float32).to(grad_scores.dtype)
-        grad_scores.addcmul_(probabilities, total, value=-1).mul_(query.shape[-1]**-0.5)
+        grad_scores = torch._softmax_backward_data(grad_probabilities, probabilities, -1, probabilities.dtype)
+        grad_scores *= query.shape[-1]**-0.5
         _put(gradients[0], tile, torch.bmm(grad_scores, key))
         again = max(0, filled - tile.keys.start)  # keys that an earlier tile of the protein has had
         for place, product in enumerate((torch.bmm(grad_scores.transpose(1, 2), query),
