@@ -78,7 +78,7 @@ _TAKEN: Mapping[str, frozenset[str]] = {
     "precision": frozenset(item.name for item in fields(Config().precision)) - {"fp16_lm_cross_entropy"},
     "parallel": frozenset(name for item in fields(Config().parallel) if not (name := item.name).startswith("dry_run")),
     "training": frozenset(("micro_batch_size", "global_batch_size", "train_iters", "compile", "flash_attention",
-                           "exit_interval", "exit_duration_in_mins")),
+                           "deterministic_mode", "exit_interval", "exit_duration_in_mins")),
     "checkpoint": frozenset(("save", "load", "save_interval")),
     "logging": frozenset(("log_interval",)),
 }

@@ -30,7 +30,7 @@ from megatron.parallel.compilation import wants_compilation
 from megatron.parallel.mesh import Mesh
 from megatron.train.precision import set_tf32, with_precision_chosen
 from megatron.train.stop import StopRequests
-from megatron.train.ways import set_flash_attention, ways
+from megatron.train.ways import set_deterministic, set_flash_attention, ways
 
 Report = dict[str, Any]
 HEADS = ("part", "measure", "proteins", "value", "95 % interval")
@@ -130,6 +130,7 @@ def _settled(flags: Flags, saved: Mapping[str, Any], mesh: Mesh, log: Log) -> Fl
     config = flags.config(saved, mesh.data.size)
     set_tf32(config, mesh)
     set_flash_attention(config, mesh)
+    set_deterministic(config, mesh)
     config = with_precision_chosen(config, None, mesh, log)
     log.line(ways(config, mesh, wants_compilation(config, mesh.device)))
     if "precision" not in flags.others:

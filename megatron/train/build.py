@@ -28,7 +28,7 @@ from megatron.train.meters import Totals
 from megatron.train.precision import set_tf32, with_precision_chosen
 from megatron.train.resume import differences, facts_of, find_checkpoint, refuse_changes
 from megatron.train.state import BatchSizes, TrainState
-from megatron.train.ways import set_flash_attention, ways
+from megatron.train.ways import set_deterministic, set_flash_attention, ways
 
 
 @dataclass
@@ -90,6 +90,7 @@ def build(config: Config, mesh: Mesh, log: Log, left_out: Windows = (), num_rewi
     check_graph(config, mesh)
     set_tf32(config, mesh)
     set_flash_attention(config, mesh)
+    set_deterministic(config, mesh)
     sizes = BatchSizes(config.training, mesh.data.size)
     vocab = Vocab.from_file(config.data.vocab_file, config.data.mask_token)
     checkpoint = find_checkpoint(config.checkpoint, mesh.world, log)

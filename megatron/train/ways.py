@@ -1,5 +1,7 @@
 """Which way a run's operations go, in a line: so that a slow one is seen before it has cost a day."""
 
+import os
+
 import torch
 from torch.nn.attention import activate_flash_attention_impl
 
@@ -37,7 +39,8 @@ def ways(config: Config, mesh: Mesh, is_compiled: bool) -> str:
     kind = f"{config.precision.fp8}, {config.precision.fp8_recipe}"
     fp8 = "" if recipe is None else f"; the blocks' products in FP8 ({kind}) by {way_of_fp8(recipe, mesh.device)}"
     return (f"attention by {', and by '.join(attention)}; between matrix products {between}; the loss by {loss}; "
-            f"the update by {_update(config, qkv_tgcd)}{fp8}")
+            f"the update by {_update(config, qkv_tgcd)}{fp8}"
+            f"{'; every sum in one order' if config.training.deterministic_mode else ''}")
 
 
 def set_flash_attention(config: Config, mesh: Mesh) -> None:
@@ -57,6 +60,20 @@ def set_flash_attention(config: Config, mesh: Mesh) -> None:
     except (ImportError, RuntimeError) as error:
         raise ConfigError(f"--flash-attention {wanted} cannot be loaded ({error}); install it (package "
                           f"{'flash_attn_3' if wanted == 'FA3' else 'flash-attn-4'}), or leave it out") from error
+
+
+def set_deterministic(config: Config, mesh: Mesh) -> None:
+    """Let a GPU take every sum in one order where `--deterministic-mode` asks for it: CPUs always do.
+
+    Otherwise FlashAttention's backward pass and PyTorch's sums by index add in whatever order threads come. What has no
+    other way raises a RuntimeError that names itself. cuBLAS reads the variable when it is first used (its
+    documentation, "Results Reproducibility").
+    """
+    if config.training.deterministic_mode and mesh.device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        # Nothing reads what it has not written.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _update(config: Config, tensor: torch.Tensor) -> str:

@@ -208,6 +208,18 @@ def test_half_precision_learns_and_resumes(corpus, tmp_path, precision):
 
 @pytest.mark.parametrize("is_compiled", ["--compile", "--no-compile"])
 @pytest.mark.parametrize("precision", ["--no-bf16", "--bf16"])
+def test_in_deterministic_mode_a_run_and_its_resumption_have_the_same_bits(corpus, tmp_path, precision, is_compiled):
+    flags = [precision, is_compiled, "--deterministic-mode", "--train-iters", "20"]
+    try:
+        once, again = (curve(corpus, tmp_path / name, *flags) for name in ("once", "again"))
+        curve(corpus, tmp_path / "broken", *flags, "--exit-interval", "8")
+        assert once == again == curve(corpus, tmp_path / "broken", *flags)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("is_compiled", ["--compile", "--no-compile"])
+@pytest.mark.parametrize("precision", ["--no-bf16", "--bf16"])
 def test_graphs_have_the_curve_of_steps_without_them(corpus, tmp_path, is_compiled, precision):
     flags = [precision, is_compiled, "--attention-dropout", "0.1", "--hidden-dropout", "0.1", "--train-iters", "12"]
     plain, graphs = (curve(corpus, tmp_path / str(len(more)), *flags, *more) for more in ([], ["--cuda-graph"]))

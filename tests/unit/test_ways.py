@@ -1,5 +1,7 @@
 """What a run says of the ways of its operations."""
 
+import os
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from megatron.kernels.pointwise import compiled as pointwise
 from megatron.parallel.mesh import Axis, Mesh
 from megatron.train import ways as module_of_ways
 from megatron.train.precision import set_tf32
-from megatron.train.ways import set_flash_attention, ways
+from megatron.train.ways import set_deterministic, set_flash_attention, ways
 
 
 def said(flags, mesh=None, is_compiled=False):
@@ -46,6 +48,25 @@ def test_tf32_is_set_where_it_is_asked_for_and_refused_without_a_gpu_that_has_it
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     with pytest.raises(ConfigError, match="on cuda; leave it out"):
         set_tf32(config, Mesh(device=torch.device("cuda")))
+
+
+def test_deterministic_mode_asks_pytorch_for_one_order_on_gpus_alone(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    gpu, flags = Mesh(device=torch.device("cuda")), ["--preset", "esm2-8m", "--micro-batch-size", "1"]
+    asked, plain = parse([*flags, "--deterministic-mode"])[0], parse(flags)[0]
+    try:
+        for config, mesh in ((plain, gpu), (asked, Mesh())):
+            set_deterministic(config, mesh)
+            assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+        set_deterministic(asked, gpu)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert said("--deterministic-mode").endswith("; every sum in one order")
 
 
 @pytest.mark.parametrize(("flags", "attention"), [
