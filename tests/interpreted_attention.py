@@ -188,6 +188,33 @@ def bits() -> dict[str, list[Tensor]]:
     return found
 
 
+# By name: a case in blocks of 16 queries and 32 keys, tokens that are no numbers, those whose blocks may read them.
+UNSEEN = {
+    "other proteins": (Case((64, 64, 64), filler=0, queries=2), slice(64, 128), slice(64, 128)),
+    "outside the window": (Case((192,), filler=0, window=(11, 5)), slice(100, 101), slice(64, 160)),
+    "another rank's proteins": (Case((64, 64, 64, 64), filler=0, ranks=2), slice(128, 192), slice(128, 192)),
+}
+
+
+def of_unseen(case: Case, broken: slice, read: slice) -> list[bool]:
+    """Of the context and the gradient: whether all tokens but those of `read` have the same bits, and none of `broken`.
+
+    A block that is gone over brings what is no number into sums, whatever its scores are masked to.
+    """
+    def outcome() -> list[Tensor]:
+        x = qkv.clone().requires_grad_()
+        context = attend(case, x)
+        return [context.detach(), *torch.autograd.grad(context, x, weights)]
+
+    qkv, weights = case.tensors()
+    before = outcome()
+    qkv[broken] = weights[broken] = torch.nan
+    is_unread = torch.ones(len(qkv), dtype=torch.bool)
+    is_unread[read] = False
+    return [torch.equal(once[is_unread], now[is_unread]) and bool(now[broken].isnan().any())
+            for once, now in zip(before, outcome(), strict=True)]
+
+
 def main() -> None:
     """Write the errors of each case, and what else is asked about, to the file."""
     results: dict[str, Any] = {"errors": {}}
@@ -203,6 +230,9 @@ def main() -> None:
         results["bits"] = bits()
         for name, case in CASES.items():
             results["errors"][name] = errors(case)
+        results["unseen"] = {}
+        for name, (case, broken, read) in UNSEEN.items():
+            results["unseen"][name] = of_unseen(case, broken, read)
         case = Case(blocks=(512, 512))
         results["titin"] = of_titin()
     torch.save(results, sys.argv[1])

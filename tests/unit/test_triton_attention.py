@@ -17,7 +17,7 @@ from megatron.errors import ConfigError
 from megatron.kernels.attention import by_protein, compiled, fused
 from megatron.kernels.attention.fused import is_fused
 from megatron.kernels.attention.packed import packed_attention
-from tests.interpreted_attention import CASES
+from tests.interpreted_attention import CASES, UNSEEN
 from tests.packed import packed_batch
 
 pytest.importorskip("triton")
@@ -44,6 +44,11 @@ def test_errors_are_at_most_twice_the_definitions_in_the_same_dtype(interpreted,
 def test_filler_has_no_context_no_gradient_and_no_part_in_others(interpreted, name):
     """It is not a number in these cases: whatever took part in anything would show."""
     assert interpreted["errors"][name]["filler"] == [True, True]
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_blocks_that_nothing_sees_are_not_read(interpreted, name):
+    assert interpreted["unseen"][name] == [True, True]
 
 
 def test_the_longest_protein_of_all_is_done_in_blocks(interpreted):
