@@ -185,31 +185,30 @@ Key = tuple[str, str, str, int]  # of a run: model, way, task, seed
 Run = tuple[Key, Callable[[], float]]  # and what gives its measure
 
 
-def runs(models: dict[str, str], ways: Sequence[str], seeds: Sequence[int], tasks: Sequence[Asked], data: Path
-         ) -> Iterator[Run]:
+def runs(models: dict[str, str], tasks: Sequence[Asked], given: argparse.Namespace) -> Iterator[Run]:
     """Each run that is asked for."""
-    if LETTERS in ways:
+    if LETTERS in given.ways:
         vocab = Vocab.from_file("iupac")
-        for seed, asked in product(seeds, tasks):
-            yield (LETTERS, LETTERS, asked.folder, seed), partial(probed, Letters(), vocab, asked, data, seed)
+        for seed, asked in product(given.seeds, tasks):
+            yield (LETTERS, LETTERS, asked.folder, seed), partial(probed, Letters(), vocab, asked, given.data, seed)
     for name, path in models.items():
-        yield from runs_of(name, path, ways, seeds, tasks, data)
-        for seed in seeds:
+        yield from runs_of(name, path, given.seeds, tasks, given)
+        for seed in () if given.no_random_weights else given.seeds:
             with tempfile.TemporaryDirectory() as folder:
-                yield from runs_of(f"random weights, {name}", with_random_weights(path, seed, folder), ways, [seed],
-                                   tasks, data)
+                yield from runs_of(f"random weights, {name}", with_random_weights(path, seed, folder), [seed], tasks,
+                                   given)
 
 
-def runs_of(name: str, path: str, ways: Sequence[str], seeds: Sequence[int], tasks: Sequence[Asked], data: Path
+def runs_of(name: str, path: str, seeds: Sequence[int], tasks: Sequence[Asked], given: argparse.Namespace
             ) -> Iterator[Run]:
     """Those of one checkpoint."""
-    pretrained = load_pretrained(path, device="cpu", precision="bf16")
+    pretrained = load_pretrained(path, device="cpu", precision=given.precision)
     states = States(pretrained)
     for seed, asked in product(seeds, tasks):
-        if FROZEN in ways:
-            yield (name, FROZEN, asked.folder, seed), partial(probed, states, pretrained.vocab, asked, data, seed)
-        if FINE_TUNED in ways:
-            yield (name, FINE_TUNED, asked.folder, seed), partial(fine_tuned, path, asked, data, seed)
+        if FROZEN in given.ways:
+            yield (name, FROZEN, asked.folder, seed), partial(probed, states, pretrained.vocab, asked, given.data, seed)
+        if FINE_TUNED in given.ways:
+            yield (name, FINE_TUNED, asked.folder, seed), partial(fine_tuned, path, asked, given.data, seed)
 
 
 def known() -> list[dict[str, Any]]:
@@ -240,6 +239,9 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--tasks", nargs="+", choices=[asked.folder for asked in TASKS],
                        default=[asked.folder for asked in TASKS])
     flags.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    flags.add_argument("--no-random-weights", action="store_true", help="ask the named models alone")
+    flags.add_argument("--precision", choices=("fp32", "bf16"), default="bf16",
+                       help="of frozen models: bf16 is the faster where a processor multiplies it")
     flags.add_argument("--table", action="store_true", help="train nothing")
     return flags
 
@@ -260,7 +262,7 @@ def work(given: argparse.Namespace) -> None:
     models = dict(word.split("=", 1) for word in given.models)
     done = {(record["model"], record["way"], record["task"], record["seed"]) for record in known()}
     tasks = [asked for asked in TASKS if asked.folder in given.tasks]
-    for key, run in () if given.table else runs(models, given.ways, given.seeds, tasks, given.data):
+    for key, run in () if given.table else runs(models, tasks, given):
         if key in done:
             continue
         began_s = time.monotonic()

@@ -1,10 +1,11 @@
 """Training steps a second on packed proteins: `python benchmarks/train_step.py [--repeats 9] [--beside CHECKOUT]`.
 
 Residues a second of whole steps, as the program takes them (forward, backward, clipping, AdamW), on rows of 2,176
-positions, on the GPU if there is one. Beside the project stands `transformers`' BertForMaskedLM, where it is installed,
-on the same proteins padded to the longest, and the rate of the step's matrix products alone; with --beside another
-checkout of the project, each in a process of its own of which only one works at a time, with the ratio of their speeds.
-The cases alternate.
+positions, on the GPU if there is one. Beside the project stand the rate of the step's matrix products alone, and
+`transformers`' BertForMaskedLM, where it is installed, with either of its attention back-ends and compiled, on the same
+proteins in one batch padded to the longest, as random ones are, and in four sorted by length whose gradients are
+summed; with --beside another checkout of the project, each in a process of its own of which only one works at a
+time, with the ratio of their speeds. The cases alternate.
 """
 
 import argparse
@@ -16,9 +17,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -30,6 +33,8 @@ from megatron.model.flops import model_flops  # noqa: E402
 
 RESIDUES = sum(LENGTHS) - len(LENGTHS)
 WARM_UP = 2  # steps of each case that do not count
+THEIR_WAYS = ("eager", "sdpa", "sdpa compiled")  # of transformers' model
+BATCHES = {"padded": 1, "by length": 4}
 
 
 def flags_of(layers: int, hidden: int, precision: str) -> list[str]:
@@ -38,30 +43,36 @@ def flags_of(layers: int, hidden: int, precision: str) -> list[str]:
             f"{hidden // 64} --attention-dropout 0 --hidden-dropout 0 {precision}").split()
 
 
-def bert_step(layers: int, hidden: int, precision: str, micro_batches: int) -> Callable[[], float] | None:
-    """The same of transformers' BertForMaskedLM, padded, under autocast for bf16; None without transformers."""
-    try:
-        from transformers import BertConfig, BertForMaskedLM
-    except ImportError:
-        return None
+def bert_steps(layers: int, hidden: int, precision: str, micro_batches: int) -> dict[str, Callable[[], float]]:
+    """The same of transformers' BertForMaskedLM, by way, under autocast for bf16; none without transformers."""
+    if find_spec("transformers") is None:
+        return {}
+    return {f"{way}, {name}": bert_step((layers, hidden, precision), micro_batches, way, num_batches)
+            for name, num_batches in BATCHES.items() for way in THEIR_WAYS}
+
+
+def bert_step(case: tuple[int, int, str], micro_batches: int, way: str, num_batches: int) -> Callable[[], float]:
+    """One of them: its seconds."""
+    from transformers import AutoModelForMaskedLM, BertConfig
+
+    layers, hidden, precision = case
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    attention, _, compiled = way.partition(" ")
     config = BertConfig(vocab_size=VOCABULARY, hidden_size=hidden, num_hidden_layers=layers,
                         num_attention_heads=hidden // 64, intermediate_size=4 * hidden, max_position_embeddings=2176,
                         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    model: torch.nn.Module = BertForMaskedLM(config)
+    model: torch.nn.Module = AutoModelForMaskedLM.from_config(config, attn_implementation=attention)
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    proteins = [torch.randint(6, 31, (length,)) for length in LENGTHS]
-    tokens = torch.nn.utils.rnn.pad_sequence(proteins, batch_first=True).to(device)
-    mask = (tokens > 0).long()
-    labels = torch.where((torch.rand(tokens.shape, device=device) < 0.15) & (mask > 0), tokens, -100)
+    run = torch.compile(model) if compiled else model
+    batches = _padded(num_batches, device)
 
     def step() -> float:
         began_s = time.perf_counter()
-        for _ in range(micro_batches):
+        for tokens, mask, labels in batches * micro_batches:
             with torch.autocast(device.type, torch.bfloat16, enabled=bool(precision)):
-                loss = model(input_ids=tokens, attention_mask=mask, labels=labels).loss
-            (loss / micro_batches).backward()
+                loss = run(input_ids=tokens, attention_mask=mask, labels=labels).loss
+            (loss / (num_batches * micro_batches)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -70,6 +81,17 @@ def bert_step(layers: int, hidden: int, precision: str, micro_batches: int) -> C
         return time.perf_counter() - began_s
 
     return step
+
+
+def _padded(num_batches: int, device: torch.device) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Ids, which are of residues and labels of the proteins, sorted by length, in so many batches of as many."""
+    batches = []
+    for lengths in torch.tensor(sorted(LENGTHS)).tensor_split(num_batches):
+        proteins = [torch.randint(6, 31, (length,)) for length in lengths.tolist()]
+        tokens = torch.nn.utils.rnn.pad_sequence(proteins, batch_first=True).to(device)
+        labels = torch.where((torch.rand(tokens.shape, device=device) < 0.15) & (tokens > 0), tokens, -100)
+        batches.append((tokens, (tokens > 0).long(), labels))
+    return batches
 
 
 def product_chain(layers: int, hidden: int, precision: str, micro_batches: int) -> Callable[[], float]:
@@ -99,19 +121,18 @@ def product_chain(layers: int, hidden: int, precision: str, micro_batches: int) 
 
 def row_beside_bert(case: tuple[int, int, str], micro_batches: int, repeats: int) -> list[str]:
     """The cells of one case: residues a second, model FLOP/s, the share of a bare chain's rate; and transformers'."""
-    ours = build_step(str(ROOT), micro_batches, LENGTHS, flags_of(*case))
-    theirs, chain = bert_step(*case, micro_batches), product_chain(*case, micro_batches)
-    times: list[list[float]] = [[], [], []]
+    timed = build_step(str(ROOT), micro_batches, LENGTHS, flags_of(*case))
+    theirs = bert_steps(*case, micro_batches)
+    steps = {"ours": lambda: timed()[0], "chain": product_chain(*case, micro_batches), **theirs}
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(WARM_UP + repeats):
-        times[0].append(ours()[0])
-        times[2].append(chain())
-        if theirs is not None:
-            times[1].append(theirs())
+        for name, step in steps.items():
+            times[name].append(step())
     batch, config = packed_row(), parse(flags_of(*case))[0]
     flops = micro_batches * model_flops(config.model, VOCABULARY, batch.num_tokens, batch.num_pairs, batch.num_targets)
-    ours_s, chain_s = (statistics.median(times[which][WARM_UP:]) for which in (0, 2))
-    return [speed(times[0], micro_batches), f"{flops / ours_s / 1e12:.3f}", f"{100 * chain_s / ours_s:.0f} %",
-            speed(times[1], micro_batches) if theirs is not None else "not installed"]
+    ours_s, chain_s = (statistics.median(times[name][WARM_UP:]) for name in ("ours", "chain"))
+    return [speed(times["ours"], micro_batches), f"{flops / ours_s / 1e12:.3f}", f"{100 * chain_s / ours_s:.0f} %",
+            *(speed(times[name], micro_batches) for name in theirs)]
 
 
 def row_beside_checkout(flags: Sequence[str], micro_batches: int, repeats: int, other: Path) -> list[str]:
@@ -186,8 +207,9 @@ def main() -> None:
         parser.error("give --beside CHECKOUT with --flags")
     print(f"{processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
           f"{arguments.micro_batches} micro-batches a step\n")
-    columns = ["residues/s (quartiles)", "model TFLOP/s", "of a bare chain of its products",
-               "transformers: residues/s"]
+    columns = ["residues/s (quartiles)", "model TFLOP/s", "of a bare chain of its products"]
+    if find_spec("transformers") is not None:
+        columns += [f"transformers: {way}, {name}" for name in BATCHES for way in THEIR_WAYS]
     if arguments.beside:
         columns = ["residues/s (quartiles)", f"{arguments.beside.name}: residues/s", "speed, ratio of medians",
                    "of pairs (quartiles)", "losses apart"]
