@@ -1,10 +1,10 @@
 """One run in many layouts: `python benchmarks/layouts.py PREFIX [--model NAME] [--steps 50] [--only NAME …]`.
 
-PREFIX names an indexed dataset, PREFIX.bin and .idx. Each layout trains the same 4-layer model (preset demo with the
-block of a family, rows of 512) on the same global batch, in fp32 without dropout, over gloo ranks of one thread, and is
-compared with one rank: the loss and the gradient norm of each step, and the last weights. Then each takes 10 steps with
-dropout, of which the loss is compared with one rank's too, and all bits with those of the same layout's run without
-recomputation (or, where that is it, of its rerun).
+PREFIX names an indexed dataset, PREFIX.bin and .idx. Each layout trains the same model (4 layers x 128 with the block
+of a family, or under Muon; rows of 512) on the same global batch, in fp32 without dropout, over gloo ranks of one
+thread, and is compared with one rank: the loss and the gradient norm of each step, and the last weights. Then each
+takes 10 steps with dropout, of which the loss is compared with one rank's too, and all bits with those of the same
+layout's run without recomputation (or, where that is it, of its rerun).
 """
 
 import argparse
@@ -23,9 +23,11 @@ sys.path.insert(0, str(ROOT))
 
 from megatron.checkpoint.store import open_place, place_of  # noqa: E402
 
-# At the preset's learning rate, made for larger batches, one rank's curve has spikes, which amplify every rounding.
-FLAGS = ("--preset demo --no-bf16 --lr 3e-4 --seq-length 512 --micro-batch-size 1 --global-batch-size 4 "
-         "--log-interval 1 --num-workers 0 --eval-interval 1000 --eval-iters 1 --peak-tflops 1").split()
+# At a learning rate of 1e-3, which is for larger batches, one rank's curve has spikes, which amplify every rounding.
+FLAGS = ("--num-layers 4 --hidden-size 128 --num-attention-heads 4 --attention-dropout 0 --hidden-dropout 0 --lr 3e-4 "
+         "--min-lr 1e-4 --lr-decay-style cosine --lr-warmup-fraction 0.1 --adam-beta2 0.98 --train-iters 350 "
+         "--seq-length 512 --micro-batch-size 1 --global-batch-size 4 --log-interval 1 --num-workers 0 "
+         "--eval-interval 1000 --eval-iters 1 --peak-tflops 1").split()
 DROPOUT = "--attention-dropout 0.1 --hidden-dropout 0.1".split()
 
 TP2, TP4 = "--tensor-model-parallel-size 2", "--tensor-model-parallel-size 4"
@@ -50,6 +52,9 @@ MODELS = {
               "--qk-layernorm --swiglu --disable-bias-linear --num-attention-heads 8 --num-query-groups 4 "
               "--untie-embeddings-and-output-weights --window-size 64 64 --window-attn-skip-freq 2 --value-embeddings "
               "--x0-skips --unet-skips --qkv-conv-kernel 3 --final-logit-softcapping 15 --zero-init-output",
+    "muon": "--optimizer muon", "normuon": "--optimizer normuon",
+    "demo": "--optimizer muon --position-embedding-type rope --normalization RMSNorm --qk-layernorm --squared-relu "
+            "--zero-init-output --untie-embeddings-and-output-weights --qkv-conv-kernel 5",
 }
 RECOMPUTATION = {"none": "", "full": "--checkpoint-activations", "selective": "--recompute-granularity selective"}
 

@@ -2,7 +2,9 @@
 
 PREFIX is `proteins_demo` (train and valid). An arm is a set of flags of `pretrain_tape.py`; each is trained on as many
 rows as the others, with each seed in turn, and evaluated on all validation proteins, whose masks are the same in all.
-What is done stands in recipes.jsonl, a line a run, and is not done again: a ladder that was killed goes on.
+What is done stands in recipes.jsonl, a line a run, and is not done again: a ladder that was killed goes on. Runs of one
+seed and one precision differ by the arm alone: the table has the mean of such differences from BERT by Muon, or from
+the recipe, beside the means.
 
     python benchmarks/recipes.py PREFIX --size 6x256 --rows 5600 --seeds 1 2 --arms recipe "recipe - conv"   these alone
     python benchmarks/recipes.py --table                                                       what is known so far
@@ -16,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +33,9 @@ RESULTS = ROOT / "benchmarks" / "recipes.jsonl"
 SIZES = {f"{layers}x{width}": f"--num-layers {layers} --hidden-size {width} --num-attention-heads {width // 32}"
          for layers, width in ((4, 64), (4, 128), (4, 256), (6, 256))}
 COMMON = ("--split 40000,2000,0 --seq-length 1024 --micro-batch-size 2 --attention-dropout 0 --hidden-dropout 0 "
-          "--precision auto --lr-decay-style cosine --lr-warmup-fraction 0.1 --adam-beta2 0.98 --eval-iters 0 "
+          "--lr-decay-style cosine --lr-warmup-fraction 0.1 --adam-beta2 0.98 --eval-iters 0 "
           "--eval-interval 1000000 --log-interval 50")
+PRECISIONS = {"auto": "--precision auto", "fp32": "", "bf16": "--bf16"}
 ADAMW = "--lr 1e-3 --min-lr 1e-4"
 BEST_ADAMW = "--lr 7e-4 --min-lr 7e-5"
 MUON = "--optimizer muon --lr 1e-3 --min-lr 0"
@@ -83,22 +86,26 @@ ARMS: dict[str, tuple[str, int]] = {
 }
 
 
-def trained(prefix: str, size: str, rows: int, arm: str, seed: int) -> dict:
-    """The record of one run on `rows` rows: its loss, and the seconds of its steps."""
+def trained(prefix: str, size: str, rows: int, arm: str, seed: int, precision: str) -> dict:
+    """The record of one run on `rows` rows: its loss, the seconds of its steps, and which precision it came to."""
     flags, batch = ARMS[arm]
     steps = rows // batch
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "pretrain_tape.py"), "--global-batch-size", str(batch),
-                   *shlex.split(f"{COMMON} {SIZES[size]} {flags}"), "--train-iters", str(steps), "--seed", str(seed),
-                   "--data-path", prefix, "--save", folder]
+                   *shlex.split(f"{COMMON} {PRECISIONS[precision]} {SIZES[size]} {flags}"), "--train-iters", str(steps),
+                   "--seed", str(seed), "--data-path", prefix, "--save", folder]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise SystemExit(f"{arm}: {done.stderr.strip().splitlines()[-1]}")
+            raise SystemExit(f"{arm}: exit status {done.returncode}; {done.stderr.strip()}")
+        if precision == "auto":
+            precision = next(line.split()[1].strip(";") for line in done.stdout.splitlines()
+                             if line.startswith("precision: "))
         records = read_records(Path(folder) / "metrics.jsonl")
     kind = "valid_ema" if "--ema " in flags else "valid"
     last = next(record for record in reversed(records) if record["kind"] == kind)
-    return {"size": size, "rows": rows, "arm": arm, "seed": seed, "flags": flags, "steps": steps,
-            "loss": round(last["loss"], 5), "training_s": round(last["training_s"], 1), "processor": processor()}
+    return {"size": size, "rows": rows, "arm": arm, "seed": seed, "precision": precision, "flags": flags,
+            "steps": steps, "loss": round(last["loss"], 5), "training_s": round(last["training_s"], 1),
+            "processor": processor()}
 
 
 def known() -> list[dict]:
@@ -107,16 +114,37 @@ def known() -> list[dict]:
 
 
 def table(records: list[dict]) -> str:
-    """The mean loss of each arm, with the spread over its seeds, the best first."""
+    """The mean loss of each arm, with the spread over its runs, and its gain; the best first."""
     arms = defaultdict[tuple[str, int, str], list[dict]](list)
     for record in records:
         arms[record["size"], record["rows"], record["arm"]].append(record)
-    lines = ["| size | rows | arm | validation loss | seeds |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| size | rows | arm | validation loss | runs | gain, in pairs |", "| --- | --- | --- | --- | --- | --- |"]
     for (size, rows, arm), runs in sorted(arms.items(), key=lambda item: (*item[0][:2], mean_loss(item[1]))):
-        losses = [run["loss"] for run in runs]
-        spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
-        lines.append(f"| {size} | {rows:,} | {arm} | {mean_loss(runs):.4f}{spread} | {len(runs)} |")
+        counts = Counter(run["precision"] for run in runs)
+        counted = ", ".join(f"{counts[precision]} {precision}" for precision in sorted(counts))
+        gains = gains_of(runs, arms.get((size, rows, base_of(arm)), []))
+        gain = f"{with_deviation(gains)} ({len(gains)})" if gains else "–"
+        losses = with_deviation([run["loss"] for run in runs])
+        lines.append(f"| {size} | {rows:,} | {arm} | {losses} | {counted} | {gain} |")
     return "\n".join(lines)
+
+
+def base_of(arm: str) -> str:
+    """The arm that one change makes this one of; itself where there is none."""
+    return next((base for base in ("muon", "recipe") if arm.startswith((f"{base} ", f"{base},"))), arm)
+
+
+def gains_of(runs: list[dict], bases: list[dict]) -> list[float]:
+    """By how much each run is below that of the base with its seed and precision, where there is one."""
+    losses = {(base["seed"], base["precision"]): base["loss"] for base in bases if base["arm"] != runs[0]["arm"]}
+    keys = [(run["seed"], run["precision"]) for run in runs]
+    return [losses[key] - run["loss"] for key, run in zip(keys, runs, strict=True) if key in losses]
+
+
+def with_deviation(values: list[float]) -> str:
+    """The mean, and where there are several the standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.4f}{deviation}"
 
 
 def mean_loss(runs: list[dict]) -> float:
@@ -174,6 +202,8 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="4x128")
     parser.add_argument("--rows", type=int, default=1400, help="of 1,024 tokens, in all: 1400 are 350 steps of 4")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto",
+                        help="auto: the faster, and a run in either counts as done")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--table", action="store_true", help="train nothing")
     parser.add_argument("--rates", type=Path, metavar="PNG", help="train nothing, and draw the rates of Muon by width")
@@ -184,12 +214,13 @@ def main() -> None:
     if arguments.prefix is None and not arguments.table:
         parser.error("give the prefix of a corpus, --table or --rates")
     size, rows = arguments.size, arguments.rows
-    done = {(record["size"], record["rows"], record["arm"], record["seed"]) for record in known()}
+    done = {(record["size"], record["rows"], record["arm"], record["seed"]) for record in known()
+            if arguments.precision in ("auto", record["precision"])}
     todo = [(arm, seed) for seed in arguments.seeds for arm in arguments.arms
             if (size, rows, arm, seed) not in done and not arguments.table]
     for number, (arm, seed) in enumerate(todo, 1):
         print(f"{number} of {len(todo)}: {arm}, seed {seed}", end=" … ", flush=True)
-        record = trained(arguments.prefix, size, rows, arm, seed)
+        record = trained(arguments.prefix, size, rows, arm, seed, arguments.precision)
         with RESULTS.open("a") as file:
             file.write(f"{json.dumps(record)}\n")
         print(f"{record['loss']:.4f}", flush=True)

@@ -31,7 +31,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {arm: [] for arm in given.arms}
     for seed in given.seeds:
         for arm, rows in zip(given.arms, given.rows, strict=True):
-            record = trained(given.prefix, given.size, rows, arm, seed)
+            record = trained(given.prefix, given.size, rows, arm, seed, "auto")
             seconds[arm].append(record["training_s"])
             print(f"| {given.size} | {arm} | {rows:,} | {record['steps']:,} | {seed} | {record['loss']:.4f} | "
                   f"{record['training_s']:.0f} |", flush=True)

@@ -26,7 +26,7 @@ def test_arms_differ():
 def test_what_was_trained_is_not_trained_again_and_what_is_missing_is(monkeypatch, tmp_path, capsys):
     trained = []
 
-    def run(prefix, size, rows, arm, seed):
+    def run(prefix, size, rows, arm, seed, precision):
         trained.append((arm, seed))
         if (arm, seed) == ("muon", 2) and trained.count(("muon", 2)) == 1:
             raise KeyboardInterrupt
