@@ -37,7 +37,8 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--loss", type=float, metavar="NATS",
                        help="the loss to come to (default: the best of the run whose best is the worst)")
     flags.add_argument("--metric", default="valid", metavar="KIND",
-                       help="which loss: valid, train, test, or valid/NAME of one corpus (default: valid)")
+                       help="which loss: valid, valid_ema of the average of weights, train, test, or valid/NAME of one "
+                            "corpus (default: valid)")
     flags.add_argument("--output", type=Path, default=Path("compare.png"), metavar="FILE",
                        help="the picture (default: compare.png)")
     flags.add_argument("--smooth", action="store_true", help="draw the training loss, smoothed, thin behind the other")

@@ -41,7 +41,8 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--sampler", choices=SAMPLERS, default="grid", help="what to try next (default: grid, all)")
     flags.add_argument("--trials", type=int, metavar="N", help="settings to try, of the grid (default: all)")
     flags.add_argument("--metric", default="valid", metavar="KIND",
-                       help="the loss that decides: valid, or valid/NAME of one corpus (default: valid)")
+                       help="the loss that decides: valid, valid_ema of the average of weights, or valid/NAME of one "
+                            "corpus (default: valid)")
     flags.add_argument("--jobs", type=int, default=1, metavar="N",
                        help="trials at once, each on its share of the GPUs or cores (default: 1)")
     return flags

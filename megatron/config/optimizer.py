@@ -6,7 +6,7 @@ from typing import Any
 from megatron.config.declaration import flag, fraction, not_negative, positive
 from megatron.errors import ConfigError
 
-# Peak learning rates under Muon where no flag gives one. A vector of the group "scalar" is any that is no matrix.
+# Peak learning rates under Muon where no flag gives one. --scalar-lr is of all that is no matrix.
 _WITH_MUON = {"muon_lr": 0.01, "embedding_lr": 0.02, "head_lr": 0.02, "scalar_lr": 5e-3}
 
 

@@ -26,9 +26,9 @@ class Muon(torch.optim.Optimizer):
     A step is `lr` times a matrix whose singular values are about 1, times sqrt(rows / columns) where that is above 1:
     so it changes outputs by as much at any width (Yang et al., 2023, arXiv 2310.17813), and a learning rate that was
     found for a narrow model holds for a wide one. Weight decay is decoupled. As torch's fused optimizers do, it divides
-    gradients by `grad_scale`, and changes nothing where `found_inf` is 1; nobody waits to know. State: of each
-    parameter `momentum_buffer`; with NorMuon also `row_moment`, a number for each row of its whole matrices, one matrix
-    behind another, on every rank alike.
+    gradients by `grad_scale`, and changes nothing where `found_inf` is 1 but the number of steps, by which momentum
+    rises; nobody waits to know. State: of each parameter `momentum_buffer`; with NorMuon also `row_moment`, a number
+    for each row of its whole matrices, one matrix behind another, on every rank alike.
     """
 
     grad_scale: Tensor

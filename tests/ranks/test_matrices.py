@@ -1,12 +1,13 @@
 """Matrices made whole of the parts that ranks hold, and handed back: against the same on one rank."""
 
+import itertools
 from unittest.mock import patch
 
 import pytest
 import torch
 
 from megatron.config import ParallelConfig
-from megatron.parallel.matrices import sharing
+from megatron.parallel.matrices import exchange, sharing
 from megatron.parallel.matrices.exchange import WholeMatrices
 from megatron.parallel.mesh import Axis, Mesh, build_mesh
 from megatron.parallel.parameters import Normal, declaration_of, matrix
@@ -96,3 +97,30 @@ def test_as_much_work_goes_to_every_rank():
         work[one.owner] += min(one.shape) ** 2
         assert list(one.givers) == [one.owner]
     assert max(work) < 1.2 * min(work)
+
+
+def test_messages_of_one_round_are_under_way_while_another_is_worked_on(monkeypatch):
+    happened, numbers = [], itertools.count()
+
+    class Message:
+        def __init__(self, num_elements):
+            self.number, self.num_elements = next(numbers), num_elements
+            happened.append(f"{self.number} sent")
+
+        def wait(self):
+            happened.append(f"{self.number} there")
+            return torch.zeros(self.num_elements)
+
+    def work(stack):
+        happened.append("work")
+        return stack
+
+    monkeypatch.setattr(exchange, "start_exchange", lambda tensor, to_each, from_each, axis: Message(sum(from_each)))
+    monkeypatch.setattr(sharing, "MOST_ELEMENTS", 1)
+    axis = Axis(size=2)
+    mesh = Mesh(tensor=axis, holders=axis)
+    parts = [part(torch.ones(2, size), 1, (), mesh) for size in (2, 2, 4, 4, 6, 6)]  # two of a shape, one a rank
+    list(WholeMatrices(parts, mesh, torch.float32, with_squares=False).worked_on(parts, work))
+    # 0, 1 and 3 are on the way to the owners; 2, 4 and 5 on the way back.
+    assert happened == ["0 sent", "1 sent", "0 there", "work", "2 sent", "3 sent", "1 there", "work", "4 sent",
+                        "2 there", "3 there", "work", "5 sent", "4 there", "5 there"]

@@ -6,6 +6,7 @@ checkpoint, and leaves on SIGTERM.
 
 import csv
 import json
+import math
 import os
 import random
 import signal
@@ -18,7 +19,7 @@ import pytest
 
 from megatron.study import running
 from megatron.study.outcome import as_table, edges, outcomes
-from megatron.study.record import Record, Result
+from megatron.study.record import FINISHED, STOPPED, Record, Result
 from megatron.study.running import falls_behind
 from megatron.study.sampling import plan
 from megatron.study.settings import Space, Trial
@@ -273,6 +274,23 @@ def test_optuna_is_told_what_was_found_and_asked_until_there_are_enough(tmp_path
     assert taken[:2] == [begun_before, Trial(begun_before.setting, "2")] and len(taken) == 6
     assert {trial.setting[0] for trial in taken[2:]} == {"1e-4"}  # the best value by what it was told
     assert optuna.told[0]["params"] == {"lr": 1, "normalization": 1} and optuna.told[0]["value"] == 1e-3
+
+
+def test_optuna_itself_finds_the_best_rate_of_many_in_fewer_trials(tmp_path):
+    pytest.importorskip("optuna")
+    rates = [f"{2**-power:g}" for power in range(16)]
+    values = space(lr=rates, normalization=["LayerNorm", "RMSNorm"])
+    record = Record(_new(tmp_path / "a"), values, "valid")
+    planned, taken = plan("optuna", values, record, 14), []
+    for trial in planned.upcoming:
+        begun, rate = record.begun(trial), float(trial.setting[0])
+        loss = abs(math.log2(rate) + 11) / 10 + (trial.setting[1] == "LayerNorm")  # best at 2**-11 with RMSNorm
+        outcome = STOPPED if loss > 1.3 else FINISHED
+        record.put(Result(begun.trial, begun.values, trial.seed, outcome, loss, 30))
+        taken.append((loss, trial.setting))
+    assert len({setting for _, setting in taken}) == 14
+    assert min(taken)[1][1] == "RMSNorm" and min(taken)[0] <= 0.2
+    assert sum(loss for loss, _ in taken[-7:]) < sum(loss for loss, _ in taken[:7])
 
 
 class _Optuna:
