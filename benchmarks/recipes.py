@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.train_step import processor  # noqa: E402
+from megatron.finetune.predictions.metrics import with_spread  # noqa: E402
 from megatron.train.metrics import read_records  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "recipes.jsonl"
@@ -35,6 +36,7 @@ SIZES = {f"{layers}x{width}": f"--num-layers {layers} --hidden-size {width} --nu
 COMMON = ("--split 40000,2000,0 --seq-length 1024 --micro-batch-size 2 --attention-dropout 0 --hidden-dropout 0 "
           "--lr-decay-style cosine --lr-warmup-fraction 0.1 --adam-beta2 0.98 --eval-iters 0 "
           "--eval-interval 1000000 --log-interval 50")
+DIGITS = 4  # of a loss in nats
 PRECISIONS = {"auto": "--precision auto", "fp32": "", "bf16": "--bf16"}
 ADAMW = "--lr 1e-3 --min-lr 1e-4"
 BEST_ADAMW = "--lr 7e-4 --min-lr 7e-5"
@@ -123,8 +125,8 @@ def table(records: list[dict]) -> str:
         counts = Counter(run["precision"] for run in runs)
         counted = ", ".join(f"{counts[precision]} {precision}" for precision in sorted(counts))
         gains = gains_of(runs, arms.get((size, rows, base_of(arm)), []))
-        gain = f"{with_deviation(gains)} ({len(gains)})" if gains else "–"
-        losses = with_deviation([run["loss"] for run in runs])
+        gain = f"{with_spread(gains, DIGITS)} ({len(gains)})" if gains else "–"
+        losses = with_spread([run["loss"] for run in runs], DIGITS)
         lines.append(f"| {size} | {rows:,} | {arm} | {losses} | {counted} | {gain} |")
     return "\n".join(lines)
 
@@ -139,12 +141,6 @@ def gains_of(runs: list[dict], bases: list[dict]) -> list[float]:
     losses = {(base["seed"], base["precision"]): base["loss"] for base in bases if base["arm"] != runs[0]["arm"]}
     keys = [(run["seed"], run["precision"]) for run in runs]
     return [losses[key] - run["loss"] for key, run in zip(keys, runs, strict=True) if key in losses]
-
-
-def with_deviation(values: list[float]) -> str:
-    """The mean, and where there are several the standard deviation."""
-    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.4f}{deviation}"
 
 
 def mean_loss(runs: list[dict]) -> float:
