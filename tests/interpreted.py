@@ -169,11 +169,30 @@ def check_heads(shape: Sequence[int], half: int, dtype: torch.dtype, kind: str, 
 
 
 def check_convolution(lengths: Sequence[int], width: int, taps: int, dtype: torch.dtype) -> None:
-    """Over some proteins, with the gradients of what is convolved and of the weight."""
+    """Over some proteins, with the gradients of what is convolved, of the weight, and of a bias that it has already."""
     positions = torch.cat([torch.arange(length) for length in lengths])
     inputs = [random(len(positions), width, dtype=dtype), random(width, taps)]
     compare([convolved(inputs[0], positions, inputs[1])], inputs,
             lambda x, weight: [convolved_reference(x, positions, weight)])
+    bias = random(width)
+    with_bias = inputs[0] + bias.detach().to(dtype)
+    compare([convolved(with_bias, positions, inputs[1], bias)], [*inputs, bias],
+            lambda x, weight, bias: [convolved_reference(x + bias, positions, weight)])
+
+
+def check_convolution_of_two_ranks() -> None:
+    """What each of two ranks gives of the bias' gradient, its neighbours' tokens between, sums up to the whole's."""
+    positions, halo, cut = torch.cat([torch.arange(9), torch.arange(14)]), 2, 12
+    x, weight, bias, outer = random(23, 20), random(20, 5), random(20), random(23, 20).detach()
+    grads = []
+    for first, last in ((0, 23), (0, cut), (cut, 23)):
+        begin, end = max(first - halo, 0), min(last + halo, 23)
+        out = convolved((x + bias.detach())[begin:end], positions[begin:end], weight, bias)
+        own = slice(first - begin, last - begin)
+        grads.append(torch.autograd.grad(out[own], bias, outer[first:last])[0])
+    assert torch.allclose(grads[0], grads[1] + grads[2], rtol=1e-6, atol=1e-6)
+    assert torch.allclose(grads[0], torch.autograd.grad(convolved_reference(x + bias, positions, weight), bias,
+                                                        outer)[0], rtol=1e-6, atol=1e-6)
 
 
 def check_overwriting() -> None:
@@ -329,6 +348,7 @@ CHECKS: dict[str, Callable[[], None]] = {
        partial(check_convolution, lengths, width, taps, dtype)
        for lengths, width, taps, dtype in [((1,), 20, 3, FP32), ((2, 1, 3, 1, 14), 140, 5, FP32),
                                            ((4, 30), 33, 7, BF16), ((20,), 16, 5, FP16)]},
+    "convolution of two ranks": check_convolution_of_two_ranks,
     "what was kept cannot be overwritten unnoticed": check_overwriting,
     "mask 64 x 320": partial(check_mask, 64, 320, 0.1), "mask 33 x 77": partial(check_mask, 33, 77, 0.5),
     "what is strided": check_strided, "many strips": check_strips,
@@ -343,6 +363,9 @@ CHECKS: dict[str, Callable[[], None]] = {
     "model esm2, heads apart, biases frozen, attention recomputed": partial(check_parts, "bias",
                                                                             recompute_granularity="selective"),
     "model esm2, heads normed and apart, in windows": partial(check_parts, qk_layernorm=True, window_size=(5, 3)),
+    **{f"model esm2 with a convolution, frozen {frozen}": partial(check_parts, frozen, qk_layernorm=True,
+                                                                  qkv_conv_kernel=5)
+       for frozen in ("none", "weight", "query_key_value.bias")},
     **{f"recomputation of {family}": partial(check_recomputation, family) for family in FAMILIES},
     **interpreted_cross_entropy.CHECKS, **interpreted_maps.CHECKS,
 }

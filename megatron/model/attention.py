@@ -15,7 +15,7 @@ from megatron.config import ModelConfig
 from megatron.kernels.attention.maps import attention_with_maps
 from megatron.kernels.dropout import Dropout, Use
 from megatron.kernels.packed_sequence import PackedSequence
-from megatron.kernels.pointwise.convolution import convolved
+from megatron.kernels.pointwise import convolution
 from megatron.kernels.pointwise.heads import Heads, HeadScaling, gives_bias_gradient, prepared_heads, prepares_parts
 from megatron.kernels.pointwise.product import Product
 from megatron.kernels.rotary import Rotation
@@ -56,12 +56,11 @@ class Attention(nn.Module):
 
     def forward(self, hidden_uh: Tensor, sequence: PackedSequence, rotation: Rotation | None) -> Product:
         """[u, h], perhaps still without the last bias; `rotation`: of queries and keys, if they are to be turned."""
-        scaling, bias_x = self._head_scaling(), None
-        if self.conv is None and self.values is None and gives_bias_gradient(hidden_uh, scaling, rotation):
-            bias_x = self.query_key_value.bias
+        scaling = self._head_scaling()
+        bias_x = self.query_key_value.bias if self._trains_bias_later(hidden_uh, scaling, rotation) else None
         qkv_tx = self.query_key_value(hidden_uh, trains_bias=bias_x is None)
         if self.conv is not None:
-            qkv_tx = self.conv(qkv_tx, sequence)
+            qkv_tx, bias_x = self.conv(qkv_tx, sequence, bias_x), None
         qkv_tgcd = qkv_tx.view(-1, *self.shape)
         if self.values is not None:
             qkv_tgcd = self.values(qkv_tgcd, sequence.tokens_t)
@@ -71,6 +70,12 @@ class Attention(nn.Module):
         # May change the projection in its own memory: nothing that made it has kept it.
         heads = prepared_heads(qkv_tgcd, scaling, rotation, bias_x, is_apart)
         return self.dense.product(self._core(heads, sequence, dropout).flatten(1))
+
+    def _trains_bias_later(self, x: Tensor, scaling: HeadScaling | None, rotation: Rotation | None) -> bool:
+        """Whether what follows the projection gives the gradient of its bias."""
+        if self.conv is not None:
+            return convolution.gives_bias_gradient(x)
+        return self.values is None and gives_bias_gradient(x, scaling, rotation)
 
     def _head_scaling(self) -> HeadScaling | None:
         if not self.has_qk_norm:
@@ -124,9 +129,13 @@ class ShortConvolution(nn.Module):
         self.weight = split_parameter((num_features, kernel), 0, stream.axis,
                                       Declaration(Constant(0.0), "vector", decays=False))
 
-    def forward(self, x_tf: Tensor, sequence: PackedSequence) -> Tensor:
-        """The same shape."""
+    def forward(self, x_tf: Tensor, sequence: PackedSequence, bias_f: Tensor | None = None) -> Tensor:
+        """The same shape; `bias_f`: what was added to `x_tf`, where the convolution is to give its gradient.
+
+        Of a context axis a rank gives what its own tokens and those of its neighbours that they see have of that.
+        """
         around_tf, positions = (with_neighbours(each, self.halo, self.context) for each in (x_tf, sequence.positions_t))
-        out_tf, num_before = convolved(around_tf, positions, self.weight), (len(around_tf) - len(x_tf)) // 2
+        out_tf, num_before = (convolution.convolved(around_tf, positions, self.weight, bias_f),
+                              (len(around_tf) - len(x_tf)) // 2)
         # Backward a view costs a tensor of zeros and a copy.
         return out_tf.narrow(0, num_before, len(x_tf)) if num_before else out_tf

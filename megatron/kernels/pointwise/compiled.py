@@ -71,12 +71,12 @@ def prepare_heads(qkv_tgcd: Tensor, query_weight: Tensor | None, key_weight: Ten
 def prepare_heads_backward(grad_tgcd: Tensor, qkv_tgcd: Tensor, query_weight: Tensor, key_weight: Tensor,
                            cos: Tensor | None, sin: Tensor | None, epsilon: float,
                            has_mean: bool) -> tuple[Tensor, Tensor]:
-    """The gradients of the projection, and of each row's scale [g, c, d] in fp32, which is 0 for values."""
+    """The gradients of the projection, and of the queries' scales and behind them the keys', in fp32."""
     grad_tgcd, qkv_tgcd = grad_tgcd.contiguous(), qkv_tgcd.contiguous()
     grad_qkv_tgcd, sums_gcd = torch.empty_like(qkv_tgcd), qkv_tgcd.new_empty(qkv_tgcd.shape[1:], dtype=torch.float32)
     _prepare_heads([qkv_tgcd, query_weight, key_weight, cos, sin, grad_qkv_tgcd, grad_tgcd, sums_gcd], epsilon,
                    has_mean, 1)
-    return grad_qkv_tgcd, sums_gcd
+    return grad_qkv_tgcd, torch.cat([sums_gcd[:, :-2].flatten(), sums_gcd[:, -2].flatten()])
 
 
 def sum_tokens(x_tf: Tensor) -> Tensor:
@@ -95,13 +95,14 @@ def convolve(x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor) -> Tensor:
     return out_tf
 
 
-def convolve_backward(grad_tf: Tensor, x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of what is convolved, and of the weight, that in fp32."""
+def convolve_backward(grad_tf: Tensor, x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor,
+                      has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of what is convolved, and of the weight, that in fp32; of a bias none: `has_bias` is False."""
     inputs, x_tf = [grad_tf.contiguous(), positions_t.contiguous(), _taps(weight_fk)], x_tf.contiguous()
     grad_x_tf, grad_kf = torch.empty_like(x_tf), torch.empty_like(inputs[2])
     _helper.convolve(_is_bf16(x_tf), _addresses(*inputs, grad_x_tf, x_tf, grad_kf), tuple(x_tf.shape),
                      len(grad_kf), torch.get_num_threads())
-    return grad_x_tf, grad_kf.t().contiguous()
+    return grad_x_tf, grad_kf.t().contiguous(), grad_kf.new_empty(0)
 
 
 def _taps(weight_fk: Tensor) -> Tensor:

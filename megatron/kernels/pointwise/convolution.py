@@ -17,11 +17,21 @@ from megatron.kernels.pointwise import compiled
 from megatron.kernels.pointwise.compiled import takes_compiled
 
 
-def convolved(x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor) -> Tensor:
-    """[t, f], in the dtype of `x_tf`. `positions_t`: in its protein, int64; so token t sees that many before it."""
+def convolved(x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor, bias_f: Tensor | None = None) -> Tensor:
+    """[t, f], in the dtype of `x_tf`. `positions_t`: in its protein, int64; so token t sees that many before it.
+
+    `bias_f`: one that `x_tf` has with it already, for which only its gradient is to be given, where
+    `gives_bias_gradient`.
+    """
+    assert bias_f is None or gives_bias_gradient(x_tf), "the product gives the gradient of its bias"
     if takes_triton(x_tf) or takes_compiled(x_tf) and weight_fk.shape[1] in compiled.TAPS:
-        return _Convolved.apply(x_tf, positions_t, weight_fk)
+        return _Convolved.apply(x_tf, positions_t, weight_fk, bias_f)
     return convolved_reference(x_tf, positions_t, weight_fk)
+
+
+def gives_bias_gradient(x: Tensor) -> bool:
+    """Whether the convolution sums up the gradient of a bias of what it is given on its way: Triton's kernel does."""
+    return takes_triton(x)
 
 
 def convolved_reference(x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor) -> Tensor:
@@ -40,17 +50,19 @@ class _Convolved(torch.autograd.Function):
     """Keeps what is convolved."""
 
     @staticmethod
-    def forward(ctx: Any, x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor) -> Tensor:
+    def forward(ctx: Any, x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor, bias_f: Tensor | None) -> Tensor:
         ctx.save_for_backward(x_tf, positions_t, weight_fk)
+        ctx.bias_dtype = None if bias_f is None else bias_f.dtype
         return as_called(_forward_operator, _forward, x_tf)(x_tf, positions_t, weight_fk)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_tf: Tensor) -> tuple[Tensor, None, Tensor]:
+    def backward(ctx: Any, grad_tf: Tensor) -> tuple[Tensor | None, ...]:
         x_tf, positions_t, weight_fk = ctx.saved_tensors
-        grad_x_tf, grad_weight_fk = as_called(_backward_operator, _backward, x_tf)(grad_tf, x_tf, positions_t,
-                                                                                   weight_fk)
-        return grad_x_tf, None, grad_weight_fk.to(weight_fk.dtype)
+        has_bias = ctx.needs_input_grad[3]
+        grad_x_tf, grad_weight_fk, sum_f = as_called(_backward_operator, _backward, x_tf)(
+            grad_tf, x_tf, positions_t, weight_fk, has_bias)
+        return grad_x_tf, None, grad_weight_fk.to(weight_fk.dtype), sum_f.to(ctx.bias_dtype) if has_bias else None
 
 
 def _of(tensor: Tensor) -> Any:
@@ -74,13 +86,17 @@ def _(x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor) -> Tensor:
     return x_tf.new_empty(x_tf.shape)
 
 
-def _backward(grad_tf: Tensor, x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor) -> tuple[Tensor, Tensor]:
-    return _of(x_tf).convolve_backward(grad_tf, x_tf, positions_t, weight_fk)
+def _backward(grad_tf: Tensor, x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor,
+              has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of what is convolved, of the weight, fp32, and the first's sum over the tokens, fp32, or nothing."""
+    return _of(x_tf).convolve_backward(grad_tf, x_tf, positions_t, weight_fk, has_bias)
 
 
 _backward_operator = torch.library.custom_op("megatron::convolved_backward", _backward, mutates_args=())
 
 
 @_backward_operator.register_fake
-def _(grad_tf: Tensor, x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor) -> tuple[Tensor, Tensor]:
-    return x_tf.new_empty(x_tf.shape), weight_fk.new_empty(weight_fk.shape, dtype=torch.float32)
+def _(grad_tf: Tensor, x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor,
+      has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return (x_tf.new_empty(x_tf.shape), weight_fk.new_empty(weight_fk.shape, dtype=torch.float32),
+            x_tf.new_empty(x_tf.shape[1] if has_bias else 0, dtype=torch.float32))

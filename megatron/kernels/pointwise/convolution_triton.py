@@ -23,18 +23,20 @@ def convolve(x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor) -> Tensor:
     return out_tf
 
 
-def convolve_backward(grad_tf: Tensor, x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of what is convolved, and of the weight, that in fp32."""
+def convolve_backward(grad_tf: Tensor, x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor,
+                      has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of what is convolved, of the weight, and of a bias where there is one: the last two in fp32."""
     x_tf, weight_fk = x_tf.contiguous(), weight_fk.contiguous()
     grad_x_tf = torch.empty_like(x_tf)
     (num_rows, width), rows, taps = x_tf.shape, _ROWS // 2, weight_fk.shape[1]
     blocks = triton.cdiv(width, _COLUMNS)
     strips = min(triton.cdiv(num_rows, rows), max(1, _MOST_PROGRAMS // blocks))
-    partial_pfk = torch.empty(strips, width, taps, dtype=torch.float32, device=x_tf.device)
+    partial_px = torch.empty(strips, (taps + has_bias) * width, dtype=torch.float32, device=x_tf.device)
     backward_kernel[strips, blocks](
-        grad_tf.contiguous(), x_tf, positions_t.contiguous(), weight_fk, grad_x_tf, partial_pfk, num_rows, width, taps,
-        rows, _COLUMNS)
-    return grad_x_tf, partial_pfk.sum(0)
+        grad_tf.contiguous(), x_tf, positions_t.contiguous(), weight_fk, grad_x_tf, partial_px, num_rows, width, taps,
+        has_bias, rows, _COLUMNS)
+    sum_x = partial_px.sum(0)
+    return grad_x_tf, sum_x[:taps * width].view(width, taps), sum_x[taps * width:]
 
 
 @triton.jit
@@ -53,9 +55,10 @@ def forward_kernel(x, positions, weight, out, num_rows, width, TAPS: tl.constexp
 
 @triton.jit
 def backward_kernel(grad, x, positions, weight, grad_x, partial, num_rows, width, TAPS: tl.constexpr,
-                    ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+                    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     sums = (tl.zeros([ROWS, COLUMNS], tl.float32),) * TAPS
+    bias_sum = tl.zeros([COLUMNS], tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
         rows = tile * ROWS + tl.arange(0, ROWS)
         is_inside = (rows[:, None] < num_rows) & (columns[None, :] < width)
@@ -69,9 +72,13 @@ def backward_kernel(grad, x, positions, weight, grad_x, partial, num_rows, width
             gradient += factor[None, :] * outer
             sums = sums[1:] + (sums[0] + own * outer,)  # after the last tap they are in order again
         tl.store(grad_x + places, gradient.to(grad_x.dtype.element_ty), mask=is_inside)
-    partial += tl.program_id(0).to(tl.int64) * width * TAPS
+        if HAS_BIAS:
+            bias_sum += tl.sum(gradient, 0)
+    partial += tl.program_id(0).to(tl.int64) * width * (TAPS + HAS_BIAS)
     for tap in tl.static_range(TAPS):
         tl.store(partial + columns * TAPS + tap, tl.sum(sums[tap], 0), mask=columns < width)
+    if HAS_BIAS:
+        tl.store(partial + width * TAPS + columns, bias_sum, mask=columns < width)
 
 
 @triton.jit

@@ -119,10 +119,9 @@ class _Prepared(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         qkv_tgcd, query_weight, key_weight, *turn = ctx.saved_tensors
-        grad_qkv_tgcd, grads_gcd = as_called(_prepare_backward_operator, _prepare_backward, qkv_tgcd)(
+        grad_qkv_tgcd, grads_x = as_called(_prepare_backward_operator, _prepare_backward, qkv_tgcd)(
             grads, qkv_tgcd, query_weight, key_weight, *turn, *ctx.numbers)
-        of_queries = grads_gcd[:, :-2].reshape(query_weight.shape).to(query_weight.dtype)
-        of_keys = grads_gcd[:, -2].reshape(key_weight.shape).to(key_weight.dtype)
+        of_queries, of_keys = grads_x.to(query_weight.dtype).split([len(query_weight), len(key_weight)])
         return grad_qkv_tgcd, of_queries, of_keys, None, None, None, None, None
 
 
@@ -191,7 +190,7 @@ def _empty_whole(grads: Sequence[Tensor]) -> Tensor:
 def _prepare_backward(grads: Sequence[Tensor], qkv_tgcd: Tensor, query_weight: Tensor, key_weight: Tensor,
                       cos: Tensor | None, sin: Tensor | None, epsilon: float,
                       has_mean: bool) -> tuple[Tensor, Tensor]:
-    """Of the projection, from the gradient of the whole or of the parts; of each row's scale [g, c, d], fp32."""
+    """Of the projection, from that of the whole or of the parts; of the queries' scales, then the keys', fp32."""
     if _is_compiled(qkv_tgcd):
         return prepare_heads_backward(grads[0], qkv_tgcd, query_weight, key_weight, cos, sin, epsilon, has_mean)
     from megatron.kernels.pointwise.heads_triton import launch_backward
@@ -209,4 +208,5 @@ _prepare_backward_operator = torch.library.custom_op("megatron::prepare_heads_ba
 @_prepare_backward_operator.register_fake
 def _(grads: Sequence[Tensor], qkv_tgcd: Tensor, query_weight: Tensor, key_weight: Tensor, cos: Tensor | None,
       sin: Tensor | None, epsilon: float, has_mean: bool) -> tuple[Tensor, Tensor]:
-    return qkv_tgcd.new_empty(qkv_tgcd.shape), qkv_tgcd.new_empty(qkv_tgcd.shape[1:], dtype=torch.float32)
+    return (qkv_tgcd.new_empty(qkv_tgcd.shape),
+            qkv_tgcd.new_empty(len(query_weight) + len(key_weight), dtype=torch.float32))

@@ -44,16 +44,16 @@ def launch_turn_back(grads: Sequence[Tensor], cos: Tensor, sin: Tensor, has_sum:
 def launch_backward(grads: Sequence[Tensor], qkv_tgcd: Tensor, query_weight: Tensor, key_weight: Tensor,
                     cos: Tensor | None, sin: Tensor | None, epsilon: float, has_mean: bool,
                     grad_qkv_tgcd: Tensor) -> Tensor:
-    """Fill the last one; the gradient of each row's scale [g, c, d], fp32, of which the values' rows mean nothing."""
+    """Fill the last one; the gradients of the queries' scales, and behind them of the keys', [g·(q + 1)·d] in fp32."""
     tokens, groups, rows_a_group, width = qkv_tgcd.shape
     rows, *sizes, num_warps = _tile(qkv_tgcd, cos)
     chunks = triton.cdiv(groups * rows_a_group, rows)
     strips = _num_strips(tokens, chunks, num_warps)
-    partial_pgcd = torch.empty(strips, groups, rows_a_group, width, dtype=torch.float32, device=qkv_tgcd.device)
+    partial_px = torch.empty(strips, groups * (rows_a_group - 1) * width, dtype=torch.float32, device=qkv_tgcd.device)
     backward_kernel[strips, chunks](
-        *_three(grads), qkv_tgcd, query_weight, key_weight, cos, sin, grad_qkv_tgcd, partial_pgcd, tokens,
+        *_three(grads), qkv_tgcd, query_weight, key_weight, cos, sin, grad_qkv_tgcd, partial_px, tokens,
         groups * rows_a_group, epsilon, rows_a_group, *sizes, rows, len(grads) > 1, has_mean, num_warps=num_warps)
-    return partial_pgcd.sum(0)
+    return partial_px.sum(0)
 
 
 def _three(grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
@@ -233,12 +233,17 @@ def backward_kernel(grad, key_grad, value_grad, qkv, query_weight, key_weight, c
         if REST:
             rest = tl.where(is_value[:, None], rest_outer, (rest_inner - rest * along - level) * inverse)
             store(grad_qkv + 2 * HALF, starts, is_there, rest_columns, WIDTH - 2 * HALF, rest)
-    starts = (tl.program_id(0).to(tl.int64) * rows_a_token + rows) * WIDTH
+    # The queries of all groups, then the keys, as their scales lie.
+    group, member = rows // ROWS_A_GROUP, rows % ROWS_A_GROUP
+    groups, queries = rows_a_token // ROWS_A_GROUP, ROWS_A_GROUP - 2
+    places = tl.where(member < queries, group * queries + member, groups * queries + group)
+    starts = (tl.program_id(0).to(tl.int64) * groups * (queries + 1) + places) * WIDTH
+    has_scale = is_there & (is_value == 0)
     if HALF:
-        store(partial, starts, is_there, columns, HALF, first_sum)
-        store(partial + HALF, starts, is_there, columns, HALF, second_sum)
+        store(partial, starts, has_scale, columns, HALF, first_sum)
+        store(partial + HALF, starts, has_scale, columns, HALF, second_sum)
     if REST:
-        store(partial + 2 * HALF, starts, is_there, rest_columns, WIDTH - 2 * HALF, rest_sum)
+        store(partial + 2 * HALF, starts, has_scale, rest_columns, WIDTH - 2 * HALF, rest_sum)
 
 
 @triton.jit
