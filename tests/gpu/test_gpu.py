@@ -14,6 +14,7 @@ from megatron.kernels import fp8
 from megatron.kernels.attention.fused import fused_attention
 from megatron.kernels.attention.packed import attention_reference, packed_attention
 from megatron.kernels.dropout import Dropout, Use
+from megatron.kernels.newton_schulz.symmetric import gram, symmetric_reference, with_square
 from megatron.model.initialisation import initialise
 from megatron.model.protein_model import ProteinModel
 from pretrain_tape import main
@@ -25,8 +26,9 @@ from tests.packed import packed_batch
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 LENGTHS = (300, 1, 17, 512, 90)
 REAL, FILLER = sum(LENGTHS), 700
-KINDS = FAMILIES | {"esm2 with norms of heads, in windows": replace(FAMILIES["esm2"], qk_layernorm=True,
-                                                                    window_size=(5, 3))}
+KINDS = FAMILIES | {
+    "esm2 with norms of heads, in windows": replace(FAMILIES["esm2"], qk_layernorm=True, window_size=(5, 3)),
+    "esm2 with a convolution": replace(FAMILIES["esm2"], qk_layernorm=True, qkv_conv_kernel=5)}
 
 
 def sequence():
@@ -132,7 +134,7 @@ def loss_and_gradients(family, device, is_compiled=False, is_bf16=False):
 
 
 @pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_every_kind_of_model_has_the_cpus_loss_and_gradients_in_fp32(family, is_compiled):
     (loss, gradients), (expected, exact) = (loss_and_gradients(family, "cuda", is_compiled),
                                             loss_and_gradients(family, "cpu"))
@@ -149,6 +151,31 @@ def test_in_bf16_every_kind_of_model_has_nearly_the_cpus_loss_and_gradients(fami
     of_all = torch.cat([gradient.flatten() for gradient in theirs.values()]).norm()
     for name, gradient in theirs.items():
         assert (gradients[name] - gradient).norm() <= 0.1 * gradient.norm() + 1e-3 * of_all, name
+
+
+@pytest.mark.parametrize("shape", [(4, 256, 256), (2, 768, 3072), (1, 1280, 1280), (3, 100, 333)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muons_products_err_at_most_twice_as_much_as_plain_pytorchs_and_are_symmetric(shape, dtype):
+    torch.manual_seed(0)
+    x = (torch.randn(*shape, device="cuda") / shape[2]**0.5).to(dtype)
+    exact = symmetric_reference(x.double(), 0.0, 1.0)
+    exact_square = symmetric_reference(gram(x).double(), -4.0, 2.0)
+    for ours, theirs, true in ((gram(x), symmetric_reference(x, 0.0, 1.0), exact),
+                               (with_square(gram(x), -4.0, 2.0), symmetric_reference(gram(x), -4.0, 2.0),
+                                exact_square)):
+        assert (ours - true).norm() <= 2 * (theirs - true).norm() + 1e-6 * true.norm()
+        assert torch.allclose(ours, ours.mT, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "normuon"])
+@pytest.mark.parametrize("precision", ["--no-bf16", "--bf16"])
+def test_muon_whose_iteration_is_in_bf16_there_has_nearly_the_cpus_curve(corpus, tmp_path, monkeypatch, optimizer,
+                                                                         precision):
+    flags = ["--optimizer", optimizer, precision, "--train-iters", "12"]
+    gpu = curve(corpus, tmp_path / "gpu", *flags)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cpu = curve(corpus, tmp_path / "cpu", *flags)
+    assert all(gpu[step] == pytest.approx(cpu[step], rel=1e-2) for step in cpu)
 
 
 def takes_fp8(scaling):
