@@ -34,7 +34,7 @@ WITHOUT_KERNELS = {
     "newton_schulz.orthogonal", "newton_schulz.symmetric", "packed_sequence", "pointwise", "pointwise.activation",
     "pointwise.compiled", "pointwise.convolution", "pointwise.heads", "pointwise.product", "pointwise.residual_norm",
     "rotary"}
-INSIDE_OTHERS = {"dropout_triton"}  # functions that kernels of other modules call
+INSIDE_OTHERS = {"dropout_triton", "pointwise.head_rows_triton"}  # functions that kernels of other modules call
 
 
 @cache

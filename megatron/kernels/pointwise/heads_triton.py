@@ -12,6 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron.kernels.pointwise.head_rows_triton import (
+    centred,
+    gradient_of,
+    loaded,
+    place_of_scale,
+    scale_of,
+    store,
+    turned,
+)
+
 _MOST_WARPS = 16 * 132  # of the backward pass, whose programs each have partial sums: what an H100 runs at once
 _ELEMENTS = 2048  # of a program's tile: 16 a thread
 
@@ -31,8 +41,8 @@ def launch_turn_back(grads: Sequence[Tensor], cos: Tensor, sin: Tensor, has_sum:
     """Fill the last one; its sum over the tokens [g, c, d], fp32, or where it is not to have one nothing."""
     tokens, groups, rows_a_group, width = grad_qkv_tgcd.shape
     rows, *sizes, num_warps = _tile(grad_qkv_tgcd, cos)
-    chunks = triton.cdiv(groups * rows_a_group, rows)
-    strips = _num_strips(tokens, chunks, num_warps) if has_sum else tokens
+    strips, chunks = _grid(tokens, groups * rows_a_group, rows, num_warps)
+    strips = strips if has_sum else tokens
     partial_pgcd = torch.empty(strips if has_sum else 0, groups, rows_a_group, width, dtype=torch.float32,
                                device=grad_qkv_tgcd.device)
     turn_back_kernel[strips, chunks](*_three(grads), cos, sin, grad_qkv_tgcd, partial_pgcd if has_sum else None, tokens,
@@ -47,8 +57,7 @@ def launch_backward(grads: Sequence[Tensor], qkv_tgcd: Tensor, query_weight: Ten
     """Fill the last one; the gradients of the queries' scales, and behind them of the keys', [g·(q + 1)·d] in fp32."""
     tokens, groups, rows_a_group, width = qkv_tgcd.shape
     rows, *sizes, num_warps = _tile(qkv_tgcd, cos)
-    chunks = triton.cdiv(groups * rows_a_group, rows)
-    strips = _num_strips(tokens, chunks, num_warps)
+    strips, chunks = _grid(tokens, groups * rows_a_group, rows, num_warps)
     partial_px = torch.empty(strips, groups * (rows_a_group - 1) * width, dtype=torch.float32, device=qkv_tgcd.device)
     backward_kernel[strips, chunks](
         *_three(grads), qkv_tgcd, query_weight, key_weight, cos, sin, grad_qkv_tgcd, partial_px, tokens,
@@ -60,8 +69,10 @@ def _three(grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     return tuple(grads) if len(grads) > 1 else (grads[0], None, None)
 
 
-def _num_strips(tokens: int, chunks: int, num_warps: int) -> int:
-    return min(tokens, max(1, _MOST_WARPS // num_warps // chunks))
+def _grid(tokens: int, rows_a_token: int, rows: int, num_warps: int) -> tuple[int, int]:
+    """Programs that share the tokens, and the tiles of a token."""
+    chunks = triton.cdiv(rows_a_token, rows)
+    return min(tokens, max(1, _MOST_WARPS // num_warps // chunks)), chunks
 
 
 def _tile(qkv_tgcd: Tensor, cos: Tensor | None) -> tuple[int, int, int, int, int, int]:
@@ -233,72 +244,10 @@ def backward_kernel(grad, key_grad, value_grad, qkv, query_weight, key_weight, c
         if REST:
             rest = tl.where(is_value[:, None], rest_outer, (rest_inner - rest * along - level) * inverse)
             store(grad_qkv + 2 * HALF, starts, is_there, rest_columns, WIDTH - 2 * HALF, rest)
-    # The queries of all groups, then the keys, as their scales lie.
-    group, member = rows // ROWS_A_GROUP, rows % ROWS_A_GROUP
-    groups, queries = rows_a_token // ROWS_A_GROUP, ROWS_A_GROUP - 2
-    places = tl.where(member < queries, group * queries + member, groups * queries + group)
-    starts = (tl.program_id(0).to(tl.int64) * groups * (queries + 1) + places) * WIDTH
-    has_scale = is_there & (is_value == 0)
+    starts = tl.program_id(0).to(tl.int64) * (rows_a_token - rows_a_token // ROWS_A_GROUP) * WIDTH
+    starts += place_of_scale(rows, rows_a_token, ROWS_A_GROUP) * WIDTH
     if HALF:
-        store(partial, starts, has_scale, columns, HALF, first_sum)
-        store(partial + HALF, starts, has_scale, columns, HALF, second_sum)
+        store(partial, starts, is_there & ~is_value, columns, HALF, first_sum)
+        store(partial + HALF, starts, is_there & ~is_value, columns, HALF, second_sum)
     if REST:
-        store(partial + 2 * HALF, starts, has_scale, rest_columns, WIDTH - 2 * HALF, rest_sum)
-
-
-@triton.jit
-def loaded(pointer, starts, is_there, columns, SIZE: tl.constexpr):
-    """A part of each row, fp32."""
-    is_inside = is_there[:, None] & (columns[None, :] < SIZE)
-    return tl.load(pointer + starts[:, None] + columns[None, :], mask=is_inside, other=0).to(tl.float32)
-
-
-@triton.jit
-def gradient_of(grad, key_grad, value_grad, OFFSET: tl.constexpr, token, rows, rows_a_token, is_there, columns,
-                SIZE: tl.constexpr, WIDTH: tl.constexpr, IS_APART: tl.constexpr):
-    """A part of each row's gradient, fp32, from column OFFSET on: of the whole, or from queries', keys' or values'."""
-    if IS_APART:
-        group, member = rows // 3, rows % 3  # a query, a key and a value each
-        starts = (token * (rows_a_token // 3) + group) * WIDTH
-        part = (loaded(grad + OFFSET, starts, is_there & (member == 0), columns, SIZE)
-                + loaded(key_grad + OFFSET, starts, is_there & (member == 1), columns, SIZE)
-                + loaded(value_grad + OFFSET, starts, is_there & (member == 2), columns, SIZE))
-    else:
-        part = loaded(grad + OFFSET, (token * rows_a_token + rows) * WIDTH, is_there, columns, SIZE)
-    return part
-
-
-@triton.jit
-def store(pointer, starts, is_there, columns, SIZE: tl.constexpr, part):
-    """Put a part of each row where it belongs, in the dtype that is there."""
-    is_inside = is_there[:, None] & (columns[None, :] < SIZE)
-    tl.store(pointer + starts[:, None] + columns[None, :], part.to(pointer.dtype.element_ty), mask=is_inside)
-
-
-@triton.jit
-def centred(part, mean, columns, SIZE: tl.constexpr):
-    """A part of each row without the row's mean; 0 behind its end."""
-    return tl.where(columns[None, :] < SIZE, part - mean[:, None], 0)
-
-
-@triton.jit
-def scale_of(query_weight, key_weight, rows, is_there, columns, SIZE: tl.constexpr, ROWS_A_GROUP: tl.constexpr,
-             WIDTH: tl.constexpr):
-    """The scales of a part of each row: a group's rows are its queries, its key and its value, which has none."""
-    group, member = rows // ROWS_A_GROUP, rows % ROWS_A_GROUP
-    is_inside = is_there[:, None] & (columns[None, :] < SIZE)
-    query_starts = (group * (ROWS_A_GROUP - 2) + member) * WIDTH
-    of_query = tl.load(query_weight + query_starts[:, None] + columns[None, :],
-                       mask=is_inside & (member < ROWS_A_GROUP - 2)[:, None], other=0).to(tl.float32)
-    of_key = tl.load(key_weight + (group * WIDTH)[:, None] + columns[None, :],
-                     mask=is_inside & (member == ROWS_A_GROUP - 2)[:, None], other=0).to(tl.float32)
-    return of_query + of_key
-
-
-@triton.jit
-def turned(first, second, cos, sin, token, columns, is_value, sign, HALF: tl.constexpr):
-    """Both halves of each row, turned by the token's angles; values as they are."""
-    turn_cos = tl.load(cos + token * HALF + columns, mask=columns < HALF, other=0)[None, :]
-    turn_sin = sign * tl.load(sin + token * HALF + columns, mask=columns < HALF, other=0)[None, :]
-    return (tl.where(is_value[:, None], first, first * turn_cos - second * turn_sin),
-            tl.where(is_value[:, None], second, second * turn_cos + first * turn_sin))
+        store(partial + 2 * HALF, starts, is_there & ~is_value, rest_columns, WIDTH - 2 * HALF, rest_sum)
