@@ -25,4 +25,8 @@ class DecoupledSGD(torch.optim.SGD):
         for group in self.param_groups:
             if group["decays"] and group["params"]:
                 torch._foreach_mul_(group["params"], 1 - group["lr"] * group["decay"] * (1 - self.found_inf))
+            # torch's own would be without values until a step is taken, and the one behind it would read them.
+            for parameter in group["params"] if group["momentum"] else ():
+                if "momentum_buffer" not in self.state[parameter]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return super().step(closure)

@@ -116,6 +116,23 @@ def test_a_step_that_is_not_finite_changes_nothing(kind, bad):
 
 
 @pytest.mark.parametrize("kind", ["adam", "sgd", "muon", "normuon"])
+def test_a_first_step_that_is_not_taken_leaves_the_next_one_the_first(kind, monkeypatch):
+    skips, does_not = parameters(), parameters()
+    scale = LossScale(PrecisionConfig(), CPU)
+    one, other = (Optimizer(named, OptimizerConfig(optimizer=kind, muon_momentum_warmup_iters=0))
+                  for named in (skips, does_not))
+    set_gradients(skips, float("inf"))
+    empty_like = torch.empty_like  # whose memory may hold anything
+    monkeypatch.setattr(torch, "empty_like", lambda *given, **options: empty_like(*given, **options).fill_(1e3))
+    assert not one.step(0.1, scale).is_taken
+    for named, optimizer in ((skips, one), (does_not, other)):
+        set_gradients(named)
+        optimizer.step(0.1, scale)
+    for name, parameter in does_not.items():
+        torch.testing.assert_close(skips[name], parameter, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["adam", "sgd", "muon", "normuon"])
 def test_an_optimizer_goes_on_from_its_state_bitwise(kind):
     first, second = parameters(), parameters()
     scale = LossScale(PrecisionConfig(), CPU)
