@@ -79,7 +79,8 @@ class StepGraph:
 
     def __init__(self, engine: Engine, recorder: Recorder) -> None:
         self._engine, self._recorder = engine, recorder
-        self._num_targets = torch.ones((), dtype=torch.int64, device=engine.mesh.device)
+        # fp32: a fault that is made on purpose is a factor on it.
+        self._num_targets = torch.ones((), device=engine.mesh.device)
         # By their shapes: of which there are several where a micro-batch has more proteins than was foreseen.
         self._micro_batches: dict[tuple[torch.Size, ...], tuple[MicroBatch, _Recorded]] = {}
         self._update = _Recorded(self._updated, recorder)

@@ -7,11 +7,12 @@ from torch.nn.attention import activate_flash_attention_impl
 
 from megatron.config import Config
 from megatron.errors import ConfigError
+from megatron.kernels.attention.asked import WORDS
 from megatron.kernels.attention.packed import way_of
 from megatron.kernels.device import has_triton, takes_triton
 from megatron.kernels.fp8 import recipe_of
 from megatron.kernels.fp8 import way_of as way_of_fp8
-from megatron.kernels.pointwise.compiled import is_built, takes_compiled
+from megatron.kernels.pointwise.compiled import TAPS, is_built, takes_compiled
 from megatron.model.protein_model import compute_dtype
 from megatron.parallel.mesh import Mesh
 
@@ -21,16 +22,18 @@ def ways(config: Config, mesh: Mesh, is_compiled: bool) -> str:
     why nothing faster does.
 
     `is_compiled`: whether torch.compile has the blocks. Raises ConfigError where Triton alone is missing,
-    `--attention-backend` cannot be honoured, or a GPU does not multiply in FP8.
+    `--attention-backend`, `--flash-attention` or `--cuda-graph` cannot be honoured, or a GPU does not multiply in FP8.
     """
     model, dtype = config.model, compute_dtype(config.precision)
     groups = model.num_groups // mesh.tensor.size
     rows = model.num_attention_heads // model.num_groups + 2
     qkv_tgcd = torch.empty(0, groups, rows, model.kv_channels, dtype=dtype, device=mesh.device)
     windows = dict.fromkeys(model.window(number) for number in range(model.num_layers))
-    attention = dict.fromkeys(way_of(qkv_tgcd, model.attention_dropout > 0, window, mesh.context.size == 1,
-                                     model.attention_backend) for window in windows)
-    between = _between(qkv_tgcd)
+    attention = ", and by ".join(dict.fromkeys(
+        way_of(qkv_tgcd, model.attention_dropout > 0, window, mesh.context.size == 1, model.attention_backend)
+        for window in windows))
+    _check_attention(config, attention)
+    between = _between(qkv_tgcd, model.qkv_conv_kernel)
     loss = between if takes_triton(qkv_tgcd) else "PyTorch"
     if is_compiled:
         joins = takes_triton(qkv_tgcd) and model.hidden_dropout > 0
@@ -38,7 +41,7 @@ def ways(config: Config, mesh: Mesh, is_compiled: bool) -> str:
     recipe = recipe_of(config.precision)
     kind = f"{config.precision.fp8}, {config.precision.fp8_recipe}"
     fp8 = "" if recipe is None else f"; the blocks' products in FP8 ({kind}) by {way_of_fp8(recipe, mesh.device)}"
-    return (f"attention by {', and by '.join(attention)}; between matrix products {between}; the loss by {loss}; "
+    return (f"attention by {attention}; between matrix products {between}; the loss by {loss}; "
             f"the update by {_update(config, qkv_tgcd)}{fp8}"
             f"{'; every sum in one order' if config.training.deterministic_mode else ''}")
 
@@ -76,6 +79,15 @@ def set_deterministic(config: Config, mesh: Mesh) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
+def _check_attention(config: Config, attention: str) -> None:
+    """Raises ConfigError where a flag of the run cannot have effect, or cannot be, by this way of attention."""
+    training, ways = config.training, f"attention is by {attention}; leave it out"
+    if training.flash_attention != "FA2" and WORDS["varlen"] not in attention:
+        raise ConfigError(f"--flash-attention {training.flash_attention} is for {WORDS['varlen']}, and {ways}")
+    if training.cuda_graph and WORDS["plain"] in attention:
+        raise ConfigError(f"--cuda-graph cannot capture a run that asks the host for proteins' lengths, and {ways}")
+
+
 def _update(config: Config, tensor: torch.Tensor) -> str:
     optimizer, adamw = config.optimizer, "PyTorch's fused AdamW"
     if optimizer.uses_muon:
@@ -83,15 +95,16 @@ def _update(config: Config, tensor: torch.Tensor) -> str:
         name = {"muon": "Muon", "normuon": "NorMuon"}[optimizer.optimizer]
         return f"{name} (its symmetric products {products}) and {adamw}"
     if optimizer.optimizer_backend == "apex":
-        return "apex"
+        return "apex (for which the host waits in every step)"
     return adamw if optimizer.optimizer == "adam" else "PyTorch's SGD, all parameters at once"
 
 
-def _between(tensor: torch.Tensor) -> str:
+def _between(tensor: torch.Tensor, taps: int | None) -> str:
     if takes_triton(tensor):
         return "Triton's kernels"
     if takes_compiled(tensor):
-        return "compiled code"
+        is_left = taps is not None and taps not in TAPS
+        return f"compiled code{f', but for the convolution of {taps} PyTorch' if is_left else ''}"
     if tensor.is_cuda:
         return f"PyTorch, in several passes (Triton {'takes no such GPU' if has_triton() else 'is not installed'})"
     return f"PyTorch, in several passes (compiled code {'takes fp32 and bf16' if is_built() else 'is not built'})"

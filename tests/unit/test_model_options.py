@@ -295,6 +295,7 @@ BASE = "--seq-length 64 --micro-batch-size 1 --lr 1e-3 --train-iters 2 --num-lay
 @pytest.mark.parametrize(("flags", "remedy"), [
     ("--num-query-groups 3", "divisor"), ("--group-query-attention", "--num-query-groups"),
     ("--swiglu --squared-relu", "give one"), ("--swiglu --openai-gelu", "give one"),
+    ("--squared-relu --openai-gelu", "--squared-relu and --openai-gelu exclude each other; give one"),
     ("--window-attn-skip-freq 2", "give both"), ("--window-size 3 -1", "0 or greater"),
     ("--position-embedding-type rope --rotary-percent 0.1", "give more"), ("--qkv-conv-kernel 4", "odd"),
     ("--norm-placement post --apply-residual-connection-post-layernorm", "leave one"),

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import chain
+from math import isnan
 
 import pytest
 import torch
@@ -64,8 +65,11 @@ def plain(monkeypatch):
     monkeypatch.setattr(context, "packed_attention", lambda *arguments: attention_reference(*arguments[:4]))
 
 
-def trained(is_graph, precision, optimizer, course=None):
-    """Losses, norms and weights of five steps of two micro-batches, whose fourth has more proteins; what was traced."""
+def trained(is_graph, precision, optimizer, course=None, fault=1.0):
+    """Losses, norms and weights of five steps of two micro-batches, whose fourth has more proteins; what was traced.
+
+    `fault`: the factor on the loss of the last.
+    """
     config = Config(model=MODEL, data=DataConfig(seq_length=64), precision=precision, optimizer=optimizer,
                     training=TrainingConfig(micro_batch_size=1))
     mesh = Mesh()
@@ -92,7 +96,7 @@ def trained(is_graph, precision, optimizer, course=None):
                                 seed=2 * number + index) for index in range(2)]
         if course is not None:
             engine.optimizer.set_weight_decay(course * number)
-        step(batches, 1e-3 * (number + 1))
+        step(batches, 1e-3 * (number + 1), factor=fault if number == 4 else 1.0)
         reading = meters.read()
         results += [reading.loss, reading.masked_accuracy, reading.grad_norm]
     named = engine.model.parameters | ({} if engine.average is None else {
@@ -116,6 +120,13 @@ def test_graphs_train_as_steps_do_without_them(precision, optimizer, course):
     assert graphs == pytest.approx(plain, rel=1e-6, nan_ok=True) and its_scale == scale
     for name, parameter in expected.items():
         torch.testing.assert_close(parameters[name], parameter, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("fault", [1e5, float("nan")])
+def test_a_fault_that_is_made_on_purpose_is_one_in_graphs_too(fault):
+    plain, graphs = (trained(is_graph, PrecisionConfig(), ADAM, fault=fault)[0] for is_graph in (False, True))
+    assert graphs == pytest.approx(plain, rel=1e-6, nan_ok=True)
+    assert plain[-3] > 1e5 or isnan(plain[-3])
 
 
 def test_without_a_gpu_it_is_refused():

@@ -34,6 +34,13 @@ def test_on_cpus_it_is_compiled_code_and_why_it_is_not_where_it_is_not(monkeypat
                                "matrix products PyTorch, in several passes (compiled code is not built); ")
 
 
+@pytest.mark.skipif(not pointwise.is_built(), reason="the compiled helpers are not built")
+def test_a_convolution_that_the_compiled_code_does_not_take_is_named():
+    assert "between matrix products compiled code; " in said("--qkv-conv-kernel 7")
+    assert "products compiled code, but for the convolution of 9 PyTorch; " in said("--qkv-conv-kernel 9")
+    assert "products Triton's kernels; " in said("--qkv-conv-kernel 9", Mesh(device=torch.device("meta")))
+
+
 def test_tf32_is_set_where_it_is_asked_for_and_refused_without_a_gpu_that_has_it(monkeypatch):
     config, _ = parse(["--preset", "esm2-8m", "--micro-batch-size", "1", "--tf32"])
     with pytest.raises(ConfigError, match="--tf32 needs a GPU of compute capability 8.0 .* is on cpu"):
@@ -85,7 +92,8 @@ def test_on_gpus_it_says_which_operator_and_what_the_other_lacks(flags, attentio
 @pytest.mark.parametrize(("flags", "update"), [
     ("--optimizer muon", "Muon (its symmetric products {}) and PyTorch's fused AdamW"),
     ("--optimizer normuon", "NorMuon (its symmetric products {}) and PyTorch's fused AdamW"),
-    ("--optimizer sgd", "PyTorch's SGD, all parameters at once"), ("--optimizer-backend apex", "apex")])
+    ("--optimizer sgd", "PyTorch's SGD, all parameters at once"),
+    ("--optimizer-backend apex", "apex (for which the host waits in every step)")])
 def test_it_says_what_makes_the_update(flags, update):
     for device, products in (("cpu", "whole by PyTorch"), ("meta", "half of each by Triton's kernels")):
         assert said(flags, Mesh(device=torch.device(device))).endswith(f"; the update by {update.format(products)}")
@@ -108,6 +116,21 @@ def test_another_flash_attention_is_set_where_it_is_installed_and_refused_elsewh
     monkeypatch.setattr(module_of_ways, "activate_flash_attention_impl", activated.append)
     set_flash_attention(config("FA4"), gpu)
     assert activated == ["FA4"]
+
+
+@pytest.mark.parametrize(("flags", "way"), [
+    ("--flash-attention FA3 --attention-dropout 0.1", "Triton's kernels (varlen_attn takes no dropout)"),
+    ("--flash-attention FA4 --no-bf16", "Triton's kernels (varlen_attn takes no fp32)"),
+    ("--flash-attention FA3 --attention-backend triton", "Triton's kernels (as --attention-backend says)"),
+    ("--cuda-graph --attention-backend plain", "PyTorch one protein at a time (as --attention-backend says)"),
+    ("--cuda-graph --kv-channels 512", "PyTorch one protein at a time, which is slow (no kernel takes")])
+def test_what_a_way_of_attention_cannot_go_with_is_refused_by_name(flags, way):
+    gpu = Mesh(device=torch.device("meta"))
+    with pytest.raises(ConfigError) as error:
+        said(flags, gpu)
+    assert str(error.value).startswith(flags.split(" --")[0]) and f"attention is by {way}" in str(error.value)
+    assert str(error.value).endswith("; leave it out")
+    said(flags.split(" --")[0], gpu)
 
 
 @pytest.mark.parametrize(("asked", "flags", "why"), [

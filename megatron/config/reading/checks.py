@@ -161,6 +161,7 @@ def _model_faults(model: ModelConfig) -> list[tuple[Any, str]]:
          "both, or neither"),
         (model.swiglu and model.squared_relu, "--swiglu and --squared-relu exclude each other; give one"),
         (model.swiglu and model.openai_gelu, "--swiglu and --openai-gelu exclude each other; give one"),
+        (model.squared_relu and model.openai_gelu, "--squared-relu and --openai-gelu exclude each other; give one"),
         (model.apply_residual_connection_post_layernorm and model.norm_placement != "pre",
          f"--apply-residual-connection-post-layernorm is about --norm-placement pre, which is {model.norm_placement}; "
          "leave one of the two out"),

@@ -17,8 +17,8 @@ from megatron.kernels.dropout import Dropout, Use, is_kept
 from megatron.kernels.packed_sequence import protein_lengths
 
 Window = tuple[int, int] | None
-_IS_SLOW = ("attention is computed one protein at a time, and the host waits for the GPU: no kernel takes this GPU, "
-            "dtype and head width (from compute capability 8.0 on, fp16, bf16 or fp32, heads up to 256)")
+_IS_SLOW = ("attention is computed one protein at a time, and the host waits for the GPU (there are kernels from "
+            "compute capability 8.0 on, for fp16, bf16 or fp32 and heads up to 256 wide)")
 _LEAST_QUERIES = 128  # of a tile under a window: fewer are not faster
 
 
