@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron.kernels.newton_schulz.orthogonal import num_flops, working_dtype
-from megatron.parallel.matrices.sharing import Round, rounds_of, shared_out
+from megatron.parallel.matrices.sharing import Round, num_beside, rounds_of, shared_out
 from megatron.parallel.mesh import Axis, Mesh
 from megatron.parallel.parameters import declaration_of
 from megatron.parallel.placement import placement_of
@@ -24,10 +24,9 @@ def muon_traffic(rank: Rank) -> Traffic:
     traffic, holders = Traffic(), rank.holders
     axis = "data" if rank.sizes["tensor"] == 1 else "tensor" if rank.replicas == 1 else (
         "world" if holders.size == rank.num_ranks else "holders")
-    itemsize = working_dtype(torch.empty((), device="meta")).itemsize
     for one in _rounds(rank):
         for sent in (one.to_owners, one.to_holders):
-            traffic.add(axis, EXCHANGE, itemsize * (sum(sent) - sent[holders.rank]), holders.size)
+            traffic.add(axis, EXCHANGE, _dtype().itemsize * (sum(sent) - sent[holders.rank]), holders.size)
     return traffic
 
 
@@ -42,13 +41,19 @@ def _rounds(rank: Rank) -> Sequence[Round]:
     if not config.uses_muon:
         return ()
     return _shared_out(rank.held.trained, Axis(rank.place["tensor"], rank.sizes["tensor"]),
-                       Axis(rank.shard, rank.shards), rank.holders, int(config.optimizer == "normuon"))
+                       Axis(rank.shard, rank.shards), rank.holders,
+                       num_beside(_dtype()) if config.optimizer == "normuon" else 0)
+
+
+def _dtype() -> torch.dtype:
+    """Of messages on GPUs."""
+    return working_dtype(torch.empty((), device="meta"))
 
 
 @cache
-def _shared_out(held: Held, tensor: Axis, shards: Axis, holders: Axis, num_beside: int) -> Sequence[Round]:
+def _shared_out(held: Held, tensor: Axis, shards: Axis, holders: Axis, beside: int) -> Sequence[Round]:
     matrices = [_on_shard(parameter.matrix, shards) for parameter in matrices_of(held) if parameter.matrix is not None]
-    return rounds_of(shared_out(matrices, Mesh(tensor=tensor, shards=shards, holders=holders)), holders, num_beside)
+    return rounds_of(shared_out(matrices, Mesh(tensor=tensor, shards=shards, holders=holders)), holders, beside)
 
 
 def _on_shard(matrix: Tensor, shards: Axis) -> Tensor:

@@ -41,10 +41,10 @@ def part(whole, dim, runs, mesh):
     return local
 
 
-def worked_on(mesh):
+def worked_on(mesh, dtype):
     """Of each parameter this rank's part of what comes back, and the squares of rows."""
     parts = [part(whole, dim, runs, mesh) for whole, (_, dim, runs) in zip(wholes(), PARAMETERS, strict=True)]
-    matrices = WholeMatrices(parts, mesh, torch.float32, with_squares=True)
+    matrices = WholeMatrices(parts, mesh, dtype, with_squares=True)
     back = {}
     for results in matrices.worked_on(parts, lambda stack: stack / stack.norm(dim=(1, 2), keepdim=True)):
         number = results[0].matrix.parameter
@@ -55,12 +55,12 @@ def worked_on(mesh):
     return back, parts
 
 
-def compared(axis, config, most_elements):
+def compared(axis, config, most_elements, dtype):
     """The largest error on this rank, and how much it has sent."""
     mesh = build_mesh(config, torch.device("cpu"), TIMEOUT)
     with TrafficCounter(mesh) as counter, patch.object(sharing, "MOST_ELEMENTS", most_elements):
-        back, parts = worked_on(mesh)
-    expected, _ = worked_on(Mesh())
+        back, parts = worked_on(mesh, dtype)
+    expected, _ = worked_on(Mesh(), dtype)
     errors = [0.0]
     for number, (found, squares) in back.items():
         _, dim, runs = PARAMETERS[number]
@@ -71,16 +71,16 @@ def compared(axis, config, most_elements):
     return max(errors), counter.traffic.sent.total()
 
 
-@pytest.mark.parametrize("most_elements", [16, sharing.MOST_ELEMENTS])
+@pytest.mark.parametrize(("most_elements", "dtype"), [(16, torch.float32), (sharing.MOST_ELEMENTS, torch.bfloat16)])
 @pytest.mark.parametrize("name", MESHES)
-def test_parts_come_back_as_of_the_whole_on_one_rank(name, most_elements):
-    outcomes = run_ranks(compared, 4, MESHES[name], most_elements)
+def test_parts_come_back_as_of_the_whole_on_one_rank(name, most_elements, dtype):
+    outcomes = run_ranks(compared, 4, MESHES[name], most_elements, dtype)
     assert max(error for error, _ in outcomes) < 1e-6
     assert all(sent > 0 for _, sent in outcomes)
 
 
 def test_on_one_rank_each_run_of_rows_is_a_matrix():
-    back, _ = worked_on(Mesh())
+    back, _ = worked_on(Mesh(), torch.float32)
     for number, (whole, (_, _, runs)) in enumerate(zip(wholes(), PARAMETERS, strict=True)):
         runs = runs or (len(whole),)
         found, expected = (each.view(-1, sum(runs), whole.shape[1]).split(runs, 1) for each in (back[number][0], whole))

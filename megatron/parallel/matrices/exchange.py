@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from megatron.parallel.collectives import Pending, start_exchange
-from megatron.parallel.matrices.sharing import Round, WholeMatrix, places_in_part, rounds_of, shared_out
+from megatron.parallel.matrices.sharing import (
+    Round,
+    WholeMatrix,
+    num_beside,
+    places_in_part,
+    rounds_of,
+    shared_out,
+)
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.parameters import declaration_of
 
@@ -40,7 +47,7 @@ class WholeMatrices:
     def __init__(self, parameters: Sequence[Tensor], mesh: Mesh, dtype: torch.dtype, with_squares: bool) -> None:
         self._axis, self._dtype, self._with_squares = mesh.holders, dtype, with_squares
         matrices = shared_out(parameters, mesh)
-        self._rounds = rounds_of(matrices, self._axis, int(with_squares))
+        self._rounds = rounds_of(matrices, self._axis, num_beside(dtype) if with_squares else 0)
         self._of_parameter: list[list[WholeMatrix]] = [[] for _ in parameters]
         for matrix in sorted(matrices, key=lambda matrix: matrix.run):
             self._of_parameter[matrix.parameter].append(matrix)
@@ -95,10 +102,12 @@ class WholeMatrices:
         if one.owned:
             stack = work(torch.stack([whole if len(whole) <= whole.shape[1] else whole.mT for whole in wholes]))
             wholes = [out if len(whole) <= whole.shape[1] else out.mT for whole, out in zip(wholes, stack, strict=True)]
-        squares = [whole.float().square().mean(1) if self._with_squares else whole.new_empty(0) for whole in wholes]
+        squares = [whole.float().square().mean(1) if self._with_squares else
+                   whole.new_empty(0, dtype=torch.float32) for whole in wholes]
         if gathered is None:
             return map(Result, one.owned, (matrix.box_on(0)[0] for matrix in one.owned), wholes, squares)
-        sent = [piece for place, box in one.leaving for piece in (wholes[place][box], squares[place])]
+        # The squares as they are, in so many numbers of the messages' dtype.
+        sent = [piece for place, box in one.leaving for piece in (wholes[place][box], squares[place].view(self._dtype))]
         returning = start_exchange(self._flat(sent, cut[one.matrices[0]]), one.to_holders, one.from_owners, self._axis)
         return self._returned(one, returning)
 
@@ -115,7 +124,8 @@ class WholeMatrices:
         for matrix, piece in zip(one.matrices, returning.wait().split(one.returned), strict=True):
             shape = matrix.shape_on(self._axis.rank)
             part, squares = piece.split([shape[0] * shape[1], len(piece) - shape[0] * shape[1]])
-            yield Result(matrix, matrix.box_on(self._axis.rank)[0], part.view(shape), squares.float())
+            squares = squares.clone().view(torch.float32)  # a copy, since they may begin where no fp32 number can
+            yield Result(matrix, matrix.box_on(self._axis.rank)[0], part.view(shape), squares)
 
     def _complete(self, results: Iterator[Result], done: dict[int, list[Result]]) -> Iterator[list[Result]]:
         """Keep `results` until all of a parameter are there."""

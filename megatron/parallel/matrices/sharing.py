@@ -86,10 +86,15 @@ def shared_out(parameters: Sequence[Tensor], mesh: Mesh) -> list[WholeMatrix]:
     return shared
 
 
-def rounds_of(matrices: Sequence[WholeMatrix], holders: Axis, num_beside: int) -> list[Round]:
+def num_beside(dtype: torch.dtype) -> int:
+    """As how many numbers of the messages' `dtype` an fp32 one goes back beside a matrix's parts."""
+    return torch.float32.itemsize // dtype.itemsize
+
+
+def rounds_of(matrices: Sequence[WholeMatrix], holders: Axis, beside: int) -> list[Round]:
     """Those that are worked on at once, of one shape but for what is height and width, for this rank of `holders`.
 
-    `num_beside`: numbers that go back beside a matrix's parts, for each of its rows.
+    `beside`: numbers that go back beside a matrix's parts, for each of its rows.
     """
     alike: dict[tuple[int, ...], list[WholeMatrix]] = {}
     for matrix in matrices:
@@ -97,12 +102,12 @@ def rounds_of(matrices: Sequence[WholeMatrix], holders: Axis, num_beside: int) -
     rounds = []
     for shape, members in alike.items():
         number = holders.size * max(1, MOST_ELEMENTS // prod(shape))
-        rounds += [_round(sorted(members[start:start + number], key=lambda matrix: matrix.owner), holders, num_beside)
+        rounds += [_round(sorted(members[start:start + number], key=lambda matrix: matrix.owner), holders, beside)
                    for start in range(0, len(members), number)]
     return rounds
 
 
-def _round(matrices: list[WholeMatrix], holders: Axis, num_beside: int) -> Round:
+def _round(matrices: list[WholeMatrix], holders: Axis, beside: int) -> Round:
     here, ranks = holders.rank, range(holders.size)
     owned = [matrix for matrix in matrices if matrix.owner == here]
     given = [matrix for matrix in matrices if here in matrix.givers]
@@ -114,11 +119,11 @@ def _round(matrices: list[WholeMatrix], holders: Axis, num_beside: int) -> Round
         for place, matrix in enumerate(owned):
             box, size = matrix.box_on(rank), prod(matrix.shape_on(rank))
             leaving.append((place, box))
-            to_holders[rank] += size + num_beside * matrix.shape[0]
+            to_holders[rank] += size + beside * matrix.shape[0]
             if rank in matrix.givers:
                 arriving.append((place, box))
                 from_givers[rank] += size
-    returned = [prod(matrix.shape_on(here)) + num_beside * matrix.shape[0] for matrix in matrices]
+    returned = [prod(matrix.shape_on(here)) + beside * matrix.shape[0] for matrix in matrices]
     for matrix, size in zip(matrices, returned, strict=True):
         from_owners[matrix.owner] += size
     return Round(matrices, owned, given, to_owners, arriving, from_givers, leaving, to_holders, returned, from_owners)
