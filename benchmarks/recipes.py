@@ -49,7 +49,8 @@ MORE = {"value": "--value-embeddings", "unet": "--unet-skips", "x0": "--x0-skips
 RECIPE = f"{MUON} {' '.join(MODEL.values())}"
 RECIPE_RATE, RATES_ROWS = 0.01, 600  # --muon-lr where nothing says another; of the runs that compare rates
 WSD = "--lr-decay-style WSD --lr-wsd-decay-style minus_sqrt --lr-wsd-decay-iters"
-# Arms by name: the flags, and the rows a step where they are not 4.
+# Arms by name: the flags, in which {rows} stands for those of the run, {fifth} and {half} for such parts of its steps,
+# and the rows a step.
 ARMS: dict[str, tuple[str, int]] = {
     **{f"adamw, lr {lr}": (f"--lr {lr} --min-lr {float(lr) / 10:g}", 4) for lr in ("5e-4", "1e-3", "1.4e-3", "2e-3")},
     "adamw, beta2 0.95": (f"{ADAMW} --adam-beta2 0.95", 4), "adamw, beta2 0.999": (f"{ADAMW} --adam-beta2 0.999", 4),
@@ -76,22 +77,28 @@ ARMS: dict[str, tuple[str, int]] = {
     "recipe, normuon": (RECIPE.replace("muon", "normuon"), 4),
     **{f"recipe, muon-lr {lr}": (f"{RECIPE} --muon-lr {lr}", 4) for lr in (0.0025, 0.005, 0.007, 0.014, 0.02, 0.04)},
     **{f"recipe, mask {share}": (f"{RECIPE} --mask-prob {share}", 4) for share in (0.1, 0.2, 0.3, 0.4)},
-    "recipe, mask 0.3 to 0.15": (f"{RECIPE} --mask-prob 0.3 0.15 1400", 4),
+    "recipe, mask 0.3 to 0.15": (f"{RECIPE} --mask-prob 0.3 0.15 {{rows}}", 4),
     "recipe, 2 rows": (RECIPE, 2), "recipe, 8 rows": (RECIPE, 8),
     "recipe, 8 rows of 512": (f"{RECIPE} --seq-length 512 --micro-batch-size 4 --global-batch-size 8", 4),
     "recipe, 2 rows of 2048": (f"{RECIPE} --seq-length 2048 --micro-batch-size 1 --global-batch-size 2", 4),
-    "recipe, WSD over the last fifth": (f"{RECIPE} {WSD} 70", 4), "recipe, WSD over the last half": (
-        f"{RECIPE} {WSD} 175", 4),
+    "recipe, WSD over the last fifth": (f"{RECIPE} {WSD} {{fifth}}", 4),
+    "recipe, WSD over the last half": (f"{RECIPE} {WSD} {{half}}", 4),
     "recipe, linear": (f"{RECIPE} --lr-decay-style linear", 4), "recipe, to a tenth": (f"{RECIPE} --min-lr 1e-4", 4),
     "recipe, ema 0.98": (f"{RECIPE} --ema 0.98", 4),
     "recipe, cautious decay 0.1": (f"{RECIPE} --weight-decay 0.1 --cautious-weight-decay", 4),
 }
 
 
-def trained(prefix: str, size: str, rows: int, arm: str, seed: int, precision: str) -> dict:
-    """The record of one run on `rows` rows: its loss, the seconds of its steps, and which precision it came to."""
+def flags_of(arm: str, rows: int) -> tuple[str, int, int]:
+    """Of a run of the arm on `rows` rows the flags, the rows a step, and the steps."""
     flags, batch = ARMS[arm]
     steps = rows // batch
+    return flags.format(rows=rows, fifth=steps // 5, half=steps // 2), batch, steps
+
+
+def trained(prefix: str, size: str, rows: int, arm: str, seed: int, precision: str) -> dict:
+    """The record of one run on `rows` rows: its loss, the seconds of its steps, and which precision it came to."""
+    flags, batch, steps = flags_of(arm, rows)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "pretrain_tape.py"), "--global-batch-size", str(batch),
                    *shlex.split(f"{COMMON} {PRECISIONS[precision]} {SIZES[size]} {flags}"), "--train-iters", str(steps),

@@ -28,14 +28,13 @@ def main() -> None:
     given = parser.parse_args()
     heads = ("size", "arm", "rows", "steps", "seed", "validation loss", "seconds")
     print(f"| {' | '.join(heads)} |\n{'| --- ' * len(heads)}|")
-    seconds: dict[str, list[float]] = {arm: [] for arm in given.arms}
+    before, after = list[float](), list[float]()
     for seed in given.seeds:
-        for arm, rows in zip(given.arms, given.rows, strict=True):
+        for arm, rows, seconds in zip(given.arms, given.rows, (before, after), strict=True):
             record = trained(given.prefix, given.size, rows, arm, seed, "auto")
-            seconds[arm].append(record["training_s"])
+            seconds.append(record["training_s"])
             print(f"| {given.size} | {arm} | {rows:,} | {record['steps']:,} | {seed} | {record['loss']:.4f} | "
                   f"{record['training_s']:.0f} |", flush=True)
-    before, after = (seconds[arm] for arm in given.arms)
     ratios = [slow / fast for slow, fast in zip(before, after, strict=True)]
     print(f"\nseconds: {_range(before, '.0f')} and {_range(after, '.0f')}: {_range(ratios, '.2f')} times as many")
 
