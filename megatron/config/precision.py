@@ -9,7 +9,7 @@ DELAYED = ("fp8_amax_history_len", "fp8_amax_compute_algo", "fp8_margin")  # wha
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """The dtype of activations and the loss scale. Parameters and their gradients are fp32 throughout."""
+    """The dtype of activations and the loss scale. Parameters, and sums of their gradients, are fp32 throughout."""
 
     fp16: bool = flag(False, "compute in fp16, with a loss scale", changes="course", common=True)
     bf16: bool = flag(False, "compute in bf16", changes="course", common=True)

@@ -75,6 +75,8 @@ def _check(schedule: Schedule, checkpoint: Checkpoint, fraction: float | None, l
                 f"checkpoint before it, whose number goes into {checkpoint.path.parent / LATEST}, or {_REMEDY}")
     name, (value, before) = next(iter(changed.items()))
     hint = ""
+    if name == "weight_decay_incr_samples":
+        hint = " (--weight-decay-incr-style is a course over the whole run, which so cannot be prolonged)"
     if name == "warmup_samples" and fraction:
         hint = f" (--lr-warmup-fraction {fraction:g} is of the decay: --lr-warmup-iters or --lr-warmup-samples is not)"
     raise CheckpointError(f"{name.replace('_', ' ')} of the learning-rate schedule is {value}, in the checkpoint "

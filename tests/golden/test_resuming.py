@@ -302,6 +302,9 @@ def test_a_run_with_a_course_of_cautious_weight_decay_goes_on_as_if_it_had_not_s
         "--optimizer", optimizer, "--train-iters", 8, "--use-checkpoint-lr-scheduler")
     assert "end weight decay of the learning-rate schedule is 8.0, in the checkpoint 9.0" in run.error(
         *flags, "--end-weight-decay", 8)
+    assert ("weight decay incr samples of the learning-rate schedule is 24, in the checkpoint 16 (--weight-decay-incr-"
+            "style is a course over the whole run, which so cannot be prolonged)") in run.error(
+                *flags, "--lr-decay-iters", 8, "--train-iters", 12)
 
 
 # --- one folder ---

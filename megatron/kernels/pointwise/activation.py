@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from megatron.kernels.device import as_called, takes_triton
-from megatron.kernels.pointwise.compiled import activate, activate_backward, takes_compiled
+from megatron.kernels.pointwise.compiled import activate, activate_backward, runs_compiled, takes_compiled
 from megatron.kernels.pointwise.product import Product, whole
 
 
@@ -46,7 +46,7 @@ class _Activated(torch.autograd.Function):
                 gate_bias_f: Tensor | None) -> Tensor:
         ctx.save_for_backward(wide_tf, bias_f, gate_tf, gate_bias_f)
         ctx.kind = kind
-        if _is_compiled(wide_tf):
+        if runs_compiled(wide_tf):
             return activate(wide_tf, bias_f, gate_tf, gate_bias_f, kind)
         return as_called(_forward_operator, _forward, wide_tf)(wide_tf, bias_f, gate_tf, gate_bias_f, kind)
 
@@ -54,7 +54,7 @@ class _Activated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_tf: Tensor) -> tuple[Tensor | None, ...]:
         wide_tf, bias_f, gate_tf, gate_bias_f = ctx.saved_tensors
-        if _is_compiled(wide_tf):
+        if runs_compiled(wide_tf):
             return None, *activate_backward(grad_tf, wide_tf, bias_f, gate_tf, gate_bias_f, ctx.kind)
         grad_wide_tf, grad_gate_tf, grads_kf = as_called(_backward_operator, _backward, grad_tf)(
             grad_tf, wide_tf, bias_f, gate_tf, gate_bias_f, ctx.kind)
@@ -62,11 +62,6 @@ class _Activated(torch.autograd.Function):
         of_bias_f, of_gate_bias_f = (None if bias is None else next(of_biases).to(bias.dtype)
                                      for bias in (bias_f, gate_bias_f))
         return None, grad_wide_tf, of_bias_f, None if gate_tf is None else grad_gate_tf, of_gate_bias_f
-
-
-def _is_compiled(tensor: Tensor) -> bool:
-    """Whether compiled code does it: on CPUs, unless Triton interprets its kernels there."""
-    return takes_compiled(tensor) and not takes_triton(tensor)
 
 
 def _forward(wide_tf: Tensor, bias_f: Tensor | None, gate_tf: Tensor | None, gate_bias_f: Tensor | None,

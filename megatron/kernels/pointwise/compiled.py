@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.kernels.device import takes_gpu_way
+from megatron.kernels.device import takes_gpu_way, takes_triton
 
 try:
     _helper: Any = import_module("megatron.kernels.pointwise._pointwise")
@@ -37,6 +37,11 @@ def takes_compiled(tensor: Tensor, if_compiled: bool = False) -> bool:
     if not is_built() or torch.compiler.is_compiling() and not if_compiled or takes_gpu_way(tensor):
         return False
     return tensor.dtype in DTYPES
+
+
+def runs_compiled(tensor: Tensor, if_compiled: bool = False) -> bool:
+    """Whether of the two, the helper and Triton's kernels, it is the helper: unless those are interpreted."""
+    return takes_compiled(tensor, if_compiled) and not takes_triton(tensor, if_compiled)
 
 
 def activate(wide_tf: Tensor, bias_f: Tensor | None, gate_tf: Tensor | None, gate_bias_f: Tensor | None,
@@ -98,6 +103,7 @@ def convolve(x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor) -> Tensor:
 def convolve_backward(grad_tf: Tensor, x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor,
                       has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of what is convolved, and of the weight, that in fp32; of a bias none: `has_bias` is False."""
+    assert not has_bias, "the product gives the gradient of its bias"
     inputs, x_tf = [grad_tf.contiguous(), positions_t.contiguous(), _taps(weight_fk)], x_tf.contiguous()
     grad_x_tf, grad_kf = torch.empty_like(x_tf), torch.empty_like(inputs[2])
     _helper.convolve(_is_bf16(x_tf), _addresses(*inputs, grad_x_tf, x_tf, grad_kf), tuple(x_tf.shape),

@@ -1,8 +1,9 @@
 """x + a depthwise convolution of x over neighbouring tokens of the same protein: one pass over memory, one backward.
 
 Of k taps, an odd number, the one in the middle is the token's own: out[t] = x[t] + Σ_i w[:, i] · x[t + i - k // 2],
-without what lies in another protein; products and sums in fp32. On GPUs Triton does it, on CPUs compiled code;
-elsewhere, and where torch.compile fuses plain functions by itself, PyTorch does. Shapes: t tokens, f features.
+without what lies in another protein; products and sums in fp32. On GPUs Triton does it, on CPUs compiled code, of up
+to seven taps; elsewhere, and where torch.compile fuses plain functions by itself, PyTorch does. Shapes: t tokens, f
+features.
 """
 
 from typing import Any
@@ -66,8 +67,8 @@ class _Convolved(torch.autograd.Function):
 
 
 def _of(tensor: Tensor) -> Any:
-    """The module that does it: compiled code on CPUs, unless Triton interprets its kernels there."""
-    if takes_compiled(tensor) and not takes_triton(tensor):
+    """The module that does it."""
+    if compiled.runs_compiled(tensor):
         return compiled
     from megatron.kernels.pointwise import convolution_triton  # it imports Triton, which may be missing
 

@@ -17,7 +17,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from megatron.kernels.device import as_called, takes_triton
-from megatron.kernels.pointwise.compiled import prepare_heads, prepare_heads_backward, takes_compiled
+from megatron.kernels.pointwise.compiled import (
+    prepare_heads,
+    prepare_heads_backward,
+    runs_compiled,
+    takes_compiled,
+)
 from megatron.kernels.rotary import Rotation, rotate
 
 Heads = tuple[Tensor, ...]  # the whole projection [t, g, c, d], or queries, keys and values [t, g, d] each, one a group
@@ -137,14 +142,9 @@ def _(qkv_tgcd: Tensor, cos: Tensor, sin: Tensor) -> None:
     return None
 
 
-def _is_compiled(tensor: Tensor) -> bool:
-    """Whether compiled code does it: on CPUs, unless Triton interprets its kernels there."""
-    return takes_compiled(tensor) and not takes_triton(tensor)
-
-
 def _prepare(qkv_tgcd: Tensor, query_weight: Tensor | None, key_weight: Tensor | None, cos: Tensor | None,
              sin: Tensor | None, epsilon: float, has_mean: bool) -> Tensor:
-    if _is_compiled(qkv_tgcd):
+    if runs_compiled(qkv_tgcd):
         return prepare_heads(qkv_tgcd, query_weight, key_weight, cos, sin, epsilon, has_mean, 1)
     from megatron.kernels.pointwise.heads_triton import launch_forward
 
@@ -191,7 +191,7 @@ def _prepare_backward(grads: Sequence[Tensor], qkv_tgcd: Tensor, query_weight: T
                       cos: Tensor | None, sin: Tensor | None, epsilon: float,
                       has_mean: bool) -> tuple[Tensor, Tensor]:
     """Of the projection, from that of the whole or of the parts; of the queries' scales, then the keys', fp32."""
-    if _is_compiled(qkv_tgcd):
+    if runs_compiled(qkv_tgcd):
         return prepare_heads_backward(grads[0], qkv_tgcd, query_weight, key_weight, cos, sin, epsilon, has_mean)
     from megatron.kernels.pointwise.heads_triton import launch_backward
 

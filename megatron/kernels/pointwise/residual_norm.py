@@ -143,8 +143,8 @@ def _of_a_plain_sum(grad_sum_uh: Tensor | None, branch_dtype: torch.dtype | None
 
 
 def _of(tensor: Tensor) -> Any:
-    """The module that does it: compiled code on CPUs, unless Triton interprets its kernels there."""
-    if takes_compiled(tensor, if_compiled=True) and not takes_triton(tensor, if_compiled=True):
+    """The module that does it."""
+    if compiled.runs_compiled(tensor, if_compiled=True):
         return compiled
     from megatron.kernels.pointwise import residual_norm_triton  # it imports Triton, which may be missing
 

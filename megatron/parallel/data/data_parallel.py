@@ -1,8 +1,8 @@
 """Data parallelism: gradients are summed over the ranks that see other tokens, on each of them or on a share of each.
 
-Sums, not means: the loss is already divided by the number of targets in the *global* batch. Gradients are fp32, and
-summed in fp32; frozen parameters have none. Each way offers the same: the parameters that the optimizer steps, and what
-is due at each backward pass.
+Sums, not means: the loss is already divided by the number of targets in the *global* batch. Gradients are summed in
+fp32; frozen parameters have none. Each way offers the same: the parameters that the optimizer steps, and what is due at
+each backward pass.
 """
 
 from collections.abc import Sequence
