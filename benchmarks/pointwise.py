@@ -35,7 +35,7 @@ from megatron.kernels.rotary import rotation_of  # noqa: E402
 from megatron.model.initialisation import initialise  # noqa: E402
 from megatron.model.transformer import Transformer  # noqa: E402
 from megatron.parallel.pipeline.partition import Stage  # noqa: E402
-from megatron.parallel.tensor.stream import ONE_RANK  # noqa: E402
+from megatron.parallel.tensor.stream import ONE_RANK_STREAM  # noqa: E402
 
 NUM_TOKENS, WARM_UP = 16 * 1024, 3
 SMALL = "--num-layers 2 --hidden-size 64 --num-attention-heads 4".split()
@@ -57,7 +57,7 @@ def operations(config: Config, num_tokens: int, device: torch.device) -> Iterato
     yield "rotation", lambda x: prepared_heads(x, None, rotation)[0], _random(*shape, device=device), 4
     sequence = typical_batch(config.data, num_tokens // config.data.seq_length).sequence.map(lambda x: x.to(device))
     with device:
-        transformer = Transformer(model, 128, dtype, ONE_RANK, Stage(0, 2, range(1)))
+        transformer = Transformer(model, 128, dtype, ONE_RANK_STREAM, Stage(0, 2, range(1)))
     initialise(dict(transformer.named_parameters()), 1)
     block, turned = transformer.layers["0"], transformer.rotation(sequence)
     yield "block", lambda x: block(x, sequence, turned), _random(num_tokens, model.hidden_size, device=device), 0

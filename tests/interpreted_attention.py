@@ -106,7 +106,8 @@ def attend(case: Case, qkv: Tensor) -> Tensor:
 
 
 def dropout_of(case: Case) -> Dropout | None:
-    return Dropout(case.dropout, torch.tensor(0x5DEECE66D1234567), Use.WEIGHTS, first_head=3) if case.dropout else None
+    seed = torch.tensor(0x5DEECE66D1234567)
+    return Dropout(case.dropout, seed, Use.PROBABILITIES, first_head=3) if case.dropout else None
 
 
 def define(case: Case, qkv: Tensor) -> Tensor:

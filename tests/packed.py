@@ -51,7 +51,7 @@ def fused_by_definition() -> Iterator[list[tuple[str, float]]]:
                left: int, right: int, kept: int, first_head: int) -> list[Tensor]:
         assert left == right == -1
         rate = 0.0 if seed is None else 1 - kept / 65536
-        dropout = None if seed is None else Dropout(rate, seed, Use.WEIGHTS, first, first_head)
+        dropout = None if seed is None else Dropout(rate, seed, Use.PROBABILITIES, first, first_head)
         calls.append(("triton", round(rate, 3)))
         query, keys = (qkv[:, :, :-2], qkv[:, :, -2:]) if key_value is None else (qkv, key_value)
         key, value = (tensor.repeat_interleave(query.shape[2], 1) for tensor in keys.unbind(2))

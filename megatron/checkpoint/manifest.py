@@ -20,11 +20,10 @@ from megatron.checkpoint.tensor_file import FileFacts, facts_of_file, read_box
 from megatron.errors import CheckpointError
 from megatron.files import write_text
 from megatron.log import Log
-from megatron.parallel.mesh import Axis
+from megatron.parallel.mesh import ONE_RANK_AXIS, Axis
 
 MANIFEST = "manifest.json"
 VERSION = 2
-_ALONE = Axis()
 PieceFacts = tuple[tuple[int, ...], tuple[int, ...], str]
 
 
@@ -115,7 +114,7 @@ def read_manifest(place: Path) -> Manifest:
         raise CheckpointError(f"{path} is damaged, or was cut off") from None
 
 
-def check_files(place: Path, log: Log, share: Axis = _ALONE, with_optimizer: bool = True) -> None:
+def check_files(place: Path, log: Log, share: Axis = ONE_RANK_AXIS, with_optimizer: bool = True) -> None:
     """Read the files of a folder that has a manifest through, this rank its `share` of them.
 
     Raises CheckpointError where one is not as it was written.

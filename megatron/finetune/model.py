@@ -24,13 +24,12 @@ from megatron.finetune.heads import HeadSpec, TaskHead
 from megatron.model.initialisation import initialise
 from megatron.model.lora import adapt, adapters_in
 from megatron.model.protein_model import TASK_HEAD, ProteinModel
-from megatron.parallel.mesh import Axis, Mesh
+from megatron.parallel.mesh import ONE_RANK_AXIS, Axis, Mesh
 from megatron.parallel.pipeline.partition import Stage
-from megatron.parallel.tensor.stream import ONE_RANK, Stream
+from megatron.parallel.tensor.stream import ONE_RANK_STREAM, Stream
 from megatron.train.engine import Engine, build_engine
 
 TASK_FILE = "task.json"
-_ONE_END = Axis()
 
 
 @dataclass(frozen=True)
@@ -93,8 +92,8 @@ class Described:
                 is_frozen: Callable[[str], bool]) -> Engine:
         return build_engine(config, mesh, _num_ids(config, vocab), fill, is_frozen, vocab.mask_id, self._stage)
 
-    def _stage(self, config: ModelConfig, precision: PrecisionConfig, num_ids: int, stream: Stream = ONE_RANK,
-               stage: Stage | None = None, ends: Axis = _ONE_END, mask_id: int | None = None) -> ProteinModel:
+    def _stage(self, config: ModelConfig, precision: PrecisionConfig, num_ids: int, stream: Stream = ONE_RANK_STREAM,
+               stage: Stage | None = None, ends: Axis = ONE_RANK_AXIS, mask_id: int | None = None) -> ProteinModel:
         """What ProteinModel's arguments make, with the head and adapters."""
         model = ProteinModel(config, precision, num_ids, stream, stage, ends, mask_id,
                              partial(TaskHead, config, self.head, stream))

@@ -20,7 +20,7 @@ _DRAWN = 2**16  # the rate comes in so many steps
 class Use(IntEnum):
     """What is dropped: the same seed gives each other numbers."""
 
-    WEIGHTS = 0
+    PROBABILITIES = 0  # of attention
     ATTENTION_OUTPUT = 1
     FEED_FORWARD_OUTPUT = 2
     EMBEDDINGS = 3

@@ -64,7 +64,7 @@ class Attention(nn.Module):
         qkv_tgcd = qkv_tx.view(-1, *self.shape)
         if self.values is not None:
             qkv_tgcd = self.values(qkv_tgcd, sequence.tokens_t)
-        dropout = dropout_of(self, sequence, Use.WEIGHTS, self.first_head)
+        dropout = dropout_of(self, sequence, Use.PROBABILITIES, self.first_head)
         is_apart = (self.takes_maps is None and prepares_parts(qkv_tgcd, scaling, rotation)
                     and takes_parts(qkv_tgcd, dropout is not None, self.context, self.window, self.backend))
         # May change the projection in its own memory: nothing that made it has kept it.

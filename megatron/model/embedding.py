@@ -9,13 +9,12 @@ from megatron.kernels.packed_sequence import PackedSequence, proteins_of_tokens
 from megatron.model.initialisation import normal
 from megatron.model.normalisation import norm
 from megatron.parallel.collectives import all_reduce_sum
-from megatron.parallel.mesh import Axis
+from megatron.parallel.mesh import ONE_RANK_AXIS, Axis
 from megatron.parallel.randomness import dropout_of
 from megatron.parallel.tensor.layers import Table
 from megatron.parallel.tensor.stream import Stream
 from megatron.parallel.tensor.vocabulary import VocabularyParallelTable
 
-_ONE_RANK = Axis()
 ESM_MASKED_SHARE = 0.15 * 0.8  # of residues that read [MASK] in ESM's training: a constant of its models
 
 
@@ -26,7 +25,7 @@ class Embedding(nn.Module):
     """
 
     def __init__(self, config: ModelConfig, padded_vocab_size: int, dtype: torch.dtype, stream: Stream,
-                 ends: Axis = _ONE_RANK, mask_id: int | None = None) -> None:
+                 ends: Axis = ONE_RANK_AXIS, mask_id: int | None = None) -> None:
         super().__init__()
         self.stream = stream
         self.word_embeddings = _word_embeddings(config, padded_vocab_size, stream, ends)
@@ -54,7 +53,7 @@ class Embedding(nn.Module):
 class TiedEmbedding(nn.Module):
     """The word embedding alone, where the last pipeline stage needs it for its logits."""
 
-    def __init__(self, config: ModelConfig, padded_vocab_size: int, stream: Stream, ends: Axis = _ONE_RANK) -> None:
+    def __init__(self, config: ModelConfig, padded_vocab_size: int, stream: Stream, ends: Axis = ONE_RANK_AXIS) -> None:
         super().__init__()
         self.word_embeddings = _word_embeddings(config, padded_vocab_size, stream, ends)
 

@@ -10,7 +10,7 @@ from megatron.model.initialisation import normal
 from megatron.model.normalisation import norm
 from megatron.parallel.parameters import Constant, Declaration, whole_parameter
 from megatron.parallel.tensor.layers import Linear, Matrix
-from megatron.parallel.tensor.stream import ONE_RANK, Stream
+from megatron.parallel.tensor.stream import ONE_RANK_STREAM, Stream
 from megatron.parallel.tensor.vocabulary import vocabulary_logits, vocabulary_loss, vocabulary_parameter
 
 
@@ -26,7 +26,7 @@ class MaskedLMHead(nn.Module):
                  loss_in_fp32: bool = True) -> None:
         super().__init__()
         self.dense = Linear(config.hidden_size, config.hidden_size, normal(config), not config.disable_bias_linear)
-        self.layernorm = norm(config, ONE_RANK)
+        self.layernorm = norm(config, ONE_RANK_STREAM)
         self.num_ids, self.axis = padded_vocab_size, stream.axis
         self.decoder = Decoder(config, padded_vocab_size, stream) if has_decoder(config) else None
         self.bias = vocabulary_parameter((padded_vocab_size,), config.make_vocab_size_divisible_by, stream.axis,

@@ -16,14 +16,13 @@ from megatron.kernels.packed_sequence import PackedSequence, Targets
 from megatron.model.embedding import Embedding, TiedEmbedding
 from megatron.model.head import ContactHead, MaskedLMHead, has_decoder
 from megatron.model.transformer import Transformer, message_shape
-from megatron.parallel.mesh import Axis
+from megatron.parallel.mesh import ONE_RANK_AXIS, Axis
 from megatron.parallel.parameters import inherit
 from megatron.parallel.pipeline.partition import Stage, whole_model
 from megatron.parallel.tensor.layers import Matrix
-from megatron.parallel.tensor.stream import ONE_RANK, Stream
+from megatron.parallel.tensor.stream import ONE_RANK_STREAM, Stream
 
 TASK_HEAD = "task_head."  # begins the names of what stands in the masked-LM head's place where there is a task
-_ONE_END = Axis()
 
 
 class ProteinModel(nn.Module):
@@ -38,14 +37,14 @@ class ProteinModel(nn.Module):
     """
 
     def __init__(self, config: ModelConfig, precision: PrecisionConfig, padded_vocab_size: int,
-                 stream: Stream = ONE_RANK, stage: Stage | None = None, ends: Axis = _ONE_END,
+                 stream: Stream = ONE_RANK_STREAM, stage: Stage | None = None, ends: Axis = ONE_RANK_AXIS,
                  mask_id: int | None = None, task_head: Callable[[], nn.Module] | None = None) -> None:
         super().__init__()
         self.stream, self.stage = stream, stage or whole_model(config.num_layers)
         dtype = compute_dtype(precision)
         self.config, self.is_tied = config, task_head is None and not has_decoder(config)
         self.stream_dtype = torch.float32 if config.fp32_residual_connection else dtype
-        ends = ends if self.is_tied else _ONE_END
+        ends = ends if self.is_tied else ONE_RANK_AXIS
         if self.stage.is_first:
             self.embedding: Embedding | TiedEmbedding = Embedding(config, padded_vocab_size, self.stream_dtype, stream,
                                                                   ends, mask_id)

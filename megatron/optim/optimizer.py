@@ -17,7 +17,7 @@ from megatron.parallel.mesh import Mesh
 from megatron.parallel.parameters import declaration_of
 from megatron.parallel.placement import gradient_norm, is_any_trained
 
-ONE_RANK = Mesh()
+_ONE_RANK_MESH = Mesh()
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Optimizer:
     changes nothing. Raises ConfigError where all are frozen.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, mesh: Mesh = ONE_RANK,
+    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, mesh: Mesh = _ONE_RANK_MESH,
                  peak_lr: float | None = None, is_captured: bool = False, varies_decay: bool = False) -> None:
         if not is_any_trained(parameters.values(), mesh.pipeline):
             raise ConfigError("every parameter of the model is frozen, so there is nothing to train; leave some "

@@ -36,6 +36,9 @@ class Axis:
     waits: Waits | None = field(default=None, compare=False, repr=False)
 
 
+ONE_RANK_AXIS = Axis()
+
+
 @dataclass(frozen=True)
 class Mesh:
     """This process among all ranks, along each axis of their grid, and its device.

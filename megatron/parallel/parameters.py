@@ -10,11 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from megatron.parallel.mesh import Axis
+from megatron.parallel.mesh import ONE_RANK_AXIS, Axis
 from megatron.parallel.placement import Placement
 
 Group = Literal["matrix", "embedding", "head", "vector"]
-_ONE_RANK = Axis()
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def whole_parameter(shape: Sequence[int], declaration: Declaration) -> nn.Parame
 
 
 def split_parameter(shape: Sequence[int], dim: int, axis: Axis, declaration: Declaration, *,
-                    local_size: int | None = None, ends: Axis = _ONE_RANK) -> nn.Parameter:
+                    local_size: int | None = None, ends: Axis = ONE_RANK_AXIS) -> nn.Parameter:
     """A parameter of which each rank holds a slice along `dim`, of `local_size` where the slices do not just fit.
 
     The `ends` are the pipeline ranks that both hold it.

@@ -9,13 +9,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from megatron.parallel.collectives import all_gather
-from megatron.parallel.mesh import Axis
+from megatron.parallel.mesh import ONE_RANK_AXIS, Axis
 
 T = TypeVar("T")
-NOT_SHARED = Axis()
 
 
-def recomputed(function: Callable[..., T], *inputs: Tensor, kept_over: Axis = NOT_SHARED) -> T:
+def recomputed(function: Callable[..., T], *inputs: Tensor, kept_over: Axis = ONE_RANK_AXIS) -> T:
     """`function(*inputs)`, of which only the inputs are kept; one alone may be shared out over the ranks of
     `kept_over`, which all have it.
 

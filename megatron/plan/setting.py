@@ -12,13 +12,11 @@ from megatron.data.batches.batch import Batch
 from megatron.data.batches.typical import typical_batch
 from megatron.model.protein_model import ProteinModel, compute_dtype
 from megatron.model.transformer import kind_of, num_taken, skips_of
-from megatron.parallel.mesh import Axis, Mesh
+from megatron.parallel.mesh import ONE_RANK_AXIS, Axis, Mesh
 from megatron.parallel.pipeline.partition import Stage
 from megatron.parallel.tensor.amax_history import AmaxHistory
 from megatron.parallel.tensor.copies import ComputeCopies
 from megatron.parallel.tensor.stream import Stream
-
-_ONE_END = Axis()
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +87,7 @@ class Setting:
         """The micro-batch, of its tokens those of this context rank."""
         return _batch(self.data, self.num_rows, self.stream(Mesh(tensor=self.tensor, context=self.context)))
 
-    def build(self, part: "Part", mesh: Mesh, ends: Axis = _ONE_END) -> ProteinModel:
+    def build(self, part: "Part", mesh: Mesh, ends: Axis = ONE_RANK_AXIS) -> ProteinModel:
         """The part of the model on `meta`, as the pipeline stage that it can be, with copies and scales."""
         dtype = compute_dtype(self.precision)
         with torch.device("meta"):

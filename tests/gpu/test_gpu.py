@@ -37,7 +37,7 @@ def sequence():
 
 
 def weights_dropout(seed):
-    return Dropout(0.2, torch.tensor(seed, device="cuda"), Use.WEIGHTS)
+    return Dropout(0.2, torch.tensor(seed, device="cuda"), Use.PROBABILITIES)
 
 
 def context_and_gradient(function, qkv_tgcd, weights_tnd, window):

@@ -10,7 +10,7 @@ from megatron.model.contacts import contacts
 from megatron.model.protein_model import ProteinModel
 from megatron.parallel.placement import placement_of
 from megatron.parallel.randomness import seed_for
-from megatron.parallel.tensor.stream import ONE_RANK, Stream
+from megatron.parallel.tensor.stream import ONE_RANK_STREAM, Stream
 from tests.families import FAMILIES, MASK_ID
 from tests.packed import packed_batch
 from tests.ranks.launch import run_ranks
@@ -30,7 +30,7 @@ def contacts_of(stream):
 
 
 def contacts_and_twins(axis):
-    return [(contacts_of(Stream(axis, is_split)), contacts_of(ONE_RANK)) for is_split in (False, True)]
+    return [(contacts_of(Stream(axis, is_split)), contacts_of(ONE_RANK_STREAM)) for is_split in (False, True)]
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])

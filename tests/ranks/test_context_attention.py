@@ -66,7 +66,7 @@ if compiled.INSTRUCTION_SETS:
 
 
 def dropout(rate):
-    return Dropout(rate, torch.tensor(7), Use.WEIGHTS) if rate else None
+    return Dropout(rate, torch.tensor(7), Use.PROBABILITIES) if rate else None
 
 
 def slices(case, dtype, axis):

@@ -13,7 +13,7 @@ from megatron.parallel.placement import Placement
 from megatron.parallel.tensor import layers
 from megatron.parallel.tensor.amax_history import AmaxHistory
 from megatron.parallel.tensor.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.parallel.tensor.stream import ONE_RANK, Stream
+from megatron.parallel.tensor.stream import ONE_RANK_STREAM, Stream
 from megatron.parallel.traffic import TrafficCounter
 from tests.ranks.launch import run_ranks
 from tests.ranks.test_split_modules import fill, gradients
@@ -78,7 +78,7 @@ def outcomes(axis):
         for kind in KINDS:
             for is_split in (False, True):
                 ours, sent, history = outcome(kind, Stream(axis, is_split), recipe, TrafficCounter(mesh))
-                twin, _, _ = outcome(kind, ONE_RANK, recipe, TrafficCounter(mesh))
+                twin, _, _ = outcome(kind, ONE_RANK_STREAM, recipe, TrafficCounter(mesh))
                 found[name, kind, is_split] = ours, twin, {operation: size for (_, operation), size in sent.items()}
                 found["history", kind, is_split] = history  # of the last recipe, delayed
     return found | {("history", "replicas"): history_of_replicas(axis)}
@@ -86,7 +86,7 @@ def outcomes(axis):
 
 def history_of_replicas(axis):
     """Of a whole layer, of which each rank sees its half of the tokens."""
-    layer = ColumnParallelLinear(WIDTH, WIDTH, ONE_RANK, Normal(1.0))
+    layer = ColumnParallelLinear(WIDTH, WIDTH, ONE_RANK_STREAM, Normal(1.0))
     layer.recipe = RECIPES["delayed"]
     fill(layer)
     history = AmaxHistory([torch.nn.ModuleList([layer])], Mesh(replicas=axis))

@@ -24,7 +24,7 @@ from megatron.parallel.placement import Placement, gradient_norm, placement_of
 from megatron.parallel.randomness import seed_for
 from megatron.parallel.tensor import layers, vocabulary
 from megatron.parallel.tensor.layers import ColumnParallelLinear, Matrix, RowParallelLinear
-from megatron.parallel.tensor.stream import ONE_RANK, Stream
+from megatron.parallel.tensor.stream import ONE_RANK_STREAM, Stream
 from megatron.parallel.tensor.vocabulary import vocabulary_loss, vocabulary_parameter
 from tests.families import FAMILIES, MASK_ID
 from tests.packed import packed_batch
@@ -112,7 +112,7 @@ def embedding_outcome(stream, dtype, config):
 @cache
 def twin(outcome, *arguments):
     """What `outcome` gives on one rank: the same beside every layout. All ranks ask for it together."""
-    return outcome(ONE_RANK, *arguments)
+    return outcome(ONE_RANK_STREAM, *arguments)
 
 
 def with_twin(axis, is_split, outcome, *arguments):
@@ -274,7 +274,7 @@ def test_the_loss_and_gradients_of_every_kind_of_model_are_those_of_one_rank(res
 
 @pytest.mark.parametrize("is_split", [False, True])
 def test_the_split_model_in_bf16_is_as_near_to_fp32_as_one_rank_is(results, is_split):
-    exact = model_outcome(ONE_RANK, "full", PrecisionConfig())
+    exact = model_outcome(ONE_RANK_STREAM, "full", PrecisionConfig())
     for rank in results:
         ours, twins = (distance(outcome, exact) for outcome in rank["models"][is_split, True]["full"])
         assert ours < 1.5 * twins

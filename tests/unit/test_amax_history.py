@@ -13,7 +13,7 @@ from megatron.parallel.mesh import Mesh
 from megatron.parallel.parameters import Normal
 from megatron.parallel.tensor.amax_history import AmaxHistory
 from megatron.parallel.tensor.layers import ColumnParallelLinear, products_together
-from megatron.parallel.tensor.stream import ONE_RANK
+from megatron.parallel.tensor.stream import ONE_RANK_STREAM
 
 TOKENS, IN, OUT = 32, 48, 64
 MAX = Delay(3, True, 0)
@@ -24,7 +24,7 @@ SIZES = [(1.0, 2.0), (8.0, 0.5), (0.25, 0.125), (0.25, 0.25), (0.0, 0.0), (0.5, 
 
 def made(delay, gradients=E5M2, num_layers=1):
     """Layers, with values, and their history."""
-    layers = [ColumnParallelLinear(IN, OUT, ONE_RANK, Normal(1.0)) for _ in range(num_layers)]
+    layers = [ColumnParallelLinear(IN, OUT, ONE_RANK_STREAM, Normal(1.0)) for _ in range(num_layers)]
     for number, layer in enumerate(layers):
         layer.recipe = Recipe("tensorwise", gradients, delay)
         torch.nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(number))
@@ -158,7 +158,7 @@ def test_a_history_goes_on_with_as_many_of_its_steps_as_are_kept(num_steps):
 
 
 def test_a_layer_that_is_not_trained_has_gradients_scaled_as_they_are():
-    layer = ColumnParallelLinear(IN, OUT, ONE_RANK, Normal(1.0)).requires_grad_(False)
+    layer = ColumnParallelLinear(IN, OUT, ONE_RANK_STREAM, Normal(1.0)).requires_grad_(False)
     torch.nn.init.ones_(layer.weight)
     torch.nn.init.zeros_(layer.bias)
     layer.recipe = Recipe("tensorwise", E5M2, MAX)

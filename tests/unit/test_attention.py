@@ -20,7 +20,7 @@ def packed(*lengths, **padding):
 
 
 def weights_dropout(rate, seed=2**62 + 5, device="cpu"):
-    return Dropout(rate, torch.tensor(seed, device=device), Use.WEIGHTS, first_head=3) if rate else None
+    return Dropout(rate, torch.tensor(seed, device=device), Use.PROBABILITIES, first_head=3) if rate else None
 
 
 def eager(qkv, sequence, dropout, window=None):

@@ -111,7 +111,7 @@ def test_the_operator_is_what_torch_expects_of_one_and_gives_the_same_bits():
     torch.library.opcheck(torch.ops.megatron.compiled_attention_backward.default,
                           (torch.ones_like(context), qkv.detach(), *arguments[1:3], context.detach(),
                            statistics.detach(), *arguments[3:]))
-    eager = packed_attention(qkv, sequence, Dropout(0.2, torch.tensor(7), Use.WEIGHTS, first_head=1), (3, 1))
+    eager = packed_attention(qkv, sequence, Dropout(0.2, torch.tensor(7), Use.PROBABILITIES, first_head=1), (3, 1))
     assert torch.equal(context.flatten(1, 2), eager)
     weights = torch.randn_like(eager)
     assert torch.equal(*(torch.autograd.grad(each, qkv, weights)[0] for each in (context.flatten(1, 2), eager)))
@@ -122,7 +122,7 @@ def test_the_operator_is_what_torch_expects_of_one_and_gives_the_same_bits():
 @pytest.mark.parametrize(("queries", "window"), [(1, None), (3, (21, 9)), (1, (100, 3))])
 def test_dropout_drops_the_weights_of_its_definition(queries, window, dtype, instructions):
     torch.manual_seed(queries)
-    lengths, dropout = (601, 1, 90), Dropout(0.2, torch.tensor(2**62 + 12345), Use.WEIGHTS, first_head=5)
+    lengths, dropout = (601, 1, 90), Dropout(0.2, torch.tensor(2**62 + 12345), Use.PROBABILITIES, first_head=5)
     sequence = packed_batch(*lengths).sequence
     qkv = torch.randn(sum(lengths), 2, queries + 2, 16).to(dtype)
     weights = torch.randn(len(qkv), 2 * queries, 16).to(dtype)
@@ -153,7 +153,7 @@ def test_the_helper_does_all_in_fp32_and_bf16_and_scores_never_reach_memory(monk
     monkeypatch.setattr(packed, "attention_by_protein", refuse)
     sequence = packed_batch(30).sequence
     for dtype in (torch.float32, torch.bfloat16):
-        for dropout in (None, Dropout(0.1, torch.tensor(1), Use.WEIGHTS)):
+        for dropout in (None, Dropout(0.1, torch.tensor(1), Use.PROBABILITIES)):
             packed_attention(torch.randn(30, 2, 3, 8).to(dtype), sequence, dropout)
     with pytest.raises(AssertionError):
         packed_attention(torch.randn(30, 2, 3, 8).double(), sequence, None)

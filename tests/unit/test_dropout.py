@@ -27,7 +27,7 @@ def test_the_oracle_of_the_random_numbers_gives_those_of_its_authors():
 @pytest.mark.parametrize(("first_row", "columns", "first_head"), [(0, range(64), 0), (999, range(3, 50), 2),
                                                                   (2**31, range(16, 17), 7)])
 def test_what_is_kept_is_what_an_independent_generator_says(first_row, columns, first_head):
-    dropout = Dropout(0.2, torch.tensor(SEED), Use.WEIGHTS, first_row, first_head)
+    dropout = Dropout(0.2, torch.tensor(SEED), Use.PROBABILITIES, first_row, first_head)
     expected = kept(SEED, 0.2, range(first_row, first_row + 9), columns, range(first_head, first_head + 3), 0)
     assert np.array_equal(is_kept(dropout, 9, columns, 3).numpy(), expected)
 

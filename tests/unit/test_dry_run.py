@@ -245,7 +245,7 @@ def test_attention_counts_the_pairs_that_see_each_other(rate, queries, first, pa
     with MemoryWatch([work.count]):
         qkv = torch.empty(12, 2, queries + 2, 8, dtype=torch.bfloat16, device="meta", requires_grad=True)
         query, keys = (qkv, None) if first is None else (qkv[first:, :, :-2], qkv[:, :, -2:])
-        dropout = Dropout(rate, torch.tensor(1), Use.WEIGHTS) if rate else None
+        dropout = Dropout(rate, torch.tensor(1), Use.PROBABILITIES) if rate else None
         context = fused_attention(query, keys, sequence, first or 0, dropout)
         context.backward(torch.empty_like(context))
     assert work.flops == 2 * products * pairs * 2 * queries * 8

@@ -10,7 +10,7 @@ from megatron.finetune.data.tasks import LABEL_KINDS
 from megatron.finetune.heads import TaskHead
 from megatron.kernels.packed_sequence import NO_TARGET
 from megatron.model.initialisation import initialise
-from megatron.parallel.tensor.stream import ONE_RANK
+from megatron.parallel.tensor.stream import ONE_RANK_STREAM
 from tests.families import PROTEINLM
 from tests.tasks import SEQ_LENGTH, SPACES, VOCAB, described, examples_of
 
@@ -23,7 +23,7 @@ HEADS = {"number": {"mean": 3.2, "deviation": 0.5}, "class": {"class_weights": W
 def made(kind, **head):
     """A head with weights, a batch, and random hidden states of its tokens."""
     spec = described(kind, **{**HEADS[kind], **head}).head
-    module = TaskHead(PROTEINLM, spec, ONE_RANK)
+    module = TaskHead(PROTEINLM, spec, ONE_RANK_STREAM)
     initialise(dict(module.named_parameters()), 3)
     settings = BatchSettings(SEQ_LENGTH, 1, 2, 2)
     packed = PackedExamples(examples_of(kind, 6, seed=4), SPACES[kind], VOCAB, settings, is_training=False)
@@ -111,7 +111,7 @@ def test_dropout_is_of_training_alone():
 @pytest.mark.parametrize("num_ends", [1, 2])
 def test_the_tokens_around_a_protein_are_not_in_its_mean(num_ends):
     spec = described("number").head
-    head = TaskHead(PROTEINLM, type(spec)(**vars(spec) | {"num_ends": num_ends}), ONE_RANK)
+    head = TaskHead(PROTEINLM, type(spec)(**vars(spec) | {"num_ends": num_ends}), ONE_RANK_STREAM)
     packed = PackedExamples(examples_of("number", 6), SPACES["number"], VOCAB, BatchSettings(50, num_ends, 2, 2), False)
     (batch, *_) = next(packed.steps(0))
     is_end_t = torch.isin(batch.sequence.tokens_t, torch.tensor([VOCAB.cls_id, VOCAB.sep_id]))

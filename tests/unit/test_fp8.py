@@ -28,7 +28,7 @@ from megatron.parallel.layout import check_layout
 from megatron.parallel.parameters import Normal
 from megatron.parallel.tensor.copies import ComputeCopies
 from megatron.parallel.tensor.layers import ColumnParallelLinear, RowParallelLinear, products_together
-from megatron.parallel.tensor.stream import ONE_RANK
+from megatron.parallel.tensor.stream import ONE_RANK_STREAM
 
 SCALINGS: tuple[Scaling, ...] = ("tensorwise", "rowwise", "mxfp8")
 TOKENS, IN, OUT = 64, 128, 96
@@ -152,9 +152,9 @@ def test_scales_of_blocks_lie_where_cublas_reads_them():
 def layers(kind, recipe):
     """Layers of a kind that are multiplied together, with values, and the function of an input that does."""
     if kind == "row":
-        made = [RowParallelLinear(IN, OUT, ONE_RANK, Normal(1.0))]
+        made = [RowParallelLinear(IN, OUT, ONE_RANK_STREAM, Normal(1.0))]
     else:
-        made = [ColumnParallelLinear(IN, OUT, ONE_RANK, Normal(1.0)) for _ in range(2 if kind == "gated" else 1)]
+        made = [ColumnParallelLinear(IN, OUT, ONE_RANK_STREAM, Normal(1.0)) for _ in range(2 if kind == "gated" else 1)]
     for number, layer in enumerate(made):
         layer.recipe = recipe
         with torch.no_grad():

@@ -9,9 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron.config import Config, DataConfig, ModelConfig, PrecisionConfig, TrainingConfig
 from megatron.parallel.mesh import Mesh
-from megatron.parallel.pipeline.deferral import WeightGradients, remaining_weight_gradient
+from megatron.parallel.pipeline.deferral import WeightGradients
 from megatron.parallel.tensor.layers import Matrix, linear
-from megatron.parallel.tensor.stream import ONE_RANK
+from megatron.parallel.tensor.stream import ONE_RANK_STREAM
+from megatron.parallel.tensor.weight_gradients import added_weight_gradient
 from megatron.train.engine import build_engine
 from megatron.train.meters import Meters
 from megatron.train.step import TrainStep
@@ -62,7 +63,7 @@ def weights_gradient(inputs, waits):
     waiting, memory = WeightGradients(), set()
     for x in inputs:
         with waiting.collecting() if waits else nullcontext():
-            y = linear(x, weight, weight.detach().to(x.dtype), torch.zeros(16), None, ONE_RANK, waiting)
+            y = linear(x, weight, weight.detach().to(x.dtype), torch.zeros(16), None, ONE_RANK_STREAM, waiting)
             y.float().square().sum().backward()
         if not waits:
             memory.add(weight.grad.data_ptr())
@@ -100,6 +101,6 @@ def test_on_gpus_no_rounded_gradient_lies_between_the_product_and_the_sum():
     with FakeTensorMode(), Products() as products:
         weight = torch.nn.Parameter(torch.empty(16, 24))
         gradient, x = torch.empty(40, 16, dtype=torch.bfloat16), torch.empty(40, 24, dtype=torch.bfloat16)
-        weight.grad = remaining_weight_gradient(weight, gradient, x)
-        assert remaining_weight_gradient(weight, gradient, x) is None
+        weight.grad = added_weight_gradient(weight, gradient, x)
+        assert added_weight_gradient(weight, gradient, x) is None
     assert products.found == [("mm", torch.float32), ("addmm", torch.float32)]

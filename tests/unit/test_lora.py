@@ -24,7 +24,7 @@ from megatron.parallel.parameters import Normal
 from megatron.parallel.pipeline.partition import Stage
 from megatron.parallel.tensor.adapters import Adapters
 from megatron.parallel.tensor.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.parallel.tensor.stream import ONE_RANK
+from megatron.parallel.tensor.stream import ONE_RANK_STREAM
 from tests.families import FAMILIES, MASK_ID
 from tests.packed import packed_batch
 from tests.philox import kept
@@ -55,7 +55,7 @@ def varied(model):
 
 def adapted_layer(kind, rate=0.0):
     """A layer of 20 features into 30, with an adapter of s = 1.5."""
-    layer = kind(20, 30, ONE_RANK, Normal(0.02))
+    layer = kind(20, 30, ONE_RANK_STREAM, Normal(0.02))
     layer.adapters = Adapters(layer, {"dense": Use.ADAPTED_DENSE}, frozenset(["dense"]), 4, 1.5, rate)
     torch.manual_seed(0)
     for parameter in layer.parameters():
@@ -109,7 +109,7 @@ def test_a_stage_has_the_adapters_of_its_blocks_with_the_values_of_the_whole():
 
 
 def test_a_is_drawn_as_torch_draws_a_linear_layer_and_b_is_0():
-    layer = ColumnParallelLinear(400, 90, ONE_RANK, Normal(0.02))
+    layer = ColumnParallelLinear(400, 90, ONE_RANK_STREAM, Normal(0.02))
     adapters = Adapters(layer, {"dense": Use.ADAPTED_DENSE}, frozenset(["dense"]), 50, 1.0, 0.0)
     initialise(dict(adapters.named_parameters()), 1)
     a, theirs = adapters.dense.a.weight, torch.nn.Linear(400, 50).weight
@@ -136,7 +136,7 @@ def test_query_key_and_value_have_dropout_of_their_own_and_a_copy_of_a_model_its
     assert torch.equal(copy.deepcopy(model)(batch.sequence, batch.targets)[0], first)
     other = replace(batch.sequence, seed=batch.sequence.seed + 100)
     assert not torch.equal(model(other, batch.targets)[0], first)
-    layer = ColumnParallelLinear(64, 30, ONE_RANK, Normal(0.02), runs=(2, 2, 2))
+    layer = ColumnParallelLinear(64, 30, ONE_RANK_STREAM, Normal(0.02), runs=(2, 2, 2))
     uses = {"query": Use.ADAPTED_QUERY, "key": Use.ADAPTED_KEY, "value": Use.ADAPTED_VALUE}
     adapters = Adapters(layer, uses, frozenset(uses), 4, 1.0, 0.5)
     adapters.seed = torch.tensor(SEED)

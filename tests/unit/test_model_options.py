@@ -22,7 +22,7 @@ from megatron.model.transformer import Block
 from megatron.optim.optimizer import Optimizer
 from megatron.optim.scaling import LossScale
 from megatron.parallel.mesh import Axis
-from megatron.parallel.tensor.stream import ONE_RANK
+from megatron.parallel.tensor.stream import ONE_RANK_STREAM
 from tests.families import FAMILIES, MASK_ID, PROTEINLM, RECIPE
 from tests.packed import packed_batch
 
@@ -59,7 +59,7 @@ def gradients(model, batch):
 
 
 def block(config, number=0):
-    layer = Block(config, number, 128, torch.float32, ONE_RANK)
+    layer = Block(config, number, 128, torch.float32, ONE_RANK_STREAM)
     initialise(dict(layer.named_parameters()), 1)
     return layer
 
@@ -218,7 +218,7 @@ def test_token_dropout_scales_each_protein_by_what_of_it_is_masked():
 
 
 def test_the_short_convolution_is_torchs_on_each_protein_by_itself():
-    layer = ShortConvolution(6, 5, ONE_RANK)
+    layer = ShortConvolution(6, 5, ONE_RANK_STREAM)
     torch.nn.init.normal_(layer.weight)
     x, lengths = torch.randn(13, 6), (4, 8, 1)
     pieces = [piece + F.conv1d(piece.T[None], layer.weight[:, None], padding=2, groups=6)[0].T
@@ -227,7 +227,7 @@ def test_the_short_convolution_is_torchs_on_each_protein_by_itself():
 
 
 def test_values_are_mixed_with_an_embedding_of_the_token():
-    layer = ValueEmbedding(replace(PROTEINLM, num_query_groups=2), 128, ONE_RANK)
+    layer = ValueEmbedding(replace(PROTEINLM, num_query_groups=2), 128, ONE_RANK_STREAM)
     initialise(dict(layer.named_parameters()), 1)
     with torch.no_grad():
         layer.scales.copy_(torch.tensor([0.25, 3.0]))

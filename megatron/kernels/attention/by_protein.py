@@ -220,7 +220,7 @@ def _whole_gradient(grad_tgqd: Tensor, qkv_tgcd: Tensor, tiles: Sequence[Tile], 
 def _operator(qkv_tgcd: Tensor, cu_seqlens: Tensor, seed: Tensor | None, num_filler: int, left: int, right: int,
               rate: float, first_head: int) -> tuple[Tensor, Tensor]:
     window = None if left < 0 else (left, right)
-    dropout = None if seed is None else Dropout(rate, seed, Use.WEIGHTS, first_head=first_head)
+    dropout = None if seed is None else Dropout(rate, seed, Use.PROBABILITIES, first_head=first_head)
     tiles = tiles_of(protein_lengths(cu_seqlens, num_filler), 0, len(qkv_tgcd), window)
     context_tgqd, kept = forward_by_protein(qkv_tgcd[:, :, :-2], qkv_tgcd[:, :, -2:], tiles, window, dropout)
     return context_tgqd, torch.cat([qkv_tgcd.new_empty(0), *(tensor.flatten() for tensor in kept)])

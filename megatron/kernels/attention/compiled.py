@@ -104,7 +104,7 @@ class _Attention(torch.autograd.Function):
 def _pass(num_tokens: int, cu_seqlens: Tensor, seed: Tensor | None, num_filler: int, left: int, right: int,
           rate: float, first_head: int, instructions: str) -> CompiledPass:
     window = None if left < 0 else (left, right)
-    dropout = None if seed is None else Dropout(rate, seed, Use.WEIGHTS, first_head=first_head)
+    dropout = None if seed is None else Dropout(rate, seed, Use.PROBABILITIES, first_head=first_head)
     return CompiledPass(protein_lengths(cu_seqlens, num_filler), 0, num_tokens, window, dropout, instructions)
 
 

@@ -16,7 +16,7 @@ from megatron.kernels.fp8 import E4M3, Quantised, Recipe, largest, product, quan
 from megatron.kernels.pointwise.product import sum_over_tokens
 from megatron.parallel.collectives import all_reduce_max
 from megatron.parallel.pipeline.deferral import WeightGradients, weight_gradient
-from megatron.parallel.tensor.stream import ONE_RANK, Stream
+from megatron.parallel.tensor.stream import ONE_RANK_STREAM, Stream
 
 
 class Operands(NamedTuple):
@@ -50,7 +50,7 @@ _NOTHING = Amax()
 
 def weight_operands(weight_oi: Tensor, recipe: Recipe, dtype: torch.dtype) -> Operands:
     """Of a weight as it is after rounding to `dtype`: so it comes where ranks gather it."""
-    by_dim = _both_ways(weight_oi.detach().to(dtype), recipe, E4M3, ONE_RANK)
+    by_dim = _both_ways(weight_oi.detach().to(dtype), recipe, E4M3, ONE_RANK_STREAM)
     return Operands(by_dim[1].along(1), by_dim[0].along(0))
 
 
@@ -147,4 +147,4 @@ def _gathered_gradient(grad_uo: Tensor, recipe: Recipe, leaving: Stream,
     if recipe.scaling == "tensorwise":
         grad_to = _start_gather(_both_ways(grad_uo, recipe, recipe.gradients, leaving, of_steps)[0], leaving)()
         return grad_to, grad_to
-    return _both_ways(leaving.start_enter(grad_uo).wait(), recipe, recipe.gradients, ONE_RANK)
+    return _both_ways(leaving.start_enter(grad_uo).wait(), recipe, recipe.gradients, ONE_RANK_STREAM)

@@ -29,7 +29,7 @@ from megatron.parallel.parameters import (
 )
 from megatron.parallel.pipeline.deferral import WeightGradients, weight_gradient
 from megatron.parallel.tensor.fp8 import Amaxes, Operands, fp8_products, weight_operands
-from megatron.parallel.tensor.stream import ONE_RANK, Stream
+from megatron.parallel.tensor.stream import ONE_RANK_STREAM, Stream
 
 
 class Matrix(nn.Module):
@@ -66,7 +66,7 @@ class Linear(Matrix):
     """`x Wᵀ + b` on this rank's tokens x [u, i] in x's dtype; whole on every rank."""
 
     def __init__(self, in_features: int, out_features: int, initial: Initial, has_bias: bool = True,
-                 stream: Stream = ONE_RANK) -> None:
+                 stream: Stream = ONE_RANK_STREAM) -> None:
         super().__init__()
         self.weight = stream.parameter((out_features, in_features), matrix(initial))
         self.bias = stream.parameter((out_features,), BIAS) if has_bias else None
@@ -194,7 +194,7 @@ class RMSNorm(nn.Module):
 
 
 def linear(x_ui: Tensor, weight_oi: Tensor, matrix_oi: Tensor, bias_o: Tensor | None, vector_o: Tensor | None = None,
-           stream: Stream = ONE_RANK, deferral: WeightGradients | None = None) -> Tensor:
+           stream: Stream = ONE_RANK_STREAM, deferral: WeightGradients | None = None) -> Tensor:
     """`x Wᵀ`, plus `b` if there is one, [t, o] of all tokens of the stream, in x's dtype.
 
     `matrix_oi` is the weight in that dtype, `vector_o` the bias, where that is at hand. Forward: with sequence
@@ -220,7 +220,7 @@ def products_together(x_ui: Tensor, *layers: ColumnParallelLinear) -> list[Produ
 
 
 def _in_fp8(x_ui: Tensor, layers: Sequence[ColumnParallelLinear | RowParallelLinear], biases: Sequence[Tensor | None],
-            entry: Stream = ONE_RANK, leaving: Stream = ONE_RANK) -> tuple[Tensor, ...]:
+            entry: Stream = ONE_RANK_STREAM, leaving: Stream = ONE_RANK_STREAM) -> tuple[Tensor, ...]:
     recipe = layers[0].recipe
     assert recipe is not None, "layers that are multiplied together have one recipe"
     operands = [(layer.weight, layer.fp8_copy or weight_operands(layer.weight, recipe, x_ui.dtype), bias_o,

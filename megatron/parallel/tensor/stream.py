@@ -97,7 +97,7 @@ class Stream:
         return dropout.from_row((self.context.rank * slices + slice_here) * num_here)
 
 
-ONE_RANK = Stream()
+ONE_RANK_STREAM = Stream()
 
 
 def rows_here(table_rh: Tensor, ids_m: Tensor, axis: Axis) -> Tensor:

@@ -27,18 +27,17 @@ from megatron.kernels.device import takes_triton
 from megatron.kernels.packed_sequence import NO_TARGET
 from megatron.kernels.pointwise.product import sum_over_tokens
 from megatron.parallel.collectives import all_gather, start_all_reduce, sum_gradients
-from megatron.parallel.mesh import Axis
+from megatron.parallel.mesh import ONE_RANK_AXIS, Axis
 from megatron.parallel.parameters import Declaration, Initial, split_parameter, table
-from megatron.parallel.pipeline.deferral import remaining_weight_gradient
 from megatron.parallel.tensor.layers import Matrix, linear
 from megatron.parallel.tensor.stream import Stream, rows_here
+from megatron.parallel.tensor.weight_gradients import added_weight_gradient
 
-_ONE_RANK = Axis()
 _CHUNK = 8192  # targets: with 128 ids 4 MiB of logits in fp32
 
 
 def vocabulary_parameter(shape: Sequence[int], multiple: int, axis: Axis, declaration: Declaration,
-                         ends: Axis = _ONE_RANK) -> nn.Parameter:
+                         ends: Axis = ONE_RANK_AXIS) -> nn.Parameter:
     """A parameter of `shape` with a row for each id, the rows split over `axis`: a multiple of `multiple` on each.
 
     The `ends` are the pipeline ranks that both hold it.
@@ -51,7 +50,7 @@ class VocabularyParallelTable(Matrix):
     """A row of `weight` for each of `num_ids` ids, the rows split over the tensor axis."""
 
     def __init__(self, num_ids: int, hidden_size: int, multiple: int, stream: Stream, initial: Initial,
-                 ends: Axis = _ONE_RANK) -> None:
+                 ends: Axis = ONE_RANK_AXIS) -> None:
         super().__init__()
         self.stream = stream
         self.weight = vocabulary_parameter((num_ids, hidden_size), multiple, stream.axis, table(initial), ends)
@@ -131,7 +130,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(grad_cv, matrix_vh, out=grad_mh[chunk])
                 summing.append(start_all_reduce(grad_mh[chunk], ctx.axis))
             if takes_weight:
-                grad_weight_vh = _sum(grad_weight_vh, remaining_weight_gradient(ctx.weight, grad_cv, hidden_ch))
+                grad_weight_vh = _sum(grad_weight_vh, added_weight_gradient(ctx.weight, grad_cv, hidden_ch))
             if takes_bias:
                 grad_bias_v = _sum(grad_bias_v, sum_over_tokens(grad_cv, torch.float32))
         for each in summing:

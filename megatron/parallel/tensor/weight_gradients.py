@@ -1,0 +1,45 @@
+"""A linear layer's weight gradient, added to what the weight has of other micro-batches in fp32.
+
+Shapes: t tokens, i and o features in and out.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.kernels.device import is_fake, takes_gpu_way
+from megatron.kernels.fp8 import Quantised, product
+
+Factor = Tensor | Quantised  # of the product: the output's gradient [t, o] and the input [t, i]; in FP8 [o, t], [i, t]
+
+
+def added_weight_gradient(weight_oi: Tensor, grad: Factor, x: Factor) -> Tensor | None:
+    """The gradient [o, i] of `x Wᵀ` in the weight's dtype; None where it has been added to the weight's own."""
+    # Compiled graphs do not reach a parameter's gradient.
+    so_far_oi = weight_oi.grad if weight_oi.is_leaf and not torch.compiler.is_compiling() else None
+    if isinstance(grad, Tensor) and isinstance(x, Tensor):
+        return _product_added(so_far_oi, grad, x, weight_oi.dtype)
+    assert isinstance(grad, Quantised) and isinstance(x, Quantised), "both are in FP8, or none"
+    gradient_oi = product(grad, x, weight_oi.dtype)
+    if so_far_oi is None:
+        return gradient_oi
+    so_far_oi.add_(gradient_oi)
+    return None
+
+
+def _product_added(so_far_oi: Tensor | None, grad_to: Tensor, x_ti: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Nothing is rounded between the product and the sum where the library has a product that gives fp32."""
+    grad_ot = grad_to.t()
+    gives_dtype = grad_to.dtype == dtype or takes_gpu_way(grad_to)
+    wider: dict[str, Any] = {} if grad_to.dtype == dtype or not gives_dtype else {"out_dtype": dtype}
+    if so_far_oi is None or not gives_dtype:
+        return torch.mm(grad_ot, x_ti, **wider).to(dtype)
+    try:
+        torch.addmm(so_far_oi, grad_ot, x_ti, **wider, out=so_far_oi)
+    except TypeError:  # torch 2.11 has none for tensors without values: one as large, in half of the gradient's bytes
+        if not is_fake(so_far_oi):
+            raise
+        narrow_oi = so_far_oi.view(x_ti.dtype)[:, :so_far_oi.shape[1]]
+        torch.addmm(narrow_oi, grad_ot, x_ti, out=narrow_oi)
+    return None
