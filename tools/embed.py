@@ -8,6 +8,7 @@ their headers. Run again after a kill, it goes on. Under torchrun the ranks shar
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 if not __package__:  # else it is installed
@@ -58,9 +59,10 @@ def embed_files(given: argparse.Namespace, mesh: Mesh, log: Log) -> None:
     check_form(given.output)
     pretrained = load(given.checkpoint, mesh, log, given.precision)
     model = pretrained.config.model
-    asked = Asked(tuple(dict.fromkeys(given.include)), tuple(dict.fromkeys(given.layers))).resolved(
-        model.num_layers, model.contact_head)
-    work = Work(given.checkpoint, given.output, asked, given.window, given.tokens_per_row,
+    asked = Asked(tuple(dict.fromkeys(given.include)), tuple(given.layers)).resolved(model.num_layers,
+                                                                                     model.contact_head)
+    asked = replace(asked, layers=tuple(dict.fromkeys(asked.layers)))
+    work = Work(given.output, asked, given.window, given.tokens_per_row,
                 "float16" if given.half else "float32")
     embed(work, pretrained, ProteinFiles(given.input, given.json_key, given.name_key, pretrained.vocab), log)
 

@@ -1,6 +1,6 @@
 """Evaluates models on proteins: `python tools/evaluate.py CHECKPOINT [CHECKPOINT ...] --on [NAME=]FILE ...`.
 
-CHECKPOINT is whatever --load of pretrain_tape.py takes, FILE what tools/preprocess_data.py takes, or a folder of such.
+CHECKPOINT is whatever --load of pretrain_tape.py takes, FILE what tools/preprocess_data.py takes, or a pattern.
 15 % of the residues are masked as in every evaluation here: of a protein always the same ones, whatever the model and
 the corpus. Prints the loss of each checkpoint on each corpus with its standard error over proteins, its perplexity and
 accuracy; writes evaluation.json, which has them by letter and by place in the protein too, and a picture a corpus.
@@ -17,10 +17,12 @@ if not __package__:  # else it is installed
 from megatron.config.command_line import OneLineParser  # noqa: E402
 from megatron.errors import ConfigError  # noqa: E402
 from megatron.files import write_json  # noqa: E402
+from megatron.infer.answers import check_head  # noqa: E402
 from megatron.infer.door import add_model_flags, asked  # noqa: E402
 from megatron.infer.evaluation.run import evaluated, pseudo_perplexity  # noqa: E402
 from megatron.infer.pretrained import Pretrained, load  # noqa: E402
 from megatron.infer.proteins import ProteinFiles  # noqa: E402
+from megatron.infer.variants.windows import longest_window  # noqa: E402
 from megatron.log import Log  # noqa: E402
 from megatron.parallel.launch.leaving import leave  # noqa: E402
 from megatron.parallel.mesh import Mesh  # noqa: E402
@@ -63,9 +65,12 @@ def evaluate(given: argparse.Namespace, mesh: Mesh, log: Log) -> None:
     reports: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in corpora}
     for checkpoint in given.checkpoints:
         pretrained = load(checkpoint, mesh, log, given.precision)
+        check_head(pretrained.model)
+        piece = longest_window(pretrained, given.piece, "--piece")
         for name, path in corpora.items():
             files = ProteinFiles([path], given.json_key, None, pretrained.vocab)
-            reports[name][f"{checkpoint} at {pretrained.iteration}"] = report_of(given, pretrained, files, name, log)
+            report = report_of(given, pretrained, files, piece, name, log)
+            reports[name][f"{checkpoint} at {pretrained.iteration}"] = report
     log.line(table(HEADS, [cells(model, name, report) for name, of_models in reports.items()
                            for model, report in of_models.items()], num_left=2))
     if mesh.world.rank == 0:
@@ -73,6 +78,10 @@ def evaluate(given: argparse.Namespace, mesh: Mesh, log: Log) -> None:
 
         write_json(given.output / "evaluation.json", reports)
         for name, of_models in reports.items():
+            of_models = {model: report for model, report in of_models.items() if report["loss"] is not None}
+            if not of_models:
+                log.line(f"no picture of {name}: none of its residues is masked")
+                continue
             draw(of_models, f"masked residues of {name}", given.output / f"{name}.png")
     log.line(f"{given.output / 'evaluation.json'}, and beside it a picture of each corpus")
 
@@ -90,10 +99,9 @@ def corpora_of(given: list[str]) -> dict[str, str]:
     return corpora
 
 
-def report_of(given: argparse.Namespace, pretrained: Pretrained, files: ProteinFiles, name: str,
+def report_of(given: argparse.Namespace, pretrained: Pretrained, files: ProteinFiles, piece: int | None, name: str,
               log: Log) -> dict[str, Any]:
     """What is told of one model on one corpus."""
-    piece = min(filter(None, (given.piece, pretrained.max_residues)), default=None)
     bar = log.progress(total=sum(1 for _ in files), done=0, unit="protein", label=name)
     report = evaluated(pretrained, files, piece, given.tokens_per_row, bar).report(pretrained.vocab)
     bar.close()

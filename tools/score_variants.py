@@ -95,9 +95,9 @@ def check_heatmap(given: argparse.Namespace) -> None:
 
 def settings_of(given: argparse.Namespace, pretrained: Pretrained, way: Way) -> dict[str, Any]:
     """What scores depend on besides the variants, as the summary tells it."""
-    return {"checkpoint": str(Path(given.checkpoint).resolve()), "iteration": pretrained.iteration,
-            "scoring": way.scoring, "window": way.longest, "offset": way.offset, "score column": way.column,
-            "precision": given.precision, "softmax": "over all tokens of the vocabulary"}
+    return {**pretrained.identity, "scoring": way.scoring, "window": way.longest, "offset": way.offset,
+            "score column": way.column, "precision": given.precision,
+            "softmax": "over all tokens of the vocabulary"}
 
 
 def tables(assays: Mapping[str, Mapping[str, Any]], average: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Where the checkpoints of a run lie, and what their folders say without being opened; this needs no PyTorch."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 STATE = "state.json"
 BEST = "best"
 VALIDATION = "validation.json"
+_BESIDE_WEIGHTS = re.compile(r"(optimizer|ema).*|.*\.(json|jsonl|txt|toml|md)")  # what may change while they do not
 
 
 def place_of(root: Path, iteration: int) -> Path:
@@ -18,6 +20,15 @@ def iterations(root: Path) -> dict[int, Path]:
     """The folders of checkpoints below `root` by their numbers, ascending."""
     places = {int(place.name[5:]): place for place in root.glob("iter_*") if re.fullmatch("[0-9]{7,}", place.name[5:])}
     return dict(sorted(places.items()))
+
+
+def digest_of_weights(path: Path) -> str:
+    """Tells whether the weights at a checkpoint's path, a file or a folder, are still the same: by names, sizes, times.
+    """
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files
+             if not _BESIDE_WEIGHTS.fullmatch(file.name)]
+    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
 
 
 def validation_loss(place: Path) -> float | None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron.errors import ConfigError
+from megatron.errors import ConfigError, DivergedError
 from megatron.files import write_json
 from megatron.finetune.data.tasks import METRICS
 from megatron.finetune.training import Job, Training
@@ -19,7 +19,8 @@ def with_best_rate(job: Job, folder: Path) -> Job | None:
     """The job with that of --calibrate-lr of which a try with the first seed has the best validation; all together.
 
     What is seen of each, and which was chosen, goes into a folder, from which it is taken the next time. Gives None
-    where it was asked to stop before. Raises ConfigError where there is no validation file to choose by.
+    where it was asked to stop before. One that diverges is not chosen. Raises ConfigError where there is no validation
+    file to choose by, and DivergedError where all diverge.
     """
     if "valid" not in job.data.parts:
         raise ConfigError("--calibrate-lr chooses by validation, and there is no such file; give --valid-data, or "
@@ -31,11 +32,18 @@ def with_best_rate(job: Job, folder: Path) -> Job | None:
     values = dict[float, float]()
     for rate in job.flags.finetune.calibrate_lr:
         training = Training(_with_rate(job, rate), job.flags.finetune.seeds[0], place / f"lr-{rate:g}", is_try=True)
-        if not training.run():
+        try:
+            is_done = training.run()
+        except DivergedError as error:
+            job.log.line(f"learning rate {rate:g}: {str(error).partition(';')[0]}")
+            continue
+        if not is_done:
             job.log.line("stopped before a learning rate was chosen: the same command begins with that")
             return None
         values[rate] = training.best_value
         del training  # its memory is the next one's
+    if not values:
+        raise DivergedError("no learning rate of --calibrate-lr had gradients that were finite; give lower ones")
     best = max(values, key=lambda rate: values[rate])
     shown = ", ".join(f"{value:.4f} with {rate:g}" for rate, value in values.items())
     job.log.line(f"learning rate {best:g}, by {METRICS[job.data.space.kind][0]} on validation: {shown}")

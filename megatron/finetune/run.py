@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron.checkpoint.claim import claimed
 from megatron.checkpoint.newest import newest
+from megatron.checkpoint.places import digest_of_weights, iterations
 from megatron.data.corpus.tokenizer import ResidueTokenizer
 from megatron.errors import CheckpointError, ConfigError, DataError
 from megatron.files import write_json
@@ -19,10 +20,10 @@ from megatron.finetune.data.labels import class_weights
 from megatron.finetune.data.tasks import METRICS, NUMBER, NUMBERS, WITHOUT_CLASSES
 from megatron.finetune.flags import Flags, task_and_files
 from megatron.finetune.heads import HeadSpec
-from megatron.finetune.model import Described
+from megatron.finetune.model import TASK_FILE, Described
 from megatron.finetune.predictions.metrics import spread, with_spread
-from megatron.finetune.progress import remove_unfinished
-from megatron.finetune.training import REPORT, Job, fine_tune
+from megatron.finetune.progress import UNFINISHED, remove_unfinished
+from megatron.finetune.training import METRICS_FILE, REPORT, Job, fine_tune
 from megatron.infer.pretrained import config_of, flags_of, vocab_of
 from megatron.log import Log
 from megatron.parallel.collectives import everyones
@@ -48,7 +49,7 @@ def run(flags: Flags, mesh: Mesh, log: Log) -> list[list[str]] | None:
     folders = {seed: root if len(flags.finetune.seeds) == 1 else root / f"seed-{seed}" for seed in flags.finetune.seeds}
     with claimed(str(root), mesh, log) as claim, requests.listening():
         job = replace(job, claim=claim)
-        done = {seed: everyones(_done(folder, flags, seed), mesh.world)[0] for seed, folder in folders.items()}
+        done = {seed: everyones(_done(folder, job.identity, seed), mesh.world)[0] for seed, folder in folders.items()}
         if flags.finetune.calibrate_lr and not all(done.values()):
             found = with_best_rate(job, root)
             if found is None:
@@ -120,7 +121,8 @@ def _job(flags: Flags, mesh: Mesh, log: Log, requests: StopRequests) -> Job:
         log.line("note: without a validation file nothing chooses the best weights: the last ones are kept")
     log.line(f"{len(data.parts['train']):,} proteins to learn from, labels of the kind {data.space.kind}"
              + (f", {len(data.space.class_names)} classes" if data.space.class_names else ""))
-    return Job(_settled(flags, flags_of(checkpoint), mesh, log), flags.identity(), data,
+    identity = {**flags.identity(), "data": data.digest(), "weights": digest_of_weights(checkpoint.path)}
+    return Job(_settled(flags, flags_of(checkpoint), mesh, log), identity, data,
                described(flags, data, config.data.num_ends), vocab, checkpoint, flags_of(checkpoint), mesh, log,
                requests)
 
@@ -138,14 +140,21 @@ def _settled(flags: Flags, saved: Mapping[str, Any], mesh: Mesh, log: Log) -> Fl
     return replace(flags, others={**flags.others, "precision": None, "bf16": config.precision.bf16})
 
 
-def _done(folder: Path, flags: Flags, seed: int) -> Report | None:
-    """The report of a seed that an earlier run of this command has finished; raises ConfigError for one of another."""
+def _done(folder: Path, identity: Mapping[str, Any], seed: int) -> Report | None:
+    """The report of a seed that an earlier run of this command has finished.
+
+    Raises ConfigError for one of another, and where the folder holds a run that is none of fine-tuning.
+    """
     path = folder / REPORT
     if not path.exists():
+        is_begun = any((folder / name).exists() for name in (TASK_FILE, UNFINISHED))
+        if not is_begun and (iterations(folder) or (folder / METRICS_FILE).exists()):
+            raise ConfigError(f"--save {folder} holds another run, which would be lost; name a new folder")
         return None
     report: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if report.get("flags") != json.loads(json.dumps(flags.identity())) or report.get("seed") != seed:
-        raise ConfigError(f"--save {folder} holds the report of other flags or another seed; name a new folder")
+    if report.get("flags") != json.loads(json.dumps(identity)) or report.get("seed") != seed:
+        raise ConfigError(f"--save {folder} holds the report of other flags, data or weights, or of another seed; name "
+                          "a new folder")
     return dict(report)
 
 

@@ -103,6 +103,8 @@ class Training:
         self._progress, self._best = self._unfinished.go_on(self._meters)
         if self._log.is_speaker:
             folder.mkdir(parents=True, exist_ok=True)
+            if not is_try:
+                job.described.write(folder)  # whose run this is
             forget_after(folder / METRICS_FILE, self._progress.iteration)
 
     @property

@@ -110,13 +110,18 @@ def all_logits(model: ProteinModel, hidden_mh: Tensor, mesh: Mesh) -> Tensor:
 
     Raises ConfigError for a model without that head.
     """
-    if not hasattr(model, "lm_head"):
-        raise ConfigError("what residues are likely is asked of a fine-tuned model, which has no masked-LM head; ask "
-                          "the one that it was begun from")
+    check_head(model)
     logits_mv = model.logits(hidden_mh)
     rows_a_rank = len(model.lm_head.bias)  # the last ranks may have fewer ids than rows, or none
     filled_mv = F.pad(logits_mv, (0, rows_a_rank - logits_mv.shape[1]))
     return all_gather(filled_mv.T.contiguous(), mesh.tensor).T[:, :model.lm_head.num_ids]
+
+
+def check_head(model: ProteinModel) -> None:
+    """Raises ConfigError for a model that does not say what residues are likely."""
+    if not hasattr(model, "lm_head"):
+        raise ConfigError("what residues are likely is asked of a fine-tuned model, which has no masked-LM head; ask "
+                          "the one that it was begun from")
 
 
 def _residues(values_t: Tensor, num_ends: int) -> np.ndarray:

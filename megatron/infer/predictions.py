@@ -40,7 +40,7 @@ def log_probabilities(pretrained: Pretrained, copies: Iterable[Copy], budget: in
         sequence = packed([copy.ids for copy in row], mesh.device)
         starts = sequence.cu_seqlens.tolist()
         places = [start + place for start, copy in zip(starts, row, strict=False) for place in copy.places]
-        hidden_th = model.hidden(sequence)[torch.tensor(places, device=mesh.device)]
+        hidden_th = model.hidden(sequence)[torch.tensor(places, dtype=torch.int64, device=mesh.device)]
         logits_tv = all_logits(model, hidden_th, mesh)[:, :num_ids or pretrained.vocab.size]
         values_tv = logits_tv.float().log_softmax(-1).cpu().numpy()
         progress(len(row))

@@ -17,6 +17,7 @@ from megatron.checkpoint.contact_head import WEIGHT, with_contact_head
 from megatron.checkpoint.loading import load_model
 from megatron.checkpoint.lora.merging import merged
 from megatron.checkpoint.newest import newest
+from megatron.checkpoint.places import digest_of_weights
 from megatron.checkpoint.stored import Checkpoint
 from megatron.config import Config
 from megatron.config.command_line import left_open, parse
@@ -123,7 +124,15 @@ class Pretrained:
     def max_residues(self) -> int | None:
         """The most residues of a protein; None: any number."""
         model = self.config.model
-        return None if model.position_embedding_type == "rope" else model.max_position_embeddings - self.num_ends
+        if model.position_embedding_type != "learned_absolute":
+            return None
+        return model.max_position_embeddings - self.num_ends
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Tells whether it is still the same: where it is, which iteration, and a digest of its files of weights."""
+        return {"checkpoint": str(self.path.absolute()), "iteration": self.iteration,
+                "weights": digest_of_weights(self.path)}
 
     def untrained(self, seed: int) -> "Pretrained":
         """One of the same shape with the random weights that training begins with by default."""
@@ -192,6 +201,9 @@ def positions_of(flags: Mapping[str, Any]) -> int:
 
 def vocab_of(checkpoint: Checkpoint, config: Config) -> Vocab:
     """The vocabulary of a checkpoint; raises CheckpointError where it is not here."""
+    if checkpoint.state.get("lacks_vocabulary"):
+        raise CheckpointError(f"{checkpoint.path}: nothing there says what its tokens are; copy vocab.txt from where "
+                              "the weights are")
     vocab = Vocab.from_file(config.data.vocab_file, config.data.mask_token)
     if checkpoint.state.get("vocabulary", vocab.identity) != vocab.identity:
         name = flags_of(checkpoint).get("vocab_file") or "iupac"

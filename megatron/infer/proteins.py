@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +46,8 @@ class ProteinFiles:
             for block in source.blocks((self._key,), self._name_key):
                 has_names = self._name_key is not None or block.kind == _NAMED
                 name_key = (self._name_key or DEFAULT_NAME_KEY) if has_names else None
-                encoding = Encoding((self._key,), self._tokenizer, unknown=b"", name_key=name_key)
+                encoding = Encoding((self._key,), self._tokenizer, unknown=b"", name_key=name_key,
+                                    remedy="mend it, or leave it out")
                 (documents,) = encode_block(encoding, block)
                 names = [name.decode(errors="surrogateescape") for name in documents.names.splitlines()]
                 ends = np.cumsum(documents.lengths())[:-1]
@@ -56,6 +58,6 @@ class ProteinFiles:
                         raise DataError(f"{block.source}: protein {number}, {name}, has no residue; leave it out")
                     yield Protein(name, residues)
 
-    def identity(self) -> list[tuple[str, int, int]]:
-        """Tells whether the files are still the same: path, size and time of the last change of each."""
-        return [facts for source in self._sources for facts in source.identity()]
+    def identity(self) -> list[Any]:
+        """Tells whether they are still the same: the keys, and path, size and time of the last change of each file."""
+        return [self._key, self._name_key, *(facts for source in self._sources for facts in source.identity())]

@@ -27,6 +27,7 @@ from tests.families import ESM2
 from tests.transformers_models import PROTEINS, one_row, trained_here
 from tests.unit.labelled_files import json_lines
 from tests.unit.test_pretrained import TINY, saved
+from tools.evaluate import evaluate, parser
 from tools.finetune import prepare
 
 MODEL = replace(TINY, hidden_dropout=0.0, attention_dropout=0.0)
@@ -337,6 +338,51 @@ def test_precision_is_chosen_and_what_no_cpu_can_is_refused(base, taught, tmp_pa
     for flag in (["--tf32"], ["--flash-attention", "FA3"]):
         said = refusal(capsys, *command, "--save", tmp_path / "out", *flag)
         assert said.startswith(flag[0]) and "this run is on cpu" in said
+
+
+def test_a_folder_of_pretraining_is_not_written_over(base, taught, tmp_path, capsys):
+    run = saved(tmp_path / "run", MODEL)
+    (run / "metrics.jsonl").write_text('{"kind": "train", "iteration": 7}\n')
+    command = ["own", "--load", run, "--data", taught / "number-data", "--train-iters", 1, *QUICK]
+    assert "holds another run, which would be lost; name a new folder" in refusal(capsys, *command, "--save", run)
+    assert [*iterations(run)] == [7] and "train" in (run / "metrics.jsonl").read_text()
+
+
+def test_other_labels_and_other_weights_are_another_run(base, taught, tmp_path, capsys):
+    data, start = task(tmp_path / "data", "number"), saved(tmp_path / "start", MODEL)
+    command = ["own", "--load", start, "--data", data, "--save", tmp_path / "out", "--train-iters", 1, *QUICK]
+    assert finetune(*command) == 0 and finetune(*command) == 0
+    records = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    records[0]["label"] += 1
+    json_lines(data / "train.jsonl", records)
+    assert "holds the report of other flags, data or weights" in refusal(capsys, *command)
+
+
+def test_a_rate_that_diverges_is_not_chosen(base, taught, tmp_path, capsys):
+    command = ["own", "--load", base, "--data", taught / "number-data", "--save", tmp_path / "out", *QUICK[2:],
+               "--log-interval", 1, "--train-iters", 4, "--calibrate-lr", 1e-3, 1e30]
+    assert finetune(*command) == 0
+    said = capsys.readouterr().out
+    assert "learning rate 1e+30: the gradients of the last 1 steps" in said and "learning rate 0.001, by" in said
+
+
+def test_proteins_longer_than_rows_of_training_are_read_whole_and_from_fasta_whatever_the_key_was(base, tmp_path):
+    records = [{"id": record["id"], "aa": record["seq"], "label": record["label"]}
+               for record in proteins(40, 0, LABELS["residues"])]
+    data = json_lines(tmp_path / "train.jsonl", records)
+    assert finetune("own", "--load", base, "--train-data", data, "--sequence-key", "aa", "--save", tmp_path / "out",
+                    "--seq-length", 32, "--train-iters", 2, *QUICK) == 0
+    text = "ACDEFGHIKL" * 5
+    (tmp_path / "long.fasta").write_text(f">a\n{text}\n")
+    assert finetune("predict", tmp_path / "out", tmp_path / "long.fasta", tmp_path / "out.csv") == 0
+    _, row = csv.reader((tmp_path / "out.csv").open())
+    assert len(row[1]) == len(text)
+
+
+def test_evaluation_refuses_a_fine_tuned_model(taught, tmp_path, capsys):
+    given = parser().parse_args([str(taught / "number"), "--on", "x.fasta", "--output", str(tmp_path / "out")])
+    with pytest.raises(ConfigError, match="a fine-tuned model, which has no masked-LM head"):
+        evaluate(given, Mesh(), Log(is_speaker=False))
 
 
 def test_weights_of_classes_are_for_classes(base, taught, tmp_path, capsys):

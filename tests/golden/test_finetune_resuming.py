@@ -137,4 +137,4 @@ def test_a_rate_that_was_chosen_is_not_looked_for_again(base, data, tmp_path, ca
 def test_a_run_that_is_unfinished_predicts_nothing(command, tmp_path, capsys):
     assert command("head", tmp_path / "out", "--exit-interval", 2) == 0
     capsys.readouterr()
-    assert "holds no fine-tuned model" in refusal(capsys, "predict", tmp_path / "out", "x.fasta", tmp_path / "x.csv")
+    assert "holds no checkpoint, which" in refusal(capsys, "predict", tmp_path / "out", "x.fasta", tmp_path / "x.csv")

@@ -19,6 +19,8 @@ from megatron.infer.embed.writers import check_form
 from megatron.infer.proteins import Protein, ProteinFiles
 from megatron.infer.windows import windows_of
 from megatron.log import Log
+from megatron.parallel.mesh import Mesh
+from tools.embed import embed_files, parser
 
 PROTEINS = {"sp|P1|ONE": "MKTAYIAKQRQISFVKSHFSRQ", "two/2": "ACDEFGHIKL", "three": "M", "four": "ACDEFGHIKL",
             "five": "WYVTSRQPNMLKIHGFEDCAWYVTSRQPNM"}
@@ -49,7 +51,7 @@ def files(*paths: Path) -> ProteinFiles:
 
 def made(pretrained, fasta, output, asked=ASKED, window=None, dtype="float32"):
     """The output's path, once all is embedded."""
-    embed(Work("there", output, asked, window, None, dtype), pretrained, files(fasta), Log(is_speaker=False))
+    embed(Work(output, asked, window, None, dtype), pretrained, files(fasta), Log(is_speaker=False))
     return output
 
 
@@ -157,6 +159,47 @@ def test_an_output_that_is_whole_is_not_made_again_and_one_of_other_work_not_rep
         made(pretrained, fasta, tmp_path / "other.npz")
 
 
+def test_another_key_of_the_sequence_or_the_name_is_other_work(pretrained, tmp_path):
+    (tmp_path / "in.csv").write_text("id,name,text,other\n1,x,MKV,ACD\n2,y,ACD,MKV\n")
+    output, vocab = tmp_path / "out.npz", Vocab.from_file("esm")
+
+    def embedded(key, name_key):
+        embed(Work(output, Asked(("mean",), (3,)), None, None, "float32"), pretrained,
+              ProteinFiles([str(tmp_path / "in.csv")], key, name_key, vocab), Log(is_speaker=False))
+
+    embedded("text", "id")
+    embedded("text", "id")
+    for keys in (("text", "name"), ("other", "id")):
+        with pytest.raises(OutputError, match="exists; remove it"):
+            embedded(*keys)
+
+
+def test_parts_of_another_kind_of_device_are_not_gone_on_with(pretrained, fasta, tmp_path, monkeypatch, small_parts):
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "_assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            made(pretrained, fasta, tmp_path / "out.npz")
+    monkeypatch.setattr(run, "MOST_RESIDUES", {"cpu": 60})
+    with pytest.raises(OutputError, match=r"other work \(another input, checkpoint, kind of device or flags\)"):
+        made(pretrained, fasta, tmp_path / "out.npz")
+
+
+def test_windows_that_cannot_be_are_refused_before_anything_is_computed(pretrained, fasta, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "_compute", None)
+    with pytest.raises(ConfigError, match="contacts are between all residues .* --window 10"):
+        made(pretrained, fasta, tmp_path / "out.npz", Asked(("contacts",), ()), window=10)
+    with pytest.raises(ConfigError, match="--window is 50, and the model knows the positions of 20; give no more"):
+        survey(files(fasta), 20, 50)
+    assert survey(files(fasta), 20, 15).lengths_u.tolist() == [22, 10, 1, 30]
+
+
+def test_a_layer_that_is_asked_for_twice_is_written_once(their_folders, fasta, tmp_path):
+    given = parser().parse_args([str(their_folders / "esm2"), str(fasta), str(tmp_path / "out.h5"), "--layers", "-1",
+                                 "3", "0"])
+    embed_files(given, Mesh(), Log(is_speaker=False))
+    assert in_hdf5(tmp_path / "out.h5").keys() == {"mean.3", "mean.0"}
+
+
 def test_windows_of_a_protein_cut_it_whole_and_each_residue_has_the_most_around_it():
     for length in range(1, 40):
         for size in (2, 3, 5, 8, None):
@@ -185,8 +228,6 @@ def test_a_protein_in_windows_is_told_by_its_windows(pretrained):
     np.testing.assert_allclose(answer["cls"], parts[0]["cls"], rtol=1e-5, atol=1e-5)
     assert answer["logits"].shape == (30, 33)
     np.testing.assert_allclose(short["mean"], pretrained.ask([text[:6]], asked)[0]["mean"], rtol=1e-5, atol=1e-5)
-    with pytest.raises(ConfigError, match="contacts are between all residues"):
-        ask_whole(pretrained, [Protein("b", ids)], Asked(("contacts",), ()), 12)
 
 
 def test_parts_take_every_distinct_protein_once_within_their_limits():

@@ -18,6 +18,7 @@ from megatron.infer.proteins import ProteinFiles
 from megatron.log import Log
 from megatron.parallel.mesh import Mesh
 from tests.transformers_models import PROTEINS
+from tests.unit.test_pretrained import saved
 from tools.evaluate import corpora_of, evaluate, parser
 
 TEXTS = [PROTEINS[0], PROTEINS[1], "ACDEFGHIKLMNPQRSTVWY" * 3]
@@ -112,6 +113,23 @@ def test_the_program_writes_a_table_a_file_and_a_picture_a_corpus(their_folders,
         assert f"{report['loss']:.4f}" in said and model in said
         assert report["targets"] == 14 and report["pseudo"]["proteins"] == 1
     assert (output / "three.png").read_bytes()[:4] == (output / "again.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_proteins_of_which_nothing_is_masked_have_no_loss_and_no_picture(their_folders, tmp_path, capsys):
+    (tmp_path / "short.fasta").write_text(">a\nM\n")
+    given = parser().parse_args([str(their_folders / "esm2"), "--on", str(tmp_path / "short.fasta"), "--output",
+                                 str(tmp_path / "out")])
+    evaluate(given, Mesh(), Log())
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["short"].popitem()[1]["loss"] is None
+    assert "no picture of short: none of its residues is masked" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "short.png").exists()
+
+
+def test_pieces_of_more_residues_than_the_model_has_positions_for_are_refused(tmp_path, fasta):
+    given = parser().parse_args([str(saved(tmp_path / "run")), "--on", str(fasta), "--output", str(tmp_path / "out"),
+                                 "--piece", "100"])
+    with pytest.raises(ConfigError, match="--piece is 100; it must be 1 or greater, and at most 63, whose positions"):
+        evaluate(given, Mesh(), Log(is_speaker=False))
 
 
 @pytest.mark.parametrize("words", [["a.fasta", "b/a.fa"], ["x=a", "x=b"], ["=a"], ["a/b=c"]])

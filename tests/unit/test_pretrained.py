@@ -1,6 +1,7 @@
 """A checkpoint as a model to ask: the one that was saved, whatever its shape, fed as in training."""
 
 import json
+import os
 from copy import deepcopy
 from dataclasses import fields, replace
 from pathlib import Path
@@ -8,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron import load_pretrained
+from megatron.checkpoint.convert.families import hf
 from megatron.checkpoint.saving import parts_of
 from megatron.checkpoint.sharded import write_parts
 from megatron.checkpoint.store import STATE, place_of, point_to
@@ -20,7 +23,8 @@ from megatron.errors import CheckpointError, ConfigError, ResidueError
 from megatron.infer.answers import INCLUDED, OF_LAYERS, Asked
 from megatron.infer.rows import shared_out
 from megatron.model.protein_model import ProteinModel
-from tests.transformers_models import PROTEINS, ids_of, one_row
+from tests.families import ESM2
+from tests.transformers_models import PROTEINS, ids_of, one_row, trained_here
 
 TINY = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=2, ffn_hidden_size=32, kv_channels=8,
                    num_query_groups=2, max_position_embeddings=64)
@@ -174,3 +178,36 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
 def test_another_vocabulary_than_that_of_training_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="its vocabulary, iupac, is not there, or has changed"):
         load_pretrained(str(saved(tmp_path, vocabulary="another")))
+
+
+def test_a_transformers_folder_whose_tokens_nothing_tells_is_refused(tmp_path):
+    hf.write(trained_here(replace(ESM2, ffn_hidden_size=64), "esm", "both"), tmp_path / "esm")
+    for name in ("vocab.txt", "tokenizer_config.json", "special_tokens_map.json"):
+        (tmp_path / "esm" / name).unlink(missing_ok=True)
+    assert load_pretrained(str(tmp_path / "esm")).vocab.tokens == Vocab.from_file("esm").tokens
+    path = tmp_path / "esm" / "model.safetensors"
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if len(tensor) == 33 and (tensor.ndim == 1 or tensor.shape[1] == 32):
+            tensors[name] = torch.cat([tensor, tensor.new_zeros(31, *tensor.shape[1:])])
+    save_file(tensors, path, {"format": "pt"})
+    config = json.loads((tmp_path / "esm" / "config.json").read_text())
+    (tmp_path / "esm" / "config.json").write_text(json.dumps(config | {"vocab_size": 64}))
+    with pytest.raises(CheckpointError, match="nothing there says what its tokens are; copy vocab.txt"):
+        load_pretrained(str(tmp_path / "esm"))
+
+
+def test_a_model_without_positions_takes_proteins_of_any_length(tmp_path):
+    pretrained = load_pretrained(str(saved(tmp_path, replace(TINY, position_embedding_type="none",
+                                                             max_position_embeddings=None))))
+    assert pretrained.max_residues is None
+    assert pretrained.embed(["MKV" * 100]).shape == (1, 16)
+
+
+def test_weights_that_changed_are_other_weights_and_what_lies_beside_them_is_not(tmp_path):
+    one = load_pretrained(str(saved(tmp_path))).identity
+    (place_of(tmp_path, 7) / "validation.json").write_text("{}")
+    assert load_pretrained(str(tmp_path)).identity == one
+    (weights,) = place_of(tmp_path, 7).glob("*.safetensors")
+    os.utime(weights, ns=(0, 0))
+    assert load_pretrained(str(tmp_path)).identity != one

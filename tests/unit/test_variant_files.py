@@ -230,6 +230,9 @@ def test_heat_maps_of_the_proteins_of_a_file_are_drawn_once(tmp_path, capsys):
     run(*command)
     assert capsys.readouterr().out.count("is done already") == 2
     assert (tmp_path / "out" / "a_b.substitutions.png").read_bytes().startswith(b"\x89PNG")
+    both = write(tmp_path / "both.fasta", f">a/b\n{WILD}\n>a_b\nMKV\n")
+    with pytest.raises(DataError, match="two proteins are called a_b .*/ counts as _"):
+        run(command[0], both, tmp_path / "again", "--heatmap")
     lines = (tmp_path / "out" / "a_b.substitutions.csv").read_text().splitlines()
     assert len(lines) == 1 + len(WILD) and lines[-1].startswith("14,R,")
 

@@ -18,7 +18,10 @@ MAX_REPORTS = 10
 
 @dataclass(frozen=True)
 class Encoding:
-    """How to encode, in what a worker needs. `unknown` are the ids of X and [UNK]; without `name_key`, no names."""
+    """How to encode, in what a worker needs. `unknown` are the ids of X and [UNK]; without `name_key`, no names.
+
+    `remedy`: for a bad record, as an error says it.
+    """
 
     keys: tuple[str, ...]
     tokenizer: ResidueTokenizer
@@ -30,6 +33,7 @@ class Encoding:
     max_unknown_fraction: float | None = None
     with_digests: bool = False
     name_key: str | None = None
+    remedy: str = "mend it, or leave such records out with --skip-bad-records"
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ def _check_bad(encoding: Encoding, block: RecordBlock, bad: dict[int, str], num_
     elif 2 * len(bad) > num_records:
         raise DataError(f"{found if len(bad) > 1 else report}; mend it")
     else:
-        raise DataError(f"{report}; mend it, or leave such records out with --skip-bad-records")
+        raise DataError(f"{report}; {encoding.remedy}")
 
 
 def _message(block: RecordBlock, index: int, parsed: Texts, problems: dict[int, Problem]) -> str:

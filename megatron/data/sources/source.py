@@ -63,7 +63,7 @@ def expand(patterns: Sequence[str]) -> list[Source]:
             continue
         matches = sorted(glob.glob(pattern, recursive=True))
         if not matches:
-            raise DataError(f"{pattern}: no such file; --input names files of proteins")
+            raise DataError(f"{pattern}: no such file; give files of proteins")
         paths += matches
     if paths.count("-") > 1:
         raise DataError("--input names standard input '-' twice; it can be read once")

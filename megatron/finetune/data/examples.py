@@ -1,5 +1,6 @@
 """Labelled proteins of a task's files, held in memory: residues as ids, labels as what a model learns."""
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from megatron.data.sources.source import Source, records_of
 from megatron.errors import DataError
 from megatron.finetune.data.labels import LabelSpace, label_space
 from megatron.finetune.data.record import Record
-from megatron.finetune.data.tasks import WITHOUT_CLASSES, Task, present_key
+from megatron.finetune.data.tasks import SEQUENCE_KEYS, WITHOUT_CLASSES, Task, present_key
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,17 @@ class TaskData:
     task: Task
     space: LabelSpace
     parts: dict[str, list[Example]]
+
+    def digest(self) -> str:
+        """Tells whether proteins and labels are still the same."""
+        digest = hashlib.blake2b(digest_size=12)
+        for part, examples in self.parts.items():
+            digest.update(part.encode())
+            for example in examples:
+                label = example.label
+                digest.update(example.ids.tobytes() + (
+                    label.tobytes() if isinstance(label, np.ndarray) else repr(label).encode()) + b"\n")
+        return digest.hexdigest()
 
 
 def load_task(task: Task, files: dict[str, str], tokenizer: ResidueTokenizer) -> TaskData:
@@ -69,7 +81,9 @@ def read_records(path: str, task: Task, tokenizer: ResidueTokenizer, needs_label
         for where, values in records_of(block):
             number += 1
             place = f"{block.source}: {where}"
-            ids = _ids(place, _under(place, values, task.sequence_keys, "sequence"), tokenizer)
+            # What is only read need not be of the kind that was learnt from: FASTA has a key of its own.
+            keys = task.sequence_keys if needs_label else (*task.sequence_keys, *SEQUENCE_KEYS)
+            ids = _ids(place, _under(place, values, keys, "sequence"), tokenizer)
             label = _under(place, values, task.label_keys, "label") if needs_label else None
             mask_key = present_key(task.mask_keys, values)
             name = values.get(DEFAULT_NAME_KEY)

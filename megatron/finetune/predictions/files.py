@@ -2,12 +2,9 @@
 
 import csv
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from megatron.checkpoint.newest import newest
 from megatron.config import Config
@@ -20,7 +17,7 @@ from megatron.finetune.data.labels import SEPARATOR, LabelSpace
 from megatron.finetune.data.tasks import CLASS, CLASSES, CONTACTS, NUMBER, NUMBERS
 from megatron.finetune.model import Described
 from megatron.finetune.predictions.collected import predictions, settings_of
-from megatron.infer.contacts.chains import LEAST_SEPARATION
+from megatron.infer.contacts.output import best_pairs
 from megatron.infer.pretrained import config_of, vocab_of
 from megatron.log import Log
 from megatron.parallel.mesh import Mesh
@@ -39,7 +36,8 @@ def predict(folder: str, file: str, output: str, precision: str, mesh: Mesh, log
     described = Described.read(Path(folder))
     checkpoint = newest(folder, mesh.world, log, with_optimizer=False)
     if checkpoint is None:
-        raise CheckpointError(f"{folder} holds no checkpoint; give what --save of tools/finetune.py named")
+        raise CheckpointError(f"{folder} holds no checkpoint, which a fine-tuning has at its end; give what --save of "
+                              "tools/finetune.py named")
     config = config_of(checkpoint, precision)
     vocab = vocab_of(checkpoint, config)
     proteins = read_proteins(file, described.task, ResidueTokenizer(vocab))
@@ -57,9 +55,9 @@ def predict(folder: str, file: str, output: str, precision: str, mesh: Mesh, log
 def _with_rows_for(proteins: list[Example], config: Config, mesh: Mesh) -> Config:
     """With rows that take the longest protein, where the model knows so many positions, and a row a rank at once."""
     longest = max(len(protein.ids) for protein in proteins) + config.data.num_ends
-    seq_length = config.data.seq_length or 0
-    if config.model.position_embedding_type != "learned_absolute":
-        seq_length = max(seq_length, longest)
+    if config.model.position_embedding_type == "learned_absolute":
+        longest = min(longest, config.model.max_position_embeddings)
+    seq_length = max(config.data.seq_length or 0, longest)
     return replace(config, data=replace(config.data, seq_length=seq_length),
                    training=replace(config.training, micro_batch_size=1, global_batch_size=mesh.data.size))
 
@@ -87,9 +85,9 @@ def _record(space: LabelSpace, value: Any) -> dict[str, Any]:
     if space.kind == NUMBERS:
         return {"prediction": [_rounded(one) for one in value]}
     if space.kind == CONTACTS:
-        pairs = list(_likeliest(value))
-        return {"prediction": [[i + 1, j + 1] for i, j in pairs],
-                "probabilities": [_rounded(value[i, j]) for i, j in pairs]}
+        pairs = best_pairs(value, None)
+        return {"prediction": [[i, j] for i, j, _ in pairs],
+                "probabilities": [_rounded(probability) for _, _, probability in pairs]}
     if space.kind in (CLASS, CLASSES):
         chosen = names[int(value.argmax())] if space.kind == CLASS else [
             name for name, probability in zip(names, value, strict=True) if probability >= 0.5]
@@ -98,13 +96,6 @@ def _record(space: LabelSpace, value: Any) -> dict[str, Any]:
     classes = [names[place] for place in value.argmax(1)]
     return {"prediction": "".join(classes) if all(len(name) == 1 for name in names) else classes,
             "probabilities": {name: [_rounded(one) for one in value[:, place]] for place, name in enumerate(names)}}
-
-
-def _likeliest(scores_rr: np.ndarray) -> Iterator[tuple[int, int]]:
-    """As many pairs of residues as there are residues, the likeliest first."""
-    first_p, second_p = np.triu_indices(len(scores_rr), LEAST_SEPARATION)
-    best = np.argsort(-scores_rr[first_p, second_p], kind="stable")[:len(scores_rr)]
-    return zip(first_p[best].tolist(), second_p[best].tolist(), strict=True)
 
 
 def _as_cell(prediction: Any) -> Any:

@@ -40,8 +40,8 @@ class Parts:
         if not any(self.folder.iterdir()):
             write_json(file, {"identity": identity})
         elif not is_of(file, identity):
-            raise OutputError(f"{self.folder} holds parts of other work (another input, checkpoint or flags); remove "
-                              "it, or choose another output")
+            raise OutputError(f"{self.folder} holds parts of other work (another input, checkpoint, kind of device "
+                              "or flags); remove it, or choose another output")
 
     def is_done(self, number: int) -> bool:
         """Whether that part is whole."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron.checkpoint.contact_head import contact_head_file
 from megatron.errors import ConfigError, OutputError
 from megatron.files import write_json
 from megatron.infer.answers import OF_LAYERS, Answer, Asked
@@ -34,7 +35,6 @@ LINE_EVERY_S = 30.0  # where no terminal shows a bar
 class Work:
     """What is to be embedded, how, and where to. `window`: residues of a window; None: every protein whole."""
 
-    checkpoint: str
     output: Path
     asked: Asked  # resolved
     window: int | None
@@ -43,7 +43,8 @@ class Work:
 
     def identity(self, pretrained: Pretrained, files: ProteinFiles) -> dict[str, Any]:
         """What two runs must share for one to go on where the other was killed; as JSON has it."""
-        return {"checkpoint": str(Path(self.checkpoint).absolute()), "iteration": pretrained.iteration,
+        head = contact_head_file(pretrained.path) if "contacts" in self.asked.include else None
+        return {**pretrained.identity, "contact head": head and head.is_file() and head.read_text(encoding="utf-8"),
                 "precision": asdict(pretrained.config.precision), **asdict(self.asked), "window": self.window,
                 "dtype": self.dtype, "inputs": files.identity()}
 
@@ -57,13 +58,17 @@ def embed(work: Work, pretrained: Pretrained, files: ProteinFiles, log: Log) -> 
             raise OutputError(f"{work.output} exists; remove it, or choose another output")
         log.line(f"{work.output} is whole: nothing to do")
         return
-    surveyed = survey(files, None if work.window else pretrained.max_residues)
+    surveyed = survey(files, pretrained.max_residues, work.window)
+    if "contacts" in work.asked.include and work.window and (surveyed.lengths_u > work.window).any():
+        raise ConfigError("contacts are between all residues of a protein, and some are longer than --window "
+                          f"{work.window}; leave one of the two out")
     config = pretrained.config.model
     numbers = len(work.asked.layers) * config.hidden_size + pretrained.vocab.size + 1024
-    ranges = surveyed.parts(4 * numbers, MOST_RESIDUES[mesh.device.type], MOST_BYTES)
+    most_residues = MOST_RESIDUES[mesh.device.type]
+    ranges = surveyed.parts(4 * numbers, most_residues, MOST_BYTES)
     parts = Parts(work.output.with_name(f"{work.output.name}.parts"), ranges, surveyed.lengths_u, work.asked)
     if mesh.world.rank == 0:
-        parts.begin(identity)
+        parts.begin({**identity, "residues a part": most_residues})
     _compute(work, pretrained, files, surveyed, parts, log)
     everyones(None, mesh.world)
     if mesh.world.rank == 0:
@@ -106,16 +111,14 @@ def ask_whole(pretrained: Pretrained, proteins: list[Protein], asked: Asked, win
               budget: int | None = None) -> list[Answer]:
     """The answer for each protein; of one that is longer than the window it is put together from several.
 
-    Of its windows each residue is told by the one in which it has the most around it; cls is the first's. Raises
-    ConfigError for contacts in windows, which do not see all pairs.
+    Of its windows each residue is told by the one in which it has the most around it; cls is the first's. Contacts,
+    of which windows do not see all, are not asked in windows.
     """
     windows = [windows_of(len(protein), window) for protein in proteins]
     if all(len(each) == 1 for each in windows):
         ids = [pretrained.between_ends(protein.residues, protein.name) for protein in proteins]
         return pretrained.ask_ids(ids, asked, budget)
-    if "contacts" in asked.include:
-        raise ConfigError("contacts are between all residues of a protein, and some are longer than --window "
-                          f"{window}; leave one of the two out")
+    assert "contacts" not in asked.include
     of_residues = tuple(dict.fromkeys("per_tok" if name == "mean" else name for name in asked.include))
     ids = [pretrained.between_ends(protein.residues[part.start:part.stop], protein.name)
            for protein, parts in zip(proteins, windows, strict=True) for part in parts]

@@ -32,11 +32,14 @@ class Survey:
         return [range(*ends) for ends in zip(starts, [*starts[1:], len(self.lengths_u)], strict=True)]
 
 
-def survey(proteins: Iterable[Protein], max_residues: int | None) -> Survey:
-    """Read them all once; raises DataError for two of one name, ConfigError for one with more than `max_residues`.
+def survey(proteins: Iterable[Protein], max_residues: int | None, window: int | None = None) -> Survey:
+    """Read them all once; raises DataError for two of one name.
 
+    ConfigError for one with more than `max_residues` where it is not to be read in windows, and for a window of more.
     Memory: some hundred bytes a distinct protein.
     """
+    if window is not None and max_residues is not None and window > max_residues:
+        raise ConfigError(f"--window is {window}, and the model knows the positions of {max_residues}; give no more")
     lengths, distinct = array("i"), array("q")
     known: dict[bytes, int] = {}
     names: dict[bytes, int] = {}
@@ -45,7 +48,7 @@ def survey(proteins: Iterable[Protein], max_residues: int | None) -> Survey:
         if first != number:
             raise DataError(f"proteins {first} and {number} both have the name {protein.name} (/ counts as _); "
                             "give each its own")
-        if max_residues is not None and len(protein) > max_residues:
+        if window is None and max_residues is not None and len(protein) > max_residues:
             raise ConfigError(f"protein {number}, {protein.name}, has {len(protein)} residues, and the model knows the "
                               f"positions of {max_residues}; give --window {max_residues}")
         place = known.setdefault(_digest(protein.residues.tobytes()), len(known))

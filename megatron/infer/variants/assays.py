@@ -55,7 +55,7 @@ def files_of(inputs: Sequence[Path], reference: Path | None) -> dict[str, Path]:
         found = sorted(each for each in path.iterdir() if each.name.endswith((".csv", ".csv.gz"))
                        and each != reference) if path.is_dir() else [path]
         if not found:
-            raise DataError(f"{path}: has no .csv; --input names files of variants, or a folder of them")
+            raise DataError(f"{path}: has no .csv; give files of variants, or a folder of them")
         for file in found:
             name = file.name.removesuffix(".gz").rsplit(".", 1)[0]
             if name in files:

@@ -28,7 +28,7 @@ class Record:
             self._held = _read(self._path)
             for name, value in settings.items():
                 if (there := self._held["settings"].get(name)) != value:
-                    raise ConfigError(f"--output {folder}: its scores are of {name} {there}, and {value} is asked for; "
+                    raise ConfigError(f"{folder}: its scores are of {name} {there}, and {value} is asked for; "
                                       "give another folder")
 
     def is_done(self, kind: str, name: str, identity: str) -> bool:
@@ -54,4 +54,4 @@ def _read(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
         return {name: dict(found[name]) for name in ("settings", ASSAYS, PROTEINS)}
     except (ValueError, KeyError, TypeError):
-        raise DataError(f"{path}: is no summary of scores; give another folder as --output") from None
+        raise DataError(f"{path}: is no summary of scores; give another folder") from None

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron.errors import DataError
+from megatron.infer.embed.survey import file_name
 from megatron.infer.pretrained import Pretrained
 from megatron.infer.spearman import spearman, spearman_interval
 from megatron.infer.variants.assays import Assay, read_assay
@@ -72,7 +73,7 @@ def _left(files: Mapping[str, Path], wild_types: WildTypes, way: Way, letters: C
     left = []
     for name, path in files.items():
         if path.resolve() == (record.folder / f"{name}.csv").resolve():
-            raise DataError(f"--output {record.folder}: {path} itself lies there; give another folder")
+            raise DataError(f"{record.folder}: {path} itself lies there; give another folder")
         assay = read_assay(name, path, wild_types, letters, way.offset)
         if way.column in assay.table.columns:
             raise DataError(f"{path}: line 1: has a column {way.column!r} already; --score-column names the new one")
@@ -101,7 +102,7 @@ def draw_proteins(pretrained: Pretrained, proteins: Mapping[str, str], way: Way,
 
     for name, protein in proteins.items():
         identity = hashlib.sha256(protein.encode()).hexdigest()
-        place = record.folder / name.replace("/", "_")
+        place = record.folder / file_name(name)
         table, picture = Path(f"{place}.substitutions.csv"), Path(f"{place}.substitutions.png")
         if record.is_done(PROTEINS, name, identity) and table.exists() and picture.exists():
             log.line(f"{name}: is done already in {record.folder}")

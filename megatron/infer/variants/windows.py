@@ -9,14 +9,14 @@ from megatron.infer.predictions import Copy
 from megatron.infer.pretrained import Pretrained
 
 
-def longest_window(pretrained: Pretrained, asked: int | None) -> int | None:
+def longest_window(pretrained: Pretrained, asked: int | None, flag: str = "--window") -> int | None:
     """The residues of a window: what is asked for, else what the model's positions allow; None: any number.
 
     Raises ConfigError where the model has not got so many positions.
     """
     limit = pretrained.max_residues
     if asked is not None and (asked < 1 or (limit is not None and asked > limit)):
-        raise ConfigError(f"--window is {asked}; it must be 1 or greater" +
+        raise ConfigError(f"{flag} is {asked}; it must be 1 or greater" +
                           ("" if limit is None else f", and at most {limit}, whose positions the model knows"))
     return limit if asked is None else asked
 

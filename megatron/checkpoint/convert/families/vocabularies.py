@@ -15,6 +15,8 @@ FILE = "vocab.txt"
 def vocabulary_in(folder: Path, usual: str, num_rows: int, mask_id: Any) -> dict[str, Any]:
     """What a checkpoint's state says of it: "config" (its flag), "vocabulary" (its identity), "notes".
 
+    Where nothing tells which it is "lacks_vocabulary" in place of the second.
+
     `usual`: the family's name whose vocabulary a folder without vocab.txt has, if it has as many tokens; `mask_id`: of
     the mask, where the configuration says it. Raises CheckpointError where the tokens are no vocabulary of proteins,
     are more than `num_rows`, or have another mask.
@@ -29,8 +31,8 @@ def vocabulary_in(folder: Path, usual: str, num_rows: int, mask_id: Any) -> dict
     name = next((name for name in VOCABULARIES if Vocab.from_file(name).tokens == vocab.tokens), str(path.absolute()))
     if not path.exists():
         if vocab.size != num_rows:
-            return {"config": {}, "notes": [f"there is no {FILE} in it: --vocab-file has to name its {num_rows} "
-                                            "tokens"]}
+            note = f"there is no {FILE} in it: --vocab-file has to name its {num_rows} tokens"
+            return {"config": {}, "lacks_vocabulary": True, "notes": [note]}
         notes = [f"there is no {FILE} in it: its {num_rows} tokens are taken to be those of {usual}"]
     if vocab.size > num_rows:
         raise CheckpointError(f"{path}: has {vocab.size} tokens, but the model has {num_rows} rows for them; copy both "
