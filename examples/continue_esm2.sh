@@ -5,7 +5,8 @@
 #     bash examples/continue_esm2.sh MODEL PROTEINS OUT_FOLDER [any flag of pretrain_tape.py]
 #
 #     MODEL        a folder of transformers (ESM-2, ESM-1b, ProtBERT, what this script wrote), or a .pt of fair-esm
-#     PROTEINS     a file of proteins: FASTA, or whatever else tools/preprocess_data.py reads, compressed or not
+#     PROTEINS     a file of proteins: FASTA, one protein a line, or a table or JSON with them under `text`, compressed
+#                  or not
 #     OUT_FOLDER   gets model (for transformers, written anew at each end), run (checkpoints, metrics, loss curves), data
 #
 # Stopped (Ctrl-C, or SIGTERM, on which it saves) or killed, run the same again and it goes on. What can be set from

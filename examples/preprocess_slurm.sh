@@ -20,7 +20,7 @@
 #                 that failed, once their cause is mended: TASKS=3,7 and the same command
 #
 # sbatch's own options go by its variables, such as SBATCH_PARTITION and SBATCH_TIMELIMIT. A task whose machine fails is
-# queued again, and goes on with what its files had.
+# queued again, and begins its files anew, or with --shards goes on behind the last shard.
 set -euo pipefail
 
 # What a job of this script does, its first argument; none where it is called to queue them, be it from within a job.

@@ -63,8 +63,8 @@ check_machines() {
 
 if [ -n "${SLURM_JOB_NODELIST-}" ]; then check_machines; fi
 
-# A path whose content changes as the run saves; none where only a file of flags says where it saves.
-pointer=${checkpoint_path:+$checkpoint_path/latest_checkpointed_iteration.txt}
+# A path whose content changes as the run saves.
+pointer=$checkpoint_path/latest_checkpointed_iteration.txt
 saved() { if [ -e "$pointer" ]; then cat "$pointer"; fi; }
 before=$(saved) status=0
 # On SIGTERM srun ends its tasks by force; SIGUSR1 it passes on.
@@ -72,7 +72,7 @@ run_until_asked USR1 srun --kill-on-bad-exit=1 "$python" "$root/pretrain_tape.py
 why=''
 if [ "$asked" = USR1 ] && [ "$status" -eq 0 ]; then why="the time is up"; fi
 if [ -z "$asked" ] && { [ "$status" -eq 1 ] || [ "$status" -gt 128 ]; }; then why="a task has failed"; fi
-if [ -n "$why" ] && { [ "$(saved)" != "$before" ] || { [ -z "$pointer" ] && [ -n "$asked" ]; }; }; then
+if [ -n "$why" ] && [ "$(saved)" != "$before" ]; then
     echo "$why: job $SLURM_JOB_ID is queued again, and goes on from its last checkpoint"
     scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -23,7 +23,8 @@ check_numbers() {
 share_cores() {
     if [ "$num_gpus" -eq 0 ] && [ -z "${OMP_NUM_THREADS-}" ]; then
         # Left alone, each process would take all cores, and they would hinder each other.
-        OMP_NUM_THREADS=$("$python" -c 'import os, sys; print(max(1, os.cpu_count() // int(sys.argv[1])))' "$1")
+        OMP_NUM_THREADS=$("$python" -c 'import os, sys; print(max(1, len(os.sched_getaffinity(0)) // int(sys.argv[1])))' \
+            "$1")
     fi
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 }

@@ -91,8 +91,7 @@ def limits(asked: Asked) -> Iterator[Finding]:
 
 def environment(asked: Asked) -> Iterator[Finding]:
     """What examples/setup.sh sets for speed and this shell lacks, and what is set that changes how a run goes."""
-    wanted = re.findall(r"^export (\w+)=\$\{\1:-(.+)\}$", (ROOT / "examples/setup.sh").read_text(encoding="utf-8"),
-                        re.MULTILINE)
+    wanted = re.findall(r"^export (\w+)=\$\{\1:-(.+)\}$", _read(ROOT / "examples/setup.sh"), re.MULTILINE)
     for name, value in wanted:
         if name not in os.environ:
             yield Finding(NOTE, f"{name} is not set: on a CPU steps take longer (the scripts of examples/ set it)",

@@ -1,4 +1,7 @@
-"""Python, packages, compiled helpers, the compiler. What is needed, and for what, is read from setup.py."""
+"""Python, packages, compiled helpers, the compiler. What is needed, and for what, is read from setup.py.
+
+Where the project is installed there is none: then it is what the installed package says.
+"""
 
 import ast
 import importlib
@@ -12,11 +15,14 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from megatron.doctor.finding import NOTE, OK, ROOT, WRONG, Asked, Finding
 
+HELPERS = ("megatron.data.rows._packing", "megatron.kernels.pointwise._pointwise",
+           "megatron.kernels.attention._packed_attention")  # as setup.py compiles them
+_PACKAGE = "proteinlm-pretrain"
 BUILD = "pip install pybind11 setuptools && python setup.py build_ext --inplace"
 _OLDEST, _NEWEST_TRIED = (3, 10), (3, 14)
 # Which setup.py does not ask for, as they are large, need a GPU, or are called by the user alone.
@@ -27,22 +33,33 @@ _OTHERS = {"optuna": "tools/sweep.py --sampler optuna", "wandb": "--logger wandb
 
 @dataclass(frozen=True)
 class Needs:
-    """What setup.py says: requirements, extras with what each is for, and the modules that it compiles."""
+    """What setup.py says: requirements, and extras with what each is for."""
 
     required: list[str]
     extras: dict[str, tuple[list[str], str]]
-    helpers: list[str]
 
 
 def needs(setup: Path = ROOT / "setup.py") -> Needs:
-    """Read from setup.py, without running it."""
+    """Read from setup.py, without running it, or where there is none from the installed package."""
+    if not setup.is_file():
+        return _of_the_package()
     text = setup.read_text(encoding="utf-8")
     values = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(text).body
               if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)}
     purposes = dict(re.findall(r'^\s+"(\w+)": \[.*\],\s+# (.*)$', text, re.MULTILINE))
     here = [requirement.partition(";")[0].strip() for requirement in values["REQUIRED"] if _is_for_here(requirement)]
-    return Needs(here, {name: (what, purposes.get(name, "")) for name, what in values["EXTRAS"].items()},
-                 re.findall(r'Pybind11Extension\(\s*"([\w.]+)"', text))
+    return Needs(here, {name: (what, purposes.get(name, "")) for name, what in values["EXTRAS"].items()})
+
+
+def _of_the_package() -> Needs:
+    found = Needs([], {})
+    for line in requires(_PACKAGE) or ():
+        requirement, extra = line.partition(";")[0].strip(), re.search(r"""extra\s*==\s*['"](\w+)""", line)
+        if extra:
+            found.extras.setdefault(extra[1], ([], "an extra of this project"))[0].append(requirement)
+        elif _is_for_here(line):
+            found.required.append(requirement)
+    return found
 
 
 def _is_for_here(requirement: str) -> bool:
@@ -105,7 +122,7 @@ def torch_loads(asked: Asked) -> Iterator[Finding]:
 
 def compiled_helpers(asked: Asked) -> Iterator[Finding]:
     """Whether each helper is built, newer than its sources, and can be loaded; without one its Python twin works."""
-    for module in needs().helpers:
+    for module in HELPERS:
         folder, name = ROOT.joinpath(*module.split(".")[:-1]), module.split(".")[-1]
         built = next((path for suffix in EXTENSION_SUFFIXES if (path := folder / f"{name}{suffix}").is_file()), None)
         if built is None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from megatron.errors import ConfigError
+from megatron.errors import ConfigError, DivergedError
 from megatron.log import in_time
 from megatron.study.curves import METRICS, kinds_of, read_curve
 from megatron.study.record import BEGUN, FAILED, FINISHED, NOT_FINITE, STOPPED, Record, Result, has_checkpoint
@@ -123,7 +123,7 @@ class Sweep:
             result = replace(result, outcome=FINISHED if result.loss is not None else NOT_FINITE)
         elif exit_status == 0 and running.outcome is not None:
             result = replace(result, outcome=running.outcome)
-        elif exit_status == 2 and self._has_diverged(result):
+        elif exit_status == DivergedError.exit_status:
             result = replace(result, outcome=NOT_FINITE)
         else:
             result = replace(result, outcome=FAILED, note=f"exit status {exit_status}: {said}")
@@ -142,13 +142,6 @@ class Sweep:
                         "residues": last[0].get("consumed_residues"), "seconds": last[0].get("training_s"),
                         "flops": last[0].get("consumed_flops")}
         return {}
-
-    def _has_diverged(self, result: Result) -> bool:
-        """Whether no step of the last log interval was taken: then the program ends as for a mistake of the user's."""
-        with suppress(ConfigError):
-            last = kinds_of(self._record.folder / result.trial).get("train", [])[-1:]
-            return bool(last) and last[0].get("skipped_iterations", 0) > 0
-        return False
 
     def _has_grown(self, running: _Running) -> bool:
         metrics = self._record.folder / running.result.trial / METRICS

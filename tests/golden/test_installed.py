@@ -53,6 +53,12 @@ def test_there_is_a_command_for_each_program(installed):
     assert {f"proteinlm-{name}" for name in names | {"pretrain", "preprocess"}} == commands(installed).keys()
 
 
+def test_the_doctor_examines_what_is_installed(installed, tmp_path, python):
+    done = run(python, installed, tmp_path, "proteinlm-doctor", "--save", tmp_path)
+    assert "could not be found out" not in done.stdout, done.stdout
+    assert "needed and there: torch " in done.stdout and "_packing is not built" in done.stdout
+
+
 def test_commands_take_proteins_from_a_file_to_a_model_and_to_embeddings(installed, tmp_path, python):
     (tmp_path / "mine.fasta").write_text("".join(f">p{number}\n{'MKTAYIAKQR' * 3}\n" for number in range(40)))
     done = [

@@ -215,6 +215,24 @@ def test_one_command_preprocesses_a_list_of_files_as_an_array_and_leaves_the_lis
     assert refused.returncode == 2 and f"error: {parts[1]}, which" in refused.stderr
 
 
+@pytest.mark.parametrize(("arguments", "flags"), [
+    ([], ["--save", "ROOT/runs/demo", "--load", "ROOT/runs/demo"]),
+    (["--save", "mine"], ["--save", "mine", "--load", "mine"]),
+    (["--save=mine", "--load=theirs"], ["--save", "mine"]),
+    (["--load", "theirs"], ["--save", "ROOT/runs/demo"]),
+    (["--config", "a b.toml"], ["--save", "ROOT/runs/a b", "--load", "ROOT/runs/a b"])])
+def test_a_folder_that_the_arguments_name_takes_the_place_of_the_scripts_own(tmp_path, python, arguments, flags):
+    (tmp_path / "a b.toml").write_text("train_iters = 3\n")
+    script = (f"set -euo pipefail; source {ROOT}/examples/pretraining.sh; echo; printf '%s\n' \"${{flags[@]}}\" "
+              '"at $checkpoint_path"')
+    done = subprocess.run(["bash", "-c", script, "bash", *arguments], cwd=tmp_path, text=True, capture_output=True,
+                          env=os.environ | {"PYTHON": python, "PRESET": "", "CHECKPOINT_PATH": "", "DATA_PATH": "x"})
+    assert done.returncode == 0, done.stderr
+    expected = [word.replace("ROOT", str(ROOT)) for word in flags]
+    said = done.stdout.splitlines()
+    assert said[said.index("--save"):-1] == expected and said[-1] == f"at {expected[1]}"
+
+
 def test_where_the_checkout_cannot_be_written_the_script_says_what_to_give(tmp_path, python):
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     (tmp_path / "runs").touch()  # no folder can be made of it, whoever asks

@@ -48,7 +48,18 @@ def test_what_is_needed_is_what_setup_py_asks_for(monkeypatch):
     assert needs.required == for_here
     assert {name: what for name, (what, _) in needs.extras.items()} == asked["extras_require"]
     assert all(purpose for _, purpose in needs.extras.values())
-    assert needs.helpers == [extension.name for extension in asked["ext_modules"]]
+    assert [*software.HELPERS] == [extension.name for extension in asked["ext_modules"]]
+
+
+def test_without_setup_py_it_is_what_the_installed_package_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(software, "requires", lambda name: [
+        "torch>=2.11", "tomli>=2.0; python_version < '3.11'", 'h5py>=3.8; extra == "hdf5"'] if name == (
+        "proteinlm-pretrain") else None)
+    monkeypatch.setattr(sys, "version_info", (3, 12, 0))
+    needs = software.needs(tmp_path / "setup.py")
+    assert needs.required == ["torch>=2.11"] and needs.extras["hdf5"][0] == ["h5py>=3.8"]
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    assert not [finding for finding in machine.environment(None) if "is not set" in finding.text]
 
 
 @pytest.mark.parametrize(("there", "requirement", "fault"), [
@@ -61,7 +72,7 @@ def test_versions_are_compared_by_their_numbers(monkeypatch, there, requirement,
 
 
 def test_a_missing_package_is_wrong_where_it_is_needed_and_a_note_where_some_need_it(monkeypatch):
-    wanted = software.Needs(["no-such-a>=1"], {"extra": (["no-such-b>=2"], "for b")}, [])
+    wanted = software.Needs(["no-such-a>=1"], {"extra": (["no-such-b>=2"], "for b")})
     monkeypatch.setattr(software, "needs", lambda: wanted)
     monkeypatch.setattr(software, "_NEWEST_TRIED", sys.version_info[:2])
     findings = list(software.python_and_packages(Asked(Path())))
@@ -72,7 +83,7 @@ def test_a_missing_package_is_wrong_where_it_is_needed_and_a_note_where_some_nee
 
 def test_helpers_that_are_missing_stale_or_broken_are_told(tmp_path, monkeypatch):
     monkeypatch.setattr(software, "ROOT", tmp_path)
-    monkeypatch.setattr(software, "needs", lambda: software.Needs([], {}, ["kernels._none", "kernels._broken"]))
+    monkeypatch.setattr(software, "HELPERS", ("kernels._none", "kernels._broken"))
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "kernels").mkdir()
     built = tmp_path / "kernels" / f"_broken{sysconfig.get_config_var('EXT_SUFFIX')}"

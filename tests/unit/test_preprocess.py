@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from megatron.data.corpus.indexed import open_indexed
+from megatron.data.corpus.origin import statistics_of
 from megatron.data.corpus.tokenizer import build_tokenizer
 from megatron.data.corpus.vocab import DEFAULT_VOCAB, Vocab
 from tests.unit.protein_files import documents, outputs, run, tool, write_json
@@ -238,6 +239,36 @@ def test_a_run_with_shards_goes_on_behind_its_last_shard(tmp_path, many, monkeyp
     resumed = json.loads((tmp_path / "out.stats.json").read_text())
     assert resumed["outputs"] == stats["outputs"]
     assert resumed["inputs"] == stats["inputs"]
+
+
+def test_shards_over_which_another_run_has_written_are_not_taken_up(tmp_path, many, monkeypatch, capsys):
+    from megatron.data.preprocess import run as module
+
+    first, second = many, write_json(tmp_path / "other.json", ["MKV" * 200] * 3000)
+    run(tmp_path, first)
+    expected = outputs(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(module._Preprocessing, "_finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(module.IndexedWriter, "discard", module.IndexedWriter.close)  # as where it is killed
+        for source, shards in ((first, 3), (second, 1)):
+            with pytest.raises(KeyboardInterrupt):
+                run(tmp_path, source, shards=shards)
+    capsys.readouterr()
+    run(tmp_path, first, shards=3)
+    assert "going on" not in capsys.readouterr().err and outputs(tmp_path) == expected
+
+
+def test_statistics_of_other_outputs_stay(tmp_path):
+    source = write_json(tmp_path / "in.json", ["MKV", "MA"])
+    run(tmp_path, source, split_sentences=True)
+    run(tmp_path, source)
+    assert {path.name for path in tmp_path.glob("*.stats.json")} == {"out.stats.json", "out_text_sentence.stats.json"}
+    for level in ("document", "sentence"):
+        path, stats = statistics_of(str(tmp_path / f"out_text_{level}"))
+        assert [file["path"].rpartition("_")[2] for file in stats["outputs"]["text"]["files"]] == [
+            f"{level}.bin", f"{level}.idx"]
+    run(tmp_path, source, split_sentences=True)
+    assert {path.name for path in tmp_path.glob("*.stats.json")} == {"out.stats.json", "out_text_document.stats.json"}
 
 
 def test_shards_of_a_changed_input_are_not_taken_up(tmp_path, many, monkeypatch, capsys):

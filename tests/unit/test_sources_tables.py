@@ -16,6 +16,7 @@ from tests.unit.protein_files import damaged, ids_of
     (b'"text"\n"MKV"\n"M"\n', ["MKV", "M"]),
     (b"text\nMKV\n\nM", ["MKV", "M"]),
     (b'\xef\xbb\xbfn\ttext\r\n5"-end\tMKV\r\n\r\n"q"\t"M"\r\n', ["MKV", "M"]),
+    (b"\tn\ttext\n0\ta\tMKV\n1\tb\tM\n", ["MKV", "M"]), (b"\n\ttext\nABL\tMKV\nL\tM\n", ["MKV", "M"]),
     (b"text,n\n,1\nM K V*,2\nm-k.,\xe9\n", ["", "MKV", "MK"]),
     (b"id,text\nP1," + b"A" * 200_000 + b"\nP2,M\n", ["A" * 200_000, "M"])])
 def test_a_named_column_is_read(tmp_path, monkeypatch, data, proteins):

@@ -34,12 +34,16 @@ parser = argparse.ArgumentParser()
 for name in ("lr", "save", "load", "train-iters", "seed"):
     parser.add_argument(f"--{name}")
 parser.add_argument("--sgd-momentum", type=float, default=0)  # from this rate on a trial waits at step 20 for its end
+parser.add_argument("--clip-grad", type=float, default=1)  # above 1 a trial diverges
 given, rest = parser.parse_known_args()
 print(f"threads={os.environ.get('OMP_NUM_THREADS')}", *sys.argv[1:], flush=True)
 if given.seed == "13":
     sys.exit("error: unlucky") if given.lr == "1" else None
     print("error: no such thing")
     sys.exit(2)
+if given.clip_grad > 1:
+    print("error: the gradients were not finite", file=sys.stderr)
+    sys.exit(3)
 folder, asked = Path(given.save), []
 signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
 done = max((int(place.name[5:]) for place in folder.glob("iter_*")), default=0)
@@ -119,6 +123,13 @@ def test_what_is_done_is_not_run_again_and_a_longer_list_adds_to_it(sweep):
     _, wider, _ = sweep("--vary", "lr", "1e-4", "1e-3", "1e-2")
     assert begun(wider) == ["lr=1e-2"] and wider[0].startswith("trial 3 of 3: ")
     assert wider[-1] == "best: --lr 1e-3" and not any("widen" in line for line in wider)
+
+
+def test_a_trial_that_diverges_is_not_finite_and_is_not_tried_again(sweep):
+    own = ("--vary", "clip-grad", "1", "2")
+    status, lines, _ = sweep(*own, base=(*BASE, "--lr", "1e-3"))
+    assert status == 0 and [result["outcome"] for result in results().values()] == ["finished", "not finite"]
+    assert begun(sweep(*own, base=(*BASE, "--lr", "1e-3"))[1]) == []
 
 
 def test_a_trial_worse_than_the_median_of_the_others_is_stopped_and_stays_so(sweep):

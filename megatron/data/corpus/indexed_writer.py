@@ -21,6 +21,7 @@ from megatron.files import sync
 
 _CHUNK_ITEMS = 1 << 20
 _SPOOLS = ("bin", "sizes", "documents", "names")
+PROGRESS_FILE = "progress.json"  # in the folder, of whoever may go on later: what it has committed
 
 
 class IndexedWriter:
@@ -41,6 +42,8 @@ class IndexedWriter:
         except OSError as error:
             raise DataError(f"{self.folder}: cannot make this folder for the output ({error.strerror})") from None
         self._lock = _take_lock(self.folder)
+        if resume_at is None:  # or an earlier run would go on with what is written here now
+            (self.folder / PROGRESS_FILE).unlink(missing_ok=True)
         self._spools = [_open_spool(self.folder / name, length)
                         for name, length in zip(_SPOOLS, resume_at or (0,) * len(_SPOOLS), strict=True)]
         self._bin, self._sizes, self._documents, self._names = self._spools

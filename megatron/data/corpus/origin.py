@@ -1,6 +1,7 @@
 """Which vocabulary gave an indexed dataset its ids, and what they are in that of the model."""
 
 import json
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 from megatron.data.corpus.indexed import IndexedDataset
 from megatron.data.corpus.vocab import DEFAULT_VOCAB, RESIDUE_LETTERS, Vocab, lacking
 from megatron.errors import DataError
+from megatron.files import write_json
 
 _SAMPLES, _SAMPLE_TOKENS = 64, 2048
 
@@ -72,6 +74,18 @@ def statistics_of(prefix: str) -> tuple[Path, dict[str, Any]] | None:
         if "_" not in Path(stem).name:
             return None
         stem = stem.rpartition("_")[0]  # a key may have underscores too
+
+
+def keep_of_others(path: Path, names: Collection[str]) -> None:
+    """Before a file of statistics is replaced: each output that it tells of, is there still and none of the .bin
+    `names`, gets one of its own, PREFIX_KEY_LEVEL.stats.json."""
+    stats = _read(path)
+    with suppress(KeyError, TypeError, AttributeError):
+        for key, output in stats["outputs"].items():
+            (name,) = (file.name for file in (Path(file["path"]) for file in output["files"]) if file.suffix == ".bin")
+            if name not in names and (path.parent / name).exists():
+                own = path.with_name(f"{name.removesuffix('.bin')}.stats.json")
+                write_json(own, {**stats, "outputs": {key: output}})
 
 
 def _tokens_of_statistics(prefix: str) -> list[str] | None:

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron.data.corpus.indexed_writer import IndexedWriter
-from megatron.data.corpus.origin import statistics_of
+from megatron.data.corpus.indexed_writer import PROGRESS_FILE, IndexedWriter
+from megatron.data.corpus.origin import keep_of_others, statistics_of
 from megatron.data.corpus.tokenizer import build_tokenizer
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.preprocess.duplicates import SeenDigests
@@ -34,7 +34,6 @@ from megatron.errors import DataError
 from megatron.files import left_over, sha256, write_json
 
 VERSION = 1
-_PROGRESS_FILE = "progress.json"
 _DIGESTS_FILE = "digests"
 
 
@@ -184,7 +183,8 @@ class _Preprocessing:
             "written": [writer.commit() for writer in self.writers],
             "digests": [_synced_size(folder / _DIGESTS_FILE) for folder in folders] if self.seen else [],
         }
-        write_json(folders[0] / _PROGRESS_FILE, state)
+        for folder in folders:  # each may be another run's by the time that this one goes on
+            write_json(folder / PROGRESS_FILE, state)
 
     def _finish(self) -> dict[str, Any]:
         for key, tally in zip(self.config.json_keys, self.tallies, strict=True):
@@ -203,6 +203,7 @@ class _Preprocessing:
         if not self.writers:
             return stats
         stats_path = Path(f"{self.config.output_prefix}.stats.json")
+        keep_of_others(stats_path, {Path(f"{writer.prefix}.bin").name for writer in self.writers})
         for old in (stats_path, *left_over(stats_path)):
             old.unlink(missing_ok=True)
         for writer, output in zip(self.writers, outputs.values(), strict=True):
@@ -229,13 +230,19 @@ def _endings(with_names: bool) -> tuple[str, ...]:
 
 
 def _saved_progress(folders: list[Path], identity: list[Any]) -> dict[str, Any] | None:
-    """What a killed run of the same identity has committed, if it was not yet moving it into place."""
+    """What a killed run of the same identity has committed, if it was not yet moving it into place.
+
+    Where it died between two of the folders it is what both know: more than that was on the disk before.
+    """
     try:
-        saved = json.loads((folders[0] / _PROGRESS_FILE).read_text())
+        saved = [json.loads((folder / PROGRESS_FILE).read_text()) for folder in folders]
     except (OSError, ValueError):
         return None
-    same = identity and saved.get("identity") == json.loads(json.dumps(identity))
-    return saved if same and all((folder / "bin").exists() for folder in folders) else None
+    is_same = identity and all(each.get("identity") == json.loads(json.dumps(identity)) for each in saved)
+    if not is_same or not all((folder / "bin").exists() for folder in folders):
+        return None
+    least: dict[str, Any] = min(saved, key=lambda each: each["shards"])
+    return least
 
 
 def _synced_size(path: Path) -> int:

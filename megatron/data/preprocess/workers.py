@@ -34,15 +34,14 @@ def encoded_blocks(encoding: Encoding, blocks: Iterator[tuple[_Mark, RecordBlock
                 yield _result(*pending.popleft())
         while pending:
             yield _result(*pending.popleft())
+    except BrokenProcessPool:  # of a result, or of a block that is handed on
+        raise DataError("a worker process died, perhaps for want of memory; fewer --workers need less") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _result(mark: _Mark, future: Future[list[EncodedDocuments]]) -> tuple[_Mark, list[EncodedDocuments]]:
-    try:
-        return mark, future.result()
-    except BrokenProcessPool:
-        raise DataError("a worker process died, perhaps for want of memory; fewer --workers need less") from None
+    return mark, future.result()
 
 
 def _start_worker() -> None:

@@ -21,6 +21,7 @@ from megatron.data.rows.packing import order_hashes
 from megatron.errors import DataError
 
 CHUNK_LINES = 1 << 20
+_READING_S = 3e-7  # a byte, several times what it takes
 # Which of the fields by `|` of a name MMseqs2 takes for it (its Util::parseFastaHeader), by the first of them.
 _FIELD_OF_NAME = {b"cl": 1, b"sp": 1, b"tr": 1, b"gb": 1, b"ref": 1, b"pdb": 1, b"bbs": 1, b"lcl": 1, b"pir": 1,
                   b"prf": 1, b"gnl": 2, b"pat": 2, b"gi": 3}
@@ -67,7 +68,7 @@ def cluster_documents(cluster_file: str, indexed: Corpus, cache_folder: Path) ->
     state = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in sources]
     digest = hashlib.blake2b(json.dumps([indexed.identity, state]).encode(), digest_size=12).hexdigest()
     kept = cache_folder / f"{Path(indexed.prefix).name}-clusters-{digest}.npz"
-    with locked(kept.with_suffix(".lock")):
+    with locked(kept.with_suffix(".lock"), _READING_S * sum(path.stat().st_size for path in sources)):
         clusters = _load(kept, indexed.num_documents)
         if clusters is None:
             try:

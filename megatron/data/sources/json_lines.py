@@ -1,15 +1,15 @@
 """Writes proteins of any readable kind as loose JSON, one `{"text": "MKV…"}` a line."""
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megatron.config.command_line import OneLineParser
 from megatron.data.sources.source import expand, texts_of
 from megatron.errors import DataError
 from megatron.files import replacing
-from megatron.log import take_any_text
+from megatron.log import exit_status
 
 _WHITE_SPACE = b" \t\n\r\v\f"
 
@@ -31,18 +31,15 @@ def convert(patterns: Sequence[str], output: str, kind: str) -> int:
 
 def main(kind: str, description: str) -> int:
     """The command line of one conversion; returns the exit status."""
-    take_any_text()
-    parser = argparse.ArgumentParser(description=description)
+    parser = OneLineParser(description=description)
     parser.add_argument("input", nargs="+", help="files, plain, gzip or zstd; - is standard input")
     parser.add_argument("output", help="file of JSON lines; - is standard output")
-    arguments = parser.parse_args()
-    try:
-        count = convert(arguments.input, arguments.output, kind)
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{count} proteins", file=sys.stderr)
-    return 0
+
+    def work() -> None:
+        given = parser.parse_args()
+        print(f"{convert(given.input, given.output, kind)} proteins", file=sys.stderr)
+
+    return exit_status(work)
 
 
 def _lines(patterns: Sequence[str], kind: str) -> Iterator[list[bytes]]:

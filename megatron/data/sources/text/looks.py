@@ -24,7 +24,8 @@ _QUOTED = re.compile(rb'"[^",;\t]+"')
 def delimiter_of(head: bytes) -> bytes | None:
     """What parts the columns of CSV or TSV, if the text is that; a comma for a lone column with a name."""
     first, *others = [line for line in head.split(b"\n") if line.strip()][:3]
-    if _ONLY_HEADER.fullmatch(first.strip()) or _QUOTED.fullmatch(first.strip()):
+    is_lone = b"\t" not in b"".join([first, *others[:1]])
+    if is_lone and (_ONLY_HEADER.fullmatch(first.strip()) or _QUOTED.fullmatch(first.strip())):
         return b","
     if _CONTROLS.search(first.replace(b"\t", b"")):
         return None

@@ -50,9 +50,12 @@ def line_blocks(contents: Contents, kind: str, separator: bytes = b"\n",
 
 
 def skip_blank_lines(contents: Contents) -> None:
-    """Go to the next byte that is not blank; `contents` then begins there."""
+    """Go to the next byte that is not blank, or to the tabs before it, which may part columns; `contents` then begins
+    there."""
     while head := contents.chunks.peek(_BLANK_BYTES):
         size = len(head) - len(head.lstrip())
+        if size < len(head) and head[size] not in b">{[;#":
+            size = len(head[:size].rstrip(b"\t"))
         contents.line += head.count(b"\n", 0, size)
         contents.chunks.skip(size)
         if size < len(head):
