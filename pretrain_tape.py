@@ -49,9 +49,9 @@ def main(argv: Sequence[str]) -> int:
         requests = StopRequests(config.training.exit_duration_in_mins)
         check_launch(launch)
         _check_sizes(config, launch)
-    except UserError as error:
+    except (UserError, OSError) as error:
         # The other ranks have the same flags, and those of this host the same environment and files.
-        is_of_host = isinstance(error, LaunchError | ConfigFileError)
+        is_of_host = isinstance(error, LaunchError | ConfigFileError | OSError)
         if launch.speaks_for_host() if is_of_host else launch.speaks():
             print(f"error: {error}", file=sys.stderr)
         return 2

@@ -4,8 +4,8 @@
 
 All flags of pretrain_tape.py are accepted beside this tool's own. What they settle of a layout is kept; the rest is
 tried: tensor, pipeline and, if nothing fits without, context parallelism, schedules, sharding, recomputation, rows of a
-micro-batch. Memory and messages are put together from what the model's pieces show on fake tensors, and tests compare
-them with whole dry runs; times are estimates.
+micro-batch. Memory and messages are put together from what the model's pieces show on tensors without values, and tests
+compare them with whole dry runs; times are estimates.
 """
 
 import argparse

@@ -23,8 +23,8 @@ class GuardsConfig:
         choices=("warn", "skip", "rewind"), changes="course", common=True)
     spike_threshold: float = flag(10.0, "what far is, in robust standard deviations of the last 128 steps", kind=float,
                                   check=positive, changes="course")
-    most_spikes: int = flag(3, "end the run where --on-spike has skipped so many steps in a row, or would go back more "
-                            "often", kind=int, check=positive, changes="nothing")
+    most_spikes: int = flag(3, "end the run where so many steps in a row are not taken, or --on-spike would go back "
+                            "more often", kind=int, check=positive, changes="nothing")
     leave_out_samples: tuple[str, ...] = flag(
         None, "FIRST-STOP …: rows of the training data that are left out, by their number from 0; the second is the "
         "one behind", nargs="+", check=_windows, changes="samples")

@@ -50,6 +50,11 @@ class OptimizerConfig:
         """Whether matrices are stepped by Muon, or by NorMuon, which goes on from it."""
         return self.optimizer in ("muon", "normuon")
 
+    @property
+    def has_state(self) -> bool:
+        """Whether it keeps anything from step to step: SGD without momentum does not."""
+        return self.optimizer != "sgd" or self.sgd_momentum > 0
+
     def filled(self) -> "OptimizerConfig":
         """With the learning rates that follow from the optimizer; raises ConfigError where it has no use for one."""
         if self.cautious_weight_decay and (self.optimizer == "sgd" or self.optimizer_backend != "torch"):

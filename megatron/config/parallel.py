@@ -30,8 +30,9 @@ class ParallelConfig:
         "none", "what data-parallel ranks share out instead of repeating: optimizer state; and gradients; and "
         "parameters", choices=("none", "optimizer", "gradients", "parameters"), common=True)
     use_distributed_optimizer: bool = flag(False, "Megatron's name of --data-parallel-sharding optimizer")
-    shard_within: int = flag(None, "share out inside groups of this many neighbouring data-parallel ranks (those of a "
-                             "node) and repeat across them (default: all)", kind=int, check=positive)
+    shard_within: int = flag(None, "share out inside groups of this many neighbouring data-parallel ranks (a node's "
+                             "GPUs over the tensor size) and repeat across them (default: all)", kind=int,
+                             check=positive)
     distributed_backend: str = flag(None, "collectives (default: nccl on GPUs, gloo on CPUs)",
                                     choices=("nccl", "gloo"))
     DDP_impl: str = flag("local", "torch: gradients are reduced while the backward pass runs; local: after it",

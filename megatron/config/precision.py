@@ -37,4 +37,4 @@ class PrecisionConfig:
                                       choices=("max", "most_recent"), changes="course")
     fp8_margin: int = flag(0, "by how many powers of two it scales for larger numbers than these", kind=int,
                            check=not_negative, changes="course")
-    fp16_lm_cross_entropy: bool = flag(False, "cross entropy in fp16 instead of fp32", changes="course")
+    fp16_lm_cross_entropy: bool = flag(False, "the cross entropy of a residue rounded to fp16", changes="course")

@@ -36,7 +36,7 @@ class TrainingConfig:
                                 "installed beside it, the third for Hopper or the fourth",
                                 choices=("FA2", "FA3", "FA4"), changes="nothing")
     cuda_graph: bool = flag(False, "on GPUs, capture a micro-batch's passes and the update as CUDA graphs, and launch "
-                            "these (one pipeline stage, nothing shared out)", changes="nothing")
+                            "these (one pipeline stage, nothing shared out, no Muon)", changes="nothing")
     deterministic_mode: bool = flag(False, "on GPUs, take every sum in one order, so that a run that is run again has "
                                     "the same bits; slower (CPUs always do)", changes="nothing")
     seed: int = flag(1234, "seed of weights, row order, masks and dropout", kind=int, check=not_negative,

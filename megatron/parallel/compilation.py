@@ -7,6 +7,8 @@ from torch import nn
 
 from megatron.config import Config, ParallelConfig
 
+_MOST_GRAPHS = 64
+
 
 def wants_compilation(config: Config, device: torch.device) -> bool:
     """Whether `--compile` says so, or where it says nothing, whether it should be faster: on GPUs.
@@ -27,6 +29,9 @@ def compile_blocks(blocks: Iterable[nn.Module], config: ParallelConfig) -> None:
     """
     # What attention keeps for the backward pass has a size of its own in each micro-batch.
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    # All blocks are one function to torch, which else gives up at 8 graphs: windows, skips, the first block's inputs,
+    # training and evaluation, scales before a history, each doubles them.
+    torch._dynamo.config.recompile_limit = max(_MOST_GRAPHS, torch._dynamo.config.recompile_limit)
     is_whole = config.tensor_model_parallel_size == config.context_parallel_size == 1
     for block in blocks:
         block.compile(fullgraph=is_whole, dynamic=False)

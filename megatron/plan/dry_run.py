@@ -1,6 +1,6 @@
 """What one rank of a layout would hold and send, found in one process and without allocating anything.
 
-The rank's own stages, pipeline and optimizer take two steps on fake tensors (torch's FakeTensorMode), in a process
+The rank's own stages, pipeline and optimizer take some steps on fake tensors (torch's FakeTensorMode), in a process
 group that answers at once and sends nothing (torch's "fake" backend). The batches are made up:
 `megatron.data.batches.typical`. For --DDP-impl torch, whose reducer is C++ that reads values, local stands in: it sends
 the same bytes.
@@ -116,7 +116,8 @@ class _Steps:
             self._step = TrainStep(self._engine, Meters(mesh.world, mesh.device))
 
     def measured(self, num_micro_batches: int) -> Measurement:
-        """Two steps, of no more micro-batches than it takes to see the peak; traffic grows evenly from there."""
+        """Of two steps or three, no more micro-batches than it takes to see the peak; traffic grows evenly from there.
+        """
         pipeline = self._mesh.pipeline.size
         first = min(num_micro_batches, pipeline)
         second = min(num_micro_batches, 3 * pipeline)

@@ -138,7 +138,7 @@ def check_graph(config: Config, mesh: Mesh) -> None:
         "whose gathers a graph would hold on to: --data-parallel-sharding": (parallel.data_parallel_sharding, "none"),
         "whose sums start from hooks: --DDP-impl": (parallel.DDP_impl, "local"),
         "whose optimizer asks the host: --optimizer-backend": (config.optimizer.optimizer_backend, "torch"),
-        "whose ranks exchange matrices at their own pace: --optimizer": (
+        "whose matrices are stepped whole, in rounds that ranks share: --optimizer": (
             config.optimizer.optimizer, "adam" if config.optimizer.uses_muon else config.optimizer.optimizer)}
     for why, (value, wanted) in reasons.items():
         if value != wanted:

@@ -12,7 +12,6 @@ from megatron.checkpoint.claim import Claim
 from megatron.data.batches.batch import Batch
 from megatron.data.batches.loader import batches
 from megatron.data.rows.fixed_masks import FIXED
-from megatron.errors import DivergedError
 from megatron.model.protein_model import compute_dtype
 from megatron.train.agreement import Arriving
 from megatron.train.build import Run
@@ -183,11 +182,6 @@ class Training:
                            num_ranks=run.mesh.world.size, memory_gib=peak_memory_gib(run.mesh),
                            time_left_s=self._pace.time_left_s(reading, self._last_iteration - run.state.iteration),
                            of_ranks=self._stragglers.look(reading))
-        can_recover = run.engine.loss_scale.is_dynamic and scale > run.config.precision.min_loss_scale
-        if 0 < reading.num_steps_with_targets == reading.num_skipped and not can_recover:
-            raise DivergedError(f"the gradients of the last {reading.num_skipped} steps up to iteration "
-                                f"{run.state.iteration} were not finite; lower --lr, lengthen the warm-up, or go on "
-                                "from an older checkpoint")
 
     def _is_time_to_save(self) -> bool:
         """Whether this rank's clock, the first one's, asks for a checkpoint; once, as it comes a step later."""

@@ -82,7 +82,7 @@ class ForwardPasses(_Passes):
     def forward(self, action: Action, hidden_uh: Tensor | None) -> Tensor:
         """What the next stage takes, or whatever the last one gives."""
         batch = self._batch(action)
-        with torch.set_grad_enabled(self._engine.is_compiled):  # training's graphs serve here as well
+        with torch.set_grad_enabled(self._engine.is_compiled):  # so that the first stage's graphs serve here too
             output = self._run(action, hidden_uh)
         if action.stage == len(self._engine.stages) - 1:
             del self._batches[action.micro_batch]  # nobody asks for it again

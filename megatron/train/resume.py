@@ -82,7 +82,7 @@ def refuse_changes(config: Config, vocab: Vocab, checkpoint: Checkpoint) -> None
         raise CheckpointError(f"--optimizer is {config.optimizer.optimizer}, but the checkpoint in {options.load} "
                               f"holds the state of {saved['optimizer']}; give --optimizer {saved['optimizer']}, or "
                               "--no-load-optim to start the optimizer afresh")
-    if keeps_optimizer and checkpoint.optimizer is None:
+    if keeps_optimizer and checkpoint.optimizer is None and config.optimizer.has_state:
         raise CheckpointError(f"the checkpoint in {options.load} holds no optimizer state; give "
                               "--no-load-optim to start the optimizer afresh, or --finetune")
 

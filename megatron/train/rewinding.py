@@ -32,6 +32,7 @@ def train_to_its_end(config: Config, mesh: Mesh, log: Log, requests: StopRequest
         check_installed(config.logging)
     faults = Faults(config, mesh.world)
     suspect, run = None, build(config, mesh, log)
+    farthest, num_in_vain = 0, 0  # the last step that was looked at again, and ways back since that came no farther
     if keep is not None:
         keep(run.state.iteration)
     with observed(run.config, mesh, log) as observers:
@@ -40,6 +41,11 @@ def train_to_its_end(config: Config, mesh: Mesh, log: Log, requests: StopRequest
                 train(run, requests, claim, faults, suspect, observers)
                 return run
             except RewindError as found:
+                last = found.window.last_step
+                farthest, num_in_vain = max(farthest, last), 0 if last > farthest else num_in_vain + 1
+                if not found.is_again and num_in_vain > config.guards.most_spikes:
+                    raise DivergedError(f"steps up to {farthest} went wrong {num_in_vain + 1} times, each time others "
+                                        f"than before, so a device or its memory fails; {HELP}") from None
                 left_out, num_rewinds = _left_out(run, found)
                 suspect = None if found.is_again else found.window
             config = _from_last_checkpoint(run)

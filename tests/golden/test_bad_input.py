@@ -75,6 +75,19 @@ def test_a_checkpoint_of_another_model(capsys, corpus, tmp_path):
     assert "--override-lr-scheduler" in error_of(capsys, *flags, "--lr", 1)
 
 
+def test_a_folder_that_may_not_be_looked_into(capsys, corpus, tmp_path, monkeypatch):
+    is_file = Path.is_file
+
+    def refused(path, **options):
+        if path.is_relative_to(tmp_path / "theirs"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path, **options)
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    said = error_of(capsys, "--data-path", corpus, "--load", tmp_path / "theirs" / "run")
+    assert "Permission denied" in said and "theirs" in said
+
+
 def test_a_run_that_another_would_overwrite(capsys, corpus, tmp_path):
     assert main([*RUN, "--data-path", corpus, "--save", str(tmp_path), "--train-iters", "2"]) == 0
     capsys.readouterr()

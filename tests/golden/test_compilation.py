@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from megatron.config import ParallelConfig
 from megatron.kernels import fp8
+from megatron.parallel.compilation import compile_blocks
 from pretrain_tape import main
 from tests.golden.training import DROPOUT, TINY, losses
 
@@ -71,3 +73,9 @@ def test_what_converts_to_fp8_between_graphs_is_compiled_once_for_all_sizes_with
         assert torch.equal(values.view(torch.uint8), expected.values.view(torch.uint8))
         assert torch.equal(scale, expected.scale)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_blocks_of_many_kinds_are_not_given_up_at_torchs_own_limit(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    compile_blocks([], ParallelConfig())
+    assert torch._dynamo.config.recompile_limit == 64

@@ -282,6 +282,16 @@ def test_a_run_that_is_longer_than_the_course_of_its_checkpoint_says_so(begun):
             "trained at --min-lr 0.0001; --override-lr-scheduler takes the flags' course in its place" in note]
 
 
+def test_sgd_without_momentum_keeps_nothing_and_goes_on_all_the_same(run, tmp_path):
+    flags = ["--optimizer", "sgd", "--sgd-momentum", 0, "--train-iters", 8]
+    run(*flags, "--exit-interval", 4)
+    run(*flags)
+    stopped, run.folder = run.folder, tmp_path / "unbroken"
+    run(*flags)
+    unbroken = weights(run.folder, 8)
+    assert all(torch.equal(tensor.read(), unbroken[name].read()) for name, tensor in weights(stopped, 8).items())
+
+
 COURSES = ["--weight-decay-incr-style", "cosine", "--start-weight-decay", 0, "--end-weight-decay", 9,
            "--cautious-weight-decay"]
 

@@ -1,11 +1,19 @@
 """Steps that go wrong: they are told with their proteins, skipped, or the run goes back and leaves their rows out."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megatron.checkpoint.store import open_place, read_state
+from megatron.config import CheckpointConfig, Config, GuardsConfig
+from megatron.errors import DivergedError
+from megatron.log import Log
+from megatron.parallel.mesh import Mesh
+from megatron.train import rewinding
+from megatron.train.guards.guard import RewindError, Window
+from megatron.train.state import TrainState
 from pretrain_tape import main
 from tests.golden.training import TINY, run_on_ranks
 
@@ -99,13 +107,37 @@ def test_a_step_is_skipped_and_the_next_ones_are_taken(run):
     assert "; skipped; its rows are 12 to 13, whose proteins are in" in line
     assert all(torch.isfinite(tensor).all() for tensor in weights(folder).values())
     _, lines = run("skips", "--inject-fault", "nan@5", "nan@6", "--on-spike", "skip", "--most-spikes", "2", status=3)
-    assert "2 steps in a row went wrong and were skipped" in lines[-1]
+    assert "2 steps in a row went wrong and were not taken" in lines[-1]
 
 
 def test_by_default_a_step_that_goes_wrong_is_told(run):
     _, lines = run("warn", "--inject-fault", "nan@7")
     [line] = [line for line in lines if line.startswith("note: step 7 went wrong: loss nan")]
     assert "; skipped;" in line  # without a gradient there is nothing to take
+    _, lines = run("warns", "--inject-fault", "nan@5", "nan@6", "nan@7", status=3)
+    assert "3 steps in a row went wrong and were not taken, up to iteration 8" in lines[-1]
+
+
+@pytest.mark.parametrize("way", ["warn", "skip"])
+def test_two_steps_that_go_wrong_end_no_run_however_often_it_logs(run, way):
+    folder, _ = run(way, "--inject-fault", "nan@6", "nan@7", "--on-spike", way, "--log-interval", "1")
+    assert all(torch.isfinite(tensor).all() for tensor in weights(folder).values())
+
+
+def test_steps_that_go_wrong_elsewhere_each_time_end_the_run(monkeypatch):
+    first = iter((5, 4, 3, 2, 1, 1))
+
+    def trained(run, *_):
+        number = next(first)
+        raise RewindError(Window(number, number, range(number, number + 1)), is_again=False)
+
+    run = SimpleNamespace(log=Log(is_speaker=False), state=TrainState(), mesh=Mesh(), config=Config(
+        guards=GuardsConfig(on_spike="rewind"), checkpoint=CheckpointConfig(save="nowhere")))
+    monkeypatch.setattr(rewinding, "train", trained)
+    monkeypatch.setattr(rewinding, "build", lambda *_: run)
+    with pytest.raises(DivergedError, match="steps up to 5 went wrong 5 times, each time others than before"):
+        rewinding.train_to_its_end(run.config, Mesh(), run.log, None, None, None)
+    assert [*first] == [1]
 
 
 def test_rows_behind_the_run_cannot_be_left_out(run):

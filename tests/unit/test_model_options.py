@@ -299,6 +299,11 @@ BASE = "--seq-length 64 --micro-batch-size 1 --lr 1e-3 --train-iters 2 --num-lay
     ("--window-attn-skip-freq 2", "give both"), ("--window-size 3 -1", "0 or greater"),
     ("--position-embedding-type rope --rotary-percent 0.1", "give more"), ("--qkv-conv-kernel 4", "odd"),
     ("--norm-placement post --apply-residual-connection-post-layernorm", "leave one"),
+    ("--muon-num-ns-steps 5", "about --optimizer muon and normuon, which is adam; leave one of the two out"),
+    ("--optimizer muon --normuon-beta2 0.9", "about --optimizer normuon, which is muon"),
+    ("--bf16 --initial-loss-scale 65536", "--initial-loss-scale 65536.0 is about --fp16, which is missing"),
+    ("--bf16 --fp16-lm-cross-entropy", "is about --fp16"), ("--checkpoint-num-layers 2", "about --checkpoint-activa"),
+    ("--save x --on-spike rewind --no-save-optim", "give one of the two"),
     ("--unet-skips --num-layers 1", "give more"), ("--norm-placement middle", "invalid choice")])
 def test_what_cannot_be_is_refused_in_one_line_that_says_what_would_work(flags, remedy):
     with pytest.raises(ConfigError, match=remedy) as refusal:

@@ -1,7 +1,7 @@
 """From values to a `Config`: each checked by itself, what follows from others filled in, combinations refused."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import Field, fields, replace
 from typing import Any
 
@@ -10,6 +10,10 @@ from megatron.config.declaration import flag_name
 from megatron.config.precision import DELAYED
 from megatron.config.schedule import schedule_faults
 from megatron.errors import ConfigError
+
+_OF_LOSS_SCALE = ("loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis",
+                  "fp16_lm_cross_entropy")
+_OF_MUON = ("muon_momentum", "muon_momentum_warmup_iters", "muon_num_ns_steps")
 
 
 def plain(values: Mapping[str, Any]) -> Config:
@@ -93,6 +97,13 @@ def _check_combinations(config: Config) -> None:
          f"--seq-length {data.seq_length} holds no residue between the ends of --protein-ends {data.protein_ends}; it "
          f"must be {data.num_ends + 1} or greater"),
         *_precision_faults(config.precision),
+        *_idle(config.precision, _OF_LOSS_SCALE, config.precision.fp16, "--fp16, which is missing"),
+        *_idle(config.optimizer, _OF_MUON, config.optimizer.uses_muon,
+               f"--optimizer muon and normuon, which is {config.optimizer.optimizer}"),
+        *_idle(config.optimizer, ("normuon_beta2",), config.optimizer.optimizer == "normuon",
+               f"--optimizer normuon, which is {config.optimizer.optimizer}"),
+        *_idle(model, ("checkpoint_num_layers",), model.checkpoint_activations,
+               "--checkpoint-activations, which is missing"),
         ((training.train_iters is None) != by_samples, "give one of --train-iters and --train-samples"),
         *schedule_faults(config.schedule, training, config.optimizer),
         (not by_samples and training.rampup_batch_size is not None,
@@ -106,6 +117,8 @@ def _check_combinations(config: Config) -> None:
          "micro-batch; give --checkpoint-activations in its place, or --no-compile"),
         (config.guards.on_spike == "rewind" and config.checkpoint.save is None,
          "--on-spike rewind goes back to the last checkpoint in --save, which is missing; give both"),
+        (config.guards.on_spike == "rewind" and config.checkpoint.no_save_optim,
+         "--on-spike rewind goes back to the optimizer's state, which --no-save-optim leaves out; give one of the two"),
         (config.guards.on_spike == "skip" and training.cuda_graph,
          "--on-spike skip looks at each step before its update, which --cuda-graph has captured; give another"),
         *_logging_faults(config.logging, config.checkpoint.save),
@@ -128,11 +141,15 @@ def _precision_faults(precision: PrecisionConfig) -> list[tuple[Any, str]]:
         (precision.fp8 is None and precision.fp8_recipe != "tensorwise",
          f"--fp8-recipe {precision.fp8_recipe} says how to scale in FP8, and --fp8 is missing; give both, or "
          "neither"),
-        *[(precision.fp8_recipe != "delayed",
-           f"{flag_name(item)} {getattr(precision, item.name)} is about --fp8-recipe delayed, which is "
-           f"{precision.fp8_recipe}; leave one of the two out") for item in fields(precision)
-          if item.name in DELAYED and getattr(precision, item.name) != item.default],
+        *_idle(precision, DELAYED, precision.fp8_recipe == "delayed",
+               f"--fp8-recipe delayed, which is {precision.fp8_recipe}"),
     ]
+
+
+def _idle(section: Any, names: Collection[str], is_used: bool, owner: str) -> list[tuple[Any, str]]:
+    """Of flags that are about another, `owner`, those that are given where that is not."""
+    return [(not is_used, f"{flag_name(item)} {getattr(section, item.name)} is about {owner}; leave one of the two out")
+            for item in fields(section) if item.name in names and getattr(section, item.name) != item.default]
 
 
 def _logging_faults(logging: LoggingConfig, save: str | None) -> list[tuple[Any, str]]:

@@ -15,7 +15,7 @@ from megatron.config.reading.sources import Sources
 from megatron.config.telling.help import first_words
 
 SHELLS = ("bash", "zsh", "fish")
-_PROGRAMS = ("pretrain_tape.py", *(f"pretrain_{name}.sh" for name in (
+_PROGRAMS = ("pretrain_tape.py", "proteinlm-pretrain", "continue_esm2.sh", *(f"pretrain_{name}.sh" for name in (
     "tape", "tape_distributed", "tape_mpirun", "tape_slurm", "proteinlm_200m", "proteinlm_3b")))
 _STARTED_BY = ("python", "python3", "bash")
 

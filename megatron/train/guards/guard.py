@@ -71,18 +71,21 @@ class Guard:
         self._looked_at, self._rows, self._was_wrong = last, {}, last in wrong
 
     def _is_wrong(self, step: StepSums) -> bool:
-        if self._config.on_spike != "skip":
-            loss, norm = torch.tensor([step.loss, step.grad_norm], dtype=torch.float64)
-            return not self._run.judge.is_normal(loss, norm)
         # What the judge did not skip may be a loss scale that was too large.
-        is_overflow = self._run.engine.loss_scale.is_dynamic and math.isfinite(step.loss) and (
-            not math.isfinite(step.grad_norm))
-        is_wrong = not (step.is_taken or is_overflow)
-        self._num_skipped = self._num_skipped + 1 if is_wrong else 0
+        scale = self._run.engine.loss_scale
+        is_overflow = scale.is_dynamic and math.isfinite(step.loss) and not math.isfinite(step.grad_norm)
+        if is_overflow:
+            is_lost = float(scale.value) <= self._run.config.precision.min_loss_scale
+        else:
+            is_lost = not step.is_taken and self._config.on_spike != "rewind"
+        self._num_skipped = self._num_skipped + 1 if is_lost else 0
         if self._num_skipped >= self._config.most_spikes:
-            raise DivergedError(f"{self._num_skipped} steps in a row went wrong and were skipped, up to iteration "
+            raise DivergedError(f"{self._num_skipped} steps in a row went wrong and were not taken, up to iteration "
                                 f"{self._run.state.iteration}, as many as --most-spikes allows; {HELP}")
-        return is_wrong
+        if self._config.on_spike == "skip":
+            return not (step.is_taken or is_overflow)
+        loss, norm = torch.tensor([step.loss, step.grad_norm], dtype=torch.float64)
+        return not self._run.judge.is_normal(loss, norm)
 
     def _act(self, wrong: dict[int, StepSums], last: int) -> None:
         run, (first, step) = self._run, next(iter(wrong.items()))
@@ -91,7 +94,8 @@ class Guard:
         if self._config.on_spike == "rewind":
             rows = range(self._rows[first].start, self._rows[last].stop)
             run.log.line(text)
-            is_again = self._suspect is not None and self._suspect.first_step == first
+            # Not the first of them alone: what does not compute the same twice may go wrong a step later.
+            is_again = self._suspect is not None and self._suspect.first_step <= first <= self._suspect.last_step
             raise RewindError(Window(first, last, rows), is_again)
         fate = "taken all the same" if step.is_taken else "skipped"
         where = "" if self._was_wrong else write_suspects(run, first, self._rows[first])
