@@ -37,12 +37,19 @@ LATEST = "latest_checkpointed_iteration.txt"
 def find(folder: str, world: Axis, log: Log, with_optimizer: bool = True) -> Checkpoint | None:
     """The checkpoint to go on from, the same on all ranks, which call this together; None where there is none.
 
-    A broken one is passed over for the one before, with a line that says why. Raises CheckpointError where all are, or
-    where the ranks do not see the same.
+    A broken one is passed over for the one before, with a line that says why. `folder` may be one checkpoint itself,
+    such as RUN/best, where the optimizer's state is not wanted: from that a run would go on with what comes behind it.
+    Raises CheckpointError where all are broken, or the ranks do not see the same.
     """
     root = Path(folder)
-    if (root / MODEL).exists() or (root / MANIFEST).exists():
-        raise CheckpointError(f"{folder} is one checkpoint, not the folder of a run; give {root.resolve().parent}")
+    if _is_one(root):
+        if with_optimizer:
+            raise CheckpointError(f"{folder} is one checkpoint, not the folder of a run; give {root.resolve().parent}")
+        found, wrong = _opened(root.resolve(), world, log, with_optimizer)
+        why = next(filter(None, everyones(wrong, world)), None)
+        if why is not None:
+            raise CheckpointError(why)
+        return found
     note, places = in_order(root)
     names = everyones([place.name for place in places], world)[0]
     if note is not None:
@@ -75,7 +82,8 @@ def open_place(place: Path, with_optimizer: bool = True) -> Checkpoint:
 def saved_flags(folder: str) -> dict[str, Any]:
     """The flags of the run in a folder, by their fields' names, as the first checkpoint to try has them; {} if none."""
     try:
-        config = open_place(in_order(Path(folder))[1][0]).state["config"]
+        root = Path(folder)
+        config = open_place(root.resolve() if _is_one(root) else in_order(root)[1][0]).state["config"]
     except (CheckpointError, IndexError, KeyError):  # what is wrong is said where it is loaded
         return {}
     return config if isinstance(config, dict) else {}
@@ -177,6 +185,11 @@ def in_order(root: Path) -> tuple[str | None, list[Path]]:
     why = "was written after it" if named in places else "is the newest that is there"
     return f"note: {pointer} names {text[:40]!r}, but iteration {newest} {why}: going by that", [
         places[number] for number in newest_first]
+
+
+def _is_one(place: Path) -> bool:
+    """Whether it is a checkpoint, and not the folder of a run."""
+    return (place / MODEL).exists() or (place / MANIFEST).exists()
 
 
 def _opened(place: Path, world: Axis, log: Log, with_optimizer: bool) -> tuple[Checkpoint | None, str | None]:

@@ -125,7 +125,7 @@ def presets(asked: Asked) -> Iterator[Finding]:
         per_s, name, needed = within_a_day[-1]
         yield Finding(OK, f"{name} is the largest preset that goes over Swiss-Prot (200 M residues) in a day here: "
                       f"some {per_s:,.0f} tokens/s, {needed / _GIB:.1f} GiB",
-                      f"PRESET={name} bash examples/pretrain_tape.sh")
+                      f"PRESET={name} bash examples/pretrain_tape.sh --micro-batch-size 1")
     else:
         yield Finding(NOTE, f"no preset goes over Swiss-Prot (200 M residues) in a day here, demo with some "
                       f"{fitting[0][0] if fitting else 0:,.0f} tokens/s", "PRESET=demo bash examples/pretrain_tape.sh")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from megatron.config import PrecisionConfig
 from megatron.errors import ConfigError
 
-# Assumptions, not measurements: no GPU has been timed with this project yet (benchmarks/RESULTS.md).
+# Assumptions: they have not been compared with the times of an H200 in benchmarks/RESULTS.md.
 MATRIX_SHARE = 0.6  # of the peak, that large matrix products reach
 BANDWIDTH_SHARE = 0.8  # of memory's and links' bandwidth
 

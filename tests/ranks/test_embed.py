@@ -20,7 +20,7 @@ def embedded(axis, split, checkpoint, fasta, output):
     run.MOST_RESIDUES = {"cpu": 30}
     pretrained = load(checkpoint, mesh, Log(is_speaker=False))
     files = ProteinFiles([fasta], "text", None, pretrained.vocab)
-    embed(Work(checkpoint, output, ASKED, None, None, "float32"), pretrained, files, Log(is_speaker=False))
+    embed(Work(output, ASKED, None, None, "float32"), pretrained, files, Log(is_speaker=False))
 
 
 @pytest.mark.parametrize("split", ["data", "tensor"])

@@ -204,6 +204,14 @@ def test_a_model_without_positions_takes_proteins_of_any_length(tmp_path):
     assert pretrained.embed(["MKV" * 100]).shape == (1, 16)
 
 
+def test_the_best_of_a_run_is_asked_by_its_link(tmp_path):
+    newest = load_pretrained(str(saved(tmp_path)))
+    (tmp_path / "best").symlink_to("iter_0000007")
+    best = load_pretrained(str(tmp_path / "best"))
+    assert best.iteration == 7 and best.identity == newest.identity
+    assert np.array_equal(best.embed(["MKV"]), newest.embed(["MKV"]))
+
+
 def test_weights_that_changed_are_other_weights_and_what_lies_beside_them_is_not(tmp_path):
     one = load_pretrained(str(saved(tmp_path))).identity
     (place_of(tmp_path, 7) / "validation.json").write_text("{}")
