@@ -80,7 +80,7 @@ def keep_of_others(path: Path, names: Collection[str]) -> None:
     """Before a file of statistics is replaced: each output that it tells of, is there still and none of the .bin
     `names`, gets one of its own, PREFIX_KEY_LEVEL.stats.json."""
     stats = _read(path)
-    with suppress(KeyError, TypeError, AttributeError):
+    with suppress(KeyError, TypeError, ValueError, AttributeError):
         for key, output in stats["outputs"].items():
             (name,) = (file.name for file in (Path(file["path"]) for file in output["files"]) if file.suffix == ".bin")
             if name not in names and (path.parent / name).exists():

@@ -31,17 +31,15 @@ def encoded_blocks(encoding: Encoding, blocks: Iterator[tuple[_Mark, RecordBlock
         for mark, block in blocks:
             pending.append((mark, pool.submit(encode_block, encoding, block)))
             if len(pending) > _BLOCKS_AHEAD_PER_WORKER * num_workers:
-                yield _result(*pending.popleft())
+                first, encoded = pending.popleft()
+                yield first, encoded.result()
         while pending:
-            yield _result(*pending.popleft())
+            first, encoded = pending.popleft()
+            yield first, encoded.result()
     except BrokenProcessPool:  # of a result, or of a block that is handed on
         raise DataError("a worker process died, perhaps for want of memory; fewer --workers need less") from None
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _result(mark: _Mark, future: Future[list[EncodedDocuments]]) -> tuple[_Mark, list[EncodedDocuments]]:
-    return mark, future.result()
 
 
 def _start_worker() -> None:

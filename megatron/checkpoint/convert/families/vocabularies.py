@@ -15,11 +15,10 @@ FILE = "vocab.txt"
 def vocabulary_in(folder: Path, usual: str, num_rows: int, mask_id: Any) -> dict[str, Any]:
     """What a checkpoint's state says of it: "config" (its flag), "vocabulary" (its identity), "notes".
 
-    Where nothing tells which it is "lacks_vocabulary" in place of the second.
-
-    `usual`: the family's name whose vocabulary a folder without vocab.txt has, if it has as many tokens; `mask_id`: of
-    the mask, where the configuration says it. Raises CheckpointError where the tokens are no vocabulary of proteins,
-    are more than `num_rows`, or have another mask.
+    Where nothing tells which it is, "lacks_vocabulary" stands in place of the second. `usual`: the family's name whose
+    vocabulary a folder without vocab.txt has, if it has as many tokens; `mask_id`: of the mask, where the configuration
+    says it. Raises CheckpointError where the tokens are no vocabulary of proteins, are more than `num_rows`, or have
+    another mask.
     """
     path = folder / FILE
     notes = []
