@@ -53,7 +53,8 @@ def dropout(rate: float, seed: int = SEED) -> Dropout | None:
 def expected_mask(num_rows: int, width: int, rate: float) -> Tensor:
     """Which elements dropout keeps, by an independent Philox."""
     rows = range(FIRST_ROW, FIRST_ROW + num_rows)
-    return torch.from_numpy(kept(SEED, rate, rows, range(width), [0], Use.ATTENTION_OUTPUT)[0])
+    mask = torch.from_numpy(kept(SEED, rate, rows, range(width), [0], Use.ATTENTION_OUTPUT)[0])
+    return mask.to(torch.get_default_device())
 
 
 def random(*shape: int, dtype: torch.dtype = FP32) -> Tensor:

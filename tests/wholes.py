@@ -20,7 +20,7 @@ def wholes(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> d
 
 
 def assembled(mine: Mapping[str, Part]) -> dict[str, Tensor]:
-    """The tensors that the ranks' parts make up; every element has to be on one of them."""
+    """The tensors that the ranks' parts make up; every element has to be on one of them, and alike where on several."""
     everyones = [dict(mine)]
     if dist.is_initialized():
         file, files = io.BytesIO(), [b""] * dist.get_world_size()
@@ -32,6 +32,8 @@ def assembled(mine: Mapping[str, Part]) -> dict[str, Tensor]:
         for name, part in parts.items():
             if name not in whole:
                 whole[name] = torch.full(part.whole_shape, torch.nan, dtype=part.tensor.dtype)
+            there = whole[name][part.box]
+            assert there.isnan().all() or torch.equal(there, part.tensor), f"{name} is not the same on all ranks"
             whole[name][part.box] = part.tensor
     assert not any(tensor.isnan().any() for tensor in whole.values()), "some rank holds each element"
     return whole

@@ -75,7 +75,7 @@ def test_what_converts_to_fp8_between_graphs_is_compiled_once_for_all_sizes_with
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_blocks_of_many_kinds_are_not_given_up_at_torchs_own_limit():
+def test_torchs_limit_of_graphs_is_above_the_kinds_of_blocks_that_there_are():
     with torch._dynamo.config.patch(recompile_limit=8):
         compile_blocks([], ParallelConfig())
         assert torch._dynamo.config.recompile_limit == 64

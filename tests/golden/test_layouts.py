@@ -90,9 +90,11 @@ def assert_same_checkpoint(folder, expected_folder):
         ours, expected = saved(folder, kind), saved(expected_folder, kind)
         assert {name: tensor.shape for name, tensor in ours.items()} == {
             name: tensor.shape for name, tensor in expected.items()}
-        if kind == "model":
-            for name, tensor in expected.items():
+        for name, tensor in expected.items():
+            if kind == "model":
                 torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-4, msg=name)
+            elif not name.endswith("query_key_value.bias"):  # keys' biases change nothing: their gradients are noise
+                assert (ours[name] - tensor).norm() <= 1e-3 * tensor.norm(), name
 
 
 @pytest.fixture(scope="module")

@@ -85,6 +85,8 @@ def test_going_on_in_fp16_keeps_the_loss_scale(corpus, tmp_path):
     unbroken = train(corpus, tmp_path / "unbroken", *flags)
     train(corpus, tmp_path / "broken", *flags, "--exit-interval", 7)
     assert train(corpus, tmp_path / "broken", *flags) == unbroken
+    scales = losses(tmp_path / "unbroken", name="loss_scale")
+    assert losses(tmp_path / "broken", name="loss_scale") == scales and len({*scales.values()}) > 1
 
 
 def test_sigterm_saves_and_exits_0_and_the_run_goes_on_bitwise(corpus, tmp_path, unbroken, python):

@@ -1,5 +1,7 @@
 """Embedding on several ranks: each tensor rank with a part of the model, data ranks with their proteins."""
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 
@@ -17,10 +19,10 @@ ASKED = Asked(INCLUDED, (0, 2, 3))
 
 def embedded(axis, split, checkpoint, fasta, output):
     mesh = Mesh(world=axis, **({split: axis} if split else {}))
-    run.MOST_RESIDUES = {"cpu": 30}
     pretrained = load(checkpoint, mesh, Log(is_speaker=False))
     files = ProteinFiles([fasta], "text", None, pretrained.vocab)
-    embed(Work(output, ASKED, None, None, "float32"), pretrained, files, Log(is_speaker=False))
+    with patch.object(run, "MOST_RESIDUES", {"cpu": 30}):
+        embed(Work(output, ASKED, None, None, "float32"), pretrained, files, Log(is_speaker=False))
 
 
 @pytest.mark.parametrize("split", ["data", "tensor"])

@@ -50,12 +50,12 @@ def error_of(text):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("flag", MEGATRON_FLAGS)
-def test_megatrons_spelling_is_known(flag, capsys):
+def test_megatrons_spelling_is_known(capsys):
     with pytest.raises(SystemExit):
         parse(["--help-all"])
-    words = capsys.readouterr().out.replace(",", " ").split()
-    assert flag in words or flag.replace("--", "--[no-]", 1) in words or flag.replace("--no-", "--[no-]", 1) in words
+    words = {*capsys.readouterr().out.replace(",", " ").split()}
+    assert [flag for flag in MEGATRON_FLAGS if not words & {
+        flag, flag.replace("--", "--[no-]", 1), flag.replace("--no-", "--[no-]", 1)}] == []
 
 
 def test_every_field_is_one_flag_and_every_flag_one_field():
