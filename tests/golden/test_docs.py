@@ -114,7 +114,17 @@ def test_the_picture_of_the_floors_has_each_folder_at_its_height() -> None:
     str(path.relative_to(ROOT)) for path in DOCS.glob("*.md"))])
 def test_links_lead_to_what_is_there(page: str) -> None:
     """As GitHub shows them: pages that a build alone makes are left out."""
-    links = re.findall(r"\]\((?!https?:)([^)#\s]+)", (ROOT / page).read_text(encoding="utf-8"))
-    wrong = [link for link in links if not (ROOT / page).parent.joinpath(link).exists()
-             and not link.startswith("generated/")]
-    assert wrong == []
+    links = re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", (ROOT / page).read_text(encoding="utf-8"))
+    for link, heading in links:
+        target = (ROOT / page).parent.joinpath(link) if link else ROOT / page
+        assert target.exists() or link.startswith("generated/"), link
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w\- ]", "", one.lower()).replace(" ", "-") for one in headings}, heading
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(str(path.relative_to(ROOT)) for path in DOCS.glob("*.md"))])
+def test_files_of_the_project_that_a_page_names_are_there(page: str) -> None:
+    named = re.findall(r"`((?:megatron|tests|tools|examples|benchmarks|protein_tools)/[\w./-]+\.\w+)`",
+                       (ROOT / page).read_text(encoding="utf-8"))
+    assert [path for path in named if not (ROOT / path).exists()] == []

@@ -12,5 +12,5 @@ def test_a_run_that_meets_faults_ends_as_if_it_had_not(corpus, tmp_path, python)
     kinds = {*KINDS} - {"freeze"}
     faults = plan(60, chance.sample(sorted(kinds), len(kinds)), chance)
     soaked = soak(60, faults, corpus, tmp_path, python, chance)
-    assert set(soaked.faults) == kinds
+    assert {kind for kind, number in soaked.faults.items() if number} == kinds
     assert len(soaked.resumed) >= 3  # after the kill, the stop and the wrong gradient

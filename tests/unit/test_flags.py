@@ -6,7 +6,15 @@ from typing import get_args
 import pytest
 import torch
 
-from megatron.config import Config, DataConfig, ModelConfig, OptimizerConfig, PrecisionConfig, TrainingConfig
+from megatron.config import (
+    Config,
+    DataConfig,
+    GuardsConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PrecisionConfig,
+    TrainingConfig,
+)
 from megatron.config.command_line import left_open, parse
 from megatron.config.declaration import Changes, flag_name
 from megatron.config.presets import PRESETS
@@ -180,8 +188,9 @@ def test_a_mistake_is_one_line_that_names_the_flag(text, message):
     assert message in error_of(text)
 
 
-@pytest.mark.parametrize("section", [ModelConfig, DataConfig, OptimizerConfig, PrecisionConfig, TrainingConfig])
-def test_every_flag_says_what_another_value_changes_on_going_on(section):
+@pytest.mark.parametrize("section", [ModelConfig, DataConfig, OptimizerConfig, PrecisionConfig, TrainingConfig,
+                                     GuardsConfig])
+def test_every_flag_of_these_says_what_another_value_changes_on_going_on(section):
     kinds = {item.name: item.metadata["changes"] for item in fields(section)}
     assert not [name for name, kind in kinds.items() if kind not in get_args(Changes)]
 

@@ -43,4 +43,4 @@ def test_the_interval_holds_the_true_correlation_about_as_often_as_it_says():
         first, other = generator.normal(size=(2, 80))
         low, high = spearman_interval(first, 0.6 * first + 0.8 * other, 100)
         hits += low <= true <= high
-    assert 52 <= hits <= 60
+    assert 52 <= hits < 60  # an interval of everything would have all
