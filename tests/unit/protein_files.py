@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from megatron.data.corpus.indexed import open_indexed
+from megatron.data.corpus.vocab import Vocab
 from megatron.data.preprocess.flags import PreprocessConfig
 from megatron.data.preprocess.run import preprocess
 from megatron.errors import DataError
@@ -97,6 +98,20 @@ def ids_of(tmp_path: Path, *sources: Path | str, **options) -> bytes:
     preprocess(PreprocessConfig(input=tuple(map(str, sources)), output_prefix=str(prefix), **options))
     assert not list(tmp_path.glob("*.partial"))
     return Path(f"{prefix}_text_document.bin").read_bytes() + Path(f"{prefix}_text_document.idx").read_bytes()
+
+
+def read_or_refused(tmp_path: Path, source: Path, **options) -> None:
+    """Asserts that a file is refused in one line, or read: each record kept or counted as dropped, all ids letters'."""
+    try:
+        ids_of(tmp_path, source, **options)
+    except DataError as error:
+        assert "\n" not in str(error)
+        return
+    counts = json.loads((tmp_path / "out.stats.json").read_text())["outputs"]["text"]
+    indexed, vocab = open_indexed(str(tmp_path / "out_text_document")), Vocab.from_file()
+    assert counts["records"] == counts["kept"] + sum(counts["dropped"].values())
+    assert indexed.num_documents == counts["kept"]
+    assert {*np.unique(indexed.tokens).tolist()} <= {*vocab.residue_ids, vocab.unk_id}
 
 
 def damaged(tmp_path: Path, data: bytes, **options) -> str:

@@ -25,6 +25,7 @@ from tests.unit.protein_files import (
     as_tape,
     damaged,
     ids_of,
+    read_or_refused,
     write_lmdb,
 )
 
@@ -221,7 +222,7 @@ def test_a_truncated_lmdb_is_refused_though_it_would_crash_its_reader(tmp_path, 
         ids_of(tmp_path, tmp_path / "bad.lmdb")
 
 
-def test_a_damaged_lmdb_is_read_right_or_refused_in_one_line(tmp_path):
+def test_a_damaged_lmdb_is_read_or_refused_in_one_line(tmp_path):
     write_lmdb(tmp_path / "bad.lmdb", as_tape(PROTEINS), len(PROTEINS))
     file = tmp_path / "bad.lmdb" / "data.mdb"
     whole = file.read_bytes()
@@ -231,10 +232,7 @@ def test_a_damaged_lmdb_is_read_right_or_refused_in_one_line(tmp_path):
         for _ in range(400):
             data[generator.randrange(len(data))] = generator.randrange(256)
         file.write_bytes(data)
-        try:
-            ids_of(tmp_path, tmp_path / "bad.lmdb")
-        except DataError as error:
-            assert "\n" not in str(error)
+        read_or_refused(tmp_path, tmp_path / "bad.lmdb")
 
 
 def test_a_missing_lmdb_says_what_to_install(tmp_path):
