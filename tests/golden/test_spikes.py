@@ -15,7 +15,7 @@ from megatron.train import rewinding
 from megatron.train.guards.guard import RewindError, Window
 from megatron.train.state import TrainState
 from pretrain_tape import main
-from tests.golden.training import TINY, run_on_ranks
+from tests.golden.training import TINY, losses, run_on_ranks
 
 FLAGS = [*TINY, "--num-layers", "1", "--eval-interval", "100", "--log-interval", "2", "--train-iters", "10",
          "--save-interval", "4"]
@@ -122,6 +122,13 @@ def test_by_default_a_step_that_goes_wrong_is_told(run):
 def test_two_steps_that_go_wrong_end_no_run_however_often_it_logs(run, way):
     folder, _ = run(way, "--inject-fault", "nan@6", "nan@7", "--on-spike", way, "--log-interval", "1")
     assert all(torch.isfinite(tensor).all() for tensor in weights(folder).values())
+
+
+def test_a_loss_scale_that_comes_down_to_its_least_ends_no_run(run):
+    folder, _ = run("down", "--fp16", "--initial-loss-scale", 1e5 * 2**80, "--min-loss-scale", 1e5, "--hysteresis", "1",
+                    "--log-interval", "100", "--save-interval", "1000", "--train-iters", "110")
+    scales = losses(folder, name="loss_scale")
+    assert scales[100] == scales[110] == 1e5 and losses(folder)[110] < losses(folder)[100]
 
 
 def test_steps_that_go_wrong_elsewhere_each_time_end_the_run(monkeypatch):

@@ -45,6 +45,7 @@ class Guard:
         self._rows: dict[int, range] = {}  # of the steps since
         self._num_skipped = 0  # in a row, up to there
         self._was_wrong = False  # the last step up to there
+        self._was_least = False  # the loss scale there: as small as it may be
 
     def note(self, num_rows: int) -> None:
         """The next step takes so many rows."""
@@ -69,15 +70,15 @@ class Guard:
         elif self._suspect is not None and self._suspect.first_step in new:
             self._acquit(self._suspect, new[self._suspect.first_step])
         self._looked_at, self._rows, self._was_wrong = last, {}, last in wrong
+        scale = self._run.engine.loss_scale
+        self._was_least = scale.is_dynamic and float(scale.value) <= self._run.config.precision.min_loss_scale
 
     def _is_wrong(self, step: StepSums) -> bool:
         # What the judge did not skip may be a loss scale that was too large.
-        scale = self._run.engine.loss_scale
-        is_overflow = scale.is_dynamic and math.isfinite(step.loss) and not math.isfinite(step.grad_norm)
-        if is_overflow:
-            is_lost = float(scale.value) <= self._run.config.precision.min_loss_scale
-        else:
-            is_lost = not step.is_taken and self._config.on_spike != "rewind"
+        is_overflow = self._run.engine.loss_scale.is_dynamic and math.isfinite(step.loss) and (
+            not math.isfinite(step.grad_norm))
+        # On its way down to the least scale an overflow loses nothing.
+        is_lost = self._was_least if is_overflow else not step.is_taken and self._config.on_spike != "rewind"
         self._num_skipped = self._num_skipped + 1 if is_lost else 0
         if self._num_skipped >= self._config.most_spikes:
             raise DivergedError(f"{self._num_skipped} steps in a row went wrong and were not taken, up to iteration "
