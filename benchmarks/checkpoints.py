@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
         for number in range(1, 2 * options.repeats + 3):
             way = list(savers)[number % 2]
             all_reduce_sum(torch.zeros(1), mesh.world)
-            with Memory() as memory:
+            with OwnMemory() as memory:
                 began_s = time.perf_counter()
                 savers[way].save(number, parts, {"iteration": number})
                 held_up_s = time.perf_counter() - began_s
@@ -74,10 +74,10 @@ def give_moments(engine: Engine) -> None:
                                  for kind in ("exp_avg", "exp_avg_sq", "step")})
 
 
-class Memory:
+class OwnMemory:
     """The most memory of its own (RssAnon) that this process takes inside, above what it has at the start."""
 
-    def __enter__(self) -> "Memory":
+    def __enter__(self) -> "OwnMemory":
         self._before = self._most = _anonymous_gb()
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)

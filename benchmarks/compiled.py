@@ -50,7 +50,7 @@ class Resources:
 
 
 @dataclass(frozen=True)
-class Launch:
+class RecordedLaunch:
     """A kernel with the arguments of a launch, of which tensors need no values."""
 
     kernel: Any
@@ -179,7 +179,7 @@ class Other:
     name: str
     num_bytes: int
     flops: int  # of products and attention; of anything else, one for each element that it gives or sums up
-    units: str  # as of `Launch`
+    units: str  # as of `RecordedLaunch`
 
 
 class Launches(TorchDispatchMode):
@@ -191,7 +191,7 @@ class Launches(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.triton: list[Launch] = []
+        self.triton: list[RecordedLaunch] = []
         self.others: list[Other] = []
         self._patches: list[Any] = []  # one each time that the context is entered, which operators of ours do again
 
@@ -264,7 +264,7 @@ class Launches(TorchDispatchMode):
 
     def _recorder(self, kernel: Any) -> Any:
         def launch(*arguments: Any, **options: int) -> None:
-            self.triton.append(Launch(kernel, arguments, options))
+            self.triton.append(RecordedLaunch(kernel, arguments, options))
         return launch
 
 
@@ -274,6 +274,6 @@ def units_of(tensors: Sequence[Tensor]) -> str:
     return {1: "fp8", 2: "half"}.get(min(sizes), "fp32")
 
 
-def distinct(launches: Iterable[Launch]) -> Iterator[Launch]:
+def distinct(launches: Iterable[RecordedLaunch]) -> Iterator[RecordedLaunch]:
     """One of each that is compiled apart."""
     yield from {launch.key: launch for launch in launches}.values()

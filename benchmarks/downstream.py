@@ -60,7 +60,7 @@ SHOWN = {"accuracy": "accuracy", "spearman": "Spearman", "medium_long_p_at_l5": 
 
 
 @dataclass(frozen=True)
-class Asked:
+class DownstreamTask:
     """A task: its folder and the file to test on, as what tools/finetune.py knows it, and how it is measured.
 
     `num_train` proteins are drawn to learn from; `steps` of 4 rows are taken in fine-tuning.
@@ -80,17 +80,17 @@ class Asked:
 
 
 TASKS = (
-    Asked("secondary_structure", "test_cb513", "secondary_structure", "accuracy", 600, 80),
-    Asked("contacts", "test", "contacts", "medium_long_p_at_l5", 782, 40),
-    Asked("remote_homology", "test_fold_holdout", "remote_homology", "accuracy", 8000, 320, "fold_label"),
-    Asked("fluorescence", "test", "fluorescence", "spearman", 2000, 50),
-    Asked("stability", "test", "stability", "spearman", 8000, 40),
-    Asked("localisation_deeploc", "test_hard", "own", "accuracy", 2000, 60, "location"),
-    Asked("go_localisation", "valid", "own", "accuracy", 3000, 60, "label"),
+    DownstreamTask("secondary_structure", "test_cb513", "secondary_structure", "accuracy", 600, 80),
+    DownstreamTask("contacts", "test", "contacts", "medium_long_p_at_l5", 782, 40),
+    DownstreamTask("remote_homology", "test_fold_holdout", "remote_homology", "accuracy", 8000, 320, "fold_label"),
+    DownstreamTask("fluorescence", "test", "fluorescence", "spearman", 2000, 50),
+    DownstreamTask("stability", "test", "stability", "spearman", 8000, 40),
+    DownstreamTask("localisation_deeploc", "test_hard", "own", "accuracy", 2000, 60, "location"),
+    DownstreamTask("go_localisation", "valid", "own", "accuracy", 3000, 60, "label"),
 )
 
 
-def draw(data: Path, asked: Asked, seed: int, into: Path) -> None:
+def draw(data: Path, asked: DownstreamTask, seed: int, into: Path) -> None:
     """Write train, valid and test.jsonl of proteins that are drawn, the test ones the same for every seed.
 
     What is tested on was not validated on: where one file has to do for both, validation is of training proteins.
@@ -137,7 +137,7 @@ def cropped(record: dict[str, Any]) -> dict[str, Any]:
             for key, value in record.items()}
 
 
-def probed(features: Features, vocab: Vocab, asked: Asked, data: Path, seed: int) -> float:
+def probed(features: Features, vocab: Vocab, asked: DownstreamTask, data: Path, seed: int) -> float:
     """The measure of what scikit-learn learns of `features`."""
     with tempfile.TemporaryDirectory() as folder:
         draw(data, asked, seed, Path(folder))
@@ -153,7 +153,7 @@ def probed(features: Features, vocab: Vocab, asked: Asked, data: Path, seed: int
     return measure(examples.space, test, answers)[asked.measure].value
 
 
-def fine_tuned(checkpoint: str, asked: Asked, data: Path, seed: int) -> float:
+def fine_tuned(checkpoint: str, asked: DownstreamTask, data: Path, seed: int) -> float:
     """The measure of tools/finetune.py."""
     with tempfile.TemporaryDirectory() as folder:
         draw(data, asked, seed, Path(folder))
@@ -185,7 +185,7 @@ Key = tuple[str, str, str, int]  # of a run: model, way, task, seed
 Run = tuple[Key, Callable[[], float]]  # and what gives its measure
 
 
-def runs(models: dict[str, str], tasks: Sequence[Asked], given: argparse.Namespace) -> Iterator[Run]:
+def runs(models: dict[str, str], tasks: Sequence[DownstreamTask], given: argparse.Namespace) -> Iterator[Run]:
     """Each run that is asked for."""
     if LETTERS in given.ways:
         vocab = Vocab.from_file("iupac")
@@ -199,7 +199,7 @@ def runs(models: dict[str, str], tasks: Sequence[Asked], given: argparse.Namespa
                                    given)
 
 
-def runs_of(name: str, path: str, seeds: Sequence[int], tasks: Sequence[Asked], given: argparse.Namespace
+def runs_of(name: str, path: str, seeds: Sequence[int], tasks: Sequence[DownstreamTask], given: argparse.Namespace
             ) -> Iterator[Run]:
     """Those of one checkpoint."""
     pretrained = load_pretrained(path, device="cpu", precision=given.precision)

@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime.jit import JITFunction
 
-from benchmarks.compiled import Launch, Launches
+from benchmarks.compiled import Launches, RecordedLaunch
 from megatron.config import Config
 from megatron.data.batches.batch import Batch
 from megatron.data.batches.typical import typical_batch
@@ -110,12 +110,12 @@ def launches_of_update(config: Config) -> Launches:
 
 
 def launch_of_map(dtype: torch.dtype, width: int, num_tokens: int, length: int, groups: int = 16,
-                  queries: int = 1) -> Launch:
+                  queries: int = 1) -> RecordedLaunch:
     """Of the maps of a protein of `length` tokens among `num_tokens`, of all heads."""
-    found: list[Launch] = []
+    found: list[RecordedLaunch] = []
 
     def record(kernel: Any, _: object) -> Callable[..., None]:
-        return lambda *arguments, **options: found.append(Launch(kernel, arguments, options))
+        return lambda *arguments, **options: found.append(RecordedLaunch(kernel, arguments, options))
 
     with torch.device("meta"), patch.object(JITFunction, "__getitem__", record):
         qkv = torch.empty(num_tokens, groups, queries + 2, width, dtype=dtype)

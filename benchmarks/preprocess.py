@@ -26,7 +26,7 @@ FORMS = ("json", "spaced json", "fasta", "fasta.gz", "strings")
 
 
 @dataclass(frozen=True)
-class Case:
+class PreprocessCase:
     """A form of input and a number of workers."""
 
     form: str
@@ -44,9 +44,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         inputs = {form: Path(folder) / form.replace(" ", "_") for form in arguments.forms}
         num_residues = write_inputs(inputs, arguments.proteins)
-        cases = [Case(form, workers) for form in arguments.forms for workers in arguments.workers]
-        times: dict[Case, list[float]] = {case: [] for case in cases}
-        peaks: dict[Case, float] = {}
+        cases = [PreprocessCase(form, workers) for form in arguments.forms for workers in arguments.workers]
+        times: dict[PreprocessCase, list[float]] = {case: [] for case in cases}
+        peaks: dict[PreprocessCase, float] = {}
         for _ in range(arguments.repeats):
             for case in cases:
                 elapsed_s, peak_mib = run(inputs[case.form], Path(folder) / "out", case.num_workers)

@@ -13,6 +13,7 @@ the recipe, beside the means.
 
 import argparse
 import json
+import os
 import shlex
 import statistics
 import subprocess
@@ -60,7 +61,15 @@ ARMS: dict[str, tuple[str, int]] = {
     "adamw, 2 rows, lr 5e-4": ("--lr 5e-4 --min-lr 5e-5", 2),
     **{f"adamw, 2 rows, lr {lr}, beta2 0.95": (f"--lr {lr} --min-lr {float(lr) / 10:g} --adam-beta2 0.95", 2)
        for lr in ("2.5e-4", "3.5e-4", "5e-4", "7e-4", "1e-3")},
-    "adamw, 2 rows, lr 7e-4, beta2 0.95, mask 0.3": (f"{BEST_ADAMW} --adam-beta2 0.95 --mask-prob 0.3", 2),
+    "adamw, 2 rows, lr 7e-4, beta2 0.9": (f"{BEST_ADAMW} --adam-beta2 0.9", 2),
+    **{f"adamw, 2 rows, lr {lr}, beta2 0.95, warm-up 0.3":
+       (f"--lr {lr} --min-lr {float(lr) / 10:g} --adam-beta2 0.95 --lr-warmup-fraction 0.3", 2)
+       for lr in ("7e-4", "1e-3")},
+    **{f"adamw, 1 row, lr {lr}, beta2 0.95":
+       (f"--micro-batch-size 1 --lr {lr} --min-lr {float(lr) / 10:g} --adam-beta2 0.95", 1)
+       for lr in ("3.5e-4", "5e-4")},
+    **{f"adamw, 2 rows, lr 7e-4, beta2 0.95, mask {share}":
+       (f"{BEST_ADAMW} --adam-beta2 0.95 --mask-prob {share}", 2) for share in (0.3, 0.4)},
     "adamw, 2 rows, lr 7e-4, to 0": (f"{BEST_ADAMW} --min-lr 0", 2),
     "adamw, 8 rows": (ADAMW, 8), "adamw, 8 rows, lr 2e-3": ("--lr 2e-3 --min-lr 2e-4", 8),
     "muon": (MUON, 4), "normuon": (NORMUON, 4),
@@ -97,13 +106,18 @@ def flags_of(arm: str, rows: int) -> tuple[str, int, int]:
 
 
 def trained(prefix: str, size: str, rows: int, arm: str, seed: int, precision: str) -> dict:
-    """The record of one run on `rows` rows: its loss, the seconds of its steps, and which precision it came to."""
+    """The record of one run on `rows` rows: its loss, the seconds of its steps, and which precision it came to.
+
+    `processor_s` are seconds of all its threads, of loading, evaluating and saving too; `cores`: that it could use.
+    """
     flags, batch, steps = flags_of(arm, rows)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "pretrain_tape.py"), "--global-batch-size", str(batch),
                    *shlex.split(f"{COMMON} {PRECISIONS[precision]} {SIZES[size]} {flags}"), "--train-iters", str(steps),
                    "--seed", str(seed), "--data-path", prefix, "--save", folder]
+        before = _processor_s_of_children()
         done = subprocess.run(command, capture_output=True, text=True)
+        processor_s = _processor_s_of_children() - before
         if done.returncode:
             raise SystemExit(f"{arm}: exit status {done.returncode}; {done.stderr.strip()}")
         if precision == "auto":
@@ -114,12 +128,23 @@ def trained(prefix: str, size: str, rows: int, arm: str, seed: int, precision: s
     last = next(record for record in reversed(records) if record["kind"] == kind)
     return {"size": size, "rows": rows, "arm": arm, "seed": seed, "precision": precision, "flags": flags,
             "steps": steps, "loss": round(last["loss"], 5), "training_s": round(last["training_s"], 1),
-            "processor": processor()}
+            "processor_s": round(processor_s, 1), "cores": len(os.sched_getaffinity(0)), "processor": processor()}
+
+
+def _processor_s_of_children() -> float:
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def known() -> list[dict]:
     """The records of all runs so far."""
     return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def keep(record: dict) -> None:
+    """Add the record of a run to what is known."""
+    with RESULTS.open("a") as file:
+        file.write(f"{json.dumps(record)}\n")
 
 
 def table(records: list[dict]) -> str:
@@ -224,8 +249,7 @@ def main() -> None:
     for number, (arm, seed) in enumerate(todo, 1):
         print(f"{number} of {len(todo)}: {arm}, seed {seed}", end=" … ", flush=True)
         record = trained(arguments.prefix, size, rows, arm, seed, arguments.precision)
-        with RESULTS.open("a") as file:
-            file.write(f"{json.dumps(record)}\n")
+        keep(record)
         print(f"{record['loss']:.4f}", flush=True)
     print(table(known()))
 

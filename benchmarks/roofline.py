@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.compiled import PRODUCTS, Launch, Other, distinct  # noqa: E402
+from benchmarks.compiled import PRODUCTS, Other, RecordedLaunch, distinct  # noqa: E402
 from benchmarks.launched import NUM_IDS, launches_of_block  # noqa: E402
 from benchmarks.roofline_lines import OTHERS, Line, Step, config_of, lines_instead, step_of  # noqa: E402
 from benchmarks.training import SHAPES  # noqa: E402
@@ -83,12 +83,12 @@ def rows_of(flags: str, step: Step) -> dict[tuple[str, ...], Line]:
     return rows
 
 
-def floor_s(launches: Iterable[Launch | Other], card: str) -> float:
+def floor_s(launches: Iterable[RecordedLaunch | Other], card: str) -> float:
     """Seconds at least, one launch behind the other."""
     return sum(max(_memory_s(launch, card), _arithmetic_s(launch, card)) for launch in launches)
 
 
-def is_arithmetic(launches: Iterable[Launch | Other], card: str) -> bool:
+def is_arithmetic(launches: Iterable[RecordedLaunch | Other], card: str) -> bool:
     """Whether arithmetic takes longer than memory."""
     launches = list(launches)
     return sum(_arithmetic_s(each, card) for each in launches) > sum(_memory_s(each, card) for each in launches)
@@ -147,8 +147,8 @@ def print_registers(rows: dict[str, dict[tuple[str, ...], Line]], capability: in
             print_line(first.kernel, first.side, *found)
 
 
-def _resources(launches: Sequence[Launch | Other], capability: int) -> str:
-    compiled = distinct(launch for launch in launches if isinstance(launch, Launch))
+def _resources(launches: Sequence[RecordedLaunch | Other], capability: int) -> str:
+    compiled = distinct(launch for launch in launches if isinstance(launch, RecordedLaunch))
     found = [launch.resources(capability) for launch in compiled]
     return f"{max(each.registers for each in found)} ({max(each.spilled for each in found)})" if found else ""
 
@@ -193,11 +193,11 @@ def _share(share: float, most: Bound) -> str:
     return f"{share:.0%} of the bound, products at {most.products_s / (most.products_s + spared_s):.0%} of theirs"
 
 
-def _memory_s(launch: Launch | Other, card: str) -> float:
+def _memory_s(launch: RecordedLaunch | Other, card: str) -> float:
     return launch.num_bytes / (CARDS[card].memory_bandwidth * 1e9)
 
 
-def _arithmetic_s(launch: Launch | Other, card: str) -> float:
+def _arithmetic_s(launch: RecordedLaunch | Other, card: str) -> float:
     return launch.flops / PEAKS[card][launch.units]
 
 

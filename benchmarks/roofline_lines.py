@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from benchmarks.compiled import ATTENTION, PRODUCTS, Launch, Launches, Other
+from benchmarks.compiled import ATTENTION, PRODUCTS, Launches, Other, RecordedLaunch
 from benchmarks.launched import launch_of_map, launches_around_blocks, launches_of_block, launches_of_update
 from benchmarks.proteins import shipped_rows
 from megatron.config import Config
@@ -40,7 +40,7 @@ class Line:
 
     kernel: str
     side: str
-    launches: list[Launch | Other]
+    launches: list[RecordedLaunch | Other]
 
     @property
     def num_bytes(self) -> int:
@@ -56,7 +56,7 @@ class Line:
     def modules(self) -> set[str]:
         """Modules of `megatron.kernels` whose kernels these are."""
         return {module for launch in self.launches for module in (
-            (launch.module,) if isinstance(launch, Launch) else _MODULES.get(
+            (launch.module,) if isinstance(launch, RecordedLaunch) else _MODULES.get(
                 launch.name.removesuffix("_backward"), ()))}
 
 
@@ -121,8 +121,8 @@ def lines_of(passes: Sequence[Launches], prefix: str = "") -> list[Line]:
     sides = ("forward", "backward") if len(passes) == 2 else ("update",)
     lines: list[Line] = []
     for side, launches in zip(sides, passes, strict=True):
-        found: dict[str, list[Launch | Other]] = {}
-        in_order: list[Launch | Other] = [*launches.triton, *launches.others]
+        found: dict[str, list[RecordedLaunch | Other]] = {}
+        in_order: list[RecordedLaunch | Other] = [*launches.triton, *launches.others]
         for launch in in_order:
             found.setdefault(_label(launch, prefix), []).append(launch)
         rest = found.pop("", [])
@@ -132,9 +132,9 @@ def lines_of(passes: Sequence[Launches], prefix: str = "") -> list[Line]:
     return lines
 
 
-def _label(launch: Launch | Other, prefix: str) -> str:
+def _label(launch: RecordedLaunch | Other, prefix: str) -> str:
     """What a kernel does, in words; empty for what is PyTorch's and no kernel of ours stands for."""
-    if isinstance(launch, Launch):
+    if isinstance(launch, RecordedLaunch):
         return _label_of_triton(launch, prefix)
     name, is_fp8 = launch.name, prefix.startswith("FP8")
     if name in PRODUCTS:
@@ -148,7 +148,7 @@ def _label(launch: Launch | Other, prefix: str) -> str:
     return prefix * (prefix == MUON) + _UPDATES[name] if name in _UPDATES else ""
 
 
-def _label_of_triton(launch: Launch, prefix: str) -> str:
+def _label_of_triton(launch: RecordedLaunch, prefix: str) -> str:
     kernel, has = launch.name.split()[0], launch.constants
     if kernel == "residual_norm":
         joins = has.get("HAS_BRANCH") or has["HAS_SHIFT"] or has["HAS_DROPOUT"]
@@ -165,7 +165,7 @@ def _label_of_triton(launch: Launch, prefix: str) -> str:
     return kernel.replace("_", " ")
 
 
-def _names(others: Sequence[Launch | Other]) -> str:
+def _names(others: Sequence[RecordedLaunch | Other]) -> str:
     """What moves most of the bytes."""
     sizes: dict[str, int] = {}
     for other in others:

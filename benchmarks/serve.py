@@ -26,7 +26,7 @@ from megatron.data.rows.dataset import Dataset, build_datasets  # noqa: E402
 
 
 @dataclass(frozen=True)
-class Case:
+class ServingCase:
     """A row length, rows a micro-batch, workers and the mean length of masked spans."""
 
     seq_length: int
@@ -35,7 +35,8 @@ class Case:
     span_length: float = 1.0
 
 
-CASES = (Case(2176, 1, 2), Case(2176, 8, 2), Case(512, 4, 2), Case(512, 16, 2), Case(2176, 8, 2, 3.0), Case(2176, 8, 0))
+CASES = tuple(ServingCase(*case) for case in ((2176, 1, 2), (2176, 8, 2), (512, 4, 2), (512, 16, 2), (2176, 8, 2, 3.0),
+                                              (2176, 8, 0)))
 
 
 def main() -> None:
@@ -52,7 +53,7 @@ def main() -> None:
         datasets = {case: build_datasets(DataConfig(data_path=(prefix,), seq_length=case.seq_length, split="1",
                                                     mask_span_length=case.span_length), vocab, 1).train
                     for case in CASES}
-        results: dict[Case, list[tuple[float, float]]] = {case: [] for case in CASES}
+        results: dict[ServingCase, list[tuple[float, float]]] = {case: [] for case in CASES}
         for _ in range(arguments.repeats):
             for case in CASES:
                 results[case].append(serve(datasets[case], case, arguments.seconds))
@@ -73,7 +74,7 @@ def write_proteins(prefix: str, num_proteins: int, vocab: Vocab) -> None:
         writer.add(rng.choice(vocab.residue_ids, sizes.sum()), sizes, np.ones(num_proteins, np.int32))
 
 
-def serve(dataset: Dataset, case: Case, seconds: float) -> tuple[float, float]:
+def serve(dataset: Dataset, case: ServingCase, seconds: float) -> tuple[float, float]:
     """Residues and batches a second, counted after the batches that were made while the workers started."""
     shape = batch_shape([dataset], case.micro_batch_size)
     loader = batches(dataset, shape, start_sample=0, micro_batch_size=case.micro_batch_size, data_rank=0, data_size=1,

@@ -18,24 +18,23 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.compiled import Launch, Launches, Resources, distinct  # noqa: E402
+from benchmarks.compiled import Launches, RecordedLaunch, Resources, distinct  # noqa: E402
 from benchmarks.launched import launch_of_map, launches_of_loss  # noqa: E402
 from megatron.config.command_line import parse  # noqa: E402
 from megatron.config.presets import PRESETS  # noqa: E402
 from megatron.kernels.attention import triton_kernels as attention_kernels  # noqa: E402
-from megatron.kernels.attention.launches import Call  # noqa: E402
-from megatron.kernels.attention.launches import Launch as OfAttention  # noqa: E402
+from megatron.kernels.attention.launches import Call, KernelLaunch  # noqa: E402
 from megatron.kernels.newton_schulz.orthogonal import orthogonalised  # noqa: E402
 
 # Bytes of shared memory that a program may have: code for 8.0 also runs on 8.6 and 8.9, which have the least.
 MOST_SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
-class Case(NamedTuple):
+class KernelCase(NamedTuple):
     """A kernel as a run launches it; tensors need no values."""
 
     name: str
-    launch: Launch
+    launch: RecordedLaunch
     blocks: str
 
 
@@ -58,10 +57,10 @@ def main() -> int:
     return 0 if fits else 1
 
 
-def cases(presets: Iterable[str]) -> Iterator[Case]:
+def cases(presets: Iterable[str]) -> Iterator[KernelCase]:
     """Attention and cross entropy of each preset, once for those that are alike."""
     alike: dict[tuple[torch.dtype, int, float], list[str]] = {}
-    losses: list[Launch] = []
+    losses: list[RecordedLaunch] = []
     for preset in presets:
         config, _ = parse(["--preset", preset])
         own = torch.bfloat16 if config.precision.bf16 else torch.float32
@@ -76,21 +75,21 @@ def cases(presets: Iterable[str]) -> Iterator[Case]:
         print(f"{kind}: {', '.join(names)}", file=sys.stderr)
         for each in attention_launches(dtype, width, dropout):
             kernel, named = getattr(attention_kernels, each.kernel), {**each.arguments, **each.constants}
-            yield Case(f"{kind}: {each.kernel}",
-                       Launch(kernel, tuple(named[name] for name in kernel.arg_names), each.options),
+            yield KernelCase(f"{kind}: {each.kernel}",
+                       RecordedLaunch(kernel, tuple(named[name] for name in kernel.arg_names), each.options),
                        f"{each.constants['BLOCK_QUERIES']} x {each.constants['BLOCK_KEYS']}")
     for dtype, width in dict.fromkeys(sorted((key[:2] for key in alike), key=lambda each: (each[0].itemsize, each[1]))):
         maps = launch_of_map(dtype, width, 8704, 500)
-        yield Case(f"{str(dtype).removeprefix('torch.')}, width {width}: {maps.name}", maps,
+        yield KernelCase(f"{str(dtype).removeprefix('torch.')}, width {width}: {maps.name}", maps,
                    f"{maps.constants['BLOCK']} x {maps.constants['BLOCK']}")
     for launch in distinct(losses):
         dtype, constants = launch.arguments[0].dtype, launch.constants
         kind = f"{str(dtype).removeprefix('torch.')}, {len(launch.arguments[0])} targets"
-        yield Case(f"{kind}: {launch.name}", launch,
+        yield KernelCase(f"{kind}: {launch.name}", launch,
                    f"{constants['ROWS']} x {constants['BLOCK']}")
 
 
-def newton_schulz_cases() -> Iterator[Case]:
+def newton_schulz_cases() -> Iterator[KernelCase]:
     """Muon's symmetric products of matrices of a small model and of a large one; the tile: rows x columns at once."""
     with torch.device("meta"), Launches() as launches:
         for width in (128, 1280):
@@ -98,10 +97,10 @@ def newton_schulz_cases() -> Iterator[Case]:
     for launch in distinct(launches.triton):
         has = launch.constants
         kind = "a A + b A²" if has["HAS_FACTOR"] else "X Xᵀ"
-        yield Case(f"bfloat16, {launch.arguments[2]} rows: {kind}", launch, f"{has['TILE']} x {has['DEPTH']}")
+        yield KernelCase(f"bfloat16, {launch.arguments[2]} rows: {kind}", launch, f"{has['TILE']} x {has['DEPTH']}")
 
 
-def attention_launches(dtype: torch.dtype, width: int, dropout: float = 0.0, queries: int = 1) -> list[OfAttention]:
+def attention_launches(dtype: torch.dtype, width: int, dropout: float = 0.0, queries: int = 1) -> list[KernelLaunch]:
     """Of a forward and a backward pass over 8,704 tokens and 16 groups."""
     with torch.device("meta"):
         qkv = torch.empty(8704, 16, queries + 2, width, dtype=dtype)

@@ -54,14 +54,14 @@ class Log:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def progress(self, total: int, done: int, unit: str, label: str) -> "Progress":
+    def progress(self, total: int, done: int, unit: str, label: str) -> "ProgressBar":
         """A progress bar over `total` units of which `done` are behind us; silent where nobody watches."""
         from tqdm import tqdm
         hidden = not (self.is_speaker and sys.stderr.isatty())
         return tqdm(total=total, initial=done, unit=unit, desc=label, disable=hidden, dynamic_ncols=True, leave=False)
 
 
-class Progress(Protocol):
+class ProgressBar(Protocol):
     """What the loop does with a progress bar."""
 
     def update(self, n: float | None = 1) -> bool | None:

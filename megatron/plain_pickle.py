@@ -130,7 +130,7 @@ def _with_keys(load: _Load, keys: slice) -> _Load:
     return load_checked
 
 
-class _Counted:
+class _BoundedFile:
     """A file of which no more than `limit` bytes are read, counted in `num_read`."""
 
     def __init__(self, file: Readable, limit: int) -> None:
@@ -161,7 +161,7 @@ class PlainUnpickler(pickle._Unpickler):
     hashable: tuple[type, ...] = _HASHABLE
 
     def __init__(self, file: Readable, limit: int) -> None:
-        self._counted = _Counted(file, limit)
+        self._counted = _BoundedFile(file, limit)
         super().__init__(self._counted)
         self._spent = 0
 

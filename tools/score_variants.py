@@ -22,7 +22,7 @@ from megatron.infer.door import add_model_flags, asked  # noqa: E402
 from megatron.infer.pretrained import Pretrained, load  # noqa: E402
 from megatron.infer.spearman import CONFIDENCE  # noqa: E402
 from megatron.infer.variants.assays import files_of  # noqa: E402
-from megatron.infer.variants.record import SUMMARY, Record  # noqa: E402
+from megatron.infer.variants.record import SUMMARY, ScoringRecord  # noqa: E402
 from megatron.infer.variants.run import Way, draw_proteins, score_files  # noqa: E402
 from megatron.infer.variants.scores import MARGINALS, MASKED, SCORINGS  # noqa: E402
 from megatron.infer.variants.wild_types import read_proteins, read_wild_types  # noqa: E402
@@ -74,7 +74,7 @@ def score(given: argparse.Namespace, mesh: Mesh, log: Log) -> None:
     way = Way(given.scoring, longest_window(pretrained, given.window), given.offset, given.score_column,
               given.tokens_per_row)
     given.output.mkdir(parents=True, exist_ok=True)
-    record = Record(given.output, settings_of(given, pretrained, way))
+    record = ScoringRecord(given.output, settings_of(given, pretrained, way))
     if given.heatmap:
         draw_proteins(pretrained, read_proteins([*map(str, given.input)], pretrained.vocab), way, record, log)
         return

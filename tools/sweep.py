@@ -21,7 +21,7 @@ from megatron.config.command_line import OneLineParser  # noqa: E402
 from megatron.errors import ConfigError  # noqa: E402
 from megatron.log import Log, exit_status  # noqa: E402
 from megatron.study.outcome import as_table, edges, outcomes  # noqa: E402
-from megatron.study.record import Record, held  # noqa: E402
+from megatron.study.record import SweepRecord, held  # noqa: E402
 from megatron.study.running import LOG, Sweep  # noqa: E402
 from megatron.study.sampling import SAMPLERS, optuna_module, plan  # noqa: E402
 from megatron.study.settings import Space  # noqa: E402
@@ -70,7 +70,7 @@ def sweep(given: argparse.Namespace, base: tuple[str, ...]) -> int:
         optuna_module()  # before anything is written
     log = Log()
     with held(given.output, log.line) as lock:
-        record = Record(given.output, space, given.metric)
+        record = SweepRecord(given.output, space, given.metric)
         planned = plan(given.sampler, space, record, given.trials)
         running = Sweep(space, record, given.metric, early_stop=given.early_stop, lock=lock.fileno(), tell=log.line,
                         environments=environments(given.jobs))
@@ -96,7 +96,7 @@ def environments(num_jobs: int) -> list[Mapping[str, str]]:
     return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(share))}] * num_jobs
 
 
-def _tell(record: Record, space: Space, metric: str, is_done: bool, log: Log) -> None:
+def _tell(record: SweepRecord, space: Space, metric: str, is_done: bool, log: Log) -> None:
     found = outcomes(record.all())
     log.line(f"\n{loss_name(metric)} in nats, the best first:\n\n{as_table(found)}\n")
     if any(one.losses for one in found):

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint import store
-from megatron.checkpoint.convert.formats import Format, foreign
+from megatron.checkpoint.convert.formats import CheckpointFormat, foreign
 from megatron.checkpoint.convert.torch_files import check_torch_file
 from megatron.checkpoint.stored import Checkpoint
 from megatron.errors import CheckpointError
@@ -49,7 +49,7 @@ def _torch_files(place: Path) -> list[Path]:
     return sorted([*place.rglob("*.pt"), *(place.glob("*.bin") if not any(place.glob("*.safetensors")) else ())])
 
 
-def _foreign(known: Format | None, place: Path, world: Axis) -> tuple[Checkpoint | None, str | None]:
+def _foreign(known: CheckpointFormat | None, place: Path, world: Axis) -> tuple[Checkpoint | None, str | None]:
     """The checkpoint of another program, or what is wrong with it; the ranks share out the reading of its files."""
     if known is None:
         return None, f"{place} does not hold the same on all hosts; give a folder that they share"

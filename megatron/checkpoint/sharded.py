@@ -39,7 +39,7 @@ from torch.futures import Future
 
 from megatron.checkpoint.manifest import Manifest, PieceFacts, TensorFacts
 from megatron.checkpoint.stored import Tensors
-from megatron.checkpoint.tensor_file import Entry, FileFacts, write_tensors
+from megatron.checkpoint.tensor_file import FileFacts, TensorEntry, write_tensors
 from megatron.files import begin_folder, finish_folder
 from megatron.parallel.placement import Part
 
@@ -226,7 +226,7 @@ def _write_item(key: str, part: Part) -> WriteItem:
                      tensor_data=TensorWriteData(_chunk(part), properties, torch.Size(part.whole_shape)))
 
 
-def _entry(item: WriteItem, planner: SavePlanner) -> Entry:
+def _entry(item: WriteItem, planner: SavePlanner) -> TensorEntry:
     assert item.tensor_data is not None
 
     def read() -> Tensor:
@@ -234,7 +234,7 @@ def _entry(item: WriteItem, planner: SavePlanner) -> Entry:
         assert isinstance(tensor, Tensor)
         return tensor
 
-    return Entry(tuple(item.tensor_data.chunk.sizes), item.tensor_data.properties.dtype, read)
+    return TensorEntry(tuple(item.tensor_data.chunk.sizes), item.tensor_data.properties.dtype, read)
 
 
 def _num_bytes(item: WriteItem) -> int:

@@ -26,7 +26,7 @@ _REMEDY = "copy it again, or take an older iteration if there is one"
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """A tensor to be written: what it is, and what gives it when its turn comes."""
 
     shape: tuple[int, ...]
@@ -42,7 +42,7 @@ class FileFacts:
     crc32: int
 
 
-def write_tensors(path: Path, entries: Mapping[str, Entry], notes: Mapping[str, str] | None = None) -> FileFacts:
+def write_tensors(path: Path, entries: Mapping[str, TensorEntry], notes: Mapping[str, str] | None = None) -> FileFacts:
     """Write a new file and bring it to the disk, with `notes` at its head; raises OSError where the disk refuses."""
     header: dict[str, Any] = {"__metadata__": dict(notes)} if notes else {}
     end = 0
@@ -67,12 +67,12 @@ def write_tensors(path: Path, entries: Mapping[str, Entry], notes: Mapping[str, 
         return FileFacts(file.tell(), crc32)
 
 
-def tensors_in(path: Path) -> dict[str, Entry]:
+def tensors_in(path: Path) -> dict[str, TensorEntry]:
     """The tensors of a file, each read when it is asked for; raises CheckpointError for one that is damaged."""
     with _opened(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         try:
-            return {name: Entry(tuple(part.get_shape()), _DTYPES[part.get_dtype()], _reader(path, name))
+            return {name: TensorEntry(tuple(part.get_shape()), _DTYPES[part.get_dtype()], _reader(path, name))
                     for name, part in slices.items()}
         except KeyError as error:
             raise CheckpointError(f"{path}: holds numbers of the kind {error}, which is not known here") from None

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from megatron.checkpoint.stored import Checkpoint, StoredTensor, one_piece
-from megatron.checkpoint.tensor_file import Entry, read_box, tensors_in
+from megatron.checkpoint.tensor_file import TensorEntry, read_box, tensors_in
 from megatron.errors import CheckpointError
 
 MODEL = "model.safetensors"
@@ -38,5 +38,5 @@ def stored_in(path: Path) -> dict[str, StoredTensor]:
     return {name: _one(path, name, entry) for name, entry in tensors_in(path).items()}
 
 
-def _one(path: Path, name: str, entry: Entry) -> StoredTensor:
+def _one(path: Path, name: str, entry: TensorEntry) -> StoredTensor:
     return one_piece(entry.shape, entry.dtype, lambda box: read_box(path, name, box))

@@ -142,7 +142,7 @@ def _words(name: str, value: Any) -> list[str]:
     return [name, *map(str, value)] if isinstance(value, tuple) else [f"{name}={value}"]
 
 
-class _Answer(argparse.Action):
+class _Print(argparse.Action):
     """Prints what `const` says to the flag's value, and ends the program."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
@@ -163,8 +163,8 @@ def _parser() -> OneLineParser:
     for names, text, answer in (
             (("-h", "--help"), "the commonest flags", lambda _: short_help(_SECTIONS)),
             (("--help-all",), "all flags", lambda _: parser.format_help() + EXAMPLES)):
-        about.add_argument(*names, action=_Answer, nargs=0, const=answer, help=text, default=argparse.SUPPRESS)
-    about.add_argument("--completion", action=_Answer, choices=SHELLS, const=completion, default=argparse.SUPPRESS,
+        about.add_argument(*names, action=_Print, nargs=0, const=answer, help=text, default=argparse.SUPPRESS)
+    about.add_argument("--completion", action=_Print, choices=SHELLS, const=completion, default=argparse.SUPPRESS,
                        help="print a script with which the shell completes flags and their values")
     return parser
 

@@ -13,7 +13,7 @@ import torch
 from megatron.config import Config
 from megatron.config.command_line import parse
 from megatron.config.presets import PRESETS
-from megatron.doctor.finding import NOTE, OK, WRONG, Asked, Finding
+from megatron.doctor.finding import NOTE, OK, WRONG, Finding, Scope
 from megatron.doctor.machine import available_memory
 from megatron.plan.gpus import MATRIX_SHARE
 from megatron.plan.memory import peak_memory
@@ -32,7 +32,7 @@ def device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def gpus(asked: Asked) -> Iterator[Finding]:
+def gpus(asked: Scope) -> Iterator[Finding]:
     """Each GPU that PyTorch sees; why it sees none, where the system has some."""
     if not torch.cuda.is_available():
         yield _no_gpu()
@@ -74,7 +74,7 @@ def _driver_says(query: str) -> str:
     return next(iter(said.stdout.splitlines()), "") if said.returncode == 0 else ""
 
 
-def speed(asked: Asked) -> Iterator[Finding]:
+def speed(asked: Scope) -> Iterator[Finding]:
     """Bandwidth of memory, and matrix products in fp32 and bf16: which of them `--precision auto` takes."""
     where = device()
     yield Finding(OK, f"memory of {where.type}: {copied_gb_per_s(where):.0f} GB/s read and written, copying")
@@ -104,7 +104,7 @@ def peak(dtype: torch.dtype) -> float:
     return measured_peak_flops(dtype, device(), 4096, config.model)
 
 
-def presets(asked: Asked) -> Iterator[Finding]:
+def presets(asked: Scope) -> Iterator[Finding]:
     """Which presets one device can train, and how fast by an estimate: a row's FLOPs at a share of the peak."""
     where = device()
     room = _ROOM * (torch.cuda.mem_get_info(where)[1] if where.type == "cuda" else available_memory())

@@ -7,11 +7,11 @@ from megatron.data.corpus.joined import open_corpus
 from megatron.data.corpus.origin import corpus_vocabulary
 from megatron.data.rows.cache_files import choose_cache_folder
 from megatron.data.rows.data_path import parse_data_path
-from megatron.doctor.finding import OK, WRONG, Asked, Finding
+from megatron.doctor.finding import OK, WRONG, Finding, Scope
 from megatron.errors import UserError
 
 
-def data(asked: Asked) -> Iterator[Finding]:
+def data(asked: Scope) -> Iterator[Finding]:
     """What each corpus holds, or why it cannot be read."""
     if not asked.data_path:
         return

@@ -8,13 +8,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron.doctor.finding import NOTE, OK, WRONG, Asked, Finding
+from megatron.doctor.finding import NOTE, OK, WRONG, Finding, Scope
 
 CHUNK, MOST_CHUNKS, LONGEST_S = 1 << 24, 8, 3.0
 _LEAST_FREE, _SLOW_MB_PER_S = 1 << 30, 50
 
 
-def disk(asked: Asked) -> Iterator[Finding]:
+def disk(asked: Scope) -> Iterator[Finding]:
     """Free room, and the speed of a file of up to 128 MiB that is written, brought to the disk, and read again."""
     folder = next(folder for folder in (asked.save.absolute(), *asked.save.absolute().parents) if folder.exists())
     if not folder.is_dir():

@@ -22,17 +22,17 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Scope:
     """What the user wants looked at: where a run would save, and its data (none for no look at data)."""
 
     save: Path
     data_path: tuple[str, ...] = ()
 
 
-Check = Callable[[Asked], Iterable[Finding]]
+Check = Callable[[Scope], Iterable[Finding]]
 
 
-def found(check: Check, asked: Asked) -> list[Finding]:
+def found(check: Check, asked: Scope) -> list[Finding]:
     """All that a check finds; what this system refuses to tell is a note."""
     findings: list[Finding] = []
     try:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron.doctor.data import sizes
-from megatron.doctor.finding import NOTE, OK, ROOT, WRONG, Asked, Finding
+from megatron.doctor.finding import NOTE, OK, ROOT, WRONG, Finding, Scope
 from megatron.parallel.collectives import all_reduce_sum, everyones
 from megatron.parallel.mesh import Mesh
 
@@ -27,7 +27,7 @@ _REMEDIES = {"Python": "PYTHON=/path/to/python3 bash examples/setup.sh run", "to
              "data": "rsync -a --checksum FOLDER/ HOST:FOLDER/", "GPU": "python tools/plan_layout.py --help"}
 
 
-def facts(asked: Asked) -> dict[str, Any]:
+def facts(asked: Scope) -> dict[str, Any]:
     """What all hosts must have in common."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "none"
@@ -53,7 +53,7 @@ def checksum() -> str:
     return digest.hexdigest()
 
 
-def job(asked: Asked, mesh: Mesh) -> list[Finding]:
+def job(asked: Scope, mesh: Mesh) -> list[Finding]:
     """What the ranks find together; all of them call this, and get the same."""
     hosts = everyones(socket.gethostname(), mesh.world)
     return [*agreement(hosts, everyones(facts(asked), mesh.world)), _clocks(hosts, mesh), *_links(mesh)]

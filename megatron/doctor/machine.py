@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron.doctor.finding import NOTE, OK, ROOT, WRONG, Asked, Finding
+from megatron.doctor.finding import NOTE, OK, ROOT, WRONG, Finding, Scope
 
 _GIB = 2**30
 _TELLING_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
@@ -16,7 +16,7 @@ _FEW_FILES, _LEAST_SHM, _LEAST_MEMORY = 1024, 1 * _GIB, 2 * _GIB
 _WATCHED = re.compile(r"(NCCL|GLOO|TORCH|PYTORCH|CUDA|OMP|GOMP|MKL|KMP|TRITON)_\w+|GLIBC_TUNABLES|MASTER_(ADDR|PORT)")
 
 
-def processor(asked: Asked) -> Iterator[Finding]:
+def processor(asked: Scope) -> Iterator[Finding]:
     """Its name, how many cores this process may use, and which of its instructions matter here."""
     text = _read("/proc/cpuinfo")
     name = re.search(r"model name\s*: (.*)", text)
@@ -43,7 +43,7 @@ def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
     return int(quota) / int(period) if quota.isdigit() and period.isdigit() and int(period) else None
 
 
-def memory(asked: Asked) -> Iterator[Finding]:
+def memory(asked: Scope) -> Iterator[Finding]:
     """The memory that this process can have, and shared memory, through which workers and NCCL pass things on."""
     free = available_memory()
     limit = _memory_limit()
@@ -78,7 +78,7 @@ def _memory_limit() -> int | None:
     return None
 
 
-def limits(asked: Asked) -> Iterator[Finding]:
+def limits(asked: Scope) -> Iterator[Finding]:
     """How many files a process may open, and whether memory can be pinned, which InfiniBand asks for."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     few = soft < _FEW_FILES
@@ -89,7 +89,7 @@ def limits(asked: Asked) -> Iterator[Finding]:
                       "ulimit -l unlimited, or docker run --ulimit memlock=-1 …")
 
 
-def environment(asked: Asked) -> Iterator[Finding]:
+def environment(asked: Scope) -> Iterator[Finding]:
     """What examples/setup.sh sets for speed and this shell lacks, and what is set that changes how a run goes."""
     wanted = re.findall(r"^export (\w+)=\$\{\1:-(.+)\}$", _read(ROOT / "examples/setup.sh"), re.MULTILINE)
     for name, value in wanted:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron.doctor.disk import disk
-from megatron.doctor.finding import NOTE, WRONG, Asked, Check, Finding, found, lines
+from megatron.doctor.finding import NOTE, WRONG, Check, Finding, Scope, found, lines
 from megatron.doctor.machine import environment, limits, memory, processor
 from megatron.doctor.software import compiled_helpers, compiler, python_and_packages, torch_loads
 from megatron.errors import OutputError
@@ -21,7 +21,7 @@ _WITHOUT_PACKAGES: tuple[tuple[str, tuple[Check, ...]], ...] = (
     ("Disk", (disk,)))
 
 
-def examine(asked: Asked, json_file: Path | None) -> int:
+def examine(asked: Scope, json_file: Path | None) -> int:
     """Print what is found, by rank 0, and write it to `json_file`; the exit status: 1 where something is wrong."""
     report: Report = {PACKAGES: [*found(python_and_packages, asked), *found(torch_loads, asked)]}
     if _is_wrong(report):  # without the packages the rest of the project cannot be imported
@@ -33,7 +33,7 @@ def examine(asked: Asked, json_file: Path | None) -> int:
     return _examine_with_ranks(asked, json_file, report)
 
 
-def _examine_with_ranks(asked: Asked, json_file: Path | None, report: Report) -> int:
+def _examine_with_ranks(asked: Scope, json_file: Path | None, report: Report) -> int:
     from megatron.config import ParallelConfig
     from megatron.doctor.job import job
     from megatron.infer.door import status_of
@@ -60,7 +60,7 @@ def _examine_with_ranks(asked: Asked, json_file: Path | None, report: Report) ->
     return status_of(prepare) or outcome[0]
 
 
-def _here(asked: Asked) -> Report:
+def _here(asked: Scope) -> Report:
     """What is to be found on a host that has the packages."""
     from megatron.doctor.computing import gpus, presets, speed
     from megatron.doctor.data import data
@@ -70,7 +70,7 @@ def _here(asked: Asked) -> Report:
     return {title: findings for title, findings in report.items() if findings}
 
 
-def _without_packages(asked: Asked) -> Report:
+def _without_packages(asked: Scope) -> Report:
     return {title: [finding for check in checks for finding in found(check, asked)]
             for title, checks in _WITHOUT_PACKAGES}
 

@@ -18,7 +18,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
-from megatron.doctor.finding import NOTE, OK, ROOT, WRONG, Asked, Finding
+from megatron.doctor.finding import NOTE, OK, ROOT, WRONG, Finding, Scope
 
 HELPERS = ("megatron.data.rows._packing", "megatron.kernels.pointwise._pointwise",
            "megatron.kernels.attention._packed_attention")  # as setup.py compiles them
@@ -68,7 +68,7 @@ def _is_for_here(requirement: str) -> bool:
     return before is None or sys.version_info[:2] < (int(before[1]), int(before[2]))
 
 
-def python_and_packages(asked: Asked) -> Iterator[Finding]:
+def python_and_packages(asked: Scope) -> Iterator[Finding]:
     """Python itself; of the packages that are needed each that is missing or too old; the optional ones by purpose."""
     here = f"Python {sys.version.split()[0]} at {sys.executable}"
     if sys.version_info < _OLDEST:
@@ -107,7 +107,7 @@ def fault_of(requirement: str) -> str | None:
     return None
 
 
-def torch_loads(asked: Asked) -> Iterator[Finding]:
+def torch_loads(asked: Scope) -> Iterator[Finding]:
     """Whether PyTorch and NumPy, where installed, can be imported: a library that they need may be missing."""
     for name in ("numpy", "torch"):
         if fault_of(name):
@@ -120,7 +120,7 @@ def torch_loads(asked: Asked) -> Iterator[Finding]:
                           f"pip install --force-reinstall {name}")
 
 
-def compiled_helpers(asked: Asked) -> Iterator[Finding]:
+def compiled_helpers(asked: Scope) -> Iterator[Finding]:
     """Whether each helper is built, newer than its sources, and can be loaded; without one its Python twin works."""
     for module in HELPERS:
         folder, name = ROOT.joinpath(*module.split(".")[:-1]), module.split(".")[-1]
@@ -141,7 +141,7 @@ def compiled_helpers(asked: Asked) -> Iterator[Finding]:
             yield Finding(OK, f"{module} is built and loads")
 
 
-def compiler(asked: Asked) -> Iterator[Finding]:
+def compiler(asked: Scope) -> Iterator[Finding]:
     """The C++ compiler, which builds the helpers, and which torch.compile and Triton call while a model runs."""
     name = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "")
     if not name or not shutil.which(name):

@@ -9,7 +9,7 @@ from typing import Any
 from megatron.errors import ConfigError, DivergedError
 from megatron.files import write_json
 from megatron.finetune.data.tasks import METRICS
-from megatron.finetune.training import Job, Training
+from megatron.finetune.training import FineTuning, Job
 from megatron.parallel.collectives import everyones
 
 CHOSEN = "chosen.json"
@@ -31,7 +31,7 @@ def with_best_rate(job: Job, folder: Path) -> Job | None:
         return _with_rate(job, known)
     values = dict[float, float]()
     for rate in job.flags.finetune.calibrate_lr:
-        training = Training(_with_rate(job, rate), job.flags.finetune.seeds[0], place / f"lr-{rate:g}", is_try=True)
+        training = FineTuning(_with_rate(job, rate), job.flags.finetune.seeds[0], place / f"lr-{rate:g}", is_try=True)
         try:
             is_done = training.run()
         except DivergedError as error:

@@ -67,7 +67,7 @@ def fine_tune(job: Job, seed: int, folder: Path) -> dict[str, Any] | None:
 
     It goes on from where it was left. Gives None where it was asked to stop before the end.
     """
-    training = Training(job, seed, folder)
+    training = FineTuning(job, seed, folder)
     if not training.run():
         return None
     report = training.report()
@@ -75,7 +75,7 @@ def fine_tune(job: Job, seed: int, folder: Path) -> dict[str, Any] | None:
     return report
 
 
-class Training:
+class FineTuning:
     """One run of `num_steps` at most, from where it was left; `best_value`: of the first measure, at the best so far.
 
     `is_try`: it ends after a quarter of an epoch, or 20 steps, and has the whole course of the learning rate in these;

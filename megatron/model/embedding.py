@@ -11,7 +11,7 @@ from megatron.model.normalisation import norm
 from megatron.parallel.collectives import all_reduce_sum
 from megatron.parallel.mesh import ONE_RANK_AXIS, Axis
 from megatron.parallel.randomness import dropout_of
-from megatron.parallel.tensor.layers import Table
+from megatron.parallel.tensor.layers import EmbeddingTable
 from megatron.parallel.tensor.stream import Stream
 from megatron.parallel.tensor.vocabulary import VocabularyParallelTable
 
@@ -31,7 +31,8 @@ class Embedding(nn.Module):
         self.word_embeddings = _word_embeddings(config, padded_vocab_size, stream, ends)
         self.has_positions = config.position_embedding_type == "learned_absolute"
         if self.has_positions:
-            self.position_embeddings = Table(config.max_position_embeddings, config.hidden_size, stream, normal(config))
+            self.position_embeddings = EmbeddingTable(config.max_position_embeddings, config.hidden_size, stream,
+                                                      normal(config))
         self.layernorm = norm(config, stream) if config.embedding_layernorm else None
         self.dropout, self.dtype = config.hidden_dropout, dtype
         self.mask_id = mask_id if config.token_dropout else None

@@ -13,7 +13,7 @@ from megatron.config import OptimizerConfig
 from megatron.kernels.device import takes_gpu_way
 from megatron.kernels.newton_schulz.orthogonal import orthogonalised, working_dtype
 from megatron.optim.decay import decay
-from megatron.parallel.matrices.exchange import Result, WholeMatrices
+from megatron.parallel.matrices.exchange import MatrixResult, WholeMatrices
 from megatron.parallel.mesh import Mesh
 
 _MOMENTUM_AT_START = 0.85
@@ -85,7 +85,7 @@ class Muon(torch.optim.Optimizer):
     def _orthogonalised(self, stack_kmn: Tensor) -> Tensor:
         return orthogonalised(stack_kmn, self._config.muon_num_ns_steps)
 
-    def _scaled(self, results: list[Result], state: dict[str, Tensor], is_taken: Tensor) -> Iterator[Tensor]:
+    def _scaled(self, results: list[MatrixResult], state: dict[str, Tensor], is_taken: Tensor) -> Iterator[Tensor]:
         """The parts of a parameter's matrices, scaled by shape, and with NorMuon by row."""
         scales = self._row_scales(results, state, is_taken) if self._evens_rows else [None] * len(results)
         for result, scale_m in zip(results, scales, strict=True):
@@ -93,7 +93,7 @@ class Muon(torch.optim.Optimizer):
             part = result.part if rows <= columns else result.part * (rows / columns)**0.5
             yield part if scale_m is None else part * scale_m[result.rows, None]
 
-    def _row_scales(self, results: list[Result], state: dict[str, Tensor], is_taken: Tensor) -> Iterable[Tensor]:
+    def _row_scales(self, results: list[MatrixResult], state: dict[str, Tensor], is_taken: Tensor) -> Iterable[Tensor]:
         """For each matrix what its rows are multiplied by: their root mean squares of late become alike, and the
         matrix's own stays."""
         squares = torch.cat([result.squares for result in results])

@@ -19,7 +19,7 @@ from megatron.errors import ConfigError
 from megatron.parallel.launch.environment import Launch, device_of
 from megatron.parallel.launch.hosts import choose_interface
 from megatron.parallel.launch.meeting import meeting_store
-from megatron.parallel.launch.watch import Progress, watched
+from megatron.parallel.launch.watch import RankProgress, watched
 from megatron.parallel.waits import Waits
 
 
@@ -68,7 +68,7 @@ class Mesh:
     channels: tuple[dist.ProcessGroup, ...] = ()
     writers: Axis = field(default_factory=Axis)
     device: torch.device = torch.device("cpu")
-    progress: Progress = field(default_factory=Progress)
+    progress: RankProgress = field(default_factory=RankProgress)
     waits: Waits | None = None
 
     @property
@@ -118,7 +118,7 @@ def build_mesh(config: ParallelConfig, device: torch.device, timeout: timedelta)
     channels = tuple(_new_group(line, timeout, f"channel {number}") for number in range(num_channels))
     return Mesh(world=Axis(dist.get_rank(), dist.get_world_size(), dist.group.WORLD), **axes, replicas=replicas,
                 shards=build_axis(split, ["shards"], timeout), copies=build_axis(split, ["copies"], timeout),
-                holders=holders, ends=ends, channels=channels, device=device, progress=Progress())
+                holders=holders, ends=ends, channels=channels, device=device, progress=RankProgress())
 
 
 def with_waits(mesh: Mesh) -> Mesh:

@@ -14,7 +14,7 @@ from megatron.parallel.parameters import declaration_of
 from megatron.parallel.placement import placement_of
 from megatron.parallel.tensor.layers import Matrix
 from megatron.plan.memory_watch import num_bytes
-from megatron.plan.setting import Part, Setting
+from megatron.plan.setting import BlockRange, Setting
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def together(stages: tuple[Held, ...]) -> Held:
 
 
 @cache
-def held_by(setting: Setting, part: Part, has_pipeline: bool) -> Held:
+def held_by(setting: Setting, part: BlockRange, has_pipeline: bool) -> Held:
     """The parameters of a stage; of blocks that are alike one is built, and counted as often as it comes."""
     with_one = part._replace(blocks=setting.alike(part.blocks[:1] or range(1)))
     found: list[Parameter] = []
@@ -133,7 +133,7 @@ def held_by(setting: Setting, part: Part, has_pipeline: bool) -> Held:
 
 def _of_blocks(setting: Setting, blocks: range) -> Iterator[Parameter]:
     for number in blocks:
-        one = Part(False, setting.alike(range(number, number + 1)), False)
+        one = BlockRange(False, setting.alike(range(number, number + 1)), False)
         yield from (replace(parameter, block=number) for parameter in filter(_is_in_block, _built(setting, one, False)))
 
 
@@ -142,7 +142,7 @@ def _is_in_block(parameter: Parameter) -> bool:
 
 
 @cache
-def _built(setting: Setting, part: Part, has_pipeline: bool) -> list[Parameter]:
+def _built(setting: Setting, part: BlockRange, has_pipeline: bool) -> list[Parameter]:
     mesh = Mesh(tensor=setting.tensor, context=setting.context)
     model = setting.build(part, mesh, Axis(0 if part.is_first else 1, 2) if has_pipeline else Axis())
     copies = {id(parameter): num_bytes(made) for layer in model.modules() if isinstance(layer, Matrix)

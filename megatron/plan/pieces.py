@@ -24,7 +24,7 @@ from megatron.parallel.mesh import Mesh, build_axis
 from megatron.parallel.pipeline.deferral import WeightGradients, put_off_weight_gradients
 from megatron.parallel.traffic import Traffic, TrafficCounter
 from megatron.plan.memory_watch import MemoryWatch, num_bytes
-from megatron.plan.setting import Part, Setting
+from megatron.plan.setting import BlockRange, Setting
 from megatron.plan.work import WorkCounter
 
 # What is held at a moment at which more is held than before, and the new gradients beside it; of what is held, how much
@@ -33,7 +33,7 @@ Moments = list[list[int]]
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class PieceMemory:
     """Bytes of one micro-batch's passes through a piece; parameters, and gradients that are there before, not counted.
 
     `input`: hidden states that come. `kept_inputs`: of what comes, that may be others' as well, what the backward pass
@@ -77,7 +77,7 @@ class Piece:
 
 
 @cache
-def backward_of(piece: Piece, is_message: bool, is_in_message: bool) -> tuple[int, tuple[int, int]]:
+def backward_of(piece: PieceMemory, is_message: bool, is_in_message: bool) -> tuple[int, tuple[int, int]]:
     """The most that a backward pass holds that adds to gradients; when it makes them, what beside, and what of them.
 
     `is_message`: without the gradient of the hidden states that the piece gives; `is_in_message`: of the skips.
@@ -88,7 +88,7 @@ def backward_of(piece: Piece, is_message: bool, is_in_message: bool) -> tuple[in
 
 
 @cache  # a search asks for the same pieces thousands of times
-def measured(setting: Setting, part: Part, puts_off: bool) -> Piece:
+def measured(setting: Setting, part: BlockRange, puts_off: bool) -> PieceMemory:
     """The piece of this setting; with `puts_off` its weights' gradients are computed after its backward pass.
 
     Rows are alike: where the same is done for one and for two, what more rows take lies on the line through both.
@@ -102,8 +102,8 @@ def measured(setting: Setting, part: Part, puts_off: bool) -> Piece:
     if setting.num_rows > 2 and setting.has_even_rows:
         one, two = (measured(setting.with_rows(number), part, puts_off) for number in (1, 2))
         if one.num_moments == two.num_moments:
-            return Piece(*(_on_the_line(getattr(one, item.name), getattr(two, item.name), setting.num_rows)
-                           for item in fields(Piece)))
+            return PieceMemory(*(_on_the_line(getattr(one, item.name), getattr(two, item.name), setting.num_rows)
+                                 for item in fields(PieceMemory)))
     return _watched(setting, part, puts_off)
 
 
@@ -116,7 +116,7 @@ def _on_the_line(one: Any, two: Any, num_rows: int) -> Any:
     return one + (num_rows - 1) * (two - one)
 
 
-def _watched(setting: Setting, part: Part, puts_off: bool) -> Piece:
+def _watched(setting: Setting, part: BlockRange, puts_off: bool) -> PieceMemory:
     work = WorkCounter()
     with _fake_mesh(setting) as mesh:
         counter = TrafficCounter(mesh)
@@ -125,12 +125,12 @@ def _watched(setting: Setting, part: Part, puts_off: bool) -> Piece:
             run = _Run(model, setting, watch, puts_off, setting.num_taken(part.blocks))
             work.moved = 0  # what comes is made elsewhere, once
             trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
-            return Piece(**run.passes(), num_blocks=len(part.blocks), gradients=num_bytes(trained),
-                         traffic=counter.traffic, flops=work.flops, moved=work.moved)
+            return PieceMemory(**run.passes(), num_blocks=len(part.blocks), gradients=num_bytes(trained),
+                               traffic=counter.traffic, flops=work.flops, moved=work.moved)
 
 
 @cache
-def _can_put_off(setting: Setting, part: Part) -> bool:
+def _can_put_off(setting: Setting, part: BlockRange) -> bool:
     return any(hasattr(module, "deferral") for module in setting.build(part, Mesh()).modules())
 
 

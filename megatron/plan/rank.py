@@ -11,8 +11,8 @@ from megatron.parallel.mesh import Axis, grid_sizes
 from megatron.parallel.pipeline.partition import stages_of_rank
 from megatron.parallel.traffic import Traffic
 from megatron.plan.parameters import Held, held_by, together
-from megatron.plan.pieces import Piece, measured
-from megatron.plan.setting import Part, Setting, setting_of
+from megatron.plan.pieces import PieceMemory, measured
+from megatron.plan.setting import BlockRange, Setting, setting_of
 
 
 # A search asks for the same few stages thousands of times: they are made once, and known by their identity.
@@ -25,9 +25,9 @@ class PlannedStage:
     `has_x0`: whether the embeddings pass on as well.
     """
 
-    part: Part
+    part: BlockRange
     held: Held
-    pieces: tuple[Piece, ...]
+    pieces: tuple[PieceMemory, ...]
     hidden_bytes: int
     num_received: int
     num_sent: int
@@ -154,14 +154,14 @@ class Rank:
 
 
 @cache
-def _parts(num_layers: int, parallel: ParallelConfig, place: int) -> list[Part]:
+def _parts(num_layers: int, parallel: ParallelConfig, place: int) -> list[BlockRange]:
     """The stages of a pipeline rank."""
-    return [Part(stage.is_first, stage.layers, stage.is_last)
+    return [BlockRange(stage.is_first, stage.layers, stage.is_last)
             for stage in stages_of_rank(num_layers, parallel, place)]
 
 
 @cache
-def _alike(setting: Setting, part: Part) -> tuple[Part, int, int]:
+def _alike(setting: Setting, part: BlockRange) -> tuple[BlockRange, int, int]:
     """The first part of the model that is as this one, and how many tensors this one receives and sends."""
     blocks, model = part.blocks, setting.model
     return (part._replace(blocks=setting.alike(blocks)), 0 if part.is_first else num_passing(model, blocks.start),
@@ -169,15 +169,15 @@ def _alike(setting: Setting, part: Part) -> tuple[Part, int, int]:
 
 
 @cache
-def _planned(setting: Setting, part: Part, num_received: int, num_sent: int, has_pipeline: bool,
+def _planned(setting: Setting, part: BlockRange, num_received: int, num_sent: int, has_pipeline: bool,
              puts_off: bool) -> PlannedStage:
     size, blocks = setting.blocks_a_piece, part.blocks
     groups = [blocks[start:start + size] for start in range(0, len(blocks), size)]
-    parts = [Part(True, range(0), False)] * part.is_first + [Part(False, group, False) for group in groups]
-    parts += [Part(False, range(0), True)] * part.is_last
+    parts = [BlockRange(True, range(0), False)] * part.is_first + [BlockRange(False, group, False) for group in groups]
+    parts += [BlockRange(False, range(0), True)] * part.is_last
     pieces = tuple(measured(setting, one, puts_off) for one in parts)
     held = held_by(setting.of_parameters, part, has_pipeline)
-    return PlannedStage(part, held, pieces, measured(setting, Part(False, range(1), False), puts_off).input,
+    return PlannedStage(part, held, pieces, measured(setting, BlockRange(False, range(1), False), puts_off).input,
                         num_received, num_sent, setting.model.x0_skips)
 
 

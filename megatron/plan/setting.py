@@ -87,7 +87,7 @@ class Setting:
         """The micro-batch, of its tokens those of this context rank."""
         return _batch(self.data, self.num_rows, self.stream(Mesh(tensor=self.tensor, context=self.context)))
 
-    def build(self, part: "Part", mesh: Mesh, ends: Axis = ONE_RANK_AXIS) -> ProteinModel:
+    def build(self, part: "BlockRange", mesh: Mesh, ends: Axis = ONE_RANK_AXIS) -> ProteinModel:
         """The part of the model on `meta`, as the pipeline stage that it can be, with copies and scales."""
         dtype = compute_dtype(self.precision)
         with torch.device("meta"):
@@ -112,7 +112,7 @@ def setting_of(*values: Any) -> Setting:
     return Setting(*values)
 
 
-class Part(NamedTuple):
+class BlockRange(NamedTuple):
     """The blocks of these numbers, with what comes before the first and behind the last one or without."""
 
     is_first: bool

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron.log import in_time
-from megatron.study.record import FINISHED, Result
+from megatron.study.record import FINISHED, TrialResult
 from megatron.study.settings import in_order, is_number
 from megatron.study.table import in_short, table
 
@@ -19,7 +19,7 @@ class Outcome:
     """
 
     values: dict[str, str]
-    results: tuple[Result, ...]
+    results: tuple[TrialResult, ...]
 
     @property
     def is_finished(self) -> bool:
@@ -27,7 +27,7 @@ class Outcome:
         return all(result.outcome == FINISHED for result in self.results)
 
     @property
-    def counted(self) -> list[Result]:
+    def counted(self) -> list[TrialResult]:
         """The results that the mean is of."""
         known = [result for result in self.results if result.loss is not None]
         return [result for result in known if result.outcome == FINISHED] or known
@@ -48,9 +48,9 @@ class Outcome:
         return float(np.std(self.losses, ddof=1)) if len(self.losses) > 1 else None
 
 
-def outcomes(results: Sequence[Result]) -> list[Outcome]:
+def outcomes(results: Sequence[TrialResult]) -> list[Outcome]:
     """The settings of `results`: those finished from the lowest loss on, then the others likewise."""
-    groups: dict[tuple[str, ...], list[Result]] = {}
+    groups: dict[tuple[str, ...], list[TrialResult]] = {}
     for result in results:
         groups.setdefault(tuple(result.values.values()), []).append(result)
     found = [Outcome(group[0].values, tuple(group)) for group in groups.values()]

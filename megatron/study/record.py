@@ -30,7 +30,7 @@ WAIT_S = 60.0  # for a trial of a sweep that was killed, which is still saving
 
 
 @dataclass(frozen=True)
-class Result:
+class TrialResult:
     """What is known of a trial: the loss at its last evaluation, and what it took up to there."""
 
     trial: str
@@ -46,7 +46,7 @@ class Result:
     note: str = ""
 
 
-class Record:
+class SweepRecord:
     """The results in a sweep's folder, by their trials; what is put in is on the disk at once."""
 
     def __init__(self, folder: Path, space: Space, metric: str) -> None:
@@ -55,19 +55,19 @@ class Record:
         self._results = {result.trial: result for result in self._read()}
         self._check_identity({"flags": as_flags(space.base), "varied": list(space.names), "metric": metric})
 
-    def __getitem__(self, trial: Trial) -> Result | None:
+    def __getitem__(self, trial: Trial) -> TrialResult | None:
         return self._results.get(self._space.folder_name(trial))
 
-    def all(self) -> list[Result]:
+    def all(self) -> list[TrialResult]:
         """Every result, in the order in which the trials were begun."""
         return list(self._results.values())
 
-    def begun(self, trial: Trial) -> Result:
+    def begun(self, trial: Trial) -> TrialResult:
         """A result to be filled in; that of an earlier start, if there is one."""
-        return self[trial] or Result(self._space.folder_name(trial),
-                                     dict(zip(self._space.names, trial.setting, strict=True)), trial.seed)
+        return self[trial] or TrialResult(self._space.folder_name(trial),
+                                          dict(zip(self._space.names, trial.setting, strict=True)), trial.seed)
 
-    def put(self, result: Result) -> None:
+    def put(self, result: TrialResult) -> None:
         """Keep a result, in place of what was known of its trial."""
         self._results[result.trial] = result
         write_text(self._path, "".join(f"{json.dumps(asdict(one))}\n" for one in self.all()))
@@ -75,7 +75,7 @@ class Record:
     def write_table(self) -> None:
         """Write sweep.csv."""
         text = io.StringIO()
-        columns = [*self._space.names, *(name for name in Result.__dataclass_fields__ if name != "values")]
+        columns = [*self._space.names, *(name for name in TrialResult.__dataclass_fields__ if name != "values")]
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         for result in self.all():
@@ -83,10 +83,10 @@ class Record:
             writer.writerow(facts.pop("values") | facts)
         write_text(self.folder / "sweep.csv", text.getvalue())
 
-    def _read(self) -> list[Result]:
+    def _read(self) -> list[TrialResult]:
         try:
             lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
-            return [Result(**json.loads(line)) for line in lines]
+            return [TrialResult(**json.loads(line)) for line in lines]
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{self._path} is damaged ({error}); remove it: trials that are done end at once when "
                               "started again") from None

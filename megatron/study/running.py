@@ -17,7 +17,7 @@ from typing import Any
 from megatron.errors import ConfigError, DivergedError
 from megatron.log import in_time
 from megatron.study.curves import METRICS, kinds_of, read_curve
-from megatron.study.record import BEGUN, FAILED, FINISHED, NOT_FINITE, STOPPED, Record, Result, has_checkpoint
+from megatron.study.record import BEGUN, FAILED, FINISHED, NOT_FINITE, STOPPED, SweepRecord, TrialResult, has_checkpoint
 from megatron.study.settings import Space, Trial
 from megatron.train.starting import requests_heard_by
 
@@ -31,7 +31,7 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 @dataclass
 class _Running:
     trial: Trial
-    result: Result
+    result: TrialResult
     slot: int
     process: subprocess.Popen
     began_s: float
@@ -48,13 +48,13 @@ class Sweep:
     neither done nor stopped.
     """
 
-    def __init__(self, space: Space, record: Record, metric: str, *, early_stop: int | None,
+    def __init__(self, space: Space, record: SweepRecord, metric: str, *, early_stop: int | None,
                  environments: Sequence[Mapping[str, str]], lock: int, tell: Callable[[str], None]) -> None:
         self._space, self._record, self._metric, self._early_stop = space, record, metric, early_stop
         self._environments, self._lock, self._tell = environments, lock, tell
         self._running: list[_Running] = []
         self._walls_s: list[float] = []
-        self.failed: list[Result] = []
+        self.failed: list[TrialResult] = []
         self._is_stopping = False
 
     def run(self, upcoming: Iterator[Trial], num_done: int, num_trials: int) -> bool:
@@ -161,7 +161,7 @@ class Sweep:
         is_due = self._early_stop is not None and facts["steps"] >= self._early_stop
         return STOPPED if is_due and falls_behind(facts["loss"], others) else None
 
-    def _loss_at(self, result: Result, step: int) -> float | None:
+    def _loss_at(self, result: TrialResult, step: int) -> float | None:
         with suppress(ConfigError):
             curve = read_curve(self._record.folder / result.trial, self._metric)
             return next((float(loss) for loss, at in zip(curve.losses, curve.axes["steps"], strict=True) if at == step),
@@ -200,7 +200,7 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGTERM)
 
 
-def _in_words(result: Result) -> str:
+def _in_words(result: TrialResult) -> str:
     loss = "no loss yet" if result.steps is None else f"loss {result.loss:.4f} at step {result.steps}" if (
         result.loss is not None) else f"loss not finite at step {result.steps}"
     outcome = "stopped; the same command goes on" if result.outcome == BEGUN else result.outcome

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron.errors import ConfigError
-from megatron.study.record import ENDED, FINISHED, Record
+from megatron.study.record import ENDED, FINISHED, SweepRecord
 from megatron.study.settings import Setting, Space, Trial, in_order, is_number
 
 SAMPLERS = ("grid", "random", "optuna")
@@ -21,7 +21,7 @@ _SUGGESTIONS = 20  # optuna may suggest what was tried
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrialPlan:
     """The trials that are left, of `num_trials`, of which `num_done` have ended."""
 
     upcoming: Iterator[Trial]
@@ -29,7 +29,7 @@ class Plan:
     num_trials: int
 
 
-def plan(sampler: str, space: Space, record: Record, num_settings: int | None) -> Plan:
+def plan(sampler: str, space: Space, record: SweepRecord, num_settings: int | None) -> TrialPlan:
     """What one of SAMPLERS makes of a space, `num_settings` at most, each with all seeds; raises ConfigError.
 
     A grid and what is drawn from it take all settings with the first seed, then with the next.
@@ -38,15 +38,15 @@ def plan(sampler: str, space: Space, record: Record, num_settings: int | None) -
     if sampler == "optuna":
         count = min(num_settings or 0, len(grid))
         done = [trial for setting in grid for trial in space.trials(setting) if _has_ended(trial, record)]
-        return Plan(_suggested(optuna_module(), space, record, count), len(done), count * len(space.seeds))
+        return TrialPlan(_suggested(optuna_module(), space, record, count), len(done), count * len(space.seeds))
     if sampler == "random":
         random.Random(_SEED).shuffle(grid)
     trials = [Trial(setting, seed) for seed in space.seeds for setting in grid[:num_settings]]
     left = [trial for trial in trials if not _has_ended(trial, record)]
-    return Plan(iter(left), len(trials) - len(left), len(trials))
+    return TrialPlan(iter(left), len(trials) - len(left), len(trials))
 
 
-def _has_ended(trial: Trial, record: Record) -> bool:
+def _has_ended(trial: Trial, record: SweepRecord) -> bool:
     result = record[trial]
     return result is not None and result.outcome in ENDED
 
@@ -62,7 +62,7 @@ def optuna_module() -> Any:
     return optuna
 
 
-def _suggested(optuna: Any, space: Space, record: Record, count: int) -> Iterator[Trial]:
+def _suggested(optuna: Any, space: Space, record: SweepRecord, count: int) -> Iterator[Trial]:
     """First the settings that were begun, then one suggestion after the other, until `count` are there."""
     grid = space.settings()
     for setting in grid:
@@ -76,7 +76,7 @@ def _suggested(optuna: Any, space: Space, record: Record, count: int) -> Iterato
         yield from space.trials(_suggestion(optuna, space, record, new, _SEED + num_known))
 
 
-def _suggestion(optuna: Any, space: Space, record: Record, new: list[Setting], seed: int) -> Setting:
+def _suggestion(optuna: Any, space: Space, record: SweepRecord, new: list[Setting], seed: int) -> Setting:
     """One of `new`, by optuna's TPE: values that are numbers lie on a scale of steps, others have no order."""
     scales = [in_order(values) for values in space.values]
     distributions = {

@@ -11,7 +11,7 @@ from megatron.data.batches.batch import Batch, BatchShape
 from megatron.data.batches.loader import batches
 from megatron.data.rows.dataset import Dataset
 from megatron.data.rows.masking import Masking
-from megatron.log import Log, Progress
+from megatron.log import Log, ProgressBar
 from megatron.parallel.collectives import all_reduce_sum
 from megatron.train.engine import Engine
 from megatron.train.passes import EvaluationPasses
@@ -63,7 +63,7 @@ def evaluate(engine: Engine, dataset: Dataset, shape: BatchShape, log: Log, *, n
     return Evaluation(loss / targets, perplexity(loss / targets), correct / targets, int(targets))
 
 
-def _counted(loader: Iterable[Batch], bar: Progress, num_rows: int) -> Iterator[Batch]:
+def _counted(loader: Iterable[Batch], bar: ProgressBar, num_rows: int) -> Iterator[Batch]:
     for batch in loader:
         yield batch
         bar.update(num_rows)

@@ -19,7 +19,7 @@ from megatron.train.evaluate import Baselines, Evaluation, frequency_baselines
 from megatron.train.evaluations import Evaluations
 from megatron.train.events import Events
 from megatron.train.guards.faults import Faults
-from megatron.train.guards.guard import Guard, Window
+from megatron.train.guards.guard import Guard, WrongSteps
 from megatron.train.guards.stragglers import Stragglers
 from megatron.train.memory import peak_memory_gib
 from megatron.train.meters import Meters, StepSums
@@ -34,7 +34,7 @@ from megatron.train.step import TrainStep
 from megatron.train.stop import StopRequests
 
 
-def train(run: Run, requests: StopRequests, claim: Claim | None, faults: Faults, suspect: Window | None = None,
+def train(run: Run, requests: StopRequests, claim: Claim | None, faults: Faults, suspect: WrongSteps | None = None,
           observers: Sequence[Observer] = ()) -> None:
     """Train `run` to its end, or until it is told to stop; then say where everything is.
 

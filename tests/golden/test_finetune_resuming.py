@@ -107,7 +107,7 @@ def test_a_run_that_dies_goes_on_from_its_last_checkpoint_bitwise(flags, from_st
 
 def test_a_seed_that_dies_behind_its_last_step_takes_none_again(command, undisturbed, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setattr(training.Training, "report", lambda self: (_ for _ in ()).throw(Crash))
+        patch.setattr(training.FineTuning, "report", lambda self: (_ for _ in ()).throw(Crash))
         with pytest.raises(Crash):
             command("head", tmp_path / "out")
     after_steps(1, monkeypatch, lambda: pytest.fail("all steps are taken"))

@@ -12,7 +12,7 @@ from megatron.errors import DivergedError
 from megatron.log import Log
 from megatron.parallel.mesh import Mesh
 from megatron.train import rewinding
-from megatron.train.guards.guard import RewindError, Window
+from megatron.train.guards.guard import RewindError, WrongSteps
 from megatron.train.state import TrainState
 from pretrain_tape import main
 from tests.golden.training import TINY, losses, run_on_ranks
@@ -136,7 +136,7 @@ def test_steps_that_go_wrong_elsewhere_each_time_end_the_run(monkeypatch):
 
     def trained(run, *_):
         number = next(first)
-        raise RewindError(Window(number, number, range(number, number + 1)), is_again=False)
+        raise RewindError(WrongSteps(number, number, range(number, number + 1)), is_again=False)
 
     run = SimpleNamespace(log=Log(is_speaker=False), state=TrainState(), mesh=Mesh(), config=Config(
         guards=GuardsConfig(on_spike="rewind"), checkpoint=CheckpointConfig(save="nowhere")))

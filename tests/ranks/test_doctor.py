@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from megatron.doctor import job
-from megatron.doctor.finding import OK, WRONG, Asked
+from megatron.doctor.finding import OK, WRONG, Scope
 from megatron.parallel.mesh import Axis, Mesh
 from tests.ranks.launch import run_ranks
 
@@ -11,7 +11,7 @@ from tests.ranks.launch import run_ranks
 def examined(axis: Axis, folder: str) -> list[tuple[str, str]]:
     """What a rank finds, whose data differ from the other's."""
     (Path(folder) / f"{axis.rank}.bin").write_bytes(bytes(axis.rank))
-    asked = Asked(Path(), (f"{folder}/{axis.rank}",))
+    asked = Scope(Path(), (f"{folder}/{axis.rank}",))
     return [(finding.level, finding.text) for finding in job.job(asked, Mesh(world=axis))]
 
 

@@ -29,7 +29,7 @@ from megatron.plan.muon import muon_flops
 from megatron.plan.pieces import _watched as watched_piece
 from megatron.plan.pieces import measured as measured_piece
 from megatron.plan.rank import Rank, padded_vocab_size
-from megatron.plan.setting import Part
+from megatron.plan.setting import BlockRange
 from megatron.plan.step_time import bubble_micro_batches
 from megatron.plan.work import WorkCounter
 from tests.packed import packed_batch
@@ -252,8 +252,8 @@ def test_attention_counts_the_pairs_that_see_each_other(rate, queries, first, pa
 
 
 @pytest.mark.parametrize("num_rows", [4, 16])
-@pytest.mark.parametrize("part", [Part(True, range(0), False), Part(False, range(1), False),
-                                  Part(False, range(0), True)])
+@pytest.mark.parametrize("part", [BlockRange(True, range(0), False), BlockRange(False, range(1), False),
+                                  BlockRange(False, range(0), True)])
 def test_many_rows_are_on_the_line_through_one_and_two(part, num_rows):
     config, _ = parse([*SMALL, *TP2, *SEQUENCE, "--micro-batch-size", str(num_rows), "--global-batch-size", "16"])
     setting = Rank(config, 2, 1).setting
@@ -313,7 +313,8 @@ def test_attention_under_a_window_works_on_the_pairs_that_see_each_other(window,
     def flops(*flags):
         config, _ = parse([*SMALL, "--bf16", "--attention-dropout", str(dropout), *flags])
         setting = Rank(config, 1).setting
-        return measured_piece(setting, Part(False, range(1), False), False).flops, setting.batch.sequence.cu_seqlens
+        piece = measured_piece(setting, BlockRange(False, range(1), False), False)
+        return piece.flops, setting.batch.sequence.cu_seqlens
 
     def pairs(ends, left, right):
         places = [torch.arange(length) for length in ends.diff().tolist()]

@@ -13,7 +13,7 @@ from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.fixed_masks import FixedMasks
 from megatron.errors import ConfigError
 from megatron.infer.evaluation.run import evaluated, pseudo_perplexity
-from megatron.infer.evaluation.tally import FIRST_OF_BIN, Tally, bin_names
+from megatron.infer.evaluation.tally import FIRST_OF_BIN, TargetTally, bin_names
 from megatron.infer.proteins import ProteinFiles
 from megatron.log import Log
 from megatron.parallel.mesh import Mesh
@@ -92,7 +92,7 @@ def test_pseudo_perplexity_masks_each_residue_in_turn_and_no_other(pretrained, f
 
 
 def test_residues_are_counted_in_the_bin_of_their_number():
-    tally = Tally(np.zeros((3, 4)))
+    tally = TargetTally(np.zeros((3, 4)))
     numbers = np.array([1, 2, 10, 11, 50, 51, 800, 801, 5000])
     tally.add(np.zeros(9, int), numbers, np.arange(9.0), np.ones(9, bool))
     assert tally.by_position_3n[0].tolist() == [1, 2, 2, 1, 0, 0, 1, 2]

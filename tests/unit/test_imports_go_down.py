@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -134,3 +135,14 @@ def test_a_guarded_import_at_module_level_counts_as_one_at_start() -> None:
 def test_a_module_on_no_floor_is_refused() -> None:
     with pytest.raises(AssertionError, match="lies on no floor"):
         wrong_imports("import torch", "megatron.misc.things")
+
+
+def test_no_two_classes_of_the_program_have_one_name():
+    """What is written beside other programs' checkpoints stands alone there, and may say Attention as we do."""
+    homes = defaultdict[str, list[str]](list)
+    for source in sources():
+        if "remote" not in source.parts:
+            for node in ast.walk(ast.parse((ROOT / source).read_text())):
+                if isinstance(node, ast.ClassDef):
+                    homes[node.name].append(str(source))
+    assert {name: files for name, files in homes.items() if len(files) > 1} == {} and "Attention" in homes

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks import recipes
+from benchmarks import recipes, time_to_loss
 from megatron.config.command_line import parse
 
 
@@ -75,3 +75,32 @@ def test_the_best_rate_is_where_a_parabola_over_its_logarithm_is_least(tmp_path)
     assert recipes.rates_of(records) == {"4x64": {0.01: 3.5, 0.02: 4.5}}
     recipes.draw_rates(recipes.rates_of(records), tmp_path / "rates.png")
     assert (tmp_path / "rates.png").stat().st_size > 1000
+
+
+def test_time_to_loss_pairs_runs_by_their_seeds_and_makes_none_twice_on_as_many_cores(monkeypatch, tmp_path, capsys):
+    trained = []
+
+    def run(prefix, size, rows, arm, seed, precision):
+        trained.append((arm, seed))
+        seconds = rows * (seed if arm == "adamw, 2 rows" else 1)
+        return {"size": size, "rows": rows, "arm": arm, "seed": seed, "steps": rows // 2, "loss": 3 - seed / rows,
+                "training_s": seconds, "processor_s": 2 * seconds, "cores": 64}
+
+    monkeypatch.setattr(recipes, "RESULTS", tmp_path / "recipes.jsonl")
+    monkeypatch.setattr(recipes, "trained", run)
+    monkeypatch.setattr(time_to_loss.os, "sched_getaffinity", lambda process: range(64))
+    monkeypatch.setattr(sys, "argv", ["time_to_loss.py", "PREFIX", "--rows", "1200", "100", "--seeds", "1", "3",
+                                      "--arms", "adamw, 2 rows", "recipe"])
+    time_to_loss.main()
+    assert trained == [("adamw, 2 rows", 1), ("recipe", 1), ("adamw, 2 rows", 3), ("recipe", 3)]
+    lines = capsys.readouterr().out.splitlines()
+    assert "| 4x128 | adamw, 2 rows | 1,200 | 600 | 3 | 2.9975 | 3,600 | 7,200 |" in lines
+    assert lines[-3:] == [
+        "losses: 2.9983 (2.9975 to 2.9992) and 2.9800 (2.9700 to 2.9900); the second is below the first with 2 of 2 seeds",
+        "seconds: 2,400 (1,200 to 3,600) and 100 (100 to 100), 24.00 (12.00 to 36.00) times fewer",
+        "seconds of the processor: 4,800 (2,400 to 7,200) and 200 (200 to 200), 24.00 (12.00 to 36.00) times fewer"]
+    time_to_loss.main()
+    monkeypatch.setattr(time_to_loss.os, "sched_getaffinity", lambda process: range(1))
+    assert len(trained) == 4 and capsys.readouterr().out.splitlines()[-3:] == lines[-3:]
+    time_to_loss.main()  # on one core they are others
+    assert len(trained) == 8

@@ -19,7 +19,7 @@ import pytest
 
 from megatron.study import running
 from megatron.study.outcome import as_table, edges, outcomes
-from megatron.study.record import FINISHED, STOPPED, Record, Result
+from megatron.study.record import FINISHED, STOPPED, SweepRecord, TrialResult
 from megatron.study.running import falls_behind
 from megatron.study.sampling import plan
 from megatron.study.settings import Space, Trial
@@ -258,7 +258,8 @@ def test_a_file_of_flags_is_read_for_each_trial_and_is_another_sweep_once_it_is_
 
 def test_random_draws_some_of_the_grid_and_the_same_again(tmp_path):
     values = space(lr=["1", "2", "3"], seed_of=["4", "5", "6"])
-    drawn = [list(plan("random", values, Record(_new(tmp_path / name), values, "valid"), 4).upcoming) for name in "ab"]
+    records = [SweepRecord(_new(tmp_path / name), values, "valid") for name in "ab"]
+    drawn = [list(plan("random", values, record, 4).upcoming) for record in records]
     assert drawn[0] == drawn[1] and len(set(drawn[0])) == 8  # four settings with two seeds
     assert [trial.seed for trial in drawn[0]] == ["1"] * 4 + ["2"] * 4
 
@@ -273,7 +274,7 @@ def test_optuna_is_told_what_was_found_and_asked_until_there_are_enough(tmp_path
     optuna = _Optuna()
     monkeypatch.setitem(sys.modules, "optuna", optuna.module)
     values = space(lr=["1e-2", "1e-3", "1e-4"], normalization=["LayerNorm", "RMSNorm"])
-    record = Record(_new(tmp_path / "a"), values, "valid")
+    record = SweepRecord(_new(tmp_path / "a"), values, "valid")
     begun_before = Trial(("1e-3", "RMSNorm"), "1")
     record.put(record.begun(begun_before))
     planned, taken = plan("optuna", values, record, 3), []
@@ -281,7 +282,7 @@ def test_optuna_is_told_what_was_found_and_asked_until_there_are_enough(tmp_path
     for trial in planned.upcoming:
         taken.append(trial)
         result = record.begun(trial)
-        record.put(Result(result.trial, result.values, trial.seed, "finished", float(trial.setting[0]), 30))
+        record.put(TrialResult(result.trial, result.values, trial.seed, "finished", float(trial.setting[0]), 30))
     assert taken[:2] == [begun_before, Trial(begun_before.setting, "2")] and len(taken) == 6
     assert {trial.setting[0] for trial in taken[2:]} == {"1e-4"}  # the best value by what it was told
     assert optuna.told[0]["params"] == {"lr": 1, "normalization": 1} and optuna.told[0]["value"] == 1e-3
@@ -291,13 +292,13 @@ def test_optuna_itself_finds_the_best_rate_of_many_in_fewer_trials(tmp_path):
     pytest.importorskip("optuna")
     rates = [f"{2**-power:g}" for power in range(16)]
     values = space(lr=rates, normalization=["LayerNorm", "RMSNorm"])
-    record = Record(_new(tmp_path / "a"), values, "valid")
+    record = SweepRecord(_new(tmp_path / "a"), values, "valid")
     planned, taken = plan("optuna", values, record, 14), []
     for trial in planned.upcoming:
         begun, rate = record.begun(trial), float(trial.setting[0])
         loss = abs(math.log2(rate) + 11) / 10 + (trial.setting[1] == "LayerNorm")  # best at 2**-11 with RMSNorm
         outcome = STOPPED if loss > 1.3 else FINISHED
-        record.put(Result(begun.trial, begun.values, trial.seed, outcome, loss, 30))
+        record.put(TrialResult(begun.trial, begun.values, trial.seed, outcome, loss, 30))
         taken.append((loss, trial.setting))
     assert len({setting for _, setting in taken}) == 14
     assert min(taken)[1][1] == "RMSNorm" and min(taken)[0] <= 0.2
@@ -332,8 +333,9 @@ def _new(folder):
 
 def made(**values):
     """A finished result for each pair of a number and a loss; without a loss, one that was stopped at 9."""
-    return [Result(f"{name}{index}{seed}", {"lr": lr, "beta": beta}, str(seed), "finished" if loss else "stopped early",
-                   loss or 9.0, 30) for name, rows in values.items() for index, (lr, beta, losses) in enumerate(rows)
+    return [TrialResult(f"{name}{index}{seed}", {"lr": lr, "beta": beta}, str(seed),
+                        "finished" if loss else "stopped early", loss or 9.0, 30)
+            for name, rows in values.items() for index, (lr, beta, losses) in enumerate(rows)
             for seed, loss in enumerate(losses)]
 
 
@@ -357,7 +359,7 @@ def test_a_picture_is_drawn_of_one_flag_and_of_two(tmp_path, rows):
 
 
 def test_a_picture_is_drawn_of_more_flags(tmp_path):
-    found = [Result(f"{a}{b}{c}", {"a": a, "b": b, "c": c}, None, "finished", float(a), 3) for a in "12" for b in "xy"
-             for c in "34"]
+    found = [TrialResult(f"{a}{b}{c}", {"a": a, "b": b, "c": c}, None, "finished", float(a), 3)
+             for a in "12" for b in "xy" for c in "34"]
     draw_sweep(outcomes(found), "loss", tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

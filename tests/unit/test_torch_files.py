@@ -17,7 +17,7 @@ from torch import nn
 
 from megatron.checkpoint.convert import torch_writing
 from megatron.checkpoint.convert.torch_files import read_torch_file
-from megatron.checkpoint.convert.torch_pickle import Record, load_torch_pickle
+from megatron.checkpoint.convert.torch_pickle import PickledObject, load_torch_pickle
 from megatron.checkpoint.convert.torch_writing import write_torch_file
 from megatron.checkpoint.stored import StoredTensor, one_piece
 from megatron.errors import CheckpointError
@@ -154,7 +154,7 @@ def test_known_classes_are_inert_records(is_zip, tmp_path, monkeypatch):
         read_torch_file(path)
     path.write_bytes(renamed(path, f"{__name__}\nDynamic", "megatron.fp16.loss_scaler\nDynamic"))
     scaler = read_torch_file(path)["loss_scaler"]
-    assert isinstance(scaler, Record)
+    assert isinstance(scaler, PickledObject)
     assert scaler.name == "megatron.fp16.loss_scaler.DynamicLossScaler"
     assert scaler.state == {"cur_scale": 65536.0, "cur_hysteresis": 1}
 

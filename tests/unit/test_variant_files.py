@@ -13,7 +13,7 @@ from megatron.errors import ConfigError, DataError, ResidueError, UserError
 from megatron.infer.variants.assays import files_of, read_assay
 from megatron.infer.variants.averages import averaged
 from megatron.infer.variants.mutants import Substitution, letters_of, parse_mutant
-from megatron.infer.variants.record import Record
+from megatron.infer.variants.record import ScoringRecord
 from megatron.infer.variants.substitutions_picture import GROUPS, draw_substitutions
 from megatron.infer.variants.wild_types import read_wild_types
 from megatron.log import Log
@@ -194,17 +194,17 @@ def test_scores_stand_behind_what_was_read_and_a_file_that_is_done_is_not_done_a
 def test_a_run_that_is_stopped_loses_the_file_that_it_was_at_alone(tmp_path, monkeypatch, capsys):
     files = [write(tmp_path / f"{name}.txt", "M1A\n") for name in "ABC"]
     command = (saved(tmp_path / "run"), *files, tmp_path / "out", "--sequence", WILD)
-    told = Record.tell
+    told = ScoringRecord.tell
 
     def stopped(record, kind, name, facts):
         if name == "B":  # its scores are written, and nothing tells of them yet
             raise KeyboardInterrupt
         told(record, kind, name, facts)
 
-    monkeypatch.setattr(Record, "tell", stopped)
+    monkeypatch.setattr(ScoringRecord, "tell", stopped)
     with pytest.raises(KeyboardInterrupt):
         run(*command)
-    monkeypatch.setattr(Record, "tell", told)
+    monkeypatch.setattr(ScoringRecord, "tell", told)
     capsys.readouterr()
     run(*command)
     said = capsys.readouterr().out

@@ -11,7 +11,7 @@ from megatron.checkpoint.stored import Checkpoint
 from megatron.errors import CheckpointError
 
 
-class Format(Protocol):
+class CheckpointFormat(Protocol):
     """What a format's module gives."""
 
     def recognises(self, path: Path) -> bool:
@@ -24,7 +24,7 @@ class Format(Protocol):
         """Write one below a run's folder; returns its place. Raises CheckpointError, and ConfigError for a layout."""
 
 
-FORMATS: Mapping[str, Format] = {
+FORMATS: Mapping[str, CheckpointFormat] = {
     "sharded": sharded, "whole": whole, "hf": hf, "esm": esm, "megatron-v2": megatron_v2, "megatron-core": ranks,
     "megatron-core-dist": distributed}
 # Of these the optimizer's state is neither read nor written.
@@ -33,7 +33,7 @@ OURS = ("sharded", "whole")
 AUTO = "auto"
 
 
-def foreign(path: Path) -> Format | None:
+def foreign(path: Path) -> CheckpointFormat | None:
     """The format of what lies at `path`, if it is one of another program."""
     name = foreign_name(path)
     return None if name is None else FORMATS[name]

@@ -27,7 +27,8 @@ def read_torch_file(path: Path, begin: int = 0, num_bytes: int | None = None) ->
     """The tree in a file, or in `num_bytes` of one from `begin` on, with a `StoredTensor` for each tensor.
 
     A tensor is read from the file when it is asked for, and its checksum compared where it is read whole. Objects of
-    known classes are `Record`s. Raises CheckpointError for whatever is not of torch.save, is damaged or asks for more.
+    known classes are `PickledObject`s. Raises CheckpointError for whatever is not of torch.save, is damaged or asks for
+    more.
     """
     try:
         size = path.stat().st_size

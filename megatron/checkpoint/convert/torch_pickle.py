@@ -1,8 +1,8 @@
 """Unpickles what torch.save pickles, and runs nothing of it.
 
-It builds plain data, tensors that are read when they are asked for, `argparse.Namespace`s, and `Record`s in the place
-of the classes that checkpoints of Megatron and of torch.distributed.checkpoint are known to hold. Every other name is
-refused.
+It builds plain data, tensors that are read when they are asked for, `argparse.Namespace`s, and `PickledObject`s in the
+place of the classes that checkpoints of Megatron and of torch.distributed.checkpoint are known to hold. It refuses
+every other name.
 """
 
 import argparse
@@ -42,7 +42,7 @@ StorageOf = Callable[[str, torch.dtype, int], Storage]
 
 
 @dataclass(eq=False)
-class Record:
+class PickledObject:
     """In the place of an object: the name of its class, or function, and what its pickle gave it."""
 
     name: str
@@ -52,12 +52,12 @@ class Record:
 
 @dataclass(frozen=True)
 class Inert:
-    """In the place of a class or function, by its name; to call it gives a `Record`."""
+    """In the place of a class or function, by its name; to call it gives a `PickledObject`."""
 
     name: str
 
-    def __call__(self, *arguments: Any) -> Record:
-        return Record(self.name, arguments)
+    def __call__(self, *arguments: Any) -> PickledObject:
+        return PickledObject(self.name, arguments)
 
 
 def load_torch_pickle(file: Readable, limit: int, storage_of: StorageOf | None = None) -> Any:
@@ -70,7 +70,7 @@ def load_torch_pickle(file: Readable, limit: int, storage_of: StorageOf | None =
 
 
 class _TorchUnpickler(PlainUnpickler):
-    hashable = (*PlainUnpickler.hashable, Record, Inert)
+    hashable = (*PlainUnpickler.hashable, PickledObject, Inert)
 
     def __init__(self, file: Readable, limit: int, storage_of: StorageOf | None) -> None:
         super().__init__(file, limit)
@@ -87,7 +87,7 @@ class _TorchUnpickler(PlainUnpickler):
         if module in _INERT_MODULES or (module, name) in _INERT_NAMES:
             return Inert(f"{module}.{name}")
         if module == "signal" and name in signal.Signals.__members__:  # Python 3.11.0 to 3.11.3
-            return Record("signal.Signals", (name,))
+            return PickledObject("signal.Signals", (name,))
         return super().find_class(module, name)
 
     def persistent_load(self, pid: Any) -> Storage:
@@ -108,7 +108,7 @@ class _TorchUnpickler(PlainUnpickler):
             if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
                 raise pickle.UnpicklingError("it holds a namespace that is none")
             vars(made).update(state)
-        elif isinstance(made, Record):
+        elif isinstance(made, PickledObject):
             made.state = state
         elif not isinstance(made, dict | StoredTensor):  # notes on versions and splits, which are not wanted
             super().set_state(made, state)
@@ -162,11 +162,11 @@ def _with_attributes(rebuild: Any, kind: Any, arguments: tuple, state: Any) -> S
     return rebuild(*arguments)
 
 
-def _member(kind: Any, name: Any) -> Record:
+def _member(kind: Any, name: Any) -> PickledObject:
     """A member of an enumeration, as Python 3.11.0 to 3.11.3 pickles it."""
     if not isinstance(kind, Inert) or not isinstance(name, str):
         raise pickle.UnpicklingError("it asks for builtins.getattr, of what is no enumeration")
-    return Record(kind.name, (name,))
+    return PickledObject(kind.name, (name,))
 
 
 def _size(sizes: Any) -> tuple[int, ...]:

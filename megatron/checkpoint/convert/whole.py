@@ -7,7 +7,7 @@ import torch
 from megatron.checkpoint.convert.own_places import place_in, refuse_layout
 from megatron.checkpoint.store import place_of, point_to
 from megatron.checkpoint.stored import Checkpoint, Tensors
-from megatron.checkpoint.tensor_file import Entry, write_tensors
+from megatron.checkpoint.tensor_file import TensorEntry, write_tensors
 from megatron.checkpoint.whole import AVERAGE, MODEL, OPTIMIZER, STATE, VERSION, read_whole
 from megatron.errors import CheckpointError
 from megatron.files import new_folder, sync, write_json
@@ -49,7 +49,7 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
     return place
 
 
-def entries(tensors: Tensors, dtype: torch.dtype | None = None) -> dict[str, Entry]:
+def entries(tensors: Tensors, dtype: torch.dtype | None = None) -> dict[str, TensorEntry]:
     """Stored tensors as what is to be written of them, all in one dtype if it is given."""
-    return {name: Entry(tensor.shape, dtype or tensor.dtype, tensor.to(dtype or tensor.dtype).read)
+    return {name: TensorEntry(tensor.shape, dtype or tensor.dtype, tensor.to(dtype or tensor.dtype).read)
             for name, tensor in tensors.items()}

@@ -7,7 +7,7 @@ from itertools import chain, compress
 import numpy as np
 
 from megatron.data.corpus.tokenizer import INTERNAL_STOP, Problem, ResidueTokenizer, split_sentences
-from megatron.data.preprocess.tally import Tally
+from megatron.data.preprocess.tally import DocumentTally
 from megatron.data.sources.block import RecordBlock, Texts
 from megatron.data.sources.source import names_of, place_of, texts_of
 from megatron.errors import DataError
@@ -49,7 +49,7 @@ class EncodedDocuments:
     ids: bytes
     sizes: np.ndarray
     num_sequences: np.ndarray
-    tally: Tally
+    tally: DocumentTally
     reports: list[str]
     digests: bytes
     names: bytes
@@ -92,7 +92,7 @@ def _encode_key(encoding: Encoding, block: RecordBlock, key: str, names: Texts) 
     if reports:
         _check_bad(encoding, block, bad, len(encoded), reports[0])
     lengths = np.fromiter(map(len, encoded), dtype=np.int32, count=len(encoded))
-    tally = Tally(num_records=len(encoded), num_blank_lines=parsed.num_blank_lines)
+    tally = DocumentTally(num_records=len(encoded), num_blank_lines=parsed.num_blank_lines)
     is_kept = _kept(encoding, encoded, lengths, bad, tally)
     texts = parsed.texts
     if not is_kept.all():
@@ -128,7 +128,7 @@ def _message(block: RecordBlock, index: int, parsed: Texts, problems: dict[int, 
 
 
 def _kept(encoding: Encoding, encoded: list[bytes], lengths: np.ndarray, bad: dict[int, str],
-          tally: Tally) -> np.ndarray:
+          tally: DocumentTally) -> np.ndarray:
     """Which records pass every filter, bool [records]; those that do not are counted under their first reason."""
     is_kept = np.ones(len(encoded), dtype=bool)
     is_kept[list(bad)] = False

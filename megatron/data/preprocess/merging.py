@@ -15,7 +15,7 @@ from megatron.data.corpus.origin import corpus_vocabulary, statistics_of
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.preprocess.progress import ReadingProgress
 from megatron.data.preprocess.run import VERSION, facts_of_files
-from megatron.data.preprocess.tally import Tally, describe
+from megatron.data.preprocess.tally import DocumentTally, describe
 from megatron.errors import DataError
 from megatron.files import sha256, write_json
 
@@ -36,7 +36,7 @@ class _Part:
     has_names: bool
     vocab: Vocab
     said: dict[str, Any] | None
-    tally: Tally | None
+    tally: DocumentTally | None
     key: str
 
     @property
@@ -123,7 +123,7 @@ def _part(prefix: str) -> _Part:
     path, said = found
     key = next(key for key, output in said["outputs"].items() if f"{Path(prefix).name}.bin" in _names(output))
     try:  # a merge of datasets without statistics has none to tell
-        tally = Tally.from_report(said["outputs"][key], vocab) if "options" in said else None
+        tally = DocumentTally.from_report(said["outputs"][key], vocab) if "options" in said else None
         part = _Part(*known, said, tally, key)
         sizes = [(file, file.stat().st_size, recorded["bytes"]) for file, recorded in _recorded(part)]
     except (KeyError, TypeError, ValueError) as error:
@@ -243,7 +243,7 @@ def _statistics(parts: Sequence[_Part], output_prefix: str) -> dict[str, Any]:
         unknown = next(part.prefix for part in parts if part.tally is None)
         print(f"note: {unknown} has no statistics, so those of the output name its vocabulary and its files alone")
         return {**stats, "outputs": {first.key: {"files": files}}}
-    tally = Tally()
+    tally = DocumentTally()
     for _, one in told:
         tally.add(one)
     options = {**told[0][0]["options"], "json_keys": [first.key]}

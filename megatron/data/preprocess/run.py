@@ -24,7 +24,7 @@ from megatron.data.preprocess.encode import MAX_REPORTS, EncodedDocuments, Encod
 from megatron.data.preprocess.flags import PreprocessConfig
 from megatron.data.preprocess.nucleotides import NucleotideWatch
 from megatron.data.preprocess.progress import ReadingProgress
-from megatron.data.preprocess.tally import Tally, describe
+from megatron.data.preprocess.tally import DocumentTally, describe
 from megatron.data.preprocess.workers import encoded_blocks
 from megatron.data.sources.block import RecordBlock
 from megatron.data.sources.names import DEFAULT_NAME_KEY
@@ -78,7 +78,7 @@ class _Preprocessing:
         self.vocab = Vocab.from_file(config.vocab_file, config.mask_token)
         self.encoding = _encoding(config, self.vocab)
         self.num_blocks, self.num_shards, self.num_reported = 0, 0, 0
-        self.tallies = [Tally() for _ in config.json_keys]
+        self.tallies = [DocumentTally() for _ in config.json_keys]
         self.nucleotides = NucleotideWatch(self.vocab)
         self.seen = [SeenDigests() for _ in config.json_keys] if config.dedup else []
         self.writers: list[IndexedWriter] = []
@@ -148,7 +148,7 @@ class _Preprocessing:
         saved = _saved_progress([Path(f"{prefix}.partial") for prefix in prefixes], self._identity())
         if saved:
             self.num_blocks, self.num_shards = saved["blocks"], saved["shards"]
-            self.tallies = [Tally.from_state(state) for state in saved["tallies"]]
+            self.tallies = [DocumentTally.from_state(state) for state in saved["tallies"]]
             print(f"going on behind shard {self.num_shards} of {self.config.shards}", file=sys.stderr)
         for index, prefix in enumerate(prefixes):
             self.writers.append(IndexedWriter(prefix, self.config.dataset_impl,

@@ -14,7 +14,7 @@ _MANY_IDS = 256
 
 
 @dataclass
-class Tally:
+class DocumentTally:
     """Counts over documents; tallies of several blocks add up."""
 
     num_records: int = 0
@@ -38,7 +38,7 @@ class Tally:
         if len(lengths):
             self._stretch(int(lengths.min()), int(lengths.max()))
 
-    def add(self, other: "Tally") -> None:
+    def add(self, other: "DocumentTally") -> None:
         """Add what another one counted."""
         self.num_records += other.num_records
         self.num_kept += other.num_kept
@@ -52,18 +52,18 @@ class Tally:
             self._stretch(other.shortest, other.longest)
 
     def state(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it; `Tally.from_state` takes it back."""
+        """Everything, as JSON can hold it; `DocumentTally.from_state` takes it back."""
         return {**vars(self), "dropped": dict(self.dropped), "ids": self.ids.tolist(),
                 "histogram": self.histogram.tolist()}
 
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> "Tally":
+    def from_state(cls, state: dict[str, Any]) -> "DocumentTally":
         """The tally whose `state` this is."""
         return cls(**{**state, "dropped": Counter(state["dropped"]), "ids": np.array(state["ids"]),
                       "histogram": np.array(state["histogram"])})
 
     @classmethod
-    def from_report(cls, report: dict[str, Any], vocab: Vocab) -> "Tally":
+    def from_report(cls, report: dict[str, Any], vocab: Vocab) -> "DocumentTally":
         """The tally whose `report` this is; raises KeyError, TypeError or ValueError where it is none."""
         ids = np.zeros(_MANY_IDS, dtype=np.int64)
         for token, count in report["letters"].items():
@@ -103,7 +103,7 @@ def count_ids(ids: bytes) -> np.ndarray:
 
 
 def describe(report: dict[str, Any]) -> Iterable[str]:
-    """The lines that tell a person what a `Tally.report` holds."""
+    """The lines that tell a person what a `DocumentTally.report` holds."""
     dropped = ", ".join(f"{reason} {count:,}" for reason, count in report["dropped"].items()) or "none"
     length = report["length"]
     yield f"records {report['records']:,}, kept {report['kept']:,}, dropped: {dropped}"

@@ -24,7 +24,7 @@ _UTF8_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
-class Format:
+class RecordFormat:
     """What is in blocks of one kind: their texts, whole records and, where there are any, names with their places.
 
     place: of a byte in a record's text, where that is not just the record and the byte. has_keys: are texts told apart
@@ -39,16 +39,17 @@ class Format:
 
 
 FORMATS = {
-    "json": Format(records.parse_json, values.values_in_json, names.names_in_json, records.place_in_json),
-    "json array": Format(json_array.parse_json_array, values.values_in_json_array, names.names_in_json_array),
-    "fasta": Format(records.parse_fasta, values.values_in_fasta, names.names_in_fasta, records.place_in_fasta,
-                    has_keys=False),
-    "strings": Format(records.parse_strings, values.values_in_strings, None, records.place_in_strings, has_keys=False),
-    "csv": Format(delimited.parse_delimited, delimited.values_in_delimited, delimited.names_in_delimited,
-                  delimited.place_in_delimited),
-    "lmdb": Format(parse_lmdb, values.values_in_lmdb, names.names_in_lmdb),
-    "parquet": Format(parse_columns, values.values_in_columns, names.names_in_columns),
-    "arrow": Format(parse_columns, values.values_in_columns, names.names_in_columns),
+    "json": RecordFormat(records.parse_json, values.values_in_json, names.names_in_json, records.place_in_json),
+    "json array": RecordFormat(json_array.parse_json_array, values.values_in_json_array, names.names_in_json_array),
+    "fasta": RecordFormat(records.parse_fasta, values.values_in_fasta, names.names_in_fasta, records.place_in_fasta,
+                          has_keys=False),
+    "strings": RecordFormat(records.parse_strings, values.values_in_strings, None, records.place_in_strings,
+                            has_keys=False),
+    "csv": RecordFormat(delimited.parse_delimited, delimited.values_in_delimited, delimited.names_in_delimited,
+                        delimited.place_in_delimited),
+    "lmdb": RecordFormat(parse_lmdb, values.values_in_lmdb, names.names_in_lmdb),
+    "parquet": RecordFormat(parse_columns, values.values_in_columns, names.names_in_columns),
+    "arrow": RecordFormat(parse_columns, values.values_in_columns, names.names_in_columns),
 }
 
 

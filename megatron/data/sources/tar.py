@@ -26,7 +26,7 @@ def members(contents: Contents) -> Iterator[tuple[str, Any]]:
 
     Raises DataError for links and devices, for damage, and for an archive that goes on behind its end.
     """
-    data = _Counted(contents.chunks)
+    data = _CountedBytes(contents.chunks)
     try:
         with tarfile.open(fileobj=data, mode="r|", bufsize=_BUFFER_BYTES) as archive:  # type: ignore
             while member := archive.next():
@@ -47,7 +47,7 @@ def members(contents: Contents) -> Iterator[tuple[str, Any]]:
                         f"{end}); copy it again, or unpack it and name the files")
 
 
-class _Counted:
+class _CountedBytes:
     """Bytes to read as from a file. `position`: how many were read; `end`: up to the last that is not zero."""
 
     def __init__(self, chunks: Lookahead) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron.finetune.data.record import Record, shown
+from megatron.finetune.data.record import ProteinRecord, shown
 from megatron.infer.contacts.chains import LEAST_SEPARATION, Pairs, pairs_of
 
 
-def read_contacts(record: Record, pairs_from: int | None) -> np.ndarray:
+def read_contacts(record: ProteinRecord, pairs_from: int | None) -> np.ndarray:
     """The table of a record, whose label has a place for each residue, or lists pairs; raises DataError.
 
     `pairs_from`: the number of the first residue in lists of pairs, 0 or 1, None where it was not said.
@@ -62,7 +62,7 @@ def _are_pairs(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value)
 
 
-def _of_pairs(record: Record, value: Any, pairs_from: int | None) -> np.ndarray:
+def _of_pairs(record: ProteinRecord, value: Any, pairs_from: int | None) -> np.ndarray:
     if pairs_from is None:
         raise record.wrong(f"the label {shown(value)} lists pairs, in which the first residue is 0 or 1; --pairs-from "
                            "says which")
@@ -77,7 +77,7 @@ def _of_pairs(record: Record, value: Any, pairs_from: int | None) -> np.ndarray:
     return _table(np.array(sorted(pairs), dtype=np.int64).reshape(-1, 2), record.counts())
 
 
-def _places(record: Record, value: Any) -> np.ndarray:
+def _places(record: ProteinRecord, value: Any) -> np.ndarray:
     """Where the atom of each residue is, float32 [r, 3] in angstrom, NaN where it is unresolved or masked."""
     try:
         if not isinstance(value, np.ndarray):

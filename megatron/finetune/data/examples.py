@@ -13,7 +13,7 @@ from megatron.data.sources.names import DEFAULT_NAME_KEY
 from megatron.data.sources.source import Source, records_of
 from megatron.errors import DataError
 from megatron.finetune.data.labels import LabelSpace, label_space
-from megatron.finetune.data.record import Record
+from megatron.finetune.data.record import ProteinRecord
 from megatron.finetune.data.tasks import SEQUENCE_KEYS, WITHOUT_CLASSES, Task, present_key
 
 
@@ -48,7 +48,7 @@ class TaskData:
 
 def load_task(task: Task, files: dict[str, str], tokenizer: ResidueTokenizer) -> TaskData:
     """The examples of files by the names of their parts; classes are those of `train`. Raises DataError."""
-    records: Iterable[Record] = read_records(files["train"], task, tokenizer)
+    records: Iterable[ProteinRecord] = read_records(files["train"], task, tokenizer)
     if task.kind not in WITHOUT_CLASSES:
         records = list(records)
         space = label_space(task, records)
@@ -69,7 +69,8 @@ def read_proteins(path: str, task: Task, tokenizer: ResidueTokenizer) -> list[Ex
     return [Example(record.name, record.ids) for record in read_records(path, task, tokenizer, needs_label=False)]
 
 
-def read_records(path: str, task: Task, tokenizer: ResidueTokenizer, needs_label: bool = True) -> Iterator[Record]:
+def read_records(path: str, task: Task, tokenizer: ResidueTokenizer, needs_label: bool = True,
+                 ) -> Iterator[ProteinRecord]:
     """The proteins of a file in order, their labels as they stand there; raises DataError for the first bad one.
 
     A protein without an `id` is named by its number, from 1.
@@ -88,11 +89,11 @@ def read_records(path: str, task: Task, tokenizer: ResidueTokenizer, needs_label
             mask_key = present_key(task.mask_keys, values)
             name = values.get(DEFAULT_NAME_KEY)
             name = name.decode(errors="replace") if isinstance(name, bytes) else name
-            yield Record(place, str(number if name in (None, "") else name), ids, label,
-                         None if mask_key is None else values[mask_key])
+            yield ProteinRecord(place, str(number if name in (None, "") else name), ids, label,
+                                None if mask_key is None else values[mask_key])
 
 
-def _examples(space: LabelSpace, records: Iterable[Record]) -> list[Example]:
+def _examples(space: LabelSpace, records: Iterable[ProteinRecord]) -> list[Example]:
     return [Example(record.name, record.ids, space.read(record)) for record in records]
 
 

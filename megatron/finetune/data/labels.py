@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron.finetune.data.contacts import read_contacts
-from megatron.finetune.data.record import Record, as_number, shown
+from megatron.finetune.data.record import ProteinRecord, as_number, shown
 from megatron.finetune.data.tasks import CLASS, CLASSES, CONTACTS, NUMBER, NUMBERS, RESIDUES, WITHOUT_CLASSES, Task
 from megatron.kernels.packed_sequence import NO_TARGET
 
@@ -40,7 +40,7 @@ class LabelSpace:
         lists = {name: tuple(fields[name]) for name in ("class_names", "uncounted")}
         return cls(**{**fields, **lists})
 
-    def read(self, record: Record) -> Any:
+    def read(self, record: ProteinRecord) -> Any:
         """The label of a record; raises DataError where it is missing, or not one of these.
 
         number: a float. class: its place among the names, an int. classes: bool [c]. residues: int16 [r], NO_TARGET
@@ -49,7 +49,7 @@ class LabelSpace:
         """
         return _READ[self.kind](self, record)
 
-    def index(self, record: Record, value: Any) -> int:
+    def index(self, record: ProteinRecord, value: Any) -> int:
         """The place of a class; raises DataError for one that is none of these."""
         name = class_name(record, value)
         if name in self.class_names:
@@ -61,7 +61,7 @@ class LabelSpace:
         raise record.wrong(f"the class {shown(name)} is none of the {owner}'s ({known})")
 
 
-def label_space(task: Task, records: Sequence[Record]) -> LabelSpace:
+def label_space(task: Task, records: Sequence[ProteinRecord]) -> LabelSpace:
     """The labels of a task by its training records; raises DataError where these do not agree, or leave no choice."""
     kind = task.kind or _kind_of(records)
     if kind in WITHOUT_CLASSES:
@@ -75,7 +75,7 @@ def label_space(task: Task, records: Sequence[Record]) -> LabelSpace:
     return LabelSpace(kind, names, task.uncounted)
 
 
-def class_name(record: Record, value: Any) -> str:
+def class_name(record: ProteinRecord, value: Any) -> str:
     """A class as text; raises DataError for what names none."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -99,7 +99,7 @@ def class_weights(space: LabelSpace, labels: Sequence[Any]) -> np.ndarray:
     return np.where(counts > 0, counts.sum() / (num_classes * np.maximum(counts, 1)), 0.0)
 
 
-def _kind_of(records: Sequence[Record]) -> str:
+def _kind_of(records: Sequence[ProteinRecord]) -> str:
     """The kind that all labels can be of."""
     order = (CONTACTS, RESIDUES, NUMBERS, NUMBER, CLASSES, CLASS)
     possible = {*order}
@@ -154,7 +154,7 @@ def _are_numbers(values: Sequence[Any], num_residues: int) -> bool:
         value is None or value == "" or as_number(value) is not None for value in values)
 
 
-def _class_names(kind: str, uncounted: Sequence[str], records: Iterable[Record]) -> tuple[str, ...]:
+def _class_names(kind: str, uncounted: Sequence[str], records: Iterable[ProteinRecord]) -> tuple[str, ...]:
     """The classes of some records: whole numbers in their order, else in that of their letters."""
     names: set[str] = set()
     for record in records:
@@ -166,7 +166,7 @@ def _class_names(kind: str, uncounted: Sequence[str], records: Iterable[Record])
     return tuple(sorted(names, key=int) if all(map(_WHOLE.fullmatch, names)) else sorted(names))
 
 
-def _number(space: LabelSpace, record: Record) -> float:
+def _number(space: LabelSpace, record: ProteinRecord) -> float:
     value = _single(record)
     number = as_number(value)
     if number is None:
@@ -176,17 +176,17 @@ def _number(space: LabelSpace, record: Record) -> float:
     return number
 
 
-def _class(space: LabelSpace, record: Record) -> int:
+def _class(space: LabelSpace, record: ProteinRecord) -> int:
     return space.index(record, _single(record))
 
 
-def _classes(space: LabelSpace, record: Record) -> np.ndarray:
+def _classes(space: LabelSpace, record: ProteinRecord) -> np.ndarray:
     chosen = np.zeros(len(space.class_names), dtype=bool)
     chosen[[space.index(record, value) for value in _several(record)]] = True
     return chosen
 
 
-def _residues(space: LabelSpace, record: Record) -> np.ndarray:
+def _residues(space: LabelSpace, record: ProteinRecord) -> np.ndarray:
     values, counts = _of_residues(record), record.counts()
     indices = {value: NO_TARGET if _is_uncounted(value, space.uncounted) else space.index(record, value)
                for value in set(compress(values, counts))}
@@ -194,7 +194,7 @@ def _residues(space: LabelSpace, record: Record) -> np.ndarray:
                      for value, is_counted in zip(values, counts, strict=True)], dtype=np.int16)
 
 
-def _numbers(space: LabelSpace, record: Record) -> np.ndarray:
+def _numbers(space: LabelSpace, record: ProteinRecord) -> np.ndarray:
     value = record.present()
     values = value.split(SEPARATOR) if isinstance(value, str) else value
     if not isinstance(values, list):
@@ -210,28 +210,28 @@ def _numbers(space: LabelSpace, record: Record) -> np.ndarray:
     return numbers_r
 
 
-def _contacts(space: LabelSpace, record: Record) -> np.ndarray:
+def _contacts(space: LabelSpace, record: ProteinRecord) -> np.ndarray:
     return read_contacts(record, space.pairs_from)
 
 
-_READ: dict[str, Callable[[LabelSpace, Record], Any]] = {
+_READ: dict[str, Callable[[LabelSpace, ProteinRecord], Any]] = {
     NUMBER: _number, CLASS: _class, CLASSES: _classes, RESIDUES: _residues, NUMBERS: _numbers, CONTACTS: _contacts}
 
 
-def _single(record: Record) -> Any:
+def _single(record: ProteinRecord) -> Any:
     """A label that is one value; one alone in an array, as TAPE has numbers, is that too."""
     value = record.present()
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
-def _several(record: Record) -> list[Any]:
+def _several(record: ProteinRecord) -> list[Any]:
     value = record.present()
     if isinstance(value, str):
         return [part for part in value.split(SEPARATOR) if part.strip()]
     return value if isinstance(value, list) else [value]
 
 
-def _of_residues(record: Record) -> Sequence[Any]:
+def _of_residues(record: ProteinRecord) -> Sequence[Any]:
     value = record.present()
     if not isinstance(value, (str, list)):
         raise record.wrong(f"the label {shown(value)} is neither text nor a list with a class for each residue")

@@ -12,7 +12,7 @@ _MASKS: dict[Any, bool] = {"0": False, "1": True, 0: False, 1: True}
 
 
 @dataclass(frozen=True)
-class Record:
+class ProteinRecord:
     """A protein as a file has it; `place` names file and line or record, `ids` are its residues' in the vocabulary."""
 
     place: str

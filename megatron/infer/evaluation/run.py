@@ -6,25 +6,25 @@ from itertools import islice
 import numpy as np
 
 from megatron.data.rows.fixed_masks import FixedMasks
-from megatron.infer.evaluation.tally import Tally
+from megatron.infer.evaluation.tally import TargetTally
 from megatron.infer.predictions import Copy, log_probabilities
 from megatron.infer.pretrained import Pretrained
 from megatron.infer.proteins import Protein, ProteinFiles
 from megatron.infer.variants.windows import copy_of
-from megatron.log import Progress
+from megatron.log import ProgressBar
 from megatron.parallel.collectives import everyones
 
 PROTEINS_AT_ONCE = 64
 
 
 def evaluated(pretrained: Pretrained, files: ProteinFiles, piece: int | None, budget: int | None,
-              bar: Progress) -> Tally:
+              bar: ProgressBar) -> TargetTally:
     """What the model makes of the masked residues of every protein; all ranks call this and get the same.
 
     The masks are those of an evaluation in training: 15 % of the residues, 80/10/10, by the letters of the protein
     alone. A protein of more than `piece` residues is read in pieces of so many, as there.
     """
-    masks, tally = FixedMasks(pretrained.vocab), Tally(np.zeros((3, pretrained.vocab.size)))
+    masks, tally = FixedMasks(pretrained.vocab), TargetTally(np.zeros((3, pretrained.vocab.size)))
     for proteins in _of_this_rank(pretrained, files):
         masked = [masks.mask(protein.residues.astype(np.int64)) for protein in proteins]
         copies, owners = list[Copy](), list[int]()
@@ -39,11 +39,11 @@ def evaluated(pretrained: Pretrained, files: ProteinFiles, piece: int | None, bu
             _add(tally, protein, np.flatnonzero(is_target),
                  np.concatenate([part for part, owner in zip(found, owners, strict=True) if owner == number]))
         bar.update(len(proteins) * pretrained.mesh.data.size)
-    return Tally.merged(everyones(tally, pretrained.mesh.data))
+    return TargetTally.merged(everyones(tally, pretrained.mesh.data))
 
 
 def pseudo_perplexity(pretrained: Pretrained, files: ProteinFiles, num_proteins: int, piece: int | None,
-                      budget: int | None, bar: Progress) -> Tally:
+                      budget: int | None, bar: ProgressBar) -> TargetTally:
     """The same where each residue is masked in turn, and nothing else, of `num_proteins` drawn at random.
 
     Salazar et al., 2020, arXiv 1910.14659: exp of the mean loss. As many passes as there are residues. Of a protein of
@@ -51,7 +51,7 @@ def pseudo_perplexity(pretrained: Pretrained, files: ProteinFiles, num_proteins:
     """
     total = sum(1 for _ in files)
     drawn = set(np.random.default_rng(0).permutation(total)[:num_proteins].tolist())
-    tally = Tally(np.zeros((3, pretrained.vocab.size)))
+    tally = TargetTally(np.zeros((3, pretrained.vocab.size)))
     data = pretrained.mesh.data
     some = (protein for number, protein in enumerate(files) if number in drawn)
     for protein in islice(some, data.rank, None, data.size):
@@ -60,7 +60,7 @@ def pseudo_perplexity(pretrained: Pretrained, files: ProteinFiles, num_proteins:
         found = log_probabilities(pretrained, copies, budget, num_ids=pretrained.model.lm_head.num_ids)
         _add(tally, protein, np.arange(len(protein)), np.concatenate(list(found)))
         bar.update(data.size)
-    return Tally.merged(everyones(tally, data))
+    return TargetTally.merged(everyones(tally, data))
 
 
 def _of_this_rank(pretrained: Pretrained, files: ProteinFiles) -> Iterator[list[Protein]]:
@@ -71,7 +71,7 @@ def _of_this_rank(pretrained: Pretrained, files: ProteinFiles) -> Iterator[list[
         yield proteins
 
 
-def _add(tally: Tally, protein: Protein, residues: np.ndarray, log_probabilities_cv: np.ndarray) -> None:
+def _add(tally: TargetTally, protein: Protein, residues: np.ndarray, log_probabilities_cv: np.ndarray) -> None:
     true_ids = protein.residues[residues].astype(np.int64)
     losses = -log_probabilities_cv[np.arange(len(true_ids)), true_ids].astype(np.float64)
     tally.add(true_ids, 1 + residues, losses, log_probabilities_cv.argmax(1) == true_ids)

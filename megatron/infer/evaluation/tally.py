@@ -19,7 +19,7 @@ def bin_names() -> list[str]:
 
 
 @dataclass
-class Tally:
+class TargetTally:
     """Sums over targets: rows are their number, their loss in nats, and how many were predicted right."""
 
     by_letter_3v: np.ndarray
@@ -36,7 +36,7 @@ class Tally:
         self.of_proteins.append((len(losses), float(losses.sum())))
 
     @classmethod
-    def merged(cls, tallies: Sequence["Tally"]) -> "Tally":
+    def merged(cls, tallies: Sequence["TargetTally"]) -> "TargetTally":
         """The sum of several ranks' tallies."""
         return cls(np.sum([each.by_letter_3v for each in tallies], 0),
                    np.sum([each.by_position_3n for each in tallies], 0),

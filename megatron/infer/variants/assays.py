@@ -17,8 +17,8 @@ from megatron.infer.variants.mutants import (
     parse_mutant,
     wild_type_of,
 )
-from megatron.infer.variants.tables import Table, read_csv, read_list
-from megatron.infer.variants.wild_types import Entry, WildTypes
+from megatron.infer.variants.tables import TextTable, read_csv, read_list
+from megatron.infer.variants.wild_types import AssayReference, WildTypes
 
 MUTANT, MUTATED, MEASURED = "mutant", "mutated_sequence", "DMS_score"
 
@@ -31,11 +31,11 @@ class Assay:
     """
 
     name: str
-    table: Table
+    table: TextTable
     wild_type: str
     mutants: list[Mutant]
     measured: np.ndarray | None
-    entry: Entry
+    entry: AssayReference
 
     @property
     def said(self) -> dict[str, str]:
@@ -90,7 +90,7 @@ def read_assay(name: str, path: Path, wild_types: WildTypes, letters: Collection
         except ResidueError as error:
             raise DataError(f"{path}: line {table.lines[at]}: {error}") from None
         mutants.append(mutant)
-    return Assay(name, table, wild_type, mutants, _measured(table), entry or Entry(wild_type))
+    return Assay(name, table, wild_type, mutants, _measured(table), entry or AssayReference(wild_type))
 
 
 def _check_sequence(found: str, expected: str, text: str, offset: int) -> None:
@@ -104,7 +104,7 @@ def _check_sequence(found: str, expected: str, text: str, offset: int) -> None:
                        f"{found[site]}, and should be {expected[site]}")
 
 
-def _measured(table: Table) -> np.ndarray | None:
+def _measured(table: TextTable) -> np.ndarray | None:
     """What was measured of each variant; None where the file has no such column. Raises DataError."""
     texts = table.column(MEASURED)
     if texts is None:

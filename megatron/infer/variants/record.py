@@ -13,7 +13,7 @@ SUMMARY = "summary.json"
 ASSAYS, PROTEINS = "assays", "proteins"  # files that were scored; proteins all of whose substitutions were
 
 
-class Record:
+class ScoringRecord:
     """What a folder's SUMMARY tells of each of its ASSAYS and PROTEINS, by their names; it appears whole.
 
     A thing is done once it is told of, which is after its files were written. `settings` are what scores depend on

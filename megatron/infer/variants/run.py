@@ -17,7 +17,7 @@ from megatron.infer.pretrained import Pretrained
 from megatron.infer.spearman import spearman, spearman_interval
 from megatron.infer.variants.assays import Assay, read_assay
 from megatron.infer.variants.mutants import letters_of
-from megatron.infer.variants.record import ASSAYS, PROTEINS, Record
+from megatron.infer.variants.record import ASSAYS, PROTEINS, ScoringRecord
 from megatron.infer.variants.scores import num_copies, scores_of, sites_of, together
 from megatron.infer.variants.substitutions import all_substitutions, write_substitutions
 from megatron.infer.variants.tables import write_csv
@@ -41,8 +41,8 @@ class Way:
     budget: int | None = None
 
 
-def score_files(pretrained: Pretrained, files: Mapping[str, Path], wild_types: WildTypes, way: Way, record: Record,
-                log: Log) -> None:
+def score_files(pretrained: Pretrained, files: Mapping[str, Path], wild_types: WildTypes, way: Way,
+                record: ScoringRecord, log: Log) -> None:
     """Score what is not done yet of `files`, by their names, into the record's folder; the first rank writes.
 
     All files are read before any is scored: a mistake in the last raises its DataError at once.
@@ -67,7 +67,7 @@ def score_files(pretrained: Pretrained, files: Mapping[str, Path], wild_types: W
             log.line(f"{name}: {len(scores):,} variants at {facts['sites']:,} sites{found}, {facts['seconds']:.1f} s")
 
 
-def _left(files: Mapping[str, Path], wild_types: WildTypes, way: Way, letters: Collection[str], record: Record,
+def _left(files: Mapping[str, Path], wild_types: WildTypes, way: Way, letters: Collection[str], record: ScoringRecord,
           writes: bool) -> list[str]:
     """The names of the files that are not done; of those that are, what the reference says may have changed."""
     left = []
@@ -96,7 +96,8 @@ def facts_of(assay: Assay, scores: np.ndarray) -> dict[str, Any]:
     return facts
 
 
-def draw_proteins(pretrained: Pretrained, proteins: Mapping[str, str], way: Way, record: Record, log: Log) -> None:
+def draw_proteins(pretrained: Pretrained, proteins: Mapping[str, str], way: Way, record: ScoringRecord,
+                  log: Log) -> None:
     """Of each protein that is not done all substitutions, as a CSV and a PNG in the record's folder."""
     from megatron.infer.variants.substitutions_picture import draw_substitutions  # matplotlib: slow to import
 

@@ -13,7 +13,7 @@ from megatron.files import write_text
 
 
 @dataclass(frozen=True)
-class Table:
+class TextTable:
     """What a file holds, as text: rows under their columns, and of each row the line where it ends, from 1.
 
     `digest` is that of the file, as it lies on the disk.
@@ -41,7 +41,7 @@ class Table:
         return found
 
 
-def read_csv(path: Path) -> Table:
+def read_csv(path: Path) -> TextTable:
     """A CSV with a header; blank lines are left out. Raises DataError."""
     text, digest = _text(path)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -59,14 +59,14 @@ def read_csv(path: Path) -> Table:
             lines.append(reader.line_num)
     except csv.Error as error:
         raise DataError(f"{path}: line {reader.line_num}: is no CSV ({error})") from None
-    return Table(path, columns, rows, lines, digest)
+    return TextTable(path, columns, rows, lines, digest)
 
 
-def read_list(path: Path, name: str) -> Table:
+def read_list(path: Path, name: str) -> TextTable:
     """A file with one word a line as a table of one column; blank lines are left out. Raises DataError."""
     text, digest = _text(path)
     found = [(line.strip(), number) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    return Table(path, [name], [[line] for line, _ in found], [number for _, number in found], digest)
+    return TextTable(path, [name], [[line] for line, _ in found], [number for _, number in found], digest)
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

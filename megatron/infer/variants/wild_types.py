@@ -17,7 +17,7 @@ ONE = "protein"  # the name of that of the command line
 
 
 @dataclass(frozen=True)
-class Entry:
+class AssayReference:
     """What a reference says of an assay: its protein, and by what averages are taken, empty where it does not say."""
 
     wild_type: str
@@ -30,10 +30,10 @@ class WildTypes:
     """Wild types by the names of assays: `proteins` may have one for all; a reference's are by DMS_id and file, too."""
 
     proteins: dict[str, str]
-    entries: dict[str, Entry] | None = None
+    entries: dict[str, AssayReference] | None = None
     reference: str = ""
 
-    def of(self, path: Path, name: str) -> Entry | None:
+    def of(self, path: Path, name: str) -> AssayReference | None:
         """What is known of an assay in a file, whose name without its ending is `name`; None: nothing was given.
 
         Raises DataError where something was given for others alone.
@@ -49,7 +49,7 @@ class WildTypes:
         if protein is None:
             raise DataError(f"{path}: none of the {len(self.proteins)} proteins of --fasta is called {name}; call its "
                             "wild type so, or give a file of one protein")
-        return replace(entry or Entry(""), wild_type=protein)
+        return replace(entry or AssayReference(""), wild_type=protein)
 
 
 def read_wild_types(sequence: str | None, fasta: str | None, reference: Path | None, vocab: Vocab) -> WildTypes:
@@ -66,7 +66,7 @@ def read_wild_types(sequence: str | None, fasta: str | None, reference: Path | N
         found.append(_checked(text, vocab, f"{reference}: line {line}: target_seq"))
     files, uniprots, categories = (table.column(name) or [""] * len(found)
                                    for name in ("DMS_filename", "UniProt_ID", "coarse_selection_type"))
-    entries = [Entry(*each) for each in zip(found, uniprots, categories, strict=True)]
+    entries = [AssayReference(*each) for each in zip(found, uniprots, categories, strict=True)]
     return WildTypes(proteins, {name: entry for names in (files, table.needed("DMS_id"))
                                 for name, entry in zip(names, entries, strict=True) if name}, str(reference))
 

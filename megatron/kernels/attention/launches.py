@@ -24,7 +24,7 @@ _BLOCKS = {
 
 
 @dataclass(frozen=True)
-class Launch:
+class KernelLaunch:
     """One kernel of `triton_kernels` with its grid, arguments, and what is compiled in."""
 
     kernel: str
@@ -56,14 +56,14 @@ class Call:
     kept: int  # of dropout, as `Dropout` has it
     first_head: int
 
-    def forward(self, context_ugqd: Tensor, logsumexp_nu: Tensor) -> Launch:
+    def forward(self, context_ugqd: Tensor, logsumexp_nu: Tensor) -> KernelLaunch:
         """Fills both."""
         blocks = _blocks("forward", self.qkv_ugxd)
         grid = _number(len(context_ugqd), blocks["BLOCK_QUERIES"]), len(logsumexp_nu)
         return self._launch("forward", grid, {"context": context_ugqd, "logsumexp": logsumexp_nu}, {}, blocks)
 
     def backward(self, grad_ugqd: Tensor, context_ugqd: Tensor, logsumexp_nu: Tensor, products_nu: Tensor,
-                 gradients: tuple[Tensor, Tensor]) -> list[Launch]:
+                 gradients: tuple[Tensor, Tensor]) -> list[KernelLaunch]:
         """Fill `products_nu` and the gradients, one kernel behind the other."""
         given: dict[str, Any] = {"grad_context": grad_ugqd, "logsumexp": logsumexp_nu, "products": products_nu}
         grad_query, grad_key_value = gradients[0], gradients[self.key_value_tg2d is not None][:, :, -2:]
@@ -78,7 +78,7 @@ class Call:
         return [of_queries, self._launch("backward_keys", grid, arguments, _lie(grad_key_value), blocks)]
 
     def _launch(self, kernel: str, grid: tuple[int, int], arguments: dict[str, Any], gradient: dict[str, int],
-                blocks: dict[str, int]) -> Launch:
+                blocks: dict[str, int]) -> KernelLaunch:
         qkv = _with_whole_groups(self.qkv_ugxd)
         key_value = qkv[:, :, -2:] if self.key_value_tg2d is None else _with_whole_groups(self.key_value_tg2d)
         key, value = key_value.unbind(2)
@@ -98,7 +98,7 @@ class Call:
                      "STEPS": (num_proteins + 1).bit_length(), "HAS_DROPOUT": self.seed is not None,
                      "PRECISION": _precision()}
         options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
-        return Launch(kernel, grid, {**shared, **arguments}, {**constants, **blocks}, options)
+        return KernelLaunch(kernel, grid, {**shared, **arguments}, {**constants, **blocks}, options)
 
 
 def _with_whole_groups(tensor: Tensor) -> Tensor:

@@ -27,14 +27,14 @@ _WAITING = ("/parallel/collectives.py", "/parallel/pipeline/channels.py", "/para
 _CALL, _ANSWER = "watch/call", "watch/answer"
 
 
-class Progress:
+class RankProgress:
     """What a rank is at, besides where in the program it is; `step` counts from 1."""
 
     step: int | None = None
 
 
 @contextmanager
-def watched(store: dist.Store, rank: int, num_ranks: int, timeout: timedelta, progress: Progress) -> Iterator[None]:
+def watched(store: dist.Store, rank: int, num_ranks: int, timeout: timedelta, progress: RankProgress) -> Iterator[None]:
     """Within, this rank is watched. `timeout`: how long ranks wait for each other; `store`: the thread's own."""
     lead_s = min(LEAD_S, timeout.total_seconds() / 2)
     watch = _Watch(store, rank, num_ranks, timeout.total_seconds() - lead_s, lead_s, progress)
@@ -47,7 +47,7 @@ def watched(store: dist.Store, rank: int, num_ranks: int, timeout: timedelta, pr
 
 class _Watch:
     def __init__(self, store: dist.Store, rank: int, num_ranks: int, patience_s: float, lead_s: float,
-                 progress: Progress) -> None:
+                 progress: RankProgress) -> None:
         self.end = threading.Event()
         self._store, self._rank, self._num_ranks, self._progress = store, rank, num_ranks, progress
         self._patience_s, self._lead_s = patience_s, lead_s

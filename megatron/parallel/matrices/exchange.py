@@ -26,7 +26,7 @@ Work = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Result:
+class MatrixResult:
     """What came of a matrix: `part`, what this rank holds of it, of the whole's rows `rows`.
 
     `squares`: where asked for the mean square of each of the whole's rows, fp32, on every rank alike.
@@ -57,14 +57,14 @@ class WholeMatrices:
             for ours, parameter in zip(self._of_parameter, parameters, strict=True)]
         self._back = [None if places is None else places.argsort() for places in self._places]
 
-    def worked_on(self, parts: Sequence[Tensor], work: Work) -> Iterator[list[Result]]:
+    def worked_on(self, parts: Sequence[Tensor], work: Work) -> Iterator[list[MatrixResult]]:
         """What `work`, from [k, m, n] to the same, makes of the matrices of which `parts`, one a parameter, are parts.
 
         All results of a parameter together, in the order of its runs; parameters as they are done. All ranks call this.
         """
-        cut, done = self._cut(parts), dict[int, list[Result]]()
+        cut, done = self._cut(parts), dict[int, list[MatrixResult]]()
         gathering = self._gather(self._rounds[0], cut)
-        returning: Iterator[Result] = iter(())
+        returning: Iterator[MatrixResult] = iter(())
         for number, one in enumerate(self._rounds):
             gathered = gathering
             if number + 1 < len(self._rounds):
@@ -95,7 +95,7 @@ class WholeMatrices:
         return start_exchange(self._flat(parts, cut[one.matrices[0]]), one.to_owners, one.from_givers, self._axis)
 
     def _work_on(self, one: Round, gathered: Pending | None, cut: dict[WholeMatrix, Tensor],
-                 work: Work) -> Iterator[Result]:
+                 work: Work) -> Iterator[MatrixResult]:
         """Work on those that are this rank's own and begin to send the parts; the results, each waiting for its own."""
         wholes = [cut[matrix].to(self._dtype) for matrix in one.owned] if gathered is None else (
             self._wholes(one, gathered.wait()))
@@ -105,7 +105,7 @@ class WholeMatrices:
         squares = [whole.float().square().mean(1) if self._with_squares else
                    whole.new_empty(0, dtype=torch.float32) for whole in wholes]
         if gathered is None:
-            return map(Result, one.owned, (matrix.box_on(0)[0] for matrix in one.owned), wholes, squares)
+            return map(MatrixResult, one.owned, (matrix.box_on(0)[0] for matrix in one.owned), wholes, squares)
         # The squares as they are, in so many numbers of the messages' dtype.
         sent = [piece for place, box in one.leaving for piece in (wholes[place][box], squares[place].view(self._dtype))]
         returning = start_exchange(self._flat(sent, cut[one.matrices[0]]), one.to_holders, one.from_owners, self._axis)
@@ -119,15 +119,16 @@ class WholeMatrices:
             view.copy_(piece.view(view.shape))
         return wholes
 
-    def _returned(self, one: Round, returning: Pending) -> Iterator[Result]:
+    def _returned(self, one: Round, returning: Pending) -> Iterator[MatrixResult]:
         """What came of this rank's parts, each with the squares behind it."""
         for matrix, piece in zip(one.matrices, returning.wait().split(one.returned), strict=True):
             shape = matrix.shape_on(self._axis.rank)
             part, squares = piece.split([shape[0] * shape[1], len(piece) - shape[0] * shape[1]])
             squares = squares.clone().view(torch.float32)  # a copy, since they may begin where no fp32 number can
-            yield Result(matrix, matrix.box_on(self._axis.rank)[0], part.view(shape), squares)
+            yield MatrixResult(matrix, matrix.box_on(self._axis.rank)[0], part.view(shape), squares)
 
-    def _complete(self, results: Iterator[Result], done: dict[int, list[Result]]) -> Iterator[list[Result]]:
+    def _complete(self, results: Iterator[MatrixResult], done: dict[int, list[MatrixResult]],
+                  ) -> Iterator[list[MatrixResult]]:
         """Keep `results` until all of a parameter are there."""
         for result in results:
             number = result.matrix.parameter

@@ -144,7 +144,7 @@ class RowParallelLinear(Matrix):
         return bias_o
 
 
-class Table(nn.Module):
+class EmbeddingTable(nn.Module):
     """A row of `weight` [num_rows, h] for each id of this rank's tokens; whole on every rank."""
 
     def __init__(self, num_rows: int, hidden_size: int, stream: Stream, initial: Initial) -> None:

@@ -19,7 +19,7 @@ HELP = "lower --lr, lengthen the warm-up, or go on from an older checkpoint"
 
 
 @dataclass(frozen=True)
-class Window:
+class WrongSteps:
     """Steps of which the first went wrong, up to where that was noticed, and their rows, by position in the order."""
 
     first_step: int
@@ -31,7 +31,7 @@ class RewindError(Exception):
     """The run is to go back: to see whether the steps of `window` go wrong again, or, as they did, without their rows.
     """
 
-    def __init__(self, window: Window, is_again: bool) -> None:
+    def __init__(self, window: WrongSteps, is_again: bool) -> None:
         super().__init__(window)
         self.window, self.is_again = window, is_again
 
@@ -39,7 +39,7 @@ class RewindError(Exception):
 class Guard:
     """Looks at the steps of a run, which went back because of `suspect` if there is one. All ranks have one alike."""
 
-    def __init__(self, run: Run, suspect: Window | None) -> None:
+    def __init__(self, run: Run, suspect: WrongSteps | None) -> None:
         self._run, self._config, self._suspect = run, run.config.guards, suspect
         self._looked_at = run.state.iteration
         self._rows: dict[int, range] = {}  # of the steps since
@@ -97,12 +97,12 @@ class Guard:
             run.log.line(text)
             # Not the first of them alone: what does not compute the same twice may go wrong a step later.
             is_again = self._suspect is not None and self._suspect.first_step <= first <= self._suspect.last_step
-            raise RewindError(Window(first, last, rows), is_again)
+            raise RewindError(WrongSteps(first, last, rows), is_again)
         fate = "taken all the same" if step.is_taken else "skipped"
         where = "" if self._was_wrong else write_suspects(run, first, self._rows[first])
         run.log.line(f"{text}; {fate}{where}")
 
-    def _acquit(self, suspect: Window, step: StepSums) -> None:
+    def _acquit(self, suspect: WrongSteps, step: StepSums) -> None:
         self._suspect = None
         self._run.log.line(
             f"note: step {suspect.first_step} came out normal this time: {self._in_words(step)}. The same rows and "

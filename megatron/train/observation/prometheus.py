@@ -25,7 +25,7 @@ _OF_A_GROUP = "learning_rate_"  # begins the names of learning rates of groups o
 
 
 @dataclass(frozen=True)
-class Family:
+class MetricFamily:
     """What Prometheus calls a number of the records, which is in `unit` of its own unit there."""
 
     name: str
@@ -40,32 +40,33 @@ class Family:
 
 # By the names of the records. The first three are told of each kind of record, all others of the newest that has them.
 OF_EACH_KIND = {
-    "loss": Family("loss", "Mean cross entropy of masked residues in nats."),
-    "perplexity": Family("perplexity", "The exponential of the loss."),
-    "masked_accuracy": Family("masked_accuracy_ratio", "Share of masked residues that were predicted right."),
+    "loss": MetricFamily("loss", "Mean cross entropy of masked residues in nats."),
+    "perplexity": MetricFamily("perplexity", "The exponential of the loss."),
+    "masked_accuracy": MetricFamily("masked_accuracy_ratio", "Share of masked residues that were predicted right."),
 }
 OF_THE_RUN = {
-    "iteration": Family("iterations_total", "Steps taken."),
-    "num_iterations": Family("last_iteration", "The step at which the run ends."),
-    "time_left_s": Family("time_left_seconds", "Time to the last step at the present pace."),
-    "consumed_samples": Family("rows_total", "Rows trained on."),
-    "consumed_residues": Family("residues_total", "Residues trained on."),
-    "consumed_flops": Family("model_flops_total", "FLOPs that the model itself needed for them."),
-    "training_s": Family("training_seconds_total", "Time spent on steps."),
-    "num_skipped": Family("skipped_iterations_total", "Steps since this start of the run that changed no weight."),
-    "learning_rate": Family("learning_rate", "Learning rate; of a group of parameters where it has its own."),
-    "weight_decay": Family("weight_decay", "Weight decay."),
-    "grad_norm": Family("gradient_norm", "Norm of the gradient of the last step."),
-    "loss_scale": Family("loss_scale", "Loss scale of fp16."),
-    "global_batch_size": Family("batch_rows", "Rows of a step."),
-    "tokens_per_s": Family("tokens_per_second", "Tokens trained on a second."),
-    "residues_per_s": Family("residues_per_second", "Residues trained on a second."),
-    "model_tflops": Family("model_flops_per_second", "FLOPs that the model itself needs, a second.", 1e12),
-    "share_of_peak": Family("peak_flops_ratio", "The same as a share of the device's measured matrix peak."),
-    "memory_gib": Family("memory_peak_bytes", "The most that a rank has held since its start.", 2.0**30),
-    "num_ranks": Family("ranks", "Processes that train together."),
-    "written_s": Family("last_record_timestamp_seconds", "When the newest of these numbers was written."),
-    "is_running": Family("running", "Whether the run goes on: 0 once it has ended, of itself or by an error."),
+    "iteration": MetricFamily("iterations_total", "Steps taken."),
+    "num_iterations": MetricFamily("last_iteration", "The step at which the run ends."),
+    "time_left_s": MetricFamily("time_left_seconds", "Time to the last step at the present pace."),
+    "consumed_samples": MetricFamily("rows_total", "Rows trained on."),
+    "consumed_residues": MetricFamily("residues_total", "Residues trained on."),
+    "consumed_flops": MetricFamily("model_flops_total", "FLOPs that the model itself needed for them."),
+    "training_s": MetricFamily("training_seconds_total", "Time spent on steps."),
+    "num_skipped": MetricFamily("skipped_iterations_total",
+                                "Steps since this start of the run that changed no weight."),
+    "learning_rate": MetricFamily("learning_rate", "Learning rate; of a group of parameters where it has its own."),
+    "weight_decay": MetricFamily("weight_decay", "Weight decay."),
+    "grad_norm": MetricFamily("gradient_norm", "Norm of the gradient of the last step."),
+    "loss_scale": MetricFamily("loss_scale", "Loss scale of fp16."),
+    "global_batch_size": MetricFamily("batch_rows", "Rows of a step."),
+    "tokens_per_s": MetricFamily("tokens_per_second", "Tokens trained on a second."),
+    "residues_per_s": MetricFamily("residues_per_second", "Residues trained on a second."),
+    "model_tflops": MetricFamily("model_flops_per_second", "FLOPs that the model itself needs, a second.", 1e12),
+    "share_of_peak": MetricFamily("peak_flops_ratio", "The same as a share of the device's measured matrix peak."),
+    "memory_gib": MetricFamily("memory_peak_bytes", "The most that a rank has held since its start.", 2.0**30),
+    "num_ranks": MetricFamily("ranks", "Processes that train together."),
+    "written_s": MetricFamily("last_record_timestamp_seconds", "When the newest of these numbers was written."),
+    "is_running": MetricFamily("running", "Whether the run goes on: 0 once it has ended, of itself or by an error."),
 }
 
 
@@ -102,7 +103,7 @@ class Exposition:
                           if key.startswith(_OF_A_GROUP)}
             yield from self._family(family, found)
 
-    def _family(self, family: Family, found: Mapping[Labels, float | None]) -> Iterator[str]:
+    def _family(self, family: MetricFamily, found: Mapping[Labels, float | None]) -> Iterator[str]:
         known = {labels: value for labels, value in found.items() if value is not None}
         name = f"proteinlm_{family.name}"
         if known:
@@ -167,10 +168,10 @@ class _Server(socketserver.ThreadingTCPServer):
     def __init__(self, host: str, port: int, text: Callable[[], str]) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.text = text
-        super().__init__((host, port), _Answer)
+        super().__init__((host, port), _Handler)
 
 
-class _Answer(BaseHTTPRequestHandler):
+class _Handler(BaseHTTPRequestHandler):
     timeout = 10.0  # seconds in which a client is to have asked
     server: _Server
 

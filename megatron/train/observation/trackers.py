@@ -26,7 +26,7 @@ _PARAMETERS_AT_ONCE = 100  # mlflow takes no more
 
 
 @dataclass(frozen=True)
-class Asked:
+class TrackedRun:
     """What a library is asked for. `name`: what a person calls the run; `key`: what its earlier start was kept under.
     """
 
@@ -92,7 +92,7 @@ def tracker(name: str, save: str | None, project: str | None, parameters: Mappin
     """
     folder = None if save is None else Path(save).resolve()
     keys = {} if folder is None else _read_keys(folder / KEYS)
-    asked = Asked(folder, None if folder is None else folder.name, project, parameters, keys.get(name))
+    asked = TrackedRun(folder, None if folder is None else folder.name, project, parameters, keys.get(name))
     try:
         remote = _OPEN[name](asked)
     except Exception as error:  # not logged in, no such server, no network, a file that cannot be written, …
@@ -112,7 +112,7 @@ def tracker(name: str, save: str | None, project: str | None, parameters: Mappin
     return begun
 
 
-def _wandb(asked: Asked) -> Remote:
+def _wandb(asked: TrackedRun) -> Remote:
     import wandb
 
     theirs, key = wandb.setup().settings, asked.key or uuid.uuid4().hex[:8]
@@ -126,7 +126,7 @@ def _wandb(asked: Asked) -> Remote:
                   lambda has_failed: run.finish(exit_code=int(has_failed)))
 
 
-def _trackio(asked: Asked) -> Remote:
+def _trackio(asked: TrackedRun) -> Remote:
     import trackio
 
     key = asked.key or f"{asked.name or PROJECT}-{uuid.uuid4().hex[:8]}"  # it finds runs by their name alone
@@ -135,7 +135,7 @@ def _trackio(asked: Asked) -> Remote:
     return Remote(key, lambda iteration, values: run.log(dict(values), step=iteration), lambda has_failed: run.finish())
 
 
-def _mlflow(asked: Asked) -> Remote:
+def _mlflow(asked: TrackedRun) -> Remote:
     import mlflow
     from mlflow.entities import Metric, Param
 
@@ -164,7 +164,7 @@ def _mlflow(asked: Asked) -> Remote:
     return Remote(key, send, lambda has_failed: client.set_terminated(key, "FAILED" if has_failed else "FINISHED"))
 
 
-_OPEN: Mapping[str, Callable[[Asked], Remote]] = {"wandb": _wandb, "trackio": _trackio, "mlflow": _mlflow}
+_OPEN: Mapping[str, Callable[[TrackedRun], Remote]] = {"wandb": _wandb, "trackio": _trackio, "mlflow": _mlflow}
 
 
 def _read_keys(path: Path) -> dict[str, str]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron.checkpoint.convert.families import flags
 from megatron.checkpoint.convert.families.names import FAIR_ESM, family_tensors, their_names
-from megatron.checkpoint.convert.families.reading import FREQUENCIES, Family, checkpoint_of
+from megatron.checkpoint.convert.families.reading import FREQUENCIES, ModelFamily, checkpoint_of
 from megatron.checkpoint.convert.families.vocabularies import vocabulary_of
 from megatron.checkpoint.convert.own_places import refuse_layout
 from megatron.checkpoint.convert.torch_files import read_torch_file
@@ -117,7 +117,7 @@ def _read(file: Path) -> Checkpoint:
     config = _flags(tree, tensors, file)
     vocab = Vocab.from_file("esm")
     state = {"vocabulary": vocab.identity, "notes": notes}
-    checkpoint = checkpoint_of(Family(config, FAIR_ESM, vocab.size, _FIRST_ROW), tensors, file, state)
+    checkpoint = checkpoint_of(ModelFamily(config, FAIR_ESM, vocab.size, _FIRST_ROW), tensors, file, state)
     if config["position_embedding_type"] != "rope":
         words = checkpoint.model[WORDS]
         checkpoint = Checkpoint(file, 0, {**checkpoint.model, WORDS: _without_row(words, vocab.mask_id)}, None,

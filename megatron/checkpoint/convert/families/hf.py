@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron.checkpoint.convert.families import flags
 from megatron.checkpoint.convert.families.hf_writing import CONFIG, INDEX, TABLES, WHOLE, write_files
-from megatron.checkpoint.convert.families.reading import Family, checkpoint_of
+from megatron.checkpoint.convert.families.reading import ModelFamily, checkpoint_of
 from megatron.checkpoint.convert.families.vocabularies import vocabulary_in
 from megatron.checkpoint.convert.own_places import refuse_layout
 from megatron.checkpoint.convert.torch_files import read_torch_file
@@ -83,7 +83,7 @@ def _read(place: Path) -> Checkpoint:
     config = flags.flags_of(theirs, place)
     num_tokens, first_row = flags.tokens_of(theirs, kind)
     state = vocabulary_in(place, _VOCABULARIES[kind], num_tokens, theirs.get("mask_token_id"))
-    family = Family(config | state["config"], TABLES[kind], num_tokens, first_row)
+    family = ModelFamily(config | state["config"], TABLES[kind], num_tokens, first_row)
     return checkpoint_of(family, tensors_in_folder(place), place, state)
 
 

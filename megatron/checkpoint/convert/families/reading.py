@@ -21,7 +21,7 @@ _BESIDE = ("bert.pooler.", "cls.seq_relationship.", "esm.pooler.", "esm.embeddin
 
 
 @dataclass(frozen=True)
-class Family:
+class ModelFamily:
     """A model of a program: our flags for it, the table of its names, its tokens and the row of the first position."""
 
     config: dict[str, Any]
@@ -30,7 +30,7 @@ class Family:
     first_row: int
 
 
-def checkpoint_of(family: Family, tensors: Tensors, place: Path, state: Mapping[str, Any]) -> Checkpoint:
+def checkpoint_of(family: ModelFamily, tensors: Tensors, place: Path, state: Mapping[str, Any]) -> Checkpoint:
     """The checkpoint of no iteration that a program's tensors are, with `state` beside what they tell themselves.
 
     Raises CheckpointError where they are not all that such a model has, or more.
@@ -65,7 +65,7 @@ def _precision(frequencies: list[StoredTensor], config: Mapping[str, Any], place
                           f" over {config['kv_channels']} columns; give a model whose positions are not scaled")
 
 
-def _drop_copies(left: dict[str, StoredTensor], family: Family, place: Path) -> None:
+def _drop_copies(left: dict[str, StoredTensor], family: ModelFamily, place: Path) -> None:
     """Take out the copies of what is tied; raises CheckpointError where they are none.
 
     Where the head's matrix is its own, so is the bias that stands with it, and the other takes no part.

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron.checkpoint.convert.torch_files import LONGEST_PICKLE, read_torch_file
-from megatron.checkpoint.convert.torch_pickle import Record, load_torch_pickle
+from megatron.checkpoint.convert.torch_pickle import PickledObject, load_torch_pickle
 from megatron.checkpoint.stored import Box, Piece, StoredTensor
 from megatron.errors import CheckpointError
 from megatron.files import sync
@@ -72,7 +72,7 @@ def read_tensors(place: Path) -> dict[str, StoredTensor]:
         kinds, where = index.state["state_dict_metadata"], index.state["storage_data"]
         places = {(key.state["fqn"], key.state.get("offset")): value.state for key, value in where.items()}
         tensors = {name: _tensor(place, name, kind.state, places) for name, kind in kinds.items()
-                   if isinstance(kind, Record) and kind.name.endswith(".TensorStorageMetadata")}
+                   if isinstance(kind, PickledObject) and kind.name.endswith(".TensorStorageMetadata")}
     except CheckpointError:
         raise
     except OSError as error:

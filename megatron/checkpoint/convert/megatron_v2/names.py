@@ -27,7 +27,7 @@ _LAYER = re.compile(r"transformer\.layers\.([0-9]{1,5})\.")
 
 
 @dataclass(frozen=True)
-class Entry:
+class NamedParameter:
     """A parameter in a rank's file: our name for it, the file's, and its value."""
 
     name: str
@@ -50,7 +50,7 @@ def decays(name: str) -> bool:
     return not (name.endswith("bias") or "layernorm." in name)
 
 
-def chunks_of(tree: Mapping[str, Any], path: Path) -> list[list[Entry]]:
+def chunks_of(tree: Mapping[str, Any], path: Path) -> list[list[NamedParameter]]:
     """The parameters in each of a rank's virtual stages, layers numbered from 0, as Megatron's modules have them.
 
     Raises CheckpointError for what our models have no place for.
@@ -62,7 +62,7 @@ def chunks_of(tree: Mapping[str, Any], path: Path) -> list[list[Entry]]:
         flat = dict(_flat(tree[key], path))
         parts = {there: there.split(".")[0] for there in flat}
         unknown = [there for there in flat if parts[there] not in _PARTS]
-        entries = [Entry(_our_name(there), there, tensor) for there, tensor in flat.items()]
+        entries = [NamedParameter(_our_name(there), there, tensor) for there, tensor in flat.items()]
         ordered = sorted(entries, key=lambda entry: _PARTS.index(parts[entry.there]) if not unknown else 0)
         unknown += [entry.there for entry in ordered if not entry.is_ours and not _is_known_extra(entry.name)]
         if unknown:
@@ -86,10 +86,10 @@ def parameter_names(num_layers: int) -> list[str]:
             "lm_head.bias", *(f"lm_head.{part}.{kind}" for part in ("dense", "layernorm") for kind in both)]
 
 
-def renumbered(entries: list[Entry], first_layer: int) -> list[Entry]:
+def renumbered(entries: list[NamedParameter], first_layer: int) -> list[NamedParameter]:
     """The same, the layers' numbers counted from `first_layer` on."""
-    return [Entry(_LAYER.sub(lambda match: f"transformer.layers.{int(match[1]) + first_layer}.", entry.name),
-                  entry.there, entry.tensor) for entry in entries]
+    return [NamedParameter(_LAYER.sub(lambda match: f"transformer.layers.{int(match[1]) + first_layer}.", entry.name),
+                           entry.there, entry.tensor) for entry in entries]
 
 
 def num_layers(names: Mapping[str, Any] | list[str]) -> int:

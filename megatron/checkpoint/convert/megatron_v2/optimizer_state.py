@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from megatron.checkpoint.convert.megatron_v2.names import Entry, decays
-from megatron.checkpoint.convert.torch_pickle import Record
+from megatron.checkpoint.convert.megatron_v2.names import NamedParameter, decays
+from megatron.checkpoint.convert.torch_pickle import PickledObject
 from megatron.checkpoint.stored import StoredTensor
 from megatron.errors import CheckpointError
 
@@ -29,7 +29,7 @@ class OptimizerState:
     loss_scale: list[float] | None = None
 
 
-def optimizer_state(tree: Any, chunks: Sequence[Sequence[Entry]], path: Path) -> OptimizerState:
+def optimizer_state(tree: Any, chunks: Sequence[Sequence[NamedParameter]], path: Path) -> OptimizerState:
     """What a file's `optimizer` says of the parameters of the file's chunks; raises CheckpointError."""
     entries = [entry for chunk in chunks for entry in chunk]
     groups = [[entry for entry in entries if decays(entry.name) == is_first] for is_first in (True, False)]
@@ -53,7 +53,7 @@ def optimizer_state(tree: Any, chunks: Sequence[Sequence[Entry]], path: Path) ->
     return state
 
 
-def _take(state: OptimizerState, entry: Entry, values: Any, facts: dict[str, Any], path: Path) -> None:
+def _take(state: OptimizerState, entry: NamedParameter, values: Any, facts: dict[str, Any], path: Path) -> None:
     for kind, value in values.items():
         if kind == "step":
             continue
@@ -66,7 +66,7 @@ def _take(state: OptimizerState, entry: Entry, values: Any, facts: dict[str, Any
         state.steps[entry.name] = _number(step, path)
 
 
-def _take_masters(state: OptimizerState, masters: Any, groups: list[list[Entry]], path: Path) -> None:
+def _take_masters(state: OptimizerState, masters: Any, groups: list[list[NamedParameter]], path: Path) -> None:
     halves = [[entry for entry in group if entry.tensor.dtype in _HALVES] for group in groups]
     if [len(group) for group in masters] != [len(group) for group in halves]:
         raise CheckpointError(f"{path}: its optimizer has fp32 values of {sum(map(len, masters))} parameters, its "
@@ -82,7 +82,7 @@ def _take_masters(state: OptimizerState, masters: Any, groups: list[list[Entry]]
 def _loss_scale(tree: dict[str, Any], path: Path) -> list[float] | None:
     """What the scaler keeps, as of `DynamicGradScaler`, or of the `DynamicLossScaler` before it."""
     scaler = tree.get("grad_scaler") or tree.get("loss_scaler")
-    facts = scaler.state if isinstance(scaler, Record) else scaler
+    facts = scaler.state if isinstance(scaler, PickledObject) else scaler
     if not isinstance(facts, dict):
         return None
     if "cur_iter" in facts:

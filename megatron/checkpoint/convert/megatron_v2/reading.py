@@ -12,7 +12,7 @@ from megatron.checkpoint.convert.megatron_v2.arguments import config_of, progres
 from megatron.checkpoint.convert.megatron_v2.names import (
     HEAD_COPY,
     TOKEN_TYPES,
-    Entry,
+    NamedParameter,
     by_head,
     chunks_of,
     num_layers,
@@ -36,7 +36,7 @@ class _Rank:
 
     path: Path
     tree: dict[str, Any]
-    entries: list[Entry]
+    entries: list[NamedParameter]
     optimizer: OptimizerState | None
 
 
@@ -98,7 +98,7 @@ def _ranks(place: Place) -> list[list[_Rank]]:
             for pipeline in range(len(trees))]
 
 
-def _rank(path: Path, tree: dict[str, Any], chunks: Sequence[Sequence[Entry]]) -> _Rank:
+def _rank(path: Path, tree: dict[str, Any], chunks: Sequence[Sequence[NamedParameter]]) -> _Rank:
     entries = [entry for chunk in chunks for entry in chunk]
     optimizer = optimizer_state(tree["optimizer"], chunks, path) if tree.get("optimizer") else None
     return _Rank(path, tree, entries, optimizer)
