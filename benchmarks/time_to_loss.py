@@ -2,8 +2,8 @@
 
 PREFIX as for recipes.py, whose arms these are. The first of --arms is trained on the first of --rows, the second on the
 second, with each seed in turn, one after the other, with nothing else on the machine; both are evaluated at their ends
-on all validation proteins. Seconds are those of training, without loading, evaluating and saving; those of the processor
-are of all threads and the whole program. What is done on as many cores stands in recipes.jsonl and is not done again.
+on all validation proteins. Seconds are those of training, without loading, evaluating and saving; the processor's those
+of all threads and the whole program. What is done on as many cores stands in recipes.jsonl, and is not done again.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """From a configuration to a run that is ready to train: data, model, optimizer, and what a checkpoint brings back."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -26,7 +26,14 @@ from megatron.train.graph import check_graph
 from megatron.train.guards.spikes import SpikeJudge
 from megatron.train.meters import Totals
 from megatron.train.precision import set_tf32, with_precision_chosen
-from megatron.train.resume import differences, facts_of, find_checkpoint, refuse_changes
+from megatron.train.resume import (
+    differences,
+    facts_of,
+    find_checkpoint,
+    origin_of,
+    refuse_changes,
+    started_again,
+)
 from megatron.train.state import BatchSizes, TrainState
 from megatron.train.ways import set_deterministic, set_flash_attention, ways
 
@@ -46,6 +53,7 @@ class Run:
     state: TrainState
     judge: SpikeJudge
     began_from: str | None  # what the first of its weights were loaded from, as --load had it; None: from the seed
+    taken_from: str | None  # the folder of another run that it took up first, with its progress or without
     meters: dict[str, Any]  # what the steps since the last log event had measured, where the run was left
 
     @cached_property
@@ -70,7 +78,8 @@ class Run:
     def facts(self) -> dict[str, Any]:
         """What else `build` needs to go on, as of now; as JSON has it."""
         return {"iteration": self.state.iteration, "progress": self.state.progress,
-                "began_from": self.began_from, "loss_scale": self.engine.loss_scale.state(),
+                "began_from": self.began_from, "taken_from": self.taken_from,
+                "loss_scale": self.engine.loss_scale.state(),
                 "fp8_amaxes": self.engine.amaxes.state(),
                 "schedule": asdict(self.schedule),
                 "guards": {"left_out": self.state.left_out, "num_rewinds": self.state.num_rewinds,
@@ -93,6 +102,7 @@ def build(config: Config, mesh: Mesh, log: Log, left_out: Windows = (), num_rewi
     set_deterministic(config, mesh)
     sizes = BatchSizes(config.training, mesh.data.size)
     vocab = Vocab.from_file(config.data.vocab_file, config.data.mask_token)
+    config = started_again(config, mesh.world, log)
     checkpoint = find_checkpoint(config.checkpoint, mesh.world, log)
     if checkpoint is not None:
         refuse_changes(config, vocab, checkpoint)
@@ -103,15 +113,18 @@ def build(config: Config, mesh: Mesh, log: Log, left_out: Windows = (), num_rewi
     for part in (data.train, data.valid, data.test):
         if part is not None:
             log.line(part.describe())
-    engine = _build_engine(config, mesh, vocab, checkpoint)
+    # Learning rates of single groups are in proportion to that of the course, which may be the checkpoint's.
+    engine = _build_engine(replace(config, schedule=replace(config.schedule, lr=schedule.lr)), mesh, vocab, checkpoint)
     log.line(ways(config, mesh, engine.is_compiled))
-    began_from = config.checkpoint.load if config.checkpoint.finetune else (
-        None if checkpoint is None else checkpoint.state.get("began_from"))
+    load, told = config.checkpoint.load, {} if checkpoint is None else checkpoint.state
+    began_from = load if config.checkpoint.finetune else told.get("began_from")
+    is_of_another = checkpoint is not None and origin_of(load) != origin_of(config.checkpoint.save or load)
+    taken_from = origin_of(load) if is_of_another else told.get("taken_from")
     # Where steps are skipped they are judged before the update, on the device, else when they are read.
     judge = SpikeJudge(config.guards, mesh.device if config.guards.on_spike == "skip" else torch.device("cpu"),
                        engine.loss_scale.is_dynamic)
     run = Run(config, mesh, log, data, vocab, engine, schedule, sizes, TrainState(), judge, began_from,
-              {"steps": [], "elapsed_s": 0.0, "totals": asdict(Totals())})
+              taken_from, {"steps": [], "elapsed_s": 0.0, "totals": asdict(Totals())})
     if gone_on_from is not None:
         _go_on(run, gone_on_from)
     run.state.leave_out([*config.guards.left_out, *left_out])
@@ -124,8 +137,6 @@ def _go_on(run: Run, checkpoint: Checkpoint) -> None:
     config, engine, saved = run.config, run.engine, checkpoint.state
     guards = saved.get("guards", {})
     run.state = TrainState.from_saved(saved["progress"], guards)
-    if "judge" in guards:
-        run.judge.load_state(guards["judge"])
     run.meters = saved.get("meters", run.meters | {"totals": None})
     if saved["config"].get("fp16", config.precision.fp16):  # elsewhere the scale was 1, and nothing was learnt of it
         engine.loss_scale.load_state(saved["loss_scale"])
@@ -136,8 +147,11 @@ def _go_on(run: Run, checkpoint: Checkpoint) -> None:
         load_average(engine.average.tensors, engine.model.parameters, checkpoint)
         engine.average.go_on(saved.get("ema_steps", run.state.iteration))
     facts = facts_of(config, run.vocab, run.data, run.sizes.final)
-    for line in differences(config, facts, saved):
+    changes = differences(config, facts, saved)
+    for line in changes:
         run.log.line(line)
+    if "judge" in guards and not changes:  # else steps to come are not to be told from those behind
+        run.judge.load_state(guards["judge"])
     training = config.training
     if training.train_iters is not None and facts["config"]["global_batch_size"] != saved["config"].get(
             "global_batch_size"):

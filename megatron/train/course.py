@@ -28,7 +28,7 @@ def chosen_schedule(config: Config, sizes: BatchSizes, checkpoint: Checkpoint | 
     if checkpoint is not None and config.schedule.use_checkpoint_lr_scheduler:
         return _kept(schedule, checkpoint, num_samples, log)
     if checkpoint is not None and not config.schedule.override_lr_scheduler:
-        _check(schedule, checkpoint, config.schedule.lr_warmup_fraction, log)
+        _check(schedule, checkpoint, config.schedule.lr_warmup_fraction, sizes.final, log)
     for line in schedule.notices(num_samples):
         log.line(line)
     return schedule
@@ -55,7 +55,7 @@ def _kept(flags: Schedule, checkpoint: Checkpoint, num_samples: int, log: Log) -
     return schedule
 
 
-def _check(schedule: Schedule, checkpoint: Checkpoint, fraction: float | None, log: Log) -> None:
+def _check(schedule: Schedule, checkpoint: Checkpoint, fraction: float | None, batch_size: int, log: Log) -> None:
     """Raises CheckpointError where the schedule is not the checkpoint's, as far as that has come."""
     saved, done = schedule_of(checkpoint.state["schedule"]), checkpoint.state["progress"]["consumed_samples"]
     changed = schedule.differences(saved)
@@ -74,10 +74,13 @@ def _check(schedule: Schedule, checkpoint: Checkpoint, fraction: float | None, l
                 f"{saved.open_until:.0f} samples and is now to begin after {schedule.open_until:.0f}; go on from a "
                 f"checkpoint before it, whose number goes into {checkpoint.path.parent / LATEST}, or {_REMEDY}")
     name, (value, before) = next(iter(changed.items()))
-    hint = ""
-    if name == "weight_decay_incr_samples":
+    hint, batch_before = "", checkpoint.state["config"].get("global_batch_size", batch_size)
+    if name.endswith("_samples") and batch_size != batch_before:
+        hint = (f" (--global-batch-size is {batch_size}, it was {batch_before}: as many iterations are then another "
+                "course)")
+    elif name == "weight_decay_incr_samples":
         hint = " (--weight-decay-incr-style is a course over the whole run, which so cannot be prolonged)"
-    if name == "warmup_samples" and fraction:
+    elif name == "warmup_samples" and fraction:
         hint = f" (--lr-warmup-fraction {fraction:g} is of the decay: --lr-warmup-iters or --lr-warmup-samples is not)"
     raise CheckpointError(f"{name.replace('_', ' ')} of the learning-rate schedule is {value}, in the checkpoint "
                           f"{before}{hint}; {_REMEDY}")

@@ -2,13 +2,15 @@
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import Field, fields
+from contextlib import suppress
+from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.convert.formats import foreign_name
 from megatron.checkpoint.newest import newest
-from megatron.checkpoint.store import LATEST, iterations
+from megatron.checkpoint.places import STATE, iterations
+from megatron.checkpoint.store import LATEST, in_order, read_state
 from megatron.checkpoint.stored import Checkpoint
 from megatron.config import CheckpointConfig, Config
 from megatron.config.data import VOCABULARIES
@@ -18,6 +20,7 @@ from megatron.data.rows.blend import BlendedDataset
 from megatron.data.rows.dataset import Splits
 from megatron.errors import CheckpointError, ConfigError
 from megatron.log import Log
+from megatron.parallel.collectives import everyones
 from megatron.parallel.mesh import Axis
 
 # What may lie in the folder of a run that has yet to save, besides hidden files; people direct its output there.
@@ -25,6 +28,31 @@ _OURS = ("config.toml", "loss.png", "mlflow", "profile", "tensorboard", "tracker
 _OUTPUT_ENDINGS = (".log", ".out", ".err", ".txt", ".prom")
 _FACTS = {"progress": dict, "schedule": dict, "loss_scale": list, "config": dict}
 _SCHEDULE = {"lr", "min_lr", "lr_decay_style", "warmup_samples", "decay_samples"}
+
+
+def going_on(config: Config) -> Config:
+    """The configuration that goes on with the run in `--save`, whatever that began with."""
+    options = config.checkpoint
+    return replace(config, checkpoint=replace(options, load=options.save, finetune=False, load_ema=False,
+                                              no_load_optim=False))
+
+
+def started_again(config: Config, world: Axis, log: Log) -> Config:
+    """What goes on with the run in `--save`, where that took up this very `--load`, and says so; else `config`.
+
+    So whatever starts a command again, once it has saved, need not know how it began. All ranks call this together.
+    """
+    options = config.checkpoint
+    if None in (options.load, options.save) or origin_of(options.load) == origin_of(options.save) or (
+            everyones(_taken_from(Path(options.save)), world)[0] != origin_of(options.load)):
+        return config
+    log.line(f"note: --save {options.save} holds a run that took up --load {options.load}: going on with that run")
+    return going_on(config)
+
+
+def origin_of(folder: str) -> str:
+    """How a checkpoint names what its run took up first, if that was another folder than its own."""
+    return str(Path(folder).resolve())
 
 
 def find_checkpoint(config: CheckpointConfig, world: Axis, log: Log) -> Checkpoint | None:
@@ -113,6 +141,13 @@ def facts_of(config: Config, vocab: Vocab, data: Splits, global_batch_size: int)
     return {"config": _as_json(config.as_dict() | {"global_batch_size": global_batch_size}),
             "vocabulary": vocab.identity,
             "data": [list(map(str, weights)), [part.documents.indexed.contents() for part in parts]]}
+
+
+def _taken_from(folder: Path) -> str | None:
+    """What the run in a folder says that it took up; None where there is no run, or it does not say."""
+    with suppress(CheckpointError, IndexError):
+        return read_state(in_order(folder)[1][0] / STATE).get("taken_from")
+    return None
 
 
 def _vocabulary_of(checkpoint: Checkpoint, default: Vocab) -> str:

@@ -2,7 +2,6 @@
 
 import gc
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from megatron.checkpoint.claim import Claim
@@ -18,6 +17,7 @@ from megatron.train.guards.guard import HELP, RewindError
 from megatron.train.guards.suspects import write_suspects
 from megatron.train.loop import train
 from megatron.train.observation.observers import check_installed, observed
+from megatron.train.resume import going_on
 from megatron.train.stop import StopRequests
 
 
@@ -73,9 +73,6 @@ def _left_out(run: Run, found: RewindError) -> tuple[tuple[tuple[int, int], ...]
 
 def _from_last_checkpoint(run: Run) -> Config:
     """The configuration that builds the run as it last was saved, or if it never was as it began."""
-    config, save = run.config, run.config.checkpoint.save
+    save = run.config.checkpoint.save
     assert save is not None, "--on-spike rewind needs it"
-    if not everyones(bool(iterations(Path(save))), run.mesh.world)[0]:
-        return config
-    return replace(config, checkpoint=replace(config.checkpoint, load=save, finetune=False, load_ema=False,
-                                              no_load_optim=False))
+    return going_on(run.config) if everyones(bool(iterations(Path(save))), run.mesh.world)[0] else run.config

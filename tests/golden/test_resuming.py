@@ -82,7 +82,9 @@ def test_a_run_in_samples_ends_there_after_another_global_batch(run, before, aft
 
 
 def test_a_run_in_iterations_says_where_it_ends_after_another_global_batch(begun):
-    assert "--override-lr-scheduler" in begun.error("--train-iters", 8, "--global-batch-size", 4)
+    said = begun.error("--train-iters", 8, "--global-batch-size", 4)
+    assert "(--global-batch-size is 4, it was 2: as many iterations are then another course)" in said
+    assert "--override-lr-scheduler" in said
     begun("--train-iters", 8, "--global-batch-size", 4, "--use-checkpoint-lr-scheduler")
     assert begun.notes()[2:] == [
         "note: --train-iters 8 now ends after 24 samples, and the course of the learning rate after 16"]
@@ -94,10 +96,41 @@ def test_what_holds_from_here_on_is_said_a_line_each(begun):
           "--checkpoint-activations", "--eval-iters", 1)
     assert sorted(line.split()[1] for line in begun.notes()) == ["--adam-beta2", "--bf16", "--clip-grad",
                                                                  "--hidden-dropout"]
+    assert num_judged(begun) == 4  # with those behind it steps of another course cannot be compared
 
 
 def test_nothing_is_said_of_a_run_that_goes_on_as_it_was(begun):
     assert begun("--train-iters", 8).notes() == []
+    assert num_judged(begun) == 8
+
+
+def num_judged(run):
+    """With how many steps the next one would be compared at iteration 8."""
+    return read_state(run.folder / "iter_0000008" / "state.json")["guards"]["judge"]["num_steps"]
+
+
+@pytest.mark.parametrize("how", [["--finetune"], [], ["--no-load-optim"]])
+def test_a_command_that_takes_up_another_run_goes_on_with_its_own_once_that_has_saved(begun, tmp_path, how):
+    other, ends = begun.folder, {}
+    command = ["--load", other, *how, "--train-iters", 8]
+    for begun.folder, stops in ((tmp_path / "unbroken", []), (tmp_path / "new", [["--exit-interval", 6], []])):
+        for stop in (*stops, []):
+            begun(*command, *stop)
+        ends[begun.folder] = weights(begun.folder, 8)
+    assert any("holds a run that took up --load" in line for line in begun.notes())
+    assert "training is complete" in "".join(begun.lines)
+    unbroken, new = ends.values()
+    assert all(torch.equal(tensor.read(), unbroken[name].read()) for name, tensor in new.items())
+    assert "already holds a run" in begun.error("--load", tmp_path / "unbroken", "--finetune", "--train-iters", 8)
+
+
+def test_a_kept_course_of_another_peak_leaves_single_groups_their_own(run):
+    flags = ["--optimizer", "muon", "--muon-lr", 0.01, "--lr-decay-style", "constant", "--lr-warmup-fraction", 0,
+             "--train-iters", 4]
+    run(*flags, "--lr", 1e-3, "--exit-interval", 2)
+    run(*flags, "--lr", 1e-4, "--use-checkpoint-lr-scheduler")
+    assert losses(run.folder, name="learning_rate") == {2: 1e-3, 4: 1e-3}
+    assert losses(run.folder, name="learning_rate_matrix") == pytest.approx({2: 0.01, 4: 0.01})
 
 
 def test_a_checkpoint_that_names_neither_its_batch_nor_its_data_is_not_said_to_have_had_others(begun, monkeypatch):

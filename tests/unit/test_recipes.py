@@ -96,7 +96,8 @@ def test_time_to_loss_pairs_runs_by_their_seeds_and_makes_none_twice_on_as_many_
     lines = capsys.readouterr().out.splitlines()
     assert "| 4x128 | adamw, 2 rows | 1,200 | 600 | 3 | 2.9975 | 3,600 | 7,200 |" in lines
     assert lines[-3:] == [
-        "losses: 2.9983 (2.9975 to 2.9992) and 2.9800 (2.9700 to 2.9900); the second is below the first with 2 of 2 seeds",
+        "losses: 2.9983 (2.9975 to 2.9992) and 2.9800 (2.9700 to 2.9900); "
+        "the second is below the first with 2 of 2 seeds",
         "seconds: 2,400 (1,200 to 3,600) and 100 (100 to 100), 24.00 (12.00 to 36.00) times fewer",
         "seconds of the processor: 4,800 (2,400 to 7,200) and 200 (200 to 200), 24.00 (12.00 to 36.00) times fewer"]
     time_to_loss.main()
