@@ -69,6 +69,10 @@ if [ "$processes" -gt 1 ] || [ -n "${MAX_RESTARTS-}" ]; then
 fi
 run_until_asked TERM "$python" ${start[@]+"${start[@]}"} "$root/pretrain_tape.py" "${flags[@]}"
 if [ -n "$asked" ]; then exit; fi
+if [[ $("$python" "$root/tools/watch.py" "$out/run" --once) == *": stopped"* ]]; then
+    echo "  the run has not come to its end: the same command goes on with it"
+    exit
+fi
 
 rm -rf "$out/model"
 "$python" "$root/tools/convert_checkpoint.py" --load-dir "$out/run" --save-dir "$out/model" --to hf

@@ -44,6 +44,7 @@ ROWS_AT_ONCE = {10e9: 1, 2e9: 2, 4e8: 8, 1e8: 16, 0: 32}
 ROWS_AT_ONCE_ON_CPU = 2
 RECOMPUTED = 2e9  # parameters from which on activations are
 EVALUATED_ROWS, EVALUATED_ROWS_ON_CPU = 512, 128
+PEAKS = {"--muon-lr", "--embedding-lr", "--head-lr", "--scalar-lr"}  # of Muon's groups, each without regard to --lr
 # What a flag of the user's says in other words.
 REPLACES = {"--train-iters": "--train-samples", "--lr-warmup-samples": "--lr-warmup-fraction",
             "--lr-warmup-iters": "--lr-warmup-fraction", "--fp16": "--bf16"}
@@ -107,6 +108,10 @@ class Continued:
         if given.old_proteins and not _is_prefix(given.old_proteins):
             _check_data(given.old_proteins, data / "old.stats.json", given.folder)
         config = self._configured(self._start() | self._course(STEPS * PEAK_ROWS))
+        if config.optimizer.uses_muon and not self._said >= PEAKS:
+            raise ConfigError(f"--optimizer {config.optimizer.optimizer} has peak learning rates for random weights, "
+                              f"which would undo what MODEL has learnt; give {', '.join(sorted(PEAKS))}, or leave "
+                              "--optimizer out")
         if config.checkpoint.finetune:
             refuse_changes(config, Vocab.from_file(config.data.vocab_file, config.data.mask_token), self._model)
 
@@ -138,7 +143,7 @@ class Continued:
         return start | {
             "--save": self._run, "--split": "90,10", "--attention-dropout": 0, "--hidden-dropout": 0,
             "--seq-length": min(POSITIONS, positions or POSITIONS),
-            "--eval-at-start": None, "--eval-each": None, "--keep-checkpoints": 2,
+            "--eval-at-start": None, "--keep-checkpoints": 2, **({"--eval-each": None} if given.old_proteins else {}),
             **({"--bf16": None} if given.gpus else {}), **({"--checkpoint-activations": None} if is_large else {}),
             **({"--data-parallel-sharding": "optimizer"} if given.processes > 1 else {})}
 

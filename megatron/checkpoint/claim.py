@@ -105,10 +105,15 @@ class Claim:
     def _create(self) -> bool:
         """Whether there was no lock, and now is ours, or it is already."""
         try:
-            with self._lock.open("x", encoding="utf-8") as file:
-                json.dump(self._me, file)
+            file = self._lock.open("x", encoding="utf-8")
         except FileExistsError:
             return self._is_ours()
+        try:
+            with file:
+                json.dump(self._me, file)
+        except OSError:  # on a full disk, whose next start would wait for the holder of an empty lock
+            self._lock.unlink()
+            raise
         return True
 
     def _is_ours(self) -> bool:

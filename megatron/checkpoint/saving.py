@@ -76,7 +76,7 @@ class Saver:
             () if self._device.type != "cuda" else (torch.cuda.set_device, (self._device,))))
         self._under_way: Future[Path] | None = None
         self._copies: dict[str, Tensor] = {}
-        self._validation: tuple[Path, float] | None = None
+        self._validations: dict[Path, float] = {}  # those yet to be kept
 
     def save(self, iteration: int, parts: Parts, state: Mapping[str, Any]) -> None:
         """Write a checkpoint, or have it written; raises CheckpointError, and SaveError where the disk refuses."""
@@ -126,8 +126,8 @@ class Saver:
     def note_validation(self, iteration: int, loss: float) -> None:
         """Keep the validation loss of an iteration with its checkpoint, if one is written, before or after this."""
         if self._writers.rank == 0:
-            self._validation = place_of(self._root, iteration), loss
-            self._keep_validation()
+            self._validations[place_of(self._root, iteration)] = loss
+            self._keep_validations()
 
     def _write(self, iteration: int, parts: Parts, state: Mapping[str, Any], copied: torch.Event | None) -> Path:
         place = place_of(self._root, iteration)
@@ -176,13 +176,16 @@ class Saver:
 
     def _say(self, place: Path) -> None:
         self._log.line(f"  saved checkpoint {place}")
-        self._keep_validation()
+        self._keep_validations()
 
-    def _keep_validation(self) -> None:
-        if self._validation is not None and self._under_way is None and self._validation[0].exists():
+    def _keep_validations(self) -> None:
+        if self._under_way is not None:
+            return
+        waiting = {place: loss for place, loss in self._validations.items() if not place.exists()}
+        for place in self._validations.keys() - waiting.keys():
             with suppress(OSError):  # where the disk is full the next save says so; the loss stands in the metrics too
-                note_validation(*self._validation)
-            self._validation = None
+                note_validation(place, self._validations[place])
+        self._validations = dict(list(waiting.items())[-1:])  # of the others no checkpoint is to come
 
     def _copy(self, key: str, tensor: Tensor) -> Tensor:
         """A copy in host memory, which the next checkpoint uses again."""

@@ -209,6 +209,8 @@ def _drop_optimizer(place: Path) -> None:
     with suppress(CheckpointError, OSError):
         manifest = read_manifest(place)
         weights = manifest.without("optimizer/")
+        if weights.tensors.keys() == manifest.tensors.keys():
+            return
         weights.write(place)
         for name in manifest.files.keys() - weights.files.keys():
             (place / name).unlink(missing_ok=True)

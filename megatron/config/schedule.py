@@ -15,7 +15,8 @@ LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 class ScheduleConfig:
     """The learning rate's and the weight decay's course, counted in iterations or in samples as training is."""
 
-    lr: float = flag(None, "peak learning rate", kind=float, check=positive, common=True)
+    lr: float = flag(None, "peak learning rate (under muon each group has its own, and --lr with --min-lr only says to "
+                     "which share of it that falls)", kind=float, check=positive, common=True)
     min_lr: float = flag(0.0, "learning rate at the end of the decay", kind=float, check=not_negative, common=True)
     lr_decay_style: str = flag("linear", "course after the warm-up; WSD (warm-up, stable, decay) stays at the peak "
                                "until its decay, so that a run can be prolonged from before that",

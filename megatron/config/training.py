@@ -24,7 +24,7 @@ class TrainingConfig:
     eval_interval: int = flag(1000, "steps between evaluations", kind=int, check=positive, changes="nothing",
                               common=True)
     eval_at_start: bool = flag(False, "evaluate before the first step too, as after the last", changes="nothing")
-    eval_each: bool = flag(False, "with several data paths, evaluate each by itself too, on as many batches",
+    eval_each: bool = flag(False, "with several weighted data paths, evaluate each by itself too, on as many batches",
                            changes="nothing")
     exit_interval: int = flag(None, "save and leave at a step divisible by this", kind=int, check=positive,
                               changes="nothing")

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -45,8 +46,8 @@ def tensors(iteration):
     return model, {"exp_avg/a.weight": torch.randn(3, 4), "step/a.weight": torch.tensor(5.0)}
 
 
-def saver(folder, loaded=0, log=None, **flags):
-    return Saver(CheckpointConfig(save=str(folder), **flags), Mesh(), None, log or Lines(), loaded)
+def saver(folder, loaded=0, log=None, meet_disk=lambda iteration: None, **flags):
+    return Saver(CheckpointConfig(save=str(folder), **flags), Mesh(), None, log or Lines(), loaded, meet_disk)
 
 
 def write(folder, *iterations, with_optimizer=True, loaded=10**9, **flags):
@@ -168,6 +169,31 @@ def test_the_best_is_linked_to_and_never_removed(tmp_path):
     assert os.readlink(tmp_path / "best") == "iter_0000002"
     assert names(tmp_path) == ["iter_0000002", "iter_0000003"]
     assert load(tmp_path).iteration == 3
+
+
+def test_the_best_is_known_though_other_losses_come_while_it_is_written(tmp_path):
+    written = threading.Event()
+    writes = saver(tmp_path, async_save=True, meet_disk=lambda iteration: written.wait(60))
+    writes.note_validation(1, 2.5)
+    writes.save(1, parts_of(*tensors(1)), {"iteration": 1})
+    for iteration in (2, 3):  # evaluated, and never saved
+        writes.note_validation(iteration, 2.4)
+    written.set()
+    writes.finish()
+    writes.note_validation(4, 2.6)
+    writes.save(4, parts_of(*tensors(4)), {"iteration": 4})
+    writes.close()
+    assert [json.loads((tmp_path / name / "validation.json").read_text())["loss"] for name in names(tmp_path)] == [
+        2.5, 2.6]
+    assert os.readlink(tmp_path / "best") == "iter_0000001"
+
+
+def test_the_optimizers_state_is_taken_out_of_a_checkpoint_once(tmp_path):
+    write(tmp_path, 1, 2, save_retain_optimizer=1)
+    manifest = tmp_path / "iter_0000001" / "manifest.json"
+    before = manifest.stat().st_mtime_ns
+    write(tmp_path, 3, loaded=2, save_retain_optimizer=1)
+    assert manifest.stat().st_mtime_ns == before
 
 
 def test_what_was_just_saved_or_loaded_from_is_never_removed(tmp_path):

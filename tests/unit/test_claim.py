@@ -1,5 +1,6 @@
 """One run, one folder: the lock tells a living holder from a dead one, on this host and on another."""
 
+import errno
 import json
 import os
 import signal
@@ -155,6 +156,17 @@ def test_a_folder_that_cannot_be_written_is_named_with_its_flag(tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ConfigError, match=f"--save {folder} cannot be written"):
             acquired(folder)
+
+
+def test_a_full_disk_leaves_no_lock_behind_that_the_next_start_would_wait_for(tmp_path, monkeypatch):
+    def full(value, file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="No space left"):
+        patch.setattr(module.json, "dump", full)
+        acquired(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    acquired(tmp_path).release()
 
 
 def test_without_a_folder_nothing_is_claimed():

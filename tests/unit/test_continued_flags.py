@@ -142,6 +142,8 @@ def test_a_run_begins_with_the_models_weights_and_goes_on_with_its_own(ask, plac
 
 def test_the_check_says_nothing_where_nothing_is_wrong(ask):
     assert ask("--check", "--", "--lr", "1e-5") == (0, [], "")
+    rates = [word for group in ("muon", "embedding", "head", "scalar") for word in (f"--{group}-lr", "1e-4")]
+    assert ask("--check", "--", "--optimizer", "muon", *rates) == (0, [], "")
 
 
 @pytest.mark.parametrize(("flags", "said"), [
@@ -151,6 +153,7 @@ def test_the_check_says_nothing_where_nothing_is_wrong(ask):
     (["--old-share", "nan"], "OLD_SHARE is 'nan'"), (["--old-proteins", "/nowhere"], "/nowhere: no such file"),
     (["--", "--lrr", "1"], "unknown argument --lrr; did you mean --lr?"),
     (["--", "--num-layers", "3"], "--num-layers is 3, but the checkpoint was trained with 4; give that value"),
+    (["--", "--optimizer", "muon", "--muon-lr", "1e-3"], "--optimizer muon has peak learning rates for random weights"),
     (["--", "--vocab-file", "iupac"], "--vocab-file is iupac, whose tokens are not those")])
 def test_wrong_flags_are_said_in_one_line(ask, flags, said):
     status, words, wrong = ask("--check", *flags)

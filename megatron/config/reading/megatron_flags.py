@@ -11,6 +11,7 @@ ALWAYS_SO = {
     "--scaled-masked-softmax-fusion": "how the softmax is fused changes no number",
     "--no-masked-softmax-fusion": "how the softmax is fused changes no number",
     "--no-bias-dropout-fusion": "how dropout is fused changes no number",
+    "--exit-signal-handler": "SIGTERM, SIGINT and SIGUSR1 always have a run save and end",
     "--no-save-rng": "randomness derives from the seed and the sample: there is no state to save",
     "--no-load-rng": "randomness derives from the seed and the sample: there is no state to load",
 }
