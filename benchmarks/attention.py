@@ -12,6 +12,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -113,8 +115,8 @@ def main() -> None:
     sequence = with_masks(packed_row().to(device).sequence, [None])
     ways = {name: way for name, way in WAYS.items() if device.type == "cuda" or way not in (triton_kernels, flex)}
     times: dict[tuple, list[float]] = {(name, *case): [] for name in ways for case in CASES}
-    for repeat in range(arguments.repeats + 2):
-        for shape, dtype, dropout in CASES:
+    with suppress(KeyboardInterrupt):  # as gpu.sh cuts it off: what is known is printed
+        for (shape, dtype, dropout), repeat in product(CASES, range(arguments.repeats + 2)):
             qkv = torch.randn(sum(LENGTHS), shape[0], 3, shape[1], device=device).to(dtype).requires_grad_()
             for name, way in ways.items():
                 if way is flex and dropout:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Measures on a machine with a GPU what this project claims of one, in at most eight minutes on one: tables to paste into
-# benchmarks/RESULTS.md, on standard output. What takes longer than its share is cut off, and says so.
+# benchmarks/RESULTS.md, on standard output. What takes longer than its share is cut off, says so, and has printed what
+# it knew.
 # Where there are several GPUs three layouts more take up to five minutes.
 #
 #     bash benchmarks/gpu.sh > tables.md
@@ -22,7 +23,7 @@ measure() {
     [ ${#rehearse[@]} = 0 ] || seconds=$((10 * seconds))
     shift 2
     printf '\n### %s\n\n`%s`\n\n' "$title" "$*"
-    timeout "$seconds" "$python" "$@" || printf '\nended with status %s\n' $?
+    timeout --signal=INT --kill-after=10 "$seconds" "$python" "$@" || printf '\nended with status %s\n' $?
 }
 
 machine=$("$python" -c 'import torch, platform

@@ -42,7 +42,8 @@ def set_tf32(config: Config, mesh: Mesh) -> None:
     if mesh.device.type != "cuda" or torch.cuda.get_device_capability(mesh.device) < (8, 0):
         raise ConfigError(f"--tf32 needs a GPU of compute capability 8.0 or later, and this run is on {mesh.device}; "
                           "leave it out")
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    # Says so by the old names of the setting too, which inductor reads; half said by either, PyTorch 2.10 refuses.
+    torch.set_float32_matmul_precision("high")
 
 
 def _measured(config: Config, mesh: Mesh) -> tuple[bool, float]:

@@ -1,7 +1,12 @@
 """What the tests on a GPU share."""
 
+import os
+
 import pytest
 import torch
+
+# cuBLAS reads it at its first product, which is another test's than those of --deterministic-mode.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture(autouse=True)

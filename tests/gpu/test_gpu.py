@@ -92,8 +92,8 @@ def test_tritons_kernels_give_what_plain_pytorch_gives(check, monkeypatch):
 def test_dropout_keeps_the_expected_context_and_repeats_with_its_seed(dtype):
     torch.manual_seed(0)
     qkv, packed = torch.randn(REAL + FILLER, 2, 3, 32, device="cuda").to(dtype), sequence()
-    plain = packed_attention(qkv, packed, None).float()
-    contexts = torch.stack([packed_attention(qkv, packed, weights_dropout(seed)).float() for seed in range(400)])
+    plain = packed_attention(qkv, packed, None)[:REAL].float()  # what filler gets is nobody's, and differs by the way
+    contexts = torch.stack([packed_attention(qkv, packed, weights_dropout(seed))[:REAL].float() for seed in range(400)])
     assert (contexts.mean(0) - plain).norm() < 0.1 * plain.norm()
     assert torch.equal(packed_attention(qkv, packed, weights_dropout(5)),
                        packed_attention(qkv, packed, weights_dropout(5)))

@@ -46,12 +46,12 @@ def test_tf32_is_set_where_it_is_asked_for_and_refused_without_a_gpu_that_has_it
     with pytest.raises(ConfigError, match="--tf32 needs a GPU of compute capability 8.0 .* is on cpu"):
         set_tf32(config, Mesh())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    before = torch.backends.cuda.matmul.fp32_precision
+    before = torch.get_float32_matmul_precision()
     try:
         set_tf32(config, Mesh(device=torch.device("cuda")))
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"
     finally:
-        torch.backends.cuda.matmul.fp32_precision = before
+        torch.set_float32_matmul_precision(before)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     with pytest.raises(ConfigError, match="on cuda; leave it out"):
         set_tf32(config, Mesh(device=torch.device("cuda")))

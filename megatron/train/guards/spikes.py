@@ -50,8 +50,8 @@ class SpikeJudge:
 
     def course(self) -> tuple[Tensor, Tensor]:
         """Median and robust standard deviation of the last normal steps' loss and norm, [2] each; nan before any."""
-        middle_q = self._history_hq.nanmedian(0).values
-        distance_q = (self._history_hq - middle_q).abs().nanmedian(0).values
+        middle_q = _nanmedian(self._history_hq)
+        distance_q = _nanmedian((self._history_hq - middle_q).abs())
         return middle_q, torch.maximum(_CONSISTENCY * distance_q, _LEAST_DEVIATION * middle_q)
 
     def state(self) -> dict[str, Any]:
@@ -64,3 +64,9 @@ class SpikeJudge:
         steps = torch.tensor(state["steps"], dtype=torch.float64).reshape(-1, 2)
         self._history_hq[:len(steps)] = steps.to(self._history_hq.device)
         self._num_steps.fill_(state["num_steps"])
+
+
+def _nanmedian(values_hq: Tensor) -> Tensor:
+    """That of each column, the lower one of two, [q]; torch's own on GPUs refuses --deterministic-mode."""
+    middle_q = ((~values_hq.isnan()).sum(0) - 1).clamp(min=0) // 2
+    return values_hq.sort(0).values.gather(0, middle_q[None])[0]  # nan come last
