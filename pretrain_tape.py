@@ -19,10 +19,10 @@ from megatron.checkpoint.newest import saved_flags
 from megatron.config import Config
 from megatron.config.command_line import left_open, resolve
 from megatron.config.telling.listing import listing, notice
-from megatron.errors import ConfigError, ConfigFileError, LaunchError, UserError
+from megatron.errors import ConfigError, UserError
 from megatron.log import Log, take_any_text
 from megatron.parallel.launch.environment import Launch, check_launch, launched
-from megatron.parallel.launch.failure import report
+from megatron.parallel.launch.failure import refused, report
 from megatron.parallel.launch.leaving import leave
 from megatron.parallel.layout import check_layout
 from megatron.parallel.mesh import grid_sizes, joined
@@ -50,11 +50,7 @@ def main(argv: Sequence[str]) -> int:
         check_launch(launch)
         _check_sizes(config, launch)
     except (UserError, OSError) as error:
-        # The other ranks have the same flags, and those of this host the same environment and files.
-        is_of_host = isinstance(error, LaunchError | ConfigFileError | OSError)
-        if launch.speaks_for_host() if is_of_host else launch.speaks():
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refused(error, launch)
     try:
         if config.parallel.dry_run:
             print(dry_run(config))

@@ -22,13 +22,13 @@ from megatron.config.command_line import OneLineParser  # noqa: E402
 from megatron.finetune.flags import Flags, parse_flags  # noqa: E402
 from megatron.finetune.predictions.files import predict  # noqa: E402
 from megatron.finetune.run import HEADS, run  # noqa: E402
-from megatron.infer.door import status_of  # noqa: E402
 from megatron.infer.pretrained import PRECISIONS  # noqa: E402
 from megatron.log import Log  # noqa: E402
 from megatron.parallel.launch.environment import Launch  # noqa: E402
 from megatron.parallel.launch.leaving import leave  # noqa: E402
 from megatron.parallel.layout import check_layout  # noqa: E402
 from megatron.parallel.mesh import Mesh, grid_sizes  # noqa: E402
+from megatron.parallel.program import status_of  # noqa: E402
 from megatron.study.table import table  # noqa: E402
 from megatron.train.state import BatchSizes  # noqa: E402
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron.doctor.finding import NOTE, OK, ROOT, WRONG, Finding, Scope
+from megatron.parallel.launch.environment import is_alone
 
 _GIB = 2**30
 _TELLING_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
@@ -101,7 +102,7 @@ def environment(asked: Scope) -> Iterator[Finding]:
         yield Finding(WRONG, f"OMP_NUM_THREADS is {threads!r}, where a whole number should be", "unset OMP_NUM_THREADS")
     elif threads is not None and int(threads) > len(os.sched_getaffinity(0)):
         yield Finding(NOTE, f"OMP_NUM_THREADS is {threads}, more than there are cores", "unset OMP_NUM_THREADS")
-    elif threads is not None and int(threads) < len(os.sched_getaffinity(0)) and "LOCAL_RANK" not in os.environ:
+    elif threads is not None and int(threads) < len(os.sched_getaffinity(0)) and is_alone():
         yield Finding(NOTE, f"OMP_NUM_THREADS is {threads}: one process on a CPU leaves the other cores idle",
                       "unset OMP_NUM_THREADS")
     names = sorted(name for name in os.environ if _WATCHED.fullmatch(name))

@@ -1,18 +1,18 @@
 """All checks in their order: on this host, or on each host of a job and then between its ranks."""
 
-import json
-import os
 import socket
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from megatron.doctor.disk import disk
 from megatron.doctor.finding import NOTE, WRONG, Check, Finding, Scope, found, lines
 from megatron.doctor.machine import environment, limits, memory, processor
 from megatron.doctor.software import compiled_helpers, compiler, python_and_packages, torch_loads
-from megatron.errors import OutputError
+from megatron.errors import LaunchError, OutputError
 from megatron.files import write_json
+from megatron.parallel.launch.environment import launched
 
 Report = dict[str, list[Finding]]
 PACKAGES = "Python and packages"
@@ -28,19 +28,21 @@ def examine(asked: Scope, json_file: Path | None) -> int:
         report |= _without_packages(asked)
         report[PACKAGES].append(Finding(NOTE, "the rest needs these packages: run this again when they are there",
                                         "bash examples/setup.sh run"))
-        speaks = os.environ.get("LOCAL_RANK", "0") == "0"
-        return _tell(report, json_file) if speaks else 1
+        with suppress(LaunchError):
+            if not launched().speaks_for_host():
+                return 1
+        return _tell(report, json_file)
     return _examine_with_ranks(asked, json_file, report)
 
 
 def _examine_with_ranks(asked: Scope, json_file: Path | None, report: Report) -> int:
     from megatron.config import ParallelConfig
     from megatron.doctor.job import job
-    from megatron.infer.door import status_of
     from megatron.log import Log
     from megatron.parallel.collectives import everyones
     from megatron.parallel.launch.environment import Launch
     from megatron.parallel.mesh import Mesh
+    from megatron.parallel.program import status_of
     outcome: list[int] = []
 
     def work(mesh: Mesh, log: Log) -> None:
@@ -99,7 +101,7 @@ def _tell(report: Report, json_file: Path | None) -> int:
     if json_file is not None:
         told = {title: [vars(finding) for finding in findings] for title, findings in report.items()}
         try:
-            write_json(json_file, json.loads(json.dumps(told)))
+            write_json(json_file, told)
         except OSError as error:
             raise OutputError(f"--json {json_file}: cannot be written ({error.strerror})") from None
     return int(_is_wrong(report))

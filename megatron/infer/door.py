@@ -1,17 +1,16 @@
-"""How a program that asks models begins and ends: alone, or as one of the ranks that a launcher started."""
+"""The flags that all programs have that ask models, and how these begin: alone, or as ranks of a launcher."""
 
 import argparse
-import sys
 from collections.abc import Callable
 from functools import partial
 
 from megatron.config import ParallelConfig
-from megatron.errors import ConfigError, LaunchError, OutputError, UserError
+from megatron.errors import ConfigError
 from megatron.infer.pretrained import PRECISIONS
-from megatron.log import Log, take_any_text
-from megatron.parallel.launch.environment import Launch, check_launch, launched
-from megatron.parallel.launch.failure import report
-from megatron.parallel.mesh import Mesh, joined
+from megatron.log import Log
+from megatron.parallel.launch.environment import Launch
+from megatron.parallel.mesh import Mesh
+from megatron.parallel.program import status_of
 
 
 def add_model_flags(flags: argparse.ArgumentParser) -> None:
@@ -25,10 +24,7 @@ def add_model_flags(flags: argparse.ArgumentParser) -> None:
 
 
 def asked(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace, Mesh, Log], None]) -> int:
-    """Run `work` with the flags, on this rank's mesh; the status with which the process is to `leave`.
-
-    0; 2 and one line for a mistake of the user's; 1 where a rank failed or lost the others; 130 after Ctrl-C.
-    """
+    """Run `work` with the flags, on this rank's mesh; the status as `status_of` has it."""
     def prepare(launch: Launch) -> tuple[ParallelConfig, Callable[[Mesh, Log], None]]:
         given = parser.parse_args()
         size = given.tensor_model_parallel_size
@@ -40,26 +36,3 @@ def asked(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace, M
         return ParallelConfig(tensor_model_parallel_size=size), partial(work, given)
 
     return status_of(prepare)
-
-
-def status_of(prepare: Callable[[Launch], tuple[ParallelConfig, Callable[[Mesh, Log], None]]]) -> int:
-    """The exit status of work on this rank's mesh, as `asked` has it; `prepare` gives the layout and the work."""
-    take_any_text()
-    launch = Launch()
-    try:
-        launch = launched()
-        parallel, work = prepare(launch)
-        check_launch(launch)
-    except UserError as error:
-        if launch.speaks_for_host() if isinstance(error, LaunchError) else launch.speaks():
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        with joined(parallel, launch) as mesh:
-            work(mesh, Log(is_speaker=mesh.world.rank == 0))
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        is_of_file = isinstance(error, OSError) and error.filename is not None
-        return report(OutputError(str(error)) if is_of_file else error, launch)
-    return 0

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from megatron.config import ParallelConfig
-from megatron.errors import ConfigError
-from megatron.parallel.launch.environment import Launch, device_of
+from megatron.errors import ConfigError, LaunchError
+from megatron.parallel.launch.environment import Launch
 from megatron.parallel.launch.hosts import choose_interface
 from megatron.parallel.launch.meeting import meeting_store
 from megatron.parallel.launch.watch import RankProgress, watched
@@ -100,6 +100,30 @@ def joined(config: ParallelConfig, launch: Launch) -> Iterator[Mesh]:
         yield mesh
     # Not after an error: the process is about to end, and its peers should not hear of it before it has said why.
     dist.destroy_process_group()
+
+
+def device_of(launch: Launch, local_rank: int | None = None) -> torch.device:
+    """This rank's GPU, made the current one; the CPU where there are none.
+
+    `local_rank`: the flag of old launchers, for a launch that has none.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    num_gpus = torch.cuda.device_count()
+    index = launch.local_rank if launch.local_rank is not None else local_rank
+    if index is None and launch.size == 1:
+        index = 0
+    # srun --gpus-per-task, or a wrapper around each rank, lets a rank see one GPU only: its own, as number 0.
+    if index is not None and num_gpus == 1 and launch.launcher not in ("torchrun", "none"):
+        index = 0
+    if index is None:
+        raise LaunchError(f"{launch.launcher} does not tell the ranks of a host apart; give each its LOCAL_RANK")
+    if index >= num_gpus:
+        raise LaunchError(f"local rank {index} has no GPU: this host shows {num_gpus}; start as many ranks a host as "
+                          "it has GPUs")
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
 
 
 def build_mesh(config: ParallelConfig, device: torch.device, timeout: timedelta) -> Mesh:

@@ -8,7 +8,7 @@ from megatron.config import ParallelConfig
 from megatron.kernels import fp8
 from megatron.parallel.compilation import compile_blocks
 from pretrain_tape import main
-from tests.golden.training import DROPOUT, TINY, losses
+from tests.golden.training import DROPOUT, TINY, losses, run_on_ranks
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,18 @@ def test_a_compiled_run_has_the_dropout_of_an_eager_one_by_two_graphs_for_traini
     for kind in ("train", "valid"):
         eager, compiled = (losses(tmp_path / name, kind) for name in ("eager", "compiled"))
         assert compiled == pytest.approx(eager, rel=1e-5)
+
+
+@pytest.mark.table
+@pytest.mark.parametrize("layout", ["--data-parallel-sharding=parameters", "--tensor-model-parallel-size=2",
+                                    "--context-parallel-size=2"])
+def test_compiled_ranks_have_the_losses_of_eager_ones(corpus, tmp_path, layout):
+    flags = [*TINY, "--data-path", corpus, "--train-iters", "4", "--eval-interval", "2", layout]
+    for how in ("--compile", "--no-compile"):
+        assert run_on_ranks(*flags, how, "--save", tmp_path / how, ranks=2) == [0, 0]
+    for kind in ("train", "valid"):
+        eager, compiled = (losses(tmp_path / how, kind) for how in ("--no-compile", "--compile"))
+        assert len(eager) > 1 and compiled == pytest.approx(eager, rel=1e-5)
 
 
 @pytest.mark.parametrize(("recipe", "num_graphs"), [("tensorwise", 1), ("delayed", 2)])

@@ -19,10 +19,10 @@ from megatron.checkpoint.store import iterations, open_place
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import CheckpointError, ConfigError
 from megatron.finetune.model import Described
-from megatron.infer.door import status_of
 from megatron.infer.pretrained import config_of
 from megatron.log import Log
 from megatron.parallel.mesh import Mesh
+from megatron.parallel.program import status_of
 from tests.families import ESM2
 from tests.transformers_models import PROTEINS, one_row, trained_here
 from tests.unit.labelled_files import json_lines

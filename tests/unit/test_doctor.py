@@ -35,6 +35,9 @@ def test_without_any_package_it_says_what_to_install():
     assert said.returncode == 1 and not said.stderr
     assert "torch is missing" in said.stdout and "-> pip install 'torch>=" in said.stdout
     assert "GB free" in said.stdout  # what needs no package is looked at all the same
+    second = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+    said = subprocess.run(command, capture_output=True, text=True, env=environment | second)
+    assert (said.returncode, said.stdout, said.stderr) == (1, "", "")  # one rank a host tells
 
 
 def test_what_is_needed_is_what_setup_py_asks_for(monkeypatch):

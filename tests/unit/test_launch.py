@@ -11,10 +11,11 @@ import torch.distributed as dist
 from megatron.errors import LaunchError
 from megatron.parallel.launch import hosts as hosts_module
 from megatron.parallel.launch.agent import listens, prepared
-from megatron.parallel.launch.environment import Launch, check_launch, device_of, launched
+from megatron.parallel.launch.environment import Launch, check_launch, launched
 from megatron.parallel.launch.hosts import addresses_of, choose_interface
 from megatron.parallel.launch.leaving import leave
 from megatron.parallel.launch.meeting import meeting_store
+from megatron.parallel.mesh import device_of
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "3",
@@ -256,6 +257,5 @@ def test_only_a_rank_among_others_ends_without_the_interpreter(monkeypatch, envi
     monkeypatch.setattr("atexit._run_exitfuncs", lambda: ended.append("exit functions"))
     monkeypatch.setattr("os._exit", lambda status: ended.append("at once"))
     monkeypatch.setattr("sys.exit", lambda status: ended.append("interpreter"))
-    monkeypatch.setattr("megatron.parallel.launch.leaving.launched", lambda: launched(environment))
     leave(3)
     assert ", ".join(ended).startswith(ends)

@@ -10,8 +10,6 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from megatron.errors import LaunchError
 from megatron.parallel.launch.hosts import LOOPBACK, check_address, is_loopback
 
@@ -80,28 +78,12 @@ def check_launch(launch: Launch) -> None:
                       "address of rank 0's host, to all of them: mpirun … env MASTER_ADDR=… python …")
 
 
-def device_of(launch: Launch, local_rank: int | None = None) -> torch.device:
-    """This rank's GPU, made the current one; the CPU where there are none.
-
-    `local_rank`: the flag of old launchers, for a launch that has none.
-    """
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    num_gpus = torch.cuda.device_count()
-    index = launch.local_rank if launch.local_rank is not None else local_rank
-    if index is None and launch.size == 1:
-        index = 0
-    # srun --gpus-per-task, or a wrapper around each rank, lets a rank see one GPU only: its own, as number 0.
-    if index is not None and num_gpus == 1 and launch.launcher not in ("torchrun", "none"):
-        index = 0
-    if index is None:
-        raise LaunchError(f"{launch.launcher} does not tell the ranks of a host apart; give each its LOCAL_RANK")
-    if index >= num_gpus:
-        raise LaunchError(f"local rank {index} has no GPU: this host shows {num_gpus}; start as many ranks a host as "
-                          "it has GPUs")
-    device = torch.device("cuda", index)
-    torch.cuda.set_device(device)
-    return device
+def is_alone() -> bool:
+    """Whether this process is the only rank, as far as its environment says."""
+    try:
+        return launched().size == 1
+    except LaunchError:
+        return True
 
 
 # What marks a process of each launcher, the innermost first: its rank, the number of ranks, and its rank on its host.

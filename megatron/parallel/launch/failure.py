@@ -11,7 +11,7 @@ import traceback
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from megatron.errors import LaunchError, UserError
+from megatron.errors import ConfigFileError, LaunchError, UserError
 from megatron.parallel.launch.environment import Launch
 
 # How gloo, NCCL and the store say that another rank has gone, or has not come.
@@ -26,6 +26,17 @@ class RankError(RuntimeError):
 
 class LostPeersError(RankError):
     """The line of a rank that failed since another has gone, or did not answer in time."""
+
+
+def refused(error: UserError | OSError, launch: Launch) -> int:
+    """The exit status of a start that the user is to mend, after a line by one of the ranks that find it alike.
+
+    All have the same flags, and those of a host the same environment and files.
+    """
+    is_of_host = isinstance(error, LaunchError | ConfigFileError | OSError)
+    if launch.speaks_for_host() if is_of_host else launch.speaks():
+        print(f"error: {error}", file=sys.stderr)
+    return 2
 
 
 def report(error: Exception, launch: Launch) -> int:

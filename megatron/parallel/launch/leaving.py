@@ -5,8 +5,7 @@ import os
 import sys
 from typing import NoReturn
 
-from megatron.errors import LaunchError
-from megatron.parallel.launch.environment import launched
+from megatron.parallel.launch.environment import is_alone
 
 
 def leave(exit_status: int) -> NoReturn:
@@ -16,11 +15,7 @@ def leave(exit_status: int) -> NoReturn:
     group, and free tensors, for which they need the interpreter's lock: one that asks for it too late aborts the
     process ("terminate called without an active exception", one of a hundred finished runs).
     """
-    try:
-        is_alone = launched().size == 1
-    except LaunchError:
-        is_alone = True
-    if is_alone:
+    if is_alone():
         sys.exit(exit_status)
     atexit._run_exitfuncs()
     sys.stdout.flush()
