@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from megatron.checkpoint.convert.failures import writable
 from megatron.checkpoint.convert.own_places import place_in, refuse_layout
 from megatron.checkpoint.store import place_of, point_to
 from megatron.checkpoint.stored import Checkpoint, Tensors
@@ -33,7 +34,7 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
     """
     refuse_layout(tensor, pipeline)
     place = place_of(folder, checkpoint.iteration)
-    try:
+    with writable(place):
         with new_folder(place) as temporary:
             write_tensors(temporary / MODEL, entries(checkpoint.model, torch.float32))
             if checkpoint.optimizer is not None:
@@ -43,9 +44,6 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
             write_json(temporary / STATE, {**checkpoint.state, "version": VERSION, "iteration": checkpoint.iteration})
             sync(temporary / STATE)
         point_to(folder, checkpoint.iteration)
-    except OSError as error:
-        raise CheckpointError(f"{place} cannot be written ({error.strerror}); make room, or give another folder"
-                              ) from error
     return place
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.convert.failures import writable
 from megatron.checkpoint.convert.megatron_core.arguments import checkpoint_of, their_arguments
 from megatron.checkpoint.convert.megatron_core.distributed_files import (
     Chunk,
@@ -71,13 +72,10 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
     common = {"args": their_arguments(weights.checkpoint, tensor, pipeline, weights.dtype),
               "checkpoint_version": _VERSION, "iteration": checkpoint.iteration}
     place = place_for(checkpoint, folder)
-    try:
+    with writable(place):
         with new_folder(place) as temporary:
             write_distributed(temporary, _chunks(weights), _extras(weights.num_layers), common)
         point_to(checkpoint, folder)
-    except OSError as error:
-        raise CheckpointError(f"{place} cannot be written ({error.strerror}); make room, or give another folder"
-                              ) from error
     return place
 
 

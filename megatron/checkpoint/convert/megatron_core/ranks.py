@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.convert.failures import writable
 from megatron.checkpoint.convert.megatron_core.arguments import checkpoint_of, their_arguments
 from megatron.checkpoint.convert.megatron_core.names import (
     LAYER,
@@ -78,7 +79,7 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
     arguments.spec = ["local"]
     common = {"args": arguments, "checkpoint_version": _VERSION, "iteration": checkpoint.iteration}
     place = place_for(checkpoint, folder)
-    try:
+    with writable(place):
         with new_folder(place) as temporary:
             for stage, rank in itertools.product(range(pipeline), range(tensor)):
                 part = temporary / rank_name(rank, stage, pipeline)
@@ -87,9 +88,6 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
                 sync(part / FILE)
                 sync(part)
         point_to(checkpoint, folder)
-    except OSError as error:
-        raise CheckpointError(f"{place} cannot be written ({error.strerror}); make room, or give another folder"
-                              ) from error
     return place
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megatron.checkpoint.convert.failures import readable
 from megatron.checkpoint.convert.megatron_v2.arguments import config_of, progress_of, schedule_of
 from megatron.checkpoint.convert.megatron_v2.names import (
     HEAD_COPY,
@@ -47,33 +48,24 @@ def read(path: Path, iteration: int | None = None) -> Checkpoint:
     files are of, and "notes": a line for whatever was left out or changed. Raises CheckpointError.
     """
     place = find_place(path, iteration)
-    try:
-        return _read(place)
-    except CheckpointError:
-        raise
-    except Exception as error:  # what a file holds may be of any kind, and fail anywhere
-        raise CheckpointError(f"{place.path}: what it holds is not as Megatron writes it ({type(error).__name__}: "
-                              f"{' '.join(str(error).split())[:200]}); copy it again") from error
-
-
-def _read(place: Place) -> Checkpoint:
-    stages = _ranks(place)
-    first = stages[0][0].tree
-    arguments = first.get("args") if isinstance(first.get("args"), argparse.Namespace) else None
-    number = 0 if place.path.name == RELEASE else _iteration(first, place)
-    notes: list[str] = []
-    join = _Joiner(place, first, arguments, len(stages[0]))
-    model = _model(stages, join, notes)
-    optimizer = None if number == 0 and place.path.name == RELEASE else _optimizer(stages, join)
-    state: dict[str, Any] = {
-        "config": config_of(arguments, {name: tensor.shape for name, tensor in model.items()}, place.path),
-        "notes": notes, "layout": {"tensor_model_parallel_size": len(stages[0]),
-                                   "pipeline_model_parallel_size": len(stages)}}
-    schedule = schedule_of(first, arguments)
-    state |= {"progress": progress_of(number, arguments, schedule), "loss_scale": _loss_scale(stages[0][0], state)}
-    if schedule is not None:
-        state["schedule"] = {name: value for name, value in schedule.items() if name != "num_samples"}
-    return Checkpoint(place.path, number, model, optimizer, state)
+    with readable(place.path, "as Megatron writes it"):
+        stages = _ranks(place)
+        first = stages[0][0].tree
+        arguments = first.get("args") if isinstance(first.get("args"), argparse.Namespace) else None
+        number = 0 if place.path.name == RELEASE else _iteration(first, place)
+        notes: list[str] = []
+        join = _Joiner(place, first, arguments, len(stages[0]))
+        model = _model(stages, join, notes)
+        optimizer = None if number == 0 and place.path.name == RELEASE else _optimizer(stages, join)
+        state: dict[str, Any] = {
+            "config": config_of(arguments, {name: tensor.shape for name, tensor in model.items()}, place.path),
+            "notes": notes, "layout": {"tensor_model_parallel_size": len(stages[0]),
+                                       "pipeline_model_parallel_size": len(stages)}}
+        schedule = schedule_of(first, arguments)
+        state |= {"progress": progress_of(number, arguments, schedule), "loss_scale": _loss_scale(stages[0][0], state)}
+        if schedule is not None:
+            state["schedule"] = {name: value for name, value in schedule.items() if name != "num_samples"}
+        return Checkpoint(place.path, number, model, optimizer, state)
 
 
 def _ranks(place: Place) -> list[list[_Rank]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megatron.checkpoint.convert.failures import writable
 from megatron.checkpoint.convert.megatron_v2.arguments import arguments_of, learning_rate, scheduler_of
 from megatron.checkpoint.convert.megatron_v2.names import decays, num_layers, parameter_names, split_dim
 from megatron.checkpoint.convert.megatron_v2.places import FILE, LATEST, folder_name, rank_name
@@ -30,7 +31,7 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
     """
     files = _Files(checkpoint, tensor, pipeline)
     place = folder / folder_name(checkpoint.iteration)
-    try:
+    with writable(place):
         with new_folder(place) as temporary:
             for stage, rank in itertools.product(range(pipeline), range(tensor)):
                 part = temporary / rank_name(rank, stage, pipeline)
@@ -39,9 +40,6 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
                 sync(part / FILE)
                 sync(part)
         write_text(folder / LATEST, str(checkpoint.iteration) if checkpoint.iteration else place.name)
-    except OSError as error:
-        raise CheckpointError(f"{place} cannot be written ({error.strerror}); make room, or give another folder"
-                              ) from error
     return place
 
 
