@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+LATEST = "latest_checkpointed_iteration.txt"
 STATE = "state.json"
 BEST = "best"
 VALIDATION = "validation.json"

@@ -22,7 +22,7 @@ from megatron.checkpoint.convert.families.names import FAIR_ESM, family_tensors,
 from megatron.checkpoint.convert.families.reading import FREQUENCIES, ModelFamily, checkpoint_of
 from megatron.checkpoint.convert.families.vocabularies import vocabulary_of
 from megatron.checkpoint.convert.own_places import refuse_layout
-from megatron.checkpoint.convert.torch_files import read_torch_file
+from megatron.checkpoint.convert.torch_files import has_mark, read_torch_file
 from megatron.checkpoint.convert.torch_writing import write_torch_file
 from megatron.checkpoint.convert.vocabulary import WORDS, with_rows
 from megatron.checkpoint.stored import Box, Checkpoint, StoredTensor, one_piece, stored
@@ -32,7 +32,6 @@ from megatron.files import new_folder, sync
 from megatron.kernels.rotary import frequencies_of
 
 _REGRESSION = "-contact-regression.pt"
-_HEAD_BYTES, _MARK = 2**22, b"self_attn_layer_norm"  # of a file, in which its names are
 _PREFIX = re.compile(r"^encoder\.(sentence_encoder\.)?")
 _FIRST_ROW = 2  # of the table of positions: behind that of padding, whose id is 1
 _ARCHITECTURE = "roberta_large"  # ESM-1b and ESM-1v; the others are other models
@@ -41,11 +40,7 @@ _EPSILON, _BASE = 1e-5, 10000.0
 
 def recognises(path: Path) -> bool:
     """Whether this looks like a file of fair-esm, or a folder with one; opens no pickle."""
-    try:
-        with _file_in(path).open("rb") as file:
-            return _MARK in file.read(_HEAD_BYTES)
-    except (CheckpointError, OSError):
-        return False
+    return has_mark(path, _file_in, b"self_attn_layer_norm")
 
 
 def read(path: Path, iteration: int | None = None) -> Checkpoint:
