@@ -12,6 +12,7 @@ import torch
 
 from megatron.checkpoint.claim import Claim
 from megatron.checkpoint.lora import peft_files
+from megatron.checkpoint.metrics import forget_after
 from megatron.checkpoint.saving import Saver, parts_of
 from megatron.checkpoint.store import open_place, place_of
 from megatron.checkpoint.stored import Checkpoint
@@ -33,7 +34,6 @@ from megatron.optim.schedule import build_schedule
 from megatron.parallel.mesh import Mesh
 from megatron.train.agreement import Arriving
 from megatron.train.meters import Meters
-from megatron.train.metrics import forget_after
 from megatron.train.state import is_due
 from megatron.train.step import TrainStep
 from megatron.train.stop import StopRequests

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron.checkpoint.metrics import read_records
 from megatron.errors import ConfigError
-from megatron.train.metrics import read_records
 
 METRICS = "metrics.jsonl"
 # What a loss is drawn against, and how records call it.

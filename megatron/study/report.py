@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from megatron.checkpoint.metrics import loss_name, read_records
 from megatron.checkpoint.store import BEST, iterations, validation_loss
 from megatron.config import Config
 from megatron.config.command_line import flag_name
@@ -20,7 +21,6 @@ from megatron.config.presets import PRESETS
 from megatron.files import write_text
 from megatron.study.curves import METRICS
 from megatron.train.build import Run
-from megatron.train.metrics import loss_name, read_records
 
 REPORT = "report.html"
 # Of the training records: what is drawn, how it is called, and how it is scaled.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.claim import LOCK, is_held
+from megatron.checkpoint.metrics import read_records
 from megatron.checkpoint.places import BEST, STATE, iterations, validation_loss
 from megatron.config.presets import PRESETS
 from megatron.config.reading.files import read_file
@@ -17,7 +18,6 @@ from megatron.log import in_time
 from megatron.study.curves import METRICS
 from megatron.study.table import in_short
 from megatron.study.text_plot import MARK, Point, text_plot
-from megatron.train.metrics import read_records
 
 _CONFIG, _SPIKES = "config.toml", "spikes"  # as megatron.train names them
 _PATIENCE_S, _PATIENCE = 60.0, 10  # before a run counts as silent: seconds at least, and log intervals

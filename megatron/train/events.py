@@ -18,12 +18,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.metrics import forget_after, loss_name, read_records
 from megatron.config import CheckpointConfig, LoggingConfig
 from megatron.errors import OutputError
 from megatron.log import Log, in_time
 from megatron.train.evaluate import Baselines, Evaluation, perplexity
 from megatron.train.meters import Reading, Totals
-from megatron.train.metrics import forget_after, loss_name, read_records
 from megatron.train.observation.observers import Observer
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron.checkpoint.claim import Claim
+from megatron.checkpoint.metrics import loss_name
 from megatron.data.batches.batch import Batch
 from megatron.data.batches.loader import batches
 from megatron.data.rows.fixed_masks import FIXED
@@ -23,7 +24,6 @@ from megatron.train.guards.guard import Guard, WrongSteps
 from megatron.train.guards.stragglers import Stragglers
 from megatron.train.memory import peak_memory_gib
 from megatron.train.meters import Meters, StepSums
-from megatron.train.metrics import loss_name
 from megatron.train.observation.observers import Observer
 from megatron.train.pace import Pace
 from megatron.train.patience import PatientSaver

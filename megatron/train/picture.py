@@ -5,9 +5,9 @@ from pathlib import Path
 
 import matplotlib
 
+from megatron.checkpoint.metrics import read_records
 from megatron.files import replacing
 from megatron.train.evaluate import Baselines
-from megatron.train.metrics import read_records
 
 matplotlib.use("Agg")
 
