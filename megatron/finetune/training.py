@@ -13,8 +13,9 @@ import torch
 from megatron.checkpoint.claim import Claim
 from megatron.checkpoint.lora import peft_files
 from megatron.checkpoint.metrics import forget_after
+from megatron.checkpoint.places import METRICS_FILE, place_of
 from megatron.checkpoint.saving import Saver, parts_of
-from megatron.checkpoint.store import open_place, place_of
+from megatron.checkpoint.store import open_place
 from megatron.checkpoint.stored import Checkpoint
 from megatron.config import Config
 from megatron.data.corpus.vocab import Vocab
@@ -39,7 +40,6 @@ from megatron.train.step import TrainStep
 from megatron.train.stop import StopRequests
 
 REPORT = "report.json"
-METRICS_FILE = "metrics.jsonl"
 _LEAST_OF_A_TRY = 20  # steps
 ADAPTERS = "adapters"  # in the files of peft
 Measures = dict[str, Measured]

@@ -6,10 +6,11 @@ import torch
 
 from megatron.checkpoint.convert.failures import writable
 from megatron.checkpoint.convert.own_places import place_in, refuse_layout
-from megatron.checkpoint.store import place_of, point_to
+from megatron.checkpoint.places import STATE, place_of
+from megatron.checkpoint.store import point_to
 from megatron.checkpoint.stored import Checkpoint, Tensors
 from megatron.checkpoint.tensor_file import TensorEntry, write_tensors
-from megatron.checkpoint.whole import AVERAGE, MODEL, OPTIMIZER, STATE, VERSION, read_whole
+from megatron.checkpoint.whole import AVERAGE, MODEL, OPTIMIZER, VERSION, read_whole
 from megatron.errors import CheckpointError
 from megatron.files import new_folder, sync, write_json
 

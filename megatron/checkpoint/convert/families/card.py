@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.metrics import OF_AVERAGE, loss_name, read_records
+from megatron.checkpoint.places import METRICS_FILE
 from megatron.checkpoint.stored import Checkpoint
 
 CARD = "README.md"
@@ -78,7 +79,7 @@ def _lines(checkpoint: Checkpoint, config: Mapping[str, Any], num_parameters: in
     is_averaged = checkpoint.state.get("is_averaged", False)
     if is_averaged:
         yield f"the weights are the exponential average of those of the steps, of decay {said.get('ema')}"
-    for kind, losses in _losses(checkpoint.path.parent / "metrics.jsonl", checkpoint.iteration).items():
+    for kind, losses in _losses(checkpoint.path.parent / METRICS_FILE, checkpoint.iteration).items():
         split, _, corpus = kind.partition("/")
         if split != "train" and split.endswith(OF_AVERAGE) is not is_averaged:
             continue
