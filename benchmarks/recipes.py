@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.train_step import processor  # noqa: E402
+from megatron.checkpoint.metrics import read_records  # noqa: E402
 from megatron.finetune.predictions.metrics import with_spread  # noqa: E402
-from megatron.train.metrics import read_records  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "recipes.jsonl"
 SIZES = {f"{layers}x{width}": f"--num-layers {layers} --hidden-size {width} --num-attention-heads {width // 32}"

@@ -18,13 +18,13 @@ from typing import Any
 if not __package__:  # else it is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron.checkpoint.metrics import loss_name  # noqa: E402
 from megatron.config.command_line import OneLineParser  # noqa: E402
 from megatron.errors import ConfigError, OutputError  # noqa: E402
 from megatron.log import exit_status, in_time  # noqa: E402
 from megatron.study.curves import AXES, Curve, kinds_of, mean_curve, read_curve  # noqa: E402
 from megatron.study.naming import differing_flags, names_of  # noqa: E402
 from megatron.study.table import in_short, table  # noqa: E402
-from megatron.train.metrics import loss_name  # noqa: E402
 
 IN_WORDS = {"steps": "{:,.0f}".format, "residues": in_short, "seconds": in_time, "flops": in_short}
 HEADS = {"steps": "steps", "residues": "residues", "seconds": "time", "flops": "FLOPs"}

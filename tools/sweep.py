@@ -17,6 +17,7 @@ from pathlib import Path
 if not __package__:  # else it is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron.checkpoint.metrics import loss_name  # noqa: E402
 from megatron.config.command_line import OneLineParser  # noqa: E402
 from megatron.errors import ConfigError  # noqa: E402
 from megatron.log import Log, exit_status  # noqa: E402
@@ -25,7 +26,6 @@ from megatron.study.record import SweepRecord, held  # noqa: E402
 from megatron.study.running import LOG, Sweep  # noqa: E402
 from megatron.study.sampling import SAMPLERS, optuna_module, plan  # noqa: E402
 from megatron.study.settings import Space  # noqa: E402
-from megatron.train.metrics import loss_name  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:

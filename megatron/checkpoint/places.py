@@ -1,13 +1,16 @@
-"""Where the checkpoints of a run lie, and what their folders say without being opened; this needs no PyTorch."""
+"""What lies where in the folder of a run, and what its checkpoints say without being opened; this needs no PyTorch."""
 
 import hashlib
 import json
 import re
 from pathlib import Path
 
-STATE = "state.json"
-BEST = "best"
-VALIDATION = "validation.json"
+# In the folder of a run.
+LATEST, BEST = "latest_checkpointed_iteration.txt", "best"
+CONFIG_FILE, METRICS_FILE = "config.toml", "metrics.jsonl"
+LOSSES, BOARD, SPIKES = "loss.png", "tensorboard", "spikes"
+# In that of a checkpoint.
+STATE, VALIDATION = "state.json", "validation.json"
 _BESIDE_WEIGHTS = re.compile(r"(optimizer|ema).*|.*\.(json|jsonl|txt|toml|md)")  # what may change while they do not
 
 

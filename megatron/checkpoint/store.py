@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.manifest import MANIFEST, check_files, read_manifest
-from megatron.checkpoint.places import BEST, STATE, VALIDATION, iterations, place_of, validation_loss
+from megatron.checkpoint.places import BEST, LATEST, STATE, VALIDATION, iterations, place_of, validation_loss
 from megatron.checkpoint.stored import Checkpoint
 from megatron.checkpoint.whole import MODEL, read_whole
 from megatron.errors import CheckpointError
@@ -30,8 +30,6 @@ from megatron.files import left_over, write_json, write_text
 from megatron.log import Log
 from megatron.parallel.collectives import everyones
 from megatron.parallel.mesh import Axis
-
-LATEST = "latest_checkpointed_iteration.txt"
 
 
 def find(folder: str, world: Axis, log: Log, with_optimizer: bool = True) -> Checkpoint | None:

@@ -115,3 +115,18 @@ def stored(tensor: Tensor) -> StoredTensor:
 def one_piece(shape: Sequence[int], dtype: torch.dtype, read: Callable[[Box], Tensor]) -> StoredTensor:
     """A tensor that lies in one place."""
     return StoredTensor(tuple(shape), dtype, (Piece((0,) * len(shape), tuple(shape), read),))
+
+
+def joined(parts: Sequence[StoredTensor], dim: int | None) -> StoredTensor:
+    """The parts of a tensor that ranks have, all of one shape, one behind another along `dim`.
+
+    The first of them where each rank has the whole: where `dim` is None, or none of its dimensions.
+    """
+    first = parts[0]
+    if dim is None or len(parts) == 1 or dim >= len(first.shape):
+        return first
+    size = first.shape[dim]
+    whole = tuple(len(parts) * length if at == dim else length for at, length in enumerate(first.shape))
+    return StoredTensor(whole, first.dtype, tuple(
+        Piece(tuple(rank * size if at == dim else 0 for at in range(len(whole))), part.shape, part.read_box)
+        for rank, part in enumerate(parts)))

@@ -9,6 +9,7 @@ PLACE/state.json               progress, loss scale, the flags of the run
 import json
 from pathlib import Path
 
+from megatron.checkpoint.places import STATE
 from megatron.checkpoint.stored import Checkpoint, StoredTensor, one_piece
 from megatron.checkpoint.tensor_file import TensorEntry, read_box, tensors_in
 from megatron.errors import CheckpointError
@@ -16,7 +17,6 @@ from megatron.errors import CheckpointError
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 AVERAGE = "ema.safetensors"
-STATE = "state.json"
 VERSION = 1
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron.checkpoint.claim import claimed
 from megatron.checkpoint.newest import newest
-from megatron.checkpoint.places import digest_of_weights, iterations
+from megatron.checkpoint.places import METRICS_FILE, digest_of_weights, iterations
 from megatron.data.corpus.tokenizer import ResidueTokenizer
 from megatron.errors import CheckpointError, ConfigError, DataError
 from megatron.files import write_json
@@ -23,7 +23,7 @@ from megatron.finetune.heads import HeadSpec
 from megatron.finetune.model import TASK_FILE, Described
 from megatron.finetune.predictions.metrics import spread, with_spread
 from megatron.finetune.progress import UNFINISHED, remove_unfinished
-from megatron.finetune.training import METRICS_FILE, REPORT, Job, fine_tune
+from megatron.finetune.training import REPORT, Job, fine_tune
 from megatron.infer.pretrained import config_of, flags_of, vocab_of
 from megatron.log import Log
 from megatron.parallel.collectives import everyones

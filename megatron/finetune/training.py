@@ -12,8 +12,10 @@ import torch
 
 from megatron.checkpoint.claim import Claim
 from megatron.checkpoint.lora import peft_files
+from megatron.checkpoint.metrics import forget_after
+from megatron.checkpoint.places import METRICS_FILE, place_of
 from megatron.checkpoint.saving import Saver, parts_of
-from megatron.checkpoint.store import open_place, place_of
+from megatron.checkpoint.store import open_place
 from megatron.checkpoint.stored import Checkpoint
 from megatron.config import Config
 from megatron.data.corpus.vocab import Vocab
@@ -33,13 +35,11 @@ from megatron.optim.schedule import build_schedule
 from megatron.parallel.mesh import Mesh
 from megatron.train.agreement import Arriving
 from megatron.train.meters import Meters
-from megatron.train.metrics import forget_after
 from megatron.train.state import is_due
 from megatron.train.step import TrainStep
 from megatron.train.stop import StopRequests
 
 REPORT = "report.json"
-METRICS_FILE = "metrics.jsonl"
 _LEAST_OF_A_TRY = 20  # steps
 ADAPTERS = "adapters"  # in the files of peft
 Measures = dict[str, Measured]

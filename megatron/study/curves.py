@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron.checkpoint.metrics import read_records
+from megatron.checkpoint.places import METRICS_FILE
 from megatron.errors import ConfigError
-from megatron.train.metrics import read_records
 
-METRICS = "metrics.jsonl"
 # What a loss is drawn against, and how records call it.
 AXES = {"steps": "iteration", "residues": "consumed_residues", "seconds": "training_s", "flops": "consumed_flops"}
 
@@ -77,12 +77,12 @@ def read_curve(folder: Path, kind: str) -> Curve:
 
 def kinds_of(folder: Path) -> dict[str, list[dict]]:
     """The records of the run in a folder, by their kinds; raises ConfigError where the folder holds no run."""
-    path = folder / METRICS
+    path = folder / METRICS_FILE
     if not path.is_file():
-        inside = sorted(place.parent.name for place in folder.glob(f"*/{METRICS}"))
+        inside = sorted(place.parent.name for place in folder.glob(f"*/{METRICS_FILE}"))
         remedy = f"give the runs in it, {folder}/{inside[0]} and so on" if inside else (
             "give the folder that a run was saved in (--save)")
-        raise ConfigError(f"{folder} holds no {METRICS}; {remedy}" if folder.is_dir() else
+        raise ConfigError(f"{folder} holds no {METRICS_FILE}; {remedy}" if folder.is_dir() else
                           f"{folder} is no folder; {remedy}")
     kinds: dict[str, list[dict]] = {}
     for record in read_records(path):

@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from megatron.checkpoint.store import BEST, iterations, validation_loss
+from megatron.checkpoint.metrics import loss_name, read_records
+from megatron.checkpoint.places import BEST, LOSSES, METRICS_FILE, SPIKES, iterations, validation_loss
 from megatron.config import Config
 from megatron.config.command_line import flag_name
 from megatron.config.presets import PRESETS
 from megatron.files import write_text
-from megatron.study.curves import METRICS
 from megatron.train.build import Run
-from megatron.train.metrics import loss_name, read_records
 
 REPORT = "report.html"
 # Of the training records: what is drawn, how it is called, and how it is scaled.
@@ -50,7 +49,7 @@ def write_report(run: Run) -> Path:
     """Write the file; returns it. Raises OSError."""
     assert run.config.checkpoint.save is not None
     folder = Path(run.config.checkpoint.save)
-    records = read_records(folder / METRICS)
+    records = read_records(folder / METRICS_FILE)
     sections = [_heading(run, folder), _results(records), _curves(folder, records), _throughput(records),
                 _trouble(folder), _data(run), _checkpoints(folder), _configuration(run.config), _environment(run)]
     body = "\n".join(filter(None, sections))
@@ -81,7 +80,7 @@ def _results(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _curves(folder: Path, records: Sequence[Mapping[str, Any]]) -> str:
-    losses = folder / "loss.png"
+    losses = folder / LOSSES
     training = [record for record in records if record["kind"] == "train"]
     pictures = [losses.read_bytes()] if losses.exists() else []
     if training:
@@ -124,7 +123,7 @@ def _throughput(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _trouble(folder: Path) -> str:
-    files = sorted((folder / "spikes").glob("*.tsv"))
+    files = sorted((folder / SPIKES).glob("*.tsv"))
     if not files:
         return ""
     return _section("Steps that went wrong", _table([[f"<code>{escape(str(file.relative_to(folder)))}</code>"]

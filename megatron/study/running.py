@@ -14,9 +14,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from megatron.checkpoint.places import METRICS_FILE
 from megatron.errors import ConfigError, DivergedError
 from megatron.log import in_time
-from megatron.study.curves import METRICS, kinds_of, read_curve
+from megatron.study.curves import kinds_of, read_curve
 from megatron.study.record import BEGUN, FAILED, FINISHED, NOT_FINITE, STOPPED, SweepRecord, TrialResult, has_checkpoint
 from megatron.study.settings import Space, Trial
 from megatron.train.starting import requests_heard_by
@@ -144,7 +145,7 @@ class Sweep:
         return {}
 
     def _has_grown(self, running: _Running) -> bool:
-        metrics = self._record.folder / running.result.trial / METRICS
+        metrics = self._record.folder / running.result.trial / METRICS_FILE
         before, running.num_seen = running.num_seen, metrics.stat().st_size if metrics.exists() else 0
         return running.num_seen != before
 

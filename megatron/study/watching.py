@@ -9,17 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.claim import LOCK, is_held
-from megatron.checkpoint.places import BEST, STATE, iterations, validation_loss
+from megatron.checkpoint.metrics import read_records
+from megatron.checkpoint.places import BEST, CONFIG_FILE, METRICS_FILE, SPIKES, STATE, iterations, validation_loss
 from megatron.config.presets import PRESETS
 from megatron.config.reading.files import read_file
 from megatron.errors import ConfigError
 from megatron.log import in_time
-from megatron.study.curves import METRICS
 from megatron.study.table import in_short
 from megatron.study.text_plot import MARK, Point, text_plot
-from megatron.train.metrics import read_records
 
-_CONFIG, _SPIKES = "config.toml", "spikes"  # as megatron.train names them
 _PATIENCE_S, _PATIENCE = 60.0, 10  # before a run counts as silent: seconds at least, and log intervals
 _BAR = 24  # letters
 
@@ -67,9 +65,9 @@ def look(folder: Path, now_s: float) -> View:
     if not folder.is_dir():
         raise ConfigError(f"{folder} is {'no folder' if folder.exists() else 'not there'}; give the folder that a run "
                           "is saved in (--save)")
-    metrics = folder / METRICS
-    if not any((folder / name).exists() for name in (METRICS, _CONFIG, LOCK)):
-        inside = sorted(place.parent for place in folder.glob(f"*/{METRICS}"))
+    metrics = folder / METRICS_FILE
+    if not any((folder / name).exists() for name in (METRICS_FILE, CONFIG_FILE, LOCK)):
+        inside = sorted(place.parent for place in folder.glob(f"*/{METRICS_FILE}"))
         remedy = f"give one of those in it, such as {inside[0]}" if inside else (
             "give the folder that a run is saved in (--save)")
         raise ConfigError(f"{folder} holds no run; {remedy}")
@@ -95,7 +93,7 @@ def _num_iterations(folder: Path, records: Sequence[dict[str, Any]]) -> int | No
     if known:
         return known[-1]
     with suppress(ConfigError):
-        return read_file(folder / _CONFIG, PRESETS).get("train_iters")
+        return read_file(folder / CONFIG_FILE, PRESETS).get("train_iters")
     return None
 
 
@@ -169,7 +167,7 @@ def _checkpoint(view: View) -> str:
 
 
 def _wrong_steps(view: View) -> str:
-    files = sorted((view.folder / _SPIKES).glob("step_*.tsv"))
+    files = sorted((view.folder / SPIKES).glob("step_*.tsv"))
     skipped = sum(record.get("skipped_iterations") or 0 for record in view.train)
     last = f", last {int(files[-1].stem.removeprefix('step_')):,}" if files else ""
     return f"{len(files):,}{last}, {skipped:,} skipped" if view.train else ""

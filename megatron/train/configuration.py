@@ -9,6 +9,7 @@ import itertools
 import sys
 from pathlib import Path
 
+from megatron.checkpoint.places import CONFIG_FILE
 from megatron.config import Config
 from megatron.config.command_line import Resolved
 from megatron.config.presets import PRESETS
@@ -17,7 +18,7 @@ from megatron.config.telling.as_toml import as_toml, changes, unwritable
 from megatron.errors import ConfigError, OutputError
 from megatron.files import write_text
 
-CONFIG, CHANGES = "config.toml", "config_changes.txt"
+CHANGES = "config_changes.txt"
 
 
 def write_configuration(resolved: Resolved) -> None:
@@ -46,7 +47,7 @@ def keep_configuration(resolved: Resolved, iteration: int) -> None:
     One process calls this, the one that has the folder.
     """
     folder = Path(resolved.config.checkpoint.save)
-    path, now = folder / CONFIG, resolved.plain.as_dict()
+    path, now = folder / CONFIG_FILE, resolved.plain.as_dict()
     try:
         if not path.exists():
             rows = [f"from iteration {iteration} on: {resolved.origin}",

@@ -1,6 +1,6 @@
 """Which course learning rate and weight decay take: that of the flags, or of the checkpoint that a run goes on from."""
 
-from megatron.checkpoint.store import LATEST
+from megatron.checkpoint.places import LATEST
 from megatron.checkpoint.stored import Checkpoint
 from megatron.config import Config
 from megatron.config.schedule import LR_DECAY_STYLES

@@ -1,5 +1,6 @@
 """All evaluations of a run, written to its events as they come: splits, corpora, and the average of the weights."""
 
+from megatron.checkpoint.metrics import OF_AVERAGE
 from megatron.checkpoint.saving import Saver
 from megatron.data.rows.blend import BlendedDataset
 from megatron.data.rows.dataset import Dataset, corpora_of
@@ -7,7 +8,6 @@ from megatron.train.build import Run
 from megatron.train.evaluate import Evaluation, evaluate
 from megatron.train.events import Events
 from megatron.train.meters import Meters, Totals
-from megatron.train.metrics import OF_AVERAGE
 from megatron.train.stop import StopRequests
 
 

@@ -18,12 +18,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.metrics import forget_after, loss_name, read_records
+from megatron.checkpoint.places import BOARD, METRICS_FILE
 from megatron.config import CheckpointConfig, LoggingConfig
 from megatron.errors import OutputError
 from megatron.log import Log, in_time
 from megatron.train.evaluate import Baselines, Evaluation, perplexity
 from megatron.train.meters import Reading, Totals
-from megatron.train.metrics import forget_after, loss_name, read_records
 from megatron.train.observation.observers import Observer
 
 
@@ -42,11 +43,11 @@ class Events:
         if not log.is_speaker:
             return
         if checkpoint.save:
-            self._metrics = Path(checkpoint.save) / "metrics.jsonl"
+            self._metrics = Path(checkpoint.save) / METRICS_FILE
             with _writing(self._metrics, f"--save {checkpoint.save}"):
                 self._metrics.parent.mkdir(parents=True, exist_ok=True)
                 forget_after(self._metrics, iteration)
-        folder = logging.tensorboard_dir or (str(Path(checkpoint.save) / "tensorboard") if checkpoint.save else None)
+        folder = logging.tensorboard_dir or (str(Path(checkpoint.save) / BOARD) if checkpoint.save else None)
         if folder:
             from megatron.train.board import Board  # only this rank needs it
 

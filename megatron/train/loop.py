@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from megatron.checkpoint.claim import Claim
+from megatron.checkpoint.metrics import loss_name
+from megatron.checkpoint.places import BOARD, METRICS_FILE, place_of
 from megatron.data.batches.batch import Batch
 from megatron.data.batches.loader import batches
 from megatron.data.rows.fixed_masks import FIXED
@@ -23,7 +25,6 @@ from megatron.train.guards.guard import Guard, WrongSteps
 from megatron.train.guards.stragglers import Stragglers
 from megatron.train.memory import peak_memory_gib
 from megatron.train.meters import Meters, StepSums
-from megatron.train.metrics import loss_name
 from megatron.train.observation.observers import Observer
 from megatron.train.pace import Pace
 from megatron.train.patience import PatientSaver
@@ -226,11 +227,11 @@ def _summary(run: Run, results: dict[str, Evaluation], before: dict[str, float |
             "letter frequencies", f"{baselines.letters:.4f} nats: the baseline on validation "
             f"({baselines.visible:.4f} with the letters that masking leaves visible)"))
     if folder:
-        checkpoint = Path(folder) / f"iter_{run.state.iteration:07d}"
+        checkpoint = place_of(Path(folder), run.state.iteration)
         rows += [*([("checkpoint", str(checkpoint))] if checkpoint.exists() else []),
-                 ("metrics", str(Path(folder) / "metrics.jsonl")),
+                 ("metrics", str(Path(folder) / METRICS_FILE)),
                  *([("loss curves", str(picture))] if picture else []),
-                 ("TensorBoard", run.config.logging.tensorboard_dir or str(Path(folder) / "tensorboard"))]
+                 ("TensorBoard", run.config.logging.tensorboard_dir or str(Path(folder) / BOARD))]
     width = max(18, *(len(name) for name, _ in rows)) + 2 if rows else 0
     # Of a run with --save the last line is where its report is.
     run.log.line("\n".join(["", *(f"  {name:<{width}}{value}" for name, value in rows), *([] if folder else [""])]))

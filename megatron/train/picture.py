@@ -5,9 +5,10 @@ from pathlib import Path
 
 import matplotlib
 
+from megatron.checkpoint.metrics import read_records
+from megatron.checkpoint.places import LOSSES
 from megatron.files import replacing
 from megatron.train.evaluate import Baselines
-from megatron.train.metrics import read_records
 
 matplotlib.use("Agg")
 
@@ -40,7 +41,7 @@ def draw_losses(metrics: Path, baselines: Baselines | None) -> Path:
     axes.set_title("Protein masked language model")
     axes.grid(alpha=0.3)
     axes.legend()
-    path = metrics.with_name("loss.png")
+    path = metrics.with_name(LOSSES)
     try:
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png")

@@ -9,8 +9,8 @@ from typing import Any
 
 from megatron.checkpoint.convert.formats import foreign_name
 from megatron.checkpoint.newest import newest
-from megatron.checkpoint.places import STATE, iterations
-from megatron.checkpoint.store import LATEST, in_order, read_state
+from megatron.checkpoint.places import BOARD, CONFIG_FILE, LATEST, LOSSES, METRICS_FILE, STATE, iterations
+from megatron.checkpoint.store import in_order, read_state
 from megatron.checkpoint.stored import Checkpoint
 from megatron.config import CheckpointConfig, Config
 from megatron.config.data import VOCABULARIES
@@ -24,7 +24,7 @@ from megatron.parallel.collectives import everyones
 from megatron.parallel.mesh import Axis
 
 # What may lie in the folder of a run that has yet to save, besides hidden files; people direct its output there.
-_OURS = ("config.toml", "loss.png", "mlflow", "profile", "tensorboard", "trackers.json", "wandb")
+_OURS = (CONFIG_FILE, LOSSES, "mlflow", "profile", BOARD, "trackers.json", "wandb")
 _OUTPUT_ENDINGS = (".log", ".out", ".err", ".txt", ".prom")
 _FACTS = {"progress": dict, "schedule": dict, "loss_scale": list, "config": dict}
 _SCHEDULE = {"lr", "min_lr", "lr_decay_style", "warmup_samples", "decay_samples"}
@@ -238,7 +238,7 @@ def _are_guards(guards: Any) -> bool:
 def _strangers(folder: Path) -> list[str]:
     """What lies in a folder and is not of a run that has yet to save."""
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if "metrics.jsonl" in names:  # one has begun here
+    if METRICS_FILE in names:  # one has begun here
         return []
     return [name for name in names if name not in _OURS and not name.startswith((".", "abandoned-"))
             and not name.endswith(_OUTPUT_ENDINGS)]

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron.checkpoint.metrics import read_records
 from megatron.checkpoint.store import iterations
 from megatron.config.command_line import parse
 from megatron.data.corpus.indexed_writer import write_indexed
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.dataset import IN_MEMORY_DOCUMENTS, build_datasets
 from megatron.files import left_over
-from megatron.train.metrics import read_records
 from pretrain_tape import main
 from tests.golden.training import ROOT, TINY, losses, start_program
 

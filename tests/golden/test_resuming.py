@@ -16,6 +16,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from megatron.checkpoint import sharded
 from megatron.checkpoint.claim import Claim
+from megatron.checkpoint.metrics import read_records
 from megatron.checkpoint.saving import Saver
 from megatron.checkpoint.store import open_place, read_state
 from megatron.config import CheckpointConfig, LoggingConfig
@@ -28,7 +29,6 @@ from megatron.train import evaluations
 from megatron.train.events import Events
 from megatron.train.loop import Training
 from megatron.train.meters import Reading, Totals
-from megatron.train.metrics import read_records
 from pretrain_tape import main
 from tests.golden.training import TINY, edit_state, losses, run_on_ranks, start_program
 

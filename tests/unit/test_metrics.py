@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from megatron.checkpoint.metrics import forget_after, read_records
 from megatron.train.evaluate import Baselines
-from megatron.train.metrics import forget_after, read_records
 from megatron.train.picture import draw_losses
 
 RECORDS = [{"kind": "train", "iteration": iteration, "loss": 2.5} for iteration in (1, 2, 3)]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from megatron.checkpoint.convert.failures import writable
 from megatron.checkpoint.convert.own_places import place_in, refuse_layout
 from megatron.checkpoint.convert.whole import entries
 from megatron.checkpoint.manifest import MANIFEST, Manifest, TensorFacts
@@ -42,7 +43,7 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
         kinds["optimizer"] = entries(checkpoint.optimizer)
     if checkpoint.average is not None:
         kinds["ema"] = entries(checkpoint.average)
-    try:
+    with writable(place):
         with new_folder(place) as temporary:
             for kind, held in kinds.items():
                 file = f"{kind}-00000.safetensors"
@@ -53,7 +54,4 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
             files[STATE] = facts_of_file(temporary / STATE)
             Manifest(checkpoint.iteration, files, tensors).write(temporary)
         point_to(folder, checkpoint.iteration)
-    except OSError as error:
-        raise CheckpointError(f"{place} cannot be written ({error.strerror}); make room, or give another folder"
-                              ) from error
     return place

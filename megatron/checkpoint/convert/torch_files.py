@@ -9,6 +9,7 @@ import io
 import pickle
 import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +20,7 @@ from megatron.checkpoint.convert.torch_storage import Storage
 from megatron.errors import CheckpointError
 
 LONGEST_PICKLE = 2**28  # bytes; that of a model of a thousand layers has some 10 million
+_HEAD_BYTES = 2**22  # of a file, in which its names are
 _MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
@@ -59,6 +61,15 @@ def check_torch_file(path: Path) -> None:
                               "again") from None
     if wrong is not None:
         raise CheckpointError(f"{path}: its record {wrong[:60]!r} is not what its checksum says; copy it again")
+
+
+def has_mark(path: Path, file_in: Callable[[Path], Path], mark: bytes) -> bool:
+    """Whether the file that `file_in` gives for a path has `mark` among its names; opens no pickle."""
+    try:
+        with file_in(path).open("rb") as file:
+            return mark in file.read(_HEAD_BYTES)
+    except (CheckpointError, OSError):
+        return False
 
 
 class _Window(io.RawIOBase):

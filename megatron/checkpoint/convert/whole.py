@@ -4,11 +4,13 @@ from pathlib import Path
 
 import torch
 
+from megatron.checkpoint.convert.failures import writable
 from megatron.checkpoint.convert.own_places import place_in, refuse_layout
-from megatron.checkpoint.store import place_of, point_to
+from megatron.checkpoint.places import STATE, place_of
+from megatron.checkpoint.store import point_to
 from megatron.checkpoint.stored import Checkpoint, Tensors
 from megatron.checkpoint.tensor_file import TensorEntry, write_tensors
-from megatron.checkpoint.whole import AVERAGE, MODEL, OPTIMIZER, STATE, VERSION, read_whole
+from megatron.checkpoint.whole import AVERAGE, MODEL, OPTIMIZER, VERSION, read_whole
 from megatron.errors import CheckpointError
 from megatron.files import new_folder, sync, write_json
 
@@ -33,7 +35,7 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
     """
     refuse_layout(tensor, pipeline)
     place = place_of(folder, checkpoint.iteration)
-    try:
+    with writable(place):
         with new_folder(place) as temporary:
             write_tensors(temporary / MODEL, entries(checkpoint.model, torch.float32))
             if checkpoint.optimizer is not None:
@@ -43,9 +45,6 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
             write_json(temporary / STATE, {**checkpoint.state, "version": VERSION, "iteration": checkpoint.iteration})
             sync(temporary / STATE)
         point_to(folder, checkpoint.iteration)
-    except OSError as error:
-        raise CheckpointError(f"{place} cannot be written ({error.strerror}); make room, or give another folder"
-                              ) from error
     return place
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.convert.failures import writable
 from megatron.checkpoint.convert.families.flags import OWN, family_of
 from megatron.checkpoint.convert.families.hf import read_object
 from megatron.checkpoint.convert.families.hf_writing import TABLES
@@ -65,14 +66,10 @@ def write(folder: Path, tensors: Tensors, lora: LoraConfig, model: ModelConfig, 
         "peft_type": "LORA", "base_model_name_or_path": base, "r": lora.lora_rank, "lora_alpha": lora.lora_alpha,
         "lora_dropout": lora.lora_dropout, "use_rslora": lora.lora_rslora, "bias": "none", "inference_mode": True,
         "target_modules": rf".*\.\d+\.({'|'.join(map(re.escape, ends))})", **(_patterns(lora) if is_own else {})}
-    try:
-        with new_folder(folder) as temporary:
-            write_json(temporary / CONFIG, config)
-            write_tensors(temporary / WEIGHTS, entries({f"{_PREFIX}{name}": stored(tensor)
-                                                        for name, tensor in theirs.items()}), {"format": "pt"})
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written ({error.strerror}); make room, or give another folder"
-                              ) from error
+    with writable(folder), new_folder(folder) as temporary:
+        write_json(temporary / CONFIG, config)
+        write_tensors(temporary / WEIGHTS, entries({f"{_PREFIX}{name}": stored(tensor)
+                                                    for name, tensor in theirs.items()}), {"format": "pt"})
     return folder
 
 

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
+from megatron.checkpoint.places import SPIKES
 from megatron.data.rows.members import members_of
 from megatron.files import write_text
 from megatron.train.build import Run
 
-FOLDER = "spikes"
 _COLUMNS = ("row", "corpus", "document", "name", "residues")
 
 
@@ -19,7 +19,7 @@ def write_suspects(run: Run, step: int, rows: range) -> str:
     said = f"; its rows are {samples[0]} to {samples[-1]}"
     if run.config.checkpoint.save is None:
         return said
-    path = Path(run.config.checkpoint.save) / FOLDER / f"step_{step:07d}.tsv"
+    path = Path(run.config.checkpoint.save) / SPIKES / f"step_{step:07d}.tsv"
     if run.mesh.world.rank == 0:
         lines = ["\t".join(_COLUMNS), *("\t".join(map(str, (member.sample, member.prefix, member.document, member.name,
                                                             member.num_residues)))

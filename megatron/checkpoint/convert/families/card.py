@@ -3,16 +3,17 @@
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.metrics import OF_AVERAGE, loss_name, read_records
+from megatron.checkpoint.places import METRICS_FILE
 from megatron.checkpoint.stored import Checkpoint
 
 CARD = "README.md"
 _LICENCE = re.compile(r"^license:\s*([A-Za-z0-9.\-]{1,40})\s*$", re.MULTILINE)
 _LONGEST = 2**20
-_OF_AVERAGE = "_ema"  # ends a kind of metrics.jsonl that is of the average
-_SPLITS = {"train": "training", "valid": "validation"}
 
 
 def licence_in(folder: Path) -> str | None:
@@ -78,12 +79,11 @@ def _lines(checkpoint: Checkpoint, config: Mapping[str, Any], num_parameters: in
     is_averaged = checkpoint.state.get("is_averaged", False)
     if is_averaged:
         yield f"the weights are the exponential average of those of the steps, of decay {said.get('ema')}"
-    for kind, losses in _losses(checkpoint.path.parent / "metrics.jsonl", checkpoint.iteration).items():
+    for kind, losses in _losses(checkpoint.path.parent / METRICS_FILE, checkpoint.iteration).items():
         split, _, corpus = kind.partition("/")
-        if split != "train" and split.endswith(_OF_AVERAGE) is not is_averaged:
+        if split != "train" and split.endswith(OF_AVERAGE) is not is_averaged:
             continue
-        split = split.removesuffix(_OF_AVERAGE)
-        name = f"{_SPLITS.get(split, split)} loss{f' on {corpus}' if corpus else ''}"
+        name = loss_name(f"{split.removesuffix(OF_AVERAGE)}/{corpus}")
         before = f", {losses[0]:.4f} before the first" if 0 in losses else ""
         step = max(losses)
         yield f"{name} {losses[step]:.4f} nats a masked residue after {step:,} steps{before}"
@@ -92,17 +92,8 @@ def _lines(checkpoint: Checkpoint, config: Mapping[str, Any], num_parameters: in
 def _losses(metrics: Path, iteration: int) -> dict[str, dict[int, float]]:
     """The losses of each kind of record, by their steps, up to a step."""
     found: dict[str, dict[int, float]] = {}
-    try:
-        lines = metrics.read_bytes().splitlines()
-    except OSError:
-        return found
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if (isinstance(record, dict) and isinstance(kind := record.get("kind"), str)
-                and isinstance(loss := record.get("loss"), float)
-                and isinstance(step := record.get("iteration"), int) and step <= iteration):
-            found.setdefault(kind, {})[step] = loss
+    with suppress(OSError):
+        for record in read_records(metrics):
+            if isinstance(loss := record.get("loss"), float) and record["iteration"] <= iteration:
+                found.setdefault(record["kind"], {})[record["iteration"]] = loss
     return found

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.convert.failures import readable, writable
 from megatron.checkpoint.convert.families import flags
 from megatron.checkpoint.convert.families.names import FAIR_ESM, family_tensors, their_names
 from megatron.checkpoint.convert.families.reading import FREQUENCIES, ModelFamily, checkpoint_of
 from megatron.checkpoint.convert.families.vocabularies import vocabulary_of
 from megatron.checkpoint.convert.own_places import refuse_layout
-from megatron.checkpoint.convert.torch_files import read_torch_file
+from megatron.checkpoint.convert.torch_files import has_mark, read_torch_file
 from megatron.checkpoint.convert.torch_writing import write_torch_file
 from megatron.checkpoint.convert.vocabulary import WORDS, with_rows
 from megatron.checkpoint.stored import Box, Checkpoint, StoredTensor, one_piece, stored
@@ -31,7 +32,6 @@ from megatron.files import new_folder, sync
 from megatron.kernels.rotary import frequencies_of
 
 _REGRESSION = "-contact-regression.pt"
-_HEAD_BYTES, _MARK = 2**22, b"self_attn_layer_norm"  # of a file, in which its names are
 _PREFIX = re.compile(r"^encoder\.(sentence_encoder\.)?")
 _FIRST_ROW = 2  # of the table of positions: behind that of padding, whose id is 1
 _ARCHITECTURE = "roberta_large"  # ESM-1b and ESM-1v; the others are other models
@@ -40,11 +40,7 @@ _EPSILON, _BASE = 1e-5, 10000.0
 
 def recognises(path: Path) -> bool:
     """Whether this looks like a file of fair-esm, or a folder with one; opens no pickle."""
-    try:
-        with _file_in(path).open("rb") as file:
-            return _MARK in file.read(_HEAD_BYTES)
-    except (CheckpointError, OSError):
-        return False
+    return has_mark(path, _file_in, b"self_attn_layer_norm")
 
 
 def read(path: Path, iteration: int | None = None) -> Checkpoint:
@@ -55,13 +51,23 @@ def read(path: Path, iteration: int | None = None) -> Checkpoint:
     if iteration is not None:
         raise CheckpointError(f"{path} holds one model and no iterations; leave --iteration out")
     file = _file_in(path)
-    try:
-        return _read(file)
-    except CheckpointError:
-        raise
-    except Exception as error:  # what a file holds may be of any kind, and fail anywhere
-        raise CheckpointError(f"{file}: what it holds is not as fair-esm has it ({type(error).__name__}: "
-                              f"{' '.join(str(error).split())[:200]}); copy it again") from error
+    with readable(file, "as fair-esm has it"):
+        tree = _tables(file)
+        regression = file.with_name(file.stem + _REGRESSION)
+        tensors = {_PREFIX.sub("", name): tensor for name, tensor in tree["model"].items()}
+        notes = [f"there is no {regression.name} beside it: it predicts no contacts"]
+        if regression.is_file():
+            tensors |= _regression_in(regression)
+            notes = []
+        config = _flags(tree, tensors, file)
+        vocab = Vocab.from_file("esm")
+        state = {"vocabulary": vocab.identity, "notes": notes}
+        checkpoint = checkpoint_of(ModelFamily(config, FAIR_ESM, vocab.size, _FIRST_ROW), tensors, file, state)
+        if config["position_embedding_type"] != "rope":
+            words = checkpoint.model[WORDS]
+            checkpoint = Checkpoint(file, 0, {**checkpoint.model, WORDS: _without_row(words, vocab.mask_id)}, None,
+                                    checkpoint.state)
+        return checkpoint
 
 
 def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: int = 1) -> Path:
@@ -85,15 +91,11 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
                   for name in ("contact_head.regression.weight", "contact_head.regression.bias")}
     is_named = folder.name.startswith("esm2") == is_rotary
     file = folder / f"{'' if is_named else 'esm2_' if is_rotary else 'esm1b_'}{folder.name}.pt"
-    try:
-        with new_folder(folder) as temporary:
-            for name, tree in ((file.name, _tree(theirs, config, is_rotary)),
-                               (file.stem + _REGRESSION, {"model": regression})):
-                write_torch_file(temporary / name, tree)
-                sync(temporary / name)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written ({error.strerror}); make room, or give another folder"
-                              ) from error
+    with writable(folder), new_folder(folder) as temporary:
+        for name, tree in ((file.name, _tree(theirs, config, is_rotary)),
+                           (file.stem + _REGRESSION, {"model": regression})):
+            write_torch_file(temporary / name, tree)
+            sync(temporary / name)
     return file
 
 
@@ -104,25 +106,6 @@ def _file_in(path: Path) -> Path:
     if len(files) != 1:
         raise CheckpointError(f"{path} holds {len(files)} files of weights (NAME.pt); name one of fair-esm's")
     return files[0]
-
-
-def _read(file: Path) -> Checkpoint:
-    tree = _tables(file)
-    regression = file.with_name(file.stem + _REGRESSION)
-    tensors = {_PREFIX.sub("", name): tensor for name, tensor in tree["model"].items()}
-    notes = [f"there is no {regression.name} beside it: it predicts no contacts"]
-    if regression.is_file():
-        tensors |= _regression_in(regression)
-        notes = []
-    config = _flags(tree, tensors, file)
-    vocab = Vocab.from_file("esm")
-    state = {"vocabulary": vocab.identity, "notes": notes}
-    checkpoint = checkpoint_of(ModelFamily(config, FAIR_ESM, vocab.size, _FIRST_ROW), tensors, file, state)
-    if config["position_embedding_type"] != "rope":
-        words = checkpoint.model[WORDS]
-        checkpoint = Checkpoint(file, 0, {**checkpoint.model, WORDS: _without_row(words, vocab.mask_id)}, None,
-                                checkpoint.state)
-    return checkpoint
 
 
 def _tables(file: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.convert.failures import readable, writable
 from megatron.checkpoint.convert.families import flags
 from megatron.checkpoint.convert.families.hf_writing import CONFIG, INDEX, TABLES, WHOLE, write_files
 from megatron.checkpoint.convert.families.reading import ModelFamily, checkpoint_of
@@ -53,13 +54,14 @@ def read(path: Path, iteration: int | None = None) -> Checkpoint:
     """
     if iteration is not None:
         raise CheckpointError(f"{path} holds one model and no iterations; leave --iteration out")
-    try:
-        return _read(path)
-    except CheckpointError:
-        raise
-    except Exception as error:  # what a file holds may be of any kind, and fail anywhere
-        raise CheckpointError(f"{path}: what it holds is not as transformers writes it ({type(error).__name__}: "
-                              f"{' '.join(str(error).split())[:200]}); copy it again") from error
+    with readable(path, "as transformers writes it"):
+        theirs = read_object(path / CONFIG)
+        kind = flags.kind_of(theirs, path)
+        config = flags.flags_of(theirs, path)
+        num_tokens, first_row = flags.tokens_of(theirs, kind)
+        state = vocabulary_in(path, _VOCABULARIES[kind], num_tokens, theirs.get("mask_token_id"))
+        family = ModelFamily(config | state["config"], TABLES[kind], num_tokens, first_row)
+        return checkpoint_of(family, tensors_in_folder(path), path, state)
 
 
 def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: int = 1) -> Path:
@@ -68,23 +70,9 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
     Raises ConfigError for a layout, CheckpointError where something is missing or the disk refuses.
     """
     refuse_layout(tensor, pipeline)
-    try:
-        with new_folder(folder) as temporary:
-            write_files(checkpoint, temporary)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written ({error.strerror}); make room, or give another folder"
-                              ) from error
+    with writable(folder), new_folder(folder) as temporary:
+        write_files(checkpoint, temporary)
     return folder
-
-
-def _read(place: Path) -> Checkpoint:
-    theirs = read_object(place / CONFIG)
-    kind = flags.kind_of(theirs, place)
-    config = flags.flags_of(theirs, place)
-    num_tokens, first_row = flags.tokens_of(theirs, kind)
-    state = vocabulary_in(place, _VOCABULARIES[kind], num_tokens, theirs.get("mask_token_id"))
-    family = ModelFamily(config | state["config"], TABLES[kind], num_tokens, first_row)
-    return checkpoint_of(family, tensors_in_folder(place), place, state)
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megatron.checkpoint.convert.failures import readable
 from megatron.checkpoint.convert.megatron_core.names import our_tensors
 from megatron.checkpoint.convert.megatron_v2 import arguments as v2
 from megatron.checkpoint.stored import Checkpoint, Tensors
@@ -31,13 +32,24 @@ def checkpoint_of(place: Path, number: int | None, theirs: Tensors, common: Mapp
 
     `number`: the iteration, where the folder tells it. `layout`: tensor x pipeline ranks. Raises CheckpointError.
     """
-    try:
-        return _checkpoint_of(place, number, theirs, common, layout)
-    except CheckpointError:
-        raise
-    except Exception as error:  # what a file holds may be of any kind, and fail anywhere
-        raise CheckpointError(f"{place}: what it holds is not as Megatron-LM writes it ({type(error).__name__}: "
-                              f"{' '.join(str(error).split())[:200]}); copy it again") from error
+    with readable(place, "as Megatron-LM writes it"):
+        model, notes = our_tensors(theirs, place)
+        arguments = common.get("args") if isinstance(common.get("args"), argparse.Namespace) else None
+        shapes = {name: tensor.shape for name, tensor in model.items()}
+        config = v2.config_of(_as_of_v2(arguments, place), shapes, place)
+        if number is None:
+            number = common.get("iteration", 0)
+        if type(number) is not int or number < 0:
+            raise CheckpointError(f"{place}: its iteration is {str(number)[:40]!r}; copy it again")
+        notes.append("the optimizer's state is not taken over: it starts afresh")
+        schedule = v2.schedule_of(common, arguments)
+        state: dict[str, Any] = {
+            "config": config, "notes": notes, "progress": v2.progress_of(number, arguments, schedule),
+            "loss_scale": [1.0, float(config.get("hysteresis") or 1), 0.0],
+            "layout": {"tensor_model_parallel_size": layout[0], "pipeline_model_parallel_size": layout[1]}}
+        if schedule is not None:
+            state["schedule"] = {name: value for name, value in schedule.items() if name != "num_samples"}
+        return Checkpoint(place, number, model, None, state)
 
 
 def their_arguments(checkpoint: Checkpoint, tensor: int, pipeline: int, dtype: torch.dtype) -> argparse.Namespace:
@@ -53,26 +65,6 @@ def their_arguments(checkpoint: Checkpoint, tensor: int, pipeline: int, dtype: t
     arguments = v2.arguments_of(checkpoint, tensor, pipeline, num_rows, dtype)(0, 0)
     vars(arguments).update(_THEIRS, norm_epsilon=arguments.layernorm_epsilon, iteration=checkpoint.iteration)
     return arguments
-
-
-def _checkpoint_of(place: Path, number: int | None, theirs: Tensors, common: Mapping[str, Any],
-                   layout: tuple[int, int]) -> Checkpoint:
-    model, notes = our_tensors(theirs, place)
-    arguments = common.get("args") if isinstance(common.get("args"), argparse.Namespace) else None
-    config = v2.config_of(_as_of_v2(arguments, place), {name: tensor.shape for name, tensor in model.items()}, place)
-    if number is None:
-        number = common.get("iteration", 0)
-    if type(number) is not int or number < 0:
-        raise CheckpointError(f"{place}: its iteration is {str(number)[:40]!r}; copy it again")
-    notes.append("the optimizer's state is not taken over: it starts afresh")
-    schedule = v2.schedule_of(common, arguments)
-    state: dict[str, Any] = {
-        "config": config, "notes": notes, "progress": v2.progress_of(number, arguments, schedule),
-        "loss_scale": [1.0, float(config.get("hysteresis") or 1), 0.0],
-        "layout": {"tensor_model_parallel_size": layout[0], "pipeline_model_parallel_size": layout[1]}}
-    if schedule is not None:
-        state["schedule"] = {name: value for name, value in schedule.items() if name != "num_samples"}
-    return Checkpoint(place, number, model, None, state)
 
 
 def _as_of_v2(arguments: argparse.Namespace | None, place: Path) -> argparse.Namespace | None:

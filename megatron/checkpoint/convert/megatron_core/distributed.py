@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.convert.failures import writable
 from megatron.checkpoint.convert.megatron_core.arguments import checkpoint_of, their_arguments
 from megatron.checkpoint.convert.megatron_core.distributed_files import (
     Chunk,
@@ -18,8 +19,8 @@ from megatron.checkpoint.convert.megatron_core.distributed_files import (
     write_distributed,
 )
 from megatron.checkpoint.convert.megatron_core.names import FUSED, LAYER, LAYER_EXTRAS, OUTPUT_EXTRA
-from megatron.checkpoint.convert.megatron_core.weights import Weights, place_for, point_to, weights_of
-from megatron.checkpoint.convert.megatron_v2.places import RELEASE, folder_name, newest
+from megatron.checkpoint.convert.megatron_core.weights import Weights, weights_of
+from megatron.checkpoint.convert.megatron_v2.places import RELEASE, newest, place_for, point_to
 from megatron.checkpoint.stored import Checkpoint, StoredTensor, one_piece
 from megatron.errors import CheckpointError
 from megatron.files import new_folder
@@ -70,21 +71,18 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
     weights = weights_of(checkpoint, tensor, pipeline)
     common = {"args": their_arguments(weights.checkpoint, tensor, pipeline, weights.dtype),
               "checkpoint_version": _VERSION, "iteration": checkpoint.iteration}
-    place = place_for(checkpoint, folder)
-    try:
+    place = place_for(folder, checkpoint.iteration)
+    with writable(place):
         with new_folder(place) as temporary:
             write_distributed(temporary, _chunks(weights), _extras(weights.num_layers), common)
-        point_to(checkpoint, folder)
-    except OSError as error:
-        raise CheckpointError(f"{place} cannot be written ({error.strerror}); make room, or give another folder"
-                              ) from error
+        point_to(folder, checkpoint.iteration)
     return place
 
 
 def _place_in(path: Path, iteration: int | None) -> Path:
     if is_distributed(path) or not path.is_dir():
         return path
-    return path / (newest(path) if iteration is None else folder_name(iteration))
+    return path / newest(path) if iteration is None else place_for(path, iteration)
 
 
 def _layer(stack: StoredTensor, number: int) -> StoredTensor:

@@ -20,26 +20,20 @@ from megatron.checkpoint.convert.megatron_core.names import (
     num_layers,
     split_dim,
 )
-from megatron.checkpoint.convert.megatron_core.weights import Weights, place_for, point_to, weights_of
-from megatron.checkpoint.convert.megatron_v2.places import FILE, RELEASE, find_place, rank_name
-from megatron.checkpoint.convert.torch_files import read_torch_file
-from megatron.checkpoint.convert.torch_writing import write_torch_file
+from megatron.checkpoint.convert.megatron_core.weights import Weights, weights_of
+from megatron.checkpoint.convert.megatron_v2.places import RELEASE, find_place, first_file
+from megatron.checkpoint.convert.megatron_v2.rank_files import read_rank_files, write_rank_files
+from megatron.checkpoint.convert.torch_files import has_mark
 from megatron.checkpoint.convert.vocabulary import WORDS
-from megatron.checkpoint.stored import Checkpoint, Piece, StoredTensor
+from megatron.checkpoint.stored import Checkpoint, StoredTensor, joined
 from megatron.errors import CheckpointError
-from megatron.files import new_folder, sync
 
-_HEAD_BYTES = 2**22  # of a file, in which its names are
 _VERSION = 3.0
 
 
 def recognises(path: Path) -> bool:
     """Whether this looks like such a checkpoint, or a folder of them; opens no pickle."""
-    try:
-        with find_place(path).files[0][0].open("rb") as file:
-            return b"self_attention.linear_" in file.read(_HEAD_BYTES)
-    except (CheckpointError, OSError):
-        return False
+    return has_mark(path, first_file, b"self_attention.linear_")
 
 
 def read(path: Path, iteration: int | None = None) -> Checkpoint:
@@ -48,14 +42,8 @@ def read(path: Path, iteration: int | None = None) -> Checkpoint:
     `state` is as that of megatron_v2. Raises CheckpointError.
     """
     place = find_place(path, iteration)
-    trees = [[_tree(file) for file in stage] for stage in place.files]
-    sizes = (len(trees[0]), len(trees))
-    first = trees[0][0]
-    for what, found in zip(("tensor", "pipeline"), sizes, strict=True):
-        said = getattr(first.get("args"), f"{what}_model_parallel_size", found)
-        if said != found:
-            raise CheckpointError(f"{place.path}: has files of {found} {what}-parallel ranks, but was written by {said}"
-                                  "; copy the others' as well")
+    trees = read_rank_files(place, "Megatron-LM")
+    sizes, first = (len(trees[0]), len(trees)), trees[0][0]
     # Virtual stages alternate: the first of each pipeline rank, then the second of each.
     chunks = [key for number in range(len(first)) if (key := f"model{number}") in first] or ["model"]
     theirs: dict[str, StoredTensor] = {}
@@ -77,27 +65,8 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
     arguments = their_arguments(weights.checkpoint, tensor, pipeline, weights.dtype)
     arguments.spec = ["local"]
     common = {"args": arguments, "checkpoint_version": _VERSION, "iteration": checkpoint.iteration}
-    place = place_for(checkpoint, folder)
-    try:
-        with new_folder(place) as temporary:
-            for stage, rank in itertools.product(range(pipeline), range(tensor)):
-                part = temporary / rank_name(rank, stage, pipeline)
-                part.mkdir()
-                write_torch_file(part / FILE, common | {"model": _model(weights, (rank, tensor), (stage, pipeline))})
-                sync(part / FILE)
-                sync(part)
-        point_to(checkpoint, folder)
-    except OSError as error:
-        raise CheckpointError(f"{place} cannot be written ({error.strerror}); make room, or give another folder"
-                              ) from error
-    return place
-
-
-def _tree(path: Path) -> dict[str, Any]:
-    tree = read_torch_file(path)
-    if not isinstance(tree, dict):
-        raise CheckpointError(f"{path}: holds a {type(tree).__name__}, not a checkpoint; give a {FILE} of Megatron-LM")
-    return tree
+    return write_rank_files(folder, checkpoint.iteration, tensor, pipeline, lambda rank, stage: common | {
+        "model": _model(weights, (rank, tensor), (stage, pipeline))})
 
 
 def _merged(ranks: Sequence[Any], files: Sequence[Path]) -> dict[str, StoredTensor]:
@@ -117,20 +86,8 @@ def _merged(ranks: Sequence[Any], files: Sequence[Path]) -> dict[str, StoredTens
                 for part in parts):
             raise CheckpointError(f"{files[0]}: {str(name)[:60]} is no tensor, or another on other tensor ranks; give "
                                   "a checkpoint of megatron-core's BERT, all from one run")
-        merged[name] = _joined(parts, split_dim(name))
+        merged[name] = joined(parts, split_dim(name))
     return merged
-
-
-def _joined(parts: Sequence[StoredTensor], dim: int | None) -> StoredTensor:
-    """The tensor ranks' parts, one behind another."""
-    first = parts[0]
-    if dim is None or len(parts) == 1 or dim >= len(first.shape):
-        return first
-    size = first.shape[dim]
-    whole = tuple(len(parts) * length if at == dim else length for at, length in enumerate(first.shape))
-    return StoredTensor(whole, first.dtype, tuple(
-        Piece(tuple(rank * size if at == dim else 0 for at in range(len(whole))), part.shape, part.read_box)
-        for rank, part in enumerate(parts)))
 
 
 def _model(weights: Weights, rank: tuple[int, int], stage: tuple[int, int]) -> dict[str, Any]:

@@ -1,17 +1,14 @@
 """A checkpoint's weights as megatron-core is to have them: its names, and no more of them than it can take."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from megatron.checkpoint.convert.megatron_core.names import num_layers, their_name
 from megatron.checkpoint.convert.megatron_v2.names import parameter_names
-from megatron.checkpoint.convert.megatron_v2.places import LATEST, folder_name
 from megatron.checkpoint.convert.vocabulary import WORDS, rows_for, with_rows
 from megatron.checkpoint.stored import Checkpoint, StoredTensor
 from megatron.errors import CheckpointError, ConfigError
-from megatron.files import write_text
 
 
 @dataclass(frozen=True)
@@ -53,13 +50,3 @@ def weights_of(checkpoint: Checkpoint, tensor: int, pipeline: int) -> Weights:
     dtype = model[WORDS].dtype if model[WORDS].dtype in (torch.float16, torch.bfloat16) else torch.float32
     padded = with_rows(checkpoint, rows_for(model[WORDS].shape[0], tensor, checkpoint))
     return Weights(padded, {their_name(name): padded.model[name].to(dtype) for name in names}, dtype)
-
-
-def place_for(checkpoint: Checkpoint, folder: Path) -> Path:
-    """Where a checkpoint lies below a run's folder."""
-    return folder / folder_name(checkpoint.iteration)
-
-
-def point_to(checkpoint: Checkpoint, folder: Path) -> None:
-    """Make it the one that a run in `folder` goes on from; raises OSError."""
-    write_text(folder / LATEST, str(checkpoint.iteration or folder_name(0)))

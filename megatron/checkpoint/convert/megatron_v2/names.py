@@ -98,12 +98,10 @@ def num_layers(names: Mapping[str, Any] | list[str]) -> int:
 
 
 def by_head(tensor: StoredTensor, heads: int, version: float) -> StoredTensor:
-    """Rows of queries, keys and values of some heads, [heads, 3, width, …], from the order that a version has them in.
+    """Rows of queries, keys and values of some heads, [heads, 3, width, …], from the order of a version before 2.
 
     Version 0 has [3, heads, width], version 1 [heads, width, 3].
     """
-    if version >= 2:
-        return tensor
     rows = tensor.shape[0] // heads  # of a head: queries, keys, values
     width = rows // 3
 

@@ -4,14 +4,15 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron.checkpoint.convert.torch_files import has_mark
+from megatron.checkpoint.places import LATEST, place_of
 from megatron.errors import CheckpointError
+from megatron.files import write_text
 
 FILE = "model_optim_rng.pt"
-LATEST = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 _RANK = re.compile(r"mp_rank_([0-9]{2,4})(?:_([0-9]{3,4}))?")
 _ITERATION = re.compile(r"iter_([0-9]{7,18})")
-_HEAD_BYTES = 2**22  # of a file, in which its names are
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,12 @@ class Place:
 
 def recognises(path: Path) -> bool:
     """Whether this looks like a checkpoint of Megatron v2, or a folder of them; opens no pickle."""
-    try:
-        place = find_place(path)
-        with place.files[0][0].open("rb") as file:
-            return b"language_model" in file.read(_HEAD_BYTES)
-    except (CheckpointError, OSError):
-        return False
+    return has_mark(path, first_file, b"language_model")
+
+
+def first_file(path: Path) -> Path:
+    """The first rank's, of the checkpoint that is at `path`, or the one to go on from; raises CheckpointError."""
+    return find_place(path).files[0][0]
 
 
 def find_place(path: Path, iteration: int | None = None) -> Place:
@@ -44,7 +45,7 @@ def find_place(path: Path, iteration: int | None = None) -> Place:
         raise CheckpointError(f"{path} is not there; give the folder of a run of Megatron")
     if any(_RANK.match(part.name) for part in path.glob("mp_rank_*")):
         return _place_in(path)
-    return _place_in(path / (f"iter_{iteration:07d}" if iteration is not None else newest(path)))
+    return _place_in(path / newest(path) if iteration is None else place_of(path, iteration))
 
 
 def newest(folder: Path) -> str:
@@ -57,8 +58,8 @@ def newest(folder: Path) -> str:
         text = (folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         text = ""
-    if re.fullmatch("[0-9]{1,18}", text) and (folder / f"iter_{int(text):07d}").is_dir():
-        return f"iter_{int(text):07d}"
+    if re.fullmatch("[0-9]{1,18}", text) and (named := place_of(folder, int(text))).is_dir():
+        return named.name
     if (folder / RELEASE).is_dir() and (text == RELEASE or not there):
         return RELEASE
     if there:
@@ -66,9 +67,14 @@ def newest(folder: Path) -> str:
     raise CheckpointError(f"{folder} holds no iter_ folder and no {RELEASE}; give the folder of a run of Megatron")
 
 
-def folder_name(iteration: int) -> str:
+def place_for(folder: Path, iteration: int) -> Path:
     """Where the checkpoint of an iteration lies in a run's folder; weights that were trained elsewhere have none."""
-    return f"iter_{iteration:07d}" if iteration else RELEASE
+    return place_of(folder, iteration) if iteration else folder / RELEASE
+
+
+def point_to(folder: Path, iteration: int) -> None:
+    """Make it the one that a run in `folder` goes on from; raises OSError."""
+    write_text(folder / LATEST, str(iteration or RELEASE))
 
 
 def rank_name(tensor: int, pipeline: int, num_pipeline: int) -> str:

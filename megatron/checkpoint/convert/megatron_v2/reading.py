@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megatron.checkpoint.convert.failures import readable
 from megatron.checkpoint.convert.megatron_v2.arguments import config_of, progress_of, schedule_of
 from megatron.checkpoint.convert.megatron_v2.names import (
     HEAD_COPY,
@@ -22,9 +23,9 @@ from megatron.checkpoint.convert.megatron_v2.names import (
 )
 from megatron.checkpoint.convert.megatron_v2.optimizer_state import OptimizerState, optimizer_state
 from megatron.checkpoint.convert.megatron_v2.places import RELEASE, Place, find_place
+from megatron.checkpoint.convert.megatron_v2.rank_files import read_rank_files
 from megatron.checkpoint.convert.token_types import NOTE, with_first_type
-from megatron.checkpoint.convert.torch_files import read_torch_file
-from megatron.checkpoint.stored import Checkpoint, Piece, StoredTensor, stored
+from megatron.checkpoint.stored import Checkpoint, StoredTensor, joined, stored
 from megatron.errors import CheckpointError
 
 _POSITIONS = "embedding.position_embeddings.weight"
@@ -47,39 +48,29 @@ def read(path: Path, iteration: int | None = None) -> Checkpoint:
     files are of, and "notes": a line for whatever was left out or changed. Raises CheckpointError.
     """
     place = find_place(path, iteration)
-    try:
-        return _read(place)
-    except CheckpointError:
-        raise
-    except Exception as error:  # what a file holds may be of any kind, and fail anywhere
-        raise CheckpointError(f"{place.path}: what it holds is not as Megatron writes it ({type(error).__name__}: "
-                              f"{' '.join(str(error).split())[:200]}); copy it again") from error
-
-
-def _read(place: Place) -> Checkpoint:
-    stages = _ranks(place)
-    first = stages[0][0].tree
-    arguments = first.get("args") if isinstance(first.get("args"), argparse.Namespace) else None
-    number = 0 if place.path.name == RELEASE else _iteration(first, place)
-    notes: list[str] = []
-    join = _Joiner(place, first, arguments, len(stages[0]))
-    model = _model(stages, join, notes)
-    optimizer = None if number == 0 and place.path.name == RELEASE else _optimizer(stages, join)
-    state: dict[str, Any] = {
-        "config": config_of(arguments, {name: tensor.shape for name, tensor in model.items()}, place.path),
-        "notes": notes, "layout": {"tensor_model_parallel_size": len(stages[0]),
-                                   "pipeline_model_parallel_size": len(stages)}}
-    schedule = schedule_of(first, arguments)
-    state |= {"progress": progress_of(number, arguments, schedule), "loss_scale": _loss_scale(stages[0][0], state)}
-    if schedule is not None:
-        state["schedule"] = {name: value for name, value in schedule.items() if name != "num_samples"}
-    return Checkpoint(place.path, number, model, optimizer, state)
+    with readable(place.path, "as Megatron writes it"):
+        stages = _ranks(place)
+        first = stages[0][0].tree
+        arguments = first.get("args") if isinstance(first.get("args"), argparse.Namespace) else None
+        number = 0 if place.path.name == RELEASE else _iteration(first, place)
+        notes: list[str] = []
+        join = _Joiner(place, first, arguments, len(stages[0]))
+        model = _model(stages, join, notes)
+        optimizer = None if number == 0 and place.path.name == RELEASE else _optimizer(stages, join)
+        state: dict[str, Any] = {
+            "config": config_of(arguments, {name: tensor.shape for name, tensor in model.items()}, place.path),
+            "notes": notes, "layout": {"tensor_model_parallel_size": len(stages[0]),
+                                       "pipeline_model_parallel_size": len(stages)}}
+        schedule = schedule_of(first, arguments)
+        state |= {"progress": progress_of(number, arguments, schedule), "loss_scale": _loss_scale(stages[0][0], state)}
+        if schedule is not None:
+            state["schedule"] = {name: value for name, value in schedule.items() if name != "num_samples"}
+        return Checkpoint(place.path, number, model, optimizer, state)
 
 
 def _ranks(place: Place) -> list[list[_Rank]]:
     """[pipeline rank][tensor rank]."""
-    trees = [[_tree(path) for path in stage] for stage in place.files]
-    _check_layout(place, trees[0][0])
+    trees = read_rank_files(place, "Megatron v2")
     chunks = [[chunks_of(tree, path) for tree, path in zip(*both, strict=True)]
               for both in zip(trees, place.files, strict=True)]
     num_chunks = len(chunks[0][0])
@@ -104,26 +95,6 @@ def _rank(path: Path, tree: dict[str, Any], chunks: Sequence[Sequence[NamedParam
     return _Rank(path, tree, entries, optimizer)
 
 
-def _tree(path: Path) -> dict[str, Any]:
-    tree = read_torch_file(path)
-    if not isinstance(tree, dict):
-        raise CheckpointError(f"{path}: holds a {type(tree).__name__}, not a checkpoint; give a model_optim_rng.pt of "
-                              "Megatron v2")
-    return tree
-
-
-def _check_layout(place: Place, tree: dict[str, Any]) -> None:
-    """Raises CheckpointError where there are not as many ranks' files as the run had ranks."""
-    arguments = tree.get("args")
-    for what, found, names in (
-            ("tensor", len(place.files[0]), ("tensor_model_parallel_size", "model_parallel_size")),
-            ("pipeline", len(place.files), ("pipeline_model_parallel_size",))):
-        said = next((getattr(arguments, name) for name in names if hasattr(arguments, name)), found)
-        if said != found:
-            raise CheckpointError(f"{place.path}: has files of {found} {what}-parallel ranks, but was written by {said}"
-                                  "; copy the others' as well")
-
-
 class _Joiner:
     """Makes wholes of the tensor ranks' parts."""
 
@@ -143,15 +114,9 @@ class _Joiner:
         dim = split_dim(name)
         if "query_key_value" in name and self._version < 2:
             parts = [by_head(part, self._heads_of(name, part), self._version) for part in parts]
-        if dim is None or len(parts) == 1:
-            return parts[0]
-        if dim >= len(first.shape):
+        if dim is not None and dim >= len(first.shape) and len(parts) > 1:
             raise CheckpointError(f"{self._place.path}: {name} is {list(first.shape)}, not what a rank holds of it")
-        size = first.shape[dim]
-        whole = tuple(len(parts) * length if at == dim else length for at, length in enumerate(first.shape))
-        return StoredTensor(whole, first.dtype, tuple(
-            Piece(tuple(rank * size if at == dim else 0 for at in range(len(whole))), part.shape, part.read_box)
-            for rank, part in enumerate(parts)))
+        return joined(parts, dim)
 
     def _heads_of(self, name: str, part: StoredTensor) -> int:
         if not isinstance(self._heads, int) or self._heads < 1:

@@ -1,6 +1,5 @@
 """From whole tensors to the files of each rank, as Megatron v2 writes them, with one tensor in memory at a time."""
 
-import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,13 +9,11 @@ import torch
 
 from megatron.checkpoint.convert.megatron_v2.arguments import arguments_of, learning_rate, scheduler_of
 from megatron.checkpoint.convert.megatron_v2.names import decays, num_layers, parameter_names, split_dim
-from megatron.checkpoint.convert.megatron_v2.places import FILE, LATEST, folder_name, rank_name
 from megatron.checkpoint.convert.megatron_v2.randomness import random_states
-from megatron.checkpoint.convert.torch_writing import write_torch_file
+from megatron.checkpoint.convert.megatron_v2.rank_files import write_rank_files
 from megatron.checkpoint.convert.vocabulary import WORDS, rows_for, with_rows
 from megatron.checkpoint.stored import Checkpoint, StoredTensor
 from megatron.errors import CheckpointError, ConfigError
-from megatron.files import new_folder, sync, write_text
 
 _VERSION = 3.0
 _HALVES = (torch.float16, torch.bfloat16)
@@ -29,20 +26,7 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
     ConfigError where the model does not divide, CheckpointError where something is missing or the disk refuses.
     """
     files = _Files(checkpoint, tensor, pipeline)
-    place = folder / folder_name(checkpoint.iteration)
-    try:
-        with new_folder(place) as temporary:
-            for stage, rank in itertools.product(range(pipeline), range(tensor)):
-                part = temporary / rank_name(rank, stage, pipeline)
-                part.mkdir()
-                write_torch_file(part / FILE, files.tree(rank, stage))
-                sync(part / FILE)
-                sync(part)
-        write_text(folder / LATEST, str(checkpoint.iteration) if checkpoint.iteration else place.name)
-    except OSError as error:
-        raise CheckpointError(f"{place} cannot be written ({error.strerror}); make room, or give another folder"
-                              ) from error
-    return place
+    return write_rank_files(folder, checkpoint.iteration, tensor, pipeline, files.tree)
 
 
 class _Files:

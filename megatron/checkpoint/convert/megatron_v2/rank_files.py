@@ -1,0 +1,56 @@
+"""The files of ranks, in and out: megatron-core's `--ckpt-format torch` has them where Megatron v2 does."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron.checkpoint.convert.failures import writable
+from megatron.checkpoint.convert.megatron_v2.places import FILE, Place, place_for, point_to, rank_name
+from megatron.checkpoint.convert.torch_files import read_torch_file
+from megatron.checkpoint.convert.torch_writing import write_torch_file
+from megatron.errors import CheckpointError
+from megatron.files import new_folder, sync
+
+
+def read_rank_files(place: Place, program: str) -> list[list[dict[str, Any]]]:
+    """What each rank's file holds, [pipeline rank][tensor rank]; `program`: which writes them, for messages.
+
+    Raises CheckpointError where that is no table, or where there are not as many files as the run had ranks.
+    """
+    trees = [[_tree(file, program) for file in stage] for stage in place.files]
+    arguments = trees[0][0].get("args")
+    for what, found, names in (
+            ("tensor", len(trees[0]), ("tensor_model_parallel_size", "model_parallel_size")),
+            ("pipeline", len(trees), ("pipeline_model_parallel_size",))):
+        said = next((getattr(arguments, name) for name in names if hasattr(arguments, name)), found)
+        if said != found:
+            raise CheckpointError(f"{place.path}: has files of {found} {what}-parallel ranks, but was written by {said}"
+                                  "; copy the others' as well")
+    return trees
+
+
+def write_rank_files(folder: Path, iteration: int, tensor: int, pipeline: int,
+                     tree: Callable[[int, int], dict[str, Any]]) -> Path:
+    """Write `tree(tensor rank, pipeline rank)` for each below a run's folder, and point to them; returns their place.
+
+    Raises CheckpointError where the disk refuses.
+    """
+    place = place_for(folder, iteration)
+    with writable(place):
+        with new_folder(place) as temporary:
+            for stage, rank in itertools.product(range(pipeline), range(tensor)):
+                part = temporary / rank_name(rank, stage, pipeline)
+                part.mkdir()
+                write_torch_file(part / FILE, tree(rank, stage))
+                sync(part / FILE)
+                sync(part)
+        point_to(folder, iteration)
+    return place
+
+
+def _tree(file: Path, program: str) -> dict[str, Any]:
+    tree = read_torch_file(file)
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{file}: holds a {type(tree).__name__}, not a checkpoint; give a {FILE} of {program}")
+    return tree
