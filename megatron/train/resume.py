@@ -51,8 +51,11 @@ def started_again(config: Config, world: Axis, log: Log) -> Config:
 
 
 def origin_of(folder: str) -> str:
-    """How a checkpoint names what its run took up first, if that was another folder than its own."""
-    return str(Path(folder).resolve())
+    """How a checkpoint names what its run took up first, if that was another folder than its own.
+
+    As it was given: where RUN/best leads may change.
+    """
+    return os.path.abspath(folder)
 
 
 def find_checkpoint(config: CheckpointConfig, world: Axis, log: Log) -> Checkpoint | None:
