@@ -12,8 +12,7 @@ import torch
 
 from megatron.infer.answers import all_logits
 from megatron.infer.pretrained import Pretrained
-from megatron.infer.rows import packed, token_budget
-from megatron.parallel.collectives import everyones
+from megatron.infer.rows import grouped, packed, token_budget
 
 
 class Copy(NamedTuple):
@@ -35,8 +34,7 @@ def log_probabilities(pretrained: Pretrained, copies: Iterable[Copy], budget: in
     together and get the same.
     """
     model, mesh = pretrained.model, pretrained.mesh
-    budget = budget or min(everyones(token_budget(model.config, 0, mesh.device), mesh.tensor))
-    for row in _rows(copies, budget):
+    for row in grouped(copies, lambda copy: len(copy.ids), token_budget(budget, model.config, 0, mesh)):
         sequence = packed([copy.ids for copy in row], mesh.device)
         starts = sequence.cu_seqlens.tolist()
         places = [start + place for start, copy in zip(starts, row, strict=False) for place in copy.places]
@@ -45,16 +43,3 @@ def log_probabilities(pretrained: Pretrained, copies: Iterable[Copy], budget: in
         values_tv = logits_tv.float().log_softmax(-1).cpu().numpy()
         progress(len(row))
         yield from np.split(values_tv, np.cumsum([len(copy.places) for copy in row])[:-1])
-
-
-def _rows(copies: Iterable[Copy], budget: int) -> Iterator[list[Copy]]:
-    """As many copies at a time, in their order, as have `budget` tokens, or one."""
-    row, num_tokens = list[Copy](), 0
-    for copy in copies:
-        if row and num_tokens + len(copy.ids) > budget:
-            yield row
-            row, num_tokens = [], 0
-        row.append(copy)
-        num_tokens += len(copy.ids)
-    if row:
-        yield row
