@@ -31,10 +31,9 @@ from megatron.infer.contacts.precision import DIVISORS, RANGES, mean_and_interva
 from megatron.infer.contacts.regression import NUM_FITTED, C, drawn, fitted  # noqa: E402
 from megatron.infer.contacts.structures import read_chains  # noqa: E402
 from megatron.infer.door import add_model_flags, asked  # noqa: E402
-from megatron.infer.embed.survey import file_name  # noqa: E402
 from megatron.infer.embed.writers import check_form  # noqa: E402
 from megatron.infer.pretrained import Pretrained, load  # noqa: E402
-from megatron.infer.proteins import ProteinFiles  # noqa: E402
+from megatron.infer.proteins import ProteinFiles, file_name  # noqa: E402
 from megatron.infer.rows import grouped  # noqa: E402
 from megatron.log import Log  # noqa: E402
 from megatron.parallel.collectives import everyones_in_turn  # noqa: E402

@@ -13,6 +13,7 @@ import torch
 from megatron.infer.answers import all_logits
 from megatron.infer.pretrained import Pretrained
 from megatron.infer.rows import grouped, packed, token_budget
+from megatron.infer.windows import window_around
 
 
 class Copy(NamedTuple):
@@ -20,6 +21,17 @@ class Copy(NamedTuple):
 
     ids: np.ndarray
     places: Sequence[int]
+
+
+def copy_of(pretrained: Pretrained, residues: np.ndarray, sites: Sequence[int], longest: int | None, is_masked: bool
+            ) -> Copy:
+    """A protein, given as its residues' ids, in the window around some sites, all of which have the same one."""
+    window = window_around(sites[0], len(residues), longest)
+    ids = pretrained.between_ends(residues[window.start:window.stop], "protein")
+    places = [1 + site - window.start for site in sites]
+    if is_masked:
+        ids[places] = pretrained.vocab.mask_id
+    return Copy(ids, places)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron.errors import ConfigError, DataError
-from megatron.infer.proteins import Protein
+from megatron.infer.proteins import Protein, file_name
 from megatron.infer.rows import grouped
 
 DIGEST_BYTES = 16
@@ -61,11 +61,6 @@ def first_ones(proteins: Iterable[Protein], surveyed: Survey) -> Iterator[Protei
         if place == num_before:
             num_before += 1
             yield protein
-
-
-def file_name(name: str) -> str:
-    """A protein's name as a file or a key of HDF5 can have it."""
-    return name.replace("/", "_")
 
 
 def _digest(content: bytes) -> bytes:

@@ -14,10 +14,10 @@ from itertools import groupby
 
 import numpy as np
 
-from megatron.infer.predictions import log_probabilities
+from megatron.infer.predictions import copy_of, log_probabilities
 from megatron.infer.pretrained import Pretrained
 from megatron.infer.variants.mutants import Mutant, mutated
-from megatron.infer.variants.windows import copy_of, window_around
+from megatron.infer.windows import window_around
 from megatron.parallel.collectives import everyones_in_turn
 
 MASKED, WILD_TYPE, PSEUDO = "masked-marginals", "wt-marginals", "pseudo-ppl"
