@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron.data.batches.batch import Batch, BatchShape, collate
 from megatron.data.corpus.vocab import Vocab
-from megatron.data.rows.packed import Row
+from megatron.data.rows.packed import Row, between_ends
 from megatron.data.rows.packing import PackedRows, order_key, pack
 from megatron.finetune.data.examples import Example
 from megatron.finetune.data.labels import LabelSpace
@@ -229,10 +229,8 @@ class PackedExamples:
 
     def _row(self, parts: Sequence[tuple[int, slice]]) -> Row:
         """The tokens of a row and, where residues have labels, its targets."""
-        cls, sep = np.array([[self._vocab.cls_id], [self._vocab.sep_id]])
-        ends = (cls, sep)[1:self._settings.num_ends]
-        tokens_t = np.concatenate([array for number, window in parts
-                                   for array in (cls, self.examples[number].ids[window], *ends)], dtype=np.int64)
+        tokens_t = between_ends([self.examples[number].ids[window] for number, window in parts],
+                                (self._vocab.cls_id, self._vocab.sep_id)[:self._settings.num_ends])
         lengths = np.array([window.stop - window.start for _, window in parts]) + self._settings.num_ends
         nothing = np.empty(0, dtype=np.int64)
         if self._space.kind != RESIDUES or any(self.examples[number].label is None for number, _ in parts):
