@@ -22,7 +22,7 @@ from pathlib import Path
 
 # What the program, its optimizers and collectives import sooner or later.
 PRELOADED = ("torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.run", "torch.utils.tensorboard",
-             "matplotlib.pyplot")
+             "matplotlib.figure")
 STAND_IN = """#!/bin/sh
 [ "$1" != -u ] || shift
 case "$1 $2" in

@@ -22,7 +22,7 @@ from megatron.infer.door import add_model_flags, asked  # noqa: E402
 from megatron.infer.evaluation.run import evaluated, pseudo_perplexity  # noqa: E402
 from megatron.infer.pretrained import Pretrained, load  # noqa: E402
 from megatron.infer.proteins import ProteinFiles  # noqa: E402
-from megatron.infer.variants.windows import longest_window  # noqa: E402
+from megatron.infer.windows import longest_window  # noqa: E402
 from megatron.log import Log  # noqa: E402
 from megatron.parallel.launch.leaving import leave  # noqa: E402
 from megatron.parallel.mesh import Mesh  # noqa: E402

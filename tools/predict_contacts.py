@@ -31,12 +31,12 @@ from megatron.infer.contacts.precision import DIVISORS, RANGES, mean_and_interva
 from megatron.infer.contacts.regression import NUM_FITTED, C, drawn, fitted  # noqa: E402
 from megatron.infer.contacts.structures import read_chains  # noqa: E402
 from megatron.infer.door import add_model_flags, asked  # noqa: E402
-from megatron.infer.embed.survey import file_name  # noqa: E402
 from megatron.infer.embed.writers import check_form  # noqa: E402
 from megatron.infer.pretrained import Pretrained, load  # noqa: E402
-from megatron.infer.proteins import ProteinFiles  # noqa: E402
+from megatron.infer.proteins import ProteinFiles, file_name  # noqa: E402
+from megatron.infer.rows import grouped  # noqa: E402
 from megatron.log import Log  # noqa: E402
-from megatron.parallel.collectives import everyones  # noqa: E402
+from megatron.parallel.collectives import everyones_in_turn  # noqa: E402
 from megatron.parallel.launch.leaving import leave  # noqa: E402
 from megatron.parallel.mesh import Mesh  # noqa: E402
 from megatron.study.table import table  # noqa: E402
@@ -190,30 +190,16 @@ def told(given: argparse.Namespace, pretrained: Pretrained, proteins: Sequence[N
     axis, budget = pretrained.mesh.data, given.tokens_per_row
     bar = log.progress(sum(len(ids) for _, ids in proteins), 0, unit="token", label="predicting")
     try:
-        for group in in_groups(proteins):
+        for group in grouped(proteins, lambda protein: len(protein[1])**2, MOST_PAIRS):
             mine = [ids for _, ids in group[axis.rank::axis.size]]
             if given.method == "jacobian":
                 scores = [jacobian_contacts(pretrained, ids, budget, bar.update) for ids in mine]
             else:
                 scores = [answer["contacts"] for answer in pretrained.ask_ids(mine, Asked(("contacts",), ()), budget)]
                 bar.update(sum(len(ids) for _, ids in group))
-            everyone = everyones(scores, axis)
-            for number, (name, _) in enumerate(group):
-                yield name, everyone[number % axis.size][number // axis.size]
+            yield from zip((name for name, _ in group), everyones_in_turn(scores, axis), strict=True)
     finally:
         bar.close()
-
-
-def in_groups(proteins: Sequence[Named]) -> Iterator[list[Named]]:
-    """Proteins, in their order, as many at once as have MOST_PAIRS."""
-    group, num_pairs = list[Named](), 0
-    for protein in proteins:
-        if group and num_pairs + len(protein[1])**2 > MOST_PAIRS:
-            yield group
-            group, num_pairs = [], 0
-        group.append(protein)
-        num_pairs += len(protein[1])**2
-    yield group
 
 
 def as_table(figures: dict[str, np.ndarray], lengths: dict[str, int]) -> str:

@@ -26,7 +26,7 @@ from megatron.infer.variants.record import SUMMARY, ScoringRecord  # noqa: E402
 from megatron.infer.variants.run import Way, draw_proteins, score_files  # noqa: E402
 from megatron.infer.variants.scores import MARGINALS, MASKED, SCORINGS  # noqa: E402
 from megatron.infer.variants.wild_types import read_proteins, read_wild_types  # noqa: E402
-from megatron.infer.variants.windows import longest_window  # noqa: E402
+from megatron.infer.windows import longest_window  # noqa: E402
 from megatron.log import Log  # noqa: E402
 from megatron.parallel.launch.leaving import leave  # noqa: E402
 from megatron.parallel.mesh import Mesh  # noqa: E402

@@ -16,7 +16,7 @@ from megatron.kernels.packed_sequence import PackedSequence
 from megatron.model.contacts import contacts
 from megatron.model.protein_model import ProteinModel
 from megatron.model.states import watched_layers
-from megatron.parallel.collectives import all_gather, everyones
+from megatron.parallel.collectives import all_gather
 from megatron.parallel.mesh import Mesh
 
 OF_LAYERS = ("mean", "per_tok", "cls")
@@ -69,7 +69,7 @@ def answers(model: ProteinModel, mesh: Mesh, proteins: Sequence[np.ndarray], num
     as memory allows. Tensor ranks call this together and get the same.
     """
     found = list[Answer]([{}] * len(proteins))
-    budget = budget or min(everyones(token_budget(model.config, len(asked.watched), mesh.device), mesh.tensor))
+    budget = token_budget(budget, model.config, len(asked.watched), mesh)
     for places in shared_out([len(ids) for ids in proteins], budget):
         row = packed([proteins[place] for place in places], mesh.device)
         for place, answer in zip(places, _of_row(model, mesh, row, num_ends, num_tokens, asked), strict=True):

@@ -12,8 +12,8 @@ import torch
 
 from megatron.infer.answers import all_logits
 from megatron.infer.pretrained import Pretrained
-from megatron.infer.rows import packed, token_budget
-from megatron.parallel.collectives import everyones
+from megatron.infer.rows import grouped, packed, token_budget
+from megatron.infer.windows import window_around
 
 
 class Copy(NamedTuple):
@@ -21,6 +21,17 @@ class Copy(NamedTuple):
 
     ids: np.ndarray
     places: Sequence[int]
+
+
+def copy_of(pretrained: Pretrained, residues: np.ndarray, sites: Sequence[int], longest: int | None, is_masked: bool
+            ) -> Copy:
+    """A protein, given as its residues' ids, in the window around some sites, all of which have the same one."""
+    window = window_around(sites[0], len(residues), longest)
+    ids = pretrained.between_ends(residues[window.start:window.stop], "protein")
+    places = [1 + site - window.start for site in sites]
+    if is_masked:
+        ids[places] = pretrained.vocab.mask_id
+    return Copy(ids, places)
 
 
 @torch.no_grad()
@@ -35,8 +46,7 @@ def log_probabilities(pretrained: Pretrained, copies: Iterable[Copy], budget: in
     together and get the same.
     """
     model, mesh = pretrained.model, pretrained.mesh
-    budget = budget or min(everyones(token_budget(model.config, 0, mesh.device), mesh.tensor))
-    for row in _rows(copies, budget):
+    for row in grouped(copies, lambda copy: len(copy.ids), token_budget(budget, model.config, 0, mesh)):
         sequence = packed([copy.ids for copy in row], mesh.device)
         starts = sequence.cu_seqlens.tolist()
         places = [start + place for start, copy in zip(starts, row, strict=False) for place in copy.places]
@@ -45,16 +55,3 @@ def log_probabilities(pretrained: Pretrained, copies: Iterable[Copy], budget: in
         values_tv = logits_tv.float().log_softmax(-1).cpu().numpy()
         progress(len(row))
         yield from np.split(values_tv, np.cumsum([len(copy.places) for copy in row])[:-1])
-
-
-def _rows(copies: Iterable[Copy], budget: int) -> Iterator[list[Copy]]:
-    """As many copies at a time, in their order, as have `budget` tokens, or one."""
-    row, num_tokens = list[Copy](), 0
-    for copy in copies:
-        if row and num_tokens + len(copy.ids) > budget:
-            yield row
-            row, num_tokens = [], 0
-        row.append(copy)
-        num_tokens += len(copy.ids)
-    if row:
-        yield row

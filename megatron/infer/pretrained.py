@@ -23,6 +23,7 @@ from megatron.config import Config
 from megatron.config.command_line import left_open, parse
 from megatron.data.corpus.tokenizer import ResidueTokenizer
 from megatron.data.corpus.vocab import Vocab
+from megatron.data.rows.packed import between_ends
 from megatron.errors import CheckpointError, ConfigError, ResidueError
 from megatron.infer.answers import Answer, Asked, answers
 from megatron.infer.rows import MOST_TOKENS, packed
@@ -107,8 +108,7 @@ class Pretrained:
         if self.max_residues is not None and len(residues) > self.max_residues:
             raise ConfigError(f"{name}: it has {len(residues)} residues, and the model knows the positions of "
                               f"{self.max_residues}; crop it, or ask in windows")
-        behind = [self.vocab.sep_id] * (self.num_ends - 1)
-        return np.array([self.vocab.cls_id, *residues, *behind], dtype=np.int64)
+        return between_ends([residues], (self.vocab.cls_id, self.vocab.sep_id)[:self.num_ends])
 
     def row(self, proteins: Sequence[str]) -> PackedSequence:
         """The proteins as one row, on the model's device."""

@@ -61,3 +61,8 @@ class ProteinFiles:
     def identity(self) -> list[Any]:
         """Tells whether they are still the same: the keys, and path, size and time of the last change of each file."""
         return [self._key, self._name_key, *(facts for source in self._sources for facts in source.identity())]
+
+
+def file_name(name: str) -> str:
+    """A protein's name as a file or a key of HDF5 can have it."""
+    return name.replace("/", "_")

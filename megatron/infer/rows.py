@@ -4,9 +4,10 @@ There is no padding and no filler: a row has as many tokens as its proteins. Sha
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,17 +15,27 @@ from torch import Tensor
 
 from megatron.config import ModelConfig
 from megatron.kernels.packed_sequence import PackedSequence
+from megatron.parallel.collectives import everyones
+from megatron.parallel.mesh import Mesh
 
 MOST_TOKENS = {"cpu": 4096, "cuda": 65_536}  # more in one row makes nothing faster
 _SHARE = 4  # of the memory that is free a row takes one such part
 
+T = TypeVar("T")
 
-def token_budget(config: ModelConfig, num_layers: int, device: torch.device) -> int:
-    """How many tokens a row may have, so that what a forward pass keeps of `num_layers` layers fits into memory."""
+
+def token_budget(asked: int | None, config: ModelConfig, num_layers: int, mesh: Mesh) -> int:
+    """How many tokens a row may have: as asked, else so that what a forward pass keeps of `num_layers` layers fits.
+
+    Into the memory of each tensor rank, that is: they call this together and get the same.
+    """
+    if asked:
+        return asked
     # What a block has at once: the stream and its norm, queries, keys and values, the context, the feed-forward twice.
     width = 8 * config.hidden_size + 2 * config.ffn_hidden_size * (1 + config.swiglu)
     bytes_a_token = 4 * (width + 2 * num_layers * config.hidden_size)
-    return max(1, min(MOST_TOKENS[device.type], free_bytes(device) // (_SHARE * bytes_a_token)))
+    most = max(1, min(MOST_TOKENS[mesh.device.type], free_bytes(mesh.device) // (_SHARE * bytes_a_token)))
+    return min(everyones(most, mesh.tensor))
 
 
 def shared_out(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -32,15 +43,21 @@ def shared_out(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 
     Proteins of a row are about equally long, so that the processors that share it out have equal work.
     """
-    row, num_tokens = list[int](), 0
-    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
-        if row and num_tokens + lengths[place] > budget:
-            yield row
-            row, num_tokens = [], 0
-        row.append(place)
-        num_tokens += lengths[place]
-    if row:
-        yield row
+    return grouped(sorted(range(len(lengths)), key=lambda place: -lengths[place]), lengths.__getitem__, budget)
+
+
+def grouped(items: Iterable[T], size_of: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """As many items at a time, in their order, as have no more than `most` together; a larger one by itself."""
+    group, total = list[T](), 0
+    for item in items:
+        size = size_of(item)
+        if group and total + size > most:
+            yield group
+            group, total = [], 0
+        group.append(item)
+        total += size
+    if group:
+        yield group
 
 
 def packed(proteins: Sequence[np.ndarray], device: torch.device) -> PackedSequence:

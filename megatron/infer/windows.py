@@ -1,10 +1,13 @@
-"""Proteins that are longer than a window, as overlapping windows of it. Shapes: r residues of a protein."""
+"""What a model sees at once of a protein too long for it: overlapping windows of all, or one around a residue."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+
+from megatron.errors import ConfigError
+from megatron.infer.pretrained import Pretrained
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,30 @@ class ProteinWindow:
     stop: int
     kept_start: int
     kept_stop: int
+
+
+def longest_window(pretrained: Pretrained, asked: int | None, flag: str = "--window") -> int | None:
+    """The residues of a window: what is asked for, else what the model's positions allow; None: any number.
+
+    Raises ConfigError where the model has not got so many positions.
+    """
+    limit = pretrained.max_residues
+    if asked is not None and (asked < 1 or (limit is not None and asked > limit)):
+        raise ConfigError(f"{flag} is {asked}; it must be 1 or greater" +
+                          ("" if limit is None else f", and at most {limit}, whose positions the model knows"))
+    return limit if asked is None else asked
+
+
+def window_around(site: int, num_residues: int, longest: int | None) -> range:
+    """The residues that a model sees of a protein for one of them: ProteinGym's optimal window.
+
+    The whole protein where it fits; else `longest` residues, the site in their middle, or as near to it as the
+    protein's ends allow.
+    """
+    if longest is None or num_residues <= longest:
+        return range(num_residues)
+    start = min(max(site - longest // 2, 0), num_residues - longest)
+    return range(start, start + longest)
 
 
 def windows_of(length: int, size: int | None) -> list[ProteinWindow]:

@@ -50,6 +50,12 @@ def everyones(value: T, axis: Axis) -> list[T]:
     return values
 
 
+def everyones_in_turn(mine: list[T], axis: Axis) -> list[T]:
+    """What all ranks made of things, rank r of those at r, r + size and so on, in the things' order, on every rank."""
+    parts = everyones(mine, axis)
+    return [parts[number % axis.size][number // axis.size] for number in range(sum(map(len, parts)))]
+
+
 @dataclass(frozen=True)
 class Pending:
     """A collective under way: whatever is computed before `wait` overlaps with it. `waits` counts the rest."""

@@ -4,16 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from megatron.files import replacing
 from megatron.study.curves import AXES, Curve
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot  # noqa: E402 (the backend is chosen first: there may be no display)
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter  # noqa: E402
 
 # Okabe and Ito's, which the colour-blind tell apart (doi 10.1038/nmeth.1618), without the yellow; then other lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -26,7 +23,8 @@ LOG_FROM = 4  # the ratio of the longest run to the shortest from which on an ax
 def draw_comparison(curves: Mapping[str, Curve], behind: Mapping[str, Curve], loss: float, ylabel: str,
                     path: Path) -> None:
     """Write the picture of `curves` to `path`, by their names; thin behind them those of `behind`."""
-    figure, panels = pyplot.subplots(2, 2, figsize=(12, 8.5), dpi=120, sharey=True, layout="constrained")
+    figure = Figure(figsize=(12, 8.5), dpi=120, layout="constrained")
+    panels = figure.subplots(2, 2, sharey=True)
     lowest, highest = _limits(list(curves.values()), loss)
     panels[0, 0].set_ylim(lowest, highest)
     for axis, panel in zip(AXES, panels.flat, strict=True):
@@ -35,14 +33,11 @@ def draw_comparison(curves: Mapping[str, Curve], behind: Mapping[str, Curve], lo
                     highest, list(curves))
     for panel in panels[:, 0]:
         panel.set_ylabel(ylabel)
-    lines = [pyplot.Line2D([], [], **_style(index), label=name) for index, name in enumerate(curves)]
+    lines = [Line2D([], [], **_style(index), label=name) for index, name in enumerate(curves)]
     widest = max(map(len, curves))
     figure.legend(handles=lines, loc="outside upper center", ncols=max(1, min(len(lines), 4, 130 // (widest + 8))))
-    try:
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format=path.suffix[1:] or "png")
-    finally:
-        pyplot.close(figure)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:] or "png")
 
 
 def _draw_panel(panel: Any, axis: str, curves: Mapping[str, Curve], behind: Mapping[str, Curve], loss: float,

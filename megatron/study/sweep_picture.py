@@ -4,17 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
 
 from megatron.files import replacing
 from megatron.study.outcome import Outcome, tried
 from megatron.study.settings import is_number
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot  # noqa: E402 (the backend is chosen first: there may be no display)
-from matplotlib.ticker import NullLocator  # noqa: E402
 
 COLOUR, STOPPED_COLOUR = "#0072B2", "#D55E00"
 LOG_FROM = 4  # the ratio of the largest value to the smallest from which on an axis is logarithmic
@@ -25,13 +22,13 @@ def draw_sweep(found: Sequence[Outcome], ylabel: str, path: Path) -> None:
     found = [one for one in found if one.losses]
     values = {name: those for name, those in tried(found).items() if len(those) > 1} or tried(found)
     if len(values) == 2:
-        figure, panel = pyplot.subplots(figsize=(8, 5.5), dpi=120, layout="constrained")
-        _draw_map(figure, panel, found, values, ylabel)
+        figure = Figure(figsize=(8, 5.5), dpi=120, layout="constrained")
+        _draw_map(figure, figure.subplots(), found, values, ylabel)
     else:
         width = min(len(values), 2 if len(values) == 4 else 3)
-        figure, panels = pyplot.subplots(-(-len(values) // width), width, squeeze=False, sharey=True, dpi=120,
-                                         figsize=(max(8, 4.5 * width), 5 * -(-len(values) // width)),
-                                         layout="constrained")
+        height = -(-len(values) // width)
+        figure = Figure(figsize=(max(8, 4.5 * width), 5 * height), dpi=120, layout="constrained")
+        panels = figure.subplots(height, width, squeeze=False, sharey=True)
         for panel in panels.flat[len(values):]:
             panel.remove()
         for (name, those), panel in zip(values.items(), panels.flat, strict=False):
@@ -39,11 +36,8 @@ def draw_sweep(found: Sequence[Outcome], ylabel: str, path: Path) -> None:
         for panel in panels[:, 0]:
             panel.set_ylabel(ylabel)
         _explain(figure, found)
-    try:
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format="png")
-    finally:
-        pyplot.close(figure)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def _draw_flag(panel: Any, found: Sequence[Outcome], name: str, values: Sequence[str]) -> None:
@@ -84,7 +78,7 @@ def _explain(figure: Any, found: Sequence[Outcome]) -> None:
         (f"a setting{seeds}", {"color": COLOUR, "marker": "o", "linestyle": "", "markerfacecolor": "none"}),
         ("stopped before its end", {"color": STOPPED_COLOUR, "marker": "x", "linestyle": ""})]
     lines = lines[:2] if all(one.is_finished for one in found) else lines
-    figure.legend(handles=[pyplot.Line2D([], [], label=label, **style) for label, style in lines],
+    figure.legend(handles=[Line2D([], [], label=label, **style) for label, style in lines],
                   loc="outside upper center", ncols=len(lines))
 
 

@@ -74,6 +74,17 @@ class Engine:
         finally:
             self.take_up_weights()
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within, the model is in evaluation: nothing is dropped out."""
+        try:
+            for stage in self.stages:
+                stage.eval()
+            yield
+        finally:
+            for stage in self.stages:
+                stage.train()
+
     def take_up_weights(self) -> None:
         """Compute with what the parameters have been given since the last update."""
         self.model.drop_gathered()

@@ -44,16 +44,13 @@ def evaluate(engine: Engine, dataset: Dataset, shape: BatchShape, log: Log, *, n
     loader = batches(dataset, shape, start_sample=0, stop_sample=num_rows, micro_batch_size=micro_batch_size,
                      data_rank=mesh.data.rank, data_size=mesh.data.size, num_workers=0, pin=False)
     counted, sums = _counted(loader, bar, rows_a_micro_step), torch.zeros(3, dtype=torch.float64, device=mesh.device)
-    for stage in engine.stages:
-        stage.eval()
     num_left, is_stopping = -(-num_rows // rows_a_micro_step), False
-    while num_left and not is_stopping:
-        num_now = min(num_left, MICRO_BATCHES_A_GO)
-        engine.pipeline.evaluate(EvaluationPasses(engine, islice(counted, num_now), sums), num_now)
-        num_left -= num_now
-        is_stopping = num_left > 0 and wants_stop()
-    for stage in engine.stages:
-        stage.train()
+    with engine.evaluating():
+        while num_left and not is_stopping:
+            num_now = min(num_left, MICRO_BATCHES_A_GO)
+            engine.pipeline.evaluate(EvaluationPasses(engine, islice(counted, num_now), sums), num_now)
+            num_left -= num_now
+            is_stopping = num_left > 0 and wants_stop()
     bar.close()
     if is_stopping:
         return None

@@ -3,23 +3,20 @@
 import math
 from pathlib import Path
 
-import matplotlib
+from matplotlib.figure import Figure
 
 from megatron.checkpoint.metrics import read_records
 from megatron.checkpoint.places import LOSSES
 from megatron.files import replacing
 from megatron.train.evaluate import Baselines
 
-matplotlib.use("Agg")
-
-from matplotlib import pyplot  # noqa: E402 (the backend is chosen first: there may be no display)
-
 
 def draw_losses(metrics: Path, baselines: Baselines | None) -> Path:
     """Draw the records of `metrics` to `loss.png` beside it and return its path."""
     records = [record for record in read_records(metrics)
                if isinstance(record.get("loss"), float) and math.isfinite(record["loss"])]
-    figure, axes = pyplot.subplots(figsize=(8, 5), dpi=150)
+    figure = Figure(figsize=(8, 5), dpi=150)
+    axes = figure.subplots()
     figure.subplots_adjust(left=0.09, right=0.98, bottom=0.1, top=0.94)
     for kind, label, style in (("train", "training", {"linewidth": 1.0, "alpha": 0.8}),
                                ("valid", "validation", {"marker": "o", "markersize": 4}),
@@ -42,9 +39,6 @@ def draw_losses(metrics: Path, baselines: Baselines | None) -> Path:
     axes.grid(alpha=0.3)
     axes.legend()
     path = metrics.with_name(LOSSES)
-    try:
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format="png")
-    finally:
-        pyplot.close(figure)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
     return path

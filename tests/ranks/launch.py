@@ -21,7 +21,7 @@ TIMEOUT_S = 60
 TIMEOUT = timedelta(seconds=TIMEOUT_S)
 # What each process has when it starts: torch with what its optimizers and collectives import late, and for whole runs
 # the program with what its first rank imports late.
-PRELOADED = ["torch", "torch._dynamo", "torch.distributed.fsdp", "torch.utils.tensorboard", "matplotlib.pyplot",
+PRELOADED = ["torch", "torch._dynamo", "torch.distributed.fsdp", "torch.utils.tensorboard", "matplotlib.figure",
              "pretrain_tape"]
 
 

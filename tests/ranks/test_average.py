@@ -37,13 +37,9 @@ def made(mesh, parallel):
 
 
 def loss(engine, batches):
-    for stage in engine.stages:
-        stage.eval()
     sums = torch.zeros(3, dtype=torch.float64)
-    with torch.no_grad():
+    with torch.no_grad(), engine.evaluating():
         engine.pipeline.evaluate(EvaluationPasses(engine, iter(batches), sums), len(batches))
-    for stage in engine.stages:
-        stage.train()
     sums = all_reduce_sum(sums, engine.mesh.world)
     return sums[0] / sums[2]
 

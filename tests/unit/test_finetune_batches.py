@@ -56,23 +56,23 @@ def packed(kind, sizes, is_training=True, seed=3, **settings):
 
 
 def proteins_in(labelled):
-    """The example, first residue and residues of each protein of a whole micro-batch."""
+    """The example and residues of each protein of a whole micro-batch."""
     sequence = labelled.batch.sequence
     ends = sequence.cu_seqlens.tolist()
     found = []
-    for g, (number, offset) in enumerate(zip(labelled.examples_g.tolist(), labelled.offsets_g.tolist(), strict=True)):
+    for g, number in enumerate(labelled.examples_g.tolist()):
         tokens = sequence.tokens_t[ends[g]:ends[g + 1]]
         if number == NO_EXAMPLE:
             assert len(tokens) == 0
             continue
         assert (tokens[0], tokens[-1]) == (VOCAB.cls_id, VOCAB.sep_id)
-        found.append((number, offset, tokens[1:-1].numpy()))
+        found.append((number, tokens[1:-1].numpy()))
     return found
 
 
 def numbers_in(steps):
     """The examples of each step's micro-batches."""
-    return [[[number for number, _, _ in proteins_in(batch)] for batch in step] for step in steps]
+    return [[[number for number, _ in proteins_in(batch)] for batch in step] for step in steps]
 
 
 @pytest.mark.parametrize("num_ends", [1, 2])
@@ -99,7 +99,7 @@ def test_the_label_of_each_protein_is_in_its_place(kind):
     for step in rows.steps(epoch=1):
         for labelled in step:
             is_protein_g = labelled.examples_g != NO_EXAMPLE
-            ids = [ids for _, _, ids in proteins_in(labelled)]
+            ids = [ids for _, ids in proteins_in(labelled)]
             if kind in ("numbers", "contacts"):
                 starts = labelled.batch.sequence.cu_seqlens[:-1][:len(is_protein_g)][is_protein_g].tolist()
                 expected = torch.full_like(labelled.labels, torch.nan if kind == "numbers" else 0)
@@ -122,8 +122,8 @@ def test_all_batches_of_a_run_have_one_shape(kind):
     rows = packed(kind, lengths(), token_multiple=48)
     batches = [labelled for epoch in range(4) for step in rows.steps(epoch) for labelled in step]
     shapes = {tuple((tensor.shape, tensor.dtype) for tensor in (
-        *labelled.batch.sequence.tensors(), *labelled.batch.targets.tensors(), labelled.labels, labelled.examples_g,
-        labelled.offsets_g)) for labelled in batches}
+        *labelled.batch.sequence.tensors(), *labelled.batch.targets.tensors(), labelled.labels, labelled.examples_g))
+              for labelled in batches}
     assert len(shapes) == 1
     assert batches[0].batch.sequence.tokens_t.shape == (96,)
     assert {labelled.batch.sequence.max_length for labelled in batches} == {max(lengths()) + 2}
@@ -199,11 +199,12 @@ def test_a_long_protein_is_cropped_with_its_labels():
         whole = rows.examples[0].ids
         for epoch in range(6):
             (step,) = rows.steps(epoch)
-            ((number, offset, ids),) = [found for batch in step for found in proteins_in(batch) if not found[0]]
-            assert ids.tolist() == whole[offset:offset + size].tolist()
+            (ids,) = [ids for batch in step for number, ids in proteins_in(batch) if number == 0]
+            offset = whole.tobytes().find(ids.astype(whole.dtype).tobytes())
+            assert len(ids) == size and offset >= 0
             tables = torch.cat([batch.labels for batch in step])
             place = int(torch.cat([batch.sequence.tokens_t for batch in step]).eq(VOCAB.cls_id).nonzero()[
-                [number for batch in step for number, _, _ in proteins_in(batch)].index(0)]) + 1
+                [number for batch in step for number, _ in proteins_in(batch)].index(0)]) + 1
             np.testing.assert_array_equal(tables[place:place + size], rows.examples[0].label[offset:offset + size])
             windows.add((is_training, offset))
     assert {offset for is_training, offset in windows if not is_training} == {0}
@@ -234,5 +235,5 @@ def test_context_ranks_have_the_labels_of_their_tokens(kind):
 def test_a_batch_goes_to_a_device_whole():
     (step, *_) = packed("class", lengths()).steps(0)
     moved = step[0].to("meta")
-    assert {tensor.device.type for tensor in (*moved.batch.sequence.tensors(), moved.labels, moved.examples_g,
-                                              moved.offsets_g)} == {"meta"}
+    assert {tensor.device.type for tensor in (*moved.batch.sequence.tensors(), moved.labels, moved.examples_g)
+            } == {"meta"}

@@ -11,7 +11,7 @@ from megatron.infer.predictions import Copy, log_probabilities
 from megatron.infer.variants.mutants import mutated, parse_mutant
 from megatron.infer.variants.scores import MARGINALS, MASKED, PSEUDO, SCORINGS, WILD_TYPE, num_copies, scores_of
 from megatron.infer.variants.substitutions import all_substitutions, write_substitutions
-from megatron.infer.variants.windows import longest_window, window_around
+from megatron.infer.windows import longest_window, window_around
 from tests.transformers_models import ids_of
 
 WILD = "MKTAYIAKQRQISFVKSHFSRQ"

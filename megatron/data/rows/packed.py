@@ -69,6 +69,7 @@ class PackedDataset:
         self.vocab, self.clusters, self._id_table = vocab, clusters, id_table
         self._masker = FixedMasks(vocab) if masking is None else Masker(masking, vocab)
         self._repeats_one_epoch = masking is None
+        self._ends = (vocab.cls_id, vocab.sep_id)[:settings.num_ends]
         self._cache = None if cache_folder is None else RowCache(cache_folder, self._stem(), len(documents))
         # Of epochs 0, 1, …
         self._first_samples = [0] if self._cache is None else self._cache.known_first_samples()
@@ -89,7 +90,7 @@ class PackedDataset:
             return self._row_of_evaluation(pieces, self._masker)
         rng = np.random.default_rng((self.settings.seed, ROW, epoch, row))
         parts = [self._read_ids(*place) for place in self._places(pieces, rng)]
-        tokens_t, lengths = self._between_ends(parts), np.array([len(part) for part in parts]) + self.num_ends
+        tokens_t, lengths = between_ends(parts, self._ends), np.array([len(part) for part in parts]) + self.num_ends
         masked_t, positions_m, ids_m = self._masker.mask(tokens_t, lengths, rng, run_sample)
         return Row(masked_t, lengths, positions_m, ids_m)
 
@@ -215,9 +216,10 @@ class PackedDataset:
             ids = self._read_ids(document, 0, int(self.documents.lengths[document]))
             for parts, whole in zip((original, masked, is_target), (ids, *masks.mask(ids)), strict=True):
                 parts.append(whole[offset:offset + length])
-        positions_m = np.flatnonzero(self._between_ends(is_target, ends=(0, 0)))
+        positions_m = np.flatnonzero(between_ends(is_target, (0,) * self.num_ends))
         lengths = np.array([len(part) for part in original]) + self.num_ends
-        return Row(self._between_ends(masked), lengths, positions_m, self._between_ends(original)[positions_m])
+        return Row(between_ends(masked, self._ends), lengths, positions_m,
+                   between_ends(original, self._ends)[positions_m])
 
     def _places(self, pieces: np.ndarray, rng: np.random.Generator) -> Iterator[tuple[int, int, int]]:
         """The document of each piece, where the piece starts in it, and its residues."""
@@ -227,12 +229,6 @@ class PackedDataset:
             if length > max_residues:  # a crop
                 offset, length = int(rng.integers(length - max_residues + 1)), max_residues
             yield document, offset, length
-
-    def _between_ends(self, parts: Sequence[np.ndarray], ends: tuple[int, int] | None = None) -> np.ndarray:
-        """Proteins one behind the other, int64, each between its ends: `ends`, or the vocabulary's."""
-        first, last = ends or (self.vocab.cls_id, self.vocab.sep_id)
-        before, *behind = np.array([[first], [last]])[:self.num_ends]
-        return np.concatenate([array for part in parts for array in (before, part, *behind)], dtype=np.int64)
 
     def _read_ids(self, document: int, offset: int, length: int) -> np.ndarray:
         """The ids in `vocab` of a part of a document."""
@@ -254,3 +250,9 @@ class PackedDataset:
         digest = hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
         prefix = Path(self.documents.indexed.prefix).name
         return f"{prefix}-{self.name}-{settings.seq_length}-{settings.packing}-{digest}"
+
+
+def between_ends(proteins: Sequence[np.ndarray], ends: Sequence[int]) -> np.ndarray:
+    """Proteins one behind the other, int64, each between its `ends`: a token before it and, of two, one behind it."""
+    before, *behind = np.array(ends)[:, None]
+    return np.concatenate([array for protein in proteins for array in (before, protein, *behind)], dtype=np.int64)

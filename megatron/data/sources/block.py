@@ -3,6 +3,7 @@
 One process cuts the blocks; any may parse them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,3 +75,15 @@ class Texts:
     texts: list[bytes]
     bad: dict[int, BadRecord] = field(default_factory=dict)
     num_blank_lines: int = 0
+
+
+def texts_of(block: RecordBlock, text_of: Callable[[Any], bytes | BadRecord]) -> Texts:
+    """What `text_of` finds in each record of a block, where these are counted one by one."""
+    found = Texts([])
+    for index, record in enumerate(block.records):
+        text = text_of(record)
+        if isinstance(text, BadRecord):
+            found.bad[index] = BadRecord(text.reason, f"{block.source}: record {block.first + index}: {text.message}")
+            text = b""
+        found.texts.append(text)
+    return found

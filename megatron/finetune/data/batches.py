@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron.data.batches.batch import Batch, BatchShape, collate
 from megatron.data.corpus.vocab import Vocab
-from megatron.data.rows.packed import Row
+from megatron.data.rows.packed import Row, between_ends
 from megatron.data.rows.packing import PackedRows, order_key, pack
 from megatron.finetune.data.examples import Example
 from megatron.finetune.data.labels import LabelSpace
@@ -76,7 +76,6 @@ class LabelledBatch:
     batch: Batch
     labels: Tensor
     examples_g: Tensor  # int64, the number of each protein's example, NO_EXAMPLE where there is no protein
-    offsets_g: Tensor  # int64, the first of its residues that is in the row: 0 unless the protein was cropped
     num_targets: int
 
     @property
@@ -117,8 +116,7 @@ class LabelledBatch:
         return self._map(self.batch.pin_memory(), Tensor.pin_memory)
 
     def _map(self, batch: Batch, function: Callable[[Tensor], Tensor]) -> "LabelledBatch":
-        return LabelledBatch(batch, function(self.labels), function(self.examples_g), function(self.offsets_g),
-                             self.num_targets)
+        return LabelledBatch(batch, function(self.labels), function(self.examples_g), self.num_targets)
 
 
 class PackedExamples:
@@ -224,18 +222,15 @@ class PackedExamples:
         batch = collate([self._row(part) for part in parts], self._shape, seed)
         joined = [pair for part in parts for pair in part]
         size = len(batch.sequence.cu_seqlens) - 1 - batch.sequence.num_filler
-        examples_g, offsets_g = np.full(size, NO_EXAMPLE), np.zeros(size, dtype=np.int64)
+        examples_g = np.full(size, NO_EXAMPLE)
         examples_g[:len(joined)] = [number for number, _ in joined]
-        offsets_g[:len(joined)] = [window.start for _, window in joined]
         return LabelledBatch(batch, torch.from_numpy(self._labels(joined, size)), torch.from_numpy(examples_g),
-                             torch.from_numpy(offsets_g), sum(self._num_labels(*part) for part in joined))
+                             sum(self._num_labels(*part) for part in joined))
 
     def _row(self, parts: Sequence[tuple[int, slice]]) -> Row:
         """The tokens of a row and, where residues have labels, its targets."""
-        cls, sep = np.array([[self._vocab.cls_id], [self._vocab.sep_id]])
-        ends = (cls, sep)[1:self._settings.num_ends]
-        tokens_t = np.concatenate([array for number, window in parts
-                                   for array in (cls, self.examples[number].ids[window], *ends)], dtype=np.int64)
+        tokens_t = between_ends([self.examples[number].ids[window] for number, window in parts],
+                                (self._vocab.cls_id, self._vocab.sep_id)[:self._settings.num_ends])
         lengths = np.array([window.stop - window.start for _, window in parts]) + self._settings.num_ends
         nothing = np.empty(0, dtype=np.int64)
         if self._space.kind != RESIDUES or any(self.examples[number].label is None for number, _ in parts):

@@ -39,13 +39,10 @@ def predictions(engine: Engine, head: HeadSpec, packed: PackedExamples, log: Log
     """
     found: dict[int, Any] = {}
     bar = log.progress(total=packed.num_steps(0), done=0, unit="step", label=label)
-    for stage in engine.stages:
-        stage.eval()
-    for batches in packed.steps(0):
-        engine.pipeline.evaluate(_Predicting(engine, batches, head, found), len(batches))
-        bar.update()
-    for stage in engine.stages:
-        stage.train()
+    with engine.evaluating():
+        for batches in packed.steps(0):
+            engine.pipeline.evaluate(_Predicting(engine, batches, head, found), len(batches))
+            bar.update()
     bar.close()
     for theirs in everyones(found, engine.mesh.world):
         found |= theirs

@@ -51,7 +51,7 @@ def _logits(pretrained: Pretrained, ids: np.ndarray, budget: int | None, progres
     if any(everyones(needed > free_bytes(torch.device("cpu")), mesh.tensor)):
         raise ConfigError(f"the Jacobian of {size} residues takes {needed / 2**30:.1f} GiB, more than is free; take a "
                           "part of the protein, or attention maps")
-    budget = budget or min(everyones(token_budget(pretrained.config.model, 0, mesh.device), mesh.tensor))
+    budget = token_budget(budget, pretrained.config.model, 0, mesh)
     at_once = max(1, budget // (len(letters) * len(ids)))
     logits_rarb = np.empty((size, len(letters), size, len(letters)), np.float32)
     for start in range(0, size, at_once):

@@ -12,8 +12,8 @@ import numpy as np
 from megatron.files import write_text
 from megatron.infer.answers import Asked
 from megatron.infer.contacts.chains import LEAST_SEPARATION
-from megatron.infer.embed.survey import file_name
 from megatron.infer.embed.writers import writer
+from megatron.infer.proteins import file_name
 
 Write = Callable[[str, np.ndarray], None]
 

@@ -5,16 +5,12 @@ Shapes: r residues of a protein.
 
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, ListedColormap
+from matplotlib.figure import Figure
 
 from megatron.files import replacing
 from megatron.infer.contacts.chains import CUTOFF_ANGSTROM, LEAST_SEPARATION, Chain
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot  # noqa: E402 (the backend is chosen first: there may be no display)
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#E4E4E4"  # Okabe and Ito's, which the colour-blind tell apart
 INCHES, DPI = 6.2, 160
@@ -31,7 +27,8 @@ def draw_contacts(path: Path, title: str, scores_rr: np.ndarray, are_probabiliti
     is_told = (abs(column - row) >= LEAST_SEPARATION) & ((column > row) | (truth is None))
     highest = 1.0 if are_probabilities else max(float(np.quantile(scores_rr[is_told], 0.998)) if is_told.any() else 0,
                                                 1e-9)
-    figure, axes = pyplot.subplots(figsize=(INCHES, INCHES), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(INCHES, INCHES), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
     extent = (0.5, size + 0.5, size + 0.5, 0.5)  # residues count from 1
     image = axes.imshow(np.where(is_told, scores_rr, np.nan), cmap=LinearSegmentedColormap.from_list(
         "told", ["white", BLUE]), vmin=0, vmax=highest, extent=extent, interpolation="nearest")
@@ -47,11 +44,8 @@ def draw_contacts(path: Path, title: str, scores_rr: np.ndarray, are_probabiliti
     axes.set_title(title, fontsize=10)
     figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02,
                     label="probability of a contact" if are_probabilities else "score of the Jacobian")
-    try:
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format="png")
-    finally:
-        pyplot.close(figure)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def _below(truth: Chain, row: np.ndarray, column: np.ndarray) -> np.ndarray:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron.errors import ConfigError, DataError
-from megatron.infer.proteins import Protein
+from megatron.infer.proteins import Protein, file_name
+from megatron.infer.rows import grouped
 
 DIGEST_BYTES = 16
 
@@ -23,13 +24,8 @@ class Survey:
     def parts(self, bytes_a_residue: int, most_residues: int, most_bytes: int) -> list[range]:
         """The distinct proteins in pieces of work, so large as these allow, but one protein at least."""
         limit = max(1, min(most_residues, most_bytes // bytes_a_residue))
-        starts, size = [0], 0
-        for number, length in enumerate(self.lengths_u.tolist()):
-            if size and size + length > limit:
-                starts.append(number)
-                size = 0
-            size += length
-        return [range(*ends) for ends in zip(starts, [*starts[1:], len(self.lengths_u)], strict=True)]
+        groups = grouped(range(len(self.lengths_u)), self.lengths_u.tolist().__getitem__, limit)
+        return [range(group[0], group[-1] + 1) for group in groups] or [range(0)]
 
 
 def survey(proteins: Iterable[Protein], max_residues: int | None, window: int | None = None) -> Survey:
@@ -65,11 +61,6 @@ def first_ones(proteins: Iterable[Protein], surveyed: Survey) -> Iterator[Protei
         if place == num_before:
             num_before += 1
             yield protein
-
-
-def file_name(name: str) -> str:
-    """A protein's name as a file or a key of HDF5 can have it."""
-    return name.replace("/", "_")
 
 
 def _digest(content: bytes) -> bytes:

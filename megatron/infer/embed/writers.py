@@ -17,7 +17,7 @@ import torch
 from megatron.errors import ConfigError
 from megatron.files import new_folder, replacing
 from megatron.infer.answers import OF_LAYERS, Answer, Asked
-from megatron.infer.embed.survey import file_name
+from megatron.infer.proteins import file_name
 
 PARQUET_ROWS = 1024  # of a group, which memory holds
 _LIBRARIES = {".h5": "h5py", ".hdf5": "h5py", ".parquet": "pyarrow"}

@@ -4,22 +4,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from megatron.files import replacing
 from megatron.infer.evaluation.tally import bin_names
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot  # noqa: E402 (the backend is chosen first: there may be no display)
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#000000")
 
 
 def draw(reports: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> None:
     """Write the picture of reports (see `Tally.report`) of one corpus, by the models' names, to `path`."""
-    figure, (letters, positions) = pyplot.subplots(2, 1, figsize=(10, 8), dpi=120, layout="constrained")
+    figure = Figure(figsize=(10, 8), dpi=120, layout="constrained")
+    letters, positions = figure.subplots(2, 1)
     first = next(iter(reports.values()))
     by_share = sorted(first["by_letter"], key=lambda name: -first["by_letter"][name]["targets"])
     _bars(letters, reports, "by_letter", by_share, "residue, the most frequent first")
@@ -27,11 +24,8 @@ def draw(reports: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> No
           "number of the residue in its protein")
     letters.set_title(title)
     figure.legend(*letters.get_legend_handles_labels(), loc="outside upper center", fontsize=9)
-    try:
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format="png")
-    finally:
-        pyplot.close(figure)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def _bars(panel: Any, reports: Mapping[str, Mapping[str, Any]], what: str, names: Sequence[str], label: str) -> None:

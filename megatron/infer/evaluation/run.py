@@ -7,10 +7,9 @@ import numpy as np
 
 from megatron.data.rows.fixed_masks import FixedMasks
 from megatron.infer.evaluation.tally import TargetTally
-from megatron.infer.predictions import Copy, log_probabilities
+from megatron.infer.predictions import Copy, copy_of, log_probabilities
 from megatron.infer.pretrained import Pretrained
 from megatron.infer.proteins import Protein, ProteinFiles
-from megatron.infer.variants.windows import copy_of
 from megatron.log import ProgressBar
 from megatron.parallel.collectives import everyones
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from megatron.errors import DataError
-from megatron.infer.embed.survey import file_name
 from megatron.infer.pretrained import Pretrained
+from megatron.infer.proteins import file_name
 from megatron.infer.spearman import spearman, spearman_interval
 from megatron.infer.variants.assays import Assay, read_assay
 from megatron.infer.variants.mutants import letters_of

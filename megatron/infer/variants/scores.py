@@ -11,23 +11,20 @@ out and takes at each masked place the probability of the residue behind it.
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import TypeVar
 
 import numpy as np
 
-from megatron.infer.predictions import log_probabilities
+from megatron.infer.predictions import copy_of, log_probabilities
 from megatron.infer.pretrained import Pretrained
 from megatron.infer.variants.mutants import Mutant, mutated
-from megatron.infer.variants.windows import copy_of, window_around
-from megatron.parallel.collectives import everyones
-from megatron.parallel.mesh import Axis
+from megatron.infer.windows import window_around
+from megatron.parallel.collectives import everyones_in_turn
 
 MASKED, WILD_TYPE, PSEUDO = "masked-marginals", "wt-marginals", "pseudo-ppl"
 SCORINGS = (MASKED, WILD_TYPE, PSEUDO)
 MARGINALS = (MASKED, WILD_TYPE)
 
 Progress = Callable[[int], object]
-T = TypeVar("T")
 
 
 def scores_of(pretrained: Pretrained, scoring: str, wild_type: str, mutants: Sequence[Mutant], longest: int | None,
@@ -52,7 +49,7 @@ def site_table(pretrained: Pretrained, scoring: str, wild_type: str, sites: Sequ
     residues, axis = _ids(pretrained, wild_type), pretrained.mesh.data
     copies = (copy_of(pretrained, residues, group, longest, scoring == MASKED)
               for group in together(scoring, sites, len(residues), longest)[axis.rank::axis.size])
-    return np.concatenate(_of_all(list(log_probabilities(pretrained, copies, budget, progress)), axis))
+    return np.concatenate(everyones_in_turn(list(log_probabilities(pretrained, copies, budget, progress)), axis))
 
 
 def num_copies(scoring: str, wild_type: str, mutants: Sequence[Mutant], longest: int | None) -> int:
@@ -82,16 +79,10 @@ def _pseudo_likelihoods(pretrained: Pretrained, wild_type: str, mutants: Sequenc
               for residues in (_ids(pretrained, mutated(wild_type, mutant)) for mutant in mine)
               for site in range(len(residues)))
     found = log_probabilities(pretrained, copies, budget, progress)
-    sums = _of_all([sum(float(next(found)[0, residue]) for residue in _ids(pretrained, mutated(wild_type, mutant)))
-                    for mutant in mine], axis)
-    of_mutant = dict(zip(distinct, sums, strict=True))
+    sums = [sum(float(next(found)[0, residue]) for residue in _ids(pretrained, mutated(wild_type, mutant)))
+            for mutant in mine]
+    of_mutant = dict(zip(distinct, everyones_in_turn(sums, axis), strict=True))
     return np.array([of_mutant[mutant] for mutant in mutants])
-
-
-def _of_all(mine: list[T], axis: Axis) -> list[T]:
-    """What ranks did of things, rank r those at r, r + size and so on, in the things' order."""
-    parts = everyones(mine, axis)
-    return [parts[number % axis.size][number // axis.size] for number in range(sum(map(len, parts)))]
 
 
 def _ids(pretrained: Pretrained, protein: str) -> np.ndarray:

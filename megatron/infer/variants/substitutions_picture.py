@@ -3,15 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from megatron.data.corpus.vocab import AMINO_ACIDS
 from megatron.files import replacing
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot  # noqa: E402 (the backend is chosen first: there may be no display)
 
 # Amino acids by what their side chains are like, from above, with a line between the groups.
 GROUPS = {"special": "GP", "aliphatic": "AVILM", "aromatic": "FYW", "polar": "STNQCH", "negative": "DE",
@@ -36,7 +32,7 @@ def draw_substitutions(wild_type: str, scores: np.ndarray, offset: int, title: s
     num_lines = min(-(-len(wild_type) // A_LINE), MOST_LINES)
     width = -(-len(wild_type) // num_lines)
     across, down = max(_CELL * width, 3.0), _TOP + num_lines * _LINE + _BOTTOM
-    figure = pyplot.figure(figsize=(_LEFT + across + _RIGHT, down), dpi=160)
+    figure = Figure(figsize=(_LEFT + across + _RIGHT, down), dpi=160)
 
     def place(x: float, y: float, wide: float, high: float) -> Any:
         """Axes whose upper left corner lies there, in inches from that of the figure."""
@@ -55,11 +51,8 @@ def draw_substitutions(wild_type: str, scores: np.ndarray, offset: int, title: s
                           extend="both")
     bar.ax.tick_params(labelsize=7)
     bar.set_label("log p(substitution) − log p(wild type)", fontsize=8)
-    try:
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format="png")
-    finally:
-        pyplot.close(figure)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def _draw_line(panel: Any, strip: Any, wild_type: str, scores: np.ndarray, first: int, limit: float) -> Any:

@@ -8,8 +8,7 @@ import numpy as np
 
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import ConfigError, DataError, ResidueError
-from megatron.infer.embed.survey import file_name
-from megatron.infer.proteins import ProteinFiles
+from megatron.infer.proteins import ProteinFiles, file_name
 from megatron.infer.variants.mutants import check_protein, letters_of
 from megatron.infer.variants.tables import read_csv
 

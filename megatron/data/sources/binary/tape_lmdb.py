@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any, BinaryIO
 
-from megatron.data.sources.block import BadRecord, RecordBlock, Texts, Wanted
+from megatron.data.sources.block import BadRecord, RecordBlock, Texts, Wanted, texts_of
 from megatron.data.sources.streams import BLOCK_BYTES, MAX_RECORD_BYTES
+from megatron.data.sources.text.records import text_under
 from megatron.errors import DataError
 from megatron.plain_pickle import load_plain_pickle
 
@@ -44,14 +45,7 @@ def lmdb_blocks(source: str, path: str, wanted: Wanted) -> Iterator[RecordBlock]
 
 def parse_lmdb(block: RecordBlock, key: str) -> Texts:
     """The residues of each record: under `key`, or under `primary` where `key` is the default `text`."""
-    parsed = Texts([])
-    for index, value in enumerate(block.records):
-        text = _text_of(value, key)
-        if isinstance(text, BadRecord):
-            parsed.bad[index] = BadRecord(text.reason, f"{block.source}: record {block.first + index}: {text.message}")
-            text = b""
-        parsed.texts.append(text)
-    return parsed
+    return texts_of(block, lambda value: _text_of(value, key))
 
 
 def unpickled(value: bytes | None) -> dict[Any, Any] | BadRecord:
@@ -70,16 +64,7 @@ def _text_of(value: bytes | None, key: str) -> bytes | BadRecord:
     record = unpickled(value)
     if isinstance(record, BadRecord):
         return record
-    name = "primary" if key == "text" and "text" not in record else key
-    if name not in record:
-        found = ", ".join(repr(other)[:40] for other in list(record)[:5]) or "nothing"
-        return BadRecord("missing key", f"no key {name!r}; it has {found}. --json-keys names the key")
-    text = record[name]
-    if isinstance(text, str):
-        return text.encode(errors="replace")
-    if isinstance(text, bytes):
-        return text
-    return BadRecord("not a string", f"{name!r} is of type {type(text).__name__}; expected a string of residues")
+    return text_under(record, "primary" if key == "text" and "text" not in record else key)
 
 
 def _receive(receiver: Connection, source: str) -> tuple[list[bytes | None] | None, int]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from megatron.data.sources.block import BadRecord, Contents, RecordBlock, Texts, Wanted
+from megatron.data.sources.block import Contents, RecordBlock, Texts, Wanted, texts_of
 from megatron.data.sources.streams import BLOCK_BYTES, MAX_RECORD_BYTES
 from megatron.data.sources.text.records import text_under
 from megatron.errors import DataError
@@ -30,14 +30,7 @@ def json_array_blocks(contents: Contents, wanted: Wanted) -> Iterator[RecordBloc
 
 def parse_json_array(block: RecordBlock, key: str) -> Texts:
     """The string under `key` of each element."""
-    parsed = Texts([])
-    for index, element in enumerate(block.records):
-        text = text_under(element, key)
-        if isinstance(text, BadRecord):
-            parsed.bad[index] = BadRecord(text.reason, f"{block.source}: record {block.first + index}: {text.message}")
-            text = b""
-        parsed.texts.append(text)
-    return parsed
+    return texts_of(block, lambda element: text_under(element, key))
 
 
 def _elements(contents: Contents) -> Iterator[tuple[Any, int]]:

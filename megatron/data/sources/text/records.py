@@ -156,13 +156,15 @@ def _explain_json(line: bytes, key: str) -> bytes | BadRecord:
 
 
 def text_under(value: Any, key: str) -> bytes | BadRecord:
-    """The text under `key` of what should be an object, or what is wrong."""
+    """The text under `key`, a string or bytes, of what should be an object, or what is wrong."""
     if not isinstance(value, dict):
         return BadRecord("bad JSON", f"{type(value).__name__} where a JSON object belongs")
     if key not in value:
         found = ", ".join(repr(other)[:40] for other in list(value)[:5]) or "nothing"
         return BadRecord("missing key", f"no key {key!r}; it has {found}. --json-keys names the keys")
-    if not isinstance(value[key], str):
-        kind = type(value[key]).__name__
-        return BadRecord("not a string", f"{key!r} is of type {kind}; expected a string of residues")
-    return value[key].encode(errors="replace")
+    text = value[key]
+    if isinstance(text, bytes):
+        return text
+    if not isinstance(text, str):
+        return BadRecord("not a string", f"{key!r} is of type {type(text).__name__}; expected a string of residues")
+    return text.encode(errors="replace")
