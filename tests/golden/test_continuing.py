@@ -36,9 +36,10 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def start(python, inputs, out):
+def start(python, inputs, out, *flags):
     """Starts the script; output and errors in one pipe."""
-    command = ["bash", "examples/continue_esm2.sh", inputs / "esm2_tiny", inputs / "new.fasta.gz", out, *FLAGS]
+    command = ["bash", "examples/continue_esm2.sh", inputs / "esm2_tiny", inputs / "new.fasta.gz", out, *FLAGS,
+               *flags]
     given = {"PYTHON": python, "OMP_NUM_THREADS": "1", "EPOCHS": "1", "OLD_PROTEINS": inputs / "old.fasta.gz"}
     return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=os.environ | given, text=True,
                             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -104,3 +105,10 @@ def test_a_run_that_was_asked_to_stop_saves_and_the_same_command_goes_on_to_the_
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (tmp_path / "out" / "model" / name).read_bytes() == (unbroken[0] / "model" / name).read_bytes()
     assert 'base_model: "esm2_tiny"' in (tmp_path / "out" / "model" / "README.md").read_text()
+
+
+def test_a_run_that_stops_of_itself_before_its_end_is_not_written_out(python, inputs, tmp_path):
+    process = start(python, inputs, tmp_path / "out", "--exit-interval", "1")
+    said = process.communicate()[0]
+    assert process.returncode == 0 and "the run has not come to its end: the same command goes on with it" in said, said
+    assert not (tmp_path / "out" / "model").exists()

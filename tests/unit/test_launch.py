@@ -16,6 +16,7 @@ from megatron.parallel.launch.hosts import addresses_of, choose_interface
 from megatron.parallel.launch.leaving import leave
 from megatron.parallel.launch.meeting import meeting_store
 from megatron.parallel.mesh import device_of
+from megatron.parallel.program import status_of
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "3",
@@ -259,3 +260,11 @@ def test_only_a_rank_among_others_ends_without_the_interpreter(monkeypatch, envi
     monkeypatch.setattr("sys.exit", lambda status: ended.append("interpreter"))
     leave(3)
     assert ", ".join(ended).startswith(ends)
+
+
+def test_what_a_program_may_not_read_at_its_start_is_one_line(capsys):
+    def prepare(launch):
+        raise PermissionError(13, "Permission denied", "theirs/run")
+
+    assert status_of(prepare) == 2
+    assert capsys.readouterr().err == "error: [Errno 13] Permission denied: 'theirs/run'\n"
