@@ -1,4 +1,4 @@
-"""The Triton attention on CPU tensors, as a program: `TRITON_INTERPRET=1 python -m tests.interpreted_attention FILE`.
+"""The Triton attention on CPU tensors: `TRITON_INTERPRET=1 python -m tests.interpreted_attention FILE CHECK…`.
 
 Triton looks at the variable where a kernel is defined, so that interpreted kernels want a process of their own.
 `tests/unit/test_triton_attention.py` starts it and looks at what it writes: errors are relative to the exact result's
@@ -6,7 +6,9 @@ norm, in fp64, beside those of the definition in the same dtype.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -216,27 +218,27 @@ def of_unseen(case: Case, broken: slice, read: slice) -> list[bool]:
             for once, now in zip(before, outcome(), strict=True)]
 
 
+# What may be asked about, by name.
+CHECKS: dict[str, Callable[[], Any]] = {
+    **{name: partial(errors, case) for name, case in CASES.items()},
+    **{name: partial(of_unseen, *what) for name, what in UNSEEN.items()},
+    "the operator": checks_of_the_operator, "bits": bits, "titin": of_titin}
+
+
 def main() -> None:
-    """Write the errors of each case, and what else is asked about, to the file."""
-    results: dict[str, Any] = {"errors": {}}
-    choose = launches._blocks
+    """Write what is found, by name, to the file."""
+    file, *names = sys.argv[1:]
+    choose, results = launches._blocks, {}
+    for name in names:
+        blocks = CASES[name].blocks if name in CASES else (512, 512) if name == "titin" else Case.blocks
 
-    def chosen(kernel: str, qkv: Tensor) -> dict[str, int]:
-        blocks = choose(kernel, qkv)
-        return blocks if case.blocks is None else {**blocks, **dict(zip(blocks, case.blocks, strict=False))}
+        def chosen(kernel: str, qkv: Tensor, blocks: tuple[int, int] | None = blocks) -> dict[str, int]:
+            given = choose(kernel, qkv)
+            return given if blocks is None else {**given, **dict(zip(given, blocks, strict=False))}
 
-    with patch.object(launches, "_blocks", chosen):
-        case = Case()
-        checks_of_the_operator()
-        results["bits"] = bits()
-        for name, case in CASES.items():
-            results["errors"][name] = errors(case)
-        results["unseen"] = {}
-        for name, (case, broken, read) in UNSEEN.items():
-            results["unseen"][name] = of_unseen(case, broken, read)
-        case = Case(blocks=(512, 512))
-        results["titin"] = of_titin()
-    torch.save(results, sys.argv[1])
+        with patch.object(launches, "_blocks", chosen):
+            results[name] = CHECKS[name]()
+    torch.save(results, file)
 
 
 if __name__ == "__main__":

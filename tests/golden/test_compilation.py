@@ -9,6 +9,7 @@ from megatron.kernels import fp8
 from megatron.parallel.compilation import compile_blocks
 from pretrain_tape import main
 from tests.golden.training import DROPOUT, TINY, losses, run_on_ranks
+from tests.tables import tried
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def test_compiled_ranks_have_the_losses_of_eager_ones(corpus, tmp_path, layout):
         assert len(eager) > 1 and compiled == pytest.approx(eager, rel=1e-5)
 
 
-@pytest.mark.parametrize(("recipe", "num_graphs"), [("tensorwise", 1), ("delayed", 2)])
+@pytest.mark.parametrize(("recipe", "num_graphs"), tried([("tensorwise", 1), ("delayed", 2)], [("delayed", 2)]))
 def test_a_compiled_run_in_fp8_has_nearly_the_losses_of_an_eager_one(corpus, tmp_path, recipe, num_graphs):
     """Nearly: compiled, bf16 is rounded in other places. Delayed scales are another graph in the first step."""
     flags = [*TINY, "--data-path", corpus, "--train-iters", "8", "--eval-interval", "20", "--bf16", "--fp8",

@@ -4,6 +4,8 @@ import os
 import subprocess
 import time
 
+import pytest
+
 from tests.golden.training import ROOT, TINY, free_port, processes_with
 
 RUN = [*TINY, "--num-layers", "1", "--micro-batch-size", "1", "--global-batch-size", "2", "--eval-interval", "1000000",
@@ -11,6 +13,7 @@ RUN = [*TINY, "--num-layers", "1", "--micro-batch-size", "1", "--global-batch-si
 PATIENCE_S = 240
 
 
+@pytest.mark.table
 def test_a_machine_that_comes_later_joins_and_when_it_is_lost_the_other_goes_on(corpus, tmp_path, python):
     folder, port = tmp_path / "run", free_port()
 

@@ -1,6 +1,6 @@
 """Short real runs of pretrain_tape.py on several ranks that share the layers: one run, any layout.
 
-All of them by `-m "table or not table"`; of those on four ranks, tests/ranks/test_model_layouts.py has the others too.
+Most layouts are a table; one step of each is tried in tests/ranks/test_model_layouts.py.
 """
 
 import pytest
@@ -11,6 +11,7 @@ from megatron.log import Log
 from megatron.parallel.mesh import Axis
 from pretrain_tape import main
 from tests.golden.training import DROPOUT, TINY, losses, run_on_ranks, run_program
+from tests.tables import tried
 
 MODEL = [*TINY, *DROPOUT, *"--num-layers 4 --num-attention-heads 4 --micro-batch-size 1 --global-batch-size 4 "
          "--eval-interval 2 --eval-iters 1".split()]
@@ -47,14 +48,8 @@ LAYOUTS = {
 }
 
 
-# On four ranks, what is tried each time.
-ON_FOUR = {"dp4-parameters-within-2", "tp2-pp2-zero-bubble", "dp2-tp2-sequence-optimizer", "cp2-pp2-interleaved"}
-
-
-def tried(names):
-    """Parameters of a test: some of the names each time, the others as a table."""
-    return [name if LAYOUTS[name][0] == 2 or name in ON_FOUR else pytest.param(name, marks=pytest.mark.table)
-            for name in names]
+EACH_TIME = {"dp2-overlapped", "dp2-parameters", "tp2-sequence", "pp2-uneven", "dp4-parameters-within-2",
+             "tp2-pp2-zero-bubble", "dp2-tp2-sequence-optimizer", "cp2-pp2-interleaved"}
 
 
 def train(corpus, folder, ranks, *flags, num_steps=4):
@@ -109,7 +104,7 @@ def one_rank(one_folder):
     return curves(one_folder)
 
 
-@pytest.mark.parametrize("layout", tried(LAYOUTS))
+@pytest.mark.parametrize("layout", tried(LAYOUTS, EACH_TIME))
 def test_every_layout_follows_the_curve_of_one_rank_with_its_dropout(corpus, tmp_path, one_folder, layout):
     ranks, flags = LAYOUTS[layout]
     assert_close(train(corpus, tmp_path, ranks, *flags), curves(one_folder))
@@ -128,9 +123,9 @@ def test_torchs_older_launcher_starts_ranks_that_share_the_model(corpus, tmp_pat
     assert_close(curves(tmp_path), one_rank)
 
 
-@pytest.mark.parametrize("layout", [
-    "dp2-parameters", "tp2-pp2-zero-bubble",
-    *(pytest.param(name, marks=pytest.mark.table) for name in ("dp2-tp2-sequence-optimizer", "cp2-pp2-interleaved"))])
+@pytest.mark.parametrize("layout", tried(
+    ["dp2-parameters", "tp2-pp2-zero-bubble", "dp2-tp2-sequence-optimizer", "cp2-pp2-interleaved"],
+    ["tp2-pp2-zero-bubble"]))
 def test_runs_are_bitwise_equal_whatever_is_recomputed(corpus, tmp_path, layout):
     ranks, flags = LAYOUTS[layout]
     runs = {"first": [], "full": FULL, "selective": SELECTIVE}
@@ -162,9 +157,9 @@ def test_ranks_agree_on_the_step_after_which_time_is_up(corpus, tmp_path, flags)
     assert int((tmp_path / "latest_checkpointed_iteration.txt").read_text()) == len(curve) < 10**6
 
 
-@pytest.mark.parametrize(("layout", "precision"), [
-    ("tp2-sequence", "--bf16"), ("tp2-sequence", "--fp16"), ("pp2-zero-bubble", "--bf16"),
-    ("dp2-pp2-parameters", "--fp16")])
+@pytest.mark.parametrize(("layout", "precision"), tried(
+    [("tp2-sequence", "--bf16"), ("tp2-sequence", "--fp16"), ("pp2-zero-bubble", "--bf16"),
+     ("dp2-pp2-parameters", "--fp16")], [("tp2-sequence", "--bf16"), ("dp2-pp2-parameters", "--fp16")]))
 def test_half_precision_learns_like_fp32(corpus, tmp_path, one_rank, layout, precision):
     ranks, flags = LAYOUTS[layout]
     scale = ["--loss-scale", "1024"] if precision == "--fp16" else []

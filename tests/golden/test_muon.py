@@ -5,6 +5,7 @@ import torch
 
 from pretrain_tape import main
 from tests.golden.test_layouts import LAYOUTS, MODEL, assert_close, curves, saved, train
+from tests.tables import tried
 
 # Queries, keys and values in turns of 2, 1 and 1 heads; gate and up.
 GROUPED = ["--group-query-attention", "--num-query-groups", "2", "--swiglu"]
@@ -15,10 +16,8 @@ CASES = {
         "dp2-tp2", "dp2-tp2-sequence-optimizer", "pp2-uneven", "dp2-pp2-overlapped", "cp2-dp2-gradients")},
     **{f"{name}, muon": (*LAYOUTS[name], MUON) for name in ("dp2-parameters", "dp2-tp2")},
 }
-# On four ranks, what is tried each time; the others are a table.
-ON_FOUR = {"dp4-parameters-within-2, normuon", "dp2-tp2-sequence-optimizer, normuon", "dp2-tp2, muon"}
-TRIED = [pytest.param(*case, id=name, marks=() if case[0] == 2 or name in ON_FOUR else pytest.mark.table)
-         for name, case in CASES.items()]
+EACH_TIME = {"dp2-gradients, normuon", "dp4-parameters-within-2, normuon", "tp2, normuon", "pp2-uneven, normuon",
+             "dp2-tp2-sequence-optimizer, normuon", "dp2-tp2, muon"}
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +45,9 @@ def assert_same(folder, expected_folder):
                 assert (ours[key] - tensor).norm() <= 2e-4 * tensor.norm(), key
 
 
-@pytest.mark.parametrize(("ranks", "layout", "optimizer"), TRIED)
-def test_every_layout_follows_the_curve_of_one_rank_to_the_same_weights_and_state(corpus, tmp_path, one_folder, ranks,
-                                                                                 layout, optimizer):
+@pytest.mark.parametrize("case", tried(CASES, EACH_TIME))
+def test_every_layout_follows_the_curve_of_one_rank_to_the_same_weights_and_state(corpus, tmp_path, one_folder, case):
+    ranks, layout, optimizer = CASES[case]
     expected = one_folder[tuple(optimizer)]
     assert_follows(train(corpus, tmp_path, ranks, *optimizer, *layout), curves(expected))
     assert_same(tmp_path, expected)

@@ -30,6 +30,7 @@ def test_what_is_committed_is_one_whole_run_that_github_shows():
     assert str(ROOT) not in NOTEBOOK.read_text(encoding="utf-8")
 
 
+@pytest.mark.table
 def test_the_notebook_runs(tmp_path, monkeypatch):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")

@@ -1,5 +1,7 @@
 """Every command in the bash blocks of the README and of docs, run in a copy of the checkout, in the order there.
 
+Those of docs are a table: `bash tests/run.sh -m table`.
+
 So that this stays quick, pretraining gets a tiny model and few steps behind its own flags, of the tests those of one
 file are listed, and `python` has loaded torch already (`tests/warm_python.py`).
 """
@@ -55,7 +57,8 @@ PAGES = ("README.md", *(f"docs/{name}.md" for name in (
     "tutorial", "add_a_task", "read_a_checkpoint", "scaling")))
 # Without a command, but such as say why no test runs them; that of the last is run by tests/golden/test_docs.py.
 WITHOUT = ("add_a_flag", "api", "arithmetic", "containers", "exactness", "peers", "slurm", "index")
-BLOCKS = [block for page in PAGES for block in bash_blocks((ROOT / page).read_text(encoding="utf-8"))]
+README, OF_DOCS = ({f"{page}, {number}: {block[0][:40]}": block for page in pages for number, block in enumerate(
+    bash_blocks((ROOT / page).read_text(encoding="utf-8")))} for pages in (PAGES[:1], PAGES[1:]))
 
 
 def test_every_page_is_run_or_has_no_command() -> None:
@@ -91,19 +94,37 @@ def environment(python: str) -> dict[str, str]:
 
 
 def test_the_readme_has_commands() -> None:
-    commands = [command for block in BLOCKS for command in block]
+    commands = [command for block in README.values() for command in block]
     for expected in ("bash examples/pretrain_tape.sh", "bash examples/pretrain_tape_distributed.sh",
                      "bash tests/run.sh"):
         assert expected in commands
     assert any(command.startswith("python tools/preprocess_data.py") for command in commands)
 
 
-@pytest.mark.parametrize("number", range(len(BLOCKS)), ids=lambda number: f"{number}-{BLOCKS[number][0][:40]}")
-def test_the_commands_of_the_readme_run(number: int, checkout: Path, environment: dict[str, str]) -> None:
-    script = "\n".join(["set -eux", *map(quick, BLOCKS[number])])
+def run_quickly(commands: list[str], checkout: Path, environment: dict[str, str]) -> None:
+    script = "\n".join(["set -eux", *map(quick, commands)])
     result = subprocess.run(["bash", "-c", script], cwd=checkout, env=environment, stdin=subprocess.DEVNULL,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert result.returncode == 0, result.stdout[-4000:]
+
+
+@pytest.mark.parametrize("name", README)
+def test_the_commands_of_the_readme_run(name: str, checkout: Path, environment: dict[str, str]) -> None:
+    run_quickly(README[name], checkout, environment)
+
+
+@pytest.fixture(scope="module")
+def demo(checkout: Path, environment: dict[str, str]) -> None:
+    """What the README's first commands leave, from which the pages go on."""
+    if not (checkout / "runs" / "demo").exists():
+        run_quickly(next(iter(README.values())), checkout, environment)
+
+
+@pytest.mark.table
+@pytest.mark.usefixtures("demo")
+@pytest.mark.parametrize("name", OF_DOCS)
+def test_the_commands_of_docs_run(name: str, checkout: Path, environment: dict[str, str]) -> None:
+    run_quickly(OF_DOCS[name], checkout, environment)
 
 
 def test_a_command_that_the_program_refuses_fails(checkout: Path, environment: dict[str, str]) -> None:

@@ -4,9 +4,12 @@ a long run with many.
 
 import random
 
+import pytest
+
 from tests.golden.soak import KINDS, plan, soak
 
 
+@pytest.mark.table
 def test_a_run_that_meets_faults_ends_as_if_it_had_not(corpus, tmp_path, python):
     chance = random.Random(5)
     kinds = {*KINDS} - {"freeze"}

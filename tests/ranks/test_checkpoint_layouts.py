@@ -20,6 +20,7 @@ from megatron.train.step import TrainStep
 from tests.families import PROTEINLM
 from tests.ranks.launch import TIMEOUT, run_ranks
 from tests.ranks.test_model_layouts import CPU, PROTEINS, SEQ_LENGTH, VOCABULARY, micro_batches, row
+from tests.tables import tried
 
 # Rows that no number of ranks divides, and a vocabulary whose last slices hold padding.
 ODD = replace(PROTEINLM, hidden_size=24, kv_channels=6, ffn_hidden_size=52, max_position_embeddings=61,
@@ -38,6 +39,7 @@ MORE_READERS = {
 }
 
 PAIRS = [*itertools.product(WRITERS, READERS), *itertools.product(["parameters"], MORE_READERS)]
+EACH_TIME = [*zip(WRITERS, READERS, strict=True), ("parameters", "shares")]
 
 
 def pass_on(axis, parallel, source, target):
@@ -79,7 +81,7 @@ def written(request, tmp_path_factory):
     return folder, WRITERS[request.param], content(folder)
 
 
-@pytest.mark.parametrize(("written", "name"), PAIRS, indirect=["written"])
+@pytest.mark.parametrize(("written", "name"), tried(PAIRS, EACH_TIME), indirect=["written"])
 def test_a_checkpoint_goes_into_another_layout_and_back_without_a_changed_bit(written, tmp_path, name):
     folder, writer, expected = written
     ranks, reader = (READERS | MORE_READERS)[name]

@@ -16,6 +16,7 @@ from megatron.errors import CheckpointError
 from megatron.log import Log
 from tests.megatron_checks import check_values
 from tests.megatron_files import ROWS, wholes, write_original
+from tests.tables import tried
 from tools import convert_checkpoint, merge_mp_partitions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +31,8 @@ def run(tool, monkeypatch, capsys, *flags):
     return status, said.out, said.err
 
 
-@pytest.mark.parametrize(("first", "second"), list(itertools.product(("sharded", "whole", "megatron-v2"), repeat=2)))
+@pytest.mark.parametrize(("first", "second"), tried(itertools.product(("sharded", "whole", "megatron-v2"), repeat=2), [
+    ("sharded", "whole"), ("whole", "megatron-v2"), ("megatron-v2", "sharded")]))
 def test_a_checkpoint_comes_through_two_formats_bit_by_bit(first, second, tmp_path, monkeypatch, capsys):
     write_original(tmp_path / "original", tensor=2, pipeline=(2, 2), precision="fp16")
     before = FORMATS["megatron-v2"].read(tmp_path / "original")

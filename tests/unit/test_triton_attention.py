@@ -7,6 +7,8 @@ bf16, whose products Triton's interpreter gets wrong, nor of speed.
 import os
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,45 +21,64 @@ from megatron.kernels.attention.fused import is_fused
 from megatron.kernels.attention.packed import packed_attention
 from tests.interpreted_attention import CASES, UNSEEN
 from tests.packed import packed_batch
+from tests.tables import tried
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def interpreted(tmp_path_factory):
-    file = tmp_path_factory.mktemp("interpreted") / "results.pt"
-    command = [sys.executable, "-W", "ignore", "-m", "tests.interpreted_attention", str(file)]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return torch.load(file, weights_only=True)
+EACH_TIME = ("small heads", "a width of 20", "groups of three queries", "fp16", "proteins of one token", "no filler",
+             "one protein over many blocks", "filler alone", "a projection that lies otherwise", "a window",
+             "dropout in a window", "four ranks, one of them filler", "two ranks with dropout")
+OTHERS = (*(name for name in CASES if name not in EACH_TIME), "titin")
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_errors_are_at_most_twice_the_definitions_in_the_same_dtype(interpreted, name):
-    found = interpreted["errors"][name]
+@cache
+def interpreted(*checks):
+    """What each of them found, in a process for all."""
+    with tempfile.NamedTemporaryFile() as file:
+        done = subprocess.run([sys.executable, "-W", "ignore", "-m", "tests.interpreted_attention", file.name, *checks],
+                              env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return torch.load(file.name, weights_only=True)
+
+
+def found_in(name):
+    """What a check found that is made each time, or as one of the others."""
+    return interpreted(*(OTHERS if name in OTHERS else (*EACH_TIME, *UNSEEN, "the operator", "bits")))[name]
+
+
+@pytest.mark.parametrize("name", tried(CASES, EACH_TIME))
+def test_errors_are_at_most_twice_the_definitions_in_the_same_dtype(name):
+    found = found_in(name)
     for ours, definition in zip(found["ours"], found["definition"], strict=True):
         assert ours <= 2 * definition + 2e-7
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_filler_has_no_context_no_gradient_and_no_part_in_others(interpreted, name):
+@pytest.mark.parametrize("name", tried(CASES, EACH_TIME))
+def test_filler_has_no_context_no_gradient_and_no_part_in_others(name):
     """It is not a number in these cases: whatever took part in anything would show."""
-    assert interpreted["errors"][name]["filler"] == [True, True]
+    assert found_in(name)["filler"] == [True, True]
 
 
 @pytest.mark.parametrize("name", UNSEEN)
-def test_blocks_that_nothing_sees_are_not_read(interpreted, name):
-    assert interpreted["unseen"][name] == [True, True]
+def test_blocks_that_nothing_sees_are_not_read(name):
+    assert found_in(name) == [True, True]
 
 
-def test_the_longest_protein_of_all_is_done_in_blocks(interpreted):
-    for ours, theirs in zip(interpreted["titin"]["ours"], interpreted["titin"]["by protein"], strict=True):
+def test_the_operator_is_what_torch_expects_of_one():
+    assert found_in("the operator") is None  # it raises
+
+
+@pytest.mark.table
+def test_the_longest_protein_of_all_is_done_in_blocks():
+    found = found_in("titin")
+    for ours, theirs in zip(found["ours"], found["by protein"], strict=True):
         assert ours <= 2 * theirs + 2e-7
 
 
-def test_the_same_bits_come_each_time_whatever_else_is_packed(interpreted):
-    once, again, beside = (interpreted["bits"][name] for name in ("once", "again", "beside another protein"))
+def test_the_same_bits_come_each_time_whatever_else_is_packed():
+    once, again, beside = (found_in("bits")[name] for name in ("once", "again", "beside another protein"))
     for first, second, third in zip(once, again, beside, strict=True):
         assert torch.equal(first, second)
         assert torch.equal(first[21:], third[21:])
