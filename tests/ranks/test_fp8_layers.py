@@ -95,6 +95,19 @@ def history_of_replicas(axis):
     return history.state()
 
 
+def history_of_a_pipeline(axis):
+    """Of a stage with a layer, and one without."""
+    layers = [ColumnParallelLinear(WIDTH, WIDTH, ONE_RANK_STREAM, Normal(1.0))][:1 - axis.rank]
+    for layer in layers:
+        layer.recipe = RECIPES["delayed"]
+    return AmaxHistory([torch.nn.ModuleList(layers)], Mesh(pipeline=axis)).state()
+
+
+def test_a_stage_without_blocks_takes_part_in_what_a_checkpoint_keeps():
+    first, second = run_ranks(history_of_a_pipeline, 2)
+    assert first == second and len(first) == 1
+
+
 @pytest.fixture(scope="module")
 def found():
     return run_ranks(outcomes, 2)

@@ -79,9 +79,10 @@ class AmaxHistory:
                                   Amax(of_gradient, probe) if probe.requires_grad else Amax())
 
     def state(self) -> dict[str, list[list[float]]]:
-        """What a checkpoint keeps: of each layer of all pipeline ranks, which call this together, [p, s]."""
-        if self._delay is None:
-            return {}
+        """What a checkpoint keeps: of each layer of all pipeline ranks, which call this together, [p, s].
+
+        A rank without such layers takes part: others may have some.
+        """
         here = dict(zip(self._layers, self._before_slp.permute(1, 2, 0).tolist(), strict=True))
         return {name: steps for part in everyones(here, self._mesh.pipeline) for name, steps in part.items()}
 
