@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron.log import Log
+from megatron.parallel.data.replicated import _Buckets
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.waits import Waits
 from megatron.train.guards.stragglers import LEAST_STEPS, Stragglers, slowest
@@ -76,6 +77,20 @@ def test_of_waits_within_one_another_the_outer_is_counted_and_none_while_nothing
     waits.during(wait, 0.5)
     assert waits.take_s() == 3.5
     assert waits.take_s() == 0.0
+
+
+def test_of_sums_beside_several_stages_backward_passes_what_comes_behind_the_last_stage_is_waited_for(monkeypatch):
+    now_s = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now_s[0])
+    waits = Waits(torch.device("cpu"))
+    waits.is_counting, buckets = True, _Buckets(None, waits, num_stages=2)
+    for _ in range(3):  # steps
+        for _ in range(2):  # stages
+            now_s[0] += 10.0
+            buckets.is_last_of_stage()
+        now_s[0] += 0.5
+        buckets.arrived()
+    assert waits.take_s() == 1.5
 
 
 class Event:

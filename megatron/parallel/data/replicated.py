@@ -43,9 +43,10 @@ class Overlapped:
     def __init__(self, stages: Sequence[nn.Module], mesh: Mesh) -> None:
         self.parameters = {name: parameter for stage in stages for name, parameter in stage.named_parameters()}
         group = mesh.replicas.group
-        self._stages, self._buckets = list(stages), _Buckets(group, mesh.waits)
+        self._stages = list(stages)
         self._summed = {number: DistributedDataParallel(stage, process_group=group, gradient_as_bucket_view=True)
                         for number, stage in enumerate(stages) if any(p.requires_grad for p in stage.parameters())}
+        self._buckets = _Buckets(group, mesh.waits, len(self._summed))
         for stage in self._summed.values():
             stage.register_comm_hook(self._buckets, _sum_bucket)
 
@@ -75,24 +76,26 @@ class Overlapped:
 class _Buckets:
     """The sums under way. The reducer keeps this for good, so that it must not lead back to the model."""
 
-    def __init__(self, group: dist.ProcessGroup | None, waits: Waits | None) -> None:
-        self.group, self._waits = group, waits
+    def __init__(self, group: dist.ProcessGroup | None, waits: Waits | None, num_stages: int) -> None:
+        self.group, self._waits, self._num_stages = group, waits, num_stages
+        self._num_sent = 0  # stages whose sums are all under way
         self._last_began: Mark = None
 
-    def is_left_alone(self) -> None:
-        """Nothing is left to compute beside the last of them."""
-        if self._waits is not None:
+    def is_last_of_stage(self) -> None:
+        """Beside the last one of the last stage nothing is left to compute."""
+        self._num_sent += 1
+        if self._waits is not None and self._num_sent == self._num_stages:
             self._last_began = self._waits.begin()
 
     def arrived(self) -> None:
         """All of them have."""
         if self._waits is not None:
             self._waits.end(self._last_began)
-            self._last_began = None
+        self._num_sent, self._last_began = 0, None
 
 
 def _sum_bucket(buckets: _Buckets, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     work = dist.all_reduce(bucket.buffer(), group=buckets.group, async_op=True)
     if bucket.is_last():
-        buckets.is_left_alone()
+        buckets.is_last_of_stage()
     return work.get_future().then(lambda future: future.value()[0])
