@@ -9,10 +9,10 @@ from megatron.config.declaration import flag, not_negative, positive
 class TrainingConfig:
     """How long, in which batches, and when to evaluate and to stop."""
 
-    micro_batch_size: int = flag(None, "rows a rank computes at once", kind=int, check=positive,
+    micro_batch_size: int = flag(None, "rows a rank computes at once; dropout depends on it", kind=int, check=positive,
                                  aliases=("--batch-size",), changes="nothing", common=True)
-    global_batch_size: int = flag(None, "rows a step, over all ranks (default: micro-batch size x ranks)", kind=int,
-                                  check=positive, changes="course", common=True)
+    global_batch_size: int = flag(None, "rows a step, over all ranks (default: micro-batch size x data-parallel ranks)",
+                                  kind=int, check=positive, changes="course", common=True)
     rampup_batch_size: tuple[int, ...] = flag(
         None, "START INCREMENT SAMPLES: grow the global batch from START by INCREMENT over SAMPLES", kind=int, nargs=3,
         check=positive, changes="course")

@@ -132,6 +132,9 @@ def differences(config: Config, facts: Mapping[str, Any], saved: Mapping[str, An
                          f"{unless}")
     if now["data_path"] == then.get("data_path") and not is_same_data:
         lines.append("note: the files behind --data-path are not those of before: the samples to come are others")
+    rows, rows_before = (values.get("micro_batch_size", now["micro_batch_size"]) for values in (now, then))
+    if rows != rows_before and (config.model.attention_dropout or config.model.hidden_dropout):
+        lines.append(f"note: --micro-batch-size is {rows}, it was {rows_before} before: dropout takes others")
     lines += [f"note: {flag_name(item)} is {value}, it was {before} before: it holds from here on"
               for kind in ("course", "dropout") for item, value, before in _changed(config, now, then, kind)]
     return lines

@@ -99,6 +99,13 @@ def test_what_holds_from_here_on_is_said_a_line_each(begun):
     assert num_judged(begun) == 4  # with those behind it steps of another course cannot be compared
 
 
+def test_another_micro_batch_is_said_where_there_is_dropout(run):
+    flags = ["--train-iters", 4, "--global-batch-size", 4, "--hidden-dropout", 0.1, "--micro-batch-size"]
+    run(*flags, 2, "--exit-interval", 2)
+    run(*flags, 4)
+    assert run.notes() == ["note: --micro-batch-size is 4, it was 2 before: dropout takes others"]
+
+
 def test_nothing_is_said_of_a_run_that_goes_on_as_it_was(begun):
     assert begun("--train-iters", 8).notes() == []
     assert num_judged(begun) == 8
