@@ -181,6 +181,8 @@ def _build(groups: list[dict], config: OptimizerConfig, mesh: Mesh, is_captured:
         raise ConfigError(f"--optimizer-backend apex: apex cannot be imported ({error}); install it, or give "
                           "torch") from error
     groups = [group for group in groups if group["params"]]  # apex looks at the first of each
+    if not groups:
+        return []
     if config.optimizer == "adam":
         return [FusedAdam(groups, lr=0.0, betas=betas, eps=config.adam_eps)]
     return [FusedSGD(groups, lr=0.0, momentum=config.sgd_momentum, wd_after_momentum=True)]

@@ -29,9 +29,7 @@ def check_layout(config: Config, num_ranks: int) -> None:
     _check_number_of_ranks(config, num_ranks)
     _check_schedule(config, num_ranks)
     _check_sharding(config, num_ranks)
-    if config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size == 1:
-        raise ConfigError(f"--sequence-parallel shares the tokens out among tensor-parallel ranks, and {_TENSOR} is 1; "
-                          f"leave it out, or give {_smallest_divisor(_splits_into(config))} there")
+    _check_shares_of_tokens(config)
     if config.model.distribute_checkpointed_activations:
         _check_distributed_activations(config)
 
@@ -44,6 +42,21 @@ def _check_tensor(config: Config) -> None:
         if value % size:
             raise ConfigError(f"{name} {value} is not divisible by {_TENSOR} {size}; the nearest size that can be is "
                               f"{_nearest(_divisors(_splits_into(config)), size)}")
+
+
+def _check_shares_of_tokens(config: Config) -> None:
+    parallel, tensor = config.parallel, config.parallel.tensor_model_parallel_size
+    if parallel.sequence_parallel and tensor == 1:
+        size = _smallest_divisor(_splits_into(config))
+        instead = f", or give {size} there" if size > 1 else ""
+        raise ConfigError(f"--sequence-parallel shares the tokens out among tensor-parallel ranks, and {_TENSOR} is 1; "
+                          f"leave it out{instead}")
+    tokens = config.training.micro_batch_size * (config.data.seq_length or 0)
+    neighbours, share = (config.model.qkv_conv_kernel or 1) // 2, tokens // parallel.context_parallel_size
+    if parallel.context_parallel_size > 1 and neighbours > share:
+        raise ConfigError(f"--qkv-conv-kernel {config.model.qkv_conv_kernel} needs {neighbours} tokens of the ranks "
+                          f"beside, and each of {_CONTEXT} {parallel.context_parallel_size} has {share}; give a "
+                          f"smaller size there")
 
 
 def _check_fp8(config: Config, recipe: Recipe) -> None:
@@ -158,6 +171,8 @@ def _check_sharding(config: Config, num_ranks: int) -> None:
     if not is_sharded:
         raise ConfigError(f"--shard-within {parallel.shard_within} says among whom to share out, and "
                           "--data-parallel-sharding is none; give optimizer, gradients or parameters there")
+    if parallel.shard_within == 1:
+        raise ConfigError("--shard-within 1 shares nothing out; leave --data-parallel-sharding out, or give more ranks")
     replicas = num_ranks // (parallel.pipeline_model_parallel_size * parallel.tensor_model_parallel_size)
     if replicas % parallel.shard_within:
         nearest = _nearest(_divisors(replicas), parallel.shard_within)

@@ -179,6 +179,10 @@ def test_foreign_flags_say_why(flag):
     ("--preset demo --metrics-host 0.0.0.0", "--metrics-host 0.0.0.0 is of --metrics-port, which is missing; "),
     ("--preset demo --metrics-port 65536", "--metrics-port is 65536; it must be a port, 1 to 65535, or 0"),
     ("--preset demo --mask-token-prob 0.9 --mask-random-prob 0.2", "sum to more than 1"),
+    ("--preset demo --fp16 --loss-scale 128 --hysteresis 3", "--hysteresis 3 is about a dynamic loss scale, and "
+     "--loss-scale 128.0 is fixed; leave one of the two out"),
+    ("--preset demo --fp16 --initial-loss-scale 1024 --min-loss-scale 4096", "--min-loss-scale 4096.0 is above "),
+    ("--preset demo --sgd-momentum 0.8", "--sgd-momentum 0.8 is about --optimizer sgd, which is muon; leave one of "),
     ("--lr 1e-3", "--seq-length is missing"),
     ("--preset demo --seq-length 2 --protein-ends both", "--seq-length 2 holds no residue between the ends of "
      "--protein-ends both; it must be 3 or greater"),

@@ -92,6 +92,10 @@ def test_tensor_ranks_are_neighbours():
     ("--shard-within 4 --use-distributed-optimizer", 6, "--shard-within 4 does not divide the 6 ranks that hold the "
      "same "
      "parameters; the nearest number is 3"),
+    ("--shard-within 1 --use-distributed-optimizer", 2, "--shard-within 1 shares nothing out; leave "),
+    ("--context-parallel-size 4 --qkv-conv-kernel 65 --seq-length 64 --micro-batch-size 1", 4,
+     "--qkv-conv-kernel 65 needs 32 tokens of the ranks beside, and each of --context-parallel-size 4 has 16; give a "),
+    ("--sequence-parallel --group-query-attention --num-query-groups 1", 2, "is 1; leave it out"),
 ])
 def test_what_cannot_work_is_refused_with_the_nearest_that_can(flags, ranks, message):
     config, _ = parse(f"--preset demo {flags}".split())

@@ -88,11 +88,6 @@ def test_a_row_without_residues_has_no_targets(span_length):
     assert masked.tolist() == tokens.tolist() and len(positions) == len(ids) == 0
 
 
-def test_shares_above_one_are_refused():
-    with pytest.raises(ConfigError, match="--mask-token-prob 0.8 and --mask-random-prob 0.3"):
-        Masking.from_config(DataConfig(mask_random_prob=0.3))
-
-
 def test_the_share_goes_evenly_from_one_to_another_over_so_many_rows_of_the_run():
     masking = Masking.from_config(DataConfig(mask_prob=(0.3, 0.1, 200.0)))
     masker, lengths = Masker(masking, VOCAB), np.array([101])

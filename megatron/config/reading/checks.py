@@ -11,8 +11,8 @@ from megatron.config.precision import DELAYED
 from megatron.config.schedule import schedule_faults
 from megatron.errors import ConfigError
 
-_OF_LOSS_SCALE = ("loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis",
-                  "fp16_lm_cross_entropy")
+_OF_DYNAMIC_SCALE = ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
+_OF_LOSS_SCALE = ("loss_scale", *_OF_DYNAMIC_SCALE, "fp16_lm_cross_entropy")
 _OF_MUON = ("muon_momentum", "muon_momentum_warmup_iters", "muon_num_ns_steps")
 
 
@@ -98,8 +98,12 @@ def _check_combinations(config: Config) -> None:
          f"must be {data.num_ends + 1} or greater"),
         *_precision_faults(config.precision),
         *_idle(config.precision, _OF_LOSS_SCALE, config.precision.fp16, "--fp16, which is missing"),
+        *_idle(config.precision, _OF_DYNAMIC_SCALE, config.precision.loss_scale is None,
+               f"a dynamic loss scale, and --loss-scale {config.precision.loss_scale} is fixed"),
         *_idle(config.optimizer, _OF_MUON, config.optimizer.uses_muon,
                f"--optimizer muon and normuon, which is {config.optimizer.optimizer}"),
+        *_idle(config.optimizer, ("sgd_momentum",), config.optimizer.optimizer == "sgd",
+               f"--optimizer sgd, which is {config.optimizer.optimizer}"),
         *_idle(config.optimizer, ("normuon_beta2",), config.optimizer.optimizer == "normuon",
                f"--optimizer normuon, which is {config.optimizer.optimizer}"),
         *_idle(model, ("checkpoint_num_layers",), model.checkpoint_activations,
@@ -134,6 +138,8 @@ def _check_combinations(config: Config) -> None:
 def _precision_faults(precision: PrecisionConfig) -> list[tuple[Any, str]]:
     return [
         (precision.fp16 and precision.bf16, "--fp16 and --bf16 exclude each other; give one"),
+        (precision.min_loss_scale > precision.initial_loss_scale,
+         f"--min-loss-scale {precision.min_loss_scale} is above --initial-loss-scale {precision.initial_loss_scale}"),
         (precision.precision and (precision.fp16 or precision.bf16),
          "--precision auto chooses by itself; give it, or one of --fp16 and --bf16"),
         (precision.fp8 and not precision.bf16,

@@ -24,7 +24,7 @@ _HELP_AT = 34
 
 def short_help(sections: Sequence[type]) -> str:
     """The commonest flags of the sections, each in a line or two, as wide as the terminal."""
-    num_flags = sum(len(fields(section)) for section in sections)
+    num_flags = sum(not item.metadata["is_hidden"] for section in sections for item in fields(section))
     lines = [f"usage: {USAGE}", "", *textwrap.wrap(f"{DESCRIPTION} These are the commonest flags; --help-all has all "
                                                    f"{num_flags}, and says more of each.", columns())]
     for section in sections:

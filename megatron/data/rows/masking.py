@@ -29,10 +29,7 @@ class Masking:
 
     @classmethod
     def from_config(cls, data: DataConfig) -> "Masking":
-        """The masking that the flags ask for; raises ConfigError for shares above one, or no share or course."""
-        if data.mask_token_prob + data.mask_random_prob > 1:
-            raise ConfigError(f"--mask-token-prob {data.mask_token_prob} and --mask-random-prob "
-                              f"{data.mask_random_prob} add up to more than 1; lower one of them")
+        """The masking that the flags ask for; raises ConfigError for what is no share or course."""
         start, *course = data.mask_prob
         if len(course) not in (0, 2) or not all(0 < share < 1 for share in (start, *course[:1])):
             raise ConfigError(f"--mask-prob is {' '.join(map(str, data.mask_prob))}; give a share between 0 and 1, or "
