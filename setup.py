@@ -10,7 +10,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_namespace_packages, setup
 
-REQUIRED = ["torch>=2.11", "numpy>=1.26", "safetensors>=0.4", "tensorboard>=2.14", "tqdm>=4.60", "matplotlib>=3.7",
+REQUIRED = ["torch>=2.11.0a0", "numpy>=1.26", "safetensors>=0.4", "tensorboard>=2.14", "tqdm>=4.60", "matplotlib>=3.7",
             "tomli>=2.0 ; python_version < '3.11'"]
 EXTRAS = {
     "helper": ["pybind11>=2.11", "setuptools>=64"],  # builds the compiled helpers

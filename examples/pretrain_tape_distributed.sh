@@ -16,7 +16,7 @@
 #     GPUS_PER_NODE   processes on this machine (default: its GPUs; 2 if it has none, on the CPU over gloo)
 #     NNODES          machines (default: 1); LEAST:MOST for a number that may change, see below
 #     NODE_RANK       this machine's number, from 0 (default: 0)
-#     MASTER_ADDR     address of machine 0 (default: this machine; needed where NODE_RANK is not 0)
+#     MASTER_ADDR     address of machine 0, as the others see it (needed where NNODES is above 1)
 #     MASTER_PORT     a free port there (default: 6000; with one machine, any that is free)
 #     MAX_RESTARTS    how often to start again from the last checkpoint when a process has died (default: 0)
 #
@@ -47,7 +47,7 @@ if [ -n "${LEAST_NNODES-}" ]; then
 elif [ "$nodes" -eq 1 ] && [ -z "${MASTER_PORT-}" ]; then
     meeting=(--standalone)
 else
-    if [ "$node_rank" -gt 0 ] && [ -z "${MASTER_ADDR-}" ]; then fail "NODE_RANK is $node_rank; set MASTER_ADDR too"; fi
+    if [ "$nodes" -gt 1 ] && [ -z "${MASTER_ADDR-}" ]; then fail "NNODES is $nodes; set MASTER_ADDR too"; fi
     meeting=(--nnodes "$nodes" --node_rank "$node_rank" --master_addr "${MASTER_ADDR:-127.0.0.1}"
         --master_port "${MASTER_PORT:-6000}")
 fi

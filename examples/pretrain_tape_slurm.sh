@@ -27,10 +27,13 @@
 #
 # srun starts each task once. To have tasks that die started again within the job, start a launcher on each machine by
 #
-#     srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 bash -c 'NNODES=$SLURM_NNODES NODE_RANK=$SLURM_NODEID \
-#         MAX_RESTARTS=3 MASTER_ADDR=$(scontrol show hostnames | head -n 1) bash examples/pretrain_tape_distributed.sh'
+#     srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
+#         --cpus-per-task="$((${SLURM_CPUS_PER_TASK:-1} * ${SLURM_NTASKS_PER_NODE:-1}))" \
+#         bash -c 'NNODES=$SLURM_NNODES NODE_RANK=$SLURM_NODEID MAX_RESTARTS=3 \
+#             MASTER_ADDR=$(scontrol show hostnames | head -n 1) bash examples/pretrain_tape_distributed.sh'
 #
-# (without --ntasks it would start as many as the job has tasks, whatever stands behind it).
+# (without --ntasks it would start as many as the job has tasks, whatever stands behind it, and the cores of one task
+# would be all that a launcher and its ranks have).
 set -euo pipefail
 
 # SLURM runs a copy of this script, from a folder of its own.
@@ -43,19 +46,20 @@ share_cores "${SLURM_NTASKS_PER_NODE:-1}"
 # What sbatch was told of cores does not reach srun by itself.
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 
-# Names the machines that cannot load the program within five minutes.
+# Names the machines that cannot load the program, or use their GPUs, within five minutes.
 check_machines() {
     local name expected answers missing=()
     expected=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
     # shellcheck disable=SC2016  # it is for the bash of each machine
     answers=$(timeout 300 srun --ntasks="$(wc -w <<<"$expected")" --ntasks-per-node=1 bash -c \
-        '"$1" -c "import torch, sys; sys.path.insert(0, sys.argv[1]); import megatron.errors" "$2" &&
+        '"$1" -c "import torch, sys; sys.path.insert(0, sys.argv[1]); import megatron.errors
+sys.exit(torch.cuda.device_count() > 0 and not torch.cuda.is_available())" "$2" &&
             echo "ready: ${SLURMD_NODENAME:-$HOSTNAME}"' check "$python" "$root" || true)
     for name in $expected; do
         if ! [[ $'\n'$answers$'\n' == *$'\n'"ready: $name"$'\n'* ]]; then missing+=("$name"); fi
     done
     if [ ${#missing[@]} -gt 0 ]; then
-        echo "error: ${missing[*]}: cannot load the program, or did not answer in time; look at what it says above, and" \
+        echo "error: ${missing[*]}: cannot load the program or use their GPUs, or did not answer in time; look at what it says above, and" \
             "leave out a broken machine by sbatch --exclude=$(IFS=,; echo "${missing[*]}")" >&2
         exit 1
     fi

@@ -93,7 +93,6 @@ install() {
     if [ -e "$installed" ] && [ "$(<"$root/$file")" = "$(<"$installed")" ]; then return; fi
     if [ -t 1 ]; then quiet=--progress-bar=on; fi
     echo "setup: installing what $file asks for into .venv"
-    touch "$unfinished"
     "$python" -m pip install "$quiet" --disable-pip-version-check "$@" ||
         fail "$file could not be installed (see above); run this again, or activate a Python that has what it lists"
     cp "$root/$file" "$installed"

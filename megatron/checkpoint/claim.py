@@ -88,8 +88,15 @@ class Claim:
         threading.Thread(target=self._beat, name="lock", daemon=True).start()
 
     def check(self) -> None:
-        """Raises CheckpointError where another run holds the folder: to it, this one seemed dead."""
-        if not self._is_ours() and not self._create():
+        """Raises CheckpointError where another run holds the folder: to it, this one seemed dead.
+
+        A disk that does not answer says nothing of another run.
+        """
+        try:
+            is_ours = self._is_ours() or self._create()
+        except OSError:
+            return
+        if not is_ours:
             raise CheckpointError(f"{self._folder} was taken over by another run while this one did not answer; "
                                   "nothing of it was overwritten. Go on with one of the two")
 

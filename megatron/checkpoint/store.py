@@ -124,6 +124,9 @@ def set_aside(folder: str, iteration: int) -> list[Path]:
     except OSError as error:
         raise CheckpointError(f"{folder}: iteration {number} cannot be renamed ({error.strerror}); it belongs to a "
                               "course that was left, move it away") from error
+    if moved:
+        with suppress(OSError):
+            link_best(Path(folder))
     return moved
 
 
@@ -155,12 +158,19 @@ def prune(root: Path, *, keep: int, keep_every: int, retain_optimizer: int, spar
 def note_validation(place: Path, loss: float) -> None:
     """Keep the validation loss of a checkpoint beside it, and link to the best of the run."""
     write_json(place / VALIDATION, {"loss": loss})
-    losses = {other: found for other in iterations(place.parent).values()
-              if (found := validation_loss(other)) is not None}
-    link, new = place.parent / BEST, place.parent / f".{BEST}"
+    link_best(place.parent)
+
+
+def link_best(root: Path) -> None:
+    """Have `best` lead to the checkpoint of the lowest validation loss, or be gone where none has one."""
+    losses = {place: found for place in iterations(root).values() if (found := validation_loss(place)) is not None}
+    link, new = root / BEST, root / f".{BEST}"
     new.unlink(missing_ok=True)
-    new.symlink_to(min(losses, key=lambda other: losses[other]).name)
-    new.replace(link)
+    if losses:
+        new.symlink_to(min(losses, key=lambda place: losses[place]).name)
+        new.replace(link)
+    else:
+        link.unlink(missing_ok=True)
 
 
 def in_order(root: Path) -> tuple[str | None, list[Path]]:

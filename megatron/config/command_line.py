@@ -102,12 +102,13 @@ def resolve(argv: Sequence[str], taken: Mapping[str, Any] | None = None) -> Reso
 def left_open(argv: Sequence[str], saved: Callable[[str], Mapping[str, Any]]) -> dict[str, Any]:
     """What the checkpoint of `--load` says of the flags of its model (see `Changes`) that `argv` does not give.
 
-    Nothing of a vocabulary whose file is not here, as that of another machine may not be. `saved`: the flags of the
-    checkpoint in a folder. Raises ConfigError.
+    Where it is gone, that of `--save` does, which may have taken it up. Nothing of a vocabulary whose file is not here,
+    as that of another machine may not be. `saved`: the flags of the checkpoint in a folder. Raises ConfigError.
     """
     found = read(argv)
     values = found.said
-    known = saved(values["load"]) if "load" in values else {}
+    folders = [values[name] for name in ("load", "save") if name in values] if "load" in values else []
+    known = next(filter(None, map(saved, folders)), {})
     given = values.keys() | found.of_preset.keys()
     file = values.get("vocab_file", known.get("vocab_file"))
     is_here = file is None or file in VOCABULARIES or Path(str(file)).is_file()

@@ -103,13 +103,16 @@ def joined(config: ParallelConfig, launch: Launch) -> Iterator[Mesh]:
 
 
 def device_of(launch: Launch, local_rank: int | None = None) -> torch.device:
-    """This rank's GPU, made the current one; the CPU where there are none.
+    """This rank's GPU, made the current one; the CPU where there are none. Raises LaunchError where that is not clear.
 
     `local_rank`: the flag of old launchers, for a launch that has none.
     """
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
     num_gpus = torch.cuda.device_count()
+    if not torch.cuda.is_available():
+        if num_gpus:  # of which the driver tells, and which other hosts of the job may take
+            raise LaunchError(f"this host shows {num_gpus} GPUs that PyTorch {torch.__version__} cannot use (python "
+                              "tools/doctor.py says why); to train on CPUs, hide them: CUDA_VISIBLE_DEVICES=''")
+        return torch.device("cpu")
     index = launch.local_rank if launch.local_rank is not None else local_rank
     if index is None and launch.size == 1:
         index = 0

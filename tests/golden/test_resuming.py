@@ -129,6 +129,9 @@ def test_a_command_that_takes_up_another_run_goes_on_with_its_own_once_that_has_
     unbroken, new = ends.values()
     assert all(torch.equal(tensor.read(), unbroken[name].read()) for name, tensor in new.items())
     assert "already holds a run" in begun.error("--load", tmp_path / "unbroken", "--finetune", "--train-iters", 8)
+    other.rename(tmp_path / "moved")
+    begun(*command)
+    assert "training is complete" in "".join(begun.lines)
 
 
 def test_a_kept_course_of_another_peak_leaves_single_groups_their_own(run):

@@ -82,6 +82,13 @@ def test_srun_starts_the_ranks_from_the_copy_that_slurm_makes_of_the_script(corp
     assert list(curve) == [1, 2]
 
 
+def test_of_several_machines_each_is_told_the_address_of_the_first(corpus, tmp_path, python):
+    process = start(ROOT / "examples" / "pretrain_tape_distributed.sh", corpus, tmp_path / "run", PYTHON=python,
+                    NNODES="2", MASTER_ADDR="")
+    assert process.communicate()[0] == "error: NNODES is 2; set MASTER_ADDR too\n"
+    assert process.returncode == 2
+
+
 # As srun does, it passes SIGUSR1 on, waits for both tasks, and ends with the highest of their statuses.
 PATIENT_SRUN = f"""#!/usr/bin/env bash
 while [[ $1 == -* ]]; do shift; done

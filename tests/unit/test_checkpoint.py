@@ -17,7 +17,7 @@ from megatron.checkpoint import sharded
 from megatron.checkpoint.loading import load_model, load_optimizer
 from megatron.checkpoint.manifest import MANIFEST
 from megatron.checkpoint.saving import Saver, parts_of, share_of
-from megatron.checkpoint.store import LATEST, find, set_aside
+from megatron.checkpoint.store import LATEST, find, note_validation, set_aside
 from megatron.checkpoint.stored import Checkpoint, Piece, StoredTensor, stored
 from megatron.config import CheckpointConfig
 from megatron.errors import CheckpointError
@@ -220,6 +220,17 @@ def test_an_abandoned_course_is_set_aside_and_never_found_as_a_checkpoint(tmp_pa
     assert [line.split()[1] for line in log.lines[:2]] == ["abandoned-1-iter_0000008", "abandoned-1-iter_10000000"]
     assert [path.name for path in set_aside(str(tmp_path), 4)] == ["abandoned-2-iter_0000008"]
     assert load(tmp_path).iteration == 4
+
+
+def test_the_best_is_one_of_the_course_that_is_gone_on_with(tmp_path):
+    write(tmp_path, 4, 8)
+    for number, loss in ((4, 2.5), (8, 2.4)):
+        note_validation(tmp_path / f"iter_{number:07d}", loss)
+    for iteration, best in ((8, 8), (4, 4)):
+        set_aside(str(tmp_path), iteration)
+        assert (tmp_path / "best").resolve().name == f"iter_{best:07d}"
+    set_aside(str(tmp_path), 0)
+    assert not (tmp_path / "best").is_symlink()
 
 
 def test_a_missing_stale_or_damaged_pointer_is_no_obstacle(tmp_path):

@@ -143,6 +143,17 @@ def test_a_run_that_seemed_dead_learns_that_its_folder_was_taken(tmp_path):
     assert (tmp_path / LOCK).exists()
 
 
+def test_a_disk_that_does_not_answer_for_a_moment_ends_no_run(tmp_path, monkeypatch):
+    def stale(lock):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    claim = acquired(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_read", stale)
+        claim.check()
+    claim.release()
+
+
 def test_a_lock_that_was_removed_is_made_again(tmp_path):
     claim = acquired(tmp_path)
     (tmp_path / LOCK).unlink()

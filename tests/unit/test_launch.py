@@ -176,6 +176,13 @@ def test_a_rank_takes_the_gpu_of_its_local_rank(gpus, environment, flag, num_gpu
     assert current == [torch.device("cuda", index)]
 
 
+def test_gpus_that_pytorch_cannot_use_are_not_passed_over(gpus, monkeypatch):
+    gpus(2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(LaunchError, match="shows 2 GPUs that PyTorch .* cannot use .* hide them: CUDA_VISIBLE_DEVICES"):
+        device_of(launched({}))
+
+
 def test_a_rank_without_a_gpu_of_its_own_is_refused(gpus):
     gpus(0)
     assert device_of(launched(TORCHRUN)) == torch.device("cpu")

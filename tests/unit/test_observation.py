@@ -192,6 +192,15 @@ def test_a_library_that_hangs_holds_up_neither_steps_nor_for_long_the_end(name, 
     assert len(said) == 1 and f"--logger {name} has not taken everything" in said[0]
 
 
+def test_a_library_that_does_not_answer_at_the_start_is_not_waited_for_for_ever(name, tmp_path, monkeypatch):
+    gate = threading.Event()
+    monkeypatch.setattr(trackers, "OPENING_S", 0.02)
+    monkeypatch.setattr(trackers, "_OPEN", {name: lambda asked: gate.wait()})
+    with pytest.raises(ConfigError, match=rf"--logger {name} could not begin a run \(TimeoutError: no answer in 0 s\)"):
+        tracker(name, str(tmp_path / "my-run"), None, FLAGS, pytest.fail)
+    gate.set()
+
+
 def test_a_library_that_cannot_begin_ends_the_program_but_not_a_run_that_it_has_known(name, library, tmp_path):
     library.broken = ValueError("not logged in")
     with pytest.raises(ConfigError, match=rf"--logger {name} could not begin a run \(ValueError: not logged in\)"):

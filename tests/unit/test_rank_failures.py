@@ -2,13 +2,18 @@
 
 import json
 import socket
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from megatron.errors import UserError
-from megatron.parallel.launch.agent import cause, line_of
+from megatron.parallel.launch.agent import Agent, cause, line_of
 from megatron.parallel.launch.environment import Launch
 from megatron.parallel.launch.failure import report
 
@@ -51,6 +56,20 @@ def test_a_rank_whose_launcher_tells_leaves_it_the_line(monkeypatch, tmp_path, c
     assert reported(UserError("no such file"), heard, monkeypatch, tmp_path, capsys)[0] == ""
     printed, left, _ = reported(RuntimeError(GLOO), heard, monkeypatch, tmp_path, capsys)
     assert (printed, left.partition(": ")[0]) == ("", "LostPeersError")
+
+
+def test_ranks_that_make_room_for_other_machines_are_not_killed_while_they_save(monkeypatch, tmp_path):
+    saving = ("import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), sys.exit(0)));"
+              "print('listens', flush=True); time.sleep(60)")
+    rank = subprocess.Popen([sys.executable, "-c", saving], stdout=subprocess.PIPE, text=True)
+    context, ended = SubprocessContext.__new__(SubprocessContext), []
+    context.subprocess_handlers = {0: SimpleNamespace(proc=rank)}
+    agent = Agent.__new__(Agent)
+    agent._pcontext = context
+    monkeypatch.setattr(LocalElasticAgent, "_stop_workers", lambda self, group: ended.append(rank.poll()))
+    assert rank.stdout.readline() == "listens\n"
+    agent._stop_workers(None)
+    assert ended == [0]
 
 
 def test_one_process_fails_without_naming_a_rank(monkeypatch, tmp_path, capsys):

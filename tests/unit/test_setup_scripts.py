@@ -116,6 +116,18 @@ def test_changed_requirements_are_installed(checkout: Checkout) -> None:
     assert checkout.pip_installs() == ["requirements.txt"]
 
 
+def test_an_update_that_fails_leaves_the_environment_that_jobs_may_run_from(checkout: Checkout) -> None:
+    checkout.set_up()
+    used = checkout.root / ".venv" / "used"
+    used.touch()
+    with (checkout.root / "requirements.txt").open("a") as requirements:
+        requirements.write("lmdb==3.0.0\n")
+    assert checkout.set_up(PIP_FAILS="yes")[0] == 2
+    checkout.pip_installs()
+    assert checkout.set_up()[0] == 0
+    assert used.exists() and checkout.pip_installs() == ["requirements.txt"]
+
+
 def test_an_interrupted_setup_is_started_afresh(checkout: Checkout) -> None:
     status, _, stderr = checkout.set_up(PIP_FAILS="yes")
     assert status == 2

@@ -84,6 +84,14 @@ class Agent(LocalElasticAgent):
             self._conclude(word, worker_group.spec.max_restarts)
         return result
 
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        """Where other machines join, ranks save and end first, however long that takes: torchrun gives 30 seconds."""
+        context, asked = self._pcontext, set[int]()
+        while isinstance(context, SubprocessContext) and are_running(context) and not has_failed(context):
+            asked |= ask_to_stop(context, asked)
+            time.sleep(0.05)
+        super()._stop_workers(worker_group)
+
     def _tell(self, store: Store | None, word: str) -> None:
         if store is not None:
             store.set(self._key(), word)
@@ -123,6 +131,11 @@ def store_of_launchers(worker_group: WorkerGroup) -> Store | None:
 def has_failed(context: SubprocessContext) -> bool:
     """Whether a rank of this host has ended with a failure."""
     return any(handler.proc.poll() for handler in context.subprocess_handlers.values())
+
+
+def are_running(context: SubprocessContext) -> bool:
+    """Whether a rank of this host has yet to end."""
+    return any(handler.proc.poll() is None for handler in context.subprocess_handlers.values())
 
 
 def ask_to_stop(context: SubprocessContext, asked: set[int]) -> set[int]:

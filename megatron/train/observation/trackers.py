@@ -21,6 +21,7 @@ from megatron.train.observation.observers import Record
 
 KEYS = "trackers.json"
 PROJECT = "proteinlm"  # where neither a flag nor the library's environment names one
+OPENING_S = 120.0  # how long the start of a run waits for a library
 CLOSING_S = 60.0  # how long the end of a run waits for what was not yet taken
 _PARAMETERS_AT_ONCE = 100  # mlflow takes no more
 
@@ -94,7 +95,7 @@ def tracker(name: str, save: str | None, project: str | None, parameters: Mappin
     keys = {} if folder is None else _read_keys(folder / KEYS)
     asked = TrackedRun(folder, None if folder is None else folder.name, project, parameters, keys.get(name))
     try:
-        remote = _OPEN[name](asked)
+        remote = _opened(name, asked)
     except Exception as error:  # not logged in, no such server, no network, a file that cannot be written, …
         if asked.key is None:
             raise ConfigError(f"--logger {name} could not begin a run ({_in_short(error)}); mend that, or leave it "
@@ -110,6 +111,26 @@ def tracker(name: str, save: str | None, project: str | None, parameters: Mappin
             begun.note(f"cannot keep the name of its run in {folder / KEYS} ({error.strerror or error}): a later start "
                        "begins another there")
     return begun
+
+
+def _opened(name: str, asked: TrackedRun) -> Remote:
+    """The run of a library; raises whatever that comes up with, or TimeoutError: other ranks wait meanwhile."""
+    answers = queue.SimpleQueue[Remote | Exception]()
+
+    def ask() -> None:
+        try:
+            answers.put(_OPEN[name](asked))
+        except Exception as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, name=f"--logger {name} begins", daemon=True).start()
+    try:
+        answer = answers.get(timeout=OPENING_S)
+    except queue.Empty:
+        raise TimeoutError(f"no answer in {OPENING_S:.0f} s") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def _wandb(asked: TrackedRun) -> Remote:
