@@ -1,16 +1,20 @@
-"""Files and folders that appear under their final name only when they are whole and on the disk."""
+"""Files and folders that appear under their final name only when they are whole and on the disk; locks of files."""
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from errno import EACCES, EAGAIN, EWOULDBLOCK
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+LONGEST_WAIT_S = 60.0
 _MARK, _REPLACED = ".unfinished-", "-replaced"
 
 
@@ -89,6 +93,36 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
+def try_lock(file: IO | int) -> bool:
+    """Take the lock of an open file; False where another has it, True too where the file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (EACCES, EAGAIN, EWOULDBLOCK)
+    return True
+
+
+@contextmanager
+def locked(path: Path, longest_work_s: float = 0.0) -> Iterator[None]:
+    """Holds the lock of `path`, a file or folder; goes on without it where it is long in coming or not to be had.
+
+    `longest_work_s`: what its holder may need besides.
+
+    What it guards is so written that two who do it at once waste time, or lose what can be had again, and nothing else.
+    """
+    deadline = time.monotonic() + LONGEST_WAIT_S + longest_work_s
+    descriptor = _open_lock(path)
+    try:
+        while descriptor is not None and time.monotonic() < deadline and not try_lock(descriptor):
+            time.sleep(0.02)
+        yield
+    finally:
+        if descriptor is not None:
+            with suppress(OSError):  # in words, as a forked child may hold the file open for longer
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+            os.close(descriptor)
+
+
 def sha256(path: str | Path) -> str:
     """The SHA-256 of a file's contents, in hexadecimal."""
     digest = hashlib.sha256()
@@ -105,3 +139,10 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _open_lock(path: Path) -> int | None:
+    for flags in (os.O_RDWR | os.O_CREAT, os.O_RDONLY):  # another user's can often be read, which is enough to lock it
+        with suppress(OSError):
+            return os.open(path, flags, 0o666)
+    return None

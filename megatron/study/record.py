@@ -7,7 +7,6 @@ FOLDER/lr=1e-3_seed=1 one trial: the folder of its run, and run.log, what that p
 """
 
 import csv
-import fcntl
 import io
 import json
 import time
@@ -19,7 +18,7 @@ from typing import IO, Any
 
 from megatron.config.command_line import as_flags
 from megatron.errors import ConfigError
-from megatron.files import write_json, write_text
+from megatron.files import try_lock, write_json, write_text
 from megatron.study.settings import Space, Trial
 
 BEGUN, FINISHED, STOPPED, NOT_FINITE, FAILED = "begun", "finished", "stopped early", "not finite", "failed"
@@ -136,16 +135,12 @@ def held(folder: Path, tell: Callable[[str], None]) -> Iterator[IO[str]]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".sweep.lock").open("w") as file:
         began_s, is_told = time.monotonic(), False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not is_told:
-                    tell(f"waiting for what is at work in {folder}: a trial of an earlier start may be saving")
-                    is_told = True
-                if time.monotonic() >= began_s + WAIT_S:
-                    raise ConfigError(f"another sweep is at work in --output {folder}; wait for it, or give another "
-                                      "folder") from None
-                time.sleep(0.1)
+        while not try_lock(file):
+            if not is_told:
+                tell(f"waiting for what is at work in {folder}: a trial of an earlier start may be saving")
+                is_told = True
+            if time.monotonic() >= began_s + WAIT_S:
+                raise ConfigError(f"another sweep is at work in --output {folder}; wait for it, or give another "
+                                  "folder")
+            time.sleep(0.1)
         yield file

@@ -1,5 +1,6 @@
 """Indexed datasets: bytes as the original wrote them, views as they were stored, damage refused by name."""
 
+import errno
 import os
 import pickle
 import struct
@@ -198,6 +199,24 @@ def test_an_error_while_writing_leaves_nothing_behind(prefix, tmp_path):
 def test_a_second_writer_of_a_prefix_is_refused(prefix):
     with IndexedWriter(prefix), pytest.raises(DataError, match="another program is writing"):
         IndexedWriter(prefix)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_written_to_all_the_same(prefix, monkeypatch, number):
+    def refuse(file, operation):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr("fcntl.flock", refuse)
+    write_indexed(prefix, DOCUMENTS)
+    assert len(open_indexed(prefix)) == 3
+
+
+def test_a_last_step_that_fails_leaves_nothing_behind(prefix, tmp_path, monkeypatch):
+    def refuse(self):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(IndexedWriter, "commit", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        write_indexed(prefix, DOCUMENTS)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_writer_goes_on_behind_what_was_committed(prefix):

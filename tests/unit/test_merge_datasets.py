@@ -1,5 +1,6 @@
 """Datasets joined: the bytes of preprocessing all inputs at once, and refusals before anything is written."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -160,6 +161,16 @@ def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, monkey
     folder = shards(tmp_path / "shards")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(DataError, match="GB are free"):
+        merge([str(folder)], str(tmp_path / "merged"))
+    assert [path.name for path in tmp_path.iterdir()] == ["shards"]
+
+
+def test_a_disk_that_fills_up_in_the_last_step_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    def refuse(self):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    folder = shards(tmp_path / "shards")
+    monkeypatch.setattr(IndexedWriter, "commit", refuse)
+    with pytest.raises(DataError, match=r"merged: cannot be read or written \(No space left on device\); make room"):
         merge([str(folder)], str(tmp_path / "merged"))
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]
 

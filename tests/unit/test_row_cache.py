@@ -16,12 +16,13 @@ from megatron import files
 from megatron.config import DataConfig
 from megatron.data.corpus.indexed_writer import write_indexed
 from megatron.data.corpus.vocab import Vocab
-from megatron.data.rows import cache_files, dataset
-from megatron.data.rows.cache_files import choose_cache_folder, keeping, locked
+from megatron.data.rows import dataset
+from megatron.data.rows.cache_files import choose_cache_folder, keeping
 from megatron.data.rows.dataset import build_datasets
 from megatron.data.rows.packing import PackedRows
 from megatron.data.rows.row_cache import RowCache
 from megatron.errors import ConfigError
+from megatron.files import locked
 
 VOCAB = Vocab.from_file()
 
@@ -110,14 +111,14 @@ def test_ranks_that_start_together_build_once(tmp_path):
 
 
 def test_a_rank_that_hangs_with_the_lock_is_not_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_files, "LONGEST_WAIT_S", 0.05)
+    monkeypatch.setattr(files, "LONGEST_WAIT_S", 0.05)
     with open(tmp_path / "a.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert len(RowCache(tmp_path, "a").rows(0, pack)) == 2
 
 
 def test_one_that_packs_many_proteins_is_waited_for_longer(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_files, "LONGEST_WAIT_S", 0.05)
+    monkeypatch.setattr(files, "LONGEST_WAIT_S", 0.05)
     with locked(tmp_path / "a.lock"):
         began_s = time.monotonic()
         RowCache(tmp_path, "a", num_pieces=300_000).rows(0, pack)

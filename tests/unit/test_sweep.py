@@ -5,6 +5,7 @@ checkpoint, and leaves on SIGTERM.
 """
 
 import csv
+import errno
 import json
 import math
 import os
@@ -19,7 +20,7 @@ import pytest
 
 from megatron.study import running
 from megatron.study.outcome import as_table, edges, outcomes
-from megatron.study.record import FINISHED, STOPPED, SweepRecord, TrialResult
+from megatron.study.record import FINISHED, STOPPED, SweepRecord, TrialResult, held
 from megatron.study.running import falls_behind
 from megatron.study.sampling import plan
 from megatron.study.settings import Space, Trial
@@ -231,6 +232,14 @@ def test_the_folder_of_something_else_is_refused(sweep):
     Path("out").mkdir()
     Path("out/notes.txt").touch()
     assert sweep("--vary", "lr", "1")[2] == "error: --output out holds notes.txt and no sweep; give a new folder\n"
+
+
+def test_a_file_system_without_locks_takes_a_sweep(tmp_path, monkeypatch):
+    def refuse(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with held(tmp_path / "out", print):
+        assert (tmp_path / "out").is_dir()
 
 
 def test_another_sweep_in_the_folder_is_refused_once_a_trial_has_got_anywhere(sweep):

@@ -4,7 +4,6 @@ Everything is first written in the folder PREFIX.partial; at the end the old PRE
 and the new .names are renamed and last the .idx, so that an .idx never stands beside what is not its own and whole.
 """
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -17,7 +16,7 @@ import numpy as np
 
 from megatron.data.corpus.indexed import DTYPES, MMAP_MAGIC, TNT_MAGIC
 from megatron.errors import DataError
-from megatron.files import sync
+from megatron.files import sync, try_lock
 
 _CHUNK_ITEMS = 1 << 20
 _SPOOLS = ("bin", "sizes", "documents", "names")
@@ -53,10 +52,14 @@ class IndexedWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  traceback: TracebackType | None) -> None:
-        if kind is None:
-            self.finish()
-        else:
+        if kind is not None:
             self.discard()
+            return
+        try:
+            self.finish()
+        except BaseException:
+            self.discard()
+            raise
 
     def add(self, ids: np.ndarray, sizes: np.ndarray, num_sequences: np.ndarray, names: bytes = b"") -> None:
         """Append documents: all their ids, the length of each sequence, how many sequences each document has, and the
@@ -90,8 +93,8 @@ class IndexedWriter:
             os.replace(self.folder / "names", f"{self.prefix}.names")
         sync(self.folder.parent)
         os.replace(self.folder / "idx", f"{self.prefix}.idx")
-        self.discard()
         sync(self.folder.parent)
+        self.discard()
 
     def discard(self) -> None:
         """Remove everything that is not yet in place."""
@@ -136,12 +139,10 @@ def write_indexed(prefix: str | Path, documents: Iterable[np.ndarray], impl: str
 
 def _take_lock(folder: Path) -> BinaryIO:
     file = open(folder / "lock", "wb")  # noqa: SIM115 (held as long as the writer)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    if not try_lock(file):
         file.close()
         raise DataError(f"{folder}: another program is writing this output; wait for it or choose another "
-                        "--output-prefix") from None
+                        "--output-prefix")
     return file
 
 

@@ -55,22 +55,15 @@ def merge(inputs: Sequence[str], output_prefix: str, overwrite: bool = False) ->
     _check_alike(parts)
     _check_output(output_prefix, overwrite)
     _check_room(parts, Path(output_prefix))
-    total = sum(Path(f"{part.prefix}.bin").stat().st_size for part in parts)
-    first, done, num_documents, stats_path = parts[0], 0, 0, Path(f"{output_prefix}.stats.json")
-    with IndexedWriter(output_prefix, "mmap" if first.format[0] == "mmap" else "cached", None, first.has_names,
-                       np.dtype(first.format[1])) as writer, ReadingProgress(total, _LOG_INTERVAL) as progress:
-        for part in parts:
-            for size in _copied(part, writer):
-                done += size
-                progress.show(done, num_documents)
-            num_documents += part.num_documents
-        stats_path.unlink(missing_ok=True)
-    stats = _statistics(parts, output_prefix)
-    write_json(stats_path, stats)
-    print(f"{len(parts)} datasets, {num_documents:,} proteins: " + ", ".join(
-        f"{output_prefix}.{path.suffix[1:]}" for path in first.paths))
+    try:
+        stats = _join(parts, output_prefix)
+    except OSError as error:
+        raise DataError(f"{error.filename or output_prefix}: cannot be read or written "
+                        f"({error.strerror or error}); make room, or give another --output-prefix") from None
+    print(f"{len(parts)} datasets, {sum(part.num_documents for part in parts):,} proteins: " + ", ".join(
+        f"{output_prefix}.{path.suffix[1:]}" for path in parts[0].paths))
     if "options" in stats:
-        for line in describe(stats["outputs"][first.key]):
+        for line in describe(stats["outputs"][parts[0].key]):
             print(f"  {line}")
 
 
@@ -189,6 +182,23 @@ def _check_room(parts: Sequence[_Part], output: Path) -> None:
     if free < needed:
         raise DataError(f"{folder}: {free / 1e9:.2f} GB are free, and {output} needs {needed / 1e9:.2f} GB until it is "
                         "whole; make room, or give another --output-prefix")
+
+
+def _join(parts: Sequence[_Part], output_prefix: str) -> dict[str, Any]:
+    """Write the output; its statistics."""
+    total = sum(Path(f"{part.prefix}.bin").stat().st_size for part in parts)
+    first, done, num_documents, stats_path = parts[0], 0, 0, Path(f"{output_prefix}.stats.json")
+    with IndexedWriter(output_prefix, "mmap" if first.format[0] == "mmap" else "cached", None, first.has_names,
+                       np.dtype(first.format[1])) as writer, ReadingProgress(total, _LOG_INTERVAL) as progress:
+        for part in parts:
+            for size in _copied(part, writer):
+                done += size
+                progress.show(done, num_documents)
+            num_documents += part.num_documents
+        stats_path.unlink(missing_ok=True)
+    stats = _statistics(parts, output_prefix)
+    write_json(stats_path, stats)
+    return stats
 
 
 def _copied(part: _Part, writer: IndexedWriter) -> Iterator[int]:

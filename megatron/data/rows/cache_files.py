@@ -5,8 +5,6 @@ each process goes on without it.
 """
 
 import contextlib
-import fcntl
-import os
 import sys
 import tempfile
 import time
@@ -18,7 +16,6 @@ from typing import BinaryIO
 from megatron import files
 from megatron.errors import ConfigError
 
-LONGEST_WAIT_S = 60.0
 STALE_AFTER_S = 3600.0
 
 
@@ -60,40 +57,6 @@ def keeping(path: Path) -> Iterator[BinaryIO]:
             yield BytesIO()
         print(f"note: {path}: cannot be written ({error.strerror}), so each process works it out anew; make room, or "
               "name another folder with --data-cache-path", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def locked(path: Path, longest_work_s: float = 0.0) -> Iterator[None]:
-    """Holds the lock of file `path`; goes on without it where it is long in coming or not to be had.
-
-    `longest_work_s`: what its holder may need besides.
-
-    What it guards is so written that two who do it at once waste time and nothing else.
-    """
-    deadline = time.monotonic() + LONGEST_WAIT_S + longest_work_s
-    descriptor = _open_lock(path)
-    try:
-        while descriptor is not None and time.monotonic() < deadline:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.02)
-            except OSError:  # a file system without locks
-                break
-        yield
-    finally:
-        if descriptor is not None:
-            with contextlib.suppress(OSError):  # in words, as a forked child may hold the file open for longer
-                fcntl.flock(descriptor, fcntl.LOCK_UN)
-            os.close(descriptor)
-
-
-def _open_lock(path: Path) -> int | None:
-    for flags in (os.O_RDWR | os.O_CREAT, os.O_RDONLY):  # another user's can often be read, which is enough to lock it
-        with contextlib.suppress(OSError):
-            return os.open(path, flags, 0o666)
-    return None
 
 
 def remove_stale(path: Path) -> None:

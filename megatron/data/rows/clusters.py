@@ -16,9 +16,10 @@ from zipfile import BadZipFile
 import numpy as np
 
 from megatron.data.corpus.joined import Corpus
-from megatron.data.rows.cache_files import keeping, locked
+from megatron.data.rows.cache_files import keeping
 from megatron.data.rows.packing import order_hashes
 from megatron.errors import DataError
+from megatron.files import locked
 
 CHUNK_LINES = 1 << 20
 _READING_S = 3e-7  # a byte, several times what it takes

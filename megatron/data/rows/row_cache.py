@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron.data.corpus.mapping import mapped
-from megatron.data.rows.cache_files import keeping, locked, remove_stale
+from megatron.data.rows.cache_files import keeping, remove_stale
 from megatron.data.rows.packing import PackedRows
+from megatron.files import locked
 
 FORMAT = int.from_bytes(b"ROWS0001", "little")
 COUNTS_FORMAT = int.from_bytes(b"ROWCNT01", "little")
