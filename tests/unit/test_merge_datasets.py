@@ -14,6 +14,7 @@ import pytest
 from megatron.data.corpus.indexed import open_indexed
 from megatron.data.corpus.indexed_writer import IndexedWriter, write_indexed
 from megatron.data.corpus.origin import corpus_vocabulary
+from megatron.data.corpus.vocab import Vocab
 from megatron.data.preprocess.flags import PreprocessConfig
 from megatron.data.preprocess.merging import merge, natural_order
 from megatron.data.preprocess.run import preprocess
@@ -22,6 +23,7 @@ from tests.unit.protein_files import PROTEINS, ROOT, as_fasta, as_json
 
 TEXTS = {"s_2": ["MKVLAAGIV", "", "GGGG"], "s_10": ["ACDEFGHIKLMNPQRSTVWY"], "s_1": [*PROTEINS, "MK"]}
 IN_ORDER = ("s_1", "s_2", "s_10")
+VOCAB = Vocab.from_file()
 
 
 def write(folder: Path, output: str, *names: str, **options) -> dict:
@@ -97,6 +99,33 @@ def test_preprocessing_over_a_merge_takes_its_statistics_away(tmp_path):
     stats = write(tmp_path, "all", "s_1")
     found = corpus_vocabulary(open_indexed(str(tmp_path / "all_text_document")))
     assert list(found.tokens) == list(stats["vocabulary"]["tokens"])
+
+
+def identity(prefix: Path) -> str:
+    return corpus_vocabulary(open_indexed(str(prefix))).identity
+
+
+def test_a_merge_and_preprocessing_of_one_prefix_keep_each_others_statistics(tmp_path):
+    esm = Vocab.from_file("esm").identity
+    shards(tmp_path / "shards", vocab_file="esm")
+    merge([str(tmp_path / "shards")], str(tmp_path / "pfam"))
+    of_merge = (tmp_path / "pfam.stats.json").read_bytes()
+    for _ in range(2):
+        write(tmp_path, "pfam", "s_1")
+        assert (identity(tmp_path / "pfam"), identity(tmp_path / "pfam_text_document")) == (esm, VOCAB.identity)
+        assert (tmp_path / "pfam.stats.json").read_bytes() == of_merge
+    write(tmp_path, "other", "s_1", vocab_file="esm")
+    write(tmp_path, "out", "s_2")
+    merge([str(tmp_path / "out_text_document")], str(tmp_path / "other"), overwrite=True)
+    assert (identity(tmp_path / "other"), identity(tmp_path / "other_text_document")) == (VOCAB.identity, esm)
+
+
+def test_statistics_of_what_a_merge_has_replaced_come_back_to_nobody(tmp_path):
+    write(tmp_path, "all", "s_1")
+    shards(tmp_path / "shards", vocab_file="esm")
+    merge([str(tmp_path / "shards")], str(tmp_path / "all_text_document"), overwrite=True)
+    write(tmp_path, "all", "s_1", split_sentences=True)
+    assert identity(tmp_path / "all_text_document") == Vocab.from_file("esm").identity
 
 
 def flip_a_byte(path: Path) -> None:

@@ -271,6 +271,22 @@ def test_statistics_of_other_outputs_stay(tmp_path):
     assert {path.name for path in tmp_path.glob("*.stats.json")} == {"out.stats.json", "out_text_document.stats.json"}
 
 
+def test_keys_that_two_runs_finish_at_once_keep_their_statistics(tmp_path, monkeypatch):
+    from megatron.data.preprocess import run as module
+
+    (tmp_path / "in.json").write_text('{"heavy": "MK", "light": "V"}\n')
+    facts = module.facts_of_files
+
+    def others_turn(prefix, with_names):
+        if prefix.endswith("heavy_document"):
+            run(tmp_path, tmp_path / "in.json", json_keys=("light",))
+        return facts(prefix, with_names)
+
+    monkeypatch.setattr(module, "facts_of_files", others_turn)
+    run(tmp_path, tmp_path / "in.json", json_keys=("heavy",))
+    assert all(statistics_of(str(tmp_path / f"out_{key}_document")) for key in ("heavy", "light"))
+
+
 def test_shards_of_a_changed_input_are_not_taken_up(tmp_path, many, monkeypatch, capsys):
     from megatron.data.preprocess import run as module
 

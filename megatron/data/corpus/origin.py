@@ -1,7 +1,6 @@
 """Which vocabulary gave an indexed dataset its ids, and what they are in that of the model."""
 
 import json
-from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 from megatron.data.corpus.indexed import IndexedDataset
 from megatron.data.corpus.vocab import DEFAULT_VOCAB, RESIDUE_LETTERS, Vocab, lacking
 from megatron.errors import DataError
-from megatron.files import write_json
+from megatron.files import left_over, locked, write_json
 
 _SAMPLES, _SAMPLE_TOKENS = 64, 2048
 
@@ -61,7 +60,7 @@ def id_table(corpus: Vocab, vocab: Vocab) -> np.ndarray | None:
 def statistics_of(prefix: str) -> tuple[Path, dict[str, Any]] | None:
     """The file of statistics that names PREFIX.bin, and what it says; None where there is none.
 
-    A merge leaves it as PREFIX.stats.json, preprocessing under the prefix without _KEY_LEVEL.
+    A merge leaves it as PREFIX.stats.json, preprocessing mostly under the prefix without _KEY_LEVEL.
     """
     stem = prefix
     while True:
@@ -76,16 +75,47 @@ def statistics_of(prefix: str) -> tuple[Path, dict[str, Any]] | None:
         stem = stem.rpartition("_")[0]  # a key may have underscores too
 
 
-def keep_of_others(path: Path, names: Collection[str]) -> None:
-    """Before a file of statistics is replaced: each output that it tells of, is there still and none of the .bin
-    `names`, gets one of its own, PREFIX_KEY_LEVEL.stats.json."""
-    stats = _read(path)
+def forget(prefix: str) -> None:
+    """Before PREFIX.bin is replaced: no statistics tell of it any longer; other outputs in them get their own."""
+    own = Path(f"{prefix}.stats.json")
+    with locked(own.parent):
+        while found := statistics_of(prefix):
+            path, stats = found
+            _keep({other: one for other, one in _apart(path, stats).items() if other != own})
+            path.unlink()
+
+
+def put_statistics(path: Path, stats: dict[str, Any]) -> None:
+    """Write statistics to `path`, PREFIX.stats.json; other outputs that it tells of and that are there get their own.
+
+    Where it tells of PREFIX.bin, a merge whose own it is, it stays, and those of `stats` get theirs instead.
+    """
+    with locked(path.parent):  # jobs of other keys may share it
+        new = _apart(path, stats)
+        old = {own: one for own, one in _apart(path, _read(path)).items() if own not in new}
+        _keep(old)
+        for place, one in (new if path in old else {path: stats}).items():
+            for unfinished in left_over(place):
+                unfinished.unlink(missing_ok=True)
+            write_json(place, one)
+
+
+def _apart(path: Path, stats: Any) -> dict[Path, dict[str, Any]]:
+    """The statistics of each output that is there, by the name of its own file of them, PREFIX_KEY_LEVEL.stats.json."""
+    apart: dict[Path, dict[str, Any]] = {}
     with suppress(KeyError, TypeError, ValueError, AttributeError):
         for key, output in stats["outputs"].items():
             (name,) = (file.name for file in (Path(file["path"]) for file in output["files"]) if file.suffix == ".bin")
-            if name not in names and (path.parent / name).exists():
+            if path.with_name(name).exists():
                 own = path.with_name(f"{name.removesuffix('.bin')}.stats.json")
-                write_json(own, {**stats, "outputs": {key: output}})
+                apart[own] = {**stats, "outputs": {key: output}}
+    return apart
+
+
+def _keep(apart: dict[Path, dict[str, Any]]) -> None:
+    for own, one in apart.items():
+        if not own.exists():
+            write_json(own, one)
 
 
 def _tokens_of_statistics(prefix: str) -> list[str] | None:

@@ -11,13 +11,13 @@ import numpy as np
 
 from megatron.data.corpus.indexed import IndexedDataset, open_indexed
 from megatron.data.corpus.indexed_writer import IndexedWriter
-from megatron.data.corpus.origin import corpus_vocabulary, statistics_of
+from megatron.data.corpus.origin import corpus_vocabulary, forget, put_statistics, statistics_of
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.preprocess.progress import ReadingProgress
 from megatron.data.preprocess.run import VERSION, facts_of_files
 from megatron.data.preprocess.tally import DocumentTally, describe
 from megatron.errors import DataError
-from megatron.files import sha256, write_json
+from megatron.files import sha256
 
 _CHUNK_ITEMS = 1 << 22
 _LOG_INTERVAL = 1_000_000  # documents between two progress lines, where there is no terminal
@@ -187,7 +187,7 @@ def _check_room(parts: Sequence[_Part], output: Path) -> None:
 def _join(parts: Sequence[_Part], output_prefix: str) -> dict[str, Any]:
     """Write the output; its statistics."""
     total = sum(Path(f"{part.prefix}.bin").stat().st_size for part in parts)
-    first, done, num_documents, stats_path = parts[0], 0, 0, Path(f"{output_prefix}.stats.json")
+    first, done, num_documents = parts[0], 0, 0
     with IndexedWriter(output_prefix, "mmap" if first.format[0] == "mmap" else "cached", None, first.has_names,
                        np.dtype(first.format[1])) as writer, ReadingProgress(total, _LOG_INTERVAL) as progress:
         for part in parts:
@@ -195,9 +195,9 @@ def _join(parts: Sequence[_Part], output_prefix: str) -> dict[str, Any]:
                 done += size
                 progress.show(done, num_documents)
             num_documents += part.num_documents
-        stats_path.unlink(missing_ok=True)
+        forget(output_prefix)
     stats = _statistics(parts, output_prefix)
-    write_json(stats_path, stats)
+    put_statistics(Path(f"{output_prefix}.stats.json"), stats)
     return stats
 
 

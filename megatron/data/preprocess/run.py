@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron.data.corpus.indexed_writer import PROGRESS_FILE, IndexedWriter
-from megatron.data.corpus.origin import keep_of_others, statistics_of
+from megatron.data.corpus.origin import forget, put_statistics
 from megatron.data.corpus.tokenizer import build_tokenizer
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.preprocess.duplicates import SeenDigests
@@ -31,7 +31,7 @@ from megatron.data.sources.names import DEFAULT_NAME_KEY
 from megatron.data.sources.source import Source, expand
 from megatron.data.sources.streams import BLOCK_BYTES
 from megatron.errors import DataError
-from megatron.files import left_over, sha256, write_json
+from megatron.files import sha256, write_json
 
 VERSION = 1
 _DIGESTS_FILE = "digests"
@@ -202,16 +202,11 @@ class _Preprocessing:
         }
         if not self.writers:
             return stats
-        stats_path = Path(f"{self.config.output_prefix}.stats.json")
-        keep_of_others(stats_path, {Path(f"{writer.prefix}.bin").name for writer in self.writers})
-        for old in (stats_path, *left_over(stats_path)):
-            old.unlink(missing_ok=True)
         for writer, output in zip(self.writers, outputs.values(), strict=True):
-            while old_stats := statistics_of(writer.prefix):  # of a merge, which would be found before these
-                old_stats[0].unlink()
+            forget(writer.prefix)
             writer.finish()
             output["files"] = facts_of_files(writer.prefix, self.config.names)
-        write_json(stats_path, stats)
+        put_statistics(Path(f"{self.config.output_prefix}.stats.json"), stats)
         return stats
 
 
