@@ -132,6 +132,8 @@ def differences(config: Config, facts: Mapping[str, Any], saved: Mapping[str, An
                          f"{unless}")
     if now["data_path"] == then.get("data_path") and not is_same_data:
         lines.append("note: the files behind --data-path are not those of before: the samples to come are others")
+    if not lines and facts["clusters"] != saved.get("clusters", facts["clusters"]):
+        lines.append("note: the clusters of --cluster-file are not those of before: the samples to come are others")
     rows, rows_before = (values.get("micro_batch_size", now["micro_batch_size"]) for values in (now, then))
     if rows != rows_before and (config.model.attention_dropout or config.model.hidden_dropout):
         lines.append(f"note: --micro-batch-size is {rows}, it was {rows_before} before: dropout takes others")
@@ -146,7 +148,8 @@ def facts_of(config: Config, vocab: Vocab, data: Splits, global_batch_size: int)
                       ((data.train,), ()))
     return {"config": _as_json(config.as_dict() | {"global_batch_size": global_batch_size}),
             "vocabulary": vocab.identity,
-            "data": [list(map(str, weights)), [part.documents.indexed.contents() for part in parts]]}
+            "data": [list(map(str, weights)), [part.documents.indexed.contents() for part in parts]],
+            "clusters": [part.clusters.identity for part in parts if part.clusters is not None]}
 
 
 def _taken_from(folder: Path) -> str | None:

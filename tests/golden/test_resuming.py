@@ -175,6 +175,17 @@ def test_data_that_were_moved_are_the_same_and_others_in_their_place_are_not(beg
     assert note == "note: --split is 80,10,10, it was 90,7,3 before: the samples to come are others"
 
 
+def test_other_clusters_in_the_same_file_are_said(run, tmp_path):
+    clusters = tmp_path / "clusters.tsv"
+    flags = ["--train-iters", 8, "--blend-by", "cluster", "--cluster-file", clusters, "--exit-interval"]
+    clusters.write_text("0\t0\n0\t1\n")
+    run(*flags, 4)
+    assert run(*flags, 5).notes() == []
+    clusters.write_text("0\t0\n0\t2\n")
+    assert run(*flags, 6).notes() == [
+        "note: the clusters of --cluster-file are not those of before: the samples to come are others"]
+
+
 def test_state_of_another_optimizer_is_refused_or_left(begun):
     assert "give --optimizer adam, or --no-load-optim" in begun.error("--train-iters", 8, "--optimizer", "sgd")
     begun("--train-iters", 8, "--optimizer", "sgd", "--no-load-optim")
