@@ -206,6 +206,41 @@ def test_a_disk_that_fills_up_in_the_last_step_is_one_line_and_leaves_nothing(tm
 
 def test_natural_order_is_by_the_value_of_numbers():
     assert sorted(["x_10", "x_2", "10", "x", "9a"], key=natural_order) == ["9a", "10", "x", "x_2", "x_10"]
+    for names in (["x_1", "x_01"], ["x_01", "x_1"]):
+        assert sorted(names, key=natural_order) == ["x_01", "x_1"]
+
+
+@pytest.mark.parametrize("options", [{"dedup": "exact"}, {}])
+def test_merges_of_merges_are_merged(tmp_path, options):
+    folder = shards(tmp_path / "shards", **options)
+    one, two, ten = (str(folder / f"s_{number}_text_document") for number in (1, 2, 10))
+    merge([one, two], str(tmp_path / "some"))
+    merge([str(tmp_path / "some"), ten], str(tmp_path / "all"))
+    merge([one, two, ten], str(tmp_path / "at_once"))
+    stats = [json.loads((tmp_path / f"{name}.stats.json").read_text()) for name in ("all", "at_once")]
+    assert stats[0]["options"] == stats[1]["options"] and (tmp_path / "all.bin").read_bytes() == (
+        tmp_path / "at_once.bin").read_bytes()
+    assert not options or stats[0]["options"]["dedup"] == "exact, in each of 3 datasets by itself"
+
+
+def test_a_merge_of_datasets_without_statistics_is_merged_with_others(tmp_path):
+    for name in "ab":
+        write_indexed(tmp_path / name, [np.array([6, 7])])
+    merge([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "c"))
+    write(tmp_path, "s_2", "s_2")
+    merge([str(tmp_path / "s_2_text_document"), str(tmp_path / "c")], str(tmp_path / "d"))
+    assert open_indexed(str(tmp_path / "d")).num_documents == 5
+
+
+def test_a_merge_beside_what_it_holds_is_refused_wherever_they_were_moved(tmp_path):
+    folder = shards(tmp_path / "shards")
+    merge([str(folder)], str(folder / "all"))
+    for place in (folder, tmp_path / "moved"):
+        folder.rename(place)
+        folder = place
+        with pytest.raises(DataError, match="all is a merge that holds .*s_1_text_document, whose proteins would"):
+            merge([str(folder)], str(tmp_path / "merged"))
+    merge([str(folder / "all"), str(shards(tmp_path / "others") / "s_2_text_document")], str(tmp_path / "merged"))
 
 
 def test_the_tool_takes_megatrons_flags(tmp_path, monkeypatch, capsys):

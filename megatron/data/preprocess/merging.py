@@ -38,6 +38,18 @@ class _Part:
     said: dict[str, Any] | None
     tally: DocumentTally | None
     key: str
+    merged: tuple[tuple[Path, int], ...] = ()  # where it is a merge: the .bin of each input, and its documents
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those of its preprocessing."""
+        return self.said["options"] if self.said and self.tally else {}
+
+    @property
+    def dedup(self) -> tuple[str | None, int]:
+        """How duplicates were left out, and of how many datasets each by itself."""
+        how, _, where = (self.options.get("dedup") or "").partition(", in each of ")
+        return how or None, int(where.split()[0]) if where else 1
 
     @property
     def paths(self) -> list[Path]:
@@ -53,6 +65,7 @@ def merge(inputs: Sequence[str], output_prefix: str, overwrite: bool = False) ->
     """
     parts = [_part(prefix) for prefix in merged_prefixes(inputs, output_prefix)]
     _check_alike(parts)
+    _check_apart(parts)
     _check_output(output_prefix, overwrite)
     _check_room(parts, Path(output_prefix))
     try:
@@ -85,9 +98,9 @@ def merged_prefixes(inputs: Sequence[str], output_prefix: str) -> list[str]:
     return prefixes
 
 
-def natural_order(name: str) -> list[Any]:
+def natural_order(name: str) -> tuple[list[Any], str]:
     """A key to sort names by: numbers in them by value, so that x_2 comes before x_10."""
-    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", name))]
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", name))], name
 
 
 def _prefixes_in(folder: Path, output: Path) -> list[str]:
@@ -117,7 +130,8 @@ def _part(prefix: str) -> _Part:
     key = next(key for key, output in said["outputs"].items() if f"{Path(prefix).name}.bin" in _names(output))
     try:  # a merge of datasets without statistics has none to tell
         tally = DocumentTally.from_report(said["outputs"][key], vocab) if "options" in said else None
-        part = _Part(*known, said, tally, key)
+        merged = tuple((Path(one["path"]), int(one["documents"])) for one in said.get("merged", ()))
+        part = _Part(*known, said, tally, key, merged)
         sizes = [(file, file.stat().st_size, recorded["bytes"]) for file, recorded in _recorded(part)]
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: it is damaged ({error!r}); preprocess the data again") from None
@@ -153,7 +167,7 @@ def _check_alike(parts: Sequence[_Part]) -> None:
             with_names, without = (first, part) if first.has_names else (part, first)
             raise DataError(f"{pair}{with_names.prefix}.names is there and {without.prefix}.names is not; copy it too, "
                             "preprocess again with --names, or take the .names away from all")
-        if first.said and part.said:
+        if first.tally and part.tally:  # else a merge of datasets without statistics may be among them
             _check_statistics(first, part, pair)
 
 
@@ -161,12 +175,24 @@ def _check_statistics(first: _Part, part: _Part, pair: str) -> None:
     if part.key != first.key:
         raise DataError(f"{pair}one is of the key {first.key!r}, the other of {part.key!r}; name the datasets of one "
                         "key one by one")
-    options, others = ((one.said or {}).get("options", {}) for one in (first, part))
+    options, others = ({**one.options, "dedup": one.dedup[0]} for one in (first, part))
     for name in _SHARED_OPTIONS:
         if options.get(name) != others.get(name):
             flag = f"--{name.replace('_', '-')}"
             raise DataError(f"{pair}one was preprocessed with {flag} {options.get(name)}, the other with "
                             f"{others.get(name)}; preprocess one of them again as the other")
+
+
+def _check_apart(parts: Sequence[_Part]) -> None:
+    """Raises DataError for a merge beside what it was made of."""
+    places = {Path(f"{part.prefix}.bin").resolve(): part for part in parts}
+    for part in parts:
+        for path, num_documents in part.merged:
+            for place in (path, Path(part.prefix).with_name(path.name)):  # the folder may have been moved
+                other = places.get(place.resolve(), part)
+                if other is not part and other.num_documents == num_documents:
+                    raise DataError(f"{part.prefix} is a merge that holds {other.prefix}, whose proteins would count "
+                                    "twice; move one of them away, or name the inputs one by one")
 
 
 def _check_output(output_prefix: str, overwrite: bool) -> None:
@@ -256,8 +282,8 @@ def _statistics(parts: Sequence[_Part], output_prefix: str) -> dict[str, Any]:
     tally = DocumentTally()
     for _, one in told:
         tally.add(one)
-    options = {**told[0][0]["options"], "json_keys": [first.key]}
-    if options.get("dedup"):
-        options["dedup"] += f", in each of {len(parts)} datasets by itself"
+    options = {**first.options, "json_keys": [first.key]}
+    if first.dedup[0]:
+        options["dedup"] = f"{first.dedup[0]}, in each of {sum(part.dedup[1] for part in parts)} datasets by itself"
     return {**stats, "options": options, "inputs": [source for said, _ in told for source in said["inputs"]],
             "outputs": {first.key: {**tally.report(first.vocab), "files": files}}}
