@@ -22,8 +22,13 @@ _MARK, _REPLACED = ".unfinished-", "-replaced"
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its name when the block ends well, and vanishes when it does not.
 
-    Whoever reads `path` sees the old content or the new, never a part; several may replace it at once.
+    Whoever reads `path` sees the old content or the new, never a part; several may replace it at once. Of a link it is
+    what that leads to. A device or a pipe is written to itself.
     """
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     temporary = path.with_name(f"{_MARK}{path.name}-{uuid.uuid4().hex}")
     try:
         yield temporary
