@@ -71,6 +71,16 @@ def test_an_output_that_cannot_be_written_is_one_line_of_its_name(tmp_path):
         convert([str(tmp_path / "in.fasta")], str(tmp_path / "nowhere" / "out.json"), "fasta")
 
 
+def test_an_output_that_was_forgotten_destroys_no_input(tmp_path):
+    for name in ("a.fasta", "b.fasta"):
+        (tmp_path / name).write_text(">a\nMK\n")
+    with pytest.raises(DataError, match=r"b.fasta: is there already and holds no JSON lines \(it begins b'>'\)"):
+        convert([str(tmp_path / "a.fasta")], str(tmp_path / "b.fasta"), "fasta")
+    assert (tmp_path / "b.fasta").read_text() == ">a\nMK\n"
+    for _ in range(2):
+        assert convert([str(tmp_path / "a.fasta")], str(tmp_path / "out.json"), "fasta") == 1
+
+
 def test_standard_output_takes_the_json(tmp_path, capfd):
     (tmp_path / "in.fasta").write_text(">a\nMK\n")
     assert convert([str(tmp_path / "in.fasta")], "-", "fasta") == 1

@@ -1,6 +1,7 @@
 """Writes proteins of any readable kind as loose JSON, one `{"text": "MKV…"}` a line."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,12 +18,16 @@ _WHITE_SPACE = b" \t\n\r\v\f"
 def convert(patterns: Sequence[str], output: str, kind: str) -> int:
     """Write the proteins of files of one `kind` to `output` (`-`: standard output); returns how many there were.
 
-    Raises DataError for a file of another kind and for the first bad record; then `output` is left as it was.
+    Raises DataError for a file of another kind and for the first bad record; then `output` is left as it was. So it is
+    where it holds something else than JSON: the last input, where the output was forgotten.
     """
     lines = _lines(patterns, kind)
     if output == "-":
         return _write(lines, sys.stdout.fileno())
     try:
+        if os.path.isfile(output) and (found := _first_byte(output)) not in (b"", b"{"):
+            raise DataError(f"{output}: is there already and holds no JSON lines (it begins {found!r}); the output is "
+                            "the last file named: name a new one, or remove this")
         with replacing(Path(output)) as temporary, open(temporary, "wb") as file:
             return _write(lines, file.fileno())
     except OSError as error:  # readers tell of their own as DataError
@@ -52,6 +57,11 @@ def _lines(patterns: Sequence[str], kind: str) -> Iterator[list[bytes]]:
                 raise DataError(bad.message)
             texts = (text.translate(None, _WHITE_SPACE).decode("utf-8", errors="replace") for text in parsed.texts)
             yield [json.dumps({"text": text}).encode() + b"\n" for text in texts]
+
+
+def _first_byte(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(1)
 
 
 def _write(batches: Iterator[list[bytes]], descriptor: int) -> int:
