@@ -50,6 +50,12 @@ def test_a_tar_within_a_tar_and_a_long_name_are_read(tmp_path):
     assert names_of_members(tmp_path / "in") == [f"{tmp_path}/in/in.tar/{deep}"]
 
 
+def test_skipping_bad_records_does_not_skip_a_later_member_that_is_something_else(tmp_path):
+    data = tar({"a.fasta": as_fasta(["MKV"] * 9), "b.fasta": as_fasta(["M1"] * 9)})
+    assert "b.fasta: line 2, column 2: '1' is not a residue (9 of 9 records" in damaged(tmp_path, data,
+                                                                                        skip_bad_records=True)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_member_is_read(tmp_path, kind):
     (tmp_path / "in").write_bytes(tar({"member": KINDS[kind](["MKV"] * 9)}))

@@ -49,7 +49,8 @@ class RecordBlock:
     """Whole records of one file, still unparsed.
 
     kind: a key of `kinds.FORMATS`. records: bytes of text, or what the kind's reader makes. first: the number, from 1,
-    of the first line (text) or record (others). bytes_read: of its file so far. begins_file: is it the file's first?
+    of the first line (text) or record (others). bytes_read: of its file so far. begins_file: is it the first of its
+    file, or of one in a tar?
     """
 
     source: str

@@ -77,7 +77,7 @@ def blocks_of(stream: InputStream, path: str | None, wanted: Wanted) -> Iterator
     for number, block in enumerate(kind.read(contents, wanted)):
         if number == 0:
             _check_format(block, wanted)
-        yield replace(block, begins_file=number == 0)
+        yield replace(block, begins_file=number == 0 or block.begins_file)  # of a tar: the file of a member
 
 
 def _kind_of(contents: Contents) -> Kind:
