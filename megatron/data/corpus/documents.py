@@ -26,12 +26,20 @@ class Documents:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """The residues of each document, [documents]; int32 straight from the file, or int64 where they are summed."""
+        """The residues of each document, [documents]; int32 straight from the file, or held where some are not one
+        sequence, and int64 where a sum needs it.
+        """
         if self._first_sequence is not None:
             return self._file.sizes[self._first_sequence:self._first_sequence + len(self)]
-        bounds = np.asarray(self._file.doc_idx[self.range.start:self.range.stop + 1])
-        ends = np.cumsum(np.asarray(self._file.sizes[bounds[0]:bounds[-1]]), dtype=np.int64)
-        return np.diff(np.concatenate([[0], ends])[bounds - bounds[0]])
+        lengths = np.empty(len(self), np.int32)
+        for start in range(0, len(self), CHUNK_DOCUMENTS):
+            bounds = self._file.doc_idx[self.range.start:self.range.stop + 1][start:start + CHUNK_DOCUMENTS + 1]
+            ends = np.cumsum(self._file.sizes[bounds[0]:bounds[-1]], dtype=np.int64)
+            sums = np.diff(np.concatenate([[0], ends])[bounds - bounds[0]])
+            if sums.max() > np.iinfo(lengths.dtype).max:
+                lengths = lengths.astype(np.int64)
+            lengths[start:start + len(sums)] = sums
+        return lengths
 
     def read(self, document: int, offset: int, length: int) -> np.ndarray:
         """`length` ids of a document from `offset` on; a document of several sequences is all of them in a row."""
