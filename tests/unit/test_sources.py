@@ -110,6 +110,15 @@ def test_damaged_gzip_is_refused(tmp_path, monkeypatch, without_isal):
     assert "gzip" in damaged(tmp_path, whole[:500] + b"\xff" * 50 + whole[550:])
 
 
+def test_zstd_of_a_long_window_is_read(tmp_path):
+    pytest.importorskip("zstandard")
+    proteins = b"MKV\nAC\n"
+    window, block = bytes([(28 - 10) << 3]), (len(proteins) << 3 | 1).to_bytes(3, "little")  # of 2^28; raw, the last
+    (tmp_path / "in.zst").write_bytes(b"\x28\xb5\x2f\xfd\0" + window + block + proteins)
+    (tmp_path / "in").write_bytes(proteins)
+    assert ids_of(tmp_path, tmp_path / "in.zst") == ids_of(tmp_path, tmp_path / "in")
+
+
 def test_damaged_zstd_is_refused(tmp_path):
     whole = zstd(as_strings(PROTEINS))
     for size in (4, 9, 100, len(whole) // 2, len(whole) - 1):

@@ -33,6 +33,20 @@ def test_headers_may_hold_anything(tmp_path, header):
     assert ids_of(tmp_path, tmp_path / "in.fasta")[:12] == np.array([17, 15, 26] * 2, np.uint16).tobytes()
 
 
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
+def test_a_lone_cr_in_a_header_does_not_make_residues_of_its_rest(tmp_path, monkeypatch, line_end):
+    proteins = line_end.join([b">a", b"MKV", b">b made\rin spain\r", b"M\rK\r", b"V", b">c", b"MKV"])
+    for chunk in (1, 7, 1 << 20):
+        monkeypatch.setattr(streams, "_CHUNK_BYTES", chunk)
+        (tmp_path / "in.fasta").write_bytes(proteins)
+        assert ids_of(tmp_path, tmp_path / "in.fasta")[:18] == np.array([17, 15, 26] * 3, np.uint16).tobytes()
+
+
+@pytest.mark.parametrize("rest", [b">b\rMKV\r>c\rMKV\r", b">b\rMKV\r", b">b\rMKV\r\n>c\nMKV\n"])
+def test_no_protein_is_lost_where_later_lines_end_in_cr(tmp_path, rest):
+    assert "line 4: a header that seems to end in CR" in damaged(tmp_path, b">a\nMKV\nM\rKV\n" + rest)
+
+
 def test_a_latin_1_letter_among_residues_is_named(tmp_path):
     assert "line 2, column 2: 'é' is not a residue" in damaged(tmp_path, b">a\nM\xe9K\n")
 

@@ -21,6 +21,7 @@ from megatron.errors import DataError
 
 EXPECTED = "proteins as JSON lines, FASTA, CSV or TSV, one a line, LMDB, Parquet or Arrow"
 _UTF8_MARK = b"\xef\xbb\xbf"
+_FASTA_WITH_LF = re.compile(rb"\s*[>;#][^\r\n]*\r?\n")  # in whose headers a CR alone is no end of a line
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ def _kind_of(contents: Contents) -> Kind:
     if kind is None:
         if head.startswith(_UTF8_MARK):
             contents.chunks.skip(len(_UTF8_MARK))
-        contents.chunks = Lookahead(with_unix_line_ends(contents.chunks))
+        lone = b"\r" if _FASTA_WITH_LF.match(head.removeprefix(_UTF8_MARK)) else b"\n"
+        contents.chunks = Lookahead(with_unix_line_ends(contents.chunks, lone))
         records.skip_blank_lines(contents)
         head = contents.chunks.peek(looks.HEAD_BYTES)
         if not head:

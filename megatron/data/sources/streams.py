@@ -129,18 +129,18 @@ def unpacked(stream: InputStream) -> Iterator[bytes]:
     return iter(lambda: stream.read(_CHUNK_BYTES), b"")
 
 
-def with_unix_line_ends(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """The chunks with CR LF and lone CR turned into LF."""
+def with_unix_line_ends(chunks: Iterable[bytes], lone: bytes = b"\n") -> Iterator[bytes]:
+    """The chunks with CR LF turned into LF, and a CR alone into `lone`."""
     held = b""
     for chunk in chunks:
         if held or b"\r" in chunk:
             chunk, held = held + chunk, b""
             if chunk.endswith(b"\r"):
                 chunk, held = chunk[:-1], b"\r"
-            chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+            chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", lone)
         yield chunk
     if held:
-        yield b"\n"
+        yield lone
 
 
 def cut(chunks: Iterable[bytes], separator: bytes, path: str) -> Iterator[bytes]:
@@ -198,7 +198,8 @@ def _zstd_chunks(stream: InputStream) -> Iterator[bytes]:
         raise DataError(f"{stream.path}: is packed with zstd, which needs: pip install zstandard") from None
     frame, data = None, b""
     while data or (data := stream.read(_ZSTD_BITE_BYTES)):
-        frame = frame or zstandard.ZstdDecompressor().decompressobj()
+        # The window of `zstd --ultra --long=31`: memory is taken as a frame asks for it.
+        frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
         try:
             chunk = frame.decompress(data)
         except zstandard.ZstdError as error:

@@ -88,8 +88,11 @@ def parse_json(block: RecordBlock, key: str) -> Texts:
 def parse_fasta(block: RecordBlock, key: str) -> Texts:
     """The lines under each header, line ends included.
 
-    Raises DataError for a `>` among them: it begins a record that would be lost with this one.
+    Raises DataError for a `>` among them: it begins a record that would be lost with this one. So it does for a header
+    that a CR alone seems to end, where lines end in LF.
     """
+    if b"\r" in block.records:
+        _check_headers(block)
     texts = [record.partition(b"\n")[2] for record in block.records[1:].split(b"\n>")]
     for index, text in enumerate(texts):
         if b">" in text:
@@ -142,6 +145,16 @@ def line_of(lines: bytes, first: int, index: int) -> int:
     """The number of the line that holds record `index`, where each that is not blank holds one."""
     filled = (number for number, line in enumerate(lines.split(b"\n"), start=first) if line.strip())
     return next(number for place, number in enumerate(filled) if place == index)
+
+
+def _check_headers(block: RecordBlock) -> None:
+    line = block.first
+    for record in block.records[1:].split(b"\n>"):
+        header, _, text = record.partition(b"\n")
+        if b"\r>" in header or (b"\r" in header and not text.strip()):
+            raise DataError(f"{block.source}: line {line}: a header that seems to end in CR, where the first line ends "
+                            "in LF; give all lines the same end")
+        line += record.count(b"\n") + 1
 
 
 def _explain_json(line: bytes, key: str) -> bytes | BadRecord:
