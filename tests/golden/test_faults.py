@@ -12,12 +12,12 @@ import pytest
 from megatron.checkpoint.metrics import read_records
 from megatron.checkpoint.store import iterations
 from megatron.config.command_line import parse
-from megatron.data.corpus.indexed_writer import write_indexed
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.dataset import IN_MEMORY_DOCUMENTS, build_datasets
 from megatron.files import left_over
 from pretrain_tape import main
 from tests.golden.training import ROOT, TINY, losses, start_program
+from tests.indexed_files import write_indexed
 
 HOST = socket.gethostname()
 FLAGS = [*TINY, "--num-layers", "1", "--eval-interval", "100", "--log-interval", "2", "--train-iters", "8",

@@ -21,7 +21,6 @@ from megatron.checkpoint.saving import Saver
 from megatron.checkpoint.store import open_place, read_state
 from megatron.config import CheckpointConfig, LoggingConfig
 from megatron.data.corpus.indexed import open_indexed
-from megatron.data.corpus.indexed_writer import write_indexed
 from megatron.data.corpus.vocab import DEFAULT_VOCAB, Vocab
 from megatron.log import Log
 from megatron.train import build as build_module
@@ -31,6 +30,7 @@ from megatron.train.loop import Training
 from megatron.train.meters import Reading, Totals
 from pretrain_tape import main
 from tests.golden.training import TINY, edit_state, losses, run_on_ranks, start_program
+from tests.indexed_files import write_indexed
 
 SHORT = [*TINY, "--num-layers", "1", "--eval-interval", "100", "--log-interval", "2"]
 

@@ -16,9 +16,9 @@ import numpy as np
 from megatron.checkpoint.manifest import read_manifest
 from megatron.checkpoint.store import read_state
 from megatron.checkpoint.tensor_file import facts_of_file
-from megatron.data.corpus.indexed_writer import write_indexed
 from megatron.data.corpus.vocab import Vocab
 from pretrain_tape import main
+from tests.indexed_files import write_indexed
 from tests.ranks.launch import on_processes
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.config import DataConfig
-from megatron.data.corpus.indexed_writer import write_indexed
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.blend import BlendedDataset, place_in_blend
 from megatron.data.rows.data_path import parse_data_path
 from megatron.data.rows.dataset import build_datasets, corpora_of
 from megatron.errors import ConfigError
+from tests.indexed_files import write_indexed
 
 VOCAB = Vocab.from_file()
 

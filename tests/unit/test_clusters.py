@@ -7,7 +7,6 @@ import pytest
 
 from megatron.config import DataConfig
 from megatron.data.corpus.indexed import open_indexed
-from megatron.data.corpus.indexed_writer import write_indexed
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.preprocess.flags import PreprocessConfig
 from megatron.data.preprocess.run import preprocess
@@ -15,6 +14,7 @@ from megatron.data.rows.clusters import Clusters, cluster_documents
 from megatron.data.rows.dataset import build_datasets
 from megatron.data.rows.packing import order_key
 from megatron.errors import ConfigError, DataError
+from tests.indexed_files import write_indexed
 
 VOCAB = Vocab.from_file()
 CLUSTERS = "a\ta\na\tb\na\tc\nd\td\nd\te\nx\ty\n"  # f is in none, x and y are no documents

@@ -12,10 +12,10 @@ import pytest
 from megatron.checkpoint.convert.families import esm, hf
 from megatron.config import DataConfig
 from megatron.config.command_line import parse
-from megatron.data.corpus.indexed_writer import write_indexed
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.dataset import build_datasets
 from tests.families import ESM2, PROTBERT
+from tests.indexed_files import write_indexed
 from tests.transformers_models import trained_here
 from tools import continued_flags
 

@@ -11,7 +11,6 @@ import pytest
 from megatron.config import DataConfig
 from megatron.data.corpus.documents import documents_of
 from megatron.data.corpus.indexed import open_indexed
-from megatron.data.corpus.indexed_writer import write_indexed
 from megatron.data.corpus.joined import open_corpus
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.preprocess.flags import PreprocessConfig
@@ -20,6 +19,7 @@ from megatron.data.preprocess.run import preprocess
 from megatron.data.rows.data_path import parse_data_path
 from megatron.data.rows.dataset import build_datasets, corpora_of
 from megatron.errors import ConfigError, DataError
+from tests.indexed_files import write_indexed
 
 VOCAB = Vocab.from_file()
 

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from megatron.config import DataConfig
 from megatron.data.batches.batch import batch_shape, collate
 from megatron.data.batches.loader import MicroBatchSamples
-from megatron.data.corpus.indexed_writer import IndexedWriter, write_indexed
+from megatron.data.corpus.indexed_writer import IndexedWriter
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.dataset import build_datasets
 from megatron.data.rows.packed import PackedDataset
 from megatron.errors import ConfigError, DataError
+from tests.indexed_files import write_indexed
 
 VOCAB = Vocab.from_file()
 

@@ -15,10 +15,10 @@ import setuptools
 from packaging.requirements import Requirement
 
 from megatron.config.presets import PRESETS
-from megatron.data.corpus.indexed_writer import write_indexed
 from megatron.doctor import computing, disk, job, machine, run, software
 from megatron.doctor.data import data, sizes
 from megatron.doctor.finding import NOTE, OK, WRONG, Finding, Scope, found, lines
+from tests.indexed_files import write_indexed
 
 ROOT = Path(__file__).resolve().parents[2]
 DOOR = ROOT / "tools" / "doctor.py"

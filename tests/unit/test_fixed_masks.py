@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from megatron.config import DataConfig
-from megatron.data.corpus.indexed_writer import write_indexed
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.dataset import build_datasets
 from megatron.data.rows.fixed_masks import FixedMasks, most_fixed_targets
+from tests.indexed_files import write_indexed
 
 VOCAB = Vocab.from_file()
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"

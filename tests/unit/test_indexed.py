@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from megatron.data.corpus.indexed import DTYPES, IMPLEMENTATIONS, open_indexed
-from megatron.data.corpus.indexed_writer import IndexedWriter, write_indexed
+from megatron.data.corpus.indexed_writer import IndexedWriter
 from megatron.data.corpus.tokenizer import build_tokenizer
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import DataError
+from tests.indexed_files import write_indexed
 
 FIXTURE = Path(__file__).resolve().parents[2].parent / "shared" / "fixtures" / "preprocess_set1"
 DOCUMENTS = [np.array([6, 7, 8]), np.array([], dtype=np.int64), np.array([30]), np.arange(6, 31)]

@@ -16,10 +16,10 @@ import torch
 from megatron.config import DataConfig
 from megatron.data.batches.batch import batch_shape
 from megatron.data.batches.loader import MicroBatchSamples, batches
-from megatron.data.corpus.indexed_writer import write_indexed
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.dataset import Dataset, Splits, build_datasets
 from megatron.errors import DataError
+from tests.indexed_files import write_indexed
 
 VOCAB = Vocab.from_file()
 

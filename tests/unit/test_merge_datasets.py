@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from megatron.data.corpus.indexed import open_indexed
-from megatron.data.corpus.indexed_writer import IndexedWriter, write_indexed
+from megatron.data.corpus.indexed_writer import IndexedWriter
 from megatron.data.corpus.origin import corpus_vocabulary
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.preprocess.flags import PreprocessConfig
 from megatron.data.preprocess.merging import merge, natural_order
 from megatron.data.preprocess.run import preprocess
 from megatron.errors import DataError
+from tests.indexed_files import write_indexed
 from tests.unit.protein_files import PROTEINS, ROOT, as_fasta, as_json
 
 TEXTS = {"s_2": ["MKVLAAGIV", "", "GGGG"], "s_10": ["ACDEFGHIKLMNPQRSTVWY"], "s_1": [*PROTEINS, "MK"]}

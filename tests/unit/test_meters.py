@@ -11,7 +11,6 @@ import torch
 
 from megatron.config import CheckpointConfig, Config, DataConfig, LoggingConfig, ModelConfig, TrainingConfig
 from megatron.data.batches.batch import batch_shape
-from megatron.data.corpus.indexed_writer import write_indexed
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.dataset import build_datasets
 from megatron.log import Log
@@ -24,6 +23,7 @@ from megatron.train.meters import Meters, Reading, Totals
 from megatron.train.pace import Pace
 from megatron.train.peak import measured_peak_flops
 from megatron.train.picture import draw_losses
+from tests.indexed_files import write_indexed
 
 VOCAB = Vocab.from_file()
 CPU = torch.device("cpu")

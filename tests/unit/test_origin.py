@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from megatron.config.data import VOCABULARIES
 from megatron.data.corpus import origin
 from megatron.data.corpus.indexed import open_indexed
-from megatron.data.corpus.indexed_writer import write_indexed
 from megatron.data.corpus.origin import corpus_vocabulary, id_table
 from megatron.data.corpus.vocab import RESIDUE_LETTERS, Vocab
 from megatron.errors import DataError
+from tests.indexed_files import write_indexed
 
 VOCAB = Vocab.from_file()
 SWAPPED = Vocab((*VOCAB.tokens[:-2], VOCAB.tokens[-1], VOCAB.tokens[-2]))

@@ -14,6 +14,7 @@ from megatron.data.corpus.indexed import open_indexed
 from megatron.data.corpus.origin import statistics_of
 from megatron.data.corpus.tokenizer import build_tokenizer
 from megatron.data.corpus.vocab import DEFAULT_VOCAB, Vocab
+from megatron.errors import DataError
 from tests.unit.protein_files import documents, outputs, run, tool, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -239,6 +240,17 @@ def test_a_run_with_shards_goes_on_behind_its_last_shard(tmp_path, many, monkeyp
     resumed = json.loads((tmp_path / "out.stats.json").read_text())
     assert resumed["outputs"] == stats["outputs"]
     assert resumed["inputs"] == stats["inputs"]
+
+
+def test_shards_whose_digests_were_cut_short_are_not_taken_up(tmp_path, many, monkeypatch):
+    from megatron.data.preprocess import run as module
+
+    monkeypatch.setattr(module._Preprocessing, "_finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, many, shards=3, dedup="exact")
+    os.truncate(tmp_path / "out_text_document.partial" / "digests", 16)
+    with pytest.raises(DataError, match="digests: has lost what an earlier run had written"):
+        run(tmp_path, many, shards=3, dedup="exact")
 
 
 def test_shards_over_which_another_run_has_written_are_not_taken_up(tmp_path, many, monkeypatch, capsys):

@@ -83,9 +83,11 @@ def test_a_run_that_keeps_no_protein_fails(tmp_path):
     assert not outputs(tmp_path)
 
 
-def test_shards_of_standard_input_are_refused():
-    with pytest.raises(DataError, match="standard input cannot be read again"):
-        preprocess(PreprocessConfig(input=("-",), output_prefix="x", shards=2))
+def test_shards_of_standard_input_and_of_pipes_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for given in ("-", str(tmp_path / "pipe")):
+        with pytest.raises(DataError, match=f"{given} is standard input or a pipe, which cannot be read again"):
+            preprocess(PreprocessConfig(input=(given,), output_prefix="x", shards=2))
 
 
 @pytest.mark.parametrize("at_the_end", [False, True])

@@ -14,7 +14,6 @@ import pytest
 
 from megatron import files
 from megatron.config import DataConfig
-from megatron.data.corpus.indexed_writer import write_indexed
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows import dataset
 from megatron.data.rows.cache_files import choose_cache_folder, keeping
@@ -23,6 +22,7 @@ from megatron.data.rows.packing import PackedRows
 from megatron.data.rows.row_cache import RowCache
 from megatron.errors import ConfigError
 from megatron.files import locked
+from tests.indexed_files import write_indexed
 
 VOCAB = Vocab.from_file()
 

@@ -13,7 +13,6 @@ import torch
 
 from megatron.config import Config, DataConfig, GuardsConfig
 from megatron.data.batches.order import SampleOrder, merged
-from megatron.data.corpus.indexed_writer import write_indexed
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.dataset import build_datasets
 from megatron.data.rows.members import members_of
@@ -22,6 +21,7 @@ from megatron.parallel.mesh import Axis
 from megatron.train.guards.faults import Faults
 from megatron.train.guards.spikes import HISTORY, LEAST, SpikeJudge
 from megatron.train.state import TrainState
+from tests.indexed_files import write_indexed
 
 CPU = torch.device("cpu")
 

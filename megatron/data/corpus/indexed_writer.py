@@ -6,7 +6,7 @@ and the new .names are renamed and last the .idx, so that an .idx never stands b
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -43,7 +43,7 @@ class IndexedWriter:
         self._lock = _take_lock(self.folder)
         if resume_at is None:  # or an earlier run would go on with what is written here now
             (self.folder / PROGRESS_FILE).unlink(missing_ok=True)
-        self._spools = [_open_spool(self.folder / name, length)
+        self._spools = [open_spool(self.folder / name, length)
                         for name, length in zip(_SPOOLS, resume_at or (0,) * len(_SPOOLS), strict=True)]
         self._bin, self._sizes, self._documents, self._names = self._spools
 
@@ -129,12 +129,15 @@ class IndexedWriter:
         yield from (ends for _, ends in _running_sums(documents, 1))
 
 
-def write_indexed(prefix: str | Path, documents: Iterable[np.ndarray], impl: str = "mmap") -> None:
-    """Write one document of one sequence for each array of ids; an empty array is a document without a sequence."""
-    with IndexedWriter(prefix, impl) as writer:
-        for ids in documents:
-            sizes = np.array([len(ids)] if len(ids) else [], dtype=np.int32)
-            writer.add(ids, sizes, np.array([len(sizes)], dtype=np.int32))
+def open_spool(path: Path, length: int) -> BinaryIO:
+    """A file of PREFIX.partial, open behind the `length` bytes that were committed; DataError if it has fewer."""
+    file = open(path, "r+b" if length else "w+b")  # noqa: SIM115 (held as long as the writer)
+    if os.fstat(file.fileno()).st_size < length:
+        file.close()
+        raise DataError(f"{path}: has lost what an earlier run had written; remove {path.parent} and run again")
+    file.truncate(length)
+    file.seek(length)
+    return file
 
 
 def _take_lock(folder: Path) -> BinaryIO:
@@ -143,16 +146,6 @@ def _take_lock(folder: Path) -> BinaryIO:
         file.close()
         raise DataError(f"{folder}: another program is writing this output; wait for it or choose another "
                         "--output-prefix")
-    return file
-
-
-def _open_spool(path: Path, length: int) -> BinaryIO:
-    file = open(path, "r+b" if length else "wb")  # noqa: SIM115 (held as long as the writer)
-    if os.fstat(file.fileno()).st_size < length:
-        file.close()
-        raise DataError(f"{path}: has lost what an earlier run had written; remove {path.parent} and run again")
-    file.truncate(length)
-    file.seek(length)
     return file
 
 

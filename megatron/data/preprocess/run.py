@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron.data.corpus.indexed_writer import PROGRESS_FILE, IndexedWriter
+from megatron.data.corpus.indexed_writer import PROGRESS_FILE, IndexedWriter, open_spool
 from megatron.data.corpus.origin import forget, put_statistics
 from megatron.data.corpus.tokenizer import build_tokenizer
 from megatron.data.corpus.vocab import Vocab
@@ -72,9 +72,10 @@ class _Preprocessing:
     def __init__(self, config: PreprocessConfig) -> None:
         self.config = config
         self.sources = expand(config.input)
-        if config.shards > 1 and any(source.path == "-" for source in self.sources):
-            raise DataError(f"--shards is {config.shards}, but standard input cannot be read again after a kill; "
-                            "give a file to --input, or --shards 1")
+        passing = [source.path for source in self.sources if not source.is_of_files]
+        if config.shards > 1 and passing:
+            raise DataError(f"--shards is {config.shards}, but {passing[0]} is standard input or a pipe, which cannot "
+                            "be read again after a kill; give a file to --input, or --shards 1")
         self.vocab = Vocab.from_file(config.vocab_file, config.mask_token)
         self.encoding = _encoding(config, self.vocab)
         self.num_blocks, self.num_shards, self.num_reported = 0, 0, 0
@@ -157,11 +158,10 @@ class _Preprocessing:
                 self._restore_digests(index, saved["digests"][index] if saved else 0)
 
     def _restore_digests(self, index: int, length: int) -> None:
-        path = self.writers[index].folder / _DIGESTS_FILE
-        path.touch()
-        os.truncate(path, length)
-        if length:
-            self.seen[index].add(path.read_bytes())
+        with open_spool(self.writers[index].folder / _DIGESTS_FILE, length) as file:
+            file.seek(0)
+            if length:
+                self.seen[index].add(file.read())
 
     def _identity(self) -> list[Any]:
         """What two runs must share for one to go on where the other was killed."""

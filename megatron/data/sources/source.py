@@ -15,7 +15,7 @@ from megatron.errors import DataError
 
 
 class Source:
-    """One input. `size` is its bytes (0 for standard input).
+    """One input. `size` is its bytes (0 for standard input). is_of_files: can it be read again, unlike a pipe?
 
     Known once its blocks have been read: `sha256`, over the files of a folder in order, and `kinds` of its blocks.
     """
@@ -26,6 +26,7 @@ class Source:
         self.kinds: set[str] = set()
         self._files = files_of(path)
         self.size = 0 if path == "-" else sum(map(os.path.getsize, self._files))
+        self.is_of_files = path != "-" and all(map(os.path.isfile, self._files))
 
     def blocks(self, keys: Sequence[str] = (), name_key: str | None = None) -> Iterator[RecordBlock]:
         """The blocks of whole records, in order; raises DataError for what cannot be read.

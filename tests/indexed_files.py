@@ -1,0 +1,16 @@
+"""Indexed datasets of given ids."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from megatron.data.corpus.indexed_writer import IndexedWriter
+
+
+def write_indexed(prefix: str | Path, documents: Iterable[np.ndarray], impl: str = "mmap") -> None:
+    """Write one document of one sequence for each array of ids; an empty array is a document without a sequence."""
+    with IndexedWriter(prefix, impl) as writer:
+        for ids in documents:
+            sizes = np.array([len(ids)] if len(ids) else [], dtype=np.int32)
+            writer.add(ids, sizes, np.array([len(sizes)], dtype=np.int32))
