@@ -7,6 +7,7 @@ from megatron.data.corpus.joined import open_corpus
 from megatron.data.corpus.origin import corpus_vocabulary
 from megatron.data.rows.cache_files import choose_cache_folder
 from megatron.data.rows.data_path import parse_data_path
+from megatron.data.rows.dataset import IN_MEMORY_DOCUMENTS
 from megatron.doctor.finding import OK, WRONG, Finding, Scope
 from megatron.errors import UserError
 
@@ -25,13 +26,15 @@ def data(asked: Scope) -> Iterator[Finding]:
             corpus = open_corpus(named.name, named.prefixes)
             for part in corpus.parts:
                 corpus_vocabulary(part)
-            folder = choose_cache_folder(corpus.prefix, None)
+            is_large = corpus.num_documents > IN_MEMORY_DOCUMENTS  # else nothing is kept, and no folder made
+            place = f"row indices go to {choose_cache_folder(corpus.prefix, None)}" if is_large else (
+                "its rows are packed in memory")
         except UserError as error:
             yield Finding(WRONG, str(error))
             continue
         num_residues = sum(len(part.tokens) for part in corpus.parts)
         yield Finding(OK, f"{named.name}: {corpus.num_documents:,} proteins, {num_residues:,} ids in "
-                      f"{len(corpus.parts)} file{'s' if len(corpus.parts) > 1 else ''}; row indices go to {folder}")
+                      f"{len(corpus.parts)} file{'s' if len(corpus.parts) > 1 else ''}; {place}")
 
 
 def sizes(data_path: tuple[str, ...]) -> list[int]:

@@ -88,6 +88,11 @@ def test_a_list_with_weights_is_a_blend(tmp_path):
     assert [corpus.prefixes for corpus in corpora] == [(f"{tmp_path}/{name}",) for name in ("a", "b c", "d#1")]
 
 
+def test_a_list_may_begin_with_the_mark_of_utf_8(tmp_path):
+    (tmp_path / "list").write_text("1 a\n2 b\n", encoding="utf-8-sig")
+    assert parse_data_path([f"@{tmp_path / 'list'}"])[0] == [1, 2]
+
+
 def test_prefixes_of_a_list_are_relative_to_its_folder(tmp_path, monkeypatch):
     write_shards(tmp_path / "shards", [5, 5])
     monkeypatch.chdir(tmp_path)

@@ -159,7 +159,8 @@ def test_data_is_opened_and_what_is_missing_is_named(tmp_path):
     write_indexed(tmp_path / "a", [np.array([6, 7]), np.array([8])])
     good, missing = (tuple(str(tmp_path / name) for name in names) for names in ("a", "ab"))
     (finding,) = data(Scope(Path(), good))
-    assert finding.level == OK and "2 proteins, 3 ids in 1 file;" in finding.text
+    assert finding.level == OK and "2 proteins, 3 ids in 1 file; its rows are packed in memory" in finding.text
+    assert {path.name for path in tmp_path.iterdir()} == {"a.bin", "a.idx"}
     (finding,) = data(Scope(Path(), missing))
     assert finding.level == WRONG and "b.idx: no such file" in finding.text
     assert sizes(missing) == [6, (tmp_path / "a.idx").stat().st_size, -1, -1]

@@ -245,8 +245,8 @@ def test_a_run_with_shards_goes_on_behind_its_last_shard(tmp_path, many, monkeyp
 def test_shards_whose_digests_were_cut_short_are_not_taken_up(tmp_path, many, monkeypatch):
     from megatron.data.preprocess import run as module
 
-    monkeypatch.setattr(module._Preprocessing, "_finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(module._Preprocessing, "_finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         run(tmp_path, many, shards=3, dedup="exact")
     os.truncate(tmp_path / "out_text_document.partial" / "digests", 16)
     with pytest.raises(DataError, match="digests: has lost what an earlier run had written"):

@@ -64,7 +64,7 @@ def _read_list(word: str) -> tuple[list[str], list[str]]:
     """The weights ("" for none) and prefixes of a list, given as @FILE; all lines have a weight, or none has."""
     path, weights, prefixes = Path(word[1:]), list[str](), list[str]()
     try:
-        lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
     except OSError as error:
         raise ConfigError(f"--data-path: {path}: cannot be read ({error.strerror}); @FILE names a list of prefixes, "
                           "one a line") from None

@@ -3,7 +3,6 @@
 A name is the first word there. Bytes are taken as they are, so it may hold anything but white space.
 """
 
-import json
 import pickle
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron.data.sources.block import RecordBlock
-from megatron.data.sources.text.records import json_loads
+from megatron.data.sources.text.records import fasta_records, json_records
 from megatron.plain_pickle import load_plain_pickle
 
 DEFAULT_NAME_KEY = "id"
@@ -19,36 +18,20 @@ DEFAULT_NAME_KEY = "id"
 
 def names_in_fasta(block: RecordBlock, key: str) -> Iterator[tuple[str, bytes]]:
     """The line and the header of each record."""
-    line = block.first
-    for record in block.records[1:].split(b"\n>"):
-        yield f"line {line}", record.partition(b"\n")[0]
-        line += record.count(b"\n") + 1
+    for line, header, _ in fasta_records(block):
+        yield f"line {line}", header
 
 
 def names_in_json(block: RecordBlock, key: str) -> Iterator[tuple[str, bytes]]:
     """The line and the value under `key` of each object."""
-    loads = json_loads()
-    for number, line in enumerate(block.records.split(b"\n"), start=block.first):
-        if line.strip():
-            try:
-                record = loads(line)
-            except ValueError:
-                record = _odd_json(line)
-            yield f"line {number}", _under_key(record, key)
+    for line, record in json_records(block):
+        yield f"line {line}", _under_key(record, key)
 
 
 def names_in_json_array(block: RecordBlock, key: str) -> Iterator[tuple[str, bytes]]:
     """The number and the value under `key` of each element."""
     for number, record in enumerate(block.records, start=block.first):
         yield f"record {number}", _under_key(record, key)
-
-
-def _odd_json(line: bytes) -> Any:
-    """What the more lenient parser makes of a line; None where that is damaged too, as its text will say."""
-    try:
-        return json.loads(line.decode())
-    except (ValueError, RecursionError):
-        return None
 
 
 def names_in_lmdb(block: RecordBlock, key: str) -> Iterator[tuple[str, bytes]]:

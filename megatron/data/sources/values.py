@@ -3,14 +3,13 @@
 Of tables, `text.delimited` has its own.
 """
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
 from megatron.data.sources.binary.tape_lmdb import unpickled
 from megatron.data.sources.block import BadRecord, RecordBlock
 from megatron.data.sources.names import DEFAULT_NAME_KEY
-from megatron.data.sources.text.records import json_loads, parse_fasta, parse_strings
+from megatron.data.sources.text.records import fasta_records, json_records, parse_fasta, parse_strings
 from megatron.errors import DataError
 
 SEQUENCE_KEY = "sequence"  # of the proteins of files without keys
@@ -19,14 +18,8 @@ Values = Iterator[tuple[str, dict[str, Any]]]
 
 def values_in_json(block: RecordBlock) -> Values:
     """The line and the object of each line that is not blank."""
-    loads = json_loads()
-    for number, line in enumerate(block.records.split(b"\n"), start=block.first):
-        if line.strip():
-            try:
-                record = loads(line)
-            except ValueError:
-                record = _odd_json(line, f"{block.source}: line {number}")
-            yield f"line {number}", _object(record, f"{block.source}: line {number}")
+    for line, record in json_records(block):
+        yield f"line {line}", _object(record, f"{block.source}: line {line}")
 
 
 def values_in_json_array(block: RecordBlock) -> Values:
@@ -52,12 +45,11 @@ def values_in_columns(block: RecordBlock) -> Values:
 
 def values_in_fasta(block: RecordBlock) -> Values:
     """The line, name and residues of each record."""
-    line = block.first
-    for record, text in zip(block.records[1:].split(b"\n>"), parse_fasta(block, "").texts, strict=True):
-        name = b"".join(record.partition(b"\n")[0].split(None, 1)[:1])
+    parse_fasta(block, "")  # raises for what is none
+    for line, header, text in fasta_records(block):
+        name = b"".join(header.split(None, 1)[:1])
         yield f"line {line}", {DEFAULT_NAME_KEY: name.decode(errors="replace"),
                                SEQUENCE_KEY: text.decode(errors="replace")}
-        line += record.count(b"\n") + 1
 
 
 def values_in_strings(block: RecordBlock) -> Values:
@@ -68,15 +60,9 @@ def values_in_strings(block: RecordBlock) -> Values:
             yield f"line {number}", {SEQUENCE_KEY: line.decode(errors="replace")}
 
 
-def _odd_json(line: bytes, place: str) -> Any:
-    """What the more lenient parser makes of a line: it takes NaN, for one."""
-    try:
-        return json.loads(line.decode())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: not a JSON object ({error})") from None
-
-
 def _object(record: Any, place: str) -> dict[str, Any]:
+    if isinstance(record, BadRecord):
+        raise DataError(f"{place}: {record.message}")
     if not isinstance(record, dict):
         raise DataError(f"{place}: {type(record).__name__} where a JSON object belongs")
     return record

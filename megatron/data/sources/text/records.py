@@ -62,6 +62,26 @@ def skip_blank_lines(contents: Contents) -> None:
             return
 
 
+def json_records(block: RecordBlock) -> Iterator[tuple[int, Any]]:
+    """The line and the value of each line that is not blank; a BadRecord for one that is no JSON."""
+    loads = json_loads()
+    for number, line in enumerate(block.records.split(b"\n"), start=block.first):
+        if line.strip():
+            try:
+                yield number, loads(line)
+            except (ValueError, RecursionError):
+                yield number, _odd_json(line)
+
+
+def fasta_records(block: RecordBlock) -> Iterator[tuple[int, bytes, bytes]]:
+    """The line, the header and the lines under it of each record."""
+    line = block.first
+    for record in block.records[1:].split(b"\n>"):
+        header, _, text = record.partition(b"\n")
+        yield line, header, text
+        line += record.count(b"\n") + 1
+
+
 def parse_json(block: RecordBlock, key: str) -> Texts:
     """The string under `key` of each line's object."""
     loads = json_loads()
@@ -75,7 +95,8 @@ def parse_json(block: RecordBlock, key: str) -> Texts:
             if not line.strip():
                 parsed.num_blank_lines += 1
                 continue
-            text = _explain_json(line, key)
+            value = _odd_json(line)
+            text = value if isinstance(value, BadRecord) else text_under(value, key)
             if isinstance(text, BadRecord):
                 bad = BadRecord(text.reason, f"{block.source}: line {number}: {text.message}")
                 parsed.bad[len(texts)] = bad
@@ -148,24 +169,20 @@ def line_of(lines: bytes, first: int, index: int) -> int:
 
 
 def _check_headers(block: RecordBlock) -> None:
-    line = block.first
-    for record in block.records[1:].split(b"\n>"):
-        header, _, text = record.partition(b"\n")
+    for line, header, text in fasta_records(block):
         if b"\r>" in header or (b"\r" in header and not text.strip()):
             raise DataError(f"{block.source}: line {line}: a header that seems to end in CR, where the first line ends "
                             "in LF; give all lines the same end")
-        line += record.count(b"\n") + 1
 
 
-def _explain_json(line: bytes, key: str) -> bytes | BadRecord:
-    """The text after all, if only its characters are odd; else what is wrong."""
+def _odd_json(line: bytes) -> Any:
+    """What the more lenient parser makes of a line, as it takes NaN, or what is wrong."""
     try:
-        value = json.loads(line.decode())
+        return json.loads(line.decode())
     except json.JSONDecodeError as error:
         return BadRecord("bad JSON", f"not a JSON object ({error.msg}, column {error.colno})")
     except (ValueError, RecursionError) as error:
         return BadRecord("bad JSON", f"not a JSON object ({error})")
-    return text_under(value, key)
 
 
 def text_under(value: Any, key: str) -> bytes | BadRecord:
