@@ -82,7 +82,7 @@ def forget(prefix: str) -> None:
         while found := statistics_of(prefix):
             path, stats = found
             _keep({other: one for other, one in _apart(path, stats).items() if other != own})
-            path.unlink()
+            path.unlink(missing_ok=True)  # where there are no locks, another job may have been first
 
 
 def put_statistics(path: Path, stats: dict[str, Any]) -> None:
