@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,16 @@ class ProteinFiles:
         return [self._key, self._name_key, *(facts for source in self._sources for facts in source.identity())]
 
 
+    def have(self, path: Path) -> bool:
+        """Whether that is one of the files."""
+        return any(path.samefile(file) for source in self._sources for file, *_ in source.identity())
+
+
 def file_name(name: str) -> str:
-    """A protein's name as a file or a key of HDF5 can have it."""
+    """A protein's name as a file or a key of HDF5 can have it; raises DataError for one that is not UTF-8 text."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"the name {name.encode(errors='surrogateescape')!r} is not UTF-8 text; rename that protein, "
+                        "or write the file in UTF-8") from None
     return name.replace("/", "_")

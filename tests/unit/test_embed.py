@@ -12,7 +12,7 @@ from megatron import load_pretrained
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import ConfigError, DataError, OutputError
 from megatron.infer.answers import INCLUDED, OF_LAYERS, Asked
-from megatron.infer.embed import run
+from megatron.infer.embed import run, writers
 from megatron.infer.embed.run import Work, ask_whole, embed
 from megatron.infer.embed.survey import survey
 from megatron.infer.embed.writers import check_form
@@ -110,6 +110,13 @@ def test_parquet_has_a_row_a_protein_in_their_order(pretrained, fasta, tmp_path,
             np.testing.assert_allclose(row[what], values.ravel(), rtol=1e-5, atol=1e-5)
 
 
+def test_parquet_holds_no_more_in_memory_than_a_group_may_have(pretrained, fasta, tmp_path, monkeypatch):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(writers, "PARQUET_BYTES", 2 * 4 * pretrained.config.model.hidden_size)
+    file = parquet.ParquetFile(made(pretrained, fasta, tmp_path / "out.parquet", Asked(("mean",), (3,))))
+    assert [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)] == [2, 2, 1]
+
+
 def test_one_thing_stands_under_the_proteins_name_alone(pretrained, fasta, tmp_path):
     h5py = pytest.importorskip("h5py")
     asked = Asked(("mean",), (3,))
@@ -157,6 +164,27 @@ def test_an_output_that_is_whole_is_not_made_again_and_one_of_other_work_not_rep
     (tmp_path / "other.npz.parts" / "of-another").mkdir(parents=True)
     with pytest.raises(OutputError, match="holds parts of other work"):
         made(pretrained, fasta, tmp_path / "other.npz")
+
+
+def test_what_is_told_of_an_output_replaces_no_other_file(pretrained, fasta, tmp_path, monkeypatch):
+    corpus, told = tmp_path / "corpus.json", tmp_path / "other.json"
+    corpus.write_text('{"text": "MKV"}\n{"text": "ACD"}\n')
+    told.write_text("{}")
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "_compute", None)
+        for path, output in ((corpus, "corpus"), (fasta, "other")):
+            with pytest.raises(OutputError, match=rf"{output}.json is not of this program, and what is told"):
+                made(pretrained, path, tmp_path / output)
+    assert corpus.read_text().startswith('{"text"') and told.read_text() == "{}"
+    made(pretrained, fasta, tmp_path / "out.npz").unlink()  # what is told of it is left
+    assert made(pretrained, fasta, tmp_path / "out.npz", Asked(("mean",), (3,))).exists()
+
+
+def test_parts_that_are_left_beside_a_whole_output_go(pretrained, fasta, tmp_path):
+    output, left = made(pretrained, fasta, tmp_path / "out.npz"), tmp_path / "out.npz.parts" / "0000001"
+    left.mkdir(parents=True)
+    made(pretrained, fasta, output)
+    assert not left.parent.exists()
 
 
 def test_another_key_of_the_sequence_or_the_name_is_other_work(pretrained, tmp_path):
@@ -245,9 +273,10 @@ def test_parts_take_every_distinct_protein_once_within_their_limits():
     (">a\nMK\n>b\nMV\n>a\nMW\n", "proteins 1 and 3 both have the name a"),
     (">a/1\nMK\n>a_1\nMV\n", "proteins 1 and 2 both have the name a_1"),
     (">a\nMK\n>b\n\n>c\nMW\n", "protein 2, b, has no residue"),
+    (">caf\xe9 au lait\nMK\n", r"the name b'caf\\xe9' is not UTF-8 text; rename"),
     (">a\nMK1\n", "line 2.*'1' is not a residue"), ("", "is empty")])
 def test_what_cannot_be_embedded_is_refused_before_anything_is_computed(text, what, tmp_path):
-    (tmp_path / "in.fasta").write_text(text)
+    (tmp_path / "in.fasta").write_text(text, encoding="latin-1")
     with pytest.raises(DataError, match=what):
         survey(files(tmp_path / "in.fasta"), None)
 

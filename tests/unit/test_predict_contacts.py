@@ -133,6 +133,7 @@ def test_pairs_are_the_best_or_those_above_a_threshold():
     ("RUN --input FASTA --output x --tokens-per-row 0", "--tokens-per-row is 0"),
     ("RUN --input FASTA --structures CHAINS:1abc_0", "is not of one: residue 1 is "),
     ("RUN --input FASTA FASTA --output x.npz", "one is the name of two proteins"),
+    ("RUN --input LATIN --output x.npz", r"the name b'caf\xe9' is not UTF-8 text"),
     ("RUN --input EMPTY --output x.npz", "is empty"),
     ("RUN --structures EMPTY", "EMPTY: is no structure by its name"),
     ("RUN --input LONG --output x.npz --method jacobian", "long: it has 80 residues"),
@@ -143,6 +144,7 @@ def test_a_mistake_is_told_in_one_line(arguments, message, ask, run_folder, stru
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FASTA").write_text(">one\nJKVJJJJJ\n")
     (tmp_path / "LONG").write_text(f">long\n{'A' * 80}\n")
+    (tmp_path / "LATIN").write_bytes(b">caf\xe9\nMKV\n")
     (tmp_path / "EMPTY").touch()
     words = [str({"RUN": run_folder}.get(word, word)).replace("CHAINS", str(structures[0]))
              for word in arguments.split()]

@@ -16,6 +16,7 @@ from megatron.files import new_folder, write_json
 from megatron.infer.answers import Answer, Asked
 
 IDENTITY = "asked.json"
+_BEGINNING = b'{\n "identity":'  # of what `write_json` makes
 _OF_RESIDUES = {"per_tok": 1, "logits": 0}  # the axis of residues
 
 
@@ -88,3 +89,11 @@ def is_of(file: Path, identity: Any) -> bool:
         return json.loads(file.read_text())["identity"] == json.loads(json.dumps(identity))
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def tells_identity(file: Path) -> bool:
+    """Whether a file begins as those do in which `is_of` looks."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return opened.read(len(_BEGINNING)) == _BEGINNING

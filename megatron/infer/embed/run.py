@@ -16,7 +16,7 @@ from megatron.checkpoint.contact_head import contact_head_file
 from megatron.errors import ConfigError, OutputError
 from megatron.files import write_json
 from megatron.infer.answers import OF_LAYERS, Answer, Asked
-from megatron.infer.embed.parts import Parts, is_of
+from megatron.infer.embed.parts import Parts, is_of, tells_identity
 from megatron.infer.embed.survey import Survey, first_ones, survey
 from megatron.infer.embed.writers import writer
 from megatron.infer.pretrained import Pretrained
@@ -51,11 +51,11 @@ class Work:
 
 def embed(work: Work, pretrained: Pretrained, files: ProteinFiles, log: Log) -> None:
     """Write the output; all ranks call this. Raises a UserError for what cannot be."""
-    mesh, facts = pretrained.mesh, work.output.with_name(f"{work.output.name}.json")
-    identity = work.identity(pretrained, files)
-    if work.output.exists():
-        if not is_of(facts, identity):
-            raise OutputError(f"{work.output} exists; remove it, or choose another output")
+    mesh, identity = pretrained.mesh, work.identity(pretrained, files)
+    facts, folder = (work.output.with_name(f"{work.output.name}.{ending}") for ending in ("json", "parts"))
+    if _is_whole(work.output, facts, identity, files):
+        if mesh.world.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)  # where a run died while it did so
         log.line(f"{work.output} is whole: nothing to do")
         return
     surveyed = survey(files, pretrained.max_residues, work.window)
@@ -66,7 +66,7 @@ def embed(work: Work, pretrained: Pretrained, files: ProteinFiles, log: Log) -> 
     numbers = len(work.asked.layers) * config.hidden_size + pretrained.vocab.size + 1024
     most_residues = MOST_RESIDUES[mesh.device.type]
     ranges = surveyed.parts(4 * numbers, most_residues, MOST_BYTES)
-    parts = Parts(work.output.with_name(f"{work.output.name}.parts"), ranges, surveyed.lengths_u, work.asked)
+    parts = Parts(folder, ranges, surveyed.lengths_u, work.asked)
     if mesh.world.rank == 0:
         parts.begin({**identity, "residues a part": most_residues})
     _compute(work, pretrained, files, surveyed, parts, log)
@@ -75,9 +75,19 @@ def embed(work: Work, pretrained: Pretrained, files: ProteinFiles, log: Log) -> 
         _assemble(work, files, surveyed, parts, log)
         write_json(facts, {"identity": identity, "proteins": len(surveyed.distinct_p),
                            "distinct": len(surveyed.lengths_u)})
-        shutil.rmtree(parts.folder)
+        shutil.rmtree(folder)
     everyones(None, mesh.world)
     log.line(f"{work.output}: {len(surveyed.distinct_p):,} proteins, {len(surveyed.lengths_u):,} of them distinct")
+
+
+def _is_whole(output: Path, facts: Path, identity: dict[str, Any], files: ProteinFiles) -> bool:
+    """Whether the output of that identity is there; raises OutputError where what is there is anything else."""
+    if output.exists() and not is_of(facts, identity):
+        raise OutputError(f"{output} exists; remove it, or choose another output")
+    if not output.exists() and facts.exists() and (files.have(facts) or not tells_identity(facts)):
+        raise OutputError(f"{facts} is not of this program, and what is told of {output} would replace it; choose "
+                          "another output")
+    return output.exists()
 
 
 def _compute(work: Work, pretrained: Pretrained, files: ProteinFiles, surveyed: Survey, parts: Parts, log: Log) -> None:

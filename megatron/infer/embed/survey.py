@@ -29,7 +29,7 @@ class Survey:
 
 
 def survey(proteins: Iterable[Protein], max_residues: int | None, window: int | None = None) -> Survey:
-    """Read them all once; raises DataError for two of one name.
+    """Read them all once; raises DataError for two of one name, and as `file_name`.
 
     ConfigError for one with more than `max_residues` where it is not to be read in windows, and for a window of more.
     Memory: some hundred bytes a distinct protein.
@@ -40,7 +40,7 @@ def survey(proteins: Iterable[Protein], max_residues: int | None, window: int | 
     known: dict[bytes, int] = {}
     names: dict[bytes, int] = {}
     for number, protein in enumerate(proteins, 1):
-        first = names.setdefault(_digest(file_name(protein.name).encode(errors="surrogateescape")), number)
+        first = names.setdefault(_digest(file_name(protein.name).encode()), number)
         if first != number:
             raise DataError(f"proteins {first} and {number} both have the name {protein.name} (/ counts as _); "
                             "give each its own")

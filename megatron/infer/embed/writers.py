@@ -19,7 +19,7 @@ from megatron.files import new_folder, replacing
 from megatron.infer.answers import OF_LAYERS, Answer, Asked
 from megatron.infer.proteins import file_name
 
-PARQUET_ROWS = 1024  # of a group, which memory holds
+PARQUET_ROWS, PARQUET_BYTES = 1024, 2**28  # of a group, which memory holds
 _LIBRARIES = {".h5": "h5py", ".hdf5": "h5py", ".parquet": "pyarrow"}
 
 
@@ -94,12 +94,14 @@ def _parquet(path: Path, asked: Asked) -> Iterator[Writer]:
     class Parquet:
         def __init__(self) -> None:
             self._rows: list[dict] = []
+            self._num_bytes = 0
             self._file: parquet.ParquetWriter | None = None
 
         def add(self, name: str, length: int, answer: Answer) -> None:
-            self._rows.append({"id": name, "length": length, **{what: np.ravel(values)
-                                                                for what, values in named(answer, asked)}})
-            if len(self._rows) == PARQUET_ROWS:
+            lists = {what: np.ravel(values) for what, values in named(answer, asked)}
+            self._rows.append({"id": name, "length": length, **lists})
+            self._num_bytes += sum(values.nbytes for values in lists.values())
+            if len(self._rows) == PARQUET_ROWS or self._num_bytes >= PARQUET_BYTES:
                 self.flush()
 
         def flush(self) -> None:
@@ -107,7 +109,7 @@ def _parquet(path: Path, asked: Asked) -> Iterator[Writer]:
                 table = pa.Table.from_pylist(self._rows)
                 self._file = self._file or parquet.ParquetWriter(temporary, table.schema)
                 self._file.write_table(table)
-                self._rows = []
+                self._rows, self._num_bytes = [], 0
 
         def close(self) -> None:
             self.flush()
