@@ -4,22 +4,23 @@ CHECKPOINT is whatever --load of pretrain_tape.py takes, FILE what tools/preproc
 15 % of the residues are masked as in every evaluation here: of a protein always the same ones, whatever the model and
 the corpus. Prints the loss of each checkpoint on each corpus with its standard error over proteins, its perplexity and
 accuracy; writes evaluation.json, which has them by letter and by place in the protein too, and a picture a corpus.
+There, and in the table, stand beside them the models that were evaluated on the same before.
 """
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 if not __package__:  # else it is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.config.command_line import OneLineParser  # noqa: E402
 from megatron.errors import ConfigError  # noqa: E402
-from megatron.files import write_json  # noqa: E402
 from megatron.infer.answers import check_head  # noqa: E402
 from megatron.infer.door import add_model_flags, asked  # noqa: E402
-from megatron.infer.evaluation.run import evaluated, pseudo_perplexity  # noqa: E402
+from megatron.infer.evaluation.record import FILE, EvaluationRecord, Report  # noqa: E402
+from megatron.infer.evaluation.run import evaluated, pseudo_perplexity, read_through  # noqa: E402
 from megatron.infer.pretrained import Pretrained, load  # noqa: E402
 from megatron.infer.proteins import ProteinFiles  # noqa: E402
 from megatron.infer.windows import longest_window  # noqa: E402
@@ -42,7 +43,8 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--pseudo-perplexity", type=int, default=0, metavar="N",
                        help="also mask each residue of N proteins in turn (default: of none)")
     flags.add_argument("--output", type=Path, default=Path("evaluation"), metavar="FOLDER",
-                       help="where evaluation.json and the pictures go (default: evaluation)")
+                       help=f"where {FILE} and the pictures go (default: evaluation); figures of other models on the "
+                       "same proteins stay there")
     flags.add_argument("--json-key", default="text", help="key or column of the sequence where records have several "
                        "(default: text)")
     add_model_flags(flags)
@@ -59,31 +61,45 @@ def evaluate(given: argparse.Namespace, mesh: Mesh, log: Log) -> None:
     for value, flag, least in ((given.piece, "--piece", 1), (given.pseudo_perplexity, "--pseudo-perplexity", 0)):
         if value is not None and value < least:
             raise ConfigError(f"{flag} is {value}; it must be {least} or greater")
-    corpora = corpora_of(given.on)
+    corpora, record, known = corpora_of(given.on), EvaluationRecord(given.output), dict[str, tuple[int, str]]()
     if mesh.world.rank == 0:
         given.output.mkdir(parents=True, exist_ok=True)  # refused now rather than behind hours of work
-    reports: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in corpora}
+    for checkpoint in given.checkpoints[1:]:  # and so is what is wrong with the last
+        piece_of(load(checkpoint, mesh, Log(is_speaker=False), given.precision), given)
     for checkpoint in given.checkpoints:
         pretrained = load(checkpoint, mesh, log, given.precision)
-        check_head(pretrained.model)
-        piece = longest_window(pretrained, given.piece, "--piece")
-        for name, path in corpora.items():
-            files = ProteinFiles([path], given.json_key, None, pretrained.vocab)
-            report = report_of(given, pretrained, files, piece, name, log)
-            reports[name][f"{checkpoint} at {pretrained.iteration}"] = report
-    log.line(table(HEADS, [cells(model, name, report) for name, of_models in reports.items()
-                           for model, report in of_models.items()], num_left=2))
+        piece = piece_of(pretrained, given)
+        files = {name: ProteinFiles([path], given.json_key, None, pretrained.vocab) for name, path in corpora.items()}
+        known = known or {name: read_through(each, pretrained.vocab) for name, each in files.items()}
+        settings = {name: {"proteins": digest, "--piece": given.piece, "--precision": given.precision}
+                    for name, (_, digest) in known.items()}
+        record.check(settings)
+        for name, (num_proteins, _) in known.items():
+            report = report_of(given, pretrained, files[name], num_proteins, piece, name, log)
+            record.tell(name, f"{checkpoint} at {pretrained.iteration}", report, settings[name], mesh.world.rank == 0)
+    log.line(table(HEADS, [cells(model, name, report) for name in corpora for model, report in record.of(name).items()],
+                   num_left=2))
     if mesh.world.rank == 0:
-        from megatron.infer.evaluation.picture import draw  # matplotlib: slow to import
+        draw_corpora({name: record.of(name) for name in corpora}, given.output, log)
+    log.line(f"{record.path}, and beside it a picture of each corpus")
 
-        write_json(given.output / "evaluation.json", reports)
-        for name, of_models in reports.items():
-            of_models = {model: report for model, report in of_models.items() if report["loss"] is not None}
-            if not of_models:
-                log.line(f"no picture of {name}: none of its residues is masked")
-                continue
-            draw(of_models, f"masked residues of {name}", given.output / f"{name}.png")
-    log.line(f"{given.output / 'evaluation.json'}, and beside it a picture of each corpus")
+
+def piece_of(pretrained: Pretrained, given: argparse.Namespace) -> int | None:
+    """The most residues that the model sees at once; raises ConfigError for a model that cannot be evaluated so."""
+    check_head(pretrained.model)
+    return longest_window(pretrained, given.piece, "--piece")
+
+
+def draw_corpora(reports: Mapping[str, Mapping[str, Report]], folder: Path, log: Log) -> None:
+    """A picture of each corpus of which a residue is masked."""
+    from megatron.infer.evaluation.picture import draw  # matplotlib: slow to import
+
+    for name, of_models in reports.items():
+        of_models = {model: report for model, report in of_models.items() if report["loss"] is not None}
+        if of_models:
+            draw(of_models, f"masked residues of {name}", folder / f"{name}.png")
+        else:
+            log.line(f"no picture of {name}: none of its residues is masked")
 
 
 def corpora_of(given: list[str]) -> dict[str, str]:
@@ -99,10 +115,10 @@ def corpora_of(given: list[str]) -> dict[str, str]:
     return corpora
 
 
-def report_of(given: argparse.Namespace, pretrained: Pretrained, files: ProteinFiles, piece: int | None, name: str,
-              log: Log) -> dict[str, Any]:
+def report_of(given: argparse.Namespace, pretrained: Pretrained, files: ProteinFiles, num_proteins: int,
+              piece: int | None, name: str, log: Log) -> Report:
     """What is told of one model on one corpus."""
-    bar = log.progress(total=sum(1 for _ in files), done=0, unit="protein", label=name)
+    bar = log.progress(total=num_proteins, done=0, unit="protein", label=name)
     report = evaluated(pretrained, files, piece, given.tokens_per_row, bar).report(pretrained.vocab)
     bar.close()
     if given.pseudo_perplexity:
@@ -113,13 +129,14 @@ def report_of(given: argparse.Namespace, pretrained: Pretrained, files: ProteinF
     return report
 
 
-def cells(model: str, corpus: str, report: dict[str, Any]) -> list[str]:
+def cells(model: str, corpus: str, report: Report) -> list[str]:
     """A row of the table."""
     if report["loss"] is None:
         return [model, corpus, f"{report['proteins']:,}", "0", *["–"] * 6]
+    error = "–" if report["standard_error"] is None else f"{report['standard_error']:.4f}"
     pseudo = f"{report['pseudo']['perplexity']:.2f}" if "pseudo" in report else "–"
     return [model, corpus, f"{report['proteins']:,}", f"{report['targets']:,}", f"{report['loss']:.4f}",
-            f"{report['standard_error']:.4f}", f"{report['perplexity']:.2f}", f"{report['accuracy']:.4f}",
+            error, f"{report['perplexity']:.2f}", f"{report['accuracy']:.4f}",
             f"{report['letters_alone']:.4f}", pseudo]
 
 

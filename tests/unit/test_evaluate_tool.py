@@ -11,7 +11,7 @@ import torch
 from megatron import load_pretrained
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.fixed_masks import FixedMasks
-from megatron.errors import ConfigError
+from megatron.errors import ConfigError, DataError, UserError
 from megatron.infer.evaluation.run import evaluated, pseudo_perplexity
 from megatron.infer.evaluation.tally import FIRST_OF_BIN, TargetTally, bin_names
 from megatron.infer.proteins import ProteinFiles
@@ -113,6 +113,81 @@ def test_the_program_writes_a_table_a_file_and_a_picture_a_corpus(their_folders,
         assert f"{report['loss']:.4f}" in said and model in said
         assert report["targets"] == 14 and report["pseudo"]["proteins"] == 1
     assert (output / "three.png").read_bytes()[:4] == (output / "again.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def asked(output, checkpoints, *words):
+    given = parser().parse_args([*map(str, checkpoints), "--output", str(output), *map(str, words)])
+    evaluate(given, Mesh(), Log())
+    return json.loads((output / "evaluation.json").read_text())
+
+
+def test_models_evaluated_on_the_same_proteins_before_stand_beside_the_new_ones(their_folders, fasta, tmp_path, capsys):
+    first, second = their_folders / "esm2", their_folders / "protbert"
+    before = asked(tmp_path / "out", [first], "--on", fasta)
+    capsys.readouterr()
+    after = asked(tmp_path / "out", [second], "--on", fasta, f"other={fasta}")
+    assert list(after) == ["three", "other"] and list(after["three"]) == [f"{first} at 0", f"{second} at 0"]
+    assert after["three"][f"{first} at 0"] == before["three"][f"{first} at 0"]
+    assert capsys.readouterr().out.count(f"{first} at 0") == 1
+    again = asked(tmp_path / "out", [second], "--on", f"other={fasta}", "--pseudo-perplexity", 1)
+    assert again["three"] == after["three"] and "pseudo" in again["other"][f"{second} at 0"]
+
+
+@pytest.mark.parametrize(("words", "differing"), [
+    (["--piece", 25], "--piece"), (["--precision", "bf16"], "--precision"), (["OTHER"], "proteins")])
+def test_figures_that_cannot_stand_beside_the_new_ones_are_kept_and_the_new_ones_refused(
+        words, differing, their_folders, fasta, tmp_path, monkeypatch):
+    asked(tmp_path / "out", [their_folders / "esm2"], "--on", fasta)
+    before = (tmp_path / "out" / "evaluation.json").read_bytes()
+    monkeypatch.setattr("tools.evaluate.evaluated", None)
+    (tmp_path / "three.fasta").write_text(fasta.read_text().replace("ACDE", "AACE"))
+    corpus = tmp_path / "three.fasta" if words == ["OTHER"] else fasta
+    with pytest.raises(ConfigError, match=f"evaluated on three with other {differing}: its figures"):
+        asked(tmp_path / "out", [their_folders / "protbert"], "--on", corpus, *(words if corpus == fasta else ()))
+    assert (tmp_path / "out" / "evaluation.json").read_bytes() == before
+    (tmp_path / "out" / "evaluation.json").write_text("[1]")
+    with pytest.raises(DataError, match="evaluation.json: is not of this program"):
+        asked(tmp_path / "out", [their_folders / "esm2"], "--on", fasta)
+
+
+@pytest.mark.parametrize(("models", "on", "words", "what"), [
+    (["esm2"], ["FASTA", "none.fasta"], [], "none.fasta: no such file"),
+    (["esm2"], ["FASTA", "bad.fasta"], [], "'1' is not a residue"),
+    (["esm2", "none"], ["FASTA"], [], "none holds no checkpoint"),
+    (["esm2", "run"], ["FASTA"], ["--piece", 100], "--piece is 100; .* at most 63")])
+def test_what_is_wrong_with_the_last_is_said_before_the_first_is_evaluated(models, on, words, what, their_folders,
+                                                                           fasta, tmp_path, monkeypatch):
+    (tmp_path / "bad.fasta").write_text(">a\nMK1\n")
+    saved(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tools.evaluate.evaluated", None)
+    with pytest.raises(UserError, match=what):
+        asked(tmp_path / "out", [their_folders / "esm2" if model == "esm2" else model for model in models],
+              *words, "--on", *[fasta if word == "FASTA" else word for word in on])
+
+
+def test_what_is_known_is_written_before_the_next_is_evaluated(their_folders, fasta, tmp_path, monkeypatch):
+    known = list[bool]()
+
+    def stopped(*arguments):
+        known.append((tmp_path / "out" / "evaluation.json").exists())
+        if known[-1]:
+            raise KeyboardInterrupt
+        return evaluated(*arguments)
+
+    monkeypatch.setattr("tools.evaluate.evaluated", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        asked(tmp_path / "out", [their_folders / "esm2"], "--on", fasta, f"other={fasta}")
+    assert known == [False, True]
+    assert list(json.loads((tmp_path / "out" / "evaluation.json").read_text())) == ["three"]
+
+
+def test_one_protein_has_no_standard_error(their_folders, tmp_path, capsys):
+    (tmp_path / "one.fasta").write_text(f">a\n{TEXTS[0]}\n")
+    reports = asked(tmp_path / "out", [their_folders / "esm2"], "--on", tmp_path / "one.fasta")
+    assert reports["one"].popitem()[1]["standard_error"] is None
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(str(their_folders)))
+    assert row.split().count("–") == 2  # neither has it a pseudo-perplexity
 
 
 def test_proteins_of_which_nothing_is_masked_have_no_loss_and_no_picture(their_folders, tmp_path, capsys):

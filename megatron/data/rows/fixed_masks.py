@@ -25,13 +25,17 @@ class FixedMasks:
         self._letters = np.zeros(vocab.size, np.uint8)  # of ids; 0 of what is no residue
         self._letters[self._residue_ids] = [ord(letter) for letter in known]
 
+    def letters(self, ids: np.ndarray) -> np.ndarray:
+        """The residues of a protein as bytes of ASCII, uint8, whatever the vocabulary; 0 for what is none."""
+        return self._letters[ids]
+
     def mask(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The masked copy of a whole protein without its ends, and which of its tokens are targets (bool).
 
         A share of FIXED.prob of its residues, rounded up or down by chance so that it is that on the average: those
         whose hashes by SplitMix64 are the smallest. The generator's key is a digest of the letters.
         """
-        letters = self._letters[ids]
+        letters = self.letters(ids)
         residues = np.flatnonzero(letters)
         key = int.from_bytes(hashlib.blake2b(letters.tobytes(), digest_size=8).digest(), "little")
         hashes = order_hashes(key, 2 * len(residues) + 1)

@@ -1,10 +1,12 @@
 """A model on a corpus: the loss on masks that are fixed, and the pseudo-perplexity."""
 
+import hashlib
 from collections.abc import Iterator
 from itertools import islice
 
 import numpy as np
 
+from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.fixed_masks import FixedMasks
 from megatron.infer.evaluation.tally import TargetTally
 from megatron.infer.predictions import Copy, copy_of, log_probabilities
@@ -39,6 +41,15 @@ def evaluated(pretrained: Pretrained, files: ProteinFiles, piece: int | None, bu
                  np.concatenate([part for part, owner in zip(found, owners, strict=True) if owner == number]))
         bar.update(len(proteins) * pretrained.mesh.data.size)
     return TargetTally.merged(everyones(tally, pretrained.mesh.data))
+
+
+def read_through(files: ProteinFiles, vocab: Vocab) -> tuple[int, str]:
+    """How many proteins there are, and a digest of their residues; raises DataError for what cannot be evaluated."""
+    masks, digest, number = FixedMasks(vocab), hashlib.blake2b(digest_size=12), 0
+    for protein in files:
+        number += 1
+        digest.update(masks.letters(protein.residues).tobytes() + b"\n")
+    return number, digest.hexdigest()
 
 
 def pseudo_perplexity(pretrained: Pretrained, files: ProteinFiles, num_proteins: int, piece: int | None,

@@ -45,17 +45,17 @@ class TargetTally:
     def report(self, vocab: Vocab) -> dict[str, Any]:
         """The means, as JSON has them; None where there is no target.
 
-        `standard_error`: of the loss, as far as it comes from which proteins were drawn. `letters_alone`: what it costs
-        to know this corpus's letters by their frequency, and nothing else.
+        `standard_error`: of the loss, as far as it comes from which proteins were drawn; None of a single one.
+        `letters_alone`: what it costs to know this corpus's letters by their frequency, and nothing else.
         """
         number, loss, right = self.by_letter_3v.sum(1)
         if number == 0:
             return {"proteins": len(self.of_proteins), "targets": 0, "loss": None}
         counts, sums = np.array(self.of_proteins).T
         mean, shares = loss / number, self.by_letter_3v[0] / number
-        shares = shares[shares > 0]
+        shares, deviation = shares[shares > 0], np.sqrt(np.square(sums - mean * counts).sum())
         return {"proteins": len(counts), "targets": int(number), "loss": mean,
-                "standard_error": float(np.sqrt(np.square(sums - mean * counts).sum()) / number),
+                "standard_error": float(deviation / number) if len(counts) > 1 else None,
                 "perplexity": float(np.exp(mean)), "accuracy": right / number,
                 "letters_alone": float(-(shares * np.log(shares)).sum()),
                 "by_letter": _means(self.by_letter_3v, vocab.tokens),
