@@ -5,8 +5,10 @@ from collections.abc import Callable
 from functools import partial
 
 from megatron.config import ParallelConfig
+from megatron.config.command_line import add_section_flags, check_section
 from megatron.errors import ConfigError
 from megatron.infer.pretrained import PRECISIONS
+from megatron.infer.rows import MOST_TOKENS
 from megatron.log import Log
 from megatron.parallel.launch.environment import Launch
 from megatron.parallel.mesh import Mesh
@@ -20,7 +22,23 @@ def add_model_flags(flags: argparse.ArgumentParser) -> None:
     group.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N",
                        help="ranks that share each layer; what is left of a launcher's shares out the proteins")
     group.add_argument("--tokens-per-row", type=int, metavar="N",
-                       help="computed at once (default: as memory allows, at most some thousands)")
+                       help="computed at once (default: as memory allows, at most "
+                       f"{MOST_TOKENS['cpu']:,} on CPUs and {MOST_TOKENS['cuda']:,} on GPUs)")
+    add_timeout_flag(flags)
+
+
+def add_timeout_flag(flags: argparse.ArgumentParser) -> None:
+    """Pretraining's flag of how long ranks wait for each other."""
+    add_section_flags(flags, ParallelConfig, ("distributed_timeout_minutes",))
+    flags.set_defaults(distributed_timeout_minutes=ParallelConfig().distributed_timeout_minutes)
+
+
+def parallel_of(given: argparse.Namespace, tensor_size: int = 1) -> ParallelConfig:
+    """The layout of `tensor_size`, with that flag's value; raises ConfigError for one that cannot be."""
+    parallel = ParallelConfig(tensor_model_parallel_size=tensor_size,
+                              distributed_timeout_minutes=given.distributed_timeout_minutes)
+    check_section(parallel)
+    return parallel
 
 
 def asked(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace, Mesh, Log], None]) -> int:
@@ -33,6 +51,6 @@ def asked(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace, M
                               f"{launch.size}")
         if given.tokens_per_row is not None and given.tokens_per_row < 1:
             raise ConfigError(f"--tokens-per-row is {given.tokens_per_row}; it must be 1 or greater")
-        return ParallelConfig(tensor_model_parallel_size=size), partial(work, given)
+        return parallel_of(given, size), partial(work, given)
 
     return status_of(prepare)

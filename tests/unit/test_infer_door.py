@@ -1,0 +1,40 @@
+"""The flags that the programs have in common that ask models."""
+
+import argparse
+import sys
+
+import pytest
+
+from megatron.errors import ConfigError
+from megatron.infer import door
+from megatron.infer.rows import MOST_TOKENS
+from megatron.parallel.launch.environment import Launch
+from tools import finetune
+
+
+def asked_for(monkeypatch, *words):
+    """The layout of a program that has the flags of models alone."""
+    flags, found = argparse.ArgumentParser(), []
+    door.add_model_flags(flags)
+    monkeypatch.setattr(sys, "argv", ["program", *words])
+    monkeypatch.setattr(door, "status_of", lambda prepare: found.append(prepare(Launch())[0]))
+    door.asked(flags, lambda given, mesh, log: None)
+    return found[0]
+
+
+def predicting(monkeypatch, *words):
+    return finetune.prepare(["predict", "model", "in.fasta", "out.csv", *words], Launch())[0]
+
+
+@pytest.mark.parametrize("layout_of", [asked_for, predicting])
+def test_how_long_ranks_wait_for_each_other_is_said_as_in_pretraining(layout_of, monkeypatch):
+    assert layout_of(monkeypatch).distributed_timeout_minutes == 10
+    assert layout_of(monkeypatch, "--distributed-timeout-minutes", "90").distributed_timeout_minutes == 90
+    with pytest.raises(ConfigError, match="--distributed-timeout-minutes is 0.0; it must be greater than 0"):
+        layout_of(monkeypatch, "--distributed-timeout-minutes", "0")
+
+
+def test_help_tells_the_most_tokens_of_each_device():
+    flags = argparse.ArgumentParser()
+    door.add_model_flags(flags)
+    assert all(f"{most:,} on" in " ".join(flags.format_help().split()) for most in MOST_TOKENS.values())
