@@ -9,7 +9,9 @@ _RESAMPLES = 1000
 
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float:
-    """The correlation of the ranks of two arrays [n]; nan where one of them is constant."""
+    """The correlation of the ranks of two arrays [n]; nan where one of them is constant, or has a nan, without rank."""
+    if np.isnan(first).any() or np.isnan(second).any():
+        return math.nan
     return _weighted(_groups(first), _groups(second), np.ones(len(first)))
 
 

@@ -25,6 +25,11 @@ def test_it_is_known_where_it_can_be_told_by_hand():
     assert math.isnan(spearman(np.array([1.0, 1, 1]), np.array([1.0, 2, 3])))
 
 
+def test_what_is_no_number_has_no_rank():
+    assert math.isnan(spearman(np.array([1.0, math.nan, 2]), np.array([1.0, 2, 3])))
+    assert spearman(np.array([1.0, 2, math.inf]), np.array([1.0, 2, 3])) == pytest.approx(1)
+
+
 def test_the_interval_is_that_of_pairs_drawn_and_ranked_again():
     generator = np.random.default_rng(0)
     first = generator.integers(8, size=40).astype(float)

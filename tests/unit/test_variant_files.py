@@ -262,6 +262,28 @@ def test_inputs_are_not_written_over_and_must_be_there(tmp_path):
         run(model, path, tmp_path / "out")
 
 
+def test_a_file_that_holds_no_scores_is_not_replaced(tmp_path, monkeypatch):
+    listed, model = write(tmp_path / "gfp.txt", "M1A\nR10E\n"), saved(tmp_path / "run")
+    measured = write(tmp_path / "gfp.csv", "mutant,DMS_score\nM1A,0.5\nR10E,1.5\n")
+    monkeypatch.setattr("megatron.infer.variants.run.scores_of", None)
+    with pytest.raises(DataError, match="gfp.csv: is there, and holds no scores of this program; give another folder"):
+        run(model, listed, tmp_path, "--sequence", WILD)
+    assert "0.5" in measured.read_text()
+
+
+@pytest.mark.parametrize("flags", [(), ("--heatmap",)])
+def test_scores_that_are_not_finite_are_not_ranked(flags, tmp_path, monkeypatch):
+    def overflown(pretrained, scoring, protein, mutants, *rest):
+        return np.where(np.arange(len(mutants)) == 1, np.nan, 0.5)
+
+    monkeypatch.setattr("megatron.infer.variants.run.scores_of", overflown)
+    monkeypatch.setattr("megatron.infer.variants.run.all_substitutions", lambda *_: np.full((10, 20), np.nan))
+    path = write(tmp_path / "p.fasta", f">A\n{WILD}\n") if flags else write(tmp_path / "A.csv", ASSAY)
+    with pytest.raises(ConfigError, match="A: .* scores are not finite.* give fp32 or bf16"):
+        run(saved(tmp_path / "run"), path, tmp_path / "out", *flags)
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_a_folder_of_other_scores_is_refused(tmp_path):
     command = (saved(tmp_path / "run"), write(tmp_path / "A.csv", ASSAY), tmp_path / "out")
     run(*command)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron.errors import DataError
+from megatron.errors import ConfigError, DataError
 from megatron.infer.pretrained import Pretrained
 from megatron.infer.proteins import file_name
 from megatron.infer.spearman import spearman, spearman_interval
@@ -20,7 +20,7 @@ from megatron.infer.variants.mutants import letters_of
 from megatron.infer.variants.record import ASSAYS, PROTEINS, ScoringRecord
 from megatron.infer.variants.scores import num_copies, scores_of, sites_of, together
 from megatron.infer.variants.substitutions import all_substitutions, write_substitutions
-from megatron.infer.variants.tables import write_csv
+from megatron.infer.variants.tables import has_header, write_csv
 from megatron.infer.variants.wild_types import WildTypes
 from megatron.log import Log
 
@@ -57,6 +57,7 @@ def score_files(pretrained: Pretrained, files: Mapping[str, Path], wild_types: W
         with closing(log.progress(-(-copies // pretrained.mesh.data.size), 0, "copy", name)) as bar:
             scores = scores_of(pretrained, way.scoring, assay.wild_type, assay.mutants, way.longest, way.budget,
                                bar.update)
+        _check_finite(scores, name)
         if writes:
             facts = facts_of(assay, scores) | {"seconds": round(time.monotonic() - start_s, 3)}
             texts = [f"{score:.6f}" for score in scores]
@@ -77,11 +78,26 @@ def _left(files: Mapping[str, Path], wild_types: WildTypes, way: Way, letters: C
         assay = read_assay(name, path, wild_types, letters, way.offset)
         if way.column in assay.table.columns:
             raise DataError(f"{path}: line 1: has a column {way.column!r} already; --score-column names the new one")
+        _check_place(record, name, [*assay.table.columns, way.column])
         if not (record.is_done(ASSAYS, name, assay.identity) and (record.folder / f"{name}.csv").exists()):
             left.append(name)
         elif writes and (known := record.assays()[name]) | (said := assay.said) != known:
             record.tell(ASSAYS, name, said)
     return left
+
+
+def _check_place(record: ScoringRecord, name: str, columns: list[str]) -> None:
+    """Raises DataError where the file of scores would replace one that is none: nothing tells of it, or its columns."""
+    place = record.folder / f"{name}.csv"
+    if name not in record.assays() and place.exists() and not has_header(place, columns):
+        raise DataError(f"{place}: is there, and holds no scores of this program; give another folder")
+
+
+def _check_finite(scores: np.ndarray, name: str) -> None:
+    """Raises ConfigError for scores that cannot be ranked, as where a model's numbers overflow."""
+    if wrong := int((~np.isfinite(scores)).sum()):
+        raise ConfigError(f"{name}: {wrong:,} of {scores.size:,} scores are not finite: the model has numbers too "
+                          "large for this --precision; give fp32 or bf16")
 
 
 def facts_of(assay: Assay, scores: np.ndarray) -> dict[str, Any]:
@@ -111,6 +127,7 @@ def draw_proteins(pretrained: Pretrained, proteins: Mapping[str, str], way: Way,
         copies = len(together(way.scoring, range(len(protein)), len(protein), way.longest))
         with closing(log.progress(-(-copies // pretrained.mesh.data.size), 0, "copy", name)) as bar:
             scores = all_substitutions(pretrained, way.scoring, protein, way.longest, way.budget, bar.update)
+        _check_finite(scores, name)
         if pretrained.mesh.world.rank == 0:
             write_substitutions(table, protein, scores, way.offset)
             draw_substitutions(protein, scores, way.offset, f"{name}, {len(protein):,} residues: {way.scoring}",

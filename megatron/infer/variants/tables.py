@@ -71,11 +71,20 @@ def read_list(path: Path, name: str) -> TextTable:
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A CSV, whole or not at all."""
+    write_text(path, _as_csv([columns, *rows]))
+
+
+def has_header(path: Path, columns: Sequence[str]) -> bool:
+    """Whether a file, which may be anything, begins as `write_csv` begins one of these columns."""
+    header = _as_csv([columns])
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        return file.read(len(header)) == header
+
+
+def _as_csv(rows: Iterable[Sequence[str]]) -> str:
     file = io.StringIO(newline="")
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
-    write_text(path, file.getvalue())
+    csv.writer(file, lineterminator="\n").writerows(rows)
+    return file.getvalue()
 
 
 def _text(path: Path) -> tuple[str, str]:
