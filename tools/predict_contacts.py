@@ -25,7 +25,7 @@ from megatron.config.command_line import OneLineParser  # noqa: E402
 from megatron.errors import ConfigError, DataError, OutputError  # noqa: E402
 from megatron.infer.answers import Asked  # noqa: E402
 from megatron.infer.contacts.chains import Chain, structures_of  # noqa: E402
-from megatron.infer.contacts.jacobian import jacobian_contacts  # noqa: E402
+from megatron.infer.contacts.jacobian import check_memory, jacobian_contacts  # noqa: E402
 from megatron.infer.contacts.output import output  # noqa: E402
 from megatron.infer.contacts.precision import DIVISORS, RANGES, mean_and_interval, precisions  # noqa: E402
 from megatron.infer.contacts.regression import NUM_FITTED, C, drawn, fitted  # noqa: E402
@@ -85,6 +85,8 @@ def tell(given: argparse.Namespace, mesh: Mesh, log: Log) -> None:
     to_fit, chains = read_chains(given.fit), read_chains(given.structures)
     pretrained = load(given.checkpoint, mesh, log, given.precision)
     proteins = read_proteins(given, pretrained, chains)
+    if given.method == "jacobian" and proteins:
+        check_memory(max(len(ids) for _, ids in proteins) - pretrained.num_ends, mesh.world)
     texts = {name: text_of(ids, pretrained) for name, ids in proteins}
     truths = structures_of(texts, chains) if given.input else {chain.name: chain for chain in chains}
     if to_fit:

@@ -112,6 +112,15 @@ def test_the_jacobian_needs_no_head_and_gives_tables_of_pairs_and_pictures(ask, 
     assert found == [(first + 1, second + 1) for first, second in sorted(every, key=lambda pair: -scores_rr[pair])]
 
 
+def test_a_protein_too_long_for_the_jacobians_memory_is_refused_before_the_first_is_asked(ask, run_folder, tmp_path,
+                                                                                         monkeypatch):
+    (tmp_path / "two.fasta").write_text(">a\nMKVLAAG\n>b\nMKVLAAGIW\n")
+    monkeypatch.setattr("megatron.infer.contacts.jacobian.free_bytes", lambda device: 4 * (8 * 20)**2)
+    status, _, wrong = ask(run_folder, "--input", tmp_path / "two.fasta", "--method", "jacobian", "--output",
+                           tmp_path / "pairs")
+    assert status == 2 and "the Jacobian of 9 residues takes" in wrong and not (tmp_path / "pairs").exists()
+
+
 def test_pairs_are_the_best_or_those_above_a_threshold():
     scores_rr = np.zeros((10, 10), np.float32)
     scores_rr[0, 6], scores_rr[2, 9], scores_rr[0, 5] = 0.5, 0.75, 1.0

@@ -17,6 +17,7 @@ from megatron.infer.contacts.regression import corrected
 from megatron.infer.pretrained import Pretrained
 from megatron.infer.rows import free_bytes, token_budget
 from megatron.parallel.collectives import everyones
+from megatron.parallel.mesh import Axis
 
 
 def jacobian_contacts(pretrained: Pretrained, ids: np.ndarray, budget: int | None = None,
@@ -40,6 +41,14 @@ def jacobian_contacts(pretrained: Pretrained, ids: np.ndarray, budget: int | Non
     return corrected(torch.from_numpy(norms_rr)[None])[0].numpy() / 2
 
 
+def check_memory(num_residues: int, axis: Axis) -> None:
+    """Raises ConfigError on all ranks of an axis where the host of one has no memory for the Jacobian."""
+    needed = 4 * (num_residues * len(AMINO_ACIDS))**2
+    if any(everyones(needed > free_bytes(torch.device("cpu")), axis)):
+        raise ConfigError(f"the Jacobian of {num_residues} residues takes {needed / 2**30:.1f} GiB, more than is free; "
+                          "take a part of the protein, or attention maps")
+
+
 def _logits(pretrained: Pretrained, ids: np.ndarray, budget: int | None, progress: Callable[[int], object]
             ) -> np.ndarray:
     """Those of the 20 letters at each residue, for each letter at each residue, fp32 [r, a, r, b].
@@ -47,11 +56,8 @@ def _logits(pretrained: Pretrained, ids: np.ndarray, budget: int | None, progres
     What the unchanged protein has need not be taken off: it is the same for all letters put in.
     """
     size, letters = len(ids) - pretrained.num_ends, [pretrained.vocab.ids[letter] for letter in AMINO_ACIDS]
-    mesh, needed = pretrained.mesh, 4 * (size * len(letters))**2
-    if any(everyones(needed > free_bytes(torch.device("cpu")), mesh.tensor)):
-        raise ConfigError(f"the Jacobian of {size} residues takes {needed / 2**30:.1f} GiB, more than is free; take a "
-                          "part of the protein, or attention maps")
-    budget = token_budget(budget, pretrained.config.model, 0, mesh)
+    check_memory(size, pretrained.mesh.tensor)
+    budget = token_budget(budget, pretrained.config.model, 0, pretrained.mesh)
     at_once = max(1, budget // (len(letters) * len(ids)))
     logits_rarb = np.empty((size, len(letters), size, len(letters)), np.float32)
     for start in range(0, size, at_once):
