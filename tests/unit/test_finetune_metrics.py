@@ -147,6 +147,20 @@ def test_numbers_of_residues_are_judged_together_and_drawn_by_protein():
     assert np.isnan([measured.value for measured in nothing.values()]).all()
 
 
+@pytest.mark.parametrize("kind", ["classes", "residues"])
+def test_a_protein_counts_as_often_as_it_is_drawn(kind):
+    rng = np.random.default_rng(2)
+    if kind == "classes":
+        true, predicted = list(rng.random((30, 4)) < 0.3), list(rng.random((30, 4)))
+    else:
+        true, predicted = ([rng.integers(4, size=9) for _ in range(30)] for _ in range(2))
+    statistic = metrics._statistic(space(kind, 4), true, predicted)
+    for _ in range(5):
+        drawn = rng.integers(30, size=30)
+        found = metrics.measure(space(kind, 4), [true[one] for one in drawn], [predicted[one] for one in drawn])
+        assert statistic(drawn) == pytest.approx({name: measured.value for name, measured in found.items()})
+
+
 def test_intervals_draw_whole_proteins():
     right, wrong = np.zeros(100, dtype=int), np.ones(100, dtype=int)
     found = metrics.measure(space("residues", 2), [right, right], [right, wrong], num_draws=200)["accuracy"]

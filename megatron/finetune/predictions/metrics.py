@@ -21,6 +21,7 @@ from megatron.kernels.packed_sequence import NO_TARGET
 REACHES = {name: RANGES[name] for name in ("short", "medium", "long")} | {"medium_long": (12, None)}
 _THRESHOLDS = np.arange(1, 100) / 100
 Statistic = Callable[[np.ndarray], dict[str, float]]
+_Shares = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ def f1_max(true_nc: np.ndarray, scores_nc: np.ndarray) -> float:
 
     Precision is the mean over proteins with a prediction, recall over those with a label; NaN where none has one.
     """
-    return _f1_max(*_precisions_and_recalls(np.asarray(true_nc, dtype=bool), np.asarray(scores_nc)))
+    true_nc, scores_nc = np.asarray(true_nc, dtype=bool), np.asarray(scores_nc)
+    return _f1_max(*_precisions_and_recalls(true_nc, scores_nc), np.ones(len(true_nc)))
 
 
 def contact_precision(table: np.ndarray, scores_rr: np.ndarray) -> dict[str, float]:
@@ -132,8 +134,7 @@ def _statistic(space: LabelSpace, true: Sequence[Any], predicted: Sequence[Any])
     seen = [(labels[:len(classes)], np.asarray(classes)) for labels, classes in zip(true, predicted, strict=True)]
     counts_n3c = np.array([_counts(labels[labels != NO_TARGET], classes[labels != NO_TARGET], len(space.class_names))
                            for labels, classes in seen])
-    return lambda chosen: {name: function(counts_n3c[chosen].sum(axis=0)) for name, function in
-                           (("accuracy", _accuracy), ("mcc", _mcc), ("f1_macro", _f1_macro))}
+    return _of_counts(counts_n3c)
 
 
 def _on_arrays(true: np.ndarray, predicted: np.ndarray,
@@ -154,34 +155,59 @@ def _of_numbers(true: Sequence[np.ndarray], predicted: Sequence[np.ndarray]) -> 
     return measures
 
 
+def _of_counts(counts_n3c: np.ndarray) -> Statistic:
+    """The measures of all residues of some proteins, from what `_counts` gives of each protein."""
+    def measures(chosen: np.ndarray) -> dict[str, float]:
+        counts_3c = _sum(_times(chosen, len(counts_n3c)), counts_n3c)
+        return {"accuracy": _accuracy(counts_3c), "mcc": _mcc(counts_3c), "f1_macro": _f1_macro(counts_3c)}
+
+    return measures
+
+
 def _of_several(true_nc: np.ndarray, scores_nc: np.ndarray) -> Statistic:
     """The measures of several classes a protein; F1 is of those with a probability of a half or more."""
-    precisions_hn, recalls_hn = _precisions_and_recalls(true_nc, scores_nc)
+    shares = _precisions_and_recalls(true_nc, scores_nc)
     is_chosen_nc = scores_nc >= 0.5
     counts_n3c = np.stack([true_nc, is_chosen_nc, true_nc & is_chosen_nc], axis=1).astype(np.float64)
 
     def measures(chosen: np.ndarray) -> dict[str, float]:
-        counts_3c = counts_n3c[chosen].sum(axis=0)
-        return {"f1_max": _f1_max(precisions_hn[:, chosen], recalls_hn[:, chosen]),
+        times_n = _times(chosen, len(true_nc))
+        counts_3c = _sum(times_n, counts_n3c)
+        return {"f1_max": _f1_max(*shares, times_n),
                 "f1_micro": _f1_macro(counts_3c.sum(axis=1, keepdims=True)), "f1_macro": _f1_macro(counts_3c)}
 
     return measures
 
 
-def _precisions_and_recalls(true_nc: np.ndarray, scores_nc: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each protein at each of h thresholds, both float64 [h, n]; NaN where nothing is predicted, or true."""
+def _times(chosen: np.ndarray, num_proteins: int) -> np.ndarray:
+    """How often each protein is in a draw, float64 [n]: a sum over the draw is a product with it, and copies nothing.
+    """
+    return np.bincount(chosen, minlength=num_proteins).astype(np.float64)
+
+
+def _sum(times_n: np.ndarray, counts_n3c: np.ndarray) -> np.ndarray:
+    return np.tensordot(times_n, counts_n3c, 1)
+
+
+def _precisions_and_recalls(true_nc: np.ndarray, scores_nc: np.ndarray) -> tuple[_Shares, _Shares]:
+    """Of each protein at each of h thresholds, and 1 where there is one, both float64 [h, n].
+
+    0 where nothing is predicted, or true.
+    """
     right_hn = np.array([(true_nc & (scores_nc >= threshold)).sum(axis=1) for threshold in _THRESHOLDS])
     chosen_hn = np.array([(scores_nc >= threshold).sum(axis=1) for threshold in _THRESHOLDS])
     true_hn = np.broadcast_to(true_nc.sum(axis=1), right_hn.shape)
-    return tuple(np.divide(right_hn, whole, out=np.full(right_hn.shape, np.nan), where=whole > 0)
-                 for whole in (chosen_hn, true_hn))
+    precisions, recalls = ((np.divide(right_hn, whole_hn, out=np.zeros(right_hn.shape), where=whole_hn > 0),
+                            (whole_hn > 0).astype(np.float64)) for whole_hn in (chosen_hn, true_hn))
+    return precisions, recalls
 
 
-def _f1_max(precisions_hn: np.ndarray, recalls_hn: np.ndarray) -> float:
-    if np.isnan(recalls_hn).all():
+def _f1_max(precisions: _Shares, recalls: _Shares, times_n: np.ndarray) -> float:
+    """That of proteins of which each counts so many times."""
+    if not (recalls[1] @ times_n).any():
         return np.nan
-    precision_h, recall_h = (np.nansum(shares, axis=1) / np.maximum((~np.isnan(shares)).sum(axis=1), 1)
-                             for shares in (precisions_hn, recalls_hn))
+    precision_h, recall_h = (shares_hn @ times_n / np.maximum(is_there_hn @ times_n, 1)
+                             for shares_hn, is_there_hn in (precisions, recalls))
     return float((2 * precision_h * recall_h / np.maximum(precision_h + recall_h, 1e-300)).max())
 
 
