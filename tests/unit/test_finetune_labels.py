@@ -1,6 +1,7 @@
 """Labels as they stand in files: their kind is told from them, they are read as what a model learns, or refused."""
 
 import json
+from dataclasses import asdict, fields
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from megatron.finetune.data.contacts import pairs_in, table_of_atoms
 from megatron.finetune.data.labels import LabelSpace, class_weights
+from megatron.finetune.data.record import ProteinRecord
 from megatron.infer.contacts import chains
 from megatron.kernels.packed_sequence import NO_TARGET
 from tests.unit.labelled_files import labels, loaded, refused
@@ -38,7 +40,7 @@ def test_the_kind_of_labels_is_told_from_them_and_each_is_read(tmp_path, values,
     data = loaded(tmp_path, of(*values))
     assert (data.space.kind, data.space.class_names) == (kind, names)
     assert [np.asarray(label).tolist() for label in labels(data)] == expected
-    assert LabelSpace.from_json(json.loads(json.dumps(vars(data.space)))) == data.space
+    assert LabelSpace.from_json(json.loads(json.dumps(asdict(data.space)))) == data.space
 
 
 def test_numbers_are_classes_if_it_is_said(tmp_path):
@@ -179,6 +181,17 @@ def test_a_class_that_training_has_not_is_refused_elsewhere(tmp_path):
     assert message == "train.jsonl: line 1: the class 'Q' is none of the task's (H, E, C)"
     message = refused(tmp_path, [{"seq": "MK", "ss3": [0, 3]}], name="secondary_structure")
     assert message == "train.jsonl: line 1: the class '3' is none of the task's (H, E, C)"
+
+
+def test_a_class_of_many_is_found_without_a_search_and_what_finds_it_is_not_written():
+    class Unsearched(tuple):
+        __contains__ = index = None
+
+    space = LabelSpace("class", Unsearched(map(str, range(1000))))
+    record = ProteinRecord("a place", "a", np.zeros(1, np.uint8))
+    assert [space.index(record, value) for value in ("999", 3)] == [999, 3]
+    assert asdict(LabelSpace("class", ("a", "b"))).keys() == asdict(space).keys() == {
+        item.name for item in fields(LabelSpace)}
 
 
 def test_balanced_weights_are_scikit_learns(tmp_path):

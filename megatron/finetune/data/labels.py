@@ -6,6 +6,7 @@ Shapes: r residues of a protein, c classes.
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import compress
 from typing import Any
 
@@ -36,7 +37,7 @@ class LabelSpace:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "LabelSpace":
-        """The one whose `vars` were written as JSON."""
+        """The one whose fields were written as JSON."""
         lists = {name: tuple(fields[name]) for name in ("class_names", "uncounted")}
         return cls(**{**fields, **lists})
 
@@ -52,13 +53,17 @@ class LabelSpace:
     def index(self, record: ProteinRecord, value: Any) -> int:
         """The place of a class; raises DataError for one that is none of these."""
         name = class_name(record, value)
-        if name in self.class_names:
-            return self.class_names.index(name)
+        if name in self._places:
+            return self._places[name]
         if self.is_fixed and name.isdecimal() and int(name) < len(self.class_names):
             return int(name)
         known = ", ".join(self.class_names[:12]) + (", …" if len(self.class_names) > 12 else "")
         owner = "task" if self.is_fixed else "training file"
         raise record.wrong(f"the class {shown(name)} is none of the {owner}'s ({known})")
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {name: place for place, name in enumerate(self.class_names)}
 
 
 def label_space(task: Task, records: Sequence[ProteinRecord]) -> LabelSpace:
