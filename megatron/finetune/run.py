@@ -43,9 +43,11 @@ def run(flags: Flags, mesh: Mesh, log: Log) -> list[list[str]] | None:
     SIGTERM, SIGUSR1, Ctrl-C and the flags of pretraining that say when to leave make it save and give None; called
     again, it goes on. Raises a UserError for what does not fit.
     """
-    requests = StopRequests(flags.others.get("exit_duration_in_mins"))
-    job, root = _job(flags, mesh, log, requests), Path(flags.others["save"])
-    reports: dict[int, Report] = {}
+    requests, root = StopRequests(flags.others.get("exit_duration_in_mins")), Path(flags.others["save"])
+    if len(flags.finetune.seeds) > 1 and any((root / name).exists() for name in (TASK_FILE, UNFINISHED)):
+        raise ConfigError(f"--save {root} holds a run of one seed, whose report that of all --seeds would replace; "
+                          "name a new folder")
+    job, reports = _job(flags, mesh, log, requests), dict[int, Report]()
     folders = {seed: root if len(flags.finetune.seeds) == 1 else root / f"seed-{seed}" for seed in flags.finetune.seeds}
     with claimed(str(root), mesh, log) as claim, requests.listening():
         job = replace(job, claim=claim)

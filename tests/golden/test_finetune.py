@@ -236,6 +236,11 @@ def test_pairs_of_residues_are_learnt_as_contacts(base, tmp_path, capsys):
     assert finetune(*command, "--pairs-from", 1) == 0
     losses = [record["loss"] for record in records_of(tmp_path / "out", "train")]
     assert losses[-1] < losses[0] and report_of(tmp_path / "out")["measures"]["test"]["short_p_at_l5"][0] > 0
+    assert finetune("predict", tmp_path / "out", data / "test.jsonl", tmp_path / "out.jsonl") == 0
+    for line in (tmp_path / "out.jsonl").read_text().splitlines():
+        one = json.loads(line)
+        assert len(one["prediction"]) == len(one["probabilities"]) and all(i < j for i, j in one["prediction"])
+        assert one["probabilities"] == sorted(one["probabilities"], reverse=True)
 
 
 def test_seeds_have_a_model_each_and_the_same_command_does_none_again(taught, base, tmp_path, capsys):

@@ -3,26 +3,33 @@
 import csv
 import json
 from dataclasses import fields
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from megatron.config import Config
-from megatron.errors import ConfigError
+from megatron.errors import ConfigError, UserError
 from megatron.finetune.data.examples import Example
 from megatron.finetune.data.labels import LabelSpace
 from megatron.finetune.flags import _TAKEN, parse_flags
-from megatron.finetune.predictions.files import _write
+from megatron.finetune.predictions import files
+from megatron.finetune.predictions.files import _record, _write, predict
+from megatron.finetune.run import run
+from megatron.infer.contacts.output import best_pairs
+from megatron.log import Log
+from megatron.parallel.mesh import Mesh
 from tests.tasks import SPACES
 
 PROTEINS = [Example("first, of two", np.zeros(8, dtype=np.uint8)), Example("b", np.zeros(7, dtype=np.uint8))]
 CONTACTS = np.zeros((8, 8), dtype=np.float32)
 CONTACTS[0, 7], CONTACTS[1, 7], CONTACTS[0, 1] = 0.9, 0.5, 1.0  # the last is too near to count
+PAIRS = [best_pairs(CONTACTS, None), best_pairs(CONTACTS[:7, :7], None)]
 VALUES = {
     "number": [1.5, -2.0], "class": [np.array([0.25, 0.5, 0.25]), np.array([0.75, 0.125, 0.125])],
     "classes": [np.array([0.5, 0.25, 0.75]), np.array([0.125, 0.0, 0.25])],
     "residues": [np.eye(3)[[0, 1, 2, 0, 1, 2, 0, 1]], np.eye(3)[[2] * 7]],
-    "numbers": [np.arange(8) / 4, np.full(7, -0.5)], "contacts": [CONTACTS, CONTACTS[:7, :7]]}
+    "numbers": [np.arange(8) / 4, np.full(7, -0.5)], "contacts": PAIRS}
 PREDICTED = {
     "numbers": [[0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75], [-0.5] * 7],
     "number": [1.5, -2.0], "class": ["b", "a"], "classes": [["a", "c"], []], "residues": ["abcabcab", "ccccccc"],
@@ -61,6 +68,49 @@ def test_classes_of_residues_with_longer_names_are_parted(tmp_path):
     space = LabelSpace("residues", ("in", "out", "x"))
     _write(tmp_path / "out.csv", space, PROTEINS[1:], VALUES["residues"][1:])
     assert (tmp_path / "out.csv").read_text().splitlines()[1] == "b," + ";".join("x" * 7)
+
+
+def test_a_record_is_written_before_the_next_is_made(monkeypatch, tmp_path):
+    seen = list[str]()
+
+    def made(*arguments):
+        seen.append("made")
+        return _record(*arguments)
+
+    def written(record, **flags):
+        seen.append("written")
+        return json.dumps(record, **flags)
+
+    monkeypatch.setattr(files, "_record", made)
+    monkeypatch.setattr(files, "json", SimpleNamespace(dumps=written))
+    _write(tmp_path / "out.jsonl", SPACES["residues"], PROTEINS, VALUES["residues"])
+    assert seen == ["made", "written"] * 2
+
+
+def test_a_table_is_made_without_the_probabilities_of_residues():
+    assert _record(SPACES["residues"], VALUES["residues"][0], is_table=True) == {"prediction": "abcabcab"}
+
+
+@pytest.mark.parametrize(("output", "what"), [
+    ("out.xml", "ends in .csv or .jsonl"), ("folder.csv", "is no folder"),
+    ("file/out.csv", r"file/out.csv cannot be written \(\w"), ("new/out.csv", "MODEL holds no fine-tuned model")])
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(output, what, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(UserError, match=what):
+        predict("MODEL", "in.fasta", output, "fp32", Mesh(), Log(is_speaker=True))
+
+
+@pytest.mark.parametrize("left", ["task.json", "unfinished"])
+def test_several_seeds_do_not_write_into_the_run_of_one(left, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / left).touch()
+    flags = ["own", "--load", "/nowhere", "--data", "/nowhere", "--save", str(tmp_path / "out"), "--seeds"]
+    with pytest.raises(ConfigError, match="out holds a run of one seed"):
+        run(parse_flags([*flags, "1", "2"], ""), Mesh(), Log(is_speaker=False))
+    with pytest.raises(UserError, match="/nowhere holds no checkpoint"):
+        run(parse_flags([*flags, "1"], ""), Mesh(), Log(is_speaker=False))
 
 
 def test_every_flag_that_is_taken_is_one_of_pretrainings():

@@ -1,8 +1,9 @@
 """What a model with a task's head says of each protein, from any layout to every rank's host, and how right it is."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,18 +31,19 @@ def settings_of(engine: Engine, seed: int) -> BatchSettings:
 
 
 @torch.no_grad()
-def predictions(engine: Engine, head: HeadSpec, packed: PackedExamples, log: Log, label: str) -> list[Any]:
+def predictions(engine: Engine, head: HeadSpec, packed: PackedExamples, log: Log, label: str,
+                of_contacts: Callable[[np.ndarray], Any] = lambda map_rr: map_rr) -> list[Any]:
     """What the model says of each example, in their order, on every rank; all ranks call this together.
 
     number: a float. class: probabilities, fp32 [c]; classes: the same, each of its own. residues: probabilities of each
-    residue's class [r, c]. numbers: that of each residue [r]. contacts: the probability that two residues touch [r, r].
-    Of a protein that is longer than a row, r are its first residues.
+    residue's class [r, c]. numbers: that of each residue [r]. contacts: the probability that two residues touch [r, r],
+    or what `of_contacts` makes of it. Of a protein that is longer than a row, r are its first residues.
     """
     found: dict[int, Any] = {}
     bar = log.progress(total=packed.num_steps(0), done=0, unit="step", label=label)
     with engine.evaluating():
         for batches in packed.steps(0):
-            engine.pipeline.evaluate(_Predicting(engine, batches, head, found), len(batches))
+            engine.pipeline.evaluate(_Predicting(engine, batches, head, found, of_contacts), len(batches))
             bar.update()
     bar.close()
     for theirs in everyones(found, engine.mesh.world):
@@ -59,9 +61,10 @@ def measured(space: LabelSpace, examples: Sequence[Example], predicted: Sequence
 class _Predicting(ForwardPasses):
     """Forward passes whose predictions come to the host on one of the ranks that have them."""
 
-    def __init__(self, engine: Engine, batches: Sequence[LabelledBatch], head: HeadSpec, found: dict[int, Any]) -> None:
+    def __init__(self, engine: Engine, batches: Sequence[LabelledBatch], head: HeadSpec, found: dict[int, Any],
+                 of_contacts: Callable[[np.ndarray], Any]) -> None:
         super().__init__(engine, batches)
-        self._head, self._found = head, found
+        self._head, self._found, self._of_contacts = head, found, of_contacts
 
     def _run(self, action: Action, hidden_uh: Tensor | None) -> Any:
         return self._engine.model.forward(action.stage, self._batch(action).sequence, None, hidden_uh)
@@ -81,5 +84,5 @@ class _Predicting(ForwardPasses):
             of_protein = values[ends[place] + 1:ends[place + 1] - self._head.num_ends + 1]
             if kind == CONTACTS:
                 first_rw, second_rw = of_protein.unbind(1)
-                of_protein = (first_rw @ second_rw.mT).sigmoid().cpu().numpy()
+                of_protein = self._of_contacts((first_rw @ second_rw.mT).sigmoid().cpu().numpy())
             self._found[number] = of_protein

@@ -2,10 +2,13 @@
 
 import csv
 import json
+import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.convert.failures import writable
 from megatron.checkpoint.newest import newest
 from megatron.config import Config
 from megatron.data.corpus.tokenizer import ResidueTokenizer
@@ -29,10 +32,15 @@ _DIGITS = 6
 def predict(folder: str, file: str, output: str, precision: str, mesh: Mesh, log: Log) -> None:
     """Write what the model in `folder` says of each protein of `file`; all ranks call this together.
 
-    Raises a UserError for what cannot be read, and for an output of another ending.
+    Raises a UserError for what cannot be read, and for an output of another ending, or where none can be written.
     """
-    if Path(output).suffix not in ENDINGS:
-        raise ConfigError(f"{output}: the output ends in {' or '.join(ENDINGS)}")
+    path = Path(output)
+    if path.suffix not in ENDINGS or path.is_dir():
+        raise ConfigError(f"{output}: the output ends in {' or '.join(ENDINGS)}, and is no folder")
+    if log.is_speaker:
+        with writable(path):  # said now rather than behind hours of work
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path.parent).close()
     described = Described.read(Path(folder))
     checkpoint = newest(folder, mesh.world, log, with_optimizer=False)
     if checkpoint is None:
@@ -46,9 +54,9 @@ def predict(folder: str, file: str, output: str, precision: str, mesh: Mesh, log
     engine = described.open(_with_rows_for(proteins, config, mesh), mesh, vocab, checkpoint)
     packed = PackedExamples(proteins, described.space, vocab, settings_of(engine, 0), is_training=False)
     log.line(packed.describe(file))
-    values = predictions(engine, described.head, packed, log, "predicting")
+    values = predictions(engine, described.head, packed, log, "predicting", partial(best_pairs, threshold=None))
     if log.is_speaker:
-        _write(Path(output), described.space, proteins, values)
+        _write(path, described.space, proteins, values)
     log.line(f"{len(proteins):,} predictions in {output}")
 
 
@@ -63,10 +71,11 @@ def _with_rows_for(proteins: list[Example], config: Config, mesh: Mesh) -> Confi
 
 
 def _write(path: Path, space: LabelSpace, proteins: list[Example], values: list[Any]) -> None:
-    records = [{"name": protein.name, **_record(space, value)} for protein, value in
-               zip(proteins, values, strict=True)]
+    is_table = path.suffix == ".csv"
+    records = ({"name": protein.name, **_record(space, value, is_table)} for protein, value in
+               zip(proteins, values, strict=True))
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        if path.suffix == ".jsonl":
+        if not is_table:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             return
         writer = csv.writer(file, lineterminator="\n")
@@ -77,25 +86,30 @@ def _write(path: Path, space: LabelSpace, proteins: list[Example], values: list[
             writer.writerow([record["name"], _as_cell(record["prediction"]), *probabilities])
 
 
-def _record(space: LabelSpace, value: Any) -> dict[str, Any]:
-    """A protein's prediction and, of classes, what it is chosen from; residues count from 1."""
+def _record(space: LabelSpace, value: Any, is_table: bool) -> dict[str, Any]:
+    """A protein's prediction and, of classes, what it is chosen from; residues count from 1.
+
+    Without that of each residue where it `is_table`, which has no place for it. Of contacts `value` is the pairs.
+    """
     names = space.class_names
     if space.kind == NUMBER:
         return {"prediction": value}
     if space.kind == NUMBERS:
         return {"prediction": [_rounded(one) for one in value]}
     if space.kind == CONTACTS:
-        pairs = best_pairs(value, None)
-        return {"prediction": [[i, j] for i, j, _ in pairs],
-                "probabilities": [_rounded(probability) for _, _, probability in pairs]}
+        return {"prediction": [[i, j] for i, j, _ in value],
+                "probabilities": [_rounded(probability) for _, _, probability in value]}
     if space.kind in (CLASS, CLASSES):
         chosen = names[int(value.argmax())] if space.kind == CLASS else [
             name for name, probability in zip(names, value, strict=True) if probability >= 0.5]
         return {"prediction": chosen, "probabilities": {name: _rounded(one) for name, one in
                                                         zip(names, value, strict=True)}}
     classes = [names[place] for place in value.argmax(1)]
-    return {"prediction": "".join(classes) if all(len(name) == 1 for name in names) else classes,
-            "probabilities": {name: [_rounded(one) for one in value[:, place]] for place, name in enumerate(names)}}
+    prediction = "".join(classes) if all(len(name) == 1 for name in names) else classes
+    if is_table:
+        return {"prediction": prediction}
+    return {"prediction": prediction, "probabilities": {name: [_rounded(one) for one in value[:, place]]
+                                                        for place, name in enumerate(names)}}
 
 
 def _as_cell(prediction: Any) -> Any:
