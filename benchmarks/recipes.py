@@ -68,6 +68,8 @@ ARMS: dict[str, tuple[str, int]] = {
     **{f"adamw, 1 row, lr {lr}, beta2 0.95":
        (f"--micro-batch-size 1 --lr {lr} --min-lr {float(lr) / 10:g} --adam-beta2 0.95", 1)
        for lr in ("3.5e-4", "5e-4")},
+    "adamw, 1 row, lr 5e-4, beta2 0.95, mask 0.3":
+    ("--micro-batch-size 1 --lr 5e-4 --min-lr 5e-5 --adam-beta2 0.95 --mask-prob 0.3", 1),
     **{f"adamw, 2 rows, lr 7e-4, beta2 0.95, mask {share}":
        (f"{BEST_ADAMW} --adam-beta2 0.95 --mask-prob {share}", 2) for share in (0.3, 0.4)},
     "adamw, 2 rows, lr 7e-4, to 0": (f"{BEST_ADAMW} --min-lr 0", 2),
