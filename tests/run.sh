@@ -7,4 +7,4 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../examples/setup.sh" tests
 cd "$root"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$python" -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"
+exec "$python" -m pytest -q --durations=20 --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -63,7 +63,6 @@ class ProteinFiles:
         """Tells whether they are still the same: the keys, and path, size and time of the last change of each file."""
         return [self._key, self._name_key, *(facts for source in self._sources for facts in source.identity())]
 
-
     def have(self, path: Path) -> bool:
         """Whether that is one of the files."""
         return any(path.samefile(file) for source in self._sources for file, *_ in source.identity())

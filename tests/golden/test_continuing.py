@@ -87,6 +87,7 @@ def test_what_comes_out_is_gone_on_from_again(unbroken, tmp_path):
     assert losses(tmp_path, "valid")[0] == pytest.approx(curve[max(curve)], rel=1e-6)
 
 
+@pytest.mark.table
 def test_a_run_that_was_asked_to_stop_saves_and_the_same_command_goes_on_to_the_same_end(unbroken, python, inputs,
                                                                                                    tmp_path):
     process = start(python, inputs, tmp_path / "out")

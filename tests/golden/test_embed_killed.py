@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_PROTEINS = 600  # of several parts
@@ -17,6 +18,7 @@ def start(python, checkpoint, fasta, output):
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.table
 def test_a_killed_run_loses_and_repeats_no_part(their_folders, python, tmp_path):
     with gzip.open(ROOT / "examples" / "proteins" / "small.fasta.gz", "rt") as file:
         (tmp_path / "in.fasta").write_text(">" + ">".join(file.read().split(">")[1:NUM_PROTEINS + 1]))

@@ -92,6 +92,7 @@ def test_a_killed_rank_ends_the_job_with_one_line(start_ranks, corpus, tmp_path)
     assert status == 128 + signal.SIGKILL
 
 
+@pytest.mark.table
 def test_a_rank_that_hangs_ends_the_job_in_time(start_ranks, corpus, tmp_path):
     process = start_ranks(OURS, corpus, tmp_path, *ENDLESS, "--distributed-timeout-minutes", 0.2,
                           python=sys.executable)
@@ -131,6 +132,7 @@ def test_a_mistake_that_all_ranks_find_is_said_once_and_not_tried_again(start_ra
     assert status == 2
 
 
+@pytest.mark.table
 def test_torchrun_starts_a_killed_job_again_from_its_last_checkpoint(start_ranks, corpus, tmp_path):
     run = [*RUN, "--train-iters", "40", "--save-interval", "4"]
     process = start_ranks(TORCHRUN, corpus, tmp_path / "killed", *run, restarts=1)

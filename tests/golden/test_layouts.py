@@ -1,6 +1,6 @@
 """Short real runs of pretrain_tape.py on several ranks that share the layers: one run, any layout.
 
-Most layouts are a table; one step of each is tried in tests/ranks/test_model_layouts.py.
+Most layouts are a table; one step of those on two ranks is tried each time in tests/ranks/test_model_layouts.py.
 """
 
 import pytest

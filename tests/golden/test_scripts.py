@@ -125,7 +125,8 @@ def queued_again(tmp_path):
     return (tmp_path / "requeued").read_text().split() if (tmp_path / "requeued").exists() else []
 
 
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGUSR1, ["17"]), (signal.SIGTERM, [])])
+@pytest.mark.parametrize(("number", "expected"), [
+    (signal.SIGUSR1, ["17"]), pytest.param(signal.SIGTERM, [], marks=pytest.mark.table)])
 def test_a_job_whose_time_is_up_saves_and_is_queued_again_and_one_that_is_stopped_is_not(start_job, tmp_path, number,
                                                                                          expected):
     process = start_job("--train-iters", 100000)
@@ -138,7 +139,8 @@ def test_a_job_whose_time_is_up_saves_and_is_queued_again_and_one_that_is_stoppe
     assert ("the time is up: job 17 is queued again" in output) == bool(expected)
 
 
-@pytest.mark.parametrize(("fault", "expected"), [("dead@5", ["17"]), ("dead@2", [])])
+@pytest.mark.parametrize(("fault", "expected"), [
+    ("dead@5", ["17"]), pytest.param("dead@2", [], marks=pytest.mark.table)])
 def test_a_job_that_fails_is_queued_again_only_where_it_has_come_further(start_job, tmp_path, fault, expected):
     process = start_job("--train-iters", 9, "--save-interval", 4, "--inject-fault", fault)
     output = process.communicate()[0]
@@ -150,7 +152,7 @@ def test_a_machine_that_cannot_run_the_program_is_named_before_the_tasks_are_sta
     process = start_job(SLURM_JOB_NODELIST="both", OTHER_MACHINE="node08")
     output = process.communicate()[0]
     assert process.returncode == 1
-    assert "error: node08: cannot load the program, or did not answer in time" in output
+    assert "error: node08: cannot load the program or use their GPUs, or did not answer in time" in output
     assert "--exclude=node08" in output
     assert not (tmp_path / "run").exists()
 

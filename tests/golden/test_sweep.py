@@ -5,6 +5,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from pretrain_tape import main
 from tests.golden.training import ROOT, TINY, losses
 
@@ -21,6 +23,7 @@ def written(folder):
     return path.read_bytes() if path.exists() else b""
 
 
+@pytest.mark.table
 def test_a_killed_sweep_goes_on_and_its_trials_are_the_runs_that_they_would_have_been_alone(corpus, tmp_path, python):
     flags = [*TINY, "--data-path", corpus, "--train-iters", "60"]
     command = [sys.executable, "-c", SWEEP, python, "--output", "sweep", "--vary", "lr", *RATES, "--", *flags]

@@ -81,7 +81,8 @@ def outcomes(axis, layouts):
             for layout, parallel in layouts.items() for kind in KINDS}
 
 
-@pytest.fixture(scope="module", params=[(2, ON_TWO), (4, FOUR)], ids=["2 ranks", "4 ranks"])
+@pytest.fixture(scope="module", params=[
+    pytest.param((2, ON_TWO), id="2 ranks"), pytest.param((4, FOUR), id="4 ranks", marks=pytest.mark.table)])
 def results(request):
     return run_ranks(outcomes, *request.param)[0]
 

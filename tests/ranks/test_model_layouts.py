@@ -135,7 +135,8 @@ def outcomes(axis, layouts):
     return {name: each.outcome() for name, each in living.items()}
 
 
-@pytest.fixture(scope="module", params=[(2, LAYOUTS), (4, ON_FOUR)], ids=["2 ranks", "4 ranks"])
+@pytest.fixture(scope="module", params=[
+    pytest.param((2, LAYOUTS), id="2 ranks"), pytest.param((4, ON_FOUR), id="4 ranks", marks=pytest.mark.table)])
 def results(request):
     return run_ranks(outcomes, *request.param)
 

@@ -187,6 +187,7 @@ def streamed(*arguments):
     return [int(line) for line in result.stdout.splitlines()]
 
 
+@pytest.mark.table
 def test_conversions_hold_one_tensor_at_a_time(tmp_path):
     """Of 260 MB, of which the largest tensor has 34: the whole of it, a rank's quarter and what is imported, and no
     second one."""

@@ -28,6 +28,7 @@ from megatron.study.sweep_picture import draw_sweep
 from tools.sweep import environments, main
 
 BASE = ("--seq-length", "8", "--micro-batch-size", "1", "--train-iters", "30")
+SLOW = (*BASE, "--optimizer", "sgd", "--sgd-momentum")
 STAND_IN = '''
 import argparse, json, math, os, signal, sys, time
 from pathlib import Path
@@ -135,7 +136,7 @@ def test_a_trial_that_diverges_is_not_finite_and_is_not_tried_again(sweep):
 
 def test_a_trial_worse_than_the_median_of_the_others_is_stopped_and_stays_so(sweep):
     own = ("--vary", "lr", "1e-3", "1e-2", "1e-1", "1", "--early-stop", "20")
-    slow = (*BASE, "--sgd-momentum", "0.1")
+    slow = (*SLOW, "0.1")
     _, lines, _ = sweep(*own, base=slow)
     found = results()
     assert [found[f"lr={lr}"]["outcome"] for lr in ("1e-3", "1e-2", "1e-1", "1")] == [
@@ -146,7 +147,7 @@ def test_a_trial_worse_than_the_median_of_the_others_is_stopped_and_stays_so(swe
 
 
 def test_a_loss_that_is_not_finite_stops_a_trial(sweep):
-    sweep("--vary", "lr", "2", "--early-stop", base=(*BASE, "--sgd-momentum", "0.1"))
+    sweep("--vary", "lr", "2", "--early-stop", base=(*SLOW, "0.1"))
     assert results()["lr=2"]["outcome"] == "not finite" and results()["lr=2"]["steps"] <= 20
 
 
@@ -171,7 +172,7 @@ def test_two_trials_at_once_share_the_cores(sweep, monkeypatch):
 
 
 def test_a_request_to_stop_is_passed_on_and_the_same_command_goes_on(sweep, monkeypatch):
-    slow = (*BASE, "--sgd-momentum", "1e-3")
+    slow = (*SLOW, "1e-3")
     monkeypatch.setattr(running.Sweep, "_begin", _and_signal(running.Sweep._begin))
     status, lines, _ = sweep("--vary", "lr", "1e-3", "1e-2", base=slow)
     assert status == 0 and lines[-1] == "stopped: the same command goes on"
