@@ -1,11 +1,11 @@
-"""A roofline on paper: `python benchmarks/roofline.py [--models 133M 650M 3B] [--registers 90]`.
+"""A roofline on paper: `python benchmarks/roofline.py [--models 133M 650M 3B] [--registers 80 90 100]`.
 
 Nothing is measured. Of each kernel of a training step, one block's and what is around the blocks, as ESM-2 has it, of
 the update, and of the kernels that other flags bring: the bytes of the tensors that its launches are given, what they
 compute, and the floor, the time in which an H100 or an H200 moves the one and computes the other at the peaks of its
 data sheet, whichever takes longer, launch by launch. From the floors, one after the other, follows how fast the model
-could train on one such GPU at most. `--registers` compiles each Triton kernel for that capability and adds registers
-and spilled bytes a thread. Needs Triton, no GPU.
+could train on one such GPU at most. `--registers` compiles each Triton kernel for these capabilities and adds registers
+and spilled bytes of a thread, and the memory that a program's threads share. Needs Triton, no GPU.
 """
 
 import argparse
@@ -57,7 +57,8 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--registers", type=int, metavar="CAPABILITY", help="such as 90: compile for it as well")
+    parser.add_argument("--registers", type=int, nargs="+", metavar="CAPABILITY",
+                        help="such as 80 90 100: compile for these as well")
     options = parser.parse_args()
     steps = {model: step_of(MODELS[model]) for model in options.models}
     rows = {model: rows_of(MODELS[model], step) for model, step in steps.items()}
@@ -136,13 +137,15 @@ def print_launches(steps: dict[str, Step]) -> None:
         print(f"{model}: besides matrix products and attention a block launches {ours}; in plain PyTorch {plain}")
 
 
-def print_registers(rows: dict[str, dict[tuple[str, ...], Line]], capability: int) -> None:
-    """Of each of Triton's kernels registers and spilled bytes of a thread, the most of any launch."""
-    print(f"\nCompiled for compute capability {capability / 10}: registers a thread (spilled bytes)\n")
-    print_line("kernel", "pass", *rows)
-    print_line(*["---"] * (2 + len(rows)))
+def print_registers(rows: dict[str, dict[tuple[str, ...], Line]], capabilities: Sequence[int]) -> None:
+    """Of each of Triton's kernels registers and spilled bytes of a thread, and shared KB; the most of any launch."""
+    print("\nCompiled, by compute capability: registers a thread (bytes that it spills), KB that a program shares\n")
+    heads = [f"{capability / 10}, {model}" for capability in capabilities for model in rows]
+    print_line("kernel", "pass", *heads)
+    print_line(*["---"] * (2 + len(heads)))
     for key, first in next(iter(rows.values())).items():
-        found = [_resources(of_model[key].launches, capability) for of_model in rows.values()]
+        found = [_resources(of_model[key].launches, capability) for capability in capabilities
+                 for of_model in rows.values()]
         if all(found) and key[1]:
             print_line(first.kernel, first.side, *found)
 
@@ -150,7 +153,11 @@ def print_registers(rows: dict[str, dict[tuple[str, ...], Line]], capability: in
 def _resources(launches: Sequence[RecordedLaunch | Other], capability: int) -> str:
     compiled = distinct(launch for launch in launches if isinstance(launch, RecordedLaunch))
     found = [launch.resources(capability) for launch in compiled]
-    return f"{max(each.registers for each in found)} ({max(each.spilled for each in found)})" if found else ""
+    if not found:
+        return ""
+    registers, spilled, shared = map(max, zip(*((one.registers, one.spilled, one.shared) for one in found),
+                                              strict=True))
+    return f"{registers} ({spilled}), {shared / 1024:.1f}"
 
 
 def print_line(*cells: str) -> None:
