@@ -59,8 +59,8 @@ sys.exit(torch.cuda.device_count() > 0 and not torch.cuda.is_available())" "$2" 
         if ! [[ $'\n'$answers$'\n' == *$'\n'"ready: $name"$'\n'* ]]; then missing+=("$name"); fi
     done
     if [ ${#missing[@]} -gt 0 ]; then
-        echo "error: ${missing[*]}: cannot load the program or use their GPUs, or did not answer in time; look at what it says above, and" \
-            "leave out a broken machine by sbatch --exclude=$(IFS=,; echo "${missing[*]}")" >&2
+        echo "error: ${missing[*]}: cannot load the program or use their GPUs, or did not answer in time; look at what" \
+            "it says above, and leave out a broken machine by sbatch --exclude=$(IFS=,; echo "${missing[*]}")" >&2
         exit 1
     fi
 }
