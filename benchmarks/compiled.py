@@ -129,7 +129,9 @@ class RecordedLaunch:
 
     def _is_constant(self, place: int) -> bool:
         value = self.arguments[place]
-        return self.kernel.params[place].is_constexpr or value is None or (isinstance(value, int) and value == 1)
+        parameter = self.kernel.params[place]
+        is_one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        return parameter.is_constexpr or value is None or is_one
 
     @cached_property
     def _signature(self) -> dict[str, str]:
@@ -146,7 +148,8 @@ class RecordedLaunch:
     def _divisible(self) -> list[int]:
         """Arguments that Triton finds divisible by 16 when it launches: torch's memory begins at such places."""
         return [place for place, value in enumerate(self.arguments)
-                if not self._is_constant(place) and _is_divisible(value)]
+                if not self._is_constant(place) and not self.kernel.params[place].do_not_specialize
+                and _is_divisible(value)]
 
 
 def _type_of(value: Any) -> str:

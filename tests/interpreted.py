@@ -122,6 +122,16 @@ def check_strided() -> None:
             lambda qkv: [rotate_reference(qkv.permute(3, 1, 0, 2), exact)])
 
 
+def check_no_rows() -> None:
+    """There is nothing, and gradients of vectors are 0."""
+    inputs = [random(0, 20), random(0, 20), random(20), random(20), random(20)]
+    for scale in ([], inputs[3:]):
+        outputs = joined(inputs[0], (inputs[1], inputs[2]), dropout(0.3), scaling_of(scale) if scale else None, FP32)
+        torch.autograd.grad([outputs[-1].sum()], inputs[:3 + len(scale)])
+    without_bias = joined(inputs[0], (inputs[1], None), dropout(0.3), None, FP32)
+    torch.autograd.grad([without_bias[0].sum()], inputs[:2])
+
+
 def check_activation(kind: str, num_rows: int, width: int, dtype: torch.dtype, has_bias: bool) -> None:
     """With the gradients of products and biases."""
     parts = [(random(num_rows, width, dtype=dtype), random(width) if has_bias else None)
@@ -349,7 +359,7 @@ CHECKS: dict[str, Callable[[], None]] = {
        partial(check_convolution, lengths, width, taps, dtype)
        for lengths, width, taps, dtype in [((1,), 20, 3, FP32), ((2, 1, 3, 1, 14), 140, 5, FP32),
                                            ((4, 30), 33, 7, BF16), ((20,), 16, 5, FP16)]},
-    "convolution of two ranks": check_convolution_of_two_ranks,
+    "convolution of two ranks": check_convolution_of_two_ranks, "no rows": check_no_rows,
     "what was kept cannot be overwritten unnoticed": check_overwriting,
     "mask 64 x 320": partial(check_mask, 64, 320, 0.1), "mask 33 x 77": partial(check_mask, 33, 77, 0.5),
     "what is strided": check_strided, "many strips": check_strips,

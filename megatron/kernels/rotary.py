@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron.kernels.pointwise.compiled import prepare_heads, takes_compiled
 
@@ -66,6 +67,7 @@ class _Rotate(torch.autograd.Function):
         return _turned(qkv_tgcd, cos, sin, 1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_tgcd: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return _turned(grad_tgcd, cos, sin, -1), None, None

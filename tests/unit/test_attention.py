@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from megatron.kernels.attention import fused
 from megatron.kernels.attention.by_protein import attention_by_protein, tiles_of
 from megatron.kernels.attention.packed import attention_reference, packed_attention
 from megatron.kernels.dropout import Dropout, Use
@@ -100,6 +101,30 @@ def test_the_operator_is_what_torch_expects_of_one():
     torch.library.opcheck(torch.ops.megatron.attention_by_protein_backward.default,
                           (torch.ones_like(context), qkv.detach(), sequence.cu_seqlens, kept.detach(),
                            sequence.num_filler, 3, 1, True))
+
+
+@pytest.mark.parametrize("way", [packed_attention, eager])
+def test_a_gradient_of_the_gradient_is_refused_rather_than_wrong(way):
+    qkv = torch.randn(12, 2, 3, 8, requires_grad=True)
+    context = way(qkv, packed(5, 7), None)
+    gradient, = torch.autograd.grad(context.square().sum(), qkv, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize(("first_with_cudnn", "window", "given"), [
+    ("2.0", None, (9, 9)), ("2.0", (3, 4), (3, 4)), ("99.0", None, (-1, -1))])
+def test_where_varlen_would_take_cudnn_it_gets_a_window_that_ends_nowhere(first_with_cudnn, window, given, monkeypatch):
+    said = []
+
+    def varlen_attn(query, *_, window_size):
+        said.append(window_size)
+        return query
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(fused, "_TAKES_CUDNN", first_with_cudnn)
+    fused.varlen_attention(torch.randn(3, 14, 2, 8).unbind(), packed(9, 5), window=window)
+    assert said == [given]
 
 
 def test_packed_proteins_do_not_attend_across():

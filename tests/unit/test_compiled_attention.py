@@ -159,6 +159,25 @@ def test_the_helper_does_all_in_fp32_and_bf16_and_scores_never_reach_memory(monk
         packed_attention(torch.randn(30, 2, 3, 8).double(), sequence, None)
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_what_dtype_is_pytorchs_default_changes_nothing(default):
+    torch.manual_seed(0)
+    sequence, qkv = packed_batch(300, 200).sequence, torch.randn(500, 4, 3, 16)
+    expected = packed_attention(qkv, sequence, None)
+    torch.set_default_dtype(default)
+    try:
+        assert torch.equal(packed_attention(qkv, sequence, None), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_seed_below_zero_draws_what_the_definition_draws():
+    sequence, qkv = packed_batch(9, 4).sequence, torch.randn(13, 2, 3, 8)
+    dropout = Dropout(0.3, torch.tensor(-5), Use.PROBABILITIES)
+    expected = attention_reference(qkv, sequence, dropout)
+    assert torch.allclose(packed_attention(qkv, sequence, dropout), expected, atol=1e-5)
+
+
 def test_an_unknown_instruction_set_is_refused():
     with pytest.raises(ValueError, match="no way 'mmx'"):
         compiled.compiled_attention(torch.randn(4, 1, 3, 8), packed_batch(4).sequence.cu_seqlens, 0, None, 0.0, "mmx")

@@ -85,6 +85,25 @@ def test_the_same_bits_come_each_time_whatever_else_is_packed():
         assert not torch.equal(first[:21], third[:21])
 
 
+def test_rows_of_any_number_of_proteins_run_the_same_code():
+    from benchmarks.compiled import RecordedLaunch
+    from megatron.kernels.attention import triton_kernels
+    from megatron.kernels.attention.launches import Call
+
+    keys = set()
+    for num_proteins in (1, 2, 3, 16, 37, 64, 100):
+        with torch.device("meta"):
+            qkv, ends = torch.empty(8000, 4, 3, 64), torch.empty(num_proteins + 1, dtype=torch.int32)
+            context, statistics = torch.empty(8000, 4, 1, 64), torch.empty(4, 8000)
+            call = Call(qkv, None, ends, None, 0, 0, -1, -1, 0, 0)
+            launches = [call.forward(context, statistics),
+                        *call.backward(context, context, statistics, statistics, (torch.empty_like(qkv), ends))]
+        for launch in launches:
+            kernel, named = getattr(triton_kernels, launch.kernel), {**launch.arguments, **launch.constants}
+            keys.add(RecordedLaunch(kernel, tuple(named[name] for name in kernel.arg_names), launch.options).key)
+    assert len(keys) == 3
+
+
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_the_kernels_compile_without_spills_and_fit_a_gpus_shared_memory(capability, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -102,6 +102,21 @@ def test_every_kernel_of_every_preset_and_of_others_compiles_and_hardly_spills(c
     check_kernels(compiled[0])
 
 
+def test_heads_of_any_width_and_part_that_is_turned_are_taken_by_a_power_of_two_of_warps(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    from benchmarks.compiled import Launches
+    from megatron.kernels.pointwise.heads import prepared_heads
+    from megatron.kernels.rotary import Rotation
+
+    with torch.device("meta"), Launches() as launches:
+        for width in (16, 24, 48, 64, 72, 80, 96, 128):
+            for half in range(2, width // 2 + 1, 2):
+                rotation = Rotation(torch.empty(8, 1, 1, half), torch.empty(8, 1, 1, half))
+                heads, = prepared_heads(torch.empty(8, 16, 3, width, requires_grad=True), None, rotation)
+                heads.backward(torch.empty_like(heads))
+    assert {launch.options["num_warps"] for launch in launches.triton} <= {1, 2, 4}
+
+
 @pytest.mark.table
 @pytest.mark.parametrize("capability", OTHER_GENERATIONS)
 def test_every_kernel_of_every_preset_compiles_for_other_generations_of_gpus(tmp_path, capability):

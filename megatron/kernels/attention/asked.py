@@ -10,7 +10,7 @@ from megatron.errors import ConfigError
 from megatron.kernels.attention.by_protein import Window, attention_by_protein
 from megatron.kernels.attention.compiled import INSTRUCTION_SETS, compiled_attention, takes_helper
 from megatron.kernels.attention.flex import by_flex
-from megatron.kernels.attention.fused import fused_attention, takes_triton_attention, takes_varlen
+from megatron.kernels.attention.fused import WIDEST, fused_attention, takes_triton_attention, takes_varlen
 from megatron.kernels.device import is_fake, takes_gpu_way
 from megatron.kernels.dropout import Dropout
 from megatron.kernels.packed_sequence import PackedSequence
@@ -61,7 +61,8 @@ def what_varlen_lacks(qkv_tgcd: Tensor, has_dropout: bool, window: Window, is_wh
     """What of these PyTorch's operator does not take, in words; empty where it is only the GPU."""
     queries, width = qkv_tgcd.shape[2] - 2, qkv_tgcd.shape[-1]
     reasons = {"dropout": has_dropout, "groups of queries": queries > 1, "fp32": qkv_tgcd.dtype == torch.float32,
-               "window over context ranks": window and not is_whole, f"width of {width}": width % 8}
+               "float64": qkv_tgcd.dtype == torch.float64, "window over context ranks": window and not is_whole,
+               f"width of {width}": width % 8 or width > WIDEST}
     return " and no ".join(name for name, is_so in reasons.items() if is_so)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron.kernels.device import takes_gpu_way
 from megatron.kernels.dropout import Dropout, Use, is_kept
@@ -200,6 +201,7 @@ class _ByProtein(torch.autograd.Function):
         return context_tgqd
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_tgqd: Tensor) -> tuple[Tensor, None, None, None, None]:
         qkv_tgcd, *kept = ctx.saved_tensors
         return _whole_gradient(grad_tgqd, qkv_tgcd, ctx.tiles, iter(kept), ctx.has_dropout), None, None, None, None

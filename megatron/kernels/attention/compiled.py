@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron.kernels.attention.by_protein import Window
 from megatron.kernels.device import takes_gpu_way
@@ -56,13 +57,13 @@ class CompiledPass:
         self.lengths, self.here = list(lengths), (start, start + num_queries)
         self.num_real = min(max(sum(self.lengths) - start, 0), num_queries)  # queries of proteins, not of filler
         self.window = window or (_UNBOUNDED, _UNBOUNDED)
-        self.dropout = (int(dropout.seed), dropout.kept, dropout.first_head) if dropout else (0, _ALL, 0)
+        self.dropout = (int(dropout.seed) % 2**64, dropout.kept, dropout.first_head) if dropout else (0, _ALL, 0)
         self.instructions = instructions or INSTRUCTION_SETS[0]
 
     def forward(self, query_ugqd: Tensor, key_value_tg2d: Tensor) -> tuple[Tensor, Tensor]:
         """The context [u, g, q, d], 0 behind the last protein; the softmax's statistics [u, g, q, 2]."""
         context_ugqd = torch.empty_like(query_ugqd, memory_format=torch.contiguous_format)
-        statistics_ugq2 = torch.empty(*context_ugqd.shape[:-1], 2)
+        statistics_ugq2 = context_ugqd.new_empty(*context_ugqd.shape[:-1], 2, dtype=torch.float32)
         context_ugqd[self.num_real:] = 0
         statistics_ugq2[self.num_real:] = 0
         self._attend(statistics_ugq2, query_ugqd, key_value_tg2d, context_ugqd)
@@ -97,6 +98,7 @@ class _Attention(torch.autograd.Function):
         return made[0]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_tgqd: Tensor) -> tuple[Tensor | None, ...]:
         return _backward(grad_tgqd, *ctx.saved_tensors, *ctx.numbers), None, None, *(None for _ in ctx.numbers)
 

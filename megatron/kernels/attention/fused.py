@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron.errors import ConfigError
 from megatron.kernels.attention.by_protein import Window
@@ -23,8 +22,11 @@ from megatron.kernels.device import has_triton, is_fake, is_of_ampere, runs_trit
 from megatron.kernels.dropout import Dropout
 from megatron.kernels.packed_sequence import PackedSequence
 
-_WIDEST = 256
+WIDEST = 256
 _HALF = (torch.float16, torch.bfloat16)
+# From this version of torch on varlen_attn takes cuDNN on Hopper and Blackwell where there is no window, and asks
+# nobody; others found it to be four times slower (pytorch/pytorch#187770).
+_TAKES_CUDNN = "2.14.0a0"
 
 
 def is_fused(qkv_ugcd: Tensor, has_dropout: bool, window: Window = None, is_whole: bool = True) -> bool:
@@ -76,10 +78,10 @@ def varlen_attention(parts: tuple[Tensor, ...], sequence: PackedSequence, first:
     query_und, key_tgd, value_tgd = parts
     num_queries, ends, longest = len(query_und), sequence.cu_seqlens, sequence.max_length
     query_ends = ends if num_queries == len(key_tgd) else (ends - first).clamp(0, num_queries)
-    # Later versions of torch would take cuDNN, which others found to be slower (pytorch/pytorch#187770).
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        context_und = varlen_attn(query_und, key_tgd, value_tgd, query_ends, ends,
-                                  min(longest, num_queries), longest, window_size=window or (-1, -1))
+    if window is None and torch.__version__ >= _TAKES_CUDNN:
+        window = longest, longest  # FlashAttention takes one that ends nowhere for none
+    context_und = varlen_attn(query_und, key_tgd, value_tgd, query_ends, ends, min(longest, num_queries), longest,
+                              window_size=window or (-1, -1))
     assert isinstance(context_und, Tensor)
     return context_und
 
@@ -99,13 +101,13 @@ def takes_triton_attention(tensor: Tensor) -> bool:
 
 
 def _fits_triton(tensor: Tensor) -> bool:
-    return tensor.shape[-1] <= _WIDEST and tensor.dtype in (*_HALF, torch.float32)
+    return tensor.shape[-1] <= WIDEST and tensor.dtype in (*_HALF, torch.float32)
 
 
 def takes_varlen(tensor: Tensor, num_queries: int, has_dropout: bool, window: Window, is_whole: bool) -> bool:
     """Whether it is PyTorch's operator. A window that counts from each protein's end: it is to have whole proteins."""
     width = tensor.shape[-1]
-    if has_dropout or num_queries > 1 or tensor.dtype not in _HALF or width > _WIDEST or width % 8:
+    if has_dropout or num_queries > 1 or tensor.dtype not in _HALF or width > WIDEST or width % 8:
         return False
     if window is not None and not is_whole:
         return False

@@ -5,6 +5,7 @@ group where keys and values come as a tensor of their own, and c = q + 2 where t
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -79,6 +80,14 @@ class Call:
 
     def _launch(self, kernel: str, grid: tuple[int, int], arguments: dict[str, Any], gradient: dict[str, int],
                 blocks: dict[str, int]) -> KernelLaunch:
+        arguments_of_all, constants_of_all = self._of_all
+        constants = {**constants_of_all, **{f"GRAD_{name}": size for name, size in gradient.items()}}
+        options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
+        return KernelLaunch(kernel, grid, {**arguments_of_all, **arguments}, {**constants, **blocks}, options)
+
+    @cached_property
+    def _of_all(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The arguments that every kernel has, and what is compiled into each."""
         qkv = _with_whole_groups(self.qkv_ugxd)
         key_value = qkv[:, :, -2:] if self.key_value_tg2d is None else _with_whole_groups(self.key_value_tg2d)
         key, value = key_value.unbind(2)
@@ -86,19 +95,17 @@ class Call:
         queries = self.qkv_ugxd.shape[2] - 2 * (self.key_value_tg2d is None)
         num_proteins = len(self.cu_seqlens) - 1 - self.num_filler
         before, behind = (self.left, self.right) if self.left >= 0 else (len(key), len(key))
-        shared = {"query": qkv, "key": key, "value": value, "seed": self.seed, "ends": self.cu_seqlens,
-                  "num_proteins": num_proteins,
-                  "num_queries": len(self.qkv_ugxd), "first": self.first, "before": before, "behind": behind,
-                  "scale": width**-0.5, "growth": 2**16 / self.kept if self.kept else 1.0,
-                  "kept": self.kept, "first_head": self.first_head}
+        arguments = {"query": qkv, "key": key, "value": value, "seed": self.seed, "ends": self.cu_seqlens,
+                     "num_proteins": num_proteins, "num_queries": len(self.qkv_ugxd), "first": self.first,
+                     "before": before, "behind": behind, "scale": width**-0.5,
+                     "growth": 2**16 / self.kept if self.kept else 1.0, "kept": self.kept,
+                     "first_head": self.first_head}
         constants = {**{f"QUERY_{name}": size for name, size in _lie(qkv).items()},
                      **{f"KEY_{name}": size for name, size in _lie(key_value).items()},
-                     **{f"GRAD_{name}": size for name, size in gradient.items()},
                      "HEADS": key.shape[1] * queries, "QUERIES": queries, "WIDTH": width, "COLUMNS": _columns(width),
-                     "STEPS": (num_proteins + 1).bit_length(), "HAS_DROPOUT": self.seed is not None,
-                     "PRECISION": _precision()}
-        options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
-        return KernelLaunch(kernel, grid, {**shared, **arguments}, {**constants, **blocks}, options)
+                     "STEPS": 8 * _number((num_proteins + 1).bit_length(), 8),  # more do no harm, and compile once
+                     "HAS_DROPOUT": self.seed is not None, "PRECISION": _precision()}
+        return arguments, constants
 
 
 def _with_whole_groups(tensor: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ def attention_with_maps(qkv_tgcd: Tensor, sequence: PackedSequence,
 
     Each map is made when it is asked for: memory holds that of one protein. The host waits for the proteins' lengths.
     """
+    qkv_tgcd = qkv_tgcd.detach()  # the maps are made after this has ended
     lengths = protein_lengths(sequence.cu_seqlens, sequence.num_filler)
     if is_fused(qkv_tgcd, False, window) and runs_triton(qkv_tgcd):
         context_tnd, logsumexp_nt = context_and_logsumexp(qkv_tgcd, sequence, window)

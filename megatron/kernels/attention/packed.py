@@ -3,8 +3,8 @@
 Shapes: t flat tokens, n heads in g groups of q, d head width. Queries, keys and values come as one tensor `qkv_tgcd`,
 as the fused projection makes it: for each group c = q + 2 rows, its queries, its key and its value (grouped-query
 attention, Ainslie et al., 2023, arXiv 2305.13245; ordinary attention where q is 1). Scores are scaled by 1/sqrt(d);
-softmax is in fp32. Under a window (left, right) a token attends to so many on each side of it (Beltagy et al., 2020,
-arXiv 2004.05150).
+softmax is computed in fp32. Under a window (left, right) a token attends to so many on each side of it (Beltagy et al.,
+2020, arXiv 2004.05150).
 
 On GPUs an operator does all proteins at once (`fused`): PyTorch's FlashAttention where it can, which is in half
 precision without dropout, else Triton's kernels. On CPUs it is compiled code (`compiled`), which was faster in every
@@ -67,7 +67,8 @@ def attention_reference(qkv_tgcd: Tensor, sequence: PackedSequence, dropout: Dro
     queries = qkv_tgcd.shape[2] - 2
     query_tnd = qkv_tgcd[:, :, :-2].flatten(1, 2)
     key_tnd, value_tnd = (tensor.repeat_interleave(queries, 1) for tensor in qkv_tgcd[:, :, -2:].unbind(2))
-    scores_ntt = torch.einsum("tnd,snd->nts", query_tnd, key_tnd).float() * query_tnd.shape[-1] ** -0.5
+    scores_ntt = torch.einsum("tnd,snd->nts", query_tnd, key_tnd)
+    scores_ntt = scores_ntt.to(torch.promote_types(scores_ntt.dtype, torch.float32)) * query_tnd.shape[-1]**-0.5
     protein_t = proteins_of_tokens(sequence.cu_seqlens, 0, len(qkv_tgcd))
     place_t = torch.arange(len(qkv_tgcd), device=qkv_tgcd.device)
     is_apart_tt = protein_t[:, None] != protein_t[None, :]

@@ -18,9 +18,10 @@ import triton.language as tl
 from megatron.kernels.dropout_triton import drawn, drawn_by_column
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+_AS_THEY_COME = "num_proteins", "first", "before", "behind"  # numbers of which none is worth code of its own
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_AS_THEY_COME)
 def forward(query, key, value, context, logsumexp, seed, ends, num_proteins, num_queries, first, before,
             behind, scale, growth, kept, first_head, QUERY_TOKEN: tl.constexpr, QUERY_GROUP: tl.constexpr,
             KEY_TOKEN: tl.constexpr, KEY_GROUP: tl.constexpr, HEADS: tl.constexpr, QUERIES: tl.constexpr,
@@ -62,7 +63,7 @@ def forward(query, key, value, context, logsumexp, seed, ends, num_proteins, num
              mask=row < num_queries)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_AS_THEY_COME)
 def backward_queries(grad_context, query, key, value, context, logsumexp, products, grad_query, seed, ends,
                      num_proteins, num_queries, first, before, behind, scale, growth, kept, first_head,
                      QUERY_TOKEN: tl.constexpr, QUERY_GROUP: tl.constexpr, KEY_TOKEN: tl.constexpr,
@@ -102,7 +103,7 @@ def backward_queries(grad_context, query, key, value, context, logsumexp, produc
     _put_rows(grad_query, summed * scale, begin, num_queries, GRAD_TOKEN, WIDTH, COLUMNS, BLOCK_QUERIES)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_AS_THEY_COME)
 def backward_keys(grad_context, query, key, value, logsumexp, products, grad_key, grad_value, seed, ends, num_proteins,
                   num_queries, num_keys, first, before, behind, scale, growth, kept, first_head,
                   QUERY_TOKEN: tl.constexpr, QUERY_GROUP: tl.constexpr, KEY_TOKEN: tl.constexpr,

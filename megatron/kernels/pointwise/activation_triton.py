@@ -34,7 +34,7 @@ def launch_backward(grad_tf: Tensor, wide_tf: Tensor, bias_f: Tensor | None, gat
     backward_kernel[strips, blocks](
         grad_tf, wide_tf, bias_f, gate_tf, gate_bias_f, grad_wide_tf, grad_gate_tf, partial_pkf, num_rows, width, kind,
         bias_f is not None, gate_bias_f is not None, _ROWS, _COLUMNS)
-    return partial_pkf.sum(0) if num_biases else partial_pkf
+    return partial_pkf.sum(0) if num_biases else partial_pkf.new_empty(0, width)
 
 
 @triton.jit

@@ -101,14 +101,14 @@ def convolve(x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor) -> Tensor:
 
 
 def convolve_backward(grad_tf: Tensor, x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor,
-                      has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of what is convolved, and of the weight, that in fp32; of a bias none: `has_bias` is False."""
+                      has_bias: bool) -> tuple[Tensor, Tensor]:
+    """The gradients of what is convolved, and of the weight [f·k] in fp32; of a bias none: `has_bias` is False."""
     assert not has_bias, "the product gives the gradient of its bias"
     inputs, x_tf = [grad_tf.contiguous(), positions_t.contiguous(), _taps(weight_fk)], x_tf.contiguous()
     grad_x_tf, grad_kf = torch.empty_like(x_tf), torch.empty_like(inputs[2])
     _helper.convolve(_is_bf16(x_tf), _addresses(*inputs, grad_x_tf, x_tf, grad_kf), tuple(x_tf.shape),
                      len(grad_kf), torch.get_num_threads())
-    return grad_x_tf, grad_kf.t().contiguous(), grad_kf.new_empty(0)
+    return grad_x_tf, grad_kf.t().flatten()
 
 
 def _taps(weight_fk: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ def _single(vector: Tensor | None) -> Tensor | None:
 
 
 def _dropout(seed: Tensor | None, drawn: Sequence[int]) -> tuple[int, ...]:
-    return (0, 2**16, 0, 0) if seed is None else (int(seed), *drawn)
+    return (0, 2**16, 0, 0) if seed is None else (int(seed) % 2**64, *drawn)
 
 
 def _are_bf16(*tensors: Tensor | None) -> tuple[bool, ...]:

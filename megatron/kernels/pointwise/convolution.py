@@ -61,9 +61,11 @@ class _Convolved(torch.autograd.Function):
     def backward(ctx: Any, grad_tf: Tensor) -> tuple[Tensor | None, ...]:
         x_tf, positions_t, weight_fk = ctx.saved_tensors
         has_bias = ctx.needs_input_grad[3]
-        grad_x_tf, grad_weight_fk, sum_f = as_called(_backward_operator, _backward, x_tf)(
+        grad_x_tf, grads_y = as_called(_backward_operator, _backward, x_tf)(
             grad_tf, x_tf, positions_t, weight_fk, has_bias)
-        return grad_x_tf, None, grad_weight_fk.to(weight_fk.dtype), sum_f.to(ctx.bias_dtype) if has_bias else None
+        grad_weight_y, grad_bias_f = grads_y.split([weight_fk.numel(), len(grads_y) - weight_fk.numel()])
+        return (grad_x_tf, None, grad_weight_y.view(weight_fk.shape).to(weight_fk.dtype),
+                grad_bias_f.to(ctx.bias_dtype) if has_bias else None)
 
 
 def _of(tensor: Tensor) -> Any:
@@ -88,8 +90,8 @@ def _(x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor) -> Tensor:
 
 
 def _backward(grad_tf: Tensor, x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor,
-              has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of what is convolved, of the weight, fp32, and the first's sum over the tokens, fp32, or nothing."""
+              has_bias: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of what is convolved, and in fp32 of the weight [f·k], behind it of the bias [f] if there is one."""
     return _of(x_tf).convolve_backward(grad_tf, x_tf, positions_t, weight_fk, has_bias)
 
 
@@ -98,6 +100,6 @@ _backward_operator = torch.library.custom_op("megatron::convolved_backward", _ba
 
 @_backward_operator.register_fake
 def _(grad_tf: Tensor, x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor,
-      has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return (x_tf.new_empty(x_tf.shape), weight_fk.new_empty(weight_fk.shape, dtype=torch.float32),
-            x_tf.new_empty(x_tf.shape[1] if has_bias else 0, dtype=torch.float32))
+      has_bias: bool) -> tuple[Tensor, Tensor]:
+    size = weight_fk.numel() + (x_tf.shape[1] if has_bias else 0)
+    return x_tf.new_empty(x_tf.shape), x_tf.new_empty(size, dtype=torch.float32)

@@ -24,8 +24,8 @@ def convolve(x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor) -> Tensor:
 
 
 def convolve_backward(grad_tf: Tensor, x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor,
-                      has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of what is convolved, of the weight, and of a bias where there is one: the last two in fp32."""
+                      has_bias: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of what is convolved, and in fp32 of the weight [f·k], behind it of the bias [f] if there is one."""
     x_tf, weight_fk = x_tf.contiguous(), weight_fk.contiguous()
     grad_x_tf = torch.empty_like(x_tf)
     (num_rows, width), rows, taps = x_tf.shape, _ROWS // 2, weight_fk.shape[1]
@@ -35,8 +35,7 @@ def convolve_backward(grad_tf: Tensor, x_tf: Tensor, positions_t: Tensor, weight
     backward_kernel[strips, blocks](
         grad_tf.contiguous(), x_tf, positions_t.contiguous(), weight_fk, grad_x_tf, partial_px, num_rows, width, taps,
         has_bias, rows, _COLUMNS)
-    sum_x = partial_px.sum(0)
-    return grad_x_tf, sum_x[:taps * width].view(width, taps), sum_x[taps * width:]
+    return grad_x_tf, partial_px.sum(0)
 
 
 @triton.jit

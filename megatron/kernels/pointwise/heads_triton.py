@@ -82,8 +82,9 @@ def _tile(qkv_tgcd: Tensor, cos: Tensor | None) -> tuple[int, int, int, int, int
     block = triton.next_power_of_2(half) if half else 0
     rest = triton.next_power_of_2(width - 2 * half) if width > 2 * half else 0
     whole = triton.next_power_of_2(groups * rows_a_group)
-    rows = max(1, min(whole, _ELEMENTS // triton.next_power_of_2(2 * block + rest)))
-    return rows, width, half, block, rest, min(4, max(1, rows * (2 * block + rest) // 512))
+    columns = triton.next_power_of_2(2 * block + rest)
+    rows = max(1, min(whole, _ELEMENTS // columns))
+    return rows, width, half, block, rest, min(4, max(1, rows * columns // 512))
 
 
 @triton.jit

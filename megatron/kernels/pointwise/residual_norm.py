@@ -173,7 +173,7 @@ def _(residual_uh: Tensor, branch_uh: Tensor | None, shift_h: Tensor | None, see
 
 def _outputs(residual_uh: Tensor, branch_uh: Tensor | None, weight_h: Tensor | None,
              dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum, norm, and of each row mean and the inverse of the standard deviation."""
+    """Sum, norm, and of each row its mean, which an RMSNorm leaves as it is, and the inverse of its deviation."""
     shape = residual_uh.shape
     return (residual_uh.new_empty(shape if branch_uh is not None else 0),
             residual_uh.new_empty(shape if weight_h is not None else 0, dtype=dtype),

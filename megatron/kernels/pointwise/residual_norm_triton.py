@@ -44,7 +44,7 @@ def join_backward(grad_sum_uh: Tensor | None, grad_normed_uh: Tensor | None, x_u
         grad_sum_uh, grad_normed_uh, x_uh, statistics_u2, weight_h, seed, grad_residual_uh, grad_branch_uh, partial_pkh,
         num_rows, *_dropout(drawn_of), width, rows, block, grad_sum_uh is not None, has_norm, has_mean,
         has_shift, seed is not None, grad_residual_uh is not None, grad_branch_uh is not None, num_warps=num_warps)
-    return partial_pkh.sum(0) if num_sums else partial_pkh[0]
+    return partial_pkh.sum(0) if num_sums else partial_pkh.new_empty(0, width)
 
 
 def _tile(width: int) -> tuple[int, int, int]:
