@@ -27,9 +27,8 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-EACH_TIME = ("small heads", "a width of 20", "groups of three queries", "fp16", "proteins of one token", "no filler",
-             "one protein over many blocks", "filler alone", "a projection that lies otherwise", "a window",
-             "dropout in a window", "four ranks, one of them filler", "two ranks with dropout")
+EACH_TIME = ("small heads", "groups of three queries", "fp16", "proteins of one token", "no filler", "filler alone",
+             "dropout in a window", "four ranks, one of them filler")
 OTHERS = (*(name for name in CASES if name not in EACH_TIME), "titin")
 
 
