@@ -13,7 +13,7 @@ if not __package__:  # else it is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.checkpoint.convert import megatron_v2  # noqa: E402
-from megatron.checkpoint.convert.conversion import convert  # noqa: E402
+from megatron.checkpoint.convert.conversion import FlagNames, convert  # noqa: E402
 from megatron.config import Config  # noqa: E402
 from megatron.config.command_line import OneLineParser, add_section_flags  # noqa: E402
 from megatron.config.reading.megatron_flags import ALWAYS_SO  # noqa: E402
@@ -51,7 +51,8 @@ def merge(given: dict[str, Any], log: Log) -> None:
                               f"{config.get(name)}; give that value, or leave the flag out")
     convert(load, given["save"] or load / "merged", _FORMAT, _FORMAT, iteration=None, log=log,
             tensor=given["target_tensor_model_parallel_size"], pipeline=given["target_pipeline_model_parallel_size"],
-            vocab_size=Vocab.from_file(vocab_file, given.get("mask_token")).size if vocab_file else None)
+            vocab_size=Vocab.from_file(vocab_file, given.get("mask_token")).size if vocab_file else None,
+            names=FlagNames("--save", "the size of --vocab-file"))
 
 
 def main() -> int:

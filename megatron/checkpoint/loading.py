@@ -5,9 +5,12 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.convert.vocabulary import WORDS, with_rows
 from megatron.checkpoint.sharded import read_parts
 from megatron.checkpoint.stored import Checkpoint, StoredTensor, Tensors
+from megatron.data.corpus.vocab import Vocab
 from megatron.errors import CheckpointError
+from megatron.log import Log
 from megatron.model.protein_model import TASK_HEAD
 from megatron.parallel.placement import Part, part_of_state, placement_of
 
@@ -30,6 +33,19 @@ def load_model(parameters: Mapping[str, Tensor], checkpoint: Checkpoint, names: 
                 parameter.zero_()  # padding
         read_parts({name: _fitting(name, placement_of(parameter).part(parameter), checkpoint.model[name], checkpoint)
                     for name, parameter in parameters.items()}, checkpoint.model)
+
+
+def with_padding_of(checkpoint: Checkpoint, vocab: Vocab, num_rows: int, log: Log) -> Checkpoint:
+    """The checkpoint with `num_rows` rows of the vocabulary, where it has those of all tokens of `vocab`.
+
+    Megatron's have more padding the more tensor-parallel ranks they were written for.
+    """
+    there = checkpoint.model[WORDS].shape[0] if WORDS in checkpoint.model else 0
+    if there < vocab.size or there == num_rows:
+        return checkpoint
+    log.line(f"note: {checkpoint.path} has {there} rows of the vocabulary, a model here {num_rows}: those behind the "
+             f"{vocab.size} tokens are taken to be padding")
+    return with_rows(checkpoint, num_rows)
 
 
 def refuse_task(checkpoint: Checkpoint) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from megatron.checkpoint.contact_head import WEIGHT, with_contact_head
-from megatron.checkpoint.loading import load_model
+from megatron.checkpoint.loading import load_model, with_padding_of
 from megatron.checkpoint.lora.merging import merged
 from megatron.checkpoint.newest import newest
 from megatron.checkpoint.places import digest_of_weights
@@ -171,6 +171,7 @@ def load(path: str, mesh: Mesh, log: Log, precision: str = "fp32") -> Pretrained
     checkpoint = with_contact_head(checkpoint)
     config = config_of(checkpoint, precision)
     vocab = vocab_of(checkpoint, config)
+    checkpoint = with_padding_of(checkpoint, vocab, _num_ids(config, vocab), log)
     checkpoint = merged(checkpoint, config.model)
     is_taught = any(name.startswith(TASK_HEAD) for name in checkpoint.model)
     if is_taught:

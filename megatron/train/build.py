@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megatron.checkpoint.loading import load_average, load_model, load_optimizer
+from megatron.checkpoint.loading import load_average, load_model, load_optimizer, with_padding_of
 from megatron.checkpoint.saving import parts_of
 from megatron.checkpoint.stored import Checkpoint
 from megatron.config import Config
@@ -106,6 +106,7 @@ def build(config: Config, mesh: Mesh, log: Log, left_out: Windows = (), num_rewi
     checkpoint = find_checkpoint(config.checkpoint, mesh.world, log)
     if checkpoint is not None:
         refuse_changes(config, vocab, checkpoint)
+        checkpoint = with_padding_of(checkpoint, vocab, _num_ids(config, vocab), log)
     gone_on_from = None if config.checkpoint.finetune else checkpoint
     config = with_precision_chosen(config, gone_on_from.state["config"] if gone_on_from else None, mesh, log)
     schedule = chosen_schedule(config, sizes, gone_on_from, log)
@@ -161,7 +162,7 @@ def _go_on(run: Run, checkpoint: Checkpoint) -> None:
 
 
 def _build_engine(config: Config, mesh: Mesh, vocab: Vocab, checkpoint: Checkpoint | None) -> Engine:
-    size = vocab.padded_size(config.model.make_vocab_size_divisible_by)
+    size = _num_ids(config, vocab)
     if checkpoint is None:
         return build_engine(config, mesh, size, mask_id=vocab.mask_id)
     with torch.device("meta"):
@@ -169,3 +170,7 @@ def _build_engine(config: Config, mesh: Mesh, vocab: Vocab, checkpoint: Checkpoi
     names = {name for name, _ in whole.named_parameters()}
     return build_engine(config, mesh, size, fill=lambda parameters: load_model(parameters, checkpoint, names),
                         mask_id=vocab.mask_id)
+
+
+def _num_ids(config: Config, vocab: Vocab) -> int:
+    return vocab.padded_size(config.model.make_vocab_size_divisible_by)

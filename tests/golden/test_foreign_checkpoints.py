@@ -3,10 +3,12 @@
 import pytest
 
 from megatron.checkpoint.convert.conversion import convert
+from megatron.checkpoint.convert.formats import FORMATS
+from megatron.infer.pretrained import load_pretrained
 from megatron.log import Log
 from pretrain_tape import main
 from tests.golden.training import losses, run_on_ranks
-from tests.megatron_files import CONSUMED, ITERATION, POSITIONS, wholes, write_original
+from tests.megatron_files import CONSUMED, ITERATION, POSITIONS, ROWS, wholes, write_original
 
 RUN = ["--seq-length", POSITIONS, "--micro-batch-size", 2, "--global-batch-size", 4, "--lr", 1e-3, "--min-lr", 1e-4,
        "--train-samples", CONSUMED + 16, "--lr-decay-samples", 160, "--lr-warmup-samples", 16, "--attention-dropout", 0,
@@ -44,6 +46,20 @@ def test_what_was_converted_goes_on_as_what_it_was_converted_from(original, corp
     convert(original, tmp_path / "converted", "auto", saver, tensor=1, pipeline=1, iteration=None, vocab_size=None,
             log=Log(is_speaker=False))
     assert train(corpus, tmp_path / "converted", tmp_path / "run") == direct
+
+
+def test_padding_of_more_ranks_changes_no_run(original, corpus, tmp_path, capsys):
+    one = FORMATS["megatron-v2"].read(original)
+    one.state["config"]["make_vocab_size_divisible_by"] = ROWS
+    FORMATS["whole"].write(one, tmp_path / "one")
+    convert(tmp_path / "one", tmp_path / "split", "auto", "megatron-v2", tensor=4, pipeline=1, iteration=None,
+            vocab_size=None, log=Log(is_speaker=False))
+    direct = train(corpus, tmp_path / "one", tmp_path / "direct")
+    capsys.readouterr()
+    assert train(corpus, tmp_path / "split", tmp_path / "run") == direct
+    assert f"has {4 * ROWS} rows of the vocabulary, a model here {ROWS}" in capsys.readouterr().out
+    asked = [load_pretrained(str(tmp_path / name)).embed(["MKTAYIAKQ"]) for name in ("one", "split")]
+    assert (asked[0] == asked[1]).all()
 
 
 @pytest.mark.parametrize("saver", ["megatron-core", "megatron-core-dist"])

@@ -12,6 +12,7 @@ import torch
 
 from megatron.checkpoint.convert.conversion import convert
 from megatron.checkpoint.convert.formats import FORMATS, recognised
+from megatron.checkpoint.convert.vocabulary import with_rows
 from megatron.errors import CheckpointError
 from megatron.log import Log
 from tests.megatron_checks import check_values
@@ -66,6 +67,36 @@ def test_an_iteration_can_be_chosen_and_the_vocabulary_cut(tmp_path, monkeypatch
     assert cut.optimizer[f"exp_avg/{name}"].shape == (24,)
 
 
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_padding_that_more_ranks_have_goes_where_fewer_follow(tensor, tmp_path, monkeypatch, capsys):
+    write_original(tmp_path / "original")
+    original = FORMATS["megatron-v2"].read(tmp_path / "original")
+    original.state["config"]["make_vocab_size_divisible_by"] = ROWS
+    FORMATS["whole"].write(original, tmp_path / "one")
+    flags = ["--load-dir", tmp_path / "one", "--save-dir", tmp_path / "split", "--to", "megatron-v2"]
+    assert run(convert_checkpoint, monkeypatch, capsys, *flags, "--target-tensor-parallel-size", tensor)[0] == 0
+    assert FORMATS["megatron-v2"].read(tmp_path / "split").model["lm_head.bias"].shape == (tensor * ROWS,)
+    for saver in ("sharded", "whole", "megatron-v2", "megatron-core", "megatron-core-dist"):
+        flags = ["--load-dir", tmp_path / "split", "--save-dir", tmp_path / saver, "--to", saver]
+        status, said, _ = run(convert_checkpoint, monkeypatch, capsys, *flags)
+        assert status == 0 and f"note: of {tensor * ROWS} rows of the vocabulary {ROWS} are kept" in said
+        check_values(FORMATS[saver].read(tmp_path / saver), wholes())
+    flags = ["--model-type", "BERT", "--load", tmp_path / "split", "--save", tmp_path / "merged"]
+    assert run(merge_mp_partitions, monkeypatch, capsys, *flags)[0] == 0
+    check_values(FORMATS["megatron-v2"].read(tmp_path / "merged"), wholes())
+
+
+@pytest.mark.parametrize("known", [{}, {"vocab_file": "iupac"}])
+def test_rows_that_may_be_of_tokens_are_kept(known, tmp_path):
+    write_original(tmp_path / "original")
+    original = with_rows(FORMATS["megatron-v2"].read(tmp_path / "original"), 40)  # on one rank 31 tokens have 32
+    original.state["config"] |= known
+    FORMATS["whole"].write(original, tmp_path / "one")
+    convert(tmp_path / "one", tmp_path / "two", "auto", "sharded", tensor=1, pipeline=1, iteration=None,
+            vocab_size=None, log=Log(is_speaker=False))
+    assert FORMATS["sharded"].read(tmp_path / "two").model["lm_head.bias"].shape == (32 if known else 40,)
+
+
 def test_the_state_of_muon_stays_behind_where_the_original_has_none(tmp_path, monkeypatch, capsys):
     write_original(tmp_path / "original")
     adam = FORMATS["megatron-v2"].read(tmp_path / "original")
@@ -116,6 +147,10 @@ def test_partitions_are_merged_and_split_with_the_original_tools_flags(tmp_path,
                           "--target-tensor-parallel-size", "3"], "give a divisor"),
     (convert_checkpoint, ["--load-dir", "{there}", "--iteration", "5", "--save-dir", "{new}", "--saver", "whole"],
      "iter_0000005 is not there"),
+    *((convert_checkpoint, ["--load-dir", "{there}", "--save-dir", "{new}", "--saver", "whole", "--true-vocab-size",
+                            size], f"--true-vocab-size is {size}, but") for size in ("-5", "0", "33")),
+    (merge_mp_partitions, ["--model-type", "BERT", "--load", "{there}", "--save", "{there}"],
+     "--save {there} holds something"),
     (merge_mp_partitions, ["--model-type", "BERT", "--load", "{there}", "--save", "{new}", "--num-layers", "12"],
      "--num-layers is 12, but the checkpoint in"),
     (merge_mp_partitions, ["--model-type", "BERT", "--load", "{there}", "--save", "{new}",
@@ -127,7 +162,7 @@ def test_mistakes_are_told_in_one_line(tool, flags, message, tmp_path, monkeypat
     places = {"there": tmp_path / "there", "new": tmp_path / "new"}
     status, _, wrong = run(tool, monkeypatch, capsys, *(flag.format(**places) for flag in flags))
     assert status == 2
-    assert message in wrong
+    assert message.format(**places) in wrong
     assert wrong.count("\n") == 1
     assert not (tmp_path / "new").exists() or not any((tmp_path / "new").iterdir())
 

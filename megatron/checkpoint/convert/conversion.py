@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from megatron.checkpoint.contact_head import contact_head_file, with_contact_head
 from megatron.checkpoint.convert.families import flags
+from megatron.checkpoint.convert.families.vocabularies import known_vocabulary, num_tokens_of
 from megatron.checkpoint.convert.formats import AUTO, FORMATS, OURS, WEIGHTS_ALONE, recognised
-from megatron.checkpoint.convert.vocabulary import trimmed
+from megatron.checkpoint.convert.vocabulary import WORDS, trimmed
 from megatron.checkpoint.loading import refuse_task
 from megatron.checkpoint.manifest import check_files
 from megatron.checkpoint.stored import Box, Checkpoint, StoredTensor, Tensors, one_piece
@@ -19,15 +20,24 @@ from megatron.errors import ConfigError
 from megatron.log import Log
 
 
+@dataclass(frozen=True)
+class FlagNames:
+    """What a tool calls its flags, for messages."""
+
+    save: str = "--save-dir"
+    vocab_size: str = "--true-vocab-size"
+
+
 def convert(source: Path, target: Path, loader: str, saver: str, *, tensor: int, pipeline: int, iteration: int | None,
-            vocab_size: int | None, log: Log, takes_average: bool = False) -> Path:
+            vocab_size: int | None, log: Log, takes_average: bool = False,
+            names: FlagNames = FlagNames()) -> Path:
     """Read `source` and write it below `target`, a folder that is new or empty; returns the checkpoint's place.
 
     `vocab_size`: of the tokens, beyond whose padding the rows are cut; `takes_average`: the average of the weights is
     written as the weights. Raises ConfigError or CheckpointError.
     """
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise ConfigError(f"--save-dir {target} holds something already; give a new folder")
+        raise ConfigError(f"{names.save} {target} holds something already; give a new folder")
     name = recognised(source) if loader == AUTO else loader
     checkpoint = FORMATS[name].read(source, iteration)
     log.line(f"reading {checkpoint.path} ({name}): {describe(checkpoint)}")
@@ -48,8 +58,7 @@ def convert(source: Path, target: Path, loader: str, saver: str, *, tensor: int,
         log.line(f"note: {saver} {'knows no Muon' if of_muon else 'takes the weights alone'}; the optimizer's state is "
                  "left out")
         checkpoint = replace(checkpoint, optimizer=None)
-    if vocab_size is not None:
-        checkpoint = trimmed(checkpoint, vocab_size)
+    checkpoint = _with_true_rows(checkpoint, vocab_size, names, log)
     bar, not_finite = log.progress(_num_bytes(checkpoint), 0, unit="B", label=f"writing {saver}"), set[str]()
 
     def see(name: str, values: Tensor) -> None:
@@ -66,6 +75,24 @@ def convert(source: Path, target: Path, loader: str, saver: str, *, tensor: int,
         log.line(f"note: {', '.join(sorted(not_finite))} held numbers that are not finite, and still does")
     log.line(f"wrote {place} ({saver}, tensor {tensor} x pipeline {pipeline})")
     return place
+
+
+def _with_true_rows(checkpoint: Checkpoint, vocab_size: int | None, names: FlagNames, log: Log) -> Checkpoint:
+    """With the rows that one rank has for the vocabulary, to which writers add what more ranks have."""
+    if WORDS not in checkpoint.model:
+        return checkpoint
+    rows, known = checkpoint.model[WORDS].shape[0], known_vocabulary(checkpoint)
+    least = 1 if known is None else known.size
+    if vocab_size is not None and not least <= vocab_size <= rows:
+        raise ConfigError(f"{names.vocab_size} is {vocab_size}, but {checkpoint.path} has {rows} rows of the vocabulary"
+                          f"{f' for {least} tokens' if known else ''}; give from {least} to {rows}, or leave it out")
+    size = vocab_size or num_tokens_of(checkpoint)
+    if size is None:
+        return checkpoint
+    true = trimmed(checkpoint, size)
+    if (kept := true.model[WORDS].shape[0]) < rows:
+        log.line(f"note: of {rows} rows of the vocabulary {kept} are kept: those of its {size} tokens, and padding")
+    return true
 
 
 def describe(checkpoint: Checkpoint) -> str:

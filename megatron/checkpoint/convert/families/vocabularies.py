@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.convert.vocabulary import WORDS
+from megatron.checkpoint.convert.vocabulary import WORDS, rows_for
 from megatron.checkpoint.stored import Checkpoint
 from megatron.config.data import VOCABULARIES
 from megatron.data.corpus.vocab import Vocab
@@ -40,6 +40,30 @@ def vocabulary_in(folder: Path, usual: str, num_rows: int, mask_id: Any) -> dict
         raise CheckpointError(f"{folder}: its configuration has the mask at {str(mask_id)[:40]}, {path.name} at "
                               f"{vocab.mask_id}; copy both from one place")
     return {"config": {"vocab_file": name}, "vocabulary": vocab.identity, "notes": notes}
+
+
+def known_vocabulary(checkpoint: Checkpoint) -> Vocab | None:
+    """The vocabulary of a model where it tells which it is, and that is here; else None."""
+    given = checkpoint.state.get("config", {}).get("vocab_file")
+    if "vocabulary" not in checkpoint.state and given not in VOCABULARIES and not (given and Path(given).exists()):
+        return None
+    try:
+        return vocabulary_of(checkpoint)
+    except CheckpointError:
+        return None
+
+
+def num_tokens_of(checkpoint: Checkpoint) -> int | None:
+    """How many rows of a model's vocabulary are no padding, as far as is known.
+
+    Another program's files that do not tell are taken to have the default's, if they have rows as its ranks would.
+    """
+    known = known_vocabulary(checkpoint)
+    if known is not None or "vocabulary" in checkpoint.state:
+        return None if known is None else known.size
+    default = Vocab.from_file().size
+    num_tensor = checkpoint.state.get("layout", {}).get("tensor_model_parallel_size", 1)
+    return default if checkpoint.model[WORDS].shape[0] == rows_for(default, num_tensor, checkpoint) else None
 
 
 def vocabulary_of(checkpoint: Checkpoint) -> Vocab:
