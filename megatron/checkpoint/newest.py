@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron.checkpoint import store
 from megatron.checkpoint.convert.formats import CheckpointFormat, foreign
-from megatron.checkpoint.convert.torch_files import check_torch_file
+from megatron.checkpoint.convert.torch_files import check_torch_files
 from megatron.checkpoint.stored import Checkpoint
 from megatron.errors import CheckpointError
 from megatron.log import Log
@@ -42,21 +42,13 @@ def saved_flags(folder: str) -> dict[str, Any]:
         return {}
 
 
-def _torch_files(place: Path) -> list[Path]:
-    """What torch.save wrote at a place, where it is what was read: beside safetensors it is not."""
-    if place.is_file():
-        return [place]
-    return sorted([*place.rglob("*.pt"), *(place.glob("*.bin") if not any(place.glob("*.safetensors")) else ())])
-
-
 def _foreign(known: CheckpointFormat | None, place: Path, world: Axis) -> tuple[Checkpoint | None, str | None]:
     """The checkpoint of another program, or what is wrong with it; the ranks share out the reading of its files."""
     if known is None:
         return None, f"{place} does not hold the same on all hosts; give a folder that they share"
     try:
         checkpoint = known.read(place)
-        for file in _torch_files(checkpoint.path)[world.rank::world.size]:
-            check_torch_file(file)
+        check_torch_files(checkpoint.path, world)
         return checkpoint, None
     except CheckpointError as error:
         return None, str(error)

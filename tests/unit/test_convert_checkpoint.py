@@ -12,6 +12,7 @@ import torch
 
 from megatron.checkpoint.convert.conversion import convert
 from megatron.checkpoint.convert.formats import FORMATS, recognised
+from megatron.checkpoint.convert.inspection import inspect
 from megatron.checkpoint.convert.vocabulary import with_rows
 from megatron.errors import CheckpointError
 from megatron.log import Log
@@ -178,6 +179,25 @@ def test_damage_in_a_conversion_leaves_nothing_behind(saver, tmp_path):
     with pytest.raises(CheckpointError, match="checksum"):
         FORMATS[saver].write(checkpoint, tmp_path / "written")
     assert list((tmp_path / "written").iterdir()) == []
+
+
+@pytest.mark.parametrize("source", ["megatron-v2", "megatron-core", "megatron-core-dist"])
+@pytest.mark.parametrize(("saver", "tensor"), [("megatron-v2", 4), ("sharded", 1)])
+def test_damage_is_found_where_parts_are_read(source, saver, tensor, tmp_path):
+    name, folder = "transformer.layers.2.mlp.dense_4h_to_h.weight", tmp_path / source
+    if source == "megatron-v2":
+        write_original(folder)
+    else:
+        FORMATS[source].write(FORMATS["megatron-v2"].read(write_original(tmp_path / "made")), folder)
+    file = next(file for file in sorted(folder.rglob("*")) if file.suffix in (".pt", ".distcp"))
+    content, at = bytearray(file.read_bytes()), wholes()[name].numpy().tobytes()
+    content[content.index(at) + 7] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="checksum"):
+        convert(folder, tmp_path / "written", "auto", saver, tensor=tensor, pipeline=1, iteration=None,
+                vocab_size=None, log=Log(is_speaker=False))
+    assert not inspect(folder, "auto", None, Log(is_speaker=False))
+    assert not any((tmp_path / "written").glob("*"))
 
 
 def test_a_flipped_bit_in_our_own_files_is_found_before_a_conversion(tmp_path):

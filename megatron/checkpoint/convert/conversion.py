@@ -12,6 +12,7 @@ from megatron.checkpoint.contact_head import contact_head_file, with_contact_hea
 from megatron.checkpoint.convert.families import flags
 from megatron.checkpoint.convert.families.vocabularies import known_vocabulary, num_tokens_of
 from megatron.checkpoint.convert.formats import AUTO, FORMATS, OURS, WEIGHTS_ALONE, recognised
+from megatron.checkpoint.convert.torch_files import check_torch_files
 from megatron.checkpoint.convert.vocabulary import WORDS, trimmed
 from megatron.checkpoint.loading import refuse_task
 from megatron.checkpoint.manifest import check_files
@@ -44,6 +45,7 @@ def convert(source: Path, target: Path, loader: str, saver: str, *, tensor: int,
     if saver not in OURS:
         refuse_task(checkpoint)
     check_files(checkpoint.path, log)
+    check_torch_files(checkpoint.path)
     checkpoint = _with_fitted_contacts(checkpoint, saver, takes_average, log)
     if takes_average:
         checkpoint = checkpoint.averaged()

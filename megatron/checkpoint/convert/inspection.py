@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron.checkpoint.convert.formats import AUTO, FORMATS, recognised
+from megatron.checkpoint.convert.torch_files import check_torch_files
 from megatron.checkpoint.manifest import check_files
 from megatron.checkpoint.stored import Checkpoint, StoredTensor, Tensors
 from megatron.errors import CheckpointError
@@ -37,6 +38,7 @@ def inspect(path: Path, loader: str, iteration: int | None, log: Log) -> bool:
         log.line(f"  {line}")
     try:
         check_files(checkpoint.path, log)
+        check_torch_files(checkpoint.path)
         sums = [_told(kind, tensors, log) for kind, tensors in _kinds(checkpoint).items()]
     except CheckpointError as error:
         log.line(f"not whole: {error}")

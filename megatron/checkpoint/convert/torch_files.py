@@ -18,6 +18,7 @@ import torch
 from megatron.checkpoint.convert.torch_pickle import load_torch_pickle
 from megatron.checkpoint.convert.torch_storage import Storage
 from megatron.errors import CheckpointError
+from megatron.parallel.mesh import ONE_RANK_AXIS, Axis
 
 LONGEST_PICKLE = 2**28  # bytes; that of a model of a thousand layers has some 10 million
 _HEAD_BYTES = 2**22  # of a file, in which its names are
@@ -46,16 +47,27 @@ def read_torch_file(path: Path, begin: int = 0, num_bytes: int | None = None) ->
         raise CheckpointError(f"{path}: {error}; nothing of it was run, get the file from where you trust it") from None
 
 
-def check_torch_file(path: Path) -> None:
-    """Read a file through; raises CheckpointError where a record is not what its checksum says.
+def check_torch_files(place: Path, share: Axis = ONE_RANK_AXIS) -> None:
+    """Read what torch.save wrote of a checkpoint through, this rank its `share` of the files; as `check_torch_file`."""
+    # Beside safetensors, .bin is not what was read.
+    files = [place] if place.is_file() else sorted(
+        [*place.rglob("*.pt"), *(place.glob("*.bin") if not any(place.glob("*.safetensors")) else ())])
+    for file in files[share.rank::share.size]:
+        check_torch_file(file)
+
+
+def check_torch_file(path: Path, begin: int = 0, num_bytes: int | None = None) -> None:
+    """Read a file through, or a part of one; raises CheckpointError where a record is not what its checksum says.
 
     The form before torch 1.6 has no checksums.
     """
     try:
-        if not zipfile.is_zipfile(path):
-            return
-        with zipfile.ZipFile(path) as archive:
-            wrong = archive.testzip()
+        with path.open("rb") as file:
+            window = _Window(file, begin, path.stat().st_size - begin if num_bytes is None else num_bytes)
+            if not zipfile.is_zipfile(window):
+                return
+            with zipfile.ZipFile(window) as archive:
+                wrong = archive.testzip()
     except Exception as error:  # damage can raise nearly anything in zipfile
         raise CheckpointError(f"{path}: damaged, or cut off ({' '.join(str(error).split())[:200]}); copy it "
                               "again") from None

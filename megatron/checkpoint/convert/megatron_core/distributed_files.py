@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron.checkpoint.convert.torch_files import LONGEST_PICKLE, read_torch_file
+from megatron.checkpoint.convert.torch_files import LONGEST_PICKLE, check_torch_file, read_torch_file
 from megatron.checkpoint.convert.torch_pickle import PickledObject, load_torch_pickle
 from megatron.checkpoint.stored import Box, Piece, StoredTensor
 from megatron.errors import CheckpointError
@@ -156,7 +156,14 @@ def _piece(place: Path, name: str, dtype: torch.dtype, offsets: tuple[int, ...],
     if begin + num_bytes > path.stat().st_size:
         raise CheckpointError(f"{path}: ends before its part of {name}; it was cut off, copy it again")
 
+    is_checked = False
+
     def read(box: Box) -> Tensor:
+        nonlocal is_checked
+        # Where a part is read, as of a stack of layers, its checksum is not compared.
+        if not is_checked and box != tuple(slice(0, size) for size in sizes):
+            check_torch_file(path, begin, num_bytes)
+            is_checked = True
         chunk = read_torch_file(path, begin, num_bytes)
         if not isinstance(chunk, StoredTensor) or chunk.shape != sizes or chunk.dtype != dtype:
             raise CheckpointError(f"{path}: holds at {begin} something else than its part of {name}; copy it again")
