@@ -65,15 +65,21 @@ class Manifest:
             facts.shape, facts.dtype, tuple(_piece(place, key.removeprefix(prefix), *piece) for piece in facts.pieces))
             for key, facts in self.tensors.items() if key.startswith(prefix)}
 
-    def check_sizes(self, place: Path) -> None:
+    def names(self, with_optimizer: bool = True) -> list[str]:
+        """The files, of which those of the optimizer's state can be left out."""
+        return [name for name in self.files if with_optimizer or not name.startswith("optimizer")]
+
+    def check_sizes(self, place: Path, with_optimizer: bool = True) -> None:
         """Raises CheckpointError where a file is missing or not as long as it was."""
-        for name, facts in self.files.items():
+        for name in self.names(with_optimizer):
+            num_bytes = self.files[name].num_bytes
             try:
                 found = (place / name).stat().st_size
             except OSError as error:
-                raise CheckpointError(f"{place / name} is missing ({error.strerror})") from None
-            if found != facts.num_bytes:
-                raise CheckpointError(f"{place / name} has {found} bytes, where {facts.num_bytes} were written")
+                raise CheckpointError(f"{place / name} is missing ({error.strerror}); {_remedy(name)}") from None
+            if found != num_bytes:
+                raise CheckpointError(f"{place / name} has {found} bytes, where {num_bytes} were written; "
+                                      f"{_remedy(name)}")
 
     def check_sums(self, place: Path, names: Collection[str], advance: Callable[[int], object]) -> None:
         """Raises CheckpointError where the bytes of one of the files are not those that were written."""
@@ -83,7 +89,8 @@ class Manifest:
             except OSError as error:
                 raise CheckpointError(f"{place / name} cannot be read ({error.strerror})") from None
             if not is_whole:
-                raise CheckpointError(f"{place / name} is damaged: its checksum is not that of what was written")
+                raise CheckpointError(f"{place / name} is damaged: its checksum is not that of what was written; "
+                                      f"{_remedy(name)}")
 
     def _files_of(self, keys: Any) -> set[str]:
         return {file for key in keys for _, _, file in self.tensors[key].pieces}
@@ -122,14 +129,18 @@ def check_files(place: Path, log: Log, share: Axis = ONE_RANK_AXIS, with_optimiz
     if not (place / MANIFEST).exists():
         return
     manifest = read_manifest(place)
-    names = [name for name in manifest.files if with_optimizer or not name.startswith("optimizer")]
-    mine = names[share.rank::share.size]
+    manifest.check_sizes(place, with_optimizer)
+    mine = manifest.names(with_optimizer)[share.rank::share.size]
     num_bytes = sum(manifest.files[name].num_bytes for name in mine)
     bar = log.progress(num_bytes, 0, unit="B", label=f"checking {place.name}")
     try:
         manifest.check_sums(place, mine, bar.update)
     finally:
         bar.close()
+
+
+def _remedy(file: str) -> str:
+    return "copy it again" + ("; the weights alone can be taken without it" if file.startswith("optimizer") else "")
 
 
 def _tensor_facts(facts: dict[str, Any]) -> TensorFacts:

@@ -65,13 +65,16 @@ def find(folder: str, world: Axis, log: Log, with_optimizer: bool = True) -> Che
 
 
 def open_place(place: Path, with_optimizer: bool = True) -> Checkpoint:
-    """The checkpoint in one `iter_` folder, its tensors yet to be read; raises CheckpointError."""
+    """The checkpoint in one `iter_` folder, its tensors yet to be read; raises CheckpointError.
+
+    Whether the files of the optimizer's state are there, `check_files` says.
+    """
     if (place / MODEL).exists():
         return read_whole(place, with_optimizer)
     manifest = read_manifest(place)
     if re.fullmatch("iter_[0-9]{7,}", place.name) and place_of(place.parent, manifest.iteration) != place:
         raise CheckpointError(f"{place} is of iteration {manifest.iteration}; give it the name that it had")
-    manifest.check_sizes(place)
+    manifest.check_sizes(place, with_optimizer=False)
     optimizer = manifest.stored(place, "optimizer/") if with_optimizer else None
     return Checkpoint(place, manifest.iteration, manifest.stored(place, "model/"), optimizer or None,
                       read_state(place / STATE), manifest.stored(place, "ema/") or None)

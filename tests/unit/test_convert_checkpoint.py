@@ -14,8 +14,10 @@ from megatron.checkpoint.convert.conversion import convert
 from megatron.checkpoint.convert.formats import FORMATS, recognised
 from megatron.checkpoint.convert.inspection import inspect
 from megatron.checkpoint.convert.vocabulary import with_rows
+from megatron.checkpoint.store import find
 from megatron.errors import CheckpointError
 from megatron.log import Log
+from megatron.parallel.mesh import ONE_RANK_AXIS
 from tests.megatron_checks import check_values
 from tests.megatron_files import ROWS, wholes, write_original
 from tests.tables import tried
@@ -210,6 +212,24 @@ def test_a_flipped_bit_in_our_own_files_is_found_before_a_conversion(tmp_path):
         convert(tmp_path / "ours", tmp_path / "written", "auto", "whole", tensor=1, pipeline=1, iteration=None,
                 vocab_size=None, log=Log(is_speaker=False))
     assert not (tmp_path / "written").exists()
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: os.truncate(file, 900),
+                                    lambda file: file.write_bytes(bytes(file.stat().st_size))])
+def test_weights_are_taken_whatever_befell_the_optimizers_file(damage, tmp_path, monkeypatch, capsys):
+    checkpoint = FORMATS["megatron-v2"].read(write_original(tmp_path / "made"))
+    damage(FORMATS["sharded"].write(checkpoint, tmp_path / "ours") / "optimizer-00000.safetensors")
+    flags = ["--load-dir", tmp_path / "ours", "--save-dir"]
+    assert run(convert_checkpoint, monkeypatch, capsys, *flags, tmp_path / "core", "--to", "megatron-core")[0] == 0
+    check_values(FORMATS["megatron-core"].read(tmp_path / "core"), wholes())
+    status, _, wrong = run(convert_checkpoint, monkeypatch, capsys, *flags, tmp_path / "whole", "--to", "whole")
+    assert status == 2 and wrong.count("\n") == 1
+    assert "optimizer-00000.safetensors" in wrong and "the weights alone can be taken without it" in wrong
+    log = Log(is_speaker=False)
+    found = find(str(tmp_path / "ours"), ONE_RANK_AXIS, log, with_optimizer=False)
+    check_values(replace(found, optimizer=None), wholes())
+    with pytest.raises(CheckpointError, match="the weights alone can be taken without it"):
+        find(str(tmp_path / "ours"), ONE_RANK_AXIS, log)
 
 
 STREAMED = """

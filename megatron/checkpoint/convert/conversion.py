@@ -44,7 +44,7 @@ def convert(source: Path, target: Path, loader: str, saver: str, *, tensor: int,
     log.line(f"reading {checkpoint.path} ({name}): {describe(checkpoint)}")
     if saver not in OURS:
         refuse_task(checkpoint)
-    check_files(checkpoint.path, log)
+    check_files(checkpoint.path, log, with_optimizer=not takes_average and saver not in WEIGHTS_ALONE)
     check_torch_files(checkpoint.path)
     checkpoint = _with_fitted_contacts(checkpoint, saver, takes_average, log)
     if takes_average:
