@@ -127,6 +127,20 @@ def test_models_of_ours_come_back_bit_by_bit(name, checkpoints, tmp_path):
     assert again.state["vocabulary"] == first.state["vocabulary"]
 
 
+@pytest.mark.parametrize("kind", ["EsmForMaskedLM", "BertForMaskedLM", "ProteinForMaskedLM"])
+def test_a_mask_token_of_another_name_comes_back(kind, checkpoints, tmp_path):
+    first, vocab_file = checkpoints[next(name for name in OWN if OWN[name] == kind)], tmp_path / "named.txt"
+    known = vocabulary_of(first)
+    vocab_file.write_text("\n".join("#" if token == known.tokens[known.mask_id] else token for token in known.tokens))
+    vocab, config = Vocab.from_file(vocab_file, "#"), {"vocab_file": str(vocab_file), "mask_token": "#"}
+    named = replace(first, state={"config": first.state["config"] | config, "vocabulary": vocab.identity})
+    folder = hf.write(named, tmp_path / "out")
+    assert json.loads((folder / "config.json").read_text())["architectures"] == [kind]
+    again = hf.read(folder)
+    assert (again.state["config"]["mask_token"], again.state["vocabulary"]) == ("#", vocab.identity)
+    assert vocabulary_of(again) == vocab
+
+
 @pytest.mark.parametrize("name", OWN)
 def test_a_run_that_loads_a_folder_has_its_arithmetic(name, checkpoints, tmp_path):
     folder = str(hf.write(checkpoints[name], tmp_path / "out"))

@@ -195,7 +195,8 @@ def configuration(config: Mapping[str, Any], kind: str, vocab: Vocab) -> dict[st
         "tie_word_embeddings": not config["untie_embeddings_and_output_weights"], "pad_token_id": vocab.pad_id}
     is_rotary = config["position_embedding_type"] == "rope"
     if kind == BERT:
-        return theirs | {"max_position_embeddings": config["max_position_embeddings"], "hidden_act": "gelu",
+        named = {} if vocab.mask_token is None else {"mask_token_id": vocab.mask_id}  # it knows [MASK] by its name
+        return theirs | {**named, "max_position_embeddings": config["max_position_embeddings"], "hidden_act": "gelu",
                          "type_vocab_size": 2, "position_embedding_type": "absolute"}
     return theirs | {
         "position_embedding_type": "rotary" if is_rotary else "absolute", "rope_theta": config["rotary_base"],

@@ -6,7 +6,7 @@ from typing import Any
 from megatron.checkpoint.convert.vocabulary import WORDS, rows_for
 from megatron.checkpoint.stored import Checkpoint
 from megatron.config.data import VOCABULARIES
-from megatron.data.corpus.vocab import Vocab
+from megatron.data.corpus.vocab import SPECIAL_TOKENS, Vocab
 from megatron.errors import CheckpointError, VocabError
 
 FILE = "vocab.txt"
@@ -23,7 +23,7 @@ def vocabulary_in(folder: Path, usual: str, num_rows: int, mask_id: Any) -> dict
     path = folder / FILE
     notes = []
     try:
-        vocab = Vocab.from_file(path if path.exists() else usual)
+        vocab = Vocab.from_file(path if path.exists() else usual, _mask_token(path, mask_id))
     except VocabError as error:
         why = str(error).partition("; ")[0]
         raise CheckpointError(f"{why}; copy {FILE} again from where the weights are") from None
@@ -39,7 +39,18 @@ def vocabulary_in(folder: Path, usual: str, num_rows: int, mask_id: Any) -> dict
     if mask_id not in (None, vocab.mask_id):
         raise CheckpointError(f"{folder}: its configuration has the mask at {str(mask_id)[:40]}, {path.name} at "
                               f"{vocab.mask_id}; copy both from one place")
-    return {"config": {"vocab_file": name}, "vocabulary": vocab.identity, "notes": notes}
+    named = {} if vocab.mask_token is None else {"mask_token": vocab.mask_token}
+    return {"config": {"vocab_file": name, **named}, "vocabulary": vocab.identity, "notes": notes}
+
+
+def _mask_token(path: Path, mask_id: Any) -> str | None:
+    """The token at `mask_id` of a file of which none is the mask by its name."""
+    try:
+        tokens = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError):
+        return None
+    is_named = bool({*SPECIAL_TOKENS["mask"]} & {token.strip() for token in tokens})
+    return tokens[mask_id].strip() if not is_named and type(mask_id) is int and 0 <= mask_id < len(tokens) else None
 
 
 def known_vocabulary(checkpoint: Checkpoint) -> Vocab | None:
