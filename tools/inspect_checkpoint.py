@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """The exit status: 0, 1 for a checkpoint that is not whole, 2 for a mistake in the flags, 130 after Ctrl-C."""
+    """The exit status: 0, 1 for a checkpoint that is not whole, 2 for a mistake of the user's, 130 after Ctrl-C."""
     def work() -> int:
         given = parser().parse_args()
         try:

@@ -21,7 +21,7 @@ from megatron.parallel.mesh import ONE_RANK_AXIS
 from tests.megatron_checks import check_values
 from tests.megatron_files import ROWS, wholes, write_original
 from tests.tables import tried
-from tools import convert_checkpoint, merge_mp_partitions
+from tools import convert_checkpoint, inspect_checkpoint, merge_mp_partitions
 
 ROOT = Path(__file__).resolve().parents[2]
 OF_RANKS = [name for name in FORMATS if name.startswith("megatron")]
@@ -98,6 +98,18 @@ def test_rows_that_may_be_of_tokens_are_kept(known, tmp_path):
     convert(tmp_path / "one", tmp_path / "two", "auto", "sharded", tensor=1, pipeline=1, iteration=None,
             vocab_size=None, log=Log(is_speaker=False))
     assert FORMATS["sharded"].read(tmp_path / "two").model["lm_head.bias"].shape == (32 if known else 40,)
+
+
+@pytest.mark.parametrize("source", ["sharded", "megatron-v2", "megatron-core-dist"])
+def test_an_iteration_that_a_checkpoint_is_not_of_is_refused(source, tmp_path, monkeypatch, capsys):
+    place = write_original(tmp_path / "original")
+    if source != "megatron-v2":
+        place = FORMATS[source].write(FORMATS["megatron-v2"].read(place), tmp_path / source)
+    flags = ["--load-dir", place, "--to", "whole", "--save-dir", tmp_path / "new", "--iteration"]
+    status, _, wrong = run(convert_checkpoint, monkeypatch, capsys, *flags, 5)
+    assert status == 2 and f"--iteration is 5, but {place} is the checkpoint of iteration 7" in wrong
+    assert run(inspect_checkpoint, monkeypatch, capsys, place, "--iteration", 5)[0] == 2
+    assert run(convert_checkpoint, monkeypatch, capsys, *flags, 7)[0] == 0
 
 
 def test_the_state_of_muon_stays_behind_where_the_original_has_none(tmp_path, monkeypatch, capsys):

@@ -67,3 +67,7 @@ def test_what_is_no_checkpoint_is_told(tmp_path, monkeypatch, capsys):
     assert status == 1
     assert "holds no checkpoint of a known format" in said
     assert run(inspect_checkpoint, monkeypatch, capsys, tmp_path, "--loader", "x")[0] == 2
+    for flags in ([], ["--loader", "whole"]):
+        status, said, wrong = run(inspect_checkpoint, monkeypatch, capsys, tmp_path / "nope", *flags)
+        assert (status, said) == (2, "")
+        assert f"{tmp_path / 'nope'} is not there" in wrong and wrong.count("\n") == 1

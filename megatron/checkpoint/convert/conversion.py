@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron.checkpoint.contact_head import contact_head_file, with_contact_head
 from megatron.checkpoint.convert.families import flags
 from megatron.checkpoint.convert.families.vocabularies import known_vocabulary, num_tokens_of
-from megatron.checkpoint.convert.formats import AUTO, FORMATS, OURS, WEIGHTS_ALONE, recognised
+from megatron.checkpoint.convert.formats import FORMATS, OURS, WEIGHTS_ALONE, read_as
 from megatron.checkpoint.convert.torch_files import check_torch_files
 from megatron.checkpoint.convert.vocabulary import WORDS, trimmed
 from megatron.checkpoint.loading import refuse_task
@@ -39,8 +39,7 @@ def convert(source: Path, target: Path, loader: str, saver: str, *, tensor: int,
     """
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ConfigError(f"{names.save} {target} holds something already; give a new folder")
-    name = recognised(source) if loader == AUTO else loader
-    checkpoint = FORMATS[name].read(source, iteration)
+    name, checkpoint = read_as(loader, source, iteration)
     log.line(f"reading {checkpoint.path} ({name}): {describe(checkpoint)}")
     if saver not in OURS:
         refuse_task(checkpoint)

@@ -8,7 +8,7 @@ from megatron.checkpoint.convert import megatron_v2, sharded, whole
 from megatron.checkpoint.convert.families import esm, hf
 from megatron.checkpoint.convert.megatron_core import distributed, ranks
 from megatron.checkpoint.stored import Checkpoint
-from megatron.errors import CheckpointError
+from megatron.errors import CheckpointError, ConfigError
 
 
 class CheckpointFormat(Protocol):
@@ -42,6 +42,20 @@ def foreign(path: Path) -> CheckpointFormat | None:
 def foreign_name(path: Path) -> str | None:
     """The name of that format."""
     return next((name for name, known in FORMATS.items() if name not in OURS and known.recognises(path)), None)
+
+
+def read_as(loader: str, path: Path, iteration: int | None) -> tuple[str, Checkpoint]:
+    """The format of what lies at `path`, `loader` or what AUTO recognises, and the checkpoint there.
+
+    Raises CheckpointError, and ConfigError where `path` is one checkpoint, of another iteration.
+    """
+    name = recognised(path) if loader == AUTO else loader
+    checkpoint = FORMATS[name].read(path, iteration)
+    is_one = path.resolve().is_relative_to(checkpoint.path.resolve())
+    if is_one and iteration not in (None, checkpoint.iteration):
+        raise ConfigError(f"--iteration is {iteration}, but {path} is the checkpoint of iteration "
+                          f"{checkpoint.iteration}; leave it out, or give the folder of the run")
+    return name, checkpoint
 
 
 def recognised(path: Path) -> str:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from megatron.checkpoint.convert.formats import AUTO, FORMATS, recognised
+from megatron.checkpoint.convert.formats import read_as
 from megatron.checkpoint.convert.torch_files import check_torch_files
 from megatron.checkpoint.manifest import check_files
 from megatron.checkpoint.stored import Checkpoint, StoredTensor, Tensors
-from megatron.errors import CheckpointError
+from megatron.errors import CheckpointError, ConfigError
 from megatron.log import Log
 
 
@@ -29,10 +29,11 @@ class _Sum:
 def inspect(path: Path, loader: str, iteration: int | None, log: Log) -> bool:
     """Say all of a checkpoint, each tensor read once; returns whether it is whole and all its numbers are finite.
 
-    Raises CheckpointError where it cannot be read.
+    Raises CheckpointError where it cannot be read, ConfigError where there is nothing, or another iteration.
     """
-    name = recognised(path) if loader == AUTO else loader
-    checkpoint = FORMATS[name].read(path, iteration)
+    if not path.exists():
+        raise ConfigError(f"{path} is not there; give a run's folder, a checkpoint's or a file")
+    name, checkpoint = read_as(loader, path, iteration)
     log.line(f"{checkpoint.path}: {name}, iteration {checkpoint.iteration}")
     for line in _facts(checkpoint):
         log.line(f"  {line}")
