@@ -130,3 +130,12 @@ def joined(parts: Sequence[StoredTensor], dim: int | None) -> StoredTensor:
     return StoredTensor(whole, first.dtype, tuple(
         Piece(tuple(rank * size if at == dim else 0 for at in range(len(whole))), part.shape, part.read_box)
         for rank, part in enumerate(parts)))
+
+
+def split(whole: StoredTensor, dim: int | None, rank: int, num_ranks: int) -> StoredTensor:
+    """What `joined` makes the whole of: the part that a rank has, of as many as divide its dimension `dim`."""
+    if dim is None or num_ranks == 1:
+        return whole
+    size = whole.shape[dim] // num_ranks
+    return whole.part(tuple(slice(rank * size, (rank + 1) * size) if at == dim else slice(0, length)
+                            for at, length in enumerate(whole.shape)))

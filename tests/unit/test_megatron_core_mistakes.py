@@ -194,9 +194,9 @@ def test_a_model_that_megatron_core_cannot_have_is_not_written(form, recorded, t
     with pytest.raises(CheckpointError, match=r"parameter lm_head\.rotary"):
         form.write(replace(first, model={**first.model, "lm_head.rotary": first.model["lm_head.bias"]}),
                    tmp_path / "out")
-    with pytest.raises(ConfigError, match="target-tensor-parallel-size is 4, by which 2 attention heads"):
+    with pytest.raises(ConfigError, match="tensor-parallel size to write for is 4, by which 2 attention heads"):
         form.write(first, tmp_path / "out", tensor=4)
-    with pytest.raises(ConfigError, match="target-pipeline-parallel-size is 3, by which 2 layers"):
+    with pytest.raises(ConfigError, match="pipeline-parallel size to write for is 3, by which 2 layers"):
         form.write(first, tmp_path / "out", pipeline=3)
     assert not (tmp_path / "out").exists()
 

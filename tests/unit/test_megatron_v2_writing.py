@@ -80,9 +80,9 @@ def test_rows_that_are_added_to_the_vocabulary_take_no_part(tmp_path):
 
 
 @pytest.mark.parametrize(("layout", "message"), [
-    ({"tensor": 3}, "--target-tensor-parallel-size is 3, by which 4 attention heads"),
-    ({"pipeline": 3}, "--target-pipeline-parallel-size is 3, by which 4 layers"),
-    ({"tensor": 0}, "--target-tensor-parallel-size is 0")])
+    ({"tensor": 3}, "tensor-parallel size to write for is 3, by which 4 attention heads"),
+    ({"pipeline": 3}, "pipeline-parallel size to write for is 3, by which 4 layers"),
+    ({"tensor": 0}, "tensor-parallel size to write for is 0")])
 def test_layouts_that_do_not_divide_are_refused(layout, message, tmp_path):
     write_original(tmp_path / "made")
     with pytest.raises(ConfigError, match=message):

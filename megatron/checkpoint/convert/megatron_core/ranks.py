@@ -25,7 +25,7 @@ from megatron.checkpoint.convert.megatron_v2.places import RELEASE, find_place, 
 from megatron.checkpoint.convert.megatron_v2.rank_files import read_rank_files, write_rank_files
 from megatron.checkpoint.convert.torch_files import has_mark
 from megatron.checkpoint.convert.vocabulary import WORDS
-from megatron.checkpoint.stored import Checkpoint, StoredTensor, joined
+from megatron.checkpoint.stored import Checkpoint, StoredTensor, joined, split
 from megatron.errors import CheckpointError
 
 _VERSION = 3.0
@@ -99,22 +99,13 @@ def _model(weights: Weights, rank: tuple[int, int], stage: tuple[int, int]) -> d
         match = LAYER.fullmatch(name)
         is_here = int(match[1]) in layers if match else at == (0 if name.startswith("embedding.") else depth - 1)
         if is_here:
-            model[_numbered(name, -first)] = _part(name, tensor, *rank)
+            model[_numbered(name, -first)] = split(tensor, split_dim(name), *rank)
     model |= {f"encoder.layers.{number}.{extra}": None for number in range(len(layers)) for extra in LAYER_EXTRAS}
     if at == depth - 1:
         if depth > 1:
-            model[OUTPUT] = _part(OUTPUT, weights.tensors[WORDS], *rank)
+            model[OUTPUT] = split(weights.tensors[WORDS], split_dim(OUTPUT), *rank)
         model[OUTPUT_EXTRA] = None
     return model
-
-
-def _part(name: str, whole: StoredTensor, rank: int, num_ranks: int) -> StoredTensor:
-    dim = split_dim(name)
-    if dim is None or num_ranks == 1:
-        return whole
-    size = whole.shape[dim] // num_ranks
-    return whole.part(tuple(slice(rank * size, (rank + 1) * size) if at == dim else slice(0, length)
-                            for at, length in enumerate(whole.shape)))
 
 
 def _numbered(name: str, added: int) -> str:

@@ -6,9 +6,10 @@ import torch
 
 from megatron.checkpoint.convert.megatron_core.names import num_layers, their_name
 from megatron.checkpoint.convert.megatron_v2.names import parameter_names
+from megatron.checkpoint.convert.megatron_v2.rank_files import check_divisions
 from megatron.checkpoint.convert.vocabulary import WORDS, rows_for, with_rows
 from megatron.checkpoint.stored import Checkpoint, StoredTensor
-from megatron.errors import CheckpointError, ConfigError
+from megatron.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,7 @@ def weights_of(checkpoint: Checkpoint, tensor: int, pipeline: int) -> Weights:
         raise CheckpointError(f"{path}: does not say how many attention heads it has, which megatron-core needs; save "
                               "it with its configuration")
     width = model["transformer.layers.0.mlp.dense_h_to_4h.bias"].shape[0]
-    for flag, ranks, what, size in (("tensor", tensor, "attention heads", heads),
-                                    ("tensor", tensor, "columns of the feed-forward layers", width),
-                                    ("pipeline", pipeline, "layers", depth)):
-        if ranks < 1 or size % ranks:
-            raise ConfigError(f"--target-{flag}-parallel-size is {ranks}, by which {size} {what} cannot be divided; "
-                              "give a divisor")
+    check_divisions(tensor, pipeline, heads, width, depth)
     dtype = model[WORDS].dtype if model[WORDS].dtype in (torch.float16, torch.bfloat16) else torch.float32
     padded = with_rows(checkpoint, rows_for(model[WORDS].shape[0], tensor, checkpoint))
     return Weights(padded, {their_name(name): padded.model[name].to(dtype) for name in names}, dtype)

@@ -9,7 +9,7 @@ from megatron.checkpoint.convert.failures import writable
 from megatron.checkpoint.convert.megatron_v2.places import FILE, Place, place_for, point_to, rank_name
 from megatron.checkpoint.convert.torch_files import read_torch_file
 from megatron.checkpoint.convert.torch_writing import write_torch_file
-from megatron.errors import CheckpointError
+from megatron.errors import CheckpointError, ConfigError
 from megatron.files import new_folder, sync
 
 
@@ -28,6 +28,16 @@ def read_rank_files(place: Place, program: str) -> list[list[dict[str, Any]]]:
             raise CheckpointError(f"{place.path}: has files of {found} {what}-parallel ranks, but was written by {said}"
                                   "; copy the others' as well")
     return trees
+
+
+def check_divisions(tensor: int, pipeline: int, heads: int, width: int, depth: int) -> None:
+    """Raises ConfigError where a model of so many heads, feed-forward columns and layers is not for so many ranks."""
+    for kind, ranks, what, size in (("tensor", tensor, "attention heads", heads),
+                                    ("tensor", tensor, "columns of the feed-forward layers", width),
+                                    ("pipeline", pipeline, "layers", depth)):
+        if ranks < 1 or size % ranks:
+            raise ConfigError(f"the {kind}-parallel size to write for is {ranks}, by which {size} {what} cannot be "
+                              "divided; give a divisor")
 
 
 def write_rank_files(folder: Path, iteration: int, tensor: int, pipeline: int,

@@ -10,10 +10,10 @@ import torch
 from megatron.checkpoint.convert.megatron_v2.arguments import arguments_of, learning_rate, scheduler_of
 from megatron.checkpoint.convert.megatron_v2.names import decays, num_layers, parameter_names, split_dim
 from megatron.checkpoint.convert.megatron_v2.randomness import random_states
-from megatron.checkpoint.convert.megatron_v2.rank_files import write_rank_files
+from megatron.checkpoint.convert.megatron_v2.rank_files import check_divisions, write_rank_files
 from megatron.checkpoint.convert.vocabulary import WORDS, rows_for, with_rows
-from megatron.checkpoint.stored import Checkpoint, StoredTensor
-from megatron.errors import CheckpointError, ConfigError
+from megatron.checkpoint.stored import Checkpoint, StoredTensor, split
+from megatron.errors import CheckpointError
 
 _VERSION = 3.0
 _HALVES = (torch.float16, torch.bfloat16)
@@ -135,12 +135,7 @@ class _Files:
 
     def _cut(self, name: str, whole: StoredTensor, rank: int) -> StoredTensor:
         """A tensor rank's part of a tensor that lies as parameter `name` does."""
-        dim = split_dim(name)
-        if dim is None or self._num_tensor == 1:
-            return whole
-        size = whole.shape[dim] // self._num_tensor
-        return whole.part(tuple(slice(rank * size, (rank + 1) * size) if at == dim else slice(0, length)
-                                for at, length in enumerate(whole.shape)))
+        return split(whole, split_dim(name), rank, self._num_tensor)
 
     def _model_dtype(self) -> torch.dtype:
         stored = self._checkpoint.model[WORDS].dtype
@@ -152,12 +147,7 @@ class _Files:
         if tensor > 1 and not isinstance(heads, int):
             raise CheckpointError(f"{self._checkpoint.path}: does not say how many attention heads it has, by which it "
                                   "would be split; write it for one tensor-parallel rank")
-        for flag, ranks, what, size in (("tensor", tensor, "attention heads", heads or 1),
-                                        ("tensor", tensor, "columns of the feed-forward layers", width),
-                                        ("pipeline", self._num_pipeline, "layers", self._num_layers)):
-            if ranks < 1 or size % ranks:
-                raise ConfigError(f"--target-{flag}-parallel-size is {ranks}, by which {size} {what} cannot be "
-                                  "divided; give a divisor")
+        check_divisions(tensor, self._num_pipeline, heads or 1, width, self._num_layers)
 
 
 def _numbered(name: str, first_layer: int) -> str:
