@@ -6,6 +6,7 @@ python tools/merge_mp_partitions.py --model-type BERT --load A [--save B] [--tar
 
 import argparse
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ if not __package__:  # else it is installed
 
 from megatron.checkpoint.convert import megatron_v2  # noqa: E402
 from megatron.checkpoint.convert.conversion import FlagNames, convert  # noqa: E402
-from megatron.config import Config  # noqa: E402
+from megatron.config import Config, ModelConfig, ParallelConfig  # noqa: E402
 from megatron.config.command_line import OneLineParser, add_section_flags  # noqa: E402
+from megatron.config.declaration import flag_name  # noqa: E402
 from megatron.config.reading.megatron_flags import ALWAYS_SO  # noqa: E402
 from megatron.data.corpus.vocab import Vocab  # noqa: E402
 from megatron.errors import ConfigError  # noqa: E402
@@ -44,11 +46,15 @@ def merge(given: dict[str, Any], log: Log) -> None:
     """Do it; raises ConfigError where flags are not the checkpoint's, CheckpointError for what it is."""
     load, vocab_file = given["load"], given.get("vocab_file")
     state = megatron_v2.read(load).state
-    config = state["config"] | state["layout"]
-    for name in ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", *state["layout"]):
-        if given.get(name, config.get(name)) != config.get(name):
-            raise ConfigError(f"--{name.replace('_', '-')} is {given[name]}, but the checkpoint in {load} has "
-                              f"{config.get(name)}; give that value, or leave the flag out")
+    compared = [item for item in fields(ModelConfig) if item.metadata["changes"] == "arithmetic"]
+    compared += [item for item in fields(ParallelConfig) if item.name in state["layout"]]
+    # What a checkpoint does not say, the original computes as by our defaults; but for what has none.
+    config = Config().as_dict() | dict.fromkeys(("num_attention_heads", "kv_channels")) | state["config"]
+    config |= {"num_query_groups": config["num_attention_heads"]} | state["layout"]
+    for item in compared:
+        if given.get(item.name, config[item.name]) != config[item.name]:
+            raise ConfigError(f"{flag_name(item)} is {given[item.name]}, but the checkpoint in {load} has "
+                              f"{config[item.name]}; give that value, or leave the flag out")
     convert(load, given["save"] or load / "merged", _FORMAT, _FORMAT, iteration=None, log=log,
             tensor=given["target_tensor_model_parallel_size"], pipeline=given["target_pipeline_model_parallel_size"],
             vocab_size=Vocab.from_file(vocab_file, given.get("mask_token")).size if vocab_file else None,

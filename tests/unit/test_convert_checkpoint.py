@@ -133,6 +133,7 @@ def test_partitions_are_merged_and_split_with_the_original_tools_flags(tmp_path,
     write_original(tmp_path, tensor=2, pipeline=(2, 2))
     flags = ["--model-type", "BERT", "--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2,
              "--num-layers", 4, "--hidden-size", 16, "--num-attention-heads", 4, "--seq-length", 12, "--fp16",
+             "--ffn-hidden-size", 24, "--kv-channels", 4, "--num-query-groups", 4, "--layernorm-epsilon", 1e-12,
              "--tokenizer-type", "BertWordPieceCase", "--use-cpu-initialization", "--micro-batch-size", 4,
              "--load", tmp_path]
     assert run(merge_mp_partitions, monkeypatch, capsys, *flags)[0] == 0
@@ -168,6 +169,12 @@ def test_partitions_are_merged_and_split_with_the_original_tools_flags(tmp_path,
      "--save {there} holds something"),
     (merge_mp_partitions, ["--model-type", "BERT", "--load", "{there}", "--save", "{new}", "--num-layers", "12"],
      "--num-layers is 12, but the checkpoint in"),
+    *((merge_mp_partitions, ["--model-type", "BERT", "--load", "{there}", "--save", "{new}", *flags],
+       f"{flags[0]} is {flags[-1]}, but the checkpoint in") for flags in (
+           ["--ffn-hidden-size", "999"], ["--normalization", "RMSNorm"], ["--kv-channels", "3"],
+           ["--num-query-groups", "2"])),
+    (merge_mp_partitions, ["--model-type", "BERT", "--load", "{there}", "--save", "{new}",
+                           "--target-tensor-model-parallel-size", "3"], "tensor-parallel size to write for is 3"),
     (merge_mp_partitions, ["--model-type", "BERT", "--load", "{there}", "--save", "{new}",
                            "--model-parallel-size", "4"], "--tensor-model-parallel-size is 4"),
     (merge_mp_partitions, ["--model-type", "GPT", "--load", "{there}"], "invalid choice"),
