@@ -25,8 +25,8 @@ def load_model(parameters: Mapping[str, Tensor], checkpoint: Checkpoint, names: 
         refuse_task(checkpoint)
     for name in sorted(set(names) ^ checkpoint.model.keys()):
         where = "the model" if name in checkpoint.model else checkpoint.path
-        raise CheckpointError(f"{checkpoint.path}: parameter {name} is not in {where}; give the model flags of that "
-                              "checkpoint")
+        raise CheckpointError(f"{checkpoint.path}: parameter {name} is not in {where}; the model's flags have to be "
+                              "those of that checkpoint")
     with torch.no_grad():
         for parameter in parameters.values():
             if placement_of(parameter).part(parameter).tensor.shape != parameter.shape:
@@ -99,5 +99,5 @@ def _memory(tensor: StoredTensor, parameter: Tensor) -> Tensor:
 def _fitting(name: str, part: Part, tensor: StoredTensor, checkpoint: Checkpoint) -> Part:
     if tensor.shape != part.whole_shape:
         raise CheckpointError(f"{checkpoint.path}: {name} is {list(tensor.shape)} there and {list(part.whole_shape)} "
-                              "here; give the model flags of that checkpoint")
+                              "here; the model's flags have to be those of that checkpoint")
     return part

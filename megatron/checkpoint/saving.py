@@ -172,10 +172,7 @@ class Saver:
 
     def _settle(self, write: Callable[[], Path]) -> None:
         """Have a write done, or take its result; raises what went wrong with it."""
-        self._say(write())
-
-    def _say(self, place: Path) -> None:
-        self._log.line(f"  saved checkpoint {place}")
+        self._log.line(f"  saved checkpoint {write()}")
         self._keep_validations()
 
     def _keep_validations(self) -> None:

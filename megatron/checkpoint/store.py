@@ -3,6 +3,7 @@
 FOLDER/latest_checkpointed_iteration.txt    the decimal number of the newest
 FOLDER/best                                 a link to the one with the lowest validation loss
 FOLDER/iter_0000100/model-00000.safetensors, optimizer-00000.safetensors    what rank 0 wrote, fp32
+FOLDER/iter_0000100/ema-00000.safetensors   the average of the weights, fp32, of a run with --ema
 FOLDER/iter_0000100/state.json              progress, loss scale, meters, the flags of the run
 FOLDER/iter_0000100/manifest.json           all files with their checksums, and where each tensor lies
 FOLDER/iter_0000100/validation.json         the validation loss there, where it is known
@@ -60,7 +61,7 @@ def find(folder: str, world: Axis, log: Log, with_optimizer: bool = True) -> Che
             return found
         log.line(f"note: passing over {name}: {why}")
     if why is not None:
-        raise CheckpointError(f"{why}; no older checkpoint in {folder} is whole: give another --load")
+        raise CheckpointError(f"{why}; no older checkpoint in {folder} is whole; give another folder")
     return None
 
 
