@@ -1,5 +1,6 @@
 """The flags of the data: corpora, packing, masking."""
 
+import os
 from dataclasses import dataclass
 
 from megatron.config.declaration import flag, not_negative, positive
@@ -55,6 +56,11 @@ class DataConfig:
     num_workers: int = flag(2, "processes that prepare batches ahead; 0 prepares them in the training process",
                             kind=int, check=not_negative, changes="nothing")
     mmap_warmup: bool = flag(False, "read the whole dataset once at start, into the page cache", changes="nothing")
+
+    @property
+    def absolute_vocab_file(self) -> str | None:
+        """--vocab-file as every folder has it, for checkpoints: they are read from others."""
+        return self.vocab_file if self.vocab_file in (None, *VOCABULARIES) else os.path.abspath(self.vocab_file)
 
     @property
     def num_ends(self) -> int:

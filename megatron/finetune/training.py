@@ -158,6 +158,7 @@ class FineTuning:
         saver = Saver(config, self._mesh, self._job.claim, self._log, loaded=0)
         values = {name: list(value) if isinstance(value, tuple) else value
                   for name, value in self._config.as_dict().items()}
+        values["vocab_file"] = self._config.data.absolute_vocab_file
         saver.save(self._kept, parts_of(self._engine.model.parameters, {}), {
             "iteration": self._kept, "config": values, "vocabulary": self._job.vocab.identity,
             "progress": {"iteration": self._kept, "consumed_samples": self._kept * self._rows},

@@ -103,7 +103,7 @@ def refuse_changes(config: Config, vocab: Vocab, checkpoint: Checkpoint) -> None
         raise CheckpointError(f"{flag_name(item)} is {now}, but the checkpoint was trained with {then}; give that "
                               "value")
     if _vocabulary_of(checkpoint, vocab) != vocab.identity:
-        now, then = _named(config.as_dict()), _named(saved)
+        now, then = _named(config.as_dict() | {"vocab_file": config.data.absolute_vocab_file}), _named(saved)
         remedy = f"put it back as it was, for {then} has changed" if now == then else (
             f"it was trained with {then}: give that vocabulary")
         raise CheckpointError(f"--vocab-file is {now}, whose tokens are not those, in that order, of the checkpoint in "
@@ -146,7 +146,8 @@ def facts_of(config: Config, vocab: Vocab, data: Splits, global_batch_size: int)
     """What a checkpoint says of its run, to be compared with the one that goes on from it; as JSON has it."""
     parts, weights = ((data.train.datasets, data.train.weights) if isinstance(data.train, BlendedDataset) else
                       ((data.train,), ()))
-    return {"config": _as_json(config.as_dict() | {"global_batch_size": global_batch_size}),
+    own = {"global_batch_size": global_batch_size, "vocab_file": config.data.absolute_vocab_file}
+    return {"config": _as_json(config.as_dict() | own),
             "vocabulary": vocab.identity,
             "data": [list(map(str, weights)), [part.documents.indexed.contents() for part in parts]],
             "clusters": [part.clusters.identity for part in parts if part.clusters is not None]}

@@ -22,6 +22,7 @@ from megatron.checkpoint.store import open_place, read_state
 from megatron.config import CheckpointConfig, LoggingConfig
 from megatron.data.corpus.indexed import open_indexed
 from megatron.data.corpus.vocab import DEFAULT_VOCAB, Vocab
+from megatron.infer.pretrained import load_pretrained
 from megatron.log import Log
 from megatron.train import build as build_module
 from megatron.train import evaluations
@@ -218,6 +219,15 @@ def test_the_vocabulary_and_the_ends_of_a_run_stay_its_own(run, tmp_path):
     assert list(losses(run.folder)) == [2, 4, 6]
     moved.rename(tmp_path / "gone.txt")
     assert f"it was trained with {moved} with --mask-token #" in run.error("--train-iters", 8)
+
+
+def test_a_vocabulary_named_from_one_folder_is_found_from_another(run, tmp_path, monkeypatch):
+    (tmp_path / "mine.txt").write_text(DEFAULT_VOCAB.read_text() + "[extra]\n")
+    monkeypatch.chdir(tmp_path)
+    run("--train-iters", 2, "--vocab-file", "mine.txt")
+    monkeypatch.chdir("/")
+    run("--train-iters", 4, "--override-lr-scheduler")
+    assert load_pretrained(str(run.folder)).vocab.tokens[-1] == "[extra]"
 
 
 def test_a_state_that_says_nothing_of_its_ends_has_cls_alone(begun):
