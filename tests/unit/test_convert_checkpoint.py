@@ -251,6 +251,15 @@ def test_weights_are_taken_whatever_befell_the_optimizers_file(damage, tmp_path,
         find(str(tmp_path / "ours"), ONE_RANK_AXIS, log)
 
 
+@pytest.mark.parametrize("left", [".unfinished-iter_0000007", ".unfinished-release"])
+def test_a_conversion_that_was_killed_can_be_begun_again(left, tmp_path, monkeypatch, capsys):
+    write_original(tmp_path / "original")
+    (tmp_path / "new" / left).mkdir(parents=True)
+    flags = ["--load-dir", tmp_path / "original", "--save-dir", tmp_path / "new", "--to", "sharded"]
+    assert run(convert_checkpoint, monkeypatch, capsys, *flags)[0] == 0
+    assert run(convert_checkpoint, monkeypatch, capsys, *flags)[0] == 2
+
+
 STREAMED = """
 import sys
 from pathlib import Path

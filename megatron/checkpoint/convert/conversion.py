@@ -12,12 +12,14 @@ from megatron.checkpoint.contact_head import contact_head_file, with_contact_hea
 from megatron.checkpoint.convert.families import flags
 from megatron.checkpoint.convert.families.vocabularies import known_vocabulary, num_tokens_of
 from megatron.checkpoint.convert.formats import FORMATS, OURS, WEIGHTS_ALONE, read_as
+from megatron.checkpoint.convert.megatron_v2.places import RELEASE
 from megatron.checkpoint.convert.torch_files import check_torch_files
 from megatron.checkpoint.convert.vocabulary import WORDS, trimmed
 from megatron.checkpoint.loading import refuse_task
 from megatron.checkpoint.manifest import check_files
 from megatron.checkpoint.stored import Box, Checkpoint, StoredTensor, Tensors, one_piece
 from megatron.errors import ConfigError
+from megatron.files import left_over
 from megatron.log import Log
 
 
@@ -30,14 +32,15 @@ class FlagNames:
 
 
 def convert(source: Path, target: Path, loader: str, saver: str, *, tensor: int, pipeline: int, iteration: int | None,
-            vocab_size: int | None, log: Log, takes_average: bool = False,
-            names: FlagNames = FlagNames()) -> Path:
+            vocab_size: int | None, log: Log, takes_average: bool = False, names: FlagNames = FlagNames()) -> Path:
     """Read `source` and write it below `target`, a folder that is new or empty; returns the checkpoint's place.
 
     `vocab_size`: of the tokens, beyond whose padding the rows are cut; `takes_average`: the average of the weights is
     written as the weights. Raises ConfigError or CheckpointError.
     """
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+    # What a killed conversion left of its checkpoint is none.
+    rests = {*left_over(target / "iter_", begins=True), *left_over(target / RELEASE)}
+    if target.is_file() or (target.is_dir() and {*target.iterdir()} - rests):
         raise ConfigError(f"{names.save} {target} holds something already; give a new folder")
     name, checkpoint = read_as(loader, source, iteration)
     log.line(f"reading {checkpoint.path} ({name}): {describe(checkpoint)}")
