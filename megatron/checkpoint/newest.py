@@ -13,7 +13,7 @@ from megatron.parallel.collectives import everyones
 from megatron.parallel.mesh import Axis
 
 
-def newest(folder: str, world: Axis, log: Log, with_optimizer: bool = True) -> Checkpoint | None:
+def newest(folder: str, world: Axis, log: Log, with_optimizer: store.Wanted = True) -> Checkpoint | None:
     """The checkpoint to go on from, the same on all ranks, which call this together; None where there is none.
 
     Raises CheckpointError, on all ranks, where none can be read.

@@ -17,7 +17,7 @@ import itertools
 import json
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,10 @@ from megatron.log import Log
 from megatron.parallel.collectives import everyones
 from megatron.parallel.mesh import Axis
 
+Wanted = bool | Callable[[Mapping[str, Any]], bool]  # whether something is, or whether it is by a checkpoint's state
 
-def find(folder: str, world: Axis, log: Log, with_optimizer: bool = True) -> Checkpoint | None:
+
+def find(folder: str, world: Axis, log: Log, with_optimizer: Wanted = True) -> Checkpoint | None:
     """The checkpoint to go on from, the same on all ranks, which call this together; None where there is none.
 
     A broken one is passed over for the one before, with a line that says why. `folder` may be one checkpoint itself,
@@ -204,11 +206,13 @@ def _is_one(place: Path) -> bool:
     return (place / MODEL).exists() or (place / MANIFEST).exists()
 
 
-def _opened(place: Path, world: Axis, log: Log, with_optimizer: bool) -> tuple[Checkpoint | None, str | None]:
+def _opened(place: Path, world: Axis, log: Log, with_optimizer: Wanted) -> tuple[Checkpoint | None, str | None]:
     """A checkpoint, or what is wrong with it; the ranks share out the reading of its files."""
     try:
         if not place.is_dir():
             raise CheckpointError(f"{place} is not there on this host; give a folder that all hosts share")
+        if callable(with_optimizer):
+            with_optimizer = with_optimizer(read_state(place / STATE))
         checkpoint = open_place(place, with_optimizer)
         check_files(place, log, world, with_optimizer)
         return checkpoint, None

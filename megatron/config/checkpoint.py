@@ -24,6 +24,6 @@ class CheckpointConfig:
     save_retain_optimizer: int = flag(0, "how many of the newest keep the optimizer's state; 0 for all", kind=int,
                                       check=not_negative)
     no_save_optim: bool = flag(False, "leave the optimizer's state out of the checkpoint")
-    no_load_optim: bool = flag(False, "start the optimizer afresh")
+    no_load_optim: bool = flag(False, "start the optimizer afresh, once: the same command then goes on with its state")
     load_ema: bool = flag(False, "with --finetune, load the average of --ema as the weights")
     finetune: bool = flag(False, "load the weights alone and start from iteration 0", common=True)

@@ -103,7 +103,7 @@ def build(config: Config, mesh: Mesh, log: Log, left_out: Windows = (), num_rewi
     sizes = BatchSizes(config.training, mesh.data.size)
     vocab = Vocab.from_file(config.data.vocab_file, config.data.mask_token)
     config = started_again(config, mesh.world, log)
-    checkpoint = find_checkpoint(config.checkpoint, mesh.world, log)
+    checkpoint = find_checkpoint(config.checkpoint, config.optimizer.optimizer, mesh.world, log)
     if checkpoint is not None:
         refuse_changes(config, vocab, checkpoint)
         checkpoint = with_padding_of(checkpoint, vocab, _num_ids(config, vocab), log)

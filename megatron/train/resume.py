@@ -4,13 +4,14 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import Field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.convert.formats import foreign_name
 from megatron.checkpoint.newest import newest
 from megatron.checkpoint.places import BOARD, CONFIG_FILE, LATEST, LOSSES, METRICS_FILE, STATE, iterations
-from megatron.checkpoint.store import in_order, read_state
+from megatron.checkpoint.store import Wanted, in_order, read_state
 from megatron.checkpoint.stored import Checkpoint
 from megatron.config import CheckpointConfig, Config
 from megatron.config.data import VOCABULARIES
@@ -33,8 +34,7 @@ _SCHEDULE = {"lr", "min_lr", "lr_decay_style", "warmup_samples", "decay_samples"
 def going_on(config: Config) -> Config:
     """The configuration that goes on with the run in `--save`, whatever that began with."""
     options = config.checkpoint
-    return replace(config, checkpoint=replace(options, load=options.save, finetune=False, load_ema=False,
-                                              no_load_optim=False))
+    return replace(config, checkpoint=replace(options, load=options.save, finetune=False, load_ema=False))
 
 
 def started_again(config: Config, world: Axis, log: Log) -> Config:
@@ -58,10 +58,12 @@ def origin_of(folder: str) -> str:
     return os.path.abspath(folder)
 
 
-def find_checkpoint(config: CheckpointConfig, world: Axis, log: Log) -> Checkpoint | None:
+def find_checkpoint(config: CheckpointConfig, optimizer: str, world: Axis, log: Log) -> Checkpoint | None:
     """The checkpoint of `--load`; None where the run starts afresh, which a mistyped path is no reason for.
 
-    The same on all ranks of `world`, which call this together. Raises ConfigError or CheckpointError.
+    Without the state of the optimizer where --no-load-optim leaves it: not again where the run in --save has done so,
+    with the same `optimizer`. The same on all ranks of `world`, which call this together. Raises ConfigError or
+    CheckpointError.
     """
     folder, target = config.load, config.save
     goes_on = folder is not None and target is not None and Path(folder).resolve() == Path(target).resolve()
@@ -78,13 +80,21 @@ def find_checkpoint(config: CheckpointConfig, world: Axis, log: Log) -> Checkpoi
         if config.finetune:
             raise ConfigError("--finetune takes the weights of --load, which is missing; give the folder of a run")
         return None
-    checkpoint = newest(folder, world, log, with_optimizer=not (config.finetune or config.no_load_optim))
+    wanted: Wanted = not (config.finetune or config.no_load_optim)
+    if config.no_load_optim and goes_on:
+        wanted = partial(_is_of_fresh_start, optimizer)
+    checkpoint = newest(folder, world, log, wanted)
     if checkpoint is not None:
         _check_state(checkpoint, set(_FACTS) if not config.finetune else {"config"})
         if not config.finetune:
             _name_batch(checkpoint.state)
         log.line(f"{'taking the weights of' if config.finetune else 'going on from'} iteration "
                  f"{checkpoint.iteration} in {folder}")
+        if config.no_load_optim and not config.finetune:
+            if not (callable(wanted) and wanted(checkpoint.state)):
+                checkpoint = replace(checkpoint, optimizer=None)
+            log.line("note: --no-load-optim: the optimizer starts afresh" if checkpoint.optimizer is None else
+                     "note: --no-load-optim held when this run began: its optimizer goes on")
         return checkpoint.averaged() if config.load_ema else checkpoint
     strangers = _strangers(Path(folder))
     if config.finetune or not goes_on or strangers:
@@ -151,6 +161,12 @@ def facts_of(config: Config, vocab: Vocab, data: Splits, global_batch_size: int)
             "vocabulary": vocab.identity,
             "data": [list(map(str, weights)), [part.documents.indexed.contents() for part in parts]],
             "clusters": [part.clusters.identity for part in parts if part.clusters is not None]}
+
+
+def _is_of_fresh_start(optimizer: str, state: Mapping[str, Any]) -> bool:
+    """Whether what saved this was itself told --no-load-optim, so that its optimizer is the one started afresh."""
+    saved = state.get("config")
+    return isinstance(saved, dict) and bool(saved.get("no_load_optim")) and saved.get("optimizer") == optimizer
 
 
 def _taken_from(folder: Path) -> str | None:

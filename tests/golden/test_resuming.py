@@ -192,6 +192,20 @@ def test_state_of_another_optimizer_is_refused_or_left(begun):
     begun("--train-iters", 8, "--optimizer", "sgd", "--no-load-optim")
 
 
+def test_an_optimizer_is_started_afresh_once_whatever_stops_the_run(begun, tmp_path):
+    ends, command = [], ["--train-iters", 8, "--no-load-optim"]
+    for name in ("at once", "stopped"):
+        shutil.copytree(tmp_path / "run", tmp_path / name)
+    for begun.folder, stops in ((tmp_path / "at once", []), (tmp_path / "stopped", ["--exit-interval", 6])):
+        assert begun(*command, *stops).notes() == ["note: --no-load-optim: the optimizer starts afresh"]
+        if stops:
+            assert begun(*command).notes() == ["note: --no-load-optim held when this run began: its optimizer goes on"]
+        ends.append(weights(begun.folder, 8))
+    assert all(torch.equal(tensor.read(), ends[1][name].read()) for name, tensor in ends[0].items())
+    another = ["--optimizer", "sgd", "--exit-interval", 10]
+    assert "note: --no-load-optim: the optimizer starts afresh" in begun(*command, *another).notes()
+
+
 def test_another_vocabulary_is_refused_and_a_copy_is_not(begun, tmp_path):
     tokens = DEFAULT_VOCAB.read_text().split()
     copy, swapped = tmp_path / "copy.txt", tmp_path / "swapped.txt"

@@ -1,5 +1,6 @@
 """Steps that go wrong: they are told with their proteins, skipped, or the run goes back and leaves their rows out."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -82,6 +83,15 @@ def test_a_step_that_comes_out_normal_again_is_a_faulty_device_and_costs_no_rows
 def test_a_run_of_which_nothing_was_saved_goes_back_to_its_beginning(run):
     folder, _ = run("back", "--inject-fault", "nan@3", "--on-spike", "rewind")
     assert_same(folder, run("told", "--leave-out-samples", "4-8")[0])
+
+
+def test_a_run_that_left_its_optimizer_leaves_it_on_each_way_back_before_it_has_saved(run, tmp_path):
+    begun, _ = run("back", "--exit-interval", "4")
+    shutil.copytree(begun, tmp_path / "told")
+    afresh = ["--no-load-optim", "--optimizer", "sgd"]
+    folder, lines = run("back", *afresh, "--inject-fault", "nan@7", "--on-spike", "rewind")
+    assert any("going back" in line and "1 of 3 times" in line for line in lines)
+    assert_same(folder, run("told", *afresh, "--leave-out-samples", "12-16")[0])
 
 
 def test_two_ranks_go_back_together(run, corpus, tmp_path):
