@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from megatron.checkpoint import sharded
 from megatron.checkpoint.loading import load_model, load_optimizer
 from megatron.checkpoint.manifest import MANIFEST
+from megatron.checkpoint.places import validation_loss
 from megatron.checkpoint.saving import Saver, parts_of, share_of
 from megatron.checkpoint.store import LATEST, find, note_validation, set_aside
 from megatron.checkpoint.stored import Checkpoint, Piece, StoredTensor, stored
@@ -186,6 +187,21 @@ def test_the_best_is_known_though_other_losses_come_while_it_is_written(tmp_path
     assert [json.loads((tmp_path / name / "validation.json").read_text())["loss"] for name in names(tmp_path)] == [
         2.5, 2.6]
     assert os.readlink(tmp_path / "best") == "iter_0000001"
+
+
+def test_a_loss_of_the_new_course_is_not_noted_with_a_checkpoint_of_the_one_that_was_left(tmp_path):
+    write(tmp_path, 4, 6)
+    for number, loss in ((4, 2.5), (6, 2.4)):
+        note_validation(tmp_path / f"iter_{number:07d}", loss)
+    writes = saver(tmp_path, loaded=4)
+    writes.note_validation(4, 2.6)  # evaluated again
+    writes.note_validation(6, 2.3)
+    assert [validation_loss(tmp_path / name) for name in names(tmp_path)] == [2.6, 2.4]
+    writes.save(6, parts_of(*tensors(6)), {"iteration": 6})
+    writes.close()
+    places = [*sorted(tmp_path.glob("iter_*")), tmp_path / "abandoned-1-iter_0000006"]
+    assert [validation_loss(place) for place in places] == [2.6, 2.3, 2.4]
+    assert os.readlink(tmp_path / "best") == "iter_0000006"
 
 
 def test_the_optimizers_state_is_taken_out_of_a_checkpoint_once(tmp_path):
