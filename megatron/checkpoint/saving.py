@@ -178,8 +178,8 @@ class Saver:
     def _keep_validations(self) -> None:
         if self._under_way is not None:
             return
-        left = iterations(self._root).keys() if self._is_first else ()  # of a course that the first save sets aside
-        left = {place_of(self._root, number) for number in left if number > self._loaded}
+        # Of a course that the first save sets aside.
+        left = {place for number, place in iterations(self._root).items() if self._is_first and number > self._loaded}
         waiting = {place: loss for place, loss in self._validations.items() if place in left or not place.exists()}
         for place in self._validations.keys() - waiting.keys():
             with suppress(OSError):  # where the disk is full the next save says so; the loss stands in the metrics too

@@ -154,11 +154,12 @@ class Training:
         is_evaluating = not is_end and state.iteration % config.training.eval_interval == 0
         if is_end or state.iteration % config.logging.log_interval == 0:
             self._log(learning_rate, weight_decay, rows)
-        totals = self._meters.totals() if is_evaluating else None  # waits for the steps: they are no evaluation's time
-        self._meters.pause()
         is_stopping = num_stopping > 0
         is_saving = is_due(config.checkpoint.save_interval, state.iteration) or num_saving > 0 or (
             self._guard.is_before_suspect())
+        # Waits for the steps: their time is not that of what comes between them.
+        totals = self._meters.totals() if is_evaluating or is_saving else None
+        self._meters.pause()
         if is_evaluating and not is_stopping:
             self._evaluations.of_split("valid", totals)
         if is_saving:

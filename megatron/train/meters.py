@@ -139,10 +139,10 @@ class Meters:
 
         Waits for the device, and for the other ranks, which all call this.
         """
-        if self._totals is None or not self._steps:
+        if not self._steps:
             return self._totals
         _, _, _, residues, _, flops = self._summed()[:, :6].sum(0).tolist()
-        return self._totals.plus(residues, self._elapsed_s(), flops)
+        return None if self._totals is None else self._totals.plus(residues, self._elapsed_s(), flops)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: the steps since the last reading, summed over the ranks, which all call this."""

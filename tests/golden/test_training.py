@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron.train.meters import Meters
 from pretrain_tape import main
 from tests.golden.training import DROPOUT, TINY, losses, start_program
 
@@ -52,6 +53,28 @@ def test_reruns_are_bitwise_equal(corpus, tmp_path):
     assert len(first) == 12
     assert first == second
     assert losses(tmp_path / "a", "valid") == losses(tmp_path / "b", "valid")
+
+
+@pytest.mark.parametrize("between", ["save", "eval"])
+def test_the_time_of_the_device_is_that_of_steps_whatever_comes_between(corpus, tmp_path, monkeypatch, between):
+    ahead_s, queued_s, clock = 0.0, 0.0, time.perf_counter
+    add_step, summed = Meters.add_step, Meters._summed
+
+    def launched(*args):  # the device needs 1000 s a step, and the host does not wait for it
+        nonlocal queued_s
+        queued_s += 1000.0
+        add_step(*args)
+
+    def waited_for(meters):
+        nonlocal ahead_s, queued_s
+        ahead_s, queued_s = ahead_s + queued_s, 0.0
+        return summed(meters)
+
+    monkeypatch.setattr(Meters, "add_step", launched)
+    monkeypatch.setattr(Meters, "_summed", waited_for)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + ahead_s)
+    train(corpus, tmp_path, "--train-iters", 6, "--log-interval", 6, f"--{between}-interval", 2)
+    assert 6000 < losses(tmp_path, name="training_s")[6] < 6999
 
 
 def test_stopping_and_going_on_changes_no_bit_of_any_later_loss(corpus, tmp_path):
