@@ -1,6 +1,7 @@
 """Evaluation on fixed rows with fixed masks, and the baseline that a model must beat."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -45,7 +46,7 @@ def evaluate(engine: Engine, dataset: Dataset, shape: BatchShape, log: Log, *, n
                      data_rank=mesh.data.rank, data_size=mesh.data.size, num_workers=0, pin=False)
     counted, sums = _counted(loader, bar, rows_a_micro_step), torch.zeros(3, dtype=torch.float64, device=mesh.device)
     num_left, is_stopping = -(-num_rows // rows_a_micro_step), False
-    with engine.evaluating():
+    with closing(loader), engine.evaluating():
         while num_left and not is_stopping:
             num_now = min(num_left, MICRO_BATCHES_A_GO)
             engine.pipeline.evaluate(EvaluationPasses(engine, islice(counted, num_now), sums), num_now)

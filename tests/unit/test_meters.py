@@ -1,7 +1,9 @@
 """What is measured of training and evaluation, and what is not said where there was nothing to measure."""
 
+import gc
 import json
 import re
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,6 +119,10 @@ def test_a_split_without_a_residue_is_evaluated_to_nothing(tmp_path):
     assert splits.valid is not None
     found = evaluate(engine, splits.valid, batch_shape(splits, 1), Log(), num_rows=1, label="", wants_stop=bool)
     assert found == Evaluation(None, None, None, 0)
+    rows = weakref.ref(splits.valid)
+    del splits
+    gc.collect()
+    assert rows() is None  # no evaluation keeps them
 
 
 def told(events: Events, found: Reading, peak_flops: float = 1e12) -> None:

@@ -73,7 +73,8 @@ class BatchIterator(Iterator[Batch]):
             self._batches: Iterator[Batch | ValueError] | None = iter(loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
-        atexit.register(self.close)  # else multiprocessing would wait for workers that no SIGTERM ends
+        if num_workers:
+            atexit.register(self.close)  # else multiprocessing would wait for workers that no SIGTERM ends
 
     def __next__(self) -> Batch:
         if self._batches is None:
