@@ -71,10 +71,11 @@ class Saver:
         self._writers, self._sharers, self._device = mesh.writers, mesh.copies, mesh.device
         self._meet_disk = meet_disk
         self._loaded, self._is_first = loaded, True
+        self.saved_at = loaded  # the iteration of the newest checkpoint that is known to be whole
         # A thread's own device is the first one, where each rank's would otherwise take memory.
         self._thread = ThreadPoolExecutor(1, "checkpoint", *(
             () if self._device.type != "cuda" else (torch.cuda.set_device, (self._device,))))
-        self._under_way: Future[Path] | None = None
+        self._under_way: Future[int] | None = None
         self._copies: dict[str, Tensor] = {}
         self._validations: dict[Path, float] = {}  # those yet to be kept
 
@@ -129,7 +130,7 @@ class Saver:
             self._validations[place_of(self._root, iteration)] = loss
             self._keep_validations()
 
-    def _write(self, iteration: int, parts: Parts, state: Mapping[str, Any], copied: torch.Event | None) -> Path:
+    def _write(self, iteration: int, parts: Parts, state: Mapping[str, Any], copied: torch.Event | None) -> int:
         place = place_of(self._root, iteration)
         if copied is not None:
             copied.synchronize()
@@ -154,7 +155,7 @@ class Saver:
             prune(self._root, keep=self._config.keep_checkpoints, keep_every=self._config.keep_every,
                   retain_optimizer=self._config.save_retain_optimizer,
                   spared={place, place_of(self._root, self._loaded)})
-        return place
+        return iteration
 
     def _refused(self, place: Path, error: OSError | CheckpointException, parts: Parts) -> CheckpointError:
         """What is to be raised; `parts`: what this rank was to write, about as many bytes as the others."""
@@ -170,9 +171,10 @@ class Saver:
                          f"{room}. The last good checkpoint is untouched; make room, as by moving older iter_ folders "
                          "away, or give another --save")
 
-    def _settle(self, write: Callable[[], Path]) -> None:
+    def _settle(self, write: Callable[[], int]) -> None:
         """Have a write done, or take its result; raises what went wrong with it."""
-        self._log.line(f"  saved checkpoint {write()}")
+        self.saved_at = write()
+        self._log.line(f"  saved checkpoint {place_of(self._root, self.saved_at)}")
         self._keep_validations()
 
     def _keep_validations(self) -> None:

@@ -78,7 +78,7 @@ class Training:
         self._run, self._events, self._requests, self._saver = run, events, requests, saver
         self._faults, self._guard = faults, guard
         self._evaluations, self._stragglers = evaluations, Stragglers(run.mesh, run.log)
-        self._began_at = self._saved_at = run.state.iteration
+        self._began_at = run.state.iteration
         self._last_iteration = run.sizes.last_iteration(run.state)
         self._meters = meters
         self._step = TrainStep(run.engine, meters, judge=run.judge if run.config.guards.on_spike == "skip" else None)
@@ -108,7 +108,10 @@ class Training:
                 with profiler.step():
                     is_stopping = self._advance(loader)
                 bar.update()
-            self._save()
+            if self._saver is not None:
+                self._saver.finish()
+                if self._saver.saved_at != run.state.iteration:
+                    self._save()
         if run.state.iteration < self._last_iteration:
             if self._saver is not None:
                 self._saver.check()
@@ -195,14 +198,12 @@ class Training:
 
     def _save(self) -> None:
         run = self._run
-        if self._saver is None or self._saved_at == run.state.iteration:
+        if self._saver is None:
             return
         meters = self._meters.state()
         self._guard.look([StepSums(*step) for step in meters["steps"]])  # nothing is saved of a course that went wrong
         self._saver.save(run.state.iteration, run.parts(), run.facts() | {"meters": meters})
         self._saved_at_s = time.monotonic()
-        if not self._saver.has_failed:
-            self._saved_at = run.state.iteration
 
 
 def _baselines(run: Run) -> Baselines | None:

@@ -1,7 +1,6 @@
 """A run that goes on where the disk refuses a checkpoint: days of training are worth more than one of many saves."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 from megatron.checkpoint.saving import Saver
 from megatron.errors import SaveError
@@ -12,18 +11,13 @@ class PatientSaver(Saver):
 
     _failure: SaveError | None = None
 
-    @property
-    def has_failed(self) -> bool:
-        """Whether the last save, as far as it is settled, has failed."""
-        return self._failure is not None
-
     def check(self) -> None:
         """Raises SaveError where the last save has failed; for the end of a run, when there is no next one."""
         self.finish()
         if self._failure is not None:
             raise self._failure
 
-    def _settle(self, write: Callable[[], Path]) -> None:
+    def _settle(self, write: Callable[[], int]) -> None:
         try:
             super()._settle(write)
             self._failure = None

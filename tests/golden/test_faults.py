@@ -95,6 +95,15 @@ def test_a_run_goes_on_after_a_full_disk_and_its_next_save_is_whole(run, corpus,
 
 
 @pytest.mark.parametrize("flags", [[], ["--async-save"]])
+@pytest.mark.parametrize(("step", "expected"), [(4, [8]), (8, [4, 8])])
+def test_a_refused_last_save_is_tried_again_and_no_other_is_repeated(run, corpus, tmp_path, flags, step, expected):
+    lines = run(corpus, "--inject-fault", f"full-disk@{step}", *flags)
+    assert len(about_saving(lines)) == 1 and saved(tmp_path) == expected
+    assert [line for line in lines if line.startswith("  saved")] == [
+        f"  saved checkpoint {tmp_path}/iter_{iteration:07d}" for iteration in expected]
+
+
+@pytest.mark.parametrize("flags", [[], ["--async-save"]])
 def test_a_run_whose_last_save_failed_ends_with_a_status_of_its_own(run, corpus, tmp_path, flags):
     lines = run(corpus, "--inject-fault", "full-disk@8", "full-disk@7", *flags, status=4)
     assert len(errors_in(lines)) == 1
