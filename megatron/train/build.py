@@ -55,6 +55,7 @@ class Run:
     began_from: str | None  # what the first of its weights were loaded from, as --load had it; None: from the seed
     taken_from: str | None  # the folder of another run that it took up first, with its progress or without
     meters: dict[str, Any]  # what the steps since the last log event had measured, where the run was left
+    is_evaluation_due: bool = False  # the one of the last step, before which the run was stopped
 
     @cached_property
     def shape(self) -> BatchShape:
@@ -82,6 +83,7 @@ class Run:
                 "loss_scale": self.engine.loss_scale.state(),
                 "fp8_amaxes": self.engine.amaxes.state(),
                 "schedule": asdict(self.schedule),
+                "is_evaluation_due": self.is_evaluation_due,
                 "guards": {"left_out": self.state.left_out, "num_rewinds": self.state.num_rewinds,
                            "judge": self.judge.state()},
                 **({} if self.engine.average is None else {"ema_steps": self.engine.average.num_steps}),
@@ -139,6 +141,7 @@ def _go_on(run: Run, checkpoint: Checkpoint) -> None:
     guards = saved.get("guards", {})
     run.state = TrainState.from_saved(saved["progress"], guards)
     run.meters = saved.get("meters", run.meters | {"totals": None})
+    run.is_evaluation_due = bool(saved.get("is_evaluation_due"))
     if saved["config"].get("fp16", config.precision.fp16):  # elsewhere the scale was 1, and nothing was learnt of it
         engine.loss_scale.load_state(saved["loss_scale"])
     engine.amaxes.load_state(saved.get("fp8_amaxes", {}))

@@ -16,6 +16,7 @@ class Evaluations:
 
     def __init__(self, run: Run, events: Events, requests: StopRequests, saver: Saver | None, meters: Meters) -> None:
         self._run, self._events, self._requests, self._saver, self._meters = run, events, requests, saver, meters
+        self.was_cut_short = False  # whether one has ended early
 
     def of_all_splits(self) -> dict[str, Evaluation]:
         """Those of validation and test, by their kinds."""
@@ -40,7 +41,8 @@ class Evaluations:
         if training.eval_each and whole is not None and isinstance(run.data.train, BlendedDataset):
             datasets |= {f"{whole_kind}/{name}": corpus for name, corpus in corpora_of(whole).items()}
         for kind, dataset in datasets.items():
-            if self._requests.agreed(run.mesh):
+            if self.was_cut_short or self._requests.agreed(run.mesh):
+                self.was_cut_short = True
                 break
             num_rows = dataset.num_epoch_rows(0)
             if training.eval_iters:
@@ -49,6 +51,7 @@ class Evaluations:
                               label="validation" if split == "valid" else split,
                               wants_stop=lambda: self._requests.agreed(run.mesh))
             if result is None:
+                self.was_cut_short = True
                 break
             results[kind] = result
             self._events.evaluation(kind, state.iteration, state.consumed_samples, totals, result)

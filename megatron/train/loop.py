@@ -57,7 +57,7 @@ def train(run: Run, requests: StopRequests, claim: Claim | None, faults: Faults,
         if not Training(run, events, requests, saver, meters, evaluations, faults, Guard(run, suspect)).finish():
             return
         results = evaluations.of_all_splits()
-        if requests.agreed(run.mesh):
+        if evaluations.was_cut_short:
             run.log.line("stopped before the evaluation was done: the same command does it")
             if saver is not None:
                 saver.check()
@@ -101,6 +101,8 @@ class Training:
         bar = run.log.progress(self._last_iteration, run.state.iteration, unit="step", label="training")
         profiler = StepProfiler(config.logging, config.checkpoint.save, mesh, run.log)
         with closing(loader), closing(bar), closing(profiler):
+            if run.is_evaluation_due:
+                self._evaluations.of_split("valid", self._meters.totals())
             self._meters.resume()
             self._pace = Pace()
             is_stopping = self._requests.agreed(mesh)
@@ -165,6 +167,7 @@ class Training:
         self._meters.pause()
         if is_evaluating and not is_stopping:
             self._evaluations.of_split("valid", totals)
+        run.is_evaluation_due = is_evaluating and (is_stopping or self._evaluations.was_cut_short)
         if is_saving:
             self._save()
         elif self._saver is not None:

@@ -29,6 +29,7 @@ from megatron.train import evaluations
 from megatron.train.events import Events
 from megatron.train.loop import Training
 from megatron.train.meters import Reading, Totals
+from megatron.train.step import TrainStep
 from pretrain_tape import main
 from tests.golden.training import TINY, edit_state, losses, run_on_ranks, start_program
 from tests.indexed_files import write_indexed
@@ -526,6 +527,21 @@ def test_a_request_during_evaluation_or_saving_ends_the_run_there(run, monkeypat
     run("--train-iters", 8, "--eval-interval", 2, "--save-interval", 2, *flags)
     assert [line for line in run.lines if line.startswith("stopped at iteration 2; saved in")]
     assert sorted(path.name for path in run.folder.glob("iter_*")) == ["iter_0000002"]
+    run("--train-iters", 4, "--eval-interval", 2, "--override-lr-scheduler", *flags)
+    assert list(losses(run.folder, "valid")) == [2, 4]
+
+
+def test_an_evaluation_before_which_the_run_was_stopped_is_made_up(run, monkeypatch, tmp_path):
+    flags = ["--train-iters", 6, "--eval-interval", 2]
+    signalled_in(monkeypatch, TrainStep, "__call__")  # heard in the next
+    run(*flags)
+    assert losses(run.folder, "valid") == {}
+    run(*flags)
+    stopped, run.folder = run.folder, tmp_path / "unbroken"
+    run(*flags)
+    assert losses(stopped, "valid") == losses(run.folder, "valid") and list(losses(stopped, "valid")) == [2, 4, 6]
+    assert losses(stopped) == losses(run.folder)
+    assert (stopped / "iter_0000002" / "validation.json").exists()
 
 
 def test_a_request_after_the_last_step_leaves_the_evaluation_for_later(run, monkeypatch):
@@ -535,6 +551,19 @@ def test_a_request_after_the_last_step_leaves_the_evaluation_for_later(run, monk
     run("--train-iters", 4)
     assert "training is complete at iteration 4" in run.lines
     assert losses(run.folder, "test")
+
+
+def test_a_request_after_the_last_evaluation_leaves_nothing_for_later(run, monkeypatch):
+    def evaluate(*args, label, **kwargs):
+        result = evaluated(*args, label=label, **kwargs)
+        if label == "test":
+            signal.raise_signal(signal.SIGTERM)
+        return result
+
+    evaluated = evaluations.evaluate
+    monkeypatch.setattr(evaluations, "evaluate", evaluate)
+    run("--train-iters", 4)
+    assert [line for line in run.lines if line.startswith("  test loss")] and (run.folder / "loss.png").exists()
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
