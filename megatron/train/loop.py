@@ -79,7 +79,7 @@ class Training:
         self._faults, self._guard = faults, guard
         self._evaluations, self._stragglers = evaluations, Stragglers(run.mesh, run.log)
         self._began_at = run.state.iteration
-        self._last_iteration = run.sizes.last_iteration(run.state)
+        self._last_iteration, self._last_sample = run.sizes.end(run.state)
         self._meters = meters
         self._step = TrainStep(run.engine, meters, judge=run.judge if run.config.guards.on_spike == "skip" else None)
         self._wishes = Arriving(torch.zeros(2))
@@ -104,7 +104,7 @@ class Training:
             if run.is_evaluation_due:
                 self._evaluations.of_split("valid", self._meters.totals())
             self._meters.resume()
-            self._pace = Pace()
+            self._pace = Pace(run.state, self._last_sample)
             is_stopping = self._requests.agreed(mesh)
             while run.state.iteration < self._last_iteration and not is_stopping:
                 with profiler.step():
@@ -188,7 +188,7 @@ class Training:
                            group_rates=run.engine.optimizer.learning_rates(learning_rate), global_batch_size=rows,
                            loss_scale=scale, peak_flops=self._peak_flops * run.mesh.world.size,
                            num_ranks=run.mesh.world.size, memory_gib=peak_memory_gib(run.mesh),
-                           time_left_s=self._pace.time_left_s(reading, self._last_iteration - run.state.iteration),
+                           time_left_s=self._pace.time_left_s(reading, run.state),
                            of_ranks=self._stragglers.look(reading))
 
     def _is_time_to_save(self) -> bool:

@@ -3,19 +3,25 @@
 import time
 
 from megatron.train.meters import Reading
+from megatron.train.state import TrainState
 
 
 class Pace:
-    """Begins where the steps begin; tells the time left at each log event."""
+    """Begins where the steps begin; tells the time left, until `last_sample` is consumed, at each log event."""
 
-    def __init__(self) -> None:
+    def __init__(self, state: TrainState, last_sample: int) -> None:
         self._began_s, self._trained_s = time.perf_counter(), 0.0
+        self._iteration, self._samples = state.iteration, state.consumed_samples  # at the last event
+        self._last_sample = last_sample
 
-    def time_left_s(self, reading: Reading, num_steps: int) -> float:
-        """Seconds for `num_steps` steps at the pace of the last ones, `reading`, and what lies between steps.
+    def time_left_s(self, reading: Reading, state: TrainState) -> float:
+        """Seconds for the rows left at the pace of the last steps, `reading`, and what lies between steps.
 
-        That is evaluation and saving, which have as large a share of the rest as of what is done.
+        That is evaluation and saving, which have as large a share of the rest as of what is done. Rows, since the batch
+        may grow.
         """
         self._trained_s += reading.elapsed_s
         share = max(1.0, (time.perf_counter() - self._began_s) / self._trained_s)
-        return num_steps * share * reading.elapsed_s / reading.num_steps
+        rows_a_step = (state.consumed_samples - self._samples) / (state.iteration - self._iteration)
+        self._iteration, self._samples = state.iteration, state.consumed_samples
+        return (self._last_sample - self._samples) / rows_a_step * share * reading.elapsed_s / reading.num_steps

@@ -76,21 +76,23 @@ class BatchSizes:
         return min(self.final, self._start + int(consumed_samples / samples_a_size) * self._increment)
 
     def last_iteration(self, state: TrainState) -> int:
-        """The iteration at which a run that stands at `state` ends, whatever batches have brought it there.
+        """The iteration at which a run that stands at `state` ends, whatever batches have brought it there."""
+        return self.end(state)[0]
+
+    def end(self, state: TrainState) -> tuple[int, int]:
+        """That iteration, and the samples consumed by then.
 
         Counted in samples, a step that would pass the end is left out.
         """
-        config = self._config
+        config, iteration, consumed = self._config, state.iteration, state.consumed_samples
         if config.train_iters is not None:
-            return config.train_iters
+            return config.train_iters, consumed + max(0, config.train_iters - iteration) * self.final
         assert config.train_samples is not None
-        iteration, consumed = state.iteration, state.consumed_samples
         while consumed < self._samples and consumed + self.at(consumed) <= config.train_samples:
             consumed += self.at(consumed)
             iteration += 1
-        if consumed >= self._samples:
-            iteration += max(0, config.train_samples - consumed) // self.final
-        return iteration
+        steps = max(0, config.train_samples - consumed) // self.final if consumed >= self._samples else 0
+        return iteration + steps, consumed + steps * self.final
 
 
 def is_due(interval: int | None, iteration: int) -> bool:

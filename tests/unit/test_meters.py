@@ -25,6 +25,7 @@ from megatron.train.meters import Meters, Reading, Totals
 from megatron.train.pace import Pace
 from megatron.train.peak import measured_peak_flops
 from megatron.train.picture import draw_losses
+from megatron.train.state import BatchSizes, TrainState
 from tests.indexed_files import write_indexed
 
 VOCAB = Vocab.from_file()
@@ -168,13 +169,23 @@ def test_memory_and_time_left_are_told_where_they_are_known(capsys):
 def test_time_left_counts_what_lies_between_steps_and_the_pace_of_now(monkeypatch):
     now_s = [50.0]
     monkeypatch.setattr("time.perf_counter", lambda: now_s[0])
-    pace, found = Pace(), reading((2.0, 10, 1.0, True), (2.0, 10, 1.0, True))
+    pace, found = Pace(TrainState(), 48), reading((2.0, 10, 1.0, True), (2.0, 10, 1.0, True))
     now_s[0] += 6.0
-    assert pace.time_left_s(replace(found, elapsed_s=4.0), 10) == pytest.approx(10 * 2.0 * 6 / 4)
+    assert pace.time_left_s(replace(found, elapsed_s=4.0), TrainState(2, 8)) == pytest.approx(10 * 2.0 * 6 / 4)
     now_s[0] += 18.0
-    assert pace.time_left_s(replace(found, elapsed_s=12.0), 10) == pytest.approx(10 * 6.0 * 24 / 16)
+    assert pace.time_left_s(replace(found, elapsed_s=12.0), TrainState(4, 16)) == pytest.approx(8 * 6.0 * 24 / 16)
     # Of what a checkpoint says was measured, the clock here has seen nothing.
-    assert Pace().time_left_s(replace(found, elapsed_s=4.0), 10) == pytest.approx(20.0)
+    resumed = Pace(TrainState(4, 16), 60)
+    assert resumed.time_left_s(replace(found, elapsed_s=4.0), TrainState(5, 20)) == pytest.approx(20.0)
+
+
+def test_time_left_counts_the_rows_of_a_batch_that_grows():
+    sizes = BatchSizes(TrainingConfig(micro_batch_size=2, global_batch_size=8, rampup_batch_size=(2, 2, 60),
+                                      train_samples=1002), 1)
+    begun = TrainState()
+    assert sizes.end(begun) == (sizes.last_iteration(begun), 1000)
+    found = replace(reading((2.0, 10, 1.0, True), (2.0, 10, 1.0, True)), elapsed_s=4.0)
+    assert Pace(begun, sizes.end(begun)[1]).time_left_s(found, TrainState(2, 4)) == pytest.approx(996.0)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="there is no /proc/self/status here")
