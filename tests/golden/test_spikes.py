@@ -129,6 +129,14 @@ def test_by_default_a_step_that_goes_wrong_is_told(run):
 
 
 @pytest.mark.parametrize("way", ["warn", "skip"])
+def test_a_step_that_went_wrong_is_compared_with_those_before_it_alone(run, way):
+    flags = ["--inject-fault", "nan@7", "--on-spike", way, "--save-interval", "100"]
+    told = [next(line for line in run(f"{way}-{interval}", *flags, "--log-interval", interval)[1] if "± " in line)
+            for interval in (1, 10)]
+    assert told[0].partition(";")[0] == told[1].partition(";")[0]
+
+
+@pytest.mark.parametrize("way", ["warn", "skip"])
 def test_two_steps_that_go_wrong_end_no_run_however_often_it_logs(run, way):
     folder, _ = run(way, "--inject-fault", "nan@6", "nan@7", "--on-spike", way, "--log-interval", "1")
     assert all(torch.isfinite(tensor).all() for tensor in weights(folder).values())

@@ -27,6 +27,7 @@ class SpikeJudge:
         self._history_hq = torch.full((HISTORY, 2), torch.nan, dtype=torch.float64, device=device)  # q: loss, norm
         self._num_steps = torch.zeros((), dtype=torch.int64, device=device)
         self._places_h = torch.arange(HISTORY, device=device)
+        self._courses: list[Tensor] = []  # [2, 2] each, as `course` has it
 
     @torch.no_grad()
     def is_normal(self, loss: Tensor, norm: Tensor) -> Tensor:
@@ -36,6 +37,7 @@ class SpikeJudge:
         """
         values_q = torch.stack([loss.double(), norm.double()])
         middle_q, deviation_q = self.course()
+        self._courses.append(torch.stack([middle_q, deviation_q]))
         is_finite_q = torch.isfinite(values_q)
         is_far_q = (values_q > middle_q + self._threshold * deviation_q) & (self._num_steps >= LEAST)
         is_wrong_q = is_far_q | ~is_finite_q
@@ -53,6 +55,11 @@ class SpikeJudge:
         middle_q = _nanmedian(self._history_hq)
         distance_q = _nanmedian((self._history_hq - middle_q).abs())
         return middle_q, torch.maximum(_CONSISTENCY * distance_q, _LEAST_DEVIATION * middle_q)
+
+    def take_courses(self) -> list[Tensor]:
+        """The `course` that each step judged since the last call was compared with, [2, 2] each."""
+        courses, self._courses = self._courses, []
+        return courses
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON has it."""
