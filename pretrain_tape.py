@@ -18,6 +18,7 @@ from megatron.checkpoint.claim import claimed
 from megatron.checkpoint.newest import saved_flags
 from megatron.config import Config
 from megatron.config.command_line import left_open, resolve
+from megatron.config.telling.idle import notes
 from megatron.config.telling.listing import listing, notice
 from megatron.errors import ConfigError, UserError
 from megatron.log import Log, take_any_text
@@ -60,6 +61,8 @@ def main(argv: Sequence[str]) -> int:
             log.line(listing(config, resolved.given.always_so))
             if (said := notice(taken)) is not None:
                 log.line(said)
+            for line in notes(config, resolved.given.said):
+                log.line(line)
             with claimed(config.checkpoint.save, mesh, log) as claim, requests.listening():
                 keep = None if claim is None else partial(keep_configuration, resolved)
                 run = train_to_its_end(config, mesh, log, requests, claim, keep)

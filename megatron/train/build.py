@@ -13,6 +13,7 @@ from megatron.config import Config
 from megatron.data.batches.batch import BatchShape, batch_shape
 from megatron.data.batches.order import SampleOrder, Windows
 from megatron.data.corpus.vocab import Vocab
+from megatron.data.rows.blend import BlendedDataset
 from megatron.data.rows.dataset import Splits, build_datasets
 from megatron.errors import ConfigError
 from megatron.log import Log
@@ -116,6 +117,8 @@ def build(config: Config, mesh: Mesh, log: Log, left_out: Windows = (), num_rewi
     for part in (data.train, data.valid, data.test):
         if part is not None:
             log.line(part.describe())
+    if config.training.eval_each and not isinstance(data.train, BlendedDataset):
+        log.line("note: --eval-each changes nothing without several weighted corpora in --data-path")
     # Learning rates of single groups are in proportion to that of the course, which may be the checkpoint's.
     engine = _build_engine(replace(config, schedule=replace(config.schedule, lr=schedule.lr)), mesh, vocab, checkpoint)
     log.line(ways(config, mesh, engine.is_compiled))

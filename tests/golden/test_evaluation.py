@@ -51,6 +51,12 @@ def test_the_blends_loss_is_that_of_its_corpora_together(each, corpora):
             assert whole["loss"] == pytest.approx(together, rel=1e-6)
 
 
+def test_a_corpus_that_is_alone_is_said_to_have_no_others_beside_it(corpora, tmp_path, capsys):
+    run(tmp_path, corpora[1:2], "--eval-each")
+    note = "note: --eval-each changes nothing without several weighted corpora in --data-path"
+    assert note in capsys.readouterr().out
+
+
 def test_a_corpus_beside_others_is_evaluated_as_it_is_alone(each, corpora, tmp_path):
     for number, name in enumerate(names(corpora)):
         alone = run(tmp_path / str(number), [name], "--eval-at-start")

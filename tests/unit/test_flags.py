@@ -15,10 +15,11 @@ from megatron.config import (
     PrecisionConfig,
     TrainingConfig,
 )
-from megatron.config.command_line import left_open, parse
+from megatron.config.command_line import left_open, parse, resolve
 from megatron.config.declaration import Changes, flag_name
 from megatron.config.presets import PRESETS
 from megatron.config.reading.megatron_flags import ALWAYS_SO, REFUSED
+from megatron.config.telling.idle import notes
 from megatron.config.telling.listing import listing, notice
 from megatron.errors import ConfigError
 from megatron.optim.schedule import build_schedule
@@ -147,6 +148,35 @@ def test_flags_that_are_always_so_are_accepted_and_listed():
     text = listing(config, always_so)
     assert "--no-save-rng: always so" in text
     assert "hidden_size ................................... 128" in text
+
+
+def notes_of(text):
+    resolved = resolve(text.split())
+    return notes(resolved.config, resolved.given.said)
+
+
+@pytest.mark.parametrize(("flags", "owner", "without"), [
+    ("--save-interval 5", "--save DIR", "--save"), ("--save-interval-minutes 0.5", "--save DIR", "--save"),
+    ("--async-save", "--save DIR", "--save"), ("--keep-checkpoints 2", "--save DIR", "--save"),
+    ("--keep-every 2", "--save DIR", "--save"), ("--save-retain-optimizer 1", "--save DIR", "--save"),
+    ("--no-save-optim", "--save DIR --no-load-optim --load DIR", "--save"),
+    ("--no-load-optim", "--load DIR", "--load"), ("--profile-step-start 3", "--profile --save DIR", "--profile"),
+    ("--profile-ranks 0 1", "--profile --save DIR", "--profile"), ("--dry-run-ranks 2", "--dry-run", "--dry-run"),
+    ("--adam-eps 0.1", "--optimizer adam", "another --optimizer than sgd")])
+def test_a_flag_that_is_given_without_what_it_is_about_is_told(flags, owner, without):
+    common = f"--preset demo --optimizer sgd {flags}"
+    assert notes_of(common) == [f"note: {flags} changes nothing without {without}"]
+    assert notes_of(f"{common} {owner}") == []
+
+
+def test_values_of_a_preset_and_defaults_are_idle_unsaid():
+    assert notes_of("--preset tape --optimizer sgd --keep-checkpoints 0 --profile-ranks 0") == []
+
+
+def test_a_command_that_cannot_go_on_from_its_own_checkpoints_says_so():
+    [note] = notes_of("--preset demo --save DIR --load DIR --no-save-optim")
+    assert note.startswith("note: with --no-save-optim the same command does not go on from its checkpoints")
+    assert notes_of("--preset demo --save DIR --load DIR --no-save-optim --optimizer sgd --sgd-momentum 0") == []
 
 
 @pytest.mark.parametrize("flag", sorted(REFUSED))

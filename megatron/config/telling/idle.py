@@ -1,0 +1,33 @@
+"""Flags that are given and change nothing, since what they are about is not asked for."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from megatron.config import Config
+from megatron.config.declaration import flag_name, is_switch, shown
+
+
+def notes(config: Config, said: Mapping[str, Any]) -> list[str]:
+    """A line for each, and for what of --save cannot be gone on from. `said`: what file and flags say, by their fields.
+
+    Lines, not errors, since scripts are kept for runs with and without. A preset's values may be idle unsaid.
+    """
+    checkpoint, optimizer = config.checkpoint, config.optimizer
+    owners = {
+        "--save": (checkpoint.save, ("save_interval", "save_interval_minutes", "async_save", "keep_checkpoints",
+                                     "keep_every", "save_retain_optimizer", "no_save_optim")),
+        "--load": (checkpoint.load, ("no_load_optim",)),
+        "--profile": (config.logging.profile, ("profile_step_start", "profile_step_end", "profile_ranks")),
+        "--dry-run": (config.parallel.dry_run, ("dry_run_ranks", "dry_run_rank")),
+        "another --optimizer than sgd": (optimizer.optimizer != "sgd", ("adam_beta1", "adam_beta2", "adam_eps")),
+    }
+    items = {item.name: item for _, section in Config().sections() for item in fields(section)}
+    idle = [(items[name], owner) for owner, (is_there, names) in owners.items() if not is_there
+            for name in names if said.get(name, items[name].default) != items[name].default]
+    lines = [f"note: {flag_name(item)}{'' if is_switch(item) else f' {shown(said[item.name])}'} changes nothing "
+             f"without {owner}" for item, owner in idle]
+    if checkpoint.save and checkpoint.no_save_optim and optimizer.has_state and not checkpoint.no_load_optim:
+        lines.append("note: with --no-save-optim the same command does not go on from its checkpoints; beside "
+                     "--no-load-optim it does, with an optimizer that starts afresh each time")
+    return lines
