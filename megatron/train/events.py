@@ -59,16 +59,18 @@ class Events:
               reading: Reading, *, learning_rate: float, group_rates: Mapping[str, float], global_batch_size: int,
               loss_scale: float, peak_flops: float, weight_decay: float | None = None, num_ranks: int = 1,
               memory_gib: float | None = None, time_left_s: float | None = None,
-              of_ranks: Mapping[str, Any] | None = None) -> None:
+              of_ranks: Mapping[str, Any] | None = None, is_peak_of_bf16: bool = False) -> None:
         """One log event of training, up to which the run has taken `totals`.
 
         `weight_decay`: where it has a course; `group_rates`: the learning rates of groups that have their own;
-        `peak_flops`: the measured FLOP/s of all ranks together; `memory_gib`, `time_left_s`: where they are known;
+        `peak_flops`: the measured FLOP/s of all ranks together, `is_peak_of_bf16`: in bf16, though the run computes in
+        FP8, which may be faster; `memory_gib`, `time_left_s`: where they are known;
         `of_ranks`: the times of each, as Stragglers has them.
         """
         flops = reading.model_flops / reading.elapsed_s
         # Above 1 the peak was measured too low, as the machine was at something else: such a share means nothing.
-        share = flops / peak_flops if flops <= peak_flops else None
+        share = flops / peak_flops if flops <= peak_flops or is_peak_of_bf16 else None
+        peak = "bf16 peak" if is_peak_of_bf16 else "peak"
         values = {
             "loss": reading.loss, "perplexity": None if reading.loss is None else perplexity(reading.loss),
             "masked_accuracy": reading.masked_accuracy,
@@ -93,7 +95,7 @@ class Events:
             f"number of skipped iterations: {reading.num_skipped:3d} | "
             f"masked accuracy: {_text(reading.masked_accuracy, '.4f')} | "
             f"residues per second: {values['residues_per_s']:.0f} | model TFLOP/s: {flops / 1e12:.3f} "
-            f"{'' if share is None else f'({100 * share:.0f} % of peak) '}|"
+            f"{'' if share is None else f'({100 * share:.0f} % of {peak}) '}|"
             f"{'' if memory_gib is None else f' memory: {memory_gib:.2f} GiB |'}"
             f"{f' time left: {in_time(time_left_s)} |' if time_left_s else ''}")
 

@@ -23,7 +23,7 @@ from megatron.train.events import Events
 from megatron.train.guards.faults import Faults
 from megatron.train.guards.guard import Guard, WrongSteps
 from megatron.train.guards.stragglers import Stragglers
-from megatron.train.memory import peak_memory_gib
+from megatron.train.memory import count_from_here, peak_memory_gib
 from megatron.train.meters import Meters, StepSums
 from megatron.train.observation.observers import Observer
 from megatron.train.pace import Pace
@@ -94,6 +94,7 @@ class Training:
         self._peak_flops = config.logging.peak_tflops * 1e12 if config.logging.peak_tflops else measured_peak_flops(
             compute_dtype(config.precision), mesh.device, config.training.micro_batch_size * config.data.seq_length,
             config.model)
+        count_from_here(mesh)
         loader = batches(run.data.train, run.shape, start_sample=run.state.consumed_samples, stop_sample=None,
                          micro_batch_size=config.training.micro_batch_size, data_rank=mesh.data.rank,
                          data_size=mesh.data.size, num_workers=config.data.num_workers, pin=mesh.device.type == "cuda",
@@ -189,7 +190,9 @@ class Training:
                            loss_scale=scale, peak_flops=self._peak_flops * run.mesh.world.size,
                            num_ranks=run.mesh.world.size, memory_gib=peak_memory_gib(run.mesh),
                            time_left_s=self._pace.time_left_s(reading, run.state),
-                           of_ranks=self._stragglers.look(reading))
+                           of_ranks=self._stragglers.look(reading),
+                           is_peak_of_bf16=run.config.precision.fp8 is not None and not (
+                               run.config.logging.peak_tflops))
 
     def _is_time_to_save(self) -> bool:
         """Whether this rank's clock, the first one's, asks for a checkpoint; once, as it comes a step later."""

@@ -20,7 +20,7 @@ from megatron.parallel.mesh import Axis, Mesh
 from megatron.train.engine import build_engine
 from megatron.train.evaluate import Baselines, Evaluation, evaluate
 from megatron.train.events import Events
-from megatron.train.memory import peak_memory_gib
+from megatron.train.memory import count_from_here, peak_memory_gib
 from megatron.train.meters import Meters, Reading, Totals
 from megatron.train.pace import Pace
 from megatron.train.peak import measured_peak_flops
@@ -155,6 +155,22 @@ def test_a_share_of_the_peak_above_one_is_not_told(tmp_path, capsys):
         told(events, found, peak_flops)
     measured, beyond = capsys.readouterr().out.splitlines()
     assert measured.endswith(" (25 % of peak) |") and beyond.endswith(" |") and "of peak" not in beyond
+
+
+def test_in_fp8_a_peak_that_was_measured_in_bf16_is_named_and_may_be_exceeded(capsys):
+    found = reading((2.0, 10, 1.0, True))
+    Events(CheckpointConfig(), LoggingConfig(), Log(), 0).train(
+        1, 2, 8, Totals(), found, learning_rate=1e-3, group_rates={}, global_batch_size=8, loss_scale=1.0,
+        peak_flops=found.model_flops / found.elapsed_s * 0.8, is_peak_of_bf16=True)
+    assert capsys.readouterr().out.strip().endswith(" (125 % of bf16 peak) |")
+
+
+def test_the_memory_of_a_gpu_is_that_of_its_steps(monkeypatch):
+    forgotten = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", forgotten.append)
+    for device in (CPU, torch.device("cuda", 0)):
+        count_from_here(Mesh(device=device))
+    assert forgotten == [torch.device("cuda", 0)]
 
 
 def test_memory_and_time_left_are_told_where_they_are_known(capsys):

@@ -63,7 +63,7 @@ OF_THE_RUN = {
     "residues_per_s": MetricFamily("residues_per_second", "Residues trained on a second."),
     "model_tflops": MetricFamily("model_flops_per_second", "FLOPs that the model itself needs, a second.", 1e12),
     "share_of_peak": MetricFamily("peak_flops_ratio", "The same as a share of the device's measured matrix peak."),
-    "memory_gib": MetricFamily("memory_peak_bytes", "The most that a rank has held since its start.", 2.0**30),
+    "memory_gib": MetricFamily("memory_peak_bytes", "The most that a rank has held.", 2.0**30),
     "num_ranks": MetricFamily("ranks", "Processes that train together."),
     "written_s": MetricFamily("last_record_timestamp_seconds", "When the newest of these numbers was written."),
     "is_running": MetricFamily("running", "Whether the run goes on: 0 once it has ended, of itself or by an error."),
