@@ -71,8 +71,13 @@ if [ -n "${SLURM_JOB_NODELIST-}" ]; then check_machines; fi
 pointer=$checkpoint_path/latest_checkpointed_iteration.txt
 saved() { if [ -e "$pointer" ]; then cat "$pointer"; fi; }
 before=$(saved) status=0
+# Where a task says that it ends with 2, 3 or 4: of the others, which srun then kills, it tells a higher status.
+export EXIT_STATUS_FILE=$checkpoint_path/.ended-${SLURM_JOB_ID-}
+rm -f "$EXIT_STATUS_FILE"
 # On SIGTERM srun ends its tasks by force; SIGUSR1 it passes on.
 run_until_asked USR1 srun --kill-on-bad-exit=1 "$python" "$root/pretrain_tape.py" "${flags[@]}" "$@" || status=$?
+if [ -s "$EXIT_STATUS_FILE" ]; then status=$(cat "$EXIT_STATUS_FILE"); fi
+rm -f "$EXIT_STATUS_FILE"
 why=''
 if [ "$asked" = USR1 ] && [ "$status" -eq 0 ]; then why="the time is up"; fi
 if [ -z "$asked" ] && { [ "$status" -eq 1 ] || [ "$status" -gt 128 ]; }; then why="a task has failed"; fi

@@ -102,6 +102,14 @@ for task in $(jobs -p); do
 done
 exit "$highest"
 """
+# As srun does with --kill-on-bad-exit, whose status a killed task decides.
+KILLING_SRUN = f"""#!/usr/bin/env bash
+while [[ $1 == -* ]]; do shift; done
+for rank in 0 1; do {SRUN} "$@" & done
+wait -n && wait -n && exit 0
+kill -s KILL $(jobs -p) 2>/dev/null
+exit 137
+"""
 # SLURM's two machines, of which one is this, and a list of the jobs that it was asked to queue again.
 SCONTROL = """#!/usr/bin/env bash
 case $1 in show) echo "$HOSTNAME"; echo "${OTHER_MACHINE:-$HOSTNAME}" ;; requeue) echo "$2" >>"$REQUEUED" ;; esac
@@ -146,6 +154,15 @@ def test_a_job_that_fails_is_queued_again_only_where_it_has_come_further(start_j
     output = process.communicate()[0]
     assert process.returncode == 128 + signal.SIGKILL, output
     assert queued_again(tmp_path) == expected
+
+
+def test_a_job_whose_task_ends_by_a_mistake_is_not_queued_again_though_srun_kills_the_others(start_job, tmp_path):
+    (tmp_path / "bin" / "srun").write_text(KILLING_SRUN)
+    process = start_job("--train-iters", 8, "--save-interval", 4, "--inject-fault", "full-disk@8", "full-disk@7")
+    output = process.communicate()[0]
+    assert process.returncode == 4, output
+    assert (tmp_path / "run" / "iter_0000004").is_dir() and queued_again(tmp_path) == []
+    assert not list((tmp_path / "run").glob(".ended-*"))
 
 
 def test_a_machine_that_cannot_run_the_program_is_named_before_the_tasks_are_started(start_job, tmp_path):

@@ -86,6 +86,11 @@ def is_alone() -> bool:
         return True
 
 
+def status_file() -> str | None:
+    """Where a batch script asks for the exit status of a rank whose failure is not to be tried again, if one does."""
+    return os.environ.get("EXIT_STATUS_FILE")
+
+
 # What marks a process of each launcher, the innermost first: its rank, the number of ranks, and its rank on its host.
 # A batch script of SLURM has SLURM_PROCID 0 and SLURM_NTASKS of the whole job: only srun sets SLURM_STEP_NUM_TASKS.
 # srun --mpi=pmi2 sets PMI_RANK as well, without a rank on the host.
