@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
             log.line(listing(config, resolved.given.always_so))
             if (said := notice(taken)) is not None:
                 log.line(said)
-            for line in notes(config, resolved.given.said):
+            for line in notes(config, resolved.given.said, resolved.given.of_preset):
                 log.line(line)
             with claimed(config.checkpoint.save, mesh, log) as claim, requests.listening():
                 keep = None if claim is None else partial(keep_configuration, resolved)

@@ -109,6 +109,14 @@ def test_training_by_samples_replaces_the_presets_iterations():
     assert config.schedule.lr_decay_iters is None
 
 
+def test_a_presets_warm_up_in_iterations_steps_back_for_samples_and_is_missed():
+    assert parsed("--preset esm2-8m --train-samples 5000").schedule.lr_warmup_iters == 0
+    [note] = notes_of("--preset esm2-8m --train-samples 5000")
+    assert note.startswith("note: the preset's --lr-warmup-iters 2000 does not count for --train-samples")
+    assert notes_of("--preset esm2-8m --train-samples 5000 --lr-warmup-samples 50") == []
+    assert "goes with --lr-warmup-samples" in error_of("--preset tape --train-samples 5000 --lr-warmup-iters 9")
+
+
 @pytest.mark.parametrize(("text", "samples"), [
     ("--preset demo --lr-warmup-iters 7", 28), ("--preset demo --lr-warmup-iters 0", 0),
     ("--preset demo --lr-warmup-iters 7 --lr-warmup-fraction 0", 28), ("--preset demo --lr-warmup-fraction 0", 0),
@@ -152,7 +160,7 @@ def test_flags_that_are_always_so_are_accepted_and_listed():
 
 def notes_of(text):
     resolved = resolve(text.split())
-    return notes(resolved.config, resolved.given.said)
+    return notes(resolved.config, resolved.given.said, resolved.given.of_preset)
 
 
 @pytest.mark.parametrize(("flags", "owner", "without"), [

@@ -7,8 +7,9 @@ from typing import Any
 _REPLACES = {
     "fp16": ("bf16", "precision"), "bf16": ("fp16", "precision"), "precision": ("fp16", "bf16"),
     "recompute_granularity": ("checkpoint_activations",), "checkpoint_activations": ("recompute_granularity",),
-    "train_samples": ("train_iters", "lr_decay_iters", "lr_wsd_decay_iters"),
-    "train_iters": ("train_samples", "lr_decay_samples", "lr_wsd_decay_samples", "rampup_batch_size"),
+    "train_samples": ("train_iters", "lr_decay_iters", "lr_wsd_decay_iters", "lr_warmup_iters"),
+    "train_iters": ("train_samples", "lr_decay_samples", "lr_wsd_decay_samples", "lr_warmup_samples",
+                    "rampup_batch_size"),
     "lr_decay_samples": ("lr_decay_iters",), "lr_decay_iters": ("lr_decay_samples",),
     "lr_warmup_fraction": ("lr_warmup_iters", "lr_warmup_samples"),
     "lr_warmup_iters": ("lr_warmup_fraction", "lr_warmup_samples"),

@@ -1,4 +1,4 @@
-"""Flags that are given and change nothing, since what they are about is not asked for."""
+"""What is given and changes nothing: flags without what they are about, a preset's warm-up in another unit."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -8,10 +8,11 @@ from megatron.config import Config
 from megatron.config.declaration import flag_name, is_switch, shown
 
 
-def notes(config: Config, said: Mapping[str, Any]) -> list[str]:
-    """A line for each, and for what of --save cannot be gone on from. `said`: what file and flags say, by their fields.
+def notes(config: Config, said: Mapping[str, Any], of_preset: Mapping[str, Any]) -> list[str]:
+    """A line for each, and for what of --save cannot be gone on from.
 
-    Lines, not errors, since scripts are kept for runs with and without. A preset's values may be idle unsaid.
+    `said`: what file and flags say, `of_preset`: what the preset does, by their fields' names. Lines, not errors, since
+    scripts are kept for runs with and without. A preset's values may be idle unsaid, but for its warm-up.
     """
     checkpoint, optimizer = config.checkpoint, config.optimizer
     owners = {
@@ -30,4 +31,8 @@ def notes(config: Config, said: Mapping[str, Any]) -> list[str]:
     if checkpoint.save and checkpoint.no_save_optim and optimizer.has_state and not checkpoint.no_load_optim:
         lines.append("note: with --no-save-optim the same command does not go on from its checkpoints; beside "
                      "--no-load-optim it does, with an optimizer that starts afresh each time")
+    warmup, schedule = of_preset.get("lr_warmup_iters"), config.schedule
+    if warmup and config.training.train_samples and not (schedule.lr_warmup_samples or schedule.lr_warmup_fraction):
+        lines.append(f"note: the preset's --lr-warmup-iters {warmup} does not count for --train-samples: there is no "
+                     "warm-up unless you give --lr-warmup-samples or --lr-warmup-fraction")
     return lines
