@@ -45,7 +45,7 @@ def claimed(folder: str | None, mesh: "Mesh", log: Log) -> Iterator["Claim | Non
     try:
         if claim is not None:
             claim.acquire(log.line)
-        all_reduce_sum(torch.zeros(1, device=mesh.device), mesh.world)  # nobody reads before a last holder has ended
+        all_reduce_sum(torch.zeros(1, device=mesh.device), mesh.world)  # nobody goes on before it is ours
         yield claim
     finally:
         if claim is not None:

@@ -24,7 +24,8 @@ class PrecisionConfig:
     min_loss_scale: float = flag(1.0, "smallest dynamic loss scale", kind=float, check=positive, changes="course")
     loss_scale_window: int = flag(1000, "steps without overflow until the scale doubles", kind=int, check=positive,
                                   changes="course")
-    hysteresis: int = flag(2, "overflows until the scale halves", kind=int, check=positive, changes="course")
+    hysteresis: int = flag(2, "overflows until the scale halves, as it then does at each until it has doubled again",
+                          kind=int, check=positive, changes="course")
     fp8: str = flag(None, "the blocks' matrix products in FP8, with --bf16: e4m3, or hybrid, which has gradients in "
                     "E5M2 (default: in bf16)", choices=("e4m3", "hybrid"), aliases=("--fp8-format",), changes="course")
     fp8_recipe: str = flag("tensorwise", "what has a scale of its own in FP8, as large as it is then: a tensor, a row "

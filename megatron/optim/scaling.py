@@ -12,8 +12,8 @@ from megatron.config import PrecisionConfig
 class LossScale:
     """A factor on the loss: 1 in fp32 and bf16, fixed or dynamic in fp16.
 
-    Dynamic, as Megatron-LM's: `hysteresis` overflows halve it (never below `min_loss_scale`), `loss_scale_window`
-    steps in a row without overflow double it.
+    Dynamic, as Megatron-LM's: `loss_scale_window` steps in a row without overflow double it. After that, as at first,
+    the overflow of number `hysteresis` halves it, and so does each one behind (never below `min_loss_scale`).
     """
 
     def __init__(self, config: PrecisionConfig, device: torch.device) -> None:

@@ -48,10 +48,10 @@ def num_virtual_stages(num_layers: int, config: ParallelConfig) -> int:
 
 
 def layers_a_stage(num_layers: int, config: ParallelConfig) -> list[int]:
-    """Blocks of each stage; what `--decoder-first/last-pipeline-num-layers` leave open is balanced by cost.
+    """Blocks of each stage; what `--decoder-first/last-pipeline-num-layers` leave open is shared out evenly.
 
-    Embedding and head together cost a fraction of a block (a lookup; a few products for the masked 15 % of the tokens),
-    so blocks that are left over go to stages that have neither, then to the last, whose rank keeps the fewest
+    Embedding and head together are taken for a fraction of a block (a lookup; a few products for the masked tokens), so
+    blocks that are left over go to stages that have neither, then to the last, whose rank keeps the fewest
     activations.
     """
     num_stages = config.pipeline_model_parallel_size * num_virtual_stages(num_layers, config)
