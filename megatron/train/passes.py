@@ -71,7 +71,7 @@ class TrainPasses(_Passes, TrainingPasses):
             if output.requires_grad:  # not so where all parameters up to here are frozen
                 output.backward(gradient_uh)
 
-    def weights(self, action: Action) -> None:
+    def weights(self) -> None:
         """Compute the gradients that the oldest "input" pass put off."""
         self._waiting.compute_oldest()
 

@@ -34,7 +34,7 @@ class TrainingPasses(Passes):
         """Go back from `output`, a result of `forward`, and its gradient; None for a loss."""
 
     @abstractmethod
-    def weights(self, action: Action) -> None:
+    def weights(self) -> None:
         """Compute the gradients that the oldest backward pass of kind "input" put off."""
 
 
@@ -97,7 +97,7 @@ class Pipeline:
                 continue
             assert isinstance(passes, TrainingPasses), "evaluation does not go back"
             if action.kind == "weights":
-                passes.weights(action)
+                passes.weights()
                 continue
             hidden, output = under_way.pop(place)
             passes.backward(action, output, message)
