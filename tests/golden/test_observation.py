@@ -34,7 +34,8 @@ def test_a_tracker_and_prometheus_get_what_metrics_jsonl_gets(corpus, tmp_path, 
     assert (begun["project"], begun["config"]["num_layers"], begun["config"]["num_ranks"]) == ("proteinlm", 2, 1)
     text = (tmp_path / "run.prom").read_text()
     assert dict(re.findall(r'^proteinlm_(\w+)\{run="run"\} (\S+)$', text, re.MULTILINE)).items() >= {
-        "iterations_total": "2.0", "last_iteration": "2.0", "ranks": "1.0", "running": "0.0"}.items()
+        "iterations_total": "2.0", "last_iteration": "2.0", "ranks": "1.0", "running": "0.0",
+        "failed": "0.0"}.items()
 
 
 def test_a_library_that_is_not_installed_ends_the_program_with_status_2_before_anything_is_built(

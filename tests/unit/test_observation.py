@@ -284,13 +284,15 @@ def test_what_events_write_is_told_over_http_and_in_the_file_until_the_end(tmp_p
         text, kind = answer.read().decode(), answer.headers["Content-Type"]
     assert kind == "text/plain; version=0.0.4; charset=utf-8" and text == (tmp_path / "run.prom").read_text()
     for name, value in {"iterations_total": 4, "last_iteration": 8, "residues_total": 200, "residues_per_second": 200,
-                        "peak_flops_ratio": 0.2, "ranks": 2, "time_left_seconds": 2, "running": 1}.items():
+                        "peak_flops_ratio": 0.2, "ranks": 2, "time_left_seconds": 2, "running": 1,
+                        "failed": 0}.items():
         assert at(text, name, run="demo") == value, name
     assert at(text, "loss", run="demo", kind="test") == 2.75
     with pytest.raises(urllib.error.HTTPError, match="404"):
         urllib.request.urlopen(url.replace("/metrics", "/etc/passwd"), timeout=10)
-    shown.close(has_failed=False)
-    assert at((tmp_path / "run.prom").read_text(), "running", run="demo") == 0
+    shown.close(has_failed=True)
+    text = (tmp_path / "run.prom").read_text()
+    assert (at(text, "running", run="demo"), at(text, "failed", run="demo")) == (0, 1)
     with pytest.raises(OSError):
         urllib.request.urlopen(url, timeout=10)
 

@@ -67,6 +67,7 @@ OF_THE_RUN = {
     "num_ranks": MetricFamily("ranks", "Processes that train together."),
     "written_s": MetricFamily("last_record_timestamp_seconds", "When the newest of these numbers was written."),
     "is_running": MetricFamily("running", "Whether the run goes on: 0 once it has ended, of itself or by an error."),
+    "has_failed": MetricFamily("failed", "Whether it has ended by an error."),
 }
 
 
@@ -76,7 +77,7 @@ class Exposition:
     def __init__(self, run: str) -> None:
         self._run = run
         self._of_kinds: dict[str, Record] = {}
-        self._values: dict[str, Any] = {"is_running": 1, "num_skipped": 0}
+        self._values: dict[str, Any] = {"is_running": 1, "has_failed": 0, "num_skipped": 0}
 
     def take(self, record: Record) -> None:
         """The numbers of a record in place of older ones; what is None there is not told until it is known again."""
@@ -84,9 +85,9 @@ class Exposition:
         skipped = self._values["num_skipped"] + record.get("skipped_iterations", 0)
         self._values |= {**record, "num_skipped": skipped}
 
-    def end(self) -> None:
-        """The run has ended."""
-        self._values["is_running"] = 0
+    def end(self, has_failed: bool) -> None:
+        """The run has ended, or `has_failed`."""
+        self._values |= {"is_running": 0, "has_failed": int(has_failed)}
 
     def text(self) -> str:
         """All of them as Prometheus reads them."""
@@ -140,8 +141,8 @@ class Prometheus:
         self._show()
 
     def close(self, has_failed: bool) -> None:
-        """Listen no longer; the file says that the run has ended."""
-        self._exposition.end()
+        """Listen no longer; the file says that the run has ended, and whether by an error."""
+        self._exposition.end(has_failed)
         self._show()
         if self._server is not None:
             self._server.shutdown()
