@@ -41,8 +41,8 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--sampler", choices=SAMPLERS, default="grid", help="what to try next (default: grid, all)")
     flags.add_argument("--trials", type=int, metavar="N", help="settings to try, of the grid (default: all)")
     flags.add_argument("--metric", default="valid", metavar="KIND",
-                       help="the loss that decides: valid, valid_ema of the average of weights, or valid/NAME of one "
-                            "corpus (default: valid)")
+                       help="the loss that decides: valid, valid_ema of the average of weights, valid/NAME of one "
+                            "corpus, test or train (default: valid)")
     flags.add_argument("--jobs", type=int, default=1, metavar="N",
                        help="trials at once, each on its share of the GPUs or cores (default: 1)")
     return flags
@@ -65,7 +65,7 @@ def sweep(given: argparse.Namespace, base: tuple[str, ...]) -> int:
         raise ConfigError(f"--sampler {given.sampler} needs --trials: how many settings to try")
     space = Space(tuple(name for name, *_ in given.vary), tuple(tuple(values) for _, *values in given.vary),
                   tuple(given.seeds or [None]), base)
-    space.check()
+    space.check(given.metric)
     if given.sampler == "optuna":
         optuna_module()  # before anything is written
     log = Log()

@@ -1,6 +1,6 @@
 """What a sweep keeps in its folder, so that it goes on after it was killed, and what became of each trial.
 
-FOLDER/sweep.json     what it is: the flags of all trials, which flags are varied, which loss decides
+FOLDER/sweep.json     what it is: the flags of all trials, which flags are varied
 FOLDER/sweep.jsonl    one line a trial, begun or ended
 FOLDER/sweep.csv      the same as a table
 FOLDER/lr=1e-3_seed=1 one trial: the folder of its run, and run.log, what that printed
@@ -11,20 +11,22 @@ import io
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+from megatron.checkpoint.places import METRICS_FILE
 from megatron.config.command_line import as_flags
 from megatron.errors import ConfigError
 from megatron.files import try_lock, write_json, write_text
+from megatron.study.curves import kinds_of
 from megatron.study.settings import Space, Trial
 
 BEGUN, FINISHED, STOPPED, NOT_FINITE, FAILED = "begun", "finished", "stopped early", "not finite", "failed"
 ENDED = (FINISHED, STOPPED, NOT_FINITE)  # is not tried again
 IDENTITY, RESULTS = "sweep.json", "sweep.jsonl"
-_SAID = {"flags": "its trials have", "varied": "it varies", "metric": "it goes by"}
+_SAID = {"flags": "its trials have", "varied": "it varies"}
 WAIT_S = 60.0  # for a trial of a sweep that was killed, which is still saving
 
 
@@ -46,13 +48,17 @@ class TrialResult:
 
 
 class SweepRecord:
-    """The results in a sweep's folder, by their trials; what is put in is on the disk at once."""
+    """The results in a sweep's folder, by their trials; what is put in is on the disk at once.
+
+    `metric`: the loss that they have. Those of an earlier start, which may have gone by another, are read again.
+    """
 
     def __init__(self, folder: Path, space: Space, metric: str) -> None:
-        self.folder, self._space = folder, space
+        self.folder, self._space, self._metric = folder, space, metric
         self._path = folder / RESULTS
         self._results = {result.trial: result for result in self._read()}
-        self._check_identity({"flags": as_flags(space.base), "varied": list(space.names), "metric": metric})
+        self._check_identity({"flags": as_flags(space.base), "varied": list(space.names)})
+        self._results = {name: self._read_again(result) for name, result in self._results.items()}
 
     def __getitem__(self, trial: Trial) -> TrialResult | None:
         return self._results.get(self._space.folder_name(trial))
@@ -70,6 +76,27 @@ class SweepRecord:
         """Keep a result, in place of what was known of its trial."""
         self._results[result.trial] = result
         write_text(self._path, "".join(f"{json.dumps(asdict(one))}\n" for one in self.all()))
+
+    def facts(self, trial: str) -> dict[str, Any]:
+        """The loss and the totals of a trial's last evaluation; {} before it."""
+        with suppress(ConfigError):
+            if last := kinds_of(self.folder / trial).get(self._metric, [])[-1:]:
+                return {"loss": last[0].get("loss"), "steps": last[0]["iteration"],
+                        "residues": last[0].get("consumed_residues"), "seconds": last[0].get("training_s"),
+                        "flops": last[0].get("consumed_flops")}
+        return {}
+
+    def _read_again(self, result: TrialResult) -> TrialResult:
+        if not (self.folder / result.trial / METRICS_FILE).exists():
+            return result
+        facts = self.facts(result.trial) or {"loss": None}
+        trial = Trial(tuple(result.values.values()), result.seed)
+        if result.outcome in ENDED and facts.get("steps") == self._space.last_iteration(trial):
+            return replace(result, **facts, outcome=FINISHED if facts["loss"] is not None else NOT_FINITE)
+        if result.outcome == FINISHED:
+            raise ConfigError(f"--metric {self._metric}: {self.folder / result.trial} ended without such a loss; give "
+                              "another --metric")
+        return replace(result, **facts)
 
     def write_table(self) -> None:
         """Write sweep.csv."""

@@ -12,12 +12,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from megatron.checkpoint.places import METRICS_FILE
 from megatron.errors import ConfigError, DivergedError
 from megatron.log import in_time
-from megatron.study.curves import kinds_of, read_curve
+from megatron.study.curves import read_curve
 from megatron.study.record import BEGUN, FAILED, FINISHED, NOT_FINITE, STOPPED, SweepRecord, TrialResult, has_checkpoint
 from megatron.study.settings import Space, Trial
 from megatron.train.starting import requests_heard_by
@@ -116,7 +115,7 @@ class Sweep:
     def _end(self, running: _Running, exit_status: int, num_left: int) -> None:
         wall_s = time.monotonic() - running.began_s
         self._walls_s.append(wall_s)
-        facts = self._facts(running)
+        facts = self._record.facts(running.result.trial)
         result = replace(running.result, **facts, wall_s=wall_s + (running.result.wall_s or 0.0))
         is_at_end = exit_status == 0 and result.steps == self._space.last_iteration(running.trial)
         said = _last_line(self._record.folder / result.trial / LOG)
@@ -135,15 +134,6 @@ class Sweep:
             remedy = f"no {self._metric} loss at its end; give another --metric, or flags with which it has one"
             raise ConfigError(f"trial {result.trial}: {said.removeprefix('error: ') if exit_status else remedy}")
 
-    def _facts(self, running: _Running) -> dict[str, Any]:
-        """The loss and the totals of the last evaluation; {} before it."""
-        with suppress(ConfigError):
-            if last := kinds_of(self._record.folder / running.result.trial).get(self._metric, [])[-1:]:
-                return {"loss": last[0].get("loss"), "steps": last[0]["iteration"],
-                        "residues": last[0].get("consumed_residues"), "seconds": last[0].get("training_s"),
-                        "flops": last[0].get("consumed_flops")}
-        return {}
-
     def _has_grown(self, running: _Running) -> bool:
         metrics = self._record.folder / running.result.trial / METRICS_FILE
         before, running.num_seen = running.num_seen, metrics.stat().st_size if metrics.exists() else 0
@@ -151,7 +141,7 @@ class Sweep:
 
     def _judged(self, running: _Running) -> str | None:
         """The outcome of a trial that is to be stopped where it is; None for one that may go on."""
-        facts = self._facts(running)
+        facts = self._record.facts(running.result.trial)
         if not facts or facts["steps"] in (running.judged_at, self._space.last_iteration(running.trial)):
             return None
         running.judged_at = facts["steps"]

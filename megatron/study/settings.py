@@ -5,9 +5,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+from megatron.checkpoint.metrics import OF_AVERAGE
 from megatron.config import Config
 from megatron.config.command_line import as_flags, left_open, parse
 from megatron.config.declaration import flag_name, is_switch
+from megatron.data.rows.data_path import names_in_short, parse_data_path
 from megatron.errors import ConfigError
 from megatron.train.state import BatchSizes, TrainState
 
@@ -60,8 +62,9 @@ class Space:
         """The step at which a trial ends."""
         return BatchSizes(_parsed(self.words(trial)).training, 1).last_iteration(TrainState())
 
-    def check(self) -> None:
-        """Raises ConfigError for values that make no sweep, or flags that pretrain_tape.py would refuse."""
+    def check(self, metric: str) -> None:
+        """Raises ConfigError for values that make no sweep, flags that pretrain_tape.py would refuse, or a `metric`
+        that the trials do not have."""
         for name, values in zip(self.names, self.values, strict=True):
             if not values:
                 raise ConfigError(f"--vary {name} has no values; give some behind it: --vary {name} VALUE VALUE")
@@ -69,18 +72,23 @@ class Space:
                 raise ConfigError(f"--vary {name} has {max(values, key=values.count)} twice; give it once")
         if len(set(self.names)) < len(self.names):
             raise ConfigError(f"--vary {max(self.names, key=self.names.count)} is given twice; put its values together")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"--seeds has {max(self.seeds, key=self.seeds.count)} twice; give it once")
+        if "seed" in self.names and self.seeds != (None,):
+            raise ConfigError("--vary seed beside --seeds says twice what --seed is; leave one of them out")
         trials = [trial for setting in self.settings() for trial in self.trials(setting)]
         found: dict[str, Trial] = {}
         for trial in trials:
             if trial.seed == self.seeds[0] or trial.setting == trials[0].setting:
-                self._check_flags(trial)
+                self._check_flags(trial, metric)
             other = found.setdefault(self.folder_name(trial), trial)
             if other != trial:
                 raise ConfigError(f"the values {' '.join(other.setting)} and {' '.join(trial.setting)} would share the "
                                   f"folder {self.folder_name(trial)}; spell them so that letters or digits differ")
 
-    def _check_flags(self, trial: Trial) -> None:
+    def _check_flags(self, trial: Trial, metric: str) -> None:
         config = _parsed(self.words(trial))
+        _check_metric(metric, config)
         BatchSizes(config.training, 1)
         for _, section in config.sections():
             for item in fields(section):
@@ -90,6 +98,26 @@ class Space:
         if config.checkpoint.load and not config.checkpoint.finetune:
             raise ConfigError(f"--load {config.checkpoint.load} would have every trial go on with one run; leave it "
                               "out, or give --finetune to begin each with its weights")
+
+
+def _check_metric(metric: str, config: Config) -> None:
+    """Raises ConfigError where a run of these flags ends without this loss (`megatron.train.evaluations`)."""
+    split, slash, corpus = metric.partition("/")
+    if metric != "train" and split.removesuffix(OF_AVERAGE) not in ("valid", "test"):
+        raise ConfigError(f"--metric is {metric}; give valid, test or train, the first two with {OF_AVERAGE} for the "
+                          "average of the weights, or with /NAME for one corpus")
+    if split.endswith(OF_AVERAGE) and config.optimizer.ema is None:
+        raise ConfigError(f"--metric {metric} is of the average of the weights, which needs --ema; give that, or "
+                          f"--metric {metric.replace(OF_AVERAGE, '', 1)}")
+    if slash and not config.training.eval_each:
+        raise ConfigError(f"--metric {metric} is of one corpus, which needs --eval-each; give that, or "
+                          f"--metric {split}")
+    if slash:
+        files = parse_data_path(config.data.data_path)[1]
+        names = names_in_short([one.name for one in files]).values() if len(files) > 1 else ()
+        if corpus not in names:
+            raise ConfigError(f"--metric {metric}: --data-path has no weighted corpus {corpus}; it has "
+                              f"{', '.join(names) or 'none'}; give one of those, or --metric {split}")
 
 
 def _parsed(words: Sequence[str]) -> Config:

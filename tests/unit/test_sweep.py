@@ -28,6 +28,7 @@ from megatron.study.sweep_picture import draw_sweep
 from tools.sweep import environments, main
 
 BASE = ("--seq-length", "8", "--micro-batch-size", "1", "--train-iters", "30")
+CORPORA = (*BASE, "--eval-each", "--data-path", "1", "x/a", "2", "y/a", "1", "z/b")
 SLOW = (*BASE, "--optimizer", "sgd", "--sgd-momentum")
 STAND_IN = '''
 import argparse, json, math, os, signal, sys, time
@@ -217,6 +218,15 @@ def test_a_trial_that_fails_is_tried_again_and_a_mistake_ends_the_sweep(sweep):
     (["--vary", "lr", "1", "1"], BASE, "--vary lr has 1 twice"),
     (["--vary", "swiglu", "maybe"], BASE, "--vary swiglu has maybe; --swiglu is a switch"),
     (["--vary", "data-path", "a/b", "a-b"], (*BASE, "--lr", "1"), "the values a/b and a-b would share the folder"),
+    (["--vary", "lr", "1", "--seeds", "1", "1"], BASE, "--seeds has 1 twice"),
+    (["--vary", "seed", "1", "2", "--seeds", "1", "2"], BASE, "--vary seed beside --seeds"),
+    (["--vary", "lr", "1", "--metric", "loss"], BASE, "--metric is loss; give valid"),
+    (["--vary", "lr", "1", "--metric", "valid_ema"], BASE, "--metric valid_ema is of the average of the weights"),
+    (["--vary", "lr", "1", "--metric", "valid/a"], BASE, "--metric valid/a is of one corpus, which needs --eval-each"),
+    (["--vary", "lr", "1", "--metric", "test/d"], CORPORA, "--metric test/d: --data-path has no weighted corpus d; it "
+     "has x/a, y/a, b; give one of those, or --metric test"),
+    (["--vary", "lr", "1", "--metric", "valid/a"], (*BASE, "--eval-each", "--data-path", "x/a"),
+     "--metric valid/a: --data-path has no weighted corpus a; it has none"),
     (["--vary", "lr", "1", "--jobs", "0"], BASE, "--jobs is 0"),
     (["--vary", "lr", "1", "--sampler", "random"], BASE, "--sampler random needs --trials"),
     (["--vary", "lr", "1"], (*BASE, "--nix"), "unknown argument --nix"),
@@ -250,7 +260,18 @@ def test_another_sweep_in_the_folder_is_refused_once_a_trial_has_got_anywhere(sw
         "error: --output out holds another sweep: its trials have --train-iters 30 where here is --train-iters 60; "
         "give a new folder, or what it has\n")
     assert "it varies lr where here is lr min-lr" in sweep("--vary", "lr", "1", "--vary", "min-lr", "0")[2]
-    assert "it goes by valid where here is test" in sweep("--vary", "lr", "1", "--metric", "test")[2]
+
+
+def test_another_metric_is_read_of_trials_that_are_done(sweep):
+    own = ("--vary", "lr", "1e-4", "1e-3")
+    sweep(*own)
+    assert "--metric test: out/lr=1e-4 ended without such a loss" in sweep(*own, "--metric", "test")[2]
+    for name in results():
+        metrics = Path("out", name, "metrics.jsonl")
+        record = json.loads(metrics.read_text().splitlines()[-1]) | {"kind": "test"}
+        metrics.write_text(metrics.read_text() + json.dumps(record | {"loss": 1.5 - record["loss"]}) + "\n")
+    _, again, _ = sweep(*own, "--metric", "test")
+    assert begun(again) == [] and "test loss in nats, the best first:" in again and again[-1] == "best: --lr 1e-4"
 
 
 def test_a_file_of_flags_is_read_for_each_trial_and_is_another_sweep_once_it_is_another(sweep):

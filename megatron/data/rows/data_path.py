@@ -41,6 +41,12 @@ def parse_data_path(data_path: Sequence[str] | None) -> tuple[list[Fraction], li
     return [Fraction(1)], [_corpus(data_path)]
 
 
+def names_in_short(names: Sequence[str]) -> dict[str, str]:
+    """What evaluations call each corpus: the last part of its name, or all of it where two share that."""
+    shared = Counter(Path(name).name for name in dict.fromkeys(names))
+    return {name: name if shared[Path(name).name] > 1 else Path(name).name for name in names}
+
+
 def _corpus(words: Sequence[str]) -> CorpusFiles:
     """One corpus of prefixes and lists."""
     prefixes: list[str] = []

@@ -1,10 +1,8 @@
 """The training, validation and test rows of a run, from its flags."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 
 from megatron.config import DataConfig
 from megatron.data.corpus.documents import documents_of
@@ -15,7 +13,7 @@ from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.blend import BlendedDataset
 from megatron.data.rows.cache_files import choose_cache_folder
 from megatron.data.rows.clusters import Clusters, cluster_documents
-from megatron.data.rows.data_path import CorpusFiles, parse_data_path
+from megatron.data.rows.data_path import CorpusFiles, names_in_short, parse_data_path
 from megatron.data.rows.masking import Masking
 from megatron.data.rows.packed import PackedDataset, PackingSettings
 from megatron.errors import ConfigError, DataError
@@ -35,11 +33,10 @@ class Splits:
 
 
 def corpora_of(dataset: Dataset) -> dict[str, PackedDataset]:
-    """The corpora of a dataset by their names: the last part of a prefix, or all of it where two share that."""
+    """The corpora of a dataset by their names in short."""
     parts = dataset.datasets if isinstance(dataset, BlendedDataset) else (dataset,)
     prefixes = {part.documents.indexed.prefix: part for part in parts}
-    names = Counter(Path(prefix).name for prefix in prefixes)
-    return {prefix if names[Path(prefix).name] > 1 else Path(prefix).name: part for prefix, part in prefixes.items()}
+    return {name: prefixes[prefix] for prefix, name in names_in_short(list(prefixes)).items()}
 
 
 def build_datasets(data: DataConfig, vocab: Vocab, seed: int) -> Splits:
