@@ -2,10 +2,10 @@
 
     python tools/plan_layout.py --preset proteinlm-3b --gpus 64 --gpu h100-80gb --global-batch-size 2048
 
-All flags of pretrain_tape.py are accepted beside this tool's own. What they settle of a layout is kept; the rest is
-tried: tensor, pipeline and, if nothing fits without, context parallelism, schedules, sharding, recomputation, rows of a
-micro-batch. Memory and messages are put together from what the model's pieces show on tensors without values, and tests
-compare them with whole dry runs; times are estimates.
+All flags of pretrain_tape.py are accepted beside this tool's own, --load too, whose checkpoint says what the model is.
+What they settle of a layout is kept; the rest is tried: tensor, pipeline and, if nothing fits without, context
+parallelism, schedules, sharding, recomputation, rows of a micro-batch. Memory and messages are put together from what
+the model's pieces show on tensors without values, and tests compare them with whole dry runs; times are estimates.
 """
 
 import argparse
@@ -17,8 +17,9 @@ from pathlib import Path
 if not __package__:  # else it is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.config import Config
-from megatron.config.command_line import OneLineParser, parse, resolve  # noqa: E402
+from megatron.checkpoint.newest import saved_flags  # noqa: E402
+from megatron.config import Config  # noqa: E402
+from megatron.config.command_line import OneLineParser, left_open, parse, resolve  # noqa: E402
 from megatron.errors import ConfigError  # noqa: E402
 from megatron.log import exit_status  # noqa: E402
 from megatron.parallel.traffic import ALL_GATHER, EXCHANGE  # noqa: E402
@@ -37,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
 def plan_layouts(own: argparse.Namespace, rest: Sequence[str]) -> None:
     """Print the layouts; raises a UserError."""
     machine = _machine(own)
-    plans = best_plans(parse(rest, _ANY)[0], machine, _given(rest))
+    plans = best_plans(parse(rest, _ANY | left_open(rest, saved_flags))[0], machine, _given(rest))
     shown = plans[:own.top]
     if own.json:
         print(json.dumps([facts(plan) for plan in shown], indent=1))

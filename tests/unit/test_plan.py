@@ -9,6 +9,7 @@ from megatron.config.command_line import parse
 from megatron.parallel.layout import check_layout
 from megatron.plan.gpus import GPUS
 from megatron.plan.search import Machine, best_plans, layout_flags
+from tools import plan_layout
 from tools.plan_layout import main
 
 TP2, FULL = ["--tensor-model-parallel-size", "2"], ["--checkpoint-activations"]
@@ -67,6 +68,17 @@ def test_the_tool_keeps_what_a_file_says_of_the_layout_and_tries_the_rest(capsys
     by_file = capsys.readouterr().out
     assert main([*asked, "--preset", "proteinlm-200m", *TP2]) == 0
     assert by_file == capsys.readouterr().out
+
+
+def test_the_tool_plans_the_model_of_the_checkpoint_that_is_loaded(capsys, monkeypatch):
+    saved = parse(["--preset", "proteinlm-200m"])[0].as_dict()
+    monkeypatch.setattr(plan_layout, "saved_flags", {"there": saved}.__getitem__)
+    asked = ["--gpus", "2", "--global-batch-size", "64", "--gpu", "h100-80gb", "--seq-length", "1024", "--bf16",
+             "--micro-batch-size", "2", "--top", "2", "--json", *TP2, *FULL]
+    assert main([*asked, "--load", "there"]) == 0
+    by_checkpoint = capsys.readouterr().out
+    assert main([*asked, "--preset", "proteinlm-200m"]) == 0
+    assert by_checkpoint == capsys.readouterr().out
 
 
 def test_the_tool_prints_json(capsys):
