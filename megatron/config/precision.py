@@ -14,7 +14,8 @@ class PrecisionConfig:
     fp16: bool = flag(False, "compute in fp16, with a loss scale", changes="course", common=True)
     bf16: bool = flag(False, "compute in bf16", changes="course", common=True)
     precision: str = flag(None, "auto: bf16 where the device multiplies faster in it, else fp32, as measured at the "
-                          "start; a run that goes on keeps what it had, and plans take fp32", choices=("auto",),
+                          "start; a run that goes on keeps what it had, a dry run is in fp32 and "
+                          "plan_layout.py plans bf16", choices=("auto",),
                           changes="nothing", common=True)
     tf32: bool = flag(False, "multiply fp32 numbers in TF32, of 10 bits behind the point, on GPUs since Ampere",
                       changes="course")

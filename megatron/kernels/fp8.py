@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from megatron.config import PrecisionConfig
 from megatron.errors import ConfigError
-from megatron.kernels.device import has_triton, takes_gpu_way
+from megatron.kernels.device import has_triton, is_fake, takes_gpu_way
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 Scaling = Literal["tensorwise", "rowwise", "mxfp8"]
@@ -125,12 +125,17 @@ def dequantised(x: Quantised) -> Tensor:
     return _scaled(x.values, scale)
 
 
+def least_capability(recipe: Recipe) -> tuple[int, int]:
+    """The compute capability from which on a GPU takes such products."""
+    return (10, 0) if recipe.scaling == "mxfp8" else (8, 9)
+
+
 def way_of(recipe: Recipe, device: torch.device) -> str:
     """What takes the products on `device`, and why nothing faster does; raises ConfigError where a GPU cannot."""
     if device.type == "cpu":
         return "PyTorch in fp32, of numbers rounded to FP8 (slow: no CPU multiplies FP8)"
     if device.type == "cuda":
-        has, needs = torch.cuda.get_device_capability(device), (10, 0) if recipe.scaling == "mxfp8" else (8, 9)
+        has, needs = torch.cuda.get_device_capability(device), least_capability(recipe)
         if has < needs:
             what = "--fp8-recipe mxfp8" if has >= (8, 9) else "--fp8"
             remedy = "give --fp8-recipe tensorwise" if has >= (8, 9) else "leave it out"
@@ -139,7 +144,7 @@ def way_of(recipe: Recipe, device: torch.device) -> str:
     return "scaled_mm"
 
 
-def _largest(x_rc: Tensor, scaling: Scaling, dim: int) -> Tensor:
+def _largest(x_rc: Tensor, scaling: str, dim: int) -> Tensor:
     sizes = x_rc.abs()
     if scaling == "tensorwise":
         return sizes.amax().float().view(1, 1)
@@ -148,7 +153,7 @@ def _largest(x_rc: Tensor, scaling: Scaling, dim: int) -> Tensor:
     return sizes.unflatten(dim, (-1, MX_BLOCK)).amax(dim + 1).float()
 
 
-def _quantised(x_rc: Tensor, amax: Tensor, scaling: Scaling, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _quantised(x_rc: Tensor, amax: Tensor, scaling: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     most = torch.finfo(dtype).max
     # Up to a power of two: what lies above one carries into the exponent, and leaves no mantissa.
     bits = ((amax / most).clamp(min=_LEAST).view(torch.int32) + 0x7FFFFF) & 0x7F800000
@@ -194,10 +199,20 @@ def swizzled(scale_rb: Tensor) -> Tensor:
     return tiles.permute(0, 3, 2, 1, 4).flatten()
 
 
+# What stands for the compiled functions where tensors have no values: one operation, as they are one kernel.
+_largest_operator = torch.library.custom_op("megatron::fp8_largest", _largest, mutates_args=())
+_quantised_operator = torch.library.custom_op("megatron::fp8_quantised", _quantised, mutates_args=())
+_largest_operator.register_fake(_largest)
+_quantised_operator.register_fake(_quantised)
+
+
 def _way(function: Callable[..., Any], x_rc: Tensor) -> Callable[..., Any]:
     """`function`, compiled where it is not being compiled: on GPUs each of its operations would go through memory."""
-    is_eager_on_gpu = x_rc.is_cuda and not torch.compiler.is_compiling() and has_triton()
-    return _compiled(function) if is_eager_on_gpu else function
+    if torch.compiler.is_compiling():
+        return function
+    if is_fake(x_rc):
+        return _largest_operator if function is _largest else _quantised_operator
+    return _compiled(function) if x_rc.is_cuda and has_triton() else function
 
 
 @cache

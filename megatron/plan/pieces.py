@@ -41,8 +41,8 @@ class PieceMemory:
     goes on, whether that is the piece's hidden states. `kept`: everything else that is kept for the backward pass.
     `in_forward`, `in_backward`: what a pass holds, with what is kept but without what comes; `end`: the same when a
     backward pass is done. `gradients`: what it makes where there are none yet. `put_off`: what is kept where weights'
-    gradients wait, `in_late` what computing them takes. `traffic`, `flops` and `moved` (`megatron.plan.work`): of both
-    passes.
+    gradients wait, `in_late` what computing them takes. `traffic`, and `flops`, `fp8_flops` and `moved`
+    (`megatron.plan.work`): of both passes.
     """
 
     num_blocks: int
@@ -58,6 +58,7 @@ class PieceMemory:
     in_late: Moments
     traffic: Traffic
     flops: int
+    fp8_flops: int
     moved: int
 
     @property
@@ -126,7 +127,8 @@ def _watched(setting: Setting, part: BlockRange, puts_off: bool) -> PieceMemory:
             work.moved = 0  # what comes is made elsewhere, once
             trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
             return PieceMemory(**run.passes(), num_blocks=len(part.blocks), gradients=num_bytes(trained),
-                               traffic=counter.traffic, flops=work.flops, moved=work.moved)
+                               traffic=counter.traffic, flops=work.flops, fp8_flops=work.fp8_flops,
+                               moved=work.moved)
 
 
 @cache

@@ -53,8 +53,12 @@ class PlannedStage:
 
     @cached_property
     def flops(self) -> int:
-        """Of its passes of a micro-batch, as `moved`, the bytes that go through memory."""
+        """Of its passes of a micro-batch, as `fp8_flops`, of these those in FP8, and `moved`, bytes through memory."""
         return sum(piece.flops for piece in self.pieces)
+
+    @cached_property
+    def fp8_flops(self) -> int:
+        return sum(piece.fp8_flops for piece in self.pieces)
 
     @cached_property
     def moved(self) -> int:

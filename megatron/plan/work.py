@@ -23,10 +23,10 @@ _IN_MEMORY = ("aten", "megatron", "torch_attn")  # namespaces of operations that
 
 
 class WorkCounter:
-    """`flops`: of matrix products and attention; `moved`: bytes that go through memory."""
+    """`flops`: of matrix products and attention, `fp8_flops` of these in FP8; `moved`: bytes that go through memory."""
 
     def __init__(self) -> None:
-        self.flops = self.moved = 0
+        self.flops = self.fp8_flops = self.moved = 0
 
     def count(self, func: Any, args: Any, kwargs: Any, given: list[Tensor], new: list[Tensor]) -> None:
         """Count an operation that is done."""
@@ -39,7 +39,9 @@ class WorkCounter:
             self.flops += _ATTENTION[name] * num_pairs * math.prod(context.shape[1:])
         elif packet in _PRODUCTS:
             left, right = args[_PRODUCTS[packet]:][:2]
-            self.flops += 2 * left.numel() * right.shape[-1]
+            flops = 2 * left.numel() * right.shape[-1]
+            self.flops += flops
+            self.fp8_flops += flops if left.element_size() == 1 else 0
 
 
 class WeightBytes:

@@ -7,8 +7,10 @@ import pytest
 
 from megatron.config.command_line import parse
 from megatron.parallel.layout import check_layout
-from megatron.plan.gpus import GPUS
+from megatron.plan.gpus import GPUS, peaks_of
+from megatron.plan.rank import Rank
 from megatron.plan.search import Machine, best_plans, layout_flags
+from megatron.plan.step_time import compute_seconds
 from tools import plan_layout
 from tools.plan_layout import main
 
@@ -47,6 +49,26 @@ def test_context_is_split_where_nothing_fits_without():
                        "--global-batch-size", "16", *TP2])
     machine, given = Machine("a100-40gb", 16, 8, 0.9), ["--tensor-model-parallel-size"]
     assert min(plan.sizes["context"] for plan in best_plans(config, machine, given)) > 1
+
+
+def seconds(*flags, gpu="h100-80gb"):
+    """Of the passes of four rows of ESM-2 of 3B parameters."""
+    config, _ = parse(["--preset", "esm2-3b", "--micro-batch-size", "4", "--global-batch-size", "32", *flags],
+                      {"lr": 1e-4, "train_iters": 1})
+    return compute_seconds(Rank(config, 8), GPUS[gpu], peaks_of(gpu, config.precision))
+
+
+def test_products_take_the_time_of_their_precision():
+    fp32, tf32, bf16 = (seconds(*flags) for flags in (["--no-bf16"], ["--no-bf16", "--tf32"], ["--bf16"]))
+    assert fp32 > 3 * tf32 and tf32 > 1.5 * bf16
+    assert 0.6 * bf16 < seconds("--bf16", "--fp8", "hybrid") < 0.85 * bf16
+
+
+def test_auto_precision_is_planned_as_bf16():
+    config, _ = parse(["--preset", "tape", "--global-batch-size", "32", "--no-bf16", "--no-fp16", "--precision", "auto",
+                       *TP2, "--micro-batch-size", "2"])
+    given = ["--tensor-model-parallel-size", "--micro-batch-size", "--pipeline-schedule"]
+    assert {plan.config.precision.bf16 for plan in best_plans(config, Machine("a100-40gb", 2, 8, 0.1), given)} == {True}
 
 
 BOUGHT = ["--preset", "proteinlm-200m", "--gpus", "8", "--global-batch-size", "64", *TP2]
@@ -92,6 +114,10 @@ def test_the_tool_prints_json(capsys):
 @pytest.mark.parametrize(("flags", "message"), [
     (["--gpu", "h100"], f"--gpu h100 is not known; give one of {', '.join(GPUS)}"),
     (["--gpu", "v100-32gb"], "--gpu v100-32gb is from before compute capability 8.0"),
+    (["--gpu", "a100-40gb", "--no-fp16", "--bf16", "--fp8", "hybrid"],
+     "--fp8-recipe tensorwise needs compute capability 8.9, and --gpu a100-40gb has 8.0"),
+    (["--gpu", "h200-141gb", "--no-fp16", "--bf16", "--fp8", "e4m3", "--fp8-recipe", "mxfp8"],
+     "--fp8-recipe mxfp8 needs compute capability 10.0, and --gpu h200-141gb has 9.0"),
     (["--gpu", "a100-40gb", "--num-layers", "600", "--gpus", "2"], "nothing fits: the least that a layout of 2 GPUs"),
     (["--gpu", "a100-40gb", "--global-batch-size", "3", "--pipeline-model-parallel-size", "1",
       "--context-parallel-size", "1"],
