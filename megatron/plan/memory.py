@@ -7,6 +7,7 @@ from itertools import accumulate
 
 from megatron.parallel.pipeline.schedules import Action, one_forward_one_backward, zero_bubble
 from megatron.plan.messages import buckets
+from megatron.plan.muon import muon_memory
 from megatron.plan.parameters import Held, matrices_of, sharded_units, share_size
 from megatron.plan.passing import passing_of
 from megatron.plan.pieces import backward_of
@@ -86,6 +87,7 @@ def _moments(rank: Rank) -> Iterator[tuple[int, int]]:
             yield gradients, in_flight + coming + last + stage.of_weights
             in_flight -= stage.put_off
     yield gradients, _of_sums(rank)
+    yield 4 * share_size(rank.held.trained, rank.shards, rank.shard), muon_memory(rank)
 
 
 def _actions(rank: Rank) -> Sequence[tuple[Action, Action | None]]:

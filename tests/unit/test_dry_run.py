@@ -170,6 +170,16 @@ def test_it_knows_the_state_of_every_optimizer_and_what_it_sends(num_ranks, layo
     assert (muon_flops(rank) > 0) == (optimizer != "sgd")
 
 
+@pytest.mark.parametrize(("num_ranks", "layout", "optimizer"), tried(
+    [(1, (), "muon"), (2, (), "normuon"), (2, TP2, "muon"), (2, sharding("optimizer"), "muon"),
+     (4, (*TP2, *sharding("parameters")), "normuon"), (2, ("--swiglu", *PP2), "muon")],
+    [(1, (), "muon"), (4, (*TP2, *sharding("parameters")), "normuon")]))
+def test_it_knows_what_muon_takes_where_activations_are_small(num_ranks, layout, optimizer):
+    config, _ = parse([*SMALL, "--seq-length", "128", "--micro-batch-size", "1", "--dry-run-ranks", str(num_ranks),
+                       "--optimizer", optimizer, *layout])
+    assert peak_memory(Rank(config, num_ranks)).peak == pytest.approx(measure(config).memory.peak, rel=0.011)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_rank_sends_exactly_what_the_dry_run_counts(name):
     measured, rank = both(name)
