@@ -129,7 +129,7 @@ def candidates(config: Config, machine: Machine, settled: Collection[str]) -> It
             layout = _with_parallel(grid, **sequence, **schedule, **sharding)
             for training, model in itertools.product(trainings, models):
                 candidate = replace(layout, training=training, model=model)
-                if _works(candidate, machine.num_gpus):
+                if _works(candidate, machine.num_gpus, "sharding" in settled):
                     yield candidate
 
 
@@ -163,7 +163,7 @@ def _recomputations(config: Config) -> list[dict]:
     return [none, *([selective] if kept_selective < _WORTHWHILE * kept else []), full]
 
 
-def _works(config: Config, num_gpus: int) -> bool:
+def _works(config: Config, num_gpus: int, is_sharding_settled: bool) -> bool:
     try:
         check_layout(config, num_gpus)
     except ConfigError:
@@ -171,7 +171,8 @@ def _works(config: Config, num_gpus: int) -> bool:
     data_size = grid_sizes(config.parallel, num_gpus)["data"]
     parallel = config.parallel
     replicas = data_size * parallel.context_parallel_size
-    if replicas == 1 and (parallel.data_parallel_sharding != "none" or parallel.DDP_impl == "torch"):
+    shares_out = parallel.data_parallel_sharding != "none" or parallel.DDP_impl == "torch"
+    if replicas == 1 and shares_out and not is_sharding_settled:
         return False  # nothing to share out: the same layout again
     rows = config.training.micro_batch_size * data_size
     return (config.training.global_batch_size or rows) % rows == 0

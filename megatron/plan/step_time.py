@@ -81,7 +81,7 @@ def compute_seconds(rank: Rank, gpu: Gpu, peaks: Peaks) -> float:
 
 def _muon_seconds(rank: Rank, gpu: Gpu, peaks: Peaks, gpus_per_node: int) -> float:
     """Seconds of Muon: the matrices of one round are worked on while those of the next are under way."""
-    exchanges_s = _seconds_on_links(muon_traffic(rank), rank.holders.size <= gpus_per_node, gpu)
+    exchanges_s = _seconds_on_links(muon_traffic(rank), _is_inside(rank.holders.size, rank, gpus_per_node), gpu)
     return max(exchanges_s, muon_flops(rank) / (peaks.half * MATRIX_SHARE))
 
 
@@ -91,7 +91,7 @@ def _message_seconds(traffic: Traffic, axis: str, rank: Rank, gpu: Gpu, gpus_per
     for key, sent in traffic.sent.items():
         if key[0] == axis and key[1] != EXCHANGE:
             seconds += _seconds_on_links(Traffic({key: traffic.calls[key]}, {key: sent}),
-                                         _span(*key, rank) <= gpus_per_node, gpu)
+                                         _is_inside(_span(*key, rank), rank, gpus_per_node), gpu)
     return seconds
 
 
@@ -99,6 +99,11 @@ def _seconds_on_links(traffic: Traffic, is_inside: bool, gpu: Gpu) -> float:
     """Seconds of messages inside a node, or between nodes."""
     bandwidth, latency_s = (gpu.link, LATENCY_S) if is_inside else (gpu.network, NETWORK_LATENCY_S)
     return traffic.sent.total() / (bandwidth * 1e9 * BANDWIDTH_SHARE) + traffic.calls.total() * latency_s
+
+
+def _is_inside(span: int, rank: Rank, gpus_per_node: int) -> bool:
+    """Whether every `span` ranks, counted from the first rank on, are on one host."""
+    return rank.num_ranks <= gpus_per_node or gpus_per_node % span == 0
 
 
 def _span(axis: str, operation: str, rank: Rank) -> int:

@@ -8,9 +8,10 @@ import pytest
 from megatron.config.command_line import parse
 from megatron.parallel.layout import check_layout
 from megatron.plan.gpus import GPUS, peaks_of
+from megatron.plan.messages import step_traffic
 from megatron.plan.rank import Rank
 from megatron.plan.search import Machine, best_plans, layout_flags
-from megatron.plan.step_time import compute_seconds
+from megatron.plan.step_time import compute_seconds, step_time
 from tools import plan_layout
 from tools.plan_layout import main
 
@@ -42,6 +43,24 @@ def test_flags_that_are_given_are_kept():
     config, _ = parse(["--preset", "tape", "--global-batch-size", "256", *TP2, *FULL])
     plans = best_plans(config, Machine("a100-40gb", 16, 8, 0.1), ["--tensor-model-parallel-size", *FULL])
     assert {(plan.sizes["tensor"], plan.config.model.checkpoint_activations) for plan in plans} == {(2, True)}
+
+
+@pytest.mark.parametrize("flags", [["--data-parallel-sharding", "optimizer"], ["--DDP-impl", "torch"]])
+def test_a_sharding_that_is_given_is_kept_where_there_is_nobody_to_share_with(flags):
+    config, _ = parse(["--preset", "demo", "--global-batch-size", "64", *flags])
+    assert best_plans(config, Machine("h100-80gb", 1, 8, 0.1), flags)
+
+
+def test_tensor_groups_that_straddle_two_hosts_send_over_the_network():
+    config, _ = parse(["--preset", "tape", "--num-attention-heads", "12", "--hidden-size", "768", "--global-batch-size",
+                       "64", "--micro-batch-size", "1", "--tensor-model-parallel-size", "3"])
+
+    def step_s(num_ranks, gpus_per_node):
+        rank = Rank(config, num_ranks)
+        return step_time([rank], [step_traffic(rank)], GPUS["h100-80gb"], peaks_of("h100-80gb", config.precision),
+                         gpus_per_node).step_s
+
+    assert step_s(24, 8) > step_s(24, 6) and step_s(3, 8) == step_s(3, 3)
 
 
 def test_context_is_split_where_nothing_fits_without():
