@@ -9,6 +9,7 @@ FLOPs; the table says where each first came to --loss, linear between two evalua
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,6 +65,8 @@ def main(argv: Sequence[str]) -> int:
 
 def compare(given: argparse.Namespace) -> None:
     """Print and draw what is asked for; raises a UserError for what cannot be compared."""
+    if given.loss is not None and not math.isfinite(given.loss):
+        raise ConfigError(f"--loss is {given.loss}; give a number of nats, such as 2.6")
     runs = read_runs(given.runs, given.metric, given.smooth)
     loss = given.loss if given.loss is not None else max(float(run.curve.losses.min()) for run in runs)
     draw(runs, loss, given.metric, given.output)
@@ -73,6 +76,8 @@ def compare(given: argparse.Namespace) -> None:
         return
     print(as_table(facts, loss, given.metric))
     for run in runs:
+        if run.curve.lost:
+            print(f"note: {run.name} is not finite from step {run.curve.lost[0]:,} on")
         if run.curve.missing:
             print(f"note: {run.name} is not drawn over {', '.join(run.curve.missing)}: its metrics.jsonl is of an "
                   "edition that did not record that")
@@ -132,8 +137,9 @@ def facts_of(run: Compared, loss: float) -> dict[str, Any]:
     curve, best = run.curve, run.curve.best()
     at = curve.reached(loss)
     return {"name": run.name, "folders": [str(folder) for folder in run.folders], "flags": run.flags,
-            "steps": int(curve.axes["steps"][-1]), "final_loss": float(curve.losses[-1]),
-            "final_spread": None if curve.spread is None else float(curve.spread[-1]),
+            "steps": curve.last_step, "final_loss": None if curve.lost else float(curve.losses[-1]),
+            "final_spread": None if curve.spread is None or curve.lost else float(curve.spread[-1]),
+            "not_finite_from": curve.lost[0] if curve.lost else None,
             "best_loss": float(curve.losses[best]), "best_step": int(curve.axes["steps"][best]),
             "reached": None if at is None else {axis: at.get(axis) for axis in AXES}}
 
@@ -149,6 +155,8 @@ def as_table(facts: Sequence[dict[str, Any]], loss: float, metric: str) -> str:
 
 
 def _loss(run: dict[str, Any]) -> str:
+    if run["final_loss"] is None:
+        return "not finite"
     spread = run["final_spread"]
     return f"{run['final_loss']:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
 

@@ -34,7 +34,10 @@ from megatron.data.rows.dataset import build_datasets  # noqa: E402
 from megatron.data.sources.source import expand  # noqa: E402
 from megatron.errors import CheckpointError, ConfigError, DataError  # noqa: E402
 from megatron.log import exit_status  # noqa: E402
+from megatron.parallel.layout import check_layout  # noqa: E402
+from megatron.parallel.mesh import grid_sizes  # noqa: E402
 from megatron.train.resume import refuse_changes  # noqa: E402
+from megatron.train.state import BatchSizes  # noqa: E402
 
 POSITIONS = 1024  # of a row, as ESM was trained
 PEAK_LR, PEAK_ROWS = 1e-4, 256  # the peak learning rate of a batch of so many rows
@@ -107,7 +110,11 @@ class Continued:
         _check_data(given.proteins, data / "new.stats.json", given.folder)
         if given.old_proteins and not _is_prefix(given.old_proteins):
             _check_data(given.old_proteins, data / "old.stats.json", given.folder)
-        config = self._configured(self._start() | self._course(STEPS * PEAK_ROWS))
+        start = self._start()
+        config = self._configured(start | self._course(STEPS * PEAK_ROWS))
+        config = self._configured(start | self._course(STEPS * PEAK_ROWS, config))
+        check_layout(config, given.processes)
+        BatchSizes(config.training, grid_sizes(config.parallel, given.processes)["data"])
         if config.optimizer.uses_muon and not self._said >= PEAKS:
             raise ConfigError(f"--optimizer {config.optimizer.optimizer} has peak learning rates for random weights, "
                               f"which would undo what MODEL has learnt; give {', '.join(sorted(PEAKS))}, or leave "
@@ -153,14 +160,18 @@ class Continued:
         rows = min(PEAK_ROWS, max(LEAST_ROWS, 2 ** int(math.log2(max(1, num_samples / STEPS)))))
         most = next(most for least, most in ROWS_AT_ONCE.items() if self._num_parameters >= least)
         at_once = min(most if self._given.gpus else ROWS_AT_ONCE_ON_CPU, max(1, rows // processes))
+        is_given = config is not None and bool(self._said & {"--micro-batch-size", "--batch-size"})
+        if config is not None and is_given:
+            at_once = config.training.micro_batch_size
         rows = -(-rows // (at_once * processes)) * at_once * processes
         if config is not None and "--global-batch-size" in self._said:
             rows = config.training.global_batch_size or rows
+            at_once = at_once if is_given else math.gcd(at_once, max(1, rows // processes))
         lr = float(f"{PEAK_LR * math.sqrt(rows / PEAK_ROWS):.2g}")  # Adam's noise: with the square root of the batch
         if config is not None and "--lr" in self._said:
             lr = config.schedule.lr
-        return {"--micro-batch-size": at_once, "--global-batch-size": rows, "--train-samples": num_samples, "--lr": lr,
-                "--min-lr": 0 if config is None else float(f"{lr / 10:.6g}"), "--lr-decay-style": "cosine",
+        return {"--micro-batch-size": at_once, "--global-batch-size": rows, "--train-samples": max(rows, num_samples),
+                "--lr": lr, "--min-lr": 0 if config is None else float(f"{lr / 10:.6g}"), "--lr-decay-style": "cosine",
                 "--lr-warmup-fraction": 0.1, "--adam-beta2": 0.98}
 
     def _often(self, training: TrainingConfig) -> dict[str, Any]:

@@ -18,12 +18,19 @@ AXES = {"steps": "iteration", "residues": "consumed_residues", "seconds": "train
 class Curve:
     """Losses in nats at rising steps; at each, every axis of AXES that the run recorded.
 
-    `spread`: for the mean of several runs, the standard deviation of one (over n - 1) at each point.
+    `spread`: for the mean of several runs, the standard deviation of one (over n - 1) at each point. `lost`: steps
+    behind a run's last loss at which it had none that is finite.
     """
 
     losses: np.ndarray
     axes: dict[str, np.ndarray]
     spread: np.ndarray | None = None
+    lost: tuple[int, ...] = ()
+
+    @property
+    def last_step(self) -> int:
+        """The last at which there was an evaluation, whatever came of it."""
+        return self.lost[-1] if self.lost else int(self.axes["steps"][-1])
 
     @property
     def missing(self) -> list[str]:
@@ -64,15 +71,17 @@ def read_curve(folder: Path, kind: str) -> Curve:
     Raises ConfigError where there are none.
     """
     records = kinds_of(folder)
-    found = {record["iteration"]: record for record in records.get(kind, ()) if isinstance(record.get("loss"), float)}
+    latest = {record["iteration"]: record for record in records.get(kind, ()) if "loss" in record}
+    found = {step: record for step, record in latest.items() if isinstance(record.get("loss"), float)}
     if not found:
         others = ", ".join(name for name in records if name != kind) or "nothing"
-        raise ConfigError(f"{folder} has no {kind} loss; it has {others}. Let it come to an evaluation, or give "
-                          "another --metric")
+        raise ConfigError(f"{folder} has no {kind} loss{' that is finite' if latest else ''}; it has {others}. Let it "
+                          "come to an evaluation, or give another --metric")
     points = [found[step] for step in sorted(found)]
     axes = {name: [point.get(key) for point in points] for name, key in AXES.items()}
     return Curve(np.array([point["loss"] for point in points]),
-                 {name: np.array(values, dtype=float) for name, values in axes.items() if None not in values})
+                 {name: np.array(values, dtype=float) for name, values in axes.items() if None not in values},
+                 lost=tuple(step for step in sorted(latest) if step > max(found)))
 
 
 def kinds_of(folder: Path) -> dict[str, list[dict]]:
@@ -105,4 +114,5 @@ def mean_curve(curves: Sequence[Curve]) -> Curve:
     losses = np.stack([curve.losses[index] for curve, index in zip(curves, at, strict=True)])
     axes = {name: np.mean([curve.axes[name][index] for curve, index in zip(curves, at, strict=True)], 0)
             for name in AXES if all(name in curve.axes for curve in curves)}
-    return Curve(losses.mean(0), axes, losses.std(0, ddof=1))
+    lost = {step for curve in curves for step in curve.lost}
+    return Curve(losses.mean(0), axes, losses.std(0, ddof=1), tuple(sorted(lost)))

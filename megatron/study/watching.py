@@ -123,7 +123,8 @@ def _rows(view: View) -> list[tuple[str, str]]:
 
     speed = [f"{in_short(number['residues_per_s'])} residues/s"] if "residues_per_s" in number else []
     return [
-        ("loss", ", ".join([*said("loss", ".4f"), *said("perplexity", ".2f", " perplexity"),
+        ("loss", ", ".join([*(said("loss", ".4f") or ["not finite"] * ("loss" in last)),
+                            *said("perplexity", ".2f", " perplexity"),
                             *said("masked_accuracy", ".1%", " predicted right")])),
         ("validation", _validation(view)),
         ("speed", ", ".join([*speed, *said("model_tflops", ".3f", " TFLOP/s"), *said("share_of_peak", ".0%", " of peak")
@@ -142,11 +143,15 @@ def _rows(view: View) -> list[tuple[str, str]]:
 
 
 def _validation(view: View) -> str:
+    latest = max((record["iteration"] for record in view.records if record["kind"] == "valid" and "loss" in record),
+                 default=0)
     points = _points(view.records, "valid")
     if not points:
-        return ""
+        return f"not finite at step {latest:,}" if latest else ""
     step, loss = points[-1]
     best_step, best = min(points, key=lambda point: point[1])
+    if step < latest:
+        return f"not finite at step {latest:,}, best {best:.4f} at {best_step:,.0f}"
     of_best = f"best {best:.4f} at {best_step:,.0f}" if best < loss else "the best"
     return f"{loss:.4f} at step {step:,.0f}, {of_best}"
 

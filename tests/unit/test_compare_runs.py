@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from megatron.errors import ConfigError
 from megatron.log import in_time
 from megatron.study import naming
 from megatron.study.curves import AXES, Curve, mean_curve, read_curve
@@ -56,6 +57,21 @@ def test_a_loss_that_is_not_finite_is_no_point(tmp_path):
     found = read_curve(write_run(tmp_path / "run", {1: 3.0, 2: None, 3: 2.0}), "valid")
     assert (found.losses.tolist(), found.axes["steps"].tolist()) == ([3.0, 2.0], [1, 3])
     assert found.axes["flops"].tolist() == [1.0, 9.0]
+
+
+def test_a_run_that_diverged_ends_not_finite(runs, capsys):
+    write_run(runs / "fast", {50: None, 60: None})
+    assert main(["slow", "fast", "both=slow,fast"]) == 0
+    slow, fast, both, note, *_ = capsys.readouterr().out.splitlines()[3:]
+    assert slow.split()[:3] == ["slow", "40", "2.5000"]
+    assert fast.split()[:6] == ["fast", "60", "not", "finite", "2.2500", "40"]
+    assert both.split()[:4] == ["both", "60", "not", "finite"]
+    assert note == "note: fast is not finite from step 50 on"
+    assert main(["fast", "--json"]) == 0
+    facts, = json.loads(capsys.readouterr().out)["runs"]
+    assert (facts["steps"], facts["final_loss"], facts["not_finite_from"]) == (60, None, 50)
+    with pytest.raises(ConfigError, match="has no valid loss that is finite"):
+        read_curve(write_run(runs / "lost", {1: None}), "valid")
 
 
 def test_what_one_record_lacks_is_missing_as_an_axis(runs):
@@ -111,6 +127,7 @@ def test_json_has_what_was_not_reached_or_recorded_as_null(runs, capsys):
     (["."], ". holds no metrics.jsonl; give the runs in it, ./fast and so on"),
     (["slow", "--metric", "valid/a"], "slow has no valid/a loss; it has valid"),
     (["slow", "slow"], "slow is given twice"),
+    (["slow", "--loss", "nan"], "--loss is nan; give a number of nats"),
     (["slow", "--output", "no/a.png"], "--output no/a.png cannot be written (No such file or directory)"),
     (["slow", "--output", "a.exe"], "--output a.exe cannot be written"),
     (["x=slow,late"], "these runs have no step in common"),

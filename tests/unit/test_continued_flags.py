@@ -14,6 +14,7 @@ from megatron.config import DataConfig
 from megatron.config.command_line import parse
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.dataset import build_datasets
+from megatron.train.state import BatchSizes
 from tests.families import ESM2, PROTBERT
 from tests.indexed_files import write_indexed
 from tests.transformers_models import trained_here
@@ -124,6 +125,21 @@ def test_the_users_flags_win_and_what_they_say_in_other_words_goes(ask):
     assert (said["--eval-interval"], said["--log-interval"], said["--eval-iters"]) == ("7", "1", "8")
 
 
+@pytest.mark.parametrize(("rows", "processes", "at_once"), [("7", 1, 1), ("6", 1, 2), ("6", 2, 1), ("300", 1, 2)])
+def test_rows_at_once_divide_the_batch_that_is_given(ask, rows, processes, at_once):
+    flags = ["--processes", str(processes), "--", "--global-batch-size", rows]
+    assert ask("--check", *flags) == (0, [], "")
+    training = parse(ask(*flags)[1])[0].training
+    BatchSizes(training, processes)
+    assert training.micro_batch_size == at_once
+
+
+def test_a_batch_is_of_the_rows_at_once_that_are_given(ask):
+    flags = ["--processes", "2", "--", "--micro-batch-size", "5"]
+    assert ask("--check", *flags) == (0, [], "")
+    assert parse(ask(*flags)[1])[0].training.global_batch_size == 10
+
+
 def test_a_file_of_the_users_wins_as_its_flags_do(ask, tmp_path):
     (tmp_path / "run.toml").write_text('train-iters = 70\nadam-beta2 = 0.999\neval-at-start = false\nlr = 1e-3\n')
     words = ask("--", "--config", str(tmp_path / "run.toml"), "--lr", "5e-6")[1]
@@ -151,6 +167,9 @@ def test_the_check_says_nothing_where_nothing_is_wrong(ask):
     (["--old-share", "1"], "OLD_SHARE is '1'; set it to a number above 0 and below 1"),
     (["--processes", "0"], "--processes 0 with --gpus 0; give at least 1 and 0"),
     (["--old-share", "nan"], "OLD_SHARE is 'nan'"), (["--old-proteins", "/nowhere"], "/nowhere: no such file"),
+    (["--processes", "2", "--", "--global-batch-size", "7"], "--global-batch-size 7 is not divisible by"),
+    (["--", "--micro-batch-size", "3", "--global-batch-size", "8"], "--global-batch-size 8 is not divisible by"),
+    (["--processes", "2", "--", "--tensor-model-parallel-size", "4"], "--tensor-model-parallel-size"),
     (["--", "--lrr", "1"], "unknown argument --lrr; did you mean --lr?"),
     (["--", "--num-layers", "3"], "--num-layers is 3, but the checkpoint was trained with 4; give that value"),
     (["--", "--optimizer", "muon", "--muon-lr", "1e-3"], "--optimizer muon has peak learning rates for random weights"),

@@ -77,6 +77,15 @@ def test_a_view_tells_what_the_folder_knows(run):
     assert " left" not in text
 
 
+def test_a_run_that_diverged_says_so(run):
+    lost = [record(step, kind, loss=None, perplexity=None) for step, kind in ((630, "train"), (630, "valid"))]
+    records = [record(600, "valid", loss=3.0), *lost]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in records))
+    text = shown(run)
+    assert "loss        not finite, 25.0% predicted right" in text
+    assert "validation  not finite at step 630, best 3.0000 at 600" in text
+
+
 def test_a_run_is_running_silent_dead_or_done(run):
     claim = Claim(run)
     claim.acquire(pytest.fail)
