@@ -1,6 +1,7 @@
 """The floors of the project, read from its import statements: imports go down only, and data and model never meet."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -135,6 +136,13 @@ def test_a_guarded_import_at_module_level_counts_as_one_at_start() -> None:
 def test_a_module_on_no_floor_is_refused() -> None:
     with pytest.raises(AssertionError, match="lies on no floor"):
         wrong_imports("import torch", "megatron.misc.things")
+
+
+def test_the_readmes_map_lists_the_floors_from_the_highest_to_the_lowest() -> None:
+    _, _, text = (ROOT / "README.md").read_text(encoding="utf-8").partition("\nmegatron/\n")
+    listed = re.findall(r"(?m)^  (\w+)/ ", text.partition("imports only from folders further down")[0])
+    heights = [HEIGHT[f"megatron.{name}"] for name in listed]
+    assert len(listed) > 10 and heights == sorted(heights, reverse=True)
 
 
 def test_no_two_classes_of_the_program_have_one_name():
