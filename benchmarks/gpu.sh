@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Measures on a machine with a GPU what this project claims of one, in at most eight minutes on one: tables to paste into
 # benchmarks/RESULTS.md, on standard output. What takes longer than its share is cut off, says so, and has printed what
-# it knew.
+# it knew: so the tests of tests/gpu, of which the first ones fit; `python -m pytest tests/gpu` runs all.
 # Where there are several GPUs three layouts more take up to five minutes.
 #
 #     bash benchmarks/gpu.sh > tables.md
-#     bash benchmarks/gpu.sh --rehearse     tiny shapes, on any machine: does all of it run?
+#     bash benchmarks/gpu.sh --rehearse     tiny shapes, on any machine: do the programs of training, FP8 and what lies
+#                                           between products run? Not the tests, graphs, attention, transformers, or
+#                                           several GPUs
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -34,7 +36,8 @@ gpus=${machine##*$'\n'}
 printf '%s, %s\n' "$(date +%F)" "${machine%$'\n'*}"
 
 if [ $# = 0 ] && "$python" -c 'import pytest' 2>/dev/null; then
-    measure 90 "Errors of the kernels, memory, waits" -m pytest -q tests/gpu
+    measure 90 "Tests, as many as 90 s suffice for: memory, waits, graphs, curves, errors of the kernels" -m pytest -q \
+        tests/gpu/test_memory.py tests/gpu/test_gpu.py
 fi
 measure 80 "Training" benchmarks/training.py --seconds 1 --presets esm2-8m esm2-35m tape proteinlm-200m \
     "${rehearse[@]}"
