@@ -236,14 +236,14 @@ def check_strips() -> None:
     """Gradients of scales and biases are sums of as many programs' sums as there are, in any number of strips."""
     from megatron.kernels.pointwise import activation_triton, convolution_triton, heads_triton, residual_norm_triton
 
-    with (patch.object(residual_norm_triton, "_MOST_WARPS", 12), patch.object(heads_triton, "_MOST_WARPS", 2),
-          patch.object(activation_triton, "_MOST_PROGRAMS", 3), patch.object(convolution_triton, "_MOST_PROGRAMS", 3)):
+    with (patch.object(residual_norm_triton, "MOST_WARPS", 12), patch.object(heads_triton, "MOST_WARPS", 2),
+          patch.object(activation_triton, "MOST_PROGRAMS", 3), patch.object(convolution_triton, "MOST_PROGRAMS", 3)):
         check_convolution((30, 17), 140, 5, FP32)
         check_join(17, 300, FP32, FP32, 0.3, "LayerNorm", True)
         check_heads((5, 2, 3, 8), 4, FP32, "LayerNorm")
         with patch.object(heads_triton, "_ELEMENTS", 64):  # tiles of 8 rows, that begin inside a group
             for is_apart, most_warps in ((False, 2), (True, 2), (True, 4)):
-                with patch.object(heads_triton, "_MOST_WARPS", most_warps):
+                with patch.object(heads_triton, "MOST_WARPS", most_warps):
                     check_heads((5, 3, 3, 8), 4, FP32, "", is_apart)
             check_heads((5, 3, 3, 8), 4, FP32, "RMSNorm", is_apart=True)
         check_activation("gelu", 19, 40, FP32, True)

@@ -1,4 +1,4 @@
-"""Which way a kernel goes: a GPU's, a GPU's by Triton, or a CPU's."""
+"""Which way a kernel goes: a GPU's, a GPU's by Triton, or a CPU's; and what Triton's kernels share."""
 
 import os
 from collections.abc import Callable
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+# Of backward passes whose programs each have partial sums: what an H100 runs at once, in warps and in programs of four.
+MOST_WARPS, MOST_PROGRAMS = 16 * 132, 4 * 132
 _DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 
@@ -46,6 +48,11 @@ def runs_triton(tensor: Tensor) -> bool:
 def is_of_ampere(tensor: Tensor) -> bool:
     """Whether the tensor's GPU is of that generation or a later one: compute capability 8.0."""
     return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
+
+
+def product_precision() -> str:
+    """Of Triton's products of fp32: as torch's own."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def is_fake(tensor: Tensor) -> bool:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from megatron.kernels.device import product_precision
 
 # By the size of an element and the most columns: queries and keys of a block, warps and stages of a pipeline. Of some
 # that were compiled the largest blocks that do not spill and fit the 99 KB of shared memory of GPUs of capability 8.6
@@ -104,7 +105,7 @@ class Call:
                      **{f"KEY_{name}": size for name, size in _lie(key_value).items()},
                      "HEADS": key.shape[1] * queries, "QUERIES": queries, "WIDTH": width, "COLUMNS": _columns(width),
                      "STEPS": 8 * _number((num_proteins + 1).bit_length(), 8),  # more do no harm, and compile once
-                     "HAS_DROPOUT": self.seed is not None, "PRECISION": _precision()}
+                     "HAS_DROPOUT": self.seed is not None, "PRECISION": product_precision()}
         return arguments, constants
 
 
@@ -125,11 +126,6 @@ def _number(size: int, block: int) -> int:
 def _columns(width: int) -> int:
     """A power of two, and no fewer than a matrix product takes."""
     return max(16, 1 << (width - 1).bit_length())
-
-
-def _precision() -> str:
-    """Of fp32 products: as torch's own."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _blocks(kernel: str, qkv_ugxd: Tensor) -> dict[str, int]:

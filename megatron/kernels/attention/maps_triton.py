@@ -4,10 +4,11 @@ A program makes one tile of the map of one head, from as many queries and keys. 
 and nothing is read but queries, keys and sums.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from megatron.kernels.device import product_precision
 
 _LOG2_E = 1.4426950408889634
 
@@ -22,10 +23,9 @@ def launch_map(qkv_tgcd: Tensor, logsumexp_nt: Tensor, start: int, window: tuple
     block = 64 if qkv_tgcd.element_size() == 2 else 32 if columns <= 64 else 16
     blocks = triton.cdiv(length, block)
     before, behind = window or (length, length)
-    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     map_kernel[blocks, blocks, num_heads](
         qkv_tgcd, logsumexp_nt, map_nkk, start, length, num_tokens, before, behind, width**-0.5 * _LOG2_E,
-        num_groups * num_rows * width, num_rows, num_rows - 2, width, columns, precision,
+        num_groups * num_rows * width, num_rows, num_rows - 2, width, columns, product_precision(),
         block, num_warps=4, num_stages=1)
 
 

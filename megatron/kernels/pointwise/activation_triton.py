@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron.kernels.device import MOST_PROGRAMS
+
 _ROWS, _COLUMNS = 4, 512  # of a tile: 16 elements a thread
-_MOST_PROGRAMS = 4 * 132  # of the backward pass, whose programs each have partial sums: what an H100 runs at once
 
 
 def launch_forward(wide_tf: Tensor, bias_f: Tensor | None, gate_tf: Tensor | None, gate_bias_f: Tensor | None,
@@ -27,7 +28,7 @@ def launch_backward(grad_tf: Tensor, wide_tf: Tensor, bias_f: Tensor | None, gat
     """Fill the last two; the gradients of the biases, [k, f] for k of them: of `bias_f`, of `gate_bias_f`."""
     num_rows, width = wide_tf.shape
     blocks = triton.cdiv(width, _COLUMNS)
-    strips = min(triton.cdiv(num_rows, _ROWS), max(1, _MOST_PROGRAMS // blocks))
+    strips = min(triton.cdiv(num_rows, _ROWS), max(1, MOST_PROGRAMS // blocks))
     num_biases = (bias_f is not None) + (gate_bias_f is not None)
     partial_pkf = torch.empty(strips if num_biases else 0, num_biases, width, dtype=torch.float32,
                               device=wide_tf.device)

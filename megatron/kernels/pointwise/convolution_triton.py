@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron.kernels.device import MOST_PROGRAMS
+
 _ROWS, _COLUMNS = 16, 128  # of a tile forward: 16 elements a thread; backward half as many, beside a sum for each tap
-_MOST_PROGRAMS = 4 * 132  # of the backward pass, whose programs each have partial sums: what an H100 runs at once
 
 
 def convolve(x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor) -> Tensor:
@@ -30,7 +31,7 @@ def convolve_backward(grad_tf: Tensor, x_tf: Tensor, positions_t: Tensor, weight
     grad_x_tf = torch.empty_like(x_tf)
     (num_rows, width), rows, taps = x_tf.shape, _ROWS // 2, weight_fk.shape[1]
     blocks = triton.cdiv(width, _COLUMNS)
-    strips = min(triton.cdiv(num_rows, rows), max(1, _MOST_PROGRAMS // blocks))
+    strips = min(triton.cdiv(num_rows, rows), max(1, MOST_PROGRAMS // blocks))
     partial_px = torch.empty(strips, (taps + has_bias) * width, dtype=torch.float32, device=x_tf.device)
     backward_kernel[strips, blocks](
         grad_tf.contiguous(), x_tf, positions_t.contiguous(), weight_fk, grad_x_tf, partial_px, num_rows, width, taps,

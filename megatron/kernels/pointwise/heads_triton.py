@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron.kernels.device import MOST_WARPS
 from megatron.kernels.pointwise.head_rows_triton import (
     centred,
     gradient_of,
@@ -22,7 +23,6 @@ from megatron.kernels.pointwise.head_rows_triton import (
     turned,
 )
 
-_MOST_WARPS = 16 * 132  # of the backward pass, whose programs each have partial sums: what an H100 runs at once
 _ELEMENTS = 2048  # of a program's tile: 16 a thread
 
 
@@ -72,7 +72,7 @@ def _three(grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
 def _grid(tokens: int, rows_a_token: int, rows: int, num_warps: int) -> tuple[int, int]:
     """Programs that share the tokens, and the tiles of a token."""
     chunks = triton.cdiv(rows_a_token, rows)
-    return min(tokens, max(1, _MOST_WARPS // num_warps // chunks)), chunks
+    return min(tokens, max(1, MOST_WARPS // num_warps // chunks)), chunks
 
 
 def _tile(qkv_tgcd: Tensor, cos: Tensor | None) -> tuple[int, int, int, int, int, int]:

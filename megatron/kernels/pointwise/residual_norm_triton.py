@@ -11,9 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron.kernels.device import MOST_WARPS
 from megatron.kernels.dropout_triton import drawn
-
-_MOST_WARPS = 16 * 132  # of the backward pass, whose programs each have partial sums: what an H100 runs at once
 
 
 def join(residual_uh: Tensor, branch_uh: Tensor | None, shift_h: Tensor | None, seed: Tensor | None,
@@ -36,7 +35,7 @@ def join_backward(grad_sum_uh: Tensor | None, grad_normed_uh: Tensor | None, x_u
     num_rows, width = x_uh.shape
     rows, block, num_warps = _tile(width)
     num_warps = min(16, 2 * num_warps)  # sums take registers: 8 elements a thread
-    programs = min(triton.cdiv(num_rows, rows), _MOST_WARPS // num_warps)
+    programs = min(triton.cdiv(num_rows, rows), MOST_WARPS // num_warps)
     has_norm = weight_h is not None
     num_sums = has_norm + has_mean + has_shift
     partial_pkh = torch.empty(programs, num_sums, width, dtype=torch.float32, device=x_uh.device)
