@@ -114,7 +114,8 @@ class Continued:
         config = self._configured(start | self._course(STEPS * PEAK_ROWS))
         config = self._configured(start | self._course(STEPS * PEAK_ROWS, config))
         check_layout(config, given.processes)
-        BatchSizes(config.training, grid_sizes(config.parallel, given.processes)["data"])
+        least = self._configured(start | self._course(1, config))  # how many proteins there are is not known yet
+        BatchSizes(least.training, grid_sizes(config.parallel, given.processes)["data"])
         if config.optimizer.uses_muon and not self._said >= PEAKS:
             raise ConfigError(f"--optimizer {config.optimizer.optimizer} has peak learning rates for random weights, "
                               f"which would undo what MODEL has learnt; give {', '.join(sorted(PEAKS))}, or leave "

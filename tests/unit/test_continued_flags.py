@@ -158,6 +158,7 @@ def test_a_run_begins_with_the_models_weights_and_goes_on_with_its_own(ask, plac
 
 def test_the_check_says_nothing_where_nothing_is_wrong(ask):
     assert ask("--check", "--", "--lr", "1e-5") == (0, [], "")
+    assert ask("--check", "--", "--train-samples", "16") == (0, [], "")  # enough where there are few proteins
     rates = [word for group in ("muon", "embedding", "head", "scalar") for word in (f"--{group}-lr", "1e-4")]
     assert ask("--check", "--", "--optimizer", "muon", *rates) == (0, [], "")
 
