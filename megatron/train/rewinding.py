@@ -42,7 +42,8 @@ def train_to_its_end(config: Config, mesh: Mesh, log: Log, requests: StopRequest
                 return run
             except RewindError as found:
                 last = found.window.last_step
-                farthest, num_in_vain = max(farthest, last), 0 if last > farthest else num_in_vain + 1
+                is_progress = last > farthest or found.is_again  # what goes wrong again is no device's fault
+                farthest, num_in_vain = max(farthest, last), 0 if is_progress else num_in_vain + 1
                 if not found.is_again and num_in_vain > config.guards.most_spikes:
                     raise DivergedError(f"steps up to {farthest} went wrong {num_in_vain + 1} times, each time others "
                                         f"than before, so a device or its memory fails; {HELP}") from None

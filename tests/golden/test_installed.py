@@ -71,6 +71,13 @@ def test_commands_take_proteins_from_a_file_to_a_model_and_to_embeddings(install
     assert (tmp_path / "mine.npz").exists()
 
 
+def test_the_commands_of_an_editable_installation_are_the_checkouts_files(tmp_path, python):
+    text = "import sys; sys.argv[0] = 'proteinlm-inspect-checkpoint'; from megatron.console import run; run()"
+    done = subprocess.run([python, "-c", text, "--help"], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("usage: inspect_checkpoint.py")
+
+
 def test_a_mistake_ends_a_command_with_status_2(installed, tmp_path, python):
     done = run(python, installed, tmp_path, "proteinlm-pretrain", "--preset", "demmo")
     assert done.returncode == 2

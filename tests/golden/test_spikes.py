@@ -165,6 +165,12 @@ def test_steps_that_go_wrong_elsewhere_each_time_end_the_run(monkeypatch):
     assert [*first] == [1]
 
 
+def test_a_rate_at_which_every_step_goes_wrong_is_not_laid_to_the_device(run):
+    flags = ["--optimizer", "adam", "--lr", "1e9", "--log-interval", "1", "--on-spike", "rewind"]
+    _, lines = run("fast", *flags, status=3)
+    assert "went wrong twice" in lines[-1] and "as often as --most-spikes allows" in lines[-1], lines[-1]
+
+
 def test_rows_behind_the_run_cannot_be_left_out(run):
     run("plain", "--exit-interval", "4")
     _, lines = run("plain", "--leave-out-samples", "2-12", status=2)
