@@ -40,8 +40,8 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--half", action="store_true", help="write numbers in fp16 instead of fp32")
     flags.add_argument("--window", type=int, metavar="N",
                        help="read proteins of more than N residues in overlapping windows (default: whole)")
-    flags.add_argument("--json-key", default="text", help="key or column of the sequence where records have several "
-                       "(default: text)")
+    flags.add_argument("--json-key", "--json-keys", default="text",
+                       help="key or column of the sequence where records have several (default: text)")
     flags.add_argument("--name-key", help="key or column of the name; without it such proteins are numbered")
     add_model_flags(flags)
     return flags

@@ -45,8 +45,8 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--output", type=Path, default=Path("evaluation"), metavar="FOLDER",
                        help=f"where {FILE} and the pictures go (default: evaluation); figures of other models on the "
                        "same proteins stay there")
-    flags.add_argument("--json-key", default="text", help="key or column of the sequence where records have several "
-                       "(default: text)")
+    flags.add_argument("--json-key", "--json-keys", default="text",
+                       help="key or column of the sequence where records have several (default: text)")
     add_model_flags(flags)
     return flags
 

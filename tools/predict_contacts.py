@@ -52,8 +52,8 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder, or a checkpoint of another program")
     flags.add_argument("--input", nargs="+", default=[], metavar="FILE",
                        help="proteins (default: those of --structures)")
-    flags.add_argument("--json-key", default="text", help="key or column of the sequence where records have several "
-                       "(default: text)")
+    flags.add_argument("--json-key", "--json-keys", default="text",
+                       help="key or column of the sequence where records have several (default: text)")
     flags.add_argument("--name-key", help="key or column of the name; without it such proteins are numbered")
     flags.add_argument("--structures", nargs="+", default=[], metavar="FILE", help="true contacts, to compare with")
     flags.add_argument("--fit", nargs="+", default=[], metavar="FILE",

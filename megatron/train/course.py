@@ -9,8 +9,8 @@ from megatron.log import Log
 from megatron.optim.schedule import Schedule, build_schedule, schedule_of
 from megatron.train.state import BatchSizes
 
-_REMEDY = ("give --override-lr-scheduler to take the flags', or --use-checkpoint-lr-scheduler to keep the "
-           "checkpoint's")
+_REMEDY = ("give --override-lr-scheduler to take the flags', --use-checkpoint-lr-scheduler to keep the checkpoint's, "
+           "or another --save (of the scripts CHECKPOINT_PATH) to begin anew")
 
 
 def chosen_schedule(config: Config, sizes: BatchSizes, checkpoint: Checkpoint | None, log: Log) -> Schedule:
@@ -81,6 +81,7 @@ def _check(schedule: Schedule, checkpoint: Checkpoint, fraction: float | None, b
     elif name == "weight_decay_incr_samples":
         hint = " (--weight-decay-incr-style is a course over the whole run, which so cannot be prolonged)"
     elif name == "warmup_samples" and fraction:
-        hint = f" (--lr-warmup-fraction {fraction:g} is of the decay: --lr-warmup-iters or --lr-warmup-samples is not)"
+        hint = (f" (--lr-warmup-fraction {fraction:g} is of the decay, and so of --train-iters; "
+                "--lr-warmup-iters or --lr-warmup-samples is not)")
     raise CheckpointError(f"{name.replace('_', ' ')} of the learning-rate schedule is {value}, in the checkpoint "
                           f"{before}{hint}; {_REMEDY}")

@@ -351,7 +351,7 @@ def test_a_run_is_prolonged_from_before_its_decay_to_what_a_longer_one_is(run, t
 
 def test_a_warm_up_that_grows_with_the_run_is_another_course(run):
     run(*WSD[:-6], "--train-iters", 6, "--exit-interval", 2)
-    assert "(--lr-warmup-fraction 0.1 is of the decay: --lr-warmup-iters or " in run.error(
+    assert "(--lr-warmup-fraction 0.1 is of the decay, and so of --train-iters; --lr-warmup-iters or " in run.error(
         *WSD[:-6], "--train-iters", 10)
 
 
