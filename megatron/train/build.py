@@ -12,6 +12,7 @@ from megatron.checkpoint.stored import Checkpoint
 from megatron.config import Config
 from megatron.data.batches.batch import BatchShape, batch_shape
 from megatron.data.batches.order import SampleOrder, Windows
+from megatron.data.corpus.split import shares_of
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.blend import BlendedDataset
 from megatron.data.rows.dataset import Splits, build_datasets
@@ -117,6 +118,11 @@ def build(config: Config, mesh: Mesh, log: Log, left_out: Windows = (), num_rewi
     for part in (data.train, data.valid, data.test):
         if part is not None:
             log.line(part.describe())
+    if data.valid is None and shares_of(config.data.split)[1]:
+        log.line(f"note: --split {config.data.split} leaves so few proteins none for validation: nothing is evaluated; "
+                 "give it a larger share, such as 80,20,0")
+    if config.checkpoint.save is None:
+        log.line("note: without --save nothing of this run is kept")
     if config.training.eval_each and not isinstance(data.train, BlendedDataset):
         log.line("note: --eval-each changes nothing without several weighted corpora in --data-path")
     # Learning rates of single groups are in proportion to that of the course, which may be the checkpoint's.

@@ -103,3 +103,14 @@ def test_ranks_evaluate_each_corpus_together(each, corpora, tmp_path):
     assert run_on_ranks(*flags, ranks=2) == [0, 0]
     for name in names(corpora):
         assert losses(tmp_path, f"valid/{name}")[4] == pytest.approx(each[1][f"valid/{name}", 4]["loss"], rel=1e-4)
+
+
+def test_what_is_not_evaluated_and_not_kept_is_told(tmp_path, capsys):
+    few = write_corpus(tmp_path, 9)
+    assert main([*FLAGS, "--data-path", few, "--split", "969,30,1"]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert notes[-2:] == [
+        "note: --split 969,30,1 leaves so few proteins none for validation: nothing is evaluated; give it a larger "
+        "share, such as 80,20,0", "note: without --save nothing of this run is kept"]
+    assert main([*FLAGS, "--data-path", few, "--split", "1,0,0", "--save", str(tmp_path / "kept")]) == 0
+    assert "note: " not in capsys.readouterr().out

@@ -11,7 +11,7 @@ def split_documents(split: str, num_documents: int) -> tuple[range, range, range
     Shares as in Megatron: they are normalised, and each boundary is rounded. Whole numbers that sum to more than 1,000
     (which shares do not, by custom) and to no more than there are documents are exact counts.
     """
-    shares = _parse(split)
+    shares = shares_of(split)
     counts = [int(share) for share in shares]
     if not (counts == shares and 1000 < sum(counts) <= num_documents):
         counts = _counts_of_shares(shares, num_documents)
@@ -23,7 +23,8 @@ def split_documents(split: str, num_documents: int) -> tuple[range, range, range
     return train, valid, test
 
 
-def _parse(split: str) -> list[float]:
+def shares_of(split: str) -> list[float]:
+    """The three shares or counts of `--split`; raises ConfigError."""
     try:
         shares = [float(part) for part in split.replace("/", ",").split(",")]
     except ValueError:
