@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import varlen
 
 from megatron.kernels.attention import fused
 from megatron.kernels.attention.by_protein import attention_by_protein, tiles_of
@@ -121,7 +122,7 @@ def test_where_varlen_would_take_cudnn_it_gets_a_window_that_ends_nowhere(first_
         said.append(window_size)
         return query
 
-    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
     monkeypatch.setattr(fused, "_TAKES_CUDNN", first_with_cudnn)
     fused.varlen_attention(torch.randn(3, 14, 2, 8).unbind(), packed(9, 5), window=window)
     assert said == [given]
