@@ -15,8 +15,7 @@ class PrecisionConfig:
     bf16: bool = flag(False, "compute in bf16", changes="course", common=True)
     precision: str = flag(None, "auto: bf16 where the device multiplies faster in it, else fp32, as measured at the "
                           "start; a run that goes on keeps what it had, a dry run is in fp32 and "
-                          "plan_layout.py plans bf16", choices=("auto",),
-                          changes="nothing", common=True)
+                          "plan_layout.py plans bf16", choices=("auto",), changes="nothing", common=True)
     tf32: bool = flag(False, "multiply fp32 numbers in TF32, of 10 bits behind the point, on GPUs since Ampere",
                       changes="course")
     loss_scale: float = flag(None, "fixed loss scale for --fp16 (default: dynamic)", kind=float, check=positive,

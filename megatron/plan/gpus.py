@@ -2,9 +2,9 @@
 
 Sources: NVIDIA's data sheets of A100 (SXM4), H100 and H200 (SXM5), HGX B200, L40S, V100 (SXM2) and, for the RTX 4090,
 the Ada architecture white paper. Peaks are of dense matrices with fp32 accumulation (of FP8 and TF32 sheets give twice
-as much, with sparsity). The network is that of the systems
-that they are sold in (DGX: a 200 Gbit/s adapter for each A100, 400 for each H100, H200 and B200, 100 for two V100); for
-L40S and RTX 4090, whose hosts differ, 100 and 25 Gbit/s a GPU are assumed.
+as much, with sparsity). The network is that of the systems that they are sold in (DGX: a 200 Gbit/s adapter for each
+A100, 400 for each H100, H200 and B200, 100 for two V100); for L40S and RTX 4090, whose hosts differ, 100 and 25 Gbit/s
+a GPU are assumed.
 """
 
 from dataclasses import dataclass

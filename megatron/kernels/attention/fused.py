@@ -24,9 +24,9 @@ from megatron.kernels.packed_sequence import PackedSequence
 
 WIDEST = 256
 _HALF = (torch.float16, torch.bfloat16)
-# From this version of torch on varlen_attn takes cuDNN on Hopper and Blackwell where there is no window, and asks
-# nobody; others found it to be four times slower (pytorch/pytorch#187770).
-_TAKES_CUDNN = "2.14.0a0"
+# From torch 2.14 on varlen_attn takes cuDNN on Hopper and Blackwell where there is no window, and asks nobody; others
+# found it to be four times slower (pytorch/pytorch#187770).
+_TAKES_CUDNN = torch.__version__ >= "2.14.0a0"
 
 
 def is_fused(qkv_ugcd: Tensor, has_dropout: bool, window: Window = None, is_whole: bool = True) -> bool:
@@ -78,7 +78,7 @@ def varlen_attention(parts: tuple[Tensor, ...], sequence: PackedSequence, first:
     query_und, key_tgd, value_tgd = parts
     num_queries, ends, longest = len(query_und), sequence.cu_seqlens, sequence.max_length
     query_ends = ends if num_queries == len(key_tgd) else (ends - first).clamp(0, num_queries)
-    if window is None and torch.__version__ >= _TAKES_CUDNN:
+    if window is None and _TAKES_CUDNN:
         window = longest, longest  # FlashAttention takes one that ends nowhere for none
     context_und = varlen_attn(query_und, key_tgd, value_tgd, query_ends, ends, min(longest, num_queries), longest,
                               window_size=window or (-1, -1))
