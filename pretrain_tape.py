@@ -27,7 +27,6 @@ from megatron.parallel.launch.failure import refused, report
 from megatron.parallel.launch.leaving import leave
 from megatron.parallel.layout import check_layout
 from megatron.parallel.mesh import grid_sizes, joined
-from megatron.plan.dry_run import dry_run
 from megatron.train.configuration import keep_configuration, write_configuration
 from megatron.train.rewinding import train_to_its_end
 from megatron.train.state import BatchSizes
@@ -54,6 +53,8 @@ def main(argv: Sequence[str]) -> int:
         return refused(error, launch)
     try:
         if config.parallel.dry_run:
+            from megatron.plan.dry_run import dry_run  # as slow to import as torch
+
             print(dry_run(config))
             return 0
         with joined(config.parallel, launch) as mesh:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.convert.vocabulary import WORDS, with_rows
-from megatron.checkpoint.sharded import read_parts
 from megatron.checkpoint.stored import Checkpoint, StoredTensor, Tensors
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import CheckpointError
@@ -31,7 +30,7 @@ def load_model(parameters: Mapping[str, Tensor], checkpoint: Checkpoint, names: 
         for parameter in parameters.values():
             if placement_of(parameter).part(parameter).tensor.shape != parameter.shape:
                 parameter.zero_()  # padding
-        read_parts({name: _fitting(name, placement_of(parameter).part(parameter), checkpoint.model[name], checkpoint)
+        _read({name: _fitting(name, placement_of(parameter).part(parameter), checkpoint.model[name], checkpoint)
                     for name, parameter in parameters.items()}, checkpoint.model)
 
 
@@ -65,7 +64,7 @@ def load_optimizer(parameters: Mapping[str, Tensor], checkpoint: Checkpoint) -> 
     _check_kinds(tensors, checkpoint)
     state = {key: _memory(tensors[key], parameters[name]) for key in tensors
              if (name := key.partition("/")[2]) in parameters}
-    read_parts({key: _fitting(key, part_of_state(parameters[key.partition("/")[2]], tensor), tensors[key], checkpoint)
+    _read({key: _fitting(key, part_of_state(parameters[key.partition("/")[2]], tensor), tensors[key], checkpoint)
                 for key, tensor in state.items()}, tensors)
     return state
 
@@ -73,8 +72,15 @@ def load_optimizer(parameters: Mapping[str, Tensor], checkpoint: Checkpoint) -> 
 def load_average(average: Mapping[str, Tensor], parameters: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
     """Fill this rank's `average` of `parameters` in place, as far as the checkpoint has it; raises CheckpointError."""
     stored = checkpoint.average or {}
-    read_parts({name: _fitting(name, part_of_state(parameters[name], tensor), stored[name], checkpoint)
+    _read({name: _fitting(name, part_of_state(parameters[name], tensor), stored[name], checkpoint)
                 for name, tensor in average.items() if name in stored}, stored)
+
+
+def _read(parts: Mapping[str, Part], tensors: Tensors) -> None:
+    """Fill the tensors of `parts` in place with their boxes of the stored ones of the same names."""
+    for name, part in parts.items():
+        if part.tensor.numel():
+            part.tensor.copy_(tensors[name].read_box(part.box))
 
 
 def _check_kinds(tensors: Tensors, checkpoint: Checkpoint) -> None:

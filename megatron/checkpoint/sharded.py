@@ -1,8 +1,8 @@
-"""Tensors of which each rank has its part, written by all and read into any layout, by torch.distributed.checkpoint.
+"""Tensors of which each rank has its part, written by all of them, by torch.distributed.checkpoint.
 
-Its planners share the work out: what several ranks hold alike is written by one of them, in turns, and whoever reads
-gets the boxes that overlap with its own. Its own storage keeps its index as a pickle; ours is a manifest and files of
-safetensors, one of each kind ("model", "optimizer", "ema") a rank.
+Its planner shares the work out: what several ranks hold alike is written by one of them, in turns. Its own storage
+keeps its index as a pickle; ours is a manifest and files of safetensors, one of each kind ("model", "optimizer",
+"ema") a rank, of which each rank of any layout reads what it holds (`megatron.checkpoint.loading`).
 """
 
 import warnings
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -25,20 +25,16 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    LoadPlanner,
     SavePlan,
     SavePlanner,
     TensorWriteData,
     WriteItem,
     WriteItemType,
 )
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from megatron.checkpoint.manifest import Manifest, PieceFacts, TensorFacts
-from megatron.checkpoint.stored import Tensors
 from megatron.checkpoint.tensor_file import FileFacts, TensorEntry, write_tensors
 from megatron.files import begin_folder, finish_folder
 from megatron.parallel.placement import Part
@@ -57,15 +53,6 @@ def write_parts(place: Path, iteration: int, parts: Parts, group: dist.ProcessGr
     with _told_of_one_process():
         dcp.save(dict(parts), storage_writer=_Writer(place, iteration, finish), planner=_SavePlanner(),
                  process_group=group, no_dist=group is None)
-
-
-def read_parts(parts: Parts, tensors: Tensors) -> None:
-    """Fill the tensors of `parts` in place with their boxes of the stored ones of the same names; on each rank alone.
-
-    The shapes have been compared before.
-    """
-    with _told_of_one_process():
-        dcp.load(dict(parts), storage_reader=_Reader(tensors), planner=_LoadPlanner(), no_dist=True)
 
 
 @contextmanager
@@ -89,29 +76,6 @@ class _SavePlanner(DefaultSavePlanner):
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        """The tensor of a box."""
-        return self.state_dict[index.fqn].tensor
-
-
-class _LoadPlanner(DefaultLoadPlanner):
-    """Says what each rank wants: its boxes."""
-
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-    def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
-        """Take the boxes as they are, which torch would look through for tensors."""
-        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
-
-    def create_local_plan(self) -> LoadPlan:
-        """What of the stored pieces overlaps with the boxes."""
-        assert self.metadata is not None
-        stored = {key: facts for key, facts in self.metadata.state_dict_metadata.items()
-                  if isinstance(facts, TensorStorageMetadata)}
-        return LoadPlan([item for key, part in self.state_dict.items() if part.tensor.numel()
-                         for item in create_read_items_for_chunk_list(key, stored[key], [_chunk(part)])])
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         """The tensor of a box."""
         return self.state_dict[index.fqn].tensor
 
@@ -164,51 +128,6 @@ class _Writer(StorageWriter):
                    if isinstance(stored, TensorStorageMetadata)}
         Manifest(self._iteration, files | self._finish(self._temporary), tensors).write(self._temporary)
         finish_folder(self._place)
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        """There is none."""
-        return False
-
-
-class _Reader(StorageReader):
-    """Stored tensors of any format."""
-
-    def __init__(self, tensors: Tensors) -> None:
-        self._tensors = tensors
-
-    def reset(self, checkpoint_id: Any = None) -> None:
-        """Each is used once."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """What the tensors are, and their pieces."""
-        return Metadata({key: TensorStorageMetadata(
-            TensorProperties(tensor.dtype), torch.Size(tensor.shape),
-            [ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.shape)) for piece in tensor.pieces])
-            for key, tensor in self._tensors.items()})
-
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing is due."""
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """As it is."""
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """As they are."""
-        return plans
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """One box after another."""
-        for item in plan.items:
-            tensor = self._tensors[item.storage_index.fqn]
-            piece = next(piece for piece in tensor.pieces if torch.Size(piece.offsets) == item.storage_index.offset)
-            box = tuple(slice(start, start + size)
-                        for start, size in zip(item.storage_offsets, item.lengths, strict=True))
-            planner.resolve_tensor(item).copy_(piece.read(box))
-        read: Future[None] = Future()
-        read.set_result(None)
-        return read
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:

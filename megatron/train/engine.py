@@ -140,7 +140,7 @@ def with_optimizer(config: Config, mesh: Mesh, padded_vocab_size: int, stages: l
     num_tokens = stages[0].stream.num_tokens_here(config.training.micro_batch_size * config.data.seq_length)
     pipeline = Pipeline(mesh, len(stages), config.parallel.pipeline_schedule,
                         lambda stage, is_output: stages[stage].message(num_tokens, mesh.device, is_output))
-    matrices = (layer for stage in stages for layer in stage.matrices())
+    matrices = (layer for stage in stages if not model.is_gathered for layer in stage.matrices())
     copies = ComputeCopies(matrices, compute_dtype(config.precision))
     amaxes = AmaxHistory(stages, mesh)
     optimizer = Optimizer(model.parameters, config.optimizer, mesh, config.schedule.lr, config.training.cuda_graph,

@@ -5,22 +5,26 @@ fp32; frozen parameters have none. Each way offers the same: the parameters that
 each backward pass.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from megatron.config import ParallelConfig
-from megatron.parallel.data.replicated import Overlapped, Replicated
-from megatron.parallel.data.sharded import Blocks, Sharded, materialise
+from megatron.parallel.data.replicated import Overlapped, Replicated, materialise
 from megatron.parallel.mesh import Mesh
 
 
 class DataParallel(Protocol):
-    """The model's stages on one rank. `parameters`: by name, this rank's share of each, with its placement."""
+    """The model's stages on one rank.
+
+    `parameters`: by name, this rank's share of each, with its placement. `is_gathered`: whether a pass gathers them, in
+    the dtype of the products.
+    """
 
     parameters: dict[str, nn.Parameter]
+    is_gathered: bool
 
     def forward(self, stage: int, *args: Any) -> Any:
         """The stage's outputs."""
@@ -35,14 +39,16 @@ class DataParallel(Protocol):
         """Forget what was gathered of parameters that have been given other values since."""
 
 
-def data_parallel(stages: Sequence[nn.Module], blocks: Blocks, mesh: Mesh, config: ParallelConfig,
-                  dtype: torch.dtype) -> DataParallel:
+def data_parallel(stages: Sequence[nn.Module], blocks: Callable[[Any], Iterable[nn.Module]], mesh: Mesh,
+                  config: ParallelConfig, dtype: torch.dtype) -> DataParallel:
     """The way that `config` asks for; `blocks` names the parts of a stage that are shared out and gathered one by one.
 
     Stages that are built on `meta` get memory on the mesh's device, this rank's share of it, and no values yet. Where
     parameters are gathered, it is in `dtype`, that of the products. On one rank there is nothing to share out.
     """
     if config.data_parallel_sharding != "none" and mesh.shards.size > 1:
+        from megatron.parallel.data.sharded import Sharded  # importing FSDP2 takes as long as importing torch
+
         return Sharded(stages, blocks, mesh, config.data_parallel_sharding, dtype)
     for stage in stages:
         materialise(stage, mesh.device)

@@ -13,8 +13,16 @@ from megatron.parallel.mesh import Mesh
 from megatron.parallel.waits import Mark, Waits
 
 
+def materialise(stage: nn.Module, device: torch.device) -> None:
+    """Give the parameters of a stage that is built on `meta` memory on the device, without values."""
+    if any(parameter.is_meta for parameter in stage.parameters()):
+        stage.to_empty(device=device)
+
+
 class Replicated:
     """Every rank holds everything; gradients are summed after the last backward pass."""
+
+    is_gathered = False
 
     def __init__(self, stages: Sequence[nn.Module], mesh: Mesh) -> None:
         self.parameters = {name: parameter for stage in stages for name, parameter in stage.named_parameters()}
@@ -39,6 +47,8 @@ class Replicated:
 
 class Overlapped:
     """Every rank holds everything; torch's DistributedDataParallel sums while the last backward pass runs."""
+
+    is_gathered = False
 
     def __init__(self, stages: Sequence[nn.Module], mesh: Mesh) -> None:
         self.parameters = {name: parameter for stage in stages for name, parameter in stage.named_parameters()}

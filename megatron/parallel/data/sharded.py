@@ -12,13 +12,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from megatron.parallel.data.replicated import materialise
 from megatron.parallel.data.sums import sum_partial
 from megatron.parallel.mesh import Axis, Mesh
 from megatron.parallel.parameters import inherit
 from megatron.parallel.placement import placement_of
 from megatron.parallel.waits import Waits
-
-Blocks = Callable[[Any], Iterable[nn.Module]]
 
 
 class Sharded:
@@ -30,8 +29,10 @@ class Sharded:
     Masters and sums are fp32; what is gathered is in the dtype of the products.
     """
 
-    def __init__(self, stages: Sequence[nn.Module], blocks: Blocks, mesh: Mesh, sharding: str,
-                 dtype: torch.dtype) -> None:
+    is_gathered = True
+
+    def __init__(self, stages: Sequence[nn.Module], blocks: Callable[[Any], Iterable[nn.Module]], mesh: Mesh,
+                 sharding: str, dtype: torch.dtype) -> None:
         self._sharding = sharding
         self._stages = stages
         device_mesh = _device_mesh(mesh)
@@ -88,12 +89,6 @@ def _count_waits(unit: FSDPModule, waits: Waits) -> None:
     for group in filter(None, groups):
         for name in ("unshard", "wait_for_unshard", "post_backward", "finalize_backward"):
             setattr(group, name, partial(waits.during, getattr(group, name)))
-
-
-def materialise(stage: nn.Module, device: torch.device) -> None:
-    """Give the parameters of a stage that is built on `meta` memory on the device, without values."""
-    if any(parameter.is_meta for parameter in stage.parameters()):
-        stage.to_empty(device=device)
 
 
 def _share(source: DTensor, whole: nn.Parameter, shards: Axis) -> nn.Parameter:

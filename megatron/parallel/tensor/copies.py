@@ -5,7 +5,6 @@ from itertools import chain
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from megatron.parallel.tensor.fp8 import weight_operands
 from megatron.parallel.tensor.layers import Matrix
@@ -14,14 +13,12 @@ from megatron.parallel.tensor.layers import Matrix
 class ComputeCopies:
     """Gives each of `layers` copies of weight and bias in `dtype`, if it is another; call `refresh` after updates.
 
-    The weights of layers that multiply in FP8 are in that, once for each direction. Not what data-parallel ranks share
-    out: that is gathered in `dtype`.
+    The weights of layers that multiply in FP8 are in that, once for each direction.
     """
 
     def __init__(self, layers: Iterable[Matrix], dtype: torch.dtype) -> None:
         self._dtype = dtype
-        self._layers = [layer for layer in layers
-                        if layer.weight.dtype != dtype and not isinstance(layer.weight, DTensor)]
+        self._layers = [layer for layer in layers if layer.weight.dtype != dtype]
         for layer in self._layers:
             if layer.recipe is not None:
                 layer.fp8_copy = weight_operands(layer.weight, layer.recipe, dtype)

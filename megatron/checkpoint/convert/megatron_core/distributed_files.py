@@ -20,15 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from megatron.checkpoint.convert.torch_files import LONGEST_PICKLE, check_torch_file, read_torch_file
 from megatron.checkpoint.convert.torch_pickle import PickledObject, load_torch_pickle
@@ -100,6 +91,17 @@ def write_distributed(place: Path, chunks: Iterable[Chunk], objects: Mapping[str
 
     The chunks of a name make up the whole tensor; `objects` and `common` hold plain data. Raises OSError.
     """
+    # Reading needs none of it, and importing it takes as long as importing torch.
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        BytesStorageMetadata,
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
     kinds: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     where: dict[MetadataIndex, _StorageInfo] = {}
     with (place / _FILE).open("xb") as file:
