@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
             with claimed(config.checkpoint.save, mesh, log) as claim, requests.listening():
                 keep = None if claim is None else partial(keep_configuration, resolved)
                 run = train_to_its_end(config, mesh, log, requests, claim, keep)
-                if config.checkpoint.save and log.is_speaker:
+                if config.checkpoint.save and log.is_speaker and not run.is_other_evaluated:
                     from megatron.study.report import leave_report  # matplotlib: slow to import, needed once
 
                     leave_report(run)

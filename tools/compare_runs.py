@@ -23,7 +23,7 @@ from megatron.checkpoint.metrics import loss_name  # noqa: E402
 from megatron.config.command_line import OneLineParser  # noqa: E402
 from megatron.errors import ConfigError, OutputError  # noqa: E402
 from megatron.log import exit_status, in_time  # noqa: E402
-from megatron.study.curves import AXES, Curve, kinds_of, mean_curve, read_curve  # noqa: E402
+from megatron.study.curves import AXES, Curve, kinds_of, mean_curve, read_curve, unlike  # noqa: E402
 from megatron.study.naming import differing_flags, names_of  # noqa: E402
 from megatron.study.table import in_short, table  # noqa: E402
 
@@ -75,7 +75,12 @@ def compare(given: argparse.Namespace) -> None:
         print(json.dumps({"metric": given.metric, "loss": loss, "picture": str(given.output), "runs": facts}, indent=1))
         return
     print(as_table(facts, loss, given.metric))
+    if (note := unlike(digest for run in runs for digest in run.curve.measured_on)) is not None:
+        print(note)
     for run in runs:
+        if run.curve.num_others:
+            print(f"note: {run.name} was evaluated on other data before: {run.curve.num_others:,} of its losses are "
+                  "left out")
         if run.curve.lost:
             print(f"note: {run.name} is not finite from step {run.curve.lost[0]:,} on")
         if run.curve.missing:
@@ -141,6 +146,7 @@ def facts_of(run: Compared, loss: float) -> dict[str, Any]:
             "final_spread": None if curve.spread is None or curve.lost else float(curve.spread[-1]),
             "not_finite_from": curve.lost[0] if curve.lost else None,
             "best_loss": float(curve.losses[best]), "best_step": int(curve.axes["steps"][best]),
+            "measured_on": sorted(filter(None, curve.measured_on)),
             "reached": None if at is None else {axis: at.get(axis) for axis in AXES}}
 
 

@@ -21,6 +21,7 @@ from megatron.checkpoint.metrics import loss_name  # noqa: E402
 from megatron.config.command_line import OneLineParser  # noqa: E402
 from megatron.errors import ConfigError  # noqa: E402
 from megatron.log import Log, exit_status  # noqa: E402
+from megatron.study.curves import unlike  # noqa: E402
 from megatron.study.outcome import as_table, edges, outcomes  # noqa: E402
 from megatron.study.record import SweepRecord, held  # noqa: E402
 from megatron.study.running import LOG, Sweep  # noqa: E402
@@ -104,6 +105,8 @@ def _tell(record: SweepRecord, space: Space, metric: str, is_done: bool, log: Lo
 
         draw_sweep(found, f"{loss_name(metric)} (nats a masked residue)", record.folder / "sweep.png")
         log.line(f"picture: {record.folder / 'sweep.png'}, table: {record.folder / 'sweep.csv'}")
+    if (note := unlike(record.measured_on())) is not None:
+        log.line(note)
     if not is_done:
         log.line("stopped: the same command goes on")
     elif found and found[0].is_finished:

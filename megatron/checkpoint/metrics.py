@@ -1,12 +1,14 @@
 """metrics.jsonl, one JSON object a log event, read with whatever power cuts, killed runs and users leave in it."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron.files import write_text
 
 OF_AVERAGE = "_ema"  # ends the kind of a split's evaluation where it is of the average of the weights
+MEASURED_ON = "measured_on"  # of an evaluation: the digest of what it is of, by `data.rows.dataset.measured_on`
 _SPLITS = {"valid": "validation", "train": "training"}
 
 
@@ -20,6 +22,21 @@ def loss_name(kind: str) -> str:
 def read_records(metrics: Path) -> list[dict[str, Any]]:
     """The records in the file, in its order; whatever else is there is passed over."""
     return [record for line in metrics.read_bytes().splitlines() if (record := _record(line)) is not None]
+
+
+def comparable(evaluations: Sequence[Mapping[str, Any]]) -> list[bool]:
+    """Of evaluations in their order, each with its digest MEASURED_ON, which were of what the last one was of.
+
+    Those without a digest are of one thing that is not known.
+    """
+    return [one.get(MEASURED_ON) == evaluations[-1].get(MEASURED_ON) for one in evaluations]
+
+
+def evaluations_of(records: Sequence[Mapping[str, Any]], kind: str) -> tuple[list[Mapping[str, Any]], int]:
+    """The records of a kind that can be compared with its last one, and how many others there are."""
+    of_kind = [record for record in records if record["kind"] == kind]
+    found = [record for record, is_alike in zip(of_kind, comparable(of_kind), strict=True) if is_alike]
+    return found, len(of_kind) - len(found)
 
 
 def forget_after(metrics: Path, iteration: int) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 # In the folder of a run.
 LATEST, BEST = "latest_checkpointed_iteration.txt", "best"
@@ -36,7 +37,18 @@ def digest_of_weights(path: Path) -> str:
 
 def validation_loss(place: Path) -> float | None:
     """That of the run when it wrote this checkpoint; None where it is not known."""
+    found = _validation(place)
+    return None if found is None else found["loss"]
+
+
+def validations(root: Path) -> dict[Path, dict[str, Any]]:
+    """Of the checkpoints below `root` whose validation is known, ascending: its "loss", and what that is of."""
+    return {place: found for place in iterations(root).values() if (found := _validation(place)) is not None}
+
+
+def _validation(place: Path) -> dict[str, Any] | None:
     try:
-        return float(json.loads((place / VALIDATION).read_text(encoding="utf-8"))["loss"])
+        found = json.loads((place / VALIDATION).read_text(encoding="utf-8"))
+        return {**found, "loss": float(found["loss"])}
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron.checkpoint.claim import Claim
+from megatron.checkpoint.places import BEST
 from megatron.checkpoint.sharded import Parts, write_parts
 from megatron.checkpoint.store import (
     STATE,
@@ -77,7 +78,8 @@ class Saver:
             () if self._device.type != "cuda" else (torch.cuda.set_device, (self._device,))))
         self._under_way: Future[int] | None = None
         self._copies: dict[str, Tensor] = {}
-        self._validations: dict[Path, float] = {}  # those yet to be kept
+        self._validations: dict[Path, tuple[float, str | None]] = {}  # those yet to be kept
+        self._has_told_of_others = False
 
     def save(self, iteration: int, parts: Parts, state: Mapping[str, Any]) -> None:
         """Write a checkpoint, or have it written; raises CheckpointError, and SaveError where the disk refuses."""
@@ -124,10 +126,13 @@ class Saver:
         finally:
             self._thread.shutdown()
 
-    def note_validation(self, iteration: int, loss: float) -> None:
-        """Keep the validation loss of an iteration with its checkpoint, if one is written, before or after this."""
+    def note_validation(self, iteration: int, loss: float, measured_on: str | None = None) -> None:
+        """Keep the validation loss of an iteration with its checkpoint, if one is written, before or after this.
+
+        `measured_on`: the digest of what it is of.
+        """
         if self._writers.rank == 0:
-            self._validations[place_of(self._root, iteration)] = loss
+            self._validations[place_of(self._root, iteration)] = loss, measured_on
             self._keep_validations()
 
     def _write(self, iteration: int, parts: Parts, state: Mapping[str, Any], copied: torch.Event | None) -> int:
@@ -182,11 +187,18 @@ class Saver:
             return
         # Of a course that the first save sets aside.
         left = {place for number, place in iterations(self._root).items() if self._is_first and number > self._loaded}
-        waiting = {place: loss for place, loss in self._validations.items() if place in left or not place.exists()}
+        waiting = {place: one for place, one in self._validations.items() if place in left or not place.exists()}
         for place in self._validations.keys() - waiting.keys():
             with suppress(OSError):  # where the disk is full the next save says so; the loss stands in the metrics too
-                note_validation(place, self._validations[place])
+                self._tell_of_others(place, note_validation(place, *self._validations[place]))
         self._validations = dict(list(waiting.items())[-1:])  # of the others no checkpoint is to come
+
+    def _tell_of_others(self, place: Path, others: Sequence[Path]) -> None:
+        """Say once where checkpoints are not compared with that of `place`."""
+        if others and not self._has_told_of_others:
+            self._has_told_of_others = True
+            self._log.line(f"note: {BEST} has the lowest loss of those evaluated on what {place.name} was: that of "
+                           f"others, up to {others[-1].name}, is of other data, or does not say of what")
 
     def _copy(self, key: str, tensor: Tensor) -> Tensor:
         """A copy in host memory, which the next checkpoint uses again."""

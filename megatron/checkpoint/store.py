@@ -1,12 +1,12 @@
 """The checkpoints of a run: which there are, which to go on from, which to keep.
 
 FOLDER/latest_checkpointed_iteration.txt    the decimal number of the newest
-FOLDER/best                                 a link to the one with the lowest validation loss
+FOLDER/best                                 a link to the one with the lowest validation loss of those that compare
 FOLDER/iter_0000100/model-00000.safetensors, optimizer-00000.safetensors    what rank 0 wrote, fp32
 FOLDER/iter_0000100/ema-00000.safetensors   the average of the weights, fp32, of a run with --ema
 FOLDER/iter_0000100/state.json              progress, loss scale, meters, the flags of the run
 FOLDER/iter_0000100/manifest.json           all files with their checksums, and where each tensor lies
-FOLDER/iter_0000100/validation.json         the validation loss there, where it is known
+FOLDER/iter_0000100/validation.json         the validation loss there, where it is known, and what it was measured on
 
 Nothing here is a pickle: opening a checkpoint runs no code. A checkpoint exists when it is whole: its folder gets its
 name last. So the pointer may be behind, or gone; it decides where it was written after all checkpoints, as when a user
@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.manifest import MANIFEST, check_files, read_manifest
-from megatron.checkpoint.places import BEST, LATEST, STATE, VALIDATION, iterations, place_of, validation_loss
+from megatron.checkpoint.metrics import MEASURED_ON, comparable
+from megatron.checkpoint.places import BEST, LATEST, STATE, VALIDATION, iterations, place_of, validations
 from megatron.checkpoint.stored import Checkpoint
 from megatron.checkpoint.whole import MODEL, read_whole
 from megatron.errors import CheckpointError
@@ -161,22 +162,30 @@ def prune(root: Path, *, keep: int, keep_every: int, retain_optimizer: int, spar
             _drop_optimizer(place)
 
 
-def note_validation(place: Path, loss: float) -> None:
-    """Keep the validation loss of a checkpoint beside it, and link to the best of the run."""
-    write_json(place / VALIDATION, {"loss": loss})
-    link_best(place.parent)
+def note_validation(place: Path, loss: float, measured_on: str | None = None) -> list[Path]:
+    """Keep the validation loss of a checkpoint beside it, and link to the best of the run.
+
+    Returns the checkpoints that are not compared, as `link_best` does.
+    """
+    write_json(place / VALIDATION, {"loss": loss, MEASURED_ON: measured_on})
+    return link_best(place.parent)
 
 
-def link_best(root: Path) -> None:
-    """Have `best` lead to the checkpoint of the lowest validation loss, or be gone where none has one."""
-    losses = {place: found for place in iterations(root).values() if (found := validation_loss(place)) is not None}
+def link_best(root: Path) -> list[Path]:
+    """Have `best` lead to the checkpoint of the lowest validation loss, or be gone where none has one.
+
+    Compared are those that were evaluated on what the newest of them was; returns the others.
+    """
+    found = validations(root)
+    is_alike = dict(zip(found, comparable(list(found.values())), strict=True))
     link, new = root / BEST, root / f".{BEST}"
     new.unlink(missing_ok=True)
-    if losses:
-        new.symlink_to(min(losses, key=lambda place: losses[place]).name)
+    if found:
+        new.symlink_to(min(filter(is_alike.get, found), key=lambda place: found[place]["loss"]).name)
         new.replace(link)
     else:
         link.unlink(missing_ok=True)
+    return [place for place in found if not is_alike[place]]
 
 
 def in_order(root: Path) -> tuple[str | None, list[Path]]:

@@ -1,12 +1,12 @@
 """What a run's metrics.jsonl says of its course: a loss against steps, residues, seconds of training, and FLOPs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from megatron.checkpoint.metrics import read_records
+from megatron.checkpoint.metrics import MEASURED_ON, evaluations_of, read_records
 from megatron.checkpoint.places import METRICS_FILE
 from megatron.errors import ConfigError
 
@@ -19,13 +19,16 @@ class Curve:
     """Losses in nats at rising steps; at each, every axis of AXES that the run recorded.
 
     `spread`: for the mean of several runs, the standard deviation of one (over n - 1) at each point. `lost`: steps
-    behind a run's last loss at which it had none that is finite.
+    behind a run's last loss at which it had none that is finite. `measured_on`: the digests of what they are of, of the
+    runs that it is the mean of; `num_others`: how many evaluations before, of something else, are left out.
     """
 
     losses: np.ndarray
     axes: dict[str, np.ndarray]
     spread: np.ndarray | None = None
     lost: tuple[int, ...] = ()
+    measured_on: frozenset[str | None] = frozenset()
+    num_others: int = 0
 
     @property
     def last_step(self) -> int:
@@ -71,7 +74,8 @@ def read_curve(folder: Path, kind: str) -> Curve:
     Raises ConfigError where there are none.
     """
     records = kinds_of(folder)
-    latest = {record["iteration"]: record for record in records.get(kind, ()) if "loss" in record}
+    evaluations, num_others = evaluations_of(records.get(kind, []), kind)
+    latest = {record["iteration"]: record for record in evaluations if "loss" in record}
     found = {step: record for step, record in latest.items() if isinstance(record.get("loss"), float)}
     if not found:
         others = ", ".join(name for name in records if name != kind) or "nothing"
@@ -81,7 +85,8 @@ def read_curve(folder: Path, kind: str) -> Curve:
     axes = {name: [point.get(key) for point in points] for name, key in AXES.items()}
     return Curve(np.array([point["loss"] for point in points]),
                  {name: np.array(values, dtype=float) for name, values in axes.items() if None not in values},
-                 lost=tuple(step for step in sorted(latest) if step > max(found)))
+                 lost=tuple(step for step in sorted(latest) if step > max(found)),
+                 measured_on=frozenset(point.get(MEASURED_ON) for point in points), num_others=num_others)
 
 
 def kinds_of(folder: Path) -> dict[str, list[dict]]:
@@ -97,6 +102,13 @@ def kinds_of(folder: Path) -> dict[str, list[dict]]:
     for record in read_records(path):
         kinds.setdefault(record["kind"], []).append(record)
     return kinds
+
+
+def unlike(digests: Iterable[str | None]) -> str | None:
+    """The line that says that losses with these digests do not compare; None where all have the same."""
+    return None if len(set(digests)) < 2 else (
+        "note: these losses are not all of the same data (--data-path, --split, --seq-length, --eval-iters or the rows "
+        "of a batch are others), or do not all say of what: they do not tell which run is better")
 
 
 def mean_curve(curves: Sequence[Curve]) -> Curve:
@@ -115,4 +127,5 @@ def mean_curve(curves: Sequence[Curve]) -> Curve:
     axes = {name: np.mean([curve.axes[name][index] for curve, index in zip(curves, at, strict=True)], 0)
             for name in AXES if all(name in curve.axes for curve in curves)}
     lost = {step for curve in curves for step in curve.lost}
-    return Curve(losses.mean(0), axes, losses.std(0, ddof=1), tuple(sorted(lost)))
+    return Curve(losses.mean(0), axes, losses.std(0, ddof=1), tuple(sorted(lost)),
+                 frozenset().union(*(curve.measured_on for curve in curves)), sum(curve.num_others for curve in curves))

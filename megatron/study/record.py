@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+from megatron.checkpoint.metrics import MEASURED_ON
 from megatron.checkpoint.places import METRICS_FILE
 from megatron.config.command_line import as_flags
 from megatron.errors import ConfigError
@@ -79,12 +80,20 @@ class SweepRecord:
 
     def facts(self, trial: str) -> dict[str, Any]:
         """The loss and the totals of a trial's last evaluation; {} before it."""
+        last = self._last(trial)
+        return {} if last is None else {
+            "loss": last.get("loss"), "steps": last["iteration"], "residues": last.get("consumed_residues"),
+            "seconds": last.get("training_s"), "flops": last.get("consumed_flops")}
+
+    def measured_on(self) -> set[str | None]:
+        """The digests of what the last evaluations of the trials are of."""
+        return {last.get(MEASURED_ON) for trial in self._results if (last := self._last(trial)) is not None}
+
+    def _last(self, trial: str) -> dict[str, Any] | None:
+        """The record of a trial's last evaluation; None before it."""
         with suppress(ConfigError):
-            if last := kinds_of(self.folder / trial).get(self._metric, [])[-1:]:
-                return {"loss": last[0].get("loss"), "steps": last[0]["iteration"],
-                        "residues": last[0].get("consumed_residues"), "seconds": last[0].get("training_s"),
-                        "flops": last[0].get("consumed_flops")}
-        return {}
+            return next(reversed(kinds_of(self.folder / trial).get(self._metric, [])), None)
+        return None
 
     def _read_again(self, result: TrialResult) -> TrialResult:
         if not (self.folder / result.trial / METRICS_FILE).exists():

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from megatron.checkpoint.metrics import loss_name, read_records
-from megatron.checkpoint.places import BEST, LOSSES, METRICS_FILE, SPIKES, iterations, validation_loss
+from megatron.checkpoint.metrics import comparable, evaluations_of, loss_name, read_records
+from megatron.checkpoint.places import BEST, LOSSES, METRICS_FILE, SPIKES, iterations, validations
 from megatron.config import Config
 from megatron.config.command_line import flag_name
 from megatron.config.presets import PRESETS
@@ -76,7 +76,11 @@ def _results(records: Sequence[Mapping[str, Any]]) -> str:
     rows = [[loss_name(kind), f"{record['iteration']:,}", _number(record["loss"], ".4f"),
              _number(record.get("perplexity"), ".2f"), _number(record.get("masked_accuracy"), ".4f"),
              f"{record.get('num_targets', 0):,}"] for kind, record in last.items()]
-    return _section("Results", _table(rows, ["", "at step", "nats", "perplexity", "accuracy", "masked residues"]))
+    others = {loss_name(kind): evaluations_of(records, kind)[1] for kind in kinds}
+    notes = [f"<p>{escape(name)}: {count:,} of its evaluations before this are of other data, or do not say of what, "
+             "and are not drawn" for name, count in others.items() if count]
+    table = _table(rows, ["", "at step", "nats", "perplexity", "accuracy", "masked residues"])
+    return _section("Results", "".join([table, *notes]))
 
 
 def _curves(folder: Path, records: Sequence[Mapping[str, Any]]) -> str:
@@ -139,8 +143,12 @@ def _data(run: Run) -> str:
 
 def _checkpoints(folder: Path) -> str:
     best = (folder / BEST).resolve()
-    rows = [[f"<code>{place.name}</code>", f"{_size(place) / 1e6:,.1f} MB", _number(validation_loss(place), ".4f"),
-             "best" if place.resolve() == best else ""] for place in iterations(folder).values()]
+    found = validations(folder)
+    is_alike = dict(zip(found, comparable(list(found.values())), strict=True))
+    rows = [[f"<code>{place.name}</code>", f"{_size(place) / 1e6:,.1f} MB",
+             _number(found[place]["loss"] if place in found else None, ".4f"),
+             "best" if place.resolve() == best else "" if is_alike.get(place, True) else "on other data"]
+            for place in iterations(folder).values()]
     return _section("Checkpoints", _table(rows, ["", "size", "validation loss", ""]))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.claim import LOCK, is_held
-from megatron.checkpoint.metrics import read_records
+from megatron.checkpoint.metrics import evaluations_of, read_records
 from megatron.checkpoint.places import BEST, CONFIG_FILE, METRICS_FILE, SPIKES, STATE, iterations, validation_loss
 from megatron.config.presets import PRESETS
 from megatron.config.reading.files import read_file
@@ -98,7 +98,7 @@ def _num_iterations(folder: Path, records: Sequence[dict[str, Any]]) -> int | No
 
 
 def _points(records: Sequence[dict[str, Any]], kind: str) -> list[Point]:
-    points = {record["iteration"]: record.get("loss") for record in records if record["kind"] == kind}
+    points = {record["iteration"]: record.get("loss") for record in evaluations_of(records, kind)[0]}
     return [(step, loss) for step, loss in sorted(points.items())
             if isinstance(loss, int | float) and math.isfinite(loss)]
 
@@ -143,17 +143,18 @@ def _rows(view: View) -> list[tuple[str, str]]:
 
 
 def _validation(view: View) -> str:
-    latest = max((record["iteration"] for record in view.records if record["kind"] == "valid" and "loss" in record),
-                 default=0)
+    found, num_others = evaluations_of(view.records, "valid")
+    latest = max((record["iteration"] for record in found if "loss" in record), default=0)
+    others = f"; {num_others:,} before on other data" if num_others else ""
     points = _points(view.records, "valid")
     if not points:
-        return f"not finite at step {latest:,}" if latest else ""
+        return f"not finite at step {latest:,}{others}" if latest else ""
     step, loss = points[-1]
     best_step, best = min(points, key=lambda point: point[1])
     if step < latest:
-        return f"not finite at step {latest:,}, best {best:.4f} at {best_step:,.0f}"
+        return f"not finite at step {latest:,}, best {best:.4f} at {best_step:,.0f}{others}"
     of_best = f"best {best:.4f} at {best_step:,.0f}" if best < loss else "the best"
-    return f"{loss:.4f} at step {step:,.0f}, {of_best}"
+    return f"{loss:.4f} at step {step:,.0f}, {of_best}{others}"
 
 
 def _checkpoint(view: View) -> str:

@@ -58,6 +58,7 @@ class Run:
     taken_from: str | None  # the folder of another run that it took up first, with its progress or without
     meters: dict[str, Any]  # what the steps since the last log event had measured, where the run was left
     is_evaluation_due: bool = False  # the one of the last step, before which the run was stopped
+    is_other_evaluated: bool = False  # on rank 0: it was complete, and is evaluated on other data than it was
 
     @cached_property
     def shape(self) -> BatchShape:

@@ -1,9 +1,9 @@
 """All evaluations of a run, written to its events as they come: splits, corpora, and the average of the weights."""
 
-from megatron.checkpoint.metrics import OF_AVERAGE
+from megatron.checkpoint.metrics import OF_AVERAGE, loss_name
 from megatron.checkpoint.saving import Saver
 from megatron.data.rows.blend import BlendedDataset
-from megatron.data.rows.dataset import Dataset, corpora_of
+from megatron.data.rows.dataset import Dataset, corpora_of, measured_on
 from megatron.train.build import Run
 from megatron.train.evaluate import Evaluation, evaluate
 from megatron.train.events import Events
@@ -16,6 +16,7 @@ class Evaluations:
 
     def __init__(self, run: Run, events: Events, requests: StopRequests, saver: Saver | None, meters: Meters) -> None:
         self._run, self._events, self._requests, self._saver, self._meters = run, events, requests, saver, meters
+        self._was_complete = run.state.iteration >= run.sizes.last_iteration(run.state)
         self.was_cut_short = False  # whether one has ended early
 
     def of_all_splits(self) -> dict[str, Evaluation]:
@@ -47,6 +48,9 @@ class Evaluations:
             num_rows = dataset.num_epoch_rows(0)
             if training.eval_iters:
                 num_rows = min(num_rows, training.eval_iters * run.sizes.final)
+            digest = measured_on(dataset, num_rows)
+            if kind == split:
+                self._look_at(split, digest)
             result = evaluate(run.engine, dataset, run.shape, run.log, num_rows=num_rows,
                               label="validation" if split == "valid" else split,
                               wants_stop=lambda: self._requests.agreed(run.mesh))
@@ -54,7 +58,17 @@ class Evaluations:
                 self.was_cut_short = True
                 break
             results[kind] = result
-            self._events.evaluation(kind, state.iteration, state.consumed_samples, totals, result)
-            if self._saver is not None and kind == "valid" and result.loss is not None:
-                self._saver.note_validation(state.iteration, result.loss)
+            self._events.evaluation(kind, state.iteration, state.consumed_samples, totals, result, digest,
+                                    is_told_alone=run.is_other_evaluated)
+            if self._saver is not None and kind == "valid" and result.loss is not None and not run.is_other_evaluated:
+                self._saver.note_validation(state.iteration, result.loss, digest)
         return results
+
+    def _look_at(self, split: str, digest: str) -> None:
+        """See, and say, where a run that was complete is now evaluated on something else than before."""
+        run = self._run
+        if self._was_complete and not run.is_other_evaluated and self._events.is_other(split, digest):
+            run.is_other_evaluated = True
+            run.log.line(f"note: the run is complete, and its {loss_name(split)} is of other data (--data-path, "
+                         "--split, --seq-length or --eval-iters was another), or does not say of what: what follows is "
+                         "told here alone, and its own metrics, best and report stay as they are")

@@ -5,7 +5,8 @@ Everything is written by rank 0; what the disk refuses is said once, kept, and w
 valid, test, or valid/NAME and test/NAME of one corpus; valid_ema, test_ema and so on are of the average of the weights.
 "consumed_residues", "training_s" and "consumed_flops" are what the run has taken up to there, "written_s" is when that
 was written, in seconds since 1970; "memory_gib" is the most that a rank has held.
-A number that means nothing (the loss of steps without targets, of a run that diverged) is null there.
+A number that means nothing (the loss of steps without targets, of a run that diverged) is null there. "measured_on" is
+a digest of what an evaluation is of.
 """
 
 import json
@@ -18,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.metrics import forget_after, loss_name, read_records
+from megatron.checkpoint.metrics import MEASURED_ON, evaluations_of, forget_after, loss_name, read_records
 from megatron.checkpoint.places import BOARD, METRICS_FILE
 from megatron.config import CheckpointConfig, LoggingConfig
 from megatron.errors import OutputError
@@ -100,19 +101,34 @@ class Events:
             f"{f' time left: {in_time(time_left_s)} |' if time_left_s else ''}")
 
     def evaluation(self, kind: str, iteration: int, consumed_samples: int, totals: Totals | None,
-                   result: Evaluation) -> None:
-        """The result of evaluating "valid" or "test", or of it a corpus ("valid/NAME"), after `iteration` steps."""
-        self._write(kind, iteration, consumed_samples, totals, asdict(result))
+                   result: Evaluation, measured_on: str | None = None, is_told_alone: bool = False) -> None:
+        """The result of evaluating "valid" or "test", or of it a corpus ("valid/NAME"), after `iteration` steps.
+
+        `measured_on`: the digest of what it is of; `is_told_alone`: whether it gets its line, and is written nowhere.
+        """
+        if not is_told_alone:
+            self._write(kind, iteration, consumed_samples, totals, asdict(result), {MEASURED_ON: measured_on})
         self._log.line(f" {loss_name(kind)} at iteration {iteration} | lm loss value: {_text(result.loss, '.6E')} | "
                        f"lm loss PPL: {_text(result.perplexity, '.6E')} | "
                        f"masked accuracy: {_text(result.masked_accuracy, '.4f')}")
 
+    def is_other(self, kind: str, measured_on: str) -> bool:
+        """Whether --save holds evaluations of a kind, the last of which was of something else."""
+        if self._metrics is None:
+            return False
+        return any(record.get(MEASURED_ON) != measured_on
+                   for record in evaluations_of(read_records(self._metrics), kind)[0])
+
     def before(self) -> dict[str, float | None]:
-        """The losses of each kind of evaluation before the first step, as far as --save holds them."""
+        """The losses of each kind of evaluation before the first step, as far as --save holds them.
+
+        They are of what the last ones are of.
+        """
         if self._metrics is None:
             return {}
-        return {record["kind"]: record.get("loss") for record in read_records(self._metrics)
-                if record["iteration"] == 0}
+        records = read_records(self._metrics)
+        return {kind: record.get("loss") for kind in {record["kind"] for record in records}
+                for record in evaluations_of(records, kind)[0] if record["iteration"] == 0}
 
     def picture(self, baselines: Baselines | None) -> Path | None:
         """Draw the loss curves of metrics.jsonl with the baselines; returns the file, or None where none is written."""
@@ -135,14 +151,14 @@ class Events:
                 self._board.close()
 
     def _write(self, kind: str, iteration: int, consumed_samples: int, totals: Totals | None,
-               values: dict[str, Any], **facts: int) -> None:
-        """`facts`: what has no course, and so none on the board."""
+               values: dict[str, Any], marks: Mapping[str, str | None] | None = None, **facts: int) -> None:
+        """`facts`: what has no course, and so none on the board; `marks`: what is no number, for the file alone."""
         record = {"kind": kind, "iteration": iteration, "consumed_samples": consumed_samples,
                   "written_s": round(time.time(), 3), **(asdict(totals) if totals else {}), **facts, **values}
         if self._metrics is not None:
             numbers = {name: value if isinstance(value, list | None) or math.isfinite(value) else None
                        for name, value in values.items()}
-            self._append(f"{json.dumps(record | numbers)}\n".encode())
+            self._append(f"{json.dumps(record | numbers | dict(marks or {}))}\n".encode())
         if self._board is not None:
             try:
                 self._board.scalars(iteration, {f"{kind}/{name}": value for name, value in values.items()

@@ -64,8 +64,9 @@ def train(run: Run, requests: StopRequests, claim: Claim | None, faults: Faults,
             return
         if saver is not None:
             saver.finish()
-        picture = events.picture(baselines)
-    _summary(run, results, events.before(), baselines, picture)
+        is_own = not run.is_other_evaluated
+        picture = events.picture(baselines) if is_own else None
+    _summary(run, results, events.before() if is_own else {}, baselines, picture)
     if saver is not None:
         saver.check()
 
@@ -236,13 +237,14 @@ def _summary(run: Run, results: dict[str, Evaluation], before: dict[str, float |
             f"({baselines.visible:.4f} with the letters that masking leaves visible)"))
     if folder:
         checkpoint = place_of(Path(folder), run.state.iteration)
-        rows += [*([("checkpoint", str(checkpoint))] if checkpoint.exists() else []),
-                 ("metrics", str(Path(folder) / METRICS_FILE)),
+        rows += [("checkpoint", str(checkpoint))] if checkpoint.exists() else []
+    if folder and not run.is_other_evaluated:
+        rows += [("metrics", str(Path(folder) / METRICS_FILE)),
                  *([("loss curves", str(picture))] if picture else []),
                  ("TensorBoard", run.config.logging.tensorboard_dir or str(Path(folder) / BOARD))]
     width = max(18, *(len(name) for name, _ in rows)) + 2 if rows else 0
-    # Of a run with --save the last line is where its report is.
-    run.log.line("\n".join(["", *(f"  {name:<{width}}{value}" for name, value in rows), *([] if folder else [""])]))
+    is_last = not folder or run.is_other_evaluated  # else the last line is where the report is
+    run.log.line("\n".join(["", *(f"  {name:<{width}}{value}" for name, value in rows), *([""] if is_last else [])]))
 
 
 def _in_words(result: Evaluation, before: float | None) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from megatron.checkpoint.metrics import read_records
+from megatron.checkpoint.metrics import evaluations_of, read_records
 from megatron.checkpoint.places import LOSSES
 from megatron.files import replacing
 from megatron.train.evaluate import Baselines
@@ -18,21 +18,25 @@ def draw_losses(metrics: Path, baselines: Baselines | None) -> Path:
     figure = Figure(figsize=(8, 5), dpi=150)
     axes = figure.subplots()
     figure.subplots_adjust(left=0.09, right=0.98, bottom=0.1, top=0.94)
+    drawn: list[float] = []
     for kind, label, style in (("train", "training", {"linewidth": 1.0, "alpha": 0.8}),
                                ("valid", "validation", {"marker": "o", "markersize": 4}),
                                ("valid_ema", "validation of the average", {"marker": "s", "markersize": 4})):
-        points = {record["iteration"]: record["loss"] for record in records if record["kind"] == kind}
+        found, num_others = evaluations_of(records, kind)
+        points = {record["iteration"]: record["loss"] for record in found}
         if points:
-            axes.plot(list(points), list(points.values()), label=f"{label} ({list(points.values())[-1]:.4f})", **style)
+            drawn += points.values()
+            others = f"; {num_others} on other data left out" if num_others else ""
+            axes.plot(list(points), list(points.values()), label=f"{label} ({list(points.values())[-1]:.4f}{others})",
+                      **style)
     if baselines is not None:
         axes.axhline(baselines.letters, color="gray", linestyle="--",
                      label=f"letter frequencies ({baselines.letters:.4f})")
         axes.axhline(baselines.visible, color="gray", linestyle=":",
                      label=f"letter frequencies and visible letters ({baselines.visible:.4f})")
-        losses = [record["loss"] for record in records]
         # The first steps start near ln(vocabulary); cut them off so that the part that matters fills the picture.
-        axes.set_ylim(min([*losses, baselines.visible]) - 0.02,
-                      min(max([*losses, baselines.letters]), baselines.letters + 0.35))
+        axes.set_ylim(min([*drawn, baselines.visible]) - 0.02,
+                      min(max([*drawn, baselines.letters]), baselines.letters + 0.35))
     axes.set_xlabel("iteration")
     axes.set_ylabel("masked residue loss (nats)")
     axes.set_title("Protein masked language model")

@@ -114,3 +114,34 @@ def test_what_is_not_evaluated_and_not_kept_is_told(tmp_path, capsys):
         "share, such as 80,20,0", "note: without --save nothing of this run is kept"]
     assert main([*FLAGS, "--data-path", few, "--split", "1,0,0", "--save", str(tmp_path / "kept")]) == 0
     assert "note: " not in capsys.readouterr().out
+
+
+def test_a_complete_run_that_is_evaluated_on_other_data_keeps_its_own_results(corpora, tmp_path, capsys):
+    own, other = ([*FLAGS, "--data-path", path, "--save", str(tmp_path), "--load", str(tmp_path)]
+                  for path in (corpora[3], corpora[1]))
+    assert main([*own, "--save-interval", "2"]) == 0
+    names = ["metrics.jsonl", "loss.png", "report.html", "iter_0000004/validation.json"]
+    before = [(tmp_path / name).read_bytes() for name in names]
+    capsys.readouterr()
+    for flags in (other, [*own, "--split", "80,17,3"], [*own, "--eval-iters", "1"]):
+        assert main(flags) == 0
+        said = capsys.readouterr().out
+        assert "note: the run is complete, and its validation loss is of other data" in said
+        assert "  validation loss     " in said and "report.html" not in said and "metrics.jsonl" not in said
+        assert [(tmp_path / name).read_bytes() for name in names] == before
+    assert main(own) == 0  # on its own data it is evaluated as before
+    assert "report.html" in capsys.readouterr().out and (tmp_path / names[-1]).read_bytes() == before[-1]
+
+
+def test_a_run_that_goes_on_with_other_data_chooses_its_best_among_those_of_these(corpora, tmp_path, capsys):
+    flags = ["--load", tmp_path, "--save-interval", "2", "--eval-interval", "2", "--lr", "2"]  # it gets worse
+    first = run(tmp_path, [corpora[3]], *flags)
+    second = run(tmp_path, [corpora[1]], *flags, "--train-iters", "8")
+    assert second["valid", 4]["measured_on"] == first["valid", 4]["measured_on"] != second["valid", 8]["measured_on"]
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: best has the lowest loss")]
+    assert len(told) == 1 and "evaluated on what iter_0000006 was: that of others, up to iter_0000004, is of" in told[0]
+    best = min((6, 8), key=lambda step: second["valid", step]["loss"])
+    assert (tmp_path / "best").resolve().name == f"iter_{best:07d}"
+    report = (tmp_path / "report.html").read_text()
+    assert "validation loss: 2 of its evaluations before this are of other data" in report
+    assert report.count("on other data") == 2  # of its checkpoints

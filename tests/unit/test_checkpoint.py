@@ -204,6 +204,20 @@ def test_a_loss_of_the_new_course_is_not_noted_with_a_checkpoint_of_the_one_that
     assert os.readlink(tmp_path / "best") == "iter_0000006"
 
 
+def test_losses_of_other_data_are_not_compared_and_that_is_told_once(tmp_path):
+    log = Lines()
+    writes = saver(tmp_path, log=log)
+    for iteration, loss, data, best in ((1, 2.0, None, 1), (2, 3.0, "a", 2), (3, 3.5, "a", 2), (4, 4.0, "b", 4)):
+        writes.save(iteration, parts_of(*tensors(iteration)), {"iteration": iteration})
+        writes.note_validation(iteration, loss, data)
+        assert os.readlink(tmp_path / "best") == f"iter_000000{best}"
+    writes.close()
+    note, = [line for line in log.lines if line.startswith("note: ")]
+    assert "evaluated on what iter_0000002 was: that of others, up to iter_0000001, is of other data" in note
+    set_aside(str(tmp_path), 3)
+    assert os.readlink(tmp_path / "best") == "iter_0000002"
+
+
 def test_the_optimizers_state_is_taken_out_of_a_checkpoint_once(tmp_path):
     write(tmp_path, 1, 2, save_retain_optimizer=1)
     manifest = tmp_path / "iter_0000001" / "manifest.json"

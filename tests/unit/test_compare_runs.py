@@ -17,13 +17,13 @@ POINTS = {"iteration": lambda step: step, "consumed_residues": lambda step: 100 
           "training_s": lambda step: 2.0 * step, "consumed_flops": lambda step: float(step**2)}
 
 
-def write_run(folder, losses, kind="valid", without=()):
+def write_run(folder, losses, kind="valid", without=(), **marks):
     """A run with these losses by their steps; `without`: numbers that its edition did not record."""
     folder.mkdir(exist_ok=True)
     with (folder / "metrics.jsonl").open("a") as file:
         for step, loss in losses.items():
             numbers = {name: of(step) for name, of in POINTS.items() if name not in without}
-            file.write(json.dumps({"kind": kind, **numbers, "loss": loss}) + "\n")
+            file.write(json.dumps({"kind": kind, **numbers, "loss": loss, **marks}) + "\n")
     return folder
 
 
@@ -107,6 +107,21 @@ def test_the_table_says_where_each_came_to_the_worst_of_the_best_losses(runs, ca
     assert note.startswith("note: old is not drawn over seconds, flops: its metrics.jsonl")
     assert picture == "curves: compare.png"
     assert (runs / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_that_were_evaluated_on_different_data_are_said_not_to_compare(runs, capsys):
+    for name, data in (("a", "x"), ("b", "x"), ("c", "y")):
+        write_run(runs / name, {10: 3.0, 20: 2.5}, measured_on=data)
+    write_run(runs / "c", {30: 9.0, 40: 8.0}, measured_on="x")
+    for names, is_told in ((["a", "b"], False), (["a", "c"], False), (["slow", "fast"], False), (["a", "slow"], True),
+                           (["mean=a,slow"], True)):
+        assert main(names) == 0
+        said = capsys.readouterr().out
+        assert ("note: these losses are not all of the same data" in said) is is_told, names
+        assert ("note: c was evaluated on other data before: 2 of its losses are left out" in said) is ("c" in names)
+    assert main(["c", "--json"]) == 0
+    facts, = json.loads(capsys.readouterr().out)["runs"]
+    assert (facts["best_loss"], facts["measured_on"]) == (8.0, ["x"])
 
 
 def test_json_has_what_was_not_reached_or_recorded_as_null(runs, capsys):

@@ -18,7 +18,7 @@ from megatron.data.batches.batch import batch_shape, collate
 from megatron.data.batches.loader import MicroBatchSamples
 from megatron.data.corpus.indexed_writer import IndexedWriter
 from megatron.data.corpus.vocab import Vocab
-from megatron.data.rows.dataset import build_datasets
+from megatron.data.rows.dataset import build_datasets, measured_on
 from megatron.data.rows.packed import PackedDataset
 from megatron.errors import ConfigError, DataError
 from tests.indexed_files import write_indexed
@@ -301,3 +301,20 @@ def test_a_bin_past_2_to_31_tokens_is_read_to_its_end(tmp_path):
     row = int(np.flatnonzero(train.rows(0).pieces == count - 1)[0])  # one protein a row
     assert train.num_epoch_rows(0) == count
     assert originals(train[row])[0][-7:] == (0, 0, 6, 7, 8, 9, 10)
+
+
+def test_an_evaluation_is_known_by_its_proteins_and_of_a_part_of_the_rows_by_their_packing(tmp_path):
+    lengths = np.random.default_rng(1).integers(1, 64, 300)
+    for name, seed in (("a", 0), ("moved", 0), ("b", 1)):
+        write_proteins(tmp_path / name, lengths, seed)
+
+    def of(name="a", num_rows=10**9, **flags):
+        data = config(tmp_path / name, **{"split": "5,4,1"} | flags)
+        return measured_on(build_datasets(data, VOCAB, 1).valid, num_rows)
+
+    all_rows, some_rows = of(), of(num_rows=3)
+    assert of("moved") == of(seq_length=128) == of(packing="sequential") == of(protein_ends="both") == all_rows
+    assert of("moved", 3) == some_rows
+    others = [of("b"), of(split="4,5,1"), some_rows, of("b", 3), of(num_rows=4), of(num_rows=3, seq_length=128),
+              of(num_rows=3, packing="sequential"), of(num_rows=3, protein_ends="both")]
+    assert len({all_rows, *others}) == 1 + len(others)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megatron.checkpoint.metrics import forget_after, read_records
+from megatron.checkpoint.metrics import evaluations_of, forget_after, read_records
 from megatron.train.evaluate import Baselines
 from megatron.train.picture import draw_losses
 
@@ -53,3 +53,13 @@ def test_a_picture_is_drawn_of_whatever_is_there(tmp_path, content):
     path.write_bytes(content)
     assert draw_losses(path, Baselines(2.9, 2.7)).read_bytes().startswith(b"\x89PNG")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
+
+
+def test_an_evaluation_compares_with_those_of_the_same_data_as_the_last_of_its_kind():
+    a, b, none = ({"kind": "valid", "measured_on": data} for data in ("a", "b", None))
+    old, test = {"kind": "valid"}, {"kind": "test", "measured_on": "c"}
+    assert evaluations_of([a, b, a, test], "valid") == ([a, a], 1)
+    assert evaluations_of([a, b, test], "valid") == ([b], 1)
+    assert evaluations_of([old, none, old], "valid") == ([old, none, old], 0)
+    assert evaluations_of([old, a], "valid") == ([a], 1)
+    assert evaluations_of([a], "test") == ([], 0)

@@ -274,6 +274,15 @@ def test_another_metric_is_read_of_trials_that_are_done(sweep):
     assert begun(again) == [] and "test loss in nats, the best first:" in again and again[-1] == "best: --lr 1e-4"
 
 
+def test_trials_that_were_evaluated_on_different_data_are_said_not_to_compare(sweep):
+    own, said = ("--vary", "lr", "1e-4", "1e-3"), "note: these losses are not all of the same data"
+    assert not any(line.startswith(said) for line in sweep(*own)[1])
+    metrics = Path("out", "lr=1e-3", "metrics.jsonl")
+    last = json.loads(metrics.read_text().splitlines()[-1])
+    metrics.write_text(f"{json.dumps(last | {'measured_on': 'x'})}\n")
+    assert any(line.startswith(said) for line in sweep(*own)[1])
+
+
 def test_a_file_of_flags_is_read_for_each_trial_and_is_another_sweep_once_it_is_another(sweep):
     Path("run.toml").write_text("seq-length = 8\nmicro-batch-size = 1\ntrain-iters = 30\nkeep-checkpoints = 7\n"
                                 "lr = 9.0")

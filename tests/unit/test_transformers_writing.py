@@ -209,6 +209,8 @@ def test_the_card_says_what_is_known_of_a_run(checkpoints, tmp_path):
     run.mkdir()
     records = [{"kind": kind, "iteration": step, "loss": 2.0 + step / 10}
                for kind in ("train", "valid", "valid/pfam") for step in ((5, 9) if kind == "train" else (0, 5, 9))]
+    records += [{"kind": "valid", "iteration": step, "loss": 1.0, "measured_on": data}  # not of what that at 0 was
+                for step, data in ((7, "a"), (9, "b"))]
     (run / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records) + '{"kind": "tr')
     first = checkpoints["exact"]
     flags = first.state["config"] | {"data_path": ["pfam", "pr\udce9"], "seq_length": 64}
@@ -220,6 +222,7 @@ def test_the_card_says_what_is_known_of_a_run(checkpoints, tmp_path):
     for line in ('base_model: "esm2_start"', "- trained on from the weights in esm2_start",
                  "- trained on pfam pr\\udce9", "- 7 steps over 100 rows of 64 positions: at most 6,400 residues",
                  "- training loss 2.5000 nats a masked residue after 5 steps",
+                 "- validation loss 1.0000 nats a masked residue after 7 steps",
                  "- validation loss on pfam 2.5000 nats a masked residue after 5 steps, 2.0000 before the first"):
         assert line in card.splitlines()
 

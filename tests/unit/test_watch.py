@@ -86,6 +86,13 @@ def test_a_run_that_diverged_says_so(run):
     assert "validation  not finite at step 630, best 3.0000 at 600" in text
 
 
+def test_validations_on_other_data_are_counted_and_neither_drawn_nor_compared(run):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("".join(f"\n{json.dumps(record(step, 'valid', loss=4.0 - step / 1e4, measured_on='x'))}"
+                           for step in (610, 620)))
+    assert "validation  3.9380 at step 620, the best; 2 before on other data" in shown(run)
+
+
 def test_a_run_is_running_silent_dead_or_done(run):
     claim = Claim(run)
     claim.acquire(pytest.fail)

@@ -1,5 +1,7 @@
 """The training, validation and test rows of a run, from its flags."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -37,6 +39,20 @@ def corpora_of(dataset: Dataset) -> dict[str, PackedDataset]:
     parts = dataset.datasets if isinstance(dataset, BlendedDataset) else (dataset,)
     prefixes = {part.documents.indexed.prefix: part for part in parts}
     return {name: prefixes[prefix] for prefix, name in names_in_short(list(prefixes)).items()}
+
+
+def measured_on(dataset: Dataset, num_rows: int) -> str:
+    """A short digest of what an evaluation of the first `num_rows` rows is of: such evaluations alone compare.
+
+    That is the contents of each corpus and which of its documents they are, whose masks are fixed; and where these rows
+    are not all, how they are packed.
+    """
+    parts = dataset.datasets if isinstance(dataset, BlendedDataset) else (dataset,)
+    key: list = [(part.documents.indexed.contents(), part.documents.range.start, part.documents.range.stop)
+                 for part in parts]
+    if num_rows < dataset.num_epoch_rows(0):
+        key += [num_rows, parts[0].settings.packing, dataset.seq_length, dataset.num_ends]
+    return hashlib.blake2b(json.dumps(key).encode(), digest_size=8).hexdigest()
 
 
 def build_datasets(data: DataConfig, vocab: Vocab, seed: int) -> Splits:

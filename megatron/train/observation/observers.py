@@ -11,7 +11,7 @@ from megatron.errors import ConfigError
 from megatron.log import Log
 from megatron.parallel.mesh import Mesh
 
-Record = Mapping[str, Any]  # as metrics.jsonl has it, but for numbers that are not finite, which are there as they are
+Record = Mapping[str, Any]  # as metrics.jsonl has it, without digests; numbers that are not finite are as they are
 
 
 class Observer(Protocol):

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.metrics import OF_AVERAGE, loss_name, read_records
+from megatron.checkpoint.metrics import OF_AVERAGE, evaluations_of, loss_name, read_records
 from megatron.checkpoint.places import METRICS_FILE
 from megatron.checkpoint.stored import Checkpoint
 
@@ -90,10 +90,12 @@ def _lines(checkpoint: Checkpoint, config: Mapping[str, Any], num_parameters: in
 
 
 def _losses(metrics: Path, iteration: int) -> dict[str, dict[int, float]]:
-    """The losses of each kind of record, by their steps, up to a step."""
+    """The losses of each kind of record, by their steps, up to a step; of what the last one there is of."""
     found: dict[str, dict[int, float]] = {}
     with suppress(OSError):
-        for record in read_records(metrics):
-            if isinstance(loss := record.get("loss"), float) and record["iteration"] <= iteration:
-                found.setdefault(record["kind"], {})[record["iteration"]] = loss
+        records = [record for record in read_records(metrics) if record["iteration"] <= iteration]
+        for kind in dict.fromkeys(record["kind"] for record in records):
+            for record in evaluations_of(records, kind)[0]:
+                if isinstance(loss := record.get("loss"), float):
+                    found.setdefault(kind, {})[record["iteration"]] = loss
     return found
