@@ -14,6 +14,7 @@ from megatron.checkpoint.places import BOARD, METRICS_FILE, place_of
 from megatron.data.batches.batch import Batch
 from megatron.data.batches.loader import batches
 from megatron.data.rows.fixed_masks import FIXED
+from megatron.errors import SaveError
 from megatron.model.protein_model import compute_dtype
 from megatron.train.agreement import Arriving
 from megatron.train.build import Run
@@ -115,6 +116,7 @@ class Training:
             if self._saver is not None:
                 self._saver.finish()
                 if self._saver.saved_at != run.state.iteration:
+                    self._saver.outlook = f"No other save follows: the run ends with status {SaveError.exit_status}"
                     self._save()
         if run.state.iteration < self._last_iteration:
             if self._saver is not None:
@@ -171,6 +173,8 @@ class Training:
             self._evaluations.of_split("valid", totals)
         run.is_evaluation_due = is_evaluating and (is_stopping or self._evaluations.was_cut_short)
         if is_saving:
+            if is_end and self._saver is not None:
+                self._saver.outlook = "It is tried once more"
             self._save()
         elif self._saver is not None:
             self._saver.poll()

@@ -7,8 +7,12 @@ from megatron.errors import SaveError
 
 
 class PatientSaver(Saver):
-    """A Saver that says what the disk refuses, and leaves it to the next save to try again."""
+    """A Saver that says what the disk refuses, and leaves it to the next save to try again.
 
+    `outlook`: what it says of that, where not the usual.
+    """
+
+    outlook = "The run goes on, and the next save tries again"
     _failure: SaveError | None = None
 
     def check(self) -> None:
@@ -22,5 +26,5 @@ class PatientSaver(Saver):
             super()._settle(write)
             self._failure = None
         except SaveError as error:
-            self._log.line(f"note: {error}. The run goes on, and the next save tries again")
+            self._log.line(f"note: {error}. {self.outlook}")
             self._failure = error

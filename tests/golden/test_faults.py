@@ -106,6 +106,8 @@ def test_a_refused_last_save_is_tried_again_and_no_other_is_repeated(run, corpus
 @pytest.mark.parametrize("flags", [[], ["--async-save"]])
 def test_a_run_whose_last_save_failed_ends_with_a_status_of_its_own(run, corpus, tmp_path, flags):
     lines = run(corpus, "--inject-fault", "full-disk@8", "full-disk@7", *flags, status=4)
+    assert [line.rpartition(". ")[2] for line in about_saving(lines)] == [
+        "It is tried once more", "No other save follows: the run ends with status 4"]
     assert len(errors_in(lines)) == 1
     assert errors_in(lines)[0].startswith(f"error: could not save {tmp_path}/iter_0000008: No space left on device; ")
     assert list(losses(tmp_path)) == [2, 4, 6, 8]
