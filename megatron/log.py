@@ -41,6 +41,11 @@ def in_time(seconds: float) -> str:
     return f"{hours} h {minutes % 60:02} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"
 
 
+def number_of(count: int, noun: str) -> str:
+    """So many of what `noun` calls one of: 1 protein, 2,000 proteins."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 class Log:
     """Prints lines on rank 0 and nothing elsewhere; draws a progress bar only on a terminal."""
 

@@ -48,4 +48,9 @@ def can_be_off(item: Field) -> bool:
 
 def shown(value: Any) -> str:
     """A flag's value as on the command line."""
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+
+
+def in_words(item: Field, value: Any) -> str:
+    """The same in a sentence: a switch is on or off, and what has no value is none."""
+    return "none" if value is None else ("on" if value else "off") if is_switch(item) else shown(value)

@@ -10,6 +10,7 @@ from megatron.data.rows.data_path import parse_data_path
 from megatron.data.rows.dataset import IN_MEMORY_DOCUMENTS
 from megatron.doctor.finding import OK, WRONG, Finding, Scope
 from megatron.errors import UserError
+from megatron.log import number_of
 
 
 def data(asked: Scope) -> Iterator[Finding]:
@@ -33,8 +34,8 @@ def data(asked: Scope) -> Iterator[Finding]:
             yield Finding(WRONG, str(error))
             continue
         num_residues = sum(len(part.tokens) for part in corpus.parts)
-        yield Finding(OK, f"{named.name}: {corpus.num_documents:,} proteins, {num_residues:,} ids in "
-                      f"{len(corpus.parts)} file{'s' if len(corpus.parts) > 1 else ''}; {place}")
+        yield Finding(OK, f"{named.name}: {number_of(corpus.num_documents, 'protein')}, {num_residues:,} "
+                      f"ids in {number_of(len(corpus.parts), 'file')}; {place}")
 
 
 def sizes(data_path: tuple[str, ...]) -> list[int]:

@@ -26,7 +26,7 @@ from megatron.finetune.predictions.metrics import spread, with_spread
 from megatron.finetune.progress import UNFINISHED, remove_unfinished
 from megatron.finetune.training import REPORT, Job, fine_tune
 from megatron.infer.pretrained import config_of, flags_of, vocab_of
-from megatron.log import Log
+from megatron.log import Log, number_of
 from megatron.parallel.collectives import everyones
 from megatron.parallel.compilation import wants_compilation
 from megatron.parallel.mesh import Mesh
@@ -124,7 +124,7 @@ def _job(flags: Flags, mesh: Mesh, log: Log, requests: StopRequests) -> Job:
             raise DataError(f"{files[part]}: holds no protein")
     if "valid" not in data.parts:
         log.line("note: without a validation file nothing chooses the best weights: the last ones are kept")
-    log.line(f"{len(data.parts['train']):,} proteins to learn from, labels of the kind {data.space.kind}"
+    log.line(f"{number_of(len(data.parts['train']), 'protein')} to learn from, labels of the kind {data.space.kind}"
              + (f", {len(data.space.class_names)} classes" if data.space.class_names else ""))
     identity = {**flags.identity(), "data": data.digest(), "weights": digest_of_weights(checkpoint.path)}
     return Job(_settled(flags, flags_of(checkpoint), mesh, log), identity, data,

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from megatron.checkpoint.metrics import comparable, evaluations_of, loss_name, read_records
 from megatron.checkpoint.places import BEST, LOSSES, METRICS_FILE, SPIKES, iterations, validations
 from megatron.config import Config
-from megatron.config.command_line import flag_name
+from megatron.config.declaration import flag_name, shown
 from megatron.config.presets import PRESETS
 from megatron.files import write_text
 from megatron.train.build import Run
@@ -161,7 +161,7 @@ def _configuration(config: Config) -> str:
     values, defaults = config.as_dict(), Config().as_dict()
     names = {item.name: flag_name(item) for _, section in config.sections()
              for item in section.__dataclass_fields__.values()}
-    rows = [[f"<code>{names[name]}</code>", f"<code>{escape(_shown(value))}</code>", value != defaults[name]]
+    rows = [[f"<code>{names[name]}</code>", f"<code>{escape(shown(value))}</code>", value != defaults[name]]
             for name, value in sorted(values.items())]
     changed = _table([row[:2] for row in rows if row[2]])
     presets = [name for name, those in PRESETS.items() if all(values[key] == value for key, value in those.items())]
@@ -195,7 +195,3 @@ def _table(rows: Iterable[Sequence[Any]], head: Sequence[str] = ()) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
-
-
-def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

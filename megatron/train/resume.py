@@ -15,7 +15,7 @@ from megatron.checkpoint.store import Wanted, in_order, read_state
 from megatron.checkpoint.stored import Checkpoint
 from megatron.config import CheckpointConfig, Config
 from megatron.config.data import VOCABULARIES
-from megatron.config.declaration import flag_name
+from megatron.config.declaration import flag_name, in_words
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.blend import BlendedDataset
 from megatron.data.rows.dataset import Splits
@@ -189,12 +189,15 @@ def _named(flags: Mapping[str, Any]) -> str:
 
 
 def _changed(config: Config, now: Mapping[str, Any], saved: Mapping[str, Any],
-             kind: str) -> list[tuple[Field, Any, Any]]:
-    """The flags, of those that change what `kind` says, whose values differ: each with its value now and then."""
+             kind: str) -> list[tuple[Field, str, str]]:
+    """The flags, of those that change what `kind` says, whose values differ: each with its value now and then, in
+    words.
+    """
     now = _as_json(now)
     if isinstance(saved.get("mask_prob"), float):  # of a time when a share had no course
         saved = {**saved, "mask_prob": [saved["mask_prob"]]}
-    return [(item, now[item.name], saved[item.name]) for _, section in config.sections() for item in fields(section)
+    return [(item, in_words(item, now[item.name]), in_words(item, saved[item.name]))
+            for _, section in config.sections() for item in fields(section)
             if item.metadata["changes"] == kind and saved.get(item.name, now[item.name]) != now[item.name]]
 
 

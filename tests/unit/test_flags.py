@@ -24,6 +24,7 @@ from megatron.config.telling.listing import listing, notice
 from megatron.errors import ConfigError
 from megatron.optim.schedule import build_schedule
 from megatron.parallel.compilation import wants_compilation
+from megatron.train.resume import differences
 
 # Spellings of Megatron-LM v2 that users' scripts hold; frozen.
 MEGATRON_FLAGS = """
@@ -270,6 +271,19 @@ def test_flags_of_the_model_that_are_not_given_are_those_of_the_checkpoint():
     assert left_open([*argv, "--preset", "demo"], {"there": saved}.__getitem__) == {}
     assert left_open(["--num-layers", "2"], {}.__getitem__) == {}
     assert notice({"num_layers": 12}) is None
+    assert notice({"swiglu": True, "mask_prob": [0.3, 0.15, 9.0]}).endswith(": --swiglu on, --mask-prob 0.3 0.15 9.0")
+
+
+def test_what_a_run_goes_on_with_otherwise_is_said_as_on_the_command_line():
+    config = Config()
+    now = {"config": config.as_dict() | {"data_path": ("a", "b")}, "data": [1], "clusters": []}
+    before = {name: list(value) if isinstance(value, tuple) else value for name, value in now["config"].items()}
+    others = {"data_path": ["c"], "mask_prob": [0.3], "cautious_weight_decay": True, "clip_grad": None}
+    said = "\n".join(differences(config, now, {"config": before | others, "data": [2], "clusters": []}))
+    for line in ("note: --data-path is a b, it was c before: ", "note: --mask-prob is 0.15, it was 0.3 before: ",
+                 "note: --cautious-weight-decay is off, it was on before: ",
+                 "note: --clip-grad is 1.0, it was none before: "):
+        assert line in said, said
 
 
 def test_the_vocabulary_is_the_checkpoints_where_none_is_named_and_its_file_is_here(tmp_path):

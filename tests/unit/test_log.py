@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.log import take_any_text
+from megatron.log import number_of, take_any_text
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "prot\udce9ines"  # what Python makes of a Latin-1 name
@@ -59,6 +59,10 @@ def test_every_door_names_a_path_that_is_no_text(monkeypatch, door):
         "pretrain_tape.py", "tools/plan_layout.py", "tools/compare_runs.py", "tools/sweep.py", "tools/watch.py")}}
     assert module.main(*given.get(door, given.get(Path(door).parts[0], ()))) == 2  # others take theirs themselves
     assert b"prot\\udce9ines" in written.getvalue()
+
+
+def test_one_of_a_thing_is_not_said_as_several():
+    assert [number_of(count, "row") for count in (0, 1, 2, 2000)] == ["0 rows", "1 row", "2 rows", "2,000 rows"]
 
 
 def test_every_door_is_tried_here():

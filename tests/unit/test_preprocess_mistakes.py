@@ -38,6 +38,7 @@ def test_a_record_without_a_name_is_one_clear_line(tmp_path, content, expected):
     ('{"text": "MK"}\n\n[1]\n', "line 3: list where a JSON object belongs"),
     ('{"text": "MK"}\n{"seq": "MK"}\n', "line 2: no key 'text'; it has 'seq'. --json-keys names the keys"),
     ('{"text": 7}\n', "line 1: 'text' is of type int"),
+    ('{"text": null}\n', "line 1: 'text' is of type null"),
     ('{"text": "MK"}\n\n{"text": "MK1"}\n', "line 3, column 3 of the text: '1' is not a residue"),
     ('{"text": "M1"}\nnonsense\n', "line 1, column 2"),
     ('{"text": "M*K"}\n', "line 1, column 2 of the text: an internal stop"),

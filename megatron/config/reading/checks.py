@@ -6,7 +6,7 @@ from dataclasses import Field, fields, replace
 from typing import Any
 
 from megatron.config import Config, LoggingConfig, ModelConfig, PrecisionConfig
-from megatron.config.declaration import flag_name
+from megatron.config.declaration import flag_name, shown
 from megatron.config.precision import DELAYED
 from megatron.config.schedule import schedule_faults
 from megatron.errors import ConfigError
@@ -48,7 +48,7 @@ def check_value(item: Field, value: Any, name: str) -> None:
         raise ConfigError(f"{name} is {' '.join(map(repr, values))}, where the shell should have put "
                           "something in; write it out, or leave the flag out")
     if any(isinstance(one, float) and not math.isfinite(one) for one in values):
-        raise ConfigError(f"{name} is {value}; it must be a finite number")
+        raise ConfigError(f"{name} is {shown(value)}; it must be a finite number")
     if check is None or value is None:
         return
     holds, expected = check

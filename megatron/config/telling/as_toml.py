@@ -7,7 +7,7 @@ from dataclasses import Field, fields
 from typing import Any
 
 from megatron.config import Config
-from megatron.config.declaration import flag_name, is_switch, shown
+from megatron.config.declaration import flag_name, in_words
 from megatron.config.telling.help import in_short
 
 OF_A_PROCESS = ("local_rank",)  # what no file says: it is another on each rank
@@ -42,7 +42,7 @@ def changes(now: Mapping[str, Any], before: Mapping[str, Any], was: str) -> list
     Not for what `as_toml` cannot say.
     """
     items = {item.name: item for _, section in Config().sections() for item in fields(section)}
-    rows = [(flag_name(items[name]), _in_words(items[name], value), _in_words(items[name], before[name]))
+    rows = [(flag_name(items[name]), in_words(items[name], value), in_words(items[name], before[name]))
             for name, value in now.items()
             if value != before[name] and name not in OF_A_PROCESS and not _has_no_text(value)]
     return [f"  {name:<36} {value:<24} ({was}: {other})" for name, value, other in rows]
@@ -72,7 +72,3 @@ def _has_no_text(value: Any) -> bool:
     """Whether a text holds bytes that are no UTF-8, as a path may."""
     return any("\ud800" <= letter <= "\udfff" for one in (value if isinstance(value, tuple) else (value,))
                if isinstance(one, str) for letter in one)
-
-
-def _in_words(item: Field, value: Any) -> str:
-    return "none" if value is None else ("on" if value else "off") if is_switch(item) else shown(value)

@@ -5,7 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 from megatron.config import Config
-from megatron.config.declaration import flag_name, shown
+from megatron.config.declaration import flag_name, in_words, shown
 from megatron.config.reading.megatron_flags import ALWAYS_SO
 
 
@@ -21,6 +21,7 @@ def listing(config: Config, always_so: Sequence[str]) -> str:
 def notice(taken: Mapping[str, Any]) -> str | None:
     """A line that says which flags are taken from a checkpoint, of those that are not the program's own defaults."""
     defaults = Config().as_dict()
-    names = {item.name: flag_name(item) for _, section in Config().sections() for item in fields(section)}
-    flags = [f"{names[name]} {value}" for name, value in taken.items() if value != defaults[name]]
+    items = {item.name: item for _, section in Config().sections() for item in fields(section)}
+    flags = [f"{flag_name(items[name])} {in_words(items[name], value)}" for name, value in taken.items()
+             if value != defaults[name]]
     return f"taken from the checkpoint, as no flag says otherwise: {', '.join(flags)}" if flags else None

@@ -18,6 +18,7 @@ from megatron.data.preprocess.run import VERSION, facts_of_files
 from megatron.data.preprocess.tally import DocumentTally, describe
 from megatron.errors import DataError
 from megatron.files import sha256
+from megatron.log import number_of
 
 _CHUNK_ITEMS = 1 << 22
 _LOG_INTERVAL = 1_000_000  # documents between two progress lines, where there is no terminal
@@ -73,7 +74,8 @@ def merge(inputs: Sequence[str], output_prefix: str, overwrite: bool = False) ->
     except OSError as error:
         raise DataError(f"{error.filename or output_prefix}: cannot be read or written "
                         f"({error.strerror or error}); make room, or give another --output-prefix") from None
-    print(f"{len(parts)} datasets, {sum(part.num_documents for part in parts):,} proteins: " + ", ".join(
+    num_proteins = sum(part.num_documents for part in parts)
+    print(f"{number_of(len(parts), 'dataset')}, {number_of(num_proteins, 'protein')}: " + ", ".join(
         f"{output_prefix}.{path.suffix[1:]}" for path in parts[0].paths))
     if "options" in stats:
         for line in describe(stats["outputs"][parts[0].key]):

@@ -23,6 +23,7 @@ from megatron.data.rows.masking import Masker, Masking
 from megatron.data.rows.packing import IS_COMPILED, PackedRows, order_key, pack
 from megatron.data.rows.row_cache import RowCache
 from megatron.errors import DataError
+from megatron.log import number_of
 
 CACHE_VERSION = 1  # raise it when the same settings would give other rows
 COUNTED_RESIDUES = 50_000_000
@@ -166,9 +167,9 @@ class PackedDataset:
         notes += "" if IS_COMPILED else "; packed in Python, as the compiled module is missing: pip install -e ."
         num_files = len(self.documents.indexed.parts)
         files = f" of {num_files} files" if num_files > 1 else ""
-        return (f"{self.name}: {len(self.documents):,} proteins{files}{clusters} ({pieces.num_long:,} longer than a "
-                f"row, {fate}; {pieces.num_empty:,} empty, left out), {num_rows:,} rows an epoch, {100 * fill:.2f} % "
-                f"full{notes}")
+        return (f"{self.name}: {number_of(len(self.documents), 'protein')}{files}{clusters} ({pieces.num_long:,} "
+                f"longer than a row, {fate}; {pieces.num_empty:,} empty, left out), {number_of(num_rows, 'row')} an "
+                f"epoch, {100 * fill:.2f} % full{notes}")
 
     def most_proteins(self, num_rows: int, sample: int = 0) -> int:
         """The most proteins in so many neighbouring rows of the epoch of a sample."""

@@ -88,3 +88,8 @@ def texts_of(block: RecordBlock, text_of: Callable[[Any], bytes | BadRecord]) ->
             text = b""
         found.texts.append(text)
     return found
+
+
+def type_name(value: Any) -> str:
+    """What messages call the type of a record's value."""
+    return "null" if value is None else type(value).__name__

@@ -10,7 +10,7 @@ from megatron.config.command_line import OneLineParser
 from megatron.data.sources.source import expand, texts_of
 from megatron.errors import DataError
 from megatron.files import replacing
-from megatron.log import exit_status
+from megatron.log import exit_status, number_of
 
 _WHITE_SPACE = b" \t\n\r\v\f"
 
@@ -42,7 +42,7 @@ def main(kind: str, description: str) -> int:
 
     def work() -> None:
         given = parser.parse_args()
-        print(f"{convert(given.input, given.output, kind)} proteins", file=sys.stderr)
+        print(number_of(convert(given.input, given.output, kind), "protein"), file=sys.stderr)
 
     return exit_status(work)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron.data.sources.binary.tape_lmdb import unpickled
-from megatron.data.sources.block import BadRecord, RecordBlock
+from megatron.data.sources.block import BadRecord, RecordBlock, type_name
 from megatron.data.sources.names import DEFAULT_NAME_KEY
 from megatron.data.sources.text.records import fasta_records, json_records, parse_fasta, parse_strings
 from megatron.errors import DataError
@@ -64,5 +64,5 @@ def _object(record: Any, place: str) -> dict[str, Any]:
     if isinstance(record, BadRecord):
         raise DataError(f"{place}: {record.message}")
     if not isinstance(record, dict):
-        raise DataError(f"{place}: {type(record).__name__} where a JSON object belongs")
+        raise DataError(f"{place}: {type_name(record)} where a JSON object belongs")
     return record

@@ -24,6 +24,7 @@ from megatron.finetune.data.labels import LabelSpace
 from megatron.finetune.data.tasks import CLASS, CLASSES, CONTACTS, NUMBER, NUMBERS, RESIDUES
 from megatron.infer.contacts.chains import LEAST_SEPARATION
 from megatron.kernels.packed_sequence import NO_TARGET, PackedSequence
+from megatron.log import number_of
 from megatron.parallel.randomness import dropout_seed
 
 _ORDER, _CROP = 0, 1  # purposes of randomness
@@ -157,7 +158,8 @@ class PackedExamples:
         what = "a random window" if self._is_training else "the beginning"
         crops = (f" ({num_long:,} longer than a row of {settings.seq_length:,}, of which {what} is taken with its "
                  "labels)" if num_long else "")
-        return (f"{name}: {len(self.examples):,} proteins{crops}, {self.num_rows(0):,} rows an epoch, "
+        return (f"{name}: {number_of(len(self.examples), 'protein')}{crops}, "
+                f"{number_of(self.num_rows(0), 'row')} an epoch, "
                 f"{100 * tokens / (self.num_rows(0) * settings.seq_length):.1f} % full")
 
     def _epoch(self, epoch: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron.data.corpus.tokenizer import ResidueTokenizer
+from megatron.data.sources.block import type_name
 from megatron.data.sources.names import DEFAULT_NAME_KEY
 from megatron.data.sources.source import Source, records_of
 from megatron.errors import DataError
@@ -109,7 +110,7 @@ def _under(place: str, values: dict[str, Any], keys: tuple[str, ...], what: str)
 
 def _ids(place: str, sequence: Any, tokenizer: ResidueTokenizer) -> np.ndarray:
     if not isinstance(sequence, (str, bytes)):
-        raise DataError(f"{place}: the sequence is of type {type(sequence).__name__}; expected text of residues")
+        raise DataError(f"{place}: the sequence is of type {type_name(sequence)}; expected text of residues")
     text = sequence.encode(errors="replace") if isinstance(sequence, str) else sequence
     (ids,), problems = tokenizer.encode_many([text])
     if problems:

@@ -22,7 +22,7 @@ from megatron.infer.embed.writers import writer
 from megatron.infer.pretrained import Pretrained
 from megatron.infer.proteins import Protein, ProteinFiles
 from megatron.infer.windows import joined, windows_of
-from megatron.log import Log
+from megatron.log import Log, number_of
 from megatron.parallel.collectives import everyones
 
 # A part is what a killed run loses: seconds of work. More than one row, so that rows can be of proteins as long.
@@ -77,7 +77,8 @@ def embed(work: Work, pretrained: Pretrained, files: ProteinFiles, log: Log) -> 
                            "distinct": len(surveyed.lengths_u)})
         shutil.rmtree(folder)
     everyones(None, mesh.world)
-    log.line(f"{work.output}: {len(surveyed.distinct_p):,} proteins, {len(surveyed.lengths_u):,} of them distinct")
+    log.line(f"{work.output}: {number_of(len(surveyed.distinct_p), 'protein')}, {len(surveyed.lengths_u):,} of them "
+             "distinct")
 
 
 def _is_whole(output: Path, facts: Path, identity: dict[str, Any], files: ProteinFiles) -> bool:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from megatron.data.sources.block import BadRecord, Contents, RecordBlock, Texts, Wanted
+from megatron.data.sources.block import BadRecord, Contents, RecordBlock, Texts, Wanted, type_name
 from megatron.data.sources.streams import cut
 from megatron.errors import DataError
 
@@ -188,7 +188,7 @@ def _odd_json(line: bytes) -> Any:
 def text_under(value: Any, key: str) -> bytes | BadRecord:
     """The text under `key`, a string or bytes, of what should be an object, or what is wrong."""
     if not isinstance(value, dict):
-        return BadRecord("bad JSON", f"{type(value).__name__} where a JSON object belongs")
+        return BadRecord("bad JSON", f"{type_name(value)} where a JSON object belongs")
     if key not in value:
         found = ", ".join(repr(other)[:40] for other in list(value)[:5]) or "nothing"
         return BadRecord("missing key", f"no key {key!r}; it has {found}. --json-keys names the keys")
@@ -196,5 +196,5 @@ def text_under(value: Any, key: str) -> bytes | BadRecord:
     if isinstance(text, bytes):
         return text
     if not isinstance(text, str):
-        return BadRecord("not a string", f"{key!r} is of type {type(text).__name__}; expected a string of residues")
+        return BadRecord("not a string", f"{key!r} is of type {type_name(text)}; expected a string of residues")
     return text.encode(errors="replace")
