@@ -30,6 +30,7 @@ def of(*values, sequences=("MKV", "ACDE", "GG")):
     ((True, False, True), "class", ("False", "True"), [1, 0, 1]),
     (("3", "a", "b"), "class", ("3", "a", "b"), [0, 1, 2]),
     (("x;y", "y", "z; x"), "classes", ("x", "y", "z"), [[1, 1, 0], [0, 1, 0], [1, 0, 1]]),
+    (("x;y", ";", "z"), "classes", ("x", "y", "z"), [[1, 1, 0], [0, 0, 0], [0, 0, 1]]),
     ((["x", "y"], [], ["z"]), "classes", ("x", "y", "z"), [[1, 1, 0], [0, 0, 0], [0, 0, 1]]),
     (([10, 9], [9], [2]), "classes", ("2", "9", "10"), [[0, 1, 1], [0, 1, 0], [1, 0, 0]]),
     (("HEC", "HHCC", "EE"), "residues", ("C", "E", "H"), [[2, 1, 0], [2, 2, 0, 0], [1, 1]]),
@@ -147,6 +148,36 @@ def test_gaps_of_a_sequence_have_no_label(tmp_path):
     ([], "train.jsonl: is empty; expected proteins as JSON lines")])
 def test_a_bad_record_is_one_line_that_names_file_and_place(tmp_path, records, message):
     assert refused(tmp_path, records).startswith(message)
+
+
+@pytest.mark.parametrize(("good", "odd", "found", "kind"), [
+    ("HEC", "HHCC", "has 4 letters for 3 residues", "class"), ("HEC", "HE", "has 2 letters for 3 residues", "class"),
+    ("010", "0110", "has 4 letters for 3 residues", "number"), ("HEC", 5, "is one value for 3 residues", "class"),
+    (["a", "b", "a"], ["a"], "has 1 items for 3 residues", "classes"), ([1, 2, 2], [1, 2], "has 2 items", "classes"),
+    ("1.5;2;3", "1.5;2", "has 2 items for 3 residues", "classes"), ([.5, 1, 2], [.5, 1], None, None)])
+def test_a_label_that_is_not_as_long_as_its_protein_where_others_are_is_refused(tmp_path, good, odd, found, kind):
+    records = [{"seq": "MKV", "label": label} for label in (good, good, odd, good, odd)]
+    message = refused(tmp_path, records)
+    if found is None:
+        assert message.startswith(f"train.jsonl: line 3: the label {odd} is of another kind than those before it (")
+    else:
+        assert message.startswith(f"train.jsonl: line 3: the label {found}") and "(so in 2 records)" in message
+        assert message.endswith(f"while 3 of the labels are as long as their sequences; mend it, or give --label-kind "
+                                f"{kind} if that is the kind")
+        assert loaded(tmp_path, records, label_kind=kind).space.kind == kind
+
+
+def test_labels_that_are_nearly_all_different_are_no_classes_unless_it_is_said(tmp_path):
+    records = [{"seq": "MKVLA", "label": f"L{number}"} for number in range(100)]
+    message = refused(tmp_path, records + records[:5])
+    assert message.startswith("train.jsonl: line 1: 105 labels of the training file are 100 different texts (L0, L1, "
+                              "L10, ")
+    assert ", … (100 in all)), too many for classes; this one has 2 letters for 5 residues. --label-kind" in message
+    assert len(loaded(tmp_path, records, label_kind="class").space.class_names) == 100
+    assert loaded(tmp_path, records * 2).space.kind == "class"
+    message = refused(tmp_path, records * 2, others=of("c"))
+    assert message.startswith("valid.jsonl: line 1: the class 'c' is none of the training file's (L0, L1, ")
+    assert message.endswith(", … (100 in all))")
 
 
 @pytest.mark.parametrize(("kind", "record", "message"), [

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 
 from megatron.finetune.data.contacts import read_contacts
-from megatron.finetune.data.record import ProteinRecord, as_number, shown
+from megatron.finetune.data.record import ProteinRecord, as_number, shown, shown_names
 from megatron.finetune.data.tasks import CLASS, CLASSES, CONTACTS, NUMBER, NUMBERS, RESIDUES, WITHOUT_CLASSES, Task
 from megatron.kernels.packed_sequence import NO_TARGET
 
 SEPARATOR = ";"  # between the classes, or numbers, of one text
+_OF_RESIDUES = {RESIDUES, NUMBERS}
+_FEW = 20  # proteins that may all be of classes of their own
 _WHOLE = re.compile(r"-?\d+")
 
 
@@ -57,9 +59,8 @@ class LabelSpace:
             return self._places[name]
         if self.is_fixed and name.isdecimal() and int(name) < len(self.class_names):
             return int(name)
-        known = ", ".join(self.class_names[:12]) + (", …" if len(self.class_names) > 12 else "")
         owner = "task" if self.is_fixed else "training file"
-        raise record.wrong(f"the class {shown(name)} is none of the {owner}'s ({known})")
+        raise record.wrong(f"the class {shown(name)} is none of the {owner}'s ({shown_names(self.class_names)})")
 
     @cached_property
     def _places(self) -> dict[str, int]:
@@ -77,6 +78,10 @@ def label_space(task: Task, records: Sequence[ProteinRecord]) -> LabelSpace:
     if len(names) < (1 if kind == CLASSES else 2):
         raise records[0].wrong(f"all labels of the training file are of the class {', '.join(names) or '(none)'}; "
                                "there is nothing to learn")
+    if task.kind is None and kind == CLASS and 2 * len(names) > len(records) > _FEW:
+        raise records[0].wrong(f"{len(records):,} labels of the training file are {len(names):,} different texts "
+                               f"({shown_names(names)}), too many for classes; this one {_length(records[0])}. "
+                               "--label-kind says what the labels are")
     return LabelSpace(kind, names, task.uncounted)
 
 
@@ -105,24 +110,45 @@ def class_weights(space: LabelSpace, labels: Sequence[Any]) -> np.ndarray:
 
 
 def _kind_of(records: Sequence[ProteinRecord]) -> str:
-    """The kind that all labels can be of."""
+    """The kind that all labels can be of.
+
+    Raises DataError where there is none, and where most labels have something for each residue and some have not.
+    """
     order = (CONTACTS, RESIDUES, NUMBERS, NUMBER, CLASSES, CLASS)
     possible = {*order}
     has_separators = has_points = False
+    odd = []  # those whose labels do not have something for each residue
     for record in records:
         value = record.present()
-        fitting = possible & _kinds(value, len(record.ids))
-        if not fitting:
+        kinds = _kinds(value, len(record.ids))
+        if not possible & kinds:
+            length = f" and {_length(record)}" if possible & {*_OF_RESIDUES, CONTACTS} else ""
             raise record.wrong(f"the label {shown(value)} is of another kind than those before it ("
-                               f"{', '.join(sorted(possible))}); --label-kind says what the labels are")
-        possible = fitting
+                               f"{', '.join(sorted(possible))}){length}; --label-kind says what the labels are")
+        possible &= kinds
+        odd += [] if kinds & _OF_RESIDUES else [record]
         has_separators |= not isinstance(value, str) or SEPARATOR in value
         has_points |= isinstance(value, str) and not value.isdecimal()
     if NUMBER in possible and has_points:  # numbers that happen to take as many letters as there are residues
         possible.discard(RESIDUES)
     if not has_separators:
         possible.discard(CLASSES)
-    return next(kind for kind in order if kind in possible)
+    kind = next(kind for kind in order if kind in possible)
+    if 0 < 2 * len(odd) < len(records) and kind not in _OF_RESIDUES and not (kind == NUMBER and has_points):
+        others = f" (so in {len(odd):,} records)" if len(odd) > 1 else ""
+        raise odd[0].wrong(f"the label {_length(odd[0])}{others}, while {len(records) - len(odd):,} of the labels are "
+                           f"as long as their sequences; mend it, or give --label-kind {kind} if that is the kind")
+    return kind
+
+
+def _length(record: ProteinRecord) -> str:
+    """What a label has, and should have, if it is to tell something of each residue."""
+    value, num_residues = record.present(), f"{len(record.ids):,} residues"
+    if isinstance(value, str) and SEPARATOR not in value:
+        return f"has {len(value):,} letters for {num_residues}"
+    if isinstance(value, (str, list)):
+        return f"has {len(value.split(SEPARATOR) if isinstance(value, str) else value):,} items for {num_residues}"
+    return f"is one value for {num_residues}"
 
 
 def _kinds(value: Any, num_residues: int) -> set[str]:

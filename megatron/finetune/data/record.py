@@ -1,5 +1,6 @@
 """A labelled protein as a file has it, and what all kinds of labels ask of it. Shapes: r residues."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 
 from megatron.errors import DataError
 
-_SHOWN = 40
+_SHOWN, _NAMES = 40, 12
 _MASKS: dict[Any, bool] = {"0": False, "1": True, 0: False, 1: True}
 
 
@@ -29,7 +30,8 @@ class ProteinRecord:
         """The label in Python's own types; raises DataError where there is none."""
         value = plain(self.label)
         if value is None or (isinstance(value, str) and not value.strip()):
-            raise self.wrong("the label is missing")
+            raise self.wrong("the label is missing; give it (of a protein of no class it is ; alone, or []), or leave "
+                             "the record out")
         return value
 
     def counts(self) -> np.ndarray:
@@ -73,3 +75,8 @@ def shown(value: Any) -> str:
     """A value as messages show it."""
     text = repr(value)
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
+
+
+def shown_names(names: Sequence[str]) -> str:
+    """Names as messages show them: the first ones, and how many there are."""
+    return ", ".join(names[:_NAMES]) + (f", … ({len(names):,} in all)" if len(names) > _NAMES else "")
