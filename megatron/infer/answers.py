@@ -90,7 +90,7 @@ def _of_row(model: ProteinModel, mesh: Mesh, row: PackedSequence, num_ends: int,
         else:
             model.hidden(row)
     if needs_last:
-        logits_tv = all_logits(model, states[last], mesh)[:, :num_tokens]
+        logits_tv = all_logits(model, states[last], mesh, num_tokens)
         named["logits"] = [_residues(part, num_ends) for part in split(logits_tv.float().cpu(), row)]
     if asked.watched:
         stacked_tlh = torch.stack([states[layer] for layer in asked.layers], 1).float().cpu()
@@ -105,16 +105,18 @@ def _of_row(model: ProteinModel, mesh: Mesh, row: PackedSequence, num_ends: int,
         yield {name: named[name][number] for name in asked.include}
 
 
-def all_logits(model: ProteinModel, hidden_mh: Tensor, mesh: Mesh) -> Tensor:
-    """Logits [m, v] of hidden states, v all ids that the head knows, on every tensor rank.
+def all_logits(model: ProteinModel, hidden_mh: Tensor, mesh: Mesh, num_tokens: int) -> Tensor:
+    """Logits [m, v] of hidden states, v the tokens of the vocabulary, on every tensor rank.
 
-    Raises ConfigError for a model without that head.
+    The ids that fill the vocabulary up are left out: training's softmax has them, as in Megatron-LM, but other formats
+    do not keep them, and what is asked is to answer alike in every format. Raises ConfigError for a model without that
+    head.
     """
     check_head(model)
     logits_mv = model.logits(hidden_mh)
     rows_a_rank = len(model.lm_head.bias)  # the last ranks may have fewer ids than rows, or none
     filled_mv = F.pad(logits_mv, (0, rows_a_rank - logits_mv.shape[1]))
-    return all_gather(filled_mv.T.contiguous(), mesh.tensor).T[:, :model.lm_head.num_ids]
+    return all_gather(filled_mv.T.contiguous(), mesh.tensor).T[:, :num_tokens]
 
 
 def check_head(model: ProteinModel) -> None:

@@ -36,14 +36,12 @@ def copy_of(pretrained: Pretrained, residues: np.ndarray, sites: Sequence[int], 
 
 @torch.no_grad()
 def log_probabilities(pretrained: Pretrained, copies: Iterable[Copy], budget: int | None = None,
-                      progress: Callable[[int], object] = lambda copies: None,
-                      num_ids: int | None = None) -> Iterator[np.ndarray]:
+                      progress: Callable[[int], object] = lambda copies: None) -> Iterator[np.ndarray]:
     """For each copy, in their order, the log-probabilities in nats at its places, fp32 [places, v].
 
     `copies` are made as they are needed. `budget`: the tokens of a row, by default as memory allows; `progress` hears
-    of how many copies are done. `num_ids`: v, by default the vocabulary's tokens, special ones included, as in ESM's
-    `predict.py`; training's losses are over the ids that fill the vocabulary up as well. Tensor ranks call this
-    together and get the same.
+    of how many copies are done. v: the vocabulary's tokens, special ones included, as in ESM's `predict.py`. Tensor
+    ranks call this together and get the same.
     """
     model, mesh = pretrained.model, pretrained.mesh
     for row in grouped(copies, lambda copy: len(copy.ids), token_budget(budget, model.config, 0, mesh)):
@@ -51,7 +49,7 @@ def log_probabilities(pretrained: Pretrained, copies: Iterable[Copy], budget: in
         starts = sequence.cu_seqlens.tolist()
         places = [start + place for start, copy in zip(starts, row, strict=False) for place in copy.places]
         hidden_th = model.hidden(sequence)[torch.tensor(places, dtype=torch.int64, device=mesh.device)]
-        logits_tv = all_logits(model, hidden_th, mesh)[:, :num_ids or pretrained.vocab.size]
+        logits_tv = all_logits(model, hidden_th, mesh, pretrained.vocab.size)
         values_tv = logits_tv.float().log_softmax(-1).cpu().numpy()
         progress(len(row))
         yield from np.split(values_tv, np.cumsum([len(copy.places) for copy in row])[:-1])

@@ -9,16 +9,20 @@ import pytest
 import torch
 
 from megatron import load_pretrained
+from megatron.checkpoint.convert.conversion import convert
+from megatron.checkpoint.convert.formats import AUTO
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.fixed_masks import FixedMasks
 from megatron.errors import ConfigError, DataError, UserError
 from megatron.infer.evaluation.run import evaluated, pseudo_perplexity
 from megatron.infer.evaluation.tally import FIRST_OF_BIN, TargetTally, bin_names
 from megatron.infer.proteins import ProteinFiles
+from megatron.infer.variants.mutants import parse_mutant
+from megatron.infer.variants.scores import MASKED, scores_of
 from megatron.log import Log
 from megatron.parallel.mesh import Mesh
 from tests.transformers_models import PROTEINS
-from tests.unit.test_pretrained import saved
+from tests.unit.test_pretrained import EVERYTHING, TINY, saved
 from tools.evaluate import corpora_of, evaluate, parser
 
 TEXTS = [PROTEINS[0], PROTEINS[1], "ACDEFGHIKLMNPQRSTVWY" * 3]
@@ -75,6 +79,27 @@ def test_pieces_of_a_protein_are_masked_as_parts_of_it(pretrained, fasta):
     assert np.array_equal(whole.by_letter_3v[0], pieces.by_letter_3v[0])
     assert np.array_equal(whole.by_position_3n[0], pieces.by_position_3n[0])
     assert whole.of_proteins[:2] == pieces.of_proteins[:2] and whole.of_proteins[2] != pieces.of_proteins[2]
+
+
+@pytest.mark.parametrize(("config", "other"), [(TINY, "megatron-v2"), (EVERYTHING, "whole")])
+def test_a_run_and_what_it_is_converted_to_answer_alike(config, other, tmp_path, fasta):
+    run = saved(tmp_path / "run", config)
+    for saver in ("hf", other):
+        convert(run, tmp_path / saver, AUTO, saver, tensor=1 + (other == "megatron-v2" == saver), pipeline=1,
+                iteration=None, vocab_size=None, log=Log(is_speaker=False))
+    first, *others = (load_pretrained(str(tmp_path / name)) for name in ("run", "hf", other))
+    assert first.model.lm_head.num_ids > first.vocab.size  # there are ids that are none
+    mutants = [parse_mutant("A1W"), parse_mutant("C2G:D3E")]
+
+    def answered(model):
+        corpus = ProteinFiles([str(fasta)], "text", None, model.vocab)
+        reports = [evaluated(model, corpus, 50, None, BAR), pseudo_perplexity(model, corpus, 1, 50, None, BAR)]
+        scores = scores_of(model, MASKED, TEXTS[2], mutants, 50)
+        losses = [report.report(model.vocab)["loss"] for report in reports]
+        return [*losses, *scores, *model.logits([TEXTS[2][:50]])[0].ravel()]
+
+    for other in others:
+        np.testing.assert_allclose(answered(other), answered(first), rtol=1e-5, atol=1e-5)
 
 
 def test_pseudo_perplexity_masks_each_residue_in_turn_and_no_other(pretrained, fasta, their_models):

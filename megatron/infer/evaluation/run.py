@@ -35,7 +35,7 @@ def evaluated(pretrained: Pretrained, files: ProteinFiles, piece: int | None, bu
                 copies.append(Copy(pretrained.between_ends(ids[start:start + size], proteins[number].name),
                                    (1 + np.flatnonzero(is_target[start:start + size])).tolist()))
                 owners.append(number)
-        found = list(log_probabilities(pretrained, copies, budget, num_ids=pretrained.model.lm_head.num_ids))
+        found = list(log_probabilities(pretrained, copies, budget))
         for number, (protein, (_, is_target)) in enumerate(zip(proteins, masked, strict=True)):
             _add(tally, protein, np.flatnonzero(is_target),
                  np.concatenate([part for part, owner in zip(found, owners, strict=True) if owner == number]))
@@ -67,7 +67,7 @@ def pseudo_perplexity(pretrained: Pretrained, files: ProteinFiles, num_proteins:
     for protein in islice(some, data.rank, None, data.size):
         residues = protein.residues.astype(np.int64)
         copies = (copy_of(pretrained, residues, [site], piece, is_masked=True) for site in range(len(residues)))
-        found = log_probabilities(pretrained, copies, budget, num_ids=pretrained.model.lm_head.num_ids)
+        found = log_probabilities(pretrained, copies, budget)
         _add(tally, protein, np.arange(len(protein)), np.concatenate(list(found)))
         bar.update(data.size)
     return TargetTally.merged(everyones(tally, data))
