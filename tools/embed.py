@@ -17,11 +17,10 @@ if not __package__:  # else it is installed
 from megatron.config.command_line import OneLineParser  # noqa: E402
 from megatron.errors import ConfigError  # noqa: E402
 from megatron.infer.answers import INCLUDED, Asked  # noqa: E402
-from megatron.infer.door import add_model_flags, asked  # noqa: E402
+from megatron.infer.door import add_model_flags, add_protein_flags, asked, proteins_of  # noqa: E402
 from megatron.infer.embed.run import Work, embed  # noqa: E402
 from megatron.infer.embed.writers import check_form  # noqa: E402
 from megatron.infer.pretrained import load  # noqa: E402
-from megatron.infer.proteins import ProteinFiles  # noqa: E402
 from megatron.log import Log  # noqa: E402
 from megatron.parallel.launch.leaving import leave  # noqa: E402
 from megatron.parallel.mesh import Mesh  # noqa: E402
@@ -40,9 +39,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--half", action="store_true", help="write numbers in fp16 instead of fp32")
     flags.add_argument("--window", type=int, metavar="N",
                        help="read proteins of more than N residues in overlapping windows (default: whole)")
-    flags.add_argument("--json-key", "--json-keys", default="text",
-                       help="key or column of the sequence where records have several (default: text)")
-    flags.add_argument("--name-key", help="key or column of the name; without it such proteins are numbered")
+    add_protein_flags(flags)
     add_model_flags(flags)
     return flags
 
@@ -64,7 +61,7 @@ def embed_files(given: argparse.Namespace, mesh: Mesh, log: Log) -> None:
     asked = replace(asked, layers=tuple(dict.fromkeys(asked.layers)))
     work = Work(given.output, asked, given.window, given.tokens_per_row,
                 "float16" if given.half else "float32")
-    embed(work, pretrained, ProteinFiles(given.input, given.json_key, given.name_key, pretrained.vocab), log)
+    embed(work, pretrained, proteins_of(given, given.input, pretrained.vocab), log)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ if not __package__:  # else it is installed
 from megatron.config.command_line import OneLineParser  # noqa: E402
 from megatron.errors import ConfigError  # noqa: E402
 from megatron.infer.answers import check_head  # noqa: E402
-from megatron.infer.door import add_model_flags, asked  # noqa: E402
+from megatron.infer.door import add_model_flags, add_protein_flags, asked, proteins_of  # noqa: E402
 from megatron.infer.evaluation.record import FILE, EvaluationRecord, Report  # noqa: E402
 from megatron.infer.evaluation.run import evaluated, pseudo_perplexity, read_through  # noqa: E402
 from megatron.infer.pretrained import Pretrained, load  # noqa: E402
@@ -45,8 +45,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--output", type=Path, default=Path("evaluation"), metavar="FOLDER",
                        help=f"where {FILE} and the pictures go (default: evaluation); figures of other models on the "
                        "same proteins stay there")
-    flags.add_argument("--json-key", "--json-keys", default="text",
-                       help="key or column of the sequence where records have several (default: text)")
+    add_protein_flags(flags, has_names=False)
     add_model_flags(flags)
     return flags
 
@@ -69,8 +68,8 @@ def evaluate(given: argparse.Namespace, mesh: Mesh, log: Log) -> None:
     for checkpoint in given.checkpoints:
         pretrained = load(checkpoint, mesh, log, given.precision)
         piece = piece_of(pretrained, given)
-        files = {name: ProteinFiles([path], given.json_key, None, pretrained.vocab) for name, path in corpora.items()}
-        known = known or {name: read_through(each, pretrained.vocab) for name, each in files.items()}
+        files = {name: proteins_of(given, [path], pretrained.vocab) for name, path in corpora.items()}
+        known = known or {name: read_through(each, pretrained.vocab, log) for name, each in files.items()}
         settings = {name: {"proteins": digest, "--piece": given.piece, "--precision": given.precision}
                     for name, (_, digest) in known.items()}
         record.check(settings)

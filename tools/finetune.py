@@ -22,7 +22,7 @@ from megatron.config.command_line import OneLineParser  # noqa: E402
 from megatron.finetune.flags import Flags, parse_flags  # noqa: E402
 from megatron.finetune.predictions.files import predict  # noqa: E402
 from megatron.finetune.run import HEADS, run  # noqa: E402
-from megatron.infer.door import add_timeout_flag, parallel_of  # noqa: E402
+from megatron.infer.door import add_skipping_flag, add_timeout_flag, parallel_of  # noqa: E402
 from megatron.infer.pretrained import PRECISIONS  # noqa: E402
 from megatron.log import Log  # noqa: E402
 from megatron.parallel.launch.environment import Launch  # noqa: E402
@@ -45,7 +45,8 @@ def prepare(argv: list[str], launch: Launch) -> tuple[ParallelConfig, Callable[[
     """The layout that is asked for and what is to be done in it; raises ConfigError."""
     if argv[:1] == [PREDICT]:
         given = predict_parser().parse_args(argv[1:])
-        return parallel_of(given), partial(predict, given.model, given.file, given.output, given.precision)
+        return parallel_of(given), partial(predict, given.model, given.file, given.output, given.precision,
+                                           given.skip_bad_records)
     flags = parse_flags(argv, __doc__ or "")
     saved = saved_flags(flags.others["load"])
     config = flags.config(saved, 1)
@@ -70,6 +71,7 @@ def predict_parser() -> argparse.ArgumentParser:
     flags.add_argument("file", metavar="FILE", help="proteins: FASTA, or whatever a task is read from")
     flags.add_argument("output", metavar="OUTPUT", help="a .csv or .jsonl")
     flags.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of what is computed (default: fp32)")
+    add_skipping_flag(flags)
     add_timeout_flag(flags)
     return flags
 

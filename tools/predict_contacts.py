@@ -30,10 +30,10 @@ from megatron.infer.contacts.output import output  # noqa: E402
 from megatron.infer.contacts.precision import DIVISORS, RANGES, mean_and_interval, precisions  # noqa: E402
 from megatron.infer.contacts.regression import NUM_FITTED, C, drawn, fitted  # noqa: E402
 from megatron.infer.contacts.structures import read_chains  # noqa: E402
-from megatron.infer.door import add_model_flags, asked  # noqa: E402
+from megatron.infer.door import add_model_flags, add_protein_flags, asked, proteins_of  # noqa: E402
 from megatron.infer.embed.writers import check_form  # noqa: E402
 from megatron.infer.pretrained import Pretrained, load  # noqa: E402
-from megatron.infer.proteins import ProteinFiles, file_name  # noqa: E402
+from megatron.infer.proteins import file_name  # noqa: E402
 from megatron.infer.rows import grouped  # noqa: E402
 from megatron.log import Log  # noqa: E402
 from megatron.parallel.collectives import everyones_in_turn  # noqa: E402
@@ -52,9 +52,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder, or a checkpoint of another program")
     flags.add_argument("--input", nargs="+", default=[], metavar="FILE",
                        help="proteins (default: those of --structures)")
-    flags.add_argument("--json-key", "--json-keys", default="text",
-                       help="key or column of the sequence where records have several (default: text)")
-    flags.add_argument("--name-key", help="key or column of the name; without it such proteins are numbered")
+    add_protein_flags(flags)
     flags.add_argument("--structures", nargs="+", default=[], metavar="FILE", help="true contacts, to compare with")
     flags.add_argument("--fit", nargs="+", default=[], metavar="FILE",
                        help="structures to fit the regression on attention maps on, which stays beside the checkpoint")
@@ -84,7 +82,7 @@ def tell(given: argparse.Namespace, mesh: Mesh, log: Log) -> None:
     check(given, mesh)
     to_fit, chains = read_chains(given.fit), read_chains(given.structures)
     pretrained = load(given.checkpoint, mesh, log, given.precision)
-    proteins = read_proteins(given, pretrained, chains)
+    proteins = read_proteins(given, pretrained, chains, log)
     if given.method == "jacobian" and proteins:
         check_memory(max(len(ids) for _, ids in proteins) - pretrained.num_ends, mesh.world)
     texts = {name: text_of(ids, pretrained) for name, ids in proteins}
@@ -119,13 +117,14 @@ def check(given: argparse.Namespace, mesh: Mesh) -> None:
         check_form(given.output)
 
 
-def read_proteins(given: argparse.Namespace, pretrained: Pretrained, chains: Sequence[Chain]) -> list[Named]:
+def read_proteins(given: argparse.Namespace, pretrained: Pretrained, chains: Sequence[Chain], log: Log) -> list[Named]:
     """All proteins with their ids between their ends: what is wrong with one is said before hours of work."""
     if given.input:
-        files = ProteinFiles(given.input, given.json_key, given.name_key, pretrained.vocab)
+        files = proteins_of(given, given.input, pretrained.vocab)
         proteins = [(protein.name, pretrained.between_ends(protein.residues, protein.name)) for protein in files]
-    else:
-        proteins = [(chain.name, pretrained.encode(chain.sequence, chain.name)) for chain in chains]
+        files.tell_skipped(log)
+        return proteins
+    proteins = [(chain.name, pretrained.encode(chain.sequence, chain.name)) for chain in chains]
     names = set[str]()
     for name, _ in proteins:
         if file_name(name) in names:

@@ -1,14 +1,17 @@
 """The flags that all programs have that ask models, and how these begin: alone, or as ranks of a launcher."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from megatron.config import ParallelConfig
 from megatron.config.command_line import add_section_flags, check_section
+from megatron.data.corpus.vocab import Vocab
 from megatron.errors import ConfigError
 from megatron.infer.pretrained import PRECISIONS
+from megatron.infer.proteins import ProteinFiles
 from megatron.infer.rows import MOST_TOKENS
+from megatron.infer.skipped import FLAG
 from megatron.log import Log
 from megatron.parallel.launch.environment import Launch
 from megatron.parallel.mesh import Mesh
@@ -25,6 +28,28 @@ def add_model_flags(flags: argparse.ArgumentParser) -> None:
                        help="computed at once (default: as memory allows, at most "
                        f"{MOST_TOKENS['cpu']:,} on CPUs and {MOST_TOKENS['cuda']:,} on GPUs)")
     add_timeout_flag(flags)
+
+
+def add_protein_flags(flags: argparse.ArgumentParser, has_names: bool = True) -> None:
+    """The flags of how files of proteins are read; `proteins_of` knows them. Without names but for `has_names`."""
+    flags.add_argument("--json-key", "--json-keys", default="text",
+                       help="key or column of the sequence where records have several (default: text)")
+    if has_names:
+        flags.add_argument("--name-key", help="key or column of the name; without it such proteins are numbered")
+    add_skipping_flag(flags)
+    flags.set_defaults(has_names=has_names)
+
+
+def add_skipping_flag(flags: argparse.ArgumentParser) -> None:
+    """Preprocessing's flag of what is done with bad records."""
+    flags.add_argument(FLAG, action="store_true", help="leave out, count and report records that are no protein, have "
+                       "no residue or an earlier one's name, instead of stopping")
+
+
+def proteins_of(given: argparse.Namespace, paths: Sequence[str], vocab: Vocab) -> ProteinFiles:
+    """The proteins of files, read as the flags say; names are told apart where a program has them."""
+    return ProteinFiles(paths, given.json_key, given.name_key if given.has_names else None, vocab,
+                        skips=given.skip_bad_records, are_named_apart=given.has_names)
 
 
 def add_timeout_flag(flags: argparse.ArgumentParser) -> None:

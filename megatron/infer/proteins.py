@@ -1,5 +1,6 @@
 """The proteins of files, each with its name, in order: what every reader of preprocessing takes."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,10 @@ from megatron.data.preprocess.encode import Encoding, encode_block
 from megatron.data.sources.names import DEFAULT_NAME_KEY
 from megatron.data.sources.source import expand
 from megatron.errors import DataError
+from megatron.infer.skipped import FLAG, REMEDY, Skipped
+from megatron.log import Log
 
+_DIGEST_BYTES = 16
 _NAMED = "fasta"  # the kind whose records have names that need no key
 
 
@@ -31,37 +35,80 @@ class Protein:
 class ProteinFiles:
     """Files, folders or patterns of them, read again at each pass.
 
-    `key`: of the texts where records have several; `name_key`: of the names there. Raises DataError for a file that
-    cannot be read, and while it is read for a record that is no protein, and for one without residues.
+    `key`: of the texts where records have several; `name_key`: of the names there. `skips`: whether a record that is no
+    protein, one without residues and, where `are_named_apart`, one of an earlier one's name are left out; else the
+    first of them raises DataError while they are read. None is like False in a program without a flag for it. Raises
+    DataError for a file that cannot be read.
     """
 
-    def __init__(self, paths: Sequence[str], key: str, name_key: str | None, vocab: Vocab) -> None:
+    def __init__(self, paths: Sequence[str], key: str, name_key: str | None, vocab: Vocab, *,
+                 skips: bool | None = None, are_named_apart: bool = False) -> None:
         if "-" in paths:
             raise DataError("standard input cannot be read twice, as is needed here; give a file")
-        self._sources, self._key, self._name_key = expand(paths), key, name_key
-        self._tokenizer = ResidueTokenizer(vocab)
+        self._paths, self._sources, self._key, self._name_key = paths, expand(paths), key, name_key
+        self._tokenizer, self._skips, self._are_named_apart = ResidueTokenizer(vocab), bool(skips), are_named_apart
+        self._remedy = "mend it, or leave it out" if skips is None else REMEDY
+        self._skipped = Skipped()
 
     def __iter__(self) -> Iterator[Protein]:
-        number = 0
+        self._skipped, numbers_of = Skipped(), dict[bytes, int]()
+        for number, file, protein in self._read():
+            reason, finding = self._fault(number, protein, numbers_of)
+            if not reason:
+                self._skipped.num_left += 1
+                yield protein
+            elif self._skips:
+                self._skipped.add(reason, f"{file}: {finding}")
+            else:
+                raise DataError(f"{file}: {finding}; {self._remedy}")
+
+    def tell_skipped(self, log: Log) -> None:
+        """Say what the last pass has left out; raises DataError where nothing was left."""
+        self._skipped.tell(", ".join(self._paths), log)
+
+    def _read(self) -> Iterator[tuple[int, str, Protein]]:
+        """Whatever consists of residues, with its record's number from 1 and its file."""
+        num_before = 0
         for source in self._sources:
             for block in source.blocks((self._key,), self._name_key):
                 has_names = self._name_key is not None or block.kind == _NAMED
                 name_key = (self._name_key or DEFAULT_NAME_KEY) if has_names else None
                 encoding = Encoding((self._key,), self._tokenizer, unknown=b"", name_key=name_key,
-                                    remedy="mend it, or leave it out")
+                                    skip_bad_records=self._skips, remedy=self._remedy)
                 (documents,) = encode_block(encoding, block)
-                names = [name.decode(errors="surrogateescape") for name in documents.names.splitlines()]
+                self._skipped.add_all(documents.tally.dropped, documents.reports)
+                numbers = (num_before + 1 + np.flatnonzero(documents.is_kept)).tolist()
+                names = [name.decode(errors="surrogateescape") for name in documents.names.splitlines()
+                         ] if has_names else list(map(str, numbers))
                 ends = np.cumsum(documents.lengths())[:-1]
-                for index, residues in enumerate(np.split(np.frombuffer(documents.ids, np.uint8), ends)):
-                    number += 1
-                    name = names[index] if has_names else str(number)
-                    if not len(residues):
-                        raise DataError(f"{block.source}: protein {number}, {name}, has no residue; leave it out")
-                    yield Protein(name, residues)
+                for number, name, residues in zip(
+                        numbers, names, np.split(np.frombuffer(documents.ids, np.uint8), ends), strict=True):
+                    yield number, block.source, Protein(name, residues)
+                num_before += len(documents.is_kept)
+
+    def _fault(self, number: int, protein: Protein, numbers_of: dict[bytes, int]) -> tuple[str, str]:
+        """Why a protein is not to be taken, as a reason to count and in words; both empty where it is.
+
+        `numbers_of`: by digests of names, of those before it.
+        """
+        if not len(protein):
+            return "without residues", f"protein {number}, {protein.name}, has no residue"
+        if not self._are_named_apart:
+            return "", ""
+        try:
+            name = file_name(protein.name)
+        except DataError as error:
+            return "name not UTF-8", str(error)
+        first = numbers_of.setdefault(hashlib.blake2b(name.encode(), digest_size=_DIGEST_BYTES).digest(), number)
+        if first == number:
+            return "", ""
+        return "name of another", (f"proteins {first} and {number} both have the name {protein.name} (/ counts as _); "
+                                   "each needs its own")
 
     def identity(self) -> list[Any]:
         """Tells whether they are still the same: the keys, and path, size and time of the last change of each file."""
-        return [self._key, self._name_key, *(facts for source in self._sources for facts in source.identity())]
+        skips = [FLAG] if self._skips else []
+        return [self._key, self._name_key, *skips, *(facts for source in self._sources for facts in source.identity())]
 
     def have(self, path: Path) -> bool:
         """Whether that is one of the files."""

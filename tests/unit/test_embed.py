@@ -46,7 +46,7 @@ def small_parts(monkeypatch):
 
 
 def files(*paths: Path) -> ProteinFiles:
-    return ProteinFiles([str(path) for path in paths], "text", None, Vocab.from_file("esm"))
+    return ProteinFiles([str(path) for path in paths], "text", None, Vocab.from_file("esm"), are_named_apart=True)
 
 
 def made(pretrained, fasta, output, asked=ASKED, window=None, dtype="float32"):

@@ -99,7 +99,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(out
     (tmp_path / "file").touch()
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(UserError, match=what):
-        predict("MODEL", "in.fasta", output, "fp32", Mesh(), Log(is_speaker=True))
+        predict("MODEL", "in.fasta", output, "fp32", False, Mesh(), Log(is_speaker=True))
 
 
 @pytest.mark.parametrize("left", ["task.json", "unfinished"])

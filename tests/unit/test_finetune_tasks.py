@@ -12,6 +12,7 @@ from megatron.finetune.data.examples import load_task, read_proteins
 from megatron.finetune.data.tasks import TASKS, split_files, task_of
 from megatron.finetune.flags import TaskConfig, task_and_files
 from megatron.kernels.packed_sequence import NO_TARGET
+from megatron.log import Log
 from tests.unit.labelled_files import TOKENIZER, json_lines, labels, lmdb, loaded
 
 DOWNSTREAM = Path(__file__).resolve().parents[3] / "shared" / "data" / "downstream"
@@ -128,7 +129,7 @@ def test_a_file_that_is_not_there_is_one_line(tmp_path):
 
 def test_proteins_without_labels_are_read_from_fasta_too(tmp_path):
     (tmp_path / "in.fasta").write_text(">sp|P1|A of man\nMK\nV\n>P2\nA\n")
-    proteins = read_proteins(str(tmp_path / "in.fasta"), task_of("own"), TOKENIZER)
+    proteins = read_proteins(str(tmp_path / "in.fasta"), task_of("own"), TOKENIZER, False, Log())
     assert [(protein.name, len(protein.ids), protein.label) for protein in proteins] == [("sp|P1|A", 3, None),
                                                                                        ("P2", 1, None)]
 

@@ -141,7 +141,7 @@ def test_pairs_are_the_best_or_those_above_a_threshold():
     ("RUN --input FASTA --output x.tsv", "x.tsv: how it is to be written is told by its ending"),
     ("RUN --input FASTA --output x --tokens-per-row 0", "--tokens-per-row is 0"),
     ("RUN --input FASTA --structures CHAINS:1abc_0", "is not of one: residue 1 is "),
-    ("RUN --input FASTA FASTA --output x.npz", "one is the name of two proteins"),
+    ("RUN --input FASTA FASTA --output x.npz", "proteins 1 and 2 both have the name one .* with --skip-bad-records"),
     ("RUN --input LATIN --output x.npz", r"the name b'caf\xe9' is not UTF-8 text"),
     ("RUN --input EMPTY --output x.npz", "is empty"),
     ("RUN --structures EMPTY", "EMPTY: is no structure by its name"),

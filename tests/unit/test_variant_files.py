@@ -123,7 +123,7 @@ def test_a_mistake_in_a_wild_type_that_is_given_is_named(tmp_path):
         read(path, sequence="M-K")
     with pytest.raises(DataError, match=r"p.fasta: x: residue 3 is not in the model's vocabulary"):
         read(path, fasta=str(write(tmp_path / "p.fasta", ">x\nMKJ\n")))
-    with pytest.raises(DataError, match="two proteins are called x"):
+    with pytest.raises(DataError, match="proteins 1 and 2 both have the name x .*; mend it, or leave it out$"):
         read(path, fasta=str(write(tmp_path / "p.fasta", ">x\nMK\n>x\nMK\n")))
     with pytest.raises(DataError, match="none of the 2 proteins of --fasta is called A"):
         read(path, fasta=str(write(tmp_path / "p.fasta", ">x\nMK\n>y\nMK\n")))
@@ -231,7 +231,7 @@ def test_heat_maps_of_the_proteins_of_a_file_are_drawn_once(tmp_path, capsys):
     assert capsys.readouterr().out.count("is done already") == 2
     assert (tmp_path / "out" / "a_b.substitutions.png").read_bytes().startswith(b"\x89PNG")
     both = write(tmp_path / "both.fasta", f">a/b\n{WILD}\n>a_b\nMKV\n")
-    with pytest.raises(DataError, match="two proteins are called a_b .*/ counts as _"):
+    with pytest.raises(DataError, match="proteins 1 and 2 both have the name a_b .*/ counts as _"):
         run(command[0], both, tmp_path / "again", "--heatmap")
     lines = (tmp_path / "out" / "a_b.substitutions.csv").read_text().splitlines()
     assert len(lines) == 1 + len(WILD) and lines[-1].startswith("14,R,")

@@ -43,7 +43,7 @@ class EncodedDocuments:
     ids: one byte each. sizes: int32, the length of each sequence. num_sequences: int32, sequences a document.
     reports: lines about its first MAX_REPORTS bad records.
     digests: one of DIGEST_BYTES a document, if asked for; then `tally` has not counted the documents yet.
-    names: one a line, if asked for.
+    names: one a line, if asked for. is_kept: bool, which of the block's records these are.
     """
 
     ids: bytes
@@ -53,6 +53,7 @@ class EncodedDocuments:
     reports: list[str]
     digests: bytes
     names: bytes
+    is_kept: np.ndarray
 
     def lengths(self) -> np.ndarray:
         """Ids a document, int64."""
@@ -64,8 +65,10 @@ class EncodedDocuments:
         of_sequence = np.repeat(is_kept, self.num_sequences)
         ids = np.frombuffer(self.ids, np.uint8)[np.repeat(of_sequence, self.sizes)].tobytes()
         names = b"".join(compress(self.names.splitlines(keepends=True), is_kept))
+        of_block = self.is_kept.copy()
+        of_block[self.is_kept] = is_kept
         return replace(self, ids=ids, sizes=self.sizes[of_sequence], num_sequences=self.num_sequences[is_kept],
-                       names=names)
+                       names=names, is_kept=of_block)
 
     def ended_by(self, eod: int) -> "EncodedDocuments":
         """The same with the id `eod` behind each document that is not empty."""
@@ -99,7 +102,7 @@ def _encode_key(encoding: Encoding, block: RecordBlock, key: str, names: Texts) 
         texts, encoded, lengths = list(compress(texts, is_kept)), list(compress(encoded, is_kept)), lengths[is_kept]
     sizes, num_sequences = _sequences(encoding, texts, lengths)
     lines = b"".join(name + b"\n" for name in compress(names.texts, is_kept))
-    documents = EncodedDocuments(b"".join(encoded), sizes, num_sequences, tally, reports, b"", lines)
+    documents = EncodedDocuments(b"".join(encoded), sizes, num_sequences, tally, reports, b"", lines, is_kept)
     if encoding.with_digests:
         return replace(documents, digests=b"".join(map(_digest, encoded)))
     tally.count_documents(documents.ids, lengths)

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from megatron.errors import DataError
 from megatron.finetune.data.labels import LabelSpace, label_space
 from megatron.finetune.data.record import ProteinRecord
 from megatron.finetune.data.tasks import SEQUENCE_KEYS, WITHOUT_CLASSES, Task, present_key
+from megatron.infer.skipped import REMEDY, Skipped
+from megatron.log import Log
 
 
 @dataclass(frozen=True)
@@ -65,33 +67,52 @@ def read_examples(path: str, task: Task, space: LabelSpace, tokenizer: ResidueTo
     return _examples(space, read_records(path, task, tokenizer))
 
 
-def read_proteins(path: str, task: Task, tokenizer: ResidueTokenizer) -> list[Example]:
-    """The proteins of a file of any kind, FASTA too, without labels; raises DataError."""
-    return [Example(record.name, record.ids) for record in read_records(path, task, tokenizer, needs_label=False)]
+def read_proteins(path: str, task: Task, tokenizer: ResidueTokenizer, skips: bool, log: Log) -> list[Example]:
+    """The proteins of a file of any kind, FASTA too, without labels.
+
+    Raises DataError for the first bad one or, where it `skips` these, tells `log` of them.
+    """
+    # What is only read need not be of the kind that was learnt from: FASTA has a key of its own.
+    task = replace(task, sequence_keys=(*task.sequence_keys, *SEQUENCE_KEYS))
+    found, skipped = list[Example](), Skipped()
+    for number, place, values in _records(path):
+        try:
+            found.append(Example(_name(number, values), _residues(place, values, task, tokenizer)))
+        except DataError as error:
+            if not skips:
+                raise DataError(f"{error}; {REMEDY}") from None
+            skipped.add("not protein", str(error))
+    skipped.num_left = len(found)
+    skipped.tell(path, log)
+    return found
 
 
-def read_records(path: str, task: Task, tokenizer: ResidueTokenizer, needs_label: bool = True,
-                 ) -> Iterator[ProteinRecord]:
+def read_records(path: str, task: Task, tokenizer: ResidueTokenizer) -> Iterator[ProteinRecord]:
     """The proteins of a file in order, their labels as they stand there; raises DataError for the first bad one.
 
     A protein without an `id` is named by its number, from 1.
     """
+    for number, place, values in _records(path):
+        ids = _residues(place, values, task, tokenizer)
+        label, mask_key = _under(place, values, task.label_keys, "label"), present_key(task.mask_keys, values)
+        yield ProteinRecord(place, _name(number, values), ids, label, None if mask_key is None else values[mask_key])
+
+
+def _records(path: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Each record's number, from 1, its place, and what it has."""
     if not os.path.exists(path):
         raise DataError(f"{path}: no such file")
     number = 0
     for block in Source(path).blocks():
         for where, values in records_of(block):
             number += 1
-            place = f"{block.source}: {where}"
-            # What is only read need not be of the kind that was learnt from: FASTA has a key of its own.
-            keys = task.sequence_keys if needs_label else (*task.sequence_keys, *SEQUENCE_KEYS)
-            ids = _ids(place, _under(place, values, keys, "sequence"), tokenizer)
-            label = _under(place, values, task.label_keys, "label") if needs_label else None
-            mask_key = present_key(task.mask_keys, values)
-            name = values.get(DEFAULT_NAME_KEY)
-            name = name.decode(errors="replace") if isinstance(name, bytes) else name
-            yield ProteinRecord(place, str(number if name in (None, "") else name), ids, label,
-                                None if mask_key is None else values[mask_key])
+            yield number, f"{block.source}: {where}", values
+
+
+def _name(number: int, values: dict[str, Any]) -> str:
+    name = values.get(DEFAULT_NAME_KEY)
+    name = name.decode(errors="replace") if isinstance(name, bytes) else name
+    return str(number if name in (None, "") else name)
 
 
 def _examples(space: LabelSpace, records: Iterable[ProteinRecord]) -> list[Example]:
@@ -108,7 +129,8 @@ def _under(place: str, values: dict[str, Any], keys: tuple[str, ...], what: str)
     return values[key]
 
 
-def _ids(place: str, sequence: Any, tokenizer: ResidueTokenizer) -> np.ndarray:
+def _residues(place: str, values: dict[str, Any], task: Task, tokenizer: ResidueTokenizer) -> np.ndarray:
+    sequence = _under(place, values, task.sequence_keys, "sequence")
     if not isinstance(sequence, (str, bytes)):
         raise DataError(f"{place}: the sequence is of type {type_name(sequence)}; expected text of residues")
     text = sequence.encode(errors="replace") if isinstance(sequence, str) else sequence

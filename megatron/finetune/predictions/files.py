@@ -12,7 +12,7 @@ from megatron.checkpoint.convert.failures import writable
 from megatron.checkpoint.newest import newest
 from megatron.config import Config
 from megatron.data.corpus.tokenizer import ResidueTokenizer
-from megatron.errors import CheckpointError, ConfigError, DataError
+from megatron.errors import CheckpointError, ConfigError
 from megatron.files import replacing
 from megatron.finetune.data.batches import PackedExamples
 from megatron.finetune.data.examples import Example, read_proteins
@@ -29,10 +29,11 @@ ENDINGS = (".csv", ".jsonl")
 _DIGITS = 6
 
 
-def predict(folder: str, file: str, output: str, precision: str, mesh: Mesh, log: Log) -> None:
+def predict(folder: str, file: str, output: str, precision: str, skips: bool, mesh: Mesh, log: Log) -> None:
     """Write what the model in `folder` says of each protein of `file`; all ranks call this together.
 
-    Raises a UserError for what cannot be read, and for an output of another ending, or where none can be written.
+    `skips`: whether records that are no protein are left out. Raises a UserError for what cannot be read, and for an
+    output of another ending, or where none can be written.
     """
     path = Path(output)
     if path.suffix not in ENDINGS or path.is_dir():
@@ -48,9 +49,7 @@ def predict(folder: str, file: str, output: str, precision: str, mesh: Mesh, log
                               "tools/finetune.py named")
     config = config_of(checkpoint, precision)
     vocab = vocab_of(checkpoint, config)
-    proteins = read_proteins(file, described.task, ResidueTokenizer(vocab))
-    if not proteins:
-        raise DataError(f"{file}: holds no protein")
+    proteins = read_proteins(file, described.task, ResidueTokenizer(vocab), skips, log)
     engine = described.open(_with_rows_for(proteins, config, mesh), mesh, vocab, checkpoint)
     packed = PackedExamples(proteins, described.space, vocab, settings_of(engine, 0), is_training=False)
     log.line(packed.describe(file))

@@ -59,6 +59,7 @@ def embed(work: Work, pretrained: Pretrained, files: ProteinFiles, log: Log) -> 
         log.line(f"{work.output} is whole: nothing to do")
         return
     surveyed = survey(files, pretrained.max_residues, work.window)
+    files.tell_skipped(log)
     if "contacts" in work.asked.include and work.window and (surveyed.lengths_u > work.window).any():
         raise ConfigError("contacts are between all residues of a protein, and some are longer than --window "
                           f"{work.window}; leave one of the two out")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron.errors import ConfigError, DataError
-from megatron.infer.proteins import Protein, file_name
+from megatron.errors import ConfigError
+from megatron.infer.proteins import Protein
 from megatron.infer.rows import grouped
 
 DIGEST_BYTES = 16
@@ -29,21 +29,17 @@ class Survey:
 
 
 def survey(proteins: Iterable[Protein], max_residues: int | None, window: int | None = None) -> Survey:
-    """Read them all once; raises DataError for two of one name, and as `file_name`.
+    """Read them all once.
 
-    ConfigError for one with more than `max_residues` where it is not to be read in windows, and for a window of more.
+    Raises ConfigError for one with more than `max_residues` where it is not to be read in windows, and for a window of
+    more.
     Memory: some hundred bytes a distinct protein.
     """
     if window is not None and max_residues is not None and window > max_residues:
         raise ConfigError(f"--window is {window}, and the model knows the positions of {max_residues}; give no more")
     lengths, distinct = array("i"), array("q")
     known: dict[bytes, int] = {}
-    names: dict[bytes, int] = {}
     for number, protein in enumerate(proteins, 1):
-        first = names.setdefault(_digest(file_name(protein.name).encode()), number)
-        if first != number:
-            raise DataError(f"proteins {first} and {number} both have the name {protein.name} (/ counts as _); "
-                            "give each its own")
         if window is None and max_residues is not None and len(protein) > max_residues:
             raise ConfigError(f"protein {number}, {protein.name}, has {len(protein)} residues, and the model knows the "
                               f"positions of {max_residues}; give --window {max_residues}")

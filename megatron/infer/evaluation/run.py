@@ -12,7 +12,7 @@ from megatron.infer.evaluation.tally import TargetTally
 from megatron.infer.predictions import Copy, copy_of, log_probabilities
 from megatron.infer.pretrained import Pretrained
 from megatron.infer.proteins import Protein, ProteinFiles
-from megatron.log import ProgressBar
+from megatron.log import Log, ProgressBar
 from megatron.parallel.collectives import everyones
 
 PROTEINS_AT_ONCE = 64
@@ -43,12 +43,16 @@ def evaluated(pretrained: Pretrained, files: ProteinFiles, piece: int | None, bu
     return TargetTally.merged(everyones(tally, pretrained.mesh.data))
 
 
-def read_through(files: ProteinFiles, vocab: Vocab) -> tuple[int, str]:
-    """How many proteins there are, and a digest of their residues; raises DataError for what cannot be evaluated."""
+def read_through(files: ProteinFiles, vocab: Vocab, log: Log) -> tuple[int, str]:
+    """How many proteins there are, and a digest of their residues, once `log` was told what is left out.
+
+    Raises DataError for what cannot be evaluated.
+    """
     masks, digest, number = FixedMasks(vocab), hashlib.blake2b(digest_size=12), 0
     for protein in files:
         number += 1
         digest.update(masks.letters(protein.residues).tobytes() + b"\n")
+    files.tell_skipped(log)
     return number, digest.hexdigest()
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import ConfigError, DataError, ResidueError
-from megatron.infer.proteins import ProteinFiles, file_name
+from megatron.infer.proteins import ProteinFiles
 from megatron.infer.variants.mutants import check_protein, letters_of
 from megatron.infer.variants.tables import read_csv
 
@@ -73,15 +73,11 @@ def read_wild_types(sequence: str | None, fasta: str | None, reference: Path | N
 def read_proteins(paths: Sequence[str], vocab: Vocab) -> dict[str, str]:
     """The proteins of files, as letters, by their names; raises DataError."""
     proteins: dict[str, str] = {}
-    files = set[str]()
-    for name, residues in ((protein.name, protein.residues) for protein in ProteinFiles(paths, "text", None, vocab)):
+    files = ProteinFiles(paths, "text", None, vocab, are_named_apart=True)
+    for name, residues in ((protein.name, protein.residues) for protein in files):
         if vocab.unk_id in residues:
             number = int(np.flatnonzero(residues == vocab.unk_id)[0]) + 1
             raise DataError(f"{', '.join(paths)}: {name}: residue {number} is not in the model's vocabulary")
-        if file_name(name) in files:
-            raise DataError(f"{', '.join(paths)}: two proteins are called {name} (/ counts as _); give each a name of "
-                            "its own")
-        files.add(file_name(name))
         proteins[name] = "".join(vocab.tokens[index] for index in residues)
     return proteins
 
