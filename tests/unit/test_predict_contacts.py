@@ -191,13 +191,17 @@ def test_what_was_fitted_is_esms_contact_head_in_what_is_written_for_it(saver, p
         assert theirs.max() - theirs.min() > 0.1
 
 
-def test_what_was_fitted_is_left_out_where_there_is_no_place_for_it(run_folder, tmp_path, capsys):
+@pytest.mark.parametrize("saver", ["sharded", "whole", "megatron-v2", "megatron-core", "megatron-core-dist"])
+def test_what_was_fitted_lies_beside_what_has_no_place_for_it(saver, run_folder, tmp_path, capsys):
     place, = iterations(run_folder).values()
     write_contact_head(place, [1.0, 2.0, 3.0, 4.0], 0.0, {})
-    convert(run_folder, tmp_path / "whole", "auto", "whole", tensor=1, pipeline=1, iteration=None, vocab_size=None,
+    convert(run_folder, tmp_path / "out", "auto", saver, tensor=1, pipeline=1, iteration=None, vocab_size=None,
             log=Log())
-    assert "contact_head.json is left out: whole has no place for it" in capsys.readouterr().out
-    assert "contact_head.weight" not in FORMATS["whole"].read(tmp_path / "whole").model
+    assert "contact_head.json goes along, beside the checkpoint's own files" in capsys.readouterr().out
+    assert "contact_head.weight" not in FORMATS[saver].read(tmp_path / "out").model
+    expected, found = (load_pretrained(str(folder)).contacts([PROTEINS[0]])[0]
+                       for folder in (run_folder, tmp_path / "out"))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
     assert "contact_head.weight" not in open_place(place).model  # nor is it part of a run that goes on
 
 

@@ -1,6 +1,7 @@
 """One checkpoint from one format and layout into another, told as it goes."""
 
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from megatron.checkpoint.loading import refuse_task
 from megatron.checkpoint.manifest import check_files
 from megatron.checkpoint.stored import Box, Checkpoint, StoredTensor, Tensors, one_piece
 from megatron.errors import ConfigError
-from megatron.files import left_over
+from megatron.files import left_over, replacing
 from megatron.log import Log
 
 
@@ -48,7 +49,7 @@ def convert(source: Path, target: Path, loader: str, saver: str, *, tensor: int,
         refuse_task(checkpoint)
     check_files(checkpoint.path, log, with_optimizer=not takes_average and saver not in WEIGHTS_ALONE)
     check_torch_files(checkpoint.path)
-    checkpoint = _with_fitted_contacts(checkpoint, saver, takes_average, log)
+    checkpoint, fitted = _with_fitted_contacts(checkpoint, saver, takes_average, log)
     if takes_average:
         checkpoint = checkpoint.averaged()
     if saver not in OURS and checkpoint.average is not None:
@@ -75,6 +76,9 @@ def convert(source: Path, target: Path, loader: str, saver: str, *, tensor: int,
         place = FORMATS[saver].write(_watched(checkpoint, see), target, tensor=tensor, pipeline=pipeline)
     finally:
         bar.close()
+    if fitted is not None:
+        with replacing(contact_head_file(place)) as temporary:
+            shutil.copyfile(fitted, temporary)
     if not_finite:
         log.line(f"note: {', '.join(sorted(not_finite))} held numbers that are not finite, and still does")
     log.line(f"wrote {place} ({saver}, tensor {tensor} x pipeline {pipeline})")
@@ -108,18 +112,24 @@ def describe(checkpoint: Checkpoint) -> str:
             f"{average}")
 
 
-def _with_fitted_contacts(checkpoint: Checkpoint, saver: str, takes_average: bool, log: Log) -> Checkpoint:
-    """With the regression of contacts that was fitted on these weights, where the format has a place for one."""
+def _with_fitted_contacts(checkpoint: Checkpoint, saver: str, takes_average: bool, log: Log) -> tuple[Checkpoint,
+                                                                                                   Path | None]:
+    """With the regression of contacts that was fitted on these weights, where the format has a place for one.
+
+    Elsewhere its file, which then lies beside what is written, too. Raises CheckpointError for a damaged one.
+    """
     file = contact_head_file(checkpoint.path)
     if not file.is_file():
-        return checkpoint
-    has_place = saver == "esm" or (saver == "hf" and flags.family_of(flags.complete(checkpoint)) != flags.BERT)
-    if has_place and not takes_average:
+        return checkpoint, None
+    if takes_average:
+        log.line(f"note: {file} is left out: it was fitted on the weights, not on their average")
+        return checkpoint, None
+    fitted = with_contact_head(checkpoint)
+    if saver == "esm" or (saver == "hf" and flags.family_of(flags.complete(checkpoint)) != flags.BERT):
         log.line(f"note: {file} goes along as the contact head")
-        return with_contact_head(checkpoint)
-    why = f"{saver} has no place for it" if not has_place else "it was fitted on the weights, not on their average"
-    log.line(f"note: {file} is left out: {why}")
-    return checkpoint
+        return fitted, None
+    log.line(f"note: {file} goes along, beside the checkpoint's own files")
+    return checkpoint, file
 
 
 def _num_bytes(checkpoint: Checkpoint) -> int:
