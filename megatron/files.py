@@ -8,9 +8,10 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from errno import EACCES, EAGAIN, EWOULDBLOCK
+from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,6 +38,30 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def missing_folders(path: Path) -> list[Path]:
+    """Of `path` and the folders that it is in those that are not there, the deepest first."""
+    return list(takewhile(lambda folder: not folder.exists(), (path, *path.parents)))
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those folders, the deepest first, that are there and empty."""
+    with suppress(OSError):
+        for folder in folders:
+            with suppress(FileNotFoundError):
+                folder.rmdir()
+
+
+@contextmanager
+def leaving_no_empty(path: Path) -> Iterator[None]:
+    """Where the block fails, folders that it has made, `path` and those that it is in, go again if they are empty."""
+    missing = missing_folders(path)
+    try:
+        yield
+    except BaseException:
+        remove_empty(missing)
+        raise
 
 
 def left_over(path: Path, begins: bool = False) -> Iterator[Path]:

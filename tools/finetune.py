@@ -19,6 +19,7 @@ if not __package__:  # else it is installed
 from megatron.checkpoint.newest import saved_flags  # noqa: E402
 from megatron.config import ParallelConfig  # noqa: E402
 from megatron.config.command_line import OneLineParser  # noqa: E402
+from megatron.files import leaving_no_empty  # noqa: E402
 from megatron.finetune.flags import Flags, parse_flags  # noqa: E402
 from megatron.finetune.predictions.files import predict  # noqa: E402
 from megatron.finetune.run import HEADS, run  # noqa: E402
@@ -45,8 +46,7 @@ def prepare(argv: list[str], launch: Launch) -> tuple[ParallelConfig, Callable[[
     """The layout that is asked for and what is to be done in it; raises ConfigError."""
     if argv[:1] == [PREDICT]:
         given = predict_parser().parse_args(argv[1:])
-        return parallel_of(given), partial(predict, given.model, given.file, given.output, given.precision,
-                                           given.skip_bad_records)
+        return parallel_of(given), partial(foretell, given)
     flags = parse_flags(argv, __doc__ or "")
     saved = saved_flags(flags.others["load"])
     config = flags.config(saved, 1)
@@ -61,6 +61,12 @@ def teach(flags: Flags, mesh: Mesh, log: Log) -> None:
     rows = run(flags, mesh, log)
     if rows is not None:
         log.line(f"\n{table(HEADS, rows, num_left=2)}\n\n  model and report: {flags.others['save']}")
+
+
+def foretell(given: argparse.Namespace, mesh: Mesh, log: Log) -> None:
+    """Write what a taught model predicts."""
+    with leaving_no_empty(Path(given.output)):
+        predict(given.model, given.file, given.output, given.precision, given.skip_bad_records, mesh, log)
 
 
 def predict_parser() -> argparse.ArgumentParser:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.errors import CheckpointError, ConfigError
+from megatron.files import missing_folders, remove_empty
 from megatron.log import Log
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Claim:
         pid = os.getpid()
         self._me = {"host": socket.gethostname(), "pid": pid, "machine": _machine(), "started": _start_of(pid),
                     "token": uuid.uuid4().hex}
-        self._is_released, self._is_new = threading.Event(), not folder.exists()
+        self._is_released, self._new = threading.Event(), missing_folders(folder)
 
     def acquire(self, tell: Callable[[str], None]) -> None:
         """Take the lock, a dead holder's as well, and keep it fresh; `tell` hears of a wait for a sign of life."""
@@ -101,13 +102,12 @@ class Claim:
                                   "nothing of it was overwritten. Go on with one of the two")
 
     def release(self) -> None:
-        """Give the folder free; one that we made goes again where nothing has come into it."""
+        """Give the folder free; it and those that it is in go again where we made them and nothing has come in."""
         self._is_released.set()
         with suppress(OSError):
             if self._is_ours():
                 self._lock.unlink()
-                if self._is_new:
-                    self._folder.rmdir()
+                remove_empty(self._new)
 
     def _create(self) -> bool:
         """Whether there was no lock, and now is ours, or it is already."""

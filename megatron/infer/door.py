@@ -3,11 +3,13 @@
 import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 from megatron.config import ParallelConfig
 from megatron.config.command_line import add_section_flags, check_section
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import ConfigError
+from megatron.files import leaving_no_empty
 from megatron.infer.pretrained import PRECISIONS
 from megatron.infer.proteins import ProteinFiles
 from megatron.infer.rows import MOST_TOKENS
@@ -42,8 +44,8 @@ def add_protein_flags(flags: argparse.ArgumentParser, has_names: bool = True) ->
 
 def add_skipping_flag(flags: argparse.ArgumentParser) -> None:
     """Preprocessing's flag of what is done with bad records."""
-    flags.add_argument(FLAG, action="store_true", help="leave out, count and report records that are no protein, have "
-                       "no residue or an earlier one's name, instead of stopping")
+    flags.add_argument(FLAG, action="store_true", help="leave out, count and report records that cannot be taken, "
+                       "instead of stopping at the first")
 
 
 def proteins_of(given: argparse.Namespace, paths: Sequence[str], vocab: Vocab) -> ProteinFiles:
@@ -67,7 +69,7 @@ def parallel_of(given: argparse.Namespace, tensor_size: int = 1) -> ParallelConf
 
 
 def asked(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace, Mesh, Log], None]) -> int:
-    """Run `work` with the flags, on this rank's mesh; the status as `status_of` has it."""
+    """Run `work` with the flags, `output` among them, on this rank's mesh; the status as `status_of` has it."""
     def prepare(launch: Launch) -> tuple[ParallelConfig, Callable[[Mesh, Log], None]]:
         given = parser.parse_args()
         size = given.tensor_model_parallel_size
@@ -76,6 +78,12 @@ def asked(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace, M
                               f"{launch.size}")
         if given.tokens_per_row is not None and given.tokens_per_row < 1:
             raise ConfigError(f"--tokens-per-row is {given.tokens_per_row}; it must be 1 or greater")
-        return parallel_of(given, size), partial(work, given)
+        return parallel_of(given, size), partial(_worked, work, given)
 
     return status_of(prepare)
+
+
+def _worked(work: Callable[[argparse.Namespace, Mesh, Log], None], given: argparse.Namespace, mesh: Mesh, log: Log
+            ) -> None:
+    with leaving_no_empty(given.output or Path()):
+        work(given, mesh, log)

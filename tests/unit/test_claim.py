@@ -45,6 +45,15 @@ def test_a_folder_that_a_living_process_holds_is_refused_until_it_is_released(tm
     assert not list(tmp_path.iterdir())
 
 
+def test_folders_that_were_made_for_a_run_that_wrote_nothing_go_again(tmp_path):
+    acquired(tmp_path / "runs" / "mine").release()
+    assert not list(tmp_path.iterdir())
+    claim = acquired(tmp_path / "runs" / "mine")
+    (tmp_path / "runs" / "file").touch()
+    claim.release()
+    assert [path.name for path in tmp_path.rglob("*")] == ["runs", "file"]
+
+
 def test_a_process_that_was_killed_leaves_the_folder_free_at_once(tmp_path):
     child = os.fork()
     if child == 0:

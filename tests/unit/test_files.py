@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.files import replacing, write_text
+from megatron.files import leaving_no_empty, replacing, write_text
 
 
 def test_an_error_leaves_the_old_content_and_nothing_else(tmp_path):
@@ -15,6 +15,16 @@ def test_an_error_leaves_the_old_content_and_nothing_else(tmp_path):
         temporary.write_text("half")
         raise RuntimeError
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "old")]
+
+
+@pytest.mark.parametrize(("made", "left"), [
+    ("a/b/c", ["a"]), ("a/b", ["a"]), ("a/b/c/d", ["a", "a/b", "a/b/c", "a/b/c/d"])])
+def test_empty_folders_of_a_failure_go_and_what_was_there_or_holds_something_stays(made, left, tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(RuntimeError), leaving_no_empty(tmp_path / "a" / "b" / "c"):
+        (tmp_path / made).mkdir(parents=True)
+        raise RuntimeError
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == left
 
 
 def test_a_pipe_is_written_to(tmp_path):

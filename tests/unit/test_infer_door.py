@@ -9,7 +9,7 @@ from megatron.errors import ConfigError
 from megatron.infer import door
 from megatron.infer.rows import MOST_TOKENS
 from megatron.parallel.launch.environment import Launch
-from tools import finetune
+from tools import evaluate, finetune
 
 
 def asked_for(monkeypatch, *words):
@@ -32,6 +32,16 @@ def test_how_long_ranks_wait_for_each_other_is_said_as_in_pretraining(layout_of,
     assert layout_of(monkeypatch, "--distributed-timeout-minutes", "90").distributed_timeout_minutes == 90
     with pytest.raises(ConfigError, match="--distributed-timeout-minutes is 0.0; it must be greater than 0"):
         layout_of(monkeypatch, "--distributed-timeout-minutes", "0")
+
+
+@pytest.mark.parametrize(("tool", "words"), [
+    (finetune, ["predict", "nowhere", "in.fasta", "new/one/out.csv"]),
+    (evaluate, ["nowhere", "--on", "in.fasta", "--output", "new/one"])])
+def test_a_refusal_leaves_no_folder_behind(tool, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["program", *words])
+    assert tool.main() == 2 and "nowhere holds no " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_help_tells_the_most_tokens_of_each_device():

@@ -20,7 +20,7 @@ from megatron.checkpoint.loading import refuse_task
 from megatron.checkpoint.manifest import check_files
 from megatron.checkpoint.stored import Box, Checkpoint, StoredTensor, Tensors, one_piece
 from megatron.errors import ConfigError
-from megatron.files import left_over, replacing
+from megatron.files import leaving_no_empty, left_over, replacing
 from megatron.log import Log
 
 
@@ -73,7 +73,8 @@ def convert(source: Path, target: Path, loader: str, saver: str, *, tensor: int,
             not_finite.add(name)
 
     try:
-        place = FORMATS[saver].write(_watched(checkpoint, see), target, tensor=tensor, pipeline=pipeline)
+        with leaving_no_empty(target):
+            place = FORMATS[saver].write(_watched(checkpoint, see), target, tensor=tensor, pipeline=pipeline)
     finally:
         bar.close()
     if fitted is not None:
