@@ -4,7 +4,8 @@
     python tools/finetune.py predict MODEL FILE OUTPUT
 
 CHECKPOINT is whatever --load of pretrain_tape.py takes. TASK is one of TAPE's, or `own` with --train-data FILE and
-more; `TASK --help` lists the flags. FILE is FASTA, or whatever a task is read from; OUTPUT ends in .csv or .jsonl.
+more; `TASK --help` lists the flags, `predict --help` those of predicting. FILE is FASTA, or whatever a task is read
+from; OUTPUT ends in .csv or .jsonl.
 """
 
 import argparse

@@ -87,6 +87,25 @@ _LR, _LR_OF_LITTLE = 1e-4, 1e-3  # of a whole model, and of a head or adapters b
 # Under Muon --lr is of the head alone: the model's groups have rates of their own. AdamW steps its matrices, whose best
 # rate falls with their width (Yang et al., 2022, arXiv 2203.03466).
 _LR_WITH_MUON, _WIDTH = 0.02, 128  # up to this hidden size; as much less as a model is wider
+_TEXTS = {  # what those of pretraining's flags are that are something else here
+    "load": "the checkpoint to begin with, of any format that pretraining's --load takes; must be given",
+    "save": "a new folder for the model, or that of a run to go on with; must be given",
+    "save_interval": "steps between two savings for going on, besides those behind each epoch",
+    "seq_length": "tokens of a row (default: as many as the model was trained with)",
+    "attention_dropout": "dropout of attention probabilities (default: the model's; 0 with --head-only)",
+    "hidden_dropout": "dropout of embeddings and of each block's two outputs (default: the model's; 0 with "
+                      "--head-only)",
+    "micro_batch_size": f"rows a rank computes at once (default: {_MICRO_BATCH})",
+    "global_batch_size": f"rows a step, over all ranks (default: {_GLOBAL_BATCH}, or the next multiple of what all "
+                         "ranks compute at once)",
+    "train_iters": "steps in all (default: what --epochs takes)",
+    "lr": f"peak learning rate (default: {_LR:g}; {_LR_OF_LITTLE:g} with --head-only or --lora-rank); under muon that "
+          f"of the head (default: {_LR_WITH_MUON:g}, or as much less as the model is wider than {_WIDTH})",
+    "head_lr": "peak learning rate of the head, if it is to have another (default: --lr)",
+    "lr_warmup_fraction": f"share of the decay spent in linear warm-up (default: {_WARMUP:g}, if --lr-warmup-iters is "
+                          "not given)",
+    "log_interval": f"steps between log lines (default: {_LOG_INTERVAL})",
+}
 
 
 @dataclass(frozen=True)
@@ -139,11 +158,12 @@ class Flags:
 def parse_flags(argv: Sequence[str], description: str) -> Flags:
     """What `argv` says; raises ConfigError."""
     parser = OneLineParser(description=description, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("task", metavar="TASK", choices=TASK_NAMES, help=", ".join(TASK_NAMES))
+    parser.add_argument("task", metavar="TASK", choices=TASK_NAMES, help=f"{', '.join(TASK_NAMES)}; in its place "
+                        "predict, whose flags `predict --help` tells")
     for kind in (TaskConfig, FinetuneConfig, LoraConfig):
         add_section_flags(parser, kind)
     for name, names in _TAKEN.items():
-        add_section_flags(parser, type(getattr(Config(), name)), names)
+        add_section_flags(parser, type(getattr(Config(), name)), names, _TEXTS)
     given = dict[str, Any]((name, tuple(value) if isinstance(value, list) else value)
                            for name, value in vars(parser.parse_args(argv)).items())
     task_name, task, finetune = given.pop("task"), _taken(TaskConfig, given), _taken(FinetuneConfig, given)

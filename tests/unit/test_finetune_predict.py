@@ -144,6 +144,22 @@ def test_under_muon_the_head_has_the_rate_that_is_given_or_one_that_falls_with_i
     assert parse_flags(["own", "--load", "x", "--save", "y"], "").config(SAVED, 1).optimizer.head_lr is None
 
 
+def test_help_tells_of_predict_and_the_defaults_that_are_not_pretrainings(capsys):
+    with pytest.raises(SystemExit):
+        parse_flags(["--help"], "")
+    told = " ".join(capsys.readouterr().out.split())
+    config = parse_flags(["own", "--load", "x", "--save", "y"], "").config({}, 1)
+    values = {"--micro-batch-size N": config.training.micro_batch_size, "--log-interval N": config.logging.log_interval,
+              "--global-batch-size N": config.training.global_batch_size,
+              "--lr-warmup-fraction X": config.schedule.lr_warmup_fraction, "--lr X": f"{config.schedule.lr:g}"}
+    of_flags = told[told.index("TASK secondary_structure"):]  # behind the usage
+    for name, value in values.items():
+        text = of_flags[of_flags.index(f" {name}"):]
+        assert text[text.index("(default: "):].startswith(f"(default: {value}"), name
+    assert "in its place predict, whose flags `predict --help` tells" in told
+    assert "(default: )" not in told
+
+
 def test_runs_that_differ_in_seeds_and_place_alone_are_of_one_identity():
     common = ["own", "--load", "x"]
     first = parse_flags([*common, "--save", "y", "--seeds", "1"], "").identity()

@@ -2,8 +2,9 @@
 
 import argparse
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import Field, fields
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from megatron.config.declaration import can_be_off, flag_name, is_switch, shown
@@ -50,17 +51,22 @@ def value_name(item: Field) -> str:
     return next(iter(choices)) if len(choices) == 1 else "NAME"
 
 
-def add_section_flags(parser: argparse.ArgumentParser, section: type, names: Collection[str] | None = None) -> None:
-    """Add a flag for each field of the dataclass `section`, or of `names`; one that is not given leaves no value."""
+def add_section_flags(parser: argparse.ArgumentParser, section: type, names: Collection[str] | None = None,
+                      texts: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Add a flag for each field of the dataclass `section`, or of `names`; one that is not given leaves no value.
+
+    `texts`: by their names, the help of those that are something else in this program, with their defaults.
+    """
     chosen = [item for item in fields(section) if names is None or item.name in names]
     if chosen:
-        _add(parser.add_argument_group(section.__name__.removesuffix("Config").lower(), section.__doc__), chosen)
+        group = parser.add_argument_group(section.__name__.removesuffix("Config").lower(), section.__doc__)
+        _add(group, chosen, texts)
 
 
-def _add(group: argparse._ArgumentGroup, items: Iterable[Field]) -> None:
+def _add(group: argparse._ArgumentGroup, items: Iterable[Field], texts: Mapping[str, str]) -> None:
     for item in items:
         is_hidden = item.metadata["is_hidden"]
-        text = argparse.SUPPRESS if is_hidden else item.metadata["help"].replace("%", "%%")
+        text = argparse.SUPPRESS if is_hidden else texts.get(item.name, item.metadata["help"]).replace("%", "%%")
         options: dict[str, Any] = {"dest": item.name, "default": argparse.SUPPRESS, "help": text}
         if is_switch(item):
             options["action"] = argparse.BooleanOptionalAction if can_be_off(item) else "store_true"
@@ -71,6 +77,6 @@ def _add(group: argparse._ArgumentGroup, items: Iterable[Field]) -> None:
                 options["metavar"] = _VALUES[meta["path"] or meta["type"]]
             elif len(names := ", ".join(map(str, choices))) > _LONGEST_CHOICES:
                 options |= {"metavar": "NAME", "help": f"{text}; one of {names}"}
-            if item.default is not None and not is_hidden:
+            if item.default not in (None, ()) and not is_hidden and item.name not in texts:
                 options["help"] += f" (default: {shown(item.default)})"
         group.add_argument(flag_name(item), *item.metadata["aliases"], **options)
