@@ -14,9 +14,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
-import torch
-
 if not __package__:  # else it is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -40,6 +37,10 @@ from megatron.parallel.collectives import everyones_in_turn  # noqa: E402
 from megatron.parallel.launch.leaving import leave  # noqa: E402
 from megatron.parallel.mesh import Mesh  # noqa: E402
 from megatron.study.table import table  # noqa: E402
+
+# isort: split
+import numpy as np  # noqa: E402 (behind the project's own, which says where such a package is missing)
+import torch  # noqa: E402
 
 METHODS = {"attention": "probability", "jacobian": "score"}
 MOST_PAIRS = 2**24  # of residues, whose maps are in memory at once, if one protein alone has no more

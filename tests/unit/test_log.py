@@ -1,7 +1,10 @@
-"""What a terminal cannot write is escaped, and no door forgets to ask for that."""
+"""What a terminal cannot write is escaped, and what is not installed is named; no door forgets either."""
 
 import importlib.util
 import io
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -68,3 +71,20 @@ def test_one_of_a_thing_is_not_said_as_several():
 def test_every_door_is_tried_here():
     doors = [ROOT / "pretrain_tape.py", *(ROOT / "tools").glob("*.py"), *(ROOT / "protein_tools").glob("*.py")]
     assert DOORS.keys() == {str(door.relative_to(ROOT)) for door in doors}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_every_door_names_a_package_that_is_not_installed(door):
+    done = subprocess.run([sys.executable, "-S", ROOT / door, "--help"], capture_output=True, text=True,  # -S: none is
+                          env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"})
+    if done.returncode == 0:  # needs none to show its flags
+        assert done.stdout.startswith("usage: ") and not done.stderr
+    else:
+        assert done.returncode == 2 and re.fullmatch("error: (torch|numpy|tqdm) is not installed in .*setup.sh.*\n",
+                                                     done.stderr)
+
+
+def test_what_another_program_lacks_is_its_own_affair():
+    done = subprocess.run([sys.executable, "-c", "import megatron, no_such_package"], capture_output=True, text=True,
+                          cwd=ROOT)
+    assert done.returncode == 1 and "Traceback" in done.stderr
