@@ -1,11 +1,15 @@
-"""What a run says on its terminal: lines from one rank, a progress bar where a person watches, times in words."""
+"""What a run says on its terminal: lines from one rank, how far it is, as a bar where a person watches, times in words.
+"""
 
 import io
 import sys
+import time
 from collections.abc import Callable
 from typing import Protocol
 
 from megatron.errors import UserError
+
+LINE_EVERY_S = 10.0  # where no terminal shows a bar
 
 
 def take_any_text() -> None:
@@ -47,7 +51,8 @@ def number_of(count: int, noun: str) -> str:
 
 
 class Log:
-    """Prints lines on rank 0 and nothing elsewhere; draws a progress bar only on a terminal."""
+    """Prints lines on rank 0 and nothing elsewhere; draws a progress bar on a terminal, and prints lines without one.
+    """
 
     def __init__(self, is_speaker: bool = True) -> None:
         self.is_speaker = is_speaker
@@ -59,18 +64,43 @@ class Log:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def progress(self, total: int, done: int, unit: str, label: str) -> "ProgressBar":
-        """A progress bar over `total` units of which `done` are behind us; silent where nobody watches."""
+    def progress(self, total: int, done: int, unit: str, label: str, has_own_lines: bool = False) -> "ProgressBar":
+        """A progress bar over `total` units of which `done` are behind us; a line now and then where none is seen.
+
+        Unless the work `has_own_lines`, which tell how far it is.
+        """
+        if not (self.is_speaker and sys.stderr.isatty()):
+            return ProgressLines(Log(is_speaker=False) if has_own_lines else self, total, done, unit, label)
         from tqdm import tqdm
-        hidden = not (self.is_speaker and sys.stderr.isatty())
-        return tqdm(total=total, initial=done, unit=unit, desc=label, disable=hidden, dynamic_ncols=True, leave=False)
+        return tqdm(total=total, initial=done, unit=unit, desc=label, dynamic_ncols=True, leave=False)
 
 
 class ProgressBar(Protocol):
-    """What the loop does with a progress bar."""
+    """What is done with a progress bar."""
 
     def update(self, n: float | None = 1) -> bool | None:
         """Advance by `n` units."""
 
     def close(self) -> None:
         """Take the bar off the terminal."""
+
+
+class ProgressLines:
+    """A progress bar for a file: a line each LINE_EVERY_S, none of work that takes less."""
+
+    def __init__(self, log: Log, total: int, done: int, unit: str, label: str) -> None:
+        self._log, self._total, self._unit, self._label = log, total, unit, label
+        self._begun, self._done = done, float(done)
+        self._start_s = self._line_s = time.monotonic()
+
+    def update(self, n: float | None = 1) -> None:
+        """Advance by `n` units."""
+        self._done = min(self._done + (n or 0), self._total)
+        now_s = time.monotonic()
+        if self._done > self._begun and now_s - self._line_s >= LINE_EVERY_S:
+            self._line_s = now_s
+            left_s = (now_s - self._start_s) * (self._total - self._done) / (self._done - self._begun)
+            self._log.line(f"{self._label}: {self._done:,.0f} of {self._total:,} {self._unit}s, {in_time(left_s)} left")
+
+    def close(self) -> None:
+        """Nothing: lines stay."""

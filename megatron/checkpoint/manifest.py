@@ -132,7 +132,7 @@ def check_files(place: Path, log: Log, share: Axis = ONE_RANK_AXIS, with_optimiz
     manifest.check_sizes(place, with_optimizer)
     mine = manifest.names(with_optimizer)[share.rank::share.size]
     num_bytes = sum(manifest.files[name].num_bytes for name in mine)
-    bar = log.progress(num_bytes, 0, unit="B", label=f"checking {place.name}")
+    bar = log.progress(num_bytes, 0, unit="byte", label=f"checking {place.name}")
     try:
         manifest.check_sums(place, mine, bar.update)
     finally:

@@ -118,7 +118,7 @@ class FineTuning:
         """
         progress, is_stopping = self._progress, self._job.requests.agreed(self._mesh)
         bar = self._log.progress(total=self.num_steps, done=progress.iteration, unit="step",
-                                 label=f"training, seed {self._seed}")
+                                 label=f"training, seed {self._seed}", has_own_lines=True)
         while not is_stopping and not self._is_complete():
             for batches in islice(self._train.steps(progress.epoch, progress.step),
                                   self.num_steps - progress.iteration):

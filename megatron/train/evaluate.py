@@ -40,7 +40,7 @@ def evaluate(engine: Engine, dataset: Dataset, shape: BatchShape, log: Log, *, n
     mesh, micro_batch_size = engine.mesh, engine.config.training.micro_batch_size
     shape = replace(shape, num_targets=dataset.most_targets(micro_batch_size))
     rows_a_micro_step = micro_batch_size * mesh.data.size
-    bar = log.progress(total=num_rows, done=0, unit="row", label=label)
+    bar = log.progress(total=num_rows, done=0, unit="row", label=label, has_own_lines=True)
     # No worker processes: starting them costs more than the few rows that they would prepare.
     loader = batches(dataset, shape, start_sample=0, stop_sample=num_rows, micro_batch_size=micro_batch_size,
                      data_rank=mesh.data.rank, data_size=mesh.data.size, num_workers=0, pin=False)

@@ -101,7 +101,8 @@ class Training:
                          micro_batch_size=config.training.micro_batch_size, data_rank=mesh.data.rank,
                          data_size=mesh.data.size, num_workers=config.data.num_workers, pin=mesh.device.type == "cuda",
                          seed=config.training.seed, order=run.order)
-        bar = run.log.progress(self._last_iteration, run.state.iteration, unit="step", label="training")
+        bar = run.log.progress(self._last_iteration, run.state.iteration, unit="step", label="training",
+                               has_own_lines=True)
         profiler = StepProfiler(config.logging, config.checkpoint.save, mesh, run.log)
         with closing(loader), closing(bar), closing(profiler):
             if run.is_evaluation_due:

@@ -1,4 +1,7 @@
-"""What a terminal cannot write is escaped, and what is not installed is named; no door forgets either."""
+"""What a terminal cannot write is escaped, and what is not installed is named; no door forgets either.
+
+Where there is no terminal, lines tell how far work is.
+"""
 
 import importlib.util
 import io
@@ -10,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron.log import number_of, take_any_text
+from megatron import log
+from megatron.log import Log, number_of, take_any_text
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "prot\udce9ines"  # what Python makes of a Latin-1 name
@@ -49,6 +53,24 @@ def test_streams_that_are_no_text_files_are_left_alone(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     take_any_text()
     print(NAME)
+
+
+def test_without_a_terminal_lines_tell_how_far_work_is(monkeypatch, capsys):
+    clock = iter([0.0, 4.0, 12.0, 13.0, 31.0])
+    monkeypatch.setattr(log.time, "monotonic", lambda: next(clock))
+    bar = Log().progress(total=2000, done=0, unit="protein", label="mine")
+    for _ in range(4):
+        bar.update(400)
+    bar.close()
+    assert capsys.readouterr().out == ("mine: 800 of 2,000 proteins, 18 s left\n"
+                                       "mine: 1,600 of 2,000 proteins, 7.8 s left\n")
+
+
+@pytest.mark.parametrize("flags", [{"is_speaker": False}, {"has_own_lines": True}])
+def test_no_line_comes_twice(monkeypatch, capsys, flags):
+    monkeypatch.setattr(log, "LINE_EVERY_S", 0.0)
+    Log(flags.pop("is_speaker", True)).progress(2000, 0, "protein", "mine", **flags).update(400)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("door", DOORS)

@@ -64,7 +64,7 @@ def convert(source: Path, target: Path, loader: str, saver: str, *, tensor: int,
                  "left out")
         checkpoint = replace(checkpoint, optimizer=None)
     checkpoint = _with_true_rows(checkpoint, vocab_size, names, log)
-    bar, not_finite = log.progress(_num_bytes(checkpoint), 0, unit="B", label=f"writing {saver}"), set[str]()
+    bar, not_finite = log.progress(_num_bytes(checkpoint), 0, unit="byte", label=f"writing {saver}"), set[str]()
 
     def see(name: str, values: Tensor) -> None:
         bar.update(values.nbytes)

@@ -4,7 +4,6 @@ Equal proteins are computed once. The data ranks share out the parts; tensor ran
 """
 
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +27,6 @@ from megatron.parallel.collectives import everyones
 # A part is what a killed run loses: seconds of work. More than one row, so that rows can be of proteins as long.
 MOST_RESIDUES = {"cpu": 2**15, "cuda": 2**18}
 MOST_BYTES = 2**28
-LINE_EVERY_S = 30.0  # where no terminal shows a bar
 
 
 @dataclass(frozen=True)
@@ -100,13 +98,13 @@ def _compute(work: Work, pretrained: Pretrained, files: ProteinFiles, surveyed: 
     residues_of = {number: int(surveyed.lengths_u[parts.ranges[number]].sum()) for number in mine}
     if len(mine) < len(range(data.rank, len(parts.ranges), data.size)):
         log.line(f"going on: {len(parts.ranges) - len(mine) * data.size} of {len(parts.ranges)} parts are there")
-    pace = _Pace(sum(residues_of.values()), log)
+    bar = log.progress(sum(residues_of.values()), done=0, unit="residue", label="embedding")
     for number, proteins in _of_parts(files, surveyed, parts, set(mine)):
         answers = ask_whole(pretrained, proteins, work.asked, work.window, work.budget)
         if tensor.rank == 0:
             parts.write(number, answers, np.dtype(work.dtype))
-        pace.done(residues_of[number])
-    pace.close()
+        bar.update(residues_of[number])
+    bar.close()
 
 
 def _of_parts(files: ProteinFiles, surveyed: Survey, parts: Parts, wanted: set[int]) -> Iterator[
@@ -152,24 +150,3 @@ def _assemble(work: Work, files: ProteinFiles, surveyed: Survey, parts: Parts, l
             writes.add(protein.name, len(protein), parts.read(distinct))
             bar.update(1)
     bar.close()
-
-
-class _Pace:
-    """Tells how far the work is: a bar on a terminal, elsewhere a line now and then."""
-
-    def __init__(self, num_residues: int, log: Log) -> None:
-        self._total, self._log, self._done = num_residues, log, 0
-        self._bar = log.progress(total=num_residues, done=0, unit="residue", label="embedding")
-        self._start_s = self._line_s = time.monotonic()
-
-    def done(self, num_residues: int) -> None:
-        self._done += num_residues
-        self._bar.update(num_residues)
-        now_s = time.monotonic()
-        if now_s - self._line_s >= LINE_EVERY_S:
-            self._line_s, rate = now_s, self._done / (now_s - self._start_s)
-            self._log.line(f"{self._done:,} of {self._total:,} residues, {rate:,.0f}/s, "
-                           f"{(self._total - self._done) / rate / 60:.0f} min left")
-
-    def close(self) -> None:
-        self._bar.close()

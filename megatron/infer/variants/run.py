@@ -54,7 +54,7 @@ def score_files(pretrained: Pretrained, files: Mapping[str, Path], wild_types: W
     for name in left:
         assay, start_s = read_assay(name, files[name], wild_types, letters, way.offset), time.monotonic()
         copies = num_copies(way.scoring, assay.wild_type, assay.mutants, way.longest)
-        with closing(log.progress(-(-copies // pretrained.mesh.data.size), 0, "copy", name)) as bar:
+        with closing(log.progress(-(-copies // pretrained.mesh.data.size), 0, "sequence", name)) as bar:
             scores = scores_of(pretrained, way.scoring, assay.wild_type, assay.mutants, way.longest, way.budget,
                                bar.update)
         _check_finite(scores, name)
@@ -125,7 +125,7 @@ def draw_proteins(pretrained: Pretrained, proteins: Mapping[str, str], way: Way,
             log.line(f"{name}: is done already in {record.folder}")
             continue
         copies = len(together(way.scoring, range(len(protein)), len(protein), way.longest))
-        with closing(log.progress(-(-copies // pretrained.mesh.data.size), 0, "copy", name)) as bar:
+        with closing(log.progress(-(-copies // pretrained.mesh.data.size), 0, "sequence", name)) as bar:
             scores = all_substitutions(pretrained, way.scoring, protein, way.longest, way.budget, bar.update)
         _check_finite(scores, name)
         if pretrained.mesh.world.rank == 0:
