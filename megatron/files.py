@@ -24,7 +24,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its name when the block ends well, and vanishes when it does not.
 
     Whoever reads `path` sees the old content or the new, never a part; several may replace it at once. Of a link it is
-    what that leads to. A device or a pipe is written to itself.
+    what that leads to. A device or a pipe is written to itself. An OSError of the writing names `path`.
     """
     if path.exists() and not path.is_file():
         yield path
@@ -32,9 +32,10 @@ def replacing(path: Path) -> Iterator[Path]:
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
     temporary = path.with_name(f"{_MARK}{path.name}-{uuid.uuid4().hex}")
     try:
-        yield temporary
-        sync(temporary)
-        temporary.replace(path)
+        with _named(path, temporary):
+            yield temporary
+            sync(temporary)
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
@@ -113,11 +114,15 @@ def finish_folder(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends well, and vanishes when it does not."""
+    """A temporary folder that becomes `path` when the block ends well, and vanishes when it does not.
+
+    An OSError of the writing names `path`.
+    """
     temporary = begin_folder(path)
     try:
-        yield temporary
-        finish_folder(path)
+        with _named(path, temporary):
+            yield temporary
+            finish_folder(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -169,6 +174,17 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _named(path: Path, temporary: Path) -> Iterator[None]:
+    """Raises the block's OSErrors as those of `path`, where they name `temporary` or, as of a full disk, nothing."""
+    try:
+        yield
+    except OSError as error:
+        if error.strerror and (error.filename is None or str(error.filename).startswith(str(temporary))):
+            error.filename = str(path)
+        raise
 
 
 def _open_lock(path: Path) -> int | None:

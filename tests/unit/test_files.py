@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.files import leaving_no_empty, replacing, write_text
+from megatron.files import leaving_no_empty, new_folder, replacing, write_text
 
 
 def test_an_error_leaves_the_old_content_and_nothing_else(tmp_path):
@@ -25,6 +25,22 @@ def test_empty_folders_of_a_failure_go_and_what_was_there_or_holds_something_sta
         (tmp_path / made).mkdir(parents=True)
         raise RuntimeError
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == left
+
+
+@pytest.mark.parametrize("begin", [replacing, new_folder])
+def test_an_error_of_the_disk_names_what_was_to_be_written(tmp_path, begin):
+    for error in (OSError(28, "No space left on device"), None):
+        with pytest.raises(OSError) as raised, begin(tmp_path / "a") as temporary:
+            if error:
+                raise error
+            (temporary / "no folder" / "b").write_text("")
+        assert raised.value.filename == str(tmp_path / "a") and os.listdir(tmp_path) == []
+
+
+def test_an_error_of_another_file_is_its_own(tmp_path):
+    with pytest.raises(FileNotFoundError) as raised, replacing(tmp_path / "a"):
+        (tmp_path / "b").read_text()
+    assert raised.value.filename == str(tmp_path / "b")
 
 
 def test_a_pipe_is_written_to(tmp_path):

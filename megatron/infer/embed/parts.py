@@ -58,7 +58,7 @@ class Parts:
                 else:
                     stacked = np.concatenate([each.ravel() for each in values]) if name == "contacts" else (
                         np.stack(values))
-                np.save(folder / f"{name}.npy", stacked.astype(dtype))
+                _write(folder / f"{name}.npy", stacked.astype(dtype, order="C"))
 
     def read(self, distinct: int) -> Answer:
         """The answer for a protein, by its number among the distinct ones; of the disk, not in memory."""
@@ -81,6 +81,13 @@ class Parts:
 
     def _place(self, number: int) -> Path:
         return self.folder / f"{number:07d}"
+
+
+def _write(file: Path, values: np.ndarray) -> None:
+    """As numpy.save, whose error of a full disk does not say that it is one."""
+    with file.open("wb") as opened:
+        np.lib.format.write_array_header_1_0(opened, np.lib.format.header_data_from_array_1_0(values))
+        opened.write(values.data)
 
 
 def is_of(file: Path, identity: Any) -> bool:

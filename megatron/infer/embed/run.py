@@ -27,6 +27,7 @@ from megatron.parallel.collectives import everyones
 # A part is what a killed run loses: seconds of work. More than one row, so that rows can be of proteins as long.
 MOST_RESIDUES = {"cpu": 2**15, "cuda": 2**18}
 MOST_BYTES = 2**28
+_OVERHEAD_BYTES = 400  # of a protein in HDF5
 
 
 @dataclass(frozen=True)
@@ -143,10 +144,22 @@ def ask_whole(pretrained: Pretrained, proteins: list[Protein], asked: Asked, win
 
 
 def _assemble(work: Work, files: ProteinFiles, surveyed: Survey, parts: Parts, log: Log) -> None:
-    """One file of all parts."""
+    """One file of all parts; raises OutputError where the disk has no room for it."""
+    _check_room(work.output, surveyed, parts.folder)
     bar = log.progress(total=len(surveyed.distinct_p), done=0, unit="protein", label="writing")
     with writer(work.output, work.asked) as writes:
         for protein, distinct in zip(files, surveyed.distinct_p.tolist(), strict=True):
             writes.add(protein.name, len(protein), parts.read(distinct))
             bar.update(1)
     bar.close()
+
+
+def _check_room(output: Path, surveyed: Survey, parts: Path) -> None:
+    """Known before, as HDF5's library may end the process where a disk is full."""
+    num_bytes = sum(file.stat().st_size for file in parts.rglob("*.npy"))
+    num_proteins = len(surveyed.distinct_p)
+    needed = num_bytes * num_proteins // max(1, len(surveyed.lengths_u)) + num_proteins * _OVERHEAD_BYTES
+    free = shutil.disk_usage(parts).free
+    if free < needed:
+        raise OutputError(f"{output} cannot be written: its disk has {free / 1e6:,.1f} MB free, and it takes about "
+                          f"{needed / 1e6:,.1f} MB; make room, and the same command goes on with all that is computed")

@@ -4,6 +4,7 @@ Where one thing is asked for, in one layer, it stands under the protein's name; 
 mean.6 (layer 6), contacts.
 """
 
+import io
 import zipfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -136,7 +137,9 @@ def _folder(path: Path, asked: Asked) -> Iterator[Writer]:
                 values = torch.from_numpy(np.array(answer[what]))
                 content[keys.get(what, what)] = dict(zip(asked.layers, (each.clone() for each in values), strict=True)
                                                      ) if what in OF_LAYERS else values
-            torch.save(content, folder / f"{file_name(name)}.pt")
+            buffer = io.BytesIO()  # torch's own writer does not say why a disk refuses
+            torch.save(content, buffer)
+            (folder / f"{file_name(name)}.pt").write_bytes(buffer.getbuffer())
 
     with new_folder(path) as folder:
         yield Folder()
