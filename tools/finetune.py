@@ -67,7 +67,8 @@ def teach(flags: Flags, mesh: Mesh, log: Log) -> None:
 def foretell(given: argparse.Namespace, mesh: Mesh, log: Log) -> None:
     """Write what a taught model predicts."""
     with leaving_no_empty(Path(given.output)):
-        predict(given.model, given.file, given.output, given.precision, given.skip_bad_records, mesh, log)
+        predict(given.model, given.file, given.output, given.precision, given.skip_bad_records, mesh, log,
+                sequence_key=given.sequence_key)
 
 
 def predict_parser() -> argparse.ArgumentParser:
@@ -77,6 +78,8 @@ def predict_parser() -> argparse.ArgumentParser:
     flags.add_argument("model", metavar="MODEL", help="the folder that --save named")
     flags.add_argument("file", metavar="FILE", help="proteins: FASTA, or whatever a task is read from")
     flags.add_argument("output", metavar="OUTPUT", help="a .csv or .jsonl")
+    flags.add_argument("--sequence-key", "--json-key", "--json-keys", metavar="KEY",
+                       help="key or column of the sequence (default: the task's, else that of FILE's kind)")
     flags.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of what is computed (default: fp32)")
     add_skipping_flag(flags)
     add_timeout_flag(flags)

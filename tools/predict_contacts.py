@@ -115,7 +115,7 @@ def check(given: argparse.Namespace, mesh: Mesh) -> None:
         if is_wrong:
             raise ConfigError(message)
     if given.output and given.output.suffix:
-        check_form(given.output)
+        check_form(given.output, "tables, a .tsv of pairs a protein")
 
 
 def read_proteins(given: argparse.Namespace, pretrained: Pretrained, chains: Sequence[Chain], log: Log) -> list[Named]:

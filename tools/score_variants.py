@@ -47,6 +47,8 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--sequence", metavar="LETTERS", help="the wild type of all files")
     flags.add_argument("--fasta", metavar="FILE", help="the wild type of all files, or one for each, called like it "
                        "(default: from --reference, else from mutant and mutated_sequence)")
+    flags.add_argument("--json-key", "--json-keys", default="text",
+                       help="of proteins: key or column of the sequence where records have several (default: text)")
     flags.add_argument("--offset", type=int, default=1, metavar="N", help="the number of the wild type's first residue "
                        "(default: 1)")
     flags.add_argument("--scoring", choices=SCORINGS, default=MASKED, help="sums over the substituted sites of "
@@ -76,9 +78,10 @@ def score(given: argparse.Namespace, mesh: Mesh, log: Log) -> None:
     given.output.mkdir(parents=True, exist_ok=True)
     record = ScoringRecord(given.output, settings_of(given, pretrained, way))
     if given.heatmap:
-        draw_proteins(pretrained, read_proteins([*map(str, given.input)], pretrained.vocab), way, record, log)
+        proteins = read_proteins([*map(str, given.input)], pretrained.vocab, given.json_key)
+        draw_proteins(pretrained, proteins, way, record, log)
         return
-    wild_types = read_wild_types(given.sequence, given.fasta, given.reference, pretrained.vocab)
+    wild_types = read_wild_types(given.sequence, given.fasta, given.reference, pretrained.vocab, given.json_key)
     score_files(pretrained, files, wild_types, way, record, log)
     log.line(f"\n{tables(record.assays(), record.average())}\n\nscores and {SUMMARY}: {given.output}")
 

@@ -134,6 +134,14 @@ def test_proteins_without_labels_are_read_from_fasta_too(tmp_path):
                                                                                        ("P2", 1, None)]
 
 
+def test_a_key_that_is_not_there_is_told_with_each_that_was_looked_for_once(tmp_path):
+    (tmp_path / "in.csv").write_text("protein\nMKV\n")
+    with pytest.raises(DataError, match="no sequence under 'primary' or 'seq' or 'sequence' or 'text'; it has "
+                                        "'protein'. --sequence-key names it"):
+        read_proteins(str(tmp_path / "in.csv"), task_of("own"), TOKENIZER, False, Log())
+    assert len(read_proteins(str(tmp_path / "in.csv"), task_of("own"), TOKENIZER, False, Log(), "protein")[0].ids) == 3
+
+
 @pytest.mark.skipif(not DOWNSTREAM.exists(), reason=f"{DOWNSTREAM} is not there")
 @pytest.mark.parametrize(("name", "folder", "keys", "kind", "num_classes", "sizes"), [
     ("secondary_structure", "secondary_structure", {}, "residues", 3, (9712, 1080, 364, 513)),

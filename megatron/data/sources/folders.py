@@ -17,15 +17,15 @@ def files_of(path: str) -> list[str]:
     try:
         found = sorted(os.listdir(path))
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); --input names files of proteins") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror}); give files of proteins") from None
     if "data.mdb" in found:
         return [os.path.join(path, "data.mdb")]
     if "dataset_dict.json" in found:
         raise DataError(f"{path}: is a DatasetDict of HuggingFace; name its parts, for example {path}/train")
     if any(name.endswith(".arrow") for name in found):
         return [os.path.join(path, name) for name in _arrow_files(path, found)]
-    raise DataError(f"{path}: is a folder, and neither LMDB (it has no data.mdb) nor of Arrow files; --input names "
-                    "files of proteins, and patterns such as 'FOLDER/*.fasta'")
+    raise DataError(f"{path}: is a folder, and neither LMDB (it has no data.mdb) nor of Arrow files; give files "
+                    "of proteins, or patterns such as 'FOLDER/*.fasta'")
 
 
 def _arrow_files(path: str, found: list[str]) -> list[str]:

@@ -67,7 +67,7 @@ def expand(patterns: Sequence[str]) -> list[Source]:
             raise DataError(f"{pattern}: no such file; give files of proteins")
         paths += matches
     if paths.count("-") > 1:
-        raise DataError("--input names standard input '-' twice; it can be read once")
+        raise DataError("standard input '-' is named twice; it can be read once")
     return [Source(path) for path in paths]
 
 

@@ -31,7 +31,7 @@ class InputStream(io.RawIOBase):
         try:
             self._file = file or (sys.stdin.buffer if path == "-" else open(path, "rb"))  # noqa: SIM115
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); --input names files of proteins") from None
+            raise DataError(f"{path}: cannot be read ({error.strerror}); give files of proteins") from None
         self._head = b""
         self._digest = digest
         self.bytes_read = 0

@@ -67,13 +67,15 @@ def read_examples(path: str, task: Task, space: LabelSpace, tokenizer: ResidueTo
     return _examples(space, read_records(path, task, tokenizer))
 
 
-def read_proteins(path: str, task: Task, tokenizer: ResidueTokenizer, skips: bool, log: Log) -> list[Example]:
+def read_proteins(path: str, task: Task, tokenizer: ResidueTokenizer, skips: bool, log: Log,
+                  sequence_key: str | None = None) -> list[Example]:
     """The proteins of a file of any kind, FASTA too, without labels.
 
-    Raises DataError for the first bad one or, where it `skips` these, tells `log` of them.
+    Where no key is given, the file need not be of the kind that was learnt from: FASTA has a key of its own. Raises
+    DataError for the first bad one or, where it `skips` these, tells `log` of them.
     """
-    # What is only read need not be of the kind that was learnt from: FASTA has a key of its own.
-    task = replace(task, sequence_keys=(*task.sequence_keys, *SEQUENCE_KEYS))
+    keys = (sequence_key,) if sequence_key else tuple(dict.fromkeys((*task.sequence_keys, *SEQUENCE_KEYS)))
+    task = replace(task, sequence_keys=keys)
     found, skipped = list[Example](), Skipped()
     for number, place, values in _records(path):
         try:

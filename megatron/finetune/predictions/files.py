@@ -29,7 +29,8 @@ ENDINGS = (".csv", ".jsonl")
 _DIGITS = 6
 
 
-def predict(folder: str, file: str, output: str, precision: str, skips: bool, mesh: Mesh, log: Log) -> None:
+def predict(folder: str, file: str, output: str, precision: str, skips: bool, mesh: Mesh, log: Log, *,
+            sequence_key: str | None = None) -> None:
     """Write what the model in `folder` says of each protein of `file`; all ranks call this together.
 
     `skips`: whether records that are no protein are left out. Raises a UserError for what cannot be read, and for an
@@ -49,7 +50,7 @@ def predict(folder: str, file: str, output: str, precision: str, skips: bool, me
                               "tools/finetune.py named")
     config = config_of(checkpoint, precision)
     vocab = vocab_of(checkpoint, config)
-    proteins = read_proteins(file, described.task, ResidueTokenizer(vocab), skips, log)
+    proteins = read_proteins(file, described.task, ResidueTokenizer(vocab), skips, log, sequence_key)
     engine = described.open(_with_rows_for(proteins, config, mesh), mesh, vocab, checkpoint)
     packed = PackedExamples(proteins, described.space, vocab, settings_of(engine, 0), is_training=False)
     log.line(packed.describe(file))

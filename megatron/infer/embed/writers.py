@@ -31,11 +31,14 @@ class Writer(Protocol):
         """`length`: its residues."""
 
 
-def check_form(path: Path) -> None:
-    """Raises ConfigError where a path's ending tells no form, or one whose library is not installed."""
+def check_form(path: Path, in_folder: str = "fair-esm's .pt files") -> None:
+    """Raises ConfigError where a path's ending tells no form, or one whose library is not installed.
+
+    `in_folder`: what is written where there is no ending.
+    """
     if path.suffix not in FORMS:
         raise ConfigError(f"{path}: how it is to be written is told by its ending: {', '.join(filter(None, FORMS))}; "
-                          "without one it is a folder of fair-esm's .pt files")
+                          f"without one it is a folder of {in_folder}")
     library = _LIBRARIES.get(path.suffix)
     if library is not None and find_spec(library) is None:
         raise ConfigError(f"{path} needs {library}: pip install {library}; or write .npz, or a folder")

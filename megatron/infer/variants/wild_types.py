@@ -51,11 +51,12 @@ class WildTypes:
         return replace(entry or AssayReference(""), wild_type=protein)
 
 
-def read_wild_types(sequence: str | None, fasta: str | None, reference: Path | None, vocab: Vocab) -> WildTypes:
-    """What the flags of these names give; raises ConfigError, DataError, ResidueError."""
+def read_wild_types(sequence: str | None, fasta: str | None, reference: Path | None, vocab: Vocab, key: str = "text"
+                    ) -> WildTypes:
+    """What the flags of these names give; raises ConfigError, DataError, ResidueError. `key`: as in `read_proteins`."""
     if sequence is not None and fasta is not None:
         raise ConfigError("--sequence and --fasta both give the wild type; leave one of the two out")
-    proteins = {} if fasta is None else read_proteins([fasta], vocab)
+    proteins = {} if fasta is None else read_proteins([fasta], vocab, key)
     if sequence is not None:
         proteins = {ONE: _checked(sequence, vocab, "--sequence")}
     if reference is None:
@@ -70,10 +71,13 @@ def read_wild_types(sequence: str | None, fasta: str | None, reference: Path | N
                                 for name, entry in zip(names, entries, strict=True) if name}, str(reference))
 
 
-def read_proteins(paths: Sequence[str], vocab: Vocab) -> dict[str, str]:
-    """The proteins of files, as letters, by their names; raises DataError."""
+def read_proteins(paths: Sequence[str], vocab: Vocab, key: str = "text") -> dict[str, str]:
+    """The proteins of files, as letters, by their names; raises DataError.
+
+    `key`: of the sequence where records have several.
+    """
     proteins: dict[str, str] = {}
-    files = ProteinFiles(paths, "text", None, vocab, are_named_apart=True)
+    files = ProteinFiles(paths, key, None, vocab, are_named_apart=True)
     for name, residues in ((protein.name, protein.residues) for protein in files):
         if vocab.unk_id in residues:
             number = int(np.flatnonzero(residues == vocab.unk_id)[0]) + 1
