@@ -93,7 +93,7 @@ def write_inputs(inputs: dict[str, Path], count: int) -> int:
 def run(source: Path, prefix: Path, num_workers: int) -> tuple[float, float]:
     """Seconds and the largest peak memory of a process, MiB, of one run of the tool."""
     command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", str(source),
-               "--output-prefix", str(prefix), "--workers", str(num_workers)]
+               "--output-prefix", str(prefix), "--workers", str(num_workers), "--overwrite"]
     # A process of its own, so that the peak is that of this run's children alone.
     script = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); " \
              "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"

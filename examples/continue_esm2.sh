@@ -58,7 +58,7 @@ for ((place = 0; place < ${#inputs[@]}; place += 2)); do
     is_checked=yes
     mkdir -p "$out/data" 2>/dev/null || fail "OUT_FOLDER $out cannot be written to; give another"
     echo "preprocessing: $file -> ${prefix}_text_document.bin and .idx"
-    "$python" "$root/tools/preprocess_data.py" --input "$file" --output-prefix "$prefix"
+    "$python" "$root/tools/preprocess_data.py" --input "$file" --output-prefix "$prefix" --overwrite
 done
 
 flags=$("${ask[@]}" -- "$@")

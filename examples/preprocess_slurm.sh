@@ -67,7 +67,7 @@ preprocess() {
     source "$SLURM_SUBMIT_DIR/examples/setup.sh" run  # SLURM runs a copy of this script, from a folder of its own
     while [ "$number" -le ${#files[@]} ]; do
         "$python" "$root/tools/preprocess_data.py" --input "${files[number - 1]}" --output-prefix "$prefix-$number" \
-            --workers "${SLURM_CPUS_PER_TASK:-1}" "$@"
+            --workers "${SLURM_CPUS_PER_TASK:-1}" --overwrite "$@"
         number=$((number + num_tasks))
     done
 }

@@ -66,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
                        help="attention maps, weighed (default), or the categorical Jacobian, which needs no --fit")
     flags.add_argument("--output", type=Path, metavar="PATH",
                        help="all scores as a .npz, .h5 or .parquet, or a folder for a table of pairs a protein")
+    flags.add_argument("--overwrite", action="store_true", help="replace an --output that is there")
     flags.add_argument("--threshold", type=float, metavar="SCORE",
                        help="that pairs of a table exceed (default: as many pairs as residues, the best)")
     flags.add_argument("--picture", type=Path, metavar="FOLDER", help="for a PNG a protein")
@@ -115,6 +116,8 @@ def check(given: argparse.Namespace, mesh: Mesh) -> None:
         if is_wrong:
             raise ConfigError(message)
     if given.output and given.output.suffix:
+        if given.output.is_file() and not given.overwrite:
+            raise ConfigError(f"{given.output} is there already; give another --output, or --overwrite")
         check_form(given.output, "tables, a .tsv of pairs a protein")
 
 

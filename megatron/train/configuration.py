@@ -32,8 +32,8 @@ def write_configuration(resolved: Resolved) -> None:
         raise ConfigError(f"--write-config {name} would hold TOML; let its name end in .toml")
     if flags := unwritable(resolved.plain):
         raise ConfigError(f"--write-config {name} cannot hold {flags[0]}, whose path is no UTF-8; leave it out")
-    if path.exists() and not path.is_file():
-        raise ConfigError(f"--write-config {name} is no file; give another name")
+    if path.exists():  # and may have been edited
+        raise ConfigError(f"--write-config {name} is there already; give another name, or remove it")
     try:
         write_text(path, text)
     except OSError as error:

@@ -108,8 +108,9 @@ def test_the_best_epoch_is_kept_and_training_stops_behind_it(taught, base, tmp_p
 def test_predictions_of_a_saved_model_are_those_of_its_validation(taught, tmp_path):
     for kind in ("number", "residues"):
         lines = [json.loads(line) for line in (taught / f"{kind}-data" / "valid.jsonl").read_text().splitlines()]
-        assert finetune("predict", taught / kind, taught / f"{kind}-data" / "valid.jsonl", tmp_path / "out.jsonl") == 0
-        found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+        data, output = taught / f"{kind}-data" / "valid.jsonl", tmp_path / f"{kind}.jsonl"
+        assert finetune("predict", taught / kind, data, output) == 0
+        found = [json.loads(line) for line in output.read_text().splitlines()]
         assert [one["name"] for one in found] == [line["id"] for line in lines]
         measures = report_of(taught / kind)["measures"]["valid"]
         if kind == "number":

@@ -132,8 +132,9 @@ def write_json(path: Path, texts: list[str]) -> Path:
 
 
 def run(tmp_path: Path, source: Path | str, **options) -> dict:
-    """The statistics of preprocessing `source` to `out` in a folder."""
-    return preprocess(PreprocessConfig(input=(str(source),), output_prefix=str(tmp_path / "out"), **options))
+    """The statistics of preprocessing `source` to `out` in a folder, in place of what is there."""
+    given = {"overwrite": True} | options
+    return preprocess(PreprocessConfig(input=(str(source),), output_prefix=str(tmp_path / "out"), **given))
 
 
 def outputs(folder: Path) -> dict[str, bytes]:

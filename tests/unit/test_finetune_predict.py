@@ -93,13 +93,21 @@ def test_a_table_is_made_without_the_probabilities_of_residues():
 
 @pytest.mark.parametrize(("output", "what"), [
     ("out.xml", "ends in .csv or .jsonl"), ("folder.csv", "is no folder"),
+    ("old.csv", "old.csv is there already; give another output, or --overwrite"),
     ("file/out.csv", r"file/out.csv cannot be written \(\w"), ("new/out.csv", "MODEL holds no fine-tuned model")])
 def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(output, what, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
+    (tmp_path / "old.csv").touch()
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(UserError, match=what):
         predict("MODEL", "in.fasta", output, "fp32", False, Mesh(), Log(is_speaker=True))
+
+
+def test_an_output_that_is_there_is_replaced_where_asked(tmp_path):
+    (tmp_path / "old.csv").touch()
+    with pytest.raises(UserError, match="MODEL holds no fine-tuned model"):
+        predict("MODEL", "in.fasta", str(tmp_path / "old.csv"), "fp32", False, Mesh(), Log(is_speaker=True), overwrite=True)
 
 
 @pytest.mark.parametrize("left", ["task.json", "unfinished"])

@@ -33,7 +33,7 @@ def write(folder: Path, output: str, *names: str, **options) -> dict:
     for name in names:
         (folder / f"{name}.fasta").write_bytes(as_fasta(TEXTS[name]))
     return preprocess(PreprocessConfig(input=tuple(str(folder / f"{name}.fasta") for name in names),
-                                       output_prefix=str(folder / output), **options))
+                                       output_prefix=str(folder / output), overwrite=True, **options))
 
 
 def shards(folder: Path, **options) -> Path:

@@ -95,6 +95,15 @@ def test_all_scores_are_in_one_archive_and_compared_with_the_structures(ask, run
         assert min(values) <= float(low[column]) <= float(mean[column]) <= float(high[column]) <= max(values)
 
 
+def test_an_archive_that_is_there_is_replaced_only_when_asked(ask, run_folder, tmp_path):
+    (tmp_path / "in.fasta").write_text(">a\nMKVLAAGIW\n")
+    (tmp_path / "old.npz").touch()
+    flags = [run_folder, "--input", tmp_path / "in.fasta", "--method", "jacobian", "--output", tmp_path / "old.npz"]
+    status, _, wrong = ask(*flags)
+    assert status == 2 and "old.npz is there already; give another --output, or --overwrite" in wrong
+    assert ask(*flags, "--overwrite")[0] == 0 and (tmp_path / "old.npz").stat().st_size
+
+
 def test_the_jacobian_needs_no_head_and_gives_tables_of_pairs_and_pictures(ask, run_folder, structures, tmp_path):
     _, chains = structures
     (tmp_path / "two.fasta").write_text(f">sp|P1|A first\n{chains[0].sequence[:20]}\n>b/c\nMKVLAAGIW\n")

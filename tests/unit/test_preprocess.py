@@ -325,6 +325,18 @@ def test_the_readmes_command_gives_one_id_a_residue(tmp_path):
         "my-tape-corpus.json", "my-tape.stats.json", "my-tape_text_sentence.bin", "my-tape_text_sentence.idx"]
 
 
+def test_an_output_that_is_there_is_replaced_only_when_asked(tmp_path):
+    run(tmp_path, write_json(tmp_path / "in.json", ["MKV"]))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "other.json").write_text('{"text": "ACD"}\n')
+    with pytest.raises(DataError, match="out_text_document.idx is there already; give another --output-prefix, or "):
+        run(tmp_path, tmp_path / "other.json", overwrite=False)
+    assert before.items() <= {path: path.read_bytes() for path in tmp_path.iterdir()}.items()
+    run(tmp_path, tmp_path / "other.json", overwrite=False, dry_run=True)
+    run(tmp_path, tmp_path / "other.json", overwrite=True)
+    assert len(documents(tmp_path / "out_text_document")[0]) == 3
+
+
 def test_standard_input_and_missing_accelerators_give_the_same_bytes(tmp_path):
     source = write_json(tmp_path / "in.json", PROTEINS)
     run(tmp_path, source)
@@ -334,7 +346,7 @@ def test_standard_input_and_missing_accelerators_give_the_same_bytes(tmp_path):
     with open(tmp_path / "in.json.gz", "wb") as file:
         file.write(gzip.compress(source.read_bytes()))
     with open(tmp_path / "in.json.gz", "rb") as file:
-        done = tool("--input", "-", "--output-prefix", "out", cwd=tmp_path, stdin=file,
+        done = tool("--input", "-", "--output-prefix", "out", "--overwrite", cwd=tmp_path, stdin=file,
                     env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     assert outputs(tmp_path) == expected

@@ -140,7 +140,7 @@ def test_a_path_that_is_no_utf_8_is_read_and_written_and_named(tmp_path):
     prefix = Path(os.fsdecode(folder))
     for encoding in ("utf-8:strict", "ascii:strict"):
         write_json(prefix / "in.json", PROTEINS)
-        done = tool("--input", "in.json", "--output-prefix", prefix / "out", cwd=prefix,
+        done = tool("--input", "in.json", "--output-prefix", prefix / "out", "--overwrite", cwd=prefix,
                     env={**os.environ, "PYTHONIOENCODING": encoding})
         assert done.returncode == 0, done.stderr
         assert "prot\\udce9ines/out_text_document.bin" in done.stdout

@@ -60,15 +60,17 @@ def test_a_written_configuration_can_be_printed(capsys):
 
 def test_a_configuration_is_not_written_where_it_cannot_be(tmp_path, capsys):
     (tmp_path / "a.toml").mkdir()
+    (tmp_path / "mine.toml").write_text("# edited\n")
     for flags, message in ((["--write-config", f"{tmp_path}/a.yaml"], "let its name end in .toml"),
                            (["--write-config", ""], "let its name end in .toml"),
-                           (["--write-config", f"{tmp_path}/a.toml"], "is no file"),
+                           (["--write-config", f"{tmp_path}/a.toml"], "is there already"),
+                           (["--write-config", f"{tmp_path}/mine.toml"], "mine.toml is there already; give another"),
                            (["--write-config", f"{tmp_path}/no/b.toml"], "cannot be written (No such file"),
                            (["--write-config", f"{tmp_path}/b.toml", "--save", "\udce9"], "cannot hold --save")):
         assert main(["--preset", "demo", *flags]) == 2
         said = capsys.readouterr().err
         assert message in said and said.count("\n") == 1
-    assert not (tmp_path / "b.toml").exists()
+    assert not (tmp_path / "b.toml").exists() and (tmp_path / "mine.toml").read_text() == "# edited\n"
     with pytest.raises(ConfigError, match="--write-config x.toml is of pretrain_tape.py alone"):
         config_of("--preset", "demo", "--write-config", "x.toml")
 

@@ -48,11 +48,12 @@ class PreprocessConfig:
                        check=positive)
     log_interval: int = flag(100_000, "documents between two progress lines, where there is no terminal", kind=int,
                              check=positive)
+    overwrite: bool = flag(False, "replace an output that is there")
     dry_run: bool = flag(False, "write nothing; print counts, lengths and letters")
 
     def affecting_output(self) -> dict[str, Any]:
         """The options that two runs must share to give the same bytes."""
-        free = ("input", "output_prefix", "workers", "log_interval", "dry_run")
+        free = ("input", "output_prefix", "workers", "log_interval", "overwrite", "dry_run")
         return {name: value for name, value in vars(self).items() if name not in free}
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron.data.corpus.indexed_writer import PROGRESS_FILE, IndexedWriter, open_spool
-from megatron.data.corpus.origin import forget, put_statistics
+from megatron.data.corpus.origin import forget, put_statistics, statistics_of
 from megatron.data.corpus.tokenizer import build_tokenizer
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.preprocess.duplicates import SeenDigests
@@ -146,6 +146,9 @@ class _Preprocessing:
 
     def _open_writers(self) -> None:
         prefixes = output_prefixes(self.config).values()
+        for prefix in () if self.config.overwrite else prefixes:
+            if os.path.exists(f"{prefix}.idx") and statistics_of(prefix) is not None:  # else it is a killed run's
+                raise DataError(f"{prefix}.idx is there already; give another --output-prefix, or --overwrite")
         saved = _saved_progress([Path(f"{prefix}.partial") for prefix in prefixes], self._identity())
         if saved:
             self.num_blocks, self.num_shards = saved["blocks"], saved["shards"]

@@ -30,15 +30,17 @@ _DIGITS = 6
 
 
 def predict(folder: str, file: str, output: str, precision: str, skips: bool, mesh: Mesh, log: Log, *,
-            sequence_key: str | None = None) -> None:
+            sequence_key: str | None = None, overwrite: bool = False) -> None:
     """Write what the model in `folder` says of each protein of `file`; all ranks call this together.
 
     `skips`: whether records that are no protein are left out. Raises a UserError for what cannot be read, and for an
-    output of another ending, or where none can be written.
+    output of another ending, where none can be written, or, unless told to `overwrite`, where one is.
     """
     path = Path(output)
     if path.suffix not in ENDINGS or path.is_dir():
         raise ConfigError(f"{output}: the output ends in {' or '.join(ENDINGS)}, and is no folder")
+    if path.is_file() and not overwrite:
+        raise ConfigError(f"{output} is there already; give another output, or --overwrite")
     if log.is_speaker:
         with writable(path):  # said now rather than behind hours of work
             path.parent.mkdir(parents=True, exist_ok=True)
