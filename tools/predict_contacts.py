@@ -144,7 +144,10 @@ def text_of(ids: np.ndarray, pretrained: Pretrained) -> str:
 
 
 def fit(given: argparse.Namespace, pretrained: Pretrained, chains: Sequence[Chain], log: Log) -> set[str]:
-    """Fit the regression on some of the chains, whose names it gives, and write it beside the checkpoint."""
+    """Fit the regression on some of the chains, whose names it gives, and write it beside the checkpoint.
+
+    Raises DataError where it is of nothing.
+    """
     if len(chains) < given.fit_chains:
         log.line(f"note: --fit has {len(chains)} chains, fewer than --fit-chains {given.fit_chains}: all are taken")
     chosen = drawn(chains, given.fit_chains, given.fit_seed)
@@ -154,6 +157,9 @@ def fit(given: argparse.Namespace, pretrained: Pretrained, chains: Sequence[Chai
     finally:
         bar.close()
     weight, bias = theta[:-1].tolist(), float(theta[-1])
+    if not any(weight):
+        raise DataError(f"none of the {len(weight)} heads tells contacts of the {len(chosen)} chains of --fit: nothing "
+                        f"is kept; give more chains, a model trained for longer, or more than --fit-c {given.fit_c:g}")
     file = write_contact_head(pretrained.path, weight, bias, {
         "iteration": pretrained.iteration, "fitted_on": [chain.name for chain in chosen], "c": given.fit_c})
     log.line(f"fitted on {len(chosen)} of {len(chains)} chains: {np.count_nonzero(weight)} of {len(weight)} heads "

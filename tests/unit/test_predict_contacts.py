@@ -72,6 +72,12 @@ def test_what_is_fitted_stays_beside_the_checkpoint_and_tells_contacts_from_then
     np.testing.assert_allclose(scores_rr[pairs.first_p, pairs.second_p], expected, atol=1e-5)
 
 
+def test_a_regression_in_which_no_head_counts_is_not_kept(ask, run_folder, structures):
+    status, said, wrong = ask(run_folder, "--fit", structures[0], "--fit-chains", 6, "--fit-c", 1e-9)
+    assert status == 2 and wrong.startswith("error: none of the 4 heads tells contacts") and wrong.count("\n") == 1
+    assert not contact_head_file(next(iter(iterations(run_folder).values()))).exists()
+
+
 def test_all_scores_are_in_one_archive_and_compared_with_the_structures(ask, run_folder, structures, tmp_path):
     file, chains = structures
     status, said, _ = ask(run_folder, "--fit", file, "--fit-chains", 6, "--structures", file, "--output",
