@@ -8,8 +8,10 @@ There, and in the table, stand beside them the models that were evaluated on the
 """
 
 import argparse
+import glob
 import sys
 from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 
 if not __package__:  # else it is installed
@@ -102,16 +104,26 @@ def draw_corpora(reports: Mapping[str, Mapping[str, Report]], folder: Path, log:
 
 
 def corpora_of(given: list[str]) -> dict[str, str]:
-    """The paths by their names: those given, or the files' own without endings; raises ConfigError for two of one."""
+    """The paths by their names: those given, or the files' own without endings; raises ConfigError for two of one.
+
+    A pattern has the name of the folder that it looks into.
+    """
     corpora: dict[str, str] = {}
     for word in given:
         name, has_name, path = word.partition("=")
         path = path if has_name else word
-        name = name if has_name else Path(path).name.split(".")[0]
+        name = name if has_name else name_of(path)
         if not name or "/" in name or name in corpora:
             raise ConfigError(f"--on {word}: its name is {name!r}; give each corpus one of its own: NAME={path}")
         corpora[name] = path
     return corpora
+
+
+def name_of(path: str) -> str:
+    """What a corpus is called that has no name of its own."""
+    if glob.has_magic(path) and not Path(path).exists():
+        return Path(*takewhile(lambda part: not glob.has_magic(part), Path(path).parts)).resolve().name
+    return Path(path).name.split(".")[0]
 
 
 def report_of(given: argparse.Namespace, pretrained: Pretrained, files: ProteinFiles, num_proteins: int,

@@ -236,3 +236,10 @@ def test_pieces_of_more_residues_than_the_model_has_positions_for_are_refused(tm
 def test_two_corpora_of_one_name_and_names_that_are_no_files_are_refused(words):
     with pytest.raises(ConfigError, match="give each corpus one of its own"):
         corpora_of(words)
+
+
+def test_a_pattern_is_called_like_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "odd[1].fasta").touch()
+    assert list(corpora_of(["held-out/*.fasta", "other/**/x?.fa", "*.gz", "mine=a/*", "odd[1].fasta"])) == [
+        "held-out", "other", tmp_path.name, "mine", "odd[1]"]

@@ -255,3 +255,17 @@ def test_an_index_never_stands_beside_another_bin(prefix, monkeypatch):
     with pytest.raises(OSError, match="killed here"):
         write_indexed(prefix, DOCUMENTS[:1])
     assert renames == [f"{prefix}.bin"]
+
+
+@pytest.mark.parametrize(("given", "remedy"), [
+    ("small", "did you mean small_text_document?"), ("smal_text_document", "did you mean small_text_document?"),
+    ("pfam.fa.gz", "preprocess pfam.fa.gz first: python tools/preprocess_data.py --input pfam.fa.gz --output-prefix "
+                   "pfam; then give pfam_text_document"),
+    ("nothing", "a data path is the prefix of a .bin and an .idx file")])
+def test_a_prefix_of_nothing_is_told_with_what_to_give(given, remedy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("small_text_document.idx", "small_text_document.bin", "pfam.fa.gz"):
+        (tmp_path / name).touch()
+    with pytest.raises(DataError) as raised:
+        open_indexed(given)
+    assert str(raised.value) == f"{given}.idx: no such file; {remedy}"

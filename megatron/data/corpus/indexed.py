@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from errno import EMFILE
 from functools import cached_property
 from pathlib import Path
@@ -128,12 +129,25 @@ def open_indexed(prefix: str, impl: str = "infer") -> IndexedDataset:
     index_path, bin_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for path in (index_path, bin_path):
         if not path.is_file():
-            raise DataError(f"{path}: no such file; a data path is the prefix of a .bin and an .idx file")
+            raise DataError(f"{path}: no such file; {_remedy(prefix)}")
     index = _read_index(index_path)
     if impl != "infer" and (impl == "mmap") != (index.layout == "mmap"):
         raise DataError(f"{index_path}: it is not in the layout of --data-impl {impl}; use --data-impl infer")
     _check_pair(index_path, bin_path, index)
     return IndexedDataset(str(prefix), impl, index, _read(bin_path, in_memory=impl == "cached").view(index.dtype))
+
+
+def _remedy(prefix: str) -> str:
+    """What to give instead of PREFIX, of which there is no dataset."""
+    given = Path(prefix)
+    if given.is_file():
+        stem = given.with_name(given.name.split(".")[0])
+        return (f"preprocess {prefix} first: python tools/preprocess_data.py --input {prefix} --output-prefix {stem}; "
+                f"then give {stem}_text_document")
+    there = sorted(path.stem for path in given.parent.glob("*.idx"))
+    near = [name for name in there if name.startswith(f"{given.name}_")] or get_close_matches(given.name, there, n=1)
+    return (f"did you mean {given.with_name(near[0])}?" if near else
+            "a data path is the prefix of a .bin and an .idx file")
 
 
 def _read(path: Path, in_memory: bool = False) -> np.ndarray:
