@@ -107,7 +107,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(out
 def test_an_output_that_is_there_is_replaced_where_asked(tmp_path):
     (tmp_path / "old.csv").touch()
     with pytest.raises(UserError, match="MODEL holds no fine-tuned model"):
-        predict("MODEL", "in.fasta", str(tmp_path / "old.csv"), "fp32", False, Mesh(), Log(is_speaker=True), overwrite=True)
+        predict("MODEL", "in.fasta", str(tmp_path / "old.csv"), "fp32", False, Mesh(), Log(), overwrite=True)
 
 
 @pytest.mark.parametrize("left", ["task.json", "unfinished"])

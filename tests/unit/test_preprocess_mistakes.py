@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron.data.preprocess.flags import PreprocessConfig, parse_arguments
+from megatron.data.preprocess.merging import merge
 from megatron.data.preprocess.run import preprocess
-from megatron.errors import DataError
+from megatron.errors import ConfigError, DataError
 from tests.unit.protein_files import outputs, run, tool, write_json
 
 PROTEINS = ["MKVLAAGIV", "ACDEFGHIKLMNPQRSTVWY", "M", "XBZUOJ", "GGGG", "MKVLAAGIV"]
@@ -132,6 +133,28 @@ def test_nucleotides_are_noticed_once_a_file_and_proteins_never(tmp_path, capsys
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == is_warned
     assert not is_warned or f"warning: {source}: nearly all letters are A C G T U N, as in DNA and RNA" in lines[0]
+
+
+def test_proteins_without_residues_are_counted_with_the_flag_that_leaves_them_out(tmp_path, capsys):
+    (tmp_path / "in.fa").write_text(">a\n>b\nMKV\n>c\n")
+    run(tmp_path, tmp_path / "in.fa")
+    assert "warning: 2 of 3 proteins under 'text' have no residue; --min-length 1 leaves" in capsys.readouterr().err
+    run(tmp_path, tmp_path / "in.fa", min_length=1)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_refusal_leaves_no_folder(tmp_path):
+    (tmp_path / "in.fa").write_text(">a\nMK1\n")
+    with pytest.raises(DataError, match="'1' is not a residue"):
+        run(tmp_path / "new" / "newer", tmp_path / "in.fa")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("prefix", ["out/", "out/..", "."])
+def test_a_prefix_of_files_without_a_name_is_refused(prefix):
+    for refuse in (lambda: parse_arguments(["--input", "a", "--output-prefix", prefix]), lambda: merge(["a"], prefix)):
+        with pytest.raises(ConfigError, match=f"--output-prefix is {prefix}; it must be a folder and how the files"):
+            refuse()
 
 
 def test_a_path_that_is_no_utf_8_is_read_and_written_and_named(tmp_path):

@@ -1,15 +1,19 @@
 """The flags of `tools/preprocess_data.py`; spellings are Megatron-LM's where it has them."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from megatron.config.command_line import OneLineParser, add_section_flags
 from megatron.config.data import VOCABULARIES
-from megatron.config.declaration import flag, flag_name, fraction, not_negative, positive
+from megatron.config.declaration import Check, flag, flag_name, fraction, not_negative, positive
 from megatron.data.corpus.indexed import IMPLEMENTATIONS
 from megatron.data.corpus.tokenizer import TOKENIZER_TYPES
 from megatron.errors import ConfigError
+
+has_name: Check = (lambda prefix: os.path.basename(prefix) not in ("", ".", ".."),
+                   "a folder and how the files' names begin, as in out/mine")
 
 
 @dataclass(frozen=True)
@@ -22,8 +26,8 @@ class PreprocessConfig:
         path="file")
     json_keys: tuple[str, ...] = flag(("text",), "key or column of the sequence in JSON, CSV, LMDB, Parquet or Arrow; "
                                       "each gives an output", nargs="+", aliases=("--json-key",))
-    output_prefix: str = flag(None, "path of the output without _KEY_document.bin and .idx",
-                              path="prefix")
+    output_prefix: str = flag(None, "path of the output without _KEY_document.bin and .idx", path="prefix",
+                              check=has_name)
     dataset_impl: str = flag("mmap", "layout of the output", choices=IMPLEMENTATIONS)
     vocab_file: str = flag(VOCABULARIES[0], f"vocabulary: {', '.join(VOCABULARIES)}, or a file with one token a line; "
                            "training maps its ids to the model's", aliases=("--vocab",), path="file")

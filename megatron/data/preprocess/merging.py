@@ -13,10 +13,11 @@ from megatron.data.corpus.indexed import IndexedDataset, open_indexed
 from megatron.data.corpus.indexed_writer import IndexedWriter
 from megatron.data.corpus.origin import corpus_vocabulary, forget, put_statistics, statistics_of
 from megatron.data.corpus.vocab import Vocab
+from megatron.data.preprocess.flags import has_name
 from megatron.data.preprocess.progress import ReadingProgress
 from megatron.data.preprocess.run import VERSION, facts_of_files
 from megatron.data.preprocess.tally import DocumentTally, describe
-from megatron.errors import DataError
+from megatron.errors import ConfigError, DataError
 from megatron.files import sha256
 from megatron.log import number_of
 
@@ -59,11 +60,13 @@ class _Part:
 
 
 def merge(inputs: Sequence[str], output_prefix: str, overwrite: bool = False) -> None:
-    """Write OUTPUT_PREFIX.bin, .idx, .stats.json and, where the inputs have them, .names; raises DataError.
+    """Write OUTPUT_PREFIX.bin, .idx, .stats.json and, where the inputs have them, .names; raises a UserError.
 
     `inputs`: folders, whose datasets count in the natural order of their names, and prefixes. Memory does not grow with
     what is copied; the output appears whole.
     """
+    if not has_name[0](output_prefix):
+        raise ConfigError(f"--output-prefix is {output_prefix}; it must be {has_name[1]}")
     parts = [_part(prefix) for prefix in merged_prefixes(inputs, output_prefix)]
     _check_alike(parts)
     _check_apart(parts)

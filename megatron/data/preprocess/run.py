@@ -31,7 +31,7 @@ from megatron.data.sources.names import DEFAULT_NAME_KEY
 from megatron.data.sources.source import Source, expand
 from megatron.data.sources.streams import BLOCK_BYTES
 from megatron.errors import DataError
-from megatron.files import sha256, write_json
+from megatron.files import leaving_no_empty, sha256, write_json
 
 VERSION = 1
 _DIGESTS_FILE = "digests"
@@ -40,17 +40,22 @@ _DIGESTS_FILE = "digests"
 def preprocess(config: PreprocessConfig) -> dict[str, Any]:
     """Write every output of `config` (none for a dry run) and give its statistics back; raises DataError."""
     run = _Preprocessing(config)
-    try:
-        report = run.process()
-    except OSError as error:  # readers tell of their own as DataError
-        run.leave()
-        raise DataError(f"{error.filename or config.output_prefix}: cannot write the output "
-                        f"({error.strerror or error}); make room, or choose another --output-prefix") from None
-    except BaseException:
-        run.leave()
-        raise
+    with leaving_no_empty(Path() if config.dry_run else Path(config.output_prefix).parent):
+        try:
+            report = run.process()
+        except OSError as error:  # readers tell of their own as DataError
+            run.leave()
+            raise DataError(f"{error.filename or config.output_prefix}: cannot write the output "
+                            f"({error.strerror or error}); make room, or choose another --output-prefix") from None
+        except BaseException:
+            run.leave()
+            raise
     for line in _summary(config, run.sources, report):
         print(line)
+    for key, output in report["outputs"].items():
+        if num_empty := output["empty_kept"]:
+            print(f"warning: {num_empty:,} of {output['kept']:,} proteins under {key!r} have no residue; --min-length "
+                  "1 leaves such out", file=sys.stderr)
     return report
 
 
