@@ -20,11 +20,17 @@ def __getattr__(name: str) -> Any:
     return load_pretrained
 
 
-def _tell_what_is_missing(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """One line and exit status 2, as for any mistake of the user's, where the package needs one that is not there."""
+def _tell_in_a_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """One line where imports of this package fail: status 2 where it needs another that is not there, 130 on Ctrl-C."""
+    frames = [frame for frame, _ in walk_tb(trace)]
+    is_ours = __name__ in (str(frame.f_globals.get("__name__")).split(".")[0] for frame in frames)
+    is_at_start = any(frame.f_code.co_name == "<module>" or "importlib" in frame.f_code.co_filename
+                      for frame in frames[1:2])  # as the program imports, not from one of its functions
     missing = (error.name or "").split(".")[0] if isinstance(error, ModuleNotFoundError) else ""
-    importers = (str(frame.f_globals.get("__name__")).split(".")[0] for frame, _ in walk_tb(trace))
-    if not missing or missing == __name__ or __name__ not in importers:
+    if is_ours and is_at_start and isinstance(error, KeyboardInterrupt):
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
+    if not is_ours or missing in ("", __name__):
         return _excepthook(kind, error, trace)
     print(f"error: {missing} is not installed in {sys.executable}; activate the environment that has it, as in `source "
           ".venv/bin/activate`, which `bash examples/setup.sh run` makes", file=sys.stderr)
@@ -32,4 +38,4 @@ def _tell_what_is_missing(kind: type[BaseException], error: BaseException, trace
 
 
 # Here, since each door imports this first, and all imports that fail come later.
-_excepthook, sys.excepthook = sys.excepthook, _tell_what_is_missing
+_excepthook, sys.excepthook = sys.excepthook, _tell_in_a_line

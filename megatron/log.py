@@ -9,6 +9,7 @@ from typing import Protocol
 
 from megatron.errors import UserError
 
+STOPPED = "stopped by Ctrl-C"
 LINE_EVERY_S = 10.0  # where no terminal shows a bar
 
 
@@ -23,11 +24,15 @@ def take_any_text() -> None:
 
 
 def exit_status(work: Callable[[], int | None]) -> int:
-    """What a door ends with: what `work` gives, a UserError's status and line, 2 for a file's, 130 after Ctrl-C."""
+    """What a door ends with: what `work` gives, a UserError's status and line, 2 for a file's, 130 after Ctrl-C.
+
+    All but the first with a line.
+    """
     take_any_text()
     try:
         return work() or 0
     except KeyboardInterrupt:
+        print(STOPPED, file=sys.stderr)
         return 130
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,10 +1,11 @@
 """A program of one rank or several, from where it looks for the others to its exit status."""
 
+import sys
 from collections.abc import Callable
 
 from megatron.config import ParallelConfig
 from megatron.errors import OutputError, UserError
-from megatron.log import Log, take_any_text
+from megatron.log import STOPPED, Log, take_any_text
 from megatron.parallel.launch.environment import Launch, check_launch, launched
 from megatron.parallel.launch.failure import refused, report
 from megatron.parallel.mesh import Mesh, joined
@@ -14,7 +15,7 @@ def status_of(prepare: Callable[[Launch], tuple[ParallelConfig, Callable[[Mesh, 
     """Do work on this rank's mesh; the status with which the process is to `leave`.
 
     `prepare` gives the layout and the work. 0; 2 and one line for a mistake of the user's; 1 where a rank failed or
-    lost the others; 130 after Ctrl-C.
+    lost the others; 130 and one line after Ctrl-C.
     """
     take_any_text()
     launch = Launch()
@@ -28,6 +29,8 @@ def status_of(prepare: Callable[[Launch], tuple[ParallelConfig, Callable[[Mesh, 
         with joined(parallel, launch) as mesh:
             work(mesh, Log(is_speaker=mesh.world.rank == 0))
     except KeyboardInterrupt:
+        if launch.speaks():
+            print(STOPPED, file=sys.stderr)
         return 130
     except Exception as error:
         is_of_file = isinstance(error, OSError) and error.filename is not None

@@ -1,6 +1,6 @@
 """What a terminal cannot write is escaped, and what is not installed is named; no door forgets either.
 
-Where there is no terminal, lines tell how far work is.
+Where there is no terminal, lines tell how far work is; Ctrl-C is one.
 """
 
 import importlib.util
@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from megatron import log
-from megatron.log import Log, number_of, take_any_text
+from megatron.config import ParallelConfig
+from megatron.log import STOPPED, Log, exit_status, number_of, take_any_text
+from megatron.parallel import program
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "prot\udce9ines"  # what Python makes of a Latin-1 name
@@ -110,3 +112,18 @@ def test_what_another_program_lacks_is_its_own_affair():
     done = subprocess.run([sys.executable, "-c", "import megatron, no_such_package"], capture_output=True, text=True,
                           cwd=ROOT)
     assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+def test_ctrl_c_is_one_line(capsys):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    assert exit_status(stop) == program.status_of(lambda launch: (ParallelConfig(), stop)) == 130
+    assert capsys.readouterr().err == 2 * f"{STOPPED}\n"
+
+
+def test_ctrl_c_while_a_program_loads_is_the_same_line(tmp_path):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n")
+    done = subprocess.run([sys.executable, ROOT / "tools" / "embed.py"], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stderr) == (130, f"{STOPPED}\n")
