@@ -77,5 +77,7 @@ fi
 rm -rf "$out/model"
 "$python" "$root/tools/convert_checkpoint.py" --load-dir "$out/run" --save-dir "$out/model" --to hf
 echo
-echo "  for transformers    $out/model: AutoModelForMaskedLM.from_pretrained(\"$out/model\")"
+trust=''
+if grep -q '"auto_map"' "$out/model/config.json"; then trust=', trust_remote_code=True'; fi  # it has code of its own
+echo "  for transformers    $out/model: AutoModelForMaskedLM.from_pretrained(\"$out/model\"$trust)"
 echo "  the run             $out/run"

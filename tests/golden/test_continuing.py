@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -36,9 +37,9 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def start(python, inputs, out, *flags):
+def start(python, inputs, out, *flags, model="esm2_tiny"):
     """Starts the script; output and errors in one pipe."""
-    command = ["bash", "examples/continue_esm2.sh", inputs / "esm2_tiny", inputs / "new.fasta.gz", out, *FLAGS,
+    command = ["bash", "examples/continue_esm2.sh", inputs / model, inputs / "new.fasta.gz", out, *FLAGS,
                *flags]
     given = {"PYTHON": python, "OMP_NUM_THREADS": "1", "EPOCHS": "1", "OLD_PROTEINS": inputs / "old.fasta.gz"}
     return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=os.environ | given, text=True,
@@ -66,6 +67,15 @@ def test_one_command_says_where_everything_is_and_what_was_gained_on_either_corp
     assert f'from_pretrained("{out}/model")' in said
     card = (out / "model" / "README.md").read_text()
     assert 'base_model: "esm2_tiny"' in card and "- validation loss on old_text_document " in card
+
+
+def test_the_call_that_is_shown_takes_the_models_own_code_where_it_has_some(python, inputs, unbroken, tmp_path):
+    assert "/model\")\n" in unbroken[1]
+    hf.write(trained_here(replace(MODEL, swiglu=True), "esm", "both"), inputs / "own")
+    process = start(python, inputs, tmp_path / "out", "--train-iters", "2", model="own")
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
+    assert f'from_pretrained("{tmp_path}/out/model", trust_remote_code=True)\n' in said
 
 
 def test_transformers_loads_what_comes_out_and_computes_what_our_program_does(unbroken, inputs):
