@@ -105,7 +105,8 @@ class ProgressLines:
         if self._done > self._begun and now_s - self._line_s >= LINE_EVERY_S:
             self._line_s = now_s
             left_s = (now_s - self._start_s) * (self._total - self._done) / (self._done - self._begun)
-            self._log.line(f"{self._label}: {self._done:,.0f} of {self._total:,} {self._unit}s, {in_time(left_s)} left")
+            self._log.line(f"{self._label}: {self._done:,.0f} of {number_of(self._total, self._unit)}, "
+                           f"{in_time(left_s)} left")
 
     def close(self) -> None:
         """Nothing: lines stay."""
