@@ -1,6 +1,7 @@
 """Pretraining of protein language models, Megatron-style; `load_pretrained` gives one that was trained, to be asked."""
 
 import sys
+from pathlib import Path
 from traceback import walk_tb
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,13 @@ def __getattr__(name: str) -> Any:
     return load_pretrained
 
 
+def _is_our_program() -> bool:
+    """Whether this process runs one of the project's programs, and not another that imports the package."""
+    program, root = Path(sys.argv[0] if sys.argv else ""), Path(__file__).resolve().parents[1]
+    is_here = program.resolve().parent in (root, root / "tools", root / "protein_tools")
+    return (program.suffix == ".py" and is_here) or program.name == "-m" or program.name.startswith("proteinlm-")
+
+
 def _tell_in_a_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """One line where imports of this package fail: status 2 where it needs another that is not there, 130 on Ctrl-C."""
     frames = [frame for frame, _ in walk_tb(trace)]
@@ -31,11 +39,11 @@ def _tell_in_a_line(kind: type[BaseException], error: BaseException, trace: Trac
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
     if not is_ours or missing in ("", __name__):
-        return _excepthook(kind, error, trace)
+        return sys.__excepthook__(kind, error, trace)
     print(f"error: {missing} is not installed in {sys.executable}; activate the environment that has it, as in `source "
           ".venv/bin/activate`, which `bash examples/setup.sh run` makes", file=sys.stderr)
     sys.exit(2)
 
 
-# Here, since each door imports this first, and all imports that fail come later.
-_excepthook, sys.excepthook = sys.excepthook, _tell_in_a_line
+if _is_our_program():  # here, since each of them imports this first, and what may fail later
+    sys.excepthook = _tell_in_a_line
