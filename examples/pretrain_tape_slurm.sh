@@ -20,8 +20,8 @@
 # run them; those that cannot, or do not answer, are named. Five minutes before the time is up the tasks are asked to
 # stop, and save, and the job is queued again, under its number, and goes on from there: until its end, as often as it
 # takes. So is a job of which a task or a machine has failed, if it has saved since it began; one that ends with 2, 3 or 4
-# (README) is not. To stop it for good: scancel --signal=TERM JOB, which saves. A bare scancel asks too, and kills after
-# KillWait, 30 seconds as a rule.
+# (docs/runs.md) is not. To stop it for good: scancel --signal=TERM JOB, which saves. A bare scancel asks too, and kills
+# after KillWait, 30 seconds as a rule.
 #
 #     MASTER_ADDR, MASTER_PORT   where the tasks meet (default: the first machine; a port by the job's number)
 #

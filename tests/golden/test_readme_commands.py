@@ -56,7 +56,7 @@ PAGES = ("README.md", *(f"docs/{name}.md" for name in (
     "configuration", "continue_pretraining", "embeddings", "evaluation", "variants", "contacts", "finetuning",
     "tutorial", "add_a_task", "read_a_checkpoint", "scaling")))
 # Without a command, but such as say why no test runs them; that of the last is run by tests/golden/test_docs.py.
-WITHOUT = ("add_a_flag", "api", "arithmetic", "containers", "exactness", "peers", "slurm", "index")
+WITHOUT = ("add_a_flag", "api", "arithmetic", "containers", "exactness", "peers", "precision", "runs", "slurm", "index")
 README, OF_DOCS = ({f"{page}, {number}: {block[0][:40]}": block for page in pages for number, block in enumerate(
     bash_blocks((ROOT / page).read_text(encoding="utf-8")))} for pages in (PAGES[:1], PAGES[1:]))
 
