@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron.config import ModelConfig
-from megatron.finetune.data.batches import NO_EXAMPLE, LabelledBatch
+from megatron.finetune.data.batches import NO_EXAMPLE, TaskTargets
 from megatron.finetune.data.tasks import CLASS, CLASSES, CONTACTS, NUMBER, NUMBERS, RESIDUES
 from megatron.infer.contacts.chains import LEAST_SEPARATION
 from megatron.kernels.dropout import Dropout, Use, dropped
@@ -58,8 +58,8 @@ class TaskHead(nn.Module):
                              Constant(_CONTACT_BIAS if spec.kind == CONTACTS else 0.0))
 
     def forward(self, hidden_uh: Tensor, sequence: PackedSequence,
-                batch: LabelledBatch | None) -> tuple[Tensor, Tensor] | Tensor:
-        """The loss, summed over what `LabelledBatch.num_targets` counts, fp32, and a 0; without a batch, predictions.
+                targets: TaskTargets | None) -> tuple[Tensor, Tensor] | Tensor:
+        """The loss, summed over what the batch's `num_targets` counts, fp32, and a 0; without targets, predictions.
 
         Context ranks have a part of the loss each. Predictions are the same on all ranks: numbers [g]; probabilities of
         classes [g, c]; a number of each token [t], probabilities of its class [t, c], t of all context ranks; for
@@ -67,9 +67,9 @@ class TaskHead(nn.Module):
         touch.
         """
         outputs = self._outputs(hidden_uh, sequence)
-        if batch is None:
+        if targets is None:
             return self._predictions(outputs)
-        loss = getattr(self, f"_loss_of_{self.spec.kind}")(outputs, sequence, batch)
+        loss = getattr(self, f"_loss_of_{self.spec.kind}")(outputs, sequence, targets)
         if self.spec.kind not in (RESIDUES, NUMBERS) and self.stream.context.rank:
             loss = loss * 0  # all context ranks have the same outputs: the first one's loss counts
         return loss, torch.zeros_like(loss)
@@ -133,31 +133,31 @@ class TaskHead(nn.Module):
             return torch.stack(self._pair_factors(outputs), 1)
         return outputs.softmax(1) if kind == CLASS else outputs.sigmoid()
 
-    def _loss_of_number(self, outputs_g1: Tensor, sequence: PackedSequence, batch: LabelledBatch) -> Tensor:
-        errors_g = outputs_g1[:, 0] - (batch.labels - self.spec.mean) / self.spec.deviation
-        return (errors_g.square() * (batch.examples_g != NO_EXAMPLE)).sum()
+    def _loss_of_number(self, outputs_g1: Tensor, sequence: PackedSequence, targets: TaskTargets) -> Tensor:
+        errors_g = outputs_g1[:, 0] - (targets.labels - self.spec.mean) / self.spec.deviation
+        return (errors_g.square() * (targets.examples_g != NO_EXAMPLE)).sum()
 
-    def _loss_of_class(self, logits_gc: Tensor, sequence: PackedSequence, batch: LabelledBatch) -> Tensor:
-        return F.cross_entropy(logits_gc, batch.labels, self._weights, ignore_index=NO_TARGET, reduction="sum")
+    def _loss_of_class(self, logits_gc: Tensor, sequence: PackedSequence, targets: TaskTargets) -> Tensor:
+        return F.cross_entropy(logits_gc, targets.labels, self._weights, ignore_index=NO_TARGET, reduction="sum")
 
-    def _loss_of_classes(self, logits_gc: Tensor, sequence: PackedSequence, batch: LabelledBatch) -> Tensor:
-        losses_gc = F.binary_cross_entropy_with_logits(logits_gc, batch.labels, pos_weight=self._weights,
+    def _loss_of_classes(self, logits_gc: Tensor, sequence: PackedSequence, targets: TaskTargets) -> Tensor:
+        losses_gc = F.binary_cross_entropy_with_logits(logits_gc, targets.labels, pos_weight=self._weights,
                                                        reduction="none")
-        return (losses_gc.mean(1) * (batch.examples_g != NO_EXAMPLE)).sum()
+        return (losses_gc.mean(1) * (targets.examples_g != NO_EXAMPLE)).sum()
 
-    def _loss_of_residues(self, logits_tc: Tensor, sequence: PackedSequence, batch: LabelledBatch) -> Tensor:
-        targets = batch.batch.targets
-        return F.cross_entropy(logits_tc[targets.positions_m], targets.ids_m, self._weights, ignore_index=NO_TARGET,
+    def _loss_of_residues(self, logits_tc: Tensor, sequence: PackedSequence, targets: TaskTargets) -> Tensor:
+        residues = targets.residues
+        return F.cross_entropy(logits_tc[residues.positions_m], residues.ids_m, self._weights, ignore_index=NO_TARGET,
                                reduction="sum")
 
-    def _loss_of_numbers(self, outputs_t1: Tensor, sequence: PackedSequence, batch: LabelledBatch) -> Tensor:
-        labels_t = batch.labels[:len(outputs_t1)]
+    def _loss_of_numbers(self, outputs_t1: Tensor, sequence: PackedSequence, targets: TaskTargets) -> Tensor:
+        labels_t = targets.labels[:len(outputs_t1)]
         errors_t = outputs_t1[:, 0] - (labels_t.nan_to_num() - self.spec.mean) / self.spec.deviation
         return (errors_t.square() * ~labels_t.isnan()).sum()
 
-    def _loss_of_contacts(self, features_tw: Tensor, sequence: PackedSequence, batch: LabelledBatch) -> Tensor:
+    def _loss_of_contacts(self, features_tw: Tensor, sequence: PackedSequence, targets: TaskTargets) -> Tensor:
         """A token is paired with those of its block of tokens and of the next, among which are all of its protein."""
-        table_tx = all_gather(batch.labels[:len(sequence.tokens_t)], self.stream.context)
+        table_tx = all_gather(targets.labels[:len(sequence.tokens_t)], self.stream.context)
         proteins_t = proteins_of_tokens(sequence.cu_seqlens, 0, len(features_tw))
         proteins_t = proteins_t.masked_fill(table_tx[:, 0] == 0, -1)  # what is not resolved is of none
         size = min(sequence.max_length, len(features_tw))

@@ -18,10 +18,11 @@ from megatron.checkpoint.saving import Saver, parts_of
 from megatron.checkpoint.store import open_place
 from megatron.checkpoint.stored import Checkpoint
 from megatron.config import Config
+from megatron.data.batches.batch import Batch
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import DivergedError
 from megatron.files import write_json
-from megatron.finetune.data.batches import LabelledBatch, PackedExamples
+from megatron.finetune.data.batches import PackedExamples
 from megatron.finetune.data.examples import TaskData
 from megatron.finetune.data.tasks import METRICS
 from megatron.finetune.flags import Flags
@@ -195,7 +196,7 @@ class FineTuning:
         is_at_end = progress.iteration == self.num_steps and progress.step == 0
         return is_at_end or (progress.best_at > 0 and 0 < patience <= progress.epoch - progress.best_epoch)
 
-    def _advance(self, batches: list[LabelledBatch]) -> bool:
+    def _advance(self, batches: list[Batch]) -> bool:
         """One step and what is due after it; returns whether to stop."""
         progress, config = self._progress, self._config
         learning_rate = self._schedule.learning_rate(progress.iteration * self._rows)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron.config import Config
-from megatron.data.batches.batch import MicroBatch
+from megatron.data.batches.batch import Batch
 from megatron.errors import ConfigError
 from megatron.optim.optimizer import StepOutcome
 from megatron.parallel.mesh import Mesh
@@ -82,7 +82,7 @@ class StepGraph:
         # fp32: a fault that is made on purpose is a factor on it.
         self._num_targets = torch.ones((), device=engine.mesh.device)
         # By their shapes: of which there are several where a micro-batch has more proteins than was foreseen.
-        self._micro_batches: dict[tuple[torch.Size, ...], tuple[MicroBatch, _Recorded]] = {}
+        self._micro_batches: dict[tuple[torch.Size, ...], tuple[Batch, _Recorded]] = {}
         self._update = _Recorded(self._updated, recorder)
 
     def set_targets(self, num_targets: Tensor | float) -> None:
@@ -92,7 +92,7 @@ class StepGraph:
         else:
             self._num_targets.fill_(num_targets)
 
-    def micro_batch(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    def micro_batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The share of the global batch's mean loss, and how many targets are predicted right; gradients are added."""
         tensors = *batch.sequence.tensors(), *batch.targets.tensors()
         shapes = tuple(tensor.shape for tensor in tensors)
@@ -113,7 +113,7 @@ class StepGraph:
         grad_norm, is_taken = self._update()
         return StepOutcome(grad_norm.clone(), is_taken.clone())
 
-    def _passed(self, batch: MicroBatch) -> list[Tensor]:
+    def _passed(self, batch: Batch) -> list[Tensor]:
         engine = self._engine
         loss_sum, num_correct = engine.model.forward(0, batch.sequence, batch.targets, None)
         loss_share = loss_sum / self._num_targets

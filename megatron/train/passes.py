@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.data.batches.batch import Batch, MicroBatch
+from megatron.data.batches.batch import Batch
 from megatron.kernels.packed_sequence import NO_TARGET
 from megatron.parallel.pipeline.deferral import WeightGradients
 from megatron.parallel.pipeline.run import Passes, TrainingPasses
@@ -20,16 +20,16 @@ from megatron.train.meters import Meters
 class _Passes(Passes):
     """Micro-batches by number, on the device: brought there when a pass first asks for one, in their order."""
 
-    def __init__(self, engine: Engine, batches: Iterable[MicroBatch]) -> None:
+    def __init__(self, engine: Engine, batches: Iterable[Batch]) -> None:
         self._engine, self._mesh, self._source = engine, engine.mesh, iter(batches)
-        self._batches: dict[int, MicroBatch] = {}
+        self._batches: dict[int, Batch] = {}
         self._num_made = 0
 
     def _run(self, action: Action, hidden_uh: Tensor | None) -> Any:
         batch = self._batch(action)
         return self._engine.model.forward(action.stage, batch.sequence, batch.targets, hidden_uh)
 
-    def _batch(self, action: Action) -> MicroBatch:
+    def _batch(self, action: Action) -> Batch:
         while action.micro_batch >= self._num_made:
             batch = next(self._source)
             if self._engine.skips_filler:
@@ -45,7 +45,7 @@ class TrainPasses(_Passes, TrainingPasses):
     The losses are divided by `num_targets`, those of the whole global batch.
     """
 
-    def __init__(self, engine: Engine, batches: Sequence[MicroBatch], num_targets: Tensor | float, meters: Meters,
+    def __init__(self, engine: Engine, batches: Sequence[Batch], num_targets: Tensor | float, meters: Meters,
                  waiting: WeightGradients) -> None:
         super().__init__(engine, batches)
         self._num_batches, self._num_targets = len(batches), num_targets

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron.data.batches.batch import MicroBatch
+from megatron.data.batches.batch import Batch
 from megatron.model.flops import model_flops
 from megatron.optim.optimizer import StepOutcome
 from megatron.parallel.pipeline.deferral import WeightGradients, put_off_weight_gradients
@@ -35,7 +35,7 @@ class TrainStep:
         for stage in engine.stages:
             put_off_weight_gradients(stage, self._waiting)
 
-    def __call__(self, batches: Sequence[MicroBatch], learning_rate: float, wishes: Sequence[bool] = (),
+    def __call__(self, batches: Sequence[Batch], learning_rate: float, wishes: Sequence[bool] = (),
                  factor: float = 1.0) -> Arriving:
         """Train on this rank's micro-batches; returns of how many ranks each of `wishes` is one.
 
@@ -57,7 +57,7 @@ class TrainStep:
         self._meters.add_step(outcome.grad_norm, outcome.is_taken)
         return Arriving(num_wishes)
 
-    def _stepped(self, batches: Sequence[MicroBatch], num_targets: Tensor | float, learning_rate: float) -> StepOutcome:
+    def _stepped(self, batches: Sequence[Batch], num_targets: Tensor | float, learning_rate: float) -> StepOutcome:
         engine = self._engine
         passes = TrainPasses(engine, batches, num_targets, self._meters, self._waiting)
         engine.pipeline.train(passes, len(batches))
@@ -66,7 +66,7 @@ class TrainStep:
             return engine.update(learning_rate)
         return engine.update(learning_rate, partial(self._judge.is_normal, self._meters.loss_of_step()))
 
-    def _launched(self, batches: Sequence[MicroBatch], num_targets: Tensor | float,
+    def _launched(self, batches: Sequence[Batch], num_targets: Tensor | float,
                   learning_rate: float) -> StepOutcome:
         assert self._graph is not None
         self._graph.set_targets(num_targets)
@@ -77,7 +77,7 @@ class TrainStep:
         self._engine.model.finish()
         return self._graph.update(learning_rate)
 
-    def _count(self, batches: Sequence[MicroBatch]) -> None:
+    def _count(self, batches: Sequence[Batch]) -> None:
         if not self._engine.mesh.is_first_reader:
             return
         for batch in batches:

@@ -57,10 +57,10 @@ def packed(kind, sizes, is_training=True, seed=3, **settings):
 
 def proteins_in(labelled):
     """The example and residues of each protein of a whole micro-batch."""
-    sequence = labelled.batch.sequence
+    sequence = labelled.sequence
     ends = sequence.cu_seqlens.tolist()
     found = []
-    for g, number in enumerate(labelled.examples_g.tolist()):
+    for g, number in enumerate(labelled.targets.examples_g.tolist()):
         tokens = sequence.tokens_t[ends[g]:ends[g + 1]]
         if number == NO_EXAMPLE:
             assert len(tokens) == 0
@@ -68,6 +68,10 @@ def proteins_in(labelled):
         assert (tokens[0], tokens[-1]) == (VOCAB.cls_id, VOCAB.sep_id)
         found.append((number, tokens[1:-1].numpy()))
     return found
+
+
+def tensors_in(targets):
+    return [*targets.residues.tensors(), targets.labels, targets.examples_g]
 
 
 def numbers_in(steps):
@@ -82,7 +86,7 @@ def test_the_class_of_each_residue_is_at_its_token(num_ends, is_training):
     num_labels = 0
     for step in rows.steps(epoch=2):
         for labelled in step:
-            targets, tokens_t = labelled.batch.targets, labelled.batch.sequence.tokens_t
+            targets, tokens_t = labelled.targets.residues, labelled.sequence.tokens_t
             is_target_m = targets.ids_m != NO_TARGET
             at_targets = tokens_t[targets.positions_m[is_target_m]]
             assert torch.equal(targets.ids_m[is_target_m], at_targets % 3)
@@ -90,7 +94,7 @@ def test_the_class_of_each_residue_is_at_its_token(num_ends, is_training):
             assert len(at_targets) == int((~torch.isin(tokens_t, special)).sum())
             num_labels += len(at_targets)
     assert num_labels == sum(labelled.num_targets for step in rows.steps(epoch=2) for labelled in step)
-    assert len(labelled.labels) == 0
+    assert len(labelled.targets.labels) == 0
 
 
 @pytest.mark.parametrize("kind", ["number", "class", "classes", "numbers", "contacts"])
@@ -98,11 +102,11 @@ def test_the_label_of_each_protein_is_in_its_place(kind):
     rows = packed(kind, lengths())
     for step in rows.steps(epoch=1):
         for labelled in step:
-            is_protein_g = labelled.examples_g != NO_EXAMPLE
+            is_protein_g = labelled.targets.examples_g != NO_EXAMPLE
             ids = [ids for _, ids in proteins_in(labelled)]
             if kind in ("numbers", "contacts"):
-                starts = labelled.batch.sequence.cu_seqlens[:-1][:len(is_protein_g)][is_protein_g].tolist()
-                expected = torch.full_like(labelled.labels, torch.nan if kind == "numbers" else 0)
+                starts = labelled.sequence.cu_seqlens[:-1][:len(is_protein_g)][is_protein_g].tolist()
+                expected = torch.full_like(labelled.targets.labels, torch.nan if kind == "numbers" else 0)
                 for start, each in zip(starts, ids, strict=True):
                     label = torch.from_numpy(label_of(kind, each))
                     place = slice(start + 1, start + 1 + len(each))
@@ -110,11 +114,12 @@ def test_the_label_of_each_protein_is_in_its_place(kind):
                         expected[place] = label
                     else:
                         expected[place, :label.shape[1]] = label
-                assert torch.equal(labelled.labels.nan_to_num(-1), expected.nan_to_num(-1))
+                assert torch.equal(labelled.targets.labels.nan_to_num(-1), expected.nan_to_num(-1))
                 continue
-            assert labelled.labels[is_protein_g].tolist() == [np.asarray(label_of(kind, each)).tolist() for each in ids]
-            assert (labelled.labels[~is_protein_g] == (NO_TARGET if kind == "class" else 0)).all()
-    assert labelled.batch.num_targets == 0
+            expected = [np.asarray(label_of(kind, each)).tolist() for each in ids]
+            assert labelled.targets.labels[is_protein_g].tolist() == expected
+            assert (labelled.targets.labels[~is_protein_g] == (NO_TARGET if kind == "class" else 0)).all()
+    assert len(labelled.targets.residues.ids_m) == 0
 
 
 @pytest.mark.parametrize("kind", LABEL_KINDS)
@@ -122,11 +127,10 @@ def test_all_batches_of_a_run_have_one_shape(kind):
     rows = packed(kind, lengths(), token_multiple=48)
     batches = [labelled for epoch in range(4) for step in rows.steps(epoch) for labelled in step]
     shapes = {tuple((tensor.shape, tensor.dtype) for tensor in (
-        *labelled.batch.sequence.tensors(), *labelled.batch.targets.tensors(), labelled.labels, labelled.examples_g))
-              for labelled in batches}
+        *labelled.sequence.tensors(), *tensors_in(labelled.targets))) for labelled in batches}
     assert len(shapes) == 1
-    assert batches[0].batch.sequence.tokens_t.shape == (96,)
-    assert {labelled.batch.sequence.max_length for labelled in batches} == {max(lengths()) + 2}
+    assert batches[0].sequence.tokens_t.shape == (96,)
+    assert {labelled.sequence.max_length for labelled in batches} == {max(lengths()) + 2}
 
 
 def test_each_epoch_has_every_example_once_in_an_order_of_its_own():
@@ -151,24 +155,24 @@ def test_ranks_share_out_the_global_batches_of_one(data_size):
         together = [batch for micro in zip(*parts, strict=True) for batch in micro]
         for ours, theirs in zip(step, together, strict=True):
             assert ours.num_targets == theirs.num_targets
-            for one, other in zip(ours.batch.sequence.tensors(), theirs.batch.sequence.tensors(), strict=True):
+            for one, other in zip(ours.sequence.tensors(), theirs.sequence.tensors(), strict=True):
                 assert torch.equal(one, other)
-            assert torch.equal(ours.batch.targets.ids_m, theirs.batch.targets.ids_m)
+            assert torch.equal(ours.targets.residues.ids_m, theirs.targets.residues.ids_m)
 
 
 def test_a_batch_counts_the_pairs_of_contacts_and_one_label_a_protein_otherwise():
     for step in packed("contacts", [*lengths(), 3, 6, 7, 50]).steps(0):
         for labelled in step:
-            num_pairs, ends = 0, labelled.batch.sequence.cu_seqlens
+            num_pairs, ends = 0, labelled.sequence.cu_seqlens
             for start, stop in zip(ends[:-1], ends[1:], strict=True):
-                is_resolved = labelled.labels[start:stop, 0] > 0
+                is_resolved = labelled.targets.labels[start:stop, 0] > 0
                 num_pairs += sum(bool(is_resolved[i] and is_resolved[j]) for i in range(len(is_resolved))
                                  for j in range(i + 6, len(is_resolved)))
             assert labelled.num_targets == num_pairs
     for labelled in next(packed("numbers", lengths()).steps(0)):
-        assert labelled.num_targets == int((~labelled.labels.isnan()).sum()) > 0
+        assert labelled.num_targets == int((~labelled.targets.labels.isnan()).sum()) > 0
     for labelled in next(packed("classes", lengths()).steps(0)):
-        assert labelled.num_targets == int((labelled.examples_g != NO_EXAMPLE).sum())
+        assert labelled.num_targets == int((labelled.targets.examples_g != NO_EXAMPLE).sum())
 
 
 @pytest.mark.parametrize("kind", LABEL_KINDS)
@@ -180,7 +184,7 @@ def test_proteins_without_labels_have_the_same_rows(kind):
     for with_labels, without in zip(labelled.steps(0), bare.steps(0), strict=True):
         for ours, theirs in zip(with_labels, without, strict=True):
             assert torch.equal(ours.sequence.tokens_t, theirs.sequence.tokens_t)
-            assert torch.equal(ours.examples_g, theirs.examples_g)
+            assert torch.equal(ours.targets.examples_g, theirs.targets.examples_g)
             assert theirs.num_targets == 0
 
 
@@ -202,7 +206,7 @@ def test_a_long_protein_is_cropped_with_its_labels():
             (ids,) = [ids for batch in step for number, ids in proteins_in(batch) if number == 0]
             offset = whole.tobytes().find(ids.astype(whole.dtype).tobytes())
             assert len(ids) == size and offset >= 0
-            tables = torch.cat([batch.labels for batch in step])
+            tables = torch.cat([batch.targets.labels for batch in step])
             place = int(torch.cat([batch.sequence.tokens_t for batch in step]).eq(VOCAB.cls_id).nonzero()[
                 [number for batch in step for number, _ in proteins_in(batch)].index(0)]) + 1
             np.testing.assert_array_equal(tables[place:place + size], rows.examples[0].label[offset:offset + size])
@@ -221,19 +225,18 @@ def test_context_ranks_have_the_labels_of_their_tokens(kind):
     shares = [packed(kind, lengths(), token_multiple=4, share=share, num_shares=4) for share in range(4)]
     for step, *parts in zip(whole.steps(0), *(rows.steps(0) for rows in shares), strict=True):
         for ours, *theirs in zip(step, *parts, strict=True):
-            joined = torch.cat([batch.batch.sequence.tokens_t for batch in theirs])
-            assert torch.equal(joined, ours.batch.sequence.tokens_t)
+            joined = torch.cat([batch.sequence.tokens_t for batch in theirs])
+            assert torch.equal(joined, ours.sequence.tokens_t)
             if kind != "residues":
-                places = torch.cat([batch.labels for batch in theirs])
-                assert torch.equal(places.nan_to_num(-1), ours.labels.nan_to_num(-1))
+                places = torch.cat([batch.targets.labels for batch in theirs])
+                assert torch.equal(places.nan_to_num(-1), ours.targets.labels.nan_to_num(-1))
                 continue
-            ids = torch.cat([batch.batch.targets.ids_m for batch in theirs])
+            ids = torch.cat([batch.targets.residues.ids_m for batch in theirs])
             assert ids[ids != NO_TARGET].tolist() == [
-                label for label in ours.batch.targets.ids_m.tolist() if label != NO_TARGET]
+                label for label in ours.targets.residues.ids_m.tolist() if label != NO_TARGET]
 
 
 def test_a_batch_goes_to_a_device_whole():
     (step, *_) = packed("class", lengths()).steps(0)
     moved = step[0].to("meta")
-    assert {tensor.device.type for tensor in (*moved.batch.sequence.tensors(), moved.labels, moved.examples_g)
-            } == {"meta"}
+    assert {tensor.device.type for tensor in (*moved.sequence.tensors(), *tensors_in(moved.targets))} == {"meta"}

@@ -36,7 +36,7 @@ def made(kind, **head):
 def proteins_of(batch, examples, hidden):
     """Of each protein its label and the states of [CLS] and of its residues."""
     ends = batch.sequence.cu_seqlens.tolist()
-    for place, number in enumerate(batch.examples_g.tolist()):
+    for place, number in enumerate(batch.targets.examples_g.tolist()):
         if number != NO_EXAMPLE:
             states = hidden[ends[place]:ends[place + 1]]
             yield examples[number].label, states[0], states[1:]
@@ -74,7 +74,7 @@ def expected_loss(kind, head, label, first, states):
 @pytest.mark.parametrize("kind", LABEL_KINDS)
 def test_a_loss_is_the_sum_of_its_definition_over_proteins_with_its_gradient(kind):
     head, examples, batch, hidden = made(kind)
-    loss, _ = head(hidden, batch.sequence, batch)
+    loss, _ = head(hidden, batch.sequence, batch.targets)
     expected = sum(expected_loss(kind, head, *protein) for protein in proteins_of(batch, examples, hidden))
     torch.testing.assert_close(loss, expected)
     ours, theirs = (torch.autograd.grad(one, [hidden, *head.parameters()]) for one in (loss, expected))
@@ -103,8 +103,8 @@ def test_what_comes_without_a_batch_is_the_prediction_of_each_protein(kind):
 
 def test_dropout_is_of_training_alone():
     head, _, batch, hidden = made("class", dropout=0.5)
-    trained = head(hidden, batch.sequence, batch)[0]
-    evaluated = [head.eval()(hidden, batch.sequence, batch)[0] for _ in range(2)]
+    trained = head(hidden, batch.sequence, batch.targets)[0]
+    evaluated = [head.eval()(hidden, batch.sequence, batch.targets)[0] for _ in range(2)]
     assert torch.equal(*evaluated) and not torch.equal(trained, evaluated[0])
 
 
@@ -116,5 +116,5 @@ def test_the_tokens_around_a_protein_are_not_in_its_mean(num_ends):
     (batch, *_) = next(packed.steps(0))
     is_end_t = torch.isin(batch.sequence.tokens_t, torch.tensor([VOCAB.cls_id, VOCAB.sep_id]))
     pooled = head._pooled(torch.where(is_end_t, 100.0, 1.0)[:, None].expand(-1, 3), batch.sequence)
-    is_protein_g = batch.examples_g != NO_EXAMPLE
+    is_protein_g = batch.targets.examples_g != NO_EXAMPLE
     assert (pooled[is_protein_g] == 1).all() and (pooled[~is_protein_g] == 0).all()

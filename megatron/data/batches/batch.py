@@ -5,7 +5,7 @@ t tokens of all rows, g proteins, m chosen tokens.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,8 +58,8 @@ class Batch:
     """Rows one behind the other, and what is known of them on the host; the counts are of the whole micro-batch."""
 
     sequence: PackedSequence
-    targets: Targets
-    num_targets: int
+    targets: Any  # Targets, or what else the model's last stage takes beside hidden states, with a `map` as they have
+    num_targets: int  # what the loss is a sum over
     num_residues: int  # tokens that are neither ends of proteins nor filler
     num_tokens: int  # tokens that are no filler
     num_pairs: int  # tokens that see each other: the sum of the squares of the proteins' tokens
@@ -89,40 +89,6 @@ class Batch:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         return replace(self, sequence=self.sequence.map(function), targets=self.targets.map(function))
-
-
-class MicroBatch(Protocol):
-    """What training and evaluation take of a micro-batch, whatever its targets are."""
-
-    @property
-    def sequence(self) -> PackedSequence:
-        """The tokens."""
-
-    @property
-    def targets(self) -> Any:
-        """What the model's last stage takes beside hidden states."""
-
-    @property
-    def num_targets(self) -> int:
-        """What the whole micro-batch's loss is a sum over."""
-
-    @property
-    def num_residues(self) -> int:
-        """As in `Batch`."""
-
-    @property
-    def num_tokens(self) -> int:
-        """As in `Batch`."""
-
-    @property
-    def num_pairs(self) -> int:
-        """As in `Batch`."""
-
-    def to(self, device: torch.device | str) -> "MicroBatch":
-        """As in `Batch`."""
-
-    def without_filler(self, token_multiple: int) -> "MicroBatch":
-        """As in `Batch`."""
 
 
 def _from_arrays(arrays: Sequence[np.ndarray], max_length: int, num_filler: int, *counts: int) -> Batch:

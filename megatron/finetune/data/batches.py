@@ -23,7 +23,7 @@ from megatron.finetune.data.examples import Example
 from megatron.finetune.data.labels import LabelSpace
 from megatron.finetune.data.tasks import CLASS, CLASSES, CONTACTS, NUMBER, NUMBERS, RESIDUES
 from megatron.infer.contacts.chains import LEAST_SEPARATION
-from megatron.kernels.packed_sequence import NO_TARGET, PackedSequence
+from megatron.kernels.packed_sequence import NO_TARGET, Targets
 from megatron.log import number_of
 from megatron.parallel.randomness import dropout_seed
 
@@ -60,64 +60,27 @@ class BatchSettings:
 
 
 @dataclass(frozen=True)
-class LabelledBatch:
-    """A micro-batch with its labels, as training takes it; all shapes are the same throughout a run.
+class TaskTargets:
+    """The labels of a micro-batch, in its `targets`' place; all shapes are the same throughout a run.
 
-    `batch.targets` are the residues' classes: their places among the tokens here, and NO_TARGET where there is none. Of
-    the other kinds it has no targets, and `labels` are: number, float32 [g], 0 where there is no protein; class, int64
-    [g], NO_TARGET there; classes, float32 [g, c] of 0 and 1, 0 there; numbers, that of each token's residue, float32
-    [t], NaN for ends, filler and what does not count; contacts, the rows of `contacts`' table, int32 [t, 1 + k], 0 for
-    ends and filler: pairs are to be formed on the device. Residues have an empty one.
+    `residues` are the residues' classes: their places among the tokens here, and NO_TARGET where there is none. Of the
+    other kinds it has none, and `labels` are: number, float32 [g], 0 where there is no protein; class, int64 [g],
+    NO_TARGET there; classes, float32 [g, c] of 0 and 1, 0 there; numbers, that of each token's residue, float32 [t],
+    NaN for ends, filler and what does not count; contacts, the rows of `contacts`' table, int32 [t, 1 + k], 0 for ends
+    and filler: pairs are to be formed on the device. Residues have an empty one.
 
-    num_targets: the labels of the whole micro-batch: of residues and numbers those that count; of contacts the pairs of
-    resolved residues that are LEAST_SEPARATION or more apart; else one a protein. Where examples have no label, it is
-    0.
+    The batch's num_targets are the labels of the whole micro-batch: of residues and numbers those that count; of
+    contacts the pairs of resolved residues that are LEAST_SEPARATION or more apart; else one a protein. Where examples
+    have no label, it is 0.
     """
 
-    batch: Batch
+    residues: Targets
     labels: Tensor
     examples_g: Tensor  # int64, the number of each protein's example, NO_EXAMPLE where there is no protein
-    num_targets: int
 
-    @property
-    def sequence(self) -> PackedSequence:
-        """The tokens."""
-        return self.batch.sequence
-
-    @property
-    def targets(self) -> "LabelledBatch":
-        """What a task's head takes as targets: all of it."""
-        return self
-
-    @property
-    def num_residues(self) -> int:
-        """Tokens that are neither ends of proteins nor filler."""
-        return self.batch.num_residues
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that are no filler."""
-        return self.batch.num_tokens
-
-    @property
-    def num_pairs(self) -> int:
-        """Tokens that see each other."""
-        return self.batch.num_pairs
-
-    def without_filler(self, token_multiple: int) -> "LabelledBatch":
-        """The same, whole and on the host, with no more filler than a multiple of tokens takes; labels stay."""
-        return replace(self, batch=self.batch.without_filler(token_multiple))
-
-    def to(self, device: torch.device | str) -> "LabelledBatch":
-        """The same on a device; does not wait for copies from page-locked memory."""
-        return self._map(self.batch.to(device), lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> "LabelledBatch":
-        """The same in page-locked memory."""
-        return self._map(self.batch.pin_memory(), Tensor.pin_memory)
-
-    def _map(self, batch: Batch, function: Callable[[Tensor], Tensor]) -> "LabelledBatch":
-        return LabelledBatch(batch, function(self.labels), function(self.examples_g), self.num_targets)
+    def map(self, function: Callable[[Tensor], Tensor]) -> "TaskTargets":
+        """The same with `function` of each tensor."""
+        return TaskTargets(self.residues.map(function), function(self.labels), function(self.examples_g))
 
 
 class PackedExamples:
@@ -137,7 +100,7 @@ class PackedExamples:
                           ) if space.kind == CONTACTS else 1  # of the contacts' tables
         self._shape = self._batch_shape()
 
-    def steps(self, epoch: int, first_step: int = 0) -> Iterator[list[LabelledBatch]]:
+    def steps(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each global batch of an epoch, from its `first_step` on."""
         size = self._settings.global_batch_size
         for first in range(first_step * size, self.num_rows(epoch), size):
@@ -181,7 +144,7 @@ class PackedExamples:
             max_length=int(min(self._lengths.max(initial=1), settings.max_residues)) + settings.num_ends,
             share=settings.share, num_shares=settings.num_shares, num_ends=settings.num_ends)
 
-    def _step(self, epoch: int, first: int) -> list[LabelledBatch]:
+    def _step(self, epoch: int, first: int) -> list[Batch]:
         settings, packed = self._settings, self._packed(epoch)
         last = min(first + settings.global_batch_size, len(packed))
         stride = settings.micro_batch_size * settings.data_size
@@ -191,7 +154,7 @@ class PackedExamples:
                 for start in starts]
 
     def _num_labels(self, number: int, window: slice) -> int:
-        """What a part of an example adds to `LabelledBatch.num_targets`."""
+        """What a part of an example adds to the batch's `num_targets`."""
         label = self.examples[number].label
         if label is None:
             return 0
@@ -218,7 +181,7 @@ class PackedExamples:
             start = int(rng.integers(length - size + 1))
         return slice(start, start + size)
 
-    def _batch(self, epoch: int, rows: range) -> LabelledBatch:
+    def _batch(self, epoch: int, rows: range) -> Batch:
         parts = [self._parts(epoch, row) for row in rows]
         seed = dropout_seed(self._settings.seed, (epoch << 32) + rows.start)
         batch = collate([self._row(part) for part in parts], self._shape, seed)
@@ -226,8 +189,8 @@ class PackedExamples:
         size = len(batch.sequence.cu_seqlens) - 1 - batch.sequence.num_filler
         examples_g = np.full(size, NO_EXAMPLE)
         examples_g[:len(joined)] = [number for number, _ in joined]
-        return LabelledBatch(batch, torch.from_numpy(self._labels(joined, size)), torch.from_numpy(examples_g),
-                             sum(self._num_labels(*part) for part in joined))
+        targets = TaskTargets(batch.targets, torch.from_numpy(self._labels(joined, size)), torch.from_numpy(examples_g))
+        return replace(batch, targets=targets, num_targets=sum(self._num_labels(*part) for part in joined))
 
     def _row(self, parts: Sequence[tuple[int, slice]]) -> Row:
         """The tokens of a row and, where residues have labels, its targets."""
@@ -244,7 +207,7 @@ class PackedExamples:
         return Row(tokens_t, lengths, positions_m, labels_t[positions_m])
 
     def _labels(self, parts: Sequence[tuple[int, slice]], num_proteins: int) -> np.ndarray:
-        """`LabelledBatch.labels` of proteins one behind the other."""
+        """`TaskTargets.labels` of proteins one behind the other."""
         kind, found = self._space.kind, [self.examples[number].label for number, _ in parts]
         is_labelled = all(label is not None for label in found)
         if kind in (NUMBERS, CONTACTS) and is_labelled:

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron.finetune.data.batches import NO_EXAMPLE, BatchSettings, LabelledBatch, PackedExamples
+from megatron.data.batches.batch import Batch
+from megatron.finetune.data.batches import NO_EXAMPLE, BatchSettings, PackedExamples
 from megatron.finetune.data.examples import Example
 from megatron.finetune.data.labels import LabelSpace
 from megatron.finetune.data.tasks import CLASS, CLASSES, CONTACTS, NUMBER, RESIDUES
@@ -61,7 +62,7 @@ def measured(space: LabelSpace, examples: Sequence[Example], predicted: Sequence
 class _Predicting(ForwardPasses):
     """Forward passes whose predictions come to the host on one of the ranks that have them."""
 
-    def __init__(self, engine: Engine, batches: Sequence[LabelledBatch], head: HeadSpec, found: dict[int, Any],
+    def __init__(self, engine: Engine, batches: Sequence[Batch], head: HeadSpec, found: dict[int, Any],
                  of_contacts: Callable[[np.ndarray], Any]) -> None:
         super().__init__(engine, batches)
         self._head, self._found, self._of_contacts = head, found, of_contacts
@@ -69,13 +70,13 @@ class _Predicting(ForwardPasses):
     def _run(self, action: Action, hidden_uh: Tensor | None) -> Any:
         return self._engine.model.forward(action.stage, self._batch(action).sequence, None, hidden_uh)
 
-    def take(self, batch: LabelledBatch, output: Tensor) -> None:
+    def take(self, batch: Batch, output: Tensor) -> None:
         """Keep those of each protein by its example's number."""
         if self._mesh.tensor.rank or self._mesh.context.rank:
             return
         kind, ends = self._head.kind, batch.sequence.cu_seqlens.tolist()
         values: Any = output.float() if kind == CONTACTS else output.float().cpu().numpy()
-        for place, number in enumerate(batch.examples_g.tolist()):
+        for place, number in enumerate(batch.targets.examples_g.tolist()):
             if number == NO_EXAMPLE:
                 continue
             if kind in (NUMBER, CLASS, CLASSES):
