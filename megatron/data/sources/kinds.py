@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from tempfile import NamedTemporaryFile
 from typing import Any
 
-from megatron.data.sources import names, tar, values
+from megatron.data.sources import tar, values
 from megatron.data.sources.binary.arrow import ARROW_FILE_MAGIC, ARROW_STREAM_MAGIC, arrow_blocks
 from megatron.data.sources.binary.columns import parse_columns
 from megatron.data.sources.binary.parquet import PARQUET_MAGIC, parquet_blocks
@@ -26,31 +26,32 @@ _FASTA_WITH_LF = re.compile(rb"\s*[>;#][^\r\n]*\r?\n")  # in whose headers a CR 
 
 @dataclass(frozen=True)
 class RecordFormat:
-    """What is in blocks of one kind: their texts, whole records and, where there are any, names with their places.
+    """What is in blocks of one kind: their texts, and whole records with their places, or what is wrong with these.
 
-    place: of a byte in a record's text, where that is not just the record and the byte. has_keys: are texts told apart
-    by a key or a column?
+    names: with their places, where they stand under no key of the records, or as other bytes there. place: of a byte in
+    a record's text, where that is not just the record and the byte. has_keys: are texts told apart by a key or a
+    column?
     """
 
     texts: Callable[[RecordBlock, str], Texts]
-    values: Callable[[RecordBlock], Iterator[tuple[str, dict[str, Any]]]]
+    records: Callable[[RecordBlock], values.Records]
     names: Callable[[RecordBlock, str], Iterable[tuple[str, bytes]]] | None = None
     place: Callable[[RecordBlock, int, int], str] | None = None
     has_keys: bool = True
 
 
 FORMATS = {
-    "json": RecordFormat(records.parse_json, values.values_in_json, names.names_in_json, records.place_in_json),
-    "json array": RecordFormat(json_array.parse_json_array, values.values_in_json_array, names.names_in_json_array),
-    "fasta": RecordFormat(records.parse_fasta, values.values_in_fasta, names.names_in_fasta, records.place_in_fasta,
+    "json": RecordFormat(records.parse_json, records.json_records, None, records.place_in_json),
+    "json array": RecordFormat(json_array.parse_json_array, values.records_in_json_array),
+    "fasta": RecordFormat(records.parse_fasta, values.records_in_fasta, values.names_in_fasta, records.place_in_fasta,
                           has_keys=False),
-    "strings": RecordFormat(records.parse_strings, values.values_in_strings, None, records.place_in_strings,
+    "strings": RecordFormat(records.parse_strings, values.records_in_strings, None, records.place_in_strings,
                             has_keys=False),
-    "csv": RecordFormat(delimited.parse_delimited, delimited.values_in_delimited, delimited.names_in_delimited,
+    "csv": RecordFormat(delimited.parse_delimited, delimited.records_in_delimited, delimited.names_in_delimited,
                         delimited.place_in_delimited),
-    "lmdb": RecordFormat(parse_lmdb, values.values_in_lmdb, names.names_in_lmdb),
-    "parquet": RecordFormat(parse_columns, values.values_in_columns, names.names_in_columns),
-    "arrow": RecordFormat(parse_columns, values.values_in_columns, names.names_in_columns),
+    "lmdb": RecordFormat(parse_lmdb, values.records_in_lmdb),
+    "parquet": RecordFormat(parse_columns, values.records_in_columns),
+    "arrow": RecordFormat(parse_columns, values.records_in_columns),
 }
 
 
@@ -99,10 +100,11 @@ def _kind_of(contents: Contents) -> Kind:
 
 
 def _check_format(block: RecordBlock, wanted: Wanted) -> None:
-    if len(wanted.keys) > 1 and not FORMATS[block.kind].has_keys:
+    form = FORMATS[block.kind]
+    if len(wanted.keys) > 1 and not form.has_keys:
         raise DataError(f"{block.source}: is {block.kind} with one text a record, but --json-keys names "
                         f"{len(wanted.keys)}")
-    if wanted.name_key and FORMATS[block.kind].names is None:
+    if wanted.name_key and not form.has_keys and form.names is None:
         raise DataError(f"{block.source}: is {block.kind}, one protein a line without a name; --names needs FASTA, "
                         "JSON, CSV, LMDB, Parquet or Arrow")
 

@@ -7,10 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from megatron.data.sources.block import BadRecord, RecordBlock, Texts, Wanted
+import numpy as np
+
+from megatron.data.sources.block import BadRecord, RecordBlock, Texts, Wanted, type_name
 from megatron.data.sources.folders import files_of
 from megatron.data.sources.kinds import FORMATS, blocks_of
 from megatron.data.sources.streams import InputStream
+from megatron.data.sources.values import SEQUENCE_KEY
 from megatron.errors import DataError
 
 
@@ -82,21 +85,40 @@ def records_of(block: RecordBlock) -> Iterator[tuple[str, dict[str, Any]]]:
     Values are as the file has them: of CSV and TSV text, of LMDB also arrays. FASTA has `id` and `sequence`, one
     protein a line `sequence`. Raises DataError for the first bad record.
     """
-    return FORMATS[block.kind].values(block)
+    if not FORMATS[block.kind].has_keys:
+        texts_of(block, SEQUENCE_KEY)  # raises for what is none of that kind
+    for place, record in FORMATS[block.kind].records(block):
+        if isinstance(record, BadRecord):
+            raise DataError(f"{block.source}: {place}: {record.message}")
+        if not isinstance(record, dict):
+            raise DataError(f"{block.source}: {place}: {type_name(record)} where a JSON object belongs")
+        yield place, record
 
 
 def names_of(block: RecordBlock, key: str) -> Texts:
-    """The name of each of a block's records, its first word under `key`; a record without one is bad."""
+    """The name of each of a block's records, its first word under `key`; a record without one is bad.
+
+    Bytes are taken as they are, so a name may hold anything but white space.
+    """
     finding = "a header without a name" if block.kind == "fasta" else f"no name under {key!r}; --name-key names the key"
-    find = FORMATS[block.kind].names
-    assert find is not None
-    parsed = Texts([])
-    for index, (place, text) in enumerate(find(block, key)):
+    form, parsed = FORMATS[block.kind], Texts([])
+    found = form.names(block, key) if form.names else (
+        (place, _under_key(record, key)) for place, record in form.records(block))
+    for index, (place, text) in enumerate(found):
         name = b"".join(text.split(None, 1)[:1])
         if not name:
             parsed.bad[index] = BadRecord("no name", f"{block.source}: {place}: {finding}")
         parsed.texts.append(name)
     return parsed
+
+
+def _under_key(record: Any, key: str) -> bytes:
+    value = record.get(key) if isinstance(record, dict) else None
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        value = str(value)
+    if isinstance(value, str):
+        value = value.encode(errors="surrogatepass")
+    return value if isinstance(value, bytes) else b""
 
 
 def place_of(block: RecordBlock, index: int, offset: int) -> str:

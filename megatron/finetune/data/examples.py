@@ -10,8 +10,8 @@ import numpy as np
 
 from megatron.data.corpus.tokenizer import ResidueTokenizer
 from megatron.data.sources.block import type_name
-from megatron.data.sources.names import DEFAULT_NAME_KEY
 from megatron.data.sources.source import Source, records_of
+from megatron.data.sources.values import DEFAULT_NAME_KEY
 from megatron.errors import DataError
 from megatron.finetune.data.labels import LabelSpace, label_space
 from megatron.finetune.data.record import ProteinRecord

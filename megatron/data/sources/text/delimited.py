@@ -67,15 +67,14 @@ def names_in_delimited(block: RecordBlock, key: str) -> Iterable[tuple[str, byte
             yield f"line {number}", b"" if isinstance(row, BadRecord) else row[column]
 
 
-def values_in_delimited(block: RecordBlock) -> Iterator[tuple[str, dict[str, str]]]:
-    """The line and the fields of each row, by column; raises DataError for a bad one."""
+def records_in_delimited(block: RecordBlock) -> Iterator[tuple[str, dict[str, str] | BadRecord]]:
+    """The place and the fields of each row, by column; raises DataError where two columns have one name."""
     check_distinct(block.source, block.records.header)
     for number, row in enumerate(_rows(block), start=block.first):
-        if isinstance(row, BadRecord):
-            raise DataError(f"{block.source}: line {number}: {row.message}")
         if row is not None:
-            fields = (field.decode(errors="replace").strip() for field in row)
-            yield f"line {number}", dict(zip(block.records.header, fields, strict=True))
+            yield f"line {number}", row if isinstance(row, BadRecord) else {
+                name: field.decode(errors="replace").strip()
+                for name, field in zip(block.records.header, row, strict=True)}
 
 
 def place_in_delimited(block: RecordBlock, index: int, offset: int) -> str:

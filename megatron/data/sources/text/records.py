@@ -62,15 +62,15 @@ def skip_blank_lines(contents: Contents) -> None:
             return
 
 
-def json_records(block: RecordBlock) -> Iterator[tuple[int, Any]]:
-    """The line and the value of each line that is not blank; a BadRecord for one that is no JSON."""
+def json_records(block: RecordBlock) -> Iterator[tuple[str, Any]]:
+    """The place and the value of each line that is not blank; a BadRecord for one that is no JSON."""
     loads = json_loads()
     for number, line in enumerate(block.records.split(b"\n"), start=block.first):
         if line.strip():
             try:
-                yield number, loads(line)
+                yield f"line {number}", loads(line)
             except (ValueError, RecursionError):
-                yield number, _odd_json(line)
+                yield f"line {number}", _odd_json(line)
 
 
 def fasta_records(block: RecordBlock) -> Iterator[tuple[int, bytes, bytes]]:
