@@ -11,7 +11,7 @@ from megatron.checkpoint.saving import parts_of
 from megatron.checkpoint.stored import Checkpoint
 from megatron.config import Config
 from megatron.data.batches.batch import BatchShape, batch_shape
-from megatron.data.batches.order import SampleOrder, Windows
+from megatron.data.batches.order import Windows
 from megatron.data.corpus.split import shares_of
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.blend import BlendedDataset
@@ -66,12 +66,7 @@ class Run:
         mesh = self.mesh
         return batch_shape(self.data, self.config.training.micro_batch_size,
                            stream_of(self.config, mesh).token_multiple, mesh.context.rank, mesh.context.size,
-                           self.order.sample(self.state.consumed_samples))
-
-    @property
-    def order(self) -> SampleOrder:
-        """Which samples are trained on."""
-        return SampleOrder(self.state.left_out)
+                           self.state.sample_at(self.state.consumed_samples))
 
     def parts(self) -> dict[str, Part]:
         """This rank's part of the tensors of a checkpoint, as of now."""

@@ -100,7 +100,7 @@ class Training:
         loader = batches(run.data.train, run.shape, start_sample=run.state.consumed_samples, stop_sample=None,
                          micro_batch_size=config.training.micro_batch_size, data_rank=mesh.data.rank,
                          data_size=mesh.data.size, num_workers=config.data.num_workers, pin=mesh.device.type == "cuda",
-                         seed=config.training.seed, order=run.order)
+                         seed=config.training.seed, left_out=run.state.left_out)
         bar = run.log.progress(self._last_iteration, run.state.iteration, unit="step", label="training",
                                has_own_lines=True)
         profiler = StepProfiler(config.logging, config.checkpoint.save, mesh, run.log)
@@ -155,7 +155,7 @@ class Training:
         wishes = self._requests.wants_stop(), self._is_time_to_save()
         self._guard.note(rows)
         run.mesh.progress.step = state.iteration + 1
-        factor = self._faults.factor(state.iteration + 1, run.order.sample(state.consumed_samples))
+        factor = self._faults.factor(state.iteration + 1, run.state.sample_at(state.consumed_samples))
         self._wishes = self._step(micro_batches, learning_rate, wishes, factor)
         num_stopping, num_saving = (self._wishes if run.mesh.world.size == 1 else agreed_before).read()
         state.iteration += 1

@@ -66,7 +66,7 @@ def _left_out(run: Run, found: RewindError) -> tuple[tuple[tuple[int, int], ...]
     if state.num_rewinds >= most:
         raise DivergedError(f"{steps} went wrong twice{where}; the run has left out rows {most} times, as often as "
                             f"--most-spikes allows; {HELP}")
-    first, last = run.order.sample(window.rows.start), run.order.sample(window.rows.stop - 1)
+    first, last = run.state.sample_at(window.rows.start), run.state.sample_at(window.rows.stop - 1)
     run.log.line(f"{steps} went wrong twice, so it is the data, or the course{where}; going back to the last "
                  f"checkpoint and leaving them out, {state.num_rewinds + 1} of {most} times")
     return (*state.left_out, (first, last + 1)), state.num_rewinds + 1

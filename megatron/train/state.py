@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.config import TrainingConfig
-from megatron.data.batches.order import SampleOrder, Windows, merged
+from megatron.data.batches.order import Windows, merged, sample_at
 from megatron.errors import ConfigError
 
 
@@ -32,9 +32,13 @@ class TrainState:
         windows = tuple((first, stop) for first, stop in guards.get("left_out", ()))
         return cls(**progress, left_out=windows, num_rewinds=guards.get("num_rewinds", 0))
 
+    def sample_at(self, position: int) -> int:
+        """The sample at a position among those that are trained on."""
+        return sample_at(position, self.left_out)
+
     def leave_out(self, windows: Iterable[tuple[int, int]]) -> None:
         """Leave these samples out, too; raises ConfigError for such as the run has behind it."""
-        position = SampleOrder(self.left_out).sample(self.consumed_samples)
+        position = self.sample_at(self.consumed_samples)
         new = [window for window in windows if merged([*self.left_out, window]) != self.left_out]
         for first, stop in new:
             if first < position:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Sampler, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
 from megatron.data.batches.batch import Batch, BatchShape, collate
-from megatron.data.batches.order import SampleOrder
+from megatron.data.batches.order import Windows, sample_at
 from megatron.data.rows.dataset import Dataset
 from megatron.errors import ConfigError, DataError
 from megatron.parallel.randomness import dropout_seed
@@ -24,17 +24,16 @@ BATCHES_AHEAD = 4  # of each worker
 
 def batches(dataset: Dataset, shape: BatchShape, *, start_sample: int, micro_batch_size: int, data_rank: int,
             data_size: int, num_workers: int, pin: bool, stop_sample: int | None = None,
-            seed: int = 0, order: SampleOrder | None = None) -> "BatchIterator":
+            seed: int = 0, left_out: Windows = ()) -> "BatchIterator":
     """One rank's micro-batches from `start_sample` on, without end, or up to `stop_sample`; close it after use.
 
     With `stop_sample` every rank gets equally many micro-batches; the last ones may hold fewer rows, or none. `seed`:
-    the run's, from which that of each micro-batch's dropout comes. `order`: which samples there are, where some of the
-    dataset's are left out; the numbers given are positions in it.
+    the run's, from which that of each micro-batch's dropout comes. `left_out`: of the dataset's samples; the numbers
+    given are positions among the others.
     """
-    order = order or SampleOrder()
     samples = MicroBatchSamples(start_sample, stop_sample, micro_batch_size, data_rank, data_size)
-    dataset[order.sample(start_sample)]  # finds mistakes in the data, and builds the row index once for all workers
-    return BatchIterator(_Batches(dataset, shape, seed, order), samples, num_workers, pin)
+    dataset[sample_at(start_sample, left_out)]  # finds mistakes in the data, and builds the row index for all workers
+    return BatchIterator(_Batches(dataset, shape, seed, left_out), samples, num_workers, pin)
 
 
 class MicroBatchSamples(Sampler):
@@ -99,12 +98,12 @@ class _Batches(TorchDataset):
     Mistakes in the data are items too: raised in a worker, they would reach the user inside a traceback.
     """
 
-    def __init__(self, dataset: Dataset, shape: BatchShape, seed: int, order: SampleOrder) -> None:
-        self.dataset, self._shape, self._seed, self._order = dataset, shape, seed, order
+    def __init__(self, dataset: Dataset, shape: BatchShape, seed: int, left_out: Windows) -> None:
+        self.dataset, self._shape, self._seed, self._left_out = dataset, shape, seed, left_out
 
     def __getitem__(self, samples: range) -> Batch | ValueError:
         try:
-            return collate([self.dataset[self._order.sample(sample)] for sample in samples], self._shape,
+            return collate([self.dataset[sample_at(sample, self._left_out)] for sample in samples], self._shape,
                            dropout_seed(self._seed, samples.start))
         except (ConfigError, DataError) as error:
             return error

@@ -5,19 +5,13 @@ from collections.abc import Iterable
 Windows = tuple[tuple[int, int], ...]  # the first sample of each and the one behind it, ascending, apart
 
 
-class SampleOrder:
-    """Samples by their position among those that are not left out."""
-
-    def __init__(self, left_out: Windows = ()) -> None:
-        self._left_out = left_out
-
-    def sample(self, position: int) -> int:
-        """The sample at a position, both from 0."""
-        for first, stop in self._left_out:
-            if position < first:
-                break
-            position += stop - first
-        return position
+def sample_at(position: int, left_out: Windows) -> int:
+    """The sample at a position among those that are not left out, both from 0."""
+    for first, stop in left_out:
+        if position < first:
+            break
+        position += stop - first
+    return position
 
 
 def merged(windows: Iterable[tuple[int, int]]) -> Windows:

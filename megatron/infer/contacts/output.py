@@ -26,8 +26,8 @@ def output(path: Path, threshold: float | None, score: str) -> Iterator[Write]:
     PATH/NAME.tsv those of `best_pairs`, `score` being what they are called at the head.
     """
     if path.suffix:
-        with writer(path, Asked(("contacts",), ())) as file:
-            yield lambda name, scores_rr: file.add(name, len(scores_rr), {"contacts": scores_rr})
+        with writer(path, Asked(("contacts",), ())) as write_answer:
+            yield lambda name, scores_rr: write_answer(name, len(scores_rr), {"contacts": scores_rr})
         return
     path.mkdir(parents=True, exist_ok=True)
 

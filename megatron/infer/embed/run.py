@@ -147,9 +147,9 @@ def _assemble(work: Work, files: ProteinFiles, surveyed: Survey, parts: Parts, l
     """One file of all parts; raises OutputError where the disk has no room for it."""
     _check_room(work.output, surveyed, parts.folder)
     bar = log.progress(total=len(surveyed.distinct_p), done=0, unit="protein", label="writing")
-    with writer(work.output, work.asked) as writes:
+    with writer(work.output, work.asked) as write:
         for protein, distinct in zip(files, surveyed.distinct_p.tolist(), strict=True):
-            writes.add(protein.name, len(protein), parts.read(distinct))
+            write(protein.name, len(protein), parts.read(distinct))
             bar.update(1)
     bar.close()
 

@@ -6,11 +6,10 @@ mean.6 (layer 6), contacts.
 
 import io
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,14 +20,8 @@ from megatron.infer.answers import OF_LAYERS, Answer, Asked
 from megatron.infer.proteins import file_name
 
 PARQUET_ROWS, PARQUET_BYTES = 1024, 2**28  # of a group, which memory holds
+WriteAnswer = Callable[[str, int, Answer], None]  # of one protein after the other: its name, its residues, the answer
 _LIBRARIES = {".h5": "h5py", ".hdf5": "h5py", ".parquet": "pyarrow"}
-
-
-class Writer(Protocol):
-    """Takes what is said of one protein after the other."""
-
-    def add(self, name: str, length: int, answer: Answer) -> None:
-        """`length`: its residues."""
 
 
 def check_form(path: Path, in_folder: str = "fair-esm's .pt files") -> None:
@@ -44,7 +37,7 @@ def check_form(path: Path, in_folder: str = "fair-esm's .pt files") -> None:
         raise ConfigError(f"{path} needs {library}: pip install {library}; or write .npz, or a folder")
 
 
-def writer(path: Path, asked: Asked) -> AbstractContextManager[Writer]:
+def writer(path: Path, asked: Asked) -> AbstractContextManager[WriteAnswer]:
     """The context in which `path`, whose ending tells its form, is written; it appears when that ends well."""
     return FORMS[path.suffix](path, asked)
 
@@ -58,39 +51,40 @@ def named(answer: Answer, asked: Asked) -> Iterator[tuple[str, np.ndarray]]:
             yield name, answer[name]
 
 
+def _with_keys(name: str, answer: Answer, asked: Asked) -> Iterator[tuple[str, np.ndarray]]:
+    """Each array with its key in one file of all proteins."""
+    arrays = list(named(answer, asked))
+    for what, values in arrays:
+        yield file_name(name) if len(arrays) == 1 else f"{what}/{file_name(name)}", values
+
+
 @contextmanager
-def _hdf5(path: Path, asked: Asked) -> Iterator[Writer]:
+def _hdf5(path: Path, asked: Asked) -> Iterator[WriteAnswer]:
     """A data set a protein with the attribute original_id, as ProtTrans and biotrainer have it."""
     import h5py
 
-    class Hdf5:
-        def add(self, name: str, length: int, answer: Answer) -> None:
-            arrays = list(named(answer, asked))
-            for what, values in arrays:
-                key = file_name(name) if len(arrays) == 1 else f"{what}/{file_name(name)}"
-                file.create_dataset(key, data=values).attrs["original_id"] = name
+    def write(name: str, length: int, answer: Answer) -> None:
+        for key, values in _with_keys(name, answer, asked):
+            file.create_dataset(key, data=values).attrs["original_id"] = name
 
     with replacing(path) as temporary, h5py.File(temporary, "w", track_order=True) as file:
-        yield Hdf5()
+        yield write
 
 
 @contextmanager
-def _npz(path: Path, asked: Asked) -> Iterator[Writer]:
+def _npz(path: Path, asked: Asked) -> Iterator[WriteAnswer]:
     """What `numpy.load` reads: an array a protein."""
-    class Npz:
-        def add(self, name: str, length: int, answer: Answer) -> None:
-            arrays = list(named(answer, asked))
-            for what, values in arrays:
-                key = file_name(name) if len(arrays) == 1 else f"{what}/{file_name(name)}"
-                with archive.open(f"{key}.npy", "w", force_zip64=True) as file:
-                    np.lib.format.write_array(file, np.ascontiguousarray(values), allow_pickle=False)
+    def write(name: str, length: int, answer: Answer) -> None:
+        for key, values in _with_keys(name, answer, asked):
+            with archive.open(f"{key}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, np.ascontiguousarray(values), allow_pickle=False)
 
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-        yield Npz()
+        yield write
 
 
 @contextmanager
-def _parquet(path: Path, asked: Asked) -> Iterator[Writer]:
+def _parquet(path: Path, asked: Asked) -> Iterator[WriteAnswer]:
     """A row a protein: id, length, and of each thing its numbers in a list, those of residues row by row."""
     import pyarrow as pa
     from pyarrow import parquet
@@ -123,31 +117,28 @@ def _parquet(path: Path, asked: Asked) -> Iterator[Writer]:
     with replacing(path) as temporary:
         made = Parquet()
         try:
-            yield made
+            yield made.add
         finally:
             made.close()
 
 
 @contextmanager
-def _folder(path: Path, asked: Asked) -> Iterator[Writer]:
+def _folder(path: Path, asked: Asked) -> Iterator[WriteAnswer]:
     """A file a protein, as fair-esm's extract.py writes it; logits beside, which it has not."""
     keys = {"per_tok": "representations", "mean": "mean_representations", "cls": "bos_representations"}
 
-    class Folder:
-        def add(self, name: str, length: int, answer: Answer) -> None:
-            content: dict[str, object] = {"label": name}
-            for what in asked.include:
-                values = torch.from_numpy(np.array(answer[what]))
-                content[keys.get(what, what)] = dict(zip(asked.layers, (each.clone() for each in values), strict=True)
-                                                     ) if what in OF_LAYERS else values
-            buffer = io.BytesIO()  # torch's own writer does not say why a disk refuses
-            torch.save(content, buffer)
-            (folder / f"{file_name(name)}.pt").write_bytes(buffer.getbuffer())
+    def write(name: str, length: int, answer: Answer) -> None:
+        content: dict[str, object] = {"label": name}
+        for what in asked.include:
+            values = torch.from_numpy(np.array(answer[what]))
+            content[keys.get(what, what)] = dict(zip(asked.layers, (each.clone() for each in values), strict=True)
+                                                 ) if what in OF_LAYERS else values
+        buffer = io.BytesIO()  # torch's own writer does not say why a disk refuses
+        torch.save(content, buffer)
+        (folder / f"{file_name(name)}.pt").write_bytes(buffer.getbuffer())
 
     with new_folder(path) as folder:
-        yield Folder()
+        yield write
 
 
 FORMS = {".h5": _hdf5, ".hdf5": _hdf5, ".npz": _npz, ".parquet": _parquet, "": _folder}
-
-

@@ -15,7 +15,7 @@ def write_suspects(run: Run, step: int, rows: range) -> str:
 
     `rows`: positions among the rows that the run trains on. A disk that refuses the file stops nothing.
     """
-    samples = [run.order.sample(position) for position in rows]
+    samples = [run.state.sample_at(position) for position in rows]
     said = f"; its rows are {samples[0]} to {samples[-1]}"
     if run.config.checkpoint.save is None:
         return said
