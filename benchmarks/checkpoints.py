@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
     config, _ = parse(["--preset", "proteinlm-200m", *flags])
     with joined(config.parallel, launched()) as mesh:
         log = Log(is_speaker=mesh.world.rank == 0)
-        engine = build_engine(config, mesh, Vocab.from_file().padded_size(config.model.make_vocab_size_divisible_by))
+        engine = build_engine(config, mesh, Vocab.from_file().padded_size(config.model))
         give_moments(engine)
         parts = parts_of(engine.model.parameters, engine.optimizer.state())
         held = sum(part.tensor.numel() * part.tensor.element_size() for part in parts.values())

@@ -69,7 +69,7 @@ def imagined(num_layers: int) -> Checkpoint:
     """A checkpoint in fp16 with masters, of numbers that are made when they are asked for."""
     config, _ = parse(["--preset", "proteinlm-3b", "--num-layers", str(num_layers)])
     with torch.device("meta"):
-        model = ProteinModel(config.model, config.precision, Vocab.from_file().padded_size(128))
+        model = ProteinModel(config.model, config.precision, Vocab.from_file().padded_size(config.model))
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     moments = {f"{kind}/{name}": _numbers(shape)
                for kind in ("exp_avg", "exp_avg_sq") for name, shape in shapes.items()}

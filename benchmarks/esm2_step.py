@@ -61,7 +61,7 @@ def our_step(flags: list[str]) -> Callable[[], float]:
     """A step on all proteins on one line of tokens, as the program takes it; its loss."""
     config, _ = parse(flags)
     mesh = Mesh(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    engine = build_engine(config, mesh, VOCAB.padded_size(128), mask_id=VOCAB.mask_id)
+    engine = build_engine(config, mesh, VOCAB.padded_size(config.model), mask_id=VOCAB.mask_id)
     meters = Meters(mesh.world, mesh.device)
     step, batch = TrainStep(engine, meters), _packed(proteins())
 

@@ -64,7 +64,7 @@ def config_of(model: ModelConfig, parallel: ParallelConfig = ParallelConfig(), *
 
 def checkpoint_of(model: ModelConfig, seed: int = 1) -> Checkpoint:
     """A checkpoint in memory of a model with its first weights."""
-    whole = ProteinModel(model, PrecisionConfig(), VOCAB.padded_size(model.make_vocab_size_divisible_by),
+    whole = ProteinModel(model, PrecisionConfig(), VOCAB.padded_size(model),
                          mask_id=VOCAB.mask_id)
     initialise(dict(whole.named_parameters()), seed)
     tensors = {name: stored(parameter) for name, parameter in whole.named_parameters()}

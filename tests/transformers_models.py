@@ -51,7 +51,7 @@ def trained_here(config: ModelConfig, vocab_file: str, ends: str) -> Checkpoint:
     """A checkpoint of a model of ours with random weights; the rows that fill its vocabulary up are never predicted."""
     vocab = Vocab.from_file(vocab_file)
     torch.manual_seed(0)
-    model = ProteinModel(config, PrecisionConfig(), vocab.padded_size(config.make_vocab_size_divisible_by),
+    model = ProteinModel(config, PrecisionConfig(), vocab.padded_size(config),
                          mask_id=vocab.mask_id)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from megatron.config import Config
 from megatron.config.data import VOCABULARIES
-from megatron.config.declaration import flag_name
+from megatron.config.declaration import flag_name, with_tuples
 from megatron.config.presets import PRESETS
 from megatron.config.reading.checks import check_section, filled, plain
 from megatron.config.reading.files import read_file
@@ -178,8 +178,7 @@ def read(argv: Sequence[str]) -> Given:
         _refuse(unknown[0], parser)
     if sum(_name(word) == "--config" for word in argv) > 1:
         raise ConfigError("--config is given twice; put the values into one file")
-    values = dict[str, Any]((name, tuple(value) if isinstance(value, list) else value)
-                            for name, value in vars(found).items())
+    values = with_tuples(vars(found))
     file = values.pop("config", None)
     of_file = read_file(Path(file), PRESETS) if file is not None else {}
     always_so = tuple(flag for flag in ALWAYS_SO if values.pop(flag, False) | of_file.pop(flag, False))

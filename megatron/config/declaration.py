@@ -1,6 +1,6 @@
 """How a flag is born: as one field of a frozen dataclass, with its default, help text and check."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, field
 from typing import Any, Literal
 
@@ -49,6 +49,11 @@ def can_be_off(item: Field) -> bool:
 def shown(value: Any) -> str:
     """A flag's value as on the command line."""
     return " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+
+
+def with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by their fields' names as dataclasses hold them: lists, of a command line or JSON, as tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def in_words(item: Field, value: Any) -> str:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from megatron.config import Config, OptimizerConfig
 from megatron.config.command_line import OneLineParser, add_section_flags, check_section, left_open, parse
-from megatron.config.declaration import flag, fraction, not_negative, positive
+from megatron.config.declaration import flag, fraction, not_negative, positive, with_tuples
 from megatron.config.lora import LoraConfig
 from megatron.errors import ConfigError
 from megatron.finetune.data.tasks import LABEL_KEYS, LABEL_KINDS, SEQUENCE_KEYS, TASK_NAMES, Task, split_files, task_of
@@ -164,8 +164,7 @@ def parse_flags(argv: Sequence[str], description: str) -> Flags:
         add_section_flags(parser, kind)
     for name, names in _TAKEN.items():
         add_section_flags(parser, type(getattr(Config(), name)), names, _TEXTS)
-    given = dict[str, Any]((name, tuple(value) if isinstance(value, list) else value)
-                           for name, value in vars(parser.parse_args(argv)).items())
+    given = with_tuples(vars(parser.parse_args(argv)))
     task_name, task, finetune = given.pop("task"), _taken(TaskConfig, given), _taken(FinetuneConfig, given)
     lora = _taken(LoraConfig, given)
     for section in (task, finetune, lora):

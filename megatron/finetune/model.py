@@ -14,6 +14,7 @@ from megatron.checkpoint.loading import load_model
 from megatron.checkpoint.lora.merging import STATE, merged
 from megatron.checkpoint.stored import Checkpoint
 from megatron.config import Config, ModelConfig, PrecisionConfig
+from megatron.config.declaration import with_tuples
 from megatron.config.lora import LoraConfig
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import CheckpointError
@@ -55,9 +56,9 @@ class Described:
         path = folder / TASK_FILE
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
-            lora = LoraConfig(**_with_tuples(fields["lora"])) if "lora" in fields else None
-            return cls(Task(**_with_tuples(fields["task"])), LabelSpace.from_json(fields["space"]),
-                       HeadSpec(**_with_tuples(fields["head"])), lora)
+            lora = LoraConfig(**with_tuples(fields["lora"])) if "lora" in fields else None
+            return cls(Task(**with_tuples(fields["task"])), LabelSpace(**with_tuples(fields["space"])),
+                       HeadSpec(**with_tuples(fields["head"])), lora)
         except FileNotFoundError:
             raise CheckpointError(f"{folder} holds no fine-tuned model ({TASK_FILE} is not there); give what --save of "
                                   "tools/finetune.py named, with several seeds a folder in it") from None
@@ -90,7 +91,7 @@ class Described:
 
     def _engine(self, config: Config, mesh: Mesh, vocab: Vocab, fill: Callable[[Mapping[str, nn.Parameter]], None],
                 is_frozen: Callable[[str], bool]) -> Engine:
-        return build_engine(config, mesh, _num_ids(config, vocab), fill, is_frozen, vocab.mask_id, self._stage)
+        return build_engine(config, mesh, vocab.padded_size(config.model), fill, is_frozen, vocab.mask_id, self._stage)
 
     def _stage(self, config: ModelConfig, precision: PrecisionConfig, num_ids: int, stream: Stream = ONE_RANK_STREAM,
                stage: Stage | None = None, ends: Axis = ONE_RANK_AXIS, mask_id: int | None = None) -> ProteinModel:
@@ -106,13 +107,5 @@ class Described:
     def _names(self, config: Config, vocab: Vocab) -> set[str]:
         """Those of the whole model's parameters."""
         with torch.device("meta"):
-            whole = self._stage(config.model, config.precision, _num_ids(config, vocab), mask_id=vocab.mask_id)
+            whole = self._stage(config.model, config.precision, vocab.padded_size(config.model), mask_id=vocab.mask_id)
         return {name for name, _ in whole.named_parameters()}
-
-
-def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-
-
-def _num_ids(config: Config, vocab: Vocab) -> int:
-    return vocab.padded_size(config.model.make_vocab_size_divisible_by)

@@ -115,8 +115,7 @@ def _job(flags: Flags, mesh: Mesh, log: Log, requests: StopRequests) -> Job:
         raise CheckpointError(f"--load {flags.others['load']} holds no checkpoint; give the folder of a run")
     config = config_of(checkpoint, "fp32")
     vocab = vocab_of(checkpoint, config)
-    num_ids = vocab.padded_size(config.model.make_vocab_size_divisible_by)
-    checkpoint = with_padding_of(checkpoint, vocab, num_ids, log)
+    checkpoint = with_padding_of(checkpoint, vocab, vocab.padded_size(config.model), log)
     task, files = task_and_files(flags.task_name, flags.task)
     data = load_task(task, files, ResidueTokenizer(vocab))
     for part, examples in data.parts.items():

@@ -157,11 +157,9 @@ class FineTuning:
         """Write the model, what it predicts, and last the report."""
         config = replace(self._config.checkpoint, save=str(self._folder))
         saver = Saver(config, self._mesh, self._job.claim, self._log, loaded=0)
-        values = {name: list(value) if isinstance(value, tuple) else value
-                  for name, value in self._config.as_dict().items()}
-        values["vocab_file"] = self._config.data.absolute_vocab_file
+        flags = self._config.as_dict() | {"vocab_file": self._config.data.absolute_vocab_file}
         saver.save(self._kept, parts_of(self._engine.model.parameters, {}), {
-            "iteration": self._kept, "config": values, "vocabulary": self._job.vocab.identity,
+            "iteration": self._kept, "config": flags, "vocabulary": self._job.vocab.identity,
             "progress": {"iteration": self._kept, "consumed_samples": self._kept * self._rows},
             "began_from": self._job.flags.others["load"], **self._job.described.state()})
         saver.close()

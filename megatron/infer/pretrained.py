@@ -171,14 +171,14 @@ def load(path: str, mesh: Mesh, log: Log, precision: str = "fp32") -> Pretrained
     checkpoint = with_contact_head(checkpoint)
     config = config_of(checkpoint, precision)
     vocab = vocab_of(checkpoint, config)
-    checkpoint = with_padding_of(checkpoint, vocab, _num_ids(config, vocab), log)
+    checkpoint = with_padding_of(checkpoint, vocab, vocab.padded_size(config.model), log)
     checkpoint = merged(checkpoint, config.model)
     is_taught = any(name.startswith(TASK_HEAD) for name in checkpoint.model)
     if is_taught:
         checkpoint, config = _without_task(checkpoint, config)
     model = _without_values(config, vocab, mesh)
     with torch.device("meta"):
-        whole = ProteinModel(config.model, config.precision, _num_ids(config, vocab), mask_id=vocab.mask_id)
+        whole = ProteinModel(config.model, config.precision, vocab.padded_size(config.model), mask_id=vocab.mask_id)
     if is_taught:
         del model.lm_head, whole.lm_head
     load_model(dict(model.named_parameters()), checkpoint, {name for name, _ in whole.named_parameters()})
@@ -228,14 +228,10 @@ def _without_task(checkpoint: Checkpoint, config: Config) -> tuple[Checkpoint, C
     return replace(checkpoint, model=tensors), replace(config, model=model)
 
 
-def _num_ids(config: Config, vocab: Vocab) -> int:
-    return vocab.padded_size(config.model.make_vocab_size_divisible_by)
-
-
 def _without_values(config: Config, vocab: Vocab, mesh: Mesh) -> ProteinModel:
     """This rank's part of the model in evaluation, its parameters yet to be filled."""
     with torch.device("meta"):
-        model = ProteinModel(config.model, config.precision, _num_ids(config, vocab), Stream(mesh.tensor),
+        model = ProteinModel(config.model, config.precision, vocab.padded_size(config.model), Stream(mesh.tensor),
                              mask_id=vocab.mask_id)
     return model.to_empty(device=mesh.device).eval().requires_grad_(False)
 

@@ -188,7 +188,7 @@ def _planned(setting: Setting, part: BlockRange, num_received: int, num_sent: in
 def padded_vocab_size(config: Config) -> int:
     """Ids of the vocabulary, padded as on one rank."""
     vocab = _vocab(config.data.vocab_file, config.data.mask_token)
-    return vocab.padded_size(config.model.make_vocab_size_divisible_by)
+    return vocab.padded_size(config.model)
 
 
 @cache

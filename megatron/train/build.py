@@ -106,7 +106,7 @@ def build(config: Config, mesh: Mesh, log: Log, left_out: Windows = (), num_rewi
     checkpoint = find_checkpoint(config.checkpoint, config.optimizer.optimizer, mesh.world, log)
     if checkpoint is not None:
         refuse_changes(config, vocab, checkpoint)
-        checkpoint = with_padding_of(checkpoint, vocab, _num_ids(config, vocab), log)
+        checkpoint = with_padding_of(checkpoint, vocab, vocab.padded_size(config.model), log)
     gone_on_from = None if config.checkpoint.finetune else checkpoint
     config = with_precision_chosen(config, gone_on_from.state["config"] if gone_on_from else None, mesh, log)
     schedule = chosen_schedule(config, sizes, gone_on_from, log)
@@ -170,7 +170,7 @@ def _go_on(run: Run, checkpoint: Checkpoint) -> None:
 
 
 def _build_engine(config: Config, mesh: Mesh, vocab: Vocab, checkpoint: Checkpoint | None) -> Engine:
-    size = _num_ids(config, vocab)
+    size = vocab.padded_size(config.model)
     if checkpoint is None:
         return build_engine(config, mesh, size, mask_id=vocab.mask_id)
     with torch.device("meta"):
@@ -178,7 +178,3 @@ def _build_engine(config: Config, mesh: Mesh, vocab: Vocab, checkpoint: Checkpoi
     names = {name for name, _ in whole.named_parameters()}
     return build_engine(config, mesh, size, fill=lambda parameters: load_model(parameters, checkpoint, names),
                         mask_id=vocab.mask_id)
-
-
-def _num_ids(config: Config, vocab: Vocab) -> int:
-    return vocab.padded_size(config.model.make_vocab_size_divisible_by)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from sklearn.utils.class_weight import compute_class_weight
 
+from megatron.config.declaration import with_tuples
 from megatron.finetune.data.contacts import pairs_in, table_of_atoms
 from megatron.finetune.data.labels import LabelSpace, class_weights
 from megatron.finetune.data.record import ProteinRecord
@@ -41,7 +42,7 @@ def test_the_kind_of_labels_is_told_from_them_and_each_is_read(tmp_path, values,
     data = loaded(tmp_path, of(*values))
     assert (data.space.kind, data.space.class_names) == (kind, names)
     assert [np.asarray(label).tolist() for label in labels(data)] == expected
-    assert LabelSpace.from_json(json.loads(json.dumps(asdict(data.space)))) == data.space
+    assert LabelSpace(**with_tuples(json.loads(json.dumps(asdict(data.space))))) == data.space
 
 
 def test_numbers_are_classes_if_it_is_said(tmp_path):

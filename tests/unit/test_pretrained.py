@@ -38,7 +38,7 @@ def made(config: ModelConfig = TINY, vocab_file: str = "iupac") -> ProteinModel:
     """A model in evaluation with random weights, none 0."""
     vocab = Vocab.from_file(vocab_file)
     torch.manual_seed(0)
-    model = ProteinModel(config, PrecisionConfig(), vocab.padded_size(config.make_vocab_size_divisible_by),
+    model = ProteinModel(config, PrecisionConfig(), vocab.padded_size(config),
                          mask_id=vocab.mask_id).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron.config import ModelConfig
 from megatron.config.data import VOCABULARIES
 from megatron.data.corpus.tokenizer import ResidueTokenizer
 from megatron.data.corpus.vocab import DEFAULT_VOCAB, RESIDUE_LETTERS, Vocab
@@ -88,7 +89,7 @@ def test_identities_of_checkpoints_and_statistics_stay():
 
 @pytest.mark.parametrize(("multiple", "padded"), [(1, 31), (31, 31), (128, 128), (2, 32)])
 def test_the_padded_size_is_the_next_multiple(multiple, padded):
-    assert Vocab.from_file().padded_size(multiple) == padded
+    assert Vocab.from_file().padded_size(ModelConfig(make_vocab_size_divisible_by=multiple)) == padded
 
 
 def test_a_vocabulary_survives_pickling():

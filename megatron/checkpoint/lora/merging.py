@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
 from megatron.checkpoint.stored import Box, Checkpoint, StoredTensor, Tensors, one_piece
 from megatron.config import ModelConfig
+from megatron.config.declaration import with_tuples
 from megatron.config.lora import LoraConfig
 from megatron.errors import CheckpointError
 from megatron.model.lora import adapted_layers, adapters_in
@@ -26,9 +26,7 @@ def merged(checkpoint: Checkpoint, model: ModelConfig) -> Checkpoint:
         return checkpoint
     tensors = {name: tensor for name, tensor in checkpoint.model.items() if name not in beside}
     try:
-        fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value
-                                  for name, value in checkpoint.state[STATE].items()}
-        for layer, adapters in adapted_layers(model, LoraConfig(**fields)):
+        for layer, adapters in adapted_layers(model, LoraConfig(**with_tuples(checkpoint.state[STATE]))):
             pairs = [None if adapter is None else stored_pair(checkpoint.model, layer, part)
                      for part, adapter in zip(adapters.uses, adapters.of_parts(), strict=True)]
             tensors[f"{layer}.weight"] = _sum(tensors[f"{layer}.weight"], pairs, adapters)

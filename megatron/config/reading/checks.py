@@ -6,7 +6,7 @@ from dataclasses import Field, fields, replace
 from typing import Any
 
 from megatron.config import Config, LoggingConfig, ModelConfig, PrecisionConfig
-from megatron.config.declaration import flag_name, shown
+from megatron.config.declaration import flag_name, shown, with_tuples
 from megatron.config.precision import DELAYED
 from megatron.config.schedule import schedule_faults
 from megatron.errors import ConfigError
@@ -20,8 +20,7 @@ def plain(values: Mapping[str, Any]) -> Config:
     """The configuration of values by their fields' names, with defaults for the others; raises ConfigError."""
     config = Config()
     for name, section in config.sections():
-        mine = {item.name: values[item.name] for item in fields(section) if item.name in values}
-        mine = {key: tuple(value) if isinstance(value, list) else value for key, value in mine.items()}
+        mine = with_tuples({item.name: values[item.name] for item in fields(section) if item.name in values})
         config = replace(config, **{name: replace(section, **mine)})
     for _, section in config.sections():
         check_section(section)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron.config.data import VOCABULARIES
+from megatron.config.model import ModelConfig
 from megatron.errors import VocabError
 
 _FOLDER = Path(__file__).resolve().parents[3] / "protein_tools"
@@ -69,9 +70,9 @@ class Vocab:
         meaning = self.tokens if self.mask_token in (None, of_family) else [self.tokens, self.mask_token]
         return hashlib.blake2b(json.dumps(meaning).encode(), digest_size=_IDENTITY_BYTES).hexdigest()
 
-    def padded_size(self, multiple: int) -> int:
-        """The size rounded up to a multiple of `multiple`."""
-        return -(-self.size // multiple) * multiple
+    def padded_size(self, model: ModelConfig) -> int:
+        """The size rounded up to the multiple that a model asks for, on one tensor rank."""
+        return -(-self.size // model.make_vocab_size_divisible_by) * model.make_vocab_size_divisible_by
 
     @cached_property
     def ids(self) -> dict[str, int]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron.config.command_line import OneLineParser, add_section_flags
 from megatron.config.data import VOCABULARIES
-from megatron.config.declaration import Check, flag, flag_name, fraction, not_negative, positive
+from megatron.config.declaration import Check, flag, flag_name, fraction, not_negative, positive, with_tuples
 from megatron.data.corpus.indexed import IMPLEMENTATIONS
 from megatron.data.corpus.tokenizer import TOKENIZER_TYPES
 from megatron.errors import ConfigError
@@ -66,9 +66,7 @@ def parse_arguments(argv: Sequence[str]) -> PreprocessConfig:
     parser = OneLineParser(prog="preprocess_data.py", allow_abbrev=False,
                            description="Turn files of proteins into an indexed dataset, one id a residue.")
     add_section_flags(parser, PreprocessConfig)
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value
-                              for name, value in vars(parser.parse_args(argv)).items()}
-    config = PreprocessConfig(**values)
+    config = PreprocessConfig(**with_tuples(vars(parser.parse_args(argv))))
     if config.input is None:
         raise ConfigError("--input is missing; it names files of proteins")
     if config.output_prefix is None and not config.dry_run:

@@ -37,12 +37,6 @@ class LabelSpace:
     is_fixed: bool = False
     pairs_from: int | None = None
 
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> "LabelSpace":
-        """The one whose fields were written as JSON."""
-        lists = {name: tuple(fields[name]) for name in ("class_names", "uncounted")}
-        return cls(**{**fields, **lists})
-
     def read(self, record: ProteinRecord) -> Any:
         """The label of a record; raises DataError where it is missing, or not one of these.
 
