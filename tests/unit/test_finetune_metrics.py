@@ -38,11 +38,12 @@ def test_measures_of_classes_are_scikit_learns(num_classes):
     for share in (0.0, 0.3, 0.9):
         true = rng.integers(num_classes, size=60)
         predicted = np.where(rng.random(60) < share, true, rng.integers(num_classes, size=60))
-        assert metrics.accuracy(true, predicted) == pytest.approx(sklearn_metrics.accuracy_score(true, predicted))
-        assert metrics.mcc(true, predicted) == pytest.approx(sklearn_metrics.matthews_corrcoef(true, predicted))
+        found = metrics.measure(space("class", num_classes), true, predicted)
+        assert found["accuracy"].value == pytest.approx(sklearn_metrics.accuracy_score(true, predicted))
+        assert found["mcc"].value == pytest.approx(sklearn_metrics.matthews_corrcoef(true, predicted))
         expected = sklearn_metrics.f1_score(true, predicted, average="macro")
-        assert metrics.f1_macro(true, predicted) == pytest.approx(expected)
-    assert metrics.mcc(true, np.zeros(60, dtype=int)) == 0
+        assert found["f1_macro"].value == pytest.approx(expected)
+    assert metrics.measure(space("class", num_classes), true, np.zeros(60, dtype=int))["mcc"].value == 0
 
 
 def test_measures_of_several_classes_are_scikit_learns():
@@ -65,9 +66,9 @@ def test_f_max_is_its_definition():
         precision, recall = np.mean(precisions or [0]), np.mean(recalls)
         if precision + recall:
             best = max(best, 2 * precision * recall / (precision + recall))
-    assert metrics.f1_max(true, scores) == pytest.approx(best)
-    assert metrics.f1_max(true, true.astype(float)) == 1
-    assert np.isnan(metrics.f1_max(np.zeros((3, 2)), np.ones((3, 2))))
+    cases = [(true, scores), (true, true.astype(float)), (np.zeros((3, 2)), np.ones((3, 2)))]
+    found = [metrics.measure(space("classes", labels.shape[1]), labels, rows)["f1_max"].value for labels, rows in cases]
+    assert found == [pytest.approx(best), 1, pytest.approx(np.nan, nan_ok=True)]
 
 
 def test_precision_of_contacts_is_its_definition():

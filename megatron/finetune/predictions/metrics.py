@@ -4,7 +4,7 @@ Every function takes what is true first. `measure` gives all measures of a kind 
 lists them, with an interval where asked. Shapes: n proteins or labels, c classes, r residues.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,33 +74,6 @@ def pearson(true_n: np.ndarray, predicted_n: np.ndarray) -> float:
     return float(x @ y / np.sqrt((x @ x) * (y @ y)))
 
 
-def accuracy(true_n: np.ndarray, predicted_n: np.ndarray) -> float:
-    """The share that is right; NaN where there is none."""
-    return _accuracy(_counts(true_n, predicted_n))
-
-
-def mcc(true_n: np.ndarray, predicted_n: np.ndarray) -> float:
-    """Matthews' correlation for any number of classes (Gorodkin, 2004, doi 10.1016/j.compbiolchem.2004.09.006).
-
-    0 where either is of one class alone.
-    """
-    return _mcc(_counts(true_n, predicted_n))
-
-
-def f1_macro(true_n: np.ndarray, predicted_n: np.ndarray) -> float:
-    """The mean over the classes that are true or predicted somewhere of the harmonic mean of precision and recall."""
-    return _f1_macro(_counts(true_n, predicted_n))
-
-
-def f1_max(true_nc: np.ndarray, scores_nc: np.ndarray) -> float:
-    """CAFA's F-max (Radivojac et al., 2013, doi 10.1038/nmeth.2340), over thresholds from 0.01 to 0.99.
-
-    Precision is the mean over proteins with a prediction, recall over those with a label; NaN where none has one.
-    """
-    true_nc, scores_nc = np.asarray(true_nc, dtype=bool), np.asarray(scores_nc)
-    return _f1_max(*_precisions_and_recalls(true_nc, scores_nc), np.ones(len(true_nc)))
-
-
 def contact_precision(table: np.ndarray, scores_rr: np.ndarray) -> dict[str, float]:
     """The precisions of `infer.contacts.precision` for each of REACHES, REACH_p_at_l, _l2 and _l5.
 
@@ -117,12 +90,13 @@ def contact_precision(table: np.ndarray, scores_rr: np.ndarray) -> dict[str, flo
 def _statistic(space: LabelSpace, true: Sequence[Any], predicted: Sequence[Any]) -> Statistic:
     """The measures of some of the proteins, by their numbers."""
     if space.kind == NUMBER:
-        return _on_arrays(np.array(true, dtype=np.float64), np.array(predicted, dtype=np.float64), _OF_NUMBERS)
+        true_n, predicted_n = (np.array(values, dtype=np.float64) for values in (true, predicted))
+        return lambda chosen: _of_numbers(true_n[chosen], predicted_n[chosen])
     if space.kind == NUMBERS:
-        return _of_numbers(true, predicted)
+        return _of_numbers_of_residues(true, predicted)
     if space.kind == CLASS:
-        return _on_arrays(np.array(true), np.array(predicted),
-                          {"accuracy": accuracy, "mcc": mcc, "f1_macro": f1_macro})
+        true_n, predicted_n = np.array(true), np.array(predicted)
+        return lambda chosen: _of_classes(_counts(true_n[chosen], predicted_n[chosen]))
     if space.kind == CLASSES:
         return _of_several(np.array(true, dtype=bool), np.array(predicted))
     if space.kind == CONTACTS:
@@ -134,34 +108,26 @@ def _statistic(space: LabelSpace, true: Sequence[Any], predicted: Sequence[Any])
     seen = [(labels[:len(classes)], np.asarray(classes)) for labels, classes in zip(true, predicted, strict=True)]
     counts_n3c = np.array([_counts(labels[labels != NO_TARGET], classes[labels != NO_TARGET], len(space.class_names))
                            for labels, classes in seen])
-    return _of_counts(counts_n3c)
+    return lambda chosen: _of_classes(_sum(_times(chosen, len(counts_n3c)), counts_n3c))
 
 
-def _on_arrays(true: np.ndarray, predicted: np.ndarray,
-               functions: Mapping[str, Callable[[np.ndarray, np.ndarray], float]]) -> Statistic:
-    return lambda chosen: {name: function(true[chosen], predicted[chosen]) for name, function in functions.items()}
+def _of_numbers(true_n: np.ndarray, predicted_n: np.ndarray) -> dict[str, float]:
+    errors_n = true_n - predicted_n
+    return {"spearman": spearman(true_n, predicted_n), "pearson": pearson(true_n, predicted_n),
+            "mse": _mean(errors_n**2), "mae": _mean(np.abs(errors_n))}
 
 
-def _of_numbers(true: Sequence[np.ndarray], predicted: Sequence[np.ndarray]) -> Statistic:
+def _of_classes(counts_3c: np.ndarray) -> dict[str, float]:
+    """The measures of what `_counts` gives."""
+    return {"accuracy": _accuracy(counts_3c), "mcc": _mcc(counts_3c), "f1_macro": _f1_macro(counts_3c)}
+
+
+def _of_numbers_of_residues(true: Sequence[np.ndarray], predicted: Sequence[np.ndarray]) -> Statistic:
     """The measures of all residues that count of some proteins, each alike."""
     counted = [~np.isnan(numbers[:len(found)]) for numbers, found in zip(true, predicted, strict=True)]
     pairs = [np.array([numbers[:len(found)][is_counted], found[is_counted]], dtype=np.float64)
              for numbers, found, is_counted in zip(true, predicted, counted, strict=True)]
-
-    def measures(chosen: np.ndarray) -> dict[str, float]:
-        both = np.concatenate([pairs[number] for number in chosen], axis=1)
-        return {name: function(*both) for name, function in _OF_NUMBERS.items()}
-
-    return measures
-
-
-def _of_counts(counts_n3c: np.ndarray) -> Statistic:
-    """The measures of all residues of some proteins, from what `_counts` gives of each protein."""
-    def measures(chosen: np.ndarray) -> dict[str, float]:
-        counts_3c = _sum(_times(chosen, len(counts_n3c)), counts_n3c)
-        return {"accuracy": _accuracy(counts_3c), "mcc": _mcc(counts_3c), "f1_macro": _f1_macro(counts_3c)}
-
-    return measures
+    return lambda chosen: _of_numbers(*np.concatenate([pairs[number] for number in chosen], axis=1))
 
 
 def _of_several(true_nc: np.ndarray, scores_nc: np.ndarray) -> Statistic:
@@ -203,7 +169,11 @@ def _precisions_and_recalls(true_nc: np.ndarray, scores_nc: np.ndarray) -> tuple
 
 
 def _f1_max(precisions: _Shares, recalls: _Shares, times_n: np.ndarray) -> float:
-    """That of proteins of which each counts so many times."""
+    """CAFA's F-max (Radivojac et al., 2013, doi 10.1038/nmeth.2340), over thresholds from 0.01 to 0.99.
+
+    Precision is the mean over proteins with a prediction, recall over those with a label, each so many times; NaN where
+    none has one.
+    """
     if not (recalls[1] @ times_n).any():
         return np.nan
     precision_h, recall_h = (shares_hn @ times_n / np.maximum(is_there_hn @ times_n, 1)
@@ -220,10 +190,15 @@ def _counts(true_n: np.ndarray, predicted_n: np.ndarray, num_classes: int = 0) -
 
 
 def _accuracy(counts_3c: np.ndarray) -> float:
+    """The share that is right; NaN where there is none."""
     return float(counts_3c[2].sum() / counts_3c[0].sum()) if counts_3c[0].any() else np.nan
 
 
 def _mcc(counts_3c: np.ndarray) -> float:
+    """Matthews' correlation for any number of classes (Gorodkin, 2004, doi 10.1016/j.compbiolchem.2004.09.006).
+
+    0 where either is of one class alone.
+    """
     true_c, predicted_c, right_c = counts_3c
     total = true_c.sum()
     product = (total * total - true_c @ true_c) * (total * total - predicted_c @ predicted_c)
@@ -231,6 +206,7 @@ def _mcc(counts_3c: np.ndarray) -> float:
 
 
 def _f1_macro(counts_3c: np.ndarray) -> float:
+    """The mean over the classes that are true or predicted somewhere of the harmonic mean of precision and recall."""
     true_c, predicted_c, right_c = counts_3c[:, counts_3c.any(axis=0)]
     return _mean(2 * right_c / (true_c + predicted_c))
 
@@ -244,8 +220,3 @@ def _mean(values: np.ndarray) -> float:
 def _quantiles(values: Sequence[float], ends: Sequence[float]) -> list[float]:
     defined = [value for value in values if not np.isnan(value)]
     return [float(end) for end in np.quantile(defined, ends)] if defined else [np.nan, np.nan]
-
-
-_OF_NUMBERS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    "spearman": spearman, "pearson": pearson, "mse": lambda x, y: _mean((x - y) ** 2),
-    "mae": lambda x, y: _mean(np.abs(x - y))}
