@@ -109,7 +109,7 @@ class States:
 
     def of_proteins(self, examples: Sequence[Example]) -> np.ndarray:
         """The means over residues of the hidden states of all layers, one behind the other."""
-        texts = [_text(example, self._pretrained) for example in examples]
+        texts = [self._pretrained.vocab.letters(example.ids) for example in examples]
         new = [text for text in dict.fromkeys(texts) if text not in self._means]
         answers = self._pretrained.ask(new, Asked(("mean",), self._layers)) if new else []
         self._means |= {text: np.concatenate(answer["mean"]) for text, answer in zip(new, answers, strict=True)}
@@ -117,7 +117,7 @@ class States:
 
     def of_residues(self, examples: Sequence[Example]) -> np.ndarray:
         """The hidden states of all layers, one behind the other."""
-        answers = self._pretrained.ask([_text(each, self._pretrained) for each in examples],
+        answers = self._pretrained.ask([self._pretrained.vocab.letters(each.ids) for each in examples],
                                        Asked(("per_tok",), self._layers))
         return np.concatenate([np.concatenate(answer["per_tok"], axis=1) for answer in answers])
 
@@ -137,8 +137,3 @@ def _as_map(scores_p: np.ndarray, first_p: np.ndarray, second_p: np.ndarray, siz
     scores_rr = np.full((size, size), -np.inf)
     scores_rr[first_p, second_p] = scores_rr[second_p, first_p] = scores_p
     return scores_rr
-
-
-def _text(example: Example, pretrained: Pretrained) -> str:
-    tokens = [pretrained.vocab.tokens[index] for index in example.ids]
-    return "".join(token if len(token) == 1 else "X" for token in tokens)

@@ -87,7 +87,7 @@ def tell(given: argparse.Namespace, mesh: Mesh, log: Log) -> None:
     proteins = read_proteins(given, pretrained, chains, log)
     if given.method == "jacobian" and proteins:
         check_memory(max(len(ids) for _, ids in proteins) - pretrained.num_ends, mesh.world)
-    texts = {name: text_of(ids, pretrained) for name, ids in proteins}
+    texts = {name: pretrained.vocab.letters(ids[1:len(ids) + 1 - pretrained.num_ends]) for name, ids in proteins}
     truths = structures_of(texts, chains) if given.input else {chain.name: chain for chain in chains}
     if to_fit:
         names = fit(given, pretrained, to_fit, log)
@@ -135,12 +135,6 @@ def read_proteins(given: argparse.Namespace, pretrained: Pretrained, chains: Seq
             raise DataError(f"{name} is the name of two proteins (/ counts as _); give each its own")
         names.add(file_name(name))
     return proteins
-
-
-def text_of(ids: np.ndarray, pretrained: Pretrained) -> str:
-    """The residues of a protein between its ends; X for what is no letter of the vocabulary."""
-    tokens = [pretrained.vocab.tokens[index] for index in ids[1:len(ids) + 1 - pretrained.num_ends]]
-    return "".join(token if len(token) == 1 else "X" for token in tokens)
 
 
 def fit(given: argparse.Namespace, pretrained: Pretrained, chains: Sequence[Chain], log: Log) -> set[str]:

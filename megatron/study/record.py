@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron.checkpoint.metrics import MEASURED_ON
-from megatron.checkpoint.places import METRICS_FILE
+from megatron.checkpoint.places import METRICS_FILE, iterations
 from megatron.config.command_line import as_flags
 from megatron.errors import ConfigError
 from megatron.files import try_lock, write_json, write_text
@@ -136,7 +136,7 @@ class SweepRecord:
         differing = next((name for name, value in identity.items() if found.get(name) != value), None)
         if differing is None:
             return
-        if any(result.steps is not None or has_checkpoint(self.folder / result.trial) for result in self.all()):
+        if any(result.steps is not None or iterations(self.folder / result.trial) for result in self.all()):
             then, now = _difference(found.get(differing) or [], identity[differing])
             raise ConfigError(f"--output {self.folder} holds another sweep: {_SAID[differing]} {then or 'nothing'} "
                               f"where here is {now or 'nothing'}; give a new folder, or what it has")
@@ -152,11 +152,6 @@ def _difference(then: Sequence[str] | str, now: Sequence[str] | str) -> list[str
     if alike and any(words[alike:] and not words[alike].startswith("--") for words in pair):
         alike -= 1  # a value: with its flag, if that is what stands before it
     return [" ".join(words[alike:alike + 4]) + (" …" if len(words) > alike + 4 else "") for words in pair]
-
-
-def has_checkpoint(folder: Path) -> bool:
-    """Whether a run in a folder has saved; without loading torch, as the checkpoints' own module does."""
-    return any(folder.glob("iter_*"))
 
 
 @contextmanager

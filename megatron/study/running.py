@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
-from megatron.checkpoint.places import METRICS_FILE
+from megatron.checkpoint.places import METRICS_FILE, iterations
 from megatron.errors import ConfigError, DivergedError
 from megatron.log import in_time
 from megatron.study.curves import read_curve
-from megatron.study.record import BEGUN, FAILED, FINISHED, NOT_FINITE, STOPPED, SweepRecord, TrialResult, has_checkpoint
+from megatron.study.record import BEGUN, FAILED, FINISHED, NOT_FINITE, STOPPED, SweepRecord, TrialResult
 from megatron.study.settings import Space, Trial
 from megatron.train.starting import requests_heard_by
 
@@ -92,7 +92,7 @@ class Sweep:
         words = [*self._space.words(trial), "--save", str(folder)]
         if "--finetune" not in words:
             words += ["--load", str(folder)]
-        elif has_checkpoint(folder):  # else it begins with the weights that the flags name
+        elif iterations(folder):  # else it begins with the weights that the flags name
             words += ["--load", str(folder), "--no-finetune"]
         slot = min(set(range(len(self._environments))) - {running.slot for running in self._running})
         with (folder / LOG).open("ab") as log:

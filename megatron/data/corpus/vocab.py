@@ -84,6 +84,10 @@ class Vocab:
         """The ids of the single letters A-Z that have a token, ascending, uint16."""
         return np.array(sorted(self.ids[letter] for letter in RESIDUE_LETTERS if letter in self.ids), dtype=np.uint16)
 
+    def letters(self, ids: np.ndarray) -> str:
+        """A protein of these ids; X for what is no letter."""
+        return "".join(token if len(token) == 1 else "X" for token in map(self.tokens.__getitem__, ids))
+
     @property
     def pad_id(self) -> int:
         """The id of [PAD] or <pad>."""

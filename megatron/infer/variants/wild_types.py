@@ -82,7 +82,7 @@ def read_proteins(paths: Sequence[str], vocab: Vocab, key: str = "text") -> dict
         if vocab.unk_id in residues:
             number = int(np.flatnonzero(residues == vocab.unk_id)[0]) + 1
             raise DataError(f"{', '.join(paths)}: {name}: residue {number} is not in the model's vocabulary")
-        proteins[name] = "".join(vocab.tokens[index] for index in residues)
+        proteins[name] = vocab.letters(residues)
     return proteins
 
 
