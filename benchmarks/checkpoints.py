@@ -11,7 +11,6 @@ import argparse
 import shutil
 import statistics
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.own_memory import OwnMemory  # noqa: E402
 from megatron.checkpoint.saving import Saver, parts_of  # noqa: E402
 from megatron.config import CheckpointConfig  # noqa: E402
 from megatron.config.command_line import parse  # noqa: E402
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
                 savers[way].save(number, parts, {"iteration": number})
                 held_up_s = time.perf_counter() - began_s
                 savers[way].finish()
-            taken[way].append((held_up_s, time.perf_counter() - began_s, memory.grown_gb))
+            taken[way].append((held_up_s, time.perf_counter() - began_s, memory.most_gb - memory.before_gb))
         for way, values in taken.items():
             held_up, until_there, _ = zip(*values[1:], strict=True)  # the first makes the memory of the copies
             log.line(f"{way:6} held up {shown(held_up)} s, there after {shown(until_there)} s, "
@@ -72,31 +72,6 @@ def give_moments(engine: Engine) -> None:
     engine.optimizer.load_state({f"{kind}/{name}": torch.rand_like(parameter) if kind != "step" else torch.tensor(1.0)
                                  for name, parameter in engine.model.parameters.items()
                                  for kind in ("exp_avg", "exp_avg_sq", "step")})
-
-
-class OwnMemory:
-    """The most memory of its own (RssAnon) that this process takes inside, above what it has at the start."""
-
-    def __enter__(self) -> "OwnMemory":
-        self._before = self._most = _anonymous_gb()
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._is_over.set()
-        self._thread.join()
-        self.grown_gb = self._most - self._before
-
-    def _watch(self) -> None:
-        while not self._is_over.wait(0.01):
-            self._most = max(self._most, _anonymous_gb())
-
-
-def _anonymous_gb() -> float:
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
-    return int(line.split()[1]) * 1024 / 1e9
 
 
 def shown(seconds: tuple[float, ...]) -> str:

@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.train_step import processor, spread  # noqa: E402
 from megatron import load_pretrained  # noqa: E402
+from megatron.config import ModelConfig  # noqa: E402
 from megatron.config.command_line import parse  # noqa: E402
 from megatron.data.corpus.vocab import Vocab  # noqa: E402
 from megatron.infer.proteins import ProteinFiles  # noqa: E402
@@ -31,18 +32,16 @@ VOCAB = Vocab.from_file("esm")
 Way = Callable[[Sequence[str]], np.ndarray]
 
 
-def theirs(preset: str) -> torch.nn.Module:
-    """EsmForMaskedLM of the preset's shape with random weights."""
+def their_model(model: ModelConfig, attention: str | None = None) -> torch.nn.Module:
+    """EsmForMaskedLM of that shape with random weights, without dropout."""
     from transformers import EsmConfig, EsmForMaskedLM
 
-    model = parse(["--preset", preset])[0].model
-    torch.manual_seed(0)
     return EsmForMaskedLM(EsmConfig(
         vocab_size=VOCAB.size, hidden_size=model.hidden_size, token_dropout=True, num_hidden_layers=model.num_layers,
         num_attention_heads=model.num_attention_heads, intermediate_size=model.ffn_hidden_size,
         position_embedding_type="rotary", max_position_embeddings=1026, hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0, emb_layer_norm_before=False, mask_token_id=VOCAB.mask_id,
-        pad_token_id=VOCAB.pad_id)).eval()
+        pad_token_id=VOCAB.pad_id, attn_implementation=attention))
 
 
 def sorted_batches(lengths: Sequence[int], most_tokens: int) -> Iterator[list[int]]:
@@ -82,7 +81,8 @@ def their_way(model: torch.nn.Module, proteins: Sequence[str], batches: Iterator
 
 def ways_of(arguments: argparse.Namespace, preset: str, folder: str, precision: str) -> dict[str, Way]:
     """Every way to embed, by its name."""
-    model = theirs(preset)
+    torch.manual_seed(0)
+    model = their_model(parse(["--preset", preset])[0].model).eval()
     model.save_pretrained(folder)
     ours = load_pretrained(folder, device="cpu", precision=precision)
     model = model.bfloat16() if precision == "bf16" else model

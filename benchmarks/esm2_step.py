@@ -21,11 +21,11 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.embed import VOCAB, their_model  # noqa: E402
 from benchmarks.train_step import processor, spread  # noqa: E402
 from megatron.config.command_line import parse  # noqa: E402
 from megatron.data.batches.batch import Batch, BatchShape, collate  # noqa: E402
 from megatron.data.corpus.tokenizer import ResidueTokenizer  # noqa: E402
-from megatron.data.corpus.vocab import Vocab  # noqa: E402
 from megatron.data.rows.packed import Row  # noqa: E402
 from megatron.parallel.mesh import Mesh  # noqa: E402
 from megatron.train.engine import build_engine  # noqa: E402
@@ -33,7 +33,6 @@ from megatron.train.meters import Meters  # noqa: E402
 from megatron.train.step import TrainStep  # noqa: E402
 
 NUM_PROTEINS, MOST_RESIDUES, WARM_UP = 8, 1022, 2
-VOCAB = Vocab.from_file("esm")
 BATCHES = {"one padded batch": 1, "four by length": 4, "a protein at a time": NUM_PROTEINS}
 
 
@@ -84,17 +83,9 @@ def _packed(all_of_them: list[np.ndarray]) -> Batch:
 
 def their_step(flags: list[str], attention: str, num_batches: int) -> Callable[[], float]:
     """A step of transformers' EsmForMaskedLM on the same proteins, sorted by length into so many padded batches."""
-    from transformers import EsmConfig, EsmForMaskedLM
-
-    model_flags, precision = parse(flags)[0].model, parse(flags)[0].precision
+    config = parse(flags)[0]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = EsmConfig(vocab_size=VOCAB.size, hidden_size=model_flags.hidden_size, token_dropout=True,
-                       num_hidden_layers=model_flags.num_layers, num_attention_heads=model_flags.num_attention_heads,
-                       intermediate_size=model_flags.ffn_hidden_size, position_embedding_type="rotary",
-                       max_position_embeddings=1026, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-                       emb_layer_norm_before=False, mask_token_id=VOCAB.mask_id, pad_token_id=VOCAB.pad_id,
-                       attn_implementation=attention)
-    model = EsmForMaskedLM(config).to(device).train()
+    model = their_model(config.model, attention).to(device).train()
     trained = [parameter for name, parameter in model.named_parameters() if "contact_head" not in name]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.01, fused=True)
     batches, num_targets = _padded(proteins(), num_batches, device)
@@ -102,7 +93,7 @@ def their_step(flags: list[str], attention: str, num_batches: int) -> Callable[[
     def step() -> float:
         total = torch.zeros((), device=device)
         for tokens, labels in batches:
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision.bf16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision.bf16):
                 logits = model(input_ids=tokens, attention_mask=(tokens != VOCAB.pad_id).long()).logits
             loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
             (loss / num_targets).backward()

@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import os
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.own_memory import OwnMemory  # noqa: E402
 from megatron.config.command_line import parse  # noqa: E402
 from megatron.data.corpus.indexed_writer import IndexedWriter  # noqa: E402
 from megatron.data.corpus.vocab import Vocab  # noqa: E402
@@ -47,37 +47,17 @@ def write_corpus(prefix: Path, num_proteins: int) -> int:
     return prefix.with_suffix(".bin").stat().st_size // 2
 
 
-class PeakMemory:
-    """A context that samples how much memory of its own this process holds; `gib` is the most."""
-
-    def __enter__(self) -> "PeakMemory":
-        self.gib, self._is_over = 0.0, threading.Event()
-        self._sampling = threading.Thread(target=self._sample)
-        self._sampling.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._is_over.set()
-        self._sampling.join()
-
-    def _sample(self) -> None:
-        while not self._is_over.wait(0.02):
-            lines = Path("/proc/self/status").read_text().splitlines()
-            own = next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 2**20
-            self.gib = max(self.gib, own)
-
-
 def start_rank(rank: int, arguments: tuple[str, ...]) -> tuple[float, float, float]:
     """Seconds to the datasets, seconds to read 32 rows of this rank, and the most GiB of its own."""
     config = parse(arguments)[0]
-    with PeakMemory() as memory:
+    with OwnMemory() as memory:
         began_s = time.perf_counter()
         train = build_datasets(config.data, VOCAB, config.training.seed).train
         built_s = time.perf_counter()
         for sample in range(32 * rank, 32 * rank + 32):
             train[sample]
         read_s = time.perf_counter()
-    return built_s - began_s, read_s - built_s, memory.gib
+    return built_s - began_s, read_s - built_s, memory.most_gb * 1e9 / 2**30
 
 
 def main() -> None:
