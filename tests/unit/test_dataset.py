@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from megatron.config import DataConfig
 from megatron.data.batches.batch import batch_shape, collate
-from megatron.data.batches.loader import MicroBatchSamples
+from megatron.data.batches.loader import micro_batch_samples
 from megatron.data.corpus.indexed_writer import IndexedWriter
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.dataset import build_datasets, measured_on
@@ -80,7 +80,7 @@ def test_ranks_together_see_every_protein_once_an_epoch(lengths, seq_length, see
         train = build_datasets(data, VOCAB, seed).train
         first, last = train.num_epoch_rows(0), train.num_epoch_rows(0) + train.num_epoch_rows(1)
         seen = [piece for rank in range(data_size)
-                for samples in MicroBatchSamples(first, last, micro_batch, rank, data_size)
+                for samples in micro_batch_samples(first, last, micro_batch, rank, data_size)
                 for sample in samples for piece in originals(train[sample])]
     size = seq_length - 1
     assert sorted(seen) == sorted(tuple(protein[start:start + size]) for protein in proteins

@@ -15,7 +15,7 @@ import torch
 
 from megatron.config import DataConfig
 from megatron.data.batches.batch import batch_shape
-from megatron.data.batches.loader import MicroBatchSamples, batches
+from megatron.data.batches.loader import batches, micro_batch_samples
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.dataset import Dataset, Splits, build_datasets
 from megatron.errors import DataError
@@ -83,7 +83,7 @@ def test_two_workers_serve_the_batches_that_none_does(train):
 
 @pytest.mark.parametrize("data_size, micro_batch_size", [(1, 12), (2, 3), (4, 1), (3, 4)])
 def test_a_step_holds_the_same_samples_on_any_number_of_ranks(data_size, micro_batch_size):
-    streams = [iter(MicroBatchSamples(24, None, micro_batch_size, rank, data_size)) for rank in range(data_size)]
+    streams = [micro_batch_samples(24, None, micro_batch_size, rank, data_size) for rank in range(data_size)]
     micro_batches = 12 // (data_size * micro_batch_size)
     for step in range(3):
         samples = [sample for _ in range(micro_batches) for stream in streams for sample in next(stream)]

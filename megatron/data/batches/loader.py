@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
-from torch.utils.data import DataLoader, Sampler, get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
 from megatron.data.batches.batch import Batch, BatchShape, collate
@@ -31,26 +31,20 @@ def batches(dataset: Dataset, shape: BatchShape, *, start_sample: int, micro_bat
     the run's, from which that of each micro-batch's dropout comes. `left_out`: of the dataset's samples; the numbers
     given are positions among the others.
     """
-    samples = MicroBatchSamples(start_sample, stop_sample, micro_batch_size, data_rank, data_size)
+    samples = micro_batch_samples(start_sample, stop_sample, micro_batch_size, data_rank, data_size)
     dataset[sample_at(start_sample, left_out)]  # finds mistakes in the data, and builds the row index for all workers
     return BatchIterator(_Batches(dataset, shape, seed, left_out), samples, num_workers, pin)
 
 
-class MicroBatchSamples(Sampler):
+def micro_batch_samples(start: int, stop: int | None, micro_batch_size: int, data_rank: int, data_size: int
+                        ) -> Iterator[range]:
     """The sample numbers of each micro-batch of one rank."""
-
-    def __init__(self, start: int, stop: int | None, micro_batch_size: int, data_rank: int, data_size: int) -> None:
-        self._start, self._stop, self._micro_batch_size = start, stop, micro_batch_size
-        self._data_rank, self._data_size = data_rank, data_size
-
-    def __iter__(self) -> Iterator[range]:
-        step = self._micro_batch_size * self._data_size
-        for step_start in count(self._start, step):
-            if self._stop is not None and step_start >= self._stop:
-                return
-            first = step_start + self._data_rank * self._micro_batch_size
-            last = first + self._micro_batch_size
-            yield range(first, last) if self._stop is None else range(min(first, self._stop), min(last, self._stop))
+    for step_start in count(start, micro_batch_size * data_size):
+        if stop is not None and step_start >= stop:
+            return
+        first = step_start + data_rank * micro_batch_size
+        last = first + micro_batch_size
+        yield range(first, last) if stop is None else range(min(first, stop), min(last, stop))
 
 
 class BatchIterator(Iterator[Batch]):
@@ -59,7 +53,7 @@ class BatchIterator(Iterator[Batch]):
     Workers take no notice of SIGINT and SIGTERM, which the trainer answers by saving and closing them.
     """
 
-    def __init__(self, dataset: "_Batches", samples: MicroBatchSamples, num_workers: int, pin: bool) -> None:
+    def __init__(self, dataset: "_Batches", samples: Iterator[range], num_workers: int, pin: bool) -> None:
         options: dict[str, Any] = {}
         if num_workers:
             # Forked, which Python 3.14 no longer does by itself: else workers would not inherit the mask below.

@@ -44,7 +44,7 @@ class Documents:
     def read(self, document: int, offset: int, length: int) -> np.ndarray:
         """`length` ids of a document from `offset` on; a document of several sequences is all of them in a row."""
         if self._first_sequence is not None:
-            return self._file.get(self._first_sequence + document, offset, length)
+            return self._file[self._first_sequence + document][offset:offset + length]
         first, last = self._file.doc_idx[self.range.start + document:self.range.start + document + 2].tolist()
         whole = [self._file.tokens[:0], *(self._file[sequence] for sequence in range(first, last))]
         return np.concatenate(whole)[offset:offset + length]

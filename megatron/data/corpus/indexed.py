@@ -66,11 +66,6 @@ class IndexedDataset:
     def __reduce__(self) -> tuple[Any, ...]:
         return open_indexed, (self.prefix, self.impl)
 
-    def get(self, i: int, offset: int = 0, length: int | None = None) -> np.ndarray:
-        """A view of `length` ids (default: the rest) of sequence i from its id `offset` on."""
-        sequence = self[i]
-        return sequence[offset:] if length is None else sequence[offset:offset + length]
-
     @property
     def num_documents(self) -> int:
         """How many documents there are, empty ones included."""
