@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron.config import DataConfig
-from megatron.data.corpus.indexed import open_indexed
+from megatron.data.corpus.joined import open_corpus
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.preprocess.flags import PreprocessConfig
 from megatron.data.preprocess.run import preprocess
@@ -43,7 +43,7 @@ def test_documents_are_clustered_by_name_or_number(prefix, named):
     if not named:
         (prefix.parent / "p.names").unlink()
         (prefix.parent / "clusters.tsv").write_text(CLUSTERS.translate(str.maketrans("abcdef", "012345")))
-    clusters = cluster_documents(str(prefix.parent / "clusters.tsv"), open_indexed(str(prefix)), prefix.parent)
+    clusters = cluster_documents(str(prefix.parent / "clusters.tsv"), open_corpus("p", (str(prefix),)), prefix.parent)
     assert clusters.cluster_of_document.tolist() == [0, 0, 0, 3, 3, 5]
 
 
@@ -67,7 +67,7 @@ def test_an_epoch_of_a_dataset_holds_one_protein_of_each_cluster(prefix, long_pr
 
 
 def test_clusters_are_read_once_and_again_where_what_was_kept_is_damaged(prefix):
-    arguments = str(prefix.parent / "clusters.tsv"), open_indexed(str(prefix)), prefix.parent
+    arguments = str(prefix.parent / "clusters.tsv"), open_corpus("p", (str(prefix),)), prefix.parent
     expected = cluster_documents(*arguments)
     kept, = prefix.parent.glob("*.npz")
     whole = kept.read_bytes()
@@ -84,14 +84,15 @@ def test_names_match_in_full_and_as_mmseqs2_shortens_them(prefix):
     short = [b"P1", b"Q2", b"UniRef50_P3", b"NP_4.1", b"AA5.1", b"odd|\xe9\xff"]
     for members in (short, names.splitlines()):
         (prefix.parent / "clusters.tsv").write_bytes(b"".join(b"P1\t%s\n" % member for member in members))
-        clusters = cluster_documents(str(prefix.parent / "clusters.tsv"), open_indexed(str(prefix)), prefix.parent)
+        corpus = open_corpus("p", (str(prefix),))
+        clusters = cluster_documents(str(prefix.parent / "clusters.tsv"), corpus, prefix.parent)
         assert clusters.cluster_of_document.tolist() == [0] * 6
 
 
 def test_documents_that_share_a_name_share_their_cluster(prefix):
     (prefix.parent / "p.names").write_text("a\nb\nb\nc\nc\nd\n")
     (prefix.parent / "clusters.tsv").write_text("a\ta\na\tb\n")
-    clusters = cluster_documents(str(prefix.parent / "clusters.tsv"), open_indexed(str(prefix)), prefix.parent)
+    clusters = cluster_documents(str(prefix.parent / "clusters.tsv"), open_corpus("p", (str(prefix),)), prefix.parent)
     assert clusters.cluster_of_document.tolist() == [0, 0, 0, 3, 3, 5]
     assert "proteins of the data in none of its clusters: 3" in clusters.match
 
@@ -129,19 +130,19 @@ def test_a_fasta_and_the_clusters_that_mmseqs2_makes_of_it_need_nothing_else(tmp
 def test_a_bad_cluster_file_is_an_error(prefix, text, message):
     (prefix.parent / "clusters.tsv").write_text(text)
     with pytest.raises(DataError, match=message):
-        cluster_documents(str(prefix.parent / "clusters.tsv"), open_indexed(str(prefix)), prefix.parent)
+        cluster_documents(str(prefix.parent / "clusters.tsv"), open_corpus("p", (str(prefix),)), prefix.parent)
 
 
 def test_without_names_the_error_says_how_to_get_them(prefix):
     (prefix.parent / "p.names").unlink()
     with pytest.raises(DataError, match=r"there is no .*p\.names, which tools/preprocess_data.py --names writes"):
-        cluster_documents(str(prefix.parent / "clusters.tsv"), open_indexed(str(prefix)), prefix.parent)
+        cluster_documents(str(prefix.parent / "clusters.tsv"), open_corpus("p", (str(prefix),)), prefix.parent)
 
 
 def test_too_few_names_are_an_error(prefix):
     (prefix.parent / "p.names").write_text("a\n")
     with pytest.raises(DataError, match="p.names: 1 names for 6 documents"):
-        cluster_documents(str(prefix.parent / "clusters.tsv"), open_indexed(str(prefix)), prefix.parent)
+        cluster_documents(str(prefix.parent / "clusters.tsv"), open_corpus("p", (str(prefix),)), prefix.parent)
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from megatron.config import DataConfig
-from megatron.data.corpus.documents import documents_of
-from megatron.data.corpus.indexed import open_indexed
+from megatron.data.corpus.documents import Documents
 from megatron.data.corpus.joined import open_corpus
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.preprocess.flags import PreprocessConfig
@@ -66,7 +65,7 @@ def test_a_list_has_the_rows_of_the_merged_files_whatever_its_parts(tmp_path, fl
 def test_joined_files_are_told_apart_as_the_merged_one_is(tmp_path, sizes):
     prefixes = write_shards(tmp_path / "shards", sizes)
     merge(prefixes, str(tmp_path / "merged"))
-    joined, merged = open_corpus("x", tuple(prefixes)), open_indexed(str(tmp_path / "merged"))
+    joined, merged = open_corpus("x", tuple(prefixes)), open_corpus("y", (str(tmp_path / "merged"),))
     assert (joined.identity, joined.contents()) == (merged.identity, merged.contents())
     assert joined.num_documents == merged.num_documents
     assert open_corpus("x", tuple(prefixes[::-1])).contents() != joined.contents()
@@ -130,7 +129,7 @@ def test_a_document_is_named_by_its_own_file(tmp_path):
     for name in "ab":
         write_indexed(tmp_path / name, [np.full(9, 6)] * 20)
     joined = open_corpus("x", (str(tmp_path / "a"), str(tmp_path / "b")))
-    assert documents_of(joined, range(5, 40)).place(20) == (str(tmp_path / 'b'), 5)
+    assert Documents(joined, range(5, 40)).place(20) == (str(tmp_path / 'b'), 5)
 
 
 def test_clusters_of_several_files_are_those_of_the_merged_one(tmp_path):

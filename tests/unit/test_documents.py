@@ -5,8 +5,8 @@ import pytest
 
 from megatron.data.corpus import documents
 from megatron.data.corpus.documents import Documents
-from megatron.data.corpus.indexed import open_indexed
 from megatron.data.corpus.indexed_writer import IndexedWriter
+from megatron.data.corpus.joined import open_corpus
 
 LONGEST = np.iinfo(np.int32).max
 
@@ -17,7 +17,7 @@ def write(prefix, sizes, num_sequences):
         writer.add(np.zeros(0, np.uint16), np.array(sizes), np.array(num_sequences))
     with open(f"{prefix}.bin", "r+b") as file:
         file.truncate(2 * sum(sizes))
-    return open_indexed(str(prefix))
+    return open_corpus("a", (str(prefix),))
 
 
 @pytest.mark.parametrize(("sizes", "num_sequences", "expected", "dtype"), [

@@ -11,6 +11,7 @@ import pytest
 
 from megatron.data.corpus.indexed import DTYPES, IMPLEMENTATIONS, open_indexed
 from megatron.data.corpus.indexed_writer import IndexedWriter
+from megatron.data.corpus.joined import open_corpus
 from megatron.data.corpus.tokenizer import build_tokenizer
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import DataError
@@ -96,7 +97,7 @@ def test_a_pickled_dataset_is_reopened_and_small(prefix):
 def test_the_identity_tells_datasets_apart(tmp_path):
     for name, documents in (("a", DOCUMENTS), ("b", DOCUMENTS), ("c", DOCUMENTS[::-1]), ("d", DOCUMENTS[:2])):
         write_indexed(tmp_path / name, documents)
-    a, b, c, d = (open_indexed(str(tmp_path / name)).identity for name in "abcd")
+    a, b, c, d = (open_corpus(name, (str(tmp_path / name),)).identity for name in "abcd")
     assert a == b
     assert len({a, c, d}) == 3
 

@@ -1,4 +1,4 @@
-"""Proteins as the packing sees them: a run of documents of an indexed dataset, and the pieces that rows are made of."""
+"""Proteins as the packing sees them: a run of documents of a corpus, and the pieces that rows are made of."""
 
 from bisect import bisect_right
 from functools import cached_property
@@ -6,17 +6,23 @@ from functools import cached_property
 import numpy as np
 
 from megatron.data.corpus.indexed import IndexedDataset
-from megatron.data.corpus.joined import Corpus, JoinedDataset
+from megatron.data.corpus.joined import Corpus
 
 CHUNK_DOCUMENTS = 1 << 20
 
 
 class Documents:
-    """The documents `documents` of an indexed dataset, numbered from 0. A document is one protein."""
+    """The documents `documents` of a corpus, numbered from 0. A document is one protein."""
 
-    def __init__(self, indexed: IndexedDataset, documents: range) -> None:
-        self.indexed: Corpus = indexed
-        self.range, self._file = documents, indexed
+    def __init__(self, corpus: Corpus, documents: range) -> None:
+        self.indexed, self.range = corpus, documents
+        self._parts, self._starts, start = list[_OfOneFile](), list[int](), -documents.start
+        for part in corpus.parts:
+            own = range(max(0, -start), min(part.num_documents, len(documents) - start))
+            if own:
+                self._parts.append(_OfOneFile(part, own))
+                self._starts.append(start + own.start)
+            start += part.num_documents
 
     def __len__(self) -> int:
         return len(self.range)
@@ -26,61 +32,11 @@ class Documents:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """The residues of each document, [documents]; int32 straight from the file, or held where some are not one
-        sequence, and int64 where a sum needs it.
+        """The residues of each document, [documents]; int32, and int64 where a sum needs it. Held in memory where they
+        are of several files.
         """
-        if self._first_sequence is not None:
-            return self._file.sizes[self._first_sequence:self._first_sequence + len(self)]
-        lengths = np.empty(len(self), np.int32)
-        for start in range(0, len(self), CHUNK_DOCUMENTS):
-            bounds = self._file.doc_idx[self.range.start:self.range.stop + 1][start:start + CHUNK_DOCUMENTS + 1]
-            ends = np.cumsum(self._file.sizes[bounds[0]:bounds[-1]], dtype=np.int64)
-            sums = np.diff(np.concatenate([[0], ends])[bounds - bounds[0]])
-            if sums.max() > np.iinfo(lengths.dtype).max:
-                lengths = lengths.astype(np.int64)
-            lengths[start:start + len(sums)] = sums
-        return lengths
-
-    def read(self, document: int, offset: int, length: int) -> np.ndarray:
-        """`length` ids of a document from `offset` on; a document of several sequences is all of them in a row."""
-        if self._first_sequence is not None:
-            return self._file[self._first_sequence + document][offset:offset + length]
-        first, last = self._file.doc_idx[self.range.start + document:self.range.start + document + 2].tolist()
-        whole = [self._file.tokens[:0], *(self._file[sequence] for sequence in range(first, last))]
-        return np.concatenate(whole)[offset:offset + length]
-
-    def place(self, document: int) -> tuple[str, int]:
-        """The prefix of the files that a document is in, and its number there."""
-        return self._file.prefix, self.range[document]
-
-    @cached_property
-    def _first_sequence(self) -> int | None:
-        """The sequence of the first document where every document is one sequence; None where some are not."""
-        bounds = self._file.doc_idx
-        for start in range(self.range.start, self.range.stop, CHUNK_DOCUMENTS):
-            stop = min(start + CHUNK_DOCUMENTS, self.range.stop)
-            if not np.all(np.diff(bounds[start:stop + 1]) == 1):
-                return None
-        return int(bounds[self.range.start])
-
-
-class JoinedDocuments(Documents):
-    """The documents `documents` of several datasets, one behind the other; their lengths are held in memory."""
-
-    def __init__(self, indexed: JoinedDataset, documents: range) -> None:
-        self.indexed, self.range = indexed, documents
-        self._parts, self._starts, start = list[Documents](), list[int](), -documents.start
-        for part in indexed.parts:
-            own = range(max(0, -start), min(part.num_documents, len(documents) - start))
-            if own:
-                self._parts.append(Documents(part, own))
-                self._starts.append(start + own.start)
-            start += part.num_documents
-
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """The residues of each document, [documents]."""
-        return np.concatenate([np.zeros(0, np.int32), *(part.lengths for part in self._parts)])
+        lengths = [part.lengths for part in self._parts]
+        return lengths[0] if len(lengths) == 1 else np.concatenate([np.zeros(0, np.int32), *lengths])
 
     def read(self, document: int, offset: int, length: int) -> np.ndarray:
         """`length` ids of a document from `offset` on."""
@@ -91,11 +47,6 @@ class JoinedDocuments(Documents):
         """The prefix of the files that a document is in, and its number there."""
         part = bisect_right(self._starts, document) - 1
         return self._parts[part].place(document - self._starts[part])
-
-
-def documents_of(corpus: Corpus, documents: range) -> Documents:
-    """The documents `documents` of a corpus, in one file or several."""
-    return JoinedDocuments(corpus, documents) if isinstance(corpus, JoinedDataset) else Documents(corpus, documents)
 
 
 class Pieces:
@@ -139,3 +90,49 @@ class Pieces:
         further_lengths = np.minimum(self.lengths[self._documents] - self._offsets, self.max_residues)
         self.lengths = np.concatenate([self.lengths, further_lengths.astype(self.lengths.dtype)])
         self.lengths[long] = self.max_residues
+
+
+class _OfOneFile:
+    """Documents of one indexed dataset."""
+
+    def __init__(self, file: IndexedDataset, documents: range) -> None:
+        self._file, self.range = file, documents
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """The residues of each document, [documents]; int32 straight from the file, or held where some are not one
+        sequence, and int64 where a sum needs it.
+        """
+        if self._first_sequence is not None:
+            return self._file.sizes[self._first_sequence:self._first_sequence + len(self.range)]
+        lengths = np.empty(len(self.range), np.int32)
+        for start in range(0, len(self.range), CHUNK_DOCUMENTS):
+            bounds = self._file.doc_idx[self.range.start:self.range.stop + 1][start:start + CHUNK_DOCUMENTS + 1]
+            ends = np.cumsum(self._file.sizes[bounds[0]:bounds[-1]], dtype=np.int64)
+            sums = np.diff(np.concatenate([[0], ends])[bounds - bounds[0]])
+            if sums.max() > np.iinfo(lengths.dtype).max:
+                lengths = lengths.astype(np.int64)
+            lengths[start:start + len(sums)] = sums
+        return lengths
+
+    def read(self, document: int, offset: int, length: int) -> np.ndarray:
+        """`length` ids of a document from `offset` on; a document of several sequences is all of them in a row."""
+        if self._first_sequence is not None:
+            return self._file[self._first_sequence + document][offset:offset + length]
+        first, last = self._file.doc_idx[self.range.start + document:self.range.start + document + 2].tolist()
+        whole = [self._file.tokens[:0], *(self._file[sequence] for sequence in range(first, last))]
+        return np.concatenate(whole)[offset:offset + length]
+
+    def place(self, document: int) -> tuple[str, int]:
+        """The prefix of the files that a document is in, and its number there."""
+        return self._file.prefix, self.range[document]
+
+    @cached_property
+    def _first_sequence(self) -> int | None:
+        """The sequence of the first document where every document is one sequence; None where some are not."""
+        bounds = self._file.doc_idx
+        for start in range(self.range.start, self.range.stop, CHUNK_DOCUMENTS):
+            stop = min(start + CHUNK_DOCUMENTS, self.range.stop)
+            if not np.all(np.diff(bounds[start:stop + 1]) == 1):
+                return None
+        return int(bounds[self.range.start])

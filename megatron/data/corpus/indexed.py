@@ -4,13 +4,10 @@ Two layouts of the .idx, both little-endian: MMIDIDX ("mmap") and TNTIDX ("cache
 whether the .bin is read into memory at the start or mapped). A document is a run of sequences, mostly of one.
 """
 
-import hashlib
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from errno import EMFILE
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,6 @@ IMPLEMENTATIONS = ("mmap", "cached", "lazy")
 DTYPES: dict[int, type[np.integer]] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 MMAP_HEADER_BYTES = 34
 TNT_HEADER_BYTES = 56
-PROBES, IDS_A_PROBE = 64, 1024
 
 
 @dataclass(frozen=True)
@@ -70,48 +66,6 @@ class IndexedDataset:
     def num_documents(self) -> int:
         """How many documents there are, empty ones included."""
         return len(self.doc_idx) - 1
-
-    @property
-    def parts(self) -> "tuple[IndexedDataset, ...]":
-        """The datasets that this is made of: itself."""
-        return (self,)
-
-    @cached_property
-    def identity(self) -> str:
-        """A digest of dtype, sizes, documents and the size of the .bin: names the dataset in the keys of caches."""
-        return identity_of(self.parts)
-
-    def contents(self) -> str:
-        """A digest of `identity` and of ids from all over the .bin: tells other data of the same lengths."""
-        return contents_of(self.parts, self.identity)
-
-
-def identity_of(parts: Sequence[IndexedDataset]) -> str:
-    """The `identity` of the dataset that holds those of `parts`, one behind the other."""
-    num_bytes, num_sequences = sum(part.tokens.nbytes for part in parts), sum(len(part) for part in parts)
-    digest = hashlib.sha256(f"{parts[0].dtype.str} {num_bytes} {num_sequences}".encode())
-    for part in parts:
-        digest.update(np.ascontiguousarray(part.sizes).data)
-    digest.update(np.zeros(1, dtype=np.int64).data)
-    before = 0
-    for part in parts:
-        ends = part.doc_idx[1:]
-        digest.update(np.ascontiguousarray(ends + before if before else ends).data)
-        before += len(part)
-    return digest.hexdigest()[:32]
-
-
-def contents_of(parts: Sequence[IndexedDataset], identity: str) -> str:
-    """The `contents` of the dataset that holds those of `parts`, one behind the other."""
-    digest = hashlib.sha256(identity.encode())
-    num_tokens = sum(len(part.tokens) for part in parts)
-    for start in np.linspace(0, max(0, num_tokens - IDS_A_PROBE), PROBES, dtype=np.int64).tolist():
-        for part in parts:
-            if start < len(part.tokens) and start + IDS_A_PROBE > 0:
-                ids = part.tokens[max(0, start):start + IDS_A_PROBE]
-                digest.update(np.ascontiguousarray(ids).data)
-            start -= len(part.tokens)
-    return digest.hexdigest()[:32]
 
 
 def open_indexed(prefix: str, impl: str = "infer") -> IndexedDataset:

@@ -1,12 +1,17 @@
-"""Several indexed datasets as one, without copying them: to training, what tools/merge_datasets.py makes of them."""
+"""A corpus: one indexed dataset, or several as one, uncopied: what tools/merge_datasets.py makes of them."""
 
+import hashlib
 from functools import cached_property
 from typing import Any
 
-from megatron.data.corpus.indexed import IndexedDataset, contents_of, identity_of, open_indexed
+import numpy as np
+
+from megatron.data.corpus.indexed import IndexedDataset, open_indexed
+
+PROBES, IDS_A_PROBE = 64, 1024
 
 
-class JoinedDataset:
+class Corpus:
     """The documents of `parts`, one dataset behind the other. Reopened when it is pickled.
 
     prefix: a name for all of them, by whose folder caches lie. Its identity is that of the merged files.
@@ -25,18 +30,32 @@ class JoinedDataset:
 
     @cached_property
     def identity(self) -> str:
-        """As `IndexedDataset` has it."""
-        return identity_of(self.parts)
+        """A digest of dtype, sizes, documents and the size of the .bin: names the corpus in the keys of caches."""
+        num_bytes, num_sequences = sum(part.tokens.nbytes for part in self.parts), sum(map(len, self.parts))
+        digest = hashlib.sha256(f"{self.parts[0].dtype.str} {num_bytes} {num_sequences}".encode())
+        for part in self.parts:
+            digest.update(np.ascontiguousarray(part.sizes).data)
+        digest.update(np.zeros(1, dtype=np.int64).data)
+        before = 0
+        for part in self.parts:
+            ends = part.doc_idx[1:]
+            digest.update(np.ascontiguousarray(ends + before if before else ends).data)
+            before += len(part)
+        return digest.hexdigest()[:32]
 
     def contents(self) -> str:
-        """As `IndexedDataset` has it."""
-        return contents_of(self.parts, self.identity)
-
-
-Corpus = IndexedDataset | JoinedDataset
+        """A digest of `identity` and of ids from all over the .bin: tells other data of the same lengths."""
+        digest = hashlib.sha256(self.identity.encode())
+        num_tokens = sum(len(part.tokens) for part in self.parts)
+        for start in np.linspace(0, max(0, num_tokens - IDS_A_PROBE), PROBES, dtype=np.int64).tolist():
+            for part in self.parts:
+                if start < len(part.tokens) and start + IDS_A_PROBE > 0:
+                    ids = part.tokens[max(0, start):start + IDS_A_PROBE]
+                    digest.update(np.ascontiguousarray(ids).data)
+                start -= len(part.tokens)
+        return digest.hexdigest()[:32]
 
 
 def open_corpus(name: str, prefixes: tuple[str, ...], impl: str = "infer") -> Corpus:
-    """The datasets of `prefixes` as one, called `name` where there are several; raises DataError."""
-    parts = tuple(open_indexed(prefix, impl) for prefix in prefixes)
-    return parts[0] if len(parts) == 1 else JoinedDataset(name, parts)
+    """The datasets of `prefixes` as one that is called `name`; raises DataError."""
+    return Corpus(name, tuple(open_indexed(prefix, impl) for prefix in prefixes))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from megatron.config import DataConfig
-from megatron.data.corpus.documents import documents_of
+from megatron.data.corpus.documents import Documents
 from megatron.data.corpus.joined import Corpus, open_corpus
 from megatron.data.corpus.origin import corpus_vocabulary, id_table
 from megatron.data.corpus.split import split_documents
@@ -112,7 +112,7 @@ def _build_corpus(named: CorpusFiles, data: DataConfig, vocab: Vocab, seed: int)
             of_document, match = cluster_documents(data.cluster_file, indexed,
                                                    choose_cache_folder(prefix, data.data_cache_path))
             clusters = Clusters(of_document[documents.start:documents.stop], match)
-        dataset = PackedDataset(documents_of(indexed, documents), settings, vocab,
+        dataset = PackedDataset(Documents(indexed, documents), settings, vocab,
                                 Masking.from_config(data) if training else None, folder, name,
                                 clusters=clusters, id_table=id_table(corpus_vocab, vocab))
         parts.append(dataset if dataset.num_epoch_rows(0) else None)
