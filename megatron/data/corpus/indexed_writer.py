@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from megatron.data.corpus.indexed import DTYPES, MMAP_MAGIC, TNT_MAGIC
 from megatron.errors import DataError
@@ -61,7 +62,8 @@ class IndexedWriter:
             self.discard()
             raise
 
-    def add(self, ids: np.ndarray, sizes: np.ndarray, num_sequences: np.ndarray, names: bytes = b"") -> None:
+    def add(self, ids: ArrayLike = (), sizes: ArrayLike = (), num_sequences: ArrayLike = (),
+            names: bytes = b"") -> None:
         """Append documents: all their ids, the length of each sequence, how many sequences each document has, and the
         lines of their names.
         """

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron.data.corpus.indexed import IndexedDataset, open_indexed
+from megatron.data.corpus.indexed import open_indexed
 from megatron.data.corpus.indexed_writer import IndexedWriter
 from megatron.data.corpus.origin import corpus_vocabulary, forget, put_statistics, statistics_of
 from megatron.data.corpus.vocab import Vocab
@@ -238,36 +238,31 @@ def _copied(part: _Part, writer: IndexedWriter) -> Iterator[int]:
         if sha256(path) != file["sha256"]:
             raise DataError(f"{path}: its contents are not those that its statistics describe; copy or preprocess it "
                             "again")
-    indexed, nothing, num_tokens = open_indexed(part.prefix), np.zeros(0, np.int32), 0
+    indexed, num_tokens = open_indexed(part.prefix), 0
     for start in range(0, len(indexed.sizes), _CHUNK_ITEMS):
         sizes = indexed.sizes[start:start + _CHUNK_ITEMS]
         num_tokens += int(sizes.sum(dtype=np.int64))
-        writer.add(nothing, sizes, nothing)
+        writer.add(sizes=sizes)
     if num_tokens != len(indexed.tokens):
         raise DataError(f"{part.prefix}.idx: its sequences have {num_tokens} ids, its .bin holds "
                         f"{len(indexed.tokens)}; preprocess it again")
     for start in range(0, indexed.num_documents, _CHUNK_ITEMS):
-        writer.add(nothing, nothing, np.diff(indexed.doc_idx[start:start + _CHUNK_ITEMS + 1]))
+        writer.add(num_sequences=np.diff(indexed.doc_idx[start:start + _CHUNK_ITEMS + 1]))
     _copy_names(part, writer)
-    yield from _copied_ids(indexed, writer)
-
-
-def _copied_ids(indexed: IndexedDataset, writer: IndexedWriter) -> Iterator[int]:
-    nothing = np.zeros(0, np.int32)
     for start in range(0, len(indexed.tokens), _CHUNK_ITEMS):
         ids = indexed.tokens[start:start + _CHUNK_ITEMS]
-        writer.add(ids, nothing, nothing)
+        writer.add(ids)
         yield ids.nbytes
 
 
 def _copy_names(part: _Part, writer: IndexedWriter) -> None:
     if not part.has_names:
         return
-    nothing, num_names = np.zeros(0, np.int32), 0
+    num_names = 0
     with open(f"{part.prefix}.names", "rb") as file:
         while names := file.read(_CHUNK_ITEMS):
             num_names += names.count(b"\n")
-            writer.add(nothing, nothing, nothing, names)
+            writer.add(names=names)
     if num_names != part.num_documents:
         raise DataError(f"{part.prefix}.names: {num_names} names for {part.num_documents} documents; it has one a "
                         "line, in order. Copy or preprocess it again")
