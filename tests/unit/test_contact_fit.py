@@ -14,7 +14,7 @@ from megatron.data.corpus.vocab import AMINO_ACIDS
 from megatron.errors import DataError
 from megatron.infer.contacts import l1_logistic
 from megatron.infer.contacts.chains import Chain, Pairs
-from megatron.infer.contacts.precision import RANGES, mean_and_interval, precisions, shares
+from megatron.infer.contacts.precision import RANGES, mean_and_interval, precisions
 from megatron.infer.contacts.regression import corrected, drawn, fitted, pair_features
 from tests.unit.test_pretrained import saved
 
@@ -73,7 +73,6 @@ def test_scores_that_are_all_the_same_tell_as_much_as_chance():
     found = precisions(torch.zeros(len(first)), Pairs(first, second, touches), 300)
     expected = touches.float().mean()
     assert found[list(RANGES).index("all"), 0] == pytest.approx(float(expected), abs=0.1)
-    assert shares(Pairs(first, second, touches))[list(RANGES).index("all")] == pytest.approx(float(expected))
 
 
 def told(weights, num_pairs=4000, seed=0):

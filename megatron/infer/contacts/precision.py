@@ -25,18 +25,13 @@ def precisions(scores_p: Tensor, pairs: Pairs, length: int, ranges: Ranges = RAN
     L is `length`; where there are fewer pairs, among all; NaN where there are none. Equal scores rank at random.
     """
     order_p = torch.randperm(len(scores_p), generator=torch.Generator().manual_seed(0))
-    found = np.empty((len(ranges), len(DIVISORS)))
-    for row, is_there_p in enumerate(_in_ranges(pairs, ranges)):
+    found, separation_p = np.empty((len(ranges), len(DIVISORS))), pairs.second_p - pairs.first_p
+    for row, (least, beyond) in enumerate(ranges.values()):
+        is_there_p = (separation_p >= least) & (separation_p < (beyond or torch.inf))
         candidates = order_p[is_there_p[order_p]]
         ranked = pairs.touches_p[candidates[scores_p[candidates].argsort(descending=True, stable=True)]].float()
         found[row] = [float(ranked[:max(1, length // divisor)].mean()) for divisor in DIVISORS]
     return found
-
-
-def shares(pairs: Pairs) -> np.ndarray:
-    """The precision of pairs drawn at random, [4]: the share of contacts in each of RANGES; NaN where there is no pair.
-    """
-    return np.array([float(pairs.touches_p[is_there_p].float().mean()) for is_there_p in _in_ranges(pairs, RANGES)])
 
 
 def mean_and_interval(values_q: Sequence[float]) -> tuple[float, float, float]:
@@ -49,9 +44,3 @@ def mean_and_interval(values_q: Sequence[float]) -> tuple[float, float, float]:
     means = [known[rng.integers(len(known), size=len(known))].mean() for _ in range(RESAMPLINGS)]
     low, high = np.quantile(means, [(1 - INTERVAL) / 2, (1 + INTERVAL) / 2])
     return float(known.mean()), float(low), float(high)
-
-
-def _in_ranges(pairs: Pairs, ranges: Ranges) -> list[Tensor]:
-    """Which pairs are in each of the ranges."""
-    separation_p = pairs.second_p - pairs.first_p
-    return [(separation_p >= least) & (separation_p < (beyond or torch.inf)) for least, beyond in ranges.values()]
