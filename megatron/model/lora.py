@@ -2,7 +2,6 @@
 
     adapt(model, LoraConfig(lora_rank=8))       before data parallelism shares the model out
     initialise(adapters_in(parameters), seed)   and its own weights from a checkpoint, by `load_model`
-    merge(model)                                a plain model that computes the same
 
 A model is adapted as it is built, a pipeline stage like the whole, on `meta` or with values, before an optimizer or the
 copies of its weights are made.
@@ -21,7 +20,6 @@ from megatron.errors import ConfigError
 from megatron.kernels.dropout import Use
 from megatron.model.protein_model import ProteinModel
 from megatron.parallel.tensor.adapters import Adapters, SplitLinear
-from megatron.parallel.tensor.layers import Matrix
 
 T = TypeVar("T")
 # Of a block's layers the parts that may be adapted, in the order of their rows.
@@ -51,7 +49,8 @@ def adapt(model: ProteinModel, config: LoraConfig) -> None:
                 adapters = Adapters(layer, {part: Use[f"ADAPTED_{part.upper()}"] for part in PARTS[path]}, targets,
                                     config.lora_rank, config.scale, config.lora_dropout)
             layer.adapters = adapters.train(layer.training)
-            adapters.hook = block.register_forward_pre_hook(adapters.take_seed) if config.lora_dropout else None
+            if config.lora_dropout:
+                block.register_forward_pre_hook(adapters.take_seed)
 
 
 def possible_targets(config: ModelConfig) -> tuple[str, ...]:
@@ -75,17 +74,3 @@ def adapted_layers(config: ModelConfig, lora: LoraConfig) -> Iterator[tuple[str,
 def adapters_in(tensors: Mapping[str, T]) -> dict[str, T]:
     """Those of tensors by their names in a model that are adapters'."""
     return {name: tensor for name, tensor in tensors.items() if _MARK in name}
-
-
-@torch.no_grad()
-def merge(model: ProteinModel) -> None:
-    """Add to the weights what the adapters add to outputs, in place, and take these off: in evaluation nothing changes.
-
-    On tensor ranks each merges its part. Not where data parallelism has shared weights out.
-    """
-    for layer in model.modules():
-        if isinstance(layer, Matrix) and isinstance(layer.adapters, Adapters):
-            layer.weight.add_(layer.adapters.delta())
-            if layer.adapters.hook is not None:
-                layer.adapters.hook.remove()
-            layer.adapters = None

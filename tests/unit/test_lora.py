@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from megatron.checkpoint.loading import load_model
 from megatron.checkpoint.lora.merging import STATE, merged
 from megatron.checkpoint.stored import Checkpoint, stored
 from megatron.config import PrecisionConfig
@@ -18,7 +19,7 @@ from megatron.config.lora import LORA_TARGETS, LoraConfig
 from megatron.errors import CheckpointError, ConfigError
 from megatron.kernels.dropout import Use
 from megatron.model.initialisation import initialise
-from megatron.model.lora import adapt, adapters_in, merge
+from megatron.model.lora import adapt, adapters_in
 from megatron.model.protein_model import ProteinModel
 from megatron.parallel.parameters import Normal
 from megatron.parallel.pipeline.partition import Stage
@@ -71,22 +72,6 @@ def logits(model):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_at_first_the_model_computes_what_it_did(family):
     assert torch.equal(logits(built(family, ALL[family])), logits(built(family)))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_merged_it_is_a_plain_model_with_the_same_logits(family):
-    model, plain = varied(built(family, ALL[family])).eval(), built(family)
-    before = logits(model)
-    merge(model)
-    assert (logits(model) - before).abs().max() < 1e-5 < (before - logits(plain)).abs().max()
-    assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
-
-
-def test_merged_it_has_no_more_to_do_with_dropout():
-    model = varied(built("esm2", replace(LORA, lora_dropout=0.5)))
-    merge(model)
-    assert not any(block._forward_pre_hooks for block in model.blocks())
-    assert torch.equal(logits(model), logits(model.eval()))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -179,17 +164,16 @@ def test_a_target_that_the_model_has_not_is_refused():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_checkpoint_is_merged_as_its_model_is(family):
-    model = varied(built(family, ALL[family]))
+def test_a_merged_checkpoint_is_of_a_plain_model_with_the_same_logits(family):
+    model, plain = varied(built(family, ALL[family])).eval(), built(family)
     tensors = {name: stored(parameter.clone()) for name, parameter in model.named_parameters()}
     checkpoint = Checkpoint(Path("x"), 3, tensors, None,
                             {STATE: json.loads(json.dumps(asdict(ALL[family]))), "more": 1})
     found = merged(checkpoint, model.config)
-    merge(model)
-    expected = dict(model.named_parameters())
-    assert found.model.keys() == expected.keys() and found.state == {"more": 1}
-    for name, parameter in expected.items():
-        assert torch.equal(found.model[name].read(), parameter), name
+    parameters, without = dict(plain.named_parameters()), logits(plain)
+    assert found.model.keys() == parameters.keys() and found.state == {"more": 1}
+    load_model(parameters, found, parameters.keys())
+    assert (logits(model) - logits(plain)).abs().max() < 1e-5 < (logits(model) - without).abs().max()
     assert merged(found, model.config) is found
     with pytest.raises(CheckpointError, match="x has adapters, of which its state.json does not say all"):
         merged(replace(checkpoint, state={}), model.config)

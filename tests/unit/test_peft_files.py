@@ -1,7 +1,7 @@
 """Adapters against peft's own, on the same weights and through the same files."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
 
@@ -13,10 +13,11 @@ from megatron.checkpoint.convert.families import hf
 from megatron.checkpoint.convert.families.vocabularies import vocabulary_of
 from megatron.checkpoint.loading import load_model
 from megatron.checkpoint.lora import peft_files
+from megatron.checkpoint.lora.merging import STATE, merged
 from megatron.checkpoint.stored import stored
 from megatron.config.lora import LORA_TARGETS, LoraConfig
 from megatron.errors import CheckpointError
-from megatron.model.lora import adapt, adapters_in, merge
+from megatron.model.lora import adapt, adapters_in
 from tests.families import RECIPE
 from tests.transformers_models import (
     PROTEINS,
@@ -181,11 +182,11 @@ def test_merged_weights_are_peft_s_and_a_folder_of_transformers_takes_them(kind,
     lora = replace(LORA, lora_targets=("query", "value", "dense", "dense_h_to_4h"))
     model = filled(checkpoint, lora)
     peft_files.write(tmp_path / "adapters", stored_of(model), lora, model.config)
-    merged = peft().PeftModel.from_pretrained(base, tmp_path / "adapters").merge_and_unload()
-    merge(model)
+    theirs = peft().PeftModel.from_pretrained(base, tmp_path / "adapters").merge_and_unload()
     weights = {name: stored(parameter) for name, parameter in model.named_parameters()}
-    folder = hf.write(replace(checkpoint, model=weights), tmp_path / "merged")
-    found, expected = load_file(folder / "model.safetensors"), merged.state_dict()
+    adapted = replace(checkpoint, model=weights, state=checkpoint.state | {STATE: asdict(lora)})
+    folder = hf.write(merged(adapted, model.config), tmp_path / "merged")
+    found, expected = load_file(folder / "model.safetensors"), theirs.state_dict()
     for name, weight in found.items():
         if name in expected:
             torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-5)

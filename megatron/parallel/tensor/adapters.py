@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from megatron.kernels.dropout import Dropout, Use
 from megatron.parallel.parameters import Constant, Uniform, declaration_of
@@ -27,10 +26,8 @@ class Adapters(nn.Module):
 
     `uses`: the names of its parts in their order, and of each what its dropout is told by; `adapted`: the parts that
     get an adapter; `scale`: s; `rate`: of the dropout of x, of which each part has its own. Where there is dropout,
-    `take_seed` is called before each forward pass, by the `hook` of the block that the layer is in.
+    `take_seed` is called before each forward pass of the block that the layer is in.
     """
-
-    hook: RemovableHandle | None = None
 
     def __init__(self, layer: SplitLinear, uses: Mapping[str, Use], adapted: frozenset[str], rank: int, scale: float,
                  rate: float) -> None:
@@ -50,11 +47,6 @@ class Adapters(nn.Module):
         """What is added to the layer's output for `x`, in the shape of that."""
         return in_turns([None if adapter is None else adapter(x, self.scale, self._dropout(use))
                          for adapter, use in zip(self.of_parts(), self.uses.values(), strict=True)], self.runs)
-
-    def delta(self) -> Tensor:
-        """What is added to this rank's part of the layer's weight [o, i], fp32."""
-        return weight_of([None if adapter is None else (adapter.a.weight, adapter.b.weight)
-                          for adapter in self.of_parts()], self.runs, self.scale)
 
     def of_parts(self) -> list["Adapter | None"]:
         """Each part's adapter, None for one that has none."""
