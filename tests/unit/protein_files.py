@@ -95,7 +95,8 @@ KINDS = TEXTS | BINARIES
 def ids_of(tmp_path: Path, *sources: Path | str, **options) -> bytes:
     """The .bin and .idx that preprocessing writes; nothing else may be left."""
     prefix = tmp_path / "out"
-    preprocess(PreprocessConfig(input=tuple(map(str, sources)), output_prefix=str(prefix), **options))
+    given = {"overwrite": True} | options
+    preprocess(PreprocessConfig(input=tuple(map(str, sources)), output_prefix=str(prefix), **given))
     assert not list(tmp_path.glob("*.partial"))
     return Path(f"{prefix}_text_document.bin").read_bytes() + Path(f"{prefix}_text_document.idx").read_bytes()
 
