@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron.checkpoint.claim import Claim
 from megatron.checkpoint.places import BEST
-from megatron.checkpoint.sharded import Parts, write_parts
+from megatron.checkpoint.sharded import Parts, share_of, write_parts
 from megatron.checkpoint.store import (
     STATE,
     iterations,
@@ -32,7 +31,7 @@ from megatron.config import CheckpointConfig
 from megatron.errors import CheckpointError, SaveError
 from megatron.files import left_over, write_json
 from megatron.log import Log
-from megatron.parallel.mesh import Axis, Mesh
+from megatron.parallel.mesh import Mesh
 from megatron.parallel.placement import Part, part_of_state, placement_of
 
 
@@ -43,17 +42,6 @@ def parts_of(model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor],
     parts |= {f"ema/{name}": part_of_state(model[name], tensor) for name, tensor in (average or {}).items()}
     return parts | {f"optimizer/{key}": part_of_state(model[key.partition("/")[2]], tensor)
                     for key, tensor in optimizer.items()}
-
-
-def share_of(parts: Parts, copies: Axis) -> dict[str, Part]:
-    """Those of `parts` that this rank writes, of `copies`, which all have the same: as many bytes as the others."""
-    shares: list[dict[str, Part]] = [{} for _ in range(copies.size)]
-    taken = [0] * copies.size
-    for key, part in sorted(parts.items(), key=lambda item: (-item[1].tensor.numel(), item[0])):
-        rank = taken.index(min(taken))
-        shares[rank][key] = part
-        taken[rank] += part.tensor.numel() * part.tensor.element_size()
-    return shares[copies.rank]
 
 
 class Saver:
@@ -69,7 +57,7 @@ class Saver:
                  meet_disk: Callable[[int], None] = lambda iteration: None) -> None:
         assert config.save is not None
         self._config, self._root, self._claim, self._log = config, Path(config.save), claim, log
-        self._writers, self._sharers, self._device = mesh.writers, mesh.copies, mesh.device
+        self._writers, self._device = mesh.writers, mesh.device
         self._meet_disk = meet_disk
         self._loaded, self._is_first = loaded, True
         self.saved_at = loaded  # the iteration of the newest checkpoint that is known to be whole
@@ -91,7 +79,7 @@ class Saver:
                 self._log.line(f"note: {place.name} is of the course that was left by going back to iteration "
                                f"{self._loaded}; remove it if you do not need it")
         self._is_first = False
-        parts = share_of(parts, self._sharers)
+        parts = share_of(parts, self._writers)
         if not self._config.async_save:
             self._settle(partial(self._write, iteration, parts, state, None))
             return
@@ -148,8 +136,8 @@ class Saver:
             return {STATE: facts_of_file(temporary / STATE)}
 
         try:
-            write_parts(place, iteration, parts, self._writers.group, write_state)
-        except (OSError, CheckpointException) as error:
+            write_parts(place, iteration, parts, self._writers, write_state)
+        except (OSError, CheckpointError) as error:
             if self._writers.rank == 0:
                 for rest in left_over(place):
                     shutil.rmtree(rest, ignore_errors=True)
@@ -162,17 +150,16 @@ class Saver:
                   spared={place, place_of(self._root, self._loaded)})
         return iteration
 
-    def _refused(self, place: Path, error: OSError | CheckpointException, parts: Parts) -> CheckpointError:
+    def _refused(self, place: Path, error: OSError | CheckpointError, parts: Parts) -> CheckpointError:
         """What is to be raised; `parts`: what this rank was to write, about as many bytes as the others."""
-        reason = _reason(error)
-        if not isinstance(reason, OSError):
-            return CheckpointError(f"could not save {place}: {reason}; the last good checkpoint is untouched")
+        if not isinstance(error, OSError):
+            return CheckpointError(f"could not save {place}: {error}; the last good checkpoint is untouched")
         needed = self._writers.size * sum(part.tensor.numel() * part.tensor.element_size() for part in parts.values())
         try:
             room = f"{shutil.disk_usage(self._root).free / 1e6:,.1f} MB are free in {self._root}"
         except OSError as unknown:
             room = f"what is free in {self._root} cannot be asked ({unknown.strerror})"
-        return SaveError(f"could not save {place}: {reason.strerror or reason}; it takes {needed / 1e6:,.1f} MB, and "
+        return SaveError(f"could not save {place}: {error.strerror or error}; it takes {needed / 1e6:,.1f} MB, and "
                          f"{room}. The last good checkpoint is untouched; make room, as by moving older iter_ folders "
                          "away, or give another --save")
 
@@ -207,10 +194,3 @@ class Saver:
             copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
             self._copies[key] = copy
         return copy.copy_(tensor, non_blocking=True)
-
-
-def _reason(error: OSError | CheckpointException) -> BaseException:
-    if isinstance(error, CheckpointException):
-        failed = [wrapped[0] for wrapped in error.failures.values()]
-        return next((one for one in failed if isinstance(one, OSError)), failed[0])
-    return error

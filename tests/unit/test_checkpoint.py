@@ -17,7 +17,8 @@ from megatron.checkpoint import sharded
 from megatron.checkpoint.loading import load_model, load_optimizer
 from megatron.checkpoint.manifest import MANIFEST
 from megatron.checkpoint.places import validation_loss
-from megatron.checkpoint.saving import Saver, parts_of, share_of
+from megatron.checkpoint.saving import Saver, parts_of
+from megatron.checkpoint.sharded import writers_of
 from megatron.checkpoint.store import LATEST, find, note_validation, set_aside
 from megatron.checkpoint.stored import Checkpoint, Piece, StoredTensor, stored
 from megatron.config import CheckpointConfig
@@ -103,12 +104,14 @@ def test_what_is_trained_while_a_save_is_under_way_is_not_in_it(tmp_path):
     assert is_equal(read(load(tmp_path)), tensors(7))
 
 
-def test_ranks_that_hold_the_same_have_even_shares_of_it():
-    parts = parts_of(*tensors(7))
-    shares = [share_of(parts, Axis(rank, 3)) for rank in range(3)]
-    assert sorted(key for share in shares for key in share) == sorted(parts)
-    assert [sorted(share) for share in shares] == [["model/a.weight"], ["optimizer/exp_avg/a.weight"],
-                                                   ["model/a.bias", "optimizer/step/a.weight"]]
+def test_each_box_is_written_by_one_of_the_ranks_that_have_it_as_many_bytes_by_each():
+    everywhere = {("model/a", (0, 0)): 48, ("exp_avg/a", (0, 0)): 48, ("model/b", (0,)): 12, ("step/a", ()): 4}
+    own = [{("model/c", (rank,)): 20} for rank in range(3)]
+    writers = writers_of([everywhere | one for one in own])
+    assert [writers[place] for one in own for place in one] == [0, 1, 2]
+    taken = [sum((everywhere | own[rank])[place] for place, writer in writers.items() if writer == rank)
+             for rank in range(3)]
+    assert sum(taken) == 48 + 48 + 12 + 4 + 3 * 20 and max(taken) == 48 + 20
 
 
 def test_a_checkpoint_is_safetensors_and_json_alone(tmp_path):

@@ -23,6 +23,7 @@ from megatron.errors import CheckpointError, ConfigError, ResidueError
 from megatron.infer.answers import INCLUDED, OF_LAYERS, Asked
 from megatron.infer.rows import shared_out
 from megatron.model.protein_model import ProteinModel
+from megatron.parallel.mesh import Axis
 from tests.families import ESM2
 from tests.transformers_models import PROTEINS, ids_of, one_row, trained_here
 
@@ -60,7 +61,7 @@ def saved(folder: Path, config: ModelConfig = TINY, vocab_file: str = "iupac", e
         return {STATE: facts_of_file(place / STATE)}
 
     folder.mkdir(exist_ok=True)
-    write_parts(place_of(folder, 7), 7, parts_of(dict(made(config, vocab_file).named_parameters()), {}), None,
+    write_parts(place_of(folder, 7), 7, parts_of(dict(made(config, vocab_file).named_parameters()), {}), Axis(),
                 write_state)
     point_to(folder, 7)
     return folder
