@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from megatron.checkpoint.manifest import Manifest, TensorFacts
-from megatron.checkpoint.tensor_file import FileFacts, TensorEntry, write_tensors
+from megatron.checkpoint.stored import StoredTensor, one_piece
+from megatron.checkpoint.tensor_file import FileFacts, write_tensors
 from megatron.errors import CheckpointError
 from megatron.files import begin_folder, finish_folder
 from megatron.parallel.collectives import everyones
@@ -87,11 +88,11 @@ def _together(ranks: Axis, work: Callable[[], T]) -> list[T]:
 
 def _write_files(folder: Path, parts: Parts, rank: int) -> tuple[dict[str, FileFacts], dict[str, TensorFacts]]:
     """What this rank's files are, and where in them each of its parts lies."""
-    entries: dict[str, dict[str, TensorEntry]] = {}
+    held: dict[str, dict[str, StoredTensor]] = {}
     tensors: dict[str, TensorFacts] = {}
     for key, part in parts.items():
         kind, _, name = key.partition("/")
         file, shape, dtype = f"{kind}-{rank:05d}.safetensors", tuple(part.tensor.shape), part.tensor.dtype
-        entries.setdefault(file, {})[name] = TensorEntry(shape, dtype, part.tensor.detach)
+        held.setdefault(file, {})[name] = one_piece(shape, dtype, part.tensor.__getitem__)
         tensors[key] = TensorFacts(part.whole_shape, dtype, ((part.offsets, shape, file),))
-    return {file: write_tensors(folder / file, held) for file, held in entries.items()}, tensors
+    return {file: write_tensors(folder / file, of_file) for file, of_file in held.items()}, tensors

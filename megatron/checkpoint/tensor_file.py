@@ -8,6 +8,7 @@ import os
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron.checkpoint.stored import Box
+from megatron.checkpoint.stored import Box, StoredTensor, Tensors, one_piece
 from megatron.errors import CheckpointError
 
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -26,15 +27,6 @@ _REMEDY = "copy it again, or take an older iteration if there is one"
 
 
 @dataclass(frozen=True)
-class TensorEntry:
-    """A tensor to be written: what it is, and what gives it when its turn comes."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    read: Callable[[], Tensor]
-
-
-@dataclass(frozen=True)
 class FileFacts:
     """What a file is known by: its size, and the CRC-32 of its bytes."""
 
@@ -42,22 +34,25 @@ class FileFacts:
     crc32: int
 
 
-def write_tensors(path: Path, entries: Mapping[str, TensorEntry], notes: Mapping[str, str] | None = None) -> FileFacts:
-    """Write a new file and bring it to the disk, with `notes` at its head; raises OSError where the disk refuses."""
+def write_tensors(path: Path, tensors: Tensors, notes: Mapping[str, str] | None = None) -> FileFacts:
+    """Write a new file and bring it to the disk, with `notes` at its head; raises OSError where the disk refuses.
+
+    Each tensor is read when its turn comes.
+    """
     header: dict[str, Any] = {"__metadata__": dict(notes)} if notes else {}
     end = 0
-    for name, entry in entries.items():
-        begin, end = end, end + entry.dtype.itemsize * torch.Size(entry.shape).numel()
-        header[name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [begin, end]}
+    for name, stored in tensors.items():
+        begin, end = end, end + stored.dtype.itemsize * torch.Size(stored.shape).numel()
+        header[name] = {"dtype": _NAMES[stored.dtype], "shape": list(stored.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("xb") as file:
         start = len(text).to_bytes(8, "little") + text
         file.write(start)
         crc32 = zlib.crc32(start)
-        for entry in entries.values():
-            tensor = entry.read().detach().cpu().contiguous()
-            assert (tuple(tensor.shape), tensor.dtype) == (entry.shape, entry.dtype), "what was announced is written"
+        for stored in tensors.values():
+            tensor = stored.read().detach().cpu().contiguous()
+            assert (tuple(tensor.shape), tensor.dtype) == (stored.shape, stored.dtype), "what was announced is written"
             data = tensor.reshape(-1).view(torch.uint8).numpy().data
             crc32 = zlib.crc32(data, crc32)
             file.write(data)
@@ -67,12 +62,12 @@ def write_tensors(path: Path, entries: Mapping[str, TensorEntry], notes: Mapping
         return FileFacts(file.tell(), crc32)
 
 
-def tensors_in(path: Path) -> dict[str, TensorEntry]:
+def stored_in(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a file, each read when it is asked for; raises CheckpointError for one that is damaged."""
     with _opened(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         try:
-            return {name: TensorEntry(tuple(part.get_shape()), _DTYPES[part.get_dtype()], _reader(path, name))
+            return {name: one_piece(part.get_shape(), _DTYPES[part.get_dtype()], partial(read_box, path, name))
                     for name, part in slices.items()}
         except KeyError as error:
             raise CheckpointError(f"{path}: holds numbers of the kind {error}, which is not known here") from None
@@ -96,10 +91,6 @@ def facts_of_file(path: Path, advance: Callable[[int], object] = lambda num_byte
             crc32, num_bytes = zlib.crc32(block, crc32), num_bytes + len(block)
             advance(len(block))
     return FileFacts(num_bytes, crc32)
-
-
-def _reader(path: Path, name: str) -> Callable[[], Tensor]:
-    return lambda: read_box(path, name, ())
 
 
 def _opened(path: Path) -> safe_open:

@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 
 from megatron.checkpoint.places import STATE
-from megatron.checkpoint.stored import Checkpoint, StoredTensor, one_piece
-from megatron.checkpoint.tensor_file import TensorEntry, read_box, tensors_in
+from megatron.checkpoint.stored import Checkpoint
+from megatron.checkpoint.tensor_file import stored_in
 from megatron.errors import CheckpointError
 
 MODEL = "model.safetensors"
@@ -31,12 +31,3 @@ def read_whole(place: Path, with_optimizer: bool = True) -> Checkpoint:
     return Checkpoint(place, iteration, stored_in(place / MODEL),
                       stored_in(optimizer) if with_optimizer and optimizer.exists() else None, state,
                       stored_in(average) if average.exists() else None)
-
-
-def stored_in(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file, each read when it is asked for; raises CheckpointError for one that is damaged."""
-    return {name: _one(path, name, entry) for name, entry in tensors_in(path).items()}
-
-
-def _one(path: Path, name: str, entry: TensorEntry) -> StoredTensor:
-    return one_piece(entry.shape, entry.dtype, lambda box: read_box(path, name, box))

@@ -3,11 +3,9 @@
 import time
 from pathlib import Path
 
-import torch
-
 from megatron.checkpoint.convert.failures import writable
 from megatron.checkpoint.convert.own_places import place_in, refuse_layout
-from megatron.checkpoint.convert.whole import entries
+from megatron.checkpoint.convert.whole import kinds_of
 from megatron.checkpoint.manifest import MANIFEST, Manifest, TensorFacts
 from megatron.checkpoint.store import STATE, open_place, place_of, point_to
 from megatron.checkpoint.stored import Checkpoint
@@ -38,18 +36,13 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
     place = place_of(folder, checkpoint.iteration)
     files: dict[str, FileFacts] = {}
     tensors: dict[str, TensorFacts] = {}
-    kinds = {"model": entries(checkpoint.model, torch.float32)}
-    if checkpoint.optimizer is not None:
-        kinds["optimizer"] = entries(checkpoint.optimizer)
-    if checkpoint.average is not None:
-        kinds["ema"] = entries(checkpoint.average)
     with writable(place):
         with new_folder(place) as temporary:
-            for kind, held in kinds.items():
+            for kind, held in kinds_of(checkpoint).items():
                 file = f"{kind}-00000.safetensors"
                 files[file] = write_tensors(temporary / file, held)
-                tensors |= {f"{kind}/{name}": TensorFacts(entry.shape, entry.dtype, (
-                    ((0,) * len(entry.shape), entry.shape, file),)) for name, entry in held.items()}
+                tensors |= {f"{kind}/{name}": TensorFacts(tensor.shape, tensor.dtype, (
+                    ((0,) * len(tensor.shape), tensor.shape, file),)) for name, tensor in held.items()}
             write_json(temporary / STATE, {**checkpoint.state, "written_s": time.time()})
             files[STATE] = facts_of_file(temporary / STATE)
             Manifest(checkpoint.iteration, files, tensors).write(temporary)

@@ -9,8 +9,8 @@ from megatron.checkpoint.convert.own_places import place_in, refuse_layout
 from megatron.checkpoint.places import STATE, place_of
 from megatron.checkpoint.store import point_to
 from megatron.checkpoint.stored import Checkpoint, Tensors
-from megatron.checkpoint.tensor_file import TensorEntry, write_tensors
-from megatron.checkpoint.whole import AVERAGE, MODEL, OPTIMIZER, VERSION, read_whole
+from megatron.checkpoint.tensor_file import write_tensors
+from megatron.checkpoint.whole import MODEL, VERSION, read_whole
 from megatron.errors import CheckpointError
 from megatron.files import new_folder, sync, write_json
 
@@ -37,18 +37,17 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
     place = place_of(folder, checkpoint.iteration)
     with writable(place):
         with new_folder(place) as temporary:
-            write_tensors(temporary / MODEL, entries(checkpoint.model, torch.float32))
-            if checkpoint.optimizer is not None:
-                write_tensors(temporary / OPTIMIZER, entries(checkpoint.optimizer))
-            if checkpoint.average is not None:
-                write_tensors(temporary / AVERAGE, entries(checkpoint.average))
+            for kind, tensors in kinds_of(checkpoint).items():
+                write_tensors(temporary / f"{kind}.safetensors", tensors)
             write_json(temporary / STATE, {**checkpoint.state, "version": VERSION, "iteration": checkpoint.iteration})
             sync(temporary / STATE)
         point_to(folder, checkpoint.iteration)
     return place
 
 
-def entries(tensors: Tensors, dtype: torch.dtype | None = None) -> dict[str, TensorEntry]:
-    """Stored tensors as what is to be written of them, all in one dtype if it is given."""
-    return {name: TensorEntry(tensor.shape, dtype or tensor.dtype, tensor.to(dtype or tensor.dtype).read)
-            for name, tensor in tensors.items()}
+def kinds_of(checkpoint: Checkpoint) -> dict[str, Tensors]:
+    """What there is to be written, by kind: the parameters in fp32, the optimizer's state, the average of the weights.
+    """
+    model = {name: tensor.to(torch.float32) for name, tensor in checkpoint.model.items()}
+    kinds: dict[str, Tensors | None] = {"model": model, "optimizer": checkpoint.optimizer, "ema": checkpoint.average}
+    return {kind: tensors for kind, tensors in kinds.items() if tensors is not None}

@@ -23,11 +23,9 @@ from megatron.checkpoint.convert.families.flags import OWN, family_of
 from megatron.checkpoint.convert.families.hf import read_object
 from megatron.checkpoint.convert.families.hf_writing import TABLES
 from megatron.checkpoint.convert.families.names import their_names
-from megatron.checkpoint.convert.whole import entries
 from megatron.checkpoint.lora.merging import stored_pair
 from megatron.checkpoint.stored import Checkpoint, Tensors, stored
-from megatron.checkpoint.tensor_file import write_tensors
-from megatron.checkpoint.whole import stored_in
+from megatron.checkpoint.tensor_file import stored_in, write_tensors
 from megatron.config import ModelConfig
 from megatron.config.lora import LORA_TARGETS, LoraConfig
 from megatron.errors import CheckpointError
@@ -68,8 +66,8 @@ def write(folder: Path, tensors: Tensors, lora: LoraConfig, model: ModelConfig, 
         "target_modules": rf".*\.\d+\.({'|'.join(map(re.escape, ends))})", **(_patterns(lora) if is_own else {})}
     with writable(folder), new_folder(folder) as temporary:
         write_json(temporary / CONFIG, config)
-        write_tensors(temporary / WEIGHTS, entries({f"{_PREFIX}{name}": stored(tensor)
-                                                    for name, tensor in theirs.items()}), {"format": "pt"})
+        write_tensors(temporary / WEIGHTS, {f"{_PREFIX}{name}": stored(tensor)
+                                            for name, tensor in theirs.items()}, {"format": "pt"})
     return folder
 
 

@@ -19,7 +19,7 @@ from megatron.checkpoint.convert.families.vocabularies import vocabulary_in
 from megatron.checkpoint.convert.own_places import refuse_layout
 from megatron.checkpoint.convert.torch_files import read_torch_file
 from megatron.checkpoint.stored import Checkpoint, StoredTensor
-from megatron.checkpoint.whole import stored_in
+from megatron.checkpoint.tensor_file import stored_in
 from megatron.errors import CheckpointError
 from megatron.files import new_folder
 

@@ -14,7 +14,6 @@ from megatron.checkpoint.convert.families.reading import FREQUENCIES, TYPES
 from megatron.checkpoint.convert.families.tokenizer import tokenizer_files
 from megatron.checkpoint.convert.families.vocabularies import FILE, vocabulary_of
 from megatron.checkpoint.convert.vocabulary import BIAS, OUTPUT, with_rows
-from megatron.checkpoint.convert.whole import entries
 from megatron.checkpoint.stored import Checkpoint, StoredTensor, stored
 from megatron.checkpoint.tensor_file import write_tensors
 from megatron.data.corpus.vocab import Vocab
@@ -80,7 +79,7 @@ def _write_weights(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
     names = [WHOLE] if len(parts) == 1 else [
         WHOLE.replace(".", f"-{number:05d}-of-{len(parts):05d}.") for number in range(1, len(parts) + 1)]
     for name, part in zip(names, parts, strict=True):
-        write_tensors(folder / name, entries(part), {"format": "pt"})
+        write_tensors(folder / name, part, {"format": "pt"})
     if len(parts) > 1:
         total = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
         write_json(folder / f"{WHOLE}{INDEX}", {
