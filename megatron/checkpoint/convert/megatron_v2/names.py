@@ -86,10 +86,9 @@ def parameter_names(num_layers: int) -> list[str]:
             "lm_head.bias", *(f"lm_head.{part}.{kind}" for part in ("dense", "layernorm") for kind in both)]
 
 
-def renumbered(entries: list[NamedParameter], first_layer: int) -> list[NamedParameter]:
-    """The same, the layers' numbers counted from `first_layer` on."""
-    return [NamedParameter(_LAYER.sub(lambda match: f"transformer.layers.{int(match[1]) + first_layer}.", entry.name),
-                           entry.there, entry.tensor) for entry in entries]
+def renumbered(name: str, added: int) -> str:
+    """The same with its layer's number higher by `added`."""
+    return _LAYER.sub(lambda match: f"transformer.layers.{int(match[1]) + added}.", name)
 
 
 def num_layers(names: Mapping[str, Any] | list[str]) -> int:

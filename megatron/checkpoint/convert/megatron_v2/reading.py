@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +83,8 @@ def _ranks(place: Place) -> list[list[_Rank]]:
                                       "again")
             first_layers[pipeline, chunk] = layer
             layer += num_layers([entry.name for entry in ranks[0][chunk]])
-    return [[_rank(path, tree, [renumbered(entries, first_layers[pipeline, chunk])
-                                for chunk, entries in enumerate(ranks_chunks)])
+    return [[_rank(path, tree, [[replace(entry, name=renumbered(entry.name, first_layers[pipeline, chunk]))
+                                 for entry in entries] for chunk, entries in enumerate(ranks_chunks)])
              for path, tree, ranks_chunks in zip(place.files[pipeline], trees[pipeline], chunks[pipeline], strict=True)]
             for pipeline in range(len(trees))]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron.checkpoint.convert.megatron_v2.arguments import arguments_of, learning_rate, scheduler_of
-from megatron.checkpoint.convert.megatron_v2.names import decays, num_layers, parameter_names, split_dim
+from megatron.checkpoint.convert.megatron_v2.names import decays, num_layers, parameter_names, renumbered, split_dim
 from megatron.checkpoint.convert.megatron_v2.randomness import random_states
 from megatron.checkpoint.convert.megatron_v2.rank_files import check_divisions, write_rank_files
 from megatron.checkpoint.convert.vocabulary import WORDS, rows_for, with_rows
@@ -86,7 +86,7 @@ class _Files:
                 kind: OrderedDict(weight=tensors[f"embedding.{kind}.weight"])
                 for kind in ("word_embeddings", "position_embeddings")}
         language_model["transformer"] = OrderedDict(
-            (_numbered(name.removeprefix("transformer."), first_layer), tensor)
+            (renumbered(name, -first_layer).removeprefix("transformer."), tensor)
             for name, tensor in tensors.items() if name.startswith("transformer."))
         model: dict[str, Any] = {"language_model": language_model}
         if stage == self._num_pipeline - 1:
@@ -148,12 +148,3 @@ class _Files:
             raise CheckpointError(f"{self._checkpoint.path}: does not say how many attention heads it has, by which it "
                                   "would be split; write it for one tensor-parallel rank")
         check_divisions(tensor, self._num_pipeline, heads or 1, width, self._num_layers)
-
-
-def _numbered(name: str, first_layer: int) -> str:
-    """A name in the transformer with its layer's number counted from `first_layer` on."""
-    kind, _, rest = name.partition(".")
-    if kind != "layers":
-        return name
-    number, _, rest = rest.partition(".")
-    return f"layers.{int(number) - first_layer}.{rest}"
