@@ -5,7 +5,6 @@ and collectives move nothing.
 """
 
 import math
-from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -45,14 +44,14 @@ class WorkCounter:
 
 
 class WeightBytes:
-    """`num_bytes`: of the bytes that are moved those of tensors that have one of `shapes`, transposed or not.
+    """`num_bytes`: of the bytes that are moved those of tensors that have one of `shapes`, each sorted.
 
     So it counts every cast of a weight, every product that reads one, and its gradient where it is computed, cast and
     added to. An activation must not have one of the shapes.
     """
 
-    def __init__(self, shapes: Collection[tuple[int, ...]] = ()) -> None:
-        self.num_bytes, self.shapes = 0, {tuple(sorted(shape)) for shape in shapes}
+    def __init__(self) -> None:
+        self.num_bytes, self.shapes = 0, set[tuple[int, ...]]()
 
     def count(self, func: Any, args: Any, kwargs: Any, given: list[Tensor], new: list[Tensor]) -> None:
         """Count an operation that is done."""
