@@ -45,15 +45,12 @@ class Replicated:
         """Nothing is gathered."""
 
 
-class Overlapped:
-    """Every rank holds everything; torch's DistributedDataParallel sums while the last backward pass runs."""
-
-    is_gathered = False
+class Overlapped(Replicated):
+    """The same, but that torch's DistributedDataParallel sums while the last backward pass runs."""
 
     def __init__(self, stages: Sequence[nn.Module], mesh: Mesh) -> None:
-        self.parameters = {name: parameter for stage in stages for name, parameter in stage.named_parameters()}
+        super().__init__(stages, mesh)
         group = mesh.replicas.group
-        self._stages = list(stages)
         self._summed = {number: DistributedDataParallel(stage, process_group=group, gradient_as_bucket_view=True)
                         for number, stage in enumerate(stages) if any(p.requires_grad for p in stage.parameters())}
         self._buckets = _Buckets(group, mesh.waits, len(self._summed))
@@ -63,7 +60,7 @@ class Overlapped:
     def forward(self, stage: int, *args: Any) -> Any:
         """The stage's outputs."""
         if stage not in self._summed:
-            return self._stages[stage](*args)
+            return super().forward(stage, *args)
         with self._summed[stage].no_sync():
             return self._summed[stage](*args)
 
@@ -78,9 +75,6 @@ class Overlapped:
         """The sums are there."""
         self._buckets.arrived()
         sum_partial(self.parameters)
-
-    def drop_gathered(self) -> None:
-        """Nothing is gathered."""
 
 
 class _Buckets:
