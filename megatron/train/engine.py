@@ -14,7 +14,8 @@ from megatron.optim.average import WeightAverage
 from megatron.optim.optimizer import Optimizer, StepOutcome
 from megatron.optim.scaling import LossScale
 from megatron.parallel.compilation import compile_blocks, wants_compilation
-from megatron.parallel.data.data_parallel import DataParallel, data_parallel
+from megatron.parallel.data.data_parallel import data_parallel
+from megatron.parallel.data.replicated import DataParallel
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.pipeline.partition import stages_of_rank
 from megatron.parallel.pipeline.run import Pipeline

@@ -17,7 +17,7 @@ from megatron.model.embedding import Embedding
 from megatron.model.feed_forward import feed_forward
 from megatron.model.protein_model import ProteinModel
 from megatron.model.transformer import Block
-from megatron.parallel.data.replicated import Replicated
+from megatron.parallel.data.replicated import DataParallel
 from megatron.parallel.mesh import Axis, Mesh
 from megatron.parallel.parameters import BIAS, Normal, matrix
 from megatron.parallel.placement import Placement, gradient_norm, placement_of
@@ -58,7 +58,7 @@ def normal(*shape, seed=0):
 
 def gradients(module):
     """The wholes of all gradients of a module, with those summed that each rank has a part of."""
-    Replicated([module], Mesh()).finish()
+    DataParallel([module], Mesh()).finish()
     named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     return wholes({name: parameter.grad for name, parameter in named.items()}, named)
 

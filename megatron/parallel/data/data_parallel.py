@@ -6,37 +6,14 @@ each backward pass.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from megatron.config import ParallelConfig
-from megatron.parallel.data.replicated import Overlapped, Replicated, materialise
+from megatron.parallel.data.replicated import DataParallel, Overlapped, materialise
 from megatron.parallel.mesh import Mesh
-
-
-class DataParallel(Protocol):
-    """The model's stages on one rank.
-
-    `parameters`: by name, this rank's share of each, with its placement. `is_gathered`: whether a pass gathers them, in
-    the dtype of the products.
-    """
-
-    parameters: dict[str, nn.Parameter]
-    is_gathered: bool
-
-    def forward(self, stage: int, *args: Any) -> Any:
-        """The stage's outputs."""
-
-    def before_backward(self, stage: int, is_last: bool) -> None:
-        """Called before each backward pass of a stage; `is_last`: its gradients are complete after this one."""
-
-    def finish(self) -> None:
-        """Bring the gradients of a step to their sums, after its last backward pass."""
-
-    def drop_gathered(self) -> None:
-        """Forget what was gathered of parameters that have been given other values since."""
 
 
 def data_parallel(stages: Sequence[nn.Module], blocks: Callable[[Any], Iterable[nn.Module]], mesh: Mesh,
@@ -54,4 +31,4 @@ def data_parallel(stages: Sequence[nn.Module], blocks: Callable[[Any], Iterable[
         materialise(stage, mesh.device)
     if config.DDP_impl == "torch" and mesh.replicas.size > 1:
         return Overlapped(stages, mesh)
-    return Replicated(stages, mesh)
+    return DataParallel(stages, mesh)

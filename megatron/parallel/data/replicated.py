@@ -19,8 +19,12 @@ def materialise(stage: nn.Module, device: torch.device) -> None:
         stage.to_empty(device=device)
 
 
-class Replicated:
-    """Every rank holds everything; gradients are summed after the last backward pass."""
+class DataParallel:
+    """The model's stages on one rank; of this kind each rank holds everything, and gradients are summed in the end.
+
+    `parameters`: by name, this rank's share of each, with its placement. `is_gathered`: whether a pass gathers them, in
+    the dtype of the products.
+    """
 
     is_gathered = False
 
@@ -33,19 +37,19 @@ class Replicated:
         return self._stages[stage](*args)
 
     def before_backward(self, stage: int, is_last: bool) -> None:
-        """Nothing is due."""
+        """Called before each backward pass of a stage; `is_last`: its gradients are complete after this one."""
 
     def finish(self) -> None:
-        """Sum the gradients."""
+        """Bring the gradients of a step to their sums, after its last backward pass."""
         if self._axis.size > 1:
             sum_over(self._axis, (parameter.grad for parameter in self.parameters.values() if parameter.requires_grad))
         sum_partial(self.parameters)
 
     def drop_gathered(self) -> None:
-        """Nothing is gathered."""
+        """Forget what was gathered of parameters that have been given other values since."""
 
 
-class Overlapped(Replicated):
+class Overlapped(DataParallel):
     """The same, but that torch's DistributedDataParallel sums while the last backward pass runs."""
 
     def __init__(self, stages: Sequence[nn.Module], mesh: Mesh) -> None:

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from megatron.parallel.data.replicated import materialise
+from megatron.parallel.data.replicated import DataParallel, materialise
 from megatron.parallel.data.sums import sum_partial
 from megatron.parallel.mesh import Axis, Mesh
 from megatron.parallel.parameters import inherit
@@ -20,7 +20,7 @@ from megatron.parallel.placement import placement_of
 from megatron.parallel.waits import Waits
 
 
-class Sharded:
+class Sharded(DataParallel):
     """Ranks share out what each would repeat (ZeRO: Rajbhandari et al., 2020, arXiv 1910.02054), by torch's FSDP2.
 
     "optimizer": gradients are kept whole until the last micro-batch, then each rank gets the sum of its share and steps
@@ -54,10 +54,6 @@ class Sharded:
                 self.parameters[name] = _share(source, wholes[name], mesh.shards)
                 if source.requires_grad:
                     self._sources.append((source, self.parameters[name]))
-
-    def forward(self, stage: int, *args: Any) -> Any:
-        """The stage's outputs."""
-        return self._stages[stage](*args)
 
     def before_backward(self, stage: int, is_last: bool) -> None:
         """Say what becomes of the gradients and of the whole parameters behind this pass."""
