@@ -6,7 +6,6 @@ Between the two the data-parallel ranks sum their gradients, outside of graphs.
 """
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,25 +20,18 @@ from megatron.train.engine import Engine
 _WARM_UP = 2  # calls that run as they are: they compile, and make gradients, moments and libraries' workspaces
 
 
-class Recorder(Protocol):
-    """Runs functions so that they can be recorded, and records them."""
-
-    def run(self, function: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """What `function` gives."""
-
-    def record(self, function: Callable[[], list[Tensor]]) -> tuple[Callable[[], None], list[Tensor]]:
-        """What does again what `function` did, in the same memory, and the tensors that it fills."""
-
-
 class CudaRecorder:
-    """Captures CUDA graphs; all on one stream, since what autograd did on another would wait for that."""
+    """Runs functions so that they can be recorded, and records them, as CUDA graphs.
+
+    All on one stream, since what autograd did on another would wait for that.
+    """
 
     def __init__(self) -> None:
         self._stream = torch.cuda.Stream()
         self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, function: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """On the stream, between what was queued before and what comes."""
+        """What `function` gives; on the stream, between what was queued before and what comes."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             outputs = function()
@@ -47,7 +39,8 @@ class CudaRecorder:
         return outputs
 
     def record(self, function: Callable[[], list[Tensor]]) -> tuple[Callable[[], None], list[Tensor]]:
-        """Nothing is computed yet."""
+        """What does again what `function` did, in the same memory, and the tensors that it fills, yet to be computed.
+        """
         graph = torch.cuda.CUDAGraph()
         # What the loader's thread pins meanwhile is no part of it.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
@@ -58,7 +51,7 @@ class CudaRecorder:
 class _Recorded:
     """A function of tensors at fixed places: run at first, recorded then, done again from there on."""
 
-    def __init__(self, function: Callable[[], list[Tensor]], recorder: Recorder) -> None:
+    def __init__(self, function: Callable[[], list[Tensor]], recorder: CudaRecorder) -> None:
         self._function, self._recorder, self._num_calls = function, recorder, 0
         self._recording: tuple[Callable[[], None], list[Tensor]] | None = None
 
@@ -77,7 +70,7 @@ class _Recorded:
 class StepGraph:
     """What `TrainStep` does with an engine's micro-batches and optimizer, by graphs."""
 
-    def __init__(self, engine: Engine, recorder: Recorder) -> None:
+    def __init__(self, engine: Engine, recorder: CudaRecorder) -> None:
         self._engine, self._recorder = engine, recorder
         # fp32: a fault that is made on purpose is a factor on it.
         self._num_targets = torch.ones((), device=engine.mesh.device)

@@ -12,7 +12,7 @@ from megatron.optim.optimizer import StepOutcome
 from megatron.parallel.pipeline.deferral import WeightGradients, put_off_weight_gradients
 from megatron.train.agreement import Arriving, summed
 from megatron.train.engine import Engine
-from megatron.train.graph import CudaRecorder, Recorder, StepGraph
+from megatron.train.graph import CudaRecorder, StepGraph
 from megatron.train.guards.spikes import SpikeJudge
 from megatron.train.meters import Meters
 from megatron.train.passes import TrainPasses
@@ -25,7 +25,7 @@ class TrainStep:
     of targets of all micro-batches on all ranks, so the gradient does not depend on how the batch was cut.
     """
 
-    def __init__(self, engine: Engine, meters: Meters, recorder: Recorder | None = None,
+    def __init__(self, engine: Engine, meters: Meters, recorder: CudaRecorder | None = None,
                  judge: SpikeJudge | None = None) -> None:
         self._engine, self._meters, self._judge = engine, meters, judge
         if engine.config.training.cuda_graph:
