@@ -47,8 +47,8 @@ def _check_tensor(config: Config) -> None:
 def _check_shares_of_tokens(config: Config) -> None:
     parallel, tensor = config.parallel, config.parallel.tensor_model_parallel_size
     if parallel.sequence_parallel and tensor == 1:
-        size = _smallest_divisor(_splits_into(config))
-        instead = f", or give {size} there" if size > 1 else ""
+        sizes = _divisors(_splits_into(config))
+        instead = f", or give {sizes[1]} there" if len(sizes) > 1 else ""
         raise ConfigError(f"--sequence-parallel shares the tokens out among tensor-parallel ranks, and {_TENSOR} is 1; "
                           f"leave it out{instead}")
     tokens = config.training.micro_batch_size * (config.data.seq_length or 0)
@@ -203,8 +203,3 @@ def _divisors(number: int) -> list[int]:
 
 def _nearest(candidates: Iterable[int], size: int) -> int:
     return min(candidates, key=lambda candidate: (abs(candidate - size), candidate))
-
-
-def _smallest_divisor(number: int) -> int:
-    """The smallest divisor above 1, or 1."""
-    return next((candidate for candidate in range(2, number + 1) if number % candidate == 0), 1)
