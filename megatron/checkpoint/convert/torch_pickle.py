@@ -33,7 +33,7 @@ _INERT_NAMES = {
     ("signal", "Signals"), ("pathlib", "PosixPath"), ("pathlib", "PurePosixPath"), ("pathlib._local", "PosixPath"),
     ("pathlib._local", "PurePosixPath"), ("io", "BytesIO"), ("_io", "BytesIO"), ("types", "SimpleNamespace"),
     ("builtins", "dict"), ("builtins", "list"), ("builtins", "int"), ("builtins", "float")}
-_STORAGES = {
+STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
     "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
@@ -80,8 +80,8 @@ class _TorchUnpickler(PlainUnpickler):
         """What stands for a name."""
         if (module, name) in _FOUND:
             return _FOUND[module, name]
-        if module in ("torch", "torch.storage") and name in _STORAGES:
-            return StorageType(_STORAGES[name])
+        if module in ("torch", "torch.storage") and name in STORAGES:
+            return StorageType(STORAGES[name])
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if module in _INERT_MODULES or (module, name) in _INERT_NAMES:

@@ -13,14 +13,11 @@ import torch
 from torch import Tensor
 from torch._utils import _rebuild_tensor_v2
 
+from megatron.checkpoint.convert.torch_pickle import STORAGES
 from megatron.checkpoint.stored import StoredTensor, stored
 from megatron.errors import CheckpointError
 
-_STORAGES = {
-    torch.float64: torch.DoubleStorage, torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage,
-    torch.bfloat16: torch.BFloat16Storage, torch.int64: torch.LongStorage, torch.int32: torch.IntStorage,
-    torch.int16: torch.ShortStorage, torch.int8: torch.CharStorage, torch.uint8: torch.ByteStorage,
-    torch.bool: torch.BoolStorage}
+_STORAGES = {dtype: getattr(torch, name) for name, dtype in STORAGES.items() if name != "UntypedStorage"}
 _ALIGNMENT = 64  # of a storage in the file, so that torch can map it
 _LOCAL_HEADER_BYTES, _ZIP64_BYTES = 30, 20
 _ROOM = 2**31 - 2**20  # a record from here on needs the wide form of sizes
