@@ -19,12 +19,7 @@ class StopSignals:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._has_ranks = False
-        self._has_come = False
-
-    @property
-    def has_come(self) -> bool:
-        """Whether there was a request to stop."""
-        return self._has_come
+        self.has_come = False  # whether there was a request to stop
 
     def listen(self) -> None:
         """Takes the signals from now on; the main thread calls this."""
@@ -51,7 +46,7 @@ class StopSignals:
         while True:
             if os.read(reader, 1)[0] in REQUESTS:
                 with self._lock:
-                    self._has_come = True
+                    self.has_come = True
                     if not self._has_ranks:
                         os.write(1, b"asked to stop before the training has started\n")
                         os._exit(0)
