@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from functools import cache, cached_property
 
+import numpy as np
+
 from megatron.config import Config, ParallelConfig
 from megatron.data.corpus.vocab import Vocab
 from megatron.model.protein_model import compute_dtype
@@ -81,10 +83,7 @@ class Rank:
     @cached_property
     def place(self) -> dict[str, int]:
         """This rank's place along each axis; the last axis is the fastest."""
-        place, rest = {}, self.number
-        for axis, size in reversed(self.sizes.items()):
-            rest, place[axis] = divmod(rest, size)
-        return place
+        return dict(zip(self.sizes, map(int, np.unravel_index(self.number, tuple(self.sizes.values()))), strict=True))
 
     @cached_property
     def replicas(self) -> int:
