@@ -17,7 +17,7 @@ from megatron.train.meters import RankTimes, Reading
 def stragglers(capsys):
     """Those of four ranks on four hosts, and a function that gives them a reading; it returns what is said."""
     one = Stragglers(Mesh(), Log())
-    one._hosts, one._stages, one._times = ("a", "b", "c", "d"), (0, 0, 0, 0), [RankTimes(0.0, 0.0)] * 4
+    one._hosts, one._stages, one._computed_s = ("a", "b", "c", "d"), (0, 0, 0, 0), [0.0] * 4
 
     def read(*compute_s, num_steps=LEAST_STEPS):
         times = [RankTimes(seconds, 3.0 - seconds) for seconds in compute_s]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from megatron.log import Log
 from megatron.parallel.collectives import everyones
 from megatron.parallel.mesh import Mesh
-from megatron.train.meters import RankTimes, Reading
+from megatron.train.meters import Reading
 
 FACTOR = 1.2  # of the others' median, from which on a rank is named
 LEAST_STEPS = 10  # over fewer, a moment in which a rank was held up would pass for a slow one
@@ -36,7 +36,7 @@ class Stragglers:
         self._log = log
         places = everyones((socket.gethostname(), mesh.pipeline.rank), mesh.world)
         self._hosts, self._stages = zip(*places, strict=True)
-        self._times = [RankTimes(0.0, 0.0) for _ in places]  # since ranks were last compared
+        self._computed_s = [0.0] * len(places)  # since ranks were last compared
         self._num_steps = 0
         self._named: int | None = None
         self._is_warm = False
@@ -45,8 +45,7 @@ class Stragglers:
         """What the metrics say of a reading; prints a line where a rank has become slow."""
         if not reading.ranks:
             return {}
-        self._times = [RankTimes(so_far.compute_s + new.compute_s, so_far.waited_s + new.waited_s)
-                       for so_far, new in zip(self._times, reading.ranks, strict=True)]
+        self._computed_s = [so_far + new.compute_s for so_far, new in zip(self._computed_s, reading.ranks, strict=True)]
         self._num_steps += reading.num_steps
         if self._num_steps >= LEAST_STEPS:
             self._compare()
@@ -58,13 +57,13 @@ class Stragglers:
                 "slowest_rank": rank, "slowest_rank_factor": factor}
 
     def _compare(self) -> None:
-        rank, factor = slowest([one.compute_s for one in self._times], self._stages) or (0, 0.0)
+        rank, factor = slowest(self._computed_s, self._stages) or (0, 0.0)
         is_slow = self._is_warm and factor >= FACTOR  # the first steps of a process load and compile
         if is_slow and rank != self._named:
-            its_ms = 1000 * self._times[rank].compute_s / self._num_steps
+            its_ms = 1000 * self._computed_s[rank] / self._num_steps
             self._log.line(
                 f"note: rank {rank} on {self._hosts[rank]} is slower than the others: in the last {self._num_steps} "
                 f"steps it computed for {its_ms:.1f} ms each, {100 * (factor - 1):.0f} % more than the median of those "
                 "with the same work, which wait for it; look at that host's clock rate, temperature and other programs")
         self._named, self._is_warm = rank if is_slow else None, True
-        self._times, self._num_steps = [RankTimes(0.0, 0.0) for _ in self._times], 0
+        self._computed_s, self._num_steps = [0.0] * len(self._computed_s), 0
