@@ -132,14 +132,14 @@ def is_any_trained(parameters: Iterable[nn.Parameter], pipeline: Axis) -> bool:
     return here > 0 or everywhere.item() > 0
 
 
-def partial_gradients(parameters: Iterable[nn.Parameter]) -> dict[Axis, list[Tensor]]:
-    """For each axis the gradients that are yet to be summed over it; zeros where a rank has no part in one."""
+def partial_gradients(parameters: Iterable[nn.Parameter], replicas: Axis) -> dict[Axis, list[Tensor]]:
+    """For each axis, that of `replicas` first, the gradients that are yet to be summed over it."""
     partial: dict[Axis, list[Tensor]] = {}
     for parameter in parameters:
         if not parameter.requires_grad:
             continue
         placement = placement_of(parameter)
-        for axis in (placement.axis if placement.has_partial_gradient else Axis(), placement.ends):
+        for axis in (replicas, placement.axis if placement.has_partial_gradient else Axis(), placement.ends):
             if axis.size > 1:
                 assert parameter.grad is not None, "every parameter that is trained takes part in the loss"
                 partial.setdefault(axis, []).append(parameter.grad)

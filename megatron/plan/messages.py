@@ -5,7 +5,7 @@ sent around them. `megatron.parallel.traffic` counts the same where they are cal
 from collections import Counter
 from functools import cache
 
-from megatron.parallel.data.sums import BUCKET_ELEMENTS
+from megatron.parallel.data.sums import in_buckets
 from megatron.parallel.traffic import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, SEND, Traffic
 from megatron.plan.muon import muon_traffic
 from megatron.plan.parameters import Held, sharded_units
@@ -68,13 +68,9 @@ def _sums(axis: str, held: Held, which: str, shards: tuple[int, int], num_ranks:
 
 @cache
 def buckets(held: Held, which: str = "size", shards: tuple[int, int] = (1, 0)) -> list[int]:
-    """The elements of gradients of the shares of those that are `which`, in order, in buckets of BUCKET_ELEMENTS."""
-    found: list[int] = []
-    for size in (parameter.share(*shards) for parameter in held if getattr(parameter, which)):
-        if not found or found[-1] + size > BUCKET_ELEMENTS:
-            found.append(0)
-        found[-1] += size
-    return found
+    """The elements of gradients of the shares of those that are `which`, in order, in buckets."""
+    sizes = (parameter.share(*shards) for parameter in held if getattr(parameter, which))
+    return [sum(bucket) for bucket in in_buckets(sizes, int)]
 
 
 def _scalars(traffic: Traffic, rank: Rank, parameters: Held) -> None:

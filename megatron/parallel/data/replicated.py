@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from megatron.parallel.data.sums import sum_over, sum_partial
+from megatron.parallel.data.sums import sum_partial
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.waits import Mark, Waits
 
@@ -30,7 +30,7 @@ class DataParallel:
 
     def __init__(self, stages: Sequence[nn.Module], mesh: Mesh) -> None:
         self.parameters = {name: parameter for stage in stages for name, parameter in stage.named_parameters()}
-        self._stages, self._axis = stages, mesh.replicas
+        self._stages, self._replicas = stages, mesh.replicas
 
     def forward(self, stage: int, *args: Any) -> Any:
         """The stage's outputs."""
@@ -41,9 +41,7 @@ class DataParallel:
 
     def finish(self) -> None:
         """Bring the gradients of a step to their sums, after its last backward pass."""
-        if self._axis.size > 1:
-            sum_over(self._axis, (parameter.grad for parameter in self.parameters.values() if parameter.requires_grad))
-        sum_partial(self.parameters)
+        sum_partial(self.parameters, self._replicas)
 
     def drop_gathered(self) -> None:
         """Forget what was gathered of parameters that have been given other values since."""
