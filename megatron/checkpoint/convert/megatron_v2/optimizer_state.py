@@ -29,9 +29,8 @@ class OptimizerState:
     loss_scale: list[float] | None = None
 
 
-def optimizer_state(tree: Any, chunks: Sequence[Sequence[NamedParameter]], path: Path) -> OptimizerState:
-    """What a file's `optimizer` says of the parameters of the file's chunks; raises CheckpointError."""
-    entries = [entry for chunk in chunks for entry in chunk]
+def optimizer_state(tree: Any, entries: Sequence[NamedParameter], path: Path) -> OptimizerState:
+    """What a file's `optimizer` says of the file's parameters; raises CheckpointError."""
     groups = [[entry for entry in entries if decays(entry.name) == is_first] for is_first in (True, False)]
     if not isinstance(tree, dict):
         raise CheckpointError(f"{path}: its optimizer is no table{_DISTRIBUTED}")

@@ -83,15 +83,14 @@ def _ranks(place: Place) -> list[list[_Rank]]:
                                       "again")
             first_layers[pipeline, chunk] = layer
             layer += num_layers([entry.name for entry in ranks[0][chunk]])
-    return [[_rank(path, tree, [[replace(entry, name=renumbered(entry.name, first_layers[pipeline, chunk]))
-                                 for entry in entries] for chunk, entries in enumerate(ranks_chunks)])
+    return [[_rank(path, tree, [replace(entry, name=renumbered(entry.name, first_layers[pipeline, chunk]))
+                                for chunk, entries in enumerate(ranks_chunks) for entry in entries])
              for path, tree, ranks_chunks in zip(place.files[pipeline], trees[pipeline], chunks[pipeline], strict=True)]
             for pipeline in range(len(trees))]
 
 
-def _rank(path: Path, tree: dict[str, Any], chunks: Sequence[Sequence[NamedParameter]]) -> _Rank:
-    entries = [entry for chunk in chunks for entry in chunk]
-    optimizer = optimizer_state(tree["optimizer"], chunks, path) if tree.get("optimizer") else None
+def _rank(path: Path, tree: dict[str, Any], entries: list[NamedParameter]) -> _Rank:
+    optimizer = optimizer_state(tree["optimizer"], entries, path) if tree.get("optimizer") else None
     return _Rank(path, tree, entries, optimizer)
 
 
