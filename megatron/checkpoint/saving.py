@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron.checkpoint.claim import Claim
 from megatron.checkpoint.places import BEST
-from megatron.checkpoint.sharded import Parts, share_of, write_parts
+from megatron.checkpoint.sharded import Parts, Shares, write_parts
 from megatron.checkpoint.store import (
     STATE,
     iterations,
@@ -57,7 +57,7 @@ class Saver:
                  meet_disk: Callable[[int], None] = lambda iteration: None) -> None:
         assert config.save is not None
         self._config, self._root, self._claim, self._log = config, Path(config.save), claim, log
-        self._writers, self._device = mesh.writers, mesh.device
+        self._writers, self._shares, self._device = mesh.writers, Shares(mesh.writers), mesh.device
         self._meet_disk = meet_disk
         self._loaded, self._is_first = loaded, True
         self.saved_at = loaded  # the iteration of the newest checkpoint that is known to be whole
@@ -79,7 +79,7 @@ class Saver:
                 self._log.line(f"note: {place.name} is of the course that was left by going back to iteration "
                                f"{self._loaded}; remove it if you do not need it")
         self._is_first = False
-        parts = share_of(parts, self._writers)
+        parts = self._shares.share_of(parts)
         if not self._config.async_save:
             self._settle(partial(self._write, iteration, parts, state, None))
             return

@@ -8,14 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from megatron.checkpoint.manifest import Manifest, TensorFacts
 from megatron.checkpoint.stored import StoredTensor, one_piece
 from megatron.checkpoint.tensor_file import FileFacts, write_tensors
 from megatron.errors import CheckpointError
 from megatron.files import begin_folder, finish_folder
-from megatron.parallel.collectives import everyones
+from megatron.parallel.collectives import everyones, everyones_on_first
 from megatron.parallel.mesh import Axis
 from megatron.parallel.placement import Part
 
@@ -26,11 +26,22 @@ Place = tuple[str, tuple[int, ...]]  # the key of a part, and its offsets in the
 Finish = Callable[[Path], dict[str, FileFacts]]
 
 
-def share_of(parts: Parts, ranks: Axis) -> dict[str, Part]:
-    """Those of `parts` that this rank writes, none of them empty; all of `ranks` call this together."""
-    held = {(key, part.offsets): part.tensor.nbytes for key, part in parts.items() if part.tensor.numel()}
-    writers = writers_of(everyones(held, ranks))
-    return {key: part for key, part in parts.items() if writers.get((key, part.offsets)) == ranks.rank}
+class Shares:
+    """Which of its parts each of `ranks` writes; all of them call `share_of` together.
+
+    Found when they have other parts than the last time: a thousand ranks with a thousand parts each tell a million.
+    """
+
+    def __init__(self, ranks: Axis) -> None:
+        self._ranks, self._held, self._mine = ranks, dict[Place, int](), list[str]()
+
+    def share_of(self, parts: Parts) -> dict[str, Part]:
+        """Those of `parts` that this rank writes, none of them empty."""
+        held = {(key, part.offsets): part.tensor.nbytes for key, part in parts.items() if part.tensor.numel()}
+        if any(everyones(held != self._held, self._ranks)):
+            self._held, writers = held, writers_of(everyones(held, self._ranks))
+            self._mine = [key for key, offsets in held if writers[key, offsets] == self._ranks.rank]
+        return {key: parts[key] for key in self._mine}
 
 
 def writers_of(held: Sequence[Mapping[Place, int]]) -> dict[Place, int]:
@@ -53,8 +64,9 @@ def write_parts(place: Path, iteration: int, parts: Parts, ranks: Axis, finish: 
     Keys are "model/NAME", "optimizer/KIND/NAME" and "ema/NAME". The folder appears once it is whole and on the disk.
     Raises on each rank the OSError of one, or a CheckpointError of whatever else went wrong there.
     """
-    temporary = _together(ranks, lambda: begin_folder(place) if ranks.rank == 0 else place)[0]
-    written = _together(ranks, lambda: _write_files(temporary, parts, ranks.rank))
+    made = _together(ranks, lambda: begin_folder(place) if ranks.rank == 0 else place)
+    temporary = everyones(made, ranks)[0]
+    written = everyones_on_first(_together(ranks, lambda: _write_files(temporary, parts, ranks.rank)), ranks)
 
     def complete() -> None:
         files, tensors = dict[str, FileFacts](), dict[str, TensorFacts]()
@@ -71,19 +83,18 @@ def write_parts(place: Path, iteration: int, parts: Parts, ranks: Axis, finish: 
     _together(ranks, lambda: complete() if ranks.rank == 0 else None)
 
 
-def _together(ranks: Axis, work: Callable[[], T]) -> list[T]:
-    """What `work` gives on each rank, once it is done on all; where it fails on one, all raise what went wrong."""
-    results, errors = list[T](), list[Exception]()
+def _together(ranks: Axis, work: Callable[[], T]) -> T:
+    """What `work` gives here, once it is done on all ranks; where it fails on one, all raise what went wrong."""
+    result, wrong = None, list[Exception]()
     try:
-        results.append(work())
+        result = work()
     except OSError as error:
-        errors.append(error)
+        wrong.append(error)
     except Exception as error:
-        errors.append(CheckpointError(str(error)))
-    found = everyones((results, errors), ranks)
-    for wrong in sorted((one for _, of_rank in found for one in of_rank), key=lambda one: not isinstance(one, OSError)):
-        raise wrong
-    return [result for done, _ in found for result in done]
+        wrong.append(CheckpointError(str(error)))
+    for found in sorted(sum(everyones(wrong, ranks), []), key=lambda one: not isinstance(one, OSError)):
+        raise found
+    return cast(T, result)
 
 
 def _write_files(folder: Path, parts: Parts, rank: int) -> tuple[dict[str, FileFacts], dict[str, TensorFacts]]:

@@ -50,6 +50,15 @@ def everyones(value: T, axis: Axis) -> list[T]:
     return values
 
 
+def everyones_on_first(value: T, axis: Axis) -> list[T]:
+    """Each rank's value, in their order, on the first rank; nothing on the others."""
+    if axis.size == 1:
+        return [value]
+    values = [value] * axis.size if axis.rank == 0 else []
+    dist.gather_object(value, values or None, group=axis.group, group_dst=0)
+    return values
+
+
 def everyones_in_turn(mine: list[T], axis: Axis) -> list[T]:
     """What all ranks made of things, rank r of those at r, r + size and so on, in the things' order, on every rank."""
     parts = everyones(mine, axis)

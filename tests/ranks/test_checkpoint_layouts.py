@@ -58,7 +58,8 @@ def pass_on(axis, parallel, source, target):
                               lambda parameters: load_model(parameters, checkpoint, checkpoint.model.keys()))
         engine.optimizer.load_state(load_optimizer(engine.model.parameters, checkpoint))
     saver = Saver(CheckpointConfig(save=target), mesh, None, Log(is_speaker=False), 0)
-    saver.save(1, parts_of(engine.model.parameters, engine.optimizer.state()), {"iteration": 1})
+    for iteration, moments in ((0, {}), (1, engine.optimizer.state())):  # so that there is more to share the next time
+        saver.save(iteration, parts_of(engine.model.parameters, moments), {"iteration": iteration})
     saver.close()
 
 
