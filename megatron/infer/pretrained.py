@@ -233,7 +233,9 @@ def _without_values(config: Config, vocab: Vocab, mesh: Mesh) -> ProteinModel:
     with torch.device("meta"):
         model = ProteinModel(config.model, config.precision, vocab.padded_size(config.model), Stream(mesh.tensor),
                              mask_id=vocab.mask_id)
-    return model.to_empty(device=mesh.device).eval().requires_grad_(False)
+    # As to_empty, whose empty_like of what lies on `meta` imports SymPy, which takes as long as all of this.
+    model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=mesh.device))
+    return model.eval().requires_grad_(False)
 
 
 def _make_copies(model: ProteinModel, config: Config) -> None:
