@@ -40,6 +40,7 @@ def test_rows_are_full_and_their_proteins_have_ends(preset):
     assert batch.num_residues == batch.num_tokens - config.data.num_ends * (batch.sequence.positions_t == 0).sum()
 
 
+@pytest.mark.table
 def test_the_table_of_triton_kernels_has_a_row_a_kernel(monkeypatch, capsys):
     pytest.importorskip("triton")
     from benchmarks import triton_kernels

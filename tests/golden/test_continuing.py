@@ -69,6 +69,7 @@ def test_one_command_says_where_everything_is_and_what_was_gained_on_either_corp
     assert 'base_model: "esm2_tiny"' in card and "- validation loss on old_text_document " in card
 
 
+@pytest.mark.table
 def test_the_call_that_is_shown_takes_the_models_own_code_where_it_has_some(python, inputs, unbroken, tmp_path):
     assert "/model\")\n" in unbroken[1]
     hf.write(trained_here(replace(MODEL, swiglu=True), "esm", "both"), inputs / "own")
@@ -118,6 +119,7 @@ def test_a_run_that_was_asked_to_stop_saves_and_the_same_command_goes_on_to_the_
     assert 'base_model: "esm2_tiny"' in (tmp_path / "out" / "model" / "README.md").read_text()
 
 
+@pytest.mark.table
 def test_a_run_that_stops_of_itself_before_its_end_is_not_written_out(python, inputs, tmp_path):
     process = start(python, inputs, tmp_path / "out", "--exit-interval", "1")
     said = process.communicate()[0]

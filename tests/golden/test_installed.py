@@ -53,6 +53,7 @@ def test_there_is_a_command_for_each_program(installed):
     assert {f"proteinlm-{name}" for name in names | {"pretrain", "preprocess"}} == commands(installed).keys()
 
 
+@pytest.mark.table
 def test_the_doctor_examines_what_is_installed(installed, tmp_path, python):
     done = run(python, installed, tmp_path, "proteinlm-doctor", "--save", tmp_path)
     assert "could not be found out" not in done.stdout, done.stdout

@@ -263,6 +263,7 @@ def test_a_conversion_that_was_killed_can_be_begun_again(left, tmp_path, monkeyp
 STREAMED = """
 import sys
 from pathlib import Path
+import torch.distributed.checkpoint  # which writing megatron-core-dist imports, and which takes more than a tensor
 from megatron.checkpoint.convert.conversion import convert
 from megatron.log import Log
 from tests import megatron_files as made

@@ -24,7 +24,7 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.timeout(900)  # a process of a minute's work, on a computer that may do other work
 ROOT = Path(__file__).resolve().parents[2]
 EACH_TIME, GENERATIONS = 90, (80, 90, 100)
-CHECKED_EACH_TIME = {*list(CHECKS)[::6]}
+CHECKED_EACH_TIME = {*list(CHECKS)[5::8]}
 # What no preset has: flags, and tokens.
 RECIPE = "--normalization RMSNorm --swiglu --qk-layernorm --rotary-percent 0.5 --qkv-conv-kernel 5".split()
 OTHERS = [(["--preset", "esm2-650m", *RECIPE], 1024), (["--preset", "esm2-8m", *RECIPE], 1),
@@ -47,7 +47,7 @@ of_presets, of_others = (list(distinct([launch for both in all_passes for each i
                          for all_passes in ([*passes.values(), *losses.values()],
                                             [*(launches_of_block(parse(flags)[0], num_tokens)
                                                for flags, num_tokens in others),
-                                             launches_of_loss(parse(others[0][0])[0], 30.0)]))
+                                             *(launches_of_loss(parse(flags)[0], 30.0) for flags, _ in others[:1])]))
 wanted = of_presets + [launch for launch in of_others if capability == 90 or launch.name.startswith("convolution")]
 found = [(launch.name, launch.resources(capability).spilled) for launch in wanted]
 counts = [{preset: sum(each.num_pointwise for each in both) for preset, both in of.items()} for of in (passes, losses)]
@@ -73,9 +73,9 @@ def wrong(is_each_time: bool) -> dict[str, str]:
     return answer("-m", "tests.interpreted", *names, interprets=True)
 
 
-def compiled_for(capability, folder, presets):
+def compiled_for(capability, folder, presets, others=()):
     """The name and the spilled bytes of each kernel, the launches of a block and those of the loss, by preset."""
-    return answer("-c", _COMPILE, json.dumps(list(presets)), json.dumps(capability), json.dumps(OTHERS),
+    return answer("-c", _COMPILE, json.dumps(list(presets)), json.dumps(capability), json.dumps(others),
                   interprets=False, TRITON_CACHE_DIR=str(folder))
 
 
@@ -98,7 +98,7 @@ def check_kernels(found):
     assert sum(kernel[1] > 0 for kernel in found) <= 0.05 * len(found)
 
 
-def test_every_kernel_of_these_presets_and_of_others_compiles_and_hardly_spills(compiled):
+def test_every_kernel_of_these_presets_compiles_and_hardly_spills(compiled):
     check_kernels(compiled[0])
 
 
@@ -120,7 +120,7 @@ def test_heads_of_any_width_and_part_that_is_turned_are_taken_by_a_power_of_two_
 @pytest.mark.table
 @pytest.mark.parametrize("capability", GENERATIONS)
 def test_every_kernel_of_every_preset_compiles_for_every_generation_of_gpus(tmp_path, capability):
-    kernels, _, of_losses = compiled_for(capability, tmp_path, PRESETS)
+    kernels, _, of_losses = compiled_for(capability, tmp_path, PRESETS, OTHERS)
     check_kernels(kernels)
     assert max(of_losses.values()) <= MOST_LAUNCHES_OF_LOSS
 
