@@ -104,6 +104,7 @@ def test_a_rank_that_hangs_ends_the_job_in_time(start_ranks, corpus, tmp_path):
     assert status != 0
 
 
+@pytest.mark.table
 def test_before_ranks_give_up_they_say_who_holds_them_up(start_ranks, corpus, tmp_path):
     process = start_ranks(OURS, corpus, tmp_path, *ENDLESS, "--distributed-timeout-minutes", 0.1, "--inject-fault",
                           "stuck@3")

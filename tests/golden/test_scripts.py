@@ -156,6 +156,7 @@ def test_a_job_that_fails_is_queued_again_only_where_it_has_come_further(start_j
     assert queued_again(tmp_path) == expected
 
 
+@pytest.mark.table
 def test_a_job_whose_task_ends_by_a_mistake_is_not_queued_again_though_srun_kills_the_others(start_job, tmp_path):
     (tmp_path / "bin" / "srun").write_text(KILLING_SRUN)
     process = start_job("--train-iters", 8, "--save-interval", 4, "--inject-fault", "full-disk@8", "full-disk@7")
@@ -165,6 +166,7 @@ def test_a_job_whose_task_ends_by_a_mistake_is_not_queued_again_though_srun_kill
     assert not list((tmp_path / "run").glob(".ended-*"))
 
 
+@pytest.mark.table
 def test_a_machine_that_cannot_run_the_program_is_named_before_the_tasks_are_started(start_job, tmp_path):
     process = start_job(SLURM_JOB_NODELIST="both", OTHER_MACHINE="node08")
     output = process.communicate()[0]

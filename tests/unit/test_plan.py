@@ -63,6 +63,7 @@ def test_tensor_groups_that_straddle_two_hosts_send_over_the_network():
     assert step_s(24, 8) > step_s(24, 6) and step_s(3, 8) == step_s(3, 3)
 
 
+@pytest.mark.table
 def test_context_is_split_where_nothing_fits_without():
     config, _ = parse(["--preset", "tape", "--seq-length", "262144", "--max-position-embeddings", "262144",
                        "--global-batch-size", "16", *TP2])
