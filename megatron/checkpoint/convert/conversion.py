@@ -52,18 +52,7 @@ def convert(source: Path, target: Path, loader: str, saver: str, *, tensor: int,
     checkpoint, fitted = _with_fitted_contacts(checkpoint, saver, takes_average, log)
     if takes_average:
         checkpoint = checkpoint.averaged()
-    if saver not in OURS and checkpoint.average is not None:
-        log.line(f"note: {saver} knows no average of the weights beside them, and it is left out; --load-ema writes it "
-                 "in their place")
-        checkpoint = replace(checkpoint, average=None)
-    for note in checkpoint.state.get("notes", ()):
-        log.line(f"note: {note}")
-    of_muon = saver == "megatron-v2" and checkpoint.state.get("config", {}).get("optimizer") in ("muon", "normuon")
-    if (saver in WEIGHTS_ALONE or of_muon) and checkpoint.optimizer is not None:
-        log.line(f"note: {saver} {'knows no Muon' if of_muon else 'takes the weights alone'}; the optimizer's state is "
-                 "left out")
-        checkpoint = replace(checkpoint, optimizer=None)
-    checkpoint = _with_true_rows(checkpoint, vocab_size, names, log)
+    checkpoint = _with_true_rows(_without_what_is_unknown(checkpoint, saver, log), vocab_size, names, log)
     bar, not_finite = log.progress(_num_bytes(checkpoint), 0, unit="byte", label=f"writing {saver}"), set[str]()
 
     def see(name: str, values: Tensor) -> None:
@@ -84,6 +73,22 @@ def convert(source: Path, target: Path, loader: str, saver: str, *, tensor: int,
         log.line(f"note: {', '.join(sorted(not_finite))} held numbers that are not finite, and still does")
     log.line(f"wrote {place} ({saver}, tensor {tensor} x pipeline {pipeline})")
     return place
+
+
+def _without_what_is_unknown(checkpoint: Checkpoint, saver: str, log: Log) -> Checkpoint:
+    """Without the average and the optimizer's state where a format does not know them; says so, and what was noted."""
+    if saver not in OURS and checkpoint.average is not None:
+        log.line(f"note: {saver} knows no average of the weights beside them, and it is left out; --load-ema writes it "
+                 "in their place")
+        checkpoint = replace(checkpoint, average=None)
+    for note in checkpoint.state.get("notes", ()):
+        log.line(f"note: {note}")
+    of_muon = saver == "megatron-v2" and checkpoint.state.get("config", {}).get("optimizer") in ("muon", "normuon")
+    if (saver in WEIGHTS_ALONE or of_muon) and checkpoint.optimizer is not None:
+        log.line(f"note: {saver} {'knows no Muon' if of_muon else 'takes the weights alone'}; the optimizer's state is "
+                 "left out")
+        checkpoint = replace(checkpoint, optimizer=None)
+    return checkpoint
 
 
 def _with_true_rows(checkpoint: Checkpoint, vocab_size: int | None, names: FlagNames, log: Log) -> Checkpoint:
