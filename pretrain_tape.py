@@ -27,7 +27,7 @@ from megatron.parallel.launch.failure import refused, report
 from megatron.parallel.launch.leaving import leave
 from megatron.parallel.layout import check_layout
 from megatron.parallel.mesh import grid_sizes, joined
-from megatron.train.configuration import keep_configuration, write_configuration
+from megatron.train.build.configuration import keep_configuration, write_configuration
 from megatron.train.rewinding import train_to_its_end
 from megatron.train.state import BatchSizes
 from megatron.train.stop import StopRequests

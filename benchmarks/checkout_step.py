@@ -24,9 +24,9 @@ def build_step(checkout: str, micro_batches: int, lengths: Sequence[int], flags:
     config, _ = _first("megatron.config.command_line", "megatron.flags").parse(flags)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     mesh = import_module("megatron.parallel.mesh").Mesh(device=device)
-    engine = import_module("megatron.train.engine").build_engine(config, mesh, VOCABULARY)
-    meters = import_module("megatron.train.meters").Meters(mesh.world, device)
-    step = import_module("megatron.train.step").TrainStep(engine, meters)
+    engine = _first("megatron.train.step.engine", "megatron.train.engine").build_engine(config, mesh, VOCABULARY)
+    meters = _first("megatron.train.step.meters", "megatron.train.meters").Meters(mesh.world, device)
+    step = _first("megatron.train.step.train_step", "megatron.train.step").TrainStep(engine, meters)
     # The first edition's takes whether this rank wants to stop.
     takes = signature(step.__call__).parameters
     wishes = () if "wishes" in takes else (False,)

@@ -28,7 +28,7 @@ from megatron.log import Log  # noqa: E402
 from megatron.parallel.collectives import all_reduce_sum  # noqa: E402
 from megatron.parallel.launch.environment import launched  # noqa: E402
 from megatron.parallel.mesh import joined  # noqa: E402
-from megatron.train.engine import Engine, build_engine  # noqa: E402
+from megatron.train.step.engine import Engine, build_engine  # noqa: E402
 
 
 def main(argv: list[str]) -> None:

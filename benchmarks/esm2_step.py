@@ -28,9 +28,9 @@ from megatron.data.batches.batch import Batch, BatchShape, collate  # noqa: E402
 from megatron.data.corpus.tokenizer import ResidueTokenizer  # noqa: E402
 from megatron.data.rows.packed import Row  # noqa: E402
 from megatron.parallel.mesh import Mesh  # noqa: E402
-from megatron.train.engine import build_engine  # noqa: E402
-from megatron.train.meters import Meters  # noqa: E402
-from megatron.train.step import TrainStep  # noqa: E402
+from megatron.train.step.engine import build_engine  # noqa: E402
+from megatron.train.step.meters import Meters  # noqa: E402
+from megatron.train.step.train_step import TrainStep  # noqa: E402
 
 NUM_PROTEINS, MOST_RESIDUES, WARM_UP = 8, 1022, 2
 BATCHES = {"one padded batch": 1, "four by length": 4, "a protein at a time": NUM_PROTEINS}

@@ -27,9 +27,9 @@ from megatron.model.initialisation import initialise  # noqa: E402
 from megatron.model.protein_model import ProteinModel  # noqa: E402
 from megatron.parallel.mesh import Mesh  # noqa: E402
 from megatron.parallel.tensor.layers import ColumnParallelLinear, RowParallelLinear  # noqa: E402
-from megatron.train.engine import build_engine  # noqa: E402
-from megatron.train.meters import Meters  # noqa: E402
-from megatron.train.step import TrainStep  # noqa: E402
+from megatron.train.step.engine import build_engine  # noqa: E402
+from megatron.train.step.meters import Meters  # noqa: E402
+from megatron.train.step.train_step import TrainStep  # noqa: E402
 
 VOCABULARY, MICRO_BATCHES, LEARNING_RATE = 128, 2, 1e-4
 

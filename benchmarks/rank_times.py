@@ -20,9 +20,9 @@ from megatron.parallel.launch.environment import launched  # noqa: E402
 from megatron.parallel.launch.leaving import leave  # noqa: E402
 from megatron.parallel.mesh import joined  # noqa: E402
 from megatron.plan.rank import padded_vocab_size  # noqa: E402
-from megatron.train.engine import build_engine  # noqa: E402
-from megatron.train.meters import Meters  # noqa: E402
-from megatron.train.step import TrainStep  # noqa: E402
+from megatron.train.step.engine import build_engine  # noqa: E402
+from megatron.train.step.meters import Meters  # noqa: E402
+from megatron.train.step.train_step import TrainStep  # noqa: E402
 
 
 def main() -> int:

@@ -30,10 +30,10 @@ from megatron.data.rows.packed import Row  # noqa: E402
 from megatron.model.protein_model import compute_dtype  # noqa: E402
 from megatron.parallel.mesh import Mesh  # noqa: E402
 from megatron.plan.rank import padded_vocab_size  # noqa: E402
-from megatron.train.engine import build_engine  # noqa: E402
-from megatron.train.meters import Meters, Reading  # noqa: E402
-from megatron.train.peak import measured_peak_flops  # noqa: E402
-from megatron.train.step import TrainStep  # noqa: E402
+from megatron.train.build.peak import measured_peak_flops  # noqa: E402
+from megatron.train.step.engine import build_engine  # noqa: E402
+from megatron.train.step.meters import Meters, Reading  # noqa: E402
+from megatron.train.step.train_step import TrainStep  # noqa: E402
 
 # Rows of a micro-batch that fill a GPU of 80 GB or more.
 ROWS = {"esm2-8m": 64, "esm2-35m": 64, "tape": 16, "133M": 32, "esm2-150m": 32, "proteinlm-200m": 8, "esm2-650m": 16,

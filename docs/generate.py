@@ -34,7 +34,7 @@ CHANGES = {"arithmetic": "refused", "vocabulary": "refused", "dropout": "said", 
 # Where the docstring of a module describes files: a title for each.
 DESCRIBED = {
     "The folder of a run": "megatron.checkpoint.store", "A checkpoint's manifest": "megatron.checkpoint.manifest",
-    "A checkpoint in whole files": "megatron.checkpoint.whole", "metrics.jsonl": "megatron.train.events",
+    "A checkpoint in whole files": "megatron.checkpoint.whole", "metrics.jsonl": "megatron.train.observation.events",
     "A contact head beside a checkpoint": "megatron.checkpoint.contact_head",
     "Adapters": "megatron.checkpoint.lora.peft_files",
     "Megatron-LM v2 and ProteinLM": "megatron.checkpoint.convert.megatron_v2",

@@ -28,7 +28,7 @@ from megatron.model.protein_model import TASK_HEAD, ProteinModel
 from megatron.parallel.mesh import ONE_RANK_AXIS, Axis, Mesh
 from megatron.parallel.pipeline.partition import Stage
 from megatron.parallel.tensor.stream import ONE_RANK_STREAM, Stream
-from megatron.train.engine import Engine, build_engine
+from megatron.train.step.engine import Engine, build_engine
 
 TASK_FILE = "task.json"
 

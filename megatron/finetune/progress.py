@@ -24,8 +24,8 @@ from megatron.checkpoint.saving import Saver, parts_of
 from megatron.config import Config
 from megatron.errors import ConfigError
 from megatron.log import Log
-from megatron.train.engine import Engine
-from megatron.train.meters import Meters
+from megatron.train.step.engine import Engine
+from megatron.train.step.meters import Meters
 
 UNFINISHED = "unfinished"
 

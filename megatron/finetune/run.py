@@ -30,9 +30,9 @@ from megatron.log import Log, number_of
 from megatron.parallel.collectives import everyones
 from megatron.parallel.compilation import wants_compilation
 from megatron.parallel.mesh import Mesh
-from megatron.train.precision import set_tf32, with_precision_chosen
+from megatron.train.build.precision import set_tf32, with_precision_chosen
+from megatron.train.build.ways import set_deterministic, set_flash_attention, ways
 from megatron.train.stop import StopRequests
-from megatron.train.ways import set_deterministic, set_flash_attention, ways
 
 Report = dict[str, Any]
 HEADS = ("part", "measure", "proteins", "value", "95 % interval")

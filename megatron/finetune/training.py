@@ -34,10 +34,10 @@ from megatron.log import Log
 from megatron.model.lora import adapters_in
 from megatron.optim.schedule import build_schedule
 from megatron.parallel.mesh import Mesh
-from megatron.train.agreement import Arriving
-from megatron.train.meters import Meters
 from megatron.train.state import is_due
-from megatron.train.step import TrainStep
+from megatron.train.step.agreement import Arriving
+from megatron.train.step.meters import Meters
+from megatron.train.step.train_step import TrainStep
 from megatron.train.stop import StopRequests
 
 REPORT = "report.json"

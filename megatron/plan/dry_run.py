@@ -26,10 +26,10 @@ from megatron.plan.memory_watch import MemoryWatch, num_bytes
 from megatron.plan.pieces import fake_group
 from megatron.plan.rank import padded_vocab_size
 from megatron.plan.work import WeightBytes
-from megatron.train.engine import build_stages, stream_of, with_optimizer
-from megatron.train.meters import Meters
 from megatron.train.state import BatchSizes
-from megatron.train.step import TrainStep
+from megatron.train.step.engine import build_stages, stream_of, with_optimizer
+from megatron.train.step.meters import Meters
+from megatron.train.step.train_step import TrainStep
 
 _GIB = 2**30
 

@@ -19,7 +19,7 @@ from megatron.config import Config
 from megatron.config.declaration import flag_name, shown
 from megatron.config.presets import PRESETS
 from megatron.files import write_text
-from megatron.train.build import Run
+from megatron.train.build.run import Run
 
 REPORT = "report.html"
 # Of the training records: what is drawn, how it is called, and how it is scaled.

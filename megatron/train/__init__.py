@@ -1,1 +1,1 @@
-"""The training program: build, loop, step, evaluate, events, meters."""
+"""A training run from its start to its end: the loop over steps, evaluations, saving, stopping, going back."""

@@ -16,23 +16,23 @@ from megatron.data.batches.loader import batches
 from megatron.data.rows.fixed_masks import FIXED
 from megatron.errors import SaveError
 from megatron.model.protein_model import compute_dtype
-from megatron.train.agreement import Arriving
-from megatron.train.build import Run
-from megatron.train.evaluate import Baselines, Evaluation, frequency_baselines
+from megatron.train.build.peak import measured_peak_flops
+from megatron.train.build.run import Run
 from megatron.train.evaluations import Evaluations
-from megatron.train.events import Events
 from megatron.train.guards.faults import Faults
 from megatron.train.guards.guard import Guard, WrongSteps
 from megatron.train.guards.stragglers import Stragglers
-from megatron.train.memory import count_from_here, peak_memory_gib
-from megatron.train.meters import Meters, StepSums
+from megatron.train.observation.events import Events
+from megatron.train.observation.memory import count_from_here, peak_memory_gib
 from megatron.train.observation.observers import Observer
-from megatron.train.pace import Pace
+from megatron.train.observation.pace import Pace
+from megatron.train.observation.profiler import StepProfiler
 from megatron.train.patience import PatientSaver
-from megatron.train.peak import measured_peak_flops
-from megatron.train.profiler import StepProfiler
 from megatron.train.state import is_due
-from megatron.train.step import TrainStep
+from megatron.train.step.agreement import Arriving
+from megatron.train.step.evaluate import Baselines, Evaluation, frequency_baselines
+from megatron.train.step.meters import Meters, StepSums
+from megatron.train.step.train_step import TrainStep
 from megatron.train.stop import StopRequests
 
 

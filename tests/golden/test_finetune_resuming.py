@@ -9,7 +9,7 @@ import pytest
 from megatron.checkpoint.store import iterations, open_place
 from megatron.finetune import training
 from megatron.finetune.progress import UNFINISHED
-from megatron.train.step import TrainStep
+from megatron.train.step.train_step import TrainStep
 from tests.golden.test_finetune import MODEL, finetune, refusal, report_of, task
 from tests.unit.test_pretrained import saved
 

@@ -24,12 +24,12 @@ from megatron.data.corpus.indexed import open_indexed
 from megatron.data.corpus.vocab import DEFAULT_VOCAB, Vocab
 from megatron.infer.pretrained import load_pretrained
 from megatron.log import Log
-from megatron.train import build as build_module
 from megatron.train import evaluations
-from megatron.train.events import Events
+from megatron.train.build import run as build_module
 from megatron.train.loop import Training
-from megatron.train.meters import Reading, Totals
-from megatron.train.step import TrainStep
+from megatron.train.observation.events import Events
+from megatron.train.step.meters import Reading, Totals
+from megatron.train.step.train_step import TrainStep
 from pretrain_tape import main
 from tests.golden.training import TINY, edit_state, losses, run_on_ranks, start_program
 from tests.indexed_files import write_indexed

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.train.meters import Meters
+from megatron.train.step.meters import Meters
 from pretrain_tape import main
 from tests.golden.training import DROPOUT, TINY, losses, start_program
 

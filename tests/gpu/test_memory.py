@@ -10,9 +10,9 @@ from megatron.data.batches.typical import typical_batch
 from megatron.parallel.mesh import Mesh
 from megatron.plan.memory import peak_memory
 from megatron.plan.rank import Rank, padded_vocab_size
-from megatron.train.engine import build_engine
-from megatron.train.meters import Meters
-from megatron.train.step import TrainStep
+from megatron.train.step.engine import build_engine
+from megatron.train.step.meters import Meters
+from megatron.train.step.train_step import TrainStep
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 MODEL = ["--preset", "proteinlm-200m", "--micro-batch-size", "4", "--global-batch-size", "12"]

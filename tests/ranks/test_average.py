@@ -13,10 +13,10 @@ from megatron.config import CheckpointConfig, Config, DataConfig, OptimizerConfi
 from megatron.log import Log
 from megatron.parallel.collectives import all_reduce_sum
 from megatron.parallel.mesh import Mesh, build_mesh, with_writers
-from megatron.train.engine import build_engine
-from megatron.train.meters import Meters
-from megatron.train.passes import EvaluationPasses
-from megatron.train.step import TrainStep
+from megatron.train.step.engine import build_engine
+from megatron.train.step.meters import Meters
+from megatron.train.step.passes import EvaluationPasses
+from megatron.train.step.train_step import TrainStep
 from tests.families import PROTEINLM
 from tests.ranks.launch import TIMEOUT, run_ranks
 from tests.ranks.test_model_layouts import CPU, PROTEINS, SEQ_LENGTH, VOCABULARY, micro_batches, row

@@ -12,8 +12,8 @@ from megatron.finetune.data.tasks import LABEL_KINDS
 from megatron.finetune.predictions.collected import predictions, settings_of
 from megatron.log import Log
 from megatron.parallel.mesh import Mesh, build_mesh
-from megatron.train.meters import Meters
-from megatron.train.step import TrainStep
+from megatron.train.step.meters import Meters
+from megatron.train.step.train_step import TrainStep
 from tests.families import ESM2
 from tests.ranks.launch import TIMEOUT, run_ranks
 from tests.ranks.test_model_layouts import CPU, LAYOUTS, layers_for

@@ -10,7 +10,7 @@ from megatron.checkpoint.loading import load_model
 from megatron.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainingConfig
 from megatron.parallel.mesh import Mesh, build_mesh
 from megatron.parallel.placement import Part
-from megatron.train.engine import build_engine
+from megatron.train.step.engine import build_engine
 from tests.megatron_files import ROWS, wholes, write_original
 from tests.packed import packed_batch
 from tests.ranks.launch import TIMEOUT, run_ranks

@@ -11,9 +11,9 @@ from megatron.errors import ConfigError
 from megatron.model.initialisation import initialise
 from megatron.parallel.mesh import Mesh, build_mesh
 from megatron.parallel.placement import placement_of
-from megatron.train.engine import build_engine
-from megatron.train.meters import Meters
-from megatron.train.step import TrainStep
+from megatron.train.step.engine import build_engine
+from megatron.train.step.meters import Meters
+from megatron.train.step.train_step import TrainStep
 from tests.families import PROTEINLM
 from tests.ranks.launch import TIMEOUT, run_ranks
 from tests.ranks.test_model_layouts import CPU, LAYOUTS, PROTEINS, SEQ_LENGTH, VOCABULARY, micro_batches, row

@@ -12,9 +12,9 @@ from megatron.model.lora import adapt, adapters_in
 from megatron.model.protein_model import ProteinModel
 from megatron.parallel.data.data_parallel import data_parallel
 from megatron.parallel.mesh import Mesh, build_mesh
-from megatron.train.engine import build_stages, with_optimizer
-from megatron.train.meters import Meters
-from megatron.train.step import TrainStep
+from megatron.train.step.engine import build_stages, with_optimizer
+from megatron.train.step.meters import Meters
+from megatron.train.step.train_step import TrainStep
 from tests.families import FAMILIES, MASK_ID
 from tests.ranks.launch import TIMEOUT, run_ranks
 from tests.ranks.test_model_layouts import (

@@ -15,7 +15,7 @@ from megatron.checkpoint.store import find
 from megatron.config import CheckpointConfig, Config, DataConfig, ModelConfig, ParallelConfig, TrainingConfig
 from megatron.log import Log
 from megatron.parallel.mesh import build_mesh, with_writers
-from megatron.train.engine import build_engine
+from megatron.train.step.engine import build_engine
 from tests.ranks.launch import TIMEOUT, run_ranks
 
 PR_SET_THP_DISABLE = 41

@@ -24,9 +24,9 @@ from megatron.model.initialisation import initialise
 from megatron.parallel.mesh import Mesh, build_mesh
 from megatron.parallel.placement import placement_of
 from megatron.parallel.randomness import seed_for
-from megatron.train.engine import build_engine, stream_of
-from megatron.train.meters import Meters
-from megatron.train.step import TrainStep
+from megatron.train.step.engine import build_engine, stream_of
+from megatron.train.step.meters import Meters
+from megatron.train.step.train_step import TrainStep
 from tests.families import FAMILIES, MASK_ID
 from tests.ranks.launch import TIMEOUT, run_ranks
 from tests.wholes import wholes

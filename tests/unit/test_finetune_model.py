@@ -11,8 +11,8 @@ from megatron.finetune.data.batches import PackedExamples
 from megatron.finetune.model import TASK_FILE, Described
 from megatron.finetune.predictions.collected import settings_of
 from megatron.parallel.mesh import Mesh
-from megatron.train.meters import Meters
-from megatron.train.step import TrainStep
+from megatron.train.step.meters import Meters
+from megatron.train.step.train_step import TrainStep
 from tests.families import ESM2, PROTEINLM
 from tests.tasks import SPACES, VOCAB, checkpoint_of, config_of, described, examples_of
 

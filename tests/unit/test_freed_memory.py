@@ -8,7 +8,7 @@ import pytest
 
 PROGRAM = """
 import ctypes, json, resource
-from megatron.train.freed_memory import keep_freed_memory
+from megatron.train.step.freed_memory import keep_freed_memory
 
 PR_SET_THP_DISABLE = 41
 ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)  # the kernel may clear pages of 2 MiB, a fault each

@@ -13,9 +13,9 @@ from megatron.parallel.pipeline.deferral import WeightGradients
 from megatron.parallel.tensor.layers import Matrix, linear
 from megatron.parallel.tensor.stream import ONE_RANK_STREAM
 from megatron.parallel.tensor.weight_gradients import added_weight_gradient
-from megatron.train.engine import build_engine
-from megatron.train.meters import Meters
-from megatron.train.step import TrainStep
+from megatron.train.step.engine import build_engine
+from megatron.train.step.meters import Meters
+from megatron.train.step.train_step import TrainStep
 from tests.packed import packed_batch
 
 MODEL = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, ffn_hidden_size=64, kv_channels=8,

@@ -14,12 +14,12 @@ import pytest
 from megatron.config import CheckpointConfig, LoggingConfig
 from megatron.errors import ConfigError
 from megatron.log import Log
-from megatron.train.evaluate import Evaluation
-from megatron.train.events import Events
-from megatron.train.meters import Reading, Totals
 from megatron.train.observation import trackers
+from megatron.train.observation.events import Events
 from megatron.train.observation.prometheus import Exposition, Prometheus
 from megatron.train.observation.trackers import tracker
+from megatron.train.step.evaluate import Evaluation
+from megatron.train.step.meters import Reading, Totals
 
 FLAGS = {"lr": 1e-3, "data_path": ("a", "b"), "save": None}
 TRAIN = {"kind": "train", "iteration": 7, "written_s": 1.5, "loss": 2.5, "share_of_peak": None}

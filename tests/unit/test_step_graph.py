@@ -23,10 +23,10 @@ from megatron.kernels.pointwise import compiled
 from megatron.optim.optimizer import Optimizer
 from megatron.parallel import context
 from megatron.parallel.mesh import Mesh
-from megatron.train.engine import build_engine
-from megatron.train.graph import check_graph
-from megatron.train.meters import Meters
-from megatron.train.step import TrainStep
+from megatron.train.step.engine import build_engine
+from megatron.train.step.graph import check_graph
+from megatron.train.step.meters import Meters
+from megatron.train.step.train_step import TrainStep
 from tests.packed import packed_batch
 
 MODEL = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2, kv_channels=8, ffn_hidden_size=64,

@@ -10,7 +10,7 @@ from megatron.parallel.data.replicated import _Buckets
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.waits import Waits
 from megatron.train.guards.stragglers import LEAST_STEPS, Stragglers, slowest
-from megatron.train.meters import RankTimes, Reading
+from megatron.train.step.meters import RankTimes, Reading
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from megatron.errors import ConfigError
 from megatron.kernels.attention import compiled, fused, packed
 from megatron.kernels.pointwise import compiled as pointwise
 from megatron.parallel.mesh import Axis, Mesh
-from megatron.train import ways as module_of_ways
-from megatron.train.precision import set_tf32
-from megatron.train.ways import set_deterministic, set_flash_attention, ways
+from megatron.train.build import ways as module_of_ways
+from megatron.train.build.precision import set_tf32
+from megatron.train.build.ways import set_deterministic, set_flash_attention, ways
 
 
 def said(flags, mesh=None, is_compiled=False):

@@ -17,8 +17,8 @@ from megatron.finetune.predictions.metrics import Measured, measure
 from megatron.log import Log
 from megatron.parallel.collectives import everyones
 from megatron.parallel.pipeline.schedules import Action
-from megatron.train.engine import Engine, stream_of
-from megatron.train.passes import ForwardPasses
+from megatron.train.step.engine import Engine, stream_of
+from megatron.train.step.passes import ForwardPasses
 
 
 def settings_of(engine: Engine, seed: int) -> BatchSettings:

@@ -22,8 +22,8 @@ LEAD_S = 60  # before the timeout; half of one that is shorter
 _LOOKS = 8  # into the lead
 _PACKAGE = Path(__file__).resolve().parents[2]
 # The last two read what ranks have summed.
-_WAITING = ("/parallel/collectives.py", "/parallel/pipeline/channels.py", "/parallel/waits.py", "/train/agreement.py",
-            "/train/meters.py")
+_WAITING = ("/parallel/collectives.py", "/parallel/pipeline/channels.py", "/parallel/waits.py",
+            "/train/step/agreement.py", "/train/step/meters.py")
 _CALL, _ANSWER = "watch/call", "watch/answer"
 
 

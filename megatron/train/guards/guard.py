@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from megatron.errors import DivergedError
-from megatron.train.build import Run
+from megatron.train.build.run import Run
 from megatron.train.guards.suspects import write_suspects
-from megatron.train.meters import StepSums
+from megatron.train.step.meters import StepSums
 
 HELP = "lower --lr, lengthen the warm-up, or go on from an older checkpoint"
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from megatron.log import Log
 from megatron.parallel.collectives import everyones
 from megatron.parallel.mesh import Mesh
-from megatron.train.meters import Reading
+from megatron.train.step.meters import Reading
 
 FACTOR = 1.2  # of the others' median, from which on a rank is named
 LEAST_STEPS = 10  # over fewer, a moment in which a rank was held up would pass for a slow one

@@ -1,1 +1,1 @@
-"""Who else is told of a run's numbers: experiment trackers, Prometheus. None of them can stop a run."""
+"""What a user sees of a run: log lines, TensorBoard, metrics.jsonl, picture, profile; trackers and Prometheus."""

@@ -22,13 +22,9 @@ from megatron.model.protein_model import ProteinModel
 from megatron.optim.schedule import Schedule
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.placement import Part
-from megatron.train.course import chosen_schedule
-from megatron.train.engine import Engine, build_engine, stream_of
-from megatron.train.graph import check_graph
-from megatron.train.guards.spikes import SpikeJudge
-from megatron.train.meters import Totals
-from megatron.train.precision import set_tf32, with_precision_chosen
-from megatron.train.resume import (
+from megatron.train.build.course import chosen_schedule
+from megatron.train.build.precision import set_tf32, with_precision_chosen
+from megatron.train.build.resume import (
     differences,
     facts_of,
     find_checkpoint,
@@ -36,8 +32,12 @@ from megatron.train.resume import (
     refuse_changes,
     started_again,
 )
+from megatron.train.build.ways import set_deterministic, set_flash_attention, ways
+from megatron.train.guards.spikes import SpikeJudge
 from megatron.train.state import BatchSizes, TrainState
-from megatron.train.ways import set_deterministic, set_flash_attention, ways
+from megatron.train.step.engine import Engine, build_engine, stream_of
+from megatron.train.step.graph import check_graph
+from megatron.train.step.meters import Totals
 
 
 @dataclass

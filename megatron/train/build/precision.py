@@ -10,8 +10,8 @@ from megatron.config import Config
 from megatron.errors import ConfigError
 from megatron.log import Log
 from megatron.parallel.mesh import Mesh
-from megatron.train.agreement import summed
-from megatron.train.peak import measured_peak_flops
+from megatron.train.build.peak import measured_peak_flops
+from megatron.train.step.agreement import summed
 
 LEAST_GAIN = 1.2  # in matrix products; of a step they are some two thirds
 

@@ -15,7 +15,7 @@ from megatron.data.batches.batch import Batch
 from megatron.errors import ConfigError
 from megatron.optim.optimizer import StepOutcome
 from megatron.parallel.mesh import Mesh
-from megatron.train.engine import Engine
+from megatron.train.step.engine import Engine
 
 _WARM_UP = 2  # calls that run as they are: they compile, and make gradients, moments and libraries' workspaces
 

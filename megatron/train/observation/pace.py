@@ -2,8 +2,8 @@
 
 import time
 
-from megatron.train.meters import Reading
 from megatron.train.state import TrainState
+from megatron.train.step.meters import Reading
 
 
 class Pace:

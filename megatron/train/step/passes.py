@@ -13,8 +13,8 @@ from megatron.kernels.packed_sequence import NO_TARGET
 from megatron.parallel.pipeline.deferral import WeightGradients
 from megatron.parallel.pipeline.run import Passes, TrainingPasses
 from megatron.parallel.pipeline.schedules import Action
-from megatron.train.engine import Engine
-from megatron.train.meters import Meters
+from megatron.train.step.engine import Engine
+from megatron.train.step.meters import Meters
 
 
 class _Passes(Passes):

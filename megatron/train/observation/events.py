@@ -24,9 +24,9 @@ from megatron.checkpoint.places import BOARD, METRICS_FILE
 from megatron.config import CheckpointConfig, LoggingConfig
 from megatron.errors import OutputError
 from megatron.log import Log, in_time
-from megatron.train.evaluate import Baselines, Evaluation, perplexity
-from megatron.train.meters import Reading, Totals
 from megatron.train.observation.observers import Observer
+from megatron.train.step.evaluate import Baselines, Evaluation, perplexity
+from megatron.train.step.meters import Reading, Totals
 
 
 class Events:
@@ -50,7 +50,7 @@ class Events:
                 forget_after(self._metrics, iteration)
         folder = logging.tensorboard_dir or (str(Path(checkpoint.save) / BOARD) if checkpoint.save else None)
         if folder:
-            from megatron.train.board import Board  # only this rank needs it
+            from megatron.train.observation.board import Board  # only this rank needs it
 
             flag = f"--tensorboard-dir {folder}" if logging.tensorboard_dir else f"--save {checkpoint.save}"
             with _writing(folder, flag):
@@ -134,7 +134,7 @@ class Events:
         """Draw the loss curves of metrics.jsonl with the baselines; returns the file, or None where none is written."""
         if self._metrics is None:
             return None
-        from megatron.train.picture import draw_losses  # matplotlib: slow to import, needed once
+        from megatron.train.observation.picture import draw_losses  # matplotlib: slow to import, needed once
 
         try:
             return draw_losses(self._metrics, baselines)

@@ -22,7 +22,7 @@ from megatron.parallel.pipeline.run import Pipeline
 from megatron.parallel.tensor.amax_history import AmaxHistory
 from megatron.parallel.tensor.copies import ComputeCopies
 from megatron.parallel.tensor.stream import Stream
-from megatron.train.freed_memory import keep_freed_memory
+from megatron.train.step.freed_memory import keep_freed_memory
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from megatron.data.rows.dataset import Dataset
 from megatron.data.rows.masking import Masking
 from megatron.log import Log, ProgressBar
 from megatron.parallel.collectives import all_reduce_sum
-from megatron.train.engine import Engine
-from megatron.train.passes import EvaluationPasses
+from megatron.train.step.engine import Engine
+from megatron.train.step.passes import EvaluationPasses
 
 MICRO_BATCHES_A_GO = 32  # between two questions whether to stop
 
