@@ -18,8 +18,9 @@ if not __package__:  # else it is installed
 
 from megatron.config.command_line import OneLineParser  # noqa: E402
 from megatron.errors import ConfigError  # noqa: E402
-from megatron.infer.door import add_model_flags, asked  # noqa: E402
+from megatron.infer.door import add_model_flags, add_skipping_flag, asked  # noqa: E402
 from megatron.infer.pretrained import Pretrained, load  # noqa: E402
+from megatron.infer.skipped import FLAG  # noqa: E402
 from megatron.infer.spearman import CONFIDENCE  # noqa: E402
 from megatron.infer.variants.assays import files_of  # noqa: E402
 from megatron.infer.variants.record import SUMMARY, ScoringRecord  # noqa: E402
@@ -58,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
                        "proteins (default: as many as it has positions; whole proteins where these are rotary)")
     flags.add_argument("--score-column", default="score", metavar="NAME", help="what the scores' column is called "
                        "(default: score)")
+    add_skipping_flag(flags)
     add_model_flags(flags)
     return flags
 
@@ -74,7 +76,7 @@ def score(given: argparse.Namespace, mesh: Mesh, log: Log) -> None:
     files = {} if given.heatmap else files_of(given.input, given.reference)
     pretrained = load(given.checkpoint, mesh, log, given.precision)
     way = Way(given.scoring, longest_window(pretrained, given.window), given.offset, given.score_column,
-              given.tokens_per_row)
+              given.tokens_per_row, given.skip_bad_records)
     given.output.mkdir(parents=True, exist_ok=True)
     record = ScoringRecord(given.output, settings_of(given, pretrained, way))
     if given.heatmap:
@@ -90,6 +92,8 @@ def check_heatmap(given: argparse.Namespace) -> None:
     """Raises ConfigError for flags that do not go with --heatmap."""
     if given.scoring not in MARGINALS:
         raise ConfigError(f"--heatmap cannot be drawn by --scoring {given.scoring}; give {' or '.join(MARGINALS)}")
+    if given.skip_bad_records:
+        raise ConfigError(f"{FLAG} is for files of variants, and with --heatmap INPUT are the proteins; leave it out")
     for name in ("sequence", "fasta", "reference"):
         if getattr(given, name) is not None:
             raise ConfigError(f"--{name} is for files of variants, and with --heatmap INPUT are the proteins; leave it "

@@ -28,12 +28,12 @@ class Skipped:
         self._counts.update(counts)
         self._first += messages[:_MOST_TOLD - len(self._first)]
 
-    def tell(self, what: str, log: Log) -> None:
-        """Say what was left out of `what`; raises DataError where nothing is left."""
+    def tell(self, what: str, log: Log, of: str = "protein") -> None:
+        """Say what was left out of `what`; raises DataError where nothing, called `of`, is left."""
         for message in self._first:
             log.line(f"skipped: {message}")
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(self._counts.items()))
         if not self.num_left:
-            raise DataError(f"{what}: no protein is left" + (f" (skipped: {reasons})" if reasons else ""))
+            raise DataError(f"{what}: no {of} is left" + (f" (skipped: {reasons})" if reasons else ""))
         if reasons:
             log.line(f"skipped {self._counts.total():,} records of {what}, {self.num_left:,} are left: {reasons}")

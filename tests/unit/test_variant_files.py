@@ -87,7 +87,8 @@ def test_a_folder_stands_for_its_csvs_but_the_reference(tmp_path):
     ("\n \n", "A.csv: is empty"),
     ("mutant,DMS_score\n", "A.csv: holds no variant"),
     ("variant,DMS_score\nM1A,1\n", "A.csv: line 1: there is no column 'mutant' among variant, DMS_score"),
-    ("mutant,DMS_score\nM1A,1\nK2W\n", "A.csv: line 3: has 1 fields, and the header 2"),
+    ("mutant,DMS_score\nM1A,1\nK2W\n", "A.csv: line 3: has 1 fields, and the header 2; mend it, or leave such records "
+     "out with --skip-bad-records"),
     ("mutant\nM1A\nR11A\n", "A.csv: line 3: R11A: the protein has the residues 1 to 10; --offset"),
     ("mutant\nM0A\n", "A.csv: line 2: M0A: the protein has the residues 1 to 10"),
     ("mutant\nM1A\nK2W:C7A\n", "A.csv: line 3: C7A: residue 7 of the protein is A"),
@@ -191,6 +192,29 @@ def test_scores_stand_behind_what_was_read_and_a_file_that_is_done_is_not_done_a
     assert "R10D" in (out / "A.csv").read_text()
 
 
+def test_variants_that_cannot_be_scored_are_left_out_and_keep_their_rows_where_that_is_asked_for(tmp_path, capsys):
+    good = ["M1A,AKTAYIAKQR,0.5", "K2W:A7C,MWTAYICKQR,", "R10E,MKTAYIAKQE,-1.5"]
+    bad = ["M1*,*KTAYIAKQR,1", ",MKTAYIAKQR,1", "A1AP,APKTAYIAKQR,1", "M1C,CTAYIAKQR,1", "C1A,AKTAYIAKQR,1",
+           "R11A,MKTAYIAKQRA,1", "M1J,JKTAYIAKQR,1", "M1V,VKTAYIAKQR,high", "M1L", "M1L,LKTAYIAKQR,1,2", "wt,,"]
+    head, model = "mutant,mutated_sequence,DMS_score", saved(tmp_path / "run")
+    for name, lines in (("all", [head, *bad[:4], *good[:2], *bad[4:], good[2]]), ("good", [head, *good])):
+        path = write(tmp_path / f"{name}.csv", "\n".join(lines))
+        run(model, path, tmp_path / "out", *(["--skip-bad-records"] if name == "all" else []))
+    said = capsys.readouterr().out
+    assert f"skipped 11 records of {tmp_path}/all.csv, 3 are left: cannot be scored 11" in said
+    assert f"skipped: {tmp_path}/all.csv: line 2: mutant 'M1*' is not of the form A1P" in said
+    rows = {name: list(csv.DictReader((tmp_path / "out" / f"{name}.csv").open())) for name in ("all", "good")}
+    assert [row["mutant"] for row in rows["all"]] == [line.split(",")[0] for line in (*bad[:4], *good[:2], *bad[4:],
+                                                                                      good[2])]
+    assert [row for row in rows["all"] if row["score"]] == rows["good"]
+    found = json.loads((tmp_path / "out" / "summary.json").read_text())["assays"]
+    assert [(found[name]["variants"], found[name]["skipped"]) for name in ("all", "good")] == [(3, 11), (3, 0)]
+    assert found["all"]["spearman"] == found["good"]["spearman"]
+    with pytest.raises(DataError, match="none.csv: no variant is left .skipped: cannot be scored 2"):
+        run(model, write(tmp_path / "none.csv", "mutant\nM1*\nM1\n"), tmp_path / "out", "--sequence", WILD,
+            "--skip-bad-records")
+
+
 def test_a_run_that_is_stopped_loses_the_file_that_it_was_at_alone(tmp_path, monkeypatch, capsys):
     files = [write(tmp_path / f"{name}.txt", "M1A\n") for name in "ABC"]
     command = (saved(tmp_path / "run"), *files, tmp_path / "out", "--sequence", WILD)
@@ -240,6 +264,7 @@ def test_heat_maps_of_the_proteins_of_a_file_are_drawn_once(tmp_path, capsys):
 @pytest.mark.parametrize(("flags", "what"), [
     (("--heatmap", "--scoring", "pseudo-ppl"), "--scoring pseudo-ppl; give masked-marginals"),
     (("--heatmap", "--sequence", "MK"), "--sequence is for files of variants"),
+    (("--heatmap", "--skip-bad-records"), "--skip-bad-records is for files of variants"),
     (("--sequence", "MK", "--fasta", "x"), "both give the wild type"),
     (("--window", "64"), "--window is 64; it must be 1 or greater, and at most 63"),
     (("--score-column", "note"), "A.csv: line 1: has a column 'note' already"),

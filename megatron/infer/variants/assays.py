@@ -2,13 +2,16 @@
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from megatron.errors import DataError, ResidueError
+from megatron.infer.skipped import REMEDY, Skipped
 from megatron.infer.variants.mutants import (
     Mutant,
     check_mutant,
@@ -27,12 +30,14 @@ MUTANT, MUTATED, MEASURED = "mutant", "mutated_sequence", "DMS_score"
 class Assay:
     """The variants of one protein, in the order of their file; `measured` [variants] has nan where nothing was.
 
-    `entry`: what is known of it besides its file.
+    `places`: the rows of the table that they stand in, from 0, which are not all where some were left out. `entry`:
+    what is known of it besides its file.
     """
 
     name: str
     table: TextTable
     wild_type: str
+    places: list[int]
     mutants: list[Mutant]
     measured: np.ndarray | None
     entry: AssayReference
@@ -64,33 +69,66 @@ def files_of(inputs: Sequence[Path], reference: Path | None) -> dict[str, Path]:
     return files
 
 
-def read_assay(name: str, path: Path, wild_types: WildTypes, letters: Collection[str], offset: int = 1) -> Assay:
-    """The variants in a file, all of which fit their wild type; `letters`: the vocabulary's. Raises DataError."""
+def read_assay(name: str, path: Path, wild_types: WildTypes, letters: Collection[str], offset: int = 1,
+               skipped: Skipped | None = None) -> Assay:
+    """The variants in a file that fit their wild type; `letters`: the vocabulary's.
+
+    `skipped` is told of those that do not, which are left out; without it the first of them raises DataError, as
+    whatever concerns all of them does.
+    """
     entry = wild_types.of(path, name)
     is_csv = path.name.removesuffix(".gz").endswith(".csv")
-    table = read_csv(path) if is_csv else read_list(path, MUTANT)
-    texts, sequences = table.needed(MUTANT), table.column(MUTATED)
+    table = read_csv(path, takes_uneven=True) if is_csv else read_list(path, MUTANT)
+    texts, sequences, measurements = table.needed(MUTANT), table.column(MUTATED), table.column(MEASURED)
     if not texts:
         raise DataError(f"{path}: holds no variant")
     if entry is None and sequences is None:
         raise DataError(f"{path}: says nothing of the wild type; give --sequence, --fasta or --reference, or a column "
                         f"{MUTATED}")
-    wild_type = entry.wild_type if entry is not None else ""
-    mutants = []
+    if sequences is not None:
+        sequences = ["".join(sequence.split()).upper() for sequence in sequences]
+    wild_type = entry.wild_type if entry is not None else _worked_out(texts, sequences or (), letters, offset)
+    places, mutants, measured = list[int](), list[Mutant](), list[float]()
     for at, text in enumerate(texts):
         try:
-            mutant = parse_mutant(text, offset)
-            sequence = None if sequences is None else "".join(sequences[at].split()).upper()
-            if not wild_type and sequence is not None:
-                wild_type = wild_type_of(sequence, mutant, offset)
-                check_protein(wild_type, letters)
-            check_mutant(mutant, wild_type, letters, offset)
-            if sequence is not None:
-                _check_sequence(sequence, mutated(wild_type, mutant), text, offset)
+            if at in table.uneven:
+                raise ResidueError(table.uneven[at])
+            mutant = _fitting(text, None if sequences is None else sequences[at], wild_type, letters, offset)
+            value = math.nan if measurements is None else _measured(measurements[at])
         except ResidueError as error:
-            raise DataError(f"{path}: line {table.lines[at]}: {error}") from None
+            finding = f"{path}: line {table.lines[at]}: {error}"
+            if skipped is None:
+                raise DataError(f"{finding}; {REMEDY}") from None
+            skipped.add("cannot be scored", finding)
+            continue
+        places.append(at)
         mutants.append(mutant)
-    return Assay(name, table, wild_type, mutants, _measured(table), entry or AssayReference(wild_type))
+        measured.append(value)
+    return Assay(name, table, wild_type, places, mutants, None if measurements is None else np.array(measured),
+                 entry or AssayReference(wild_type))
+
+
+def _worked_out(texts: Sequence[str], sequences: Sequence[str], letters: Collection[str], offset: int) -> str:
+    """The wild type that most mutants have with their mutated sequences; empty where none has one."""
+    found = Counter[str]()
+    for text, sequence in zip(texts, sequences, strict=True):
+        with suppress(ResidueError):
+            found[wild_type_of(sequence, parse_mutant(text, offset), offset)] += 1
+    return next((protein for protein, _ in found.most_common() if set(protein) <= set(letters)), "")
+
+
+def _fitting(text: str, sequence: str | None, wild_type: str, letters: Collection[str], offset: int) -> Mutant:
+    """The mutant of that text; raises ResidueError where it does not fit its wild type, or its mutated sequence.
+
+    An empty `wild_type` is one that no mutated sequence has.
+    """
+    mutant = parse_mutant(text, offset)
+    if not wild_type:
+        check_protein(wild_type_of(sequence or "", mutant, offset), letters)
+    check_mutant(mutant, wild_type, letters, offset)
+    if sequence is not None:
+        _check_sequence(sequence, mutated(wild_type, mutant), text, offset)
+    return mutant
 
 
 def _check_sequence(found: str, expected: str, text: str, offset: int) -> None:
@@ -104,19 +142,13 @@ def _check_sequence(found: str, expected: str, text: str, offset: int) -> None:
                        f"{found[site]}, and should be {expected[site]}")
 
 
-def _measured(table: TextTable) -> np.ndarray | None:
-    """What was measured of each variant; None where the file has no such column. Raises DataError."""
-    texts = table.column(MEASURED)
-    if texts is None:
-        return None
-    values = np.full(len(texts), math.nan)
-    for at, text in enumerate(texts):
-        if not text.strip() or text.strip().lower() == "na":
-            continue
-        try:
-            values[at] = float(text)
-        except ValueError:
-            raise DataError(f"{table.path}: line {table.lines[at]}: {MEASURED} is {text!r}, which is no number; leave "
-                            "it empty where nothing was measured") from None
-    values[~np.isfinite(values)] = math.nan
-    return values
+def _measured(text: str) -> float:
+    """What was measured of a variant, nan where nothing was; raises ResidueError for what is no number."""
+    if not text.strip() or text.strip().lower() == "na":
+        return math.nan
+    try:
+        value = float(text)
+    except ValueError:
+        raise ResidueError(f"{MEASURED} is {text!r}, which is no number; leave it empty where nothing was measured"
+                           ) from None
+    return value if math.isfinite(value) else math.nan

@@ -53,7 +53,7 @@ def check_mutant(mutant: Mutant, wild_type: str, letters: Collection[str], offse
             raise ResidueError(f"{name}: residue {site + offset} of the protein is {wild_type[site]}; --offset tells "
                                "the number of its first")
         if other not in letters:
-            raise ResidueError(f"{name}: {other} is not in the model's vocabulary; take the variant out")
+            raise ResidueError(f"{name}: {other} is not in the model's vocabulary")
 
 
 def check_protein(protein: str, letters: Collection[str]) -> None:

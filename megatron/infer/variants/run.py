@@ -14,6 +14,7 @@ import numpy as np
 from megatron.errors import ConfigError, DataError
 from megatron.infer.pretrained import Pretrained
 from megatron.infer.proteins import file_name
+from megatron.infer.skipped import Skipped
 from megatron.infer.spearman import spearman, spearman_interval
 from megatron.infer.variants.assays import Assay, read_assay
 from megatron.infer.variants.mutants import letters_of
@@ -31,7 +32,8 @@ _LEAST = 3  # variants that a correlation is of
 class Way:
     """How to score: one of SCORINGS, the residues of a window, the number of the first residue, the scores' column.
 
-    `budget`: the tokens of a row, None for as many as memory allows.
+    `budget`: the tokens of a row, None for as many as memory allows. `skips`: whether variants that do not fit their
+    protein are left out.
     """
 
     scoring: str
@@ -39,6 +41,7 @@ class Way:
     offset: int = 1
     column: str = "score"
     budget: int | None = None
+    skips: bool = False
 
 
 def score_files(pretrained: Pretrained, files: Mapping[str, Path], wild_types: WildTypes, way: Way,
@@ -48,11 +51,12 @@ def score_files(pretrained: Pretrained, files: Mapping[str, Path], wild_types: W
     All files are read before any is scored: a mistake in the last raises its DataError at once.
     """
     letters, writes = letters_of(pretrained.vocab), pretrained.mesh.world.rank == 0
-    left = _left(files, wild_types, way, letters, record, writes)
+    left = _left(files, wild_types, way, letters, record, writes, log)
     if len(left) < len(files):
         log.line(f"{len(files) - len(left)} of {len(files)} files are done already in {record.folder}")
     for name in left:
-        assay, start_s = read_assay(name, files[name], wild_types, letters, way.offset), time.monotonic()
+        start_s, skipped = time.monotonic(), Skipped() if way.skips else None
+        assay = read_assay(name, files[name], wild_types, letters, way.offset, skipped)
         copies = num_copies(way.scoring, assay.wild_type, assay.mutants, way.longest)
         with closing(log.progress(-(-copies // pretrained.mesh.data.size), 0, "sequence", name)) as bar:
             scores = scores_of(pretrained, way.scoring, assay.wild_type, assay.mutants, way.longest, way.budget,
@@ -60,27 +64,34 @@ def score_files(pretrained: Pretrained, files: Mapping[str, Path], wild_types: W
         _check_finite(scores, name)
         if writes:
             facts = facts_of(assay, scores) | {"seconds": round(time.monotonic() - start_s, 3)}
-            texts = [f"{score:.6f}" for score in scores]
+            texts = {place: f"{score:.6f}" for place, score in zip(assay.places, scores, strict=True)}
             write_csv(record.folder / f"{name}.csv", [*assay.table.columns, way.column],
-                      ([*row, text] for row, text in zip(assay.table.rows, texts, strict=True)))
+                      ([*row, texts.get(place, "")] for place, row in enumerate(assay.table.rows)))
             record.tell(ASSAYS, name, facts)
             found = "" if facts["spearman"] is None else f", Spearman {facts['spearman']:.3f}"
             log.line(f"{name}: {len(scores):,} variants at {facts['sites']:,} sites{found}, {facts['seconds']:.1f} s")
 
 
 def _left(files: Mapping[str, Path], wild_types: WildTypes, way: Way, letters: Collection[str], record: ScoringRecord,
-          writes: bool) -> list[str]:
-    """The names of the files that are not done; of those that are, what the reference says may have changed."""
+          writes: bool, log: Log) -> list[str]:
+    """The names of the files that are not done; of those that are, what the reference says may have changed.
+
+    What is left out of them is told.
+    """
     left = []
     for name, path in files.items():
         if path.resolve() == (record.folder / f"{name}.csv").resolve():
             raise DataError(f"{record.folder}: {path} itself lies there; give another folder")
-        assay = read_assay(name, path, wild_types, letters, way.offset)
+        skipped = Skipped() if way.skips else None
+        assay = read_assay(name, path, wild_types, letters, way.offset, skipped)
         if way.column in assay.table.columns:
             raise DataError(f"{path}: line 1: has a column {way.column!r} already; --score-column names the new one")
         _check_place(record, name, [*assay.table.columns, way.column])
         if not (record.is_done(ASSAYS, name, assay.identity) and (record.folder / f"{name}.csv").exists()):
             left.append(name)
+            if skipped is not None:
+                skipped.num_left = len(assay.mutants)
+                skipped.tell(str(path), log, "variant")
         elif writes and (known := record.assays()[name]) | (said := assay.said) != known:
             record.tell(ASSAYS, name, said)
     return left
@@ -103,8 +114,8 @@ def _check_finite(scores: np.ndarray, name: str) -> None:
 def facts_of(assay: Assay, scores: np.ndarray) -> dict[str, Any]:
     """What is put down of an assay: among it the correlation with what was measured, None where nothing was."""
     facts: dict[str, Any] = {"file": str(assay.table.path), "identity": assay.identity, "variants": len(scores),
-             "sites": len(sites_of(assay.mutants)), "residues": len(assay.wild_type), **assay.said,
-             "spearman": None, "interval": None}
+             "skipped": len(assay.table.rows) - len(scores), "sites": len(sites_of(assay.mutants)),
+             "residues": len(assay.wild_type), **assay.said, "spearman": None, "interval": None}
     if assay.measured is not None and (known := np.isfinite(assay.measured)).sum() >= _LEAST:
         measured, scores = assay.measured[known], scores[known]
         if math.isfinite(found := spearman(measured, scores)):

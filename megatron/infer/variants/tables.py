@@ -16,7 +16,8 @@ from megatron.files import write_text
 class TextTable:
     """What a file holds, as text: rows under their columns, and of each row the line where it ends, from 1.
 
-    `digest` is that of the file, as it lies on the disk.
+    `digest` is that of the file, as it lies on the disk. `uneven`: what is wrong with the fields of rows, by their
+    numbers from 0.
     """
 
     path: Path
@@ -24,6 +25,7 @@ class TextTable:
     rows: list[list[str]]
     lines: list[int] = field(repr=False)
     digest: str
+    uneven: dict[int, str] = field(default_factory=dict)
 
     def column(self, name: str) -> list[str] | None:
         """What stands in a column; None where there is none of that name."""
@@ -41,11 +43,14 @@ class TextTable:
         return found
 
 
-def read_csv(path: Path) -> TextTable:
-    """A CSV with a header; blank lines are left out. Raises DataError."""
+def read_csv(path: Path, takes_uneven: bool = False) -> TextTable:
+    """A CSV with a header; blank lines are left out. Raises DataError.
+
+    `takes_uneven`: whether rows of more or fewer fields than the header has are cut or filled up, and told of.
+    """
     text, digest = _text(path)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    columns, rows, lines = list[str](), list[list[str]](), list[int]()
+    columns, rows, lines, uneven = list[str](), list[list[str]](), list[int](), dict[int, str]()
     try:
         for row in reader:
             if not row:
@@ -54,12 +59,16 @@ def read_csv(path: Path) -> TextTable:
                 columns = [name.strip() for name in row]
                 continue
             if len(row) != len(columns):
-                raise DataError(f"{path}: line {reader.line_num}: has {len(row)} fields, and the header {len(columns)}")
+                finding = f"has {len(row)} fields, and the header {len(columns)}"
+                if not takes_uneven:
+                    raise DataError(f"{path}: line {reader.line_num}: {finding}")
+                uneven[len(rows)] = finding
+                row = [*row, *[""] * len(columns)][:len(columns)]
             rows.append(row)
             lines.append(reader.line_num)
     except csv.Error as error:
         raise DataError(f"{path}: line {reader.line_num}: is no CSV ({error})") from None
-    return TextTable(path, columns, rows, lines, digest)
+    return TextTable(path, columns, rows, lines, digest, uneven)
 
 
 def read_list(path: Path, name: str) -> TextTable:
