@@ -37,7 +37,7 @@ def refused(tmp_path, monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize("name", ["out.npz", "out.parquet", "out"])
+@pytest.mark.parametrize("name", ["out.h5", "out.npz", "out.parquet", "out"])
 def test_embeddings(refused, tmp_path, name):
     error = refused(embed, "INPUT", tmp_path / name, limit=1500)
     assert "File too large" in error and str(tmp_path / name) in error and not (tmp_path / name).exists()
@@ -66,6 +66,8 @@ def test_pictures_of_variants(refused, tmp_path):
     assert "File too large" in error and f"{tmp_path}/out/p0.substitutions." in error
 
 
-def test_contacts(refused, tmp_path):
-    error = refused(predict_contacts, "--input", "INPUT", "--output", tmp_path / "out.npz", "--method", "jacobian")
-    assert "File too large" in error and f"{tmp_path}/out.npz" in error and not (tmp_path / "out.npz").exists()
+@pytest.mark.parametrize("name", ["out.hdf5", "out.npz"])
+def test_contacts(refused, tmp_path, name):
+    output = tmp_path / name
+    error = refused(predict_contacts, "--input", "INPUT", "--output", output, "--method", "jacobian")
+    assert "File too large" in error and str(output) in error and not output.exists()

@@ -155,7 +155,7 @@ def _assemble(work: Work, files: ProteinFiles, surveyed: Survey, parts: Parts, l
 
 
 def _check_room(output: Path, surveyed: Survey, parts: Path) -> None:
-    """Known before, as HDF5's library may end the process where a disk is full."""
+    """Raises OutputError before the writing where the disk has too little room for what is computed."""
     num_bytes = sum(file.stat().st_size for file in parts.rglob("*.npy"))
     num_proteins = len(surveyed.distinct_p)
     needed = num_bytes * num_proteins // max(1, len(surveyed.lengths_u)) + num_proteins * _OVERHEAD_BYTES

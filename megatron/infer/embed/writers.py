@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,9 +67,46 @@ def _hdf5(path: Path, asked: Asked) -> Iterator[WriteAnswer]:
     def write(name: str, length: int, answer: Answer) -> None:
         for key, values in _with_keys(name, answer, asked):
             file.create_dataset(key, data=values).attrs["original_id"] = name
+            opened.check()
 
-    with replacing(path) as temporary, h5py.File(temporary, "w", track_order=True) as file:
-        yield write
+    with replacing(path) as temporary, _HeldRefusal(temporary, "w+") as opened:
+        try:
+            with h5py.File(opened, "w", track_order=True) as file:
+                yield write
+        finally:
+            opened.check()
+
+
+class _HeldRefusal(io.FileIO):
+    """A file that goes on as if all were well where the disk refuses, until `check` raises that OSError.
+
+    HDF5's own files end the process with a segmentation fault then, as soon as they are closed.
+    """
+
+    _refusal: OSError | None = None
+
+    def check(self) -> None:
+        if self._refusal is not None:
+            raise self._refusal
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data)
+        with self._held():
+            while left and self._refusal is None:
+                left = left[super().write(left):]
+        return len(data)
+
+    def truncate(self, size: int | None = None) -> int:
+        with self._held():
+            super().truncate(size)
+        return self.tell() if size is None else size
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._refusal = self._refusal or error
 
 
 @contextmanager
