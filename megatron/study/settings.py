@@ -5,12 +5,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from megatron.checkpoint.metrics import OF_AVERAGE
+from megatron.checkpoint.metrics import OF_AVERAGE, loss_name
 from megatron.config import Config
 from megatron.config.command_line import as_flags, left_open, parse
 from megatron.config.declaration import flag_name, is_switch
-from megatron.data.rows.data_path import names_in_short, parse_data_path
-from megatron.errors import ConfigError
+from megatron.data.corpus.joined import open_corpus
+from megatron.data.corpus.split import shares_of, split_documents
+from megatron.data.rows.data_path import CorpusFiles, names_in_short, parse_data_path
+from megatron.errors import ConfigError, DataError
 from megatron.train.state import BatchSizes, TrainState
 
 Setting = tuple[str, ...]  # a value of each varied flag, as on the command line
@@ -112,12 +114,29 @@ def _check_metric(metric: str, config: Config) -> None:
     if slash and not config.training.eval_each:
         raise ConfigError(f"--metric {metric} is of one corpus, which needs --eval-each; give that, or "
                           f"--metric {split}")
+    files = parse_data_path(config.data.data_path)[1] if slash or config.data.data_path else []
     if slash:
-        files = parse_data_path(config.data.data_path)[1]
-        names = names_in_short([one.name for one in files]).values() if len(files) > 1 else ()
-        if corpus not in names:
+        short = names_in_short([one.name for one in files]) if len(files) > 1 else {}
+        if corpus not in short.values():
             raise ConfigError(f"--metric {metric}: --data-path has no weighted corpus {corpus}; it has "
-                              f"{', '.join(names) or 'none'}; give one of those, or --metric {split}")
+                              f"{', '.join(short.values()) or 'none'}; give one of those, or --metric {split}")
+        files = [one for one in files if short[one.name] == corpus]
+    part = ("train", "valid", "test").index(split.removesuffix(OF_AVERAGE))
+    if not _has_proteins(part, config, files):
+        raise ConfigError(f"--metric {metric}: --split {config.data.split} leaves no protein that the "
+                          f"{loss_name(metric)} is of; give it a share, such as 90,5,5, or another --metric")
+
+
+def _has_proteins(part: int, config: Config, files: Sequence[CorpusFiles]) -> bool:
+    """Whether --split leaves a part, 0 to 2, any document of some corpora; by its shares alone where these are none."""
+    split = config.data.split
+    if not files or not shares_of(split)[part]:
+        return bool(shares_of(split)[part])
+    try:
+        corpora = [open_corpus(one.name, one.prefixes, config.data.data_impl) for one in files]
+    except DataError:  # a trial says it; a sweep that is done tells its results without its data
+        return True
+    return any(split_documents(split, corpus.num_documents)[part] for corpus in corpora)
 
 
 def _parsed(words: Sequence[str]) -> Config:

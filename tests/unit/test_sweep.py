@@ -16,6 +16,7 @@ import time
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron.study import running
@@ -25,6 +26,7 @@ from megatron.study.running import falls_behind
 from megatron.study.sampling import plan
 from megatron.study.settings import Space, Trial
 from megatron.study.sweep_picture import draw_sweep
+from tests.indexed_files import write_indexed
 from tools.sweep import environments, main
 
 BASE = ("--seq-length", "8", "--micro-batch-size", "1", "--train-iters", "30")
@@ -237,6 +239,20 @@ def test_what_makes_no_sweep_is_one_line(sweep, own, base, said):
     status, lines, error = sweep(*own, base=base)
     assert (status, lines) == (2, []) and error.startswith(f"error: {said}") and error.count("\n") == 1
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(("metric", "flags", "name"), [
+    ("valid", ["--split", "1"], "validation loss"), ("test", ["--split", "9,1,0"], "test loss"),
+    ("test", ["--data-path", "few"], "test loss"), ("test/few", ["--eval-each", "--data-path", "1", "many", "1", "few"],
+                                                    "test loss on few")])
+def test_a_loss_of_a_part_without_proteins_is_refused_before_a_trial(sweep, metric, flags, name):
+    for prefix, number in (("few", 20), ("many", 1000)):
+        write_indexed(prefix, [np.arange(5, dtype=np.uint8)] * number)
+    status, lines, error = sweep("--vary", "lr", "1", "--metric", metric, base=(*BASE, *flags))
+    assert (status, lines) == (2, []) and not Path("out").exists()
+    assert error.startswith(f"error: --metric {metric}: --split ")
+    assert error.endswith(f" leaves no protein that the {name} is of; give it a share, such as 90,5,5, or another "
+                          "--metric\n")
 
 
 def test_the_folder_of_something_else_is_refused(sweep):
