@@ -103,3 +103,18 @@ def test_predictions_of_a_task_leave_them_out_too(fasta, capsys):
     names = [protein.name for protein in read_proteins(str(fasta), task, TOKENIZER, True, Log())]
     assert names == ["a/1", "a_1", "d", "d", "e"]
     assert told(capsys, fasta)[-1] == "skipped 2 records of FILE, 5 are left: not protein 2"
+
+
+@pytest.mark.parametrize(("name", "content", "reasons"), [
+    ("in.jsonl", '{"sequence": "MKV"}\n{bad\n[1]\n{"id": "x"}\n{"sequence": 5}\n{"sequence": "ACD"}\n',
+     "bad JSON 2, not protein 2"),
+    ("in.json", '[{"sequence": "MKV"}, 5, {"id": "x"}, {"sequence": ""}, {"sequence": 1}, {"sequence": "ACD"}]',
+     "bad JSON 1, not protein 3"),
+    ("in.csv", "sequence,y\nMKV,1\nMK\nMK,1,2\n,1\nM1,1\nACD,1\n", "bad row 2, not protein 2")])
+def test_predictions_of_a_task_leave_out_what_is_no_record(name, content, reasons, tmp_path, capsys):
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(DataError, match=f"{name}: .*; mend it, or leave such records out with --skip-bad-records"):
+        read_proteins(str(path), task_of("own"), TOKENIZER, False, Log())
+    assert [protein.name for protein in read_proteins(str(path), task_of("own"), TOKENIZER, True, Log())] == ["1", "6"]
+    assert told(capsys, path)[-1] == f"skipped 4 records of FILE, 2 are left: {reasons}"

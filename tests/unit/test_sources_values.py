@@ -86,18 +86,24 @@ def test_what_is_wrong_in_a_json_array_is_one_clear_line(tmp_path, data, message
 
 
 @pytest.mark.parametrize(("data", "message"), [
-    (b'{"seq": "MK"}\n{"seq"', "in: line 2: not a JSON object"),
-    (b'{"seq": "MK"}\n[3]\n', "in: line 2: list where a JSON object belongs"),
-    (b'[{"seq": "MK"}, 3]', "in: record 2: int where a JSON object belongs"),
-    (b"seq,y\nMK,1\nM\n", "in: line 3: 1 fields where the header has 2"),
+    (b'{"seq": "MK"}\n{"seq"', "line 2: not a JSON object"),
+    (b'{"seq": "MK"}\n[3]\n', "line 2: list where a JSON object belongs"),
+    (b'[{"seq": "MK"}, 3]', "record 2: int where a JSON object belongs"),
+    (b"seq,y\nMK,1\nM\n", "line 3: 1 fields where the header has 2")])
+def test_a_bad_record_says_where_it_is_and_what_it_has_not(tmp_path, data, message):
+    (_, good), (place, bad) = written(tmp_path, data)
+    assert good["seq"] == "MK" and f"{place}: {bad.message}".startswith(message)
+
+
+@pytest.mark.parametrize(("data", "message"), [
     (b"seq,y,y\nMK,1,2\n", "in: has two columns 'y'; rename one of them"),
     (b"\n", "in: is empty; expected proteins as JSON")])
-def test_a_bad_record_names_file_and_place(tmp_path, data, message):
+def test_a_file_of_no_kind_is_named(tmp_path, data, message):
     with pytest.raises(DataError, match=message):
         written(tmp_path, data)
 
 
 def test_a_damaged_record_of_an_lmdb_names_its_number(tmp_path):
     write_lmdb(tmp_path / "lmdb", [pickle.dumps({"primary": "MK"}), b"?"], 2)
-    with pytest.raises(DataError, match="record 2: cannot be unpickled"):
-        records(tmp_path / "lmdb")
+    place, bad = records(tmp_path / "lmdb")[1]
+    assert place == "record 2" and bad.message.startswith("cannot be unpickled")

@@ -79,19 +79,17 @@ def texts_of(block: RecordBlock, key: str) -> Texts:
     return FORMATS[block.kind].texts(block, key)
 
 
-def records_of(block: RecordBlock) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The place, in words, and all values by key of each of a block's records, read without keys.
+def records_of(block: RecordBlock) -> Iterator[tuple[str, dict[str, Any] | BadRecord]]:
+    """The place, in words, and all values by key of each of a block's records, read without keys, or what it has not.
 
     Values are as the file has them: of CSV and TSV text, of LMDB also arrays. FASTA has `id` and `sequence`, one
-    protein a line `sequence`. Raises DataError for the first bad record.
+    protein a line `sequence`. Raises DataError for what is none of the block's kind.
     """
     if not FORMATS[block.kind].has_keys:
         texts_of(block, SEQUENCE_KEY)  # raises for what is none of that kind
     for place, record in FORMATS[block.kind].records(block):
-        if isinstance(record, BadRecord):
-            raise DataError(f"{block.source}: {place}: {record.message}")
-        if not isinstance(record, dict):
-            raise DataError(f"{block.source}: {place}: {type_name(record)} where a JSON object belongs")
+        if not isinstance(record, dict | BadRecord):
+            record = BadRecord("bad JSON", f"{type_name(record)} where a JSON object belongs")
         yield place, record
 
 

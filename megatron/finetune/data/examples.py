@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron.data.corpus.tokenizer import ResidueTokenizer
-from megatron.data.sources.block import type_name
+from megatron.data.sources.block import BadRecord, type_name
 from megatron.data.sources.source import Source, records_of
 from megatron.data.sources.values import DEFAULT_NAME_KEY
 from megatron.errors import DataError
@@ -77,13 +77,14 @@ def read_proteins(path: str, task: Task, tokenizer: ResidueTokenizer, skips: boo
     keys = (sequence_key,) if sequence_key else tuple(dict.fromkeys((*task.sequence_keys, *SEQUENCE_KEYS)))
     task = replace(task, sequence_keys=keys)
     found, skipped = list[Example](), Skipped()
-    for number, place, values in _records(path):
+    for number, place, record in _records(path):
         try:
+            values = _sound(place, record)
             found.append(Example(_name(number, values), _residues(place, values, task, tokenizer)))
         except DataError as error:
             if not skips:
                 raise DataError(f"{error}; {REMEDY}") from None
-            skipped.add("not protein", str(error))
+            skipped.add(record.reason if isinstance(record, BadRecord) else "not protein", str(error))
     skipped.num_left = len(found)
     skipped.tell(path, log)
     return found
@@ -94,21 +95,29 @@ def read_records(path: str, task: Task, tokenizer: ResidueTokenizer) -> Iterator
 
     A protein without an `id` is named by its number, from 1.
     """
-    for number, place, values in _records(path):
+    for number, place, record in _records(path):
+        values = _sound(place, record)
         ids = _residues(place, values, task, tokenizer)
         label, mask_key = _under(place, values, task.label_keys, "label"), present_key(task.mask_keys, values)
         yield ProteinRecord(place, _name(number, values), ids, label, None if mask_key is None else values[mask_key])
 
 
-def _records(path: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """Each record's number, from 1, its place, and what it has."""
+def _records(path: str) -> Iterator[tuple[int, str, dict[str, Any] | BadRecord]]:
+    """Each record's number, from 1, its place, and what it has, or what is wrong with it."""
     if not os.path.exists(path):
         raise DataError(f"{path}: no such file")
     number = 0
     for block in Source(path).blocks():
-        for where, values in records_of(block):
+        for where, record in records_of(block):
             number += 1
-            yield number, f"{block.source}: {where}", values
+            yield number, f"{block.source}: {where}", record
+
+
+def _sound(place: str, record: dict[str, Any] | BadRecord) -> dict[str, Any]:
+    """What a record has; raises DataError for a bad one."""
+    if isinstance(record, BadRecord):
+        raise DataError(f"{place}: {record.message}")
+    return record
 
 
 def _name(number: int, values: dict[str, Any]) -> str:
