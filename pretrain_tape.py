@@ -23,14 +23,14 @@ from megatron.config.telling.listing import listing, notice
 from megatron.errors import ConfigError, UserError
 from megatron.log import Log, take_any_text
 from megatron.parallel.launch.environment import Launch, check_launch, launched
-from megatron.parallel.launch.failure import refused, report
+from megatron.parallel.launch.failure import interrupted, refused, report
 from megatron.parallel.launch.leaving import leave
 from megatron.parallel.layout import check_layout
 from megatron.parallel.mesh import grid_sizes, joined
 from megatron.train.build.configuration import keep_configuration, write_configuration
 from megatron.train.rewinding import train_to_its_end
 from megatron.train.state import BatchSizes
-from megatron.train.stop import StopRequests
+from megatron.train.stop import StopRequests, interruption
 
 
 def main(argv: Sequence[str]) -> int:
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
 
                     leave_report(run)
     except KeyboardInterrupt:  # the second; the first asks to stop
-        return 130
+        return interrupted(interruption(config.checkpoint.save), launch)
     except Exception as error:
         return report(error, launch)
     return 0

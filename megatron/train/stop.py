@@ -3,10 +3,12 @@
 import signal
 import time
 from contextlib import AbstractContextManager
+from pathlib import Path
 from types import FrameType
 
 import torch
 
+from megatron.checkpoint.places import iterations
 from megatron.parallel.collectives import all_reduce_sum
 from megatron.parallel.mesh import Mesh
 from megatron.train.starting import requests_heard_by
@@ -36,3 +38,14 @@ class StopRequests:
         self._was_signalled = True
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def interruption(save: str | None) -> str:
+    """What a run that saves into `save` says when a second Ctrl-C has ended it: what is lost of it."""
+    if save is None:
+        return "interrupted by a second Ctrl-C; without --save nothing of this run is kept"
+    places = iterations(Path(save))
+    if not places:
+        return f"interrupted by a second Ctrl-C before anything was saved in {save}"
+    return (f"interrupted by a second Ctrl-C: what came after {places[max(places)]}, the last checkpoint, is lost; the "
+            "same command goes on from there")

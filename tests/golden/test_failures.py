@@ -36,6 +36,22 @@ rewinding.train = train_or_fail
 pretrain_tape.leave(pretrain_tape.main(sys.argv[1:]))
 """
 
+# The program, but its training takes no notice of requests to stop.
+DEAF = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import pretrain_tape
+from megatron.train import rewinding
+
+def train(*what):
+    print("deaf from here on", flush=True)
+    while True:
+        time.sleep(0.01)
+
+rewinding.train = train
+pretrain_tape.leave(pretrain_tape.main(sys.argv[1:]))
+"""
+
 
 @pytest.fixture
 def start():
@@ -90,6 +106,24 @@ def test_a_killed_rank_ends_the_job_with_one_line(start_ranks, corpus, tmp_path)
     assert errors == [f"error: rank 1 on {HOST}: killed by signal 9 (SIGKILL)"]
     assert "Traceback" not in output
     assert status == 128 + signal.SIGKILL
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_second_ctrl_c_says_in_one_line_what_is_lost(start, start_ranks, python, corpus, tmp_path, num_ranks):
+    program, folder = tmp_path / "program.py", tmp_path / "run"
+    program.write_text(DEAF)
+    process = start_ranks(OURS, corpus, folder, *ENDLESS, program=program) if num_ranks > 1 else start(
+        [python, program], *ENDLESS, "--data-path", corpus, "--save", folder)
+    for _ in range(num_ranks):
+        while "deaf" not in (line := process.stdout.readline()):
+            assert line
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    status, _, output = end_of(process)
+    assert status == 130
+    assert output.splitlines()[-1:] == [f"interrupted by a second Ctrl-C before anything was saved in {folder}"]
+    assert output.count("interrupted") == 1 and "Traceback" not in output and "error" not in output
 
 
 @pytest.mark.table

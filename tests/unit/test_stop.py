@@ -6,7 +6,7 @@ import pytest
 
 from megatron.parallel.mesh import Mesh
 from megatron.train.starting import REQUESTS_TO_STOP
-from megatron.train.stop import StopRequests
+from megatron.train.stop import StopRequests, interruption
 
 
 @pytest.mark.parametrize("number", REQUESTS_TO_STOP)
@@ -24,6 +24,14 @@ def test_a_second_interrupt_is_obeyed_at_once():
     with StopRequests(None).listening(), pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
+
+
+def test_what_an_interrupted_run_has_lost_is_told_by_its_last_checkpoint(tmp_path):
+    assert interruption(None).endswith("without --save nothing of this run is kept")
+    assert interruption(str(tmp_path / "none")).endswith(f"before anything was saved in {tmp_path}/none")
+    for number in (9, 10):
+        (tmp_path / f"iter_{number:07d}").mkdir()
+    assert f": what came after {tmp_path}/iter_0000010, the last checkpoint, is lost; " in interruption(str(tmp_path))
 
 
 def test_time_that_is_up_is_a_request():

@@ -1,7 +1,7 @@
 """Starts ranks as `torchrun` does: `python -m megatron.parallel.launch`, with the same arguments.
 
 A request to stop (SIGTERM, SIGINT, SIGHUP, SIGUSR1) goes to the ranks as SIGTERM: they save and end with success, and
-the launcher after them. torchrun would give them 30 seconds and then call it a failure.
+the launcher after them. A second Ctrl-C interrupts them. torchrun would give them 30 seconds and call it a failure.
 
 It says in one line which rank failed, where and why. A rank that was killed cannot say so itself; one that failed
 leaves its line for the launcher (RANKS_REPORT_TO_LAUNCHER and `megatron.parallel.launch.failure`), which tells the
@@ -36,12 +36,14 @@ from torch.distributed.run import config_from_args, get_rdzv_endpoint, parse_arg
 
 from megatron.errors import DivergedError, LaunchError, SaveError, UserError
 from megatron.log import take_any_text
+from megatron.parallel.launch.failure import INTERRUPTED
 from megatron.parallel.launch.hosts import LOOPBACK, check_address
 from megatron.parallel.launch.stop_signals import StopSignals
 
 # A rank that lost a peer often ends before the peer has written down why. This long the others may take to end by
 # themselves, and then to follow the request to end, before they are killed: what does not answer by then hangs.
 GRACE_S, PATIENCE_S = 2, 5
+INTERRUPT_EVERY_S = 1.0  # a rank takes the first SIGINT as a request to stop; those that come too soon it sees as one
 LISTENING_S = 1  # the other launchers have heard by then; the store ends with the launcher of the first host
 # Exit statuses of what would only repeat itself.
 NOT_AGAIN = (UserError.exit_status, DivergedError.exit_status, SaveError.exit_status)
@@ -54,7 +56,7 @@ class Agent(LocalElasticAgent):
 
     def __init__(self, signals: StopSignals, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._signals, self._asked = signals, set[int]()
+        self._signals, self._asked, self._interrupted_at_s = signals, set[int](), -INTERRUPT_EVERY_S
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         if self._signals.has_come:  # since the last ranks ended
@@ -69,6 +71,9 @@ class Agent(LocalElasticAgent):
         if isinstance(context, SubprocessContext):
             if self._signals.has_come:
                 self._asked |= ask_to_stop(context, self._asked)
+            if self._signals.num_interrupts > 1 and time.monotonic() - self._interrupted_at_s >= INTERRUPT_EVERY_S:
+                self._interrupted_at_s = time.monotonic()
+                ask_to_stop(context, set(), signal.SIGINT)
             if word or has_failed(context):
                 hung = end_ranks(context)
         result = super()._monitor_workers(worker_group)
@@ -120,7 +125,7 @@ class Agent(LocalElasticAgent):
         if self._remaining_restarts:
             line += f"; starting again, restart {max_restarts - self._remaining_restarts + 1} of {max_restarts}"
         if line:
-            print(f"error: {line}", file=sys.stderr, flush=True)
+            print(line if int(status) == INTERRUPTED else f"error: {line}", file=sys.stderr, flush=True)
 
 
 def store_of_launchers(worker_group: WorkerGroup) -> Store | None:
@@ -138,15 +143,15 @@ def are_running(context: SubprocessContext) -> bool:
     return any(handler.proc.poll() is None for handler in context.subprocess_handlers.values())
 
 
-def ask_to_stop(context: SubprocessContext, asked: set[int]) -> set[int]:
-    """Sends SIGTERM to the ranks of this host that listen and are not among `asked`; returns them.
+def ask_to_stop(context: SubprocessContext, asked: set[int], number: int = signal.SIGTERM) -> set[int]:
+    """Sends a signal to the ranks of this host that listen and are not among `asked`; returns them.
 
     One that does not listen yet would die of it, and so would one that has saved and is about to end.
     """
     listening = {rank: handler.proc for rank, handler in context.subprocess_handlers.items()
                  if rank not in asked and handler.proc.poll() is None and listens(handler.proc.pid)}
     for process in listening.values():
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
     return set(listening)
 
 

@@ -14,6 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from megatron.errors import ConfigFileError, LaunchError, UserError
 from megatron.parallel.launch.environment import Launch
 
+INTERRUPTED = 130  # the exit status, as a shell has it of a program that Ctrl-C ends
 # How gloo, NCCL and the store say that another rank has gone, or has not come.
 _LOST_PEERS = re.compile(r"closed by peer|reset by peer|broken pipe|connection refused|connection was likely closed|"
                          r"connection .{0,20}(closed|lost)|socket (closed|timeout)|timed out|wait timeout|pair closure|"
@@ -54,6 +55,14 @@ def report(error: Exception, launch: Launch) -> int:
     if not launch.is_heard:
         sys.stderr.write(f"error: {reason}\n")
     return error.exit_status if isinstance(error, UserError) else 1
+
+
+def interrupted(line: str, launch: Launch) -> int:
+    """Tells the user, through the launcher if it listens, what Ctrl-C has ended; returns the exit status."""
+    get_error_handler().record_exception(RankError(line))
+    if launch.speaks() and not launch.is_heard:
+        print(line, file=sys.stderr)
+    return INTERRUPTED
 
 
 def _reason(error: Exception, launch: Launch) -> RankError:

@@ -20,6 +20,7 @@ class StopSignals:
         self._lock = threading.Lock()
         self._has_ranks = False
         self.has_come = False  # whether there was a request to stop
+        self.num_interrupts = 0  # how often Ctrl-C was one
 
     def listen(self) -> None:
         """Takes the signals from now on; the main thread calls this."""
@@ -44,8 +45,9 @@ class StopSignals:
 
     def _hear(self, reader: int) -> None:
         while True:
-            if os.read(reader, 1)[0] in REQUESTS:
+            if (number := os.read(reader, 1)[0]) in REQUESTS:
                 with self._lock:
+                    self.num_interrupts += number == signal.SIGINT
                     self.has_come = True
                     if not self._has_ranks:
                         os.write(1, b"asked to stop before the training has started\n")
