@@ -1,10 +1,11 @@
-"""Compares runs: their curves in one picture, and what each took to come to a loss.
+"""Compares runs: their loss curves in one picture, and what each needed to reach a loss.
 
     python tools/compare_runs.py RUN [RUN ...] [NAME=RUN,RUN,RUN ...] [--loss NATS] [--output compare.png]
 
-RUN is the folder of a run (its --save), begun or done. NAME=RUN,RUN,RUN is one curve, the mean of runs that differ in
-their seed, in a band of one standard deviation. The picture has four panels: the loss over steps, residues, seconds and
-FLOPs; the table says where each first came to --loss, linear between two evaluations, and that over the first run's.
+RUN is the folder of a run (its --save), running or finished. NAME=RUN,RUN,RUN is one curve, the mean of runs that
+differ in their seed, with a band of one standard deviation. The picture has four panels: the loss over steps, residues,
+seconds and FLOPs. The table says where each first reached --loss, interpolated linearly between two evaluations, and
+that divided by the first run's.
 """
 
 import argparse
@@ -36,13 +37,14 @@ def parser() -> argparse.ArgumentParser:
     flags = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     flags.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or NAME=RUN,RUN,RUN: a mean of runs")
     flags.add_argument("--loss", type=float, metavar="NATS",
-                       help="the loss to come to (default: the best of the run whose best is the worst)")
+                       help="the loss to reach (default: the worst of the runs' best losses)")
     flags.add_argument("--metric", default="valid", metavar="KIND",
-                       help="which loss: valid, valid_ema of the average of weights, train, test, or valid/NAME of one "
+                       help="which loss: valid, valid_ema (of the weight average), train, test, or valid/NAME of one "
                             "corpus (default: valid)")
     flags.add_argument("--output", type=Path, default=Path("compare.png"), metavar="FILE",
                        help="the picture (default: compare.png)")
-    flags.add_argument("--smooth", action="store_true", help="draw the training loss, smoothed, thin behind the other")
+    flags.add_argument("--smooth", action="store_true",
+                       help="also draw the smoothed training loss, as a thin line behind the other")
     flags.add_argument("--json", action="store_true", help="print JSON, in seconds and whole numbers")
     return flags
 

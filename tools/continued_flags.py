@@ -55,16 +55,16 @@ REPLACES = {"--train-iters": "--train-samples", "--lr-warmup-samples": "--lr-war
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    flags = OneLineParser(description="Print the flags that go on from weights on new proteins.", allow_abbrev=False)
-    flags.add_argument("model", type=Path, metavar="MODEL", help="the weights, in any format that is known")
+    flags = OneLineParser(description="Print the flags that continue pretraining on new proteins.", allow_abbrev=False)
+    flags.add_argument("model", type=Path, metavar="MODEL", help="the weights, in any known format")
     flags.add_argument("proteins", metavar="PROTEINS", help="a file of proteins")
-    flags.add_argument("folder", type=Path, metavar="FOLDER", help="where everything goes")
-    flags.add_argument("--old-proteins", default="", help="a file, or a prefix of .bin and .idx, of an old corpus")
-    flags.add_argument("--old-share", default="0.2", help="share of the rows from there (default: 0.2)")
+    flags.add_argument("folder", type=Path, metavar="FOLDER", help="folder for all results")
+    flags.add_argument("--old-proteins", default="", help="the old corpus: a file, or a prefix of .bin and .idx")
+    flags.add_argument("--old-share", default="0.2", help="share of the rows from the old corpus (default: 0.2)")
     flags.add_argument("--epochs", default="3", help="passes over PROTEINS (default: 3)")
-    flags.add_argument("--processes", type=int, default=1, help="that share a batch (default: 1)")
-    flags.add_argument("--gpus", type=int, default=0, help="GPUs; with 0 on the CPU (default)")
-    flags.add_argument("--check", action="store_true", help="print nothing: say what is wrong before all work")
+    flags.add_argument("--processes", type=int, default=1, help="processes that share a batch (default: 1)")
+    flags.add_argument("--gpus", type=int, default=0, help="number of GPUs; 0 trains on the CPU (default)")
+    flags.add_argument("--check", action="store_true", help="print no flags; only report mistakes before any work")
     return flags
 
 

@@ -19,16 +19,17 @@ from megatron.log import Log, exit_status  # noqa: E402
 def parser() -> argparse.ArgumentParser:
     """The flags, spelled as in Megatron-LM's tool."""
     flags = OneLineParser(description="Write a checkpoint in another format or layout.", allow_abbrev=False)
-    flags.add_argument("--load-dir", type=Path, required=True, help="a run's folder, a checkpoint's or a file")
-    flags.add_argument("--save-dir", type=Path, required=True, help="new folder of a run")
+    flags.add_argument("--load-dir", type=Path, required=True, help="folder of a run or of a checkpoint, or a file")
+    flags.add_argument("--save-dir", type=Path, required=True, help="new folder for the result")
     flags.add_argument("--from", "--loader", dest="loader", choices=(AUTO, *FORMATS), default=AUTO,
-                       help="format of what is read (default: what it looks like)")
+                       help="input format (default: detected)")
     flags.add_argument("--to", "--saver", dest="saver", choices=tuple(FORMATS), required=True,
-                       help="format of what is written")
-    flags.add_argument("--target-tensor-parallel-size", type=int, default=1, help="of Megatron's files (default: 1)")
-    flags.add_argument("--target-pipeline-parallel-size", type=int, default=1, help="of Megatron's files (default: 1)")
+                       help="output format")
+    flags.add_argument("--target-tensor-parallel-size", type=int, default=1, help="for Megatron's files (default: 1)")
+    flags.add_argument("--target-pipeline-parallel-size", type=int, default=1, help="for Megatron's files (default: 1)")
     flags.add_argument("--iteration", type=int, help="which of a run's checkpoints (default: the newest)")
-    flags.add_argument("--true-vocab-size", type=int, help="tokens of the vocabulary: rows beyond its padding are cut")
+    flags.add_argument("--true-vocab-size", type=int,
+                       help="tokens of the vocabulary; rows beyond its padding are cut off")
     flags.add_argument("--load-ema", action="store_true", help="write the average of --ema as the weights")
     return flags
 

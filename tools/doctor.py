@@ -1,9 +1,9 @@
 """Examines this machine: `python tools/doctor.py`, or under torchrun all hosts of a job and the links between them.
 
-Looks at what is installed and what each missing thing is for, at the compiled helpers, GPUs, limits and environment,
-measures disk, memory and matrix products, and names the preset that fits. Each finding is ok, a note (what costs speed,
-or what only some need) or wrong, with the command that mends it. Takes less than 30 seconds. The exit status is 0 where
-nothing is wrong, 1 where something needed is, 2 for a mistake in the flags. Runs without any package installed.
+Checks what is installed (and what each missing package is for), the compiled helpers, GPUs, limits and environment.
+Measures disk, memory and matrix products, and names the preset that fits. Each finding is ok, a note (it costs speed,
+or only some users need it) or wrong, with the command that fixes it. Takes less than 30 seconds. The exit status is 0
+if nothing is wrong, 1 if something necessary is, 2 for a mistake in the flags. Needs no package.
 """
 
 import argparse
@@ -28,10 +28,10 @@ def parser() -> argparse.ArgumentParser:
     """The flags."""
     flags = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     flags.add_argument("--save", type=Path, default=Path(), metavar="FOLDER",
-                       help="where runs are to save: its disk is measured (default: here)")
+                       help="folder where runs will save; its disk is measured (default: here)")
     flags.add_argument("--data-path", nargs="+", default=(), metavar="PREFIX",
-                       help="as for pretrain_tape.py: all files are opened, and compared between hosts")
-    flags.add_argument("--json", type=Path, metavar="FILE", help="write the findings there too")
+                       help="as for pretrain_tape.py; all files are opened, and compared between hosts")
+    flags.add_argument("--json", type=Path, metavar="FILE", help="also write the findings to this file")
     return flags
 
 

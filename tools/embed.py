@@ -1,9 +1,10 @@
 """Embeds proteins: `python tools/embed.py CHECKPOINT INPUT [INPUT ...] OUTPUT [--layers …] [--include …]`.
 
-CHECKPOINT is whatever --load of pretrain_tape.py takes, INPUT whatever tools/preprocess_data.py takes, FASTA above all.
-OUTPUT is by its ending HDF5 (.h5), NumPy's archive (.npz) or Parquet (.parquet), without one a folder with one .pt file
-a protein, as fair-esm's extract.py writes it. Proteins stand there in the order of the input, under the first word of
-their headers. Run again after a kill, it goes on. Under torchrun the ranks share the proteins out.
+CHECKPOINT is anything that --load of pretrain_tape.py takes; INPUT anything that tools/preprocess_data.py takes, such
+as FASTA. The ending of OUTPUT sets the format: HDF5 (.h5), NumPy's archive (.npz) or Parquet (.parquet); without an
+ending it is a folder with one .pt file for each protein, as fair-esm's extract.py writes it. Proteins keep the order of
+the input, under the first word of their headers. Run again after a kill, it resumes. Under torchrun the ranks share the
+proteins.
 """
 
 import argparse
@@ -35,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--include", nargs="+", choices=INCLUDED, default=["mean"], metavar="WHAT",
                        help=f"what to write: {', '.join(INCLUDED)} (default: mean)")
     flags.add_argument("--layers", nargs="+", type=int, default=[-1], metavar="N",
-                       help="of which layers: 0 the embeddings, N behind block N, -1 the last (default)")
+                       help="layers to write: 0 is the embeddings, N the output of block N, -1 the last (default)")
     flags.add_argument("--half", action="store_true", help="write numbers in fp16 instead of fp32")
     flags.add_argument("--window", type=int, metavar="N",
                        help="read proteins of more than N residues in overlapping windows (default: whole)")

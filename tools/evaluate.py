@@ -1,10 +1,10 @@
 """Evaluates models on proteins: `python tools/evaluate.py CHECKPOINT [CHECKPOINT ...] --on [NAME=]FILE ...`.
 
-CHECKPOINT is whatever --load of pretrain_tape.py takes, FILE what tools/preprocess_data.py takes, or a pattern.
-15 % of the residues are masked as in every evaluation here: of a protein always the same ones, whatever the model and
-the corpus. Prints the loss of each checkpoint on each corpus with its standard error over proteins, its perplexity and
-accuracy; writes evaluation.json, which has them by letter and by place in the protein too, and a picture a corpus.
-There, and in the table, stand beside them the models that were evaluated on the same before.
+CHECKPOINT is anything that --load of pretrain_tape.py takes; FILE anything that tools/preprocess_data.py takes, or a
+pattern. As in every evaluation here, 15 % of the residues are masked: in a protein always the same ones, whatever the
+model and the corpus. Prints the loss of each checkpoint on each corpus with its standard error over proteins, its
+perplexity and accuracy. Writes evaluation.json, which also has them by letter and by position in the protein, and a
+picture for each corpus. Models that were evaluated on the same proteins before appear beside the new ones.
 """
 
 import argparse
@@ -41,11 +41,11 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="a run's folder, or one of another program")
     flags.add_argument("--on", nargs="+", required=True, metavar="[NAME=]FILE", help="the corpora")
     flags.add_argument("--piece", type=int, metavar="N", help="read a protein of more than N residues in pieces of N "
-                       "(default: whole, or what a model with learned positions knows)")
+                       "(default: whole, or as long as the model's learned positions)")
     flags.add_argument("--pseudo-perplexity", type=int, default=0, metavar="N",
-                       help="also mask each residue of N proteins in turn (default: of none)")
+                       help="also mask each residue of N proteins in turn (default: no protein)")
     flags.add_argument("--output", type=Path, default=Path("evaluation"), metavar="FOLDER",
-                       help=f"where {FILE} and the pictures go (default: evaluation); figures of other models on the "
+                       help=f"folder of {FILE} and the pictures (default: evaluation); results of other models on the "
                        "same proteins stay there")
     add_protein_flags(flags, has_names=False)
     add_model_flags(flags)

@@ -1,11 +1,11 @@
-"""Teaches a model a task, and predicts with it:
+"""Fine-tunes a model on a task, and predicts with it:
 
     python tools/finetune.py TASK --load CHECKPOINT --data FOLDER --save MODEL
     python tools/finetune.py predict MODEL FILE OUTPUT
 
-CHECKPOINT is whatever --load of pretrain_tape.py takes. TASK is one of TAPE's, or `own` with --train-data FILE and
-more; `TASK --help` lists the flags, `predict --help` those of predicting. FILE is FASTA, or whatever a task is read
-from; OUTPUT ends in .csv or .jsonl.
+CHECKPOINT is anything that --load of pretrain_tape.py takes. TASK is one of TAPE's, or `own`, for example with
+--train-data FILE. `TASK --help` lists the flags of training, `predict --help` those of prediction. FILE is FASTA, or
+any format of a task's files; OUTPUT ends in .csv or .jsonl.
 """
 
 import argparse
@@ -75,13 +75,14 @@ def predict_parser() -> argparse.ArgumentParser:
     """The flags of predicting."""
     flags = OneLineParser(prog=f"finetune.py {PREDICT}", description="Predict with a fine-tuned model.",
                           allow_abbrev=False)
-    flags.add_argument("model", metavar="MODEL", help="the folder that --save named")
-    flags.add_argument("file", metavar="FILE", help="proteins: FASTA, or whatever a task is read from")
-    flags.add_argument("output", metavar="OUTPUT", help="a .csv or .jsonl")
+    flags.add_argument("model", metavar="MODEL", help="folder of --save")
+    flags.add_argument("file", metavar="FILE", help="proteins: FASTA, or any format of a task's files")
+    flags.add_argument("output", metavar="OUTPUT", help="file ending in .csv or .jsonl")
     flags.add_argument("--sequence-key", "--json-key", "--json-keys", metavar="KEY",
                        help="key or column of the sequence (default: the task's, else that of FILE's kind)")
-    flags.add_argument("--overwrite", action="store_true", help="replace an output that is there")
-    flags.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of what is computed (default: fp32)")
+    flags.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    flags.add_argument("--precision", choices=PRECISIONS, default="fp32",
+                       help="precision of the computation (default: fp32)")
     add_skipping_flag(flags)
     add_timeout_flag(flags)
     return flags

@@ -19,9 +19,9 @@ from megatron.log import Log, exit_status  # noqa: E402
 
 def parser() -> argparse.ArgumentParser:
     """The flags."""
-    flags = OneLineParser(description="Say what a checkpoint is, and whether it is whole.", allow_abbrev=False)
-    flags.add_argument("path", type=Path, help="a run's folder, a checkpoint's or a file")
-    flags.add_argument("--loader", choices=(AUTO, *FORMATS), default=AUTO, help="format of it")
+    flags = OneLineParser(description="Say what a checkpoint is, and whether it is complete.", allow_abbrev=False)
+    flags.add_argument("path", type=Path, help="folder of a run or of a checkpoint, or a file")
+    flags.add_argument("--loader", choices=(AUTO, *FORMATS), default=AUTO, help="its format (default: detected)")
     flags.add_argument("--iteration", type=int, help="which of a run's checkpoints (default: the newest)")
     return flags
 

@@ -1,9 +1,9 @@
-"""Joins indexed datasets: `python tools/merge_datasets.py --input FOLDER --output-prefix P`, as Megatron-LM's tool.
+"""Merges indexed datasets: `python tools/merge_datasets.py --input FOLDER --output-prefix P`, like Megatron-LM's tool.
 
-All pairs of .bin and .idx in the folder become P.bin and P.idx, in the natural order of their names (x_2 before x_10):
-what tools/preprocess_data.py gives of all their inputs at once, in that order. --input also takes prefixes, or their
-.bin files, one by one, whose order stays. Names and statistics are joined too. Nothing is written where datasets do not
-fit together, a half is missing or cut short, or there is no room.
+All pairs of .bin and .idx in the folder become P.bin and P.idx, in the natural order of their names (x_2 before x_10).
+The result is that of tools/preprocess_data.py on all their inputs at once, in that order. --input also takes a list of
+prefixes, or their .bin files, and keeps its order. Names and statistics are merged too. Nothing is written if datasets
+do not fit together, a .bin or .idx is missing or cut short, or there is no space.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     flags = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     flags.add_argument("--input", nargs="+", required=True, metavar="FOLDER", help="a folder of pairs, or prefixes")
     flags.add_argument("--output-prefix", required=True, metavar="P", help="path of the output without .bin and .idx")
-    flags.add_argument("--overwrite", action="store_true", help="replace an output that is there")
+    flags.add_argument("--overwrite", action="store_true", help="replace an existing output")
     return flags
 
 

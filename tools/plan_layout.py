@@ -2,10 +2,10 @@
 
     python tools/plan_layout.py --preset proteinlm-3b --gpus 64 --gpu h100-80gb --global-batch-size 2048
 
-All flags of pretrain_tape.py are accepted beside this tool's own, --load too, whose checkpoint says what the model is.
-What they settle of a layout is kept; the rest is tried: tensor, pipeline and, if nothing fits without, context
-parallelism, schedules, sharding, recomputation, rows of a micro-batch. Memory and messages are put together from what
-the model's pieces show on tensors without values, and tests compare them with whole dry runs; times are estimates.
+In addition to its own flags, this tool accepts all flags of pretrain_tape.py; with --load, the checkpoint defines the
+model. What they set of a layout is kept, and the rest is tried: tensor, pipeline and, if nothing fits without it,
+context parallelism, schedules, sharding, recomputation, rows of a micro-batch. Memory and communication are measured on
+the model's parts, run on tensors without values, and tests compare them with whole dry runs. Times are estimates.
 """
 
 import argparse
@@ -53,12 +53,12 @@ def plan_layouts(own: argparse.Namespace, rest: Sequence[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                            allow_abbrev=False)
-    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="how many GPUs")
-    parser.add_argument("--gpu", required=True, metavar="NAME", help=f"which: {', '.join(GPUS)}")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of a host (default: 8)")
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs")
+    parser.add_argument("--gpu", required=True, metavar="NAME", help=f"kind of GPU: {', '.join(GPUS)}")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs in a host (default: 8)")
     parser.add_argument("--memory-margin", type=float, default=0.1, metavar="SHARE",
                         help="share of a GPU's memory to leave to CUDA, its libraries and fragments (default: 0.1)")
-    parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts to show (default: 10)")
+    parser.add_argument("--top", type=int, default=10, metavar="N", help="number of layouts to show (default: 10)")
     parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
     return parser
 

@@ -1,11 +1,11 @@
-"""Tells which residues of proteins touch: by a model's attention maps, or by what a change of each residue changes.
+"""Predicts contacts between residues, from a model's attention maps or from the effect of changing each residue.
 
     python tools/predict_contacts.py CHECKPOINT --input proteins.fasta --output contacts.npz
     python tools/predict_contacts.py CHECKPOINT --fit pdb-files/ --structures 1abc.cif:A --picture pictures
 
-CHECKPOINT is whatever --load of pretrain_tape.py takes, --input whatever tools/preprocess_data.py takes; --fit and
---structures are files and folders of PDB, mmCIF or JSON lines, and FILE:A,B names chains. Where a structure is known, a
-table says how many of the first pairs do touch. Under torchrun the ranks share the proteins out.
+CHECKPOINT is anything that --load of pretrain_tape.py takes; --input anything that tools/preprocess_data.py takes.
+--fit and --structures are files and folders of PDB, mmCIF or JSON lines; FILE:A,B selects chains. If structures are
+given, a table says what share of the top pairs are contacts. Under torchrun the ranks share the proteins.
 """
 
 import argparse
@@ -56,20 +56,20 @@ def parser() -> argparse.ArgumentParser:
     add_protein_flags(flags)
     flags.add_argument("--structures", nargs="+", default=[], metavar="FILE", help="true contacts, to compare with")
     flags.add_argument("--fit", nargs="+", default=[], metavar="FILE",
-                       help="structures to fit the regression on attention maps on, which stays beside the checkpoint")
+                       help="structures to fit the regression on attention maps to; it is saved beside the checkpoint")
     flags.add_argument("--fit-chains", type=int, default=NUM_FITTED, metavar="N",
-                       help=f"chains to draw of them (default: {NUM_FITTED})")
-    flags.add_argument("--fit-seed", type=int, default=0, metavar="N", help="of that draw (default: 0)")
+                       help=f"number of chains to draw from --fit (default: {NUM_FITTED})")
+    flags.add_argument("--fit-seed", type=int, default=0, metavar="N", help="seed of that draw (default: 0)")
     flags.add_argument("--fit-c", type=float, default=C, metavar="C",
                        help=f"weight of the loss against the L1 penalty (default: {C})")
     flags.add_argument("--method", choices=tuple(METHODS), default="attention",
-                       help="attention maps, weighed (default), or the categorical Jacobian, which needs no --fit")
+                       help="regression on attention maps (default), or the categorical Jacobian, which needs no --fit")
     flags.add_argument("--output", type=Path, metavar="PATH",
-                       help="all scores as a .npz, .h5 or .parquet, or a folder for a table of pairs a protein")
-    flags.add_argument("--overwrite", action="store_true", help="replace an --output that is there")
+                       help="file (.npz, .h5, .parquet) for all scores, or folder for a table of pairs of each protein")
+    flags.add_argument("--overwrite", action="store_true", help="replace an existing --output")
     flags.add_argument("--threshold", type=float, metavar="SCORE",
-                       help="that pairs of a table exceed (default: as many pairs as residues, the best)")
-    flags.add_argument("--picture", type=Path, metavar="FOLDER", help="for a PNG a protein")
+                       help="least score of pairs in a table (default: as many top pairs as residues)")
+    flags.add_argument("--picture", type=Path, metavar="FOLDER", help="folder for a PNG of each protein")
     add_model_flags(flags)
     return flags
 

@@ -1,10 +1,10 @@
 """Scores variants of proteins: `python tools/score_variants.py CHECKPOINT INPUT [INPUT ...] FOLDER [--scoring …]`.
 
-CHECKPOINT is whatever --load of pretrain_tape.py takes. INPUT are ProteinGym's CSVs (mutant such as A1P:D2N,
-mutated_sequence, DMS_score), folders of them, and lists, one mutant a line. FOLDER gets each as a CSV with a column of
-scores, higher where a variant is likelier to work, and a summary. With --heatmap INPUT are proteins, all of whose
-substitutions are scored and drawn. Run again after a kill, it goes on with the files that are left. Under torchrun the
-ranks share the work out. docs/variants.md tells more.
+CHECKPOINT is anything that --load of pretrain_tape.py takes. INPUT are ProteinGym's CSVs (mutant such as A1P:D2N,
+mutated_sequence, DMS_score), folders of them, and lists, one mutant a line. FOLDER receives each as a CSV with a column
+of scores, higher for variants that are likelier to work, and a summary. With --heatmap, INPUT are proteins, all of
+whose substitutions are scored and drawn. Run again after a kill, it continues with the remaining files. Under torchrun
+the ranks share the work. See docs/variants.md.
 """
 
 import argparse
@@ -39,25 +39,25 @@ def parser() -> argparse.ArgumentParser:
     flags = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     flags.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder, or a checkpoint of another program")
     flags.add_argument("input", nargs="+", type=Path, metavar="INPUT", help="variants: a .csv, a folder of them, or, "
-                       "with any other ending, a list of mutants; with --heatmap proteins, FASTA above all")
-    flags.add_argument("output", type=Path, metavar="FOLDER", help="where the scores go")
+                       "with any other ending, a list of mutants; with --heatmap proteins, such as FASTA")
+    flags.add_argument("output", type=Path, metavar="FOLDER", help="folder for the scores")
     flags.add_argument("--heatmap", action="store_true", help="score all substitutions of each protein of INPUT, as "
                        "CSV and PNG")
     flags.add_argument("--reference", type=Path, metavar="FILE", help="ProteinGym's reference CSV: target_seq by "
                        "DMS_id, UniProt_ID and coarse_selection_type, by which averages are taken")
     flags.add_argument("--sequence", metavar="LETTERS", help="the wild type of all files")
-    flags.add_argument("--fasta", metavar="FILE", help="the wild type of all files, or one for each, called like it "
+    flags.add_argument("--fasta", metavar="FILE", help="the wild type of all files, or one named after each file "
                        "(default: from --reference, else from mutant and mutated_sequence)")
     flags.add_argument("--json-key", "--json-keys", default="text",
-                       help="of proteins: key or column of the sequence where records have several (default: text)")
-    flags.add_argument("--offset", type=int, default=1, metavar="N", help="the number of the wild type's first residue "
+                       help="of proteins: key or column of the sequence, if records have several (default: text)")
+    flags.add_argument("--offset", type=int, default=1, metavar="N", help="number of the wild type's first residue "
                        "(default: 1)")
     flags.add_argument("--scoring", choices=SCORINGS, default=MASKED, help="sums over the substituted sites of "
                        "log p(mutant) - log p(wild type), each masked in turn, or nothing masked; or the sum over all "
                        f"residues of the mutated protein of their log p, each masked in turn (default: {MASKED})")
-    flags.add_argument("--window", type=int, metavar="N", help="residues around a site that the model sees of longer "
-                       "proteins (default: as many as it has positions; whole proteins where these are rotary)")
-    flags.add_argument("--score-column", default="score", metavar="NAME", help="what the scores' column is called "
+    flags.add_argument("--window", type=int, metavar="N", help="residues around a site that the model reads of longer "
+                       "proteins (default: as many as it has positions; whole proteins if these are rotary)")
+    flags.add_argument("--score-column", default="score", metavar="NAME", help="name of the column of scores "
                        "(default: score)")
     add_skipping_flag(flags)
     add_model_flags(flags)

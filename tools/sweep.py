@@ -3,9 +3,9 @@
     python tools/sweep.py --output runs/sweep --vary lr 3e-4 1e-3 3e-3 --vary adam-beta2 0.95 0.98 --seeds 1 2 \\
         -- --preset demo --data-path runs/data/small_text_document
 
-Behind -- stand the flags of all trials. Each has a folder of its own below --output. Stopped (Ctrl-C, SIGTERM) or
-killed, the same command goes on: trials that are done are not run again, one that was interrupted goes on from its
-checkpoint. With longer lists it tries what is new.
+The flags of all trials come after --. Each trial has its own folder below --output. If it is stopped (Ctrl-C, SIGTERM)
+or killed, run the same command again: finished trials are not repeated, and an interrupted one resumes from its
+checkpoint. With longer lists, it tries the new values.
 """
 
 import argparse
@@ -32,17 +32,18 @@ from megatron.study.settings import Space  # noqa: E402
 def parser() -> argparse.ArgumentParser:
     """The sweep's own flags."""
     flags = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    flags.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the trials and results go")
+    flags.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="folder for the trials and results")
     flags.add_argument("--vary", nargs="+", action="append", default=[], metavar=("FLAG", "VALUE"),
-                       help="a flag without its dashes, and its values (true and false for a switch); again for more")
+                       help="a flag without its dashes, and its values (true and false for a switch); repeatable")
     flags.add_argument("--seeds", nargs="+", metavar="N", help="run each setting with each of these as --seed")
     flags.add_argument("--early-stop", type=int, nargs="?", const=0, metavar="STEP",
                        help="stop a trial whose loss at an evaluation, from STEP on, is worse than the median of the "
                        "others' (at least two) at that step, or not finite")
-    flags.add_argument("--sampler", choices=SAMPLERS, default="grid", help="what to try next (default: grid, all)")
-    flags.add_argument("--trials", type=int, metavar="N", help="settings to try, of the grid (default: all)")
+    flags.add_argument("--sampler", choices=SAMPLERS, default="grid",
+                       help="how to choose settings (default: grid, all of them)")
+    flags.add_argument("--trials", type=int, metavar="N", help="number of settings of the grid to try (default: all)")
     flags.add_argument("--metric", default="valid", metavar="KIND",
-                       help="the loss that decides: valid, valid_ema of the average of weights, valid/NAME of one "
+                       help="the loss that decides: valid, valid_ema (of the weight average), valid/NAME of one "
                             "corpus, test or train (default: valid)")
     flags.add_argument("--jobs", type=int, default=1, metavar="N",
                        help="trials at once, each on its share of the GPUs or cores (default: 1)")

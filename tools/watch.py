@@ -1,9 +1,9 @@
-"""Shows a run while it goes on, or what became of it, from its folder alone: curve, speed, time left, checkpoints.
+"""Shows a run, in progress or ended, from its folder alone: loss curve, speed, time left, checkpoints.
 
     python tools/watch.py RUN [--every SECONDS] [--once]
 
 RUN is the folder of a run (its --save), on this machine or on a file system that it shares. The view fills the terminal
-until Ctrl-C. With --once, or where the output is no terminal, it is printed once.
+until Ctrl-C. With --once, or if the output is not a terminal, it is printed once.
 """
 
 import argparse
@@ -29,8 +29,9 @@ def parser() -> argparse.ArgumentParser:
     """The flags."""
     flags = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     flags.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
-    flags.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="between two looks (default: 2)")
-    flags.add_argument("--once", action="store_true", help="print one view and end")
+    flags.add_argument("--every", type=float, default=2.0, metavar="SECONDS",
+                       help="seconds between two updates (default: 2)")
+    flags.add_argument("--once", action="store_true", help="print one view and exit")
     return flags
 
 

@@ -17,17 +17,16 @@ _faults: Check = (lambda text: _FAULT.fullmatch(text) is not None,
 class GuardsConfig:
     """What is done when a step goes wrong."""
 
-    on_spike: str = flag(
-        "warn", "if steps go wrong (loss or gradient not finite, or far above those of the steps before): say so; skip "
-        "the step; or go back to the last checkpoint, see whether it comes again, and if so leave its rows out",
-        choices=("warn", "skip", "rewind"), changes="course", common=True)
-    spike_threshold: float = flag(10.0, "what far is, in robust standard deviations of the last 128 steps", kind=float,
-                                  check=positive, changes="course")
-    most_spikes: int = flag(3, "end the run where so many steps in a row are not taken, or --on-spike would go back "
-                            "more often", kind=int, check=positive, changes="nothing")
-    leave_out_samples: tuple[str, ...] = flag(
-        None, "FIRST-STOP …: rows of the training data that are left out, by their number from 0; the second is the "
-        "one behind", nargs="+", check=_windows, changes="samples")
+    on_spike: str = flag("warn", "what to do about steps that go wrong (loss or gradient not finite, or far above "
+                         "those of earlier steps): report them; skip them; or go back to the last checkpoint, repeat "
+                         "them, and leave their rows out if they go wrong again", choices=("warn", "skip", "rewind"),
+                         changes="course", common=True)
+    spike_threshold: float = flag(10.0, "how far above counts as wrong, in robust standard deviations of the last 128 "
+                                  "steps", kind=float, check=positive, changes="course")
+    most_spikes: int = flag(3, "end the run after so many consecutive steps that are not taken, or if --on-spike would "
+                            "go back more often", kind=int, check=positive, changes="nothing")
+    leave_out_samples: tuple[str, ...] = flag(None, "FIRST-STOP …: training rows to leave out, numbered from 0; STOP "
+                                              "itself is kept", nargs="+", check=_windows, changes="samples")
     inject_fault: tuple[str, ...] = flag(
         None, "KIND@STEP …: make a step go wrong, to see what follows. nan and spike come again with the step's rows, "
         "flip comes once; stuck holds the last rank up for good, dead kills it, slow halves its pace; full-disk lets "

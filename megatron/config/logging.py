@@ -9,24 +9,25 @@ _port: Check = (lambda value: 0 <= value < 2**16, "a port, 1 to 65535, or 0 for 
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """What a user watches."""
+    """Log lines, metrics and profiles."""
 
     log_interval: int = flag(100, "steps between log lines", kind=int, check=positive, common=True)
     tensorboard_dir: str = flag(None, "folder of TensorBoard files (default: SAVE/tensorboard)", path="folder")
-    logger: tuple[str, ...] = flag(
-        None, "libraries that get the numbers and the flags of the run, too; what each needs to know of servers and "
-        "keys, its environment variables say", nargs="+", choices=("wandb", "trackio", "mlflow"))
-    logger_project: str = flag(None, "the project of wandb and trackio, the experiment of mlflow (default: as their "
-                               "environment variables say, else proteinlm)", aliases=("--wandb-project",))
-    metrics_port: int = flag(None, "port at which the first rank shows its numbers to Prometheus; 0 for one that is "
-                             "free", kind=int, check=_port)
-    metrics_host: str = flag("127.0.0.1", "address at which it listens there; 0.0.0.0 for all of the machine")
-    metrics_file: str = flag(None, "file that holds the same, for node_exporter's textfile collector (.prom)",
+    logger: tuple[str, ...] = flag(None, "libraries that also receive the metrics and flags of the run; set servers "
+                                   "and keys with their own environment variables", nargs="+",
+                                   choices=("wandb", "trackio", "mlflow"))
+    logger_project: str = flag(None, "project of wandb and trackio, experiment of mlflow (default: from their "
+                               "environment variables, else proteinlm)", aliases=("--wandb-project",))
+    metrics_port: int = flag(None, "port at which the first rank serves its metrics to Prometheus; 0 for any free one",
+                             kind=int, check=_port)
+    metrics_host: str = flag("127.0.0.1", "address at which --metrics-port listens; 0.0.0.0 for all addresses of the "
+                             "machine")
+    metrics_file: str = flag(None, "file with the same metrics, for node_exporter's textfile collector (.prom)",
                              path="file")
     peak_tflops: float = flag(None, "the device's matrix peak in TFLOP/s (default: measured at start)", kind=float,
                               check=positive)
     profile: bool = flag(False, "write a trace of some steps, and a table of where their time goes, to SAVE/profile")
-    profile_step_start: int = flag(10, "the first step to profile, counted from 0 where this run begins", kind=int,
+    profile_step_start: int = flag(10, "first step to profile, counted from 0 where this run begins", kind=int,
                                    check=not_negative)
-    profile_step_end: int = flag(12, "the step before which the profile ends", kind=int, check=positive)
-    profile_ranks: tuple[int, ...] = flag((0,), "the ranks that are profiled", kind=int, nargs="+", check=not_negative)
+    profile_step_end: int = flag(12, "step before which the profile ends", kind=int, check=positive)
+    profile_ranks: tuple[int, ...] = flag((0,), "ranks to profile", kind=int, nargs="+", check=not_negative)

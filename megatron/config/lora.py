@@ -14,13 +14,13 @@ class LoraConfig:
 
     lora_rank: int = flag(None, "rank of the adapters: rows of A and columns of B (default: no adapters)", kind=int,
                           check=positive, changes="arithmetic")
-    lora_alpha: float = flag(16.0, "what the rank is divided into: their scale is alpha / rank", kind=float,
-                             check=positive, changes="arithmetic")
-    lora_dropout: float = flag(0.0, "dropout of what adapters take", kind=float, check=fraction, changes="dropout")
-    lora_targets: tuple[str, ...] = flag(
-        ("query", "key", "value"), "layers that get one: attention's projections and its output (dense), those of the "
-        "feed-forward into its width (dense_h_to_4h, and with --swiglu gate) and back (dense_4h_to_h)", nargs="+",
-        choices=LORA_TARGETS, changes="arithmetic")
+    lora_alpha: float = flag(16.0, "numerator of the adapters' scale, alpha / rank", kind=float, check=positive,
+                             changes="arithmetic")
+    lora_dropout: float = flag(0.0, "dropout of the adapters' inputs", kind=float, check=fraction, changes="dropout")
+    lora_targets: tuple[str, ...] = flag(("query", "key", "value"), "layers that get an adapter: attention's "
+                                         "projections and its output (dense), the feed-forward layer's first matrix "
+                                         "(dense_h_to_4h, and with --swiglu gate) and its last (dense_4h_to_h)",
+                                         nargs="+", choices=LORA_TARGETS, changes="arithmetic")
     lora_rslora: bool = flag(False, "scale by alpha / sqrt(rank), so that larger ranks learn as fast (Kalajdzievski, "
                              "2023, arXiv 2312.03732)", changes="arithmetic")
 

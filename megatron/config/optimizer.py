@@ -14,32 +14,34 @@ _WITH_MUON = {"muon_lr": 0.01, "embedding_lr": 0.02, "head_lr": 0.02, "scalar_lr
 class OptimizerConfig:
     """The optimizer and its regularisation."""
 
-    optimizer: str = flag("adam", "optimizer (adam is AdamW; under muon and normuon it steps what is no matrix of a "
-                          "linear layer)", choices=("adam", "sgd", "muon", "normuon"), changes="course", common=True)
-    optimizer_backend: str = flag("torch", "whose implementation of it", choices=("torch", "apex"), changes="course")
-    muon_lr: float = flag(None, "peak learning rate of what muon or normuon steps (default: 0.01)", kind=float,
-                          check=positive, changes="course")
-    embedding_lr: float = flag(None, "peak learning rate of the tables of embeddings, on the course of the others "
-                               "(default: --lr, under muon 0.02)", kind=float, check=positive, changes="course")
+    optimizer: str = flag("adam", "optimizer (adam is AdamW; muon and normuon update the matrices of linear layers, "
+                          "and leave the rest to AdamW)", choices=("adam", "sgd", "muon", "normuon"), changes="course",
+                          common=True)
+    optimizer_backend: str = flag("torch", "whose implementation of the optimizer", choices=("torch", "apex"),
+                                  changes="course")
+    muon_lr: float = flag(None, "peak learning rate of the matrices that muon or normuon updates (default: 0.01)",
+                          kind=float, check=positive, changes="course")
+    embedding_lr: float = flag(None, "peak learning rate of the embedding tables, with the common schedule (default: "
+                               "--lr, under muon 0.02)", kind=float, check=positive, changes="course")
     head_lr: float = flag(None, "peak learning rate of the head's own matrix and bias (default: --lr, under muon "
                           "0.02)", kind=float, check=positive, changes="course")
     scalar_lr: float = flag(None, "peak learning rate of biases, scales and other vectors and scalars (default: --lr, "
                             "under muon 0.005)", kind=float, check=positive, changes="course")
     weight_decay: float = flag(0.01, "decoupled weight decay; never on biases and LayerNorms", kind=float,
                                check=not_negative, changes="course", common=True)
-    cautious_weight_decay: bool = flag(False, "let weight decay spare what a step makes larger: it takes only from "
-                                       "coordinates that the update draws towards 0 as well", changes="course")
-    ema: float = flag(None, "decay of an exponential average of the weights, which is evaluated and saved beside them "
+    cautious_weight_decay: bool = flag(False, "apply weight decay only to coordinates that the update also moves "
+                                       "towards 0", changes="course")
+    ema: float = flag(None, "decay of an exponential moving average of the weights, which is also evaluated and saved "
                       "(0.999: over some thousand steps)", kind=float, check=fraction, changes="course")
-    clip_grad: float = flag(1.0, "largest L2 norm of the gradient; 0 switches clipping off", kind=float,
-                            check=not_negative, changes="course", common=True)
+    clip_grad: float = flag(1.0, "maximum L2 norm of the gradient; 0 disables clipping", kind=float, check=not_negative,
+                            changes="course", common=True)
     adam_beta1: float = flag(0.9, "decay of the first moment", kind=float, check=fraction, changes="course")
     adam_beta2: float = flag(0.999, "decay of the second moment", kind=float, check=fraction, changes="course")
     adam_eps: float = flag(1e-8, "added to the denominator", kind=float, check=positive, changes="course")
     sgd_momentum: float = flag(0.9, "momentum of sgd", kind=float, check=fraction, changes="course")
     muon_momentum: float = flag(0.95, "momentum of muon and normuon", kind=float, check=fraction, changes="course")
-    muon_momentum_warmup_iters: int = flag(300, "steps over which it rises from 0.85", kind=int, check=not_negative,
-                                           changes="course")
+    muon_momentum_warmup_iters: int = flag(300, "steps over which --muon-momentum rises from 0.85", kind=int,
+                                           check=not_negative, changes="course")
     muon_num_ns_steps: int = flag(3, "Newton-Schulz steps that orthogonalise a matrix", kind=int,
                                   check=(lambda v: 1 <= v <= 5, "from 1 to 5"), changes="course")
     normuon_beta2: float = flag(0.95, "decay of normuon's second moment of rows", kind=float, check=fraction,

@@ -13,31 +13,31 @@ LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The learning rate's and the weight decay's course, counted in iterations or in samples as training is."""
+    """The schedules of learning rate and weight decay, counted in iterations or in samples, as training is."""
 
-    lr: float = flag(None, "peak learning rate (under muon each group has its own, and --lr with --min-lr only says to "
-                     "which share of it that falls)", kind=float, check=positive, common=True)
+    lr: float = flag(None, "peak learning rate (under muon each group has its own peak, and --lr and --min-lr only set "
+                     "the share of it to which the rate falls)", kind=float, check=positive, common=True)
     min_lr: float = flag(0.0, "learning rate at the end of the decay", kind=float, check=not_negative, common=True)
-    lr_decay_style: str = flag("linear", "course after the warm-up; WSD (warm-up, stable, decay) stays at the peak "
-                               "until its decay, so that a run can be prolonged from before that",
-                               choices=LR_DECAY_STYLES, common=True)
-    lr_decay_iters: int = flag(None, "iterations until min-lr (default: all)", kind=int, check=positive)
-    lr_decay_samples: int = flag(None, "samples until min-lr (default: all)", kind=int, check=positive)
-    lr_wsd_decay_style: str = flag("exponential", "course of the decay of WSD",
+    lr_decay_style: str = flag("linear", "schedule after the warm-up; WSD (warm-up, stable, decay) stays at the peak "
+                               "until its decay, so a run can be extended from before that", choices=LR_DECAY_STYLES,
+                               common=True)
+    lr_decay_iters: int = flag(None, "iterations until --min-lr (default: all)", kind=int, check=positive)
+    lr_decay_samples: int = flag(None, "samples until --min-lr (default: all)", kind=int, check=positive)
+    lr_wsd_decay_style: str = flag("exponential", "shape of the decay of WSD",
                                    choices=("exponential", "linear", "cosine", "minus_sqrt"))
-    lr_wsd_decay_iters: int = flag(None, "iterations of the decay of WSD, the last before min-lr", kind=int,
+    lr_wsd_decay_iters: int = flag(None, "iterations of the decay of WSD, the last before --min-lr", kind=int,
                                    check=positive)
-    lr_wsd_decay_samples: int = flag(None, "samples of the decay of WSD, the last before min-lr", kind=int,
+    lr_wsd_decay_samples: int = flag(None, "samples of the decay of WSD, the last before --min-lr", kind=int,
                                      check=positive)
     lr_warmup_fraction: float = flag(None, "share of the decay spent in linear warm-up", kind=float, check=fraction,
                                      common=True)
     lr_warmup_iters: int = flag(0, "iterations of linear warm-up", kind=int, check=not_negative, common=True)
     lr_warmup_samples: int = flag(0, "samples of linear warm-up", kind=int, check=not_negative)
-    weight_decay_incr_style: str = flag("constant", "course of the weight decay over the whole run",
+    weight_decay_incr_style: str = flag("constant", "schedule of the weight decay over the whole run",
                                         choices=("constant", "linear", "cosine"))
-    start_weight_decay: float = flag(None, "weight decay of the first step, where it has a course", kind=float,
+    start_weight_decay: float = flag(None, "weight decay of the first step, if it has a schedule", kind=float,
                                      check=not_negative)
-    end_weight_decay: float = flag(None, "weight decay at the end of the run, where it has a course", kind=float,
+    end_weight_decay: float = flag(None, "weight decay at the end of the run, if it has a schedule", kind=float,
                                    check=not_negative)
     override_lr_scheduler: bool = flag(False, "on resuming, take the schedule from the flags if the two differ")
     use_checkpoint_lr_scheduler: bool = flag(False, "on resuming, take the schedule from the checkpoint")

@@ -23,21 +23,21 @@ class TrainingConfig:
                            check=not_negative, changes="nothing", common=True)
     eval_interval: int = flag(1000, "steps between evaluations", kind=int, check=positive, changes="nothing",
                               common=True)
-    eval_at_start: bool = flag(False, "evaluate before the first step too, as after the last", changes="nothing")
+    eval_at_start: bool = flag(False, "evaluate before the first step too", changes="nothing")
     eval_each: bool = flag(False, "with several weighted data paths, evaluate each by itself too, on as many batches",
                            changes="nothing")
-    exit_interval: int = flag(None, "save and leave at a step divisible by this", kind=int, check=positive,
+    exit_interval: int = flag(None, "save and exit at a step divisible by this", kind=int, check=positive,
                               changes="nothing")
-    exit_duration_in_mins: float = flag(None, "save and leave after this long", kind=float, check=positive,
+    exit_duration_in_mins: float = flag(None, "save and exit after this long", kind=float, check=positive,
                                         changes="nothing")
-    compile: bool = flag(None, "compile each transformer block, once, by torch.compile (default: on GPUs, where the "
+    compile: bool = flag(None, "compile each transformer block once with torch.compile (default: on GPUs, where the "
                          "layout allows it)", kind=bool, changes="course")
-    flash_attention: str = flag("FA2", "which FlashAttention PyTorch's operator is: its own second one, or what is "
-                                "installed beside it, the third for Hopper or the fourth",
-                                choices=("FA2", "FA3", "FA4"), changes="nothing")
+    flash_attention: str = flag("FA2", "FlashAttention of PyTorch's operator: its own FlashAttention 2, or an "
+                                "installed FlashAttention 3 for Hopper, or 4", choices=("FA2", "FA3", "FA4"),
+                                changes="nothing")
     cuda_graph: bool = flag(False, "on GPUs, capture a micro-batch's passes and the update as CUDA graphs, and launch "
-                            "these (one pipeline stage, nothing shared out, no Muon)", changes="nothing")
-    deterministic_mode: bool = flag(False, "on GPUs, take every sum in one order, so that a run that is run again has "
-                                    "the same bits; slower (CPUs always do)", changes="nothing")
+                            "these (one pipeline stage, no sharding, no Muon)", changes="nothing")
+    deterministic_mode: bool = flag(False, "on GPUs, take every sum in a fixed order, so that a rerun is bitwise the "
+                                    "same; slower (CPUs always do)", changes="nothing")
     seed: int = flag(1234, "seed of weights, row order, masks and dropout", kind=int, check=not_negative,
                      changes="samples", common=True)

@@ -26,23 +26,23 @@ class TaskConfig:
     """The files of a task and their labels."""
 
     data: str = flag(None, "folder of the task's files, as TAPE names them (TASK_train.lmdb) or train.csv.gz, "
-                     "valid.jsonl, …, of each any readable kind", path="folder")
-    train_data: str = flag(None, "file to train on, in place of --data: LMDB, JSON, CSV, TSV, Parquet or Arrow",
+                     "valid.jsonl, …, each in any readable format", path="folder")
+    train_data: str = flag(None, "file to train on, instead of --data: LMDB, JSON, CSV, TSV, Parquet or Arrow",
                            path="file")
-    valid_data: str = flag(None, "file that chooses the best of several evaluations", path="file")
-    test_data: tuple[str, ...] = flag((), "files to evaluate at the end, each told by its name", nargs="+",
+    valid_data: str = flag(None, "validation file, which selects the best checkpoint", path="file")
+    test_data: tuple[str, ...] = flag((), "files to evaluate at the end, each reported under its name", nargs="+",
                                       path="file")
     sequence_key: str = flag(None, f"key or column of the sequence (default: the first of {', '.join(SEQUENCE_KEYS)})")
     label_key: str = flag(None, "key or column of the label (default: the task's, or the first of "
                           f"{', '.join(LABEL_KEYS)})")
-    mask_key: str = flag(None, "key or column that has 1 for each residue that counts and 0 for the others (default: "
-                         "mask or valid_mask, where there is one)")
-    label_kind: str = flag(None, "what labels are: a number, a class, several classes (a list, or parted by ;), a "
-                           "class or a number of each residue, contacts by coordinates or pairs (default: told from "
-                           "the labels; numbers are taken for numbers)", choices=LABEL_KINDS)
-    pairs_from: int = flag(None, "number of a protein's first residue, where contacts are lists of pairs", kind=int,
+    mask_key: str = flag(None, "key or column with 1 for each residue that counts and 0 for the others (default: mask "
+                         "or valid_mask, if there is one)")
+    label_kind: str = flag(None, "kind of the labels: a number, a class, several classes (a list, or separated by ;), "
+                           "a class or a number for each residue, contacts as coordinates or pairs (default: inferred "
+                           "from the labels; numbers are taken for numbers)", choices=LABEL_KINDS)
+    pairs_from: int = flag(None, "number of a protein's first residue, if contacts are lists of pairs", kind=int,
                            choices=(0, 1))
-    class_weights: str = flag("none", "balanced: rare classes count more, so that all count alike together",
+    class_weights: str = flag("none", "balanced: give rare classes more weight, so that all classes count alike",
                               choices=("none", "balanced"))
 
 
@@ -50,19 +50,18 @@ class TaskConfig:
 class FinetuneConfig:
     """How a task is learnt."""
 
-    head_only: bool = flag(False, "train the head alone, on a model that stays as it is")
-    pooling: str = flag("mean", "what the head takes of a whole protein: the mean over its residues, or the token "
+    head_only: bool = flag(False, "train only the head and freeze the model")
+    pooling: str = flag("mean", "input of the head for a whole protein: the mean over its residues, or the token "
                         "before the first", choices=POOLINGS)
     head_dropout: float = flag(0.1, "dropout before the head's outputs", kind=float, check=fraction)
-    epochs: int = flag(10, "times that every protein is seen, if --train-iters does not say how long", kind=int,
-                       check=positive)
+    epochs: int = flag(10, "passes over the proteins, unless --train-iters sets the length", kind=int, check=positive)
     patience: int = flag(3, "stop after this many epochs without a better validation; 0 never does", kind=int,
                          check=not_negative)
     calibrate_lr: tuple[float, ...] = flag((), "learning rates to try for a quarter of an epoch each; the best by "
-                                           "validation is taken", kind=float, nargs="+", check=positive)
-    seeds: tuple[int, ...] = flag((1234,), "seeds of the head's first weights, the order and dropout; a run for each",
-                                  kind=int, nargs="+", check=not_negative)
-    bootstrap: int = flag(1000, "draws of proteins for the intervals in the report; 0 for none", kind=int,
+                                           "validation is used", kind=float, nargs="+", check=positive)
+    seeds: tuple[int, ...] = flag((1234,), "seeds of the head's initial weights, the order and dropout; one run for "
+                                  "each", kind=int, nargs="+", check=not_negative)
+    bootstrap: int = flag(1000, "bootstrap resamples of proteins for the intervals in the report; 0 for none", kind=int,
                           check=not_negative)
 
 
@@ -101,7 +100,7 @@ _TEXTS = {  # what those of pretraining's flags are that are something else here
     "train_iters": "steps in all (default: what --epochs takes)",
     "lr": f"peak learning rate (default: {_LR:g}; {_LR_OF_LITTLE:g} with --head-only or --lora-rank); under muon that "
           f"of the head (default: {_LR_WITH_MUON:g}, or as much less as the model is wider than {_WIDTH})",
-    "head_lr": "peak learning rate of the head, if it is to have another (default: --lr)",
+    "head_lr": "peak learning rate of the head, if it should differ (default: --lr)",
     "lr_warmup_fraction": f"share of the decay spent in linear warm-up (default: {_WARMUP:g}, if --lr-warmup-iters is "
                           "not given)",
     "log_interval": f"steps between log lines (default: {_LOG_INTERVAL})",
@@ -158,8 +157,8 @@ class Flags:
 def parse_flags(argv: Sequence[str], description: str) -> Flags:
     """What `argv` says; raises ConfigError."""
     parser = OneLineParser(description=description, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("task", metavar="TASK", choices=TASK_NAMES, help=f"{', '.join(TASK_NAMES)}; in its place "
-                        "predict, whose flags `predict --help` tells")
+    parser.add_argument("task", metavar="TASK", choices=TASK_NAMES, help=f"{', '.join(TASK_NAMES)}; or predict "
+                        "instead (see `predict --help`)")
     for kind in (TaskConfig, FinetuneConfig, LoraConfig):
         add_section_flags(parser, kind)
     for name, names in _TAKEN.items():

@@ -23,11 +23,12 @@ from megatron.parallel.program import status_of
 def add_model_flags(flags: argparse.ArgumentParser) -> None:
     """The flags of how a model computes."""
     group = flags.add_argument_group("model")
-    group.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of what is computed (default: fp32)")
+    group.add_argument("--precision", choices=PRECISIONS, default="fp32",
+                       help="precision of the computation (default: fp32)")
     group.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N",
-                       help="ranks that share each layer; what is left of a launcher's shares out the proteins")
+                       help="ranks that split each layer; the other ranks of the job share the proteins")
     group.add_argument("--tokens-per-row", type=int, metavar="N",
-                       help="computed at once (default: as memory allows, at most "
+                       help="tokens computed at once (default: as memory allows, at most "
                        f"{MOST_TOKENS['cpu']:,} on CPUs and {MOST_TOKENS['cuda']:,} on GPUs)")
     add_timeout_flag(flags)
 
@@ -35,16 +36,17 @@ def add_model_flags(flags: argparse.ArgumentParser) -> None:
 def add_protein_flags(flags: argparse.ArgumentParser, has_names: bool = True) -> None:
     """The flags of how files of proteins are read; `proteins_of` knows them. Without names but for `has_names`."""
     flags.add_argument("--json-key", "--json-keys", default="text",
-                       help="key or column of the sequence where records have several (default: text)")
+                       help="key or column of the sequence, if records have several (default: text)")
     if has_names:
-        flags.add_argument("--name-key", help="key or column of the name; without it such proteins are numbered")
+        flags.add_argument("--name-key",
+                           help="key or column of the name (default: proteins without a name are numbered)")
     add_skipping_flag(flags)
     flags.set_defaults(has_names=has_names)
 
 
 def add_skipping_flag(flags: argparse.ArgumentParser) -> None:
     """Preprocessing's flag of what is done with bad records."""
-    flags.add_argument(FLAG, action="store_true", help="leave out, count and report records that cannot be taken, "
+    flags.add_argument(FLAG, action="store_true", help="leave out, count and report records that cannot be read, "
                        "instead of stopping at the first")
 
 

@@ -164,7 +164,7 @@ def test_help_tells_of_predict_and_the_defaults_that_are_not_pretrainings(capsys
     for name, value in values.items():
         text = of_flags[of_flags.index(f" {name}"):]
         assert text[text.index("(default: "):].startswith(f"(default: {value}"), name
-    assert "in its place predict, whose flags `predict --help` tells" in told
+    assert "or predict instead (see `predict --help`)" in told
     assert "(default: )" not in told
 
 

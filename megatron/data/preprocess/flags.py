@@ -20,39 +20,39 @@ has_name: Check = (lambda prefix: os.path.basename(prefix) not in ("", ".", ".."
 class PreprocessConfig:
     """From files of proteins to PREFIX_text_document.bin and .idx."""
 
-    input: tuple[str, ...] = flag(
-        None, "files of proteins, told apart by content: loose JSON, FASTA, one sequence a line, CSV, TSV, Parquet, "
-        "Arrow, TAPE's LMDB folders, plain, gzip, zstd or in a tar; patterns too; - is standard input", nargs="+",
-        path="file")
+    input: tuple[str, ...] = flag(None, "files of proteins, detected by content: loose JSON, FASTA, one sequence a "
+                                  "line, CSV, TSV, Parquet, Arrow, TAPE's LMDB folders, plain, gzip, zstd or in a tar; "
+                                  "patterns too; - is standard input", nargs="+", path="file")
     json_keys: tuple[str, ...] = flag(("text",), "key or column of the sequence in JSON, CSV, LMDB, Parquet or Arrow; "
-                                      "each gives an output", nargs="+", aliases=("--json-key",))
+                                      "each gets its own output", nargs="+", aliases=("--json-key",))
     output_prefix: str = flag(None, "path of the output without _KEY_document.bin and .idx", path="prefix",
                               check=has_name)
     dataset_impl: str = flag("mmap", "layout of the output", choices=IMPLEMENTATIONS)
     vocab_file: str = flag(VOCABULARIES[0], f"vocabulary: {', '.join(VOCABULARIES)}, or a file with one token a line; "
                            "training maps its ids to the model's", aliases=("--vocab",), path="file")
-    mask_token: str = flag(None, "the mask token of a vocabulary that calls it neither [MASK] nor <mask>")
-    tokenizer_type: str = flag("BertWordPieceLowerCase", "each type reads residues, spaced or not, in either case",
-                               choices=TOKENIZER_TYPES)
-    names: bool = flag(False, "write each protein's name to PREFIX_KEY_document.names too, one a line, for "
-                       "--blend-by cluster: the first word of its FASTA header, or of what stands under --name-key")
-    name_key: str = flag(None, "key or column of the name in JSON, CSV, LMDB, Parquet or Arrow (id unless given)")
+    mask_token: str = flag(None, "the mask token, if the vocabulary calls it neither [MASK] nor <mask>")
+    tokenizer_type: str = flag("BertWordPieceLowerCase", "all types read residues, spaced or not, in upper or lower "
+                               "case", choices=TOKENIZER_TYPES)
+    names: bool = flag(False, "also write each protein's name to PREFIX_KEY_document.names, one a line, for --blend-by "
+                       "cluster: the first word of its FASTA header, or of the value of --name-key")
+    name_key: str = flag(None, "key or column of the name in JSON, CSV, LMDB, Parquet or Arrow (default: id)")
     split_sentences: bool = flag(False, "split texts at their full stops into sentences (untrained Punkt of NLTK)")
     keep_newlines: bool = flag(False, "keep newlines between sentences; residues are stored without white space, so "
                                "this changes no id")
     append_eod: bool = flag(False, "end each document with [SEP], or <eos> of esm")
-    skip_bad_records: bool = flag(False, "leave out, count and report records that are no protein, instead of stopping")
+    skip_bad_records: bool = flag(False, "leave out, count and report records that are not proteins, instead of "
+                                  "stopping")
     min_length: int = flag(0, "leave out proteins with fewer residues", kind=int, check=not_negative)
     max_length: int = flag(None, "leave out proteins with more residues", kind=int, check=positive)
     max_unknown_fraction: float = flag(None, "leave out proteins with a larger share of X and [UNK]", kind=float,
                                        check=fraction)
-    dedup: str = flag(None, "leave out proteins that came before, letter for letter", choices=("exact",))
+    dedup: str = flag(None, "leave out proteins with the same letters as an earlier one", choices=("exact",))
     workers: int = flag(1, "processes that parse and encode; their number changes no byte", kind=int, check=positive)
-    shards: int = flag(1, "pieces to work in: a run that was killed goes on behind its last finished piece", kind=int,
+    shards: int = flag(1, "pieces to work in: after a kill, the run resumes after the last finished piece", kind=int,
                        check=positive)
     log_interval: int = flag(100_000, "documents between two progress lines, where there is no terminal", kind=int,
                              check=positive)
-    overwrite: bool = flag(False, "replace an output that is there")
+    overwrite: bool = flag(False, "replace an existing output")
     dry_run: bool = flag(False, "write nothing; print counts, lengths and letters")
 
     def affecting_output(self) -> dict[str, Any]:
