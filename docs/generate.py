@@ -29,8 +29,8 @@ from megatron.finetune.flags import FinetuneConfig, TaskConfig
 
 # Pages of the repository that lie outside docs, and what they are called here.
 ELSEWHERE = {"protein_tools/README.md": "proteins", "benchmarks/RESULTS.md": "measurements"}
-CHANGES = {"arithmetic": "refused", "vocabulary": "refused", "dropout": "said", "samples": "said", "course": "said",
-           "nothing": "free"}
+CHANGES = {"arithmetic": "refused", "vocabulary": "refused", "dropout": "reported", "samples": "reported",
+           "course": "reported", "nothing": "free"}
 # Where the docstring of a module describes files: a title for each.
 DESCRIBED = {
     "The folder of a run": "megatron.checkpoint.store", "A checkpoint's manifest": "megatron.checkpoint.manifest",
@@ -60,12 +60,12 @@ def write_pages(root: Path, folder: Path) -> None:
 
 def flags_page() -> str:
     """Every flag of pretrain_tape.py, of preprocessing and of fine-tuning that is a field of a dataclass."""
-    lines = ["# Flags", "", "As the code declares them: `megatron/config/`, `megatron/data/preprocess/flags.py` and "
+    lines = ["# Flags", "", "As the code declares them in `megatron/config/`, `megatron/data/preprocess/flags.py` and "
              "`megatron/finetune/flags.py`. A switch `--[no-]x` is set by `--x` and unset by `--no-x`. The last column "
-             "says what becomes of another value than the checkpoint's when a run goes on from it: it is *refused*, as "
-             "it makes another function of the same weights (a vocabulary only if its tokens are others); it is "
-             "honoured and *said* in a line, as rows, masks or steps become others; or it is *free*. Where the column "
-             "is empty the flag is not compared.",
+             "says what happens when a run resumes with another value than the checkpoint's. It is *refused* if it "
+             "makes another function of the same weights (a vocabulary only if its tokens differ). It is honoured and "
+             "*reported* in a line if it changes rows, masks or steps. Otherwise it is *free*. If the column is empty, "
+             "the flag is not compared.",
              "", f"`--help` lists the commonest, `--help-all` all of them; `--completion` with {', '.join(SHELLS)} "
              "prints a script with which that shell completes them.", "", "## pretrain_tape.py", ""]
     for section in (Sources, *(type(section) for _, section in Config().sections())):
@@ -84,8 +84,8 @@ def flags_page() -> str:
 
 def tools_page(root: Path) -> str:
     """What each of the other tools says under --help."""
-    lines = ["# Tools", "", "What each says under `--help`. The flags of `tools/preprocess_data.py` and "
-             "`tools/finetune.py` are among [the others](flags.md).", ""]
+    lines = ["# Tools", "", "The output of `--help` of each tool. The flags of `tools/preprocess_data.py` and "
+             "`tools/finetune.py` are on [the page of flags](flags.md).", ""]
     for path in sorted((root / "tools").glob("*.py")):
         module = importlib.import_module(f"tools.{path.stem}")
         made = getattr(module, "parser", None) or getattr(module, "_parser", None) or (
@@ -99,8 +99,8 @@ def tools_page(root: Path) -> str:
 
 def presets_page() -> str:
     """What each preset sets."""
-    lines = ["# Presets", "", "What each sets, as it is once those that it begins from are put under it; all else is "
-             "as by default. Sources stand in the files, `megatron/config/presets/*/NAME.toml`.", ""]
+    lines = ["# Presets", "", "What each preset sets, including what it inherits from others; everything else has its "
+             "default. Sources are given in the files, `megatron/config/presets/*/NAME.toml`.", ""]
     names = {item.name: flag_name(item) for _, section in Config().sections() for item in fields(section)}
     for preset, values in PRESETS.items():
         words = [names[name] if value is True else f"--no-{names[name][2:]}" if value is False
@@ -146,7 +146,7 @@ def described(root: Path, module: str) -> Iterator[str]:
 def _section(section: type) -> Iterator[str]:
     yield from (f"### {section.__name__.removesuffix('Config')}", "", _text(section.__doc__ or ""), "")
     items = [item for item in fields(section) if not item.metadata["is_hidden"]]
-    yield from _table(("flag", "default", "what it is", "on going on"), map(_row, items))
+    yield from _table(("flag", "default", "what it is", "on resuming"), map(_row, items))
     yield ""
 
 

@@ -8,7 +8,7 @@ from megatron.config.presets import PRESETS
 
 @dataclass(frozen=True)
 class Sources:
-    """Where values come from: defaults, then the preset, then the file, then the flags beside them, which win."""
+    """Where values come from: defaults, then the preset, then the file, then the flags; the later wins."""
 
     preset: str = flag(None, "a published model with its hyperparameters, or a small one", choices=PRESETS, common=True)
     config: str = flag(None, "TOML or YAML file of flags without their dashes; hidden-size = 256, flat or in a table "

@@ -13,11 +13,11 @@ EXAMPLES = """
 examples:
   python pretrain_tape.py --preset demo --data-path PREFIX --save run --load run
       a small model, on the PREFIX.bin and .idx of tools/preprocess_data.py;
-      stopped, the same command goes on
+      if it is stopped, the same command resumes it
   python pretrain_tape.py --preset esm2-8m --lr 3e-4 --write-config run.toml
-      a file of all flags and their values, to be edited
+      a file of all flags and their values, for you to edit
   python pretrain_tape.py --config run.toml --data-path PREFIX --save run
-      what the file says, with other flags beside it, which win
+      the flags of the file; those on the command line override them
 """
 _HELP_AT = 34
 
