@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron.checkpoint.convert.torch_storage import Storage, StorageType, view
+from megatron.checkpoint.convert.torch_storage import Storage, view
 from megatron.checkpoint.stored import StoredTensor
 from megatron.plain_pickle import PlainUnpickler, Readable, load
 
@@ -81,7 +81,7 @@ class _TorchUnpickler(PlainUnpickler):
         if (module, name) in _FOUND:
             return _FOUND[module, name]
         if module in ("torch", "torch.storage") and name in STORAGES:
-            return StorageType(STORAGES[name])
+            return STORAGES[name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if module in _INERT_MODULES or (module, name) in _INERT_NAMES:
@@ -94,13 +94,13 @@ class _TorchUnpickler(PlainUnpickler):
         """The storage that a pickle names."""
         if self._storage_of is None or not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
             raise pickle.UnpicklingError("it names something outside of it that is no storage of a tensor")
-        _, kind, key, _, num_elements, *view_of = pid
+        _, dtype, key, _, num_elements, *view_of = pid
         if any(part is not None for part in view_of):
             raise pickle.UnpicklingError("it has a view of a storage, as only the first versions of torch wrote")
-        is_known = isinstance(kind, StorageType) and isinstance(key, str | int) and type(num_elements) is int
+        is_known = isinstance(dtype, torch.dtype) and isinstance(key, str | int) and type(num_elements) is int
         if not is_known or num_elements < 0:
             raise pickle.UnpicklingError("it names a storage by what is not its type, key and size")
-        return self._storage_of(str(key), kind.dtype, num_elements)
+        return self._storage_of(str(key), dtype, num_elements)
 
     def set_state(self, made: Any, state: Any) -> None:
         """Fill what was made, without asking it."""

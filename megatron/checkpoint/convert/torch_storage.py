@@ -14,15 +14,6 @@ from torch import Tensor
 from megatron.checkpoint.stored import Box, StoredTensor, one_piece
 from megatron.errors import CheckpointError
 
-_BLOCK_BYTES = 16 * 2**20
-
-
-@dataclass(frozen=True)
-class StorageType:
-    """What the elements of a storage are."""
-
-    dtype: torch.dtype
-
 
 @dataclass
 class Storage:
@@ -64,37 +55,17 @@ def view(storage: Any, dtype: Any, offset: Any, shape: Any, strides: Any) -> Sto
     if math.prod(shape) and (last >= room or math.prod(shape) > room):
         raise pickle.UnpicklingError(f"it describes a tensor of {list(shape)} numbers, strides {list(strides)} from "
                                      f"{offset} on, which is more than its storage of {room} holds")
-    contiguous = torch.empty(shape, device="meta").stride()
-    if math.prod(shape) and any(size > 1 and stride != expected
-                                for size, stride, expected in zip(shape, strides, contiguous, strict=True)):
-        return one_piece(shape, dtype, lambda box: _read_strided(storage, dtype, offset, shape, strides, box))
-    return one_piece(shape, dtype, lambda box: _read_rows(storage, dtype, offset, shape, box))
+    return one_piece(shape, dtype, lambda box: _read(storage, dtype, offset, strides, box))
 
 
-def _read_rows(storage: Storage, dtype: torch.dtype, offset: int, shape: Sequence[int], box: Box) -> Tensor:
-    """A box of a contiguous tensor, by no more memory than it takes and a block besides."""
-    out = torch.empty([part.stop - part.start for part in box], dtype=dtype)
-    row_size = math.prod(shape[1:])
-    first, last = (box[0].start, box[0].stop) if box else (0, 1)
-    if tuple(out.shape[1:]) == tuple(shape[1:]):
-        storage.read(out, offset + first * row_size, dtype)
-        return out
-    columns = (slice(None), *box[1:])
-    step = max(1, _BLOCK_BYTES // max(1, row_size * dtype.itemsize))
-    for start in range(first, last, step):
-        stop = min(start + step, last)
-        rows = torch.empty((stop - start, *shape[1:]), dtype=dtype)
-        storage.read(rows, offset + start * row_size, dtype)
-        out[start - first:stop - first] = rows[columns]
-    return out
-
-
-def _read_strided(storage: Storage, dtype: torch.dtype, offset: int, shape: Sequence[int], strides: Sequence[int],
-                  box: Box) -> Tensor:
-    first = offset + sum(part.start * stride for part, stride in zip(box, strides, strict=True))
+def _read(storage: Storage, dtype: torch.dtype, offset: int, strides: Sequence[int], box: Box) -> Tensor:
+    """A box of a tensor, by way of all that lies in the file from its first number to its last."""
     sizes = [part.stop - part.start for part in box]
     if not math.prod(sizes):
         return torch.empty(sizes, dtype=dtype)
+    first = offset + sum(part.start * stride for part, stride in zip(box, strides, strict=True))
     span = torch.empty(1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)), dtype=dtype)
     storage.read(span, first, dtype)
-    return span.as_strided(sizes, list(strides)).clone(memory_format=torch.contiguous_format)
+    # A dimension of one number may have any stride, with which the last one could not be seen as bytes.
+    used = [stride if size > 1 else 1 for size, stride in zip(sizes, strides, strict=True)]
+    return span.as_strided(sizes, used).contiguous()
