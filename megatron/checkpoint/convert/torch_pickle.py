@@ -3,6 +3,11 @@
 It builds plain data, tensors that are read when they are asked for, `argparse.Namespace`s, and `PickledObject`s in the
 place of the classes that checkpoints of Megatron and of torch.distributed.checkpoint are known to hold. It refuses
 every other name.
+
+torch.load(weights_only=True), as of torch 2.14, does not serve: it knows pickles of protocol 2 alone, reads whole into
+memory what lies within another file or was saved before torch 1.6, and compares no checksum, so that damage loads as
+wrong weights. Nor does torch.load with this unpickler as its `pickle_module`: it hands a TorchScript archive to
+torch.jit.load, past the unpickler.
 """
 
 import argparse
