@@ -10,6 +10,7 @@ import pytest
 
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import ConfigError, DataError, ResidueError, UserError
+from megatron.infer.variants import substitutions_picture
 from megatron.infer.variants.assays import files_of, read_assay
 from megatron.infer.variants.averages import averaged
 from megatron.infer.variants.mutants import Substitution, letters_of, parse_mutant
@@ -215,6 +216,25 @@ def test_variants_that_cannot_be_scored_are_left_out_and_keep_their_rows_where_t
             "--skip-bad-records")
 
 
+def test_variants_of_unknown_residues_have_no_score_and_that_is_said(tmp_path, capsys):
+    standard = ["M1A,0.5", "K2W,2", "R10E,-1.5", "T3A,1"]
+    odd = ["X4A,9", "M1X,-9", "K2W:Q9B,9"]
+    protein, model = WILD[:3] + "X" + WILD[4:], saved(tmp_path / "run")
+    for name, lines in (("all", [*odd[:2], *standard, odd[2]]), ("few", standard)):
+        run(model, write(tmp_path / f"{name}.csv", "\n".join(["mutant,DMS_score", *lines])), tmp_path / "out",
+            "--sequence", protein)
+    said = capsys.readouterr().out
+    assert "all: 4 variants at 4 sites" in said and said.count("none of the 20 standard amino acids") == 1
+    assert "; 3 more have no score" in said
+    rows = {name: list(csv.DictReader((tmp_path / "out" / f"{name}.csv").open())) for name in ("all", "few")}
+    assert [row["score"] == "" for row in rows["all"]] == [True, True, *4 * [False], True]
+    assert rows["all"][2:-1] == rows["few"]
+    found = json.loads((tmp_path / "out" / "summary.json").read_text())["assays"]
+    assert found["all"]["spearman"] == found["few"]["spearman"] and found["all"]["skipped"] == 3
+    with pytest.raises(DataError, match="none.csv: no variant can be scored"):
+        run(model, write(tmp_path / "none.csv", "mutant\nX4A\n"), tmp_path / "out", "--sequence", protein)
+
+
 def test_a_run_that_is_stopped_loses_the_file_that_it_was_at_alone(tmp_path, monkeypatch, capsys):
     files = [write(tmp_path / f"{name}.txt", "M1A\n") for name in "ABC"]
     command = (saved(tmp_path / "run"), *files, tmp_path / "out", "--sequence", WILD)
@@ -321,3 +341,17 @@ def test_every_amino_acid_has_a_line_of_its_own_in_the_picture(tmp_path):
     protein = "ACDEFGHIKLMNPQRSTVWYX" * 5  # two lines
     draw_substitutions(protein, np.random.default_rng(0).normal(size=(105, 20)), 1, "title", tmp_path / "map.png")
     assert (tmp_path / "map.png").stat().st_size > 10_000
+
+
+def test_a_heat_map_takes_its_colours_from_positions_that_have_scores(tmp_path, capsys, monkeypatch):
+    limits, draw_line = [], substitutions_picture._draw_line
+    monkeypatch.setattr(substitutions_picture, "_draw_line", lambda *given: (limits.append(given[-1]),
+                                                                             draw_line(*given))[1])
+    scores = np.random.default_rng(0).normal(size=(10, 20))
+    draw_substitutions(WILD, scores, 1, "title", tmp_path / "map.png")
+    draw_substitutions(f"X{WILD}", np.vstack([np.full(20, np.nan), scores]), 1, "title", tmp_path / "map.png")
+    assert limits[0] == limits[1]
+    run(saved(tmp_path / "run"), write(tmp_path / "p.fasta", f">a\n{WILD}XU\n"), tmp_path / "out", "--heatmap")
+    assert "; 2 of 12 residues are none of the 20 standard amino acids and have no scores" in capsys.readouterr().out
+    with pytest.raises(DataError, match="a: has none of the 20 standard amino acids"):
+        run(tmp_path / "run", write(tmp_path / "p.fasta", ">a\nXXU\n"), tmp_path / "out", "--heatmap")

@@ -115,12 +115,28 @@ def test_what_is_said_of_a_copy_does_not_depend_on_the_rows(their_folders):
 
 @pytest.mark.parametrize("scoring", MARGINALS)
 def test_a_heat_map_has_the_score_of_every_single_substitution(scoring, their_folders, tmp_path):
-    pretrained, protein = load_pretrained(str(their_folders / "esm2")), WILD[:9] + "X"
+    pretrained, protein = load_pretrained(str(their_folders / "esm2")), WILD[:9] + "XS"
     found = all_substitutions(pretrained, scoring, protein, None)
     mutants = [parse_mutant(f"{wild}{site + 1}{letter}") for site, wild in enumerate(protein) for letter in AMINO_ACIDS]
     np.testing.assert_allclose(found.ravel(), scores_of(pretrained, scoring, protein, mutants, None), atol=1e-5)
     write_substitutions(tmp_path / "map.csv", protein, found, offset=7)
-    head, first, *_, last = (tmp_path / "map.csv").read_text().splitlines()
+    head, first, *_, unknown, last = (tmp_path / "map.csv").read_text().splitlines()
     assert head == "position,wild_type,A,C,D,E,F,G,H,I,K,L,M,N,P,Q,R,S,T,V,W,Y"
     assert first.startswith("7,M,") and float(first.split(",")[2 + AMINO_ACIDS.index("M")]) == 0
-    assert last.split(",")[:2] == ["16", "X"] and float(last.split(",")[2]) == pytest.approx(found[9, 0], abs=1e-6)
+    assert unknown == "16,X" + 20 * ","
+    assert last.split(",")[:2] == ["17", "S"] and float(last.split(",")[2]) == pytest.approx(found[10, 0], abs=1e-6)
+
+
+@pytest.mark.parametrize("scoring", SCORINGS)
+def test_letters_that_are_no_amino_acids_are_seen_and_not_scored(scoring, their_models, their_folders):
+    pretrained, protein, model = load_pretrained(str(their_folders / "esm2")), "MKXAYUA", their_models["esm2"]
+    mutants = [parse_mutant(text) for text in ("X3A", "M1X", "M1A:K2B", "M1A", "U6C:M1A", "M1A")]
+    found = scores_of(pretrained, scoring, protein, mutants, None)
+    assert np.isnan(found).tolist() == [True, True, True, False, True, False]
+    if scoring == PSEUDO:
+        expected = sum(their_log_p(model, pretrained.vocab, "AKXAYUA", site)[pretrained.vocab.ids[letter]]
+                       for site, letter in enumerate("AKXAYUA") if letter in AMINO_ACIDS)
+        assert num_copies(scoring, protein, mutants, None) == 5
+    else:
+        expected = difference(model, pretrained.vocab, protein, 0, "A", scoring == MASKED)
+    np.testing.assert_allclose(found[[3, 5]], expected, rtol=1e-4)

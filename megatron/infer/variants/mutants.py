@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from megatron.data.corpus.vocab import RESIDUE_LETTERS, Vocab
+from megatron.data.corpus.vocab import AMINO_ACIDS, RESIDUE_LETTERS, Vocab
 from megatron.errors import ResidueError
 
 _FORM = re.compile(r"([A-Za-z])(-?[0-9]{1,9})([A-Za-z])")
@@ -54,6 +54,19 @@ def check_mutant(mutant: Mutant, wild_type: str, letters: Collection[str], offse
                                "the number of its first")
         if other not in letters:
             raise ResidueError(f"{name}: {other} is not in the model's vocabulary")
+
+
+def has_score(mutant: Mutant) -> bool:
+    """Whether each substitution is of one of the 20 standard amino acids by another of them.
+
+    A model hardly ever sees the other letters (X, B, Z, U, O): what it says of them is not about the protein.
+    """
+    return all(one.wild in AMINO_ACIDS and one.mutant in AMINO_ACIDS for one in mutant)
+
+
+def standard_sites(protein: str) -> list[int]:
+    """Where a protein has one of the 20 standard amino acids, ascending, from 0."""
+    return [site for site, letter in enumerate(protein) if letter in AMINO_ACIDS]
 
 
 def check_protein(protein: str, letters: Collection[str]) -> None:

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from megatron.data.corpus.vocab import AMINO_ACIDS
 from megatron.errors import ConfigError, DataError
 from megatron.infer.pretrained import Pretrained
 from megatron.infer.proteins import file_name
 from megatron.infer.skipped import Skipped
 from megatron.infer.spearman import spearman, spearman_interval
 from megatron.infer.variants.assays import Assay, read_assay
-from megatron.infer.variants.mutants import letters_of
+from megatron.infer.variants.mutants import has_score, letters_of, standard_sites
 from megatron.infer.variants.record import ASSAYS, PROTEINS, ScoringRecord
 from megatron.infer.variants.scores import num_copies, scores_of, sites_of, together
 from megatron.infer.variants.substitutions import all_substitutions, write_substitutions
@@ -61,15 +62,25 @@ def score_files(pretrained: Pretrained, files: Mapping[str, Path], wild_types: W
         with closing(log.progress(-(-copies // pretrained.mesh.data.size), 0, "sequence", name)) as bar:
             scores = scores_of(pretrained, way.scoring, assay.wild_type, assay.mutants, way.longest, way.budget,
                                bar.update)
-        _check_finite(scores, name)
+        is_scored = np.array([has_score(mutant) for mutant in assay.mutants])
+        _check_finite(scores[is_scored], name)
         if writes:
             facts = facts_of(assay, scores) | {"seconds": round(time.monotonic() - start_s, 3)}
-            texts = {place: f"{score:.6f}" for place, score in zip(assay.places, scores, strict=True)}
+            texts = {assay.places[at]: f"{scores[at]:.6f}" for at in np.flatnonzero(is_scored)}
             write_csv(record.folder / f"{name}.csv", [*assay.table.columns, way.column],
                       ([*row, texts.get(place, "")] for place, row in enumerate(assay.table.rows)))
             record.tell(ASSAYS, name, facts)
             found = "" if facts["spearman"] is None else f", Spearman {facts['spearman']:.3f}"
-            log.line(f"{name}: {len(scores):,} variants at {facts['sites']:,} sites{found}, {facts['seconds']:.1f} s")
+            log.line(f"{name}: {len(texts):,} variants at {facts['sites']:,} sites{found}, {facts['seconds']:.1f} s"
+                     + _without_score(len(scores) - len(texts)))
+
+
+def _without_score(number: int) -> str:
+    """What is said of variants that fit their protein and get no score."""
+    if not number:
+        return ""
+    return (f"; {number:,} more have no score: a substituted letter, or the one in its place, is none of the 20 "
+            f"standard amino acids ({AMINO_ACIDS})")
 
 
 def _left(files: Mapping[str, Path], wild_types: WildTypes, way: Way, letters: Collection[str], record: ScoringRecord,
@@ -86,6 +97,9 @@ def _left(files: Mapping[str, Path], wild_types: WildTypes, way: Way, letters: C
         assay = read_assay(name, path, wild_types, letters, way.offset, skipped)
         if way.column in assay.table.columns:
             raise DataError(f"{path}: line 1: has a column {way.column!r} already; --score-column names the new one")
+        if assay.mutants and not any(map(has_score, assay.mutants)):
+            raise DataError(f"{path}: no variant can be scored: each has a residue, of the wild type or in its place, "
+                            f"that is none of the 20 standard amino acids ({AMINO_ACIDS}); leave the file out")
         _check_place(record, name, [*assay.table.columns, way.column])
         if not (record.is_done(ASSAYS, name, assay.identity) and (record.folder / f"{name}.csv").exists()):
             left.append(name)
@@ -112,11 +126,15 @@ def _check_finite(scores: np.ndarray, name: str) -> None:
 
 
 def facts_of(assay: Assay, scores: np.ndarray) -> dict[str, Any]:
-    """What is put down of an assay: among it the correlation with what was measured, None where nothing was."""
-    facts: dict[str, Any] = {"file": str(assay.table.path), "identity": assay.identity, "variants": len(scores),
-             "skipped": len(assay.table.rows) - len(scores), "sites": len(sites_of(assay.mutants)),
+    """What is put down of an assay: among it the correlation with what was measured, None where nothing was.
+
+    `skipped`: the variants without a score, for whatever reason.
+    """
+    scored = [mutant for mutant in assay.mutants if has_score(mutant)]
+    facts: dict[str, Any] = {"file": str(assay.table.path), "identity": assay.identity, "variants": len(scored),
+             "skipped": len(assay.table.rows) - len(scored), "sites": len(sites_of(scored)),
              "residues": len(assay.wild_type), **assay.said, "spearman": None, "interval": None}
-    if assay.measured is not None and (known := np.isfinite(assay.measured)).sum() >= _LEAST:
+    if assay.measured is not None and (known := np.isfinite(assay.measured + scores)).sum() >= _LEAST:
         measured, scores = assay.measured[known], scores[known]
         if math.isfinite(found := spearman(measured, scores)):
             facts |= {"spearman": found, "interval": list(spearman_interval(measured, scores))}
@@ -129,19 +147,27 @@ def draw_proteins(pretrained: Pretrained, proteins: Mapping[str, str], way: Way,
     from megatron.infer.variants.substitutions_picture import draw_substitutions  # matplotlib: slow to import
 
     for name, protein in proteins.items():
+        if not standard_sites(protein):
+            raise DataError(f"{name}: has none of the 20 standard amino acids ({AMINO_ACIDS}), of whose substitutions "
+                            "scores are; leave the protein out")
+    for name, protein in proteins.items():
         identity = hashlib.sha256(protein.encode()).hexdigest()
         place = record.folder / file_name(name)
         table, picture = Path(f"{place}.substitutions.csv"), Path(f"{place}.substitutions.png")
         if record.is_done(PROTEINS, name, identity) and table.exists() and picture.exists():
             log.line(f"{name}: is done already in {record.folder}")
             continue
-        copies = len(together(way.scoring, range(len(protein)), len(protein), way.longest))
+        sites = standard_sites(protein)
+        copies = len(together(way.scoring, sites, len(protein), way.longest))
         with closing(log.progress(-(-copies // pretrained.mesh.data.size), 0, "sequence", name)) as bar:
             scores = all_substitutions(pretrained, way.scoring, protein, way.longest, way.budget, bar.update)
-        _check_finite(scores, name)
+        _check_finite(scores[sites], name)
         if pretrained.mesh.world.rank == 0:
             write_substitutions(table, protein, scores, way.offset)
             draw_substitutions(protein, scores, way.offset, f"{name}, {len(protein):,} residues: {way.scoring}",
                                picture)
             record.tell(PROTEINS, name, {"identity": identity, "residues": len(protein)})
-            log.line(f"{name}: {table}, {picture}")
+            odd = len(protein) - len(sites)
+            log.line(f"{name}: {table}, {picture}" + (
+                f"; {odd:,} of {len(protein):,} residues are none of the 20 standard amino acids and have no scores: "
+                "empty in the table, grey in the picture" if odd else ""))

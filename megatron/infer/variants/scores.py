@@ -3,20 +3,22 @@
 - masked-marginals: over the substituted sites, the sum of log p(mutant) - log p(wild type), where the wild type is seen
   with that site alone masked. A site is computed once for all variants.
 - wt-marginals: the same, nothing masked: one pass for a protein, or for each of its windows.
-- pseudo-ppl: over all residues of the mutated protein, the sum of their log p, each masked in turn.
+- pseudo-ppl: over all residues of the mutated protein, the sum of their log p, each masked in turn. Only the 20
+  standard amino acids count: an X elsewhere is seen, but not scored.
 
 Meier et al. 2021, doi 10.1101/2021.07.09.450648. The last is by the definition: ESM's own `predict.py` leaves both ends
 out and takes at each masked place the probability of the residue behind it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import groupby
 
 import numpy as np
 
 from megatron.infer.predictions import copy_of, log_probabilities
 from megatron.infer.pretrained import Pretrained
-from megatron.infer.variants.mutants import Mutant, mutated
+from megatron.infer.variants.mutants import Mutant, has_score, mutated, standard_sites
 from megatron.infer.windows import window_around
 from megatron.parallel.collectives import everyones_in_turn
 
@@ -29,18 +31,16 @@ Progress = Callable[[int], object]
 
 def scores_of(pretrained: Pretrained, scoring: str, wild_type: str, mutants: Sequence[Mutant], longest: int | None,
               budget: int | None = None, progress: Progress = lambda copies: None) -> np.ndarray:
-    """The score of each mutant, fp64 [mutants], by one of SCORINGS.
+    """The score of each mutant, fp64 [mutants], by one of SCORINGS; nan of one for which `has_score` is False.
 
     `longest`: the residues of a window, None for whole proteins; `budget` and `progress` as in `log_probabilities`,
     of this rank's share. Data ranks share the work out; all ranks call this together and get the same.
     """
-    if scoring == PSEUDO:
-        return _pseudo_likelihoods(pretrained, wild_type, mutants, longest, budget, progress)
-    sites = sites_of(mutants)
-    table = site_table(pretrained, scoring, wild_type, sites, longest, budget, progress)
-    row, ids = {site: row for row, site in enumerate(sites)}, pretrained.vocab.ids
-    return np.array([sum(float(table[row[one.site], ids[one.mutant]]) - float(table[row[one.site], ids[one.wild]])
-                         for one in mutant) for mutant in mutants])
+    distinct = list(dict.fromkeys(filter(has_score, mutants)))
+    score = _pseudo_likelihoods if scoring == PSEUDO else partial(_marginals, scoring=scoring)
+    found = score(pretrained, wild_type, distinct, longest, budget, progress) if distinct else ()
+    of_mutant = dict(zip(distinct, found, strict=True))
+    return np.array([of_mutant.get(mutant, np.nan) for mutant in mutants])
 
 
 def site_table(pretrained: Pretrained, scoring: str, wild_type: str, sites: Sequence[int], longest: int | None,
@@ -54,12 +54,13 @@ def site_table(pretrained: Pretrained, scoring: str, wild_type: str, sites: Sequ
 
 def num_copies(scoring: str, wild_type: str, mutants: Sequence[Mutant], longest: int | None) -> int:
     """How many copies of a protein all ranks compute for `scores_of`."""
+    distinct = set(filter(has_score, mutants))
     if scoring == PSEUDO:
-        return len(set(mutants)) * len(wild_type)
-    return len(together(scoring, sites_of(mutants), len(wild_type), longest))
+        return len(distinct) * len(standard_sites(wild_type))
+    return len(together(scoring, sites_of(distinct), len(wild_type), longest))
 
 
-def sites_of(mutants: Sequence[Mutant]) -> list[int]:
+def sites_of(mutants: Iterable[Mutant]) -> list[int]:
     """Where any of them has a substitution, ascending, from 0."""
     return sorted({one.site for mutant in mutants for one in mutant})
 
@@ -71,18 +72,25 @@ def together(scoring: str, sites: Sequence[int], num_residues: int, longest: int
     return [list(group) for _, group in groupby(sites, lambda site: window_around(site, num_residues, longest))]
 
 
+def _marginals(pretrained: Pretrained, wild_type: str, mutants: Sequence[Mutant], longest: int | None,
+               budget: int | None, progress: Progress, scoring: str) -> list[float]:
+    sites = sites_of(mutants)
+    table = site_table(pretrained, scoring, wild_type, sites, longest, budget, progress)
+    row, ids = {site: row for row, site in enumerate(sites)}, pretrained.vocab.ids
+    return [sum(float(table[row[one.site], ids[one.mutant]]) - float(table[row[one.site], ids[one.wild]])
+                for one in mutant) for mutant in mutants]
+
+
 def _pseudo_likelihoods(pretrained: Pretrained, wild_type: str, mutants: Sequence[Mutant], longest: int | None,
-                        budget: int | None, progress: Progress) -> np.ndarray:
-    axis, distinct = pretrained.mesh.data, list(dict.fromkeys(mutants))
-    mine = distinct[axis.rank::axis.size]
+                        budget: int | None, progress: Progress) -> list[float]:
+    axis, sites = pretrained.mesh.data, standard_sites(wild_type)
+    mine = mutants[axis.rank::axis.size]
     copies = (copy_of(pretrained, residues, [site], longest, is_masked=True)
-              for residues in (_ids(pretrained, mutated(wild_type, mutant)) for mutant in mine)
-              for site in range(len(residues)))
+              for residues in (_ids(pretrained, mutated(wild_type, mutant)) for mutant in mine) for site in sites)
     found = log_probabilities(pretrained, copies, budget, progress)
-    sums = [sum(float(next(found)[0, residue]) for residue in _ids(pretrained, mutated(wild_type, mutant)))
+    sums = [sum(float(next(found)[0, residue]) for residue in _ids(pretrained, mutated(wild_type, mutant))[sites])
             for mutant in mine]
-    of_mutant = dict(zip(distinct, everyones_in_turn(sums, axis), strict=True))
-    return np.array([of_mutant[mutant] for mutant in mutants])
+    return everyones_in_turn(sums, axis)
 
 
 def _ids(pretrained: Pretrained, protein: str) -> np.ndarray:

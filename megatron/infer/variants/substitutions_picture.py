@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from megatron.data.corpus.vocab import AMINO_ACIDS
@@ -14,6 +15,7 @@ GROUPS = {"special": "GP", "aliphatic": "AVILM", "aromatic": "FYW", "polar": "ST
           "positive": "KR"}
 LETTERS = "".join(GROUPS.values())
 A_LINE, MOST_LINES = 100, 30  # positions of a line, and more where there would be too many lines
+_GREY = "0.75"  # what has no score
 _SHARE_IN_RANGE = 99.0  # per cent of the scores that the colours tell apart
 # In inches: a cell, the margins of a figure, and of a line the strip below it and what is around both.
 _CELL, _LEFT, _RIGHT, _TOP, _BOTTOM = 0.135, 0.55, 1.75, 0.5, 0.3
@@ -24,10 +26,11 @@ _LINE = _LETTERS_ABOVE + 20 * _CELL + _GAP + _STRIP + _NUMBERS
 def draw_substitutions(wild_type: str, scores: np.ndarray, offset: int, title: str, path: Path) -> None:
     """Write the picture of scores [residues, 20], in the order of AMINO_ACIDS, to `path` as PNG.
 
-    Blue is likelier than the wild type, red less; white is the wild type's own, which a dot marks. Below each line
-    stands the mean of a position's substitutions.
+    Blue is likelier than the wild type, red less; white is the wild type's own, which a dot marks. A position whose
+    scores are nan is grey, and the colours' range is that of the others. Below each line stands the mean of a
+    position's substitutions.
     """
-    limit = float(np.percentile(np.abs(scores), _SHARE_IN_RANGE)) or 1.0
+    limit = float(np.nanpercentile(np.abs(scores), _SHARE_IN_RANGE)) or 1.0
     ordered = scores[:, [AMINO_ACIDS.index(letter) for letter in LETTERS]]
     num_lines = min(-(-len(wild_type) // A_LINE), MOST_LINES)
     width = -(-len(wild_type) // num_lines)
@@ -46,7 +49,10 @@ def draw_substitutions(wild_type: str, scores: np.ndarray, offset: int, title: s
         strip = place(_LEFT, top + 20 * _CELL + _GAP, wide, _STRIP)
         image = _draw_line(panel, strip, wild_type[part], ordered[part], offset + part.start, limit)
     strip.set_xlabel("residue number", fontsize=8)
-    figure.text(_LEFT / (_LEFT + across + _RIGHT), 1 - 0.12 / down, f"{title}   (• wild type)", fontsize=11, va="top")
+    left = _LEFT / (_LEFT + across + _RIGHT)
+    figure.text(left, 1 - 0.12 / down, f"{title}   (• wild type)", fontsize=11, va="top")
+    if np.isnan(scores).any():
+        figure.text(left, 1 - 0.36 / down, "grey: none of the 20 standard amino acids, no scores", fontsize=8, va="top")
     bar = figure.colorbar(image, cax=place(_LEFT + across + 0.8, _TOP + _LETTERS_ABOVE, 0.15, 20 * _CELL),
                           extend="both")
     bar.ax.tick_params(labelsize=7)
@@ -57,7 +63,8 @@ def draw_substitutions(wild_type: str, scores: np.ndarray, offset: int, title: s
 
 def _draw_line(panel: Any, strip: Any, wild_type: str, scores: np.ndarray, first: int, limit: float) -> Any:
     """The positions of one line, and below them their means; the image of the first."""
-    colours = {"cmap": "RdBu", "vmin": -limit, "vmax": limit, "aspect": "auto", "interpolation": "nearest"}
+    colours = {"cmap": colormaps["RdBu"].with_extremes(bad=_GREY), "vmin": -limit, "vmax": limit, "aspect": "auto",
+               "interpolation": "nearest"}
     numbers = range(first, first + len(wild_type))
     extent = (first - 0.5, first - 0.5 + len(wild_type))
     image = panel.imshow(scores.T, extent=(*extent, len(LETTERS) - 0.5, -0.5), **colours)
