@@ -18,11 +18,12 @@ if not __package__:  # else it is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.config.command_line import OneLineParser  # noqa: E402
+from megatron.data.rows.fixed_masks import FIXED  # noqa: E402
 from megatron.errors import ConfigError  # noqa: E402
 from megatron.infer.answers import check_head  # noqa: E402
 from megatron.infer.door import add_model_flags, add_protein_flags, asked, proteins_of  # noqa: E402
 from megatron.infer.evaluation.record import FILE, EvaluationRecord, Report  # noqa: E402
-from megatron.infer.evaluation.run import evaluated, pseudo_perplexity, read_through  # noqa: E402
+from megatron.infer.evaluation.run import EACH, evaluated, pseudo_perplexity, read_through  # noqa: E402
 from megatron.infer.pretrained import Pretrained, load  # noqa: E402
 from megatron.infer.proteins import ProteinFiles  # noqa: E402
 from megatron.infer.windows import longest_window  # noqa: E402
@@ -32,7 +33,7 @@ from megatron.parallel.mesh import Mesh  # noqa: E402
 from megatron.study.table import table  # noqa: E402
 
 HEADS = ("model", "corpus", "proteins", "targets", "loss", "± s.e.", "perplexity", "accuracy", "letters alone",
-         "pseudo-perplexity")
+         "and visible", "pseudo-perplexity")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -130,12 +131,12 @@ def report_of(given: argparse.Namespace, pretrained: Pretrained, files: ProteinF
               piece: int | None, name: str, log: Log) -> Report:
     """What is told of one model on one corpus."""
     bar = log.progress(total=num_proteins, done=0, unit="protein", label=name)
-    report = evaluated(pretrained, files, piece, given.tokens_per_row, bar).report(pretrained.vocab)
+    report = evaluated(pretrained, files, piece, given.tokens_per_row, bar).report(pretrained.vocab, FIXED)
     bar.close()
     if given.pseudo_perplexity:
         bar = log.progress(total=given.pseudo_perplexity, done=0, unit="protein", label=f"{name}, residue by residue")
         report["pseudo"] = pseudo_perplexity(pretrained, files, given.pseudo_perplexity, piece, given.tokens_per_row,
-                                             bar).report(pretrained.vocab)
+                                             bar).report(pretrained.vocab, EACH)
         bar.close()
     return report
 
@@ -143,12 +144,13 @@ def report_of(given: argparse.Namespace, pretrained: Pretrained, files: ProteinF
 def cells(model: str, corpus: str, report: Report) -> list[str]:
     """A row of the table."""
     if report["loss"] is None:
-        return [model, corpus, f"{report['proteins']:,}", "0", *["–"] * 6]
+        return [model, corpus, f"{report['proteins']:,}", "0", *["–"] * 7]
     error = "–" if report["standard_error"] is None else f"{report['standard_error']:.4f}"
+    visible = f"{report['letters_and_visible']:.4f}" if "letters_and_visible" in report else "–"
     pseudo = f"{report['pseudo']['perplexity']:.2f}" if "pseudo" in report else "–"
     return [model, corpus, f"{report['proteins']:,}", f"{report['targets']:,}", f"{report['loss']:.4f}",
             error, f"{report['perplexity']:.2f}", f"{report['accuracy']:.4f}",
-            f"{report['letters_alone']:.4f}", pseudo]
+            f"{report['letters_alone']:.4f}", visible, pseudo]
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from megatron.checkpoint.metrics import loss_name
 from megatron.checkpoint.places import BOARD, METRICS_FILE, place_of
 from megatron.data.batches.batch import Batch
 from megatron.data.batches.loader import batches
+from megatron.data.rows.baselines import Baselines, frequency_baselines
 from megatron.data.rows.fixed_masks import FIXED
 from megatron.errors import SaveError
 from megatron.model.protein_model import compute_dtype
@@ -30,7 +31,7 @@ from megatron.train.observation.profiler import StepProfiler
 from megatron.train.patience import PatientSaver
 from megatron.train.state import is_due
 from megatron.train.step.agreement import Arriving
-from megatron.train.step.evaluate import Baselines, Evaluation, frequency_baselines
+from megatron.train.step.evaluate import Evaluation
 from megatron.train.step.meters import Meters, StepSums
 from megatron.train.step.train_step import TrainStep
 from megatron.train.stop import StopRequests

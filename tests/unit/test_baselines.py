@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from megatron.data.corpus.vocab import Vocab
+from megatron.data.rows.baselines import frequency_baselines
 from megatron.data.rows.masking import Masking
-from megatron.train.step.evaluate import frequency_baselines
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "proteins_demo"
 

@@ -12,9 +12,10 @@ from megatron import load_pretrained
 from megatron.checkpoint.convert.conversion import convert
 from megatron.checkpoint.convert.formats import AUTO
 from megatron.data.corpus.vocab import Vocab
-from megatron.data.rows.fixed_masks import FixedMasks
+from megatron.data.rows.baselines import frequency_baselines
+from megatron.data.rows.fixed_masks import FIXED, FixedMasks
 from megatron.errors import ConfigError, DataError, UserError
-from megatron.infer.evaluation.run import evaluated, pseudo_perplexity
+from megatron.infer.evaluation.run import EACH, evaluated, pseudo_perplexity
 from megatron.infer.evaluation.tally import FIRST_OF_BIN, TargetTally, bin_names
 from megatron.infer.proteins import ProteinFiles
 from megatron.infer.variants.mutants import parse_mutant
@@ -51,7 +52,7 @@ def their_log_probabilities(model, ids):
 
 
 def test_the_loss_is_the_mean_over_the_masked_residues_of_all_proteins(pretrained, fasta, their_models):
-    report = evaluated(pretrained, files(fasta), None, 70, BAR).report(pretrained.vocab)
+    report = evaluated(pretrained, files(fasta), None, 70, BAR).report(pretrained.vocab, FIXED)
     masks, losses, right, letters = FixedMasks(pretrained.vocab), [], [], []
     for text in TEXTS:
         ids = pretrained.encode(text, "a")[1:-1]
@@ -95,7 +96,7 @@ def test_a_run_and_what_it_is_converted_to_answer_alike(config, other, tmp_path,
         corpus = ProteinFiles([str(fasta)], "text", None, model.vocab)
         reports = [evaluated(model, corpus, 50, None, BAR), pseudo_perplexity(model, corpus, 1, 50, None, BAR)]
         scores = scores_of(model, MASKED, TEXTS[2], mutants, 50)
-        losses = [report.report(model.vocab)["loss"] for report in reports]
+        losses = [report.report(model.vocab, FIXED)["loss"] for report in reports]
         return [*losses, *scores, *model.logits([TEXTS[2][:50]])[0].ravel()]
 
     for other in others:
@@ -103,7 +104,7 @@ def test_a_run_and_what_it_is_converted_to_answer_alike(config, other, tmp_path,
 
 
 def test_pseudo_perplexity_masks_each_residue_in_turn_and_no_other(pretrained, fasta, their_models):
-    report = pseudo_perplexity(pretrained, files(fasta), 3, None, 100, BAR).report(pretrained.vocab)
+    report = pseudo_perplexity(pretrained, files(fasta), 3, None, 100, BAR).report(pretrained.vocab, EACH)
     losses = []
     for text in TEXTS:
         ids = pretrained.encode(text, "a")
@@ -113,7 +114,20 @@ def test_pseudo_perplexity_masks_each_residue_in_turn_and_no_other(pretrained, f
             losses.append(-their_log_probabilities(their_models["esm2"], masked)[place, ids[place]])
     assert report["targets"] == len(losses) == sum(map(len, TEXTS))
     assert report["loss"] == pytest.approx(np.mean(losses), abs=1e-4)
-    assert pseudo_perplexity(pretrained, files(fasta), 1, None, None, BAR).report(pretrained.vocab)["proteins"] == 1
+    assert len(pseudo_perplexity(pretrained, files(fasta), 1, None, None, BAR).of_proteins) == 1
+
+
+def test_the_baselines_are_of_the_targets_and_of_how_masking_shows_them():
+    vocab, tally = Vocab.from_file(), TargetTally(np.zeros((3, Vocab.from_file().size)))
+    letters = "AAAC" * 1000
+    tally.add(np.array([vocab.ids[letter] for letter in letters]), np.arange(1, 4001), np.ones(4000), np.ones(4000))
+    counts = np.zeros(vocab.size)
+    counts[[vocab.ids["A"], vocab.ids["C"]]] = 3000, 1000
+    alone = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    found = tally.report(vocab, FIXED)
+    assert found["letters_alone"] == pytest.approx(alone)
+    assert found["letters_and_visible"] == frequency_baselines(counts, counts, vocab.residue_ids, FIXED).visible < alone
+    assert tally.report(vocab, EACH)["letters_and_visible"] == pytest.approx(alone)  # where all are [MASK]
 
 
 def test_residues_are_counted_in_the_bin_of_their_number():
@@ -136,6 +150,7 @@ def test_the_program_writes_a_table_a_file_and_a_picture_a_corpus(their_folders,
     assert [len(of_models) for of_models in reports.values()] == [2, 2]
     for model, report in reports["three"].items():
         assert f"{report['loss']:.4f}" in said and model in said
+        assert f"{report['letters_and_visible']:.4f}" in said
         assert report["targets"] == 14 and report["pseudo"]["proteins"] == 1
     assert (output / "three.png").read_bytes()[:4] == (output / "again.png").read_bytes()[:4] == b"\x89PNG"
 

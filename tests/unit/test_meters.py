@@ -14,6 +14,7 @@ import torch
 from megatron.config import CheckpointConfig, Config, DataConfig, LoggingConfig, ModelConfig, TrainingConfig
 from megatron.data.batches.batch import batch_shape
 from megatron.data.corpus.vocab import Vocab
+from megatron.data.rows.baselines import Baselines
 from megatron.data.rows.dataset import build_datasets
 from megatron.log import Log
 from megatron.parallel.mesh import Axis, Mesh
@@ -24,7 +25,7 @@ from megatron.train.observation.pace import Pace
 from megatron.train.observation.picture import draw_losses
 from megatron.train.state import BatchSizes, TrainState
 from megatron.train.step.engine import build_engine
-from megatron.train.step.evaluate import Baselines, Evaluation, evaluate
+from megatron.train.step.evaluate import Evaluation, evaluate
 from megatron.train.step.meters import Meters, Reading, Totals
 from tests.indexed_files import write_indexed
 

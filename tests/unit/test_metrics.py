@@ -5,8 +5,8 @@ import json
 import pytest
 
 from megatron.checkpoint.metrics import evaluations_of, forget_after, read_records
+from megatron.data.rows.baselines import Baselines
 from megatron.train.observation.picture import draw_losses
-from megatron.train.step.evaluate import Baselines
 
 RECORDS = [{"kind": "train", "iteration": iteration, "loss": 2.5} for iteration in (1, 2, 3)]
 LINES = [json.dumps(record).encode() + b"\n" for record in RECORDS]

@@ -14,7 +14,10 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#9
 
 
 def draw(reports: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> None:
-    """Write the picture of reports (see `Tally.report`) of one corpus, by the models' names, to `path`."""
+    """Write the picture of reports (see `Tally.report`) of one corpus, by the models' names, to `path`.
+
+    The baselines are those of the first report that has them.
+    """
     figure = Figure(figsize=(10, 8), dpi=120, layout="constrained")
     letters, positions = figure.subplots(2, 1)
     first = next(iter(reports.values()))
@@ -29,7 +32,7 @@ def draw(reports: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> No
 
 
 def _bars(panel: Any, reports: Mapping[str, Mapping[str, Any]], what: str, names: Sequence[str], label: str) -> None:
-    """A group of bars a name, one a model, and the mean loss of each as a line."""
+    """A group of bars a name, one a model, and the mean loss of each and the baselines as lines."""
     width = 0.8 / len(reports)
     for number, (model, report) in enumerate(reports.items()):
         losses = [report[what].get(name, {}).get("loss", np.nan) for name in names]
@@ -37,6 +40,12 @@ def _bars(panel: Any, reports: Mapping[str, Mapping[str, Any]], what: str, names
         panel.bar(np.arange(len(names)) - 0.4 + (number + 0.5) * width, losses, width, color=colour,
                   label=f"{model}: {report['loss']:.4f} nats, {report['accuracy']:.1%} right")
         panel.axhline(report["loss"], color=colour, linewidth=0.8, linestyle="--")
+    baselines = next((report for report in reports.values() if "letters_and_visible" in report), {})
+    for name, words, style in (("letters_alone", "letter frequencies", "-."),
+                               ("letters_and_visible", "letter frequencies and visible letters", ":")):
+        if name in baselines:
+            panel.axhline(baselines[name], color="black", linewidth=1, linestyle=style,
+                          label=f"{words}: {baselines[name]:.4f} nats")
     panel.set_xticks(range(len(names)), names)
     panel.set_xlabel(label)
     panel.set_ylabel("loss (nats a masked residue)")

@@ -8,6 +8,7 @@ import numpy as np
 
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.fixed_masks import FixedMasks
+from megatron.data.rows.masking import Masking
 from megatron.infer.evaluation.tally import TargetTally
 from megatron.infer.predictions import Copy, copy_of, log_probabilities
 from megatron.infer.pretrained import Pretrained
@@ -16,6 +17,7 @@ from megatron.log import Log, ProgressBar
 from megatron.parallel.collectives import everyones
 
 PROTEINS_AT_ONCE = 64
+EACH = Masking(prob=1.0, mask_token_prob=1.0, random_prob=0.0)  # how `pseudo_perplexity` shows its targets
 
 
 def evaluated(pretrained: Pretrained, files: ProteinFiles, piece: int | None, budget: int | None,

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 
 from megatron.data.corpus.vocab import Vocab
+from megatron.data.rows.baselines import frequency_baselines
+from megatron.data.rows.masking import Masking
 
 FIRST_OF_BIN = np.array([1, 2, 11, 51, 101, 201, 401, 801])  # numbers of residues, from 1
 
@@ -42,22 +44,27 @@ class TargetTally:
                    np.sum([each.by_position_3n for each in tallies], 0),
                    [pair for each in tallies for pair in each.of_proteins])
 
-    def report(self, vocab: Vocab) -> dict[str, Any]:
-        """The means, as JSON has them; None where there is no target.
+    def report(self, vocab: Vocab, masking: Masking) -> dict[str, Any]:
+        """The means, as JSON has them; None where there is no target. `masking`: how targets were chosen and shown.
 
         `standard_error`: of the loss, as far as it comes from which proteins were drawn; None of a single one.
-        `letters_alone`: what it costs to know this corpus's letters by their frequency, and nothing else.
+        `letters_alone`: what it costs to know the targets' letters by their frequency, and nothing else.
+        `letters_and_visible`: to know besides which letters masking leaves visible, as `Baselines` has it.
         """
         number, loss, right = self.by_letter_3v.sum(1)
         if number == 0:
             return {"proteins": len(self.of_proteins), "targets": 0, "loss": None}
         counts, sums = np.array(self.of_proteins).T
-        mean, shares = loss / number, self.by_letter_3v[0] / number
-        shares, deviation = shares[shares > 0], np.sqrt(np.square(sums - mean * counts).sum())
+        mean = loss / number
+        deviation = np.sqrt(np.square(sums - mean * counts).sum())
+        targets = self.by_letter_3v[0]
+        letters = np.union1d(vocab.residue_ids, np.flatnonzero(targets))  # the unknown may be one of them
+        baselines = frequency_baselines(targets, targets, letters, masking)
+        assert baselines is not None  # there are targets
         return {"proteins": len(counts), "targets": int(number), "loss": mean,
                 "standard_error": float(deviation / number) if len(counts) > 1 else None,
                 "perplexity": float(np.exp(mean)), "accuracy": right / number,
-                "letters_alone": float(-(shares * np.log(shares)).sum()),
+                "letters_alone": baselines.letters, "letters_and_visible": baselines.visible,
                 "by_letter": _means(self.by_letter_3v, vocab.tokens),
                 "by_position": _means(self.by_position_3n, bin_names())}
 

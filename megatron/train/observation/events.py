@@ -22,10 +22,11 @@ from typing import Any
 from megatron.checkpoint.metrics import MEASURED_ON, evaluations_of, forget_after, loss_name, read_records
 from megatron.checkpoint.places import BOARD, METRICS_FILE
 from megatron.config import CheckpointConfig, LoggingConfig
+from megatron.data.rows.baselines import Baselines
 from megatron.errors import OutputError
 from megatron.log import Log, in_time
 from megatron.train.observation.observers import Observer
-from megatron.train.step.evaluate import Baselines, Evaluation, perplexity
+from megatron.train.step.evaluate import Evaluation, perplexity
 from megatron.train.step.meters import Reading, Totals
 
 

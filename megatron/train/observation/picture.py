@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 
 from megatron.checkpoint.metrics import evaluations_of, read_records
 from megatron.checkpoint.places import LOSSES
+from megatron.data.rows.baselines import Baselines
 from megatron.files import replacing
-from megatron.train.step.evaluate import Baselines
 
 
 def draw_losses(metrics: Path, baselines: Baselines | None) -> Path:

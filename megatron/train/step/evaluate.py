@@ -1,4 +1,4 @@
-"""Evaluation on fixed rows with fixed masks, and the baseline that a model must beat."""
+"""Evaluation on fixed rows with fixed masks."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -11,7 +11,6 @@ import torch
 from megatron.data.batches.batch import Batch, BatchShape
 from megatron.data.batches.loader import batches
 from megatron.data.rows.dataset import Dataset
-from megatron.data.rows.masking import Masking
 from megatron.log import Log, ProgressBar
 from megatron.parallel.collectives import all_reduce_sum
 from megatron.train.step.engine import Engine
@@ -70,38 +69,3 @@ def _counted(loader: Iterable[Batch], bar: ProgressBar, num_rows: int) -> Iterat
 def perplexity(loss: float) -> float:
     """exp of the loss, cut off at exp(20) so that a diverged run still prints."""
     return float(np.exp(min(loss, 20.0)))
-
-
-@dataclass(frozen=True)
-class Baselines:
-    """What knowing no more than the training letters' frequencies costs, in nats a masked residue.
-
-    `letters`: predict each residue from the frequencies alone. `visible`: the same, but where masking left a letter
-    standing (10 % of the targets keep theirs, 10 % show a random one), weigh that it may be the true one. A model has
-    learnt something of proteins when it is below the second.
-    """
-
-    letters: float
-    visible: float
-
-
-def frequency_baselines(train_counts: np.ndarray, valid_counts: np.ndarray, residue_ids: np.ndarray,
-                        masking: Masking) -> Baselines | None:
-    """The baselines of a validation split; counts are by token id. None where there is no residue to predict.
-
-    A letter unseen in training counts as seen once.
-    """
-    num_residues = valid_counts[residue_ids].sum()
-    if num_residues == 0:
-        return None
-    seen = np.maximum(train_counts, valid_counts > 0)[residue_ids].astype(np.float64)
-    train = np.maximum(seen, 1e-9) / seen.sum()
-    valid = valid_counts[residue_ids] / num_residues
-    letters = float(-(valid * np.log(train)).sum())
-    kept, drawn = 1 - masking.mask_token_prob - masking.random_prob, masking.random_prob / len(residue_ids)
-    # joint[true, shown]: how often the two letters meet at a target that is not [MASK]
-    model = np.diag(kept * train) + drawn * train[:, None]
-    actual = np.diag(kept * valid) + drawn * valid[:, None]
-    shown = np.maximum(model.sum(0), 1e-300)
-    return Baselines(letters, masking.mask_token_prob * letters - float((actual * np.log(
-        np.maximum(model, 1e-300) / shown)).sum()))
