@@ -24,6 +24,7 @@ from megatron.infer.answers import check_head  # noqa: E402
 from megatron.infer.door import add_model_flags, add_protein_flags, asked, proteins_of  # noqa: E402
 from megatron.infer.evaluation.record import FILE, EvaluationRecord, Report  # noqa: E402
 from megatron.infer.evaluation.run import EACH, evaluated, pseudo_perplexity, read_through  # noqa: E402
+from megatron.infer.evaluation.tally import of_other_letters  # noqa: E402
 from megatron.infer.pretrained import Pretrained, load  # noqa: E402
 from megatron.infer.proteins import ProteinFiles  # noqa: E402
 from megatron.infer.windows import longest_window  # noqa: E402
@@ -81,6 +82,8 @@ def evaluate(given: argparse.Namespace, mesh: Mesh, log: Log) -> None:
             record.tell(name, f"{checkpoint} at {pretrained.iteration}", report, settings[name], mesh.world.rank == 0)
     log.line(table(HEADS, [cells(model, name, report) for name in corpora for model, report in record.of(name).items()],
                    num_left=2))
+    for name in corpora:
+        tell_other_letters(name, record.of(name), log)
     if mesh.world.rank == 0:
         draw_corpora({name: record.of(name) for name in corpora}, given.output, log)
     log.line(f"{record.path}, and beside it a picture of each corpus")
@@ -151,6 +154,18 @@ def cells(model: str, corpus: str, report: Report) -> list[str]:
     return [model, corpus, f"{report['proteins']:,}", f"{report['targets']:,}", f"{report['loss']:.4f}",
             error, f"{report['perplexity']:.2f}", f"{report['accuracy']:.4f}",
             f"{report['letters_alone']:.4f}", visible, pseudo]
+
+
+def tell_other_letters(corpus: str, reports: Mapping[str, Report], log: Log) -> None:
+    """Say how many targets are X and the like, which inflate a loss, and what each model's loss is without them."""
+    found = {model: of_other_letters(report) for model, report in reports.items() if report["loss"] is not None}
+    counts = next((counts for counts, _ in found.values()), {})
+    if counts:
+        number = next(iter(reports.values()))["targets"]
+        losses = ", ".join(f"{loss:.4f} ({model})" for model, (_, loss) in found.items())
+        log.line(f"{corpus}: {sum(counts.values()):,} of {number:,} targets are none of the 20 standard amino acids "
+                 f"({', '.join(f'{letter} {count:,}' for letter, count in counts.items())}); without them the loss is "
+                 f"{losses}")
 
 
 if __name__ == "__main__":

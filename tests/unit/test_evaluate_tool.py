@@ -11,7 +11,7 @@ import torch
 from megatron import load_pretrained
 from megatron.checkpoint.convert.conversion import convert
 from megatron.checkpoint.convert.formats import AUTO
-from megatron.data.corpus.vocab import Vocab
+from megatron.data.corpus.vocab import AMINO_ACIDS, Vocab
 from megatron.data.rows.baselines import frequency_baselines
 from megatron.data.rows.fixed_masks import FIXED, FixedMasks
 from megatron.errors import ConfigError, DataError, UserError
@@ -130,6 +130,18 @@ def test_the_baselines_are_of_the_targets_and_of_how_masking_shows_them():
     assert tally.report(vocab, EACH)["letters_and_visible"] == pytest.approx(alone)  # where all are [MASK]
 
 
+def test_unknown_residues_are_targets_and_what_they_add_is_told(their_folders, tmp_path, capsys):
+    protein = "XUX" + TEXTS[2]
+    (tmp_path / "odd.fasta").write_text(f">a\n{protein * 4}\n>b\n{TEXTS[2]}\n")
+    report = asked(tmp_path / "out", [their_folders / "esm2"], "--on", tmp_path / "odd.fasta")["odd"].popitem()[1]
+    known, odd = ([facts for letter, facts in report["by_letter"].items() if (letter in AMINO_ACIDS) == is_known]
+                  for is_known in (True, False))
+    number, loss = (sum(facts["targets"] * facts.get(name, 1) for facts in known) for name in ("", "loss"))
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("odd: "))
+    assert f"odd: {sum(facts['targets'] for facts in odd)} of {report['targets']} targets are none of the 20" in said
+    assert f"without them the loss is {loss / number:.4f} (" in said and "X" in report["by_letter"]
+
+
 def test_residues_are_counted_in_the_bin_of_their_number():
     tally = TargetTally(np.zeros((3, 4)))
     numbers = np.array([1, 2, 10, 11, 50, 51, 800, 801, 5000])
@@ -168,7 +180,7 @@ def test_models_evaluated_on_the_same_proteins_before_stand_beside_the_new_ones(
     after = asked(tmp_path / "out", [second], "--on", fasta, f"other={fasta}")
     assert list(after) == ["three", "other"] and list(after["three"]) == [f"{first} at 0", f"{second} at 0"]
     assert after["three"][f"{first} at 0"] == before["three"][f"{first} at 0"]
-    assert capsys.readouterr().out.count(f"{first} at 0") == 1
+    assert capsys.readouterr().out.count(f"\n{first} at 0") == 1
     again = asked(tmp_path / "out", [second], "--on", f"other={fasta}", "--pseudo-perplexity", 1)
     assert again["three"] == after["three"] and "pseudo" in again["other"][f"{second} at 0"]
 

@@ -1,12 +1,13 @@
 """What is counted of predictions: by letter, by place in the protein, by protein. Shapes: v ids, n bins, p proteins."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from megatron.data.corpus.vocab import Vocab
+from megatron.data.corpus.vocab import AMINO_ACIDS, Vocab
 from megatron.data.rows.baselines import frequency_baselines
 from megatron.data.rows.masking import Masking
 
@@ -67,6 +68,18 @@ class TargetTally:
                 "letters_alone": baselines.letters, "letters_and_visible": baselines.visible,
                 "by_letter": _means(self.by_letter_3v, vocab.tokens),
                 "by_position": _means(self.by_position_3n, bin_names())}
+
+
+def of_other_letters(report: Mapping[str, Any]) -> tuple[dict[str, int], float]:
+    """How many targets of a report are of each letter that is none of the 20 amino acids, and the loss of the others.
+
+    The loss is nan where there are no others.
+    """
+    by_letter: Mapping[str, Mapping[str, float]] = report["by_letter"]
+    known = [facts for letter, facts in by_letter.items() if letter in AMINO_ACIDS]
+    number = sum(facts["targets"] for facts in known)
+    return ({letter: int(facts["targets"]) for letter, facts in by_letter.items() if letter not in AMINO_ACIDS},
+            sum(facts["targets"] * facts["loss"] for facts in known) / number if number else math.nan)
 
 
 def _means(counts: np.ndarray, names: Sequence[str]) -> dict[str, dict[str, float]]:
