@@ -181,6 +181,17 @@ def test_labels_that_are_nearly_all_different_are_no_classes_unless_it_is_said(t
     assert message.endswith(", … (100 in all))")
 
 
+def test_long_labels_are_shown_in_short_and_gaps_that_make_lengths_differ_are_named(tmp_path):
+    generator = np.random.default_rng(0)
+    records = [{"seq": "MKV-LA." * 20, "label": "".join(generator.choice(list("HEC"), 140))} for _ in range(30)]
+    message, gaps = refused(tmp_path, records), "residues (gaps, - or ., are none, and the sequence has {})"
+    assert "this one has 140 letters for 100 " + gaps.format(40) in message and len(message) < 350
+    for label, mask, odd in (("HE", "111", "a mask of 3"), ("HEC", None, "3 classes in the label")):
+        found = refused(tmp_path, [{"seq": "MK-", "label": label, "mask": mask}], label_kind="residues")
+        assert f"2 {gaps.format(1)}, but {odd}" in found
+    assert "gap" not in refused(tmp_path, [{"seq": "MK-", "label": "HECH"}], label_kind="residues")
+
+
 @pytest.mark.parametrize(("kind", "record", "message"), [
     ("number", {"label": "high"}, "the label 'high' is no number"),
     ("number", {"label": True}, "the label True is no number"),

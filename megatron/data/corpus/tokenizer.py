@@ -13,7 +13,8 @@ from megatron.data.corpus.vocab import RESIDUE_LETTERS, Vocab
 from megatron.errors import ResidueError, UserError, VocabError
 
 TOKENIZER_TYPES = ("BertWordPieceLowerCase", "BertWordPieceCase")
-DROPPED = b" \t\n\r\v\f-."
+GAPS = (b"-", b".")
+DROPPED = b" \t\n\r\v\f" + b"".join(GAPS)
 INTERNAL_STOP = "internal stop"
 
 _STOP, _BAD = 254, 255

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron.data.corpus.tokenizer import ResidueTokenizer
+from megatron.data.corpus.tokenizer import GAPS, ResidueTokenizer
 from megatron.data.sources.block import BadRecord, type_name
 from megatron.data.sources.source import Source, records_of
 from megatron.data.sources.values import DEFAULT_NAME_KEY
@@ -80,7 +80,7 @@ def read_proteins(path: str, task: Task, tokenizer: ResidueTokenizer, skips: boo
     for number, place, record in _records(path):
         try:
             values = _sound(place, record)
-            found.append(Example(_name(number, values), _residues(place, values, task, tokenizer)))
+            found.append(Example(_name(number, values), _residues(place, _text(place, values, task), tokenizer)))
         except DataError as error:
             if not skips:
                 raise DataError(f"{error}; {REMEDY}") from None
@@ -97,9 +97,11 @@ def read_records(path: str, task: Task, tokenizer: ResidueTokenizer) -> Iterator
     """
     for number, place, record in _records(path):
         values = _sound(place, record)
-        ids = _residues(place, values, task, tokenizer)
+        text = _text(place, values, task)
+        ids, num_gaps = _residues(place, text, tokenizer), sum(map(text.count, GAPS))
         label, mask_key = _under(place, values, task.label_keys, "label"), present_key(task.mask_keys, values)
-        yield ProteinRecord(place, _name(number, values), ids, label, None if mask_key is None else values[mask_key])
+        mask = None if mask_key is None else values[mask_key]
+        yield ProteinRecord(place, _name(number, values), ids, label, mask, num_gaps)
 
 
 def _records(path: str) -> Iterator[tuple[int, str, dict[str, Any] | BadRecord]]:
@@ -140,11 +142,16 @@ def _under(place: str, values: dict[str, Any], keys: tuple[str, ...], what: str)
     return values[key]
 
 
-def _residues(place: str, values: dict[str, Any], task: Task, tokenizer: ResidueTokenizer) -> np.ndarray:
+def _text(place: str, values: dict[str, Any], task: Task) -> bytes:
+    """The sequence of a record as it stands there; raises DataError where there is none."""
     sequence = _under(place, values, task.sequence_keys, "sequence")
     if not isinstance(sequence, (str, bytes)):
         raise DataError(f"{place}: the sequence is of type {type_name(sequence)}; expected text of residues")
-    text = sequence.encode(errors="replace") if isinstance(sequence, str) else sequence
+    return sequence.encode(errors="replace") if isinstance(sequence, str) else sequence
+
+
+def _residues(place: str, text: bytes, tokenizer: ResidueTokenizer) -> np.ndarray:
+    """The ids of a sequence, uint8 [r]; raises DataError for one that is no protein."""
     (ids,), problems = tokenizer.encode_many([text])
     if problems:
         raise DataError(f"{place}, column {problems[0].offset + 1} of the sequence: {problems[0].found}")

@@ -70,7 +70,7 @@ def label_space(task: Task, records: Sequence[ProteinRecord]) -> LabelSpace:
         return LabelSpace(kind, task.class_names, task.uncounted, is_fixed=True)
     names = _class_names(kind, task.uncounted, records)
     if len(names) < (1 if kind == CLASSES else 2):
-        raise records[0].wrong(f"all labels of the training file are of the class {', '.join(names) or '(none)'}; "
+        raise records[0].wrong(f"all labels of the training file are of the class {shown_names(names) or '(none)'}; "
                                "there is nothing to learn")
     if task.kind is None and kind == CLASS and 2 * len(names) > len(records) > _FEW:
         raise records[0].wrong(f"{len(records):,} labels of the training file are {len(names):,} different texts "
@@ -137,12 +137,12 @@ def _kind_of(records: Sequence[ProteinRecord]) -> str:
 
 def _length(record: ProteinRecord) -> str:
     """What a label has, and should have, if it is to tell something of each residue."""
-    value, num_residues = record.present(), f"{len(record.ids):,} residues"
-    if isinstance(value, str) and SEPARATOR not in value:
-        return f"has {len(value):,} letters for {num_residues}"
-    if isinstance(value, (str, list)):
-        return f"has {len(value.split(SEPARATOR) if isinstance(value, str) else value):,} items for {num_residues}"
-    return f"is one value for {num_residues}"
+    value = record.present()
+    if not isinstance(value, (str, list)):
+        return f"is one value for {record.residues_for(1)}"
+    is_letters = isinstance(value, str) and SEPARATOR not in value
+    number = len(value if is_letters or isinstance(value, list) else value.split(SEPARATOR))
+    return f"has {number:,} {'letters' if is_letters else 'items'} for {record.residues_for(number)}"
 
 
 def _kinds(value: Any, num_residues: int) -> set[str]:

@@ -8,19 +8,23 @@ import numpy as np
 
 from megatron.errors import DataError
 
-_SHOWN, _NAMES = 40, 12
+_SHOWN, _NAMES, _SHOWN_OF_NAME, _SHOWN_OF_NAMES = 40, 12, 20, 80  # characters, names, and characters of these
 _MASKS: dict[Any, bool] = {"0": False, "1": True, 0: False, 1: True}
 
 
 @dataclass(frozen=True)
 class ProteinRecord:
-    """A protein as a file has it; `place` names file and line or record, `ids` are its residues' in the vocabulary."""
+    """A protein as a file has it; `place` names file and line or record, `ids` are its residues' in the vocabulary.
+
+    `num_gaps`: how many `-` and `.` the file's sequence has besides, which are no residues.
+    """
 
     place: str
     name: str
     ids: np.ndarray  # uint8 [r]
     label: Any = None
     mask: Any = None
+    num_gaps: int = 0
 
     def wrong(self, finding: str) -> DataError:
         """The error that says so of this record."""
@@ -42,7 +46,7 @@ class ProteinRecord:
         if not isinstance(mask, (str, list)):
             raise self.wrong(f"the mask {shown(mask)} is neither text nor a list with 0 or 1 for each residue")
         if len(mask) != len(self.ids):
-            raise self.wrong(f"{len(self.ids)} residues, but a mask of {len(mask)}")
+            raise self.wrong(f"{self.residues_for(len(mask))}, but a mask of {len(mask)}")
         bad = [value for value in mask if not isinstance(value, (str, int, float)) or value not in _MASKS]
         if bad:
             raise self.wrong(f"the mask has {shown(bad[0])}; expected 0 or 1 for each residue")
@@ -51,7 +55,14 @@ class ProteinRecord:
     def check_length(self, things: str, number: int) -> None:
         """Raises DataError where there are not as many things as residues."""
         if number != len(self.ids):
-            raise self.wrong(f"{len(self.ids)} residues, but {number} {things} in the label")
+            raise self.wrong(f"{self.residues_for(number)}, but {number} {things} in the label")
+
+    def residues_for(self, number: int) -> str:
+        """How many residues there are, in words, and that gaps are none where there are `number` things with these."""
+        residues = f"{len(self.ids):,} residues"
+        if not self.num_gaps or number != len(self.ids) + self.num_gaps:
+            return residues
+        return f"{residues} (gaps, - or ., are none, and the sequence has {self.num_gaps:,})"
 
 
 def as_number(value: Any) -> float | None:
@@ -78,5 +89,8 @@ def shown(value: Any) -> str:
 
 
 def shown_names(names: Sequence[str]) -> str:
-    """Names as messages show them: the first ones, and how many there are."""
-    return ", ".join(names[:_NAMES]) + (f", … ({len(names):,} in all)" if len(names) > _NAMES else "")
+    """Names as messages show them: the first ones, cut where they are long, and how many there are."""
+    short = [name if len(name) <= _SHOWN_OF_NAME else name[:_SHOWN_OF_NAME] + "…" for name in names[:_NAMES]]
+    while len(short) > 2 and sum(map(len, short)) > _SHOWN_OF_NAMES:
+        short.pop()
+    return ", ".join(short) + (f", … ({len(names):,} in all)" if len(names) > len(short) else "")
