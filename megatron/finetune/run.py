@@ -79,9 +79,8 @@ def described(flags: Flags, data: TaskData, num_ends: int) -> Described:
     spec = HeadSpec(space.kind, max(1, len(space.class_names)), num_ends, flags.finetune.pooling,
                     flags.finetune.head_dropout)
     if space.kind in (NUMBER, NUMBERS):
-        numbers = np.asarray(labels, dtype=np.float64) if space.kind == NUMBER else _that_count(labels)
-        deviation = float(np.std(numbers))
-        spec = HeadSpec(**vars(spec) | {"mean": float(np.mean(numbers)), "deviation": deviation or 1.0})
+        numbers = _that_count(labels)
+        spec = HeadSpec(**vars(spec) | {"mean": float(np.mean(numbers)), "deviation": float(np.std(numbers))})
     if flags.task.class_weights == "balanced":
         if space.kind in WITHOUT_CLASSES:
             raise ConfigError(f"--class-weights balanced is for classes, and the labels are of the kind {space.kind}; "
@@ -118,9 +117,7 @@ def _job(flags: Flags, mesh: Mesh, log: Log, requests: StopRequests) -> Job:
     checkpoint = with_padding_of(checkpoint, vocab, vocab.padded_size(config.model), log)
     task, files = task_and_files(flags.task_name, flags.task)
     data = load_task(task, files, ResidueTokenizer(vocab))
-    for part, examples in data.parts.items():
-        if not examples:
-            raise DataError(f"{files[part]}: holds no protein")
+    check_data(data, files)
     if "valid" not in data.parts:
         log.line("note: without a validation file nothing chooses the best weights: the last ones are kept")
     log.line(f"{number_of(len(data.parts['train']), 'protein')} to learn from, labels of the kind {data.space.kind}"
@@ -162,13 +159,24 @@ def _done(folder: Path, identity: Mapping[str, Any], seed: int) -> Report | None
     return dict(report)
 
 
-def _that_count(labels: Sequence[np.ndarray]) -> np.ndarray:
-    """The numbers of all residues that count, float64; raises DataError where none does."""
-    numbers = np.concatenate(labels).astype(np.float64)
-    numbers = numbers[~np.isnan(numbers)]
-    if not len(numbers):
-        raise DataError("no residue of the training proteins has a number; there is nothing to learn")
-    return numbers
+def check_data(data: TaskData, files: Mapping[str, str]) -> None:
+    """Raises DataError for a part without proteins, and for training numbers of which there are not two."""
+    for part, examples in data.parts.items():
+        if not examples:
+            raise DataError(f"{files[part]}: holds no protein")
+    if data.space.kind in (NUMBER, NUMBERS):
+        numbers = _that_count([example.label for example in data.parts["train"]])
+        if not len(numbers):
+            raise DataError(f"{files['train']}: no residue of its proteins has a number; there is nothing to learn")
+        if numbers.min() == numbers.max():
+            raise DataError(f"{files['train']}: all labels of the training file are {numbers[0]:g}; there is nothing "
+                            "to learn")
+
+
+def _that_count(labels: Sequence[float | np.ndarray]) -> np.ndarray:
+    """The numbers of all proteins, or of all their residues that count, float64 [numbers]."""
+    numbers = np.concatenate([np.atleast_1d(label) for label in labels]).astype(np.float64)
+    return numbers[~np.isnan(numbers)]
 
 
 def _number(value: float | None) -> float:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from contextlib import nullcontext
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -9,17 +10,18 @@ import numpy as np
 import pytest
 
 from megatron.config import Config
-from megatron.errors import ConfigError, UserError
+from megatron.errors import ConfigError, DataError, UserError
 from megatron.finetune.data.examples import Example
 from megatron.finetune.data.labels import LabelSpace
 from megatron.finetune.flags import _TAKEN, parse_flags
 from megatron.finetune.predictions import files
 from megatron.finetune.predictions.files import _record, _write, predict
-from megatron.finetune.run import run
+from megatron.finetune.run import check_data, run
 from megatron.infer.contacts.output import best_pairs
 from megatron.log import Log
 from megatron.parallel.mesh import Mesh
 from tests.tasks import SPACES
+from tests.unit.labelled_files import loaded
 
 PROTEINS = [Example("first, of two", np.zeros(8, dtype=np.uint8)), Example("b", np.zeros(7, dtype=np.uint8))]
 CONTACTS = np.zeros((8, 8), dtype=np.float32)
@@ -180,3 +182,14 @@ def test_pretrainings_other_flags_are_unknown():
     for flag in ("--ema", "--mask-prob", "--data-path", "--cuda-graph", "--num-layers"):
         with pytest.raises(ConfigError, match=f"unrecognized arguments: {flag}"):
             parse_flags(["own", "--load", "x", "--save", "y", flag, "1"], "")
+
+
+@pytest.mark.parametrize(("kind", "label", "said"), [
+    ("number", lambda number: 0.1, "all labels of the training file are 0.1; there is nothing to learn"),
+    ("numbers", lambda number: [2, None, 2], "all labels of the training file are 2; there is nothing to learn"),
+    ("numbers", lambda number: [None] * 3, "no residue of its proteins has a number; there is nothing to learn"),
+    ("number", lambda number: number, None)])
+def test_numbers_that_are_all_the_same_are_refused(tmp_path, kind, label, said):
+    data = loaded(tmp_path, [{"seq": "MKV", "label": label(number)} for number in range(4)], label_kind=kind)
+    with nullcontext() if said is None else pytest.raises(DataError, match=f"^train.csv: {said}$"):
+        check_data(data, {"train": "train.csv"})
