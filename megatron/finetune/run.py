@@ -35,6 +35,7 @@ from megatron.train.build.ways import set_deterministic, set_flash_attention, wa
 from megatron.train.stop import StopRequests
 
 Report = dict[str, Any]
+_FILES = {"train": "training", "valid": "validation"}
 HEADS = ("part", "measure", "proteins", "value", "95 % interval")
 
 
@@ -118,6 +119,9 @@ def _job(flags: Flags, mesh: Mesh, log: Log, requests: StopRequests) -> Job:
     task, files = task_and_files(flags.task_name, flags.task)
     data = load_task(task, files, ResidueTokenizer(vocab))
     check_data(data, files)
+    for part, number, other in data.overlaps():
+        log.line(f"note: {number:,} of {len(data.parts[part]):,} {part} proteins have a sequence that is in the "
+                 f"{_FILES[other]} file too; measures on them say little of other proteins")
     if "valid" not in data.parts:
         log.line("note: without a validation file nothing chooses the best weights: the last ones are kept")
     log.line(f"{number_of(len(data.parts['train']), 'protein')} to learn from, labels of the kind {data.space.kind}"

@@ -3,7 +3,7 @@
 import csv
 import json
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -193,3 +193,14 @@ def test_numbers_that_are_all_the_same_are_refused(tmp_path, kind, label, said):
     data = loaded(tmp_path, [{"seq": "MKV", "label": label(number)} for number in range(4)], label_kind=kind)
     with nullcontext() if said is None else pytest.raises(DataError, match=f"^train.csv: {said}$"):
         check_data(data, {"train": "train.csv"})
+
+
+def test_proteins_that_are_in_another_part_too_are_counted_by_their_sequences(tmp_path):
+    def of(*sequences):
+        return [{"seq": sequence, "label": number} for number, sequence in enumerate(sequences)]
+
+    data = loaded(tmp_path, of("MKV", "ACD", "GG"), others=of("mkv", "W", "ac-d", "MK"))
+    assert data.overlaps() == [("valid", 2, "train")]
+    parts = {**data.parts, "test": loaded(tmp_path, of("W", "WW", "GG", "GG")).parts["train"]}
+    assert replace(data, parts=parts).overlaps() == [("valid", 2, "train"), ("test", 2, "train"), ("test", 1, "valid")]
+    assert replace(data, parts={"train": parts["train"], "test": parts["valid"][1:2]}).overlaps() == []

@@ -48,6 +48,14 @@ class TaskData:
                     label.tobytes() if isinstance(label, np.ndarray) else repr(label).encode()) + b"\n")
         return digest.hexdigest()
 
+    def overlaps(self) -> list[tuple[str, int, str]]:
+        """Each part with how many of its proteins have a sequence of train or valid, and which; where there are any."""
+        sequences = {part: {example.ids.tobytes() for example in self.parts[part]}
+                     for part in ("train", "valid") if part in self.parts}
+        found = [(part, sum(example.ids.tobytes() in sequences[other] for example in examples), other)
+                 for part, examples in self.parts.items() for other in sequences if part not in ("train", other)]
+        return [(part, number, other) for part, number, other in found if number]
+
 
 def load_task(task: Task, files: dict[str, str], tokenizer: ResidueTokenizer) -> TaskData:
     """The examples of files by the names of their parts; classes are those of `train`. Raises DataError."""
