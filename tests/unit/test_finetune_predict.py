@@ -37,7 +37,7 @@ PREDICTED = {
     "number": [1.5, -2.0], "class": ["b", "a"], "classes": [["a", "c"], []], "residues": ["abcabcab", "ccccccc"],
     "contacts": [[[1, 8], [2, 8], [1, 7]], [[1, 7]]]}
 CELLS = PREDICTED | {"numbers": ["0.0;0.25;0.5;0.75;1.0;1.25;1.5;1.75", ";".join(["-0.5"] * 7)],
-                     "number": ["1.5", "-2.0"], "classes": ["a;c", ""], "contacts": ["1-8;2-8;1-7", "1-7"]}
+                     "number": ["1.5", "-2.0"], "classes": ["a;c", ";"], "contacts": ["1-8;2-8;1-7", "1-7"]}
 
 
 @pytest.mark.parametrize("kind", VALUES)

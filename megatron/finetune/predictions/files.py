@@ -115,10 +115,14 @@ def _record(space: LabelSpace, value: Any, is_table: bool) -> dict[str, Any]:
 
 
 def _as_cell(prediction: Any) -> Any:
-    """Lists as one text, their parts parted as in the files of training; a pair of residues by a dash."""
+    """Lists as one text, their parts parted as in the files of training; a pair of residues by a dash.
+
+    An empty list is the separator alone, which labels are read by as a protein of no class.
+    """
     if not isinstance(prediction, list):
         return prediction
-    return SEPARATOR.join("-".join(map(str, part)) if isinstance(part, list) else str(part) for part in prediction)
+    cells = ["-".join(map(str, part)) if isinstance(part, list) else str(part) for part in prediction]
+    return SEPARATOR.join(cells) or SEPARATOR
 
 
 def _rounded(probability: float) -> float:
