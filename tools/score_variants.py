@@ -38,8 +38,8 @@ def parser() -> argparse.ArgumentParser:
     """The flags."""
     flags = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     flags.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder, or a checkpoint of another program")
-    flags.add_argument("input", nargs="+", type=Path, metavar="INPUT", help="variants: a .csv, a folder of them, or, "
-                       "with any other ending, a list of mutants; with --heatmap proteins, such as FASTA")
+    flags.add_argument("input", nargs="+", type=Path, metavar="INPUT", help="variants: a .csv or .tsv, a folder of "
+                       "them, or, with any other ending, a list of mutants; with --heatmap proteins, such as FASTA")
     flags.add_argument("output", type=Path, metavar="FOLDER", help="folder for the scores")
     flags.add_argument("--heatmap", action="store_true", help="score all substitutions of each protein of INPUT, as "
                        "CSV and PNG")

@@ -54,6 +54,16 @@ def test_the_wild_type_is_worked_out_where_it_is_not_given(tmp_path):
     np.testing.assert_array_equal(assay.measured, [0.5, np.nan, -1.5, 0.25])
 
 
+@pytest.mark.parametrize(("delimiter", "name"), [(",", "A.csv"), (";", "A.csv"), ("\t", "A.csv"), ("\t", "A.tsv")])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_columns_may_be_parted_by_what_preprocessing_takes(delimiter, name, end, tmp_path):
+    lines = ["mutant,DMS_score,note", 'M1A,0.5,"a"', "K2W:A7C,,x"]
+    (tmp_path / name).write_bytes("".join(line.replace(",", delimiter) + end for line in lines).encode())
+    assay = read(tmp_path / name, sequence=WILD)
+    assert (assay.table.columns, assay.table.rows[0]) == (["mutant", "DMS_score", "note"], ["M1A", "0.5", "a"])
+    assert [len(mutant) for mutant in assay.mutants] == [1, 2] and assay.measured[0] == 0.5
+
+
 def test_the_wild_type_of_a_reference_or_a_fasta_is_taken_by_the_name_of_the_file(tmp_path):
     path = write(tmp_path / "A.csv", "mutant\nM1A\n")
     reference = write(tmp_path / "ref.csv", "DMS_id,DMS_filename,target_seq,UniProt_ID,coarse_selection_type\n"
@@ -101,6 +111,8 @@ def test_a_folder_stands_for_its_csvs_but_the_reference(tmp_path):
      "A.csv: line 3: mutated_sequence is not what mutant M1C makes of the wild type: residue 7 is W, and should be A"),
     ("mutant,mutated_sequence\nM1A,AKTAYIAKQ\n", "A.csv: line 2: mutated_sequence has 9 residues, and the protein 10"),
     ("mutant,DMS_score\nM1A,high\n", "A.csv: line 2: DMS_score is 'high', which is no number"),
+    ("mutant;DMS_score\nM1A;0,5\n", "A.csv: line 2: DMS_score is '0,5', which is no number; write a decimal point"),
+    ("mutant,DMS_score\nM1A,0,5\n", "A.csv: line 2: has 3 fields, and the header 2 .a number with a decimal comma"),
     ('mutant\n"M1A\n', "A.csv: line 2: is no CSV"),
 ])
 def test_a_mistake_in_a_file_is_named_by_its_line(text, what, tmp_path):

@@ -1,7 +1,8 @@
-"""Files of variants: ProteinGym's CSVs, with or without what was measured, and lists of mutants, one a line."""
+"""Files of variants: tables as ProteinGym's, with or without what was measured, and lists of mutants, one a line."""
 
 import hashlib
 import math
+import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from contextlib import suppress
@@ -24,6 +25,8 @@ from megatron.infer.variants.tables import TextTable, read_csv, read_list
 from megatron.infer.variants.wild_types import AssayReference, WildTypes
 
 MUTANT, MUTATED, MEASURED = "mutant", "mutated_sequence", "DMS_score"
+TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")  # what files of columns end in
+_DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+([eE][+-]?\d+)?")
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,14 @@ class Assay:
 
 
 def files_of(inputs: Sequence[Path], reference: Path | None) -> dict[str, Path]:
-    """The file of each assay by its name; of a folder the CSVs, sorted. Raises DataError."""
+    """The file of each assay by its name; of a folder the CSVs and TSVs, sorted. Raises DataError."""
     files: dict[str, Path] = {}
     for path in inputs:
-        found = sorted(each for each in path.iterdir() if each.name.endswith((".csv", ".csv.gz"))
-                       and each != reference) if path.is_dir() else [path]
+        found = [path]
+        if path.is_dir():
+            found = sorted(each for each in path.iterdir() if each.name.endswith(TABLES) and each != reference)
         if not found:
-            raise DataError(f"{path}: has no .csv; give files of variants, or a folder of them")
+            raise DataError(f"{path}: has no .csv or .tsv; give files of variants, or a folder of them")
         for file in found:
             name = file.name.removesuffix(".gz").rsplit(".", 1)[0]
             if name in files:
@@ -77,8 +81,8 @@ def read_assay(name: str, path: Path, wild_types: WildTypes, letters: Collection
     whatever concerns all of them does.
     """
     entry = wild_types.of(path, name)
-    is_csv = path.name.removesuffix(".gz").endswith(".csv")
-    table = read_csv(path, takes_uneven=True) if is_csv else read_list(path, MUTANT)
+    is_table = path.name.endswith(TABLES)
+    table = read_csv(path, takes_uneven=True) if is_table else read_list(path, MUTANT)
     texts, sequences, measurements = table.needed(MUTANT), table.column(MUTATED), table.column(MEASURED)
     if not texts:
         raise DataError(f"{path}: holds no variant")
@@ -149,6 +153,7 @@ def _measured(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise ResidueError(f"{MEASURED} is {text!r}, which is no number; leave it empty where nothing was measured"
-                           ) from None
+        remedy = "write a decimal point" if _DECIMAL_COMMA.fullmatch(text.strip()) else (
+            "leave it empty where nothing was measured")
+        raise ResidueError(f"{MEASURED} is {text!r}, which is no number; {remedy}") from None
     return value if math.isfinite(value) else math.nan

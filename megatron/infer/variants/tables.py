@@ -1,4 +1,4 @@
-"""Tables as files: CSVs and lists that are read, plain or packed, and CSVs that are written whole."""
+"""Tables as files: CSVs, TSVs and lists that are read, plain or packed, and CSVs that are written whole."""
 
 import csv
 import hashlib
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron.data.sources.streams import InputStream, unpacked
+from megatron.data.sources.text.looks import HEAD_BYTES, delimiter_of
 from megatron.errors import DataError
 from megatron.files import write_text
 
@@ -44,12 +45,14 @@ class TextTable:
 
 
 def read_csv(path: Path, takes_uneven: bool = False) -> TextTable:
-    """A CSV with a header; blank lines are left out. Raises DataError.
+    """A CSV or TSV with a header; blank lines are left out. Raises DataError.
 
+    What parts its fields (a comma, a semicolon, a tab) is told from its first lines, as preprocessing tells it.
     `takes_uneven`: whether rows of more or fewer fields than the header has are cut or filled up, and told of.
     """
     text, digest = _text(path)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    delimiter = (delimiter_of("\n".join(text[:HEAD_BYTES].splitlines()).encode()) or b",").decode()
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     columns, rows, lines, uneven = list[str](), list[list[str]](), list[int](), dict[int, str]()
     try:
         for row in reader:
@@ -60,6 +63,8 @@ def read_csv(path: Path, takes_uneven: bool = False) -> TextTable:
                 continue
             if len(row) != len(columns):
                 finding = f"has {len(row)} fields, and the header {len(columns)}"
+                if delimiter == "," and len(row) > len(columns):
+                    finding += " (a number with a decimal comma counts as two: write a point)"
                 if not takes_uneven:
                     raise DataError(f"{path}: line {reader.line_num}: {finding}")
                 uneven[len(rows)] = finding
