@@ -10,12 +10,13 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from errno import EACCES, EAGAIN, EWOULDBLOCK
+from errno import EACCES, EAGAIN, EDQUOT, EFBIG, ENOSPC, EWOULDBLOCK
 from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any
 
 LONGEST_WAIT_S = 60.0
+NO_ROOM = frozenset({ENOSPC, EDQUOT, EFBIG})  # how a full disk, a quota and a limit of files refuse to take more
 _MARK, _REPLACED = ".unfinished-", "-replaced"
 
 

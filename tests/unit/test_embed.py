@@ -1,6 +1,7 @@
 """From files of proteins to files of answers: the ones that the model gives, in the input's order, in every form."""
 
 import json
+import resource
 from contextlib import suppress
 from pathlib import Path
 
@@ -185,6 +186,20 @@ def test_parts_that_are_left_beside_a_whole_output_go(pretrained, fasta, tmp_pat
     left.mkdir(parents=True)
     made(pretrained, fasta, output)
     assert not left.parent.exists()
+
+
+@pytest.mark.parametrize("bytes_there", [1000, 12_000])  # of a file: too few for a part, and enough for some
+def test_a_full_disk_is_one_line_and_what_is_computed_stays(bytes_there, pretrained, fasta, tmp_path, small_parts):
+    files, output = resource.getrlimit(resource.RLIMIT_FSIZE), tmp_path / "out.npz"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_there, files[1]))
+    try:
+        with pytest.raises(OutputError, match=r"cannot be written \(File too large\); make room, and the same command "
+                           f"goes on with what is in {output}.parts$"):
+            made(pretrained, fasta, output)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, files)
+    there = sorted(path.name for path in (tmp_path / "out.npz.parts").iterdir() if path.is_dir())
+    assert bool(there) == (bytes_there > 1000) and made(pretrained, fasta, output).exists()
 
 
 def test_another_key_of_the_sequence_or_the_name_is_other_work(pretrained, tmp_path):

@@ -3,11 +3,13 @@
 import socket
 import threading
 from datetime import timedelta
+from errno import ENOSPC
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from megatron.config import ParallelConfig
 from megatron.errors import LaunchError
 from megatron.parallel.launch import hosts as hosts_module
 from megatron.parallel.launch.agent import listens, prepared
@@ -275,3 +277,12 @@ def test_what_a_program_may_not_read_at_its_start_is_one_line(capsys):
 
     assert status_of(prepare) == 2
     assert capsys.readouterr().err == "error: [Errno 13] Permission denied: 'theirs/run'\n"
+
+
+def test_a_file_for_which_there_is_no_room_is_one_line_that_says_what_to_do(capsys):
+    def work(mesh, log):
+        raise OSError(ENOSPC, "No space left on device", "my/file")
+
+    assert status_of(lambda launch: (ParallelConfig(), work)) == 2
+    assert capsys.readouterr().err == (
+        "error: my/file: cannot be written (No space left on device); make room, and run the same command again\n")

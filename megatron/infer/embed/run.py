@@ -5,6 +5,7 @@ Equal proteins are computed once. The data ranks share out the parts; tensor ran
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 
 from megatron.checkpoint.contact_head import contact_head_file
 from megatron.errors import ConfigError, OutputError
-from megatron.files import write_json
+from megatron.files import NO_ROOM, write_json
 from megatron.infer.answers import OF_LAYERS, Answer, Asked
 from megatron.infer.embed.parts import Parts, is_of, tells_identity
 from megatron.infer.embed.survey import Survey, first_ones, survey
@@ -69,10 +70,12 @@ def embed(work: Work, pretrained: Pretrained, files: ProteinFiles, log: Log) -> 
     parts = Parts(folder, ranges, surveyed.lengths_u, work.asked)
     if mesh.world.rank == 0:
         parts.begin({**identity, "residues a part": most_residues})
-    _compute(work, pretrained, files, surveyed, parts, log)
+    with _saying_what_is_kept(folder):
+        _compute(work, pretrained, files, surveyed, parts, log)
     everyones(None, mesh.world)
     if mesh.world.rank == 0:
-        _assemble(work, files, surveyed, parts, log)
+        with _saying_what_is_kept(folder):
+            _assemble(work, files, surveyed, parts, log)
         write_json(facts, {"identity": identity, "proteins": len(surveyed.distinct_p),
                            "distinct": len(surveyed.lengths_u)})
         shutil.rmtree(folder)
@@ -152,6 +155,18 @@ def _assemble(work: Work, files: ProteinFiles, surveyed: Survey, parts: Parts, l
             write(protein.name, len(protein), parts.read(distinct))
             bar.update(1)
     bar.close()
+
+
+@contextmanager
+def _saying_what_is_kept(parts: Path) -> Iterator[None]:
+    """Raises the block's OSErrors of a full disk as an OutputError that says that nothing computed is lost."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise OutputError(f"{error.filename or parts}: cannot be written ({error.strerror}); make room, and the same "
+                          f"command goes on with what is in {parts}") from None
 
 
 def _check_room(output: Path, surveyed: Survey, parts: Path) -> None:
