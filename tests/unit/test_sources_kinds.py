@@ -1,6 +1,7 @@
 """What a file is taken for: each kind that is not read is refused by its name, and proteins are never taken for one."""
 
 import gzip
+import re
 
 import pytest
 
@@ -55,14 +56,16 @@ def test_what_is_not_read_is_refused_by_its_name_and_with_a_remedy(tmp_path, mon
         monkeypatch.setattr(streams, "_CHUNK_BYTES", chunk_bytes)
         for options in ({}, {"skip_bad_records": True}):
             line = damaged(tmp_path, REFUSED[name], **options)
-            assert f"bad: is {name} (it begins " in line
-            assert not line.endswith("; ")
+            first = REFUSED[name].strip(b" \n").splitlines()[0]
+            is_text = all(byte == 9 or 32 <= byte < 127 for byte in first)
+            assert f"bad: is {name}{' (it begins ' if is_text else '; '}" in line
+            assert line.isprintable() and not line.endswith("; ")
 
 
 @pytest.mark.parametrize("name", [name for name in REFUSED if name in {kind.name for kind in TEXT_KINDS}])
 def test_blank_lines_and_a_byte_order_mark_hide_no_kind(tmp_path, name):
     data = REFUSED[name].replace(b"\n", b"\r\n")
-    assert f"bad: is {name} (it begins " in damaged(tmp_path, b"\xef\xbb\xbf\r\n \n" + data)
+    assert re.search(f"bad: is {name}( .it begins |; )", damaged(tmp_path, b"\xef\xbb\xbf\r\n \n" + data))
 
 
 @pytest.mark.parametrize("text", [

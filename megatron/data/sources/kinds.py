@@ -74,12 +74,18 @@ def blocks_of(stream: InputStream, path: str | None, wanted: Wanted) -> Iterator
     contents = Contents(stream, Lookahead(unpacked(stream)), None if is_packed else path)
     kind = _kind_of(contents)
     if kind.read is None:
-        found = contents.chunks.peek(40).splitlines()[0].decode(errors="replace")
-        raise DataError(f"{contents.source}: is {kind.name} (it begins {found!r}); {kind.instead}")
+        raise DataError(f"{contents.source}: is {kind.name}{_beginning(contents.chunks.peek(40))}; {kind.instead}")
     for number, block in enumerate(kind.read(contents, wanted)):
         if number == 0:
             _check_format(block, wanted)
         yield replace(block, begins_file=number == 0 or block.begins_file)  # of a tar: the file of a member
+
+
+def _beginning(head: bytes) -> str:
+    """How a file begins, in words; empty where that is no text."""
+    found = head.splitlines()[0].decode(errors="replace")
+    is_text = "\ufffd" not in found and found.replace("\t", " ").isprintable()
+    return f" (it begins {found!r})" if is_text else ""
 
 
 def _kind_of(contents: Contents) -> Kind:
