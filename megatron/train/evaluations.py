@@ -45,9 +45,7 @@ class Evaluations:
             if self.was_cut_short or self._requests.agreed(run.mesh):
                 self.was_cut_short = True
                 break
-            num_rows = dataset.num_epoch_rows(0)
-            if training.eval_iters:
-                num_rows = min(num_rows, training.eval_iters * run.sizes.final)
+            num_rows = num_rows_evaluated(run, dataset)
             digest = measured_on(dataset, num_rows)
             if kind == split:
                 self._look_at(split, digest)
@@ -72,3 +70,9 @@ class Evaluations:
             run.log.line(f"note: the run is complete, and its {loss_name(split)} is of other data (--data-path, "
                          "--split, --seq-length or --eval-iters was another), or does not say of what: what follows is "
                          "told here alone, and its own metrics, best and report stay as they are")
+
+
+def num_rows_evaluated(run: Run, dataset: Dataset) -> int:
+    """How many rows of a split an evaluation is of: all, or what --eval-iters leaves of them."""
+    num_rows = dataset.num_epoch_rows(0)
+    return min(num_rows, run.config.training.eval_iters * run.sizes.final or num_rows)

@@ -19,7 +19,7 @@ from megatron.errors import SaveError
 from megatron.model.protein_model import compute_dtype
 from megatron.train.build.peak import measured_peak_flops
 from megatron.train.build.run import Run
-from megatron.train.evaluations import Evaluations
+from megatron.train.evaluations import Evaluations, num_rows_evaluated
 from megatron.train.guards.faults import Faults
 from megatron.train.guards.guard import Guard, WrongSteps
 from megatron.train.guards.stragglers import Stragglers
@@ -228,9 +228,17 @@ def _baselines(run: Run) -> Baselines | None:
                                     run.vocab.residue_ids, FIXED)
     if baselines is None:
         return None
-    run.log.line(f"letter-frequency baseline on validation: {baselines.letters:.4f} nats, or {baselines.visible:.4f} "
-                 "with the letters that masking leaves visible")
+    run.log.line(f"letter-frequency baseline on {_of_baselines(run)}: {baselines.letters:.4f} nats, or "
+                 f"{baselines.visible:.4f} with the letters that masking leaves visible")
     return baselines
+
+
+def _of_baselines(run: Run) -> str:
+    """Which proteins the baselines cover, in words; says so where the losses beside them cover fewer."""
+    valid = run.data.valid
+    if valid is None or num_rows_evaluated(run, valid) == valid.num_epoch_rows(0):
+        return "validation"
+    return "all validation proteins, including those that --eval-iters leaves out"
 
 
 def _summary(run: Run, results: dict[str, Evaluation], before: dict[str, float | None], baselines: Baselines | None,
@@ -239,7 +247,7 @@ def _summary(run: Run, results: dict[str, Evaluation], before: dict[str, float |
     rows = [(loss_name(kind), _in_words(result, before.get(kind))) for kind, result in results.items()]
     if baselines is not None:
         rows.insert(sum(kind.startswith("valid") for kind in results), (
-            "letter frequencies", f"{baselines.letters:.4f} nats: the baseline on validation "
+            "letter frequencies", f"{baselines.letters:.4f} nats: the baseline on {_of_baselines(run)} "
             f"({baselines.visible:.4f} with the letters that masking leaves visible)"))
     if folder:
         checkpoint = place_of(Path(folder), run.state.iteration)
