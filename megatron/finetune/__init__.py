@@ -1,1 +1,3 @@
-"""Trained models taught a task: flags, heads, the model with one, its training, the runs of all seeds."""
+"""Fine-tuning: teaches a pretrained model a task. Flags, heads, the model with its head, training, the runs of all
+seeds.
+"""

@@ -1,4 +1,4 @@
-"""The learning rate of --calibrate-lr that is best by validation, found by short tries, and kept for the next time."""
+"""Finds the best of the learning rates of --calibrate-lr by short trials, and stores it for the next run."""
 
 import json
 from collections.abc import Mapping
@@ -16,11 +16,11 @@ CHOSEN = "chosen.json"
 
 
 def with_best_rate(job: Job, folder: Path) -> Job | None:
-    """The job with that of --calibrate-lr of which a try with the first seed has the best validation; all together.
+    """The job with the learning rate whose trial, with the first seed, has the best validation; all ranks call this.
 
-    What is seen of each, and which was chosen, goes into a folder, from which it is taken the next time. Gives None
-    where it was asked to stop before. One that diverges is not chosen. Raises ConfigError where there is no validation
-    file to choose by, and DivergedError where all diverge.
+    The results of the trials and the chosen rate are stored in a folder and reused in the next run. A rate that
+    diverges is not chosen. Returns None if the run was asked to stop before all trials were done. Raises ConfigError if
+    there is no validation file, and DivergedError if all rates diverge.
     """
     if "valid" not in job.data.parts:
         raise ConfigError("--calibrate-lr chooses by validation, and there is no such file; give --valid-data, or "
@@ -53,7 +53,7 @@ def with_best_rate(job: Job, folder: Path) -> Job | None:
 
 
 def _chosen(path: Path, identity: Mapping[str, Any]) -> float | None:
-    """The learning rate that an earlier run with these flags has chosen."""
+    """The learning rate that an earlier run with the same flags has chosen."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         return float(fields["lr"]) if fields["flags"] == json.loads(json.dumps(identity)) else None

@@ -1,6 +1,5 @@
-"""The flags of fine-tuning: the files of a task, where sequence and label stand in them, and how it is learnt.
-
-The others are pretraining's, those of them that mean something here.
+"""The flags of fine-tuning: files, keys of sequence and label, and training. All other flags are those of pretraining
+that apply here.
 """
 
 from argparse import RawDescriptionHelpFormatter
@@ -23,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """The files of a task and their labels."""
+    """The files of a task and its labels."""
 
     data: str = flag(None, "folder of the task's files, as TAPE names them (TASK_train.lmdb) or train.csv.gz, "
                      "valid.jsonl, …, each in any readable format", path="folder")
@@ -48,7 +47,7 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """How a task is learnt."""
+    """How a task is trained."""
 
     head_only: bool = flag(False, "train only the head and freeze the model")
     pooling: str = flag("mean", "input of the head for a whole protein: the mean over its residues, or the token "
@@ -109,7 +108,7 @@ _TEXTS = {  # what those of pretraining's flags are that are something else here
 
 @dataclass(frozen=True)
 class Flags:
-    """What a command line says. `others`: the values of pretraining's flags that it gives, by their fields' names."""
+    """A parsed command line. `others`: the values of pretraining's flags that were given, by field name."""
 
     task_name: str
     task: TaskConfig
@@ -118,9 +117,9 @@ class Flags:
     others: Mapping[str, Any]
 
     def config(self, saved: Mapping[str, Any], data_size: int, num_iterations: int | None = None) -> Config:
-        """Pretraining's configuration, with the model of a checkpoint whose flags are `saved`; raises ConfigError.
+        """Pretraining's configuration with the model of a checkpoint whose flags are `saved`; raises ConfigError.
 
-        `num_iterations`: where it is known how many there will be, if the flags do not say.
+        `num_iterations`: the number of iterations, once known, if the flags do not give it.
         """
         micro_batch = self.others.get("micro_batch_size", _MICRO_BATCH)
         rows = micro_batch * data_size
@@ -145,7 +144,7 @@ class Flags:
         return OptimizerConfig(optimizer=self.others.get("optimizer", "adam")).uses_muon
 
     def identity(self) -> dict[str, Any]:
-        """What two runs have in common that give the same but for their seeds, as JSON has it."""
+        """What two runs must have in common to give the same results but for their seeds, as JSON."""
         free = {"save", "save_interval", "exit_interval", "exit_duration_in_mins", "log_interval", "local_rank",
                 "distributed_timeout_minutes"}
         values = {**vars(self.task), **vars(self.finetune), **(vars(self.lora) if self.lora else {}), **self.others,
@@ -155,7 +154,7 @@ class Flags:
 
 
 def parse_flags(argv: Sequence[str], description: str) -> Flags:
-    """What `argv` says; raises ConfigError."""
+    """Parse `argv`; raises ConfigError."""
     parser = OneLineParser(description=description, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("task", metavar="TASK", choices=TASK_NAMES, help=f"{', '.join(TASK_NAMES)}; or predict "
                         "instead (see `predict --help`)")
@@ -190,7 +189,7 @@ def _taken(section: type[T], given: dict[str, Any]) -> T:
 
 
 def task_and_files(name: str, config: TaskConfig) -> tuple[Task, dict[str, str]]:
-    """The task of that name with its files by part, `train` first; raises ConfigError or DataError."""
+    """The task of this name, and its files by part with `train` first; raises ConfigError or DataError."""
     task = task_of(name, sequence_key=config.sequence_key, label_key=config.label_key, mask_key=config.mask_key,
                    label_kind=config.label_kind, pairs_from=config.pairs_from)
     named = {"--train-data": config.train_data, "--valid-data": config.valid_data, "--test-data": config.test_data}

@@ -1,4 +1,5 @@
-"""A model with a task's head: begun on a checkpoint's weights, saved beside what it predicts, and opened again."""
+"""A model with a task head: starts from a checkpoint's weights, is saved with a description, and can be opened again.
+"""
 
 import json
 from collections.abc import Callable, Mapping
@@ -35,7 +36,7 @@ TASK_FILE = "task.json"
 
 @dataclass(frozen=True)
 class Described:
-    """What a model is to predict, and by what head: all that its folder holds besides a checkpoint."""
+    """What a model predicts, and with which head: all that its folder stores besides the checkpoint."""
 
     task: Task
     space: LabelSpace
@@ -43,16 +44,16 @@ class Described:
     lora: LoraConfig | None = None
 
     def write(self, folder: Path) -> None:
-        """Write it into a model's folder."""
+        """Write this description to a model's folder."""
         write_json(folder / TASK_FILE, {name: asdict(value) for name, value in vars(self).items() if value is not None})
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint is to say of it, so that its adapters can be merged."""
+        """What a checkpoint stores of this description, so that its adapters can be merged later."""
         return {} if self.lora is None else {STATE: asdict(self.lora)}
 
     @classmethod
     def read(cls, folder: Path) -> "Described":
-        """That of a model's folder; raises CheckpointError where there is none."""
+        """The description in a model's folder; raises CheckpointError if there is none."""
         path = folder / TASK_FILE
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
@@ -67,10 +68,11 @@ class Described:
 
     def begin(self, config: Config, mesh: Mesh, vocab: Vocab, checkpoint: Checkpoint, seed: int,
               is_head_only: bool) -> Engine:
-        """The engine that trains it: the weights of head and adapters from the seed, all others of a checkpoint.
+        """The engine for training: head and adapters are initialised from the seed, all other weights come from a
+        checkpoint.
 
-        Another task's head in the checkpoint is left out, and adapters there are merged. Raises CheckpointError where
-        weights do not fit.
+        A task head in the checkpoint is dropped, and adapters there are merged. Raises CheckpointError if weights do
+        not fit.
         """
         checkpoint = merged(checkpoint, config.model)
         born = [name for name in self._names(config, vocab) if not name.startswith(TASK_HEAD)]
@@ -84,7 +86,7 @@ class Described:
         return self._engine(config, mesh, vocab, fill, lambda name: is_head_only and name in names)
 
     def open(self, config: Config, mesh: Mesh, vocab: Vocab, checkpoint: Checkpoint) -> Engine:
-        """The engine of one that was saved."""
+        """The engine of a saved model."""
         names = self._names(config, vocab)
         return self._engine(config, mesh, vocab, lambda parameters: load_model(parameters, checkpoint, names),
                             lambda name: False)

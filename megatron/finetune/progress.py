@@ -1,9 +1,9 @@
-"""How far the training of a seed has come, and its checkpoints while it is under way: the same command goes on there.
+"""The progress of training with one seed, and its intermediate checkpoints, from which the same command continues.
 
-FOLDER/unfinished/iter_…    as pretraining saves them, with the optimizer's state; gone once the seed is done
+FOLDER/unfinished/iter_…    in pretraining's format, with the optimizer's state; removed once the seed is done
 
-Of the weights they hold those that are trained, the others are those of --load. The best so far lie where pretraining
-has the average of the weights, unless they are the weights of that very step.
+Only trained weights are stored; the others come from --load. The best weights so far are stored where pretraining has
+the average of the weights, unless they are those of the same step.
 """
 
 import json
@@ -32,10 +32,10 @@ UNFINISHED = "unfinished"
 
 @dataclass
 class Progress:
-    """Where a training stands, and which step was the best by validation; what a checkpoint keeps besides tensors.
+    """The state of a training besides tensors, and which step was the best by validation.
 
-    `epoch`: how many are whole, their validation as well; `step`: how many of the next are taken. `best_at` is 0, and
-    `best_value` -inf, until there was a validation.
+    `epoch`: the number of complete epochs, including validation; `step`: steps taken in the next one. `best_at` is 0
+    and `best_value` -inf before the first validation.
     """
 
     iteration: int = 0
@@ -46,20 +46,20 @@ class Progress:
     best_value: float = -math.inf
 
     def state(self) -> dict[str, Any]:
-        """All of it, as JSON has it."""
+        """All fields, as JSON."""
         return asdict(self) | {"best_value": self.best_value if math.isfinite(self.best_value) else None}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "Progress":
-        """What `state` gave."""
+        """The progress from what `state` returned."""
         return cls(**{**state, "best_value": -math.inf if state["best_value"] is None else state["best_value"]})
 
 
 class Unfinished:
-    """The checkpoints of a training that is under way, of which the newest is kept; all ranks call all of it together.
+    """The checkpoints of a training in progress, of which the newest is kept; all ranks must call its methods together.
 
-    `work`: what must be as it was for a training to go on: flags, data, steps; as JSON has it. Raises ConfigError where
-    the folder holds the beginning of another.
+    `work`: what must be unchanged for a training to continue (flags, data, steps), as JSON. Raises ConfigError if the
+    folder holds another training.
     """
 
     def __init__(self, folder: Path, config: Config, engine: Engine, log: Log, claim: Claim | None,
@@ -73,7 +73,8 @@ class Unfinished:
                               f"to go on with it give these, else name a new folder, or remove {self._folder}")
 
     def go_on(self, meters: Meters) -> tuple[Progress, dict[str, Tensor]]:
-        """Where the training was left, and the best weights until then, with all else put in place; from 0 if nowhere.
+        """Restore the newest checkpoint, and return the progress and the best weights so far; starts at 0 if there is
+        none.
         """
         if self._found is None:
             return Progress(), {}
@@ -92,18 +93,18 @@ class Unfinished:
         return progress, best
 
     def copied(self) -> dict[str, Tensor]:
-        """This rank's parts of the weights that are trained, as they are."""
+        """A copy of this rank's shards of the trained weights."""
         return {name: parameter.detach().clone() for name, parameter in self._trained().items()}
 
     @torch.no_grad()
     def put_in_place(self, weights: Mapping[str, Tensor]) -> None:
-        """Compute with weights that `copied` gave."""
+        """Load weights that `copied` returned."""
         for name, weight in weights.items():
             self._engine.model.parameters[name].copy_(weight)
         self._engine.take_up_weights()
 
     def save(self, progress: Progress, best: Mapping[str, Tensor], meters: Meters) -> None:
-        """Write a checkpoint; raises CheckpointError where the disk refuses."""
+        """Write a checkpoint; raises CheckpointError if the disk refuses."""
         if self._saver is None:
             config = replace(self._config.checkpoint, save=str(self._folder), keep_checkpoints=1)
             loaded = 0 if self._found is None else self._found.iteration
@@ -117,7 +118,7 @@ class Unfinished:
              "loss_scale": engine.loss_scale.state(), "fp8_amaxes": engine.amaxes.state(), "meters": meters.state()})
 
     def remove(self) -> None:
-        """Take all of it away: the training is done."""
+        """Remove all of them: the training is done."""
         if self._saver is not None:
             self._saver.close()
         if self._log.is_speaker:
@@ -128,6 +129,6 @@ class Unfinished:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Take away what a training left that has come to its end."""
+    """Remove the intermediate checkpoints of a training that is done."""
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""A whole fine-tuning: the task's data, a run for each seed, and the report of all."""
+"""A complete fine-tuning: loads the data, trains with each seed, and reports the results."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -40,10 +40,11 @@ HEADS = ("part", "measure", "proteins", "value", "95 % interval")
 
 
 def run(flags: Flags, mesh: Mesh, log: Log) -> list[list[str]] | None:
-    """Fine-tune with each seed and report; gives the rows of a table under HEADS. All ranks call this together.
+    """Fine-tune with each seed and return the rows of a table with the columns HEADS. All ranks must call this
+    together.
 
-    SIGTERM, SIGUSR1, Ctrl-C and the flags of pretraining that say when to leave make it save and give None; called
-    again, it goes on. Raises a UserError for what does not fit.
+    SIGTERM, SIGUSR1, Ctrl-C and pretraining's flags that limit time make it save and return None; the next call
+    continues. Raises a UserError for flags, data or checkpoints that do not fit.
     """
     requests, root = StopRequests(flags.others.get("exit_duration_in_mins")), Path(flags.others["save"])
     if len(flags.finetune.seeds) > 1 and any((root / name).exists() for name in (TASK_FILE, UNFINISHED)):
@@ -75,7 +76,8 @@ def run(flags: Flags, mesh: Mesh, log: Log) -> list[list[str]] | None:
 
 
 def described(flags: Flags, data: TaskData, num_ends: int) -> Described:
-    """What a model learns of some data; raises ConfigError for weights of classes where there are none."""
+    """What a model learns from this data; raises ConfigError if class weights are asked for and there are no classes.
+    """
     space, labels = data.space, [example.label for example in data.parts["train"]]
     spec = HeadSpec(space.kind, max(1, len(space.class_names)), num_ends, flags.finetune.pooling,
                     flags.finetune.head_dropout)
@@ -92,13 +94,13 @@ def described(flags: Flags, data: TaskData, num_ends: int) -> Described:
 
 
 def spreads(reports: list[Report]) -> dict[str, dict[str, list[float]]]:
-    """Of each part's measures the mean over the seeds and the standard deviation."""
+    """The mean over seeds, and the standard deviation, of each metric of each part."""
     return {part: {name: list(spread([_number(report["measures"][part][name][0]) for report in reports]))
                    for name in measures} for part, measures in reports[0]["measures"].items()}
 
 
 def rows_of(reports: list[Report], names: tuple[str, ...]) -> list[list[str]]:
-    """The measures on each part: of one seed with their intervals, of several their mean and spread."""
+    """The metrics of each part: with intervals for one seed, as mean and spread for several."""
     rows = []
     for part, measures in reports[0]["measures"].items():
         for name in names:
@@ -133,7 +135,7 @@ def _job(flags: Flags, mesh: Mesh, log: Log, requests: StopRequests) -> Job:
 
 
 def _settled(flags: Flags, saved: Mapping[str, Any], mesh: Mesh, log: Log) -> Flags:
-    """The flags with what `--precision auto` comes to, and PyTorch set as they ask for; raises ConfigError."""
+    """The flags with `--precision auto` resolved, after configuring PyTorch as they ask; raises ConfigError."""
     config = flags.config(saved, mesh.data.size)
     set_tf32(config, mesh)
     set_flash_attention(config, mesh)
@@ -146,9 +148,9 @@ def _settled(flags: Flags, saved: Mapping[str, Any], mesh: Mesh, log: Log) -> Fl
 
 
 def _done(folder: Path, identity: Mapping[str, Any], seed: int) -> Report | None:
-    """The report of a seed that an earlier run of this command has finished.
+    """The report of this seed if an earlier run of the same command finished it.
 
-    Raises ConfigError for one of another, and where the folder holds a run that is none of fine-tuning.
+    Raises ConfigError if the report is another command's, or if the folder holds a run of another kind.
     """
     path = folder / REPORT
     if not path.exists():
@@ -164,7 +166,7 @@ def _done(folder: Path, identity: Mapping[str, Any], seed: int) -> Report | None
 
 
 def check_data(data: TaskData, files: Mapping[str, str]) -> None:
-    """Raises DataError for a part without proteins, and for training numbers of which there are not two."""
+    """Raises DataError for a part without proteins, and for training numbers that are all equal."""
     for part, examples in data.parts.items():
         if not examples:
             raise DataError(f"{files[part]}: holds no protein")

@@ -1,4 +1,6 @@
-"""Training a model on a task by pretraining's steps: epochs, validation, the best weights, and how good they are."""
+"""Trains a model on a task with pretraining's training step: epochs, validation, choice of the best weights, and
+metrics.
+"""
 
 import json
 import math
@@ -48,7 +50,7 @@ Measures = dict[str, Measured]
 
 @dataclass(frozen=True)
 class Job:
-    """Everything of a run but its seed. `claim`: on rank 0, the right to write into --save."""
+    """Everything that defines a run except its seed. `claim`: on rank 0, the right to write to --save."""
 
     flags: Flags
     identity: Mapping[str, Any]  # that of the flags as they were given
@@ -64,9 +66,10 @@ class Job:
 
 
 def fine_tune(job: Job, seed: int, folder: Path) -> dict[str, Any] | None:
-    """Train with one seed, write the model and its report into a folder, and give the report; all ranks together.
+    """Train with one seed, write the model and its report to a folder, and return the report; all ranks call this
+    together.
 
-    It goes on from where it was left. Gives None where it was asked to stop before the end.
+    Continues an earlier run. Returns None if it was asked to stop before the end.
     """
     training = FineTuning(job, seed, folder)
     if not training.run():
@@ -77,10 +80,11 @@ def fine_tune(job: Job, seed: int, folder: Path) -> dict[str, Any] | None:
 
 
 class FineTuning:
-    """One run of `num_steps` at most, from where it was left; `best_value`: of the first measure, at the best so far.
+    """A training of at most `num_steps` steps, which continues an earlier one; `best_value`: the best first metric so
+    far.
 
-    `is_try`: it ends after a quarter of an epoch, or 20 steps, and has the whole course of the learning rate in these;
-    nothing of it is saved.
+    `is_try`: stop after a quarter of an epoch, or 20 steps, with the whole learning rate schedule in these, and save
+    nothing.
     """
 
     def __init__(self, job: Job, seed: int, folder: Path, is_try: bool = False) -> None:
@@ -110,12 +114,13 @@ class FineTuning:
 
     @property
     def best_value(self) -> float:
-        """The first measure of the best validation so far."""
+        """The first metric at the best validation so far."""
         return self._progress.best_value
 
     def run(self) -> bool:
-        """Take the steps that are left, epoch after epoch, until all are taken or nothing gets better; then put the
-        best in place. Returns False where it was asked to stop before, and has saved.
+        """Take the remaining steps until all are taken or validation stops improving, then load the best weights.
+
+        Returns False if it was asked to stop before that; it has saved then.
         """
         progress, is_stopping = self._progress, self._job.requests.agreed(self._mesh)
         bar = self._log.progress(total=self.num_steps, done=progress.iteration, unit="step",
@@ -144,7 +149,7 @@ class FineTuning:
         return True
 
     def report(self) -> dict[str, Any]:
-        """What is told of the run: the measures of each part by the best weights, with their intervals."""
+        """The report of the run: the metrics of each part with the best weights, and their intervals."""
         found = {part: self._measured(part, self._job.flags.finetune.bootstrap) for part in self._parts}
         return {"flags": self._job.identity, "seed": self._seed, "lr": self._config.schedule.lr,
                 "iteration": self._kept, "epoch": self._progress.best_epoch or self._progress.epoch,
@@ -154,7 +159,7 @@ class FineTuning:
                                     for name, one in measures.items()} for part, measures in found.items()}}
 
     def save(self, report: dict[str, Any]) -> None:
-        """Write the model, what it predicts, and last the report."""
+        """Write the model, its description and, last, the report."""
         config = replace(self._config.checkpoint, save=str(self._folder))
         saver = Saver(config, self._mesh, self._job.claim, self._log, loaded=0)
         flags = self._config.as_dict() | {"vocab_file": self._config.data.absolute_vocab_file}

@@ -1,1 +1,1 @@
-"""Trained models that are asked, not trained: a checkpoint as a model, and proteins as what it takes."""
+"""Inference with trained models: loading a checkpoint of any format, and feeding it proteins."""

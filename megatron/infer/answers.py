@@ -1,4 +1,6 @@
-"""What a model says of proteins: hidden states, their means, contacts, logits. Shapes: r residues, h hidden, v tokens.
+"""Computes a model's outputs for proteins: hidden states, their means, contacts, logits.
+
+Shapes: r residues, h hidden, v tokens of the vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,7 +43,9 @@ class Asked:
     layers: tuple[int, ...] = (-1,)
 
     def resolved(self, num_layers: int, has_contacts: bool) -> "Asked":
-        """With layers from 0; raises ConfigError for one that the model has not, and for contacts of one without."""
+        """A copy whose layers count from 0; raises ConfigError for a layer that the model lacks, and for contacts if it
+        has no contact head.
+        """
         for name in self.include:
             if name not in INCLUDED:
                 raise ConfigError(f"include has {name!r}; it may have {', '.join(INCLUDED)}")
@@ -56,17 +60,18 @@ class Asked:
 
     @property
     def watched(self) -> tuple[int, ...]:
-        """The layers whose states are needed."""
+        """The layers whose hidden states are needed."""
         return self.layers if set(OF_LAYERS) & set(self.include) else ()
 
 
 @torch.no_grad()
 def answers(model: ProteinModel, mesh: Mesh, proteins: Sequence[np.ndarray], num_ends: int, num_tokens: int,
             asked: Asked, budget: int | None = None) -> list[Answer]:
-    """The answer for each protein, in their order; a protein is its ids between its ends.
+    """The outputs for each protein, in the order of `proteins`, which are ids with the tokens at their ends.
 
-    `num_ends`: 1 or 2; `num_tokens`: of the vocabulary; `asked` is resolved; `budget`: the tokens of a row, by default
-    as memory allows. Tensor ranks call this together and get the same.
+    `num_ends`: tokens around a protein, 1 (before it) or 2. `num_tokens`: size of the vocabulary without padding.
+    `asked` must be resolved. `budget`: tokens in a row; None for as many as memory allows. All tensor ranks must call
+    this together; each gets the same result.
     """
     found = list[Answer]([{}] * len(proteins))
     budget = token_budget(budget, model.config, len(asked.watched), mesh)
@@ -79,7 +84,7 @@ def answers(model: ProteinModel, mesh: Mesh, proteins: Sequence[np.ndarray], num
 
 def _of_row(model: ProteinModel, mesh: Mesh, row: PackedSequence, num_ends: int, num_tokens: int,
             asked: Asked) -> Iterator[Answer]:
-    """The answer for each of a row's proteins."""
+    """The outputs for each protein of one row."""
     last = model.config.num_layers
     needs_last = "logits" in asked.include
     named: dict[str, list[np.ndarray]] = {}
@@ -106,11 +111,11 @@ def _of_row(model: ProteinModel, mesh: Mesh, row: PackedSequence, num_ends: int,
 
 
 def all_logits(model: ProteinModel, hidden_mh: Tensor, mesh: Mesh, num_tokens: int) -> Tensor:
-    """Logits [m, v] of hidden states, v the tokens of the vocabulary, on every tensor rank.
+    """Logits [m, v] of hidden states [m, h], the same on every tensor rank.
 
-    The ids that fill the vocabulary up are left out: training's softmax has them, as in Megatron-LM, but other formats
-    do not keep them, and what is asked is to answer alike in every format. Raises ConfigError for a model without that
-    head.
+    Ids that only pad the vocabulary are left out. Training includes them in its softmax, as Megatron-LM does, but other
+    formats drop them, and a checkpoint must give the same results in every format. Raises ConfigError for a model
+    without a masked-LM head.
     """
     check_head(model)
     logits_mv = model.logits(hidden_mh)
@@ -120,12 +125,12 @@ def all_logits(model: ProteinModel, hidden_mh: Tensor, mesh: Mesh, num_tokens: i
 
 
 def check_head(model: ProteinModel) -> None:
-    """Raises ConfigError for a model that does not say what residues are likely."""
+    """Raises ConfigError for a model without a masked-LM head, such as a fine-tuned one."""
     if not hasattr(model, "lm_head"):
         raise ConfigError("what residues are likely is asked of a fine-tuned model, which has no masked-LM head; ask "
                           "the one that it was begun from")
 
 
 def _residues(values_t: Tensor, num_ends: int) -> np.ndarray:
-    """A protein's own, without those of its ends."""
+    """The values of a protein's residues, without those of the tokens at its ends."""
     return values_t[1:len(values_t) + 1 - num_ends].numpy()

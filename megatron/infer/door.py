@@ -1,4 +1,4 @@
-"""The flags that all programs have that ask models, and how these begin: alone, or as ranks of a launcher."""
+"""Flags that all inference programs share, and how these programs start: alone, or as ranks of a launcher."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from megatron.parallel.program import status_of
 
 
 def add_model_flags(flags: argparse.ArgumentParser) -> None:
-    """The flags of how a model computes."""
+    """Add the flags for precision, tensor parallelism and row size."""
     group = flags.add_argument_group("model")
     group.add_argument("--precision", choices=PRECISIONS, default="fp32",
                        help="precision of the computation (default: fp32)")
@@ -34,7 +34,10 @@ def add_model_flags(flags: argparse.ArgumentParser) -> None:
 
 
 def add_protein_flags(flags: argparse.ArgumentParser, has_names: bool = True) -> None:
-    """The flags of how files of proteins are read; `proteins_of` knows them. Without names but for `has_names`."""
+    """Add the flags for reading files of proteins, which `proteins_of` uses.
+
+    `has_names`: whether the program needs a name for each protein; without it there is no --name-key.
+    """
     flags.add_argument("--json-key", "--json-keys", default="text",
                        help="key or column of the sequence, if records have several (default: text)")
     if has_names:
@@ -45,25 +48,27 @@ def add_protein_flags(flags: argparse.ArgumentParser, has_names: bool = True) ->
 
 
 def add_skipping_flag(flags: argparse.ArgumentParser) -> None:
-    """Preprocessing's flag of what is done with bad records."""
+    """Add preprocessing's flag for leaving out bad records."""
     flags.add_argument(FLAG, action="store_true", help="leave out, count and report records that cannot be read, "
                        "instead of stopping at the first")
 
 
 def proteins_of(given: argparse.Namespace, paths: Sequence[str], vocab: Vocab) -> ProteinFiles:
-    """The proteins of files, read as the flags say; names are told apart where a program has them."""
+    """The proteins of files, read as the flags say. If the program needs names, two proteins of the same name are an
+    error.
+    """
     return ProteinFiles(paths, given.json_key, given.name_key if given.has_names else None, vocab,
                         skips=given.skip_bad_records, are_named_apart=given.has_names)
 
 
 def add_timeout_flag(flags: argparse.ArgumentParser) -> None:
-    """Pretraining's flag of how long ranks wait for each other."""
+    """Add pretraining's flag for how long ranks wait for each other."""
     add_section_flags(flags, ParallelConfig, ("distributed_timeout_minutes",))
     flags.set_defaults(distributed_timeout_minutes=ParallelConfig().distributed_timeout_minutes)
 
 
 def parallel_of(given: argparse.Namespace, tensor_size: int = 1) -> ParallelConfig:
-    """The layout of `tensor_size`, with that flag's value; raises ConfigError for one that cannot be."""
+    """A layout with `tensor_size` tensor ranks and the timeout of the flags; raises ConfigError if it is impossible."""
     parallel = ParallelConfig(tensor_model_parallel_size=tensor_size,
                               distributed_timeout_minutes=given.distributed_timeout_minutes)
     check_section(parallel)
@@ -71,7 +76,10 @@ def parallel_of(given: argparse.Namespace, tensor_size: int = 1) -> ParallelConf
 
 
 def asked(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace, Mesh, Log], None]) -> int:
-    """Run `work` with the flags, `output` among them, on this rank's mesh; the status as `status_of` has it."""
+    """Run `work` with the parsed flags on this rank's mesh, and return the exit status as `status_of` does.
+
+    The flags must include `output`.
+    """
     def prepare(launch: Launch) -> tuple[ParallelConfig, Callable[[Mesh, Log], None]]:
         given = parser.parse_args()
         size = given.tensor_model_parallel_size

@@ -1,7 +1,7 @@
-"""What a model thinks of residues, the one in question masked or not: log-probabilities, in packed rows.
+"""Log-probabilities of residues under a model, masked or not.
 
-Copies of a protein, each with another residue masked, lie one behind the other in rows without padding, and the head
-works on the residues in question alone. Shapes: v ids.
+Copies of a protein, each with a different residue masked, are packed into rows without padding. The head is computed
+only for the residues in question. Shapes: v tokens of the vocabulary.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +17,7 @@ from megatron.infer.windows import window_around
 
 
 class Copy(NamedTuple):
-    """A protein or a window of it, its ids between its ends, and the places there of the tokens in question."""
+    """A protein or a window of it, as ids with the tokens at its ends, and the positions in it to predict."""
 
     ids: np.ndarray
     places: Sequence[int]
@@ -25,7 +25,8 @@ class Copy(NamedTuple):
 
 def copy_of(pretrained: Pretrained, residues: np.ndarray, sites: Sequence[int], longest: int | None, is_masked: bool
             ) -> Copy:
-    """A protein, given as its residues' ids, in the window around some sites, all of which have the same one."""
+    """The window of a protein around some sites, which must all have the same window; `residues` are the protein's ids.
+    """
     window = window_around(sites[0], len(residues), longest)
     ids = pretrained.between_ends(residues[window.start:window.stop], "protein")
     places = [1 + site - window.start for site in sites]
@@ -37,11 +38,11 @@ def copy_of(pretrained: Pretrained, residues: np.ndarray, sites: Sequence[int], 
 @torch.no_grad()
 def log_probabilities(pretrained: Pretrained, copies: Iterable[Copy], budget: int | None = None,
                       progress: Callable[[int], object] = lambda copies: None) -> Iterator[np.ndarray]:
-    """For each copy, in their order, the log-probabilities in nats at its places, fp32 [places, v].
+    """For each copy, in order, the log-probabilities in nats at its positions, fp32 [positions, v].
 
-    `copies` are made as they are needed. `budget`: the tokens of a row, by default as memory allows; `progress` hears
-    of how many copies are done. v: the vocabulary's tokens, special ones included, as in ESM's `predict.py`. Tensor
-    ranks call this together and get the same.
+    `copies` can be a generator and is consumed as needed. `budget`: tokens in a row; None for as many as memory allows.
+    `progress` is called with the number of copies that are done. v includes special tokens, as in ESM's `predict.py`.
+    All tensor ranks must call this together; each gets the same result.
     """
     model, mesh = pretrained.model, pretrained.mesh
     for row in grouped(copies, lambda copy: len(copy.ids), token_budget(budget, model.config, 0, mesh)):

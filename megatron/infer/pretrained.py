@@ -1,7 +1,7 @@
-"""A checkpoint of any format as a model to ask: `load_pretrained(path)`. It tells its own flags, none need be given.
+"""Loads a checkpoint of any format for inference: `load_pretrained(path)`. All settings come from the checkpoint.
 
-`megatron.train.build` makes what is trained, in any layout. Shapes: r residues of a protein, h hidden, v tokens of the
-vocabulary.
+Models for training, in any layout, are made by `megatron.train.build`. Shapes: r residues of a protein, h hidden, v
+tokens of the vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,11 +41,12 @@ POSITIONS = 1024  # of a row, where a checkpoint does not say
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model in evaluation, what is to be known to feed it, and the path of its checkpoint.
+    """A model for inference, with its configuration, vocabulary and the path of its checkpoint.
 
-    Of `config` the model, the precision, the data's ends and the row length hold. Tensor ranks of `mesh` have a part of
-    the model each, ask together and get the same. Proteins are texts of residues, in either case; what is no protein
-    raises ResidueError, as an empty text does.
+    Only these parts of `config` are meaningful: the model, the precision, the tokens at a protein's ends and the row
+    length. Each tensor rank of `mesh` holds a shard of the model; all must call a method together, and get the same
+    result. Proteins are strings of residues, in upper or lower case; a string that is not a protein, or is empty,
+    raises ResidueError.
     """
 
     model: ProteinModel
@@ -56,45 +57,49 @@ class Pretrained:
     path: Path
 
     def embed(self, proteins: Sequence[str], layer: int = -1) -> np.ndarray:
-        """The mean over each protein's residues of the hidden states, fp32 [proteins, h].
+        """For each protein, the hidden states averaged over its residues, fp32 [proteins, h].
 
-        `layer`: 0 for the embeddings, n behind block n, -1 for the last, behind the final norm.
+        `layer`: 0 for the embeddings, n for the output of block n, -1 for the last layer, after the final norm.
         """
         return np.stack([answer["mean"][0] for answer in self.ask(proteins, Asked(("mean",), (layer,)))])
 
     def embed_residues(self, proteins: Sequence[str], layer: int = -1) -> list[np.ndarray]:
-        """Of each protein the hidden states of its residues, fp32 [r, h]; layers as in `embed`."""
+        """For each protein, the hidden states of its residues, fp32 [r, h]; `layer` as in `embed`."""
         return [answer["per_tok"][0] for answer in self.ask(proteins, Asked(("per_tok",), (layer,)))]
 
     def logits(self, proteins: Sequence[str]) -> list[np.ndarray]:
-        """Of each protein what the head gives for its residues, none of them masked, fp32 [r, v].
+        """For each protein, the logits of the masked-LM head at its residues, none of them masked, fp32 [r, v].
 
-        Column i is that of `vocab.tokens[i]`.
+        Column i belongs to `vocab.tokens[i]`.
         """
         return [answer["logits"] for answer in self.ask(proteins, Asked(("logits",), ()))]
 
     def contacts(self, proteins: Sequence[str]) -> list[np.ndarray]:
-        """Of each protein the probability that two of its residues touch, fp32 [r, r].
+        """For each protein, the probability that two of its residues are in contact, fp32 [r, r].
 
-        By the contact head that the model came with, as ESM's do, or the one that `tools/predict_contacts.py --fit` has
-        left beside the checkpoint; without either raises ConfigError.
+        Uses the contact head of the checkpoint, as ESM's have, or the one that `tools/predict_contacts.py --fit` has
+        saved beside it. Raises ConfigError if there is neither.
         """
         return [answer["contacts"] for answer in self.ask(proteins, Asked(("contacts",), ()))]
 
     def ask(self, proteins: Sequence[str], asked: Asked, budget: int | None = None) -> list[Answer]:
-        """All that is asked of each protein, in their order; `budget`: the tokens of a row, else as memory allows."""
+        """All outputs in `asked`, for each protein in order. `budget`: tokens in a row; None for as many as memory
+        allows.
+        """
         return self.ask_ids([self.encode(protein, f"protein {number}") for number, protein in enumerate(proteins, 1)],
                             asked, budget)
 
     def ask_ids(self, proteins: Sequence[np.ndarray], asked: Asked, budget: int | None = None) -> list[Answer]:
-        """The same of proteins that `encode` made, or some of whose residues were masked by the id of [MASK]."""
+        """As `ask`, for proteins that `encode` made; some of their residues may be replaced by the id of the mask
+        token.
+        """
         asked = asked.resolved(self.config.model.num_layers, self.config.model.contact_head)
         return answers(self.model, self.mesh, proteins, self.num_ends, self.vocab.size, asked, budget)
 
     def encode(self, protein: str, name: str) -> np.ndarray:
-        """A protein's ids between its ends, int64; raises errors that call it `name`.
+        """The ids of a protein with the tokens at its ends, int64; errors call it `name`.
 
-        ResidueError where it is no protein, ConfigError where it is longer than the model's positions.
+        Raises ResidueError if it is not a protein, ConfigError if it is longer than the model's positions allow.
         """
         try:
             return self.between_ends(self._tokenizer.encode(protein), name)
@@ -102,7 +107,7 @@ class Pretrained:
             raise ResidueError(f"{name}: {error}") from None
 
     def between_ends(self, residues: np.ndarray, name: str) -> np.ndarray:
-        """Ids of residues with the tokens around a protein, int64; as `encode`."""
+        """Ids of residues with the tokens at the protein's ends added, int64; raises the errors of `encode`."""
         if not len(residues):
             raise ResidueError(f"{name}: it has no residue")
         if self.max_residues is not None and len(residues) > self.max_residues:
@@ -111,18 +116,18 @@ class Pretrained:
         return between_ends([residues], (self.vocab.cls_id, self.vocab.sep_id)[:self.num_ends])
 
     def row(self, proteins: Sequence[str]) -> PackedSequence:
-        """The proteins as one row, on the model's device."""
+        """The proteins packed into one row, on the model's device."""
         return packed([self.encode(protein, f"protein {number}") for number, protein in enumerate(proteins, 1)],
                       self.mesh.device)
 
     @property
     def num_ends(self) -> int:
-        """How many tokens stand around a protein: 1, before it, or 2."""
+        """The number of tokens around a protein: 1 (before it) or 2."""
         return self.config.data.num_ends
 
     @property
     def max_residues(self) -> int | None:
-        """The most residues of a protein; None: any number."""
+        """The most residues of a protein that the model can read at once; None: any number."""
         model = self.config.model
         if model.position_embedding_type != "learned_absolute":
             return None
@@ -130,12 +135,12 @@ class Pretrained:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """Tells whether it is still the same: where it is, which iteration, and a digest of its files of weights."""
+        """Facts that change if the model does: its path, its iteration and a digest of its weights."""
         return {"checkpoint": str(self.path.absolute()), "iteration": self.iteration,
                 "weights": digest_of_weights(self.path)}
 
     def untrained(self, seed: int) -> "Pretrained":
-        """One of the same shape with the random weights that training begins with by default."""
+        """A model of the same shape with random weights, initialised as training does by default."""
         model = _without_values(self.config, self.vocab, self.mesh)
         initialise(dict(model.named_parameters()), seed)
         _make_copies(model, self.config)
@@ -147,11 +152,13 @@ class Pretrained:
 
 
 def load_pretrained(path: str, device: str | None = None, precision: str = "fp32") -> Pretrained:
-    """The model of what `--load` takes: a run's folder, of which the newest, or a checkpoint of another program.
+    """Load a model for inference from anything that `--load` takes: a run's folder (its newest checkpoint), or a
+    checkpoint of another program.
 
-    Of a fine-tuned model, its adapters merged, all but its head: it has embeddings and no logits.
-    `device`: as PyTorch names it, by default a GPU if there is one. `precision`: fp32, bf16 or fp16, of what it
-    computes; answers are in fp32. Raises CheckpointError where there is none that can be read, ConfigError.
+    A fine-tuned model is loaded without its task head and with its adapters merged: it gives embeddings, but no logits.
+    `device`: a PyTorch device, by default a GPU if there is one. `precision` of the computation: fp32, bf16 or fp16;
+    results are fp32. Raises CheckpointError if there is no readable checkpoint, ConfigError for a bad device or
+    precision.
     """
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if chosen.type not in MOST_TOKENS:
@@ -162,7 +169,7 @@ def load_pretrained(path: str, device: str | None = None, precision: str = "fp32
 
 
 def load(path: str, mesh: Mesh, log: Log, precision: str = "fp32") -> Pretrained:
-    """The same on the tensor ranks of a mesh, which call this together; `log` is told what is to be said of it."""
+    """As `load_pretrained`, on the ranks of a mesh, which must call this together; notes go to `log`."""
     if precision not in PRECISIONS:
         raise ConfigError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
     checkpoint = newest(path, mesh.world, log, with_optimizer=False)
@@ -187,7 +194,7 @@ def load(path: str, mesh: Mesh, log: Log, precision: str = "fp32") -> Pretrained
 
 
 def config_of(checkpoint: Checkpoint, precision: str) -> Config:
-    """Its model's flags, its row length and vocabulary; everything else by default."""
+    """A configuration with the checkpoint's model, row length and vocabulary, and defaults for everything else."""
     flags = flags_of(checkpoint)
     needed = {"--seq-length": positions_of(flags), "--micro-batch-size": 1, "--train-iters": 1, "--lr": 1}
     argv = [str(word) for pair in needed.items() for word in pair]
@@ -196,12 +203,12 @@ def config_of(checkpoint: Checkpoint, precision: str) -> Config:
 
 
 def positions_of(flags: Mapping[str, Any]) -> int:
-    """The row length of the model of these flags."""
+    """The row length of a model with these flags."""
     return flags.get("seq_length") or flags.get("max_position_embeddings") or POSITIONS
 
 
 def vocab_of(checkpoint: Checkpoint, config: Config) -> Vocab:
-    """The vocabulary of a checkpoint; raises CheckpointError where it is not here."""
+    """The vocabulary of a checkpoint; raises CheckpointError if its file is missing or has changed."""
     if checkpoint.state.get("lacks_vocabulary"):
         raise CheckpointError(f"{checkpoint.path}: nothing there says what its tokens are; copy vocab.txt from where "
                               "the weights are")
@@ -214,7 +221,7 @@ def vocab_of(checkpoint: Checkpoint, config: Config) -> Vocab:
 
 
 def flags_of(checkpoint: Checkpoint) -> dict:
-    """The flags that a checkpoint tells, by their fields' names; raises CheckpointError where it tells none."""
+    """The flags saved in a checkpoint, by field name; raises CheckpointError if it has none."""
     flags = checkpoint.state.get("config")
     if not isinstance(flags, dict):
         raise CheckpointError(f"{checkpoint.path} does not say its flags, without which no model can be made")
@@ -222,14 +229,14 @@ def flags_of(checkpoint: Checkpoint) -> dict:
 
 
 def _without_task(checkpoint: Checkpoint, config: Config) -> tuple[Checkpoint, Config]:
-    """A fine-tuned model without its head, and its flags, which know whether a regression of contacts was fitted."""
+    """A fine-tuned checkpoint without its task head, and its configuration, with the contact head if one was fitted."""
     tensors = {name: tensor for name, tensor in checkpoint.model.items() if not name.startswith(TASK_HEAD)}
     model = replace(config.model, contact_head=WEIGHT in tensors)
     return replace(checkpoint, model=tensors), replace(config, model=model)
 
 
 def _without_values(config: Config, vocab: Vocab, mesh: Mesh) -> ProteinModel:
-    """This rank's part of the model in evaluation, its parameters yet to be filled."""
+    """This rank's shard of the model in evaluation mode, with uninitialised parameters."""
     with torch.device("meta"):
         model = ProteinModel(config.model, config.precision, vocab.padded_size(config.model), Stream(mesh.tensor),
                              mask_id=vocab.mask_id)
@@ -239,5 +246,5 @@ def _without_values(config: Config, vocab: Vocab, mesh: Mesh) -> ProteinModel:
 
 
 def _make_copies(model: ProteinModel, config: Config) -> None:
-    """Weights in the precision of the products, once for all."""
+    """Cast the weights to the precision of the computation, once."""
     ComputeCopies(model.matrices(), compute_dtype(config.precision))

@@ -1,4 +1,4 @@
-"""The proteins of files, each with its name, in order: what every reader of preprocessing takes."""
+"""Reads the proteins of files in order, each with its name, in every format that preprocessing reads."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,9 @@ _NAMED = "fasta"  # the kind whose records have names that need no key
 
 @dataclass(frozen=True)
 class Protein:
-    """`name`: the first word of its header, or what stands under the key of names, else its number from 1."""
+    """A protein. `name`: the first word of its FASTA header, or the value under the name key, or else its number from
+    1.
+    """
 
     name: str
     residues: np.ndarray  # ids, uint8
@@ -33,12 +35,12 @@ class Protein:
 
 
 class ProteinFiles:
-    """Files, folders or patterns of them, read again at each pass.
+    """The proteins of files, folders or patterns; each iteration reads them again.
 
-    `key`: of the texts where records have several; `name_key`: of the names there. `skips`: whether a record that is no
-    protein, one without residues and, where `are_named_apart`, one of an earlier one's name are left out; else the
-    first of them raises DataError while they are read. None is like False in a program without a flag for it. Raises
-    DataError for a file that cannot be read.
+    `key`, `name_key`: key or column of the sequence, and of the name, for records that have several. `are_named_apart`:
+    two proteins of one name are an error. `skips`: leave out bad records (not a protein, no residues, a name seen
+    before) instead of raising DataError for the first; None in programs that have no flag for this. Raises DataError
+    for a file that cannot be read.
     """
 
     def __init__(self, paths: Sequence[str], key: str, name_key: str | None, vocab: Vocab, *,
@@ -63,11 +65,11 @@ class ProteinFiles:
                 raise DataError(f"{file}: {finding}; {self._remedy}")
 
     def tell_skipped(self, log: Log) -> None:
-        """Say what the last pass has left out; raises DataError where nothing was left."""
+        """Log what the last iteration left out; raises DataError if no protein was left."""
         self._skipped.tell(", ".join(self._paths), log)
 
     def _read(self) -> Iterator[tuple[int, str, Protein]]:
-        """Whatever consists of residues, with its record's number from 1 and its file."""
+        """Each record that consists of residues, with its number from 1 and its file; it may still have a fault."""
         num_before = 0
         for source in self._sources:
             for block in source.blocks((self._key,), self._name_key):
@@ -87,9 +89,9 @@ class ProteinFiles:
                 num_before += len(documents.is_kept)
 
     def _fault(self, number: int, protein: Protein, numbers_of: dict[bytes, int]) -> tuple[str, str]:
-        """Why a protein is not to be taken, as a reason to count and in words; both empty where it is.
+        """What is wrong with a protein, as a reason to count and as a sentence; both are empty if nothing is.
 
-        `numbers_of`: by digests of names, of those before it.
+        `numbers_of`: the numbers of earlier proteins by the digests of their names; this one's is added.
         """
         if not len(protein):
             return "without residues", f"protein {number}, {protein.name}, has no residue"
@@ -106,17 +108,17 @@ class ProteinFiles:
                                    "each needs its own")
 
     def identity(self) -> list[Any]:
-        """Tells whether they are still the same: the keys, and path, size and time of the last change of each file."""
+        """Facts that change if the input does: the keys, and each file's path, size and modification time."""
         skips = [FLAG] if self._skips else []
         return [self._key, self._name_key, *skips, *(facts for source in self._sources for facts in source.identity())]
 
     def have(self, path: Path) -> bool:
-        """Whether that is one of the files."""
+        """Whether `path` is one of the files."""
         return any(path.samefile(file) for source in self._sources for file, *_ in source.identity())
 
 
 def file_name(name: str) -> str:
-    """A protein's name as a file or a key of HDF5 can have it; raises DataError for one that is not UTF-8 text."""
+    """A protein's name in a form that files and HDF5 keys can have; raises DataError if it is not UTF-8 text."""
     try:
         name.encode()
     except UnicodeEncodeError:

@@ -1,6 +1,6 @@
-"""Proteins to rows of whole proteins for a model that is asked, not trained, and as many in each as memory allows.
+"""Packs whole proteins into rows for inference, as many in each row as memory allows.
 
-There is no padding and no filler: a row has as many tokens as its proteins. Shapes: t tokens.
+There is no padding and no filler: a row has exactly the tokens of its proteins. Shapes: t tokens.
 """
 
 import os
@@ -25,9 +25,10 @@ T = TypeVar("T")
 
 
 def token_budget(asked: int | None, config: ModelConfig, num_layers: int, mesh: Mesh) -> int:
-    """How many tokens a row may have: as asked, else so that what a forward pass keeps of `num_layers` layers fits.
+    """The most tokens in a row: `asked` if given, else as many as fit into free memory in a forward pass that keeps the
+    states of `num_layers` layers.
 
-    Into the memory of each tensor rank, that is: they call this together and get the same.
+    The smallest free memory of the tensor ranks counts; all must call this together, and each gets the same result.
     """
     if asked:
         return asked
@@ -39,15 +40,15 @@ def token_budget(asked: int | None, config: ModelConfig, num_layers: int, mesh: 
 
 
 def shared_out(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """The places of the proteins of each row, the longest proteins first; longer ones than `budget` by themselves.
+    """The indices of the proteins in each row, longest first; a protein longer than `budget` has its own row.
 
-    Proteins of a row are about equally long, so that the processors that share it out have equal work.
+    Proteins of similar length share a row, which gives the threads that process it equal work.
     """
     return grouped(sorted(range(len(lengths)), key=lambda place: -lengths[place]), lengths.__getitem__, budget)
 
 
 def grouped(items: Iterable[T], size_of: Callable[[T], int], most: int) -> Iterator[list[T]]:
-    """As many items at a time, in their order, as have no more than `most` together; a larger one by itself."""
+    """Consecutive items in groups whose sizes sum to at most `most`; a larger item is its own group."""
     group, total = list[T](), 0
     for item in items:
         size = size_of(item)
@@ -61,7 +62,7 @@ def grouped(items: Iterable[T], size_of: Callable[[T], int], most: int) -> Itera
 
 
 def packed(proteins: Sequence[np.ndarray], device: torch.device) -> PackedSequence:
-    """One row of proteins, each its ids between its ends."""
+    """One row of proteins, each given as ids with the tokens at its ends."""
     lengths = [len(ids) for ids in proteins]
     positions_t = np.concatenate([np.arange(length) for length in lengths])
     tokens_t, ends = np.concatenate(proteins).astype(np.int64), [0, *accumulate(lengths)]
@@ -71,12 +72,12 @@ def packed(proteins: Sequence[np.ndarray], device: torch.device) -> PackedSequen
 
 
 def split(values_t: Tensor, row: PackedSequence) -> list[Tensor]:
-    """The part of each of a row's proteins, along the first dimension."""
+    """The values of each protein of a row; splits the first dimension."""
     return list(values_t.split(torch.diff(row.cu_seqlens).tolist()))
 
 
 def free_bytes(device: torch.device) -> int:
-    """How much memory may still be taken; on the host what its caches hold counts as free."""
+    """How much memory is available; on a host, memory used by caches counts as available."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

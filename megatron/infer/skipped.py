@@ -1,4 +1,4 @@
-"""Records that a program leaves out of what it is asked about: how many, why, and which came first."""
+"""Records that a program leaves out of its input: how many, why, and the first of them."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ _MOST_TOLD = 10
 
 
 class Skipped:
-    """What was left out so far, and `num_left`, how many were not."""
+    """Counts records that are left out; `num_left` is the number of those that are kept."""
 
     def __init__(self) -> None:
         self.num_left = 0
@@ -20,16 +20,17 @@ class Skipped:
         self._first = list[str]()
 
     def add(self, reason: str, message: str) -> None:
-        """Count a record that is left out for a reason."""
+        """Count one record, left out for `reason`."""
         self.add_all({reason: 1}, [message])
 
     def add_all(self, counts: dict[str, int], messages: Sequence[str]) -> None:
-        """Count records by the reasons for which they are left out; `messages` tell of the first of them."""
+        """Count records by the reasons for which they are left out; `messages` describe the first of them."""
         self._counts.update(counts)
         self._first += messages[:_MOST_TOLD - len(self._first)]
 
     def tell(self, what: str, log: Log, of: str = "protein") -> None:
-        """Say what was left out of `what`; raises DataError where nothing, called `of`, is left."""
+        """Log what was left out of the input `what`; raises DataError, which calls a record `of`, if nothing is left.
+        """
         for message in self._first:
             log.line(f"skipped: {message}")
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(self._counts.items()))

@@ -1,4 +1,4 @@
-"""Spearman's rank correlation, ties at their mean rank, and how sure it is by resampling."""
+"""Spearman's rank correlation (ties have their mean rank) and its bootstrap interval."""
 
 import math
 
@@ -9,7 +9,7 @@ _RESAMPLES = 1000
 
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float:
-    """The correlation of the ranks of two arrays [n]; nan where one of them is constant, or has a nan, without rank."""
+    """The rank correlation of two arrays [n]; nan if one of them is constant or contains a nan."""
     if np.isnan(first).any() or np.isnan(second).any():
         return math.nan
     return _weighted(_groups(first), _groups(second), np.ones(len(first)))
@@ -17,9 +17,9 @@ def spearman(first: np.ndarray, second: np.ndarray) -> float:
 
 def spearman_interval(first: np.ndarray, second: np.ndarray, num_resamples: int = _RESAMPLES, seed: int = 0
                       ) -> tuple[float, float]:
-    """The percentile bootstrap's interval of it, of CONFIDENCE, over pairs drawn with replacement; nan where none is.
+    """The percentile bootstrap interval of the correlation at level CONFIDENCE, resampling pairs; nan if there is none.
 
-    A resample is how often each pair was drawn: ranks follow from these counts without sorting again.
+    A resample is stored as how often each pair was drawn, so ranks need no new sorting.
     """
     groups, generator, number = (_groups(first), _groups(second)), np.random.default_rng(seed), len(first)
     found = [_weighted(*groups, np.bincount(generator.integers(number, size=number), minlength=number).astype(float))
@@ -32,7 +32,7 @@ def spearman_interval(first: np.ndarray, second: np.ndarray, num_resamples: int 
 
 
 def _groups(values: np.ndarray) -> np.ndarray:
-    """The number of each value among the distinct ones, ascending."""
+    """The index of each value among the distinct values in ascending order."""
     return np.unique(values, return_inverse=True)[1]
 
 

@@ -1,4 +1,5 @@
-"""What a model sees at once of a protein too long for it: overlapping windows of all, or one around a residue."""
+"""Windows of proteins that are too long for a model: overlapping ones over the whole protein, or one around a residue.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from megatron.infer.pretrained import Pretrained
 
 @dataclass(frozen=True)
 class ProteinWindow:
-    """The residues `start:stop` of a protein, of which `kept_start:kept_stop` are told from it: nowhere is more seen.
+    """The residues `start:stop` of a protein; results for `kept_start:kept_stop` are taken from this window, which
+    shows more of their surroundings than any other.
     """
 
     start: int
@@ -22,9 +24,9 @@ class ProteinWindow:
 
 
 def longest_window(pretrained: Pretrained, asked: int | None, flag: str = "--window") -> int | None:
-    """The residues of a window: what is asked for, else what the model's positions allow; None: any number.
+    """The most residues in a window: `asked` if given, else what the model's positions allow; None: any number.
 
-    Raises ConfigError where the model has not got so many positions.
+    Raises ConfigError if the model has too few positions for `asked`.
     """
     limit = pretrained.max_residues
     if asked is not None and (asked < 1 or (limit is not None and asked > limit)):
@@ -34,10 +36,10 @@ def longest_window(pretrained: Pretrained, asked: int | None, flag: str = "--win
 
 
 def window_around(site: int, num_residues: int, longest: int | None) -> range:
-    """The residues that a model sees of a protein for one of them: ProteinGym's optimal window.
+    """The residues that a model sees when it predicts the one at `site`: ProteinGym's optimal window.
 
-    The whole protein where it fits; else `longest` residues, the site in their middle, or as near to it as the
-    protein's ends allow.
+    The whole protein if it fits; else `longest` residues with the site in the middle, or as near to it as the ends of
+    the protein allow.
     """
     if longest is None or num_residues <= longest:
         return range(num_residues)
@@ -46,9 +48,11 @@ def window_around(site: int, num_residues: int, longest: int | None) -> range:
 
 
 def windows_of(length: int, size: int | None) -> list[ProteinWindow]:
-    """Windows of `size` residues (None: as long as the protein), each half over the one before; the last ends with it.
+    """Windows of `size` residues (None: the whole protein), each overlapping the one before by half; the last ends with
+    the protein.
 
-    What two have in common is cut in its middle, so that a residue is told from where it has the most on each side.
+    Results switch from one window to the next in the middle of their overlap, where both show equally much on each
+    side.
     """
     if size is None or length <= size:
         return [ProteinWindow(0, length, 0, length)]
@@ -58,7 +62,7 @@ def windows_of(length: int, size: int | None) -> list[ProteinWindow]:
 
 
 def joined(parts: Sequence[np.ndarray], windows: Sequence[ProteinWindow], axis: int) -> np.ndarray:
-    """Of each window's values for its residues, along `axis`, those that are kept, one behind the other."""
+    """The kept values of all windows of a protein, concatenated along `axis`."""
     kept = [np.take(part, range(window.kept_start - window.start, window.kept_stop - window.start), axis)
             for part, window in zip(parts, windows, strict=True)]
     return np.concatenate(kept, axis)

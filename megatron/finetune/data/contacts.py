@@ -1,7 +1,7 @@
-"""Which residues of a protein touch, as a table that is cropped and batched as its residues are.
+"""Contacts of a protein as a table that can be cropped and batched like its residues.
 
-A table is int32 [r, 1 + k]: of each residue whether it is resolved, and behind that how far the later ones lie in the
-sequence that it touches, 0 where there are fewer than k. Pairs nearer than LEAST_SEPARATION are left out.
+A table is int32 [r, 1 + k]. Column 0 says whether a residue is resolved; the others hold, for each contact with a later
+residue, the distance in the sequence, 0 if there are fewer than k. Pairs nearer than LEAST_SEPARATION are left out.
 """
 
 from typing import Any
@@ -14,9 +14,9 @@ from megatron.infer.contacts.chains import LEAST_SEPARATION, Pairs, pairs_of
 
 
 def read_contacts(record: ProteinRecord, pairs_from: int | None) -> np.ndarray:
-    """The table of a record, whose label has a place for each residue, or lists pairs; raises DataError.
+    """The table of a record, whose label has either a position for each residue or a list of pairs; raises DataError.
 
-    `pairs_from`: the number of the first residue in lists of pairs, 0 or 1, None where it was not said.
+    `pairs_from`: the number of the first residue in lists of pairs, 0 or 1; None if unknown.
     """
     value = record.label if isinstance(record.label, np.ndarray) else record.present()
     if _are_pairs(value) and (len(value) or pairs_from is not None):
@@ -25,7 +25,7 @@ def read_contacts(record: ProteinRecord, pairs_from: int | None) -> np.ndarray:
 
 
 def table_of_atoms(atoms_r3: np.ndarray) -> np.ndarray:
-    """The table of residues whose atoms are at these places in angstrom, NaN where unresolved."""
+    """The table for atoms at these coordinates in angstrom, NaN for unresolved residues."""
     pairs = pairs_of(torch.from_numpy(atoms_r3))
     touching_p2 = torch.stack([pairs.first_p, pairs.second_p], 1)[pairs.touches_p].numpy()
     return _table(touching_p2, ~np.isnan(atoms_r3).any(axis=1))
@@ -46,7 +46,7 @@ def pairs_in(table: np.ndarray) -> Pairs:
 
 
 def _table(touching_p2: np.ndarray, is_resolved_r: np.ndarray) -> np.ndarray:
-    """That of pairs, the first residue before the second, each pair once."""
+    """The table for sorted pairs of residues in contact; each pair occurs once, the first residue before the second."""
     first_p, second_p = touching_p2[np.argsort(touching_p2[:, 0], kind="stable")].T
     counts_r = np.bincount(first_p, minlength=len(is_resolved_r))
     table = np.zeros((len(is_resolved_r), 1 + counts_r.max(initial=0)), dtype=np.int32)
@@ -78,7 +78,9 @@ def _of_pairs(record: ProteinRecord, value: Any, pairs_from: int | None) -> np.n
 
 
 def _places(record: ProteinRecord, value: Any) -> np.ndarray:
-    """Where the atom of each residue is, float32 [r, 3] in angstrom, NaN where it is unresolved or masked."""
+    """The coordinates of each residue's atom, float32 [r, 3] in angstrom, NaN for residues that are unresolved or
+    masked.
+    """
     try:
         if not isinstance(value, np.ndarray):
             value = [[np.nan] * 3 if atom is None else atom for atom in value]

@@ -1,4 +1,4 @@
-"""Labelled proteins of a task's files, held in memory: residues as ids, labels as what a model learns."""
+"""Reads the labelled proteins of a task into memory: residues as ids, labels in the form that the model learns."""
 
 import hashlib
 import os
@@ -22,7 +22,7 @@ from megatron.log import Log
 
 @dataclass(frozen=True)
 class Example:
-    """A protein and its label, as `LabelSpace.read` gives it; None where none was asked for."""
+    """A protein and its label, as `LabelSpace.read` returns it; None for a protein without a label."""
 
     name: str
     ids: np.ndarray  # uint8 [residues]
@@ -31,14 +31,14 @@ class Example:
 
 @dataclass(frozen=True)
 class TaskData:
-    """The examples of each part of a task, `train` among them, and what its labels are."""
+    """The examples of each part of a task (`train`, and others by name), and the space of its labels."""
 
     task: Task
     space: LabelSpace
     parts: dict[str, list[Example]]
 
     def digest(self) -> str:
-        """Tells whether proteins and labels are still the same."""
+        """A digest that changes if proteins or labels do."""
         digest = hashlib.blake2b(digest_size=12)
         for part, examples in self.parts.items():
             digest.update(part.encode())
@@ -49,7 +49,11 @@ class TaskData:
         return digest.hexdigest()
 
     def overlaps(self) -> list[tuple[str, int, str]]:
-        """Each part with how many of its proteins have a sequence of train or valid, and which; where there are any."""
+        """How many proteins of each part have the same sequence as one in train or valid: (part, number, train or
+        valid).
+
+        Pairs of parts without such proteins are left out.
+        """
         sequences = {part: {example.ids.tobytes() for example in self.parts[part]}
                      for part in ("train", "valid") if part in self.parts}
         found = [(part, sum(example.ids.tobytes() in sequences[other] for example in examples), other)
@@ -58,7 +62,7 @@ class TaskData:
 
 
 def load_task(task: Task, files: dict[str, str], tokenizer: ResidueTokenizer) -> TaskData:
-    """The examples of files by the names of their parts; classes are those of `train`. Raises DataError."""
+    """Read the files of a task, given by part; classes are those of `train`. Raises DataError."""
     records: Iterable[ProteinRecord] = read_records(files["train"], task, tokenizer)
     if task.kind not in WITHOUT_CLASSES:
         records = list(records)
@@ -77,10 +81,10 @@ def read_examples(path: str, task: Task, space: LabelSpace, tokenizer: ResidueTo
 
 def read_proteins(path: str, task: Task, tokenizer: ResidueTokenizer, skips: bool, log: Log,
                   sequence_key: str | None = None) -> list[Example]:
-    """The proteins of a file of any kind, FASTA too, without labels.
+    """The proteins of a file of any format, such as FASTA, without labels.
 
-    Where no key is given, the file need not be of the kind that was learnt from: FASTA has a key of its own. Raises
-    DataError for the first bad one or, where it `skips` these, tells `log` of them.
+    `sequence_key` names the key of the sequence; None: the task's own keys or a format's usual one. Raises DataError
+    for the first bad record, or, with `skips`, logs all of them and leaves them out.
     """
     keys = (sequence_key,) if sequence_key else tuple(dict.fromkeys((*task.sequence_keys, *SEQUENCE_KEYS)))
     task = replace(task, sequence_keys=keys)
@@ -99,7 +103,7 @@ def read_proteins(path: str, task: Task, tokenizer: ResidueTokenizer, skips: boo
 
 
 def read_records(path: str, task: Task, tokenizer: ResidueTokenizer) -> Iterator[ProteinRecord]:
-    """The proteins of a file in order, their labels as they stand there; raises DataError for the first bad one.
+    """The proteins of a file in order, with labels as they are in the file; raises DataError for the first bad one.
 
     A protein without an `id` is named by its number, from 1.
     """
@@ -113,7 +117,7 @@ def read_records(path: str, task: Task, tokenizer: ResidueTokenizer) -> Iterator
 
 
 def _records(path: str) -> Iterator[tuple[int, str, dict[str, Any] | BadRecord]]:
-    """Each record's number, from 1, its place, and what it has, or what is wrong with it."""
+    """Each record's number, from 1, its place in the file, and its values or what is wrong with it."""
     if not os.path.exists(path):
         raise DataError(f"{path}: no such file")
     number = 0
@@ -124,7 +128,7 @@ def _records(path: str) -> Iterator[tuple[int, str, dict[str, Any] | BadRecord]]
 
 
 def _sound(place: str, record: dict[str, Any] | BadRecord) -> dict[str, Any]:
-    """What a record has; raises DataError for a bad one."""
+    """The values of a record; raises DataError for a bad record."""
     if isinstance(record, BadRecord):
         raise DataError(f"{place}: {record.message}")
     return record
@@ -141,7 +145,7 @@ def _examples(space: LabelSpace, records: Iterable[ProteinRecord]) -> list[Examp
 
 
 def _under(place: str, values: dict[str, Any], keys: tuple[str, ...], what: str) -> Any:
-    """What stands under the first of some keys that is there; raises DataError where none is."""
+    """The value under the first of `keys` that a record has; raises DataError if it has none of them."""
     key = present_key(keys, values)
     if key is None:
         found = ", ".join(repr(other)[:40] for other in list(values)[:8]) or "nothing"
@@ -151,7 +155,7 @@ def _under(place: str, values: dict[str, Any], keys: tuple[str, ...], what: str)
 
 
 def _text(place: str, values: dict[str, Any], task: Task) -> bytes:
-    """The sequence of a record as it stands there; raises DataError where there is none."""
+    """The sequence of a record as it is in the file; raises DataError if there is none."""
     sequence = _under(place, values, task.sequence_keys, "sequence")
     if not isinstance(sequence, (str, bytes)):
         raise DataError(f"{place}: the sequence is of type {type_name(sequence)}; expected text of residues")
@@ -159,7 +163,7 @@ def _text(place: str, values: dict[str, Any], task: Task) -> bytes:
 
 
 def _residues(place: str, text: bytes, tokenizer: ResidueTokenizer) -> np.ndarray:
-    """The ids of a sequence, uint8 [r]; raises DataError for one that is no protein."""
+    """The ids of a sequence, uint8 [r]; raises DataError if it is not a protein."""
     (ids,), problems = tokenizer.encode_many([text])
     if problems:
         raise DataError(f"{place}, column {problems[0].offset + 1} of the sequence: {problems[0].found}")

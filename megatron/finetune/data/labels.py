@@ -1,6 +1,6 @@
-"""What stands as a label in a file, as what a model learns: kinds told from labels, class names, errors with places.
+"""Interprets labels: detects their kind, collects class names, and reads each label as what the model learns.
 
-Shapes: r residues of a protein, c classes.
+Errors name the place in the file. Shapes: r residues of a protein, c classes.
 """
 
 import re
@@ -25,10 +25,10 @@ _WHOLE = re.compile(r"-?\d+")
 
 @dataclass(frozen=True)
 class LabelSpace:
-    """What labels of a task can be: all that is needed to read more of them, and to name what a model predicts.
+    """The possible labels of a task: what is needed to read further labels and to name predictions.
 
-    is_fixed: the classes are the task's and not those of a training file; a whole number is then a place among them.
-    pairs_from: the number of the first residue where contacts are lists of pairs.
+    is_fixed: the task defines the classes, not a training file; a whole number as a label is then an index into them.
+    pairs_from: the number of the first residue, if contacts are lists of pairs.
     """
 
     kind: str
@@ -38,16 +38,16 @@ class LabelSpace:
     pairs_from: int | None = None
 
     def read(self, record: ProteinRecord) -> Any:
-        """The label of a record; raises DataError where it is missing, or not one of these.
+        """The label of a record; raises DataError if it is missing or does not belong to this space.
 
-        number: a float. class: its place among the names, an int. classes: bool [c]. residues: int16 [r], NO_TARGET
-        where a residue does not count. numbers: float32 [r], NaN where one does not count. contacts: a table, as
-        `contacts` has it.
+        number: a float. class: the index of the class, an int. classes: bool [c]. residues: int16 [r], NO_TARGET for
+        residues that do not count. numbers: float32 [r], NaN for residues that do not count. contacts: a table, see the
+        module `contacts`.
         """
         return _READ[self.kind](self, record)
 
     def index(self, record: ProteinRecord, value: Any) -> int:
-        """The place of a class; raises DataError for one that is none of these."""
+        """The index of a class; raises DataError for a class that is not in this space."""
         name = class_name(record, value)
         if name in self._places:
             return self._places[name]
@@ -62,7 +62,8 @@ class LabelSpace:
 
 
 def label_space(task: Task, records: Sequence[ProteinRecord]) -> LabelSpace:
-    """The labels of a task by its training records; raises DataError where these do not agree, or leave no choice."""
+    """The space of the labels of some training records; raises DataError if they disagree or there is nothing to learn.
+    """
     kind = task.kind or _kind_of(records)
     if kind in WITHOUT_CLASSES:
         return LabelSpace(kind, pairs_from=task.pairs_from)
@@ -80,7 +81,7 @@ def label_space(task: Task, records: Sequence[ProteinRecord]) -> LabelSpace:
 
 
 def class_name(record: ProteinRecord, value: Any) -> str:
-    """A class as text; raises DataError for what names none."""
+    """The name of a class as text; raises DataError for a value that cannot be a class."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, (str, int)) and str(value).strip():
@@ -89,10 +90,11 @@ def class_name(record: ProteinRecord, value: Any) -> str:
 
 
 def class_weights(space: LabelSpace, labels: Sequence[Any]) -> np.ndarray:
-    """Balanced weights of the classes, float64 [c]: of all labels that count, over classes and over those of a class.
+    """Balanced weights of the classes, float64 [c]: the number of labels that count, divided by the number of classes
+    and by the number of labels of the class.
 
-    As scikit-learn's `class_weight="balanced"`; with several classes a protein, proteins without a class over those
-    with it (BCEWithLogitsLoss's `pos_weight`). A class without a label gets 0.
+    This is scikit-learn's `class_weight="balanced"`. With several classes per protein: the proteins without the class
+    divided by those with it (`pos_weight` of BCEWithLogitsLoss). A class without labels has weight 0.
     """
     num_classes = len(space.class_names)
     if space.kind == CLASSES:
@@ -104,9 +106,9 @@ def class_weights(space: LabelSpace, labels: Sequence[Any]) -> np.ndarray:
 
 
 def _kind_of(records: Sequence[ProteinRecord]) -> str:
-    """The kind that all labels can be of.
+    """The kind that fits all labels.
 
-    Raises DataError where there is none, and where most labels have something for each residue and some have not.
+    Raises DataError if there is none, or if most labels have an item for each residue and some do not.
     """
     order = (CONTACTS, RESIDUES, NUMBERS, NUMBER, CLASSES, CLASS)
     possible = {*order}
@@ -136,7 +138,7 @@ def _kind_of(records: Sequence[ProteinRecord]) -> str:
 
 
 def _length(record: ProteinRecord) -> str:
-    """What a label has, and should have, if it is to tell something of each residue."""
+    """How many items a label has and how many residues, for a message."""
     value = record.present()
     if not isinstance(value, (str, list)):
         return f"is one value for {record.residues_for(1)}"
@@ -146,7 +148,7 @@ def _length(record: ProteinRecord) -> str:
 
 
 def _kinds(value: Any, num_residues: int) -> set[str]:
-    """What a label alone could be."""
+    """All kinds that a single label could be of."""
     if isinstance(value, str):
         kinds = {CLASS, CLASSES} | ({RESIDUES} if len(value) == num_residues else set())
         kinds |= {NUMBERS} if SEPARATOR in value and _are_numbers(value.split(SEPARATOR), num_residues) else set()
@@ -174,13 +176,13 @@ def _kinds(value: Any, num_residues: int) -> set[str]:
 
 
 def _are_numbers(values: Sequence[Any], num_residues: int) -> bool:
-    """Whether they are a number, or nothing, for each residue."""
+    """Whether `values` are as many as the residues, and each is a number or missing."""
     return len(values) == num_residues and all(
         value is None or value == "" or as_number(value) is not None for value in values)
 
 
 def _class_names(kind: str, uncounted: Sequence[str], records: Iterable[ProteinRecord]) -> tuple[str, ...]:
-    """The classes of some records: whole numbers in their order, else in that of their letters."""
+    """The names of all classes in some records: in numeric order if all are whole numbers, else sorted as text."""
     names: set[str] = set()
     for record in records:
         values: Iterable[Any] = [_single(record)] if kind == CLASS else (
@@ -244,7 +246,7 @@ _READ: dict[str, Callable[[LabelSpace, ProteinRecord], Any]] = {
 
 
 def _single(record: ProteinRecord) -> Any:
-    """A label that is one value; one alone in an array, as TAPE has numbers, is that too."""
+    """A label that is a single value; an array of one value, as TAPE stores numbers, counts as one."""
     value = record.present()
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 

@@ -1,4 +1,4 @@
-"""A labelled protein as a file has it, and what all kinds of labels ask of it. Shapes: r residues."""
+"""A labelled protein as it is in a file, and checks that all kinds of labels share. Shapes: r residues."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ _MASKS: dict[Any, bool] = {"0": False, "1": True, 0: False, 1: True}
 
 @dataclass(frozen=True)
 class ProteinRecord:
-    """A protein as a file has it; `place` names file and line or record, `ids` are its residues' in the vocabulary.
+    """A protein as it is in a file. `place`: file and line or record; `ids`: its residues in the vocabulary.
 
-    `num_gaps`: how many `-` and `.` the file's sequence has besides, which are no residues.
+    `num_gaps`: the number of gaps (`-` and `.`) in the file's sequence, which were removed.
     """
 
     place: str
@@ -27,11 +27,11 @@ class ProteinRecord:
     num_gaps: int = 0
 
     def wrong(self, finding: str) -> DataError:
-        """The error that says so of this record."""
+        """An error about this record."""
         return DataError(f"{self.place}: {finding}")
 
     def present(self) -> Any:
-        """The label in Python's own types; raises DataError where there is none."""
+        """The label as a plain Python value; raises DataError if it is missing."""
         value = plain(self.label)
         if value is None or (isinstance(value, str) and not value.strip()):
             raise self.wrong("the label is missing; give it (of a protein of no class it is ; alone, or []), or leave "
@@ -39,7 +39,7 @@ class ProteinRecord:
         return value
 
     def counts(self) -> np.ndarray:
-        """Which residues count, bool [r], by the record's mask; without one all do. Raises DataError."""
+        """Which residues count according to the record's mask, bool [r]; all without a mask. Raises DataError."""
         mask = plain(self.mask)
         if mask is None:
             return np.ones(len(self.ids), dtype=bool)
@@ -53,12 +53,13 @@ class ProteinRecord:
         return np.array([_MASKS[value] for value in mask])
 
     def check_length(self, things: str, number: int) -> None:
-        """Raises DataError where there are not as many things as residues."""
+        """Raises DataError if `number`, that of `things` in the label, is not that of residues."""
         if number != len(self.ids):
             raise self.wrong(f"{self.residues_for(number)}, but {number} {things} in the label")
 
     def residues_for(self, number: int) -> str:
-        """How many residues there are, in words, and that gaps are none where there are `number` things with these."""
+        """The number of residues as text, with a note about removed gaps if they explain why there are `number` items.
+        """
         residues = f"{len(self.ids):,} residues"
         if not self.num_gaps or number != len(self.ids) + self.num_gaps:
             return residues
@@ -66,7 +67,7 @@ class ProteinRecord:
 
 
 def as_number(value: Any) -> float | None:
-    """A number, or a text that is one; None for what is none."""
+    """The number that a value is or spells; None if it is not a number."""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)) or "_" in str(value):
         return None
     try:
@@ -76,20 +77,20 @@ def as_number(value: Any) -> float | None:
 
 
 def plain(value: Any) -> Any:
-    """A value of NumPy, or bytes, in Python's own types."""
+    """A value of NumPy, or bytes, as a plain Python value."""
     if isinstance(value, bytes):
         return value.decode(errors="replace")
     return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
 
 
 def shown(value: Any) -> str:
-    """A value as messages show it."""
+    """A value as messages show it, cut if it is long."""
     text = repr(value)
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
 
 
 def shown_names(names: Sequence[str]) -> str:
-    """Names as messages show them: the first ones, cut where they are long, and how many there are."""
+    """Names as messages show them: the first few, cut if they are long, and how many there are."""
     short = [name if len(name) <= _SHOWN_OF_NAME else name[:_SHOWN_OF_NAME] + "…" for name in names[:_NAMES]]
     while len(short) > 2 and sum(map(len, short)) > _SHOWN_OF_NAMES:
         short.pop()

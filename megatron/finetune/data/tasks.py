@@ -1,7 +1,7 @@
-"""What a task is: the kind of its labels, where they stand in a record, how it is measured, and TAPE's names of files.
+"""Defines tasks: the kind of their labels, the keys in a record, the metrics, and TAPE's file names.
 
 TAPE (Rao et al., 2019, arXiv 1906.08230) stores records as LMDB or JSON with the keys below; FLIP and others, as CSV or
-JSON lines, call the sequence `seq` or `sequence`. A task of one's own has no name here: `own_task`.
+JSON lines, call the sequence `seq` or `sequence`. Tasks of the user's own have the name OWN.
 """
 
 import os
@@ -34,11 +34,11 @@ MASK_KEYS = ("mask", "valid_mask")
 
 @dataclass(frozen=True)
 class Task:
-    """A task; of several keys the first that a file has holds. `kind` None is inferred from the labels.
+    """A task. Of several keys, the first that a file has is used. `kind` None: inferred from the labels.
 
-    class_names: where the task fixes classes and their order; a whole number as a label is then a place among them.
-    uncounted: of residues' labels those that do not count, besides null and -1. stems: how TAPE's files begin.
-    pairs_from: the number of the first residue where contacts are lists of pairs, if that was said.
+    class_names: given if the task defines the classes and their order; a whole number as a label is then an index into
+    them. uncounted: labels of residues that do not count, besides null and -1. stems: how TAPE's file names begin.
+    pairs_from: the number of the first residue, if contacts are lists of pairs and it was given.
     """
 
     name: str
@@ -72,9 +72,9 @@ _ENDING = r"\.(lmdb|json|jsonl|csv|tsv|parquet|arrow)(\.gz|\.zst)?"
 
 def task_of(name: str, *, sequence_key: str | None = None, label_key: str | None = None, mask_key: str | None = None,
             label_kind: str | None = None, pairs_from: int | None = None) -> Task:
-    """The task of a name, with keys and a kind of the user's where they are given.
+    """The task of this name, with the user's keys and kind of labels where given.
 
-    Raises ConfigError for an unknown name, and for a kind that is not that of a named task's own labels.
+    Raises ConfigError for an unknown name, and for a kind that contradicts a named task's own labels.
     """
     if name not in TASK_NAMES:
         raise ConfigError(f"the task is {name}; it must be one of {', '.join(TASK_NAMES)}")
@@ -93,10 +93,11 @@ def task_of(name: str, *, sequence_key: str | None = None, label_key: str | None
 
 
 def split_files(task: Task, folder: str) -> dict[str, str]:
-    """The path of each part, train and valid first, in a folder of TAPE's (`STEM_PART.lmdb`) or of `PART.jsonl.gz`.
+    """The file of each part, train and valid first, in a folder with TAPE's names (`STEM_PART.lmdb`) or
+    `PART.jsonl.gz`.
 
-    They may lie in the folder or in one of the task's name within it, as where TAPE's archives are unpacked together.
-    Raises DataError where no file of training is there, or two of one part.
+    Files may be in the folder itself or in a subfolder named after the task, as when TAPE's archives are unpacked
+    together. Raises DataError if there is no training file, or if two files are of one part.
     """
     names = (*task.stems, task.name)
     pattern = re.compile(rf"((?:{'|'.join(map(re.escape, names))})_)?{_PART}{_ENDING}")
@@ -118,7 +119,7 @@ def split_files(task: Task, folder: str) -> dict[str, str]:
 
 
 def present_key(keys: Sequence[str], record: dict[str, object]) -> str | None:
-    """The first of some keys that a record has."""
+    """The first of `keys` that a record has; None if it has none."""
     return next((key for key in keys if key in record), None)
 
 

@@ -1,4 +1,4 @@
-"""What a model with a task's head says of each protein, from any layout to every rank's host, and how right it is."""
+"""Collects a fine-tuned model's prediction for each protein, in any layout, on every rank's host, and measures them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,7 +22,7 @@ from megatron.train.step.passes import ForwardPasses
 
 
 def settings_of(engine: Engine, seed: int) -> BatchSettings:
-    """How labelled proteins are laid into rows and shared out in an engine's layout."""
+    """How to pack labelled proteins into rows and divide them among ranks in an engine's layout."""
     config, mesh = engine.config, engine.mesh
     assert config.data.seq_length is not None and config.training.global_batch_size is not None
     return BatchSettings(
@@ -34,11 +34,12 @@ def settings_of(engine: Engine, seed: int) -> BatchSettings:
 @torch.no_grad()
 def predictions(engine: Engine, head: HeadSpec, packed: PackedExamples, log: Log, label: str,
                 of_contacts: Callable[[np.ndarray], Any] = lambda map_rr: map_rr) -> list[Any]:
-    """What the model says of each example, in their order, on every rank; all ranks call this together.
+    """The model's prediction for each example, in order, on every rank; all ranks must call this together.
 
-    number: a float. class: probabilities, fp32 [c]; classes: the same, each of its own. residues: probabilities of each
-    residue's class [r, c]. numbers: that of each residue [r]. contacts: the probability that two residues touch [r, r],
-    or what `of_contacts` makes of it. Of a protein that is longer than a row, r are its first residues.
+    number: a float. class: probabilities, fp32 [c]. classes: an independent probability of each, fp32 [c]. residues:
+    probabilities of each residue's class [r, c]. numbers: one for each residue [r]. contacts: the probability that two
+    residues are in contact [r, r], or what `of_contacts` makes of it. For a protein longer than a row, r covers only
+    its first residues.
     """
     found: dict[int, Any] = {}
     bar = log.progress(total=packed.num_steps(0), done=0, unit="step", label=label)
@@ -54,7 +55,7 @@ def predictions(engine: Engine, head: HeadSpec, packed: PackedExamples, log: Log
 
 def measured(space: LabelSpace, examples: Sequence[Example], predicted: Sequence[Any], num_draws: int = 0
              ) -> dict[str, Measured]:
-    """The measures of what `predictions` gave, by their names; of `num_draws`, see `metrics.measure`."""
+    """The metrics of these `predictions`, by name; `num_draws` as in `metrics.measure`."""
     chosen = [value.argmax(-1) for value in predicted] if space.kind in (CLASS, RESIDUES) else predicted
     return measure(space, [example.label for example in examples], chosen, num_draws=num_draws)
 

@@ -31,10 +31,10 @@ _DIGITS = 6
 
 def predict(folder: str, file: str, output: str, precision: str, skips: bool, mesh: Mesh, log: Log, *,
             sequence_key: str | None = None, overwrite: bool = False) -> None:
-    """Write what the model in `folder` says of each protein of `file`; all ranks call this together.
+    """Write the predictions of the model in `folder` for each protein of `file`; all ranks must call this together.
 
-    `skips`: whether records that are no protein are left out. Raises a UserError for what cannot be read, and for an
-    output of another ending, where none can be written, or, unless told to `overwrite`, where one is.
+    `skips`: leave out records that are not proteins. Raises a UserError for input that cannot be read, and for an
+    output with an unknown ending, that cannot be written, or that exists already unless `overwrite` is set.
     """
     path = Path(output)
     if path.suffix not in ENDINGS or path.is_dir():
@@ -63,7 +63,9 @@ def predict(folder: str, file: str, output: str, precision: str, skips: bool, me
 
 
 def _with_rows_for(proteins: list[Example], config: Config, mesh: Mesh) -> Config:
-    """With rows that take the longest protein, where the model knows so many positions, and a row a rank at once."""
+    """The configuration with rows as long as the longest protein, if the model has enough positions, and one row per
+    rank.
+    """
     longest = max(len(protein.ids) for protein in proteins) + config.data.num_ends
     if config.model.position_embedding_type == "learned_absolute":
         longest = min(longest, config.model.max_position_embeddings)
@@ -89,9 +91,10 @@ def _write(path: Path, space: LabelSpace, proteins: list[Example], values: list[
 
 
 def _record(space: LabelSpace, value: Any, is_table: bool) -> dict[str, Any]:
-    """A protein's prediction and, of classes, what it is chosen from; residues count from 1.
+    """A protein's prediction, with the probabilities of classes. Residues are numbered from 1.
 
-    Without that of each residue where it `is_table`, which has no place for it. Of contacts `value` is the pairs.
+    `is_table`: leave out probabilities of each residue, for which a table has no room. `value` for contacts: the list
+    of pairs.
     """
     names = space.class_names
     if space.kind == NUMBER:
@@ -115,9 +118,9 @@ def _record(space: LabelSpace, value: Any, is_table: bool) -> dict[str, Any]:
 
 
 def _as_cell(prediction: Any) -> Any:
-    """Lists as one text, their parts parted as in the files of training; a pair of residues by a dash.
+    """A list as one text, separated as in labels of training files; a pair of residues is joined by a dash.
 
-    An empty list is the separator alone, which labels are read by as a protein of no class.
+    An empty list is the separator alone, which labels read as a protein of no class.
     """
     if not isinstance(prediction, list):
         return prediction

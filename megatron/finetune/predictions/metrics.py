@@ -1,7 +1,7 @@
-"""How well a task is done, as the field reports it, from predictions that were gathered to the host.
+"""The metrics of tasks as the field reports them, computed from predictions on the host.
 
-Every function takes what is true first. `measure` gives all measures of a kind of labels by name, as `tasks.METRICS`
-lists them, with an interval where asked. Shapes: n proteins or labels, c classes, r residues.
+Every function takes the true values first. `measure` computes all metrics of a kind of labels, those in
+`tasks.METRICS`, with bootstrap intervals on request. Shapes: n proteins or labels, c classes, r residues.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ _Shares = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Measured:
-    """A measure, and the ends of its interval; NaN where none was asked for."""
+    """The value of a metric and the ends of its interval; NaN if no interval was asked for."""
 
     value: float
     low: float = np.nan
@@ -35,13 +35,13 @@ class Measured:
 
 def measure(space: LabelSpace, true: Sequence[Any], predicted: Sequence[Any], *, num_draws: int = 0,
             level: float = 0.95, seed: int = 0) -> dict[str, Measured]:
-    """The measures of a kind of labels on some proteins, by name.
+    """All metrics of a kind of labels on some proteins, by name.
 
-    true: labels as `LabelSpace.read` gives them. predicted, for each protein: number, a float; class, the class;
-    classes, a probability of each [c]; residues, the class of each residue [r]; numbers, that of each [r]; contacts, a
-    score of each pair [r, r]. Where these are of the first residues alone, the others do not count. Residues count
-    alike, whatever their protein. With `num_draws` the interval is that of so many draws of as many proteins, with
-    replacement (the percentile bootstrap; Efron, 1979); draws in which a measure is not defined are left out.
+    true: labels as `LabelSpace.read` returns them. predicted, for each protein: number, a float; class, the class;
+    classes, a probability of each [c]; residues, the class of each residue [r]; numbers, one for each residue [r];
+    contacts, a score of each pair [r, r]. If predictions cover only the first residues, the others do not count. All
+    residues have the same weight, whatever their protein. `num_draws`: number of bootstrap resamples of the proteins
+    for the percentile interval (Efron, 1979); resamples for which a metric is undefined are left out.
     """
     statistic, everything = _statistic(space, true, predicted), np.arange(len(true))
     values = statistic(everything)
@@ -55,12 +55,12 @@ def measure(space: LabelSpace, true: Sequence[Any], predicted: Sequence[Any], *,
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
-    """The mean over seeds and its standard deviation (of a sample: over n − 1); NaN for one seed."""
+    """The mean over seeds and its standard deviation (of a sample: divided by n − 1); NaN for a single seed."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else np.nan
 
 
 def with_spread(values: Sequence[float], digits: int = 3) -> str:
-    """`0.712 ± 0.004`, or without a spread where there is one value."""
+    """Text such as `0.712 ± 0.004`, without a spread if there is only one value."""
     mean, deviation = spread(values)
     return f"{mean:.{digits}f}" + ("" if np.isnan(deviation) else f" ± {deviation:.{digits}f}")
 
@@ -75,10 +75,10 @@ def pearson(true_n: np.ndarray, predicted_n: np.ndarray) -> float:
 
 
 def contact_precision(table: np.ndarray, scores_rr: np.ndarray) -> dict[str, float]:
-    """The precisions of `infer.contacts.precision` for each of REACHES, REACH_p_at_l, _l2 and _l5.
+    """The precisions of `infer.contacts.precision` for each of REACHES, named REACH_p_at_l, _l2 and _l5.
 
-    `table`: that of the true contacts, as `data.contacts` has it. Scores are made symmetric. L is the number of
-    residues, unresolved ones too, whose pairs do not count.
+    `table`: the true contacts, as in `data.contacts`. Scores are made symmetric first. L is the number of residues,
+    including unresolved ones, whose pairs do not count.
     """
     pairs = pairs_in(table)
     scores_p = torch.from_numpy(scores_rr + scores_rr.T)[pairs.first_p, pairs.second_p]
@@ -88,7 +88,7 @@ def contact_precision(table: np.ndarray, scores_rr: np.ndarray) -> dict[str, flo
 
 
 def _statistic(space: LabelSpace, true: Sequence[Any], predicted: Sequence[Any]) -> Statistic:
-    """The measures of some of the proteins, by their numbers."""
+    """A function that computes the metrics of some of the proteins, given by index."""
     if space.kind == NUMBER:
         true_n, predicted_n = (np.array(values, dtype=np.float64) for values in (true, predicted))
         return lambda chosen: _of_numbers(true_n[chosen], predicted_n[chosen])
@@ -118,12 +118,12 @@ def _of_numbers(true_n: np.ndarray, predicted_n: np.ndarray) -> dict[str, float]
 
 
 def _of_classes(counts_3c: np.ndarray) -> dict[str, float]:
-    """The measures of what `_counts` gives."""
+    """The metrics that follow from the counts of `_counts`."""
     return {"accuracy": _accuracy(counts_3c), "mcc": _mcc(counts_3c), "f1_macro": _f1_macro(counts_3c)}
 
 
 def _of_numbers_of_residues(true: Sequence[np.ndarray], predicted: Sequence[np.ndarray]) -> Statistic:
-    """The measures of all residues that count of some proteins, each alike."""
+    """A function that computes the metrics over all residues that count of some proteins, each with the same weight."""
     counted = [~np.isnan(numbers[:len(found)]) for numbers, found in zip(true, predicted, strict=True)]
     pairs = [np.array([numbers[:len(found)][is_counted], found[is_counted]], dtype=np.float64)
              for numbers, found, is_counted in zip(true, predicted, counted, strict=True)]
@@ -131,7 +131,7 @@ def _of_numbers_of_residues(true: Sequence[np.ndarray], predicted: Sequence[np.n
 
 
 def _of_several(true_nc: np.ndarray, scores_nc: np.ndarray) -> Statistic:
-    """The measures of several classes a protein; F1 is of those with a probability of a half or more."""
+    """The metrics for several classes per protein; F1 is over classes with a probability of at least one half."""
     shares = _precisions_and_recalls(true_nc, scores_nc)
     is_chosen_nc = scores_nc >= 0.5
     counts_n3c = np.stack([true_nc, is_chosen_nc, true_nc & is_chosen_nc], axis=1).astype(np.float64)
@@ -146,7 +146,8 @@ def _of_several(true_nc: np.ndarray, scores_nc: np.ndarray) -> Statistic:
 
 
 def _times(chosen: np.ndarray, num_proteins: int) -> np.ndarray:
-    """How often each protein is in a draw, float64 [n]: a sum over the draw is a product with it, and copies nothing.
+    """How often each protein is in a resample, float64 [n]. A sum over the resample is a product with this, without
+    copies.
     """
     return np.bincount(chosen, minlength=num_proteins).astype(np.float64)
 
@@ -156,9 +157,9 @@ def _sum(times_n: np.ndarray, counts_n3c: np.ndarray) -> np.ndarray:
 
 
 def _precisions_and_recalls(true_nc: np.ndarray, scores_nc: np.ndarray) -> tuple[_Shares, _Shares]:
-    """Of each protein at each of h thresholds, and 1 where there is one, both float64 [h, n].
+    """Each protein's precision and recall at h thresholds, and 1 where it is defined; each pair is float64 [h, n].
 
-    0 where nothing is predicted, or true.
+    Undefined values (nothing predicted, or nothing true) are 0.
     """
     right_hn = np.array([(true_nc & (scores_nc >= threshold)).sum(axis=1) for threshold in _THRESHOLDS])
     chosen_hn = np.array([(scores_nc >= threshold).sum(axis=1) for threshold in _THRESHOLDS])
@@ -171,8 +172,8 @@ def _precisions_and_recalls(true_nc: np.ndarray, scores_nc: np.ndarray) -> tuple
 def _f1_max(precisions: _Shares, recalls: _Shares, times_n: np.ndarray) -> float:
     """CAFA's F-max (Radivojac et al., 2013, doi 10.1038/nmeth.2340), over thresholds from 0.01 to 0.99.
 
-    Precision is the mean over proteins with a prediction, recall over those with a label, each so many times; NaN where
-    none has one.
+    Precision is averaged over proteins with a prediction, recall over those with a label, each weighted by `times_n`;
+    NaN if no protein has a label.
     """
     if not (recalls[1] @ times_n).any():
         return np.nan
@@ -190,14 +191,14 @@ def _counts(true_n: np.ndarray, predicted_n: np.ndarray, num_classes: int = 0) -
 
 
 def _accuracy(counts_3c: np.ndarray) -> float:
-    """The share that is right; NaN where there is none."""
+    """The share that is correct; NaN if there are no labels."""
     return float(counts_3c[2].sum() / counts_3c[0].sum()) if counts_3c[0].any() else np.nan
 
 
 def _mcc(counts_3c: np.ndarray) -> float:
     """Matthews' correlation for any number of classes (Gorodkin, 2004, doi 10.1016/j.compbiolchem.2004.09.006).
 
-    0 where either is of one class alone.
+    0 if all true, or all predicted, labels are of one class.
     """
     true_c, predicted_c, right_c = counts_3c
     total = true_c.sum()
@@ -206,13 +207,13 @@ def _mcc(counts_3c: np.ndarray) -> float:
 
 
 def _f1_macro(counts_3c: np.ndarray) -> float:
-    """The mean over the classes that are true or predicted somewhere of the harmonic mean of precision and recall."""
+    """The mean F1 over the classes that occur among the true or the predicted labels."""
     true_c, predicted_c, right_c = counts_3c[:, counts_3c.any(axis=0)]
     return _mean(2 * right_c / (true_c + predicted_c))
 
 
 def _mean(values: np.ndarray) -> float:
-    """The mean of those that are defined; NaN where none is."""
+    """The mean of the values that are not NaN; NaN if there are none."""
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if len(defined) else np.nan
 

@@ -1,7 +1,7 @@
-"""Answers on the disk, a folder a part, each whole or not there: a run that was killed goes on behind the last one.
+"""Results on disk, one folder per part, each complete or absent: a killed run continues after its last complete part.
 
-An array a name: of what is of a protein [proteins, …], of what is of each residue [residues, …] of all proteins one
-behind the other, of contacts [pairs].
+A part has one array per output: [proteins, …] for outputs of whole proteins, [residues, …] for outputs of residues (all
+proteins concatenated), [pairs] for contacts.
 """
 
 import json
@@ -21,9 +21,9 @@ _OF_RESIDUES = {"per_tok": 1, "logits": 0}  # the axis of residues
 
 
 class Parts:
-    """The parts of one piece of work, in `folder`, which holds what was `asked` and of what: its `identity`.
+    """The parts of one job, in `folder`, which also records the job's identity: its settings and input.
 
-    Raises OutputError where another piece of work has left its parts there.
+    Raises OutputError if the folder holds parts of another job.
     """
 
     def __init__(self, folder: Path, ranges: Sequence[range], lengths_u: np.ndarray, asked: Asked) -> None:
@@ -35,7 +35,7 @@ class Parts:
         self._open: tuple[int, dict[str, np.ndarray]] | None = None
 
     def begin(self, identity: Any) -> None:
-        """Make the folder, or find that it is of the same work."""
+        """Create the folder, or check that its parts belong to the same job."""
         file = self.folder / IDENTITY
         self.folder.mkdir(parents=True, exist_ok=True)
         if not any(self.folder.iterdir()):
@@ -45,11 +45,11 @@ class Parts:
                               "or flags); remove it, or choose another output")
 
     def is_done(self, number: int) -> bool:
-        """Whether that part is whole."""
+        """Whether that part is complete."""
         return self._place(number).exists()
 
     def write(self, number: int, answers: Sequence[Answer], dtype: np.dtype) -> None:
-        """The answers for the proteins of that part, in order."""
+        """Write the results for the proteins of a part, given in order."""
         with new_folder(self._place(number)) as folder:
             for name in self._asked.include:
                 values = [answer[name] for answer in answers]
@@ -61,7 +61,7 @@ class Parts:
                 _write(folder / f"{name}.npy", stacked.astype(dtype, order="C"))
 
     def read(self, distinct: int) -> Answer:
-        """The answer for a protein, by its number among the distinct ones; of the disk, not in memory."""
+        """The results for a protein, given its index among the distinct ones; memory-mapped, not read into memory."""
         number = int(np.searchsorted(self._starts, distinct, side="right")) - 1
         if self._open is None or self._open[0] != number:
             place = self._place(number)
@@ -84,14 +84,14 @@ class Parts:
 
 
 def _write(file: Path, values: np.ndarray) -> None:
-    """As numpy.save, whose error of a full disk does not say that it is one."""
+    """As numpy.save, whose error for a full disk does not say that the disk is full."""
     with file.open("wb") as opened:
         np.lib.format.write_array_header_1_0(opened, np.lib.format.header_data_from_array_1_0(values))
         opened.write(values.data)
 
 
 def is_of(file: Path, identity: Any) -> bool:
-    """Whether a JSON file tells that identity."""
+    """Whether a JSON file records this identity."""
     try:
         return json.loads(file.read_text())["identity"] == json.loads(json.dumps(identity))
     except (OSError, ValueError, KeyError, TypeError):
@@ -99,7 +99,7 @@ def is_of(file: Path, identity: Any) -> bool:
 
 
 def tells_identity(file: Path) -> bool:
-    """Whether a file begins as those do in which `is_of` looks."""
+    """Whether a file begins like those that `is_of` reads."""
     if not file.is_file():
         return False
     with file.open("rb") as opened:

@@ -1,6 +1,6 @@
-"""Embeds files of proteins: what is asked of each goes to one file, in the order of the input, however it was computed.
+"""Embeds files of proteins: writes all results to one output, in the order of the input.
 
-Equal proteins are computed once. The data ranks share out the parts; tensor ranks compute each together.
+Equal proteins are computed once. Data ranks divide the parts among them; tensor ranks compute each part together.
 """
 
 import shutil
@@ -33,7 +33,7 @@ _OVERHEAD_BYTES = 400  # of a protein in HDF5
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be embedded, how, and where to. `window`: residues of a window; None: every protein whole."""
+    """What to embed, how, and where to write it. `window`: residues in a window; None: read every protein whole."""
 
     output: Path
     asked: Asked  # resolved
@@ -42,7 +42,7 @@ class Work:
     dtype: str  # of the numbers in the output
 
     def identity(self, pretrained: Pretrained, files: ProteinFiles) -> dict[str, Any]:
-        """What two runs must share for one to go on where the other was killed; as JSON has it."""
+        """What must be equal for a run to continue another one's parts, as JSON."""
         head = contact_head_file(pretrained.path) if "contacts" in self.asked.include else None
         return {**pretrained.identity, "contact head": head and head.is_file() and head.read_text(encoding="utf-8"),
                 "precision": asdict(pretrained.config.precision), **asdict(self.asked), "window": self.window,
@@ -50,7 +50,9 @@ class Work:
 
 
 def embed(work: Work, pretrained: Pretrained, files: ProteinFiles, log: Log) -> None:
-    """Write the output; all ranks call this. Raises a UserError for what cannot be."""
+    """Compute and write the output; all ranks must call this. Raises a UserError for input or settings that do not
+    work.
+    """
     mesh, identity = pretrained.mesh, work.identity(pretrained, files)
     facts, folder = (work.output.with_name(f"{work.output.name}.{ending}") for ending in ("json", "parts"))
     if _is_whole(work.output, facts, identity, files):
@@ -85,7 +87,7 @@ def embed(work: Work, pretrained: Pretrained, files: ProteinFiles, log: Log) -> 
 
 
 def _is_whole(output: Path, facts: Path, identity: dict[str, Any], files: ProteinFiles) -> bool:
-    """Whether the output of that identity is there; raises OutputError where what is there is anything else."""
+    """Whether the output of this job is already complete; raises OutputError if something else is at its path."""
     if output.exists() and not is_of(facts, identity):
         raise OutputError(f"{output} exists; remove it, or choose another output")
     if not output.exists() and facts.exists() and (files.have(facts) or not tells_identity(facts)):
@@ -95,7 +97,7 @@ def _is_whole(output: Path, facts: Path, identity: dict[str, Any], files: Protei
 
 
 def _compute(work: Work, pretrained: Pretrained, files: ProteinFiles, surveyed: Survey, parts: Parts, log: Log) -> None:
-    """All parts of this data rank that are not there yet."""
+    """Compute the parts of this data rank that do not exist yet."""
     data, tensor = pretrained.mesh.data, pretrained.mesh.tensor
     mine = [number for number in range(data.rank, len(parts.ranges), data.size) if not parts.is_done(number)]
     everyones(None, pretrained.mesh.world)  # all have seen what there is before anyone adds to it
@@ -123,10 +125,10 @@ def _of_parts(files: ProteinFiles, surveyed: Survey, parts: Parts, wanted: set[i
 
 def ask_whole(pretrained: Pretrained, proteins: list[Protein], asked: Asked, window: int | None,
               budget: int | None = None) -> list[Answer]:
-    """The answer for each protein; of one that is longer than the window it is put together from several.
+    """The results for each protein, joined from several windows if it is longer than `window`.
 
-    Of its windows each residue is told by the one in which it has the most around it; cls is the first's. Contacts,
-    of which windows do not see all, are not asked in windows.
+    Each residue's result comes from the window that shows the most around it; cls comes from the first window. Contacts
+    cannot be computed in windows, since no window has all pairs.
     """
     windows = [windows_of(len(protein), window) for protein in proteins]
     if all(len(each) == 1 for each in windows):
@@ -147,7 +149,7 @@ def ask_whole(pretrained: Pretrained, proteins: list[Protein], asked: Asked, win
 
 
 def _assemble(work: Work, files: ProteinFiles, surveyed: Survey, parts: Parts, log: Log) -> None:
-    """One file of all parts; raises OutputError where the disk has no room for it."""
+    """Write all parts into one output; raises OutputError if the disk has too little room."""
     _check_room(work.output, surveyed, parts.folder)
     bar = log.progress(total=len(surveyed.distinct_p), done=0, unit="protein", label="writing")
     with writer(work.output, work.asked) as write:
@@ -159,7 +161,7 @@ def _assemble(work: Work, files: ProteinFiles, surveyed: Survey, parts: Parts, l
 
 @contextmanager
 def _saying_what_is_kept(parts: Path) -> Iterator[None]:
-    """Raises the block's OSErrors of a full disk as an OutputError that says that nothing computed is lost."""
+    """Turns an OSError for a full disk into an OutputError that says that all finished parts are kept."""
     try:
         yield
     except OSError as error:
@@ -170,7 +172,7 @@ def _saying_what_is_kept(parts: Path) -> Iterator[None]:
 
 
 def _check_room(output: Path, surveyed: Survey, parts: Path) -> None:
-    """Raises OutputError before the writing where the disk has too little room for what is computed."""
+    """Raises OutputError before writing starts if the disk has too little room for the output."""
     num_bytes = sum(file.stat().st_size for file in parts.rglob("*.npy"))
     num_proteins = len(surveyed.distinct_p)
     needed = num_bytes * num_proteins // max(1, len(surveyed.lengths_u)) + num_proteins * _OVERHEAD_BYTES

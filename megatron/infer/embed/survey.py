@@ -1,4 +1,4 @@
-"""What is to be computed, known before any of it is: how long the proteins are, and which are the same."""
+"""A first pass over the proteins: their lengths, and which of them are equal."""
 
 import hashlib
 from array import array
@@ -16,24 +16,25 @@ DIGEST_BYTES = 16
 
 @dataclass(frozen=True)
 class Survey:
-    """Of p proteins, u of them distinct; what is computed are these, in the order in which they first come."""
+    """p proteins, of which u are distinct. Only the distinct ones are computed, in the order in which they first
+    appear.
+    """
 
     lengths_u: np.ndarray  # residues, int32
     distinct_p: np.ndarray  # which of the distinct ones each protein is, int64
 
     def parts(self, bytes_a_residue: int, most_residues: int, most_bytes: int) -> list[range]:
-        """The distinct proteins in pieces of work, so large as these allow, but one protein at least."""
+        """Ranges of distinct proteins within these limits, at least one protein each."""
         limit = max(1, min(most_residues, most_bytes // bytes_a_residue))
         groups = grouped(range(len(self.lengths_u)), self.lengths_u.tolist().__getitem__, limit)
         return [range(group[0], group[-1] + 1) for group in groups] or [range(0)]
 
 
 def survey(proteins: Iterable[Protein], max_residues: int | None, window: int | None = None) -> Survey:
-    """Read them all once.
+    """Read all proteins once.
 
-    Raises ConfigError for one with more than `max_residues` where it is not to be read in windows, and for a window of
-    more.
-    Memory: some hundred bytes a distinct protein.
+    Raises ConfigError for a protein with more than `max_residues` if `window` is None, and for a window larger than
+    that. Takes a few hundred bytes of memory per distinct protein.
     """
     if window is not None and max_residues is not None and window > max_residues:
         raise ConfigError(f"--window is {window}, and the model knows the positions of {max_residues}; give no more")
@@ -51,7 +52,7 @@ def survey(proteins: Iterable[Protein], max_residues: int | None, window: int | 
 
 
 def first_ones(proteins: Iterable[Protein], surveyed: Survey) -> Iterator[Protein]:
-    """Of equal proteins the first, in order: those that are computed."""
+    """The first of each set of equal proteins, in order: the distinct ones, which are computed."""
     num_before = 0
     for protein, place in zip(proteins, surveyed.distinct_p.tolist(), strict=True):
         if place == num_before:

@@ -1,7 +1,8 @@
-"""Files of answers, each written protein by protein, so that memory holds one: HDF5, NumPy's archive, Parquet, .pt.
+"""Output formats: HDF5, NumPy's archive, Parquet and fair-esm's .pt files, written one protein at a time to save
+memory.
 
-Where one thing is asked for, in one layer, it stands under the protein's name; of several each under its own, such as
-mean.6 (layer 6), contacts.
+A single output of a single layer is stored under the protein's name. Several outputs are stored each under its own
+name, such as mean.6 (of layer 6) or contacts.
 """
 
 import io
@@ -26,9 +27,9 @@ _LIBRARIES = {".h5": "h5py", ".hdf5": "h5py", ".parquet": "pyarrow"}
 
 
 def check_form(path: Path, in_folder: str = "fair-esm's .pt files") -> None:
-    """Raises ConfigError where a path's ending tells no form, or one whose library is not installed.
+    """Raises ConfigError if a path's ending names no known format, or one whose library is not installed.
 
-    `in_folder`: what is written where there is no ending.
+    `in_folder`: what a path without an ending is written as, for the message.
     """
     if path.suffix not in FORMS:
         raise ConfigError(f"{path}: how it is to be written is told by its ending: {', '.join(filter(None, FORMS))}; "
@@ -39,12 +40,14 @@ def check_form(path: Path, in_folder: str = "fair-esm's .pt files") -> None:
 
 
 def writer(path: Path, asked: Asked) -> AbstractContextManager[WriteAnswer]:
-    """The context in which `path`, whose ending tells its form, is written; it appears when that ends well."""
+    """A context that writes `path` in the format of its ending; the file appears when the context ends without an
+    error.
+    """
     return FORMS[path.suffix](path, asked)
 
 
 def named(answer: Answer, asked: Asked) -> Iterator[tuple[str, np.ndarray]]:
-    """Each array with what it is: of things of layers one a layer."""
+    """Each array with its name, one for each layer if it depends on layers."""
     for name in asked.include:
         if name in OF_LAYERS:
             yield from ((f"{name}.{layer}", values) for layer, values in zip(asked.layers, answer[name], strict=True))
@@ -53,7 +56,7 @@ def named(answer: Answer, asked: Asked) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _with_keys(name: str, answer: Answer, asked: Asked) -> Iterator[tuple[str, np.ndarray]]:
-    """Each array with its key in one file of all proteins."""
+    """Each array with its key in a file that holds all proteins."""
     arrays = list(named(answer, asked))
     for what, values in arrays:
         yield file_name(name) if len(arrays) == 1 else f"{what}/{file_name(name)}", values
@@ -61,7 +64,7 @@ def _with_keys(name: str, answer: Answer, asked: Asked) -> Iterator[tuple[str, n
 
 @contextmanager
 def _hdf5(path: Path, asked: Asked) -> Iterator[WriteAnswer]:
-    """A data set a protein with the attribute original_id, as ProtTrans and biotrainer have it."""
+    """One data set per protein, with the attribute original_id, as ProtTrans and biotrainer write it."""
     import h5py
 
     def write(name: str, length: int, answer: Answer) -> None:
@@ -78,9 +81,9 @@ def _hdf5(path: Path, asked: Asked) -> Iterator[WriteAnswer]:
 
 
 class _HeldRefusal(io.FileIO):
-    """A file that goes on as if all were well where the disk refuses, until `check` raises that OSError.
+    """A file that hides errors of writing until `check` raises the first of them.
 
-    HDF5's own files end the process with a segmentation fault then, as soon as they are closed.
+    HDF5 ends the process with a segmentation fault when it closes a file whose writes failed.
     """
 
     _refusal: OSError | None = None
@@ -111,7 +114,7 @@ class _HeldRefusal(io.FileIO):
 
 @contextmanager
 def _npz(path: Path, asked: Asked) -> Iterator[WriteAnswer]:
-    """What `numpy.load` reads: an array a protein."""
+    """An archive that `numpy.load` reads, with one array per protein."""
     def write(name: str, length: int, answer: Answer) -> None:
         for key, values in _with_keys(name, answer, asked):
             with archive.open(f"{key}.npy", "w", force_zip64=True) as file:
@@ -123,7 +126,7 @@ def _npz(path: Path, asked: Asked) -> Iterator[WriteAnswer]:
 
 @contextmanager
 def _parquet(path: Path, asked: Asked) -> Iterator[WriteAnswer]:
-    """A row a protein: id, length, and of each thing its numbers in a list, those of residues row by row."""
+    """One row per protein: id, length, and for each output a list of its numbers, row by row."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -162,7 +165,7 @@ def _parquet(path: Path, asked: Asked) -> Iterator[WriteAnswer]:
 
 @contextmanager
 def _folder(path: Path, asked: Asked) -> Iterator[WriteAnswer]:
-    """A file a protein, as fair-esm's extract.py writes it; logits beside, which it has not."""
+    """One file per protein, as fair-esm's extract.py writes it, plus logits, which that lacks."""
     keys = {"per_tok": "representations", "mean": "mean_representations", "cls": "bos_representations"}
 
     def write(name: str, length: int, answer: Answer) -> None:

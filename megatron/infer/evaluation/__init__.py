@@ -1,1 +1,1 @@
-"""How well a model predicts masked residues: of which letters, where in a protein, and how sure that is."""
+"""How well a model predicts masked residues: by letter, by position in the protein, and with what standard error."""

@@ -1,4 +1,4 @@
-"""One picture of several evaluations: the loss by letter and by place in the protein."""
+"""Plots the evaluations of several models: the loss by letter and by position in the protein."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#9
 
 
 def draw(reports: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> None:
-    """Write the picture of reports (see `Tally.report`) of one corpus, by the models' names, to `path`.
+    """Write the plot of the reports on one corpus (see `TargetTally.report`), by model name, to `path`.
 
     The baselines are those of the first report that has them.
     """
@@ -32,7 +32,7 @@ def draw(reports: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> No
 
 
 def _bars(panel: Any, reports: Mapping[str, Mapping[str, Any]], what: str, names: Sequence[str], label: str) -> None:
-    """A group of bars a name, one a model, and the mean loss of each and the baselines as lines."""
+    """One group of bars per name with one bar per model; the mean losses and the baselines are lines."""
     width = 0.8 / len(reports)
     for number, (model, report) in enumerate(reports.items()):
         losses = [report[what].get(name, {}).get("loss", np.nan) for name in names]

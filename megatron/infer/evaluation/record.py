@@ -1,4 +1,4 @@
-"""The file of what was evaluated: a model's figures beside those of others that were asked the same before."""
+"""The file of evaluations, in which results of several models on the same proteins accumulate."""
 
 import json
 from collections.abc import Mapping
@@ -15,9 +15,9 @@ Report = dict[str, Any]
 
 
 class EvaluationRecord:
-    """What FILE in a folder tells: of each corpus, by its name, the report of each model, as `Tally.report` gives it.
+    """The contents of FILE in a folder: for each corpus, by name, the report of each model (see `TargetTally.report`).
 
-    One process writes; any may read before it does. Raises DataError for a file of that name that is another's.
+    One process may write; any may read before that. Raises DataError if the file was written by another program.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -25,7 +25,7 @@ class EvaluationRecord:
         self._reports = _read(self.path) if self.path.exists() else {}
 
     def check(self, settings_of: Mapping[str, Mapping[str, Any]]) -> None:
-        """Raises ConfigError where a model's figures of one of these corpora are there, and of other settings."""
+        """Raises ConfigError if a model was evaluated on one of these corpora with other settings."""
         for corpus, settings in settings_of.items():
             for model, report in self._reports.get(corpus, {}).items():
                 there = report.get(_SETTINGS, {})
@@ -35,13 +35,13 @@ class EvaluationRecord:
                                       "--output")
 
     def tell(self, corpus: str, model: str, report: Report, settings: Mapping[str, Any], writes: bool) -> None:
-        """Put a report down in place of that model's last one, and write the file."""
+        """Store a model's report in place of its previous one, and write the file if `writes`."""
         self._reports.setdefault(corpus, {})[model] = report | {_SETTINGS: dict(settings)}
         if writes:
             write_json(self.path, self._reports)
 
     def of(self, corpus: str) -> dict[str, Report]:
-        """The reports of a corpus by their models."""
+        """The reports on a corpus, by model name."""
         return self._reports[corpus]
 
 

@@ -1,4 +1,4 @@
-"""A model on a corpus: the loss on masks that are fixed, and the pseudo-perplexity."""
+"""Evaluates a model on a corpus: the loss on fixed masks, and the pseudo-perplexity."""
 
 import hashlib
 from collections.abc import Iterator
@@ -22,10 +22,10 @@ EACH = Masking(prob=1.0, mask_token_prob=1.0, random_prob=0.0)  # how `pseudo_pe
 
 def evaluated(pretrained: Pretrained, files: ProteinFiles, piece: int | None, budget: int | None,
               bar: ProgressBar) -> TargetTally:
-    """What the model makes of the masked residues of every protein; all ranks call this and get the same.
+    """The model's results on the masked residues of every protein; all ranks must call this, and each gets the same.
 
-    The masks are those of an evaluation in training: 15 % of the residues, 80/10/10, by the letters of the protein
-    alone. A protein of more than `piece` residues is read in pieces of so many, as there.
+    Masks are the same as in evaluations during training: 15 % of the residues, 80/10/10, chosen by the protein's
+    letters alone. A protein of more than `piece` residues is read in pieces of that many, as in training.
     """
     masks, tally = FixedMasks(pretrained.vocab), TargetTally(np.zeros((3, pretrained.vocab.size)))
     for proteins in _of_this_rank(pretrained, files):
@@ -46,9 +46,9 @@ def evaluated(pretrained: Pretrained, files: ProteinFiles, piece: int | None, bu
 
 
 def read_through(files: ProteinFiles, vocab: Vocab, log: Log) -> tuple[int, str]:
-    """How many proteins there are, and a digest of their residues, once `log` was told what is left out.
+    """The number of proteins and a digest of their residues; logs which records are left out.
 
-    Raises DataError for what cannot be evaluated.
+    Raises DataError for a file that cannot be evaluated.
     """
     masks, digest, number = FixedMasks(vocab), hashlib.blake2b(digest_size=12), 0
     for protein in files:
@@ -60,10 +60,10 @@ def read_through(files: ProteinFiles, vocab: Vocab, log: Log) -> tuple[int, str]
 
 def pseudo_perplexity(pretrained: Pretrained, files: ProteinFiles, num_proteins: int, piece: int | None,
                       budget: int | None, bar: ProgressBar) -> TargetTally:
-    """The same where each residue is masked in turn, and nothing else, of `num_proteins` drawn at random.
+    """The model's results with each residue masked in turn, for `num_proteins` proteins drawn at random.
 
-    Salazar et al., 2020, arXiv 1910.14659: exp of the mean loss. As many passes as there are residues. Of a protein of
-    more than `piece` residues so many are seen, the masked one in their middle where it can be.
+    The pseudo-perplexity is exp of the mean loss (Salazar et al., 2020, arXiv 1910.14659). Takes one forward pass per
+    residue. Of a protein of more than `piece` residues, the model sees that many around the masked one.
     """
     total = sum(1 for _ in files)
     drawn = set(np.random.default_rng(0).permutation(total)[:num_proteins].tolist())
@@ -80,7 +80,7 @@ def pseudo_perplexity(pretrained: Pretrained, files: ProteinFiles, num_proteins:
 
 
 def _of_this_rank(pretrained: Pretrained, files: ProteinFiles) -> Iterator[list[Protein]]:
-    """Some proteins at a time, of those that fall to this data rank."""
+    """Batches of the proteins that belong to this data rank."""
     data = pretrained.mesh.data
     mine = islice(files, data.rank, None, data.size)
     while proteins := list(islice(mine, PROTEINS_AT_ONCE)):

@@ -1,4 +1,7 @@
-"""What is counted of predictions: by letter, by place in the protein, by protein. Shapes: v ids, n bins, p proteins."""
+"""Counts of predictions by letter, by position in the protein and by protein.
+
+Shapes: v ids, n bins of positions, p proteins.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +18,7 @@ FIRST_OF_BIN = np.array([1, 2, 11, 51, 101, 201, 401, 801])  # numbers of residu
 
 
 def bin_names() -> list[str]:
-    """The residues of each bin, in words."""
+    """The range of residue numbers of each bin, as text."""
     last = [*(FIRST_OF_BIN[1:] - 1), None]
     return [f"{first}+" if until is None else f"{first}" if first == until else f"{first}–{until}"
             for first, until in zip(FIRST_OF_BIN, last, strict=True)]
@@ -23,14 +26,17 @@ def bin_names() -> list[str]:
 
 @dataclass
 class TargetTally:
-    """Sums over targets: rows are their number, their loss in nats, and how many were predicted right."""
+    """Sums over targets. The three rows of an array are the number of targets, their loss in nats, and the number
+    predicted correctly.
+    """
 
     by_letter_3v: np.ndarray
     by_position_3n: np.ndarray = field(default_factory=lambda: np.zeros((3, len(FIRST_OF_BIN))))
     of_proteins: list[tuple[int, float]] = field(default_factory=list)  # targets and their loss; p long
 
     def add(self, true_ids: np.ndarray, numbers: np.ndarray, losses: np.ndarray, is_right: np.ndarray) -> None:
-        """The targets of a protein: their letters, numbers in the protein from 1, losses, and whether they are right.
+        """Count the targets of one protein: true ids, residue numbers from 1, losses, and whether each is predicted
+        correctly.
         """
         bins = np.searchsorted(FIRST_OF_BIN, numbers, side="right") - 1
         for counts, place in ((self.by_letter_3v, true_ids), (self.by_position_3n, bins)):
@@ -40,17 +46,17 @@ class TargetTally:
 
     @classmethod
     def merged(cls, tallies: Sequence["TargetTally"]) -> "TargetTally":
-        """The sum of several ranks' tallies."""
+        """The sum of the tallies of several ranks."""
         return cls(np.sum([each.by_letter_3v for each in tallies], 0),
                    np.sum([each.by_position_3n for each in tallies], 0),
                    [pair for each in tallies for pair in each.of_proteins])
 
     def report(self, vocab: Vocab, masking: Masking) -> dict[str, Any]:
-        """The means, as JSON has them; None where there is no target. `masking`: how targets were chosen and shown.
+        """The mean results, as JSON; None if there is no target. `masking`: how targets were chosen and shown.
 
-        `standard_error`: of the loss, as far as it comes from which proteins were drawn; None of a single one.
-        `letters_alone`: what it costs to know the targets' letters by their frequency, and nothing else.
-        `letters_and_visible`: to know besides which letters masking leaves visible, as `Baselines` has it.
+        `standard_error`: of the loss, over the choice of proteins; None for a single one. `letters_alone`: the loss of
+        knowing only the frequencies of the targets' letters. `letters_and_visible`: the loss of knowing also the
+        letters that masking leaves visible; see `Baselines`.
         """
         number, loss, right = self.by_letter_3v.sum(1)
         if number == 0:
@@ -71,9 +77,9 @@ class TargetTally:
 
 
 def of_other_letters(report: Mapping[str, Any]) -> tuple[dict[str, int], float]:
-    """How many targets of a report are of each letter that is none of the 20 amino acids, and the loss of the others.
+    """The number of targets of each letter that is not one of the 20 amino acids, and the loss over all other targets.
 
-    The loss is nan where there are no others.
+    The loss is nan if there are no others.
     """
     by_letter: Mapping[str, Mapping[str, float]] = report["by_letter"]
     known = [facts for letter, facts in by_letter.items() if letter in AMINO_ACIDS]

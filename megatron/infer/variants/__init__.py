@@ -1,1 +1,1 @@
-"""Variants of proteins scored: what is read, what a model says of each, what comes of it in files and pictures."""
+"""Scores variants of proteins: reads files of variants, computes scores, writes files and heat maps."""

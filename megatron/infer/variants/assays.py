@@ -1,4 +1,5 @@
-"""Files of variants: tables as ProteinGym's, with or without what was measured, and lists of mutants, one a line."""
+"""Reads files of variants: tables like ProteinGym's, with or without measurements, and lists with one mutant per line.
+"""
 
 import hashlib
 import math
@@ -31,10 +32,10 @@ _DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+([eE][+-]?\d+)?")
 
 @dataclass(frozen=True)
 class Assay:
-    """The variants of one protein, in the order of their file; `measured` [variants] has nan where nothing was.
+    """The variants of one protein, in the order of their file. `measured` [variants] is nan where nothing was measured.
 
-    `places`: the rows of the table that they stand in, from 0, which are not all where some were left out. `entry`:
-    what is known of it besides its file.
+    `places`: the table row of each variant, from 0; rows that were left out are missing. `entry`: what the reference
+    file says of the assay.
     """
 
     name: str
@@ -47,17 +48,17 @@ class Assay:
 
     @property
     def said(self) -> dict[str, str]:
-        """By what averages are taken, as the summary has it."""
+        """The protein and category by which correlations are averaged, as the summary stores them."""
         return {"uniprot": self.entry.uniprot, "category": self.entry.category}
 
     @property
     def identity(self) -> str:
-        """A digest of what the scores depend on."""
+        """A digest of everything that the scores depend on."""
         return hashlib.sha256(f"{self.table.digest} {self.wild_type}".encode()).hexdigest()
 
 
 def files_of(inputs: Sequence[Path], reference: Path | None) -> dict[str, Path]:
-    """The file of each assay by its name; of a folder the CSVs and TSVs, sorted. Raises DataError."""
+    """The file of each assay, by name; a folder stands for its CSVs and TSVs, sorted. Raises DataError."""
     files: dict[str, Path] = {}
     for path in inputs:
         found = [path]
@@ -75,10 +76,10 @@ def files_of(inputs: Sequence[Path], reference: Path | None) -> dict[str, Path]:
 
 def read_assay(name: str, path: Path, wild_types: WildTypes, letters: Collection[str], offset: int = 1,
                skipped: Skipped | None = None) -> Assay:
-    """The variants in a file that fit their wild type; `letters`: the vocabulary's.
+    """The variants of a file that fit their wild type; `letters`: the residues of the vocabulary.
 
-    `skipped` is told of those that do not, which are left out; without it the first of them raises DataError, as
-    whatever concerns all of them does.
+    Variants that do not fit are counted in `skipped` and left out; if that is None, the first of them raises DataError.
+    Faults of the whole file always raise DataError.
     """
     entry = wild_types.of(path, name)
     is_table = path.name.endswith(TABLES)
@@ -113,7 +114,7 @@ def read_assay(name: str, path: Path, wild_types: WildTypes, letters: Collection
 
 
 def _worked_out(texts: Sequence[str], sequences: Sequence[str], letters: Collection[str], offset: int) -> str:
-    """The wild type that most mutants have with their mutated sequences; empty where none has one."""
+    """The wild type that most mutants imply together with their mutated sequences; empty if there is none."""
     found = Counter[str]()
     for text, sequence in zip(texts, sequences, strict=True):
         with suppress(ResidueError):
@@ -122,9 +123,9 @@ def _worked_out(texts: Sequence[str], sequences: Sequence[str], letters: Collect
 
 
 def _fitting(text: str, sequence: str | None, wild_type: str, letters: Collection[str], offset: int) -> Mutant:
-    """The mutant of that text; raises ResidueError where it does not fit its wild type, or its mutated sequence.
+    """Parse a mutant; raises ResidueError if it does not fit the wild type or its own mutated sequence.
 
-    An empty `wild_type` is one that no mutated sequence has.
+    `wild_type` is empty if no mutated sequence implies one.
     """
     mutant = parse_mutant(text, offset)
     if not wild_type:
@@ -136,7 +137,7 @@ def _fitting(text: str, sequence: str | None, wild_type: str, letters: Collectio
 
 
 def _check_sequence(found: str, expected: str, text: str, offset: int) -> None:
-    """Raises ResidueError where a file's mutated sequence is another than its mutant makes of the wild type."""
+    """Raises ResidueError if a mutated sequence in the file differs from what its mutant makes of the wild type."""
     if found == expected:
         return
     if len(found) != len(expected):
@@ -147,7 +148,7 @@ def _check_sequence(found: str, expected: str, text: str, offset: int) -> None:
 
 
 def _measured(text: str) -> float:
-    """What was measured of a variant, nan where nothing was; raises ResidueError for what is no number."""
+    """The measured value of a variant, nan if there is none; raises ResidueError for text that is not a number."""
     if not text.strip() or text.strip().lower() == "na":
         return math.nan
     try:

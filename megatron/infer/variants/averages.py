@@ -11,12 +11,13 @@ Facts = Mapping[str, Any]  # of an assay: those that `record` keeps
 
 
 def averaged(assays: Sequence[Facts]) -> dict[str, Any]:
-    """The mean correlation by category and over these, of assays that have a correlation, a protein and a category.
+    """The mean correlation for each category and over all categories. Uses the assays that have a correlation, a
+    protein and a category.
 
-    Assays of one protein and category are averaged first, then the proteins of a category, then the categories, so
-    that a protein measured often counts once (ProteinGym's `performance_DMS_benchmarks.py`). `standard_error` is that
-    of the average, where the proteins of each category are resampled: the standard deviation over 10,000 times. Empty
-    where no assay has all three.
+    Assays of the same protein and category are averaged first, then the proteins of a category, then the categories, so
+    that a protein measured often counts once (as in ProteinGym's `performance_DMS_benchmarks.py`). `standard_error` of
+    the average: the standard deviation over 10,000 resamples of the proteins within each category. Empty if no assay
+    has all three.
     """
     of_protein: dict[str, dict[str, list[float]]] = {}
     for facts in assays:

@@ -1,4 +1,6 @@
-"""Substitutions in a protein, as ProteinGym writes them: `A1P:D2N`, wild-type letter, number, letter in its place."""
+"""Substitutions in ProteinGym's notation: `A1P:D2N`, each with the wild-type letter, the residue number and the new
+letter.
+"""
 
 import re
 from collections.abc import Collection, Sequence
@@ -11,7 +13,7 @@ _FORM = re.compile(r"([A-Za-z])(-?[0-9]{1,9})([A-Za-z])")
 
 
 class Substitution(NamedTuple):
-    """One residue in place of another; `site` counts from 0."""
+    """One residue replaced by another; `site` counts from 0."""
 
     site: int
     wild: str
@@ -22,14 +24,14 @@ Mutant = tuple[Substitution, ...]
 
 
 def letters_of(vocab: Vocab) -> frozenset[str]:
-    """The residues that a vocabulary has."""
+    """The residue letters of a vocabulary."""
     return frozenset(RESIDUE_LETTERS) & frozenset(vocab.tokens)
 
 
 def parse_mutant(text: str, offset: int = 1) -> Mutant:
-    """The substitutions of a mutant, whose numbers count from `offset`; raises ResidueError.
+    """The substitutions of a mutant whose residue numbers start at `offset`; raises ResidueError for another notation.
 
-    Whether they fit a protein `check_mutant` tells.
+    Use `check_mutant` to find out whether they fit a protein.
     """
     substitutions = []
     for word in text.strip().split(":"):
@@ -43,7 +45,9 @@ def parse_mutant(text: str, offset: int = 1) -> Mutant:
 
 
 def check_mutant(mutant: Mutant, wild_type: str, letters: Collection[str], offset: int = 1) -> None:
-    """Raises ResidueError for a number beyond the protein, another letter there, and one that is not in `letters`."""
+    """Raises ResidueError for a residue number outside the protein, a wild-type letter that is not there, or a new
+    letter that is not in `letters`.
+    """
     for site, wild, other in mutant:
         name = f"{wild}{site + offset}{other}"
         if not 0 <= site < len(wild_type):
@@ -57,20 +61,20 @@ def check_mutant(mutant: Mutant, wild_type: str, letters: Collection[str], offse
 
 
 def has_score(mutant: Mutant) -> bool:
-    """Whether each substitution is of one of the 20 standard amino acids by another of them.
+    """Whether every substitution replaces one of the 20 standard amino acids by another of them.
 
-    A model hardly ever sees the other letters (X, B, Z, U, O): what it says of them is not about the protein.
+    Models hardly ever see the other letters (X, B, Z, U, O), so their probabilities say nothing about the protein.
     """
     return all(one.wild in AMINO_ACIDS and one.mutant in AMINO_ACIDS for one in mutant)
 
 
 def standard_sites(protein: str) -> list[int]:
-    """Where a protein has one of the 20 standard amino acids, ascending, from 0."""
+    """The sites with one of the 20 standard amino acids, ascending, from 0."""
     return [site for site, letter in enumerate(protein) if letter in AMINO_ACIDS]
 
 
 def check_protein(protein: str, letters: Collection[str]) -> None:
-    """Raises ResidueError for one without residues, or with what is not in `letters`."""
+    """Raises ResidueError for a protein without residues, or with a letter that is not in `letters`."""
     if not protein:
         raise ResidueError("the protein has no residue")
     for number, letter in enumerate(protein, 1):
@@ -79,12 +83,12 @@ def check_protein(protein: str, letters: Collection[str]) -> None:
 
 
 def mutated(wild_type: str, mutant: Mutant) -> str:
-    """The protein with a mutant's substitutions."""
+    """The protein with a mutant's substitutions applied."""
     return _with_letters(wild_type, [(one.site, one.mutant) for one in mutant])
 
 
 def wild_type_of(mutated_sequence: str, mutant: Mutant, offset: int = 1) -> str:
-    """The protein without a mutant's substitutions; raises ResidueError where it has not got them."""
+    """The mutated sequence with a mutant's substitutions undone; raises ResidueError if it does not have them."""
     for site, wild, other in mutant:
         if not (0 <= site < len(mutated_sequence) and mutated_sequence[site] == other):
             found = mutated_sequence[site] if 0 <= site < len(mutated_sequence) else "not there"

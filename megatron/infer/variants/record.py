@@ -1,4 +1,4 @@
-"""The folder of what was scored: what is done in it, so that a killed program goes on with what is left."""
+"""The record of an output folder: which files are scored, so that a killed run continues with the others."""
 
 import json
 from collections.abc import Mapping
@@ -14,10 +14,11 @@ ASSAYS, PROTEINS = "assays", "proteins"  # files that were scored; proteins all 
 
 
 class ScoringRecord:
-    """What a folder's SUMMARY tells of each of its ASSAYS and PROTEINS, by their names; it appears whole.
+    """The contents of SUMMARY in a folder: facts about each of its ASSAYS and PROTEINS, by name.
 
-    A thing is done once it is told of, which is after its files were written. `settings` are what scores depend on
-    besides: a folder of others is refused. One process writes; any may read before it does.
+    The file is replaced as a whole. An entry counts as done once it is recorded, which happens after its files are
+    written. `settings` are what all scores depend on: a folder with other settings raises ConfigError. One process may
+    write; any may read before that.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
@@ -32,20 +33,20 @@ class ScoringRecord:
                                       "give another folder")
 
     def is_done(self, kind: str, name: str, identity: str) -> bool:
-        """Whether that is there, made of what has this identity."""
+        """Whether this entry is recorded with this identity."""
         return self._held[kind].get(name, {}).get("identity") == identity
 
     def tell(self, kind: str, name: str, facts: Mapping[str, Any]) -> None:
-        """Put down facts, `identity` among them, beside what is known already, and write the summary."""
+        """Record facts, including `identity`, in addition to those already known, and write the summary."""
         self._held[kind][name] = self._held[kind].get(name, {}) | dict(facts)
         write_json(self._path, self._held | {"average": self.average()})
 
     def assays(self) -> dict[str, dict[str, Any]]:
-        """The facts of each assay."""
+        """The facts about each assay, by name."""
         return self._held[ASSAYS]
 
     def average(self) -> dict[str, Any]:
-        """That of all assays, as `averaged` gives it."""
+        """The averages over all assays, as `averaged` computes them."""
         return averaged(list(self.assays().values()))
 
 

@@ -1,4 +1,4 @@
-"""Files of variants, or proteins, scored one after the other, each done once; what a user watches."""
+"""Scores files of variants, or all substitutions of proteins, one after the other, and reports progress."""
 
 import hashlib
 import math
@@ -31,10 +31,11 @@ _LEAST = 3  # variants that a correlation is of
 
 @dataclass(frozen=True)
 class Way:
-    """How to score: one of SCORINGS, the residues of a window, the number of the first residue, the scores' column.
+    """How to score: one of SCORINGS, the most residues in a window, the number of the first residue, the name of the
+    score column.
 
-    `budget`: the tokens of a row, None for as many as memory allows. `skips`: whether variants that do not fit their
-    protein are left out.
+    `budget`: tokens in a row; None for as many as memory allows. `skips`: leave out variants that do not fit their
+    protein.
     """
 
     scoring: str
@@ -47,9 +48,9 @@ class Way:
 
 def score_files(pretrained: Pretrained, files: Mapping[str, Path], wild_types: WildTypes, way: Way,
                 record: ScoringRecord, log: Log) -> None:
-    """Score what is not done yet of `files`, by their names, into the record's folder; the first rank writes.
+    """Score those of `files`, by name, that are not done yet, and write them to the record's folder (rank 0 only).
 
-    All files are read before any is scored: a mistake in the last raises its DataError at once.
+    Reads all files before scoring any, so a mistake in the last one raises its DataError at once.
     """
     letters, writes = letters_of(pretrained.vocab), pretrained.mesh.world.rank == 0
     left = _left(files, wild_types, way, letters, record, writes, log)
@@ -76,7 +77,7 @@ def score_files(pretrained: Pretrained, files: Mapping[str, Path], wild_types: W
 
 
 def _without_score(number: int) -> str:
-    """What is said of variants that fit their protein and get no score."""
+    """The end of a file's line that reports variants without a score; empty if there are none."""
     if not number:
         return ""
     return (f"; {number:,} more have no score: a substituted letter, or the one in its place, is none of the 20 "
@@ -85,9 +86,9 @@ def _without_score(number: int) -> str:
 
 def _left(files: Mapping[str, Path], wild_types: WildTypes, way: Way, letters: Collection[str], record: ScoringRecord,
           writes: bool, log: Log) -> list[str]:
-    """The names of the files that are not done; of those that are, what the reference says may have changed.
+    """The names of the files that are not done. For those that are, records what the reference says anew.
 
-    What is left out of them is told.
+    Logs which variants are left out.
     """
     left = []
     for name, path in files.items():
@@ -112,23 +113,24 @@ def _left(files: Mapping[str, Path], wild_types: WildTypes, way: Way, letters: C
 
 
 def _check_place(record: ScoringRecord, name: str, columns: list[str]) -> None:
-    """Raises DataError where the file of scores would replace one that is none: nothing tells of it, or its columns."""
+    """Raises DataError if the output would replace a file that is not a file of scores of this program."""
     place = record.folder / f"{name}.csv"
     if name not in record.assays() and place.exists() and not has_header(place, columns):
         raise DataError(f"{place}: is there, and holds no scores of this program; give another folder")
 
 
 def _check_finite(scores: np.ndarray, name: str) -> None:
-    """Raises ConfigError for scores that cannot be ranked, as where a model's numbers overflow."""
+    """Raises ConfigError for scores that are not finite, as when a model's numbers overflow."""
     if wrong := int((~np.isfinite(scores)).sum()):
         raise ConfigError(f"{name}: {wrong:,} of {scores.size:,} scores are not finite: the model has numbers too "
                           "large for this --precision; give fp32 or bf16")
 
 
 def facts_of(assay: Assay, scores: np.ndarray) -> dict[str, Any]:
-    """What is put down of an assay: among it the correlation with what was measured, None where nothing was.
+    """The facts about an assay for the summary, including its correlation with the measurements, None if there are
+    none.
 
-    `skipped`: the variants without a score, for whatever reason.
+    `skipped`: the number of variants without a score, for any reason.
     """
     scored = [mutant for mutant in assay.mutants if has_score(mutant)]
     facts: dict[str, Any] = {"file": str(assay.table.path), "identity": assay.identity, "variants": len(scored),
@@ -143,7 +145,7 @@ def facts_of(assay: Assay, scores: np.ndarray) -> dict[str, Any]:
 
 def draw_proteins(pretrained: Pretrained, proteins: Mapping[str, str], way: Way, record: ScoringRecord,
                   log: Log) -> None:
-    """Of each protein that is not done all substitutions, as a CSV and a PNG in the record's folder."""
+    """Score all substitutions of each protein that is not done, and write a CSV and a PNG for each."""
     from megatron.infer.variants.substitutions_picture import draw_substitutions  # matplotlib: slow to import
 
     for name, protein in proteins.items():

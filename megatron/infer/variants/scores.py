@@ -31,10 +31,11 @@ Progress = Callable[[int], object]
 
 def scores_of(pretrained: Pretrained, scoring: str, wild_type: str, mutants: Sequence[Mutant], longest: int | None,
               budget: int | None = None, progress: Progress = lambda copies: None) -> np.ndarray:
-    """The score of each mutant, fp64 [mutants], by one of SCORINGS; nan of one for which `has_score` is False.
+    """The score of each mutant by one of SCORINGS, fp64 [mutants]; nan for a mutant for which `has_score` is False.
 
-    `longest`: the residues of a window, None for whole proteins; `budget` and `progress` as in `log_probabilities`,
-    of this rank's share. Data ranks share the work out; all ranks call this together and get the same.
+    `longest`: the most residues in a window, None for whole proteins. `budget` and `progress` as in
+    `log_probabilities`; progress counts this rank's share. Data ranks divide the work; all ranks must call this
+    together, and each gets the same result.
     """
     distinct = list(dict.fromkeys(filter(has_score, mutants)))
     score = _pseudo_likelihoods if scoring == PSEUDO else partial(_marginals, scoring=scoring)
@@ -45,7 +46,9 @@ def scores_of(pretrained: Pretrained, scoring: str, wild_type: str, mutants: Seq
 
 def site_table(pretrained: Pretrained, scoring: str, wild_type: str, sites: Sequence[int], longest: int | None,
                budget: int | None = None, progress: Progress = lambda copies: None) -> np.ndarray:
-    """The log-probabilities of all tokens at sites of a protein, which ascend, fp32 [sites, v], by one of MARGINALS."""
+    """The log-probabilities of all tokens at sites of a protein, in ascending order, fp32 [sites, v], by one of
+    MARGINALS.
+    """
     residues, axis = _ids(pretrained, wild_type), pretrained.mesh.data
     copies = (copy_of(pretrained, residues, group, longest, scoring == MASKED)
               for group in together(scoring, sites, len(residues), longest)[axis.rank::axis.size])
@@ -53,7 +56,7 @@ def site_table(pretrained: Pretrained, scoring: str, wild_type: str, sites: Sequ
 
 
 def num_copies(scoring: str, wild_type: str, mutants: Sequence[Mutant], longest: int | None) -> int:
-    """How many copies of a protein all ranks compute for `scores_of`."""
+    """How many copies of a protein all ranks together compute in `scores_of`."""
     distinct = set(filter(has_score, mutants))
     if scoring == PSEUDO:
         return len(distinct) * len(standard_sites(wild_type))
@@ -61,12 +64,14 @@ def num_copies(scoring: str, wild_type: str, mutants: Sequence[Mutant], longest:
 
 
 def sites_of(mutants: Iterable[Mutant]) -> list[int]:
-    """Where any of them has a substitution, ascending, from 0."""
+    """All sites that any of the mutants substitutes, ascending, from 0."""
     return sorted({one.site for mutant in mutants for one in mutant})
 
 
 def together(scoring: str, sites: Sequence[int], num_residues: int, longest: int | None) -> list[list[int]]:
-    """The sites that are computed in one copy: each by itself where it is masked, else those of one window."""
+    """Groups of sites that are computed in one copy of the protein: single sites if they are masked, else all that
+    share a window.
+    """
     if scoring == MASKED:
         return [[site] for site in sites]
     return [list(group) for _, group in groupby(sites, lambda site: window_around(site, num_residues, longest))]

@@ -1,4 +1,4 @@
-"""All substitutions of one protein as a table, and its file."""
+"""The table of all substitutions of one protein, and its CSV."""
 
 from pathlib import Path
 
@@ -13,10 +13,11 @@ from megatron.infer.variants.tables import write_csv
 
 def all_substitutions(pretrained: Pretrained, scoring: str, wild_type: str, longest: int | None,
                       budget: int | None = None, progress: Progress = lambda copies: None) -> np.ndarray:
-    """The score of each amino acid at each residue, fp32 [residues, 20] in the order of AMINO_ACIDS, 0 the wild type's.
+    """The score of each amino acid at each residue, fp32 [residues, 20] in the order of AMINO_ACIDS; the wild type's is
+    0.
 
-    A residue that is none of these (X, for example) has nan throughout; at least one must be. The arguments are those
-    of `scores_of`; ranks call this together and get the same.
+    A residue that is not one of these (such as X) has nan in its whole row; at least one residue must be. Arguments as
+    in `scores_of`; all ranks must call this together, and each gets the same result.
     """
     sites, ids = standard_sites(wild_type), pretrained.vocab.ids
     table = site_table(pretrained, scoring, wild_type, sites, longest, budget, progress)
@@ -27,7 +28,9 @@ def all_substitutions(pretrained: Pretrained, scoring: str, wild_type: str, long
 
 
 def write_substitutions(path: Path, wild_type: str, scores: np.ndarray, offset: int = 1) -> None:
-    """A CSV with a line for each residue: its number, its letter, and the score of each amino acid there, if any."""
+    """Write a CSV with a line for each residue: its number, its letter and the score of each amino acid, empty where it
+    is nan.
+    """
     write_csv(path, ["position", "wild_type", *AMINO_ACIDS],
               ([str(number), letter, *("" if np.isnan(score) else f"{score:.6f}" for score in row)]
                for number, (letter, row) in enumerate(zip(wild_type, scores, strict=True), offset)))

@@ -1,4 +1,4 @@
-"""One picture of all substitutions of a protein: a heat map of positions and amino acids, in several lines."""
+"""A heat map of all substitutions of a protein: positions by amino acids, on several lines."""
 
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,11 @@ _LINE = _LETTERS_ABOVE + 20 * _CELL + _GAP + _STRIP + _NUMBERS
 
 
 def draw_substitutions(wild_type: str, scores: np.ndarray, offset: int, title: str, path: Path) -> None:
-    """Write the picture of scores [residues, 20], in the order of AMINO_ACIDS, to `path` as PNG.
+    """Write the heat map of scores [residues, 20], in the order of AMINO_ACIDS, to `path` as PNG.
 
-    Blue is likelier than the wild type, red less; white is the wild type's own, which a dot marks. A position whose
-    scores are nan is grey, and the colours' range is that of the others. Below each line stands the mean of a
-    position's substitutions.
+    Blue is likelier than the wild type, red less likely; the wild type itself is white with a dot. Positions whose
+    scores are nan are grey and do not affect the range of colours. Below each line is the mean over a position's
+    substitutions.
     """
     limit = float(np.nanpercentile(np.abs(scores), _SHARE_IN_RANGE)) or 1.0
     ordered = scores[:, [AMINO_ACIDS.index(letter) for letter in LETTERS]]
@@ -62,7 +62,7 @@ def draw_substitutions(wild_type: str, scores: np.ndarray, offset: int, title: s
 
 
 def _draw_line(panel: Any, strip: Any, wild_type: str, scores: np.ndarray, first: int, limit: float) -> Any:
-    """The positions of one line, and below them their means; the image of the first."""
+    """Draw the positions of one line with their means below; returns the image of the positions."""
     colours = {"cmap": colormaps["RdBu"].with_extremes(bad=_GREY), "vmin": -limit, "vmax": limit, "aspect": "auto",
                "interpolation": "nearest"}
     numbers = range(first, first + len(wild_type))

@@ -1,4 +1,4 @@
-"""Tables as files: CSVs, TSVs and lists that are read, plain or packed, and CSVs that are written whole."""
+"""Reads CSVs, TSVs and lists, compressed or not, and writes CSVs."""
 
 import csv
 import hashlib
@@ -15,10 +15,10 @@ from megatron.files import write_text
 
 @dataclass(frozen=True)
 class TextTable:
-    """What a file holds, as text: rows under their columns, and of each row the line where it ends, from 1.
+    """The contents of a file as text: columns, rows, and the line number (from 1) at which each row ends.
 
-    `digest` is that of the file, as it lies on the disk. `uneven`: what is wrong with the fields of rows, by their
-    numbers from 0.
+    `digest`: of the file as stored, which may be compressed. `uneven`: by row index from 0, what is wrong with the
+    number of fields.
     """
 
     path: Path
@@ -29,14 +29,14 @@ class TextTable:
     uneven: dict[int, str] = field(default_factory=dict)
 
     def column(self, name: str) -> list[str] | None:
-        """What stands in a column; None where there is none of that name."""
+        """The values of a column; None if there is no column of that name."""
         if name not in self.columns:
             return None
         at = self.columns.index(name)
         return [row[at] for row in self.rows]
 
     def needed(self, name: str) -> list[str]:
-        """The same; raises DataError where there is none."""
+        """As `column`, but raises DataError if there is no column of that name."""
         found = self.column(name)
         if found is None:
             raise DataError(f"{self.path}: line 1: there is no column {name!r} among {', '.join(self.columns)}; name "
@@ -45,10 +45,10 @@ class TextTable:
 
 
 def read_csv(path: Path, takes_uneven: bool = False) -> TextTable:
-    """A CSV or TSV with a header; blank lines are left out. Raises DataError.
+    """Read a CSV or TSV with a header, ignoring blank lines; raises DataError.
 
-    What parts its fields (a comma, a semicolon, a tab) is told from its first lines, as preprocessing tells it.
-    `takes_uneven`: whether rows of more or fewer fields than the header has are cut or filled up, and told of.
+    The delimiter (comma, semicolon or tab) is detected from the first lines, as in preprocessing. `takes_uneven`: cut
+    or fill up rows with more or fewer fields than the header, and record them in `uneven`; otherwise they are an error.
     """
     text, digest = _text(path)
     delimiter = (delimiter_of("\n".join(text[:HEAD_BYTES].splitlines()).encode()) or b",").decode()
@@ -77,19 +77,19 @@ def read_csv(path: Path, takes_uneven: bool = False) -> TextTable:
 
 
 def read_list(path: Path, name: str) -> TextTable:
-    """A file with one word a line as a table of one column; blank lines are left out. Raises DataError."""
+    """Read a file with one word per line as a table with one column, ignoring blank lines; raises DataError."""
     text, digest = _text(path)
     found = [(line.strip(), number) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     return TextTable(path, [name], [[line] for line, _ in found], [number for _, number in found], digest)
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A CSV, whole or not at all."""
+    """Write a CSV, completely or not at all."""
     write_text(path, _as_csv([columns, *rows]))
 
 
 def has_header(path: Path, columns: Sequence[str]) -> bool:
-    """Whether a file, which may be anything, begins as `write_csv` begins one of these columns."""
+    """Whether a file of any kind begins with the header that `write_csv` writes for these columns."""
     header = _as_csv([columns])
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
         return file.read(len(header)) == header
@@ -102,7 +102,7 @@ def _as_csv(rows: Iterable[Sequence[str]]) -> str:
 
 
 def _text(path: Path) -> tuple[str, str]:
-    """What a file holds, unpacked, and the digest of the file."""
+    """The decompressed text of a file, and a digest of the file as stored."""
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     digest = hashlib.sha256()

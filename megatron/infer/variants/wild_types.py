@@ -1,4 +1,4 @@
-"""The protein that variants were made of: from the command line, a FASTA or ProteinGym's reference file."""
+"""The wild type of each assay: from the command line, a FASTA file or ProteinGym's reference file."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +17,9 @@ ONE = "protein"  # the name of that of the command line
 
 @dataclass(frozen=True)
 class AssayReference:
-    """What a reference says of an assay: its protein, and by what averages are taken, empty where it does not say."""
+    """What a reference file says about an assay: its wild type, and the UniProt entry and category for averages; empty
+    if it does not say.
+    """
 
     wild_type: str
     uniprot: str = ""
@@ -26,16 +28,19 @@ class AssayReference:
 
 @dataclass(frozen=True)
 class WildTypes:
-    """Wild types by the names of assays: `proteins` may have one for all; a reference's are by DMS_id and file, too."""
+    """Wild types by assay name. A single one in `proteins` is for all assays; entries of a reference are by DMS_id and
+    by file name.
+    """
 
     proteins: dict[str, str]
     entries: dict[str, AssayReference] | None = None
     reference: str = ""
 
     def of(self, path: Path, name: str) -> AssayReference | None:
-        """What is known of an assay in a file, whose name without its ending is `name`; None: nothing was given.
+        """What is known about the assay in a file; `name` is the file's name without its ending. None if nothing was
+        given.
 
-        Raises DataError where something was given for others alone.
+        Raises DataError if wild types were given, but none for this assay.
         """
         entry = None
         if self.entries is not None:
@@ -53,7 +58,9 @@ class WildTypes:
 
 def read_wild_types(sequence: str | None, fasta: str | None, reference: Path | None, vocab: Vocab, key: str = "text"
                     ) -> WildTypes:
-    """What the flags of these names give; raises ConfigError, DataError, ResidueError. `key`: as in `read_proteins`."""
+    """Wild types from the flags of these names; raises ConfigError, DataError or ResidueError. `key`: as in
+    `read_proteins`.
+    """
     if sequence is not None and fasta is not None:
         raise ConfigError("--sequence and --fasta both give the wild type; leave one of the two out")
     proteins = {} if fasta is None else read_proteins([fasta], vocab, key)
@@ -72,9 +79,9 @@ def read_wild_types(sequence: str | None, fasta: str | None, reference: Path | N
 
 
 def read_proteins(paths: Sequence[str], vocab: Vocab, key: str = "text") -> dict[str, str]:
-    """The proteins of files, as letters, by their names; raises DataError.
+    """The proteins of files as letters, by name; raises DataError.
 
-    `key`: of the sequence where records have several.
+    `key`: key or column of the sequence, for records that have several.
     """
     proteins: dict[str, str] = {}
     files = ProteinFiles(paths, key, None, vocab, are_named_apart=True)
@@ -87,7 +94,7 @@ def read_proteins(paths: Sequence[str], vocab: Vocab, key: str = "text") -> dict
 
 
 def _checked(text: str, vocab: Vocab, name: str) -> str:
-    """A protein without white space and the stop behind it, in capitals."""
+    """A protein in upper case without white space and the final stop; raises ResidueError, which calls it `name`."""
     protein = "".join(text.split()).upper().removesuffix("*")
     try:
         check_protein(protein, letters_of(vocab))
