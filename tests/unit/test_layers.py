@@ -97,6 +97,7 @@ class Products(TorchDispatchMode):
         return result
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="PyTorch 2.11 has no such sum for tensors without values")
 def test_on_gpus_no_rounded_gradient_lies_between_the_product_and_the_sum():
     with FakeTensorMode(), Products() as products:
         weight = torch.nn.Parameter(torch.empty(16, 24))

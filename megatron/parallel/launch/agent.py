@@ -218,7 +218,8 @@ def meet_on_this_host(args: Namespace) -> None:
     if parse_min_max_nnodes(args.nnodes)[1] > 1 and not args.standalone:
         return
     args.local_addr = args.local_addr or LOOPBACK
-    if args.standalone or (args.rdzv_backend == "static" and not args.rdzv_endpoint and args.master_port is None):
+    has_port = args.master_port not in (None, DEFAULT_PORT)  # PyTorch 2.11 fills in the default
+    if args.standalone or (args.rdzv_backend == "static" and not args.rdzv_endpoint and not has_port):
         args.standalone = False
         args.rdzv_backend, args.rdzv_endpoint, args.rdzv_id = "c10d", f"{LOOPBACK}:0", str(uuid.uuid4())
 

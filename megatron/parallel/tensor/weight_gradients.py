@@ -11,6 +11,9 @@ from torch import Tensor
 from megatron.kernels.device import is_fake, takes_gpu_way
 from megatron.kernels.fp8 import Quantised, product
 
+# PyTorch 2.11 cannot add a half-precision product to fp32 where tensors have no values. A half-precision sum in half of
+# the bytes of the gradient, and a pass over the other half, read, write and allocate as much.
+_ADDS_WIDER_FAKES = torch.__version__ >= "2.13"
 Factor = Tensor | Quantised  # of the product: the output's gradient [t, o] and the input [t, i]; in FP8 [o, t], [i, t]
 
 
@@ -35,11 +38,10 @@ def _product_added(so_far_oi: Tensor | None, grad_to: Tensor, x_ti: Tensor, dtyp
     wider: dict[str, Any] = {} if grad_to.dtype == dtype or not gives_dtype else {"out_dtype": dtype}
     if so_far_oi is None or not gives_dtype:
         return torch.mm(grad_ot, x_ti, **wider).to(dtype)
-    try:
+    if is_fake(so_far_oi) and wider and not _ADDS_WIDER_FAKES:
+        half_oi, other_oi = so_far_oi.view(x_ti.dtype).chunk(2, 1)
+        torch.addmm(half_oi, grad_ot, x_ti, out=half_oi)
+        other_oi.mul_(1)
+    else:
         torch.addmm(so_far_oi, grad_ot, x_ti, **wider, out=so_far_oi)
-    except TypeError:  # torch 2.11 has none for tensors without values: one as large, in half of the gradient's bytes
-        if not is_fake(so_far_oi):
-            raise
-        narrow_oi = so_far_oi.view(x_ti.dtype)[:, :so_far_oi.shape[1]]
-        torch.addmm(narrow_oi, grad_ot, x_ti, out=narrow_oi)
     return None
