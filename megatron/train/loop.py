@@ -4,6 +4,7 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from megatron.train.evaluations import Evaluations, num_rows_evaluated
 from megatron.train.guards.faults import Faults
 from megatron.train.guards.guard import Guard, WrongSteps
 from megatron.train.guards.stragglers import Stragglers
-from megatron.train.observation.events import Events
+from megatron.train.observation.events import Events, TrainingFacts
 from megatron.train.observation.memory import count_from_here, peak_memory_gib
 from megatron.train.observation.observers import Observer
 from megatron.train.observation.pace import Pace
@@ -39,11 +40,11 @@ from megatron.train.stop import StopRequests
 
 def train(run: Run, requests: StopRequests, claim: Claim | None, faults: Faults, suspect: WrongSteps | None = None,
           observers: Sequence[Observer] = ()) -> None:
-    """Train `run` to its end, or until it is told to stop; then say where everything is.
+    """Train `run` to its end, or until it is asked to stop; then evaluate it and print where everything is.
 
-    `claim`: on rank 0, the right to write into `--save`; `suspect`: why the run has gone back to where it stands;
-    `observers`: on rank 0, who is told of its numbers.
-    Raises RewindError where it is to go back, and at its end SaveError where the last checkpoint could not be saved.
+    `claim`: on rank 0, the right to write into `--save`. `suspect`: the steps because of which the run went back to its
+    last checkpoint, if it did. `observers`: on rank 0, what else receives the metrics (wandb, Prometheus, ...).
+    Raises RewindError to have the run rebuilt from its last checkpoint, and SaveError if the last save failed.
     """
     config = run.config.checkpoint
     events = Events(config, run.config.logging, run.log, run.state.iteration, observers)
@@ -73,8 +74,20 @@ def train(run: Run, requests: StopRequests, claim: Claim | None, faults: Faults,
         saver.check()
 
 
+@dataclass(frozen=True)
+class DueAfterStep:
+    """What follows one step, decided once from the step's number and from what all ranks have agreed on."""
+
+    end: bool  # it was the last step
+    log: bool
+    evaluation: bool
+    save: bool
+    stop: bool  # a rank was asked to stop: no evaluation then
+    exit: bool  # by --exit-interval
+
+
 class Training:
-    """The steps of one run."""
+    """The training steps of one run, with the log events, evaluations and checkpoints between them."""
 
     def __init__(self, run: Run, events: Events, requests: StopRequests, saver: PatientSaver | None, meters: Meters,
                  evaluations: Evaluations, faults: Faults, guard: Guard) -> None:
@@ -85,11 +98,11 @@ class Training:
         self._last_iteration, self._last_sample = run.sizes.end(run.state)
         self._meters = meters
         self._step = TrainStep(run.engine, meters, judge=run.judge if run.config.guards.on_spike == "skip" else None)
-        self._wishes = Arriving(torch.zeros(2))
+        self._wishes = Arriving(torch.zeros(2))  # how many ranks want to stop, and to save
         self._saved_at_s = time.monotonic()
 
     def finish(self) -> bool:
-        """Take all steps that are left, or stop when asked, and save; returns whether the end was reached."""
+        """Take the remaining steps, stopping early if asked to, and save; returns whether the end was reached."""
         run, config, mesh = self._run, self._run.config, self._run.mesh
         if run.state.iteration >= self._last_iteration:
             run.log.line(f"training is complete at iteration {run.state.iteration}{self._how_far_past()}")
@@ -127,7 +140,7 @@ class Training:
         return run.state.iteration >= self._last_iteration
 
     def _how_far_past(self) -> str:
-        """Behind which flag's end the run stands that it went on from; empty where it ended there."""
+        """Words for the log when the run is already past the end that a flag sets; empty when it is exactly there."""
         state, training = self._run.state, self._run.config.training
         flag, end, done = (("--train-iters", training.train_iters, state.iteration) if training.train_iters else
                            ("--train-samples", training.train_samples, state.consumed_samples))
@@ -142,67 +155,86 @@ class Training:
         return f"at iteration {iteration}; {where}"
 
     def _advance(self, loader: Iterator[Batch]) -> bool:
-        """One step and what is due after it; returns whether to stop."""
-        run, state, config = self._run, self._run.state, self._run.config
+        """Train on one global batch, then log, evaluate and save where that is due; returns whether to stop."""
+        run, state = self._run, self._run.state
         rows = run.sizes.at(state.consumed_samples)
         learning_rate = run.schedule.learning_rate(state.consumed_samples)
         weight_decay = run.schedule.weight_decay(state.consumed_samples)
-        if weight_decay is not None:
-            run.engine.optimizer.set_weight_decay(weight_decay)
-        micro_batches = list(itertools.islice(loader, rows // run.sizes.rows_a_micro_step))
-        # Ranks agree on stopping and saving in the step's own reduction. With several, it is read one step later, when
-        # it has long arrived, so that no step waits for the device.
-        agreed_before = self._wishes
-        wishes = self._requests.wants_stop(), self._is_time_to_save()
-        self._guard.note(rows)
-        run.mesh.progress.step = state.iteration + 1
-        factor = self._faults.factor(state.iteration + 1, run.state.sample_at(state.consumed_samples))
-        self._wishes = self._step(micro_batches, learning_rate, wishes, factor)
-        num_stopping, num_saving = (self._wishes if run.mesh.world.size == 1 else agreed_before).read()
+        num_stopping, num_saving = self._take_step(loader, rows, learning_rate, weight_decay)
         state.iteration += 1
         state.consumed_samples += rows
-        is_end = state.iteration == self._last_iteration
-        is_evaluating = not is_end and state.iteration % config.training.eval_interval == 0
-        if is_end or state.iteration % config.logging.log_interval == 0:
+        due = self._due(num_stopping, num_saving)
+        if due.log:
             self._log(learning_rate, weight_decay, rows)
-        is_stopping = num_stopping > 0
-        is_saving = is_due(config.checkpoint.save_interval, state.iteration) or num_saving > 0 or (
-            self._guard.is_before_suspect())
-        # Waits for the steps: their time is not that of what comes between them.
-        totals = self._meters.totals() if is_evaluating or is_saving else None
+        # Waits for the device, so that the steps' time is complete before the clock is paused.
+        totals = self._meters.totals() if due.evaluation or due.save else None
         self._meters.pause()
-        if is_evaluating and not is_stopping:
+        if due.evaluation and not due.stop:
             self._evaluations.of_split("valid", totals)
-        run.is_evaluation_due = is_evaluating and (is_stopping or self._evaluations.was_cut_short)
-        if is_saving:
-            if is_end and self._saver is not None:
+        run.is_evaluation_due = due.evaluation and (due.stop or self._evaluations.was_cut_short)
+        if due.save:
+            if due.end and self._saver is not None:
                 self._saver.outlook = "It is tried once more"
             self._save()
         elif self._saver is not None:
             self._saver.poll()
-        if is_evaluating or is_saving:  # which take long
+        is_stopping = due.stop
+        if due.evaluation or due.save:  # they take long: ask again
             is_stopping = is_stopping or self._requests.agreed(run.mesh)
         self._meters.resume()
-        return is_stopping or is_due(config.training.exit_interval, state.iteration)
+        return is_stopping or due.exit
+
+    def _take_step(self, loader: Iterator[Batch], rows: int, learning_rate: float,
+                   weight_decay: float | None) -> Sequence[int]:
+        """Train on the next `rows` rows; returns how many ranks want to stop, and how many want to save.
+
+        Ranks agree on both in the step's own all-reduce. With several ranks the numbers are those of the step before,
+        which have long arrived, so that no step waits for the device.
+        """
+        run, state = self._run, self._run.state
+        if weight_decay is not None:
+            run.engine.optimizer.set_weight_decay(weight_decay)
+        micro_batches = list(itertools.islice(loader, rows // run.sizes.rows_a_micro_step))
+        wishes, agreed_before = (self._requests.wants_stop(), self._is_time_to_save()), self._wishes
+        self._guard.note(rows)
+        run.mesh.progress.step = state.iteration + 1
+        factor = self._faults.factor(state.iteration + 1, state.sample_at(state.consumed_samples))
+        self._wishes = self._step(micro_batches, learning_rate, wishes, factor)
+        return (self._wishes if run.mesh.world.size == 1 else agreed_before).read()
+
+    def _due(self, num_stopping: int, num_saving: int) -> DueAfterStep:
+        """What is due after the step just taken, the same on all ranks."""
+        config, iteration = self._run.config, self._run.state.iteration
+        is_end = iteration == self._last_iteration
+        return DueAfterStep(
+            end=is_end,
+            log=is_end or is_due(config.logging.log_interval, iteration),
+            evaluation=not is_end and is_due(config.training.eval_interval, iteration),
+            save=is_due(config.checkpoint.save_interval, iteration) or num_saving > 0 or (
+                self._guard.is_before_suspect()),
+            stop=num_stopping > 0,
+            exit=is_due(config.training.exit_interval, iteration))
 
     def _log(self, learning_rate: float, weight_decay: float | None, rows: int) -> None:
+        """Log the steps since the last log event; all ranks call this, and those that went wrong raise here."""
         run, reading = self._run, self._meters.read()
         self._guard.look(reading.steps)
-        scale = float(run.engine.loss_scale.value)
         if self._saver is not None:
             self._saver.check_claim()
-        self._events.train(run.state.iteration, self._last_iteration, run.state.consumed_samples,
-                           self._meters.totals(), reading, learning_rate=learning_rate, weight_decay=weight_decay,
-                           group_rates=run.engine.optimizer.learning_rates(learning_rate), global_batch_size=rows,
-                           loss_scale=scale, peak_flops=self._peak_flops * run.mesh.world.size,
-                           num_ranks=run.mesh.world.size, memory_gib=peak_memory_gib(run.mesh),
-                           time_left_s=self._pace.time_left_s(reading, run.state),
-                           of_ranks=self._stragglers.look(reading),
-                           is_peak_of_bf16=run.config.precision.fp8 is not None and not (
-                               run.config.logging.peak_tflops))
+        self._events.train(reading, TrainingFacts(
+            run.state.iteration, self._last_iteration, run.state.consumed_samples, self._meters.totals(),
+            learning_rate=learning_rate, group_rates=run.engine.optimizer.learning_rates(learning_rate),
+            weight_decay=weight_decay, global_batch_size=rows, loss_scale=float(run.engine.loss_scale.value),
+            peak_flops=self._peak_flops * run.mesh.world.size, num_ranks=run.mesh.world.size,
+            memory_gib=peak_memory_gib(run.mesh), time_left_s=self._pace.time_left_s(reading, run.state),
+            times_of_ranks=self._stragglers.look(reading),
+            is_peak_of_bf16=run.config.precision.fp8 is not None and not run.config.logging.peak_tflops))
 
     def _is_time_to_save(self) -> bool:
-        """Whether this rank's clock, the first one's, asks for a checkpoint; once, as it comes a step later."""
+        """Whether --save-interval-minutes have passed on rank 0's clock, False on all others.
+
+        True only once for each checkpoint, since the ranks read the answer one step later.
+        """
         minutes, now_s = self._run.config.checkpoint.save_interval_minutes, time.monotonic()
         if minutes is None or self._run.mesh.world.rank or now_s - self._saved_at_s < 60 * minutes:
             return False
@@ -214,14 +246,14 @@ class Training:
         if self._saver is None:
             return
         meters = self._meters.state()
-        self._guard.look([StepSums(*step) for step in meters["steps"]])  # nothing is saved of a course that went wrong
+        self._guard.look([StepSums(*step) for step in meters["steps"]])  # raises before steps that went wrong are saved
         self._saver.save(run.state.iteration, run.parts(), run.facts() | {"meters": meters})
         self._saved_at_s = time.monotonic()
 
 
 def _baselines(run: Run) -> Baselines | None:
-    """What letter frequencies alone cost on the validation split, if it holds a residue; rank 0 computes and prints it.
-    """
+    """The loss of letter frequencies alone on the validation split, which is printed; None on all ranks but the first,
+    and where the split holds no residue."""
     if run.data.valid is None or not run.log.is_speaker:
         return None
     baselines = frequency_baselines(run.data.train.residue_counts(), run.data.valid.residue_counts(),

@@ -27,7 +27,7 @@ from megatron.log import Log
 from megatron.train import evaluations
 from megatron.train.build import run as build_module
 from megatron.train.loop import Training
-from megatron.train.observation.events import Events
+from megatron.train.observation.events import Events, TrainingFacts
 from megatron.train.step.meters import Reading, Totals
 from megatron.train.step.train_step import TrainStep
 from pretrain_tape import main
@@ -440,8 +440,8 @@ def test_a_disk_that_is_full_while_metrics_are_written_is_one_line_and_ends_noth
         for iteration in (1, 2, 3):
             if iteration == 3:
                 events._metrics = metrics  # there is room again
-            events.train(iteration, 3, 2, Totals(), reading, learning_rate=1.0, group_rates={}, global_batch_size=2,
-                         loss_scale=1.0, peak_flops=1.0)
+            events.train(reading, TrainingFacts(iteration, 3, 2, Totals(), learning_rate=1.0, group_rates={},
+                                                global_batch_size=2, loss_scale=1.0, peak_flops=1.0))
         events.close()
     output = "".join(capfd.readouterr())
     assert "Traceback" not in output

@@ -6,6 +6,7 @@ import re
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from megatron.data.rows.dataset import build_datasets
 from megatron.log import Log
 from megatron.parallel.mesh import Axis, Mesh
 from megatron.train.build.peak import measured_peak_flops
-from megatron.train.observation.events import Events
+from megatron.train.observation.events import Events, TrainingFacts
 from megatron.train.observation.memory import count_from_here, peak_memory_gib
 from megatron.train.observation.pace import Pace
 from megatron.train.observation.picture import draw_losses
@@ -128,8 +129,12 @@ def test_a_split_without_a_residue_is_evaluated_to_nothing(tmp_path):
 
 
 def told(events: Events, found: Reading, peak_flops: float = 1e12) -> None:
-    events.train(1, 2, 8, Totals(), found, learning_rate=1e-3, group_rates={}, global_batch_size=8, loss_scale=1.0,
-                 peak_flops=peak_flops)
+    events.train(found, facts(peak_flops=peak_flops))
+
+
+def facts(**others: Any) -> TrainingFacts:
+    return TrainingFacts(1, 2, 8, Totals(), learning_rate=1e-3, group_rates={}, global_batch_size=8, loss_scale=1.0,
+                         **others)
 
 
 def test_what_was_not_measured_is_none_in_the_log_and_null_in_the_metrics(tmp_path, capsys):
@@ -161,8 +166,7 @@ def test_a_share_of_the_peak_above_one_is_not_told(tmp_path, capsys):
 def test_in_fp8_a_peak_that_was_measured_in_bf16_is_named_and_may_be_exceeded(capsys):
     found = reading((2.0, 10, 1.0, True))
     Events(CheckpointConfig(), LoggingConfig(), Log(), 0).train(
-        1, 2, 8, Totals(), found, learning_rate=1e-3, group_rates={}, global_batch_size=8, loss_scale=1.0,
-        peak_flops=found.model_flops / found.elapsed_s * 0.8, is_peak_of_bf16=True)
+        found, facts(peak_flops=found.model_flops / found.elapsed_s * 0.8, is_peak_of_bf16=True))
     assert capsys.readouterr().out.strip().endswith(" (125 % of bf16 peak) |")
 
 
@@ -177,8 +181,7 @@ def test_the_memory_of_a_gpu_is_that_of_its_steps(monkeypatch):
 def test_memory_and_time_left_are_told_where_they_are_known(capsys):
     events = Events(CheckpointConfig(), LoggingConfig(), Log(), 0)
     for time_left_s in (125.0, 0.0):
-        events.train(1, 2, 8, Totals(), reading((2.0, 10, 1.0, True)), learning_rate=1e-3, group_rates={},
-                     global_batch_size=8, loss_scale=1.0, peak_flops=1e300, memory_gib=1.5, time_left_s=time_left_s)
+        events.train(reading((2.0, 10, 1.0, True)), facts(peak_flops=1e300, memory_gib=1.5, time_left_s=time_left_s))
     underway, at_end = capsys.readouterr().out.splitlines()
     assert underway.endswith("| memory: 1.50 GiB | time left: 2 min |") and at_end.endswith("| memory: 1.50 GiB |")
 

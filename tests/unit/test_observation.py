@@ -15,7 +15,7 @@ from megatron.config import CheckpointConfig, LoggingConfig
 from megatron.errors import ConfigError
 from megatron.log import Log
 from megatron.train.observation import trackers
-from megatron.train.observation.events import Events
+from megatron.train.observation.events import Events, TrainingFacts
 from megatron.train.observation.prometheus import Exposition, Prometheus
 from megatron.train.observation.trackers import tracker
 from megatron.train.step.evaluate import Evaluation
@@ -277,8 +277,9 @@ def test_what_events_write_is_told_over_http_and_in_the_file_until_the_end(tmp_p
     [url] = re.findall(r"http://127\.0\.0\.1:\d+/metrics", said[0])
     events = Events(CheckpointConfig(), LoggingConfig(), Log(is_speaker=False), 0, [shown])
     reading = Reading(2, 2, 2.5, 0.1, 1.0, 0, 100, 110, 1e9, 0.5, [])
-    events.train(4, 8, 16, Totals(200, 1.0, 2e9), reading, learning_rate=1e-3, group_rates={}, global_batch_size=4,
-                 loss_scale=1.0, peak_flops=1e10, num_ranks=2, memory_gib=1.0, time_left_s=2.0)
+    events.train(reading, TrainingFacts(4, 8, 16, Totals(200, 1.0, 2e9), learning_rate=1e-3, group_rates={},
+                                        global_batch_size=4, loss_scale=1.0, peak_flops=1e10, num_ranks=2,
+                                        memory_gib=1.0, time_left_s=2.0))
     events.evaluation("test", 4, 16, None, Evaluation(2.75, 15.6, 0.2, 30))
     with urllib.request.urlopen(url, timeout=10) as answer:
         text, kind = answer.read().decode(), answer.headers["Content-Type"]

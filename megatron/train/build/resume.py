@@ -1,4 +1,4 @@
-"""What a run takes up: the checkpoint of `--load`, what must be as it was, and a line for whatever else differs."""
+"""Resuming: finds the checkpoint of `--load`, refuses flags that do not fit it, and logs other flags that changed."""
 
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -24,23 +24,23 @@ from megatron.log import Log
 from megatron.parallel.collectives import everyones
 from megatron.parallel.mesh import Axis
 
-# What may lie in the folder of a run that has yet to save, besides hidden files; people direct its output there.
+# What the folder of a run without a checkpoint may hold, besides hidden files: our files, and redirected output.
 _OURS = (CONFIG_FILE, LOSSES, "mlflow", "profile", BOARD, "trackers.json", "wandb")
 _OUTPUT_ENDINGS = (".log", ".out", ".err", ".txt", ".prom")
-_FACTS = {"progress": dict, "schedule": dict, "loss_scale": list, "config": dict}
+_FACTS = {"progress": dict, "schedule": dict, "loss_scale": list, "config": dict}  # a state's fields and their types
 _SCHEDULE = {"lr", "min_lr", "lr_decay_style", "warmup_samples", "decay_samples"}
 
 
 def going_on(config: Config) -> Config:
-    """The configuration that goes on with the run in `--save`, whatever that began with."""
+    """`config` changed to resume the run in `--save`, whatever that run first loaded."""
     options = config.checkpoint
     return replace(config, checkpoint=replace(options, load=options.save, finetune=False, load_ema=False))
 
 
 def started_again(config: Config, world: Axis, log: Log) -> Config:
-    """What goes on with the run in `--save`, where that took up this very `--load`, and says so; else `config`.
+    """`going_on(config)`, with a log line, if `--save` holds a run that began from this very `--load`; else `config`.
 
-    So whatever starts a command again, once it has saved, need not know how it began. All ranks call this together.
+    So a scheduler can repeat the command that began a run, and it resumes. A collective: all ranks call this together.
     """
     options = config.checkpoint
     if None in (options.load, options.save) or origin_of(options.load) == origin_of(options.save) or (
@@ -51,63 +51,42 @@ def started_again(config: Config, world: Axis, log: Log) -> Config:
 
 
 def origin_of(folder: str) -> str:
-    """How a checkpoint names what its run took up first, if that was another folder than its own.
+    """The name under which a checkpoint records the folder that its run first loaded: its absolute path.
 
-    As it was given: where RUN/best leads may change.
+    Symbolic links stay, because the target of RUN/best may change.
     """
     return os.path.abspath(folder)
 
 
 def find_checkpoint(config: CheckpointConfig, optimizer: str, world: Axis, log: Log) -> Checkpoint | None:
-    """The checkpoint of `--load`; None where the run starts afresh, which a mistyped path is no reason for.
+    """The checkpoint of `--load` to start from; None where the run starts from random weights.
 
-    Without the state of the optimizer where --no-load-optim leaves it: not again where the run in --save has done so,
-    with the same `optimizer`. The same on all ranks of `world`, which call this together. Raises ConfigError or
-    CheckpointError.
+    A `--load` without a checkpoint is an error, since the path may be mistyped, unless --save is the same folder. With
+    --no-load-optim the checkpoint comes without optimizer state, except that a run in --save which itself began so, and
+    with the same `optimizer`, keeps its own. The same on all ranks of `world`, which call this together. Raises
+    ConfigError or CheckpointError.
     """
-    folder, target = config.load, config.save
-    goes_on = folder is not None and target is not None and Path(folder).resolve() == Path(target).resolve()
-    if target is not None and (config.finetune or not goes_on) and iterations(Path(target)):
-        raise ConfigError(f"--save {target} already holds a run, which this one would overwrite; to go on with it give "
-                          f"--load {target} (without --finetune), else name another folder")
-    if target is not None and (other := foreign_name(Path(target))) is not None:
-        raise ConfigError(f"--save {target} holds a model of another program ({other}), which a run's checkpoints "
-                          "beside it would hide; name a new folder")
-    if config.load_ema and not config.finetune:
-        raise ConfigError("--load-ema takes the average of a run's weights, from which that run cannot go on; give "
-                          "--finetune as well")
-    if folder is None:
-        if config.finetune:
-            raise ConfigError("--finetune takes the weights of --load, which is missing; give the folder of a run")
+    is_same_run = None not in (config.load, config.save) and (
+        Path(config.load).resolve() == Path(config.save).resolve())
+    _check_flags(config, is_same_run)
+    if config.load is None:
         return None
-    wanted: Wanted = not (config.finetune or config.no_load_optim)
-    if config.no_load_optim and goes_on:
-        wanted = partial(_is_of_fresh_start, optimizer)
-    checkpoint = newest(folder, world, log, wanted)
-    if checkpoint is not None:
-        _check_state(checkpoint, set(_FACTS) if not config.finetune else {"config"})
-        if not config.finetune:
-            _name_batch(checkpoint.state)
-        log.line(f"{'taking the weights of' if config.finetune else 'going on from'} iteration "
-                 f"{checkpoint.iteration} in {folder}")
-        if config.no_load_optim and not config.finetune:
-            if not (callable(wanted) and wanted(checkpoint.state)):
-                checkpoint = replace(checkpoint, optimizer=None)
-            log.line("note: --no-load-optim: the optimizer starts afresh" if checkpoint.optimizer is None else
-                     "note: --no-load-optim held when this run began: its optimizer goes on")
-        return checkpoint.averaged() if config.load_ema else checkpoint
-    strangers = _strangers(Path(folder))
-    if config.finetune or not goes_on or strangers:
-        found = f"{strangers[0]} but no checkpoint" if strangers else "no checkpoint"
-        raise CheckpointError(f"--load {folder} holds {found}; give the folder that a run was saved in, or to start "
-                              "afresh leave --load out, or give --load and --save the same new folder")
-    log.line(f"no checkpoint in {folder} yet: starting from random weights")
-    return None
+    wants_optimizer: Wanted = not (config.finetune or config.no_load_optim)
+    if config.no_load_optim and is_same_run:
+        wants_optimizer = partial(_is_of_fresh_start, optimizer)
+    checkpoint = newest(config.load, world, log, wants_optimizer)
+    if checkpoint is None:
+        _check_fresh_start(config, is_same_run)
+        log.line(f"no checkpoint in {config.load} yet: starting from random weights")
+        return None
+    if config.finetune:
+        return _weights_of(checkpoint, config, log)
+    return _progress_of(checkpoint, config, wants_optimizer, log)
 
 
 def refuse_changes(config: Config, vocab: Vocab, checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError where the weights, or the optimizer's state, would mean something else than they did."""
-    # Programs and editions that say nothing of proteins' ends have [CLS] alone.
+    """Raises CheckpointError where flags would give the checkpoint's weights or optimizer state another meaning."""
+    # Checkpoints that do not mention proteins' ends were trained with [CLS] alone.
     saved, options = {"protein_ends": "start", **_with_later_flags(checkpoint)}, config.checkpoint
     for item, now, then in _changed(config, config.as_dict(), saved, "arithmetic"):
         raise CheckpointError(f"{flag_name(item)} is {now}, but the checkpoint was trained with {then}; give that "
@@ -129,14 +108,14 @@ def refuse_changes(config: Config, vocab: Vocab, checkpoint: Checkpoint) -> None
 
 
 def differences(config: Config, facts: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
-    """A line for each difference between a run and the state of the checkpoint that it goes on from.
+    """A log line for each way in which a run differs from the checkpoint that it resumes from.
 
-    `facts`: what the run's own checkpoints will say of it, as `facts_of` has it.
+    `facts`: `facts_of` the run. `saved`: the state of the checkpoint.
     """
     lines, now, then, is_known = [], facts["config"], saved["config"], "data" in saved
     is_same_data = facts["data"] == saved["data"] if is_known else _same_places(now["data_path"], then.get("data_path"))
     for item, value, before in _changed(config, now, then, "samples"):
-        if not (item.name == "data_path" and is_same_data):  # moved, not changed
+        if not (item.name == "data_path" and is_same_data):  # the same files in another place
             unless = "" if is_known or item.name != "data_path" else ", unless the files are the same"
             lines.append(f"note: {flag_name(item)} is {value}, it was {before} before: the samples to come are others"
                          f"{unless}")
@@ -153,7 +132,7 @@ def differences(config: Config, facts: Mapping[str, Any], saved: Mapping[str, An
 
 
 def facts_of(config: Config, vocab: Vocab, data: Splits, global_batch_size: int) -> dict[str, Any]:
-    """What a checkpoint says of its run, to be compared with the one that goes on from it; as JSON has it."""
+    """What a checkpoint records of its run's configuration and data, for a comparison on resuming; JSON values."""
     parts, weights = ((data.train.datasets, data.train.weights) if isinstance(data.train, BlendedDataset) else
                       ((data.train,), ()))
     own = {"global_batch_size": global_batch_size, "vocab_file": config.data.absolute_vocab_file}
@@ -163,21 +142,67 @@ def facts_of(config: Config, vocab: Vocab, data: Splits, global_batch_size: int)
             "clusters": [part.clusters.identity for part in parts if part.clusters is not None]}
 
 
+def _check_flags(config: CheckpointConfig, is_same_run: bool) -> None:
+    """Raises ConfigError where --save, --load and --finetune do not go together; nothing has been loaded by then."""
+    target = config.save
+    if target is not None and (config.finetune or not is_same_run) and iterations(Path(target)):
+        raise ConfigError(f"--save {target} already holds a run, which this one would overwrite; to go on with it give "
+                          f"--load {target} (without --finetune), else name another folder")
+    if target is not None and (other := foreign_name(Path(target))) is not None:
+        raise ConfigError(f"--save {target} holds a model of another program ({other}), which a run's checkpoints "
+                          "beside it would hide; name a new folder")
+    if config.load_ema and not config.finetune:
+        raise ConfigError("--load-ema takes the average of a run's weights, from which that run cannot go on; give "
+                          "--finetune as well")
+    if config.finetune and config.load is None:
+        raise ConfigError("--finetune takes the weights of --load, which is missing; give the folder of a run")
+
+
+def _check_fresh_start(config: CheckpointConfig, is_same_run: bool) -> None:
+    """Raises CheckpointError where a `--load` without a checkpoint is not the new folder of a run that starts."""
+    strangers = _strangers(Path(config.load))
+    if config.finetune or not is_same_run or strangers:
+        found = f"{strangers[0]} but no checkpoint" if strangers else "no checkpoint"
+        raise CheckpointError(f"--load {config.load} holds {found}; give the folder that a run was saved in, or to "
+                              "start afresh leave --load out, or give --load and --save the same new folder")
+
+
+def _weights_of(checkpoint: Checkpoint, config: CheckpointConfig, log: Log) -> Checkpoint:
+    """The checkpoint as --finetune takes it: the weights, with --load-ema their average; says so."""
+    _check_state(checkpoint, {"config"})
+    log.line(f"taking the weights of iteration {checkpoint.iteration} in {config.load}")
+    return checkpoint.averaged() if config.load_ema else checkpoint
+
+
+def _progress_of(checkpoint: Checkpoint, config: CheckpointConfig, wants_optimizer: Wanted, log: Log) -> Checkpoint:
+    """The checkpoint as a run goes on from it, under --no-load-optim perhaps without optimizer state; says so."""
+    _check_state(checkpoint, _FACTS)
+    _name_batch(checkpoint.state)
+    log.line(f"going on from iteration {checkpoint.iteration} in {config.load}")
+    if not config.no_load_optim:
+        return checkpoint
+    if not (callable(wants_optimizer) and wants_optimizer(checkpoint.state)):
+        checkpoint = replace(checkpoint, optimizer=None)
+    log.line("note: --no-load-optim: the optimizer starts afresh" if checkpoint.optimizer is None else
+             "note: --no-load-optim held when this run began: its optimizer goes on")
+    return checkpoint
+
+
 def _is_of_fresh_start(optimizer: str, state: Mapping[str, Any]) -> bool:
-    """Whether what saved this was itself told --no-load-optim, so that its optimizer is the one started afresh."""
+    """Whether the run that saved this state began with --no-load-optim, so that its optimizer had started afresh."""
     saved = state.get("config")
     return isinstance(saved, dict) and bool(saved.get("no_load_optim")) and saved.get("optimizer") == optimizer
 
 
 def _taken_from(folder: Path) -> str | None:
-    """What the run in a folder says that it took up; None where there is no run, or it does not say."""
+    """The folder that the run in `folder` first loaded; None if there is no run, or it does not say."""
     with suppress(CheckpointError, IndexError):
         return read_state(in_order(folder)[1][0] / STATE).get("taken_from")
     return None
 
 
 def _vocabulary_of(checkpoint: Checkpoint, default: Vocab) -> str:
-    """The identity of a checkpoint's vocabulary; that of `default` where neither it nor a family's name is told."""
+    """The identity of a checkpoint's vocabulary; that of `default` if it records neither that nor a family's name."""
     family = checkpoint.state["config"].get("vocab_file")
     told = Vocab.from_file(family) if family in VOCABULARIES else default
     return checkpoint.state.get("vocabulary", told.identity)
@@ -190,11 +215,10 @@ def _named(flags: Mapping[str, Any]) -> str:
 
 def _changed(config: Config, now: Mapping[str, Any], saved: Mapping[str, Any],
              kind: str) -> list[tuple[Field, str, str]]:
-    """The flags, of those that change what `kind` says, whose values differ: each with its value now and then, in
-    words.
+    """The flags that change `kind` ("arithmetic", "samples", ...) and differ, with their values now and then as text.
     """
     now = _as_json(now)
-    if isinstance(saved.get("mask_prob"), float):  # of a time when a share had no course
+    if isinstance(saved.get("mask_prob"), float):  # older checkpoints have a number, not a list
         saved = {**saved, "mask_prob": [saved["mask_prob"]]}
     return [(item, in_words(item, now[item.name]), in_words(item, saved[item.name]))
             for _, section in config.sections() for item in fields(section)
@@ -202,7 +226,7 @@ def _changed(config: Config, now: Mapping[str, Any], saved: Mapping[str, Any],
 
 
 def _with_later_flags(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The flags of a checkpoint, and where it is one of ours, those that came after it: it does without."""
+    """The flags of a checkpoint; for one of ours, flags that did not exist when it was saved have their defaults."""
     saved = checkpoint.state["config"]
     if "vocabulary" not in checkpoint.state:
         return saved
@@ -214,9 +238,9 @@ def _same_places(paths: Sequence[str], before: Sequence[str] | None) -> bool:
 
 
 def _name_batch(state: dict[str, Any]) -> None:
-    """Put the global batch into a state that does not name it, as where the flag was left to its default.
+    """Add the global batch size to a state that lacks it, as when the flag had its default.
 
-    It is what the steps so far come to; where they differ, nothing is known of it.
+    It is the samples per step so far; unless that is a whole number without a ramp-up, it stays unknown.
     """
     config, progress = state["config"], state["progress"]
     if config.get("global_batch_size") is None:
@@ -231,7 +255,7 @@ def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_state(checkpoint: Checkpoint, facts: Collection[str]) -> None:
-    """Raises CheckpointError where a state that is JSON is not that of a run, or lacks one of `facts`."""
+    """Raises CheckpointError if the checkpoint's state lacks one of `facts`, or is not the state of a run."""
     state = checkpoint.state
     if absent := sorted(set(facts) - state.keys()):
         raise CheckpointError(f"{checkpoint.path} does not say its {absent[0].replace('_', ' ')}, without which no run "
@@ -254,7 +278,7 @@ def _check_state(checkpoint: Checkpoint, facts: Collection[str]) -> None:
 
 
 def _are_guards(guards: Any) -> bool:
-    """Whether these are what `Run.facts` says of windows that are left out, and of the steps behind."""
+    """Whether a state's "guards" have the form that `Run.facts` gives them."""
     try:
         pairs, counts = guards["left_out"] + guards["judge"]["steps"], [guards["num_rewinds"],
                                                                         guards["judge"]["num_steps"]]
@@ -265,9 +289,9 @@ def _are_guards(guards: Any) -> bool:
 
 
 def _strangers(folder: Path) -> list[str]:
-    """What lies in a folder and is not of a run that has yet to save."""
+    """The names in a folder that a run without a checkpoint would not have put there."""
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if METRICS_FILE in names:  # one has begun here
+    if METRICS_FILE in names:  # a run has begun here
         return []
     return [name for name in names if name not in _OURS and not name.startswith((".", "abandoned-"))
             and not name.endswith(_OUTPUT_ENDINGS)]

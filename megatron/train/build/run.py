@@ -1,4 +1,4 @@
-"""From a configuration to a run that is ready to train: data, model, optimizer, and what a checkpoint brings back."""
+"""From a configuration to a run that is ready to train: data, model, optimizer, and the state of a checkpoint."""
 
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -9,7 +9,7 @@ import torch
 from megatron.checkpoint.loading import load_average, load_model, load_optimizer, with_padding_of
 from megatron.checkpoint.saving import parts_of
 from megatron.checkpoint.stored import Checkpoint
-from megatron.config import Config
+from megatron.config import CheckpointConfig, Config
 from megatron.data.batches.batch import BatchShape, batch_shape
 from megatron.data.batches.order import Windows
 from megatron.data.corpus.split import shares_of
@@ -54,28 +54,28 @@ class Run:
     sizes: BatchSizes
     state: TrainState
     judge: SpikeJudge
-    began_from: str | None  # what the first of its weights were loaded from, as --load had it; None: from the seed
-    taken_from: str | None  # the folder of another run that it took up first, with its progress or without
-    meters: dict[str, Any]  # what the steps since the last log event had measured, where the run was left
-    is_evaluation_due: bool = False  # the one of the last step, before which the run was stopped
-    is_other_evaluated: bool = False  # on rank 0: it was complete, and is evaluated on other data than it was
+    began_from: str | None  # --load of the start that gave the run its first weights; None: they came from the seed
+    taken_from: str | None  # the folder of the other run that it first loaded, with its progress or without
+    meters: dict[str, Any]  # state of the meters: the steps since the last log event before a resumed run was stopped
+    is_evaluation_due: bool = False  # the run was stopped before the evaluation that was due after its last step
+    is_other_evaluated: bool = False  # on rank 0: a complete run is evaluated on other data than before
 
     @cached_property
     def shape(self) -> BatchShape:
-        """That of all micro-batches from here on."""
+        """The shape of every micro-batch from the present step on."""
         mesh = self.mesh
         return batch_shape(self.data, self.config.training.micro_batch_size,
                            stream_of(self.config, mesh).token_multiple, mesh.context.rank, mesh.context.size,
                            self.state.sample_at(self.state.consumed_samples))
 
     def parts(self) -> dict[str, Part]:
-        """This rank's part of the tensors of a checkpoint, as of now."""
+        """This rank's part of each tensor of a checkpoint saved now, by name."""
         moments = {} if self.config.checkpoint.no_save_optim else self.engine.optimizer.state()
         average = self.engine.average
         return parts_of(self.engine.model.parameters, moments, None if average is None else average.tensors)
 
     def facts(self) -> dict[str, Any]:
-        """What else `build` needs to go on, as of now; as JSON has it."""
+        """The rest of a checkpoint saved now: all that `build` needs besides tensors to resume the run; JSON values."""
         return {"iteration": self.state.iteration, "progress": self.state.progress,
                 "began_from": self.began_from, "taken_from": self.taken_from,
                 "loss_scale": self.engine.loss_scale.state(),
@@ -89,9 +89,9 @@ class Run:
 
 
 def build(config: Config, mesh: Mesh, log: Log, left_out: Windows = (), num_rewinds: int = 0) -> Run:
-    """A run, resumed from `--load` where there is a checkpoint; raises a UserError for whatever does not fit.
+    """A run ready to train, resumed if `--load` holds a checkpoint; raises a UserError for whatever does not fit.
 
-    `left_out` and `num_rewinds`: of the run itself, where it has gone back to that checkpoint.
+    `left_out`: samples not to train on. `num_rewinds`: how often the run has gone back to a checkpoint because of such.
     """
     if config.data.data_path is None:
         raise ConfigError("--data-path is missing; give the prefix of the .bin and .idx that tools/preprocess_data.py "
@@ -103,13 +103,37 @@ def build(config: Config, mesh: Mesh, log: Log, left_out: Windows = (), num_rewi
     sizes = BatchSizes(config.training, mesh.data.size)
     vocab = Vocab.from_file(config.data.vocab_file, config.data.mask_token)
     config = started_again(config, mesh.world, log)
+    checkpoint = _checkpoint(config, vocab, mesh, log)
+    resumed_from = None if config.checkpoint.finetune else checkpoint
+    config = with_precision_chosen(config, resumed_from.state["config"] if resumed_from else None, mesh, log)
+    schedule = chosen_schedule(config, sizes, resumed_from, log)
+    data = _build_data(config, vocab, log)
+    # The checkpoint's schedule may have another peak, to which the peaks of parameter groups are in proportion.
+    engine = _build_engine(replace(config, schedule=replace(config.schedule, lr=schedule.lr)), mesh, vocab, checkpoint)
+    log.line(ways(config, mesh, engine.is_compiled))
+    # Steps to be skipped are judged on the device before the update, others on the CPU when they are logged.
+    judge = SpikeJudge(config.guards, mesh.device if config.guards.on_spike == "skip" else torch.device("cpu"),
+                       engine.loss_scale.is_dynamic)
+    run = Run(config, mesh, log, data, vocab, engine, schedule, sizes, TrainState(), judge,
+              *_origins(config.checkpoint, checkpoint), {"steps": [], "elapsed_s": 0.0, "totals": asdict(Totals())})
+    if resumed_from is not None:
+        _go_on(run, resumed_from)
+    run.state.leave_out([*config.guards.left_out, *left_out])
+    run.state.num_rewinds = max(run.state.num_rewinds, num_rewinds)
+    return run
+
+
+def _checkpoint(config: Config, vocab: Vocab, mesh: Mesh, log: Log) -> Checkpoint | None:
+    """The checkpoint of `--load`, if there is one: it fits the flags, and its vocabulary is padded as this run's is."""
     checkpoint = find_checkpoint(config.checkpoint, config.optimizer.optimizer, mesh.world, log)
-    if checkpoint is not None:
-        refuse_changes(config, vocab, checkpoint)
-        checkpoint = with_padding_of(checkpoint, vocab, vocab.padded_size(config.model), log)
-    gone_on_from = None if config.checkpoint.finetune else checkpoint
-    config = with_precision_chosen(config, gone_on_from.state["config"] if gone_on_from else None, mesh, log)
-    schedule = chosen_schedule(config, sizes, gone_on_from, log)
+    if checkpoint is None:
+        return None
+    refuse_changes(config, vocab, checkpoint)
+    return with_padding_of(checkpoint, vocab, vocab.padded_size(config.model), log)
+
+
+def _build_data(config: Config, vocab: Vocab, log: Log) -> Splits:
+    """The training, validation and test rows; logs what they hold, and which flags have no effect on them."""
     data = build_datasets(config.data, vocab, config.training.seed)
     for part in (data.train, data.valid, data.test):
         if part is not None:
@@ -121,33 +145,25 @@ def build(config: Config, mesh: Mesh, log: Log, left_out: Windows = (), num_rewi
         log.line("note: without --save nothing of this run is kept")
     if config.training.eval_each and not isinstance(data.train, BlendedDataset):
         log.line("note: --eval-each changes nothing without several weighted corpora in --data-path")
-    # Learning rates of single groups are in proportion to that of the course, which may be the checkpoint's.
-    engine = _build_engine(replace(config, schedule=replace(config.schedule, lr=schedule.lr)), mesh, vocab, checkpoint)
-    log.line(ways(config, mesh, engine.is_compiled))
-    load, told = config.checkpoint.load, {} if checkpoint is None else checkpoint.state
-    began_from = load if config.checkpoint.finetune else told.get("began_from")
-    is_of_another = checkpoint is not None and origin_of(load) != origin_of(config.checkpoint.save or load)
-    taken_from = origin_of(load) if is_of_another else told.get("taken_from")
-    # Where steps are skipped they are judged before the update, on the device, else when they are read.
-    judge = SpikeJudge(config.guards, mesh.device if config.guards.on_spike == "skip" else torch.device("cpu"),
-                       engine.loss_scale.is_dynamic)
-    run = Run(config, mesh, log, data, vocab, engine, schedule, sizes, TrainState(), judge, began_from,
-              taken_from, {"steps": [], "elapsed_s": 0.0, "totals": asdict(Totals())})
-    if gone_on_from is not None:
-        _go_on(run, gone_on_from)
-    run.state.leave_out([*config.guards.left_out, *left_out])
-    run.state.num_rewinds = max(run.state.num_rewinds, num_rewinds)
-    return run
+    return data
+
+
+def _origins(options: CheckpointConfig, checkpoint: Checkpoint | None) -> tuple[str | None, str | None]:
+    """`began_from` and `taken_from` of a `Run` that loads this checkpoint."""
+    saved = {} if checkpoint is None else checkpoint.state
+    began_from = options.load if options.finetune else saved.get("began_from")
+    is_of_other_run = checkpoint is not None and origin_of(options.load) != origin_of(options.save or options.load)
+    return began_from, origin_of(options.load) if is_of_other_run else saved.get("taken_from")
 
 
 def _go_on(run: Run, checkpoint: Checkpoint) -> None:
-    """Take up progress, scales and optimizer, and say what is not as it was."""
+    """Restore progress, loss scale, meters and optimizer from the checkpoint, and log which flags have changed."""
     config, engine, saved = run.config, run.engine, checkpoint.state
     guards = saved.get("guards", {})
     run.state = TrainState.from_saved(saved["progress"], guards)
     run.meters = saved.get("meters", run.meters | {"totals": None})
     run.is_evaluation_due = bool(saved.get("is_evaluation_due"))
-    if saved["config"].get("fp16", config.precision.fp16):  # elsewhere the scale was 1, and nothing was learnt of it
+    if saved["config"].get("fp16", config.precision.fp16):  # in other precisions the scale was always 1
         engine.loss_scale.load_state(saved["loss_scale"])
     engine.amaxes.load_state(saved.get("fp8_amaxes", {}))
     if checkpoint.optimizer is not None:
@@ -159,7 +175,7 @@ def _go_on(run: Run, checkpoint: Checkpoint) -> None:
     changes = differences(config, facts, saved)
     for line in changes:
         run.log.line(line)
-    if "judge" in guards and not changes:  # else steps to come are not to be told from those behind
+    if "judge" in guards and not changes:  # after a change, earlier losses say nothing about later ones
         run.judge.load_state(guards["judge"])
     training = config.training
     if training.train_iters is not None and facts["config"]["global_batch_size"] != saved["config"].get(
@@ -170,6 +186,7 @@ def _go_on(run: Run, checkpoint: Checkpoint) -> None:
 
 
 def _build_engine(config: Config, mesh: Mesh, vocab: Vocab, checkpoint: Checkpoint | None) -> Engine:
+    """The engine with the checkpoint's weights, or without a checkpoint with weights drawn from the seed."""
     size = vocab.padded_size(config.model)
     if checkpoint is None:
         return build_engine(config, mesh, size, mask_id=vocab.mask_id)

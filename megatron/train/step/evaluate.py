@@ -16,31 +16,30 @@ from megatron.parallel.collectives import all_reduce_sum
 from megatron.train.step.engine import Engine
 from megatron.train.step.passes import EvaluationPasses
 
-MICRO_BATCHES_A_GO = 32  # between two questions whether to stop
+MICRO_BATCHES_A_GO = 32  # after so many, all ranks ask whether to stop
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over all targets seen: the loss in nats, its perplexity, the share predicted right; None of no target."""
+    """Means over all targets; None if there were none."""
 
-    loss: float | None
+    loss: float | None  # nats
     perplexity: float | None
-    masked_accuracy: float | None
+    masked_accuracy: float | None  # the share of targets predicted right
     num_targets: int
 
 
-@torch.no_grad()
 def evaluate(engine: Engine, dataset: Dataset, shape: BatchShape, log: Log, *, num_rows: int,
              label: str, wants_stop: Callable[[], bool]) -> Evaluation | None:
-    """Evaluate the first `num_rows` rows of `dataset`, shared out over the data axis.
+    """Evaluate the first `num_rows` rows of `dataset`, split over the data-parallel ranks; every rank gets the result.
 
-    None where `wants_stop`, which all ranks ask together between some micro-batches, ends it early.
+    None if `wants_stop`, a collective that is called every few micro-batches, ended it early.
     """
     mesh, micro_batch_size = engine.mesh, engine.config.training.micro_batch_size
     shape = replace(shape, num_targets=dataset.most_targets(micro_batch_size))
     rows_a_micro_step = micro_batch_size * mesh.data.size
     bar = log.progress(total=num_rows, done=0, unit="row", label=label, has_own_lines=True)
-    # No worker processes: starting them costs more than the few rows that they would prepare.
+    # No worker processes: starting them takes longer than preparing so few rows.
     loader = batches(dataset, shape, start_sample=0, stop_sample=num_rows, micro_batch_size=micro_batch_size,
                      data_rank=mesh.data.rank, data_size=mesh.data.size, num_workers=0, pin=False)
     counted, sums = _counted(loader, bar, rows_a_micro_step), torch.zeros(3, dtype=torch.float64, device=mesh.device)
@@ -67,5 +66,5 @@ def _counted(loader: Iterable[Batch], bar: ProgressBar, num_rows: int) -> Iterat
 
 
 def perplexity(loss: float) -> float:
-    """exp of the loss, cut off at exp(20) so that a diverged run still prints."""
+    """exp(loss), at most exp(20), so that a diverged run still prints a number."""
     return float(np.exp(min(loss, 20.0)))

@@ -1,4 +1,4 @@
-"""What the pipeline runs in training and in evaluation: one micro-batch through one stage of this rank."""
+"""The passes that the pipeline calls in training and in evaluation: one micro-batch through one stage of this rank."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,7 @@ from megatron.train.step.meters import Meters
 
 
 class _Passes(Passes):
-    """Micro-batches by number, on the device: brought there when a pass first asks for one, in their order."""
+    """Moves each micro-batch to the device when a pass first needs it, and keeps it for the other stages' passes."""
 
     def __init__(self, engine: Engine, batches: Iterable[Batch]) -> None:
         self._engine, self._mesh, self._source = engine, engine.mesh, iter(batches)
@@ -42,7 +42,7 @@ class _Passes(Passes):
 class TrainPasses(_Passes, TrainingPasses):
     """Forward and backward passes of one step.
 
-    The losses are divided by `num_targets`, those of the whole global batch.
+    `num_targets`: of the whole global batch; every micro-batch's summed loss is divided by it.
     """
 
     def __init__(self, engine: Engine, batches: Sequence[Batch], num_targets: Tensor | float, meters: Meters,
@@ -52,7 +52,8 @@ class TrainPasses(_Passes, TrainingPasses):
         self._meters, self._waiting, self._scale = meters, waiting, engine.loss_scale.value
 
     def forward(self, action: Action, hidden_uh: Tensor | None) -> Tensor:
-        """What the next stage takes, or of the last one the scaled share of the global batch's mean loss."""
+        """The message to the next stage [u, h]; from the last stage the scaled share of the global batch's mean loss.
+        """
         stage = self._engine.stages[action.stage].stage
         output = self._run(action, hidden_uh)
         if not stage.is_last:
@@ -64,46 +65,53 @@ class TrainPasses(_Passes, TrainingPasses):
         return loss_share * self._scale
 
     def backward(self, action: Action, output: Tensor, gradient_uh: Tensor | None) -> None:
-        """Go back from `output`; of an "input" pass the weights' gradients wait."""
+        """Backpropagate from `output`; a pass of kind "input" leaves the weights' gradients for `weights`."""
         is_last = action.micro_batch == self._num_batches - 1
         self._engine.model.before_backward(action.stage, is_last)
         with self._waiting.collecting() if action.kind == "input" else nullcontext():
-            if output.requires_grad:  # not so where all parameters up to here are frozen
+            if output.requires_grad:  # False where all parameters of this and earlier stages are frozen
                 output.backward(gradient_uh)
 
     def weights(self) -> None:
-        """Compute the gradients that the oldest "input" pass put off."""
+        """Compute the weights' gradients that the oldest "input" pass left."""
         self._waiting.compute_oldest()
 
 
 class ForwardPasses(_Passes):
-    """Forward passes; `take` gets what the model's last stage gives for each micro-batch."""
+    """Forward passes alone; the last stage's output for each micro-batch goes to `take`.
+
+    Autograd is off, except in blocks under torch.compile: it compiles a graph for either mode, so that training's
+    graphs serve here too only if autograd is on. No backward pass follows.
+    """
 
     def forward(self, action: Action, hidden_uh: Tensor | None) -> Tensor:
-        """What the next stage takes, or whatever the last one gives."""
+        """The message to the next stage [u, h]; from the last stage the model's output."""
         batch = self._batch(action)
-        with torch.set_grad_enabled(self._engine.is_compiled):  # so that the first stage's graphs serve here too
+        with torch.set_grad_enabled(self._engine.is_compiled):
             output = self._run(action, hidden_uh)
         if action.stage == len(self._engine.stages) - 1:
-            del self._batches[action.micro_batch]  # nobody asks for it again
+            del self._batches[action.micro_batch]  # this rank's last stage: no pass needs it again
         if self._engine.stages[action.stage].stage.is_last:
             self.take(batch, output)
         return output
 
     @abstractmethod
     def take(self, batch: Any, output: Any) -> None:
-        """Keep what is wanted of a micro-batch."""
+        """Use the last stage's output for a micro-batch."""
 
 
 class EvaluationPasses(ForwardPasses):
-    """Forward passes; they add loss, correct predictions and targets to `sums` (fp64 [3]) on the rank that counts."""
+    """Forward passes that add summed loss, correct predictions and number of targets to `sums` (fp64 [3]).
+
+    Only one of the ranks that compute the same loss adds them, so that a sum over all ranks counts each target once.
+    """
 
     def __init__(self, engine: Engine, batches: Iterable[Batch], sums: Tensor) -> None:
         super().__init__(engine, batches)
         self.sums = sums
 
     def take(self, batch: Batch, output: tuple[Tensor, Tensor]) -> None:
-        """Add to the sums."""
+        """Add a micro-batch to the sums."""
         loss_sum, num_correct = output
         if self._mesh.tensor.rank == 0:  # all tensor ranks have the same loss
             self.sums += torch.stack([loss_sum.detach().double(), num_correct.double(),
