@@ -1,4 +1,4 @@
-"""All evaluations of a run, written to its events as they come: splits, corpora, and the average of the weights."""
+"""All evaluations of a run, logged as they finish: of splits, of corpora, and by the average of the weights."""
 
 from megatron.checkpoint.metrics import OF_AVERAGE, loss_name
 from megatron.checkpoint.saving import Saver
@@ -12,22 +12,23 @@ from megatron.train.stop import StopRequests
 
 
 class Evaluations:
-    """The evaluations of one run; each ends early, without a result, where a rank wants to stop."""
+    """Runs the evaluations of one run; each ends early, without a result, as soon as a rank wants to stop."""
 
     def __init__(self, run: Run, events: Events, requests: StopRequests, saver: Saver | None, meters: Meters) -> None:
         self._run, self._events, self._requests, self._saver, self._meters = run, events, requests, saver, meters
         self._was_complete = run.state.iteration >= run.sizes.last_iteration(run.state)
-        self.was_cut_short = False  # whether one has ended early
+        self.was_cut_short = False  # whether an evaluation has ended early
 
     def of_all_splits(self) -> dict[str, Evaluation]:
-        """Those of validation and test, by their kinds."""
+        """Evaluates validation and test; returns the results by kind, as `of_split` does."""
         totals = self._meters.totals()
         return {kind: result for split in ("valid", "test") for kind, result in self.of_split(split, totals).items()}
 
     def of_split(self, split: str, totals: Totals | None) -> dict[str, Evaluation]:
-        """Those of a split, with --eval-each of each of its corpora, and with --ema of both by the average.
+        """Evaluates "valid" or "test"; returns results by kind: "valid", "valid/NAME" with --eval-each, "valid_ema".
 
-        `totals`: what the run has taken up to here. Before the first step the average is the weights.
+        With --ema everything is evaluated again by the average of the weights, except before the first step, where the
+        two are the same. `totals`: the run's, to be logged with the results.
         """
         results = self._by_weights(split, split, totals)
         if self._run.engine.average is not None and self._run.state.iteration:
@@ -63,7 +64,7 @@ class Evaluations:
         return results
 
     def _look_at(self, split: str, digest: str) -> None:
-        """See, and say, where a run that was complete is now evaluated on something else than before."""
+        """Notes, and logs, that a run which was already complete is now evaluated on other data than before."""
         run = self._run
         if self._was_complete and not run.is_other_evaluated and self._events.is_other(split, digest):
             run.is_other_evaluated = True

@@ -1,4 +1,4 @@
-"""A run that goes on where the disk refuses a checkpoint: days of training are worth more than one of many saves."""
+"""Saving that survives a full disk: the run goes on, since days of training are worth more than one checkpoint."""
 
 from collections.abc import Callable
 
@@ -7,16 +7,16 @@ from megatron.errors import SaveError
 
 
 class PatientSaver(Saver):
-    """A Saver that says what the disk refuses, and leaves it to the next save to try again.
+    """A Saver that logs a failed save instead of raising; the next save tries again.
 
-    `outlook`: what it says of that, where not the usual.
+    `outlook`: the end of that log line, which says what happens next.
     """
 
     outlook = "The run goes on, and the next save tries again"
     _failure: SaveError | None = None
 
     def check(self) -> None:
-        """Raises SaveError where the last save has failed; for the end of a run, when there is no next one."""
+        """Raises SaveError if the last save failed; for the end of a run, when no other follows."""
         self.finish()
         if self._failure is not None:
             raise self._failure

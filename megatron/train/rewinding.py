@@ -1,4 +1,4 @@
-"""A run from its start to its end, which may lie behind some ways back (`--on-spike rewind`)."""
+"""A run from start to end, restarted from its last checkpoint when steps go wrong (`--on-spike rewind`)."""
 
 import gc
 from collections.abc import Callable
@@ -23,16 +23,16 @@ from megatron.train.stop import StopRequests
 
 def train_to_its_end(config: Config, mesh: Mesh, log: Log, requests: StopRequests, claim: Claim | None,
                      keep: Callable[[int], None] | None) -> Run:
-    """The run, built and trained; where its guard says so, built again from its last checkpoint.
+    """Builds a run and trains it; builds it again from its last checkpoint whenever its guard raises RewindError.
 
-    `claim`: on rank 0, the right to write into `--save`; `keep`: called with the iteration that it begins at. Raises a
-    UserError.
+    Returns the run as it ended. `claim`: on rank 0, the right to write into `--save`. `keep`: called once with the
+    iteration at which this start begins. Raises a UserError.
     """
     if log.is_speaker:
         check_installed(config.logging)
     faults = Faults(config, mesh.world)
     suspect, run = None, build(config, mesh, log)
-    farthest, num_in_vain = 0, 0  # the last step that was looked at again, and ways back since that came no farther
+    farthest, num_in_vain = 0, 0  # the latest step found wrong so far, and rewinds since then that got no farther
     if keep is not None:
         keep(run.state.iteration)
     with observed(run.config, mesh, log) as observers:
@@ -42,7 +42,7 @@ def train_to_its_end(config: Config, mesh: Mesh, log: Log, requests: StopRequest
                 return run
             except RewindError as found:
                 last = found.window.last_step
-                is_progress = last > farthest or found.is_again  # what goes wrong again is no device's fault
+                is_progress = last > farthest or found.is_again  # steps that go wrong twice alike are no device's fault
                 farthest, num_in_vain = max(farthest, last), 0 if is_progress else num_in_vain + 1
                 if not found.is_again and num_in_vain > config.guards.most_spikes:
                     raise DivergedError(f"steps up to {farthest} went wrong {num_in_vain + 1} times, each time others "
@@ -50,13 +50,16 @@ def train_to_its_end(config: Config, mesh: Mesh, log: Log, requests: StopRequest
                 left_out, num_rewinds = _left_out(run, found)
                 suspect = None if found.is_again else found.window
             config = _from_last_checkpoint(run)
-            del run  # its memory is needed for the next, at once
+            del run  # the next one needs its memory
             gc.collect()
             run = build(config, mesh, log, left_out, num_rewinds)
 
 
 def _left_out(run: Run, found: RewindError) -> tuple[tuple[tuple[int, int], ...], int]:
-    """The rows that the run leaves out from here on, and how often it has gone back for them; says so."""
+    """The samples to leave out after this rewind, and the number of rewinds that left some out; logs the decision.
+
+    Raises DivergedError where --most-spikes allows no more.
+    """
     window, state, most = found.window, run.state, run.config.guards.most_spikes
     steps = f"steps {window.first_step} to {window.last_step}"
     if not found.is_again:
@@ -73,7 +76,7 @@ def _left_out(run: Run, found: RewindError) -> tuple[tuple[tuple[int, int], ...]
 
 
 def _from_last_checkpoint(run: Run) -> Config:
-    """The configuration that builds the run as it last was saved, or if it never was as it began."""
+    """The configuration that resumes the run from its last checkpoint, or without one starts it as before."""
     save = run.config.checkpoint.save
     assert save is not None, "--on-spike rewind needs it"
     return going_on(run.config) if everyones(bool(iterations(Path(save))), run.mesh.world)[0] else run.config

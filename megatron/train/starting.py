@@ -1,4 +1,4 @@
-"""Requests to stop, also while the program loads; it imports nothing that takes time, for it is loaded first."""
+"""Signals that ask the program to stop, also while it is still loading: so this module imports nothing slow."""
 
 import os
 import signal
@@ -10,14 +10,14 @@ REQUESTS_TO_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def leave_when_asked() -> None:
-    """From now on, until something else listens, a request to stop ends the process: there is nothing to save yet."""
+    """Let a stop signal end the process at once, until other handlers are installed: there is nothing to save yet."""
     for number in REQUESTS_TO_STOP:
         signal.signal(number, _leave)
 
 
 @contextmanager
 def requests_heard_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Within, requests to stop go there."""
+    """A context in which `handler` receives the stop signals; the earlier handlers return after it."""
     before = {number: signal.signal(number, handler) for number in REQUESTS_TO_STOP}
     try:
         yield

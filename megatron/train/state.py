@@ -11,9 +11,10 @@ from megatron.errors import ConfigError
 
 @dataclass
 class TrainState:
-    """Progress of a run; what a checkpoint keeps besides tensors.
+    """How far a run is. A checkpoint keeps all of it.
 
-    `left_out`: samples of the data that are not trained on; `num_rewinds`: how often the run has gone back for them.
+    `left_out`: half-open ranges of samples that are not trained on. `num_rewinds`: how often the run went back to a
+    checkpoint to leave some out.
     """
 
     iteration: int = 0
@@ -23,21 +24,21 @@ class TrainState:
 
     @property
     def progress(self) -> dict[str, int]:
-        """How far, as a checkpoint tells it."""
+        """The part of it that a checkpoint keeps as "progress"; it keeps the rest in "guards"."""
         return {"iteration": self.iteration, "consumed_samples": self.consumed_samples}
 
     @classmethod
     def from_saved(cls, progress: Mapping[str, int], guards: Mapping[str, Any]) -> "TrainState":
-        """From what JSON has made of `progress`, and of the other fields in "guards", which may be missing."""
+        """The state of a checkpoint, from its "progress" and its "guards" as JSON; "guards" may be empty."""
         windows = tuple((first, stop) for first, stop in guards.get("left_out", ()))
         return cls(**progress, left_out=windows, num_rewinds=guards.get("num_rewinds", 0))
 
     def sample_at(self, position: int) -> int:
-        """The sample at a position among those that are trained on."""
+        """The number of the sample at `position` in the order of training, which passes over those left out."""
         return sample_at(position, self.left_out)
 
     def leave_out(self, windows: Iterable[tuple[int, int]]) -> None:
-        """Leave these samples out, too; raises ConfigError for such as the run has behind it."""
+        """Leave these half-open ranges of samples out as well; raises ConfigError if the run has passed one already."""
         position = self.sample_at(self.consumed_samples)
         new = [window for window in windows if merged([*self.left_out, window]) != self.left_out]
         for first, stop in new:
@@ -48,10 +49,11 @@ class TrainState:
 
 
 class BatchSizes:
-    """The global batch of each step, with its ramp-up, and the end of training.
+    """The global batch size of each step, in rows, including the ramp-up; and the last step of the run.
 
-    Raises ConfigError where micro-batch size x data-parallel ranks does not divide a global batch, or the run ends
-    before its first step does.
+    `final` is the size after the ramp-up, `rows_a_micro_step` the rows of one micro-batch on all data-parallel ranks
+    together. Raises ConfigError where the latter does not divide a global batch, or the run would end within its first
+    step.
     """
 
     def __init__(self, config: TrainingConfig, data_size: int) -> None:
@@ -73,20 +75,20 @@ class BatchSizes:
                               f"first step; give at least {self._start}, or a smaller --global-batch-size")
 
     def at(self, consumed_samples: int) -> int:
-        """Rows of the step that starts after `consumed_samples`."""
+        """The global batch size of the step that starts after `consumed_samples`."""
         if not self._increment or consumed_samples >= self._samples:
             return self.final
         samples_a_size = self._samples / max(1, (self.final - self._start) // self._increment)
         return min(self.final, self._start + int(consumed_samples / samples_a_size) * self._increment)
 
     def last_iteration(self, state: TrainState) -> int:
-        """The iteration at which a run that stands at `state` ends, whatever batches have brought it there."""
+        """The number of the last step of a run that is now at `state`, whatever its batch sizes were before."""
         return self.end(state)[0]
 
     def end(self, state: TrainState) -> tuple[int, int]:
-        """That iteration, and the samples consumed by then.
+        """The number of that last step, and the samples consumed after it.
 
-        Counted in samples, a step that would pass the end is left out.
+        Under --train-samples no step is taken that would consume more than those.
         """
         config, iteration, consumed = self._config, state.iteration, state.consumed_samples
         if config.train_iters is not None:
@@ -100,5 +102,5 @@ class BatchSizes:
 
 
 def is_due(interval: int | None, iteration: int) -> bool:
-    """Whether what is done every so many steps, None for never, is done after this one."""
+    """Whether something done every `interval` steps (None: never) is done after step `iteration`."""
     return interval is not None and iteration % interval == 0

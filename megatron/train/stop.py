@@ -1,4 +1,4 @@
-"""Why a run may end early: a signal, or its time is up."""
+"""Requests to end a run early: by a signal, or because its time is up."""
 
 import signal
 import time
@@ -15,23 +15,26 @@ from megatron.train.starting import requests_heard_by
 
 
 class StopRequests:
-    """Whether this process was asked to stop. `duration_min` counts from the making of the object; None is no limit."""
+    """Knows whether this process was asked to stop.
+
+    `duration_min`: a time limit in minutes, counted from the creation of this object; None is no limit.
+    """
 
     def __init__(self, duration_min: float | None) -> None:
         self._deadline_s = None if duration_min is None else time.monotonic() + 60 * duration_min
         self._was_signalled = False
 
     def wants_stop(self) -> bool:
-        """True from the first signal, or from the deadline on."""
+        """Whether a signal has come, or the time is up, on this rank."""
         return self._was_signalled or (self._deadline_s is not None and time.monotonic() >= self._deadline_s)
 
     def agreed(self, mesh: Mesh) -> bool:
-        """Whether any rank wants to stop. All ranks call this together; it waits for them, and for the device."""
+        """Whether any rank wants to stop; a collective, so call it on all ranks. It waits for the device."""
         wishes = torch.tensor([self.wants_stop()], dtype=torch.int64, device=mesh.device)
         return bool(all_reduce_sum(wishes, mesh.world))
 
     def listening(self) -> AbstractContextManager[None]:
-        """Take SIGTERM, SIGUSR1 and the first SIGINT (Ctrl-C) as requests; a second Ctrl-C interrupts at once."""
+        """A context in which SIGTERM, SIGUSR1 and the first SIGINT (Ctrl-C) ask to stop; a second Ctrl-C interrupts."""
         return requests_heard_by(self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:

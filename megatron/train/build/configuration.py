@@ -1,8 +1,8 @@
-"""What a run was told, in files of its folder that a person reads, and `--config` takes.
+"""Writes a run's configuration into its folder, for people to read and for `--config` to load.
 
 SAVE/config.toml         the configuration of the newest start
-SAVE/config-1.toml, …    those before it, from the oldest on, where it was another
-SAVE/config_changes.txt  what differs from the preset at first, and from then on at each start with another one
+SAVE/config-1.toml, …    the earlier, different ones, oldest first
+SAVE/config_changes.txt  how the first start differs from the preset, and each later one from the start before it
 """
 
 import itertools
@@ -22,7 +22,7 @@ CHANGES = "config_changes.txt"
 
 
 def write_configuration(resolved: Resolved) -> None:
-    """Write the file of `--write-config`, or print it where that is -; raises ConfigError where it cannot be had."""
+    """Write the file of `--write-config`, or print it if that is "-"; raises ConfigError where it cannot be written."""
     name, text = resolved.given.write_config or "", _text(resolved)
     if name == "-":
         sys.stdout.write(text)
@@ -32,7 +32,7 @@ def write_configuration(resolved: Resolved) -> None:
         raise ConfigError(f"--write-config {name} would hold TOML; let its name end in .toml")
     if flags := unwritable(resolved.plain):
         raise ConfigError(f"--write-config {name} cannot hold {flags[0]}, whose path is no UTF-8; leave it out")
-    if path.exists():  # and may have been edited
+    if path.exists():  # it may have been edited
         raise ConfigError(f"--write-config {name} is there already; give another name, or remove it")
     try:
         write_text(path, text)
@@ -42,9 +42,9 @@ def write_configuration(resolved: Resolved) -> None:
 
 
 def keep_configuration(resolved: Resolved, iteration: int) -> None:
-    """Keep in `--save` what a run is told that goes on, or begins, at `iteration`; raises OutputError.
+    """Record in `--save` the configuration of a start that begins at `iteration`; raises OutputError.
 
-    One process calls this, the one that has the folder.
+    Only the process that holds the claim on the folder calls this.
     """
     folder = Path(resolved.config.checkpoint.save)
     path, now = folder / CONFIG_FILE, resolved.plain.as_dict()
@@ -74,7 +74,7 @@ def _text(resolved: Resolved) -> str:
 
 
 def _before(path: Path) -> dict | None:
-    """The values of a file of an earlier start; None where it cannot be read."""
+    """The flags' values in the file of an earlier start; None if it cannot be read."""
     try:
         return Config().as_dict() | read_file(path, PRESETS)
     except ConfigError:

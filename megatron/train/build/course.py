@@ -1,4 +1,4 @@
-"""Which course learning rate and weight decay take: that of the flags, or of the checkpoint that a run goes on from."""
+"""Chooses the schedule of learning rate and weight decay: the flags', or that of the checkpoint being resumed."""
 
 from megatron.checkpoint.places import LATEST
 from megatron.checkpoint.stored import Checkpoint
@@ -16,8 +16,8 @@ _REMEDY = ("give --override-lr-scheduler to take the flags', --use-checkpoint-lr
 def chosen_schedule(config: Config, sizes: BatchSizes, checkpoint: Checkpoint | None, log: Log) -> Schedule:
     """The schedule of the flags, or with --use-checkpoint-lr-scheduler that of `checkpoint`.
 
-    `checkpoint`: what the run goes on from, if it does. Where the two differ in nothing but an end that it has not come
-    to, the run was prolonged, and the flags' is taken. Raises CheckpointError where they differ in more.
+    `checkpoint`: the one that the run resumes from, if any. If the two schedules differ only in an end that the run has
+    not reached yet, the run is being prolonged, and the flags' is used. Raises CheckpointError if they differ in more.
     """
     training = config.training
     schedule = build_schedule(config.schedule, global_batch_size=sizes.final, train_iters=training.train_iters,
@@ -35,10 +35,10 @@ def chosen_schedule(config: Config, sizes: BatchSizes, checkpoint: Checkpoint | 
 
 
 def _kept(flags: Schedule, checkpoint: Checkpoint, num_samples: int, log: Log) -> Schedule:
-    """The checkpoint's schedule; says so where the run is longer than it.
+    """The checkpoint's schedule; logs a note if the run is longer than it.
 
-    Raises CheckpointError where it is not known here, or its weight decay has a course and that of `flags` none, or the
-    other way: an optimizer is made for either.
+    Raises CheckpointError for an unknown decay style, and where the weight decay varies in one schedule and is constant
+    in the other, because the optimizer is built for one of the two.
     """
     schedule = schedule_of(checkpoint.state["schedule"])
     if schedule.lr_decay_style not in LR_DECAY_STYLES:
@@ -56,7 +56,7 @@ def _kept(flags: Schedule, checkpoint: Checkpoint, num_samples: int, log: Log) -
 
 
 def _check(schedule: Schedule, checkpoint: Checkpoint, fraction: float | None, batch_size: int, log: Log) -> None:
-    """Raises CheckpointError where the schedule is not the checkpoint's, as far as that has come."""
+    """Raises CheckpointError where the schedule differs from the checkpoint's in steps that were already taken."""
     saved, done = schedule_of(checkpoint.state["schedule"]), checkpoint.state["progress"]["consumed_samples"]
     changed = schedule.differences(saved)
     if not changed:

@@ -1,4 +1,4 @@
-"""Which precision `--precision auto` is: a processor may multiply faster in bf16 than in fp32, or only emulate it."""
+"""Decides what `--precision auto` means: some processors multiply faster in bf16 than in fp32, others emulate it."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,13 +13,13 @@ from megatron.parallel.mesh import Mesh
 from megatron.train.build.peak import measured_peak_flops
 from megatron.train.step.agreement import summed
 
-LEAST_GAIN = 1.2  # in matrix products; of a step they are some two thirds
+LEAST_GAIN = 1.2  # speed of bf16 matrix products over fp32's; they take some two thirds of a step
 
 
 def with_precision_chosen(config: Config, saved: Mapping[str, Any] | None, mesh: Mesh, log: Log) -> Config:
-    """`config` with fp32 or bf16 in place of `--precision auto`; all ranks call this, and get what the first measured.
+    """`config` with fp32 or bf16 in place of `--precision auto`; a collective: rank 0 measures, and all ranks follow.
 
-    `saved`: the flags of the run that this one goes on with, if it does: it goes on in their precision.
+    `saved`: the flags of the checkpoint that the run resumes from, if any, whose precision it keeps.
     """
     if config.precision.precision != "auto":
         return config
@@ -42,12 +42,13 @@ def set_tf32(config: Config, mesh: Mesh) -> None:
     if mesh.device.type != "cuda" or torch.cuda.get_device_capability(mesh.device) < (8, 0):
         raise ConfigError(f"--tf32 needs a GPU of compute capability 8.0 or later, and this run is on {mesh.device}; "
                           "leave it out")
-    # Says so by the old names of the setting too, which inductor reads; half said by either, PyTorch 2.10 refuses.
+    # This call sets the older names of the setting too, which inductor reads; PyTorch 2.10 refuses if they disagree.
     torch.set_float32_matmul_precision("high")
 
 
 def _measured(config: Config, mesh: Mesh) -> tuple[bool, float]:
-    """Whether to take bf16, and its gain as this rank measured it, which is the first's on the first."""
+    """Whether to take bf16, the same on all ranks, and its speed-up over fp32, which is 0 on all ranks but the first.
+    """
     gain, num_tokens = 0.0, config.training.micro_batch_size * config.data.seq_length
     if mesh.world.rank == 0:
         fp32, bf16 = (measured_peak_flops(dtype, mesh.device, num_tokens, config.model)

@@ -1,4 +1,4 @@
-"""Which way a run's operations go, in a line: so that a slow one is seen before it has cost a day."""
+"""Says in one log line which implementation each operation of a run uses, so that a slow one is noticed at once."""
 
 import os
 
@@ -18,11 +18,11 @@ from megatron.parallel.mesh import Mesh
 
 
 def ways(config: Config, mesh: Mesh, is_compiled: bool) -> str:
-    """What computes attention, what lies between matrix products, the loss, the update, and the products in FP8, and
-    why nothing faster does.
+    """The log line: what computes attention, the pointwise operations, the loss, the update and products in FP8.
 
-    `is_compiled`: whether torch.compile has the blocks. Raises ConfigError where Triton alone is missing,
-    `--attention-backend`, `--flash-attention` or `--cuda-graph` cannot be honoured, or a GPU does not multiply in FP8.
+    It says why nothing faster does. `is_compiled`: whether blocks run under torch.compile. Raises ConfigError where
+    only Triton is missing, where `--attention-backend`, `--flash-attention` or `--cuda-graph` cannot be honoured, and
+    where a GPU does not multiply in FP8.
     """
     model, dtype = config.model, compute_dtype(config.precision)
     groups = model.num_groups // mesh.tensor.size
@@ -47,7 +47,8 @@ def ways(config: Config, mesh: Mesh, is_compiled: bool) -> str:
 
 
 def set_flash_attention(config: Config, mesh: Mesh) -> None:
-    """Let PyTorch's operators be the FlashAttention that is asked for; raises ConfigError where it is not there."""
+    """Make PyTorch use the version of FlashAttention that `--flash-attention` names; raises ConfigError if it cannot.
+    """
     wanted = config.training.flash_attention
     if wanted == "FA2":
         return
@@ -66,21 +67,21 @@ def set_flash_attention(config: Config, mesh: Mesh) -> None:
 
 
 def set_deterministic(config: Config, mesh: Mesh) -> None:
-    """Let a GPU take every sum in one order where `--deterministic-mode` asks for it: CPUs always do.
+    """Make a GPU add in a fixed order where `--deterministic-mode` asks for it; CPUs always do.
 
-    Otherwise FlashAttention's backward pass and PyTorch's sums by index add in whatever order threads come. What has no
-    other way raises a RuntimeError that names itself. cuBLAS reads the variable when it is first used (its
-    documentation, "Results Reproducibility").
+    Otherwise FlashAttention's backward pass and PyTorch's index sums add in the order in which threads arrive. An
+    operation without a deterministic implementation raises a RuntimeError that names it. cuBLAS reads its variable when
+    it is first used (its documentation, "Results Reproducibility").
     """
     if config.training.deterministic_mode and mesh.device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        # Nothing reads what it has not written.
+        # No code reads memory that it has not written, so filling it would only take time.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _check_attention(config: Config, attention: str) -> None:
-    """Raises ConfigError where a flag of the run cannot have effect, or cannot be, by this way of attention."""
+    """Raises ConfigError where a flag has no effect, or cannot be honoured, with this implementation of attention."""
     training, ways = config.training, f"attention is by {attention}; leave it out"
     if training.flash_attention != "FA2" and WORDS["varlen"] not in attention:
         raise ConfigError(f"--flash-attention {training.flash_attention} is for {WORDS['varlen']}, and {ways}")
@@ -89,6 +90,7 @@ def _check_attention(config: Config, attention: str) -> None:
 
 
 def _update(config: Config, tensor: torch.Tensor) -> str:
+    """What computes the optimizer's update; `tensor`: one like the activations."""
     optimizer, adamw = config.optimizer, "PyTorch's fused AdamW"
     if optimizer.uses_muon:
         products = "half of each by Triton's kernels" if takes_triton(tensor) else "whole by PyTorch"
@@ -100,6 +102,7 @@ def _update(config: Config, tensor: torch.Tensor) -> str:
 
 
 def _between(tensor: torch.Tensor, taps: int | None) -> str:
+    """What computes the pointwise operations between matrix products; `taps`: of `--qkv-conv-kernel`."""
     if takes_triton(tensor):
         return "Triton's kernels"
     if takes_compiled(tensor):

@@ -1,1 +1,4 @@
-"""Steps that go wrong: how they are told, what is done about them, and faults made on purpose."""
+"""Steps that go wrong: `spikes` detects them, `guard` reports, skips or rewinds, `suspects` lists their proteins.
+
+`stragglers` finds ranks that are slower than the others; `faults` makes faults on purpose, for tests.
+"""

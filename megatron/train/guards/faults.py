@@ -1,4 +1,4 @@
-"""Faults that are made on purpose (`--inject-fault`), to see what the program does about them."""
+"""Faults made on purpose (`--inject-fault`), to test how the program handles them."""
 
 import errno
 import math
@@ -15,16 +15,16 @@ from megatron.parallel.mesh import Axis
 
 TRUNCATED_CACHE = "truncated-cache"
 _FACTORS = {"nan": math.nan, "spike": 1000.0, "flip": math.nan}
-_LONGEST_S = 1.0  # that a slow rank is held up in a step: the last one may have ended with an evaluation
+_LONGEST_S = 1.0  # of a slow rank's delay: the time since the last step may include an evaluation
 
 
 class Faults:
-    """Those of `config`, on one of the ranks of `world`, which all make theirs together.
+    """Makes the faults of `config`, each KIND@STEP. A collective: all ranks of `world` create this together.
 
-    KIND@STEP each. nan and spike are in the rows of that step, and come with them again; flip comes once. At that step
-    stuck holds up the last rank for good, dead kills it, and slow makes each step from there on take it twice as long.
-    full-disk meets the first checkpoint that is written there or later. truncated-cache cuts the end off the row
-    indices on disk, now.
+    nan and spike are bound to the rows of that step and come back with them; flip happens once, as if a device had
+    failed. stuck makes the last rank hang at that step, dead kills it, slow doubles the time of each of its steps from
+    there on. full-disk fails the first checkpoint written at that step or later. truncated-cache, without a step, cuts
+    the row indices on disk short when this object is created.
     """
 
     def __init__(self, config: Config, world: Axis) -> None:
@@ -40,13 +40,13 @@ class Faults:
         if TRUNCATED_CACHE in told:
             if world.rank == 0:
                 _truncate_row_indices(config)
-            everyones(None, world)  # nobody reads before
+            everyones(None, world)  # a barrier: no rank reads them before
 
     def factor(self, step: int, first_row: int) -> float:
-        """What the loss of a step, and so its gradient, is to be multiplied by, which starts with that row."""
+        """The factor on the loss, and so on the gradient, of `step`, whose first row is `first_row`; 1 is no fault."""
         if not self._has_begun:
             self._has_begun = True
-            self._full_from = [start for start in self._full_from if start >= step]  # the others it has had before
+            self._full_from = [start for start in self._full_from if start >= step]  # earlier starts had the others
         if (kind := self._steps.pop(step, None)) is not None:
             if kind in ("stuck", "dead", "slow"):
                 self._befall(kind)
@@ -59,13 +59,13 @@ class Faults:
         return _FACTORS.get(self._kinds.get(first_row, ""), 1.0)
 
     def meet_disk(self, iteration: int) -> None:
-        """Raises what a full disk does, where the checkpoint of that iteration is to meet one."""
+        """Raises the error of a full disk if the checkpoint of that iteration is to fail."""
         if self._full_from and self._full_from[0] <= iteration:
             del self._full_from[0]
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _befall(self, kind: str) -> None:
-        """Let a fault come over the last rank."""
+        """Make a fault of the last rank; on others nothing happens."""
         if not self._is_last_rank:
             return
         if kind == "dead":
@@ -75,7 +75,7 @@ class Faults:
         self._is_slow = True
 
     def _hold_back(self) -> None:
-        """Wait for as long as it was since the last time."""
+        """Sleep for as long as the step took, so that it takes twice as long."""
         time.sleep(min(_LONGEST_S, max(0.0, time.perf_counter() - self._went_on_s)))
         self._went_on_s = time.perf_counter()
 

@@ -1,7 +1,7 @@
-"""What is done of steps that go wrong (`--on-spike`): they are told, with their proteins, and rows may be left out.
+"""Reacts to steps that go wrong (`--on-spike`): logs them with their proteins, or has the run rewound.
 
-Going back tells a fault of a device from one of the data: the same rows on the same weights give the same numbers
-again, unless a device did not compute what it should have. Only what comes again is left out.
+A rewind tells a faulty device from bad data: the same rows on the same weights give the same numbers again, unless a
+device miscalculated. Rows are left out only if their steps go wrong twice.
 """
 
 import math
@@ -21,15 +21,17 @@ HELP = "lower --lr, lengthen the warm-up, or go on from an older checkpoint"
 
 @dataclass(frozen=True)
 class WrongSteps:
-    """Steps of which the first went wrong, up to where that was noticed, and their rows, by position in the order."""
+    """A window of steps: from the first that went wrong to the one at which that was noticed."""
 
     first_step: int
     last_step: int
-    rows: range
+    rows: range  # of all these steps, by their positions in the order of training
 
 
 class RewindError(Exception):
-    """The run is to go back: to see whether the steps of `window` go wrong again, or, as they did, without their rows.
+    """Raised on all ranks to restart from the last checkpoint.
+
+    First to run the steps of `window` once more; if they went wrong again (`is_again`), to leave out their rows.
     """
 
     def __init__(self, window: WrongSteps, is_again: bool) -> None:
@@ -38,29 +40,35 @@ class RewindError(Exception):
 
 
 class Guard:
-    """Looks at the steps of a run, which went back because of `suspect` if there is one. All ranks have one alike."""
+    """Watches the steps of a run; every rank has one and comes to the same decisions.
+
+    `suspect`: the steps because of which the run was rewound, if it was.
+    """
 
     def __init__(self, run: Run, suspect: WrongSteps | None) -> None:
         self._run, self._config, self._suspect = run, run.config.guards, suspect
         self._looked_at = run.state.iteration
-        self._rows: dict[int, range] = {}  # of the steps since
-        self._num_skipped = 0  # in a row, up to there
-        self._was_wrong = False  # the last step up to there
-        self._was_least = False  # the loss scale there: as small as it may be
+        self._rows: dict[int, range] = {}  # of each step after `_looked_at`
+        self._num_skipped = 0  # steps in a row, up to `_looked_at`, that were lost
+        self._was_wrong = False  # whether step `_looked_at` was
+        self._was_least = False  # whether the loss scale was at its minimum there
 
     def note(self, num_rows: int) -> None:
-        """The next step takes so many rows."""
+        """Note that the next step takes so many rows."""
         first = self._run.state.consumed_samples
         self._rows[self._run.state.iteration + 1] = range(first, first + num_rows)
 
     def is_before_suspect(self) -> bool:
-        """Whether the next step is the one that had gone wrong: a checkpoint from here saves doing all again."""
+        """Whether the next step is the one that went wrong before the rewind.
+
+        A checkpoint is due then, so that a second rewind repeats nothing else.
+        """
         return self._suspect is not None and self._run.state.iteration + 1 == self._suspect.first_step
 
     def look(self, steps: Sequence[StepSums]) -> None:
-        """Judge the steps that were not yet; raises RewindError, or DivergedError.
+        """Judge the steps taken since the last call; raises RewindError or DivergedError.
 
-        `steps`: of the last ones, up to the run's iteration, what was measured over all ranks.
+        `steps`: the sums over all ranks of the most recent steps, the last of which is the run's iteration.
         """
         last = self._run.state.iteration
         first = max(self._looked_at, last - len(steps)) + 1
@@ -77,10 +85,10 @@ class Guard:
         self._was_least = scale.is_dynamic and float(scale.value) <= self._run.config.precision.min_loss_scale
 
     def _is_wrong(self, step: StepSums) -> bool:
-        # What the judge did not skip may be a loss scale that was too large.
+        # In fp16 a finite loss with a gradient that is not means that the loss scale was too large.
         is_overflow = self._run.engine.loss_scale.is_dynamic and math.isfinite(step.loss) and (
             not math.isfinite(step.grad_norm))
-        # On its way down to the least scale an overflow loses nothing.
+        # An overflow is no lost step while the scale can still be lowered.
         is_lost = self._was_least if is_overflow else not step.is_taken and self._config.on_spike != "rewind"
         self._num_skipped = self._num_skipped + 1 if is_lost else 0
         if self._num_skipped >= self._config.most_spikes:
@@ -98,7 +106,7 @@ class Guard:
         if self._config.on_spike == "rewind":
             rows = range(self._rows[first].start, self._rows[last].stop)
             run.log.line(text)
-            # Not the first of them alone: what does not compute the same twice may go wrong a step later.
+            # Any step of the window counts: sums in another order may bring the spike a step later.
             is_again = self._suspect is not None and self._suspect.first_step <= first <= self._suspect.last_step
             raise RewindError(WrongSteps(first, last, rows), is_again)
         fate = "taken all the same" if step.is_taken else "skipped"

@@ -1,7 +1,7 @@
-"""Steps that go wrong: loss or norm of the gradient not finite, or far above those of the steps before.
+"""Detects spikes: steps whose loss or gradient norm is not finite, or far above that of the steps before.
 
-Far is told in robust standard deviations, which the spikes themselves do not widen: 1.4826 times the median distance
-from the median (Iglewicz and Hoaglin 1993). Nothing waits for the device.
+The distance is measured in robust standard deviations, which spikes do not inflate: 1.4826 times the median absolute
+deviation from the median (Iglewicz and Hoaglin 1993). The host never waits for the device.
 """
 
 from typing import Any
@@ -11,15 +11,15 @@ from torch import Tensor
 
 from megatron.config import GuardsConfig
 
-HISTORY, LEAST = 128, 32  # steps that the next one is compared with; and before which none is far
-_CONSISTENCY = 1.4826  # standard deviations of a normal distribution in its median distance from the median
-_LEAST_DEVIATION = 0.005  # of the median: losses of one and the same batch again and again hardly differ
+HISTORY, LEAST = 128, 32  # steps that the next one is compared with; with fewer than the second none counts as far
+_CONSISTENCY = 1.4826  # standard deviation / median absolute deviation of a normal distribution
+_LEAST_DEVIATION = 0.005  # of the median: when one batch is trained on again and again, losses hardly differ
 
 
 class SpikeJudge:
-    """Tells normal steps from others, one after the other; tensors lie on `device`.
+    """Judges step after step whether it is normal; its tensors are on `device`.
 
-    `may_overflow`: in fp16 a gradient that is not finite may only say that the loss scale was too large.
+    `may_overflow`: under dynamic loss scaling a norm that is not finite is normal: the scale was too large.
     """
 
     def __init__(self, config: GuardsConfig, device: torch.device, may_overflow: bool) -> None:
@@ -31,9 +31,10 @@ class SpikeJudge:
 
     @torch.no_grad()
     def is_normal(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """Whether the next step is, a bool scalar; if so, later ones are compared with it. Both scalars; fp64 best.
+        """Whether the next step is normal, a bool scalar; if it is, later steps are compared with it.
 
-        A step without targets, whose loss is 0, is normal, and nothing is compared with it.
+        `loss` and `norm`: scalars, preferably fp64. A step without targets, whose loss is 0, is normal, but is not
+        kept for comparison.
         """
         values_q = torch.stack([loss.double(), norm.double()])
         middle_q, deviation_q = self.course()
@@ -51,29 +52,33 @@ class SpikeJudge:
         return is_normal
 
     def course(self) -> tuple[Tensor, Tensor]:
-        """Median and robust standard deviation of the last normal steps' loss and norm, [2] each; nan before any."""
+        """Median and robust standard deviation, [2] each, of the loss and norm of the last normal steps; nan at first.
+        """
         middle_q = _nanmedian(self._history_hq)
         distance_q = _nanmedian((self._history_hq - middle_q).abs())
         return middle_q, torch.maximum(_CONSISTENCY * distance_q, _LEAST_DEVIATION * middle_q)
 
     def take_courses(self) -> list[Tensor]:
-        """The `course` that each step judged since the last call was compared with, [2, 2] each."""
+        """What each step since the last call was compared with: its `course`, median and deviation stacked, [2, 2]."""
         courses, self._courses = self._courses, []
         return courses
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as JSON has it."""
+        """What a checkpoint keeps; JSON values."""
         num_steps = int(self._num_steps)
         return {"num_steps": num_steps, "steps": self._history_hq[:min(num_steps, HISTORY)].tolist()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `state()` gave."""
+        """Continue from the state that `state()` returned."""
         steps = torch.tensor(state["steps"], dtype=torch.float64).reshape(-1, 2)
         self._history_hq[:len(steps)] = steps.to(self._history_hq.device)
         self._num_steps.fill_(state["num_steps"])
 
 
 def _nanmedian(values_hq: Tensor) -> Tensor:
-    """That of each column, the lower one of two, [q]; torch's own on GPUs refuses --deterministic-mode."""
+    """The median of each column without its nan, the lower of two middle values, [q].
+
+    torch.nanmedian on GPUs refuses --deterministic-mode.
+    """
     middle_q = ((~values_hq.isnan()).sum(0) - 1).clamp(min=0) // 2
-    return values_hq.sort(0).values.gather(0, middle_q[None])[0]  # nan come last
+    return values_hq.sort(0).values.gather(0, middle_q[None])[0]  # nan sort last

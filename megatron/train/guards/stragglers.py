@@ -1,4 +1,4 @@
-"""Which rank holds up the others by computing more slowly: what the log and the metrics say of each rank's time."""
+"""Finds the rank that slows the others down, from the time that each rank computes and waits."""
 
 import socket
 import statistics
@@ -9,15 +9,14 @@ from megatron.parallel.collectives import everyones
 from megatron.parallel.mesh import Mesh
 from megatron.train.step.meters import Reading
 
-FACTOR = 1.2  # of the others' median, from which on a rank is named
-LEAST_STEPS = 10  # over fewer, a moment in which a rank was held up would pass for a slow one
+FACTOR = 1.2  # times the median of the others: a rank that takes at least this long is reported
+LEAST_STEPS = 10  # over fewer steps one short delay would make a rank look slow
 
 
 def slowest(compute_s: Sequence[float], stages: Sequence[int]) -> tuple[int, float] | None:
-    """The rank that computes the longest beside the others of its stage, and its time by their median.
+    """The rank that computes longest compared with the others of its pipeline stage, and its time / their median.
 
-    `stages`: each rank's stage of the pipeline, for only ranks of one stage have the same work. None where no stage
-    has two ranks.
+    `stages`: each rank's pipeline rank, since only ranks of one stage have the same work. None if no stage has two.
     """
     found = []
     for stage in set(stages):
@@ -30,7 +29,7 @@ def slowest(compute_s: Sequence[float], stages: Sequence[int]) -> tuple[int, flo
 
 
 class Stragglers:
-    """Looks at the times of all ranks, which make this together; those of one are of no use to it."""
+    """Compares the ranks' times at log events. A collective: all ranks create this together."""
 
     def __init__(self, mesh: Mesh, log: Log) -> None:
         self._log = log
@@ -42,7 +41,7 @@ class Stragglers:
         self._is_warm = False
 
     def look(self, reading: Reading) -> Mapping[str, float | list[float] | None]:
-        """What the metrics say of a reading; prints a line where a rank has become slow."""
+        """The fields for metrics.jsonl on the ranks' times, {} with one rank; logs a line when a rank becomes slow."""
         if not reading.ranks:
             return {}
         self._computed_s = [so_far + new.compute_s for so_far, new in zip(self._computed_s, reading.ranks, strict=True)]
@@ -58,7 +57,7 @@ class Stragglers:
 
     def _compare(self) -> None:
         rank, factor = slowest(self._computed_s, self._stages) or (0, 0.0)
-        is_slow = self._is_warm and factor >= FACTOR  # the first steps of a process load and compile
+        is_slow = self._is_warm and factor >= FACTOR  # the first steps of a process also load and compile
         if is_slow and rank != self._named:
             its_ms = 1000 * self._computed_s[rank] / self._num_steps
             self._log.line(

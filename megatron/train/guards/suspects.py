@@ -1,4 +1,4 @@
-"""Which proteins were in the rows of steps that went wrong, in a file below --save."""
+"""Lists the proteins in the rows of steps that went wrong, in a file below --save."""
 
 from pathlib import Path
 
@@ -11,9 +11,9 @@ _COLUMNS = ("row", "corpus", "document", "name", "residues")
 
 
 def write_suspects(run: Run, step: int, rows: range) -> str:
-    """Have rank 0 write them; returns where they are, as the end of a line.
+    """Rank 0 writes the proteins of `rows` to SAVE/spikes/step_N.tsv; returns where they are, as the end of a log line.
 
-    `rows`: positions among the rows that the run trains on. A disk that refuses the file stops nothing.
+    `rows`: positions in the order of training. If the file cannot be written, the returned text says so.
     """
     samples = [run.state.sample_at(position) for position in rows]
     said = f"; its rows are {samples[0]} to {samples[-1]}"

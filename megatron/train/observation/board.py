@@ -1,4 +1,4 @@
-"""TensorBoard's file of events, written at once. (torch's SummaryWriter has a thread, whose errors nobody catches.)"""
+"""Writes TensorBoard's event file without delay. (torch's SummaryWriter uses a thread, whose errors nobody catches.)"""
 
 import os
 import socket
@@ -12,7 +12,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 
 class Board:
-    """One file of events in `folder`; of what earlier ones say from `first_step` on, TensorBoard shows nothing."""
+    """One event file in `folder`; TensorBoard then hides what earlier files there say of `first_step` and later."""
 
     def __init__(self, folder: str | Path, first_step: int) -> None:
         self.folder = Path(folder)
@@ -24,12 +24,12 @@ class Board:
         self._write(Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the values of one step; raises OSError where the disk refuses."""
+        """Write the values of one step; raises OSError if the disk is full."""
         summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
         self._write(Event(wall_time=time.time(), step=step, summary=summary))
 
     def close(self) -> None:
-        """Everything is written already."""
+        """Close the file; everything has been written."""
         self._file.close()
 
     def _write(self, event: Event) -> None:

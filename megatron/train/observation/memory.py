@@ -1,4 +1,4 @@
-"""How much memory the ranks of a run have held."""
+"""The peak memory of the ranks of a run."""
 
 import resource
 
@@ -9,15 +9,15 @@ from megatron.parallel.mesh import Mesh
 
 
 def count_from_here(mesh: Mesh) -> None:
-    """Leave out what a GPU has held up to here, as the measuring of its speed takes."""
+    """Start counting a GPU's peak memory here, so that measuring its speed before does not count."""
     if mesh.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(mesh.device)
 
 
 def peak_memory_gib(mesh: Mesh) -> float:
-    """The most that a rank has held, in GiB: of a GPU its tensors since its first step, of a CPU its process.
+    """The peak memory, in GiB, of the rank that used most; a collective, so call it on all ranks.
 
-    Of the rank that has held most; all ranks call this.
+    On GPUs: of tensors since `count_from_here`. On CPUs: of the whole process since it started.
     """
     if mesh.device.type == "cuda":
         num_bytes = torch.cuda.max_memory_allocated(mesh.device)

@@ -1,4 +1,5 @@
-"""Those who are told of each record of metrics.jsonl, besides it and TensorBoard (`--logger`, `--metrics-…`)."""
+"""Observers: what receives each record of metrics.jsonl besides that file and TensorBoard (`--logger`, `--metrics-…`).
+"""
 
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,21 +12,21 @@ from megatron.errors import ConfigError
 from megatron.log import Log
 from megatron.parallel.mesh import Mesh
 
-Record = Mapping[str, Any]  # as metrics.jsonl has it, without digests; numbers that are not finite are as they are
+Record = Mapping[str, Any]  # a line of metrics.jsonl, without digests, and with nan and infinities instead of null
 
 
 class Observer(Protocol):
-    """Is told of records, and never raises once it is there."""
+    """Receives records; once created it never raises."""
 
     def record(self, record: Record) -> None:
-        """One log event."""
+        """Take the record of one log event or evaluation."""
 
     def close(self, has_failed: bool) -> None:
-        """No more come; `has_failed`: the run ended by an error."""
+        """The run has ended, `has_failed`: by an error."""
 
 
 def check_installed(logging: LoggingConfig) -> None:
-    """Raises ConfigError where a library of --logger is not there; asked on rank 0 before a run is built."""
+    """Raises ConfigError if a library of --logger is not installed; rank 0 calls this before a run is built."""
     for name in logging.logger or ():
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"--logger {name} needs the package {name}, which is not installed: pip install {name}")
@@ -33,9 +34,10 @@ def check_installed(logging: LoggingConfig) -> None:
 
 @contextmanager
 def observed(config: Config, mesh: Mesh, log: Log) -> Iterator[Sequence[Observer]]:
-    """The observers that the flags ask for, on rank 0, closed at the end; raises ConfigError where one cannot be had.
+    """A context with the observers that the flags ask for, on rank 0, which closes them; none on other ranks.
 
-    The run has been built by then, so that the folder of --save is its own.
+    Enter it once the run is built, and so has the folder of --save to itself. Raises ConfigError where an observer
+    cannot start.
     """
     observers: list[Observer] = []
     has_failed = True
@@ -52,7 +54,7 @@ def observed(config: Config, mesh: Mesh, log: Log) -> Iterator[Sequence[Observer
 def _opened(config: Config, mesh: Mesh, log: Log) -> Iterator[Observer]:
     logging = config.logging
     if logging.metrics_port is not None or logging.metrics_file is not None:
-        from megatron.train.observation.prometheus import Prometheus  # what few runs need is imported for them alone
+        from megatron.train.observation.prometheus import Prometheus  # imported only by the few runs that need it
 
         yield Prometheus(logging, config.checkpoint.save, log.line)
     for name in dict.fromkeys(logging.logger or ()):

@@ -1,4 +1,4 @@
-"""How long a run will still take."""
+"""Estimates how long a run will still take."""
 
 import time
 
@@ -7,7 +7,10 @@ from megatron.train.step.meters import Reading
 
 
 class Pace:
-    """Begins where the steps begin; tells the time left, until `last_sample` is consumed, at each log event."""
+    """Estimates the time left, at each log event, until `last_sample` samples are consumed.
+
+    Create it when the first step of this process begins.
+    """
 
     def __init__(self, state: TrainState, last_sample: int) -> None:
         self._began_s, self._trained_s = time.perf_counter(), 0.0
@@ -15,9 +18,9 @@ class Pace:
         self._last_sample = last_sample
 
     def time_left_s(self, reading: Reading, state: TrainState) -> float:
-        """Seconds for the rows left at the pace of the last steps, `reading`, and what lies between steps.
+        """Seconds until the end: the rows left, at the pace of the steps in `reading`, plus evaluation and saving.
 
-        That is evaluation and saving, which have as large a share of the rest as of what is done. Rows, since the batch
+        These two are taken to need the same share of the time as so far. It counts rows, not steps, since the batch
         may grow.
         """
         self._trained_s += reading.elapsed_s

@@ -34,7 +34,7 @@ def draw_losses(metrics: Path, baselines: Baselines | None) -> Path:
                      label=f"letter frequencies ({baselines.letters:.4f})")
         axes.axhline(baselines.visible, color="gray", linestyle=":",
                      label=f"letter frequencies and visible letters ({baselines.visible:.4f})")
-        # The first steps start near ln(vocabulary); cut them off so that the part that matters fills the picture.
+        # The first steps are near ln(vocabulary): cut off, so that the interesting part fills the picture.
         axes.set_ylim(min([*drawn, baselines.visible]) - 0.02,
                       min(max([*drawn, baselines.letters]), baselines.letters + 0.35))
     axes.set_xlabel("iteration")

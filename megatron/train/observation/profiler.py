@@ -1,4 +1,4 @@
-"""Where the time of some steps goes: a trace for chrome://tracing or Perfetto, and a table."""
+"""Profiles some steps: a trace for chrome://tracing or Perfetto, and a table of operations."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +18,9 @@ _ROWS = 15  # of the table that is printed
 class StepProfiler:
     """Profiles the steps from `--profile-step-start` to before `--profile-step-end`, counted from this run's first.
 
-    Of each of `--profile-ranks`, SAVE/profile/rank_N.json.gz is the trace and rank_N.txt the table of all operations;
-    the rank that speaks prints what took longest on it. The last of the steps waits for the device. Raises ConfigError
-    for a rank that there is not.
+    Each of `--profile-ranks` writes the trace SAVE/profile/rank_N.json.gz and the table of all operations rank_N.txt;
+    rank 0, if it is one of them, also logs what took longest. The last profiled step waits for the device. Raises
+    ConfigError for a rank that does not exist.
     """
 
     def __init__(self, config: LoggingConfig, save: str | None, mesh: Mesh, log: Log) -> None:
@@ -35,7 +35,7 @@ class StepProfiler:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """The context of a run's next step, with all that is due after it."""
+        """A context for the run's next step and whatever follows it (log, evaluation, save)."""
         number, self._number = self._number, self._number + 1
         if self._profile is None or number not in self._steps:
             yield
@@ -50,7 +50,7 @@ class StepProfiler:
             self._write()
 
     def close(self) -> None:
-        """Say so where the run had ended before its profile had."""
+        """Log a line if the run ended before the last step to profile."""
         if self._steps and self._number <= self._steps[-1]:
             self._log.line(f"no profile: the run ended after {self._number} steps, and --profile-step-end is "
                            f"{self._steps.stop}")
@@ -74,7 +74,8 @@ def _activities(device: torch.device) -> list[ProfilerActivity]:
 
 
 def _table(profiled: profile, num_steps: int) -> list[str]:
-    """A head, and a line for each operation, by its own time: on the device if it is there, else on the CPU."""
+    """A header and a line per operation, slowest first, by its own time: on the GPU if there is one, else on the CPU.
+    """
     events = profiled.key_averages()
     is_on_gpu = any(event.self_device_time_total for event in events)
     own_ms = {event.key: (event.self_device_time_total if is_on_gpu else event.self_cpu_time_total) / num_steps / 1e3

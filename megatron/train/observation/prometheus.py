@@ -1,6 +1,6 @@
-"""A run's newest numbers as Prometheus reads them: over HTTP (`--metrics-port`), in a file (`--metrics-file`).
+"""Exposes a run's newest numbers to Prometheus: over HTTP (`--metrics-port`) and in a file (`--metrics-file`).
 
-The text is that of version 0.0.4 of its exposition format
+The text follows version 0.0.4 of its exposition format
 (https://prometheus.io/docs/instrumenting/exposition_formats/). It changes at log events and evaluations.
 """
 
@@ -21,24 +21,25 @@ from megatron.train.observation.observers import Record
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 Labels = tuple[tuple[str, str], ...]
-_OF_A_GROUP = "learning_rate_"  # begins the names of learning rates of groups of parameters
+_OF_A_GROUP = "learning_rate_"  # prefix of the learning rates of groups of parameters
 
 
 @dataclass(frozen=True)
 class MetricFamily:
-    """What Prometheus calls a number of the records, which is in `unit` of its own unit there."""
+    """How Prometheus names and describes one number of the records."""
 
     name: str
     help: str
-    unit: float = 1.0
+    unit: float = 1.0  # the record's unit in Prometheus' base unit: 2**30 for GiB, as Prometheus counts bytes
 
     @property
     def kind(self) -> str:
-        """Of a counter its users ask by how much it has grown."""
+        """Its Prometheus type: a counter only grows over a run, a gauge goes up and down."""
         return "counter" if self.name.endswith("_total") else "gauge"
 
 
-# By the names of the records. The first three are told of each kind of record, all others of the newest that has them.
+# Keys are those of the records. The first table has a value for each kind of record (train, valid, ...), the second the
+# newest value of any record.
 OF_EACH_KIND = {
     "loss": MetricFamily("loss", "Mean cross entropy of masked residues in nats."),
     "perplexity": MetricFamily("perplexity", "The exponential of the loss."),
@@ -72,7 +73,7 @@ OF_THE_RUN = {
 
 
 class Exposition:
-    """The newest of each number. `run`: the value of the label of that name, which all have; empty for none."""
+    """Keeps the newest value of each number. `run`: the value of the label "run" on all of them; "" for no label."""
 
     def __init__(self, run: str) -> None:
         self._run = run
@@ -80,17 +81,17 @@ class Exposition:
         self._values: dict[str, Any] = {"is_running": 1, "has_failed": 0, "num_skipped": 0}
 
     def take(self, record: Record) -> None:
-        """The numbers of a record in place of older ones; what is None there is not told until it is known again."""
+        """Replace older values by a record's; a number that is None there is not exposed until it is known again."""
         self._of_kinds[record["kind"]] = record
         skipped = self._values["num_skipped"] + record.get("skipped_iterations", 0)
         self._values |= {**record, "num_skipped": skipped}
 
     def end(self, has_failed: bool) -> None:
-        """The run has ended, or `has_failed`."""
+        """Note that the run has ended; `has_failed`: by an error."""
         self._values |= {"is_running": 0, "has_failed": int(has_failed)}
 
     def text(self) -> str:
-        """All of them as Prometheus reads them."""
+        """All numbers in the exposition format."""
         return "".join(f"{line}\n" for line in self._lines())
 
     def _lines(self) -> Iterator[str]:
@@ -117,7 +118,7 @@ class Exposition:
 
 
 class Prometheus:
-    """Shows the text where the flags say; raises ConfigError where it cannot be shown there."""
+    """An observer that serves the text where the flags say; raises ConfigError if it cannot."""
 
     def __init__(self, logging: LoggingConfig, save: str | None, tell: Callable[[str], None]) -> None:
         self._exposition = Exposition("" if save is None else Path(save).resolve().name)
@@ -136,12 +137,12 @@ class Prometheus:
             tell(f"Prometheus finds metrics at http://{f'[{host!s}]' if ':' in str(host) else host!s}:{port}/metrics")
 
     def record(self, record: Record) -> None:
-        """Show its numbers from now on."""
+        """Expose its numbers from now on."""
         self._exposition.take(record)
         self._show()
 
     def close(self, has_failed: bool) -> None:
-        """Listen no longer; the file says that the run has ended, and whether by an error."""
+        """Stop serving; the file stays, and says that the run has ended, and whether by an error."""
         self._exposition.end(has_failed)
         self._show()
         if self._server is not None:
@@ -161,9 +162,9 @@ class Prometheus:
 
 
 class _Server(socketserver.ThreadingTCPServer):
-    """HTTP without what http.server's own does besides: to ask for the name of the address it listens at."""
+    """A threaded HTTP server that, unlike http.server's, does not look up the host name of its own address."""
 
-    allow_reuse_address = True  # from a run that has just ended
+    allow_reuse_address = True  # take over the port of a run that has just ended
     daemon_threads = True
 
     def __init__(self, host: str, port: int, text: Callable[[], str]) -> None:
@@ -173,11 +174,11 @@ class _Server(socketserver.ThreadingTCPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    timeout = 10.0  # seconds in which a client is to have asked
+    timeout = 10.0  # seconds that a client has to send its request
     server: _Server
 
     def do_GET(self) -> None:
-        """Answer /metrics, and / for who looks at it in a browser."""
+        """Answer /metrics, and / for people with a browser; 404 for anything else."""
         is_known = self.path.partition("?")[0] in ("/", "/metrics")
         body = self.server.text().encode() if is_known else b"see /metrics\n"
         self.send_response(200 if is_known else 404)
@@ -187,7 +188,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Who asks is not told: it would be told every 15 seconds."""
+        """Log no requests: Prometheus sends one every 15 seconds or so."""
 
 
 def _server(host: str, port: int, text: Callable[[], str]) -> _Server:
@@ -208,5 +209,5 @@ def _escaped(text: str) -> str:
 
 
 def _number(value: float) -> str:
-    """As Go reads it."""
+    """In the notation of Go, which Prometheus uses: NaN, Inf."""
     return repr(float(value)).replace("nan", "NaN").replace("inf", "Inf")

@@ -1,8 +1,7 @@
-"""wandb, trackio and mlflow (`--logger`): each is told from a thread of its own, so that no step waits for a network.
+"""wandb, trackio and mlflow (`--logger`): a thread for each sends the records, so that no step waits for a network.
 
-A run that goes on, goes on in the same run there: SAVE/trackers.json keeps under which name that is found; whoever
-wants another removes the file. Where they send what, and how they identify themselves, their own environment variables
-say.
+A resumed run continues its run there, whose id is kept in SAVE/trackers.json; to begin another one, remove that file.
+The libraries' own environment variables say where they send data and with which credentials.
 """
 
 import json
@@ -21,34 +20,36 @@ from megatron.train.observation.observers import Record
 
 KEYS = "trackers.json"
 PROJECT = "proteinlm"  # where neither a flag nor the library's environment names one
-OPENING_S = 120.0  # how long the start of a run waits for a library
-CLOSING_S = 60.0  # how long the end of a run waits for what was not yet taken
-_PARAMETERS_AT_ONCE = 100  # mlflow takes no more
+OPENING_S = 120.0  # the start of a run waits at most this long for a library
+CLOSING_S = 60.0  # the end of a run waits at most this long for records that are not sent yet
+_PARAMETERS_AT_ONCE = 100  # mlflow's limit
 
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a library is asked for. `name`: what a person calls the run; `key`: what its earlier start was kept under.
-    """
+    """A run to be opened in a library."""
 
-    folder: Path | None
-    name: str | None
+    folder: Path | None  # --save
+    name: str | None  # for people
     project: str | None
-    parameters: Mapping[str, Any]
-    key: str | None
+    parameters: Mapping[str, Any]  # all flags
+    key: str | None  # the library's id of the run, if an earlier start has begun it
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A run of a library. `key`: what it is found under again; `send` takes an iteration and values by their names."""
+    """An open run of a library."""
 
-    key: str
-    send: Callable[[int, Mapping[str, float]], Any]
-    finish: Callable[[bool], Any]  # whether the run ended by an error
+    key: str  # the library's id of the run
+    send: Callable[[int, Mapping[str, float]], Any]  # of an iteration, values by their names
+    finish: Callable[[bool], Any]  # True: the run ended by an error
 
 
 class Tracker:
-    """Passes records on to a library in their order, whatever time it takes; says once where that fails."""
+    """An observer that sends records to a library in order, from a thread; logs the first failure alone.
+
+    `remote`: None where the library has failed already, and nothing is sent.
+    """
 
     def __init__(self, name: str, remote: Remote | None, tell: Callable[[str], None]) -> None:
         self._name, self._remote, self._tell, self._has_told = name, remote, tell, False
@@ -57,13 +58,13 @@ class Tracker:
         self._thread.start()
 
     def record(self, record: Record) -> None:
-        """Have the thread send it: KIND/NAME each."""
+        """Have the thread send the record's numbers, each named KIND/NAME."""
         values = {f"{record['kind']}/{name}": float(value) for name, value in record.items()
                   if name not in ("kind", "iteration") and not isinstance(value, list | None)}
         self._jobs.put(lambda remote: remote.send(record["iteration"], values))
 
     def close(self, has_failed: bool) -> None:
-        """Let what is left be sent, for up to CLOSING_S seconds."""
+        """Finish the run there, waiting up to CLOSING_S seconds for records that are not sent yet."""
         self._jobs.put(lambda remote: remote.finish(has_failed))
         self._jobs.put(None)
         self._thread.join(CLOSING_S)
@@ -71,7 +72,7 @@ class Tracker:
             self.note(f"has not taken everything {CLOSING_S:.0f} s after the end")
 
     def note(self, what: str) -> None:
-        """Tell the user, if it is the first time."""
+        """Log a note, but only the first time."""
         if not self._has_told:
             self._has_told = True
             self._tell(f"note: --logger {self._name} {what}; metrics.jsonl has all numbers")
@@ -81,15 +82,15 @@ class Tracker:
             try:
                 if self._remote is not None:
                     job(self._remote)
-            except Exception as error:  # whatever a library, or a network, comes up with
+            except Exception as error:  # whatever a library or the network raises
                 self.note(f"did not take a record ({_in_short(error)}); training goes on")
 
 
 def tracker(name: str, save: str | None, project: str | None, parameters: Mapping[str, Any],
             tell: Callable[[str], None]) -> Tracker:
-    """The tracker of a library, which has begun its run, or taken it up again.
+    """The tracker of library `name`, with its run there begun, or continued.
 
-    Raises ConfigError where that cannot be; where this run had begun there before, that is a note.
+    Raises ConfigError if that fails; for a run that an earlier start had begun there, a failure is only logged.
     """
     folder = None if save is None else Path(save).resolve()
     keys = {} if folder is None else _read_keys(folder / KEYS)
@@ -114,7 +115,7 @@ def tracker(name: str, save: str | None, project: str | None, parameters: Mappin
 
 
 def _opened(name: str, asked: TrackedRun) -> Remote:
-    """The run of a library; raises whatever that comes up with, or TimeoutError: other ranks wait meanwhile."""
+    """The run opened in library `name`; raises whatever the library does, or TimeoutError, since other ranks wait."""
     answers = queue.SimpleQueue[Remote | Exception]()
 
     def ask() -> None:
@@ -141,7 +142,7 @@ def _wandb(asked: TrackedRun) -> Remote:
     run = wandb.init(id=key, resume="allow", project=asked.project or theirs.project or PROJECT,
                      name=theirs.run_name or asked.name, dir=asked.folder, settings=wandb.Settings(**settings))
     run.config.update(dict(asked.parameters), allow_val_change=True)
-    run.define_metric("iteration")  # wandb's own count of records never goes back, as a run may
+    run.define_metric("iteration")  # wandb's own step cannot go back, as a run may
     run.define_metric("*", step_metric="iteration")
     return Remote(key, lambda iteration, values: run.log({"iteration": iteration, **values}),
                   lambda has_failed: run.finish(exit_code=int(has_failed)))
@@ -150,7 +151,7 @@ def _wandb(asked: TrackedRun) -> Remote:
 def _trackio(asked: TrackedRun) -> Remote:
     import trackio
 
-    key = asked.key or f"{asked.name or PROJECT}-{uuid.uuid4().hex[:8]}"  # it finds runs by their name alone
+    key = asked.key or f"{asked.name or PROJECT}-{uuid.uuid4().hex[:8]}"  # trackio finds runs by their name alone
     run = trackio.init(project=asked.project or PROJECT, name=key, resume="allow", embed=False,
                        config={name: _plain(value) for name, value in asked.parameters.items()})
     return Remote(key, lambda iteration, values: run.log(dict(values), step=iteration), lambda has_failed: run.finish())
@@ -174,7 +175,7 @@ def _mlflow(asked: TrackedRun) -> Remote:
         client.update_run(asked.key, status="RUNNING")
     key = run.info.run_id
     new = [Param(name, str(value)) for name, value in asked.parameters.items() if name not in run.data.params]
-    for first in range(0, len(new), _PARAMETERS_AT_ONCE):  # one that is there already cannot be changed
+    for first in range(0, len(new), _PARAMETERS_AT_ONCE):  # only new ones: mlflow's parameters cannot be changed
         client.log_batch(key, params=new[first:first + _PARAMETERS_AT_ONCE])
 
     def send(iteration: int, values: Mapping[str, float]) -> None:
@@ -201,5 +202,5 @@ def _plain(value: Any) -> Any:
 
 
 def _in_short(error: Exception) -> str:
-    """The error's first line."""
+    """The error's type and the first line of its text, at most 200 characters."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"

@@ -1,1 +1,6 @@
-"""The model in its layout, and one step of it: forward, backward, update; evaluation; sums kept on the device."""
+"""One training step: forward, backward, update. And evaluation.
+
+`engine` builds the model in its parallel layout with its optimizer; `train_step` takes a step with it, by the `passes`
+that the pipeline calls, or as CUDA graphs (`graph`). `meters` sums what a step measured, on the device; `agreement`
+lets ranks agree without waiting for it; `evaluate` measures a split; `freed_memory` tunes the C library.
+"""

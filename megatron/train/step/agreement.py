@@ -1,4 +1,4 @@
-"""What ranks agree on in a step, read by the host without waiting for the device."""
+"""Lets ranks agree on numbers in a step, which the host reads later without waiting for the device."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from megatron.parallel.mesh import Axis
 
 
 class Arriving:
-    """Numbers on their way from the device to the host, where they are by the time that a later step reads them."""
+    """A copy of some numbers from the device to the host, under way; by the next step it has usually arrived."""
 
     def __init__(self, numbers: Tensor) -> None:
         self._values, self._event = numbers, None
@@ -21,14 +21,14 @@ class Arriving:
             self._event.record()
 
     def read(self) -> list[int]:
-        """The values; waits for the copy alone, which was queued behind the step that gave them."""
+        """The values. Waits for the copy, and so for the step that computed them, but for nothing queued after it."""
         if self._event is not None:
             self._event.synchronize()
         return self._values.tolist()
 
 
 def summed(numbers: Sequence[int], axis: Axis, device: torch.device) -> Tensor:
-    """The sums of whole numbers over the axis, on the device; all ranks call this."""
+    """The sums of integers over the axis, int64 on the device; a collective."""
     values = torch.tensor(numbers, dtype=torch.int64)
     if device.type != "cpu":
         values = values.pin_memory().to(device, non_blocking=True)

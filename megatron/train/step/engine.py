@@ -1,4 +1,5 @@
-"""The model in its layout, with what runs and steps it: everything of a run but its data, its log and its progress."""
+"""The model in its parallel layout, with pipeline and optimizer: all of a run but its data, its log and its progress.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,37 +28,37 @@ from megatron.train.step.freed_memory import keep_freed_memory
 
 @dataclass(frozen=True)
 class Engine:
-    """`stages`: the model's on this pipeline rank; `model`: the same, as data parallelism runs and shares them out.
-
-    `average`: that of the weights, where --ema asks for one.
-    """
+    """This rank's part of the model, and everything that runs and updates it."""
 
     config: Config
     mesh: Mesh
-    padded_vocab_size: int
-    stages: list[ProteinModel]
-    model: DataParallel
+    padded_vocab_size: int  # as one tensor rank alone would pad it
+    stages: list[ProteinModel]  # the model's stages on this pipeline rank, as plain modules
+    model: DataParallel  # wraps the stages: runs them, and replicates or shards their parameters
     pipeline: Pipeline
     optimizer: Optimizer
-    average: WeightAverage | None
-    copies: ComputeCopies
-    amaxes: AmaxHistory
+    average: WeightAverage | None  # with --ema
+    copies: ComputeCopies  # of weights, in the compute dtype
+    amaxes: AmaxHistory  # of FP8 with delayed scaling
     loss_scale: LossScale
-    is_compiled: bool
+    is_compiled: bool  # blocks run under torch.compile
 
     @property
     def skips_filler(self) -> bool:
-        """Whether micro-batches may do without it: where nothing counts on their one shape, and on CPUs alone.
+        """Whether the filler at the end of micro-batches may be cut off: on CPUs, where no shape has to be fixed.
 
-        There is no launch or graph to save there, and rows of a small corpus may be mostly filler. In FP8 scales that
-        tokens share, and blocks of them, are to be those of every other layout.
+        Fixed shapes save kernel launches and graphs on GPUs only, and the rows of a small corpus may be mostly filler.
+        Not in FP8, where scales shared by blocks of tokens must be the same in every layout.
         """
         mesh = self.mesh
         is_free = not self.is_compiled and self.config.precision.fp8 is None
         return mesh.device.type == "cpu" and mesh.pipeline.size == mesh.context.size == 1 and is_free
 
     def update(self, learning_rate: float | None, is_normal: Callable[[Tensor], Tensor] | None = None) -> StepOutcome:
-        """Step along the gradients, and bring all up to date; the arguments as `Optimizer.step` has them."""
+        """The optimizer's step, followed by an update of the average and of the weights' copies.
+
+        The arguments are those of `Optimizer.step`.
+        """
         outcome = self.optimizer.step(learning_rate, self.loss_scale, is_normal)
         if self.average is not None:
             self.average.update(outcome.is_taken)
@@ -66,7 +67,7 @@ class Engine:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within, the model computes with the average of the weights; all ranks enter and leave together."""
+        """A context in which the model computes with the average of the weights; all ranks enter and leave together."""
         assert self.average is not None
         try:
             with self.average.in_place():
@@ -77,7 +78,7 @@ class Engine:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Within, the model is in evaluation: nothing is dropped out."""
+        """A context in which the model is in evaluation mode, without dropout."""
         try:
             for stage in self.stages:
                 stage.eval()
@@ -87,7 +88,7 @@ class Engine:
                 stage.train()
 
     def take_up_weights(self) -> None:
-        """Compute with what the parameters have been given since the last update."""
+        """Make forward passes use the parameters' present values, after something other than `update` changed them."""
         self.model.drop_gathered()
         self.copies.refresh()
 
@@ -99,11 +100,11 @@ MakeStage = Callable[..., ProteinModel]
 def build_engine(config: Config, mesh: Mesh, padded_vocab_size: int, fill: Fill | None = None,
                  is_frozen: Callable[[str], bool] = lambda name: False, mask_id: int | None = None,
                  make_stage: MakeStage = ProteinModel) -> Engine:
-    """This rank's part of the engine, on the mesh's device; `fill` gives the parameters their values, else the seed.
+    """This rank's part of the engine, on the mesh's device.
 
-    Before that nothing has any: no rank holds more than its own part, and of what it fills it with one tensor.
-    `is_frozen` says of a parameter's name whether it is not trained; `mask_id` is that of [MASK]; `make_stage` takes
-    what ProteinModel takes.
+    Parameters are built without values and then filled in place, by `fill` or else from the seed, so that no rank ever
+    holds more than its own part and one tensor of the source. `is_frozen`: whether the parameter of that name is not
+    trained. `mask_id`: the id of [MASK]. `make_stage`: builds a stage, with ProteinModel's arguments.
     """
     if mesh.device.type == "cpu":
         keep_freed_memory()
@@ -122,13 +123,13 @@ def build_engine(config: Config, mesh: Mesh, padded_vocab_size: int, fill: Fill 
 
 
 def stream_of(config: Config, mesh: Mesh) -> Stream:
-    """Where the tokens of the residual stream lie in the layout."""
+    """How the tokens of the residual stream are split in this layout."""
     return Stream(mesh.tensor, config.parallel.sequence_parallel, mesh.context)
 
 
 def build_stages(config: Config, mesh: Mesh, padded_vocab_size: int, mask_id: int | None = None,
                  make_stage: MakeStage = ProteinModel) -> list[ProteinModel]:
-    """The model's stages on this pipeline rank, this rank's part of each, without values."""
+    """This rank's part of the model's stages on its pipeline rank, without values."""
     stream = stream_of(config, mesh)
     stages = stages_of_rank(config.model.num_layers, config.parallel, mesh.pipeline.rank)
     return [make_stage(config.model, config.precision, padded_vocab_size, stream, stage, mesh.ends, mask_id)
@@ -137,7 +138,7 @@ def build_stages(config: Config, mesh: Mesh, padded_vocab_size: int, mask_id: in
 
 def with_optimizer(config: Config, mesh: Mesh, padded_vocab_size: int, stages: list[ProteinModel],
                    model: DataParallel) -> Engine:
-    """The engine of stages that data parallelism has shared out."""
+    """The engine of `stages` that `model` wraps already, with pipeline, optimizer and all else that it needs."""
     num_tokens = stages[0].stream.num_tokens_here(config.training.micro_batch_size * config.data.seq_length)
     pipeline = Pipeline(mesh, len(stages), config.parallel.pipeline_schedule,
                         lambda stage, is_output: stages[stage].message(num_tokens, mesh.device, is_output))

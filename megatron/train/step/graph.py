@@ -1,8 +1,8 @@
-"""The step as CUDA graphs: captured once, then launched again, so that the host does not hold up a small model.
+"""The step as CUDA graphs: captured once, then replayed, so that a small model does not wait for kernel launches.
 
-Two graphs, one of a micro-batch, forward and backward, and one of the update. All micro-batches have one shape, and
-what differs from one to the next, dropout's seed and the learning rate among it, lies on the device at fixed places.
-Between the two the data-parallel ranks sum their gradients, outside of graphs.
+There are two graphs: forward and backward of one micro-batch, and the update. All micro-batches have one shape, and
+whatever varies (tokens, dropout's seed, the learning rate) is copied to fixed addresses on the device. Between the two
+graphs the data-parallel ranks sum their gradients, outside of any graph.
 """
 
 from collections.abc import Callable
@@ -17,13 +17,13 @@ from megatron.optim.optimizer import StepOutcome
 from megatron.parallel.mesh import Mesh
 from megatron.train.step.engine import Engine
 
-_WARM_UP = 2  # calls that run as they are: they compile, and make gradients, moments and libraries' workspaces
+_WARM_UP = 2  # calls before the capture: they compile, and allocate gradients, moments and libraries' workspaces
 
 
 class CudaRecorder:
-    """Runs functions so that they can be recorded, and records them, as CUDA graphs.
+    """Runs functions, and captures them as CUDA graphs, all on one stream.
 
-    All on one stream, since what autograd did on another would wait for that.
+    A captured backward pass would otherwise wait for the stream on which autograd ran before.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, function: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """What `function` gives; on the stream, between what was queued before and what comes."""
+        """Run `function` on this stream, in order with what the current stream does before and after; its outputs."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             outputs = function()
@@ -39,17 +39,18 @@ class CudaRecorder:
         return outputs
 
     def record(self, function: Callable[[], list[Tensor]]) -> tuple[Callable[[], None], list[Tensor]]:
-        """What does again what `function` did, in the same memory, and the tensors that it fills, yet to be computed.
-        """
+        """Capture `function` without running it: a function that replays it in the same memory, and its output tensors,
+        which the first replay computes."""
         graph = torch.cuda.CUDAGraph()
-        # What the loader's thread pins meanwhile is no part of it.
+        # "thread_local": the loader's thread may pin memory during the capture.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             outputs = function()
         return graph.replay, outputs
 
 
 class _Recorded:
-    """A function of tensors at fixed places: run at first, recorded then, done again from there on."""
+    """A function whose inputs stay at fixed addresses: its first calls run it, the next captures it, later ones replay.
+    """
 
     def __init__(self, function: Callable[[], list[Tensor]], recorder: CudaRecorder) -> None:
         self._function, self._recorder, self._num_calls = function, recorder, 0
@@ -68,25 +69,28 @@ class _Recorded:
 
 
 class StepGraph:
-    """What `TrainStep` does with an engine's micro-batches and optimizer, by graphs."""
+    """Runs an engine's micro-batches and its update for `TrainStep`, as CUDA graphs."""
 
     def __init__(self, engine: Engine, recorder: CudaRecorder) -> None:
         self._engine, self._recorder = engine, recorder
-        # fp32: a fault that is made on purpose is a factor on it.
+        # fp32, not an integer: injected faults multiply it by a factor.
         self._num_targets = torch.ones((), device=engine.mesh.device)
-        # By their shapes: of which there are several where a micro-batch has more proteins than was foreseen.
+        # A graph for each combination of shapes: there is a second one if a micro-batch has unusually many proteins.
         self._micro_batches: dict[tuple[torch.Size, ...], tuple[Batch, _Recorded]] = {}
         self._update = _Recorded(self._updated, recorder)
 
     def set_targets(self, num_targets: Tensor | float) -> None:
-        """Of the whole global batch, by which losses are divided."""
+        """Set the number of targets of the whole global batch, by which losses are divided."""
         if isinstance(num_targets, Tensor):
             self._num_targets.copy_(num_targets)
         else:
             self._num_targets.fill_(num_targets)
 
     def micro_batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The share of the global batch's mean loss, and how many targets are predicted right; gradients are added."""
+        """Forward and backward of one micro-batch: its share of the global mean loss, and its correct predictions.
+
+        The gradients are accumulated.
+        """
         tensors = *batch.sequence.tensors(), *batch.targets.tensors()
         shapes = tuple(tensor.shape for tensor in tensors)
         if shapes not in self._micro_batches:
@@ -95,13 +99,13 @@ class StepGraph:
         fixed, passes = self._micro_batches[shapes]
         for place, tensor in zip((*fixed.sequence.tensors(), *fixed.targets.tensors()), tensors, strict=True):
             place.copy_(tensor, non_blocking=True)
-        # A step that is scaled by itself is another one than those to come.
+        # The first FP8 step has no history, takes its scales from itself, and so is not the graph of later steps.
         run = passes if self._engine.amaxes.is_known else lambda: self._recorder.run(lambda: self._passed(fixed))
         loss_share, num_correct = run()
         return loss_share, num_correct
 
     def update(self, learning_rate: float) -> StepOutcome:
-        """The optimizer's step."""
+        """The update, as `Engine.update` does it."""
         self._engine.optimizer.set_learning_rate(learning_rate)
         grad_norm, is_taken = self._update()
         return StepOutcome(grad_norm.clone(), is_taken.clone())
@@ -120,7 +124,7 @@ class StepGraph:
 
 
 def check_graph(config: Config, mesh: Mesh) -> None:
-    """Raises ConfigError where the step that `config` asks for cannot be a graph."""
+    """Raises ConfigError if `--cuda-graph` is given and the step cannot be captured."""
     if not config.training.cuda_graph:
         return
     parallel, flag = config.parallel, "--cuda-graph"

@@ -1,4 +1,4 @@
-"""What happened since the last log event: sums of each step, kept on the device and read once."""
+"""Measures steps between log events: sums stay on the device and are read once per log event."""
 
 import time
 from collections.abc import Sequence
@@ -14,20 +14,20 @@ from megatron.parallel.waits import Waits
 
 
 class StepSums(NamedTuple):
-    """What is known of a step, over all ranks; the loss is the mean over its targets, `is_taken` 1 or 0."""
+    """What was measured of one step, over all ranks; floats, since they come from one tensor."""
 
-    loss: float
-    num_correct: float
+    loss: float  # mean over the step's targets, nats
+    num_correct: float  # targets predicted right
     num_targets: float
     num_residues: float
     num_tokens: float
     model_flops: float
     grad_norm: float
-    is_taken: float
+    is_taken: float  # 1: the weights were updated; 0: the step was skipped
 
 
 class RankTimes(NamedTuple):
-    """Seconds of one rank: at work, and waiting for what others send while it had nothing to compute beside."""
+    """Seconds that one rank spent computing, and waiting for other ranks with nothing to compute meanwhile."""
 
     compute_s: float
     waited_s: float
@@ -35,74 +35,76 @@ class RankTimes(NamedTuple):
 
 @dataclass(frozen=True)
 class Reading:
-    """Means and sums over the steps since the last reading and over all ranks; evaluation and saving take no time.
+    """Means and sums over the steps since the last reading and over all ranks.
 
-    A step whose rows hold no residue has no targets, and so no loss and no gradient: loss, accuracy, norm (the last
-    one's) and skipped steps are those of the steps with targets, None where there was none. `ranks`: of each rank,
-    since this process began or since the last reading; none where there is one rank.
+    A step whose rows hold no residue has no targets, and so neither loss nor gradient: `loss`, `masked_accuracy`,
+    `grad_norm` and `num_skipped` are of the steps with targets, and the first three None if there was none.
     """
 
     num_steps: int
     num_steps_with_targets: int
     loss: float | None
     masked_accuracy: float | None
-    grad_norm: float | None
+    grad_norm: float | None  # of the last step
     num_skipped: int
     num_residues: int
     num_tokens: int
     model_flops: float
-    elapsed_s: float
+    elapsed_s: float  # without evaluation and saving
     steps: list[StepSums]
-    ranks: Sequence[RankTimes] = ()
+    ranks: Sequence[RankTimes] = ()  # of each rank since the last reading in this process; empty with one rank
 
 
 @dataclass(frozen=True)
 class Totals:
-    """What a run has taken since its first step, over all ranks: residues read, seconds of training, model FLOPs.
+    """What a run has consumed since its first step, over all ranks and all starts.
 
-    The clock runs from the first step to the last, whatever a resumed run has to do again for its start; evaluation and
-    saving take no time.
+    The time is that of steps alone, without starting, evaluation and saving.
     """
 
     consumed_residues: int = 0
     training_s: float = 0.0
-    consumed_flops: float = 0.0
+    consumed_flops: float = 0.0  # of the model
 
     def plus(self, residues: float, elapsed_s: float, flops: float) -> "Totals":
-        """These and what came after them."""
+        """The totals after these were added."""
         return Totals(self.consumed_residues + int(residues), self.training_s + elapsed_s, self.consumed_flops + flops)
 
 
 class Meters:
-    """Collects steps; `read` gives them, summed over all ranks of `world`, and starts again. `waits`: of this rank."""
+    """Collects the steps of this rank; `read` returns them summed over all ranks of `world`, and starts anew.
+
+    `waits`: counts how long this rank waits for others; None with one rank.
+    """
 
     def __init__(self, world: Axis, device: torch.device, waits: Waits | None = None) -> None:
         self._world, self._device, self._waits = world, device, waits
         self._pause_began_s: float | None = None
-        self._totals: Totals | None = Totals()  # up to the last reading; None where a checkpoint did not say
+        self._totals: Totals | None = Totals()  # up to the last reading; None if the checkpoint did not record them
         self.restart()
 
     def add_loss(self, loss_share: Tensor, num_correct: Tensor) -> None:
-        """Add a micro-batch's loss, summed and over the targets of the global batch, on one rank that has it."""
+        """Adds this micro-batch's share of the global mean loss. Call on exactly one rank per shard of targets."""
         self._device_sums[0] += loss_share.detach()
         self._device_sums[1] += num_correct
 
     def add_batch(self, num_targets: int, num_residues: int, num_tokens: int, model_flops: int) -> None:
-        """Count one micro-batch, on one of the ranks that compute it."""
+        """Counts one micro-batch. Call on exactly one of the ranks that compute it."""
         for index, value in enumerate((num_targets, num_residues, num_tokens, model_flops)):
             self._host_sums[index] += value
 
     def add_step(self, grad_norm: Tensor, is_taken: Tensor) -> None:
-        """End one step."""
+        """Ends one step; every rank passes the same scalars: the gradient's norm, and whether the weights were updated.
+        """
         self._steps.append((self._device_sums, self._host_sums, grad_norm, is_taken))
         self._begin_step()
 
     def loss_of_step(self) -> Tensor:
-        """The loss of the step that has not ended, fp64 on the device; all ranks call this."""
+        """The mean loss of the present step, before `add_step`; fp64 on the device; a collective."""
         return all_reduce_sum(self._device_sums[:1].clone(), self._world)[0]
 
     def pause(self) -> None:
-        """Stop the clock: what comes is not training."""
+        """Stop the clock: what follows is not training."""
         self._pause_began_s = time.perf_counter()
         if self._waits is not None:
             self._waits.is_counting = False
@@ -116,7 +118,7 @@ class Meters:
             self._waits.is_counting = True
 
     def read(self) -> Reading:
-        """What was collected since the last reading. Waits for the device, and for the other ranks."""
+        """What was collected since the last reading; a collective. Waits for the device."""
         steps = self._summed()
         sums, norms, taken = steps[:, :6], steps[:, 6], steps[:, 7]
         has_targets = sums[:, 2] > 0
@@ -135,9 +137,9 @@ class Meters:
         return reading
 
     def totals(self) -> Totals | None:
-        """What the run has taken up to here; None where a checkpoint it went on from did not say.
+        """The run's totals so far; None if it resumed from a checkpoint that did not record them.
 
-        Waits for the device, and for the other ranks, which all call this.
+        A collective. Waits for the device.
         """
         if not self._steps:
             return self._totals
@@ -145,12 +147,12 @@ class Meters:
         return None if self._totals is None else self._totals.plus(residues, self._elapsed_s(), flops)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the steps since the last reading, summed over the ranks, which all call this."""
+        """What a checkpoint keeps: the steps since the last reading, summed over the ranks; a collective."""
         return {"steps": self._summed().tolist() if self._steps else [], "elapsed_s": self._elapsed_s(),
                 "totals": None if self._totals is None else asdict(self._totals)}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `state()` gave, in any layout; the totals of an edition that kept none are not known."""
+        """Continue from the state that `state()` returned, in any layout; older ones may lack the totals."""
         self.restart()
         totals = state.get("totals")
         self._totals = None if totals is None else Totals(**totals)
@@ -167,7 +169,7 @@ class Meters:
         self._steps: list[tuple[Tensor, list[float], Tensor, Tensor]] = []
         self._begin_step()
         self._began_s, self._paused_s = time.perf_counter(), 0.0
-        self._before_s = 0.0  # of what elapsed, in a process before this one
+        self._before_s = 0.0  # the part of the elapsed time that an earlier process spent
 
     def _times_of_ranks(self) -> list[RankTimes]:
         if self._waits is None:
@@ -177,7 +179,7 @@ class Meters:
         return [RankTimes(*times) for times in all_gather(here.to(self._device), self._world).tolist()]
 
     def _summed(self) -> Tensor:
-        """Of each step loss, correct predictions, targets, residues, tokens, FLOPs, norm, and whether it was taken."""
+        """The fields of `StepSums` for each step, fp64 [steps, 8] on the CPU; a collective."""
         on_device, on_host, norms, taken = zip(*self._steps, strict=True)
         sums = torch.cat([torch.stack(on_device), torch.tensor(on_host, dtype=torch.float64, device=self._device)], 1)
         alike = torch.stack([torch.stack(norms).double(), torch.stack(taken).double()], 1)

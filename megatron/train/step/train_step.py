@@ -19,10 +19,11 @@ from megatron.train.step.passes import TrainPasses
 
 
 class TrainStep:
-    """Callable that trains on one global batch.
+    """A callable that trains on one global batch.
 
     The loss is the mean over the targets of the *global* batch: each micro-batch's summed loss is divided by the number
-    of targets of all micro-batches on all ranks, so the gradient does not depend on how the batch was cut.
+    of targets of all micro-batches on all ranks, so the gradient does not depend on how the batch was cut. With a
+    `judge`, steps that it finds abnormal change no weight. `recorder`: runs the step as graphs, in tests.
     """
 
     def __init__(self, engine: Engine, meters: Meters, recorder: CudaRecorder | None = None,
@@ -37,16 +38,16 @@ class TrainStep:
 
     def __call__(self, batches: Sequence[Batch], learning_rate: float, wishes: Sequence[bool] = (),
                  factor: float = 1.0) -> Arriving:
-        """Train on this rank's micro-batches; returns of how many ranks each of `wishes` is one.
+        """Train on this rank's micro-batches; returns, for each of `wishes`, how many ranks have it.
 
-        `factor`: on the loss, for a fault that is made on purpose.
+        `factor`: multiplies the loss, for faults made on purpose.
         """
         mesh = self._engine.mesh
         here = sum(batch.num_targets for batch in batches) if mesh.is_first_reader else 0
-        # At least 1: a step without a target has no loss, and no gradient.
+        # At least 1: a step without targets has no loss and no gradient.
         num_targets: Tensor | float = max(1, here)
         num_wishes = torch.tensor(wishes, dtype=torch.int64)
-        if mesh.world.size > 1:  # one rank knows the sums already
+        if mesh.world.size > 1:
             sums = summed([here, *wishes], mesh.world, mesh.device)
             num_targets, num_wishes = sums[0].clamp(min=1), sums[1:]
         if factor != 1:
