@@ -1,7 +1,7 @@
-"""What passes between the ranks of an axis: sums, gathers, and the same with gradients. On one rank each does nothing.
+"""Collectives over one axis of the mesh, without and with gradients. On an axis of one rank each does nothing.
 
-"Tokens" is the first dimension of a tensor; rank r of s holds the r-th of s equal slices of them. A tensor is "whole"
-where every rank holds all of it, and "partial" where the true values are the sum over the ranks.
+"Tokens" are the first dimension of a tensor; where they are split, rank r of s holds the r-th of s equal slices. A
+tensor is "whole" if every rank holds all of it, and "partial" if the true values are the sum over the ranks.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def all_reduce_sum(tensor: Tensor, axis: Axis) -> Tensor:
 
 
 def all_reduce_max(tensor: Tensor, axis: Axis) -> Tensor:
-    """`tensor`, replaced in place by the largest values over the axis. Not differentiable."""
+    """`tensor`, replaced in place by its elementwise maximum over the axis. Not differentiable."""
     if axis.size == 1:
         return tensor
     return Pending(tensor, dist.all_reduce(tensor, dist.ReduceOp.MAX, group=axis.group, async_op=True),
@@ -32,17 +32,17 @@ def all_reduce_max(tensor: Tensor, axis: Axis) -> Tensor:
 
 
 def all_gather(tensor: Tensor, axis: Axis) -> Tensor:
-    """The ranks' equally shaped tensors, one behind the other along the first dimension. Not differentiable."""
+    """The ranks' equally shaped tensors, concatenated along the first dimension. Not differentiable."""
     return start_all_gather(tensor, axis).wait()
 
 
 def reduce_scatter(tensor: Tensor, axis: Axis) -> Tensor:
-    """This rank's slice, along the first dimension, of the sum over the axis. Not differentiable."""
+    """This rank's slice along the first dimension of the sum over the axis. Not differentiable."""
     return start_reduce_scatter(tensor, axis).wait()
 
 
 def everyones(value: T, axis: Axis) -> list[T]:
-    """Each rank's value, in their order, on every rank; small things, as Python objects."""
+    """A list of every rank's value, in rank order, on every rank; for small Python objects."""
     if axis.size == 1:
         return [value]
     values = [value] * axis.size
@@ -51,7 +51,7 @@ def everyones(value: T, axis: Axis) -> list[T]:
 
 
 def everyones_on_first(value: T, axis: Axis) -> list[T]:
-    """Each rank's value, in their order, on the first rank; nothing on the others."""
+    """A list of every rank's value, in rank order, on the first rank; an empty list on the others."""
     if axis.size == 1:
         return [value]
     values = [value] * axis.size if axis.rank == 0 else []
@@ -60,21 +60,24 @@ def everyones_on_first(value: T, axis: Axis) -> list[T]:
 
 
 def everyones_in_turn(mine: list[T], axis: Axis) -> list[T]:
-    """What all ranks made of things, rank r of those at r, r + size and so on, in the things' order, on every rank."""
+    """The results of a list of tasks that the ranks took in turn, in the order of the tasks, on every rank.
+
+    `mine`: this rank's results, those of the tasks number rank, rank + size, rank + 2 size, ...
+    """
     parts = everyones(mine, axis)
     return [parts[number % axis.size][number // axis.size] for number in range(sum(map(len, parts)))]
 
 
 @dataclass(frozen=True)
 class Pending:
-    """A collective under way: whatever is computed before `wait` overlaps with it. `waits` counts the rest."""
+    """A collective, or a message, under way: whatever is computed before `wait` overlaps with it."""
 
-    result: Tensor
-    work: dist.Work | None
-    waits: Waits | None = None
+    result: Tensor  # valid after `wait`
+    work: dist.Work | None  # None: nothing to wait for
+    waits: Waits | None = None  # counts the time spent in `wait`
 
     def wait(self) -> Tensor:
-        """The result, once it is there."""
+        """The result, as soon as it is there."""
         if self.work is not None and self.waits is None:
             self.work.wait()
         elif self.work is not None and self.waits is not None:
@@ -87,23 +90,23 @@ class Pending:
 
 
 def start_all_reduce(tensor: Tensor, axis: Axis) -> Pending:
-    """`all_reduce_sum`, begun; `tensor` is not to be touched until it is waited for."""
+    """Begin `all_reduce_sum`; leave `tensor` alone until its `wait`."""
     work = dist.all_reduce(tensor, group=axis.group, async_op=True) if axis.size > 1 else None
     return Pending(tensor, work, axis.waits)
 
 
 def start_all_gather(tensor: Tensor, axis: Axis) -> Pending:
-    """`all_gather`, begun."""
+    """Begin `all_gather`."""
     if axis.size == 1:
         return Pending(tensor, None)
     whole = tensor.new_empty(axis.size * tensor.shape[0], *tensor.shape[1:])
-    # torch 2.13 has the first name and deprecates the second; 2.11 has the second alone.
+    # torch 2.13 has the first name and deprecates the second; 2.11 has only the second.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     return Pending(whole, gather(whole, tensor.contiguous(), group=axis.group, async_op=True), axis.waits)
 
 
 def start_reduce_scatter(tensor: Tensor, axis: Axis) -> Pending:
-    """`reduce_scatter`, begun; the first dimension is divisible by the axis' size."""
+    """Begin `reduce_scatter`; the first dimension is divisible by the axis' size."""
     if axis.size == 1:
         return Pending(tensor, None)
     mine = tensor.new_empty(tensor.shape[0] // axis.size, *tensor.shape[1:])
@@ -112,9 +115,9 @@ def start_reduce_scatter(tensor: Tensor, axis: Axis) -> Pending:
 
 
 def start_exchange(tensor: Tensor, to_each: Sequence[int], from_each: Sequence[int], axis: Axis) -> Pending:
-    """Begin to send `to_each[r]` elements of `tensor`, which lie in the ranks' order, to rank r of the axis.
+    """Begin an all-to-all: the next `to_each[r]` elements of `tensor` [sum(to_each)] go to rank r of the axis.
 
-    The result: `from_each[r]` elements of rank r, in the ranks' order. Not differentiable.
+    The result [sum(from_each)] holds `from_each[r]` elements from each rank r, in rank order. Not differentiable.
     """
     if axis.size == 1:
         return Pending(tensor, None)
@@ -129,22 +132,25 @@ def slice_of(tensor: Tensor, axis: Axis) -> Tensor:
 
 
 def sum_gradients(tensor: Tensor, axis: Axis) -> Tensor:
-    """Forward: the whole tensor as it is. Backward: the partial gradients, summed over the axis."""
+    """Forward: the whole tensor, unchanged. Backward: the partial gradients are summed over the axis (all-reduce)."""
     return _SumGradients.apply(tensor, axis) if axis.size > 1 else tensor
 
 
 def sum_outputs(tensor: Tensor, axis: Axis) -> Tensor:
-    """Forward: the partial tensors, summed over the axis, in place. Backward: the whole gradient as it is."""
+    """Forward: the partial tensors are summed over the axis, in place (all-reduce). Backward: the whole gradient,
+    unchanged."""
     return _SumOutputs.apply(tensor, axis) if axis.size > 1 else tensor
 
 
 def sum_to_slices(tensor: Tensor, axis: Axis) -> Tensor:
-    """Forward: this rank's tokens of the sum of partial tensors. Backward: the gradients of all ranks' tokens."""
+    """Forward: this rank's tokens of the sum of the partial tensors (reduce-scatter). Backward: the gradients of all
+    ranks' tokens (all-gather)."""
     return _SumToSlices.apply(tensor, axis) if axis.size > 1 else tensor
 
 
 def gather_slices(tensor: Tensor, axis: Axis) -> Tensor:
-    """Forward: all ranks' tokens, whole. Backward: of the partial gradients' sum, this rank's tokens."""
+    """Forward: the tokens of all ranks (all-gather). Backward: this rank's tokens of the sum of the partial gradients
+    (reduce-scatter)."""
     return _GatherSlices.apply(tensor, axis) if axis.size > 1 else tensor
 
 

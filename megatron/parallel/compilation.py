@@ -1,4 +1,5 @@
-"""Blocks compiled by torch.compile: each once, since all micro-batches have one shape, and all alike from one graph."""
+"""torch.compile of the blocks. Each graph is compiled once, as all micro-batches have one shape, and shared by blocks.
+"""
 
 from collections.abc import Iterable
 
@@ -11,10 +12,11 @@ _MOST_GRAPHS = 64
 
 
 def wants_compilation(config: Config, device: torch.device) -> bool:
-    """Whether `--compile` says so, or where it says nothing, whether it should be faster: on GPUs.
+    """Whether to compile: as `--compile` says, and without that flag on GPUs, where it should be faster.
 
-    A schedule that puts weights' gradients off cannot be compiled (`megatron.parallel.layout` refuses the two), nor can
-    attention that is recomputed by itself: inductor (2.13) fails on sizes that are born inside of what is recomputed.
+    The zero-bubble schedule, which defers weight gradients, cannot be compiled (`megatron.parallel.layout` refuses the
+    two together), and neither can selective recomputation of attention: inductor (2.13) fails on sizes that first
+    appear inside a recomputed part.
     """
     if config.training.compile is not None:
         return config.training.compile
@@ -25,12 +27,12 @@ def wants_compilation(config: Config, device: torch.device) -> bool:
 def compile_blocks(blocks: Iterable[nn.Module], config: ParallelConfig) -> None:
     """Let each block compile itself when it is first called.
 
-    On one tensor and context rank a block is one graph; elsewhere its collectives stay outside and cut it into some.
+    On one tensor and context rank a block is one graph; otherwise its collectives split it into several.
     """
-    # What attention keeps for the backward pass has a size of its own in each micro-batch.
+    # What attention saves for the backward pass has another size in each micro-batch.
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
-    # All blocks are one function to torch, which else gives up at 8 graphs: windows, skips, the first block's inputs,
-    # training and evaluation, scales before a history, each doubles them.
+    # To torch all blocks are one function, of which it compiles 8 variants by default. Windows, skips, the first
+    # block's inputs, evaluation, and FP8 scales before there is a history can each double their number.
     torch._dynamo.config.recompile_limit = max(_MOST_GRAPHS, torch._dynamo.config.recompile_limit)
     is_whole = config.tensor_model_parallel_size == config.context_parallel_size == 1
     for block in blocks:

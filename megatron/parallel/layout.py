@@ -1,7 +1,7 @@
-"""Which grids of ranks can work: refused before anything is built, with the nearest grid that can.
+"""Refuses layouts that cannot work, before anything is built, and names the nearest one that can.
 
-Every rank comes to the same verdict from its own flags, so all refuse together and none waits for another. Any
-vocabulary can be split: it is padded, and a rank that is left without a row takes part with none.
+Every rank decides from its own flags, so all refuse together and none waits for another. The vocabulary's size is never
+a reason: it is padded, and a rank may hold no row of it.
 """
 
 import itertools
@@ -60,7 +60,7 @@ def _check_shares_of_tokens(config: Config) -> None:
 
 
 def _check_fp8(config: Config, recipe: Recipe) -> None:
-    """All sizes of the blocks' products on a rank; those of tokens too, of which weights' gradients are sums."""
+    """All sizes of the blocks' products on a rank, the tokens' included, over which weight gradients are summed."""
     model, parallel, tensor = config.model, config.parallel, config.parallel.tensor_model_parallel_size
     shares = parallel.context_parallel_size * (tensor if parallel.sequence_parallel else 1)
     tokens = config.training.micro_batch_size * (config.data.seq_length or 0)
@@ -121,7 +121,7 @@ def _check_number_of_ranks(config: Config, num_ranks: int) -> None:
 
 
 def _nearest_grid(config: Config, num_ranks: int, asked: tuple[int, ...]) -> tuple[int, ...]:
-    """The sizes (pipeline, context, tensor) that fit the ranks and the model and differ by the smallest factors."""
+    """The sizes (pipeline, context, tensor), none above `asked`, that fit ranks and model and are nearest to it."""
     pipelines = [size for size in _divisors(num_ranks) if size <= min(config.model.num_layers, asked[0])]
     contexts = [size for size in _divisors(num_ranks) if size <= asked[1]]
     tensors = [size for size in _divisors(math.gcd(num_ranks, _splits_into(config))) if size <= asked[2]]
@@ -193,7 +193,7 @@ def _check_distributed_activations(config: Config) -> None:
 
 
 def _splits_into(config: Config) -> int:
-    """Every divisor of this is a tensor-parallel size that the model can have."""
+    """A number each of whose divisors is a tensor-parallel size that the model can have."""
     return math.gcd(config.model.num_groups, config.model.ffn_hidden_size)
 
 

@@ -1,7 +1,7 @@
-"""Where this process stands in the grid of ranks, and how it joins the others.
+"""The mesh: this process's place in the grid of ranks, and the process groups along its axes.
 
-The grid's axes, from the slowest to the fastest: pipeline, data, context, tensor. Tensor ranks talk most, so they are
-neighbours, on one host where they fit. A process that no launcher started is a grid of one rank, without a process
+The axes, from the slowest varying to the fastest: pipeline, data, context, tensor. Tensor ranks communicate most, so
+they are neighbours, on one host if they fit. A process that no launcher started is a grid of one rank without a process
 group: collectives on a one-rank axis do nothing.
 """
 
@@ -25,15 +25,12 @@ from megatron.parallel.waits import Waits
 
 @dataclass(frozen=True)
 class Axis:
-    """One direction of the grid: this rank's place among `size` ranks, and their group (None for one rank).
+    """A process group, and this rank's place in it: along one direction of the grid, or over several together."""
 
-    `waits` counts how long this rank waits for the others of it.
-    """
-
-    rank: int = 0
+    rank: int = 0  # this process's number in the group
     size: int = 1
-    group: dist.ProcessGroup | None = None
-    waits: Waits | None = field(default=None, compare=False, repr=False)
+    group: dist.ProcessGroup | None = None  # None for one rank
+    waits: Waits | None = field(default=None, compare=False, repr=False)  # counts how long this rank waits for others
 
 
 ONE_RANK_AXIS = Axis()
@@ -41,46 +38,41 @@ ONE_RANK_AXIS = Axis()
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process among all ranks, along each axis of their grid, and its device.
+    """This process's place on every axis of the grid, and its device.
 
-    `pipeline`: ranks that share the depth. `data`: ranks that see different rows. `context`: ranks that share the
-    tokens of each row. `tensor`: ranks that share each layer. `replicas`: data and context together, the ranks that
-    have the same parameters and see other tokens; of these, `shards` are the neighbours that share out what
-    `--data-parallel-sharding` says, and `copies` those that have the same share. `holders`: replicas and tensor
-    together, all ranks that have parts of the same parameters, numbered by copy, shard and tensor rank. `ends`: the
-    first and the last pipeline rank, on these; one rank elsewhere. `channels`: groups of the pipeline for
-    point-to-point messages, each of which carries one kind of message in one direction, so that no two ever wait for
-    each other. `writers`: all ranks on a gloo group of their own, on which they agree about files while the others are
-    at work for the training. `progress`: what this rank tells the others of when they have to wait. `waits`: for how
-    long it has waited itself, counted where there are several ranks.
+    The comments say which ranks form the axis of rank 0 when 8 ranks have tensor size 2, pipeline size 2 and data
+    size 2, with parameters sharded over both data-parallel ranks.
     """
 
-    world: Axis = field(default_factory=Axis)
-    pipeline: Axis = field(default_factory=Axis)
-    data: Axis = field(default_factory=Axis)
-    context: Axis = field(default_factory=Axis)
-    tensor: Axis = field(default_factory=Axis)
-    replicas: Axis = field(default_factory=Axis)
-    shards: Axis = field(default_factory=Axis)
-    copies: Axis = field(default_factory=Axis)
-    holders: Axis = field(default_factory=Axis)
-    ends: Axis = field(default_factory=Axis)
+    world: Axis = field(default_factory=Axis)  # all ranks: 0 1 2 3 4 5 6 7
+    pipeline: Axis = field(default_factory=Axis)  # ranks with different stages of the model: 0 4
+    data: Axis = field(default_factory=Axis)  # ranks that read different rows: 0 2
+    context: Axis = field(default_factory=Axis)  # ranks with different tokens of the same rows: 0 alone
+    tensor: Axis = field(default_factory=Axis)  # ranks with different parts of the same layers: 0 1
+    replicas: Axis = field(default_factory=Axis)  # data x context, same parameters, different tokens: 0 2
+    shards: Axis = field(default_factory=Axis)  # those replicas over which --data-parallel-sharding shards: 0 2
+    copies: Axis = field(default_factory=Axis)  # those replicas that hold the same shard: 0 alone
+    holders: Axis = field(default_factory=Axis)  # replicas x tensor, all parts of the same parameters: 0 1 2 3
+    ends: Axis = field(default_factory=Axis)  # first and last pipeline rank; one rank on all ranks between: 0 4
+    # Groups of the pipeline ranks for point-to-point messages. Each carries one kind of message in one direction, so
+    # that no message waits for one of another kind.
     channels: tuple[dist.ProcessGroup, ...] = ()
-    writers: Axis = field(default_factory=Axis)
+    writers: Axis = field(default_factory=Axis)  # all ranks on a gloo group, to agree on files beside the training
     device: torch.device = torch.device("cpu")
-    progress: RankProgress = field(default_factory=RankProgress)
-    waits: Waits | None = None
+    progress: RankProgress = field(default_factory=RankProgress)  # the step, for the report if a rank hangs
+    waits: Waits | None = None  # how long this rank has waited for others; None with one rank
 
     @property
     def is_first_reader(self) -> bool:
-        """Whether this is the first of the ranks that read the same rows: what all of them know counts here."""
+        """Whether this rank is the first of those that read the same rows, and so counts what all of them know."""
         return self.pipeline.rank == self.context.rank == self.tensor.rank == 0
+
 
 @contextmanager
 def joined(config: ParallelConfig, launch: Launch) -> Iterator[Mesh]:
-    """The mesh, for as long as this process is a member of it; leaves the group at the end.
+    """A context with the mesh: joins the process group, and destroys it at the end.
 
-    The layout fits the number of ranks (`megatron.parallel.layout` sees to it).
+    The layout fits the number of ranks (`megatron.parallel.layout` checks that).
     """
     device = device_of(launch, config.local_rank)
     if launch.size == 1:
@@ -89,34 +81,34 @@ def joined(config: ParallelConfig, launch: Launch) -> Iterator[Mesh]:
     backend = config.distributed_backend or ("nccl" if device.type == "cuda" else "gloo")
     if backend == "nccl" and device.type != "cuda":
         raise ConfigError("--distributed-backend nccl needs a GPU on every rank; give gloo")
-    choose_interface(launch.is_on_one_host)  # beside NCCL's there is a group of gloo's, of those who write
+    choose_interface(launch.is_on_one_host)  # with NCCL too: `writers` is a gloo group
     timeout = timedelta(minutes=config.distributed_timeout_minutes)
     store = meeting_store(launch, timeout)
-    # Before the ranks have met: a clone connects anew, and waits for the timeout where rank 0 has gone already.
+    # Cloned before the ranks meet: a clone opens a connection, and would wait for the timeout if rank 0 has gone.
     of_watch = store.clone()  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=timeout)
     mesh = with_writers(with_waits(build_mesh(config, device, timeout)), timeout)
     with watched(of_watch, launch.rank, launch.size, timeout, mesh.progress):
         yield mesh
-    # Not after an error: the process is about to end, and its peers should not hear of it before it has said why.
+    # Not after an error: the process ends anyway, and its peers should not notice before it has said why.
     dist.destroy_process_group()
 
 
 def device_of(launch: Launch, local_rank: int | None = None) -> torch.device:
-    """This rank's GPU, made the current one; the CPU where there are none. Raises LaunchError where that is not clear.
+    """This rank's GPU, made the current device; the CPU if there is no GPU. Raises LaunchError if it is not clear.
 
-    `local_rank`: the flag of old launchers, for a launch that has none.
+    `local_rank`: the flag that old launchers pass, used if the environment gives no local rank.
     """
     num_gpus = torch.cuda.device_count()
     if not torch.cuda.is_available():
-        if num_gpus:  # of which the driver tells, and which other hosts of the job may take
+        if num_gpus:  # the driver sees them, so other hosts of the job may be using theirs
             raise LaunchError(f"this host shows {num_gpus} GPUs that PyTorch {torch.__version__} cannot use (python "
                               "tools/doctor.py says why); to train on CPUs, hide them: CUDA_VISIBLE_DEVICES=''")
         return torch.device("cpu")
     index = launch.local_rank if launch.local_rank is not None else local_rank
     if index is None and launch.size == 1:
         index = 0
-    # srun --gpus-per-task, or a wrapper around each rank, lets a rank see one GPU only: its own, as number 0.
+    # With srun --gpus-per-task, or a wrapper around each rank, a rank sees its own GPU only, as number 0.
     if index is not None and num_gpus == 1 and launch.launcher not in ("torchrun", "none"):
         index = 0
     if index is None:
@@ -130,7 +122,7 @@ def device_of(launch: Launch, local_rank: int | None = None) -> torch.device:
 
 
 def build_mesh(config: ParallelConfig, device: torch.device, timeout: timedelta) -> Mesh:
-    """This rank's mesh in the process group that it is a member of; all ranks call this together."""
+    """This rank's mesh in the initialised process group; a collective: all ranks call this together."""
     sizes = grid_sizes(config, dist.get_world_size())
     axes: dict[str, Any] = {name: build_axis(sizes, [name], timeout) for name in sizes}
     replicas = build_axis(sizes, ["data", "context"], timeout)
@@ -149,7 +141,7 @@ def build_mesh(config: ParallelConfig, device: torch.device, timeout: timedelta)
 
 
 def with_waits(mesh: Mesh) -> Mesh:
-    """The mesh, whose axes' collectives count how long this rank waits in them."""
+    """The mesh with a `Waits` on every axis, so that collectives count how long this rank waits in them."""
     waits = Waits(mesh.device)
     axes: dict[str, Any] = {item.name: replace(axis, waits=waits) for item in fields(mesh)
                             if isinstance(axis := getattr(mesh, item.name), Axis)}
@@ -157,13 +149,13 @@ def with_waits(mesh: Mesh) -> Mesh:
 
 
 def with_writers(mesh: Mesh, timeout: timedelta) -> Mesh:
-    """The mesh of ranks that save, whatever they compute on; all ranks call this together."""
+    """The mesh with its `writers`: all ranks on a gloo group, whatever the device. A collective."""
     group = dist.new_group(backend="gloo", timeout=timeout, group_desc="writers")
     return replace(mesh, writers=replace(mesh.world, group=group, waits=None))
 
 
 def grid_sizes(config: ParallelConfig, num_ranks: int) -> dict[str, int]:
-    """The grid's size along each axis, from the slowest to the fastest; what the others leave is data parallel."""
+    """The grid's size along each axis, slowest varying first; the data axis takes what the other axes leave."""
     pipeline, context, tensor = (config.pipeline_model_parallel_size, config.context_parallel_size,
                                  config.tensor_model_parallel_size)
     return {"pipeline": pipeline, "data": num_ranks // (pipeline * context * tensor), "context": context,
@@ -171,15 +163,15 @@ def grid_sizes(config: ParallelConfig, num_ranks: int) -> dict[str, int]:
 
 
 def build_axis(sizes: Mapping[str, int], names: Sequence[str], timeout: timedelta) -> Axis:
-    """This rank's axis along one or several neighbouring `names` of a grid, whose `sizes` go from slowest to fastest.
+    """This rank's axis along one or several `names` of a grid with these `sizes`, slowest varying first.
 
-    Every rank calls this with the same sizes. Waiting in the group ends after `timeout`.
+    A collective: every rank calls this with the same arguments. `timeout`: of the process group's collectives.
     """
     return _axis(line_through(sizes, names, dist.get_rank()), timeout, "+".join(names))
 
 
 def line_through(sizes: Mapping[str, int], names: Sequence[str], rank: int) -> list[int]:
-    """The ranks of the group along `names` that `rank` belongs to, in a grid that is numbered row by row."""
+    """The ranks that share `rank`'s place on all axes but `names`, in a grid numbered in row-major order."""
     grid = torch.arange(torch.Size(sizes.values()).numel()).view(*sizes.values())
     place = [int(index) for index in (grid == rank).nonzero()[0]]
     where = tuple(slice(None) if name in names else place[number] for number, name in enumerate(sizes))
@@ -197,11 +189,11 @@ def _axis(line: list[int], timeout: timedelta, name: str) -> Axis:
 def _ends(line: list[int], timeout: timedelta) -> Axis:
     if len(line) == 1 or dist.get_rank() in (line[0], line[-1]):
         return _axis(sorted({line[0], line[-1]}), timeout, "ends")
-    # torch names a group by how many its ranks have made before: so those between the ends make one as well.
+    # torch derives a group's name from how many groups a rank has made: so the ranks between make one as well.
     _new_group(line[1:-1], timeout, "between the ends")
     return Axis()
 
 
 def _new_group(line: list[int], timeout: timedelta, name: str) -> dist.ProcessGroup:
-    # Only its members make a group; all ranks make their groups in the same order of axes.
+    # Only its members create a group; all ranks create theirs in the same order of axes.
     return dist.new_group(line, timeout=timeout, use_local_synchronization=True, group_desc=name)

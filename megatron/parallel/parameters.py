@@ -1,6 +1,6 @@
-"""What a parameter is, declared where it is born: its initial values, its group, whether it decays, how it is split.
+"""Parameters that carry a declaration: initial values, optimizer group, weight decay. It is given where one is created.
 
-Initialisation and optimizer read it there. How the parameter lies on the ranks is its `Placement`.
+Initialisation and optimizer read it from the parameter. Which part of it each rank holds is its `Placement`.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class Normal:
 
 @dataclass(frozen=True)
 class Uniform:
-    """Initial values drawn evenly from -bound to bound."""
+    """Initial values drawn from a uniform distribution between -bound and bound."""
 
     bound: float
 
@@ -56,17 +56,16 @@ Initial = Normal | Uniform | Constant
 class Declaration:
     """What one parameter is.
 
-    `group`: the parameters that an optimizer, or a learning rate, is chosen for together. "matrix": the weights of
-    linear layers; "embedding": tables of which rows are looked up; "head": what is particular to the vocabulary's
-    logits; "vector": biases and scales. `decays`: whether weight decay pulls it towards 0. `is_trained`: whether it is
-    ever; what is not is carried along. `runs`: of several matrices whose rows take turns, how many rows each has in a
-    turn; (): it is one matrix.
+    `group` decides which optimizer and learning rate it gets. "matrix": weights of linear layers; "embedding": tables
+    whose rows are looked up; "head": parameters of the vocabulary's logits; "vector": biases and scales.
     """
 
     initial: Initial
     group: Group
-    decays: bool
-    is_trained: bool = True
+    decays: bool  # whether weight decay applies
+    is_trained: bool = True  # False: only loaded and saved
+    # Of a weight that interleaves the rows of several matrices: how many rows of each follow each other before the next
+    # one's, e.g. (4, 4, 4) for queries, keys and values of heads of width 4. (): a single matrix.
     runs: tuple[int, ...] = ()
 
 
@@ -75,25 +74,26 @@ SCALE = Declaration(Constant(1.0), "vector", decays=False)
 
 
 def matrix(initial: Initial, runs: tuple[int, ...] = ()) -> Declaration:
-    """What the weight of a linear layer is, or of several with one input, whose rows take turns."""
+    """The declaration of a linear layer's weight, or with `runs` of the interleaved weights of several layers."""
     return Declaration(initial, "matrix", decays=True, runs=runs)
 
 
 def table(initial: Initial) -> Declaration:
-    """What a table of embeddings is."""
+    """The declaration of a table of embeddings."""
     return Declaration(initial, "embedding", decays=True)
 
 
 def whole_parameter(shape: Sequence[int], declaration: Declaration) -> nn.Parameter:
-    """A parameter that every rank holds whole, with the same gradient on each."""
+    """A parameter that every rank holds whole, with the same gradient on every tensor rank."""
     return _declared(shape, declaration, Placement())
 
 
 def split_parameter(shape: Sequence[int], dim: int, axis: Axis, declaration: Declaration, *,
                     local_size: int | None = None, ends: Axis = ONE_RANK_AXIS) -> nn.Parameter:
-    """A parameter of which each rank holds a slice along `dim`, of `local_size` where the slices do not just fit.
+    """A parameter of whole shape `shape` of which each rank of `axis` holds a slice along `dim`.
 
-    The `ends` are the pipeline ranks that both hold it.
+    `local_size`: the slice's extent where the slices together are longer than the whole, which is padded. `ends`: the
+    first and last pipeline rank where both hold the parameter.
     """
     local_shape = list(shape)
     local_shape[dim] = local_size or shape[dim] // axis.size
@@ -103,19 +103,22 @@ def split_parameter(shape: Sequence[int], dim: int, axis: Axis, declaration: Dec
 
 def replicated_parameter(shape: Sequence[int], axis: Axis, declaration: Declaration, *,
                          has_partial_gradient: bool) -> nn.Parameter:
-    """A parameter that every rank of `axis` holds whole."""
+    """A parameter that every rank of `axis` holds whole.
+
+    `has_partial_gradient`: each rank computes a part of its gradient, which is the sum over the axis.
+    """
     return _declared(shape, declaration, Placement(axis, has_partial_gradient=has_partial_gradient))
 
 
 def declaration_of(parameter: Tensor) -> Declaration:
-    """What `parameter` is."""
+    """The declaration that `parameter` carries."""
     declaration = getattr(parameter, "declaration", None)
     assert isinstance(declaration, Declaration), "a parameter is declared where it is made"
     return declaration
 
 
 def inherit(parameter: Tensor, predecessor: Tensor) -> None:
-    """Let `parameter`, which takes the place of `predecessor`, be what that is and lie as that lies."""
+    """Give `parameter`, which replaces `predecessor`, the declaration and the placement of that."""
     for name in ("declaration", "placement"):
         if hasattr(predecessor, name):
             setattr(parameter, name, getattr(predecessor, name))

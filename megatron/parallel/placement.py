@@ -1,7 +1,7 @@
-"""Parameters know how they lie on the ranks: initialisation, checkpoints and the gradient's norm read it there.
+"""Placement: which part of a parameter each rank holds. Initialisation, checkpoints and the gradient's norm use it.
 
-A parameter's *whole* value is what one rank would hold; its *local* value is this rank's. A parameter without a
-placement is whole on every rank.
+A parameter's *whole* is the tensor that a single rank would hold; its *local* tensor is this rank's part. A parameter
+without a placement is whole on every rank.
 """
 
 from collections.abc import Iterable
@@ -16,22 +16,17 @@ from megatron.parallel.mesh import Axis
 
 @dataclass(frozen=True)
 class Placement:
-    """How one parameter lies on the tensor axis `axis`, and on those of data and pipeline parallelism.
+    """Which part of one parameter this rank holds: of tensor-parallel slices, data-parallel shards, pipeline stages."""
 
-    `dim`: the dimension along which tensor rank r holds the r-th slice; None: every rank holds the whole. `whole_size`:
-    the whole's extent along `dim`; where the slices together are longer, their end is padding, always 0, which no whole
-    has. `has_partial_gradient`: a parameter that is held whole, but each rank's gradient is only a part of the sum.
-    `shards`: the ranks that share out the `num_rows` rows (dimension 0) of what a tensor rank holds, as many on each
-    but for the last. `ends`: the first and the last pipeline rank, which both hold the parameter, each with a part of
-    its gradient; the first one's counts.
-    """
-
-    axis: Axis = field(default_factory=Axis)
-    dim: int | None = None
+    axis: Axis = field(default_factory=Axis)  # the tensor axis
+    dim: int | None = None  # the dimension of which tensor rank r holds the r-th slice; None: each holds the whole
+    # The whole's extent along `dim`. The slices together may be longer: their end is padding, always 0.
     whole_size: int = 0
-    has_partial_gradient: bool = False
-    shards: Axis = field(default_factory=Axis)
-    num_rows: int = 0
+    has_partial_gradient: bool = False  # held whole on the tensor axis, but its gradient is the sum over these ranks
+    shards: Axis = field(default_factory=Axis)  # data-parallel ranks that share the rows (dimension 0) of a slice
+    num_rows: int = 0  # of the slice that `shards` share: ceil(num_rows / shards) on each, fewer on the last ones
+    # First and last pipeline rank if both hold the parameter: its gradient is the sum over the two; in the norm the
+    # first rank's counts.
     ends: Axis = field(default_factory=Axis)
 
     def whole_shape(self, local: Tensor) -> tuple[int, ...]:
@@ -40,7 +35,7 @@ class Placement:
         return tuple(self.whole_size if dim == self.dim else size for dim, size in enumerate(shape))
 
     def part(self, local: Tensor) -> "Part":
-        """What `local` holds of the whole, without its padding. A scalar, such as a step count, has no parts."""
+        """`local`, without its padding, and its place in the whole. A scalar, such as a step count, is not split."""
         if local.ndim == 0:
             return Part(local, (), ())
         offsets, held = [0] * local.ndim, local.detach()
@@ -53,7 +48,10 @@ class Placement:
         return Part(held, tuple(offsets), self.whole_shape(local))
 
     def box_on(self, whole_shape: tuple[int, ...], tensor_rank: int, shard: int) -> tuple[slice, ...]:
-        """What tensor rank number `tensor_rank`, with share number `shard`, holds of a whole that divides evenly."""
+        """The slices of the whole that the rank with these numbers on the tensor and shards axes holds.
+
+        For a whole without padding: its extent along `dim` divides evenly.
+        """
         box = [slice(0, size) for size in whole_shape]
         if self.dim is not None and self.axis.size > 1:
             size = whole_shape[self.dim] // self.axis.size
@@ -65,7 +63,7 @@ class Placement:
         return tuple(box)
 
     def cut(self, whole: Tensor, local: Tensor) -> Tensor:
-        """This rank's part of `whole`, in the shape of `local`."""
+        """This rank's part of `whole`, padded with 0 to the shape of `local`."""
         if whole.ndim == 0:
             return whole
         mine = whole.new_zeros(local.shape)
@@ -76,32 +74,34 @@ class Placement:
 
 @dataclass(frozen=True)
 class Part:
-    """A box of a whole tensor: `tensor`, a view of what this rank holds, begins there at `offsets`."""
+    """A box of a whole tensor, and its values."""
 
-    tensor: Tensor
-    offsets: tuple[int, ...]
+    tensor: Tensor  # a view of what this rank holds
+    offsets: tuple[int, ...]  # where it begins in the whole
     whole_shape: tuple[int, ...]
 
     @property
     def box(self) -> tuple[slice, ...]:
-        """Its place in the whole."""
+        """The slices of the whole that `tensor` holds."""
         return tuple(slice(start, start + size) for start, size in zip(self.offsets, self.tensor.shape, strict=True))
 
 
 def placement_of(parameter: Tensor) -> Placement:
-    """How `parameter` lies on the ranks."""
+    """The placement that `parameter` carries; whole on every rank if it has none."""
     return getattr(parameter, "placement", Placement())
 
 
 def part_of_state(parameter: Tensor, state: Tensor) -> Part:
-    """What an optimizer's `state` for `parameter` holds of the whole: it lies as that does, or where it has fewer
-    dimensions, as a count or a number a row, whole on every rank."""
+    """The part of an optimizer's state for `parameter` that this rank holds.
+
+    It is split as the parameter; with fewer dimensions (a step count, one number per row) whole on every rank.
+    """
     placement = placement_of(parameter) if state.ndim == parameter.ndim else Placement()
     return placement.part(state)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter], pipeline: Axis | None = None) -> Tensor:
-    """The L2 norm (fp32 scalar) of the gradients' wholes: each element counts once, on every rank alike."""
+    """The L2 norm (fp32 scalar) of the whole gradients of the model: each element counts once. A collective."""
     by_axes: dict[tuple[Axis, ...], list[Tensor]] = {(): []}
     parameters = list(parameters)
     for parameter in parameters:
@@ -110,7 +110,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], pipeline: Axis | None = No
             tensor_axis = [placement.axis] if placement.dim is not None else []
             axes = tuple(axis for axis in (*tensor_axis, placement.shards) if axis.size > 1)
             by_axes.setdefault(axes, []).append(parameter.grad)
-    square = torch.zeros((), device=parameters[0].device)  # and no more where all of this rank's are frozen
+    square = torch.zeros((), device=parameters[0].device)  # stays 0 if all parameters of this rank are frozen
     for axes, gradients in by_axes.items():
         if not gradients:
             continue
@@ -122,10 +122,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], pipeline: Axis | None = No
 
 
 def is_any_trained(parameters: Iterable[nn.Parameter], pipeline: Axis) -> bool:
-    """Whether a rank of `pipeline` has a parameter that is not frozen: all of them call this.
-
-    Those that have one know the answer without waiting for it.
-    """
+    """Whether any rank of `pipeline` trains a parameter; a collective, so call it on all ranks."""
     parameters = list(parameters)
     here = sum(parameter.requires_grad for parameter in parameters)
     everywhere = all_reduce_sum(torch.tensor(here, device=parameters[0].device), pipeline)
@@ -133,7 +130,7 @@ def is_any_trained(parameters: Iterable[nn.Parameter], pipeline: Axis) -> bool:
 
 
 def partial_gradients(parameters: Iterable[nn.Parameter], replicas: Axis) -> dict[Axis, list[Tensor]]:
-    """For each axis, that of `replicas` first, the gradients that are yet to be summed over it."""
+    """The gradients that have to be summed over each axis, by axis; `replicas` first."""
     partial: dict[Axis, list[Tensor]] = {}
     for parameter in parameters:
         if not parameter.requires_grad:

@@ -1,4 +1,4 @@
-"""A program of one rank or several, from where it looks for the others to its exit status."""
+"""Runs a command on one rank or several: joins the other ranks, does the work, and turns errors into an exit status."""
 
 import sys
 from collections.abc import Callable
@@ -13,10 +13,10 @@ from megatron.parallel.mesh import Mesh, joined
 
 
 def status_of(prepare: Callable[[Launch], tuple[ParallelConfig, Callable[[Mesh, Log], None]]]) -> int:
-    """Do work on this rank's mesh; the status with which the process is to `leave`.
+    """Run a command on this rank; returns the exit status for `leave`.
 
-    `prepare` gives the layout and the work. 0; 2 and one line for a mistake of the user's; 1 where a rank failed or
-    lost the others; 130 and one line after Ctrl-C.
+    `prepare` returns the layout and the work, which is called with the mesh and the log. The status is 0, or 2 with one
+    line for a mistake of the user's, 1 if a rank failed or lost the others, 130 with one line after Ctrl-C.
     """
     take_any_text()
     launch = Launch()

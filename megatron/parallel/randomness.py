@@ -1,8 +1,8 @@
-"""Random numbers that depend on what they are for, never on what was drawn before.
+"""Random numbers that depend on their purpose, never on what was drawn before.
 
-A parameter's initial values derive from the seed and its name; what dropout keeps (`megatron.kernels.dropout`) from the
-seed, the micro-batch's first sample, the block, and a number's place. So a resumed run needs no saved generator state,
-and any layout starts from the same weights and drops the same.
+A parameter's initial values depend on the seed and its name, dropout's masks (`megatron.kernels.dropout`) on the seed,
+the micro-batch's first sample, the block and the element's position. So a resumed run needs no generator state, and
+every layout has the same initial weights and the same dropout.
 """
 
 import hashlib
@@ -20,18 +20,17 @@ def seed_for(seed: int, *purpose: str | int) -> int:
 
 
 def dropout_seed(seed: int, first_sample: int) -> int:
-    """That of the micro-batch that begins with `first_sample`, in the run of this seed."""
+    """The seed for dropout in the micro-batch whose first row is sample number `first_sample`."""
     return seed_for(seed, "dropout", first_sample)
 
 
 def dropout_of(module: nn.Module, sequence: PackedSequence, use: Use, first_head: int = 0) -> Dropout | None:
-    """Dropout at a module's rate, its `dropout`; None outside training.
+    """Dropout at the rate `module.dropout`; None outside training.
 
-    Where the rate is always 0, the module's mode is not looked at, so that a graph compiled for training serves
-    evaluation.
+    With a rate of 0 the module's mode is not read, so that a graph compiled for training also serves evaluation.
     """
     rate = module.dropout
     if not rate or not module.training:
         return None
-    assert isinstance(rate, float) and sequence.seed is not None, "who trains with dropout gives it a seed"
+    assert isinstance(rate, float) and sequence.seed is not None, "training with dropout needs a seed"
     return Dropout(rate, sequence.seed, use, first_head=first_head)

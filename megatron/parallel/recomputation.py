@@ -1,4 +1,5 @@
-"""Activations that are not kept but computed again in the backward pass (Chen et al., 2016, arXiv 1604.06174)."""
+"""Activation recomputation: activations are computed again in the backward pass (Chen et al., 2016, arXiv 1604.06174).
+"""
 
 import math
 from collections.abc import Callable
@@ -15,11 +16,11 @@ T = TypeVar("T")
 
 
 def recomputed(function: Callable[..., T], *inputs: Tensor, kept_over: Axis = ONE_RANK_AXIS) -> T:
-    """`function(*inputs)`, of which only the inputs are kept; one alone may be shared out over the ranks of
-    `kept_over`, which all have it.
+    """`function(*inputs)`, for whose backward pass only the inputs are kept.
 
-    Forward: no communication of its own. Backward: the input is gathered and `function`, with its collectives, runs
-    again, which must do the same: it draws nothing from a generator.
+    A single input that all ranks of `kept_over` hold alike is split over them meanwhile. Forward: no communication of
+    its own. Backward: that input is gathered, and `function`, with its collectives, runs again; it must give the same
+    result, so it draws from no random generator.
     """
     if kept_over.size == 1:
         return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -33,7 +34,7 @@ def recomputed(function: Callable[..., T], *inputs: Tensor, kept_over: Axis = ON
 
 
 def _share(x: Tensor, axis: Axis) -> Tensor:
-    """This rank's part of the elements of `x`, as many on each rank."""
+    """This rank's part of the elements of `x`, flat and padded to the same number on every rank."""
     flat = x.detach().flatten()
     size = -(-flat.numel() // axis.size)
     mine = flat[axis.rank * size:(axis.rank + 1) * size]

@@ -1,8 +1,8 @@
-"""How many bytes a rank sends, by axis and operation: counted where PyTorch calls its collectives.
+"""Counts the bytes that a rank sends, by axis and operation, at PyTorch's calls of its collectives.
 
-The count is that of a ring, the least that every rank must send: of a tensor of N bytes on s ranks an all-reduce sends
-2 (s - 1) / s N, an all-gather or a reduce-scatter (s - 1) / s of the whole, a message N (counted by its sender), and
-an exchange what is not for itself.
+The numbers are those of ring algorithms, the minimum that every rank must send: for a tensor of N bytes on s ranks an
+all-reduce sends 2 (s - 1) / s N, an all-gather or a reduce-scatter (s - 1) / s N (N: of the whole tensor), a
+point-to-point message N (counted by its sender), and an all-to-all what goes to other ranks.
 """
 
 from collections import Counter
@@ -30,29 +30,30 @@ class Traffic:
         self.calls, self.sent = Counter(calls), Counter(sent)
 
     def add(self, axis: str, operation: str, num_bytes: int, num_ranks: int, times: int = 1) -> None:
-        """Count `times` calls on `num_ranks` ranks; `num_bytes`: of the whole tensor. One rank sends nothing."""
+        """Count `times` calls on `num_ranks` ranks, with `num_bytes` of the whole tensor; on one rank nothing is sent.
+        """
         if num_ranks > 1 and times:
             rounds = {ALL_REDUCE: 2 * num_ranks - 2, SEND: num_ranks, EXCHANGE: num_ranks}.get(operation, num_ranks - 1)
             self.calls[axis, operation] += times
             self.sent[axis, operation] += times * (rounds * num_bytes // num_ranks)
 
     def include(self, other: "Traffic", times: int = 1) -> None:
-        """Count `times` what `other` has."""
+        """Add `other`, `times` times."""
         for key, calls in other.calls.items():
             self.calls[key] += times * calls
             self.sent[key] += times * other.sent[key]
 
     def continued(self, later: "Traffic", factor: float) -> "Traffic":
-        """This, and `factor` times what `later` has more."""
+        """This, plus `factor` times the difference between `later` and this: an extrapolation."""
         def line(ours: Counter[Key], theirs: Counter[Key]) -> dict[Key, int]:
             return {key: round(ours[key] + factor * (theirs[key] - ours[key])) for key in theirs}
         return Traffic(line(self.calls, later.calls), line(self.sent, later.sent))
 
 
 class TrafficCounter(TorchDispatchMode):
-    """Within this context `traffic` counts every collective of this process.
+    """A context in which `traffic` counts every collective of this process.
 
-    Axes that have one and the same group, as all ranks may be at once, are counted together, under all their names.
+    Axes that share a process group are counted together, under all their names, such as "data+tensor".
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -61,15 +62,15 @@ class TrafficCounter(TorchDispatchMode):
         self._axes = _axes_by_group(mesh)
 
     def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
-        """Run `func`, and count it if it communicates."""
+        """Run `func`, and count it if it is a collective."""
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # what counts are the operations on its local tensor
+            return NotImplemented  # the operations on its local tensor are counted
         results = func(*args, **(kwargs or {}))
         self.count(func, args)
         return results
 
     def count(self, func: Any, args: Sequence[Any], *_: Any) -> None:
-        """Count an operation, with these arguments, if it communicates."""
+        """Count the operation `func` with these arguments if it is a collective."""
         if func.namespace == "c10d" and func in _COUNTED:
             operation, whole_of, group_index = _COUNTED[func]
             group = dist.ProcessGroup.unbox(args[group_index])
@@ -93,14 +94,14 @@ def _axes_by_group(mesh: Mesh) -> dict[str, str]:
 
 
 def _for_others(args: Sequence[Any]) -> Sequence[torch.Tensor]:
-    """What an exchange sends to other ranks."""
+    """The tensors that an all-to-all sends to other ranks."""
     own = dist.ProcessGroup.unbox(args[2]).rank()
     return [piece for rank, piece in enumerate(args[1].split(args[4])) if rank != own]
 
 
 _Tensors = Callable[[Sequence[Any]], Sequence[torch.Tensor]]
 _C10D = torch.ops.c10d
-# Each operator's name here, the tensors that make up the whole, and where its group stands among the arguments.
+# Of each operator: its name here, the tensors that make up the whole, and the position of its group in the arguments.
 _COUNTED: dict[Any, tuple[str, _Tensors, int]] = {
     _C10D.allreduce_.default: (ALL_REDUCE, lambda args: args[0], 1),
     _C10D._allgather_base_.default: (ALL_GATHER, lambda args: args[:1], 2),

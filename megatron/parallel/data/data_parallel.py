@@ -1,8 +1,7 @@
-"""Data parallelism: gradients are summed over the ranks that see other tokens, on each of them or on a share of each.
+"""Chooses the kind of data parallelism: replicated parameters, torch's DDP, or FSDP2.
 
-Sums, not means: the loss is already divided by the number of targets in the *global* batch. Gradients are summed in
-fp32; frozen parameters have none. Each way offers the same: the parameters that the optimizer steps, and what is due at
-each backward pass.
+Gradients are summed, not averaged: the loss is already divided by the number of targets in the *global* batch. The sums
+are in fp32; frozen parameters have none. All kinds share the interface of `DataParallel`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,10 +17,11 @@ from megatron.parallel.mesh import Mesh
 
 def data_parallel(stages: Sequence[nn.Module], blocks: Callable[[Any], Iterable[nn.Module]], mesh: Mesh,
                   config: ParallelConfig, dtype: torch.dtype) -> DataParallel:
-    """The way that `config` asks for; `blocks` names the parts of a stage that are shared out and gathered one by one.
+    """The data parallelism that `config` asks for, around `stages`.
 
-    Stages that are built on `meta` get memory on the mesh's device, this rank's share of it, and no values yet. Where
-    parameters are gathered, it is in `dtype`, that of the products. On one rank there is nothing to share out.
+    `blocks`: the modules of a stage that are sharded and gathered one by one. `dtype`: the compute dtype, in which
+    sharded parameters are gathered. Stages built on `meta` get memory on the mesh's device for this rank's shard,
+    without values yet.
     """
     if config.data_parallel_sharding != "none" and mesh.shards.size > 1:
         from megatron.parallel.data.sharded import Sharded  # importing FSDP2 takes as long as importing torch

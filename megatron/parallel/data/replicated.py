@@ -1,4 +1,5 @@
-"""Every data-parallel rank holds everything; gradients are summed after the backward pass, or while it runs."""
+"""Replicated data parallelism: every rank holds all parameters; gradients are summed after or during the backward pass.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,16 +15,17 @@ from megatron.parallel.waits import Mark, Waits
 
 
 def materialise(stage: nn.Module, device: torch.device) -> None:
-    """Give the parameters of a stage that is built on `meta` memory on the device, without values."""
+    """Allocate the parameters of a stage built on `meta` on the device, without values."""
     if any(parameter.is_meta for parameter in stage.parameters()):
         stage.to_empty(device=device)
 
 
 class DataParallel:
-    """The model's stages on one rank; of this kind each rank holds everything, and gradients are summed in the end.
+    """The model's stages on one rank, replicated over the data-parallel ranks; gradients are summed after the last
+    backward pass. Also the interface of the other kinds.
 
-    `parameters`: by name, this rank's share of each, with its placement. `is_gathered`: whether a pass gathers them, in
-    the dtype of the products.
+    `parameters`: by name, this rank's shard of each, with its placement; the optimizer steps these. `is_gathered`:
+    whether passes gather them from shards, in the compute dtype.
     """
 
     is_gathered = False
@@ -33,22 +35,23 @@ class DataParallel:
         self._stages, self._replicas = stages, mesh.replicas
 
     def forward(self, stage: int, *args: Any) -> Any:
-        """The stage's outputs."""
+        """The outputs of stage number `stage` of this rank."""
         return self._stages[stage](*args)
 
     def before_backward(self, stage: int, is_last: bool) -> None:
-        """Called before each backward pass of a stage; `is_last`: its gradients are complete after this one."""
+        """Call before each backward pass of a stage; `is_last`: it is the step's last, which completes the gradients.
+        """
 
     def finish(self) -> None:
-        """Bring the gradients of a step to their sums, after its last backward pass."""
+        """Sum the gradients over the ranks; call after the step's last backward pass."""
         sum_partial(self.parameters, self._replicas)
 
     def drop_gathered(self) -> None:
-        """Forget what was gathered of parameters that have been given other values since."""
+        """Free gathered parameters; call when `parameters` were changed, so that the next pass gathers them anew."""
 
 
 class Overlapped(DataParallel):
-    """The same, but that torch's DistributedDataParallel sums while the last backward pass runs."""
+    """Replicated parameters whose gradients torch's DistributedDataParallel sums during the last backward pass."""
 
     def __init__(self, stages: Sequence[nn.Module], mesh: Mesh) -> None:
         super().__init__(stages, mesh)
@@ -60,41 +63,41 @@ class Overlapped(DataParallel):
             stage.register_comm_hook(self._buckets, _sum_bucket)
 
     def forward(self, stage: int, *args: Any) -> Any:
-        """The stage's outputs."""
+        """The outputs of stage number `stage` of this rank."""
         if stage not in self._summed:
             return super().forward(stage, *args)
         with self._summed[stage].no_sync():
             return self._summed[stage](*args)
 
     def before_backward(self, stage: int, is_last: bool) -> None:
-        """Let the last backward pass, and no other, set the sums going."""
+        """Let the step's last backward pass, and no other, start the all-reduces."""
         if is_last and stage in self._summed:
-            # What DistributedDataParallel does in its forward pass, which may lie several passes back.
+            # DistributedDataParallel does this in its forward pass, which may lie several passes back.
             self._summed[stage].require_backward_grad_sync = True
             self._summed[stage].reducer.prepare_for_backward([])
 
     def finish(self) -> None:
-        """The sums are there."""
+        """Wait for the all-reduces, and sum what DistributedDataParallel does not."""
         self._buckets.arrived()
         sum_partial(self.parameters)
 
 
 class _Buckets:
-    """The sums under way. The reducer keeps this for good, so that it must not lead back to the model."""
+    """The buckets' all-reduces under way. The reducer holds it forever, so it must not refer to the model."""
 
     def __init__(self, group: dist.ProcessGroup | None, waits: Waits | None, num_stages: int) -> None:
         self.group, self._waits, self._num_stages = group, waits, num_stages
-        self._num_sent = 0  # stages whose sums are all under way
+        self._num_sent = 0  # stages all of whose buckets are under way
         self._last_began: Mark = None
 
     def is_last_of_stage(self) -> None:
-        """Beside the last one of the last stage nothing is left to compute."""
+        """Note a stage's last bucket; after that of the last stage nothing is left to compute, and waiting begins."""
         self._num_sent += 1
         if self._waits is not None and self._num_sent == self._num_stages:
             self._last_began = self._waits.begin()
 
     def arrived(self) -> None:
-        """All of them have."""
+        """Note that all buckets have arrived."""
         if self._waits is not None:
             self._waits.end(self._last_began)
         self._num_sent, self._last_began = 0, None

@@ -1,4 +1,4 @@
-"""Data-parallel ranks share out what each would repeat, by torch's FSDP2."""
+"""Sharded data parallelism, by torch's FSDP2."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -21,12 +21,13 @@ from megatron.parallel.waits import Waits
 
 
 class Sharded(DataParallel):
-    """Ranks share out what each would repeat (ZeRO: Rajbhandari et al., 2020, arXiv 1910.02054), by torch's FSDP2.
+    """Shards optimizer state, gradients or parameters over the ranks.
 
-    "optimizer": gradients are kept whole until the last micro-batch, then each rank gets the sum of its share and steps
-    it, and the new parameters are gathered when they are next used. "gradients": each rank gets its share after every
-    micro-batch. "parameters": those, too, are gathered block by block where they are used, and dropped behind it.
-    Masters and sums are fp32; what is gathered is in the dtype of the products.
+    As in ZeRO (Rajbhandari et al., 2020, arXiv 1910.02054). `sharding` "optimizer": gradients stay whole until the
+    step's last micro-batch and are then reduce-scattered; each rank steps its shard, and the next forward pass gathers
+    the new parameters. "gradients": they are reduce-scattered after every micro-batch. "parameters": parameters are
+    also gathered block by block where they are used, and freed after that. Master parameters and gradient sums are
+    fp32, gathered parameters in `dtype`.
     """
 
     is_gathered = True
@@ -56,7 +57,7 @@ class Sharded(DataParallel):
                     self._sources.append((source, self.parameters[name]))
 
     def before_backward(self, stage: int, is_last: bool) -> None:
-        """Say what becomes of the gradients and of the whole parameters behind this pass."""
+        """Tell FSDP2 whether this pass reduce-scatters the gradients and frees the gathered parameters after it."""
         module = self._stages[stage]
         assert isinstance(module, FSDPModule)
         module.set_requires_gradient_sync(is_last or self._sharding != "optimizer")
@@ -64,7 +65,7 @@ class Sharded(DataParallel):
         module.set_reshard_after_backward(is_last or self._sharding == "parameters")
 
     def finish(self) -> None:
-        """Hand each share's gradient to the parameter that the optimizer steps."""
+        """Give each shard's gradient to the parameter that the optimizer steps, and sum what FSDP2 does not."""
         for source, share in self._sources:
             assert isinstance(source.grad, DTensor), "every parameter that is trained takes part in the loss"
             share.grad = source.grad.to_local()
@@ -72,14 +73,14 @@ class Sharded(DataParallel):
         sum_partial(self.parameters)
 
     def drop_gathered(self) -> None:
-        """Keep each rank's shares alone: the next pass gathers them."""
+        """Free the gathered parameters: the next pass gathers the shards anew."""
         for module in (module for stage in self._stages for module in stage.modules()):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
 
 def _count_waits(unit: FSDPModule, waits: Waits) -> None:
-    """Have counted what FSDP2 waits for in a unit, with the copies around it; torch offers no way to ask for it."""
+    """Count the time FSDP2 waits in a unit, including its copies, by wrapping its methods: torch has no hook for it."""
     state: Any = unit._get_fsdp_state()
     groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
     for group in filter(None, groups):
@@ -88,7 +89,7 @@ def _count_waits(unit: FSDPModule, waits: Waits) -> None:
 
 
 def _share(source: DTensor, whole: nn.Parameter, shards: Axis) -> nn.Parameter:
-    """This rank's share of `whole`, in the memory that FSDP2 keeps it in."""
+    """This rank's shard of `whole`, in FSDP2's own memory."""
     share = nn.Parameter(source.to_local().detach(), whole.requires_grad)
     inherit(share, whole)
     share.placement = replace(placement_of(whole), shards=shards, num_rows=len(whole))  # type: ignore[attr-defined]

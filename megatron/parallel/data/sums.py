@@ -1,4 +1,4 @@
-"""Gradients summed over the ranks of an axis, in buckets: sums of fp32, never means."""
+"""Sums gradients over the ranks of an axis, in buckets; fp32, never averaged."""
 
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -11,11 +11,12 @@ from megatron.parallel.mesh import ONE_RANK_AXIS, Axis
 from megatron.parallel.placement import partial_gradients
 
 T = TypeVar("T")
-BUCKET_ELEMENTS = 16 * 2**20  # 64 MiB of fp32: large enough for the network, small beside the model
+BUCKET_ELEMENTS = 16 * 2**20  # 64 MiB of fp32: large enough for the network, small compared with the model
 
 
 def sum_partial(parameters: dict[str, nn.Parameter], replicas: Axis = ONE_RANK_AXIS) -> None:
-    """Sum in place the gradients of which each of the `replicas`, tensor ranks, or ends of the pipeline has a part."""
+    """All-reduce, in place, the gradients of which each rank has a part: over `replicas`, tensor ranks, pipeline ends.
+    """
     for axis, gradients in partial_gradients(parameters.values(), replicas).items():
         for bucket in in_buckets(gradients, Tensor.numel):
             flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
@@ -25,7 +26,7 @@ def sum_partial(parameters: dict[str, nn.Parameter], replicas: Axis = ONE_RANK_A
 
 
 def in_buckets(things: Iterable[T], size_of: Callable[[T], int]) -> list[list[T]]:
-    """The things, in order, in lists of about `BUCKET_ELEMENTS` elements."""
+    """The things, in order, in lists of about `BUCKET_ELEMENTS` elements; a larger thing has a list of its own."""
     buckets: list[list[T]] = []
     room = 0
     for thing in things:

@@ -1,1 +1,6 @@
-"""What started this process, starting ranks, meeting and failing together."""
+"""Starting ranks, and failing together.
+
+In each rank: `environment` reads what launcher started it, `hosts` checks names, `meeting` finds the other ranks,
+`watch` reports ranks that hang, `failure` says why this one failed, `leaving` ends it. The launcher: `agent`, started
+by `__main__`, with `stop_signals`.
+"""

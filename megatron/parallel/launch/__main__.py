@@ -7,5 +7,5 @@ from megatron.parallel.launch.stop_signals import StopSignals
 if __name__ == "__main__":
     signals = StopSignals()
     signals.listen()
-    from megatron.parallel.launch.agent import main  # loads torch: a request to stop may come meanwhile
+    from megatron.parallel.launch.agent import main  # loads torch, during which a stop signal may come
     sys.exit(main(sys.argv[1:], signals))

@@ -1,13 +1,13 @@
-"""Starts ranks as `torchrun` does: `python -m megatron.parallel.launch`, with the same arguments.
+"""The launcher: starts ranks as `torchrun` does, with the same arguments (`python -m megatron.parallel.launch`).
 
-A request to stop (SIGTERM, SIGINT, SIGHUP, SIGUSR1) goes to the ranks as SIGTERM: they save and end with success, and
-the launcher after them. A second Ctrl-C interrupts them. torchrun would give them 30 seconds and call it a failure.
+A stop signal (SIGTERM, SIGINT, SIGHUP, SIGUSR1) is passed to the ranks as SIGTERM: they save and end with success, and
+then so does the launcher. A second Ctrl-C interrupts them. torchrun would give them 30 seconds and call it a failure.
 
-It says in one line which rank failed, where and why. A rank that was killed cannot say so itself; one that failed
-leaves its line for the launcher (RANKS_REPORT_TO_LAUNCHER and `megatron.parallel.launch.failure`), which tells the
-cause from ranks that only lost their peers. The launchers of several hosts tell each other, so that all end, or start
-again, at once. torchrun's own report is forty lines around the traceback of any rank, on its own host, and nothing
-where it starts them again.
+It prints one line that says which rank failed, on which host and why. A rank that was killed cannot say so itself; one
+that failed leaves its line for the launcher (RANKS_REPORT_TO_LAUNCHER and `megatron.parallel.launch.failure`), which
+distinguishes the cause from ranks that only lost their peers. The launchers of several hosts inform each other, so that
+all end, or restart, at once. torchrun itself prints forty lines around the traceback of some rank of the host, and
+nothing if it restarts the ranks.
 """
 
 import logging
@@ -40,26 +40,26 @@ from megatron.parallel.launch.failure import INTERRUPTED
 from megatron.parallel.launch.hosts import LOOPBACK, check_address
 from megatron.parallel.launch.stop_signals import StopSignals
 
-# A rank that lost a peer often ends before the peer has written down why. This long the others may take to end by
-# themselves, and then to follow the request to end, before they are killed: what does not answer by then hangs.
+# A rank that lost a peer often ends before the peer has recorded why. After a failure the other ranks have GRACE_S to
+# end by themselves, then PATIENCE_S to obey SIGTERM, and are then killed as hanging.
 GRACE_S, PATIENCE_S = 2, 5
-INTERRUPT_EVERY_S = 1.0  # a rank takes the first SIGINT as a request to stop; those that come too soon it sees as one
-LISTENING_S = 1  # the other launchers have heard by then; the store ends with the launcher of the first host
-# Exit statuses of what would only repeat itself.
+INTERRUPT_EVERY_S = 1.0  # a rank takes its first SIGINT as a stop signal, and several that come at once as one
+LISTENING_S = 1  # time for the other launchers to read a message: the store ends with the first host's launcher
+# Exit statuses after which a restart would only fail again.
 NOT_AGAIN = (UserError.exit_status, DivergedError.exit_status, SaveError.exit_status)
-AS_ASKED = "0 "  # the word of a launcher that was asked to stop before its ranks were started again
+AS_ASKED = "0 "  # the message of a launcher that was asked to stop before its ranks were restarted
 DEFAULT_PORT = 29500  # torchrun's
 
 
 class Agent(LocalElasticAgent):
-    """torchrun's agent, which says why ranks failed at the time, also where it starts them again."""
+    """torchrun's agent, extended: it says at once why ranks failed, also when it restarts them."""
 
     def __init__(self, signals: StopSignals, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._signals, self._asked, self._interrupted_at_s = signals, set[int](), -INTERRUPT_EVERY_S
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
-        if self._signals.has_come:  # since the last ranks ended
+        if self._signals.has_come:  # a stop signal, since the last ranks ended
             self._tell(store_of_launchers(worker_group), AS_ASKED)
             sys.exit(0)
         with self._signals.without_ranks():
@@ -90,7 +90,7 @@ class Agent(LocalElasticAgent):
         return result
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
-        """Where other machines join, ranks save and end first, however long that takes: torchrun gives 30 seconds."""
+        """When other machines join, let the ranks save and end first, however long it takes: torchrun gives 30 s."""
         context, asked = self._pcontext, set[int]()
         while isinstance(context, SubprocessContext) and are_running(context) and not has_failed(context):
             asked |= ask_to_stop(context, asked)
@@ -103,7 +103,7 @@ class Agent(LocalElasticAgent):
             time.sleep(LISTENING_S)
 
     def _word_of_others(self, store: Store | None, wait_s: float) -> str:
-        """Exit status and line of a failure on another host; empty if its launcher leaves no word of one."""
+        """Exit status and line of a failure on another host; empty if no launcher reports one within `wait_s`."""
         deadline_s = time.monotonic() + wait_s
         while store is not None:
             if store.check([self._key()]):
@@ -129,24 +129,24 @@ class Agent(LocalElasticAgent):
 
 
 def store_of_launchers(worker_group: WorkerGroup) -> Store | None:
-    """Where the launchers of several hosts leave each other word; None on one host."""
+    """The store in which the launchers of several hosts leave each other messages; None on one host."""
     return worker_group.store if (worker_group.group_world_size or 1) > 1 else None
 
 
 def has_failed(context: SubprocessContext) -> bool:
-    """Whether a rank of this host has ended with a failure."""
+    """Whether a rank on this host has failed."""
     return any(handler.proc.poll() for handler in context.subprocess_handlers.values())
 
 
 def are_running(context: SubprocessContext) -> bool:
-    """Whether a rank of this host has yet to end."""
+    """Whether a rank on this host is still running."""
     return any(handler.proc.poll() is None for handler in context.subprocess_handlers.values())
 
 
 def ask_to_stop(context: SubprocessContext, asked: set[int], number: int = signal.SIGTERM) -> set[int]:
-    """Sends a signal to the ranks of this host that listen and are not among `asked`; returns them.
+    """Sends a signal to the ranks on this host that handle SIGTERM and are not among `asked`; returns their local ranks.
 
-    One that does not listen yet would die of it, and so would one that has saved and is about to end.
+    A rank that does not handle it yet, or no longer as it has saved and is about to end, would die of it.
     """
     listening = {rank: handler.proc for rank, handler in context.subprocess_handlers.items()
                  if rank not in asked and handler.proc.poll() is None and listens(handler.proc.pid)}
@@ -156,7 +156,7 @@ def ask_to_stop(context: SubprocessContext, asked: set[int], number: int = signa
 
 
 def listens(process: int, proc: Path = Path("/proc")) -> bool:
-    """Whether a process handles SIGTERM, as Linux knows (proc(5), SigCgt); True where there is no /proc."""
+    """Whether a process handles SIGTERM, according to Linux (proc(5), SigCgt); True where there is no /proc."""
     if not proc.is_dir():
         return True
     try:
@@ -168,7 +168,7 @@ def listens(process: int, proc: Path = Path("/proc")) -> bool:
 
 
 def end_ranks(context: SubprocessContext) -> set[int]:
-    """Ends the ranks of this host; returns the local ranks that had to be killed."""
+    """Ends the ranks on this host; returns the local ranks that had to be killed."""
     processes = {rank: handler.proc for rank, handler in context.subprocess_handlers.items()}
     deadline_s = time.monotonic() + GRACE_S
     while any(process.poll() is None for process in processes.values()) and time.monotonic() < deadline_s:
@@ -179,7 +179,7 @@ def end_ranks(context: SubprocessContext) -> set[int]:
 
 
 def cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
-    """The rank, and its failure, that the others followed: not one that lost its peers or was asked to end."""
+    """The rank that failed first, and its failure: not one that only lost its peers or was asked to end."""
     def order(rank: int) -> tuple[int, int]:
         failure = failures[rank]
         follows = 2 if failure.exitcode == -signal.SIGTERM else 1 if reason(failure)[0] == "LostPeersError" else 0
@@ -190,7 +190,7 @@ def cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
 
 
 def reason(failure: ProcessFailure) -> tuple[str, str]:
-    """The type and the text of the exception that the rank has recorded; empty where it has not."""
+    """The type and the text of the exception that the rank has recorded; empty if it has recorded none."""
     if not isinstance(failure.message, dict):
         return "", ""
     kind, _, text = failure.message["message"].partition(": ")
@@ -198,7 +198,7 @@ def reason(failure: ProcessFailure) -> tuple[str, str]:
 
 
 def line_of(rank: int, failure: ProcessFailure, has_hung: bool) -> str:
-    """What to say of the failure; empty where the rank has already printed its one line."""
+    """The line to print about a failure; empty if the rank has printed it itself."""
     _, line = reason(failure)
     where = f"rank {rank} on {socket.gethostname()}"
     if line or failure.exitcode in NOT_AGAIN:
@@ -211,9 +211,9 @@ def line_of(rank: int, failure: ProcessFailure, has_hung: bool) -> str:
 
 
 def meet_on_this_host(args: Namespace) -> None:
-    """Completes the arguments of a launcher that is alone, as torchrun does, but without this host's own name.
+    """Completes the arguments of a launcher that is alone, as torchrun does, but with the loopback address.
 
-    torchrun would give its ranks the name, which nothing else needs: on many a machine it does not resolve.
+    torchrun would use this host's name, which nothing else needs, and which does not resolve on some machines.
     """
     if parse_min_max_nnodes(args.nnodes)[1] > 1 and not args.standalone:
         return
@@ -225,18 +225,18 @@ def meet_on_this_host(args: Namespace) -> None:
 
 
 def prepared(argv: Sequence[str]) -> tuple[launcher.LaunchConfig, Any, list[str]]:
-    """What to start, how, and its arguments; raises LaunchError where the launchers could not meet."""
+    """torchrun's configuration, the program to start and its arguments; raises LaunchError if launchers cannot meet."""
     args = parse_args(argv)
     try:
         meet_on_this_host(args)
         args.master_port = DEFAULT_PORT if args.master_port is None else args.master_port
         if args.rdzv_backend in ("static", "c10d") and "file" not in args.rdzv_conf:
             check_address(parse_rendezvous_endpoint(get_rdzv_endpoint(args), DEFAULT_PORT)[0])
-        args.signals_to_handle = "SIGQUIT"  # the others are requests to stop
+        args.signals_to_handle = "SIGQUIT"  # `StopSignals` handles the others
         least, most = parse_min_max_nnodes(args.nnodes)
         if least < most:
-            # A launcher that has had other hosts before tells new ones nothing of the store that it shares with its
-            # ranks (torch 2.13): they would wait in vain. So rank 0 makes one of its own.
+            # In torch 2.13 hosts that join later are not told the store that the launcher shares with its ranks, and
+            # would wait forever. So rank 0 creates one of its own.
             os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         return config_from_args(args)
     except UserError:
@@ -246,11 +246,11 @@ def prepared(argv: Sequence[str]) -> tuple[launcher.LaunchConfig, Any, list[str]
 
 
 def main(argv: Sequence[str], signals: StopSignals) -> int:
-    """Runs the ranks; returns the exit status of the one that failed, as a shell would give it."""
+    """Runs the ranks; returns the exit status of the one that failed, in a shell's convention: 128 + N for signal N."""
     take_any_text()
     os.environ["RANKS_REPORT_TO_LAUNCHER"] = "1"
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
-    # torch has no other way to give it an agent, and looks its host up, for a log that nobody reads, at every event.
+    # torch has no other way to replace its agent; and it looks its host's name up at every event, only for a log.
     vars(launcher)["LocalElasticAgent"] = partial(Agent, signals)
     vars(agent_api)["_get_fq_hostname"] = socket.gethostname
     try:

@@ -1,6 +1,6 @@
-"""Where a process learns its place among the ranks that a launcher started; the environment is read here alone.
+"""Reads a process's rank from the environment variables of its launcher; no other module reads the environment.
 
-Understood are torchrun (and torch.distributed.launch), mpirun of Open MPI, MPICH and Intel MPI, and SLURM's srun. Where
+Known launchers: torchrun (and torch.distributed.launch), mpirun of Open MPI, MPICH and Intel MPI, and SLURM's srun. If
 several have left their variables, the innermost counts: torchrun inside srun, mpirun inside a SLURM allocation.
 """
 
@@ -16,35 +16,30 @@ from megatron.parallel.launch.hosts import LOOPBACK, check_address, is_loopback
 
 @dataclass(frozen=True)
 class Launch:
-    """This process among `size` ranks, and where the first of them listens for the others.
-
-    `local_rank` counts on this host; None where nothing says. `is_heard`: the launcher prints why ranks failed.
-    `has_agent`: torchrun's agent listens there, in the place of rank 0, and goes on to over restarts. `is_on_one_host`:
-    all ranks are here.
-    """
+    """This process's place among `size` ranks, and where they meet."""
 
     rank: int = 0
     size: int = 1
-    local_rank: int | None = None
-    master_addr: str | None = None
+    local_rank: int | None = None  # on this host; None if the launcher does not say
+    master_addr: str | None = None  # where rank 0, or torchrun's agent, listens for the others
     master_port: int | None = None
     launcher: str = "none"
-    is_heard: bool = False
-    has_agent: bool = False
-    is_on_one_host: bool = False
+    is_heard: bool = False  # the launcher prints why ranks failed, so they need not
+    has_agent: bool = False  # at that address torchrun's agent listens, which outlives restarts of the ranks
+    is_on_one_host: bool = False  # all ranks are on this host
 
     def speaks(self) -> bool:
-        """Whether this rank says what all ranks find alike: torchrun has an output a host, the others have one."""
+        """Whether this rank prints what all ranks know: one per host under torchrun, whose output is per host."""
         has_own_output = self.launcher == "torchrun" and self.local_rank is not None
         return (self.local_rank if has_own_output else self.rank) == 0
 
     def speaks_for_host(self) -> bool:
-        """Whether this rank says what all ranks of this host find alike, and those of other hosts may not."""
+        """Whether this rank prints what all ranks of this host know, and those of other hosts may not."""
         return self.local_rank in (0, None)
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> Launch:
-    """This process's place as its launcher left it in the environment; one rank where there was no launcher."""
+    """This process's place according to its environment; one rank if there was no launcher. Raises LaunchError."""
     launcher = next((name for name, needed in _NEEDED.items() if all(key in environment for key in needed)), None)
     if launcher is None:
         for given, missing in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
@@ -64,7 +59,7 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch:
 
 
 def check_launch(launch: Launch) -> None:
-    """Raises LaunchError where the ranks could not find each other."""
+    """Raises LaunchError if the ranks could not find each other: no address, a wrong one, or a wrong port."""
     if launch.master_port is not None and not 0 < launch.master_port < 2**16:
         raise LaunchError(f"MASTER_PORT is {launch.master_port}; a port is between 1 and 65535")
     if launch.master_addr is not None and launch.master_port is not None:
@@ -79,7 +74,7 @@ def check_launch(launch: Launch) -> None:
 
 
 def is_alone() -> bool:
-    """Whether this process is the only rank, as far as its environment says."""
+    """Whether this process is the only rank, according to its environment."""
     try:
         return launched().size == 1
     except LaunchError:
@@ -87,11 +82,11 @@ def is_alone() -> bool:
 
 
 def status_file() -> str | None:
-    """Where a batch script asks for the exit status of a rank whose failure is not to be tried again, if one does."""
+    """The file into which a batch script wants the exit status of a rank that must not be restarted; None without."""
     return os.environ.get("EXIT_STATUS_FILE")
 
 
-# What marks a process of each launcher, the innermost first: its rank, the number of ranks, and its rank on its host.
+# The variables that each launcher sets, innermost launcher first: the rank, the number of ranks, the local rank.
 # A batch script of SLURM has SLURM_PROCID 0 and SLURM_NTASKS of the whole job: only srun sets SLURM_STEP_NUM_TASKS.
 # srun --mpi=pmi2 sets PMI_RANK as well, without a rank on the host.
 _NEEDED: dict[str, tuple[str, ...]] = {
@@ -103,15 +98,15 @@ _NEEDED: dict[str, tuple[str, ...]] = {
 }
 _RANKS_ON_HOST = {"torchrun": "LOCAL_WORLD_SIZE", "Open MPI": "OMPI_COMM_WORLD_LOCAL_SIZE",
                   "MPICH or Intel MPI": "MPI_LOCALNRANKS"}
-# Jobs that share a host meet at different ports if something tells them apart.
+# Jobs that share a host meet at different ports if one of these variables distinguishes them.
 _JOB_NAMES = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "SLURM_JOB_ID", "SLURM_STEP_ID")
 _DEFAULT_PORT = 6000
 
 
 def _meeting_place(launcher: str, environment: Mapping[str, str], size: int) -> tuple[str | None, int | None]:
-    """Address and port of rank 0: the user's, or what the launcher lets us conclude; None where it does not.
+    """Address and port of rank 0: the user's, or derived from the launcher's variables; None if that is impossible.
 
-    Where all ranks are on this host, it does not matter under which name others know it.
+    With all ranks on one host it is the loopback address, whatever name the host has.
     """
     address = environment.get("MASTER_ADDR")
     port = _number(environment, "MASTER_PORT") if "MASTER_PORT" in environment else None
@@ -121,19 +116,19 @@ def _meeting_place(launcher: str, environment: Mapping[str, str], size: int) -> 
         first = _first_host(environment[nodes], nodes)
         is_on_one_host = first == environment[nodes]
         address = None if is_on_one_host else first
-    if is_on_one_host and (address is None or launcher == "torchrun"):  # whose address is the name of this host
+    if is_on_one_host and (address is None or launcher == "torchrun"):  # torchrun sets it to the name of this host
         address = LOOPBACK
     if launcher == "torchrun":
         return address, port
     if port is None:
         names = [environment[name] for name in _JOB_NAMES if name in environment]
-        # Below 32768, where Linux begins to hand out ports by itself.
+        # Below 32768, from where on Linux assigns ports to connections.
         port = 10_000 + zlib.crc32("/".join(names).encode()) % 20_000 if names else _DEFAULT_PORT
     return address, port
 
 
 def _first_host(hosts: str, key: str) -> str:
-    """The first of SLURM's `hosts`, such as node[01-03,07],gpu5: node01."""
+    """The first of SLURM's list of `hosts`: node01 of node[01-03,07],gpu5."""
     match = re.match(r"(?:[^][,]|\[\d[^][]*\])+(?=,|$)", hosts)
     if match is None:
         raise LaunchError(f"{key} is {hosts!r}, in which no first host can be found; set MASTER_ADDR to rank 0's host")

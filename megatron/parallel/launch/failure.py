@@ -1,6 +1,6 @@
-"""What a rank says when it fails: one line with its number, its host and the reason.
+"""What a rank prints when it fails: one line with its number, its host and the reason.
 
-A rank that only lost its peers says so without a traceback: the reason is theirs.
+A rank that only lost its peers prints no traceback: the cause is theirs.
 """
 
 import re
@@ -14,25 +14,25 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from megatron.errors import ConfigFileError, LaunchError, UserError
 from megatron.parallel.launch.environment import Launch
 
-INTERRUPTED = 130  # the exit status, as a shell has it of a program that Ctrl-C ends
-# How gloo, NCCL and the store say that another rank has gone, or has not come.
+INTERRUPTED = 130  # the exit status of a program that Ctrl-C ends, in a shell's convention
+# In error messages of gloo, NCCL and the store: another rank has gone, or has not come.
 _LOST_PEERS = re.compile(r"closed by peer|reset by peer|broken pipe|connection refused|connection was likely closed|"
                          r"connection .{0,20}(closed|lost)|socket (closed|timeout)|timed out|wait timeout|pair closure|"
                          r"remote process exited|failed to (recv|connect)|store .{0,20}closed", re.IGNORECASE)
 
 
 class RankError(RuntimeError):
-    """The line that tells why a rank failed."""
+    """Carries the line that says why a rank failed."""
 
 
 class LostPeersError(RankError):
-    """The line of a rank that failed since another has gone, or did not answer in time."""
+    """Carries the line of a rank that failed because another has gone, or did not answer in time."""
 
 
 def refused(error: UserError | OSError, launch: Launch) -> int:
-    """The exit status of a start that the user is to mend, after a line by one of the ranks that find it alike.
+    """Prints a mistake of the user's that was found before ranks have met; returns the exit status.
 
-    All have the same flags, and those of a host the same environment and files.
+    Only one rank prints it: all have the same flags, and those of one host the same environment and files.
     """
     is_of_host = isinstance(error, LaunchError | ConfigFileError | OSError)
     if launch.speaks_for_host() if is_of_host else launch.speaks():
@@ -41,9 +41,9 @@ def refused(error: UserError | OSError, launch: Launch) -> int:
 
 
 def report(error: Exception, launch: Launch) -> int:
-    """Tells the user and the launcher why this rank fails, from within the `except` clause; returns the exit status.
+    """Reports to user and launcher why this rank fails; call it inside the `except` clause. Returns the exit status.
 
-    A mistake of the user and lost peers are one line; anything else is a traceback and one line.
+    A mistake of the user's, and lost peers, take one line; anything else a traceback and one line.
     """
     if isinstance(error, RuntimeError) and "EADDRINUSE" in str(error):
         error = LaunchError(f"port {launch.master_port} is taken; set MASTER_PORT to a free one")
@@ -58,7 +58,7 @@ def report(error: Exception, launch: Launch) -> int:
 
 
 def interrupted(line: str, launch: Launch) -> int:
-    """Tells the user, through the launcher if it listens, what Ctrl-C has ended; returns the exit status."""
+    """Reports to user and launcher that Ctrl-C has ended this rank, by `line`; returns the exit status."""
     get_error_handler().record_exception(RankError(line))
     if launch.speaks() and not launch.is_heard:
         print(line, file=sys.stderr)
@@ -72,7 +72,7 @@ def _reason(error: Exception, launch: Launch) -> RankError:
         return RankError(str(error) if launch.size == 1 else f"{error} ({where})")
     text = next(iter(str(error).splitlines()), "")
     if (isinstance(error, dist.DistError) or "/gloo/" in text) and _LOST_PEERS.search(text):
-        # Without the place in gloo's source, and without its advice.
+        # Without gloo's source location and its advice.
         text = re.sub(r"^\[\S+:\d+\] ", "", text).split(". This is typically")[0]
         return LostPeersError(f"{where} lost its peers: {text}")
     return RankError(f"{where}: {type(error).__name__}: {text}")

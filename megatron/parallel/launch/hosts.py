@@ -1,4 +1,4 @@
-"""Names of hosts: whether they resolve to addresses. torch would try for many minutes, and not say which did not."""
+"""Checks that host names resolve: torch would retry for many minutes, and not say which name did not resolve."""
 
 import os
 import socket
@@ -15,16 +15,17 @@ LOOKUP_S = 30  # a resolver whose servers do not answer may take minutes
 
 
 def check_address(address: str) -> None:
-    """Raises LaunchError where rank 0's host cannot be found by this address."""
+    """Raises LaunchError if the address of rank 0's host does not resolve."""
     if not addresses_of(address):
         raise LaunchError(f"MASTER_ADDR is {address!r}, and {socket.gethostname()} knows no host of that name; give "
                           f"rank 0's host by a name that resolves, or by its IP address (on one host: {LOOPBACK})")
 
 
 def choose_interface(is_on_one_host: bool, environment: MutableMapping[str, str] = os.environ) -> None:
-    """Sees to it that gloo has an address; left alone, it looks for one by this host's own name.
+    """Makes sure that gloo finds an address for this host; by default it resolves the host's own name.
 
-    On one host that is the loopback interface. Raises LaunchError where there are others and the name does not serve.
+    On one host it sets the loopback interface. With several hosts it raises LaunchError if that name does not resolve
+    to an address that other hosts can reach.
     """
     if "GLOO_SOCKET_IFNAME" in environment:
         return
@@ -36,7 +37,7 @@ def choose_interface(is_on_one_host: bool, environment: MutableMapping[str, str]
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an address, or a name that always means one, is this host itself."""
+    """Whether an address is a loopback address, or the name localhost."""
     try:
         return ip_address(address.split("%")[0]).is_loopback
     except ValueError:
@@ -44,7 +45,7 @@ def is_loopback(address: str) -> bool:
 
 
 def addresses_of(name: str) -> set[str]:
-    """The IP addresses of a host; empty where its name does not resolve in half a minute."""
+    """The IP addresses of a host; empty if its name does not resolve within LOOKUP_S seconds."""
     found = set[str]()
 
     def look_up() -> None:

@@ -1,4 +1,4 @@
-"""How a rank ends: its process, not only its work."""
+"""Ends a rank's process."""
 
 import atexit
 import os
@@ -11,11 +11,11 @@ from megatron.parallel.launch.environment import is_alone, status_file
 
 
 def leave(exit_status: int) -> NoReturn:
-    """Ends the process, after what is registered with `atexit`: whatever has to be finished first belongs there.
+    """Ends the process after the functions registered with `atexit`: whatever must be finished first belongs there.
 
-    A rank among others ends without the interpreter's own end. gloo's threads live as long as anything refers to a
-    group, and free tensors, for which they need the interpreter's lock: one that asks for it too late aborts the
-    process ("terminate called without an active exception", one of a hundred finished runs).
+    With several ranks it skips the interpreter's own shutdown. gloo's threads live as long as anything refers to a
+    process group, and need the interpreter's lock to free tensors: a thread that asks for it too late aborts the
+    process ("terminate called without an active exception", in one of a hundred finished runs).
     """
     _tell(exit_status)
     if is_alone():
@@ -27,9 +27,9 @@ def leave(exit_status: int) -> NoReturn:
 
 
 def _tell(exit_status: int) -> None:
-    """Leave a status that stands for a mistake, not for a failure, where a script asks for it.
+    """Write a status after which nothing must be restarted to the file that a batch script named, if one did.
 
-    srun's own is that of the other tasks, which it then ends by force.
+    srun's own exit status may be that of the other tasks, which it then kills.
     """
     place = status_file()
     if place is not None and 1 < exit_status < 128:

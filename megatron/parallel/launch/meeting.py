@@ -1,4 +1,4 @@
-"""Where the ranks of one start meet, and how they tell it from an earlier one."""
+"""The store in which the ranks of one start meet, and how they tell this start from an earlier one."""
 
 import time
 import uuid
@@ -10,9 +10,9 @@ from megatron.parallel.launch.environment import Launch
 
 
 def meeting_store(launch: Launch, timeout: timedelta) -> dist.Store:
-    """Where the ranks of a launch that `check_launch` has passed leave each other messages; all ranks call this.
+    """The store through which the ranks find each other; all ranks call this, after `check_launch`.
 
-    Raises `DistError` where the others have not come within `timeout`.
+    Raises `DistError` if the others do not come within `timeout`.
     """
     address, port = str(launch.master_addr), int(launch.master_port or 0)
     if launch.has_agent:
@@ -22,11 +22,11 @@ def meeting_store(launch: Launch, timeout: timedelta) -> dist.Store:
 
 
 def _name_of_this_start(store: dist.Store, launch: Launch, timeout: timedelta) -> str:
-    """A name that the ranks of this start have in common, and those of no other.
+    """A name shared by the ranks of this start alone.
 
-    An agent's store still has what the ranks had written before a restart, such as the addresses of the dead. Its
-    TORCHELASTIC_RESTART_COUNT does not tell starts apart, for it may differ from host to host: a host whose own ranks
-    were well does not count. So each rank greets rank 0 with a fresh word, and takes the name from the answer to it.
+    An agent's store still holds what ranks wrote before a restart, such as the addresses of dead ones.
+    TORCHELASTIC_RESTART_COUNT cannot distinguish starts, since it may differ between hosts: one whose own ranks did not
+    fail does not count. So each rank greets rank 0 with a fresh word, and gets the name in the answer to that word.
     """
     if launch.rank > 0:
         word = uuid.uuid4().hex
@@ -47,7 +47,7 @@ def _name_of_this_start(store: dist.Store, launch: Launch, timeout: timedelta) -
 
 
 def _wait_for(store: dist.Store, key: str, timeout: timedelta) -> None:
-    """Waits second by second: Python hears of signals only in between."""
+    """Waits for a key, in steps of a second, since Python handles signals only in between."""
     deadline_s = time.monotonic() + timeout.total_seconds()
     while True:
         try:

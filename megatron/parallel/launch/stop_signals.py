@@ -1,4 +1,4 @@
-"""How the launcher hears that it should stop, from its first moment on: torch takes seconds to load, so not from it."""
+"""Stop signals of the launcher, handled from its first moment on: so this module does not load torch, which is slow."""
 
 import os
 import signal
@@ -10,20 +10,20 @@ REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class StopSignals:
-    """Whether this process was asked to stop; while it has no ranks, such a request ends it at once, with success.
+    """Knows whether this process was asked to stop; as long as it has no ranks, a signal ends it at once, with success.
 
-    A thread hears the requests: the main thread may be waiting for other hosts inside torch, where Python's own
-    handlers have to wait too.
+    A thread reads the signals: the main thread may be inside torch, waiting for other hosts, where Python runs no
+    handlers.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._has_ranks = False
-        self.has_come = False  # whether there was a request to stop
-        self.num_interrupts = 0  # how often Ctrl-C was one
+        self.has_come = False  # whether a stop signal has come
+        self.num_interrupts = 0  # how many of them were Ctrl-C
 
     def listen(self) -> None:
-        """Takes the signals from now on; the main thread calls this."""
+        """Handle the signals from now on; call it in the main thread."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -34,7 +34,7 @@ class StopSignals:
 
     @contextmanager
     def without_ranks(self) -> Iterator[None]:
-        """While there are no ranks (again); outside of this there may be some."""
+        """A context in which no rank runs, as before a start or a restart; outside of it some may."""
         self._set_has_ranks(False)
         yield
         self._set_has_ranks(True)

@@ -1,1 +1,4 @@
-"""Matrices whose parts lie on several ranks, made whole on one rank each and worked on there."""
+"""Work on whole matrices whose parts are on several ranks: each is gathered on one rank, for Muon.
+
+`sharing` decides which rank owns which matrix, and what is sent to whom; `exchange` sends it and does the work.
+"""

@@ -1,7 +1,7 @@
-"""Parts of matrices sent to the ranks that own these, worked on there as wholes, and the parts of what came of it back.
+"""Gathers each matrix on the rank that owns it, works on it there as a whole, and sends the result's parts back.
 
-Matrices of a like shape go together, in rounds: the messages of one are under way while another is worked on. Shapes:
-k matrices of m rows and n columns, m at most n: a higher one lies on its side.
+Matrices of one shape are handled together, in rounds: the messages of one round travel during the work of another.
+Shapes: k matrices of m rows and n columns, m <= n: matrices with more rows than columns are transposed for the work.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,21 +27,19 @@ Work = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class MatrixResult:
-    """What came of a matrix: `part`, what this rank holds of it, of the whole's rows `rows`.
-
-    `squares`: where asked for the mean square of each of the whole's rows, fp32, on every rank alike.
-    """
+    """The result of the work on one matrix, as far as this rank holds it."""
 
     matrix: WholeMatrix
-    rows: slice
+    rows: slice  # of the whole, which `part` covers
     part: Tensor
-    squares: Tensor
+    squares: Tensor  # mean square of each row of the whole, fp32, the same on every rank; empty if not asked for
 
 
 class WholeMatrices:
-    """The matrices that parameters are made of; `dtype`: of what is sent and worked on.
+    """The matrices that some parameters consist of.
 
-    All ranks of `mesh.holders` make it of their parts of the same parameters, in the same order.
+    A collective: all ranks of `mesh.holders` create it from their parts of the same parameters, in the same order.
+    `dtype`: of messages and work. `with_squares`: whether results come with their rows' mean squares.
     """
 
     def __init__(self, parameters: Sequence[Tensor], mesh: Mesh, dtype: torch.dtype, with_squares: bool) -> None:
@@ -51,16 +49,16 @@ class WholeMatrices:
         self._of_parameter: list[list[WholeMatrix]] = [[] for _ in parameters]
         for matrix in sorted(matrices, key=lambda matrix: matrix.run):
             self._of_parameter[matrix.parameter].append(matrix)
-        # Of parameters with several matrices: from the order of rows to that of matrices, and back.
+        # For parameters of several interleaved matrices: the row indices that bring each matrix together, and back.
         self._places = [places_in_part(ours, runs, self._axis.rank).to(parameter.device) if (
             runs := declaration_of(parameter).runs) else None
             for ours, parameter in zip(self._of_parameter, parameters, strict=True)]
         self._back = [None if places is None else places.argsort() for places in self._places]
 
     def worked_on(self, parts: Sequence[Tensor], work: Work) -> Iterator[list[MatrixResult]]:
-        """What `work`, from [k, m, n] to the same, makes of the matrices of which `parts`, one a parameter, are parts.
+        """Apply `work`, from [k, m, n] to the same shape, to the matrices that have these `parts`, one per parameter.
 
-        All results of a parameter together, in the order of its runs; parameters as they are done. All ranks call this.
+        Yields the results of one parameter together, in the order of its runs, as soon as they are there. A collective.
         """
         cut, done = self._cut(parts), dict[int, list[MatrixResult]]()
         gathering = self._gather(self._rounds[0], cut)
@@ -74,12 +72,12 @@ class WholeMatrices:
         yield from self._complete(returning, done)
 
     def joined(self, parameter: int, parts: Sequence[Tensor]) -> Tensor:
-        """This rank's part of a parameter from those of its matrices."""
+        """This rank's part of parameter number `parameter`, put together from the parts of its matrices."""
         back = self._back[parameter]
         return parts[0] if back is None else torch.cat(list(parts)).index_select(0, back)
 
     def _cut(self, parts: Sequence[Tensor]) -> dict[WholeMatrix, Tensor]:
-        """This rank's parts of the matrices."""
+        """This rank's part of each matrix, from its parts of the parameters."""
         cut: dict[WholeMatrix, Tensor] = {}
         for part, places, matrices in zip(parts, self._places, self._of_parameter, strict=True):
             rows = part if places is None else part.index_select(0, places)
@@ -88,7 +86,7 @@ class WholeMatrices:
         return cut
 
     def _gather(self, one: Round, cut: dict[WholeMatrix, Tensor]) -> Pending | None:
-        """Send the owners this rank's parts; nothing is sent where it owns all."""
+        """Begin to send this rank's parts to the owners; None with one rank, which owns all."""
         if self._axis.size == 1:
             return None
         parts = [cut[matrix] for matrix in one.given]
@@ -96,7 +94,7 @@ class WholeMatrices:
 
     def _work_on(self, one: Round, gathered: Pending | None, cut: dict[WholeMatrix, Tensor],
                  work: Work) -> Iterator[MatrixResult]:
-        """Work on those that are this rank's own and begin to send the parts; the results, each waiting for its own."""
+        """Work on this rank's own matrices and begin to send the results' parts; an iterator that waits for them."""
         wholes = [cut[matrix].to(self._dtype) for matrix in one.owned] if gathered is None else (
             self._wholes(one, gathered.wait()))
         if one.owned:
@@ -106,13 +104,13 @@ class WholeMatrices:
                    whole.new_empty(0, dtype=torch.float32) for whole in wholes]
         if gathered is None:
             return map(MatrixResult, one.owned, (matrix.box_on(0)[0] for matrix in one.owned), wholes, squares)
-        # The squares as they are, in so many numbers of the messages' dtype.
+        # The squares' fp32 bytes are sent as numbers of the messages' dtype.
         sent = [piece for place, box in one.leaving for piece in (wholes[place][box], squares[place].view(self._dtype))]
         returning = start_exchange(self._flat(sent, cut[one.matrices[0]]), one.to_holders, one.from_owners, self._axis)
         return self._returned(one, returning)
 
     def _wholes(self, one: Round, flat: Tensor) -> list[Tensor]:
-        """The matrices of this rank from all parts, which lie by the ranks that gave them."""
+        """This rank's own matrices, assembled from the parts received, which are in the order of the senders."""
         wholes = [flat.new_empty(matrix.shape) for matrix in one.owned]
         views = [wholes[place][box] for place, box in one.arriving]
         for view, piece in zip(views, flat.split([view.numel() for view in views]), strict=True):
@@ -120,16 +118,16 @@ class WholeMatrices:
         return wholes
 
     def _returned(self, one: Round, returning: Pending) -> Iterator[MatrixResult]:
-        """What came of this rank's parts, each with the squares behind it."""
+        """The results for this rank's parts; in the message each is followed by its squares."""
         for matrix, piece in zip(one.matrices, returning.wait().split(one.returned), strict=True):
             shape = matrix.shape_on(self._axis.rank)
             part, squares = piece.split([shape[0] * shape[1], len(piece) - shape[0] * shape[1]])
-            squares = squares.clone().view(torch.float32)  # a copy, since they may begin where no fp32 number can
+            squares = squares.clone().view(torch.float32)  # a copy, as they may not be aligned for fp32
             yield MatrixResult(matrix, matrix.box_on(self._axis.rank)[0], part.view(shape), squares)
 
     def _complete(self, results: Iterator[MatrixResult], done: dict[int, list[MatrixResult]],
                   ) -> Iterator[list[MatrixResult]]:
-        """Keep `results` until all of a parameter are there."""
+        """Collect `results`, and yield those of a parameter when all are there."""
         for result in results:
             number = result.matrix.parameter
             done.setdefault(number, []).append(result)
@@ -137,6 +135,6 @@ class WholeMatrices:
                 yield sorted(done.pop(number), key=lambda one: one.matrix.run)
 
     def _flat(self, pieces: Sequence[Tensor], like: Tensor) -> Tensor:
-        """All in one, in the dtype of messages; `like`: where nothing is sent, something on the same device."""
+        """The pieces flattened and concatenated, in the messages' dtype; `like`: gives the device if there are none."""
         return torch.cat([piece.to(self._dtype).flatten() for piece in pieces]) if pieces else (
             like.new_empty(0, dtype=self._dtype))

@@ -1,4 +1,4 @@
-"""Which matrices parameters are made of, what of each lies on which rank, and which rank works on it."""
+"""The plan of the work on whole matrices: which matrices parameters consist of, who holds what, and who owns which."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,66 +12,65 @@ from megatron.parallel.mesh import Axis, Mesh
 from megatron.parallel.parameters import declaration_of
 from megatron.parallel.placement import Placement, placement_of
 
-MOST_ELEMENTS = 16 * 2**20  # of a rank's matrices in a round: enough to keep a GPU busy, small beside the model
+MOST_ELEMENTS = 16 * 2**20  # of one rank's matrices in a round: enough to keep a GPU busy, small next to the model
 Box = tuple[slice, slice]
 
 
 @dataclass(frozen=True, eq=False)
 class WholeMatrix:
-    """One matrix: parameter number `parameter`, or of its rows run number `run` of each turn.
+    """One matrix: a whole parameter, or one of several matrices whose rows are interleaved in a parameter.
 
-    `shape`: of the whole. `owner`: the rank that works on it; `givers`: those that send the owner theirs, one of each
-    that hold the same. `whole`, `runs` and `grid`: the parameter's shape and runs, and how many shards and tensor ranks
-    share it.
+    Ranks are those of `Mesh.holders`.
     """
 
-    parameter: int
-    run: int
-    shape: tuple[int, int]
-    owner: int
-    givers: range
-    placement: Placement
-    whole: tuple[int, ...]
-    runs: Sequence[int]
-    grid: tuple[int, int]
+    parameter: int  # its number in the list of parameters
+    run: int  # which of the parameter's interleaved matrices it is (`Declaration.runs`)
+    shape: tuple[int, int]  # of the whole matrix
+    owner: int  # the rank that works on it
+    givers: range  # the ranks that send the owner their parts: one of those that hold the same part
+    placement: Placement  # of the parameter
+    whole: tuple[int, ...]  # the parameter's whole shape
+    runs: Sequence[int]  # of the parameter
+    grid: tuple[int, int]  # the numbers of shards and of tensor ranks
 
     def box_on(self, rank: int) -> Box:
-        """What of it `rank` holds."""
+        """The rows and columns of the matrix that `rank` holds."""
         num_shards, num_tensor_ranks = self.grid
         shard, tensor_rank = divmod(rank % (num_shards * num_tensor_ranks), num_tensor_ranks)
         rows, columns = self.placement.box_on(self.whole, tensor_rank, shard)
         return slice(*(_rows_of_run(end, self.run, self.runs) for end in (rows.start, rows.stop))), columns
 
     def shape_on(self, rank: int) -> tuple[int, int]:
-        """Of what `rank` holds."""
+        """The shape of the part that `rank` holds."""
         rows, columns = self.box_on(rank)
         return rows.stop - rows.start, columns.stop - columns.start
 
 
 @dataclass(frozen=True)
 class Round:
-    """What one rank does where `matrices`, ordered by their owners, are worked on at once.
+    """What one rank sends and receives in a round, where some matrices are worked on together.
 
-    `owned`: those it works on. `given`: those of which it sends the owner its part, in all so many elements to each
-    rank (`to_owners`); `arriving`: what it gets of those that it owns, each part's place in `owned` and box, as many
-    elements of each rank (`from_givers`). Of what came of them `leaving`, `to_holders` and `from_owners` say the same,
-    and `returned` the elements of each matrix that come back.
+    Two exchanges (all-to-all): parts go to the owners, and parts of the results back to all ranks that hold them.
+    Counts are in elements of the messages, one for each rank.
     """
 
-    matrices: list[WholeMatrix]
-    owned: list[WholeMatrix]
-    given: list[WholeMatrix]
-    to_owners: list[int]
-    arriving: list[tuple[int, Box]]
-    from_givers: list[int]
-    leaving: list[tuple[int, Box]]
-    to_holders: list[int]
-    returned: list[int]
-    from_owners: list[int]
+    matrices: list[WholeMatrix]  # all of the round, ordered by owner
+    owned: list[WholeMatrix]  # those that this rank works on
+    given: list[WholeMatrix]  # those of which this rank sends its part to the owner
+    to_owners: list[int]  # elements that it sends to each rank for that
+    arriving: list[tuple[int, Box]]  # parts that it receives, by sender: index in `owned`, and box in the matrix
+    from_givers: list[int]  # elements that it receives from each rank for that
+    leaving: list[tuple[int, Box]]  # parts of its results, by receiver: index in `owned`, and box in the matrix
+    to_holders: list[int]  # elements that it sends to each rank for that
+    returned: list[int]  # elements that it receives back for each of `matrices`
+    from_owners: list[int]  # elements that it receives back from each rank
 
 
 def shared_out(parameters: Sequence[Tensor], mesh: Mesh) -> list[WholeMatrix]:
-    """The matrices of this rank's parts of `parameters`, the largest first: as much work for each of `mesh.holders`."""
+    """The matrices of `parameters`, largest first, each with an owner: every rank gets about the same amount of work.
+
+    `parameters`: this rank's parts.
+    """
     matrices = [(number, run, *_shape(parameter, run)) for number, parameter in enumerate(parameters)
                 for run in range(max(1, len(declaration_of(parameter).runs)))]
     work = [(0, rank) for rank in range(mesh.holders.size)]  # a heap
@@ -87,14 +86,14 @@ def shared_out(parameters: Sequence[Tensor], mesh: Mesh) -> list[WholeMatrix]:
 
 
 def num_beside(dtype: torch.dtype) -> int:
-    """As how many numbers of the messages' `dtype` an fp32 one goes back beside a matrix's parts."""
+    """How many numbers of the messages' `dtype` have the bytes of one fp32 number."""
     return torch.float32.itemsize // dtype.itemsize
 
 
 def rounds_of(matrices: Sequence[WholeMatrix], holders: Axis, beside: int) -> list[Round]:
-    """Those that are worked on at once, of one shape but for what is height and width, for this rank of `holders`.
+    """The rounds of this rank of `holders`; in each, all matrices have the same shape up to transposition.
 
-    `beside`: numbers that go back beside a matrix's parts, for each of its rows.
+    `beside`: how many numbers per row of a matrix are sent back with each part of the result.
     """
     alike: dict[tuple[int, ...], list[WholeMatrix]] = {}
     for matrix in matrices:
@@ -130,7 +129,7 @@ def _round(matrices: list[WholeMatrix], holders: Axis, beside: int) -> Round:
 
 
 def places_in_part(matrices: Sequence[WholeMatrix], runs: Sequence[int], rank: int) -> Tensor:
-    """Where in a parameter's part on `rank` the rows of its matrices are, those of one behind those of another."""
+    """The row indices of a parameter's part on `rank`, sorted by matrix: those of the first, then the second, ..."""
     turn, first = sum(runs), 0
     places = []
     for matrix, length in zip(matrices, runs, strict=True):
@@ -143,13 +142,13 @@ def places_in_part(matrices: Sequence[WholeMatrix], runs: Sequence[int], rank: i
 
 
 def _shape(parameter: Tensor, run: int) -> tuple[tuple[int, int], tuple[int, ...]]:
-    """Of a matrix, and of the whole parameter that it is of."""
+    """The shape of a matrix, and that of the whole parameter that it belongs to."""
     height, width = whole = placement_of(parameter).whole_shape(parameter)
     return (_rows_of_run(height, run, declaration_of(parameter).runs), width), whole
 
 
 def _rows_of_run(end: int, run: int, runs: Sequence[int]) -> int:
-    """How many of the first `end` rows of a parameter are of run number `run`."""
+    """How many of the first `end` rows of a parameter belong to its matrix number `run`."""
     if not runs:
         return end
     turns, rest = divmod(end, sum(runs))
@@ -157,7 +156,10 @@ def _rows_of_run(end: int, run: int, runs: Sequence[int]) -> int:
 
 
 def _givers(is_split: bool, owner: int, mesh: Mesh) -> range:
-    """The ranks of the owner's copy; of tensor ranks that each hold the whole, the owner's own number alone."""
+    """The ranks that send the owner their parts: all that hold the same copy of the parameters as the owner.
+
+    If tensor ranks each hold the whole, only those with the owner's tensor rank.
+    """
     size = mesh.tensor.size
     copy = mesh.shards.size * size
     first = owner // copy * copy
@@ -165,4 +167,5 @@ def _givers(is_split: bool, owner: int, mesh: Mesh) -> range:
 
 
 def _work(shape: tuple[int, int]) -> int:
+    """The cost of orthogonalising a matrix of this shape, up to a factor."""
     return min(shape) * prod(shape)

@@ -1,1 +1,5 @@
-"""A model cut in depth: partition, schedules, channels, the run."""
+"""Pipeline parallelism: a model cut in depth into stages.
+
+`partition` assigns blocks to stages, `schedules` orders the passes, `channels` sends messages, `run` executes a
+schedule, `deferral` computes weight gradients later (zero-bubble).
+"""

@@ -1,4 +1,4 @@
-"""What one rank sends to another: activations and their gradients between pipeline ranks."""
+"""Point-to-point messages between pipeline ranks: activations and their gradients."""
 
 from dataclasses import dataclass
 
@@ -12,15 +12,15 @@ from megatron.parallel.waits import Waits
 
 @dataclass(frozen=True)
 class Channel:
-    """Messages of one kind from `sender` to `receiver`, ranks of `group`, in order; `waits` counts waiting for them."""
+    """Messages of one kind, in order, from one rank to another."""
 
     group: dist.ProcessGroup
-    sender: int
+    sender: int  # ranks of the group
     receiver: int
-    waits: Waits | None = None
+    waits: Waits | None = None  # counts the time that this rank waits for messages
 
     def start_send(self, tensor: Tensor) -> Pending:
-        """Begin to send `tensor`, which is not to be touched until it is waited for."""
+        """Begin to send `tensor`; leave it alone until the result's `wait`."""
         tensor = tensor.contiguous()
         work = dist.isend(tensor, group=self.group, group_dst=self.receiver) if tensor.numel() else None
         return Pending(tensor, work, self.waits)
@@ -31,7 +31,7 @@ class Channel:
         return Pending(tensor, work, self.waits)
 
     def open(self, rank: int, device: torch.device) -> None:
-        """Exchange one number, so that no later message waits for a connection to be made."""
+        """Send one number, so that the connection exists before the first message; sender and receiver call this."""
         number = torch.zeros(1, device=device)
         if rank == self.sender:
             self.start_send(number).wait()

@@ -1,6 +1,6 @@
-"""Which blocks each pipeline stage has: a stage is a run of neighbouring blocks, computed one pass at a time.
+"""Assigns the model's blocks to pipeline stages; a stage is a run of consecutive blocks.
 
-With P pipeline ranks and V stages on each, stage s is on rank s mod P: a micro-batch goes round the ranks V times
+With P pipeline ranks and V stages on each, stage s is on rank s mod P: a micro-batch passes all ranks V times
 (Narayanan et al., 2021, arXiv 2104.04473).
 """
 
@@ -11,7 +11,7 @@ from megatron.config import ParallelConfig
 
 @dataclass(frozen=True)
 class Stage:
-    """One part of the model: stage `number` of `num_stages`, with the blocks `layers`."""
+    """One stage of the model: `number` (from 0) of `num_stages`, with the blocks numbered `layers`."""
 
     number: int
     num_stages: int
@@ -19,22 +19,22 @@ class Stage:
 
     @property
     def is_first(self) -> bool:
-        """Whether it begins with the embedding."""
+        """Whether it has the embedding."""
         return self.number == 0
 
     @property
     def is_last(self) -> bool:
-        """Whether it ends with the head and the loss."""
+        """Whether it has the head and the loss."""
         return self.number == self.num_stages - 1
 
 
 def whole_model(num_layers: int) -> Stage:
-    """The one stage of a model that is not cut."""
+    """The single stage of a model that is not split."""
     return Stage(0, 1, range(num_layers))
 
 
 def stages_of_rank(num_layers: int, config: ParallelConfig, rank: int) -> list[Stage]:
-    """The stages of pipeline rank `rank`, in the order in which a micro-batch comes to them."""
+    """The stages of pipeline rank `rank`, in the order in which a micro-batch passes them."""
     counts = layers_a_stage(num_layers, config)
     starts = [sum(counts[:number]) for number in range(len(counts))]
     return [Stage(number, len(counts), range(starts[number], starts[number] + counts[number]))
@@ -42,17 +42,16 @@ def stages_of_rank(num_layers: int, config: ParallelConfig, rank: int) -> list[S
 
 
 def num_virtual_stages(num_layers: int, config: ParallelConfig) -> int:
-    """Stages on each pipeline rank."""
+    """The number of stages on each pipeline rank."""
     blocks = config.num_layers_per_virtual_pipeline_stage
     return num_layers // (config.pipeline_model_parallel_size * blocks) if blocks else 1
 
 
 def layers_a_stage(num_layers: int, config: ParallelConfig) -> list[int]:
-    """Blocks of each stage; what `--decoder-first/last-pipeline-num-layers` leave open is shared out evenly.
+    """The number of blocks of each stage: even, apart from `--decoder-first/last-pipeline-num-layers`.
 
-    Embedding and head together are taken for a fraction of a block (a lookup; a few products for the masked tokens), so
-    blocks that are left over go to stages that have neither, then to the last, whose rank keeps the fewest
-    activations.
+    Embedding and head cost only a fraction of a block (a lookup; a few products for the masked tokens), so that blocks
+    left over go to stages that have neither, then to the last stage, whose rank keeps the fewest activations.
     """
     num_stages = config.pipeline_model_parallel_size * num_virtual_stages(num_layers, config)
     given = {0: config.decoder_first_pipeline_num_layers, num_stages - 1: config.decoder_last_pipeline_num_layers}

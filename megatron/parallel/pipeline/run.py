@@ -1,9 +1,8 @@
-"""Pipeline parallelism: a rank's stages, run in the order of a schedule, with messages between the ranks.
+"""Runs a pipeline rank's stages in the order of a schedule, with messages between the ranks; none on one rank.
 
-Written here, and not taken from torch.distributed.pipelining: there the number of micro-batches is fixed when the
-schedule is made, and a global batch may grow; its zero-bubble schedules repeat the collectives of our layers in the
-backward pass that they split; and stages, losses and evaluation would need as many lines of wrapping as this has. On
-one rank no message is ever sent.
+Why not torch.distributed.pipelining: it fixes the number of micro-batches when the schedule is created, whereas our
+global batch may grow; its zero-bubble schedules split the backward pass in a way that repeats our layers' collectives;
+and wrapping stages, losses and evaluation for it would take as many lines as this file.
 """
 
 from abc import ABC, abstractmethod
@@ -19,40 +18,41 @@ from megatron.parallel.pipeline.schedules import Action, forward_only, one_forwa
 
 
 class Passes(ABC):
-    """What the pipeline runs: forward passes of some micro-batches through the rank's stages."""
+    """The callbacks that the pipeline runs: a forward pass of one micro-batch through one stage of this rank."""
 
     @abstractmethod
     def forward(self, action: Action, hidden: Tensor | None) -> Tensor:
-        """What the next stage takes, or of the last one the loss; `hidden` is None on the first."""
+        """The message to the next stage, or the last stage's loss; `hidden`: the previous stage's, None on the first.
+        """
 
 
 class TrainingPasses(Passes):
-    """Passes that also go back."""
+    """Callbacks for forward and backward passes."""
 
     @abstractmethod
     def backward(self, action: Action, output: Tensor, gradient: Tensor | None) -> None:
-        """Go back from `output`, a result of `forward`, and its gradient; None for a loss."""
+        """Backpropagate from `output`, a result of `forward`; `gradient`: that of the output, None for a loss."""
 
     @abstractmethod
     def weights(self) -> None:
-        """Compute the gradients that the oldest backward pass of kind "input" put off."""
+        """Compute the weight gradients that the oldest backward pass of kind "input" deferred."""
 
 
 @dataclass(frozen=True)
 class _Ways:
-    """Where a stage gets its input and its output's gradient from, and where its own go; None: nowhere."""
+    """The channels of one stage, two to receive from and two to send to; None at an end of the model."""
 
-    input: Channel | None
-    output: Channel | None
-    gradient: Channel | None
-    input_gradient: Channel | None
+    input: Channel | None  # received
+    output: Channel | None  # sent
+    gradient: Channel | None  # received: of the output
+    input_gradient: Channel | None  # sent
 
 
 class Pipeline:
-    """Runs passes over the `num_stages` stages that each pipeline rank of `mesh` has.
+    """Runs passes over the `num_stages` stages of each pipeline rank of `mesh`.
 
-    `message` makes a tensor, without values, like what comes to a stage of this rank or, where it is to, goes from it;
-    gradients are alike.
+    `message(stage, is_output)`: an empty tensor like the message that a stage of this rank receives, or with
+    `is_output` sends; gradients have the same shapes and dtypes.
     """
 
     def __init__(self, mesh: Mesh, num_stages: int, schedule: str, message: Callable[[int, bool], Tensor]) -> None:
@@ -63,7 +63,7 @@ class Pipeline:
         self._ways = [_ways(mesh, stage, num_stages) for stage in range(num_stages)]
 
     def train(self, passes: TrainingPasses, num_micro_batches: int) -> None:
-        """Forward and backward passes of all micro-batches, in the order of the schedule."""
+        """Run forward and backward passes of all micro-batches, in the order of the schedule."""
         axis = self._axis
         if self._schedule == "zero-bubble":
             actions = zero_bubble(axis.rank, axis.size, num_micro_batches)
@@ -72,7 +72,7 @@ class Pipeline:
         self._run(passes, actions)
 
     def evaluate(self, passes: Passes, num_micro_batches: int) -> None:
-        """Forward passes of all micro-batches."""
+        """Run forward passes of all micro-batches."""
         self._run(passes, forward_only(self._axis.size, self._num_stages, num_micro_batches))
 
     def _run(self, passes: Passes, actions: Sequence[Action]) -> None:
@@ -82,7 +82,7 @@ class Pipeline:
         coming = self._start_receive(actions[0]) if actions else None
         for action, following in zip(actions, [*actions[1:], None], strict=True):
             message = coming.wait() if coming is not None else None
-            # The next message is under way while this action computes.
+            # The next message travels while this action computes.
             coming = self._start_receive(following) if following is not None else None
             sends = [send for send in sends if not send.is_done()]
             ways, place = self._ways[action.stage], (action.stage, action.micro_batch)
@@ -132,7 +132,7 @@ def _ways(mesh: Mesh, stage: int, num_stages: int) -> _Ways:
 
 
 def _open_channels(mesh: Mesh) -> None:
-    """Make every connection now, in the same order on all ranks."""
+    """Open every connection now, in the same order on all ranks."""
     last = mesh.pipeline.size - 1
     forward, backward, *around = mesh.channels
     hops = [Channel(forward, rank, rank + 1) for rank in range(last)]

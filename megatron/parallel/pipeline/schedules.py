@@ -1,7 +1,7 @@
-"""In which order a pipeline rank computes: lists of actions, one for each of the published schedules.
+"""Pipeline schedules: for each rank a list of actions in the order in which it computes them.
 
-Every rank's list names the same micro-batches in the same order, forward and backward, so that messages between two
-ranks need no labels. On one rank with one stage each list is forward, backward, forward, backward …
+All ranks' lists have the micro-batches in the same order, forward and backward, so that messages between two ranks need
+no labels. On one rank with one stage each list is forward, backward, forward, backward …
 """
 
 from dataclasses import dataclass
@@ -14,42 +14,42 @@ Kind = Literal["forward", "backward", "input", "weights"]
 class Action:
     """One pass of one micro-batch through one of the rank's stages.
 
-    A "backward" pass is whole; zero-bubble cuts it into "input", what the stage before waits for, and "weights".
+    Zero-bubble splits a "backward" pass into "input", whose gradient the previous stage waits for, and "weights".
     """
 
     kind: Kind
     micro_batch: int
-    stage: int = 0
+    stage: int = 0  # among those of the rank
 
 
 def forward_only(num_ranks: int, num_stages: int, num_micro_batches: int) -> list[Action]:
-    """All forward passes: micro-batches in groups of as many as there are ranks, each group through all stages."""
+    """All forward passes: micro-batches in groups of `num_ranks`, each group through all stages of the rank."""
     return [Action("forward", micro_batch, stage) for micro_batch, stage
             in _in_groups(num_ranks, num_stages, num_micro_batches)]
 
 
 def one_forward_one_backward(rank: int, num_ranks: int, num_stages: int, num_micro_batches: int) -> list[Action]:
-    """1F1B, on several stages a rank the interleaved one (Narayanan et al., 2021, arXiv 2104.04473).
+    """The 1F1B schedule, interleaved with several stages per rank (Narayanan et al., 2021, arXiv 2104.04473).
 
-    With several stages the micro-batches are a multiple of the ranks.
+    With several stages the number of micro-batches is a multiple of `num_ranks`.
     """
     forwards = forward_only(num_ranks, num_stages, num_micro_batches)
     backwards = [Action("backward", action.micro_batch, num_stages - 1 - action.stage) for action in forwards]
-    ahead = num_ranks - rank - 1
+    num_warmup = num_ranks - rank - 1
     if num_stages > 1:
-        ahead = 2 * ahead + (num_stages - 1) * num_ranks
-    ahead = min(ahead, len(forwards))
-    actions = forwards[:ahead]
+        num_warmup = 2 * num_warmup + (num_stages - 1) * num_ranks
+    num_warmup = min(num_warmup, len(forwards))
+    actions = forwards[:num_warmup]
     for index, backward in enumerate(backwards):
-        actions += forwards[ahead + index:ahead + index + 1]
+        actions += forwards[num_warmup + index:num_warmup + index + 1]
         actions.append(backward)
     return actions
 
 
 def zero_bubble(rank: int, num_ranks: int, num_micro_batches: int) -> list[Action]:
-    """ZB-H1 (Qi et al., 2023, arXiv 2401.10241): as 1F1B, but weights' gradients are computed where a rank would wait.
+    """The ZB-H1 schedule (Qi et al., 2023, arXiv 2401.10241): 1F1B with weight gradients moved into the bubbles.
 
-    Rank r puts up to r of them off, so that no rank keeps more than the first one does.
+    Rank r defers at most r of them, so that no rank keeps more activations than the first one does.
     """
     actions: list[Action] = []
     num_done = 0

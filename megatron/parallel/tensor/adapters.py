@@ -1,9 +1,9 @@
 """Low-rank adapters of layers that are split over the tensor axis (LoRA: Hu et al., 2021, arXiv 2106.09685).
 
-To the output of a layer that is frozen an adapter adds s · B A x. The matrix on the side of the residual stream is
-whole on every rank, the other one split as the layer's own: so r features a token pass between the ranks, and each rank
-can add its part of s · B A to its part of the layer's weight. Shapes as in `layers`: t tokens, u of them in the stream
-on this rank, i and o features in and out; r the adapter's rank.
+An adapter adds s · B A x to the output of a frozen layer. Of A and B the matrix on the side of the residual stream is
+whole on every rank, and the other is split like the layer's weight: so the ranks exchange only r features per token,
+and each rank can merge its part of s · B A into its part of the weight. Shapes as in `layers`: t tokens, u of them in
+the stream on this rank, i and o features in and out; r the adapter's rank.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,11 +22,11 @@ SplitLinear = ColumnParallelLinear | RowParallelLinear
 
 
 class Adapters(nn.Module):
-    """Those of one layer, or of the layers in one whose features take turns, which are its parts.
+    """The adapters of one layer: one, or one for each of several parts whose output features are interleaved (q, k, v).
 
-    `uses`: the names of its parts in their order, and of each what its dropout is told by; `adapted`: the parts that
-    get an adapter; `scale`: s; `rate`: of the dropout of x, of which each part has its own. Where there is dropout,
-    `take_seed` is called before each forward pass of the block that the layer is in.
+    `uses`: the parts' names, in order, and the `Use` that makes each part's dropout different. `adapted`: the parts
+    that get an adapter. `scale`: s. `rate`: of the dropout of x. With dropout, `take_seed` is called before each
+    forward pass of the layer's block.
     """
 
     def __init__(self, layer: SplitLinear, uses: Mapping[str, Use], adapted: frozenset[str], rank: int, scale: float,
@@ -40,27 +40,28 @@ class Adapters(nn.Module):
             self.add_module(name, Adapter(layer, num_out * share // sum(shares), rank) if name in adapted else None)
 
     def take_seed(self, block: nn.Module, arguments: tuple[Any, ...]) -> None:
-        """Of a block's arguments the seed of its dropout."""
+        """Keep the seed of dropout from the arguments of the block's forward pass."""
         self.seed = arguments[1].seed
 
     def forward(self, x: Tensor) -> Tensor:
-        """What is added to the layer's output for `x`, in the shape of that."""
+        """What is added to the layer's output for input `x`, in the output's shape."""
         return in_turns([None if adapter is None else adapter(x, self.scale, self._dropout(use))
                          for adapter, use in zip(self.of_parts(), self.uses.values(), strict=True)], self.runs)
 
     def of_parts(self) -> list["Adapter | None"]:
-        """Each part's adapter, None for one that has none."""
+        """Each part's adapter, None for a part without one."""
         return [getattr(self, name) for name in self.uses]
 
     def _dropout(self, use: Use) -> Dropout | None:
         if not self.rate or not self.training:
             return None
-        assert self.seed is not None, "who trains with dropout gives it a seed"
+        assert self.seed is not None, "training with dropout needs a seed"
         return Dropout(self.rate, self.seed, use)
 
 
 class Adapter(nn.Module):
-    """s · B A x of `num_out` of a layer's features, at first 0: A is drawn as torch.nn.Linear's weight is, B is 0."""
+    """s · B A x for `num_out` of a layer's output features. Initially 0: A is drawn like torch.nn.Linear's weight, B is
+    0."""
 
     def __init__(self, layer: SplitLinear, num_out: int, rank: int) -> None:
         super().__init__()
@@ -76,18 +77,18 @@ class Adapter(nn.Module):
             self.dropped = layer.stream.dropout
 
     def forward(self, x: Tensor, scale: float, dropout: Dropout | None) -> Tensor:
-        """[t, o], or of a layer back into the stream [u, o]; `dropout`: that of x."""
+        """[t, o], or [u, o] of a layer that leads back into the stream. `dropout`: applied to x."""
         return self.b(scale * self.a(self.dropped(x, dropout)))
 
 
 def weight_of(pairs: Sequence[Pair | None], runs: tuple[int, ...], scale: float) -> Tensor:
-    """What the adapters of a layer's parts, None for a part without, add to its weight [o, i], fp32."""
+    """What a layer's adapters add to its weight [o, i], fp32; `pairs`: A and B of each part, None for one without."""
     products = [None if pair is None else (pair[1] @ pair[0]).t() for pair in pairs]
     return scale * in_turns(products, runs).t()
 
 
 def in_turns(parts: Sequence[Tensor | None], runs: tuple[int, ...]) -> Tensor:
-    """The parts' features [..., o] in one, `runs` of each in a turn; zeros for a part that is None."""
+    """The parts' features interleaved [..., o], `runs[n]` of part n at a time; zeros for a part that is None."""
     known = next((part, run) for part, run in zip(parts, runs or (1,), strict=True) if part is not None)
     if not runs:
         return known[0]

@@ -1,7 +1,7 @@
-"""Delayed scaling: the largest magnitudes that FP8 layers saw in the last steps give the scales of the next one.
+"""Delayed scaling: FP8 scales come from the largest magnitudes (amax) that the layers saw in the last steps.
 
-As NVIDIA's TransformerEngine has it, but that the first step, which has no other behind it, is scaled by what it holds
-itself. Shapes: l layers, p = 2 for a layer's input and its output's gradient, s steps, the last one first.
+As in NVIDIA's TransformerEngine, except that the first step, without a history, takes its scales from its own tensors.
+Shapes: l layers, p = 2 for a layer's input and its output's gradient, s steps, the latest first.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,13 +16,13 @@ from megatron.parallel.mesh import Mesh
 from megatron.parallel.tensor.fp8 import Amax, Amaxes
 from megatron.parallel.tensor.layers import Matrix
 
-_UNSEEN = 1.0  # the magnitude taken for a tensor that was 0 in every step so far
+_UNSEEN = 1.0  # the amax assumed for a tensor that was 0 in every step so far
 
 
 class AmaxHistory:
-    """That of the layers in this rank's `stages` whose recipe has a delay: it gives them their `Amaxes`.
+    """The amax history of those layers of this rank's `stages` whose recipe delays scaling; it sets their `amaxes`.
 
-    All ranks with the same layers have the same. It stays on the device, in place: no step waits for it.
+    Ranks with the same layers have the same history. It is updated in place on the device: no step waits for it.
     """
 
     def __init__(self, stages: Iterable[nn.Module], mesh: Mesh) -> None:
@@ -33,19 +33,19 @@ class AmaxHistory:
         num_steps = self._delay.num_steps if self._delay else 0
         self._before_slp = torch.zeros(num_steps, size, 2, device=mesh.device)
         self._known_lp = torch.ones(size, 2, device=mesh.device)
-        # Each in memory of its own: a compiled graph that writes to it would count what else lies there as changed.
+        # Each in memory of its own: to a compiled graph that writes to one, all that shares its memory has changed.
         self._seen = [torch.zeros(1, 1, device=mesh.device) for _ in range(2 * size)]
         self._probes = [torch.zeros(1, 1, device=mesh.device, requires_grad=layer.weight.requires_grad)
                         for layer in self._layers.values()]
         for probe, seen in zip(self._probes, self._seen[1::2], strict=True):
             if probe.requires_grad:
                 probe.register_post_accumulate_grad_hook(partial(_take, seen))
-        self.is_known = size == 0  # whether the next step is scaled by those before it
+        self.is_known = size == 0  # whether there is a history to scale the next step by
         self._give()
 
     @contextmanager
     def of_step(self) -> Iterator[None]:
-        """What layers see within is that of one step of training; what they saw before is none's."""
+        """A context for one training step, whose amaxes join the history at its end; earlier ones are discarded."""
         for seen in self._seen:
             seen.zero_()
         yield
@@ -57,7 +57,7 @@ class AmaxHistory:
         seen_lp = torch.nan_to_num(torch.cat(self._seen).view(-1, 2), nan=0.0, posinf=0.0)
         for axis in (self._mesh.tensor, self._mesh.replicas):
             all_reduce_max(seen_lp, axis)
-        # A step that had nothing, or what is not finite, was like the one before it.
+        # A tensor that was all 0 or not finite in this step keeps its amax of the step before.
         seen_lp = torch.where(seen_lp > 0, seen_lp, self._before_slp[0])
         self._before_slp.copy_(torch.cat([seen_lp[None], self._before_slp[:-1]]))
         self._choose()
@@ -74,20 +74,20 @@ class AmaxHistory:
         for layer, known_p, seen, probe in zip(self._layers.values(), self._known_lp, self._seen[::2], self._probes,
                                                strict=True):
             of_input, of_gradient = (known.view(1, 1) if self.is_known else None for known in known_p)
-            # A layer that is not trained may have no gradient: it is scaled as it is.
+            # The gradient of a frozen layer's output is scaled by its own amax: there may be none in some steps.
             layer.amaxes = Amaxes(Amax(of_input, seen),
                                   Amax(of_gradient, probe) if probe.requires_grad else Amax())
 
     def state(self) -> dict[str, list[list[float]]]:
-        """What a checkpoint keeps: of each layer of all pipeline ranks, which call this together, [p, s].
+        """What a checkpoint keeps: each layer's history [p, s], by name, of all pipeline ranks' layers.
 
-        A rank without such layers takes part: others may have some.
+        A collective over the pipeline, also for ranks without such layers.
         """
         here = dict(zip(self._layers, self._before_slp.permute(1, 2, 0).tolist(), strict=True))
         return {name: steps for part in everyones(here, self._mesh.pipeline) for name, steps in part.items()}
 
     def load_state(self, state: Mapping[str, list[list[float]]]) -> None:
-        """Go on from what `state()` gave, of as many steps as are kept here; afresh where it lacks a layer."""
+        """Continue from what `state()` returned, as many steps as are kept here; ignore it if it lacks a layer."""
         if self._delay is None or not state.keys() >= self._layers.keys():
             return
         saved_slp = torch.tensor([state[name] for name in self._layers]).permute(2, 0, 1)[:len(self._before_slp)]
@@ -97,7 +97,7 @@ class AmaxHistory:
 
 @torch.no_grad()
 def _take(seen: Tensor, probe: Tensor) -> None:
-    """Note what came as the gradient of a probe."""
+    """Move an amax, which arrives as the gradient of a probe, to `seen`."""
     assert probe.grad is not None
     seen.copy_(torch.maximum(seen, probe.grad))
     probe.grad = None

@@ -1,4 +1,4 @@
-"""Copies of weights and biases as the matrix products take them: made once an update, not once a micro-batch."""
+"""Copies of weights and biases in the compute dtype, made once per update instead of once per micro-batch."""
 
 from collections.abc import Iterable
 from itertools import chain
@@ -11,9 +11,10 @@ from megatron.parallel.tensor.layers import Matrix
 
 
 class ComputeCopies:
-    """Gives each of `layers` copies of weight and bias in `dtype`, if it is another; call `refresh` after updates.
+    """Gives each of `layers` copies of its weight and bias in `dtype` if that is not their own; call `refresh` after
+    updates.
 
-    The weights of layers that multiply in FP8 are in that, once for each direction.
+    Layers with an FP8 recipe get their weight in FP8 instead, once for the forward and once for the backward product.
     """
 
     def __init__(self, layers: Iterable[Matrix], dtype: torch.dtype) -> None:
@@ -29,7 +30,7 @@ class ComputeCopies:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Bring the copies up to date."""
+        """Recompute the copies, in place, from the present weights."""
         pairs = [(copy, original) for layer in self._layers
                  for copy, original in ((layer.copy, layer.weight), (layer.bias_copy, _bias_of(layer)))
                  if copy is not None and original is not None]

@@ -1,9 +1,9 @@
-"""Products of layers that are split over the tensor axis, in FP8, with gathers in FP8.
+"""FP8 products of layers split over the tensor axis; tokens and gradients are also gathered in FP8.
 
-Input, weight and gradient are scaled as they are in this very product, or input and gradient as they were in the last
-steps (`Amaxes`): within a step nothing changes a scale, and what is computed again comes out the same. A scale that
-tokens of several ranks share is agreed among them; others are each rank's own. Shapes as in `layers`: t tokens, u of
-them in the stream on this rank, i and o features in and out.
+Scales come from the tensors of the product itself, or with delayed scaling those of input and gradient from the last
+steps (`Amaxes`). They do not change within a step, so that recomputation gives the same result. A scale shared by
+tokens of several ranks is the same on them (all-reduce); other scales are each rank's own. Shapes as in `layers`: t
+tokens, u of them in the stream on this rank, i and o features in and out.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,26 +20,25 @@ from megatron.parallel.tensor.stream import ONE_RANK_STREAM, Stream
 
 
 class Operands(NamedTuple):
-    """A weight [o, i] in FP8, for the product with the input and that with the output's gradient."""
+    """A weight [o, i] in FP8, for both products."""
 
-    weight_oi: Quantised
-    weight_io: Quantised
+    weight_oi: Quantised  # for the product with the input
+    weight_io: Quantised  # for the product with the output's gradient
 
 
 class Amax(NamedTuple):
-    """Largest magnitudes of one tensor, fp32 [1, 1], where a recipe asks for them.
+    """Largest magnitudes of one tensor, fp32 [1, 1], with delayed scaling; None without.
 
-    It is scaled by the `known` one, or without that by its own. That goes into `seen`: an input's in place, if it is
-    larger; a gradient's as the gradient of `seen`, since compiled backward passes may not write over what they are
-    given.
+    `seen` receives the tensor's own: an input's as an in-place maximum, a gradient's as the gradient of `seen`, because
+    compiled backward passes must not write to their inputs.
     """
 
-    known: Tensor | None = None
+    known: Tensor | None = None  # from the history: the tensor is scaled by it; None: by its own
     seen: Tensor | None = None
 
 
 class Amaxes(NamedTuple):
-    """Of a layer: those of its input, and of its output's gradient."""
+    """The two of a layer: of its input, and of its output's gradient."""
 
     input: Amax = Amax()
     gradient: Amax = Amax()
@@ -49,17 +48,18 @@ _NOTHING = Amax()
 
 
 def weight_operands(weight_oi: Tensor, recipe: Recipe, dtype: torch.dtype) -> Operands:
-    """Of a weight as it is after rounding to `dtype`: so it comes where ranks gather it."""
+    """The operands of a weight, rounded to `dtype` first, as FSDP2 gathers it: so that all layouts agree."""
     by_dim = _both_ways(weight_oi.detach().to(dtype), recipe, E4M3, ONE_RANK_STREAM)
     return Operands(by_dim[1].along(1), by_dim[0].along(0))
 
 
 def fp8_products(x_ui: Tensor, recipe: Recipe, entry: Stream, leaving: Stream, deferral: WeightGradients | None,
                  layers: Sequence[tuple[Tensor, Operands, Tensor | None, Amaxes]]) -> tuple[Tensor, ...]:
-    """`x Wᵀ`, plus `b` if there is one, in x's dtype, of each layer's weight, that in FP8, bias, and `Amaxes`.
+    """`x Wᵀ`, plus `b` if there is one, in x's dtype, for each of `layers`: (weight, its operands, bias, `Amaxes`).
 
-    The first layer's are the input's. Forward: with sequence parallelism tokens are gathered if they come from the
-    stream `entry`, and the products summed over the axis on their way to the stream `leaving`. Backward: the reverse.
+    The input's amax is that of the first layer. Forward: with sequence parallelism, the tokens are gathered from the
+    stream `entry`, or the products reduce-scattered into the stream `leaving`; without, the latter are all-reduced.
+    Backward: the reverse. `deferral`: takes the weight gradients to compute them later.
     """
     operands = [operand for weight_oi, in_fp8, bias_o, amaxes in layers
                 for operand in (weight_oi, bias_o, *in_fp8.weight_oi, *in_fp8.weight_io, *amaxes.input,
@@ -68,9 +68,9 @@ def fp8_products(x_ui: Tensor, recipe: Recipe, entry: Stream, leaving: Stream, d
 
 
 class _Fp8Linear(torch.autograd.Function):
-    """Of each layer: weight, bias, the two pairs of `Operands`, and the two `Amax` of its `Amaxes`.
+    """`operands`: ten for each layer: weight, bias, the four tensors of its `Operands`, the four of its `Amaxes`.
 
-    Of the input this rank's tokens are kept, in FP8, scaled as the weight's gradient takes them.
+    Only this rank's tokens of the input are saved for the backward pass, in FP8, quantised for the weight's gradient.
     """
 
     @staticmethod
@@ -114,7 +114,7 @@ class _Fp8Linear(torch.autograd.Function):
 
 def _both_ways(x_rc: Tensor, recipe: Recipe, dtype: torch.dtype, stream: Stream,
                of_steps: Amax = _NOTHING) -> tuple[Quantised, Quantised]:
-    """In FP8 for products that sum over the first dimension, and for those that sum over the second."""
+    """`x_rc` in FP8, for products that sum over its first dimension, and for those that sum over its second."""
     if recipe.scaling == "tensorwise":
         x = _scaled_over(1, x_rc, recipe, dtype, stream, of_steps)
         return x, x
@@ -134,7 +134,7 @@ def _scaled_over(dim: int, x_rc: Tensor, recipe: Recipe, dtype: torch.dtype, str
 
 
 def _start_gather(x_uc: Quantised, stream: Stream) -> Callable[[], Quantised]:
-    """All tokens of the stream, begun; where each has scales of its own, with these."""
+    """Begin to gather all tokens of the stream in FP8, with their scales if each token has its own."""
     values = stream.start_enter(x_uc.values.view(torch.uint8))
     scale = stream.start_enter(x_uc.scale) if len(x_uc.scale) > 1 else None
     return lambda: Quantised(values.wait().view(x_uc.values.dtype), x_uc.scale if scale is None else scale.wait())
@@ -142,8 +142,7 @@ def _start_gather(x_uc: Quantised, stream: Stream) -> Callable[[], Quantised]:
 
 def _gathered_gradient(grad_uo: Tensor, recipe: Recipe, leaving: Stream,
                        of_steps: Amax) -> tuple[Quantised, Quantised]:
-    """`_both_ways` of the gradients of all tokens: gathered in FP8 where one gather does for both, else as they come.
-    """
+    """`_both_ways` of the gradients of all tokens: gathered in FP8 if one tensor serves both products, else before."""
     if recipe.scaling == "tensorwise":
         grad_to = _start_gather(_both_ways(grad_uo, recipe, recipe.gradients, leaving, of_steps)[0], leaving)()
         return grad_to, grad_to

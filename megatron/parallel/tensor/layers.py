@@ -1,9 +1,9 @@
 """Layers with fp32 parameters that compute in the dtype of their input, whole or split over the tensor axis.
 
-The cast is part of the graph, so a weight's gradient arrives in fp32 whatever the activations are in. Weights are born
-without values: what those are to be, `initial`, is declared with each. Shapes: t tokens of the micro-batch, u tokens of
-the stream on this rank (t, or fewer with sequence parallelism), i and o features in and out, of which each rank has its
-share where split.
+The cast is part of the graph, so a weight's gradient is fp32 whatever the activations' dtype. Weights are created
+without values; their declaration says by `initial` what to fill them with. Shapes: t tokens of the micro-batch, u
+tokens of the stream on this rank (t, or fewer with sequence parallelism), i and o features in and out, of which a split
+layer has this rank's part.
 """
 
 from collections.abc import Sequence
@@ -33,37 +33,33 @@ from megatron.parallel.tensor.stream import ONE_RANK_STREAM, Stream
 
 
 class Matrix(nn.Module):
-    """A layer with an fp32 `weight`, and perhaps a `bias`, that matrix products take in another dtype.
-
-    `copy` and `bias_copy` are these in that dtype, where something keeps them up to date
-    (`megatron.parallel.tensor.copies`); of a split layer that has a `recipe`, by which its products are in FP8, there
-    is `fp8_copy` in place of the first, and `amaxes`, which where scales are delayed something renews between steps
-    (`megatron.parallel.tensor.amax_history`). `adapters` of a split layer, where it has some
-    (`megatron.parallel.tensor.adapters`), give what is added to its output.
-    """
+    """A layer with an fp32 `weight`, and perhaps a `bias`, that multiplies in a lower precision."""
 
     weight: nn.Parameter
 
     def __init__(self) -> None:
         super().__init__()
+        # Weight and bias in the compute dtype, kept up to date by `copies`; None: cast in every forward pass.
         self.copy: Tensor | None = None
         self.bias_copy: Tensor | None = None
+        # Of split layers alone: with a recipe products are in FP8, `fp8_copy` replaces `copy`, and with delayed scaling
+        # `amax_history` renews the amaxes between steps.
         self.recipe: Recipe | None = None
         self.fp8_copy: Operands | None = None
         self.amaxes = Amaxes()
-        self.adapters: nn.Module | None = None
+        self.adapters: nn.Module | None = None  # LoRA's (`adapters`), of split layers alone
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
-        """The weight in `dtype`."""
+        """The weight in `dtype`, detached."""
         return self.copy if self.copy is not None and self.copy.dtype == dtype else self.weight.detach().to(dtype)
 
     def adapted(self, output: Tensor, x: Tensor) -> Tensor:
-        """The layer's output for `x` with what its adapters, if it has some, add to it."""
+        """`output`, the layer's for input `x`, plus that of its adapters, if it has any."""
         return output if self.adapters is None else output + self.adapters(x)
 
 
 class Linear(Matrix):
-    """`x Wᵀ + b` on this rank's tokens x [u, i] in x's dtype; whole on every rank."""
+    """`x Wᵀ + b` on this rank's tokens x [u, i], in x's dtype; the weight is whole on every rank."""
 
     def __init__(self, in_features: int, out_features: int, initial: Initial, has_bias: bool = True,
                  stream: Stream = ONE_RANK_STREAM) -> None:
@@ -79,7 +75,7 @@ class Linear(Matrix):
 class ColumnParallelLinear(Matrix):
     """A linear layer from the residual stream whose output features are split over the tensor axis.
 
-    `runs`: of several layers in one, whose features take turns, how many each has in a turn.
+    `runs`: if it is several layers in one with interleaved features, how many features of each follow each other.
     """
 
     def __init__(self, in_features: int, out_features: int, stream: Stream, initial: Initial,
@@ -91,7 +87,7 @@ class ColumnParallelLinear(Matrix):
         self.bias = split_parameter((out_features,), 0, stream.axis, BIAS) if has_bias else None
 
     def forward(self, x_ui: Tensor, trains_bias: bool = True) -> Tensor:
-        """[t, o], this rank's features of all tokens; not `trains_bias`: what follows gives the bias' gradient."""
+        """[t, o], this rank's features of all tokens. Not `trains_bias`: the caller computes the bias' gradient."""
         bias_o = self.bias if self.bias is None or trains_bias else self.bias.detach()
         if self.recipe is not None:
             return self.adapted(_in_fp8(x_ui, [self], [bias_o], entry=self.stream)[0], x_ui)
@@ -100,7 +96,7 @@ class ColumnParallelLinear(Matrix):
         return self.adapted(product_to, x_ui)
 
     def product(self, x_ui: Tensor) -> Product:
-        """The same, but without the bias where the kernel that follows adds it on its way."""
+        """The output, and the bias if that is left to the kernel that follows, which then adds it; else None."""
         return products_together(x_ui, self)[0]
 
 
@@ -120,7 +116,7 @@ class RowParallelLinear(Matrix):
         """[u, o], all features of this rank's tokens."""
         if self.recipe is not None:
             return self.adapted(_in_fp8(x_ti, [self], [self._bias_of_sum()], leaving=self.stream)[0], x_ti)
-        # The first rank alone adds the bias, inside its matrix product, and so gets the bias' whole gradient.
+        # Only the first rank adds the bias, in its matrix product, and so it gets the bias' whole gradient.
         is_first = self.stream.axis.rank == 0
         bias_o = self.bias if self.bias is None or is_first else self.bias * 0
         product_to = linear(x_ti, self.weight, self.weight_in(x_ti.dtype), bias_o, self.bias_copy if is_first else None,
@@ -128,7 +124,7 @@ class RowParallelLinear(Matrix):
         return self.adapted(self.stream.leave(product_to), x_ti)
 
     def product(self, x_ti: Tensor) -> Product:
-        """The same, but without the bias where the kernel that follows adds it on its way."""
+        """The output, and the bias if that is left to the kernel that follows, which then adds it; else None."""
         if not takes_triton(x_ti):
             return self(x_ti), None
         if self.recipe is not None:
@@ -137,15 +133,15 @@ class RowParallelLinear(Matrix):
         return self.adapted(self.stream.leave(product_to), x_ti), self._bias_of_sum()
 
     def _bias_of_sum(self) -> Tensor | None:
-        """The bias as it is added to the sum over the ranks."""
+        """The bias, to be added after the sum over the ranks."""
         bias_o: Tensor | None = self.bias
         if bias_o is not None and self.stream.axis.rank and not self.stream.is_split:
-            bias_o = bias_o.detach() + bias_o * 0  # all ranks add it to the same tokens: the first has its gradient
+            bias_o = bias_o.detach() + bias_o * 0  # all ranks add it to the same tokens: only the first has a gradient
         return bias_o
 
 
 class EmbeddingTable(nn.Module):
-    """A row of `weight` [num_rows, h] for each id of this rank's tokens; whole on every rank."""
+    """Looks up a row of `weight` [num_rows, h] for each id of this rank's tokens; whole on every rank."""
 
     def __init__(self, num_rows: int, hidden_size: int, stream: Stream, initial: Initial) -> None:
         super().__init__()
@@ -195,16 +191,17 @@ class RMSNorm(nn.Module):
 
 def linear(x_ui: Tensor, weight_oi: Tensor, matrix_oi: Tensor, bias_o: Tensor | None, vector_o: Tensor | None = None,
            stream: Stream = ONE_RANK_STREAM, deferral: WeightGradients | None = None) -> Tensor:
-    """`x Wᵀ`, plus `b` if there is one, [t, o] of all tokens of the stream, in x's dtype.
+    """`x Wᵀ`, plus `b` if there is one, [t, o] for all tokens of the stream, in x's dtype.
 
-    `matrix_oi` is the weight in that dtype, `vector_o` the bias, where that is at hand. Forward: with sequence
-    parallelism the tokens are gathered. Backward: the input's gradient is summed over the axis.
+    `weight_oi` and `bias_o`: the parameters, which get the gradients. `matrix_oi`: the weight in x's dtype; `vector_o`:
+    the bias in x's dtype, if there is a copy. Forward: with sequence parallelism the tokens are gathered. Backward: the
+    input's gradient is summed over the axis (reduce-scatter or all-reduce).
     """
     return _Linear.apply(x_ui, stream, deferral, weight_oi, matrix_oi, bias_o, vector_o)[0]
 
 
 def products_together(x_ui: Tensor, *layers: ColumnParallelLinear) -> list[Product]:
-    """Each layer's `product`, of tokens that are gathered and of gradients that are summed once for all."""
+    """Each layer's `product` of the same input: its tokens are gathered, and its gradients summed, only once."""
     leaves_bias = adds_biases(x_ui)
     if layers[0].recipe is not None:
         biases = [None if leaves_bias else layer.bias for layer in layers]
@@ -230,12 +227,13 @@ def _in_fp8(x_ui: Tensor, layers: Sequence[ColumnParallelLinear | RowParallelLin
 
 
 class _Linear(torch.autograd.Function):
-    """Of each layer: weight, weight in the input's dtype, bias, perhaps the bias in some dtype.
+    """`operands`: four for each layer: weight, weight in the input's dtype, bias, copy of the bias in some dtype or
+    None.
 
-    Only this rank's tokens are kept, none where all weights are frozen, and with sequence parallelism gathered again in
-    the backward pass. There each collective runs while a matrix product does that does not need it. The weight is not
-    among the saved tensors, for which torch.utils.checkpoint gives back others, not the leaf to which a gradient is to
-    be added.
+    Only this rank's tokens are saved (none if all weights are frozen); with sequence parallelism the backward pass
+    gathers them again. There each collective overlaps with a matrix product that does not need it. The weight is kept
+    on `ctx` and not among the saved tensors, because torch.utils.checkpoint replaces those, and gradients have to be
+    accumulated on the leaf itself.
     """
 
     @staticmethod

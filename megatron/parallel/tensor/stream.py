@@ -1,8 +1,8 @@
-"""The residual stream on the tensor axis, and the ways between it and the layers that are split over that axis.
+"""The residual stream on the tensor axis, and the transitions between it and layers that are split over that axis.
 
-Without sequence parallelism every tensor rank holds all tokens, and computes LayerNorms, dropouts and residuals alike.
-With it rank r holds the r-th slice of the tokens, and what was an all-reduce is a reduce-scatter and, where a split
-layer begins, an all-gather: as many bytes, a fraction of the memory (Korthikanti et al., 2022, arXiv 2205.05198).
+Without sequence parallelism every tensor rank holds all tokens and repeats LayerNorm, dropout and residual additions.
+With it rank r holds the r-th slice of the tokens, and the all-reduce after a split layer becomes a reduce-scatter after
+it and an all-gather before the next: the same bytes, less memory (Korthikanti et al., 2022, arXiv 2205.05198).
 Shapes: t tokens of the micro-batch, u tokens of the stream on this rank (t, or t / ranks), h hidden.
 """
 
@@ -24,46 +24,48 @@ from megatron.parallel.parameters import Declaration, replicated_parameter
 
 @dataclass(frozen=True)
 class Stream:
-    """Where the residual stream's tokens lie: whole on every rank of `axis`, or, if `is_split`, a slice on each.
+    """How the residual stream is laid out on the tensor ranks.
 
-    "All tokens" are those of this rank of the `context` axis, over whose ranks a micro-batch is shared out before.
+    "All tokens" t are those of this context rank: a micro-batch's tokens are split over the context axis first.
     """
 
-    axis: Axis = Axis()
-    is_split: bool = False
+    axis: Axis = Axis()  # the tensor axis
+    is_split: bool = False  # sequence parallelism: each rank holds a slice of the tokens; else every rank holds all
     context: Axis = Axis()
 
     @property
     def token_multiple(self) -> int:
-        """The number of tokens of a micro-batch is to be divisible by this."""
+        """What the number of tokens of a micro-batch has to be divisible by."""
         return self.context.size * (self.axis.size if self.is_split else 1)
 
     def num_tokens_here(self, num_tokens: int) -> int:
-        """Tokens of the stream on this rank, of a micro-batch of `num_tokens`, evened up to the multiple."""
+        """The number of tokens in this rank's stream, of a micro-batch of `num_tokens` padded to `token_multiple`."""
         return -(-num_tokens // self.token_multiple)
 
     def start_enter(self, hidden_uh: Tensor) -> Pending:
-        """All tokens [t, h], begun; its gradient comes back through `start_leave`. Not differentiable."""
+        """Begin to gather all tokens [t, h] for a split layer. Not differentiable: `start_leave` is its gradient."""
         return collectives.start_all_gather(hidden_uh, self.axis) if self.is_split else Pending(hidden_uh, None)
 
     def start_leave(self, partial_th: Tensor) -> Pending:
-        """The sum over the ranks of `partial_th`, this rank's tokens [u, h] of it, begun. Not differentiable."""
+        """Begin to sum a split layer's `partial_th` over the ranks; gives this rank's tokens [u, h]. Not
+        differentiable."""
         start = collectives.start_reduce_scatter if self.is_split else collectives.start_all_reduce
         return start(partial_th, self.axis)
 
     def leave(self, partial_th: Tensor) -> Tensor:
-        """Forward: the sum over the ranks, this rank's tokens [u, h] of it. Backward: the gradients of all tokens."""
+        """Forward: this rank's tokens [u, h] of the sum over the ranks (reduce-scatter or all-reduce). Backward: the
+        gradients of all tokens (all-gather or nothing)."""
         leave = collectives.sum_to_slices if self.is_split else collectives.sum_outputs
         return leave(partial_th, self.axis)
 
     def tokens(self, values_t: Tensor) -> Tensor:
-        """This rank's tokens [u] of values that it has for all. Not differentiable."""
+        """This rank's tokens [u] of values that it has for all tokens. Not differentiable."""
         return collectives.slice_of(values_t, self.axis) if self.is_split else values_t
 
     def pick(self, hidden_uh: Tensor, positions_m: Tensor) -> Tensor:
         """The rows [m, h] at `positions_m` among all t tokens, on every rank.
 
-        Forward: each rank gives those that it has, and an all-reduce makes them whole. Backward: each takes the
+        Forward: an all-reduce, to which each rank contributes the rows that it has. Backward: each rank keeps the
         gradients of its own tokens.
         """
         if self.is_split:
@@ -71,26 +73,26 @@ class Stream:
         return hidden_uh.index_select(0, positions_m)
 
     def parameter(self, shape: Sequence[int], declaration: Declaration) -> nn.Parameter:
-        """A parameter that acts on the stream: held whole, its gradient that of this rank's tokens."""
+        """A parameter that acts on the stream: whole on every rank; its gradient is that of this rank's tokens."""
         return replicated_parameter(shape, self.axis, declaration, has_partial_gradient=self.is_split)
 
     def dropout(self, hidden_uh: Tensor, dropout: Dropout | None) -> Tensor:
-        """[u, h] after dropout: the same whatever rank has a token."""
+        """[u, h] after dropout; a token's mask does not depend on the rank that holds it."""
         return after_dropout(hidden_uh, self._of_tokens_here(dropout, len(hidden_uh)))
 
     def dropout_of_features(self, x_ti: Tensor, dropout: Dropout | None) -> Tensor:
-        """[t, i] after dropout, of all tokens and this rank's features: the same whatever rank has a feature."""
+        """[t, i], all tokens and this rank's features, after dropout; the mask does not depend on the split."""
         if dropout is None:
             return x_ti
         return after_dropout(x_ti, dropout.from_row(self.context.rank * len(x_ti)), self.axis.rank * x_ti.shape[1])
 
     def join(self, residual_uh: Tensor, branch: Product, dropout: Dropout | None, scaling: Scaling | None,
              dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The stream with a branch, after its dropout, added, and that normalised for what comes next, in `dtype`."""
+        """The stream plus a branch after dropout, [u, h]; and that sum normalised for the next branch, in `dtype`."""
         return joined(residual_uh, branch, self._of_tokens_here(dropout, len(residual_uh)), scaling, dtype)
 
     def _of_tokens_here(self, dropout: Dropout | None, num_here: int) -> Dropout | None:
-        """The same of this rank's tokens, by their numbers in the micro-batch."""
+        """`dropout` for this rank's tokens, which are counted from the micro-batch's first token."""
         if dropout is None:
             return None
         slices, slice_here = (self.axis.size, self.axis.rank) if self.is_split else (1, 0)
@@ -101,7 +103,7 @@ ONE_RANK_STREAM = Stream()
 
 
 def rows_here(table_rh: Tensor, ids_m: Tensor, axis: Axis) -> Tensor:
-    """The rows [m, h] of a table whose rows are split over `axis`, 0 where another rank has them: a partial tensor."""
+    """The rows [m, h] of a table split by rows over `axis`; 0 where another rank has the row: a partial tensor."""
     if axis.size == 1:
         return F.embedding(ids_m, table_rh)
     ids_m = ids_m - axis.rank * len(table_rh)

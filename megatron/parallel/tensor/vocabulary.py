@@ -1,14 +1,14 @@
-"""Embedding, logits and cross entropy of a vocabulary split over the tensor axis: no rank ever sees all logits.
+"""Embedding, logits and cross entropy of a vocabulary split over the tensor axis: no rank ever holds all logits.
 
-The loss is one operation on hidden states, chunk by chunk of targets: however many targets there are, logits and their
-gradient take the memory of a chunk. A chunk is what a micro-batch of the presets has, so that small models pay nothing
-for it: the last chunk's logits are kept for the backward pass, and only those of other chunks are made again there.
-torch 2.13's `linear_cross_entropy` does not serve: it knows no softcap and no split vocabulary, does not say which id
-is the likeliest, and takes gradients in the forward pass, where those in fp16 are still without their loss scale.
+The loss is one operation on hidden states that goes over the targets in chunks: logits and their gradient take the
+memory of one chunk, however many targets there are. A chunk covers the micro-batches of the presets, and the last
+chunk's logits are kept for the backward pass, so only larger micro-batches recompute logits. torch 2.13's
+`linear_cross_entropy` cannot replace it: it supports neither a softcap nor a split vocabulary, does not return the most
+likely id, and computes gradients in the forward pass, in fp16 before the loss scale is applied.
 
-Each rank holds as many rows, a multiple of a number that suits the hardware, as in Megatron-LM; ids are numbered on
-from rank to rank. The rows at the end that are more than one rank would have are never used, not by the softmax either,
-so that every layout computes the same.
+Every rank holds the same number of rows, a multiple that suits the hardware, as in Megatron-LM; rank r + 1 continues
+the ids of rank r. Rows beyond those that one rank alone would have are padding, which is never used, not even by the
+softmax, so that every layout computes the same.
 
 Shapes: t tokens, u tokens of the stream on this rank, m targets, h hidden, r rows of the vocabulary on this rank, v
 those among them that stand for ids, c targets of a chunk, s ranks of the axis.
@@ -33,21 +33,21 @@ from megatron.parallel.tensor.layers import Matrix, linear
 from megatron.parallel.tensor.stream import Stream, rows_here
 from megatron.parallel.tensor.weight_gradients import added_weight_gradient
 
-_CHUNK = 8192  # targets: with 128 ids 4 MiB of logits in fp32
+_CHUNK = 8192  # targets; with 128 ids their logits take 4 MiB in fp32
 
 
 def vocabulary_parameter(shape: Sequence[int], multiple: int, axis: Axis, declaration: Declaration,
                          ends: Axis = ONE_RANK_AXIS) -> nn.Parameter:
-    """A parameter of `shape` with a row for each id, the rows split over `axis`: a multiple of `multiple` on each.
+    """A parameter of `shape` with a row for each id, split by rows over `axis`, a multiple of `multiple` on each rank.
 
-    The `ends` are the pipeline ranks that both hold it.
+    `ends`: the first and last pipeline rank where both hold it.
     """
     rows = -(-shape[0] // (multiple * axis.size)) * multiple
     return split_parameter(shape, 0, axis, declaration, local_size=rows, ends=ends)
 
 
 class VocabularyParallelTable(Matrix):
-    """A row of `weight` for each of `num_ids` ids, the rows split over the tensor axis."""
+    """An embedding table: a row of `weight` for each of `num_ids` ids, the rows split over the tensor axis."""
 
     def __init__(self, num_ids: int, hidden_size: int, multiple: int, stream: Stream, initial: Initial,
                  ends: Axis = ONE_RANK_AXIS) -> None:
@@ -56,29 +56,30 @@ class VocabularyParallelTable(Matrix):
         self.weight = vocabulary_parameter((num_ids, hidden_size), multiple, stream.axis, table(initial), ends)
 
     def forward(self, ids_t: Tensor) -> Tensor:
-        """[u, h]."""
+        """The embeddings [u, h] of this rank's tokens."""
         return self.stream.leave(rows_here(self.weight, ids_t, self.stream.axis))
 
 
 def vocabulary_logits(hidden_mh: Tensor, table: Matrix, bias_r: Tensor, num_ids: int, axis: Axis) -> Tensor:
-    """Logits [m, v] of this rank's part of `num_ids` ids. Forward: no communication. Backward: `hidden_mh`'s gradient
-    is summed over the axis."""
+    """Logits [m, v] of this rank's part of `num_ids` ids.
+
+    Forward: no communication. Backward: the gradient of `hidden_mh` is summed over the axis.
+    """
     hidden_mh = sum_gradients(hidden_mh, axis)
     return linear(hidden_mh, *_of_ids_here(table, bias_r, num_ids, axis, hidden_mh.dtype))
 
 
 def vocabulary_loss(hidden_mh: Tensor, table: Matrix, bias_r: Tensor, target_ids_m: Tensor, num_ids: int, axis: Axis,
                     softcap: float | None = None, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """The summed cross entropy (nats, fp32) and how many targets are the likeliest id, on every rank alike.
+    """The summed cross entropy (nats, fp32), and how many targets are the most likely id; the same on every rank.
 
-    Of the logits that `vocabulary_logits` would give, capped if there is a cap; each target's loss is rounded to
-    `dtype`. What has the id NO_TARGET counts as nothing. Rank i's logits are those of the ids from i times its rows on.
-    Forward: four numbers a target are gathered from all ranks, once. Backward: `hidden_mh`'s gradient is summed over
-    the axis, a chunk while the next one is computed.
+    From the logits that `vocabulary_logits` would give, with `softcap` if there is one; each target's loss is rounded
+    to `dtype`. Targets NO_TARGET do not count. Forward: four numbers per target are gathered from all ranks, once.
+    Backward: the gradient of `hidden_mh` is summed over the axis, one chunk while the next one is computed.
     """
     operands = _of_ids_here(table, bias_r, num_ids, axis, hidden_mh.dtype)
     if axis.size == 1 and len(hidden_mh) <= _CHUNK and not takes_triton(hidden_mh):
-        # On CPUs a chunk of a small model costs its calls, of which autograd's own functions need the fewest.
+        # On CPUs a small model's time goes into calls, and plain autograd makes the fewest.
         return cross_entropy_reference(linear(hidden_mh, *operands).float(), target_ids_m, softcap, dtype)
     return _LinearCrossEntropy.apply(hidden_mh, *operands, target_ids_m, axis.rank * len(bias_r), axis, softcap, dtype)
 
@@ -95,7 +96,7 @@ def _of_ids_here(table: Matrix, bias_r: Tensor, num_ids: int, axis: Axis,
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """`first` is this rank's first id. The weight is not among the saved tensors, as in `layers`."""
+    """`first`: this rank's first id. The weight is kept on `ctx`, for the reason given in `layers`."""
 
     @staticmethod
     def forward(ctx: Any, hidden_mh: Tensor, weight_vh: Tensor, matrix_vh: Tensor, bias_v: Tensor, target_ids_m: Tensor,
@@ -140,12 +141,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _sum(so_far: Tensor | None, more: Tensor | None) -> Tensor | None:
-    """Of chunks, in fp32."""
+    """The sum of two gradients of chunks, in fp32; None is 0."""
     return more if so_far is None else so_far if more is None else so_far.float() + more
 
 
 def _together(of_chunks: Sequence[Sequence[Tensor]], target_ids_m: Tensor, axis: Axis) -> Sequence[Tensor]:
-    """The first three statistics [m] of all chunks and all ranks' logits: of equal ones the first rank's is first."""
+    """The first three statistics [m], combined over chunks and ranks; of equal maxima the first rank's counts."""
     statistics = of_chunks[0]
     if len(of_chunks) > 1:
         statistics = [torch.cat(of_each) for of_each in zip(*of_chunks, strict=True)]

@@ -1,4 +1,4 @@
-"""A linear layer's weight gradient, added to what the weight has of other micro-batches in fp32.
+"""A linear layer's weight gradient, accumulated in fp32 over micro-batches.
 
 Shapes: t tokens, i and o features in and out.
 """
@@ -14,12 +14,12 @@ from megatron.kernels.fp8 import Quantised, product
 # PyTorch 2.11 cannot add a half-precision product to fp32 where tensors have no values. A half-precision sum in half of
 # the bytes of the gradient, and a pass over the other half, read, write and allocate as much.
 _ADDS_WIDER_FAKES = torch.__version__ >= "2.13"
-Factor = Tensor | Quantised  # of the product: the output's gradient [t, o] and the input [t, i]; in FP8 [o, t], [i, t]
+Factor = Tensor | Quantised  # output gradient [t, o] or input [t, i]; in FP8 transposed, [o, t] or [i, t]
 
 
 def added_weight_gradient(weight_oi: Tensor, grad: Factor, x: Factor) -> Tensor | None:
-    """The gradient [o, i] of `x Wᵀ` in the weight's dtype; None where it has been added to the weight's own."""
-    # Compiled graphs do not reach a parameter's gradient.
+    """The weight gradient [o, i] of `x Wᵀ` in the weight's dtype; None if it was added to `weight_oi.grad` in place."""
+    # Inside a compiled graph a parameter's .grad is out of reach.
     so_far_oi = weight_oi.grad if weight_oi.is_leaf and not torch.compiler.is_compiling() else None
     if isinstance(grad, Tensor) and isinstance(x, Tensor):
         return _product_added(so_far_oi, grad, x, weight_oi.dtype)
@@ -32,7 +32,8 @@ def added_weight_gradient(weight_oi: Tensor, grad: Factor, x: Factor) -> Tensor 
 
 
 def _product_added(so_far_oi: Tensor | None, grad_to: Tensor, x_ti: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Nothing is rounded between the product and the sum where the library has a product that gives fp32."""
+    """As `added_weight_gradient`; where the library has a product with fp32 output, nothing is rounded before the sum.
+    """
     grad_ot = grad_to.t()
     gives_dtype = grad_to.dtype == dtype or takes_gpu_way(grad_to)
     wider: dict[str, Any] = {} if grad_to.dtype == dtype or not gives_dtype else {"out_dtype": dtype}
