@@ -1,4 +1,5 @@
-"""An exponential average of the weights over the steps: often better to use than the weights that it follows."""
+"""An exponential moving average (EMA) of the weights over the steps: often a better model than the weights themselves.
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,11 +9,10 @@ from torch import Tensor, nn
 
 
 class WeightAverage:
-    """Of each trained parameter, in `tensors` by its name, the fp32 average of this rank's part; it lies as that does.
+    """The average of each trained parameter: `tensors`, by name, fp32, this rank's part, placed like the parameter.
 
-    After the n-th step that was taken it keeps min(decay, (1 + n) / (10 + n)) of itself: it starts as the weights are,
-    and forgets their first values as fast as a short run asks for. So it can be used at any time as it is, where one
-    that is debiased has to be divided first. Whatever is read of a step lies on the device: nobody waits.
+    It starts as the weights. The n-th step that is taken keeps min(decay, (1 + n) / (10 + n)) of it, so that it forgets
+    the initial weights quickly and can be used at any time without a bias correction. It never waits for the device.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float, device: torch.device) -> None:
@@ -23,12 +23,12 @@ class WeightAverage:
 
     @property
     def num_steps(self) -> int:
-        """How many steps it is of; waits for the device."""
+        """The number of steps averaged; waits for the device."""
         return int(self._num_steps.item())
 
     @torch.no_grad()
     def update(self, is_taken: Tensor) -> None:
-        """Take in the weights after a step, unless it was not taken (a bool scalar on the device)."""
+        """Add the weights after a step; `is_taken`, a bool scalar on the device: False leaves the average as it is."""
         self._num_steps += is_taken
         kept = torch.clamp((1 + self._num_steps) / (10 + self._num_steps), max=self._decay)
         share = ((1 - kept) * is_taken).float()
@@ -36,12 +36,12 @@ class WeightAverage:
             self.tensors[name].lerp_(parameter, share)
 
     def go_on(self, num_steps: int) -> None:
-        """As the average of so many steps, whose `tensors` were filled."""
+        """Resume as the average of so many steps, after `tensors` were filled from a checkpoint."""
         self._num_steps.fill_(num_steps)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within, the parameters have the average's values, and after it their own, to the bit."""
+        """A context in which the parameters have the average's values; after it they have their own, bit for bit."""
         self._swap()
         try:
             yield

@@ -1,4 +1,4 @@
-"""Weight decay that is done beside an optimizer's step: everywhere, or cautiously."""
+"""Decoupled weight decay, applied separately from an optimizer's step: plain or cautious."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,24 +8,24 @@ from torch import Tensor
 
 
 def decay(parameter: Tensor, share: float | Tensor, along: Tensor | None) -> None:
-    """Take `share` off a parameter, in place; with `along` only where its step goes towards 0, too.
+    """Multiply a parameter by 1 - `share`, in place; with `along` only in coordinates that the step also moves to 0.
 
-    Cautious Weight Decay (Chen et al., 2025, arXiv 2510.12402): a coordinate that its step makes larger is spared, so
-    that the decay does not draw away from where the loss is least. `along`: the product of the parameter and of what is
-    about to be subtracted from it, not negative where these agree; it is overwritten.
+    Cautious Weight Decay (Chen et al., 2025, arXiv 2510.12402): a coordinate that the step makes larger does not decay,
+    so that the decay does not pull away from the minimum of the loss. `along`: the parameter times the update that is
+    about to be subtracted from it; where it is >= 0 the step goes towards 0. It is overwritten.
     """
     if along is None:
         parameter.mul_(1 - share)
-    else:  # in numbers: truth values times a number are slow on CPUs
+    else:  # a float mask: bool tensors times a number are slow on CPUs
         parameter.addcmul_(parameter, along.ge_(0).mul_(share), value=-1)
 
 
 class BesideAdamW(torch.optim.AdamW):
-    """torch's fused AdamW, which sees no decay: before its step parameters shrink by `lr * decay`, as it would do it.
+    """torch's fused AdamW without its own weight decay: parameters decay by `lr * decay` before the step, as in AdamW.
 
-    For what torch's does not do: a decay that is cautious, and one that is a tensor, so that a CUDA graph may hold the
-    step and the decay have a course. It takes the memory of no more than one parameter at a time. Where `found_inf` is
-    1 nothing shrinks; no one waits to know.
+    For two things that torch's cannot do: cautious decay, and a decay that is a tensor, so that it can change between
+    replays of a CUDA graph. It needs temporary memory for one parameter at a time. Where `found_inf` is 1 nothing
+    decays; the host does not wait to know.
     """
 
     grad_scale: Tensor
@@ -38,7 +38,7 @@ class BesideAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step along the gradients."""
+        """Take one step along the gradients."""
         for group in self.param_groups:
             if group["decays"]:
                 share = group["lr"] * group["decay"] * (1 - self.found_inf)
@@ -48,7 +48,7 @@ class BesideAdamW(torch.optim.AdamW):
         return super().step(closure)
 
     def _moment_to_come(self, parameter: Tensor, group: dict) -> Tensor:
-        """The first moment after this step, whose signs are the update's."""
+        """The first moment as it will be after this step; the update has the same signs."""
         assert parameter.grad is not None
         moment, state = parameter.grad / self.grad_scale, self.state[parameter]
         return moment.lerp_(state["exp_avg"], group["betas"][0]) if state else moment

@@ -1,6 +1,6 @@
-"""Muon: momentum whose singular values are all brought near to 1 (Jordan, 2024, https://kellerjordan.github.io/posts/muon).
+"""Muon: momentum, orthogonalised: all singular values become about 1 (Jordan, 2024, kellerjordan.github.io/posts/muon).
 
-NorMuon (Li et al., 2025, arXiv 2510.05491) then evens out the rows, which that leaves of different lengths.
+NorMuon (Li et al., 2025, arXiv 2510.05491) also normalises the rows, whose lengths differ after that.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,14 +21,14 @@ _EPSILON = 1e-8
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps matrices, each rank its parts of them, as whole matrices are stepped on one rank.
+    """Steps matrices; each rank steps its parts, with the result that one rank would get for the whole matrices.
 
-    A step is `lr` times a matrix whose singular values are about 1, times sqrt(rows / columns) where that is above 1:
-    so it changes outputs by as much at any width (Yang et al., 2023, arXiv 2310.17813), and a learning rate that was
-    found for a narrow model holds for a wide one. Weight decay is decoupled. As torch's fused optimizers do, it divides
-    gradients by `grad_scale`, and changes nothing where `found_inf` is 1 but the number of steps, by which momentum
-    rises; nobody waits to know. State: of each parameter `momentum_buffer`; with NorMuon also `row_moment`, a number
-    for each row of its whole matrices, one matrix behind another, on every rank alike.
+    A step is `lr` times a matrix whose singular values are about 1, times sqrt(rows / columns) if that is above 1. So
+    it changes a layer's outputs equally at any width (Yang et al., 2023, arXiv 2310.17813), and a learning rate tuned
+    on a narrow model also suits a wide one. Weight decay is decoupled. Like torch's fused optimizers, it divides
+    gradients by `grad_scale`, and where `found_inf` is 1 it changes nothing but the step count, which momentum's
+    warm-up follows; the host does not wait to know. State of each parameter: `momentum_buffer`, and with NorMuon
+    `row_moment`, a number per row of its whole matrices, one matrix after another, the same on every rank.
     """
 
     grad_scale: Tensor
@@ -44,7 +44,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step along the gradients, which are overwritten."""
+        """Take one step along the gradients, which are overwritten."""
         for group in self.param_groups:
             group["step"] += 1
         if self._matrices is None:
@@ -63,13 +63,13 @@ class Muon(torch.optim.Optimizer):
             parameter.addcmul_(update.to(parameter.dtype), -rate)
 
     def momentum(self, step: int) -> float:
-        """That of step number `step`, the first is 1: it rises linearly over the warm-up."""
+        """The momentum of step number `step`, counted from 1: it rises linearly during its warm-up."""
         end, warmup = self._config.muon_momentum, self._config.muon_momentum_warmup_iters
         start = min(_MOMENTUM_AT_START, end)
         return start + (end - start) * min(1.0, step / warmup) if warmup else end
 
     def _mixed_with_momentum(self, parameter: Tensor, step: int, is_taken: Tensor) -> Tensor:
-        """The gradient after Nesterov: mixed with the momentum that it has gone into."""
+        """Nesterov momentum: update the momentum buffer, and mix the gradient with it."""
         assert parameter.grad is not None
         gradient, momentum, state = parameter.grad, self.momentum(step), self.state[parameter]
         if "momentum_buffer" not in state:
@@ -77,7 +77,7 @@ class Muon(torch.optim.Optimizer):
         gradient.div_(self.grad_scale)
         if takes_gpu_way(gradient):
             gradient.masked_fill_(is_taken == 0, 0.0)
-        elif not is_taken:  # which a CPU may look at
+        elif not is_taken:  # on a CPU there is nothing to wait for
             gradient.zero_()
         state["momentum_buffer"].lerp_(gradient, (1 - momentum) * is_taken)
         return gradient.lerp_(state["momentum_buffer"], momentum)
@@ -86,7 +86,7 @@ class Muon(torch.optim.Optimizer):
         return orthogonalised(stack_kmn, self._config.muon_num_ns_steps)
 
     def _scaled(self, results: list[MatrixResult], state: dict[str, Tensor], is_taken: Tensor) -> Iterator[Tensor]:
-        """The parts of a parameter's matrices, scaled by shape, and with NorMuon by row."""
+        """This rank's parts of a parameter's orthogonalised matrices, scaled by shape, and with NorMuon by row."""
         scales = self._row_scales(results, state, is_taken) if self._evens_rows else [None] * len(results)
         for result, scale_m in zip(results, scales, strict=True):
             rows, columns = result.matrix.shape
@@ -94,8 +94,8 @@ class Muon(torch.optim.Optimizer):
             yield part if scale_m is None else part * scale_m[result.rows, None]
 
     def _row_scales(self, results: list[MatrixResult], state: dict[str, Tensor], is_taken: Tensor) -> Iterable[Tensor]:
-        """For each matrix what its rows are multiplied by: their root mean squares of late become alike, and the
-        matrix's own stays."""
+        """For each matrix the factors [m] of its rows: they equalise the rows' recent root mean squares, and keep the
+        matrix's norm."""
         squares = torch.cat([result.squares for result in results])
         if "row_moment" not in state:
             state["row_moment"] = torch.zeros_like(squares)

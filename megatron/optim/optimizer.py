@@ -1,4 +1,4 @@
-"""The optimizer: groups of parameters by what they declare, whose implementation, and one step that may be skipped."""
+"""The optimizer: groups parameters by their declarations, chooses implementations, and takes steps or skips them."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -22,19 +22,19 @@ _ONE_RANK_MESH = Mesh()
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """Scalars on the device: the gradient's L2 norm before clipping, and whether the step was taken."""
+    """The outcome of a step, as scalars on the device."""
 
-    grad_norm: Tensor
-    is_taken: Tensor
+    grad_norm: Tensor  # L2 norm of the whole gradient, unscaled, before clipping
+    is_taken: Tensor  # bool: False where the step was skipped
 
 
 class Optimizer:
-    """Steps fp32 parameters along their summed, scaled gradients; of frozen ones it keeps nothing.
+    """Steps fp32 parameters along their summed, loss-scaled gradients; keeps no state of frozen ones.
 
-    `parameters`: this rank's part of each, by name; `mesh`: the ranks that hold the others; `peak_lr`: the schedule's,
-    with which learning rates of single groups are compared; `is_captured`: a step becomes a CUDA graph, so that what
-    it reads keeps its place; `varies_decay`: the weight decay has a course. A step whose gradients are not all finite
-    changes nothing. Raises ConfigError where all are frozen.
+    A step whose gradients are not all finite changes nothing. `parameters`: this rank's part of each, by name.
+    `peak_lr`: the schedule's; a group with a learning rate of its own follows the schedule in proportion to it.
+    `is_captured`: steps are captured as a CUDA graph, so that all they read must keep its address. `varies_decay`: the
+    weight decay changes over the run. A collective; raises ConfigError if all parameters are frozen.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, mesh: Mesh = _ONE_RANK_MESH,
@@ -59,13 +59,13 @@ class Optimizer:
                     group["decay"] = torch.zeros((), device=self._all[0].device)
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """For the steps to come; each group's in proportion to its own peak."""
+        """Set the learning rate of the following steps; groups with their own peak get theirs in proportion."""
         rates = self.learning_rates(learning_rate)
         for group in self._param_groups():
             _set(group, "lr", rates.get(group["group"], learning_rate))
 
     def set_weight_decay(self, weight_decay: float) -> None:
-        """For the steps to come, of all that decay."""
+        """Set the weight decay of the following steps, for all parameters that decay."""
         for group in self._param_groups():
             if group["decays"]:
                 _set(group, "decay" if "decay" in group else "weight_decay", weight_decay)
@@ -74,8 +74,8 @@ class Optimizer:
              is_normal: Callable[[Tensor], Tensor] | None = None) -> StepOutcome:
         """Unscale and clip the gradients, update the parameters, clear the gradients, update `loss_scale`.
 
-        The learning rate is what was set before where it is None. `is_normal` tells of the gradient's norm whether the
-        step is to be taken.
+        `learning_rate`: None keeps the one set before. `is_normal`: from the gradient's norm, whether to take the step,
+        both scalars on the device.
         """
         if learning_rate is not None:
             self.set_learning_rate(learning_rate)
@@ -85,7 +85,7 @@ class Optimizer:
         norm = gradient_norm(self._all, self._pipeline) / scale
         is_finite = torch.isfinite(norm)
         is_taken = is_finite if is_normal is None else is_finite & is_normal(norm)
-        # Megatron's clipping: by max_norm / (norm + 1e-6) where that is below 1.
+        # Megatron's clipping: multiply by max_norm / (norm + 1e-6) if that is below 1.
         divisor = scale * torch.clamp((norm + 1e-6) / self._clip_grad, min=1.0) if self._clip_grad else scale
         for inner in self.inner:
             if not self._is_apex:
@@ -104,22 +104,22 @@ class Optimizer:
         return StepOutcome(norm, is_taken)
 
     def learning_rates(self, learning_rate: float) -> dict[str, float]:
-        """Those of the groups that have their own, where the others' is `learning_rate`."""
+        """The learning rates of the groups that have their own, when that of all others is `learning_rate`."""
         return {group: learning_rate * scale for group, scale in self._lr_scales.items()}
 
     def state(self) -> dict[str, Tensor]:
-        """Every state tensor, of this rank, under `KIND/PARAMETER`, e.g. `exp_avg/lm_head.bias`."""
+        """This rank's state tensors, by `KIND/PARAMETER`, e.g. `exp_avg/lm_head.bias`."""
         names: dict[Tensor, str] = {parameter: name for name, parameter in self._trained.items()}
         state = {f"{kind}/{names[parameter]}": tensor for inner in self.inner
                  for parameter, values in inner.state.items()
                  for kind, tensor in values.items() if isinstance(tensor, Tensor)}
         for group in self._param_groups():
-            if "step" in group:  # apex and Muon count steps a group, torch a parameter
+            if "step" in group:  # apex and Muon count steps per group, torch per parameter
                 state |= {f"step/{names[p]}": torch.tensor(float(group["step"])) for p in group["params"]}
         return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from what `state()` gave, by either implementation; that of parameters frozen since is left out."""
+        """Continue from what `state()` of any implementation returned, except for parameters that are frozen by now."""
         for inner in self.inner:
             mine = {name: parameter for name, parameter in self._trained.items()
                     if any(parameter is one for group in inner.param_groups for one in group["params"])}
@@ -145,9 +145,9 @@ def _set(group: dict, name: str, value: float) -> None:
 
 
 def _groups(parameters: Iterable[nn.Parameter], weight_decay: float, varies_decay: bool) -> list[dict]:
-    """What torch's optimizers take: the parameters by what they declare, their `group` and whether they decay.
+    """Parameter groups for torch's optimizers: one for each combination of declared `group` and `decays`.
 
-    Frozen ones leave their group empty: there is one at least, without which torch's optimizers refuse to be made.
+    Frozen parameters are left out, but their group stays, perhaps empty: torch's optimizers refuse to have no group.
     """
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for parameter in parameters:
@@ -160,7 +160,7 @@ def _groups(parameters: Iterable[nn.Parameter], weight_decay: float, varies_deca
 
 def _build(groups: list[dict], config: OptimizerConfig, mesh: Mesh, is_captured: bool,
            captures_decay: bool) -> list[torch.optim.Optimizer]:
-    """Who steps the groups: all of them one, or Muon the matrices and AdamW the others."""
+    """The optimizers that step the groups: one for all, or Muon for matrices and AdamW for the others."""
     betas = (config.adam_beta1, config.adam_beta2)
 
     def adamw(groups: list[dict]) -> torch.optim.Optimizer:
@@ -180,7 +180,7 @@ def _build(groups: list[dict], config: OptimizerConfig, mesh: Mesh, is_captured:
     except ImportError as error:
         raise ConfigError(f"--optimizer-backend apex: apex cannot be imported ({error}); install it, or give "
                           "torch") from error
-    groups = [group for group in groups if group["params"]]  # apex looks at the first of each
+    groups = [group for group in groups if group["params"]]  # apex reads the first parameter of each
     if not groups:
         return []
     if config.optimizer == "adam":

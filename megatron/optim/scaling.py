@@ -1,6 +1,6 @@
-"""The loss scale of fp16 training, kept on the device so that no step waits for it.
+"""The loss scale of fp16 training, on the device, so that no step waits for it.
 
-A gradient too small for fp16 survives if the loss is multiplied first; a step whose gradients overflow is skipped.
+Multiplying the loss keeps small gradients from underflowing in fp16; a step whose gradients overflow is skipped.
 """
 
 import torch
@@ -12,15 +12,16 @@ from megatron.config import PrecisionConfig
 class LossScale:
     """A factor on the loss: 1 in fp32 and bf16, fixed or dynamic in fp16.
 
-    Dynamic, as Megatron-LM's: `loss_scale_window` steps in a row without overflow double it. After that, as at first,
-    the overflow of number `hysteresis` halves it, and so does each one behind (never below `min_loss_scale`).
+    The dynamic one is Megatron-LM's: it doubles after `loss_scale_window` steps in a row without overflow. The
+    `hysteresis`-th overflow since the start or the last doubling halves it, and so does each later one, but not below
+    `min_loss_scale`.
     """
 
     def __init__(self, config: PrecisionConfig, device: torch.device) -> None:
         self._config = config
         self.is_dynamic = config.fp16 and config.loss_scale is None
         start = config.initial_loss_scale if self.is_dynamic else (config.loss_scale or 1.0) if config.fp16 else 1.0
-        # scale, overflows left until it halves, steps in a row without overflow
+        # The scale; overflows left until it halves; steps in a row without overflow.
         self._state = torch.tensor([start, config.hysteresis, 0.0], dtype=torch.float64, device=device)
 
     @property
@@ -30,7 +31,8 @@ class LossScale:
 
     @torch.no_grad()
     def update(self, is_finite: Tensor) -> None:
-        """Take note of whether the step's gradients were all finite (a bool scalar on the device)."""
+        """Adjust the scale after a step; `is_finite`, a bool scalar on the device: whether its gradients were finite.
+        """
         if not self.is_dynamic:
             return
         scale, hysteresis, good_steps = self._state.unbind()
@@ -46,10 +48,10 @@ class LossScale:
                                        torch.where(grows, torch.zeros_like(good_steps), good_steps)]))
 
     def state(self) -> list[float]:
-        """What a checkpoint keeps of it."""
+        """What a checkpoint keeps; waits for the device."""
         return self._state.tolist()
 
     def load_state(self, state: list[float]) -> None:
-        """Go on from what `state()` gave."""
+        """Continue from what `state()` returned; a fixed scale stays as it is."""
         if self.is_dynamic:
             self._state = torch.tensor(state, dtype=torch.float64, device=self._state.device)

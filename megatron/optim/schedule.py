@@ -1,4 +1,4 @@
-"""The learning rate and the weight decay as functions of the samples behind us: nothing to save, nothing to step."""
+"""Learning rate and weight decay as functions of the samples consumed so far, so that there is no state to keep."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -7,9 +7,9 @@ from typing import Any
 
 from megatron.config import ScheduleConfig
 
-# What says where the course ends, and how: before that it is the same under any other value.
+# The fields that say where and how the schedule ends: they do not affect the learning rate before its end begins.
 _OF_THE_END = {"decay_samples", "wsd_decay_samples", "lr_wsd_decay_style"}
-# The share of the way from `lr` to `min_lr` that is left when `done` of a decay are behind us, as Megatron-LM has it.
+# (rate - min_lr) / (lr - min_lr) when the fraction `done` of the decay is over, as in Megatron-LM.
 _LEFT = {
     "linear": lambda done: 1 - done,
     "cosine": lambda done: 0.5 * (math.cos(math.pi * done) + 1),
@@ -20,28 +20,25 @@ _LEFT = {
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up from 0, then a course to `min_lr`, as Megatron-LM's OptimizerParamScheduler.
+    """Linear warm-up from 0 to `lr`, then a decay to `min_lr`, as Megatron-LM's OptimizerParamScheduler.
 
-    All spans are in samples from the start of training; the warm-up is a part of the decay's span. WSD (warm-up,
-    stable, decay: Hu et al., 2024, arXiv 2404.06395) stays at `lr` but for the last `wsd_decay_samples` of that span.
-    The weight decay rises from `start_weight_decay` over `weight_decay_incr_samples`, where it is a course at all:
-    all four are None where it stays what it is.
+    WSD (warm-up, stable, decay: Hu et al., 2024, arXiv 2404.06395) stays at `lr` until the last `wsd_decay_samples`.
     """
 
     lr: float
     min_lr: float
     lr_decay_style: str
     warmup_samples: float
-    decay_samples: float
-    wsd_decay_samples: float | None = None
+    decay_samples: float  # from the start of training to the end of the decay, so the warm-up is a part of them
+    wsd_decay_samples: float | None = None  # None: not WSD
     lr_wsd_decay_style: str | None = None
-    start_weight_decay: float | None = None
+    start_weight_decay: float | None = None  # this and the following: None where the weight decay is constant
     end_weight_decay: float | None = None
     weight_decay_incr_style: str | None = None
     weight_decay_incr_samples: float | None = None
 
     def learning_rate(self, consumed_samples: int) -> float:
-        """The rate of the step that starts after `consumed_samples`."""
+        """The learning rate of the step that starts after `consumed_samples`."""
         if self.warmup_samples and consumed_samples <= self.warmup_samples:
             return self.lr * consumed_samples / self.warmup_samples
         if self.lr_decay_style == "constant":
@@ -53,7 +50,7 @@ class Schedule:
         return self.min_lr + self._left(consumed_samples) * (self.lr - self.min_lr)
 
     def weight_decay(self, consumed_samples: int) -> float | None:
-        """That of the step that starts after `consumed_samples`; None where it has no course."""
+        """The weight decay of the step that starts after `consumed_samples`; None where it is constant."""
         if self.weight_decay_incr_samples is None:
             return None
         assert self.start_weight_decay is not None and self.end_weight_decay is not None
@@ -63,7 +60,7 @@ class Schedule:
 
     @property
     def open_until(self) -> float:
-        """The samples up to which the learning rate is the same wherever the course ends."""
+        """The samples up to which the learning rate does not depend on where the schedule ends."""
         if self.lr_decay_style == "constant":
             return math.inf
         if self.lr_decay_style == "inverse-square-root":
@@ -71,16 +68,16 @@ class Schedule:
         return self.warmup_samples if self.wsd_decay_samples is None else self.decay_samples - self.wsd_decay_samples
 
     def differences(self, other: "Schedule") -> dict[str, tuple[Any, Any]]:
-        """What the two do not have alike, by its name: here, and in `other`."""
+        """The fields that differ, by name: the value here, and that of `other`."""
         theirs = asdict(other)
         return {name: (value, theirs[name]) for name, value in asdict(self).items() if value != theirs[name]}
 
     def differs_in_its_end(self, other: "Schedule") -> bool:
-        """Whether the two are one course but for where, and how, it ends."""
+        """Whether the two schedules differ at most in where and how they end."""
         return self.differences(other).keys() <= _OF_THE_END
 
     def notices(self, num_samples: int) -> Iterator[str]:
-        """Lines for the log of a run of `num_samples` which has no warm-up, or decay, as its flags say it."""
+        """Log lines for a run of `num_samples` whose warm-up or decay does not fit into it as the flags ask."""
         if num_samples < self.warmup_samples:
             yield (f"the warm-up takes {self.warmup_samples:,.0f} samples and the run {num_samples:,}: the learning "
                    f"rate gets to {self.learning_rate(num_samples):.3g} of --lr {self.lr:.3g}; --lr-warmup-iters, "
@@ -93,7 +90,7 @@ class Schedule:
             yield self.notice_of_the_rest(num_samples)
 
     def notice_of_the_rest(self, num_samples: int) -> str:
-        """A line for the log of a run of `num_samples`, which is longer than the course."""
+        """A log line for a run of `num_samples`, which is longer than the schedule."""
         return (f"the learning rate is to have decayed after {self.decay_samples:,.0f} samples, and the run ends after "
                 f"{num_samples:,}: all between are trained at --min-lr {self.min_lr:.3g}")
 
@@ -108,13 +105,13 @@ class Schedule:
 
 
 def schedule_of(facts: Mapping[str, Any]) -> Schedule:
-    """The schedule of which a checkpoint keeps `asdict`; what else is there is passed over."""
+    """The schedule whose `asdict` a checkpoint holds; unknown fields are ignored."""
     return Schedule(**{item.name: facts[item.name] for item in fields(Schedule) if item.name in facts})
 
 
 def build_schedule(config: ScheduleConfig, *, global_batch_size: int, train_iters: int | None,
                    train_samples: int | None) -> Schedule:
-    """The schedule of a run that is counted in iterations of `global_batch_size` rows, or in samples."""
+    """The schedule of a run whose length is given in iterations of `global_batch_size` rows, or in samples."""
     if train_samples is not None:
         num_samples, decay = train_samples, config.lr_decay_samples or train_samples
         warmup: float = config.lr_warmup_samples

@@ -1,4 +1,4 @@
-"""Momentum SGD whose weight decay stands beside the momentum (Loshchilov and Hutter, 2019, arXiv 1711.05101)."""
+"""SGD with momentum and decoupled weight decay (Loshchilov and Hutter, 2019, arXiv 1711.05101)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,9 +8,10 @@ from torch import Tensor
 
 
 class DecoupledSGD(torch.optim.SGD):
-    """torch's fused SGD, which sees no decay: before its step parameters shrink by `lr * decay` of what they are.
+    """torch's fused SGD without its own weight decay: parameters are multiplied by 1 - `lr * decay` before the step.
 
-    Where `found_inf`, set before each step, is 1 and the step not taken, they do not shrink; no one waits to know.
+    Where `found_inf`, set before each step, is 1, the step is skipped and they do not decay; the host does not wait to
+    know.
     """
 
     found_inf: Tensor
@@ -21,11 +22,11 @@ class DecoupledSGD(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step along the gradients."""
+        """Take one step along the gradients."""
         for group in self.param_groups:
             if group["decays"] and group["params"]:
                 torch._foreach_mul_(group["params"], 1 - group["lr"] * group["decay"] * (1 - self.found_inf))
-            # torch's own would be without values until a step is taken, and the one behind it would read them.
+            # torch would leave its own uninitialised if the first step is skipped, and read it in the next.
             for parameter in group["params"] if group["momentum"] else ():
                 if "momentum_buffer" not in self.state[parameter]:
                     self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
