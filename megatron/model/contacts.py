@@ -1,8 +1,8 @@
-"""A model's attention maps as they are made, and which residues touch, by ESM's regression on them.
+"""Predicts residue contacts from a model's attention maps, by ESM's logistic regression; gives access to the maps.
 
-Maps are weighed block by block and protein by protein as they are made: besides the contacts [r, r] of all proteins
-memory holds the n maps of one block for one protein, however many blocks there are. Shapes: r residues of a protein, k
-tokens of it, n heads of this tensor rank.
+Each map is used as soon as it is computed, block by block and protein by protein: besides the contacts [r, r] of all
+proteins memory holds only the n maps of one block for one protein. Shapes: r residues of a protein, k tokens of it, n
+heads of this tensor rank.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,11 +21,11 @@ from megatron.parallel.collectives import all_reduce_sum
 
 @torch.no_grad()
 def contacts(model: ProteinModel, sequence: PackedSequence, num_ends: int) -> list[Tensor]:
-    """The probabilities [r, r] of a contact in each protein that is not empty, in order, on every tensor rank alike.
+    """The contact probabilities [r, r] of each protein that is not empty, in order, the same on every tensor rank.
 
-    `num_ends` says what is cut off: 1 where proteins have a token before them alone, 2 where they have one behind, too.
-    The model is as for `watch_maps`. Raises ConfigError where it has no contact head. Each tensor rank weighs its own
-    heads; their sums go over the axis once.
+    `num_ends`: 1 if proteins have a special token before them only, 2 if also one after; these are cut off. The model
+    is as for `watch_maps`. Each tensor rank sums over its own heads, and one all-reduce adds the ranks' sums. Raises
+    ConfigError if the model has no contact head.
     """
     if not model.config.contact_head:
         raise ConfigError("contacts need the model's regression on attention maps, and --contact-head is off: take a "
@@ -47,15 +47,16 @@ def contacts(model: ProteinModel, sequence: PackedSequence, num_ends: int) -> li
 
 @torch.no_grad()
 def watch_maps(model: ProteinModel, sequence: PackedSequence, takes: Callable[[int, Iterator[Tensor]], None]) -> None:
-    """Run a model's blocks, each of which gives its attention maps to `takes`, with the number of its first head here.
+    """Run a model, calling `takes(first, maps)` in each block.
 
-    Heads are counted through all blocks. Of each protein that is not empty, in order, comes the map [n, k, k] (queries,
-    keys; fp32), made when it is asked for. The model is whole, in evaluation and on one context rank.
+    `first`: the number of this rank's first head in the block, counted through all blocks. `maps`: for each protein
+    that is not empty, in order, its attention map [n, k, k] (queries, keys; fp32), computed when the iterator reaches
+    it. The model is whole, in evaluation mode and on one context rank.
     """
     assert not model.training and model.stream.context.size == 1, "maps are for evaluation, on one context rank"
     axis, num_heads = model.stream.axis, model.config.num_attention_heads
     with ExitStack() as stack:
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # maps are as long as proteins are
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # each map has another shape
         attentions = (module for block in model.blocks() for module in block.modules() if isinstance(module, Attention))
         for number, attention in enumerate(attentions):
             first = number * num_heads + axis.rank * (num_heads // axis.size)
@@ -65,7 +66,7 @@ def watch_maps(model: ProteinModel, sequence: PackedSequence, takes: Callable[[i
 
 @contextmanager
 def _watched(attention: Attention, takes_maps: "partial[None]") -> Iterator[None]:
-    """The context in which a block's maps go there."""
+    """A context in which a block's attention passes its maps to `takes_maps`."""
     attention.takes_maps = takes_maps
     try:
         yield

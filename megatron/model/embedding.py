@@ -19,9 +19,10 @@ ESM_MASKED_SHARE = 0.15 * 0.8  # of residues that read [MASK] in ESM's training:
 
 
 class Embedding(nn.Module):
-    """Word embeddings, with learned positions the sum of both, normalised if asked for, with dropout.
+    """Word embeddings, plus position embeddings if positions are learned; then optionally a norm, and dropout.
 
-    `ends`: the pipeline ranks with its words; `mask_id`: of [MASK], for `--token-dropout`.
+    `ends`: the first and last pipeline rank where both hold the word embeddings. `mask_id`: the id of [MASK], for
+    `--token-dropout`.
     """
 
     def __init__(self, config: ModelConfig, padded_vocab_size: int, dtype: torch.dtype, stream: Stream,
@@ -52,7 +53,7 @@ class Embedding(nn.Module):
 
 
 class TiedEmbedding(nn.Module):
-    """The word embedding alone, where the last pipeline stage needs it for its logits."""
+    """The word embeddings alone, on a last pipeline stage whose tied head needs them for its logits."""
 
     def __init__(self, config: ModelConfig, padded_vocab_size: int, stream: Stream, ends: Axis = ONE_RANK_AXIS) -> None:
         super().__init__()
@@ -60,11 +61,11 @@ class TiedEmbedding(nn.Module):
 
 
 def token_dropout_scales(sequence: PackedSequence, mask_id: int, context: Axis) -> Tensor:
-    """What each token's embedding is multiplied by, fp32 [t]: 0 for a masked one, else (1 - 0.12) / (1 - m).
+    """The factors of the tokens' embeddings, fp32 [t]: 0 for a masked token, else (1 - 0.12) / (1 - m).
 
-    m is the share of the protein's tokens, its ends included, that are masked. So embeddings sum to as much whatever is
-    masked: ESM's token dropout (Rives et al., 2021, appendix; fair-esm's `esm/model/esm2.py`). Forward: the counts are
-    summed over the context ranks, which have the proteins' other tokens.
+    m: the masked share of the protein's tokens, special tokens included. So the sum of embeddings does not depend on
+    how much is masked: ESM's token dropout (Rives et al., 2021, appendix; fair-esm's `esm/model/esm2.py`). Forward: the
+    counts are all-reduced over the context ranks, which hold the proteins' other tokens.
     """
     is_masked_t, ends = sequence.tokens_t == mask_id, sequence.cu_seqlens
     start = context.rank * len(is_masked_t)

@@ -11,9 +11,9 @@ from megatron.parallel.tensor.stream import Stream
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with a function between, their width split over the tensor axis: [u, h] to [u, h].
+    """Two linear layers with an activation between, their width split over the tensor axis: [u, h] to [u, h].
 
-    The function: GeLU, exact or by tanh, or ReLU squared.
+    The activation is GeLU, exact or approximated by tanh, or squared ReLU.
     """
 
     def __init__(self, config: ModelConfig, stream: Stream) -> None:
@@ -25,7 +25,7 @@ class FeedForward(nn.Module):
         self.activation = "squared_relu" if config.squared_relu else gelu
 
     def forward(self, hidden_uh: Tensor) -> Product:
-        """[u, h], perhaps still without the last bias."""
+        """The output [u, h], and the last bias if the kernel that follows is to add it."""
         return self.dense_4h_to_h.product(activated(self.activation, self.dense_h_to_4h.product(hidden_uh)))
 
 
@@ -43,11 +43,11 @@ class GatedFeedForward(nn.Module):
         self.dense_4h_to_h = RowParallelLinear(width, hidden, stream, residual_output(config), has_bias)
 
     def forward(self, hidden_uh: Tensor) -> Product:
-        """[u, h], perhaps still without the last bias."""
+        """The output [u, h], and the last bias if the kernel that follows is to add it."""
         gate, wide = products_together(hidden_uh, self.gate, self.dense_h_to_4h)
         return self.dense_4h_to_h.product(activated("swiglu", wide, gate))
 
 
 def feed_forward(config: ModelConfig, stream: Stream) -> FeedForward | GatedFeedForward:
-    """The one that `--swiglu` or its absence asks for."""
+    """A block's feed-forward half: gated with `--swiglu`, else plain."""
     return GatedFeedForward(config, stream) if config.swiglu else FeedForward(config, stream)

@@ -1,4 +1,4 @@
-"""How much arithmetic a micro-batch of packed proteins is, counted on the model and not on the implementation."""
+"""Counts the FLOPs of a micro-batch of packed proteins: what the model needs, whatever the implementation does."""
 
 from functools import cache
 
@@ -9,13 +9,12 @@ from megatron.model.protein_model import ProteinModel
 
 
 def model_flops(config: ModelConfig, padded_vocab_size: int, num_tokens: int, num_pairs: int, num_targets: int) -> int:
-    """Floating-point operations of one forward and backward pass over proteins of `num_tokens` tokens in all.
+    """Floating-point operations of one forward and backward pass over proteins of `num_tokens` tokens in total.
 
-    `num_pairs`: tokens that see each other, the sum of the squares of the proteins' tokens; a window leaves at most its
-    width of them to a token.
-
-    Matrix products only, a multiplication and an addition counted as two, backward as twice forward; recomputation is
-    not counted (as in the model FLOPs of Narayanan et al., 2021, arXiv 2104.04473, with each protein's own length).
+    `num_pairs`: pairs of tokens that attend to each other, the sum of the squares of the proteins' numbers of tokens;
+    an attention window leaves each token at most as many pairs as it is wide. Counted are matrix products alone, a
+    multiplication and an addition as two operations, the backward pass as two forward passes, recomputation not at all
+    (the model FLOPs of Narayanan et al., 2021, arXiv 2104.04473, with each protein's own length).
     """
     blocks, head = _multiplied(config, padded_vocab_size)
     windows = (config.window(block) for block in range(config.num_layers))
@@ -25,7 +24,7 @@ def model_flops(config: ModelConfig, padded_vocab_size: int, num_tokens: int, nu
 
 @cache
 def _multiplied(config: ModelConfig, padded_vocab_size: int) -> tuple[int, int]:
-    """Elements of the matrices that each token, and that each target is multiplied with."""
+    """The number of weights that each token is multiplied with (in the blocks), and each target (in the head)."""
     with torch.device("meta"):
         model = ProteinModel(config, PrecisionConfig(), padded_vocab_size, mask_id=0)
     in_blocks = {id(module) for module in model.transformer.modules()}

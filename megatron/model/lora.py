@@ -1,10 +1,10 @@
-"""Low-rank adapters (LoRA: Hu et al., 2021, arXiv 2106.09685) for a model as it is built, on whatever ranks it lies.
+"""Adds low-rank adapters to a model (LoRA: Hu et al., 2021, arXiv 2106.09685), in any parallel layout.
 
-    adapt(model, LoraConfig(lora_rank=8))       before data parallelism shares the model out
-    initialise(adapters_in(parameters), seed)   and its own weights from a checkpoint, by `load_model`
+    adapt(model, LoraConfig(lora_rank=8))       before data parallelism wraps the model
+    initialise(adapters_in(parameters), seed)   while `load_model` fills the other weights from a checkpoint
 
-A model is adapted as it is built, a pipeline stage like the whole, on `meta` or with values, before an optimizer or the
-copies of its weights are made.
+Adapt a model, or a pipeline stage, directly after building it, on `meta` or with values: before its optimizer and the
+compute copies of its weights are created.
 """
 
 import itertools
@@ -22,7 +22,7 @@ from megatron.model.protein_model import ProteinModel
 from megatron.parallel.tensor.adapters import Adapters, SplitLinear
 
 T = TypeVar("T")
-# Of a block's layers the parts that may be adapted, in the order of their rows.
+# For each layer of a block the parts that may be adapted, in the order of their rows.
 PARTS: Mapping[str, tuple[str, ...]] = {
     "attention.query_key_value": ("query", "key", "value"), "attention.dense": ("dense",), "mlp.gate": ("gate",),
     "mlp.dense_h_to_4h": ("dense_h_to_4h",), "mlp.dense_4h_to_h": ("dense_4h_to_h",)}
@@ -30,12 +30,12 @@ _MARK = ".adapters."
 
 
 def adapt(model: ProteinModel, config: LoraConfig) -> None:
-    """Freeze all of a model, and give its blocks' layers that are targets adapters, which are without values as yet.
+    """Freeze a model, and add adapters, without values yet, to those layers of its blocks that are targets.
 
-    They are parameters named LAYER.adapters.TARGET.a.weight [r, i] and .b.weight [o, r], trained, of the same mode,
-    device and ranks as their layer. Raises ConfigError where the model lacks a target.
+    The adapters' trained parameters are LAYER.adapters.TARGET.a.weight [r, i] and .b.weight [o, r]; they share the
+    layer's mode, device and ranks. Raises ConfigError if the model lacks a target.
     """
-    assert config.lora_rank is not None, "who adapts says the rank"
+    assert config.lora_rank is not None, "adapters need a rank"
     targets = frozenset(config.lora_targets)
     if missing := targets - {*possible_targets(model.config)}:
         raise ConfigError(f"--lora-targets has {min(missing)}, which goes with --swiglu, and the model is without; "
@@ -54,14 +54,14 @@ def adapt(model: ProteinModel, config: LoraConfig) -> None:
 
 
 def possible_targets(config: ModelConfig) -> tuple[str, ...]:
-    """The layers of such a model that may have adapters."""
+    """The targets that a model of this configuration has."""
     return tuple(target for target in LORA_TARGETS if target != "gate" or config.swiglu)
 
 
 def adapted_layers(config: ModelConfig, lora: LoraConfig) -> Iterator[tuple[str, Adapters]]:
-    """The name of each layer of such a model that has adapters, and these, without values.
+    """The name of each layer that would get adapters in a model of this configuration, and these, on `meta`.
 
-    Raises ConfigError where the model lacks a target.
+    Raises ConfigError if the model lacks a target.
     """
     with torch.device("meta"):
         built = ProteinModel(replace(config, make_vocab_size_divisible_by=1), PrecisionConfig(), 1, mask_id=0)
@@ -72,5 +72,5 @@ def adapted_layers(config: ModelConfig, lora: LoraConfig) -> Iterator[tuple[str,
 
 
 def adapters_in(tensors: Mapping[str, T]) -> dict[str, T]:
-    """Those of tensors by their names in a model that are adapters'."""
+    """The tensors whose names, those of a model's parameters, are adapters'."""
     return {name: tensor for name, tensor in tensors.items() if _MARK in name}

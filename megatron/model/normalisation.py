@@ -1,4 +1,4 @@
-"""Which normalisation, and of what. Shape: d head width."""
+"""The normalisations of a model: of the residual stream, and of each head's queries and keys. Shape: d head width."""
 
 from torch import nn
 
@@ -13,21 +13,21 @@ Norm = LayerNorm | RMSNorm
 
 
 def norm(config: ModelConfig, stream: Stream) -> Norm:
-    """A normalisation of the residual stream, as `--normalization` says."""
+    """A normalisation of the residual stream: LayerNorm or RMSNorm, as `--normalization` says."""
     kind = RMSNorm if config.normalization == "RMSNorm" else LayerNorm
     return kind(config.hidden_size, config.layernorm_epsilon, stream)
 
 
 def scaling_of(norm: Norm | None) -> Scaling | None:
-    """What a kernel needs to know of a normalisation, if there is one."""
+    """The normalisation's parameters as kernels take them; None without a normalisation."""
     return None if norm is None else norm.scaling
 
 
 class HeadNorm(nn.Module):
-    """The scales [d] by which each head's width is normalised (`megatron.kernels.pointwise.heads`).
+    """The scales [d] of each head's norm, which `megatron.kernels.pointwise.heads` applies to queries and keys.
 
-    Of queries and keys that keeps the scores from growing with the weights (Henry et al., 2020, arXiv 2010.04245;
-    Dehghani et al., 2023, arXiv 2302.05442). The heads are split over the tensor axis.
+    It keeps attention scores from growing with the weights (Henry et al., 2020, arXiv 2010.04245; Dehghani et al.,
+    2023, arXiv 2302.05442). The heads are split over the tensor axis.
     """
 
     def __init__(self, config: ModelConfig, num_heads: int, axis: Axis) -> None:

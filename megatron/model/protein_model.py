@@ -1,7 +1,7 @@
-"""The masked language model: embedding, transformer, head, and its loss; whole, or one pipeline stage of it.
+"""The masked language model: embedding, transformer, head and loss; whole, or one pipeline stage of it.
 
-Shapes: t flat tokens of the packed proteins on this context rank, u of them in the residual stream of this rank (all,
-but for sequence parallelism), m targets among them, h hidden, v vocabulary (padded) on this rank.
+Shapes: t flat tokens of the packed proteins on this context rank, u tokens of the residual stream on this rank (t, or
+fewer with sequence parallelism), m targets, h hidden, v ids of the padded vocabulary on this rank.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -22,18 +22,18 @@ from megatron.parallel.pipeline.partition import Stage, whole_model
 from megatron.parallel.tensor.layers import Matrix
 from megatron.parallel.tensor.stream import ONE_RANK_STREAM, Stream
 
-TASK_HEAD = "task_head."  # begins the names of what stands in the masked-LM head's place where there is a task
+TASK_HEAD = "task_head."  # prefix of the parameters of a task's head, which replaces the masked-LM head
 
 
 class ProteinModel(nn.Module):
     """A BERT-like model that reads many proteins in one line of tokens.
 
-    Parameters are fp32 and named as in Megatron-LM's checkpoints; activations are in the dtype of `precision`.
-    `padded_vocab_size` is that of one rank; `stream` says how layers and tokens are split over the context and tensor
-    axes. A `stage` that is not the whole model has those parameters alone that it needs, under the same names; the word
-    embedding, tied to the head, stands on the first and on the last, which are the two pipeline `ends`. `mask_id`: of
-    [MASK], which `--token-dropout` knows. `task_head` makes what stands in the head's place where there is a task: a
-    module that takes the hidden states [u, h] after the last norm, the sequence, and what `forward` has as targets.
+    Parameters are fp32 and named as in Megatron-LM's checkpoints; activations have the dtype of `precision`.
+    `padded_vocab_size`: as one tensor rank alone would pad it. `stream`: how tokens and layers are split over the
+    context and tensor axes. `stage`: one that is not the whole model has only the parameters that it needs, under the
+    same names. `ends`: the first and the last pipeline rank, which both hold the word embeddings if the head is tied.
+    `mask_id`: the id of [MASK], for `--token-dropout`. `task_head`: builds a module that replaces the head; it takes
+    the hidden states [u, h] after the last norm, the sequence, and what `forward` gets as targets.
     """
 
     def __init__(self, config: ModelConfig, precision: PrecisionConfig, padded_vocab_size: int,
@@ -62,29 +62,29 @@ class ProteinModel(nn.Module):
 
     def forward(self, sequence: PackedSequence, targets: Any,
                 message: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """What the next stage takes as `message`, of the shape that `message_shape` tells; of the last stage the loss.
+        """The `message` for the next stage, of shape `message_shape`; from the last stage the loss.
 
-        That is the summed cross entropy of the targets (nats, fp32) and how many of them are the most likely token; of
-        a model with a task whatever its head gives.
+        The loss is the summed cross entropy of the targets (nats, fp32) and the number of targets that are the most
+        likely token; with a task head, whatever that returns.
         """
         if self.stage.is_first:
             message = self.embedding(sequence)
-        assert message is not None, "a later stage takes hidden states"
+        assert message is not None, "a later stage gets a message"
         hidden_uh = self.transformer(message, sequence)
         if self.task_head is not None:
             return self.task_head(hidden_uh, sequence, targets)
         return self.loss(hidden_uh, targets) if self.stage.is_last else hidden_uh
 
     def loss(self, hidden_uh: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
-        """What the last stage gives for its hidden states after the last norm."""
+        """The loss, as `forward` returns it, from hidden states [u, h] after the last norm."""
         return self.lm_head.loss(self.stream.pick(hidden_uh, targets.positions_m), self._tied(), targets.ids_m)
 
     def hidden(self, sequence: PackedSequence) -> Tensor:
-        """Hidden states [u, h] after the last norm of a whole model, whose stream takes tokens as they are."""
+        """Hidden states [u, h] after the last norm; for a whole model, not a pipeline stage."""
         return self.transformer(self.embedding(sequence), sequence)
 
     def logits(self, hidden_mh: Tensor) -> Tensor:
-        """Logits [m, v] of hidden states."""
+        """Logits [m, v] of hidden states after the last norm."""
         return self.lm_head(hidden_mh, self._tied())
 
     def _tied(self) -> Matrix | None:
@@ -92,13 +92,14 @@ class ProteinModel(nn.Module):
         return self.embedding.word_embeddings if self.is_tied else None
 
     def message(self, num_tokens: int, device: torch.device | str, is_output: bool) -> Tensor:
-        """A tensor, without values, like what comes to this stage, or goes from it, for `num_tokens` of the stream."""
+        """An empty tensor like the message that this stage receives, or sends, for `num_tokens` tokens of the stream.
+        """
         layers = self.stage.layers
         shape = message_shape(self.config, num_tokens, layers.stop if is_output else layers.start)
         return torch.empty(shape, dtype=self.stream_dtype, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ProteinModel":
-        """What `to` and `to_empty` go through: a parameter that is replaced there stays what it is."""
+        """nn.Module's, which `to` and `to_empty` use; parameters that it replaces keep declaration and placement."""
         before = dict(self.named_parameters())
         super()._apply(fn, recurse)
         for name, parameter in self.named_parameters():
@@ -106,18 +107,18 @@ class ProteinModel(nn.Module):
         return self
 
     def matrices(self) -> Iterator[Matrix]:
-        """The layers whose weights are multiplied; where no head is tied to it, an embedding's rows are looked up."""
+        """The layers whose weights take part in matrix products; word embeddings only if a head is tied to them."""
         looked_up = None if self.stage.is_last and self.is_tied else getattr(self, "embedding", None)
         return (layer for child in self.children() if child is not looked_up for layer in child.modules()
                 if isinstance(layer, Matrix))
 
     def blocks(self) -> Iterable[nn.Module]:
-        """The transformer's blocks: the units in which parameters are shared out and gathered."""
+        """The transformer's blocks: the units that are compiled, and in which parameters are sharded and gathered."""
         return self.transformer.layers.values()
 
 
 def compute_dtype(precision: PrecisionConfig) -> torch.dtype:
-    """The dtype of activations."""
+    """The dtype of activations and matrix products: fp16, bf16 or fp32."""
     if precision.fp16:
         return torch.float16
     return torch.bfloat16 if precision.bf16 else torch.float32

@@ -1,4 +1,4 @@
-"""Hidden states between a model's blocks, as they pass. Shapes: t tokens, h hidden."""
+"""Captures the hidden states between a model's blocks. Shapes: t tokens, h hidden."""
 
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,9 +12,10 @@ from megatron.model.protein_model import ProteinModel
 
 @contextmanager
 def watched_layers(model: ProteinModel, layers: Collection[int]) -> Iterator[dict[int, Tensor]]:
-    """Within, what a whole model makes behind each of `layers` goes into the dictionary: [t, h], in its dtype.
+    """A context whose dictionary receives the hidden states [t, h] after each of `layers` when a whole model runs.
 
-    As ESM counts them: 0 is the embeddings, n the stream behind block n, and the last what the final norm gives.
+    Layers are counted as in ESM: 0 is the embeddings, n the output of the n-th block, and the last one the output of
+    the final norm. They are in the model's dtype.
     """
     states: dict[int, Tensor] = {}
     modules: list[nn.Module] = [model.embedding, *list(model.blocks())[:-1], model.transformer.final_layernorm]

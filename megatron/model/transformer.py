@@ -1,7 +1,7 @@
 """One transformer block on flat packed tokens, and the stack of them.
 
-Shapes: u tokens of the residual stream on this rank, h hidden, k tensors [u, h] that pass from block to block: the
-hidden states, with `--x0-skips` the embeddings, with `--unet-skips` the outputs that later blocks take.
+Shapes: u tokens of the residual stream on this rank, h hidden, k tensors [u, h] that are passed between stages: the
+hidden states, with `--x0-skips` the embeddings, with `--unet-skips` the outputs of blocks that later blocks add.
 """
 
 from collections.abc import Iterable, Sequence
@@ -31,13 +31,13 @@ from megatron.parallel.tensor.stream import Stream
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each a branch that is normalised and added to the residual stream.
+    """Attention and feed-forward, two branches f whose normalised outputs are added to the residual stream x.
 
     `--norm-placement` pre: x + f(norm(x)), as in Megatron-LM; post: norm(x + f(x)), as in BERT (arXiv 1810.04805);
-    both: x + norm(f(norm(x))) (Ding et al., 2021, arXiv 2105.13290). Before that, `--x0-skips`: x becomes a·x + b·e, e
-    the embeddings, a and b learned, at first 1 and 0; `--unet-skips`: x + c·y, y an earlier block's output, c at first
-    1 (both as in modded-nanogpt, the speed runs of GPT-2, 2024). The residual stream keeps the dtype in which it comes;
-    the branches compute in `dtype`.
+    both: x + norm(f(norm(x))) (Ding et al., 2021, arXiv 2105.13290). Before the branches, `--x0-skips` replaces x by
+    a·x + b·e with the embeddings e and learned a and b, initially 1 and 0; `--unet-skips` replaces it by x + c·y with
+    an earlier block's output y and learned c, initially 1 (both as in modded-nanogpt, the speed runs of GPT-2, 2024).
+    The residual stream keeps the dtype of its input; the branches compute in `dtype`.
     """
 
     def __init__(self, config: ModelConfig, number: int, num_ids: int, dtype: torch.dtype, stream: Stream) -> None:
@@ -60,7 +60,10 @@ class Block(nn.Module):
 
     def forward(self, hidden_uh: Tensor, sequence: PackedSequence, rotation: Rotation | None = None,
                 x0_uh: Tensor | None = None, skip_uh: Tensor | None = None) -> Tensor:
-        """[u, h]; `x0_uh`: the embeddings, `skip_uh`: the output of an earlier block, where these are mixed in."""
+        """The residual stream [u, h] after the block.
+
+        `x0_uh`: the embeddings, with `--x0-skips`. `skip_uh`: an earlier block's output, if this block adds one.
+        """
         dtype = hidden_uh.dtype
         if x0_uh is not None:
             hidden_uh = self.hidden_scale.to(dtype) * hidden_uh + self.x0_scale.to(dtype) * x0_uh
@@ -77,7 +80,7 @@ class Block(nn.Module):
 
     def _joined(self, hidden_uh: Tensor, normed_uh: Tensor, branch: Product, behind: Norm | None,
                 before_next: Norm | None, dropout: Dropout | None) -> tuple[Tensor, Tensor]:
-        """The stream with a branch, and what the next branch takes of it."""
+        """The residual stream with a branch added, and the normalised input of the next branch."""
         residual_uh = normed_uh if self.residual_after_layernorm else hidden_uh
         if self.placement == "both" and behind is not None:
             branch = behind(whole(branch)), None
@@ -87,15 +90,15 @@ class Block(nn.Module):
         return (normed_uh if self.placement == "post" else sum_uh), normed_uh
 
     def _normed_dtype(self, stream_dtype: torch.dtype) -> torch.dtype:
-        """Of what is normalised: the stream's where it goes on in the stream, else that of the branches."""
+        """The dtype of normalised values: the stream's if they become the stream, else that of the branches."""
         goes_on = self.placement == "post" or self.residual_after_layernorm
         return stream_dtype if goes_on else self.dtype
 
 
 class Transformer(nn.Module):
-    """The blocks of one pipeline stage, named by their numbers in the whole model, and behind the last the final norm.
+    """The blocks of one pipeline stage, named by their numbers in the whole model; on the last stage, the final norm.
 
-    After that norm (which `--norm-placement post` does without) in `dtype`.
+    With `--norm-placement post` there is no final norm. The last stage's output is in `dtype`.
     """
 
     def __init__(self, config: ModelConfig, num_ids: int, dtype: torch.dtype, stream: Stream, stage: Stage) -> None:
@@ -116,9 +119,9 @@ class Transformer(nn.Module):
         self.mask_windows = dict.fromkeys(windows) if config.attention_backend == "flex" else None
 
     def forward(self, message: Tensor, sequence: PackedSequence) -> Tensor:
-        """What the next stage takes: the hidden states [u, h], or [k, u, h] with what else passes between blocks.
+        """The message for the next stage: hidden states [u, h], or with skips [k, u, h]; from the last stage [u, h].
 
-        Of the last stage the hidden states.
+        `message`: the previous stage's, or on the first stage the embeddings [u, h].
         """
         if self.mask_windows:
             sequence = with_masks(sequence, self.mask_windows)
@@ -133,24 +136,24 @@ class Transformer(nn.Module):
         return torch.stack(passed) if len(passed) > 1 else hidden_uh
 
     def rotation(self, sequence: PackedSequence) -> Rotation | None:
-        """That of queries and keys, the same for all blocks; None where they are not turned."""
+        """The rotary rotation of queries and keys, the same for all blocks; None without rotary positions."""
         if not self.rotary_width:
             return None
         return rotation_of(sequence.positions_t, self.rotary_width, self.rotary_base, self.rotary_precision)
 
     def normed(self, hidden_uh: Tensor) -> Tensor:
-        """What the last stage gives for the hidden states behind its blocks."""
+        """The output of the last stage, from the hidden states after its blocks: the final norm's, in `dtype`."""
         return self.final_layernorm(hidden_uh).to(self.dtype)
 
     def through_blocks(self, hidden_uh: Tensor, sequence: PackedSequence, rotation: Rotation | None,
                        x0_uh: Tensor | None, skips: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The hidden states behind the blocks, and the skips that are still open there."""
+        """The hidden states after the stage's blocks, and then the open skips: outputs that later blocks will add."""
         step, blocks = self.layers_a_checkpoint, list(zip(self.layers.values(), self._sequences(sequence), strict=True))
         if step is None or not torch.is_grad_enabled():
             return _run(blocks, rotation, x0_uh, skips, hidden_uh)
         for start in range(0, len(blocks), step):
             together = blocks[start:start + step]
-            # The others pass by: what is recomputed would hold them as wholes until its backward pass is done.
+            # Only the skips that these blocks take go in: inputs of a recomputed function are kept until its backward.
             first = len(skips) - num_taken((bool(block.gives_skip), bool(block.takes_skip)) for block, _ in together)
             run = partial(_run, together, rotation, x0_uh, skips[first:])
             hidden_uh, *given = recomputed(run, hidden_uh, kept_over=self.kept_over)
@@ -158,10 +161,10 @@ class Transformer(nn.Module):
         return hidden_uh, *skips
 
     def _sequences(self, sequence: PackedSequence) -> Sequence[PackedSequence]:
-        """As each block takes it: with a seed of its own."""
+        """For each block the sequence with a dropout seed of its own."""
         if sequence.seed is None:
             return [sequence] * len(self.layers)
-        first = self.stage.layers.start + 1  # the micro-batch's own is that of the embeddings
+        first = self.stage.layers.start + 1  # the embeddings use the micro-batch's own seed
         seeds = sequence.seed + torch.arange(first, first + len(self.layers), device=sequence.seed.device)
         return [replace(sequence, seed=seed) for seed in seeds.unbind()]
 
@@ -178,37 +181,37 @@ def _run(blocks: Iterable[tuple[nn.Module, PackedSequence]], rotation: Rotation 
 
 
 def skips_of(config: ModelConfig, number: int) -> tuple[bool, bool]:
-    """Whether block `number` gives its output to a later block, and whether it takes that of an earlier one.
+    """Whether a later block adds the output of block `number`, and whether this block adds an earlier one's.
 
-    As in a U-net (Ronneberger et al., 2015, arXiv 1505.04597): the block as far from the end as the other from the
-    start.
+    As in a U-Net (Ronneberger et al., 2015, arXiv 1505.04597): the n-th block from the end adds the output of the n-th
+    block from the start.
     """
     half = config.num_layers // 2
     return config.unet_skips and number < half, config.unet_skips and number >= config.num_layers - half
 
 
 def num_taken(blocks: Iterable[tuple[bool, bool]]) -> int:
-    """How many of the skips that are open before these blocks they take; of each block, what `skips_of` tells."""
+    """How many of the skips that are open before some consecutive blocks these take; `blocks`: `skips_of` each."""
     more = (gives - takes for gives, takes in blocks)
     return -min(accumulate(more, initial=0))
 
 
 def message_shape(config: ModelConfig, num_tokens: int, next_block: int) -> tuple[int, ...]:
-    """The shape of what `Transformer` takes that begins with block `next_block`, for `num_tokens` of the stream."""
+    """The shape of the message to the stage that begins with block `next_block`, for `num_tokens` of the stream."""
     num_tensors, shape = num_passing(config, next_block), (num_tokens, config.hidden_size)
     return (num_tensors, *shape) if num_tensors > 1 else shape
 
 
 def num_passing(config: ModelConfig, next_block: int) -> int:
-    """How many tensors pass from the block before `next_block` to that one."""
+    """The number k of tensors in the message to a stage that begins with block `next_block`."""
     return 1 + config.x0_skips + open_skips(config, next_block)
 
 
 def open_skips(config: ModelConfig, next_block: int) -> int:
-    """How many outputs of blocks before `next_block` wait for that one or a later one; the last is taken first."""
+    """How many outputs of blocks before `next_block` are added by that or a later block; the latest is added first."""
     return min(next_block, config.num_layers // 2, config.num_layers - next_block) if config.unet_skips else 0
 
 
 def kind_of(config: ModelConfig, number: int) -> tuple[object, ...]:
-    """All that makes blocks of one model differ: two of the same kind have the same parameters and operations."""
+    """Everything in which blocks of one model differ; blocks of equal kinds have the same parameters and operations."""
     return config.window(number), *skips_of(config, number)
