@@ -133,14 +133,14 @@ def _check_schedule(config: Config, num_ranks: int) -> None:
     parallel, training = config.parallel, config.training
     size = parallel.pipeline_model_parallel_size
     if parallel.pipeline_schedule == "zero-bubble":
-        puts_off = "puts weights' gradients off past the backward pass in which"
+        defers = "defers weight gradients past the backward pass in which"
         wrong = [(size == 1, f"fills the gaps of a pipeline, and {_PIPELINE} is 1"),
                  (parallel.num_layers_per_virtual_pipeline_stage is not None,
                   f"has one stage a rank, and {_VIRTUAL} asks for several"),
                  (parallel.data_parallel_sharding != "none",
-                  f"{puts_off} --data-parallel-sharding {parallel.data_parallel_sharding} would sum them"),
-                 (parallel.DDP_impl == "torch", f"{puts_off} --DDP-impl torch would sum them"),
-                 (training.compile, f"{puts_off} a block of --compile computes them")]
+                  f"{defers} --data-parallel-sharding {parallel.data_parallel_sharding} would sum them"),
+                 (parallel.DDP_impl == "torch", f"{defers} --DDP-impl torch would sum them"),
+                 (training.compile, f"{defers} a block of --compile computes them")]
         for is_wrong, why in wrong:
             if is_wrong:
                 raise ConfigError(f"--pipeline-schedule zero-bubble {why}; leave one of the two out")

@@ -68,9 +68,9 @@ class Evaluations:
         run = self._run
         if self._was_complete and not run.is_other_evaluated and self._events.is_other(split, digest):
             run.is_other_evaluated = True
-            run.log.line(f"note: the run is complete, and its {loss_name(split)} is of other data (--data-path, "
-                         "--split, --seq-length or --eval-iters was another), or does not say of what: what follows is "
-                         "told here alone, and its own metrics, best and report stay as they are")
+            run.log.line(f"note: the run is complete, and its {loss_name(split)} was measured on other data "
+                         "(--data-path, --split, --seq-length or --eval-iters differed), or does not say on which: the "
+                         "results below are only printed, and its own metrics, best and report stay as they are")
 
 
 def num_rows_evaluated(run: Run, dataset: Dataset) -> int:

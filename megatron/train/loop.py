@@ -144,7 +144,7 @@ class Training:
         state, training = self._run.state, self._run.config.training
         flag, end, done = (("--train-iters", training.train_iters, state.iteration) if training.train_iters else
                            ("--train-samples", training.train_samples, state.consumed_samples))
-        return f": it had {done} behind it, and {flag} is {end}" if end is not None and done > end else ""
+        return f": {done} are done, and {flag} is {end}" if end is not None and done > end else ""
 
     def _where_stopped(self) -> str:
         iteration, folder = self._run.state.iteration, self._run.config.checkpoint.save

@@ -45,8 +45,8 @@ def train_to_its_end(config: Config, mesh: Mesh, log: Log, requests: StopRequest
                 is_progress = last > farthest or found.is_again  # steps that go wrong twice alike are no device's fault
                 farthest, num_in_vain = max(farthest, last), 0 if is_progress else num_in_vain + 1
                 if not found.is_again and num_in_vain > config.guards.most_spikes:
-                    raise DivergedError(f"steps up to {farthest} went wrong {num_in_vain + 1} times, each time others "
-                                        f"than before, so a device or its memory fails; {HELP}") from None
+                    raise DivergedError(f"steps up to {farthest} went wrong {num_in_vain + 1} times, different ones "
+                                        f"each time, so a device or its memory fails; {HELP}") from None
                 left_out, num_rewinds = _left_out(run, found)
                 suspect = None if found.is_again else found.window
             config = _from_last_checkpoint(run)
@@ -70,7 +70,7 @@ def _left_out(run: Run, found: RewindError) -> tuple[tuple[tuple[int, int], ...]
         raise DivergedError(f"{steps} went wrong twice{where}; the run has left out rows {most} times, as often as "
                             f"--most-spikes allows; {HELP}")
     first, last = run.state.sample_at(window.rows.start), run.state.sample_at(window.rows.stop - 1)
-    run.log.line(f"{steps} went wrong twice, so it is the data, or the course{where}; going back to the last "
+    run.log.line(f"{steps} went wrong twice, so the data or the settings are the cause{where}; going back to the last "
                  f"checkpoint and leaving them out, {state.num_rewinds + 1} of {most} times")
     return (*state.left_out, (first, last + 1)), state.num_rewinds + 1
 

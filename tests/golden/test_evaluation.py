@@ -126,7 +126,7 @@ def test_a_complete_run_that_is_evaluated_on_other_data_keeps_its_own_results(co
     for flags in (other, [*own, "--split", "80,17,3"], [*own, "--eval-iters", "1"]):
         assert main(flags) == 0
         said = capsys.readouterr().out
-        assert "note: the run is complete, and its validation loss is of other data" in said
+        assert "note: the run is complete, and its validation loss was measured on other data" in said
         assert ("including those that --eval-iters leaves out" in said) == (flags[-1] == "1")
         assert "  validation loss     " in said and "report.html" not in said and "metrics.jsonl" not in said
         assert [(tmp_path / name).read_bytes() for name in names] == before

@@ -39,7 +39,7 @@ def test_a_run_goes_on_in_its_precision_whatever_is_faster_now(corpus, tmp_path,
     capsys.readouterr()
     speeds(2e9, 1e9)
     assert train(corpus, tmp_path / "parts", *flags) == 0
-    assert "precision: bf16; as the run has it that this one goes on with" in capsys.readouterr().out
+    assert "precision: bf16; as in the run that is resumed" in capsys.readouterr().out
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 

@@ -79,7 +79,7 @@ def test_a_run_in_samples_ends_there_after_another_global_batch(run, before, aft
     run(*flags, before, "--exit-interval", 16 // before)
     run(*flags, after)
     assert consumed(run.folder) == end
-    assert run.notes() == [f"note: --global-batch-size is {after}, it was {before} before: it holds from here on"]
+    assert run.notes() == [f"note: --global-batch-size is {after}, it was {before} before: it applies from here on"]
     assert "training is complete" in "".join(run(*flags, after).lines)
 
 
@@ -105,7 +105,7 @@ def test_another_micro_batch_is_said_where_there_is_dropout(run):
     flags = ["--train-iters", 4, "--global-batch-size", 4, "--hidden-dropout", 0.1, "--micro-batch-size"]
     run(*flags, 2, "--exit-interval", 2)
     run(*flags, 4)
-    assert run.notes() == ["note: --micro-batch-size is 4, it was 2 before: dropout takes others"]
+    assert run.notes() == ["note: --micro-batch-size is 4, it was 2 before: dropout masks differ"]
 
 
 def test_nothing_is_said_of_a_run_that_goes_on_as_it_was(begun):
@@ -156,12 +156,12 @@ def test_a_checkpoint_that_names_neither_its_batch_nor_its_data_is_not_said_to_h
     begun.corpus = "corpus"
     assert begun("--train-iters", 8, "--exit-interval", 5).notes() == []
     begun("--train-iters", 8, "--global-batch-size", 4, "--override-lr-scheduler")
-    assert begun.notes()[0] == "note: --global-batch-size is 4, it was 2 before: it holds from here on"
+    assert begun.notes()[0] == "note: --global-batch-size is 4, it was 2 before: it applies from here on"
 
 
 def test_a_run_that_is_past_the_end_of_its_flags_says_so(begun):
     [line] = [line for line in begun("--train-iters", 3, "--override-lr-scheduler").lines if "complete" in line]
-    assert line == "training is complete at iteration 4: it had 4 behind it, and --train-iters is 3"
+    assert line == "training is complete at iteration 4: 4 are done, and --train-iters is 3"
 
 
 def test_data_that_were_moved_are_the_same_and_others_in_their_place_are_not(begun, tmp_path):
@@ -172,9 +172,9 @@ def test_data_that_were_moved_are_the_same_and_others_in_their_place_are_not(beg
     data = open_indexed(begun.corpus)
     write_indexed(Path(begun.corpus), [np.array(data[index][::-1]) for index in range(len(data))])
     [note] = begun("--train-iters", 8, "--exit-interval", 6).notes()
-    assert note == "note: the files behind --data-path are not those of before: the samples to come are others"
+    assert note == "note: the files behind --data-path are not those of before: later samples differ"
     [note] = begun("--train-iters", 8, "--split", "80,10,10", "--exit-interval", 7).notes()
-    assert note == "note: --split is 80,10,10, it was 90,7,3 before: the samples to come are others"
+    assert note == "note: --split is 80,10,10, it was 90,7,3 before: later samples differ"
 
 
 def test_other_clusters_in_the_same_file_are_said(run, tmp_path):
@@ -185,7 +185,7 @@ def test_other_clusters_in_the_same_file_are_said(run, tmp_path):
     assert run(*flags, 5).notes() == []
     clusters.write_text("0\t0\n0\t2\n")
     assert run(*flags, 6).notes() == [
-        "note: the clusters of --cluster-file are not those of before: the samples to come are others"]
+        "note: the clusters of --cluster-file are not those of before: later samples differ"]
 
 
 def test_state_of_another_optimizer_is_refused_or_left(begun):
@@ -338,8 +338,8 @@ def test_a_run_is_prolonged_from_before_its_decay_to_what_a_longer_one_is(run, t
         "after 16; go on from a checkpoint before it" in within
     (run.folder / "latest_checkpointed_iteration.txt").write_text("4")
     run(*WSD, "--train-iters", 10)
-    assert ("note: the course of the learning rate ends after 20 samples, and was to end after 12: the 8 that are "
-            "behind the run are the same in both") in run.notes()
+    assert ("note: the learning rate schedule ends after 20 samples, before it was 12: for the 8 consumed so far the "
+            "two are the same") in run.notes()
     prolonged, run.folder = run.folder, tmp_path / "long"
     run(*WSD, "--train-iters", 10)
     for kind in ("loss", "learning_rate"):

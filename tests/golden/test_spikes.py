@@ -160,7 +160,7 @@ def test_steps_that_go_wrong_elsewhere_each_time_end_the_run(monkeypatch):
         guards=GuardsConfig(on_spike="rewind"), checkpoint=CheckpointConfig(save="nowhere")))
     monkeypatch.setattr(rewinding, "train", trained)
     monkeypatch.setattr(rewinding, "build", lambda *_: run)
-    with pytest.raises(DivergedError, match="steps up to 5 went wrong 5 times, each time others than before"):
+    with pytest.raises(DivergedError, match="steps up to 5 went wrong 5 times, different ones each time"):
         rewinding.train_to_its_end(run.config, Mesh(), run.log, None, None, None)
     assert [*first] == [1]
 

@@ -82,7 +82,7 @@ def test_tensor_ranks_are_neighbours():
     ("--pipeline-model-parallel-size 2 --pipeline-schedule zero-bubble --num-layers-per-virtual-pipeline-stage 1", 2,
      "has one stage a rank, and --num-layers-per-virtual-pipeline-stage asks for several; leave one of the two out"),
     ("--pipeline-model-parallel-size 2 --pipeline-schedule zero-bubble --use-distributed-optimizer", 2,
-     "puts weights' gradients off past the backward pass in which --data-parallel-sharding optimizer would sum them"),
+     "defers weight gradients past the backward pass in which --data-parallel-sharding optimizer would sum them"),
     ("--pipeline-model-parallel-size 2 --pipeline-schedule zero-bubble --compile", 2,
      "a block of --compile computes them; leave one of the two out"),
     ("--pipeline-model-parallel-size 2 --pipeline-schedule zero-bubble --DDP-impl torch", 2, "--DDP-impl torch "

@@ -64,9 +64,8 @@ def _check(schedule: Schedule, checkpoint: Checkpoint, fraction: float | None, b
     if schedule.differs_in_its_end(saved):
         if done <= min(schedule.open_until, saved.open_until):
             if schedule.lr_decay_style != "constant":
-                log.line(f"note: the course of the learning rate ends after {schedule.decay_samples:,.0f} samples, and "
-                         f"was to end after {saved.decay_samples:,.0f}: the {done:,} that are behind the run are the "
-                         "same in both")
+                log.line(f"note: the learning rate schedule ends after {schedule.decay_samples:,.0f} samples, before "
+                         f"it was {saved.decay_samples:,.0f}: for the {done:,} consumed so far the two are the same")
             return
         if saved.lr_decay_style == "WSD" and done > saved.open_until:
             raise CheckpointError(

@@ -25,7 +25,7 @@ def with_precision_chosen(config: Config, saved: Mapping[str, Any] | None, mesh:
         return config
     if saved is not None and {"fp16", "bf16"} <= saved.keys():
         chosen = {name: bool(saved[name]) for name in ("fp16", "bf16")}
-        why = "as the run has it that this one goes on with"
+        why = "as in the run that is resumed"
     else:
         is_bf16, gain = _measured(config, mesh)
         chosen, why = {"bf16": is_bf16}, f"this device multiplies {gain:.2f} times as fast in bf16 as in fp32"
@@ -36,7 +36,7 @@ def with_precision_chosen(config: Config, saved: Mapping[str, Any] | None, mesh:
 
 
 def set_tf32(config: Config, mesh: Mesh) -> None:
-    """Let fp32 products be in TF32 where `--tf32` asks for it; raises ConfigError where no GPU here has it."""
+    """Compute fp32 products in TF32 if `--tf32` asks for it; raises ConfigError without a GPU that has it."""
     if not config.precision.tf32:
         return
     if mesh.device.type != "cuda" or torch.cuda.get_device_capability(mesh.device) < (8, 0):

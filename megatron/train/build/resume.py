@@ -117,16 +117,16 @@ def differences(config: Config, facts: Mapping[str, Any], saved: Mapping[str, An
     for item, value, before in _changed(config, now, then, "samples"):
         if not (item.name == "data_path" and is_same_data):  # the same files in another place
             unless = "" if is_known or item.name != "data_path" else ", unless the files are the same"
-            lines.append(f"note: {flag_name(item)} is {value}, it was {before} before: the samples to come are others"
+            lines.append(f"note: {flag_name(item)} is {value}, it was {before} before: later samples differ"
                          f"{unless}")
     if now["data_path"] == then.get("data_path") and not is_same_data:
-        lines.append("note: the files behind --data-path are not those of before: the samples to come are others")
+        lines.append("note: the files behind --data-path are not those of before: later samples differ")
     if not lines and facts["clusters"] != saved.get("clusters", facts["clusters"]):
-        lines.append("note: the clusters of --cluster-file are not those of before: the samples to come are others")
+        lines.append("note: the clusters of --cluster-file are not those of before: later samples differ")
     rows, rows_before = (values.get("micro_batch_size", now["micro_batch_size"]) for values in (now, then))
     if rows != rows_before and (config.model.attention_dropout or config.model.hidden_dropout):
-        lines.append(f"note: --micro-batch-size is {rows}, it was {rows_before} before: dropout takes others")
-    lines += [f"note: {flag_name(item)} is {value}, it was {before} before: it holds from here on"
+        lines.append(f"note: --micro-batch-size is {rows}, it was {rows_before} before: dropout masks differ")
+    lines += [f"note: {flag_name(item)} is {value}, it was {before} before: it applies from here on"
               for kind in ("course", "dropout") for item, value, before in _changed(config, now, then, kind)]
     return lines
 

@@ -101,7 +101,7 @@ class Guard:
 
     def _act(self, wrong: dict[int, StepSums], last: int, course: Tensor) -> None:
         run, (first, step) = self._run, next(iter(wrong.items()))
-        others = f", and {len(wrong) - 1} of the {last - first} behind it" if len(wrong) > 1 else ""
+        others = f", and {len(wrong) - 1} of the {last - first} after it" if len(wrong) > 1 else ""
         text = f"note: step {first} went wrong{others}: {_in_words(step, course)}"
         if self._config.on_spike == "rewind":
             rows = range(self._rows[first].start, self._rows[last].stop)

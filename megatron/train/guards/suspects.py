@@ -28,5 +28,5 @@ def write_suspects(run: Run, step: int, rows: range) -> str:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, "".join(f"{line}\n" for line in lines))
         except OSError as error:
-            return f"{said}; whose proteins those are could not be written to {path} ({error.strerror or error})"
+            return f"{said}; their proteins could not be written to {path} ({error.strerror or error})"
     return f"{said}, whose proteins are in {path}"
