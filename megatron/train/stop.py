@@ -44,7 +44,7 @@ class StopRequests:
 
 
 def interruption(save: str | None) -> str:
-    """What a run that saves into `save` says when a second Ctrl-C has ended it: what is lost of it."""
+    """The line to print when a second Ctrl-C has ended a run that saves into `save`: it says what is lost."""
     if save is None:
         return "interrupted by a second Ctrl-C; without --save nothing of this run is kept"
     places = iterations(Path(save))

@@ -144,7 +144,7 @@ def are_running(context: SubprocessContext) -> bool:
 
 
 def ask_to_stop(context: SubprocessContext, asked: set[int], number: int = signal.SIGTERM) -> set[int]:
-    """Sends a signal to the ranks on this host that handle SIGTERM and are not among `asked`; returns their local ranks.
+    """Sends a signal to the ranks on this host that handle SIGTERM and are not among `asked`; returns these ranks.
 
     A rank that does not handle it yet, or no longer as it has saved and is about to end, would die of it.
     """
