@@ -39,7 +39,7 @@ def gradients_of_two_steps(mesh: Mesh, config: ParallelConfig) -> list[dict[str,
             loss = parallel.forward(0, rows[index]).square().sum()
             parallel.before_backward(0, is_last=index == mine[-1])
             loss.backward()
-        parallel.finish()
+        parallel.reduce_gradients()
         gradients = {name: parameter.grad for name, parameter in parallel.parameters.items()
                      if parameter.grad is not None}
         steps.append({**wholes(gradients, parallel.parameters),
@@ -60,7 +60,7 @@ def is_freed(mesh: Mesh, config: ParallelConfig) -> bool:
     weights += map(weakref.ref, parallel.parameters.values())
     parallel.before_backward(0, is_last=True)
     parallel.forward(0, torch.ones(2, 5)).sum().backward()
-    parallel.finish()
+    parallel.reduce_gradients()
     del model, parallel
     gc.collect()
     return not any(weight() is not None for weight in weights)

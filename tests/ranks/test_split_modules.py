@@ -58,7 +58,7 @@ def normal(*shape, seed=0):
 
 def gradients(module):
     """The wholes of all gradients of a module, with those summed that each rank has a part of."""
-    DataParallel([module], Mesh()).finish()
+    DataParallel([module], Mesh()).reduce_gradients()
     named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     return wholes({name: parameter.grad for name, parameter in named.items()}, named)
 

@@ -42,7 +42,7 @@ class DataParallel:
         """Call before each backward pass of a stage; `is_last`: it is the step's last, which completes the gradients.
         """
 
-    def finish(self) -> None:
+    def reduce_gradients(self) -> None:
         """Sum the gradients over the ranks; call after the step's last backward pass."""
         sum_partial(self.parameters, self._replicas)
 
@@ -76,7 +76,7 @@ class Overlapped(DataParallel):
             self._summed[stage].require_backward_grad_sync = True
             self._summed[stage].reducer.prepare_for_backward([])
 
-    def finish(self) -> None:
+    def reduce_gradients(self) -> None:
         """Wait for the all-reduces, and sum what DistributedDataParallel does not."""
         self._buckets.arrived()
         sum_partial(self.parameters)

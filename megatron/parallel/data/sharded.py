@@ -64,7 +64,7 @@ class Sharded(DataParallel):
         module.set_requires_all_reduce(is_last)
         module.set_reshard_after_backward(is_last or self._sharding == "parameters")
 
-    def finish(self) -> None:
+    def reduce_gradients(self) -> None:
         """Give each shard's gradient to the parameter that the optimizer steps, and sum what FSDP2 does not."""
         for source, share in self._sources:
             assert isinstance(source.grad, DTensor), "every parameter that is trained takes part in the loss"

@@ -62,7 +62,7 @@ class TrainStep:
         engine = self._engine
         passes = TrainPasses(engine, batches, num_targets, self._meters, self._waiting)
         engine.pipeline.train(passes, len(batches))
-        engine.model.finish()
+        engine.model.reduce_gradients()
         if self._judge is None:
             return engine.update(learning_rate)
         return engine.update(learning_rate, partial(self._judge.is_normal, self._meters.loss_of_step()))
@@ -75,7 +75,7 @@ class TrainStep:
             loss_share, num_correct = self._graph.micro_batch(batch)
             if self._engine.mesh.tensor.rank == 0:  # all tensor ranks have the same loss
                 self._meters.add_loss(loss_share, num_correct)
-        self._engine.model.finish()
+        self._engine.model.reduce_gradients()
         return self._graph.update(learning_rate)
 
     def _count(self, batches: Sequence[Batch]) -> None:
