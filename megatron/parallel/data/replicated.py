@@ -46,7 +46,7 @@ class DataParallel:
         """Sum the gradients over the ranks; call after the step's last backward pass."""
         sum_partial(self.parameters, self._replicas)
 
-    def drop_gathered(self) -> None:
+    def reshard(self) -> None:
         """Free gathered parameters; call when `parameters` were changed, so that the next pass gathers them anew."""
 
 

@@ -72,7 +72,7 @@ class Sharded(DataParallel):
             source.grad = None
         sum_partial(self.parameters)
 
-    def drop_gathered(self) -> None:
+    def reshard(self) -> None:
         """Free the gathered parameters: the next pass gathers the shards anew."""
         for module in (module for stage in self._stages for module in stage.modules()):
             if isinstance(module, FSDPModule):

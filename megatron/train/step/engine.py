@@ -89,7 +89,7 @@ class Engine:
 
     def take_up_weights(self) -> None:
         """Make forward passes use the parameters' present values, after something other than `update` changed them."""
-        self.model.drop_gathered()
+        self.model.reshard()
         self.copies.refresh()
 
 
