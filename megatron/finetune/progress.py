@@ -84,7 +84,7 @@ class Unfinished:
         engine.optimizer.load_state(load_optimizer(trained, checkpoint))
         engine.loss_scale.load_state(checkpoint.state["loss_scale"])
         engine.amaxes.load_state(checkpoint.state["fp8_amaxes"])
-        engine.take_up_weights()
+        engine.refresh_compute_weights()
         meters.load_state(checkpoint.state["meters"])
         best = self.copied() if progress.best_at else {}
         if progress.best_at != progress.iteration:
@@ -101,7 +101,7 @@ class Unfinished:
         """Load weights that `copied` returned."""
         for name, weight in weights.items():
             self._engine.model.parameters[name].copy_(weight)
-        self._engine.take_up_weights()
+        self._engine.refresh_compute_weights()
 
     def save(self, progress: Progress, best: Mapping[str, Tensor], meters: Meters) -> None:
         """Write a checkpoint; raises CheckpointError if the disk refuses."""

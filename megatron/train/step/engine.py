@@ -71,10 +71,10 @@ class Engine:
         assert self.average is not None
         try:
             with self.average.in_place():
-                self.take_up_weights()
+                self.refresh_compute_weights()
                 yield
         finally:
-            self.take_up_weights()
+            self.refresh_compute_weights()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -87,7 +87,7 @@ class Engine:
             for stage in self.stages:
                 stage.train()
 
-    def take_up_weights(self) -> None:
+    def refresh_compute_weights(self) -> None:
         """Make forward passes use the parameters' present values, after something other than `update` changed them."""
         self.model.reshard()
         self.copies.refresh()
