@@ -32,7 +32,7 @@ def three_steps(precision, casts_at_every_use):
     if casts_at_every_use:
         for layer in matrices:
             layer.copy = layer.bias_copy = None
-        engine.copies._layers.clear()
+        engine.compute_copies._layers.clear()
     meters = Meters(engine.mesh.world, engine.mesh.device)
     step = TrainStep(engine, meters)
     for number in range(3):

@@ -38,7 +38,7 @@ class Engine:
     pipeline: Pipeline
     optimizer: Optimizer
     average: WeightAverage | None  # with --ema
-    copies: ComputeCopies  # of weights, in the compute dtype
+    compute_copies: ComputeCopies  # of weights, in the compute dtype
     amaxes: AmaxHistory  # of FP8 with delayed scaling
     loss_scale: LossScale
     is_compiled: bool  # blocks run under torch.compile
@@ -62,7 +62,7 @@ class Engine:
         outcome = self.optimizer.step(learning_rate, self.loss_scale, is_normal)
         if self.average is not None:
             self.average.update(outcome.is_taken)
-        self.copies.refresh()
+        self.compute_copies.refresh()
         return outcome
 
     @contextmanager
@@ -90,7 +90,7 @@ class Engine:
     def refresh_compute_weights(self) -> None:
         """Make forward passes use the parameters' present values, after something other than `update` changed them."""
         self.model.reshard()
-        self.copies.refresh()
+        self.compute_copies.refresh()
 
 
 Fill = Callable[[Mapping[str, nn.Parameter]], None]
