@@ -26,7 +26,7 @@ from megatron.parallel.launch.environment import Launch, check_launch, launched
 from megatron.parallel.launch.failure import interrupted, refused, report
 from megatron.parallel.launch.leaving import leave
 from megatron.parallel.layout import check_layout
-from megatron.parallel.mesh import grid_sizes, joined
+from megatron.parallel.mesh import grid_sizes, open_mesh
 from megatron.train.build.configuration import keep_configuration, write_configuration
 from megatron.train.rewinding import train_to_its_end
 from megatron.train.state import BatchSizes
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
 
             print(dry_run(config))
             return 0
-        with joined(config.parallel, launch) as mesh:
+        with open_mesh(config.parallel, launch) as mesh:
             log = Log(is_speaker=mesh.world.rank == 0)
             log.line(listing(config, resolved.given.always_so))
             if (said := notice(taken)) is not None:

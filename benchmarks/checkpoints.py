@@ -27,7 +27,7 @@ from megatron.data.corpus.vocab import Vocab  # noqa: E402
 from megatron.log import Log  # noqa: E402
 from megatron.parallel.collectives import all_reduce_sum  # noqa: E402
 from megatron.parallel.launch.environment import launched  # noqa: E402
-from megatron.parallel.mesh import joined  # noqa: E402
+from megatron.parallel.mesh import open_mesh  # noqa: E402
 from megatron.train.step.engine import Engine, build_engine  # noqa: E402
 
 
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     options, flags = parser.parse_known_args(argv)
     config, _ = parse(["--preset", "proteinlm-200m", *flags])
-    with joined(config.parallel, launched()) as mesh:
+    with open_mesh(config.parallel, launched()) as mesh:
         log = Log(is_speaker=mesh.world.rank == 0)
         engine = build_engine(config, mesh, Vocab.from_file().padded_size(config.model))
         give_moments(engine)

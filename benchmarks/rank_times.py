@@ -18,7 +18,7 @@ from benchmarks.training import SMALL, full_rows  # noqa: E402
 from megatron.config.command_line import parse  # noqa: E402
 from megatron.parallel.launch.environment import launched  # noqa: E402
 from megatron.parallel.launch.leaving import leave  # noqa: E402
-from megatron.parallel.mesh import joined  # noqa: E402
+from megatron.parallel.mesh import open_mesh  # noqa: E402
 from megatron.plan.rank import padded_vocab_size  # noqa: E402
 from megatron.train.step.engine import build_engine  # noqa: E402
 from megatron.train.step.meters import Meters  # noqa: E402
@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=200)
     options, flags = parser.parse_known_args()
     config, _ = parse(["--preset", "tape", *SMALL, "--no-bf16", "--micro-batch-size", "1", *flags])
-    with joined(config.parallel, launched()) as mesh:
+    with open_mesh(config.parallel, launched()) as mesh:
         assert mesh.waits is not None, "several ranks are needed"
         meters = Meters(mesh.world, mesh.device, mesh.waits)
         step = TrainStep(build_engine(config, mesh, padded_vocab_size(config), mask_id=5), meters)

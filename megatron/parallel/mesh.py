@@ -69,7 +69,7 @@ class Mesh:
 
 
 @contextmanager
-def joined(config: ParallelConfig, launch: Launch) -> Iterator[Mesh]:
+def open_mesh(config: ParallelConfig, launch: Launch) -> Iterator[Mesh]:
     """A context with the mesh: joins the process group, and destroys it at the end.
 
     The layout fits the number of ranks (`megatron.parallel.layout` checks that).

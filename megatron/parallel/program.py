@@ -9,7 +9,7 @@ from megatron.files import NO_ROOM
 from megatron.log import STOPPED, Log, take_any_text
 from megatron.parallel.launch.environment import Launch, check_launch, launched
 from megatron.parallel.launch.failure import refused, report
-from megatron.parallel.mesh import Mesh, joined
+from megatron.parallel.mesh import Mesh, open_mesh
 
 
 def status_of(prepare: Callable[[Launch], tuple[ParallelConfig, Callable[[Mesh, Log], None]]]) -> int:
@@ -27,7 +27,7 @@ def status_of(prepare: Callable[[Launch], tuple[ParallelConfig, Callable[[Mesh, 
     except (UserError, OSError) as error:
         return refused(error, launch)
     try:
-        with joined(parallel, launch) as mesh:
+        with open_mesh(parallel, launch) as mesh:
             work(mesh, Log(is_speaker=mesh.world.rank == 0))
     except KeyboardInterrupt:
         if launch.speaks():
