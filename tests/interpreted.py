@@ -26,7 +26,7 @@ from megatron.kernels.pointwise.convolution import convolved, convolved_referenc
 from megatron.kernels.pointwise.heads import HeadScaling, normed_queries_and_keys, prepared_heads
 from megatron.kernels.pointwise.residual_norm import (
     Scaling,
-    joined,
+    add_branch,
     normalised,
     normalised_reference,
 )
@@ -95,7 +95,7 @@ def check_join(num_rows: int, width: int, stream: torch.dtype, branch: torch.dty
         return [total, normalised_reference(total, scaling_of(scale))] if scale else [total]
 
     scaling = scaling_of(scale) if kind else None
-    outputs = joined(inputs[0], (inputs[1], inputs[2] if has_bias else None), dropout(rate), scaling, branch)
+    outputs = add_branch(inputs[0], (inputs[1], inputs[2] if has_bias else None), dropout(rate), scaling, branch)
     assert outputs[0].dtype == torch.promote_types(stream, branch) and (not kind or outputs[1].dtype == branch)
     compare(outputs[:1 + (kind != "")], inputs, exact)
 
@@ -126,9 +126,10 @@ def check_no_rows() -> None:
     """There is nothing, and gradients of vectors are 0."""
     inputs = [random(0, 20), random(0, 20), random(20), random(20), random(20)]
     for scale in ([], inputs[3:]):
-        outputs = joined(inputs[0], (inputs[1], inputs[2]), dropout(0.3), scaling_of(scale) if scale else None, FP32)
+        outputs = add_branch(inputs[0], (inputs[1], inputs[2]), dropout(0.3), scaling_of(scale) if scale else None,
+                             FP32)
         torch.autograd.grad([outputs[-1].sum()], inputs[:3 + len(scale)])
-    without_bias = joined(inputs[0], (inputs[1], None), dropout(0.3), None, FP32)
+    without_bias = add_branch(inputs[0], (inputs[1], None), dropout(0.3), None, FP32)
     torch.autograd.grad([without_bias[0].sum()], inputs[:2])
 
 
@@ -223,12 +224,12 @@ def check_overwriting() -> None:
 def check_mask(num_rows: int, width: int, rate: float) -> None:
     """The numbers of an independent Philox, in both directions, and their rate."""
     branch, expected = torch.ones(num_rows, width, requires_grad=True), expected_mask(num_rows, width, rate)
-    out = joined(torch.zeros(num_rows, width), (branch, None), dropout(rate), None, FP32)[0]
+    out = add_branch(torch.zeros(num_rows, width), (branch, None), dropout(rate), None, FP32)[0]
     gradient, = torch.autograd.grad(out, branch, torch.ones_like(out))
     assert torch.equal(out > 0, expected) and torch.equal(gradient, out)
     share = 1 - expected.float().mean().item()
     assert abs(share - rate) < 5 * (rate * (1 - rate) / expected.numel())**0.5
-    other = joined(torch.zeros(num_rows, width), (branch, None), dropout(rate, SEED + 1), None, FP32)[0]
+    other = add_branch(torch.zeros(num_rows, width), (branch, None), dropout(rate, SEED + 1), None, FP32)[0]
     assert not torch.equal(out, other)
 
 

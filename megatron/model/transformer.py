@@ -44,10 +44,10 @@ class Block(nn.Module):
         super().__init__()
         self.placement = config.norm_placement
         before = partial(norm, config, stream) if self.placement != "post" else lambda: None
-        behind = partial(norm, config, stream) if self.placement != "pre" else lambda: None
-        self.input_layernorm, self.attention_output_layernorm = before(), behind()
+        after = partial(norm, config, stream) if self.placement != "pre" else lambda: None
+        self.input_layernorm, self.attention_output_layernorm = before(), after()
         self.attention = Attention(config, number, num_ids, stream)
-        self.post_attention_layernorm, self.mlp_output_layernorm = before(), behind()
+        self.post_attention_layernorm, self.mlp_output_layernorm = before(), after()
         self.mlp = feed_forward(config, stream)
         self.stream, self.dropout, self.dtype = stream, config.hidden_dropout, dtype
         self.residual_after_layernorm = config.apply_residual_connection_post_layernorm
@@ -71,22 +71,22 @@ class Block(nn.Module):
             hidden_uh = hidden_uh + self.skip_scale.to(dtype) * skip_uh
         hidden_uh, normed_uh = normalised(hidden_uh, scaling_of(self.input_layernorm), self._normed_dtype(dtype))
         branch = self.attention(normed_uh.to(self.dtype), sequence, rotation)
-        hidden_uh, normed_uh = self._joined(hidden_uh, normed_uh, branch, self.attention_output_layernorm,
-                                            self.post_attention_layernorm,
-                                            dropout_of(self, sequence, Use.ATTENTION_OUTPUT))
+        hidden_uh, normed_uh = self._add_branch(hidden_uh, normed_uh, branch, self.attention_output_layernorm,
+                                                self.post_attention_layernorm,
+                                                dropout_of(self, sequence, Use.ATTENTION_OUTPUT))
         branch = self.mlp(normed_uh.to(self.dtype))
         dropout = dropout_of(self, sequence, Use.FEED_FORWARD_OUTPUT)
-        return self._joined(hidden_uh, normed_uh, branch, self.mlp_output_layernorm, None, dropout)[0]
+        return self._add_branch(hidden_uh, normed_uh, branch, self.mlp_output_layernorm, None, dropout)[0]
 
-    def _joined(self, hidden_uh: Tensor, normed_uh: Tensor, branch: Product, behind: Norm | None,
-                before_next: Norm | None, dropout: Dropout | None) -> tuple[Tensor, Tensor]:
+    def _add_branch(self, hidden_uh: Tensor, normed_uh: Tensor, branch: Product, output_norm: Norm | None,
+                    next_norm: Norm | None, dropout: Dropout | None) -> tuple[Tensor, Tensor]:
         """The residual stream with a branch added, and the normalised input of the next branch."""
         residual_uh = normed_uh if self.residual_after_layernorm else hidden_uh
-        if self.placement == "both" and behind is not None:
-            branch = behind(whole(branch)), None
-        normalises = behind if self.placement == "post" else before_next
-        sum_uh, normed_uh = self.stream.join(residual_uh, branch, dropout, scaling_of(normalises),
-                                             self._normed_dtype(residual_uh.dtype))
+        if self.placement == "both" and output_norm is not None:
+            branch = output_norm(whole(branch)), None
+        normalises = output_norm if self.placement == "post" else next_norm
+        sum_uh, normed_uh = self.stream.add_branch(residual_uh, branch, dropout, scaling_of(normalises),
+                                                   self._normed_dtype(residual_uh.dtype))
         return (normed_uh if self.placement == "post" else sum_uh), normed_uh
 
     def _normed_dtype(self, stream_dtype: torch.dtype) -> torch.dtype:

@@ -50,8 +50,8 @@ def normalised_reference(x_uh: Tensor, scaling: Scaling) -> Tensor:
     return F.layer_norm(x_uh, weight_h.shape, weight_h, scaling.bias.to(x_uh.dtype), scaling.epsilon)
 
 
-def joined(residual_uh: Tensor, branch: Product, dropout: Dropout | None, scaling: Scaling | None,
-           dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def add_branch(residual_uh: Tensor, branch: Product, dropout: Dropout | None, scaling: Scaling | None,
+               dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The sum, in the residual's dtype, and normalised in `dtype`, or without a scaling the sum both times."""
     branch_uh, shift_h = branch
     if not _is_fused(residual_uh, {branch_uh.dtype, dtype}, dropout):
@@ -70,7 +70,7 @@ def after_dropout(x_uh: Tensor, dropout: Dropout | None, first_column: int = 0) 
     """`x_uh` after dropout, if there is any; its columns are those from `first_column` on."""
     if dropout is None or first_column:  # the kernels count columns from 0
         return dropped(x_uh, dropout, first_column)
-    return joined(torch.zeros_like(x_uh), (x_uh, None), dropout, None, x_uh.dtype)[0]
+    return add_branch(torch.zeros_like(x_uh), (x_uh, None), dropout, None, x_uh.dtype)[0]
 
 
 def _is_fused(residual_uh: Tensor, others: set[torch.dtype], dropout: Dropout | None) -> bool:

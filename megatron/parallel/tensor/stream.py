@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from megatron.kernels.dropout import Dropout
 from megatron.kernels.pointwise.product import Product
-from megatron.kernels.pointwise.residual_norm import Scaling, after_dropout, joined
+from megatron.kernels.pointwise.residual_norm import Scaling, add_branch, after_dropout
 from megatron.parallel import collectives
 from megatron.parallel.collectives import Pending
 from megatron.parallel.mesh import Axis
@@ -86,10 +86,10 @@ class Stream:
             return x_ti
         return after_dropout(x_ti, dropout.from_row(self.context.rank * len(x_ti)), self.axis.rank * x_ti.shape[1])
 
-    def join(self, residual_uh: Tensor, branch: Product, dropout: Dropout | None, scaling: Scaling | None,
-             dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def add_branch(self, residual_uh: Tensor, branch: Product, dropout: Dropout | None, scaling: Scaling | None,
+                   dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The stream plus a branch after dropout, [u, h]; and that sum normalised for the next branch, in `dtype`."""
-        return joined(residual_uh, branch, self._of_tokens_here(dropout, len(residual_uh)), scaling, dtype)
+        return add_branch(residual_uh, branch, self._of_tokens_here(dropout, len(residual_uh)), scaling, dtype)
 
     def _of_tokens_here(self, dropout: Dropout | None, num_here: int) -> Dropout | None:
         """`dropout` for this rank's tokens, which are counted from the micro-batch's first token."""
