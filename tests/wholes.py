@@ -21,14 +21,14 @@ def wholes(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> d
 
 def assembled(mine: Mapping[str, Part]) -> dict[str, Tensor]:
     """The tensors that the ranks' parts make up; every element has to be on one of them, and alike where on several."""
-    everyones = [dict(mine)]
+    of_all_ranks = [dict(mine)]
     if dist.is_initialized():
         file, files = io.BytesIO(), [b""] * dist.get_world_size()
         torch.save(dict(mine), file)  # as one: each by itself takes several times as long
         dist.all_gather_object(files, file.getvalue())
-        everyones = [torch.load(io.BytesIO(content), weights_only=False) for content in files]
+        of_all_ranks = [torch.load(io.BytesIO(content), weights_only=False) for content in files]
     whole: dict[str, Tensor] = {}
-    for parts in everyones:
+    for parts in of_all_ranks:
         for name, part in parts.items():
             if name not in whole:
                 whole[name] = torch.full(part.whole_shape, torch.nan, dtype=part.tensor.dtype)

@@ -33,7 +33,7 @@ from megatron.infer.pretrained import Pretrained, load  # noqa: E402
 from megatron.infer.proteins import file_name  # noqa: E402
 from megatron.infer.rows import grouped  # noqa: E402
 from megatron.log import Log  # noqa: E402
-from megatron.parallel.collectives import everyones_in_turn  # noqa: E402
+from megatron.parallel.collectives import all_gather_in_turn  # noqa: E402
 from megatron.parallel.launch.leaving import leave  # noqa: E402
 from megatron.parallel.mesh import Mesh  # noqa: E402
 from megatron.study.table import table  # noqa: E402
@@ -202,7 +202,7 @@ def told(given: argparse.Namespace, pretrained: Pretrained, proteins: Sequence[N
             else:
                 scores = [answer["contacts"] for answer in pretrained.ask_ids(mine, Asked(("contacts",), ()), budget)]
                 bar.update(sum(len(ids) for _, ids in group))
-            yield from zip((name for name, _ in group), everyones_in_turn(scores, axis), strict=True)
+            yield from zip((name for name, _ in group), all_gather_in_turn(scores, axis), strict=True)
     finally:
         bar.close()
 

@@ -9,7 +9,7 @@ from megatron.checkpoint.convert.torch_files import check_torch_files
 from megatron.checkpoint.stored import Checkpoint
 from megatron.errors import CheckpointError
 from megatron.log import Log
-from megatron.parallel.collectives import everyones
+from megatron.parallel.collectives import all_gather_object
 from megatron.parallel.mesh import Axis
 
 
@@ -20,9 +20,9 @@ def newest(folder: str, world: Axis, log: Log, with_optimizer: store.Wanted = Tr
     """
     place = Path(folder)
     known = foreign(place)
-    if any(everyones(known is not None, world)):
+    if any(all_gather_object(known is not None, world)):
         checkpoint, wrong = _foreign(known, place, world)
-        why = next(filter(None, everyones(wrong, world)), None)
+        why = next(filter(None, all_gather_object(wrong, world)), None)
         if why is not None:
             raise CheckpointError(why)
         for note in checkpoint.state.get("notes", ()) if checkpoint is not None else ():

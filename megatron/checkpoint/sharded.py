@@ -15,7 +15,7 @@ from megatron.checkpoint.stored import StoredTensor, one_piece
 from megatron.checkpoint.tensor_file import FileFacts, write_tensors
 from megatron.errors import CheckpointError
 from megatron.files import begin_folder, finish_folder
-from megatron.parallel.collectives import everyones, everyones_on_first
+from megatron.parallel.collectives import all_gather_object, gather_object
 from megatron.parallel.mesh import Axis
 from megatron.parallel.placement import Part
 
@@ -38,8 +38,8 @@ class Shares:
     def share_of(self, parts: Parts) -> dict[str, Part]:
         """Those of `parts` that this rank writes, none of them empty."""
         held = {(key, part.offsets): part.tensor.nbytes for key, part in parts.items() if part.tensor.numel()}
-        if any(everyones(held != self._held, self._ranks)):
-            self._held, writers = held, writers_of(everyones(held, self._ranks))
+        if any(all_gather_object(held != self._held, self._ranks)):
+            self._held, writers = held, writers_of(all_gather_object(held, self._ranks))
             self._mine = [key for key, offsets in held if writers[key, offsets] == self._ranks.rank]
         return {key: parts[key] for key in self._mine}
 
@@ -65,8 +65,8 @@ def write_parts(place: Path, iteration: int, parts: Parts, ranks: Axis, finish: 
     Raises on each rank the OSError of one, or a CheckpointError of whatever else went wrong there.
     """
     made = _together(ranks, lambda: begin_folder(place) if ranks.rank == 0 else place)
-    temporary = everyones(made, ranks)[0]
-    written = everyones_on_first(_together(ranks, lambda: _write_files(temporary, parts, ranks.rank)), ranks)
+    temporary = all_gather_object(made, ranks)[0]
+    written = gather_object(_together(ranks, lambda: _write_files(temporary, parts, ranks.rank)), ranks)
 
     def complete() -> None:
         files, tensors = dict[str, FileFacts](), dict[str, TensorFacts]()
@@ -92,7 +92,7 @@ def _together(ranks: Axis, work: Callable[[], T]) -> T:
         wrong.append(error)
     except Exception as error:
         wrong.append(CheckpointError(str(error)))
-    for found in sorted(sum(everyones(wrong, ranks), []), key=lambda one: not isinstance(one, OSError)):
+    for found in sorted(sum(all_gather_object(wrong, ranks), []), key=lambda one: not isinstance(one, OSError)):
         raise found
     return cast(T, result)
 

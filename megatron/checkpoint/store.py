@@ -30,7 +30,7 @@ from megatron.checkpoint.whole import MODEL, read_whole
 from megatron.errors import CheckpointError
 from megatron.files import left_over, write_json, write_text
 from megatron.log import Log
-from megatron.parallel.collectives import everyones
+from megatron.parallel.collectives import all_gather_object
 from megatron.parallel.mesh import Axis
 
 Wanted = bool | Callable[[Mapping[str, Any]], bool]  # whether something is, or whether it is by a checkpoint's state
@@ -48,18 +48,18 @@ def find(folder: str, world: Axis, log: Log, with_optimizer: Wanted = True) -> C
         if with_optimizer:
             raise CheckpointError(f"{folder} is one checkpoint, not the folder of a run; give {root.resolve().parent}")
         found, wrong = _opened(root.resolve(), world, log, with_optimizer)
-        why = next(filter(None, everyones(wrong, world)), None)
+        why = next(filter(None, all_gather_object(wrong, world)), None)
         if why is not None:
             raise CheckpointError(why)
         return found
     note, places = in_order(root)
-    names = everyones([place.name for place in places], world)[0]
+    names = all_gather_object([place.name for place in places], world)[0]
     if note is not None:
         log.line(note)
     why = None
     for name in names:
         found, wrong = _opened(root / name, world, log, with_optimizer)
-        why = next(filter(None, everyones(wrong, world)), None)
+        why = next(filter(None, all_gather_object(wrong, world)), None)
         if why is None:
             return found
         log.line(f"note: passing over {name}: {why}")

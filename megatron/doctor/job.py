@@ -14,7 +14,7 @@ import torch
 
 from megatron.doctor.data import sizes
 from megatron.doctor.finding import NOTE, OK, ROOT, WRONG, Finding, Scope
-from megatron.parallel.collectives import all_reduce_sum, everyones
+from megatron.parallel.collectives import all_gather_object, all_reduce_sum
 from megatron.parallel.mesh import Mesh
 
 _MOST_SKEW_S = 2.0
@@ -55,8 +55,8 @@ def checksum() -> str:
 
 def job(asked: Scope, mesh: Mesh) -> list[Finding]:
     """What the ranks find together; all of them call this, and get the same."""
-    hosts = everyones(socket.gethostname(), mesh.world)
-    return [*agreement(hosts, everyones(facts(asked), mesh.world)), _clocks(hosts, mesh), *_links(mesh)]
+    hosts = all_gather_object(socket.gethostname(), mesh.world)
+    return [*agreement(hosts, all_gather_object(facts(asked), mesh.world)), _clocks(hosts, mesh), *_links(mesh)]
 
 
 def agreement(hosts: Sequence[str], of_ranks: Sequence[dict[str, Any]]) -> Iterator[Finding]:
@@ -84,7 +84,7 @@ def _clocks(hosts: Sequence[str], mesh: Mesh) -> Finding:
     differences = []
     for _ in range(_ROUNDS):
         _summed(1, mesh)
-        now = everyones(time.time(), mesh.world)
+        now = all_gather_object(time.time(), mesh.world)
         differences.append([there - now[0] for there in now])
     skews = [median(of_rank) for of_rank in zip(*differences, strict=True)]
     rank = max(range(len(skews)), key=lambda rank: abs(skews[rank]))
@@ -98,7 +98,7 @@ def _links(mesh: Mesh) -> Iterator[Finding]:
     """Latency and bandwidth of sums over all ranks. The bandwidth is a rank's, 2 (n - 1) / n of the bytes both ways."""
     num_bytes = (1 << 28) if mesh.device.type == "cuda" else 1 << 24
     own = [median(_summed(count, mesh) for _ in range(_ROUNDS)) for count in (1, num_bytes // 4)]
-    latency_s, seconds = map(max, zip(*everyones(own, mesh.world), strict=True))
+    latency_s, seconds = map(max, zip(*all_gather_object(own, mesh.world), strict=True))
     size = mesh.world.size
     rate = 2 * (size - 1) / size * num_bytes / seconds / 1e9
     yield Finding(OK, f"sums over {size} ranks by {'NCCL' if mesh.device.type == 'cuda' else 'gloo'}: "

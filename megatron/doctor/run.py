@@ -39,7 +39,7 @@ def _examine_with_ranks(asked: Scope, json_file: Path | None, report: Report) ->
     from megatron.config import ParallelConfig
     from megatron.doctor.job import job
     from megatron.log import Log
-    from megatron.parallel.collectives import everyones
+    from megatron.parallel.collectives import all_gather_object
     from megatron.parallel.launch.environment import Launch
     from megatron.parallel.mesh import Mesh
     from megatron.parallel.program import status_of
@@ -48,9 +48,9 @@ def _examine_with_ranks(asked: Scope, json_file: Path | None, report: Report) ->
     def work(mesh: Mesh, log: Log) -> None:
         # One rank a host examines it, so that ranks do not slow each other down.
         host, is_first = socket.gethostname(), mesh.world.rank == 0
-        hosts = everyones(host, mesh.world)
+        hosts = all_gather_object(host, mesh.world)
         own = report | _here(asked) if hosts.index(host) == mesh.world.rank else {}
-        reports = everyones(own, mesh.world)
+        reports = all_gather_object(own, mesh.world)
         whole = _together(hosts, reports)
         if mesh.world.size > 1:
             whole["The job"] = job(asked, mesh)

@@ -10,7 +10,7 @@ from megatron.errors import ConfigError, DivergedError
 from megatron.files import write_json
 from megatron.finetune.data.tasks import METRICS
 from megatron.finetune.training import FineTuning, Job
-from megatron.parallel.collectives import everyones
+from megatron.parallel.collectives import all_gather_object
 
 CHOSEN = "chosen.json"
 
@@ -26,7 +26,7 @@ def with_best_rate(job: Job, folder: Path) -> Job | None:
         raise ConfigError("--calibrate-lr chooses by validation, and there is no such file; give --valid-data, or "
                           "leave it out")
     place = folder / "calibration"
-    known = everyones(_chosen(place / CHOSEN, job.identity), job.mesh.world)[0]
+    known = all_gather_object(_chosen(place / CHOSEN, job.identity), job.mesh.world)[0]
     if known is not None:
         return _with_rate(job, known)
     values = dict[float, float]()

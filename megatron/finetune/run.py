@@ -27,7 +27,7 @@ from megatron.finetune.progress import UNFINISHED, remove_unfinished
 from megatron.finetune.training import REPORT, Job, fine_tune
 from megatron.infer.pretrained import config_of, flags_of, vocab_of
 from megatron.log import Log, number_of
-from megatron.parallel.collectives import everyones
+from megatron.parallel.collectives import all_gather_object
 from megatron.parallel.compilation import wants_compilation
 from megatron.parallel.mesh import Mesh
 from megatron.train.build.precision import set_tf32, with_precision_chosen
@@ -54,7 +54,8 @@ def run(flags: Flags, mesh: Mesh, log: Log) -> list[list[str]] | None:
     folders = {seed: root if len(flags.finetune.seeds) == 1 else root / f"seed-{seed}" for seed in flags.finetune.seeds}
     with claimed(str(root), mesh, log) as claim, requests.listening():
         job = replace(job, claim=claim)
-        done = {seed: everyones(_done(folder, job.identity, seed), mesh.world)[0] for seed, folder in folders.items()}
+        done = {seed: all_gather_object(_done(folder, job.identity, seed), mesh.world)[0]
+                for seed, folder in folders.items()}
         if flags.finetune.calibrate_lr and not all(done.values()):
             found = with_best_rate(job, root)
             if found is None:

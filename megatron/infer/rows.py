@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron.config import ModelConfig
 from megatron.kernels.packed_sequence import PackedSequence
-from megatron.parallel.collectives import everyones
+from megatron.parallel.collectives import all_gather_object
 from megatron.parallel.mesh import Mesh
 
 MOST_TOKENS = {"cpu": 4096, "cuda": 65_536}  # more in one row makes nothing faster
@@ -36,7 +36,7 @@ def token_budget(asked: int | None, config: ModelConfig, num_layers: int, mesh: 
     width = 8 * config.hidden_size + 2 * config.ffn_hidden_size * (1 + config.swiglu)
     bytes_a_token = 4 * (width + 2 * num_layers * config.hidden_size)
     most = max(1, min(MOST_TOKENS[mesh.device.type], free_bytes(mesh.device) // (_SHARE * bytes_a_token)))
-    return min(everyones(most, mesh.tensor))
+    return min(all_gather_object(most, mesh.tensor))
 
 
 def shared_out(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:

@@ -41,7 +41,7 @@ def reduce_scatter(tensor: Tensor, axis: Axis) -> Tensor:
     return start_reduce_scatter(tensor, axis).wait()
 
 
-def everyones(value: T, axis: Axis) -> list[T]:
+def all_gather_object(value: T, axis: Axis) -> list[T]:
     """A list of every rank's value, in rank order, on every rank; for small Python objects."""
     if axis.size == 1:
         return [value]
@@ -50,7 +50,7 @@ def everyones(value: T, axis: Axis) -> list[T]:
     return values
 
 
-def everyones_on_first(value: T, axis: Axis) -> list[T]:
+def gather_object(value: T, axis: Axis) -> list[T]:
     """A list of every rank's value, in rank order, on the first rank; an empty list on the others."""
     if axis.size == 1:
         return [value]
@@ -59,12 +59,12 @@ def everyones_on_first(value: T, axis: Axis) -> list[T]:
     return values
 
 
-def everyones_in_turn(mine: list[T], axis: Axis) -> list[T]:
+def all_gather_in_turn(mine: list[T], axis: Axis) -> list[T]:
     """The results of a list of tasks that the ranks took in turn, in the order of the tasks, on every rank.
 
     `mine`: this rank's results, those of the tasks number rank, rank + size, rank + 2 size, ...
     """
-    parts = everyones(mine, axis)
+    parts = all_gather_object(mine, axis)
     return [parts[number % axis.size][number // axis.size] for number in range(sum(map(len, parts)))]
 
 

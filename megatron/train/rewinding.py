@@ -9,7 +9,7 @@ from megatron.checkpoint.store import iterations
 from megatron.config import Config
 from megatron.errors import DivergedError
 from megatron.log import Log
-from megatron.parallel.collectives import everyones
+from megatron.parallel.collectives import all_gather_object
 from megatron.parallel.mesh import Mesh
 from megatron.train.build.resume import going_on
 from megatron.train.build.run import Run, build
@@ -79,4 +79,4 @@ def _from_last_checkpoint(run: Run) -> Config:
     """The configuration that resumes the run from its last checkpoint, or without one starts it as before."""
     save = run.config.checkpoint.save
     assert save is not None, "--on-spike rewind needs it"
-    return going_on(run.config) if everyones(bool(iterations(Path(save))), run.mesh.world)[0] else run.config
+    return going_on(run.config) if all_gather_object(bool(iterations(Path(save))), run.mesh.world)[0] else run.config

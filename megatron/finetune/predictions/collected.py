@@ -15,7 +15,7 @@ from megatron.finetune.data.tasks import CLASS, CLASSES, CONTACTS, NUMBER, RESID
 from megatron.finetune.heads import HeadSpec
 from megatron.finetune.predictions.metrics import Measured, measure
 from megatron.log import Log
-from megatron.parallel.collectives import everyones
+from megatron.parallel.collectives import all_gather_object
 from megatron.parallel.pipeline.schedules import Action
 from megatron.train.step.engine import Engine, stream_of
 from megatron.train.step.passes import ForwardPasses
@@ -48,7 +48,7 @@ def predictions(engine: Engine, head: HeadSpec, packed: PackedExamples, log: Log
             engine.pipeline.evaluate(_Predicting(engine, batches, head, found, of_contacts), len(batches))
             bar.update()
     bar.close()
-    for theirs in everyones(found, engine.mesh.world):
+    for theirs in all_gather_object(found, engine.mesh.world):
         found |= theirs
     return [found[number] for number in range(len(packed.examples))]
 

@@ -16,7 +16,7 @@ from megatron.infer.answers import Asked
 from megatron.infer.contacts.regression import corrected
 from megatron.infer.pretrained import Pretrained
 from megatron.infer.rows import free_bytes, token_budget
-from megatron.parallel.collectives import everyones
+from megatron.parallel.collectives import all_gather_object
 from megatron.parallel.mesh import Axis
 
 
@@ -44,7 +44,7 @@ def jacobian_contacts(pretrained: Pretrained, ids: np.ndarray, budget: int | Non
 def check_memory(num_residues: int, axis: Axis) -> None:
     """Raises ConfigError on all ranks of an axis where the host of one has no memory for the Jacobian."""
     needed = 4 * (num_residues * len(AMINO_ACIDS))**2
-    if any(everyones(needed > free_bytes(torch.device("cpu")), axis)):
+    if any(all_gather_object(needed > free_bytes(torch.device("cpu")), axis)):
         raise ConfigError(f"the Jacobian of {num_residues} residues takes {needed / 2**30:.1f} GiB, more than is free; "
                           "take a part of the protein, or attention maps")
 

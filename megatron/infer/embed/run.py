@@ -23,7 +23,7 @@ from megatron.infer.pretrained import Pretrained
 from megatron.infer.proteins import Protein, ProteinFiles
 from megatron.infer.windows import joined, windows_of
 from megatron.log import Log, number_of
-from megatron.parallel.collectives import everyones
+from megatron.parallel.collectives import all_gather_object
 
 # A part is what a killed run loses: seconds of work. More than one row, so that rows can be of proteins as long.
 MOST_RESIDUES = {"cpu": 2**15, "cuda": 2**18}
@@ -74,14 +74,14 @@ def embed(work: Work, pretrained: Pretrained, files: ProteinFiles, log: Log) -> 
         parts.begin({**identity, "residues a part": most_residues})
     with _saying_what_is_kept(folder):
         _compute(work, pretrained, files, surveyed, parts, log)
-    everyones(None, mesh.world)
+    all_gather_object(None, mesh.world)
     if mesh.world.rank == 0:
         with _saying_what_is_kept(folder):
             _assemble(work, files, surveyed, parts, log)
         write_json(facts, {"identity": identity, "proteins": len(surveyed.distinct_p),
                            "distinct": len(surveyed.lengths_u)})
         shutil.rmtree(folder)
-    everyones(None, mesh.world)
+    all_gather_object(None, mesh.world)
     log.line(f"{work.output}: {number_of(len(surveyed.distinct_p), 'protein')}, {len(surveyed.lengths_u):,} of them "
              "distinct")
 
@@ -100,7 +100,7 @@ def _compute(work: Work, pretrained: Pretrained, files: ProteinFiles, surveyed: 
     """Compute the parts of this data rank that do not exist yet."""
     data, tensor = pretrained.mesh.data, pretrained.mesh.tensor
     mine = [number for number in range(data.rank, len(parts.ranges), data.size) if not parts.is_done(number)]
-    everyones(None, pretrained.mesh.world)  # all have seen what there is before anyone adds to it
+    all_gather_object(None, pretrained.mesh.world)  # all have seen what there is before anyone adds to it
     residues_of = {number: int(surveyed.lengths_u[parts.ranges[number]].sum()) for number in mine}
     if len(mine) < len(range(data.rank, len(parts.ranges), data.size)):
         log.line(f"going on: {len(parts.ranges) - len(mine) * data.size} of {len(parts.ranges)} parts are there")

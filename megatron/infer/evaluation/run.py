@@ -14,7 +14,7 @@ from megatron.infer.predictions import Copy, copy_of, log_probabilities
 from megatron.infer.pretrained import Pretrained
 from megatron.infer.proteins import Protein, ProteinFiles
 from megatron.log import Log, ProgressBar
-from megatron.parallel.collectives import everyones
+from megatron.parallel.collectives import all_gather_object
 
 PROTEINS_AT_ONCE = 64
 EACH = Masking(prob=1.0, mask_token_prob=1.0, random_prob=0.0)  # how `pseudo_perplexity` shows its targets
@@ -42,7 +42,7 @@ def evaluated(pretrained: Pretrained, files: ProteinFiles, piece: int | None, bu
             _add(tally, protein, np.flatnonzero(is_target),
                  np.concatenate([part for part, owner in zip(found, owners, strict=True) if owner == number]))
         bar.update(len(proteins) * pretrained.mesh.data.size)
-    return TargetTally.merged(everyones(tally, pretrained.mesh.data))
+    return TargetTally.merged(all_gather_object(tally, pretrained.mesh.data))
 
 
 def read_through(files: ProteinFiles, vocab: Vocab, log: Log) -> tuple[int, str]:
@@ -76,7 +76,7 @@ def pseudo_perplexity(pretrained: Pretrained, files: ProteinFiles, num_proteins:
         found = log_probabilities(pretrained, copies, budget)
         _add(tally, protein, np.arange(len(protein)), np.concatenate(list(found)))
         bar.update(data.size)
-    return TargetTally.merged(everyones(tally, data))
+    return TargetTally.merged(all_gather_object(tally, data))
 
 
 def _of_this_rank(pretrained: Pretrained, files: ProteinFiles) -> Iterator[list[Protein]]:

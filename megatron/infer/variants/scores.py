@@ -20,7 +20,7 @@ from megatron.infer.predictions import copy_of, log_probabilities
 from megatron.infer.pretrained import Pretrained
 from megatron.infer.variants.mutants import Mutant, has_score, mutated, standard_sites
 from megatron.infer.windows import window_around
-from megatron.parallel.collectives import everyones_in_turn
+from megatron.parallel.collectives import all_gather_in_turn
 
 MASKED, WILD_TYPE, PSEUDO = "masked-marginals", "wt-marginals", "pseudo-ppl"
 SCORINGS = (MASKED, WILD_TYPE, PSEUDO)
@@ -52,7 +52,7 @@ def site_table(pretrained: Pretrained, scoring: str, wild_type: str, sites: Sequ
     residues, axis = _ids(pretrained, wild_type), pretrained.mesh.data
     copies = (copy_of(pretrained, residues, group, longest, scoring == MASKED)
               for group in together(scoring, sites, len(residues), longest)[axis.rank::axis.size])
-    return np.concatenate(everyones_in_turn(list(log_probabilities(pretrained, copies, budget, progress)), axis))
+    return np.concatenate(all_gather_in_turn(list(log_probabilities(pretrained, copies, budget, progress)), axis))
 
 
 def num_copies(scoring: str, wild_type: str, mutants: Sequence[Mutant], longest: int | None) -> int:
@@ -95,7 +95,7 @@ def _pseudo_likelihoods(pretrained: Pretrained, wild_type: str, mutants: Sequenc
     found = log_probabilities(pretrained, copies, budget, progress)
     sums = [sum(float(next(found)[0, residue]) for residue in _ids(pretrained, mutated(wild_type, mutant))[sites])
             for mutant in mine]
-    return everyones_in_turn(sums, axis)
+    return all_gather_in_turn(sums, axis)
 
 
 def _ids(pretrained: Pretrained, protein: str) -> np.ndarray:

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from megatron.parallel.collectives import all_reduce_max, everyones
+from megatron.parallel.collectives import all_gather_object, all_reduce_max
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.tensor.fp8 import Amax, Amaxes
 from megatron.parallel.tensor.layers import Matrix
@@ -84,7 +84,7 @@ class AmaxHistory:
         A collective over the pipeline, also for ranks without such layers.
         """
         here = dict(zip(self._layers, self._before_slp.permute(1, 2, 0).tolist(), strict=True))
-        return {name: steps for part in everyones(here, self._mesh.pipeline) for name, steps in part.items()}
+        return {name: steps for part in all_gather_object(here, self._mesh.pipeline) for name, steps in part.items()}
 
     def load_state(self, state: Mapping[str, list[list[float]]]) -> None:
         """Continue from what `state()` returned, as many steps as are kept here; ignore it if it lacks a layer."""

@@ -21,7 +21,7 @@ from megatron.data.rows.blend import BlendedDataset
 from megatron.data.rows.dataset import Splits
 from megatron.errors import CheckpointError, ConfigError
 from megatron.log import Log
-from megatron.parallel.collectives import everyones
+from megatron.parallel.collectives import all_gather_object
 from megatron.parallel.mesh import Axis
 
 # What the folder of a run without a checkpoint may hold, besides hidden files: our files, and redirected output.
@@ -44,7 +44,7 @@ def started_again(config: Config, world: Axis, log: Log) -> Config:
     """
     options = config.checkpoint
     if None in (options.load, options.save) or origin_of(options.load) == origin_of(options.save) or (
-            everyones(_taken_from(Path(options.save)), world)[0] != origin_of(options.load)):
+            all_gather_object(_taken_from(Path(options.save)), world)[0] != origin_of(options.load)):
         return config
     log.line(f"note: --save {options.save} holds a run that took up --load {options.load}: going on with that run")
     return going_on(config)

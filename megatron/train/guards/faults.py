@@ -10,7 +10,7 @@ from megatron.config import Config
 from megatron.data.rows.cache_files import choose_cache_folder
 from megatron.data.rows.data_path import parse_data_path
 from megatron.files import replacing
-from megatron.parallel.collectives import everyones
+from megatron.parallel.collectives import all_gather_object
 from megatron.parallel.mesh import Axis
 
 TRUNCATED_CACHE = "truncated-cache"
@@ -40,7 +40,7 @@ class Faults:
         if TRUNCATED_CACHE in told:
             if world.rank == 0:
                 _truncate_row_indices(config)
-            everyones(None, world)  # a barrier: no rank reads them before
+            all_gather_object(None, world)  # a barrier: no rank reads them before
 
     def factor(self, step: int, first_row: int) -> float:
         """The factor on the loss, and so on the gradient, of `step`, whose first row is `first_row`; 1 is no fault."""

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from megatron.log import Log
-from megatron.parallel.collectives import everyones
+from megatron.parallel.collectives import all_gather_object
 from megatron.parallel.mesh import Mesh
 from megatron.train.step.meters import Reading
 
@@ -33,7 +33,7 @@ class Stragglers:
 
     def __init__(self, mesh: Mesh, log: Log) -> None:
         self._log = log
-        places = everyones((socket.gethostname(), mesh.pipeline.rank), mesh.world)
+        places = all_gather_object((socket.gethostname(), mesh.pipeline.rank), mesh.world)
         self._hosts, self._stages = zip(*places, strict=True)
         self._computed_s = [0.0] * len(places)  # since ranks were last compared
         self._num_steps = 0
