@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron.kernels.rotary import Rotation
 from megatron.model.protein_model import ProteinModel
 from megatron.parallel.mesh import Mesh, build_axis
-from megatron.parallel.pipeline.deferral import WeightGradients, put_off_weight_gradients
+from megatron.parallel.pipeline.deferral import WeightGradients, defer_weight_gradients
 from megatron.parallel.traffic import Traffic, TrafficCounter
 from megatron.plan.memory_watch import MemoryWatch, num_bytes
 from megatron.plan.setting import BlockRange, Setting
@@ -174,7 +174,7 @@ class _Run:
         self._model, self._watch, self._waiting = model, watch, WeightGradients()
         self._num_tokens = model.stream.num_tokens_here(setting.num_rows * setting.data.seq_length)
         if puts_off:
-            put_off_weight_gradients(model, self._waiting)
+            defer_weight_gradients(model, self._waiting)
         self._gate = torch.zeros((), device="meta", requires_grad=True)
         self._gradients = []
         for parameter in model.parameters():

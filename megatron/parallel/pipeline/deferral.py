@@ -54,7 +54,7 @@ def weight_gradient(weight_oi: Tensor, grad: Factor, x: Factor, deferral: Weight
     return added_weight_gradient(weight_oi, grad, x)
 
 
-def put_off_weight_gradients(model: nn.Module, waiting: WeightGradients) -> None:
+def defer_weight_gradients(model: nn.Module, waiting: WeightGradients) -> None:
     """Let `waiting` take the weight gradients of every layer of `model` that can defer them."""
     for module in model.modules():
         if hasattr(module, "deferral"):

@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron.data.batches.batch import Batch
 from megatron.model.flops import model_flops
 from megatron.optim.optimizer import StepOutcome
-from megatron.parallel.pipeline.deferral import WeightGradients, put_off_weight_gradients
+from megatron.parallel.pipeline.deferral import WeightGradients, defer_weight_gradients
 from megatron.train.guards.spikes import SpikeJudge
 from megatron.train.step.agreement import Arriving, summed
 from megatron.train.step.engine import Engine
@@ -34,7 +34,7 @@ class TrainStep:
         self._graph = None if recorder is None else StepGraph(engine, recorder)
         self._waiting = WeightGradients()
         for stage in engine.stages:
-            put_off_weight_gradients(stage, self._waiting)
+            defer_weight_gradients(stage, self._waiting)
 
     def __call__(self, batches: Sequence[Batch], learning_rate: float, wishes: Sequence[bool] = (),
                  factor: float = 1.0) -> Arriving:
