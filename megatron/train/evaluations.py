@@ -58,7 +58,7 @@ class Evaluations:
                 break
             results[kind] = result
             self._events.evaluation(kind, state.iteration, state.consumed_samples, totals, result, digest,
-                                    is_told_alone=run.is_other_evaluated)
+                                    is_only_logged=run.is_other_evaluated)
             if self._saver is not None and kind == "valid" and result.loss is not None and not run.is_other_evaluated:
                 self._saver.note_validation(state.iteration, result.loss, digest)
         return results

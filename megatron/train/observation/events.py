@@ -86,12 +86,12 @@ class Events:
         self._log.line(_line_of(reading, facts))
 
     def evaluation(self, kind: str, iteration: int, consumed_samples: int, totals: Totals | None,
-                   result: Evaluation, measured_on: str | None = None, is_told_alone: bool = False) -> None:
+                   result: Evaluation, measured_on: str | None = None, is_only_logged: bool = False) -> None:
         """Write the result of evaluating `kind` ("valid", "test", or one corpus, "valid/NAME") after `iteration` steps.
 
-        `measured_on`: a digest of the data that it used. `is_told_alone`: only log it, without writing it to any file.
+        `measured_on`: a digest of the data that it used. `is_only_logged`: only log it, without writing it to any file.
         """
-        if not is_told_alone:
+        if not is_only_logged:
             self._write(kind, iteration, consumed_samples, totals, asdict(result), {MEASURED_ON: measured_on})
         self._log.line(f" {loss_name(kind)} at iteration {iteration} | lm loss value: {_text(result.loss, '.6E')} | "
                        f"lm loss PPL: {_text(result.perplexity, '.6E')} | "
