@@ -1,1 +1,1 @@
-"""Checkpoints: written whole or not at all, read without running code."""
+"""Checkpoints: saved atomically, loaded without executing any code."""

@@ -1,8 +1,9 @@
-"""One run, one folder: whoever saves into a folder holds its lock, and a run that died does not hold it for ever.
+"""The lock of a run's folder: one process at a time may save there, and the lock of a dead process can be taken over.
 
-FOLDER/.lock says who: host, process and when it started. Whether a process of this host lives can be asked. That of
-another host, with which we share a file system, shows by the time of change of its lock, which it renews every BEAT_S;
-where that rests for STALE_S, the process is dead. (Network file systems may ignore flock.)
+FOLDER/.lock is JSON that names the holder: host, process id and start time. A holder on this host is looked up in the
+process table. A holder on another host, which shares the file system, updates the lock's modification time every BEAT_S
+seconds; if that time stands still for STALE_S seconds, the holder counts as dead. (flock would be simpler, but network
+file systems may ignore it.)
 """
 
 import json
@@ -25,20 +26,21 @@ if TYPE_CHECKING:
 
 LOCK = ".lock"
 BEAT_S = 15.0
-STALE_S = 180.0  # many beats: writing a large checkpoint may hold up the thread that beats
-SETTLE_S = 0.2  # another process that has found the same dead holder has put its name over ours by then
+STALE_S = 180.0  # many beats, since writing a large checkpoint may delay the thread that updates the lock
+SETTLE_S = 0.2  # by then, any other process that found the same dead holder has overwritten our lock file
 
 
 @contextmanager
 def claimed(folder: str | None, mesh: "Mesh", log: Log) -> Iterator["Claim | None"]:
-    """Rank 0's claim to `folder`, None elsewhere or without a folder; all ranks call this, and go on together.
+    """A context in which rank 0 holds the lock of `folder`; yields its Claim, and None on other ranks or for no folder.
 
-    Raises ConfigError, on rank 0, where another run holds the folder or where it cannot be written.
+    All ranks call this together, and none continues before rank 0 has the lock. Raises ConfigError on rank 0 if another
+    run holds the folder or it cannot be written.
     """
     if folder is None:
         yield None
         return
-    import torch  # here, since who only looks at a folder needs none of it, and it takes seconds
+    import torch  # imported here: it takes seconds, and callers that only look at a folder do not need it
 
     from megatron.parallel.collectives import all_reduce_sum
 
@@ -46,7 +48,7 @@ def claimed(folder: str | None, mesh: "Mesh", log: Log) -> Iterator["Claim | Non
     try:
         if claim is not None:
             claim.acquire(log.line)
-        all_reduce_sum(torch.zeros(1, device=mesh.device), mesh.world)  # nobody goes on before it is ours
+        all_reduce_sum(torch.zeros(1, device=mesh.device), mesh.world)  # a barrier
         yield claim
     finally:
         if claim is not None:
@@ -54,9 +56,9 @@ def claimed(folder: str | None, mesh: "Mesh", log: Log) -> Iterator["Claim | Non
 
 
 def is_held(folder: Path) -> bool | None:
-    """Whether a process that lives holds the folder; False where its holder has died, None where there is no lock.
+    """Whether a live process holds the folder; False if the holder has died, None if there is no lock.
 
-    Of a process on another host the lock's age tells, by this host's clock.
+    A holder on another host is judged by the lock's age, measured with this host's clock.
     """
     found = _read(folder / LOCK)
     if found is None:
@@ -66,7 +68,7 @@ def is_held(folder: Path) -> bool | None:
 
 
 class Claim:
-    """The right of this process to write into a folder, from `acquire` to `release`."""
+    """This process's exclusive right to write into a folder, from `acquire` to `release`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._lock = folder, folder / LOCK
@@ -76,7 +78,11 @@ class Claim:
         self._is_released, self._new = threading.Event(), missing_folders(folder)
 
     def acquire(self, tell: Callable[[str], None]) -> None:
-        """Take the lock, a dead holder's as well, and keep it fresh; `tell` hears of a wait for a sign of life."""
+        """Take the lock, also from a dead holder, and renew it from a thread until `release`.
+
+        If the holder is on another host, this may wait for it to show a sign of life, up to STALE_S seconds; `tell` is
+        called with a line that says so. Raises ConfigError if the holder is alive or the folder cannot be written.
+        """
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             while not self._create():
@@ -89,9 +95,9 @@ class Claim:
         threading.Thread(target=self._beat, name="lock", daemon=True).start()
 
     def check(self) -> None:
-        """Raises CheckpointError where another run holds the folder: to it, this one seemed dead.
+        """Raises CheckpointError if another run has taken the folder over because this one seemed dead to it.
 
-        A disk that does not answer says nothing of another run.
+        A lock that cannot be read because of an OSError is no sign of another run, and passes.
         """
         try:
             is_ours = self._is_ours() or self._create()
@@ -102,7 +108,7 @@ class Claim:
                                   "nothing of it was overwritten. Go on with one of the two")
 
     def release(self) -> None:
-        """Give the folder free; it and those that it is in go again where we made them and nothing has come in."""
+        """Release the lock; remove the folder, and its parents, if `acquire` created them and they are still empty."""
         self._is_released.set()
         with suppress(OSError):
             if self._is_ours():
@@ -110,7 +116,7 @@ class Claim:
                 remove_empty(self._new)
 
     def _create(self) -> bool:
-        """Whether there was no lock, and now is ours, or it is already."""
+        """Create the lock file if there is none; returns whether the lock is ours now."""
         try:
             file = self._lock.open("x", encoding="utf-8")
         except FileExistsError:
@@ -118,7 +124,7 @@ class Claim:
         try:
             with file:
                 json.dump(self._me, file)
-        except OSError:  # on a full disk, whose next start would wait for the holder of an empty lock
+        except OSError:  # a full disk: an empty lock file would make the next start wait for an unknown holder
             self._lock.unlink()
             raise
         return True
@@ -128,14 +134,18 @@ class Claim:
         return found is not None and found[0].get("token") == self._me["token"]
 
     def _take_over(self) -> None:
-        """Put our name over a dead holder's; the last to do so has the lock."""
+        """Overwrite a dead holder's lock file with ours; if several processes do so, the last one has the lock."""
         ours = self._lock.with_name(f"{LOCK}-{self._me['token']}")
         ours.write_text(json.dumps(self._me), encoding="utf-8")
         ours.replace(self._lock)
         time.sleep(SETTLE_S)
 
     def _is_dead(self, holder: dict[str, Any], beat_s: float, tell: Callable[[str], None]) -> bool:
-        """Whether the holder of the lock has ended, or ends while we wait; raises ConfigError where it lives."""
+        """Whether the holder is dead, after waiting for a sign of life if it is on another host.
+
+        `beat_s`: the lock's modification time. False if the lock disappeared meanwhile. Raises ConfigError if the
+        holder is alive.
+        """
         who = f"process {holder.get('pid', '?')} on {holder.get('host', 'an unknown host')}"
         in_use = ConfigError(f"--save {self._folder} is in use by {who}; wait for its end, stop it, or name another "
                              "folder")
@@ -144,7 +154,7 @@ class Claim:
             raise in_use
         if lives is False:
             return True
-        left_s = min(STALE_S, STALE_S - (self._time_there_s() - beat_s))  # a clock may have been put back since
+        left_s = min(STALE_S, STALE_S - (self._time_there_s() - beat_s))  # the clock may have been set back since
         if left_s > 0:
             tell(f"{self._folder} was in use by {who}: waiting up to {left_s:.0f} s for a sign of life")
         deadline_s = time.monotonic() + left_s
@@ -158,7 +168,7 @@ class Claim:
         return True
 
     def _time_there_s(self) -> float:
-        """The time by the clock of the file system, which need not be ours."""
+        """The current time by the file system's clock, in seconds since 1970; it may differ from this host's."""
         probe = self._lock.with_name(f"{LOCK}-{self._me['token']}")
         probe.touch()
         now_s = probe.stat().st_mtime
@@ -173,9 +183,9 @@ class Claim:
 
 
 def _read(lock: Path) -> tuple[dict[str, Any], float] | None:
-    """Who holds the lock, as far as it can be read, and the time of the last sign of life; None without a lock."""
+    """The lock's holder ({} if it cannot be parsed) and its modification time in seconds; None if there is no lock."""
     try:
-        with lock.open("rb") as file:  # opening, unlike a look at its name, makes a network file system ask its server
+        with lock.open("rb") as file:  # opening, unlike stat, makes a network file system ask its server
             beat_s, text = os.fstat(file.fileno()).st_mtime, file.read()
     except FileNotFoundError:
         return None
@@ -187,7 +197,7 @@ def _read(lock: Path) -> tuple[dict[str, Any], float] | None:
 
 
 def _lives_here(holder: dict[str, Any]) -> bool | None:
-    """Whether a holder of this machine lives; None for one of another."""
+    """Whether the holder is alive, if it runs on this machine; None if it runs on another."""
     if holder.get("machine") != _machine():
         return None
     pid = holder.get("pid")
@@ -196,7 +206,7 @@ def _lives_here(holder: dict[str, Any]) -> bool | None:
 
 
 def _machine() -> str:
-    """What only processes have in common whose numbers mean the same: this start of this host, or container."""
+    """An identifier of this boot of this host or container: processes that share it have comparable process ids."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
@@ -204,7 +214,10 @@ def _machine() -> str:
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process of this machine started, in its own unit; None where it has ended."""
+    """The start time of a process on this machine, in clock ticks since boot; None if it has ended.
+
+    "unknown" for a live process where there is no /proc.
+    """
     if Path("/proc/self/stat").exists():
         try:
             state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

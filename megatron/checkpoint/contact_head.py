@@ -1,8 +1,8 @@
-"""A regression of contacts that was fitted on a checkpoint's attention maps, in a small file of its own beside it.
+"""The file of a contact regression that was fitted on a checkpoint's attention maps.
 
-PLACE/contact_head.json, or NAME-contact_head.json where the checkpoint is a file: weight, a number for each head of all
-blocks, bias, and how they came about. The checkpoint's own files stay as they are; a folder of weights that is moved,
-or removed, takes it along.
+It is stored beside the weights, in CHECKPOINT/contact_head.json, or NAME-contact_head.json if the checkpoint is one
+file: "weight" (one number for each attention head of all blocks), "bias", and facts about the fit. The checkpoint's
+own files are not changed.
 """
 
 import json
@@ -23,14 +23,14 @@ WEIGHT, BIAS = "contact_head.weight", "contact_head.bias"
 
 
 def contact_head_file(path: Path) -> Path:
-    """Where the fitted regression of the checkpoint at `path` lies, or would lie."""
+    """The path of the fitted regression of the checkpoint at `path`, whether or not it exists."""
     return path / NAME if path.is_dir() else path.with_name(f"{path.stem}-{NAME}")
 
 
 def write_contact_head(path: Path, weight: Sequence[float], bias: float, facts: Mapping[str, Any]) -> Path:
-    """Write a regression for the checkpoint at `path`, with `facts` on how it was fitted, in place of any before.
+    """Write the regression of the checkpoint at `path`, replacing any earlier one; returns its file.
 
-    Returns its file; raises OutputError.
+    `facts`: how it was fitted, stored as they are. Raises OutputError if the file cannot be written.
     """
     file = contact_head_file(path)
     try:
@@ -42,9 +42,10 @@ def write_contact_head(path: Path, weight: Sequence[float], bias: float, facts: 
 
 
 def with_contact_head(checkpoint: Checkpoint) -> Checkpoint:
-    """The same with the regression of its file, in place of its own if it has one; as it is where there is no file.
+    """The checkpoint with the regression from its contact_head.json as contact head; unchanged if there is no file.
 
-    Raises CheckpointError where the file is damaged, or of another model.
+    A contact head that the checkpoint itself has is replaced. Raises CheckpointError if the file is damaged or belongs
+    to another model.
     """
     file = contact_head_file(checkpoint.path)
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""From a checkpoint of any format and layout into this rank's parameters and optimizer state."""
+"""Loads this rank's parameters, optimizer state and weight average from a checkpoint of any format and layout."""
 
 from collections.abc import Collection, Mapping
 
@@ -15,10 +15,10 @@ from megatron.parallel.placement import Part, part_of_state, placement_of
 
 
 def load_model(parameters: Mapping[str, Tensor], checkpoint: Checkpoint, names: Collection[str]) -> None:
-    """Fill this rank's `parameters` in place.
+    """Fill this rank's `parameters` (by name) in place.
 
-    `names`: those of the whole model's parameters, of which this rank has some. Raises CheckpointError naming what does
-    not fit.
+    `names`: of all parameters of the whole model; the checkpoint must have exactly these. Raises CheckpointError that
+    names the parameter that is missing, unexpected or of another shape.
     """
     if not any(name.startswith(TASK_HEAD) for name in names):
         refuse_task(checkpoint)
@@ -35,9 +35,10 @@ def load_model(parameters: Mapping[str, Tensor], checkpoint: Checkpoint, names: 
 
 
 def with_padding_of(checkpoint: Checkpoint, vocab: Vocab, num_rows: int, log: Log) -> Checkpoint:
-    """The checkpoint with `num_rows` rows of the vocabulary, where it has those of all tokens of `vocab`.
+    """The checkpoint with its vocabulary padded or cut to `num_rows` rows; says so in the log if that changes anything.
 
-    Megatron's have more padding the more tensor-parallel ranks they were written for.
+    Megatron pads the vocabulary for the number of tensor-parallel ranks, so its checkpoints may have other padding. A
+    checkpoint with fewer rows than `vocab` has tokens is returned unchanged.
     """
     there = checkpoint.model[WORDS].shape[0] if WORDS in checkpoint.model else 0
     if there < vocab.size or there == num_rows:
@@ -48,7 +49,7 @@ def with_padding_of(checkpoint: Checkpoint, vocab: Vocab, num_rows: int, log: Lo
 
 
 def refuse_task(checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError where the model was fine-tuned, and so has no masked-LM head."""
+    """Raises CheckpointError if the model was fine-tuned on a task, and so has no masked-LM head."""
     if any(name.startswith(TASK_HEAD) for name in checkpoint.model):
         origin = checkpoint.state.get("began_from")
         raise CheckpointError(f"{checkpoint.path} was taught a task, and has a head for that in place of the masked-LM "
@@ -56,9 +57,9 @@ def refuse_task(checkpoint: Checkpoint) -> None:
 
 
 def load_optimizer(parameters: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """This rank's parts of the optimizer's state, KIND/PARAMETER; that of other ranks' parameters stays unread.
+    """This rank's part of the optimizer's state, by KIND/PARAMETER; {} if the checkpoint has none.
 
-    Raises CheckpointError where it does not fit `parameters`, those of this rank.
+    `parameters`: this rank's; the state of others is not read. Raises CheckpointError if the state does not fit them.
     """
     tensors = checkpoint.optimizer or {}
     _check_kinds(tensors, checkpoint)
@@ -70,26 +71,30 @@ def load_optimizer(parameters: Mapping[str, Tensor], checkpoint: Checkpoint) -> 
 
 
 def load_average(average: Mapping[str, Tensor], parameters: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
-    """Fill this rank's `average` of `parameters` in place, as far as the checkpoint has it; raises CheckpointError."""
+    """Fill this rank's `average` of `parameters` in place, for those names whose average the checkpoint has.
+
+    Raises CheckpointError if a shape differs.
+    """
     stored = checkpoint.average or {}
     _read({name: _fitting(name, part_of_state(parameters[name], tensor), stored[name], checkpoint)
                 for name, tensor in average.items() if name in stored}, stored)
 
 
 def _read(parts: Mapping[str, Part], tensors: Tensors) -> None:
-    """Fill the tensors of `parts` in place with their boxes of the stored ones of the same names."""
+    """Fill the tensor of each part in place from the stored tensor of the same name."""
     for name, part in parts.items():
         if part.tensor.numel():
             part.tensor.copy_(tensors[name].read_box(part.box))
 
 
 def _check_kinds(tensors: Tensors, checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError if a parameter lacks a kind of state that similar parameters have."""
     kinds_of: dict[str, set[str]] = {}
     for key in tensors:
         kind, _, name = key.partition("/")
         kinds_of.setdefault(name, set()).add(kind)
     for name, kinds in sorted(kinds_of.items()):
-        # Others that are stepped as this one is: some optimizers step but the matrices, and leave the rest to another.
+        # Compare with parameters of the same optimizer only: Muon updates matrices, and Adam the rest.
         alike = [other for other in kinds_of.values() if (other & kinds) - {"step"}]
         if missing := set().union(*(alike if alike and name else kinds_of.values())) - kinds:
             raise CheckpointError(f"{checkpoint.path}: the optimizer's state lacks {min(missing)}/{name}; load an "
@@ -97,7 +102,11 @@ def _check_kinds(tensors: Tensors, checkpoint: Checkpoint) -> None:
 
 
 def _memory(tensor: StoredTensor, parameter: Tensor) -> Tensor:
-    """Zeros for a state tensor: one of fewer dimensions than its parameter is the same everywhere."""
+    """A zero tensor that receives this rank's part of a state tensor.
+
+    It has the shape of this rank's parameter, but a state tensor of fewer dimensions (such as the step count) is held
+    whole by every rank.
+    """
     shape = parameter.shape if len(tensor.shape) == parameter.ndim else tensor.shape
     return torch.zeros(shape, dtype=tensor.dtype, device=parameter.device if tensor.shape else "cpu")
 

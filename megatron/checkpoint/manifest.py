@@ -1,6 +1,8 @@
-"""What a checkpoint's folder holds, written last: a folder without a manifest that agrees with it is no checkpoint.
+"""The manifest of a checkpoint's folder: all files with their checksums, and where each tensor is stored.
 
-manifest.json   {"crc32": of the content's canonical JSON, "content": {"version", "iteration",
+It is written last: a folder without a manifest that agrees with its files is not a complete checkpoint.
+
+manifest.json   {"crc32": of the content as canonical JSON, "content": {"version", "iteration",
                  "files": {NAME: [bytes, crc32]},
                  "tensors": {"model/NAME", "optimizer/KIND/NAME" or "ema/NAME":
                              {"dtype", "shape", "pieces": [[offsets, sizes, file], ...]}}}}
@@ -24,12 +26,12 @@ from megatron.parallel.mesh import ONE_RANK_AXIS, Axis
 
 MANIFEST = "manifest.json"
 VERSION = 2
-PieceFacts = tuple[tuple[int, ...], tuple[int, ...], str]
+PieceFacts = tuple[tuple[int, ...], tuple[int, ...], str]  # offsets in the whole tensor, shape, name of the file
 
 
 @dataclass(frozen=True)
 class TensorFacts:
-    """A whole tensor, and where its pieces lie: offsets in the whole, shape, and the file that holds each."""
+    """A tensor's global shape and dtype, and the pieces that it is stored in."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -38,14 +40,14 @@ class TensorFacts:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of a checkpoint."""
+    """What a checkpoint's folder contains: `files` by name, `tensors` by key ("model/NAME", ...)."""
 
     iteration: int
     files: dict[str, FileFacts]
     tensors: dict[str, TensorFacts]
 
     def write(self, place: Path) -> None:
-        """Into the folder, whole or not at all."""
+        """Write manifest.json into a folder, atomically; raises OSError."""
         content = {
             "version": VERSION, "iteration": self.iteration,
             "files": {name: [facts.num_bytes, facts.crc32] for name, facts in self.files.items()},
@@ -54,23 +56,23 @@ class Manifest:
         write_text(place / MANIFEST, json.dumps({"crc32": _crc32(content), "content": content}))
 
     def without(self, prefix: str) -> "Manifest":
-        """The same without the tensors whose keys begin so, and the files that hold them alone."""
+        """A copy without the tensors whose keys start with `prefix`, and without the files that hold only those."""
         tensors = {key: facts for key, facts in self.tensors.items() if not key.startswith(prefix)}
         gone = self._files_of(key for key in self.tensors if key.startswith(prefix)) - self._files_of(tensors)
         return Manifest(self.iteration, {name: self.files[name] for name in self.files if name not in gone}, tensors)
 
     def stored(self, place: Path, prefix: str) -> dict[str, StoredTensor]:
-        """The tensors below `prefix`, by their names without it, each read from its files when it is asked for."""
+        """The tensors whose keys start with `prefix`, by name without it; they are read lazily from the files."""
         return {key.removeprefix(prefix): StoredTensor(
             facts.shape, facts.dtype, tuple(_piece(place, key.removeprefix(prefix), *piece) for piece in facts.pieces))
             for key, facts in self.tensors.items() if key.startswith(prefix)}
 
     def names(self, with_optimizer: bool = True) -> list[str]:
-        """The files, of which those of the optimizer's state can be left out."""
+        """The names of the files, with or without those of the optimizer's state."""
         return [name for name in self.files if with_optimizer or not name.startswith("optimizer")]
 
     def check_sizes(self, place: Path, with_optimizer: bool = True) -> None:
-        """Raises CheckpointError where a file is missing or not as long as it was."""
+        """Raises CheckpointError if a file is missing or has another size than was written."""
         for name in self.names(with_optimizer):
             num_bytes = self.files[name].num_bytes
             try:
@@ -82,7 +84,10 @@ class Manifest:
                                       f"{_remedy(name)}")
 
     def check_sums(self, place: Path, names: Collection[str], advance: Callable[[int], object]) -> None:
-        """Raises CheckpointError where the bytes of one of the files are not those that were written."""
+        """Raises CheckpointError if the checksum of one of the files `names` is wrong.
+
+        `advance` is called with the number of bytes of each block that was read.
+        """
         for name in names:
             try:
                 is_whole = facts_of_file(place / name, advance) == self.files[name]
@@ -97,7 +102,7 @@ class Manifest:
 
 
 def read_manifest(place: Path) -> Manifest:
-    """The manifest of a folder; raises CheckpointError where it is missing or damaged."""
+    """The manifest of a checkpoint's folder; raises CheckpointError if it is missing or damaged."""
     path = place / MANIFEST
     try:
         text = path.read_text(encoding="utf-8")
@@ -122,9 +127,9 @@ def read_manifest(place: Path) -> Manifest:
 
 
 def check_files(place: Path, log: Log, share: Axis = ONE_RANK_AXIS, with_optimizer: bool = True) -> None:
-    """Read the files of a folder that has a manifest through, this rank its `share` of them.
+    """Check the sizes and checksums of the files in a checkpoint's folder; each rank of `share` reads some of them.
 
-    Raises CheckpointError where one is not as it was written.
+    Does nothing for a folder without a manifest. Raises CheckpointError if a file is not as it was written.
     """
     if not (place / MANIFEST).exists():
         return

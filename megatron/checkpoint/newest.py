@@ -1,4 +1,4 @@
-"""What `--load` names: the newest whole checkpoint of a run, or that of another program."""
+"""Opens what `--load` names: the newest complete checkpoint of a run, or a checkpoint of another program."""
 
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from megatron.parallel.collectives import all_gather_object
 from megatron.parallel.mesh import Axis
 
 
-def newest(folder: str, world: Axis, log: Log, with_optimizer: store.Wanted = True) -> Checkpoint | None:
-    """The checkpoint to go on from, the same on all ranks, which call this together; None where there is none.
+def newest(folder: str, world: Axis, log: Log, with_optimizer: store.WithOptimizer = True) -> Checkpoint | None:
+    """The checkpoint to resume from, the same on all ranks, which call this together; None if there is none.
 
-    Raises CheckpointError, on all ranks, where none can be read.
+    `with_optimizer`: whether the optimizer's state is needed. Raises CheckpointError on all ranks if there are
+    checkpoints but none can be read.
     """
     place = Path(folder)
     known = foreign(place)
@@ -32,18 +33,18 @@ def newest(folder: str, world: Axis, log: Log, with_optimizer: store.Wanted = Tr
 
 
 def saved_flags(folder: str) -> dict[str, Any]:
-    """The flags of what is to be loaded from a folder, by their fields' names; {} where there is nothing."""
+    """The flags stored in the checkpoint that `--load` would open, by field name; {} if there is none."""
     known = foreign(Path(folder))
     if known is None:
         return store.saved_flags(folder)
     try:
         return known.read(Path(folder)).state["config"]
-    except CheckpointError:  # what is wrong is said where it is loaded
+    except CheckpointError:  # loading it reports the error
         return {}
 
 
 def _foreign(known: CheckpointFormat | None, place: Path, world: Axis) -> tuple[Checkpoint | None, str | None]:
-    """The checkpoint of another program, or what is wrong with it; the ranks share out the reading of its files."""
+    """The checkpoint of another program and None, or None and what is wrong with it; the ranks share its checking."""
     if known is None:
         return None, f"{place} does not hold the same on all hosts; give a folder that they share"
     try:

@@ -1,4 +1,4 @@
-"""What lies where in the folder of a run, and what its checkpoints say without being opened; this needs no PyTorch."""
+"""The names of the files in a run's folder and in its checkpoints, and what can be read of them without PyTorch."""
 
 import hashlib
 import json
@@ -6,28 +6,30 @@ import re
 from pathlib import Path
 from typing import Any
 
-# In the folder of a run.
+# Files in a run's folder.
 LATEST, BEST = "latest_checkpointed_iteration.txt", "best"
 CONFIG_FILE, METRICS_FILE = "config.toml", "metrics.jsonl"
 LOSSES, BOARD, SPIKES = "loss.png", "tensorboard", "spikes"
-# In that of a checkpoint.
+# Files in a checkpoint's folder.
 STATE, VALIDATION = "state.json", "validation.json"
-_BESIDE_WEIGHTS = re.compile(r"(optimizer|ema).*|.*\.(json|jsonl|txt|toml|md)")  # what may change while they do not
+_BESIDE_WEIGHTS = re.compile(r"(optimizer|ema).*|.*\.(json|jsonl|txt|toml|md)")  # may change while the weights stay
 
 
 def place_of(root: Path, iteration: int) -> Path:
-    """The folder of the checkpoint of an iteration."""
+    """The folder of an iteration's checkpoint below the run's folder `root`."""
     return root / f"iter_{iteration:07d}"
 
 
 def iterations(root: Path) -> dict[int, Path]:
-    """The folders of checkpoints below `root` by their numbers, ascending."""
+    """The checkpoint folders below `root`, by iteration, in ascending order."""
     places = {int(place.name[5:]): place for place in root.glob("iter_*") if re.fullmatch("[0-9]{7,}", place.name[5:])}
     return dict(sorted(places.items()))
 
 
 def digest_of_weights(path: Path) -> str:
-    """Tells whether the weights at a checkpoint's path, a file or a folder, are still the same: by names, sizes, times.
+    """A digest that changes when the weights at `path`, a file or a folder, change.
+
+    It is computed from names, sizes and modification times; the contents are not read.
     """
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files
@@ -36,13 +38,13 @@ def digest_of_weights(path: Path) -> str:
 
 
 def validation_loss(place: Path) -> float | None:
-    """That of the run when it wrote this checkpoint; None where it is not known."""
+    """The validation loss at a checkpoint, in nats; None if it was not recorded."""
     found = _validation(place)
     return None if found is None else found["loss"]
 
 
 def validations(root: Path) -> dict[Path, dict[str, Any]]:
-    """Of the checkpoints below `root` whose validation is known, ascending: its "loss", and what that is of."""
+    """The content of validation.json ("loss", "measured_on") of each checkpoint below `root` that has one, in order."""
     return {place: found for place in iterations(root).values() if (found := _validation(place)) is not None}
 
 

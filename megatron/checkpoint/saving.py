@@ -1,4 +1,4 @@
-"""Writing the checkpoints of a run: while it waits, or behind the training."""
+"""Saves the checkpoints of a run, either while training waits or in a background thread."""
 
 import shutil
 import time
@@ -37,7 +37,10 @@ from megatron.parallel.placement import Part, part_of_state, placement_of
 
 def parts_of(model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor],
              average: Mapping[str, Tensor] | None = None) -> dict[str, Part]:
-    """This rank's part of every tensor of a checkpoint; the optimizer's are named KIND/PARAMETER."""
+    """This rank's part of every tensor of a checkpoint, by "model/NAME", "optimizer/KIND/NAME" and "ema/NAME".
+
+    `model`: the parameters by name; `optimizer`: its state tensors by KIND/NAME; `average`: of the weights, by name.
+    """
     parts = {f"model/{name}": placement_of(tensor).part(tensor) for name, tensor in model.items()}
     parts |= {f"ema/{name}": part_of_state(model[name], tensor) for name, tensor in (average or {}).items()}
     return parts | {f"optimizer/{key}": part_of_state(model[key.partition("/")[2]], tensor)
@@ -45,12 +48,14 @@ def parts_of(model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor],
 
 
 class Saver:
-    """Writes checkpoints below `--save`; all ranks have one, and call `save` and `finish` together.
+    """Writes checkpoints below `--save`; every rank has one, and all call `save` and `finish` together.
 
-    With `--async-save`, `save` returns once what this rank writes is copied to host memory. One write at most is under
-    way; what went wrong with it is raised by the next call. `loaded`: the iteration that the run goes on from, which is
-    never removed; those after it, found at the first save, are of a course that was left. `meet_disk`: called with an
-    iteration before the last files of its checkpoint are written, for a fault that is made on purpose.
+    With `--async-save`, `save` copies this rank's part to host memory and returns, and a thread writes it. At most one
+    write is in progress; if it fails, the next call raises the error.
+
+    `loaded`: the iteration that this run resumed from, 0 for a new run. Its checkpoint is never removed. Later
+    checkpoints in the folder belong to an abandoned continuation; the first save renames them.
+    `meet_disk`: called with the iteration before the last files of a checkpoint are written; tests inject faults here.
     """
 
     def __init__(self, config: CheckpointConfig, mesh: Mesh, claim: Claim | None, log: Log, loaded: int,
@@ -61,16 +66,19 @@ class Saver:
         self._meet_disk = meet_disk
         self._loaded, self._is_first = loaded, True
         self.saved_at = loaded  # the iteration of the newest checkpoint that is known to be whole
-        # A thread's own device is the first one, where each rank's would otherwise take memory.
+        # A new thread's current device is the first GPU, where every rank would otherwise allocate memory.
         self._thread = ThreadPoolExecutor(1, "checkpoint", *(
             () if self._device.type != "cuda" else (torch.cuda.set_device, (self._device,))))
         self._under_way: Future[int] | None = None
         self._copies: dict[str, Tensor] = {}
-        self._validations: dict[Path, tuple[float, str | None]] = {}  # those yet to be kept
+        self._validations: dict[Path, tuple[float, str | None]] = {}  # not yet written
         self._has_told_of_others = False
 
     def save(self, iteration: int, parts: Parts, state: Mapping[str, Any]) -> None:
-        """Write a checkpoint, or have it written; raises CheckpointError, and SaveError where the disk refuses."""
+        """Write a checkpoint, or start to write it with --async-save; `state` goes into state.json.
+
+        Raises SaveError if the disk refuses, else CheckpointError; with --async-save, those of the previous write.
+        """
         self.finish()
         self.check_claim()
         if self._is_first and self._writers.rank == 0:
@@ -86,38 +94,38 @@ class Saver:
         staged = {key: Part(self._copy(key, part.tensor), part.offsets, part.whole_shape)
                   for key, part in parts.items()}
         copied = None
-        if self._device.type != "cpu":  # the copies are queued behind the step, and the next one behind them
+        if self._device.type != "cpu":  # the copies run after this step and before the next one
             copied = torch.Event(self._device)
             copied.record()
         self._under_way = self._thread.submit(self._write, iteration, staged, state, copied)
 
     def check_claim(self) -> None:
-        """Raises CheckpointError, on rank 0, where another run has taken the folder over."""
+        """Raises CheckpointError on rank 0 if another run has taken the folder over."""
         if self._claim is not None:
             self._claim.check()
 
     def poll(self) -> None:
-        """Say that a write has ended, or raise what went wrong with it; does not wait."""
+        """Report the background write if it has ended, or raise its error; does not wait."""
         if self._under_way is not None and self._under_way.done():
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the write that is under way; raises CheckpointError where it failed."""
+        """Wait for the background write, if any; raises CheckpointError if it failed."""
         if self._under_way is not None:
             under_way, self._under_way = self._under_way, None
             self._settle(under_way.result)
 
     def close(self) -> None:
-        """Wait for the write that is under way, and for its thread."""
+        """Wait for the background write, and end its thread; raises CheckpointError if the write failed."""
         try:
             self.finish()
         finally:
             self._thread.shutdown()
 
     def note_validation(self, iteration: int, loss: float, measured_on: str | None = None) -> None:
-        """Keep the validation loss of an iteration with its checkpoint, if one is written, before or after this.
+        """Record an iteration's validation loss beside its checkpoint, if there is one or the next save writes it.
 
-        `measured_on`: the digest of what it is of.
+        `measured_on`: the digest of the data that the loss was measured on.
         """
         if self._writers.rank == 0:
             self._validations[place_of(self._root, iteration)] = loss, measured_on
@@ -130,7 +138,7 @@ class Saver:
 
         def write_state(temporary: Path) -> dict[str, FileFacts]:
             self._meet_disk(iteration)
-            # Later than all others, whatever the clock says.
+            # Later than all other checkpoints, even if the clock was set back.
             last_s = max(map(written_s, iterations(self._root).values()), default=0.0)
             write_json(temporary / STATE, {**state, "written_s": max(time.time(), last_s + 1e-3)})
             return {STATE: facts_of_file(temporary / STATE)}
@@ -151,7 +159,7 @@ class Saver:
         return iteration
 
     def _refused(self, place: Path, error: OSError | CheckpointError, parts: Parts) -> CheckpointError:
-        """What is to be raised; `parts`: what this rank was to write, about as many bytes as the others."""
+        """The exception to raise for a failed write; `parts`: this rank's share, by which the size is estimated."""
         if not isinstance(error, OSError):
             return CheckpointError(f"could not save {place}: {error}; the last good checkpoint is untouched")
         needed = self._writers.size * sum(part.tensor.numel() * part.tensor.element_size() for part in parts.values())
@@ -164,31 +172,32 @@ class Saver:
                          "away, or give another --save")
 
     def _settle(self, write: Callable[[], int]) -> None:
-        """Have a write done, or take its result; raises what went wrong with it."""
+        """Call `write`, which returns the iteration that it wrote, and report it; its errors are raised."""
         self.saved_at = write()
         self._log.line(f"  saved checkpoint {place_of(self._root, self.saved_at)}")
         self._keep_validations()
 
     def _keep_validations(self) -> None:
+        """Write the recorded validation losses of those checkpoints that are complete."""
         if self._under_way is not None:
             return
-        # Of a course that the first save sets aside.
+        # Checkpoints of an abandoned continuation, which the first save renames.
         left = {place for number, place in iterations(self._root).items() if self._is_first and number > self._loaded}
         waiting = {place: one for place, one in self._validations.items() if place in left or not place.exists()}
         for place in self._validations.keys() - waiting.keys():
             with suppress(OSError):  # where the disk is full the next save says so; the loss stands in the metrics too
                 self._tell_of_others(place, note_validation(place, *self._validations[place]))
-        self._validations = dict(list(waiting.items())[-1:])  # of the others no checkpoint is to come
+        self._validations = dict(list(waiting.items())[-1:])  # earlier iterations get no checkpoint any more
 
     def _tell_of_others(self, place: Path, others: Sequence[Path]) -> None:
-        """Say once where checkpoints are not compared with that of `place`."""
+        """Say once that `others` are not compared with the checkpoint at `place`."""
         if others and not self._has_told_of_others:
             self._has_told_of_others = True
             self._log.line(f"note: {BEST} has the lowest loss of those evaluated on what {place.name} was: that of "
                            f"others, up to {others[-1].name}, is of other data, or does not say of what")
 
     def _copy(self, key: str, tensor: Tensor) -> Tensor:
-        """A copy in host memory, which the next checkpoint uses again."""
+        """A copy in host memory; the buffer is reused for the next checkpoint."""
         copy = self._copies.get(key)
         if copy is None or copy.shape != tensor.shape:
             copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")

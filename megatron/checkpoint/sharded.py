@@ -1,7 +1,7 @@
-"""Tensors of which each rank has its part, written by all of them: a manifest, and files of safetensors.
+"""Writes a checkpoint from all ranks at once: each its own safetensors files, and rank 0 the manifest.
 
-There is a file of each kind ("model", "optimizer", "ema") a rank, of which each rank of any layout reads what it holds
-(`megatron.checkpoint.loading`). What several ranks hold alike is written by one of them.
+Every rank writes one file for each kind of tensor ("model", "optimizer", "ema"). A part that several ranks hold is
+written by one of them. Any layout can load the result (`megatron.checkpoint.loading`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,21 +22,22 @@ from megatron.parallel.placement import Part
 T = TypeVar("T")
 Parts = Mapping[str, Part]
 Place = tuple[str, tuple[int, ...]]  # the key of a part, and its offsets in the whole
-# Writes what else belongs into the folder, on the first rank; returns the files' facts.
+# Called on the first rank with the folder: writes its other files, and returns their sizes and checksums by name.
 Finish = Callable[[Path], dict[str, FileFacts]]
 
 
 class Shares:
-    """Which of its parts each of `ranks` writes; all of them call `share_of` together.
+    """Divides the parts of a checkpoint among `ranks` for writing; all of them call `share_of` together.
 
-    Found when they have other parts than the last time: a thousand ranks with a thousand parts each tell a million.
+    The division is kept as long as the parts stay the same, because computing it takes an all-gather of everyone's
+    list of parts: a million entries for a thousand ranks with a thousand parts each.
     """
 
     def __init__(self, ranks: Axis) -> None:
         self._ranks, self._held, self._mine = ranks, dict[Place, int](), list[str]()
 
     def share_of(self, parts: Parts) -> dict[str, Part]:
-        """Those of `parts` that this rank writes, none of them empty."""
+        """The subset of `parts` that this rank writes; empty tensors are left out."""
         held = {(key, part.offsets): part.tensor.nbytes for key, part in parts.items() if part.tensor.numel()}
         if any(all_gather_object(held != self._held, self._ranks)):
             self._held, writers = held, writers_of(all_gather_object(held, self._ranks))
@@ -45,7 +46,10 @@ class Shares:
 
 
 def writers_of(held: Sequence[Mapping[Place, int]]) -> dict[Place, int]:
-    """Which rank writes what, as many bytes as the others; `held`: of each rank the bytes of what it has."""
+    """The rank that writes each part, such that all write about as many bytes.
+
+    `held`: for each rank, the parts that it holds and their sizes in bytes.
+    """
     sizes = {place: size for of_rank in held for place, size in of_rank.items()}
     holders: dict[Place, list[int]] = {place: [] for place in sizes}
     for rank, of_rank in enumerate(held):
@@ -59,10 +63,10 @@ def writers_of(held: Sequence[Mapping[Place, int]]) -> dict[Place, int]:
 
 
 def write_parts(place: Path, iteration: int, parts: Parts, ranks: Axis, finish: Finish) -> None:
-    """Write the folder `place`: all of `ranks` call this together, each with its share of the parts.
+    """Write a checkpoint into the new folder `place`; all of `ranks` call this together, each with its share of parts.
 
-    Keys are "model/NAME", "optimizer/KIND/NAME" and "ema/NAME". The folder appears once it is whole and on the disk.
-    Raises on each rank the OSError of one, or a CheckpointError of whatever else went wrong there.
+    The keys of `parts` are "model/NAME", "optimizer/KIND/NAME" and "ema/NAME". The folder appears only when everything
+    in it is on the disk. If a rank fails, every rank raises its OSError, or a CheckpointError for any other exception.
     """
     made = _together(ranks, lambda: begin_folder(place) if ranks.rank == 0 else place)
     temporary = all_gather_object(made, ranks)[0]
@@ -84,7 +88,7 @@ def write_parts(place: Path, iteration: int, parts: Parts, ranks: Axis, finish: 
 
 
 def _together(ranks: Axis, work: Callable[[], T]) -> T:
-    """What `work` gives here, once it is done on all ranks; where it fails on one, all raise what went wrong."""
+    """The result of `work` on this rank, after all ranks have run theirs; if it fails on one, every rank raises."""
     result, wrong = None, list[Exception]()
     try:
         result = work()
@@ -98,7 +102,7 @@ def _together(ranks: Axis, work: Callable[[], T]) -> T:
 
 
 def _write_files(folder: Path, parts: Parts, rank: int) -> tuple[dict[str, FileFacts], dict[str, TensorFacts]]:
-    """What this rank's files are, and where in them each of its parts lies."""
+    """Write this rank's files; returns their sizes and checksums by name, and the facts of each tensor by key."""
     held: dict[str, dict[str, StoredTensor]] = {}
     tensors: dict[str, TensorFacts] = {}
     for key, part in parts.items():

@@ -1,16 +1,16 @@
-"""The checkpoints of a run: which there are, which to go on from, which to keep.
+"""The checkpoints in a run's folder: finding the one to resume from, and removing old ones.
 
-FOLDER/latest_checkpointed_iteration.txt    the decimal number of the newest
-FOLDER/best                                 a link to the one with the lowest validation loss of those that compare
+FOLDER/latest_checkpointed_iteration.txt    the iteration of the newest, as decimal text
+FOLDER/best                                 a link to the one with the lowest validation loss on the same data
 FOLDER/iter_0000100/model-00000.safetensors, optimizer-00000.safetensors    what rank 0 wrote, fp32
 FOLDER/iter_0000100/ema-00000.safetensors   the average of the weights, fp32, of a run with --ema
 FOLDER/iter_0000100/state.json              progress, loss scale, meters, the flags of the run
-FOLDER/iter_0000100/manifest.json           all files with their checksums, and where each tensor lies
-FOLDER/iter_0000100/validation.json         the validation loss there, where it is known, and what it was measured on
+FOLDER/iter_0000100/manifest.json           all files with their checksums, and where each tensor is stored
+FOLDER/iter_0000100/validation.json         the validation loss, if known, and the data that it was measured on
 
-Nothing here is a pickle: opening a checkpoint runs no code. A checkpoint exists when it is whole: its folder gets its
-name last. So the pointer may be behind, or gone; it decides where it was written after all checkpoints, as when a user
-has gone back.
+No file is a pickle, so opening a checkpoint runs no code. A checkpoint's folder gets its name when it is complete. The
+pointer, latest_checkpointed_iteration.txt, is written after that, so it may lag behind or be missing. It is obeyed only
+if it is newer than all checkpoints, as when a user edits it to go back to an older iteration.
 """
 
 import itertools
@@ -33,15 +33,15 @@ from megatron.log import Log
 from megatron.parallel.collectives import all_gather_object
 from megatron.parallel.mesh import Axis
 
-Wanted = bool | Callable[[Mapping[str, Any]], bool]  # whether something is, or whether it is by a checkpoint's state
+WithOptimizer = bool | Callable[[Mapping[str, Any]], bool]  # a predicate gets the content of state.json
 
 
-def find(folder: str, world: Axis, log: Log, with_optimizer: Wanted = True) -> Checkpoint | None:
-    """The checkpoint to go on from, the same on all ranks, which call this together; None where there is none.
+def find(folder: str, world: Axis, log: Log, with_optimizer: WithOptimizer = True) -> Checkpoint | None:
+    """The checkpoint to resume from, the same on all ranks, which call this together; None if there is none.
 
-    A broken one is passed over for the one before, with a line that says why. `folder` may be one checkpoint itself,
-    such as RUN/best, where the optimizer's state is not wanted: from that a run would go on with what comes behind it.
-    Raises CheckpointError where all are broken, or the ranks do not see the same.
+    A damaged checkpoint is skipped for the previous one, with a line in the log that says why. `folder` may also be a
+    single checkpoint, such as RUN/best, but only without the optimizer's state: to resume training, name the run's
+    folder. Raises CheckpointError if all checkpoints are damaged, or if some ranks cannot see them.
     """
     root = Path(folder)
     if _is_one(root):
@@ -69,9 +69,9 @@ def find(folder: str, world: Axis, log: Log, with_optimizer: Wanted = True) -> C
 
 
 def open_place(place: Path, with_optimizer: bool = True) -> Checkpoint:
-    """The checkpoint in one `iter_` folder, its tensors yet to be read; raises CheckpointError.
+    """The checkpoint in one `iter_` folder, whose tensors are read lazily; raises CheckpointError if it is damaged.
 
-    Whether the files of the optimizer's state are there, `check_files` says.
+    The files of the optimizer's state are not checked here; `check_files` does that.
     """
     if (place / MODEL).exists():
         return read_whole(place, with_optimizer)
@@ -85,17 +85,18 @@ def open_place(place: Path, with_optimizer: bool = True) -> Checkpoint:
 
 
 def saved_flags(folder: str) -> dict[str, Any]:
-    """The flags of the run in a folder, by their fields' names, as the first checkpoint to try has them; {} if none."""
+    """The flags stored in the checkpoint that a run in `folder` would resume from, by field name; {} if there is none.
+    """
     try:
         root = Path(folder)
         config = open_place(root.resolve() if _is_one(root) else in_order(root)[1][0]).state["config"]
-    except (CheckpointError, IndexError, KeyError):  # what is wrong is said where it is loaded
+    except (CheckpointError, IndexError, KeyError):  # loading it reports the error
         return {}
     return config if isinstance(config, dict) else {}
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What a state.json says; raises CheckpointError where it is damaged."""
+    """The content of a state.json; raises CheckpointError if it is missing or damaged."""
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -106,7 +107,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def written_s(place: Path) -> float:
-    """When a checkpoint was written, in seconds since 1970; 0 where nothing says so."""
+    """When a checkpoint was written, in seconds since 1970; 0 if that is unknown."""
     try:
         return float(read_state(place / STATE)["written_s"])
     except (CheckpointError, KeyError, TypeError, ValueError):
@@ -116,12 +117,15 @@ def written_s(place: Path) -> float:
 
 
 def point_to(root: Path, iteration: int) -> None:
-    """Let the pointer name an iteration."""
+    """Write the iteration into the pointer, latest_checkpointed_iteration.txt."""
     write_text(root / LATEST, str(iteration))
 
 
 def set_aside(folder: str, iteration: int) -> list[Path]:
-    """Rename the checkpoints after `iteration`, of a course that was left by going back; returns their new paths."""
+    """Rename the checkpoints after `iteration`, to which the run has gone back, to abandoned-…; returns the new paths.
+
+    Raises CheckpointError if one cannot be renamed.
+    """
     moved = []
     try:
         for number, place in iterations(Path(folder)).items():
@@ -138,7 +142,8 @@ def set_aside(folder: str, iteration: int) -> list[Path]:
 
 
 def remove_left_over(root: Path) -> None:
-    """Remove what killed processes left of checkpoints and pointers that they were at; for whoever holds the folder."""
+    """Remove the unfinished checkpoints and pointers of killed processes; only the folder's lock holder may call this.
+    """
     for rest in (*left_over(root / "iter_", begins=True), *left_over(root / LATEST)):
         if rest.is_dir():
             shutil.rmtree(rest, ignore_errors=True)
@@ -147,12 +152,13 @@ def remove_left_over(root: Path) -> None:
 
 
 def prune(root: Path, *, keep: int, keep_every: int, retain_optimizer: int, spared: Collection[Path]) -> None:
-    """Remove the checkpoints but for the `keep` written last, and the optimizer's state of all but `retain_optimizer`.
+    """Remove all but the last `keep` checkpoints, and the optimizer's state of all but the last `retain_optimizer`.
 
-    0 keeps all. Neither is taken from those in `spared`, nor is a multiple of `keep_every`, or the best, removed.
+    0 keeps all. Nothing is taken from those in `spared`. Checkpoints at multiples of `keep_every`, and the best one,
+    are not removed, but may lose their optimizer's state.
     """
     best = (root / BEST).resolve()
-    # By time, not by number: a run that went back to an older iteration saves lower numbers than it finds.
+    # By time, not by iteration: a run that went back to an older checkpoint writes lower numbers than those it finds.
     by_age = sorted(iterations(root).items(), key=lambda item: (written_s(item[1]), item[0]))
     for number, place in by_age[:-keep] if keep else ():
         if place not in spared and place.resolve() != best and not (keep_every and number % keep_every == 0):
@@ -163,18 +169,18 @@ def prune(root: Path, *, keep: int, keep_every: int, retain_optimizer: int, spar
 
 
 def note_validation(place: Path, loss: float, measured_on: str | None = None) -> list[Path]:
-    """Keep the validation loss of a checkpoint beside it, and link to the best of the run.
+    """Write a checkpoint's validation loss into its validation.json, and update the link `best`.
 
-    Returns the checkpoints that are not compared, as `link_best` does.
+    `measured_on`: the digest of the data. Returns the checkpoints that cannot be compared, as `link_best` does.
     """
     write_json(place / VALIDATION, {"loss": loss, MEASURED_ON: measured_on})
     return link_best(place.parent)
 
 
 def link_best(root: Path) -> list[Path]:
-    """Have `best` lead to the checkpoint of the lowest validation loss, or be gone where none has one.
+    """Point the link `best` at the checkpoint with the lowest validation loss; remove it if none has a loss.
 
-    Compared are those that were evaluated on what the newest of them was; returns the others.
+    Only checkpoints that were evaluated on the same data as the newest of them are compared; returns the others.
     """
     found = validations(root)
     is_alike = dict(zip(found, comparable(list(found.values())), strict=True))
@@ -189,7 +195,11 @@ def link_best(root: Path) -> list[Path]:
 
 
 def in_order(root: Path) -> tuple[str | None, list[Path]]:
-    """What is to be said of the order in which to try the checkpoints, and that order."""
+    """A note for the log, or None, and the checkpoints of a run in the order in which to try them.
+
+    The pointer's checkpoint and older ones if the pointer is newer than all checkpoints, else all, the newest first;
+    the note tells of a pointer that is not obeyed. Raises CheckpointError if the pointer cannot be read.
+    """
     places = iterations(root)
     newest_first = sorted(places, key=lambda number: (written_s(places[number]), number), reverse=True)
     if not places:
@@ -211,12 +221,12 @@ def in_order(root: Path) -> tuple[str | None, list[Path]]:
 
 
 def _is_one(place: Path) -> bool:
-    """Whether it is a checkpoint, and not the folder of a run."""
+    """Whether `place` is a single checkpoint, not the folder of a run."""
     return (place / MODEL).exists() or (place / MANIFEST).exists()
 
 
-def _opened(place: Path, world: Axis, log: Log, with_optimizer: Wanted) -> tuple[Checkpoint | None, str | None]:
-    """A checkpoint, or what is wrong with it; the ranks share out the reading of its files."""
+def _opened(place: Path, world: Axis, log: Log, with_optimizer: WithOptimizer) -> tuple[Checkpoint | None, str | None]:
+    """A checkpoint and None, or None and what is wrong with it; the ranks share the check of its files."""
     try:
         if not place.is_dir():
             raise CheckpointError(f"{place} is not there on this host; give a folder that all hosts share")
@@ -230,7 +240,7 @@ def _opened(place: Path, world: Axis, log: Log, with_optimizer: Wanted) -> tuple
 
 
 def _drop_optimizer(place: Path) -> None:
-    """Take the optimizer's state out of a checkpoint, which is whole before and after."""
+    """Remove the optimizer's state from a checkpoint; the manifest is replaced first, so it is complete at any time."""
     with suppress(CheckpointError, OSError):
         manifest = read_manifest(place)
         weights = manifest.without("optimizer/")

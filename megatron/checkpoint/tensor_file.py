@@ -1,6 +1,6 @@
-"""Files of tensors in safetensors' format, written and read one tensor at a time.
+"""Reads and writes safetensors files one tensor at a time.
 
-The library writes what lies in memory; ours may be larger than that. Reading is the library's.
+Writing does not use the library, which needs all tensors in memory at once. Reading does.
 """
 
 import json
@@ -28,16 +28,16 @@ _REMEDY = "copy it again, or take an older iteration if there is one"
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What a file is known by: its size, and the CRC-32 of its bytes."""
+    """The size of a file and the CRC-32 of its bytes, by which damage is detected."""
 
     num_bytes: int
     crc32: int
 
 
 def write_tensors(path: Path, tensors: Tensors, notes: Mapping[str, str] | None = None) -> FileFacts:
-    """Write a new file and bring it to the disk, with `notes` at its head; raises OSError where the disk refuses.
+    """Write a new file and fsync it; returns its size and checksum. Raises OSError, also if the file exists.
 
-    Each tensor is read when its turn comes.
+    `notes`: for the header's __metadata__. Only one tensor is in memory at a time.
     """
     header: dict[str, Any] = {"__metadata__": dict(notes)} if notes else {}
     end = 0
@@ -52,7 +52,7 @@ def write_tensors(path: Path, tensors: Tensors, notes: Mapping[str, str] | None 
         crc32 = zlib.crc32(start)
         for stored in tensors.values():
             tensor = stored.read().detach().cpu().contiguous()
-            assert (tuple(tensor.shape), tensor.dtype) == (stored.shape, stored.dtype), "what was announced is written"
+            assert (tuple(tensor.shape), tensor.dtype) == (stored.shape, stored.dtype), "as announced"
             data = tensor.reshape(-1).view(torch.uint8).numpy().data
             crc32 = zlib.crc32(data, crc32)
             file.write(data)
@@ -63,7 +63,7 @@ def write_tensors(path: Path, tensors: Tensors, notes: Mapping[str, str] | None 
 
 
 def stored_in(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file, each read when it is asked for; raises CheckpointError for one that is damaged."""
+    """The tensors of a file, by name, each read lazily; raises CheckpointError if the file is damaged."""
     with _opened(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         try:
@@ -74,8 +74,8 @@ def stored_in(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_box(path: Path, name: str, box: Box) -> Tensor:
-    """A part of a tensor; raises CheckpointError where there is none."""
-    # Opened each time: what is mapped counts as memory of the process for as long as it is open.
+    """A box of a tensor in a file, on the CPU; raises CheckpointError if the file is damaged or lacks the tensor."""
+    # Opened each time, because a mapped file counts as memory of the process while it is open.
     with _opened(path) as file:
         try:
             return file.get_slice(name)[box] if box else file.get_tensor(name).clone()
@@ -84,7 +84,7 @@ def read_box(path: Path, name: str, box: Box) -> Tensor:
 
 
 def facts_of_file(path: Path, advance: Callable[[int], object] = lambda num_bytes: None) -> FileFacts:
-    """Size and checksum of a file, read through; `advance` hears of each block's bytes."""
+    """The size and checksum of a file, which is read completely; `advance` gets the number of bytes of each block."""
     crc32 = num_bytes = 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
@@ -94,7 +94,9 @@ def facts_of_file(path: Path, advance: Callable[[int], object] = lambda num_byte
 
 
 def _opened(path: Path) -> safe_open:
-    """safe_open, which takes no path that is not UTF-8, of any path: such a file goes by the number that it is open as.
+    """`safe_open` for any path; raises CheckpointError.
+
+    safe_open itself rejects paths that are not UTF-8; such a file is opened by its descriptor in /proc.
     """
     try:
         try:

@@ -1,8 +1,8 @@
-"""The whole-file form: every parameter in one file, which any reader of safetensors opens; for export, and old runs.
+"""Reads checkpoints in the whole-file form: all parameters in one safetensors file, for export and from old runs.
 
 PLACE/model.safetensors        every parameter, fp32, by name
-PLACE/optimizer.safetensors    every state tensor, as KIND/PARAMETER, where there is one
-PLACE/ema.safetensors          the average of the weights, by name, where there is one
+PLACE/optimizer.safetensors    every state tensor, as KIND/PARAMETER, if there is any
+PLACE/ema.safetensors          the average of the weights, by name, if there is one
 PLACE/state.json               progress, loss scale, the flags of the run
 """
 
@@ -21,7 +21,7 @@ VERSION = 1
 
 
 def read_whole(place: Path, with_optimizer: bool = True) -> Checkpoint:
-    """The checkpoint in a folder; raises CheckpointError."""
+    """The checkpoint in a folder, whose tensors are read lazily; raises CheckpointError if it is damaged."""
     try:
         state = json.loads((place / STATE).read_text(encoding="utf-8"))
         iteration = int(state["iteration"])

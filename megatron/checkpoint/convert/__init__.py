@@ -1,1 +1,1 @@
-"""Checkpoints of other programs: a module a format, each with `recognises`, `read` and `write`; files of torch.save."""
+"""Conversion of checkpoints: a module for each format, with `recognises`, `read` and `write`; files of torch.save."""

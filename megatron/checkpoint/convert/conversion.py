@@ -1,4 +1,4 @@
-"""One checkpoint from one format and layout into another, told as it goes."""
+"""Converts a checkpoint from one format and layout into another, with lines in the log on what it does."""
 
 import math
 import shutil
@@ -26,7 +26,7 @@ from megatron.log import Log
 
 @dataclass(frozen=True)
 class FlagNames:
-    """What a tool calls its flags, for messages."""
+    """The names of a tool's flags, for messages."""
 
     save: str = "--save-dir"
     vocab_size: str = "--true-vocab-size"
@@ -34,15 +34,13 @@ class FlagNames:
 
 def convert(source: Path, target: Path, loader: str, saver: str, *, tensor: int, pipeline: int, iteration: int | None,
             vocab_size: int | None, log: Log, takes_average: bool = False, names: FlagNames = FlagNames()) -> Path:
-    """Read `source` and write it below `target`, a folder that is new or empty; returns the checkpoint's place.
+    """Read `source` and write it below `target`, a folder that is new or empty; returns the path of what was written.
 
-    `vocab_size`: of the tokens, beyond whose padding the rows are cut; `takes_average`: the average of the weights is
-    written as the weights. Raises ConfigError or CheckpointError.
+    `loader` and `saver`: names of formats; `tensor` x `pipeline`: the layout to write for; `vocab_size`: the number of
+    tokens, to which (padded for one rank) the vocabulary is cut; `takes_average`: write the average of the weights in
+    place of the weights. Raises ConfigError or CheckpointError.
     """
-    # What a killed conversion left of its checkpoint is none.
-    rests = {*left_over(target / "iter_", begins=True), *left_over(target / RELEASE)}
-    if target.is_file() or (target.is_dir() and {*target.iterdir()} - rests):
-        raise ConfigError(f"{names.save} {target} holds something already; give a new folder")
+    _refuse_occupied(target, names)
     name, checkpoint = read_as(loader, source, iteration)
     log.line(f"reading {checkpoint.path} ({name}): {describe(checkpoint)}")
     if saver not in OURS:
@@ -57,7 +55,7 @@ def convert(source: Path, target: Path, loader: str, saver: str, *, tensor: int,
 
     def see(name: str, values: Tensor) -> None:
         bar.update(values.nbytes)
-        # Least and largest are not finite where any number is not, and take no memory.
+        # If any value is NaN or infinite, so is the minimum or the maximum; unlike isfinite(), these take no memory.
         if values.is_floating_point() and values.numel() and not torch.stack(values.aminmax()).isfinite().all():
             not_finite.add(name)
 
@@ -75,8 +73,18 @@ def convert(source: Path, target: Path, loader: str, saver: str, *, tensor: int,
     return place
 
 
+def _refuse_occupied(target: Path, names: FlagNames) -> None:
+    """Raises ConfigError if the folder holds anything but what a killed conversion left unfinished."""
+    rests = {*left_over(target / "iter_", begins=True), *left_over(target / RELEASE)}
+    if target.is_file() or (target.is_dir() and {*target.iterdir()} - rests):
+        raise ConfigError(f"{names.save} {target} holds something already; give a new folder")
+
+
 def _without_what_is_unknown(checkpoint: Checkpoint, saver: str, log: Log) -> Checkpoint:
-    """Without the average and the optimizer's state where a format does not know them; says so, and what was noted."""
+    """The checkpoint without the average and the optimizer's state if the format `saver` cannot hold them.
+
+    Says so in the log, along with the notes that the reader left in the checkpoint's state.
+    """
     if saver not in OURS and checkpoint.average is not None:
         log.line(f"note: {saver} knows no average of the weights beside them, and it is left out; --load-ema writes it "
                  "in their place")
@@ -92,7 +100,10 @@ def _without_what_is_unknown(checkpoint: Checkpoint, saver: str, log: Log) -> Ch
 
 
 def _with_true_rows(checkpoint: Checkpoint, vocab_size: int | None, names: FlagNames, log: Log) -> Checkpoint:
-    """With the rows that one rank has for the vocabulary, to which writers add what more ranks have."""
+    """The checkpoint with its vocabulary cut to the padding of a single rank; writers pad further for more ranks.
+
+    Unchanged if the number of tokens is neither given nor known. Raises ConfigError for an impossible `vocab_size`.
+    """
     if WORDS not in checkpoint.model:
         return checkpoint
     rows, known = checkpoint.model[WORDS].shape[0], known_vocabulary(checkpoint)
@@ -110,7 +121,7 @@ def _with_true_rows(checkpoint: Checkpoint, vocab_size: int | None, names: FlagN
 
 
 def describe(checkpoint: Checkpoint) -> str:
-    """What a checkpoint holds, in some words."""
+    """A line for the log on what a checkpoint holds."""
     count = sum(math.prod(tensor.shape) for tensor in checkpoint.model.values())
     moments = "no optimizer state" if checkpoint.optimizer is None else "with the optimizer's state"
     average = "" if checkpoint.average is None else " and the average of the weights"
@@ -120,9 +131,10 @@ def describe(checkpoint: Checkpoint) -> str:
 
 def _with_fitted_contacts(checkpoint: Checkpoint, saver: str, takes_average: bool, log: Log) -> tuple[Checkpoint,
                                                                                                    Path | None]:
-    """With the regression of contacts that was fitted on these weights, where the format has a place for one.
+    """The checkpoint with its fitted contact regression as contact head, if the format `saver` can hold one.
 
-    Elsewhere its file, which then lies beside what is written, too. Raises CheckpointError for a damaged one.
+    Otherwise the checkpoint as it is, and the regression's file, to be copied beside what is written. Raises
+    CheckpointError if the file is damaged.
     """
     file = contact_head_file(checkpoint.path)
     if not file.is_file():
@@ -139,13 +151,14 @@ def _with_fitted_contacts(checkpoint: Checkpoint, saver: str, takes_average: boo
 
 
 def _num_bytes(checkpoint: Checkpoint) -> int:
+    """The size of all tensors, in bytes."""
     return sum(math.prod(tensor.shape) * tensor.dtype.itemsize
                for tensors in (checkpoint.model, checkpoint.optimizer or {}, checkpoint.average or {})
                for tensor in tensors.values())
 
 
 def _watched(checkpoint: Checkpoint, see: Callable[[str, Tensor], object]) -> Checkpoint:
-    """The same, of which `see` is shown, by their names, all values that are read."""
+    """The checkpoint with `see(name, values)` called on all values that are read from it."""
     def watch(name: str, tensor: StoredTensor) -> StoredTensor:
         def read(box: Box) -> Tensor:
             values = tensor.read_box(box)

@@ -1,4 +1,4 @@
-"""What is said where a checkpoint cannot be written, or what is there is not as another program writes it."""
+"""Turns errors from reading and writing checkpoints into CheckpointErrors that a user understands."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from megatron.errors import CheckpointError
 
 @contextmanager
 def writable(place: Path) -> Iterator[None]:
-    """Raises CheckpointError where the disk refuses what the block writes at `place`."""
+    """A context that turns an OSError into a CheckpointError that says that `place` cannot be written."""
     try:
         yield
     except OSError as error:
@@ -19,11 +19,14 @@ def writable(place: Path) -> Iterator[None]:
 
 @contextmanager
 def readable(place: Path, way: str) -> Iterator[None]:
-    """Raises CheckpointError where the block cannot make sense of what is at `place`; `way`: "as … writes it"."""
+    """A context that turns any exception into a CheckpointError that says that the content of `place` is not `way`.
+
+    `way`: as in "as transformers writes it".
+    """
     try:
         yield
     except CheckpointError:
         raise
-    except Exception as error:  # what a file holds may be of any kind, and fail anywhere
+    except Exception as error:  # a malformed file can make any step fail in any way
         raise CheckpointError(f"{place}: what it holds is not {way} ({type(error).__name__}: "
                               f"{' '.join(str(error).split())[:200]}); copy it again") from error

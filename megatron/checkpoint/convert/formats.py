@@ -1,4 +1,4 @@
-"""The formats of checkpoints that are known, by their names."""
+"""The checkpoint formats that can be read and written, by name, and how to recognise one."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,42 +12,46 @@ from megatron.errors import CheckpointError, ConfigError
 
 
 class CheckpointFormat(Protocol):
-    """What a format's module gives."""
+    """The functions that a format's module provides."""
 
     def recognises(self, path: Path) -> bool:
-        """Whether a path looks like such a checkpoint, or a folder of them; opens no pickle."""
+        """Whether `path` looks like a checkpoint of this format, or a folder of them; opens no pickle."""
 
     def read(self, path: Path, iteration: int | None = None) -> Checkpoint:
-        """The checkpoint there; raises CheckpointError."""
+        """The checkpoint at `path`, or that of `iteration` in a run's folder; raises CheckpointError."""
 
     def write(self, checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: int = 1) -> Path:
-        """Write one below a run's folder; returns its place. Raises CheckpointError, and ConfigError for a layout."""
+        """Write a checkpoint below `folder` for `tensor` x `pipeline` ranks; returns the path of what was written.
+
+        Raises ConfigError for an unsupported layout, CheckpointError for any other failure.
+        """
 
 
 FORMATS: Mapping[str, CheckpointFormat] = {
     "sharded": sharded, "whole": whole, "hf": hf, "esm": esm, "megatron-v2": megatron_v2, "megatron-core": ranks,
     "megatron-core-dist": distributed}
-# Of these the optimizer's state is neither read nor written.
+# Formats for which the optimizer's state is neither read nor written.
 WEIGHTS_ALONE = ("megatron-core", "megatron-core-dist", "hf", "esm")
 OURS = ("sharded", "whole")
 AUTO = "auto"
 
 
 def foreign(path: Path) -> CheckpointFormat | None:
-    """The format of what lies at `path`, if it is one of another program."""
+    """The format of the checkpoint at `path` if it is one of another program, else None."""
     name = foreign_name(path)
     return None if name is None else FORMATS[name]
 
 
 def foreign_name(path: Path) -> str | None:
-    """The name of that format."""
+    """The name of the format of the checkpoint at `path` if it is one of another program, else None."""
     return next((name for name, known in FORMATS.items() if name not in OURS and known.recognises(path)), None)
 
 
 def read_as(loader: str, path: Path, iteration: int | None) -> tuple[str, Checkpoint]:
-    """The format of what lies at `path`, `loader` or what AUTO recognises, and the checkpoint there.
+    """The name of the format, and the checkpoint at `path` (or that of `iteration`, if `path` is a run's folder).
 
-    Raises CheckpointError, and ConfigError where `path` is one checkpoint, of another iteration.
+    `loader`: the name of the format, or AUTO to recognise it. Raises CheckpointError, and ConfigError if `path` is a
+    single checkpoint of another iteration.
     """
     name = recognised(path) if loader == AUTO else loader
     checkpoint = FORMATS[name].read(path, iteration)
@@ -59,7 +63,7 @@ def read_as(loader: str, path: Path, iteration: int | None) -> tuple[str, Checkp
 
 
 def recognised(path: Path) -> str:
-    """The name of the format of what lies at `path`; raises CheckpointError where none is recognised."""
+    """The name of the format of the checkpoint at `path`; raises CheckpointError if none is recognised."""
     name = next((name for name, known in FORMATS.items() if known.recognises(path)), None)
     if name is None:
         half = hf.half_of_one(path)

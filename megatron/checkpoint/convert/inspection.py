@@ -1,4 +1,4 @@
-"""What a checkpoint of any format is, what its numbers look like, and whether it is whole, as lines to read."""
+"""Reports on a checkpoint of any format: its configuration, statistics of its tensors, and whether it is intact."""
 
 import math
 from collections.abc import Iterator
@@ -17,19 +17,20 @@ from megatron.log import Log
 
 @dataclass
 class _Sum:
-    """Of some tensors: how many, how many numbers and bytes, the norm of all, and how many are not finite."""
+    """Totals over some tensors."""
 
     num_tensors: int = 0
     num_values: int = 0
     num_bytes: int = 0
-    square: float = 0.0
-    num_odd: int = 0
+    square: float = 0.0  # sum of the squares of all values
+    num_odd: int = 0  # values that are NaN or infinite
 
 
 def inspect(path: Path, loader: str, iteration: int | None, log: Log) -> bool:
-    """Say all of a checkpoint, each tensor read once; returns whether it is whole and all its numbers are finite.
+    """Log a report on a checkpoint; returns whether its files are intact and all its values finite.
 
-    Raises CheckpointError where it cannot be read, ConfigError where there is nothing, or another iteration.
+    Reads each tensor once. Raises CheckpointError if it cannot be opened, ConfigError if there is nothing at `path` or
+    it is a checkpoint of another iteration.
     """
     if not path.exists():
         raise ConfigError(f"{path} is not there; give a run's folder, a checkpoint's or a file")
@@ -50,6 +51,7 @@ def inspect(path: Path, loader: str, iteration: int | None, log: Log) -> bool:
 
 
 def _facts(checkpoint: Checkpoint) -> Iterator[str]:
+    """Lines on the checkpoint's state, files and configuration."""
     state = checkpoint.state
     for name in ("progress", "schedule", "loss_scale", "layout"):
         if name in state:
@@ -65,7 +67,7 @@ def _facts(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _kinds(checkpoint: Checkpoint) -> dict[str, Tensors]:
-    """The parameters, their average, and each kind of state of theirs that has their shapes."""
+    """The parameters, their average, and each kind of optimizer state, by a title; scalars are left out."""
     kinds: dict[str, dict[str, StoredTensor]] = {"parameters": dict(checkpoint.model)}
     if checkpoint.average is not None:
         kinds["average"] = dict(checkpoint.average)
@@ -77,7 +79,7 @@ def _kinds(checkpoint: Checkpoint) -> dict[str, Tensors]:
 
 
 def _told(kind: str, tensors: Tensors, log: Log) -> _Sum:
-    """Say what some tensors look like, parameters one by one."""
+    """Log statistics of some tensors and return the totals; parameters get a line each, others only if not finite."""
     total, width = _Sum(), max(map(len, tensors), default=0)
     log.line(f"  {kind}:")
     for name, tensor in tensors.items():
@@ -98,6 +100,7 @@ def _told(kind: str, tensors: Tensors, log: Log) -> _Sum:
 
 
 def _shown(value: object) -> str:
+    """A value of the state or configuration as text."""
     if isinstance(value, dict):
         return ", ".join(f"{name.replace('_', ' ')} {part}" for name, part in value.items())
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

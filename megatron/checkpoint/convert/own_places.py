@@ -1,4 +1,4 @@
-"""Where this program's own checkpoints lie, for those who name a run's folder or one checkpoint's."""
+"""Finds this program's own checkpoints, given the folder of a run or of a single checkpoint."""
 
 from pathlib import Path
 
@@ -7,9 +7,9 @@ from megatron.errors import CheckpointError, ConfigError
 
 
 def place_in(path: Path, iteration: int | None = None) -> Path:
-    """The folder of a checkpoint: `path` itself, or that of an iteration, by default of the newest, in a run's folder.
+    """The folder of a checkpoint: `path` itself if it is one, else that of `iteration` in the run's folder `path`.
 
-    Raises CheckpointError where there is none.
+    Without an iteration, the one that the run would resume from. Raises CheckpointError if there is none.
     """
     if (path / STATE).is_file():
         return path
@@ -24,7 +24,7 @@ def place_in(path: Path, iteration: int | None = None) -> Path:
 
 
 def refuse_layout(tensor: int, pipeline: int) -> None:
-    """Raises ConfigError where files of ranks are asked for: ours are loaded into any layout as they are."""
+    """Raises ConfigError unless both sizes are 1: our formats have no files per rank, and load into any layout."""
     if (tensor, pipeline) != (1, 1):
         raise ConfigError(f"--target-tensor-parallel-size {tensor} and --target-pipeline-parallel-size {pipeline} are "
                           "for Megatron's files of ranks; this program loads its own into any layout, leave them out")

@@ -1,4 +1,5 @@
-"""The form in which this program saves, as one rank would: a manifest, and a file each of weights and of moments."""
+"""The format in which this program saves, written as by a single rank: a manifest, and a file for each kind of tensor.
+"""
 
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ from megatron.files import new_folder, write_json
 
 
 def recognises(path: Path) -> bool:
-    """Whether this is such a checkpoint, or a folder of them."""
+    """Whether `path` is a checkpoint of this format, or a folder of them."""
     try:
         return (place_in(path) / MANIFEST).is_file()
     except (CheckpointError, OSError):
@@ -23,14 +24,17 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path, iteration: int | None = None) -> Checkpoint:
-    """The checkpoint of an iteration, by default of the newest; raises CheckpointError."""
+    """The checkpoint at `path`, or that of `iteration` (by default the newest) in a run's folder.
+
+    Raises CheckpointError.
+    """
     return open_place(place_in(path, iteration))
 
 
 def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: int = 1) -> Path:
-    """Write a checkpoint below a run's folder, one tensor in memory at a time, and point to it; returns its place.
+    """Write a checkpoint and the pointer into a run's folder, one tensor in memory at a time; returns its path.
 
-    Raises ConfigError for a layout, CheckpointError where the disk refuses.
+    Raises ConfigError for a layout other than 1 x 1, CheckpointError if the disk refuses.
     """
     refuse_layout(tensor, pipeline)
     place = place_of(folder, checkpoint.iteration)

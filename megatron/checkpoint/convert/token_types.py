@@ -1,4 +1,4 @@
-"""The embedding of token types, of which proteins have one: it is part of the position embedding here."""
+"""Adds BERT's token-type embedding to the position embedding: all residues have type 0, so it is a constant row."""
 
 from pathlib import Path
 
@@ -12,9 +12,10 @@ NOTE = "the embedding of token type 0, which all residues have, was added to the
 
 
 def with_first_type(positions: StoredTensor, types: StoredTensor, name: str, place: Path) -> StoredTensor:
-    """Positions plus the first row of `types`, in fp32: their sum but for the rounding of its order.
+    """The position embeddings plus the first row of `types`, lazily, in fp32.
 
-    `name`: of the types. Raises CheckpointError where they are none.
+    The model's sum of embeddings stays the same except for rounding, since it adds in another order. `name`: of
+    `types`, for messages. Raises CheckpointError if its shape does not fit.
     """
     if len(types.shape) != 2 or not types.shape[0] or types.shape[1] != positions.shape[1]:
         raise CheckpointError(f"{place}: {name} is {list(types.shape)}, expected [types, {positions.shape[1]}]; copy "

@@ -1,4 +1,4 @@
-"""The vocabulary's rows, of which other programs have more the more tensor ranks share them."""
+"""Pads and cuts the vocabulary's rows: other programs pad them for the number of tensor-parallel ranks."""
 
 from dataclasses import replace
 
@@ -8,26 +8,26 @@ from torch import Tensor
 from megatron.checkpoint.stored import Box, Checkpoint, Piece, StoredTensor, Tensors
 
 WORDS, BIAS = "embedding.word_embeddings.weight", "lm_head.bias"
-OUTPUT = "lm_head.decoder.weight"  # where it is not the word embedding
-_OF_TOKENS = (WORDS, OUTPUT, BIAS, ".attention.values.weight")  # endings of names
-_NEVER = -1e4  # the logit of a token that is none: its share of the softmax is 0 in every precision
+OUTPUT = "lm_head.decoder.weight"  # only if the output layer is not tied to the word embedding
+_OF_TOKENS = (WORDS, OUTPUT, BIAS, ".attention.values.weight")  # suffixes of tensors with a row for each token
+_NEVER = -1e4  # the logit of padding: its probability is 0 in every precision
 
 
 def rows_for(num_rows: int, num_tensor: int, checkpoint: Checkpoint) -> int:
-    """How many rows there are for so many tokens on `num_tensor` ranks, by --make-vocab-size-divisible-by."""
+    """`num_rows` rounded up to a multiple of `num_tensor` times the checkpoint's --make-vocab-size-divisible-by."""
     each = num_tensor * (checkpoint.state.get("config", {}).get("make_vocab_size_divisible_by") or 128)
     return -(-num_rows // each) * each
 
 
 def trimmed(checkpoint: Checkpoint, vocab_size: int) -> Checkpoint:
-    """The checkpoint with the rows that one rank has for a vocabulary of so many tokens."""
+    """The checkpoint with the padding that a single rank has for `vocab_size` tokens."""
     return with_rows(checkpoint, rows_for(vocab_size, 1, checkpoint))
 
 
 def with_rows(checkpoint: Checkpoint, num_rows: int) -> Checkpoint:
-    """The checkpoint with `num_rows` rows of the vocabulary, cut or added to.
+    """The checkpoint with its vocabulary cut or padded to `num_rows` rows.
 
-    Rows that are added are 0, but in the head's bias: there they say that the token never is.
+    Added rows are 0, except in the head's bias, where they are so low that the token is never predicted.
     """
     def fitting(name: str, tensor: StoredTensor, value: float) -> StoredTensor:
         return _with_rows(tensor, num_rows, value) if tensor.shape and name.endswith(_OF_TOKENS) else tensor
@@ -43,6 +43,7 @@ def with_rows(checkpoint: Checkpoint, num_rows: int) -> Checkpoint:
 
 
 def _with_rows(tensor: StoredTensor, num_rows: int, value: float) -> StoredTensor:
+    """A tensor cut to `num_rows` rows, or extended to them with rows of `value`."""
     there = tensor.shape[0]
     sizes = (num_rows, *tensor.shape[1:])
     if num_rows == there:

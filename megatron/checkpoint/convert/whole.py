@@ -1,4 +1,4 @@
-"""The whole-file form of this program: safetensors that any reader opens, of the model and of the optimizer's state."""
+"""This program's whole-file format: plain safetensors files of the model, the optimizer's state and the average."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from megatron.files import new_folder, sync, write_json
 
 
 def recognises(path: Path) -> bool:
-    """Whether this is such a checkpoint, or a folder of them."""
+    """Whether `path` is a checkpoint of this format, or a folder of them."""
     try:
         return (place_in(path) / MODEL).is_file()
     except (CheckpointError, OSError):
@@ -24,14 +24,17 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path, iteration: int | None = None) -> Checkpoint:
-    """The checkpoint of an iteration, by default of the newest; raises CheckpointError."""
+    """The checkpoint at `path`, or that of `iteration` (by default the newest) in a run's folder.
+
+    Raises CheckpointError.
+    """
     return read_whole(place_in(path, iteration))
 
 
 def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: int = 1) -> Path:
-    """Write a checkpoint below a run's folder, one tensor in memory at a time, and point to it; returns its place.
+    """Write a checkpoint and the pointer into a run's folder, one tensor in memory at a time; returns its path.
 
-    Raises ConfigError for a layout, CheckpointError where the disk refuses.
+    Raises ConfigError for a layout other than 1 x 1, CheckpointError if the disk refuses.
     """
     refuse_layout(tensor, pipeline)
     place = place_of(folder, checkpoint.iteration)
@@ -46,8 +49,7 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
 
 
 def kinds_of(checkpoint: Checkpoint) -> dict[str, Tensors]:
-    """What there is to be written, by kind: the parameters in fp32, the optimizer's state, the average of the weights.
-    """
+    """The tensors to write, by kind: "model" (the parameters, in fp32), "optimizer" and "ema", if there are any."""
     model = {name: tensor.to(torch.float32) for name, tensor in checkpoint.model.items()}
     kinds: dict[str, Tensors | None] = {"model": model, "optimizer": checkpoint.optimizer, "ema": checkpoint.average}
     return {kind: tensors for kind, tensors in kinds.items() if tensors is not None}

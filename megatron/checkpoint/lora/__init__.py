@@ -1,1 +1,1 @@
-"""Low-rank adapters on the disk: in the files of peft, and merged into the weights."""
+"""Low-rank adapters in checkpoints: reading and writing peft's files, and merging adapters into the weights."""

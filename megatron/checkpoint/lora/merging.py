@@ -1,4 +1,4 @@
-"""A checkpoint with adapters as one without, whose weights have in them what these add."""
+"""Merges the low-rank adapters of a checkpoint into its weights."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,13 +13,13 @@ from megatron.errors import CheckpointError
 from megatron.model.lora import adapted_layers, adapters_in
 from megatron.parallel.tensor.adapters import Adapters, Pair, weight_of
 
-STATE = "lora"  # what a checkpoint's state says of its adapters: the fields of LoraConfig
+STATE = "lora"  # the key in a checkpoint's state that holds the fields of LoraConfig
 
 
 def merged(checkpoint: Checkpoint, model: ModelConfig) -> Checkpoint:
-    """The same, each weight with its adapters added when it is read; as it is where there are no adapters.
+    """The checkpoint with its adapters added to the weights, lazily on reading; unchanged if it has no adapters.
 
-    `model`: the flags of the checkpoint's. Raises CheckpointError where its state does not say what the adapters are.
+    `model`: the configuration of its model. Raises CheckpointError if its state does not describe the adapters.
     """
     beside = adapters_in(checkpoint.model)
     if not beside:
@@ -38,13 +38,15 @@ def merged(checkpoint: Checkpoint, model: ModelConfig) -> Checkpoint:
 
 
 def stored_pair(tensors: Tensors, layer: str, part: str) -> tuple[StoredTensor, StoredTensor]:
-    """The stored A [r, i] and B [o, r] of a part of a layer."""
+    """The stored A [r, i] and B [o, r] of one part of a layer (its queries, for example), for i inputs and o outputs.
+    """
     a, b = (tensors[f"{layer}.adapters.{part}.{which}.weight"] for which in "ab")
     return a, b
 
 
 def _sum(weight: StoredTensor, pairs: Sequence[tuple[StoredTensor, StoredTensor] | None], adapters: Adapters
          ) -> StoredTensor:
+    """A layer's weight plus what its adapters add, computed on reading; a part without an adapter has None."""
     def read(box: Box) -> Tensor:
         found: list[Pair | None] = [None if pair is None else (pair[0].read(), pair[1].read()) for pair in pairs]
         return (weight.read() + weight_of(found, adapters.runs, adapters.scale))[box].contiguous()

@@ -1,11 +1,12 @@
-"""Adapters in the files of peft, in and out, for the models that transformers loads (`convert.families`).
+"""Reads and writes low-rank adapters in peft's files, for models that transformers loads (`convert.families`).
 
 FOLDER/adapter_config.json          rank, scale, dropout, targets
 FOLDER/adapter_model.safetensors    base_model.model.MODULE.lora_A.weight [r, i] and .lora_B.weight [o, r]
 
-Where transformers has queries, keys and values in three modules, so has peft, and ours are these. In a model of our
-own class they are one module: its A has the three parts' rows one behind the other, and its B is 0 beside them, an
-adapter of 3 r. One that peft trained on that module with r is three of ours that have the same A.
+We have separate adapters for queries, keys and values. In models of transformers these are three modules, and the
+adapters correspond one to one. In a model of our own class they are one module, and the three adapters are written as
+one of rank 3 r, with A the three A stacked and B block-wise, zero elsewhere. An adapter of rank r that peft trained on
+that module is read as three adapters with the same A.
 """
 
 import math
@@ -35,20 +36,21 @@ from megatron.parallel.tensor.adapters import Adapters, Pair, in_turns
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX, _FUSED = "base_model.model.", "query_key_value"
-# What else peft says that is known here, or says nothing of what the tensors mean.
+# Keys of adapter_config.json: those that are understood here, and those that do not change what the tensors mean.
 _KNOWN = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
           "init_lora_weights"}
 _FREE = {"auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
          "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform",
          "loftq_config", "lora_ga_config", "megatron_config", "megatron_core", "peft_version", "qalora_group_size",
          "revision", "target_modules", "task_type"}
-_INITIAL = (True, False, "gaussian", "orthogonal", "eva")  # the others change the model's own weights
+_INITIAL = (True, False, "gaussian", "orthogonal", "eva")  # other initializations change the base weights too
 
 
 def write(folder: Path, tensors: Tensors, lora: LoraConfig, model: ModelConfig, base: str | None = None) -> Path:
-    """Write the adapters of a model of these flags, under our names in `tensors`, into a new folder; returns it.
+    """Write adapters into a new folder in peft's format; returns the folder.
 
-    `base`: where peft may find the model that they were trained on. Raises CheckpointError where the disk refuses.
+    `tensors`: under our names; `model`: the configuration of the model they belong to; `base`: the path or name of that
+    model, for peft. Raises CheckpointError if the disk refuses.
     """
     is_own = family_of(vars(model)) == OWN
     theirs: dict[str, Tensor] = {}
@@ -72,10 +74,10 @@ def write(folder: Path, tensors: Tensors, lora: LoraConfig, model: ModelConfig, 
 
 
 def read(folder: Path, model: ModelConfig) -> tuple[Checkpoint, LoraConfig]:
-    """The adapters in a folder of peft for a model of these flags, and what they are.
+    """The adapters in a folder of peft, for a model of this configuration, and their settings.
 
-    The checkpoint has these tensors alone, under our names. Raises CheckpointError where the folder holds something
-    else, or adapters of another model.
+    The checkpoint contains only the adapters, under our names. Raises CheckpointError if the folder holds something
+    else or adapters of another model.
     """
     said = read_object(folder / CONFIG)
     lora = _settings(said, folder)
@@ -103,7 +105,7 @@ def read(folder: Path, model: ModelConfig) -> tuple[Checkpoint, LoraConfig]:
 
 
 def _layers(model: ModelConfig, lora: LoraConfig) -> Iterator[tuple[str, list[str], Adapters]]:
-    """Of each layer of such a model that has adapters its name, those of the modules that it is there, and them."""
+    """Each adapted layer of a model: its name here, the names of the modules it is in transformers, its adapters."""
     table = TABLES[family_of(vars(model))]
     for layer, adapters in adapted_layers(model, lora):
         yield layer, [module.removesuffix(".weight") for module in their_names(f"{layer}.weight", table)], adapters
@@ -115,7 +117,10 @@ def _pair(tensors: Tensors, layer: str, part: str) -> Pair:
 
 
 def _joined(pairs: list[Pair | None], runs: tuple[int, ...]) -> Pair:
-    """One adapter that does what those of the parts do; rows of A and columns of B of a part that has none are 0."""
+    """One adapter of rank 3 r that computes what those of the three parts do; a part without one (None) gets zeros.
+
+    `runs`: as in `Adapters`, how the outputs of the parts alternate in the joint layer.
+    """
     rank, width = next(pair[0].shape for pair in pairs if pair is not None)
     all_a = [torch.zeros(rank, width) if pair is None else pair[0] for pair in pairs]
     all_b = [None if pair is None else torch.cat([pair[1] if at == place else torch.zeros_like(pair[1])
@@ -125,7 +130,11 @@ def _joined(pairs: list[Pair | None], runs: tuple[int, ...]) -> Pair:
 
 
 def _apart(pair: Pair, runs: tuple[int, ...], is_joined: bool, folder: Path) -> list[Pair | None]:
-    """Those of the parts that do what one adapter does; `is_joined`: as `_joined` makes it."""
+    """The adapters of the three parts that compute what one adapter of the joint layer does.
+
+    `is_joined`: whether that adapter has the block structure that `_joined` gives. Raises CheckpointError if it should
+    have but its blocks mix the parts.
+    """
     whole_a, whole_b = pair
     all_b = [part.flatten(-2).t() for part in whole_b.t().unflatten(-1, (-1, sum(runs))).split(runs, -1)]
     if not is_joined:
@@ -141,14 +150,14 @@ def _apart(pair: Pair, runs: tuple[int, ...], is_joined: bool, folder: Path) -> 
 
 
 def _patterns(lora: LoraConfig) -> dict[str, dict[str, float]]:
-    """What says that adapters of one module are those of three: as many times the rank, and the same scale."""
+    """The entries of adapter_config.json for joint adapters of queries, keys and values: rank 3 r, the same scale."""
     assert lora.lora_rank is not None
     alpha = lora.lora_alpha * (math.sqrt(3) if lora.lora_rslora else 3)
     return {"rank_pattern": {_FUSED: 3 * lora.lora_rank}, "alpha_pattern": {_FUSED: alpha}}
 
 
 def _check_patterns(said: Mapping[str, Any], lora: LoraConfig, is_own: bool, folder: Path) -> bool:
-    """Whether one module's adapters are three; raises CheckpointError where layers differ in other ways."""
+    """Whether joint adapters have the form of `_joined`; raises CheckpointError for any other rank or alpha pattern."""
     patterns = {name: said.get(name) for name in ("rank_pattern", "alpha_pattern")}
     if not any(patterns.values()):
         return False
@@ -159,7 +168,7 @@ def _check_patterns(said: Mapping[str, Any], lora: LoraConfig, is_own: bool, fol
 
 
 def _settings(said: Mapping[str, Any], folder: Path) -> LoraConfig:
-    """What adapter_config.json says, but for the targets; raises CheckpointError where they compute something else."""
+    """The settings in adapter_config.json, except the targets; raises CheckpointError for anything but plain LoRA."""
     others = {name: value for name, value in said.items() if name not in _KNOWN | _FREE and value not in (
         None, False, "none", [], {})}
     if said.get("peft_type") != "LORA":
@@ -178,7 +187,7 @@ def _settings(said: Mapping[str, Any], folder: Path) -> LoraConfig:
 
 
 def _check(tensors: Mapping[str, Tensor], model: ModelConfig, lora: LoraConfig, folder: Path) -> None:
-    """Raises CheckpointError where the tensors are not those of such adapters in such a model."""
+    """Raises CheckpointError if the tensors are not those that such adapters have in such a model."""
     if not tensors:
         raise CheckpointError(f"{folder / WEIGHTS} holds no adapter; copy it again")
     expected = {f"{name}.adapters.{part}.{which}.weight": tuple(getattr(adapter, which).weight.shape)

@@ -11,7 +11,7 @@ from typing import Any
 from megatron.checkpoint.convert.formats import foreign_name
 from megatron.checkpoint.newest import newest
 from megatron.checkpoint.places import BOARD, CONFIG_FILE, LATEST, LOSSES, METRICS_FILE, STATE, iterations
-from megatron.checkpoint.store import Wanted, in_order, read_state
+from megatron.checkpoint.store import WithOptimizer, in_order, read_state
 from megatron.checkpoint.stored import Checkpoint
 from megatron.config import CheckpointConfig, Config
 from megatron.config.data import VOCABULARIES
@@ -71,7 +71,7 @@ def find_checkpoint(config: CheckpointConfig, optimizer: str, world: Axis, log: 
     _check_flags(config, is_same_run)
     if config.load is None:
         return None
-    wants_optimizer: Wanted = not (config.finetune or config.no_load_optim)
+    wants_optimizer: WithOptimizer = not (config.finetune or config.no_load_optim)
     if config.no_load_optim and is_same_run:
         wants_optimizer = partial(_is_of_fresh_start, optimizer)
     checkpoint = newest(config.load, world, log, wants_optimizer)
@@ -174,7 +174,7 @@ def _weights_of(checkpoint: Checkpoint, config: CheckpointConfig, log: Log) -> C
     return checkpoint.averaged() if config.load_ema else checkpoint
 
 
-def _progress_of(checkpoint: Checkpoint, config: CheckpointConfig, wants_optimizer: Wanted, log: Log) -> Checkpoint:
+def _progress_of(checkpoint: Checkpoint, config: CheckpointConfig, wants_optimizer: WithOptimizer, log: Log) -> Checkpoint:
     """The checkpoint as a run goes on from it, under --no-load-optim perhaps without optimizer state; says so."""
     _check_state(checkpoint, _FACTS)
     _name_batch(checkpoint.state)

@@ -1,4 +1,4 @@
-"""Weights that everyone has, in and out: ESM-2, ESM-1b and ESM-1v, ProtBERT; and ours for those who use them.
+"""Reads and writes published protein models, ESM-2, ESM-1b, ESM-1v and ProtBERT, and writes ours for their programs.
 
-`hf`: folders of transformers. `esm`: files of fair-esm. Both are tables of names.
+`hf`: folders of transformers. `esm`: files of fair-esm. The tables of parameter names are in `names`.
 """

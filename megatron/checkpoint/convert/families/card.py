@@ -1,4 +1,4 @@
-"""The model card of a folder of transformers: what its model is, and what it was made from, as far as that is known."""
+"""Writes the model card of a folder of transformers: what the model is and how it was trained, as far as known."""
 
 import json
 import re
@@ -17,7 +17,7 @@ _LONGEST = 2**20
 
 
 def licence_in(folder: Path) -> str | None:
-    """The licence that a model card says at its head; None where there is none."""
+    """The licence in the front matter of a folder's model card; None if there is none."""
     try:
         with (folder / CARD).open(encoding="utf-8", errors="replace") as file:
             text = file.read(_LONGEST)
@@ -29,7 +29,7 @@ def licence_in(folder: Path) -> str | None:
 
 
 def card_of(checkpoint: Checkpoint, config: Mapping[str, Any], num_parameters: int, needs_code: bool) -> str:
-    """The text of a card; `needs_code`: whether the model is in a file of the folder."""
+    """The text of a model card; `needs_code`: whether loading the model takes trust_remote_code=True."""
     start = checkpoint.state.get("began_from")
     source = Path(start) if start else checkpoint.path
     facts = {"library_name": "transformers", "pipeline_tag": "fill-mask", "tags": ["protein", "biology"]}
@@ -57,11 +57,12 @@ logits = model(**tokenizer("MKTAYIAKQR", return_tensors="pt")).logits
 
 Residues may be spaced or not, in either case; each becomes one token.
 """
-    return text.encode("utf-8", "backslashreplace").decode()  # a path need be no text
+    return text.encode("utf-8", "backslashreplace").decode()  # a path may not be valid Unicode
 
 
 def _lines(checkpoint: Checkpoint, config: Mapping[str, Any], num_parameters: int,
            start: str | None) -> Iterator[str]:
+    """The facts on a model and its training; `start`: the weights that training began from, if any."""
     said, progress = checkpoint.state.get("config", {}), checkpoint.state.get("progress", {})
     yield (f"{config['num_layers']} layers of {config['hidden_size']}, {config['num_attention_heads']} heads, "
            f"{num_parameters:,} parameters")
@@ -90,7 +91,7 @@ def _lines(checkpoint: Checkpoint, config: Mapping[str, Any], num_parameters: in
 
 
 def _losses(metrics: Path, iteration: int) -> dict[str, dict[int, float]]:
-    """The losses of each kind of record, by their steps, up to a step; of what the last one there is of."""
+    """The losses up to an iteration, as {kind of record: {iteration: loss}}, measured on the same data as the last."""
     found: dict[str, dict[int, float]] = {}
     with suppress(OSError):
         records = [record for record in read_records(metrics) if record["iteration"] <= iteration]

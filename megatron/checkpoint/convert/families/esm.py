@@ -1,10 +1,10 @@
-"""Files of fair-esm, in and out: ESM-2, and ESM-1b and ESM-1v.
+"""Reads and writes the files of fair-esm: ESM-2, ESM-1b and ESM-1v.
 
 NAME.pt                       ESM-2: {"cfg": {"model": a namespace}, "model": tensors}; else {"args": a namespace, …}
-NAME-contact-regression.pt    {"model": tensors}: the regression of contacts, which fair-esm wants beside it
+NAME-contact-regression.pt    {"model": tensors}: the contact regression, which fair-esm requires
 
-Its loader takes what begins with esm2 for ESM-2, and so the file that is written is named. (Since torch 2.6 it needs
-torch.serialization.add_safe_globals([argparse.Namespace]), for its own files as well.)
+fair-esm decides by the file's name whether it is ESM-2 (esm2…), so files are written with such a name. (Since torch 2.6
+its loader needs torch.serialization.add_safe_globals([argparse.Namespace]), for its own files as well.)
 """
 
 import argparse
@@ -33,20 +33,20 @@ from megatron.kernels.rotary import frequencies_of
 
 _REGRESSION = "-contact-regression.pt"
 _PREFIX = re.compile(r"^encoder\.(sentence_encoder\.)?")
-_FIRST_ROW = 2  # of the table of positions: behind that of padding, whose id is 1
-_ARCHITECTURE = "roberta_large"  # ESM-1b and ESM-1v; the others are other models
+_FIRST_ROW = 2  # the position of a first token: positions begin after the id of padding, which is 1
+_ARCHITECTURE = "roberta_large"  # ESM-1b and ESM-1v; other values are models that are not supported
 _EPSILON, _BASE = 1e-5, 10000.0
 
 
 def recognises(path: Path) -> bool:
-    """Whether this looks like a file of fair-esm, or a folder with one; opens no pickle."""
+    """Whether `path` looks like a file of fair-esm, or a folder with one; opens no pickle."""
     return has_mark(path, _file_in, b"self_attn_layer_norm")
 
 
 def read(path: Path, iteration: int | None = None) -> Checkpoint:
-    """The weights in a file, a checkpoint of no iteration, with the regression of contacts that lies beside it.
+    """The weights in a file, as a checkpoint of iteration 0, with the contact regression if its file is there.
 
-    `state` is as that of hf. Raises CheckpointError.
+    Its `state` has the same entries as that of `hf.read`. Raises CheckpointError.
     """
     if iteration is not None:
         raise CheckpointError(f"{path} holds one model and no iterations; leave --iteration out")
@@ -71,10 +71,10 @@ def read(path: Path, iteration: int | None = None) -> Checkpoint:
 
 
 def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: int = 1) -> Path:
-    """Write the weights, and the regression of contacts, into a new folder; returns the file of the weights.
+    """Write the weights and the contact regression into a new folder; returns the file of the weights.
 
-    A model that has no such regression gets one of zeros, by which every contact is as likely as not. Raises
-    ConfigError for a layout, CheckpointError where fair-esm has no such model, or the disk refuses.
+    A model without a contact regression gets one of zeros, which predicts probability 0.5 everywhere. Raises
+    ConfigError for a layout other than 1 x 1, CheckpointError if fair-esm has no such model or the disk refuses.
     """
     refuse_layout(tensor, pipeline)
     config, vocab = flags.complete(checkpoint), vocabulary_of(checkpoint)
@@ -100,6 +100,7 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
 
 
 def _file_in(path: Path) -> Path:
+    """The file of weights: `path` itself, or the only one in a folder; raises CheckpointError."""
     if not path.is_dir():
         return path
     files = [file for file in path.glob("*.pt") if not file.name.endswith(_REGRESSION)]
@@ -109,6 +110,7 @@ def _file_in(path: Path) -> Path:
 
 
 def _tables(file: Path) -> dict[str, Any]:
+    """The content of a file, whose entry "model" is a dict of tensors; raises CheckpointError otherwise."""
     tree = read_torch_file(file)
     model = tree.get("model") if isinstance(tree, dict) else None
     if not isinstance(model, dict) or not all(isinstance(name, str) and isinstance(tensor, StoredTensor)
@@ -118,6 +120,7 @@ def _tables(file: Path) -> dict[str, Any]:
 
 
 def _regression_in(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a contact regression's file; raises CheckpointError if there are others."""
     tensors = _tables(file)["model"]
     known = {name for part in ("weight", "bias") for name in their_names(f"contact_head.{part}", FAIR_ESM)}
     if others := sorted(tensors.keys() - known):
@@ -127,7 +130,7 @@ def _regression_in(file: Path) -> dict[str, StoredTensor]:
 
 
 def _flags(tree: Mapping[str, Any], tensors: Mapping[str, StoredTensor], file: Path) -> dict[str, Any]:
-    """Our flags for what lies beside the tensors; raises CheckpointError for a model that is not known here."""
+    """Our flags for a file's configuration and tensors; raises CheckpointError for a model that is not supported."""
     is_rotary = "cfg" in tree
     given = tree["cfg"]["model"] if is_rotary else tree.get("args")
     said = vars(given) if isinstance(given, argparse.Namespace) else given
@@ -153,7 +156,7 @@ def _flags(tree: Mapping[str, Any], tensors: Mapping[str, StoredTensor], file: P
 
 
 def _without_row(tensor: StoredTensor, row: int) -> StoredTensor:
-    """A table with zeros in a row: that of the mask, which fair-esm clears where it loads ESM-1b."""
+    """An embedding table with zeros in `row`: fair-esm zeroes the mask's embedding when it loads ESM-1b."""
     def read(box: Box) -> Tensor:
         values = tensor.read_box(box)
         if box[0].start <= row < box[0].stop:
@@ -164,7 +167,7 @@ def _without_row(tensor: StoredTensor, row: int) -> StoredTensor:
 
 
 def _refuse_others(place: Path, config: Mapping[str, Any], vocab: Vocab, is_rotary: bool) -> None:
-    """Raises CheckpointError for a model that fair-esm cannot compute."""
+    """Raises CheckpointError if fair-esm cannot compute a model of these flags."""
     expected = {"layernorm_epsilon": _EPSILON, "untie_embeddings_and_output_weights": False, "protein_ends": "both"}
     if is_rotary:
         expected |= {"rotary_base": _BASE, "ffn_hidden_size": 4 * config["hidden_size"], "embedding_layernorm": False}
@@ -179,7 +182,7 @@ def _refuse_others(place: Path, config: Mapping[str, Any], vocab: Vocab, is_rota
 
 
 def _tree(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any], is_rotary: bool) -> dict[str, Any]:
-    """What is pickled, with the names that fair-esm's loader strips."""
+    """The content of the file of weights, with the prefixes that fair-esm's loader strips from the names."""
     model = {f"encoder.{'' if name.startswith('lm_head.') else 'sentence_encoder.'}{name}": tensor
              for name, tensor in tensors.items()}
     said = {"encoder_layers": config["num_layers"], "encoder_embed_dim": config["hidden_size"],

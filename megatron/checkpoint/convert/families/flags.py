@@ -1,7 +1,8 @@
-"""Configurations of `transformers`, and our flags: what of the one is the other, for the families that both have.
+"""Translates between config.json of `transformers` and our flags.
 
-ESM-2 (rotary) and ESM-1b (absolute) are EsmForMaskedLM, ProtBERT is BertForMaskedLM. What no class of theirs computes
-is a ProteinForMaskedLM, whose code lies in the folder (`remote`), and whose config.json has our flags as they are.
+ESM-2 (rotary positions) and ESM-1b (absolute) are EsmForMaskedLM, ProtBERT is BertForMaskedLM. A model that neither
+class can compute is a ProteinForMaskedLM, whose code we write into the folder (`remote`) and whose config.json has our
+flags under our names.
 """
 
 import math
@@ -18,11 +19,11 @@ from megatron.errors import CheckpointError
 
 ESM, BERT, OWN = "esm", "bert", "protein_lm"
 CLASSES = {ESM: "EsmForMaskedLM", BERT: "BertForMaskedLM", OWN: "ProteinForMaskedLM"}
-_BOTH_HEADS = "BertForPreTraining"  # the same with a head for pairs of sentences, which is left out
+_BOTH_HEADS = "BertForPreTraining"  # BertForMaskedLM plus a head for sentence pairs, which is left out
 _CODE = {"AutoConfig": "configuration_protein.ProteinConfig",
          "AutoModelForMaskedLM": f"modeling_protein.{CLASSES[OWN]}"}
-_COURSE = ("attention_dropout", "hidden_dropout", "init_method_std")  # what it has besides
-# What is theirs where config.json leaves it out.
+_COURSE = ("attention_dropout", "hidden_dropout", "init_method_std")  # in config.json besides the arithmetic
+# The defaults of transformers, for what a config.json leaves out.
 _THEIRS: Mapping[str, Mapping[str, Any]] = {
     ESM: {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
           "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "max_position_embeddings": 1026,
@@ -33,7 +34,7 @@ _THEIRS: Mapping[str, Mapping[str, Any]] = {
            "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "max_position_embeddings": 512,
            "initializer_range": 0.02, "layer_norm_eps": 1e-12, "position_embedding_type": "absolute",
            "tie_word_embeddings": True, "vocab_size": 30522, "pad_token_id": 0}}
-# What makes another function of the same weights, and the value that ours has.
+# Settings that change what the weights compute, with the only value that our models support.
 _SAME: Mapping[str, Any] = {
     "hidden_act": "gelu", "is_decoder": False, "add_cross_attention": False, "is_folding_model": False,
     "pruned_heads": {}, "quantization_config": None, "rope_scaling": None, "rope_parameters": None, "head_dim": None}
@@ -44,7 +45,7 @@ _NUMBERS = {"layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_pr
             "pad_token_id"}
 _MOST = {"num_hidden_layers": 10_000, "num_layers": 10_000, "layers": 10_000}
 _IMPLIED = ("ffn_hidden_size", "kv_channels", "num_query_groups", "max_position_embeddings")
-# The flags that a family's class has a field for, or that say nothing of the arithmetic of a whole model.
+# Flags that may have any value: the family's class has a field for them, or they do not change what is computed.
 _FREE = {"num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels",
          "max_position_embeddings", "make_vocab_size_divisible_by", "layernorm_epsilon",
          "untie_embeddings_and_output_weights", "num_query_groups"}
@@ -56,13 +57,13 @@ _OF_BERT = {"norm_placement": "post", "embedding_layernorm": True, "bias_gelu_fu
 
 
 def arithmetic() -> dict[str, Any]:
-    """The model's flags that change its arithmetic, with their defaults, but for those that follow from others."""
+    """The model flags that change what the weights compute, with their defaults, except those derived from others."""
     return {item.name: item.default for item in fields(ModelConfig) if item.metadata["changes"] == "arithmetic"
             and item.name not in _IMPLIED}
 
 
 def flags_of(theirs: Mapping[str, Any], place: Path) -> dict[str, Any]:
-    """Our flags for what config.json says; raises CheckpointError where models here compute something else."""
+    """Our flags for the content of a config.json; raises CheckpointError if our models cannot compute that model."""
     kind = kind_of(theirs, place)
     if kind == OWN:
         return _flags_as_they_are(theirs, place)
@@ -75,7 +76,7 @@ def flags_of(theirs: Mapping[str, Any], place: Path) -> dict[str, Any]:
     if positions is None:
         raise CheckpointError(f"{place}: was made with position_embedding_type {str(said['position_embedding_type'])!r}"
                               f", which models here have not; give one with {' or '.join(_POSITIONS[kind])}")
-    check_counts({name: theirs.get(name, said[name]) for name in _COUNTS}, place)  # null is no number either
+    check_counts({name: theirs.get(name, said[name]) for name in _COUNTS}, place)  # null is refused
     for name in _NUMBERS & said.keys():
         if type(said[name]) not in (int, float) or not 0 <= said[name] < math.inf:
             raise CheckpointError(f"{place}: its configuration has {name} {str(said[name])[:40]!r}, which is no number "
@@ -100,7 +101,7 @@ def flags_of(theirs: Mapping[str, Any], place: Path) -> dict[str, Any]:
 
 
 def complete(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The flags of a checkpoint with those that it leaves to their defaults; raises CheckpointError where some lack."""
+    """A checkpoint's flags, completed by defaults; raises CheckpointError if one without a default is missing."""
     config = arithmetic() | checkpoint.state.get("config", {})
     said = checkpoint.state.get("config", {})
     if missing := [name for name in ("num_layers", "hidden_size", "num_attention_heads") if name not in said]:
@@ -112,6 +113,7 @@ def complete(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _flags_as_they_are(theirs: Mapping[str, Any], place: Path) -> dict[str, Any]:
+    """Our flags in the config.json of a ProteinForMaskedLM; raises CheckpointError for impossible values."""
     config = arithmetic()
     for item in _stated():
         value = theirs.get(item.name)
@@ -133,13 +135,13 @@ def _flags_as_they_are(theirs: Mapping[str, Any], place: Path) -> dict[str, Any]
 
 
 def _stated() -> list[Field]:
-    """The flags that a folder of our own says."""
+    """The flags that are stored in the config.json of a ProteinForMaskedLM."""
     return [item for section in (ModelConfig, DataConfig) for item in fields(section)
             if item.metadata["changes"] == "arithmetic" or item.name in _COURSE]
 
 
 def kind_of(theirs: Mapping[str, Any], place: Path) -> str:
-    """The family of a configuration; raises CheckpointError for one that is not known."""
+    """The family (ESM, BERT or OWN) of a config.json; raises CheckpointError for any other."""
     kind, classes = theirs.get("model_type"), theirs.get("architectures") or []
     if kind not in CLASSES or not isinstance(classes, list) or {*map(str, classes)} - {CLASSES[kind], _BOTH_HEADS}:
         found = f"model_type {kind!r}" if kind not in CLASSES or not classes else ", ".join(map(str, classes))
@@ -149,16 +151,16 @@ def kind_of(theirs: Mapping[str, Any], place: Path) -> str:
 
 
 def tokens_of(theirs: Mapping[str, Any], kind: str) -> tuple[int, int]:
-    """How many tokens a configuration has, and the row of its table of positions that is that of a first token.
+    """The number of tokens, and the row of the position table that a protein's first token uses.
 
-    Those of ESM come behind that of padding.
+    In ESM the positions begin after the row of the padding token.
     """
     said = {**_THEIRS.get(kind, {}), **{name: value for name, value in theirs.items() if value is not None}}
     return said["vocab_size"], said["pad_token_id"] + 1 if kind == ESM else 0
 
 
 def check_counts(counts: Mapping[str, Any], place: Path) -> None:
-    """Raises CheckpointError for what is no number of layers, columns, …"""
+    """Raises CheckpointError unless all values are positive integers of a sensible size."""
     for name, value in counts.items():
         if type(value) is not int or not 0 < value <= _MOST.get(name, 2**31):
             raise CheckpointError(f"{place}: its configuration has {name} {str(value)[:40]!r}, which is no number of "
@@ -166,7 +168,7 @@ def check_counts(counts: Mapping[str, Any], place: Path) -> None:
 
 
 def family_of(config: Mapping[str, Any]) -> str:
-    """The family whose class computes what a model of these flags does; that of ours where none of theirs does."""
+    """The family whose transformers class computes the same as a model of these flags; OWN if there is none."""
     if config["kv_channels"] * config["num_attention_heads"] != config["hidden_size"] or (
             config.get("num_query_groups") not in (None, config["num_attention_heads"])):
         return OWN
@@ -180,7 +182,7 @@ def family_of(config: Mapping[str, Any]) -> str:
 
 
 def configuration(config: Mapping[str, Any], kind: str, vocab: Vocab) -> dict[str, Any]:
-    """What config.json says of a model of these flags, whose family's class computes what it does."""
+    """The content of config.json for a model of these flags, of the family `kind`, without the dtype."""
     if kind == OWN:
         said = {item.name: config[item.name] for item in _stated() if config.get(item.name) is not None}
         return {"architectures": [CLASSES[OWN]], "model_type": OWN, "auto_map": _CODE, "vocab_size": vocab.size,
@@ -195,7 +197,7 @@ def configuration(config: Mapping[str, Any], kind: str, vocab: Vocab) -> dict[st
         "tie_word_embeddings": not config["untie_embeddings_and_output_weights"], "pad_token_id": vocab.pad_id}
     is_rotary = config["position_embedding_type"] == "rope"
     if kind == BERT:
-        named = {} if vocab.mask_token is None else {"mask_token_id": vocab.mask_id}  # it knows [MASK] by its name
+        named = {} if vocab.mask_token is None else {"mask_token_id": vocab.mask_id}  # [MASK] is known
         return theirs | {**named, "max_position_embeddings": config["max_position_embeddings"], "hidden_act": "gelu",
                          "type_vocab_size": 2, "position_embedding_type": "absolute"}
     return theirs | {

@@ -1,9 +1,9 @@
-"""Folders of transformers, in and out: ESM-2, ESM-1b and ProtBERT, and models of ours for its users.
+"""Reads and writes folders of transformers: ESM-2, ESM-1b, ProtBERT, and our own models for its users.
 
-FOLDER/config.json            what the model is
-FOLDER/model.safetensors      its tensors; or of several files, which model.safetensors.index.json tells
-FOLDER/pytorch_model.bin      the same as torch.save writes it, which is read as well
-FOLDER/vocab.txt              a token a line
+FOLDER/config.json            the model's configuration
+FOLDER/model.safetensors      its tensors; or several files, listed in model.safetensors.index.json
+FOLDER/pytorch_model.bin      the same, written by torch.save; this is only read
+FOLDER/vocab.txt              one token a line
 """
 
 import json
@@ -26,17 +26,20 @@ from megatron.files import new_folder
 BIN = "pytorch_model.bin"
 _VOCABULARIES = {flags.ESM: "esm", flags.BERT: "protbert", flags.OWN: "iupac"}
 _POINTER = b"version https://git-lfs"
-# What was saved before transformers named them so.
+# Names from old versions of transformers.
 _OLD = {re.compile(r"LayerNorm\.gamma$"): "LayerNorm.weight", re.compile(r"LayerNorm\.beta$"): "LayerNorm.bias"}
 
 
 def recognises(path: Path) -> bool:
-    """Whether this looks like a folder of transformers; opens no pickle."""
+    """Whether `path` looks like a folder of transformers; opens no pickle."""
     return (path / CONFIG).is_file() and _has_weights(path)
 
 
 def half_of_one(path: Path) -> str | None:
-    """What there is of a folder of transformers where its configuration or its weights are missing."""
+    """What an incomplete folder of transformers holds, for a message, if its configuration or its weights are missing.
+
+    None if both or neither are there.
+    """
     if (path / CONFIG).is_file():
         return None if _has_weights(path) else f"a {CONFIG} without {WHOLE} or {BIN}"
     return f"weights without the {CONFIG} that says what model they are of" if _has_weights(path) else None
@@ -47,10 +50,10 @@ def _has_weights(path: Path) -> bool:
 
 
 def read(path: Path, iteration: int | None = None) -> Checkpoint:
-    """The weights in a folder, a checkpoint of no iteration.
+    """The weights in a folder, as a checkpoint of iteration 0.
 
-    `state` has "config", "notes", a line for whatever was left out or changed, and "vocabulary", its identity, where it
-    is known. Raises CheckpointError.
+    Its `state` has "config", "notes" (a line for whatever was left out or changed) and, if it is known, "vocabulary"
+    (its identity). Raises CheckpointError.
     """
     if iteration is not None:
         raise CheckpointError(f"{path} holds one model and no iterations; leave --iteration out")
@@ -65,9 +68,9 @@ def read(path: Path, iteration: int | None = None) -> Checkpoint:
 
 
 def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: int = 1) -> Path:
-    """Write the weights, a tokenizer and a model card into a new folder; returns it.
+    """Write the weights, a tokenizer and a model card into a new folder; returns the folder.
 
-    Raises ConfigError for a layout, CheckpointError where something is missing or the disk refuses.
+    Raises ConfigError for a layout other than 1 x 1, CheckpointError if something is missing or the disk refuses.
     """
     refuse_layout(tensor, pipeline)
     with writable(folder), new_folder(folder) as temporary:
@@ -76,7 +79,7 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises CheckpointError."""
+    """The object in a JSON file of transformers; raises CheckpointError if it is missing or not an object."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -89,7 +92,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def tensors_in_folder(place: Path) -> dict[str, StoredTensor]:
-    """All tensors of the files in a folder, by their names there; raises CheckpointError."""
+    """All tensors in a folder's weight files, by their names there, read lazily; raises CheckpointError."""
     name = next(name for name in (WHOLE, BIN) if (place / name).is_file() or (place / f"{name}{INDEX}").is_file())
     files = [name]
     parts = {}
@@ -111,6 +114,7 @@ def tensors_in_folder(place: Path) -> dict[str, StoredTensor]:
 
 
 def _tensors_in(file: Path) -> dict[str, StoredTensor]:
+    """The tensors in one file, by name; raises CheckpointError."""
     try:
         with file.open("rb") as opened:
             if opened.read(len(_POINTER)) == _POINTER:

@@ -1,4 +1,4 @@
-"""Writes a folder that transformers loads: the class of a family where it computes what our model does."""
+"""Writes a folder that transformers loads, for its own class of the family if that computes what our model does."""
 
 import math
 from collections.abc import Mapping
@@ -23,11 +23,11 @@ from megatron.kernels.rotary import frequencies_of
 TABLES: Mapping[str, Table] = {flags.ESM: HF_ESM, flags.BERT: HF_BERT, flags.OWN: OURS}
 CONFIG, WHOLE, INDEX = "config.json", "model.safetensors", ".index.json"
 _CODE = ("configuration_protein.py", "modeling_protein.py")
-_LONGEST_FILE = 5 * 10**9  # bytes, as transformers had it
+_LONGEST_FILE = 5 * 10**9  # bytes, transformers' limit for a file
 
 
 def write_files(checkpoint: Checkpoint, folder: Path) -> None:
-    """All files into a folder that is empty; raises CheckpointError, and OSError where the disk refuses."""
+    """Write all files into an empty folder; raises CheckpointError, and OSError if the disk refuses."""
     vocab = vocabulary_of(checkpoint)
     config = flags.complete(checkpoint)
     checkpoint = with_rows(checkpoint, vocab.size)
@@ -47,7 +47,7 @@ def write_files(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def _of_family(checkpoint: Checkpoint, config: Mapping[str, Any], kind: str, vocab: Vocab) -> dict[str, StoredTensor]:
-    """The tensors of a family's class, with what it has and our model has not."""
+    """The tensors under the names of the family's class, including those that only that class has."""
     tensors = family_tensors(checkpoint, config, TABLES[kind], vocab.size, vocab.pad_id + 1 if kind == flags.ESM else 0)
     if kind == flags.BERT:
         tensors[TYPES] = stored(torch.zeros(2, config["hidden_size"], dtype=checkpoint.model[POSITIONS].dtype))
@@ -66,7 +66,7 @@ def _dtype(tensors: Mapping[str, StoredTensor]) -> str:
 
 
 def _write_weights(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """One file, or several no longer than transformers writes them, and what tells which has what."""
+    """Write the weights into one file, or several of at most _LONGEST_FILE bytes with an index."""
     parts: list[dict[str, StoredTensor]] = [{}]
     room = _LONGEST_FILE
     for name, tensor in tensors.items():

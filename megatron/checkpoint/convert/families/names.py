@@ -1,7 +1,8 @@
-"""The parameters of other families' models by our names: a table a program, and how their rows lie.
+"""Parameter names of other programs, a table for each, and the conversion of tensors to and from our layout.
 
-A table has our module's name (N: a layer's number) and theirs; `.weight` and `.bias` stand behind both. Three names for
-one are the queries, keys and values that are one matrix here. Rows n·d: heads by the width of one.
+A table maps our name of a module (N: the layer's number) to theirs; `.weight` and `.bias` follow on both sides. Three
+names for one are queries, keys and values, which are one matrix here, with rows in the order [n, 3, d] for n heads of
+width d.
 """
 
 import re
@@ -78,9 +79,9 @@ FAIR_ESM: Table = {
 
 
 def their_names(ours: str, table: Table) -> list[str]:
-    """What they call one of our parameters: one name, or those of its queries, keys and values.
+    """The other program's name of one of our parameters, or its three names for queries, keys and values.
 
-    What is not in the table is called as here.
+    Our own name if it is not in the table.
     """
     match = _LAYER.search(ours)
     general = _LAYER.sub(".layers.N.", ours)
@@ -91,7 +92,7 @@ def their_names(ours: str, table: Table) -> list[str]:
 
 
 def shapes_of(config: Mapping[str, Any], num_rows: int) -> dict[str, tuple[int, ...]]:
-    """The parameters of a model of these flags with `num_rows` rows of the vocabulary, and their shapes."""
+    """The shapes of all parameters, by our names, of a model of these flags with `num_rows` vocabulary rows."""
     flags = {item.name: config[item.name] for item in fields(ModelConfig) if item.name in config}
     flags["make_vocab_size_divisible_by"] = 1
     with torch.device("meta"):
@@ -101,7 +102,7 @@ def shapes_of(config: Mapping[str, Any], num_rows: int) -> dict[str, tuple[int, 
 
 def our_tensors(theirs: Tensors, shapes: Mapping[str, tuple[int, ...]], table: Table, heads: int,
                 place: Path) -> dict[str, StoredTensor]:
-    """The parameters that `shapes` tells of, under our names; raises CheckpointError where one is missing or another.
+    """The parameters named in `shapes`, under our names; raises CheckpointError if one is missing or has another shape.
     """
     model = {}
     for ours, shape in shapes.items():
@@ -121,9 +122,9 @@ def our_tensors(theirs: Tensors, shapes: Mapping[str, tuple[int, ...]], table: T
 
 def family_tensors(checkpoint: Checkpoint, config: Mapping[str, Any], table: Table, num_tokens: int,
                    first_row: int) -> dict[str, StoredTensor]:
-    """Parameters of ours under a family's names, positions behind `first_row` rows of zeros.
+    """A checkpoint's parameters under the names of `table`, with `first_row` rows of zeros before the positions.
 
-    Raises CheckpointError where they are not those of such a model.
+    Raises CheckpointError if the checkpoint's parameters are not those of a model of these flags.
     """
     theirs: dict[str, StoredTensor] = {}
     shapes, model = shapes_of(config, num_tokens), checkpoint.model
@@ -142,7 +143,7 @@ def family_tensors(checkpoint: Checkpoint, config: Mapping[str, Any], table: Tab
 
 
 def _behind_zeros(tensor: StoredTensor, count: int) -> StoredTensor:
-    """A table with as many rows of zeros before its own."""
+    """A table with `count` rows of zeros before its own."""
     rows, columns = tensor.shape
 
     def zeros(box: Box) -> Tensor:
@@ -153,7 +154,7 @@ def _behind_zeros(tensor: StoredTensor, count: int) -> StoredTensor:
 
 
 def fused(parts: Sequence[StoredTensor], heads: int) -> StoredTensor:
-    """Rows [n, 3, d] of queries, keys and values, of which each of three has [n, d]."""
+    """One tensor with rows [n, 3, d], made lazily of queries, keys and values with rows [n, d]; `heads`: n."""
     first, count = parts[0], len(parts)
     width = first.shape[0] // heads
 
@@ -169,7 +170,10 @@ def fused(parts: Sequence[StoredTensor], heads: int) -> StoredTensor:
 
 
 def split(whole: StoredTensor, heads: int) -> list[StoredTensor]:
-    """The queries, keys and values of rows [n, 3, d]; read one behind the other, as here, the whole is read once."""
+    """The queries, keys and values, rows [n, d], of a tensor with rows [n, 3, d]; `heads`: n.
+
+    If they are read in this order, the whole is read only once.
+    """
     width = whole.shape[0] // (3 * heads)
     held: list[Tensor] = []
 

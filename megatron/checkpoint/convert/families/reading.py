@@ -1,4 +1,4 @@
-"""From the tensors of a family's program to parameters of ours, whatever files they come from."""
+"""Makes a checkpoint of the tensors of another program's model, whatever files they come from."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,24 +16,24 @@ from megatron.kernels.rotary import PRECISIONS, frequencies_of
 
 FREQUENCIES = ".inv_freq"
 TYPES = "bert.embeddings.token_type_embeddings.weight"
-# What is no part of the masked language model, or of those of its kind.
+# Prefixes of tensors that the masked language model does not use.
 _BESIDE = ("bert.pooler.", "cls.seq_relationship.", "esm.pooler.", "esm.embeddings.position_embeddings.")
 
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """A model of a program: our flags for it, the table of its names, its tokens and the row of the first position."""
+    """What is needed to interpret the tensors of another program's model."""
 
-    config: dict[str, Any]
-    table: Table
+    config: dict[str, Any]  # our flags for it
+    table: Table  # its names
     num_tokens: int
-    first_row: int
+    first_row: int  # the row of the position table that a protein's first token uses
 
 
 def checkpoint_of(family: ModelFamily, tensors: Tensors, place: Path, state: Mapping[str, Any]) -> Checkpoint:
-    """The checkpoint of no iteration that a program's tensors are, with `state` beside what they tell themselves.
+    """A checkpoint, of iteration 0, made of the tensors of another program's model.
 
-    Raises CheckpointError where they are not all that such a model has, or more.
+    `state`: further entries for its state, besides "config". Raises CheckpointError if tensors are missing or unknown.
     """
     left, config, notes = dict(tensors), family.config, list(state.get("notes", ()))
     if "contact_head" in family.table:
@@ -55,7 +55,7 @@ def checkpoint_of(family: ModelFamily, tensors: Tensors, place: Path, state: Map
 
 
 def _precision(frequencies: list[StoredTensor], config: Mapping[str, Any], place: Path) -> str:
-    """What the frequencies of rotary positions were rounded to; raises CheckpointError where they are others."""
+    """The precision that the stored rotary frequencies were rounded to; raises CheckpointError if none fits them."""
     for name in PRECISIONS:
         expected = frequencies_of(config["kv_channels"], config["rotary_base"], name)
         if all(found.shape == tuple(expected.shape) and torch.allclose(found.read().float(), expected, rtol=1e-6)
@@ -66,9 +66,9 @@ def _precision(frequencies: list[StoredTensor], config: Mapping[str, Any], place
 
 
 def _drop_copies(left: dict[str, StoredTensor], family: ModelFamily, place: Path) -> None:
-    """Take out the copies of what is tied; raises CheckpointError where they are none.
+    """Remove the copies of tied parameters from `left`; raises CheckpointError if a copy differs from its original.
 
-    Where the head's matrix is its own, so is the bias that stands with it, and the other takes no part.
+    If the output layer is not tied, its own bias is used in place of the head's.
     """
     words, bias, output = (their_names(name, family.table)[0] for name in (WORDS, BIAS, OUTPUT))
     own_bias = output.replace(".weight", ".bias")
@@ -86,14 +86,14 @@ def _drop_copies(left: dict[str, StoredTensor], family: ModelFamily, place: Path
 
 
 def _shift(left: dict[str, StoredTensor], name: str, first: int) -> None:
-    """Let the table of positions begin with that of a protein's first token."""
+    """Drop the rows of the position table in `left` before the one of a protein's first token."""
     if name in left and len(left[name].shape) == 2 and left[name].shape[0] > first:
         rows, columns = left[name].shape
         left[name] = left[name].part((slice(first, rows), slice(0, columns)))
 
 
 def _beside(names: set[str], place: Path) -> list[str]:
-    """A note on what else there is; raises CheckpointError where it is not known."""
+    """A note on further tensors that are left out, if any; raises CheckpointError for unknown ones."""
     rest = sorted(name for name in names if not name.endswith(".position_ids"))
     if unknown := [name for name in rest if not name.startswith(_BESIDE)]:
         raise CheckpointError(f"{place}: holds {unknown[0]}, which models here have no place for; give a masked "

@@ -1,8 +1,9 @@
-"""What AutoTokenizer needs to give our ids: one a residue, spaced or not, in either case.
+"""The files that make transformers' AutoTokenizer give our token ids: one token for each residue.
 
-White space and the gaps `-` and `.` are dropped, and `*` at the end; each other letter that has no token is the unknown
-one. (transformers' own tokenizers of the families do so for capitals alone: EsmTokenizer takes a run of other letters
-for one unknown token, BertTokenizer wants blanks between residues.)
+Residues may be separated by spaces or not, in upper or lower case. White space, the gap characters `-` and `.`, and `*`
+at the end are dropped; any other character without a token becomes the unknown token. (The tokenizers that transformers
+has for these families need capitals: EsmTokenizer makes one unknown token of a run of other letters, and BertTokenizer
+also needs spaces between residues.)
 """
 
 from typing import Any
@@ -13,9 +14,9 @@ _GAPS, _STOP = r"[\s.\-]+", r"\*+$"
 
 
 def tokenizer_files(vocab: Vocab, ends: str, longest: int | None) -> dict[str, Any]:
-    """The content of each file, which is JSON, by its name.
+    """The content of each JSON file, by its name.
 
-    `ends`: as --protein-ends has it. `longest`: the most tokens that the model takes, None where there is no such.
+    `ends`: the value of --protein-ends; `longest`: the maximal number of tokens of a protein, None for no limit.
     """
     ids = {"cls": vocab.cls_id, "sep": vocab.sep_id, "pad": vocab.pad_id, "mask": vocab.mask_id, "unk": vocab.unk_id}
     special = {("eos" if role == "sep" and "eos" in vocab.tokens[index] else role) + "_token": vocab.tokens[index]
@@ -29,7 +30,7 @@ def tokenizer_files(vocab: Vocab, ends: str, longest: int | None) -> dict[str, A
 
 
 def _tokenizer(vocab: Vocab, ends: str, special: list[int]) -> dict[str, Any]:
-    """What the library `tokenizers` reads."""
+    """The content of tokenizer.json, for the library `tokenizers`; `special`: the ids of the special tokens."""
     around = {index: vocab.tokens[index] for index in (vocab.cls_id, vocab.sep_id)}
     last = [{"SpecialToken": {"id": vocab.tokens[vocab.sep_id], "type_id": 0}}] if ends == "both" else []
     one = [{"SpecialToken": {"id": vocab.tokens[vocab.cls_id], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},

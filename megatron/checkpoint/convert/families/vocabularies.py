@@ -1,4 +1,4 @@
-"""The vocabulary of a model: a family's, or that of a file."""
+"""Finds out which vocabulary a model was trained with: that of its family, or that of a file."""
 
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ FILE = "vocab.txt"
 
 
 def vocabulary_in(folder: Path, usual: str, num_rows: int, mask_id: Any) -> dict[str, Any]:
-    """What a checkpoint's state says of it: "config" (its flag), "vocabulary" (its identity), "notes".
+    """The entries of a checkpoint's state on the vocabulary of a folder of transformers.
 
-    Where nothing tells which it is, "lacks_vocabulary" stands in place of the second. `usual`: the family's name whose
-    vocabulary a folder without vocab.txt has, if it has as many tokens; `mask_id`: of the mask, where the configuration
-    says it. Raises CheckpointError where the tokens are no vocabulary of proteins, are more than `num_rows`, or have
-    another mask.
+    They are "config" (our flags for it), "vocabulary" (its identity) and "notes"; if the vocabulary is unknown,
+    "lacks_vocabulary" replaces "vocabulary". `usual`: the vocabulary to assume without a vocab.txt, if its number of
+    tokens is `num_rows`; `mask_id`: the mask's id in config.json, or None. Raises CheckpointError if the tokens are not
+    a protein vocabulary, are more than `num_rows`, or have another mask.
     """
     path = folder / FILE
     notes = []
@@ -44,7 +44,7 @@ def vocabulary_in(folder: Path, usual: str, num_rows: int, mask_id: Any) -> dict
 
 
 def _mask_token(path: Path, mask_id: Any) -> str | None:
-    """The token at `mask_id` of a file of which none is the mask by its name."""
+    """The token at line `mask_id` of a vocabulary file that has no mask token by name; else None."""
     try:
         tokens = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError):
@@ -54,7 +54,7 @@ def _mask_token(path: Path, mask_id: Any) -> str | None:
 
 
 def known_vocabulary(checkpoint: Checkpoint) -> Vocab | None:
-    """The vocabulary of a model where it tells which it is, and that is here; else None."""
+    """The vocabulary of a model if the checkpoint says which it is and it is available here, else None."""
     given = checkpoint.state.get("config", {}).get("vocab_file")
     if "vocabulary" not in checkpoint.state and given not in VOCABULARIES and not (given and Path(given).exists()):
         return None
@@ -65,9 +65,10 @@ def known_vocabulary(checkpoint: Checkpoint) -> Vocab | None:
 
 
 def num_tokens_of(checkpoint: Checkpoint) -> int | None:
-    """How many rows of a model's vocabulary are no padding, as far as is known.
+    """The number of tokens in a model's vocabulary, without padding; None if it is unknown.
 
-    Another program's files that do not tell are taken to have the default's, if they have rows as its ranks would.
+    A checkpoint that does not say is assumed to have the default vocabulary if it has as many rows as that would have
+    when padded for its tensor-parallel ranks.
     """
     known = known_vocabulary(checkpoint)
     if known is not None or "vocabulary" in checkpoint.state:
@@ -78,9 +79,10 @@ def num_tokens_of(checkpoint: Checkpoint) -> int | None:
 
 
 def vocabulary_of(checkpoint: Checkpoint) -> Vocab:
-    """The vocabulary of a model; raises CheckpointError where it is not that which it was trained with.
+    """The vocabulary that a model was trained with; raises CheckpointError if it cannot be found.
 
-    What another program wrote may name a file of its own machine: then it is the default, as where it is trained on.
+    A checkpoint of another program may name a file that exists only on the machine where it was trained; then the
+    default vocabulary is assumed.
     """
     config, identity = checkpoint.state.get("config", {}), checkpoint.state.get("vocabulary")
     given, mask_token = config.get("vocab_file"), config.get("mask_token")

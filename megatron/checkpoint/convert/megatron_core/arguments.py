@@ -1,4 +1,4 @@
-"""Megatron-LM's arguments, as it keeps them beside megatron-core's BERT, and our flags."""
+"""Translates between the arguments that Megatron-LM stores with megatron-core's BERT and our flags."""
 
 import argparse
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ from megatron.checkpoint.convert.megatron_v2 import arguments as v2
 from megatron.checkpoint.stored import Checkpoint, Tensors
 from megatron.errors import CheckpointError
 
-# What makes another function of the same weights, and the value that ours has; megatron_v2 knows more of them.
+# Arguments that change what the weights compute, with the value that our models support; more are in megatron_v2.
 _SAME = {"quick_geglu": False, "qk_layernorm": False, "multi_latent_attention": False, "window_size": None,
          "mtp_num_layers": None, "hybrid_layer_pattern": None, "qk_l2_norm": False}
-# What megatron-core has in other words, or does without, and what Megatron-LM asks a checkpoint's arguments for.
+# Arguments that Megatron-LM requires in a checkpoint, or that mean something else there than in Megatron v2.
 _THEIRS = {
     "normalization": "LayerNorm", "position_embedding_type": "learned_absolute", "add_position_embedding": True,
     "use_rotary_position_embeddings": False, "rotary_base": 10000, "rotary_percent": 1.0, "rotary_interleaved": False,
@@ -28,9 +28,10 @@ _THEIRS = {
 
 def checkpoint_of(place: Path, number: int | None, theirs: Tensors, common: Mapping[str, Any],
                   layout: tuple[int, int]) -> Checkpoint:
-    """Weights by megatron-core's names, and what lies beside them, as a checkpoint.
+    """The checkpoint made of weights under megatron-core's names (`theirs`).
 
-    `number`: the iteration, where the folder tells it. `layout`: tensor x pipeline ranks. Raises CheckpointError.
+    `number`: the iteration, or None to take it from `common`; `common`: what the files hold besides tensors, such as
+    the arguments; `layout`: the tensor- and pipeline-parallel sizes. Raises CheckpointError.
     """
     with readable(place, "as Megatron-LM writes it"):
         model, notes = our_tensors(theirs, place)
@@ -53,9 +54,9 @@ def checkpoint_of(place: Path, number: int | None, theirs: Tensors, common: Mapp
 
 
 def their_arguments(checkpoint: Checkpoint, tensor: int, pipeline: int, dtype: torch.dtype) -> argparse.Namespace:
-    """What Megatron-LM finds beside the weights of `checkpoint`, the vocabulary as it is; of a run without optimizer.
+    """The arguments that Megatron-LM needs to load the weights of `checkpoint`, whose vocabulary is padded already.
 
-    Raises CheckpointError where megatron-core would compute something else.
+    Raises CheckpointError if megatron-core would compute something else with them.
     """
     config = checkpoint.state.get("config", {})
     if config.get("apply_residual_connection_post_layernorm"):
@@ -68,7 +69,10 @@ def their_arguments(checkpoint: Checkpoint, tensor: int, pipeline: int, dtype: t
 
 
 def _as_of_v2(arguments: argparse.Namespace | None, place: Path) -> argparse.Namespace | None:
-    """The same in the words of Megatron v2, with what megatron-core makes of them; raises CheckpointError."""
+    """The arguments as Megatron v2 would have them for the same model.
+
+    Raises CheckpointError if they describe a model that ours cannot represent.
+    """
     if arguments is None:
         return None
     given = vars(arguments)
@@ -76,7 +80,7 @@ def _as_of_v2(arguments: argparse.Namespace | None, place: Path) -> argparse.Nam
         if (given.get(name) or None) != (ours or None):
             raise CheckpointError(f"{place}: was trained with {name} {given[name]!r}, models here compute as with "
                                   f"{ours!r}; its weights would mean something else")
-    # It takes residuals from before the LayerNorm and GeLU's form from the fusion, whatever these say.
+    # megatron-core ignores both: residuals are from before the LayerNorm, and bias_gelu_fusion selects the GeLU.
     words: dict[str, Any] = {"openai_gelu": False, "apply_residual_connection_post_layernorm": False}
     if "norm_epsilon" in given:
         words["layernorm_epsilon"] = given["norm_epsilon"]

@@ -1,7 +1,8 @@
-"""The form of megatron-core's BERT that every layout loads (--ckpt-format torch_dist).
+"""megatron-core's BERT in the format that any layout loads (--ckpt-format torch_dist).
 
-It stacks the layers' tensors, or each is its own. Megatron-LM takes what is written with --finetune, or with
---no-load-optim and --no-load-rng, and any --spec.
+The same parameter of all layers may be stacked into one tensor [layers, …] there, or each stored by itself; we write
+stacks and read both. Megatron-LM loads the result with any --spec, and with --finetune, or --no-load-optim and
+--no-load-rng.
 """
 
 import re
@@ -31,7 +32,7 @@ _VERSION, _MOST_LAYERS = 3.0, 10_000
 
 
 def recognises(path: Path) -> bool:
-    """Whether this looks like such a checkpoint, or a folder of them; opens no pickle."""
+    """Whether `path` looks like a checkpoint of this format, or a folder of them; opens no pickle."""
     try:
         return is_distributed(_place_in(path, None))
     except (CheckpointError, OSError):
@@ -39,9 +40,9 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path, iteration: int | None = None) -> Checkpoint:
-    """The weights of an iteration, or the newest, in a run's folder; or those in an iter_ folder.
+    """The weights of `iteration`, or the newest, in a run's folder; or those in an iter_ folder.
 
-    `state` is as that of megatron_v2. Raises CheckpointError.
+    Its `state` has the same entries as that of `megatron_v2.reading.read`. Raises CheckpointError.
     """
     place = _place_in(path, iteration)
     if not is_distributed(place):
@@ -62,10 +63,10 @@ def read(path: Path, iteration: int | None = None) -> Checkpoint:
 
 
 def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: int = 1) -> Path:
-    """Write the weights below a run's folder, and point to them; returns their place.
+    """Write the weights and the pointer into a run's folder; returns their path.
 
-    `tensor` x `pipeline`: the layout of a run that asks the checkpoint for its own, and for whose vocabulary there are
-    rows. Raises ConfigError where the model does not divide, CheckpointError where something is missing or the disk
+    `tensor` x `pipeline`: the layout that the vocabulary is padded for, and that is stored in the arguments. Raises
+    ConfigError if the model cannot be divided so, CheckpointError if megatron-core has no such model or the disk
     refuses.
     """
     weights = weights_of(checkpoint, tensor, pipeline)
@@ -80,19 +81,20 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
 
 
 def _place_in(path: Path, iteration: int | None) -> Path:
+    """The folder of a checkpoint: `path` itself, or in the run's folder `path` that of `iteration` or the newest."""
     if is_distributed(path) or not path.is_dir():
         return path
     return path / newest(path) if iteration is None else place_for(path, iteration)
 
 
 def _layer(stack: StoredTensor, number: int) -> StoredTensor:
-    """One layer's tensor of all layers'."""
+    """The tensor of layer `number` out of a stack over all layers."""
     return one_piece(stack.shape[1:], stack.dtype,
                      lambda box: stack.read_box((slice(number, number + 1), *box))[0])
 
 
 def _chunks(weights: Weights) -> Iterator[Chunk]:
-    """All tensors, the layers' as parts of stacks."""
+    """All tensors, those of layers as chunks of stacks [layers, …]."""
     for name, tensor in weights.tensors.items():
         zeros = (0,) * len(tensor.shape)
         if match := LAYER.fullmatch(name):
@@ -103,6 +105,7 @@ def _chunks(weights: Weights) -> Iterator[Chunk]:
 
 
 def _fused(name: str) -> str:
+    """A name with its LayerNorm inside the linear layer that follows it."""
     for plain, fused in FUSED.items():
         if name.startswith(plain):
             return fused + name.removeprefix(plain)
@@ -110,5 +113,6 @@ def _fused(name: str) -> str:
 
 
 def _extras(num_layers: int) -> dict[str, Any]:
+    """The empty entries for the FP8 state of all modules."""
     return {**{f"encoder.layers.{extra}/shard_{number}_{num_layers}": None for extra in LAYER_EXTRAS
                for number in range(num_layers)}, f"{OUTPUT_EXTRA}/shard_0_1": None}

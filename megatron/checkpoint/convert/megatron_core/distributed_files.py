@@ -1,11 +1,11 @@
-"""Folders of torch.distributed.checkpoint, as megatron-core writes and reads them (`torch_dist`).
+"""Reads and writes folders of torch.distributed.checkpoint in megatron-core's variant (`torch_dist`).
 
-PLACE/.metadata         a pickle: what each tensor is, its chunks, and where in which file each chunk lies
-PLACE/__R_I.distcp      chunks, one behind another, each as torch.save writes a tensor
-PLACE/common.pt         what is no tensor, as torch.save writes it
-PLACE/metadata.json     says that it is such a folder
+PLACE/.metadata         a pickle, the index: each tensor's shape, dtype and chunks, and each chunk's file and offset
+PLACE/__R_I.distcp      chunks one after another, each as torch.save writes a tensor
+PLACE/common.pt         everything but tensors, written by torch.save
+PLACE/metadata.json     marks the folder as torch_dist
 
-Reading, no pickle runs: of the index, records are taken for what they hold.
+Reading executes no pickle: the index's objects are parsed as plain records of their fields.
 """
 
 import io
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from megatron.checkpoint.stored import Box, Piece, StoredTensor
 from megatron.errors import CheckpointError
 from megatron.files import sync
 
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
+
 _INDEX, _COMMON, _SAYS = ".metadata", "common.pt", "metadata.json"
 _KIND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
          "common_backend_version": 1}
@@ -35,7 +38,10 @@ _FILE = "__0_0.distcp"
 
 @dataclass(frozen=True)
 class Chunk:
-    """A box of a whole tensor of shape `whole_shape`: `tensor`'s values, with dimensions of size 1 before its own."""
+    """A part of the tensor `name` of shape `whole_shape`, at `offsets`.
+
+    `tensor` holds its values; it may have fewer dimensions than the whole, then leading dimensions of size 1 are added.
+    """
 
     name: str
     whole_shape: tuple[int, ...]
@@ -44,7 +50,7 @@ class Chunk:
 
 
 def is_distributed(place: Path) -> bool:
-    """Whether a folder is one of these, as far as its small files say."""
+    """Whether a folder is a torch_dist checkpoint, judged by its metadata.json."""
     try:
         kind = json.loads((place / _SAYS).read_text(encoding="utf-8"))
         return (place / _INDEX).is_file() and kind["sharded_backend"] == _KIND["sharded_backend"]
@@ -53,7 +59,7 @@ def is_distributed(place: Path) -> bool:
 
 
 def read_tensors(place: Path) -> dict[str, StoredTensor]:
-    """The tensors of a folder by their names there, each read when it is asked for; raises CheckpointError."""
+    """The tensors in a folder by their names there, read lazily; raises CheckpointError."""
     path = place / _INDEX
     strange = CheckpointError(f"{path}: is no index of torch.distributed.checkpoint as megatron-core writes it, or "
                               "damaged; copy it again")
@@ -70,13 +76,13 @@ def read_tensors(place: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path}: {error}; nothing of it was run, get the file from where you trust it") from None
-    except Exception:  # what it holds may be of any kind, and fail anywhere
+    except Exception:  # a malformed index can make any step fail in any way
         raise strange from None
     return tensors
 
 
 def read_common(place: Path) -> dict[str, Any]:
-    """What is no tensor, where there is any; raises CheckpointError."""
+    """The content of common.pt, {} if there is none; raises CheckpointError."""
     if not (place / _COMMON).exists():
         return {}
     common = read_torch_file(place / _COMMON)
@@ -87,11 +93,23 @@ def read_common(place: Path) -> dict[str, Any]:
 
 def write_distributed(place: Path, chunks: Iterable[Chunk], objects: Mapping[str, Any], common: Mapping[str, Any],
                       ) -> None:
-    """Fill the empty folder `place` and bring its files to the disk, one chunk in memory at a time.
+    """Write a checkpoint into the empty folder `place` and fsync its files, with one chunk in memory at a time.
 
-    The chunks of a name make up the whole tensor; `objects` and `common` hold plain data. Raises OSError.
+    `chunks`: those of one name make up the whole tensor; `objects`: plain data, by name; `common`: plain data, for
+    common.pt. Raises OSError.
     """
-    # Reading needs none of it, and importing it takes as long as importing torch.
+    with (place / _FILE).open("xb") as file:
+        index = _write_chunks(file, chunks, objects)
+    torch.save(dict(common), place / _COMMON)
+    (place / _INDEX).write_bytes(pickle.dumps(index))
+    (place / _SAYS).write_text(json.dumps(_KIND), encoding="utf-8")
+    for name in os.listdir(place):
+        sync(place / name)
+
+
+def _write_chunks(file: BinaryIO, chunks: Iterable[Chunk], objects: Mapping[str, Any]) -> "Metadata":
+    """Write chunks and objects one after another into _FILE, which is open as `file`; returns the index of both."""
+    # Imported here: reading does not need it, and it takes as long as importing torch.
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import (
         BytesStorageMetadata,
@@ -104,33 +122,32 @@ def write_distributed(place: Path, chunks: Iterable[Chunk], objects: Mapping[str
 
     kinds: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     where: dict[MetadataIndex, _StorageInfo] = {}
-    with (place / _FILE).open("xb") as file:
-        for chunk in chunks:
-            shape = torch.Size((1,) * (len(chunk.whole_shape) - len(chunk.tensor.shape)) + chunk.tensor.shape)
-            kind = kinds.setdefault(chunk.name, TensorStorageMetadata(
-                TensorProperties(chunk.tensor.dtype), torch.Size(chunk.whole_shape), []))
-            assert isinstance(kind, TensorStorageMetadata)
-            index = MetadataIndex(chunk.name, chunk.offsets, len(kind.chunks))
-            kind.chunks.append(ChunkStorageMetadata(torch.Size(chunk.offsets), shape))
-            start = file.tell()
-            torch.save(chunk.tensor.read().reshape(shape), file)
-            where[index] = _StorageInfo(_FILE, start, file.tell() - start)
-        for name, value in objects.items():
-            kinds[name], data, start = BytesStorageMetadata(), io.BytesIO(), file.tell()
-            torch.save([value], data)
-            file.write(data.getbuffer())
-            where[MetadataIndex(name)] = _StorageInfo(_FILE, start, file.tell() - start)
-        assert all(sum(prod(chunk.sizes) for chunk in kind.chunks) == prod(kind.size) for kind in kinds.values()
-                   if isinstance(kind, TensorStorageMetadata)), "the chunks of a name make up the whole"
-    torch.save(dict(common), place / _COMMON)
-    (place / _INDEX).write_bytes(pickle.dumps(Metadata(kinds, {}, where)))
-    (place / _SAYS).write_text(json.dumps(_KIND), encoding="utf-8")
-    for name in os.listdir(place):
-        sync(place / name)
+    for chunk in chunks:
+        shape = torch.Size((1,) * (len(chunk.whole_shape) - len(chunk.tensor.shape)) + chunk.tensor.shape)
+        kind = kinds.setdefault(chunk.name, TensorStorageMetadata(
+            TensorProperties(chunk.tensor.dtype), torch.Size(chunk.whole_shape), []))
+        assert isinstance(kind, TensorStorageMetadata)
+        index = MetadataIndex(chunk.name, chunk.offsets, len(kind.chunks))
+        kind.chunks.append(ChunkStorageMetadata(torch.Size(chunk.offsets), shape))
+        start = file.tell()
+        torch.save(chunk.tensor.read().reshape(shape), file)
+        where[index] = _StorageInfo(_FILE, start, file.tell() - start)
+    for name, value in objects.items():
+        kinds[name], data, start = BytesStorageMetadata(), io.BytesIO(), file.tell()
+        torch.save([value], data)
+        file.write(data.getbuffer())
+        where[MetadataIndex(name)] = _StorageInfo(_FILE, start, file.tell() - start)
+    assert all(sum(prod(chunk.sizes) for chunk in kind.chunks) == prod(kind.size) for kind in kinds.values()
+               if isinstance(kind, TensorStorageMetadata)), "the chunks of a name make up the whole"
+    return Metadata(kinds, {}, where)
 
 
 def _tensor(place: Path, name: str, kind: dict[str, Any], places: Mapping[tuple, dict[str, Any]]) -> StoredTensor:
-    """What an index says of a tensor; raises CheckpointError where its chunks are not one whole, or not there."""
+    """The tensor that an entry of the index (`kind`) describes, read lazily.
+
+    `places`: for each name and offsets of a chunk, the record of where it is. Raises CheckpointError if the chunks do
+    not make up the whole, or one is missing.
+    """
     whole, dtype = tuple(kind["size"]), kind["properties"].state[0]
     if not isinstance(dtype, torch.dtype) or any(type(size) is not int or size < 0 for size in whole):
         raise CheckpointError(f"{place / _INDEX}: {name} is of no known shape and kind; copy it again")
@@ -146,6 +163,7 @@ def _tensor(place: Path, name: str, kind: dict[str, Any], places: Mapping[tuple,
 
 def _piece(place: Path, name: str, dtype: torch.dtype, offsets: tuple[int, ...], sizes: tuple[int, ...],
            facts: dict[str, Any]) -> Piece:
+    """A chunk of a tensor, read lazily; `facts`: its file, offset and length. Raises CheckpointError."""
     file, begin, num_bytes = facts["relative_path"], facts["offset"], facts["length"]
     path = place / file
     if path.parent != place or type(begin) is not int or type(num_bytes) is not int or begin < 0:
@@ -162,7 +180,7 @@ def _piece(place: Path, name: str, dtype: torch.dtype, offsets: tuple[int, ...],
 
     def read(box: Box) -> Tensor:
         nonlocal is_checked
-        # Where a part is read, as of a stack of layers, its checksum is not compared.
+        # Reading only a part of a chunk, such as one layer of a stack, does not verify its checksum.
         if not is_checked and box != tuple(slice(0, size) for size in sizes):
             check_torch_file(path, begin, num_bytes)
             is_checked = True

@@ -1,6 +1,6 @@
-"""The parameters of megatron-core's BERT by our names, and how tensor ranks share them out.
+"""The parameters of megatron-core's BERT: their names there and here, and how they are split over tensor ranks.
 
-Its names are of the whole model here: `encoder.layers.N` counts from the first layer of all.
+In `encoder.layers.N`, N counts from the first layer of the whole model, not of a pipeline stage.
 """
 
 import re
@@ -16,18 +16,18 @@ from megatron.checkpoint.convert.vocabulary import WORDS
 from megatron.checkpoint.stored import StoredTensor, Tensors
 from megatron.errors import CheckpointError
 
-OUTPUT = "output_layer.weight"  # where it is tied to the word embedding, the last of several pipeline stages' copy
+OUTPUT = "output_layer.weight"  # if tied: the last pipeline stage's copy of the word embedding
 LAYER = re.compile(r"encoder\.layers\.([0-9]{1,5})\.(.+)")
-# Transformer Engine keeps a LayerNorm in the linear layer behind it; the distributed form always names it so.
+# Transformer Engine has a LayerNorm inside the linear layer that follows it; torch_dist always uses these names.
 FUSED = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_",
          "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 _POSITIONS, _TOKEN_TYPES = "embedding.position_embeddings.weight", "embedding.tokentype_embeddings.weight"
-# What a module says of FP8 beside its parameters: nothing here, but strict loaders ask for it.
+# Entries for the FP8 state of a module. They are empty here, but strict loaders require them.
 _EXTRA = "._extra_state"
 LAYER_EXTRAS = tuple(f"{module}{_EXTRA}" for module in ("self_attention.linear_proj", "self_attention.linear_qkv",
                                                         "mlp.linear_fc1", "mlp.linear_fc2"))
 OUTPUT_EXTRA = f"output_layer{_EXTRA}"
-# Beginnings of our names, the longest first, and of theirs.
+# Prefixes of our names, the longest first, and of theirs.
 _BEGINNINGS = {"transformer.layers.": "encoder.layers.", "transformer.": "encoder.",
                "lm_head.layernorm.": "lm_head.layer_norm.", "lm_head.bias": "output_layer.bias"}
 _IN_LAYERS = {".attention.query_key_value.": ".self_attention.linear_qkv.",
@@ -39,7 +39,7 @@ _COLUMNS = re.compile(r".*(linear_proj|linear_fc2)\.weight")
 
 
 def their_name(ours: str) -> str:
-    """What megatron-core calls one of our parameters."""
+    """megatron-core's name of one of our parameters."""
     for here, there in _BEGINNINGS.items():
         if ours.startswith(here):
             ours = there + ours.removeprefix(here)
@@ -50,24 +50,24 @@ def their_name(ours: str) -> str:
 
 
 def split_dim(theirs: str) -> int | None:
-    """The dimension along which tensor ranks share a parameter out; None where each holds all of it."""
+    """The dimension along which a parameter is split over tensor ranks; None if every rank holds all of it."""
     return 0 if _ROWS.fullmatch(theirs) else 1 if _COLUMNS.fullmatch(theirs) else None
 
 
 def num_layers(theirs: Mapping[str, Any]) -> int:
-    """How many layers the names tell of."""
+    """The number of layers, by the highest layer number in megatron-core's names."""
     return 1 + max((int(match[1]) for name in theirs if (match := LAYER.fullmatch(name))), default=-1)
 
 
 def is_extra(name: str) -> bool:
-    """Whether an entry is no parameter."""
+    """Whether an entry is a module's FP8 state, not a parameter."""
     return _EXTRA in name
 
 
 def our_tensors(theirs: Tensors, place: Path) -> tuple[dict[str, StoredTensor], list[str]]:
-    """The parameters under our names, and what was done about those that we have not, a line each.
+    """The parameters under our names, and a note on each kind of parameter that our model does not have.
 
-    Raises CheckpointError where that is not a BERT that our model can be.
+    Raises CheckpointError if they are not those of a BERT that our model can represent.
     """
     left = {_plain(name): tensor for name, tensor in theirs.items()}
     model = {}
@@ -96,13 +96,14 @@ def our_tensors(theirs: Tensors, place: Path) -> tuple[dict[str, StoredTensor], 
 
 
 def _plain(theirs: str) -> str:
+    """A name with its LayerNorm as a module of its own."""
     for plain, fused in FUSED.items():
         theirs = theirs.replace(fused, plain)
     return theirs
 
 
 def _check_shapes(model: Tensors, place: Path) -> None:
-    """Raises CheckpointError where the tensors are not of one model."""
+    """Raises CheckpointError if the shapes do not fit together."""
     words, width = model[WORDS], model["transformer.layers.0.mlp.dense_h_to_4h.weight"].shape[0]
     rows = model["transformer.layers.0.attention.query_key_value.weight"].shape[0]
     hidden = words.shape[-1]

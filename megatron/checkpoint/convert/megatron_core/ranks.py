@@ -1,7 +1,7 @@
-"""The form of megatron-core's BERT with a file a rank, of any tensor- and pipeline-parallel size (--ckpt-format torch).
+"""megatron-core's BERT with a file for each rank (--ckpt-format torch), of any tensor- and pipeline-parallel size.
 
-It is written as the model of `--spec local` has it; Megatron-LM takes it with --finetune, or with --no-load-optim and
---no-load-rng.
+Names are written as in the model of `--spec local`. Megatron-LM loads the result with --finetune, or with
+--no-load-optim and --no-load-rng.
 """
 
 import itertools
@@ -32,19 +32,19 @@ _VERSION = 3.0
 
 
 def recognises(path: Path) -> bool:
-    """Whether this looks like such a checkpoint, or a folder of them; opens no pickle."""
+    """Whether `path` looks like a checkpoint of this format, or a folder of them; opens no pickle."""
     return has_mark(path, first_file, b"self_attention.linear_")
 
 
 def read(path: Path, iteration: int | None = None) -> Checkpoint:
-    """The weights of an iteration, or the newest, in a run's folder; or those in an iter_ folder or a file.
+    """The weights of `iteration`, or the newest, in a run's folder; or those in an iter_ folder or a rank's file.
 
-    `state` is as that of megatron_v2. Raises CheckpointError.
+    Its `state` has the same entries as that of `megatron_v2.reading.read`. Raises CheckpointError.
     """
     place = find_place(path, iteration)
     trees = read_rank_files(place, "Megatron-LM")
     sizes, first = (len(trees[0]), len(trees)), trees[0][0]
-    # Virtual stages alternate: the first of each pipeline rank, then the second of each.
+    # The model's layers go through the first virtual stage of every pipeline rank, then the second of every, ...
     chunks = [key for number in range(len(first)) if (key := f"model{number}") in first] or ["model"]
     theirs: dict[str, StoredTensor] = {}
     depth = 0
@@ -56,10 +56,10 @@ def read(path: Path, iteration: int | None = None) -> Checkpoint:
 
 
 def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: int = 1) -> Path:
-    """Write the weights for `tensor` x `pipeline` ranks below a run's folder, and point to them; returns their place.
+    """Write the weights for `tensor` x `pipeline` ranks and the pointer into a run's folder; returns their path.
 
-    The vocabulary gets as many rows more as Megatron has on so many ranks; they take no part in the softmax. Raises
-    ConfigError where the model does not divide, CheckpointError where something is missing or the disk refuses.
+    The vocabulary is padded as Megatron does for so many tensor ranks; padding is never predicted. Raises ConfigError
+    if the model cannot be divided so, CheckpointError if megatron-core has no such model or the disk refuses.
     """
     weights = weights_of(checkpoint, tensor, pipeline)
     arguments = their_arguments(weights.checkpoint, tensor, pipeline, weights.dtype)
@@ -70,7 +70,7 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
 
 
 def _merged(ranks: Sequence[Any], files: Sequence[Path]) -> dict[str, StoredTensor]:
-    """The tensors of a stage, of its tensor ranks' tables."""
+    """The whole tensors of a stage, joined from its tensor ranks' files; raises CheckpointError if they do not fit."""
     for table, file in zip(ranks, files, strict=True):
         if not isinstance(table, dict) or table.keys() != ranks[0].keys():
             raise CheckpointError(f"{file}: its model is no table of the other tensor ranks' parameters; copy the "
@@ -91,7 +91,7 @@ def _merged(ranks: Sequence[Any], files: Sequence[Path]) -> dict[str, StoredTens
 
 
 def _model(weights: Weights, rank: tuple[int, int], stage: tuple[int, int]) -> dict[str, Any]:
-    """What a file holds of the model; `rank` and `stage`: the number, and of how many."""
+    """The entry `model` of a file; `rank` (tensor) and `stage` (pipeline): the index and how many there are."""
     (at, depth), first = stage, stage[0] * (weights.num_layers // stage[1])
     layers = range(first, first + weights.num_layers // depth)
     model: dict[str, Any] = OrderedDict()
@@ -109,6 +109,6 @@ def _model(weights: Weights, rank: tuple[int, int], stage: tuple[int, int]) -> d
 
 
 def _numbered(name: str, added: int) -> str:
-    """The same with its layer's number higher by `added`."""
+    """The name with `added` added to its layer's number; unchanged if it is in no layer."""
     match = LAYER.fullmatch(name)
     return f"encoder.layers.{int(match[1]) + added}.{match[2]}" if match else name

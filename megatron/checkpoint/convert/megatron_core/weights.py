@@ -1,4 +1,4 @@
-"""A checkpoint's weights as megatron-core is to have them: its names, and no more of them than it can take."""
+"""Prepares a checkpoint's weights for megatron-core: checks that it has such a model, pads and renames."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from megatron.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Weights:
-    """By megatron-core's names, in its order; `checkpoint` has the same under ours."""
+    """Weights to be written: `tensors` by megatron-core's names, and the padded `checkpoint` with ours."""
 
     checkpoint: Checkpoint
     tensors: dict[str, StoredTensor]
@@ -22,14 +22,14 @@ class Weights:
 
     @property
     def num_layers(self) -> int:
-        """Of the whole model."""
+        """The number of layers of the whole model."""
         return num_layers(self.tensors)
 
 
 def weights_of(checkpoint: Checkpoint, tensor: int, pipeline: int) -> Weights:
-    """What is to be written for so many ranks: all in one dtype, with as many rows more of the vocabulary as they have.
+    """The weights to write for `tensor` x `pipeline` ranks: all in one dtype, the vocabulary padded for so many ranks.
 
-    Raises ConfigError where the model does not divide, CheckpointError where it is none of megatron-core's.
+    Raises ConfigError if the model cannot be divided so, CheckpointError if megatron-core has no such model.
     """
     model, path = checkpoint.model, checkpoint.path
     depth = sum(name.endswith(".attention.dense.bias") for name in model)

@@ -1,4 +1,4 @@
-"""Megatron's arguments and our flags: what of the one is the other."""
+"""Translates between Megatron's arguments, an argparse.Namespace in each of its checkpoints, and our flags."""
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
@@ -16,15 +16,15 @@ from megatron.config.schedule import LR_DECAY_STYLES
 from megatron.errors import CheckpointError
 from megatron.optim.schedule import schedule_of as course_of
 
-# Sections whose flags mean there what they mean here; layouts, places and logs are of each run.
+# Sections of flags that mean the same there as here. Layout, paths and logging belong to each run.
 _SECTIONS = ("model", "data", "optimizer", "schedule", "precision", "training")
-# What of it makes another function of the same weights, and the value that ours has.
-_SAME = {  # openai_gelu: in the head as well, where ours has the exact form
+# Arguments that change what the weights compute, with the only value that our models support.
+_SAME = {  # openai_gelu changes the head there too, where our head has exact GeLU
     "openai_gelu": False, "swiglu": False, "squared_relu": False, "normalization": "LayerNorm",
     "apply_layernorm_1p": False, "untie_embeddings_and_output_weights": False, "num_experts": None,
     "position_embedding_type": "learned_absolute", "group_query_attention": False, "add_bias_linear": True,
     "attention_head_type": "multihead", "glu_activation": None, "multi_query_attention": False}
-# What Megatron's own arguments have besides ours, by their defaults there.
+# Arguments that only Megatron has, with its defaults.
 _THEIRS: dict[str, Any] = {
     "onnx_safe": None, "log_interval": 100, "tensorboard_dir": None, "scaled_masked_softmax_fusion": True,
     "scaled_upper_triang_masked_softmax_fusion": False, "bias_dropout_fusion": True, "save": None,
@@ -37,12 +37,12 @@ _THEIRS: dict[str, Any] = {
     "titles_data_path": None, "query_in_block_prob": 0.1, "use_one_sent_docs": False, "report_topk_accuracies": [],
     "faiss_use_gpu": False, "block_data_path": None, "indexer_batch_size": 128, "indexer_log_interval": 1000,
     "iteration": 0, "do_train": 1, "do_valid": 1, "do_test": 1}
-# Our flags of the model that it has too, or that have no effect where the others are as they are by default.
+# Our model flags that Megatron has too, or that have no effect as long as all others have their defaults.
 _MEANT_THERE = {
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels",
     "max_position_embeddings", "make_vocab_size_divisible_by", "layernorm_epsilon", "rotary_base", "rotary_percent",
     "apply_residual_connection_post_layernorm", "bias_gelu_fusion", "openai_gelu"}
-_SCHEDULES = (  # the names of each generation of Megatron's schedulers; the first counts iterations
+_SCHEDULES = (  # key in the file, our names: the names in each generation of Megatron; the first counts iterations
     ("lr_scheduler", {"lr": "start_lr", "min_lr": "min_lr", "lr_decay_style": "decay_style",
                       "warmup_samples": "warmup_iter", "decay_samples": "end_iter", "num_samples": "num_iters"}),
     ("lr_scheduler", {"lr": "max_lr", "min_lr": "min_lr", "lr_decay_style": "decay_style",
@@ -53,9 +53,9 @@ _SCHEDULES = (  # the names of each generation of Megatron's schedulers; the fir
 
 
 def config_of(arguments: argparse.Namespace | None, shapes: Mapping[str, Sequence[int]], path: Path) -> dict[str, Any]:
-    """Our flags by their fields' names, as far as arguments and the parameters' shapes tell them.
+    """Our flags by field name, as far as Megatron's arguments and the parameters' shapes (by our names) tell them.
 
-    Raises CheckpointError where they tell of a model that computes something else.
+    Raises CheckpointError if they describe a model that computes something that ours cannot.
     """
     given = vars(arguments) if arguments is not None else {}
     for name, ours in _SAME.items():
@@ -64,9 +64,9 @@ def config_of(arguments: argparse.Namespace | None, shapes: Mapping[str, Sequenc
                                   f"{ours!r}; its weights would mean something else")
     config = {item.name: given[item.name] for name, section in Config().sections() if name in _SECTIONS
               for item in fields(section) if item.name in given and fits(item, given[item.name])}
-    config.pop("num_query_groups", None)  # of which nothing is made there without group_query_attention
+    config.pop("num_query_groups", None)  # Megatron ignores it without group_query_attention
     if arguments is not None:
-        config.setdefault("bias_gelu_fusion", False)  # before the fused kernel came, GeLU had its exact form
+        config.setdefault("bias_gelu_fusion", False)  # before Megatron had that flag, its GeLU was exact
     if isinstance(given.get("batch_size"), int):
         config.setdefault("micro_batch_size", given["batch_size"])
     hidden, positions = shapes["embedding.word_embeddings.weight"][1], shapes["embedding.position_embeddings.weight"][0]
@@ -83,7 +83,10 @@ def config_of(arguments: argparse.Namespace | None, shapes: Mapping[str, Sequenc
 
 
 def schedule_of(tree: Mapping[str, Any], arguments: argparse.Namespace | None) -> dict[str, Any] | None:
-    """The learning rate's course, in samples, and in "num_samples" how far it has come; None where it is not told."""
+    """The learning rate schedule in a file, counted in samples, with its position as "num_samples"; None if unknown.
+
+    `tree`: the file's content. Raises ValueError for negative numbers.
+    """
     for key, names in _SCHEDULES:
         facts = tree.get(key)
         if isinstance(facts, dict) and set(names.values()) <= facts.keys():
@@ -101,7 +104,10 @@ def schedule_of(tree: Mapping[str, Any], arguments: argparse.Namespace | None) -
 
 def _with_later_courses(schedule: dict[str, Any], facts: Mapping[str, Any],
                         arguments: argparse.Namespace | None) -> dict[str, Any] | None:
-    """With what Megatron-LM's later schedulers know; None where the decay of WSD, which arguments tell, is not told."""
+    """The schedule with what later schedulers of Megatron-LM added: WSD's decay, and a growing weight decay.
+
+    None if the length of WSD's decay, which only the arguments have, is unknown.
+    """
     given = vars(arguments) if arguments is not None else {}
     if schedule["lr_decay_style"] == "WSD":
         samples = given.get("lr_wsd_decay_samples") or (given.get("lr_wsd_decay_iters") or 0) * _rows_a_step(arguments)
@@ -117,7 +123,7 @@ def _with_later_courses(schedule: dict[str, Any], facts: Mapping[str, Any],
 
 def progress_of(iteration: int, arguments: argparse.Namespace | None,
                 schedule: Mapping[str, Any] | None) -> dict[str, int]:
-    """The steps and the rows that are behind the checkpoint."""
+    """The number of iterations and of rows that were trained on; the latter is estimated if it was not stored."""
     consumed = getattr(arguments, "consumed_train_samples", None)
     if type(consumed) is not int or consumed < 0:
         consumed = int(schedule["num_samples"]) if schedule is not None else iteration * _rows_a_step(arguments)
@@ -125,7 +131,7 @@ def progress_of(iteration: int, arguments: argparse.Namespace | None,
 
 
 def scheduler_of(state: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Megatron's `lr_scheduler` of a checkpoint's state; None where the course is not known."""
+    """Megatron's entry `lr_scheduler` for a checkpoint's state; None if the schedule is unknown."""
     schedule = state.get("schedule")
     if schedule is None:
         return None
@@ -135,7 +141,7 @@ def scheduler_of(state: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def learning_rate(state: Mapping[str, Any]) -> float:
-    """That of the step to come; 0 where the course is not known."""
+    """The learning rate of the next step; 0 if the schedule is unknown."""
     schedule = state.get("schedule")
     if schedule is None or schedule["lr_decay_style"] not in LR_DECAY_STYLES:
         return 0.0
@@ -144,9 +150,10 @@ def learning_rate(state: Mapping[str, Any]) -> float:
 
 def arguments_of(checkpoint: Checkpoint, num_tensor: int, num_pipeline: int, num_rows: int,
                  dtype: torch.dtype) -> Callable[[int, int], argparse.Namespace]:
-    """Megatron's arguments for the file of a tensor and a pipeline rank, with what it asks a checkpoint for.
+    """A function of the tensor rank and the pipeline rank that returns Megatron's arguments for that rank's file.
 
-    Raises CheckpointError where it would make another function of the weights.
+    `num_rows`: of the padded vocabulary; `dtype`: of the parameters. Raises CheckpointError if Megatron's model cannot
+    compute what this one does.
     """
     defaults, saved = Config().as_dict(), checkpoint.state.get("config", {})
     flags = defaults | saved
@@ -159,9 +166,9 @@ def arguments_of(checkpoint: Checkpoint, num_tensor: int, num_pipeline: int, num
                                   "Megatron-LM's BERT does not have; --to hf writes any model of ours")
     ours = {item.name: flags[item.name] for name, section in Config().sections() if name in _SECTIONS
             for item in fields(section)}
-    if ours["openai_gelu"]:  # there in the head as well, unlike here; in the blocks it is what the fusion has
+    if ours["openai_gelu"]:  # Megatron would use it in the head too; bias_gelu_fusion gives the same GeLU in the blocks
         ours |= {"openai_gelu": False, "bias_gelu_fusion": True}
-    if not isinstance(shares := ours["mask_prob"], float):  # the one there is, or the one a course goes to
+    if not isinstance(shares := ours["mask_prob"], float):  # a constant, or the end of a schedule
         ours["mask_prob"] = shares[:2][-1]
     positions, hidden = checkpoint.model["embedding.position_embeddings.weight"].shape
     shape = {"num_layers": num_layers(list(checkpoint.model)), "hidden_size": hidden,
@@ -175,6 +182,7 @@ def arguments_of(checkpoint: Checkpoint, num_tensor: int, num_pipeline: int, num
 
 
 def _rows_a_step(arguments: argparse.Namespace | None) -> int:
+    """The global batch size; 1 if it is unknown."""
     given = vars(arguments) if arguments is not None else {}
     if isinstance(given.get("global_batch_size"), int):
         return given["global_batch_size"]
@@ -183,7 +191,7 @@ def _rows_a_step(arguments: argparse.Namespace | None) -> int:
 
 
 def fits(item: Field, value: Any) -> bool:
-    """Whether a flag could have that value."""
+    """Whether `value` has the type of the flag `item`, and is one of its choices."""
     if value is None:
         return item.default is None
     choices, nargs, kind = item.metadata["choices"], item.metadata["nargs"], item.metadata["type"]

@@ -1,4 +1,4 @@
-"""What the tensors of a rank's file are: their names there and here, and how they are split and ordered."""
+"""The tensors in a Megatron v2 file: their names there and here, how they are split over ranks, and their order."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -28,7 +28,7 @@ _LAYER = re.compile(r"transformer\.layers\.([0-9]{1,5})\.")
 
 @dataclass(frozen=True)
 class NamedParameter:
-    """A parameter in a rank's file: our name for it, the file's, and its value."""
+    """A parameter in a rank's file: our name for it (`name`), the file's (`there`), and its value."""
 
     name: str
     there: str
@@ -36,24 +36,25 @@ class NamedParameter:
 
     @property
     def is_ours(self) -> bool:
-        """Whether our models have it; the others are dropped, or added to one that they have."""
+        """Whether our models have this parameter; others are dropped or, like token types, added to another one."""
         return _OURS.fullmatch(self.name) is not None
 
 
 def split_dim(name: str) -> int | None:
-    """The dimension along which tensor ranks share the parameter out; None where each holds all of it."""
+    """The dimension along which a parameter is split over tensor ranks; None if every rank holds all of it."""
     return 0 if _ROWS.fullmatch(name) else 1 if _COLUMNS.fullmatch(name) else None
 
 
 def decays(name: str) -> bool:
-    """Whether Megatron's optimizer has the parameter in its first group, that of weight decay."""
+    """Whether Megatron applies weight decay to the parameter; these form the optimizer's first group."""
     return not (name.endswith("bias") or "layernorm." in name)
 
 
 def chunks_of(tree: Mapping[str, Any], path: Path) -> list[list[NamedParameter]]:
-    """The parameters in each of a rank's virtual stages, layers numbered from 0, as Megatron's modules have them.
+    """The parameters in a rank's file, a list for each virtual stage, in the order of Megatron's modules.
 
-    Raises CheckpointError for what our models have no place for.
+    `tree`: the file's content. Layers are numbered from 0 in each stage. Raises CheckpointError for a parameter that
+    our models do not have.
     """
     keys = ["model"] if "model" in tree else [
         key for number in range(len(tree)) if (key := f"model{number}") in tree]
@@ -76,7 +77,7 @@ def chunks_of(tree: Mapping[str, Any], path: Path) -> list[list[NamedParameter]]
 
 
 def parameter_names(num_layers: int) -> list[str]:
-    """Ours of a whole model, in the order of its modules."""
+    """Our names of all parameters of a model with `num_layers` layers, in the order of its modules."""
     both = ("weight", "bias")
     blocks = ("input_layernorm", "attention.query_key_value", "attention.dense", "post_attention_layernorm",
               "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
@@ -87,21 +88,21 @@ def parameter_names(num_layers: int) -> list[str]:
 
 
 def renumbered(name: str, added: int) -> str:
-    """The same with its layer's number higher by `added`."""
+    """The parameter's name with `added` added to its layer's number; unchanged if it is in no layer."""
     return _LAYER.sub(lambda match: f"transformer.layers.{int(match[1]) + added}.", name)
 
 
 def num_layers(names: Mapping[str, Any] | list[str]) -> int:
-    """How many layers the parameters' names tell of."""
+    """The number of layers, by the highest layer number in the parameters' names."""
     return 1 + max((int(match[1]) for name in names if (match := _LAYER.match(name))), default=-1)
 
 
 def by_head(tensor: StoredTensor, heads: int, version: float) -> StoredTensor:
-    """Rows of queries, keys and values of some heads, [heads, 3, width, …], from the order of a version before 2.
+    """Queries, keys and values with their rows in the order [heads, 3, width], as since checkpoint version 2.
 
-    Version 0 has [3, heads, width], version 1 [heads, width, 3].
+    `tensor`: with the rows of an older version: [3, heads, width] in version 0, [heads, width, 3] in version 1.
     """
-    rows = tensor.shape[0] // heads  # of a head: queries, keys, values
+    rows = tensor.shape[0] // heads  # of one head: 3 x width
     width = rows // 3
 
     def of_head(head: int) -> Tensor:
@@ -112,7 +113,7 @@ def by_head(tensor: StoredTensor, heads: int, version: float) -> StoredTensor:
 
     def read(box: Box) -> Tensor:
         first, last = box[0].start, box[0].stop
-        if [part.stop - part.start for part in box] == list(tensor.shape):  # at once, so that its checksum is compared
+        if [part.stop - part.start for part in box] == list(tensor.shape):  # whole: verifies the checksum
             values = tensor.read()
             sizes, order = ((3, heads, width), (1, 0, 2)) if version < 1 else ((heads, width, 3), (0, 2, 1))
             return values.unflatten(0, sizes).permute(*order, *range(3, values.ndim + 2)).reshape(values.shape)
@@ -131,6 +132,7 @@ def _rows(start: int, size: int, tensor: StoredTensor) -> Box:
 
 
 def _flat(tree: Any, path: Path, prefix: str = "") -> Iterator[tuple[str, StoredTensor]]:
+    """The tensors in nested tables, with their keys joined by dots; raises CheckpointError for anything else."""
     if not isinstance(tree, dict):
         raise CheckpointError(f"{path}: {prefix or 'its model'} is a {type(tree).__name__}, not a table of parameters; "
                               "give a model_optim_rng.pt of Megatron v2")
@@ -143,6 +145,7 @@ def _flat(tree: Any, path: Path, prefix: str = "") -> Iterator[tuple[str, Stored
 
 
 def _our_name(there: str) -> str:
+    """Our name of a parameter of any generation of Megatron, whose names differ a little."""
     name = there.removeprefix("language_model.")
     name = re.sub(r"^encoder\.", "transformer.", name)
     name = name.replace(".self_attention.", ".attention.")
@@ -150,4 +153,5 @@ def _our_name(there: str) -> str:
 
 
 def _is_known_extra(name: str) -> bool:
+    """Whether a parameter is one that Megatron's BERT has in addition to ours."""
     return name in (HEAD_COPY, TOKEN_TYPES) or name.startswith(("pooler.", "binary_head."))

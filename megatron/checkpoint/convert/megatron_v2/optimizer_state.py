@@ -1,4 +1,4 @@
-"""The optimizer's state in a rank's file: moments and masters by the parameters' numbers, steps by their groups."""
+"""Reads the optimizer's state in a rank's file, where parameters are identified by their number in the groups."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,19 +18,19 @@ _DISTRIBUTED = "; save it there without --use-distributed-optimizer, or take the
 
 @dataclass
 class OptimizerState:
-    """That of one rank: moments as KIND/PARAMETER, steps and fp32 values by parameter, and the loss scale.
+    """The optimizer's state of one rank, by our names of the parameters."""
 
-    The loss scale as ours: the scale, overflows left until it halves, steps in a row without one.
-    """
-
-    moments: dict[str, StoredTensor] = field(default_factory=dict)
-    steps: dict[str, float] = field(default_factory=dict)
-    masters: dict[str, StoredTensor] = field(default_factory=dict)
-    loss_scale: list[float] | None = None
+    moments: dict[str, StoredTensor] = field(default_factory=dict)  # by KIND/PARAMETER
+    steps: dict[str, float] = field(default_factory=dict)  # number of steps, by parameter
+    masters: dict[str, StoredTensor] = field(default_factory=dict)  # fp32 values, by parameter
+    loss_scale: list[float] | None = None  # scale, overflows left until it halves, steps in a row without overflow
 
 
 def optimizer_state(tree: Any, entries: Sequence[NamedParameter], path: Path) -> OptimizerState:
-    """What a file's `optimizer` says of the file's parameters; raises CheckpointError."""
+    """The optimizer's state in a file's entry `optimizer`; raises CheckpointError if it does not fit the parameters.
+
+    `entries`: the file's parameters, in the order of Megatron's modules.
+    """
     groups = [[entry for entry in entries if decays(entry.name) == is_first] for is_first in (True, False)]
     if not isinstance(tree, dict):
         raise CheckpointError(f"{path}: its optimizer is no table{_DISTRIBUTED}")
@@ -53,6 +53,7 @@ def optimizer_state(tree: Any, entries: Sequence[NamedParameter], path: Path) ->
 
 
 def _take(state: OptimizerState, entry: NamedParameter, values: Any, facts: dict[str, Any], path: Path) -> None:
+    """Add to `state` one parameter's `values`; `facts`: its parameter group, which may hold the number of steps."""
     for kind, value in values.items():
         if kind == "step":
             continue
@@ -66,6 +67,7 @@ def _take(state: OptimizerState, entry: NamedParameter, values: Any, facts: dict
 
 
 def _take_masters(state: OptimizerState, masters: Any, groups: list[list[NamedParameter]], path: Path) -> None:
+    """Add to `state` the fp32 masters, a list for each group, of those parameters that are in half precision."""
     halves = [[entry for entry in group if entry.tensor.dtype in _HALVES] for group in groups]
     if [len(group) for group in masters] != [len(group) for group in halves]:
         raise CheckpointError(f"{path}: its optimizer has fp32 values of {sum(map(len, masters))} parameters, its "
@@ -79,7 +81,7 @@ def _take_masters(state: OptimizerState, masters: Any, groups: list[list[NamedPa
 
 
 def _loss_scale(tree: dict[str, Any], path: Path) -> list[float] | None:
-    """What the scaler keeps, as of `DynamicGradScaler`, or of the `DynamicLossScaler` before it."""
+    """The loss scale of `OptimizerState`, from a DynamicGradScaler or the older DynamicLossScaler; None if neither."""
     scaler = tree.get("grad_scaler") or tree.get("loss_scaler")
     facts = scaler.state if isinstance(scaler, PickledObject) else scaler
     if not isinstance(facts, dict):
@@ -93,6 +95,7 @@ def _loss_scale(tree: dict[str, Any], path: Path) -> list[float] | None:
 
 
 def _number(value: Any, path: Path) -> float:
+    """A number, or the only element of a tensor; raises CheckpointError for anything else."""
     if isinstance(value, StoredTensor):
         value = value.read()
         value = value.item() if value.numel() == 1 else None

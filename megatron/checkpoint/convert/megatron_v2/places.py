@@ -1,4 +1,4 @@
-"""Where the files of a Megatron checkpoint lie."""
+"""Finds and names the files of a Megatron checkpoint."""
 
 import re
 from dataclasses import dataclass
@@ -17,26 +17,27 @@ _ITERATION = re.compile(r"iter_([0-9]{7,18})")
 
 @dataclass(frozen=True)
 class Place:
-    """A checkpoint's folder, or the file of its only rank, and its files, [pipeline rank][tensor rank]."""
+    """A checkpoint: its folder, or the file if it has just one, and its files as [pipeline rank][tensor rank]."""
 
     path: Path
     files: list[list[Path]]
 
 
 def recognises(path: Path) -> bool:
-    """Whether this looks like a checkpoint of Megatron v2, or a folder of them; opens no pickle."""
+    """Whether `path` looks like a checkpoint of Megatron v2, or a folder of them; opens no pickle."""
     return has_mark(path, first_file, b"language_model")
 
 
 def first_file(path: Path) -> Path:
-    """The first rank's, of the checkpoint that is at `path`, or the one to go on from; raises CheckpointError."""
+    """The first rank's file of the checkpoint that `find_place` finds; raises CheckpointError."""
     return find_place(path).files[0][0]
 
 
 def find_place(path: Path, iteration: int | None = None) -> Place:
-    """The checkpoint of an iteration, or the one to go on from, in a run's folder; or in its own; or of a rank's file.
+    """The checkpoint at `path`: a run's folder, a checkpoint's folder, or a rank's file.
 
-    Raises CheckpointError where there is none, or where a rank's file is missing.
+    In a run's folder, the checkpoint of `iteration`, by default the one that Megatron would resume from. Raises
+    CheckpointError if there is none or a rank's file is missing.
     """
     if path.is_file():
         siblings = _RANK.fullmatch(path.parent.name) and path.name == FILE
@@ -49,9 +50,9 @@ def find_place(path: Path, iteration: int | None = None) -> Place:
 
 
 def newest(folder: Path) -> str:
-    """The name of the checkpoint that the pointer of a run's folder names, or else of the last iteration there.
+    """The folder name of the checkpoint that the pointer of a run's folder names, else of the last iteration there.
 
-    Raises CheckpointError where there is none.
+    Raises CheckpointError if there is none.
     """
     there = sorted(part.name for part in folder.iterdir() if _ITERATION.fullmatch(part.name))
     try:
@@ -68,21 +69,22 @@ def newest(folder: Path) -> str:
 
 
 def place_for(folder: Path, iteration: int) -> Path:
-    """Where the checkpoint of an iteration lies in a run's folder; weights that were trained elsewhere have none."""
+    """The folder of an iteration's checkpoint in a run's folder; `release` for iteration 0, weights without a run."""
     return place_of(folder, iteration) if iteration else folder / RELEASE
 
 
 def point_to(folder: Path, iteration: int) -> None:
-    """Make it the one that a run in `folder` goes on from; raises OSError."""
+    """Write the pointer, so that a run in `folder` resumes from that iteration; raises OSError."""
     write_text(folder / LATEST, str(iteration or RELEASE))
 
 
 def rank_name(tensor: int, pipeline: int, num_pipeline: int) -> str:
-    """Where the file of a rank lies in a checkpoint's folder."""
+    """The name of a rank's folder in a checkpoint's folder."""
     return f"mp_rank_{tensor:02d}" + (f"_{pipeline:03d}" if num_pipeline > 1 else "")
 
 
 def _place_in(folder: Path) -> Place:
+    """The checkpoint in a folder of mp_rank_ folders; raises CheckpointError if a file is missing."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not there; give another iteration")
     found: dict[tuple[int, int], Path] = {}
@@ -105,6 +107,7 @@ def _place_in(folder: Path) -> Place:
 
 
 def _refuse_absence(file: Path) -> None:
+    """Raises CheckpointError for a rank's missing file, with the likely reason."""
     others = sorted(part.name for part in file.parent.glob("*.pt")) if file.parent.is_dir() else []
     if others:
         raise CheckpointError(f"{file.parent / others[0]} is of Megatron's distributed optimizer or a later form; save "

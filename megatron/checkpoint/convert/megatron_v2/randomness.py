@@ -1,4 +1,4 @@
-"""States of random numbers as Megatron's checkpoints hold them: fresh ones, for ours have none."""
+"""Random-number states for Megatron's checkpoints; they are fresh, since our checkpoints hold none."""
 
 import random
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 import torch
 
-_OF_TENSOR_RANKS = 2718  # what Megatron adds to the seed of the numbers that tensor ranks do not share
+_OF_TENSOR_RANKS = 2718  # Megatron's offset for the seed of the generator that differs between tensor ranks
 
 
 def random_states(seed: int, tensor_rank: int, pipeline_rank: int) -> dict[str, Any]:
-    """Those of a rank, as the original's seeds give them; the device's are of the kind of device that is here.
+    """The entries of a rank's file with the states of all generators, seeded as Megatron seeds them at the start.
 
-    How long the state of a GPU is depends on its PyTorch: where another one finds it too short or too long, the
-    original's --no-load-rng leaves it.
+    The device's states are for a GPU if there is one here, else for the CPU. The size of a GPU's state depends on the
+    version of PyTorch; if Megatron's rejects it, load with --no-load-rng.
     """
     seed += 100 * pipeline_rank
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""The files of ranks, in and out: megatron-core's `--ckpt-format torch` has them where Megatron v2 does."""
+"""Reads and writes the files per rank of Megatron v2, which megatron-core's `--ckpt-format torch` shares."""
 
 import itertools
 from collections.abc import Callable
@@ -14,9 +14,9 @@ from megatron.files import new_folder, sync
 
 
 def read_rank_files(place: Place, program: str) -> list[list[dict[str, Any]]]:
-    """What each rank's file holds, [pipeline rank][tensor rank]; `program`: which writes them, for messages.
+    """The content of each rank's file, as [pipeline rank][tensor rank]; `program`: who writes them, for messages.
 
-    Raises CheckpointError where that is no table, or where there are not as many files as the run had ranks.
+    Raises CheckpointError if one is not a dict, or if there are fewer or more files than the run had ranks.
     """
     trees = [[_tree(file, program) for file in stage] for stage in place.files]
     arguments = trees[0][0].get("args")
@@ -31,7 +31,7 @@ def read_rank_files(place: Place, program: str) -> list[list[dict[str, Any]]]:
 
 
 def check_divisions(tensor: int, pipeline: int, heads: int, width: int, depth: int) -> None:
-    """Raises ConfigError where a model of so many heads, feed-forward columns and layers is not for so many ranks."""
+    """Raises ConfigError unless `tensor` divides the attention heads and feed-forward width, `pipeline` the layers."""
     for kind, ranks, what, size in (("tensor", tensor, "attention heads", heads),
                                     ("tensor", tensor, "columns of the feed-forward layers", width),
                                     ("pipeline", pipeline, "layers", depth)):
@@ -42,9 +42,9 @@ def check_divisions(tensor: int, pipeline: int, heads: int, width: int, depth: i
 
 def write_rank_files(folder: Path, iteration: int, tensor: int, pipeline: int,
                      tree: Callable[[int, int], dict[str, Any]]) -> Path:
-    """Write `tree(tensor rank, pipeline rank)` for each below a run's folder, and point to them; returns their place.
+    """Write `tree(tensor rank, pipeline rank)` for each rank, and the pointer, into a run's folder; returns the path.
 
-    Raises CheckpointError where the disk refuses.
+    Raises CheckpointError if the disk refuses.
     """
     place = place_for(folder, iteration)
     with writable(place):
@@ -60,6 +60,7 @@ def write_rank_files(folder: Path, iteration: int, tensor: int, pipeline: int,
 
 
 def _tree(file: Path, program: str) -> dict[str, Any]:
+    """The content of a rank's file; raises CheckpointError."""
     tree = read_torch_file(file)
     if not isinstance(tree, dict):
         raise CheckpointError(f"{file}: holds a {type(tree).__name__}, not a checkpoint; give a {FILE} of {program}")

@@ -1,4 +1,4 @@
-"""From a Megatron checkpoint's files to whole tensors under our names, each read when it is asked for."""
+"""Reads a Megatron v2 checkpoint: joins the ranks' files into whole tensors under our names, lazily."""
 
 import argparse
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ _POSITIONS = "embedding.position_embeddings.weight"
 
 @dataclass(frozen=True)
 class _Rank:
-    """One file: its tree, its parameters with the layers' numbers in the whole model, its optimizer's state."""
+    """One rank's file: its content, its parameters (layers numbered in the whole model), its optimizer's state."""
 
     path: Path
     tree: dict[str, Any]
@@ -42,10 +42,10 @@ class _Rank:
 
 
 def read(path: Path, iteration: int | None = None) -> Checkpoint:
-    """The checkpoint of an iteration, or the newest, in a run's folder; or that in an iter_ folder or a file.
+    """The checkpoint of `iteration`, or the newest, in a run's folder; or the one in an iter_ folder or a rank's file.
 
-    `state` has "config", "progress", "schedule" and "loss_scale" as far as the files tell, "layout", the ranks that the
-    files are of, and "notes": a line for whatever was left out or changed. Raises CheckpointError.
+    Its `state` has "config", "progress", "schedule" and "loss_scale" as far as the files tell, "layout" (the parallel
+    sizes that it was saved with), and "notes" (a line for whatever was left out or changed). Raises CheckpointError.
     """
     place = find_place(path, iteration)
     with readable(place.path, "as Megatron writes it"):
@@ -69,12 +69,12 @@ def read(path: Path, iteration: int | None = None) -> Checkpoint:
 
 
 def _ranks(place: Place) -> list[list[_Rank]]:
-    """[pipeline rank][tensor rank]."""
+    """The files of all ranks, as [pipeline rank][tensor rank]."""
     trees = read_rank_files(place, "Megatron v2")
     chunks = [[chunks_of(tree, path) for tree, path in zip(*both, strict=True)]
               for both in zip(trees, place.files, strict=True)]
     num_chunks = len(chunks[0][0])
-    # Virtual stages alternate: the first of each pipeline rank, then the second of each.
+    # The model's layers go through the first virtual stage of every pipeline rank, then the second of every, ...
     first_layers, layer = {}, 0
     for chunk in range(num_chunks):
         for pipeline, ranks in enumerate(chunks):
@@ -95,7 +95,7 @@ def _rank(path: Path, tree: dict[str, Any], entries: list[NamedParameter]) -> _R
 
 
 class _Joiner:
-    """Makes wholes of the tensor ranks' parts."""
+    """Joins the tensor ranks' parts of a parameter into the whole, with rows in our order."""
 
     def __init__(self, place: Place, tree: dict[str, Any], arguments: Any, num_tensor: int) -> None:
         self._place, self._heads, self._num_tensor = place, getattr(arguments, "num_attention_heads", None), num_tensor
@@ -105,7 +105,10 @@ class _Joiner:
         self._version = version
 
     def __call__(self, name: str, parts: Sequence[StoredTensor]) -> StoredTensor:
-        """The whole of parameter `name`, or of a tensor that lies as it does."""
+        """The whole of `parts`, one for each tensor rank: parameter `name`, or optimizer state that is split like it.
+
+        Raises CheckpointError if they do not fit together.
+        """
         first = parts[0]
         if any((part.shape, part.dtype) != (first.shape, first.dtype) for part in parts):
             raise CheckpointError(f"{self._place.path}: {name} has not the same shape on all tensor ranks; copy it "
@@ -118,6 +121,7 @@ class _Joiner:
         return joined(parts, dim)
 
     def _heads_of(self, name: str, part: StoredTensor) -> int:
+        """The number of attention heads on each tensor rank; raises CheckpointError if it is unknown or impossible."""
         if not isinstance(self._heads, int) or self._heads < 1:
             raise CheckpointError(f"{self._place.path}: is of checkpoint version {self._version} and does not say how "
                                   "many attention heads it has, by which its queries, keys and values are ordered")
@@ -129,6 +133,7 @@ class _Joiner:
 
 
 def _model(stages: Sequence[Sequence[_Rank]], join: _Joiner, notes: list[str]) -> dict[str, StoredTensor]:
+    """The parameters by our names, in fp32 where the optimizer has masters; appends to `notes` what was left out."""
     found: dict[str, StoredTensor] = {}
     for ranks in stages:
         if any([entry.name for entry in rank.entries] != [entry.name for entry in ranks[0].entries] for rank in ranks):
@@ -159,7 +164,7 @@ def _model(stages: Sequence[Sequence[_Rank]], join: _Joiner, notes: list[str]) -
 
 
 def _optimizer(stages: Sequence[Sequence[_Rank]], join: _Joiner) -> dict[str, StoredTensor] | None:
-    """KIND/PARAMETER; None where there is none, or where it has yet to step."""
+    """The optimizer's state by KIND/PARAMETER; None if there is none, or no step was taken yet."""
     tensors: dict[str, StoredTensor] = {}
     for ranks in stages:
         states = [rank.optimizer for rank in ranks if rank.optimizer is not None]
@@ -177,11 +182,13 @@ def _optimizer(stages: Sequence[Sequence[_Rank]], join: _Joiner) -> dict[str, St
 
 
 def _loss_scale(rank: _Rank, state: dict[str, Any]) -> list[float]:
+    """The loss scale as in `OptimizerState`, or its initial value with scale 1 if the file has none."""
     known = rank.optimizer.loss_scale if rank.optimizer is not None else None
     return known or [1.0, float(state["config"].get("hysteresis") or 1), 0.0]
 
 
 def _iteration(tree: dict[str, Any], place: Place) -> int:
+    """The iteration that a file says; raises CheckpointError if it is no count."""
     number = tree.get("iteration", tree.get("total_iters"))
     if type(number) is not int or number < 0:
         raise CheckpointError(f"{place.path}: its iteration is {str(number)[:40]!r}; copy it again")

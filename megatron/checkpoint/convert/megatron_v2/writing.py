@@ -1,4 +1,4 @@
-"""From whole tensors to the files of each rank, as Megatron v2 writes them, with one tensor in memory at a time."""
+"""Writes a checkpoint as the files per rank that Megatron v2 loads, with one tensor in memory at a time."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -20,17 +20,17 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 
 def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: int = 1) -> Path:
-    """Write a checkpoint for `tensor` x `pipeline` ranks below a run's folder, and point to it; returns its place.
+    """Write a checkpoint for `tensor` x `pipeline` ranks and the pointer into a run's folder; returns its path.
 
-    The vocabulary gets as many rows more as Megatron has on so many ranks; they take no part in the softmax. Raises
-    ConfigError where the model does not divide, CheckpointError where something is missing or the disk refuses.
+    The vocabulary is padded as Megatron does for so many tensor ranks; padding is never predicted. Raises ConfigError
+    if the model cannot be divided so, CheckpointError if Megatron has no such model or the disk refuses.
     """
     files = _Files(checkpoint, tensor, pipeline)
     return write_rank_files(folder, checkpoint.iteration, tensor, pipeline, files.tree)
 
 
 class _Files:
-    """The trees of the ranks' files."""
+    """Builds the content of each rank's file."""
 
     def __init__(self, checkpoint: Checkpoint, num_tensor: int, num_pipeline: int) -> None:
         self._checkpoint, self._num_tensor, self._num_pipeline = checkpoint, num_tensor, num_pipeline
@@ -46,13 +46,13 @@ class _Files:
         self._masters = padded.model
         self._moments = {key: moment for key, moment in (padded.optimizer or {}).items() if moment.shape}
         self._kinds = list(dict.fromkeys(key.partition("/")[0] for key in self._moments))
-        # The precision in which Megatron keeps the model beside the optimizer's fp32 values, where it does.
+        # The half precision of the model's copy of the weights, if Megatron keeps fp32 masters in the optimizer.
         half = torch.float16 if self._config.get("fp16") else torch.bfloat16 if self._config.get("bf16") else None
         self._half = half if self._moments else None
         self._arguments = arguments_of(checkpoint, num_tensor, num_pipeline, num_rows, self._model_dtype())
 
     def tree(self, rank: int, stage: int) -> dict[str, Any]:
-        """What the file of tensor rank `rank` of pipeline stage `stage` holds."""
+        """The content of the file of tensor rank `rank` and pipeline stage `stage`."""
         checkpoint = self._checkpoint
         names = self._names(stage)
         tree: dict[str, Any] = {
@@ -66,7 +66,7 @@ class _Files:
         return tree | random_states(tree["args"].seed, rank, stage)
 
     def _names(self, stage: int) -> list[str]:
-        """The parameters of a stage, in the order of Megatron's modules; the last has the tied embedding again."""
+        """A stage's parameters, in the order of Megatron's modules; the last stage has a copy of the tied embedding."""
         per_stage = self._num_layers // self._num_pipeline
         wanted = {str(layer) for layer in range(stage * per_stage, (stage + 1) * per_stage)}
         is_first, is_last = stage == 0, stage == self._num_pipeline - 1
@@ -78,6 +78,7 @@ class _Files:
                 *(name for name in names if name.startswith("lm_head.") and is_last)]
 
     def _model(self, names: Sequence[str], rank: int, stage: int) -> dict[str, Any]:
+        """The entry `model` of a file, with layers numbered from the stage's first."""
         tensors = {name: self._cut(name, self._masters[name].to(self._model_dtype()), rank) for name in names}
         first_layer = stage * (self._num_layers // self._num_pipeline)
         language_model: dict[str, Any] = {}
@@ -97,6 +98,7 @@ class _Files:
         return model
 
     def _optimizer(self, names: Sequence[str], rank: int) -> dict[str, Any]:
+        """The entry `optimizer` of a file; parameters have numbers in the order of their two groups."""
         groups = [[name for name in names if decays(name) == is_first] for is_first in (True, False)]
         numbers = {name: number for number, name in enumerate(name for group in groups for name in group)}
         inner = {"state": {number: {kind: self._cut(name, self._moment(kind, name), rank) for kind in self._kinds}
@@ -113,7 +115,7 @@ class _Files:
                 "fp32_from_fp16_params": masters}
 
     def _facts(self, is_free: bool, numbers: list[int]) -> dict[str, Any]:
-        """What the optimizer says of a group of parameters; `is_free`: of weight decay."""
+        """A parameter group of the optimizer; `is_free`: without weight decay."""
         config = self._config
         decay = 0.0 if is_free else config.get("weight_decay", 0.01)
         rate = learning_rate(self._checkpoint.state)
@@ -127,6 +129,7 @@ class _Files:
                 "weight_decay": decay, "step": step, "params": numbers}
 
     def _moment(self, kind: str, name: str) -> StoredTensor:
+        """A parameter's optimizer state of a kind; raises CheckpointError if it is missing."""
         try:
             return self._moments[f"{kind}/{name}"]
         except KeyError:
@@ -134,14 +137,16 @@ class _Files:
                                   "all parameters trained, or with --no-save-optim") from None
 
     def _cut(self, name: str, whole: StoredTensor, rank: int) -> StoredTensor:
-        """A tensor rank's part of a tensor that lies as parameter `name` does."""
+        """A tensor rank's part of `whole`, which is split like parameter `name`."""
         return split(whole, split_dim(name), rank, self._num_tensor)
 
     def _model_dtype(self) -> torch.dtype:
+        """The dtype of the entry `model`."""
         stored = self._checkpoint.model[WORDS].dtype
         return self._half or (stored if stored in _HALVES and not self._moments else torch.float32)
 
     def _check_divisions(self) -> None:
+        """Raises ConfigError if the model cannot be divided among the ranks, CheckpointError if that is unknown."""
         model, tensor, heads = self._checkpoint.model, self._num_tensor, self._config.get("num_attention_heads")
         width = model["transformer.layers.0.mlp.dense_h_to_4h.bias"].shape[0]
         if tensor > 1 and not isinstance(heads, int):

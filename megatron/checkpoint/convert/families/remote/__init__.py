@@ -1,4 +1,4 @@
-"""What a folder of transformers gets where its model is none of theirs: the model itself, for trust_remote_code=True.
+"""The code of ProteinForMaskedLM, for folders of transformers whose model none of its classes can compute.
 
-The two files are copied as they are; they know transformers and PyTorch alone.
+The two modules are copied into the folder, for trust_remote_code=True; they import only transformers and PyTorch.
 """

@@ -1,4 +1,4 @@
-"""What a protein language model of this folder is; the names are those of the flags that it was trained with."""
+"""The configuration of the protein language model in this folder; its fields are named after the training flags."""
 
 from transformers import PretrainedConfig
 

@@ -1,7 +1,7 @@
-"""A masked language model of proteins in plain PyTorch: what training computed, on a padded batch of proteins.
+"""A masked language model of proteins in plain PyTorch, for a padded batch; it computes what the training program does.
 
-Parameters have the names of training. Shapes: b proteins, s positions, h hidden, n heads in g groups of q, each group
-with c = q + 2 rows (its queries, its key, its value) of width d.
+Parameters have the training program's names. Shapes: b proteins, s positions, h hidden, v vocabulary, n heads in g
+groups of q, each group with c = q + 2 rows (its queries, its key, its value) of width d; r rotary columns of a head.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,11 @@ from transformers.modeling_outputs import MaskedLMOutput
 from .configuration_protein import ProteinConfig
 
 Rotation = tuple[Tensor, Tensor] | None  # cosines and sines, fp32 [b, s, 1, 1, r/2]
-_ESM_MASKED_SHARE = 0.15 * 0.8  # of residues that read the mask in ESM's training
+_ESM_MASKED_SHARE = 0.15 * 0.8  # the share of residues replaced by the mask in ESM's training
 
 
 class ProteinForMaskedLM(PreTrainedModel):
-    """Logits over the residues at each position, and the loss where labels are given (-100: none)."""
+    """The model: logits over the vocabulary at each position, and the loss if labels are given (-100: no target)."""
 
     config_class = ProteinConfig
     base_model_prefix = ""
@@ -32,12 +32,12 @@ class ProteinForMaskedLM(PreTrainedModel):
         self.transformer = Transformer(config)
         self.lm_head = Head(config)
         if config.contact_head:
-            self.contact_head = nn.Linear(config.num_layers * config.num_attention_heads, 1)  # carried, not used
+            self.contact_head = nn.Linear(config.num_layers * config.num_attention_heads, 1)  # saved, not used
         self.post_init()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None,
                 output_hidden_states: bool = False, return_dict: bool = True, **unused: Any) -> MaskedLMOutput:
-        """The last of the hidden states is behind the last normalisation."""
+        """Logits [b, s, v] for `input_ids` [b, s]; the last of the hidden states is after the final normalisation."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         is_token_bs = attention_mask.bool()
@@ -51,11 +51,11 @@ class ProteinForMaskedLM(PreTrainedModel):
         return MaskedLMOutput(loss=loss, logits=logits_bsv, hidden_states=states if output_hidden_states else None)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The table of tokens."""
+        """The word embedding."""
         return self.embedding.word_embeddings
 
     def get_output_embeddings(self) -> None:
-        """None: where it is tied, the table of tokens itself is multiplied."""
+        """None, since a tied output layer uses the word embedding itself, so that there is nothing to tie."""
         return
 
     @torch.no_grad()
@@ -70,7 +70,7 @@ class ProteinForMaskedLM(PreTrainedModel):
 
 
 class Embedding(nn.Module):
-    """Word embeddings, with learned positions the sum of both."""
+    """Word embeddings, plus learned position embeddings if the model has them."""
 
     def __init__(self, config: ProteinConfig) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Embedding(nn.Module):
         self.config = config
 
     def forward(self, tokens_bs: Tensor, positions_bs: Tensor, is_token_bs: Tensor) -> Tensor:
-        """[b, s, h]."""
+        """The embeddings [b, s, h]."""
         hidden_bsh = self.word_embeddings(tokens_bs)
         if self.config.token_dropout:
             is_mask_bs = (tokens_bs == self.config.mask_token_id) & is_token_bs
@@ -95,7 +95,7 @@ class Embedding(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The blocks, and behind the last a normalisation, but where each block ends with one."""
+    """The blocks, and a final normalisation unless each block ends with one (norm_placement "post")."""
 
     def __init__(self, config: ProteinConfig) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class Transformer(nn.Module):
 
     def forward(self, hidden_bsh: Tensor, tokens_bs: Tensor, positions_bs: Tensor,
                 is_token_bs: Tensor) -> tuple[Tensor, ...]:
-        """The hidden states [b, s, h] before each block, and behind the last normalisation."""
+        """The hidden states [b, s, h] before each block, and after the final normalisation."""
         rotation, x0_bsh, states = _rotation(self.config, positions_bs), hidden_bsh, []
         skips: list[Tensor] = []
         for block in self.layers:
@@ -118,7 +118,7 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each added to the residual stream, normalised before, behind, or both."""
+    """Attention and feed-forward, each added to the residual stream, with normalisation before, after, or both."""
 
     def __init__(self, config: ProteinConfig, number: int) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class Block(nn.Module):
         self.config = config
 
     def forward(self, hidden_bsh: Tensor, x0_bsh: Tensor, skip_bsh: Tensor | None, *about: Any) -> Tensor:
-        """[b, s, h]; `about`: what attention asks for besides."""
+        """The hidden states [b, s, h] after the block; `about`: further arguments of `Attention.forward`."""
         if self.config.x0_skips:
             hidden_bsh = self.hidden_scale * hidden_bsh + self.x0_scale * x0_bsh
         if skip_bsh is not None:
@@ -160,7 +160,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention, the heads in groups that share a key and a value."""
+    """Self-attention; the heads of a group share a key and a value."""
 
     def __init__(self, config: ProteinConfig, number: int) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class Attention(nn.Module):
 
     def forward(self, hidden_bsh: Tensor, tokens_bs: Tensor, positions_bs: Tensor, is_token_bs: Tensor,
                 rotation: Rotation) -> Tensor:
-        """[b, s, h]."""
+        """The output [b, s, h]; padding is not attended to."""
         qkv_bsx = self.query_key_value(hidden_bsh)
         if self.config.qkv_conv_kernel:
             qkv_bsx = self.conv(qkv_bsx, is_token_bs)
@@ -197,14 +197,14 @@ class Attention(nn.Module):
         if self.window is not None:
             to_right_bsk = positions_bs[:, None, :] - positions_bs[:, :, None]
             is_seen_bsk = is_seen_bsk & (to_right_bsk >= -self.window[0]) & (to_right_bsk <= self.window[1])
-        is_seen_bsk = is_seen_bsk | ~is_token_bs[:, :, None]  # what stands for nothing sees anything: no NaN
+        is_seen_bsk = is_seen_bsk | ~is_token_bs[:, :, None]  # padding attends to all, to avoid NaN
         dropout = self.config.attention_dropout if self.training else 0.0
         context_bnsd = F.scaled_dot_product_attention(query_bnsd, key_bnsd, value_bnsd, is_seen_bsk[:, None], dropout)
         return self.dense(context_bnsd.transpose(1, 2).flatten(2))
 
 
 class HeadNorm(nn.Module):
-    """Normalises the width of each head, with a scale of its own."""
+    """Normalises each head over its width, with its own scales."""
 
     def __init__(self, config: ProteinConfig, num_heads: int) -> None:
         super().__init__()
@@ -213,12 +213,12 @@ class HeadNorm(nn.Module):
         self.epsilon = config.layernorm_epsilon
 
     def forward(self, x_bsgqd: Tensor) -> Tensor:
-        """The same shape."""
+        """The normalised `x_bsgqd`, in the same shape."""
         return self.normalise(x_bsgqd, x_bsgqd.shape[-1:], eps=self.epsilon) * self.weight.view(x_bsgqd.shape[2:])
 
 
 class ValueEmbedding(nn.Module):
-    """Mixes into the values an embedding of the token."""
+    """Mixes an embedding of the token into the values of attention."""
 
     def __init__(self, config: ProteinConfig) -> None:
         super().__init__()
@@ -226,7 +226,7 @@ class ValueEmbedding(nn.Module):
         self.scales = nn.Parameter(torch.full((2,), 0.5))
 
     def forward(self, value_bsg1d: Tensor, tokens_bs: Tensor) -> Tensor:
-        """The same shape."""
+        """The mixed values, in the same shape."""
         own, embedded = self.scales.unbind()
         return own * value_bsg1d + embedded * F.embedding(tokens_bs, self.weight).view_as(value_bsg1d)
 
@@ -239,14 +239,14 @@ class ShortConvolution(nn.Module):
         self.weight = nn.Parameter(torch.zeros(num_features, kernel))
 
     def forward(self, x_bsx: Tensor, is_token_bs: Tensor) -> Tensor:
-        """The same shape."""
+        """The result, in the shape of `x_bsx`."""
         halo, size = self.weight.shape[1] // 2, x_bsx.shape[1]
         around = F.pad(x_bsx * is_token_bs.unsqueeze(-1), (0, 0, halo, halo))
         return x_bsx + sum(around[:, place:place + size] * weight for place, weight in enumerate(self.weight.unbind(1)))
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with GeLU, ReLU squared or a gate between."""
+    """Two linear layers with GeLU, squared ReLU or a SiLU gate between them."""
 
     def __init__(self, config: ProteinConfig) -> None:
         super().__init__()
@@ -258,7 +258,7 @@ class FeedForward(nn.Module):
         self.config = config
 
     def forward(self, hidden_bsh: Tensor) -> Tensor:
-        """The same shape."""
+        """The output, in the shape of `hidden_bsh`."""
         wide = self.dense_h_to_4h(hidden_bsh)
         if self.config.swiglu:
             wide = F.silu(self.gate(hidden_bsh)) * wide
@@ -271,7 +271,7 @@ class FeedForward(nn.Module):
 
 
 class Head(nn.Module):
-    """Dense, exact GeLU, a normalisation, the transpose of the word embeddings or a matrix of its own, a bias."""
+    """The masked-LM head: dense, exact GeLU, normalisation, then the output matrix (tied or its own) and a bias."""
 
     def __init__(self, config: ProteinConfig) -> None:
         super().__init__()
@@ -300,7 +300,7 @@ def _groups(config: ProteinConfig) -> int:
 
 
 def _rotation(config: ProteinConfig, positions_bs: Tensor) -> Rotation:
-    """How far queries and keys are turned; None where they are not."""
+    """Cosines and sines of the rotary angles; None without rotary positions."""
     if config.position_embedding_type != "rope":
         return None
     width = int(config.kv_channels * config.rotary_percent) // 2 * 2
@@ -312,7 +312,7 @@ def _rotation(config: ProteinConfig, positions_bs: Tensor) -> Rotation:
 
 
 def _rotate(x_bsgqd: Tensor, rotation: Rotation) -> Tensor:
-    """The first columns of each head turned, the halves of them against each other."""
+    """Rotary positions applied to the first r columns of each head: column i is paired with column i + r/2."""
     if rotation is None:
         return x_bsgqd
     cos, sin = rotation
