@@ -1,1 +1,1 @@
-"""Micro-batches of rows, made ahead of the step."""
+"""Micro-batches of rows, prepared ahead of the training step by worker processes."""

@@ -1,6 +1,6 @@
-"""One micro-batch of packed rows on flat tokens, of one shape whatever lies in the rows.
+"""Makes micro-batches: packed rows as one flat sequence of tokens, padded to the same shape whatever the rows contain.
 
-t tokens of all rows, g proteins, m chosen tokens.
+Shapes: t tokens of all rows, g proteins, m targets.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,27 +18,27 @@ from megatron.kernels.packed_sequence import NO_TARGET, PackedSequence, Targets
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How large every micro-batch of a run is, and which of `num_shares` equal shares of its tokens this rank takes."""
+    """The size of every micro-batch of a run, and this rank's share of its tokens."""
 
-    num_tokens: int  # rows x sequence length, evened up to what the layout divides
-    num_proteins: int  # a micro-batch of more is padded to twice as many, or four times
-    num_targets: int  # likewise
+    num_tokens: int  # rows x sequence length, rounded up to a multiple that the layout needs
+    num_proteins: int  # padded to this number; a micro-batch with more is padded to 2, 4, ... times as many
+    num_targets: int  # padded in the same way
     max_length: int  # tokens of the longest protein
-    share: int = 0
-    num_shares: int = 1
-    num_ends: int = 1  # tokens of each protein that are no residues
+    share: int = 0  # the index of this rank's share of the tokens
+    num_shares: int = 1  # how many equal shares there are
+    num_ends: int = 1  # special tokens of each protein
 
     @property
     def num_filler(self) -> int:
-        """Segments that the filler is cut into."""
+        """The number of segments that the filler is divided into."""
         return -(-self.num_tokens // self.max_length)
 
 
 def batch_shape(splits: Splits, micro_batch_size: int, token_multiple: int = 1, share: int = 0, num_shares: int = 1,
                 start_sample: int = 0) -> BatchShape:
-    """The shape of all micro-batches of a run that starts at `start_sample`, by the row indices it begins with.
+    """The shape of all micro-batches of a run that starts at `start_sample`, by the row indices of the epochs there.
 
-    They have a multiple of `token_multiple` tokens. Those of an evaluation differ in their targets.
+    The number of tokens is a multiple of `token_multiple`. `num_targets` is for training; evaluation replaces it.
     """
     evaluated = [part for part in (splits.valid, splits.test) if part is not None]
     parts = [splits.train, *evaluated]
@@ -47,7 +47,7 @@ def batch_shape(splits: Splits, micro_batch_size: int, token_multiple: int = 1, 
                    *(part.most_proteins(micro_batch_size) for part in evaluated), 0)
     return BatchShape(
         num_tokens=num_tokens + -num_tokens % token_multiple,
-        num_proteins=proteins + proteins // 4 + 8,  # those of an epoch; others differ a little
+        num_proteins=proteins + proteins // 4 + 8,  # room for other epochs, which differ a little
         num_targets=splits.train.most_targets(micro_batch_size),
         max_length=max(part.longest() for part in parts), share=share, num_shares=num_shares,
         num_ends=splits.train.num_ends)
@@ -55,28 +55,29 @@ def batch_shape(splits: Splits, micro_batch_size: int, token_multiple: int = 1, 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows one behind the other, and what is known of them on the host; the counts are of the whole micro-batch."""
+    """A micro-batch: rows concatenated, with counts on the host of the whole micro-batch, not only this rank's share.
+    """
 
     sequence: PackedSequence
-    targets: Any  # Targets, or what else the model's last stage takes beside hidden states, with a `map` as they have
-    num_targets: int  # what the loss is a sum over
-    num_residues: int  # tokens that are neither ends of proteins nor filler
-    num_tokens: int  # tokens that are no filler
-    num_pairs: int  # tokens that see each other: the sum of the squares of the proteins' tokens
+    targets: Any  # Targets, or another input of the model's last stage that has the methods `map` and `tensors`
+    num_targets: int  # terms of the loss
+    num_residues: int  # tokens without special tokens and filler
+    num_tokens: int  # tokens without filler
+    num_pairs: int  # pairs of tokens that attend to each other: the sum of the squared protein lengths
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles tensors as plain bytes: a shared-memory file each, torch's way, costs four times as much a row."""
+        """Pickles tensors as plain bytes, four times as fast as torch's way, a shared-memory file for each tensor."""
         tensors = (*self.sequence.tensors(), *self.targets.tensors())
         numbers = (self.sequence.max_length, self.sequence.num_filler, self.num_targets, self.num_residues,
                    self.num_tokens, self.num_pairs)
         return _from_arrays, ([tensor.numpy() for tensor in tensors], *numbers)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on a device; does not wait for copies from page-locked memory."""
+        """The batch on a device; copies from page-locked memory are asynchronous."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def without_filler(self, token_multiple: int) -> "Batch":
-        """The same batch, whole and on the host, with no more filler than a multiple of tokens takes."""
+        """The batch with only as much filler as makes its tokens a multiple; it must be a whole one, on the host."""
         size = max(self.num_tokens + -self.num_tokens % token_multiple, token_multiple)
         sequence = replace(self.sequence, tokens_t=self.sequence.tokens_t[:size],
                            positions_t=self.sequence.positions_t[:size],
@@ -84,7 +85,7 @@ class Batch:
         return replace(self, sequence=sequence)
 
     def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory, for copies that do not block."""
+        """The batch in page-locked memory, for asynchronous copies."""
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
@@ -98,11 +99,11 @@ def _from_arrays(arrays: Sequence[np.ndarray], max_length: int, num_filler: int,
 
 
 def collate(rows: Sequence[Row], shape: BatchShape, seed: int = 0) -> Batch:
-    """The batch of some rows, in their order; of none, a batch of filler alone. `seed`: of its dropout."""
+    """The batch of some rows, in order; only filler if there are none. `seed`: of its dropout."""
     lengths = _join([row.lengths for row in rows])
     ends = np.cumsum(lengths)
     num_tokens, num_targets = int(lengths.sum()), sum(len(row.target_ids_m) for row in rows)
-    assert num_tokens <= shape.num_tokens, "rows are not longer than they are said to be"
+    assert num_tokens <= shape.num_tokens, "rows fit into the shape"
     row_starts = np.cumsum([0, *(len(row.tokens_t) for row in rows)])
     tokens, positions = np.zeros((2, shape.num_tokens), np.int64)
     tokens[:num_tokens] = _join([row.tokens_t for row in rows])
@@ -121,7 +122,8 @@ def collate(rows: Sequence[Row], shape: BatchShape, seed: int = 0) -> Batch:
 
 
 def _boundaries(ends: np.ndarray, num_tokens: int, shape: BatchShape) -> np.ndarray:
-    """int32: 0, the end of each protein, the end of the last again and again, and the ends of the filler's segments."""
+    """The boundaries `cu_seqlens`, int32: 0, each protein's end, the last end repeated as padding, ends of the filler.
+    """
     num_proteins = _doubled(shape.num_proteins, len(ends))
     filler = num_tokens + shape.max_length * np.arange(1, shape.num_filler + 1)
     ends = np.concatenate([[0], _padded(ends, num_proteins, num_tokens), np.minimum(filler, shape.num_tokens)])
@@ -129,7 +131,7 @@ def _boundaries(ends: np.ndarray, num_tokens: int, shape: BatchShape) -> np.ndar
 
 
 def _doubled(size: int, least: int) -> int:
-    """`size`, doubled until it is `least`."""
+    """`size`, doubled until it is at least `least`."""
     while size < least:
         size *= 2
     return size
@@ -140,5 +142,5 @@ def _padded(values: np.ndarray, size: int, filler: int) -> np.ndarray:
 
 
 def _join(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """The arrays one behind the other as int64; of none, an empty one."""
+    """The arrays concatenated, int64; an empty array for none."""
     return np.concatenate([np.empty(0, np.int64), *arrays], dtype=np.int64, casting="same_kind")

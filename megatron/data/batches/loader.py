@@ -1,7 +1,7 @@
-"""Micro-batches made ahead of the step by worker processes, and which samples each data-parallel rank gets.
+"""Prepares micro-batches ahead of the training step in worker processes, for each data-parallel rank its own.
 
-Micro-batch k of rank r holds the samples start + (k x ranks + r) x micro … + micro, in Megatron's order: whatever the
-ranks, the samples of one step are the same.
+Micro-batch k of rank r holds `micro` samples from start + (k x ranks + r) x micro on, as in Megatron. So the samples of
+a step are the same for any number of ranks.
 """
 
 import atexit
@@ -19,26 +19,26 @@ from megatron.data.rows.dataset import Dataset
 from megatron.errors import ConfigError, DataError
 from megatron.parallel.randomness import dropout_seed
 
-BATCHES_AHEAD = 4  # of each worker
+BATCHES_AHEAD = 4  # for each worker
 
 
 def batches(dataset: Dataset, shape: BatchShape, *, start_sample: int, micro_batch_size: int, data_rank: int,
             data_size: int, num_workers: int, pin: bool, stop_sample: int | None = None,
             seed: int = 0, left_out: Windows = ()) -> "BatchIterator":
-    """One rank's micro-batches from `start_sample` on, without end, or up to `stop_sample`; close it after use.
+    """An iterator over one rank's micro-batches from `start_sample` on, endless or up to `stop_sample`; close it.
 
     With `stop_sample` every rank gets equally many micro-batches; the last ones may hold fewer rows, or none. `seed`:
-    the run's, from which that of each micro-batch's dropout comes. `left_out`: of the dataset's samples; the numbers
-    given are positions among the others.
+    of the run, from which each micro-batch's dropout seed is derived. `left_out`: samples of the dataset to skip;
+    `start_sample` and `stop_sample` count the other samples only. Raises ConfigError or DataError.
     """
     samples = micro_batch_samples(start_sample, stop_sample, micro_batch_size, data_rank, data_size)
-    dataset[sample_at(start_sample, left_out)]  # finds mistakes in the data, and builds the row index for all workers
+    dataset[sample_at(start_sample, left_out)]  # raises errors here, and builds the row index once for all workers
     return BatchIterator(_Batches(dataset, shape, seed, left_out), samples, num_workers, pin)
 
 
 def micro_batch_samples(start: int, stop: int | None, micro_batch_size: int, data_rank: int, data_size: int
                         ) -> Iterator[range]:
-    """The sample numbers of each micro-batch of one rank."""
+    """The sample numbers of each micro-batch of one rank, in order."""
     for step_start in count(start, micro_batch_size * data_size):
         if stop is not None and step_start >= stop:
             return
@@ -48,15 +48,16 @@ def micro_batch_samples(start: int, stop: int | None, micro_batch_size: int, dat
 
 
 class BatchIterator(Iterator[Batch]):
-    """An iterator of batches that owns worker processes; they end when it is closed, or with this process.
+    """An iterator over batches that owns worker processes; they end when it is closed, or with this process.
 
-    Workers take no notice of SIGINT and SIGTERM, which the trainer answers by saving and closing them.
+    Workers block SIGINT and SIGTERM: on these signals the training process saves a checkpoint and then closes them.
+    Errors in the data are raised here as ConfigError or DataError.
     """
 
     def __init__(self, dataset: "_Batches", samples: Iterator[range], num_workers: int, pin: bool) -> None:
         options: dict[str, Any] = {}
         if num_workers:
-            # Forked, which Python 3.14 no longer does by itself: else workers would not inherit the mask below.
+            # Forked explicitly, since it is not the default in Python 3.14: workers must inherit the signal mask below.
             options = {"prefetch_factor": BATCHES_AHEAD, "worker_init_fn": _build_ahead,
                        "multiprocessing_context": "fork"}
         loader = DataLoader(dataset, batch_size=None, sampler=samples, num_workers=num_workers,
@@ -67,7 +68,7 @@ class BatchIterator(Iterator[Batch]):
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
         if num_workers:
-            atexit.register(self.close)  # else multiprocessing would wait for workers that no SIGTERM ends
+            atexit.register(self.close)  # else multiprocessing would wait for them, as they block SIGTERM
 
     def __next__(self) -> Batch:
         if self._batches is None:
@@ -78,18 +79,18 @@ class BatchIterator(Iterator[Batch]):
         return batch
 
     def close(self) -> None:
-        """Ends the worker processes."""
+        """End the worker processes."""
         atexit.unregister(self.close)
-        shut_down = getattr(self._batches, "_shutdown_workers", None)  # what torch does when the iterator is deleted
+        shut_down = getattr(self._batches, "_shutdown_workers", None)  # torch calls it when the iterator is deleted
         if shut_down is not None:
             shut_down()
         self._batches = None
 
 
 class _Batches(TorchDataset):
-    """A dataset whose items are whole micro-batches, by the numbers of their samples.
+    """A dataset whose items are whole micro-batches, indexed by ranges of sample numbers.
 
-    Mistakes in the data are items too: raised in a worker, they would reach the user inside a traceback.
+    Errors in the data are returned as items, because an exception in a worker would reach the user with a traceback.
     """
 
     def __init__(self, dataset: Dataset, shape: BatchShape, seed: int, left_out: Windows) -> None:

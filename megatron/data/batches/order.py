@@ -1,12 +1,12 @@
-"""Which samples of the data a run trains on, one after the other: all, but for some that are left out."""
+"""Maps a position in a run to a sample of the data, when some windows of samples are left out of training."""
 
 from collections.abc import Iterable
 
-Windows = tuple[tuple[int, int], ...]  # the first sample of each and the one behind it, ascending, apart
+Windows = tuple[tuple[int, int], ...]  # (first sample, sample after the last), ascending, disjoint, not adjacent
 
 
 def sample_at(position: int, left_out: Windows) -> int:
-    """The sample at a position among those that are not left out, both from 0."""
+    """The number of the sample at `position` among those that are not left out; both count from 0."""
     for first, stop in left_out:
         if position < first:
             break
@@ -15,7 +15,7 @@ def sample_at(position: int, left_out: Windows) -> int:
 
 
 def merged(windows: Iterable[tuple[int, int]]) -> Windows:
-    """Windows in any order, which may overlap or touch, as such that do not."""
+    """The union of windows in any order, which may overlap or touch, as ascending disjoint windows."""
     apart = list[tuple[int, int]]()
     for first, stop in sorted(windows):
         if apart and first <= apart[-1][1]:

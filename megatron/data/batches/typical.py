@@ -1,4 +1,4 @@
-"""A made-up micro-batch of typical size, for estimates and dry runs that have no data: full rows of equal proteins."""
+"""Makes an artificial micro-batch of typical size, full rows of equal proteins, for estimates and dry runs."""
 
 import numpy as np
 
@@ -6,13 +6,13 @@ from megatron.config import DataConfig
 from megatron.data.batches.batch import Batch, BatchShape, collate
 from megatron.data.rows.packed import Row
 
-PROTEIN_TOKENS = 300  # a mean protein has 200 to 400 residues
+PROTEIN_TOKENS = 300  # the mean of a corpus is 200 to 400 residues
 
 
 def typical_lengths(seq_length: int, num_ends: int) -> list[int]:
-    """Tokens of each protein of a full row; the last is the shorter one that fills it.
+    """The number of tokens of each protein in a full row: PROTEIN_TOKENS each, and a shorter one that fills the row.
 
-    Where no protein's ends fit into what is left, the last whole one is so much longer.
+    If the rest is too short even for a protein's special tokens, the last protein is longer instead.
     """
     whole, rest = divmod(seq_length, PROTEIN_TOKENS)
     if rest >= num_ends:
@@ -22,7 +22,7 @@ def typical_lengths(seq_length: int, num_ends: int) -> list[int]:
 
 def typical_batch(data: DataConfig, num_rows: int, token_multiple: int = 1, share: int = 0,
                   num_shares: int = 1) -> Batch:
-    """The micro-batch of `num_rows` such rows, its targets evenly spread; as `batch_shape` would have it."""
+    """A micro-batch of `num_rows` such rows with evenly spaced targets; the other arguments are as in `batch_shape`."""
     lengths = typical_lengths(data.seq_length, data.num_ends)
     num_targets = max(1, round(max(data.mask_prob[:2]) * (data.seq_length - data.num_ends * len(lengths))))
     positions = np.linspace(1, data.seq_length - data.num_ends, num_targets).astype(np.int64)

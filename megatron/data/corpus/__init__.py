@@ -1,1 +1,1 @@
-"""Vocabulary, tokenizer, indexed files, and which documents are for training, validation and test."""
+"""Vocabulary, tokenizer, indexed datasets, and the split into training, validation and test documents."""

@@ -1,4 +1,4 @@
-"""Proteins as the packing sees them: a run of documents of a corpus, and the pieces that rows are made of."""
+"""Proteins as packing sees them: consecutive documents of a corpus, and the pieces that rows are made of."""
 
 from bisect import bisect_right
 from functools import cached_property
@@ -12,7 +12,7 @@ CHUNK_DOCUMENTS = 1 << 20
 
 
 class Documents:
-    """The documents `documents` of a corpus, numbered from 0. A document is one protein."""
+    """A range of a corpus's documents, renumbered from 0. A document is one protein."""
 
     def __init__(self, corpus: Corpus, documents: range) -> None:
         self.indexed, self.range = corpus, documents
@@ -32,34 +32,36 @@ class Documents:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """The residues of each document, [documents]; int32, and int64 where a sum needs it. Held in memory where they
-        are of several files.
+        """The number of residues of each document, [documents]; int32, or int64 if a length needs it.
+
+        For a single file usually a view of the mapped index; for several files an array in memory.
         """
         lengths = [part.lengths for part in self._parts]
         return lengths[0] if len(lengths) == 1 else np.concatenate([np.zeros(0, np.int32), *lengths])
 
     def read(self, document: int, offset: int, length: int) -> np.ndarray:
-        """`length` ids of a document from `offset` on."""
+        """At most `length` token ids of a document, from `offset` on."""
         part = bisect_right(self._starts, document) - 1
         return self._parts[part].read(document - self._starts[part], offset, length)
 
     def place(self, document: int) -> tuple[str, int]:
-        """The prefix of the files that a document is in, and its number there."""
+        """The prefix of the indexed dataset that a document is in, and its number there."""
         part = bisect_right(self._starts, document) - 1
         return self._parts[part].place(document - self._starts[part])
 
 
 class Pieces:
-    """What rows are made of: a whole protein, or with `split` the consecutive parts of one that is longer than a row.
+    """The pieces that rows are made of: whole proteins, and with `split` the parts of proteins longer than a row.
 
-    Piece p below the number of documents begins document p; the further parts of long ones are numbered behind those.
+    Piece p < number of documents is document p, or its first part; the further parts of long ones have the numbers
+    after that.
     """
 
     def __init__(self, documents: Documents, max_residues: int, long_proteins: str) -> None:
-        self.max_residues = max_residues  # of a protein in a row
-        self.lengths = documents.lengths  # residues; a piece longer than a row is a protein to crop or drop
+        self.max_residues = max_residues  # that fit into a row beside the protein's special tokens
+        self.lengths = documents.lengths  # in residues; a piece longer than a row will be cropped or dropped
         self.num_documents = len(documents)
-        starts = range(0, self.num_documents, CHUNK_DOCUMENTS)  # a mask of a billion would be a gigabyte
+        starts = range(0, self.num_documents, CHUNK_DOCUMENTS)  # chunks, to save memory
         parts = [(start, self.lengths[start:start + CHUNK_DOCUMENTS]) for start in starts]
         self.num_empty = sum(int(np.count_nonzero(part == 0)) for _, part in parts)
         long = np.concatenate([np.zeros(0, np.int64), *(start + np.flatnonzero(part > max_residues)
@@ -70,19 +72,20 @@ class Pieces:
             self._split(long)
 
     def locate(self, piece: int) -> tuple[int, int]:
-        """The document of a piece, and where in it the piece begins."""
+        """The document of a piece, and the offset in it at which the piece begins."""
         if piece < self.num_documents:
             return piece, 0
         further = piece - self.num_documents
         return int(self._documents[further]), int(self._offsets[further])
 
     def of_documents(self, documents: np.ndarray) -> np.ndarray:
-        """All pieces of some documents."""
+        """The numbers of all pieces of some documents."""
         chosen = np.zeros(self.num_documents, dtype=bool)
         chosen[documents] = True
         return np.concatenate([documents, self.num_documents + np.flatnonzero(chosen[self._documents])])
 
     def _split(self, long: np.ndarray) -> None:
+        """Cut the documents `long` into parts of `max_residues`, the last of which may be shorter."""
         num_further = (self.lengths[long].astype(np.int64) - 1) // self.max_residues
         self._documents = np.repeat(long, num_further)
         before = np.repeat(np.cumsum(num_further) - num_further, num_further)
@@ -93,15 +96,16 @@ class Pieces:
 
 
 class _OfOneFile:
-    """Documents of one indexed dataset."""
+    """A range of the documents of one indexed dataset."""
 
     def __init__(self, file: IndexedDataset, documents: range) -> None:
         self._file, self.range = file, documents
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """The residues of each document, [documents]; int32 straight from the file, or held where some are not one
-        sequence, and int64 where a sum needs it.
+        """The number of residues of each document, [documents].
+
+        A view of the index (int32) if every document is one sequence, else sums in memory, int64 if one needs it.
         """
         if self._first_sequence is not None:
             return self._file.sizes[self._first_sequence:self._first_sequence + len(self.range)]
@@ -116,7 +120,7 @@ class _OfOneFile:
         return lengths
 
     def read(self, document: int, offset: int, length: int) -> np.ndarray:
-        """`length` ids of a document from `offset` on; a document of several sequences is all of them in a row."""
+        """At most `length` token ids of a document from `offset` on; several sequences of it are concatenated."""
         if self._first_sequence is not None:
             return self._file[self._first_sequence + document][offset:offset + length]
         first, last = self._file.doc_idx[self.range.start + document:self.range.start + document + 2].tolist()
@@ -124,12 +128,12 @@ class _OfOneFile:
         return np.concatenate(whole)[offset:offset + length]
 
     def place(self, document: int) -> tuple[str, int]:
-        """The prefix of the files that a document is in, and its number there."""
+        """The prefix of the dataset, and the document's number there."""
         return self._file.prefix, self.range[document]
 
     @cached_property
     def _first_sequence(self) -> int | None:
-        """The sequence of the first document where every document is one sequence; None where some are not."""
+        """The number of the first document's sequence if every document is one sequence, else None."""
         bounds = self._file.doc_idx
         for start in range(self.range.start, self.range.stop, CHUNK_DOCUMENTS):
             stop = min(start + CHUNK_DOCUMENTS, self.range.stop)

@@ -1,7 +1,8 @@
-"""Reads Megatron's indexed datasets: PREFIX.bin holds ids back to back, PREFIX.idx where each sequence and document is.
+"""Reads Megatron's indexed datasets: PREFIX.bin holds all token ids, PREFIX.idx where sequences and documents begin.
 
-Two layouts of the .idx, both little-endian: MMIDIDX ("mmap") and TNTIDX ("cached" and "lazy", which differ only in
-whether the .bin is read into memory at the start or mapped). A document is a run of sequences, mostly of one.
+The .idx has one of two layouts, both little-endian: MMIDIDX ("mmap") or TNTIDX ("cached" and "lazy", which differ only
+in whether the .bin is read into memory at the start or mapped). A document is one or more consecutive sequences, mostly
+one.
 """
 
 import os
@@ -26,9 +27,10 @@ TNT_HEADER_BYTES = 56
 
 @dataclass(frozen=True)
 class Index:
-    """What an .idx says; arrays are views of the mapped file wherever its layout allows.
+    """The content of an .idx file; the arrays are views of the mapped file if its layout allows.
 
-    `pointers` say where each sequence starts in the .bin, in units of 1/`pointers_per_token` token.
+    `pointers`: where each sequence starts in the .bin, in units of 1/`pointers_per_token` tokens. The other arrays are
+    as in `IndexedDataset`.
     """
 
     layout: str
@@ -40,10 +42,11 @@ class Index:
 
 
 class IndexedDataset:
-    """The sequences of one indexed dataset; n sequences, d documents. Reopened, not copied, when it is pickled.
+    """The sequences of one indexed dataset: `dataset[i]` is the array of the ids of sequence i.
 
-    layout: of the .idx, mmap or tnt. sizes: int32 [n], tokens a sequence. doc_idx: int64 [d+1], the first sequence of
-    each document. tokens: every id, in one flat array.
+    With n sequences and d documents, sizes: int32 [n], the tokens of each sequence. doc_idx: int64 [d+1], the first
+    sequence of each document, and n. tokens: all ids in one flat array. layout: of the .idx, mmap or tnt. Unpickling
+    opens the files again.
     """
 
     def __init__(self, prefix: str, impl: str, index: Index, tokens: np.ndarray) -> None:
@@ -64,14 +67,14 @@ class IndexedDataset:
 
     @property
     def num_documents(self) -> int:
-        """How many documents there are, empty ones included."""
+        """The number of documents, including empty ones."""
         return len(self.doc_idx) - 1
 
 
 def open_indexed(prefix: str, impl: str = "infer") -> IndexedDataset:
-    """The dataset of PREFIX.bin and PREFIX.idx; raises DataError if they are missing, damaged or not a pair.
+    """The dataset of PREFIX.bin and PREFIX.idx; raises DataError if they are missing, damaged or do not fit together.
 
-    `cached` reads the whole .bin into memory; the others map it. `infer` takes whichever layout is there and maps it.
+    `impl`: "cached" reads the whole .bin into memory, the others map it; "infer" accepts either layout.
     """
     if impl not in ("infer", *IMPLEMENTATIONS):
         raise DataError(f"--data-impl is {impl}; it must be infer, {', '.join(IMPLEMENTATIONS)}")
@@ -87,7 +90,7 @@ def open_indexed(prefix: str, impl: str = "infer") -> IndexedDataset:
 
 
 def _remedy(prefix: str) -> str:
-    """What to give instead of PREFIX, of which there is no dataset."""
+    """Advice for a prefix that has no dataset: to preprocess a file of proteins, or a prefix with a similar name."""
     given = Path(prefix)
     if given.is_file():
         stem = given.with_name(given.name.split(".")[0])
@@ -100,7 +103,7 @@ def _remedy(prefix: str) -> str:
 
 
 def _read(path: Path, in_memory: bool = False) -> np.ndarray:
-    """The bytes of a file, read or mapped."""
+    """The bytes of a file, uint8, read or mapped; raises DataError."""
     try:
         return np.fromfile(path, dtype=np.uint8) if in_memory else mapped(path)
     except OSError as error:
@@ -109,6 +112,7 @@ def _read(path: Path, in_memory: bool = False) -> np.ndarray:
 
 
 def _read_index(path: Path) -> Index:
+    """The content of an .idx of either layout; raises DataError if it is damaged."""
     raw = _read(path)
     head = raw[:TNT_HEADER_BYTES].tobytes()
     if head.startswith(MMAP_MAGIC) and len(raw) >= MMAP_HEADER_BYTES:
@@ -157,12 +161,14 @@ def _dtype(path: Path, version: int, code: int) -> np.dtype:
 
 
 def _check_length(path: Path, found: int, expected: int) -> None:
+    """Raises DataError unless an .idx has the number of bytes that follows from its header."""
     if found != expected:
         raise DataError(f"{path}: {found} bytes where its header needs {expected}; it is damaged or cut short. "
                         "Copy or preprocess it again")
 
 
 def _check_pair(index_path: Path, bin_path: Path, index: Index) -> None:
+    """Raises DataError unless the .bin has the number of bytes that follows from its .idx."""
     expected = 0
     if len(index.sizes):
         start = int(index.pointers[-1]) // index.pointers_per_token

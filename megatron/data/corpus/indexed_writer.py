@@ -1,7 +1,7 @@
-"""Writes Megatron's indexed datasets, in memory that does not grow with them and so that no half is ever taken whole.
+"""Writes Megatron's indexed datasets in constant memory, and such that an unfinished one is never mistaken for whole.
 
-Everything is first written in the folder PREFIX.partial; at the end the old PREFIX.idx and .names are removed, the .bin
-and the new .names are renamed and last the .idx, so that an .idx never stands beside what is not its own and whole.
+Everything is first written into the folder PREFIX.partial. At the end the old PREFIX.idx and .names are removed, then
+the .bin and .names are moved into place, and the .idx last: if there is an .idx, its .bin and .names are complete.
 """
 
 import os
@@ -21,15 +21,16 @@ from megatron.files import sync, try_lock
 
 _CHUNK_ITEMS = 1 << 20
 _SPOOLS = ("bin", "sizes", "documents", "names")
-PROGRESS_FILE = "progress.json"  # in the folder, of whoever may go on later: what it has committed
+PROGRESS_FILE = "progress.json"  # in PREFIX.partial: what the user of the writer needs to resume
 
 
 class IndexedWriter:
-    """A context that takes documents and, if it is left without an error, puts PREFIX.bin and PREFIX.idx in place.
+    """A context that documents are added to; on leaving it without an error, PREFIX.bin and PREFIX.idx appear.
 
-    `impl` mmap stores uint16 ids, cached and lazy int32, unless `dtype` says otherwise. One writer a prefix at a time:
-    a second raises DataError. `resume_at`, a value that `commit` gave, goes on behind what was committed then;
-    otherwise the writer starts empty. `with_names` puts the names of the documents, one a line, into PREFIX.names.
+    `impl`: "mmap" stores ids as uint16, "cached" and "lazy" as int32, unless `dtype` is given. `resume_at`: a value
+    that `commit` returned, to continue after what was committed then; without it the writer starts empty.
+    `with_names`: also write PREFIX.names, one document's name a line. Raises DataError if another writer is at work on
+    the prefix.
     """
 
     def __init__(self, prefix: str | Path, impl: str = "mmap", resume_at: tuple[int, ...] | None = None,
@@ -42,7 +43,7 @@ class IndexedWriter:
         except OSError as error:
             raise DataError(f"{self.folder}: cannot make this folder for the output ({error.strerror})") from None
         self._lock = _take_lock(self.folder)
-        if resume_at is None:  # or an earlier run would go on with what is written here now
+        if resume_at is None:  # else an earlier run could resume from what is written now
             (self.folder / PROGRESS_FILE).unlink(missing_ok=True)
         self._spools = [open_spool(self.folder / name, length)
                         for name, length in zip(_SPOOLS, resume_at or (0,) * len(_SPOOLS), strict=True)]
@@ -64,8 +65,7 @@ class IndexedWriter:
 
     def add(self, ids: ArrayLike = (), sizes: ArrayLike = (), num_sequences: ArrayLike = (),
             names: bytes = b"") -> None:
-        """Append documents: all their ids, the length of each sequence, how many sequences each document has, and the
-        lines of their names.
+        """Append documents: all their `ids`, the `sizes` of their sequences, `num_sequences` of each, lines of `names`.
         """
         self._bin.write(np.ascontiguousarray(ids, dtype=self.dtype).data)
         self._sizes.write(np.ascontiguousarray(sizes, dtype=np.int32).data)
@@ -73,14 +73,14 @@ class IndexedWriter:
         self._names.write(names)
 
     def commit(self) -> tuple[int, ...]:
-        """Bring everything added so far to the disk; the value says where a later writer can go on."""
+        """Sync everything added so far to the disk; returns the value to pass as `resume_at` to continue from here."""
         for spool in self._spools:
             spool.flush()
             os.fsync(spool.fileno())
         return tuple(spool.tell() for spool in self._spools)
 
     def finish(self) -> None:
-        """Write the index and put all files in place."""
+        """Write the index and move all files into place."""
         self.commit()
         with open(self.folder / "idx", "wb") as file:
             for part in self._index():
@@ -99,17 +99,18 @@ class IndexedWriter:
         self.discard()
 
     def discard(self) -> None:
-        """Remove everything that is not yet in place."""
+        """Remove PREFIX.partial with everything that is not in place yet."""
         self.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def close(self) -> None:
-        """Leave the partial output for a later writer to resume."""
+        """Close the files, and keep PREFIX.partial for a later writer that resumes."""
         for file in (*self._spools, self._lock):
-            with suppress(OSError):  # a full disk: what counts was brought to it by `commit`, which raises
+            with suppress(OSError):  # a full disk: what matters was written by `commit`
                 file.close()
 
     def _index(self) -> Iterator[np.ndarray]:
+        """The content of the .idx, in parts."""
         num_sequences, num_documents = self._sizes.tell() // 4, self._documents.tell() // 4
         sizes, documents = self.folder / "sizes", self.folder / "documents"
         zero = np.zeros(1, dtype=np.int64)
@@ -132,7 +133,10 @@ class IndexedWriter:
 
 
 def open_spool(path: Path, length: int) -> BinaryIO:
-    """A file of PREFIX.partial, open behind the `length` bytes that were committed; DataError if it has fewer."""
+    """A file of PREFIX.partial, cut to the `length` bytes that were committed, and open for appending.
+
+    Raises DataError if it has fewer.
+    """
     file = open(path, "r+b" if length else "w+b")  # noqa: SIM115 (held as long as the writer)
     if os.fstat(file.fileno()).st_size < length:
         file.close()
@@ -143,6 +147,7 @@ def open_spool(path: Path, length: int) -> BinaryIO:
 
 
 def _take_lock(folder: Path) -> BinaryIO:
+    """The lock file of PREFIX.partial, locked while it is open; raises DataError if another program holds it."""
     file = open(folder / "lock", "wb")  # noqa: SIM115 (held as long as the writer)
     if not try_lock(file):
         file.close()
@@ -152,13 +157,14 @@ def _take_lock(folder: Path) -> BinaryIO:
 
 
 def _chunks(path: Path) -> Iterator[np.ndarray]:
+    """The int32 numbers in a file, in chunks."""
     with open(path, "rb") as file:
         while len(chunk := np.fromfile(file, dtype=np.int32, count=_CHUNK_ITEMS)):
             yield chunk
 
 
 def _running_sums(path: Path, scale: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Chunks of scaled numbers and their running sums over the whole file, int64."""
+    """The numbers in a file times `scale`, in chunks, each with its cumulative sums over the whole file; int64."""
     total = 0
     for chunk in _chunks(path):
         scaled = chunk.astype(np.int64) * scale

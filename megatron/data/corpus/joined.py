@@ -1,4 +1,4 @@
-"""A corpus: one indexed dataset, or several as one, uncopied: what tools/merge_datasets.py makes of them."""
+"""A corpus: one indexed dataset, or several concatenated without copying, equivalent to tools/merge_datasets.py."""
 
 import hashlib
 from functools import cached_property
@@ -12,9 +12,9 @@ PROBES, IDS_A_PROBE = 64, 1024
 
 
 class Corpus:
-    """The documents of `parts`, one dataset behind the other. Reopened when it is pickled.
+    """The documents of the datasets `parts`, in order. Unpickling opens the files again.
 
-    prefix: a name for all of them, by whose folder caches lie. Its identity is that of the merged files.
+    prefix: a path that names the corpus; its caches go into that path's folder.
     """
 
     def __init__(self, prefix: str, parts: tuple[IndexedDataset, ...]) -> None:
@@ -25,12 +25,15 @@ class Corpus:
 
     @property
     def num_documents(self) -> int:
-        """How many documents there are, empty ones included."""
+        """The number of documents, including empty ones."""
         return sum(part.num_documents for part in self.parts)
 
     @cached_property
     def identity(self) -> str:
-        """A digest of dtype, sizes, documents and the size of the .bin: names the corpus in the keys of caches."""
+        """A digest of dtype, sizes, documents and the size of the .bin, for the keys of caches.
+
+        It is that of the merged dataset, whether the corpus has one part or several.
+        """
         num_bytes, num_sequences = sum(part.tokens.nbytes for part in self.parts), sum(map(len, self.parts))
         digest = hashlib.sha256(f"{self.parts[0].dtype.str} {num_bytes} {num_sequences}".encode())
         for part in self.parts:
@@ -44,7 +47,7 @@ class Corpus:
         return digest.hexdigest()[:32]
 
     def contents(self) -> str:
-        """A digest of `identity` and of ids from all over the .bin: tells other data of the same lengths."""
+        """A digest of `identity` and samples of the ids, which also tells apart data of the same lengths."""
         digest = hashlib.sha256(self.identity.encode())
         num_tokens = sum(len(part.tokens) for part in self.parts)
         for start in np.linspace(0, max(0, num_tokens - IDS_A_PROBE), PROBES, dtype=np.int64).tolist():
@@ -57,5 +60,5 @@ class Corpus:
 
 
 def open_corpus(name: str, prefixes: tuple[str, ...], impl: str = "infer") -> Corpus:
-    """The datasets of `prefixes` as one that is called `name`; raises DataError."""
+    """The corpus made of the datasets `prefixes`, with `name` as its prefix; raises DataError."""
     return Corpus(name, tuple(open_indexed(prefix, impl) for prefix in prefixes))

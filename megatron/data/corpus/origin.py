@@ -1,4 +1,7 @@
-"""Which vocabulary gave an indexed dataset its ids, and what they are in that of the model."""
+"""Finds the vocabulary that an indexed dataset was preprocessed with, and maintains its statistics (.stats.json).
+
+Preprocessing writes PREFIX.stats.json beside PREFIX_KEY_LEVEL.bin: one file for the outputs of all keys.
+"""
 
 import json
 from contextlib import suppress
@@ -16,10 +19,10 @@ _SAMPLES, _SAMPLE_TOKENS = 64, 2048
 
 
 def corpus_vocabulary(indexed: IndexedDataset) -> Vocab:
-    """The vocabulary that a dataset was preprocessed with; raises DataError where it is not known.
+    """The vocabulary that a dataset was preprocessed with; raises DataError if it is unknown.
 
-    Preprocessing leaves PREFIX.stats.json beside PREFIX_KEY_LEVEL.bin. Where it does not name the vocabulary it is
-    iupac's, as ProteinLM's is, if a sample of the ids is such as proteins give: letters, [UNK] and [SEP].
+    It is read from the dataset's statistics. Without them it is assumed to be iupac, ProteinLM's, provided that a
+    sample of the ids holds only letters, [UNK] and [SEP] of it.
     """
     tokens = _tokens_of_statistics(indexed.prefix)
     if tokens is not None:
@@ -41,10 +44,10 @@ def corpus_vocabulary(indexed: IndexedDataset) -> Vocab:
 
 
 def id_table(corpus: Vocab, vocab: Vocab) -> np.ndarray | None:
-    """The id in `vocab` of each id in `corpus`, by letter, int64 [ids of the corpus]; None where they are the same.
+    """The id in `vocab` of each id in `corpus`, int64 [size of `corpus`]; None if the vocabularies are the same.
 
-    Exactly by letter: one without a token of its own in `vocab` becomes its unknown token, not X. The end of a protein
-    becomes that of `vocab`; whatever else there is in no protein is the unknown token too.
+    Letters map to the same letter. A letter without a token in `vocab` becomes its unknown token, not X. The token
+    that ends a protein maps to that of `vocab`; all others, which occur in no protein, map to the unknown token.
     """
     if corpus.tokens == vocab.tokens:
         return None
@@ -58,9 +61,9 @@ def id_table(corpus: Vocab, vocab: Vocab) -> np.ndarray | None:
 
 
 def statistics_of(prefix: str) -> tuple[Path, dict[str, Any]] | None:
-    """The file of statistics that names PREFIX.bin, and what it says; None where there is none.
+    """The statistics file that lists PREFIX.bin as an output, and its content; None if there is none.
 
-    A merge leaves it as PREFIX.stats.json, preprocessing mostly under the prefix without _KEY_LEVEL.
+    A merge writes it to PREFIX.stats.json, preprocessing mostly to the prefix without _KEY_LEVEL.
     """
     stem = prefix
     while True:
@@ -76,21 +79,22 @@ def statistics_of(prefix: str) -> tuple[Path, dict[str, Any]] | None:
 
 
 def forget(prefix: str) -> None:
-    """Before PREFIX.bin is replaced: no statistics tell of it any longer; other outputs in them get their own."""
+    """Remove PREFIX.bin from all statistics, before it is replaced; other outputs listed with it get their own file."""
     own = Path(f"{prefix}.stats.json")
     with locked(own.parent):
         while found := statistics_of(prefix):
             path, stats = found
             _keep({other: one for other, one in _apart(path, stats).items() if other != own})
-            path.unlink(missing_ok=True)  # where there are no locks, another job may have been first
+            path.unlink(missing_ok=True)  # without file locks, another job may have been first
 
 
 def put_statistics(path: Path, stats: dict[str, Any]) -> None:
-    """Write statistics to `path`, PREFIX.stats.json; other outputs that it tells of and that are there get their own.
+    """Write statistics to `path`, PREFIX.stats.json.
 
-    Where it tells of PREFIX.bin, a merge whose own it is, it stays, and those of `stats` get theirs instead.
+    Other existing outputs that the old file there lists get a file of their own. If the old file belongs to a merge,
+    which has an output PREFIX.bin, it stays, and the outputs of `stats` get files of their own instead.
     """
-    with locked(path.parent):  # jobs of other keys may share it
+    with locked(path.parent):  # jobs for other keys may write it too
         new = _apart(path, stats)
         old = {own: one for own, one in _apart(path, _read(path)).items() if own not in new}
         _keep(old)
@@ -101,7 +105,7 @@ def put_statistics(path: Path, stats: dict[str, Any]) -> None:
 
 
 def _apart(path: Path, stats: Any) -> dict[Path, dict[str, Any]]:
-    """The statistics of each output that is there, by the name of its own file of them, PREFIX_KEY_LEVEL.stats.json."""
+    """The statistics of each existing output alone, by the path of a file of its own, PREFIX_KEY_LEVEL.stats.json."""
     apart: dict[Path, dict[str, Any]] = {}
     with suppress(KeyError, TypeError, ValueError, AttributeError):
         for key, output in stats["outputs"].items():
@@ -113,13 +117,14 @@ def _apart(path: Path, stats: Any) -> dict[Path, dict[str, Any]]:
 
 
 def _keep(apart: dict[Path, dict[str, Any]]) -> None:
+    """Write those statistics whose file does not exist yet."""
     for own, one in apart.items():
         if not own.exists():
             write_json(own, one)
 
 
 def _tokens_of_statistics(prefix: str) -> list[str] | None:
-    """The tokens that the preprocessing of a dataset had, in order; None where nothing says."""
+    """The tokens of a dataset's vocabulary, in order, from its statistics; None if they do not say."""
     found = statistics_of(prefix)
     try:
         tokens = found[1]["vocabulary"]["tokens"] if found else None
@@ -129,6 +134,7 @@ def _tokens_of_statistics(prefix: str) -> list[str] | None:
 
 
 def _read(path: Path) -> Any:
+    """The content of a JSON file; None if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -136,7 +142,7 @@ def _read(path: Path) -> Any:
 
 
 def _sample(tokens: np.ndarray) -> np.ndarray:
-    """Evenly spread stretches of the ids, int64; all of them where they are few."""
+    """Evenly spaced stretches of the ids, int64; all of them if they are few."""
     if len(tokens) <= _SAMPLES * _SAMPLE_TOKENS:
         return tokens.astype(np.int64)
     starts = np.linspace(0, len(tokens) - _SAMPLE_TOKENS, _SAMPLES).astype(np.int64)

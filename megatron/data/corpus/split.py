@@ -1,4 +1,4 @@
-"""Which documents are for training, validation and test: three runs of documents, one behind the other."""
+"""Splits a corpus into consecutive ranges of documents for training, validation and test."""
 
 import math
 
@@ -8,8 +8,8 @@ from megatron.errors import ConfigError
 def split_documents(split: str, num_documents: int) -> tuple[range, range, range]:
     """The document ranges of training, validation and test for `--split`; raises ConfigError.
 
-    Shares as in Megatron: they are normalised, and each boundary is rounded. Whole numbers that sum to more than 1,000
-    (which shares do not, by custom) and to no more than there are documents are exact counts.
+    As in Megatron, shares are normalised and each boundary is rounded. But whole numbers that sum to more than 1,000,
+    which shares usually do not, and to at most the number of documents, are exact counts.
     """
     shares = shares_of(split)
     counts = [int(share) for share in shares]
@@ -24,7 +24,7 @@ def split_documents(split: str, num_documents: int) -> tuple[range, range, range
 
 
 def shares_of(split: str) -> list[float]:
-    """The three shares or counts of `--split`; raises ConfigError."""
+    """The three shares or counts in `--split`, 0 for those left out; raises ConfigError."""
     try:
         shares = [float(part) for part in split.replace("/", ",").split(",")]
     except ValueError:

@@ -1,7 +1,8 @@
-"""Residues to ids by a table of bytes: one id a residue, spaced or not, in either case.
+"""Turns residues into token ids, one id for each residue, by a lookup table of bytes.
 
-White space and the gaps `-` and `.` are dropped; `*` ends a protein; a letter without a token (J) is the unknown one;
-whatever else is found is not protein. Ids are handled as bytes, one a residue, until they are stored.
+Residues may be separated by spaces or not, in upper or lower case. White space and the gap characters `-` and `.` are
+dropped; `*` may end a protein; a letter without a token (J) becomes the unknown token; any other character is an error.
+Ids are handled as bytes, one for each residue, until they are stored.
 """
 
 import re
@@ -24,7 +25,10 @@ _RESIDUE_AFTER_STOP = re.compile(rb"\*[*\-.\s]*[A-Za-z]")
 
 @dataclass(frozen=True)
 class Problem:
-    """What keeps a text from being a protein: `reason` for the counts, byte `offset` in the text, `found` in words."""
+    """Why a text is not a protein.
+
+    `reason`: the category that it is counted under; `offset`: of the offending byte; `found`: a description.
+    """
 
     reason: str
     offset: int
@@ -32,7 +36,7 @@ class Problem:
 
 
 class ResidueTokenizer:
-    """Turns texts of residues into ids; picklable and without state of its own."""
+    """Turns texts of residues into ids; stateless and picklable."""
 
     def __init__(self, vocab: Vocab) -> None:
         ids = [vocab.ids.get(letter, vocab.unk_id) for letter in RESIDUE_LETTERS]
@@ -53,7 +57,10 @@ class ResidueTokenizer:
         return np.frombuffer(ids[0], dtype=np.uint8).astype(np.uint16)
 
     def encode_many(self, texts: list[bytes]) -> tuple[list[bytes], dict[int, Problem]]:
-        """Each text's ids, one byte a residue, and by its place what is wrong with a text that is no protein."""
+        """The ids of each text, one byte for each residue, and the problems by the index of the text.
+
+        A text that is not a protein has no ids.
+        """
         table = self._table
         encoded = [text.translate(table, DROPPED) for text in texts]
         joined = b"".join(encoded)
@@ -69,7 +76,7 @@ class ResidueTokenizer:
 
 
 def build_tokenizer(tokenizer_type: str, vocab: Vocab) -> ResidueTokenizer:
-    """The tokenizer of that name: each of TOKENIZER_TYPES reads residues; raises UserError for any other."""
+    """The tokenizer for --tokenizer-type: the same for all of TOKENIZER_TYPES; raises UserError for any other."""
     if tokenizer_type not in TOKENIZER_TYPES:
         raise UserError(f"--tokenizer-type is {tokenizer_type}; it must be one of {', '.join(TOKENIZER_TYPES)}, "
                         "each of which reads residues")
@@ -77,9 +84,9 @@ def build_tokenizer(tokenizer_type: str, vocab: Vocab) -> ResidueTokenizer:
 
 
 def split_sentences(text: bytes) -> list[bytes]:
-    """The sentences of a text as an untrained Punkt finds them; a text without `.?!` is one and needs no NLTK.
+    """The sentences of a text, found by NLTK's untrained Punkt; a text without `.?!` is one sentence.
 
-    Raises ImportError, saying what to install, where a text needs NLTK and it is not there.
+    Raises ImportError that says what to install if NLTK is needed and missing.
     """
     if not any(end in text for end in b".?!"):
         return [text] if text.strip() else []
@@ -91,6 +98,7 @@ def split_sentences(text: bytes) -> list[bytes]:
 
 
 def _problem(text: bytes) -> Problem:
+    """The first problem of a text that is not a protein."""
     bad = _NOT_PROTEIN.search(text)
     if bad:
         return Problem("not protein", bad.start(), f"{_first_character(text[bad.start():])} is not a residue")
@@ -100,7 +108,7 @@ def _problem(text: bytes) -> Problem:
 
 
 def _first_character(text: bytes) -> str:
-    """The first character as UTF-8 has it, or else Latin-1."""
+    """The first character, quoted, decoded as UTF-8 if possible, else as Latin-1."""
     for size in range(1, 5):
         try:
             return repr(text[:size].decode())

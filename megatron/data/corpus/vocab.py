@@ -1,7 +1,7 @@
-"""The vocabulary of residues: one token a line, line number = id.
+"""The vocabulary of residues: a file with one token a line, whose id is the line's number from 0.
 
-A single letter A-Z is a residue; the families call their special tokens [CLS] or <cls>, and so on. A letter without a
-token of its own (J in all families) is the unknown token, and that exactly: never X, whatever a family's custom is.
+A token of a single letter A-Z is a residue. Special tokens are named as in BERT ([CLS]) or as in ESM (<cls>). A letter
+without a token (J in all families) becomes the unknown token, never X.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ _FOLDER = Path(__file__).resolve().parents[3] / "protein_tools"
 DEFAULT_VOCAB = _FOLDER / "iupac_vocab.txt"
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 RESIDUE_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-# What the families call the token of each role. Sep ends a protein.
+# The possible names of each special token; "sep" ends a protein.
 SPECIAL_TOKENS = {
     "mask": ("[MASK]", "<mask>"), "pad": ("[PAD]", "<pad>"), "cls": ("[CLS]", "<cls>"), "sep": ("[SEP]", "<eos>"),
     "unk": ("[UNK]", "<unk>")}
@@ -30,16 +30,16 @@ _IDENTITY_BYTES = 8
 
 @dataclass(frozen=True)
 class Vocab:
-    """Tokens in the order of their ids, and the mask token where no family calls it so."""
+    """Tokens in the order of their ids; `mask_token`: the mask, if it has neither usual name."""
 
     tokens: tuple[str, ...]
     mask_token: str | None = None
 
     @classmethod
     def from_file(cls, name: str | Path | None = None, mask_token: str | None = None) -> "Vocab":
-        """The vocabulary of a family's name (None: iupac), or in a file with one token a line; raises VocabError.
+        """The vocabulary of a family (None: iupac), or in a file with one token a line; raises VocabError.
 
-        A file of the name of a family is meant by ./NAME.
+        `name`: a family's name or the path of a file; write ./NAME for a file that is called like a family.
         """
         path = _FOLDER / f"{name or VOCABULARIES[0]}_vocab.txt" if name in (None, *VOCABULARIES) else Path(name)
         try:
@@ -57,21 +57,21 @@ class Vocab:
 
     @property
     def size(self) -> int:
-        """How many tokens there are, padding excluded."""
+        """The number of tokens, without padding."""
         return len(self.tokens)
 
     @cached_property
     def identity(self) -> str:
-        """A short digest of the tokens in order and of `mask_token`, where no family calls it so.
+        """A short digest of the tokens, in order, and of an unusual `mask_token`.
 
-        Two vocabularies share it only if each id means the same in both.
+        Two vocabularies have the same identity only if each id means the same in both.
         """
         of_family = next((name for name in SPECIAL_TOKENS["mask"] if name in self.ids), None)
         meaning = self.tokens if self.mask_token in (None, of_family) else [self.tokens, self.mask_token]
         return hashlib.blake2b(json.dumps(meaning).encode(), digest_size=_IDENTITY_BYTES).hexdigest()
 
     def padded_size(self, model: ModelConfig) -> int:
-        """The size rounded up to the multiple that a model asks for, on one tensor rank."""
+        """The size rounded up to a multiple of the model's --make-vocab-size-divisible-by, for one tensor rank."""
         return -(-self.size // model.make_vocab_size_divisible_by) * model.make_vocab_size_divisible_by
 
     @cached_property
@@ -81,11 +81,11 @@ class Vocab:
 
     @cached_property
     def residue_ids(self) -> np.ndarray:
-        """The ids of the single letters A-Z that have a token, ascending, uint16."""
+        """The ids of the letters A-Z that have a token, in ascending order, uint16."""
         return np.array(sorted(self.ids[letter] for letter in RESIDUE_LETTERS if letter in self.ids), dtype=np.uint16)
 
     def letters(self, ids: np.ndarray) -> str:
-        """A protein of these ids; X for what is no letter."""
+        """The protein as text, with X for any token that is not a single character."""
         return "".join(token if len(token) == 1 else "X" for token in map(self.tokens.__getitem__, ids))
 
     @property
@@ -100,17 +100,17 @@ class Vocab:
 
     @property
     def cls_id(self) -> int:
-        """The id of [CLS] or <cls>, before each protein."""
+        """The id of [CLS] or <cls>, which precedes each protein."""
         return self._special("cls")
 
     @property
     def sep_id(self) -> int:
-        """The id of [SEP] or <eos>, behind a protein."""
+        """The id of [SEP] or <eos>, which may end a protein."""
         return self._special("sep")
 
     @property
     def unk_id(self) -> int:
-        """The id of [UNK] or <unk>: of every letter without a token of its own."""
+        """The id of [UNK] or <unk>, which stands for every letter without a token."""
         return self._special("unk")
 
     def _special(self, role: str) -> int:
@@ -118,12 +118,13 @@ class Vocab:
 
 
 def lacking(tokens: Sequence[str], roles: Sequence[str] = tuple(SPECIAL_TOKENS)) -> list[str]:
-    """What `tokens` lack of the 20 amino acids and of the tokens of some roles."""
+    """The special tokens of `roles` and the amino acids, of 20, that are not among `tokens`."""
     missing = ["/".join(SPECIAL_TOKENS[role]) for role in roles if not set(SPECIAL_TOKENS[role]) & set(tokens)]
     return missing + [letter for letter in AMINO_ACIDS if letter not in tokens]
 
 
 def _check(path: Path, tokens: tuple[str, ...], mask_token: str | None) -> None:
+    """Raises VocabError unless `tokens` are a protein vocabulary, and `mask_token` one of them without another role."""
     first_line: dict[str, int] = {}
     for line, token in enumerate(tokens, start=1):
         if not token:

@@ -1,1 +1,1 @@
-"""From files of proteins to an indexed dataset: `tools/preprocess_data.py`."""
+"""Makes an indexed dataset of files of proteins, for `tools/preprocess_data.py`, and merges such datasets."""

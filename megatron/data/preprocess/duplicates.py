@@ -1,4 +1,4 @@
-"""Finds proteins that came before, by digests of 128 bits: 16 bytes a distinct protein, 40 while merging."""
+"""Finds duplicate proteins by 128-bit digests; takes 16 bytes of memory for each distinct protein, 40 while merging."""
 
 import numpy as np
 
@@ -6,13 +6,13 @@ from megatron.data.preprocess.encode import DIGEST_BYTES
 
 
 class SeenDigests:
-    """The digests so far, in sorted runs that double in length, so that adding stays cheap at any number."""
+    """The set of digests seen so far, in sorted runs of doubling length, so that adding stays cheap for any number."""
 
     def __init__(self) -> None:
         self._runs: list[np.ndarray] = []
 
     def add(self, digests: bytes) -> np.ndarray:
-        """Which of these digests, DIGEST_BYTES each, are new, bool [n]; of equal ones the first is."""
+        """Add digests, DIGEST_BYTES each; returns which of them are new, bool [n] (of equal ones, the first)."""
         pairs = np.frombuffer(digests, np.uint64).reshape(-1, DIGEST_BYTES // 8).T
         order = np.lexsort(pairs[::-1])
         ordered = pairs[:, order]
@@ -28,6 +28,7 @@ class SeenDigests:
         return is_new
 
     def _keep(self, run: np.ndarray) -> None:
+        """Add a sorted run, merged with shorter or similar ones."""
         while self._runs and self._runs[-1].shape[1] <= 2 * run.shape[1]:
             run = np.concatenate([self._runs.pop(), run], axis=1)
             run = run[:, np.lexsort(run[::-1])]

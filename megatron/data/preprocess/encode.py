@@ -1,4 +1,4 @@
-"""A block of records to ids: what each worker does, without state between blocks."""
+"""Encodes a block of records into documents of token ids; this is what each worker does, without state."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -18,50 +18,41 @@ MAX_REPORTS = 10
 
 @dataclass(frozen=True)
 class Encoding:
-    """How to encode, in what a worker needs. `unknown` are the ids of X and [UNK]; without `name_key`, no names.
-
-    `remedy`: for a bad record, as an error says it.
-    """
+    """What a worker needs to know about how to encode; other fields are as in `PreprocessConfig`."""
 
     keys: tuple[str, ...]
     tokenizer: ResidueTokenizer
-    unknown: bytes
+    unknown: bytes  # the ids of X and [UNK]
     split_sentences: bool = False
     skip_bad_records: bool = False
     min_length: int = 0
     max_length: int | None = None
     max_unknown_fraction: float | None = None
     with_digests: bool = False
-    name_key: str | None = None
-    remedy: str = "mend it, or leave such records out with --skip-bad-records"
+    name_key: str | None = None  # None: names are not wanted
+    remedy: str = "mend it, or leave such records out with --skip-bad-records"  # ends the message on a bad record
 
 
 @dataclass(frozen=True)
 class EncodedDocuments:
-    """The documents that a block holds under one key.
+    """The documents that a block holds under one key."""
 
-    ids: one byte each. sizes: int32, the length of each sequence. num_sequences: int32, sequences a document.
-    reports: lines about its first MAX_REPORTS bad records.
-    digests: one of DIGEST_BYTES a document, if asked for; then `tally` has not counted the documents yet.
-    names: one a line, if asked for. is_kept: bool, which of the block's records these are.
-    """
-
-    ids: bytes
-    sizes: np.ndarray
-    num_sequences: np.ndarray
-    tally: DocumentTally
-    reports: list[str]
-    digests: bytes
-    names: bytes
-    is_kept: np.ndarray
+    ids: bytes  # one byte each
+    sizes: np.ndarray  # int32, the length of each sequence
+    num_sequences: np.ndarray  # int32, the number of sequences of each document
+    tally: DocumentTally  # with digests it has not counted the documents yet, since duplicates may be left out
+    reports: list[str]  # messages on the first MAX_REPORTS bad records
+    digests: bytes  # DIGEST_BYTES for each document, if wanted
+    names: bytes  # one a line, if wanted
+    is_kept: np.ndarray  # bool, which of the block's records these documents are
 
     def lengths(self) -> np.ndarray:
-        """Ids a document, int64."""
+        """The number of ids of each document, int64."""
         ends = np.append(0, np.cumsum(self.sizes, dtype=np.int64))
         return np.diff(ends[np.append(0, np.cumsum(self.num_sequences))])
 
     def only(self, is_kept: np.ndarray) -> "EncodedDocuments":
-        """Those documents for which `is_kept` is true."""
+        """Only those documents for which `is_kept` is true."""
         of_sequence = np.repeat(is_kept, self.num_sequences)
         ids = np.frombuffer(self.ids, np.uint8)[np.repeat(of_sequence, self.sizes)].tobytes()
         names = b"".join(compress(self.names.splitlines(keepends=True), is_kept))
@@ -71,7 +62,7 @@ class EncodedDocuments:
                        names=names, is_kept=of_block)
 
     def ended_by(self, eod: int) -> "EncodedDocuments":
-        """The same with the id `eod` behind each document that is not empty."""
+        """The documents with the id `eod` appended to each that is not empty."""
         last = np.cumsum(self.num_sequences)[self.num_sequences > 0] - 1
         ids = np.insert(np.frombuffer(self.ids, np.uint8), np.cumsum(self.sizes, dtype=np.int64)[last], eod).tobytes()
         sizes = self.sizes.copy()
@@ -80,17 +71,18 @@ class EncodedDocuments:
 
 
 def encode_block(encoding: Encoding, block: RecordBlock) -> list[EncodedDocuments]:
-    """The block's documents under each key; raises DataError for the first bad record unless these are skipped."""
+    """The block's documents under each key; raises DataError for a bad record unless they are to be skipped."""
     names = Texts([]) if encoding.name_key is None else names_of(block, encoding.name_key)
     return [_encode_key(encoding, block, key, names) for key in encoding.keys]
 
 
 def _encode_key(encoding: Encoding, block: RecordBlock, key: str, names: Texts) -> EncodedDocuments:
+    """The block's documents under one key; raises DataError."""
     parsed = texts_of(block, key)
     encoded, problems = encoding.tokenizer.encode_many(parsed.texts)
     parsed.bad = names.bad | parsed.bad
     bad = {index: found.reason for index, found in (problems | parsed.bad).items()}
-    # Finding a place takes time, and there may be as many bad records as records.
+    # Not for all: finding a place takes time, and every record may be bad.
     reports = [_message(block, index, parsed, problems) for index in sorted(bad)[:MAX_REPORTS]]
     if reports:
         _check_bad(encoding, block, bad, len(encoded), reports[0])
@@ -110,11 +102,13 @@ def _encode_key(encoding: Encoding, block: RecordBlock, key: str, names: Texts) 
 
 
 def _check_bad(encoding: Encoding, block: RecordBlock, bad: dict[int, str], num_records: int, report: str) -> None:
-    """Raise DataError for bad records, unless they are to be skipped and do not show that the file is something else.
+    """Raises DataError for bad records unless they are to be skipped; in a file's first block also if most are bad.
+
+    `bad`: the reasons, by index; `report`: the message on the first.
     """
     found = f"{report} ({len(bad)} of {num_records} records are bad here: is this file what it should be?)"
     if encoding.skip_bad_records:
-        num_strange = sum(reason != INTERNAL_STOP for reason in bad.values())  # stops stand in proteins of any file
+        num_strange = sum(reason != INTERNAL_STOP for reason in bad.values())  # stops occur in real proteins
         if block.begins_file and 2 * num_strange > num_records:
             raise DataError(f"{found}; --skip-bad-records leaves single records out, not most of a file")
     elif 2 * len(bad) > num_records:
@@ -124,6 +118,7 @@ def _check_bad(encoding: Encoding, block: RecordBlock, bad: dict[int, str], num_
 
 
 def _message(block: RecordBlock, index: int, parsed: Texts, problems: dict[int, Problem]) -> str:
+    """The message on bad record `index`: file, place and finding."""
     if index in parsed.bad:
         return parsed.bad[index].message
     problem = problems[index]
@@ -132,7 +127,8 @@ def _message(block: RecordBlock, index: int, parsed: Texts, problems: dict[int, 
 
 def _kept(encoding: Encoding, encoded: list[bytes], lengths: np.ndarray, bad: dict[int, str],
           tally: DocumentTally) -> np.ndarray:
-    """Which records pass every filter, bool [records]; those that do not are counted under their first reason."""
+    """Which records pass every filter, bool [records]; the others are counted in `tally`, each under its first reason.
+    """
     is_kept = np.ones(len(encoded), dtype=bool)
     is_kept[list(bad)] = False
     tally.dropped.update(bad.values())
@@ -151,7 +147,7 @@ def _kept(encoding: Encoding, encoded: list[bytes], lengths: np.ndarray, bad: di
 
 
 def _sequences(encoding: Encoding, texts: list[bytes], lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The length of each sequence and the number of sequences in each document; an empty document has none."""
+    """The length of each sequence, and the number of sequences in each document, which is 0 for an empty one."""
     if not encoding.split_sentences or not any(b"." in text for text in texts):
         return lengths[lengths > 0], (lengths > 0).astype(np.int32)
     sizes = [_sentence_lengths(encoding, text) if b"." in text else [int(length)] * int(length > 0)
@@ -161,6 +157,7 @@ def _sequences(encoding: Encoding, texts: list[bytes], lengths: np.ndarray) -> t
 
 
 def _sentence_lengths(encoding: Encoding, text: bytes) -> list[int]:
+    """The number of ids of each sentence in a text; raises DataError without NLTK."""
     try:
         sentences = split_sentences(text)
     except ImportError as error:

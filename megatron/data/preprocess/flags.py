@@ -1,4 +1,4 @@
-"""The flags of `tools/preprocess_data.py`; spellings are Megatron-LM's where it has them."""
+"""The flags of `tools/preprocess_data.py`, spelled as in Megatron-LM where it has them."""
 
 import os
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ has_name: Check = (lambda prefix: os.path.basename(prefix) not in ("", ".", ".."
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """From files of proteins to PREFIX_text_document.bin and .idx."""
+    """How to make PREFIX_text_document.bin and .idx of files of proteins."""
 
     input: tuple[str, ...] = flag(None, "files of proteins, detected by content: loose JSON, FASTA, one sequence a "
                                   "line, CSV, TSV, Parquet, Arrow, TAPE's LMDB folders, plain, gzip, zstd or in a tar; "
@@ -56,7 +56,7 @@ class PreprocessConfig:
     dry_run: bool = flag(False, "write nothing; print counts, lengths and letters")
 
     def affecting_output(self) -> dict[str, Any]:
-        """The options that two runs must share to give the same bytes."""
+        """The options that determine the output, besides the inputs."""
         free = ("input", "output_prefix", "workers", "log_interval", "overwrite", "dry_run")
         return {name: value for name, value in vars(self).items() if name not in free}
 

@@ -1,4 +1,4 @@
-"""Several indexed datasets joined into one: the bytes that preprocessing all their inputs at once, in order, gives."""
+"""Merges indexed datasets into one with the same bytes as if all inputs had been preprocessed at once, in order."""
 
 import re
 import shutil
@@ -23,33 +23,33 @@ from megatron.log import number_of
 
 _CHUNK_ITEMS = 1 << 22
 _LOG_INTERVAL = 1_000_000  # documents between two progress lines, where there is no terminal
-# The options of preprocessing that say what was kept, and how it was written.
+# The options of preprocessing that must be the same for all datasets: what was kept, and how it was written.
 _SHARED_OPTIONS = ("dataset_impl", "split_sentences", "append_eod", "min_length", "max_length", "max_unknown_fraction",
                    "dedup")
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What is known of one dataset before it is copied; `said` and `tally` by its statistics, None without any."""
+    """What is known of an input dataset before it is copied."""
 
     prefix: str
     format: tuple[str, str]  # layout of the .idx, dtype of the .bin
     num_documents: int
     has_names: bool
     vocab: Vocab
-    said: dict[str, Any] | None
-    tally: DocumentTally | None
-    key: str
-    merged: tuple[tuple[Path, int], ...] = ()  # where it is a merge: the .bin of each input, and its documents
+    said: dict[str, Any] | None  # its statistics, if there are any
+    tally: DocumentTally | None  # the counts in them, if there are any
+    key: str  # of the texts, by its statistics
+    merged: tuple[tuple[Path, int], ...] = ()  # if it is a merge itself: each input's .bin and number of documents
 
     @property
     def options(self) -> dict[str, Any]:
-        """Those of its preprocessing."""
+        """The options of its preprocessing; {} if unknown."""
         return self.said["options"] if self.said and self.tally else {}
 
     @property
     def dedup(self) -> tuple[str | None, int]:
-        """How duplicates were left out, and of how many datasets each by itself."""
+        """The value of --dedup, and in how many datasets separately duplicates were left out (1 unless merged)."""
         how, _, where = (self.options.get("dedup") or "").partition(", in each of ")
         return how or None, int(where.split()[0]) if where else 1
 
@@ -60,10 +60,10 @@ class _Part:
 
 
 def merge(inputs: Sequence[str], output_prefix: str, overwrite: bool = False) -> None:
-    """Write OUTPUT_PREFIX.bin, .idx, .stats.json and, where the inputs have them, .names; raises a UserError.
+    """Write OUTPUT_PREFIX.bin, .idx, .stats.json and, if the inputs have them, .names; raises a UserError.
 
-    `inputs`: folders, whose datasets count in the natural order of their names, and prefixes. Memory does not grow with
-    what is copied; the output appears whole.
+    `inputs`: prefixes, and folders, of which all datasets are taken in natural order of their names. Memory does not
+    grow with the data; the output appears atomically.
     """
     if not has_name[0](output_prefix):
         raise ConfigError(f"--output-prefix is {output_prefix}; it must be {has_name[1]}")
@@ -86,7 +86,7 @@ def merge(inputs: Sequence[str], output_prefix: str, overwrite: bool = False) ->
 
 
 def merged_prefixes(inputs: Sequence[str], output_prefix: str) -> list[str]:
-    """The prefixes of `inputs` in the order of the output; raises DataError for one that has no place there."""
+    """The prefixes of the datasets to merge, in order; raises DataError if one occurs twice or is the output."""
     prefixes: list[str] = []
     for word in inputs:
         is_folder = Path(word).is_dir()
@@ -104,12 +104,13 @@ def merged_prefixes(inputs: Sequence[str], output_prefix: str) -> list[str]:
 
 
 def natural_order(name: str) -> tuple[list[Any], str]:
-    """A key to sort names by: numbers in them by value, so that x_2 comes before x_10."""
+    """A key to sort names by, with numbers in them compared by value, so that x_2 comes before x_10."""
     return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", name))], name
 
 
 def _prefixes_in(folder: Path, output: Path) -> list[str]:
-    """The prefixes of all pairs in a folder, in natural order."""
+    """The prefixes of all pairs of .bin and .idx in a folder, in natural order; raises DataError if a half is missing.
+    """
     names = {ending: {path.name.removesuffix(ending) for path in folder.glob(f"*{ending}")}
              for ending in (".bin", ".idx", ".partial")}
     for name in sorted(names[".partial"]):
@@ -126,6 +127,7 @@ def _prefixes_in(folder: Path, output: Path) -> list[str]:
 
 
 def _part(prefix: str) -> _Part:
+    """What is known of the dataset `prefix`; raises DataError if its files do not agree with its statistics."""
     indexed, found = open_indexed(prefix), statistics_of(prefix)
     vocab, has_names = corpus_vocabulary(indexed), Path(f"{prefix}.names").is_file()
     known = prefix, (indexed.layout, indexed.dtype.str), indexed.num_documents, has_names, vocab
@@ -133,7 +135,7 @@ def _part(prefix: str) -> _Part:
         return _Part(*known, None, None, "text")
     path, said = found
     key = next(key for key, output in said["outputs"].items() if f"{Path(prefix).name}.bin" in _names(output))
-    try:  # a merge of datasets without statistics has none to tell
+    try:  # a merge of datasets without statistics has no counts
         tally = DocumentTally.from_report(said["outputs"][key], vocab) if "options" in said else None
         merged = tuple((Path(one["path"]), int(one["documents"])) for one in said.get("merged", ()))
         part = _Part(*known, said, tally, key, merged)
@@ -147,17 +149,19 @@ def _part(prefix: str) -> _Part:
 
 
 def _names(output: dict[str, Any]) -> list[str]:
+    """The names of the files of an output in the statistics."""
     return [Path(file["path"]).name for file in output["files"]]
 
 
 def _recorded(part: _Part) -> list[tuple[Path, dict[str, Any]]]:
-    """The files of a dataset that its statistics describe."""
+    """The files of a dataset that its statistics describe, with their entries there."""
     output = part.said["outputs"][part.key] if part.said else {"files": []}
     files = dict(zip(_names(output), output["files"], strict=True))
     return [(path, files[path.name]) for path in part.paths if path.name in files]
 
 
 def _check_alike(parts: Sequence[_Part]) -> None:
+    """Raises DataError if the datasets differ in format, vocabulary, names or options."""
     first = parts[0]
     for part in parts[1:]:
         pair = f"{first.prefix} and {part.prefix} cannot be joined: "
@@ -172,11 +176,12 @@ def _check_alike(parts: Sequence[_Part]) -> None:
             with_names, without = (first, part) if first.has_names else (part, first)
             raise DataError(f"{pair}{with_names.prefix}.names is there and {without.prefix}.names is not; copy it too, "
                             "preprocess again with --names, or take the .names away from all")
-        if first.tally and part.tally:  # else a merge of datasets without statistics may be among them
+        if first.tally and part.tally:  # of a dataset without statistics nothing can be compared
             _check_statistics(first, part, pair)
 
 
 def _check_statistics(first: _Part, part: _Part, pair: str) -> None:
+    """Raises DataError if two datasets have different keys or options; `pair`: how the message begins."""
     if part.key != first.key:
         raise DataError(f"{pair}one is of the key {first.key!r}, the other of {part.key!r}; name the datasets of one "
                         "key one by one")
@@ -189,7 +194,7 @@ def _check_statistics(first: _Part, part: _Part, pair: str) -> None:
 
 
 def _check_apart(parts: Sequence[_Part]) -> None:
-    """Raises DataError for a merge beside what it was made of."""
+    """Raises DataError if one of the datasets is a merge that contains another one."""
     places = {Path(f"{part.prefix}.bin").resolve(): part for part in parts}
     for part in parts:
         for path, num_documents in part.merged:
@@ -201,12 +206,14 @@ def _check_apart(parts: Sequence[_Part]) -> None:
 
 
 def _check_output(output_prefix: str, overwrite: bool) -> None:
+    """Raises DataError if the output exists and must not be overwritten."""
     for ending in ("bin", "idx", "names", "stats.json"):
         if not overwrite and Path(f"{output_prefix}.{ending}").exists():
             raise DataError(f"{output_prefix}.{ending} is there already; give another --output-prefix, or --overwrite")
 
 
 def _check_room(parts: Sequence[_Part], output: Path) -> None:
+    """Raises DataError if there is not enough room on the disk."""
     needed = sum(path.stat().st_size * (2 if path.suffix == ".idx" else 1) for part in parts for path in part.paths)
     folder = next(folder for folder in output.resolve().parents if folder.is_dir())
     free = shutil.disk_usage(folder).free
@@ -216,7 +223,7 @@ def _check_room(parts: Sequence[_Part], output: Path) -> None:
 
 
 def _join(parts: Sequence[_Part], output_prefix: str) -> dict[str, Any]:
-    """Write the output; its statistics."""
+    """Write the output; returns its statistics."""
     total = sum(Path(f"{part.prefix}.bin").stat().st_size for part in parts)
     first, done, num_documents = parts[0], 0, 0
     with IndexedWriter(output_prefix, "mmap" if first.format[0] == "mmap" else "cached", None, first.has_names,
@@ -233,7 +240,7 @@ def _join(parts: Sequence[_Part], output_prefix: str) -> dict[str, Any]:
 
 
 def _copied(part: _Part, writer: IndexedWriter) -> Iterator[int]:
-    """Append a dataset; yields the bytes of the .bin of each chunk."""
+    """Append a dataset to the output; yields the number of bytes of the .bin in each chunk. Raises DataError."""
     for path, file in _recorded(part):
         if sha256(path) != file["sha256"]:
             raise DataError(f"{path}: its contents are not those that its statistics describe; copy or preprocess it "
@@ -256,6 +263,7 @@ def _copied(part: _Part, writer: IndexedWriter) -> Iterator[int]:
 
 
 def _copy_names(part: _Part, writer: IndexedWriter) -> None:
+    """Append a dataset's names, if it has them; raises DataError if their number is wrong."""
     if not part.has_names:
         return
     num_names = 0
@@ -269,7 +277,10 @@ def _copy_names(part: _Part, writer: IndexedWriter) -> None:
 
 
 def _statistics(parts: Sequence[_Part], output_prefix: str) -> dict[str, Any]:
-    """What preprocessing would say of the output; where an input has no statistics, its vocabulary and files alone."""
+    """The statistics of the output, as preprocessing would write them.
+
+    Only the vocabulary and the files if an input has no statistics; a note says so.
+    """
     first, files = parts[0], facts_of_files(output_prefix, parts[0].has_names)
     stats: dict[str, Any] = {
         "version": VERSION, "vocabulary": {"identity": first.vocab.identity, "tokens": first.vocab.tokens},

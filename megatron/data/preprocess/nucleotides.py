@@ -1,4 +1,4 @@
-"""Notices DNA and RNA among the inputs: each base is an amino acid's letter too, so that no record of them is bad."""
+"""Detects DNA and RNA among the inputs; they are valid records, since each base is also the letter of an amino acid."""
 
 import sys
 
@@ -9,12 +9,12 @@ from megatron.data.preprocess.tally import count_ids
 
 _BASES = ("A", "C", "G", "TU")
 _FEW_LETTERS, _ENOUGH_LETTERS = 30, 10_000
-_MIN_SHARE = 0.95  # of the bases and N together; proteins have 0.25
-_MIN_BASE_SHARE = 0.05  # of each base, which a protein of few kinds of residues, such as silk, does not reach
+_MIN_SHARE = 0.95  # of the bases and N together; in proteins it is 0.25
+_MIN_BASE_SHARE = 0.05  # of each base, to exclude proteins with few kinds of residues, such as silk
 
 
 class NucleotideWatch:
-    """Warns on standard error, once a file, where nearly all of its first letters are A C G T N, or U in place of T."""
+    """Warns on standard error, once for each file, if nearly all of its first letters are A C G T N, or U for T."""
 
     def __init__(self, vocab: Vocab) -> None:
         self._ids = [[vocab.ids[letter] for letter in letters if letter in vocab.ids] for letters in (*_BASES, "N")]
@@ -22,7 +22,7 @@ class NucleotideWatch:
         self._counts: np.ndarray | None = None
 
     def see(self, source: str, ids: bytes) -> None:
-        """Take the ids, one byte each, of the next documents of a file."""
+        """Count the ids, one byte each, of the next documents of the file `source`."""
         if source != self._source:
             self.finish()
             self._source, self._counts = source, np.zeros(256, dtype=np.int64)
@@ -32,7 +32,7 @@ class NucleotideWatch:
                 self.finish()
 
     def finish(self) -> None:
-        """Decide on the last file that was seen, where that is not done."""
+        """Decide on the last file, if that is not done yet."""
         if self._counts is None:
             return
         total = int(self._counts.sum())

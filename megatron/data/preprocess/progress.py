@@ -1,4 +1,4 @@
-"""How far preprocessing is: a bar by bytes on a terminal, elsewhere a line every so many documents."""
+"""Shows the progress of preprocessing: a bar by bytes on a terminal, else a line every `log_interval` documents."""
 
 import sys
 import time
@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 
 class ReadingProgress:
-    """A context; `total_bytes` is 0 where it is not known."""
+    """A context in which `show` reports progress on standard error; `total_bytes`: 0 if unknown."""
 
     def __init__(self, total_bytes: int, log_interval: int) -> None:
         self._total, self._interval = total_bytes, log_interval
@@ -26,7 +26,7 @@ class ReadingProgress:
             self._bar.close()
 
     def show(self, bytes_read: int, num_documents: int) -> None:
-        """Tell that so much has been done by now."""
+        """Report the totals so far."""
         if self._bar is not None:
             self._bar.update(bytes_read - self._bar.n)
         elif num_documents >= self._next_line:

@@ -1,7 +1,7 @@
-"""From files of proteins to indexed datasets: read in blocks, encode in workers, write in order.
+"""Makes indexed datasets of files of proteins: reads in blocks, encodes in workers, writes in order.
 
-Order in is order out, so the number of workers changes no byte. With --shards the work is brought to the disk after
-each piece, and a run that was killed goes on behind the last one.
+The output has the order of the input, so the number of workers changes no byte. With --shards the work is synced to the
+disk after each shard, and a run that was killed resumes after the last one.
 """
 
 import json
@@ -38,12 +38,12 @@ _DIGESTS_FILE = "digests"
 
 
 def preprocess(config: PreprocessConfig) -> dict[str, Any]:
-    """Write every output of `config` (none for a dry run) and give its statistics back; raises DataError."""
+    """Write every output of `config` (none for a dry run); returns the statistics. Raises DataError."""
     run = _Preprocessing(config)
     with leaving_no_empty(Path() if config.dry_run else Path(config.output_prefix).parent):
         try:
             report = run.process()
-        except OSError as error:  # readers tell of their own as DataError
+        except OSError as error:  # of the output: readers raise DataError
             run.leave()
             raise DataError(f"{error.filename or config.output_prefix}: cannot write the output "
                             f"({error.strerror or error}); make room, or choose another --output-prefix") from None
@@ -60,19 +60,19 @@ def preprocess(config: PreprocessConfig) -> dict[str, Any]:
 
 
 def output_prefixes(config: PreprocessConfig) -> dict[str, str]:
-    """The prefix of the .bin and .idx of each key."""
+    """The prefix of the .bin and .idx for each key."""
     level = "sentence" if config.split_sentences else "document"
     return {key: f"{config.output_prefix}_{key}_{level}" for key in config.json_keys}
 
 
 def facts_of_files(prefix: str, with_names: bool) -> list[dict[str, Any]]:
-    """What statistics say of the files of an output: path, size and digest of each."""
+    """The entries in the statistics on the files of an output: path, size and SHA-256 of each."""
     return [{"path": path, "bytes": os.path.getsize(path), "sha256": sha256(path)}
             for path in (f"{prefix}.{ending}" for ending in _endings(with_names))]
 
 
 class _Preprocessing:
-    """One run: its inputs, the outputs under way, and what has been counted for each key."""
+    """One run: its inputs, its open outputs, and the counts for each key."""
 
     def __init__(self, config: PreprocessConfig) -> None:
         self.config = config
@@ -90,7 +90,7 @@ class _Preprocessing:
         self.writers: list[IndexedWriter] = []
 
     def process(self) -> dict[str, Any]:
-        """Do all the work and return the statistics."""
+        """Do all the work; returns the statistics."""
         if not self.config.dry_run:
             self._open_writers()
         total = sum(source.size for source in self.sources)
@@ -107,7 +107,7 @@ class _Preprocessing:
         return self._finish()
 
     def leave(self) -> None:
-        """Keep finished shards for a later run; without shards there is nothing to keep."""
+        """Clean up after an error: keep finished shards for a later run, or remove everything without --shards."""
         for writer in self.writers:
             if self.config.shards > 1:
                 writer.close()
@@ -115,7 +115,7 @@ class _Preprocessing:
                 writer.discard()
 
     def _blocks(self) -> Iterator[tuple[tuple[int, str], RecordBlock]]:
-        """Every block that no earlier run has committed, with the bytes of all inputs up to its end, and its file."""
+        """Every block that no earlier run has committed, as ((bytes of all inputs up to its end, file), block)."""
         return islice(self._all_blocks(), self.num_blocks, None)
 
     def _all_blocks(self) -> Iterator[tuple[tuple[int, str], RecordBlock]]:
@@ -126,7 +126,7 @@ class _Preprocessing:
             before += source.size
 
     def _take(self, index: int, documents: EncodedDocuments) -> None:
-        """Count and write one key's documents of a block."""
+        """Count and write the documents of a block under key number `index`."""
         tally = self.tallies[index]
         tally.add(documents.tally)
         self._warn(documents)
@@ -145,14 +145,16 @@ class _Preprocessing:
             self.writers[index].add(ids, documents.sizes, documents.num_sequences, documents.names)
 
     def _warn(self, documents: EncodedDocuments) -> None:
+        """Print the messages on skipped records, at most MAX_REPORTS in a run."""
         for message in documents.reports[:MAX_REPORTS - self.num_reported]:
             print(f"skipped: {message}", file=sys.stderr)
             self.num_reported += 1
 
     def _open_writers(self) -> None:
+        """Open the outputs, and restore the state of a killed run if there is one; raises DataError if they exist."""
         prefixes = output_prefixes(self.config).values()
         for prefix in () if self.config.overwrite else prefixes:
-            if os.path.exists(f"{prefix}.idx") and statistics_of(prefix) is not None:  # else it is a killed run's
+            if os.path.exists(f"{prefix}.idx") and statistics_of(prefix) is not None:  # without: a killed run
                 raise DataError(f"{prefix}.idx is there already; give another --output-prefix, or --overwrite")
         saved = _saved_progress([Path(f"{prefix}.partial") for prefix in prefixes], self._identity())
         if saved:
@@ -166,13 +168,14 @@ class _Preprocessing:
                 self._restore_digests(index, saved["digests"][index] if saved else 0)
 
     def _restore_digests(self, index: int, length: int) -> None:
+        """Read the digests that a killed run committed: `length` bytes."""
         with open_spool(self.writers[index].folder / _DIGESTS_FILE, length) as file:
             file.seek(0)
             if length:
                 self.seen[index].add(file.read())
 
     def _identity(self) -> list[Any]:
-        """What two runs must share for one to go on where the other was killed."""
+        """Everything that must be the same in two runs for one to resume the other; [] without shards."""
         if self.config.shards == 1:
             return []
         options = self.config.affecting_output()
@@ -180,7 +183,7 @@ class _Preprocessing:
         return [VERSION, BLOCK_BYTES, self.vocab.tokens, sorted(options.items()), sources]
 
     def _commit(self, num_shards: int) -> None:
-        """Bring everything so far to the disk, as the end of a shard, unless the run ends with it."""
+        """Sync everything so far to the disk as the end of shard `num_shards`, unless it is the last."""
         self.num_shards = num_shards
         if num_shards >= self.config.shards:
             return
@@ -191,10 +194,11 @@ class _Preprocessing:
             "written": [writer.commit() for writer in self.writers],
             "digests": [_synced_size(folder / _DIGESTS_FILE) for folder in folders] if self.seen else [],
         }
-        for folder in folders:  # each may be another run's by the time that this one goes on
+        for folder in folders:  # in each, because another run may have taken over one of them before this one resumes
             write_json(folder / PROGRESS_FILE, state)
 
     def _finish(self) -> dict[str, Any]:
+        """Move the outputs into place; returns the statistics. Raises DataError if no protein is left."""
         for key, tally in zip(self.config.json_keys, self.tallies, strict=True):
             if not tally.num_kept:
                 dropped = ", ".join(f"{reason} {count}" for reason, count in tally.dropped.items())
@@ -233,9 +237,9 @@ def _endings(with_names: bool) -> tuple[str, ...]:
 
 
 def _saved_progress(folders: list[Path], identity: list[Any]) -> dict[str, Any] | None:
-    """What a killed run of the same identity has committed, if it was not yet moving it into place.
+    """The state that a killed run of the same identity committed, unless it was already moving files into place.
 
-    Where it died between two of the folders it is what both know: more than that was on the disk before.
+    If it died after writing the state into only some of the folders, this is the older state.
     """
     try:
         saved = [json.loads((folder / PROGRESS_FILE).read_text()) for folder in folders]
@@ -249,12 +253,14 @@ def _saved_progress(folders: list[Path], identity: list[Any]) -> dict[str, Any] 
 
 
 def _synced_size(path: Path) -> int:
+    """The size of a file in bytes, after syncing it to the disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         return os.path.getsize(path)
 
 
 def _summary(config: PreprocessConfig, sources: list[Source], report: dict[str, Any]) -> Iterator[str]:
+    """The lines that are printed at the end of a run."""
     kinds = Counter(kind for source in sources for kind in source.kinds)
     yield "read as " + ", ".join(f"{kind} ({count} of {len(sources)} inputs)" for kind, count in sorted(kinds.items()))
     for key, prefix in output_prefixes(config).items():

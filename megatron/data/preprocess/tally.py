@@ -1,4 +1,4 @@
-"""What preprocessing counted: records, kept and dropped, residues, letters, lengths."""
+"""The counts of preprocessing: records, kept and dropped, residues, letters, lengths."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -15,21 +15,22 @@ _MANY_IDS = 256
 
 @dataclass
 class DocumentTally:
-    """Counts over documents; tallies of several blocks add up."""
+    """Counts over documents; the tallies of several blocks can be added."""
 
     num_records: int = 0
     num_kept: int = 0
-    num_empty: int = 0
+    num_empty: int = 0  # of those kept
     num_blank_lines: int = 0
     num_sequences: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    ids: np.ndarray = field(default_factory=lambda: np.zeros(_MANY_IDS, dtype=np.int64))
+    dropped: Counter[str] = field(default_factory=Counter)  # by reason
+    ids: np.ndarray = field(default_factory=lambda: np.zeros(_MANY_IDS, dtype=np.int64))  # how often each id occurs
+    # Documents by length: below LENGTH_EDGES[0], then from each edge to below the next.
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(len(LENGTH_EDGES) + 1, dtype=np.int64))
     shortest: int | None = None
     longest: int | None = None
 
     def count_documents(self, ids: bytes, lengths: np.ndarray) -> None:
-        """Add kept documents: their ids, one byte each, and their lengths."""
+        """Count kept documents, given their ids, one byte each, and their lengths."""
         self.num_kept += len(lengths)
         self.num_empty += int(np.count_nonzero(lengths == 0))
         self.ids += count_ids(ids)
@@ -39,7 +40,7 @@ class DocumentTally:
             self._stretch(int(lengths.min()), int(lengths.max()))
 
     def add(self, other: "DocumentTally") -> None:
-        """Add what another one counted."""
+        """Add the counts of another tally."""
         self.num_records += other.num_records
         self.num_kept += other.num_kept
         self.num_empty += other.num_empty
@@ -52,19 +53,19 @@ class DocumentTally:
             self._stretch(other.shortest, other.longest)
 
     def state(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it; `DocumentTally.from_state` takes it back."""
+        """All counts in a form that JSON can hold; `from_state` restores them."""
         return {**vars(self), "dropped": dict(self.dropped), "ids": self.ids.tolist(),
                 "histogram": self.histogram.tolist()}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "DocumentTally":
-        """The tally whose `state` this is."""
+        """The tally with this `state`."""
         return cls(**{**state, "dropped": Counter(state["dropped"]), "ids": np.array(state["ids"]),
                       "histogram": np.array(state["histogram"])})
 
     @classmethod
     def from_report(cls, report: dict[str, Any], vocab: Vocab) -> "DocumentTally":
-        """The tally whose `report` this is; raises KeyError, TypeError or ValueError where it is none."""
+        """The tally with this `report`; raises KeyError, TypeError or ValueError if it is not a report."""
         ids = np.zeros(_MANY_IDS, dtype=np.int64)
         for token, count in report["letters"].items():
             ids[vocab.ids[token]] = count
@@ -74,7 +75,7 @@ class DocumentTally:
                    report["length"]["longest"])
 
     def report(self, vocab: Vocab) -> dict[str, Any]:
-        """What a reader of the statistics wants to know, as JSON can hold it."""
+        """The counts as they are in the statistics file, in a form that JSON can hold."""
         num_residues = int(self.ids.sum())
         return {
             "records": self.num_records, "kept": self.num_kept, "empty_kept": self.num_empty,
@@ -92,7 +93,7 @@ class DocumentTally:
 
 
 def count_ids(ids: bytes) -> np.ndarray:
-    """How often each byte value occurs, int64 [256]; counting pairs takes half as long as counting bytes."""
+    """How often each byte value occurs, int64 [256]; counts pairs of bytes, which takes half the time."""
     even = len(ids) - len(ids) % 2
     pairs = np.bincount(np.frombuffer(ids, np.uint16, even // 2), minlength=_MANY_IDS**2)
     pairs = pairs.reshape(_MANY_IDS, _MANY_IDS)
@@ -103,7 +104,7 @@ def count_ids(ids: bytes) -> np.ndarray:
 
 
 def describe(report: dict[str, Any]) -> Iterable[str]:
-    """The lines that tell a person what a `DocumentTally.report` holds."""
+    """Lines for the user that summarise a `DocumentTally.report`."""
     dropped = ", ".join(f"{reason} {count:,}" for reason, count in report["dropped"].items()) or "none"
     length = report["length"]
     yield f"records {report['records']:,}, kept {report['kept']:,}, dropped: {dropped}"
@@ -115,5 +116,6 @@ def describe(report: dict[str, Any]) -> Iterable[str]:
 
 
 def _length_labels() -> list[str]:
+    """The names of the histogram's bins."""
     inner = [f"{low}-{high - 1}" for low, high in zip(LENGTH_EDGES, LENGTH_EDGES[1:], strict=False)]
     return ["0", *inner, f"{LENGTH_EDGES[-1]} or more"]

@@ -1,4 +1,4 @@
-"""Runs `encode_block` on a stream of blocks, in this process or in several, and keeps their order."""
+"""Runs `encode_block` on a stream of blocks in order, in this process or in a pool of processes."""
 
 import multiprocessing
 import os
@@ -20,7 +20,10 @@ _Mark = TypeVar("_Mark")
 
 def encoded_blocks(encoding: Encoding, blocks: Iterator[tuple[_Mark, RecordBlock]],
                    num_workers: int) -> Iterator[tuple[_Mark, list[EncodedDocuments]]]:
-    """Each block's mark and its documents under each key, in the order of the blocks."""
+    """Each block's mark and its documents under each key, in the order of the blocks; raises DataError.
+
+    `blocks`: each with a mark, any value that is passed through.
+    """
     if num_workers == 1:
         for mark, block in blocks:
             yield mark, encode_block(encoding, block)
@@ -36,19 +39,20 @@ def encoded_blocks(encoding: Encoding, blocks: Iterator[tuple[_Mark, RecordBlock
         while pending:
             first, encoded = pending.popleft()
             yield first, encoded.result()
-    except BrokenProcessPool:  # of a result, or of a block that is handed on
+    except BrokenProcessPool:  # raised by `result` or by `submit`
         raise DataError("a worker process died, perhaps for want of memory; fewer --workers need less") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _start_worker() -> None:
-    """Leave Ctrl-C to the main process, and leave when it is gone, however it went."""
+    """Ignore Ctrl-C, which the main process handles, and exit when the main process is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 
 def _leave_with_parent() -> None:
+    """Wait for the end of the main process, then exit."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

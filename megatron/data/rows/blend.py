@@ -1,8 +1,8 @@
-"""Several weighted corpora as one: sample i comes from the corpus that is due, in proportion to the weights.
+"""Blends several corpora in proportion to weights.
 
-Megatron hands each sample to the corpus that lags its weight the most, which needs the whole past. Here the first
-corpus takes its evenly spaced share of the samples, the second its share of the rest, and so on: just as even, and any
-sample's place is a formula, so no index is stored and resuming costs nothing.
+Megatron gives each sample to the corpus that is furthest behind its weight, which depends on all samples before. Here
+the first corpus takes evenly spaced samples, the second evenly spaced ones of the rest, and so on. That is just as
+even, and the corpus of any sample follows from a formula: no index is stored, and resuming costs nothing.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ DESCRIBED_CORPORA = 4
 
 
 class BlendedDataset:
-    """An infinite sequence of rows from several corpora; its rows are theirs, each corpus's in its own order."""
+    """An infinite sequence of rows from several corpora; each corpus's rows come in its own order."""
 
     def __init__(self, datasets: Sequence[PackedDataset], weights: Sequence[int] | Sequence[Fraction]) -> None:
         self.datasets = tuple(datasets)
@@ -35,33 +35,34 @@ class BlendedDataset:
 
     @property
     def num_ends(self) -> int:
-        """The tokens around each protein."""
+        """The special tokens of each protein: 1 before it, or 2, before and after it."""
         return self.datasets[0].num_ends
 
     def build_ahead(self) -> None:
-        """From now on, builds in a thread the rows of each corpus's epoch after the one in use."""
+        """From now on, pack each corpus's next epoch in a thread while the current one is in use."""
         for dataset in self.datasets:
             dataset.build_ahead()
 
     def num_epoch_rows(self, epoch: int) -> int:
-        """The rows of all corpora together in their epoch of that number; a pass over the blend, by its size."""
+        """The number of rows of all corpora together in epoch `epoch` of each; for evaluation, one pass."""
         return sum(dataset.num_epoch_rows(epoch) for dataset in self.datasets)
 
     def most_proteins(self, num_rows: int, sample: int = 0) -> int:
-        """The most proteins in so many rows of any corpora, in their epochs that a sample is near."""
+        """The largest number of proteins in `num_rows` rows from any corpus, in the epochs around `sample`."""
         nearest = (sample * weight // sum(self.weights) for weight in self.weights)
         return num_rows * max(part.most_proteins(1, own) for part, own in zip(self.datasets, nearest, strict=True))
 
     def most_targets(self, num_rows: int) -> int:
-        """The most targets that so many rows have."""
+        """The largest number of targets in `num_rows` rows."""
         return max(dataset.most_targets(num_rows) for dataset in self.datasets)
 
     def longest(self) -> int:
-        """The tokens of the longest protein in a row."""
+        """The number of tokens of the longest protein in a row."""
         return max(dataset.longest() for dataset in self.datasets)
 
     def residue_counts(self) -> np.ndarray:
-        """How often each id occurs, int64 [vocabulary], each corpus scaled to its weight in the blend."""
+        """How often each id occurs in a sample of the data, int64 [vocabulary], with corpora in proportion to weights.
+        """
         counts = [dataset.residue_counts(COUNTED_RESIDUES // len(self.datasets)) for dataset in self.datasets]
         total = sum(int(count.sum()) for count in counts)
         shares = [weight / sum(self.weights) * count / max(count.sum(), 1)
@@ -69,7 +70,7 @@ class BlendedDataset:
         return np.rint(np.sum(shares, axis=0) * total).astype(np.int64)
 
     def describe(self) -> str:
-        """What each corpus holds, one after the other; of many, the first ones and the sum of all."""
+        """A text on each corpus for the log; for many corpora, on the first few and on all together."""
         text = "; ".join(dataset.describe() for dataset in self.datasets[:DESCRIBED_CORPORA])
         if len(self.datasets) > DESCRIBED_CORPORA:
             num_proteins = sum(len(dataset.documents) for dataset in self.datasets)
@@ -79,12 +80,15 @@ class BlendedDataset:
 
 
 def place_in_blend(weights: Sequence[int], sample: int) -> tuple[int, int]:
-    """The corpus of a sample and its index there; each corpus's indices run 0, 1, 2, … without a gap."""
+    """The number of the corpus that a sample comes from, and its index there.
+
+    Each corpus's indices run 0, 1, 2, … without a gap.
+    """
     rest = sum(weights)
     for corpus, weight in enumerate(weights[:-1]):
-        # Of s samples an evenly spaced share takes s * weight / rest, as the nearest whole number, halves up.
+        # Of the first s samples this corpus takes round(s * weight / rest), halves rounded up.
         index, remainder = divmod(2 * weight * sample + rest, 2 * rest)
-        if remainder + 2 * weight >= 2 * rest:  # of s + 1 samples it takes one more
+        if remainder + 2 * weight >= 2 * rest:  # of the first s + 1 it takes one more
             return corpus, index
         sample -= index
         rest -= weight

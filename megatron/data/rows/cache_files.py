@@ -1,7 +1,7 @@
-"""Files that processes and users share, and that save time alone: one process makes them for all, if it can.
+"""Cache files shared by processes and users: where they go, and how they are written and cleaned up.
 
-They appear whole or not at all. Where one cannot be locked, read or written (the disk is full, it is another user's),
-each process goes on without it.
+They appear atomically. They only save time: if one cannot be locked, read or written, because the disk is full or it
+belongs to another user, each process continues without it.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ STALE_AFTER_S = 3600.0
 
 
 def choose_cache_folder(prefix: str, data_cache_path: str | None) -> Path:
-    """The folder for row indices: `--data-cache-path`, else beside the data, else the user's cache folder.
+    """The folder for row indices: `--data-cache-path` if given, else beside the data, else the user's cache folder.
 
-    Raises ConfigError if none of them can be written.
+    Raises ConfigError if it cannot be written.
     """
     tried = []
     for folder in _candidates(prefix, data_cache_path):
@@ -40,13 +40,13 @@ def _candidates(prefix: str, data_cache_path: str | None) -> Iterator[Path]:
         yield Path(data_cache_path)
         return
     yield Path(prefix).resolve().parent / "row_index"
-    with contextlib.suppress(RuntimeError):  # neither HOME nor an entry in /etc/passwd
+    with contextlib.suppress(RuntimeError):  # the user has neither HOME nor an entry in /etc/passwd
         yield Path.home() / ".cache" / "protein-rows"
 
 
 @contextlib.contextmanager
 def keeping(path: Path) -> Iterator[BinaryIO]:
-    """The file to write that becomes `path`; where it cannot be written, a note says so and nothing is left."""
+    """A context with an open file that becomes `path` at the end; if it cannot be written, a note on stderr says so."""
     has_begun = False
     try:
         with files.replacing(path) as temporary, open(temporary, "xb") as file:
@@ -60,7 +60,7 @@ def keeping(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_stale(path: Path) -> None:
-    """Removes what killed processes left of their attempts to write `path`, or a file whose name begins so."""
+    """Remove what killed processes left of files whose path begins with `path`, if older than STALE_AFTER_S."""
     for unfinished in files.left_over(path, begins=True):
         with contextlib.suppress(OSError):
             if time.time() - unfinished.stat().st_mtime > STALE_AFTER_S:

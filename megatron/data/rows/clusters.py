@@ -1,8 +1,8 @@
-"""Clusters of similar proteins, of which each epoch trains on one member, as ESM trained on UniRef50 and UniRef90.
+"""Clusters of similar proteins: each epoch trains on one member of each, as ESM did with UniRef50 and UniRef90.
 
-A cluster file has two columns by tab, representative and member, as MMseqs2 writes it (`…_cluster.tsv`). A member is a
-name of PREFIX.names (one a line, in the order of the documents, as `preprocess_data.py --names` writes it) or, without
-that file, the number of a document from 0. `sp|P12345|ALBU_HUMAN` and the P12345 that MMseqs2 makes of it are one name.
+A cluster file has two columns separated by a tab, representative and member, as MMseqs2 writes it (`…_cluster.tsv`). A
+member is a name in PREFIX.names (one a line in document order, as `preprocess_data.py --names` writes it) or, without
+that file, the number of a document from 0. `sp|P12345|ALBU_HUMAN` equals P12345, to which MMseqs2 shortens it.
 """
 
 import hashlib
@@ -22,25 +22,25 @@ from megatron.errors import DataError
 from megatron.files import locked
 
 CHUNK_LINES = 1 << 20
-_READING_S = 3e-7  # a byte, several times what it takes
-# Which of the fields by `|` of a name MMseqs2 takes for it (its Util::parseFastaHeader), by the first of them.
+_READING_S = 3e-7  # seconds a byte, a generous estimate
+# The index of the field, of those separated by `|`, that MMseqs2 uses as the name (its Util::parseFastaHeader), by the
+# first field.
 _FIELD_OF_NAME = {b"cl": 1, b"sp": 1, b"tr": 1, b"gb": 1, b"ref": 1, b"pdb": 1, b"bbs": 1, b"lcl": 1, b"pir": 1,
                   b"prf": 1, b"gnl": 2, b"pat": 2, b"gi": 3}
 
 
 class ClusteredDocuments(NamedTuple):
-    """The cluster of each document, int64 [documents], by its first document; how well file and data match, in words.
-    """
+    """The cluster of each document, and how well the cluster file matches the data."""
 
-    cluster_of_document: np.ndarray
-    match: str
+    cluster_of_document: np.ndarray  # int64 [documents]; a cluster has the number of its first document
+    match: str  # a text for the log
 
 
 class Clusters:
-    """Clusters of documents; a document of no cluster is one by itself."""
+    """Clusters of documents; a document in no cluster is a cluster by itself."""
 
     def __init__(self, cluster_of_document: np.ndarray, match: str = "") -> None:
-        """`cluster_of_document`: any whole number a cluster, [documents]. `match`: what the log says about them."""
+        """`cluster_of_document`: [documents], any distinct integer for each cluster. `match`: a text for the log."""
         self.match = match
         self.identity = hashlib.blake2b(np.ascontiguousarray(cluster_of_document).data, digest_size=12).hexdigest()
         self._members = np.argsort(cluster_of_document, kind="stable")
@@ -52,14 +52,14 @@ class Clusters:
         return len(self._starts)
 
     def draw(self, key: int) -> np.ndarray:
-        """One document of each cluster, int64 [clusters], drawn by `key`."""
+        """One document of each cluster, int64 [clusters], chosen at random with the key of a hash."""
         return self._members[self._starts + (order_hashes(key, len(self)) % self._sizes.astype(np.uint64)).astype(int)]
 
 
 def cluster_documents(cluster_file: str, indexed: Corpus, cache_folder: Path) -> ClusteredDocuments:
-    """The clusters of the documents of a dataset; raises DataError.
+    """The clusters of a corpus's documents; raises DataError.
 
-    Read once and then kept in `cache_folder`, as reading takes some 2 µs a line.
+    The result is cached in `cache_folder`, since reading takes some 2 µs a line.
     """
     names = [path for part in indexed.parts if (path := Path(f"{part.prefix}.names")).is_file()]
     sources = [Path(cluster_file), *names]
@@ -83,15 +83,17 @@ def cluster_documents(cluster_file: str, indexed: Corpus, cache_folder: Path) ->
 
 
 def _load(kept: Path, num_documents: int) -> ClusteredDocuments | None:
+    """The clusters in a cache file; None if there is none that fits."""
     try:
         with np.load(kept) as arrays:
             clusters = ClusteredDocuments(arrays["clusters"], str(arrays["match"]))
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # none yet, another user's, or damaged
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # missing, another user's, or damaged
         return None
     return clusters if len(clusters.cluster_of_document) == num_documents else None
 
 
 def _name_hashes(indexed: Corpus, names: Sequence[Path]) -> np.ndarray:
+    """The hash of each document's name, or of its number if there are no `names`; raises DataError."""
     if not names:
         return _hashes(b"%d" % document for document in range(indexed.num_documents))
     hashes = []
@@ -106,8 +108,9 @@ def _name_hashes(indexed: Corpus, names: Sequence[Path]) -> np.ndarray:
 
 
 def _read_clusters(cluster_file: Path, name_hashes: np.ndarray, names: Path) -> ClusteredDocuments:
+    """The clusters in a cluster file; `names`: the file of names, for messages. Raises DataError."""
     known_names, name_of_document = np.unique(name_hashes, return_inverse=True)
-    representatives = known_names.copy()  # of its own, until the file says otherwise
+    representatives = known_names.copy()  # each represents itself, until the file says otherwise
     is_member = np.zeros(len(known_names), dtype=bool)
     num_found = num_lines = 0
     for first_line, lines in _chunks(cluster_file):
@@ -137,7 +140,7 @@ def _read_clusters(cluster_file: Path, name_hashes: np.ndarray, names: Path) -> 
 
 
 def _chunks(path: Path) -> Iterator[tuple[int, list[bytes]]]:
-    """Runs of a file's lines, each with the number of its first line, from 1."""
+    """A file's lines in chunks, each with the number of its first line, counted from 1."""
     with open(path, "rb") as file:
         first_line = 1
         while lines := list(islice(file, CHUNK_LINES)):
@@ -146,12 +149,12 @@ def _chunks(path: Path) -> Iterator[tuple[int, list[bytes]]]:
 
 
 def _hashes(names: Iterable[bytes]) -> np.ndarray:
-    """Python's 64-bit hash of each name: equal within a process, which is all that matching needs."""
+    """Python's 64-bit hash of each name; it differs between processes, but matching happens in one."""
     return np.fromiter((hash(_short(name) if b"|" in name else name) for name in names), np.int64)
 
 
 def _short(name: bytes) -> bytes:
-    """The name that MMseqs2 writes for one with `|`."""
+    """The short name that MMseqs2 writes for a name with `|`."""
     fields = [field for field in name.split(b"|") if field]
     place = _FIELD_OF_NAME.get(fields[0], len(fields)) if fields else 0
     return fields[place] if place < len(fields) else name

@@ -1,8 +1,8 @@
-"""The corpora that `--data-path` names: PREFIX, @LIST, several of these as one corpus, or WEIGHT CORPUS pairs.
+"""Parses `--data-path`: PREFIX or @LIST, several of these as one corpus, or WEIGHT CORPUS pairs.
 
-A list is a text file with one prefix of .bin and .idx a line, relative to its own folder; what follows a # is a
-comment. Its prefixes are one corpus, in that order, as if tools/merge_datasets.py had joined them. A list that is all
-of `--data-path` may have a weight before each prefix instead: then it is the pairs.
+@LIST names a text file with one prefix of .bin and .idx a line, relative to the list's folder; # begins a comment. Its
+prefixes form one corpus, in that order, as if joined by tools/merge_datasets.py. If the list is the only value of
+`--data-path`, each prefix may follow a weight; then each is a corpus of its own.
 """
 
 import os
@@ -20,14 +20,14 @@ _PAIRS = "WEIGHT PREFIX WEIGHT PREFIX …"
 
 @dataclass(frozen=True)
 class CorpusFiles:
-    """The datasets of a corpus, in order, and what it is called: a path, whose folder gets what is kept of it."""
+    """The prefixes of a corpus's datasets, in order, and its `name`: a path, whose folder gets its caches."""
 
     name: str
     prefixes: tuple[str, ...]
 
 
 def parse_data_path(data_path: Sequence[str] | None) -> tuple[list[Fraction], list[CorpusFiles]]:
-    """The weights and corpora of `--data-path`; raises ConfigError."""
+    """The weights of the corpora in `--data-path`, and the corpora; raises ConfigError."""
     if not data_path:
         raise ConfigError("--data-path is missing; give the prefix of PREFIX.bin and PREFIX.idx")
     if len(data_path) == 1 and data_path[0].startswith("@"):
@@ -42,13 +42,14 @@ def parse_data_path(data_path: Sequence[str] | None) -> tuple[list[Fraction], li
 
 
 def names_in_short(names: Sequence[str]) -> dict[str, str]:
-    """What evaluations call each corpus: the last part of its name, or all of it where two share that."""
+    """The name that logs and metrics use for each corpus: the last part of its path, or all of it if that is ambiguous.
+    """
     shared = Counter(Path(name).name for name in dict.fromkeys(names))
     return {name: name if shared[Path(name).name] > 1 else Path(name).name for name in names}
 
 
 def _corpus(words: Sequence[str]) -> CorpusFiles:
-    """One corpus of prefixes and lists."""
+    """One corpus of the prefixes and lists in `words`; raises ConfigError."""
     prefixes: list[str] = []
     for word in words:
         weights, named = _read_list(word) if word.startswith("@") else ([""], [word.removesuffix(".bin")])
@@ -67,7 +68,10 @@ def _corpus(words: Sequence[str]) -> CorpusFiles:
 
 
 def _read_list(word: str) -> tuple[list[str], list[str]]:
-    """The weights ("" for none) and prefixes of a list, given as @FILE; all lines have a weight, or none has."""
+    """The weights ("" for none) and prefixes in the list @FILE; raises ConfigError.
+
+    Either all lines have a weight or none has.
+    """
     path, weights, prefixes = Path(word[1:]), list[str](), list[str]()
     try:
         lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
@@ -93,6 +97,7 @@ def _read_list(word: str) -> tuple[list[str], list[str]]:
 
 
 def _is_number(word: str) -> bool:
+    """Whether a word is meant as a weight, even an invalid one."""
     try:
         Fraction(word)
     except ZeroDivisionError:
@@ -103,6 +108,7 @@ def _is_number(word: str) -> bool:
 
 
 def _weight(word: str) -> Fraction:
+    """The weight that a word says; raises ConfigError unless it is positive."""
     try:
         weight = Fraction(word)
     except (ValueError, ZeroDivisionError):

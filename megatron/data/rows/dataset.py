@@ -1,4 +1,4 @@
-"""The training, validation and test rows of a run, from its flags."""
+"""Builds the training, validation and test datasets of a run from its flags."""
 
 import hashlib
 import json
@@ -21,13 +21,13 @@ from megatron.data.rows.packed import PackedDataset, PackingSettings
 from megatron.errors import ConfigError, DataError
 
 Dataset = PackedDataset | BlendedDataset
-EVALUATION_SEED = 1234  # evaluation sees the same rows whatever training uses
-IN_MEMORY_DOCUMENTS = 1 << 14  # up to which packing an epoch costs less (1 ms) than writing a file (10 ms)
+EVALUATION_SEED = 1234  # fixed, so that evaluation sees the same rows whatever the training seed
+IN_MEMORY_DOCUMENTS = 1 << 14  # up to here packing an epoch (1 ms) takes less time than writing a file (10 ms)
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The three parts of the corpora; None where a part is empty."""
+    """The datasets for training, validation and test; None if a split is empty."""
 
     train: Dataset
     valid: Dataset | None
@@ -35,17 +35,17 @@ class Splits:
 
 
 def corpora_of(dataset: Dataset) -> dict[str, PackedDataset]:
-    """The corpora of a dataset by their names in short."""
+    """The corpora of a dataset, by their short names (`names_in_short`)."""
     parts = dataset.datasets if isinstance(dataset, BlendedDataset) else (dataset,)
     prefixes = {part.documents.indexed.prefix: part for part in parts}
     return {name: prefixes[prefix] for prefix, name in names_in_short(list(prefixes)).items()}
 
 
 def measured_on(dataset: Dataset, num_rows: int) -> str:
-    """A short digest of what an evaluation of the first `num_rows` rows is of: such evaluations alone compare.
+    """A short digest of the data that an evaluation of the first `num_rows` rows measures.
 
-    That is the contents of each corpus and which of its documents they are, whose masks are fixed; and where these rows
-    are not all, how they are packed.
+    Only evaluations with the same digest are comparable. It covers the contents of each corpus and the range of its
+    documents (their masks are fixed), and how they are packed if these rows are not the whole split.
     """
     parts = dataset.datasets if isinstance(dataset, BlendedDataset) else (dataset,)
     key: list = [(part.documents.indexed.contents(), part.documents.range.start, part.documents.range.stop)
@@ -58,8 +58,8 @@ def measured_on(dataset: Dataset, num_rows: int) -> str:
 def build_datasets(data: DataConfig, vocab: Vocab, seed: int) -> Splits:
     """The datasets of `--data-path` and `--split`; raises ConfigError or DataError.
 
-    Training draws order, crops and masks from `seed`. Validation and test repeat one epoch of whole proteins, long ones
-    in pieces, with masks that depend on a protein's letters alone.
+    `seed`: from it training draws order, crops and masks. Validation and test repeat one epoch, in which long proteins
+    are split into pieces, with masks that depend only on a protein's letters.
     """
     if data.seq_length is None:
         raise ConfigError("--seq-length is missing; give the positions of a row, such as 2176")
@@ -76,12 +76,15 @@ def build_datasets(data: DataConfig, vocab: Vocab, seed: int) -> Splits:
                    if (dataset := corpus[part]) is not None]
         parts.append(_blend(present, is_training=part == 0))
     train, valid, test = parts
-    assert train is not None  # split_documents sees to it
+    assert train is not None  # `_build_corpus` raises otherwise
     return Splits(train, valid, test)
 
 
 def _blend(present: Sequence[tuple[PackedDataset, Fraction]], is_training: bool) -> Dataset | None:
-    """Corpora and their weights as one. Evaluation takes them in proportion to their rows, each row once a pass."""
+    """One dataset of several corpora with weights; None for none.
+
+    For evaluation the weights are the numbers of rows, so that a pass has each row once.
+    """
     if len(present) < 2:
         return present[0][0] if present else None
     datasets = [dataset for dataset, _ in present]
@@ -91,6 +94,7 @@ def _blend(present: Sequence[tuple[PackedDataset, Fraction]], is_training: bool)
 
 
 def _build_corpus(named: CorpusFiles, data: DataConfig, vocab: Vocab, seed: int) -> list[PackedDataset | None]:
+    """A corpus's datasets for training, validation and test, None for one without rows; raises DataError."""
     indexed = open_corpus(named.name, named.prefixes, data.data_impl)
     prefix, corpus_vocab = indexed.prefix, _vocabulary_of(indexed)
     for part in indexed.parts:
@@ -123,6 +127,7 @@ def _build_corpus(named: CorpusFiles, data: DataConfig, vocab: Vocab, seed: int)
 
 
 def _vocabulary_of(corpus: Corpus) -> Vocab:
+    """The vocabulary of a corpus; raises DataError if its parts have different ones."""
     first, *others = (corpus_vocabulary(part) for part in corpus.parts)
     for part, vocab in zip(corpus.parts[1:], others, strict=True):
         if vocab.tokens != first.tokens:
@@ -132,7 +137,7 @@ def _vocabulary_of(corpus: Corpus) -> Vocab:
 
 
 def _read_through(path: str) -> None:
-    """Reads a file once, so that the system keeps it in memory."""
+    """Read a file once, so that it is in the page cache."""
     with open(path, "rb", buffering=0) as file:
         while file.read(1 << 24):
             pass

@@ -1,7 +1,7 @@
-"""Masks of an evaluation: of a protein they depend on its own letters alone.
+"""Masks for evaluation, which depend only on a protein's own letters.
 
-So whatever the corpus, the packing, the length of rows, the vocabulary or the masks of training: two runs that evaluate
-one protein predict the very same residues of it from the very same others, as far as these stand in the same row.
+Corpus, packing, row length, vocabulary and training masks have no influence: two runs that evaluate a protein predict
+the same residues of it from the same others, as far as these are in the same row.
 """
 
 import hashlib
@@ -12,28 +12,28 @@ from megatron.data.corpus.vocab import RESIDUE_LETTERS, Vocab
 from megatron.data.rows.masking import Masking
 from megatron.data.rows.packing import order_hashes
 
-FIXED = Masking()  # 15 %, 80/10/10, single residues, whatever training uses
+FIXED = Masking()  # the defaults, 15 %, 80/10/10, single residues, whatever training uses
 _DEVIATIONS = 4
 
 
 class FixedMasks:
-    """The masks of proteins in one vocabulary."""
+    """Masks proteins given as ids of one vocabulary."""
 
     def __init__(self, vocab: Vocab) -> None:
         known = [letter for letter in RESIDUE_LETTERS if letter in vocab.ids]
         self._mask_id, self._residue_ids = vocab.mask_id, np.array([vocab.ids[letter] for letter in known])
-        self._letters = np.zeros(vocab.size, np.uint8)  # of ids; 0 of what is no residue
+        self._letters = np.zeros(vocab.size, np.uint8)  # by id; 0 for tokens that are no residue
         self._letters[self._residue_ids] = [ord(letter) for letter in known]
 
     def letters(self, ids: np.ndarray) -> np.ndarray:
-        """The residues of a protein as bytes of ASCII, uint8, whatever the vocabulary; 0 for what is none."""
+        """The residues as ASCII codes, uint8; 0 for tokens that are no residue."""
         return self._letters[ids]
 
     def mask(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The masked copy of a whole protein without its ends, and which of its tokens are targets (bool).
+        """A masked copy of a whole protein (without special tokens), and which of its tokens are targets (bool).
 
-        A share of FIXED.prob of its residues, rounded up or down by chance so that it is that on the average: those
-        whose hashes by SplitMix64 are the smallest. The generator's key is a digest of the letters.
+        Random numbers are SplitMix64 hashes whose key is a digest of the letters. Targets are the residues with the
+        smallest hashes; their number is FIXED.prob times the residues, rounded at random to be right on average.
         """
         letters = self.letters(ids)
         residues = np.flatnonzero(letters)
@@ -53,11 +53,11 @@ class FixedMasks:
 
 
 def most_fixed_targets(num_residues: int) -> int:
-    """So many targets that proteins, or pieces of them, of `num_residues` in all seldom have more."""
+    """A number of targets that proteins with `num_residues` in total rarely exceed: the mean plus 4 deviations."""
     mean = FIXED.prob * num_residues
     return min(num_residues, round(mean + _DEVIATIONS * (mean * (1 - FIXED.prob)) ** 0.5) + 1)
 
 
 def _uniform(hashes: np.ndarray) -> np.ndarray:
-    """In [0, 1), from the upper 53 bits."""
+    """Numbers in [0, 1), made of the upper 53 bits of the hashes."""
     return (hashes >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -1,7 +1,7 @@
-"""Masked-language-model targets of one row: chosen residues become the mask token, stay, or become another residue.
+"""Masks a row for the masked language model: chosen residues become the mask token, stay, or become another residue.
 
-Only residues are ever chosen or drawn: never a protein's ends, the unknown or another special token. Where proteins
-begin is known from the packing, so no id that masking places can start a false protein.
+Only residues are chosen as targets or drawn as replacements, never special tokens or the unknown token. Boundaries of
+proteins come from the packing, not from token ids, so masking cannot change them.
 """
 
 from dataclasses import dataclass
@@ -15,21 +15,18 @@ from megatron.errors import ConfigError
 
 @dataclass(frozen=True)
 class Masking:
-    """Shares and spans of the masking; the defaults are BERT's (arXiv 1810.04805), and every evaluation's.
+    """How to mask; the defaults are BERT's (arXiv 1810.04805), which evaluation always uses."""
 
-    The share of residues chosen goes linearly from `prob` to `final_prob`, where given, over `course_rows` of a run.
-    """
-
-    prob: float = 0.15
-    mask_token_prob: float = 0.8
-    random_prob: float = 0.1
-    span_length: float = 1.0
-    final_prob: float | None = None
+    prob: float = 0.15  # share of residues that are targets
+    mask_token_prob: float = 0.8  # share of targets that become the mask token
+    random_prob: float = 0.1  # share of targets that become a random residue
+    span_length: float = 1.0  # mean length of a span of targets
+    final_prob: float | None = None  # if given, `prob` changes linearly to this over the first `course_rows` rows
     course_rows: float = 1.0
 
     @classmethod
     def from_config(cls, data: DataConfig) -> "Masking":
-        """The masking that the flags ask for; raises ConfigError for what is no share or course."""
+        """The masking that the flags describe; raises ConfigError for an invalid --mask-prob."""
         start, *course = data.mask_prob
         if len(course) not in (0, 2) or not all(0 < share < 1 for share in (start, *course[:1])):
             raise ConfigError(f"--mask-prob is {' '.join(map(str, data.mask_prob))}; give a share between 0 and 1, or "
@@ -37,14 +34,14 @@ class Masking:
         return cls(start, data.mask_token_prob, data.mask_random_prob, data.mask_span_length, *course)
 
     def prob_at(self, sample: int) -> float:
-        """The share of residues chosen in a run's row of that number."""
+        """The share of residues that are targets in row number `sample` of a run."""
         if self.final_prob is None:
             return self.prob
         return self.prob + (self.final_prob - self.prob) * min(1.0, sample / self.course_rows)
 
 
 class Masker:
-    """Masks rows of one vocabulary."""
+    """Masks rows of ids of one vocabulary."""
 
     def __init__(self, masking: Masking, vocab: Vocab) -> None:
         self.masking = masking
@@ -54,14 +51,15 @@ class Masker:
         self._is_residue[vocab.residue_ids] = True
 
     def most_chosen(self, num_residues: int) -> int:
-        """How many of a row's residues are chosen at most, at any time of the run."""
+        """The largest number of targets in a row of `num_residues`, at any time of a run."""
         return _num_chosen(max(self.masking.prob, self.masking.final_prob or 0), num_residues)
 
     def mask(self, tokens_t: np.ndarray, lengths: np.ndarray, rng: np.random.Generator, sample: int = 0
              ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The masked copy of a row, the positions chosen (int64, ascending) and the ids that stood there.
+        """The masked copy of a row, the positions of the targets (int64, ascending) and their original ids.
 
-        `lengths`: the tokens of each protein of the row; `sample`: its number in the run. At least one is chosen.
+        `lengths`: the tokens of each protein in the row; `sample`: the row's number in the run. There is at least one
+        target if the row has a residue.
         """
         residues = np.flatnonzero(self._is_residue[tokens_t])
         num_chosen = _num_chosen(self.masking.prob_at(sample), len(residues))
@@ -74,6 +72,7 @@ class Masker:
         return self._replace(tokens_t, chosen, rng), chosen, original
 
     def _replace(self, tokens_t: np.ndarray, chosen: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A copy of a row in which the targets at `chosen` are replaced or kept at random."""
         draw = rng.random(len(chosen))
         becomes_mask = draw < self.masking.mask_token_prob
         becomes_random = ~becomes_mask & (draw < self.masking.mask_token_prob + self.masking.random_prob)
@@ -90,9 +89,10 @@ def _num_chosen(share: float, num_residues: int) -> int:
 
 def _choose_spans(residues: np.ndarray, num_chosen: int, mean_length: float, lengths: np.ndarray,
                   rng: np.random.Generator) -> np.ndarray:
-    """`num_chosen` of the positions `residues`, in spans of geometric length that end with their protein.
+    """`num_chosen` of the positions `residues`, in spans of geometrically distributed length within one protein.
 
-    Spans are laid down in the order drawn until they cover enough; the last one is cut to the number.
+    `lengths`: the tokens of each protein. Spans are added in the order drawn until they cover enough positions; the
+    last one is cut to reach the exact number.
     """
     num_tokens = int(lengths.sum())
     num_spans = 8 + int(2 * num_chosen / mean_length)

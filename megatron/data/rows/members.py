@@ -1,4 +1,4 @@
-"""Which proteins are in a row: their numbers in the corpus, and their names where it has kept them."""
+"""Lists the proteins in given rows: their numbers in the corpus, and their names if PREFIX.names exists."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -14,10 +14,10 @@ from megatron.data.rows.packed import PackedDataset
 
 @dataclass(frozen=True)
 class Member:
-    """A protein, or a part of one, in the row of a sample.
+    """A protein, or a part of one, in row number `sample` of a run.
 
-    `document`: its number in the corpus at `prefix`; `name`: of PREFIX.names, empty without one; `num_residues`: of the
-    whole protein.
+    `document`: its number in the dataset `prefix`; `name`: from PREFIX.names, else empty; `num_residues`: of the whole
+    protein.
     """
 
     sample: int
@@ -28,7 +28,7 @@ class Member:
 
 
 def members_of(dataset: Dataset, samples: Sequence[int]) -> list[Member]:
-    """Those of some rows, in the order of the rows."""
+    """The proteins in the rows `samples` of a dataset, in that order."""
     found = [(sample, *documents.place(document), int(documents.lengths[document])) for sample in samples
              for documents, document in _documents_of(dataset, sample)]
     numbers = defaultdict[str, set[int]](set)
@@ -40,7 +40,7 @@ def members_of(dataset: Dataset, samples: Sequence[int]) -> list[Member]:
 
 
 def names_of(prefix: str, documents: set[int]) -> dict[int, str]:
-    """The names of some documents of a corpus, as far as PREFIX.names has them; it is read up to the last of them."""
+    """The names of some documents by number, as far as PREFIX.names has them; the file is read up to the last one."""
     path = Path(f"{prefix}.names")
     if not documents or not path.is_file():
         return {}
@@ -50,6 +50,7 @@ def names_of(prefix: str, documents: set[int]) -> dict[int, str]:
 
 
 def _documents_of(dataset: Dataset, sample: int) -> Iterator[tuple[Documents, int]]:
+    """Each protein of a row: its corpus's documents, and its number there."""
     corpus, index = dataset, sample
     if isinstance(dataset, BlendedDataset):
         number, index = place_in_blend(dataset.weights, sample)

@@ -1,1 +1,1 @@
-"""Files of proteins of every readable kind, as blocks of whole records."""
+"""Reads files of proteins of every supported kind, as blocks of whole records."""

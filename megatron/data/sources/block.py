@@ -1,6 +1,6 @@
-"""What every reader gets and gives: the beginning of a file, what is wanted of it, and blocks of whole records.
+"""The types that all readers share: what to read of a file, blocks of whole records, and the texts in them.
 
-One process cuts the blocks; any may parse them.
+One process cuts a file into blocks; any process may parse them.
 """
 
 from collections.abc import Callable
@@ -11,59 +11,55 @@ from megatron.data.sources.streams import InputStream, Lookahead
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """The keys, or columns, of each record's texts and, if given, of its name; kinds without keys have one text.
+class WantedKeys:
+    """The keys (or columns) to read: those of each record's texts and, if given, of its name.
 
-    Without keys whole records are wanted, for `source.records_of`.
+    Kinds without keys, such as FASTA, have one text a record. Empty `keys` means whole records, for
+    `source.records_of`.
     """
 
     keys: tuple[str, ...]
     name_key: str | None = None
 
     def columns(self) -> dict[str, str]:
-        """Every column that is read, each with the flag that names it."""
+        """Every key that is read, with the flag that names it."""
         flags = dict.fromkeys(self.keys, "--json-keys")
         return flags if self.name_key is None else {self.name_key: "--name-key", **flags}
 
 
 @dataclass
 class Contents:
-    """A file that is open and unpacked. `path`: where it lies unpacked on the disk, if it does.
+    """An open file, with its decompressed content."""
 
-    line: the number of the line, from 1, with which `chunks` begin, where these are text.
-    """
-
-    stream: InputStream
-    chunks: Lookahead
-    path: str | None
-    line: int = 1
+    stream: InputStream  # the file as it is on the disk
+    chunks: Lookahead  # its decompressed content
+    path: str | None  # the path of the decompressed file, if it is on the disk
+    line: int = 1  # for text: the number, from 1, of the line at which `chunks` begin
 
     @property
     def source(self) -> str:
-        """The file, as messages name it."""
+        """The file's name, for messages."""
         return self.stream.path
 
 
 @dataclass(frozen=True)
 class RecordBlock:
-    """Whole records of one file, still unparsed.
+    """Whole records of one file, not parsed yet."""
 
-    kind: a key of `kinds.FORMATS`. records: bytes of text, or what the kind's reader makes. first: the number, from 1,
-    of the first line (text) or record (others). bytes_read: of its file so far. begins_file: is it the first of its
-    file, or of one in a tar?
-    """
-
-    source: str
-    kind: str
-    records: Any
-    first: int
-    bytes_read: int
-    begins_file: bool = False
+    source: str  # the file, for messages
+    kind: str  # a key of `kinds.FORMATS`
+    records: Any  # bytes of text, or what the kind's reader makes
+    first: int  # the number, from 1, of the first line (text) or record (other kinds)
+    bytes_read: int  # of the file, up to the end of this block
+    begins_file: bool = False  # whether it is the first block of its file, or of a file in a tar archive
 
 
 @dataclass(frozen=True)
 class BadRecord:
-    """A record that holds no protein: why, for the counts, and one line that names file, place and finding."""
+    """A record that is not a protein.
+
+    `reason`: the category that it is counted under; `message`: one line with file, place and finding.
+    """
 
     reason: str
     message: str
@@ -71,7 +67,7 @@ class BadRecord:
 
 @dataclass
 class Texts:
-    """The text of each record of a block, in order; that of a bad one is empty."""
+    """The texts of a block's records, in order; `bad`: by index, those that are bad, whose text is empty."""
 
     texts: list[bytes]
     bad: dict[int, BadRecord] = field(default_factory=dict)
@@ -79,7 +75,7 @@ class Texts:
 
 
 def texts_of(block: RecordBlock, text_of: Callable[[Any], bytes | BadRecord]) -> Texts:
-    """What `text_of` finds in each record of a block, where these are counted one by one."""
+    """The texts that `text_of` finds in the records of a block that is a sequence of records."""
     found = Texts([])
     for index, record in enumerate(block.records):
         text = text_of(record)
@@ -91,5 +87,5 @@ def texts_of(block: RecordBlock, text_of: Callable[[Any], bytes | BadRecord]) ->
 
 
 def type_name(value: Any) -> str:
-    """What messages call the type of a record's value."""
+    """The name of a value's type, for messages."""
     return "null" if value is None else type(value).__name__

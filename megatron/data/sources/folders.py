@@ -1,4 +1,4 @@
-"""Which folders are an input, and the files that they stand for."""
+"""Finds the files of an input that is a folder: an LMDB, or Arrow files of HuggingFace datasets."""
 
 import json
 import os
@@ -11,7 +11,10 @@ _SHARD = re.compile(r"(.*)-\d+-of-(\d+)\.arrow")
 
 
 def files_of(path: str) -> list[str]:
-    """The files of an input: itself or, in order, those of a folder of LMDB or Arrow; raises DataError for others."""
+    """The files to read for the input `path`: itself or, in order, those of a folder with an LMDB or Arrow files.
+
+    Raises DataError for any other folder.
+    """
     if not os.path.isdir(path):
         return [path]
     try:
@@ -29,7 +32,7 @@ def files_of(path: str) -> list[str]:
 
 
 def _arrow_files(path: str, found: list[str]) -> list[str]:
-    """The Arrow files of a folder, in the order of its `state.json` or, without a list there, by name."""
+    """The Arrow files of a folder, in the order of its `state.json`, or else by name; raises DataError if some lack."""
     listed = _listed(path) if "state.json" in found else []
     names = listed or [name for name in found if name.endswith(".arrow")]
     if not listed and any(name.startswith("cache-") for name in names):
@@ -44,6 +47,7 @@ def _arrow_files(path: str, found: list[str]) -> list[str]:
 
 
 def _listed(path: str) -> list[str]:
+    """The files listed in the `state.json` of HuggingFace's save_to_disk; raises DataError."""
     try:
         with open(os.path.join(path, "state.json"), encoding="utf-8") as file:
             state = json.load(file)

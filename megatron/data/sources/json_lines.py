@@ -1,4 +1,4 @@
-"""Writes proteins of any readable kind as loose JSON, one `{"text": "MKV…"}` a line."""
+"""Converts files of proteins to JSON lines, one `{"text": "MKV…"}` a line."""
 
 import json
 import os
@@ -16,10 +16,10 @@ _WHITE_SPACE = b" \t\n\r\v\f"
 
 
 def convert(patterns: Sequence[str], output: str, kind: str) -> int:
-    """Write the proteins of files of one `kind` to `output` (`-`: standard output); returns how many there were.
+    """Write the proteins of files of one `kind` to `output` (`-`: standard output); returns their number.
 
-    Raises DataError for a file of another kind and for the first bad record; then `output` is left as it was. So it is
-    where it holds something else than JSON: the last input, where the output was forgotten.
+    Raises DataError for a file of another kind and for the first bad record, and leaves `output` unchanged then. Raises
+    it also if `output` exists and is not JSON: most likely the user forgot the output, and it is an input.
     """
     lines = _lines(patterns, kind)
     if output == "-":
@@ -30,12 +30,12 @@ def convert(patterns: Sequence[str], output: str, kind: str) -> int:
                             "the last file named: name a new one, or remove this")
         with replacing(Path(output)) as temporary, open(temporary, "wb") as file:
             return _write(lines, file.fileno())
-    except OSError as error:  # readers tell of their own as DataError
+    except OSError as error:  # of the output: readers raise DataError
         raise DataError(f"{output}: cannot be written ({error.strerror or error}); name another output") from None
 
 
 def main(kind: str, description: str) -> int:
-    """The command line of one conversion; returns the exit status."""
+    """The command line of a conversion tool for files of one `kind`; returns the exit status."""
     parser = OneLineParser(description=description)
     parser.add_argument("input", nargs="+", help="files, plain, gzip or zstd; - is standard input")
     parser.add_argument("output", help="file of JSON lines; - is standard output")
@@ -48,6 +48,7 @@ def main(kind: str, description: str) -> int:
 
 
 def _lines(patterns: Sequence[str], kind: str) -> Iterator[list[bytes]]:
+    """The JSON lines of each block of the files; raises DataError."""
     for source in expand(patterns):
         for block in source.blocks(("text",)):
             if block.kind != kind:
@@ -65,6 +66,7 @@ def _first_byte(path: str) -> bytes:
 
 
 def _write(batches: Iterator[list[bytes]], descriptor: int) -> int:
+    """Write lines to an open file; returns their number."""
     count = 0
     with open(descriptor, "wb", closefd=False) as file:
         for lines in batches:

@@ -1,6 +1,6 @@
-"""Every kind of file that is known: how its beginning tells it, and how it is read or why it is refused.
+"""Every known kind of file: how its first bytes identify it, and how to read it or what to do instead.
 
-A kind that is read gives blocks in one of the FORMATS, which say how a block's texts, names and places are found.
+A readable kind gives blocks in one of the FORMATS, which say how to parse them.
 """
 
 import re
@@ -14,30 +14,25 @@ from megatron.data.sources.binary.arrow import ARROW_FILE_MAGIC, ARROW_STREAM_MA
 from megatron.data.sources.binary.columns import parse_columns
 from megatron.data.sources.binary.parquet import PARQUET_MAGIC, parquet_blocks
 from megatron.data.sources.binary.tape_lmdb import LMDB_MAGIC, LMDB_MAGIC_OFFSET, lmdb_blocks, parse_lmdb
-from megatron.data.sources.block import Contents, RecordBlock, Texts, Wanted
+from megatron.data.sources.block import Contents, RecordBlock, Texts, WantedKeys
 from megatron.data.sources.streams import GZIP_MAGIC, ZSTD_MAGICS, InputStream, Lookahead, unpacked, with_unix_line_ends
 from megatron.data.sources.text import delimited, json_array, looks, records
 from megatron.errors import DataError
 
 EXPECTED = "proteins as JSON lines, FASTA, CSV or TSV, one a line, LMDB, Parquet or Arrow"
 _UTF8_MARK = b"\xef\xbb\xbf"
-_FASTA_WITH_LF = re.compile(rb"\s*[>;#][^\r\n]*\r?\n")  # in whose headers a CR alone is no end of a line
+_FASTA_WITH_LF = re.compile(rb"\s*[>;#][^\r\n]*\r?\n")  # then a CR alone does not end a line
 
 
 @dataclass(frozen=True)
 class RecordFormat:
-    """What is in blocks of one kind: their texts, and whole records with their places, or what is wrong with these.
+    """The functions that parse blocks of one kind. A place is a text for messages, such as "line 3"."""
 
-    names: with their places, where they stand under no key of the records, or as other bytes there. place: of a byte in
-    a record's text, where that is not just the record and the byte. has_keys: are texts told apart by a key or a
-    column?
-    """
-
-    texts: Callable[[RecordBlock, str], Texts]
-    records: Callable[[RecordBlock], values.Records]
-    names: Callable[[RecordBlock, str], Iterable[tuple[str, bytes]]] | None = None
-    place: Callable[[RecordBlock, int, int], str] | None = None
-    has_keys: bool = True
+    texts: Callable[[RecordBlock, str], Texts]  # the texts under a key
+    records: Callable[[RecordBlock], values.Records]  # whole records with their places
+    names: Callable[[RecordBlock, str], Iterable[tuple[str, bytes]]] | None = None  # (place, name); None: by `records`
+    place: Callable[[RecordBlock, int, int], str] | None = None  # of a byte in a record's text; None: record and column
+    has_keys: bool = True  # whether a record's texts have keys or columns
 
 
 FORMATS = {
@@ -57,18 +52,18 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file: its name, what its beginning looks like, and either its reader or what to do instead."""
+    """A kind of file: its name, a test of its first bytes, and either its reader or advice what to do instead."""
 
     name: str
     begins: Callable[[bytes], Any]
-    read: Callable[[Contents, Wanted], Iterator[RecordBlock]] | None = None
+    read: Callable[[Contents, WantedKeys], Iterator[RecordBlock]] | None = None
     instead: str = ""
 
 
-def blocks_of(stream: InputStream, path: str | None, wanted: Wanted) -> Iterator[RecordBlock]:
-    """The blocks of an open file, in order; raises DataError where it is of no kind that is read, or damaged.
+def blocks_of(stream: InputStream, path: str | None, wanted: WantedKeys) -> Iterator[RecordBlock]:
+    """The blocks of an open file, in order; raises DataError if its kind cannot be read or it is damaged.
 
-    path: where it lies on the disk, if it does.
+    path: of the file on the disk, None for standard input or a file in an archive.
     """
     is_packed = stream.peek(4).startswith((GZIP_MAGIC, *ZSTD_MAGICS))
     contents = Contents(stream, Lookahead(unpacked(stream)), None if is_packed else path)
@@ -78,7 +73,7 @@ def blocks_of(stream: InputStream, path: str | None, wanted: Wanted) -> Iterator
     for number, block in enumerate(kind.read(contents, wanted)):
         if number == 0:
             _check_format(block, wanted)
-        yield replace(block, begins_file=number == 0 or block.begins_file)  # of a tar: the file of a member
+        yield replace(block, begins_file=number == 0 or block.begins_file)  # in a tar, of a member
 
 
 def _beginning(head: bytes) -> str:
@@ -89,7 +84,10 @@ def _beginning(head: bytes) -> str:
 
 
 def _kind_of(contents: Contents) -> Kind:
-    """The first of the kinds below whose beginning this is; `contents` are made ready for its reader."""
+    """The first kind whose test the file passes; raises DataError if it is empty.
+
+    For text, `contents` then begin at the first line that is not blank, and have Unix line ends.
+    """
     head = contents.chunks.peek(looks.HEAD_BYTES)
     kind = next((kind for kind in BINARY_KINDS if kind.begins(head)), None)
     if kind is None:
@@ -105,7 +103,8 @@ def _kind_of(contents: Contents) -> Kind:
     return kind
 
 
-def _check_format(block: RecordBlock, wanted: Wanted) -> None:
+def _check_format(block: RecordBlock, wanted: WantedKeys) -> None:
+    """Raises DataError if the kind of the block cannot give several texts, or names, that are wanted."""
     form = FORMATS[block.kind]
     if len(wanted.keys) > 1 and not form.has_keys:
         raise DataError(f"{block.source}: is {block.kind} with one text a record, but --json-keys names "
@@ -115,16 +114,18 @@ def _check_format(block: RecordBlock, wanted: Wanted) -> None:
                         "JSON, CSV, LMDB, Parquet or Arrow")
 
 
-def _tar_blocks(contents: Contents, wanted: Wanted) -> Iterator[RecordBlock]:
+def _tar_blocks(contents: Contents, wanted: WantedKeys) -> Iterator[RecordBlock]:
+    """The blocks of all files in a tar archive; raises DataError."""
     for name, file in tar.members(contents):
         for block in blocks_of(InputStream(name, file), None, wanted):
             yield replace(block, bytes_read=contents.stream.bytes_read)
 
 
-def _on_disk(read: Callable[[str, str, Wanted], Iterator[RecordBlock]]
-             ) -> Callable[[Contents, Wanted], Iterator[RecordBlock]]:
-    """A reader of what must be random-accessible: a packed file, or a pipe, goes into a temporary one."""
-    def blocks(contents: Contents, wanted: Wanted) -> Iterator[RecordBlock]:
+def _on_disk(read: Callable[[str, str, WantedKeys], Iterator[RecordBlock]]
+             ) -> Callable[[Contents, WantedKeys], Iterator[RecordBlock]]:
+    """A reader for a kind that needs random access: a compressed file or a pipe is written to a temporary file first.
+    """
+    def blocks(contents: Contents, wanted: WantedKeys) -> Iterator[RecordBlock]:
         if contents.path is not None:
             yield from read(contents.source, contents.path, wanted)
             return
@@ -151,8 +152,8 @@ _UNPACK = "plain, gzip and zstd can be read: unpack it first"
 _TO_FASTA = "download it as FASTA, or convert it to FASTA, for example with Biopython's SeqIO.convert"
 _SEQUENCES = "give the file of its sequences, as FASTA"
 
-# Tested from top to bottom: BINARY_KINDS on the first bytes of the file as it is unpacked, then TEXT_KINDS on its first
-# bytes without blank lines, with \n for each line end.
+# Tested from top to bottom: BINARY_KINDS on the first bytes after decompression, then TEXT_KINDS on the first bytes
+# without leading blank lines and with \n as line end.
 BINARY_KINDS = (
     Kind("Parquet", _magic(PARQUET_MAGIC), _on_disk(parquet_blocks)),
     Kind("Arrow", _magic(ARROW_FILE_MAGIC, ARROW_STREAM_MAGIC), _on_disk(arrow_blocks)),
@@ -179,7 +180,7 @@ TEXT_KINDS = (
     Kind("a Stockholm alignment", _text(rb"# *STOCKHOLM"), instead=_TO_FASTA),
     Kind("a NEXUS alignment", _text(rb"(?i)#NEXUS"), instead=_TO_FASTA),
     Kind("GFF or VCF", _text(rb"##(gff-version|fileformat)"), instead=_SEQUENCES),
-    Kind("FASTA", _text(rb"[>;#]"), records.fasta_blocks),  # behind `;` or `#` there are comments before its first `>`
+    Kind("FASTA", _text(rb"[>;#]"), records.fasta_blocks),  # lines with ; or # are comments
     Kind("UniProt or EMBL text", _text(rb"ID   "), instead=_TO_FASTA),
     Kind("GenBank", _text(rb"LOCUS {2}"), instead=_TO_FASTA),
     Kind("a Clustal alignment", _text(rb"(CLUSTAL|MUSCLE|PROBCONS)[ \t]"), instead=_TO_FASTA),

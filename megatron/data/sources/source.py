@@ -1,4 +1,4 @@
-"""An input of proteins, a file or a folder: its blocks, and the texts, names and places of a block."""
+"""An input of proteins, a file or a folder: gives its blocks, and the texts, names and records in a block."""
 
 import glob
 import hashlib
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron.data.sources.block import BadRecord, RecordBlock, Texts, Wanted, type_name
+from megatron.data.sources.block import BadRecord, RecordBlock, Texts, WantedKeys, type_name
 from megatron.data.sources.folders import files_of
 from megatron.data.sources.kinds import FORMATS, blocks_of
 from megatron.data.sources.streams import InputStream
@@ -18,9 +18,10 @@ from megatron.errors import DataError
 
 
 class Source:
-    """One input. `size` is its bytes (0 for standard input). is_of_files: can it be read again, unlike a pipe?
+    """One input.
 
-    Known once its blocks have been read: `sha256`, over the files of a folder in order, and `kinds` of its blocks.
+    `size`: in bytes, 0 for standard input; `is_of_files`: whether it can be read again, unlike a pipe. Once its blocks
+    have been read: `sha256`, over all its files in order, and `kinds`, those of its blocks.
     """
 
     def __init__(self, path: str) -> None:
@@ -32,9 +33,9 @@ class Source:
         self.is_of_files = path != "-" and all(map(os.path.isfile, self._files))
 
     def blocks(self, keys: Sequence[str] = (), name_key: str | None = None) -> Iterator[RecordBlock]:
-        """The blocks of whole records, in order; raises DataError for what cannot be read.
+        """The blocks of whole records, in order; raises DataError if a file cannot be read.
 
-        `keys` are those of the texts; `name_key`, if given, that of the name. `records_of` takes blocks without keys.
+        `keys`: of the texts, empty for whole records (`records_of`); `name_key`: of the name, if wanted.
         """
         digest = hashlib.sha256()
         bytes_before = 0
@@ -42,7 +43,7 @@ class Source:
             stream = InputStream(file, digest=digest)
             try:
                 path = file if file != "-" and os.path.isfile(file) else None
-                for block in blocks_of(stream, path, Wanted(tuple(keys), name_key)):
+                for block in blocks_of(stream, path, WantedKeys(tuple(keys), name_key)):
                     self.kinds.add(block.kind)
                     yield replace(block, bytes_read=bytes_before + block.bytes_read)
                 stream.drain()
@@ -54,12 +55,15 @@ class Source:
         self.sha256 = digest.hexdigest()
 
     def identity(self) -> list[tuple[str, int, int]]:
-        """Path, size and time of the last change of each file: tells whether an input is still the same."""
+        """Path, size and modification time (ns) of each file, to tell whether the input has changed."""
         return [(file, os.path.getsize(file), os.stat(file).st_mtime_ns) for file in self._files]
 
 
 def expand(patterns: Sequence[str]) -> list[Source]:
-    """A source for each path, in the order given; a pattern that is no path stands for its matches, sorted."""
+    """A source for each path, in the order given; a pattern that is no path gives its matches, sorted.
+
+    Raises DataError for a pattern without matches, and if standard input is named twice.
+    """
     paths: list[str] = []
     for pattern in patterns:
         if pattern == "-" or os.path.exists(pattern):
@@ -75,18 +79,19 @@ def expand(patterns: Sequence[str]) -> list[Source]:
 
 
 def texts_of(block: RecordBlock, key: str) -> Texts:
-    """The text of each of a block's records; `key` names it where records have several."""
+    """The text of each record in a block; `key`: that of the text, for kinds with keys."""
     return FORMATS[block.kind].texts(block, key)
 
 
 def records_of(block: RecordBlock) -> Iterator[tuple[str, dict[str, Any] | BadRecord]]:
-    """The place, in words, and all values by key of each of a block's records, read without keys, or what it has not.
+    """Each record of a block that was read without keys: its place, such as "line 3", and its values by key.
 
-    Values are as the file has them: of CSV and TSV text, of LMDB also arrays. FASTA has `id` and `sequence`, one
-    protein a line `sequence`. Raises DataError for what is none of the block's kind.
+    Values are as in the file: text for CSV and TSV, also arrays for LMDB. FASTA has the keys `id` and `sequence`, one
+    protein a line has `sequence`. A BadRecord takes the place of the values of a record that has none. Raises DataError
+    if the block is not of its kind.
     """
     if not FORMATS[block.kind].has_keys:
-        texts_of(block, SEQUENCE_KEY)  # raises for what is none of that kind
+        texts_of(block, SEQUENCE_KEY)  # raises if it is not of that kind
     for place, record in FORMATS[block.kind].records(block):
         if not isinstance(record, dict | BadRecord):
             record = BadRecord("bad JSON", f"{type_name(record)} where a JSON object belongs")
@@ -94,9 +99,9 @@ def records_of(block: RecordBlock) -> Iterator[tuple[str, dict[str, Any] | BadRe
 
 
 def names_of(block: RecordBlock, key: str) -> Texts:
-    """The name of each of a block's records, its first word under `key`; a record without one is bad.
+    """The name of each record in a block: the first word under `key`, or of a FASTA header; a record without is bad.
 
-    Bytes are taken as they are, so a name may hold anything but white space.
+    Names are bytes that are not decoded, so they may hold anything but white space.
     """
     finding = "a header without a name" if block.kind == "fasta" else f"no name under {key!r}; --name-key names the key"
     form, parsed = FORMATS[block.kind], Texts([])
@@ -111,6 +116,7 @@ def names_of(block: RecordBlock, key: str) -> Texts:
 
 
 def _under_key(record: Any, key: str) -> bytes:
+    """The value under `key` of a record as bytes; b"" if it is missing, or not text or an integer."""
     value = record.get(key) if isinstance(record, dict) else None
     if isinstance(value, int | np.integer) and not isinstance(value, bool):
         value = str(value)
@@ -120,6 +126,6 @@ def _under_key(record: Any, key: str) -> bytes:
 
 
 def place_of(block: RecordBlock, index: int, offset: int) -> str:
-    """Where byte `offset` of the text of record `index` stands, in words."""
+    """The place of byte `offset` in the text of record `index`, for messages, such as "line 3, column 7"."""
     place = FORMATS[block.kind].place
     return place(block, index, offset) if place else f"record {block.first + index}, column {offset + 1}"

@@ -1,4 +1,4 @@
-"""Bytes of a file or of standard input, unpacked, with line ends made alike, and cut into blocks of whole records."""
+"""Reads a file or standard input, decompresses it, normalises line ends, and cuts it into blocks of whole records."""
 
 import gzip
 import io
@@ -13,21 +13,22 @@ from megatron.errors import DataError
 BLOCK_BYTES = 1 << 21
 MAX_RECORD_BYTES = 1 << 26
 GZIP_MAGIC = b"\x1f\x8b"
-ZSTD_MAGICS = (b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18")  # a frame; one to skip, with which pzstd begins
+ZSTD_MAGICS = (b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18")  # a frame; a skippable frame, as pzstd begins with
 _CHUNK_BYTES = 1 << 20
-# Zstandard unpacks all of what it is fed, at most some 30,000 times as much: small bites bound the memory.
+# Zstandard decompresses all it is given at once, up to some 30,000 times as much, so small portions limit the memory.
 _ZSTD_BITE_BYTES = 1 << 12
 
 
 class InputStream(io.RawIOBase):
-    """A binary file, `-` for standard input, that can be looked ahead in and that counts and hashes what it reads.
+    """A binary file (`-`: standard input) with lookahead, which counts and hashes the bytes that it reads.
 
-    `file`: what to read instead of opening `path`, which then only names it. `digest`: takes every byte.
+    `file`: an open file to read in place of `path`, which then is only for messages; `digest`: a hash to update with
+    every byte. Opening and reading raise DataError.
     """
 
     def __init__(self, path: str, file: Any = None, digest: Any = None) -> None:
         self.path = path
-        self._file: Any = None  # closed where nothing could be opened, too
+        self._file: Any = None  # `close` is called even if opening fails
         try:
             self._file = file or (sys.stdin.buffer if path == "-" else open(path, "rb"))  # noqa: SIM115
         except OSError as error:
@@ -37,7 +38,7 @@ class InputStream(io.RawIOBase):
         self.bytes_read = 0
 
     def peek(self, size: int) -> bytes:
-        """The next bytes, without taking them."""
+        """The next `size` bytes (fewer at the end of the file), without consuming them."""
         while len(self._head) < size and (more := self._take(size - len(self._head))):
             self._head += more
         return self._head[:size]
@@ -51,17 +52,17 @@ class InputStream(io.RawIOBase):
         return self._take(size)
 
     def readable(self) -> bool:
-        """True: unpackers ask."""
+        """True; decompressors ask."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill `buffer` as far as one read goes; the number of bytes."""
+        """Fill `buffer` with one read; returns the number of bytes."""
         data = self.read(len(buffer))
         buffer[:len(data)] = data
         return len(data)
 
     def drain(self) -> None:
-        """Read what is left, so that the digest has seen every byte."""
+        """Read to the end, so that the digest covers every byte."""
         while self.read(_CHUNK_BYTES):
             pass
 
@@ -83,24 +84,24 @@ class InputStream(io.RawIOBase):
 
 
 class Lookahead:
-    """Chunks of bytes, to iterate over once, whose beginning can be seen before they are taken."""
+    """An iterator over chunks of bytes with lookahead."""
 
     def __init__(self, chunks: Iterable[bytes]) -> None:
         self._chunks = iter(chunks)
         self._held = bytearray()
 
     def peek(self, size: int) -> bytes:
-        """The next `size` bytes, fewer only where the chunks end, however they are cut."""
+        """The next `size` bytes (fewer only at the end of the chunks), without consuming them."""
         while len(self._held) < size and self._take():
             pass
         return bytes(self._held[:size])
 
     def skip(self, size: int) -> None:
-        """Drop `size` bytes that were seen."""
+        """Drop the next `size` bytes, which `peek` has returned."""
         del self._held[:size]
 
     def skip_line(self) -> None:
-        """Drop what comes before the next line."""
+        """Drop everything before the next line."""
         while (end := self._held.find(b"\n")) < 0:
             self._held.clear()
             if not self._take():
@@ -120,7 +121,7 @@ class Lookahead:
 
 
 def unpacked(stream: InputStream) -> Iterator[bytes]:
-    """The contents in chunks, unpacked if they are gzip or zstd; raises DataError for damage."""
+    """The content of a stream in chunks, decompressed if it is gzip or zstd; raises DataError if it is damaged."""
     head = stream.peek(4)
     if head.startswith(GZIP_MAGIC):
         return _gzip_chunks(stream)
@@ -130,7 +131,7 @@ def unpacked(stream: InputStream) -> Iterator[bytes]:
 
 
 def with_unix_line_ends(chunks: Iterable[bytes], lone: bytes = b"\n") -> Iterator[bytes]:
-    """The chunks with CR LF turned into LF, and a CR alone into `lone`."""
+    """The chunks with each CR LF replaced by LF, and each CR alone by `lone`."""
     held = b""
     for chunk in chunks:
         if held or b"\r" in chunk:
@@ -144,13 +145,13 @@ def with_unix_line_ends(chunks: Iterable[bytes], lone: bytes = b"\n") -> Iterato
 
 
 def cut(chunks: Iterable[bytes], separator: bytes, path: str) -> Iterator[bytes]:
-    r"""Blocks that end before the last byte of a `separator` (`\n>`) or with it (`\n`).
+    r"""Blocks of about BLOCK_BYTES that end after the first byte of a `separator`: the line end of `\n` and of `\n>`.
 
-    Where they end depends on the contents alone, not on how these came in chunks: a killed run can count on it.
-    Raises DataError for a record over MAX_RECORD_BYTES.
+    Where they end depends only on the content, not on the chunks, so that a killed run can resume by counting blocks.
+    Raises DataError for a record of more than MAX_RECORD_BYTES.
     """
     buffer = bytearray()
-    num_searched = 0  # so that the time for a long record does not grow with its square, however small the chunks
+    num_searched = 0  # bytes searched in vain, so that a long record in small chunks does not take quadratic time
     for chunk in chunks:
         buffer += chunk
         while len(buffer) >= BLOCK_BYTES:
@@ -182,7 +183,7 @@ def _gzip_chunks(stream: InputStream) -> Iterator[bytes]:
 
 
 def _open_gzip(stream: InputStream) -> tuple[Any, tuple[type[Exception], ...]]:
-    """An open file, by isal where it is installed, and what it raises for damage."""
+    """A decompressing file (of isal if that is installed), and the exceptions that it raises for damage."""
     try:
         from isal import igzip, igzip_lib
     except ImportError:
@@ -198,7 +199,7 @@ def _zstd_chunks(stream: InputStream) -> Iterator[bytes]:
         raise DataError(f"{stream.path}: is packed with zstd, which needs: pip install zstandard") from None
     frame, data = None, b""
     while data or (data := stream.read(_ZSTD_BITE_BYTES)):
-        # The window of `zstd --ultra --long=31`: memory is taken as a frame asks for it.
+        # The largest window, that of `zstd --ultra --long=31`; a frame takes only the memory that it needs.
         frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
         try:
             chunk = frame.decompress(data)

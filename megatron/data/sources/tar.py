@@ -1,4 +1,4 @@
-"""Tar archives, read as a stream and never unpacked to the disk: their files in order."""
+"""Reads the files in a tar archive in order, as a stream, without unpacking it to the disk."""
 
 import tarfile
 from collections.abc import Iterator
@@ -8,12 +8,12 @@ from megatron.data.sources.block import Contents
 from megatron.data.sources.streams import Lookahead
 from megatron.errors import DataError
 
-_APPLE_DOUBLE = "._"  # what macOS adds beside each file: its Finder's notes, no contents
+_APPLE_DOUBLE = "._"  # prefix of the metadata files that macOS adds
 _BUFFER_BYTES = 1 << 18
 
 
 def is_tar(head: bytes) -> bool:
-    """Does `head` begin with the header of a tar archive's first member?"""
+    """Whether `head` begins with the header of a tar archive's first member."""
     try:
         tarfile.TarInfo.frombuf(head[:tarfile.BLOCKSIZE], tarfile.ENCODING, "surrogateescape")
     except tarfile.HeaderError:
@@ -22,9 +22,9 @@ def is_tar(head: bytes) -> bool:
 
 
 def members(contents: Contents) -> Iterator[tuple[str, Any]]:
-    """The name and the open contents of each file of the archive; read one before you ask for the next.
+    """The name and the open file of each member; read it before asking for the next one.
 
-    Raises DataError for links and devices, for damage, and for an archive that goes on behind its end.
+    Raises DataError for links and devices, for damage, and for data after the end of the archive.
     """
     data = _CountedBytes(contents.chunks)
     try:
@@ -36,11 +36,11 @@ def members(contents: Contents) -> Iterator[tuple[str, Any]]:
                 if not member.isreg() or member.issparse():
                     raise DataError(f"{name}: is a link, a device or sparse; unpack the archive and name the files")
                 yield name, archive.extractfile(member)
-                archive.members.clear()  # it keeps what it has found, and there may be millions
+                archive.members.clear()  # tarfile collects all members, and there may be millions
             end = archive.offset
     except tarfile.TarError as error:
         raise DataError(f"{contents.source}: damaged or truncated tar ({error}); copy it again") from None
-    # tarfile takes a damaged header for the end, and a missing end for one too.
+    # tarfile takes a damaged header, and a truncated archive, for a regular end.
     data.drain()
     if data.end > end or data.position < end + tarfile.BLOCKSIZE:
         raise DataError(f"{contents.source}: damaged or truncated tar, or several in a row (it does not end at byte "
@@ -48,14 +48,14 @@ def members(contents: Contents) -> Iterator[tuple[str, Any]]:
 
 
 class _CountedBytes:
-    """Bytes to read as from a file. `position`: how many were read; `end`: up to the last that is not zero."""
+    """A file-like view of chunks. `position`: bytes read so far; `end`: the position after the last nonzero byte."""
 
     def __init__(self, chunks: Lookahead) -> None:
         self._chunks, self._held = iter(chunks), memoryview(b"")
         self.position = self.end = 0
 
     def read(self, size: int) -> bytes:
-        """At most `size` bytes; none at the end."""
+        """At most `size` bytes; b"" at the end."""
         while not self._held and (chunk := next(self._chunks, None)) is not None:
             self._held = memoryview(chunk)
         data, self._held = bytes(self._held[:size]), self._held[size:]

@@ -1,1 +1,1 @@
-"""The kinds that are no text: Parquet and Arrow with their columns, and LMDB with its pickles."""
+"""Readers of binary files: Parquet, Arrow, and TAPE's LMDB."""

@@ -1,11 +1,11 @@
-"""Arrow with a column of sequences: streams, as HuggingFace's `save_to_disk` writes them, and files (Feather)."""
+"""Reads Arrow with a column of sequences: streams, as HuggingFace's `save_to_disk` writes, and files (Feather)."""
 
 import mmap
 from collections.abc import Iterator
 from typing import Any
 
 from megatron.data.sources.binary.columns import check_schema, columns_of
-from megatron.data.sources.block import RecordBlock, Wanted
+from megatron.data.sources.block import RecordBlock, WantedKeys
 from megatron.data.sources.streams import BLOCK_BYTES
 from megatron.errors import DataError
 
@@ -15,14 +15,14 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 _MAX_BLOCK_RECORDS = 1024
 
 
-def arrow_blocks(source: str, path: str, wanted: Wanted) -> Iterator[RecordBlock]:
-    """The blocks of the wanted columns; raises DataError, naming `source`, if the file at `path` is no good."""
+def arrow_blocks(source: str, path: str, wanted: WantedKeys) -> Iterator[RecordBlock]:
+    """The blocks of the wanted columns of the file at `path`; raises DataError, which names `source`."""
     try:
         import pyarrow as pa
     except ImportError:
         raise DataError(f"{source}: is Arrow, which needs: pip install pyarrow") from None
     try:
-        # Mapped, a batch as large as the file costs no memory of its own. The map ends with its last batch.
+        # Mapped, so that even a batch as large as the file takes no memory. The mapping ends with its last batch.
         with open(path, "rb") as file:
             yield from _blocks(source, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), wanted)
     except DataError:
@@ -31,7 +31,8 @@ def arrow_blocks(source: str, path: str, wanted: Wanted) -> Iterator[RecordBlock
         raise DataError(f"{source}: damaged Arrow ({' '.join(str(error).split())[:200]}); copy it again") from None
 
 
-def _blocks(source: str, data: mmap.mmap, wanted: Wanted) -> Iterator[RecordBlock]:
+def _blocks(source: str, data: mmap.mmap, wanted: WantedKeys) -> Iterator[RecordBlock]:
+    """The record batches, cut into blocks."""
     first = 1
     for batch, bytes_read in _batches(source, data, wanted):
         num_records = max(1, min(_MAX_BLOCK_RECORDS, BLOCK_BYTES * len(batch) // max(batch.nbytes, 1)))
@@ -41,8 +42,8 @@ def _blocks(source: str, data: mmap.mmap, wanted: Wanted) -> Iterator[RecordBloc
             first += len(part)
 
 
-def _batches(source: str, data: mmap.mmap, wanted: Wanted) -> Iterator[tuple[Any, int]]:
-    """Each record batch with the wanted columns alone, and the bytes of the file up to its end."""
+def _batches(source: str, data: mmap.mmap, wanted: WantedKeys) -> Iterator[tuple[Any, int]]:
+    """Each record batch, with only the wanted columns, and the number of bytes of the file up to its end."""
     import pyarrow as pa
 
     is_file = data[:len(ARROW_FILE_MAGIC)] == ARROW_FILE_MAGIC
@@ -55,5 +56,5 @@ def _batches(source: str, data: mmap.mmap, wanted: Wanted) -> Iterator[tuple[Any
         batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
         for batch in batches:
             batch = batch.select(list(wanted.columns())) if wanted.keys else batch
-            batch.validate(full=True)  # what is damaged could otherwise end the process
+            batch.validate(full=True)  # else damaged data could crash the process
             yield batch, buffer.tell()

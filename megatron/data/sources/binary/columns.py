@@ -1,17 +1,17 @@
-"""Tables with named columns: which one is wanted, and the texts of Parquet's and Arrow's columns."""
+"""Checks the columns of a table, and reads the texts in columns of Parquet and Arrow."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from megatron.data.sources.block import BadRecord, RecordBlock, Texts, Wanted
+from megatron.data.sources.block import BadRecord, RecordBlock, Texts, WantedKeys
 from megatron.data.sources.text.looks import is_name_of_sequences
 from megatron.errors import DataError
 
 _TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
 
 
-def check_columns(source: str, kind: str, found: Sequence[str], wanted: Wanted) -> None:
-    """Raise DataError, naming the kind of file, unless each wanted column is there once."""
+def check_columns(source: str, kind: str, found: Sequence[str], wanted: WantedKeys) -> None:
+    """Raises DataError unless each wanted column occurs once among `found`; `kind`: of the file, for messages."""
     for column, flag in wanted.columns().items():
         if found.count(column) == 1:
             continue
@@ -24,8 +24,10 @@ def check_columns(source: str, kind: str, found: Sequence[str], wanted: Wanted) 
         raise DataError(f"{source}: is {kind} with {number} {column!r}; it has {others}. {advice}")
 
 
-def check_schema(source: str, kind: str, schema: Any, wanted: Wanted) -> None:
-    """Raise DataError unless each wanted column of an Arrow schema is there once and holds text; names may be numbers.
+def check_schema(source: str, kind: str, schema: Any, wanted: WantedKeys) -> None:
+    """Raises DataError unless each wanted column of an Arrow schema occurs once and holds text.
+
+    The column of names may also hold integers.
     """
     import pyarrow as pa
 
@@ -40,18 +42,19 @@ def check_schema(source: str, kind: str, schema: Any, wanted: Wanted) -> None:
 
 
 def as_bytes(column: Any) -> list[bytes | None]:
-    """The values of an Arrow array of text or whole numbers."""
+    """The values of an Arrow array of text or integers."""
     import pyarrow as pa
 
-    if pa.types.is_dictionary(column.type):  # Arrow has no kernel that decodes dictionaries of views
+    if pa.types.is_dictionary(column.type):  # Arrow cannot decode dictionaries of string views
         values = column.dictionary.cast(pa.large_binary())
         column = pa.DictionaryArray.from_arrays(column.indices, values).dictionary_decode()
     column = column.cast(pa.string()) if pa.types.is_integer(column.type) else column
     return column.cast(pa.large_binary()).to_pylist()
 
 
-def columns_of(source: str, batch: Any, wanted: Wanted) -> dict[str, list]:
-    """The wanted columns of a record batch by their names: texts as bytes or, where all are wanted, Python's values."""
+def columns_of(source: str, batch: Any, wanted: WantedKeys) -> dict[str, list]:
+    """The columns of a record batch, by name: the wanted texts as bytes, or without keys all columns as Python values.
+    """
     if wanted.keys:
         return {column: as_bytes(batch.column(column)) for column in wanted.columns()}
     names = batch.schema.names
@@ -60,14 +63,14 @@ def columns_of(source: str, batch: Any, wanted: Wanted) -> dict[str, list]:
 
 
 def check_distinct(source: str, names: Sequence[str]) -> None:
-    """Raise DataError where two columns have one name."""
+    """Raises DataError if two columns have the same name."""
     twice = [name for number, name in enumerate(names) if name in names[:number]]
     if twice:
         raise DataError(f"{source}: has two columns {twice[0]!r}; rename one of them")
 
 
 def parse_columns(block: RecordBlock, key: str) -> Texts:
-    """The column `key`; a null is a bad record."""
+    """The texts in column `key`; a null is a bad record."""
     column = block.records[key]
     if None not in column:
         return Texts(column)

@@ -1,11 +1,11 @@
-"""Parquet with a column of sequences."""
+"""Reads Parquet with a column of sequences."""
 
 import os
 from collections.abc import Iterator
 from typing import Any
 
 from megatron.data.sources.binary.columns import check_schema, columns_of
-from megatron.data.sources.block import RecordBlock, Wanted
+from megatron.data.sources.block import RecordBlock, WantedKeys
 from megatron.data.sources.streams import BLOCK_BYTES
 from megatron.errors import DataError
 
@@ -14,8 +14,8 @@ _MAX_BATCH_RECORDS = 1024
 _BUFFER_BYTES = 1 << 20
 
 
-def parquet_blocks(source: str, path: str, wanted: Wanted) -> Iterator[RecordBlock]:
-    """The blocks of the wanted columns; raises DataError, naming `source`, if the file at `path` is no good."""
+def parquet_blocks(source: str, path: str, wanted: WantedKeys) -> Iterator[RecordBlock]:
+    """The blocks of the wanted columns of the file at `path`; raises DataError, which names `source`."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -23,7 +23,8 @@ def parquet_blocks(source: str, path: str, wanted: Wanted) -> Iterator[RecordBlo
         raise DataError(f"{source}: is Parquet, which needs: pip install pyarrow") from None
     first = 1
     try:
-        # pyarrow opens no path that is not UTF-8. A small buffer keeps memory independent of the size of a row group.
+        # Opened here, since pyarrow cannot open a path that is not UTF-8. With a small buffer, memory does not grow
+        # with the size of a row group.
         with open(path, "rb") as opened, pq.ParquetFile(opened, buffer_size=_BUFFER_BYTES, pre_buffer=False,
                                                         page_checksum_verification=True) as file:
             check_schema(source, "Parquet", file.schema_arrow, wanted)
@@ -45,9 +46,9 @@ def parquet_blocks(source: str, path: str, wanted: Wanted) -> Iterator[RecordBlo
 
 
 def _batch_records(metadata: Any) -> int:
-    """Records a batch, so that one of long texts takes no more memory than one of short ones.
+    """The number of records to read at once, fewer if they are long, to limit the memory.
 
-    Asking for the columns' own sizes would end the process where these are damaged.
+    Uses the sizes of row groups, because asking for those of columns can crash the process if they are damaged.
     """
     groups = map(metadata.row_group, range(metadata.num_row_groups))
     longest = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=0)

@@ -1,6 +1,6 @@
-"""TAPE's LMDB folders: key `num_examples`, then `0`, `1`, …, each a pickled dict with the residues under `primary`.
+"""Reads TAPE's LMDB: `num_examples`, and keys `0`, `1`, …, each a pickled dict with the residues under `primary`.
 
-A damaged LMDB can crash whoever maps it, so a process of its own reads it.
+A damaged LMDB can crash the process that maps it, so a separate process reads it.
 """
 
 import multiprocessing
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any, BinaryIO
 
-from megatron.data.sources.block import BadRecord, RecordBlock, Texts, Wanted, texts_of
+from megatron.data.sources.block import BadRecord, RecordBlock, Texts, WantedKeys, texts_of
 from megatron.data.sources.streams import BLOCK_BYTES, MAX_RECORD_BYTES
 from megatron.data.sources.text.records import text_under
 from megatron.errors import DataError
@@ -21,8 +21,8 @@ LMDB_MAGIC_OFFSET = 16
 _BATCH_RECORDS = 2048
 
 
-def lmdb_blocks(source: str, path: str, wanted: Wanted) -> Iterator[RecordBlock]:
-    """The blocks of the LMDB file at `path`; raises DataError, naming `source`, if it is no good."""
+def lmdb_blocks(source: str, path: str, wanted: WantedKeys) -> Iterator[RecordBlock]:
+    """The blocks of the LMDB file at `path`; raises DataError, which names `source`."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     reader = context.Process(target=_read_lmdb, args=(path, sender), daemon=True)
@@ -44,12 +44,12 @@ def lmdb_blocks(source: str, path: str, wanted: Wanted) -> Iterator[RecordBlock]
 
 
 def parse_lmdb(block: RecordBlock, key: str) -> Texts:
-    """The residues of each record: under `key`, or under `primary` where `key` is the default `text`."""
+    """The residues of each record: those under `key`, or under `primary` if `key` is the default `text` and absent."""
     return texts_of(block, lambda value: _text_of(value, key))
 
 
 def unpickled(value: bytes | None) -> dict[Any, Any] | BadRecord:
-    """The dict of a record, or what is wrong with it."""
+    """The dict in a record's pickle, or a BadRecord; no code in the pickle is run. `value`: None if it is missing."""
     if value is None:
         return BadRecord("missing record", "is missing; the LMDB is not whole")
     try:
@@ -68,7 +68,7 @@ def _text_of(value: bytes | None, key: str) -> bytes | BadRecord:
 
 
 def _receive(receiver: Connection, source: str) -> tuple[list[bytes | None] | None, int]:
-    """A batch of values, None at the end, and the number of records in all."""
+    """A batch of values, or None at the end, and the total number of records; raises DataError."""
     try:
         message = receiver.recv()
     except (EOFError, OSError):
@@ -79,7 +79,7 @@ def _receive(receiver: Connection, source: str) -> tuple[list[bytes | None] | No
 
 
 def _name_of(file: BinaryIO, path: str) -> str:
-    """A path of an open file that lmdb can open: its own, if that is UTF-8."""
+    """A path by which lmdb can open an open file: its own if that is UTF-8, else that of its descriptor."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -88,7 +88,7 @@ def _name_of(file: BinaryIO, path: str) -> str:
 
 
 def _read_lmdb(path: str, sender: Connection) -> None:
-    """Send every record's value in batches; a string says what is wrong. Runs in a process of its own."""
+    """Send every record's value in batches, or a string that says what is wrong; runs in a process of its own."""
     try:
         import lmdb
     except ImportError:
@@ -103,29 +103,33 @@ def _read_lmdb(path: str, sender: Connection) -> None:
             if not isinstance(num_records, int) or not 0 <= num_records < num_entries:
                 sender.send(f"is not TAPE's LMDB: it says {repr(num_records)[:40]} records and has {num_entries} "
                             "entries")
-                return
-            if transaction.get(str(num_records).encode()) is not None:
+            elif transaction.get(str(num_records).encode()) is not None:
                 sender.send(f"its 'num_examples' says {num_records} records, but there are more; write it anew")
-                return
-            batch: list[bytes | None] = []
-            num_bytes = 0
-            for index in range(num_records):
-                value = transaction.get(str(index).encode())
-                if len(value or b"") > MAX_RECORD_BYTES:
-                    sender.send(f"record {index + 1} is of more than {MAX_RECORD_BYTES >> 20} MiB; proteins are far "
-                                "shorter: is this file what it should be?")
-                    return
-                batch.append(value)
-                num_bytes += len(value or b"")
-                if num_bytes > BLOCK_BYTES or len(batch) == _BATCH_RECORDS:
-                    sender.send((batch, num_records))
-                    batch, num_bytes = [], 0
-            if batch:
-                sender.send((batch, num_records))
-            sender.send((None, num_records))
+            else:
+                _send_records(transaction, num_records, sender)
     except pickle.UnpicklingError:
         sender.send("is not TAPE's LMDB: it has no readable 'num_examples'")
     except lmdb.Error as error:
         sender.send(f"is no readable LMDB ({error}); copy it again")
     except BrokenPipeError:
         pass
+
+
+def _send_records(transaction: Any, num_records: int, sender: Connection) -> None:
+    """Send (batch of values, num_records) for all records, then (None, num_records); a string for one too long."""
+    batch: list[bytes | None] = []
+    num_bytes = 0
+    for index in range(num_records):
+        value = transaction.get(str(index).encode())
+        if len(value or b"") > MAX_RECORD_BYTES:
+            sender.send(f"record {index + 1} is of more than {MAX_RECORD_BYTES >> 20} MiB; proteins are far "
+                        "shorter: is this file what it should be?")
+            return
+        batch.append(value)
+        num_bytes += len(value or b"")
+        if num_bytes > BLOCK_BYTES or len(batch) == _BATCH_RECORDS:
+            sender.send((batch, num_records))
+            batch, num_bytes = [], 0
+    if batch:
+        sender.send((batch, num_records))
+    sender.send((None, num_records))

@@ -1,1 +1,1 @@
-"""The kinds of text: JSON, FASTA and one protein a line; CSV and TSV; and what a text looks like."""
+"""Readers of text files: JSON, FASTA, one protein a line, CSV and TSV; and tests that tell them apart."""

@@ -1,7 +1,8 @@
-"""CSV and TSV: a header that names the columns, then one record a line.
+"""Reads CSV and TSV: a header that names the columns, then one record a line.
 
-In CSV a field may be quoted, as the standard library's `csv` reads it; TSV knows no quoting (a lone `"` may be part of
-a description), but quotes around a whole field are taken off. Fields are bytes throughout: Latin-1 keeps each.
+CSV fields may be quoted, as in the standard library's `csv`. TSV has no quoting, since a `"` may be part of a
+description, but quotes around a whole field are removed. Fields are bytes; for `csv` they are decoded as Latin-1, which
+preserves every byte.
 """
 
 import csv
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from megatron.data.sources.binary.columns import check_columns, check_distinct
-from megatron.data.sources.block import BadRecord, Contents, RecordBlock, Texts, Wanted
+from megatron.data.sources.block import BadRecord, Contents, RecordBlock, Texts, WantedKeys
 from megatron.data.sources.streams import MAX_RECORD_BYTES
 from megatron.data.sources.text.looks import HEAD_BYTES, delimiter_of
 from megatron.data.sources.text.records import line_blocks, line_of
@@ -21,15 +22,15 @@ _KIND_NAMES = {"\t": "TSV", ",": "CSV", ";": "CSV"}
 
 @dataclass(frozen=True)
 class Rows:
-    """Lines of a table, and what tells their fields."""
+    """Lines of a table, with its column names and delimiter."""
 
     header: tuple[str, ...]
     delimiter: str
     lines: bytes
 
 
-def delimited_blocks(contents: Contents, wanted: Wanted) -> Iterator[RecordBlock]:
-    """Blocks of lines below the header; raises DataError where that lacks a wanted column."""
+def delimited_blocks(contents: Contents, wanted: WantedKeys) -> Iterator[RecordBlock]:
+    """Blocks of the lines below the header; raises DataError if a wanted column is missing."""
     head = contents.chunks.peek(HEAD_BYTES)
     delimiter = (delimiter_of(head) or b",").decode()
     fields = _fields(head.partition(b"\n")[0], delimiter)
@@ -43,7 +44,7 @@ def delimited_blocks(contents: Contents, wanted: Wanted) -> Iterator[RecordBlock
 
 
 def parse_delimited(block: RecordBlock, key: str) -> Texts:
-    """The column `key`; a row with more or fewer fields than the header is a bad record."""
+    """The texts in column `key`; a row with more or fewer fields than the header is a bad record."""
     column = block.records.header.index(key)
     parsed = Texts([])
     num_lines = 0
@@ -60,7 +61,7 @@ def parse_delimited(block: RecordBlock, key: str) -> Texts:
 
 
 def names_in_delimited(block: RecordBlock, key: str) -> Iterable[tuple[str, bytes]]:
-    """The place and the field `key` of each row."""
+    """The place of each row, and its field in column `key`."""
     column = block.records.header.index(key)
     for number, row in enumerate(_rows(block), start=block.first):
         if row is not None:
@@ -68,7 +69,7 @@ def names_in_delimited(block: RecordBlock, key: str) -> Iterable[tuple[str, byte
 
 
 def records_in_delimited(block: RecordBlock) -> Iterator[tuple[str, dict[str, str] | BadRecord]]:
-    """The place and the fields of each row, by column; raises DataError where two columns have one name."""
+    """The place of each row, and its fields by column; raises DataError if two columns have the same name."""
     check_distinct(block.source, block.records.header)
     for number, row in enumerate(_rows(block), start=block.first):
         if row is not None:
@@ -78,12 +79,15 @@ def records_in_delimited(block: RecordBlock) -> Iterator[tuple[str, dict[str, st
 
 
 def place_in_delimited(block: RecordBlock, index: int, offset: int) -> str:
-    """Line of the file, and column in the text, of a byte in the text of a record."""
+    """The place of a byte in a record's text: the line in the file, and the column in the text."""
     return f"line {line_of(block.records.lines, block.first, index)}, column {offset + 1} of the text"
 
 
 def _rows(block: RecordBlock) -> Iterator[list[bytes] | BadRecord | None]:
-    """The fields of each line, or what is wrong with it; None for a blank one."""
+    """The fields of each line, or what is wrong with it; None for a blank line.
+
+    Raises DataError for a quoted field that spans lines.
+    """
     rows = block.records
     for number, line in enumerate(rows.lines.split(b"\n"), start=block.first):
         if not line.strip():
@@ -92,7 +96,7 @@ def _rows(block: RecordBlock) -> Iterator[list[bytes] | BadRecord | None]:
         if b'"' not in line:
             fields: list[bytes] | BadRecord = line.split(rows.delimiter.encode())
         elif rows.delimiter != "\t" and line.count(b'"') % 2:
-            # It would take the lines behind it with it, so that it is no matter of one bad record.
+            # The lines after it would be part of the field, so it is not just one bad record.
             raise DataError(f"{block.source}: line {number}: a quoted field that does not end on its line; write the "
                             "table with one record a line")
         else:
@@ -103,6 +107,7 @@ def _rows(block: RecordBlock) -> Iterator[list[bytes] | BadRecord | None]:
 
 
 def _fields(line: bytes, delimiter: str) -> list[bytes] | BadRecord:
+    """The fields of one line, without quotes."""
     if delimiter == "\t":
         return [field[1:-1] if len(field) > 1 and field[:1] == field[-1:] == b'"' else field
                 for field in line.split(b"\t")]

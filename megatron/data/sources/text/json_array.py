@@ -1,4 +1,4 @@
-"""A file that is one JSON array of objects, as TAPE's JSON files are, read element by element."""
+"""Reads a file that is one JSON array of objects, such as TAPE's JSON files, element by element."""
 
 import codecs
 import json
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from megatron.data.sources.block import Contents, RecordBlock, Texts, Wanted, texts_of
+from megatron.data.sources.block import Contents, RecordBlock, Texts, WantedKeys, texts_of
 from megatron.data.sources.streams import BLOCK_BYTES, MAX_RECORD_BYTES
 from megatron.data.sources.text.records import text_under
 from megatron.errors import DataError
@@ -14,8 +14,8 @@ from megatron.errors import DataError
 _BLANKS = re.compile(r"[ \t\n\r]*")
 
 
-def json_array_blocks(contents: Contents, wanted: Wanted) -> Iterator[RecordBlock]:
-    """Blocks of parsed elements; raises DataError where the array is damaged or does not end."""
+def json_array_blocks(contents: Contents, wanted: WantedKeys) -> Iterator[RecordBlock]:
+    """Blocks of parsed elements; raises DataError if the array is damaged or truncated."""
     elements: list[Any] = []
     first, size = 1, 0
     for element, num_characters in _elements(contents):
@@ -29,14 +29,14 @@ def json_array_blocks(contents: Contents, wanted: Wanted) -> Iterator[RecordBloc
 
 
 def parse_json_array(block: RecordBlock, key: str) -> Texts:
-    """The string under `key` of each element."""
+    """The string under `key` in each element."""
     return texts_of(block, lambda element: text_under(element, key))
 
 
 def _elements(contents: Contents) -> Iterator[tuple[Any, int]]:
-    """Each element and the characters that it takes."""
+    """Each element, and the number of characters that it takes; raises DataError."""
     decoder, scan = codecs.getincrementaldecoder("utf-8")(), json.JSONDecoder().raw_decode
-    text, at, number = "", 0, 0  # elements `number` and on stand in the file from `text[at:]` on
+    text, at, number = "", 0, 0  # `text[at:]` continues the file after `number` elements
     chunks = iter(contents.chunks)
     while True:
         at = _skip_blanks(text, at)
@@ -61,6 +61,7 @@ def _elements(contents: Contents) -> Iterator[tuple[Any, int]]:
 
 
 def _skip_blanks(text: str, at: int) -> int:
+    """The first position from `at` on that is not white space."""
     found = _BLANKS.match(text, at)
     return found.end() if found else at
 

@@ -1,8 +1,8 @@
-"""What a text looks like: a table with delimiters, one protein a line, or words.
+"""Tells from the first lines of a text file whether it is a table with delimiters, one protein a line, or prose.
 
-Both are told from the first lines of a file, and from whole lines alone. A protein may stand in either case, with gaps
-and a stop, and with spaces between residues or between groups of equal length; words have groups of any length,
-capitals before small letters, and the letters B, J, O, U and Z far more often than proteins have them.
+Only whole lines are judged. A protein may be in either case, with gaps and a stop, and with spaces between residues or
+between groups of equal length. Prose has words of any length, capitals before small letters, and the letters B, J, O, U
+and Z far more often than proteins.
 """
 
 import re
@@ -12,7 +12,7 @@ _NO_RESIDUES = re.compile(rb"[^A-Za-z*\-.\s]")
 _CONTROLS = re.compile(rb"[\x00-\x08\x0e-\x1f]")
 _CAPITALISED = re.compile(rb"(?<!\S)[A-Z][a-z]{2,}\.?(?!\S)")
 _RARE_RESIDUES = re.compile(rb"[BJOUZbjouz]")
-_MAX_RARE_SHARE = 0.05  # proteins have under 0.01, words of English or German 0.10 to 0.12
+_MAX_RARE_SHARE = 0.05  # under 0.01 in proteins, 0.10 to 0.12 in English or German
 _MANY_LETTERS = 200
 _DELIMITERS = (b"\t", b",", b";")
 _SEQUENCE = r"((aa|amino_?acid|protein)[_ ]?)?(seq|sequence)|primary"
@@ -22,7 +22,7 @@ _QUOTED = re.compile(rb'"[^",;\t]+"')
 
 
 def delimiter_of(head: bytes) -> bytes | None:
-    """What parts the columns of CSV or TSV, if the text is that; a comma for a lone column with a name."""
+    """The delimiter if the text is CSV or TSV, else None; a comma for a table of a single column with a header."""
     first, *others = [line for line in head.split(b"\n") if line.strip()][:3]
     is_lone = b"\t" not in b"".join([first, *others[:1]])
     if is_lone and (_ONLY_HEADER.fullmatch(first.strip()) or _QUOTED.fullmatch(first.strip())):
@@ -39,7 +39,7 @@ def delimiter_of(head: bytes) -> bytes | None:
 
 
 def is_one_a_line(head: bytes) -> bool:
-    """Do most of the lines look like proteins?"""
+    """Whether most of the lines look like proteins."""
     lines = [line for line in _whole_lines(head) if line.strip()]
     clean = [line for line in lines if not _NO_RESIDUES.search(line)]
     if 2 * len(clean) < len(lines) or 2 * sum(map(_is_words, clean)) > len(clean):
@@ -49,11 +49,12 @@ def is_one_a_line(head: bytes) -> bool:
 
 
 def is_name_of_sequences(column: str) -> bool:
-    """Does a column with this name hold sequences, and unmistakably so?"""
+    """Whether a column's name says unmistakably that it holds sequences."""
     return _NAME_OF_SEQUENCES.fullmatch(column) is not None
 
 
 def _is_words(line: bytes) -> bool:
+    """Whether a line of letters looks like prose, not like a protein."""
     if _CAPITALISED.search(line):
         return True
     sizes = [len(group) for group in line.split()]
@@ -65,15 +66,16 @@ def _is_words(line: bytes) -> bool:
 
 
 def _rare_share(text: bytes) -> float:
+    """The share of letters that are rare in proteins."""
     return len(_RARE_RESIDUES.findall(text)) / max(len(text), 1)
 
 
 def _num_fields(line: bytes, delimiter: bytes) -> int:
-    """Fields of a line; delimiters within quotes part none."""
+    """The number of fields in a line; delimiters within quotes do not count."""
     return 1 + re.sub(rb'"[^"]*"', b"", line).count(delimiter)
 
 
 def _whole_lines(head: bytes) -> list[bytes]:
-    """The lines of the first HEAD_BYTES without the last, which may be cut; that one where there is no other."""
+    """The lines of `head` without the last one if it may be truncated, unless it is the only one."""
     lines = head.split(b"\n")
     return lines if len(head) < HEAD_BYTES else lines[:-1] or lines

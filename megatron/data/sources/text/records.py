@@ -1,6 +1,6 @@
-"""The text kinds: loose JSON (one object a line), FASTA, and strings (one sequence a line, as `pfam_strings.txt`).
+"""Reads JSON lines (one object a line), FASTA, and strings (one sequence a line, as in `pfam_strings.txt`).
 
-Headers of FASTA are never decoded, so that they may hold anything. Blank lines are no records; they are counted.
+FASTA headers are never decoded, so they may hold any bytes. Blank lines are not records, but are counted.
 """
 
 import json
@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from megatron.data.sources.block import BadRecord, Contents, RecordBlock, Texts, Wanted, type_name
+from megatron.data.sources.block import BadRecord, Contents, RecordBlock, Texts, WantedKeys, type_name
 from megatron.data.sources.streams import cut
 from megatron.errors import DataError
 
@@ -16,18 +16,21 @@ _BLANK_BYTES = 1 << 16
 _HEADER = re.compile(rb"^[ \t]*>", re.MULTILINE)
 
 
-def json_blocks(contents: Contents, wanted: Wanted) -> Iterator[RecordBlock]:
-    """Blocks of lines, each a JSON object."""
+def json_blocks(contents: Contents, wanted: WantedKeys) -> Iterator[RecordBlock]:
+    """Blocks of lines that are JSON objects."""
     return line_blocks(contents, "json")
 
 
-def strings_blocks(contents: Contents, wanted: Wanted) -> Iterator[RecordBlock]:
-    """Blocks of lines, each a protein."""
+def strings_blocks(contents: Contents, wanted: WantedKeys) -> Iterator[RecordBlock]:
+    """Blocks of lines that are proteins."""
     return line_blocks(contents, "strings")
 
 
-def fasta_blocks(contents: Contents, wanted: Wanted) -> Iterator[RecordBlock]:
-    """Blocks of records; lines of comments (`;` or `#`) before the first header are left out."""
+def fasta_blocks(contents: Contents, wanted: WantedKeys) -> Iterator[RecordBlock]:
+    """Blocks of FASTA records; comment lines (`;` or `#`) before the first header are skipped.
+
+    Raises DataError if no header follows them.
+    """
     while contents.chunks.peek(1) in (b";", b"#"):
         contents.chunks.skip_line()
         contents.line += 1
@@ -42,7 +45,7 @@ def fasta_blocks(contents: Contents, wanted: Wanted) -> Iterator[RecordBlock]:
 
 def line_blocks(contents: Contents, kind: str, separator: bytes = b"\n",
                 pack: Callable[[bytes], Any] = bytes) -> Iterator[RecordBlock]:
-    """Blocks of whole records, which `separator` parts, as `pack` hands them on."""
+    """Blocks of whole records; `separator`: where to cut them, `pack`: makes a block's `records` of its bytes."""
     line = contents.line
     for data in cut(contents.chunks, separator, contents.source):
         yield RecordBlock(contents.source, kind, pack(data), line, contents.stream.bytes_read)
@@ -50,8 +53,10 @@ def line_blocks(contents: Contents, kind: str, separator: bytes = b"\n",
 
 
 def skip_blank_lines(contents: Contents) -> None:
-    """Go to the next byte that is not blank, or to the tabs before it, which may part columns; `contents` then begins
-    there."""
+    """Skip blank lines, and white space before the first record, so that `contents` begin there.
+
+    Tabs before it are kept if it may be a table, where they separate empty columns.
+    """
     while head := contents.chunks.peek(_BLANK_BYTES):
         size = len(head) - len(head.lstrip())
         if size < len(head) and head[size] not in b">{[;#":
@@ -63,7 +68,7 @@ def skip_blank_lines(contents: Contents) -> None:
 
 
 def json_records(block: RecordBlock) -> Iterator[tuple[str, Any]]:
-    """The place and the value of each line that is not blank; a BadRecord for one that is no JSON."""
+    """The place and the JSON value of each line that is not blank; a BadRecord for a line that is not JSON."""
     loads = json_loads()
     for number, line in enumerate(block.records.split(b"\n"), start=block.first):
         if line.strip():
@@ -74,7 +79,7 @@ def json_records(block: RecordBlock) -> Iterator[tuple[str, Any]]:
 
 
 def fasta_records(block: RecordBlock) -> Iterator[tuple[int, bytes, bytes]]:
-    """The line, the header and the lines under it of each record."""
+    """The line number, the header and the lines under it, of each FASTA record."""
     line = block.first
     for record in block.records[1:].split(b"\n>"):
         header, _, text = record.partition(b"\n")
@@ -83,7 +88,7 @@ def fasta_records(block: RecordBlock) -> Iterator[tuple[int, bytes, bytes]]:
 
 
 def parse_json(block: RecordBlock, key: str) -> Texts:
-    """The string under `key` of each line's object."""
+    """The string under `key` in each line's object."""
     loads = json_loads()
     lines = block.records.split(b"\n")
     parsed = Texts([])
@@ -107,10 +112,10 @@ def parse_json(block: RecordBlock, key: str) -> Texts:
 
 
 def parse_fasta(block: RecordBlock, key: str) -> Texts:
-    """The lines under each header, line ends included.
+    """The lines under each FASTA header, including line ends.
 
-    Raises DataError for a `>` among them: it begins a record that would be lost with this one. So it does for a header
-    that a CR alone seems to end, where lines end in LF.
+    Raises DataError for a `>` among them, which would hide the record that it begins, and for a header that seems to
+    end in CR alone in a file whose lines end in LF.
     """
     if b"\r" in block.records:
         _check_headers(block)
@@ -123,7 +128,7 @@ def parse_fasta(block: RecordBlock, key: str) -> Texts:
 
 
 def parse_strings(block: RecordBlock, key: str) -> Texts:
-    """Each line that is not blank; raises DataError for the header of a FASTA, whose lines are no whole proteins."""
+    """Each line that is not blank; raises DataError for a FASTA header, since lines of FASTA are no whole proteins."""
     header = b">" in block.records and _HEADER.search(block.records)
     if header:
         line = block.first + block.records.count(b"\n", 0, header.end())
@@ -135,7 +140,7 @@ def parse_strings(block: RecordBlock, key: str) -> Texts:
 
 
 def json_loads() -> Callable[[bytes], Any]:
-    """The fastest strict parser that is installed; it raises ValueError for what is no JSON."""
+    """The JSON parser to use, orjson if it is installed; it raises ValueError for text that is not JSON."""
     try:
         import orjson
         return orjson.loads
@@ -144,17 +149,17 @@ def json_loads() -> Callable[[bytes], Any]:
 
 
 def place_in_json(block: RecordBlock, index: int, offset: int) -> str:
-    """Line of the file, and column in the text, of a byte in the text of a record."""
+    """The place of a byte in a record's text: the line in the file, and the column in the text."""
     return f"line {line_of(block.records, block.first, index)}, column {offset + 1} of the text"
 
 
 def place_in_strings(block: RecordBlock, index: int, offset: int) -> str:
-    """Line and column of a byte in the text of a record."""
+    """The place of a byte in a record's text: line and column."""
     return f"line {line_of(block.records, block.first, index)}, column {offset + 1}"
 
 
 def place_in_fasta(block: RecordBlock, index: int, offset: int) -> str:
-    """Line and column of a byte in the text of a record."""
+    """The place of a byte in a record's text: line and column."""
     records = block.records[1:].split(b"\n>")
     lines_before = sum(record.count(b"\n") + 1 for record in records[:index])
     before = records[index].partition(b"\n")[2][:offset]
@@ -163,12 +168,13 @@ def place_in_fasta(block: RecordBlock, index: int, offset: int) -> str:
 
 
 def line_of(lines: bytes, first: int, index: int) -> int:
-    """The number of the line that holds record `index`, where each that is not blank holds one."""
+    """The line number of record `index`, if each line that is not blank is a record; `first`: of the first line."""
     filled = (number for number, line in enumerate(lines.split(b"\n"), start=first) if line.strip())
     return next(number for place, number in enumerate(filled) if place == index)
 
 
 def _check_headers(block: RecordBlock) -> None:
+    """Raises DataError for a header that seems to end in CR alone."""
     for line, header, text in fasta_records(block):
         if b"\r>" in header or (b"\r" in header and not text.strip()):
             raise DataError(f"{block.source}: line {line}: a header that seems to end in CR, where the first line ends "
@@ -176,7 +182,7 @@ def _check_headers(block: RecordBlock) -> None:
 
 
 def _odd_json(line: bytes) -> Any:
-    """What the more lenient parser makes of a line, as it takes NaN, or what is wrong."""
+    """The value of a line by the standard library's parser, which accepts NaN, or a BadRecord."""
     try:
         return json.loads(line.decode())
     except json.JSONDecodeError as error:
@@ -186,7 +192,7 @@ def _odd_json(line: bytes) -> Any:
 
 
 def text_under(value: Any, key: str) -> bytes | BadRecord:
-    """The text under `key`, a string or bytes, of what should be an object, or what is wrong."""
+    """The string or bytes under `key` of a record, which should be a dict, or a BadRecord."""
     if not isinstance(value, dict):
         return BadRecord("bad JSON", f"{type_name(value)} where a JSON object belongs")
     if key not in value:
