@@ -1,1 +1,1 @@
-"""What a layout costs before anyone pays for it: a rank's memory, messages and time, measured on fake tensors."""
+"""Predicts the cost of a layout without running it: a rank's memory, messages and time, measured on fake tensors."""

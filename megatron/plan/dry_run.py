@@ -1,9 +1,8 @@
-"""What one rank of a layout would hold and send, found in one process and without allocating anything.
+"""A dry run: measures the memory and messages of one rank of a layout, in one process and without allocating anything.
 
-The rank's own stages, pipeline and optimizer take some steps on fake tensors (torch's FakeTensorMode), in a process
-group that answers at once and sends nothing (torch's "fake" backend). The batches are made up:
-`megatron.data.batches.typical`. For --DDP-impl torch, whose reducer is C++ that reads values, local stands in: it sends
-the same bytes.
+The real stages, pipeline and optimizer of that rank take some steps on fake tensors (torch's FakeTensorMode), in a
+process group that sends nothing (torch's "fake" backend), with artificial batches (`megatron.data.batches.typical`).
+--DDP-impl torch is replaced by local, which sends the same bytes, because torch's C++ reducer reads values.
 """
 
 from collections.abc import Iterator
@@ -21,9 +20,9 @@ from megatron.model.protein_model import ProteinModel, compute_dtype
 from megatron.parallel.data.data_parallel import data_parallel
 from megatron.parallel.mesh import Mesh, build_mesh
 from megatron.parallel.traffic import Traffic, TrafficCounter
+from megatron.plan.fake_group import fake_group
 from megatron.plan.memory import Memory
 from megatron.plan.memory_watch import MemoryWatch, num_bytes
-from megatron.plan.pieces import fake_group
 from megatron.plan.rank import padded_vocab_size
 from megatron.plan.work import WeightBytes
 from megatron.train.state import BatchSizes
@@ -36,12 +35,12 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one rank holds when it holds most, and what it sends in a step.
+    """A rank's memory at the peak, and what it sends in a step.
 
-    `weight_bytes`: what a further micro-batch reads and writes of weights and their gradients
-    (`megatron.plan.work.WeightBytes`), divided by their elements; None where a step has no further one. Counted are
-    parameters of two and more dimensions that are not as long as the micro-batch, as a table of positions may be; None
-    where all are, as in a model that is as wide.
+    `weight_bytes`: the bytes of weights and their gradients that one more micro-batch reads and writes
+    (`megatron.plan.work.WeightBytes`), for each of their elements. Only parameters of two or more dimensions count,
+    none of which is as long as the micro-batch, because they are recognised by shape. None if there are no such
+    parameters, or the step has too few micro-batches to measure it.
     """
 
     memory: Memory
@@ -50,7 +49,8 @@ class Measurement:
 
 
 def dry_run(config: Config) -> str:
-    """The report of rank `--dry-run-rank` of `--dry-run-ranks`; raises ConfigError where there is no such rank."""
+    """The text that reports on rank `--dry-run-rank` of `--dry-run-ranks`; raises ConfigError for an impossible rank.
+    """
     found = measure(config)
     parallel = config.parallel
     lines = [f"dry run of rank {parallel.dry_run_rank} of {parallel.dry_run_ranks}: memory at the peak, GiB"]
@@ -69,7 +69,10 @@ def dry_run(config: Config) -> str:
 
 
 def measure(config: Config) -> Measurement:
-    """What rank `--dry-run-rank` of `--dry-run-ranks` holds and sends, of which `check_layout` has approved."""
+    """The measurement of rank `--dry-run-rank` of `--dry-run-ranks`, in a layout that passed `check_layout`.
+
+    Raises ConfigError if there is no such rank.
+    """
     rank, num_ranks = config.parallel.dry_run_rank, config.parallel.dry_run_ranks
     if rank >= num_ranks:
         raise ConfigError(f"--dry-run-rank is {rank}, and --dry-run-ranks {num_ranks}: ranks count from 0")
@@ -88,7 +91,7 @@ def _fake_mesh(config: Config, rank: int, num_ranks: int) -> Iterator[Mesh]:
 
 
 class _Steps:
-    """The rank's training steps, under the modes that watch them."""
+    """Takes training steps of the rank, while counters follow memory and messages."""
 
     def __init__(self, config: Config, mesh: Mesh, counter: TrafficCounter, watch: MemoryWatch,
                  weights: WeightBytes) -> None:
@@ -107,7 +110,7 @@ class _Steps:
                    if parameter.ndim > 1 and not lengths & set(parameter.shape)]
         weights.shapes = {tuple(sorted(parameter.shape)) for parameter in counted}
         self._num_counted = sum(parameter.numel() for parameter in counted)
-        # Outside the mode: FSDP2 asks its mesh for values. The parameters are fake already.
+        # Outside the fake mode, because FSDP2 reads values of its mesh; the parameters are fake already.
         model = data_parallel(self._stages, ProteinModel.blocks, mesh, replace(config.parallel, DDP_impl="local"),
                               compute_dtype(config.precision))
         self._shares = [parameter for stage in self._stages for parameter in stage.parameters()]
@@ -116,13 +119,16 @@ class _Steps:
             self._step = TrainStep(self._engine, Meters(mesh.world, mesh.device))
 
     def measured(self, num_micro_batches: int) -> Measurement:
-        """Of two steps or three, no more micro-batches than it takes to see the peak; traffic grows evenly from there.
+        """The measurement of a step of `num_micro_batches`.
+
+        It runs two or three steps with only as many micro-batches as are needed to reach the peak; traffic is
+        extrapolated linearly.
         """
         pipeline = self._mesh.pipeline.size
         first = min(num_micro_batches, pipeline)
         second = min(num_micro_batches, 3 * pipeline)
         if second > first:
-            self._traffic_of(first)  # the very first step makes the optimizer's state as well
+            self._traffic_of(first)  # the first step also allocates the optimizer's state
             weights_at_start = self._weights.num_bytes
         before = self._traffic_of(first)
         weights_before = self._weights.num_bytes
@@ -142,14 +148,16 @@ class _Steps:
         return Measurement(memory, traffic, weight_bytes)
 
     def _traffic_of(self, num_micro_batches: int) -> Traffic:
+        """Run one step; returns what it sends."""
         self._counter.traffic = Traffic()
         with self._fake:
             self._step([self._batch] * num_micro_batches, learning_rate=1e-4, wishes=(False, False))
         return self._counter.traffic
 
     def _note_peak(self) -> None:
+        """Update the peak and the gradients at it."""
         if self._watch.current > self._peak:
-            # FSDP2 puts gathered parameters in the place of shares; either may have a gradient.
+            # FSDP2 replaces the shares by gathered parameters during a pass; either may have gradients.
             now = [parameter for stage in self._stages for parameter in stage.parameters()]
             self._peak = self._watch.current
             self._gradients = num_bytes(parameter.grad for parameter in {*self._shares, *now})

@@ -1,10 +1,10 @@
-"""What GPUs can do, from their vendors' data sheets, and what share of it a training step is assumed to get.
+"""Peak performance of GPUs from their data sheets, and the share of it that a training step is assumed to reach.
 
 Sources: NVIDIA's data sheets of A100 (SXM4), H100 and H200 (SXM5), HGX B200, L40S, V100 (SXM2) and, for the RTX 4090,
-the Ada architecture white paper. Peaks are of dense matrices with fp32 accumulation (of FP8 and TF32 sheets give twice
-as much, with sparsity). The network is that of the systems that they are sold in (DGX: a 200 Gbit/s adapter for each
-A100, 400 for each H100, H200 and B200, 100 for two V100); for L40S and RTX 4090, whose hosts differ, 100 and 25 Gbit/s
-a GPU are assumed.
+the Ada architecture white paper. Peaks are for dense matrices with fp32 accumulation (for FP8 and TF32 the sheets give
+twice as much, with sparsity). The network is that of NVIDIA's DGX systems (a 200 Gbit/s adapter for each A100, 400 for
+each H100, H200 and B200, 100 for two V100); for L40S and RTX 4090, whose hosts differ, 100 and 25 Gbit/s for each GPU
+are assumed.
 """
 
 from dataclasses import dataclass
@@ -13,17 +13,17 @@ from megatron.config import PrecisionConfig
 from megatron.errors import ConfigError
 from megatron.kernels.fp8 import least_capability, recipe_of
 
-# Assumptions: they have not been compared with the times of an H200 in benchmarks/RESULTS.md.
-MATRIX_SHARE = 0.6  # of the peak, that large matrix products reach
-BANDWIDTH_SHARE = 0.8  # of memory's and links' bandwidth
+# Assumptions, not compared with the times of an H200 in benchmarks/RESULTS.md.
+MATRIX_SHARE = 0.6  # the share of the peak that large matrix products reach
+BANDWIDTH_SHARE = 0.8  # the share of the bandwidth of memory and links that is reached
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU: memory in GiB, peaks in TFLOP/s, bandwidths in GB/s, those of links for one direction.
+    """One GPU: memory in GiB, peaks in TFLOP/s, bandwidths in GB/s (of links, in one direction).
 
-    `half_tflops` is bf16's and fp16's; 0 is what it does not have. `link` connects the GPUs of a node (NVLink, or PCIe
-    where there is none), `network` is each one's share of the node's adapters.
+    `half_tflops`: for bf16 and fp16. A peak of 0 means that the GPU does not support it. `link`: between the GPUs of a
+    node, by NVLink, or PCIe without NVLink. `network`: each GPU's share of the node's network adapters.
     """
 
     capability: tuple[int, int]
@@ -51,7 +51,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Peaks:
-    """FLOP/s at most: `products` of what is in the dtype of activations, `fp8` of what is in FP8, `half` of Muon's."""
+    """Peak FLOP/s for a run: `products` in the dtype of activations, `fp8` in FP8, `half` for Muon."""
 
     products: float
     fp8: float
@@ -59,14 +59,14 @@ class Peaks:
 
 
 def gpu_named(name: str) -> Gpu:
-    """The GPU; raises ConfigError for one that is not known."""
+    """The GPU called `name`; raises ConfigError if it is unknown."""
     if name not in GPUS:
         raise ConfigError(f"--gpu {name} is not known; give one of {', '.join(GPUS)}")
     return GPUS[name]
 
 
 def peaks_of(name: str, precision: PrecisionConfig) -> Peaks:
-    """The peaks of a GPU; raises ConfigError where it does not have what is asked for."""
+    """The peaks of a GPU at a precision; raises ConfigError if it does not support that."""
     gpu, recipe = gpu_named(name), recipe_of(precision)
     if gpu.capability < (8, 0):
         raise ConfigError(f"--gpu {name} is from before compute capability 8.0: no fused attention runs on it, and "

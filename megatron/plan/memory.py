@@ -1,4 +1,4 @@
-"""The most bytes that a rank holds in a step: what stays, and what comes and goes in the order of its schedule."""
+"""Estimates the peak memory of a rank in a step, by following its pipeline schedule with the costs of its pieces."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,25 +16,21 @@ from megatron.plan.rank import PlannedStage, Rank
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the peak.
-
-    `optimizer`: its state, and an average of the weights; `activations`: all that is neither of these nor parameters
-    and gradients.
-    """
+    """Bytes at the peak."""
 
     parameters: int
     gradients: int
-    optimizer: int
-    activations: int
+    optimizer: int  # its state, and the average of the weights
+    activations: int  # and everything else
 
     @property
     def peak(self) -> int:
-        """Bytes in all."""
+        """The total, in bytes."""
         return self.parameters + self.gradients + self.optimizer + self.activations
 
 
 def peak_memory(rank: Rank) -> Memory:
-    """The most that `rank` holds at once; CUDA's context and libraries come on top."""
+    """The peak memory of `rank`, without CUDA's context and libraries."""
     parameters = rank.held
     own = share_size(parameters, rank.shards, rank.shard)
     gradients, activations = max(_moments(rank), key=sum)
@@ -46,26 +42,26 @@ def peak_memory(rank: Rank) -> Memory:
 
 
 def _optimizer_state(rank: Rank, trained: Held) -> int:
-    """Elements of the optimizer's state: moments, and for all but sgd a count of steps for each parameter."""
+    """Elements of the optimizer's state: moments and, except for sgd, a step count for each parameter."""
     config, size = rank.config.optimizer, share_size(trained, rank.shards, rank.shard)
     if config.optimizer == "sgd":
         return size * (config.sgd_momentum > 0)
     matrices = matrices_of(trained)
-    spared = share_size(matrices, rank.shards, rank.shard) if config.uses_muon else 0  # these have one moment
+    spared = share_size(matrices, rank.shards, rank.shard) if config.uses_muon else 0  # matrices have only one moment
     rows = sum(parameter.whole_rows for parameter in matrices) if config.optimizer == "normuon" else 0
     return 2 * size - spared + rows + len(trained.parameters)
 
 
 def _moments(rank: Rank) -> Iterator[tuple[int, int]]:
-    """Bytes of gradients, and of everything that comes and goes, at each moment that may be the peak."""
+    """(Bytes of gradients, bytes of activations and temporaries) at each moment of a step that may be the peak."""
     stages = [_stage_memory(stage, rank.sharding, rank.shards, rank.shard, rank.width, rank.num_micro_batches == 1)
               for stage in rank.stages]
     gathered = sum(stage.gathered for stage in stages)
     gradients, waiting_for_gradients, to_gather = 0, set(range(len(stages))), set(range(len(stages)))
-    in_flight = last = 0  # of the last backward pass the messages from both sides, until the next one
+    in_flight = last = 0  # kept for backward passes to come; messages of the last backward pass
     for action, following in _actions(rank):
         stage = stages[action.stage]
-        # The next message is received while an action computes.
+        # The message for the next action is received during this one.
         coming = stages[following.stage].receives[following.kind] if following is not None else 0
         if action.kind == "forward":
             first = stage.in_first_forward if action.stage in to_gather else 0
@@ -91,7 +87,7 @@ def _moments(rank: Rank) -> Iterator[tuple[int, int]]:
 
 
 def _actions(rank: Rank) -> Sequence[tuple[Action, Action | None]]:
-    """The rank's schedule, of no more micro-batches than it takes to see the most that it holds."""
+    """The rank's schedule, cut to as many micro-batches as are needed to reach the peak."""
     size, place = rank.sizes["pipeline"], rank.place["pipeline"]
     return _schedule(place, size, len(rank.stages), min(rank.num_micro_batches, 3 * size), rank.puts_off)
 
@@ -99,20 +95,20 @@ def _actions(rank: Rank) -> Sequence[tuple[Action, Action | None]]:
 @cache
 def _schedule(place: int, size: int, num_stages: int, number: int,
               puts_off: bool) -> Sequence[tuple[Action, Action | None]]:
-    """Each action with the one that follows it."""
+    """Each action of the schedule with the following one, or None."""
     actions = (zero_bubble(place, size, number) if puts_off else
                one_forward_one_backward(place, size, num_stages, number))
     return list(zip(actions, [*actions[1:], None], strict=True))
 
 
 class _StageMemory:
-    """What one stage holds as its passes come.
+    """The memory of one stage, in bytes.
 
-    `kept`: from a forward pass to its backward pass. `of_forward`: at most in a forward pass, and `of_backward` new
-    gradients, and everything else, at the moments of a backward pass that may be its peak; by whether that is the first
-    of a step, which makes the gradients. `gradients`: what those are when they stay, `gathered`: others' parameters
-    that stay, `in_first_forward`: what gathering these takes in the first forward pass. `put_off`, `of_weights`: what
-    is kept for weights' gradients that wait, and what computing them takes.
+    `kept`: from a forward pass to its backward pass. `of_forward`: the peak of a forward pass. `of_backward`: (new
+    gradients, everything else) at the moments of a backward pass that may be its peak, by whether it is the first of
+    the step, which allocates the gradients. `gradients`: once allocated. `gathered`: other ranks' parameters that stay
+    between passes; `in_first_forward`: what gathering them takes in the first forward pass. `put_off`: kept for
+    deferred weight gradients; `of_weights`: the peak of computing them. `sent`, `receives`: messages.
     """
 
     def __init__(self, planned: PlannedStage, sharding: str, shards: int, shard: int, width: int,
@@ -123,13 +119,13 @@ class _StageMemory:
         self._rest, self._block = width * rest, width * max(units.values(), default=0)
         self._scattered = 4 * max(units.values(), default=0)
         self._whole = 4 * planned.held.trained.size
-        # In its last pass alone, "optimizer" does what "gradients" does in each.
+        # Sharding "optimizer" reduces gradients in the last pass of a step, as "gradients" does in every pass.
         self._sharding = "gradients" if sharding == "optimizer" and has_one_pass else sharding
-        # Of gradients, once there are any: those of this rank's shares, or all where they are shared out at the end.
+        # Gradients that stay: of this rank's shares, or all of them if they are reduced at the end of the step.
         share = 4 * share_size(planned.held.trained, shards, shard)
         self.gradients = self._whole if self._sharding == "optimizer" else share
         is_gathered = self._sharding in ("optimizer", "gradients")
-        self.gathered = whole if is_gathered else 0  # and between passes
+        self.gathered = whole if is_gathered else 0
         self.in_first_forward = self._block if is_gathered else 0  # the message that brought a block's
         self._dropped_a_block = self._block if is_gathered and has_one_pass else 0
         self._pieces = planned.pieces
@@ -146,7 +142,10 @@ class _StageMemory:
         self.of_backward = {True: list(self._going_back(True)), False: [max(self._going_back(False), key=sum)]}
 
     def _going_back(self, is_first: bool) -> Iterator[tuple[int, int]]:
-        """For each piece from the last to the first: when it takes most, and when it is done."""
+        """(New gradients, everything else) in a backward pass: at the peak of each piece, in reverse, and at its end.
+
+        `is_first`: whether it is the first backward pass of the step.
+        """
         new, waiting, dropped = 0, 0, 0
         makes_new = is_first and self._sharding == "none"
         is_scattered, outside = self._sharding in ("gradients", "parameters"), 0
@@ -162,7 +161,7 @@ class _StageMemory:
                 yield 0, inside + held + made
             else:
                 yield 0, inside + most
-            if not piece.num_blocks and is_scattered:  # its gradients are shared out when the stage is done
+            if not piece.num_blocks and is_scattered:  # its gradients are reduced at the end of the stage
                 outside = piece.gradients
             waiting += piece.put_off
             if piece.num_blocks:
@@ -171,18 +170,18 @@ class _StageMemory:
         yield new, below + passing.in_backward + piece.end + self._passing.in_unpacking
 
     def _in_gathering(self, number: int) -> int:
-        """Parameters gathered beside the forward pass of a piece: its own, and the message that brought the last."""
+        """Gathered parameters during the forward pass of a piece: its own, and the buffer of the last all-gather."""
         if self._sharding != "parameters":
             return 0
         own, any_yet = self._pieces[number].num_blocks, sum(piece.num_blocks for piece in self._pieces[:number + 1])
         return self._rest + self._block * (bool(own) + bool(any_yet))
 
     def _next_block(self, number: int) -> int:
-        """What brings the parameters of the block that goes back after this piece."""
+        """The buffer that gathers the parameters of the block whose backward pass is next, if there is one."""
         return self._block * any(piece.num_blocks for piece in self._pieces[:number])
 
     def _in_messages(self, number: int) -> int:
-        """Parameters gathered, and gradients to be scattered, beside the backward pass of a piece."""
+        """Gathered parameters, and gradients in reduce-scatter, during the backward pass of a piece."""
         own = self._pieces[number].num_blocks
         scattered = self._scattered * any(piece.num_blocks for piece in self._pieces[number + 1:])
         if self._sharding == "parameters":
@@ -190,7 +189,7 @@ class _StageMemory:
         return scattered if self._sharding == "gradients" else 0
 
     def _in_sums(self, number: int) -> int:
-        """What a block's gradients take where they are on their way to their owners."""
+        """Gathered parameters and buffers while a block's gradients are reduced to their owners."""
         if self._sharding == "parameters":
             return self._rest + self._next_block(number) + self._block + self._scattered
         return self._block + self._scattered if self._sharding == "gradients" else 0
@@ -203,7 +202,7 @@ def _stage_memory(planned: PlannedStage, sharding: str, shards: int, shard: int,
 
 
 def _of_sums(rank: Rank) -> int:
-    """Buckets that gradients are copied to while they are summed: the one under way and the one before."""
+    """The buckets that gradients are copied to for all-reduce at the end of a step: at most two at a time."""
     if rank.sharding != "none" or rank.replicas == 1:
         return 0
     sizes = [4 * bucket for bucket in buckets(rank.held)]

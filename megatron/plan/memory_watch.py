@@ -1,4 +1,4 @@
-"""How many bytes tensors without values, fake ones or those on `meta`, would hold: followed storage by storage."""
+"""Follows how many bytes tensors without values (fake tensors, or on `meta`) would take, storage by storage."""
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -14,12 +14,12 @@ from torch.utils._pytree import tree_map_only
 
 
 class MemoryWatch(TorchDispatchMode):
-    """Within this context `current` is the bytes of the tensors that operations have given, and are still there.
+    """A context in which `current` is the number of bytes of all live tensors that operations have returned.
 
-    Only those without values count: others are data on the host. What an operation takes for itself and gives back
-    before it ends is not seen. `at_growth` is called when more is held than before, and when an operation has changed
-    one of the tensors that it was given, which are in `changing` then; `counters` with each operation, its arguments,
-    those by name, and the tensors that it was given and gave.
+    Tensors with values, which are data on the host, do not count, nor does temporary memory inside an operation.
+    `at_growth`: called when memory is allocated, and when an operation has changed an input in place; then `changing`
+    has its inputs. `counters`: called for each operation, with the operation, its positional and keyword arguments, and
+    its input and output tensors.
     """
 
     def __init__(self, counters: Sequence[Callable[[Any, Any, Any, list[Tensor], list[Tensor]], None]] = ()) -> None:
@@ -32,7 +32,7 @@ class MemoryWatch(TorchDispatchMode):
         self._ends: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __enter__(self) -> "MemoryWatch":
-        # FSDP2 gives memory back and takes it again by resizing storages, which is no operation.
+        # FSDP2 frees and allocates memory by resizing storages, which is not an operation that is dispatched.
         self._resize = torch.UntypedStorage.resize_
         watch, resize = self, self._resize
 
@@ -51,17 +51,17 @@ class MemoryWatch(TorchDispatchMode):
         super().__exit__(kind, error, trace)
 
     def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
-        """Run `func` and follow what it gives. A value that the host asks of a tensor without values is 1."""
+        """Run `func` and follow its outputs; reading a value of a tensor without values (`item()`) gives 1."""
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # what counts are the operations on its local tensor
+            return NotImplemented  # the operations on its local tensor count instead
         kwargs = kwargs or {}
         given = _tensors((*args, *kwargs.values()))
         if given and all(map(_has_values, given)):
-            with unset_fake_temporarily():  # data on the host, that is real, is to stay so
+            with unset_fake_temporarily():  # real data on the host stays real
                 return func(*args, **kwargs)
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1
-        if len({tensor.is_meta for tensor in given}) == 2:  # on one device, as the mode of fake tensors sees to as well
+        if len({tensor.is_meta for tensor in given}) == 2:  # host data goes to `meta`, as in fake mode
             moved_args, moved_kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
             results = func(*moved_args, **moved_kwargs)
         else:
@@ -100,7 +100,7 @@ class MemoryWatch(TorchDispatchMode):
 
 
 def num_bytes(tensors: Iterable[Tensor | None]) -> int:
-    """The bytes of the tensors, of a DTensor those that are here; None counts 0."""
+    """The number of bytes of the tensors (of a DTensor, its local part); None counts 0."""
     here = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors if tensor is not None)
     return sum(tensor.numel() * tensor.element_size() for tensor in here)
 
@@ -110,6 +110,7 @@ def _has_values(tensor: Tensor) -> bool:
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among values and in nested lists and tuples."""
     found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):

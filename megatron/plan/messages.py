@@ -1,5 +1,7 @@
-"""How many bytes a rank sends in a step, by axis and operation: those of the model's pieces, measured, and what is
-sent around them. `megatron.parallel.traffic` counts the same where they are called.
+"""Computes how many bytes a rank sends in a step, by axis and operation, without running the step.
+
+Messages inside the pieces of the model are measured (`pieces`); those around them are derived here. In a real run or a
+dry run, `megatron.parallel.traffic` counts the same.
 """
 
 from collections import Counter
@@ -13,7 +15,7 @@ from megatron.plan.rank import PlannedStage, Rank
 
 
 def step_traffic(rank: Rank) -> Traffic:
-    """What `rank` sends in one step."""
+    """All that `rank` sends in one step."""
     traffic = Traffic()
     for stage in rank.stages:
         _passes(traffic, rank, stage)
@@ -29,7 +31,7 @@ def step_traffic(rank: Rank) -> Traffic:
 
 
 def _passes(traffic: Traffic, rank: Rank, stage: PlannedStage) -> None:
-    """The collectives of the model; activations to the next stage, gradients to the one before."""
+    """Add the model's collectives, and the messages of activations and gradients between stages."""
     times = rank.num_micro_batches
     traffic.include(stage.traffic, times)
     if rank.sizes["pipeline"] > 1:
@@ -38,7 +40,7 @@ def _passes(traffic: Traffic, rank: Rank, stage: PlannedStage) -> None:
 
 
 def _shards(traffic: Traffic, rank: Rank, stage: PlannedStage) -> None:
-    """What is shared out is gathered where it is used, and its gradients are summed to their owners."""
+    """Add the all-gathers of sharded parameters and the reductions of their gradients."""
     if rank.sharding == "none":
         return
     times = rank.num_micro_batches
@@ -53,13 +55,13 @@ def _shards(traffic: Traffic, rank: Rank, stage: PlannedStage) -> None:
 
 @cache
 def _whole_units(held: Held, shards: int) -> Counter[int]:
-    """How often there is a unit of so many elements."""
+    """The number of sharded units of each size, in elements."""
     return Counter(unit.padded_size for unit in sharded_units(held, shards))
 
 
 @cache
 def _sums(axis: str, held: Held, which: str, shards: tuple[int, int], num_ranks: int) -> Traffic:
-    """Gradients (fp32) of the shares of those parameters that are `which`, summed in buckets."""
+    """The bucketed all-reduce of fp32 gradients, for the parameters whose attribute `which` is true."""
     traffic = Traffic()
     for bucket in buckets(held, which, shards):
         traffic.add(axis, ALL_REDUCE, 4 * bucket, num_ranks)
@@ -68,15 +70,18 @@ def _sums(axis: str, held: Held, which: str, shards: tuple[int, int], num_ranks:
 
 @cache
 def buckets(held: Held, which: str = "size", shards: tuple[int, int] = (1, 0)) -> list[int]:
-    """The elements of gradients of the shares of those that are `which`, in order, in buckets."""
+    """The number of elements in each all-reduce bucket, for the parameters whose attribute `which` is true.
+
+    `shards`: the number of shards and this rank's, of which only its share of each parameter counts.
+    """
     sizes = (parameter.share(*shards) for parameter in held if getattr(parameter, which))
     return [sum(bucket) for bucket in in_buckets(sizes, int)]
 
 
 def _scalars(traffic: Traffic, rank: Rank, parameters: Held) -> None:
-    """The numbers of targets and of ranks that want to stop or save; the squares of which the norm is made.
+    """Add the all-reduces of single numbers: counts of targets and wishes to stop or save, and the gradient norm.
 
-    And for delayed scales the largest magnitudes of each layer's input and gradient.
+    With delayed scaling in FP8, also of the largest magnitudes of each layer's input and gradient.
     """
     sizes = {**rank.sizes, "data": rank.replicas}
     axis = next((axis for axis in sizes if sizes[axis] == rank.num_ranks), "world")
@@ -93,5 +98,8 @@ def _scalars(traffic: Traffic, rank: Rank, parameters: Held) -> None:
 
 @cache
 def _kinds_of_norm(held: Held, is_later: bool) -> set[bool]:
-    """Whether there are parameters that are split, and others, for the norm; `is_later`: on a later pipeline rank."""
+    """The values of `is_split` among the parameters that this rank counts in the gradient norm.
+
+    `is_later`: not on the first pipeline rank, which alone counts parameters that both ends hold.
+    """
     return {parameter.is_split for parameter in held if not (parameter.is_at_ends and is_later)}

@@ -1,5 +1,6 @@
-"""What Muon sends, computes and takes after the passes of a step: of the matrices as `megatron.parallel.matrices`
-shares them out among the ranks that hold their parts.
+"""Messages, arithmetic and memory of Muon's part of a step.
+
+`megatron.parallel.matrices` assigns each matrix to one of the ranks that hold its parts, its owner.
 """
 
 from collections.abc import Sequence
@@ -18,14 +19,14 @@ from megatron.parallel.mesh import Axis, Mesh, build_axis
 from megatron.parallel.parameters import declaration_of
 from megatron.parallel.placement import placement_of
 from megatron.parallel.traffic import EXCHANGE, Traffic
+from megatron.plan.fake_group import fake_group
 from megatron.plan.memory_watch import MemoryWatch
 from megatron.plan.parameters import Held, matrices_of
-from megatron.plan.pieces import fake_group
 from megatron.plan.rank import Rank
 
 
 def muon_traffic(rank: Rank) -> Traffic:
-    """The parts that go to the matrices' owners, and what came of them on its way back."""
+    """The messages that bring parts of matrices to their owners, and the results back."""
     traffic, holders = Traffic(), rank.holders
     axis = "data" if rank.sizes["tensor"] == 1 else "tensor" if rank.replicas == 1 else (
         "world" if holders.size == rank.num_ranks else "holders")
@@ -36,13 +37,13 @@ def muon_traffic(rank: Rank) -> Traffic:
 
 
 def muon_flops(rank: Rank) -> int:
-    """FLOPs of the matrices that this rank owns."""
+    """FLOPs of orthogonalising the matrices that this rank owns."""
     num_steps = rank.config.optimizer.muon_num_ns_steps
     return sum(num_flops(matrix.shape, num_steps) for one in _rounds(rank) for matrix in one.owned)
 
 
 def muon_memory(rank: Rank) -> int:
-    """The most bytes that its step takes, beside parameters, gradients and state."""
+    """The peak bytes of temporaries in Muon's step, besides parameters, gradients and state; 0 without Muon."""
     config = rank.config.optimizer
     if not config.uses_muon:
         return 0
@@ -50,6 +51,7 @@ def muon_memory(rank: Rank) -> int:
 
 
 def _rounds(rank: Rank) -> Sequence[Round]:
+    """The rounds of exchanges in which the matrices are worked on; () without Muon."""
     config = rank.config.optimizer
     if not config.uses_muon:
         return ()
@@ -57,12 +59,12 @@ def _rounds(rank: Rank) -> Sequence[Round]:
 
 
 def _axes(rank: Rank) -> tuple[Axis, Axis, Axis]:
-    """Those of the mesh that Muon knows: tensor, shards and holders."""
+    """The axes of the mesh that Muon uses: tensor, shards and holders."""
     return Axis(rank.place["tensor"], rank.sizes["tensor"]), Axis(rank.shard, rank.shards), rank.holders
 
 
 def _dtype() -> torch.dtype:
-    """Of messages on GPUs."""
+    """The dtype of Muon's messages on GPUs."""
     return working_dtype(torch.empty((), device="meta"))
 
 
@@ -74,7 +76,7 @@ def _shared_out(held: Held, tensor: Axis, shards: Axis, holders: Axis, beside: i
 
 @cache  # a search asks for the same ones thousands of times
 def _taken(held: Held, tensor: Axis, shards: Axis, holders: Axis, config: OptimizerConfig) -> int:
-    """Of a step on `meta`, in a process group that sends nothing."""
+    """The peak bytes of temporaries, measured in a step on `meta` in a process group that sends nothing."""
     most = 0
 
     def note() -> None:
@@ -95,7 +97,7 @@ def _taken(held: Held, tensor: Axis, shards: Axis, holders: Axis, config: Optimi
 
 
 def _parts(held: Held, shards: Axis) -> list[Tensor]:
-    """What a rank has of the matrices, of which `shards` share out the rows."""
+    """This rank's parts of the matrices, on `meta`, if their rows are sharded over `shards`."""
     parts = []
     for parameter in matrices_of(held):
         assert parameter.matrix is not None

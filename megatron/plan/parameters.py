@@ -1,4 +1,4 @@
-"""Which parameters a rank holds, and how many elements of each: read from the model's own stages, built on `meta`."""
+"""Lists the parameters that a rank holds and their sizes, read from the model's stages, built on `meta`."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -19,66 +19,59 @@ from megatron.plan.setting import BlockRange, Setting
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter on one tensor rank.
+    """A parameter as one tensor rank holds it."""
 
-    `is_split`: other tensor ranks hold other slices. `is_partial`: held whole by all of them, each with a part of its
-    gradient. `is_at_ends`: the first and the last pipeline rank both hold it. `is_trained`: it has a gradient. `block`:
-    the number of its block in the model, None outside the blocks. `copy_bytes`: of the copy for matrix products, where
-    each rank has all parameters. `matrix`: of a matrix of linear layers, it itself on `meta`; None of others.
-    `has_history`: its layer's scales in FP8 are delayed.
-    """
-
-    shape: tuple[int, ...]
-    is_split: bool
-    is_partial: bool
-    is_at_ends: bool
-    is_trained: bool
-    block: int | None
-    copy_bytes: int
-    has_history: bool
-    matrix: nn.Parameter | None = field(compare=False)
+    shape: tuple[int, ...]  # on this rank
+    is_split: bool  # the other tensor ranks hold other slices of it
+    is_partial: bool  # every tensor rank holds all of it, but only a part of its gradient, to be summed
+    is_at_ends: bool  # the first and the last pipeline rank both hold it
+    is_trained: bool  # it has a gradient
+    block: int | None  # the number of its block in the model, None outside the blocks
+    copy_bytes: int  # of its copy for matrix products, which exists if parameters are not sharded
+    has_history: bool  # its layer uses delayed scaling in FP8
+    matrix: nn.Parameter | None = field(compare=False)  # the parameter, on `meta`, if Muon treats it as a matrix
 
     @cached_property
     def size(self) -> int:
-        """Elements."""
+        """The number of elements."""
         return math.prod(self.shape)
 
     @property
     def whole_rows(self) -> int:
-        """Of a matrix of linear layers, the rows of the whole; 0 of others."""
+        """The number of rows of the whole matrix, on all tensor ranks; 0 for parameters that are no matrix."""
         return 0 if self.matrix is None else placement_of(self.matrix).whole_shape(self.matrix)[0]
 
     def padded(self, shards: int) -> int:
-        """Elements when rows are added until each of `shards` ranks has as many."""
+        """The number of elements, with rows padded to a multiple of `shards`."""
         return self.size // self.shape[0] * (-(-self.shape[0] // shards) * shards)
 
     def share(self, shards: int, shard: int) -> int:
-        """Elements of share number `shard`: rows, as many for each but for the last."""
+        """The number of elements in share `shard` of `shards`: equally many rows in each, fewer in the last ones."""
         rows = -(-self.shape[0] // shards)
         return self.size // self.shape[0] * min(max(self.shape[0] - shard * rows, 0), rows)
 
 
 class Unit(NamedTuple):
-    """Parameters that are gathered together, of one `block` or of what is outside: their elements, rows evened out."""
+    """Sharded parameters that are gathered together: those of one block, or all outside the blocks."""
 
-    block: int | None
-    padded_size: int
+    block: int | None  # None: outside the blocks
+    padded_size: int  # elements, with rows padded to a multiple of the shards
 
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """The parameters of one stage or of all stages of a rank, in the order in which the model names them."""
+    """The parameters of one stage, or of all stages of a rank, in the model's order."""
 
     parameters: Sequence[Parameter]
 
     @cached_property
     def copies(self) -> int:
-        """Bytes of the copies for matrix products that are kept where each rank has all parameters."""
+        """Bytes of the copies for matrix products, which exist if parameters are not sharded."""
         return sum(parameter.copy_bytes for parameter in self)
 
     @cached_property
     def trained(self) -> "Held":
-        """Those that have gradients."""
+        """The parameters that have gradients."""
         if all(parameter.is_trained for parameter in self):
             return self
         return Held([parameter for parameter in self if parameter.is_trained])
@@ -88,25 +81,25 @@ class Held:
 
     @cached_property
     def size(self) -> int:
-        """Elements."""
+        """The total number of elements."""
         return sum(parameter.size for parameter in self)
 
 
 @cache
 def share_size(held: Held, shards: int, shard: int) -> int:
-    """Elements of the parameters that a rank holds when it needs no others."""
+    """The number of elements in a rank's shares of the parameters."""
     return sum(parameter.share(shards, shard) for parameter in held)
 
 
 @cache
 def matrices_of(held: Held) -> Held:
-    """Those that are matrices of linear layers."""
+    """The parameters that Muon treats as matrices."""
     return Held([parameter for parameter in held if parameter.matrix is not None])
 
 
 @cache
 def sharded_units(held: Held, shards: int) -> Sequence[Unit]:
-    """What of a stage is gathered together: each block, then what is outside the blocks."""
+    """The units of a stage that are gathered together: each block, then everything outside the blocks."""
     sizes: dict[int | None, int] = {}
     for parameter in sorted(held, key=lambda parameter: parameter.block is None):
         sizes[parameter.block] = sizes.get(parameter.block, 0) + parameter.padded(shards)
@@ -123,7 +116,10 @@ def together(stages: tuple[Held, ...]) -> Held:
 
 @cache
 def held_by(setting: Setting, part: BlockRange, has_pipeline: bool) -> Held:
-    """The parameters of a stage; of blocks that are alike one is built, and counted as often as it comes."""
+    """The parameters of a stage; of blocks of the same kind only one is built, for speed.
+
+    `has_pipeline`: whether there are several pipeline ranks.
+    """
     with_one = part._replace(blocks=setting.alike(part.blocks[:1] or range(1)))
     found: list[Parameter] = []
     for is_block, group in groupby(_built(setting, with_one, has_pipeline), key=_is_in_block):
@@ -132,6 +128,7 @@ def held_by(setting: Setting, part: BlockRange, has_pipeline: bool) -> Held:
 
 
 def _of_blocks(setting: Setting, blocks: range) -> Iterator[Parameter]:
+    """The parameters of the blocks with these numbers."""
     for number in blocks:
         one = BlockRange(False, setting.alike(range(number, number + 1)), False)
         yield from (replace(parameter, block=number) for parameter in filter(_is_in_block, _built(setting, one, False)))
@@ -143,6 +140,7 @@ def _is_in_block(parameter: Parameter) -> bool:
 
 @cache
 def _built(setting: Setting, part: BlockRange, has_pipeline: bool) -> list[Parameter]:
+    """The parameters of a part of the model, which is built on `meta`."""
     mesh = Mesh(tensor=setting.tensor, context=setting.context)
     model = setting.build(part, mesh, Axis(0 if part.is_first else 1, 2) if has_pipeline else Axis())
     copies = {id(parameter): num_bytes(made) for layer in model.modules() if isinstance(layer, Matrix)

@@ -1,9 +1,10 @@
-"""What the pieces of the model keep, take, send and compute, measured on the model itself: no formula knows its layers.
+"""Measures memory, messages and arithmetic of pieces of the model by running them, so no formulas repeat its layers.
 
-A piece is what comes before the blocks, one block (or a group of blocks that are recomputed together), or what follows
-them. Each is built as a pipeline stage of its own and goes forward and backward on `meta`, where tensors have sizes and
-no values, in a process group that sends nothing, once for each setting that a search asks for, and for blocks that are
-alike. (Fake tensors, which a dry run takes since FSDP2 needs them, cost three times as much.)
+A piece is the embedding, one block (or a group of blocks that are recomputed together), or what follows the blocks: the
+final normalisation, head and loss. Each is built as a pipeline stage and run forward and backward on the `meta` device,
+where tensors have shapes but no values, in a process group that sends nothing. Results are cached: a piece is measured
+once for each setting and kind of block. (A dry run uses fake tensors instead, which FSDP2 needs, and which take three
+times as long.)
 """
 
 import weakref
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,65 +24,66 @@ from megatron.model.protein_model import ProteinModel
 from megatron.parallel.mesh import Mesh, build_axis
 from megatron.parallel.pipeline.deferral import WeightGradients, defer_weight_gradients
 from megatron.parallel.traffic import Traffic, TrafficCounter
+from megatron.plan.fake_group import fake_group
 from megatron.plan.memory_watch import MemoryWatch, num_bytes
 from megatron.plan.setting import BlockRange, Setting
 from megatron.plan.work import WorkCounter
 
-# What is held at a moment at which more is held than before, and the new gradients beside it; of what is held, how much
-# are gradients of the hidden states and of the skips that the piece gives.
-Moments = list[list[int]]
+
+class Moment(NamedTuple):
+    """Bytes that are allocated at a moment at which the memory grows."""
+
+    held: int  # without `new`
+    new: int  # gradients of parameters that this pass has changed
+    hidden: int  # of `held`: the gradient of the hidden states that the piece gives
+    skips: int  # of `held`: the gradients of the skips that it gives
 
 
 @dataclass(frozen=True, eq=False)
-class PieceMemory:
-    """Bytes of one micro-batch's passes through a piece; parameters, and gradients that are there before, not counted.
+class PieceCost:
+    """What one micro-batch's forward and backward pass through a piece take, in bytes unless said otherwise.
 
-    `input`: hidden states that come. `kept_inputs`: of what comes, that may be others' as well, what the backward pass
-    needs: of hidden states, the rotation, the embeddings, and the skips that are taken. `given`: for each skip that
-    goes on, whether that is the piece's hidden states. `kept`: everything else that is kept for the backward pass.
-    `in_forward`, `in_backward`: what a pass holds, with what is kept but without what comes; `end`: the same when a
-    backward pass is done. `gradients`: what it makes where there are none yet. `put_off`: what is kept where weights'
-    gradients wait, `in_late` what computing them takes. `traffic`, and `flops`, `fp8_flops` and `moved`
-    (`megatron.plan.work`): of both passes.
+    Parameters, and gradients that exist before, are not counted.
     """
 
     num_blocks: int
-    input: int
-    kept_inputs: list[int]
-    given: list[int]
-    kept: int
-    in_forward: Moments
-    in_backward: Moments
-    end: int
-    gradients: int
-    put_off: int
-    in_late: Moments
-    traffic: Traffic
+    input: int  # the hidden states that it receives
+    kept_inputs: list[int]  # kept for the backward pass of each input: hidden states, rotation, embeddings, skips taken
+    given: list[int]  # for each skip that it gives, whether that is the hidden states that it gives
+    kept: int  # everything else that is kept for the backward pass
+    in_forward: list[Moment]  # of the forward pass, without the inputs
+    in_backward: list[Moment]  # of the backward pass, with `kept`, without the inputs
+    end: int  # held at the end of the backward pass, without the inputs
+    gradients: int  # of the parameters
+    put_off: int  # kept after the backward pass if weight gradients are computed later
+    in_late: list[Moment]  # of the later computation of weight gradients
+    traffic: Traffic  # messages of both passes
     flops: int
-    fp8_flops: int
-    moved: int
+    fp8_flops: int  # of `flops`
+    moved: int  # read from and written to memory (`megatron.plan.work`)
 
     @property
     def num_moments(self) -> tuple[int, ...]:
-        """How often more is held than before: as often, where the same operations are done."""
+        """The number of moments of each pass; it is equal if the passes do the same operations."""
         return len(self.in_forward), len(self.in_backward), len(self.in_late)
 
     @cached_property
     def forward(self) -> int:
-        """The most that a forward pass holds."""
+        """The peak of the forward pass, in bytes."""
         return max(held for held, *_ in self.in_forward)
 
     @cached_property
     def late(self) -> int:
-        """The most that it takes to compute weights' gradients that waited."""
+        """The peak of the later computation of weight gradients, in bytes."""
         return max(held for held, *_ in self.in_late)
 
 
 @cache
-def backward_of(piece: PieceMemory, is_message: bool, is_in_message: bool) -> tuple[int, tuple[int, int]]:
-    """The most that a backward pass holds that adds to gradients; when it makes them, what beside, and what of them.
+def backward_of(piece: PieceCost, is_message: bool, is_in_message: bool) -> tuple[int, tuple[int, int]]:
+    """The peak bytes of a backward pass that adds to existing gradients, and (held, new) at the peak of one without.
 
-    `is_message`: without the gradient of the hidden states that the piece gives; `is_in_message`: of the skips.
+    `is_message`: whether the gradient of the hidden states that the piece gives lies in a received message, and so is
+    not counted; `is_in_message`: the same for the skips.
     """
     moments = [(held - is_message * hidden - is_in_message * skips, new)
                for held, new, hidden, skips in piece.in_backward]
@@ -89,50 +91,55 @@ def backward_of(piece: PieceMemory, is_message: bool, is_in_message: bool) -> tu
 
 
 @cache  # a search asks for the same pieces thousands of times
-def measured(setting: Setting, part: BlockRange, puts_off: bool) -> PieceMemory:
-    """The piece of this setting; with `puts_off` its weights' gradients are computed after its backward pass.
+def measured(setting: Setting, part: BlockRange, puts_off: bool) -> PieceCost:
+    """The cost of a piece; `puts_off`: weight gradients are computed after the backward pass (zero-bubble).
 
-    Rows are alike: where the same is done for one and for two, what more rows take lies on the line through both.
+    Cost is linear in the number of rows, so more than two rows are extrapolated from one and two, provided that these
+    do the same operations.
     """
     if part.blocks != setting.alike(part.blocks):
         return measured(setting, part._replace(blocks=setting.alike(part.blocks)), puts_off)
     if not part.blocks and setting is not setting.without_recomputation:
-        return measured(setting.without_recomputation, part, puts_off)  # it is about blocks
+        return measured(setting.without_recomputation, part, puts_off)  # recomputation concerns blocks only
     if puts_off and not _can_put_off(setting, part):
         return measured(setting, part, False)
     if setting.num_rows > 2 and setting.has_even_rows:
         one, two = (measured(setting.with_rows(number), part, puts_off) for number in (1, 2))
         if one.num_moments == two.num_moments:
-            return PieceMemory(*(_on_the_line(getattr(one, item.name), getattr(two, item.name), setting.num_rows)
-                                 for item in fields(PieceMemory)))
+            return PieceCost(*(_on_the_line(getattr(one, item.name), getattr(two, item.name), setting.num_rows)
+                                 for item in fields(PieceCost)))
     return _watched(setting, part, puts_off)
 
 
 def _on_the_line(one: Any, two: Any, num_rows: int) -> Any:
-    """What something is for `num_rows` rows that is `one` for one row and `two` for two."""
+    """The linear extrapolation to `num_rows` rows of a value that is `one` for one row and `two` for two."""
     if isinstance(one, Traffic):
         return one.continued(two, num_rows - 1)
+    if isinstance(one, Moment):
+        return Moment(*(_on_the_line(*both, num_rows) for both in zip(one, two, strict=True)))
     if isinstance(one, list):
         return [_on_the_line(*both, num_rows) for both in zip(one, two, strict=True)]
     return one + (num_rows - 1) * (two - one)
 
 
-def _watched(setting: Setting, part: BlockRange, puts_off: bool) -> PieceMemory:
+def _watched(setting: Setting, part: BlockRange, puts_off: bool) -> PieceCost:
+    """The cost of a piece, measured by running it."""
     work = WorkCounter()
     with _fake_mesh(setting) as mesh:
         counter = TrafficCounter(mesh)
         with MemoryWatch([counter.count, work.count]) as watch:
             model = setting.build(part, mesh)
             run = _Run(model, setting, watch, puts_off, setting.num_taken(part.blocks))
-            work.moved = 0  # what comes is made elsewhere, once
+            work.moved = 0  # creating the inputs does not count
             trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
-            return PieceMemory(**run.passes(), num_blocks=len(part.blocks), gradients=num_bytes(trained),
+            return PieceCost(**run.passes(), num_blocks=len(part.blocks), gradients=num_bytes(trained),
                                traffic=counter.traffic, flops=work.flops, fp8_flops=work.fp8_flops,
                                moved=work.moved)
 
 
 @cache
 def _can_put_off(setting: Setting, part: BlockRange) -> bool:
+    """Whether the piece has layers whose weight gradients can be deferred."""
     return any(hasattr(module, "deferral") for module in setting.build(part, Mesh()).modules())
 
 
@@ -148,26 +155,8 @@ def _fake_mesh(setting: Setting) -> Iterator[Mesh]:
             yield Mesh()
 
 
-@contextmanager
-def fake_group(rank: int, num_ranks: int) -> Iterator[None]:
-    """A process group that answers at once and sends nothing; of one rank there is none."""
-    if num_ranks == 1:
-        yield
-        return
-    import torch.testing._internal.distributed.fake_pg  # noqa: F401  (registers the backend)
-    from torch._C._distributed_c10d import FakeWork
-
-    # Its messages arrive at once but do not say so, and finished ones would be kept.
-    FakeWork.is_completed = lambda self: True  # type: ignore[method-assign]
-    dist.init_process_group("fake", store=dist.HashStore(), rank=rank, world_size=num_ranks)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
 class _Run:
-    """Passes of one micro-batch through a piece that takes some skips, under the modes that watch them."""
+    """Runs one micro-batch through a piece, while `watch` follows the memory; `num_taken`: skips that it takes."""
 
     def __init__(self, model: ProteinModel, setting: Setting, watch: MemoryWatch, puts_off: bool,
                  num_taken: int) -> None:
@@ -182,10 +171,11 @@ class _Run:
                 continue
             gradient = parameter.grad = torch.empty_like(parameter)
             self._gradients.append((gradient, num_bytes([gradient]), gradient._version))
-        self._moments: Moments = []
-        self._given: Sequence[weakref.ref[torch.UntypedStorage]] = []  # gradients of the outputs
+        self._moments: list[Moment] = []
+        self._given: Sequence[weakref.ref[torch.UntypedStorage]] = []  # of gradients of the outputs
         sequence, self._targets = setting.batch.sequence, setting.batch.targets
-        # On the device, as what is made of them; boundaries have values, by which attention's work is counted.
+        # Tokens and positions on `meta`, as everything computed from them. Boundaries keep their values, which are
+        # needed to count attention's work.
         self._sequence = replace(sequence, tokens_t=sequence.tokens_t.to("meta"),
                                  positions_t=sequence.positions_t.to("meta"))
         self._base = self._end = watch.current
@@ -193,7 +183,7 @@ class _Run:
         watch.at_growth = self._note
 
     def passes(self) -> dict[str, Any]:
-        """What a pass forward and back shows, which adds to gradients that are there."""
+        """Run a forward and a backward pass that adds to existing gradients; returns most fields of `PieceCost`."""
         watch, base, inputs = self._watch, self._base, self._inputs
         sizes = [num_bytes(input) for input in inputs]
         hidden, *skips = self._outputs()
@@ -216,7 +206,7 @@ class _Run:
                 "end": self._end - beside, "in_late": self._noted(base + put_off)}
 
     def _made_inputs(self, num_taken: int) -> list[Sequence[Tensor]]:
-        """Hidden states, rotation, embeddings and skips that the piece takes, each of these some tensors."""
+        """The inputs: hidden states, rotation, embeddings and each skip, each as a sequence of tensors."""
         model, transformer = self._model, self._model.transformer
         if model.stage.is_first:
             return []
@@ -229,7 +219,7 @@ class _Run:
                 *([skip] for skip in others[has_x0:])]
 
     def _outputs(self) -> Sequence[Tensor]:
-        """Hidden states and skips that the next piece takes, or the loss."""
+        """The forward pass: hidden states and skips for the next piece, or the loss."""
         model = self._model
         if model.stage.is_first:
             return [model.embedding(self._sequence)]
@@ -241,7 +231,7 @@ class _Run:
                                                 x0[0] if x0 else None, [skip for skip, in skips])
 
     def _kept_of_next(self, size: int) -> int:
-        """How much of the first input that there still is stays when it is let go."""
+        """Release the first remaining input, of `size` bytes; returns how much of it is kept for the backward pass."""
         before = self._watch.current
         del self._inputs[0]
         return size - (before - self._watch.current)
@@ -254,24 +244,25 @@ class _Run:
         self._end = self._watch.current
 
     def _note(self) -> None:
-        """Gradients count as new from when one is added to, which it counts itself when that is over."""
+        """Add a moment. A gradient counts as new once something is added to it, even while that is going on."""
         changing = {id(tensor) for tensor in self._watch.changing}
         new = sum(size for gradient, size, version in self._gradients
                   if gradient._version > version or id(gradient) in changing)
         hidden, *skips = [storage.nbytes() if (storage := given()) is not None else 0 for given in self._given] or [0]
-        self._moments.append([self._watch.current, new, hidden, sum(skips)])
+        self._moments.append(Moment(self._watch.current, new, hidden, sum(skips)))
 
     def _note_given(self, gradients: Sequence[Tensor]) -> None:
         self._given = [weakref.ref(gradient.untyped_storage()) for gradient in gradients]
 
-    def _noted(self, base: int) -> Moments:
-        """The moments since the last time; what is held beyond `base`."""
-        moments, self._moments = [[held - base, *parts] for held, *parts in self._moments], []
+    def _noted(self, base: int) -> list[Moment]:
+        """The moments since the last call, with `base` bytes subtracted from `held`."""
+        moments, self._moments = [Moment(held - base, *parts) for held, *parts in self._moments], []
         return moments
 
 
 class _Begin(torch.autograd.Function):
-    """Forward: what comes from the piece before. Backward: its gradients go no further."""
+    """The boundary to the piece before. Forward: makes its outputs. Backward: calls `at_end`, and drops the gradients.
+    """
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, received: Callable[[], Tensor], number: int,
@@ -286,7 +277,8 @@ class _Begin(torch.autograd.Function):
 
 
 class _End(torch.autograd.Function):
-    """Forward: all goes to the next piece. Backward: its gradients come from there."""
+    """The boundary to the next piece. Forward: takes the outputs, gives a dummy loss. Backward: makes their gradients.
+    """
 
     @staticmethod
     def forward(ctx: Any, note: Callable[[Sequence[Tensor]], None], *given: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""One rank of a layout: its place in the grid, its stages, its micro-batches."""
+"""One rank of a layout: its place in the grid of ranks, its stages, its micro-batches."""
 
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -13,41 +13,36 @@ from megatron.parallel.mesh import Axis, grid_sizes
 from megatron.parallel.pipeline.partition import stages_of_rank
 from megatron.parallel.traffic import Traffic
 from megatron.plan.parameters import Held, held_by, together
-from megatron.plan.pieces import PieceMemory, measured
+from megatron.plan.pieces import PieceCost, measured
 from megatron.plan.setting import BlockRange, Setting, setting_of
 
 
-# A search asks for the same few stages thousands of times: they are made once, and known by their identity.
+# Compared by identity, since a search uses the same few cached stages thousands of times.
 @dataclass(frozen=True, eq=False)
 class PlannedStage:
-    """A part of the model on a rank: its parameters, and its pieces in their order.
-
-    `hidden_bytes`: of the hidden states of a micro-batch between two pieces, on this rank; `num_received` and
-    `num_sent`: how many such tensors a message has that comes from the stage before, and that goes to the next one.
-    `has_x0`: whether the embeddings pass on as well.
-    """
+    """A pipeline stage on a rank: its parameters, and its pieces in order."""
 
     part: BlockRange
     held: Held
-    pieces: tuple[PieceMemory, ...]
-    hidden_bytes: int
-    num_received: int
-    num_sent: int
-    has_x0: bool
+    pieces: tuple[PieceCost, ...]
+    hidden_bytes: int  # of a micro-batch's hidden states between two pieces, on this rank
+    num_received: int  # how many such tensors are in a message from the stage before
+    num_sent: int  # and in one to the next stage
+    has_x0: bool  # whether the embeddings are passed on too
 
     @property
     def received(self) -> int:
-        """Bytes of a message that comes, and of its gradient."""
+        """Bytes of a message from the stage before; its gradient has as many."""
         return self.num_received * self.hidden_bytes
 
     @property
     def sent(self) -> int:
-        """Bytes of a message that goes, and of its gradient."""
+        """Bytes of a message to the next stage; its gradient has as many."""
         return self.num_sent * self.hidden_bytes
 
     @cached_property
     def traffic(self) -> Traffic:
-        """What the collectives of its passes send for a micro-batch."""
+        """What the collectives in its forward and backward pass send for a micro-batch."""
         traffic = Traffic()
         for piece in self.pieces:
             traffic.include(piece.traffic)
@@ -55,15 +50,17 @@ class PlannedStage:
 
     @cached_property
     def flops(self) -> int:
-        """Of its passes of a micro-batch, as `fp8_flops`, of these those in FP8, and `moved`, bytes through memory."""
+        """FLOPs of the forward and backward pass of a micro-batch."""
         return sum(piece.flops for piece in self.pieces)
 
     @cached_property
     def fp8_flops(self) -> int:
+        """Those of `flops` that are in FP8."""
         return sum(piece.fp8_flops for piece in self.pieces)
 
     @cached_property
     def moved(self) -> int:
+        """Bytes that these passes read and write in memory."""
         return sum(piece.moved for piece in self.pieces)
 
 
@@ -77,38 +74,38 @@ class Rank:
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """Ranks along each axis of the grid: pipeline, data, context and tensor."""
+        """The number of ranks along each axis of the grid: pipeline, data, context and tensor."""
         return grid_sizes(self.config.parallel, self.num_ranks)
 
     @cached_property
     def place(self) -> dict[str, int]:
-        """This rank's place along each axis; the last axis is the fastest."""
+        """This rank's index along each axis; neighbours along the last axis have consecutive numbers."""
         return dict(zip(self.sizes, map(int, np.unravel_index(self.number, tuple(self.sizes.values()))), strict=True))
 
     @cached_property
     def replicas(self) -> int:
-        """Ranks that hold the same parameters."""
+        """The number of ranks that hold the same parameters, or shares of them."""
         return self.sizes["data"] * self.sizes["context"]
 
     @cached_property
     def shards(self) -> int:
-        """Of these, how many share them out."""
+        """The number of ranks, of these, that a parameter is sharded over."""
         parallel = self.config.parallel
         return 1 if parallel.data_parallel_sharding == "none" else parallel.shard_within or self.replicas
 
     @cached_property
     def sharding(self) -> str:
-        """What is shared out; none where there is nobody to share with."""
+        """The value of --data-parallel-sharding; "none" if there is only one shard."""
         return self.config.parallel.data_parallel_sharding if self.shards > 1 else "none"
 
     @property
     def shard(self) -> int:
-        """This rank's number among those that share out."""
+        """This rank's index among the shards."""
         return self._replica % self.shards
 
     @property
     def holders(self) -> Axis:
-        """All ranks that have parts of the same parameters."""
+        """The axis of all ranks that hold parts of the same parameters."""
         tensor = self.sizes["tensor"]
         return Axis(self._replica * tensor + self.place["tensor"], self.replicas * tensor)
 
@@ -130,18 +127,18 @@ class Rank:
 
     @cached_property
     def num_micro_batches(self) -> int:
-        """Micro-batches a step."""
+        """The number of micro-batches of a step."""
         rows = self.config.training.micro_batch_size * self.sizes["data"]
         return (self.config.training.global_batch_size or rows) // rows
 
     @property
     def puts_off(self) -> bool:
-        """Whether weights' gradients are computed later than their backward passes."""
+        """Whether weight gradients are computed after the backward passes (zero-bubble)."""
         return self.config.parallel.pipeline_schedule == "zero-bubble"
 
     @cached_property
     def setting(self) -> Setting:
-        """All that the pieces of the model depend on."""
+        """Everything that the cost of the model's pieces depends on."""
         config = self.config
         return setting_of(config.model, config.precision, config.data, config.training.micro_batch_size,
                           padded_vocab_size(config), self._axis("tensor"), config.parallel.sequence_parallel,
@@ -149,7 +146,7 @@ class Rank:
 
     @property
     def width(self) -> int:
-        """Bytes of an element of what is gathered."""
+        """Bytes of an element of gathered parameters."""
         return compute_dtype(self.config.precision).itemsize
 
     def _axis(self, name: str) -> Axis:
@@ -165,7 +162,10 @@ def _parts(num_layers: int, parallel: ParallelConfig, place: int) -> list[BlockR
 
 @cache
 def _alike(setting: Setting, part: BlockRange) -> tuple[BlockRange, int, int]:
-    """The first part of the model that is as this one, and how many tensors this one receives and sends."""
+    """The first part of the model whose blocks are of the same kinds, and how many tensors `part` receives and sends.
+
+    Stages that agree in these share a cached `PlannedStage`.
+    """
     blocks, model = part.blocks, setting.model
     return (part._replace(blocks=setting.alike(blocks)), 0 if part.is_first else num_passing(model, blocks.start),
             0 if part.is_last else num_passing(model, blocks.stop))
@@ -174,6 +174,7 @@ def _alike(setting: Setting, part: BlockRange) -> tuple[BlockRange, int, int]:
 @cache
 def _planned(setting: Setting, part: BlockRange, num_received: int, num_sent: int, has_pipeline: bool,
              puts_off: bool) -> PlannedStage:
+    """A stage, with its pieces measured."""
     size, blocks = setting.blocks_a_piece, part.blocks
     groups = [blocks[start:start + size] for start in range(0, len(blocks), size)]
     parts = [BlockRange(True, range(0), False)] * part.is_first + [BlockRange(False, group, False) for group in groups]
@@ -185,7 +186,7 @@ def _planned(setting: Setting, part: BlockRange, num_received: int, num_sent: in
 
 
 def padded_vocab_size(config: Config) -> int:
-    """Ids of the vocabulary, padded as on one rank."""
+    """The size of the vocabulary, padded as for one tensor rank."""
     vocab = _vocab(config.data.vocab_file, config.data.mask_token)
     return vocab.padded_size(config.model)
 

@@ -1,4 +1,4 @@
-"""Which layouts a number of GPUs can train a model in, the fastest first."""
+"""Searches all layouts in which a number of GPUs can train a model, and ranks them by estimated speed."""
 
 import itertools
 from collections.abc import Collection, Iterator
@@ -16,7 +16,7 @@ from megatron.plan.messages import step_traffic
 from megatron.plan.rank import Rank
 from megatron.plan.step_time import StepTime, step_time
 
-# The flags that settle a part of the layout: where one is given, its value is kept and nothing else is tried.
+# The flags that fix a part of the layout: if the user gives one, no other value is tried.
 SETTLED_BY = {
     "tensor": ("--tensor-model-parallel-size", "--model-parallel-size"),
     "sequence": ("--sequence-parallel", "--no-sequence-parallel"),
@@ -28,14 +28,17 @@ SETTLED_BY = {
                   "--recompute-granularity"),
     "rows": ("--micro-batch-size", "--batch-size"),
 }
-_MOST_ROWS = 16  # a micro-batch of more rows is no faster
-_WORTHWHILE = 0.95  # of what a block keeps, what is left of it where recomputing a part of it is worth the time
-_CONTEXTS = (2, 4, 8, 16)  # tried one after the other, where nothing fits without
+_MOST_ROWS = 16  # more rows in a micro-batch are no faster
+_WORTHWHILE = 0.95  # selective recomputation is tried if it reduces what a block keeps to less than this share
+_CONTEXTS = (2, 4, 8, 16)  # context-parallel sizes, tried in turn if nothing fits without
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A layout and what it costs: `memory` on the rank that holds most, `traffic` of the first rank."""
+    """A layout and its cost: `memory` of the rank that needs most, `traffic` of the first rank.
+
+    `sizes`: the number of ranks along each axis.
+    """
 
     config: Config
     sizes: dict[str, int]
@@ -55,16 +58,16 @@ class Machine:
 
     @property
     def memory(self) -> float:
-        """Bytes of a GPU that a layout may fill."""
+        """Bytes of a GPU that a layout may use."""
         return gpu_named(self.name).memory_gib * 2**30 * (1 - self.margin)
 
 
 def best_plans(config: Config, machine: Machine, given: Collection[str]) -> list[Plan]:
-    """Every layout that fits, the fastest first; `given`: the flags that the user gave. --precision auto is bf16.
+    """Every layout that fits, the fastest first; raises ConfigError if there is none.
 
-    Raises ConfigError where there is none.
+    `given`: the flags that the user gave, whose values are kept.
     """
-    if config.precision.precision == "auto":  # which is bf16 on all of these GPUs
+    if config.precision.precision == "auto":  # means bf16 on all of these GPUs
         bf16: dict[str, Any] = {"precision": None, "bf16": True}
         config = replace(config, precision=replace(config.precision, **bf16))
     peaks_of(machine.name, config.precision)
@@ -80,7 +83,7 @@ def best_plans(config: Config, machine: Machine, given: Collection[str]) -> list
             return sorted(plans, key=lambda plan: plan.time.step_s)
         least = min((memory for memory in (least, tightest) if memory), key=lambda memory: memory.peak, default=None)
     if least is None:
-        check_layout(config, machine.num_gpus)  # says what is wrong, if it is the flags
+        check_layout(config, machine.num_gpus)  # raises if the flags are wrong
         raise ConfigError(f"no layout of {machine.num_gpus} GPUs divides --global-batch-size "
                           f"{config.training.global_batch_size}; give a multiple of it")
     raise ConfigError(f"nothing fits: the least that a layout of {machine.num_gpus} GPUs holds is "
@@ -89,7 +92,7 @@ def best_plans(config: Config, machine: Machine, given: Collection[str]) -> list
 
 
 def _fitting(config: Config, machine: Machine, settled: set[str]) -> tuple[list[Plan], Memory | None]:
-    """The layouts that fit, and the least memory among all that can work."""
+    """The layouts that fit, and the smallest peak memory of all possible layouts (None if there are none)."""
     plans, least = [], None
     gpu, peaks = gpu_named(machine.name), peaks_of(machine.name, config.precision)
     for candidate in candidates(config, machine, settled):
@@ -105,7 +108,7 @@ def _fitting(config: Config, machine: Machine, settled: set[str]) -> tuple[list[
 
 
 def candidates(config: Config, machine: Machine, settled: Collection[str]) -> Iterator[Config]:
-    """Every layout that can work, whether or not it fits."""
+    """Every possible layout, whether or not it fits into memory; `settled`: keys of SETTLED_BY that are not varied."""
     def choices(part: str, values: list[dict]) -> list[dict]:
         return [{}] if part in settled else values
 
@@ -121,7 +124,7 @@ def candidates(config: Config, machine: Machine, settled: Collection[str]) -> It
     trainings = [replace(config.training, **rows) for rows in choices("rows", _rows())]
     for tensor, pipeline in itertools.product(tensors, pipelines):
         grid = _with_parallel(config, **tensor, **pipeline)
-        # Sharing the tokens out as well costs nothing.
+        # Sequence parallelism saves memory and costs nothing.
         has_tensor = grid.parallel.tensor_model_parallel_size > 1
         sequence = {} if "sequence" in settled else {"sequence_parallel": has_tensor}
         schedules = choices("schedule", list(_schedules(grid)))
@@ -138,7 +141,7 @@ def _with_parallel(config: Config, **values: object) -> Config:
 
 
 def _schedules(config: Config) -> Iterator[dict]:
-    """1F1B, zero-bubble, and interleaved with every number of blocks a stage that divides those of a rank."""
+    """Pipeline schedules to try: 1F1B, zero-bubble, and interleaved with every possible number of blocks a stage."""
     yield {"pipeline_schedule": "1f1b"}
     size = config.parallel.pipeline_model_parallel_size
     if size > 1:
@@ -149,11 +152,13 @@ def _schedules(config: Config) -> Iterator[dict]:
 
 
 def _rows() -> list[dict]:
+    """Micro-batch sizes to try: powers of two up to _MOST_ROWS."""
     return [{"micro_batch_size": 2**power} for power in range(_MOST_ROWS.bit_length())]
 
 
 def _recomputations(config: Config) -> list[dict]:
-    """None, full, and selective where it saves something: attention's fused operator keeps little to begin with."""
+    """Recomputation to try: none, full, and selective if that saves memory, since fused attention keeps little anyway.
+    """
     none, selective, full = ({"checkpoint_activations": False, "recompute_granularity": None},
                              {"checkpoint_activations": False, "recompute_granularity": "selective"},
                              {"checkpoint_activations": True, "recompute_granularity": None})
@@ -164,6 +169,7 @@ def _recomputations(config: Config) -> list[dict]:
 
 
 def _works(config: Config, num_gpus: int, is_sharding_settled: bool) -> bool:
+    """Whether a layout is possible, and not the same as another one."""
     try:
         check_layout(config, num_gpus)
     except ConfigError:
@@ -173,20 +179,20 @@ def _works(config: Config, num_gpus: int, is_sharding_settled: bool) -> bool:
     replicas = data_size * parallel.context_parallel_size
     shares_out = parallel.data_parallel_sharding != "none" or parallel.DDP_impl == "torch"
     if replicas == 1 and shares_out and not is_sharding_settled:
-        return False  # nothing to share out: the same layout again
+        return False  # nothing to shard: the same layout again
     rows = config.training.micro_batch_size * data_size
     return (config.training.global_batch_size or rows) % rows == 0
 
 
 def _extreme_ranks(config: Config, num_gpus: int) -> list[Rank]:
-    """One rank at each place of the pipeline that may hold most or take longest: its ends, and their neighbours."""
+    """The ranks that may need most memory or time: one at each end of the pipeline, and one beside each end."""
     size = config.parallel.pipeline_model_parallel_size
     return [Rank(config, num_gpus, place * (num_gpus // size)) for place in sorted({0, min(1, size - 1),
                                                                                     max(0, size - 2), size - 1})]
 
 
 def layout_flags(config: Config) -> list[str]:
-    """The flags that ask for the layout of `config`, to be put behind the model's own."""
+    """The command-line flags of the layout of `config`, to append to those of the model."""
     parallel, model = config.parallel, config.model
     flags = [f"--micro-batch-size {config.training.micro_batch_size}"]
     if config.training.global_batch_size:

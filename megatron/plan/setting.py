@@ -1,4 +1,4 @@
-"""Which part of the model is measured, and all that it depends on."""
+"""Describes a part of the model to measure (`BlockRange`), and everything that its cost depends on (`Setting`)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -21,9 +21,10 @@ from megatron.parallel.tensor.stream import Stream
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """What a piece depends on, made by `setting_of` alone: there are no two alike, and comparing them costs nothing.
+    """Everything that the cost of a piece depends on.
 
-    The axes are this rank's places on them, without groups; `is_gathered`: parameters are others', in the dtype of the
+    Only `setting_of` makes them, so that equal ones are the same object and cheap to compare. The axes have this rank's
+    index and the size, without process groups. `is_gathered`: parameters are sharded, and gathered in the dtype of the
     matrix products.
     """
 
@@ -39,7 +40,7 @@ class Setting:
 
     @property
     def blocks_a_piece(self) -> int:
-        """Blocks of which one input is kept, or 1."""
+        """The number of blocks in a piece: those that are recomputed together, else 1."""
         return self.model.checkpoint_num_layers if self.model.checkpoint_activations else 1
 
     @cached_property
@@ -47,7 +48,7 @@ class Setting:
         return [kind_of(self.model, number) for number in range(self.model.num_layers)]
 
     def alike(self, blocks: range) -> range:
-        """The first blocks of the model that are each of the same kind."""
+        """The first range of blocks in the model whose kinds are the same as those of `blocks`."""
         kinds, size = self._kinds, len(blocks)
         wanted = kinds[blocks.start:blocks.stop]
         starts = range(blocks.start) if size else ()
@@ -55,17 +56,17 @@ class Setting:
         return range(start, start + size)
 
     def num_taken(self, blocks: range) -> int:
-        """How many skips that come to these blocks they take; the others pass them by."""
+        """The number of skips from earlier blocks that these blocks take."""
         return num_taken(skips_of(self.model, number) for number in blocks)
 
     @cached_property
     def of_parameters(self) -> "Setting":
-        """One for all numbers of rows and all recomputation, on which parameters do not depend."""
+        """The same setting for parameters, which do not depend on rows, recomputation or gathering."""
         return self._with(num_rows=1, is_gathered=False).without_recomputation
 
     @cached_property
     def without_recomputation(self) -> "Setting":
-        """The same, but that everything is kept."""
+        """The same setting without recomputation."""
         none: Any = None
         return self._with(model=replace(self.model, checkpoint_activations=False, recompute_granularity=none,
                                         distribute_checkpointed_activations=False))
@@ -75,20 +76,20 @@ class Setting:
 
     @property
     def has_even_rows(self) -> bool:
-        """Whether each row adds as many tokens to each rank."""
+        """Whether each row adds equally many tokens to every rank, so that cost is linear in the rows."""
         return self.data.seq_length % self.stream(Mesh(tensor=self.tensor, context=self.context)).token_multiple == 0
 
     def with_rows(self, num_rows: int) -> "Setting":
-        """The same, but for the number of rows."""
+        """The same setting with another number of rows."""
         return self._with(num_rows=num_rows)
 
     @property
     def batch(self) -> Batch:
-        """The micro-batch, of its tokens those of this context rank."""
+        """A typical micro-batch, with this context rank's share of its tokens."""
         return _batch(self.data, self.num_rows, self.stream(Mesh(tensor=self.tensor, context=self.context)))
 
     def build(self, part: "BlockRange", mesh: Mesh, ends: Axis = ONE_RANK_AXIS) -> ProteinModel:
-        """The part of the model on `meta`, as the pipeline stage that it can be, with copies and scales."""
+        """A part of the model as a pipeline stage on `meta`, with its copies for products and FP8 scales."""
         dtype = compute_dtype(self.precision)
         with torch.device("meta"):
             model = ProteinModel(self.model, self.precision, self.padded_vocab_size, self.stream(mesh), part.stage,
@@ -98,30 +99,30 @@ class Setting:
                     parameter.data = parameter.data.to(dtype)
             ComputeCopies(model.matrices(), dtype)
             with AmaxHistory([model], Mesh(device=torch.device("meta"))).of_step():
-                pass  # the first step is another than those that follow
+                pass  # the first step differs from the following ones
         return model
 
     def stream(self, mesh: Mesh) -> Stream:
-        """Where the tokens of the residual stream lie."""
+        """How the residual stream is split over the ranks of `mesh`."""
         return Stream(mesh.tensor, self.is_sequence_parallel, mesh.context)
 
 
 @cache
 def setting_of(*values: Any) -> Setting:
-    """The setting with these values."""
+    """The setting with these values, the same object each time; `values`: the fields of `Setting`, in order."""
     return Setting(*values)
 
 
 class BlockRange(NamedTuple):
-    """The blocks of these numbers, with what comes before the first and behind the last one or without."""
+    """A part of the model: the blocks with these numbers and, if asked for, what comes before and after the blocks."""
 
-    is_first: bool
+    is_first: bool  # includes the embedding
     blocks: range
-    is_last: bool
+    is_last: bool  # includes the final normalisation, head and loss
 
     @property
     def stage(self) -> Stage:
-        """A stage that is this part, of as few as there can be."""
+        """A pipeline stage that consists of this part, in a model of as few stages as possible."""
         return Stage(0 if self.is_first else 1, 3 - self.is_first - self.is_last, self.blocks)
 
 

@@ -1,6 +1,6 @@
-"""How long a step takes: arithmetic, memory traffic, messages that nothing hides, and the pipeline's idle time.
+"""Estimates the time of a step: arithmetic, memory traffic, exposed communication and the pipeline's idle time.
 
-An estimate to compare layouts with, from data sheets and stated assumptions (`megatron.plan.gpus` and below).
+The estimate is for comparing layouts. It uses data sheets and assumptions, given in `megatron.plan.gpus` and below.
 """
 
 from dataclasses import dataclass
@@ -12,30 +12,30 @@ from megatron.plan.muon import muon_flops, muon_traffic
 from megatron.plan.parameters import share_size
 from megatron.plan.rank import Rank
 
-# Each collective waits this long for its ranks, inside a node and between nodes.
+# The latency of a collective inside a node and between nodes.
 LATENCY_S, NETWORK_LATENCY_S = 15e-6, 30e-6
-# Of its messages a layer waits for this share: of ten four run beside a matrix product of the backward pass.
+# The share of tensor-parallel messages that computation does not hide: 4 of 10 overlap with a product of the backward
+# pass.
 _TENSOR_EXPOSED = 0.6
-# Pipeline messages are under way while a pass computes; of what a rank sends, this share is waited for.
+# The share of pipeline messages that computation does not hide.
 _PIPELINE_EXPOSED = 0.2
-# Even messages that there is time to hide leave this share open, at the step's begin and end.
+# The share of data-parallel messages that is always exposed, at the beginning and the end of a step.
 _LEAST_EXPOSED = 0.1
-# Bytes that go through memory for each parameter that the optimizer steps.
+# Bytes that the optimizer reads and writes for each parameter.
 _BYTES_A_STEP = 32
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """`step_s` seconds a step; `bubble`: the share of the passes' time in which a pipeline rank waits; `mfu`: the share
-    of the GPU's peak that the model's own arithmetic makes use of."""
+    """The estimated time of a step."""
 
-    step_s: float
-    bubble: float
-    mfu: float
+    step_s: float  # seconds
+    bubble: float  # the share of the passes' time in which a pipeline rank is idle
+    mfu: float  # model FLOPs utilisation: the share of the GPUs' peak that the model's arithmetic uses
 
 
 def step_time(ranks: list[Rank], traffics: list[Traffic], gpu: Gpu, peaks: Peaks, gpus_per_node: int) -> StepTime:
-    """The estimate from pipeline ranks that may be the slowest, and what each sends in a step."""
+    """The estimate for a layout; `ranks`: those that may be the slowest, `traffics`: what each of them sends."""
     rank = ranks[0]
     pass_s, after_s = (max(values) for values in zip(*(
         _rank_seconds(*each, gpu, peaks, gpus_per_node) for each in zip(ranks, traffics, strict=True)), strict=True))
@@ -50,17 +50,17 @@ def step_time(ranks: list[Rank], traffics: list[Traffic], gpu: Gpu, peaks: Peaks
 
 
 def bubble_micro_batches(rank: Rank) -> float:
-    """For how many micro-batches' time a pipeline rank waits in a step.
+    """A pipeline rank's idle time in a step, in units of a micro-batch's passes.
 
-    1F1B: all ranks before it fill and drain, P - 1; V stages a rank, a V-th of that (Narayanan et al., 2021, arXiv
-    2104.04473); ZB-H1 about a third (Qi et al., 2023, arXiv 2401.10241).
+    With P pipeline ranks it is P - 1 for 1F1B, (P - 1)/V with V stages on each rank (Narayanan et al., 2021, arXiv
+    2104.04473), and about (P - 1)/3 for ZB-H1 (Qi et al., 2023, arXiv 2401.10241).
     """
     waiting = rank.sizes["pipeline"] - 1
     return waiting / 3 if rank.config.parallel.pipeline_schedule == "zero-bubble" else waiting / len(rank.stages)
 
 
 def _rank_seconds(rank: Rank, traffic: Traffic, gpu: Gpu, peaks: Peaks, gpus_per_node: int) -> tuple[float, float]:
-    """Seconds of the passes of one micro-batch, and of what follows the last pass."""
+    """Seconds of one micro-batch's passes, and seconds after the last pass: optimizer and exposed reductions."""
     seconds = {axis: _message_seconds(traffic, axis, rank, gpu, gpus_per_node) for axis in rank.sizes}
     compute_s = compute_seconds(rank, gpu, peaks)
     waits_s = (_TENSOR_EXPOSED * seconds["tensor"] + seconds["context"] + _PIPELINE_EXPOSED * seconds["pipeline"])
@@ -80,13 +80,14 @@ def compute_seconds(rank: Rank, gpu: Gpu, peaks: Peaks) -> float:
 
 
 def _muon_seconds(rank: Rank, gpu: Gpu, peaks: Peaks, gpus_per_node: int) -> float:
-    """Seconds of Muon: the matrices of one round are worked on while those of the next are under way."""
+    """Seconds of Muon: the larger of computing and messages, as one round's matrices are computed during the next's.
+    """
     exchanges_s = _seconds_on_links(muon_traffic(rank), _is_inside(rank.holders.size, rank, gpus_per_node), gpu)
     return max(exchanges_s, muon_flops(rank) / (peaks.half * MATRIX_SHARE))
 
 
 def _message_seconds(traffic: Traffic, axis: str, rank: Rank, gpu: Gpu, gpus_per_node: int) -> float:
-    """Seconds that a step's messages along an axis take, alone on their links; those of Muon are left out."""
+    """Seconds that a step's messages along an axis take, with the links to themselves; without those of Muon."""
     seconds = 0.0
     for key, sent in traffic.sent.items():
         if key[0] == axis and key[1] != EXCHANGE:
@@ -96,18 +97,18 @@ def _message_seconds(traffic: Traffic, axis: str, rank: Rank, gpu: Gpu, gpus_per
 
 
 def _seconds_on_links(traffic: Traffic, is_inside: bool, gpu: Gpu) -> float:
-    """Seconds of messages inside a node, or between nodes."""
+    """Seconds that messages take, inside a node or between nodes."""
     bandwidth, latency_s = (gpu.link, LATENCY_S) if is_inside else (gpu.network, NETWORK_LATENCY_S)
     return traffic.sent.total() / (bandwidth * 1e9 * BANDWIDTH_SHARE) + traffic.calls.total() * latency_s
 
 
 def _is_inside(span: int, rank: Rank, gpus_per_node: int) -> bool:
-    """Whether every `span` ranks, counted from the first rank on, are on one host."""
+    """Whether every group of `span` consecutive ranks is on one host."""
     return rank.num_ranks <= gpus_per_node or gpus_per_node % span == 0
 
 
 def _span(axis: str, operation: str, rank: Rank) -> int:
-    """Ranks from the first to the last of a group, by their numbers: neighbours along the tensor axis come first."""
+    """The number of consecutive ranks that a group of an axis extends over; tensor neighbours are consecutive."""
     tensor, context = rank.sizes["tensor"], rank.sizes["context"]
     if axis == "data":
         inside = rank.shards if rank.sharding != "none" and operation != ALL_REDUCE else rank.replicas
@@ -116,7 +117,7 @@ def _span(axis: str, operation: str, rank: Rank) -> int:
 
 
 def _exposed_data(rank: Rank, data_s: float, compute_s: float) -> float:
-    """Seconds of the data axis' messages that no pass hides: all, where sums begin when the passes are over."""
+    """Seconds of data-parallel messages that computation does not hide: all, with --DDP-impl local and no sharding."""
     if rank.sharding == "none" and rank.config.parallel.DDP_impl == "local":
         return data_s
     num_hiding = rank.num_micro_batches if rank.sharding in ("gradients", "parameters") else 1

@@ -1,7 +1,7 @@
-"""How much operations compute, and how many bytes they read and write: counters for `megatron.plan.memory_watch`.
+"""Counters of arithmetic and memory traffic, for `megatron.plan.memory_watch`.
 
-An operation moves each tensor that it is given once, and each that it gives, changed or new, once; views, new memory
-and collectives move nothing.
+An operation is assumed to read each input tensor once and to write each output, changed or new, once; views,
+allocations and collectives move nothing.
 """
 
 import math
@@ -13,22 +13,22 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 _ATEN = torch.ops.aten
 _PRODUCTS = {_ATEN.mm: 0, _ATEN.bmm: 0, _ATEN.addmm: 1, _ATEN.baddbmm: 1, _ATEN._scaled_mm: 0,
-             _ATEN._scaled_mm_v2: 0}  # where the two matrices stand
-# Operations for each pair of a query and a key, each head and each element of its width: two products forward, of which
-# FlashAttention's backward pass repeats one and has four; ours, without atomic additions, repeats three.
+             _ATEN._scaled_mm_v2: 0}  # the index of the first of the two matrices among the arguments
+# FLOPs for each pair of a query and a key, each head and each element of its width. The forward pass has two matrix
+# products. FlashAttention's backward pass has four, and repeats one; ours, without atomic additions, repeats three.
 _ATTENTION = {"torch_attn::_varlen_attn": 4, "torch_attn::_varlen_attn_backward": 10,
               "megatron::fused_attention": 4, "megatron::fused_attention_backward": 14}
-_IN_MEMORY = ("aten", "megatron", "torch_attn")  # namespaces of operations that are more than messages
+_IN_MEMORY = ("aten", "megatron", "torch_attn")  # namespaces of operations other than collectives
 
 
 class WorkCounter:
-    """`flops`: of matrix products and attention, `fp8_flops` of these in FP8; `moved`: bytes that go through memory."""
+    """Counts `flops` of matrix products and attention, `fp8_flops` (those of them in FP8), and `moved` bytes."""
 
     def __init__(self) -> None:
         self.flops = self.fp8_flops = self.moved = 0
 
     def count(self, func: Any, args: Any, kwargs: Any, given: list[Tensor], new: list[Tensor]) -> None:
-        """Count an operation that is done."""
+        """Count an operation; `given` and `new`: its input and output tensors."""
         self.moved += sum(tensor.numel() * tensor.element_size() for tensor in _moved(func, given, new))
         name, packet = func.name(), func._overloadpacket
         if name in _ATTENTION:
@@ -44,29 +44,29 @@ class WorkCounter:
 
 
 class WeightBytes:
-    """`num_bytes`: of the bytes that are moved those of tensors that have one of `shapes`, each sorted.
+    """Counts `num_bytes`, the bytes moved of tensors whose sorted shape is in `shapes`: weights and their gradients.
 
-    So it counts every cast of a weight, every product that reads one, and its gradient where it is computed, cast and
-    added to. An activation must not have one of the shapes.
+    So every cast of a weight, every product that reads one, and every computation, cast and addition of its gradient
+    counts. No activation may have one of the shapes.
     """
 
     def __init__(self) -> None:
         self.num_bytes, self.shapes = 0, set[tuple[int, ...]]()
 
     def count(self, func: Any, args: Any, kwargs: Any, given: list[Tensor], new: list[Tensor]) -> None:
-        """Count an operation that is done."""
+        """Count an operation; `given` and `new`: its input and output tensors."""
         self.num_bytes += sum(tensor.numel() * tensor.element_size() for tensor in _moved(func, given, new)
                               if tuple(sorted(tensor.shape)) in self.shapes)
 
 
 def _num_pairs(args: Any, kwargs: Any, num_queries: int) -> int:
-    """Pairs of a query and a key of one protein no further apart than the window's ends.
+    """The number of pairs of a query and a key of the same protein, and within the window if there is one.
 
-    Boundaries are real ones, since they lie on the host. Where a rank has only some of a protein's queries, each is
-    counted with as many keys as one has on average.
+    The boundaries of proteins have values, since they are on the host. If a rank has only some of a protein's queries,
+    each counts with the average number of keys.
     """
     ends = [value for value in args if isinstance(value, Tensor) and value.dtype == torch.int32]
-    if len(ends) == 1:  # our own operator: boundaries of keys; filler has no part, and the queries begin at some token
+    if len(ends) == 1:  # our operator: boundaries of keys, of which filler takes no part; queries begin at `first`
         num_filler, first, *window = [value for value in args if type(value) is int][:4]
         keys = ends[0][:len(ends[0]) - num_filler]
         ends = [(keys - first).clamp(0, num_queries), keys]
@@ -78,12 +78,14 @@ def _num_pairs(args: Any, kwargs: Any, num_queries: int) -> int:
 
 
 def _keys_beside(keys_g: Tensor, width: int) -> Tensor:
-    """Of all tokens of each protein the keys on one side, of each token `width` at most, or all if that is negative."""
+    """For each protein, the number of keys on one side of its tokens, summed: at most `width` each, or all if negative.
+    """
     width_g = (keys_g - 1).clamp(0, None if width < 0 else width)
     return width_g * keys_g - width_g * (width_g + 1) // 2
 
 
 def _moved(func: Any, given: list[Tensor], new: list[Tensor]) -> list[Tensor]:
+    """The tensors that an operation reads and writes."""
     if func.namespace not in _IN_MEMORY or func.is_view or "empty" in func.__name__:
         return []
     return [*{id(tensor): tensor for tensor in given}.values(), *new]
