@@ -148,31 +148,51 @@ def _length(record: ProteinRecord) -> str:
 
 
 def _kinds(value: Any, num_residues: int) -> set[str]:
-    """All kinds that a single label could be of."""
+    """The kinds that a label could be of, judged by its value alone."""
+    return {kind for kind, could_be in _COULD_BE.items() if could_be(value, num_residues)}
+
+
+def _could_be_class(value: Any, num_residues: int) -> bool:
+    return isinstance(value, str) or (isinstance(value, (int, float)) and float(value).is_integer())
+
+
+def _could_be_classes(value: Any, num_residues: int) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list) and all(item is None or isinstance(item, (str, int)) for item in value))
+
+
+def _could_be_residues(value: Any, num_residues: int) -> bool:
+    """Whether there is a letter, or an item, for each residue."""
+    return _could_be_classes(value, num_residues) and len(value) == num_residues
+
+
+def _could_be_number(value: Any, num_residues: int) -> bool:
     if isinstance(value, str):
-        kinds = {CLASS, CLASSES} | ({RESIDUES} if len(value) == num_residues else set())
-        kinds |= {NUMBERS} if SEPARATOR in value and _are_numbers(value.split(SEPARATOR), num_residues) else set()
-        return kinds | ({NUMBER} if as_number(value) is not None else set())
-    if isinstance(value, bool):
-        return {CLASS}
-    if isinstance(value, (int, float)):
-        return {NUMBER, CLASS} if float(value).is_integer() else {NUMBER}
+        return as_number(value) is not None
+    one = value[0] if isinstance(value, list) and len(value) == 1 else value
+    return isinstance(one, (int, float)) and not isinstance(one, bool)
+
+
+def _could_be_numbers(value: Any, num_residues: int) -> bool:
+    """Whether there is a number, or nothing, for each residue."""
+    if isinstance(value, str):
+        return SEPARATOR in value and _are_numbers(value.split(SEPARATOR), num_residues)
+    return isinstance(value, list) and _are_numbers(value, num_residues)
+
+
+def _could_be_contacts(value: Any, num_residues: int) -> bool:
+    """Whether it is a list of pairs of residues, or of each residue's coordinates, null where they are unknown."""
     if not isinstance(value, list):
-        return set()
-    fits = len(value) == num_residues
+        return False
     if value and all(isinstance(item, list) and len(item) == 2 for item in value):
-        return {CONTACTS}
-    if any(isinstance(item, list) for item in value):
-        return {CONTACTS} if fits and all(item is None or (isinstance(item, list) and len(item) == 3)
-                                          for item in value) else set()
-    kinds = {NUMBERS} if _are_numbers(value, num_residues) else set()
-    if len(value) == 1 and isinstance(value[0], float):
-        return {NUMBER, *kinds}
-    if not all(item is None or isinstance(item, (str, int)) for item in value):
-        return kinds
-    kinds |= {CLASSES} | ({RESIDUES} if fits else set()) | (
-        {CONTACTS} if (fits or not value) and all(item is None for item in value) else set())
-    return kinds | ({NUMBER} if len(value) == 1 and _is_int(value[0]) else set())
+        return True
+    return len(value) in (0, num_residues) and all(
+        item is None or (isinstance(item, list) and len(item) == 3) for item in value)
+
+
+_COULD_BE: dict[str, Callable[[Any, int], bool]] = {
+    NUMBER: _could_be_number, CLASS: _could_be_class, CLASSES: _could_be_classes, RESIDUES: _could_be_residues,
+    NUMBERS: _could_be_numbers, CONTACTS: _could_be_contacts}
 
 
 def _are_numbers(values: Sequence[Any], num_residues: int) -> bool:
@@ -270,7 +290,3 @@ def _of_residues(record: ProteinRecord) -> Sequence[Any]:
 
 def _is_uncounted(value: Any, uncounted: Sequence[str]) -> bool:
     return value is None or value == -1 or value in uncounted
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
