@@ -1,7 +1,7 @@
-"""The configuration of a run: one frozen dataclass a section, one field a flag.
+"""The configuration of a run: a frozen dataclass for each section, with a field for each flag.
 
-A field holds its flag's default, help text and check; `megatron.config.command_line` derives the command line from it.
-Spellings are Megatron-LM's. A component takes the narrowest section that it needs.
+A field declares its flag's default, help text and check; `megatron.config.command_line` derives the command line from
+it. Flags are spelled as in Megatron-LM. A component receives only the section that it needs.
 """
 
 from dataclasses import dataclass, field, fields
@@ -25,7 +25,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that a run is told, once, at its start."""
+    """All flags of a run, fixed at its start."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -39,10 +39,10 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def as_dict(self) -> dict[str, Any]:
-        """Every flag's field name and value, in one flat dict that JSON can hold."""
+        """The values of all flags by field name, in one flat dict that JSON can hold."""
         return {item.name: getattr(section, item.name) for _, section in self.sections()
                 for item in fields(section)}
 
     def sections(self) -> list[tuple[str, Any]]:
-        """Each section's name and dataclass instance."""
+        """The name and the dataclass instance of each section."""
         return [(item.name, getattr(self, item.name)) for item in fields(self)]

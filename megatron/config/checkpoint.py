@@ -1,4 +1,4 @@
-"""The flags of saving and loading."""
+"""The flags of saving and loading checkpoints."""
 
 from dataclasses import dataclass
 

@@ -1,7 +1,7 @@
-"""The command line: derived from `megatron.config`, parsed once into a frozen `Config`.
+"""The command line: derived from `megatron.config`, and parsed once into a frozen `Config`.
 
-Values come from, in rising order: a field's default, the preset, the file of `--config`, the flags. Whatever cannot be
-honoured raises `ConfigError` with the flag, its value and the remedy.
+A value is taken from the flags if given there, else from the file of `--config`, else from the preset, else it is the
+field's default. What cannot be honoured raises ConfigError with the flag, its value and the remedy.
 """
 
 import argparse
@@ -35,29 +35,29 @@ _SECTIONS: tuple[type, ...] = (Sources, *(type(section) for _, section in Config
 
 @dataclass(frozen=True)
 class Given:
-    """What a command line says: values by their fields' names."""
+    """What a command line says, as it was given."""
 
-    preset: str | None
-    file: str | None
-    of_file: Mapping[str, Any]
-    of_flags: Mapping[str, Any]
-    always_so: tuple[str, ...]
-    write_config: str | None
+    preset: str | None  # the name of the preset
+    file: str | None  # the path of the file of --config
+    of_file: Mapping[str, Any]  # the values in that file, by field name
+    of_flags: Mapping[str, Any]  # the values of the flags, by field name
+    always_so: tuple[str, ...]  # flags of Megatron-LM that were given and have no effect
+    write_config: str | None  # the path to write the configuration to
 
     @cached_property
     def said(self) -> Mapping[str, Any]:
-        """What the file and the flags say."""
+        """The values of the file and the flags together, by field name."""
         return overlaid(self.of_file, self.of_flags)
 
     @property
     def of_preset(self) -> Mapping[str, Any]:
-        """What the preset says."""
+        """The values of the preset, by field name."""
         return PRESETS[self.preset] if self.preset else {}
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """What a command line comes to: `config`, and `plain`, which lacks what follows from other values."""
+    """A command line and its configuration; `plain` is the same without values derived from others."""
 
     given: Given
     plain: Config
@@ -65,20 +65,21 @@ class Resolved:
 
     @property
     def origin(self) -> str:
-        """What the values come from, in words."""
+        """Where the values come from, for people, such as "preset demo, flags"."""
         preset, file = self.given.preset, self.given.file
         return ", ".join([f"preset {preset}" if preset else "defaults", *([f"file {file}"] if file else []),
                           *(["flags"] if self.given.of_flags else [])])
 
     def base(self) -> dict[str, Any]:
-        """The values of the preset, and where it says none or there is none, the defaults."""
+        """The values of all flags by field name, if only the preset (or no preset) had been given."""
         return plain(self.given.of_preset).as_dict()
 
 
 def parse(argv: Sequence[str], taken: Mapping[str, Any] | None = None) -> tuple[Config, tuple[str, ...]]:
-    """The configuration that `argv` describes, and the flags in it that are always so; raises ConfigError.
+    """The configuration that `argv` describes, and the flags in it that have no effect (ALWAYS_SO).
 
-    `taken`: values by their fields' names that hold where neither a flag, a file nor the preset says otherwise.
+    `taken`: values by field name that replace defaults, but not what flags, the file or the preset say. Raises
+    ConfigError.
     """
     resolved = resolve(argv, taken)
     if resolved.given.write_config is not None:
@@ -88,11 +89,11 @@ def parse(argv: Sequence[str], taken: Mapping[str, Any] | None = None) -> tuple[
 
 
 def resolve(argv: Sequence[str], taken: Mapping[str, Any] | None = None) -> Resolved:
-    """The same with where it comes from; raises ConfigError."""
+    """The configuration that `argv` describes, with what was given; `taken` is as in `parse`. Raises ConfigError."""
     given = read(argv)
     values = overlaid(taken or {}, overlaid(given.of_preset, given.said))
     config = filled(plain(values))
-    for name in taken or {}:  # what a checkpoint says of what follows anyway is no choice
+    for name in taken or {}:  # drop values that the others imply anyway
         less = {other: value for other, value in values.items() if other != name}
         with suppress(ConfigError):
             values = less if filled(plain(less)) == config else values
@@ -100,10 +101,11 @@ def resolve(argv: Sequence[str], taken: Mapping[str, Any] | None = None) -> Reso
 
 
 def left_open(argv: Sequence[str], saved: Callable[[str], Mapping[str, Any]]) -> dict[str, Any]:
-    """What the checkpoint of `--load` says of the flags of its model (see `Changes`) that `argv` does not give.
+    """The model's flags in the checkpoint of `--load` that `argv` does not give, by field name.
 
-    Where it is gone, that of `--save` does, which may have taken it up. Nothing of a vocabulary whose file is not here,
-    as that of another machine may not be. `saved`: the flags of the checkpoint in a folder. Raises ConfigError.
+    These are the flags whose `Changes` are arithmetic, dropout or vocabulary; the last only if the vocabulary's file
+    exists here. Without a checkpoint in `--load`, that of `--save` is used, which may continue it. `saved`: gives the
+    flags of the checkpoint in a folder. Raises ConfigError.
     """
     found = read(argv)
     values = found.said
@@ -118,9 +120,9 @@ def left_open(argv: Sequence[str], saved: Callable[[str], Mapping[str, Any]]) ->
 
 
 def as_flags(argv: Sequence[str]) -> list[str]:
-    """`argv` with what the file of `--config` says as flags in front of the others, as far as they leave it.
+    """`argv` with the file of `--config` replaced by flags, which come first; those that `argv` overrides are left out.
 
-    For programs that look at flags, or keep them: the file may be another later. Raises ConfigError.
+    For programs that look at flags or store them, since the file may change later. Raises ConfigError.
     """
     if not any(_name(word) == "--config" for word in argv):
         return list(argv)
@@ -134,17 +136,19 @@ def as_flags(argv: Sequence[str]) -> list[str]:
 
 
 def _name(word: str) -> str:
+    """The flag's name in a word of the command line, without its `=VALUE`."""
     return word.split("=")[0]
 
 
 def _words(name: str, value: Any) -> list[str]:
+    """The words of the command line that set a flag to a value."""
     if isinstance(value, bool):
         return [name if value else f"--no-{name.removeprefix('--')}"]
     return [name, *map(str, value)] if isinstance(value, tuple) else [f"{name}={value}"]
 
 
 class _Print(argparse.Action):
-    """Prints what `const` says to the flag's value, and ends the program."""
+    """An action that prints `const(value of the flag)` and ends the program."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
         print(self.const(values), end="")
@@ -171,7 +175,7 @@ def _parser() -> OneLineParser:
 
 
 def read(argv: Sequence[str]) -> Given:
-    """What `argv` says, before anything is made of it; raises ConfigError."""
+    """What `argv` says, before defaults and checks; raises ConfigError."""
     parser = _parser()
     found, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -187,6 +191,7 @@ def read(argv: Sequence[str]) -> Given:
 
 
 def _refuse(text: str, parser: argparse.ArgumentParser) -> NoReturn:
+    """Raises ConfigError for an unknown flag, with the reason or a similar name."""
     name = _name(text)
     if name in REFUSED:
         raise ConfigError(f"{name} cannot be used: {REFUSED[name]}")

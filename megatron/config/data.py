@@ -1,4 +1,4 @@
-"""The flags of the data: corpora, packing, masking."""
+"""The flags of the data: corpora, vocabulary, packing, masking."""
 
 import os
 from dataclasses import dataclass
@@ -59,10 +59,10 @@ class DataConfig:
 
     @property
     def absolute_vocab_file(self) -> str | None:
-        """--vocab-file as every folder has it, for checkpoints: they are read from others."""
+        """--vocab-file with an absolute path, for checkpoints, which may be read from another working directory."""
         return self.vocab_file if self.vocab_file in (None, *VOCABULARIES) else os.path.abspath(self.vocab_file)
 
     @property
     def num_ends(self) -> int:
-        """Tokens around a protein in a row, which are no residues."""
+        """The number of special tokens around each protein in a row."""
         return {"start": 1, "both": 2}[self.protein_ends]

@@ -1,4 +1,4 @@
-"""The flags that say what is done when a step goes wrong."""
+"""The flags that say what to do when a training step goes wrong."""
 
 import re
 from dataclasses import dataclass
@@ -35,5 +35,5 @@ class GuardsConfig:
 
     @property
     def left_out(self) -> list[tuple[int, int]]:
-        """The first and the one behind of each of --leave-out-samples."""
+        """The windows of --leave-out-samples, each as (first row, row after the last)."""
         return [(int(first), int(stop)) for first, stop in (text.split("-") for text in self.leave_out_samples or ())]

@@ -1,4 +1,4 @@
-"""The flags of what a user watches."""
+"""The flags of logging, metrics and profiling."""
 
 from dataclasses import dataclass
 

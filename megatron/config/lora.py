@@ -26,5 +26,5 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """What B A is multiplied by."""
+        """The factor that B A is multiplied by."""
         return self.lora_alpha / (math.sqrt(self.lora_rank) if self.lora_rslora else self.lora_rank)

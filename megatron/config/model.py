@@ -96,11 +96,12 @@ class ModelConfig:
 
     @property
     def num_groups(self) -> int:
-        """Groups of heads, each with a key and a value."""
+        """The number of groups of heads; the heads of a group share a key and a value."""
         return self.num_query_groups or self.num_attention_heads
 
     def window(self, block: int) -> tuple[int, int] | None:
-        """How many tokens to its left and to its right a token attends to in block `block`; None: its whole protein."""
+        """The attention window of a block: how many tokens to the left and right a token sees; None: its whole protein.
+        """
         if self.window_size is None or (self.window_attn_skip_freq and (block + 1) % self.window_attn_skip_freq == 0):
             return None
         left, right = self.window_size

@@ -6,7 +6,7 @@ from typing import Any
 from megatron.config.declaration import flag, fraction, not_negative, positive
 from megatron.errors import ConfigError
 
-# Peak learning rates under Muon where no flag gives one. --scalar-lr is of all that is no matrix.
+# Default peak learning rates under Muon. --scalar-lr is for all parameters that are no matrix.
 _WITH_MUON = {"muon_lr": 0.01, "embedding_lr": 0.02, "head_lr": 0.02, "scalar_lr": 5e-3}
 
 
@@ -49,16 +49,16 @@ class OptimizerConfig:
 
     @property
     def uses_muon(self) -> bool:
-        """Whether matrices are stepped by Muon, or by NorMuon, which goes on from it."""
+        """Whether Muon, or its extension NorMuon, updates the matrices."""
         return self.optimizer in ("muon", "normuon")
 
     @property
     def has_state(self) -> bool:
-        """Whether it keeps anything from step to step: SGD without momentum does not."""
+        """Whether the optimizer has state; SGD without momentum has none."""
         return self.optimizer != "sgd" or self.sgd_momentum > 0
 
     def filled(self) -> "OptimizerConfig":
-        """With the learning rates that follow from the optimizer; raises ConfigError where it has no use for one."""
+        """The section with Muon's default learning rates filled in; raises ConfigError for flags that do not fit."""
         if self.cautious_weight_decay and (self.optimizer == "sgd" or self.optimizer_backend != "torch"):
             raise ConfigError(f"--cautious-weight-decay is of adam, muon and normuon by torch, and the optimizer is "
                               f"{self.optimizer} by {self.optimizer_backend}; leave it out, or give --optimizer and "

@@ -1,4 +1,4 @@
-"""The flags of the grid of ranks."""
+"""The flags of the layout of ranks and their communication."""
 
 from dataclasses import dataclass
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from megatron.config.declaration import flag, not_negative, positive
 
-DELAYED = ("fp8_amax_history_len", "fp8_amax_compute_algo", "fp8_margin")  # what is for that recipe alone
+DELAYED = ("fp8_amax_history_len", "fp8_amax_compute_algo", "fp8_margin")  # flags of --fp8-recipe delayed only
 
 
 @dataclass(frozen=True)

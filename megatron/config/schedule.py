@@ -1,4 +1,4 @@
-"""The flags of the courses of the learning rate and of the weight decay, and what of them cannot be together."""
+"""The flags of the learning rate schedule and the weight decay schedule, and checks of their combinations."""
 
 import math
 from dataclasses import dataclass
@@ -43,11 +43,11 @@ class ScheduleConfig:
     use_checkpoint_lr_scheduler: bool = flag(False, "on resuming, take the schedule from the checkpoint")
 
 
-Faults = list[tuple[Any, str]]
+Faults = list[tuple[Any, str]]  # possible mistakes: whether it was made (true or false), and the message
 
 
 def schedule_faults(schedule: ScheduleConfig, training: TrainingConfig, optimizer: OptimizerConfig) -> Faults:
-    """Whether each mistake is made, with the line that says so."""
+    """The possible mistakes in the schedules' flags: whether each was made, and its message."""
     by_samples = training.train_samples is not None
     unit = "samples" if by_samples else "iters"
     warmup = getattr(schedule, f"lr_warmup_{unit}")
@@ -76,6 +76,7 @@ def schedule_faults(schedule: ScheduleConfig, training: TrainingConfig, optimize
 
 
 def _wsd_faults(schedule: ScheduleConfig, unit: str, warmup: float, decay: float) -> Faults:
+    """Those of --lr-decay-style WSD; `warmup` and `decay`: lengths in `unit`, "iters" or "samples"."""
     lengths = {name: getattr(schedule, f"lr_wsd_decay_{name}") for name in ("iters", "samples")}
     mine, other = lengths.pop(unit), next(name for name in lengths if name != unit)
     style = schedule.lr_decay_style
@@ -95,6 +96,7 @@ def _wsd_faults(schedule: ScheduleConfig, unit: str, warmup: float, decay: float
 
 
 def _weight_decay_faults(schedule: ScheduleConfig, optimizer: OptimizerConfig) -> Faults:
+    """Those of the weight decay schedule."""
     start, end, style = schedule.start_weight_decay, schedule.end_weight_decay, schedule.weight_decay_incr_style
     if style == "constant":
         return [(value is not None, f"--{name}-weight-decay {value} is of a course, and --weight-decay-incr-style is "

@@ -1,7 +1,7 @@
-"""Named sets of flags: the published models with their hyperparameters, and small ones for a computer without a GPU.
+"""Presets, named sets of flags: published models with their hyperparameters, and small models for CPUs.
 
-A preset is the file FAMILY/NAME.toml, written as `--config` has it. The preset that it names is what it begins from;
-files whose names begin with _ are such beginnings alone, which nobody asks for.
+A preset is a file FAMILY/NAME.toml in the format of `--config`. If it names another preset, it extends that one. Files
+whose names begin with _ only serve as such bases, and cannot be chosen by users.
 """
 
 import re
@@ -15,7 +15,7 @@ from megatron.config.reading.layers import overlaid
 
 
 class _Presets(Mapping[str, dict[str, Any]]):
-    """Each preset's values by their fields' names, read from its file where they are asked for."""
+    """The values of each preset by field name; its file is read on first use."""
 
     def __getitem__(self, name: str) -> dict[str, Any]:
         if name not in self:
@@ -37,7 +37,7 @@ PRESETS: Mapping[str, dict[str, Any]] = _Presets()
 
 @cache
 def _files() -> Mapping[str, Path]:
-    """Families by their names, in each the smaller models first."""
+    """The file of each preset and base by name; families in alphabetical order, in each the smaller models first."""
     def place(path: Path) -> tuple[str, bool, str, bool, int]:
         name, number, unit = re.fullmatch(r"(.*?)(?:-(\d+)([mb]))?", path.stem).groups()  # type: ignore[union-attr]
         return path.parent.name, number is not None, name, unit == "b", int(number or 0)
@@ -47,6 +47,7 @@ def _files() -> Mapping[str, Path]:
 
 @cache
 def _values(name: str) -> Mapping[str, Any]:
+    """The values of a preset, with those of the one that it extends, by field name."""
     values = read_file(_files()[name], _files())
     below = values.pop("preset", None)
     return overlaid(_values(below) if below else {}, values)

@@ -1,1 +1,1 @@
-"""How a configuration is read: flags, files, what of them holds where several speak, and whether they go together."""
+"""Reads a configuration from flags and files, merges what they say, and checks the values and their combinations."""

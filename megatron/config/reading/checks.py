@@ -1,23 +1,24 @@
-"""From values to a `Config`: each checked by itself, what follows from others filled in, combinations refused."""
+"""Builds a `Config` of values: checks each value, fills in derived ones, and refuses impossible combinations."""
 
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import Field, fields, replace
 from typing import Any
 
-from megatron.config import Config, LoggingConfig, ModelConfig, PrecisionConfig
+from megatron.config import Config, DataConfig, LoggingConfig, ModelConfig, ParallelConfig, PrecisionConfig
 from megatron.config.declaration import flag_name, shown, with_tuples
 from megatron.config.precision import DELAYED
-from megatron.config.schedule import schedule_faults
+from megatron.config.schedule import Faults, schedule_faults
 from megatron.errors import ConfigError
 
+# Fields that only have an effect with a dynamic loss scale, with any loss scale, and with Muon.
 _OF_DYNAMIC_SCALE = ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
 _OF_LOSS_SCALE = ("loss_scale", *_OF_DYNAMIC_SCALE, "fp16_lm_cross_entropy")
 _OF_MUON = ("muon_momentum", "muon_momentum_warmup_iters", "muon_num_ns_steps")
 
 
 def plain(values: Mapping[str, Any]) -> Config:
-    """The configuration of values by their fields' names, with defaults for the others; raises ConfigError."""
+    """The configuration with these values, by field name, and defaults, each checked by itself; raises ConfigError."""
     config = Config()
     for name, section in config.sections():
         mine = with_tuples({item.name: values[item.name] for item in fields(section) if item.name in values})
@@ -28,20 +29,20 @@ def plain(values: Mapping[str, Any]) -> Config:
 
 
 def filled(config: Config) -> Config:
-    """`config` with what follows from its values in place of what is not given; raises ConfigError for combinations."""
+    """`config` with derived values filled in; raises ConfigError for impossible combinations."""
     config = _with_derived(config)
     _check_combinations(config)
     return config
 
 
 def check_section(section: Any) -> None:
-    """Raises ConfigError for a value that its flag's check does not take."""
+    """Raises ConfigError if a value in the section fails its flag's check."""
     for item in fields(section):
         check_value(item, getattr(section, item.name), flag_name(item))
 
 
 def check_value(item: Field, value: Any, name: str) -> None:
-    """Raises ConfigError, which calls the flag `name`, for a value that its check does not take."""
+    """Raises ConfigError if a value fails its flag's check; `name`: what the message calls the flag."""
     check, values = item.metadata["check"], value if isinstance(value, tuple) else (value,)
     if any(one in ("", "~") or str(one).startswith("~/") for one in values):
         raise ConfigError(f"{name} is {' '.join(map(repr, values))}, where the shell should have put "
@@ -57,7 +58,7 @@ def check_value(item: Field, value: Any, name: str) -> None:
 
 
 def _with_derived(config: Config) -> Config:
-    """`config` with the defaults that follow from other flags filled in."""
+    """`config` with those defaults filled in that depend on other flags; raises ConfigError if they are impossible."""
     model, data = config.model, config.data
     for value, flag in ((data.seq_length, "--seq-length"), (config.training.micro_batch_size, "--micro-batch-size"),
                         (config.schedule.lr, "--lr")):
@@ -83,11 +84,21 @@ def _with_derived(config: Config) -> Config:
 
 
 def _check_combinations(config: Config) -> None:
-    model, data, training = config.model, config.data, config.training
-    parallel = config.parallel
-    by_samples = training.train_samples is not None
-    wrong = [
-        *_model_faults(model),
+    """Raises ConfigError for the first combination of flags that is impossible."""
+    faults = [*_model_faults(config.model), *_row_faults(config.model, config.data),
+              *_precision_faults(config.precision), *_idle_faults(config), *_training_faults(config),
+              *_guards_faults(config), *_logging_faults(config.logging, config.checkpoint.save),
+              *_sharding_faults(config.parallel)]
+    for is_wrong, message in faults:
+        if is_wrong:
+            raise ConfigError(message)
+
+
+# Each of the following gives the possible mistakes of a kind: whether it was made (true or false), and the message.
+
+
+def _row_faults(model: ModelConfig, data: DataConfig) -> Faults:
+    return [
         (model.position_embedding_type == "learned_absolute" and model.max_position_embeddings < (data.seq_length or 0),
          f"--seq-length {data.seq_length} needs as many positions, for a protein may fill a row; "
          f"--max-position-embeddings is {model.max_position_embeddings}: give --seq-length "
@@ -95,7 +106,11 @@ def _check_combinations(config: Config) -> None:
         ((data.seq_length or math.inf) <= data.num_ends,
          f"--seq-length {data.seq_length} holds no residue between the ends of --protein-ends {data.protein_ends}; it "
          f"must be {data.num_ends + 1} or greater"),
-        *_precision_faults(config.precision),
+    ]
+
+
+def _idle_faults(config: Config) -> Faults:
+    return [
         *_idle(config.precision, _OF_LOSS_SCALE, config.precision.fp16, "--fp16, which is missing"),
         *_idle(config.precision, _OF_DYNAMIC_SCALE, config.precision.loss_scale is None,
                f"a dynamic loss scale, and --loss-scale {config.precision.loss_scale} is fixed"),
@@ -105,8 +120,15 @@ def _check_combinations(config: Config) -> None:
                f"--optimizer sgd, which is {config.optimizer.optimizer}"),
         *_idle(config.optimizer, ("normuon_beta2",), config.optimizer.optimizer == "normuon",
                f"--optimizer normuon, which is {config.optimizer.optimizer}"),
-        *_idle(model, ("checkpoint_num_layers",), model.checkpoint_activations,
+        *_idle(config.model, ("checkpoint_num_layers",), config.model.checkpoint_activations,
                "--checkpoint-activations, which is missing"),
+    ]
+
+
+def _training_faults(config: Config) -> Faults:
+    model, data, training = config.model, config.data, config.training
+    by_samples = training.train_samples is not None
+    return [
         ((training.train_iters is None) != by_samples, "give one of --train-iters and --train-samples"),
         *schedule_faults(config.schedule, training, config.optimizer),
         (not by_samples and training.rampup_batch_size is not None,
@@ -118,23 +140,29 @@ def _check_combinations(config: Config) -> None:
         (model.recompute_granularity == "selective" and training.compile,
          "--recompute-granularity selective recomputes what --compile cannot, as it has another size in each "
          "micro-batch; give --checkpoint-activations in its place, or --no-compile"),
+    ]
+
+
+def _guards_faults(config: Config) -> Faults:
+    return [
         (config.guards.on_spike == "rewind" and config.checkpoint.save is None,
          "--on-spike rewind goes back to the last checkpoint in --save, which is missing; give both"),
         (config.guards.on_spike == "rewind" and config.checkpoint.no_save_optim,
          "--on-spike rewind goes back to the optimizer's state, which --no-save-optim leaves out; give one of the two"),
-        (config.guards.on_spike == "skip" and training.cuda_graph,
+        (config.guards.on_spike == "skip" and config.training.cuda_graph,
          "--on-spike skip looks at each step before its update, which --cuda-graph has captured; give another"),
-        *_logging_faults(config.logging, config.checkpoint.save),
+    ]
+
+
+def _sharding_faults(parallel: ParallelConfig) -> Faults:
+    return [
         (parallel.use_distributed_optimizer and parallel.data_parallel_sharding in ("gradients", "parameters"),
          f"--use-distributed-optimizer is --data-parallel-sharding optimizer, which is given as "
          f"{parallel.data_parallel_sharding}; give one"),
     ]
-    for is_wrong, message in wrong:
-        if is_wrong:
-            raise ConfigError(message)
 
 
-def _precision_faults(precision: PrecisionConfig) -> list[tuple[Any, str]]:
+def _precision_faults(precision: PrecisionConfig) -> Faults:
     return [
         (precision.fp16 and precision.bf16, "--fp16 and --bf16 exclude each other; give one"),
         (precision.min_loss_scale > precision.initial_loss_scale,
@@ -151,13 +179,13 @@ def _precision_faults(precision: PrecisionConfig) -> list[tuple[Any, str]]:
     ]
 
 
-def _idle(section: Any, names: Collection[str], is_used: bool, owner: str) -> list[tuple[Any, str]]:
-    """Of flags that are about another, `owner`, those that are given where that is not."""
+def _idle(section: Any, names: Collection[str], is_used: bool, owner: str) -> Faults:
+    """The mistakes of giving a flag in `names`, which has no effect without another, `owner`, if not `is_used`."""
     return [(not is_used, f"{flag_name(item)} {getattr(section, item.name)} is about {owner}; leave one of the two out")
             for item in fields(section) if item.name in names and getattr(section, item.name) != item.default]
 
 
-def _logging_faults(logging: LoggingConfig, save: str | None) -> list[tuple[Any, str]]:
+def _logging_faults(logging: LoggingConfig, save: str | None) -> Faults:
     return [
         (logging.profile and save is None,
          "--profile writes into SAVE/profile; give --save as well"),
@@ -171,7 +199,7 @@ def _logging_faults(logging: LoggingConfig, save: str | None) -> list[tuple[Any,
     ]
 
 
-def _model_faults(model: ModelConfig) -> list[tuple[Any, str]]:
+def _model_faults(model: ModelConfig) -> Faults:
     heads, groups = model.num_attention_heads, model.num_groups
     return [
         (heads % groups, f"--num-query-groups {groups} does not divide --num-attention-heads {heads}; give a divisor"),

@@ -1,10 +1,10 @@
-"""A configuration in a file: keys are flags without their dashes, flat or in a table a section, in TOML or YAML.
+"""Reads a configuration file in TOML or YAML: keys are flags without their dashes, flat or in a table for each section.
 
-    preset = "demo"          # above the tables; the file's other values win over it
+    preset = "demo"          # above the tables; the file's other values override it
     [model]
     hidden-size = 256
 
-A value is checked as its flag is. Every mistake is a ConfigFileError of one line that names the file and the key.
+Values are checked like those of flags. Every mistake raises a ConfigFileError of one line with the file and the key.
 """
 
 import difflib
@@ -21,15 +21,15 @@ from megatron.config.reading.checks import check_value
 from megatron.config.reading.megatron_flags import ALWAYS_SO, REFUSED
 from megatron.errors import ConfigError, ConfigFileError
 
-YAML_ENDINGS = (".yaml", ".yml")  # what ends otherwise is TOML
+YAML_ENDINGS = (".yaml", ".yml")  # any other file is TOML
 _EXPECTED = {int: "a whole number", float: "a number", str: "text"}
 _Key = tuple[Field, str, bool]  # a flag, its section, and whether the key is its --no-
 
 
 def read_file(path: Path, presets: Collection[str]) -> dict[str, Any]:
-    """What a file says, by the fields' names, with "preset" where it names one; flags that are always so by their own.
+    """The values in a file by field name, with the key "preset" if it names one.
 
-    `presets`: those that it may name. Raises ConfigFileError.
+    Flags without effect (ALWAYS_SO) are keyed by their names. `presets`: the known ones. Raises ConfigFileError.
     """
     values: dict[str, Any] = {}
     said: dict[str, str] = {}
@@ -45,6 +45,7 @@ def read_file(path: Path, presets: Collection[str]) -> dict[str, Any]:
 
 
 def _tree(path: Path) -> Any:
+    """The parsed content of a TOML or YAML file; raises ConfigFileError."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -65,7 +66,7 @@ def _tree(path: Path) -> Any:
 
 
 def _module(*names: str) -> Any:
-    """The first of the modules that is installed; raises ModuleNotFoundError for the last."""
+    """The first of the modules that is installed; raises ModuleNotFoundError, for the last name, if none is."""
     for name in names[:-1]:
         try:
             return import_module(name)
@@ -75,7 +76,7 @@ def _module(*names: str) -> Any:
 
 
 def _yaml(text: str) -> Any:
-    """The tree of a YAML text; raises ValueError, for a key that comes twice as well, of which YAML keeps the last."""
+    """The parsed YAML text; raises ValueError, also for a repeated key, of which PyYAML would keep the last."""
     yaml = _module("yaml")
 
     loader: Any = type("Loader", (yaml.SafeLoader,), {})
@@ -94,7 +95,7 @@ def _yaml(text: str) -> Any:
 
 
 def _entries(tree: Any, path: Path) -> Iterator[tuple[str | None, str, Any]]:
-    """Each table, key and value; the table is None for a key above the tables."""
+    """Each entry as (table, key, value); the table is None for a key above the tables. Raises ConfigFileError."""
     if not isinstance(tree, dict):
         if tree is None:
             return
@@ -115,7 +116,7 @@ def _entries(tree: Any, path: Path) -> Iterator[tuple[str | None, str, Any]]:
 
 
 def _entry(table: str | None, key: str, found: Any, where: str, presets: Collection[str]) -> tuple[str, Any]:
-    """The field's name and the value of a key; raises ConfigFileError."""
+    """The field name and the value of an entry; `where`: the entry, for messages. Raises ConfigFileError."""
     if key == "preset" and table is None:
         return key, _choice(found, list(presets), where)
     if f"--{key}" in ALWAYS_SO:
@@ -140,7 +141,7 @@ def _entry(table: str | None, key: str, found: Any, where: str, presets: Collect
 
 @cache
 def _keys() -> Mapping[str, _Key]:
-    """The flag that a key means, for all spellings of it."""
+    """The flag for each possible key, aliases and --no- included."""
     found: dict[str, _Key] = {}
     for section, values in Config().sections():
         for item in fields(values):
@@ -153,7 +154,7 @@ def _keys() -> Mapping[str, _Key]:
 
 
 def _value(item: Field, found: Any, where: str) -> Any:
-    """What the flag takes of a value in a file; raises ConfigFileError."""
+    """A value in a file converted to the flag's type; raises ConfigFileError."""
     nargs = item.metadata["nargs"]
     if is_switch(item):
         if not isinstance(found, bool):
@@ -169,10 +170,11 @@ def _value(item: Field, found: Any, where: str) -> Any:
 
 
 def _one(item: Field, found: Any, where: str) -> Any:
+    """A single value, or one of a list, converted to the flag's type; raises ConfigFileError."""
     kind, choices = item.metadata["type"], item.metadata["choices"]
     is_right = isinstance(found, (str, int, float)) and not isinstance(found, bool) and not (
         kind is int and isinstance(found, float))
-    try:  # YAML reads 1e-3 as text; on the command line all is text
+    try:  # text is converted too, since YAML reads 1e-3 as text
         value = kind(found) if is_right else None
     except (ValueError, OverflowError):
         value = None
@@ -184,6 +186,7 @@ def _one(item: Field, found: Any, where: str) -> Any:
 
 
 def _choice(found: Any, choices: Collection[Any], where: str) -> Any:
+    """The value, if it is one of `choices`; raises ConfigFileError otherwise."""
     if found not in choices:
         raise ConfigFileError(f"{where} is {_shown(found)}; it must be one of {', '.join(map(str, choices))}"
                           f"{_nearest(str(found), list(map(str, choices)))}")
@@ -191,10 +194,12 @@ def _choice(found: Any, choices: Collection[Any], where: str) -> Any:
 
 
 def _nearest(name: str, names: Collection[str]) -> str:
+    """The end of a message that suggests a similar name, or nothing."""
     near = difflib.get_close_matches(name, names, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def _shown(found: Any) -> str:
+    """A value of the file as text for a message, shortened."""
     text = str(found).lower() if isinstance(found, bool) else repr(found)
     return text if len(text) <= 60 else f"{text[:57]}…"

@@ -1,6 +1,6 @@
-"""Megatron's flags that this project has no use for: what is always so, and what is refused, each with its reason."""
+"""Megatron-LM's flags that this project does not need: accepted without effect, or refused, each with its reason."""
 
-# Flags of Megatron-LM whose effect is always there: accepted, so that old scripts run, and named in the listing.
+# Flags that ask for what is always so here: accepted, so that old scripts run, and named in the argument listing.
 ALWAYS_SO = {
     "--accumulate-allreduce-grads-in-fp32": "gradients are accumulated and reduced in fp32",
     "--fp32-allreduce": "gradients are accumulated and reduced in fp32",

@@ -1,4 +1,4 @@
-"""argparse, as the project's programs have it: flags from dataclasses, a mistake in one line, help that reads well."""
+"""The project's use of argparse: flags derived from dataclasses, mistakes in one line, and compact help."""
 
 import argparse
 import shutil
@@ -11,19 +11,19 @@ from megatron.config.declaration import can_be_off, flag_name, is_switch, shown
 from megatron.errors import ConfigError
 
 _LEAST_COLUMNS, _MOST_COLUMNS = 80, 120
-_LONGEST_CHOICES = 40  # letters of the choices that help shows in place of a value
+_LONGEST_CHOICES = 40  # characters; help lists longer choices in the text, not in place of the value
 _VALUES = {"file": "FILE", "folder": "FOLDER", "prefix": "PREFIX", int: "N", float: "X", str: "TEXT"}
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse, but a mistake raises a ConfigError of one line instead of printing the usage."""
+    """An ArgumentParser that raises a ConfigError of one line for a mistake, instead of printing the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
 
 
 class HelpLines(argparse.HelpFormatter):
-    """All names of a flag, its value once, and beside them what it is."""
+    """A help formatter that shows all names of a flag followed by its value once, and its help beside them."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=34, width=columns())
@@ -38,12 +38,12 @@ class HelpLines(argparse.HelpFormatter):
 
 
 def columns() -> int:
-    """How wide help is: as the terminal, from 80 to 120."""
+    """The width of help in characters: that of the terminal, limited to 80 to 120, minus 1."""
     return min(_MOST_COLUMNS, max(_LEAST_COLUMNS, shutil.get_terminal_size().columns)) - 1
 
 
 def value_name(item: Field) -> str:
-    """What help calls a flag's value."""
+    """The placeholder for a flag's value in help."""
     choices = item.metadata["choices"]
     if choices is None:
         name = _VALUES[item.metadata["path"] or item.metadata["type"]]
@@ -53,9 +53,10 @@ def value_name(item: Field) -> str:
 
 def add_section_flags(parser: argparse.ArgumentParser, section: type, names: Collection[str] | None = None,
                       texts: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Add a flag for each field of the dataclass `section`, or of `names`; one that is not given leaves no value.
+    """Add a flag for each field of the dataclass `section`, or for those in `names`.
 
-    `texts`: by their names, the help of those that are something else in this program, with their defaults.
+    A flag that is not given is absent from the parsed namespace. `texts`: by field name, help with the default for
+    flags that differ in this program.
     """
     chosen = [item for item in fields(section) if names is None or item.name in names]
     if chosen:
@@ -64,6 +65,7 @@ def add_section_flags(parser: argparse.ArgumentParser, section: type, names: Col
 
 
 def _add(group: argparse._ArgumentGroup, items: Iterable[Field], texts: Mapping[str, str]) -> None:
+    """Add a flag for each field; `texts` is as in `add_section_flags`."""
     for item in items:
         is_hidden = item.metadata["is_hidden"]
         text = argparse.SUPPRESS if is_hidden else texts.get(item.name, item.metadata["help"]).replace("%", "%%")

@@ -1,4 +1,4 @@
-"""The flags that say where the others' values come from."""
+"""The flags that name sources of the other flags' values: a preset and a file."""
 
 from dataclasses import dataclass
 

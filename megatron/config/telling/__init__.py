@@ -1,1 +1,1 @@
-"""What the flags, and a run's configuration, are shown as: help, completion by shells, files, listings."""
+"""Presents flags and configurations: help, shell completion, configuration files, listings."""

@@ -1,4 +1,4 @@
-"""A configuration as a TOML file that `--config` takes, and what two configurations differ in."""
+"""Writes a configuration as TOML that `--config` reads, and lists the differences of two configurations."""
 
 import json
 import textwrap
@@ -10,15 +10,15 @@ from megatron.config import Config
 from megatron.config.declaration import flag_name, in_words
 from megatron.config.telling.help import in_short
 
-OF_A_PROCESS = ("local_rank",)  # what no file says: it is another on each rank
+OF_A_PROCESS = ("local_rank",)  # not written to files, since it differs between ranks
 _VALUES_TO, _LINES_TO, _LEAST_HELP = 44, 120, 20
 
 
 def as_toml(plain: Config, filled: Config, origin: str) -> str:
-    """The text of a file that gives `plain`, and so `filled`, which has what follows from it.
+    """The text of a TOML file with the values of `plain`, from which `filled` derives further ones.
 
-    What follows, and what has no value, is there commented out, so that another value may change it. `origin`: what the
-    values come from, in words.
+    Derived values, and flags without a value, are commented out, so that they adapt if other values are edited.
+    `origin`: where the values come from, for the first line.
     """
     lines = [f"# Flags of pretrain_tape.py: {origin}. `--config FILE` takes them, and flags beside it win.",
              "# What is commented out has no value, or the one that follows from the others."]
@@ -31,15 +31,15 @@ def as_toml(plain: Config, filled: Config, origin: str) -> str:
 
 
 def unwritable(config: Config) -> list[str]:
-    """The flags whose values no file holds: paths that are no text."""
+    """The flags whose values cannot be written to a file: paths that are not valid Unicode."""
     return [flag_name(item) for _, section in config.sections() for item in fields(section)
             if _has_no_text(getattr(section, item.name))]
 
 
 def changes(now: Mapping[str, Any], before: Mapping[str, Any], was: str) -> list[str]:
-    """A line for each flag, by its field's name in both, whose value is not what it `was`: "preset", "before", …
+    """A line for each flag whose value differs between `now` and `before`, two dicts by field name.
 
-    Not for what `as_toml` cannot say.
+    `was`: what to call the value in `before`, such as "preset". Flags that `as_toml` cannot write are left out.
     """
     items = {item.name: item for _, section in Config().sections() for item in fields(section)}
     rows = [(flag_name(items[name]), in_words(items[name], value), in_words(items[name], before[name]))
@@ -49,6 +49,7 @@ def changes(now: Mapping[str, Any], before: Mapping[str, Any], was: str) -> list
 
 
 def _line(item: Field, value: Any, resolved: Any) -> str:
+    """The line of a flag in the file, with its help as a comment; `resolved`: its value after deriving."""
     key = flag_name(item).removeprefix("--")
     text = f"{key} = {_toml(value)}" if value == resolved and value is not None else (
         f"# {key} =" if resolved is None else f"# {key} = {_toml(resolved)}")
@@ -61,6 +62,7 @@ def _line(item: Field, value: Any, resolved: Any) -> str:
 
 
 def _toml(value: Any) -> str:
+    """A value in TOML."""
     if isinstance(value, tuple):
         return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, float):
@@ -69,6 +71,6 @@ def _toml(value: Any) -> str:
 
 
 def _has_no_text(value: Any) -> bool:
-    """Whether a text holds bytes that are no UTF-8, as a path may."""
+    """Whether a value contains text that stands for bytes that are not UTF-8, as a path may."""
     return any("\ud800" <= letter <= "\udfff" for one in (value if isinstance(value, tuple) else (value,))
                if isinstance(one, str) for letter in one)

@@ -1,7 +1,7 @@
-"""Scripts with which bash, zsh and fish complete flags and their values: `--completion SHELL`.
+"""Generates the scripts with which bash, zsh and fish complete flags and their values (`--completion SHELL`).
 
-They know the flags by themselves, so that completing starts no Python. They complete behind pretrain_tape.py, started
-by itself or by python, and behind the scripts of examples/.
+A script contains the flags, so that completing does not start Python. It works for pretrain_tape.py, started directly
+or with python, and for the scripts in examples/.
 """
 
 import shlex
@@ -22,7 +22,7 @@ _STARTED_BY = ("python", "python3", "bash")
 
 @dataclass(frozen=True)
 class _Flag:
-    """A flag as a shell sees it. `kind`: switch, choice, file, folder, prefix, or value, of which nothing is known."""
+    """A flag for completion. `kind` of its value: switch (none), choice, file, folder, prefix, or value (anything)."""
 
     names: tuple[str, ...]
     help: str
@@ -32,12 +32,13 @@ class _Flag:
 
 
 def completion(shell: str) -> str:
-    """The script for one of SHELLS, to be evaluated when the shell starts."""
+    """The completion script for one of SHELLS, to be evaluated when the shell starts."""
     scripts: dict[str, Callable[[], str]] = {"bash": _bash, "zsh": _zsh, "fish": _fish}
     return scripts[shell]()
 
 
 def _flags() -> Iterator[_Flag]:
+    """All flags that are not hidden."""
     for section in (Sources(), *(section for _, section in Config().sections())):
         for item in (item for item in fields(section) if not item.metadata["is_hidden"]):
             meta, name = item.metadata, flag_name(item)
@@ -155,10 +156,12 @@ def _fish() -> str:
 
 
 def _either(flag: _Flag) -> str:
+    """The flag's names as a shell pattern of alternatives."""
     return "|".join(flag.names)
 
 
 def _put(script: str, **parts: str) -> str:
+    """The script with each @name@ replaced."""
     for name, part in parts.items():
         script = script.replace(f"@{name}@", part)
     return script

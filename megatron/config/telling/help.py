@@ -1,4 +1,4 @@
-"""What `--help` says, the commonest flags, and what stands around all of them in `--help-all`."""
+"""The text of `--help`, which has the commonest flags, and the usage and examples that `--help-all` shares."""
 
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ _HELP_AT = 34
 
 
 def short_help(sections: Sequence[type]) -> str:
-    """The commonest flags of the sections, each in a line or two, as wide as the terminal."""
+    """The help with only the commonest flags of the sections, each in a line or two, as wide as the terminal."""
     num_flags = sum(not item.metadata["is_hidden"] for section in sections for item in fields(section))
     lines = [f"usage: {USAGE}", "", *textwrap.wrap(f"{DESCRIPTION} These are the commonest flags; --help-all has all "
                                                    f"{num_flags}, and says more of each.", columns())]
@@ -36,13 +36,13 @@ def short_help(sections: Sequence[type]) -> str:
 
 
 def in_short(item: Field) -> str:
-    """What the flag is, in its help's first words, and what it can be."""
+    """The first words of the flag's help, with its choices."""
     choices = [str(choice) for choice in item.metadata["choices"] or ()]
     return first_words(item) + (f": {', '.join(choices)}" if len(choices) > 1 else "")
 
 
 def first_words(item: Field) -> str:
-    """What the flag is, in its help's first words."""
+    """The first words of the flag's help, up to a semicolon, a bracket or, with choices, a colon."""
     text = item.metadata["help"].split("; ")[0].split(" (")[0]
     first = text.split(": ")[0]
     choices = item.metadata["choices"]
@@ -50,6 +50,7 @@ def first_words(item: Field) -> str:
 
 
 def _rows(item: Field) -> Iterator[str]:
+    """The lines of the short help on one flag."""
     names = flag_name(item) if is_switch(item) else f"{flag_name(item)} {value_name(item)}"
     default = "" if item.default is None or is_switch(item) else f" ({shown(item.default)})"
     first, *others = textwrap.wrap(in_short(item) + default, columns() - _HELP_AT, break_on_hyphens=False)

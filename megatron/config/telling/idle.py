@@ -1,4 +1,4 @@
-"""What is given and changes nothing: flags without what they are about, a preset's warm-up in another unit."""
+"""Notes on flags that have no effect in a configuration, because the flag that they depend on is not given."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -9,10 +9,11 @@ from megatron.config.declaration import flag_name, is_switch, shown
 
 
 def notes(config: Config, said: Mapping[str, Any], of_preset: Mapping[str, Any]) -> list[str]:
-    """A line for each, and for what of --save cannot be gone on from.
+    """A line for each flag that has no effect, and one if the checkpoints in --save cannot be resumed from.
 
-    `said`: what file and flags say, `of_preset`: what the preset does, by their fields' names. Lines, not errors, since
-    scripts are kept for runs with and without. A preset's values may be idle unsaid, but for its warm-up.
+    `said`: the values of file and flags, `of_preset`: those of the preset, by field name. These are notes, not errors,
+    so that one script serves runs with and without the other flag. Of a preset's values only an unused warm-up is
+    reported.
     """
     checkpoint, optimizer = config.checkpoint, config.optimizer
     owners = {

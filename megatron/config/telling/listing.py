@@ -1,4 +1,4 @@
-"""Lines about a configuration: its listing, and what of it comes from a checkpoint."""
+"""The lines about the configuration that a run prints at its start."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -10,7 +10,8 @@ from megatron.config.reading.megatron_flags import ALWAYS_SO
 
 
 def listing(config: Config, always_so: Sequence[str]) -> str:
-    """The argument listing that a run prints at its start: every flag with its value, in alphabetical order."""
+    """The argument listing: every flag with its value, in alphabetical order; `always_so`: given flags without effect.
+    """
     values = sorted(config.as_dict().items())
     rows = [f"  {name} {'.' * max(2, 46 - len(name))} {shown(value)}" for name, value in values]
     rows += [f"  {name}: always so; {ALWAYS_SO[name]}" for name in always_so]
@@ -19,7 +20,7 @@ def listing(config: Config, always_so: Sequence[str]) -> str:
 
 
 def notice(taken: Mapping[str, Any]) -> str | None:
-    """A line that says which flags are taken from a checkpoint, of those that are not the program's own defaults."""
+    """A line that says which flags were taken from a checkpoint, without those equal to the defaults; None for none."""
     defaults = Config().as_dict()
     items = {item.name: item for _, section in Config().sections() for item in fields(section)}
     flags = [f"{flag_name(items[name])} {in_words(items[name], value)}" for name, value in taken.items()
