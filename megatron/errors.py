@@ -1,8 +1,8 @@
-"""What a user can mend: each kind of mistake is a class, whose one line the command lines print before they end."""
+"""The errors that a user can fix; the command-line programs print the message, one line, and end with `exit_status`."""
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend; the message names what was found, what was expected and the remedy."""
+    """A mistake that the user can fix; the message says what was found, what was expected and the remedy."""
 
     exit_status = 2
 
@@ -24,7 +24,7 @@ class VocabError(UserError):
 
 
 class ResidueError(UserError):
-    """A text that is not a protein; the message names the column and what stands there."""
+    """A text that is not a protein; the message names the column and the character found there."""
 
 
 class CheckpointError(UserError):
@@ -32,7 +32,7 @@ class CheckpointError(UserError):
 
 
 class SaveError(CheckpointError):
-    """A checkpoint that the disk refuses; the message names folder, what is to be freed and the remedy."""
+    """A checkpoint that the disk refuses; the message names the folder, the space needed and the remedy."""
 
     exit_status = 4
 
@@ -42,10 +42,10 @@ class OutputError(UserError):
 
 
 class LaunchError(UserError):
-    """What the launcher says, or leaves out, does not let the ranks find each other or their devices."""
+    """Launcher settings, given or missing, with which the ranks cannot find each other or their devices."""
 
 
 class DivergedError(UserError):
-    """A run whose steps go wrong again and again: to start it again would only repeat that."""
+    """A run that ended because its steps kept going wrong; starting it again unchanged would only repeat that."""
 
     exit_status = 3

@@ -1,4 +1,4 @@
-"""Files and folders that appear under their final name only when they are whole and on the disk; locks of files."""
+"""Writes files and folders atomically: they appear under their final name when complete and synced; file locks."""
 
 import fcntl
 import hashlib
@@ -22,10 +22,10 @@ _MARK, _REPLACED = ".unfinished-", "-replaced"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its name when the block ends well, and vanishes when it does not.
+    """A context with a temporary path, which is renamed to `path` at the end, or removed if the block raises.
 
-    Whoever reads `path` sees the old content or the new, never a part; several may replace it at once. Of a link it is
-    what that leads to. A device or a pipe is written to itself. An OSError of the writing names `path`.
+    Readers of `path` see either the old or the new content, and several processes may replace it at once. If `path` is
+    a link, its target is replaced; a device or a pipe is written to directly. OSErrors of writing name `path`.
     """
     if path.exists() and not path.is_file():
         yield path
@@ -43,12 +43,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def missing_folders(path: Path) -> list[Path]:
-    """Of `path` and the folders that it is in those that are not there, the deepest first."""
+    """Those of `path` and its parents that do not exist, the deepest first."""
     return list(takewhile(lambda folder: not folder.exists(), (path, *path.parents)))
 
 
 def remove_empty(folders: Iterable[Path]) -> None:
-    """Remove those folders, the deepest first, that are there and empty."""
+    """Remove those of the folders, given deepest first, that exist and are empty."""
     with suppress(OSError):
         for folder in folders:
             with suppress(FileNotFoundError):
@@ -57,7 +57,9 @@ def remove_empty(folders: Iterable[Path]) -> None:
 
 @contextmanager
 def leaving_no_empty(path: Path) -> Iterator[None]:
-    """Where the block fails, folders that it has made, `path` and those that it is in, go again if they are empty."""
+    """A context that, if the block raises, removes `path` and its parents as far as the block created them and they
+    are empty.
+    """
     missing = missing_folders(path)
     try:
         yield
@@ -67,29 +69,29 @@ def leaving_no_empty(path: Path) -> Iterator[None]:
 
 
 def left_over(path: Path, begins: bool = False) -> Iterator[Path]:
-    """What killed processes have left of their attempts to replace `path`, a file or a folder.
+    """The temporary files or folders that killed processes left when writing `path`.
 
-    `begins`: or whatever has a name that begins so.
+    `begins`: or when writing any path that begins with `path`.
     """
     ours = re.compile(re.escape(_MARK + path.name) + (".*" if begins else f"({_REPLACED}|-[0-9a-f]{{32}})?"))
     return (other for other in path.parent.glob(f"{_MARK}*") if ours.fullmatch(other.name))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path`, whole or not at all."""
+    """Write `text` to `path` atomically, as UTF-8; raises OSError."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON to `path`, whole or not at all."""
+    """Write `value` as JSON to `path` atomically; raises OSError."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def begin_folder(path: Path) -> Path:
-    """An empty temporary folder beside `path`, for `finish_folder`; what killed processes left of theirs goes.
+    """An empty temporary folder beside `path`, to be filled before `finish_folder`.
 
-    One process at a time.
+    Removes what killed processes left; so only one process at a time may do this for a path.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for old in left_over(path):
@@ -100,7 +102,7 @@ def begin_folder(path: Path) -> Path:
 
 
 def finish_folder(path: Path) -> None:
-    """Give what `begin_folder` made for `path` its name, once all its files are on the disk; replaces what is there."""
+    """Rename the temporary folder of `begin_folder` to `path`, replacing an existing one; its files must be synced."""
     temporary = path.parent / f"{_MARK}{path.name}"
     sync(temporary)
     if path.exists():
@@ -115,9 +117,9 @@ def finish_folder(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends well, and vanishes when it does not.
+    """A context with a temporary folder, which is renamed to `path` at the end, or removed if the block raises.
 
-    An OSError of the writing names `path`.
+    OSErrors of writing name `path`.
     """
     temporary = begin_folder(path)
     try:
@@ -130,7 +132,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def try_lock(file: IO | int) -> bool:
-    """Take the lock of an open file; False where another has it, True too where the file system has no locks."""
+    """Try to lock an open file; False if another process holds the lock, True also if the file system has no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -140,11 +142,10 @@ def try_lock(file: IO | int) -> bool:
 
 @contextmanager
 def locked(path: Path, longest_work_s: float = 0.0) -> Iterator[None]:
-    """Holds the lock of `path`, a file or folder; goes on without it where it is long in coming or not to be had.
+    """A context that holds the lock of `path`, a file or folder, or continues without it if it cannot be had in time.
 
-    `longest_work_s`: what its holder may need besides.
-
-    What it guards is so written that two who do it at once waste time, or lose what can be had again, and nothing else.
+    It waits for LONGEST_WAIT_S plus `longest_work_s`, the time that another holder's work may take. So use it only for
+    work that two processes may do at once without harm, apart from wasted time or lost cache entries.
     """
     deadline = time.monotonic() + LONGEST_WAIT_S + longest_work_s
     descriptor = _open_lock(path)
@@ -154,7 +155,7 @@ def locked(path: Path, longest_work_s: float = 0.0) -> Iterator[None]:
         yield
     finally:
         if descriptor is not None:
-            with suppress(OSError):  # in words, as a forked child may hold the file open for longer
+            with suppress(OSError):  # explicitly, since a forked child may keep the file open
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
 
@@ -169,7 +170,7 @@ def sha256(path: str | Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
+    """fsync a file, or the directory entries of a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -179,7 +180,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def _named(path: Path, temporary: Path) -> Iterator[None]:
-    """Raises the block's OSErrors as those of `path`, where they name `temporary` or, as of a full disk, nothing."""
+    """A context in which OSErrors that name `temporary`, or (for a full disk) no file, name `path` instead."""
     try:
         yield
     except OSError as error:
@@ -189,7 +190,8 @@ def _named(path: Path, temporary: Path) -> Iterator[None]:
 
 
 def _open_lock(path: Path) -> int | None:
-    for flags in (os.O_RDWR | os.O_CREAT, os.O_RDONLY):  # another user's can often be read, which is enough to lock it
+    """The descriptor of a lock file, created if missing; None if it cannot be opened."""
+    for flags in (os.O_RDWR | os.O_CREAT, os.O_RDONLY):  # another user's file may be read-only, which suffices
         with suppress(OSError):
             return os.open(path, flags, 0o666)
     return None

@@ -1,5 +1,4 @@
-"""What a run says on its terminal: lines from one rank, how far it is, as a bar where a person watches, times in words.
-"""
+"""Output on the terminal: lines from one rank, progress bars, readable times and counts, and exit statuses."""
 
 import io
 import sys
@@ -10,13 +9,13 @@ from typing import Protocol
 from megatron.errors import UserError
 
 STOPPED = "stopped by Ctrl-C"
-LINE_EVERY_S = 10.0  # where no terminal shows a bar
+LINE_EVERY_S = 10.0  # between progress lines, if there is no terminal for a bar
 
 
 def take_any_text() -> None:
-    r"""Let standard output and error write what their encoding lacks as an escape (`\udce9`); each door begins with it.
+    r"""Make standard output and error write unencodable characters as escapes (`\udce9`), called first in each program.
 
-    A path is bytes and need be no UTF-8, and a terminal may be ASCII: to name a file must never end a run.
+    A path need not be UTF-8, and a terminal may be ASCII, but printing a file's name must never end a run.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -24,9 +23,10 @@ def take_any_text() -> None:
 
 
 def exit_status(work: Callable[[], int | None]) -> int:
-    """What a door ends with: what `work` gives, a UserError's status and line, 2 for a file's, 130 after Ctrl-C.
+    """The exit status of a command-line program whose work is `work`.
 
-    All but the first with a line.
+    It is what `work` returns (None: 0), a UserError's own status, 2 for an OSError, or 130 for Ctrl-C; the latter three
+    print one line on standard error.
     """
     take_any_text()
     try:
@@ -40,7 +40,7 @@ def exit_status(work: Callable[[], int | None]) -> int:
 
 
 def in_time(seconds: float) -> str:
-    """Seconds as a person says them: 3.2 s, 41 s, 12 min, 3 h 05 min, 2 d 4 h."""
+    """A duration as text: 3.2 s, 41 s, 12 min, 3 h 05 min, 2 d 4 h."""
     if seconds < 59.5:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -51,12 +51,12 @@ def in_time(seconds: float) -> str:
 
 
 def number_of(count: int, noun: str) -> str:
-    """So many of what `noun` calls one of: 1 protein, 2,000 proteins."""
+    """A count with its noun, given in the singular: 1 protein, 2,000 proteins."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 class Log:
-    """Prints lines on rank 0 and nothing elsewhere; draws a progress bar on a terminal, and prints lines without one.
+    """Prints lines, and shows progress as a bar on a terminal or as lines without one; only if `is_speaker` (rank 0).
     """
 
     def __init__(self, is_speaker: bool = True) -> None:
@@ -65,14 +65,14 @@ class Log:
     def line(self, text: str) -> None:
         """Print `text`, above the progress bar if there is one."""
         if self.is_speaker:
-            from tqdm import tqdm  # here, since tools/doctor.py tells where it is missing
+            from tqdm import tqdm  # here, so that tools/doctor.py can report if it is missing
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
     def progress(self, total: int, done: int, unit: str, label: str, has_own_lines: bool = False) -> "ProgressBar":
-        """A progress bar over `total` units of which `done` are behind us; a line now and then where none is seen.
+        """A progress bar over `total` units, of which `done` are done; without a terminal, a line every LINE_EVERY_S.
 
-        Unless the work `has_own_lines`, which tell how far it is.
+        `has_own_lines`: the work prints its own progress, so that no lines are needed.
         """
         if not (self.is_speaker and sys.stderr.isatty()):
             return ProgressLines(Log(is_speaker=False) if has_own_lines else self, total, done, unit, label)
@@ -81,17 +81,17 @@ class Log:
 
 
 class ProgressBar(Protocol):
-    """What is done with a progress bar."""
+    """The interface of a progress bar."""
 
     def update(self, n: float | None = 1) -> bool | None:
         """Advance by `n` units."""
 
     def close(self) -> None:
-        """Take the bar off the terminal."""
+        """Remove the bar from the terminal."""
 
 
 class ProgressLines:
-    """A progress bar for a file: a line each LINE_EVERY_S, none of work that takes less."""
+    """A progress bar's replacement without a terminal: a line every LINE_EVERY_S, none for work that takes less."""
 
     def __init__(self, log: Log, total: int, done: int, unit: str, label: str) -> None:
         self._log, self._total, self._unit, self._label = log, total, unit, label
@@ -109,4 +109,4 @@ class ProgressLines:
                            f"{in_time(left_s)} left")
 
     def close(self) -> None:
-        """Nothing: lines stay."""
+        """Does nothing: lines stay."""
