@@ -1,1 +1,1 @@
-"""Runs looked at together: their curves in one picture, and settings tried one after the other."""
+"""Looks at runs: compares their curves, sweeps over settings, watches a run, and writes its report."""

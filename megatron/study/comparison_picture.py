@@ -1,4 +1,4 @@
-"""One picture of several runs: a loss over steps, residues, seconds and FLOPs, with where each came to a given loss."""
+"""Draws the losses of several runs over steps, residues, seconds and FLOPs, and marks where they reach a given loss."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,17 +12,20 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from megatron.files import replacing
 from megatron.study.curves import AXES, Curve
 
-# Okabe and Ito's, which the colour-blind tell apart (doi 10.1038/nmeth.1618), without the yellow; then other lines.
+# The palette of Okabe and Ito, safe for the colour-blind (doi 10.1038/nmeth.1618), without yellow; then line styles.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 LINES = ("-", "--", ":", "-.")
 LABELS = {"steps": "steps", "residues": "residues read in training", "flops": "model FLOPs of training"}
 UNITS = (("days", 86400), ("h", 3600), ("min", 60), ("s", 1))
-LOG_FROM = 4  # the ratio of the longest run to the shortest from which on an axis is logarithmic
+LOG_FROM = 4  # an axis is logarithmic if the longest run is this many times as long as the shortest
 
 
 def draw_comparison(curves: Mapping[str, Curve], behind: Mapping[str, Curve], loss: float, ylabel: str,
                     path: Path) -> None:
-    """Write the picture of `curves` to `path`, by their names; thin behind them those of `behind`."""
+    """Write the picture of `curves` (by name) to `path`, with the curves of `behind` thin in the same colours.
+
+    `loss`: the one to mark where a curve reaches it.
+    """
     figure = Figure(figsize=(12, 8.5), dpi=120, layout="constrained")
     panels = figure.subplots(2, 2, sharey=True)
     lowest, highest = _limits(list(curves.values()), loss)
@@ -42,6 +45,7 @@ def draw_comparison(curves: Mapping[str, Curve], behind: Mapping[str, Curve], lo
 
 def _draw_panel(panel: Any, axis: str, curves: Mapping[str, Curve], behind: Mapping[str, Curve], loss: float,
                 highest: float, names: list[str]) -> None:
+    """Draw one panel, with `axis` as its x; `names`: of all curves, which determine the colours."""
     panel.grid(alpha=0.3)
     if not curves:
         panel.text(0.5, 0.5, f"no run recorded its {axis}", transform=panel.transAxes, ha="center")
@@ -79,9 +83,9 @@ def _style(index: int) -> dict[str, Any]:
 
 
 def _limits(curves: list[Curve], loss: float) -> tuple[float, float]:
-    """The lowest loss, and what lets the second half of a usual run fill a quarter of the picture, or less.
+    """The range of losses to show: such that the second half of a typical run fills at most a quarter of the height.
 
-    A model's first steps, seen whole, would flatten all that comes after.
+    The high losses of the first steps are cut off, since they would flatten the rest.
     """
     lowest = min(loss, *(curve.losses.min() for curve in curves))
     halfway = np.median([np.interp(0.5 * curve.axes["steps"][-1], curve.axes["steps"], curve.losses)

@@ -1,4 +1,4 @@
-"""What a run's metrics.jsonl says of its course: a loss against steps, residues, seconds of training, and FLOPs."""
+"""Reads loss curves from a run's metrics.jsonl, over steps, residues, seconds of training and FLOPs."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,29 +10,24 @@ from megatron.checkpoint.metrics import MEASURED_ON, evaluations_of, read_record
 from megatron.checkpoint.places import METRICS_FILE
 from megatron.errors import ConfigError
 
-# What a loss is drawn against, and how records call it.
+# The axes that a loss is drawn over, and their keys in records.
 AXES = {"steps": "iteration", "residues": "consumed_residues", "seconds": "training_s", "flops": "consumed_flops"}
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Losses in nats at rising steps; at each, every axis of AXES that the run recorded.
-
-    `spread`: for the mean of several runs, the standard deviation of one (over n - 1) at each point. `lost`: steps
-    behind a run's last loss at which it had none that is finite. `measured_on`: the digests of what they are of, of the
-    runs that it is the mean of; `num_others`: how many evaluations before, of something else, are left out.
-    """
+    """Losses in nats at increasing steps, of one run or averaged over several."""
 
     losses: np.ndarray
-    axes: dict[str, np.ndarray]
-    spread: np.ndarray | None = None
-    lost: tuple[int, ...] = ()
-    measured_on: frozenset[str | None] = frozenset()
-    num_others: int = 0
+    axes: dict[str, np.ndarray]  # by name, for each axis of AXES that was recorded, its value at each loss
+    spread: np.ndarray | None = None  # for a mean of runs: the standard deviation of one run (over n - 1) at each point
+    lost: tuple[int, ...] = ()  # steps after the last finite loss at which the loss was not finite
+    measured_on: frozenset[str | None] = frozenset()  # digests of the data that the losses were measured on
+    num_others: int = 0  # earlier evaluations that were left out, because they are on other data
 
     @property
     def last_step(self) -> int:
-        """The last at which there was an evaluation, whatever came of it."""
+        """The last step with an evaluation, whether or not its loss was finite."""
         return self.lost[-1] if self.lost else int(self.axes["steps"][-1])
 
     @property
@@ -45,9 +40,9 @@ class Curve:
         return int(self.losses.argmin())
 
     def reached(self, loss: float) -> dict[str, float] | None:
-        """Where on each axis the curve first comes down to `loss`, linear between two points; None where it does not.
+        """The value on each axis where the curve first falls to `loss`, by linear interpolation; None if it never does.
 
-        A curve that begins below it has reached it at its first point, as far as is known.
+        For a curve that begins below `loss`, it is the first point.
         """
         below = np.flatnonzero(self.losses <= loss)
         if not below.size:
@@ -61,7 +56,7 @@ class Curve:
                 for name, values in self.axes.items()}
 
     def smoothed(self) -> "Curve":
-        """The running mean over a twentieth of the points, as many on either side."""
+        """The curve as a centred running mean over a twentieth of the points, fewer towards the ends."""
         half, sums = len(self.losses) // 40, np.cumsum([0.0, *self.losses])
         index = np.arange(len(self.losses))
         reach = np.minimum(half, np.minimum(index, index[::-1]))
@@ -69,9 +64,9 @@ class Curve:
 
 
 def read_curve(folder: Path, kind: str) -> Curve:
-    """The losses of a kind of record ("train", "valid", "test", "valid/NAME") of the run in a folder, those finite.
+    """The finite losses of a kind of record ("train", "valid", "test", "valid/NAME") of the run in a folder.
 
-    Raises ConfigError where there are none.
+    Raises ConfigError if there are none.
     """
     records = kinds_of(folder)
     evaluations, num_others = evaluations_of(records.get(kind, []), kind)
@@ -90,7 +85,7 @@ def read_curve(folder: Path, kind: str) -> Curve:
 
 
 def kinds_of(folder: Path) -> dict[str, list[dict]]:
-    """The records of the run in a folder, by their kinds; raises ConfigError where the folder holds no run."""
+    """The records of the run in a folder, by kind; raises ConfigError if the folder holds no run."""
     path = folder / METRICS_FILE
     if not path.is_file():
         inside = sorted(place.parent.name for place in folder.glob(f"*/{METRICS_FILE}"))
@@ -105,16 +100,16 @@ def kinds_of(folder: Path) -> dict[str, list[dict]]:
 
 
 def unlike(digests: Iterable[str | None]) -> str | None:
-    """The line that says that losses with these digests do not compare; None where all have the same."""
+    """A note that losses with these digests are not comparable; None if all digests are the same."""
     return None if len(set(digests)) < 2 else (
         "note: these losses are not all of the same data (--data-path, --split, --seq-length, --eval-iters or the rows "
         "of a batch are others), or do not all say of what: they do not tell which run is better")
 
 
 def mean_curve(curves: Sequence[Curve]) -> Curve:
-    """The mean of runs, with their spread, at the steps that all have; on other axes, the mean of where they were.
+    """The mean of runs, with their spread, at the steps that all have; the other axes are averaged too.
 
-    Raises ConfigError where they have no step in common.
+    Raises ConfigError if they have no step in common.
     """
     if len(curves) == 1:
         return curves[0]

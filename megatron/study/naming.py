@@ -1,4 +1,4 @@
-"""What runs are called: by the flags in which they differ where their checkpoints say so, else by their folders."""
+"""Names runs by the flags in which they differ, if their checkpoints tell, else by their folders."""
 
 from collections.abc import Sequence
 from dataclasses import fields
@@ -9,20 +9,20 @@ from megatron.checkpoint.store import saved_flags
 from megatron.config import Config
 from megatron.config.declaration import flag_name
 
-# Where a run lies, what is watched of it and when it leaves: no difference between models.
+# Flags on where a run is saved, what it logs and when it ends, which are no difference between models.
 _IGNORED_SECTIONS = ("checkpoint", "logging")
 _IGNORED = ("exit_interval", "exit_duration_in_mins", "num_workers")
-# What is left to its default follows from another.
+# Flags whose default is derived from another flag.
 _FOLLOWS = {"--ffn-hidden-size": "--hidden-size", "--kv-channels": "--hidden-size",
             "--num-query-groups": "--num-attention-heads", "--max-position-embeddings": "--seq-length"}
 LONGEST_NAME = 60
 
 
 def differing_flags(groups: Sequence[Sequence[Path]]) -> list[dict[str, Any]]:
-    """Of each group of runs, the flags in which the groups differ, with their values; not those that differ within one,
-    nor a default that follows from another.
+    """For each group of runs, the values of the flags in which the groups differ, by flag.
 
-    Nothing of any where a run has no checkpoint, which would say its flags.
+    Flags that differ within a group are left out, and derived defaults. All are {} if a run has no checkpoint, which
+    stores the flags.
     """
     known = [[saved_flags(str(folder)) for folder in folders] for folders in groups]
     differing: list[dict[str, Any]] = [{} for _ in groups]
@@ -46,9 +46,7 @@ def differing_flags(groups: Sequence[Sequence[Path]]) -> list[dict[str, Any]]:
 
 
 def names_of(groups: Sequence[Sequence[Path]], differing: Sequence[dict[str, Any]]) -> list[str]:
-    """A name of its own for each group: the flags that differ if that is short, else as much of its first path as tells
-    it from the others.
-    """
+    """A unique name for each group: the flags that differ if that is short, else the end of its first run's path."""
     by_flags = [" ".join(in_words(name, value) for name, value in flags.items()) for flags in differing]
     if _are_different(by_flags) and all(0 < len(name) <= LONGEST_NAME for name in by_flags):
         return by_flags
@@ -60,7 +58,7 @@ def names_of(groups: Sequence[Sequence[Path]], differing: Sequence[dict[str, Any
 
 
 def in_words(name: str, value: Any) -> str:
-    """A flag with its value, as on the command line."""
+    """A flag (`name`, with its dashes) and its value, as on the command line."""
     if isinstance(value, bool) or value is None:
         return name if value else f"--no-{name[2:]}"
     return f"{name} {' '.join(map(_shown, value)) if isinstance(value, list) else _shown(value)}"

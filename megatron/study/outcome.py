@@ -1,4 +1,4 @@
-"""What came out of a sweep: its settings from the best to the worst, and what that means for the next."""
+"""The outcome of a sweep: its settings from the best to the worst, and hints for the next sweep."""
 
 import math
 from collections.abc import Sequence
@@ -14,42 +14,40 @@ from megatron.study.table import in_short, table
 
 @dataclass(frozen=True)
 class Outcome:
-    """A setting with the results of its seeds, and of those that came to their end the loss: its mean, and the standard
-    deviation over n - 1. Where none did, of those that have a loss, where they were stopped.
-    """
+    """A setting and the results of its seeds; `values`: by flag."""
 
     values: dict[str, str]
     results: tuple[TrialResult, ...]
 
     @property
     def is_finished(self) -> bool:
-        """Whether all seeds came to their end."""
+        """Whether the trials of all seeds finished."""
         return all(result.outcome == FINISHED for result in self.results)
 
     @property
     def counted(self) -> list[TrialResult]:
-        """The results that the mean is of."""
+        """The results that count for the mean: those that finished or, if none did, those that have a loss at all."""
         known = [result for result in self.results if result.loss is not None]
         return [result for result in known if result.outcome == FINISHED] or known
 
     @property
     def losses(self) -> list[float]:
-        """Those that the mean is of."""
+        """The losses of the results that count."""
         return [result.loss for result in self.counted if result.loss is not None]
 
     @property
     def mean(self) -> float:
-        """Of the losses; infinite where there is none."""
+        """The mean of the losses; infinity if there are none."""
         return float(np.mean(self.losses)) if self.losses else math.inf
 
     @property
     def spread(self) -> float | None:
-        """The standard deviation of the losses; None for a single one."""
+        """The standard deviation of the losses (over n - 1); None for fewer than two."""
         return float(np.std(self.losses, ddof=1)) if len(self.losses) > 1 else None
 
 
 def outcomes(results: Sequence[TrialResult]) -> list[Outcome]:
-    """The settings of `results`: those finished from the lowest loss on, then the others likewise."""
+    """The settings in `results`: first those whose seeds all finished, then the others, each by increasing loss."""
     groups: dict[tuple[str, ...], list[TrialResult]] = {}
     for result in results:
         groups.setdefault(tuple(result.values.values()), []).append(result)
@@ -58,13 +56,13 @@ def outcomes(results: Sequence[TrialResult]) -> list[Outcome]:
 
 
 def tried(found: Sequence[Outcome]) -> dict[str, list[str]]:
-    """The values of each flag that were tried, numbers in their order."""
+    """The values of each flag that were tried, in increasing order if they are numbers."""
     names = found[0].values if found else ()
     return {name: in_order(list(dict.fromkeys(one.values[name] for one in found))) for name in names}
 
 
 def edges(found: Sequence[Outcome]) -> list[str]:
-    """A line for each flag of numbers whose best value is the smallest or the largest that was tried."""
+    """A note for each numeric flag whose best value is the smallest or the largest that was tried."""
     lines = []
     for name, values in tried(found).items():
         best = found[0].values[name]
@@ -76,7 +74,7 @@ def edges(found: Sequence[Outcome]) -> list[str]:
 
 
 def as_table(found: Sequence[Outcome]) -> str:
-    """The settings, one a line."""
+    """A table of the settings, one a line."""
     names = list(found[0].values) if found else []
     heads = [*names, "loss", "seeds", "steps", "residues", "time", "FLOPs", "outcome"]
     return table(heads, [_row(one) for one in found], len(names))

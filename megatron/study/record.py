@@ -1,9 +1,9 @@
-"""What a sweep keeps in its folder, so that it goes on after it was killed, and what became of each trial.
+"""The record of a sweep in its folder: the result of each trial, so that a sweep that was killed can continue.
 
-FOLDER/sweep.json     what it is: the flags of all trials, which flags are varied
-FOLDER/sweep.jsonl    one line a trial, begun or ended
+FOLDER/sweep.json     the sweep's identity: the flags of all trials, and which flags are varied
+FOLDER/sweep.jsonl    one line for each trial that was begun
 FOLDER/sweep.csv      the same as a table
-FOLDER/lr=1e-3_seed=1 one trial: the folder of its run, and run.log, what that printed
+FOLDER/lr=1e-3_seed=1 one trial: the folder of its run, with its output in run.log
 """
 
 import csv
@@ -25,15 +25,15 @@ from megatron.study.curves import kinds_of
 from megatron.study.settings import Space, Trial
 
 BEGUN, FINISHED, STOPPED, NOT_FINITE, FAILED = "begun", "finished", "stopped early", "not finite", "failed"
-ENDED = (FINISHED, STOPPED, NOT_FINITE)  # is not tried again
+ENDED = (FINISHED, STOPPED, NOT_FINITE)  # outcomes after which a trial is not run again
 IDENTITY, RESULTS = "sweep.json", "sweep.jsonl"
 _SAID = {"flags": "its trials have", "varied": "it varies"}
-WAIT_S = 60.0  # for a trial of a sweep that was killed, which is still saving
+WAIT_S = 60.0  # how long to wait for trials of a killed sweep, which may still be saving
 
 
 @dataclass(frozen=True)
 class TrialResult:
-    """What is known of a trial: the loss at its last evaluation, and what it took up to there."""
+    """What is known of a trial: its outcome, the loss at its last evaluation, and what it took up to there."""
 
     trial: str
     values: dict[str, str]
@@ -49,9 +49,10 @@ class TrialResult:
 
 
 class SweepRecord:
-    """The results in a sweep's folder, by their trials; what is put in is on the disk at once.
+    """The results in a sweep's folder, by trial; changes are written to the disk at once.
 
-    `metric`: the loss that they have. Those of an earlier start, which may have gone by another, are read again.
+    `metric`: the kind of loss to record. Results of an earlier start, which may have used another metric, are read
+    again from the trials' folders. Raises ConfigError if the folder holds another sweep.
     """
 
     def __init__(self, folder: Path, space: Space, metric: str) -> None:
@@ -65,37 +66,38 @@ class SweepRecord:
         return self._results.get(self._space.folder_name(trial))
 
     def all(self) -> list[TrialResult]:
-        """Every result, in the order in which the trials were begun."""
+        """All results, in the order in which the trials were begun."""
         return list(self._results.values())
 
     def begun(self, trial: Trial) -> TrialResult:
-        """A result to be filled in; that of an earlier start, if there is one."""
+        """The result of a trial so far: that of an earlier start, else a new one."""
         return self[trial] or TrialResult(self._space.folder_name(trial),
                                           dict(zip(self._space.names, trial.setting, strict=True)), trial.seed)
 
     def put(self, result: TrialResult) -> None:
-        """Keep a result, in place of what was known of its trial."""
+        """Write a result, replacing an earlier one of the same trial."""
         self._results[result.trial] = result
         write_text(self._path, "".join(f"{json.dumps(asdict(one))}\n" for one in self.all()))
 
     def facts(self, trial: str) -> dict[str, Any]:
-        """The loss and the totals of a trial's last evaluation; {} before it."""
+        """The loss and the totals at a trial's last evaluation, as fields of TrialResult; {} if there is none yet."""
         last = self._last(trial)
         return {} if last is None else {
             "loss": last.get("loss"), "steps": last["iteration"], "residues": last.get("consumed_residues"),
             "seconds": last.get("training_s"), "flops": last.get("consumed_flops")}
 
     def measured_on(self) -> set[str | None]:
-        """The digests of what the last evaluations of the trials are of."""
+        """The digests of the data that the trials' last evaluations were measured on."""
         return {last.get(MEASURED_ON) for trial in self._results if (last := self._last(trial)) is not None}
 
     def _last(self, trial: str) -> dict[str, Any] | None:
-        """The record of a trial's last evaluation; None before it."""
+        """The record of a trial's last evaluation; None if there is none yet."""
         with suppress(ConfigError):
             return next(reversed(kinds_of(self.folder / trial).get(self._metric, [])), None)
         return None
 
     def _read_again(self, result: TrialResult) -> TrialResult:
+        """A result of an earlier start with the loss of this metric; raises ConfigError if it ended without one."""
         if not (self.folder / result.trial / METRICS_FILE).exists():
             return result
         facts = self.facts(result.trial) or {"loss": None}
@@ -119,6 +121,7 @@ class SweepRecord:
         write_text(self.folder / "sweep.csv", text.getvalue())
 
     def _read(self) -> list[TrialResult]:
+        """The results in sweep.jsonl; raises ConfigError if it is damaged."""
         try:
             lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
             return [TrialResult(**json.loads(line)) for line in lines]
@@ -127,7 +130,7 @@ class SweepRecord:
                               "started again") from None
 
     def _check_identity(self, identity: dict[str, Any]) -> None:
-        """Raises ConfigError where another sweep's trials have got anywhere here; writes there what this one is."""
+        """Write the identity of this sweep; raises ConfigError if the folder holds results of another sweep."""
         path = self.folder / IDENTITY
         try:
             found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -145,20 +148,22 @@ class SweepRecord:
 
 
 def _difference(then: Sequence[str] | str, now: Sequence[str] | str) -> list[str]:
-    """What two lists of words have from the flag on in which they first differ, in short."""
+    """For two lists of command-line words, an excerpt of each from the flag in which they first differ."""
     pair = [[one] if isinstance(one, str) else list(one) for one in (then, now)]
     alike = next((index for index, words in enumerate(zip(*pair, strict=False)) if words[0] != words[1]),
                  min(map(len, pair)))
     if alike and any(words[alike:] and not words[alike].startswith("--") for words in pair):
-        alike -= 1  # a value: with its flag, if that is what stands before it
+        alike -= 1  # a value differs: begin with its flag
     return [" ".join(words[alike:alike + 4]) + (" …" if len(words) > alike + 4 else "") for words in pair]
 
 
 @contextmanager
 def held(folder: Path, tell: Callable[[str], None]) -> Iterator[IO[str]]:
-    """The folder for this sweep alone: a file that trials inherit, so that it is free once all have ended.
+    """A context that holds the folder's lock, and gives its open file; trials inherit it, and hold the lock until they
+    have ended.
 
-    Raises ConfigError where it is of something else, another sweep holds it, or trials are still at work after a while.
+    `tell` hears of waiting. Raises ConfigError if the folder holds something else than a sweep, or if another sweep or
+    its trials still hold the lock after WAIT_S.
     """
     others = sorted(place.name for place in folder.glob("[!.]*"))
     if others and not (folder / IDENTITY).exists():

@@ -1,4 +1,4 @@
-"""The report of a run: report.html beside its checkpoints, one page that needs nothing else."""
+"""Writes the report of a run: report.html beside its checkpoints, a single self-contained page."""
 
 import base64
 import io
@@ -22,7 +22,7 @@ from megatron.files import write_text
 from megatron.train.build.run import Run
 
 REPORT = "report.html"
-# Of the training records: what is drawn, how it is called, and how it is scaled.
+# What is drawn of the training records: key, title and scale of the axis.
 _PANELS = (("masked_accuracy", "masked residues predicted right", "linear"),
            ("grad_norm", "norm of the gradient", "log"), ("learning_rate", "learning rate", "linear"),
            ("residues_per_s", "residues a second", "linear"))
@@ -38,7 +38,7 @@ img { max-width: 100%; height: auto } code { font-size: .9em; overflow-wrap: any
 
 
 def leave_report(run: Run) -> None:
-    """Write what is known of a run with --save, at its end or where it stopped, and say where; rank 0 calls this."""
+    """Write the report of a run with --save that has ended or stopped, and log its path; rank 0 calls this."""
     try:
         run.log.line(f"  report              {write_report(run)}\n")
     except OSError as error:  # the run is complete without it
@@ -46,7 +46,7 @@ def leave_report(run: Run) -> None:
 
 
 def write_report(run: Run) -> Path:
-    """Write the file; returns it. Raises OSError."""
+    """Write report.html into the run's folder; returns its path. Raises OSError."""
     assert run.config.checkpoint.save is not None
     folder = Path(run.config.checkpoint.save)
     records = read_records(folder / METRICS_FILE)
@@ -157,7 +157,7 @@ def _size(place: Path) -> int:
 
 
 def _configuration(config: Config) -> str:
-    """The flags that are not the program's defaults, and all of them folded away."""
+    """The flags that differ from the defaults, and a collapsed list of all flags."""
     values, defaults = config.as_dict(), Config().as_dict()
     names = {item.name: flag_name(item) for _, section in config.sections()
              for item in section.__dataclass_fields__.values()}
@@ -187,7 +187,7 @@ def _section(title: str, body: str) -> str:
 
 
 def _table(rows: Iterable[Sequence[Any]], head: Sequence[str] = ()) -> str:
-    """A table of cells that are HTML already."""
+    """An HTML table of cells that are HTML already; empty without rows."""
     lines = [f"<tr>{''.join(f'<td class=number>{cell}' for cell in row)}" for row in rows]
     top = f"<tr>{''.join(f'<th>{cell}' for cell in head)}" if head else ""
     return f"<table>{top}{''.join(lines)}</table>" if lines else ""

@@ -1,4 +1,4 @@
-"""The trials of a sweep, each run as a program of its own, watched, and stopped where it falls behind the others."""
+"""Runs the trials of a sweep as separate processes, and stops those that fall behind the others."""
 
 import ctypes
 import os
@@ -24,28 +24,30 @@ from megatron.train.starting import requests_heard_by
 PROGRAM = Path(__file__).resolve().parents[2] / "pretrain_tape.py"
 LOG = "run.log"
 POLL_S = 0.2
-LEAST_OTHERS = 2  # fewer have no median worth the name
+LEAST_OTHERS = 2  # fewer other trials have no meaningful median
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 @dataclass
 class _Running:
+    """A trial that is running."""
+
     trial: Trial
     result: TrialResult
-    slot: int
+    slot: int  # the index of its environment
     process: subprocess.Popen
     began_s: float
-    num_seen: int = 0  # bytes of metrics.jsonl that were looked at
-    judged_at: int | None = None  # the step of the last evaluation that was
-    outcome: str | None = None  # with which this sweep has asked it to stop
+    num_seen: int = 0  # size of metrics.jsonl, in bytes, when it was last looked at
+    judged_at: int | None = None  # the step of the last evaluation that was judged
+    outcome: str | None = None  # its outcome, if this sweep has asked it to stop
 
 
 class Sweep:
-    """Runs trials, as many at once as there are `environments`, each with one of those added to its own.
+    """Runs trials, as many at once as there are `environments`, the environment variables of each slot.
 
-    `early_stop`: the step from which on a trial that falls behind is stopped; None stops none. `lock`: the descriptor
-    that holds the folder, which trials inherit. `tell` hears of progress, line by line. `failed`: the trials that were
-    neither done nor stopped.
+    `early_stop`: the step from which on a trial that falls behind is stopped; None: no trial is stopped. `lock`: the
+    descriptor that holds the folder's lock, which trials inherit. `tell`: prints a line of progress. `failed`: the
+    results of trials that failed.
     """
 
     def __init__(self, space: Space, record: SweepRecord, metric: str, *, early_stop: int | None,
@@ -58,10 +60,10 @@ class Sweep:
         self._is_stopping = False
 
     def run(self, upcoming: Iterator[Trial], num_done: int, num_trials: int) -> bool:
-        """Take trials from `upcoming` until there are none; whether that was the end.
+        """Run the trials of `upcoming`; returns True when all have ended, False if a signal stopped the sweep.
 
-        `num_done` of `num_trials` have ended before. SIGTERM, SIGINT and SIGUSR1 stop it: trials save and leave. Raises
-        ConfigError with what a trial calls a mistake of the user's.
+        `num_done` of `num_trials` ended before. On SIGTERM, SIGINT and SIGUSR1 the running trials save and end. Raises
+        ConfigError with the error message of a trial that ended because of a user's mistake.
         """
         with requests_heard_by(self._note):
             try:
@@ -85,6 +87,7 @@ class Sweep:
                     running.process.wait()
 
     def _begin(self, trial: Trial) -> None:
+        """Start the process of a trial, which resumes if its folder has a checkpoint."""
         result = replace(self._record.begun(trial), outcome=BEGUN, note="")
         self._record.put(result)
         folder = self._record.folder / result.trial
@@ -92,7 +95,7 @@ class Sweep:
         words = [*self._space.words(trial), "--save", str(folder)]
         if "--finetune" not in words:
             words += ["--load", str(folder)]
-        elif iterations(folder):  # else it begins with the weights that the flags name
+        elif iterations(folder):  # else it begins with the weights of the flag --load
             words += ["--load", str(folder), "--no-finetune"]
         slot = min(set(range(len(self._environments))) - {running.slot for running in self._running})
         with (folder / LOG).open("ab") as log:
@@ -102,7 +105,7 @@ class Sweep:
         self._running.append(_Running(trial, result, slot, process, time.monotonic()))
 
     def _look(self, running: _Running, num_left: int) -> None:
-        """Stop a trial that is to be stopped; record one that has ended."""
+        """Record a trial if it has ended, or stop it if it falls behind; `num_left`: trials that were not begun yet."""
         exit_status = running.process.poll()
         if exit_status is not None:
             self._running.remove(running)
@@ -113,6 +116,7 @@ class Sweep:
                 self._stop(running, outcome)
 
     def _end(self, running: _Running, exit_status: int, num_left: int) -> None:
+        """Record a trial that has ended; raises ConfigError if it ended because of a user's mistake."""
         wall_s = time.monotonic() - running.began_s
         self._walls_s.append(wall_s)
         facts = self._record.facts(running.result.trial)
@@ -135,12 +139,13 @@ class Sweep:
             raise ConfigError(f"trial {result.trial}: {said.removeprefix('error: ') if exit_status else remedy}")
 
     def _has_grown(self, running: _Running) -> bool:
+        """Whether a trial's metrics.jsonl has changed its size since the last call."""
         metrics = self._record.folder / running.result.trial / METRICS_FILE
         before, running.num_seen = running.num_seen, metrics.stat().st_size if metrics.exists() else 0
         return running.num_seen != before
 
     def _judged(self, running: _Running) -> str | None:
-        """The outcome of a trial that is to be stopped where it is; None for one that may go on."""
+        """The outcome with which a trial is to be stopped now; None if it may go on."""
         facts = self._record.facts(running.result.trial)
         if not facts or facts["steps"] in (running.judged_at, self._space.last_iteration(running.trial)):
             return None
@@ -153,6 +158,7 @@ class Sweep:
         return STOPPED if is_due and falls_behind(facts["loss"], others) else None
 
     def _loss_at(self, result: TrialResult, step: int) -> float | None:
+        """The loss of a trial at exactly that step; None if it has none."""
         with suppress(ConfigError):
             curve = read_curve(self._record.folder / result.trial, self._metric)
             return next((float(loss) for loss, at in zip(curve.losses, curve.axes["steps"], strict=True) if at == step),
@@ -169,6 +175,7 @@ class Sweep:
                 self._stop(running, BEGUN)
 
     def _time_left(self, num_left: int) -> str:
+        """How many trials are left and an estimate of their time, as the end of a line."""
         num_left += len(self._running)
         if not num_left:
             return ""
@@ -180,18 +187,21 @@ class Sweep:
 
 
 def falls_behind(loss: float, others: Sequence[float]) -> bool:
-    """Whether a loss is worse than the median of the others' at the same step (Golovin et al., 2017, doi
-    10.1145/3097983.3098043, section 3.2.2, at a step rather than over all steps so far).
+    """Whether a loss is worse than the median of the other trials' losses at the same step.
+
+    This is the median stopping rule of Golovin et al., 2017 (doi 10.1145/3097983.3098043, section 3.2.2), but with the
+    losses at one step in place of averages over all steps so far. False with fewer than LEAST_OTHERS others.
     """
     return len(others) >= LEAST_OTHERS and loss > statistics.median(others)
 
 
 def _die_with_parent() -> None:
-    """Have the kernel ask this process to stop when its parent is killed: nobody else would."""
+    """Make the kernel send SIGTERM to this process when its parent dies, even if the parent is killed."""
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGTERM)
 
 
 def _in_words(result: TrialResult) -> str:
+    """A line on how a trial ended."""
     loss = "no loss yet" if result.steps is None else f"loss {result.loss:.4f} at step {result.steps}" if (
         result.loss is not None) else f"loss not finite at step {result.steps}"
     outcome = "stopped; the same command goes on" if result.outcome == BEGUN else result.outcome
@@ -199,6 +209,6 @@ def _in_words(result: TrialResult) -> str:
 
 
 def _last_line(log: Path) -> str:
-    """What a program said last; its error, if it ended with one."""
+    """The last line of a program's output, or its error message if it ended with one."""
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return next((line for line in reversed(lines[-20:]) if line.startswith("error: ")), lines[-1] if lines else "")

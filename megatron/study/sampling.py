@@ -1,6 +1,6 @@
-"""Which trials a sweep runs, in which order: a whole grid, some of it by chance, or what optuna suggests.
+"""Chooses the trials of a sweep and their order: the whole grid, a random part of it, or suggestions by optuna.
 
-What was tried is read from the sweep's record, so that one that is started again goes on as it would have.
+Past trials are read from the sweep's record, so that a sweep that is started again continues as if never stopped.
 """
 
 import importlib
@@ -16,13 +16,13 @@ from megatron.study.record import ENDED, FINISHED, SweepRecord
 from megatron.study.settings import Setting, Space, Trial, in_order, is_number
 
 SAMPLERS = ("grid", "random", "optuna")
-_SEED = 1  # of random and optuna
-_SUGGESTIONS = 20  # optuna may suggest what was tried
+_SEED = 1  # for random and optuna
+_SUGGESTIONS = 20  # how often to ask optuna, which may suggest settings that were tried already
 
 
 @dataclass(frozen=True)
 class TrialPlan:
-    """The trials that are left, of `num_trials`, of which `num_done` have ended."""
+    """The trials that are left to run; of all `num_trials`, `num_done` have ended."""
 
     upcoming: Iterator[Trial]
     num_done: int
@@ -30,9 +30,10 @@ class TrialPlan:
 
 
 def plan(sampler: str, space: Space, record: SweepRecord, num_settings: int | None) -> TrialPlan:
-    """What one of SAMPLERS makes of a space, `num_settings` at most, each with all seeds; raises ConfigError.
+    """The trials that one of SAMPLERS chooses from a space: at most `num_settings` settings, each with all seeds.
 
-    A grid and what is drawn from it take all settings with the first seed, then with the next.
+    "grid" and "random" run all settings with the first seed, then all with the next. Raises ConfigError if optuna is
+    needed and missing.
     """
     grid = space.settings()
     if sampler == "optuna":
@@ -52,7 +53,7 @@ def _has_ended(trial: Trial, record: SweepRecord) -> bool:
 
 
 def optuna_module() -> Any:
-    """optuna, where it is installed; raises ConfigError."""
+    """The module optuna; raises ConfigError if it is not installed."""
     try:
         optuna: Any = importlib.import_module("optuna")
     except ImportError:
@@ -63,7 +64,7 @@ def optuna_module() -> Any:
 
 
 def _suggested(optuna: Any, space: Space, record: SweepRecord, count: int) -> Iterator[Trial]:
-    """First the settings that were begun, then one suggestion after the other, until `count` are there."""
+    """The trials of settings that were begun before, then of one suggested setting after the other, up to `count`."""
     grid = space.settings()
     for setting in grid:
         if any(record[trial] is not None for trial in space.trials(setting)):
@@ -77,7 +78,7 @@ def _suggested(optuna: Any, space: Space, record: SweepRecord, count: int) -> It
 
 
 def _suggestion(optuna: Any, space: Space, record: SweepRecord, new: list[Setting], seed: int) -> Setting:
-    """One of `new`, by optuna's TPE: values that are numbers lie on a scale of steps, others have no order."""
+    """A setting out of `new`, suggested by optuna's TPE; numeric values count by their rank, others have no order."""
     scales = [in_order(values) for values in space.values]
     distributions = {
         name: optuna.distributions.IntDistribution(0, len(scale) - 1) if all(map(is_number, scale)) else

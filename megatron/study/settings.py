@@ -1,4 +1,4 @@
-"""What a sweep tries: values of flags on the command line, one of each a setting, each setting with every seed."""
+"""The space of a sweep: a setting has one value for each varied flag, and a trial is a setting with a seed."""
 
 import itertools
 import re
@@ -17,13 +17,13 @@ from megatron.train.state import BatchSizes, TrainState
 
 Setting = tuple[str, ...]  # a value of each varied flag, as on the command line
 _SWITCH = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}
-# What a sweep sets itself, or what would end a trial before its end.
+# Flags that the sweep sets itself, or that would end a trial early.
 _NOT_THEIRS = ("save", "tensorboard_dir", "exit_interval", "exit_duration_in_mins", "dry_run")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a sweep: a setting with a seed, None where the flags say it."""
+    """One run of a sweep: a setting with a seed; None: the seed of the other flags."""
 
     setting: Setting
     seed: str | None
@@ -31,15 +31,15 @@ class Trial:
 
 @dataclass(frozen=True)
 class Space:
-    """The varied flags, without their dashes, with the values of each; the seeds; and the flags of all trials."""
+    """All settings of a sweep, as a grid of values, and their seeds."""
 
-    names: tuple[str, ...]
-    values: tuple[tuple[str, ...], ...]
+    names: tuple[str, ...]  # the varied flags, without dashes
+    values: tuple[tuple[str, ...], ...]  # the values of each
     seeds: tuple[str | None, ...]
-    base: tuple[str, ...]
+    base: tuple[str, ...]  # the command line that all trials share
 
     def settings(self) -> list[Setting]:
-        """All of them, the last flag's values changing fastest."""
+        """All settings; the value of the last flag changes fastest."""
         return list(itertools.product(*self.values))
 
     def trials(self, setting: Setting) -> list[Trial]:
@@ -47,16 +47,16 @@ class Space:
         return [Trial(setting, seed) for seed in self.seeds]
 
     def folder_name(self, trial: Trial) -> str:
-        """What a trial's folder is called, such as lr=1e-3_seed=1."""
+        """The name of a trial's folder, such as lr=1e-3_seed=1."""
         pairs = [*zip(self.names, trial.setting, strict=True), *([("seed", trial.seed)] if trial.seed else [])]
         return "_".join(f"{name}={re.sub(r'[^A-Za-z0-9.+-]+', '-', str(value)).strip('-')}" for name, value in pairs)
 
     def varied_words(self, setting: Setting) -> list[str]:
-        """A setting on the command line."""
+        """The command-line words of a setting."""
         return [word for name, value in zip(self.names, setting, strict=True) for word in _words(name, value)]
 
     def words(self, trial: Trial) -> list[str]:
-        """A trial on the command line, but for where it lies; a file of --config as flags."""
+        """The command line of a trial without its folder, and with the file of --config replaced by flags."""
         seed = ["--seed", trial.seed] if trial.seed else []
         return as_flags(["--keep-checkpoints", "1", *self.base, *self.varied_words(trial.setting), *seed])
 
@@ -65,8 +65,7 @@ class Space:
         return BatchSizes(_parsed(self.words(trial)).training, 1).last_iteration(TrainState())
 
     def check(self, metric: str) -> None:
-        """Raises ConfigError for values that make no sweep, flags that pretrain_tape.py would refuse, or a `metric`
-        that the trials do not have."""
+        """Raises ConfigError for unusable values, flags that pretrain_tape.py would refuse, or an unknown `metric`."""
         for name, values in zip(self.names, self.values, strict=True):
             if not values:
                 raise ConfigError(f"--vary {name} has no values; give some behind it: --vary {name} VALUE VALUE")
@@ -89,6 +88,7 @@ class Space:
                                   f"folder {self.folder_name(trial)}; spell them so that letters or digits differ")
 
     def _check_flags(self, trial: Trial, metric: str) -> None:
+        """Raises ConfigError if a trial's flags are invalid, not for sweeps, or do not give the `metric`."""
         config = _parsed(self.words(trial))
         _check_metric(metric, config)
         BatchSizes(config.training, 1)
@@ -103,7 +103,7 @@ class Space:
 
 
 def _check_metric(metric: str, config: Config) -> None:
-    """Raises ConfigError where a run of these flags ends without this loss (`megatron.train.evaluations`)."""
+    """Raises ConfigError if a run with these flags does not record this loss (`megatron.train.evaluations`)."""
     split, slash, corpus = metric.partition("/")
     if metric != "train" and split.removesuffix(OF_AVERAGE) not in ("valid", "test"):
         raise ConfigError(f"--metric is {metric}; give valid, test or train, the first two with {OF_AVERAGE} for the "
@@ -140,15 +140,16 @@ def _has_proteins(part: int, config: Config, files: Sequence[CorpusFiles]) -> bo
 
 
 def _parsed(words: Sequence[str]) -> Config:
-    """The configuration of a trial that begins; raises ConfigError."""
+    """The configuration of a trial at its start; raises ConfigError."""
     if not any(word.split("=")[0] == "--load" for word in words):
         return parse(words)[0]
-    from megatron.checkpoint.newest import saved_flags  # torch: slow to import, and few need it
+    from megatron.checkpoint.newest import saved_flags  # here, since it imports torch, which is slow
 
     return parse(words, left_open(words, saved_flags))[0]
 
 
 def _words(name: str, value: str) -> list[str]:
+    """The command-line words that set the varied flag `name` to a value; raises ConfigError for a bad switch."""
     item = next((item for _, section in Config().sections() for item in fields(section)
                  if flag_name(item) == f"--{name}"), None)
     if item is None:  # the preset, a file, or a mistake that the command line will find
@@ -162,7 +163,7 @@ def _words(name: str, value: str) -> list[str]:
 
 
 def is_number(text: str) -> bool:
-    """Whether a value is one."""
+    """Whether a value is a number."""
     try:
         return bool(float(text)) or True
     except ValueError:
@@ -170,5 +171,5 @@ def is_number(text: str) -> bool:
 
 
 def in_order(values: Sequence[str]) -> list[str]:
-    """Values from the smallest to the largest where all are numbers, else as they are."""
+    """The values in increasing order if all are numbers, else unchanged."""
     return sorted(values, key=float) if all(map(is_number, values)) else list(values)

@@ -1,4 +1,4 @@
-"""One picture of a sweep: its loss over one flag, a map of two, or over each flag of more."""
+"""Draws a sweep: the loss over each varied flag, or a map for two flags."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +14,11 @@ from megatron.study.outcome import Outcome, tried
 from megatron.study.settings import is_number
 
 COLOUR, STOPPED_COLOUR = "#0072B2", "#D55E00"
-LOG_FROM = 4  # the ratio of the largest value to the smallest from which on an axis is logarithmic
+LOG_FROM = 4  # an axis is logarithmic if the largest value is this many times the smallest
 
 
 def draw_sweep(found: Sequence[Outcome], ylabel: str, path: Path) -> None:
-    """Write the picture of a sweep's settings that have a loss to `path`."""
+    """Write the picture of the settings that have a loss to `path`; `ylabel`: what the loss is called."""
     found = [one for one in found if one.losses]
     values = {name: those for name, those in tried(found).items() if len(those) > 1} or tried(found)
     if len(values) == 2:
@@ -41,7 +41,7 @@ def draw_sweep(found: Sequence[Outcome], ylabel: str, path: Path) -> None:
 
 
 def _draw_flag(panel: Any, found: Sequence[Outcome], name: str, values: Sequence[str]) -> None:
-    """The loss over a flag: each setting, at the upper edge where it lies above, and the best of each value."""
+    """Draw the loss over one flag: every setting (at the upper edge if it is above), and the best of each value."""
     is_scale = all(map(is_number, values))
     at = [float(value) for value in values] if is_scale else list(range(len(values)))
     place = dict(zip(values, at, strict=True))
@@ -71,7 +71,7 @@ def _draw_flag(panel: Any, found: Sequence[Outcome], name: str, values: Sequence
 
 
 def _explain(figure: Any, found: Sequence[Outcome]) -> None:
-    """The legend of all panels, above them."""
+    """Draw the legend of all panels, above them."""
     seeds = " (mean and sd of seeds)" if any(one.spread is not None for one in found) else ""
     lines: list[tuple[str, dict[str, Any]]] = [
         ("best of each value", {"color": COLOUR, "marker": "o", "markersize": 7}),
@@ -83,7 +83,7 @@ def _explain(figure: Any, found: Sequence[Outcome]) -> None:
 
 
 def _limits(found: Sequence[Outcome]) -> tuple[float, float]:
-    """From the lowest loss to what the better half fills a third of: a setting that diverged would flatten the rest."""
+    """The range of losses to show: the better half fills a third, since diverged settings would flatten the rest."""
     means = sorted(one.mean for one in found)
     spread = max(one.spread or 0.0 for one in found[:1])
     room = min(3 * (float(np.median(means)) - means[0]) or np.inf, means[-1] - means[0]) + 2 * spread or 0.01
@@ -91,11 +91,11 @@ def _limits(found: Sequence[Outcome]) -> tuple[float, float]:
 
 
 def _draw_map(figure: Any, panel: Any, found: Sequence[Outcome], values: dict[str, list[str]], label: str) -> None:
-    """The mean loss of each pair of values, in colour and numbers; in brackets where a setting was stopped."""
+    """Draw the mean loss for each pair of values, as colour and number; in brackets if the setting was stopped."""
     (down, rows), (across, columns) = values.items()
     cells = np.full((len(rows), len(columns)), np.nan)
     best: dict[tuple[int, int], Outcome] = {}
-    for one in reversed(found):  # the best last; several share a cell where a third flag has one value
+    for one in reversed(found):  # the best last, as several settings may share a cell
         place = rows.index(one.values[down]), columns.index(one.values[across])
         cells[place], best[place] = one.mean, one
     image = panel.imshow(cells, cmap="cividis_r", aspect="auto", origin="lower", vmin=_limits(found)[0],

@@ -1,19 +1,20 @@
-"""A curve drawn with text: in Braille, 2 x 4 dots a letter, or with stars where a terminal cannot write that."""
+"""Draws a curve as text: with Braille characters of 2 x 4 dots, or with stars if the terminal has no Braille."""
 
 from collections.abc import Iterator, Sequence
 
 Point = tuple[float, float]
 MARK = "o"
-_LABEL = 10  # letters of a number at the left
-_BRAILLE, _DOTS = 0x2800, ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # rows of a letter from its top
-_EARLY, _MANY = 0.05, 20  # share of the steps whose losses may lie above the picture, as they fall from far above
+_LABEL = 10  # width of the axis labels, in characters
+_BRAILLE, _DOTS = 0x2800, ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # bits of the dots, by row
+_EARLY, _MANY = 0.05, 20  # with more than _MANY points, the first _EARLY of the x range may be above the picture
 
 
 def text_plot(line: Sequence[Point], marks: Sequence[Point], width: int, height: int, is_plain: bool = False,
               ) -> list[str]:
-    """`height` lines of `width` letters: the line through the means of neighbours, and a MARK at each of `marks`.
+    """The plot as `height` lines of `width` characters: `line` as a curve, and a MARK at each point of `marks`.
 
-    Points are (x, y), finite, by rising x. Empty where there is no point or no room. `is_plain`: without Braille.
+    Points are finite (x, y), by increasing x; those in the same column are averaged. [] if there is no point or too
+    little room. `is_plain`: without Braille.
     """
     points, num_columns, num_rows = [*line, *marks], width - _LABEL - 2, height - 1
     if not points or num_columns < 10 or num_rows < 2:
@@ -37,7 +38,7 @@ def text_plot(line: Sequence[Point], marks: Sequence[Point], width: int, height:
 
 
 def _ranges(points: Sequence[Point]) -> tuple[Point, Point]:
-    """What the picture goes over in x and in y; neither is empty."""
+    """The ranges of x and of y to show, neither empty."""
     left, right = min(x for x, _ in points), max(x for x, _ in points)
     early = _EARLY if len(points) > _MANY else 0.0
     late = [y for x, y in points if x >= left + early * (right - left)]
@@ -46,7 +47,7 @@ def _ranges(points: Sequence[Point]) -> tuple[Point, Point]:
 
 
 def _joined(places: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """The dots of a line through the mean height of each column, which goes straight from one to the next."""
+    """The dots of a polyline through the mean row of each column."""
     heights: dict[int, list[int]] = {}
     for column, row in places:
         heights.setdefault(column, []).append(row)
@@ -59,6 +60,7 @@ def _joined(places: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 
 def _letter(dots: set[tuple[int, int]], column: int, row: int, is_plain: bool) -> str:
+    """The character for a cell of the plot."""
     if is_plain:
         return "*" if (column, row) in dots else " "
     bits = sum(bit for y, bits_of_row in enumerate(_DOTS) for x, bit in enumerate(bits_of_row)

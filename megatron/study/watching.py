@@ -1,4 +1,4 @@
-"""What the folder of a run says of it, while it goes on or later; nothing of this needs PyTorch or the run itself."""
+"""Shows the state of a run from the files in its folder, while it is running or later; needs no PyTorch."""
 
 import math
 import time
@@ -18,33 +18,33 @@ from megatron.log import in_time
 from megatron.study.table import in_short
 from megatron.study.text_plot import MARK, Point, text_plot
 
-_PATIENCE_S, _PATIENCE = 60.0, 10  # before a run counts as silent: seconds at least, and log intervals
-_BAR = 24  # letters
+_PATIENCE_S, _PATIENCE = 60.0, 10  # a run is silent after so many seconds, and so many log intervals, without a record
+_BAR = 24  # characters
 
 
 @dataclass(frozen=True)
 class View:
-    """A run at the time `now_s`; `records`: all of metrics.jsonl; `is_held`: whether a process has its folder."""
+    """A run as its folder shows it at the time `now_s`."""
 
     folder: Path
-    records: list[dict[str, Any]]
-    num_iterations: int | None
-    is_held: bool | None
-    written_s: float
+    records: list[dict[str, Any]]  # all of metrics.jsonl
+    num_iterations: int | None  # of the whole run, if known
+    is_held: bool | None  # as `claim.is_held`: True: a process is running; False: it died; None: it ended
+    written_s: float  # when metrics.jsonl was last written, in seconds since 1970
     now_s: float
 
     @property
     def train(self) -> list[dict[str, Any]]:
-        """The log events of training."""
+        """The records of training."""
         return [record for record in self.records if record["kind"] == "train"]
 
     @property
     def iteration(self) -> int:
-        """The newest step that is known of."""
+        """The step of the newest record; 0 if there is none."""
         return max((record["iteration"] for record in self.records), default=0)
 
     def state(self) -> str:
-        """What the run is doing, in words."""
+        """The state of the run in words, such as "running" or "finished"."""
         if self.is_held is False:
             return "died: its process is gone without a word"
         if self.is_held is None:
@@ -61,7 +61,7 @@ class View:
 
 
 def look(folder: Path, now_s: float) -> View:
-    """The run in a folder as it is; raises ConfigError where there is none."""
+    """The run in a folder as it is now; raises ConfigError if there is none."""
     if not folder.is_dir():
         raise ConfigError(f"{folder} is {'no folder' if folder.exists() else 'not there'}; give the folder that a run "
                           "is saved in (--save)")
@@ -78,7 +78,7 @@ def look(folder: Path, now_s: float) -> View:
 
 
 def frame(view: View, width: int, height: int, is_plain: bool = False) -> list[str]:
-    """The view as at most `height` lines of at most `width` letters; `is_plain`: in ASCII."""
+    """The view as at most `height` lines of at most `width` characters; `is_plain`: in ASCII."""
     told = [f"{view.folder.resolve().name}: {view.state()}", _progress(view),
             *(f"{name:<12}{value}" for name, value in _rows(view) if value)]
     train, valid = (_points(view.records, kind) for kind in ("train", "valid"))
@@ -88,7 +88,7 @@ def frame(view: View, width: int, height: int, is_plain: bool = False) -> list[s
 
 
 def _num_iterations(folder: Path, records: Sequence[dict[str, Any]]) -> int | None:
-    """At which step the run ends: its records know, and before the first its configuration may."""
+    """The number of steps of the run, from its records or, before the first, its configuration; None if unknown."""
     known = [record["num_iterations"] for record in records if "num_iterations" in record]
     if known:
         return known[-1]
@@ -98,12 +98,14 @@ def _num_iterations(folder: Path, records: Sequence[dict[str, Any]]) -> int | No
 
 
 def _points(records: Sequence[dict[str, Any]], kind: str) -> list[Point]:
+    """The (step, loss) of a kind of record, where the loss is finite."""
     points = {record["iteration"]: record.get("loss") for record in evaluations_of(records, kind)[0]}
     return [(step, loss) for step, loss in sorted(points.items())
             if isinstance(loss, int | float) and math.isfinite(loss)]
 
 
 def _progress(view: View) -> str:
+    """The line with the progress bar."""
     if view.num_iterations is None:
         return f"step {view.iteration:,}"
     share = min(1.0, view.iteration / max(1, view.num_iterations))
@@ -114,7 +116,7 @@ def _progress(view: View) -> str:
 
 
 def _rows(view: View) -> list[tuple[str, str]]:
-    """What is told, by its name; empty where nothing is known."""
+    """The lines below the progress bar, as (name, text); the text is empty if nothing is known."""
     last = view.train[-1] if view.train else {}
     number = {name: value for name, value in last.items() if isinstance(value, int | float)}
 
@@ -161,7 +163,7 @@ def _checkpoint(view: View) -> str:
     places = list(iterations(view.folder).values())
     ages_s = {}
     for place in places:
-        with suppress(OSError):  # it is being removed
+        with suppress(OSError):  # a checkpoint may be removed meanwhile
             ages_s[place] = view.now_s - (place / STATE).stat().st_mtime
     if not ages_s:
         return "none yet" if not places else ""
