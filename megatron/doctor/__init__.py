@@ -1,1 +1,3 @@
-"""What `tools/doctor.py` looks at: a module a subject, a function a check; at the top only the standard library."""
+"""The checks of `tools/doctor.py`, a module for each subject; importing them needs only the standard library, except
+`computing`, `data` and `job`.
+"""

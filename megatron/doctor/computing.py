@@ -1,4 +1,4 @@
-"""GPUs, the speed of memory and of matrix products, and the presets that fit. Needs PyTorch."""
+"""Checks the GPUs, the speed of memory and of matrix products, and which presets fit. Needs PyTorch."""
 
 import re
 import shutil
@@ -24,7 +24,7 @@ from megatron.train.build.precision import LEAST_GAIN
 _GIB = 2**30
 _COPIED_BYTES, _NUM_COPIES = 1 << 27, 5
 SWISS_PROT_RESIDUES, A_DAY_S = 2e8, 86_400
-_ROOM = 0.9  # of a device's memory, that a run may fill
+_ROOM = 0.9  # the share of a device's memory that a run may use
 
 
 def device() -> torch.device:
@@ -33,7 +33,7 @@ def device() -> torch.device:
 
 
 def gpus(asked: Scope) -> Iterator[Finding]:
-    """Each GPU that PyTorch sees; why it sees none, where the system has some."""
+    """Reports each GPU that PyTorch sees or, if it sees none but the system has some, why."""
     if not torch.cuda.is_available():
         yield _no_gpu()
         return
@@ -54,6 +54,7 @@ def gpus(asked: Scope) -> Iterator[Finding]:
 
 
 def _no_gpu() -> Finding:
+    """The finding if PyTorch sees no GPU."""
     seen = _driver_says("--query-gpu=name")
     if not seen:
         return Finding(OK, "no GPU: presets for a CPU are small ones")
@@ -66,7 +67,7 @@ def _no_gpu() -> Finding:
 
 
 def _driver_says(query: str) -> str:
-    """The first line of what nvidia-smi answers; empty where there is none."""
+    """The first line of nvidia-smi's answer to a query; empty without nvidia-smi."""
     if not shutil.which("nvidia-smi"):
         return ""
     said = subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, check=False,
@@ -75,7 +76,7 @@ def _driver_says(query: str) -> str:
 
 
 def speed(asked: Scope) -> Iterator[Finding]:
-    """Bandwidth of memory, and matrix products in fp32 and bf16: which of them `--precision auto` takes."""
+    """Reports the memory bandwidth, the speed of matrix products in fp32 and bf16, and what --precision auto takes."""
     where = device()
     yield Finding(OK, f"memory of {where.type}: {copied_gb_per_s(where):.0f} GB/s read and written, copying")
     fp32, bf16 = (peak(dtype) for dtype in (torch.float32, torch.bfloat16))
@@ -85,7 +86,7 @@ def speed(asked: Scope) -> Iterator[Finding]:
 
 
 def copied_gb_per_s(where: torch.device) -> float:
-    """GB/s that pass through memory while a tensor is copied to another."""
+    """The memory bandwidth of copying a tensor, read and written bytes together, in GB/s."""
     source = torch.ones(_COPIED_BYTES // 4, device=where)
     target, times = torch.empty_like(source), []
     for _ in range(_NUM_COPIES + 1):  # the first touches new memory
@@ -99,13 +100,13 @@ def copied_gb_per_s(where: torch.device) -> float:
 
 @cache
 def peak(dtype: torch.dtype) -> float:
-    """FLOP/s of matrix products, as a run measures them."""
+    """The FLOP/s of matrix products in a dtype, measured as at the start of a run."""
     config = parse(["--preset", "demo"])[0]
     return measured_peak_flops(dtype, device(), 4096, config.model)
 
 
 def presets(asked: Scope) -> Iterator[Finding]:
-    """Which presets one device can train, and how fast by an estimate: a row's FLOPs at a share of the peak."""
+    """Reports which presets fit on one device, and their estimated speed: FLOPs at a share of the measured peak."""
     where = device()
     room = _ROOM * (torch.cuda.mem_get_info(where)[1] if where.type == "cuda" else available_memory())
     best_flops = max(peak(dtype) for dtype in (torch.float32, torch.bfloat16))
@@ -139,7 +140,7 @@ def presets(asked: Scope) -> Iterator[Finding]:
 
 
 def one_row(preset: str) -> Config:
-    """A preset as one device trains it, a row at a time."""
+    """The configuration of a preset on a single device with one row at a time."""
     return parse(["--preset", preset, "--micro-batch-size", "1", "--global-batch-size", "1"])[0]
 
 

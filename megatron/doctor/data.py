@@ -1,4 +1,4 @@
-"""The data of `--data-path`: whether all files are there and whole, and whether row indices have a place."""
+"""Checks the data of `--data-path`: whether all files exist and are intact, and where row indices can be stored."""
 
 import os
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from megatron.log import number_of
 
 
 def data(asked: Scope) -> Iterator[Finding]:
-    """What each corpus holds, or why it cannot be read."""
+    """Reports what each corpus holds, or why it cannot be read."""
     if not asked.data_path:
         return
     try:
@@ -27,7 +27,7 @@ def data(asked: Scope) -> Iterator[Finding]:
             corpus = open_corpus(named.name, named.prefixes)
             for part in corpus.parts:
                 corpus_vocabulary(part)
-            is_large = corpus.num_documents > IN_MEMORY_DOCUMENTS  # else nothing is kept, and no folder made
+            is_large = corpus.num_documents > IN_MEMORY_DOCUMENTS  # for small ones no index is stored
             place = f"row indices go to {choose_cache_folder(corpus.prefix, None)}" if is_large else (
                 "its rows are packed in memory")
         except UserError as error:
@@ -39,7 +39,7 @@ def data(asked: Scope) -> Iterator[Finding]:
 
 
 def sizes(data_path: tuple[str, ...]) -> list[int]:
-    """The bytes of each file of the data, in order; -1 for one that is not here."""
+    """The size of each data file in bytes, in order; -1 for one that does not exist."""
     if not data_path:
         return []
     try:

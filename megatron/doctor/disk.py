@@ -1,4 +1,4 @@
-"""Where a run would save: whether it can, how much room there is, how fast it is."""
+"""Checks the disk where a run would save: whether it is writable, its free space and its speed."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ _LEAST_FREE, _SLOW_MB_PER_S = 1 << 30, 50
 
 
 def disk(asked: Scope) -> Iterator[Finding]:
-    """Free room, and the speed of a file of up to 128 MiB that is written, brought to the disk, and read again."""
+    """Reports the free space, and the speed of writing, syncing and reading a file of up to 128 MiB."""
     folder = next(folder for folder in (asked.save.absolute(), *asked.save.absolute().parents) if folder.exists())
     if not folder.is_dir():
         yield Finding(WRONG, f"--save {asked.save}: {folder} is a file", "give another --save")
@@ -35,7 +35,10 @@ def disk(asked: Scope) -> Iterator[Finding]:
 
 
 def rates(folder: Path) -> tuple[float, float]:
-    """MB/s of writing, to the disk, and of reading; a file system without a page cache to empty tells its memory's."""
+    """The speeds of writing (with fsync) and of reading, in MB/s.
+
+    If the page cache cannot be dropped, the second is the speed of reading from memory. Raises OSError.
+    """
     data, num_chunks = os.urandom(CHUNK), 0
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
         began_s = time.perf_counter()

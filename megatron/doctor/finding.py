@@ -1,4 +1,4 @@
-"""What a check says: one line, how bad it is, and the command that mends it."""
+"""The result of a check: one line of text, its severity, and the command that fixes it."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -11,9 +11,10 @@ OK, NOTE, WRONG = "ok", "note", "wrong"
 
 @dataclass(frozen=True)
 class Finding:
-    """`level`: ok; note, what costs speed or only some need; wrong, what is needed and is not so.
+    """One result of a check.
 
-    `command` mends it, or is what to do next.
+    `level`: OK; NOTE, for what costs speed or matters to some users only; WRONG, for what must be fixed. `command`:
+    fixes it, or is what to do next.
     """
 
     level: str
@@ -23,7 +24,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Scope:
-    """What the user wants looked at: where a run would save, and its data (none for no look at data)."""
+    """What to examine: the folder where a run would save, and its data, () for none."""
 
     save: Path
     data_path: tuple[str, ...] = ()
@@ -33,18 +34,18 @@ Check = Callable[[Scope], Iterable[Finding]]
 
 
 def found(check: Check, asked: Scope) -> list[Finding]:
-    """All that a check finds; what this system refuses to tell is a note."""
+    """The findings of a check; an error of the system during the check becomes a NOTE."""
     findings: list[Finding] = []
     try:
         findings.extend(check(asked))
-    except (OSError, RuntimeError, SubprocessError) as error:  # of a file in /proc or /sys, a library, a program
+    except (OSError, RuntimeError, SubprocessError) as error:  # from files in /proc or /sys, libraries, programs
         why = next(iter(str(error).splitlines()), "")
         findings.append(Finding(NOTE, f"could not be found out: {type(error).__name__}: {why}"))
     return findings
 
 
 def lines(findings: Iterable[Finding]) -> Iterator[str]:
-    """A line for each finding, and one for each command."""
+    """The lines to print: one for each finding, and one for its command."""
     for finding in findings:
         yield f"  {finding.level:<6} {finding.text}"
         if finding.command:

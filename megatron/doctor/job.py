@@ -1,4 +1,4 @@
-"""The ranks of a job: whether their hosts agree, how far their clocks are apart, how fast their links are."""
+"""Checks the ranks of a job: whether their hosts agree, how much their clocks differ, how fast their links are."""
 
 import hashlib
 import platform
@@ -21,14 +21,14 @@ _MOST_SKEW_S = 2.0
 _ROUNDS = 9
 _SOURCES = ("pretrain_tape.py", "setup.py", *(f"{folder}/**/*.{ending}" for folder in (
     "megatron", "tools", "protein_tools") for ending in ("py", "cpp", "h", "inc", "txt")))
-# What hosts may disagree on, and what mends that.
+# The remedy for each fact that hosts may disagree on.
 _REMEDIES = {"Python": "PYTHON=/path/to/python3 bash examples/setup.sh run", "torch": "pip install torch==VERSION",
              "NCCL": "pip install torch==VERSION", "sources": "git checkout COMMIT, and git status --short",
              "data": "rsync -a --checksum FOLDER/ HOST:FOLDER/", "GPU": "python tools/plan_layout.py --help"}
 
 
 def facts(asked: Scope) -> dict[str, Any]:
-    """What all hosts must have in common."""
+    """The facts that must be the same on all hosts, by name."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "none"
     return {"Python": platform.python_version(), "torch": torch.__version__, "NCCL": nccl,
@@ -36,7 +36,7 @@ def facts(asked: Scope) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of the checkout; a word where there is no git."""
+    """The commit of the checkout, or "no git" or "no commit"."""
     try:
         said = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
                               check=False, timeout=20)
@@ -54,13 +54,13 @@ def checksum() -> str:
 
 
 def job(asked: Scope, mesh: Mesh) -> list[Finding]:
-    """What the ranks find together; all of them call this, and get the same."""
+    """The findings on the job as a whole; all ranks call this together, and get the same."""
     hosts = all_gather_object(socket.gethostname(), mesh.world)
     return [*agreement(hosts, all_gather_object(facts(asked), mesh.world)), _clocks(hosts, mesh), *_links(mesh)]
 
 
 def agreement(hosts: Sequence[str], of_ranks: Sequence[dict[str, Any]]) -> Iterator[Finding]:
-    """A finding for each fact on which ranks differ, or one for all."""
+    """A finding for each fact that differs between ranks, or one that all agree."""
     agreed = True
     for name in of_ranks[0]:
         hosts_of: dict[str, list[str]] = defaultdict(list)
@@ -80,7 +80,7 @@ def agreement(hosts: Sequence[str], of_ranks: Sequence[dict[str, Any]]) -> Itera
 
 
 def _clocks(hosts: Sequence[str], mesh: Mesh) -> Finding:
-    """How far the clock that differs most is from rank 0's, at the ends of sums that all leave at once."""
+    """The largest clock difference to rank 0, measured at the end of all-reduces, which all ranks leave together."""
     differences = []
     for _ in range(_ROUNDS):
         _summed(1, mesh)
@@ -95,7 +95,7 @@ def _clocks(hosts: Sequence[str], mesh: Mesh) -> Finding:
 
 
 def _links(mesh: Mesh) -> Iterator[Finding]:
-    """Latency and bandwidth of sums over all ranks. The bandwidth is a rank's, 2 (n - 1) / n of the bytes both ways."""
+    """The latency and bandwidth of all-reduces over all n ranks; the bandwidth counts 2 (n - 1) / n of the bytes."""
     num_bytes = (1 << 28) if mesh.device.type == "cuda" else 1 << 24
     own = [median(_summed(count, mesh) for _ in range(_ROUNDS)) for count in (1, num_bytes // 4)]
     latency_s, seconds = map(max, zip(*all_gather_object(own, mesh.world), strict=True))
@@ -106,7 +106,7 @@ def _links(mesh: Mesh) -> Iterator[Finding]:
 
 
 def _summed(count: int, mesh: Mesh) -> float:
-    """Seconds that a sum of so many fp32 numbers takes this rank."""
+    """The seconds that an all-reduce of `count` fp32 numbers takes on this rank."""
     numbers = torch.ones(count, device=mesh.device)
     _wait(mesh)
     began_s = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Processor, memory, limits and environment of this host, as Linux tells of them."""
+"""Checks the processor, memory, limits and environment variables of this host, which must be Linux."""
 
 import os
 import re
@@ -12,13 +12,13 @@ from megatron.parallel.launch.environment import is_alone
 
 _GIB = 2**30
 _TELLING_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-_MUCH_LOAD = 0.5  # processes at work for each core
+_MUCH_LOAD = 0.5  # running processes for each core
 _FEW_FILES, _LEAST_SHM, _LEAST_MEMORY = 1024, 1 * _GIB, 2 * _GIB
 _WATCHED = re.compile(r"(NCCL|GLOO|TORCH|PYTORCH|CUDA|OMP|GOMP|MKL|KMP|TRITON)_\w+|GLIBC_TUNABLES|MASTER_(ADDR|PORT)")
 
 
 def processor(asked: Scope) -> Iterator[Finding]:
-    """Its name, how many cores this process may use, and which of its instructions matter here."""
+    """Reports the processor's name, the cores that this process may use, and the relevant instruction sets."""
     text = _read("/proc/cpuinfo")
     name = re.search(r"model name\s*: (.*)", text)
     flags = set((re.search(r"^flags\s*: (.*)", text, re.MULTILINE) or [""])[0].split())
@@ -37,7 +37,7 @@ def processor(asked: Scope) -> Iterator[Finding]:
 
 
 def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """The cores that the control group allows; None for no limit."""
+    """The number of cores that the control group allows; None if there is no limit."""
     quota, period = [*_read(root / "cpu.max").split(), "", ""][:2]
     if not quota:
         quota, period = (_read(root / "cpu" / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
@@ -45,7 +45,7 @@ def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
 
 
 def memory(asked: Scope) -> Iterator[Finding]:
-    """The memory that this process can have, and shared memory, through which workers and NCCL pass things on."""
+    """Reports the memory available to this process, and shared memory, which data workers and NCCL use."""
     free = available_memory()
     limit = _memory_limit()
     within = f", within the {limit / _GIB:.1f} GiB of the container" if limit else ""
@@ -58,13 +58,13 @@ def memory(asked: Scope) -> Iterator[Finding]:
 
 
 def available_memory() -> int:
-    """Bytes that this process may still take, by the system and by its control group."""
+    """The bytes that this process can still allocate, by the system and by its control group."""
     free = re.search(r"MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"))
     amounts = [int(free[1]) * 1024] if free else []
     limit = _memory_limit()
     if limit:
         used = _read("/sys/fs/cgroup/memory.current") or _read("/sys/fs/cgroup/memory/memory.usage_in_bytes")
-        # Of what is used, files that are merely remembered can be given up.
+        # Cached files count as used, but the kernel can drop them.
         stat = _read("/sys/fs/cgroup/memory.stat") or _read("/sys/fs/cgroup/memory/memory.stat")
         files = re.search(r"^(?:inactive_file|total_inactive_file) (\d+)", stat, re.MULTILINE)
         amounts.append(limit - int(used or 0) + (int(files[1]) if files else 0))
@@ -72,6 +72,7 @@ def available_memory() -> int:
 
 
 def _memory_limit() -> int | None:
+    """The memory limit of the control group in bytes; None if there is none."""
     for path in ("memory.max", "memory/memory.limit_in_bytes"):
         text = _read(Path("/sys/fs/cgroup") / path).strip()
         if text.isdigit() and int(text) < 1 << 60:
@@ -80,7 +81,7 @@ def _memory_limit() -> int | None:
 
 
 def limits(asked: Scope) -> Iterator[Finding]:
-    """How many files a process may open, and whether memory can be pinned, which InfiniBand asks for."""
+    """Reports how many files a process may open and, with InfiniBand, whether enough memory can be pinned."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     few = soft < _FEW_FILES
     yield Finding(NOTE if few else OK, f"open files: {soft} at most", f"ulimit -n {hard}" if few else None)
@@ -91,7 +92,7 @@ def limits(asked: Scope) -> Iterator[Finding]:
 
 
 def environment(asked: Scope) -> Iterator[Finding]:
-    """What examples/setup.sh sets for speed and this shell lacks, and what is set that changes how a run goes."""
+    """Reports variables that examples/setup.sh sets for speed but this shell lacks, and others that affect a run."""
     wanted = re.findall(r"^export (\w+)=\$\{\1:-(.+)\}$", _read(ROOT / "examples/setup.sh"), re.MULTILINE)
     for name, value in wanted:
         if name not in os.environ:
@@ -111,7 +112,7 @@ def environment(asked: Scope) -> Iterator[Finding]:
 
 
 def _read(path: str | Path) -> str:
-    """A file of the system's; empty where it has none such."""
+    """The content of a system file; "" if it cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:

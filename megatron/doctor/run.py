@@ -1,4 +1,4 @@
-"""All checks in their order: on this host, or on each host of a job and then between its ranks."""
+"""Runs all checks in order: on this host, or on each host of a job and then between its ranks."""
 
 import socket
 import sys
@@ -22,7 +22,10 @@ _WITHOUT_PACKAGES: tuple[tuple[str, tuple[Check, ...]], ...] = (
 
 
 def examine(asked: Scope, json_file: Path | None) -> int:
-    """Print what is found, by rank 0, and write it to `json_file`; the exit status: 1 where something is wrong."""
+    """Run all checks; rank 0 prints the findings and writes them to `json_file`.
+
+    Returns the exit status: 1 if something is WRONG, else 0.
+    """
     report: Report = {PACKAGES: [*found(python_and_packages, asked), *found(torch_loads, asked)]}
     if _is_wrong(report):  # without the packages the rest of the project cannot be imported
         report |= _without_packages(asked)
@@ -36,6 +39,8 @@ def examine(asked: Scope, json_file: Path | None) -> int:
 
 
 def _examine_with_ranks(asked: Scope, json_file: Path | None, report: Report) -> int:
+    """Run the checks that need the packages, on all ranks of a job; `report`: of the packages. Returns the exit status.
+    """
     from megatron.config import ParallelConfig
     from megatron.doctor.job import job
     from megatron.log import Log
@@ -46,7 +51,7 @@ def _examine_with_ranks(asked: Scope, json_file: Path | None, report: Report) ->
     outcome: list[int] = []
 
     def work(mesh: Mesh, log: Log) -> None:
-        # One rank a host examines it, so that ranks do not slow each other down.
+        # Only one rank of each host examines it, so that ranks do not slow each other down.
         host, is_first = socket.gethostname(), mesh.world.rank == 0
         hosts = all_gather_object(host, mesh.world)
         own = report | _here(asked) if hosts.index(host) == mesh.world.rank else {}
@@ -63,7 +68,7 @@ def _examine_with_ranks(asked: Scope, json_file: Path | None, report: Report) ->
 
 
 def _here(asked: Scope) -> Report:
-    """What is to be found on a host that has the packages."""
+    """The report on this host, where the packages are installed."""
     from megatron.doctor.computing import gpus, presets, speed
     from megatron.doctor.data import data
     report = {"Compiled helpers": found(compiled_helpers, asked), **_without_packages(asked),
@@ -73,12 +78,13 @@ def _here(asked: Scope) -> Report:
 
 
 def _without_packages(asked: Scope) -> Report:
+    """The part of the report that needs no packages."""
     return {title: [finding for check in checks for finding in found(check, asked)]
             for title, checks in _WITHOUT_PACKAGES}
 
 
 def _together(hosts: list[str], reports: list[Report]) -> Report:
-    """The first host's report; of each other host what is not well."""
+    """The report of the first host, with the problems of each other host."""
     whole = dict(reports[0])
     for host, report in list(zip(hosts, reports, strict=True))[1:]:
         bad = [Finding(finding.level, f"{title}: {finding.text}", finding.command)
@@ -93,6 +99,7 @@ def _is_wrong(report: Mapping[str, list[Finding]]) -> bool:
 
 
 def _tell(report: Report, json_file: Path | None) -> int:
+    """Print a report and write it to `json_file`; returns the exit status."""
     for title, findings in report.items():
         print(title, *lines(findings), sep="\n")
     levels = [finding.level for findings in report.values() for finding in findings]

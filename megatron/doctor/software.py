@@ -1,6 +1,6 @@
-"""Python, packages, compiled helpers, the compiler. What is needed, and for what, is read from setup.py.
+"""Checks Python, packages, compiled helpers and the compiler.
 
-Where the project is installed there is none: then it is what the installed package says.
+Which packages are needed, and for what, is read from setup.py or, if the project is installed, from its metadata.
 """
 
 import ast
@@ -25,7 +25,7 @@ HELPERS = ("megatron.data.rows._packing", "megatron.kernels.pointwise._pointwise
 _PACKAGE = "proteinlm-pretrain"
 BUILD = "pip install pybind11 setuptools && python setup.py build_ext --inplace"
 _OLDEST, _NEWEST_TRIED = (3, 10), (3, 14)
-# Which setup.py does not ask for, as they are large, need a GPU, or are called by the user alone.
+# Optional packages that setup.py does not list, because they are large, need a GPU, or only some users want them.
 _OTHERS = {"optuna": "tools/sweep.py --sampler optuna", "wandb": "--logger wandb", "trackio": "--logger trackio",
            "mlflow": "--logger mlflow", "transformers": "to use models that --to hf wrote",
            "triton": "the kernels of GPUs", "apex": "--optimizer-backend apex"}
@@ -33,14 +33,14 @@ _OTHERS = {"optuna": "tools/sweep.py --sampler optuna", "wandb": "--logger wandb
 
 @dataclass(frozen=True)
 class Needs:
-    """What setup.py says: requirements, and extras with what each is for."""
+    """The packages in setup.py: required ones, and extras by name, each with its packages and its purpose."""
 
     required: list[str]
     extras: dict[str, tuple[list[str], str]]
 
 
 def needs(setup: Path = ROOT / "setup.py") -> Needs:
-    """Read from setup.py, without running it, or where there is none from the installed package."""
+    """The packages that the project needs, read from setup.py without running it, or from the installed metadata."""
     if not setup.is_file():
         return _of_the_package()
     text = setup.read_text(encoding="utf-8")
@@ -52,6 +52,7 @@ def needs(setup: Path = ROOT / "setup.py") -> Needs:
 
 
 def _of_the_package() -> Needs:
+    """The packages in the metadata of the installed project."""
     found = Needs([], {})
     for line in requires(_PACKAGE) or ():
         requirement, extra = line.partition(";")[0].strip(), re.search(r"""extra\s*==\s*['"](\w+)""", line)
@@ -63,13 +64,13 @@ def _of_the_package() -> Needs:
 
 
 def _is_for_here(requirement: str) -> bool:
-    """Whether a requirement is for this Python: `NAME ; python_version < 'X.Y'` is for those before X.Y."""
+    """Whether a requirement applies to this Python; `NAME ; python_version < 'X.Y'` only applies before X.Y."""
     before = re.search(r"python_version\s*<\s*['\"](\d+)\.(\d+)", requirement)
     return before is None or sys.version_info[:2] < (int(before[1]), int(before[2]))
 
 
 def python_and_packages(asked: Scope) -> Iterator[Finding]:
-    """Python itself; of the packages that are needed each that is missing or too old; the optional ones by purpose."""
+    """Reports Python's version, required packages that are missing or too old, and optional ones with their purpose."""
     here = f"Python {sys.version.split()[0]} at {sys.executable}"
     if sys.version_info < _OLDEST:
         yield Finding(WRONG, f"{here}: 3.10 or newer is needed", "PYTHON=/path/to/python3 bash examples/setup.sh run")
@@ -96,7 +97,7 @@ def python_and_packages(asked: Scope) -> Iterator[Finding]:
 
 
 def fault_of(requirement: str) -> str | None:
-    """Why `NAME>=VERSION` is not fulfilled; None where it is."""
+    """Why the requirement `NAME>=VERSION` is not met; None if it is."""
     name, _, least = requirement.partition(">=")
     try:
         there = version(name)
@@ -108,10 +109,10 @@ def fault_of(requirement: str) -> str | None:
 
 
 def torch_loads(asked: Scope) -> Iterator[Finding]:
-    """Whether PyTorch and NumPy, where installed, can be imported: a library that they need may be missing."""
+    """Reports if PyTorch or NumPy is installed but cannot be imported, as when a library that it needs is missing."""
     for name in ("numpy", "torch"):
         if fault_of(name):
-            continue  # told already
+            continue  # reported already
         try:
             importlib.import_module(name)
         except Exception as error:  # whatever a broken installation raises
@@ -121,7 +122,7 @@ def torch_loads(asked: Scope) -> Iterator[Finding]:
 
 
 def compiled_helpers(asked: Scope) -> Iterator[Finding]:
-    """Whether each helper is built, newer than its sources, and can be loaded; without one its Python twin works."""
+    """Reports whether each compiled helper is built, up to date and loadable; without it, Python code replaces it."""
     for module in HELPERS:
         folder, name = ROOT.joinpath(*module.split(".")[:-1]), module.split(".")[-1]
         built = next((path for suffix in EXTENSION_SUFFIXES if (path := folder / f"{name}{suffix}").is_file()), None)
@@ -142,7 +143,7 @@ def compiled_helpers(asked: Scope) -> Iterator[Finding]:
 
 
 def compiler(asked: Scope) -> Iterator[Finding]:
-    """The C++ compiler, which builds the helpers, and which torch.compile and Triton call while a model runs."""
+    """Reports the C++ compiler, which builds the helpers, and which torch.compile and Triton call at run time."""
     name = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "")
     if not name or not shutil.which(name):
         yield Finding(NOTE, f"no C++ compiler{f' {name}' if name else ''}: no compiled helpers, no --compile",
@@ -160,6 +161,7 @@ def _install(requirements: Iterable[str]) -> str:
 
 
 def _with_version(requirement: str) -> str:
+    """The name and the installed version of a requirement."""
     name = requirement.partition(">=")[0]
     return f"{name} {version(name)}"
 
