@@ -1,10 +1,10 @@
-"""Attention forward and backward on packed proteins: `python benchmarks/attention.py [--repeats 9]`.
+"""Times attention on packed proteins, forward and backward: `python benchmarks/attention.py [--repeats 9]`.
 
-One row of 2,176 positions of the shipped proteins as they are packed, 8 heads of 64, and 20 of 16 as in ESM-2's 8M, on
-the GPU if there is one. Ways compared: the project's kernel, its Triton kernels (on a GPU alone, where the first may be
-PyTorch's varlen_attn), PyTorch's FlexAttention under a mask that is made beforehand (on a GPU alone, and without
-dropout), its way by protein, PyTorch's scaled_dot_product_attention a protein, the same on proteins padded to the
-longest, and on the whole row with a mask. The cases alternate; `--forward` times the forward pass alone.
+The input is one packed row of 2,176 positions, with 8 heads of width 64, and 20 of width 16 as in ESM-2's 8M, on the
+GPU if there is one. Compared are: what the project uses on this device; its Triton kernels (only on GPUs, where the
+former may be PyTorch's varlen_attn); PyTorch's FlexAttention with a mask made beforehand (only on GPUs and without
+dropout); the project's attention by protein; and PyTorch's scaled_dot_product_attention for each protein, on proteins
+padded to the longest, and on the whole row with a mask. The cases alternate; `--forward` times only the forward pass.
 """
 
 import argparse
@@ -35,24 +35,24 @@ Way = Callable[[Tensor, PackedSequence, Dropout | None], Tensor]
 
 
 def triton_kernels(qkv_tn3d: Tensor, sequence: PackedSequence, dropout: Dropout | None) -> Tensor:
-    """The project's own kernels, also where it takes PyTorch's operator."""
+    """The project's Triton kernels, even if it would use PyTorch's operator here."""
     seed, kept = (dropout.seed, dropout.kept) if dropout else (None, 0)
     return torch.ops.megatron.fused_attention(qkv_tn3d, None, sequence.cu_seqlens, seed, sequence.num_filler, 0, -1, -1,
                                               kept, 0)[0].flatten(1, 2)
 
 
 def flex(qkv_tn3d: Tensor, sequence: PackedSequence, dropout: Dropout | None) -> Tensor:
-    """By `--attention-backend flex`."""
+    """PyTorch's FlexAttention, as with `--attention-backend flex`."""
     return packed_attention(qkv_tn3d, sequence, dropout, None, "flex")
 
 
 def by_protein(qkv_tn3d: Tensor, sequence: PackedSequence, dropout: Dropout | None) -> Tensor:
-    """Two products and a softmax for each protein."""
+    """The project's attention by protein: two products and a softmax for each."""
     return attention_by_protein(qkv_tn3d, sequence.cu_seqlens, sequence.num_filler, None, dropout)
 
 
 def rate(dropout: Dropout | None) -> float:
-    """As PyTorch has it."""
+    """The dropout rate as PyTorch's functions take it."""
     return dropout.rate if dropout else 0.0
 
 
@@ -91,7 +91,7 @@ CASES = [(shape, dtype, dropout) for shape, dropout in (((8, 64), 0.0), ((20, 16
 
 
 def milliseconds(way: Way, qkv_tn3d: Tensor, sequence: PackedSequence, rate: float, goes_back: bool) -> float:
-    """The time of one pass."""
+    """The time of a forward pass, and a backward pass if `goes_back`, in milliseconds."""
     seed = torch.ones((), dtype=torch.int64, device=qkv_tn3d.device)
     dropout = Dropout(rate, seed, Use.PROBABILITIES) if rate else None
     began_s = time.perf_counter()
@@ -106,7 +106,7 @@ def milliseconds(way: Way, qkv_tn3d: Tensor, sequence: PackedSequence, rate: flo
 
 
 def main() -> None:
-    """Time every case `--repeats` times, print the table."""
+    """Time every case `--repeats` times and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--forward", action="store_true", help="the forward pass alone")
@@ -115,7 +115,7 @@ def main() -> None:
     sequence = with_masks(packed_row().to(device).sequence, [None])
     ways = {name: way for name, way in WAYS.items() if device.type == "cuda" or way not in (triton_kernels, flex)}
     times: dict[tuple, list[float]] = {(name, *case): [] for name in ways for case in CASES}
-    with suppress(KeyboardInterrupt):  # as gpu.sh cuts it off: what is known is printed
+    with suppress(KeyboardInterrupt):  # gpu.sh interrupts it after a while; then print what is known
         for (shape, dtype, dropout), repeat in product(CASES, range(arguments.repeats + 2)):
             qkv = torch.randn(sum(LENGTHS), shape[0], 3, shape[1], device=device).to(dtype).requires_grad_()
             for name, way in ways.items():

@@ -1,7 +1,7 @@
-"""Training steps of a checkout of this project, back to its first edition (commit 2ee3fa2).
+"""Takes training steps of any checkout of this project, back to its first edition (commit 2ee3fa2).
 
-As a program, started by train_step.py with CHECKOUT MICRO_BATCHES LENGTH,… FLAG …, it takes a step for each line of its
-input and answers with the step's seconds and loss; between them it does nothing. It imports nothing but the checkout's.
+train_step.py starts it as a program with the arguments CHECKOUT MICRO_BATCHES LENGTH,… FLAG …. It takes a step for each
+line of its input and prints the step's seconds and loss. It imports nothing of this checkout, only of CHECKOUT.
 """
 
 import sys
@@ -19,7 +19,10 @@ TimedStep = Callable[[], tuple[float, float]]
 
 
 def build_step(checkout: str, micro_batches: int, lengths: Sequence[int], flags: Sequence[str]) -> TimedStep:
-    """A step on `micro_batches` rows of such proteins, as the checkout's program takes it: its seconds and its loss."""
+    """A function that takes a training step of a checkout's program, and returns its seconds and its loss.
+
+    `lengths`: tokens of the proteins in each of the `micro_batches` rows; `flags`: of the program.
+    """
     sys.path.insert(0, checkout)
     config, _ = _first("megatron.config.command_line", "megatron.flags").parse(flags)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -27,10 +30,10 @@ def build_step(checkout: str, micro_batches: int, lengths: Sequence[int], flags:
     engine = _first("megatron.train.step.engine", "megatron.train.engine").build_engine(config, mesh, VOCABULARY)
     meters = _first("megatron.train.step.meters", "megatron.train.meters").Meters(mesh.world, device)
     step = _first("megatron.train.step.train_step", "megatron.train.step").TrainStep(engine, meters)
-    # The first edition's takes whether this rank wants to stop.
+    # In the first edition, a step has an argument that says whether this rank wants to stop.
     takes = signature(step.__call__).parameters
     wishes = () if "wishes" in takes else (False,)
-    samples = (0,) if "consumed_samples" in takes else ()  # earlier editions seeded dropout by their number
+    samples = (0,) if "consumed_samples" in takes else ()  # earlier editions derive dropout's seed from it
     batches = [_batch(lengths, seed) for seed in range(micro_batches)]
 
     def timed() -> tuple[float, float]:
@@ -44,7 +47,7 @@ def build_step(checkout: str, micro_batches: int, lengths: Sequence[int], flags:
 
 
 def _first(*names: str) -> Any:
-    """The first of the modules that the checkout has."""
+    """The first of these modules that the checkout has."""
     for name in names:
         try:
             return import_module(name)
@@ -54,7 +57,7 @@ def _first(*names: str) -> Any:
 
 
 def _batch(lengths: Sequence[int], seed: int) -> Any:
-    """A full row with every seventh token a target, and the room beside it that a run leaves."""
+    """A batch of a full row with every seventh token a target, padded as in a run."""
     module, rows = (_first(*names) for names in (("megatron.data.batches.batch", "megatron.data.batch"),
                                                  ("megatron.data.rows.packed", "megatron.data.packed")))
     tokens = np.random.default_rng(seed).integers(6, 31, sum(lengths))
@@ -67,7 +70,7 @@ def _batch(lengths: Sequence[int], seed: int) -> Any:
 
 
 def main() -> None:
-    """Answer each line of the input."""
+    """Take a step for each line of the input."""
     checkout, micro_batches, lengths, *flags = sys.argv[1:]
     step = build_step(checkout, int(micro_batches), [int(length) for length in lengths.split(",")], flags)
     for _ in sys.stdin:

@@ -1,10 +1,10 @@
-"""How long a save holds up training, and how much memory it takes: `python benchmarks/checkpoints.py FOLDER`.
+"""Measures how long a save delays training, and how much memory it takes: `python benchmarks/checkpoints.py FOLDER`.
 
 On several ranks: `python -m megatron.parallel.launch --standalone --nproc-per-node=2 benchmarks/checkpoints.py FOLDER
-[flags of pretrain_tape.py, such as --data-parallel-sharding parameters]`. FOLDER is made, and removed at the end; its
-disk is what is measured. The model is the preset proteinlm-200m with Adam's moments, 2.4 GB, in fp32. Plain and
-asynchronous saves alternate; each is brought to the disk. Prints medians with the range: the seconds that `save` takes,
-those until the checkpoint is there, and the most memory that a rank took above what it held before.
+[flags of pretrain_tape.py, such as --data-parallel-sharding parameters]`. FOLDER is created, and removed at the end;
+its disk is measured. The model is the preset proteinlm-200m with Adam's moments, 2.4 GB, in fp32. Synchronous and
+asynchronous saves alternate; each is synced to the disk. Prints medians with the range: the seconds that `save` takes,
+the seconds until the checkpoint is complete, and the peak memory of a rank above what it held before.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
                 savers[way].finish()
             taken[way].append((held_up_s, time.perf_counter() - began_s, memory.most_gb - memory.before_gb))
         for way, values in taken.items():
-            held_up, until_there, _ = zip(*values[1:], strict=True)  # the first makes the memory of the copies
+            held_up, until_there, _ = zip(*values[1:], strict=True)  # the first also allocates the buffers
             log.line(f"{way:6} held up {shown(held_up)} s, there after {shown(until_there)} s, "
                      f"memory +{max(grown for _, _, grown in values):.2f} GB")
         for saver in savers.values():
@@ -68,14 +68,14 @@ def main(argv: list[str]) -> None:
 
 
 def give_moments(engine: Engine) -> None:
-    """Adam's moments as they are after steps, without any."""
+    """Give the optimizer random moments, so that no steps are needed."""
     engine.optimizer.load_state({f"{kind}/{name}": torch.rand_like(parameter) if kind != "step" else torch.tensor(1.0)
                                  for name, parameter in engine.model.parameters.items()
                                  for kind in ("exp_avg", "exp_avg_sq", "step")})
 
 
 def shown(seconds: tuple[float, ...]) -> str:
-    """The median with the range."""
+    """The median and the range as text."""
     return f"{statistics.median(seconds):.2f} ({min(seconds):.2f}-{max(seconds):.2f})"
 
 

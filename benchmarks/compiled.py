@@ -1,8 +1,8 @@
-"""Kernels without a GPU: what operators launch on tensors without values, and what a compiler makes of it.
+"""Records the kernels that operators would launch on a GPU, without a GPU, and compiles Triton's kernels.
 
-The kernels that an operator would launch on a GPU are written down instead, each with the bytes that it moves and what
-it computes, and Triton's can be compiled for any GPU. `benchmarks/launched.py` takes parts of a training step through
-it. Needs Triton, and TRITON_INTERPRET unset.
+Operators run on tensors without values. Their launches are recorded with the bytes that they move and their FLOPs;
+Triton's kernels can be compiled for any GPU. `benchmarks/launched.py` records the parts of a training step. Needs
+Triton, and TRITON_INTERPRET unset.
 """
 
 import re
@@ -36,22 +36,22 @@ _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 ATTENTION = ("fused_attention", "fused_attention_backward", "_varlen_attn", "_varlen_attn_backward")
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "_scaled_mm_v2")
 _NOT_POINTWISE = (*PRODUCTS, *ATTENTION)
-_PICK = ("embedding", "index_select", "index", "gather")  # read of what they are given no more than they give
+_PICK = ("embedding", "index_select", "index", "gather")  # read only as many elements as they return
 _ONLY_WRITES = ("copy_", "zero_", "fill_", "_foreach_copy_", "_foreach_zero_")
 
 
 @dataclass(frozen=True)
 class Resources:
-    """Of a thread registers, and bytes of memory that it takes where they do not suffice; of a program shared bytes."""
+    """The resources of a compiled kernel."""
 
-    registers: int
-    spilled: int
-    shared: int
+    registers: int  # of a thread
+    spilled: int  # bytes of a thread that do not fit into registers
+    shared: int  # bytes of shared memory of a program (thread block)
 
 
 @dataclass(frozen=True)
 class RecordedLaunch:
-    """A kernel with the arguments of a launch, of which tensors need no values."""
+    """A launch of a Triton kernel, with its arguments; tensors need no values."""
 
     kernel: Any
     arguments: tuple[Any, ...]
@@ -59,23 +59,24 @@ class RecordedLaunch:
 
     @property
     def name(self) -> str:
-        """The operation, and the direction."""
+        """The operation and the name of its kernel, which tells the direction."""
         return f"{self.kernel.__module__.rpartition('.')[2].removesuffix('_triton')} {self.kernel.__name__}"
 
     @cached_property
     def key(self) -> tuple[object, ...]:
-        """What tells two launches apart that are compiled apart."""
+        """A key that is equal for launches that share a compiled kernel."""
         return self.name, *(pair for known in (self.options, self._signature, self.constants)
                             for pair in known.items()), *self._divisible
 
     @property
     def module(self) -> str:
-        """Where the kernel is, below `megatron.kernels`."""
+        """The kernel's module, below `megatron.kernels`."""
         return self.kernel.__module__.removeprefix("megatron.kernels.")
 
     @cached_property
     def flops(self) -> int:
-        """What it computes: of symmetric products the half that is, of a map its products, else what its code says."""
+        """The FLOPs: half a product for symmetric products, the products of a map, else as the kernel's code has them.
+        """
         tensors = self._named
         if self.kernel.__name__ == "symmetric_kernel":
             number, size, width = tensors["x"].shape
@@ -86,25 +87,25 @@ class RecordedLaunch:
 
     @property
     def units(self) -> str:
-        """What computes most of it: the matrix units in "fp8" or "half" precision, or "fp32"'s."""
+        """The units that compute most of it: "fp8" or "half" for matrix units in that precision, else "fp32"."""
         is_product = self.kernel.__name__ in ("symmetric_kernel", "map_kernel")
         return units_of([self.arguments[0]]) if is_product else "fp32"
 
     @property
     def num_bytes(self) -> int:
-        """What goes through memory at least: each tensor once; what is changed where it lies, but for values, twice."""
+        """The least bytes through memory: each tensor once; queries and keys that are changed in place twice."""
         tensors = [value for value in self.arguments if isinstance(value, Tensor)]
         distinct = {id(tensor): tensor for tensor in tensors}.values()
         num_bytes = sum(map(_num_bytes, distinct))
         qkv_tgcd = tensors[0]
-        if self.kernel.__name__ == "map_kernel":  # which reads no values
+        if self.kernel.__name__ == "map_kernel":  # it does not read the values of attention
             num_bytes -= _num_bytes(qkv_tgcd) // qkv_tgcd.shape[2]
         elif self.name.startswith("heads") and qkv_tgcd is tensors[-1]:
             num_bytes += _num_bytes(qkv_tgcd) - 2 * _num_bytes(qkv_tgcd) // qkv_tgcd.shape[2]
         return num_bytes
 
     def resources(self, capability: int) -> Resources:
-        """Of the kernel compiled for a capability, such as 90."""
+        """The resources of the kernel when compiled for a compute capability, such as 90."""
         compiled = self.compiled(capability)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
@@ -140,13 +141,14 @@ class RecordedLaunch:
 
     @cached_property
     def constants(self) -> dict[str, Any]:
-        """The arguments that are known when it is compiled."""
+        """The arguments that are compile-time constants."""
         return {parameter.name: value for place, (parameter, value) in enumerate(
             zip(self.kernel.params, self.arguments, strict=True)) if self._is_constant(place)}
 
     @cached_property
     def _divisible(self) -> list[int]:
-        """Arguments that Triton finds divisible by 16 when it launches: torch's memory begins at such places."""
+        """The indices of arguments that Triton specialises as divisible by 16, as the addresses of torch's tensors are.
+        """
         return [place for place, value in enumerate(self.arguments)
                 if not self._is_constant(place) and not self.kernel.params[place].do_not_specialize
                 and _is_divisible(value)]
@@ -174,29 +176,30 @@ def _num_bytes(tensor: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Other:
-    """An operator of PyTorch's, or a function that torch.compile makes kernels of, and what it moves and computes.
+    """A launch of a PyTorch operator, or of a function that torch.compile turns into a kernel.
 
-    Each tensor that it takes or gives goes through memory once; one that it reads and changes twice.
+    Each input and output counts as moved once, and twice if it is read and changed in place.
     """
 
     name: str
     num_bytes: int
-    flops: int  # of products and attention; of anything else, one for each element that it gives or sums up
+    flops: int  # of products and attention; for others, one for each element of the output, or of a reduction's input
     units: str  # as of `RecordedLaunch`
 
 
 class Launches(TorchDispatchMode):
-    """Within this context what operators on tensors without values launch is written down, and not done.
+    """A context that records what operators on tensors without values would launch, instead of running it.
 
-    Triton's kernels, PyTorch's operators, and FP8's conversions as the kernels that torch.compile makes of them. What
-    has values is computed as it is: boundaries of proteins, by which attention is counted.
+    Recorded are Triton kernels (`triton`) and PyTorch operators (`others`); FP8 conversions count as the single kernels
+    that torch.compile makes of them. Operators on tensors with values run: those on the proteins' boundaries, which
+    are needed to count attention's work.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.triton: list[RecordedLaunch] = []
         self.others: list[Other] = []
-        self._patches: list[Any] = []  # one each time that the context is entered, which operators of ours do again
+        self._patches: list[Any] = []  # a stack, since our own operators enter the context again
 
     def __enter__(self) -> "Launches":
         self._patches.append(patch.object(fp8, "_way", lambda function, _: partial(self._fused, function)))
@@ -209,21 +212,21 @@ class Launches(TorchDispatchMode):
 
     @property
     def num_pointwise(self) -> int:
-        """Launches besides matrix products and attention."""
+        """The number of launches besides matrix products and attention."""
         return len(self.triton) + len(self.pointwise)
 
     @property
     def pointwise(self) -> list[Other]:
-        """What PyTorch launches besides matrix products and attention."""
+        """PyTorch's launches besides matrix products and attention."""
         return [other for other in self.others if other.name not in _NOT_POINTWISE]
 
     @property
     def num_bytes(self) -> int:
-        """What goes through memory besides matrix products and attention."""
+        """The bytes through memory besides those of matrix products and attention."""
         return sum(launch.num_bytes for launch in self.triton) + sum(other.num_bytes for other in self.pointwise)
 
     def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
-        """Runs an operator of ours up to its launches, and any other without values."""
+        """Record an operator: of our own, the launches in its implementation; any other as one launch."""
         name, kwargs = func._overloadpacket.__name__, kwargs or {}
         given = _tensors((args, kwargs))
         if given and not any(map(is_fake, given)):
@@ -256,7 +259,7 @@ class Launches(TorchDispatchMode):
         self.others.append(Other(name, sum(map(_num_bytes, moved)), flops, units))
 
     def _fused(self, function: Any, x_rc: Tensor, *arguments: Any) -> Any:
-        """A conversion is one kernel: what it takes and gives, and the operations that it is made of."""
+        """Run a conversion to FP8 and record it as one kernel, with the FLOPs of its operations."""
         before = len(self.others)
         results = function(x_rc, *arguments)
         inside, self.others = self.others[before:], self.others[:before]
@@ -272,11 +275,11 @@ class Launches(TorchDispatchMode):
 
 
 def units_of(tensors: Sequence[Tensor]) -> str:
-    """What multiplies such tensors: the matrix units in FP8 or half precision, or fp32's."""
+    """The units that multiply such tensors: "fp8" or "half" for matrix units in that precision, else "fp32"."""
     sizes = {tensor.element_size() for tensor in tensors if tensor.is_floating_point()}
     return {1: "fp8", 2: "half"}.get(min(sizes), "fp32")
 
 
 def distinct(launches: Iterable[RecordedLaunch]) -> Iterator[RecordedLaunch]:
-    """One of each that is compiled apart."""
+    """One launch for each compiled kernel."""
     yield from {launch.key: launch for launch in launches}.values()

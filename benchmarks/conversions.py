@@ -1,9 +1,9 @@
-"""What memory and time conversions of a large checkpoint take: `python benchmarks/conversions.py FOLDER [--layers 36]`.
+"""Measures memory and time of converting a large checkpoint: `python benchmarks/conversions.py FOLDER [--layers 36]`.
 
-FOLDER is made, and removed at the end. The checkpoint is of ProteinLM 3B's widths, with Adam's moments; with all 36
-layers it has 34 GB, and half as much again in fp16 with fp32 masters, and FOLDER takes two of them at a time. Each
-conversion runs in a process of its own: printed are the most memory that it had (VmHWM, which counts mapped files as
-well) and its seconds, on the clock and of CPU.
+FOLDER is created, and removed at the end. The checkpoint has ProteinLM 3B's widths and Adam's moments. With all 36
+layers it takes 34 GB, and half as much again in fp16 with fp32 masters; FOLDER holds two of them at a time. Each
+conversion runs in a separate process. Prints its peak memory (VmHWM, which includes mapped files), and elapsed and CPU
+seconds.
 """
 
 import argparse
@@ -27,13 +27,13 @@ from megatron.data.corpus.vocab import Vocab  # noqa: E402
 from megatron.log import Log  # noqa: E402
 from megatron.model.protein_model import ProteinModel  # noqa: E402
 
-# Source, format of the target, target, tensor-parallel size of the files; what was converted is removed.
+# (source, format of the target, target, tensor-parallel size of its files); sources are removed after conversion.
 STEPS = [("made", "sharded", "a", 1), ("a", "whole", "b", 1), ("b", "megatron-v2", "c", 2),
          ("c", "megatron-v2", "d", 1)]
 
 
 def main(argv: list[str]) -> None:
-    """Make the checkpoint, convert it on and on, and print."""
+    """Write the checkpoint, and convert it in several steps, which print what they took."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=36)
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
 
 
 def one_step(folder: Path, source: str, saver: str, target: str, tensor: int) -> None:
-    """Convert, and say what it took."""
+    """Make one conversion, and print what it took."""
     began_s = time.perf_counter()
     convert(folder / source, folder / target, "auto", saver, tensor=tensor, pipeline=1, iteration=None, vocab_size=None,
             log=Log(is_speaker=False))
@@ -66,7 +66,7 @@ def one_step(folder: Path, source: str, saver: str, target: str, tensor: int) ->
 
 
 def imagined(num_layers: int) -> Checkpoint:
-    """A checkpoint in fp16 with masters, of numbers that are made when they are asked for."""
+    """An artificial checkpoint in fp16 with fp32 masters, whose tensors are generated when they are read."""
     config, _ = parse(["--preset", "proteinlm-3b", "--num-layers", str(num_layers)])
     with torch.device("meta"):
         model = ProteinModel(config.model, config.precision, Vocab.from_file().padded_size(config.model))

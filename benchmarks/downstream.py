@@ -1,18 +1,18 @@
-"""What pretraining is worth: `python benchmarks/downstream.py FOLDER --models NAME=CHECKPOINT …`.
+"""Measures what pretraining is worth: `python benchmarks/downstream.py FOLDER --models NAME=CHECKPOINT …`.
 
-FOLDER holds the seven tasks below, `train.jsonl.gz` and so on in a folder each. Of each task every way is asked with
-the same test proteins:
+FOLDER holds the seven tasks below, each in a folder with `train.jsonl.gz` and so on. Each task is solved in several
+ways, on the same test proteins:
 
-- letters      what scikit-learn learns from letters (downstream_probes.py)
-- frozen       what it learns from the hidden states of all layers of a model, or its attention maps
-- fine-tuned   tools/finetune.py, all weights, as many steps for each model
+- letters      scikit-learn on letters only (downstream_probes.py)
+- frozen       scikit-learn on the hidden states of all layers of a model, or on its attention maps
+- fine-tuned   tools/finetune.py, training all weights, with the same number of steps for each model
 
-each of the named models, and of one of the same shape with random weights. With each seed other training proteins are
-drawn (of contacts, all), with one of each class among them, other random weights and other first weights of the head.
-Proteins are cropped to their first 1,022 residues. What is done stands in downstream.jsonl, a line a run, and is not
-done again.
+The last two are done for each named model, and for a model of the same shape with random weights. Each seed draws other
+training proteins (for contacts, all are taken), with at least one of each class, other random weights and other initial
+weights of the head. Proteins are cropped to their first 1,022 residues. Runs are recorded in downstream.jsonl, a line
+each, and not repeated.
 
-    python benchmarks/downstream.py --table        what is known so far
+    python benchmarks/downstream.py --table        prints the results so far
 """
 
 import argparse
@@ -61,21 +61,18 @@ SHOWN = {"accuracy": "accuracy", "spearman": "Spearman", "medium_long_p_at_l5": 
 
 @dataclass(frozen=True)
 class DownstreamTask:
-    """A task: its folder and the file to test on, as what tools/finetune.py knows it, and how it is measured.
-
-    `num_train` proteins are drawn to learn from; `steps` of 4 rows are taken in fine-tuning.
-    """
+    """A downstream task and how it is measured."""
 
     folder: str
-    test: str
-    task: str
+    test: str  # the name of the file to test on
+    task: str  # the task's name for tools/finetune.py
     measure: str
-    num_train: int
-    steps: int
-    class_key: str | None = None
+    num_train: int  # how many training proteins are drawn
+    steps: int  # of 4 rows, in fine-tuning
+    class_key: str | None = None  # the key of the class, if the label is one
 
     def finetune_flags(self) -> list[str]:
-        """How the command line names it."""
+        """The task on the command line of tools/finetune.py."""
         return [self.task, *(["--label-key", self.class_key] if self.class_key else [])]
 
 
@@ -91,9 +88,9 @@ TASKS = (
 
 
 def draw(data: Path, asked: DownstreamTask, seed: int, into: Path) -> None:
-    """Write train, valid and test.jsonl of proteins that are drawn, the test ones the same for every seed.
+    """Write train, valid and test.jsonl with randomly chosen proteins; those for testing are the same for every seed.
 
-    What is tested on was not validated on: where one file has to do for both, validation is of training proteins.
+    If the task is tested on its validation file, validation uses further training proteins, so the two are disjoint.
     """
     train = shuffled(read(data / asked.folder, "train"), seed, asked.class_key)
     valid = train[asked.num_train:] if asked.test == "valid" else shuffled(read(data / asked.folder, "valid"), seed)
@@ -122,7 +119,7 @@ def read(folder: Path, part: str) -> list[dict[str, Any]]:
 
 
 def shuffled(records: list[dict[str, Any]], seed: int, class_key: str | None = None) -> list[dict[str, Any]]:
-    """The records in another order, with one of each class in front."""
+    """The records in random order, but with one of each class first."""
     random.Random(seed).shuffle(records)
     if class_key is None:
         return records
@@ -131,14 +128,14 @@ def shuffled(records: list[dict[str, Any]], seed: int, class_key: str | None = N
 
 
 def cropped(record: dict[str, Any]) -> dict[str, Any]:
-    """Its first residues, and what is said of each of these."""
+    """The record with its sequence, and every label for each residue, cropped to MOST_RESIDUES."""
     size = len(record["seq"])
     return {key: value[:MOST_RESIDUES] if isinstance(value, (str, list)) and len(value) == size else value
             for key, value in record.items()}
 
 
 def probed(features: Features, vocab: Vocab, asked: DownstreamTask, data: Path, seed: int) -> float:
-    """The measure of what scikit-learn learns of `features`."""
+    """The task's measure for predictions that scikit-learn learns from `features`."""
     with tempfile.TemporaryDirectory() as folder:
         draw(data, asked, seed, Path(folder))
         task = task_of(asked.task, label_key=asked.class_key)
@@ -154,7 +151,7 @@ def probed(features: Features, vocab: Vocab, asked: DownstreamTask, data: Path, 
 
 
 def fine_tuned(checkpoint: str, asked: DownstreamTask, data: Path, seed: int) -> float:
-    """The measure of tools/finetune.py."""
+    """The task's measure after fine-tuning a checkpoint with tools/finetune.py."""
     with tempfile.TemporaryDirectory() as folder:
         draw(data, asked, seed, Path(folder))
         command = [sys.executable, str(ROOT / "tools" / "finetune.py"), *asked.finetune_flags(), "--load", checkpoint,
@@ -167,7 +164,10 @@ def fine_tuned(checkpoint: str, asked: DownstreamTask, data: Path, seed: int) ->
 
 
 def with_random_weights(path: str, seed: int, folder: str) -> str:
-    """A checkpoint as that at `path` with weights of a normal distribution, also where training begins with zeros."""
+    """Write a checkpoint like the one at `path` with random normal weights into `folder`; returns `folder`.
+
+    Weights that training would initialise with zeros are random too.
+    """
     pretrained = load_pretrained(path, device="cpu")
     checkpoint = newest(path, pretrained.mesh.world, Log(), with_optimizer=False)
     assert checkpoint is not None
@@ -181,12 +181,12 @@ def with_random_weights(path: str, seed: int, folder: str) -> str:
     return folder
 
 
-Key = tuple[str, str, str, int]  # of a run: model, way, task, seed
-Run = tuple[Key, Callable[[], float]]  # and what gives its measure
+Key = tuple[str, str, str, int]  # identifies a run: model, way, task, seed
+Run = tuple[Key, Callable[[], float]]  # a run, and the function that makes it and returns its measure
 
 
 def runs(models: dict[str, str], tasks: Sequence[DownstreamTask], given: argparse.Namespace) -> Iterator[Run]:
-    """Each run that is asked for."""
+    """All runs that the command line asks for."""
     if LETTERS in given.ways:
         vocab = Vocab.from_file("iupac")
         for seed, asked in product(given.seeds, tasks):
@@ -201,7 +201,7 @@ def runs(models: dict[str, str], tasks: Sequence[DownstreamTask], given: argpars
 
 def runs_of(name: str, path: str, seeds: Sequence[int], tasks: Sequence[DownstreamTask], given: argparse.Namespace
             ) -> Iterator[Run]:
-    """Those of one checkpoint."""
+    """The runs of one checkpoint."""
     pretrained = load_pretrained(path, device="cpu", precision=given.precision)
     states = States(pretrained)
     for seed, asked in product(seeds, tasks):
@@ -212,12 +212,13 @@ def runs_of(name: str, path: str, seeds: Sequence[int], tasks: Sequence[Downstre
 
 
 def known() -> list[dict[str, Any]]:
-    """The records of all runs so far."""
+    """The records of all runs made so far."""
     return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """A row a model and way, a column a task: mean and standard deviation over seeds."""
+    """The table, with a row for each way and model and a column for each task: mean and standard deviation over seeds.
+    """
     cells = defaultdict[tuple[str, str], dict[str, list[float]]](lambda: defaultdict(list))
     for record in records:
         cells[record["way"], record["model"]][record["task"]].append(record["value"])
@@ -231,7 +232,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """The parser of the command line."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("data", nargs="?", type=Path, help="the folder of the tasks' folders")
     flags.add_argument("--models", nargs="+", default=[], metavar="NAME=CHECKPOINT")
@@ -247,7 +248,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """The exit status: 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
+    """Run the program; returns the exit status: 0, 2 for a user's mistake, 130 after Ctrl-C."""
     given = parser().parse_args()
     if given.data is None and not given.table:
         parser().error("give the folder of the tasks, or --table")
@@ -258,7 +259,7 @@ def main() -> int:
 
 
 def work(given: argparse.Namespace) -> None:
-    """Run what is missing, then print the table; raises a UserError."""
+    """Make the missing runs, then print the table; raises a UserError."""
     models = dict(word.split("=", 1) for word in given.models)
     done = {(record["model"], record["way"], record["task"], record["seed"]) for record in known()}
     tasks = [asked for asked in TASKS if asked.folder in given.tasks]

@@ -1,10 +1,10 @@
-"""How well frozen models tell a task, by scikit-learn, and how well letters alone do: `told(features, data)`.
+"""Predicts tasks with scikit-learn from the features of frozen models, or from letters only: `told(features, data)`.
 
-Number and class of a protein: ridge regression, whose penalty is chosen by leaving one protein out, on the means of the
-hidden states of all layers, or on the frequencies of letters and of their pairs. Class of a residue: logistic
-regression on its hidden states, or on the letters from 7 before it to 7 behind. Contacts: ESM's regression on the
-attention maps of 20 chains that are drawn, or how often two letters so far apart touch. Shapes: g proteins, r residues
-of one, f features.
+For a number or class of a protein: ridge regression, with the penalty chosen by leave-one-out, on the means of the
+hidden states of all layers, or on the frequencies of letters and pairs of letters. For a class of each residue:
+logistic regression on its hidden states, or on the letters from 7 before to 7 after it. For contacts: ESM's regression
+on attention maps, fitted on 20 random chains, or how often two such letters at that distance touch. Shapes: g proteins,
+r residues of one, f features.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,28 +24,30 @@ from megatron.infer.contacts.regression import NUM_FITTED, drawn, fitted, pair_f
 from megatron.infer.pretrained import Pretrained
 from megatron.kernels.packed_sequence import NO_TARGET
 
-WINDOW, NUM_LETTERS = 7, 32  # letters to each side; ids that a vocabulary of residues does not exceed
+WINDOW, NUM_LETTERS = 7, 32  # letters to each side; an upper bound on the ids of residues
 PENALTIES = np.logspace(-4, 5, 19)
 MOST_ITERATIONS = 200
-FARTHEST = 100  # residues so far apart in the sequence, or farther, count alike
+FARTHEST = 100  # greater distances in the sequence are treated as this one
 TellContacts = Callable[[Chain], np.ndarray]
 
 
 class Features(Protocol):
-    """What is known of proteins, from which the answer is told."""
+    """Features of proteins, from which a task's labels are predicted."""
 
     def of_proteins(self, examples: Sequence[Example]) -> np.ndarray:
-        """[g, f]."""
+        """The features of each protein, [g, f]."""
 
     def of_residues(self, examples: Sequence[Example]) -> np.ndarray:
-        """[residues of all, f]."""
+        """The features of all residues of all proteins, [residues, f]."""
 
     def contacts(self, train: Sequence[Chain], seed: int) -> TellContacts:
-        """What gives a score of each pair of a chain's residues [r, r], learnt from those of `train`."""
+        """A function that scores each pair of residues of a chain, [r, r], learnt from the contacts in `train`."""
 
 
 def told(features: Features, data: TaskData) -> list[Any]:
-    """Of each test example what was learnt from the training ones, as `metrics.measure` takes it; no contacts."""
+    """The predictions for the test examples, learnt from the training examples, in the form that `metrics.measure`
+    takes; not for contacts.
+    """
     train, test, kind = data.parts["train"], data.parts["test"], data.space.kind
     if kind == RESIDUES:
         labels = np.concatenate([example.label for example in train])
@@ -61,10 +63,10 @@ def told(features: Features, data: TaskData) -> list[Any]:
 
 
 class Letters:
-    """What letters tell without any model."""
+    """Features made of letters, without a model."""
 
     def of_proteins(self, examples: Sequence[Example]) -> np.ndarray:
-        """Frequencies of letters and of pairs of neighbours, and the logarithm of the length."""
+        """Frequencies of letters and of pairs of neighbouring letters, and the logarithm of the length."""
         size = NUM_LETTERS
         rows = []
         for ids in (example.ids.astype(np.int64) for example in examples):
@@ -73,14 +75,14 @@ class Letters:
         return np.array(rows)
 
     def of_residues(self, examples: Sequence[Example]) -> np.ndarray:
-        """The letters around each residue, one of NUM_LETTERS each; the last of these is outside the protein."""
+        """The letters around each residue, one-hot over NUM_LETTERS, the last of which means outside the protein."""
         size, outside = 2 * WINDOW + 1, NUM_LETTERS - 1
         padded = [np.pad(example.ids, WINDOW, constant_values=outside) for example in examples]
         around = np.concatenate([np.lib.stride_tricks.sliding_window_view(ids, size) for ids in padded])
         return np.eye(NUM_LETTERS, dtype=np.float32)[around].reshape(len(around), -1)
 
     def contacts(self, train: Sequence[Chain], seed: int) -> TellContacts:
-        """By how often pairs of such letters touch, and how often those so far apart do, as if independent."""
+        """Scores by naive Bayes on the two letters and their distance in the sequence."""
         pairs = [(chain, chain.pairs()) for chain in train]
         model = CategoricalNB(min_categories=[NUM_LETTERS, NUM_LETTERS, FARTHEST + 1])
         model.fit(np.concatenate([self._pairs(chain, known.first_p.numpy(), known.second_p.numpy())
@@ -95,20 +97,20 @@ class Letters:
         return tell
 
     def _pairs(self, chain: Chain, first_p: np.ndarray, second_p: np.ndarray) -> np.ndarray:
-        """The letters of each pair and how far apart they are, [p, 3]."""
+        """The two letters of each pair and their distance in the sequence, [p, 3]."""
         letters = np.frombuffer(chain.sequence.encode(), np.uint8) % NUM_LETTERS
         return np.stack([letters[first_p], letters[second_p], np.minimum(second_p - first_p, FARTHEST)], 1)
 
 
 class States:
-    """What a model tells. The means of each protein's states are computed once, whatever seed they are asked for."""
+    """Features made of a model's hidden states and attention maps; the means of each protein are cached."""
 
     def __init__(self, pretrained: Pretrained) -> None:
         self._pretrained, self._means = pretrained, dict[str, np.ndarray]()
         self._layers = tuple(range(pretrained.config.model.num_layers + 1))
 
     def of_proteins(self, examples: Sequence[Example]) -> np.ndarray:
-        """The means over residues of the hidden states of all layers, one behind the other."""
+        """The means over residues of the hidden states of all layers, concatenated."""
         texts = [self._pretrained.vocab.letters(example.ids) for example in examples]
         new = [text for text in dict.fromkeys(texts) if text not in self._means]
         answers = self._pretrained.ask(new, Asked(("mean",), self._layers)) if new else []
@@ -116,13 +118,13 @@ class States:
         return np.array([self._means[text] for text in texts])
 
     def of_residues(self, examples: Sequence[Example]) -> np.ndarray:
-        """The hidden states of all layers, one behind the other."""
+        """The hidden states of all layers, concatenated."""
         answers = self._pretrained.ask([self._pretrained.vocab.letters(each.ids) for each in examples],
                                        Asked(("per_tok",), self._layers))
         return np.concatenate([np.concatenate(answer["per_tok"], axis=1) for answer in answers])
 
     def contacts(self, train: Sequence[Chain], seed: int) -> TellContacts:
-        """By ESM's regression on attention maps."""
+        """Scores by ESM's regression on attention maps."""
         theta = fitted(self._pretrained, drawn(train, NUM_FITTED, seed)).float()
 
         def tell(chain: Chain) -> np.ndarray:

@@ -1,9 +1,9 @@
-"""Embedding beside transformers: `python benchmarks/embed.py FASTA [--presets esm2-8m …] [--proteins 2000]`.
+"""Compares embedding with transformers: `python benchmarks/embed.py FASTA [--presets esm2-8m …] [--proteins 2000]`.
 
-The mean of each protein's last hidden states, of the same random weights and proteins: here packed on lines of tokens,
-there by EsmModel (SDPA), in bf16 and fp32, in batches of proteins sorted by length that are padded to at most so many
-tokens, and in batches of so many proteins as they come. Both read texts and give arrays. The cases alternate. Peak
-memory is that of a process of its own while it embeds one of the rounds, PyTorch and the weights included.
+Both compute the mean of each protein's last hidden states with the same random weights, in bf16 and fp32, from texts to
+arrays. This project packs the proteins. EsmModel of transformers (SDPA) takes padded batches: of proteins sorted by
+length, up to a number of tokens, and of a number of proteins in their given order. The cases alternate. Peak memory is
+that of a separate process while it embeds the proteins of one round, including PyTorch and the weights.
 """
 
 import argparse
@@ -33,7 +33,7 @@ Way = Callable[[Sequence[str]], np.ndarray]
 
 
 def their_model(model: ModelConfig, attention: str | None = None) -> torch.nn.Module:
-    """EsmForMaskedLM of that shape with random weights, without dropout."""
+    """transformers' EsmForMaskedLM of that shape with random weights, without dropout; `attention`: its back-end."""
     from transformers import EsmConfig, EsmForMaskedLM
 
     return EsmForMaskedLM(EsmConfig(
@@ -45,7 +45,7 @@ def their_model(model: ModelConfig, attention: str | None = None) -> torch.nn.Mo
 
 
 def sorted_batches(lengths: Sequence[int], most_tokens: int) -> Iterator[list[int]]:
-    """The longest proteins first, padded to at most so many tokens."""
+    """Batches of indices, the longest proteins first, that have at most `most_tokens` when padded."""
     batch = list[int]()
     for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
         if batch and (len(batch) + 1) * (lengths[batch[0]] + 2) > most_tokens:
@@ -56,14 +56,14 @@ def sorted_batches(lengths: Sequence[int], most_tokens: int) -> Iterator[list[in
 
 
 def batches_as_they_come(lengths: Sequence[int], num_proteins: int) -> Iterator[list[int]]:
-    """So many proteins each."""
+    """Batches of the indices of `num_proteins` proteins each, in their order."""
     for start in range(0, len(lengths), num_proteins):
         yield list(range(start, min(start + num_proteins, len(lengths))))
 
 
 @torch.no_grad()
 def their_way(model: torch.nn.Module, proteins: Sequence[str], batches: Iterator[list[int]]) -> np.ndarray:
-    """The means by transformers, padded."""
+    """The mean hidden states of proteins [g, h], computed by transformers in padded batches."""
     means = np.empty((len(proteins), model.config.hidden_size), np.float32)
     table = np.zeros(256, np.int64)
     table[[ord(letter) for letter in VOCAB.tokens if len(letter) == 1]] = [
@@ -80,7 +80,7 @@ def their_way(model: torch.nn.Module, proteins: Sequence[str], batches: Iterator
 
 
 def ways_of(arguments: argparse.Namespace, preset: str, folder: str, precision: str) -> dict[str, Way]:
-    """Every way to embed, by its name."""
+    """Every way to embed proteins with a preset's model, by name."""
     torch.manual_seed(0)
     model = their_model(parse(["--preset", preset])[0].model).eval()
     model.save_pretrained(folder)
@@ -97,14 +97,14 @@ def ways_of(arguments: argparse.Namespace, preset: str, folder: str, precision: 
 
 
 def read(path: str, number: int) -> list[str]:
-    """The first proteins of a file, cropped to what both read."""
+    """The first `number` proteins of a file, cropped to 1,022 residues, which both can read."""
     letters = np.array([ord(token) if len(token) == 1 else 0 for token in VOCAB.tokens], np.uint8)
     found = (letters[protein.residues].tobytes().decode() for protein in ProteinFiles([path], "text", None, VOCAB))
     return [text[:1022] for text, _ in zip(found, range(number), strict=False)]
 
 
 def alone(arguments: argparse.Namespace, proteins: Sequence[str]) -> None:
-    """Print the most memory that this process holds while it goes one way, in MiB."""
+    """Embed proteins in one way, and print the peak memory of this process meanwhile, in MiB."""
     with tempfile.TemporaryDirectory() as folder:
         way = ways_of(arguments, arguments.presets[0], folder, arguments.precisions[0])[arguments.alone]
     way(["ACDE"])
@@ -115,7 +115,7 @@ def alone(arguments: argparse.Namespace, proteins: Sequence[str]) -> None:
 
 
 def memory_of(arguments: argparse.Namespace, preset: str, precision: str, way: str) -> float:
-    """The same, of a process of its own."""
+    """The peak memory of embedding in one way, in MiB, measured in a separate process."""
     command = [sys.executable, __file__, arguments.fasta, "--presets", preset, "--precisions", precision, "--proteins",
                str(arguments.proteins), "--rounds", str(arguments.rounds), "--sorted", *map(str, arguments.sorted),
                "--unsorted", *map(str, arguments.unsorted), "--alone", way]
@@ -123,7 +123,7 @@ def memory_of(arguments: argparse.Namespace, preset: str, precision: str, way: s
 
 
 def main() -> None:
-    """Time every way, print the table."""
+    """Time every way and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("fasta")
     parser.add_argument("--presets", nargs="+", default=["esm2-8m", "esm2-35m"])
@@ -151,7 +151,7 @@ def main() -> None:
 
 
 def compare(arguments: argparse.Namespace, preset: str, precision: str, proteins: Sequence[str]) -> None:
-    """Print the rows of one model."""
+    """Time every way with one model, and print its rows of the table."""
     with tempfile.TemporaryDirectory() as folder:
         ways = ways_of(arguments, preset, folder, precision)
     speeds: dict[str, list[float]] = {name: [] for name in ways}

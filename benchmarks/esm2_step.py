@@ -1,9 +1,10 @@
-"""Training steps of ESM-2 beside transformers: `python benchmarks/esm2_step.py [--presets esm2-8m …] [--bf16]`.
+"""Compares training steps of ESM-2 with transformers: `python benchmarks/esm2_step.py [--presets esm2-8m …] [--bf16]`.
 
-The same 8 shipped proteins, cropped to 1,022 residues between <cls> and <eos>, 15 % of their residues targets: here
-packed on one line of tokens, as the program takes its steps (forward, backward, clipping, AdamW); there by
-EsmForMaskedLM with either of its attention back-ends, as one batch padded to the longest, as four batches of proteins
-of like lengths, and a protein at a time, summed to the same gradient. On the GPU if there is one. The cases alternate.
+Both train on the same 8 shipped proteins, cropped to 1,022 residues between <cls> and <eos>, with 15 % of the residues
+as targets. This project packs them into one sequence, and takes whole steps (forward, backward, clipping, AdamW).
+EsmForMaskedLM of transformers, with either of its attention back-ends, takes one batch padded to the longest, four
+batches of proteins of similar lengths, or one protein at a time, and sums to the same gradient. Uses the GPU if there
+is one. The cases alternate.
 """
 
 import argparse
@@ -37,7 +38,7 @@ BATCHES = {"one padded batch": 1, "four by length": 4, "a protein at a time": NU
 
 
 def proteins() -> list[np.ndarray]:
-    """The tokens of each protein, drawn from the shipped ones, its ends included."""
+    """The tokens, with <cls> and <eos>, of some of the shipped proteins, chosen at random."""
     with gzip.open(ROOT / "examples" / "proteins" / "small.fasta.gz", "rt") as file:
         text = file.read()
     sequences = ["".join(record.splitlines()[1:]) for record in text.split(">")[1:]]
@@ -47,17 +48,17 @@ def proteins() -> list[np.ndarray]:
 
 
 def targets_of(protein: np.ndarray, seed: int) -> np.ndarray:
-    """The places of 15 % of a protein's residues."""
+    """The positions of 15 % of a protein's residues, chosen at random."""
     return np.sort(1 + np.random.default_rng(seed).choice(len(protein) - 2, (len(protein) - 2) * 15 // 100, False))
 
 
 def masked(protein: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """The protein with those of its residues masked."""
+    """The protein with the residues at `places` replaced by the mask."""
     return np.where(np.isin(np.arange(len(protein)), places), VOCAB.mask_id, protein)
 
 
 def our_step(flags: list[str]) -> Callable[[], float]:
-    """A step on all proteins on one line of tokens, as the program takes it; its loss."""
+    """A function that takes this project's training step on all proteins, packed, and returns the loss."""
     config, _ = parse(flags)
     mesh = Mesh(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     engine = build_engine(config, mesh, VOCAB.padded_size(config.model), mask_id=VOCAB.mask_id)
@@ -72,6 +73,7 @@ def our_step(flags: list[str]) -> Callable[[], float]:
 
 
 def _packed(all_of_them: list[np.ndarray]) -> Batch:
+    """A batch of one row with all proteins."""
     places = [targets_of(protein, seed) for seed, protein in enumerate(all_of_them)]
     lengths = np.array([len(protein) for protein in all_of_them])
     starts = np.cumsum(lengths) - lengths
@@ -82,7 +84,10 @@ def _packed(all_of_them: list[np.ndarray]) -> Batch:
 
 
 def their_step(flags: list[str], attention: str, num_batches: int) -> Callable[[], float]:
-    """A step of transformers' EsmForMaskedLM on the same proteins, sorted by length into so many padded batches."""
+    """A function that takes a step of transformers' EsmForMaskedLM on the same proteins, and returns the loss.
+
+    `attention`: the back-end; `num_batches`: of the proteins, sorted by length and padded.
+    """
     config = parse(flags)[0]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = their_model(config.model, attention).to(device).train()
@@ -108,6 +113,7 @@ def their_step(flags: list[str], attention: str, num_batches: int) -> Callable[[
 
 def _padded(all_of_them: list[np.ndarray], num_batches: int,
             device: torch.device) -> tuple[list[tuple[Tensor, Tensor]], int]:
+    """Padded batches of tokens and labels, of proteins sorted by length, and the number of targets."""
     order = sorted(range(len(all_of_them)), key=lambda index: len(all_of_them[index]))
     batches, num_targets = [], 0
     for group in np.array_split(np.array(order), num_batches):
@@ -124,7 +130,7 @@ def _padded(all_of_them: list[np.ndarray], num_batches: int,
 
 
 def main() -> None:
-    """Time every case `--repeats` times, print the table."""
+    """Time every case `--repeats` times and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--presets", nargs="+", default=["esm2-8m", "esm2-35m"])

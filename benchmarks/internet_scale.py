@@ -1,10 +1,10 @@
-"""A corpus of a billion proteins, without its residues: `python benchmarks/internet_scale.py FOLDER [--proteins N]`.
+"""Starts training on a corpus of a billion proteins: `python benchmarks/internet_scale.py FOLDER [--proteins N]`.
 
-The .idx is whole, with lengths drawn log-normally as UniRef50's are (median 270, mean 330 residues), the .bin is a
-sparse file of the right size: it takes 20 bytes of disk a protein, and 8 more while it is made. The first process packs
-an epoch and leaves the row index, as the first rank of a host does; then as many as a host has ranks start together,
-map that index and read their first rows. For each: seconds, and memory of its own (RssAnon) at the peak; what is mapped
-is shared and can be taken back.
+The corpus has a complete .idx, with lengths like UniRef50's (log-normal, median 270, mean 330 residues), but its .bin
+is a sparse file of the right size. It takes 20 bytes of disk for each protein, and 8 more while it is written. The
+first process packs an epoch and writes the row index, as the first rank of a host does. Then as many processes as a
+host has ranks start together, map the index and read their first rows. Prints seconds and peak private memory (RssAnon)
+of each; mapped memory is shared and can be reclaimed.
 """
 
 import argparse
@@ -31,7 +31,7 @@ CHUNK_PROTEINS = 1 << 22
 
 
 def write_corpus(prefix: Path, num_proteins: int) -> int:
-    """The files, if they are not there; how many residues they stand for."""
+    """Write the corpus if it does not exist; returns its number of residues."""
     rng, num_residues = np.random.default_rng(0), 0
     if not prefix.with_suffix(".idx").exists():
         with IndexedWriter(prefix) as writer:
@@ -40,7 +40,7 @@ def write_corpus(prefix: Path, num_proteins: int) -> int:
                 lengths = np.clip(rng.lognormal(5.6, 0.65, count), 20, 35_213).astype(np.int32)
                 num_residues += int(lengths.sum(dtype=np.int64))
                 writer.add(np.zeros(0, np.uint16), lengths, np.ones(count, np.int32))
-        os.truncate(prefix.with_suffix(".bin"), 2 * num_residues)  # all of them id 0, which the statistics vouch for
+        os.truncate(prefix.with_suffix(".bin"), 2 * num_residues)  # all ids are 0; the statistics name the vocabulary
         stats = {"vocabulary": {"tokens": VOCAB.tokens},
                  "outputs": {"text": {"files": [{"path": prefix.with_suffix(".bin").name}]}}}
         prefix.with_suffix(".stats.json").write_text(json.dumps(stats))
@@ -48,7 +48,7 @@ def write_corpus(prefix: Path, num_proteins: int) -> int:
 
 
 def start_rank(rank: int, arguments: tuple[str, ...]) -> tuple[float, float, float]:
-    """Seconds to the datasets, seconds to read 32 rows of this rank, and the most GiB of its own."""
+    """Seconds to build the datasets, seconds to read 32 rows of this rank, and peak private memory in GiB."""
     config = parse(arguments)[0]
     with OwnMemory() as memory:
         began_s = time.perf_counter()
@@ -61,7 +61,7 @@ def start_rank(rank: int, arguments: tuple[str, ...]) -> tuple[float, float, flo
 
 
 def main() -> None:
-    """Make the files, start the ranks, print what they took."""
+    """Write the corpus, start the processes and print what they took."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--proteins", type=int, default=1_000_000_000)
@@ -74,7 +74,7 @@ def main() -> None:
           f"bytes, .bin {2 * num_residues:,} (sparse), written in {time.perf_counter() - began_s:.0f} s\n", flush=True)
     arguments = ("--preset", "demo", "--data-path", str(prefix), "--seq-length", "1024", "--split", "999,1,0")
     print("| process | datasets, s | 32 rows, s | memory of its own at the peak, GiB |\n| --- | --- | --- | --- |")
-    context = multiprocessing.get_context("spawn")  # a forked process would bring this one's memory
+    context = multiprocessing.get_context("spawn")  # a forked process would inherit this one's memory
     with context.Pool(1) as pool:
         tell("first of all: packs, and writes the row index", [pool.apply(start_rank, (0, arguments))])
     with context.Pool(given.ranks) as pool:
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def tell(name: str, measured: list[tuple[float, float, float]]) -> None:
-    """Print a row: the slowest of some processes."""
+    """Print a row with the maximum over some processes."""
     built_s, read_s, gib = (max(column) for column in zip(*measured, strict=True))
     print(f"| {name} | {built_s:.1f} | {read_s:.2f} | {gib:.2f} |", flush=True)
 

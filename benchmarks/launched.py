@@ -1,8 +1,8 @@
-"""What the parts of a training step launch on a GPU, without one: a block, what is around the blocks, the update.
+"""Records what the parts of a training step would launch on a GPU: a block, what is around the blocks, the update.
 
-Each goes forward and backward on tensors without values (`benchmarks/compiled.py`); the proteins' boundaries alone are
-real, since attention is counted by them. Used by `benchmarks/roofline.py`, `benchmarks/triton_kernels.py` and the
-tests.
+Each part runs forward and backward on tensors without values (`benchmarks/compiled.py`). Only the proteins' boundaries
+have values, which are needed to count attention's work. Used by `benchmarks/roofline.py`,
+`benchmarks/triton_kernels.py` and the tests.
 """
 
 from collections.abc import Callable
@@ -35,9 +35,10 @@ NUM_IDS = 128  # the padded vocabulary of every family on one rank
 
 def launches_of_block(config: Config, num_tokens: int | None = None, takes_triton: bool = True,
                       batch: Batch | None = None) -> Passes:
-    """Those of the first block of the model, forward and backward; weights' copies are there, gradients are not.
+    """The launches of the model's first block, forward and backward, with weights' copies made and no gradients yet.
 
-    `num_tokens`: other than the micro-batch has; `batch`: other than a typical one of the configuration.
+    `num_tokens`: by default those of the batch; `takes_triton`: whether to use our Triton kernels; `batch`: by default
+    a typical micro-batch of the configuration.
     """
     with patch.object(device, "_DTYPES", device._DTYPES if takes_triton else ()):
         return _launches_of_block(config, num_tokens, batch or _batch_of(config))
@@ -63,7 +64,7 @@ def _launches_of_block(config: Config, num_tokens: int | None, batch: Batch) -> 
 
 
 def launches_of_loss(config: Config, softcap: float | None = None) -> Passes:
-    """Those of the head and the loss for a micro-batch's targets, forward and backward, as `launches_of_block`."""
+    """The launches of the head and the loss for a micro-batch's targets, forward and backward."""
     dtype, batch = compute_dtype(config.precision), _batch_of(config)
     with torch.device("meta"):
         model = replace(config.model, num_layers=1)
@@ -81,7 +82,10 @@ def launches_of_loss(config: Config, softcap: float | None = None) -> Passes:
 
 
 def launches_around_blocks(config: Config, batch: Batch) -> Passes:
-    """Those of all that is not in blocks: embedding, rotation's angles, last norm, head and loss."""
+    """The launches of everything outside the blocks, forward and backward.
+
+    That is the embedding, the rotary angles, the final normalisation, the head and the loss.
+    """
     with torch.device("meta"):
         model = ProteinModel(config.model, config.precision, NUM_IDS, stage=Stage(0, 1, range(0)), mask_id=4)
         ComputeCopies(model.matrices(), compute_dtype(config.precision))
@@ -94,8 +98,8 @@ def launches_around_blocks(config: Config, batch: Batch) -> Passes:
 
 
 def launches_of_update(config: Config) -> Launches:
-    """Those of one step of the optimizer, and of the copies of weights and biases that are made after it."""
-    with FakeTensorMode():  # PyTorch's fused optimizers refuse `meta`
+    """The launches of one step of the optimizer, and of refreshing the copies of weights and biases after it."""
+    with FakeTensorMode():  # PyTorch's fused optimizers do not run on `meta`
         model = ProteinModel(config.model, config.precision, NUM_IDS, mask_id=4)
         optimizer = Optimizer(dict(model.named_parameters()), config.optimizer, peak_lr=config.schedule.lr)
         copies = ComputeCopies(model.matrices(), compute_dtype(config.precision))
@@ -111,7 +115,7 @@ def launches_of_update(config: Config) -> Launches:
 
 def launch_of_map(dtype: torch.dtype, width: int, num_tokens: int, length: int, groups: int = 16,
                   queries: int = 1) -> RecordedLaunch:
-    """Of the maps of a protein of `length` tokens among `num_tokens`, of all heads."""
+    """The launch that computes the attention maps of all heads for a protein of `length` among `num_tokens` tokens."""
     found: list[RecordedLaunch] = []
 
     def record(kernel: Any, _: object) -> Callable[..., None]:
@@ -134,6 +138,6 @@ def _batch_of(config: Config) -> Batch:
 
 
 def _without_values(sequence: PackedSequence) -> PackedSequence:
-    """All but the boundaries."""
+    """The sequence without values, except for the boundaries."""
     return replace(sequence.map(lambda tensor: torch.empty_like(tensor, device="meta")),
                    cu_seqlens=sequence.cu_seqlens)

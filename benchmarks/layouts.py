@@ -1,10 +1,10 @@
-"""One run in many layouts: `python benchmarks/layouts.py PREFIX [--model NAME] [--steps 50] [--only NAME …]`.
+"""Compares layouts with one rank: `python benchmarks/layouts.py PREFIX [--model NAME] [--steps 50] [--only NAME …]`.
 
 PREFIX names an indexed dataset, PREFIX.bin and .idx. Each layout trains the same model (4 layers x 128 with the block
-of a family, or under Muon; rows of 512) on the same global batch, in fp32 without dropout, over gloo ranks of one
-thread, and is compared with one rank: the loss and the gradient norm of each step, and the last weights. Then each
-takes 10 steps with dropout, of which the loss is compared with one rank's too, and all bits with those of the same
-layout's run without recomputation (or, where that is it, of its rerun).
+of a family, or with Muon; rows of 512) on the same global batch, in fp32 without dropout, on gloo ranks of one thread.
+The loss and gradient norm of each step and the final weights are compared with those of one rank. Then each layout
+takes 10 steps with dropout. Their losses are compared with one rank's, and all bits with those of the same layout
+without recomputation (or with a rerun of that).
 """
 
 import argparse
@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from megatron.checkpoint.store import open_place, place_of  # noqa: E402
 
-# At a learning rate of 1e-3, which is for larger batches, one rank's curve has spikes, which amplify every rounding.
+# A learning rate of 1e-3, as for larger batches, gives spikes in the loss even on one rank, which amplify rounding.
 FLAGS = ("--num-layers 4 --hidden-size 128 --num-attention-heads 4 --attention-dropout 0 --hidden-dropout 0 --lr 3e-4 "
          "--min-lr 1e-4 --lr-decay-style cosine --lr-warmup-fraction 0.1 --adam-beta2 0.98 --train-iters 350 "
          "--seq-length 512 --micro-batch-size 1 --global-batch-size 4 --log-interval 1 --num-workers 0 "
@@ -60,7 +60,7 @@ RECOMPUTATION = {"none": "", "full": "--checkpoint-activations", "selective": "-
 
 
 def run(prefix: str, ranks: int, flags: list[str], steps: int, folder: str) -> tuple[list[dict], dict[str, Tensor]]:
-    """The metrics of each step, and the last weights."""
+    """Run one layout; returns the metrics of each step, and the final weights by name."""
     agent = ["-m", "megatron.parallel.launch", "--standalone", f"--nproc-per-node={ranks}"]
     command = [sys.executable, *(agent if ranks > 1 else []), str(ROOT / "pretrain_tape.py"), *FLAGS, *flags,
                "--data-path", prefix, "--exit-interval", str(steps), "--save", folder]
@@ -74,7 +74,7 @@ def run(prefix: str, ranks: int, flags: list[str], steps: int, folder: str) -> t
 
 
 def worst_relative(ours: list[dict], expected: list[dict], name: str) -> float:
-    """The largest difference of a number, relative to one rank's, over all steps."""
+    """The largest relative difference between two runs in the metric `name`, over all steps."""
     return max(abs(our[name] / one[name] - 1) for our, one in zip(ours, expected, strict=True))
 
 

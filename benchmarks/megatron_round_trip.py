@@ -1,9 +1,9 @@
-"""Megatron-LM's own IndexedDataset reads what we write, and we what it writes, in both directions checked id by id.
+"""Checks that Megatron-LM's IndexedDataset reads our files, and that we read its files, id by id.
 
     pip download megatron-core==0.16.1 --no-deps -d wheel && python -m zipfile -e wheel/*.whl unpacked
     python benchmarks/megatron_round_trip.py unpacked
 
-The wheel's package has the name of ours, so each program runs in a process of its own.
+The wheel's package has the same name as ours, so each runs in its own process.
 """
 
 import subprocess
@@ -44,7 +44,7 @@ for dtype in dtypes:
 
 
 def main() -> None:
-    """Write, let Megatron read and write again, read that; print the outcome."""
+    """Write files, have Megatron-LM read and rewrite them, read the result, and print the outcome."""
     generator = np.random.default_rng(0)
     num_sequences = generator.integers(0, 3, NUM_DOCUMENTS).astype(np.int32)
     sizes = generator.integers(1, 500, num_sequences.sum()).astype(np.int32)

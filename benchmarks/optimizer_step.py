@@ -1,8 +1,8 @@
-"""What share of a training step its optimizer takes: `python benchmarks/optimizer_step.py [--repeats 9] [FLAG ...]`.
+"""Measures the optimizer's share of a training step: `python benchmarks/optimizer_step.py [--repeats 9] [FLAG ...]`.
 
-Whole steps of the program, on the GPU if there is one, of the recipe's model at 4 layers x 256 on four rows of 1,024
-positions, unless FLAGs of the program say otherwise; each optimizer in turn, again and again. Medians, and the range of
-the share; without a GPU of the processor's time, which other work does not stretch.
+Takes whole training steps, on the GPU if there is one, of the recipe's model with 4 layers x 256 on four rows of 1,024
+positions; FLAGs of pretrain_tape.py change that. The optimizers alternate. Prints medians, and the range of the share.
+Without a GPU it measures processor time, which other work on the machine does not affect.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def _proteins(num_tokens: int) -> list[int]:
-    """Lengths as in the other benchmarks that come to `num_tokens`."""
+    """Lengths of proteins, as in the other benchmarks, that sum to `num_tokens`."""
     lengths: list[int] = []
     while sum(lengths) < num_tokens:
         lengths.append(min(LENGTHS[len(lengths) % len(LENGTHS)], num_tokens - sum(lengths)))
@@ -69,7 +69,7 @@ def _proteins(num_tokens: int) -> list[int]:
 
 
 def _now_s() -> float:
-    """The clock, when the GPU has done what it was given; without one the time of all threads on the processor."""
+    """The time in seconds, after synchronising with the GPU; without a GPU the processor time of all threads."""
     if not torch.cuda.is_available():
         return time.process_time()
     torch.cuda.synchronize()

@@ -1,8 +1,8 @@
-"""What the parallel engine costs where there is one rank: `python benchmarks/overhead.py [--repeats 30]`.
+"""Measures the overhead of the parallel engine on a single rank: `python benchmarks/overhead.py [--repeats 30]`.
 
-The program's own step (parallel layers, pipeline of one stage, data parallelism of one rank, optimizer) against plain
-PyTorch: the same model with its parallel layers replaced by plain linear ones, a loop of forward and backward passes,
-clip_grad_norm_ and AdamW. Both train on the same micro-batches of packed proteins, dropout 0.1, in turns.
+Compares the program's step (parallel layers, pipeline of one stage, data parallelism of one rank, optimizer) with plain
+PyTorch: the same model with plain linear layers in place of the parallel ones, a loop of forward and backward passes,
+clip_grad_norm_ and AdamW. Both train on the same micro-batches of packed proteins with dropout 0.1, alternating.
 """
 
 import argparse
@@ -35,26 +35,26 @@ VOCABULARY, MICRO_BATCHES, LEARNING_RATE = 128, 2, 1e-4
 
 
 class PlainLinear(nn.Module):
-    """`x Wᵀ + b` with the parameters of another layer, in x's dtype."""
+    """A linear layer, `x Wᵀ + b`, with the parameters of another layer, computed in x's dtype."""
 
     def __init__(self, layer: ColumnParallelLinear | RowParallelLinear) -> None:
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., out_features]."""
+        """The output [..., out_features]."""
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
 def our_step(config: Config, batches: list[Batch], device: torch.device) -> Callable[[], object]:
-    """A step as the program takes it."""
+    """A function that takes a training step as the program does."""
     mesh = Mesh(device=device)
     step = TrainStep(build_engine(config, mesh, VOCABULARY), Meters(mesh.world, device))
     return lambda: step(batches, LEARNING_RATE)
 
 
 def plain_step(config: Config, batches: list[Batch], device: torch.device) -> Callable[[], object]:
-    """The same in plain PyTorch."""
+    """A function that takes the same training step in plain PyTorch."""
     model = ProteinModel(config.model, config.precision, VOCABULARY)
     initialise(dict(model.named_parameters()), 1)
     for parent in list(model.modules()):
@@ -79,7 +79,7 @@ def plain_step(config: Config, batches: list[Batch], device: torch.device) -> Ca
 
 
 def elapsed_ms(step: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of one step."""
+    """The time of one step in milliseconds."""
     began_s = time.perf_counter()
     step()
     if device.type == "cuda":
@@ -114,7 +114,7 @@ def main() -> None:
 
 
 def spread(values: list[float], form: str) -> str:
-    """Median and quartiles."""
+    """Median and quartiles as text."""
     low, middle, high = statistics.quantiles(values, n=4)
     return f"{middle:{form}} ({low:{form}}–{high:{form}})"
 

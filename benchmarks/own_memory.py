@@ -1,11 +1,11 @@
-"""How much memory of its own a process takes: what the system calls RssAnon; what is mapped is not in it."""
+"""Measures a process's private memory: RssAnon, which does not include mapped files."""
 
 import threading
 from pathlib import Path
 
 
 class OwnMemory:
-    """A context. `before_gb`: what this process has as it begins; `most_gb`: at the most until it ends."""
+    """A context that measures private memory in GB: `before_gb` at its begin, `most_gb` the peak until its end."""
 
     def __enter__(self) -> "OwnMemory":
         self.before_gb = self.most_gb = _anonymous_gb()

@@ -1,8 +1,8 @@
-"""Speed, memory and fill of the row index: `python benchmarks/pack.py [--proteins 35000000] [--repeats 5]`.
+"""Measures packing into rows: time, memory and fill: `python benchmarks/pack.py [--proteins 35000000] [--repeats 5]`.
 
-Proteins of Pfam-like lengths (log-normal, median 141, mean 164 residues) are packed for one shuffled epoch, each time
-in a process of its own that maps the lengths from a file, the cases alternating. Memory is the peak of the whole
-process, the mapped lengths included.
+Proteins with Pfam-like lengths (log-normal, median 141, mean 164 residues) are packed for one shuffled epoch, each time
+in a separate process that maps the lengths from a file; the cases alternate. Memory is the peak of the whole process,
+including the mapped lengths.
 """
 
 import argparse
@@ -26,7 +26,7 @@ CASES = [(packing, seq_length) for packing in ("best-fit", "sequential") for seq
 
 
 def main() -> None:
-    """Write the lengths, run every case `--repeats` times, print the table."""
+    """Write the lengths, run every case `--repeats` times and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--proteins", type=int, default=35_000_000)
     parser.add_argument("--repeats", type=int, default=5)
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def measure(lengths_path: Path, packing: str, seq_length: int) -> dict[str, float]:
-    """Seconds (elapsed and of the processor), fill and peak memory of one shuffled epoch."""
+    """Pack one shuffled epoch; returns elapsed and processor seconds, peak memory, rows and the fill as a share."""
     lengths = np.load(lengths_path, mmap_mode="r").view(np.ndarray)
     elapsed_s, processor_s = -time.perf_counter(), -time.process_time()
     rows = pack(lengths, seq_length, packing, key=order_key(1234, 0))
@@ -63,7 +63,7 @@ def measure(lengths_path: Path, packing: str, seq_length: int) -> dict[str, floa
 
 
 def print_table(results: dict[tuple[str, int], list[dict[str, float]]], num_proteins: int) -> None:
-    """One line a case: median and range of the elapsed time, median of the rest."""
+    """Print a line for each case: median and range of the elapsed time, and medians of the rest."""
     print(f"{num_proteins:,} proteins, one shuffled epoch\n")
     print("| packing | row | elapsed s: median (range) | processor s | peak MB | rows | % full |")
     print("| --- | --- | --- | --- | --- | --- | --- |")

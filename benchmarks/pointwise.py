@@ -1,10 +1,10 @@
-"""What lies between matrix products, timed: `python benchmarks/pointwise.py [--presets NAME …] [--rehearse]`.
+"""Times the operations between matrix products: `python benchmarks/pointwise.py [--presets NAME …] [--rehearse]`.
 
-Milliseconds of a forward and backward pass of a preset's normalisation, activation and rotation, and of a whole block,
-bf16, 16,384 tokens, on the GPU if there is one: the project's way (Triton's kernels there, compiled code on CPUs),
-PyTorch's own functions, and those compiled by torch.compile. The cases alternate; medians, with the least and the
-greatest. Beside them the floor of one operation: what it has to read and write, at the rate at which this device
-copies memory. A block's is in benchmarks/roofline.py.
+Prints milliseconds of a forward and backward pass of a preset's normalisation, activation and rotation, and of a whole
+block, in bf16 with 16,384 tokens, on the GPU if there is one. Compared are this project's kernels (Triton on GPUs,
+compiled code on CPUs), PyTorch's functions, and these compiled by torch.compile. The cases alternate; times are medians
+with their range. The floor is the time to read and write an operation's tensors at the rate at which this device copies
+memory; that of a block is in benchmarks/roofline.py.
 """
 
 import argparse
@@ -44,7 +44,7 @@ Operation = Callable[[Tensor], Tensor]
 
 def operations(config: Config, num_tokens: int, device: torch.device) -> Iterator[
         tuple[str, Operation, Tensor, float]]:
-    """Of a preset, each with what it is given, and how often as many bytes go through memory in both passes."""
+    """A preset's operations: name, function, input, and the bytes moved in both passes as a multiple of the input's."""
     model, dtype = config.model, torch.bfloat16
     vector = partial(torch.randn, device=device, requires_grad=True)
     scaling = Scaling(vector(model.hidden_size), vector(model.hidden_size), 1e-5)
@@ -54,7 +54,7 @@ def operations(config: Config, num_tokens: int, device: torch.device) -> Iterato
                                                                             device=device), 5
     rotation = rotation_of(torch.arange(num_tokens, device=device) % 1024, model.kv_channels, 1e4)
     shape = num_tokens, model.num_attention_heads, 3, model.kv_channels
-    # Not of a leaf: only what is none is turned in place, as a projection is, of which values stay untouched.
+    # A view, since only non-leaf tensors are rotated in place, as a projection's output is; values stay unchanged.
     yield "rotation", lambda x: prepared_heads(x.view_as(x), None, rotation)[0], _random(*shape, device=device), 10 / 3
     sequence = typical_batch(config.data, num_tokens // config.data.seq_length).sequence.map(lambda x: x.to(device))
     with device:
@@ -69,13 +69,13 @@ def _random(*shape: int, device: torch.device) -> Tensor:
 
 
 def by_pytorch(operation: Operation, x: Tensor) -> Tensor:
-    """The operation by PyTorch's own functions."""
+    """The operation computed by PyTorch's own functions."""
     with patch.object(choice, "_DTYPES", ()), patch.object(compiled, "_helper", None):
         return operation(x)
 
 
 def milliseconds(operation: Operation, x: Tensor) -> float:
-    """The time of one forward and backward pass, whose gradient is added to none."""
+    """The time of one forward and backward pass in milliseconds, with no gradient to accumulate into."""
     x.grad, gradient = None, torch.ones_like(operation(x))
     if x.is_cuda:
         torch.cuda.synchronize()
@@ -87,7 +87,7 @@ def milliseconds(operation: Operation, x: Tensor) -> float:
 
 
 def copied_bytes_per_s(device: torch.device, num_bytes: int) -> float:
-    """Read and written together, by a copy of so many bytes: the best of some."""
+    """The bytes read and written in a second by a copy of `num_bytes`; the best of several."""
     source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     target, least_s = torch.empty_like(source), float("inf")
     for _ in range(WARM_UP + 5):
@@ -100,7 +100,7 @@ def copied_bytes_per_s(device: torch.device, num_bytes: int) -> float:
 
 
 def main() -> None:
-    """Print the table, a line as soon as it is known."""
+    """Print the table, each line as soon as it is measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", default=["tape", "esm2-150m", "esm2-650m"])
     parser.add_argument("--repeats", type=int, default=15)

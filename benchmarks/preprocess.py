@@ -1,7 +1,7 @@
-"""Preprocessing's speed and peak memory: `python benchmarks/preprocess.py [--proteins 1000000] [--repeats 3]`.
+"""Measures preprocessing's speed and peak memory: `python benchmarks/preprocess.py [--proteins 1000000] [--repeats 3]`.
 
-Proteins of real lengths (log-normal around Swiss-Prot's median of 319) and letters are written in each form, and
-`tools/preprocess_data.py` is run on them as a user would, in a process of its own, the forms alternating.
+Random proteins with realistic lengths (log-normal around Swiss-Prot's median of 319) and letters are written in each
+form. Then `tools/preprocess_data.py` runs on them in a separate process, as a user would run it; the forms alternate.
 """
 
 import argparse
@@ -34,7 +34,7 @@ class PreprocessCase:
 
 
 def main() -> None:
-    """Write the inputs, run every case `--repeats` times, print the table."""
+    """Write the inputs, run every case `--repeats` times and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--proteins", type=int, default=1_000_000)
     parser.add_argument("--repeats", type=int, default=3)
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def proteins(count: int) -> Iterator[bytes]:
-    """Residues of random proteins, the same for the same count."""
+    """The residues of `count` random proteins, the same each time."""
     generator = np.random.default_rng(1)
     weights = np.array(COUNTS) / sum(COUNTS)
     pool = generator.choice(np.frombuffer(LETTERS.encode(), np.uint8), size=1 << 22, p=weights).tobytes()
@@ -91,10 +91,10 @@ def write_inputs(inputs: dict[str, Path], count: int) -> int:
 
 
 def run(source: Path, prefix: Path, num_workers: int) -> tuple[float, float]:
-    """Seconds and the largest peak memory of a process, MiB, of one run of the tool."""
+    """Run the tool once; returns seconds, and the largest peak memory of any of its processes in MiB."""
     command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", str(source),
                "--output-prefix", str(prefix), "--workers", str(num_workers), "--overwrite"]
-    # A process of its own, so that the peak is that of this run's children alone.
+    # In a process of its own, so that the peak memory of children is that of this run only.
     script = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); " \
              "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     begun = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What the benchmarks run on: rows of proteins of the shipped ones' lengths, as they are packed."""
+"""The batches that benchmarks run on: packed rows of proteins with the lengths of the shipped ones."""
 
 import gzip
 from functools import cache
@@ -16,7 +16,7 @@ SHIPPED = Path(__file__).resolve().parents[1] / "examples" / "proteins" / "small
 
 
 def packed_row(seed: int = 0) -> Batch:
-    """A row of 2,176 positions: random residues, every seventh of them a target."""
+    """A batch of one row of 2,176 positions: random residues, of which every seventh is a target."""
     tokens = np.random.default_rng(seed).integers(6, 31, sum(LENGTHS))
     targets = np.arange(1, len(tokens), 7)
     shape = BatchShape(len(tokens), num_proteins=len(LENGTHS), num_targets=len(targets), max_length=max(LENGTHS))
@@ -24,10 +24,10 @@ def packed_row(seed: int = 0) -> Batch:
 
 
 def shipped_rows(data: DataConfig, num_rows: int) -> Batch:
-    """A micro-batch of the shipped proteins (Swiss-Prot's), longer ones cropped; its targets evenly spread.
+    """A micro-batch of shipped proteins (from Swiss-Prot), long ones cropped, with evenly spaced targets.
 
-    Of those of an epoch the one whose tokens see about as many others as the mean micro-batch's. It has no residues,
-    only lengths.
+    Of all micro-batches of an epoch it is the one whose number of attended pairs is closest to the mean. Only the
+    lengths are real; all token ids are 0.
     """
     residues = shipped_lengths()
     packed = pack(residues, data.seq_length, data.packing, key=order_key(0), num_ends=data.num_ends)
@@ -44,7 +44,7 @@ def shipped_rows(data: DataConfig, num_rows: int) -> Batch:
 
 @cache
 def shipped_lengths() -> np.ndarray:
-    """Residues of each of the shipped proteins."""
+    """The number of residues of each shipped protein."""
     records = gzip.decompress(SHIPPED.read_bytes()).decode().split(">")[1:]
     return np.array([sum(map(len, record.splitlines()[1:])) for record in records])
 

@@ -1,7 +1,8 @@
-"""What it costs to measure each rank's times: `python -m megatron.parallel.launch --standalone --nproc-per-node 2 \\
+"""Measures the cost of timing each rank's waits: `python -m megatron.parallel.launch --standalone --nproc-per-node 2 \\
 benchmarks/rank_times.py [--pairs 200] [FLAG of pretrain_tape.py …]`.
 
-Steps of a tiny model, every other one with the waits counted, in turns; the median of the differences within pairs.
+Takes pairs of steps of a tiny model, one with the waits timed and one without, in alternating order, and prints the
+median difference within a pair.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from megatron.train.step.train_step import TrainStep  # noqa: E402
 
 
 def main() -> int:
-    """Print one line on the first rank."""
+    """Measure, and print one line on the first rank."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=200)
     options, flags = parser.parse_known_args()

@@ -1,14 +1,14 @@
-"""A ladder of recipes on one corpus, one change at a time: `python benchmarks/recipes.py PREFIX`.
+"""Compares training recipes that differ in one change each, on one corpus: `python benchmarks/recipes.py PREFIX`.
 
-PREFIX is `proteins_demo` (train and valid). An arm is a set of flags of `pretrain_tape.py`; each is trained on as many
-rows as the others, with each seed in turn, and evaluated on all validation proteins, whose masks are the same in all.
-What is done stands in recipes.jsonl, a line a run, and is not done again: a ladder that was killed goes on. Runs of one
-seed and one precision differ by the arm alone: the table has the mean of such differences from BERT by Muon, or from
-the recipe, beside the means.
+PREFIX is `proteins_demo` (train and valid). An arm is a set of flags of `pretrain_tape.py`. All arms are trained on the
+same number of rows, with each seed, and evaluated on all validation proteins with the same masks. Runs are recorded in
+recipes.jsonl, a line each, and not repeated, so that a program that was killed can continue. Runs of the same seed and
+precision differ only in the arm; beside the mean loss, the table has the mean of such paired differences from "muon"
+(BERT with Muon) or "recipe".
 
-    python benchmarks/recipes.py PREFIX --size 6x256 --rows 5600 --seeds 1 2 --arms recipe "recipe - conv"   these alone
-    python benchmarks/recipes.py --table                                                       what is known so far
-    python benchmarks/recipes.py --rates benchmarks/rates.png                  the rate of Muon by width, as a picture
+    python benchmarks/recipes.py PREFIX --size 6x256 --rows 5600 --seeds 1 2 --arms recipe "recipe - conv"   only these
+    python benchmarks/recipes.py --table                                             prints the results so far
+    python benchmarks/recipes.py --rates benchmarks/rates.png                        draws the best Muon rate by width
 """
 
 import argparse
@@ -48,10 +48,10 @@ MODEL = {"rotary": "--position-embedding-type rope", "rmsnorm": "--normalization
          "conv": "--qkv-conv-kernel 5"}
 MORE = {"value": "--value-embeddings", "unet": "--unet-skips", "x0": "--x0-skips"}
 RECIPE = f"{MUON} {' '.join(MODEL.values())}"
-RECIPE_RATE, RATES_ROWS = 0.01, 600  # --muon-lr where nothing says another; of the runs that compare rates
+RECIPE_RATE, RATES_ROWS = 0.01, 600  # the default of --muon-lr; the rows of the runs that compare rates
 WSD = "--lr-decay-style WSD --lr-wsd-decay-style minus_sqrt --lr-wsd-decay-iters"
-# Arms by name: the flags, in which {rows} stands for those of the run, {fifth} and {half} for such parts of its steps,
-# and the rows a step.
+# Arms by name: the flags and the rows of a step. In the flags {rows} stands for the run's rows, {fifth} and {half} for
+# such parts of its steps.
 ARMS: dict[str, tuple[str, int]] = {
     **{f"adamw, lr {lr}": (f"--lr {lr} --min-lr {float(lr) / 10:g}", 4) for lr in ("5e-4", "1e-3", "1.4e-3", "2e-3")},
     "adamw, beta2 0.95": (f"{ADAMW} --adam-beta2 0.95", 4), "adamw, beta2 0.999": (f"{ADAMW} --adam-beta2 0.999", 4),
@@ -101,16 +101,17 @@ ARMS: dict[str, tuple[str, int]] = {
 
 
 def flags_of(arm: str, rows: int) -> tuple[str, int, int]:
-    """Of a run of the arm on `rows` rows the flags, the rows a step, and the steps."""
+    """For a run of an arm on `rows` rows: the flags, the rows of a step, and the number of steps."""
     flags, batch = ARMS[arm]
     steps = rows // batch
     return flags.format(rows=rows, fifth=steps // 5, half=steps // 2), batch, steps
 
 
 def trained(prefix: str, size: str, rows: int, arm: str, seed: int, precision: str) -> dict:
-    """The record of one run on `rows` rows: its loss, the seconds of its steps, and which precision it came to.
+    """Make one run on `rows` rows; returns its record, with the loss, the seconds of training and the precision.
 
-    `processor_s` are seconds of all its threads, of loading, evaluating and saving too; `cores`: that it could use.
+    `processor_s` are processor seconds of all threads, including loading, evaluating and saving; `cores`: how many
+    cores it could use.
     """
     flags, batch, steps = flags_of(arm, rows)
     with tempfile.TemporaryDirectory() as folder:
@@ -139,18 +140,18 @@ def _processor_s_of_children() -> float:
 
 
 def known() -> list[dict]:
-    """The records of all runs so far."""
+    """The records of all runs made so far."""
     return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
 def keep(record: dict) -> None:
-    """Add the record of a run to what is known."""
+    """Append the record of a run to recipes.jsonl."""
     with RESULTS.open("a") as file:
         file.write(f"{json.dumps(record)}\n")
 
 
 def table(records: list[dict]) -> str:
-    """The mean loss of each arm, with the spread over its runs, and its gain; the best first."""
+    """A table of the arms, the best first: mean loss with its spread over runs, and the gain over the base arm."""
     arms = defaultdict[tuple[str, int, str], list[dict]](list)
     for record in records:
         arms[record["size"], record["rows"], record["arm"]].append(record)
@@ -166,24 +167,25 @@ def table(records: list[dict]) -> str:
 
 
 def base_of(arm: str) -> str:
-    """The arm that one change makes this one of; itself where there is none."""
+    """The arm that this one differs from by one change ("muon" or "recipe"); itself if there is none."""
     return next((base for base in ("muon", "recipe") if arm.startswith((f"{base} ", f"{base},"))), arm)
 
 
 def gains_of(runs: list[dict], bases: list[dict]) -> list[float]:
-    """By how much each run is below that of the base with its seed and precision, where there is one."""
+    """How much lower each run's loss is than that of the base's run with the same seed and precision, if there is one.
+    """
     losses = {(base["seed"], base["precision"]): base["loss"] for base in bases if base["arm"] != runs[0]["arm"]}
     keys = [(run["seed"], run["precision"]) for run in runs]
     return [losses[key] - run["loss"] for key, run in zip(keys, runs, strict=True) if key in losses]
 
 
 def mean_loss(runs: list[dict]) -> float:
-    """The mean over the seeds."""
+    """The mean loss of some runs."""
     return statistics.fmean(run["loss"] for run in runs)
 
 
 def rates_of(records: list[dict]) -> dict[str, dict[float, float]]:
-    """By size, the mean loss of the recipe at each rate of Muon, of the runs on RATES_ROWS rows."""
+    """The mean loss of the recipe, by size and --muon-lr, over runs on RATES_ROWS rows."""
     found = defaultdict[str, dict[float, list[float]]](lambda: defaultdict(list))
     for record in records:
         arm, _, rate = record["arm"].partition(", muon-lr ")
@@ -193,9 +195,9 @@ def rates_of(records: list[dict]) -> dict[str, dict[float, float]]:
 
 
 def best_rate(losses: dict[float, float]) -> float:
-    """Where a parabola over the logarithm of the rate is least, through the best rate and its neighbours on both sides.
+    """The rate with the lowest loss, by a parabola in the log of the rate through the best rate and its two neighbours.
 
-    The best one itself where it is at an end, or the three lie as no parabola with a least value does.
+    The best rate that was tried itself if it is at an end, or if that parabola has no minimum.
     """
     rates = sorted(losses)
     at = min(range(len(rates)), key=lambda index: losses[rates[index]])
@@ -207,7 +209,7 @@ def best_rate(losses: dict[float, float]) -> float:
 
 
 def draw_rates(rates: dict[str, dict[float, float]], path: Path) -> None:
-    """Each size's losses above its least over the rate, with the best of the parabola dotted."""
+    """Draw each size's losses, minus their minimum, over the rate, with dotted lines at the best rates."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
@@ -226,7 +228,7 @@ def draw_rates(rates: dict[str, dict[float, float]], path: Path) -> None:
 
 
 def main() -> None:
-    """Run what is missing, then print the table."""
+    """Make the missing runs, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prefix", nargs="?", help="prefix of proteins_demo's .bin and .idx")
     parser.add_argument("--size", choices=SIZES, default="4x128")

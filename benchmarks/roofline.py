@@ -1,11 +1,11 @@
-"""A roofline on paper: `python benchmarks/roofline.py [--models 133M 650M 3B] [--registers 80 90 100]`.
+"""Computes a roofline without a GPU: `python benchmarks/roofline.py [--models 133M 650M 3B] [--registers 80 90 100]`.
 
-Nothing is measured. Of each kernel of a training step, one block's and what is around the blocks, as ESM-2 has it, of
-the update, and of the kernels that other flags bring: the bytes of the tensors that its launches are given, what they
-compute, and the floor, the time in which an H100 or an H200 moves the one and computes the other at the peaks of its
-data sheet, whichever takes longer, launch by launch. From the floors, one after the other, follows how fast the model
-could train on one such GPU at most. `--registers` compiles each Triton kernel for these capabilities and adds registers
-and spilled bytes of a thread, and the memory that a program's threads share. Needs Triton, no GPU.
+Nothing is measured. The tables list each kernel of a training step of ESM-2 (of one block, around the blocks, of the
+update) and those that other flags bring, with the bytes that it moves and its FLOPs. A kernel's floor is the time that
+an H100 or H200 needs at the peaks of its data sheet, for moving or for computing, whichever is longer, summed over its
+launches. The sum of all floors bounds how fast the model can train on one such GPU. `--registers` compiles each Triton
+kernel for these compute capabilities, and adds registers and spilled bytes of a thread and shared memory of a program.
+Needs Triton.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from benchmarks.training import SHAPES  # noqa: E402
 from megatron.model.flops import model_flops  # noqa: E402
 from megatron.plan.gpus import GPUS  # noqa: E402
 
-FP8_TFLOPS = 1979  # of both cards' data sheets, dense
+FP8_TFLOPS = 1979  # dense, from both cards' data sheets
 CARDS = {"H100": GPUS["h100-80gb"], "H200": GPUS["h200-141gb"]}
 PEAKS = {card: {"half": gpu.half_tflops * 1e12, "fp8": FP8_TFLOPS * 1e12, "fp32": gpu.fp32_tflops * 1e12}
          for card, gpu in CARDS.items()}
@@ -41,10 +41,7 @@ LEAST_MFU = {"650M": 0.6}
 
 @dataclass(frozen=True)
 class Bound:
-    """How fast a model could train at most, with an update every so many micro-batches.
-
-    `products_s`: what matrix products take of a step.
-    """
+    """An upper bound on the training speed of a model; `products_s`: the seconds of matrix products in a step."""
 
     step_s: float
     products_s: float
@@ -70,7 +67,7 @@ def main() -> None:
 
 
 def rows_of(flags: str, step: Step) -> dict[tuple[str, ...], Line]:
-    """The lines of a model and their sums, by part, kernel and pass."""
+    """The lines of a model, and the sums of each part, by (part, kernel, pass)."""
     rows: dict[tuple[str, ...], Line] = {}
     num_layers = step.config.model.num_layers
     for part, lines, times in (("a block", step.block, 1), ("all blocks", step.block, num_layers),
@@ -85,18 +82,21 @@ def rows_of(flags: str, step: Step) -> dict[tuple[str, ...], Line]:
 
 
 def floor_s(launches: Iterable[RecordedLaunch | Other], card: str) -> float:
-    """Seconds at least, one launch behind the other."""
+    """The least seconds that launches take, one after another."""
     return sum(max(_memory_s(launch, card), _arithmetic_s(launch, card)) for launch in launches)
 
 
 def is_arithmetic(launches: Iterable[RecordedLaunch | Other], card: str) -> bool:
-    """Whether arithmetic takes longer than memory."""
+    """Whether the launches are bound by arithmetic, not by memory."""
     launches = list(launches)
     return sum(_arithmetic_s(each, card) for each in launches) > sum(_memory_s(each, card) for each in launches)
 
 
 def bound(step: Step, card: str, num_micro_batches: int) -> Bound:
-    """That of one GPU, with all kernels at their floors and nothing beside them."""
+    """The bound on one GPU, if all kernels run at their floors with nothing between them.
+
+    `num_micro_batches`: between two updates.
+    """
     config, batch = step.config, step.batch
     of_step = [launch for lines, times in ((step.block, config.model.num_layers), (step.around, 1)) for line in lines
                for launch in line.launches * times]
@@ -109,7 +109,7 @@ def bound(step: Step, card: str, num_micro_batches: int) -> Bound:
 
 
 def print_rows(rows: dict[str, dict[tuple[str, ...], Line]]) -> None:
-    """The table of all models."""
+    """Print the table of kernels, for all models."""
     for model in rows:
         sizes = config_of(MODELS[model]).model
         print(f"{model}: {sizes.num_layers} x {sizes.hidden_size}, feed-forward {sizes.ffn_hidden_size:,}")
@@ -122,13 +122,13 @@ def print_rows(rows: dict[str, dict[tuple[str, ...], Line]]) -> None:
 
 
 def _cells(line: Line) -> list[str]:
-    """What a line has of one model; a dagger where arithmetic takes longer than memory."""
+    """The cells of a line for one model; a dagger marks floors that are bound by arithmetic."""
     floors = [f"{floor_s(line.launches, card) * 1e6:,.1f}{'†' * is_arithmetic(line.launches, card)}" for card in CARDS]
     return [f"{line.num_bytes / 1e6:,.1f}", f"{line.flops / 1e9:,.2f}", f"{line.flops / line.num_bytes:,.1f}", *floors]
 
 
 def print_launches(steps: dict[str, Step]) -> None:
-    """How many kernels a block launches, and in plain PyTorch."""
+    """Print how many kernels a block launches, compared with plain PyTorch."""
     print()
     for model, step in steps.items():
         ways = [launches_of_block(step.config, takes_triton=takes, batch=step.batch) for takes in (True, False)]
@@ -138,7 +138,7 @@ def print_launches(steps: dict[str, Step]) -> None:
 
 
 def print_registers(rows: dict[str, dict[tuple[str, ...], Line]], capabilities: Sequence[int]) -> None:
-    """Of each of Triton's kernels registers and spilled bytes of a thread, and shared KB; the most of any launch."""
+    """Print the resources of each Triton kernel, the maximum over its launches."""
     print("\nCompiled, by compute capability: registers a thread (bytes that it spills), KB that a program shares\n")
     heads = [f"{capability / 10}, {model}" for capability in capabilities for model in rows]
     print_line("kernel", "pass", *heads)
@@ -161,12 +161,12 @@ def _resources(launches: Sequence[RecordedLaunch | Other], capability: int) -> s
 
 
 def print_line(*cells: str) -> None:
-    """One line of a table."""
+    """Print one line of a table."""
     print(f"| {' | '.join(cells)} |")
 
 
 def print_bounds(steps: dict[str, Step]) -> None:
-    """How fast each model could train, and what was aimed at."""
+    """Print the bound on each model's speed, and the targets as shares of it."""
     print("\nAt most, every kernel at its floor:\n")
     heads = ("model", "card", "tokens a step", "step, ms", "tokens/s", "residues/s", "of bf16's peak", "aim")
     print_line(*heads)
@@ -193,7 +193,7 @@ def _aim(model: str, card: str, most: Bound) -> str:
 
 
 def _share(share: float, most: Bound) -> str:
-    """Of the bound; and how fast products have to be for that where all else is at its floor."""
+    """A share of the bound as text, with the share that products must reach if everything else is at its floor."""
     if share > 1:
         return f"above the bound ({share:.2f} times)"
     spared_s = most.step_s / share - most.step_s

@@ -1,7 +1,7 @@
-"""What each kernel of a training step moves and computes, as lines of `benchmarks/roofline.py`'s tables.
+"""Lists the kernels of a training step with their bytes and FLOPs, as lines of `benchmarks/roofline.py`'s tables.
 
-All is counted on tensors without values (`benchmarks/launched.py`), for 16 rows of 1,024 tokens of the shipped
-proteins, as they are packed. A line is one kernel with all its launches in a pass.
+Everything is counted on tensors without values (`benchmarks/launched.py`), for 16 packed rows of 1,024 tokens of the
+shipped proteins. A line is one kernel with all its launches in a pass.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,7 @@ from megatron.model.protein_model import compute_dtype
 
 NUM_ROWS, SEQ_LENGTH = 16, 1024
 OTHERS, MUON = "PyTorch's ", "Muon: "
-# By flags that are not those of the model: what a block, or the update, launches then.
+# Flags of other variants, by the prefix of their lines: they launch kernels that the model itself does not.
 INSTEAD = {
     "": ("--hidden-dropout 0.1 --attention-dropout 0.1 --bias-gelu-fusion",
          "--normalization RMSNorm --swiglu --qk-layernorm --disable-bias-linear",
@@ -36,7 +36,7 @@ _TRANSPOSES = ("clone", "constant_pad_nd", "_unsafe_view", "copy_")
 
 @dataclass(frozen=True)
 class Line:
-    """A kernel's launches in a pass: "forward", "backward" or "update"."""
+    """A kernel's launches in a pass (`side`): "forward", "backward" or "update"."""
 
     kernel: str
     side: str
@@ -44,17 +44,17 @@ class Line:
 
     @property
     def num_bytes(self) -> int:
-        """What all launches move."""
+        """The bytes that all launches move through memory."""
         return sum(launch.num_bytes for launch in self.launches)
 
     @property
     def flops(self) -> int:
-        """What all launches compute."""
+        """The FLOPs of all launches."""
         return sum(launch.flops for launch in self.launches)
 
     @property
     def modules(self) -> set[str]:
-        """Modules of `megatron.kernels` whose kernels these are."""
+        """The modules of `megatron.kernels` that contain these kernels."""
         return {module for launch in self.launches for module in (
             (launch.module,) if isinstance(launch, RecordedLaunch) else _MODULES.get(
                 launch.name.removesuffix("_backward"), ()))}
@@ -72,12 +72,12 @@ class Step:
 
 
 def config_of(flags: str) -> Config:
-    """The configuration of those flags on the micro-batch that is counted."""
+    """The configuration of the flags, with the micro-batch size and row length that are counted."""
     return parse([*flags.split(), "--seq-length", str(SEQ_LENGTH), "--micro-batch-size", str(NUM_ROWS)])[0]
 
 
 def step_of(flags: str) -> Step:
-    """That of the model of these flags."""
+    """The step of a model with these flags."""
     config = config_of(flags)
     batch = shipped_rows(config.data, NUM_ROWS)
     return Step(config, batch, lines_of(launches_of_block(config, batch=batch)),
@@ -85,7 +85,7 @@ def step_of(flags: str) -> Step:
 
 
 def lines_instead(flags: str, known: Iterable[Line]) -> list[Line]:
-    """With other flags the kernels that are not `known`: of a block, of weights in FP8, of maps, of Muon's update."""
+    """The lines of kernels that other flags bring and `known` lacks: of a block, FP8 weights, attention maps, Muon."""
     found = {(line.kernel, line.side): line for line in known}
     num_known = len(found)
     for prefix, others in INSTEAD.items():
@@ -100,14 +100,14 @@ def lines_instead(flags: str, known: Iterable[Line]) -> list[Line]:
 
 
 def _weights_of(config: Config, prefix: str) -> Line:
-    """All weights in FP8, for both directions: once an update."""
+    """The line of converting all weights to FP8, for both directions, which happens once an update."""
     lines = lines_of([launches_of_update(config)], prefix)
     return Line(f"{prefix}weights of all blocks", "update", [
         launch for line in lines if line.kernel.startswith(prefix) for launch in line.launches])
 
 
 def maps_of(config: Config) -> Line:
-    """The attention maps of every protein of the micro-batch, in one block."""
+    """The line of the attention maps of every protein of the micro-batch, in one block."""
     ends = shipped_rows(config.data, NUM_ROWS).sequence.cu_seqlens.unique().tolist()
     model, dtype = config.model, compute_dtype(config.precision)
     queries = model.num_attention_heads // model.num_groups
@@ -117,7 +117,7 @@ def maps_of(config: Config) -> Line:
 
 
 def lines_of(passes: Sequence[Launches], prefix: str = "") -> list[Line]:
-    """Launches of forward and backward pass, or of an update, by kernel, in the order in which they begin."""
+    """The lines of a forward and a backward pass, or of an update, in the order in which kernels first run."""
     sides = ("forward", "backward") if len(passes) == 2 else ("update",)
     lines: list[Line] = []
     for side, launches in zip(sides, passes, strict=True):
@@ -133,7 +133,7 @@ def lines_of(passes: Sequence[Launches], prefix: str = "") -> list[Line]:
 
 
 def _label(launch: RecordedLaunch | Other, prefix: str) -> str:
-    """What a kernel does, in words; empty for what is PyTorch's and no kernel of ours stands for."""
+    """What a kernel does, in words; empty for PyTorch's kernels that have no line of their own."""
     if isinstance(launch, RecordedLaunch):
         return _label_of_triton(launch, prefix)
     name, is_fp8 = launch.name, prefix.startswith("FP8")
@@ -149,6 +149,7 @@ def _label(launch: RecordedLaunch | Other, prefix: str) -> str:
 
 
 def _label_of_triton(launch: RecordedLaunch, prefix: str) -> str:
+    """What one of our Triton kernels does, in words."""
     kernel, has = launch.name.split()[0], launch.constants
     if kernel == "residual_norm":
         joins = has.get("HAS_BRANCH") or has["HAS_SHIFT"] or has["HAS_DROPOUT"]
@@ -166,7 +167,7 @@ def _label_of_triton(launch: RecordedLaunch, prefix: str) -> str:
 
 
 def _names(others: Sequence[RecordedLaunch | Other]) -> str:
-    """What moves most of the bytes."""
+    """The names of up to four operators that move most of the bytes."""
     sizes: dict[str, int] = {}
     for other in others:
         sizes[other.name] = sizes.get(other.name, 0) + other.num_bytes

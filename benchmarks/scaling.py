@@ -1,8 +1,8 @@
-"""What a residue costs by the length of proteins, and the memory of a large model: `python benchmarks/scaling.py`.
+"""Measures the cost of a residue by protein length, and the memory of a large model: `python benchmarks/scaling.py`.
 
-Steps of 4 layers x 256 on a row of some 2,170 tokens cut into proteins of one length each; fp32 and bf16, the cases in
-turns: microseconds a residue, medians with quartiles. Then the most memory of a process that takes two steps of
-16 layers x 1,024 in fp32 on a row of 2,176 tokens, without and with recomputation.
+First takes steps of 4 layers x 256 on a row of some 2,170 tokens, divided into proteins of equal length, in fp32 and
+bf16; the cases alternate. Prints microseconds for each residue, medians with quartiles. Then prints the peak memory of
+a process that takes two steps of 16 layers x 1,024 in fp32 on a row of 2,176 tokens, without and with recomputation.
 """
 
 import argparse
@@ -20,11 +20,11 @@ from benchmarks.proteins import LENGTHS  # noqa: E402
 from benchmarks.train_step import WARM_UP, flags_of, processor, spread  # noqa: E402
 
 ROW = 2170
-PROTEINS = [1, 3, 11, 43, 100]  # in the row, of 2,170 to 22 tokens
+PROTEINS = [1, 3, 11, 43, 100]  # how many in the row: of 2,170 to 22 tokens each
 
 
 def cost_of_lengths(repeats: int) -> None:
-    """Print the table."""
+    """Print the table of the cost of a residue by protein length."""
     print("| proteins a row | tokens each | fp32, µs a residue | bf16, µs a residue |\n| --- | --- | --- | --- |")
     cases = [(number, precision) for number in PROTEINS for precision in ("", "--bf16")]
     steps = {case: build_step(str(ROOT), 1, [ROW // case[0]] * case[0], flags_of(4, 256, case[1])) for case in cases}
@@ -40,14 +40,14 @@ def cost_of_lengths(repeats: int) -> None:
 
 
 def memory_of_a_step(*flags: str) -> None:
-    """Two steps of the large model in this process, and the most that it held, in GB."""
+    """Take two steps of the large model in this process; print its peak memory in GB and the seconds of a step."""
     step = build_step(str(ROOT), 1, LENGTHS, [*flags_of(16, 1024, ""), *flags])
     elapsed_s = statistics.mean(step()[0] for _ in range(2))
     print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.2f} | {elapsed_s:.1f}")
 
 
 def main() -> None:
-    """Both tables."""
+    """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--only-memory", nargs="*", metavar="FLAG", help=argparse.SUPPRESS)

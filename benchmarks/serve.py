@@ -1,7 +1,7 @@
-"""Finished batches a second: `python benchmarks/serve.py [--proteins 300000] [--seconds 3] [--repeats 5]`.
+"""Measures how fast batches are prepared: `python benchmarks/serve.py [--proteins 300000] [--seconds 3] [--repeats 5]`.
 
-Proteins of Pfam-like lengths are written as an indexed dataset and served by worker processes as training takes them,
-masked and collated; the cases alternate. The consumer does nothing but take.
+Random proteins with Pfam-like lengths are written as an indexed dataset. Worker processes prepare batches as in
+training, masked and collated, and the main process only takes them. The cases alternate.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from megatron.data.rows.dataset import Dataset, build_datasets  # noqa: E402
 
 @dataclass(frozen=True)
 class ServingCase:
-    """A row length, rows a micro-batch, workers and the mean length of masked spans."""
+    """A case: row length, rows in a micro-batch, workers and mean length of masked spans."""
 
     seq_length: int
     micro_batch_size: int
@@ -40,7 +40,7 @@ CASES = tuple(ServingCase(*case) for case in ((2176, 1, 2), (2176, 8, 2), (512, 
 
 
 def main() -> None:
-    """Write the dataset, serve every case `--repeats` times, print the table."""
+    """Write the dataset, measure every case `--repeats` times and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--proteins", type=int, default=300_000)
     parser.add_argument("--seconds", type=float, default=3.0)
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def write_proteins(prefix: str, num_proteins: int, vocab: Vocab) -> None:
-    """Random residues in proteins of Pfam-like lengths."""
+    """Write an indexed dataset of random proteins with Pfam-like lengths."""
     rng = np.random.default_rng(0)
     sizes = np.clip(rng.lognormal(4.95, 0.55, num_proteins), 8, 2500).astype(np.int32)
     with IndexedWriter(prefix) as writer:
@@ -75,7 +75,7 @@ def write_proteins(prefix: str, num_proteins: int, vocab: Vocab) -> None:
 
 
 def serve(dataset: Dataset, case: ServingCase, seconds: float) -> tuple[float, float]:
-    """Residues and batches a second, counted after the batches that were made while the workers started."""
+    """Residues and batches a second, counted after 20 batches, which may be prepared while the workers start."""
     shape = batch_shape([dataset], case.micro_batch_size)
     loader = batches(dataset, shape, start_sample=0, micro_batch_size=case.micro_batch_size, data_rank=0, data_size=1,
                      num_workers=case.num_workers, pin=False)

@@ -1,9 +1,10 @@
-"""How much arithmetic a Triton kernel does on tensors, read off its own code after Triton has inlined it.
+"""Counts the FLOPs of a Triton kernel by reading its intermediate code, with calls inlined.
 
-Operations on floats, an exponential or a division counted as one; what is done to integers (addresses, dropout's
-generator), comparisons and choices are not counted. A tile of rows and columns does what its code says; there are as
-many tiles as it takes to load or store the largest tensor once, of several the one that a tile has the least of:
-neighbours' rows are loaded again and again. So neither grid, loop nor columns that are filled up count.
+Operations on floats count as one each, also exponentials and divisions. Operations on integers (addresses, dropout's
+generator), comparisons and selections do not count. The code is that of one tile. The number of tiles is the number
+that it takes to load or store the largest tensor once; among equally large tensors, the one with the smallest part in a
+tile decides, because others may be loaded repeatedly, as by neighbouring rows. So the grid, loops and padded columns do
+not matter.
 """
 
 import re
@@ -17,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 
-_CAPABILITY = 90  # the code is the same for any: nothing has been chosen for a GPU yet
+_CAPABILITY = 90  # any will do, since this code does not depend on the GPU yet
 _POINTER = re.compile(r"(%[\w.#-]+) = (?:tt\.splat|tt\.addptr|tt\.broadcast|tt\.bitcast) (%[\w.#-]+)")
 _MOVE = re.compile(r"tt\.(?:load|store) (%[\w.#-]+).*tensor<([\dx]+)x!tt\.ptr")
 _FLOAT = re.compile(r"= (?:arith\.(?:add|sub|mul|div|rem|max\w*|min\w*|neg)f|math\.\w+|tt\.precise\w+|tt\.extern\w+) "
@@ -26,7 +27,7 @@ _SUM = re.compile(r"^}\) : \(tensor<([\dx]+)xf\d+>")
 
 
 def code_of(source: ASTSource, options: Mapping[str, int]) -> list[str]:
-    """The lines of a kernel's code, calls inlined, without what they say of places in files."""
+    """The lines of a kernel's Triton IR, with calls inlined and without source locations."""
     target = GPUTarget("cuda", _CAPABILITY, 32)
     backend, context = make_backend(target), ir.context()
     ir.load_dialects(context)
@@ -39,7 +40,7 @@ def code_of(source: ASTSource, options: Mapping[str, int]) -> list[str]:
 
 
 def flops_of_tiles(code: list[str], tensors: Mapping[str, Any]) -> int:
-    """Of a kernel that goes over the elements of `tensors`, its arguments by name, in tiles of two dimensions."""
+    """The FLOPs of a kernel that processes `tensors`, its arguments by name, in two-dimensional tiles."""
     base, moved, flops = dict[str, str](), dict.fromkeys(tensors, 0), 0
     for line in code:
         if pointer := _POINTER.match(line):

@@ -1,9 +1,9 @@
-"""How soon a recipe comes to the best loss of another: `python benchmarks/time_to_loss.py PREFIX --rows 5600 640`.
+"""Measures how soon one recipe reaches the loss of another: `python benchmarks/time_to_loss.py PREFIX --rows 5600 640`.
 
-PREFIX as for recipes.py, whose arms these are. The first of --arms is trained on the first of --rows, the second on the
-second, with each seed in turn, one after the other, with nothing else on the machine; both are evaluated at their ends
-on all validation proteins. Seconds are those of training, without loading, evaluating and saving; the processor's those
-of all threads and the whole program. What is done on as many cores stands in recipes.jsonl, and is not done again.
+PREFIX and the arms are those of recipes.py. The first of --arms is trained on the first number of --rows, the second on
+the second, one run at a time, with each seed; nothing else should run on the machine. Both are evaluated at the end on
+all validation proteins. Seconds are of training, without loading, evaluating and saving; processor seconds are of all
+threads and of the whole program. Runs are recorded in recipes.jsonl, and not repeated on a machine with as many cores.
 """
 
 import argparse
@@ -22,7 +22,7 @@ HEADS = ("size", "arm", "rows", "steps", "seed", "validation loss", "seconds", "
 
 
 def record_of(size: str, arm: str, rows: int, seed: int, prefix: str) -> dict:
-    """The record of such a run on the cores that are there: the one that is known, or of a run that it makes now."""
+    """The record of a run on as many cores as this machine has: a known one, else that of a run made now."""
     asked = {"size": size, "arm": arm, "rows": rows, "seed": seed, "cores": len(os.sched_getaffinity(0))}
     for record in recipes.known():
         if all(record.get(key) == value for key, value in asked.items()):
@@ -33,13 +33,13 @@ def record_of(size: str, arm: str, rows: int, seed: int, prefix: str) -> dict:
 
 
 def line_of(record: dict) -> str:
-    """A row of the table."""
+    """The row of the table for a record."""
     return (f"| {record['size']} | {record['arm']} | {record['rows']:,} | {record['steps']:,} | {record['seed']} | "
             f"{record['loss']:.4f} | {record['training_s']:,.0f} | {record['processor_s']:,.0f} |")
 
 
 def compared(before: Sequence[dict], after: Sequence[dict]) -> str:
-    """What the runs of two arms, seed by seed, say: losses, seconds, and how many times fewer the second takes."""
+    """Lines that compare the runs of two arms, paired by seed: losses, seconds, and how many times fewer seconds."""
     pairs = list(zip(before, after, strict=True))
     num_below = sum(two["loss"] < one["loss"] for one, two in pairs)
     lines = [f"losses: {' and '.join(_range([run['loss'] for run in runs], '.4f') for runs in (before, after))}; "
@@ -51,12 +51,12 @@ def compared(before: Sequence[dict], after: Sequence[dict]) -> str:
 
 
 def _range(values: Sequence[float], form: str) -> str:
-    """The median, the least and the most."""
+    """The median and the range as text."""
     return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def main() -> None:
-    """Run what is missing, and print a table."""
+    """Make the missing runs and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prefix", help="prefix of proteins_demo's .bin and .idx")
     parser.add_argument("--size", choices=recipes.SIZES, default="4x128")

@@ -1,11 +1,11 @@
-"""Training steps a second on packed proteins: `python benchmarks/train_step.py [--repeats 9] [--beside CHECKOUT]`.
+"""Measures the speed of training steps on packed proteins: `python benchmarks/train_step.py [--beside CHECKOUT]`.
 
-Residues a second of whole steps, as the program takes them (forward, backward, clipping, AdamW), on rows of 2,176
-positions, on the GPU if there is one. Beside the project stand the rate of the step's matrix products alone, and
-`transformers`' BertForMaskedLM, where it is installed, with either of its attention back-ends and compiled, on the same
-proteins in one batch padded to the longest, as random ones are, and in four sorted by length whose gradients are
-summed; with --beside another checkout of the project, each in a process of its own of which only one works at a
-time, with the ratio of their speeds. The cases alternate.
+Takes whole steps as the program does (forward, backward, clipping, AdamW), on rows of 2,176 positions, on the GPU if
+there is one, and prints residues a second. They are compared with the step's matrix products alone, and, if it is
+installed, with BertForMaskedLM of transformers, with either of its attention back-ends and compiled, on the same
+proteins: in one batch padded to the longest, and in four batches sorted by length whose gradients are summed. With
+--beside they are compared with another checkout of this project instead, each in its own process, only one of which
+works at a time. The cases alternate.
 """
 
 import argparse
@@ -32,19 +32,19 @@ from megatron.config.command_line import parse  # noqa: E402
 from megatron.model.flops import model_flops  # noqa: E402
 
 RESIDUES = sum(LENGTHS) - len(LENGTHS)
-WARM_UP = 2  # steps of each case that do not count
-THEIR_WAYS = ("eager", "sdpa", "sdpa compiled")  # of transformers' model
+WARM_UP = 2  # the number of first steps of each case that do not count
+THEIR_WAYS = ("eager", "sdpa", "sdpa compiled")  # how transformers' model is run
 BATCHES = {"padded": 1, "by length": 4}
 
 
 def flags_of(layers: int, hidden: int, precision: str) -> list[str]:
-    """The program's flags of a case."""
+    """The flags of the program for a case."""
     return (f"--preset tape --no-bf16 --num-layers {layers} --hidden-size {hidden} --num-attention-heads "
             f"{hidden // 64} --attention-dropout 0 --hidden-dropout 0 {precision}").split()
 
 
 def bert_steps(layers: int, hidden: int, precision: str, micro_batches: int) -> dict[str, Callable[[], float]]:
-    """The same of transformers' BertForMaskedLM, by way, under autocast for bf16; none without transformers."""
+    """Training steps of transformers' BertForMaskedLM, by their names; {} if transformers is not installed."""
     if find_spec("transformers") is None:
         return {}
     return {f"{way}, {name}": bert_step((layers, hidden, precision), micro_batches, way, num_batches)
@@ -52,7 +52,11 @@ def bert_steps(layers: int, hidden: int, precision: str, micro_batches: int) -> 
 
 
 def bert_step(case: tuple[int, int, str], micro_batches: int, way: str, num_batches: int) -> Callable[[], float]:
-    """One of them: its seconds."""
+    """A function that takes a training step of transformers' BertForMaskedLM and returns its seconds.
+
+    `case`: layers, hidden size and precision (autocast for bf16); `way`: one of THEIR_WAYS; `num_batches`: padded
+    batches that the proteins are divided into.
+    """
     from transformers import AutoModelForMaskedLM, BertConfig
 
     layers, hidden, precision = case
@@ -84,7 +88,7 @@ def bert_step(case: tuple[int, int, str], micro_batches: int, way: str, num_batc
 
 
 def _padded(num_batches: int, device: torch.device) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Ids, which are of residues and labels of the proteins, sorted by length, in so many batches of as many."""
+    """Batches of padded proteins, sorted by length: token ids, which of them are tokens, and labels."""
     batches = []
     for lengths in torch.tensor(sorted(LENGTHS)).tensor_split(num_batches):
         proteins = [torch.randint(6, 31, (length,)) for length in lengths.tolist()]
@@ -95,7 +99,7 @@ def _padded(num_batches: int, device: torch.device) -> list[tuple[Tensor, Tensor
 
 
 def product_chain(layers: int, hidden: int, precision: str, micro_batches: int) -> Callable[[], float]:
-    """The matrix products of such a step and nothing else, forward, for the inputs' gradients and for the weights'."""
+    """A function that does only the matrix products of a step, forward and backward, and returns its seconds."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokens, targets = sum(LENGTHS), packed_row().num_targets
     blocks = [(tokens, hidden, 3 * hidden), (tokens, hidden, hidden), (tokens, hidden, 4 * hidden),
@@ -120,7 +124,7 @@ def product_chain(layers: int, hidden: int, precision: str, micro_batches: int) 
 
 
 def row_beside_bert(case: tuple[int, int, str], micro_batches: int, repeats: int) -> list[str]:
-    """The cells of one case: residues a second, model FLOP/s, the share of a bare chain's rate; and transformers'."""
+    """The cells of one case: residues a second, model TFLOP/s, speed relative to the products alone, transformers'."""
     timed = build_step(str(ROOT), micro_batches, LENGTHS, flags_of(*case))
     theirs = bert_steps(*case, micro_batches)
     steps = {"ours": lambda: timed()[0], "chain": product_chain(*case, micro_batches), **theirs}
@@ -136,7 +140,7 @@ def row_beside_bert(case: tuple[int, int, str], micro_batches: int, repeats: int
 
 
 def row_beside_checkout(flags: Sequence[str], micro_batches: int, repeats: int, other: Path) -> list[str]:
-    """The cells of a case: both speeds, how much faster this one is, and how far the losses are apart."""
+    """The cells of a case: the speeds of both checkouts, their ratio, and the relative difference of the losses."""
     times: list[list[float]] = [[], []]
     losses: list[list[float]] = [[], []]
     with (step_in_a_process(ROOT, micro_batches, flags) as ours,
@@ -155,7 +159,7 @@ def row_beside_checkout(flags: Sequence[str], micro_batches: int, repeats: int, 
 
 @contextmanager
 def step_in_a_process(checkout: Path, micro_batches: int, flags: Sequence[str]) -> Iterator[TimedStep]:
-    """A step of a checkout, taken in a process of its own, which waits in between."""
+    """A context with a function that takes a step of a checkout in a separate process, which is idle in between."""
     program = [sys.executable, str(ROOT / "benchmarks" / "checkout_step.py"), str(checkout), str(micro_batches),
                ",".join(map(str, LENGTHS)), *flags]
     with subprocess.Popen(program, cwd=checkout, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -163,7 +167,7 @@ def step_in_a_process(checkout: Path, micro_batches: int, flags: Sequence[str]) 
         assert ask is not None and answers is not None
 
         def step() -> tuple[float, float]:
-            time.sleep(0.02)  # until the other one's threads, which go on looking for work for a while, are asleep
+            time.sleep(0.02)  # until the threads of the other process, which spin for a while, are asleep
             print("step", file=ask, flush=True)
             answer = answers.readline().split()
             if not answer:
@@ -174,18 +178,18 @@ def step_in_a_process(checkout: Path, micro_batches: int, flags: Sequence[str]) 
 
 
 def speed(times: Sequence[float], micro_batches: int) -> str:
-    """Residues a second, after warming up."""
+    """Residues a second after the warm-up, median and quartiles as text."""
     return spread([micro_batches * RESIDUES / elapsed_s for elapsed_s in times[WARM_UP:]], ".0f")
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """Median and quartiles."""
+    """Median and quartiles as text."""
     low, middle, high = statistics.quantiles(values, n=4)
     return f"{middle:{form}} ({low:{form}}–{high:{form}})"
 
 
 def processor() -> str:
-    """The name of what is measured."""
+    """The name of the GPU or, without one, of the processor."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
@@ -194,7 +198,7 @@ def processor() -> str:
 
 
 def main() -> None:
-    """Time every case `--repeats` times, print the table."""
+    """Time every case `--repeats` times and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--micro-batches", type=int, default=1, help="rows whose gradients are summed in a step")

@@ -1,10 +1,10 @@
-"""How fast presets train on this machine: `python benchmarks/training.py [--presets NAME …] [--seconds 5]`.
+"""Measures how fast presets train on this machine: `python benchmarks/training.py [--presets NAME …] [--seconds 5]`.
 
-Whole steps as the program takes them (forward, backward, clipping, AdamW; compiled on GPUs), one micro-batch each, on
-full rows of random residues in proteins of the shipped ones' lengths, on the GPU if there is one. With --fp8 each
-preset a second time with its blocks' products in FP8, with --cuda-graph as CUDA graphs, with --no-compile by this
-project's kernels in place of torch.compile's, and how much faster that is. With --rehearse shrunken presets on a few
-tokens, to see that all of it runs.
+Takes whole steps as the program does (forward, backward, clipping, AdamW; compiled on GPUs), of one micro-batch each,
+on full rows of random residues in proteins of the shipped ones' lengths, on the GPU if there is one. Further flags
+measure each preset a second time and print the speed-up: --fp8 with the blocks' products in FP8, --cuda-graph with CUDA
+graphs, --no-compile with this project's kernels in place of torch.compile's. --rehearse only checks that everything
+runs, with tiny presets on a few tokens.
 """
 
 import argparse
@@ -35,28 +35,28 @@ from megatron.train.step.engine import build_engine  # noqa: E402
 from megatron.train.step.meters import Meters, Reading  # noqa: E402
 from megatron.train.step.train_step import TrainStep  # noqa: E402
 
-# Rows of a micro-batch that fill a GPU of 80 GB or more.
+# The rows of a micro-batch, enough to use a GPU of 80 GB or more well.
 ROWS = {"esm2-8m": 64, "esm2-35m": 64, "tape": 16, "133M": 32, "esm2-150m": 32, "proteinlm-200m": 8, "esm2-650m": 16,
         "esm2-3b": 4, "proteinlm-3b": 2}
-# What is no preset: SpeedrunningPLMs' 133M has 24 x 768 with a feed-forward layer of 8/3 of that.
+# Shapes that are not presets: SpeedrunningPLMs' 133M has 24 x 768 with a feed-forward layer of 8/3 of that width.
 SHAPES = {"133M": "--preset esm2-150m --num-layers 24 --hidden-size 768 --num-attention-heads 6 --ffn-hidden-size 2048"}
 SMALL = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 256 --max-position-embeddings 256".split()
 WARM_UP = 3
 
 
 def shape_of(name: str) -> list[str]:
-    """The flags of a preset, or of a shape that is none."""
+    """The flags of a preset, or of a name in SHAPES."""
     return SHAPES.get(name, f"--preset {name}").split()
 
 
 def shipped_lengths() -> list[int]:
-    """The residues of each shipped protein."""
+    """The number of residues of each shipped protein."""
     with gzip.open(ROOT / "examples" / "proteins" / "small.fasta.gz", "rt") as file:
         return [sum(map(len, record.splitlines()[1:])) for record in file.read().split(">")[1:]]
 
 
 def full_rows(config: Config, num_rows: int) -> Batch:
-    """Rows of proteins one behind the other, the last of each cut where the row ends."""
+    """A batch of full rows of proteins; the last protein of a row is cut at its end."""
     size, ends, rng = config.data.seq_length, config.data.num_ends, np.random.default_rng(0)
     lengths = iter(shipped_lengths() * num_rows)
     rows = []
@@ -74,7 +74,7 @@ def full_rows(config: Config, num_rows: int) -> Batch:
 
 
 def measured(config: Config, seconds: float, device: torch.device) -> Reading:
-    """Steps for so long, after some that do not count."""
+    """The meters' reading of steps over about `seconds`, after some steps of warm-up."""
     mesh = Mesh(device=device)
     meters = Meters(mesh.world, device)
     step = TrainStep(build_engine(config, mesh, padded_vocab_size(config), _drawn_there, mask_id=5), meters)
@@ -95,7 +95,7 @@ def measured(config: Config, seconds: float, device: torch.device) -> Reading:
 
 @torch.no_grad()
 def _drawn_there(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Values drawn on the device: on the host those of 3B parameters take half a minute."""
+    """Initialise parameters on the device, since on the host 3B parameters take half a minute."""
     for parameter in parameters.values():
         if parameter.ndim > 1:
             parameter.normal_(0.0, 0.02)
@@ -138,13 +138,13 @@ def main() -> None:
 
 @cache
 def peak_flops(dtype: torch.dtype, device: torch.device, num_tokens: int, hidden: int, inner: int) -> float:
-    """What `measured_peak_flops` finds for products of these shapes, found once."""
+    """`measured_peak_flops` for matrix products of these shapes, cached."""
     return measured_peak_flops(dtype, device, num_tokens, ModelConfig(hidden_size=hidden, ffn_hidden_size=inner))
 
 
 def print_row(name: str, config: Config, seconds: float, device: torch.device) -> float:
-    """The row of a configuration, printed; returns its tokens a second."""
-    gc.collect()  # the engine of the row before, whose compiled blocks know themselves
+    """Measure a configuration and print its row of the table; returns tokens a second."""
+    gc.collect()  # frees the engine of the row before, whose compiled blocks are in reference cycles
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

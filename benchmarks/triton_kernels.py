@@ -1,9 +1,9 @@
-"""What compilers make of the Triton kernels, without a GPU: `python benchmarks/triton_kernels.py [--presets ...]`.
+"""Compiles the Triton kernels without a GPU: `python benchmarks/triton_kernels.py [--presets ...]`.
 
-For attention, its maps and cross entropy of each preset, in its own precision and in fp32, and for Muon's symmetric
-products, each kernel and each compute capability: registers of a thread, bytes that a thread spills, shared memory of a
-program in KB (1,024 bytes). Kernels are compiled as a run would compile them. Exits with 1 where one needs more shared
-memory than the smallest GPU that takes its code has.
+For each compute capability it prints registers of a thread, bytes that a thread spills, and shared memory of a program
+in KB (1,024 bytes). The kernels are those of attention, attention maps and cross entropy of each preset, in its own
+precision and in fp32, and of Muon's symmetric products, compiled as in a run. The exit status is 1 if one needs more
+shared memory than the smallest GPU of its capability has.
 """
 
 import argparse
@@ -26,12 +26,12 @@ from megatron.kernels.attention import triton_kernels as attention_kernels  # no
 from megatron.kernels.attention.launches import Call, KernelLaunch  # noqa: E402
 from megatron.kernels.newton_schulz.orthogonal import orthogonalised  # noqa: E402
 
-# Bytes of shared memory that a program may have: code for 8.0 also runs on 8.6 and 8.9, which have the least.
+# The limit of shared memory of a program, in bytes. Code for 8.0 also runs on 8.6 and 8.9, which have least.
 MOST_SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
 class KernelCase(NamedTuple):
-    """A kernel as a run launches it; tensors need no values."""
+    """A kernel as a run launches it; `blocks`: its tile sizes, for the table."""
 
     name: str
     launch: RecordedLaunch
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def cases(presets: Iterable[str]) -> Iterator[KernelCase]:
-    """Attention and cross entropy of each preset, once for those that are alike."""
+    """The kernels of attention and cross entropy of each preset, once for presets with the same."""
     alike: dict[tuple[torch.dtype, int, float], list[str]] = {}
     losses: list[RecordedLaunch] = []
     for preset in presets:
@@ -90,7 +90,7 @@ def cases(presets: Iterable[str]) -> Iterator[KernelCase]:
 
 
 def newton_schulz_cases() -> Iterator[KernelCase]:
-    """Muon's symmetric products of matrices of a small model and of a large one; the tile: rows x columns at once."""
+    """Muon's symmetric products of matrices of a small and a large model; the tile is rows x columns."""
     with torch.device("meta"), Launches() as launches:
         for width in (128, 1280):
             orthogonalised(torch.empty(4, width, 4 * width, dtype=torch.bfloat16), 1)
@@ -101,7 +101,7 @@ def newton_schulz_cases() -> Iterator[KernelCase]:
 
 
 def attention_launches(dtype: torch.dtype, width: int, dropout: float = 0.0, queries: int = 1) -> list[KernelLaunch]:
-    """Of a forward and a backward pass over 8,704 tokens and 16 groups."""
+    """The launches of attention's forward and backward pass over 8,704 tokens and 16 groups of heads."""
     with torch.device("meta"):
         qkv = torch.empty(8704, 16, queries + 2, width, dtype=dtype)
         context, statistics = torch.empty_like(qkv[:, :, 2:]), torch.empty(16 * queries, 8704)
