@@ -151,7 +151,7 @@ class Saver:
                     shutil.rmtree(rest, ignore_errors=True)
             raise self._refused(place, error, parts) from error
         if self._writers.rank == 0:
-            with suppress(OSError):  # the pointer may be behind
+            with suppress(OSError):  # the pointer may lag behind
                 point_to(self._root, iteration)
             prune(self._root, keep=self._config.keep_checkpoints, keep_every=self._config.keep_every,
                   retain_optimizer=self._config.save_retain_optimizer,

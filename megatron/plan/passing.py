@@ -21,7 +21,7 @@ class Passing:
     in_forward: int  # held during its forward pass
     kept: int  # for the backward passes of this piece and those before it
     in_backward: int  # gradients of other passing tensors, and both messages to and from the next stage
-    in_message: tuple[bool, bool]  # whether those of the hidden states and skips it gives are in the messages
+    in_message: tuple[bool, bool]  # whether gradients of hidden states, and of skips, are in the messages
 
 
 @dataclass(frozen=True)
