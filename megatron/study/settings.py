@@ -128,13 +128,16 @@ def _check_metric(metric: str, config: Config) -> None:
 
 
 def _has_proteins(part: int, config: Config, files: Sequence[CorpusFiles]) -> bool:
-    """Whether --split leaves a part, 0 to 2, any document of some corpora; by its shares alone where these are none."""
+    """Whether --split gives `part` (0 training, 1 validation, 2 test) a document of one of the corpora in `files`.
+
+    Without files, whether its share is positive. True if the corpora cannot be read.
+    """
     split = config.data.split
     if not files or not shares_of(split)[part]:
         return bool(shares_of(split)[part])
     try:
         corpora = [open_corpus(one.name, one.prefixes, config.data.data_impl) for one in files]
-    except DataError:  # a trial says it; a sweep that is done tells its results without its data
+    except DataError:  # a trial reports it; the results of a finished sweep can be shown without the data
         return True
     return any(split_documents(split, corpus.num_documents)[part] for corpus in corpora)
 
