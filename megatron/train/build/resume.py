@@ -174,7 +174,8 @@ def _weights_of(checkpoint: Checkpoint, config: CheckpointConfig, log: Log) -> C
     return checkpoint.averaged() if config.load_ema else checkpoint
 
 
-def _progress_of(checkpoint: Checkpoint, config: CheckpointConfig, wants_optimizer: WithOptimizer, log: Log) -> Checkpoint:
+def _progress_of(checkpoint: Checkpoint, config: CheckpointConfig, wants_optimizer: WithOptimizer,
+                 log: Log) -> Checkpoint:
     """The checkpoint as a run goes on from it, under --no-load-optim perhaps without optimizer state; says so."""
     _check_state(checkpoint, _FACTS)
     _name_batch(checkpoint.state)
