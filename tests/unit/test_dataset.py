@@ -6,7 +6,9 @@ import pickle
 import struct
 import tempfile
 import time
+import tracemalloc
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,13 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.config import DataConfig
+from megatron.config.command_line import parse
 from megatron.data.batches.batch import batch_shape, collate
 from megatron.data.batches.loader import micro_batch_samples
+from megatron.data.corpus import documents
 from megatron.data.corpus.indexed_writer import IndexedWriter
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.dataset import build_datasets, measured_on
 from megatron.data.rows.packed import PackedDataset
 from megatron.errors import ConfigError, DataError
+from megatron.log import Log
+from megatron.parallel.mesh import Mesh
+from megatron.train.build import run
 from tests.indexed_files import write_indexed
 
 VOCAB = Vocab.from_file()
@@ -127,6 +134,29 @@ def test_how_full_rows_are_counts_both_ends(tmp_path):
     train = build_datasets(config(tmp_path / "a", protein_ends="both"), VOCAB, 1).train
     assert "2 rows an epoch, 100.00 % full" in train.describe()
     assert (train.longest(), train.most_targets(1), train.num_ends) == (64, round(0.15 * 62), 2)
+
+
+@pytest.mark.parametrize("flags", [{}, {"long_proteins": "drop"}, {"long_proteins": "split"}, {"protein_ends": "both"}])
+def test_what_a_split_holds_is_counted_in_little_memory(tmp_path, monkeypatch, flags):
+    write_proteins(tmp_path / "a", np.random.default_rng(1).integers(0, 9, 50_000) ** 2)
+    train = build_datasets(config(tmp_path / "a", **flags), VOCAB, 1).train
+    whole, most = train.describe(), train.most_proteins(3)
+    monkeypatch.setattr(documents, "CHUNK_DOCUMENTS", 1000)
+    tracemalloc.start()
+    try:
+        assert (train.describe(), train.most_proteins(3)) == (whole, most)
+        assert tracemalloc.get_traced_memory()[1] < 50_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_rank_that_prints_nothing_does_not_count_what_a_split_holds(tmp_path, monkeypatch):
+    write_proteins(tmp_path / "a", [40, 20])
+    flags = ["--data-path", str(tmp_path / "a"), "--preset", "demo", "--split", "1"]
+    monkeypatch.setattr(PackedDataset, "describe", lambda dataset: pytest.fail("counts"))
+    monkeypatch.setattr(run, "_build_engine", Mock(side_effect=InterruptedError))
+    with pytest.raises(InterruptedError):
+        run.build(parse(flags)[0], Mesh(), Log(is_speaker=False))
 
 
 def test_mapped_ids_are_counted_and_said_and_own_ones_are_not_mapped(tmp_path):

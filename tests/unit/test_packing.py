@@ -1,5 +1,6 @@
 """Rows of whole proteins: nothing lost, nothing over-full, the compiled packer and its Python twin alike."""
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -72,9 +73,20 @@ def test_the_compiled_packer_gives_its_twins_rows_past_one_window_and_one_bucket
 def test_shuffling_in_passes_that_hold_fewer_proteins_gives_the_same_rows(most_held):
     lengths = pfam_like(20_000)
     expected = pack(lengths, 512, "best-fit", key=11)
-    pieces, row_starts = packing._packing.pack(lengths, 512, packing.WAITING_PIECES, 11, False, most_held)
+    pieces, row_starts = packing._packing.pack(lengths, 512, packing.WAITING_PIECES, 11, False, 1, most_held)
     np.testing.assert_array_equal(pieces, expected.pieces)
     np.testing.assert_array_equal(row_starts, expected.row_starts)
+
+
+@COMPILED
+def test_packing_with_both_ends_takes_no_more_memory_than_with_one():
+    lengths, peaks = pfam_like(100_000), []
+    for ends in (1, 2):
+        tracemalloc.start()
+        pack(lengths, 512, "best-fit", key=1, num_ends=ends)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + len(lengths)
 
 
 @pytest.mark.parametrize("name, seq_length", [("20ns_128sl_1234s", 128), ("70ns_128sl_1234s", 128),

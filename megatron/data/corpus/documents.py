@@ -1,6 +1,7 @@
 """Proteins as packing sees them: consecutive documents of a corpus, and the pieces that rows are made of."""
 
 from bisect import bisect_right
+from collections.abc import Iterator
 from functools import cached_property
 
 import numpy as np
@@ -61,11 +62,9 @@ class Pieces:
         self.max_residues = max_residues  # that fit into a row beside the protein's special tokens
         self.lengths = documents.lengths  # in residues; a piece longer than a row will be cropped or dropped
         self.num_documents = len(documents)
-        starts = range(0, self.num_documents, CHUNK_DOCUMENTS)  # chunks, to save memory
-        parts = [(start, self.lengths[start:start + CHUNK_DOCUMENTS]) for start in starts]
-        self.num_empty = sum(int(np.count_nonzero(part == 0)) for _, part in parts)
+        self.num_empty = sum(int(np.count_nonzero(part == 0)) for _, part in chunks(self.lengths))
         long = np.concatenate([np.zeros(0, np.int64), *(start + np.flatnonzero(part > max_residues)
-                                                        for start, part in parts)])
+                                                        for start, part in chunks(self.lengths))])
         self.num_long = len(long)
         self._documents, self._offsets = long[:0], long[:0]
         if long_proteins == "split" and self.num_long:
@@ -93,6 +92,12 @@ class Pieces:
         further_lengths = np.minimum(self.lengths[self._documents] - self._offsets, self.max_residues)
         self.lengths = np.concatenate([self.lengths, further_lengths.astype(self.lengths.dtype)])
         self.lengths[long] = self.max_residues
+
+
+def chunks(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """The parts of an array of documents, each with where it starts: what is made of a part takes little memory."""
+    for start in range(0, len(array), CHUNK_DOCUMENTS):
+        yield start, array[start:start + CHUNK_DOCUMENTS]
 
 
 class _OfOneFile:

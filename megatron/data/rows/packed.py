@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron.data.corpus.documents import Documents, Pieces
+from megatron.data.corpus.documents import Documents, Pieces, chunks
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.clusters import Clusters
 from megatron.data.rows.fixed_masks import FixedMasks, most_fixed_targets
@@ -156,12 +156,9 @@ class PackedDataset:
     def describe(self) -> str:
         """What the split holds and how it is packed, in one line for the log."""
         pieces, num_rows = self.pieces, self.num_epoch_rows(0)
-        lengths = pieces.lengths[self._pieces_of(0)]
-        lengths = lengths[(lengths > 0) & ((lengths <= pieces.max_residues) | (self.settings.long_proteins != "drop"))]
-        tokens = int(np.minimum(lengths, pieces.max_residues).sum(dtype=np.int64)) + self.num_ends * len(lengths)
         clusters = "" if self.clusters is None else f" in {len(self.clusters):,} clusters ({self.clusters.match})"
         fate = {"crop": "cropped", "split": "split", "drop": "dropped"}[self.settings.long_proteins]
-        fill = tokens / max(1, num_rows * self.settings.seq_length)
+        fill = self._num_tokens(0) / max(1, num_rows * self.settings.seq_length)
         notes = "" if self._id_table is None else ("; ids mapped by letter from the vocabulary of its .stats.json, or "
                                                    "iupac without one")
         notes += "" if IS_COMPILED else "; packed in Python, as the compiled module is missing: pip install -e ."
@@ -174,7 +171,9 @@ class PackedDataset:
     def most_proteins(self, num_rows: int, sample: int = 0) -> int:
         """The most proteins in so many neighbouring rows of the epoch of a sample."""
         ends = self.rows(self.locate(sample)[0]).row_starts
-        return int((ends[num_rows:] - ends[:-num_rows]).max()) if len(ends) > num_rows else int(ends[-1])
+        if len(ends) <= num_rows:
+            return int(ends[-1])
+        return max(int((part - ends[start:start + len(part)]).max()) for start, part in chunks(ends[num_rows:]))
 
     def most_targets(self, num_rows: int) -> int:
         """The most targets that so many rows have; those of an evaluation are seldom more."""
@@ -209,6 +208,17 @@ class PackedDataset:
         if self.clusters is None:
             return slice(None)
         return self.pieces.of_documents(self.clusters.draw(order_key(self.settings.seed, DRAW, epoch)))
+
+    def _num_tokens(self, epoch: int) -> int:
+        """The tokens of all rows of an epoch, their proteins' ends included."""
+        pieces, all_lengths, max_residues = self._pieces_of(epoch), self.pieces.lengths, self.pieces.max_residues
+        parts = ((part for _, part in chunks(all_lengths)) if isinstance(pieces, slice) else
+                 (all_lengths[part] for _, part in chunks(pieces)))
+        num_tokens = 0
+        for lengths in parts:
+            lengths = lengths[(lengths > 0) & ((lengths <= max_residues) | (self.settings.long_proteins != "drop"))]
+            num_tokens += int(np.minimum(lengths, max_residues).sum(dtype=np.int64)) + self.num_ends * len(lengths)
+        return num_tokens
 
     def _row_of_evaluation(self, pieces: np.ndarray, masks: FixedMasks) -> Row:
         """A row whose pieces are masked as parts of their whole proteins."""

@@ -20,9 +20,7 @@ namespace py = pybind11;
 
 namespace {
 
-constexpr int64_t kSmallestPiece = 2;  // [CLS] and one residue; an end behind the residues counts as one of them
-
-// A piece's number, and in the low bits its tokens, [CLS] included: one word, so that scattering writes whole words.
+// A piece's number, and in the low bits its tokens, ends included: one word, so that scattering writes whole words.
 struct Piece {
   static constexpr int kTokensBits = 24;
   uint64_t word;
@@ -52,10 +50,11 @@ int bits_for(int64_t count) {
   return bits;
 }
 
-// Tokens that a piece of `residues` takes in a row, [CLS] included; 0 where it is left out.
-inline int64_t num_tokens(int64_t residues, int64_t seq_length, bool drop_long) {
-  if (residues <= 0 || (drop_long && residues >= seq_length)) return 0;
-  return std::min(residues, seq_length - 1) + 1;
+// Tokens that a piece of `residues` takes in a row, its ends included; 0 where it is left out.
+inline int64_t num_tokens(int64_t residues, int64_t seq_length, bool drop_long, int64_t num_ends) {
+  const int64_t max_residues = seq_length - num_ends;
+  if (residues <= 0 || (drop_long && residues > max_residues)) return 0;
+  return std::min(residues, max_residues) + num_ends;
 }
 
 // Orders one bucket by hash: a counting sort to about one piece a cell, then insertion sort.
@@ -243,14 +242,14 @@ void place_all(int64_t num_pieces, std::optional<uint64_t> key, int64_t most_hel
 
 template <typename Number, typename Length>
 py::tuple pack_as(const py::array_t<Length, py::array::c_style>& lengths, int64_t seq_length, int64_t window,
-                  std::optional<uint64_t> key, bool drop_long, int64_t most_held) {
+                  std::optional<uint64_t> key, bool drop_long, int64_t num_ends, int64_t most_held) {
   const Length* data = lengths.data();
   const int64_t num_pieces = lengths.size();
   py::array_t<Number> pieces(num_pieces);
   Rows<Number> rows{pieces.mutable_data()};
   {
     py::gil_scoped_release release;
-    const auto tokens_of = [=](int64_t i) { return num_tokens(data[i], seq_length, drop_long); };
+    const auto tokens_of = [=](int64_t i) { return num_tokens(data[i], seq_length, drop_long, num_ends); };
     if (window > 0) place_all(num_pieces, key, most_held, tokens_of, BestFit<Number>(seq_length, window, rows));
     else place_all(num_pieces, key, most_held, tokens_of, NextFit<Number>(seq_length, rows));
   }
@@ -262,13 +261,13 @@ py::tuple pack_as(const py::array_t<Length, py::array::c_style>& lengths, int64_
 
 template <typename Length>
 py::tuple pack(const py::array_t<Length, py::array::c_style>& lengths, int64_t seq_length, int64_t window,
-               std::optional<uint64_t> key, bool drop_long, int64_t most_held) {
-  if (seq_length < kSmallestPiece || seq_length >= int64_t{1} << Piece::kTokensBits)
-    throw std::invalid_argument("a row has 2 to 16,777,215 positions");
+               std::optional<uint64_t> key, bool drop_long, int64_t num_ends, int64_t most_held) {
+  if (seq_length <= num_ends || seq_length >= int64_t{1} << Piece::kTokensBits)
+    throw std::invalid_argument("a row has room for a residue and its ends, and at most 16,777,215 positions");
   if (lengths.size() >= int64_t{1} << 40) throw std::invalid_argument("an epoch has fewer than 2^40 pieces");
   if (lengths.size() <= int64_t{1} << 32)
-    return pack_as<uint32_t>(lengths, seq_length, window, key, drop_long, most_held);
-  return pack_as<int64_t>(lengths, seq_length, window, key, drop_long, most_held);
+    return pack_as<uint32_t>(lengths, seq_length, window, key, drop_long, num_ends, most_held);
+  return pack_as<int64_t>(lengths, seq_length, window, key, drop_long, num_ends, most_held);
 }
 
 }  // namespace
@@ -277,7 +276,7 @@ PYBIND11_MODULE(_packing, m) {
   m.doc() = "Rows of whole proteins for one epoch (see megatron/data/rows/packing.py).";
   const auto bind = [&m](auto function) {
     m.def("pack", function, py::arg("lengths").noconvert(), py::arg("seq_length"), py::arg("window"), py::arg("key"),
-          py::arg("drop_long"), py::arg("most_held") = int64_t{1} << 27,  // 1 GiB
+          py::arg("drop_long"), py::arg("num_ends"), py::arg("most_held") = int64_t{1} << 27,  // 1 GiB
           "(piece numbers row after row, int64 row starts); window 0 packs sequentially");
   };
   bind(&pack<int32_t>);

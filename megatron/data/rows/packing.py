@@ -57,10 +57,8 @@ def pack(lengths: np.ndarray, seq_length: int, packing: str, *, key: int | None,
     if not IS_COMPILED:
         return pack_in_python(lengths, seq_length, packing, key=key, drop_long=drop_long, num_ends=num_ends)
     window = {"sequential": 0, "best-fit": WAITING_PIECES}[packing]
-    lengths = np.ascontiguousarray(lengths)
-    if num_ends == 2:  # the one behind takes a position as a further residue does
-        lengths = lengths + (lengths > 0)
-    return PackedRows(*_packing.pack(lengths, seq_length, window, key, drop_long))
+    return PackedRows(*_packing.pack(np.ascontiguousarray(lengths), seq_length, window, key, drop_long,
+                                     num_ends=num_ends))
 
 
 def pack_in_python(lengths: np.ndarray, seq_length: int, packing: str, *, key: int | None,

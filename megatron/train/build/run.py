@@ -136,7 +136,7 @@ def _build_data(config: Config, vocab: Vocab, log: Log) -> Splits:
     """The training, validation and test rows; logs what they hold, and which flags have no effect on them."""
     data = build_datasets(config.data, vocab, config.training.seed)
     for part in (data.train, data.valid, data.test):
-        if part is not None:
+        if part is not None and log.is_speaker:  # it reads the lengths of all proteins
             log.line(part.describe())
     if data.valid is None and shares_of(config.data.split)[1]:
         log.line(f"note: --split {config.data.split} leaves so few proteins none for validation: nothing is evaluated; "
