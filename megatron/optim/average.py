@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from megatron.parallel.waits import read
+
 
 class WeightAverage:
     """The average of each trained parameter: `tensors`, by name, fp32, this rank's part, placed like the parameter.
@@ -24,7 +26,7 @@ class WeightAverage:
     @property
     def num_steps(self) -> int:
         """The number of steps averaged; waits for the device."""
-        return int(self._num_steps.item())
+        return int(read(self._num_steps))
 
     @torch.no_grad()
     def update(self, is_taken: Tensor) -> None:

@@ -16,6 +16,7 @@ from megatron.optim.sgd import DecoupledSGD
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.parameters import declaration_of
 from megatron.parallel.placement import gradient_norm, is_any_trained
+from megatron.parallel.waits import read
 
 _ONE_RANK_MESH = Mesh()
 
@@ -93,7 +94,7 @@ class Optimizer:
                 inner.grad_scale = divisor  # type: ignore[attr-defined]
                 inner.found_inf = (~is_taken).float()  # type: ignore[attr-defined]
                 inner.step()
-            elif is_taken.item():
+            elif bool(read(is_taken)):
                 torch._foreach_div_(gradients, divisor)
                 inner.step()
             if self._is_apex:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron.config import PrecisionConfig
+from megatron.parallel.waits import read
 
 
 class LossScale:
@@ -49,7 +50,7 @@ class LossScale:
 
     def state(self) -> list[float]:
         """What a checkpoint keeps; waits for the device."""
-        return self._state.tolist()
+        return read(self._state).tolist()
 
     def load_state(self, state: list[float]) -> None:
         """Continue from what `state()` returned; a fixed scale stays as it is."""

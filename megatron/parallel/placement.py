@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megatron.parallel.collectives import all_reduce_sum
 from megatron.parallel.mesh import Axis
+from megatron.parallel.waits import read
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def is_any_trained(parameters: Iterable[nn.Parameter], pipeline: Axis) -> bool:
     parameters = list(parameters)
     here = sum(parameter.requires_grad for parameter in parameters)
     everywhere = all_reduce_sum(torch.tensor(here, device=parameters[0].device), pipeline)
-    return here > 0 or everywhere.item() > 0
+    return here > 0 or int(read(everywhere)) > 0
 
 
 def partial_gradients(parameters: Iterable[nn.Parameter], replicas: Axis) -> dict[Axis, list[Tensor]]:

@@ -1,4 +1,4 @@
-"""How long a rank waits for what passes between ranks: communication that nothing computes beside.
+"""Where a rank waits for what passes between ranks, and for how long: communication that nothing computes beside.
 
 On a CPU the host waits, and its clock is read. On a GPU the stream waits: an event is recorded before and one behind,
 and their times are read once both have passed, so that nothing waits for the device because of it.
@@ -10,8 +10,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 Mark = float | torch.Event | None
+
+
+def read(tensor: Tensor, copied: torch.Event | None = None) -> Tensor:
+    """`tensor` on the CPU: on a GPU the host waits here for all that is queued, and so for the ranks that it is of.
+
+    Whatever ranks have summed is read by this, so that a rank that stands here is known to wait for others. `copied`:
+    behind its copy to the CPU, where that was begun before; it alone is waited for.
+    """
+    if copied is not None:
+        copied.synchronize()
+    return tensor.cpu()
 
 
 class Waits:

@@ -18,6 +18,7 @@ from megatron.data.rows.baselines import Baselines, frequency_baselines
 from megatron.data.rows.fixed_masks import FIXED
 from megatron.errors import SaveError
 from megatron.model.protein_model import compute_dtype
+from megatron.parallel.waits import read
 from megatron.train.build.peak import measured_peak_flops
 from megatron.train.build.run import Run
 from megatron.train.evaluations import Evaluations, num_rows_evaluated
@@ -224,7 +225,7 @@ class Training:
         self._events.train(reading, TrainingFacts(
             run.state.iteration, self._last_iteration, run.state.consumed_samples, self._meters.totals(),
             learning_rate=learning_rate, group_rates=run.engine.optimizer.learning_rates(learning_rate),
-            weight_decay=weight_decay, global_batch_size=rows, loss_scale=float(run.engine.loss_scale.value),
+            weight_decay=weight_decay, global_batch_size=rows, loss_scale=float(read(run.engine.loss_scale.value)),
             peak_flops=self._peak_flops * run.mesh.world.size, num_ranks=run.mesh.world.size,
             memory_gib=peak_memory_gib(run.mesh), time_left_s=self._pace.time_left_s(reading, run.state),
             times_of_ranks=self._stragglers.look(reading),

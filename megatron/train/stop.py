@@ -11,6 +11,7 @@ import torch
 from megatron.checkpoint.places import iterations
 from megatron.parallel.collectives import all_reduce_sum
 from megatron.parallel.mesh import Mesh
+from megatron.parallel.waits import read
 from megatron.train.starting import requests_heard_by
 
 
@@ -31,7 +32,7 @@ class StopRequests:
     def agreed(self, mesh: Mesh) -> bool:
         """Whether any rank wants to stop; a collective, so call it on all ranks. It waits for the device."""
         wishes = torch.tensor([self.wants_stop()], dtype=torch.int64, device=mesh.device)
-        return bool(all_reduce_sum(wishes, mesh.world))
+        return bool(read(all_reduce_sum(wishes, mesh.world)))
 
     def listening(self) -> AbstractContextManager[None]:
         """A context in which SIGTERM, SIGUSR1 and the first SIGINT (Ctrl-C) ask to stop; a second Ctrl-C interrupts."""

@@ -2,7 +2,8 @@
 
 A thread of each rank looks whether the main one has stood still, in one call of one function, until a minute before the
 timeout. Then it calls on all ranks, through the store, to tell where they are, and the first to have called prints the
-answers. A rank that waits for others stands in a collective; who does not, or gives no answer, holds them up.
+answers. A rank that waits for others stands in a collective, or reads what one gave; who does not, or gives no answer,
+holds them up.
 """
 
 import json
@@ -21,9 +22,7 @@ import torch.distributed as dist
 LEAD_S = 60  # before the timeout; half of one that is shorter
 _LOOKS = 8  # into the lead
 _PACKAGE = Path(__file__).resolve().parents[2]
-# The last two read what ranks have summed.
-_WAITING = ("/parallel/collectives.py", "/parallel/pipeline/channels.py", "/parallel/waits.py",
-            "/train/step/agreement.py", "/train/step/meters.py")
+_WAITING = ("/parallel/collectives.py", "/parallel/pipeline/channels.py", "/parallel/waits.py")
 _CALL, _ANSWER = "watch/call", "watch/answer"
 
 

@@ -15,6 +15,7 @@ from megatron.parallel.collectives import all_gather_object, all_reduce_max
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.tensor.fp8 import Amax, Amaxes
 from megatron.parallel.tensor.layers import Matrix
+from megatron.parallel.waits import read
 
 _UNSEEN = 1.0  # the amax assumed for a tensor that was 0 in every step so far
 
@@ -83,7 +84,7 @@ class AmaxHistory:
 
         A collective over the pipeline, also for ranks without such layers.
         """
-        here = dict(zip(self._layers, self._before_slp.permute(1, 2, 0).tolist(), strict=True))
+        here = dict(zip(self._layers, read(self._before_slp.permute(1, 2, 0)).tolist(), strict=True))
         return {name: steps for part in all_gather_object(here, self._mesh.pipeline) for name, steps in part.items()}
 
     def load_state(self, state: Mapping[str, list[list[float]]]) -> None:

@@ -10,6 +10,7 @@ from megatron.config import Config
 from megatron.errors import ConfigError
 from megatron.log import Log
 from megatron.parallel.mesh import Mesh
+from megatron.parallel.waits import read
 from megatron.train.build.peak import measured_peak_flops
 from megatron.train.step.agreement import summed
 
@@ -55,4 +56,4 @@ def _measured(config: Config, mesh: Mesh) -> tuple[bool, float]:
                       for dtype in (torch.float32, torch.bfloat16))
         gain = bf16 / fp32
     votes = summed([gain >= LEAST_GAIN], mesh.world, mesh.device)
-    return bool(votes.item()), gain
+    return bool(read(votes)), gain

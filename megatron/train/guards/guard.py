@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron.errors import DivergedError
+from megatron.parallel.waits import read
 from megatron.train.build.run import Run
 from megatron.train.guards.suspects import write_suspects
 from megatron.train.step.meters import StepSums
@@ -82,7 +83,7 @@ class Guard:
             self._acquit(self._suspect, new[first], courses[first])
         self._looked_at, self._rows, self._was_wrong = last, {}, last in wrong
         scale = self._run.engine.loss_scale
-        self._was_least = scale.is_dynamic and float(scale.value) <= self._run.config.precision.min_loss_scale
+        self._was_least = scale.is_dynamic and float(read(scale.value)) <= self._run.config.precision.min_loss_scale
 
     def _is_wrong(self, step: StepSums) -> bool:
         # In fp16 a finite loss with a gradient that is not means that the loss scale was too large.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron.config import GuardsConfig
+from megatron.parallel.waits import read
 
 HISTORY, LEAST = 128, 32  # steps that the next one is compared with; with fewer than the second none counts as far
 _CONSISTENCY = 1.4826  # standard deviation / median absolute deviation of a normal distribution
@@ -65,8 +66,8 @@ class SpikeJudge:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; JSON values."""
-        num_steps = int(self._num_steps)
-        return {"num_steps": num_steps, "steps": self._history_hq[:min(num_steps, HISTORY)].tolist()}
+        num_steps = int(read(self._num_steps))
+        return {"num_steps": num_steps, "steps": read(self._history_hq[:min(num_steps, HISTORY)]).tolist()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from the state that `state()` returned."""

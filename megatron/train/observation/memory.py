@@ -6,6 +6,7 @@ import torch
 
 from megatron.parallel.collectives import all_reduce_max
 from megatron.parallel.mesh import Mesh
+from megatron.parallel.waits import read
 
 
 def count_from_here(mesh: Mesh) -> None:
@@ -24,4 +25,4 @@ def peak_memory_gib(mesh: Mesh) -> float:
     else:
         num_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     held = torch.tensor([num_bytes / 2**30], dtype=torch.float64, device=mesh.device)
-    return float(all_reduce_max(held, mesh.world))
+    return float(read(all_reduce_max(held, mesh.world)))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from megatron.parallel.collectives import all_reduce_sum
 from megatron.parallel.mesh import Axis
+from megatron.parallel.waits import read
 
 
 class Arriving:
@@ -22,9 +23,7 @@ class Arriving:
 
     def read(self) -> list[int]:
         """The values. Waits for the copy, and so for the step that computed them, but for nothing queued after it."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._values.tolist()
+        return read(self._values, self._event).tolist()
 
 
 def summed(numbers: Sequence[int], axis: Axis, device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ from megatron.data.batches.loader import batches
 from megatron.data.rows.dataset import Dataset
 from megatron.log import Log, ProgressBar
 from megatron.parallel.collectives import all_reduce_sum
+from megatron.parallel.waits import read
 from megatron.train.step.engine import Engine
 from megatron.train.step.passes import EvaluationPasses
 
@@ -53,7 +54,7 @@ def evaluate(engine: Engine, dataset: Dataset, shape: BatchShape, log: Log, *, n
     bar.close()
     if is_stopping:
         return None
-    loss, correct, targets = all_reduce_sum(sums, mesh.world).tolist()
+    loss, correct, targets = read(all_reduce_sum(sums, mesh.world)).tolist()
     if targets == 0:
         return Evaluation(None, None, None, 0)
     return Evaluation(loss / targets, perplexity(loss / targets), correct / targets, int(targets))

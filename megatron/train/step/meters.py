@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron.parallel.collectives import all_gather, all_reduce_sum
 from megatron.parallel.mesh import Axis
-from megatron.parallel.waits import Waits
+from megatron.parallel.waits import Waits, read
 
 
 class StepSums(NamedTuple):
@@ -176,14 +176,14 @@ class Meters:
             return []
         waited_s = self._waits.take_s()
         here = torch.tensor([[self._elapsed_s() - self._before_s - waited_s, waited_s]], dtype=torch.float64)
-        return [RankTimes(*times) for times in all_gather(here.to(self._device), self._world).tolist()]
+        return [RankTimes(*times) for times in read(all_gather(here.to(self._device), self._world)).tolist()]
 
     def _summed(self) -> Tensor:
         """The fields of `StepSums` for each step, fp64 [steps, 8] on the CPU; a collective."""
         on_device, on_host, norms, taken = zip(*self._steps, strict=True)
         sums = torch.cat([torch.stack(on_device), torch.tensor(on_host, dtype=torch.float64, device=self._device)], 1)
         alike = torch.stack([torch.stack(norms).double(), torch.stack(taken).double()], 1)
-        return torch.cat([all_reduce_sum(sums, self._world), alike], 1).cpu()
+        return read(torch.cat([all_reduce_sum(sums, self._world), alike], 1))
 
     def _elapsed_s(self) -> float:
         now_s = time.perf_counter() if self._pause_began_s is None else self._pause_began_s
