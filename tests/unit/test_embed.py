@@ -4,6 +4,7 @@ import json
 import resource
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from megatron.infer.embed.writers import check_form
 from megatron.infer.proteins import Protein, ProteinFiles
 from megatron.infer.windows import windows_of
 from megatron.log import Log
-from megatron.parallel.mesh import Mesh
+from megatron.parallel.mesh import Axis, Mesh
 from tools.embed import embed_files, parser
 
 PROTEINS = {"sp|P1|ONE": "MKTAYIAKQRQISFVKSHFSRQ", "two/2": "ACDEFGHIKL", "three": "M", "four": "ACDEFGHIKL",
@@ -312,3 +313,12 @@ def test_records_without_names_are_numbered_and_a_key_names_them(tmp_path):
     assert [protein.name for protein in files(tmp_path / "in.csv")] == ["1", "2"]
     named = ProteinFiles([str(tmp_path / "in.csv")], "text", "name", Vocab.from_file("esm"))
     assert [protein.name for protein in named] == ["x", "y"]
+
+
+@pytest.mark.parametrize("done", [(1,), (0, 1, 4), (0, 2, 4)])
+def test_what_several_ranks_go_on_from_is_the_parts_that_are_there(done, monkeypatch, capsys):
+    monkeypatch.setattr(run, "_of_parts", lambda *arguments: ())
+    parts = SimpleNamespace(ranges=[range(number, number + 1) for number in range(5)], is_done=done.__contains__)
+    surveyed = SimpleNamespace(lengths_u=np.ones(5, np.int64))
+    run._compute(None, SimpleNamespace(mesh=Mesh(data=Axis(0, 2))), None, surveyed, parts, Log())
+    assert capsys.readouterr().out == f"going on: {len(done)} of 5 parts are there\n"

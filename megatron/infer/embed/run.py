@@ -100,10 +100,11 @@ def _compute(work: Work, pretrained: Pretrained, files: ProteinFiles, surveyed: 
     """Compute the parts of this data rank that do not exist yet."""
     data, tensor = pretrained.mesh.data, pretrained.mesh.tensor
     mine = [number for number in range(data.rank, len(parts.ranges), data.size) if not parts.is_done(number)]
+    num_done = sum(map(parts.is_done, range(len(parts.ranges)))) if log.is_speaker else 0
     all_gather_object(None, pretrained.mesh.world)  # all have seen what there is before anyone adds to it
     residues_of = {number: int(surveyed.lengths_u[parts.ranges[number]].sum()) for number in mine}
-    if len(mine) < len(range(data.rank, len(parts.ranges), data.size)):
-        log.line(f"going on: {len(parts.ranges) - len(mine) * data.size} of {len(parts.ranges)} parts are there")
+    if num_done:
+        log.line(f"going on: {num_done} of {len(parts.ranges)} parts are there")
     bar = log.progress(sum(residues_of.values()), done=0, unit="residue", label="embedding")
     for number, proteins in _of_parts(files, surveyed, parts, set(mine)):
         answers = ask_whole(pretrained, proteins, work.asked, work.window, work.budget)
