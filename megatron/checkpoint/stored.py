@@ -3,8 +3,11 @@
 A reader of a format gives a `Checkpoint`; loading, converting and inspecting take one.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +50,9 @@ class StoredTensor:
         return self.read_box(tuple(slice(0, size) for size in self.shape))
 
     def read_box(self, box: Box) -> Tensor:
-        """A box of the whole, on the CPU."""
-        out = None
+        """A box of the whole, on the CPU; raises CheckpointError where its pieces leave a hole, or overlap."""
+        begin, sizes = [part.start for part in box], [part.stop - part.start for part in box]
+        out, copied = torch.empty(0, dtype=self.dtype), list[tuple[list[int], torch.Size]]()
         for piece in self.pieces:
             common = tuple(slice(max(here.start, there.start), min(here.stop, there.stop))
                            for here, there in zip(box, piece.box, strict=True))
@@ -56,10 +60,15 @@ class StoredTensor:
                 continue
             if common == box:
                 return piece.read(_from(piece.offsets, common))
-            if out is None:
-                out = torch.empty([part.stop - part.start for part in box], dtype=self.dtype)
-            out[_from([part.start for part in box], common)] = piece.read(_from(piece.offsets, common))
-        return torch.empty([part.stop - part.start for part in box], dtype=self.dtype) if out is None else out
+            if not copied:
+                out = torch.empty(sizes, dtype=self.dtype)
+            place = _from(begin, common)
+            out[place] = piece.read(_from(piece.offsets, common))
+            copied.append(([part.start for part in place], out[place].shape))
+        if not are_a_whole(copied, sizes):
+            raise CheckpointError(f"a tensor {list(self.shape)} of the checkpoint is damaged: its pieces do not make "
+                                  f"up the {prod(sizes)} numbers from {begin} on; copy it again")
+        return out.reshape(sizes)
 
     def part(self, box: Box) -> "StoredTensor":
         """A box of the whole, yet to be read."""
@@ -130,6 +139,17 @@ def joined(parts: Sequence[StoredTensor], dim: int | None) -> StoredTensor:
     return StoredTensor(whole, first.dtype, tuple(
         Piece(tuple(rank * size if at == dim else 0 for at in range(len(whole))), part.shape, part.read_box)
         for rank, part in enumerate(parts)))
+
+
+def are_a_whole(boxes: Iterable[tuple[Sequence[int], Sequence[int]]], shape: Sequence[int]) -> bool:
+    """Whether boxes, of offsets and sizes each, make up a tensor of that shape, each element once."""
+    # A box is known by its corners, each with a sign; where all cancel those of the whole, the boxes are the whole.
+    corners = Counter[tuple[int, ...]]()
+    for sign, offsets, sizes in [(1, *box) for box in boxes] + [(-1, [0] * len(shape), shape)]:
+        for ends in product((0, 1), repeat=len(shape)):
+            corner = tuple(start + end * size for start, end, size in zip(offsets, ends, sizes, strict=True))
+            corners[corner] += -sign if sum(ends) % 2 else sign
+    return not any(corners.values())
 
 
 def split(whole: StoredTensor, dim: int | None, rank: int, num_ranks: int) -> StoredTensor:

@@ -20,7 +20,7 @@ from megatron.checkpoint.places import validation_loss
 from megatron.checkpoint.saving import Saver, parts_of
 from megatron.checkpoint.sharded import writers_of
 from megatron.checkpoint.store import LATEST, find, note_validation, set_aside
-from megatron.checkpoint.stored import Checkpoint, Piece, StoredTensor, stored
+from megatron.checkpoint.stored import Checkpoint, Piece, StoredTensor, are_a_whole, stored
 from megatron.config import CheckpointConfig
 from megatron.errors import CheckpointError
 from megatron.files import begin_folder, write_text
@@ -463,3 +463,21 @@ def test_of_a_tensor_in_pieces_those_alone_are_read_that_a_rank_needs():
     assert torch.equal(layer.weight, torch.tensor([[0.0] * 3, [1.0] * 3]))
     assert torch.equal(pieces.read(), layer.weight)
     assert torch.equal(wholes(named(layer), named(layer))["weight"], layer.weight)
+
+
+@pytest.mark.parametrize("rows", [(0,), (0, 2), (0, 0, 2), ()])
+def test_a_tensor_whose_pieces_leave_a_hole_or_overlap_is_refused_not_made_up(rows):
+    pieces = tuple(Piece((row, 0), (1, 3), lambda box: torch.ones(1, 3)[box]) for row in rows)
+    for box in ((slice(0, 3), slice(0, 3)), (slice(0, 2), slice(1, 2))):
+        with pytest.raises(CheckpointError, match=r"a tensor \[3, 3\] .* do not make"):
+            StoredTensor((3, 3), torch.float32, pieces).read_box(box)
+
+
+def test_boxes_are_a_whole_where_each_element_is_in_one_of_them():
+    halves = [((0, 0), (2, 4)), ((2, 0), (1, 4))]
+    assert are_a_whole(halves, (3, 4)) and are_a_whole([((), ())], ()) and are_a_whole([], (0, 4))
+    assert are_a_whole([((0, 0), (2, 1)), ((0, 1), (1, 3)), ((1, 1), (2, 3)), ((2, 0), (1, 1))], (3, 4))
+    overlap_and_hole = [((0, 0), (2, 4)), ((1, 0), (1, 4))]
+    for boxes in (overlap_and_hole, halves[:1], [*halves, halves[1]], [((0, 0), (3, 5))], [((1, 0), (3, 4))]):
+        assert not are_a_whole(boxes, (3, 4))
+    assert not are_a_whole([((), ())] * 2, ()) and not are_a_whole([], ())

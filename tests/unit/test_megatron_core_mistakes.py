@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from megatron.checkpoint.convert.formats import FORMATS, recognised
 from megatron.checkpoint.convert.megatron_core import distributed, ranks
@@ -129,6 +129,9 @@ def test_a_planted_pickle_is_refused_and_does_not_run(place, recorded, tmp_path)
     (lambda facts: setattr(info(facts), "transform_descriptors", ["zstd"]), "compressed"),
     (lambda facts: setattr(facts.state_dict_metadata["lm_head.dense.bias"], "size", torch.Size([17])), "not make up"),
     (lambda facts: facts.state_dict_metadata["lm_head.dense.bias"].chunks.clear(), "do not make up"),
+    (lambda facts: setattr(facts.state_dict_metadata[STACK], "chunks", [ChunkStorageMetadata(
+        torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in (((0, 0), (1, 16)), ((0, 4), (1, 12)), (
+            (1, 0), (1, 4)))]), "do not make up"),
     (lambda facts: setattr(facts, "storage_data", None), "is no index of torch.distributed.checkpoint"),
     (lambda facts: vars(info(facts)).update(vars(info(facts, "lm_head.dense.weight"))), "something else"),
     (lambda facts: setattr(info(facts), "length", -5), "not a file of torch.save"),

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron.checkpoint.convert.torch_files import LONGEST_PICKLE, check_torch_file, read_torch_file
 from megatron.checkpoint.convert.torch_pickle import PickledObject, load_torch_pickle
-from megatron.checkpoint.stored import Box, Piece, StoredTensor
+from megatron.checkpoint.stored import Box, Piece, StoredTensor, are_a_whole
 from megatron.errors import CheckpointError
 from megatron.files import sync
 
@@ -34,6 +34,7 @@ _INDEX, _COMMON, _SAYS = ".metadata", "common.pt", "metadata.json"
 _KIND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
          "common_backend_version": 1}
 _FILE = "__0_0.distcp"
+_MOST_DIMENSIONS = 8  # more than a parameter has: their corners double with each
 
 
 @dataclass(frozen=True)
@@ -149,13 +150,14 @@ def _tensor(place: Path, name: str, kind: dict[str, Any], places: Mapping[tuple,
     not make up the whole, or one is missing.
     """
     whole, dtype = tuple(kind["size"]), kind["properties"].state[0]
-    if not isinstance(dtype, torch.dtype) or any(type(size) is not int or size < 0 for size in whole):
+    if not isinstance(dtype, torch.dtype) or len(whole) > _MOST_DIMENSIONS or any(
+            type(size) is not int or size < 0 for size in whole):
         raise CheckpointError(f"{place / _INDEX}: {name} is of no known shape and kind; copy it again")
     chunks = {tuple(chunk.state["offsets"]): tuple(chunk.state["sizes"]) for chunk in kind["chunks"]}
     fits = all(len(offsets) == len(sizes) == len(whole) and all(
         type(at) is type(size) is int and min(at, size) >= 0 and at + size <= end
         for at, size, end in zip(offsets, sizes, whole, strict=True)) for offsets, sizes in chunks.items())
-    if not fits or sum(map(prod, chunks.values())) != prod(whole):
+    if not fits or not are_a_whole(chunks.items(), whole):
         raise CheckpointError(f"{place / _INDEX}: the chunks of {name} do not make up {list(whole)}; copy it again")
     return StoredTensor(whole, dtype, tuple(
         _piece(place, name, dtype, offsets, sizes, places[name, offsets]) for offsets, sizes in chunks.items()))
