@@ -30,7 +30,7 @@ from megatron.train.observation.memory import count_from_here, peak_memory_gib
 from megatron.train.observation.observers import Observer
 from megatron.train.observation.pace import Pace
 from megatron.train.observation.profiler import StepProfiler
-from megatron.train.patience import PatientSaver
+from megatron.train.patience import GOES_ON, PatientSaver
 from megatron.train.state import is_due
 from megatron.train.step.agreement import Arriving
 from megatron.train.step.evaluate import Evaluation
@@ -132,8 +132,7 @@ class Training:
             if self._saver is not None:
                 self._saver.finish()
                 if self._saver.saved_at != run.state.iteration:
-                    self._saver.outlook = f"No other save follows: the run ends with status {SaveError.exit_status}"
-                    self._save()
+                    self._save(f"No other save follows: the run ends with status {SaveError.exit_status}")
         if run.state.iteration < self._last_iteration:
             if self._saver is not None:
                 self._saver.check()
@@ -174,9 +173,7 @@ class Training:
             self._evaluations.of_split("valid", totals)
         run.is_evaluation_due = due.evaluation and (due.stop or self._evaluations.was_cut_short)
         if due.save:
-            if due.end and self._saver is not None:
-                self._saver.outlook = "It is tried once more"
-            self._save()
+            self._save("It is tried once more" if due.end else GOES_ON)
         elif self._saver is not None:
             self._saver.poll()
         is_stopping = due.stop
@@ -242,13 +239,14 @@ class Training:
         self._saved_at_s = now_s
         return True
 
-    def _save(self) -> None:
+    def _save(self, outlook: str) -> None:
+        """Write a checkpoint of this step, if there is a --save; `outlook`: what happens next if that fails."""
         run = self._run
         if self._saver is None:
             return
         meters = self._meters.state()
         self._guard.look([StepSums(*step) for step in meters["steps"]])  # raises before steps that went wrong are saved
-        self._saver.save(run.state.iteration, run.parts(), run.facts() | {"meters": meters})
+        self._saver.save(run.state.iteration, run.parts(), run.facts() | {"meters": meters}, outlook)
         self._saved_at_s = time.monotonic()
 
 

@@ -1,19 +1,26 @@
 """Saving that survives a full disk: the run goes on, since days of training are worth more than one checkpoint."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from megatron.checkpoint.saving import Saver
+from megatron.checkpoint.sharded import Parts
 from megatron.errors import SaveError
+
+GOES_ON = "The run goes on, and the next save tries again"
 
 
 class PatientSaver(Saver):
-    """A Saver that logs a failed save instead of raising; the next save tries again.
+    """A Saver that logs a failed save instead of raising; the next save tries again."""
 
-    `outlook`: the end of that log line, which says what happens next.
-    """
-
-    outlook = "The run goes on, and the next save tries again"
+    _outlook = GOES_ON
     _failure: SaveError | None = None
+
+    def save(self, iteration: int, parts: Parts, state: Mapping[str, Any], outlook: str = GOES_ON) -> None:
+        """Write a checkpoint, or have it written. `outlook`: what happens next, the end of the line that is logged if it fails."""
+        self.finish()
+        self._outlook = outlook
+        super().save(iteration, parts, state)
 
     def check(self) -> None:
         """Raises SaveError if the last save failed; for the end of a run, when no other follows."""
@@ -26,5 +33,5 @@ class PatientSaver(Saver):
             super()._settle(write)
             self._failure = None
         except SaveError as error:
-            self._log.line(f"note: {error}. {self.outlook}")
+            self._log.line(f"note: {error}. {self._outlook}")
             self._failure = error
