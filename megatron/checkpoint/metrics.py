@@ -1,11 +1,18 @@
-"""Reads metrics.jsonl, one JSON object for each log event, and skips what crashes and users may have left in it."""
+"""Reads and writes metrics.jsonl, one JSON object for each log event.
+
+Reading skips what crashes and users may have left in it; writing survives a full disk.
+"""
 
 import json
+import math
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from megatron.files import write_text
+from megatron.log import Log
 
 OF_AVERAGE = "_ema"  # suffix of the kind of a record that evaluates the average of the weights
 MEASURED_ON = "measured_on"  # key of the digest of the data that was evaluated (`data.rows.dataset.measured_on`)
@@ -47,6 +54,41 @@ def forget_after(metrics: Path, iteration: int) -> None:
             if _is_note(line) or ((record := _record(line)) is not None and record["iteration"] <= iteration)]
     if kept != lines or not content.endswith(b"\n"):
         write_text(metrics, "".join(f"{_text(line)}\n" for line in kept))
+
+
+class MetricsWriter:
+    """Adds records to the file; what the disk refuses is said once, kept, and written once there is room again."""
+
+    def __init__(self, metrics: Path, log: Log) -> None:
+        self.path, self._log = metrics, log
+        self._unwritten = b""  # lines that the disk has refused so far
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Write a record, in which a number that is not finite, and so means nothing, is null."""
+        known = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+                 for name, value in record.items()}
+        self._append(f"{json.dumps(known)}\n".encode())
+
+    def close(self) -> None:
+        """Try once more to write what the disk has refused."""
+        if self._unwritten:
+            self._append(b"")
+
+    def _append(self, line: bytes) -> None:
+        was_refused, self._unwritten = bool(self._unwritten), self._unwritten + line
+        size = None
+        try:
+            size = self.path.stat().st_size if self.path.exists() else 0
+            with self.path.open("ab") as file:
+                file.write(self._unwritten)
+            self._unwritten = b""
+        except OSError as error:
+            with suppress(OSError):
+                if size is not None:
+                    os.truncate(self.path, size)  # no half a line
+            if not was_refused:
+                self._log.line(f"note: {self.path} cannot be written ({error.strerror or error}): its lines are "
+                               "kept, and written once there is room again")
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

@@ -20,10 +20,11 @@ from torch import Tensor
 from megatron.checkpoint.claim import Claim
 from megatron.checkpoint.loading import load_average, load_model, load_optimizer
 from megatron.checkpoint.newest import newest
-from megatron.checkpoint.saving import Saver, parts_of
+from megatron.checkpoint.saving import parts_of
 from megatron.config import Config
 from megatron.errors import ConfigError
 from megatron.log import Log
+from megatron.train.patience import PatientSaver
 from megatron.train.step.engine import Engine
 from megatron.train.step.meters import Meters
 
@@ -66,7 +67,7 @@ class Unfinished:
                  work: Mapping[str, Any]) -> None:
         self._folder, self._config, self._engine, self._log = folder / UNFINISHED, config, engine, log
         self._claim, self._work = claim, json.loads(json.dumps(work))
-        self._saver: Saver | None = None
+        self._saver: PatientSaver | None = None
         self._found = newest(str(self._folder), engine.mesh.world, log)
         if self._found is not None and self._found.state.get("work") != self._work:
             raise ConfigError(f"--save {folder} holds the beginning of a run with other flags, data or global batch; "
@@ -104,11 +105,11 @@ class Unfinished:
         self._engine.refresh_compute_weights()
 
     def save(self, progress: Progress, best: Mapping[str, Tensor], meters: Meters) -> None:
-        """Write a checkpoint; raises CheckpointError if the disk refuses."""
+        """Write a checkpoint; what the disk refuses is said, and `check` raises it, unless the next save succeeds."""
         if self._saver is None:
             config = replace(self._config.checkpoint, save=str(self._folder), keep_checkpoints=1)
             loaded = 0 if self._found is None else self._found.iteration
-            self._saver = Saver(config, self._engine.mesh, self._claim, self._log, loaded)
+            self._saver = PatientSaver(config, self._engine.mesh, self._claim, self._log, loaded)
         engine = self._engine
         self._saver.save(
             progress.iteration,
@@ -116,6 +117,11 @@ class Unfinished:
                      None if progress.best_at == progress.iteration else best),
             {"iteration": progress.iteration, "progress": progress.state(), "work": self._work,
              "loss_scale": engine.loss_scale.state(), "fp8_amaxes": engine.amaxes.state(), "meters": meters.state()})
+
+    def check(self) -> None:
+        """Raises SaveError where the last save has failed."""
+        if self._saver is not None:
+            self._saver.check()
 
     def remove(self) -> None:
         """Remove all of them: the training is done."""

@@ -2,7 +2,6 @@
 metrics.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ import torch
 
 from megatron.checkpoint.claim import Claim
 from megatron.checkpoint.lora import peft_files
-from megatron.checkpoint.metrics import forget_after
+from megatron.checkpoint.metrics import MetricsWriter, forget_after
 from megatron.checkpoint.places import METRICS_FILE, place_of
 from megatron.checkpoint.saving import Saver, parts_of
 from megatron.checkpoint.store import open_place
@@ -102,6 +101,7 @@ class FineTuning:
                                         train_iters=self.num_steps, train_samples=None)
         self._parts = {part: self._packed(part, is_training=False) for part in job.data.parts if part != "train"}
         self._meters = Meters(job.mesh.world, job.mesh.device)
+        self._metrics = MetricsWriter(folder / METRICS_FILE, job.log)
         self._step, self._wishes = TrainStep(self._engine, self._meters), Arriving(torch.zeros(1))
         self._unfinished = Unfinished(folder, self._config, self._engine, job.log, job.claim, self._work())
         self._saves = not is_try
@@ -110,7 +110,7 @@ class FineTuning:
             folder.mkdir(parents=True, exist_ok=True)
             if not is_try:
                 job.described.write(folder)  # whose run this is
-            forget_after(folder / METRICS_FILE, self._progress.iteration)
+            forget_after(self._metrics.path, self._progress.iteration)
 
     @property
     def best_value(self) -> float:
@@ -120,7 +120,7 @@ class FineTuning:
     def run(self) -> bool:
         """Take the remaining steps until all are taken or validation stops improving, then load the best weights.
 
-        Returns False if it was asked to stop before that; it has saved then.
+        Returns False if it was asked to stop before that; it has saved then. Raises SaveError if the disk refused.
         """
         progress, is_stopping = self._progress, self._job.requests.agreed(self._mesh)
         bar = self._log.progress(total=self.num_steps, done=progress.iteration, unit="step",
@@ -137,7 +137,9 @@ class FineTuning:
                 self._end_epoch()
                 is_stopping = self._job.requests.agreed(self._mesh)
         bar.close()
+        self._metrics.close()
         if not self._is_complete():
+            self._unfinished.check()
             where = (f"saved in {self._folder}: the same command goes on from there"
                      if self._saves and progress.iteration else "there is nothing to save")
             self._log.line(f"stopped at iteration {progress.iteration}; {where}")
@@ -267,10 +269,7 @@ class FineTuning:
     def _write(self, kind: str, epoch: int, values: Mapping[str, float | None]) -> None:
         """One line of metrics.jsonl."""
         if self._log.is_speaker:
-            record = {"kind": kind, "iteration": self._progress.iteration, "epoch": epoch,
-                      **{name: None if value is None else _finite(value) for name, value in values.items()}}
-            with (self._folder / METRICS_FILE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            self._metrics.add({"kind": kind, "iteration": self._progress.iteration, "epoch": epoch, **values})
 
 
 def _rows_a_step(config: Config) -> int:

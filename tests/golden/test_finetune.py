@@ -1,7 +1,9 @@
 """The door of fine-tuning, from a checkpoint and files to a model, its report and its predictions; and its refusals."""
 
 import csv
+import errno
 import json
+import os
 import random
 from dataclasses import replace
 from functools import partial
@@ -12,13 +14,17 @@ import torch
 
 import pretrain_tape
 from megatron import load_pretrained
+from megatron.checkpoint import saving
 from megatron.checkpoint.convert.conversion import convert
 from megatron.checkpoint.convert.families import hf
 from megatron.checkpoint.lora.peft_files import read
+from megatron.checkpoint.sharded import write_parts
 from megatron.checkpoint.store import iterations, open_place
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import CheckpointError, ConfigError
+from megatron.finetune import training
 from megatron.finetune.model import Described
+from megatron.finetune.progress import UNFINISHED
 from megatron.infer.pretrained import config_of
 from megatron.log import Log
 from megatron.parallel.mesh import Mesh
@@ -103,6 +109,24 @@ def test_the_best_epoch_is_kept_and_training_stops_behind_it(taught, base, tmp_p
     assert (report["epoch"], report["iteration"]) == (valid[best]["epoch"], valid[best]["iteration"])
     assert report["measures"]["valid"]["spearman"][0] == pytest.approx(values[best], abs=1e-6)
     assert len(valid) == min(best + 2, 12) < 12, "the rate is made so high that some epoch is worse"
+
+
+def test_a_disk_that_is_full_while_it_trains_ends_no_fine_tuning(taught, base, tmp_path, monkeypatch, capsys):
+    def refused(place, *rest):
+        if UNFINISHED in place.parts:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write_parts(place, *rest)
+
+    monkeypatch.setattr(saving, "write_parts", refused)
+    monkeypatch.setattr(training, "forget_after", lambda metrics, iteration: metrics.mkdir())  # so none can be written
+    flags = ["own", "--load", base, "--data", taught / "number-data", "--epochs", 2, *QUICK]
+    assert finetune(*flags, "--save", tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert said.count(f"{tmp_path}/out/metrics.jsonl cannot be written (Is a directory)") == 1
+    assert said.count("No space left on device") == 2 == said.count("The run goes on, and the next save tries again")
+    assert report_of(tmp_path / "out")["iteration"] > 0
+    assert finetune(*flags, "--save", tmp_path / "stopped", "--exit-interval", 5) == 4
+    assert "the same command goes on from there" not in capsys.readouterr().out
 
 
 def test_predictions_of_a_saved_model_are_those_of_its_validation(taught, tmp_path):

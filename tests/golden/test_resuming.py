@@ -431,15 +431,16 @@ def test_folders_that_cannot_be_written_are_named_with_their_flag_before_trainin
 def test_a_disk_that_is_full_while_metrics_are_written_is_one_line_and_ends_nothing(tmp_path, capfd, place):
     events = Events(CheckpointConfig(save=str(tmp_path)), LoggingConfig(), Log(), 0)
     reading = Reading(1, 1, 2.5, 0.1, 1.0, 0, 10, 10, 1.0, 1.0, [])
-    metrics = events._metrics
+    assert events._metrics is not None
+    metrics = events._metrics.path
     with Path("/dev/full").open("wb") as full:
         if place == "metrics":
-            events._metrics = Path("/dev/full")
+            events._metrics.path = Path("/dev/full")
         else:
             events._board._file, events._board._records = full, RecordWriter(full)
         for iteration in (1, 2, 3):
             if iteration == 3:
-                events._metrics = metrics  # there is room again
+                events._metrics.path = metrics  # there is room again
             events.train(reading, TrainingFacts(iteration, 3, 2, Totals(), learning_rate=1.0, group_rates={},
                                                 global_batch_size=2, loss_scale=1.0, peak_flops=1.0))
         events.close()

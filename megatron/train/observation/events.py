@@ -9,9 +9,6 @@ data that an evaluation used. A number that does not exist (the loss of steps wi
 diverged) is null.
 """
 
-import json
-import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,7 +16,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.metrics import MEASURED_ON, evaluations_of, forget_after, loss_name, read_records
+from megatron.checkpoint.metrics import (
+    MEASURED_ON,
+    MetricsWriter,
+    evaluations_of,
+    forget_after,
+    loss_name,
+    read_records,
+)
 from megatron.checkpoint.places import BOARD, METRICS_FILE
 from megatron.config import CheckpointConfig, LoggingConfig
 from megatron.data.rows.baselines import Baselines
@@ -60,16 +64,16 @@ class Events:
     def __init__(self, checkpoint: CheckpointConfig, logging: LoggingConfig, log: Log, iteration: int,
                  observers: Sequence[Observer] = ()) -> None:
         self._log, self._observers = log, observers
-        self._metrics: Path | None = None
-        self._unwritten = b""  # lines of metrics.jsonl that the disk has refused so far
+        self._metrics: MetricsWriter | None = None
         self._board: Any = None
         if not log.is_speaker:
             return
         if checkpoint.save:
-            self._metrics = Path(checkpoint.save) / METRICS_FILE
-            with _writing(self._metrics, f"--save {checkpoint.save}"):
-                self._metrics.parent.mkdir(parents=True, exist_ok=True)
-                forget_after(self._metrics, iteration)
+            metrics = Path(checkpoint.save) / METRICS_FILE
+            with _writing(metrics, f"--save {checkpoint.save}"):
+                metrics.parent.mkdir(parents=True, exist_ok=True)
+                forget_after(metrics, iteration)
+            self._metrics = MetricsWriter(metrics, log)
         folder = logging.tensorboard_dir or (str(Path(checkpoint.save) / BOARD) if checkpoint.save else None)
         if folder:
             from megatron.train.observation.board import Board  # only this rank needs it
@@ -102,7 +106,7 @@ class Events:
         if self._metrics is None:
             return False
         return any(record.get(MEASURED_ON) != measured_on
-                   for record in evaluations_of(read_records(self._metrics), kind)[0])
+                   for record in evaluations_of(read_records(self._metrics.path), kind)[0])
 
     def before(self) -> dict[str, float | None]:
         """The loss of each kind of evaluation before the first step, as far as --save holds it.
@@ -111,7 +115,7 @@ class Events:
         """
         if self._metrics is None:
             return {}
-        records = read_records(self._metrics)
+        records = read_records(self._metrics.path)
         return {kind: record.get("loss") for kind in {record["kind"] for record in records}
                 for record in evaluations_of(records, kind)[0] if record["iteration"] == 0}
 
@@ -122,15 +126,15 @@ class Events:
         from megatron.train.observation.picture import draw_losses  # matplotlib: slow to import, needed once
 
         try:
-            return draw_losses(self._metrics, baselines)
+            return draw_losses(self._metrics.path, baselines)
         except OSError as error:  # the run is complete without it
             self._log.line(f"note: no picture of the losses could be written ({error})")
             return None
 
     def close(self) -> None:
         """Write what is left, and close the files."""
-        if self._unwritten:
-            self._append(b"")
+        if self._metrics is not None:
+            self._metrics.close()
         if self._board is not None:
             with suppress(OSError):  # the disk had refused before, and that was said
                 self._board.close()
@@ -145,9 +149,7 @@ class Events:
         record = {"kind": kind, "iteration": iteration, "consumed_samples": consumed_samples,
                   "written_s": round(time.time(), 3), **(asdict(totals) if totals else {}), **facts, **values}
         if self._metrics is not None:
-            numbers = {name: value if isinstance(value, list | None) or math.isfinite(value) else None
-                       for name, value in values.items()}
-            self._append(f"{json.dumps(record | numbers | dict(marks or {}))}\n".encode())
+            self._metrics.add(record | dict(marks or {}))
         if self._board is not None:
             try:
                 self._board.scalars(iteration, {f"{kind}/{name}": value for name, value in values.items()
@@ -159,23 +161,6 @@ class Events:
                 self._board = None
         for observer in self._observers:
             observer.record(record)
-
-    def _append(self, line: bytes) -> None:
-        assert self._metrics is not None
-        was_refused, self._unwritten = bool(self._unwritten), self._unwritten + line
-        size = None
-        try:
-            size = self._metrics.stat().st_size if self._metrics.exists() else 0
-            with self._metrics.open("ab") as file:
-                file.write(self._unwritten)
-            self._unwritten = b""
-        except OSError as error:
-            with suppress(OSError):
-                if size is not None:
-                    os.truncate(self._metrics, size)  # no half a line
-            if not was_refused:
-                self._log.line(f"note: {self._metrics} cannot be written ({error.strerror or error}): its lines are "
-                               "kept, and written once there is room again")
 
 
 def _values_of(reading: Reading, facts: TrainingFacts) -> dict[str, Any]:
