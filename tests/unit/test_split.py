@@ -18,6 +18,8 @@ from megatron.errors import ConfigError
     ("32593668,1715454,44311", 40000000, (32593668, 1715454, 44311)),
     ("2000,100,10", 3000, (2000, 100, 10)),
     ("2000,1000,1000", 400, (200, 100, 100)),
+    ("1,1,1", 2, (1, 1, 0)),
+    ("0.6,1.7,1.7", 4, (1, 2, 1)),
 ])
 def test_documents_are_split_into_runs_of_these_counts(split, documents, counts):
     parts = split_documents(split, documents)

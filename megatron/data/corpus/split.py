@@ -40,5 +40,8 @@ def _counts_of_shares(shares: list[float], num_documents: int) -> list[int]:
     for share in shares:
         bounds.append(bounds[-1] + round(share / total * num_documents))
     excess = bounds[-1] - num_documents
-    bounds = [0, *(max(0, bound - excess) for bound in bounds[1:])]
+    if excess == bounds[1] == 1:  # Megatron would take the only protein of training away, so test gives one up instead
+        bounds[-1] = num_documents
+    else:
+        bounds = [0, *(max(0, bound - excess) for bound in bounds[1:])]
     return [high - low for low, high in zip(bounds, bounds[1:], strict=False)]
