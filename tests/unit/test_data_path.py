@@ -58,7 +58,7 @@ def test_a_list_has_the_rows_of_the_merged_files_whatever_its_parts(tmp_path, fl
                 assert all(np.array_equal(a, b) for a, b in zip(left, right, strict=True))
             assert "of 5 files" in joined.describe() and joined.describe().replace(" of 5 files", "") == (
                 merged.describe())
-            assert merged.documents.indexed.contents() == joined.documents.indexed.contents()
+            assert merged.documents.indexed.contents == joined.documents.indexed.contents
 
 
 @pytest.mark.parametrize("sizes", [[2000, 3], [3, 0, 2000, 1]])
@@ -66,9 +66,16 @@ def test_joined_files_are_told_apart_as_the_merged_one_is(tmp_path, sizes):
     prefixes = write_shards(tmp_path / "shards", sizes)
     merge(prefixes, str(tmp_path / "merged"))
     joined, merged = open_corpus("x", tuple(prefixes)), open_corpus("y", (str(tmp_path / "merged"),))
-    assert (joined.identity, joined.contents()) == (merged.identity, merged.contents())
+    assert (joined.identity, joined.contents) == (merged.identity, merged.contents)
     assert joined.num_documents == merged.num_documents
-    assert open_corpus("x", tuple(prefixes[::-1])).contents() != joined.contents()
+    assert open_corpus("x", tuple(prefixes[::-1])).contents != joined.contents
+
+
+def test_what_a_corpus_holds_is_read_once(tmp_path, monkeypatch):
+    corpus = open_corpus("x", tuple(write_shards(tmp_path, [20, 3])))
+    found = corpus.contents
+    monkeypatch.setattr("megatron.data.corpus.joined.hashlib.sha256", pytest.fail)
+    assert corpus.contents == found
 
 
 def test_lists_are_weighted_as_prefixes_are_and_named_by_their_files(tmp_path):

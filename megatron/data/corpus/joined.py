@@ -46,6 +46,7 @@ class Corpus:
             before += len(part)
         return digest.hexdigest()[:32]
 
+    @cached_property
     def contents(self) -> str:
         """A digest of `identity` and samples of the ids, which also tells apart data of the same lengths."""
         digest = hashlib.sha256(self.identity.encode())

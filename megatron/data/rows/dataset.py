@@ -48,7 +48,7 @@ def measured_on(dataset: Dataset, num_rows: int) -> str:
     documents (their masks are fixed), and how they are packed if these rows are not the whole split.
     """
     parts = dataset.datasets if isinstance(dataset, BlendedDataset) else (dataset,)
-    key: list = [(part.documents.indexed.contents(), part.documents.range.start, part.documents.range.stop)
+    key: list = [(part.documents.indexed.contents, part.documents.range.start, part.documents.range.stop)
                  for part in parts]
     if num_rows < dataset.num_epoch_rows(0):
         key += [num_rows, parts[0].settings.packing, dataset.seq_length, dataset.num_ends]
