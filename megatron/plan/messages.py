@@ -81,11 +81,14 @@ def buckets(held: Held, which: str = "size", shards: tuple[int, int] = (1, 0)) -
 def _scalars(traffic: Traffic, rank: Rank, parameters: Held) -> None:
     """Add the all-reduces of single numbers: counts of targets and wishes to stop or save, and the gradient norm.
 
-    With delayed scaling in FP8, also of the largest magnitudes of each layer's input and gradient.
+    With --on-spike skip, also of the loss, by which steps are judged before the update; with delayed scaling in FP8, of
+    the largest magnitudes of each layer's input and gradient.
     """
     sizes = {**rank.sizes, "data": rank.replicas}
     axis = next((axis for axis in sizes if sizes[axis] == rank.num_ranks), "world")
     traffic.add(axis, ALL_REDUCE, 24, rank.num_ranks)
+    if rank.config.guards.on_spike == "skip":
+        traffic.add(axis, ALL_REDUCE, 8, rank.num_ranks)
     for is_split in _kinds_of_norm(parameters, rank.place["pipeline"] > 0):
         traffic.add("tensor", ALL_REDUCE, 4, rank.sizes["tensor"] if is_split else 1)
         traffic.add("data", ALL_REDUCE, 4, rank.shards)

@@ -10,6 +10,7 @@ from megatron.parallel.mesh import build_mesh
 from megatron.parallel.traffic import TrafficCounter
 from megatron.plan.messages import step_traffic
 from megatron.plan.rank import Rank, padded_vocab_size
+from megatron.train.guards.spikes import SpikeJudge
 from megatron.train.step.engine import build_engine, stream_of
 from megatron.train.step.meters import Meters
 from megatron.train.step.train_step import TrainStep
@@ -23,7 +24,7 @@ LAYOUTS = {
     "tp2-fp8": ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--bf16", "--fp8", "hybrid"],
     "tp2-full": ["--tensor-model-parallel-size", "2", "--checkpoint-activations", "--hidden-dropout", "0"],
     "dp2-parameters": ["--data-parallel-sharding", "parameters"],
-    "pp2": ["--pipeline-model-parallel-size", "2"],
+    "pp2-skip": ["--pipeline-model-parallel-size", "2", "--on-spike", "skip"],
     "cp2": ["--context-parallel-size", "2"],
 }
 
@@ -39,7 +40,9 @@ def sent_in_a_step(axis):
 
 def counted_step(config):
     mesh = build_mesh(config.parallel, torch.device("cpu"), TIMEOUT)
-    step = TrainStep(build_engine(config, mesh, padded_vocab_size(config)), Meters(mesh.world, mesh.device))
+    judge = SpikeJudge(config.guards, mesh.device, False) if config.guards.on_spike == "skip" else None
+    step = TrainStep(build_engine(config, mesh, padded_vocab_size(config)), Meters(mesh.world, mesh.device),
+                     judge=judge)
     rows = config.training.micro_batch_size
     stream = stream_of(config, mesh)
     batch = typical_batch(config.data, rows, stream.token_multiple, mesh.context.rank, mesh.context.size)
