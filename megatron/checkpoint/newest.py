@@ -34,13 +34,14 @@ def newest(folder: str, world: Axis, log: Log, with_optimizer: store.WithOptimiz
 
 def saved_flags(folder: str) -> dict[str, Any]:
     """The flags stored in the checkpoint that `--load` would open, by field name; {} if there is none."""
-    known = foreign(Path(folder))
-    if known is None:
-        return store.saved_flags(folder)
+    place = Path(folder)
+    known = foreign(place)
     try:
-        return known.read(Path(folder)).state["config"]
+        found = store.first_to_try(place) if known is None else known.read(place)
     except CheckpointError:  # loading it reports the error
         return {}
+    config = None if found is None else found.state.get("config")
+    return config if isinstance(config, dict) else {}
 
 
 def _foreign(known: CheckpointFormat | None, place: Path, world: Axis) -> tuple[Checkpoint | None, str | None]:

@@ -84,15 +84,11 @@ def open_place(place: Path, with_optimizer: bool = True) -> Checkpoint:
                       read_state(place / STATE), manifest.stored(place, "ema/") or None)
 
 
-def saved_flags(folder: str) -> dict[str, Any]:
-    """The flags stored in the checkpoint that a run in `folder` would resume from, by field name; {} if there is none.
+def first_to_try(root: Path) -> Checkpoint | None:
+    """The checkpoint that a folder is, or the first that `find` tries there; raises CheckpointError where it is broken.
     """
-    try:
-        root = Path(folder)
-        config = open_place(root.resolve() if _is_one(root) else in_order(root)[1][0]).state["config"]
-    except (CheckpointError, IndexError, KeyError):  # loading it reports the error
-        return {}
-    return config if isinstance(config, dict) else {}
+    places = [root.resolve()] if _is_one(root) else in_order(root)[1]
+    return open_place(places[0]) if places else None
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.store import saved_flags
+from megatron.checkpoint.newest import saved_flags
 from megatron.config import Config
 from megatron.config.declaration import flag_name
 
