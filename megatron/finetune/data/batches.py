@@ -1,7 +1,7 @@
 """Labelled proteins packed into rows, and rows into micro-batches of one shape, the same for any data-parallel size.
 
 What lies in which row depends on the seed and the epoch alone. A step takes `global_batch_size` rows in Megatron's
-order: micro-batch k of rank r has the rows first + (k x ranks + r) x micro … + micro, the last ones fewer, or none.
+order, as `data.batches.loader` has it; the last micro-batches have fewer rows, or none.
 
 Shapes: t tokens of a micro-batch (this rank's share of them), g proteins and where there are fewer, empty ones, as in
 `PackedSequence`, c classes, r residues.
@@ -10,12 +10,14 @@ Shapes: t tokens of a micro-batch (this rank's share of them), g proteins and wh
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron.data.batches.batch import Batch, BatchShape, collate
+from megatron.data.batches.loader import micro_batch_samples
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.packed import Row, between_ends
 from megatron.data.rows.packing import PackedRows, order_key, pack
@@ -146,12 +148,10 @@ class PackedExamples:
 
     def _step(self, epoch: int, first: int) -> list[Batch]:
         settings, packed = self._settings, self._packed(epoch)
-        last = min(first + settings.global_batch_size, len(packed))
-        stride = settings.micro_batch_size * settings.data_size
-        starts = range(first + settings.data_rank * settings.micro_batch_size, first + settings.global_batch_size,
-                       stride)
-        return [self._batch(epoch, range(start, max(start, min(start + settings.micro_batch_size, last))))
-                for start in starts]
+        size, num_ranks = settings.micro_batch_size, settings.data_size
+        of_rank = micro_batch_samples(first, None, size, settings.data_rank, num_ranks)
+        return [self._batch(epoch, rows[:max(0, len(packed) - rows.start)])
+                for rows in islice(of_rank, settings.global_batch_size // (size * num_ranks))]
 
     def _num_labels(self, number: int, window: slice) -> int:
         """What a part of an example adds to the batch's `num_targets`."""
