@@ -18,10 +18,10 @@ if not __package__:  # else it is installed
 
 from megatron.config.command_line import OneLineParser  # noqa: E402
 from megatron.errors import ConfigError  # noqa: E402
+from megatron.infer.bootstrap import CONFIDENCE  # noqa: E402
 from megatron.infer.door import add_model_flags, add_skipping_flag, asked  # noqa: E402
 from megatron.infer.pretrained import Pretrained, load  # noqa: E402
 from megatron.infer.skipped import FLAG  # noqa: E402
-from megatron.infer.spearman import CONFIDENCE  # noqa: E402
 from megatron.infer.variants.assays import files_of  # noqa: E402
 from megatron.infer.variants.record import SUMMARY, ScoringRecord  # noqa: E402
 from megatron.infer.variants.run import Way, draw_proteins, score_files  # noqa: E402

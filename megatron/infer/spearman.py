@@ -4,7 +4,8 @@ import math
 
 import numpy as np
 
-CONFIDENCE = 0.95
+from megatron.infer.bootstrap import draws, interval
+
 _RESAMPLES = 1000
 
 
@@ -17,18 +18,13 @@ def spearman(first: np.ndarray, second: np.ndarray) -> float:
 
 def spearman_interval(first: np.ndarray, second: np.ndarray, num_resamples: int = _RESAMPLES, seed: int = 0
                       ) -> tuple[float, float]:
-    """The percentile bootstrap interval of the correlation at level CONFIDENCE, resampling pairs; nan if there is none.
+    """The percentile bootstrap interval of the correlation, resampling pairs; nan if there is none.
 
     A resample is stored as how often each pair was drawn, so ranks need no new sorting.
     """
-    groups, generator, number = (_groups(first), _groups(second)), np.random.default_rng(seed), len(first)
-    found = [_weighted(*groups, np.bincount(generator.integers(number, size=number), minlength=number).astype(float))
-             for _ in range(num_resamples)]
-    known = [value for value in found if not math.isnan(value)]
-    if not known:
-        return math.nan, math.nan
-    low, high = np.quantile(known, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
+    groups, number = (_groups(first), _groups(second)), len(first)
+    return interval([_weighted(*groups, np.bincount(drawn, minlength=number).astype(float))
+                     for drawn in draws(number, num_resamples, seed)])
 
 
 def _groups(values: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ import torch
 from megatron.finetune.data.contacts import pairs_in
 from megatron.finetune.data.labels import LabelSpace
 from megatron.finetune.data.tasks import CLASS, CLASSES, CONTACTS, METRICS, NUMBER, NUMBERS
+from megatron.infer.bootstrap import draws, interval
 from megatron.infer.contacts.precision import DIVISORS, RANGES, precisions
 from megatron.infer.spearman import spearman
 from megatron.kernels.packed_sequence import NO_TARGET
@@ -34,23 +35,21 @@ class Measured:
 
 
 def measure(space: LabelSpace, true: Sequence[Any], predicted: Sequence[Any], *, num_draws: int = 0,
-            level: float = 0.95, seed: int = 0) -> dict[str, Measured]:
+            seed: int = 0) -> dict[str, Measured]:
     """All metrics of a kind of labels on some proteins, by name.
 
     true: labels as `LabelSpace.read` returns them. predicted, for each protein: number, a float; class, the class;
     classes, a probability of each [c]; residues, the class of each residue [r]; numbers, one for each residue [r];
     contacts, a score of each pair [r, r]. If predictions cover only the first residues, the others do not count. All
     residues have the same weight, whatever their protein. `num_draws`: number of bootstrap resamples of the proteins
-    for the percentile interval (Efron, 1979); resamples for which a metric is undefined are left out.
+    for the percentile interval (`infer.bootstrap`); resamples for which a metric is undefined are left out.
     """
     statistic, everything = _statistic(space, true, predicted), np.arange(len(true))
     values = statistic(everything)
     if not num_draws:
         return {name: Measured(values[name]) for name in METRICS[space.kind]}
-    rng = np.random.default_rng(seed)
-    draws = [statistic(rng.integers(len(true), size=len(true))) for _ in range(num_draws)]
-    ends = [(1 - level) / 2, (1 + level) / 2]
-    return {name: Measured(values[name], *_quantiles([draw[name] for draw in draws], ends))
+    of_draws = [statistic(chosen) for chosen in draws(len(true), num_draws, seed)]
+    return {name: Measured(values[name], *interval([of_draw[name] for of_draw in of_draws]))
             for name in METRICS[space.kind]}
 
 
@@ -216,8 +215,3 @@ def _mean(values: np.ndarray) -> float:
     """The mean of the values that are not NaN; NaN if there are none."""
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if len(defined) else np.nan
-
-
-def _quantiles(values: Sequence[float], ends: Sequence[float]) -> list[float]:
-    defined = [value for value in values if not np.isnan(value)]
-    return [float(end) for end in np.quantile(defined, ends)] if defined else [np.nan, np.nan]

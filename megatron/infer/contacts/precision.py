@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron.infer.bootstrap import draws, interval
 from megatron.infer.contacts.chains import LEAST_SEPARATION, Pairs
 
 Ranges = Mapping[str, tuple[int, int | None]]
@@ -16,7 +17,7 @@ Ranges = Mapping[str, tuple[int, int | None]]
 RANGES: Ranges = {"short": (LEAST_SEPARATION, 12), "medium": (12, 24), "long": (24, None),
                   "all": (LEAST_SEPARATION, None)}
 DIVISORS = (1, 2, 5)  # of the residues: as many pairs are told
-INTERVAL, RESAMPLINGS = 0.95, 2000
+_RESAMPLES = 2000
 
 
 def precisions(scores_p: Tensor, pairs: Pairs, length: int, ranges: Ranges = RANGES) -> np.ndarray:
@@ -40,7 +41,4 @@ def mean_and_interval(values_q: Sequence[float]) -> tuple[float, float, float]:
     known = np.array([value for value in values_q if not np.isnan(value)])
     if not len(known):
         return np.nan, np.nan, np.nan
-    rng = np.random.default_rng(0)
-    means = [known[rng.integers(len(known), size=len(known))].mean() for _ in range(RESAMPLINGS)]
-    low, high = np.quantile(means, [(1 - INTERVAL) / 2, (1 + INTERVAL) / 2])
-    return float(known.mean()), float(low), float(high)
+    return float(known.mean()), *interval([known[drawn].mean() for drawn in draws(len(known), _RESAMPLES)])
