@@ -20,6 +20,7 @@ from megatron.model.protein_model import ProteinModel
 from megatron.model.states import watched_layers
 from megatron.parallel.collectives import all_gather
 from megatron.parallel.mesh import Mesh
+from megatron.parallel.waits import read
 
 OF_LAYERS = ("mean", "per_tok", "cls")
 INCLUDED = (*OF_LAYERS, "contacts", "logits")
@@ -91,14 +92,14 @@ def _of_row(model: ProteinModel, mesh: Mesh, row: PackedSequence, num_ends: int,
     with ExitStack() as stack:
         states = stack.enter_context(watched_layers(model, {*asked.watched, *([last] if needs_last else [])}))
         if "contacts" in asked.include:
-            named["contacts"] = [map_rr.cpu().numpy() for map_rr in contacts(model, row, num_ends)]
+            named["contacts"] = [read(map_rr).numpy() for map_rr in contacts(model, row, num_ends)]
         else:
             model.hidden(row)
     if needs_last:
         logits_tv = all_logits(model, states[last], mesh, num_tokens)
-        named["logits"] = [_residues(part, num_ends) for part in split(logits_tv.float().cpu(), row)]
+        named["logits"] = [_residues(part, num_ends) for part in split(read(logits_tv.float()), row)]
     if asked.watched:
-        stacked_tlh = torch.stack([states[layer] for layer in asked.layers], 1).float().cpu()
+        stacked_tlh = read(torch.stack([states[layer] for layer in asked.layers], 1).float())
         parts = split(stacked_tlh, row)
         if "mean" in asked.include:
             named["mean"] = [_residues(part, num_ends).mean(0) for part in parts]

@@ -14,6 +14,7 @@ from megatron.infer.answers import all_logits
 from megatron.infer.pretrained import Pretrained
 from megatron.infer.rows import grouped, packed, token_budget
 from megatron.infer.windows import window_around
+from megatron.parallel.waits import read
 
 
 class Copy(NamedTuple):
@@ -51,6 +52,6 @@ def log_probabilities(pretrained: Pretrained, copies: Iterable[Copy], budget: in
         places = [start + place for start, copy in zip(starts, row, strict=False) for place in copy.places]
         hidden_th = model.hidden(sequence)[torch.tensor(places, dtype=torch.int64, device=mesh.device)]
         logits_tv = all_logits(model, hidden_th, mesh, pretrained.vocab.size)
-        values_tv = logits_tv.float().log_softmax(-1).cpu().numpy()
+        values_tv = read(logits_tv.float().log_softmax(-1)).numpy()
         progress(len(row))
         yield from np.split(values_tv, np.cumsum([len(copy.places) for copy in row])[:-1])

@@ -14,6 +14,8 @@ from torch import nn
 from megatron.config import PrecisionConfig
 from megatron.config.command_line import parse
 from megatron.data.batches.batch import BatchShape
+from megatron.finetune.data.tasks import NUMBER
+from megatron.finetune.predictions.collected import _Predicting
 from megatron.optim.average import WeightAverage
 from megatron.optim.scaling import LossScale
 from megatron.parallel.launch.watch import _is_waiting
@@ -60,13 +62,18 @@ def choice_of_precision(monkeypatch):
     precision._measured(config, SimpleNamespace(world=Axis(rank=1, size=2), device=META))
 
 
+def prediction():
+    batch = SimpleNamespace(sequence=SimpleNamespace(cu_seqlens=torch.zeros(2, device=META)))
+    _Predicting.take(SimpleNamespace(_mesh=Mesh(), _head=SimpleNamespace(kind=NUMBER)), batch, torch.zeros(1))
+
+
 READERS = {
     "stopping": lambda: StopRequests(None).agreed(MESH), "wishes": arriving, "memory": lambda: peak_memory_gib(MESH),
     "log event": lambda: meters().read(), "totals": lambda: meters().totals(), "saving": lambda: meters().state(),
     "times": times_of_ranks, "evaluation": evaluation, "precision": choice_of_precision,
     "frozen": lambda: is_any_trained([nn.Parameter(torch.ones(1, device=META), requires_grad=False)], Axis()),
     "loss scale": lambda: LossScale(PrecisionConfig(), META).state(),
-    "average": lambda: WeightAverage({}, 0.9, META).num_steps}
+    "prediction": prediction, "average": lambda: WeightAverage({}, 0.9, META).num_steps}
 
 
 @pytest.mark.parametrize("reader", READERS)

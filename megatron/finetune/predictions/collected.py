@@ -17,6 +17,7 @@ from megatron.finetune.predictions.metrics import Measured, measure
 from megatron.log import Log
 from megatron.parallel.collectives import all_gather_object
 from megatron.parallel.pipeline.schedules import Action
+from megatron.parallel.waits import read
 from megatron.train.step.engine import Engine, stream_of
 from megatron.train.step.passes import ForwardPasses
 
@@ -75,8 +76,8 @@ class _Predicting(ForwardPasses):
         """Keep those of each protein by its example's number."""
         if self._mesh.tensor.rank or self._mesh.context.rank:
             return
-        kind, ends = self._head.kind, batch.sequence.cu_seqlens.tolist()
-        values: Any = output.float() if kind == CONTACTS else output.float().cpu().numpy()
+        kind, ends = self._head.kind, read(batch.sequence.cu_seqlens).tolist()
+        values: Any = output.float() if kind == CONTACTS else read(output.float()).numpy()
         for place, number in enumerate(batch.targets.examples_g.tolist()):
             if number == NO_EXAMPLE:
                 continue
@@ -86,5 +87,5 @@ class _Predicting(ForwardPasses):
             of_protein = values[ends[place] + 1:ends[place + 1] - self._head.num_ends + 1]
             if kind == CONTACTS:
                 first_rw, second_rw = of_protein.unbind(1)
-                of_protein = self._of_contacts((first_rw @ second_rw.mT).sigmoid().cpu().numpy())
+                of_protein = self._of_contacts(read((first_rw @ second_rw.mT).sigmoid()).numpy())
             self._found[number] = of_protein
