@@ -1,8 +1,8 @@
-"""Installs the project: `pip install -e .` (what `examples/setup.sh` does in its own environment), or `pip install .`.
+"""Installs the project: `pip install .`, or `pip install -e .`, as `examples/setup.sh` does in its own environment.
 
-The ranges here are what the code can work with; `requirements.txt` pins what is tested. The compiled helpers that pack
-proteins into rows, and on CPUs attend and do what lies between matrix products, are optional: without a C++ compiler or
-pybind11 their Python twins do the same work, more slowly.
+The version ranges here are those that the code supports; `requirements.txt` pins the tested versions. The compiled
+helpers are optional: they pack proteins into rows and, on CPUs, compute attention and the operations between matrix
+products. Without a C++ compiler or pybind11, the equivalent Python code is used, which is slower.
 """
 
 import sys
@@ -16,7 +16,7 @@ EXTRAS = {
     "helper": ["pybind11>=2.11", "setuptools>=64"],  # builds the compiled helpers
     "fast": ["orjson>=3.8", "isal>=1.5"],  # reads JSON and gzip faster than the standard library
     "sentences": ["nltk>=3.8"],  # tools/preprocess_data.py --split-sentences
-    "hdf5": ["h5py>=3.8"],  # tools/embed.py to .h5
+    "hdf5": ["h5py>=3.8"],  # .h5 files of tools/embed.py
     "structures": ["gemmi>=0.6.5"],  # tools/predict_contacts.py on PDB and mmCIF files
     "yaml": ["PyYAML>=6"],  # --config FILE.yaml
     "docs": ["sphinx>=8.1", "myst-parser>=4.0", "furo>=2024.8.6"],  # python -m sphinx docs docs/_build/html
@@ -26,12 +26,12 @@ EXTRAS = {
 
 
 def extensions() -> list[Extension]:
-    """The compiled helpers, or nothing where pybind11 is missing."""
+    """The compiled helpers; an empty list if pybind11 is missing."""
     try:
         from pybind11.setup_helpers import Pybind11Extension
     except ImportError:
         return []
-    threads = ["-fopenmp"] if sys.platform == "linux" else []  # PyTorch's own pool: it has loaded the library before
+    threads = ["-fopenmp"] if sys.platform == "linux" else []  # PyTorch's pool, already loaded
     return [Pybind11Extension("megatron.data.rows._packing", ["megatron/data/rows/packing.cpp"], cxx_std=17,
                               extra_compile_args=["-O3"], optional=True),
             Pybind11Extension("megatron.kernels.pointwise._pointwise", ["megatron/kernels/pointwise/pointwise.cpp"],
@@ -49,7 +49,7 @@ def extensions() -> list[Extension]:
 
 
 def commands() -> list[str]:
-    """`proteinlm-pretrain`, `proteinlm-preprocess`, `proteinlm-embed` and so on, one a program."""
+    """The entry point of each program: `proteinlm-pretrain`, `proteinlm-preprocess`, `proteinlm-embed` and so on."""
     names = [path.stem.removesuffix("_data").replace("_", "-") for path in sorted(Path("tools").glob("*.py"))]
     return [f"proteinlm-{name} = megatron.console:run" for name in ("pretrain", *names)]
 
@@ -57,16 +57,16 @@ def commands() -> list[str]:
 setup(
     name="proteinlm-pretrain",
     version="0.1.0",
-    description="Protein masked language models, pretrained Megatron-style, on packed proteins",
+    description="Pretraining of masked protein language models on packed proteins, Megatron-style",
     license="Apache-2.0",
-    # tools/ is installed below megatron/: a package called tools would not be ours alone.
+    # tools/ is installed under megatron/, because other projects may have a package named tools too.
     packages=[*find_namespace_packages(include=["megatron*", "protein_tools*"]), "megatron.tools"],
     package_dir={"megatron.tools": "tools"},
     package_data={"protein_tools": ["*.txt"], "megatron.config.presets": ["*/*.toml"]},
     py_modules=["pretrain_tape"],
     entry_points={"console_scripts": commands()},
     ext_modules=extensions(),
-    setup_requires=["pybind11>=2.11"],  # of a build by itself, for the compiled helpers
+    setup_requires=["pybind11>=2.11"],  # to build the compiled helpers
     python_requires=">=3.10",
     install_requires=REQUIRED,
     extras_require=EXTRAS,

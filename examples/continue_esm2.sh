@@ -1,26 +1,27 @@
 #!/usr/bin/env bash
-# Goes on training a published protein language model on your proteins: sets up, preprocesses, trains, evaluates before
-# and after, and writes a folder that transformers loads.
+# Continues the pretraining of a published protein language model on your proteins: sets up, preprocesses, trains,
+# evaluates before and after, and writes a folder that transformers loads.
 #
 #     bash examples/continue_esm2.sh MODEL PROTEINS OUT_FOLDER [any flag of pretrain_tape.py]
 #
-#     MODEL        a folder of transformers (ESM-2, ESM-1b, ProtBERT, what this script wrote), or a .pt of fair-esm
+#     MODEL        a transformers folder (ESM-2, ESM-1b, ProtBERT, or an output of this script), or a .pt of fair-esm
 #     PROTEINS     a file of proteins: FASTA, one protein a line, or a table or JSON with them under `text`, compressed
 #                  or not
-#     OUT_FOLDER   gets model (for transformers, written anew at each end), run (checkpoints, metrics, loss curves), data
+#     OUT_FOLDER   receives model (for transformers, rewritten at the end of each run), run (checkpoints, metrics, loss
+#                  curves) and data
 #
-# Stopped (Ctrl-C, or SIGTERM, on which it saves) or killed, run the same again and it goes on. What can be set from
-# outside, as in `EPOCHS=10 bash examples/continue_esm2.sh …`:
+# You can stop it with Ctrl-C, or with SIGTERM, on which it saves. After a stop or a crash, run the same command again
+# and it resumes. You can set these variables, as in `EPOCHS=10 bash examples/continue_esm2.sh …`:
 #
 #     EPOCHS          passes over PROTEINS (default: 3)
-#     OLD_PROTEINS    what the model is not to forget: a file like PROTEINS, say of Swiss-Prot, or the prefix of one that
-#                     is preprocessed already. It is mixed in, and evaluated by itself (default: none)
+#     OLD_PROTEINS    proteins that the model must not forget: a file like PROTEINS, for example of Swiss-Prot, or the
+#                     prefix of a preprocessed one. It is mixed in, and evaluated separately (default: none)
 #     OLD_SHARE       its share of the rows (default: 0.2)
 #     GPUS_PER_NODE   processes that share each batch (default: the GPUs of this machine; 1 if it has none)
-#     MAX_RESTARTS    how often to start again from the last checkpoint when one has died (default: 0)
+#     MAX_RESTARTS    how often to restart from the last checkpoint when a process has died (default: 0)
 #
-# Batches, learning rate and number of steps follow from the model and the proteins (tools/continued_flags.py), and any
-# flag overrides them: docs/continue_pretraining.md says why they are as they are.
+# tools/continued_flags.py derives batch size, learning rate and number of steps from the model and the proteins. Any
+# flag overrides them. docs/continue_pretraining.md explains the choices.
 set -euo pipefail
 
 refuse() {
@@ -53,10 +54,10 @@ if [ -n "$old" ] && ! [ -e "$old.idx" ]; then inputs+=("$old" old); fi
 is_checked=''
 for ((place = 0; place < ${#inputs[@]}; place += 2)); do
     file=${inputs[place]} prefix=$out/data/${inputs[place + 1]}
-    if [ -e "$prefix.stats.json" ]; then continue; fi  # which is written last
+    if [ -e "$prefix.stats.json" ]; then continue; fi  # it is written last
     if [ -z "$is_checked" ]; then "${ask[@]}" --check -- "$@"; fi
     is_checked=yes
-    mkdir -p "$out/data" 2>/dev/null || fail "OUT_FOLDER $out cannot be written to; give another"
+    mkdir -p "$out/data" 2>/dev/null || fail "OUT_FOLDER $out cannot be written to; give another folder"
     echo "preprocessing: $file -> ${prefix}_text_document.bin and .idx"
     "$python" "$root/tools/preprocess_data.py" --input "$file" --output-prefix "$prefix" --overwrite
 done
@@ -78,6 +79,6 @@ rm -rf "$out/model"
 "$python" "$root/tools/convert_checkpoint.py" --load-dir "$out/run" --save-dir "$out/model" --to hf
 echo
 trust=''
-if grep -q '"auto_map"' "$out/model/config.json"; then trust=', trust_remote_code=True'; fi  # it has code of its own
+if grep -q '"auto_map"' "$out/model/config.json"; then trust=', trust_remote_code=True'; fi  # the model has its own code
 echo "  for transformers    $out/model: AutoModelForMaskedLM.from_pretrained(\"$out/model\"$trust)"
 echo "  the run             $out/run"

@@ -6,24 +6,25 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #
-# Preprocesses many files of proteins on machines that SLURM gives, as an array of jobs. From the checkout, which all
-# machines must see, as they must see the files:
+# Preprocesses many files of proteins as a SLURM job array. Run it from the checkout; all machines must see the checkout
+# and the files:
 #
-#     bash examples/setup.sh run                                                  once, where the Internet is in reach
+#     bash examples/setup.sh run                                                  once, with Internet access
 #     bash examples/preprocess_slurm.sh FILES.txt PREFIX [any flag of tools/preprocess_data.py]
 #
-# FILES.txt has the path of a file a line. File number N becomes PREFIX-N_text_document.bin and .idx, and a last job,
-# once all have ended well, writes PREFIX_text_document.txt with a line for each, in the order of FILES.txt. Training
-# takes that list as one corpus, `--data-path @PREFIX_text_document.txt`; tools/merge_datasets.py makes one file of it.
+# FILES.txt lists one path a line. File number N becomes PREFIX-N_text_document.bin and .idx. When all tasks have
+# succeeded, a last job writes PREFIX_text_document.txt, with one line for each file, in the order of FILES.txt.
+# Training reads that list as one corpus: `--data-path @PREFIX_text_document.txt`. tools/merge_datasets.py merges the
+# files into one.
 #
-#     TASKS       of the array (default: 1 to the number of files, at most 1,000 tasks, 64 at a time). To do those again
-#                 that failed, once their cause is mended: TASKS=3,7 and the same command
+#     TASKS       tasks of the array (default: 1 to the number of files, at most 1,000 tasks, 64 at a time). To repeat
+#                 the tasks that failed, fix the cause and run the same command with TASKS=3,7
 #
-# sbatch's own options go by its variables, such as SBATCH_PARTITION and SBATCH_TIMELIMIT. A task whose machine fails is
-# queued again, and begins its files anew, or with --shards goes on behind the last shard.
+# Set options of sbatch by its variables, such as SBATCH_PARTITION and SBATCH_TIMELIMIT. A task whose machine fails is
+# queued again. It restarts its files from the beginning; with --shards, it continues after the last shard.
 set -euo pipefail
 
-# What a job of this script does, its first argument; none where it is called to queue them, be it from within a job.
+# What this job does: the first argument. Without it the script submits the jobs, even if called from within a job.
 step=submit
 if [[ ${1-} == --step=* ]]; then
     step=${1#--step=}
@@ -35,16 +36,16 @@ refuse() {
     exit 2
 }
 
-[ $# -ge 2 ] || refuse "give FILES.txt and PREFIX; the head of examples/preprocess_slurm.sh explains them"
+[ $# -ge 2 ] || refuse "give FILES.txt and PREFIX; the comment at the top of examples/preprocess_slurm.sh explains them"
 list=$1 prefix=$2
 shift 2
-[ -r "$list" ] || refuse "$list cannot be read; give a file with the path of a file of proteins a line"
+[ -r "$list" ] || refuse "$list cannot be read; give a file that lists one file of proteins a line"
 files=()
 while read -r file || [ -n "$file" ]; do if [ -n "$file" ]; then files+=("$file"); fi; done <"$list"
-[ ${#files[@]} -gt 0 ] || refuse "$list is empty; it has the path of a file of proteins a line"
-num_tasks=$((${#files[@]} < 1000 ? ${#files[@]} : 1000))  # SLURM's own limit is 1,001 unless it was raised
+[ ${#files[@]} -gt 0 ] || refuse "$list is empty; list one file of proteins a line in it"
+num_tasks=$((${#files[@]} < 1000 ? ${#files[@]} : 1000))  # SLURM's default limit is 1,001
 
-# submit: queues the array, and behind it the job that writes the list.
+# submit: queues the array, and after it the job that writes the list.
 submit() {
     local file job
     for file in "${files[@]}"; do
@@ -57,14 +58,14 @@ submit() {
     job=${job%%;*}
     sbatch --parsable --dependency="afterok:$job" --kill-on-invalid-dep=yes --time=10 --cpus-per-task=1 \
         examples/preprocess_slurm.sh --step=write_lists "$list" "$prefix" >/dev/null
-    echo "queued ${#files[@]} files as $num_tasks tasks of job $job; the lists for --data-path come behind them:" \
+    echo "queued ${#files[@]} files as $num_tasks tasks of job $job; the lists for --data-path follow them:" \
         "${prefix}_text_document.txt"
 }
 
-# preprocess: the files of this task, the one of its number and those a whole number of arrays further on.
+# preprocess: the files of this task: the one with its number, and every file a multiple of num_tasks after that.
 preprocess() {
     local number=$SLURM_ARRAY_TASK_ID
-    source "$SLURM_SUBMIT_DIR/examples/setup.sh" run  # SLURM runs a copy of this script, from a folder of its own
+    source "$SLURM_SUBMIT_DIR/examples/setup.sh" run  # SLURM runs a copy of this script, in another folder
     while [ "$number" -le ${#files[@]} ]; do
         "$python" "$root/tools/preprocess_data.py" --input "${files[number - 1]}" --output-prefix "$prefix-$number" \
             --workers "${SLURM_CPUS_PER_TASK:-1}" --overwrite "$@"
@@ -72,7 +73,7 @@ preprocess() {
     done
 }
 
-# write_lists: PREFIX_text_document.txt, or what the outputs' own endings are; whole or not at all.
+# write_lists: PREFIX_text_document.txt, or one list for each ending of the outputs; each list appears whole.
 write_lists() {
     local number index ending endings=()
     for index in "$prefix-1"_*.idx; do

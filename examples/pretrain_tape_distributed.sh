@@ -1,33 +1,35 @@
 #!/usr/bin/env bash
 # Pretrains as examples/pretrain_tape.sh does (PRESET, DATA_PATH, CHECKPOINT_PATH and VOCAB_FILE are explained there),
-# over several processes that share each batch: data parallel. Its checkpoints go to runs/PRESET-distributed.
+# in several processes that split each batch (data parallelism). It saves checkpoints in runs/PRESET-distributed.
 #
 #     bash examples/pretrain_tape_distributed.sh [any flag of pretrain_tape.py]
 #
-# A model too large for one GPU is split over neighbouring processes, which then see the same rows (tensor parallel):
+# To train a model too large for one GPU, split it over neighbouring processes, which then see the same rows (tensor
+# parallelism):
 #
-#     --tensor-model-parallel-size 2    each layer over 2 of them; a divisor of the number of heads, on one machine
-#     --sequence-parallel               with it: less memory, as much communication
+#     --tensor-model-parallel-size 2    each layer over 2 processes of one machine; must divide the number of heads
+#     --sequence-parallel               in addition: less memory, as much communication
 #
 # On several machines, run it on each with the same MASTER_ADDR and with its own NODE_RANK:
 #
 #     NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 bash examples/pretrain_tape_distributed.sh        (the other: NODE_RANK=1)
 #
 #     GPUS_PER_NODE   processes on this machine (default: its GPUs; 2 if it has none, on the CPU over gloo)
-#     NNODES          machines (default: 1); LEAST:MOST for a number that may change, see below
+#     NNODES          number of machines (default: 1); LEAST:MOST if it may change, see below
 #     NODE_RANK       this machine's number, from 0 (default: 0)
-#     MASTER_ADDR     address of machine 0, as the others see it (needed where NNODES is above 1)
-#     MASTER_PORT     a free port there (default: 6000; with one machine, any that is free)
-#     MAX_RESTARTS    how often to start again from the last checkpoint when a process has died (default: 0)
+#     MASTER_ADDR     address of machine 0, as the others see it (required if NNODES is above 1)
+#     MASTER_PORT     a free port there (default: 6000; with one machine, any free port)
+#     MAX_RESTARTS    how often to restart from the last checkpoint when a process has died (default: 0)
 #
-# A process that dies ends all, on all machines, with one line that says which, where and why; one that hangs does so
-# within --distributed-timeout-minutes (default: 10). A request to stop (Ctrl-C, SIGTERM, SIGHUP, SIGUSR1) on one machine
-# is one to all: all processes save, and all end with success.
+# When a process dies, all processes on all machines end, with one line that says which died, where and why. When one
+# hangs, they end within --distributed-timeout-minutes (default: 10). A request to stop (Ctrl-C, SIGTERM, SIGHUP,
+# SIGUSR1) on one machine reaches all: all processes save and exit with success.
 #
-# With NNODES=2:4 the training starts once 2 machines have come (and half a minute has passed), and goes on with as many
-# as there are, up to 4: one that comes later joins it, from a checkpoint that is saved for it; one that is lost counts
-# for MAX_RESTARTS, and the others go on from the last checkpoint without it. Machine 0 must stay. NODE_RANK is not asked
-# for. Give --global-batch-size, a multiple of what each number of processes sees at once: then the run stays the same.
+# With NNODES=2:4, training starts once 2 machines have joined and half a minute has passed, and uses as many machines
+# as there are, up to 4. A machine that comes later joins from a checkpoint that is saved for it. A lost machine counts
+# as a restart (MAX_RESTARTS), and the others resume from the last checkpoint without it. Machine 0 must stay. NODE_RANK
+# is not needed. To keep the run the same with any number of machines, give a --global-batch-size that is a multiple of
+# the rows that all processes take at once, for each number of processes.
 set -euo pipefail
 
 if [[ ${NNODES-} == *:* ]]; then LEAST_NNODES=${NNODES%%:*} NNODES=${NNODES#*:}; fi

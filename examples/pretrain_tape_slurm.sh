@@ -10,47 +10,48 @@
 #SBATCH --open-mode=append
 #
 # Pretrains as examples/pretrain_tape.sh does (PRESET, DATA_PATH, CHECKPOINT_PATH and VOCAB_FILE are explained there),
-# on machines that SLURM gives, one task for each GPU. Its checkpoints go to runs/PRESET-slurm. From the checkout:
+# as a SLURM job with one task for each GPU. It saves checkpoints in runs/PRESET-slurm. From the checkout:
 #
-#     bash examples/setup.sh run                                                 once, where the Internet is in reach
+#     bash examples/setup.sh run                                                 once, with Internet access
 #     PRESET=proteinlm-200m sbatch examples/pretrain_tape_slurm.sh [any flag of pretrain_tape.py]
 #
-# Options of sbatch stand before the script and win over those above: sbatch --nodes=4 --partition=gpu examples/…
-# All machines must see the checkout and CHECKPOINT_PATH. Before tasks are started each machine is asked whether it can
-# run them; those that cannot, or do not answer, are named. Five minutes before the time is up the tasks are asked to
-# stop, and save, and the job is queued again, under its number, and goes on from there: until its end, as often as it
-# takes. So is a job of which a task or a machine has failed, if it has saved since it began; one that ends with 2, 3 or 4
-# (docs/runs.md) is not. To stop it for good: scancel --signal=TERM JOB, which saves. A bare scancel asks too, and kills
-# after KillWait, 30 seconds as a rule.
+# Put options of sbatch before the script; they override those above: sbatch --nodes=4 --partition=gpu examples/…
+# All machines must see the checkout and CHECKPOINT_PATH. Before it starts the tasks, the script checks each machine. It
+# names the machines that cannot run the program or do not answer.
 #
-#     MASTER_ADDR, MASTER_PORT   where the tasks meet (default: the first machine; a port by the job's number)
+# Five minutes before the time limit, the tasks save and stop, and the job is queued again under its number and resumes,
+# as often as it takes. A job in which a task or a machine has failed is queued again too, if it has saved since it
+# started; one that exits with status 2, 3 or 4 (docs/runs.md) is not. To stop a job for good, with a save:
+# scancel --signal=TERM JOB. A plain scancel asks it to stop as well, but kills it after KillWait, usually 30 seconds.
 #
-# srun starts each task once. To have tasks that die started again within the job, start a launcher on each machine by
+#     MASTER_ADDR, MASTER_PORT   where the tasks meet (default: the first machine; a port derived from the job's number)
+#
+# srun starts each task once. To restart dead tasks within the job, start a launcher on each machine with
 #
 #     srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
 #         --cpus-per-task="$((${SLURM_CPUS_PER_TASK:-1} * ${SLURM_NTASKS_PER_NODE:-1}))" \
 #         bash -c 'NNODES=$SLURM_NNODES NODE_RANK=$SLURM_NODEID MAX_RESTARTS=3 \
 #             MASTER_ADDR=$(scontrol show hostnames | head -n 1) bash examples/pretrain_tape_distributed.sh'
 #
-# (without --ntasks it would start as many as the job has tasks, whatever stands behind it, and the cores of one task
-# would be all that a launcher and its ranks have).
+# (Without --ntasks, srun would start as many launchers as the job has tasks. Without --cpus-per-task, a launcher and
+# its ranks would have the cores of one task.)
 set -euo pipefail
 
-# SLURM runs a copy of this script, from a folder of its own.
+# SLURM runs a copy of this script, in another folder.
 examples=${SLURM_SUBMIT_DIR:+$SLURM_SUBMIT_DIR/examples}
 run_suffix=-slurm
 numbers=(MASTER_PORT:1:65535 SLURM_NTASKS_PER_NODE:1:9999)
 source "${examples:-$(dirname "${BASH_SOURCE[0]}")}/pretraining.sh"
 share_cores "${SLURM_NTASKS_PER_NODE:-1}"
 
-# What sbatch was told of cores does not reach srun by itself.
+# srun does not take over the number of cores that sbatch was given.
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 
-# Names the machines that cannot load the program, or use their GPUs, within five minutes.
+# check_machines: refuses, by name, the machines that cannot load the program or use their GPUs within five minutes.
 check_machines() {
     local name expected answers missing=()
     expected=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-    # shellcheck disable=SC2016  # it is for the bash of each machine
+    # shellcheck disable=SC2016  # the bash of each machine expands it
     answers=$(timeout 300 srun --ntasks="$(wc -w <<<"$expected")" --ntasks-per-node=1 bash -c \
         '"$1" -c "import torch, sys; sys.path.insert(0, sys.argv[1]); import megatron.errors
 sys.exit(torch.cuda.device_count() > 0 and not torch.cuda.is_available())" "$2" &&
@@ -59,22 +60,22 @@ sys.exit(torch.cuda.device_count() > 0 and not torch.cuda.is_available())" "$2" 
         if ! [[ $'\n'$answers$'\n' == *$'\n'"ready: $name"$'\n'* ]]; then missing+=("$name"); fi
     done
     if [ ${#missing[@]} -gt 0 ]; then
-        echo "error: ${missing[*]}: cannot load the program or use their GPUs, or did not answer in time; look at what" \
-            "it says above, and leave out a broken machine by sbatch --exclude=$(IFS=,; echo "${missing[*]}")" >&2
+        echo "error: ${missing[*]}: cannot load the program or use their GPUs, or did not answer in time; see the" \
+            "messages above, and leave out a broken machine with sbatch --exclude=$(IFS=,; echo "${missing[*]}")" >&2
         exit 1
     fi
 }
 
 if [ -n "${SLURM_JOB_NODELIST-}" ]; then check_machines; fi
 
-# A path whose content changes as the run saves.
+# The content of this file changes with each save.
 pointer=$checkpoint_path/latest_checkpointed_iteration.txt
 saved() { if [ -e "$pointer" ]; then cat "$pointer"; fi; }
 before=$(saved) status=0
-# Where a task says that it ends with 2, 3 or 4: of the others, which srun then kills, it tells a higher status.
+# A task writes its status here if it exits with 2, 3 or 4: srun then kills the others and returns their higher status.
 export EXIT_STATUS_FILE=$checkpoint_path/.ended-${SLURM_JOB_ID-}
 rm -f "$EXIT_STATUS_FILE"
-# On SIGTERM srun ends its tasks by force; SIGUSR1 it passes on.
+# On SIGTERM, srun kills its tasks; it passes on SIGUSR1.
 run_until_asked USR1 srun --kill-on-bad-exit=1 "$python" "$root/pretrain_tape.py" "${flags[@]}" "$@" || status=$?
 if [ -s "$EXIT_STATUS_FILE" ]; then status=$(cat "$EXIT_STATUS_FILE"); fi
 rm -f "$EXIT_STATUS_FILE"
@@ -82,7 +83,7 @@ why=''
 if [ "$asked" = USR1 ] && [ "$status" -eq 0 ]; then why="the time is up"; fi
 if [ -z "$asked" ] && { [ "$status" -eq 1 ] || [ "$status" -gt 128 ]; }; then why="a task has failed"; fi
 if [ -n "$why" ] && [ "$(saved)" != "$before" ]; then
-    echo "$why: job $SLURM_JOB_ID is queued again, and goes on from its last checkpoint"
+    echo "$why: job $SLURM_JOB_ID is queued again, and resumes from its last checkpoint"
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

@@ -1,15 +1,16 @@
-# What the pretraining scripts share. To be sourced; runs starting.sh and with it setup.sh, sets `default_processes` and
-# `flags`, those of pretrain_tape.py, from PRESET, DATA_PATH, CHECKPOINT_PATH and VOCAB_FILE, and preprocesses the shipped
-# proteins. Where --config is among the script's arguments, the file takes the preset's place, and gives its name to the
-# folder; neither the data nor the folder that it or the arguments say is replaced by a default, and a run that is saved
-# in a folder of theirs goes on from there. What a script may set before, besides what starting.sh takes:
+# What the pretraining scripts share. Source it: it runs starting.sh, and with it setup.sh. From PRESET, DATA_PATH,
+# CHECKPOINT_PATH and VOCAB_FILE it sets `flags`, the flags of pretrain_tape.py, `checkpoint_path` and
+# `default_processes`, and preprocesses the shipped proteins where they are needed. If --config is among the script's
+# arguments, that file replaces the preset, and its name becomes the folder's. No default replaces the data or the
+# folder that the file or the arguments name, and a run that is saved in such a folder resumes from it. A script may
+# first set, besides what starting.sh reads:
 #
-#     run_suffix    what its checkpoints' folder has behind the preset's name
-# shellcheck shell=bash disable=SC2034,SC2154  # variables come from setup.sh and go to the script that sources this
+#     run_suffix    what follows the preset's name in the name of the checkpoints' folder
+# shellcheck shell=bash disable=SC2034,SC2154  # setup.sh sets variables; the sourcing script reads them
 
 source "$(dirname "${BASH_SOURCE[0]}")/starting.sh"
 
-# said ARGUMENTS: the file of --config, the folder of --save, and a line for each flag that both say: data_path, …
+# said ARGUMENTS: prints the file of --config, the folder of --save, and each flag that the file or the arguments set.
 said() {
     PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" "$python" - "$@" <<'PYTHON_CODE'
 import sys

@@ -1,11 +1,11 @@
 # shellcheck shell=bash
-# Sets `root`, the checkout, and `python`, a Python that has what the project needs. To be sourced:
+# Sets `root`, the checkout, and `python`, a Python that has what the project needs. Source it:
 #
 #     source examples/setup.sh run      to run the project
 #     source examples/setup.sh tests    to test it as well
 #
-# The active Python (or the one that PYTHON names) is used as it is if it has everything; nothing is installed into it.
-# Otherwise .venv in the checkout is made, or brought up to date, from requirements.txt.
+# If the active Python (or the one that PYTHON names) has everything, it is used as it is; nothing is installed into it.
+# Otherwise .venv in the checkout is created, or updated, from requirements.txt.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -14,7 +14,7 @@ fail() {
     exit 2
 }
 
-# first_python: the path of the Python that PYTHON names, or of the first that is new enough, the active one before others.
+# first_python: prints the path of the Python that PYTHON names, or of the first that is new enough, the active first.
 first_python() {
     local candidate candidates=(python3 python python3.14 python3.13 python3.12 python3.11 python3.10)
     if [ -n "${PYTHON-}" ]; then candidates=("$PYTHON"); fi
@@ -24,7 +24,7 @@ first_python() {
         fi
     done
     if [ -n "${PYTHON-}" ]; then fail "PYTHON is '$PYTHON', which is no Python 3.10 or newer"; fi
-    fail "Python 3.10 or newer is needed and none was found; install it, or name it: PYTHON=/path/to/python3"
+    fail "Python 3.10 or newer is needed and none was found; install it, or give its path: PYTHON=/path/to/python3"
 }
 
 # is_complete PURPOSE: whether `python` has the packages of setup.py's REQUIRED, and those of the tests.
@@ -48,7 +48,7 @@ sys.exit(not (complete and tuple(map(int, version("torch").split(".")[:2])) >= (
 PYTHON_CODE
 }
 
-# lock: wait until no other setup works on this checkout; whatever ends this process also lifts the lock.
+# lock: waits until no other setup works on this checkout. The lock is released when this process ends, for any reason.
 lock() {
     exec 9>"$root/.setup.lock"
     "$python" - <<'PYTHON_CODE'
@@ -64,7 +64,7 @@ except OSError:
 PYTHON_CODE
 }
 
-# make_environment PURPOSE: `python` becomes that of .venv, with the requirements and the project in it.
+# make_environment PURPOSE: sets `python` to that of .venv, after installing the requirements and the project there.
 make_environment() {
     local base=$python unfinished="$root/.venv/setup-unfinished"
     python="$root/.venv/bin/python"
@@ -86,7 +86,7 @@ make_environment() {
     rm -f "$unfinished"
 }
 
-# install FILE PIP-ARGUMENTS: runs pip, unless the copy of FILE that the last finished install left is still the same.
+# install FILE PIP-ARGUMENTS: runs pip, unless FILE is the same as at the last successful install.
 install() {
     local file=$1 installed="$root/.venv/installed-${1//\//-}" quiet=-qq
     shift
@@ -98,7 +98,7 @@ install() {
     cp "$root/$file" "$installed"
 }
 
-# build_helpers: compiles the helpers beside their sources if one is missing or older, and says so if it cannot.
+# build_helpers: compiles the helpers beside their sources if one is missing or outdated; prints why if it cannot.
 build_helpers() {
     local suffix why
     suffix=$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
@@ -119,7 +119,7 @@ build_helpers() {
     echo "setup: no compiled helpers ($why); their Python twins do the same work, more slowly"
 }
 
-# are_built SUFFIX: whether each helper is there and newer than what it is made of.
+# are_built SUFFIX: whether each helper exists and is newer than its sources.
 are_built() {
     local made
     for made in data/rows/_packing:data/rows/packing.cpp kernels/pointwise/_pointwise:kernels/pointwise/pointwise.cpp \
@@ -130,11 +130,11 @@ are_built() {
 
 python=$(first_python) || exit
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-# How long a thread that waits spins before it gives its core away (GNU OpenMP). Its default is ten times this, and beside
-# other work the threads then hinder each other a hundredfold; without spinning an idle computer is slower by half.
+# How long a waiting thread spins before it yields its core (GNU OpenMP). With the default, ten times this, threads slow
+# each other down a hundredfold beside other work; without spinning, an idle machine is slower by half.
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-30000}
-# Lets glibc ask for huge pages: activations are new memory at each step, and in pages of 4 KB its first touch costs a tenth
-# of a small model's step. Where there is another C library, or Linux grants no huge pages, it changes nothing.
+# Makes glibc request huge pages. Activations are new memory at each step; in pages of 4 KB, first touching it takes a
+# tenth of a small model's step. With another C library, or where Linux grants no huge pages, this has no effect.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 if [ -w "$root" ]; then
     lock

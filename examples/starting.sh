@@ -1,11 +1,11 @@
-# What all scripts share. To be sourced; refuses wrong `numbers`, runs setup.sh and sets `num_gpus`. Gives the functions
-# `share_cores` and `run_until_asked`. What a script may set before:
+# What all scripts share. Source it: it checks `numbers`, runs setup.sh, sets `num_gpus`, and defines the functions
+# `share_cores` and `run_until_asked`. A script may first set:
 #
-#     numbers       variables that must be whole numbers where they are set, with the least and the most (a sum may
-#                   have variables from further ahead): (NNODES:1:99 NODE_RANK:0:"${NNODES-1}-1")
-# shellcheck shell=bash disable=SC2034,SC2154  # variables come from setup.sh and go to the script that sources this
+#     numbers       variables that must be whole numbers if they are set, each with its minimum and maximum; a maximum
+#                   may be an expression of variables checked before it: (NNODES:1:99 NODE_RANK:0:"${NNODES-1}-1")
+# shellcheck shell=bash disable=SC2034,SC2154  # setup.sh sets variables; the sourcing script reads them
 
-# check_numbers NAME:LEAST:MOST…: refuses a variable that is set, but not to a whole number between these.
+# check_numbers NAME:LEAST:MOST…: refuses a variable that is set to anything but a whole number from LEAST to MOST.
 check_numbers() {
     local limits name least most
     for limits; do
@@ -19,30 +19,31 @@ check_numbers() {
     done
 }
 
-# share_cores PROCESSES: sets OMP_NUM_THREADS for so many processes on this machine, unless it is set.
+# share_cores PROCESSES: sets OMP_NUM_THREADS for this number of processes on this machine, unless it is set.
 share_cores() {
     if [ "$num_gpus" -eq 0 ] && [ -z "${OMP_NUM_THREADS-}" ]; then
-        # Left alone, each process would take all cores, and they would hinder each other.
+        # Otherwise each process would use all cores, and they would slow each other down.
         OMP_NUM_THREADS=$("$python" -c 'import os, sys; print(max(1, len(os.sched_getaffinity(0)) // int(sys.argv[1])))' \
             "$1")
     fi
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 }
 
-# run_until_asked SIGNAL COMMAND…: runs it and returns as it does; a request to stop goes to it, and to it alone, as SIGNAL,
-# and leaves its own name in `asked`. One that it dies of came before it could listen, when there is nothing to save.
+# run_until_asked SIGNAL COMMAND…: runs the command and returns its status. A request to stop (TERM, INT, HUP, USR1)
+# goes to this command alone, as SIGNAL; its name is left in `asked`. If the command dies of SIGNAL, it was not yet
+# listening, and had nothing to save: this counts as success.
 run_until_asked() {
     local signal=$1 signalled=yes status request
     asked=''
     shift
     for request in TERM INT HUP USR1; do
-        # shellcheck disable=SC2064  # the name of each is to be known now
+        # shellcheck disable=SC2064  # each trap contains the name of its own signal
         trap "asked=$request"' signalled=yes; kill -s "$signal" "${!:-}" 2>/dev/null || true' "$request"
     done
-    set -m  # its own process group: Ctrl-C at a terminal interrupts the whole group
+    set -m  # a process group of its own, because Ctrl-C at a terminal interrupts a whole group
     "$@" </dev/null &
     set +m
-    if [ -n "$asked" ]; then kill -s "$signal" $! || true; fi  # since before it was started
+    if [ -n "$asked" ]; then kill -s "$signal" $! || true; fi  # asked before the command started
     while [ -n "$signalled" ]; do  # a signal interrupts `wait`
         signalled='' status=0
         wait $! || status=$?
@@ -51,7 +52,7 @@ run_until_asked() {
     return "$status"
 }
 
-# A request to stop that comes before the training has started ends with success: there is nothing to save.
+# A request to stop before the training has started ends the script with success: there is nothing to save.
 trap 'exit 0' TERM INT HUP USR1
 check_numbers OMP_NUM_THREADS:1:9999 ${numbers[@]+"${numbers[@]}"}
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" run

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up what the tests need, as the example scripts do, and runs them, two files at a time.
+# Installs what the tests need, as the example scripts do, and runs the tests, two files at a time.
 #
 #     bash tests/run.sh [any argument of pytest]      for example: bash tests/run.sh -k packing
 set -euo pipefail
