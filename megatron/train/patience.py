@@ -17,7 +17,7 @@ class PatientSaver(Saver):
     _failure: SaveError | None = None
 
     def save(self, iteration: int, parts: Parts, state: Mapping[str, Any], outlook: str = GOES_ON) -> None:
-        """Write a checkpoint, or have it written; `outlook` ends the line that is logged if it fails: what happens next.
+        """Write a checkpoint, or have it written; `outlook`: what happens next, the end of the line logged if it fails.
         """
         self.finish()
         self._outlook = outlook
