@@ -48,7 +48,7 @@ def flex(qkv_tn3d: Tensor, sequence: PackedSequence, dropout: Dropout | None) ->
 
 def by_protein(qkv_tn3d: Tensor, sequence: PackedSequence, dropout: Dropout | None) -> Tensor:
     """The project's attention by protein: two products and a softmax for each."""
-    return attention_by_protein(qkv_tn3d, sequence.cu_seqlens, sequence.num_filler, None, dropout)
+    return attention_by_protein(qkv_tn3d, sequence, dropout, None)
 
 
 def rate(dropout: Dropout | None) -> float:

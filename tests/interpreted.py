@@ -21,6 +21,7 @@ from torch.nn.attention import varlen
 from megatron.config import PrecisionConfig
 from megatron.kernels.attention.by_protein import attention_by_protein
 from megatron.kernels.dropout import Dropout, Use
+from megatron.kernels.packed_sequence import PackedSequence
 from megatron.kernels.pointwise.activation import activated, activated_reference
 from megatron.kernels.pointwise.convolution import convolved, convolved_reference
 from megatron.kernels.pointwise.heads import HeadScaling, normed_queries_and_keys, prepared_heads
@@ -307,12 +308,13 @@ def check_parts(frozen: str = "none", **options: object) -> None:
                 window_size: tuple[int, int]) -> Tensor:
         calls.append(window_size)
         window = window_size if max(window_size) >= 0 else None
-        return attention_by_protein(torch.stack([query, key, value], 2), ends, 0, window, None)
+        sequence = PackedSequence(ends, ends, ends, 0, 0)
+        return attention_by_protein(torch.stack([query, key, value], 2), sequence, None, window)
 
     model = made("esm2", PrecisionConfig(), **options)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.endswith(frozen))
-    with (patch.object(context, "takes_varlen", lambda _, num_queries, *__, **___: num_queries == 1),
+    with (patch.object(context, "choose", lambda qkv, *_, **__: "varlen" if qkv.shape[2] == 3 else "triton"),
           patch.object(varlen, "varlen_attn", attends)):
         ours = step(model, 3)
     assert calls

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron.kernels.attention import launches
 from megatron.kernels.attention.by_protein import attention_by_protein
-from megatron.kernels.attention.fused import fused_attention
+from megatron.kernels.attention.fused import by_triton
 from megatron.kernels.attention.packed import attention_reference
 from megatron.kernels.dropout import Dropout, Use
 from megatron.kernels.packed_sequence import PackedSequence
@@ -99,11 +99,11 @@ def attend(case: Case, qkv: Tensor) -> Tensor:
         qkv = torch.stack([qkv, qkv], -2)[..., 0, :]
     for rank in range(case.ranks):
         if case.ranks == 1:
-            contexts.append(fused_attention(qkv, None, sequence, 0, dropout_of(case), case.window))
+            contexts.append(by_triton(qkv, sequence, dropout_of(case), case.window))
         else:
             first = rank * len(qkv) // case.ranks
             query = qkv[first:first + len(qkv) // case.ranks, :, :-2]
-            contexts.append(fused_attention(query, qkv[:, :, -2:], sequence, first, dropout_of(case), case.window))
+            contexts.append(by_triton(query, sequence, dropout_of(case), case.window, qkv[:, :, -2:], first))
     return torch.cat(contexts)
 
 
@@ -144,7 +144,7 @@ def of_titin() -> dict[str, list[float]]:
 
     def by_protein(x: Tensor) -> Tensor:
         sequence = case.sequence
-        return attention_by_protein(x, sequence.cu_seqlens, sequence.num_filler, case.window, dropout_of(case))
+        return attention_by_protein(x, sequence, dropout_of(case), case.window)
 
     def outcome(function: Any, dtype: torch.dtype) -> list[Tensor]:
         x = qkv.to(dtype).requires_grad_()

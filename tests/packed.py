@@ -12,9 +12,8 @@ from torch.nn import functional as F
 
 from megatron.data.batches.batch import Batch, BatchShape, collate
 from megatron.data.rows.packed import Row
-from megatron.kernels.attention import fused, packed
+from megatron.kernels.attention import backends, fused
 from megatron.kernels.dropout import Dropout, Use, is_kept
-from megatron.parallel import context
 
 
 def packed_batch(*lengths: int, filler: int = 0, empty: int = 0, targets: Sequence[int] | None = None,
@@ -60,9 +59,8 @@ def fused_by_definition() -> Iterator[list[tuple[str, float]]]:
         context = context + 0 * keys.sum()  # as an operator's, it depends on keys also where no query has any
         return [F.pad(context, (0, 0, 0, 0, 0, len(query) - len(context))).view_as(query)]
 
-    with (patch.object(packed, "is_fused", lambda *_, **__: True),
-          patch.object(context, "is_fused", lambda *_, **__: True),
-          patch.object(fused, "is_of_ampere", lambda _: True),
+    with (patch.object(backends, "takes_gpu_way", lambda _: True),
+          patch.object(backends, "is_of_ampere", lambda _: True), patch.object(backends, "runs_triton", lambda _: True),
           patch("torch.nn.attention.varlen.varlen_attn", varlen), patch.object(fused, "_operator", triton)):
         yield calls
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.kernels.attention.asked import check_asked
+from megatron.kernels.attention.backends import BACKENDS, choose
 from megatron.kernels.attention.by_protein import ProteinPass, Window
-from megatron.kernels.attention.compiled import CompiledPass, takes_helper
-from megatron.kernels.attention.fused import fused_attention, is_fused, takes_varlen, varlen_attention
+from megatron.kernels.attention.compiled import CompiledPass
+from megatron.kernels.attention.fused import varlen_attention
 from megatron.kernels.attention.packed import packed_attention
 from megatron.kernels.dropout import Dropout
 from megatron.kernels.packed_sequence import PackedSequence, protein_lengths
@@ -34,22 +34,21 @@ def context_attention(heads: Heads, sequence: PackedSequence, dropout: Dropout |
     [qkv_ugcd] = heads
     if axis.size == 1:
         return packed_attention(qkv_ugcd, sequence, dropout, window, backend)
-    if backend != "auto":
-        check_asked(backend, qkv_ugcd, dropout is not None, window, is_whole=False)
-    if not is_fused(qkv_ugcd, dropout is not None, window, is_whole=False):
-        return _gathered(qkv_ugcd, sequence, dropout, axis, window)
+    name = choose(qkv_ugcd, dropout is not None, window, False, backend)
+    if name in ("compiled", "plain"):
+        return _gathered(qkv_ugcd, sequence, dropout, axis, window, CompiledPass if name == "compiled" else ProteinPass)
     query_ugqd, key_value_ug2d = qkv_ugcd.split([qkv_ugcd.shape[2] - 2, 2], dim=2)
     key_value_tg2d = gather_slices(key_value_ug2d, axis)
-    return fused_attention(query_ugqd, key_value_tg2d, sequence, axis.rank * len(qkv_ugcd), dropout, window)
+    return BACKENDS[name].run(query_ugqd, sequence, dropout, window, key_value_tg2d, axis.rank * len(qkv_ugcd))
 
 
 def takes_parts(qkv_ugcd: Tensor, has_dropout: bool, axis: Axis, window: Window = None, backend: str = "auto") -> bool:
-    """Whether `context_attention` is best given queries, keys and values apart, as PyTorch's operator takes them.
+    """Whether `context_attention` is best given queries, keys and values apart, as PyTorch's varlen_attn takes them.
 
     Not where torch.compile fuses by itself what puts their gradients together.
     """
-    return (axis.size == 1 and backend in ("auto", "varlen") and not torch.compiler.is_compiling()
-            and takes_varlen(qkv_ugcd, qkv_ugcd.shape[2] - 2, has_dropout, window, is_whole=True))
+    return (axis.size == 1 and not torch.compiler.is_compiling()
+            and choose(qkv_ugcd, has_dropout, window, backend=backend) == "varlen")
 
 
 def with_neighbours(x_uf: Tensor, num_neighbours: int, axis: Axis) -> Tensor:
@@ -71,9 +70,9 @@ def with_neighbours(x_uf: Tensor, num_neighbours: int, axis: Axis) -> Tensor:
 # Traced, each new list of lengths would compile anew. This is torch.compiler.disable, but for importing torch._dynamo,
 # which takes as long as importing torch, only when it is first called.
 @torch._disable_dynamo
-def _gathered(qkv_ugcd: Tensor, sequence: PackedSequence, dropout: Dropout | None, axis: Axis,
-              window: Window) -> Tensor:
-    return _GatheredAttention.apply(qkv_ugcd, sequence, dropout, axis, window).flatten(1, 2)
+def _gathered(qkv_ugcd: Tensor, sequence: PackedSequence, dropout: Dropout | None, axis: Axis, window: Window,
+              kind: type[CompiledPass | ProteinPass]) -> Tensor:
+    return _GatheredAttention.apply(qkv_ugcd, sequence, dropout, axis, window, kind).flatten(1, 2)
 
 
 class _GatheredAttention(torch.autograd.Function):
@@ -81,17 +80,16 @@ class _GatheredAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv_ugcd: Tensor, sequence: PackedSequence, dropout: Dropout | None, axis: Axis,
-                window: Window) -> Tensor:
+                window: Window, kind: type[CompiledPass | ProteinPass]) -> Tensor:
         qkv_ugcd = qkv_ugcd.contiguous()
         lengths = protein_lengths(sequence.cu_seqlens, sequence.num_filler)
-        kind = CompiledPass if takes_helper(qkv_ugcd) else ProteinPass
         ctx.axis, ctx.going = axis, kind(lengths, axis.rank * len(qkv_ugcd), len(qkv_ugcd), window, dropout)
         context_ugqd, *made = ctx.going.forward(qkv_ugcd[:, :, :-2], all_gather(qkv_ugcd[:, :, -2:], axis))
         ctx.save_for_backward(qkv_ugcd, context_ugqd, *made)
         return context_ugqd
 
     @staticmethod
-    def backward(ctx: Any, grad_ugqd: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad_ugqd: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         qkv_ugcd, *made = ctx.saved_tensors
         key_value_tg2d = all_gather(qkv_ugcd[:, :, -2:], ctx.axis)
         grad_qkv_ugcd = torch.empty_like(qkv_ugcd)
@@ -100,4 +98,4 @@ class _GatheredAttention(torch.autograd.Function):
         ctx.going.backward(grad_ugqd, (qkv_ugcd[:, :, :-2], key_value_tg2d),
                            (grad_qkv_ugcd[:, :, :-2], grad_key_value_tg2d), made)
         grad_qkv_ugcd[:, :, -2:] = reduce_scatter(grad_key_value_tg2d, ctx.axis)
-        return grad_qkv_ugcd, None, None, None, None
+        return grad_qkv_ugcd, None, None, None, None, None

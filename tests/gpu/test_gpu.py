@@ -15,7 +15,7 @@ import torch
 
 from megatron.config import PrecisionConfig
 from megatron.kernels import fp8
-from megatron.kernels.attention.fused import fused_attention
+from megatron.kernels.attention.fused import by_triton
 from megatron.kernels.attention.packed import attention_reference, packed_attention
 from megatron.kernels.dropout import Dropout, Use
 from megatron.kernels.newton_schulz.symmetric import gram, symmetric_reference, with_square
@@ -108,7 +108,7 @@ def test_context_ranks_have_the_context_gradient_and_dropout_of_one(dtype):
         x, contexts, size = qkv.clone().requires_grad_(), [], len(qkv) // num_ranks
         for first in range(0, len(qkv), size):
             query, keys = (x, None) if num_ranks == 1 else (x[first:first + size, :, :-2], x[:, :, -2:])
-            contexts.append(fused_attention(query, keys, packed, first, weights_dropout(5), (300, 40)))
+            contexts.append(by_triton(query, packed, weights_dropout(5), (300, 40), keys, first))
         context = torch.cat(contexts)
         return context.detach(), torch.autograd.grad(context, x, weights)[0]
 

@@ -1,9 +1,12 @@
 """The compiled attention of CPUs against its definition, for every instruction set that this processor has."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from megatron.kernels.attention import compiled, packed
+from megatron.kernels.attention import compiled
+from megatron.kernels.attention.backends import BACKENDS, choose
 from megatron.kernels.attention.packed import attention_reference, packed_attention
 from megatron.kernels.dropout import Dropout, Use
 from tests.packed import packed_batch
@@ -28,7 +31,7 @@ def outcomes(sequence, qkv, window=None, instructions=""):
     weights[size:] = 0
 
     def ours(x):
-        return compiled.compiled_attention(x, sequence.cu_seqlens, sequence.num_filler, window, None, instructions)
+        return compiled.compiled_attention(x, sequence, None, window, instructions)
 
     def definition(x):
         return attention_reference(x, sequence, None, window)
@@ -93,8 +96,8 @@ def test_the_bits_depend_neither_on_the_threads_nor_on_what_else_is_packed(dtype
         sequence = packed_batch(*lengths).sequence
         torch.set_num_threads(number)
         try:
-            results.append(outcome(lambda x, ends=sequence.cu_seqlens: compiled.compiled_attention(
-                x, ends, 0, None, None, instructions), qkv, weights))
+            results.append(outcome(lambda x, sequence=sequence: compiled.compiled_attention(
+                x, sequence, None, None, instructions), qkv, weights))
         finally:
             torch.set_num_threads(threads)
     for one, three, other in zip(*results, strict=True):
@@ -126,7 +129,7 @@ def test_dropout_drops_the_weights_of_its_definition(queries, window, dtype, ins
     sequence = packed_batch(*lengths).sequence
     qkv = torch.randn(sum(lengths), 2, queries + 2, 16).to(dtype)
     weights = torch.randn(len(qkv), 2 * queries, 16).to(dtype)
-    ours = outcome(lambda x: compiled.compiled_attention(x, sequence.cu_seqlens, 0, window, dropout, instructions), qkv,
+    ours = outcome(lambda x: compiled.compiled_attention(x, sequence, dropout, window, instructions), qkv,
                    weights)
     plain = outcome(lambda x: attention_reference(x, sequence, dropout, window), qkv, weights)
     exact = outcome(lambda x: attention_reference(x, sequence, dropout, window), qkv.double(), weights.double())
@@ -150,7 +153,7 @@ def test_the_helper_does_all_in_fp32_and_bf16_and_scores_never_reach_memory(monk
     def refuse(*_):
         raise AssertionError("attention a protein at a time was taken")
 
-    monkeypatch.setattr(packed, "attention_by_protein", refuse)
+    monkeypatch.setitem(BACKENDS, "plain", replace(BACKENDS["plain"], run=refuse))
     sequence = packed_batch(30).sequence
     for dtype in (torch.float32, torch.bfloat16):
         for dropout in (None, Dropout(0.1, torch.tensor(1), Use.PROBABILITIES)):
@@ -180,10 +183,10 @@ def test_a_seed_below_zero_draws_what_the_definition_draws():
 
 def test_an_unknown_instruction_set_is_refused():
     with pytest.raises(ValueError, match="no way 'mmx'"):
-        compiled.compiled_attention(torch.randn(4, 1, 3, 8), packed_batch(4).sequence.cu_seqlens, 0, None, 0.0, "mmx")
+        compiled.compiled_attention(torch.randn(4, 1, 3, 8), packed_batch(4).sequence, None, None, "mmx")
 
 
 @pytest.mark.parametrize("tensor", [torch.empty(4, 2, 3, 9, device="meta"), torch.empty(4, 2, 3, 8).half()])
 def test_what_is_not_on_the_host_or_of_another_dtype_is_left_to_the_other_ways(tensor):
-    assert not compiled.takes_helper(tensor)
-    assert compiled.takes_helper(torch.empty(4, 2, 3, 9))
+    assert choose(tensor, False, None) != "compiled"
+    assert choose(torch.empty(4, 2, 3, 9), False, None) == "compiled"

@@ -8,7 +8,7 @@ import torch
 
 from megatron.config.command_line import parse
 from megatron.errors import ConfigError
-from megatron.kernels.attention.fused import fused_attention
+from megatron.kernels.attention.fused import by_triton, by_varlen
 from megatron.kernels.dropout import Dropout, Use
 from megatron.model import transformer
 from megatron.model.protein_model import ProteinModel
@@ -252,7 +252,7 @@ def test_attention_counts_the_pairs_that_see_each_other(rate, queries, first, pa
         qkv = torch.empty(12, 2, queries + 2, 8, dtype=torch.bfloat16, device="meta", requires_grad=True)
         query, keys = (qkv, None) if first is None else (qkv[first:, :, :-2], qkv[:, :, -2:])
         dropout = Dropout(rate, torch.tensor(1), Use.PROBABILITIES) if rate else None
-        context = fused_attention(query, keys, sequence, first or 0, dropout)
+        context = (by_triton if dropout else by_varlen)(query, sequence, dropout, None, keys, first or 0)
         context.backward(torch.empty_like(context))
     assert work.flops == 2 * products * pairs * 2 * queries * 8
 

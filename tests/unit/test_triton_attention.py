@@ -16,8 +16,8 @@ import torch
 
 from megatron.config.presets import PRESETS
 from megatron.errors import ConfigError
-from megatron.kernels.attention import by_protein, compiled, fused
-from megatron.kernels.attention.fused import is_fused
+from megatron.kernels.attention import backends, by_protein
+from megatron.kernels.attention.backends import choose
 from megatron.kernels.attention.packed import packed_attention
 from tests.interpreted_attention import CASES, UNSEEN
 from tests.packed import packed_batch
@@ -158,9 +158,8 @@ def gpu(monkeypatch):
     def stand(has_triton, is_of_ampere):
         for name, answer in (("takes_gpu_way", True), ("has_triton", has_triton), ("is_of_ampere", is_of_ampere),
                              ("runs_triton", has_triton and is_of_ampere)):
-            monkeypatch.setattr(fused, name, lambda _=None, answer=answer: answer)
-        for module in (by_protein, compiled):
-            monkeypatch.setattr(module, "takes_gpu_way", lambda _: True)
+            monkeypatch.setattr(backends, name, lambda _=None, answer=answer: answer)
+        monkeypatch.setattr(by_protein, "takes_gpu_way", lambda _: True)
 
     return stand
 
@@ -170,8 +169,8 @@ def test_a_gpu_without_triton_is_told_what_to_install(gpu):
     half = torch.empty(4, 1, 3, 16, dtype=torch.bfloat16)
     for tensor, dropout in ((half, 0.1), (half.float(), 0.0), (half[..., :12], 0.0)):
         with pytest.raises(ConfigError, match="pip install triton"):
-            is_fused(tensor, dropout)
-    assert is_fused(half, 0.0)  # by PyTorch's operator
+            choose(tensor, bool(dropout), None)
+    assert choose(half, False, None) == "varlen"
 
 
 @pytest.mark.parametrize(("is_of_ampere", "dtype", "width"), [(False, torch.float16, 16), (True, torch.float64, 16),

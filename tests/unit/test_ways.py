@@ -1,13 +1,14 @@
 """What a run says of the ways of its operations."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 
 from megatron.config.command_line import parse
 from megatron.errors import ConfigError
-from megatron.kernels.attention import compiled, fused, packed
+from megatron.kernels.attention import backends, compiled
 from megatron.kernels.pointwise import compiled as pointwise
 from megatron.parallel.mesh import Axis, Mesh
 from megatron.train.build import ways as module_of_ways
@@ -27,11 +28,11 @@ def test_on_cpus_it_is_compiled_code_and_why_it_is_not_where_it_is_not(monkeypat
     assert said("--fp16") == ("attention by PyTorch one protein at a time (compiled code takes fp32 and bf16); between "
                               "matrix products PyTorch, in several passes (compiled code takes fp32 and bf16); "
                               "the loss by PyTorch; the update by PyTorch's fused AdamW")
-    for module in (packed, compiled):
-        monkeypatch.setattr(module, "INSTRUCTION_SETS", ())
+    monkeypatch.setattr(compiled, "INSTRUCTION_SETS", ())
     monkeypatch.setattr(pointwise, "_helper", None)
-    assert said("").startswith("attention by PyTorch one protein at a time (compiled code is not built); between "
-                               "matrix products PyTorch, in several passes (compiled code is not built); ")
+    assert said("").startswith("attention by PyTorch one protein at a time (compiled code is not built: that takes a "
+                               "C++ compiler and pybind11); between matrix products PyTorch, in several passes "
+                               "(compiled code is not built); ")
 
 
 @pytest.mark.skipif(not pointwise.is_built(), reason="the compiled helpers are not built")
@@ -133,13 +134,24 @@ def test_what_a_way_of_attention_cannot_go_with_is_refused_by_name(flags, way):
     said(flags.split(" --")[0], gpu)
 
 
+def test_flags_are_refused_by_the_name_of_a_back_end_whatever_it_is_called_in_messages(monkeypatch):
+    for name, backend in backends.BACKENDS.items():
+        monkeypatch.setitem(backends.BACKENDS, name, replace(backend, words="reworded"))
+    gpu = Mesh(device=torch.device("meta"))
+    assert said("--flash-attention FA3 --cuda-graph", gpu).startswith("attention by reworded (FA2); ")
+    with pytest.raises(ConfigError, match="--flash-attention FA3 is for reworded"):
+        said("--flash-attention FA3 --no-bf16", gpu)
+    with pytest.raises(ConfigError, match="--cuda-graph cannot capture"):
+        said("--cuda-graph --kv-channels 512", gpu)
+
+
 @pytest.mark.parametrize(("asked", "flags", "why"), [
     ("varlen", "--attention-dropout 0.1", "takes no dropout; leave it at auto, or give triton"),
     ("varlen", "--no-bf16", "takes no fp32; leave it at auto, or give triton"),
-    ("flex", "--attention-dropout 0.1", "takes no dropout; leave it at auto, or give triton or --attention-dropout 0"),
-    ("flex", "--kv-channels 8", "takes no width of 8; leave it at auto, or give triton"),
+    ("flex", "--attention-dropout 0.1", "takes no dropout; leave it at auto, or give triton or plain"),
+    ("flex", "--kv-channels 8", "takes no width of 8; leave it at auto, or give varlen or triton or plain"),
     ("triton", "--kv-channels 320", "takes fp32, fp16 and bf16, heads up to 256 wide"),
-    ("compiled", "", "is for CPUs, and this is a GPU; leave it at auto, or give plain")])
+    ("compiled", "", "is for CPUs, and this is a GPU; leave it at auto, or give varlen or triton or flex or plain")])
 def test_a_way_that_cannot_be_had_on_a_gpu_is_refused_at_the_start(asked, flags, why):
     with pytest.raises(ConfigError, match=f"--attention-backend {asked} .*{why}"):
         said(f"--attention-backend {asked} {flags}", Mesh(device=torch.device("meta")))
@@ -177,7 +189,7 @@ def test_blocks_with_and_without_a_window_are_both_named():
 
 def test_a_gpu_without_triton_is_told_before_the_first_step(monkeypatch):
     for name, answer in (("has_triton", False), ("is_fake", False), ("is_of_ampere", True)):
-        monkeypatch.setattr(fused, name, lambda _=None, answer=answer: answer)
-    monkeypatch.setattr(fused, "runs_triton", lambda _: False)
+        monkeypatch.setattr(backends, name, lambda _=None, answer=answer: answer)
+    monkeypatch.setattr(backends, "runs_triton", lambda _: False)
     with pytest.raises(ConfigError, match="pip install triton"):
         said("--attention-dropout 0.1", Mesh(device=torch.device("meta")))

@@ -1,4 +1,4 @@
-"""Attention inside each protein: `packed` chooses between fused operators, compiled code and a way by protein.
+"""Attention inside each protein: `packed` computes it by the back-end that `backends` chooses.
 
-`asked` takes the way that a flag names, `flex` is one that is never chosen by itself; `maps` gives the probabilities.
+The back-ends: `fused` (varlen_attn and Triton's kernels), `flex`, `compiled`, `by_protein`; `maps` gives probabilities.
 """

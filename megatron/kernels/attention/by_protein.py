@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron.kernels.device import takes_gpu_way
 from megatron.kernels.dropout import Dropout, Use, is_kept
-from megatron.kernels.packed_sequence import protein_lengths
+from megatron.kernels.packed_sequence import PackedSequence, protein_lengths
 
 Window = tuple[int, int] | None
 _IS_SLOW = ("attention is computed one protein at a time, and the host waits for the GPU (there are kernels from "
@@ -176,9 +176,10 @@ def _put(whole_ugqd: Tensor, tile: Tile, rows: Tensor) -> None:
     whole_ugqd[tile.queries].permute(1, 2, 0, 3).copy_(rows.unflatten(1, (-1, tile.num_queries)))
 
 
-def attention_by_protein(qkv_tgcd: Tensor, cu_seqlens: Tensor, num_filler: int, window: Window,
-                         dropout: Dropout | None) -> Tensor:
+def attention_by_protein(qkv_tgcd: Tensor, sequence: PackedSequence, dropout: Dropout | None,
+                         window: Window) -> Tensor:
     """The context [t, n, d] of whole proteins."""
+    cu_seqlens, num_filler = sequence.cu_seqlens, sequence.num_filler
     if torch.compiler.is_compiling():
         left, right = window or (-1, -1)
         seed, rate, first_head = (dropout.seed, dropout.rate, dropout.first_head) if dropout else (None, 0.0, 0)

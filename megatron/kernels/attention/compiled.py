@@ -17,9 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron.kernels.attention.by_protein import Window
-from megatron.kernels.device import takes_gpu_way
 from megatron.kernels.dropout import Dropout, Use
-from megatron.kernels.packed_sequence import protein_lengths
+from megatron.kernels.packed_sequence import PackedSequence, protein_lengths
 
 try:
     _helper: Any = import_module("megatron.kernels.attention._packed_attention")
@@ -32,19 +31,12 @@ _UNBOUNDED = 2**40  # a window that ends nowhere
 _ALL = 2**16  # numbers of dropout
 
 
-def takes_helper(qkv_tgcd: Tensor) -> bool:
-    """Whether the helper is there and takes these: it reads memory of the host."""
-    if takes_gpu_way(qkv_tgcd):
-        return False
-    return bool(INSTRUCTION_SETS) and qkv_tgcd.dtype in (torch.float32, torch.bfloat16)
-
-
-def compiled_attention(qkv_tgcd: Tensor, cu_seqlens: Tensor, num_filler: int, window: Window,
-                       dropout: Dropout | None = None, instructions: str = "") -> Tensor:
+def compiled_attention(qkv_tgcd: Tensor, sequence: PackedSequence, dropout: Dropout | None, window: Window,
+                       instructions: str = "") -> Tensor:
     """The context [t, n, d] of whole proteins, 0 in the filler; `instructions` names another set than the fastest."""
     left, right = window or (-1, -1)
     seed, rate, first_head = (dropout.seed, dropout.rate, dropout.first_head) if dropout else (None, 0.0, 0)
-    arguments = qkv_tgcd, cu_seqlens, seed, num_filler, left, right, rate, first_head, instructions
+    arguments = (qkv_tgcd, sequence.cu_seqlens, seed, sequence.num_filler, left, right, rate, first_head, instructions)
     context_tgqd = _operator(*arguments)[0] if torch.compiler.is_compiling() else _Attention.apply(*arguments)
     return context_tgqd.flatten(1, 2)
 

@@ -15,52 +15,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.errors import ConfigError
 from megatron.kernels.attention.by_protein import Window
 from megatron.kernels.attention.launches import Call
-from megatron.kernels.device import has_triton, is_fake, is_of_ampere, runs_triton, takes_gpu_way
 from megatron.kernels.dropout import Dropout
 from megatron.kernels.packed_sequence import PackedSequence
 
-WIDEST = 256
-_HALF = (torch.float16, torch.bfloat16)
 # From torch 2.14 on varlen_attn takes cuDNN on Hopper and Blackwell where there is no window, and asks nobody; others
 # found it to be four times slower (pytorch/pytorch#187770).
 _TAKES_CUDNN = torch.__version__ >= "2.14.0a0"
 
 
-def is_fused(qkv_ugcd: Tensor, has_dropout: bool, window: Window = None, is_whole: bool = True) -> bool:
-    """Whether a fused operator takes these; `is_whole`: every protein's queries are here. False on CPUs.
+def by_varlen(qkv_ugxd: Tensor, sequence: PackedSequence, dropout: None, window: Window,
+              key_value_tg2d: Tensor | None = None, first: int = 0) -> Tensor:
+    """The context [u, n, d] by PyTorch's operator, of queries that begin with token `first`.
 
-    False too for what none can do on a GPU: one from before Ampere, float64, a head wider than 256. Raises ConfigError
-    where Triton alone is missing.
+    `key_value_tg2d`: all keys and values, where they do not lie behind the queries.
     """
-    if not takes_gpu_way(qkv_ugcd):
-        return False
-    if takes_varlen(qkv_ugcd, qkv_ugcd.shape[2] - 2, has_dropout, window, is_whole):
-        return True
-    if takes_triton_attention(qkv_ugcd):
-        return True
-    if not _fits_triton(qkv_ugcd):
-        return False
-    if is_of_ampere(qkv_ugcd) and not has_triton():
-        raise ConfigError("attention with dropout, in fp32, with groups of queries or of a width that is no multiple "
-                          "of 8 needs Triton on a GPU, and it is not installed: install it (pip install triton), or "
-                          "train with --bf16 --attention-dropout 0")
-    return False
+    assert dropout is None, "varlen_attn has no dropout"
+    if key_value_tg2d is None:
+        return varlen_attention(_apart(qkv_ugxd), sequence, first, window)
+    return varlen_attention((qkv_ugxd.flatten(1, 2), *_apart(key_value_tg2d)), sequence, first, window)
 
 
-def fused_attention(qkv_ugxd: Tensor, key_value_tg2d: Tensor | None, sequence: PackedSequence, first: int,
-                    dropout: Dropout | None, window: Window = None, takes_triton: bool = False) -> Tensor:
-    """The context [u, n, d] of queries that begin with token `first`, from their own keys and values or from others.
-
-    `takes_triton`: by Triton's kernels, also where PyTorch's operator would do.
-    """
-    is_whole = key_value_tg2d is None
-    num_queries = qkv_ugxd.shape[2] - (2 if is_whole else 0)
-    if not takes_triton and takes_varlen(qkv_ugxd, num_queries, dropout is not None, window, is_whole):
-        parts = _apart(qkv_ugxd) if key_value_tg2d is None else (qkv_ugxd.flatten(1, 2), *_apart(key_value_tg2d))
-        return varlen_attention(parts, sequence, first, window)
+def by_triton(qkv_ugxd: Tensor, sequence: PackedSequence, dropout: Dropout | None, window: Window,
+              key_value_tg2d: Tensor | None = None, first: int = 0) -> Tensor:
+    """The same by Triton's kernels."""
     left, right = window or (-1, -1)
     seed, kept, first_head = (dropout.seed, dropout.kept, dropout.first_head) if dropout else (None, 0, 0)
     return _operator(qkv_ugxd, key_value_tg2d, sequence.cu_seqlens, seed, sequence.num_filler, first, left, right,
@@ -93,25 +72,6 @@ def context_and_logsumexp(qkv_tgcd: Tensor, sequence: PackedSequence, window: Wi
     context_tgqd, logsumexp_nt = _operator(qkv_tgcd, None, sequence.cu_seqlens, None, sequence.num_filler, 0, left,
                                            right, 0, 0)
     return context_tgqd.flatten(1, 2), logsumexp_nt
-
-
-def takes_triton_attention(tensor: Tensor) -> bool:
-    """Whether Triton's kernels take these: on a GPU since Ampere, with Triton there."""
-    return _fits_triton(tensor) and (is_fake(tensor) or runs_triton(tensor))
-
-
-def _fits_triton(tensor: Tensor) -> bool:
-    return tensor.shape[-1] <= WIDEST and tensor.dtype in (*_HALF, torch.float32)
-
-
-def takes_varlen(tensor: Tensor, num_queries: int, has_dropout: bool, window: Window, is_whole: bool) -> bool:
-    """Whether it is PyTorch's operator. A window that counts from each protein's end: it is to have whole proteins."""
-    width = tensor.shape[-1]
-    if has_dropout or num_queries > 1 or tensor.dtype not in _HALF or width > WIDEST or width % 8:
-        return False
-    if window is not None and not is_whole:
-        return False
-    return is_fake(tensor) or is_of_ampere(tensor)
 
 
 def _apart(rows_tgrd: Tensor) -> tuple[Tensor, ...]:

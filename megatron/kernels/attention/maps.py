@@ -12,9 +12,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from megatron.kernels.attention.backends import choose
 from megatron.kernels.attention.by_protein import Window
-from megatron.kernels.attention.compiled import CompiledPass, takes_helper
-from megatron.kernels.attention.fused import context_and_logsumexp, is_fused
+from megatron.kernels.attention.compiled import CompiledPass
+from megatron.kernels.attention.fused import context_and_logsumexp
 from megatron.kernels.attention.packed import packed_attention
 from megatron.kernels.device import runs_triton
 from megatron.kernels.packed_sequence import PackedSequence, protein_lengths
@@ -29,10 +30,11 @@ def attention_with_maps(qkv_tgcd: Tensor, sequence: PackedSequence,
     """
     qkv_tgcd = qkv_tgcd.detach()  # the maps are made after this has ended
     lengths = protein_lengths(sequence.cu_seqlens, sequence.num_filler)
-    if is_fused(qkv_tgcd, False, window) and runs_triton(qkv_tgcd):
+    name = choose(qkv_tgcd, False, window)
+    if name in ("varlen", "triton") and runs_triton(qkv_tgcd):
         context_tnd, logsumexp_nt = context_and_logsumexp(qkv_tgcd, sequence, window)
         return context_tnd, maps_by_triton(qkv_tgcd, logsumexp_nt, lengths, window)
-    if takes_helper(qkv_tgcd):
+    if name == "compiled":
         qkv_tgcd = qkv_tgcd.contiguous()
         going = CompiledPass(lengths, 0, len(qkv_tgcd), window)
         context_tgqd, statistics_tgq2 = going.forward(qkv_tgcd[:, :, :-2], qkv_tgcd[:, :, -2:])

@@ -6,20 +6,17 @@ attention, Ainslie et al., 2023, arXiv 2305.13245; ordinary attention where q is
 softmax is computed in fp32. Under a window (left, right) a token attends to so many on each side of it (Beltagy et al.,
 2020, arXiv 2004.05150).
 
-On GPUs an operator does all proteins at once (`fused`): PyTorch's FlashAttention where it can, which is in half
-precision without dropout, else Triton's kernels. On CPUs it is compiled code (`compiled`), which was faster in every
-shape that was measured (see benchmarks/RESULTS.md). Where that is not built, and on GPUs from before Ampere, it is a
-loop over proteins (`by_protein`).
+`backends` chooses what computes it. On GPUs one operator takes all proteins at once (`fused`): PyTorch's varlen_attn
+(FlashAttention) where it can, which is in half precision without dropout, else Triton's kernels. On CPUs it is compiled
+code (`compiled`), the fastest in every shape that was measured (see benchmarks/RESULTS.md). Where that is not built,
+and on GPUs from before Ampere, PyTorch computes one protein at a time (`by_protein`).
 """
 
 import torch
 from torch import Tensor
-from torch.nn.attention import current_flash_attention_impl
 
-from megatron.kernels.attention.asked import WORDS, asked_attention, check_asked, what_varlen_lacks
-from megatron.kernels.attention.by_protein import Window, attention_by_protein
-from megatron.kernels.attention.compiled import INSTRUCTION_SETS, compiled_attention, takes_helper
-from megatron.kernels.attention.fused import fused_attention, is_fused, takes_varlen
+from megatron.kernels.attention.backends import BACKENDS, choose
+from megatron.kernels.attention.by_protein import Window
 from megatron.kernels.dropout import Dropout, is_kept
 from megatron.kernels.packed_sequence import PackedSequence, proteins_of_tokens
 
@@ -30,35 +27,8 @@ def packed_attention(qkv_tgcd: Tensor, sequence: PackedSequence, dropout: Dropou
 
     `backend`: that of `--attention-backend`; raises ConfigError where it does not take these.
     """
-    if backend != "auto":
-        return asked_attention(backend, qkv_tgcd, sequence, dropout, window)
-    if is_fused(qkv_tgcd, dropout is not None, window):
-        return fused_attention(qkv_tgcd, None, sequence, 0, dropout, window)
-    if takes_helper(qkv_tgcd):
-        return compiled_attention(qkv_tgcd, sequence.cu_seqlens, sequence.num_filler, window, dropout)
-    return attention_by_protein(qkv_tgcd, sequence.cu_seqlens, sequence.num_filler, window, dropout)
-
-
-def way_of(qkv_tgcd: Tensor, has_dropout: bool, window: Window = None, is_whole: bool = True,
-           backend: str = "auto") -> str:
-    """What computes attention of such tensors, in words, and why nothing faster does; `is_whole`: on one context rank.
-
-    Raises ConfigError where Triton alone is missing, and where what is asked for does not take them.
-    """
-    if backend != "auto":
-        check_asked(backend, qkv_tgcd, has_dropout, window, is_whole)
-        return f"{WORDS[backend]} (as --attention-backend says)"
-    if is_fused(qkv_tgcd, has_dropout, window, is_whole):
-        if takes_varlen(qkv_tgcd, qkv_tgcd.shape[2] - 2, has_dropout, window, is_whole):
-            return f"{WORDS['varlen']} ({current_flash_attention_impl() or 'FA2'})"
-        lacking = what_varlen_lacks(qkv_tgcd, has_dropout, window, is_whole)
-        return f"{WORDS['triton']} (varlen_attn takes no {lacking})"
-    if takes_helper(qkv_tgcd):
-        return f"compiled code ({INSTRUCTION_SETS[0]})"
-    if qkv_tgcd.device.type != "cpu":
-        return "PyTorch one protein at a time, which is slow (no kernel takes this GPU, dtype and width)"
-    why = "takes fp32 and bf16" if INSTRUCTION_SETS else "is not built"
-    return f"PyTorch one protein at a time (compiled code {why})"
+    name = choose(qkv_tgcd, dropout is not None, window, backend=backend)
+    return BACKENDS[name].run(qkv_tgcd, sequence, dropout, window)
 
 
 def attention_reference(qkv_tgcd: Tensor, sequence: PackedSequence, dropout: Dropout | None = None,

@@ -7,8 +7,7 @@ from torch.nn.attention import activate_flash_attention_impl
 
 from megatron.config import Config
 from megatron.errors import ConfigError
-from megatron.kernels.attention.asked import WORDS
-from megatron.kernels.attention.packed import way_of
+from megatron.kernels.attention.backends import BACKENDS, choose, in_words
 from megatron.kernels.device import has_triton, takes_triton
 from megatron.kernels.fp8 import recipe_of
 from megatron.kernels.fp8 import way_of as way_of_fp8
@@ -28,11 +27,7 @@ def ways(config: Config, mesh: Mesh, is_compiled: bool) -> str:
     groups = model.num_groups // mesh.tensor.size
     rows = model.num_attention_heads // model.num_groups + 2
     qkv_tgcd = torch.empty(0, groups, rows, model.kv_channels, dtype=dtype, device=mesh.device)
-    windows = dict.fromkeys(model.window(number) for number in range(model.num_layers))
-    attention = ", and by ".join(dict.fromkeys(
-        way_of(qkv_tgcd, model.attention_dropout > 0, window, mesh.context.size == 1, model.attention_backend)
-        for window in windows))
-    _check_attention(config, attention)
+    attention = _attention(config, qkv_tgcd, mesh.context.size == 1)
     between = _between(qkv_tgcd, model.qkv_conv_kernel)
     loss = between if takes_triton(qkv_tgcd) else "PyTorch"
     if is_compiled:
@@ -80,13 +75,23 @@ def set_deterministic(config: Config, mesh: Mesh) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _check_attention(config: Config, attention: str) -> None:
-    """Raises ConfigError where a flag has no effect, or cannot be honoured, with this implementation of attention."""
-    training, ways = config.training, f"attention is by {attention}; leave it out"
-    if training.flash_attention != "FA2" and WORDS["varlen"] not in attention:
-        raise ConfigError(f"--flash-attention {training.flash_attention} is for {WORDS['varlen']}, and {ways}")
-    if training.cuda_graph and WORDS["plain"] in attention:
-        raise ConfigError(f"--cuda-graph cannot capture a run that asks the host for proteins' lengths, and {ways}")
+def _attention(config: Config, qkv_tgcd: torch.Tensor, is_whole: bool) -> str:
+    """What computes attention; raises ConfigError where a flag has no effect, or cannot be honoured, with that."""
+    model, training = config.model, config.training
+    names, said = set(), []
+    for window in dict.fromkeys(model.window(number) for number in range(model.num_layers)):
+        case = qkv_tgcd, model.attention_dropout > 0, window, is_whole
+        name = choose(*case, model.attention_backend)
+        names.add(name)
+        said.append(in_words(name, model.attention_backend != "auto", *case))
+    words = ", and by ".join(dict.fromkeys(said))
+    if training.flash_attention != "FA2" and "varlen" not in names:
+        raise ConfigError(f"--flash-attention {training.flash_attention} is for {BACKENDS['varlen'].words}, and "
+                          f"attention is by {words}; leave it out")
+    if training.cuda_graph and "plain" in names:
+        raise ConfigError(f"--cuda-graph cannot capture a run that asks the host for proteins' lengths, and attention "
+                          f"is by {words}; leave it out")
+    return words
 
 
 def _update(config: Config, tensor: torch.Tensor) -> str:
