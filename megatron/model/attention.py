@@ -6,6 +6,7 @@ group's queries, its key, its value, c = q + 2 of them; so a slice of its rows i
 """
 
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,11 @@ from torch.nn import functional as F
 
 from megatron.config import ModelConfig
 from megatron.kernels.attention.maps import attention_with_maps
+from megatron.kernels.device import takes_triton
 from megatron.kernels.dropout import Dropout, Use
 from megatron.kernels.packed_sequence import PackedSequence
-from megatron.kernels.pointwise import convolution
-from megatron.kernels.pointwise.heads import Heads, HeadScaling, gives_bias_gradient, prepared_heads, prepares_parts
+from megatron.kernels.pointwise.convolution import convolved
+from megatron.kernels.pointwise.heads import Heads, HeadScaling, prepared_heads
 from megatron.kernels.pointwise.product import Product
 from megatron.kernels.rotary import Rotation
 from megatron.model.initialisation import normal, residual_output
@@ -27,6 +29,8 @@ from megatron.parallel.randomness import dropout_of
 from megatron.parallel.recomputation import recomputed
 from megatron.parallel.tensor.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.parallel.tensor.stream import Stream
+
+Summing = Literal["projection", "convolution", "rotation"]
 
 
 class Attention(nn.Module):
@@ -55,27 +59,35 @@ class Attention(nn.Module):
         self.is_rms = config.normalization == "RMSNorm"
 
     def forward(self, hidden_uh: Tensor, sequence: PackedSequence, rotation: Rotation | None) -> Product:
-        """[u, h], perhaps still without the last bias; `rotation`: of queries and keys, if they are to be turned."""
-        scaling = self._head_scaling()
-        bias_x = self.query_key_value.bias if self._trains_bias_later(hidden_uh, scaling, rotation) else None
-        qkv_tx = self.query_key_value(hidden_uh, trains_bias=bias_x is None)
+        """[u, h], perhaps still without the last bias; `rotation`: of queries and keys, if they are to be rotated."""
+        projection, sums_bias = self.query_key_value, self._sums_bias_gradient(hidden_uh, rotation)
+        qkv_tx = projection(hidden_uh, trains_bias=sums_bias == "projection")
         if self.conv is not None:
-            qkv_tx, bias_x = self.conv(qkv_tx, sequence, bias_x), None
+            qkv_tx = self.conv(qkv_tx, sequence, projection.bias if sums_bias == "convolution" else None)
         qkv_tgcd = qkv_tx.view(-1, *self.shape)
         if self.values is not None:
             qkv_tgcd = self.values(qkv_tgcd, sequence.tokens_t)
         dropout = dropout_of(self, sequence, Use.PROBABILITIES, self.first_head)
-        is_apart = (self.takes_maps is None and prepares_parts(qkv_tgcd, scaling, rotation)
-                    and takes_parts(qkv_tgcd, dropout is not None, self.context, self.window, self.backend))
-        # May change the projection in its own memory: nothing that made it has kept it.
-        heads = prepared_heads(qkv_tgcd, scaling, rotation, bias_x, is_apart)
+        is_apart = self.takes_maps is None and takes_parts(qkv_tgcd, dropout is not None, self.context, self.window,
+                                                           self.backend)
+        # May overwrite the projection, which nothing above has kept for the backward pass.
+        heads = prepared_heads(qkv_tgcd, self._head_scaling(), rotation,
+                               projection.bias if sums_bias == "rotation" else None, is_apart)
         return self.dense.product(self._core(heads, sequence, dropout).flatten(1))
 
-    def _trains_bias_later(self, x: Tensor, scaling: HeadScaling | None, rotation: Rotation | None) -> bool:
-        """Whether what follows the projection gives the gradient of its bias."""
+    def _sums_bias_gradient(self, x: Tensor, rotation: Rotation | None) -> Summing:
+        """Which operation computes the gradient of the projection's bias: the sum over the tokens of its output's.
+
+        The projection always adds the bias in its forward pass. The gradient of its output is written by the backward
+        pass of whatever follows; if that is Triton's convolution, or its rotation without a norm, the same kernel sums
+        it over the tokens as well.
+        """
+        if not takes_triton(x):
+            return "projection"
         if self.conv is not None:
-            return convolution.gives_bias_gradient(x)
-        return self.values is None and gives_bias_gradient(x, scaling, rotation)
+            return "convolution"
+        is_rotated_next = rotation is not None and not self.has_qk_norm and self.values is None
+        return "rotation" if is_rotated_next else "projection"
 
     def _head_scaling(self) -> HeadScaling | None:
         if not self.has_qk_norm:
@@ -129,13 +141,13 @@ class ShortConvolution(nn.Module):
         self.weight = split_parameter((num_features, kernel), 0, stream.axis,
                                       Declaration(Constant(0.0), "vector", decays=False))
 
-    def forward(self, x_tf: Tensor, sequence: PackedSequence, bias_f: Tensor | None = None) -> Tensor:
-        """The same shape; `bias_f`: what was added to `x_tf`, where the convolution is to give its gradient.
+    def forward(self, x_tf: Tensor, sequence: PackedSequence, added_bias_f: Tensor | None = None) -> Tensor:
+        """The same shape; `added_bias_f`: a bias that `x_tf` contains, if its gradient is to be computed here.
 
-        Of a context axis a rank gives what its own tokens and those of its neighbours that they see have of that.
+        Over a context axis each rank computes the part of that gradient that comes from its own outputs.
         """
         around_tf, positions = (with_neighbours(each, self.halo, self.context) for each in (x_tf, sequence.positions_t))
-        out_tf, num_before = (convolution.convolved(around_tf, positions, self.weight, bias_f),
-                              (len(around_tf) - len(x_tf)) // 2)
+        out_tf = convolved(around_tf, positions, self.weight, added_bias_f)
+        num_before = (len(around_tf) - len(x_tf)) // 2
         # Backward a view costs a tensor of zeros and a copy.
         return out_tf.narrow(0, num_before, len(x_tf)) if num_before else out_tf

@@ -13,7 +13,7 @@ from megatron.errors import ConfigError
 from megatron.kernels.attention import compiled
 from megatron.kernels.pointwise.heads import normed_heads
 from megatron.kernels.rotary import rotate, rotate_reference, rotation_of
-from megatron.model.attention import ShortConvolution, ValueEmbedding
+from megatron.model.attention import Attention, ShortConvolution, ValueEmbedding
 from megatron.model.embedding import token_dropout_scales
 from megatron.model.flops import model_flops
 from megatron.model.initialisation import initialise
@@ -316,3 +316,15 @@ def test_widths_that_are_left_open_are_megatrons():
     assert parse([*BASE, "--swiglu", "--hidden-size", "768"])[0].model.ffn_hidden_size == 2048
     assert parse(BASE)[0].model.num_query_groups == 4
     assert ModelConfig().num_groups == ModelConfig().num_attention_heads
+
+
+@pytest.mark.parametrize(("options", "on_gpus"), [
+    ({}, "projection"), ({"position_embedding_type": "rope"}, "rotation"),
+    ({"position_embedding_type": "rope", "qk_layernorm": True}, "projection"),
+    ({"position_embedding_type": "rope", "value_embeddings": True}, "projection"),
+    ({"position_embedding_type": "rope", "qkv_conv_kernel": 3}, "convolution")])
+def test_the_kernel_behind_the_projection_sums_the_gradient_of_its_bias_on_gpus_alone(options, on_gpus):
+    attention = Attention(replace(PROTEINLM, **options), 0, 32, ONE_RANK_STREAM)
+    rotation = rotation_of(torch.arange(3), 8, 1e4) if options else None
+    assert attention._sums_bias_gradient(torch.empty(3, device="meta"), rotation) == on_gpus
+    assert attention._sums_bias_gradient(torch.empty(3), rotation) == "projection"

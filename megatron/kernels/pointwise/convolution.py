@@ -18,21 +18,18 @@ from megatron.kernels.pointwise import compiled
 from megatron.kernels.pointwise.compiled import takes_compiled
 
 
-def convolved(x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor, bias_f: Tensor | None = None) -> Tensor:
-    """[t, f], in the dtype of `x_tf`. `positions_t`: in its protein, int64; so token t sees that many before it.
+def convolved(x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor,
+              added_bias_f: Tensor | None = None) -> Tensor:
+    """The convolution's output [t, f], in the dtype of `x_tf`.
 
-    `bias_f`: one that `x_tf` has with it already, for which only its gradient is to be given, where
-    `gives_bias_gradient`.
+    `positions_t`: each token's position in its protein, int64: the number of tokens of its protein before it.
+    `added_bias_f`: a bias that `x_tf` already contains. The forward pass does not use it; the backward pass computes
+    its gradient, the sum of that of `x_tf` over the tokens. Triton's kernel alone does that (`takes_triton`).
     """
-    assert bias_f is None or gives_bias_gradient(x_tf), "the product gives the gradient of its bias"
+    assert added_bias_f is None or takes_triton(x_tf), "whoever added the bias computes its gradient"
     if takes_triton(x_tf) or takes_compiled(x_tf) and weight_fk.shape[1] in compiled.TAPS:
-        return _Convolved.apply(x_tf, positions_t, weight_fk, bias_f)
+        return _Convolved.apply(x_tf, positions_t, weight_fk, added_bias_f)
     return convolved_reference(x_tf, positions_t, weight_fk)
-
-
-def gives_bias_gradient(x: Tensor) -> bool:
-    """Whether the convolution sums up the gradient of a bias of what it is given on its way: Triton's kernel does."""
-    return takes_triton(x)
 
 
 def convolved_reference(x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor) -> Tensor:
@@ -51,9 +48,10 @@ class _Convolved(torch.autograd.Function):
     """Keeps what is convolved."""
 
     @staticmethod
-    def forward(ctx: Any, x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor, bias_f: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor,
+                added_bias_f: Tensor | None) -> Tensor:
         ctx.save_for_backward(x_tf, positions_t, weight_fk)
-        ctx.bias_dtype = None if bias_f is None else bias_f.dtype
+        ctx.bias_dtype = None if added_bias_f is None else added_bias_f.dtype
         return as_called(_forward_operator, _forward, x_tf)(x_tf, positions_t, weight_fk)
 
     @staticmethod

@@ -39,34 +39,25 @@ class HeadScaling:
 
 
 def prepared_heads(qkv_tgcd: Tensor, scaling: HeadScaling | None, rotation: Rotation | None,
-                   bias_x: Tensor | None = None, is_apart: bool = False) -> Heads:
-    """The projection with queries and keys normalised, then turned, values as they are.
+                   added_bias_x: Tensor | None = None, is_apart: bool = False) -> Heads:
+    """The projection with queries and keys normalised, then rotated; values as they are.
 
-    Its memory may be that of `qkv_tgcd`, which is then changed: who made that must not have kept it. `bias_x`: one that
-    the projection has with it already, for which only its gradient is to be given, where `gives_bias_gradient`.
-    `is_apart`, where `prepares_parts`: the gradients of queries, keys and values are put together as they are turned
-    back or the norm's are computed, where PyTorch takes a copy.
+    May overwrite `qkv_tgcd`, whose values nothing else may need any more. `added_bias_x`: a bias that `qkv_tgcd`
+    already contains. The forward pass does not use it; the backward pass computes its gradient, the sum of that of
+    `qkv_tgcd` over the tokens. Triton's rotation without a norm alone does that. `is_apart`: Triton's kernels return
+    queries, keys and values apart; their backward kernel then reads three gradients and writes one, without the copy
+    by which PyTorch would put them together.
     """
     turn = (None, None) if rotation is None else (rotation.cos, rotation.sin)
-    if gives_bias_gradient(qkv_tgcd, scaling, rotation):
-        return _Turned.apply(qkv_tgcd, bias_x, *turn, is_apart)
-    assert bias_x is None, "the product gives the gradient of its bias"
+    if takes_triton(qkv_tgcd) and scaling is None and rotation is not None:
+        return _Turned.apply(qkv_tgcd, added_bias_x, *turn, is_apart)
+    assert added_bias_x is None, "whoever added the bias computes its gradient"
     if scaling is not None and (takes_triton(qkv_tgcd) or takes_compiled(qkv_tgcd)):
         return _Prepared.apply(qkv_tgcd, scaling.query_weight, scaling.key_weight, *turn, scaling.epsilon,
                                not scaling.is_rms, is_apart)
     if scaling is not None:
         qkv_tgcd = normed_queries_and_keys(qkv_tgcd, scaling)
     return (qkv_tgcd if rotation is None else rotate(qkv_tgcd, rotation),)
-
-
-def prepares_parts(x: Tensor, scaling: HeadScaling | None, rotation: Rotation | None) -> bool:
-    """Whether `prepared_heads` can give queries, keys and values apart: Triton's kernels do, where there is work."""
-    return takes_triton(x) and (scaling is not None or rotation is not None)
-
-
-def gives_bias_gradient(x: Tensor, scaling: HeadScaling | None, rotation: Rotation | None) -> bool:
-    """Whether what turns queries and keys sums up the gradient of the projection's bias on its way."""
-    return takes_triton(x) and scaling is None and rotation is not None
 
 
 def normed_queries_and_keys(qkv_tgcd: Tensor, scaling: HeadScaling) -> Tensor:
@@ -84,18 +75,23 @@ def normed_heads(x_tgcd: Tensor, weight: Tensor, epsilon: float, is_rms: bool) -
 
 
 class _Turned(torch.autograd.Function):
-    """In place but for a leaf; backward, where the gradient may be someone else's too, it gives a tensor of its own."""
+    """Rotates queries and keys by Triton: in the projection's own memory, unless that is a leaf or not contiguous.
+
+    The change is not marked by `ctx.mark_dirty`: the projection is a view here, and of a marked view autograd would
+    copy the gradient. Still no one can use an overwritten projection unnoticed, for the operator raises its version,
+    which autograd compares. The backward pass returns a new tensor: the gradient that it gets may have other uses.
+    """
 
     @staticmethod
-    def forward(ctx: Any, qkv_tgcd: Tensor, bias_x: Tensor | None, cos: Tensor, sin: Tensor,
+    def forward(ctx: Any, qkv_tgcd: Tensor, added_bias_x: Tensor | None, cos: Tensor, sin: Tensor,
                 is_apart: bool) -> Heads:
         ctx.save_for_backward(cos, sin)
-        ctx.bias_dtype = None if bias_x is None else bias_x.dtype
+        ctx.bias_dtype = None if added_bias_x is None else added_bias_x.dtype
         if (qkv_tgcd.is_leaf and qkv_tgcd.requires_grad) or not qkv_tgcd.is_contiguous():
             prepare = as_called(_prepare_operator, _prepare, qkv_tgcd)
             qkv_tgcd = prepare(qkv_tgcd, None, None, cos, sin, 0.0, False)
         else:
-            _turn_(qkv_tgcd, cos, sin)  # not marked as changed: of a view the gradient would be copied
+            _turn_(qkv_tgcd, cos, sin)
         return qkv_tgcd.unbind(2) if is_apart else (qkv_tgcd,)
 
     @staticmethod
