@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron.kernels.device import as_called, takes_triton
+from megatron.kernels.device import operator, takes_triton
 from megatron.kernels.packed_sequence import NO_TARGET
 
 
@@ -29,7 +29,7 @@ def target_statistics(logits_cv: Tensor, ids_c: Tensor, first: int, softcap: flo
     what is no target the second and third are 0.
     """
     if takes_triton(logits_cv):
-        return as_called(_statistics_operator, _statistics, logits_cv)(logits_cv, ids_c, first, softcap).unbind()
+        return _statistics(logits_cv, ids_c, first, softcap).unbind()
     num_ids = logits_cv.shape[1]
     if not num_ids:
         nothing_c = logits_cv.new_full(ids_c.shape, -torch.inf, dtype=torch.float32)
@@ -51,8 +51,7 @@ def logits_gradient(logits_cv: Tensor, ids_c: Tensor, logsumexp_c: Tensor, gradi
     `logsumexp_c` as in the statistics, but of the logits of all parts.
     """
     if takes_triton(logits_cv):
-        return as_called(_gradient_operator, _gradient, logits_cv)(logits_cv, ids_c, logsumexp_c, gradient, first,
-                                                                   softcap)
+        return _gradient(logits_cv, ids_c, logsumexp_c, gradient, first, softcap)
     capped_cv, num_ids = softcapped(logits_cv, softcap).float(), logits_cv.shape[1]
     grad_cv = (capped_cv - logsumexp_c[:, None]).exp_()
     if num_ids:
@@ -77,6 +76,7 @@ def cross_entropy_reference(logits_mv: Tensor, ids_m: Tensor, softcap: float | N
         capped_mv.detach().argmax(-1) == ids_m).sum()
 
 
+@operator("cross_entropy", lambda logits_cv, *_: _empty_statistics(logits_cv))
 def _statistics(logits_cv: Tensor, ids_c: Tensor, first: int, softcap: float | None) -> Tensor:
     from megatron.kernels.cross_entropy_triton import launch_forward
 
@@ -85,6 +85,7 @@ def _statistics(logits_cv: Tensor, ids_c: Tensor, first: int, softcap: float | N
     return statistics_4c
 
 
+@operator("cross_entropy_backward", lambda logits_cv, *_: logits_cv.new_empty(logits_cv.shape))
 def _gradient(logits_cv: Tensor, ids_c: Tensor, logsumexp_c: Tensor, gradient: Tensor, first: int,
               softcap: float | None) -> Tensor:
     from megatron.kernels.cross_entropy_triton import launch_backward
@@ -96,18 +97,3 @@ def _gradient(logits_cv: Tensor, ids_c: Tensor, logsumexp_c: Tensor, gradient: T
 
 def _empty_statistics(logits_cv: Tensor) -> Tensor:
     return logits_cv.new_empty((4, len(logits_cv)), dtype=torch.float32)
-
-
-_statistics_operator = torch.library.custom_op("megatron::cross_entropy", _statistics, mutates_args=())
-_gradient_operator = torch.library.custom_op("megatron::cross_entropy_backward", _gradient, mutates_args=())
-
-
-@_statistics_operator.register_fake
-def _(logits_cv: Tensor, ids_c: Tensor, first: int, softcap: float | None) -> Tensor:
-    return _empty_statistics(logits_cv)
-
-
-@_gradient_operator.register_fake
-def _(logits_cv: Tensor, ids_c: Tensor, logsumexp_c: Tensor, gradient: Tensor, first: int,
-      softcap: float | None) -> Tensor:
-    return logits_cv.new_empty(logits_cv.shape)

@@ -2,9 +2,9 @@
 
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 # Of backward passes whose programs each have partial sums: what an H100 runs at once, in warps and in programs of four.
 MOST_WARPS, MOST_PROGRAMS = 16 * 132, 4 * 132
+_T = TypeVar("_T")
 _DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 
@@ -60,10 +61,26 @@ def is_fake(tensor: Tensor) -> bool:
     return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
-def as_called(operator: Callable[..., Any], function: Callable[..., Any], tensor: Tensor) -> Callable[..., Any]:
-    """`operator` for fake tensors and for torch.compile, which need one; else the `function` that it is made of:
-    calling an operator of Python costs some 15 µs."""
-    return operator if torch.compiler.is_compiling() or is_fake(tensor) else function
+def operator(name: str, empty: Callable[..., Any]) -> Callable[[Callable[..., _T]], Callable[..., _T]]:
+    """Makes a function the operator `megatron::name` where it has to be one: for torch.compile and on fake tensors.
+
+    Elsewhere a call runs the function itself, for calling an operator of Python costs some 15 µs. `empty` takes the
+    same arguments, and returns empty tensors like the results. One of the arguments must be a tensor; the function
+    changes none of them.
+    """
+    def decorate(function: Callable[..., _T]) -> Callable[..., _T]:
+        made = torch.library.custom_op(f"megatron::{name}", function, mutates_args=())
+        made.register_fake(empty)
+
+        @wraps(function)
+        def call(*arguments: Any) -> _T:
+            if torch.compiler.is_compiling() or is_fake(next(each for each in arguments if isinstance(each, Tensor))):
+                return made(*arguments)
+            return function(*arguments)
+
+        return call
+
+    return decorate
 
 
 @constant_when_compiled

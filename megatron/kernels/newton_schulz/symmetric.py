@@ -6,7 +6,7 @@ Shapes: k matrices, m rows, n columns.
 import torch
 from torch import Tensor
 
-from megatron.kernels.device import as_called, takes_triton
+from megatron.kernels.device import operator, takes_triton
 
 
 def gram(x_kmn: Tensor) -> Tensor:
@@ -29,21 +29,17 @@ def symmetric_reference(x_kmn: Tensor, factor: float, of_product: float) -> Tens
 def _symmetric(x_kmn: Tensor, factor: float, of_product: float) -> Tensor:
     if not takes_triton(x_kmn):
         return symmetric_reference(x_kmn, factor, of_product)
-    return as_called(_operator, _by_triton, x_kmn)(x_kmn, factor, of_product)
+    return _by_triton(x_kmn, factor, of_product)
 
 
+@operator("symmetric_product", lambda x_kmn, *_: _empty(x_kmn))
 def _by_triton(x_kmn: Tensor, factor: float, of_product: float) -> Tensor:
     from megatron.kernels.newton_schulz.symmetric_triton import launch
 
-    x_kmn = x_kmn.contiguous()
-    out_kmm = x_kmn.new_empty(*x_kmn.shape[:2], x_kmn.shape[1])
+    x_kmn, out_kmm = x_kmn.contiguous(), _empty(x_kmn)
     launch(x_kmn, factor, of_product, out_kmm)
     return out_kmm
 
 
-_operator = torch.library.custom_op("megatron::symmetric_product", _by_triton, mutates_args=())
-
-
-@_operator.register_fake
-def _(x_kmn: Tensor, factor: float, of_product: float) -> Tensor:
+def _empty(x_kmn: Tensor) -> Tensor:
     return x_kmn.new_empty(*x_kmn.shape[:2], x_kmn.shape[1])

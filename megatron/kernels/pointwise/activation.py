@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from megatron.kernels.device import as_called, takes_triton
+from megatron.kernels.device import operator, takes_triton
 from megatron.kernels.pointwise.compiled import activate, activate_backward, runs_compiled, takes_compiled
 from megatron.kernels.pointwise.product import Product, whole
 
@@ -48,7 +48,7 @@ class _Activated(torch.autograd.Function):
         ctx.kind = kind
         if runs_compiled(wide_tf):
             return activate(wide_tf, bias_f, gate_tf, gate_bias_f, kind)
-        return as_called(_forward_operator, _forward, wide_tf)(wide_tf, bias_f, gate_tf, gate_bias_f, kind)
+        return _forward(wide_tf, bias_f, gate_tf, gate_bias_f, kind)
 
     @staticmethod
     @once_differentiable
@@ -56,14 +56,14 @@ class _Activated(torch.autograd.Function):
         wide_tf, bias_f, gate_tf, gate_bias_f = ctx.saved_tensors
         if runs_compiled(wide_tf):
             return None, *activate_backward(grad_tf, wide_tf, bias_f, gate_tf, gate_bias_f, ctx.kind)
-        grad_wide_tf, grad_gate_tf, grads_kf = as_called(_backward_operator, _backward, grad_tf)(
-            grad_tf, wide_tf, bias_f, gate_tf, gate_bias_f, ctx.kind)
+        grad_wide_tf, grad_gate_tf, grads_kf = _backward(grad_tf, wide_tf, bias_f, gate_tf, gate_bias_f, ctx.kind)
         of_biases = iter(grads_kf.unbind())
         of_bias_f, of_gate_bias_f = (None if bias is None else next(of_biases).to(bias.dtype)
                                      for bias in (bias_f, gate_bias_f))
         return None, grad_wide_tf, of_bias_f, None if gate_tf is None else grad_gate_tf, of_gate_bias_f
 
 
+@operator("activated", lambda wide_tf, *_: wide_tf.new_empty(wide_tf.shape))
 def _forward(wide_tf: Tensor, bias_f: Tensor | None, gate_tf: Tensor | None, gate_bias_f: Tensor | None,
              kind: str) -> Tensor:
     from megatron.kernels.pointwise.activation_triton import launch_forward
@@ -74,15 +74,7 @@ def _forward(wide_tf: Tensor, bias_f: Tensor | None, gate_tf: Tensor | None, gat
     return out_tf
 
 
-_forward_operator = torch.library.custom_op("megatron::activated", _forward, mutates_args=())
-
-
-@_forward_operator.register_fake
-def _(wide_tf: Tensor, bias_f: Tensor | None, gate_tf: Tensor | None, gate_bias_f: Tensor | None,
-      kind: str) -> Tensor:
-    return wide_tf.new_empty(wide_tf.shape)
-
-
+@operator("activated_backward", lambda grad_tf, *inputs: _gradients(*inputs[:4]))
 def _backward(grad_tf: Tensor, wide_tf: Tensor, bias_f: Tensor | None, gate_tf: Tensor | None,
               gate_bias_f: Tensor | None, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     from megatron.kernels.pointwise.activation_triton import launch_backward
@@ -92,15 +84,6 @@ def _backward(grad_tf: Tensor, wide_tf: Tensor, bias_f: Tensor | None, gate_tf: 
     grads_kf = launch_backward(grad_tf.contiguous(), wide_tf, bias_f, gate_tf, gate_bias_f, kind, grad_wide_tf,
                                grad_gate_tf if gate_tf is not None else None)
     return grad_wide_tf, grad_gate_tf, grads_kf
-
-
-_backward_operator = torch.library.custom_op("megatron::activated_backward", _backward, mutates_args=())
-
-
-@_backward_operator.register_fake
-def _(grad_tf: Tensor, wide_tf: Tensor, bias_f: Tensor | None, gate_tf: Tensor | None, gate_bias_f: Tensor | None,
-      kind: str) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients(wide_tf, bias_f, gate_tf, gate_bias_f)
 
 
 def _gradients(wide_tf: Tensor, bias_f: Tensor | None, gate_tf: Tensor | None,

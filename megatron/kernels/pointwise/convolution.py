@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from megatron.kernels.device import as_called, takes_triton
+from megatron.kernels.device import operator, takes_triton
 from megatron.kernels.pointwise import compiled
 from megatron.kernels.pointwise.compiled import takes_compiled
 
@@ -52,15 +52,14 @@ class _Convolved(torch.autograd.Function):
                 added_bias_f: Tensor | None) -> Tensor:
         ctx.save_for_backward(x_tf, positions_t, weight_fk)
         ctx.bias_dtype = None if added_bias_f is None else added_bias_f.dtype
-        return as_called(_forward_operator, _forward, x_tf)(x_tf, positions_t, weight_fk)
+        return _forward(x_tf, positions_t, weight_fk)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_tf: Tensor) -> tuple[Tensor | None, ...]:
         x_tf, positions_t, weight_fk = ctx.saved_tensors
         has_bias = ctx.needs_input_grad[3]
-        grad_x_tf, grads_y = as_called(_backward_operator, _backward, x_tf)(
-            grad_tf, x_tf, positions_t, weight_fk, has_bias)
+        grad_x_tf, grads_y = _backward(grad_tf, x_tf, positions_t, weight_fk, has_bias)
         grad_weight_y, grad_bias_f = grads_y.split([weight_fk.numel(), len(grads_y) - weight_fk.numel()])
         return (grad_x_tf, None, grad_weight_y.view(weight_fk.shape).to(weight_fk.dtype),
                 grad_bias_f.to(ctx.bias_dtype) if has_bias else None)
@@ -75,29 +74,18 @@ def _of(tensor: Tensor) -> Any:
     return convolution_triton
 
 
+@operator("convolved", lambda x_tf, *_: x_tf.new_empty(x_tf.shape))
 def _forward(x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor) -> Tensor:
     return _of(x_tf).convolve(x_tf, positions_t, weight_fk)
 
 
-_forward_operator = torch.library.custom_op("megatron::convolved", _forward, mutates_args=())
-
-
-@_forward_operator.register_fake
-def _(x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor) -> Tensor:
-    return x_tf.new_empty(x_tf.shape)
-
-
+@operator("convolved_backward", lambda grad_tf, x_tf, positions_t, *others: _gradients(x_tf, *others))
 def _backward(grad_tf: Tensor, x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor,
               has_bias: bool) -> tuple[Tensor, Tensor]:
     """Gradients of what is convolved, and in fp32 of the weight [f·k], behind it of the bias [f] if there is one."""
     return _of(x_tf).convolve_backward(grad_tf, x_tf, positions_t, weight_fk, has_bias)
 
 
-_backward_operator = torch.library.custom_op("megatron::convolved_backward", _backward, mutates_args=())
-
-
-@_backward_operator.register_fake
-def _(grad_tf: Tensor, x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor,
-      has_bias: bool) -> tuple[Tensor, Tensor]:
+def _gradients(x_tf: Tensor, weight_fk: Tensor, has_bias: bool) -> tuple[Tensor, Tensor]:
     size = weight_fk.numel() + (x_tf.shape[1] if has_bias else 0)
     return x_tf.new_empty(x_tf.shape), x_tf.new_empty(size, dtype=torch.float32)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from megatron.kernels.device import as_called, takes_triton
+from megatron.kernels.device import operator, takes_triton
 from megatron.kernels.pointwise.compiled import (
     prepare_heads,
     prepare_heads_backward,
@@ -88,8 +88,7 @@ class _Turned(torch.autograd.Function):
         ctx.save_for_backward(cos, sin)
         ctx.bias_dtype = None if added_bias_x is None else added_bias_x.dtype
         if (qkv_tgcd.is_leaf and qkv_tgcd.requires_grad) or not qkv_tgcd.is_contiguous():
-            prepare = as_called(_prepare_operator, _prepare, qkv_tgcd)
-            qkv_tgcd = prepare(qkv_tgcd, None, None, cos, sin, 0.0, False)
+            qkv_tgcd = _prepare(qkv_tgcd, None, None, cos, sin, 0.0, False)
         else:
             _turn_(qkv_tgcd, cos, sin)
         return qkv_tgcd.unbind(2) if is_apart else (qkv_tgcd,)
@@ -98,8 +97,7 @@ class _Turned(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         has_sum = ctx.needs_input_grad[1]
-        turn_back = as_called(_turn_back_operator, _turn_back, grads[0])
-        grad_qkv_tgcd, sum_gcd = turn_back(grads, *ctx.saved_tensors, has_sum)
+        grad_qkv_tgcd, sum_gcd = _turn_back(grads, *ctx.saved_tensors, has_sum)
         grad_bias_x = sum_gcd.flatten().to(ctx.bias_dtype) if has_sum else None
         return grad_qkv_tgcd, grad_bias_x, None, None, None
 
@@ -112,20 +110,19 @@ class _Prepared(torch.autograd.Function):
                 sin: Tensor | None, epsilon: float, has_mean: bool, is_apart: bool) -> Heads:
         ctx.save_for_backward(qkv_tgcd, query_weight, key_weight, cos, sin)
         ctx.numbers = epsilon, has_mean
-        prepare = as_called(_prepare_operator, _prepare, qkv_tgcd)
-        out_tgcd = prepare(qkv_tgcd, query_weight, key_weight, cos, sin, epsilon, has_mean)
+        out_tgcd = _prepare(qkv_tgcd, query_weight, key_weight, cos, sin, epsilon, has_mean)
         return out_tgcd.unbind(2) if is_apart else (out_tgcd,)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         qkv_tgcd, query_weight, key_weight, *turn = ctx.saved_tensors
-        grad_qkv_tgcd, grads_x = as_called(_prepare_backward_operator, _prepare_backward, qkv_tgcd)(
-            grads, qkv_tgcd, query_weight, key_weight, *turn, *ctx.numbers)
+        grad_qkv_tgcd, grads_x = _prepare_backward(grads, qkv_tgcd, query_weight, key_weight, *turn, *ctx.numbers)
         of_queries, of_keys = grads_x.to(query_weight.dtype).split([len(query_weight), len(key_weight)])
         return grad_qkv_tgcd, of_queries, of_keys, None, None, None, None, None
 
 
+# An operator in every call: as one it raises the version of what it overwrites.
 @torch.library.custom_op("megatron::turn_heads_", mutates_args=("qkv_tgcd",))
 def _turn_(qkv_tgcd: Tensor, cos: Tensor, sin: Tensor) -> None:
     from megatron.kernels.pointwise.heads_triton import launch_forward
@@ -138,6 +135,7 @@ def _(qkv_tgcd: Tensor, cos: Tensor, sin: Tensor) -> None:
     return None
 
 
+@operator("prepare_heads", lambda qkv_tgcd, *_: qkv_tgcd.new_empty(qkv_tgcd.shape))
 def _prepare(qkv_tgcd: Tensor, query_weight: Tensor | None, key_weight: Tensor | None, cos: Tensor | None,
              sin: Tensor | None, epsilon: float, has_mean: bool) -> Tensor:
     if runs_compiled(qkv_tgcd):
@@ -150,15 +148,18 @@ def _prepare(qkv_tgcd: Tensor, query_weight: Tensor | None, key_weight: Tensor |
     return out_tgcd
 
 
-_prepare_operator = torch.library.custom_op("megatron::prepare_heads", _prepare, mutates_args=())
+def _empty_whole(grads: Sequence[Tensor]) -> Tensor:
+    """For the gradient of the whole projection, given as one or as three."""
+    shape = grads[0].shape if len(grads) == 1 else (*grads[0].shape[:2], len(grads), grads[0].shape[2])
+    return grads[0].new_empty(shape)
 
 
-@_prepare_operator.register_fake
-def _(qkv_tgcd: Tensor, query_weight: Tensor | None, key_weight: Tensor | None, cos: Tensor | None,
-      sin: Tensor | None, epsilon: float, has_mean: bool) -> Tensor:
-    return qkv_tgcd.new_empty(qkv_tgcd.shape)
+def _empty_turned_back(grads: Sequence[Tensor], cos: Tensor, sin: Tensor, has_sum: bool) -> tuple[Tensor, Tensor]:
+    whole_tgcd = _empty_whole(grads)
+    return whole_tgcd, whole_tgcd.new_empty(whole_tgcd.shape[1:] if has_sum else 0, dtype=torch.float32)
 
 
+@operator("turn_heads_back", _empty_turned_back)
 def _turn_back(grads: Sequence[Tensor], cos: Tensor, sin: Tensor, has_sum: bool) -> tuple[Tensor, Tensor]:
     """The gradient of what was turned, from that of the whole or those of the parts, and its sum over the tokens."""
     from megatron.kernels.pointwise.heads_triton import launch_turn_back
@@ -168,21 +169,8 @@ def _turn_back(grads: Sequence[Tensor], cos: Tensor, sin: Tensor, has_sum: bool)
     return grad_qkv_tgcd, launch_turn_back(grads, cos, sin, has_sum, grad_qkv_tgcd)
 
 
-_turn_back_operator = torch.library.custom_op("megatron::turn_heads_back", _turn_back, mutates_args=())
-
-
-@_turn_back_operator.register_fake
-def _(grads: Sequence[Tensor], cos: Tensor, sin: Tensor, has_sum: bool) -> tuple[Tensor, Tensor]:
-    whole_tgcd = _empty_whole(grads)
-    return whole_tgcd, whole_tgcd.new_empty(whole_tgcd.shape[1:] if has_sum else 0, dtype=torch.float32)
-
-
-def _empty_whole(grads: Sequence[Tensor]) -> Tensor:
-    """For the gradient of the whole projection, given as one or as three."""
-    shape = grads[0].shape if len(grads) == 1 else (*grads[0].shape[:2], len(grads), grads[0].shape[2])
-    return grads[0].new_empty(shape)
-
-
+@operator("prepare_heads_backward", lambda grads, qkv_tgcd, query_weight, key_weight, *_: (
+    qkv_tgcd.new_empty(qkv_tgcd.shape), qkv_tgcd.new_empty(len(query_weight) + len(key_weight), dtype=torch.float32)))
 def _prepare_backward(grads: Sequence[Tensor], qkv_tgcd: Tensor, query_weight: Tensor, key_weight: Tensor,
                       cos: Tensor | None, sin: Tensor | None, epsilon: float,
                       has_mean: bool) -> tuple[Tensor, Tensor]:
@@ -195,14 +183,3 @@ def _prepare_backward(grads: Sequence[Tensor], qkv_tgcd: Tensor, query_weight: T
     grad_qkv_tgcd = torch.empty_like(qkv_tgcd)
     return grad_qkv_tgcd, launch_backward(grads, qkv_tgcd, query_weight, key_weight, cos, sin, epsilon, has_mean,
                                           grad_qkv_tgcd)
-
-
-_prepare_backward_operator = torch.library.custom_op("megatron::prepare_heads_backward", _prepare_backward,
-                                                     mutates_args=())
-
-
-@_prepare_backward_operator.register_fake
-def _(grads: Sequence[Tensor], qkv_tgcd: Tensor, query_weight: Tensor, key_weight: Tensor, cos: Tensor | None,
-      sin: Tensor | None, epsilon: float, has_mean: bool) -> tuple[Tensor, Tensor]:
-    return (qkv_tgcd.new_empty(qkv_tgcd.shape),
-            qkv_tgcd.new_empty(len(query_weight) + len(key_weight), dtype=torch.float32))

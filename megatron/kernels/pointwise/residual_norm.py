@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from megatron.kernels.device import as_called, takes_triton
+from megatron.kernels.device import operator, takes_triton
 from megatron.kernels.dropout import Dropout, dropped
 from megatron.kernels.pointwise import compiled
 from megatron.kernels.pointwise.compiled import takes_compiled
@@ -95,8 +95,8 @@ class _ResidualNorm(torch.autograd.Function):
                 dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
         seed, ctx.drawn = (dropout.seed, [dropout.kept, dropout.use, dropout.first_row]) if dropout else (None, [])
-        sum_uh, normed_uh, statistics_u2 = as_called(_forward_operator, _forward, residual_uh)(
-            residual_uh, branch_uh, shift_h, seed, ctx.drawn, weight_h, bias_h, epsilon, dtype)
+        sum_uh, normed_uh, statistics_u2 = _forward(
+            residual_uh, branch_uh, weight_h, dtype, shift_h, seed, ctx.drawn, bias_h, epsilon)
         if branch_uh is None:
             sum_uh = residual_uh
         # Without a norm nothing is needed but the seed.
@@ -117,18 +117,17 @@ class _ResidualNorm(torch.autograd.Function):
             x_uh, statistics_u2, weight_h, has_mean = grad_sum_uh, None, None, False
         else:
             has_mean = ctx.has_mean
-        grad_residual_uh, grad_branch_uh, grads_kh = as_called(_backward_operator, _backward, x_uh)(
-            grad_sum_uh, grad_normed_uh, x_uh, statistics_u2, weight_h, seed, ctx.drawn, has_mean,
-            shift_dtype is not None, branch_dtype)
+        grad_residual_uh, grad_branch_uh, grads_kh = _backward(
+            x_uh, weight_h, seed, has_mean, shift_dtype is not None, branch_dtype, grad_sum_uh, grad_normed_uh,
+            statistics_u2, ctx.drawn)
         grads = iter(grads_kh.unbind())
         grad_weight_h = None if weight_h is None else next(grads).to(weight_h.dtype)
         grad_bias_h = None if weight_h is None or not has_mean else next(grads).to(weight_h.dtype)
         grad_shift_h = None if shift_dtype is None else next(grads).to(shift_dtype)
-        if grad_normed_uh is None:
-            grad_residual_uh = grad_sum_uh
+        of_residual_uh = grad_sum_uh if grad_normed_uh is None else grad_residual_uh
         if seed is None and branch_dtype == residual_dtype:
-            grad_branch_uh = grad_residual_uh
-        return (grad_residual_uh, None if branch_dtype is None else grad_branch_uh, grad_shift_h, None, grad_weight_h,
+            grad_branch_uh = grad_residual_uh  # there is a norm: `_of_a_plain_sum` has had the rest
+        return (of_residual_uh, None if branch_dtype is None else grad_branch_uh, grad_shift_h, None, grad_weight_h,
                 grad_bias_h, None, None)
 
 
@@ -151,24 +150,16 @@ def _of(tensor: Tensor) -> Any:
     return residual_norm_triton
 
 
-# What is not asked for is empty. `drawn`: of dropout how many of 65,536 numbers are kept, its use, and the first row.
-def _forward(residual_uh: Tensor, branch_uh: Tensor | None, shift_h: Tensor | None, seed: Tensor | None,
-             drawn: list[int], weight_h: Tensor | None, bias_h: Tensor | None, epsilon: float,
-             dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+# Results that are not asked for are empty. `drawn`: how many of dropout's 65,536 numbers are kept, its use, and the
+# first row; empty without dropout.
+@operator("residual_norm", lambda *inputs: _outputs(*inputs[:4]))
+def _forward(residual_uh: Tensor, branch_uh: Tensor | None, weight_h: Tensor | None, dtype: torch.dtype | None,
+             shift_h: Tensor | None, seed: Tensor | None, drawn: list[int], bias_h: Tensor | None,
+             epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
     residual_uh, branch_uh = residual_uh.contiguous(), None if branch_uh is None else branch_uh.contiguous()
     outputs = _outputs(residual_uh, branch_uh, weight_h, dtype)
     _of(residual_uh).join(residual_uh, branch_uh, shift_h, seed, drawn, weight_h, bias_h, epsilon, *outputs)
     return outputs
-
-
-_forward_operator = torch.library.custom_op("megatron::residual_norm", _forward, mutates_args=())
-
-
-@_forward_operator.register_fake
-def _(residual_uh: Tensor, branch_uh: Tensor | None, shift_h: Tensor | None, seed: Tensor | None,
-      drawn: list[int], weight_h: Tensor | None, bias_h: Tensor | None, epsilon: float,
-      dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
-    return _outputs(residual_uh, branch_uh, weight_h, dtype)
 
 
 def _outputs(residual_uh: Tensor, branch_uh: Tensor | None, weight_h: Tensor | None,
@@ -180,9 +171,10 @@ def _outputs(residual_uh: Tensor, branch_uh: Tensor | None, weight_h: Tensor | N
             residual_uh.new_empty((len(residual_uh), 2) if weight_h is not None else 0, dtype=torch.float32))
 
 
-def _backward(grad_sum_uh: Tensor | None, grad_normed_uh: Tensor | None, x_uh: Tensor, statistics_u2: Tensor | None,
-              weight_h: Tensor | None, seed: Tensor | None, drawn: list[int], has_mean: bool, has_shift: bool,
-              branch_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+@operator("residual_norm_backward", lambda *inputs: _gradients(*inputs[:6]))
+def _backward(x_uh: Tensor, weight_h: Tensor | None, seed: Tensor | None, has_mean: bool, has_shift: bool,
+              branch_dtype: torch.dtype | None, grad_sum_uh: Tensor | None, grad_normed_uh: Tensor | None,
+              statistics_u2: Tensor | None, drawn: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     grad_sum_uh, grad_normed_uh = (None if gradient is None else gradient.contiguous()
                                    for gradient in (grad_sum_uh, grad_normed_uh))
     x_uh = x_uh.contiguous()
@@ -191,16 +183,6 @@ def _backward(grad_sum_uh: Tensor | None, grad_normed_uh: Tensor | None, x_uh: T
         grad_sum_uh, grad_normed_uh, x_uh, statistics_u2, weight_h, seed, drawn, has_mean, has_shift,
         *(each if each.numel() else None for each in (grad_residual_uh, grad_branch_uh)))
     return grad_residual_uh, grad_branch_uh, grads_kh
-
-
-_backward_operator = torch.library.custom_op("megatron::residual_norm_backward", _backward, mutates_args=())
-
-
-@_backward_operator.register_fake
-def _(grad_sum_uh: Tensor | None, grad_normed_uh: Tensor | None, x_uh: Tensor, statistics_u2: Tensor | None,
-      weight_h: Tensor | None, seed: Tensor | None, drawn: list[int], has_mean: bool, has_shift: bool,
-      branch_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients(x_uh, weight_h, seed, has_mean, has_shift, branch_dtype)
 
 
 def _gradients(x_uh: Tensor, weight_h: Tensor | None, seed: Tensor | None, has_mean: bool, has_shift: bool,
