@@ -17,16 +17,16 @@ from megatron.kernels.packed_sequence import NO_TARGET
 
 
 def softcapped(logits_cv: Tensor, softcap: float | None) -> Tensor:
-    """The logits, capped in fp32; without a softcap as they are."""
+    """The logits [c, v] with the softcap applied, in fp32; unchanged without one."""
     return logits_cv if softcap is None else softcap * torch.tanh(logits_cv.float() / softcap)
 
 
 def target_statistics(logits_cv: Tensor, ids_c: Tensor, first: int, softcap: float | None) -> Sequence[Tensor]:
-    """Four fp32 numbers [c] of each target: enough for its loss, whatever other logits there are.
+    """Four fp32 numbers for each target, each [c]: with those of the other parts enough for its loss.
 
-    The logarithm of the sum of the logits' exponentials; the logarithm of the target's share in that sum, -inf where
-    the target is another part's; 1 where the first of the largest logits is the target's, else 0; the largest logit. Of
-    what is no target the second and third are 0.
+    They are the logsumexp of the logits here; the target's log-probability among these, -inf where the target's id is
+    in another part; 1 where the first of the largest logits is the target's, else 0; and the largest logit. Where the
+    id is NO_TARGET the second and third are 0.
     """
     if takes_triton(logits_cv):
         return _statistics(logits_cv, ids_c, first, softcap).unbind()
@@ -46,9 +46,9 @@ def target_statistics(logits_cv: Tensor, ids_c: Tensor, first: int, softcap: flo
 
 def logits_gradient(logits_cv: Tensor, ids_c: Tensor, logsumexp_c: Tensor, gradient: Tensor, first: int,
                     softcap: float | None) -> Tensor:
-    """The gradient [c, v], in the logits' dtype, of losses whose sum has `gradient` (fp32, one number).
+    """The gradient of the logits [c, v], in their dtype; `gradient` is that of the summed loss (fp32, one number).
 
-    `logsumexp_c` as in the statistics, but of the logits of all parts.
+    `logsumexp_c`: over the logits of all parts.
     """
     if takes_triton(logits_cv):
         return _gradient(logits_cv, ids_c, logsumexp_c, gradient, first, softcap)

@@ -1,4 +1,4 @@
-"""Which way a kernel goes: a GPU's, a GPU's by Triton, or a CPU's; and what Triton's kernels share."""
+"""On which device, and by Triton or not, a tensor is computed; how functions become operators of PyTorch."""
 
 import os
 from collections.abc import Callable
@@ -17,23 +17,23 @@ _DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 
 def constant_when_compiled(function: Callable[[], bool]) -> Callable[[], bool]:
-    """`function`, whose result torch.compile takes as it is.
+    """`function`, whose result torch.compile treats as a constant.
 
-    As `torch.compiler.assume_constant_result`, which imports torch._dynamo: as slow as importing torch.
+    Does what `torch.compiler.assume_constant_result` does without importing torch._dynamo, which is slow.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def takes_gpu_way(tensor: Tensor) -> bool:
-    """Whether `tensor` is on a GPU, or is a fake one, which stands for a GPU's."""
+    """Whether `tensor` is computed as on a GPU: it is on one, or is a fake tensor, which stands for one on a GPU."""
     return tensor.device.type != "cpu" or isinstance(tensor, FakeTensor)
 
 
 def takes_triton(tensor: Tensor, if_compiled: bool = False) -> bool:
-    """Whether what lies between matrix products goes by Triton's kernels.
+    """Whether Triton's kernels compute what lies between matrix products, for such a tensor.
 
-    Fake tensors stand for a GPU's. What torch.compile compiles goes the plain way, which inductor fuses, but
+    Fake tensors stand for a GPU's. Under torch.compile, which fuses the plain functions by itself, only with
     `if_compiled`.
     """
     if torch.compiler.is_compiling() and not if_compiled or tensor.dtype not in _DTYPES:
@@ -52,7 +52,7 @@ def is_of_ampere(tensor: Tensor) -> bool:
 
 
 def product_precision() -> str:
-    """Of Triton's products of fp32: as torch's own."""
+    """The precision of Triton's fp32 matrix products, "tf32" or "ieee": the one that PyTorch's own have."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 

@@ -18,7 +18,7 @@ _DRAWN = 2**16  # the rate comes in so many steps
 
 
 class Use(IntEnum):
-    """What is dropped: the same seed gives each other numbers."""
+    """What dropout is applied to: each use draws other numbers from the same seed."""
 
     PROBABILITIES = 0  # of attention
     ATTENTION_OUTPUT = 1
@@ -36,7 +36,10 @@ class Use(IntEnum):
 
 @dataclass(frozen=True)
 class Dropout:
-    """Dropout of a rate above 0; of the rows and heads that are here, the numbers among all of the micro-batch."""
+    """Dropout at a rate above 0 of rows and heads that are a part of the micro-batch's.
+
+    `first_row`, `first_head`: the numbers in the micro-batch of the first ones here.
+    """
 
     rate: float
     seed: Tensor  # int64, on the device
@@ -46,21 +49,24 @@ class Dropout:
 
     @property
     def kept(self) -> int:
-        """Numbers below this are kept, of 65,536."""
+        """An element is kept where its random number, of 65,536, is below this."""
         return round((1 - self.rate) * _DRAWN)
 
     @property
     def growth(self) -> float:
-        """The factor of what is kept."""
+        """The factor by which kept elements are multiplied, 1 / (1 - rate)."""
         return _DRAWN / self.kept if self.kept else 0.0
 
     def from_row(self, first_row: int) -> "Dropout":
-        """The same of rows that begin there."""
+        """The same dropout for rows that begin with number `first_row`."""
         return replace(self, first_row=first_row)
 
 
 def dropped(x_ux: Tensor, dropout: Dropout | None, first_column: int = 0) -> Tensor:
-    """`x_ux`, the columns from that number on, after dropout, if there is any; autograd keeps a byte an element."""
+    """`x_ux` [u, x] after dropout, unchanged if that is None; its columns are those from `first_column` on.
+
+    Autograd keeps a byte an element.
+    """
     if dropout is None:
         return x_ux
     keeps_ux = is_kept(dropout, len(x_ux), range(first_column, first_column + x_ux.shape[1]))[0]
@@ -68,7 +74,7 @@ def dropped(x_ux: Tensor, dropout: Dropout | None, first_column: int = 0) -> Ten
 
 
 def is_kept(dropout: Dropout, num_rows: int, columns: range, num_heads: int = 1) -> Tensor:
-    """Whether dropout keeps them, bool [n, u, x]."""
+    """Which elements of so many heads, rows and these columns dropout keeps, bool [n, u, x]."""
     def counted(first: int, stop: int) -> Tensor:
         return torch.arange(first, stop, device=dropout.seed.device)
 

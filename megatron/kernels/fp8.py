@@ -30,9 +30,10 @@ _LEAST = 2.0**-126  # of the scales: below it fp32 has no power of two that is n
 
 @dataclass(frozen=True)
 class Delay:
-    """Scales of what a tensor held in the last `num_steps` steps: of the largest, or if not `takes_max` of the last.
+    """Delayed scaling: a tensor's scale follows from its largest magnitudes in the last `num_steps` steps.
 
-    The numbers may grow by a factor of 2 to the power of `margin` before they are cut off.
+    That is from the largest of them if `takes_max`, else from the last. Magnitudes may grow by a factor of 2^margin
+    before they are clamped.
     """
 
     num_steps: int
@@ -42,9 +43,9 @@ class Delay:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How products are taken in FP8. Inputs and weights are in E4M3, gradients in the dtype `gradients`.
+    """How matrix products are computed in FP8. Inputs and weights are in E4M3, gradients in the dtype `gradients`.
 
-    `delay`: that of the scales of inputs and gradients, each one tensor; None where they are scaled as they are.
+    `delay`: the delayed scaling of inputs and gradients; None where each is scaled by its own present magnitudes.
     """
 
     scaling: Scaling
@@ -53,12 +54,12 @@ class Recipe:
 
     @property
     def multiple(self) -> int:
-        """All sizes of a product are to be divisible by this: cuBLAS takes 16, a block is not cut."""
+        """What all sizes of a product must be divisible by: 16 for cuBLAS, 32 for MXFP8, whose blocks are whole."""
         return MX_BLOCK if self.scaling == "mxfp8" else 16
 
 
 def recipe_of(precision: PrecisionConfig) -> Recipe | None:
-    """That of the blocks' matrix products; None where they are not in FP8."""
+    """The recipe of the blocks' matrix products that the flags ask for; None where these are not in FP8."""
     if precision.fp8 is None:
         return None
     gradients = E5M2 if precision.fp8 == "hybrid" else E4M3
@@ -70,18 +71,19 @@ def recipe_of(precision: PrecisionConfig) -> Recipe | None:
 
 
 class Quantised(NamedTuple):
-    """`values` [r, c] in FP8, and the `scale` that they are to be multiplied by.
+    """A matrix in FP8: `values` [r, c], to be multiplied by `scale`.
 
-    That is fp32 [1, 1], [r, 1] or [1, c], or of MXFP8 its exponent plus 127 in a byte, [r, c / 32] or [r / 32, c].
+    The scale is fp32 [1, 1] (tensorwise), [r, 1] or [1, c] (rowwise); of MXFP8 it is a power of two, stored as its
+    exponent + 127 in a byte, [r, c / 32] or [r / 32, c].
     """
 
     values: Tensor
     scale: Tensor
 
     def along(self, dim: int) -> "Quantised":
-        """The operand of a product that sums over dimension `dim`: that one last, and neighbours in memory.
+        """The operand of a product that sums over dimension `dim`: transposed if need be, so that this is the last one.
 
-        The tensor cores before Blackwell read FP8 no other way.
+        It is contiguous then: tensor cores before Blackwell read FP8 in no other layout.
         """
         if dim == 1:
             return self
@@ -91,22 +93,26 @@ class Quantised(NamedTuple):
 
 
 def largest(x_rc: Tensor, scaling: Scaling, dim: int) -> Tensor:
-    """fp32: the largest magnitudes of what shares a scale where a product sums over `dim`; shaped like the scale."""
+    """The largest magnitude (amax) of each group of numbers that shares a scale, fp32, shaped like `Quantised.scale`.
+
+    `dim`: the dimension that the product sums over.
+    """
     return _way(_largest, x_rc)(x_rc, scaling, dim)
 
 
 def quantised(x_rc: Tensor, amax: Tensor, scaling: Scaling, dtype: torch.dtype) -> Quantised:
-    """`x_rc` in FP8, scaled by its `largest` magnitudes, or others: what is too large then becomes the largest number.
+    """`x_rc` in the FP8 format `dtype`, scaled so that `amax` fits; what is larger is clamped to the largest number.
 
-    NaN where `x_rc`, or what it is scaled by, is not finite.
+    `amax`: what `largest` returns, of this tensor or (delayed scaling) of earlier ones. The result is NaN where `x_rc`
+    or `amax` is not finite.
     """
     return Quantised(*_way(_quantised, x_rc)(x_rc, amax, scaling, dtype))
 
 
 def product(a_rk: Quantised, b_ck: Quantised, dtype: torch.dtype, is_fast: bool = False) -> Tensor:
-    """a bᵀ [r, c] in `dtype`, summed in fp32; `is_fast`: in the fewer bits in which Hopper sums faster.
+    """a bᵀ [r, c] in `dtype`, summed in fp32, or with `is_fast` in fewer bits, which is faster on Hopper.
 
-    On GPUs rows that have scales of their own give no more than bf16.
+    On GPUs rowwise scaled products are rounded to bf16 on the way.
     """
     if not takes_gpu_way(a_rk.values):
         return product_reference(a_rk, b_ck, dtype)
@@ -115,23 +121,23 @@ def product(a_rk: Quantised, b_ck: Quantised, dtype: torch.dtype, is_fast: bool 
 
 
 def product_reference(a_rk: Quantised, b_ck: Quantised, dtype: torch.dtype) -> Tensor:
-    """By PyTorch's own product, in fp32, of the numbers that the operands stand for."""
+    """a bᵀ [r, c] in `dtype` by PyTorch's own fp32 product of the dequantised operands."""
     return (dequantised(a_rk) @ dequantised(b_ck).t()).to(dtype)
 
 
 def dequantised(x: Quantised) -> Tensor:
-    """fp32 [r, c], exact."""
+    """The numbers that `x` stands for, fp32 [r, c], exact."""
     scale = x.scale if x.scale.dtype == torch.float32 else (x.scale.to(torch.int32) << 23).view(torch.float32)
     return _scaled(x.values, scale)
 
 
 def least_capability(recipe: Recipe) -> tuple[int, int]:
-    """The compute capability from which on a GPU takes such products."""
+    """The least compute capability of a GPU that computes such products."""
     return (10, 0) if recipe.scaling == "mxfp8" else (8, 9)
 
 
 def way_of(recipe: Recipe, device: torch.device) -> str:
-    """What takes the products on `device`, and why nothing faster does; raises ConfigError where a GPU cannot."""
+    """What computes the products on `device`, in words for the log; raises ConfigError for a GPU that cannot."""
     if device.type == "cpu":
         return "PyTorch in fp32, of numbers rounded to FP8 (slow: no CPU multiplies FP8)"
     if device.type == "cuda":
@@ -164,7 +170,7 @@ def _quantised(x_rc: Tensor, amax: Tensor, scaling: str, dtype: torch.dtype) -> 
 
 
 def _scaled(x_rc: Tensor, scale: Tensor) -> Tensor:
-    """fp32 [r, c]: `x_rc` times its scale."""
+    """`x_rc` times its scale (of any of the shapes of `Quantised.scale`), fp32 [r, c]."""
     for dim in range(2):
         if scale.shape[dim] not in (1, x_rc.shape[dim]):
             blocks = x_rc.unflatten(dim, (scale.shape[dim], MX_BLOCK))
@@ -189,7 +195,7 @@ def _scaled_product(a_rk: Quantised, b_ck: Quantised, dtype: torch.dtype, is_fas
 
 
 def swizzled(scale_rb: Tensor) -> Tensor:
-    """Blocks' scales in the order in which cuBLAS reads them: tiles of 128 rows and 4 columns, filled up with 0.
+    """The scales of blocks in the order in which cuBLAS reads them: tiles of 128 rows and 4 columns, padded with 0.
 
     In a tile row i and column j are at 16 (i mod 32) + 4 (i div 32) + j (cuBLAS, "1D Block Scaling Factors Layout").
     """
@@ -199,7 +205,7 @@ def swizzled(scale_rb: Tensor) -> Tensor:
     return tiles.permute(0, 3, 2, 1, 4).flatten()
 
 
-# What stands for the compiled functions where tensors have no values: one operation, as they are one kernel.
+# Stand for the compiled functions on fake tensors: an operator each, as each is compiled to one kernel.
 _largest_operator = torch.library.custom_op("megatron::fp8_largest", _largest, mutates_args=())
 _quantised_operator = torch.library.custom_op("megatron::fp8_quantised", _quantised, mutates_args=())
 _largest_operator.register_fake(_largest)
@@ -207,7 +213,10 @@ _quantised_operator.register_fake(_quantised)
 
 
 def _way(function: Callable[..., Any], x_rc: Tensor) -> Callable[..., Any]:
-    """`function`, compiled where it is not being compiled: on GPUs each of its operations would go through memory."""
+    """`function`, on GPUs compiled into one kernel, for each of its operations would go through memory.
+
+    Under torch.compile it is left as it is; on fake tensors it is an operator.
+    """
     if torch.compiler.is_compiling():
         return function
     if is_fake(x_rc):

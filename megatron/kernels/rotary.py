@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., 2021, arXiv 2104.09864): the halves of a head turned against each other.
+"""Rotary position embedding (Su et al., 2021, arXiv 2104.09864): pairs of a head's columns are rotated.
 
 With angle a = position · base^(-2i/r), the pair (x_i, x_{i + r/2}) becomes (x_i cos a - x_{i + r/2} sin a,
 x_{i + r/2} cos a + x_i sin a), i < r/2, where r is the share of the width that is turned: GPT-NeoX's order, and
@@ -20,9 +20,9 @@ PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat
 
 @dataclass(frozen=True)
 class Rotation:
-    """How far each token's queries and keys are turned: fp32 [t, 1, 1, r/2] each.
+    """Cosines and sines of the angles by which each token's queries and keys are rotated, fp32 [t, 1, 1, r/2] each.
 
-    FSDP2, which casts the tensors that a block is called with, leaves those in an object of ours as they are.
+    An object of its own, for FSDP2 casts every tensor that a block is called with, but not those in such an object.
     """
 
     cos: Tensor
@@ -43,14 +43,14 @@ def frequencies_of(width: int, base: float, precision: str, device: torch.device
 
 
 def rotate(qkv_tgcd: Tensor, rotation: Rotation) -> Tensor:
-    """The same with queries and keys turned, values as they are."""
+    """The projection [t, g, c, d] with queries and keys rotated, values as they are."""
     if torch.compiler.is_compiling():
         return rotate_reference(qkv_tgcd, rotation)
     return _Rotate.apply(qkv_tgcd, rotation.cos, rotation.sin)
 
 
 def rotate_reference(qkv_tgcd: Tensor, rotation: Rotation) -> Tensor:
-    """`rotate` by the definition: what torch.compile fuses."""
+    """The same by the definition, in functions that torch.compile fuses."""
     turned, value = qkv_tgcd.split([qkv_tgcd.shape[2] - 1, 1], dim=2)
     half = rotation.cos.shape[-1]
     first, second, rest = turned.split([half, half, turned.shape[-1] - 2 * half], dim=-1)
@@ -59,7 +59,7 @@ def rotate_reference(qkv_tgcd: Tensor, rotation: Rotation) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """The same in two passes over memory; backward it turns the other way."""
+    """The same in two passes over memory; the backward pass rotates the gradient by the opposite angles."""
 
     @staticmethod
     def forward(ctx: Any, qkv_tgcd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -178,7 +178,7 @@ def _put(whole_ugqd: Tensor, tile: Tile, rows: Tensor) -> None:
 
 def attention_by_protein(qkv_tgcd: Tensor, sequence: PackedSequence, dropout: Dropout | None,
                          window: Window) -> Tensor:
-    """The context [t, n, d] of whole proteins."""
+    """The context [t, n, d] of whole proteins by PyTorch, 0 in the filler; `dropout` is that of the probabilities."""
     cu_seqlens, num_filler = sequence.cu_seqlens, sequence.num_filler
     if torch.compiler.is_compiling():
         left, right = window or (-1, -1)

@@ -75,12 +75,12 @@ def context_and_logsumexp(qkv_tgcd: Tensor, sequence: PackedSequence, window: Wi
 
 
 def _apart(rows_tgrd: Tensor) -> tuple[Tensor, ...]:
-    """The rows of each group, which inductor puts together again by itself."""
+    """The rows of each group apart, r tensors [t, g, d]."""
     return rows_tgrd.unbind(2) if torch.compiler.is_compiling() else _Apart.apply(rows_tgrd)
 
 
 class _Apart(torch.autograd.Function):
-    """Backward one copy puts the rows' gradients together, where PyTorch's own views take one each, and a sum."""
+    """`unbind(2)`, whose backward pass puts the gradients together by one copy; PyTorch's takes one each, and a sum."""
 
     @staticmethod
     def forward(ctx: Any, rows_tgrd: Tensor) -> tuple[Tensor, ...]:

@@ -27,7 +27,7 @@ Coefficients = tuple[tuple[float, float, float], ...]
 
 
 def working_dtype(tensor: Tensor) -> torch.dtype:
-    """In which the iteration runs on the device of `tensor`: it forgives the rounding of bf16."""
+    """The dtype of the iteration on the device of `tensor`: it converges in bf16 too, which is faster on GPUs."""
     return torch.bfloat16 if takes_gpu_way(tensor) else torch.float32
 
 
@@ -39,7 +39,7 @@ def orthogonalised(x_kmn: Tensor, num_steps: int) -> Tensor:
 
 
 def num_flops(shape: tuple[int, int], num_steps: int) -> int:
-    """FLOPs of the iteration on one matrix as GPUs go it, who compute half of what is symmetric."""
+    """FLOPs of the iteration on one matrix on GPUs, which compute half of each symmetric product."""
     m, n = sorted(shape)
     return num_steps * (m * m * n + m**3 + 2 * m * m * n)
 

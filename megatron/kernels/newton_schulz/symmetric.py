@@ -1,4 +1,4 @@
-"""Products that are symmetric: on GPUs the tiles of the lower triangle alone are computed, and mirrored.
+"""Matrix products with symmetric results: on GPUs the tiles of the lower triangle are computed, and mirrored.
 
 Shapes: k matrices, m rows, n columns.
 """
@@ -10,17 +10,17 @@ from megatron.kernels.device import operator, takes_triton
 
 
 def gram(x_kmn: Tensor) -> Tensor:
-    """X Xᵀ of each, [k, m, m]."""
+    """X Xᵀ of each of k matrices X, [k, m, m]."""
     return _symmetric(x_kmn, 0.0, 1.0)
 
 
 def with_square(a_kmm: Tensor, factor: float, of_square: float) -> Tensor:
-    """factor · A + of_square · A² of each symmetric A."""
+    """factor · A + of_square · A² of each of k symmetric matrices A, [k, m, m]."""
     return _symmetric(a_kmm, factor, of_square)
 
 
 def symmetric_reference(x_kmn: Tensor, factor: float, of_product: float) -> Tensor:
-    """factor · X + of_product · X Xᵀ, [k, m, m]; with a factor that is not 0 X is symmetric itself."""
+    """factor · X + of_product · X Xᵀ, [k, m, m], by PyTorch; unless the factor is 0 X must be symmetric."""
     if not factor:
         return of_product * x_kmn @ x_kmn.mT if of_product != 1 else x_kmn @ x_kmn.mT
     return torch.baddbmm(x_kmn, x_kmn, x_kmn.mT, beta=factor, alpha=of_product)

@@ -1,4 +1,4 @@
-"""The function between the two layers of a feed-forward, with what their biases add: one pass over memory on GPUs.
+"""The activation function of a feed-forward, and the biases before it: one pass over memory.
 
 Kinds: "gelu_tanh" and "gelu" (Hendrycks and Gimpel, 2016, arXiv 1606.08415), "squared_relu" (So et al., 2021, arXiv
 2109.08668), and with a gate "swiglu": silu(gate) · wide (Shazeer, 2020, arXiv 2002.05202). Shapes: t tokens, f features
@@ -18,19 +18,19 @@ from megatron.kernels.pointwise.product import Product, whole
 
 
 def activated(kind: str, wide: Product, gate: Product | None = None) -> Tensor:
-    """[t, f], in the product's dtype."""
+    """The activation [t, f] of `wide` in its dtype, with swiglu gated by `gate`; adds biases that are still missing."""
     if adds_biases(wide[0]):
         return _Activated.apply(kind, *wide, *(gate or (None, None)))
     return activated_reference(kind, *(whole(product) for product in (wide, gate) if product is not None))
 
 
 def adds_biases(product_tf: Tensor) -> bool:
-    """Whether a kernel takes these, which adds biases on its way, and sums their gradients on its way back."""
+    """Whether `activated` runs a kernel on these: it adds the biases, and sums their gradients in its backward pass."""
     return takes_triton(product_tf) or takes_compiled(product_tf)
 
 
 def activated_reference(kind: str, wide_tf: Tensor, *gates: Tensor) -> Tensor:
-    """By PyTorch's own functions."""
+    """The same of products that contain their biases, by PyTorch's own functions."""
     if kind == "swiglu":
         return F.silu(gates[0]) * wide_tf
     if kind == "squared_relu":
@@ -39,7 +39,7 @@ def activated_reference(kind: str, wide_tf: Tensor, *gates: Tensor) -> Tensor:
 
 
 class _Activated(torch.autograd.Function):
-    """Keeps the products as they come, and adds the biases again in the backward pass."""
+    """Keeps the products without their biases for the backward pass, which adds these again."""
 
     @staticmethod
     def forward(ctx: Any, kind: str, wide_tf: Tensor, bias_f: Tensor | None, gate_tf: Tensor | None,
@@ -88,7 +88,7 @@ def _backward(grad_tf: Tensor, wide_tf: Tensor, bias_f: Tensor | None, gate_tf: 
 
 def _gradients(wide_tf: Tensor, bias_f: Tensor | None, gate_tf: Tensor | None,
                gate_bias_f: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the products, of the gate's where there is one, and of the biases that there are."""
+    """Empty tensors for the gradients of the product, of the gate's product, and of the biases [k, f] that exist."""
     num_biases = (bias_f is not None) + (gate_bias_f is not None)
     return (wide_tf.new_empty(wide_tf.shape), wide_tf.new_empty(wide_tf.shape if gate_tf is not None else 0),
             wide_tf.new_empty((num_biases, wide_tf.shape[1]), dtype=torch.float32))

@@ -25,14 +25,14 @@ TAPS = 3, 5, 7  # of convolutions that it takes
 
 
 def is_built() -> bool:
-    """Whether the helper is there."""
+    """Whether the helper is built."""
     return _helper is not None
 
 
 def takes_compiled(tensor: Tensor, if_compiled: bool = False) -> bool:
-    """Whether the helper is there and takes these: it reads memory of the host.
+    """Whether the helper computes such tensors: it is built, and they are on a CPU, in fp32 or bf16.
 
-    Inductor fuses the plain functions: what torch.compile compiles goes that way, but `if_compiled`.
+    Under torch.compile, which fuses the plain functions by itself, only with `if_compiled`.
     """
     if not is_built() or torch.compiler.is_compiling() and not if_compiled or takes_gpu_way(tensor):
         return False
@@ -40,7 +40,7 @@ def takes_compiled(tensor: Tensor, if_compiled: bool = False) -> bool:
 
 
 def runs_compiled(tensor: Tensor, if_compiled: bool = False) -> bool:
-    """Whether of the two, the helper and Triton's kernels, it is the helper: unless those are interpreted."""
+    """Whether the helper computes such tensors, and not Triton's kernels, which tests interpret on CPUs."""
     return takes_compiled(tensor, if_compiled) and not takes_triton(tensor, if_compiled)
 
 

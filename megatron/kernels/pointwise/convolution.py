@@ -33,7 +33,7 @@ def convolved(x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor,
 
 
 def convolved_reference(x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor) -> Tensor:
-    """By PyTorch's own functions."""
+    """The same [t, f] by PyTorch's own functions."""
     size, halo = len(x_tf), weight_fk.shape[1] // 2
     out_tf = wide_tf = x_tf.to(torch.promote_types(x_tf.dtype, torch.float32))
     around, positions = F.pad(wide_tf, (0, 0, halo, halo)), F.pad(positions_t, (0, halo))
@@ -45,7 +45,7 @@ def convolved_reference(x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor) ->
 
 
 class _Convolved(torch.autograd.Function):
-    """Keeps what is convolved."""
+    """Keeps `x_tf` for the backward pass, which computes all gradients in one pass over memory."""
 
     @staticmethod
     def forward(ctx: Any, x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor,
@@ -66,7 +66,7 @@ class _Convolved(torch.autograd.Function):
 
 
 def _of(tensor: Tensor) -> Any:
-    """The module that does it."""
+    """The module with the kernels for such a tensor: the compiled helper's or Triton's."""
     if compiled.runs_compiled(tensor):
         return compiled
     from megatron.kernels.pointwise import convolution_triton  # it imports Triton, which may be missing
@@ -82,7 +82,7 @@ def _forward(x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor) -> Tensor:
 @operator("convolved_backward", lambda grad_tf, x_tf, positions_t, *others: _gradients(x_tf, *others))
 def _backward(grad_tf: Tensor, x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor,
               has_bias: bool) -> tuple[Tensor, Tensor]:
-    """Gradients of what is convolved, and in fp32 of the weight [f·k], behind it of the bias [f] if there is one."""
+    """The gradient of `x_tf`, and in one fp32 tensor those of the weight [f·k] and, if `has_bias`, of the bias [f]."""
     return _of(x_tf).convolve_backward(grad_tf, x_tf, positions_t, weight_fk, has_bias)
 
 

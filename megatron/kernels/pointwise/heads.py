@@ -1,10 +1,10 @@
-"""What is done to queries and keys before attention, normalising and turning them: one pass over memory.
+"""Queries and keys before attention: each head normalised, then rotated, in one pass over memory.
 
-On GPUs Triton does it, on CPUs compiled code; elsewhere, and where torch.compile fuses plain functions by itself,
-PyTorch does.
+The norm is over a head's width; each head has a scale [d] of its own, and no bias. The rotation ("turn" in names) is
+that of `megatron.kernels.rotary`. On GPUs Triton does both, on CPUs compiled code; elsewhere, and where torch.compile
+fuses plain functions by itself, PyTorch does.
 
-Shapes: t tokens, g groups of heads, each with c = q + 2 rows of width d: queries, key, value. Normalised is the width
-of each head, which has a scale [d] of its own and no bias; turned it is as `megatron.kernels.rotary` says.
+Shapes: t tokens, g groups of heads, each with c = q + 2 rows of width d: queries, key, value; x = g·c·d.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ Heads = tuple[Tensor, ...]  # the whole projection [t, g, c, d], or queries, key
 
 @dataclass(frozen=True)
 class HeadScaling:
-    """How queries and keys are normalised: the scales of all queries' heads [g·q·d] and of all keys' [g·d]."""
+    """The norms of queries and keys: the scales of all query heads [g·q·d] and of all key heads [g·d]."""
 
     query_weight: Tensor
     key_weight: Tensor
@@ -61,14 +61,14 @@ def prepared_heads(qkv_tgcd: Tensor, scaling: HeadScaling | None, rotation: Rota
 
 
 def normed_queries_and_keys(qkv_tgcd: Tensor, scaling: HeadScaling) -> Tensor:
-    """Normalised by PyTorch's own functions."""
+    """The projection [t, g, c, d] with queries and keys normalised, by PyTorch's own functions."""
     query_tgqd, key_tg1d, value_tg1d = qkv_tgcd.split([qkv_tgcd.shape[2] - 2, 1, 1], dim=2)
     return torch.cat([normed_heads(query_tgqd, scaling.query_weight, scaling.epsilon, scaling.is_rms),
                       normed_heads(key_tg1d, scaling.key_weight, scaling.epsilon, scaling.is_rms), value_tg1d], dim=2)
 
 
 def normed_heads(x_tgcd: Tensor, weight: Tensor, epsilon: float, is_rms: bool) -> Tensor:
-    """Each row normalised and times its scale; the same shape and dtype."""
+    """Each head normalised over d and multiplied by its scale; `weight`: those of all heads in one dimension."""
     normalise = F.rms_norm if is_rms else F.layer_norm
     normed_tgcd = normalise(x_tgcd, x_tgcd.shape[-1:], eps=epsilon)
     return normed_tgcd * weight.to(x_tgcd.dtype).view(x_tgcd.shape[1:])
@@ -103,7 +103,7 @@ class _Turned(torch.autograd.Function):
 
 
 class _Prepared(torch.autograd.Function):
-    """Keeps the projection as it came, and normalises it again in the backward pass."""
+    """Normalises and rotates queries and keys; keeps its input, and normalises it again in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, qkv_tgcd: Tensor, query_weight: Tensor, key_weight: Tensor, cos: Tensor | None,
@@ -149,7 +149,7 @@ def _prepare(qkv_tgcd: Tensor, query_weight: Tensor | None, key_weight: Tensor |
 
 
 def _empty_whole(grads: Sequence[Tensor]) -> Tensor:
-    """For the gradient of the whole projection, given as one or as three."""
+    """An empty tensor for the projection's gradient [t, g, c, d]; `grads` as in `_turn_back`."""
     shape = grads[0].shape if len(grads) == 1 else (*grads[0].shape[:2], len(grads), grads[0].shape[2])
     return grads[0].new_empty(shape)
 
@@ -161,7 +161,10 @@ def _empty_turned_back(grads: Sequence[Tensor], cos: Tensor, sin: Tensor, has_su
 
 @operator("turn_heads_back", _empty_turned_back)
 def _turn_back(grads: Sequence[Tensor], cos: Tensor, sin: Tensor, has_sum: bool) -> tuple[Tensor, Tensor]:
-    """The gradient of what was turned, from that of the whole or those of the parts, and its sum over the tokens."""
+    """The gradient of the projection before its rotation [t, g, c, d], and if `has_sum` its sum over t, fp32 [g, c, d].
+
+    `grads`: the gradient of the rotated projection, or those of queries, keys and values [t, g, d].
+    """
     from megatron.kernels.pointwise.heads_triton import launch_turn_back
 
     grads = [grad.contiguous() for grad in grads]
@@ -174,7 +177,10 @@ def _turn_back(grads: Sequence[Tensor], cos: Tensor, sin: Tensor, has_sum: bool)
 def _prepare_backward(grads: Sequence[Tensor], qkv_tgcd: Tensor, query_weight: Tensor, key_weight: Tensor,
                       cos: Tensor | None, sin: Tensor | None, epsilon: float,
                       has_mean: bool) -> tuple[Tensor, Tensor]:
-    """Of the projection, from that of the whole or of the parts; of the queries' scales, then the keys', fp32."""
+    """The gradient of the projection [t, g, c, d], and fp32 those of the queries' scales, then of the keys', in one.
+
+    `grads` as in `_turn_back`.
+    """
     if runs_compiled(qkv_tgcd):
         return prepare_heads_backward(grads[0], qkv_tgcd, query_weight, key_weight, cos, sin, epsilon, has_mean)
     from megatron.kernels.pointwise.heads_triton import launch_backward

@@ -1,19 +1,22 @@
-"""A matrix product that may be without its bias, which the kernel that follows is to add on its way."""
+"""A matrix product, and its bias if the kernel that follows is to add it, which saves a pass over memory.
+
+Shapes: t tokens, o features out.
+"""
 
 import torch
 from torch import Tensor
 
 from megatron.kernels.pointwise.compiled import sum_tokens, takes_compiled
 
-Product = tuple[Tensor, Tensor | None]  # [t, o], and the bias [o] that is still to be added; None where there is none
+Product = tuple[Tensor, Tensor | None]  # [t, o], and the bias [o] that is still to be added, or None
 
 
 def whole(product: Product) -> Tensor:
-    """The product with its bias."""
+    """The product [t, o] with its bias added."""
     product_to, bias_o = product
     return product_to if bias_o is None else product_to + bias_o.to(product_to.dtype)
 
 
 def sum_over_tokens(grad_to: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bias' gradient [o] in `dtype`."""
+    """A bias' gradient: the sum of the product's gradient over the tokens, [o] in `dtype`."""
     return sum_tokens(grad_to) if takes_compiled(grad_to) and dtype == torch.float32 else grad_to.sum(0, dtype=dtype)

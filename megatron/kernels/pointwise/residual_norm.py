@@ -23,7 +23,7 @@ from megatron.kernels.pointwise.product import Product, whole
 
 @dataclass(frozen=True)
 class Scaling:
-    """What a normalisation is made of: its scale [h], its bias [h], which an RMSNorm is without, and epsilon."""
+    """The parameters of a norm: its scale [h], its bias [h] (None: it is an RMSNorm), and epsilon."""
 
     weight: Tensor
     bias: Tensor | None
@@ -31,9 +31,9 @@ class Scaling:
 
 
 def normalised(x_uh: Tensor, scaling: Scaling | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`x_uh` itself, for its other uses, and normalised in `dtype`: so the gradients of both are summed on the way.
+    """(x, norm(x)), both [u, h], the norm in `dtype`; without a scaling (x, x).
 
-    Without a scaling it is `x_uh` both times.
+    Returning x too lets one backward kernel add both gradients of x: use the returned one in place of `x_uh`.
     """
     if scaling is None:
         return x_uh, x_uh
@@ -43,7 +43,7 @@ def normalised(x_uh: Tensor, scaling: Scaling | None, dtype: torch.dtype) -> tup
 
 
 def normalised_reference(x_uh: Tensor, scaling: Scaling) -> Tensor:
-    """In the dtype of `x_uh`; statistics in fp32."""
+    """norm(x) [u, h] by PyTorch's own functions, in the dtype of `x_uh`; mean and variance in fp32."""
     weight_h = scaling.weight.to(x_uh.dtype)
     if scaling.bias is None:
         return F.rms_norm(x_uh, weight_h.shape, weight_h, scaling.epsilon)
@@ -52,7 +52,10 @@ def normalised_reference(x_uh: Tensor, scaling: Scaling) -> Tensor:
 
 def add_branch(residual_uh: Tensor, branch: Product, dropout: Dropout | None, scaling: Scaling | None,
                dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The sum, in the residual's dtype, and normalised in `dtype`, or without a scaling the sum both times."""
+    """(sum, norm(sum)), both [u, h], where sum = residual + dropout(branch + its bias).
+
+    The sum is in the residual's dtype, the norm in `dtype`; without a scaling the result is (sum, sum).
+    """
     branch_uh, shift_h = branch
     if not _is_fused(residual_uh, {branch_uh.dtype, dtype}, dropout):
         return normalised(residual_uh + dropped(whole(branch), dropout), scaling, dtype)
@@ -67,16 +70,16 @@ def add_branch(residual_uh: Tensor, branch: Product, dropout: Dropout | None, sc
 
 
 def after_dropout(x_uh: Tensor, dropout: Dropout | None, first_column: int = 0) -> Tensor:
-    """`x_uh` after dropout, if there is any; its columns are those from `first_column` on."""
+    """`x_uh` [u, h] after dropout; unchanged if that is None. `first_column`: the number of the first column here."""
     if dropout is None or first_column:  # the kernels count columns from 0
         return dropped(x_uh, dropout, first_column)
     return add_branch(torch.zeros_like(x_uh), (x_uh, None), dropout, None, x_uh.dtype)[0]
 
 
 def _is_fused(residual_uh: Tensor, others: set[torch.dtype], dropout: Dropout | None) -> bool:
-    """Whether a kernel takes a stream, and the dtypes of its branch and norm.
+    """Whether a kernel does the work: for a residual stream like this, with a branch and a norm in the dtypes `others`.
 
-    Inductor would draw dropout's numbers eight times over: what has dropout is left to the kernel.
+    Under torch.compile it does only with dropout, whose random numbers inductor would draw eight times over.
     """
     if takes_triton(residual_uh, if_compiled=dropout is not None):
         return True
@@ -84,9 +87,9 @@ def _is_fused(residual_uh: Tensor, others: set[torch.dtype], dropout: Dropout | 
 
 
 class _ResidualNorm(torch.autograd.Function):
-    """Sum and norm; where there is no branch the residual is the sum, where there is no weight the norm is None.
+    """(sum, norm(sum)), both [u, h]. Without a branch the sum is the residual; without a weight the norm is None.
 
-    `shift_h` is a bias that is added to the branch.
+    `shift_h`: the branch's bias, which is added here.
     """
 
     @staticmethod
@@ -133,7 +136,7 @@ class _ResidualNorm(torch.autograd.Function):
 
 def _of_a_plain_sum(grad_sum_uh: Tensor | None, branch_dtype: torch.dtype | None,
                     shift_dtype: torch.dtype | None) -> tuple[Tensor | None, ...]:
-    """The gradients where nothing was dropped, and the norm has none."""
+    """The gradients of `forward`'s arguments where the sum alone has a gradient (or nothing has), without dropout."""
     grad_branch_uh = grad_shift_h = None
     if grad_sum_uh is not None and branch_dtype is not None:
         grad_branch_uh = grad_sum_uh.to(branch_dtype)
@@ -142,7 +145,7 @@ def _of_a_plain_sum(grad_sum_uh: Tensor | None, branch_dtype: torch.dtype | None
 
 
 def _of(tensor: Tensor) -> Any:
-    """The module that does it."""
+    """The module with the kernels for such a tensor: the compiled helper's or Triton's."""
     if compiled.runs_compiled(tensor, if_compiled=True):
         return compiled
     from megatron.kernels.pointwise import residual_norm_triton  # it imports Triton, which may be missing
@@ -164,7 +167,7 @@ def _forward(residual_uh: Tensor, branch_uh: Tensor | None, weight_h: Tensor | N
 
 def _outputs(residual_uh: Tensor, branch_uh: Tensor | None, weight_h: Tensor | None,
              dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum, norm, and of each row its mean, which an RMSNorm leaves as it is, and the inverse of its deviation."""
+    """Empty tensors for the sum, the norm, and each row's mean (unused by RMSNorm) and 1 / standard deviation."""
     shape = residual_uh.shape
     return (residual_uh.new_empty(shape if branch_uh is not None else 0),
             residual_uh.new_empty(shape if weight_h is not None else 0, dtype=dtype),
@@ -187,7 +190,10 @@ def _backward(x_uh: Tensor, weight_h: Tensor | None, seed: Tensor | None, has_me
 
 def _gradients(x_uh: Tensor, weight_h: Tensor | None, seed: Tensor | None, has_mean: bool, has_shift: bool,
                branch_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the residual, where it is not that of the sum; of the branch, where it is not the residual's; of vectors."""
+    """Empty tensors for the gradients of the residual, of the branch, and of weight, bias and shift [k, h].
+
+    Those of residual and branch are empty where they are the sum's, or the residual's, unchanged.
+    """
     has_branch = branch_dtype is not None and (seed is not None or branch_dtype != x_uh.dtype)
     num_sums = (weight_h is not None) + has_mean + has_shift
     return (x_uh.new_empty(x_uh.shape if weight_h is not None else 0),
