@@ -1,4 +1,7 @@
-"""FASTA files to loose JSON, one protein a line: `python protein_tools/fasta2json.py INPUT [INPUT …] OUTPUT`."""
+"""Converts FASTA files to loose JSON, one protein per line.
+
+    python protein_tools/fasta2json.py INPUT [INPUT …] OUTPUT
+"""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""TAPE's LMDB folders to loose JSON, one protein a line: `python protein_tools/lmdb2json.py INPUT [INPUT …] OUTPUT`."""
+"""Converts TAPE's LMDB folders to loose JSON, one protein per line.
+
+    python protein_tools/lmdb2json.py INPUT [INPUT …] OUTPUT
+"""
 
 import sys
 from pathlib import Path

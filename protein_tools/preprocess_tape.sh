@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# TAPE's Pfam, in the folder PFAM, to tape_pfam_all_text_document.bin and .idx there. Reads pfam_all.json if it is there,
-# else the LMDB folders; further flags are those of tools/preprocess_data.py.
+# Preprocesses TAPE's Pfam in the folder PFAM to tape_pfam_all_text_document.bin and .idx there. Reads pfam_all.json if
+# it exists, otherwise the LMDB folders; passes further flags on to tools/preprocess_data.py.
 set -euo pipefail
 PFAM=${PFAM:?give the folder of the Pfam files in PFAM}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
