@@ -1,7 +1,8 @@
-"""The programs as commands of an installation: `proteinlm-embed` is tools/embed.py, there megatron.tools.embed.
+"""Runs the program behind an installed command, such as `proteinlm-embed` (setup.py lists the commands).
 
-`proteinlm-pretrain` is pretrain_tape.py, `proteinlm-preprocess` tools/preprocess_data.py; the others are called as
-their files. setup.py lists them. An editable installation has no megatron.tools: there they are the checkout's files.
+`proteinlm-pretrain` runs pretrain_tape.py, `proteinlm-preprocess` tools/preprocess_data.py, and every other
+`proteinlm-NAME` the file tools/NAME.py, with underscores for hyphens. An installation from a wheel has the files of
+tools/ as modules megatron.tools.NAME; an editable installation runs those of the checkout.
 """
 
 import runpy
@@ -12,7 +13,7 @@ _OTHERWISE = {"preprocess": "preprocess_data"}
 
 
 def run() -> None:
-    """Run the program that this process was called as."""
+    """Run the program that the name of the command, sys.argv[0], stands for."""
     name, here = Path(sys.argv[0]).stem.removeprefix("proteinlm-"), Path(__file__).resolve().parent
     program = _OTHERWISE.get(name, name.replace("-", "_"))
     if name == "pretrain":

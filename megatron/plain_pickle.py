@@ -1,9 +1,13 @@
-"""Unpickles plain data alone: containers, numbers, strings, bytes and NumPy arrays of them.
+"""Safe unpickling of plain data: containers, numbers, strings, bytes and NumPy arrays of them.
 
-A pickle is a program, and one from elsewhere may be a hostile one. Here it finds no function but those below, builds no
-NumPy type but the simple ones (a structured one can make numbers pass for addresses), hashes no container (nested
-tuples take exponential time), and fills no more memory than some times its own size. `PlainUnpickler` is to be built
-upon where more than that is expected.
+A pickle is a program, and one from an unknown source may be hostile. This unpickler therefore
+
+- calls only the functions in `_PLAIN`;
+- builds only simple NumPy dtypes (a structured dtype can pass numbers off as memory addresses);
+- hashes only numbers and strings (hashing nested tuples can take exponential time);
+- allocates at most a few times the pickle's own size.
+
+A reader that expects more than plain data derives a class from `PlainUnpickler`.
 """
 
 import io
@@ -17,29 +21,29 @@ import numpy as np
 
 _HASHABLE = (str, bytes, int, float, type(None), np.generic)
 _SIMPLE_KIND = re.compile(r"[biufcSUO][0-9]{1,9}")
-_COPIES = 4  # all that pickled functions take, over the size of the pickle; more is a bomb
+_COPIES = 4  # the most that all function calls may take as arguments, in sizes of the pickle; more is a bomb
 _Load = Callable[[Any], None]
-_THEIRS: dict[int, _Load] = pickle._Unpickler.dispatch
-_REFUSED = b"".join([pickle.INST, pickle.OBJ, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.LONG4])  # not of plain data
+_THEIRS: dict[int, _Load] = pickle._Unpickler.dispatch  # opcode to method
+_REFUSED = b"".join([pickle.INST, pickle.OBJ, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.LONG4])  # plain data needs none
 
 
 class Readable(Protocol):
-    """What a pickle is read from."""
+    """The file that a pickle is read from."""
 
     def read(self, size: int, /) -> bytes:
-        """At most `size` bytes."""
+        """The next `size` bytes, or fewer at the end."""
 
     def readline(self) -> bytes:
-        """Up to the end of a line."""
+        """The bytes up to the end of the line."""
 
 
 def load_plain_pickle(data: bytes) -> Any:
-    """What a pickle holds, if that is plain data; raises pickle.UnpicklingError for anything else or damage."""
+    """The plain data in a pickle; raises pickle.UnpicklingError for anything else, and for damage."""
     return load(PlainUnpickler(io.BytesIO(data), len(data)))
 
 
 def load(unpickler: "PlainUnpickler") -> Any:
-    """What it reads; raises pickle.UnpicklingError for whatever it refuses, or damage."""
+    """The content of the unpickler's file; raises pickle.UnpicklingError for what it refuses, and for damage."""
     try:
         return unpickler.load()
     except pickle.UnpicklingError:
@@ -49,11 +53,14 @@ def load(unpickler: "PlainUnpickler") -> Any:
 
 
 class _Kind:
-    """A simple kind of number or string, as NumPy pickles its dtype: the kind first, its byte order by the state."""
+    """Stands in for np.dtype: the dtype of a simple kind of number or string.
+
+    NumPy pickles a dtype as a call with its kind, such as "f4", followed by a state that holds the byte order.
+    """
 
     def __init__(self, name: str, align: object = False, copy: object = False) -> None:
         if not _SIMPLE_KIND.fullmatch(name):
-            raise pickle.UnpicklingError(f"its array is of the kind {name[:40]!r}, which is not plain data")
+            raise pickle.UnpicklingError(f"it holds an array of dtype {name[:40]!r}, which is not plain data")
         self.dtype = np.dtype(name)
 
     def __setstate__(self, state: tuple) -> None:
@@ -64,7 +71,7 @@ class _Kind:
 
 
 class _Array(np.ndarray):
-    """An array whose state is looked at before NumPy believes it."""
+    """An array that checks that its shape, dtype and data agree before NumPy uses them."""
 
     def __setstate__(self, state: tuple) -> None:
         *_, shape, kind, is_fortran, data = state
@@ -77,7 +84,7 @@ class _Array(np.ndarray):
 
 
 def _empty_array(subtype: object, shape: object, kind: object) -> np.ndarray:
-    """The empty array that NumPy's pickles fill afterwards; they never ask for another one."""
+    """The empty array that a NumPy pickle creates first and then fills by its state; the arguments never vary."""
     return np.empty(0, dtype=np.int8).view(_Array)
 
 
@@ -90,12 +97,15 @@ def _scalar(kind: _Kind, data: bytes) -> Any:
 
 
 def _no_bytes() -> bytes:
-    """How pickles before protocol 3 spell empty bytes; with a number it would allocate them."""
+    """Stands in for bytes, which pickles before protocol 3 call without arguments for empty bytes.
+
+    bytes(number) would allocate that many.
+    """
     return b""
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """How pickles of protocol 2 spell bytes."""
+    """Stands in for _codecs.encode, which pickles of protocol 2 call to make bytes."""
     return text.encode("latin-1")
 
 
@@ -114,16 +124,16 @@ def _make_dict(pairs: Iterable[Any] = ()) -> dict:
 
 
 def _hashable(keys: Iterable[Any], kinds: tuple[type, ...] = _HASHABLE) -> list[Any]:
-    """The same, where each is a number or a string; raises UnpicklingError otherwise."""
+    """The keys as a list; raises UnpicklingError if one is of another type than `kinds`."""
     keys = list(keys)
     for key in keys:
         if not isinstance(key, kinds):
-            raise pickle.UnpicklingError(f"it has a {type(key).__name__} for a key, which is not plain data")
+            raise pickle.UnpicklingError(f"it has a {type(key).__name__} as a key, which is not plain data")
     return keys
 
 
 def _with_keys(load: _Load, keys: slice) -> _Load:
-    """`load` for a stack whose items `keys` can be hashed."""
+    """`load`, preceded by a check that the items `keys` of the stack may be hashed."""
     def load_checked(unpickler: "PlainUnpickler") -> None:
         _hashable(unpickler.stack[keys], unpickler.hashable)
         load(unpickler)
@@ -131,7 +141,7 @@ def _with_keys(load: _Load, keys: slice) -> _Load:
 
 
 class _BoundedFile:
-    """A file of which no more than `limit` bytes are read, counted in `num_read`."""
+    """A file that raises UnpicklingError once more than `limit` bytes are read; `num_read` counts them."""
 
     def __init__(self, file: Readable, limit: int) -> None:
         self._file, self._limit, self.num_read = file, limit, 0
@@ -150,10 +160,11 @@ class _BoundedFile:
 
 
 class PlainUnpickler(pickle._Unpickler):
-    """The unpickler in Python: that in C fills gigabytes of memory on a five-byte pickle (a huge memo index).
+    """An unpickler that accepts plain data only; see the top of the file for what it refuses.
 
-    `limit`: the longest pickle, in bytes. A derived class may find more names, give more objects their state, and allow
-    keys of more kinds.
+    `limit`: the longest pickle accepted, in bytes. It derives from Python's own unpickler because the C one can be made
+    to allocate gigabytes by a pickle of five bytes (a huge memo index). A derived class can accept more: more names in
+    `find_class`, more objects in `set_state`, more types of keys in `hashable`.
     """
 
     stack: list[Any]
@@ -166,7 +177,7 @@ class PlainUnpickler(pickle._Unpickler):
         self._spent = 0
 
     def find_class(self, module: str, name: str) -> Any:
-        """What stands for a name; raises UnpicklingError for all but those of plain data."""
+        """The object to use for `module.name`; raises UnpicklingError if plain data does not need it."""
         try:
             return _PLAIN[module.replace("numpy._core", "numpy.core").replace("__builtin__", "builtins"), name]
         except KeyError:
@@ -174,13 +185,13 @@ class PlainUnpickler(pickle._Unpickler):
             raise pickle.UnpicklingError(f"it asks for {words}, which is not plain data") from None
 
     def set_state(self, made: Any, state: Any) -> None:
-        """Let what was made be in `state`; raises UnpicklingError where it has none."""
+        """Set the state of an object that the pickle made; raises UnpicklingError unless it is an array or a dtype."""
         if not isinstance(made, _Kind | _Array):
-            raise pickle.UnpicklingError("it sets the state of what is no array")
+            raise pickle.UnpicklingError("it sets the state of something that is not an array")
         made.__setstate__(state)
 
     def make(self, maker: Callable[..., Any], arguments: tuple) -> Any:
-        """What a found function gives, as long as all of them together take no more than some times the pickle."""
+        """The result of a function that the pickle calls; raises UnpicklingError if its calls take too much in all."""
         self._spent += 1 + sum(len(argument) for argument in arguments if hasattr(argument, "__len__"))
         if self._spent > _COPIES * (self._counted.num_read + 1024):
             raise pickle.UnpicklingError("it unpacks to many times its size")
@@ -195,7 +206,7 @@ class PlainUnpickler(pickle._Unpickler):
         self.set_state(self.stack[-1], state)
 
     def _read_bytearray(self) -> None:
-        """Like that of `pickle`, which fills as much memory as the pickle asks for before it reads."""
+        """Read a bytearray. The method that this replaces allocates whatever size the pickle claims, then reads."""
         self.stack.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
 
     dispatch = {opcode: load for opcode, load in _THEIRS.items() if opcode not in _REFUSED} | {
@@ -212,7 +223,7 @@ _PLAIN: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _make_dict,
     ("builtins", "set"): _make_set, ("builtins", "frozenset"): _make_frozenset, ("builtins", "bytes"): _no_bytes,
     ("_codecs", "encode"): _latin1,
-    # Only ever named as the kind of array to make; as a class it could be called.
+    # Appears only as an argument, the class of array to make. The class itself could be called by a hostile pickle.
     ("numpy", "ndarray"): "ndarray",
     ("numpy", "dtype"): _Kind,
     ("numpy.core.multiarray", "_reconstruct"): _empty_array,
