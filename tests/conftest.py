@@ -1,18 +1,19 @@
-"""The corpus of the short real runs, written once a session, a Python for commands, and models of transformers.
+"""Fixtures made once per session: a small corpus, a `python` that has loaded torch, and models of transformers.
 
-What takes seconds to import is imported where it is asked for: many tests do without.
+Modules that take seconds to import are imported inside the fixtures, because many tests do without them.
 """
 
 import signal
 
 import pytest
 
-# A shell has what it starts in the background ignore Ctrl-C, which tests send to programs of theirs.
+# A shell makes its background processes ignore SIGINT, and they pass that on. Tests send it to programs they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
+    """The path of a small preprocessed corpus, for short real runs of pretrain_tape.py."""
     import torch
 
     from tests.golden.training import write_corpus
@@ -23,7 +24,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def python(tmp_path_factory):
-    """The path of one that has loaded torch already."""
+    """The path of a `python` that starts with torch already loaded."""
     from tests.warm_python import warm_python
 
     folder = tmp_path_factory.mktemp("python")
@@ -33,7 +34,7 @@ def python(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def their_models():
-    """One of transformers of each kind."""
+    """A small transformers model of each kind in `KINDS`, by kind."""
     from tests.transformers_models import KINDS, made
 
     return {kind: made(kind) for kind in KINDS}
@@ -41,7 +42,7 @@ def their_models():
 
 @pytest.fixture(scope="session")
 def their_folders(their_models, tmp_path_factory):
-    """What it saved of each kind."""
+    """A folder that holds, for each kind, a subfolder written by transformers' save_pretrained."""
     root = tmp_path_factory.mktemp("saved")
     for kind, model in their_models.items():
         model.save_pretrained(root / kind)

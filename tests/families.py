@@ -1,4 +1,7 @@
-"""The kinds of models that tests of layouts go through, small: each with options that the others have not."""
+"""Small configurations of each family of models; tests of layouts run all of them.
+
+Each family has options that the others lack.
+"""
 
 from dataclasses import replace
 

@@ -1,7 +1,10 @@
-"""Checks of Triton's kernels interpreted on CPU tensors, each against plain PyTorch in fp64: tenths of a second each.
+"""Checks of the Triton kernels, interpreted on CPU tensors, against plain PyTorch in fp64.
 
-They run in a process of their own, whose TRITON_INTERPRET is set before Triton is loaded: `python -m tests.interpreted`
-prints, as JSON, what each check found wrong ("" where nothing is).
+    TRITON_INTERPRET=1 python -m tests.interpreted [CHECK…]
+
+Prints as JSON the traceback of each check of `CHECKS`, "" for those that passed. A check takes tenths of a second. They
+run in their own process because Triton reads the variable when it is loaded; tests/unit/test_triton_pointwise.py starts
+that process.
 """
 
 import json
@@ -41,18 +44,18 @@ from tests.packed import packed_batch
 from tests.philox import kept
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-# Relative errors by norm. The interpreter cuts what it stores in bf16, where a GPU rounds: twice the error.
+# Relative errors in norm. The interpreter truncates to bf16 where a GPU rounds, which doubles the error.
 TOLERANCE = {FP32: 1e-6, BF16: 6e-3, FP16: 6e-4}
 SEED, FIRST_ROW = 0x5DEECE66D1234567, 1000
 
 
 def dropout(rate: float, seed: int = SEED) -> Dropout | None:
-    """Of rows that begin with a later one; none for a rate of 0."""
+    """Dropout for rows that are numbered from FIRST_ROW; None for a rate of 0."""
     return Dropout(rate, torch.tensor(seed), Use.ATTENTION_OUTPUT, FIRST_ROW) if rate else None
 
 
 def expected_mask(num_rows: int, width: int, rate: float) -> Tensor:
-    """Which elements dropout keeps, by an independent Philox."""
+    """The elements that dropout keeps, bool [num_rows, width], by the independent Philox of tests/philox.py."""
     rows = range(FIRST_ROW, FIRST_ROW + num_rows)
     mask = torch.from_numpy(kept(SEED, rate, rows, range(width), [0], Use.ATTENTION_OUTPUT)[0])
     return mask.to(torch.get_default_device())
@@ -63,7 +66,10 @@ def random(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
 
 
 def compare(outputs: Sequence[Tensor], inputs: Sequence[Tensor], exact: Callable[..., Sequence[Tensor]]) -> None:
-    """Outputs, and gradients of all inputs for random ones of the outputs, against `exact` of the inputs in fp64."""
+    """Asserts that outputs and input gradients agree with those of `exact`, a function of the inputs in fp64.
+
+    The gradients are taken for random gradients of the outputs.
+    """
     weights = [torch.randn_like(output) for output in outputs]
     gradients = torch.autograd.grad(outputs, inputs, weights)
     twins = [tensor.detach().double().requires_grad_() for tensor in inputs]
@@ -79,13 +85,13 @@ def compare(outputs: Sequence[Tensor], inputs: Sequence[Tensor], exact: Callable
 
 
 def scaling_of(scale: Sequence[Tensor]) -> Scaling:
-    """Of a weight, or of a weight and a bias."""
+    """The Scaling of a norm that has a weight, or a weight and a bias."""
     return Scaling(scale[0], scale[1] if len(scale) > 1 else None, 1e-5)
 
 
 def check_join(num_rows: int, width: int, stream: torch.dtype, branch: torch.dtype, rate: float, kind: str,
                has_bias: bool) -> None:
-    """Sum, norm and all gradients; `kind`: the norm, or "" for the sum alone."""
+    """The sum of residual and branch, its norm, and all gradients; `kind`: the norm, or "" for the sum alone."""
     inputs = [random(num_rows, width, dtype=stream), random(num_rows, width, dtype=branch)]
     inputs += [random(width) for _ in range(has_bias + ["", "RMSNorm", "LayerNorm"].index(kind))]
     scale = inputs[2 + has_bias:]
@@ -102,7 +108,7 @@ def check_join(num_rows: int, width: int, stream: torch.dtype, branch: torch.dty
 
 
 def check_norm(num_rows: int, width: int, stream: torch.dtype, dtype: torch.dtype, kind: str) -> None:
-    """A norm alone, its input used twice: one gradient, of both uses."""
+    """A norm alone. Its input is used twice, also as the residual, and the gradient is the sum of both uses."""
     x = random(num_rows, width, dtype=stream)
     scale = [random(width) for _ in range(1 + (kind == "LayerNorm"))]
     outputs = normalised(x, scaling_of(scale), dtype)
@@ -111,7 +117,7 @@ def check_norm(num_rows: int, width: int, stream: torch.dtype, dtype: torch.dtyp
 
 
 def check_strided() -> None:
-    """What does not lie in rows is taken as well, in both directions."""
+    """Tensors whose rows are not contiguous are accepted, forward and backward."""
     x, scale = random(40, 6), [random(40), random(40)]
     compare([normalised(x.t(), scaling_of(scale), FP32)[1].t()], [x, *scale],
             lambda x, *scale: [normalised_reference(x.t(), scaling_of(scale)).t()])
@@ -124,7 +130,7 @@ def check_strided() -> None:
 
 
 def check_no_rows() -> None:
-    """There is nothing, and gradients of vectors are 0."""
+    """Inputs without rows pass, forward and backward."""
     inputs = [random(0, 20), random(0, 20), random(20), random(20), random(20)]
     for scale in ([], inputs[3:]):
         outputs = add_branch(inputs[0], (inputs[1], inputs[2]), dropout(0.3), scaling_of(scale) if scale else None,
@@ -135,7 +141,7 @@ def check_no_rows() -> None:
 
 
 def check_activation(kind: str, num_rows: int, width: int, dtype: torch.dtype, has_bias: bool) -> None:
-    """With the gradients of products and biases."""
+    """An activation of `products + biases`, and the gradients of both."""
     parts = [(random(num_rows, width, dtype=dtype), random(width) if has_bias else None)
              for _ in range(1 + (kind == "swiglu"))]
     inputs = [tensor for part in parts for tensor in part if tensor is not None]
@@ -148,7 +154,11 @@ def check_activation(kind: str, num_rows: int, width: int, dtype: torch.dtype, h
 
 
 def check_heads(shape: Sequence[int], half: int, dtype: torch.dtype, kind: str, is_apart: bool = False) -> None:
-    """Queries and keys normalised, or with a bias, and turned, all whole or apart; `half`: 0 where not turned."""
+    """Queries and keys are normalised, or get a bias, and are rotated.
+
+    `shape`: tokens, groups, rows of a group (its queries, key and value), width. `half`: half of the rotated width, 0
+    for no rotation. `is_apart`: queries, keys and values are returned as three tensors.
+    """
     tokens, groups, rows, width = shape
     inputs = [random(*shape, dtype=dtype)]
     inputs += ([random(groups * (rows - 2) * width), random(groups * width)] if kind else
@@ -168,7 +178,7 @@ def check_heads(shape: Sequence[int], half: int, dtype: torch.dtype, kind: str, 
         scaling = HeadScaling(inputs[1], inputs[2], 1e-5, kind == "RMSNorm") if kind else None
         return prepared_heads(qkv, scaling, rotation, None if kind else inputs[1], is_apart)
 
-    # No leaf: what is only turned is turned where it lies. The bias is there already.
+    # Not a leaf, so that a rotation without a norm happens in place. The bias has been added already.
     qkv = inputs[0] * 1 if kind else inputs[0] + inputs[1].detach().to(dtype).view(shape[1:])
     before = qkv.detach().clone()
     out = prepared(qkv)
@@ -182,7 +192,10 @@ def check_heads(shape: Sequence[int], half: int, dtype: torch.dtype, kind: str, 
 
 
 def check_convolution(lengths: Sequence[int], width: int, taps: int, dtype: torch.dtype) -> None:
-    """Over some proteins, with the gradients of what is convolved, of the weight, and of a bias that it has already."""
+    """The convolution of some proteins, with the gradients of input and weight.
+
+    Also with the gradient of a bias that was added to the input beforehand.
+    """
     positions = torch.cat([torch.arange(length) for length in lengths])
     inputs = [random(len(positions), width, dtype=dtype), random(width, taps)]
     compare([convolved(inputs[0], positions, inputs[1])], inputs,
@@ -194,7 +207,10 @@ def check_convolution(lengths: Sequence[int], width: int, taps: int, dtype: torc
 
 
 def check_convolution_of_two_ranks() -> None:
-    """What each of two ranks gives of the bias' gradient, its neighbours' tokens between, sums up to the whole's."""
+    """Two ranks' gradients of the bias add up to that of one rank.
+
+    Each rank also sees the other's tokens next to the cut (the halo).
+    """
     positions, halo, cut = torch.cat([torch.arange(9), torch.arange(14)]), 2, 12
     x, weight, bias, outer = random(23, 20), random(20, 5), random(20), random(23, 20).detach()
     grads = []
@@ -209,10 +225,10 @@ def check_convolution_of_two_ranks() -> None:
 
 
 def check_overwriting() -> None:
-    """What was kept of a projection that is then turned where it lies cannot be used unnoticed."""
+    """A backward pass that needs a projection that was rotated in place raises, rather than use the wrong values."""
     x = random(3, 2, 3, 8)
     kept = x * 1
-    product = kept.square()  # keeps `kept`
+    product = kept.square()  # saves `kept` for its backward pass
     [turned] = prepared_heads(kept, None, rotation_of(torch.arange(3), 8, 1e4))
     try:
         torch.autograd.grad((product.sum(), turned.sum()), x)
@@ -223,7 +239,7 @@ def check_overwriting() -> None:
 
 
 def check_mask(num_rows: int, width: int, rate: float) -> None:
-    """The numbers of an independent Philox, in both directions, and their rate."""
+    """Dropout's mask is the independent Philox's, forward and backward; it has its rate and depends on the seed."""
     branch, expected = torch.ones(num_rows, width, requires_grad=True), expected_mask(num_rows, width, rate)
     out = add_branch(torch.zeros(num_rows, width), (branch, None), dropout(rate), None, FP32)[0]
     gradient, = torch.autograd.grad(out, branch, torch.ones_like(out))
@@ -235,7 +251,10 @@ def check_mask(num_rows: int, width: int, rate: float) -> None:
 
 
 def check_strips() -> None:
-    """Gradients of scales and biases are sums of as many programs' sums as there are, in any number of strips."""
+    """Gradients of scales and biases are complete when each program of a kernel goes over several strips of rows.
+
+    Such a gradient is the sum of the programs' own sums.
+    """
     from megatron.kernels.pointwise import activation_triton, convolution_triton, heads_triton, residual_norm_triton
 
     with (patch.object(residual_norm_triton, "MOST_WARPS", 12), patch.object(heads_triton, "MOST_WARPS", 2),
@@ -243,7 +262,7 @@ def check_strips() -> None:
         check_convolution((30, 17), 140, 5, FP32)
         check_join(17, 300, FP32, FP32, 0.3, "LayerNorm", True)
         check_heads((5, 2, 3, 8), 4, FP32, "LayerNorm")
-        with patch.object(heads_triton, "_ELEMENTS", 64):  # tiles of 8 rows, that begin inside a group
+        with patch.object(heads_triton, "_ELEMENTS", 64):  # tiles of 8 rows, which begin inside a group
             for is_apart, most_warps in ((False, 2), (True, 2), (True, 4)):
                 with patch.object(heads_triton, "MOST_WARPS", most_warps):
                     check_heads((5, 3, 3, 8), 4, FP32, "", is_apart)
@@ -253,13 +272,13 @@ def check_strips() -> None:
 
 @contextmanager
 def plainly() -> Iterator[None]:
-    """The context in which Triton's kernels are not taken."""
+    """Within this context plain PyTorch runs in place of the Triton kernels."""
     with patch.dict(os.environ, {"TRITON_INTERPRET": "0"}):
         yield
 
 
 def step(model: ProteinModel, seed: int) -> dict[str, Tensor]:
-    """Loss and gradients of a micro-batch."""
+    """The loss and all gradients of one micro-batch, by name."""
     batch = packed_batch(9, 1, 6, filler=3, seed=seed)
     model.zero_grad()
     loss, _ = model(batch.sequence, batch.targets)
@@ -269,6 +288,7 @@ def step(model: ProteinModel, seed: int) -> dict[str, Tensor]:
 
 
 def made(family: str, precision: PrecisionConfig, **options: object) -> ProteinModel:
+    """A model of two layers whose parameters are moved away from their initial values, so that none is 0 or 1."""
     config = replace(FAMILIES[family], num_layers=2, **options)  # type: ignore[arg-type]
     model = ProteinModel(config, precision, 128, mask_id=MASK_ID)
     initialise(dict(model.named_parameters()), 1)
@@ -280,7 +300,7 @@ def made(family: str, precision: PrecisionConfig, **options: object) -> ProteinM
 
 
 def check_model(family: str, precision: PrecisionConfig, tolerance: float, **options: object) -> None:
-    """Loss and every gradient of a whole model, without dropout, against those of plain PyTorch."""
+    """The loss and every gradient of a whole model without dropout agree with those of plain PyTorch."""
     model = made(family, precision, **options)
     ours = step(model, 3)
     with plainly():
@@ -289,7 +309,7 @@ def check_model(family: str, precision: PrecisionConfig, tolerance: float, **opt
 
 
 def compare_steps(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:
-    """Loss and each gradient within a relative tolerance."""
+    """Asserts that the loss and each gradient agree within a relative tolerance."""
     assert ours.keys() == theirs.keys()
     assert abs(ours["loss"] / theirs["loss"] - 1) < tolerance
     of_all = torch.cat([tensor.flatten() for tensor in theirs.values()]).norm()
@@ -298,9 +318,9 @@ def compare_steps(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance:
 
 
 def check_parts(frozen: str = "none", **options: object) -> None:
-    """A whole ESM-2 whose attention takes queries, keys and values apart, as PyTorch's operator does on a GPU.
+    """A whole ESM-2 whose attention takes queries, keys and values separately, as PyTorch's operator on GPUs does.
 
-    `frozen`: how the names of parameters end that are not trained.
+    `frozen`: the suffix of the names of parameters that are not trained.
     """
     calls = []
 
@@ -324,7 +344,7 @@ def check_parts(frozen: str = "none", **options: object) -> None:
 
 
 def check_recomputation(family: str) -> None:
-    """Recomputed blocks draw the same masks: no bit of loss and gradients differs. Another seed draws others."""
+    """Recomputed blocks draw the same masks: loss and gradients are bitwise equal. Another seed draws others."""
     kept, again = (step(made(family, PrecisionConfig(), hidden_dropout=0.2, checkpoint_activations=recomputes), 3)
                    for recomputes in (False, True))
     for name, tensor in kept.items():
@@ -335,6 +355,7 @@ def check_recomputation(family: str) -> None:
         assert kept["loss"] != model(replace(batch.sequence, seed=torch.tensor(4)), batch.targets)[0]
 
 
+# The checks by name; each raises if it fails.
 CHECKS: dict[str, Callable[[], None]] = {
     **{f"join {kind or 'alone'}, dropout {rate}, {num_rows} x {width}, {stream} and {branch}, bias {has_bias}":
        partial(check_join, num_rows, width, stream, branch, rate, kind, has_bias)

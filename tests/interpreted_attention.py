@@ -1,8 +1,10 @@
-"""The Triton attention on CPU tensors: `TRITON_INTERPRET=1 python -m tests.interpreted_attention FILE CHECK…`.
+"""Checks of the Triton attention kernel, interpreted on CPU tensors.
 
-Triton looks at the variable where a kernel is defined, so that interpreted kernels want a process of their own.
-`tests/unit/test_triton_attention.py` starts it and looks at what it writes: errors are relative to the exact result's
-norm, in fp64, beside those of the definition in the same dtype.
+    TRITON_INTERPRET=1 python -m tests.interpreted_attention FILE CHECK…
+
+Writes to FILE (by torch.save) the result of each check of `CHECKS`. They run in their own process because Triton reads
+the variable when a kernel is defined; tests/unit/test_triton_attention.py starts that process and judges the results.
+Errors are norms relative to the exact result in fp64, reported next to those of the definition in the kernel's dtype.
 """
 
 import sys
@@ -28,9 +30,11 @@ RATE = 0.3
 
 @dataclass(frozen=True)
 class Case:
-    """Proteins and what attends to them; `ranks` share the queries.
+    """One input of attention: proteins of `lengths` and `filler` tokens, and how they are attended to.
 
-    `is_scattered`: the rows of a group do not lie one behind the other.
+    `groups` and `queries`: the groups of heads, and the queries in each; `width`: of a head. `ranks`: the number of
+    ranks that the queries are split over. `is_scattered`: the rows of a group are not contiguous in memory. `blocks`:
+    the kernel's block sizes in queries and keys.
     """
 
     lengths: tuple[int, ...] = (37, 1, 20, 1, 1, 9)
@@ -43,20 +47,20 @@ class Case:
     dropout: float = 0.0
     ranks: int = 1
     is_scattered: bool = False
-    blocks: tuple[int, int] | None = (16, 32)  # None: those of a GPU, of which fewer fit on a few tokens
+    blocks: tuple[int, int] | None = (16, 32)  # None: those used on a GPU; small ones make more blocks
 
     @property
     def sequence(self) -> PackedSequence:
-        """With boundaries of two proteins that are not there."""
+        """The packed proteins, with the boundaries of two empty ones."""
         return packed_batch(*self.lengths, filler=self.filler, empty=2).sequence
 
     @property
     def num_real(self) -> int:
-        """Tokens of proteins."""
+        """The number of tokens that belong to proteins."""
         return sum(self.lengths)
 
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """Queries, keys and values, and a gradient of the context, with anything in the filler."""
+        """Random queries, keys and values, and a gradient of the context; both are NaN in the filler."""
         generator, total = torch.Generator().manual_seed(1), self.num_real + self.filler
         qkv = torch.randn(total, self.groups, self.queries + 2, self.width, generator=generator)
         weights = torch.randn(total, self.groups * self.queries, self.width, generator=generator)
@@ -77,7 +81,7 @@ CASES = {
     "filler of many segments": Case((5, 3), filler=60),
     "one protein over many blocks": Case((150,), filler=3),
     "filler alone": Case((), filler=20),
-    "a projection that lies otherwise": Case(is_scattered=True),
+    "a projection that is not contiguous": Case(is_scattered=True),
     "a window": Case((90, 1, 33), window=(11, 5)),
     "a window of one token": Case(window=(0, 0)),
     "a window wider than proteins": Case(window=(300, 2), queries=2),
@@ -93,7 +97,7 @@ CASES = {
 
 
 def attend(case: Case, qkv: Tensor) -> Tensor:
-    """The context, of several ranks one behind the other."""
+    """The context by the Triton kernel; that of several ranks is concatenated."""
     sequence, contexts = case.sequence, []
     if case.is_scattered:
         qkv = torch.stack([qkv, qkv], -2)[..., 0, :]
@@ -113,12 +117,15 @@ def dropout_of(case: Case) -> Dropout | None:
 
 
 def define(case: Case, qkv: Tensor) -> Tensor:
-    """The context of the proteins' tokens by the definition."""
+    """The context of the proteins' tokens by the reference, attention_reference."""
     return attention_reference(qkv[:case.num_real], case.sequence, dropout_of(case), case.window)
 
 
 def errors(case: Case) -> dict[str, Any]:
-    """Of the context and the gradient: ours, the definition's; whether the filler has none."""
+    """For the context and the gradient: the kernel's error, the definition's error, whether the filler's are all 0.
+
+    Each value is a list of two, in this order.
+    """
     qkv, weights = case.tensors()
     real = slice(case.num_real)
 
@@ -135,9 +142,9 @@ def errors(case: Case) -> dict[str, Any]:
 
 
 def of_titin() -> dict[str, list[float]]:
-    """Errors on a protein of 35,213 residues in a window, in blocks, and those of attention by protein.
+    """Errors of the kernel and of attention_by_protein on a protein of 35,213 residues (titin) with a window.
 
-    By the definition its scores would take 5 GB.
+    The exact result is attention_by_protein's in fp64: by the definition the scores would take 5 GB.
     """
     case = Case((35_213,), filler=100, window=(40, 25), dropout=RATE)
     qkv, weights = case.tensors()
@@ -157,12 +164,13 @@ def of_titin() -> dict[str, list[float]]:
 
 
 def _error(found: Tensor, exact: Tensor) -> float:
+    """The relative error in norm over the tokens that both have."""
     size = min(len(found), len(exact))
     return ((found[:size] - exact[:size]).norm() / exact.norm().clamp(min=1e-30)).item()
 
 
 def checks_of_the_operator() -> None:
-    """Raises where the operator and its backward pass are not what torch expects of one."""
+    """Raises if the operator or its backward pass breaks torch's rules for custom operators (torch.library.opcheck)."""
     case = Case((9, 1, 12), filler=3, queries=2, dropout=RATE)
     qkv = torch.randn(25, 2, 4, 16, requires_grad=True)
     ends, numbers = case.sequence.cu_seqlens, (case.sequence.num_filler, 0, 3, 1, 50000, 3)
@@ -176,7 +184,7 @@ def checks_of_the_operator() -> None:
 
 
 def bits() -> dict[str, list[Tensor]]:
-    """A context and gradient with dropout: twice, and beside another protein."""
+    """Context and gradient with dropout: once, again, and with another first protein beside the same others."""
     case = Case((21, 40, 3), filler=5, dropout=RATE, queries=2)
     qkv, weights = (tensor.nan_to_num() for tensor in case.tensors())
 
@@ -191,7 +199,8 @@ def bits() -> dict[str, list[Tensor]]:
     return found
 
 
-# By name: a case in blocks of 16 queries and 32 keys, tokens that are no numbers, those whose blocks may read them.
+# By name: a case in blocks of 16 queries and 32 keys; the tokens that are set to NaN; the tokens whose blocks may read
+# those.
 UNSEEN = {
     "other proteins": (Case((64, 64, 64), filler=0, queries=2), slice(64, 128), slice(64, 128)),
     "outside the window": (Case((192,), filler=0, window=(11, 5)), slice(100, 101), slice(64, 160)),
@@ -200,9 +209,10 @@ UNSEEN = {
 
 
 def of_unseen(case: Case, broken: slice, read: slice) -> list[bool]:
-    """Of the context and the gradient: whether all tokens but those of `read` have the same bits, and none of `broken`.
+    """For the context and the gradient: whether NaNs in the tokens `broken` reach only the tokens `read`.
 
-    A block that is gone over brings what is no number into sums, whatever its scores are masked to.
+    True if all tokens outside `read` keep their bits and `broken` has NaNs. A kernel that visits a block brings its
+    NaNs into the sums even where the scores are masked, so this shows which blocks it skips.
     """
     def outcome() -> list[Tensor]:
         x = qkv.clone().requires_grad_()
@@ -218,7 +228,7 @@ def of_unseen(case: Case, broken: slice, read: slice) -> list[bool]:
             for once, now in zip(before, outcome(), strict=True)]
 
 
-# What may be asked about, by name.
+# The checks by name.
 CHECKS: dict[str, Callable[[], Any]] = {
     **{name: partial(errors, case) for name, case in CASES.items()},
     **{name: partial(of_unseen, *what) for name, what in UNSEEN.items()},
@@ -226,7 +236,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
 
 
 def main() -> None:
-    """Write what is found, by name, to the file."""
+    """Write the results of the checks, by name, to the file."""
     file, *names = sys.argv[1:]
     choose, results = launches._blocks, {}
     for name in names:

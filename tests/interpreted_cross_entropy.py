@@ -1,4 +1,4 @@
-"""Checks of cross entropy's Triton kernels on CPU tensors, among those that `tests.interpreted` runs."""
+"""Checks of the Triton kernels for cross entropy, interpreted on CPU tensors; `tests.interpreted` runs them."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,17 +11,20 @@ from megatron.kernels import cross_entropy_triton
 from megatron.kernels.cross_entropy import cross_entropy_reference, logits_gradient, target_statistics
 from megatron.kernels.packed_sequence import NO_TARGET
 
-# Relative errors by norm of what is stored in each; the interpreter cuts bf16, where a GPU rounds.
+# Relative errors in norm, by the dtype stored; the interpreter truncates to bf16, where a GPU rounds.
 _TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
 
 def approximate() -> float:
-    """How much larger errors may be where exponentials are approximate: on GPUs."""
+    """The factor by which errors may be larger: 10 on GPUs, whose exponentials are approximate, otherwise 1."""
     return 10.0 if torch.get_default_device().type == "cuda" else 1.0
 
 
 def check_loss(num_targets: int, num_ids: int, dtype: torch.dtype, softcap: float | None, parts: int) -> None:
-    """Loss, count and gradient of logits that lie in so many parts, against the definition in fp64."""
+    """Loss, number of correct predictions and gradient against the definition in fp64.
+
+    The vocabulary of the logits is cut into `parts`, as tensor ranks split it.
+    """
     logits = (3 * torch.randn(num_targets, num_ids)).to(dtype)
     ids = torch.randint(num_ids, (num_targets,))
     ids[1::3] = NO_TARGET
@@ -45,14 +48,14 @@ def check_loss(num_targets: int, num_ids: int, dtype: torch.dtype, softcap: floa
 
 
 def check_blocks() -> None:
-    """A vocabulary wider than a block is gone over block by block."""
+    """A vocabulary wider than a block is processed block by block."""
     with patch.object(cross_entropy_triton, "_WIDEST", 32):
         check_loss(7, 101, torch.float32, None, 1)
         check_loss(7, 101, torch.float16, 5.0, 2)
 
 
 def check_ties() -> None:
-    """Of equal logits the first is the likeliest, within a block and over blocks."""
+    """Of equal logits the first counts as the prediction, within a block and across blocks."""
     with patch.object(cross_entropy_triton, "_WIDEST", 16):
         logits = torch.zeros(4, 40)
         logits[:2, [3, 9, 20]] = 1
@@ -61,7 +64,7 @@ def check_ties() -> None:
 
 
 def check_small_caps() -> None:
-    """Far below the cap logits are as they would be without, to the last bits."""
+    """Logits far below the cap give the statistics that they would give without one, to within rounding."""
     logits = torch.randn(9, 33)
     ids = torch.arange(9)
     for ours, plain in zip(target_statistics(logits, ids, 0, 1e4), target_statistics(logits, ids, 0, None),

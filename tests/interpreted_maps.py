@@ -1,4 +1,4 @@
-"""Checks of the attention maps' Triton kernel on CPU tensors, among those that `tests.interpreted` runs."""
+"""Checks of the Triton kernel for attention maps, interpreted on CPU tensors; `tests.interpreted` runs them."""
 
 from functools import partial
 
@@ -14,7 +14,10 @@ _LENGTHS = 70, 1, 33, 2
 
 
 def check_maps(queries: int, width: int, dtype: torch.dtype, window: tuple[int, int] | None) -> None:
-    """Each protein's map, and the context that comes with the sums, against PyTorch in fp64; filler is no number."""
+    """Each protein's map agrees with maps_by_softmax, and the context with the definition in fp64.
+
+    The map follows from the log-sum-exps that come with the context. The filler is NaN.
+    """
     sequence = packed_batch(*_LENGTHS, filler=9, empty=2).to(torch.get_default_device()).sequence
     num_real = sum(_LENGTHS)
     qkv = torch.randn(len(sequence.tokens_t), 2, queries + 2, width).to(dtype)

@@ -1,8 +1,9 @@
-"""The Triton kernel of symmetric products, interpreted, against fp64: run by tests/unit/test_triton_symmetric.py.
+"""Checks of the Triton kernel for symmetric matrix products, interpreted on CPU tensors, against fp64.
 
-A process of its own, with TRITON_INTERPRET=1. Prints as JSON the largest error of each case, in the last place of what
-is stored, and whether what is below the diagonal's tiles is above them. (Within those it is so where a dot product does
-not depend on which factor stands left, which on some processors it does.)
+tests/unit/test_triton_symmetric.py runs this in its own process, with TRITON_INTERPRET=1. Prints as JSON, for each
+case, the largest error in units of the dtype's epsilon, and whether the product is symmetric outside the tiles on the
+diagonal. (Within these tiles it is symmetric only where a dot product does not depend on the order of its factors; on
+some processors it does.)
 """
 
 import json
@@ -15,14 +16,14 @@ from megatron.kernels.newton_schulz import symmetric_triton
 from megatron.kernels.newton_schulz.orthogonal import orthogonalised
 from megatron.kernels.newton_schulz.symmetric import gram, with_square
 
-# k, m, n: one tile and several, sizes that no tile divides, more columns than rows and fewer.
+# k, m, n of the factors: one tile and several, sizes that are no multiple of a tile, more columns than rows and fewer.
 SHAPES = [(1, 1, 1), (2, 16, 64), (1, 33, 77), (2, 65, 130), (1, 200, 40), (1, 129, 129)]
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}  # of bf16 the interpreter gets products wrong
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}  # the interpreter gets products in bf16 wrong
 CASES = [f"{name} {shape}" for name in DTYPES for shape in SHAPES]
 
 
 def outcome(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[float, bool]:
-    """Of X Xᵀ, and of a combination of that with its square."""
+    """The largest error of X Xᵀ and of a combination of it with its square, and whether both are symmetric."""
     x = (torch.randn(*shape) / shape[2]**0.5).to(dtype)
     first, second = gram(x), with_square(gram(x), -4.0, 2.0)
     exact = gram(x).double()
@@ -33,7 +34,7 @@ def outcome(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[float, boo
 
 
 def is_mirrored(product: torch.Tensor, tile: int) -> bool:
-    """Whether what is below the tiles of the diagonal is above them."""
+    """Whether the product is symmetric outside the tiles on the diagonal."""
     tiles = torch.arange(product.shape[-1]) // tile
     is_off = tiles[:, None] != tiles
     return torch.equal(product[..., is_off], product.mT[..., is_off])

@@ -1,4 +1,4 @@
-"""How large the tensors are that something makes on its way."""
+"""Measures the largest tensor that a computation makes, intermediate results included."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Largest(TorchDispatchMode):
-    """The most elements of any tensor that an operation in this context gives."""
+    """A context whose `size` is the number of elements of the largest tensor returned by an operation within it."""
 
     def __init__(self) -> None:
         super().__init__()

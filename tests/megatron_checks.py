@@ -1,4 +1,4 @@
-"""Comparisons of checkpoints with those of tests/megatron_files.py."""
+"""Comparisons of checkpoints with the hand-made ones of tests/megatron_files.py."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from tests.megatron_files import KINDS, STEP
 
 
 def check_values(checkpoint, values):
-    """Asserts that a checkpoint of ours has `values`, those of `wholes`, bit by bit."""
+    """Asserts that our checkpoint holds `values` (from megatron_files.wholes) bit for bit, moments included."""
     parameters = [name for name in values if "/" not in name]
     assert set(checkpoint.model) == set(parameters)
     for name in parameters:
@@ -20,7 +20,10 @@ def check_values(checkpoint, values):
 
 
 def same_but_random_states(written, made):
-    """Asserts that two files' trees are the same, but for random states, and arguments that `made` has not."""
+    """Asserts that the trees of two files are equal.
+
+    Not compared are random states, and arguments in `written` that `made` lacks.
+    """
     assert list(written) == list(made)
     for key, value in made.items():
         if key == "args":

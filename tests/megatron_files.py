@@ -1,6 +1,6 @@
-"""Checkpoints in the layout of Megatron v2 and ProteinLM, made by hand: small modules, named and nested as there.
+"""Writes small checkpoints in the layout of Megatron v2 and ProteinLM, as an oracle for our converters.
 
-Written with plain torch.save; nothing of the program's own converters is used.
+The modules are named and nested as in the original and written with plain torch.save; none of our converters is used.
 """
 
 import argparse
@@ -20,7 +20,10 @@ KINDS = ("exp_avg", "exp_avg_sq")
 
 
 def wholes(seed=1):
-    """Values of all parameters, and moments as KIND/PARAMETER, under our names; attention's rows [heads, 3, width]."""
+    """Random values of all parameters and their Adam moments, whole, by our names; moments are named KIND/PARAMETER.
+
+    The rows of attention's query_key_value lie in the order [heads, 3, width].
+    """
     generator = torch.Generator().manual_seed(seed)
     shapes = {"embedding.word_embeddings.weight": (ROWS, HIDDEN),
               "embedding.position_embeddings.weight": (POSITIONS, HIDDEN),
@@ -42,6 +45,8 @@ def wholes(seed=1):
 
 
 class Layer(nn.Module):
+    """One transformer layer of the original, as one of `tensor` ranks holds it."""
+
     def __init__(self, tensor, attention="attention"):
         super().__init__()
         self.input_layernorm = nn.LayerNorm(HIDDEN)
@@ -55,7 +60,10 @@ class Layer(nn.Module):
 
 
 class Bert(nn.Module):
-    """A stage of the original's model, its modules registered in the original's order."""
+    """One pipeline stage of the original's model, as one of `tensor` ranks holds it.
+
+    Its modules are registered in the original's order. `has_extras`: token types, pooler and binary head.
+    """
 
     def __init__(self, tensor, num_layers, is_first, is_last, *, is_later=False, has_extras=False):
         super().__init__()
@@ -87,7 +95,7 @@ class Bert(nn.Module):
                 self.binary_head = nn.Linear(HIDDEN, 2)
 
     def saved(self):
-        """The nesting of `state_dict_for_save_checkpoint`."""
+        """The state, nested as by the original's `state_dict_for_save_checkpoint`."""
         parts = dict(self.language_model.named_children())
         language_model = {}
         if "embedding" in parts:
@@ -106,7 +114,7 @@ class Bert(nn.Module):
 
 
 def our_name(name, first_layer):
-    """Our name of a parameter of such a module; None where we have none."""
+    """Our name of the parameter `name` of a Bert whose first layer is `first_layer`; None if our model lacks it."""
     parts = name.removeprefix("language_model.").replace("encoder.", "transformer.").replace(
         "self_attention", "attention").split(".")
     if parts[0] == "word_embeddings":
@@ -119,7 +127,10 @@ def our_name(name, first_layer):
 
 
 def part(name, whole, rank, tensor, version):
-    """What a tensor rank has of a whole."""
+    """The part of the whole tensor `name` that tensor rank `rank` of `tensor` holds.
+
+    `version`: the checkpoint version, which determines the order of query_key_value's rows.
+    """
     if "query_key_value" in name:
         heads = whole.unflatten(0, (HEADS, 3, WIDTH)).chunk(tensor)[rank]
         orders = {0: (1, 0, 2), 1: (0, 2, 1), 2: (0, 1, 2), 3: (0, 1, 2)}
@@ -146,9 +157,10 @@ def groups_of(modules):
 
 def write_original(folder, *, values=None, version=3.0, tensor=1, pipeline=(LAYERS,), virtual=1, precision="fp32",
                    is_old=False, is_later=False, has_extras=False, legacy_file=False, with_optimizer=True):
-    """Write a run's folder with one checkpoint; `pipeline`: how many layers each pipeline rank has in all.
+    """Write one checkpoint into a run's folder, and return the checkpoint's folder (iter_…).
 
-    `is_old`, `is_later`: the optimizer's and the scheduler's names before v2, and the modules' after v2.2.
+    `pipeline`: the number of layers of each pipeline rank, over its `virtual` chunks. `is_old`: name the optimizer's
+    and scheduler's entries as before v2; `is_later`: name modules and scheduler as after v2.2.
     """
     values = wholes() if values is None else values
     place = Path(folder) / f"iter_{ITERATION:07d}"
@@ -159,7 +171,7 @@ def write_original(folder, *, values=None, version=3.0, tensor=1, pipeline=(LAYE
                 layers // virtual for layers in pipeline[:stage])
     for stage, layers in enumerate(pipeline):
         for rank in range(tensor):
-            torch.manual_seed(2)  # that of what we have no values for
+            torch.manual_seed(2)  # seeds the parameters that `values` lacks
             chunks = [Bert(tensor, layers // virtual, stage == chunk == 0,
                            (stage, chunk) == (len(pipeline) - 1, virtual - 1), is_later=is_later,
                            has_extras=has_extras) for chunk in range(virtual)]
@@ -184,7 +196,7 @@ def write_original(folder, *, values=None, version=3.0, tensor=1, pipeline=(LAYE
 
 
 def state_dict(chunks, moments, version, rank, stage, tensor, pipeline, precision, is_old, is_later, with_optimizer):
-    """One rank's file."""
+    """The content of one rank's model_optim_rng.pt."""
     groups, kind = groups_of(chunks), {"fp16": torch.half, "bf16": torch.bfloat16}.get(precision, torch.float32)
     optimizer = torch.optim.AdamW([{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}], lr=0.0)
     for parameter in moments:
@@ -221,12 +233,12 @@ def state_dict(chunks, moments, version, rank, stage, tensor, pipeline, precisio
 
 
 def learning_rate():
-    """Linear from 1e-3 after 16 samples to 1e-4 after 160."""
+    """The learning rate after CONSUMED samples: linear from 1e-3 after 16 samples to 1e-4 after 160."""
     return 1e-4 + (1 - (CONSUMED - 16) / (160 - 16)) * (1e-3 - 1e-4)
 
 
 def scheduler(is_old, is_later):
-    """The learning rate's course, warm-up of 2 and decay of 20 steps of 8 samples."""
+    """The learning-rate scheduler's state: 2 steps of warm-up, decay until step 20, 8 samples per step."""
     if is_old:
         return {"lr_scheduler": {"start_lr": 1e-3, "warmup_iter": 2.0, "num_iters": ITERATION, "decay_style": "linear",
                                  "end_iter": 20, "min_lr": 1e-4}}
@@ -239,7 +251,7 @@ def scheduler(is_old, is_later):
 
 
 def arguments(rank, stage, tensor, pipeline, kind, is_old):
-    """The original's arguments."""
+    """The `args` that the original saves."""
     given = argparse.Namespace(
         num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=HEADS, max_position_embeddings=POSITIONS,
         make_vocab_size_divisible_by=4, layernorm_epsilon=1e-12, bias_gelu_fusion=True, openai_gelu=False,
@@ -256,7 +268,7 @@ def arguments(rank, stage, tensor, pipeline, kind, is_old):
 
 
 class DynamicLossScaler:
-    """That of Megatron before v2, after 12 steps of which the last to overflow was the eighth."""
+    """The loss scaler that Megatron before v2 pickled, after 12 steps, the eighth of which was the last to overflow."""
 
     def __init__(self):
         self.cur_scale, self.cur_iter, self.last_overflow_iter = 4096.0, 12, 8
@@ -271,7 +283,7 @@ _SCALERS.DynamicLossScaler = DynamicLossScaler  # type: ignore[attr-defined]
 
 @contextmanager
 def loss_scalers():
-    """While this lasts, the original's module can be imported, by pickle as well."""
+    """Within this context the original's module megatron.fp16.loss_scaler can be imported, also by pickle."""
     sys.modules["megatron.fp16.loss_scaler"] = _SCALERS
     try:
         yield
@@ -280,6 +292,6 @@ def loss_scalers():
 
 
 def loaded(file):
-    """torch.load of a file that is trusted."""
+    """The content of a trusted file, by torch.load."""
     with loss_scalers():
         return torch.load(file, weights_only=False)

@@ -1,4 +1,4 @@
-"""What tests of the model run on: a micro-batch of proteins of given lengths, and a stand-in for GPUs' operators."""
+"""Micro-batches of random proteins of given lengths, and stand-ins for the attention operators of GPUs."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -18,10 +18,11 @@ from megatron.kernels.dropout import Dropout, Use, is_kept
 
 def packed_batch(*lengths: int, filler: int = 0, empty: int = 0, targets: Sequence[int] | None = None,
                  padding: int = 0, seed: int = 0, share: int = 0, num_shares: int = 1) -> Batch:
-    """Random proteins with targets at every fifth token or at `targets`.
+    """A micro-batch of one row: random proteins of the given lengths.
 
-    `filler` tokens lie behind them, the boundaries of `empty` more proteins, and `padding` that is no target. `seed`:
-    of tokens and dropout.
+    Targets are every fifth token, or the tokens `targets`. The proteins are followed by `filler` tokens; `empty` is the
+    number of additional boundaries of empty proteins, `padding` that of entries in the targets that are not targets.
+    `seed`: of tokens and dropout. `share` of `num_shares`: the part for one rank of the context axis.
     """
     rng = np.random.default_rng(seed)
     tokens = rng.integers(6, 31, sum(lengths))
@@ -33,7 +34,10 @@ def packed_batch(*lengths: int, filler: int = 0, empty: int = 0, targets: Sequen
 
 @contextmanager
 def fused_by_definition() -> Iterator[list[tuple[str, float]]]:
-    """Lets attention take the operators of GPUs, by their definitions; lists their names and dropout."""
+    """Within this context attention calls the operators of GPUs, replaced by their definitions in PyTorch.
+
+    Yields the list of calls: the operator's name and its dropout rate.
+    """
     calls: list[tuple[str, float]] = []
 
     def varlen(query: Tensor, key: Tensor, value: Tensor, query_ends: Tensor, key_ends: Tensor, longest_query: int,
@@ -41,7 +45,7 @@ def fused_by_definition() -> Iterator[list[tuple[str, float]]]:
         assert query.dtype != torch.float32 and window_size == (-1, -1)
         calls.append(("varlen", 0.0))
         for tensor, ends, longest in ((query, query_ends, longest_query), (key, key_ends, longest_key)):
-            assert (ends[0], ends[-1]) == (0, len(tensor))  # what lies in no segment would have any context
+            assert (ends[0], ends[-1]) == (0, len(tensor))  # tokens in no segment would get an undefined context
             assert 0 <= ends.diff().min() <= ends.diff().max() <= longest
         return _by_definition((query, key, value), (query_ends, key_ends), None)
 
@@ -56,7 +60,7 @@ def fused_by_definition() -> Iterator[list[tuple[str, float]]]:
         ends = ends[:len(ends) - num_filler]
         query_ends = (ends - first).clamp(0, len(query))
         context = _by_definition((query.flatten(1, 2), key, value), (query_ends, ends), dropout)
-        context = context + 0 * keys.sum()  # as an operator's, it depends on keys also where no query has any
+        context = context + 0 * keys.sum()  # an operator's result always depends on the keys
         return [F.pad(context, (0, 0, 0, 0, 0, len(query) - len(context))).view_as(query)]
 
     with (patch.object(backends, "takes_gpu_way", lambda _: True),
@@ -67,7 +71,7 @@ def fused_by_definition() -> Iterator[list[tuple[str, float]]]:
 
 def _by_definition(tensors: tuple[Tensor, Tensor, Tensor], ends: tuple[Tensor, Tensor],
                    dropout: Dropout | None) -> Tensor:
-    """Each segment for itself; an empty one has no context, and what has no keys is none of the operators' business."""
+    """The context of queries, keys and values, one segment at a time; `ends`: the boundaries of queries and of keys."""
     assert all(each.dtype == torch.int32 and each.is_contiguous() for each in ends)
     queries, keys = ([slice(*span) for span in itertools.pairwise(each.tolist())] for each in ends)
     query, key, value = (tensor.transpose(0, 1) for tensor in tensors)

@@ -1,4 +1,4 @@
-"""Philox-4x32 (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3") in numpy: dropout's oracle."""
+"""Philox-4x32 (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3") in NumPy, the oracle of dropout."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def philox(counters: np.ndarray, seed: int, rounds: int) -> np.ndarray:
-    """Four words [..., 4] below 2^32, uint64, for each counter [..., 4] of words, by a key of 64 bits."""
+    """Four random words, uint64 [..., 4] below 2^32, for each counter of four words [..., 4]; `seed`: a 64-bit key."""
     high, mask = np.uint64(32), np.uint64(2**32 - 1)
     words = [counters[..., i].astype(np.uint64) for i in range(4)]
     keys = [seed % 2**32, seed >> 32]
@@ -20,7 +20,11 @@ def philox(counters: np.ndarray, seed: int, rounds: int) -> np.ndarray:
 
 def kept(seed: int, rate: float, rows: Sequence[int], columns: Sequence[int], heads: Sequence[int],
          use: int) -> np.ndarray:
-    """Whether dropout keeps (row, column) of a head, bool [n, u, x]: half a word of (row, column // 8, head, use)."""
+    """Whether dropout keeps each element (row, column) of each head, bool [heads, rows, columns].
+
+    An element is kept if its 16 bits, half a word of the counter (row, column // 8, head, use), are below
+    (1 - rate)·65536, rounded.
+    """
     head, row, column = np.meshgrid(heads, rows, columns, indexing="ij")
     words = philox(np.stack([row, column // 8, head, np.full_like(head, use)], -1), seed, 7)
     word = np.take_along_axis(words, column[..., None] % 8 // 2, -1)[..., 0]

@@ -1,4 +1,4 @@
-"""A small structure, written as a PDB and as an mmCIF file column by column, without a library."""
+"""A small protein structure as a PDB and as an mmCIF file, written column by column without a library."""
 
 import numpy as np
 
@@ -8,17 +8,17 @@ RESOLVED = [place for place in range(len(SEQUENCE)) if place not in (0, 5)]
 
 
 def place_of(place, model=1):
-    """Where an atom is, by its residue: a walk that comes back on itself."""
+    """The coordinates [3] of the residue at `place`, in Å, on a helix whose turns are in contact."""
     return np.round([6 * np.cos(place), 6 * np.sin(place), 1.1 * place + 100 * (model - 1)], 3)
 
 
 def atoms(model=1):
-    """Atoms of chain A: serial, name, alternative location, residue, its place, coordinates, occupancy."""
+    """The atoms of chain A: name, alternative location, residue, its place, coordinates, occupancy."""
     for place in RESOLVED:
         name, where = SEQUENCE[place], place_of(place, model)
         yield "N", "", name, place, where + 1, 1.0
         yield "CA", "", name, place, where if name == "GLY" else where + 2, 1.0
-        if name == "LEU":  # in two places, the second of which is taken
+        if name == "LEU":  # two alternative locations; readers take the second, of higher occupancy
             yield "CB", "A", name, place, where + 3, 0.4
             yield "CB", "B", name, place, where, 0.6
         elif name != "GLY":
@@ -26,7 +26,7 @@ def atoms(model=1):
 
 
 def pdb(has_sequence=True):
-    """Two models of chain A, in the first a chain B of three alanines and water in chain A."""
+    """The PDB file: two models of chain A with a water; the first also has a chain B of three alanines."""
     lines = [f"SEQRES   1 A   10  {' '.join(SEQUENCE)}", "SEQRES   1 B    3  ALA ALA ALA"] if has_sequence else []
     for model in (1, 2):
         lines.append(f"MODEL     {model:4}")
@@ -48,7 +48,10 @@ def pdb(has_sequence=True):
 
 
 def mmcif():
-    """Chain A of both models, called so by its authors and B in the file, as they number residues from 101."""
+    """The mmCIF file: chain A of both models.
+
+    The authors' chain A is the file's chain B, and the authors number the residues from 101.
+    """
     head = ["data_1ABC", "loop_", "_entity.id", "_entity.type", "1 polymer", "loop_", "_entity_poly.entity_id",
             "_entity_poly.type", "1 'polypeptide(L)'", "loop_", "_entity_poly_seq.entity_id", "_entity_poly_seq.num",
             "_entity_poly_seq.mon_id", *(f"1 {place} {name}" for place, name in enumerate(SEQUENCE, 1)), "loop_",

@@ -1,4 +1,7 @@
-"""Long tables: of each a few cases, of every kind one, are tried each time, all by `bash tests/run.sh -m table`."""
+"""Marks most cases of a long table of parameters `table`, so that an ordinary run of the tests skips them.
+
+An ordinary run tries a few cases of each table; `bash tests/run.sh -m table` tries the others.
+"""
 
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -7,6 +10,9 @@ import pytest
 
 
 def tried(cases: Iterable[Any], each_time: Collection[Any]) -> list[Any]:
-    """Parameters of a test: those of `each_time` as they are, the others marked as a table's; a tuple is several."""
+    """The parameters for pytest.mark.parametrize: `cases`, with all but `each_time` marked `table`.
+
+    A case that is a tuple gives several arguments.
+    """
     return [case if case in each_time else
             pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.table) for case in cases]

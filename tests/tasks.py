@@ -1,4 +1,4 @@
-"""Small tasks that can be learnt from a protein's letters, and models to learn them, for tests of fine-tuning."""
+"""Small fine-tuning tasks whose labels follow from a protein's letters, and small models to learn them."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ SEQ_LENGTH = 40
 
 
 def label_of(kind, ids, rng):
-    """What a protein of these residues is to be told as."""
+    """The label, of kind `kind`, of a protein with the residues `ids`."""
     if kind == "number":
         return 3.0 + 2.0 * float(np.mean(ids == VOCAB.ids["A"]))
     if kind == "residues":
@@ -42,7 +42,7 @@ def label_of(kind, ids, rng):
 
 
 def examples_of(kind, number, seed=0, longest=SEQ_LENGTH - 1):
-    """Random proteins with their labels."""
+    """`number` random proteins with labels of kind `kind`."""
     rng = np.random.default_rng(seed)
     letters = np.array([VOCAB.ids[letter] for letter in "ACDEFGHIKL"], dtype=np.uint8)
     proteins = [rng.choice(letters, size=rng.integers(8, longest + 1)) for _ in range(number)]
@@ -50,20 +50,20 @@ def examples_of(kind, number, seed=0, longest=SEQ_LENGTH - 1):
 
 
 def described(kind, **head):
-    """What a model is to predict of a kind; `head`: of its HeadSpec."""
+    """The description of a task with labels of kind `kind`; `head`: further fields of its HeadSpec."""
     return Described(task_of("own", label_kind=kind), SPACES[kind],
                      HeadSpec(kind, max(1, len(SPACES[kind].class_names)), num_ends=1, **head))
 
 
 def config_of(model: ModelConfig, parallel: ParallelConfig = ParallelConfig(), **sections) -> Config:  # noqa: B008
-    """That of runs with rows of SEQ_LENGTH, four a step."""
+    """The configuration of a run with rows of SEQ_LENGTH tokens, four rows per step."""
     training = TrainingConfig(micro_batch_size=1, global_batch_size=4)
     return replace(Config(model=model, data=DataConfig(seq_length=SEQ_LENGTH), parallel=parallel, training=training),
                    **sections)
 
 
 def checkpoint_of(model: ModelConfig, seed: int = 1) -> Checkpoint:
-    """A checkpoint in memory of a model with its first weights."""
+    """A checkpoint in memory: a model with its initial weights."""
     whole = ProteinModel(model, PrecisionConfig(), VOCAB.padded_size(model),
                          mask_id=VOCAB.mask_id)
     initialise(dict(whole.named_parameters()), seed)
@@ -72,5 +72,5 @@ def checkpoint_of(model: ModelConfig, seed: int = 1) -> Checkpoint:
 
 
 def as_tensors(values):
-    """Predictions as one tensor, to be compared."""
+    """All predictions as one flat tensor, for comparisons."""
     return torch.cat([torch.as_tensor(np.asarray(value, dtype=np.float32)).flatten() for value in values])

@@ -1,10 +1,11 @@
-"""A `python` that has loaded torch already: each command is a fork of one process. For tests that run many commands.
+"""A stand-in for `python` whose commands start with torch already loaded, for tests that run many commands.
 
-Loading torch is most of what a command on a tiny model takes. Nothing of the project is loaded beforehand: a command
-takes that from where it runs. It has its own arguments, environment, folder, open files, signals and exit status, dies
-where what was started in its place is killed (but SIGSTOP does not reach it), and starts others (`sys.executable`) in
-the same way. Only scripts and modules that train, measure or convert go this way; whatever else is asked of `python` is
-Python's as ever.
+Loading torch takes most of the time of a command on a tiny model. Here one server process loads it once, and each
+command runs in a fork of the server. Nothing of the project is loaded beforehand: a command imports that from where it
+runs. It has its own arguments, environment, working directory, open files, signals and exit status, and it starts other
+commands (`sys.executable`) in the same way. It is killed when the process that the test started is killed; SIGSTOP does
+not reach it. Only the project's scripts, benchmarks and launchers, except preprocessing, run like this; any other
+command line runs in the ordinary Python.
 """
 
 import importlib
@@ -20,9 +21,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# What the program, its optimizers and collectives import sooner or later.
+# Everything slow to load that the program, its optimizers and collectives import sooner or later.
 PRELOADED = ("torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.run", "torch.utils.tensorboard",
              "matplotlib.figure")
+# The script called `python`: decides which command lines run in a fork of the server.
 STAND_IN = """#!/bin/sh
 [ "$1" != -u ] || shift
 case "$1 $2" in
@@ -38,7 +40,7 @@ exec "{python}" "$@"
 
 @contextmanager
 def warm_python(folder: Path) -> Iterator[None]:
-    """Within this context `folder` holds `python` and `python3`."""
+    """Within this context the stand-ins `folder`/python and `folder`/python3 work."""
     place = folder / "socket"
     for name in ("python", "python3"):
         (folder / name).write_text(STAND_IN.format(python=sys.executable, file=__file__, place=place))
@@ -50,7 +52,10 @@ def warm_python(folder: Path) -> Iterator[None]:
 
 
 def ask(place: str, *command: str) -> int:
-    """Have `command` run, with what this process has; its exit status."""
+    """Have the server run `command` with this process's files, environment and directory; returns its exit status.
+
+    SIGTERM, SIGINT and SIGUSR1 are passed on to the command.
+    """
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(place)
         request = json.dumps([command, os.getcwd(), dict(os.environ)]).encode()
@@ -63,7 +68,7 @@ def ask(place: str, *command: str) -> int:
 
 
 def serve(place: str) -> None:
-    """Run what is asked for, until the end; in a fork this returns when that has run."""
+    """Serve requests at the socket `place` until terminated; in a fork, return after running one command."""
     for module in PRELOADED:
         importlib.import_module(module)
     with socket.socket(socket.AF_UNIX) as listening:
@@ -82,7 +87,7 @@ def serve(place: str) -> None:
 
 
 def _answer(connection: socket.socket) -> None:
-    """Run one command in a process of its own and tell its number and exit status."""
+    """Run one command in its own process; send its process id, then its exit status, to the process that asked."""
     size, files, *_ = socket.recv_fds(connection, 8, 3)
     with connection.makefile("rb") as reader:
         command, folder, environment = json.loads(reader.read(int.from_bytes(size, "big")))
@@ -105,13 +110,14 @@ def _answer(connection: socket.socket) -> None:
 
 
 def _kill_if_left(connection: socket.socket, process: int) -> None:
-    """Kill the process when who asked for it has been."""
+    """Kill the command when the process that asked for it has been killed."""
     with suppress(OSError):  # both have ended
         if not connection.recv(1):
             os.kill(process, signal.SIGKILL)
 
 
 def _run(executable: str, *arguments: str) -> None:
+    """Run a script, or with -m a module, in this process, as `executable` would."""
     import torch
 
     sys.executable = executable

@@ -1,4 +1,4 @@
-"""What the ranks hold together: the whole values of tensors of which each has its part."""
+"""Assembles whole tensors from the parts that the ranks hold."""
 
 import io
 from collections.abc import Mapping
@@ -11,20 +11,23 @@ from megatron.parallel.placement import Part, placement_of
 
 
 def wholes(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The wholes of tensors that are each named `PARAMETER` or `KIND/PARAMETER`, on every rank.
+    """The whole tensors, on every rank; each is named `PARAMETER` or `KIND/PARAMETER` and split as that parameter.
 
-    All ranks of the process group, where there is one, call this together.
+    A collective: all ranks of the process group, if there is one, call it together.
     """
     return assembled({name: placement_of(parameters[name.split("/")[-1]]).part(tensor)
                       for name, tensor in tensors.items()})
 
 
 def assembled(mine: Mapping[str, Part]) -> dict[str, Tensor]:
-    """The tensors that the ranks' parts make up; every element has to be on one of them, and alike where on several."""
+    """The whole tensors, on every rank, from the parts of all ranks (an all-gather).
+
+    Asserts that each element is on at least one rank, and the same on all ranks that hold it.
+    """
     of_all_ranks = [dict(mine)]
     if dist.is_initialized():
         file, files = io.BytesIO(), [b""] * dist.get_world_size()
-        torch.save(dict(mine), file)  # as one: each by itself takes several times as long
+        torch.save(dict(mine), file)  # in one file: one per tensor takes several times as long
         dist.all_gather_object(files, file.getvalue())
         of_all_ranks = [torch.load(io.BytesIO(content), weights_only=False) for content in files]
     whole: dict[str, Tensor] = {}
@@ -35,5 +38,5 @@ def assembled(mine: Mapping[str, Part]) -> dict[str, Tensor]:
             there = whole[name][part.box]
             assert there.isnan().all() or torch.equal(there, part.tensor), f"{name} is not the same on all ranks"
             whole[name][part.box] = part.tensor
-    assert not any(tensor.isnan().any() for tensor in whole.values()), "some rank holds each element"
+    assert not any(tensor.isnan().any() for tensor in whole.values()), "no rank holds some elements"
     return whole
