@@ -1,7 +1,8 @@
-"""Runs that are killed at random moments and started again: `python -m tests.golden.kills [--kills 200] [--seed 0]`.
+"""Kills runs at random moments and starts them again: `python -m tests.golden.kills [--kills 200] [--seed 0]`.
 
-Prints for one and two ranks, saving plainly and behind the training, how often a run was killed, and ends with 1 at the
-first restart that did not go on from a whole checkpoint, or end that is not bitwise that of an undisturbed run.
+For one and two ranks, with synchronous and with asynchronous saving, prints how often a run was killed. The exit status
+is 1 at the first restart that did not resume from a complete checkpoint, or at a run whose end is not bitwise equal to
+that of an undisturbed run.
 """
 
 import argparse

@@ -1,12 +1,13 @@
-"""A run that meets a fault every so often and starts again by itself: `python -m tests.golden.soak [--steps 2000]
-[--every 100] [--seed 0]`.
+"""A long run that meets faults at random steps and recovers from each of them.
 
-Two ranks under the project's launcher. Faults come at random steps, one in `--every` on average: a rank is killed
-(SIGKILL; the launcher starts the ranks again) or frozen (SIGSTOP; the other gives it up after six seconds, and as
-before), the launcher is asked to stop (it saves, ends with 0 and is started again), a gradient that a device computed
-wrongly (the run goes back and takes the step again), a checkpoint that the disk refuses. Ends with 1 where the run did
-not come to its end, went on from less than had been saved, ended with other bits than an undisturbed run, left a file
-of something unfinished, or where memory or open files grew.
+    python -m tests.golden.soak [--steps 2000] [--every 100] [--seed 0]
+
+Two ranks run under the project's launcher. On average one fault comes every `--every` steps: a rank is killed (SIGKILL;
+the launcher starts the ranks again); a rank is frozen (SIGSTOP; after six seconds the other gives it up, and the
+launcher starts both again); the launcher is asked to stop (it saves, exits with 0 and is started again); a device
+computes a wrong gradient (the run goes back and repeats the step); the disk refuses a checkpoint. The exit status is 1
+if the run did not reach its end, resumed from less than had been saved, ended with other bits than an undisturbed run,
+left an unfinished file, or if its memory or open files grew.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""A run with --ema: what it evaluates and saves of the average, how it goes on, and what begins from it."""
+"""Runs with --ema: what they evaluate and save of the averaged weights, resuming, and new runs from the average."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What a user may get wrong: one clear line, exit status 2, and nothing half-written under a final name."""
+"""Mistakes of the user's give one clear line, exit status 2, and no half-written file under a final name."""
 
 import shutil
 import subprocess

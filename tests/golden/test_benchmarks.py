@@ -1,4 +1,4 @@
-"""That what is measured elsewhere runs: benchmarks on tiny shapes."""
+"""The benchmark programs run, on tiny shapes; the measurements themselves are made elsewhere."""
 
 import os
 import re

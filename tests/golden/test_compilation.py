@@ -1,4 +1,4 @@
-"""Blocks that torch.compile has compiled: once, for all proteins, and with the losses of those that are not."""
+"""Blocks under torch.compile are compiled once, for all proteins, and give the losses of uncompiled ones."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""examples/continue_esm2.sh on a small published model: one command, which goes on after a stop, and what it leaves."""
+"""examples/continue_esm2.sh on a small published model: what one command gives, and resuming."""
 
 import gzip
 import os

@@ -1,4 +1,4 @@
-"""The documentation as Sphinx builds it, offline and without a warning; and what of it the code decides."""
+"""Sphinx builds the documentation offline without a warning; the flags, files and links that it names exist."""
 
 import importlib.util
 import itertools

@@ -1,4 +1,4 @@
-"""A training whose number of machines may change: launchers of one rank each, which meet on this machine."""
+"""Elastic training, in which the number of machines may change: several launchers of one rank each on this machine."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Embedding killed in the midst: the same command does the rest, and the file is that of a run that was left alone."""
+"""An embedding that was killed midway is finished by the same command, and its file equals an undisturbed run's."""
 
 import gzip
 import signal

@@ -1,4 +1,4 @@
-"""What a run says of each of its corpora, and of the weights that it began with."""
+"""What a run reports of each of its corpora, and of the weights that it started from."""
 
 import json
 

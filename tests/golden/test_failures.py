@@ -1,4 +1,4 @@
-"""Ranks that die, fail or hang: the job ends in time with one line, or goes on from the last checkpoint."""
+"""When ranks die, fail or hang, the job ends in time with one line, or resumes from the last checkpoint."""
 
 import os
 import re

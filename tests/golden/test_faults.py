@@ -1,4 +1,4 @@
-"""Faults that are made on purpose, on one rank and on two: each is told in its line, and ends as docs/runs.md says."""
+"""Faults injected on purpose, on one rank and on two: each is reported in its line and ends as docs/runs.md says."""
 
 import os
 import signal

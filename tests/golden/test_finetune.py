@@ -1,4 +1,4 @@
-"""The door of fine-tuning, from a checkpoint and files to a model, its report and its predictions; and its refusals."""
+"""Fine-tuning by the command line, from checkpoint and files to model, report and predictions; and what it refuses."""
 
 import csv
 import errno

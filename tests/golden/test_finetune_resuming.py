@@ -1,4 +1,4 @@
-"""Fine-tuning that is stopped, or dies, in the middle of an epoch goes on and ends bitwise as if it had not been."""
+"""Fine-tuning that was stopped or killed within an epoch resumes, and ends bitwise as if undisturbed."""
 
 import json
 import os

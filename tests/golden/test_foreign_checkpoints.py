@@ -1,4 +1,4 @@
-"""Runs that go on from the files of Megatron v2, made by hand in the original's layout."""
+"""Runs that resume from checkpoints of Megatron v2, made by hand in the original's layout."""
 
 import pytest
 

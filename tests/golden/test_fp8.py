@@ -1,4 +1,4 @@
-"""Runs whose blocks multiply in FP8: they learn as in bf16, go on as if never stopped, and agree over layouts."""
+"""Runs whose blocks multiply in FP8 learn as in bf16, resume as if never stopped, and agree across layouts."""
 
 import json
 

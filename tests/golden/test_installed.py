@@ -1,6 +1,6 @@
 """The project installed from a wheel: its commands work without a checkout.
 
-It has no compiled helpers, whose compilation takes a minute.
+The compiled helpers, which take a minute to build, are left out.
 """
 
 import os

@@ -1,4 +1,7 @@
-"""kill -9 at random moments of runs that save every few steps; `python -m tests.golden.kills` does it 200 times."""
+"""Runs that save every few steps survive kill -9 at random moments.
+
+`python -m tests.golden.kills` does the same 200 times.
+"""
 
 import random
 

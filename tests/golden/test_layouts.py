@@ -1,6 +1,7 @@
-"""Short real runs of pretrain_tape.py on several ranks that share the layers: one run, any layout.
+"""Short real runs of pretrain_tape.py on several ranks that split the layers agree in every layout.
 
-Most layouts are a table; one step of those on two ranks is tried each time in tests/ranks/test_model_layouts.py.
+Most layouts are marked `table`; tests/ranks/test_model_layouts.py tries one step of those on two ranks in every run of
+the tests.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""Short real runs of pretrain_tape.py with Muon and NorMuon: one run, in any layout, and on from any checkpoint."""
+"""Short real runs of pretrain_tape.py with Muon and NorMuon agree in every layout and resume from every checkpoint."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""examples/notebook.ipynb: it runs, with fewer steps, and what is committed of it is one run from its first cell on."""
+"""examples/notebook.ipynb runs, with fewer steps, and its committed outputs come from one run of all cells."""
 
 import json
 from pathlib import Path

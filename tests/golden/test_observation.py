@@ -1,4 +1,4 @@
-"""Short real runs with those that are told of their numbers; trackio is played by a stand-in."""
+"""Short real runs that send their numbers to a tracker, played by a stand-in for trackio, and to Prometheus."""
 
 import re
 import socket

@@ -1,4 +1,4 @@
-"""`--precision auto`: bf16 where it is faster, and what a run began with where it goes on."""
+"""`--precision auto` takes bf16 where that is faster; a resumed run keeps the precision that it began with."""
 
 import pytest
 

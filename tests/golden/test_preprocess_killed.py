@@ -1,4 +1,4 @@
-"""Preprocessing killed outright: a rerun gives the undisturbed bytes, and nothing half is ever whole."""
+"""After preprocessing was killed, a rerun gives an undisturbed run's bytes; no partial file ever looks complete."""
 
 import json
 import random

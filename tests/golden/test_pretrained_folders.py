@@ -1,4 +1,4 @@
-"""Going on from a folder of transformers: what of its model is taken, and what may not be put beside it."""
+"""Runs that continue from a transformers folder: what they take from it, and that they never save into it."""
 
 import json
 import shutil

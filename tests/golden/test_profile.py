@@ -1,4 +1,4 @@
-"""`--profile`: a trace of some steps and a table of where their time went."""
+"""`--profile` writes a trace of some steps and a table of where their time went."""
 
 import gzip
 import json

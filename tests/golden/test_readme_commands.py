@@ -1,9 +1,8 @@
-"""Every command in the bash blocks of the README and of docs, run in a copy of the checkout, in the order there.
+"""Every command in the bash blocks of README.md and docs/ runs, in a copy of the checkout, in the order given there.
 
-Those of docs are a table: `bash tests/run.sh -m table`.
-
-So that this stays quick, pretraining gets a tiny model and few steps behind its own flags, of the tests those of one
-file are listed, and `python` has loaded torch already (`tests/warm_python.py`).
+The commands of docs/ are marked `table`: `bash tests/run.sh -m table` runs them. To keep this quick, pretraining gets
+extra flags for a tiny model and few steps, the command that runs the tests only lists those of one file, and `python`
+has loaded torch already (`tests/warm_python.py`).
 """
 
 import gzip

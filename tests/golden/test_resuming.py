@@ -1,4 +1,4 @@
-"""What differs on going on is honoured, said or refused; a request to stop is answered at any time."""
+"""A flag that differs on resuming is honoured, reported or refused; a request to stop is answered at any time."""
 
 import json
 import os

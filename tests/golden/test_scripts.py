@@ -1,4 +1,4 @@
-"""The example scripts beside the two that the README shows, with tiny models; SLURM and MPI are played by stand-ins."""
+"""The example scripts besides the two in the README, with tiny models; stand-ins play SLURM and MPI."""
 
 import os
 import re

@@ -1,5 +1,6 @@
-"""A short run with faults of each kind but a frozen rank, which test_failures.py has; `python -m tests.golden.soak` has
-a long run with many.
+"""A short run with a fault of each kind except a frozen rank, which test_failures.py covers.
+
+`python -m tests.golden.soak` makes a long run with many faults.
 """
 
 import random

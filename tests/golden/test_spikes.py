@@ -1,4 +1,4 @@
-"""Steps that go wrong: they are told with their proteins, skipped, or the run goes back and leaves their rows out."""
+"""Steps that go wrong are reported with their proteins and skipped, or the run goes back and leaves their rows out."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A sweep of two real runs, killed in the first: its trial saves and leaves, and the same command does the rest."""
+"""A sweep of two real runs, killed during the first: the trial saves and exits, and the same command does the rest."""
 
 import json
 import subprocess

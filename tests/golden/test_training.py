@@ -1,4 +1,4 @@
-"""Short real runs of pretrain_tape.py: the same curve however the run is cut, stopped or spread."""
+"""Short real runs of pretrain_tape.py follow the same curve however they are stopped, resumed or split."""
 
 import json
 import re

@@ -1,6 +1,7 @@
-"""Two hosts on one machine: network namespaces, joined by a pair of virtual Ethernet devices, each with its own name.
+"""Runs over two hosts, played on one machine by two network namespaces.
 
-Making them needs root and `ip`; the tests are skipped where these are missing.
+Each has its own host name; a pair of virtual Ethernet devices joins them. Making them needs root and `ip`; without
+these the tests are skipped.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What the golden tests share: a tiny model, a small corpus, and ways to run the program on it."""
+"""Shared by the golden tests: a tiny model, a small corpus, and functions that run the program on them."""
 
 import gzip
 import json

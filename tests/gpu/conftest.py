@@ -1,4 +1,4 @@
-"""What the tests on a GPU share."""
+"""Fixtures and settings of the tests on a GPU."""
 
 import os
 

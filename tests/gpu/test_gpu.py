@@ -1,7 +1,7 @@
-"""What only a GPU can show. Skipped without CUDA.
+"""What can be tested on a GPU only. Skipped without CUDA.
 
-What is cheap and tells most comes first, for `benchmarks/gpu.sh`, which cuts it off: the last ones compile dozens of
-kernels, some seconds each.
+The cheapest and most telling tests come first, because `benchmarks/gpu.sh` stops this file after a time limit. The last
+tests compile dozens of kernels, some seconds each.
 """
 
 import io

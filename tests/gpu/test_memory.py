@@ -1,4 +1,4 @@
-"""The planner's memory against what CUDA allocates in real steps. Skipped without CUDA."""
+"""The planner's estimate of memory agrees with what CUDA allocates in real steps. Skipped without CUDA."""
 
 import gc
 

@@ -1,13 +1,15 @@
-"""What megatron-core itself does with its BERT: writes checkpoints, and loads ours strictly; on a CPU, over gloo.
+"""Runs megatron-core's BERT, as an oracle: writes checkpoints, and loads ours strictly. Uses a CPU and gloo.
 
-    python program.py record ARCHIVE           every form that megatron-core writes, and the logits of three proteins
+    python program.py record ARCHIVE           writes every form of checkpoint that megatron-core writes, and the logits
+                                               of three proteins
     python program.py check CHECKPOINT FORM TENSOR PIPELINE WEIGHTS
-                                               loads CHECKPOINT (an iter_ folder) as the model of `record` split so,
-                                               fails unless every weight is that of WEIGHTS (a state dict), and writes
-                                               the logits of one rank to CHECKPOINT/logits.npy
+                                               loads CHECKPOINT (an iter_ folder) into the model of `record`, split over
+                                               TENSOR and PIPELINE ranks; fails unless every weight equals that of
+                                               WEIGHTS (a state dict); writes the logits of one rank to
+                                               CHECKPOINT/logits.npy
 
-It needs megatron-core and psutil (recorded.tar.xz beside it was made with 0.16.1), and none of this project's files:
-megatron-core's package has the name of ours, so that no test imports this.
+Needs megatron-core and psutil (recorded.tar.xz next to it was made with 0.16.1) and none of this project's files:
+megatron-core's package has the same name as ours, so no test imports this file.
 """
 
 import argparse

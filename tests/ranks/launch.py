@@ -1,4 +1,4 @@
-"""Run a function on several gloo ranks of this machine, in processes that stay and have torch loaded already."""
+"""Runs a function on several gloo ranks of this machine, in processes that stay alive and have loaded torch already."""
 
 import io
 import multiprocessing

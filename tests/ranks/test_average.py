@@ -1,4 +1,4 @@
-"""The average of the weights in layouts of two ranks, after steps with cautious weight decay, against one rank."""
+"""The averaged weights in layouts of two ranks, after steps with cautious weight decay, equal those of one rank."""
 
 from pathlib import Path
 

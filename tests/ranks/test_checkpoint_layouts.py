@@ -1,4 +1,4 @@
-"""Checkpoints of one layout, loaded into others and saved again by them: no bit of weights and moments changes."""
+"""Checkpoints of one layout, loaded and saved again by others, keep every bit of weights and moments."""
 
 import itertools
 import math

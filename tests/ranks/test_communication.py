@@ -1,4 +1,4 @@
-"""What real ranks send in a training step is what the planner says, byte for byte."""
+"""The bytes that real ranks send in a training step are exactly those that the planner predicts."""
 
 import pytest
 import torch

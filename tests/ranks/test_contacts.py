@@ -1,4 +1,4 @@
-"""Contacts where heads are split over the tensor axis, against one rank."""
+"""Predicted contacts with heads split over the tensor axis equal those of one rank."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Attention of tokens that are split over the context axis against the same on one rank."""
+"""Attention over tokens that are split over the context axis equals that of one rank."""
 
 from unittest.mock import patch
 

@@ -1,4 +1,4 @@
-"""Data parallelism, in each of its ways, against one rank that sees the whole batch."""
+"""Data parallelism, each kind of it, agrees with one rank that sees the whole batch."""
 
 import gc
 import itertools

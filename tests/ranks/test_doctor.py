@@ -1,4 +1,4 @@
-"""What ranks find of each other: links and clocks, and disagreement on every rank."""
+"""The doctor on several ranks: it measures links and clocks, and every rank reports what the ranks disagree on."""
 
 from pathlib import Path
 

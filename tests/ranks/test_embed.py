@@ -1,4 +1,4 @@
-"""Embedding on several ranks: each tensor rank with a part of the model, data ranks with their proteins."""
+"""Embedding on several ranks: tensor ranks split the model, data ranks share the proteins."""
 
 from unittest.mock import patch
 

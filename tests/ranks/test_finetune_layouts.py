@@ -1,4 +1,4 @@
-"""Fine-tuning in many layouts, of every kind of labels, against one rank: losses and what is predicted behind them."""
+"""Fine-tuning in many layouts, with every kind of label, agrees with one rank in losses and predictions."""
 
 import itertools
 from dataclasses import replace

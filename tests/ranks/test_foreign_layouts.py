@@ -1,4 +1,4 @@
-"""ProteinLM's checkpoint, and hand-made ones like it, loaded into several layouts: the same logits on every one."""
+"""ProteinLM's checkpoint, and hand-made ones of its kind, give the same logits loaded into several layouts."""
 
 import numpy as np
 import pytest

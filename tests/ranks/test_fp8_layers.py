@@ -1,4 +1,4 @@
-"""Layers that multiply in FP8 on two ranks against the twin on one; and what they gather takes half of the bytes."""
+"""Layers that multiply in FP8 on two ranks agree with one rank, and gather half as many bytes."""
 
 from unittest.mock import patch
 

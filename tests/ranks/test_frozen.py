@@ -1,4 +1,4 @@
-"""Parameters that are not trained, in each way of parallelism, against the same model on one rank."""
+"""Models with frozen parameters, in each kind of parallelism, agree with the same model on one rank."""
 
 import itertools
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Models with low-rank adapters in each way of parallelism, with dropout, against the same on one rank."""
+"""Models with LoRA adapters and dropout, in each kind of parallelism, agree with the same model on one rank."""
 
 import itertools
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Matrices made whole of the parts that ranks hold, and handed back: against the same on one rank."""
+"""Whole matrices, assembled from the ranks' parts and split again, agree with those of one rank."""
 
 import itertools
 from unittest.mock import patch

@@ -1,4 +1,4 @@
-"""What a rank holds while a model is built, filled and saved: its own part, and one tensor besides."""
+"""While a model is built, filled and saved, a rank holds no more than its own part and one tensor."""
 
 import ctypes
 import gc

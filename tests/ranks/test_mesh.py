@@ -1,4 +1,4 @@
-"""The groups of a grid of ranks, as a real process group makes them."""
+"""The process groups of a mesh of ranks, made by a real process group."""
 
 import time
 from datetime import timedelta

@@ -1,6 +1,6 @@
-"""Whole models in many layouts, all living in one process, against the model of one rank.
+"""Whole models in many layouts, whose ranks all run in one process, agree with the model on one rank.
 
-The layouts' micro-batches have filler and padding, and those of the one rank neither: both change nothing.
+The micro-batches of the layouts have filler and padding, those of the one rank have neither: neither changes anything.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""Contacts on several ranks: each tensor rank with some of the heads, data ranks with their proteins."""
+"""Contact prediction on several ranks: tensor ranks split the heads, data ranks share the proteins."""
 
 import json
 

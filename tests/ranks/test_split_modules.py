@@ -1,4 +1,4 @@
-"""Each module that is split over the tensor axis against its one-rank twin, both living in one process."""
+"""Each module split over the tensor axis agrees with its twin on one rank; both run in one process."""
 
 import itertools
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Variants scored by several ranks: data ranks that share the copies out, tensor ranks that share each layer."""
+"""Variant scoring on several ranks: data ranks share the masked copies, tensor ranks split each layer."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Small files of labelled proteins, and what reading them gives."""
+"""Writes small files of labelled proteins, and reads them as fine-tuning does."""
 
 import json
 import pickle

@@ -1,4 +1,4 @@
-"""The same proteins in each form of file, and what preprocessing makes of a file."""
+"""Writes the same proteins in each file format, and preprocesses a file."""
 
 import io
 import json

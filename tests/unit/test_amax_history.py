@@ -1,4 +1,7 @@
-"""Delayed scales against a history in NumPy; what grows is cut off, and what is not finite is seen and forgotten."""
+"""Delayed scaling for FP8 against a history of largest magnitudes in NumPy.
+
+Growing values saturate; values that are not finite are noticed, and left out of the history.
+"""
 
 from itertools import pairwise
 

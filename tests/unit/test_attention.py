@@ -1,4 +1,4 @@
-"""The attention kernel against its definition."""
+"""The attention kernel agrees with its definition."""
 
 import itertools
 from dataclasses import replace

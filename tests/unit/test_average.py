@@ -1,4 +1,4 @@
-"""The average of the weights: what it takes in, and that it can stand in their place and leave."""
+"""The average of the weights: what it includes, and that it can replace the weights and give them back."""
 
 import sys
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The letter-frequency baselines against the definition, by simulation."""
+"""The letter-frequency baselines agree with their definition, by simulation."""
 
 import gzip
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What lies where in a micro-batch, whose shape does not depend on it."""
+"""The contents of a micro-batch, and that its shape does not depend on them."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""What benchmarks train is what their pages say, whatever becomes of the presets."""
+"""The benchmarks train what their pages say, whatever becomes of the presets."""
 
 import pytest
 

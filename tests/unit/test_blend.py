@@ -1,4 +1,4 @@
-"""Blends of corpora: in proportion at every moment, and any sample found at once."""
+"""Blends of corpora keep their proportions at every point, and any sample is found at once."""
 
 import os
 from fractions import Fraction

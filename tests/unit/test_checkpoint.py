@@ -1,4 +1,4 @@
-"""Checkpoints appear whole or not at all, are found whatever has happened, and say in one line what is wrong."""
+"""Checkpoints appear complete or not at all, are found whatever has happened, and their faults are said in one line."""
 
 import errno
 import json

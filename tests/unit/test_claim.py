@@ -1,4 +1,4 @@
-"""One run, one folder: the lock tells a living holder from a dead one, on this host and on another."""
+"""A run's folder takes one run at a time: its lock tells a live holder from a dead one, on this host and on another."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""--blend-by cluster: one member of each cluster an epoch."""
+"""--blend-by cluster takes one member of each cluster per epoch."""
 
 from collections import Counter
 

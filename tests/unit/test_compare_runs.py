@@ -1,4 +1,4 @@
-"""Runs compared: where a curve first comes to a loss, means of runs, what runs are called, and what is said of them."""
+"""Comparison of runs: where a curve first reaches a loss, means over runs, names of runs, and what is printed."""
 
 import json
 

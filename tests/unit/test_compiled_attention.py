@@ -1,4 +1,4 @@
-"""The compiled attention of CPUs against its definition, for every instruction set that this processor has."""
+"""The compiled attention on CPUs agrees with its definition, with every instruction set of this processor."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Completion by shells, each asked itself where it is installed; and the two kinds of help."""
+"""Completion in each shell that is installed, tested in the shell itself; and the two kinds of help."""
 
 import shutil
 import subprocess

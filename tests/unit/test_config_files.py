@@ -1,4 +1,4 @@
-"""A configuration in a file: what it says is what flags say, flags win over it, and a mistake in it is one line."""
+"""A configuration file says the same as flags, flags override it, and a mistake in it gives one line."""
 
 import ast
 import sys

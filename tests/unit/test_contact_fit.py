@@ -1,6 +1,6 @@
-"""Contacts from attention maps of a model without a head: features, the regression on them, and how right they are.
+"""Contacts from the attention maps of a model without a contact head: features, the regression on them, and precision.
 
-scikit-learn's liblinear, which ESM fitted with, is the oracle where it is installed.
+scikit-learn's liblinear, with which ESM was fitted, is the oracle where it is installed.
 """
 
 from importlib.metadata import version

@@ -1,4 +1,4 @@
-"""Contacts from attention maps: transformers' arithmetic is the oracle; maps are the definition's on every way."""
+"""Contacts from attention maps agree with transformers; the maps agree with their definition on every path."""
 
 from dataclasses import replace
 

@@ -1,4 +1,7 @@
-"""The recipes of images, which no engine builds here: what they copy and run, against the checkout and setup.sh."""
+"""The container recipes against the checkout and setup.sh: what they copy and what they run.
+
+No image is built here.
+"""
 
 import re
 import shutil

@@ -1,4 +1,4 @@
-"""The flags of continued pretraining: they follow from the model and the proteins, and what is wrong is said first."""
+"""The flags of continued pretraining follow from the model and the proteins, and mistakes are reported first."""
 
 import math
 import shutil

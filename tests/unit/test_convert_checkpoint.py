@@ -1,4 +1,4 @@
-"""Conversions between every two formats, by the command line; they lose nothing and hold one tensor at a time."""
+"""Conversions between every two formats, by the command line, lose nothing and hold one tensor at a time."""
 
 import itertools
 import os

@@ -1,4 +1,4 @@
-"""The convolution over each protein, compiled and plain, against torch's own of each protein by itself in fp64."""
+"""The convolution over each protein, compiled and plain, agrees with torch's own on each protein alone in fp64."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The courses of learning rate and weight decay over whole runs, against their definitions."""
+"""The schedules of learning rate and weight decay over whole runs agree with their definitions."""
 
 import math
 from argparse import Namespace

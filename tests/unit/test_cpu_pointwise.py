@@ -1,4 +1,4 @@
-"""The compiled helper for what lies between matrix products on CPUs, against PyTorch's own functions in fp64."""
+"""The compiled helper for operations between matrix products on CPUs agrees with PyTorch in fp64."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The loss on hidden states: its numbers, and how little of the logits it ever holds."""
+"""The loss on hidden states: its values, and that only few of the logits exist at a time."""
 
 from typing import Any
 from unittest.mock import patch

@@ -1,4 +1,4 @@
-"""Lists of datasets: the very rows of the merged files, whatever the parts, and mistakes by their lines."""
+"""Lists of datasets give the very rows of the merged files, and mistakes in a list are reported by line."""
 
 import dataclasses
 import pickle

@@ -1,4 +1,4 @@
-"""Packed datasets: every protein once an epoch, rows that depend on seed, epoch and sample alone, long proteins."""
+"""Packed datasets: every protein once per epoch, rows that depend only on seed, epoch and sample, long proteins."""
 
 import dataclasses
 import os

@@ -1,4 +1,4 @@
-"""What tools/doctor.py finds, of machines that are well and of such as are not."""
+"""What tools/doctor.py reports of machines with and without faults."""
 
 import importlib.util
 import json

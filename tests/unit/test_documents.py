@@ -1,4 +1,4 @@
-"""Documents, as the packing sees them: their lengths, in no more memory than they need."""
+"""The documents that are packed: their lengths, and that these take no more memory than they need."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The table of downstream tasks: probes find what is there to be found, draws are fair, and nothing is run twice."""
+"""The benchmark on downstream tasks: probes find a signal that is there, draws are fair, and nothing is run twice."""
 
 import csv
 import gzip

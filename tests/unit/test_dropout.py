@@ -1,4 +1,4 @@
-"""What dropout keeps, against an independent implementation of its generator, on every path."""
+"""Dropout keeps the elements that an independent implementation of its generator keeps, on every path."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The planner against a dry run of the real training step."""
+"""The planner agrees with a dry run of the real training step."""
 
 from dataclasses import replace
 from functools import cache

@@ -1,4 +1,4 @@
-"""From files of proteins to files of answers: the ones that the model gives, in the input's order, in every form."""
+"""Embedding writes what the model computes, in the input's order, in every output format."""
 
 import json
 import resource

@@ -1,4 +1,4 @@
-"""What tools/evaluate.py tells of a model: losses by the definition, on the masks of every evaluation."""
+"""tools/evaluate.py reports losses that agree with the definition, on the masks of every evaluation."""
 
 import json
 import math

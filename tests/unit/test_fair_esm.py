@@ -1,4 +1,7 @@
-"""fair-esm's files, in and out; where it is installed (`pip install --no-deps fair-esm==2.0.0`) it is the oracle."""
+"""Reading and writing of fair-esm's files.
+
+Where fair-esm is installed (`pip install --no-deps fair-esm==2.0.0`) it is the oracle.
+"""
 
 import argparse
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Files appear whole under their names; what is no plain file is written to, never replaced."""
+"""Files appear complete under their names; a path that is not a plain file is written to, never replaced."""
 
 import os
 import threading

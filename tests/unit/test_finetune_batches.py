@@ -1,6 +1,6 @@
-"""Labelled proteins in rows: each label beside its residues, one shape, the same for every number of ranks.
+"""Labelled proteins in rows: each label at its residues, one shape, and the same rows for every number of ranks.
 
-Labels are made from the residues' ids, so that what lies in a batch can be judged from its tokens alone.
+Labels are computed from the residues' ids, so that a batch can be checked by its tokens alone.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Heads of tasks against their definitions, written out protein by protein."""
+"""Heads of tasks agree with their definitions, written out protein by protein."""
 
 import numpy as np
 import pytest

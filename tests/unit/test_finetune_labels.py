@@ -1,4 +1,4 @@
-"""Labels as they stand in files: their kind is told from them, they are read as what a model learns, or refused."""
+"""Labels in files: their kind is detected, they are read as the model learns them, or refused."""
 
 import json
 from dataclasses import asdict, fields

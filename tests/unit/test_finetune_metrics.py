@@ -1,4 +1,4 @@
-"""Measures against scikit-learn's, SciPy's and the definitions, and the intervals of proteins that are drawn anew."""
+"""Metrics agree with scikit-learn, SciPy and their definitions; bootstrap intervals over proteins."""
 
 import numpy as np
 import pytest

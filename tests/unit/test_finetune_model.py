@@ -1,4 +1,4 @@
-"""Models with a task's head: what is trained of them, and what their folder tells."""
+"""Models with a task's head: which parameters are trained, and what the model's folder says."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Predictions as they are written, and the flags of fine-tuning."""
+"""The files of predictions, and the flags of fine-tuning."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""TAPE's files and others' of the same tasks: found by their names, read in every form, told apart by their keys."""
+"""Files of TAPE and of others with the same tasks: found by name, read in every format, distinguished by their keys."""
 
 import gzip
 import json

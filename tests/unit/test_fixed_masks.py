@@ -1,4 +1,4 @@
-"""Masks of evaluation: a protein's own, whatever stands around it."""
+"""The masks of evaluation depend on the protein alone, not on its neighbours in the row or on its place."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The model, the loss and one optimizer step against numbers of the original program (../shared/fixtures)."""
+"""The model, the loss and one optimizer step agree with the original program's numbers (../shared/fixtures)."""
 
 import argparse
 import json

@@ -1,7 +1,8 @@
-"""FlexAttention under a mask of proteins: on CPUs, where PyTorch refuses its backward pass, that refusal is lifted.
+"""FlexAttention with a mask by protein agrees with the definition.
 
-Forward and backward are then PyTorch's own definition of the operation, and what torch.compile makes of it up to the
-graph of both. What is generated for GPUs is not proven here (tests/gpu does).
+On CPUs PyTorch refuses its backward pass; the tests lift that refusal. Forward and backward are then PyTorch's own
+definition of the operation, and what torch.compile makes of it up to the graph of both. The code generated for GPUs is
+not tested here but in tests/gpu.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Numbers of 8 bits against a table of all there are, products and gradients against fp64, and what GPUs ask for."""
+"""FP8 numbers against a table of all of them, products and gradients against fp64, and the requirements of GPUs."""
 
 import numpy as np
 import pytest

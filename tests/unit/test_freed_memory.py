@@ -1,4 +1,4 @@
-"""Memory that a step has freed is there for the next one, without the kernel."""
+"""Memory that one step has freed is reused by the next, without new pages from the kernel."""
 
 import json
 import subprocess

@@ -1,6 +1,6 @@
-"""A disk that takes no more: one line names the file and the reason, and nothing lies half-written under a final name.
+"""On a full disk one line names the file and the reason, and no half-written file lies under a final name.
 
-A limit of the size of files stands for the end of the disk.
+A limit on the size of files stands in for the full disk.
 """
 
 import resource

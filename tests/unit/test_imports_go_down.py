@@ -1,4 +1,4 @@
-"""The floors of the project, read from its import statements: imports go down only, and data and model never meet."""
+"""Imports go down the project's layers only, and data and model do not import each other; read from the source."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""Indexed datasets: bytes as the original wrote them, views as they were stored, damage refused by name."""
+"""Indexed datasets: bytes as the original wrote them, views of what is stored, and damage that is refused by name."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""The flags that the programs have in common that ask models."""
+"""The flags that all inference programs share."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""Inspecting checkpoints: what is said of each format, and that what is not whole, or not finite, is found."""
+"""Inspection of checkpoints: what it reports for each format, and that it finds missing and non-finite values."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The categorical Jacobian: a loop over substitutions with transformers' ESM-2 is the oracle."""
+"""The categorical Jacobian; a loop over substitutions with transformers' ESM-2 is the oracle."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""How a rank learns its place from what launchers leave in the environment, and where ranks meet."""
+"""How a rank learns its place from the variables that launchers set, and where ranks meet."""
 
 import socket
 import threading

@@ -1,4 +1,4 @@
-"""What a linear layer computes with: copies of its weight made once an update, and gradients summed in the product."""
+"""Linear layers compute with copies of their weights, made once per update, and sum gradients within the product."""
 
 from contextlib import nullcontext
 

@@ -1,4 +1,4 @@
-"""The grid of ranks: who talks to whom, which grids are refused, and the same weights in all of them."""
+"""The layout of ranks: which ranks communicate, which layouts are refused, and the same weights in all of them."""
 
 import pytest
 import torch

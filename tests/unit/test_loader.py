@@ -1,4 +1,4 @@
-"""Micro-batches: the same samples whatever the ranks, workers and restarts."""
+"""Micro-batches hold the same samples for every number of ranks and workers and after every restart."""
 
 import atexit
 import itertools

@@ -1,6 +1,6 @@
-"""What a terminal cannot write is escaped, and what is not installed is named; no door forgets either.
+"""Output to terminals: what they cannot write is escaped, and a missing package is named, by every program.
 
-Where there is no terminal, lines tell how far work is; Ctrl-C is one.
+Without a terminal, lines report progress; Ctrl-C gives one line.
 """
 
 import importlib.util

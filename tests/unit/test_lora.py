@@ -1,4 +1,4 @@
-"""Low-rank adapters of a model that is built: what they add, what stays, and what is merged."""
+"""LoRA adapters of a model: what they add, which weights stay unchanged, and merging."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Masking: how many, which, and what becomes of them."""
+"""Masking: how many residues, which ones, and what replaces them."""
 
 import numpy as np
 import pytest

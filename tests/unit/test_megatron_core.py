@@ -1,6 +1,6 @@
-"""Checkpoints of megatron-core's BERT, in and out.
+"""Reading and writing of checkpoints of megatron-core's BERT.
 
-The oracle is megatron-core: what it wrote and computed is recorded, and where it is installed (`pip install --no-deps
+The oracle is megatron-core: its checkpoints and logits are recorded, and where it is installed (`pip install --no-deps
 megatron-core==0.16.1 psutil`), for this Python or for the one that the variable MEGATRON_CORE_PYTHON names, it loads
 what we write.
 """

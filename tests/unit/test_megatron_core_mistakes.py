@@ -1,4 +1,4 @@
-"""Checkpoints of megatron-core that are damaged, hostile or of another model: a line each, and nothing in them runs."""
+"""Checkpoints of megatron-core that are damaged, hostile or of another model give one line each; none runs code."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Checkpoints of Megatron v2 and ProteinLM, against such that were made by hand in the original's layout."""
+"""Checkpoints of Megatron v2 and ProteinLM are read; the oracle is made by hand in the original's layout."""
 
 import argparse
 import json

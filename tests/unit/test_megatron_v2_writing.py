@@ -1,4 +1,4 @@
-"""Checkpoints written as Megatron v2 does, against such that were made by hand in the original's layout."""
+"""Checkpoints are written as by Megatron v2; the oracle is made by hand in the original's layout."""
 
 import os
 import random

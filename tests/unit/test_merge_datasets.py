@@ -1,4 +1,4 @@
-"""Datasets joined: the bytes of preprocessing all inputs at once, and refusals before anything is written."""
+"""Merged datasets have the bytes of preprocessing all inputs at once; refusals come before anything is written."""
 
 import errno
 import importlib.util

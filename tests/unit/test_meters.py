@@ -1,4 +1,4 @@
-"""What is measured of training and evaluation, and what is not said where there was nothing to measure."""
+"""Measurements of training and evaluation, and that nothing is reported where there was nothing to measure."""
 
 import gc
 import json

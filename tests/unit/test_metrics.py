@@ -1,4 +1,4 @@
-"""metrics.jsonl is read, drawn and gone on with whatever power cuts, killed runs and users leave in it."""
+"""metrics.jsonl is read, plotted and continued whatever power cuts, killed runs and users leave in it."""
 
 import json
 

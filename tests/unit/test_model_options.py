@@ -1,4 +1,4 @@
-"""The options of the model: each against its definition, and all of them on packed proteins."""
+"""Each option of the model agrees with its definition, and all of them work on packed proteins."""
 
 from dataclasses import replace
 

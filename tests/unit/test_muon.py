@@ -1,4 +1,7 @@
-"""Muon and NorMuon against their definitions, on one rank. `tests/golden/test_muon.py` has them in layouts."""
+"""Muon and NorMuon agree with their definitions, on one rank.
+
+`tests/golden/test_muon.py` tests them in layouts of several.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Newton-Schulz iteration against the singular values that it is to change, in fp64."""
+"""The Newton-Schulz iteration against the singular values that it is meant to change, in fp64."""
 
 import pytest
 import torch

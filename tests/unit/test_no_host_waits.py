@@ -1,7 +1,7 @@
-"""A training step never waits for the device: watched on an accelerator that is not there.
+"""A training step never waits for the device; tested on an accelerator that does not exist.
 
-torch lets Python register a device, whose tensors are fake here (FakeTensorMode): nothing is computed, but every
-operation is dispatched, and can be looked at.
+torch lets Python register a device. Its tensors are fake here (FakeTensorMode): nothing is computed, but every
+operation is dispatched and can be inspected.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Trackers and Prometheus are told of a run's numbers, and cannot stop it; the libraries are played by stand-ins."""
+"""Trackers and Prometheus receive a run's numbers and cannot stop it; stand-ins play the libraries."""
 
 import re
 import socket

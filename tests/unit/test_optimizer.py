@@ -1,4 +1,4 @@
-"""Optimizer and loss scale."""
+"""The optimizers and the loss scale."""
 
 import sys
 import types

@@ -1,4 +1,4 @@
-"""Ids mean the same letters to the model as they did to the preprocessing, whatever vocabulary either has."""
+"""Token ids mean the same letters to the model as to the preprocessing, whatever vocabulary each has."""
 
 import json
 

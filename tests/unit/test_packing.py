@@ -1,4 +1,4 @@
-"""Rows of whole proteins: nothing lost, nothing over-full, the compiled packer and its Python twin alike."""
+"""Rows of whole proteins: none lost, no row too long, and the compiled packer agrees with its Python twin."""
 
 import tracemalloc
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Adapters against peft's own, on the same weights and through the same files."""
+"""Adapters agree with those of peft, on the same weights and through the same files."""
 
 import json
 from dataclasses import asdict, replace

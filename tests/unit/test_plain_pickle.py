@@ -1,4 +1,4 @@
-"""Pickles from elsewhere: plain data are read, all else is refused, and none fills the memory or takes for ever."""
+"""Pickles of unknown origin: plain data is read, all else is refused, and none can exhaust memory or time."""
 
 import collections
 import os

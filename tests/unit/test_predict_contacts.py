@@ -1,4 +1,4 @@
-"""tools/predict_contacts.py from its flags to its files, and what --fit leaves beside a checkpoint of any form."""
+"""tools/predict_contacts.py, from its flags to its files, and what --fit writes next to a checkpoint of any format."""
 
 import argparse
 import gzip

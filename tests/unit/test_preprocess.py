@@ -1,4 +1,4 @@
-"""Preprocessing: the original's bytes where it was right, one id a residue everywhere, nothing half-written."""
+"""Preprocessing: the original's bytes where those are right, one id per residue everywhere, no partial files."""
 
 import gzip
 import hashlib

@@ -1,4 +1,4 @@
-"""What may go wrong in preprocessing: one clear line, status 2, nothing half-written; doubts are warnings."""
+"""Mistakes in preprocessing give one clear line, status 2 and no partial files; doubtful input gives warnings."""
 
 import json
 import os

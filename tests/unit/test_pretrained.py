@@ -1,4 +1,4 @@
-"""A checkpoint as a model to ask: the one that was saved, whatever its shape, fed as in training."""
+"""A checkpoint loaded for inference is the model that was saved, in any layout, and is fed as in training."""
 
 import json
 import os

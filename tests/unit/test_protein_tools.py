@@ -1,4 +1,4 @@
-"""The doors of protein_tools turn files into loose JSON, and Pfam's folders into an indexed dataset."""
+"""The scripts of protein_tools turn files into loose JSON, and Pfam's folders into an indexed dataset."""
 
 import json
 import os

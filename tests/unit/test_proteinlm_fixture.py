@@ -1,4 +1,4 @@
-"""ProteinLM's own checkpoint (../shared/fixtures): its logits by our model, and its files written again by us."""
+"""ProteinLM's own checkpoint (../shared/fixtures): our model computes its logits, and we write its files again."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a rank says when it fails, and which of several failures the launcher names."""
+"""What a rank prints when it fails, and which of several failures the launcher names."""
 
 import json
 import socket

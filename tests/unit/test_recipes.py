@@ -1,4 +1,4 @@
-"""The ladder of recipes: what its arms mean, and that it goes on where it stopped."""
+"""The benchmark of recipes: what each of its arms changes, and that it resumes where it stopped."""
 
 import math
 import shlex

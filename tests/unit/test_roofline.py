@@ -1,4 +1,4 @@
-"""The roofline on paper, against counts by hand, PyTorch's own counter, and the model's FLOPs."""
+"""The theoretical roofline agrees with counts by hand, PyTorch's own counter, and the model's FLOPs."""
 
 import importlib
 import pkgutil

@@ -1,4 +1,4 @@
-"""Row indices on disk: whole or absent, built once, never waited for in vain."""
+"""Row indices cached on disk: complete or absent, built once, and never waited for in vain."""
 
 import fcntl
 import multiprocessing

@@ -1,4 +1,4 @@
-"""The orders in which pipeline ranks compute, played through with messages that arrive in the order of sending."""
+"""The pipeline schedules, simulated with messages that arrive in the order of sending."""
 
 from collections import Counter, defaultdict
 

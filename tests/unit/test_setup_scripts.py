@@ -1,6 +1,6 @@
-"""`examples/setup.sh` against a stand-in for Python that notes what pip is asked for, so that nothing is installed.
+"""`examples/setup.sh`, with a stand-in for Python that records what pip is asked for and installs nothing.
 
-And what the example scripts and requirements say, against where it is decided.
+Also: what the example scripts and requirements say agrees with the code that decides it.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""What programs that ask models do with records that are no protein: the first is refused, or all are left out."""
+"""Inference programs on records that are not proteins: the first is refused, or all are left out on request."""
 
 import argparse
 import json

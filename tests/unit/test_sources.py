@@ -1,4 +1,4 @@
-"""Every kind of file gives the same proteins, in any packing; damage gives one clear line, never a crash or a loss."""
+"""Every file format and compression gives the same proteins; damage gives one clear line, never a crash or a loss."""
 
 import gzip
 import os

@@ -1,4 +1,4 @@
-"""Parquet, Arrow and LMDB: every type of text is read, damage is one clear line, and no reader crashes."""
+"""Parquet, Arrow and LMDB: every text type is read, damage gives one clear line, and no reader crashes."""
 
 import gzip
 import hashlib

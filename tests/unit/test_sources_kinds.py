@@ -1,4 +1,4 @@
-"""What a file is taken for: each kind that is not read is refused by its name, and proteins are never taken for one."""
+"""Detection of file formats: each unsupported one is refused by its name, and protein files never are."""
 
 import gzip
 import re

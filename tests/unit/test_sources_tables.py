@@ -1,4 +1,4 @@
-"""CSV and TSV: the column that --json-keys names is read as it stands, and no header or row is taken for a protein."""
+"""CSV and TSV: the column that --json-keys names is read verbatim, and no header or row is taken for a protein."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Tar archives: their files are read in order, each under its own name; damage and what would be lost are refused."""
+"""Tar archives: their files are read in order, each under its own name; damage is refused, and so is any loss."""
 
 import gzip
 import hashlib

@@ -1,4 +1,4 @@
-"""Texts: JSON, FASTA, CSV and TSV, one a line: nothing is lost, whatever the line ends, headers and blocks."""
+"""Text files (JSON, FASTA, CSV, TSV, plain lines) are read whole, whatever their line ends, headers and blocks."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Whole records of every kind of file: all their values by key, each record with its place."""
+"""Whole records of every file format: all values by key, and each record's place in its file."""
 
 import json
 import pickle

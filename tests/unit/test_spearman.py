@@ -1,4 +1,4 @@
-"""Spearman's correlation and its interval against scipy's and against the definition."""
+"""Spearman's correlation and its interval agree with SciPy and with the definition."""
 
 import math
 

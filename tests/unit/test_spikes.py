@@ -1,5 +1,7 @@
-"""Which steps are taken for spikes, against the definition in the standard library; which rows are left out; which
-proteins they hold."""
+"""Which steps count as spikes, against the definition in the standard library.
+
+Also: which rows are then left out, and which proteins these hold.
+"""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""--split: shares as Megatron rounds them, or exact counts."""
+"""--split takes shares, rounded as by Megatron, or exact counts."""
 
 import pytest
 

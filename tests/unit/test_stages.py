@@ -1,4 +1,4 @@
-"""Which blocks and which parameters a pipeline stage has."""
+"""Which blocks and parameters each pipeline stage holds."""
 
 from dataclasses import replace
 

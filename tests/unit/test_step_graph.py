@@ -1,4 +1,7 @@
-"""Steps as graphs. A trace of what PyTorch computes stands for one of CUDA: it too does the same in the same places."""
+"""Steps run as graphs train as other steps do.
+
+A trace of PyTorch's operations stands in for a CUDA graph: it too repeats the same operations in the same memory.
+"""
 
 from dataclasses import replace
 from itertools import chain

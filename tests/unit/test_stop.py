@@ -1,4 +1,4 @@
-"""Requests to stop are noted, and handlers are given back."""
+"""Requests to stop are recorded, and the previous signal handlers are restored."""
 
 import signal
 

@@ -1,4 +1,4 @@
-"""Which rank is named as slow, from times that are made up; and what is counted as waiting."""
+"""Which rank is named as slow, from invented times, and what counts as waiting."""
 
 import statistics
 

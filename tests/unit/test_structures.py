@@ -1,4 +1,4 @@
-"""Chains of PDB and mmCIF files: what a reader by hand would make of the same lines."""
+"""Chains in PDB and mmCIF files agree with what one reads off the same lines by hand."""
 
 import gzip
 import json

@@ -1,7 +1,7 @@
-"""A sweep: which trials there are, which are stopped, what is kept, and what is said.
+"""A sweep: which trials it makes and stops, what it keeps, and what it reports.
 
-A stand-in takes the trials' place. It writes the records of a run whose loss is known, saves what stands for a
-checkpoint, and leaves on SIGTERM.
+A stand-in plays the trials: it writes the records of a run with a known loss, saves a file in place of a checkpoint,
+and exits on SIGTERM.
 """
 
 import csv

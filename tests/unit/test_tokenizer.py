@@ -1,4 +1,4 @@
-"""Residues become ids one for one, whatever their case and spacing; what is no protein is named."""
+"""Each residue becomes one id, whatever its case and spacing; what is not a protein is named."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Files of torch.save, read and written by ourselves: torch is the oracle, and nothing that is planted runs."""
+"""Our own reading and writing of torch.save's files; torch is the oracle, and planted code is not executed."""
 
 import argparse
 import io

@@ -1,4 +1,4 @@
-"""Folders of transformers that hold no model of ours are refused in one line that says why."""
+"""Transformers folders that hold no supported model are refused in one line that says why."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Weights of ESM-2, ESM-1b and ProtBERT in every form that transformers saves; its arithmetic is the oracle."""
+"""Weights of ESM-2, ESM-1b and ProtBERT, in every form that transformers saves, give transformers' logits."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""A step of training on packed proteins, against transformers' on the same proteins padded."""
+"""A training step on packed proteins agrees with transformers' on the same proteins, padded."""
 
 import copy
 from dataclasses import fields

@@ -1,4 +1,4 @@
-"""Models of ours and of the families as transformers loads them, in a process that may load nothing from elsewhere."""
+"""Models of ours and of other families load in transformers, in a process that may not download anything."""
 
 import ast
 import json

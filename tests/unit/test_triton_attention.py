@@ -1,7 +1,7 @@
 """The Triton attention without a GPU: interpreted against the definition in fp64, and compiled for three kinds of GPU.
 
-Interpreted kernels want a process of their own: `tests/interpreted_attention.py`. What is interpreted says nothing of
-bf16, whose products Triton's interpreter gets wrong, nor of speed.
+Interpreted kernels need their own process: `tests/interpreted_attention.py`. Interpretation tests neither bf16, whose
+products Triton's interpreter gets wrong, nor speed.
 """
 
 import os

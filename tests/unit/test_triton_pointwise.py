@@ -1,6 +1,7 @@
-"""Triton's kernels without a GPU: interpreted on CPU tensors, and compiled for GPUs that are not there.
+"""The other Triton kernels without a GPU: interpreted on CPU tensors, and compiled for GPUs that are not present.
 
-Each in a process of its own: interpreting is settled when Triton is loaded. `tests/interpreted.py` holds the checks.
+Each in its own process, because Triton decides when it is loaded whether it interprets. The checks are in
+`tests/interpreted.py`.
 """
 
 import json

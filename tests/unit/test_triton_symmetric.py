@@ -1,6 +1,6 @@
-"""The Triton kernel of symmetric products without a GPU: interpreted against fp64, and compiled for three GPUs.
+"""The Triton kernel for symmetric products without a GPU: interpreted against fp64, and compiled for three GPUs.
 
-Interpreted kernels want a process of their own: `tests/interpreted_symmetric.py`.
+Interpreted kernels need their own process: `tests/interpreted_symmetric.py`.
 """
 
 import json

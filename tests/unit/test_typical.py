@@ -1,4 +1,4 @@
-"""Micro-batches that are made up are such as data would give."""
+"""Made-up micro-batches have the properties of those made from data."""
 
 import pytest
 

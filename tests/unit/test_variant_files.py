@@ -1,4 +1,4 @@
-"""Files of variants: what is read of them, what is refused by file and line, and what comes of it in a folder."""
+"""Files of variants: what is read, what is refused by file and line, and the files written to the output folder."""
 
 import csv
 import gzip

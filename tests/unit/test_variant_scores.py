@@ -1,4 +1,4 @@
-"""Scores of variants: those of a direct computation by transformers, of whole proteins and of windows."""
+"""Scores of variants, in whole proteins and in windows, agree with a direct computation by transformers."""
 
 import numpy as np
 import pytest

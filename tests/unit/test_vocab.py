@@ -1,4 +1,4 @@
-"""Token ids are frozen, of each family; a vocabulary that is none is refused by name."""
+"""The token ids of each family are frozen; a file that is not a vocabulary is refused by name."""
 
 import pickle
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A run is shown from its folder alone, whatever state that is in; a curve is drawn with text."""
+"""tools/watch.py shows a run from its folder alone, in whatever state that is; curves are drawn as text."""
 
 import json
 import math

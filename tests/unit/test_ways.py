@@ -1,4 +1,4 @@
-"""What a run says of the ways of its operations."""
+"""The line in which a run reports the implementation chosen for each operation."""
 
 import os
 from dataclasses import replace

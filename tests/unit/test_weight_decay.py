@@ -1,4 +1,4 @@
-"""Weight decay that has a course, and weight decay that is cautious, against plain loops."""
+"""Scheduled and cautious weight decay agree with plain loops."""
 
 import math
 import sys

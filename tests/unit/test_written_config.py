@@ -1,4 +1,4 @@
-"""A configuration that is written: by itself it gives the same, and a run keeps it, and what it was before."""
+"""A written configuration file gives the same run by itself; a run keeps its own, and its earlier ones."""
 
 from pathlib import Path
 
