@@ -28,7 +28,7 @@ KILLS_A_RUN = 5
 
 
 def main(argv: list[str]) -> int:
-    """Kill runs of each way in turn."""
+    """Kill and restart runs in each of WAYS; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
@@ -43,7 +43,10 @@ def main(argv: list[str]) -> int:
 
 
 def endure(name: str, num_kills: int, corpus: str, folder: Path, chance: random.Random) -> list[int]:
-    """Runs of one way, each killed a few times; the iterations that the restarts went on from, 0 for the start."""
+    """Kill and restart runs in one of WAYS; returns the iterations that they resumed from, 0 for a run's start.
+
+    Asserts that none goes back behind a checkpoint, and that each ends as an undisturbed run.
+    """
     whole, resumed = folder / "undisturbed", []
     assert _run(name, corpus, whole, None, chance) == (True, False)
     left = num_kills
@@ -66,7 +69,10 @@ def endure(name: str, num_kills: int, corpus: str, folder: Path, chance: random.
 
 def _run(name: str, corpus: str, folder: Path, killed_after_s: float | None,
          chance: random.Random) -> tuple[bool, bool]:
-    """Start all ranks and kill one so many seconds later; whether all came to their end, and whether one was killed."""
+    """Start all ranks and, unless the time is None, kill one `killed_after_s` seconds after training has begun.
+
+    Returns whether all ranks ended successfully, and whether one was killed.
+    """
     ranks, flags = WAYS[name]
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
@@ -91,6 +97,7 @@ def _run(name: str, corpus: str, folder: Path, killed_after_s: float | None,
 
 
 def _one_rank(rank: int, ranks: int, port: int, flags: list[str], output: str) -> None:
+    """Run pretrain_tape.py as one rank, in this process; rank 0 writes what it prints to the file `output`."""
     import torch
 
     import pretrain_tape
@@ -106,7 +113,7 @@ def _one_rank(rank: int, ranks: int, port: int, flags: list[str], output: str) -
 
 
 def _start(folder: Path) -> int:
-    """The iteration that the last start went on from, as it says."""
+    """The iteration that the last start resumed from, by the line that it printed; 0 for new weights."""
     text = _text(folder / "lines.txt")
     assert "Traceback" not in text, text
     [line] = _beginnings(text)
@@ -114,11 +121,15 @@ def _start(folder: Path) -> int:
 
 
 def _beginnings(text: str) -> list[str]:
+    """The lines in which starts say what they resume from."""
     return [line for line in text.splitlines() if line.startswith(("going on from iteration", "no checkpoint in"))]
 
 
 def _content(folder: Path) -> dict[str, list]:
-    """The tensors of the last checkpoint; which rank wrote which of those that both have is not always the same."""
+    """The tensors of the last checkpoint, weights and optimizer state.
+
+    The files themselves are not comparable: which rank writes a tensor that both hold varies.
+    """
     checkpoint = open_place(place_of(folder, STEPS))
     tables = checkpoint.model, checkpoint.optimizer or {}
     return {name: tensor.read().tolist() for table in tables for name, tensor in table.items()}

@@ -30,17 +30,17 @@ from megatron.checkpoint.store import open_place, place_of
 from tests.golden.training import ROOT, TINY, losses, processes_with, write_corpus
 
 KINDS = ("kill", "freeze", "stop", "nan", "full disk")
-SENT = {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP}  # to a rank
-INJECTED = {"nan": "flip", "full disk": "full-disk"}
-TOLD = {"nan": "came out normal this time", "full disk": "note: could not save"}  # by the run, where they came
-LOOK_S, SAMPLE_S = 0.05, 1.0  # between looks at the step, and at memory and files
-SETTLED_STEPS = 30  # of a process: before them its memory still grows, as buffers are met for the first time
-ROOM_MIB, ROOM_FILES = 32, 8  # that a process may come to need more, in its life
+SENT = {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP}  # signals to a rank
+INJECTED = {"nan": "flip", "full disk": "full-disk"}  # kinds of --inject-fault
+TOLD = {"nan": "came out normal this time", "full disk": "note: could not save"}  # printed when it came
+LOOK_S, SAMPLE_S = 0.05, 1.0  # time between checks of the step, and of memory and files
+SETTLED_STEPS = 30  # after these steps of a process its buffers exist, and its memory should no longer grow
+ROOM_MIB, ROOM_FILES = 32, 8  # the most by which a process may then grow, in memory and open files
 
 
 @dataclass
 class Process:
-    """What was seen of a process: resident memory and open files, when it had settled and last."""
+    """Resident memory (MiB) and open files of a process, once settled and last, and the steps that it lived for."""
 
     settled: tuple[float, int]
     last: tuple[float, int]
@@ -50,7 +50,7 @@ class Process:
 
 @dataclass
 class Soaked:
-    """What happened: faults by kind, iterations gone on from, and each process' memory and files."""
+    """What happened: faults by kind, iterations that starts resumed from, and each process by its id."""
 
     faults: Counter[str] = field(default_factory=Counter)
     resumed: list[int] = field(default_factory=list)
@@ -58,13 +58,13 @@ class Soaked:
     elapsed_s: float = 0.0
 
     def grown(self) -> tuple[float, int]:
-        """MiB and files that a process came to need more between having settled and its end, at most."""
+        """The largest growth of any process between settling and its end, in MiB and in open files."""
         pairs = [(one.last[0] - one.settled[0], one.last[1] - one.settled[1]) for one in self.processes.values()]
         return max((mib for mib, _ in pairs), default=0.0), max((files for _, files in pairs), default=0)
 
 
 def main(argv: list[str]) -> int:
-    """Print a table row; returns the exit status."""
+    """Print the results as a table of one row; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--every", type=int, default=100, help="steps between faults, on average")
@@ -84,13 +84,16 @@ def main(argv: list[str]) -> int:
 
 
 def plan(num_steps: int, kinds: list[str], chance: random.Random) -> list[tuple[int, str]]:
-    """Faults at different steps, ascending; none in the first step, nor when a last save would be all that is left."""
+    """The faults as (step, kind), at different random steps, ascending; none in the first step or the last five."""
     return list(zip(sorted(chance.sample(range(2, num_steps - 5), len(kinds))), kinds, strict=True))
 
 
 def soak(num_steps: int, faults: list[tuple[int, str]], corpus: str, folder: Path, python: str,
          chance: random.Random) -> Soaked:
-    """Have a run endure them; raises AssertionError where it did not."""
+    """Train through the faults; raises AssertionError if the run does not recover from one.
+
+    Its end is compared with that of an undisturbed run.
+    """
     interval = max(3, min(20, num_steps // 10))
     flags = [*TINY, "--micro-batch-size", 1, "--global-batch-size", 2, "--eval-interval", 10**6, "--train-iters",
              num_steps, "--save-interval", interval, "--keep-checkpoints", 3, "--log-interval", 2, "--on-spike",
@@ -118,7 +121,10 @@ def soak(num_steps: int, faults: list[tuple[int, str]], corpus: str, folder: Pat
 
 def _one_start(python: str, flags: list, output: TextIO, place: Path, faults: Iterator[tuple[int, str]], soaked: Soaked,
                chance: random.Random, num_steps: int) -> tuple[int, bool]:
-    """Start the launcher, and do to it what is due; its exit status, and whether the run has come to its end."""
+    """Start the launcher and apply the faults as they come due, until it ends.
+
+    Returns its exit status, and whether the run has reached its last step.
+    """
     launcher = _started(python, flags, output)
     step, kind = next(faults, (0, ""))
     was_stopped, sampled_s = False, 0.0
@@ -126,7 +132,7 @@ def _one_start(python: str, flags: list, output: TextIO, place: Path, faults: It
         time.sleep(LOOK_S)
         at = _step(place)
         is_due = bool(kind) and at >= step
-        # At its end a run loads what draws its pictures.
+        # At its end a run loads matplotlib, whose memory does not count.
         is_sampled = at < num_steps and time.monotonic() - sampled_s > SAMPLE_S
         if not is_due and not is_sampled:
             continue
@@ -149,13 +155,14 @@ def _one_start(python: str, flags: list, output: TextIO, place: Path, faults: It
 
 
 def _started(python: str, flags: list, output: TextIO) -> "subprocess.Popen[bytes]":
+    """The launcher of two ranks of pretrain_tape.py, started."""
     return subprocess.Popen([python, "-m", "megatron.parallel.launch", "--standalone", "--nproc-per-node", "2",
                              "--max-restarts", "1000", str(ROOT / "pretrain_tape.py"), *map(str, flags)], cwd=ROOT,
                             env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=output, stderr=subprocess.STDOUT)
 
 
 def _step(place: Path) -> int:
-    """The last one that the metrics tell of."""
+    """The last step in metrics.jsonl, 0 if there is none."""
     with suppress(OSError), (place / "metrics.jsonl").open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
         told = re.findall(rb'"iteration": (\d+)', file.read())
@@ -164,6 +171,7 @@ def _step(place: Path) -> int:
 
 
 def _sample(processes: dict[int, Process], number: int, step: int) -> None:
+    """Record the memory and open files of process `number` at a step."""
     try:
         resident = int(Path(f"/proc/{number}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
         found = resident, len(os.listdir(f"/proc/{number}/fd"))
@@ -176,7 +184,7 @@ def _sample(processes: dict[int, Process], number: int, step: int) -> None:
 
 
 def _check_lines(text: str, place: Path) -> list[int]:
-    """The iterations that starts went on from, none of which is before what had been saved."""
+    """The iterations that starts resumed from; asserts that none is earlier than the last checkpoint saved."""
     assert "Traceback" not in text, text
     saved, resumed = 0, []
     for line in text.splitlines():
@@ -189,6 +197,7 @@ def _check_lines(text: str, place: Path) -> list[int]:
 
 
 def _check_end(soaked: Soaked, whole: Path, place: Path, num_steps: int) -> None:
+    """Assert that the run ended bitwise as the undisturbed one, left no unfinished file, and no process grew."""
     assert losses(place) == losses(whole)
     ours, theirs = (open_place(place_of(folder, num_steps)) for folder in (place, whole))
     for our, their in ((ours.model, theirs.model), (ours.optimizer or {}, theirs.optimizer or {})):

@@ -30,7 +30,7 @@ DROPOUT = "--attention-dropout 0.1 --hidden-dropout 0.1".split()
 
 
 def write_corpus(folder: Path, num_proteins: int = 300) -> str:
-    """The prefix of an indexed dataset of the first shipped proteins."""
+    """Write an indexed dataset of the first `num_proteins` shipped proteins; returns its prefix."""
     with gzip.open(ROOT / "examples" / "proteins" / "small.fasta.gz", "rt") as file:
         records = file.read().split(">", num_proteins + 1)[1:-1]
     ids = Vocab.from_file().ids
@@ -40,9 +40,10 @@ def write_corpus(folder: Path, num_proteins: int = 300) -> str:
 
 
 def start_program(python: str, *flags: object, ranks: int = 1, launcher: str = "run") -> subprocess.Popen:
-    """`PYTHON pretrain_tape.py FLAGS`, under the launcher where there are several ranks; output and errors in one pipe.
+    """Start `PYTHON pretrain_tape.py FLAGS`, with several ranks under torch.distributed's launcher.
 
-    One thread a rank, as the tests' own process has: the order of sums, and so the last bits, depend on it.
+    stdout and stderr share one pipe. Each rank has one thread, like the tests' own process, because the order of sums,
+    and so their last bits, depends on the number of threads.
     """
     start = ["-m", f"torch.distributed.{launcher}", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     command = [python, *start, str(ROOT / "pretrain_tape.py"), *map(str, flags)]
@@ -51,14 +52,14 @@ def start_program(python: str, *flags: object, ranks: int = 1, launcher: str = "
 
 
 def run_program(python: str, *flags: object, ranks: int = 1, launcher: str = "run") -> tuple[int, str]:
-    """The exit status and the output of `start_program`."""
+    """Run `start_program` to its end; returns its exit status and its output."""
     process = start_program(python, *flags, ranks=ranks, launcher=launcher)
     output = process.communicate()[0]
     return process.returncode, output
 
 
 def processes_with(argument: str, variable: str) -> list[int]:
-    """The numbers of the processes that were started with both."""
+    """The ids of processes with this argument and this NAME=VALUE in their environment."""
     found = []
     for place in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # ended meanwhile, or not ours
@@ -69,13 +70,16 @@ def processes_with(argument: str, variable: str) -> list[int]:
 
 
 def run_on_ranks(*flags: object, ranks: int) -> list[int | None]:
-    """The exit status of each rank of a program that is started without a launcher, in processes that have torch."""
+    """Run pretrain_tape.py without a launcher, in processes that have loaded torch; returns each rank's exit status."""
     answers = on_processes(_one_rank, ranks, free_port(), [str(flag) for flag in flags])
     return [0 if isinstance(answer, bytes) else answer for answer in answers]
 
 
 def free_port() -> int:
-    """Below those that Linux gives connections, one of which may come between finding a port and taking it."""
+    """A free port below those that Linux assigns to outgoing connections.
+
+    One of those could be assigned to another connection before the caller takes it.
+    """
     while True:
         port = random.SystemRandom().randrange(10_000, 32_000)
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
@@ -88,12 +92,12 @@ def _one_rank(rank: int, ranks: int, port: int, flags: list[str]) -> bytes:
     with patch.dict(os.environ, environment), open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         status = main(flags)
     if status:
-        sys.exit(status)  # as the program does: its peers learn of it when it has gone
+        sys.exit(status)  # as the program does: its peers notice once the process is gone
     return b""
 
 
 def edit_state(place: Path, **values: object) -> None:
-    """Change what a checkpoint's state.json says, as if it had been written so."""
+    """Change values in a checkpoint's state.json, and its checksum in the manifest, as if saved like this."""
     (place / "state.json").write_text(json.dumps(read_state(place / "state.json") | values))
     manifest = read_manifest(place)
     manifest.files["state.json"] = facts_of_file(place / "state.json")
@@ -101,6 +105,6 @@ def edit_state(place: Path, **values: object) -> None:
 
 
 def losses(folder: Path, kind: str = "train", name: str = "loss") -> dict[int, float]:
-    """The loss, or another of its numbers, at each iteration, as metrics.jsonl has it."""
+    """The loss, or the number `name`, at each iteration, from the records of one kind in metrics.jsonl."""
     records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return {record["iteration"]: record[name] for record in records if record["kind"] == kind}

@@ -19,14 +19,17 @@ from megatron.parallel.mesh import Axis
 
 TIMEOUT_S = 60
 TIMEOUT = timedelta(seconds=TIMEOUT_S)
-# What each process has when it starts: torch with what its optimizers and collectives import late, and for whole runs
-# the program with what its first rank imports late.
+# Modules that each process has loaded when it starts: torch and what its optimizers and collectives import lazily, and
+# for whole runs the program and what its first rank imports lazily.
 PRELOADED = ["torch", "torch._dynamo", "torch.distributed.fsdp", "torch.utils.tensorboard", "matplotlib.figure",
              "pretrain_tape"]
 
 
 def run_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any) -> list[Any]:
-    """What `function(axis, *arguments)` returned on each rank, in their order; raises where a rank fails."""
+    """What `function(axis, *arguments)` returned on each rank, in the order of ranks; raises if a rank fails.
+
+    `axis`: the Axis of all ranks, over gloo. The results pass through torch.save.
+    """
     with tempfile.TemporaryDirectory() as folder:
         answers = on_processes(_one_rank, num_ranks, folder, function, *arguments)
     results = [answer for answer in answers if isinstance(answer, bytes)]
@@ -35,10 +38,10 @@ def run_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any) -> 
 
 
 def on_processes(function: Callable[..., bytes], number: int, *arguments: Any) -> list[bytes | int | None]:
-    """What `function(process number, number of processes, *arguments)` returned in each process.
+    """What `function(process number, number of processes, *arguments)` returned in each of `number` processes.
 
-    Or the exit code of a process that ended; None where one hangs. The processes are the same in every call, for as
-    long as none of them ends: starting one, and the first step in it, take seconds.
+    For a process that ended, its exit code instead; for one that hangs, None. Calls reuse the same processes until one
+    of them fails, because starting a process, and its first training step, take seconds.
     """
     workers = _workers()
     workers += [_Worker() for _ in range(number - len(workers))]
@@ -55,14 +58,14 @@ def on_processes(function: Callable[..., bytes], number: int, *arguments: Any) -
 
 
 def warm_processes() -> ForkServerContext:
-    """Starts processes in a tenth of a second."""
+    """A multiprocessing context that starts processes with PRELOADED in a tenth of a second."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context
 
 
 class _Worker:
-    """A process that does what it is sent, one thing after another."""
+    """A process that runs the functions that it is sent, one after another."""
 
     def __init__(self) -> None:
         self.connection, theirs = multiprocessing.Pipe()
@@ -71,7 +74,7 @@ class _Worker:
         theirs.close()
 
     def answer(self, deadline_s: float) -> bytes | int | None:
-        """What it returned, the exit code with which it ended, or None if it did neither in time."""
+        """The bytes that the function returned; the exit code if the process ended; None if neither by the deadline."""
         if not self.connection.poll(max(0.0, deadline_s - time.monotonic())):
             return None
         try:
@@ -83,11 +86,12 @@ class _Worker:
 
 @cache
 def _workers() -> list[_Worker]:
-    """Those of this session."""
+    """The processes of this session of pytest."""
     return []
 
 
 def _work(parent: connection.Connection) -> None:
+    """Run the functions that the parent sends, until it is gone."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     while True:
@@ -99,6 +103,7 @@ def _work(parent: connection.Connection) -> None:
 
 
 def _one_rank(rank: int, num_ranks: int, folder: str, function: Callable[..., Any], *arguments: Any) -> bytes:
+    """Run `function` as one rank of a gloo group that meets in `folder`; returns its result as torch.save writes it."""
     store = dist.FileStore(f"{folder}/store", num_ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=TIMEOUT)
     result = io.BytesIO()

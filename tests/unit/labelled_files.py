@@ -18,17 +18,19 @@ TOKENIZER = ResidueTokenizer(VOCAB)
 
 
 def json_lines(path: Path, records: list[dict]) -> Path:
+    """Write the records as JSON lines; returns the path."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
 
 def lmdb(path: Path, records: list[dict]) -> Path:
+    """Write the records as an LMDB folder of TAPE; returns the path."""
     return write_lmdb(path, [pickle.dumps(record) for record in records], len(records))
 
 
 def loaded(tmp_path: Path, records: list[dict], name: str = "own", others: list[dict] | None = None,
            **keys) -> TaskData:
-    """The task of some records as JSON lines, `others` being those of valid."""
+    """The task data read from `records`, the training part, and `others`, the validation part, as JSON lines."""
     files = {"train": str(json_lines(tmp_path / "train.jsonl", records))}
     if others is not None:
         files["valid"] = str(json_lines(tmp_path / "valid.jsonl", others))
@@ -36,11 +38,12 @@ def loaded(tmp_path: Path, records: list[dict], name: str = "own", others: list[
 
 
 def labels(data: TaskData, part: str = "train") -> list:
+    """The labels of a part, in order."""
     return [example.label for example in data.parts[part]]
 
 
 def refused(tmp_path: Path, *arguments, **keys) -> str:
-    """The one line that refuses them, behind the folder."""
+    """The message of the DataError that `loaded` raises for these arguments, one line, without the folder."""
     with pytest.raises(DataError) as caught:
         loaded(tmp_path, *arguments, **keys)
     message = str(caught.value)

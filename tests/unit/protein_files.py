@@ -93,7 +93,7 @@ KINDS = TEXTS | BINARIES
 
 
 def ids_of(tmp_path: Path, *sources: Path | str, **options) -> bytes:
-    """The .bin and .idx that preprocessing writes; nothing else may be left."""
+    """The bytes of .bin and .idx that preprocessing writes; asserts that it leaves no partial file."""
     prefix = tmp_path / "out"
     given = {"overwrite": True} | options
     preprocess(PreprocessConfig(input=tuple(map(str, sources)), output_prefix=str(prefix), **given))
@@ -102,7 +102,10 @@ def ids_of(tmp_path: Path, *sources: Path | str, **options) -> bytes:
 
 
 def read_or_refused(tmp_path: Path, source: Path, **options) -> None:
-    """Asserts that a file is refused in one line, or read: each record kept or counted as dropped, all ids letters'."""
+    """Asserts that a file is refused in one line or read whole.
+
+    Read whole: each record is kept or counted as dropped, and all ids are those of residues or unknown ones.
+    """
     try:
         ids_of(tmp_path, source, **options)
     except DataError as error:
@@ -116,7 +119,7 @@ def read_or_refused(tmp_path: Path, source: Path, **options) -> None:
 
 
 def damaged(tmp_path: Path, data: bytes, **options) -> str:
-    """The one line that refuses a file of these bytes."""
+    """The message, one line, with which preprocessing refuses a file of these bytes."""
     (tmp_path / "bad").write_bytes(data)
     with pytest.raises(DataError) as caught:
         ids_of(tmp_path, tmp_path / "bad", **options)
@@ -127,19 +130,19 @@ def damaged(tmp_path: Path, data: bytes, **options) -> str:
 
 
 def write_json(path: Path, texts: list[str]) -> Path:
-    """Loose JSON of these texts, numbered."""
+    """Write the texts as loose JSON with numbered ids; returns the path."""
     path.write_text("".join(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(texts)))
     return path
 
 
 def run(tmp_path: Path, source: Path | str, **options) -> dict:
-    """The statistics of preprocessing `source` to `out` in a folder, in place of what is there."""
+    """Preprocess `source` to `tmp_path`/out, overwriting what is there; returns the statistics."""
     given = {"overwrite": True} | options
     return preprocess(PreprocessConfig(input=(str(source),), output_prefix=str(tmp_path / "out"), **given))
 
 
 def outputs(folder: Path) -> dict[str, bytes]:
-    """What preprocessing wrote there, statistics aside."""
+    """The bytes of the files that preprocessing wrote to the folder, by name, without the statistics."""
     return {path.name: path.read_bytes() for path in sorted(folder.glob("out*")) if "stats" not in path.name}
 
 
@@ -151,6 +154,6 @@ def documents(prefix: Path) -> list[list[int]]:
 
 
 def tool(*arguments: str | Path, cwd: Path, **options) -> subprocess.CompletedProcess:
-    """A run of the command line in a process of its own."""
+    """Run tools/preprocess_data.py with these arguments in its own process; returns the finished process."""
     return subprocess.run([sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *map(str, arguments)], cwd=cwd,
                           capture_output=True, text=True, timeout=60, **options)
