@@ -115,6 +115,7 @@ class _Watch:
 
 
 def _is_waiting(frame: FrameType) -> bool:
+    """Whether the frame is in torch.distributed, or in a file of _WAITING, where ranks wait for each other."""
     path = frame.f_code.co_filename
     return path.endswith(_WAITING) or "/torch/distributed/" in path
 
