@@ -3,8 +3,8 @@
     python -m tests.golden.soak [--steps 2000] [--every 100] [--seed 0]
 
 Two ranks run under the project's launcher. On average one fault comes every `--every` steps: a rank is killed (SIGKILL;
-the launcher starts the ranks again); a rank is frozen (SIGSTOP; after six seconds the other gives it up, and the
-launcher starts both again); the launcher is asked to stop (it saves, exits with 0 and is started again); a device
+the launcher starts the ranks again); a rank is frozen (SIGSTOP; after six seconds the other stops waiting for it, and
+the launcher starts both again); the launcher is asked to stop (it saves, exits with 0 and is started again); a device
 computes a wrong gradient (the run goes back and repeats the step); the disk refuses a checkpoint. The exit status is 1
 if the run did not reach its end, resumed from less than had been saved, ended with other bits than an undisturbed run,
 left an unfinished file, or if its memory or open files grew.
