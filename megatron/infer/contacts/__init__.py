@@ -1,1 +1,1 @@
-"""Which residues touch: told by a model, its weights fitted on structures, compared with the truth, drawn."""
+"""Contact prediction: which residues of a protein touch, fitted on structures, evaluated against them, and drawn."""

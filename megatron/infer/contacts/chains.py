@@ -1,4 +1,8 @@
-"""Proteins whose structure is known: which pairs of residues touch. Shapes: r residues of a protein, p pairs."""
+"""Protein chains with known structures, and which pairs of their residues are in contact.
+
+Two residues are in contact if their atoms are less than CUTOFF_ANGSTROM apart. Pairs count if they are at least
+LEAST_SEPARATION apart in the sequence. Shapes: r residues of a protein, p pairs.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,29 +13,32 @@ from torch import Tensor
 from megatron.errors import DataError
 
 CUTOFF_ANGSTROM = 8.0
-LEAST_SEPARATION = 6  # along the sequence, of pairs that count
+LEAST_SEPARATION = 6  # in the sequence, of pairs that count
 
 
 @dataclass(frozen=True)
 class Chain:
-    """A protein's residues, and where an atom of each is, fp32 [r, 3] in angstrom, NaN where unresolved."""
+    """A protein's name, its residues, and the coordinates of one atom per residue.
+
+    `atoms_r3`: fp32 in angstrom, NaN for unresolved residues.
+    """
 
     name: str
     sequence: str
     atoms_r3: Tensor
 
     def cropped(self, size: int | None) -> "Chain":
-        """Its first residues; None: all."""
+        """The chain's first `size` residues; None: all."""
         return Chain(self.name, self.sequence[:size], self.atoms_r3[:size])
 
     def pairs(self) -> "Pairs":
-        """All pairs of resolved residues that are far enough apart in the sequence."""
+        """All pairs of resolved residues at least LEAST_SEPARATION apart in the sequence."""
         return pairs_of(self.atoms_r3)
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of residues by their places, and whether they touch."""
+    """Pairs of residues by their indices, counted from 0, and whether they are in contact."""
 
     first_p: Tensor
     second_p: Tensor
@@ -39,7 +46,9 @@ class Pairs:
 
 
 def pairs_of(atoms_r3: Tensor) -> Pairs:
-    """All pairs of residues whose atoms are there, NaN where they are not, that are far enough apart in the sequence.
+    """All pairs of resolved residues at least LEAST_SEPARATION apart in the sequence.
+
+    `atoms_r3`: an atom per residue, in angstrom, NaN for unresolved residues.
     """
     first_p, second_p = torch.triu_indices(len(atoms_r3), len(atoms_r3), LEAST_SEPARATION).unbind()
     distance_p = (atoms_r3[first_p] - atoms_r3[second_p]).norm(dim=1)
@@ -48,10 +57,10 @@ def pairs_of(atoms_r3: Tensor) -> Pairs:
 
 
 def structures_of(proteins: Mapping[str, str], chains: Sequence[Chain]) -> dict[str, Chain]:
-    """The structure of each protein that has one, by the protein's name; `proteins` has the residues of each name.
+    """The structures of the proteins that have one, by protein name; `proteins` maps names to sequences.
 
-    A chain is that of the protein of its name; one chain is that of one protein, whatever they are called. Raises
-    DataError where no name is the same, and where a chain has other residues than its protein.
+    Chains and proteins are matched by name; a single chain and a single protein match whatever their names. Raises
+    DataError if there are chains but none matches, and if a chain's sequence differs from its protein's.
     """
     by_name = {chain.name: chain for chain in chains}
     found = {name: by_name[name] for name in proteins if name in by_name}

@@ -1,8 +1,8 @@
-"""Contacts from how a change of one residue changes what is said of the others: the categorical Jacobian.
+"""Contact scores from the categorical Jacobian: how substituting one residue changes the logits of all the others.
 
-Zhang et al., 2024, bioRxiv 2024.01.30.577970. It needs no structures to be fitted on and no attention maps, but as many
-proteins through the model as there are substitutions. Computed as in the published program, which takes all changes
-together, r·20·r·20 numbers in fp32. Shapes: r residues, a letters put in, b letters told.
+Zhang et al., 2024, bioRxiv 2024.01.30.577970. The method needs neither structures to fit nor attention maps, but one
+forward pass of the protein for each possible substitution. As in the published program, the whole Jacobian is in memory
+at once: r·20·r·20 numbers in fp32. Shapes: r residues, a amino acids substituted, b amino acids predicted.
 """
 
 from collections.abc import Callable
@@ -22,13 +22,14 @@ from megatron.parallel.mesh import Axis
 
 def jacobian_contacts(pretrained: Pretrained, ids: np.ndarray, budget: int | None = None,
                       progress: Callable[[int], object] = lambda residues: None) -> np.ndarray:
-    """How much two residues depend on each other, fp32 [r, r]: no probability, but the higher, the likelier a contact.
+    """How strongly residues depend on each other, fp32 [r, r]: not probabilities, but higher means a likelier contact.
 
-    Of each residue all 20 letters are put in; the logits of the 20 letters of every residue are centred along each of
-    the four dimensions and made symmetric; a pair's score is the Frobenius norm of its 20 x 20, the diagonal 0, less
-    the average product. `ids`: a protein as `Pretrained.encode` gives it. `budget`: the tokens of a row, by default as
-    memory allows. `progress` hears of residues that are done. Tensor ranks call this together and get the same. Raises
-    ConfigError where memory does not hold that many numbers.
+    Each residue is replaced by each of the 20 amino acids. The logits of the 20 amino acids at every residue are
+    centred along each of the four dimensions and symmetrised. A pair's score is the Frobenius norm of its 20 x 20
+    block, with 0 on the diagonal, after average product correction. `ids`: a protein as `Pretrained.encode` returns it.
+    `budget`: the tokens of a row, by default as many as memory allows. `progress` is called with the number of residues
+    just finished. All tensor ranks call this together and get the same result. Raises ConfigError if the Jacobian does
+    not fit into the host's free memory.
     """
     jacobian_rarb = _logits(pretrained, ids, budget, progress)
     for dim in range(4):
@@ -42,7 +43,7 @@ def jacobian_contacts(pretrained: Pretrained, ids: np.ndarray, budget: int | Non
 
 
 def check_memory(num_residues: int, axis: Axis) -> None:
-    """Raises ConfigError on all ranks of an axis where the host of one has no memory for the Jacobian."""
+    """Raise ConfigError on all ranks of an axis if on any of them the host has too little memory for the Jacobian."""
     needed = 4 * (num_residues * len(AMINO_ACIDS))**2
     if any(all_gather_object(needed > free_bytes(torch.device("cpu")), axis)):
         raise ConfigError(f"the Jacobian of {num_residues} residues takes {needed / 2**30:.1f} GiB, more than is free; "
@@ -51,9 +52,10 @@ def check_memory(num_residues: int, axis: Axis) -> None:
 
 def _logits(pretrained: Pretrained, ids: np.ndarray, budget: int | None, progress: Callable[[int], object]
             ) -> np.ndarray:
-    """Those of the 20 letters at each residue, for each letter at each residue, fp32 [r, a, r, b].
+    """The logits of the 20 amino acids at each residue, for each substitution at each residue, fp32 [r, a, r, b].
 
-    What the unchanged protein has need not be taken off: it is the same for all letters put in.
+    The logits of the unchanged protein need not be subtracted: they are the same for all substitutions, and centring
+    removes them.
     """
     size, letters = len(ids) - pretrained.num_ends, [pretrained.vocab.ids[letter] for letter in AMINO_ACIDS]
     check_memory(size, pretrained.mesh.tensor)
@@ -71,7 +73,7 @@ def _logits(pretrained: Pretrained, ids: np.ndarray, budget: int | None, progres
 
 
 def _with_letter(ids: np.ndarray, place: int, letter: int) -> np.ndarray:
-    """A protein between its ends with another letter as residue number `place`, from 0."""
+    """A copy of the ids with `letter`, a token id, at residue `place`, counted from 0 after the first end token."""
     changed = ids.copy()
     changed[1 + place] = letter
     return changed

@@ -1,7 +1,7 @@
-"""Logistic regression with an L1 penalty, fitted to the optimum by proximal Newton steps, as glmnet and liblinear do.
+"""Logistic regression with an L1 penalty, fitted to the optimum by proximal Newton steps, as in glmnet and liblinear.
 
-Each step minimises the loss's second-order model plus the penalty by coordinate descent on the features' Hessian (Lee,
-Sun and Saunders, 2014, arXiv 1206.1623). Shapes: p pairs (examples), f features.
+Each step minimises the loss's quadratic approximation plus the penalty by coordinate descent on the Hessian (Lee, Sun
+and Saunders, 2014, arXiv 1206.1623). Shapes: p pairs (examples), f features.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-ROWS_AT_ONCE = 1 << 14  # in fp64
+ROWS_AT_ONCE = 1 << 14  # examples that are converted to fp64 together
 MAX_STEPS, MAX_SWEEPS, MAX_HALVINGS = 50, 200, 20
-SUFFICIENT = 0.01  # of the fall that the slope promises
+SUFFICIENT = 0.01  # share of the predicted decrease that a step must reach (Armijo's condition)
 
 
 def fit(features: Sequence[Tensor], labels: Sequence[Tensor], c: float, tolerance: float = 1e-3) -> Tensor:
-    """The weights and behind them the bias, fp64 [f + 1], that minimise |w|₁ + c Σ log loss; the bias is free.
+    """The weights followed by the bias, fp64 [f + 1], that minimise |w|₁ + c Σ log loss; the bias is not penalised.
 
-    `features` [p, f] and `labels` [p], bool, come in pieces, none of which is copied whole. `tolerance`: how far from
-    the optimum any derivative may be, of a penalty of 1.
+    `features` [p, f] and `labels` [p], bool, are lists of chunks, none of which is copied whole. `tolerance`: the
+    largest violation of the optimality conditions at which fitting stops, where the penalty's slope is 1.
     """
     penalty = np.append(np.ones(features[0].shape[1]), 0.0)
     share = float(torch.cat(list(labels)).double().mean().clamp(1e-9, 1 - 1e-9))
@@ -42,14 +42,14 @@ def fit(features: Sequence[Tensor], labels: Sequence[Tensor], c: float, toleranc
 
 
 def violation(theta: np.ndarray, gradient: np.ndarray, penalty: np.ndarray) -> float:
-    """How far from 0 the nearest subgradient of loss plus penalty is, in its largest component."""
+    """The largest component, in absolute value, of the subgradient of loss plus penalty that is closest to 0."""
     at_zero = np.maximum(np.abs(gradient) - penalty, 0)
     return float(np.where(theta == 0, at_zero, np.abs(gradient + penalty * np.sign(theta))).max())
 
 
 def _derivatives(features: Sequence[Tensor], labels: Sequence[Tensor], c: float,
                  theta: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-    """The summed loss times c, its gradient [f + 1] and its Hessian [f + 1, f + 1]."""
+    """c times the summed loss, its gradient [f + 1] and its Hessian [f + 1, f + 1]."""
     weights, size = torch.from_numpy(theta), len(theta)
     loss, gradient, hessian = 0.0, torch.zeros(size).double(), torch.zeros(size, size).double()
     for x, y in _pieces(features, labels):
@@ -62,14 +62,14 @@ def _derivatives(features: Sequence[Tensor], labels: Sequence[Tensor], c: float,
 
 
 def _pieces(features: Sequence[Tensor], labels: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Features with a column of ones, and labels, in fp64."""
+    """Chunks of the features with a column of ones appended, and of the labels, both in fp64."""
     for whole, labels_of_whole in zip(features, labels, strict=True):
         for x, y in zip(whole.split(ROWS_AT_ONCE), labels_of_whole.split(ROWS_AT_ONCE), strict=True):
             yield F.pad(x.double(), (0, 1), value=1.0), y.double()
 
 
 def _newton_step(theta: np.ndarray, gradient: np.ndarray, hessian: np.ndarray, penalty: np.ndarray) -> np.ndarray:
-    """What leads from `theta` to the least of the second-order model plus the penalty, by coordinate descent."""
+    """The step from `theta` to the minimum of the quadratic approximation plus the penalty, by coordinate descent."""
     new, slope, widths = theta.copy(), gradient.copy(), hessian.diagonal()
     for _ in range(MAX_SWEEPS):
         farthest = 0.0

@@ -1,4 +1,4 @@
-"""Where predictions go: a file of all scores in one of the forms of embeddings, or a table of pairs a protein.
+"""Writes predicted contacts: all scores in one file, in a format of embeddings, or a table of pairs per protein.
 
 Shapes: r residues of a protein.
 """
@@ -20,10 +20,10 @@ Write = Callable[[str, np.ndarray], None]
 
 @contextmanager
 def output(path: Path, threshold: float | None, score: str) -> Iterator[Write]:
-    """What writes one protein's scores [r, r] after another, under its name.
+    """A context that yields a function which writes one protein's scores [r, r] under its name.
 
-    Into a .npz, .h5 or .parquet, which appears when the context ends well; where `path` has no such ending, into
-    PATH/NAME.tsv those of `best_pairs`, `score` being what they are called at the head.
+    If `path` has an ending (.npz, .h5 or .parquet), all scores go into that file, which appears when the context ends
+    without an error. Otherwise the pairs of `best_pairs` go into PATH/NAME.tsv; `score` is the header of their column.
     """
     if path.suffix:
         with writer(path, Asked(("contacts",), ())) as write_answer:
@@ -39,9 +39,9 @@ def output(path: Path, threshold: float | None, score: str) -> Iterator[Write]:
 
 
 def best_pairs(scores_rr: np.ndarray, threshold: float | None) -> list[tuple[int, int, float]]:
-    """Pairs of residues, which count from 1, with their scores, the highest first.
+    """Pairs of residues, numbered from 1, with their scores, in descending order of score.
 
-    Of pairs that are far enough apart in the sequence, those above `threshold`; None: as many as there are residues.
+    Only pairs at least LEAST_SEPARATION apart in the sequence: those above `threshold`, or if it is None the r best.
     """
     first, second = np.triu_indices(len(scores_rr), LEAST_SEPARATION)
     scores = scores_rr[first, second]

@@ -1,4 +1,4 @@
-"""A protein's contacts in one picture: what a model predicts above the diagonal, what its structure has below.
+"""Draws a protein's contact map: the model's prediction above the diagonal, the structure's contacts below.
 
 Shapes: r residues of a protein.
 """
@@ -12,15 +12,15 @@ from matplotlib.figure import Figure
 from megatron.files import replacing
 from megatron.infer.contacts.chains import CUTOFF_ANGSTROM, LEAST_SEPARATION, Chain
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#E4E4E4"  # Okabe and Ito's, which the colour-blind tell apart
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#E4E4E4"  # Okabe and Ito's palette, safe for the colour-blind
 INCHES, DPI = 6.2, 160
 
 
 def draw_contacts(path: Path, title: str, scores_rr: np.ndarray, are_probabilities: bool, truth: Chain | None) -> None:
-    """Write the picture of one protein as PNG to `path`.
+    """Write the contact map of one protein as PNG to `path`.
 
-    Of a structure, pairs of unresolved residues are grey, and pairs that are nearer in the sequence than those that
-    count are left out on both sides; without a structure both sides are the prediction's.
+    Below the diagonal, the structure's pairs with an unresolved residue are grey. Pairs closer than LEAST_SEPARATION in
+    the sequence are left out on both sides. Without a structure both sides show the prediction.
     """
     size = len(scores_rr)
     row, column = np.indices((size, size))
@@ -29,7 +29,7 @@ def draw_contacts(path: Path, title: str, scores_rr: np.ndarray, are_probabiliti
                                                 1e-9)
     figure = Figure(figsize=(INCHES, INCHES), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    extent = (0.5, size + 0.5, size + 0.5, 0.5)  # residues count from 1
+    extent = (0.5, size + 0.5, size + 0.5, 0.5)  # residues are numbered from 1
     image = axes.imshow(np.where(is_told, scores_rr, np.nan), cmap=LinearSegmentedColormap.from_list(
         "told", ["white", BLUE]), vmin=0, vmax=highest, extent=extent, interpolation="nearest")
     if truth is not None:
@@ -49,7 +49,7 @@ def draw_contacts(path: Path, title: str, scores_rr: np.ndarray, are_probabiliti
 
 
 def _below(truth: Chain, row: np.ndarray, column: np.ndarray) -> np.ndarray:
-    """What to draw below the diagonal: 2 a contact, 1 an unresolved pair, 0 none, and -1 on the other side."""
+    """What to draw below the diagonal: 2 contact, 1 unresolved pair, 0 no contact; -1 for all that is not drawn."""
     atoms_r3 = truth.atoms_r3.numpy()
     distance_rr = np.linalg.norm(atoms_r3[:, None] - atoms_r3[None], axis=2)
     kind = np.where(np.isnan(distance_rr), 1, np.where(distance_rr < CUTOFF_ANGSTROM, 2, 0))

@@ -1,6 +1,7 @@
-"""How many of the pairs that are told first do touch: P@L, P@L/2, P@L/5, by how far apart they are in the sequence.
+"""Precision of predicted contacts: P@L, P@L/2 and P@L/5, by ranges of separation in the sequence.
 
-Shapes: p pairs, q proteins.
+P@L is the share of true contacts among the L highest-scored pairs of a protein of L residues. Shapes: p pairs, q
+proteins.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,17 +14,18 @@ from megatron.infer.bootstrap import draws, interval
 from megatron.infer.contacts.chains import LEAST_SEPARATION, Pairs
 
 Ranges = Mapping[str, tuple[int, int | None]]
-# As CASP has it: the least separation of a range, and the first that is beyond it.
+# As in CASP: the least separation in each range, and the first beyond it.
 RANGES: Ranges = {"short": (LEAST_SEPARATION, 12), "medium": (12, 24), "long": (24, None),
                   "all": (LEAST_SEPARATION, None)}
-DIVISORS = (1, 2, 5)  # of the residues: as many pairs are told
+DIVISORS = (1, 2, 5)  # of L, for the number of pairs taken
 _RESAMPLES = 2000
 
 
 def precisions(scores_p: Tensor, pairs: Pairs, length: int, ranges: Ranges = RANGES) -> np.ndarray:
-    """The shares of contacts among the L, L/2, L/5 pairs of the highest scores, [4, 3]: of the ranges by DIVISORS.
+    """The precision among the L, L/2 and L/5 highest-scored pairs of each range, [4, 3] for `ranges` by DIVISORS.
 
-    L is `length`; where there are fewer pairs, among all; NaN where there are none. Equal scores rank at random.
+    L is `length`. If there are fewer pairs, all count; NaN if there are none. Ties are broken at random, by a fixed
+    seed.
     """
     order_p = torch.randperm(len(scores_p), generator=torch.Generator().manual_seed(0))
     found, separation_p = np.empty((len(ranges), len(DIVISORS))), pairs.second_p - pairs.first_p
@@ -36,7 +38,7 @@ def precisions(scores_p: Tensor, pairs: Pairs, length: int, ranges: Ranges = RAN
 
 
 def mean_and_interval(values_q: Sequence[float]) -> tuple[float, float, float]:
-    """The mean over proteins and the ends of its 95 % bootstrap interval (percentiles); NaN where no value is a number.
+    """The mean over proteins, without NaNs, and the ends of its 95 % bootstrap percentile interval; NaN if all are NaN.
     """
     known = np.array([value for value in values_q if not np.isnan(value)])
     if not len(known):

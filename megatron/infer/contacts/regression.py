@@ -1,8 +1,8 @@
-"""What attention maps say of contacts, and ESM's regression on it (Rao et al., 2021, bioRxiv 2020.12.15.422761).
+"""ESM's contact regression on attention maps: features, fitting (Rao et al., 2021, bioRxiv 2020.12.15.422761).
 
-Maps are symmetrised and corrected for their average product; a logistic regression with an L1 penalty, fitted on some
-chains, weighs the heads of all blocks. Other than there the bias is not penalised. Shapes: r residues and k tokens of a
-chain, n heads of a block, f heads of all blocks, p pairs.
+Attention maps are symmetrised and average-product corrected; a logistic regression with an L1 penalty, fitted on a few
+chains, weights the heads of all layers. Unlike in the paper, the bias is not penalised. Shapes: r residues and k tokens
+of a chain, n heads of a layer, f heads of all layers, p pairs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,10 +23,11 @@ C, NUM_FITTED = 0.15, 20
 
 def fitted(pretrained: Pretrained, chains: Sequence[Chain], c: float = C,
            progress: Callable[[int], object] = lambda chains: None) -> Tensor:
-    """The regression's weights, in the order of heads, and behind them its bias, fp64 [f + 1], fitted on `chains`.
+    """The regression's weights, in the order of the heads, followed by its bias, fp64 [f + 1], fitted on `chains`.
 
-    `c`: the weight of the loss against the penalty. `progress` hears of each chain. The model is whole on one rank.
-    Chains longer than the model's positions are cropped. Raises DataError where no pair touches, or all do.
+    `c`: the weight of the loss relative to the penalty. `progress` is called with 1 after each chain. The whole model
+    must be on one rank. Chains longer than the model's positions are cropped. Raises DataError if no pair is a contact,
+    or if all are.
     """
     features, touches = [], []
     for chain in chains:
@@ -42,12 +43,12 @@ def fitted(pretrained: Pretrained, chains: Sequence[Chain], c: float = C,
 
 
 def drawn(chains: Sequence[Chain], number: int, seed: int) -> list[Chain]:
-    """So many of the chains, drawn at random, the same for every model."""
+    """`number` of the chains, drawn at random without replacement; the same `seed` gives every model the same ones."""
     return [chains[place] for place in np.random.default_rng(seed).permutation(len(chains))[:number]]
 
 
 def pair_features(pretrained: Pretrained, chain: Chain, pairs: Pairs) -> Tensor:
-    """What the heads of all blocks say of each pair, fp32 [p, f], on the CPU."""
+    """The corrected attention of each pair in the heads of all layers, fp32 [p, f], on the CPU."""
     parts: list[Tensor] = []
     residues = slice(1, 1 + len(chain.sequence))
 
@@ -61,7 +62,10 @@ def pair_features(pretrained: Pretrained, chain: Chain, pairs: Pairs) -> Tensor:
 
 
 def corrected(maps_nrr: Tensor) -> Tensor:
-    """Each map plus its transpose, less its average product (Dunn et al., 2008, doi 10.1093/bioinformatics/btm604)."""
+    """The symmetrised maps after average product correction, [n, r, r]: M + Mᵀ less the product of its margins.
+
+    The margins' product is divided by the sum of all (Dunn et al., 2008, doi 10.1093/bioinformatics/btm604).
+    """
     sums_nrr = maps_nrr + maps_nrr.transpose(1, 2)
     margins_nr = sums_nrr.sum(2)
     return sums_nrr - margins_nr[:, :, None] * (margins_nr / margins_nr.sum(1, keepdim=True))[:, None]

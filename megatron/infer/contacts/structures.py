@@ -1,7 +1,7 @@
-"""Structures, as chains of residues and where an atom of each is: PDB and mmCIF files (by gemmi), and JSON lines.
+"""Reads structures as `Chain`s, residues with the coordinates of an atom each: PDB, mmCIF (by gemmi) and JSON lines.
 
-NAME.pdb .ent .cif .mmcif (.gz)  the first model's protein chains, named NAME_CHAIN: C-beta atoms, C-alpha of glycine
-NAME.jsonl .json (.gz)           an object a line: id, seq, ca ([x, y, z] of C-alpha in angstrom, null where unresolved)
+NAME.pdb .ent .cif .mmcif (.gz)  protein chains of the first model, named NAME_CHAIN: C-beta atoms, C-alpha of glycine
+NAME.jsonl .json (.gz)           an object per line: id, seq, ca ([x, y, z] of C-alpha in angstrom, null if unresolved)
 """
 
 import gzip
@@ -23,10 +23,11 @@ _LETTERS = re.compile("[A-Z]+")
 
 
 def read_chains(words: Sequence[str]) -> list[Chain]:
-    """The chains of files and, by name, of all such files in folders, as the words of a command line name them.
+    """The chains of the files, and of all structure files in the folders, that the command-line arguments name.
 
-    A word is a path, or PATH:CHAIN,CHAIN of the chains alone (of JSON lines, by their ids). Raises DataError for what
-    cannot be read, or is not there, ConfigError where gemmi is needed and missing.
+    An argument is a path, or PATH:CHAIN,CHAIN for some chains only (for JSON lines: their ids). Files of a folder are
+    read in the order of their names. Raises DataError for files or chains that are missing, unreadable or of equal
+    names, and ConfigError if gemmi is needed but not installed.
     """
     found: list[Chain] = []
     for word in words:
@@ -45,7 +46,7 @@ def read_chains(words: Sequence[str]) -> list[Chain]:
 
 
 def _parted(word: str) -> tuple[Path, list[str]]:
-    """The path, and the chains behind a colon."""
+    """The path of an argument, and the chains named after its colon, if any."""
     path, colon, chains = word.rpartition(":")
     if colon and not Path(word).exists():
         return Path(path), chains.split(",")
@@ -53,7 +54,7 @@ def _parted(word: str) -> tuple[Path, list[str]]:
 
 
 def _chosen(file: Path, wanted: Sequence[str]) -> list[Chain]:
-    """All chains of a file, or those that are wanted, in that order."""
+    """The wanted chains of a file, in the order wanted; all if none is named."""
     try:
         labelled = list(_of_lines(file) if _ending(file) in _LINES else _of_coordinates(file))
     except OSError as error:
@@ -70,12 +71,12 @@ def _chosen(file: Path, wanted: Sequence[str]) -> list[Chain]:
 
 
 def _of_coordinates(file: Path) -> Iterator[tuple[str, Chain]]:
-    """The protein chains of the first model, by their letters."""
+    """The protein chains of the first model, each with its chain letter."""
     gemmi = _gemmi()
     if _ending(file) not in _COORDINATES:
         raise DataError(f"{file}: is no structure by its name; expected {', '.join(_COORDINATES + _LINES)}, plain or "
                         ".gz")
-    if not file.stat().st_size:  # and what is wrong with the path is said by the system, not by gemmi
+    if not file.stat().st_size:  # stat also raises the system's own error for a bad path, before gemmi
         return
     try:
         structure = gemmi.read_structure(str(file))
@@ -93,7 +94,7 @@ def _of_coordinates(file: Path) -> Iterator[tuple[str, Chain]]:
 
 
 def _of_polymer(name: str, polymer: Any, entity: Any) -> Chain:
-    """Every residue of the chain's SEQRES, resolved or not; without one, those that have coordinates."""
+    """The chain with all residues of its SEQRES record, resolved or not; without one, those with coordinates."""
     gemmi = _gemmi()
     residues = list(polymer.first_conformer())
     names = [gemmi.Entity.first_mon(names) for names in entity.full_sequence] if entity is not None else []
@@ -111,7 +112,7 @@ def _of_polymer(name: str, polymer: Any, entity: Any) -> Chain:
 
 
 def _of_lines(file: Path) -> Iterator[tuple[str, Chain]]:
-    """A chain an object, by its id, or its number where it has none."""
+    """The chain of each line's object, with its id, or with its line number if it has none."""
     opened = gzip.open if file.name.endswith(".gz") else open
     number = 0
     try:
@@ -137,7 +138,7 @@ def _of_object(fields: dict[str, Any], number: int) -> Chain:
 
 
 def _ending(file: Path) -> str:
-    """What kind of file its name says it is, in small letters."""
+    """The file's suffix in lower case, without .gz."""
     return Path(file.name.lower().removesuffix(".gz")).suffix
 
 
