@@ -1,7 +1,7 @@
-"""What stands in the masked-LM head's place where there is a task: from hidden states to its loss, or what it predicts.
+"""The task head, which replaces the masked-LM head in fine-tuning: hidden states to the task's loss or predictions.
 
-Computed in fp32, on every tensor rank alike. Shapes: u tokens of the stream on this rank, t of this context rank, h
-hidden, w features, g proteins as in `PackedSequence`, c classes; contacts: b blocks of l tokens.
+It computes in fp32, the same on every tensor rank. Shapes: u tokens of the residual stream on this rank, t tokens of
+this context rank, h hidden, w features, g proteins as in `PackedSequence`, c classes; contacts: b blocks of l tokens.
 """
 
 from dataclasses import dataclass
@@ -23,17 +23,18 @@ from megatron.parallel.parameters import Constant, Declaration, Initial, Normal,
 from megatron.parallel.tensor.stream import Stream
 
 POOLINGS = ("mean", "cls")
-_CONTACT_FEATURES = 128  # of a residue, at most
-_CONTACT_BIAS = -3.0  # at first some 5 % of the pairs are taken to touch, as about as many do
+_CONTACT_FEATURES = 128  # per residue, at most
+_CONTACT_BIAS = -3.0  # initially some 5 % probability of a contact, about the true rate
 
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """All that says what a head is, besides the model's shape.
+    """What defines a task head, besides the model's shape.
 
-    num_outputs: classes, or 1. num_ends: tokens around a protein. pooling: how a protein's residues become one. mean,
-    deviation: of the numbers to learn, of which the head gives how many deviations they lie from the mean.
-    class_weights: of the classes' shares in the loss (of several classes a protein: of those that are true); (): all 1.
+    kind: of labels, one of `finetune.data.tasks`. num_outputs: the number of classes, or 1. num_ends: end tokens of a
+    protein. pooling: "mean" or "cls", how residues' hidden states become a protein's. mean, deviation: of the numbers
+    to learn; the head's output is in standard deviations from the mean. class_weights: of the classes in the loss (with
+    several classes per protein: of the positive ones); (): all 1.
     """
 
     kind: str
@@ -47,7 +48,7 @@ class HeadSpec:
 
 
 class TaskHead(nn.Module):
-    """Dense, GeLU, dropout, outputs: of the residues' mean, of each residue, or of pairs of residues."""
+    """A dense layer, GeLU, dropout and an output layer, per protein (pooled), per residue, or per pair of residues."""
 
     def __init__(self, config: ModelConfig, spec: HeadSpec, stream: Stream) -> None:
         super().__init__()
@@ -59,26 +60,26 @@ class TaskHead(nn.Module):
 
     def forward(self, hidden_uh: Tensor, sequence: PackedSequence,
                 targets: TaskTargets | None) -> tuple[Tensor, Tensor] | Tensor:
-        """The loss, summed over what the batch's `num_targets` counts, fp32, and a 0; without targets, predictions.
+        """The fp32 loss, summed over what the batch's `num_targets` counts, and a 0; without targets, predictions.
 
-        Context ranks have a part of the loss each. Predictions are the same on all ranks: numbers [g]; probabilities of
-        classes [g, c]; a number of each token [t], probabilities of its class [t, c], t of all context ranks; for
-        contacts [t, 2, w + 1], of which the product of one token's first and another's second is the logit that they
-        touch.
+        The loss of the micro-batch is the sum of those of the context ranks. Predictions are the same on all ranks, by
+        kind: number [g]; class and classes, probabilities [g, c]; numbers [t] and residues, probabilities [t, c], with
+        t over all context ranks; contacts [t, 2, w + 1], where the dot product of one token's first vector and
+        another's second is the logit of their contact.
         """
         outputs = self._outputs(hidden_uh, sequence)
         if targets is None:
             return self._predictions(outputs)
         loss = getattr(self, f"_loss_of_{self.spec.kind}")(outputs, sequence, targets)
         if self.spec.kind not in (RESIDUES, NUMBERS) and self.stream.context.rank:
-            loss = loss * 0  # all context ranks have the same outputs: the first one's loss counts
+            loss = loss * 0  # all context ranks have the same outputs: only the first's loss counts
         return loss, torch.zeros_like(loss)
 
     def _pair_factors(self, features_tw: Tensor) -> tuple[Tensor, Tensor]:
-        """Two vectors of each token, [t, w + 1]: the first one's of i and the second one's of j give the logit of i, j.
+        """Two vectors per token, [t, w + 1] each: the first of i times the second of j is the logit of contact i, j.
 
-        It is a weighted product of features and a bias, symmetric, as TAPE's, whose differences of features cancel
-        when it makes its logits symmetric.
+        The logit is a weighted product of the features plus a bias, so it is symmetric. TAPE's head also takes the
+        features' differences, which cancel when it makes its logits symmetric.
         """
         bias_t1 = self.output.bias.float().expand(len(features_tw), 1)
         weighted_tw = features_tw * self.output.weight.float()
@@ -97,14 +98,14 @@ class TaskHead(nn.Module):
         return gather_slices(features_tw, context) if kind == CONTACTS else self.output(features_tw)
 
     def _all_tokens(self, hidden_uh: Tensor) -> Tensor:
-        """The hidden states [t, h] of this context rank's tokens."""
+        """The hidden states [t, h] of all of this context rank's tokens, gathered if tensor ranks split the stream."""
         if not self.stream.is_split:
             return hidden_uh
         places_t = torch.arange(len(hidden_uh) * self.stream.axis.size, device=hidden_uh.device)
         return self.stream.pick(hidden_uh, places_t)
 
     def _pooled(self, hidden_th: Tensor, sequence: PackedSequence) -> Tensor:
-        """The mean over each protein's residues, or its first token, [g, h]; 0 of one that is empty."""
+        """The mean over each protein's residues, or its first token, [g, h]; 0 for empty proteins."""
         context, start = self.stream.context, self.stream.context.rank * len(hidden_th)
         if self.spec.pooling == "cls":
             is_taken_t = sequence.positions_t == 0
@@ -117,8 +118,9 @@ class TaskHead(nn.Module):
         ends = (sequence.cu_seqlens.long() - start).clamp(0, len(hidden_th))
         sums_gx = torch.segment_reduce(values_tx, "sum", offsets=ends[:len(ends) - sequence.num_filler], axis=0,
                                        unsafe=True)
-        # Backward, all context ranks' gradients of the sums are summed, of which the first's alone is not 0.
-        sums_gx = sum_gradients(sum_outputs(sums_gx.clone(), context), context)  # in place, and autograd keeps them
+        # The sum over ranks is in place, and autograd keeps the result of segment_reduce: hence the clone. The backward
+        # pass sums the context ranks' gradients of the sums, of which only the first rank's is not 0.
+        sums_gx = sum_gradients(sum_outputs(sums_gx.clone(), context), context)
         return sums_gx[:, :-1] / sums_gx[:, -1:].clamp(min=1)
 
     def _predictions(self, outputs: Tensor) -> Tensor:
@@ -156,10 +158,13 @@ class TaskHead(nn.Module):
         return (errors_t.square() * ~labels_t.isnan()).sum()
 
     def _loss_of_contacts(self, features_tw: Tensor, sequence: PackedSequence, targets: TaskTargets) -> Tensor:
-        """A token is paired with those of its block of tokens and of the next, among which are all of its protein."""
+        """The loss, summed over pairs.
+
+        Each token is paired with those of its block and the next, which hold all later tokens of its protein.
+        """
         table_tx = all_gather(targets.labels[:len(sequence.tokens_t)], self.stream.context)
         proteins_t = proteins_of_tokens(sequence.cu_seqlens, 0, len(features_tw))
-        proteins_t = proteins_t.masked_fill(table_tx[:, 0] == 0, -1)  # what is not resolved is of none
+        proteins_t = proteins_t.masked_fill(table_tx[:, 0] == 0, -1)  # unresolved residues belong to none
         size = min(sequence.max_length, len(features_tw))
         first_tw, second_tw = self._pair_factors(features_tw)
         logits_bll = _blocks(first_tw, size, 0.0)[0] @ _blocks(second_tw, size, 0.0)[1].mT
@@ -168,7 +173,7 @@ class TaskHead(nn.Module):
         is_pair_bll = (first_b1l.mT == second_b1l) & (first_b1l.mT >= 0)
         is_pair_bll = is_pair_bll & (order - order[:size, None] >= LEAST_SEPARATION)
         offsets_blk = _blocks(table_tx[:, 1:], size, 0)[0]
-        # Those that a residue has not, or that were cropped away, go into a column behind all, which is taken off.
+        # Unused entries, and contacts with residues cropped away, go into an extra last column, which is then removed.
         places_blk = (order[:size, None] + offsets_blk).masked_fill(offsets_blk == 0, 2 * size).clamp(max=2 * size)
         touches_bll = logits_bll.new_zeros(*logits_bll.shape[:2], 2 * size + 1).scatter_(2, places_blk, 1.0)[:, :, :-1]
         losses_bll = F.binary_cross_entropy_with_logits(logits_bll, touches_bll, reduction="none")
@@ -176,13 +181,13 @@ class TaskHead(nn.Module):
 
     @cached_property
     def _weights(self) -> Tensor | None:
-        """The classes' weights on the device; made when they are first needed, for the head is born without values."""
+        """The class weights on the device; made at first use, because the head is built without values."""
         weights = self.spec.class_weights
         return torch.tensor(weights, device=self.dense.weight.device) if weights else None
 
 
 class _Dense(nn.Module):
-    """`x Wᵀ + b` in fp32, whole on every rank, of the head's group."""
+    """A linear layer x Wᵀ + b in fp32, unsharded on every rank; its parameters are in the group "head"."""
 
     def __init__(self, in_features: int, out_features: int, initial: Initial, initial_bias: Initial) -> None:
         super().__init__()
@@ -190,12 +195,15 @@ class _Dense(nn.Module):
         self.bias = whole_parameter((out_features,), Declaration(initial_bias, "head", decays=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[…, o]."""
+        """The layer's output, [..., out_features] in fp32."""
         return F.linear(x, self.weight.float(), self.bias.float())
 
 
 def _blocks(values_tx: Tensor, size: int, filler: float) -> tuple[Tensor, Tensor]:
-    """Blocks [b, l, x] of `size` tokens, and each with the next one [b, 2 l, x]; `filler` behind the last."""
+    """The tokens in blocks of `size` [b, l, x], and each block joined to the next [b, 2 l, x]; the end is padded.
+
+    `filler`: the value of the padding behind the last token.
+    """
     num_blocks = -(-len(values_tx) // size)
     padded = F.pad(values_tx, (0, 0, 0, (num_blocks + 1) * size - len(values_tx)), value=filler)
     blocks = padded.view(num_blocks + 1, size, -1)

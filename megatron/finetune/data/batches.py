@@ -1,10 +1,10 @@
-"""Labelled proteins packed into rows, and rows into micro-batches of one shape, the same for any data-parallel size.
+"""Packs labelled proteins into rows and rows into micro-batches of fixed shape, alike for any data-parallel size.
 
-What lies in which row depends on the seed and the epoch alone. A step takes `global_batch_size` rows in Megatron's
-order, as `data.batches.loader` has it; the last micro-batches have fewer rows, or none.
+Which proteins lie in which row depends only on the seed and the epoch. A step takes `global_batch_size` rows in
+Megatron's order, as in `data.batches.loader`; the last micro-batches of an epoch have fewer rows, or none.
 
-Shapes: t tokens of a micro-batch (this rank's share of them), g proteins and where there are fewer, empty ones, as in
-`PackedSequence`, c classes, r residues.
+Shapes: t tokens of a micro-batch (of this rank's share, with context parallelism), g proteins, padded with empty ones
+as in `PackedSequence`, c classes, r residues.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -36,9 +36,10 @@ NO_EXAMPLE = -1
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """How a run lays examples into rows and shares these out; `num_ends` as `DataConfig` has it.
+    """How a run packs examples into rows and distributes the rows over ranks.
 
-    token_multiple, share, num_shares: as `BatchShape` has them, for tensor and context parallelism.
+    num_ends: end tokens of a protein, as in `DataConfig`. token_multiple, share, num_shares: as in `BatchShape`, for
+    tensor and context parallelism.
     """
 
     seq_length: int
@@ -57,39 +58,43 @@ class BatchSettings:
 
     @property
     def max_residues(self) -> int:
-        """The most residues of a protein in a row."""
+        """The most residues of one protein that fit into a row."""
         return self.seq_length - self.num_ends
 
 
 @dataclass(frozen=True)
 class TaskTargets:
-    """The labels of a micro-batch, in its `targets`' place; all shapes are the same throughout a run.
+    """The labels of a micro-batch, which stand in its field `targets`; all shapes are constant throughout a run.
 
-    `residues` are the residues' classes: their places among the tokens here, and NO_TARGET where there is none. Of the
-    other kinds it has none, and `labels` are: number, float32 [g], 0 where there is no protein; class, int64 [g],
-    NO_TARGET there; classes, float32 [g, c] of 0 and 1, 0 there; numbers, that of each token's residue, float32 [t],
-    NaN for ends, filler and what does not count; contacts, the rows of `contacts`' table, int32 [t, 1 + k], 0 for ends
-    and filler: pairs are to be formed on the device. Residues have an empty one.
+    `residues`: for the kind residues, the classes and their indices among this rank's tokens, NO_TARGET in unused
+    entries; no targets for the other kinds. `labels`, by kind:
+    - number: float32 [g], 0 for empty proteins
+    - class: int64 [g], NO_TARGET for empty proteins
+    - classes: float32 [g, c] of 0 and 1, all 0 for empty proteins
+    - residues: empty
+    - numbers: float32 [t], of each token's residue, NaN for ends, filler and residues that do not count
+    - contacts: int32 [t, 1 + k], the rows of the tables that the module `contacts` describes, 0 for ends and filler;
+      the pairs are formed on the device
 
-    The batch's num_targets are the labels of the whole micro-batch: of residues and numbers those that count; of
-    contacts the pairs of resolved residues that are LEAST_SEPARATION or more apart; else one a protein. Where examples
-    have no label, it is 0.
+    The batch's `num_targets` counts the labels of the whole micro-batch: for residues and numbers, those that count;
+    for contacts, the pairs of resolved residues at least LEAST_SEPARATION apart; else one per protein. It is 0 if the
+    examples have no labels.
     """
 
     residues: Targets
     labels: Tensor
-    examples_g: Tensor  # int64, the number of each protein's example, NO_EXAMPLE where there is no protein
+    examples_g: Tensor  # int64, the index of each protein's example, NO_EXAMPLE for empty proteins
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "TaskTargets":
-        """The same with `function` of each tensor."""
+        """A copy with `function` applied to each tensor."""
         return TaskTargets(self.residues.map(function), function(self.labels), function(self.examples_g))
 
 
 class PackedExamples:
-    """The rows of some examples, epoch after epoch.
+    """The micro-batches of a set of examples, epoch by epoch.
 
-    In training each epoch has an order of its own, and a random window of a protein that is longer than a row; in
-    evaluation rows are those of epoch 0 always, in the file's order, and proteins begin at their first residue.
+    In training each epoch has its own order, and takes a random window of each protein that is longer than a row. In
+    evaluation every epoch is the same: examples in the file's order, and long proteins cropped to their beginning.
     """
 
     def __init__(self, examples: Sequence[Example], space: LabelSpace, vocab: Vocab, settings: BatchSettings,
@@ -99,25 +104,25 @@ class PackedExamples:
         self._lengths = np.array([len(example.ids) for example in examples], dtype=np.int64)
         self._packed = lru_cache(maxsize=2)(self._pack)
         self._width = max((example.label.shape[1] for example in examples if example.label is not None), default=1
-                          ) if space.kind == CONTACTS else 1  # of the contacts' tables
+                          ) if space.kind == CONTACTS else 1  # of the contact tables
         self._shape = self._batch_shape()
 
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
-        """This rank's micro-batches of each global batch of an epoch, from its `first_step` on."""
+        """This rank's micro-batches, a list for each global batch of the epoch from `first_step` on."""
         size = self._settings.global_batch_size
         for first in range(first_step * size, self.num_rows(epoch), size):
             yield self._step(self._epoch(epoch), first)
 
     def num_rows(self, epoch: int) -> int:
-        """The rows of an epoch; epochs differ by a few."""
+        """The number of rows of an epoch; it varies slightly from epoch to epoch."""
         return len(self._packed(self._epoch(epoch)))
 
     def num_steps(self, epoch: int) -> int:
-        """The global batches of an epoch."""
+        """The number of global batches of an epoch, the last of which may be smaller."""
         return -(-self.num_rows(epoch) // self._settings.global_batch_size)
 
     def describe(self, name: str) -> str:
-        """What there is and how it is packed, in one line for the log."""
+        """The number of examples and rows and how full the rows are, as one line for the log."""
         settings, num_long = self._settings, int((self._lengths > self._settings.max_residues).sum())
         tokens = int(np.minimum(self._lengths, settings.max_residues).sum()) + settings.num_ends * len(self._lengths)
         what = "a random window" if self._is_training else "the beginning"
@@ -154,7 +159,7 @@ class PackedExamples:
                 for rows in islice(of_rank, settings.global_batch_size // (size * num_ranks))]
 
     def _num_labels(self, number: int, window: slice) -> int:
-        """What a part of an example adds to the batch's `num_targets`."""
+        """How many labels a window of an example adds to the batch's `num_targets`."""
         label = self.examples[number].label
         if label is None:
             return 0
@@ -168,7 +173,7 @@ class PackedExamples:
         return 1
 
     def _parts(self, epoch: int, row: int) -> list[tuple[int, slice]]:
-        """The examples of a row by number, and which of their residues are in it."""
+        """The examples of a row: their indices, and the windows of their residues that are in it."""
         return [(number, self._window(epoch, number)) for number in self._packed(epoch).row(row).tolist()]
 
     def _window(self, epoch: int, number: int) -> slice:
@@ -193,7 +198,7 @@ class PackedExamples:
         return replace(batch, targets=targets, num_targets=sum(self._num_labels(*part) for part in joined))
 
     def _row(self, parts: Sequence[tuple[int, slice]]) -> Row:
-        """The tokens of a row and, where residues have labels, its targets."""
+        """The tokens of a row and, for the kind residues with labels, its targets."""
         tokens_t = between_ends([self.examples[number].ids[window] for number, window in parts],
                                 (self._vocab.cls_id, self._vocab.sep_id)[:self._settings.num_ends])
         lengths = np.array([window.stop - window.start for _, window in parts]) + self._settings.num_ends
@@ -207,7 +212,7 @@ class PackedExamples:
         return Row(tokens_t, lengths, positions_m, labels_t[positions_m])
 
     def _labels(self, parts: Sequence[tuple[int, slice]], num_proteins: int) -> np.ndarray:
-        """`TaskTargets.labels` of proteins one behind the other."""
+        """`TaskTargets.labels` for these proteins, in order; placeholders if any of them has no label."""
         kind, found = self._space.kind, [self.examples[number].label for number, _ in parts]
         is_labelled = all(label is not None for label in found)
         if kind in (NUMBERS, CONTACTS) and is_labelled:
@@ -221,7 +226,7 @@ class PackedExamples:
         return empty
 
     def _of_tokens(self, parts: Sequence[tuple[int, slice]]) -> np.ndarray:
-        """Labels of residues at their tokens, [t] or [t, 1 + k], of this rank's share of the tokens."""
+        """The labels of this rank's share of the tokens, [t] for numbers or [t, 1 + k] for contacts."""
         num_tokens, start = self._shape.num_tokens, 0
         labels_tx = (np.full((num_tokens, 1), np.nan, np.float32) if self._space.kind == NUMBERS else
                      np.zeros((num_tokens, self._width), np.int32))
