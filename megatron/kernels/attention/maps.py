@@ -1,8 +1,9 @@
-"""Attention with its maps: the probabilities with which each residue attends to the others, one protein at a time.
+"""Attention that also returns its maps: the probabilities with which tokens attend to each other, a protein at a time.
 
-What computes the context knows of each query the softmax's sum; from that, queries and keys each probability follows,
-so that a map is written once and never read again: by a Triton kernel on GPUs, elsewhere by one matrix product. Without
-dropout, and without gradients. Shapes as in `packed`, k tokens of a protein.
+The kernels that compute the context keep the softmax statistics of each query. Together with queries and keys these
+give each probability directly, so a map is written in one pass and never read back: by a Triton kernel on GPUs, by a
+matrix product elsewhere. There is no dropout and no gradient.
+Shapes: t tokens, n heads in g groups of c = q + 2 rows (queries, key, value) of width d; k tokens of a protein.
 """
 
 import math
@@ -24,11 +25,12 @@ from megatron.kernels.packed_sequence import PackedSequence, protein_lengths
 @torch.no_grad()
 def attention_with_maps(qkv_tgcd: Tensor, sequence: PackedSequence,
                         window: Window = None) -> tuple[Tensor, Iterator[Tensor]]:
-    """The context [t, n, d], and of each protein that is not empty the probabilities [n, k, k] (queries, keys; fp32).
+    """The context [t, n, d], and for each non-empty protein the probabilities [n, k, k] (queries, keys; fp32).
 
-    Each map is made when it is asked for: memory holds that of one protein. The host waits for the proteins' lengths.
+    Each map is computed when the iterator reaches it, so only one need be in memory. The host waits for the lengths of
+    the proteins. `window`: how many tokens before and after itself a query attends to; None: all of its protein.
     """
-    qkv_tgcd = qkv_tgcd.detach()  # the maps are made after this has ended
+    qkv_tgcd = qkv_tgcd.detach()  # the maps are made after this function, and its no_grad, has ended
     lengths = protein_lengths(sequence.cu_seqlens, sequence.num_filler)
     name = choose(qkv_tgcd, False, window)
     if name in ("varlen", "triton") and runs_triton(qkv_tgcd):
@@ -43,14 +45,15 @@ def attention_with_maps(qkv_tgcd: Tensor, sequence: PackedSequence,
 
 
 def maps_by_softmax(qkv_tgcd: Tensor, lengths: Sequence[int], window: Window) -> Iterator[Tensor]:
-    """By PyTorch alone, from queries and keys."""
+    """The maps, computed with PyTorch from queries and keys alone."""
     for protein in _proteins(lengths):
         yield _scores(qkv_tgcd[protein], window).softmax(-1)
 
 
 def maps_by_statistics(qkv_tgcd: Tensor, statistics_tgq2: Tensor, lengths: Sequence[int],
                        window: Window) -> Iterator[Tensor]:
-    """From what the compiled helper keeps: the softmax's largest score, as an exponent of 2, and 1 / its sum."""
+    """The maps, from the statistics of the compiled CPU code: the softmax's largest score, in base 2, and 1 / its sum.
+    """
     for protein in _proteins(lengths):
         largest_nk, inverse_nk = statistics_tgq2[protein].flatten(1, 2).unbind(-1)
         scores_nkk = _scores(qkv_tgcd[protein], window).div_(math.log(2)).sub_(largest_nk.t()[:, :, None])
@@ -58,7 +61,7 @@ def maps_by_statistics(qkv_tgcd: Tensor, statistics_tgq2: Tensor, lengths: Seque
 
 
 def maps_by_triton(qkv_tgcd: Tensor, logsumexp_nt: Tensor, lengths: Sequence[int], window: Window) -> Iterator[Tensor]:
-    """From what the fused operator keeps: the base-2 logarithm of the softmax's sum."""
+    """The maps, from the fused GPU operator's statistics: the base-2 logsumexp of each query."""
     from megatron.kernels.attention.maps_triton import launch_map  # it imports Triton, which may be missing
 
     qkv_tgcd = qkv_tgcd.contiguous()
@@ -75,7 +78,7 @@ def _proteins(lengths: Sequence[int]) -> Iterator[slice]:
 
 
 def _scores(qkv_kgcd: Tensor, window: Window) -> Tensor:
-    """[n, k, k] of one protein in fp32, -inf where a window ends."""
+    """The scaled scores of one protein [n, k, k] in fp32, -inf outside the window."""
     num_groups, num_rows, width = qkv_kgcd.shape[1:]
     rows_gckd = qkv_kgcd[:, :, :-1].permute(1, 2, 0, 3).float()
     query_gxd, key_gkd = rows_gckd[:, :-1].flatten(1, 2) * width**-0.5, rows_gckd[:, -1]

@@ -1,7 +1,8 @@
-"""The Triton kernel of `megatron.kernels.attention.maps`: probabilities from queries, keys and the softmax's sums.
+"""The Triton kernel for `megatron.kernels.attention.maps`: attention probabilities from queries, keys and logsumexps.
 
-A program makes one tile of the map of one head, from as many queries and keys. Every number is written once, in fp32,
-and nothing is read but queries, keys and sums.
+Each program computes one square tile of one head's map. Every probability is written once, in fp32; only queries, keys
+and logsumexps are read. Shapes: t tokens, n heads in g groups of c rows (queries, key, value) of width d; k tokens of
+the protein.
 """
 
 import triton
@@ -15,11 +16,14 @@ _LOG2_E = 1.4426950408889634
 
 def launch_map(qkv_tgcd: Tensor, logsumexp_nt: Tensor, start: int, window: tuple[int, int] | None,
                map_nkk: Tensor) -> None:
-    """Fill `map_nkk`, of the protein that begins with token `start`. Queries, keys and values lie without gaps."""
+    """Fill `map_nkk` (queries, keys) for the protein that begins at token `start`; `qkv_tgcd` is contiguous.
+
+    `logsumexp_nt` is in base 2. `window`: how many tokens before and after itself a query attends to; None: all.
+    """
     num_tokens, num_groups, num_rows, width = qkv_tgcd.shape
     num_heads, length = map_nkk.shape[:2]
     columns = max(16, triton.next_power_of_2(width))
-    # The largest that do not spill; fp32 products of more columns keep more of them in registers.
+    # The largest blocks that do not spill registers; fp32 products of wider heads need more registers.
     block = 64 if qkv_tgcd.element_size() == 2 else 32 if columns <= 64 else 16
     blocks = triton.cdiv(length, block)
     before, behind = window or (length, length)

@@ -1,15 +1,17 @@
-"""Attention of packed proteins on GPUs, as Triton kernels: `megatron.kernels.attention.fused` launches them.
+"""Triton kernels for attention inside packed proteins on GPUs; `megatron.kernels.attention.fused` launches them.
 
-FlashAttention's way (Dao, 2023, arXiv 2307.08691): scores never reach memory; of the softmax the base-2 logarithm of
-its sum is kept for each query, and the backward pass makes the scores anew. A program has a block of tokens of the flat
-line, whatever proteins lie in it: it finds their ends by bisection in `ends`, which only the device reads, so that the
-grid depends on shapes alone. Of the other side's tokens it goes over those that one of its own may see: other blocks
-cost nothing, nor does filler, whose contexts and gradients are 0. Every sum is of one program, in one order: the same
-bits each time. What dropout keeps depends on the seed, head, query's and key's place alone, not on blocks.
+The algorithm is FlashAttention-2 (Dao, 2023, arXiv 2307.08691): scores never reach memory; the forward pass stores the
+base-2 logsumexp of each query, and the backward pass recomputes the scores. A program handles a block of tokens of the
+packed line, whatever proteins lie in it. It finds their boundaries by binary search in `ends`, which only the device
+reads, so that the grid depends on shapes alone. It iterates only over the range of tokens on the other side that
+interact with its own: other blocks cost nothing, nor does filler, whose contexts and gradients are 0. Every sum is
+computed by one program in a fixed order, so results are bitwise reproducible. The dropout mask depends only on the
+seed, the head and the places of query and key, not on the blocks.
 
-Names: a place is a token's number among those of all ranks; queries here begin at place `first`. `before` and `behind`
-are how far a query sees. Shapes of tiles: [queries, keys], [queries, columns], ...; columns are the head's width,
-filled up to a power of two. A tensor's TOKEN and GROUP: how many elements lie from one token, one group, to the next.
+Names: a place is a token's index among the tokens of all ranks; the queries here begin at place `first`. `before` and
+`behind` are how many tokens before and after itself a query sees. Shapes of tiles: [queries, keys], [queries, columns],
+...; columns are the head's width, padded to a power of two. A tensor's TOKEN and GROUP are its strides, in elements,
+from one token and from one group to the next.
 """
 
 import triton
@@ -18,7 +20,7 @@ import triton.language as tl
 from megatron.kernels.dropout_triton import drawn, drawn_by_column
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-_AS_THEY_COME = "num_proteins", "first", "before", "behind"  # numbers of which none is worth code of its own
+_AS_THEY_COME = "num_proteins", "first", "before", "behind"  # no value of these is worth a specialised kernel
 
 
 @triton.jit(do_not_specialize=_AS_THEY_COME)
@@ -27,7 +29,7 @@ def forward(query, key, value, context, logsumexp, seed, ends, num_proteins, num
             KEY_TOKEN: tl.constexpr, KEY_GROUP: tl.constexpr, HEADS: tl.constexpr, QUERIES: tl.constexpr,
             WIDTH: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
             PRECISION: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr):
-    """Contexts and logarithms of sums of one block of queries and one head."""
+    """Store the contexts and logsumexps of one block of queries and one head."""
     begin, head = tl.program_id(0) * BLOCK_QUERIES, tl.program_id(1)
     num_real = tl.load(ends + num_proteins)
     last_query = tl.minimum(num_queries, num_real - first)
@@ -37,7 +39,7 @@ def forward(query, key, value, context, logsumexp, seed, ends, num_proteins, num
                        WIDTH, COLUMNS, BLOCK_QUERIES)
     key += head // QUERIES * KEY_GROUP
     value += head // QUERIES * KEY_GROUP
-    # Finite, so that keys that a query does not see leave it as it is.
+    # Finite rather than -inf, so that keys that a query does not see leave it unchanged.
     most = tl.full([BLOCK_QUERIES], -1e30, tl.float32)
     total = tl.zeros([BLOCK_QUERIES], tl.float32)
     summed = tl.zeros([BLOCK_QUERIES, COLUMNS], tl.float32)
@@ -71,7 +73,7 @@ def backward_queries(grad_context, query, key, value, context, logsumexp, produc
                      QUERIES: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr,
                      HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_QUERIES: tl.constexpr,
                      BLOCK_KEYS: tl.constexpr):
-    """Gradients of one block of queries and one head, and its `products`: of each context with its gradient."""
+    """Store the gradients of one block of queries and one head, and `products`: each context dot its gradient."""
     begin, head = tl.program_id(0) * BLOCK_QUERIES, tl.program_id(1)
     num_real = tl.load(ends + num_proteins)
     last_query = tl.minimum(num_queries, num_real - first)
@@ -111,11 +113,14 @@ def backward_keys(grad_context, query, key, value, logsumexp, products, grad_key
                   QUERIES: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr,
                   HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_QUERIES: tl.constexpr,
                   BLOCK_KEYS: tl.constexpr):
-    """Gradients of one block of keys and values and one group, from all its heads, after `backward_queries`."""
+    """Store the gradients of one block of keys and values of one group, summed over its heads.
+
+    It reads the `products` of `backward_queries`, which runs before.
+    """
     begin, group = tl.program_id(0) * BLOCK_KEYS, tl.program_id(1)
     num_real = tl.load(ends + num_proteins)
     last_query = tl.minimum(num_queries, num_real - first)
-    # The queries that see a key lie as far behind it as they see before themselves.
+    # A query sees a key `before` tokens back, so the queries that see a key lie up to `before` tokens after it.
     low, high = _seen(begin + tl.arange(0, BLOCK_KEYS), num_real, ends, num_proteins, behind, before, STEPS)
     low, high = tl.maximum(low, first), tl.minimum(high, first + last_query)
     key_tile = _rows(key + group * KEY_GROUP, begin, num_real, KEY_TOKEN, WIDTH, COLUMNS, BLOCK_KEYS)
@@ -153,10 +158,10 @@ def backward_keys(grad_context, query, key, value, logsumexp, products, grad_key
 
 @triton.jit
 def _seen(place, last, ends, num_proteins, before, behind, STEPS: tl.constexpr):
-    """The first place that each place sees, and the one behind the last; the same two for places from `last` on."""
-    low = place * 0  # of the boundaries up to the filler's, how many are known to be no further than the place
+    """The range of places that each place sees, as its start and stop; both are 0 for filler and from `last` on."""
+    low = place * 0  # number of boundaries, up to the filler's, known to be at or before the place
     high = low + num_proteins + 1
-    for _ in tl.static_range(STEPS):  # a loop here would keep the next one from being pipelined
+    for _ in tl.static_range(STEPS):  # unrolled: a loop here would prevent pipelining of the caller's
         middle = (low + high) // 2
         is_passed = low < high
         is_passed = is_passed & (tl.load(ends + middle, mask=is_passed, other=0) <= place)
@@ -170,20 +175,20 @@ def _seen(place, last, ends, num_proteins, before, behind, STEPS: tl.constexpr):
 
 @triton.jit
 def _first_of(low, high):
-    """The least place that any of some places sees; a great one where none sees any."""
+    """The smallest start of the ranges that are not empty; a huge number if all are empty."""
     return tl.min(tl.where(low < high, low, 0x3FFFFFFF))
 
 
 @triton.jit
 def _is_within(start, low, high, NUMBER: tl.constexpr):
-    """[..., NUMBER]: whether places from `start` on lie in `low:high`."""
+    """Whether each of the NUMBER places from `start` on lies in `low:high`, [..., NUMBER]."""
     place = start + tl.arange(0, NUMBER)
     return (place[None, :] >= low[:, None]) & (place[None, :] < high[:, None])
 
 
 @triton.jit
 def _rows(pointer, start, stop, TOKEN: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
-    """[ROWS, COLUMNS] from row `start` on; 0 from row `stop` and column WIDTH on."""
+    """A tile [ROWS, COLUMNS] loaded from row `start` on; 0 from row `stop` and column WIDTH on."""
     row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     pointer += tl.cast(start, tl.int64) * TOKEN
     is_there = (start + row < stop)[:, None]
@@ -195,7 +200,7 @@ def _rows(pointer, start, stop, TOKEN: tl.constexpr, WIDTH: tl.constexpr, COLUMN
 @triton.jit
 def _put_rows(pointer, rows, start, stop, TOKEN: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
               ROWS: tl.constexpr):
-    """Stores what `_rows` would load."""
+    """Store `rows`, a tile as `_rows` loads it, without the rows from `stop` on and the padding."""
     row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     pointer += tl.cast(start, tl.int64) * TOKEN
     is_there = (start + row < stop)[:, None]
