@@ -1,7 +1,9 @@
-"""Triton kernels of `megatron.kernels.pointwise.activation`. A program takes some columns of rows; arithmetic is fp32.
+"""Triton kernels for `megatron.kernels.pointwise.activation`: each program handles tiles of rows and columns, in fp32.
 
-The backward pass needs sums over all rows, the biases' gradients: each program takes every so manieth tile of rows, and
-keeps sums of its own. tanh-GeLU is x · sigmoid(2u), u = sqrt(2/π) (x + 0.044715 x³), since tanh u = 2 sigmoid(2u) - 1.
+The gradients of the biases are sums over all rows. In the backward pass each program therefore strides over the tiles
+of its columns and keeps partial sums, which PyTorch then adds up. tanh-GeLU is computed as x · sigmoid(2u) with
+u = sqrt(2/π) (x + 0.044715 x³), since tanh u = 2 sigmoid(2u) - 1.
+Shapes: t tokens, the rows; f features, the columns; p programs with partial sums; k biases.
 """
 
 import torch
@@ -11,12 +13,12 @@ from torch import Tensor
 
 from megatron.kernels.device import MOST_PROGRAMS
 
-_ROWS, _COLUMNS = 4, 512  # of a tile: 16 elements a thread
+_ROWS, _COLUMNS = 4, 512  # of a tile: 16 elements per thread
 
 
 def launch_forward(wide_tf: Tensor, bias_f: Tensor | None, gate_tf: Tensor | None, gate_bias_f: Tensor | None,
                    kind: str, out_tf: Tensor) -> None:
-    """Fill `out_tf`."""
+    """Fill `out_tf` with the activation `kind` of `wide_tf` plus its bias; "swiglu" also takes a gate and its bias."""
     num_rows, width = wide_tf.shape
     forward_kernel[triton.cdiv(num_rows, _ROWS), triton.cdiv(width, _COLUMNS)](
         wide_tf, bias_f, gate_tf, gate_bias_f, out_tf, num_rows, width, kind, bias_f is not None,
@@ -25,7 +27,10 @@ def launch_forward(wide_tf: Tensor, bias_f: Tensor | None, gate_tf: Tensor | Non
 
 def launch_backward(grad_tf: Tensor, wide_tf: Tensor, bias_f: Tensor | None, gate_tf: Tensor | None,
                     gate_bias_f: Tensor | None, kind: str, grad_wide_tf: Tensor, grad_gate_tf: Tensor | None) -> Tensor:
-    """Fill the last two; the gradients of the biases, [k, f] for k of them: of `bias_f`, of `gate_bias_f`."""
+    """Fill `grad_wide_tf` and, with a gate, `grad_gate_tf`; return the gradients of the biases given, [k, f] in fp32.
+
+    The rows of the result are the gradients of `bias_f` and `gate_bias_f`, in this order, without any that is None.
+    """
     num_rows, width = wide_tf.shape
     blocks = triton.cdiv(width, _COLUMNS)
     strips = min(triton.cdiv(num_rows, _ROWS), max(1, MOST_PROGRAMS // blocks))
@@ -107,7 +112,7 @@ def backward_kernel(grad, wide, bias, gate, gate_bias, grad_wide, grad_gate, par
 
 @triton.jit
 def slope_of(x, KIND: tl.constexpr):
-    """The derivative at x."""
+    """The derivative of an activation without a gate at x."""
     if KIND == "gelu_tanh":
         share = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
         slope = share + x * share * (1 - share) * 1.5957691216057308 * (1 + 0.134145 * x * x)

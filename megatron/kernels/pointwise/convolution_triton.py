@@ -1,7 +1,8 @@
-"""Triton kernels of `megatron.kernels.pointwise.convolution`: a program takes some columns of rows; arithmetic is fp32.
+"""Triton kernels for `megatron.kernels.pointwise.convolution`: each program handles tiles of rows and columns, in fp32.
 
-A row is read once for each tap, from the caches but for the first time. The backward pass needs sums over all rows, the
-weight's gradient: each program takes every so manieth tile of rows, and keeps sums of its own.
+A row is read once for each tap; all reads but the first come from the caches. The weight's gradient is a sum over all
+rows. In the backward pass each program therefore strides over the tiles of its columns and keeps partial sums, which
+PyTorch then adds up. Shapes: t tokens, the rows; f features, the columns; k taps; p programs with partial sums.
 """
 
 import torch
@@ -11,11 +12,14 @@ from torch import Tensor
 
 from megatron.kernels.device import MOST_PROGRAMS
 
-_ROWS, _COLUMNS = 16, 128  # of a tile forward: 16 elements a thread; backward half as many, beside a sum for each tap
+_ROWS, _COLUMNS = 16, 128  # of a forward tile: 16 elements per thread; backward 8, and a sum for each tap
 
 
 def convolve(x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor) -> Tensor:
-    """[t, f]: `megatron.kernels.pointwise.convolution` of what it names."""
+    """x plus its depthwise convolution within each protein, [t, f], in the dtype of `x_tf`.
+
+    `positions_t`: each token's position in its protein, from 0.
+    """
     x_tf, weight_fk = x_tf.contiguous(), weight_fk.contiguous()
     out_tf = torch.empty_like(x_tf)
     num_rows, width = x_tf.shape
@@ -26,7 +30,10 @@ def convolve(x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor) -> Tensor:
 
 def convolve_backward(grad_tf: Tensor, x_tf: Tensor, positions_t: Tensor, weight_fk: Tensor,
                       has_bias: bool) -> tuple[Tensor, Tensor]:
-    """Gradients of what is convolved, and in fp32 of the weight [f·k], behind it of the bias [f] if there is one."""
+    """The gradient of `x_tf`, and in one fp32 vector that of the weight [f·k], followed by that of the bias [f] if any.
+
+    The bias is one that `x_tf` already contains: its gradient is the sum of that of `x_tf` over the tokens.
+    """
     x_tf, weight_fk = x_tf.contiguous(), weight_fk.contiguous()
     grad_x_tf = torch.empty_like(x_tf)
     (num_rows, width), rows, taps = x_tf.shape, _ROWS // 2, weight_fk.shape[1]
@@ -66,7 +73,7 @@ def backward_kernel(grad, x, positions, weight, grad_x, partial, num_rows, width
         own = tl.load(x + places, mask=is_inside, other=0).to(tl.float32)
         gradient = tl.load(grad + places, mask=is_inside, other=0).to(tl.float32)
         for tap in tl.static_range(TAPS):
-            # What reads this row at this tap lies on the other side.
+            # The row that reads this one with this tap lies on the other side.
             outer = seen(grad, positions, rows, columns, num_rows, width, TAPS // 2 - tap)
             factor = tl.load(weight + columns * TAPS + tap, mask=columns < width, other=0).to(tl.float32)
             gradient += factor[None, :] * outer
@@ -83,7 +90,7 @@ def backward_kernel(grad, x, positions, weight, grad_x, partial, num_rows, width
 
 @triton.jit
 def seen(pointer, positions, rows, columns, num_rows, width, WAY: tl.constexpr):
-    """The rows so far behind each of `rows`, fp32; 0 where that is in another protein."""
+    """For each of `rows` the row WAY places after it (before it if negative), fp32; 0 if it is in another protein."""
     others = rows + WAY
     later = tl.maximum(rows, others)
     far = tl.load(positions + later, mask=later < num_rows, other=0) >= tl.maximum(WAY, -WAY)

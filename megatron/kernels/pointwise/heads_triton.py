@@ -1,8 +1,10 @@
-"""Triton kernels of `megatron.kernels.pointwise.heads`: a program takes some heads of a token, its rows.
+"""Triton kernels for `megatron.kernels.pointwise.heads`: each program normalises and rotates some rows of a token.
 
-Arithmetic is fp32. A row's width is cut into the two halves that are turned against each other, and the rest: a thread
-that has an element of one half has its partner, so that it may write where it has read. Gradients, `grads`, are of the
-whole, one tensor, or of queries, keys and values, three.
+A row is one head's query, key or value. Arithmetic is in fp32. Each row is split into the two halves that are rotated
+against each other ("turned" in names) and the rest. The thread that holds an element of one half also holds its partner
+in the other half, so the output may overwrite the input. `grads` is one tensor with the gradients of the whole
+projection, or three, for queries, keys and values.
+Shapes: t tokens, g groups of c = q + 2 rows (q queries, a key, a value) of width d; p programs with partial sums.
 """
 
 from collections.abc import Sequence
@@ -23,12 +25,16 @@ from megatron.kernels.pointwise.head_rows_triton import (
     turned,
 )
 
-_ELEMENTS = 2048  # of a program's tile: 16 a thread
+_ELEMENTS = 2048  # of a program's tile: 16 per thread
 
 
 def launch_forward(qkv_tgcd: Tensor, query_weight: Tensor | None, key_weight: Tensor | None, cos: Tensor | None,
                    sin: Tensor | None, epsilon: float, has_mean: bool, out_tgcd: Tensor) -> None:
-    """Fill `out_tgcd`, which may be `qkv_tgcd`: then the values are not touched."""
+    """Fill `out_tgcd` with normalised and rotated queries and keys, and the values unchanged.
+
+    `out_tgcd` may be `qkv_tgcd`; the values are then not touched. Without weights nothing is normalised; without `cos`
+    and `sin` nothing is rotated.
+    """
     tokens, groups, rows_a_group, _ = qkv_tgcd.shape
     rows, *sizes, num_warps = _tile(qkv_tgcd, cos)
     forward_kernel[tokens, triton.cdiv(groups * rows_a_group, rows)](
@@ -38,7 +44,10 @@ def launch_forward(qkv_tgcd: Tensor, query_weight: Tensor | None, key_weight: Te
 
 def launch_turn_back(grads: Sequence[Tensor], cos: Tensor, sin: Tensor, has_sum: bool,
                      grad_qkv_tgcd: Tensor) -> Tensor:
-    """Fill the last one; its sum over the tokens [g, c, d], fp32, or where it is not to have one nothing."""
+    """Fill `grad_qkv_tgcd` with the gradients rotated back; return their sum over tokens [g, c, d], in fp32.
+
+    Without `has_sum` the result is an empty tensor.
+    """
     tokens, groups, rows_a_group, width = grad_qkv_tgcd.shape
     rows, *sizes, num_warps = _tile(grad_qkv_tgcd, cos)
     strips, chunks = _grid(tokens, groups * rows_a_group, rows, num_warps)
@@ -54,7 +63,7 @@ def launch_turn_back(grads: Sequence[Tensor], cos: Tensor, sin: Tensor, has_sum:
 def launch_backward(grads: Sequence[Tensor], qkv_tgcd: Tensor, query_weight: Tensor, key_weight: Tensor,
                     cos: Tensor | None, sin: Tensor | None, epsilon: float, has_mean: bool,
                     grad_qkv_tgcd: Tensor) -> Tensor:
-    """Fill the last one; the gradients of the queries' scales, and behind them of the keys', [g·(q + 1)·d] in fp32."""
+    """Fill `grad_qkv_tgcd`; return the gradients of all query scales, then all key scales, [g·(q + 1)·d] in fp32."""
     tokens, groups, rows_a_group, width = qkv_tgcd.shape
     rows, *sizes, num_warps = _tile(qkv_tgcd, cos)
     strips, chunks = _grid(tokens, groups * rows_a_group, rows, num_warps)
@@ -70,13 +79,13 @@ def _three(grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
 
 
 def _grid(tokens: int, rows_a_token: int, rows: int, num_warps: int) -> tuple[int, int]:
-    """Programs that share the tokens, and the tiles of a token."""
+    """The grid: the number of programs that share the tokens, and the number of tiles per token."""
     chunks = triton.cdiv(rows_a_token, rows)
     return min(tokens, max(1, MOST_WARPS // num_warps // chunks)), chunks
 
 
 def _tile(qkv_tgcd: Tensor, cos: Tensor | None) -> tuple[int, int, int, int, int, int]:
-    """Rows of a program's tile, a row's width, its half that is turned, blocks for that and for the rest, warps."""
+    """A tile's rows, the widths of a row and of a rotated half, the block sizes of a half and the rest, the warps."""
     _, groups, rows_a_group, width = qkv_tgcd.shape
     half = 0 if cos is None else cos.shape[-1]
     block = triton.next_power_of_2(half) if half else 0
@@ -196,7 +205,7 @@ def backward_kernel(grad, key_grad, value_grad, qkv, query_weight, key_weight, c
     for place in range(tl.program_id(0), tokens, tl.num_programs(0)):
         token = tl.cast(place, tl.int64)
         starts = (token * rows_a_token + rows) * WIDTH
-        # The row again as it was normalised, and the gradients of what that gave, turned back.
+        # Recompute the normalised row, and rotate the output's gradient back.
         total = tl.zeros([ROWS], tl.float32)
         if HALF:
             first, second = (loaded(qkv, starts, is_there, columns, HALF),
@@ -221,7 +230,7 @@ def backward_kernel(grad, key_grad, value_grad, qkv, query_weight, key_weight, c
             rest = centred(rest, mean, rest_columns, WIDTH - 2 * HALF)
             squares += tl.sum(rest * rest, 1)
         inverse = (1 / tl.sqrt(squares / WIDTH + epsilon))[:, None]
-        # Gradients of the scales, and of the row: what its mean and its length take away.
+        # Gradients of the scales and of the row, less its components along the normalised row and along the mean.
         along, level = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
         if HALF:
             first, second = first * inverse, second * inverse

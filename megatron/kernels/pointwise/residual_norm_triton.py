@@ -1,7 +1,8 @@
-"""Triton kernels of `megatron.kernels.pointwise.residual_norm`: a program takes whole rows, which stay in registers.
+"""Triton kernels for `megatron.kernels.pointwise.residual_norm`: programs take whole rows, which stay in registers.
 
-All arithmetic is fp32; what is stored is rounded to the dtype of where it goes. The backward pass draws dropout's mask
-anew.
+sum = residual + dropout(branch + shift); normed = LayerNorm or RMSNorm of the sum. All arithmetic is in fp32; results
+are rounded to the output's dtype. The backward pass draws the dropout mask again instead of storing it.
+Shapes: u tokens, the rows; h hidden, the columns; k parameters with gradients; p programs with partial sums.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,11 @@ from megatron.kernels.dropout_triton import drawn
 def join(residual_uh: Tensor, branch_uh: Tensor | None, shift_h: Tensor | None, seed: Tensor | None,
          drawn_of: Sequence[int], weight_h: Tensor | None, bias_h: Tensor | None, epsilon: float, sum_uh: Tensor,
          normed_uh: Tensor, statistics_u2: Tensor) -> None:
-    """Fill the last three; of a norm alone, without a branch, `sum_uh` is not touched."""
+    """Fill `sum_uh`, `normed_uh` and `statistics_u2`: each row's mean (LayerNorm only) and inverse standard deviation.
+
+    Without a branch, for a norm alone, `sum_uh` is not touched; without a weight, `normed_uh` and the statistics are
+    not. `drawn_of`: what `_dropout` takes.
+    """
     num_rows, width = residual_uh.shape
     rows, block, num_warps = _tile(width)
     forward_kernel[triton.cdiv(num_rows, rows),](
@@ -31,10 +36,13 @@ def join_backward(grad_sum_uh: Tensor | None, grad_normed_uh: Tensor | None, x_u
                   statistics_u2: Tensor | None, weight_h: Tensor | None, seed: Tensor | None, drawn_of: Sequence[int],
                   has_mean: bool, has_shift: bool, grad_residual_uh: Tensor | None,
                   grad_branch_uh: Tensor | None) -> Tensor:
-    """Fill the last two where they are there; the gradients [k, h] of those that there are of weight, bias, shift."""
+    """Fill `grad_residual_uh` and `grad_branch_uh`, unless None; return the parameters' gradients, [k, h] in fp32.
+
+    The rows of the result are the gradients of weight, bias and shift, in this order, without those that are absent.
+    """
     num_rows, width = x_uh.shape
     rows, block, num_warps = _tile(width)
-    num_warps = min(16, 2 * num_warps)  # sums take registers: 8 elements a thread
+    num_warps = min(16, 2 * num_warps)  # the sums need registers too: 8 elements per thread
     programs = min(triton.cdiv(num_rows, rows), MOST_WARPS // num_warps)
     has_norm = weight_h is not None
     num_sums = has_norm + has_mean + has_shift
@@ -47,14 +55,17 @@ def join_backward(grad_sum_uh: Tensor | None, grad_normed_uh: Tensor | None, x_u
 
 
 def _tile(width: int) -> tuple[int, int, int]:
-    """Rows and columns of a program's tile, and its warps: 16 elements a thread, where a row has so many."""
+    """The rows, columns and warps of a program's tile: 16 elements per thread if a row has that many."""
     block = max(8, triton.next_power_of_2(width))
     rows = max(1, 2048 // block)
     return rows, block, min(16, max(4, rows * block // 512))
 
 
 def _dropout(drawn_of: Sequence[int]) -> tuple[int, float, int, int]:
-    """How many of 65,536 numbers are kept and how they grow, the use, the first row."""
+    """How many of 65,536 numbers are kept, the factor of kept elements, the use, and the first row's number.
+
+    `drawn_of` holds the first, third and fourth of these; it is empty without dropout.
+    """
     kept, use, first_row = drawn_of or (2**16, 0, 0)
     return kept, 2**16 / max(kept, 1), use, first_row
 
@@ -77,7 +88,7 @@ def forward_kernel(residual, branch, shift, seed, weight, bias, sum, normed, sta
             added = tl.where(drawn(seed, first_row + rows, 0, 0, use, BLOCK) < kept, added * growth, 0)
         rounded = (x + added).to(sum.dtype.element_ty)
         tl.store(sum + places, rounded, mask=is_inside)
-        x = rounded.to(tl.float32)  # so that the backward pass, which reads it, normalises the same
+        x = rounded.to(tl.float32)  # as the backward pass reads it, so that both normalise the same
     if HAS_NORM:
         centred = x
         if HAS_MEAN:
