@@ -1,6 +1,7 @@
-"""Triton kernels of `megatron.kernels.cross_entropy`: a program takes whole rows of logits, in blocks of columns.
+"""Triton kernels for `megatron.kernels.cross_entropy`: each program handles whole rows of logits, a block at a time.
 
-A vocabulary of letters is one block, so that a row is read once and stays in registers. All arithmetic is fp32.
+A vocabulary of letters fits into one block, so each row is read once and stays in registers. All arithmetic is in fp32.
+Shapes: c rows of logits, v local vocabulary, of which id `first` is column 0.
 """
 
 import triton
@@ -9,12 +10,16 @@ from torch import Tensor
 
 from megatron.kernels.packed_sequence import NO_TARGET
 
-_WIDEST = 2048  # columns of a block
+_WIDEST = 2048  # most columns in a block
 _NO_TARGET = tl.constexpr(NO_TARGET)
 
 
 def launch_forward(logits_cv: Tensor, ids_c: Tensor, first: int, softcap: float | None, statistics_4c: Tensor) -> None:
-    """Fill the last."""
+    """Fill `statistics_4c`, fp32, with four values for each row.
+
+    They are the logsumexp of the row; the target's log-probability, 0 for NO_TARGET and -inf if the target's column is
+    not in this part of the vocabulary; 1 if the target has the largest logit here, else 0; and the largest logit.
+    """
     num_rows, width = logits_cv.shape
     rows, block = _tile(width)
     if num_rows:
@@ -24,7 +29,7 @@ def launch_forward(logits_cv: Tensor, ids_c: Tensor, first: int, softcap: float 
 
 def launch_backward(logits_cv: Tensor, ids_c: Tensor, logsumexp_c: Tensor, gradient: Tensor, first: int,
                     softcap: float | None, grad_cv: Tensor) -> None:
-    """Fill the last."""
+    """Fill `grad_cv`, the gradient of the logits; `gradient` is that of the summed loss, a scalar on the device."""
     num_rows, width = logits_cv.shape
     rows, block = _tile(width)
     if num_rows and width:
@@ -34,7 +39,7 @@ def launch_backward(logits_cv: Tensor, ids_c: Tensor, logsumexp_c: Tensor, gradi
 
 
 def _tile(width: int) -> tuple[int, int]:
-    """Rows and columns: 16 elements a thread."""
+    """The rows and columns of a program's tile: 16 elements per thread."""
     block = min(_WIDEST, max(16, triton.next_power_of_2(width)))
     return _WIDEST // block, block
 
@@ -46,7 +51,7 @@ def forward_kernel(logits, ids, statistics, num_rows, width, first, softcap, HAS
     is_row = rows < num_rows
     ids = tl.load(ids + rows, mask=is_row, other=_NO_TARGET)
     places = ids - first
-    # Finite, so that nothing is no number where there is no logit.
+    # Finite rather than -inf, so that a row without any logits does not give NaN.
     largest = tl.full([ROWS], -1e38, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     target = tl.full([ROWS], float("-inf"), tl.float32)
@@ -67,7 +72,7 @@ def forward_kernel(logits, ids, statistics, num_rows, width, first, softcap, HAS
         target = tl.maximum(target, tl.max(tl.where(columns[None, :] == places[:, None], x, float("-inf")), 1))
     is_target, statistics = ids != _NO_TARGET, statistics + rows
     logarithm = tl.log(total)
-    share = tl.where(target > float("-inf"), target - largest - logarithm, target)  # without ids the sum is 0
+    share = tl.where(target > float("-inf"), target - largest - logarithm, target)  # no NaN without columns
     tl.store(statistics, largest + logarithm, mask=is_row)
     tl.store(statistics + num_rows, tl.where(is_target, share, 0), mask=is_row)
     tl.store(statistics + 2 * num_rows, (is_target & (winner == places)).to(tl.float32), mask=is_row)
@@ -99,7 +104,7 @@ def backward_kernel(logits, ids, logsumexp, gradient, grad, num_rows, width, fir
 
 @triton.jit
 def tanh(x):
-    """By the logistic function, and near 0, where that would cancel, by the first terms of its series."""
+    """tanh(x), from the logistic function; near 0, where that would cancel, from the first terms of the series."""
     square = x * x
     near = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
     return tl.where(square < 0.0625, near, 2 * tl.sigmoid(2 * x) - 1)

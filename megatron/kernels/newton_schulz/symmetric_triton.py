@@ -1,7 +1,7 @@
-"""The Triton kernel of `megatron.kernels.newton_schulz.symmetric`: a program computes one tile of the lower triangle.
+"""The Triton kernel for `megatron.kernels.newton_schulz.symmetric`: each program computes one lower-triangle tile.
 
-It also writes the tile's transpose to the other side of the diagonal, so of the tiles' products half are saved. Sums
-are fp32; what is stored is rounded to the dtype of where it goes.
+The program also writes the tile's transpose to the other side of the diagonal, which saves half of the products. Sums
+are in fp32; results are rounded to the output's dtype. Shapes: k matrices, m rows, n columns.
 """
 
 import torch
@@ -11,7 +11,10 @@ from torch import Tensor
 
 
 def launch(x_kmn: Tensor, factor: float, of_product: float, out_kmm: Tensor) -> None:
-    """Fill `out_kmm`; both are contiguous."""
+    """Fill `out_kmm` with factor · X + of_product · X Xᵀ for each matrix X; both tensors are contiguous.
+
+    Unless `factor` is 0, each X is symmetric.
+    """
     number, size, width = x_kmn.shape
     tile, depth, options = _tile(size, x_kmn.dtype)
     tiles = triton.cdiv(size, tile)
@@ -20,10 +23,10 @@ def launch(x_kmn: Tensor, factor: float, of_product: float, out_kmm: Tensor) -> 
 
 
 def _tile(size: int, dtype: torch.dtype) -> tuple[int, int, dict[str, int]]:
-    """Rows of a tile, columns that are multiplied at once, warps and stages."""
+    """The rows of a tile, the depth of one `tl.dot`, and the warps and pipeline stages of a program."""
     if dtype == torch.float32:
         return 64, 32, {"num_warps": 4, "num_stages": 3}
-    if size <= 512:  # few tiles: smaller ones keep more of a GPU busy
+    if size <= 512:  # with few tiles, smaller ones keep more of the GPU busy
         return 64, 64, {"num_warps": 4, "num_stages": 4}
     return 128, 64, {"num_warps": 8, "num_stages": 3}
 
@@ -31,10 +34,10 @@ def _tile(size: int, dtype: torch.dtype) -> tuple[int, int, dict[str, int]]:
 @triton.jit
 def symmetric_kernel(x, out, size, width, factor, of_product, HAS_FACTOR: tl.constexpr, TILE: tl.constexpr,
                      DEPTH: tl.constexpr):
-    # Tiles are numbered row by row through the triangle: row r has r + 1 of them, behind the r (r + 1) / 2 before.
+    # Tiles are numbered row by row through the triangle: row r has r + 1 tiles, after r (r + 1) / 2 in earlier rows.
     number = tl.program_id(0)
     row = ((tl.sqrt(8.0 * number + 1) - 1) / 2).to(tl.int32)
-    row = tl.where(row * (row + 1) // 2 > number, row - 1, row)  # where the root was rounded up
+    row = tl.where(row * (row + 1) // 2 > number, row - 1, row)  # the root was rounded up
     row = tl.where((row + 1) * (row + 2) // 2 <= number, row + 1, row)  # or down
     column = number - row * (row + 1) // 2
     x += tl.program_id(1).to(tl.int64) * size * width
