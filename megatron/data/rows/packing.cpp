@@ -1,7 +1,7 @@
-// Rows of whole proteins for one epoch. packing.py states the rules; its Python twin is the oracle of this file.
+// Packs the proteins of one epoch into rows. packing.py states the rules; its Python twin is this file's test oracle.
 //
-// A shuffled epoch reads the lengths once in order and carries each along with its piece's number into buckets that fit
-// the cache, so that no step jumps through memory: at 35 million proteins the jumps would cost more than the packing.
+// A shuffled epoch reads the lengths sequentially and scatters them, with their pieces' numbers, into buckets that fit
+// into the cache. This avoids random memory accesses, which at 35 million proteins would cost more than the packing.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -20,7 +20,7 @@ namespace py = pybind11;
 
 namespace {
 
-// A piece's number, and in the low bits its tokens, ends included: one word, so that scattering writes whole words.
+// A piece's number and, in the low bits, its token count, ends included; one word, so that scattering writes one word.
 struct Piece {
   static constexpr int kTokensBits = 24;
   uint64_t word;
@@ -34,7 +34,7 @@ struct Hashed {
   Piece piece;
 };
 
-// The `number`-th output of SplitMix64 from `key`: a bijection of `number`, so no two pieces tie.
+// The `number`-th output of SplitMix64 seeded with `key`: a bijection of `number`, so no two pieces tie.
 inline uint64_t order_hash(uint64_t key, uint64_t number) {
   uint64_t x = key + (number + 1) * 0x9E3779B97F4A7C15ull;
   x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
@@ -50,14 +50,14 @@ int bits_for(int64_t count) {
   return bits;
 }
 
-// Tokens that a piece of `residues` takes in a row, its ends included; 0 where it is left out.
+// The tokens that a piece of `residues` takes in a row, ends included; 0 if it is left out.
 inline int64_t num_tokens(int64_t residues, int64_t seq_length, bool drop_long, int64_t num_ends) {
   const int64_t max_residues = seq_length - num_ends;
   if (residues <= 0 || (drop_long && residues > max_residues)) return 0;
   return std::min(residues, max_residues) + num_ends;
 }
 
-// Orders one bucket by hash: a counting sort to about one piece a cell, then insertion sort.
+// Sorts one bucket by hash: a counting sort into cells of about one piece each, then an insertion sort.
 class BucketSort {
  public:
   const std::vector<Hashed>& operator()(const Piece* pieces, int64_t count, uint64_t key, int bucket_bits) {
@@ -86,11 +86,11 @@ class BucketSort {
   std::vector<Hashed> unsorted_, sorted_;
 };
 
-// Hands every piece that takes tokens to `place(number, tokens)`, in the order of their hashes. Some `most_held` pieces
-// are in memory at once: of more, each pass over the lengths takes a share of the hashes.
+// Calls `place(number, tokens)` for every piece that takes tokens, in the order of the hashes. About `most_held` pieces
+// are in memory at once; if there are more, each of several passes over the lengths handles a range of the hashes.
 template <typename Tokens, typename Place>
 void place_shuffled(int64_t num_pieces, uint64_t key, int64_t most_held, Tokens tokens_of, Place place) {
-  constexpr int kPiecesPerBucketBits = 12, kMaxBucketBits = 11;  // measured: more are too many streams to write to
+  constexpr int kPiecesPerBucketBits = 12, kMaxBucketBits = 11;  // measured: more buckets are too many write streams
   const int pass_bits = bits_for((num_pieces + most_held - 1) / most_held);
   const int bits = std::clamp(bits_for(num_pieces) - pass_bits - kPiecesPerBucketBits, 0, kMaxBucketBits);
   const int64_t num_passes = int64_t{1} << pass_bits, num_buckets = int64_t{1} << bits;
@@ -101,21 +101,21 @@ void place_shuffled(int64_t num_pieces, uint64_t key, int64_t most_held, Tokens 
   for (int64_t pass = 0; pass < num_passes; ++pass) {
     const int64_t* sizes = counts.data() + pass * num_buckets;
     std::exclusive_scan(sizes, sizes + num_buckets, ends.begin(), int64_t{0});
-    const std::unique_ptr<Piece[]> pieces(new Piece[ends.back() + sizes[num_buckets - 1]]);  // a vector would clear it
+    const std::unique_ptr<Piece[]> pieces(new Piece[ends.back() + sizes[num_buckets - 1]]);  // a vector would zero it
     for (int64_t i = 0; i < num_pieces; ++i) {
       const uint64_t bucket = top_bits(order_hash(key, i), pass_bits + bits) - pass * num_buckets;
-      if (bucket >= static_cast<uint64_t>(num_buckets)) continue;  // of another pass
+      if (bucket >= static_cast<uint64_t>(num_buckets)) continue;  // belongs to another pass
       const int64_t tokens = tokens_of(i);
       if (tokens > 0) pieces[ends[bucket]++] = {uint64_t(i) << Piece::kTokensBits | tokens};
     }
-    for (int64_t b = 0; b < num_buckets; ++b) {  // filling has moved each bucket's begin to its end
+    for (int64_t b = 0; b < num_buckets; ++b) {  // ends[b] was its start, until filling advanced it
       for (const Hashed& item : sort(pieces.get() + ends[b] - sizes[b], sizes[b], key, pass_bits + bits))
         place(item.piece.number(), item.piece.tokens());
     }
   }
 }
 
-// The rows laid so far: piece numbers back to back, and where each row starts.
+// The rows packed so far: the piece numbers, concatenated, and the index at which each row starts.
 template <typename Number>
 struct Rows {
   Number* pieces;
@@ -126,7 +126,7 @@ struct Rows {
   void end_row() { starts.push_back(num_pieces); }
 };
 
-// The original's rule: a protein that would reach or pass the row's end starts the next row.
+// The original's rule: a piece that would reach or pass the end of the row starts the next row.
 template <typename Number>
 class NextFit {
  public:
@@ -148,8 +148,8 @@ class NextFit {
   Rows<Number>& rows_;
 };
 
-// Best fit from `window` waiting pieces, which hang in chains by their tokens, oldest first; a bitmap over the token
-// counts finds the largest that fits.
+// Best fit among `window` waiting pieces. Pieces with equal token counts form a linked list, oldest first; a bitmap
+// over the token counts finds the largest piece that fits.
 template <typename Number>
 class BestFit {
  public:
@@ -210,7 +210,7 @@ class BestFit {
     return chains_[word * 64 + 63 - __builtin_clzll(bits)].first;
   }
 
-  void remove(int64_t slot) {  // always the first of its chain
+  void remove(int64_t slot) {  // it is always the first of its chain
     const Waiting& piece = waiting_[slot];
     (piece.older == kNone ? oldest_ : waiting_[piece.older].newer) = piece.newer;
     (piece.newer == kNone ? newest_ : waiting_[piece.newer].older) = piece.older;
@@ -253,7 +253,7 @@ py::tuple pack_as(const py::array_t<Length, py::array::c_style>& lengths, int64_
     if (window > 0) place_all(num_pieces, key, most_held, tokens_of, BestFit<Number>(seq_length, window, rows));
     else place_all(num_pieces, key, most_held, tokens_of, NextFit<Number>(seq_length, rows));
   }
-  auto* starts = new std::vector<int64_t>(std::move(rows.starts));  // the array's, without a copy
+  auto* starts = new std::vector<int64_t>(std::move(rows.starts));  // the array takes ownership, without a copy
   const py::capsule owner(starts, [](void* owned) { delete static_cast<std::vector<int64_t>*>(owned); });
   return py::make_tuple(pieces[py::slice(0, rows.num_pieces, 1)],
                         py::array_t<int64_t>(starts->size(), starts->data(), owner));
