@@ -1,6 +1,7 @@
 // Attention inside each protein of a packed sequence on CPUs, forward and backward (see compiled.py).
 //
-// No two units of work write to one place, and each works in one order: the bits do not depend on the threads.
+// No two units of work write to the same address, and each computes in a fixed order, so results are bitwise the same
+// for any number of threads. A way is the code for one instruction set.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -68,7 +69,7 @@ namespace {
 
 namespace py = pybind11;
 
-constexpr int64_t kQueriesOfUnit = 512;  // forward: enough that packing the keys anew does not count
+constexpr int64_t kQueriesOfUnit = 512;  // forward: enough to make the cost of packing the keys per unit negligible
 
 template <typename Number>
 using Kernel = void (*)(const Problem<Number>&, const Unit&, Scratch&);
@@ -77,7 +78,7 @@ struct Way {
   const char* name;
   bool (*is_supported)();
   Kernel<float> forward, backward;
-  Kernel<uint16_t> forward_bf16, backward_bf16, forward_bf16_odd, backward_bf16_odd;  // odd: of an odd width
+  Kernel<uint16_t> forward_bf16, backward_bf16, forward_bf16_odd, backward_bf16_odd;  // odd: for odd widths
 };
 
 #define WAY_OF_SINGLES(space, supported)                                                                       \
@@ -115,7 +116,8 @@ const Way& way_named(const std::string& name) {
   throw std::invalid_argument("this processor or this build has no way '" + name + "'");
 }
 
-// The queries from `start` to `stop`: of one protein and group, and at most `most`, a unit; the dearest first.
+// The units of work for the queries from `start` to `stop`, most expensive first: at most `most` queries each, all of
+// one protein and one group.
 std::vector<Unit> units_of(const std::vector<int64_t>& lengths, int64_t start, int64_t stop, int64_t groups,
                            int64_t most) {
   std::vector<Unit> units;
@@ -150,7 +152,7 @@ void run(Kernel<Number> kernel, const Problem<Number>& problem, const std::vecto
   if (error) std::rethrow_exception(error);
 }
 
-using Place = std::tuple<uintptr_t, int64_t, int64_t>;  // address, numbers from token to token, from group to group
+using Place = std::tuple<uintptr_t, int64_t, int64_t>;  // address, strides of tokens and of groups in elements
 
 template <typename Number>
 Rows<Number> rows_at(const Place& place) {
@@ -162,10 +164,10 @@ struct Call {
   int threads;
   bool is_bf16;
   std::vector<int64_t> lengths;
-  std::tuple<int64_t, int64_t> queries_here;           // from this token to that one
-  std::tuple<int64_t, int64_t, int64_t> shape;         // groups, queries of a group, width
+  std::tuple<int64_t, int64_t> queries_here;           // first token, and the one after the last
+  std::tuple<int64_t, int64_t, int64_t> shape;         // groups, query heads per group, head width
   std::tuple<int64_t, int64_t> window;
-  std::tuple<uint64_t, uint32_t, int64_t> dropout;     // seed, how many of 65,536 weights stay, the first head
+  std::tuple<uint64_t, uint32_t, int64_t> dropout;     // seed, how many of 65,536 are kept, first head
 };
 
 template <typename Number>
@@ -189,7 +191,7 @@ void attend(const Call& call, const std::vector<Place>& places, uintptr_t statis
     kernel = goes_back ? way.backward_bf16_odd : way.forward_bf16_odd;
   else
     kernel = goes_back ? way.backward_bf16 : way.forward_bf16;
-  // The gradients of a protein's keys are sums over all its queries: one unit makes them.
+  // The gradients of a protein's keys are sums over all its queries, so one unit has to compute them.
   const int64_t most = goes_back ? INT64_MAX / 2 : kQueriesOfUnit;
   const std::vector<Unit> units = units_of(call.lengths, start, stop, groups, most);
   run(kernel, problem, units, std::max(1, std::min<int>(call.threads, units.size())));

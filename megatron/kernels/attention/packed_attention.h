@@ -1,4 +1,4 @@
-// What the attention kernels of every instruction set share: the problem, its units of work, scratch memory.
+// What the attention kernels of all instruction sets share: the problem, its units of work, and scratch memory.
 
 #pragma once
 
@@ -11,10 +11,11 @@
 namespace packed_attention {
 
 constexpr float kLog2E = 1.44269504088896341f;
-constexpr float kNothing = -1e38f;  // a maximum before the first score
-constexpr float kMasked = -2e38f;   // a score that does not count, below every maximum
+constexpr float kNothing = -1e38f;  // initial value of a running maximum
+constexpr float kMasked = -2e38f;   // score of a masked key, below every running maximum
 
-// Rows of `width` numbers: row r of a token's group lies at data + token * per_token + group * per_group + r * width.
+// A strided tensor of rows with `width` numbers: row r of a group of a token is at data + token * per_token +
+// group * per_group + r * width.
 template <typename Number>
 struct Rows {
   Number* data;
@@ -23,7 +24,8 @@ struct Rows {
   Number* at(int64_t token, int64_t group) const { return data + token * per_token + group * per_group; }
 };
 
-// Dropout of weights: out of 65,536 numbers `kept` keep theirs, which grows by the inverse of that share.
+// Dropout of attention weights: a weight is kept if its random number, of 65,536, is below `kept`; kept weights are
+// multiplied by 65,536 / kept.
 struct Dropout {
   uint64_t seed;
   uint32_t kept;
@@ -33,29 +35,31 @@ struct Dropout {
   float growth() const { return kept ? 65536.0f / kept : 0.0f; }
 };
 
-// Queries `first` to `last` (places among all tokens) of one group, and the protein in which they lie.
+// The queries `first` to `last` of one group, all in the protein with the tokens `begin` to `end`; all tokens are
+// counted, and `last` and `end` are exclusive.
 struct Unit {
   int64_t begin, end, first, last, group;
 };
 
-// Tokens are numbered among all; the queries, contexts and logsumexps here begin with that of token `start`.
+// The inputs and outputs of one call. Token numbers count all tokens; queries, contexts and statistics here begin with
+// token `start`.
 template <typename Number>
 struct Problem {
-  int64_t groups, queries, width;  // of a group: so many heads with queries
-  int64_t left, right;             // the window, as wide as can be where there is none
+  int64_t groups, queries, width;  // groups, query heads per group, head width
+  int64_t left, right;             // the window; huge numbers if there is none
   int64_t start;
   float scale;
   Dropout dropout;
-  Rows<Number> query, key_value, context;  // backward: `context` is only read
-  float* statistics;  // [tokens here, groups, queries, 2]: the softmax's largest score, by log2(e), and 1 / its sum
-  Rows<Number> grad_context, grad_query, grad_key_value;  // backward alone
+  Rows<Number> query, key_value, context;  // `context` is an input in the backward pass
+  float* statistics;  // [tokens here, groups, queries, 2]: the softmax's largest score times log2(e), and 1 / its sum
+  Rows<Number> grad_context, grad_query, grad_key_value;  // backward only
 
   float* statistics_at(int64_t token, int64_t group, int64_t head) const {
     return statistics + 2 * (((token - start) * groups + group) * queries + head);
   }
 };
 
-// Memory of one thread that its units share: the i-th `take` of each unit gets the i-th piece.
+// Scratch memory of one thread, reused from unit to unit: the i-th `take` of each unit returns the i-th piece.
 class Scratch {
  public:
   void start_over() { next_ = 0; }
