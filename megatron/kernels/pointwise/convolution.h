@@ -6,24 +6,24 @@
 
 #include "numbers.h"
 
-// N: of what is convolved. A tap of a weight is a row of it: [taps, features].
+// One convolution. N: the numbers' type, of the input. `weight` is [taps, features].
 template <typename N>
 struct Convolution {
   int64_t tokens, features;
   const int64_t* positions;
   const float* weight;
-  const N* x;  // what was convolved; forward it is `in`
-  const N* in;  // what is convolved: x, or backward the gradient of what was made
+  const N* x;  // the forward pass's input
+  const N* in;  // what this pass convolves: x, or backward the output's gradient
   N* out;
-  bool goes_back;  // taps are then taken from the other side
+  bool goes_back;  // whether this is the backward pass, which mirrors the taps
 };
 
-// Tokens `first` to `last`, of each `width` features from `from` on.
+// The features `from` to `from + width` of the tokens `first` to `last`, exclusive.
 struct Span {
   int64_t first, last, from, width;
 };
 
-// For each tap the row that it reads, from the first feature of `span` on; `zeros` where another protein is.
+// Fills `rows` with the row that each tap reads, from the span's first feature on; `zeros` if it is in another protein.
 template <int64_t kTaps, typename N>
 INLINE void find_rows(const Convolution<N>& made, const Span& span, int64_t token, const N* zeros,
                       const N* (&rows)[kTaps]) {
@@ -35,7 +35,7 @@ INLINE void find_rows(const Convolution<N>& made, const Span& span, int64_t toke
   }
 }
 
-// `zeros`: as many as a span is wide.
+// Fills `out` with `in` plus its convolution. `zeros`: at least `span.width` zeros.
 template <int64_t kTaps, typename N>
 CLONED void convolve_span(const Convolution<N>& made, const Span& span, const N* zeros) {
   const N* rows[kTaps];
@@ -55,7 +55,7 @@ CLONED void convolve_span(const Convolution<N>& made, const Span& span, const N*
   }
 }
 
-// The same of gradients; those of the weight [taps, features] are added to `grads`.
+// Fills `out` with the gradient of x, and adds the gradient of the weight [taps, features] to `grads`.
 template <int64_t kTaps, typename N>
 CLONED void convolve_span_back(const Convolution<N>& made, const Span& span, const N* zeros, float* grads) {
   const N* rows[kTaps];

@@ -1,13 +1,13 @@
-// Queries and keys before attention: each head's width normalised, then turned; values as they are (see heads.py).
+// Normalises and rotates each query and key head before attention, and copies values, forward and backward (heads.py).
 
 #pragma once
 
 #include "numbers.h"
 #include "residual_norm.h"
 
-// N: of the projection. Of a token `groups` groups of `rows` rows: queries, key, value. Pointers to what is not there
-// are null: without scales nothing is normalised, where `half` is 0 nothing is turned. Backward `grad` is there, the
-// gradient of what was made, and `out` is that of `x`.
+// N: the number type of the projection. Each token has `groups` groups of `rows` rows: queries, a key, a value.
+// Pointers to absent inputs are null: without scales nothing is normalised; with `half` 0 nothing is rotated. In the
+// backward pass `grad` is the output's gradient, and `out` receives that of `x`; in the forward pass `grad` is null.
 template <typename N>
 struct Heads {
   int64_t groups, rows, width, half;
@@ -24,6 +24,7 @@ struct Heads {
   }
 };
 
+// Rotates the two halves of a row by the token's angles, back if `sign` is -1, and copies the rest.
 template <typename From, typename To>
 INLINE void turn_row(const From* in, const float* cos, const float* sin, float sign, To* out, int64_t half,
                      int64_t width) {
@@ -37,7 +38,7 @@ INLINE void turn_row(const From* in, const float* cos, const float* sin, float s
   for (int64_t x = 2 * half; x < width; ++x) put(out + x, number_of(in[x]));
 }
 
-// Fills `normal`; the inverse of the standard deviation.
+// Fills `normal` with the normalised row; returns the inverse standard deviation (RMSNorm: inverse root mean square).
 template <typename N>
 INLINE float normalise_row(const N* in, float epsilon, bool has_mean, int64_t width, float* normal) {
   const float mean = has_mean ? sum_along(width, [=](int64_t x) { return number_of(in[x]); }) / width : 0.0f;
@@ -50,7 +51,8 @@ INLINE float normalise_row(const N* in, float epsilon, bool has_mean, int64_t wi
   return inverse;
 }
 
-// `outer`: the gradient of what was made, turned back, which this changes; the scale's gradient is added to `sums`.
+// Fills `out` with the gradient of the row, and adds that of the scale to `sums`. `outer`: the output's gradient,
+// rotated back; it is overwritten.
 template <typename N>
 INLINE void normalise_row_back(const Heads<N>& heads, const N* in, const float* scale, int64_t width, float* outer,
                                float* normal, float* sums, N* out) {
@@ -66,8 +68,8 @@ INLINE void normalise_row_back(const Heads<N>& heads, const N* in, const float* 
   for (int64_t x = 0; x < width; ++x) put(out + x, (outer[x] - normal[x] * along - all) * inverse);
 }
 
-// Tokens `first` to `last`; kWidth: the width where it is known, else 0. `scratch`: room for two rows; `sums`: of the
-// scales' gradients [groups, rows, width], backward alone.
+// Processes the tokens `first` to `last`, exclusive. kWidth: the width if known at compile time, else 0. `scratch`:
+// room for two rows. `sums`: the scales' gradients are added to it, [groups, rows, width]; backward only.
 template <int64_t kWidth, typename N>
 CLONED void prepare_tokens(const Heads<N>& heads, int64_t first, int64_t last, float* scratch, float* sums) {
   const int64_t width = kWidth ? kWidth : heads.width, half = heads.half, rows = heads.rows;

@@ -1,11 +1,11 @@
-// Numbers of fp32 and bf16 for the compiled helper, and what makes vectors of plain loops.
+// Conversions between fp32 and bf16 for the compiled CPU code, and the attributes that make the compiler vectorise it.
 
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-// A function that is compiled for several sets of instructions; the processor's is chosen when it is loaded.
+// CLONED functions are compiled for several instruction sets; the processor's is chosen when the module is loaded.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
 #define CLONED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else

@@ -1,7 +1,7 @@
-// What a block does between its matrix products, on CPUs, each in one pass over memory (see compiled.py).
+// What a transformer block computes between matrix products, on CPUs, each in one pass over memory (see compiled.py).
 //
-// Plain loops, which the compiler makes vectors of, for each set of instructions that `CLONED` names. Sums over tokens
-// are taken in pieces of fixed size, and those in their order: the bits do not depend on the threads.
+// These are plain loops, which the compiler vectorises for each instruction set that `CLONED` names. Sums over tokens
+// are computed in pieces of fixed size and added in order, so results are bitwise the same for any number of threads.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -23,10 +23,10 @@ namespace {
 
 namespace py = pybind11;
 
-constexpr int64_t kTokens = 256;   // of a piece of work
+constexpr int64_t kTokens = 256;   // per piece of work
 constexpr int64_t kFeatures = 256;
 
-// e^x for x up to 0, with fp32's error; NaN stays.
+// e^x for x up to 0, with the error of fp32; NaN for NaN.
 INLINE float exp_of(float x) {
   constexpr float kToInteger = 12582912.0f + 127.0f;  // 1.5 * 2^23: the low bits hold n and the exponent's bias
   x *= 1.44269504088896341f;
@@ -47,8 +47,8 @@ INLINE float sigmoid(float x) {
   return x < 0 ? small * larger : larger;
 }
 
-// The functions: their value, and their derivative. A gated one has two of each.
-struct GeluTanh {  // x * sigmoid(2u), u = sqrt(2 / pi) (x + 0.044715 x^3): the same as with a tanh of u
+// The activation functions and their derivatives. The gated one, swiglu, has functions of its own below.
+struct GeluTanh {  // x * sigmoid(2u), u = sqrt(2 / pi) (x + 0.044715 x^3), which equals x * (1 + tanh(u)) / 2
   static constexpr float kTwice = 1.5957691216057308f, kCube = 0.044715f;
   static INLINE float value(float x) { return x * sigmoid(kTwice * (x + kCube * x * x * x)); }
   static INLINE float derivative(float x) {
@@ -131,7 +131,7 @@ struct Shape {
   int64_t pieces() const { return (tokens + kTokens - 1) / kTokens; }
 };
 
-// Of the tokens from `first` to `last` of a matrix: `width` features from `from` on.
+// A piece of work: the features `from` to `from + width` of the tokens `first` to `last`, exclusive.
 struct Piece {
   int64_t first, last, from, width;
 };
@@ -145,7 +145,7 @@ void in_pieces(const Shape& shape, int threads, const Work& work) {
                         std::min(kFeatures, shape.features - from)});
 }
 
-// What is added to a product and its gate; zeros where there is no bias.
+// The biases added to a product and to its gate; zeros if there is none.
 struct Biases {
   const float *wide, *gate;
 };
@@ -189,7 +189,7 @@ Number* at(uintptr_t address) {
   return reinterpret_cast<Number*>(address);
 }
 
-// Sums over tokens from those of each piece, in their order.
+// Fills `out` with the sums over all tokens: it adds the sums of the pieces, in order.
 void sum_up(const std::vector<float>& sums, const Shape& shape, float* out) {
   std::fill(out, out + shape.features, 0.0f);
   for (int64_t piece = 0; piece < shape.pieces(); ++piece)
@@ -198,7 +198,7 @@ void sum_up(const std::vector<float>& sums, const Shape& shape, float* out) {
 
 using Addresses = std::vector<uintptr_t>;
 
-// `tensors`: product, its gate (or 0), their biases in fp32 (or 0), what is made.
+// Fills the activation. `tensors`: product, its gate (or 0), their biases in fp32 (or 0), output.
 template <class Function, typename Number>
 void forward(const Addresses& tensors, const Shape& shape, int threads) {
   const std::vector<float> nothing(shape.features);
@@ -210,7 +210,8 @@ void forward(const Addresses& tensors, const Shape& shape, int threads) {
   });
 }
 
-// The same four, the gradient of what was made, then what is filled: the gradients of the four (or 0).
+// Fills the activation's gradients. `tensors`: the first four of `forward`, the output's gradient, and what is filled:
+// the gradients of those four (or 0).
 template <class Function, typename Number>
 void backward(const Addresses& tensors, const Shape& shape, int threads) {
   const std::vector<float> nothing(shape.features);
@@ -259,8 +260,9 @@ void add_columns(uintptr_t in, uintptr_t out, const Shape& shape, int threads) {
 
 using HeadsShape = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;  // tokens, groups, rows, width, half
 
-// `tensors`: the projection, the scales of queries and keys, cosines, sines, what is made; backward also the gradient of
-// what was made, and the sums over tokens of the scales' gradients.
+// Normalises and rotates heads, or fills the gradients. `tensors`: the projection, the scales of queries and of keys,
+// cosines, sines, and the output (backward: the projection's gradient); backward also the forward output's gradient
+// and, filled, the scales' gradients, summed over tokens.
 template <typename Number>
 void prepare_heads(const Addresses& tensors, const HeadsShape& shape, float epsilon, bool has_mean, float sign,
                    int threads) {
@@ -283,8 +285,9 @@ void prepare_heads(const Addresses& tensors, const HeadsShape& shape, float epsi
   if (goes_back) sum_up(sums, wide, at<float>(tensors[7]));
 }
 
-// `tensors`: what is convolved, positions, weight [taps, features] in fp32, what is made; or backward the gradient of
-// what was made, positions, weight, the gradient that is filled, then what was convolved, and the weight's gradient.
+// Fills x plus its convolution, or the gradients. `tensors` forward: x, positions, weight [taps, features] in fp32,
+// output; backward: the output's gradient, positions, weight, the gradient of x (filled), x, the weight's gradient in
+// fp32 (filled).
 template <int64_t kTaps, typename Number>
 void convolve(const Addresses& tensors, const Shape& shape, int threads) {
   const bool goes_back = tensors.size() > 4;
@@ -311,14 +314,14 @@ Pass convolution_of(int64_t taps, bool is_bf16) {
   throw std::invalid_argument("no convolution has " + std::to_string(taps) + " taps");
 }
 
-using Types = std::tuple<bool, bool, bool>;  // whether they are bf16: the residual stream, the branch, what is normed
-using Dropout = std::tuple<uint64_t, uint32_t, uint32_t, uint32_t>;  // seed, how many of 65,536 stay, use, first row
+using Types = std::tuple<bool, bool, bool>;  // whether these are bf16: residual stream, branch, norm's output
+using Dropout = std::tuple<uint64_t, uint32_t, uint32_t, uint32_t>;  // seed, how many of 65,536 kept, use, first row
 
 Drawn drawn_of(const Dropout& dropout) {
   return {std::get<0>(dropout), std::get<1>(dropout), std::get<2>(dropout), std::get<3>(dropout)};
 }
 
-// `work` of each piece of the rows, with room for two rows and what is drawn.
+// Calls `work` for each piece of the rows, with scratch memory for two rows and dropout's surplus numbers.
 template <class Work>
 void by_rows(const Shape& shape, int threads, const Work& work) {
 #pragma omp parallel num_threads(threads)
@@ -330,7 +333,7 @@ void by_rows(const Shape& shape, int threads, const Work& work) {
   }
 }
 
-// `tensors`: residual, branch, shift, weight, bias, then what is made: sum, normed, statistics (or 0).
+// `tensors`: the inputs residual, branch, shift, weight, bias, then the outputs sum, normed, statistics (or 0).
 template <typename R, typename B, typename N>
 struct Joined {
   static void pass(const Addresses& tensors, const Shape& shape, const Dropout& dropout, float epsilon, bool, bool,
@@ -344,8 +347,9 @@ struct Joined {
   }
 };
 
-// `tensors`: gradients of sum and norm, the sum, statistics, weight, then what is made: gradients of the residual and
-// the branch, and the sums over tokens of those of weight, bias and shift, those that there are, in fp32 (or 0).
+// `tensors`: the inputs gradient of the sum, gradient of the norm's output, sum, statistics, weight; then the outputs:
+// the gradients of residual and branch, and one fp32 tensor with those of weight, bias and shift that exist, summed
+// over tokens (or 0).
 template <typename R, typename B, typename N>
 struct JoinedBackward {
   static void pass(const Addresses& tensors, const Shape& shape, const Dropout& dropout, float, bool has_mean,

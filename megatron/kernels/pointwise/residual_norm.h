@@ -1,5 +1,5 @@
-// A branch joins the residual stream, with dropout, and the sum is normalised (see residual_norm.py). A row stays in
-// the nearest cache from its first number to its last. Sums along a row are taken in 16 parts whatever the processor.
+// Adds a branch to the residual stream, with dropout, and normalises the sum, forward and backward (residual_norm.py).
+// A row stays in the L1 cache until it is done. Sums along a row are always taken in 16 parts, on every processor.
 
 #pragma once
 
@@ -8,9 +8,9 @@
 #include "numbers.h"
 
 constexpr int64_t kLanes = 16;
-constexpr int64_t kDrawn = 8;  // numbers of a counter
+constexpr int64_t kDrawn = 8;  // random numbers from one counter
 
-// What dropout draws: `kept` of 65,536 numbers stay. 65,536 are no dropout.
+// Dropout: an element is kept if its random number, of 65,536, is below `kept`; 65,536 means no dropout.
 struct Drawn {
   uint64_t seed;
   uint32_t kept, use, first_row;
@@ -19,7 +19,8 @@ struct Drawn {
   float growth() const { return kept ? 65536.0f / kept : 0.0f; }
 };
 
-// The factors by which dropout multiplies a row: megatron/kernels/dropout.py. There is room for kLanes * kDrawn more.
+// Fills `factors` with those by which dropout multiplies a row, the same as in megatron/kernels/dropout.py. It needs
+// room for kLanes * kDrawn numbers more than `width`.
 INLINE void draw_row(const Drawn& drawn, int64_t row, int64_t width, float* factors) {
   const float growth = drawn.growth();
   for (int64_t from = 0; from < width; from += kLanes * kDrawn) {
@@ -54,7 +55,7 @@ INLINE void draw_row(const Drawn& drawn, int64_t row, int64_t width, float* fact
 typedef float EightLanes __attribute__((vector_size(32)));
 typedef float FourLanes __attribute__((vector_size(16)));
 
-// By halves, in registers.
+// The sum of the parts: halves are added to each other, in registers.
 INLINE float sum_of(const float (&parts)[kLanes]) {
   static_assert(kLanes == 16, "two halves of eight");
   EightLanes eight[2];
@@ -66,7 +67,7 @@ INLINE float sum_of(const float (&parts)[kLanes]) {
   return (four[0][0] + four[0][2]) + (four[0][1] + four[0][3]);
 }
 
-// `function` of each of `width` places, summed.
+// The sum of `function(x)` for x from 0 to `width`, exclusive.
 template <class Function>
 INLINE float sum_along(int64_t width, const Function& function) {
   float parts[kLanes] = {};
@@ -77,7 +78,8 @@ INLINE float sum_along(int64_t width, const Function& function) {
   return sum_of(parts);
 }
 
-// Pointers to what is not there are null. R: of the residual stream, B: of the branch, N: of what is normalised.
+// Inputs and outputs of the forward pass; absent ones are null. Number types: R of the residual stream and the sum, B
+// of the branch, N of the norm's output. `statistics`: each row's mean and inverse standard deviation.
 template <typename R, typename B, typename N>
 struct Join {
   int64_t width;
@@ -91,7 +93,7 @@ struct Join {
   float* statistics;
 };
 
-// Rows `first` to `last`; `scratch`: room for two rows and kLanes * kDrawn numbers more.
+// Computes the rows `first` to `last`, exclusive. `scratch`: room for two rows and kLanes * kDrawn numbers more.
 template <typename R, typename B, typename N>
 CLONED void join_rows(const Join<R, B, N>& join, int64_t first, int64_t last, float* scratch) {
   const int64_t width = join.width;
@@ -114,7 +116,7 @@ CLONED void join_rows(const Join<R, B, N>& join, int64_t first, int64_t last, fl
 #pragma GCC ivdep
       for (int64_t x = 0; x < width; ++x) {
         put(sum + x, number_of(residual[x]) + values[x]);
-        values[x] = number_of(sum[x]);  // as rounded: the backward pass reads that
+        values[x] = number_of(sum[x]);  // the rounded sum, which the backward pass reads
       }
     }
     if (!join.weight) continue;
@@ -135,6 +137,7 @@ CLONED void join_rows(const Join<R, B, N>& join, int64_t first, int64_t last, fl
   }
 }
 
+// Inputs and outputs of the backward pass; absent ones are null. `x`: the sum that was normalised.
 template <typename R, typename B, typename N>
 struct JoinBackward {
   int64_t width;
@@ -148,7 +151,8 @@ struct JoinBackward {
   B* grad_branch;
 };
 
-// The same rows' gradients; `sums`: of weight, bias and shift, those that there are, behind each other, to be added to.
+// Computes the gradients of the rows, and adds those of weight, bias and shift to `sums`, where those that exist follow
+// each other in this order. `scratch`: as in `join_rows`.
 template <typename R, typename B, typename N>
 CLONED void join_rows_backward(const JoinBackward<R, B, N>& join, int64_t first, int64_t last, float* scratch,
                                float* sums) {
