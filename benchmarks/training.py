@@ -30,7 +30,7 @@ from megatron.data.rows.packed import Row  # noqa: E402
 from megatron.model.protein_model import compute_dtype  # noqa: E402
 from megatron.parallel.mesh import Mesh  # noqa: E402
 from megatron.plan.rank import padded_vocab_size  # noqa: E402
-from megatron.train.build.peak import measured_peak_flops  # noqa: E402
+from megatron.train.setup.peak import measured_peak_flops  # noqa: E402
 from megatron.train.step.engine import build_engine  # noqa: E402
 from megatron.train.step.meters import Meters, Reading  # noqa: E402
 from megatron.train.step.train_step import TrainStep  # noqa: E402

@@ -36,7 +36,7 @@ from megatron.errors import CheckpointError, ConfigError, DataError  # noqa: E40
 from megatron.log import exit_status  # noqa: E402
 from megatron.parallel.layout import check_layout  # noqa: E402
 from megatron.parallel.mesh import grid_sizes  # noqa: E402
-from megatron.train.build.resume import refuse_changes  # noqa: E402
+from megatron.train.setup.resume import refuse_changes  # noqa: E402
 from megatron.train.state import BatchSizes  # noqa: E402
 
 POSITIONS = 1024  # of a row, as ESM was trained

@@ -18,8 +18,8 @@ from megatron.doctor.machine import available_memory
 from megatron.plan.gpus import MATRIX_SHARE
 from megatron.plan.memory import peak_memory
 from megatron.plan.rank import Rank
-from megatron.train.build.peak import measured_peak_flops
-from megatron.train.build.precision import LEAST_GAIN
+from megatron.train.setup.peak import measured_peak_flops
+from megatron.train.setup.precision import LEAST_GAIN
 
 _GIB = 2**30
 _COPIED_BYTES, _NUM_COPIES = 1 << 27, 5

@@ -30,8 +30,8 @@ from megatron.log import Log, number_of
 from megatron.parallel.collectives import all_gather_object
 from megatron.parallel.compilation import wants_compilation
 from megatron.parallel.mesh import Mesh
-from megatron.train.build.precision import set_tf32, with_precision_chosen
-from megatron.train.build.ways import set_deterministic, set_flash_attention, ways
+from megatron.train.setup.precision import set_tf32, with_precision_chosen
+from megatron.train.setup.ways import set_deterministic, set_flash_attention, ways
 from megatron.train.stop import StopRequests
 
 Report = dict[str, Any]

@@ -1,6 +1,6 @@
 """Loads a checkpoint of any format for inference: `load_pretrained(path)`. All settings come from the checkpoint.
 
-Models for training, in any layout, are made by `megatron.train.build`. Shapes: r residues of a protein, h hidden, v
+Models for training, in any layout, are made by `megatron.train.setup`. Shapes: r residues of a protein, h hidden, v
 tokens of the vocabulary.
 """
 

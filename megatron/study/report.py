@@ -19,7 +19,7 @@ from megatron.config import Config
 from megatron.config.declaration import flag_name, shown
 from megatron.config.presets import PRESETS
 from megatron.files import write_text
-from megatron.train.build.run import Run
+from megatron.train.setup.run import Run
 
 REPORT = "report.html"
 # What is drawn of the training records: key, title and scale of the axis.

@@ -4,8 +4,8 @@ from megatron.checkpoint.metrics import OF_AVERAGE, loss_name
 from megatron.checkpoint.saving import Saver
 from megatron.data.rows.blend import BlendedDataset
 from megatron.data.rows.dataset import Dataset, corpora_of, measured_on
-from megatron.train.build.run import Run
 from megatron.train.observation.events import Events
+from megatron.train.setup.run import Run
 from megatron.train.step.evaluate import Evaluation, evaluate
 from megatron.train.step.meters import Meters, Totals
 from megatron.train.stop import StopRequests

@@ -19,8 +19,6 @@ from megatron.data.rows.fixed_masks import FIXED
 from megatron.errors import SaveError
 from megatron.model.protein_model import compute_dtype
 from megatron.parallel.waits import read
-from megatron.train.build.peak import measured_peak_flops
-from megatron.train.build.run import Run
 from megatron.train.evaluations import Evaluations, num_rows_evaluated
 from megatron.train.guards.faults import Faults
 from megatron.train.guards.guard import Guard, WrongSteps
@@ -31,6 +29,8 @@ from megatron.train.observation.observers import Observer
 from megatron.train.observation.pace import Pace
 from megatron.train.observation.profiler import StepProfiler
 from megatron.train.patience import GOES_ON, PatientSaver
+from megatron.train.setup.peak import measured_peak_flops
+from megatron.train.setup.run import Run
 from megatron.train.state import is_due
 from megatron.train.step.agreement import Arriving
 from megatron.train.step.evaluate import Evaluation

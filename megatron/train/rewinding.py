@@ -11,13 +11,13 @@ from megatron.errors import DivergedError
 from megatron.log import Log
 from megatron.parallel.collectives import all_gather_object
 from megatron.parallel.mesh import Mesh
-from megatron.train.build.resume import going_on
-from megatron.train.build.run import Run, build
 from megatron.train.guards.faults import Faults
 from megatron.train.guards.guard import HELP, RewindError
 from megatron.train.guards.suspects import write_suspects
 from megatron.train.loop import train
 from megatron.train.observation.observers import check_installed, observed
+from megatron.train.setup.resume import going_on
+from megatron.train.setup.run import Run, build
 from megatron.train.stop import StopRequests
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron.train.build import precision
+from megatron.train.setup import precision
 from pretrain_tape import main
 from tests.golden.training import TINY, losses
 

@@ -25,9 +25,9 @@ from megatron.data.corpus.vocab import DEFAULT_VOCAB, Vocab
 from megatron.infer.pretrained import load_pretrained
 from megatron.log import Log
 from megatron.train import evaluations
-from megatron.train.build import run as build_module
 from megatron.train.loop import Training
 from megatron.train.observation.events import Events, TrainingFacts
+from megatron.train.setup import run as build_module
 from megatron.train.step.meters import Reading, Totals
 from megatron.train.step.train_step import TrainStep
 from pretrain_tape import main

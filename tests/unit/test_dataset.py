@@ -27,7 +27,7 @@ from megatron.data.rows.packed import PackedDataset
 from megatron.errors import ConfigError, DataError
 from megatron.log import Log
 from megatron.parallel.mesh import Mesh
-from megatron.train.build import run
+from megatron.train.setup import run
 from tests.indexed_files import write_indexed
 
 VOCAB = Vocab.from_file()

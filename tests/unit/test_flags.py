@@ -24,7 +24,7 @@ from megatron.config.telling.listing import listing, notice
 from megatron.errors import ConfigError
 from megatron.optim.schedule import build_schedule
 from megatron.parallel.compilation import wants_compilation
-from megatron.train.build.resume import differences
+from megatron.train.setup.resume import differences
 
 # Spellings of Megatron-LM v2 that users' scripts hold; frozen.
 MEGATRON_FLAGS = """

@@ -19,11 +19,11 @@ from megatron.data.rows.baselines import Baselines
 from megatron.data.rows.dataset import build_datasets
 from megatron.log import Log
 from megatron.parallel.mesh import Axis, Mesh
-from megatron.train.build.peak import measured_peak_flops
 from megatron.train.observation.events import Events, TrainingFacts
 from megatron.train.observation.memory import count_from_here, peak_memory_gib
 from megatron.train.observation.pace import Pace
 from megatron.train.observation.picture import draw_losses
+from megatron.train.setup.peak import measured_peak_flops
 from megatron.train.state import BatchSizes, TrainState
 from megatron.train.step.engine import build_engine
 from megatron.train.step.evaluate import Evaluation, evaluate
@@ -217,8 +217,8 @@ def test_the_memory_of_a_cpu_is_the_peak_of_its_process():
 def test_the_peak_is_the_best_of_many_runs_within_the_time_given(monkeypatch):
     elapsed_s = iter([0.5, 1.0, 1.0, 1e-9, 0.25] + [1.0] * 10**6)
     now_s = iter(range(10**6))
-    monkeypatch.setattr("megatron.train.build.peak._elapsed_s", lambda left, right: next(elapsed_s))
-    monkeypatch.setattr("megatron.train.build.peak.MEASURING_S", 4.5)
+    monkeypatch.setattr("megatron.train.setup.peak._elapsed_s", lambda left, right: next(elapsed_s))
+    monkeypatch.setattr("megatron.train.setup.peak.MEASURING_S", 4.5)
     monkeypatch.setattr("time.perf_counter", lambda: float(next(now_s)))
     model = ModelConfig(hidden_size=8, ffn_hidden_size=32)
     # The fourth run is the first product's second.

@@ -11,9 +11,9 @@ from megatron.errors import ConfigError
 from megatron.kernels.attention import backends, compiled
 from megatron.kernels.pointwise import compiled as pointwise
 from megatron.parallel.mesh import Axis, Mesh
-from megatron.train.build import ways as module_of_ways
-from megatron.train.build.precision import set_tf32
-from megatron.train.build.ways import set_deterministic, set_flash_attention, ways
+from megatron.train.setup import ways as module_of_ways
+from megatron.train.setup.precision import set_tf32
+from megatron.train.setup.ways import set_deterministic, set_flash_attention, ways
 
 
 def said(flags, mesh=None, is_compiled=False):

@@ -21,8 +21,8 @@ from megatron.optim.scaling import LossScale
 from megatron.parallel.launch.watch import _is_waiting
 from megatron.parallel.mesh import Axis, Mesh
 from megatron.parallel.placement import is_any_trained
-from megatron.train.build import precision
 from megatron.train.observation.memory import peak_memory_gib
+from megatron.train.setup import precision
 from megatron.train.step import evaluate
 from megatron.train.step.agreement import Arriving
 from megatron.train.step.meters import Meters

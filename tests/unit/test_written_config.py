@@ -8,7 +8,7 @@ from megatron.config.command_line import parse, resolve
 from megatron.config.presets import PRESETS
 from megatron.config.telling.as_toml import as_toml
 from megatron.errors import ConfigError
-from megatron.train.build.configuration import keep_configuration
+from megatron.train.setup.configuration import keep_configuration
 from pretrain_tape import main
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from megatron.errors import DivergedError
 from megatron.parallel.waits import read
-from megatron.train.build.run import Run
 from megatron.train.guards.suspects import write_suspects
+from megatron.train.setup.run import Run
 from megatron.train.step.meters import StepSums
 
 HELP = "lower --lr, lengthen the warm-up, or go on from an older checkpoint"

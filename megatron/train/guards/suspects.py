@@ -5,7 +5,7 @@ from pathlib import Path
 from megatron.checkpoint.places import SPIKES
 from megatron.data.rows.members import members_of
 from megatron.files import write_text
-from megatron.train.build.run import Run
+from megatron.train.setup.run import Run
 
 _COLUMNS = ("row", "corpus", "document", "name", "residues")
 

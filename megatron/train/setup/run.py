@@ -22,9 +22,10 @@ from megatron.model.protein_model import ProteinModel
 from megatron.optim.schedule import Schedule
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.placement import Part
-from megatron.train.build.course import chosen_schedule
-from megatron.train.build.precision import set_tf32, with_precision_chosen
-from megatron.train.build.resume import (
+from megatron.train.guards.spikes import SpikeJudge
+from megatron.train.setup.course import chosen_schedule
+from megatron.train.setup.precision import set_tf32, with_precision_chosen
+from megatron.train.setup.resume import (
     differences,
     facts_of,
     find_checkpoint,
@@ -32,8 +33,7 @@ from megatron.train.build.resume import (
     refuse_changes,
     started_again,
 )
-from megatron.train.build.ways import set_deterministic, set_flash_attention, ways
-from megatron.train.guards.spikes import SpikeJudge
+from megatron.train.setup.ways import set_deterministic, set_flash_attention, ways
 from megatron.train.state import BatchSizes, TrainState
 from megatron.train.step.engine import Engine, build_engine, stream_of
 from megatron.train.step.graph import check_graph

@@ -11,7 +11,7 @@ from megatron.errors import ConfigError
 from megatron.log import Log
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.waits import read
-from megatron.train.build.peak import measured_peak_flops
+from megatron.train.setup.peak import measured_peak_flops
 from megatron.train.step.agreement import summed
 
 LEAST_GAIN = 1.2  # speed of bf16 matrix products over fp32's; they take some two thirds of a step
