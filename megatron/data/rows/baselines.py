@@ -1,4 +1,4 @@
-"""The baselines that a model must beat: what knowing the frequencies of letters costs, and nothing else."""
+"""The baselines that a model must beat: the loss of a predictor that knows only how frequent each letter is."""
 
 from dataclasses import dataclass
 
@@ -9,11 +9,11 @@ from megatron.data.rows.masking import Masking
 
 @dataclass(frozen=True)
 class Baselines:
-    """What knowing no more than the frequencies of letters costs, in nats a masked residue.
+    """The loss of a predictor that knows nothing but the training letters' frequencies, in nats per masked residue.
 
-    `letters`: predict each residue from the frequencies alone. `visible`: the same, but where masking left a letter
-    standing (10 % of the targets keep theirs, 10 % show a random one), weigh that it may be the true one. A model has
-    learnt something of proteins when it is below the second.
+    `letters`: it predicts every target from the frequencies alone. `visible`: where a target shows a letter instead of
+    [MASK] (10 % keep their own, 10 % get a random one), it also uses that letter. A model below the second has learnt
+    something about proteins.
     """
 
     letters: float
@@ -22,9 +22,9 @@ class Baselines:
 
 def frequency_baselines(train_counts: np.ndarray, valid_counts: np.ndarray, residue_ids: np.ndarray,
                         masking: Masking) -> Baselines | None:
-    """The baselines on proteins with `valid_counts` of someone who knows `train_counts`; both are by token id.
+    """The baselines of proteins with `valid_counts`, for a predictor that knows `train_counts`, both per token id.
 
-    None where there is no residue to predict. A letter unseen in training counts as seen once.
+    None if there is no residue to predict. A letter that is not in the training data counts as seen once there.
     """
     num_residues = valid_counts[residue_ids].sum()
     if num_residues == 0:
