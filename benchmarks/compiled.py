@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,7 +26,6 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from benchmarks.tile_flops import code_of, flops_of_tiles
-from megatron.kernels import fp8
 from megatron.kernels.device import is_fake
 from megatron.plan.work import WorkCounter
 
@@ -190,25 +189,15 @@ class Other:
 class Launches(TorchDispatchMode):
     """A context that records what operators on tensors without values would launch, instead of running it.
 
-    Recorded are Triton kernels (`triton`) and PyTorch operators (`others`); FP8 conversions count as the single kernels
-    that torch.compile makes of them. Operators on tensors with values run: those on the proteins' boundaries, which
-    are needed to count attention's work.
+    Recorded are Triton kernels (`triton`) and PyTorch operators (`others`). An operator of ours that launches none of
+    Triton's is one kernel, which torch.compile makes of it. Operators on tensors with values run: those on the
+    proteins' boundaries, which are needed to count attention's work.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.triton: list[RecordedLaunch] = []
         self.others: list[Other] = []
-        self._patches: list[Any] = []  # a stack, since our own operators enter the context again
-
-    def __enter__(self) -> "Launches":
-        self._patches.append(patch.object(fp8, "_way", lambda function, _: partial(self._fused, function)))
-        self._patches[-1].start()
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._patches.pop().stop()
 
     @property
     def num_pointwise(self) -> int:
@@ -232,8 +221,18 @@ class Launches(TorchDispatchMode):
         if given and not any(map(is_fake, given)):
             return func(*args, **kwargs)
         if func.namespace == "megatron" and name not in ATTENTION:
+            num_triton, num_others = len(self.triton), len(self.others)
             with patch.object(JITFunction, "__getitem__", lambda kernel, grid: self._recorder(kernel)), self:
-                return OPDEFS[func.name()]._init_fn(*args, **kwargs)
+                results = OPDEFS[func.name()]._init_fn(*args, **kwargs)
+            if len(self.triton) == num_triton:  # torch.compile makes one kernel of it
+                inside, self.others = self.others[num_others:], self.others[:num_others]
+                self.others.append(Other(name, sum(map(_num_bytes, _moved(func, args, given, _tensors(results)))),
+                                         sum(each.flops for each in inside), "fp32"))
+            return results
+        # PyTorch takes these apart before they come here, but not inside operators of ours.
+        if func.namespace == "aten" and func._can_decompose():
+            with self:
+                return func.decompose(*args, **kwargs)
         inputs = args, kwargs
         if any(tensor.is_meta for tensor in given):  # all on one device
             inputs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), inputs)
@@ -245,10 +244,7 @@ class Launches(TorchDispatchMode):
 
     def _note(self, name: str, func: Any, args: Any, kwargs: Any, given: list[Tensor], results: Any) -> None:
         new = _tensors(results)
-        moved = [*new, *new] if name in _PICK else [*{id(tensor): tensor for tensor in (*given, *new)}.values()]
-        if name not in _ONLY_WRITES:
-            moved += _tensors([value for argument, value in zip(func._schema.arguments, args, strict=False)
-                               if argument.alias_info and argument.alias_info.is_write])
+        moved = _moved(func, args, given, new)
         work = WorkCounter()
         work.count(func, args, kwargs, given, new)
         if name in _NOT_POINTWISE:
@@ -258,20 +254,19 @@ class Launches(TorchDispatchMode):
             flops, units = max((tensor.numel() for tensor in counted), default=0), "fp32"
         self.others.append(Other(name, sum(map(_num_bytes, moved)), flops, units))
 
-    def _fused(self, function: Any, x_rc: Tensor, *arguments: Any) -> Any:
-        """Run a conversion to FP8 and record it as one kernel, with the FLOPs of its operations."""
-        before = len(self.others)
-        results = function(x_rc, *arguments)
-        inside, self.others = self.others[before:], self.others[:before]
-        self.others.append(Other(f"fp8{function.__name__}",
-                                 sum(map(_num_bytes, _tensors((x_rc, arguments, results)))),
-                                 sum(each.flops for each in inside), "fp32"))
-        return results
-
     def _recorder(self, kernel: Any) -> Any:
         def launch(*arguments: Any, **options: int) -> None:
             self.triton.append(RecordedLaunch(kernel, arguments, options))
         return launch
+
+
+def _moved(func: Any, args: Sequence[Any], given: list[Tensor], new: list[Tensor]) -> list[Tensor]:
+    """What a launch moves through memory: its inputs and outputs, and once more those that it reads and changes."""
+    name = func._overloadpacket.__name__
+    moved = [*new, *new] if name in _PICK else [*{id(tensor): tensor for tensor in (*given, *new)}.values()]
+    return moved if name in _ONLY_WRITES else moved + _tensors([
+        value for argument, value in zip(func._schema.arguments, args, strict=False)
+        if argument.alias_info and argument.alias_info.is_write])
 
 
 def units_of(tensors: Sequence[Tensor]) -> str:

@@ -30,7 +30,8 @@ INSTEAD = {
 _ATTENDS = {"_varlen_attn": "PyTorch's varlen_attn", "fused_attention": "Triton's kernels, FlexAttention"}
 _MODULES = {"_varlen_attn": ("attention.fused",), "fused_attention": ("attention.triton_kernels", "attention.flex"),
             "fp8_largest": ("fp8",), "fp8_quantised": ("fp8",)}
-_UPDATES = {"_fused_adamw_": "AdamW", "linalg_vector_norm": "norm of gradients", "_foreach_copy_": "copies of weights"}
+_UPDATES = {"_fused_adamw_": "AdamW", "linalg_vector_norm": "norm of gradients", "_foreach_copy_": "copies of weights",
+            "muon_mix": "momentum", "muon_advance": "decay and step"}
 _TRANSPOSES = ("clone", "constant_pad_nd", "_unsafe_view", "copy_")
 
 

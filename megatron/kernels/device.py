@@ -1,7 +1,7 @@
 """On which device, and by Triton or not, a tensor is computed; how functions become operators of PyTorch."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, wraps
 from importlib.util import find_spec
 from typing import Any, TypeVar
@@ -77,6 +77,34 @@ def operator(name: str, empty: Callable[..., Any]) -> Callable[[Callable[..., _T
             if torch.compiler.is_compiling() or is_fake(next(each for each in arguments if isinstance(each, Tensor))):
                 return made(*arguments)
             return function(*arguments)
+
+        return call
+
+    return decorate
+
+
+def in_one_kernel(name: str, changes: Sequence[str] = ()) -> Callable[[Callable[..., _T]], Callable[..., _T]]:
+    """Makes one kernel on GPUs, by torch.compile, of a function whose operations would each go through memory there.
+
+    Under torch.compile, on CPUs and on GPUs before Ampere the function runs as it is. On fake tensors it is the
+    operator `megatron::name`, which stands for the kernel. Its first argument must be a tensor; `changes`: the
+    arguments that it changes in place.
+    """
+    def decorate(function: Callable[..., _T]) -> Callable[..., _T]:
+        made = torch.library.custom_op(f"megatron::{name}", function, mutates_args=changes)
+        made.register_fake(function)
+
+        @cache
+        def compiled() -> Callable[..., _T]:
+            return torch.compile(function, dynamic=True)
+
+        @wraps(function)
+        def call(first: Tensor, *others: Any) -> _T:
+            if torch.compiler.is_compiling():
+                return function(first, *others)
+            if is_fake(first):
+                return made(first, *others)
+            return (compiled() if is_of_ampere(first) and has_triton() else function)(first, *others)
 
         return call
 

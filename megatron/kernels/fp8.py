@@ -9,9 +9,7 @@ have it, 32 neighbours along the dimension that is summed over. Shapes: r rows, 
 [r, k] and [c, k], of which k is summed over.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,7 +18,7 @@ from torch.nn import functional as F
 
 from megatron.config import PrecisionConfig
 from megatron.errors import ConfigError
-from megatron.kernels.device import has_triton, is_fake, takes_gpu_way
+from megatron.kernels.device import in_one_kernel, takes_gpu_way
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 Scaling = Literal["tensorwise", "rowwise", "mxfp8"]
@@ -97,7 +95,7 @@ def largest(x_rc: Tensor, scaling: Scaling, dim: int) -> Tensor:
 
     `dim`: the dimension that the product sums over.
     """
-    return _way(_largest, x_rc)(x_rc, scaling, dim)
+    return _largest(x_rc, scaling, dim)
 
 
 def quantised(x_rc: Tensor, amax: Tensor, scaling: Scaling, dtype: torch.dtype) -> Quantised:
@@ -106,7 +104,7 @@ def quantised(x_rc: Tensor, amax: Tensor, scaling: Scaling, dtype: torch.dtype) 
     `amax`: what `largest` returns, of this tensor or (delayed scaling) of earlier ones. The result is NaN where `x_rc`
     or `amax` is not finite.
     """
-    return Quantised(*_way(_quantised, x_rc)(x_rc, amax, scaling, dtype))
+    return Quantised(*_quantised(x_rc, amax, scaling, dtype))
 
 
 def product(a_rk: Quantised, b_ck: Quantised, dtype: torch.dtype, is_fast: bool = False) -> Tensor:
@@ -150,6 +148,7 @@ def way_of(recipe: Recipe, device: torch.device) -> str:
     return "scaled_mm"
 
 
+@in_one_kernel("fp8_largest")
 def _largest(x_rc: Tensor, scaling: str, dim: int) -> Tensor:
     sizes = x_rc.abs()
     if scaling == "tensorwise":
@@ -159,6 +158,7 @@ def _largest(x_rc: Tensor, scaling: str, dim: int) -> Tensor:
     return sizes.unflatten(dim, (-1, MX_BLOCK)).amax(dim + 1).float()
 
 
+@in_one_kernel("fp8_quantised")
 def _quantised(x_rc: Tensor, amax: Tensor, scaling: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     most = torch.finfo(dtype).max
     # Up to a power of two: what lies above one carries into the exponent, and leaves no mantissa.
@@ -203,27 +203,3 @@ def swizzled(scale_rb: Tensor) -> Tensor:
     scale_rb = F.pad(scale_rb, (0, -columns % 4, 0, -rows % 128))
     tiles = scale_rb.view(scale_rb.shape[0] // 128, 4, 32, scale_rb.shape[1] // 4, 4)
     return tiles.permute(0, 3, 2, 1, 4).flatten()
-
-
-# Stand for the compiled functions on fake tensors: an operator each, as each is compiled to one kernel.
-_largest_operator = torch.library.custom_op("megatron::fp8_largest", _largest, mutates_args=())
-_quantised_operator = torch.library.custom_op("megatron::fp8_quantised", _quantised, mutates_args=())
-_largest_operator.register_fake(_largest)
-_quantised_operator.register_fake(_quantised)
-
-
-def _way(function: Callable[..., Any], x_rc: Tensor) -> Callable[..., Any]:
-    """`function`, on GPUs compiled into one kernel, for each of its operations would go through memory.
-
-    Under torch.compile it is left as it is; on fake tensors it is an operator.
-    """
-    if torch.compiler.is_compiling():
-        return function
-    if is_fake(x_rc):
-        return _largest_operator if function is _largest else _quantised_operator
-    return _compiled(function) if x_rc.is_cuda and has_triton() else function
-
-
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True)

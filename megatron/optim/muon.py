@@ -4,13 +4,13 @@ NorMuon (Li et al., 2025, arXiv 2510.05491) also normalises the rows, whose leng
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron.config import OptimizerConfig
-from megatron.kernels.device import takes_gpu_way
+from megatron.kernels.device import in_one_kernel, takes_gpu_way
 from megatron.kernels.newton_schulz.orthogonal import orthogonalised, working_dtype
 from megatron.optim.decay import decay
 from megatron.parallel.matrices.exchange import MatrixResult, WholeMatrices
@@ -37,7 +37,8 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, groups: list[dict], config: OptimizerConfig, mesh: Mesh) -> None:
         super().__init__(groups, {"lr": 0.0, "step": 0})
         self._config, self._evens_rows = config, config.optimizer == "normuon"
-        self._of_parameter = [(parameter, group) for group in self.param_groups for parameter in group["params"]]
+        self._of_parameter = [(parameter, place) for place, group in enumerate(self.param_groups)
+                              for parameter in group["params"]]
         parameters = [parameter for parameter, _ in self._of_parameter]
         self._matrices = WholeMatrices(parameters, mesh, working_dtype(parameters[0]), self._evens_rows) if (
             parameters) else None
@@ -50,17 +51,16 @@ class Muon(torch.optim.Optimizer):
         if self._matrices is None:
             return
         is_taken = 1 - self.found_inf
-        updates = [self._mixed_with_momentum(parameter, group["step"], is_taken)
-                   for parameter, group in self._of_parameter]
+        rates = [self._rates(group, is_taken) for group in self.param_groups]
+        updates = [self._mixed_with_momentum(parameter, rates[place], is_taken)
+                   for parameter, place in self._of_parameter]
         for results in self._matrices.worked_on(updates, self._orthogonalised):
             number = results[0].matrix.parameter
-            parameter, group = self._of_parameter[number]
+            parameter, place = self._of_parameter[number]
             update = self._matrices.joined(number, list(self._scaled(results, self.state[parameter], is_taken)))
-            rate = group["lr"] * is_taken
-            if group["weight_decay"]:
-                along = parameter * update if self._config.cautious_weight_decay else None
-                decay(parameter, group["weight_decay"] * rate, along)
-            parameter.addcmul_(update.to(parameter.dtype), -rate)
+            # Detached, since torch.compile takes the shapes of parameters as constants.
+            _advance(parameter.detach(), update, rates[place].step, rates[place].decay,
+                     self._config.cautious_weight_decay)
 
     def momentum(self, step: int) -> float:
         """The momentum of step number `step`, counted from 1: it rises linearly during its warm-up."""
@@ -68,19 +68,19 @@ class Muon(torch.optim.Optimizer):
         start = min(_MOMENTUM_AT_START, end)
         return start + (end - start) * min(1.0, step / warmup) if warmup else end
 
-    def _mixed_with_momentum(self, parameter: Tensor, step: int, is_taken: Tensor) -> Tensor:
+    def _rates(self, group: dict, is_taken: Tensor) -> "_Rates":
+        momentum, step = self.momentum(group["step"]), group["lr"] * is_taken
+        return _Rates(torch.full_like(is_taken, momentum), (1 - momentum) * is_taken, step,
+                      step * group["weight_decay"] if group["weight_decay"] else None)
+
+    def _mixed_with_momentum(self, parameter: Tensor, rates: "_Rates", is_taken: Tensor) -> Tensor:
         """Nesterov momentum: update the momentum buffer, and mix the gradient with it."""
         assert parameter.grad is not None
-        gradient, momentum, state = parameter.grad, self.momentum(step), self.state[parameter]
+        state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        gradient.div_(self.grad_scale)
-        if takes_gpu_way(gradient):
-            gradient.masked_fill_(is_taken == 0, 0.0)
-        elif not is_taken:  # on a CPU there is nothing to wait for
-            gradient.zero_()
-        state["momentum_buffer"].lerp_(gradient, (1 - momentum) * is_taken)
-        return gradient.lerp_(state["momentum_buffer"], momentum)
+        _mix(parameter.grad, state["momentum_buffer"], self.grad_scale, is_taken, rates.momentum, rates.gradient)
+        return parameter.grad
 
     def _orthogonalised(self, stack_kmn: Tensor) -> Tensor:
         return orthogonalised(stack_kmn, self._config.muon_num_ns_steps)
@@ -104,3 +104,38 @@ class Muon(torch.optim.Optimizer):
             inverse_m = 1 / (moment_m.sqrt() + _EPSILON)
             after = (result.squares * inverse_m.square()).sum()
             yield inverse_m * (result.squares.sum() / after.clamp(min=_EPSILON)).sqrt()
+
+
+class _Rates(NamedTuple):
+    """A step's numbers for the parameters of a group, on the device; all but `momentum` are 0 if it is not taken.
+
+    They are tensors, since torch.compile (2.13) may keep the value that a float had when it compiled.
+    """
+
+    momentum: Tensor
+    gradient: Tensor  # how far the momentum buffer goes towards the gradient
+    step: Tensor
+    decay: Tensor | None
+
+
+@in_one_kernel("muon_mix", changes=("gradient", "buffer"))
+def _mix(gradient: Tensor, buffer: Tensor, divisor: Tensor, is_taken: Tensor, momentum: Tensor, share: Tensor) -> None:
+    """Divide the gradient, move the buffer towards it by `share`, and it towards the buffer by `momentum`, in place.
+
+    `is_taken`: 1, or 0 where the gradient, which may not be finite, counts as 0.
+    """
+    gradient.div_(divisor)
+    if takes_gpu_way(gradient):
+        gradient.masked_fill_(is_taken == 0, 0.0)
+    elif not is_taken:  # on a CPU there is nothing to wait for
+        gradient.zero_()
+    buffer.lerp_(gradient, share)
+    gradient.lerp_(buffer, momentum)
+
+
+@in_one_kernel("muon_advance", changes=("parameter",))
+def _advance(parameter: Tensor, update: Tensor, rate: Tensor, share: Tensor | None, is_cautious: bool) -> None:
+    """Let a parameter decay by `share`, and take the step of `rate` times the update, in place."""
+    if share is not None:
+        decay(parameter, share, parameter * update if is_cautious else None)
+    parameter.addcmul_(update.to(parameter.dtype), -rate)

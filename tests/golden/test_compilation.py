@@ -3,10 +3,15 @@
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor import metrics
 
-from megatron.config import ParallelConfig
+from megatron.config import OptimizerConfig, ParallelConfig, PrecisionConfig
 from megatron.kernels import fp8
+from megatron.optim import muon
+from megatron.optim.optimizer import Optimizer
+from megatron.optim.scaling import LossScale
 from megatron.parallel.compilation import compile_blocks
+from megatron.parallel.parameters import Normal, matrix, whole_parameter
 from pretrain_tape import main
 from tests.golden.training import DROPOUT, TINY, losses, run_on_ranks
 from tests.tables import tried
@@ -79,13 +84,46 @@ def test_a_compiled_run_in_fp8_has_nearly_the_losses_of_an_eager_one(corpus, tmp
 def test_what_converts_to_fp8_between_graphs_is_compiled_once_for_all_sizes_with_the_same_bits():
     torch._dynamo.reset()
     counters.clear()
+    compiled = torch.compile(fp8._quantised.__wrapped__, dynamic=True)
     for rows, columns in ((64, 96), (96, 160), (160, 64)):
         x = torch.randn(rows, columns).bfloat16()
-        values, scale = fp8._compiled(fp8._quantised)(x, fp8.largest(x, "mxfp8", 0), "mxfp8", fp8.E4M3)
+        values, scale = compiled(x, fp8.largest(x, "mxfp8", 0), "mxfp8", fp8.E4M3)
         expected = fp8.quantised(x, fp8.largest(x, "mxfp8", 0), "mxfp8", fp8.E4M3)
         assert torch.equal(values.view(torch.uint8), expected.values.view(torch.uint8))
         assert torch.equal(scale, expected.scale)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_muons_passes_are_each_compiled_to_one_kernel_once_for_all_shapes_momenta_and_rates(monkeypatch):
+    monkeypatch.setattr(muon, "takes_gpu_way", lambda _: True)  # the way of a GPU, in C++ here
+    torch.manual_seed(0)
+    matrices = {str(shape): torch.randn(shape) for shape in ((64, 96), (96, 160), (160, 64))}
+    gradients = [{name: torch.randn_like(tensor) for name, tensor in matrices.items()} for _ in range(4)]
+    gradients[2]["(64, 96)"][3, 5] = torch.inf  # this step is not taken
+    config = OptimizerConfig(optimizer="muon", muon_momentum_warmup_iters=3, cautious_weight_decay=True)
+    scale = LossScale(PrecisionConfig(), torch.device("cpu"))
+    courses = []
+    for number in range(2):
+        weights = {name: whole_parameter(tensor.shape, matrix(Normal(0.02))) for name, tensor in matrices.items()}
+        optimizer = Optimizer(weights, config)
+        for name, weight in weights.items():
+            weight.data.copy_(matrices[name])
+        for step, new in enumerate(gradients):
+            for name, weight in weights.items():
+                weight.grad = new[name].clone()
+            optimizer.step(0.1 / (1 + step), scale)
+        courses.append([*weights.values(), *optimizer.state().values()])
+        if number == 0:
+            torch._dynamo.reset()
+            counters.clear()
+            metrics.reset()
+            for name in ("_mix", "_advance"):
+                compiled = torch.compile(getattr(muon, name).__wrapped__, dynamic=True)
+                monkeypatch.setattr(muon, name, compiled)
+    for plain, compiled in zip(*courses, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-6)
+    # The update of a high matrix is transposed, which is another graph.
+    assert (counters["stats"]["unique_graphs"], metrics.generated_kernel_count) == (3, 3)
 
 
 def test_torchs_limit_of_graphs_is_above_the_kinds_of_blocks_that_there_are():

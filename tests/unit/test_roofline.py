@@ -21,7 +21,6 @@ from benchmarks.launched import NUM_IDS, launches_of_block, launches_of_update  
 from benchmarks.proteins import shipped_lengths, shipped_rows  # noqa: E402
 from megatron.data.batches.batch import BatchShape, collate  # noqa: E402
 from megatron.data.rows.packed import Row  # noqa: E402
-from megatron.kernels import fp8  # noqa: E402
 from megatron.model.flops import model_flops  # noqa: E402
 
 HIDDEN, FEED_FORWARD, HEADS, LAYERS = 128, 384, 2, 1
@@ -133,6 +132,16 @@ def test_three_steps_of_newton_schulz_compute_half_of_the_symmetric_products_and
                      "matrix products": 3 * sum(2 * m * m * n for m, n in shapes)}
 
 
+def test_muon_passes_over_gradients_once_before_the_iteration_and_over_weights_once_after_it():
+    elements = (4 * LAYERS + 1) * HIDDEN**2 + 2 * LAYERS * HIDDEN * FEED_FORWARD
+    momentum, step_, casts = (line(instead(), f"Muon: {kernel}", "update") for kernel in (
+        "momentum", "decay and step", "PyTorch's copy, mul, index_select, cat"))
+    assert (len(momentum.launches), len(step_.launches)) == (4 * LAYERS + 1, 4 * LAYERS + 1)
+    assert momentum.num_bytes == pytest.approx(16 * elements, rel=1e-3)  # both are read and written in fp32
+    assert step_.num_bytes == pytest.approx(10 * elements, rel=1e-3)  # weights, and the update in bf16
+    assert casts.num_bytes < 20 * elements  # to bf16, scaled, and queries, keys and values apart
+
+
 @pytest.mark.parametrize("recipe, both_ways", [("tensorwise or delayed", 1), ("rowwise", 2)])
 def test_fp8_reads_a_tensor_for_its_magnitudes_and_again_to_write_a_byte_an_element(recipe, both_ways):
     elements = 16 * 1024 * (3 * HIDDEN + FEED_FORWARD) * both_ways  # before the four products of a block
@@ -198,12 +207,6 @@ def test_the_tables_have_a_row_a_kernel_and_a_bound_a_card(monkeypatch, capsys):
     assert all(any(each.kernel == row[0].removeprefix("| ") for row in rows) for each in (*step().block, *instead()))
     assert [row[1] for row in rows if row[0] == "| 133M"] == ["H100", "H100", "H200", "H200"]
     assert any(row[0] == "| 133M in FP8" for row in rows)
-
-
-def test_what_is_counted_leaves_the_conversions_to_fp8_as_they_were():
-    before = fp8._way
-    launches_of_block(step().config, batch=step().batch)
-    assert fp8._way is before
 
 
 def test_states_of_the_optimizer_are_not_made_in_the_step_that_is_counted():

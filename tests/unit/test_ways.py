@@ -96,7 +96,9 @@ def test_on_gpus_it_says_which_operator_and_what_the_other_lacks(flags, attentio
     ("--optimizer sgd", "PyTorch's SGD, all parameters at once"),
     ("--optimizer-backend apex", "apex (for which the host waits in every step)")])
 def test_it_says_what_makes_the_update(flags, update):
-    for device, products in (("cpu", "whole by PyTorch"), ("meta", "half of each by Triton's kernels")):
+    for device, products in (
+            ("cpu", "whole by PyTorch, momentum and step by PyTorch"),
+            ("meta", "half of each by Triton's kernels, momentum and step by torch.compile")):
         assert said(flags, Mesh(device=torch.device(device))).endswith(f"; the update by {update.format(products)}")
 
 

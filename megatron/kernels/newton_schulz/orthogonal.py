@@ -33,9 +33,11 @@ def working_dtype(tensor: Tensor) -> torch.dtype:
 
 def orthogonalised(x_kmn: Tensor, num_steps: int) -> Tensor:
     """Each matrix with its singular values brought near to 1, in the dtype of `x_kmn`; one of zeros stays."""
+    if takes_gpu_way(x_kmn):
+        return _orthogonalised(x_kmn, COEFFICIENTS[:num_steps])
     # On a CPU as many at once as it has threads, so that what lies between two products stays in its cache.
-    number = len(x_kmn) if takes_gpu_way(x_kmn) else torch.get_num_threads()
-    return torch.cat([_orthogonalised(together, COEFFICIENTS[:num_steps]) for together in x_kmn.split(number)])
+    return torch.cat([_orthogonalised(together, COEFFICIENTS[:num_steps])
+                      for together in x_kmn.split(torch.get_num_threads())])
 
 
 def num_flops(shape: tuple[int, int], num_steps: int) -> int:

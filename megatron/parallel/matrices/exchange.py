@@ -95,10 +95,9 @@ class WholeMatrices:
     def _work_on(self, one: Round, gathered: Pending | None, cut: dict[WholeMatrix, Tensor],
                  work: Work) -> Iterator[MatrixResult]:
         """Work on this rank's own matrices and begin to send the results' parts; an iterator that waits for them."""
-        wholes = [cut[matrix].to(self._dtype) for matrix in one.owned] if gathered is None else (
-            self._wholes(one, gathered.wait()))
+        wholes = [cut[matrix] for matrix in one.owned] if gathered is None else self._wholes(one, gathered.wait())
         if one.owned:
-            stack = work(torch.stack([whole if len(whole) <= whole.shape[1] else whole.mT for whole in wholes]))
+            stack = work(self._stacked(wholes))
             wholes = [out if len(whole) <= whole.shape[1] else out.mT for whole, out in zip(wholes, stack, strict=True)]
         squares = [whole.float().square().mean(1) if self._with_squares else
                    whole.new_empty(0, dtype=torch.float32) for whole in wholes]
@@ -108,6 +107,13 @@ class WholeMatrices:
         sent = [piece for place, box in one.leaving for piece in (wholes[place][box], squares[place].view(self._dtype))]
         returning = start_exchange(self._flat(sent, cut[one.matrices[0]]), one.to_holders, one.from_owners, self._axis)
         return self._returned(one, returning)
+
+    def _stacked(self, wholes: Sequence[Tensor]) -> Tensor:
+        """Matrices of one shape, lying down, [k, m, n] in the work's dtype: converted and copied in one pass."""
+        stack = wholes[0].new_empty(len(wholes), *sorted(wholes[0].shape), dtype=self._dtype)
+        for place, whole in zip(stack, wholes, strict=True):
+            place.copy_(whole if len(whole) <= whole.shape[1] else whole.mT)
+        return stack
 
     def _wholes(self, one: Round, flat: Tensor) -> list[Tensor]:
         """This rank's own matrices, assembled from the parts received, which are in the order of the senders."""

@@ -98,9 +98,10 @@ def _update(config: Config, tensor: torch.Tensor) -> str:
     """What computes the optimizer's update; `tensor`: one like the activations."""
     optimizer, adamw = config.optimizer, "PyTorch's fused AdamW"
     if optimizer.uses_muon:
-        products = "half of each by Triton's kernels" if takes_triton(tensor) else "whole by PyTorch"
+        products, rest = ("half of each by Triton's kernels", "torch.compile") if takes_triton(tensor) else (
+            "whole by PyTorch", "PyTorch")
         name = {"muon": "Muon", "normuon": "NorMuon"}[optimizer.optimizer]
-        return f"{name} (its symmetric products {products}) and {adamw}"
+        return f"{name} (its symmetric products {products}, momentum and step by {rest}) and {adamw}"
     if optimizer.optimizer_backend == "apex":
         return "apex (for which the host waits in every step)"
     return adamw if optimizer.optimizer == "adam" else "PyTorch's SGD, all parameters at once"
