@@ -4,10 +4,11 @@ Loading torch takes most of the time of a command on a tiny model. Here one serv
 command runs in a fork of the server. Nothing of the project is loaded beforehand: a command imports that from where it
 runs. It has its own arguments, environment, working directory, open files, signals and exit status, and it starts other
 commands (`sys.executable`) in the same way. It is killed when the process that the test started is killed; SIGSTOP does
-not reach it. Only the project's scripts, benchmarks and launchers, except preprocessing, run like this; any other
-command line runs in the ordinary Python.
+not reach it. Only the project's scripts, benchmarks and launchers, except preprocessing, and `-c "import torch; …"`,
+by which the example scripts count GPUs, run like this; any other command line runs in the ordinary Python.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -31,7 +32,7 @@ case "$1 $2" in
     "-c "*"print(sys.executable)") echo "$0"; exit ;;
     *tools/preprocess_data.py\\ *) ;;
     *pretrain_tape.py\\ * | *tools/*.py\\ * | *benchmarks/*.py\\ * | \\
-    "-m megatron.parallel.launch" | "-m torch.distributed."*)
+    "-m megatron.parallel.launch" | "-m torch.distributed."* | "-c import torch; "*)
         exec "{python}" -I -S "{file}" ask "{place}" "$0" "$@" ;;
 esac
 exec "{python}" "$@"
@@ -71,6 +72,7 @@ def serve(place: str) -> None:
     """Serve requests at the socket `place` until terminated; in a fork, return after running one command."""
     for module in PRELOADED:
         importlib.import_module(module)
+    gc.freeze()  # or each command would, at its end, spend more than a second on looking for garbage in torch
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(place)
         listening.listen(16)
@@ -117,7 +119,7 @@ def _kill_if_left(connection: socket.socket, process: int) -> None:
 
 
 def _run(executable: str, *arguments: str) -> None:
-    """Run a script, or with -m a module, in this process, as `executable` would."""
+    """Run a script, or with -m a module, or with -c a program, in this process, as `executable` would."""
     import torch
 
     sys.executable = executable
@@ -125,6 +127,9 @@ def _run(executable: str, *arguments: str) -> None:
     if arguments[0] == "-m":
         sys.path[0], sys.argv = os.getcwd(), list(arguments[1:])
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    elif arguments[0] == "-c":
+        sys.path[0], sys.argv = "", ["-c", *arguments[2:]]
+        exec(arguments[1], {"__name__": "__main__"})
     else:
         sys.path[0], sys.argv = str(Path(arguments[0]).resolve().parent), list(arguments)
         runpy.run_path(arguments[0], run_name="__main__")
