@@ -185,10 +185,10 @@ def slim_path(tmp_path):
     return str(tmp_path / "bin")
 
 
-def test_a_request_to_stop_reaches_the_ranks_which_save_and_end_with_success(corpus, tmp_path, slim_path):
+def test_a_request_to_stop_reaches_the_ranks_which_save_and_end_with_success(corpus, tmp_path, slim_path, python):
     # A published model's script, in its layout but for the number of ranks that share a layer.
     process = start(ROOT / "examples" / "pretrain_proteinlm_3b.sh", corpus, tmp_path / "run", "--train-iters", 100000,
-                    *TWO_RANKS, PATH=slim_path, GPUS_PER_NODE="2")
+                    *TWO_RANKS, PATH=slim_path, PYTHON=python, GPUS_PER_NODE="2")
     wait_for_first_step(process, tmp_path / "run")
     process.send_signal(signal.SIGUSR1)
     output = process.communicate()[0]
