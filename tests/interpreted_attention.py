@@ -171,8 +171,8 @@ def _error(found: Tensor, exact: Tensor) -> float:
 
 def checks_of_the_operator() -> None:
     """Raises if the operator or its backward pass breaks torch's rules for custom operators (torch.library.opcheck)."""
-    case = Case((9, 1, 12), filler=3, queries=2, dropout=RATE)
-    qkv = torch.randn(25, 2, 4, 16, requires_grad=True)
+    case = Case((5, 1), filler=2, queries=2, dropout=RATE)
+    qkv = torch.randn(8, 1, 4, 16, requires_grad=True)
     ends, numbers = case.sequence.cu_seqlens, (case.sequence.num_filler, 0, 3, 1, 50000, 3)
     for own, others in ((qkv, None), (qkv[:, :, :-2], qkv[:, :, -2:])):
         arguments = own, others, ends, torch.tensor(7), *numbers
@@ -202,7 +202,7 @@ def bits() -> dict[str, list[Tensor]]:
 # By name: a case in blocks of 16 queries and 32 keys; the tokens that are set to NaN; the tokens whose blocks may read
 # those.
 UNSEEN = {
-    "other proteins": (Case((64, 64, 64), filler=0, queries=2), slice(64, 128), slice(64, 128)),
+    "other proteins": (Case((32, 32, 32), filler=0, queries=2), slice(32, 64), slice(32, 64)),
     "outside the window": (Case((192,), filler=0, window=(11, 5)), slice(100, 101), slice(64, 160)),
     "another rank's proteins": (Case((64, 64, 64, 64), filler=0, ranks=2), slice(128, 192), slice(128, 192)),
 }
