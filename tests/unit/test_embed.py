@@ -203,6 +203,15 @@ def test_a_full_disk_is_one_line_and_what_is_computed_stays(bytes_there, pretrai
     assert bool(there) == (bytes_there > 1000) and made(pretrained, fasta, output).exists()
 
 
+def test_a_refused_file_of_a_folder_leaves_no_view_of_its_buffer(tmp_path, monkeypatch):
+    buffers, output = [], tmp_path / "out"
+    monkeypatch.setattr(torch, "save", lambda content, buffer: buffers.append(buffer))
+    with pytest.raises(OSError, match="too long") as error, writers.writer(output, Asked(("mean",), (3,))) as write:
+        write("x" * 300, 1, {"mean": np.zeros((1, 4))})
+    buffers[0].close()  # raises if the error's frames hold a view of it
+    assert error.tb is not None
+
+
 def test_another_key_of_the_sequence_or_the_name_is_other_work(pretrained, tmp_path):
     (tmp_path / "in.csv").write_text("id,name,text,other\n1,x,MKV,ACD\n2,y,ACD,MKV\n")
     output, vocab = tmp_path / "out.npz", Vocab.from_file("esm")

@@ -176,7 +176,8 @@ def _folder(path: Path, asked: Asked) -> Iterator[WriteAnswer]:
                                                  ) if what in OF_LAYERS else values
         buffer = io.BytesIO()  # torch's own writer does not say why a disk refuses
         torch.save(content, buffer)
-        (folder / f"{file_name(name)}.pt").write_bytes(buffer.getbuffer())
+        # Not `getbuffer()`: collecting a traceback that holds such a view crashes Python 3.12.1 (its issue 111049).
+        (folder / f"{file_name(name)}.pt").write_bytes(buffer.getvalue())
 
     with new_folder(path) as folder:
         yield write

@@ -136,7 +136,7 @@ def _write_chunks(file: BinaryIO, chunks: Iterable[Chunk], objects: Mapping[str,
     for name, value in objects.items():
         kinds[name], data, start = BytesStorageMetadata(), io.BytesIO(), file.tell()
         torch.save([value], data)
-        file.write(data.getbuffer())
+        file.write(data.getvalue())
         where[MetadataIndex(name)] = _StorageInfo(_FILE, start, file.tell() - start)
     assert all(sum(prod(chunk.sizes) for chunk in kind.chunks) == prod(kind.size) for kind in kinds.values()
                if isinstance(kind, TensorStorageMetadata)), "the chunks of a name make up the whole"
