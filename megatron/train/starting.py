@@ -26,6 +26,17 @@ def requests_heard_by(handler: Callable[[int, FrameType | None], None]) -> Itera
             signal.signal(number, earlier)
 
 
+def hear_usr1_again() -> None:
+    """Installs the Python handler of SIGUSR1 again, in case that a library has taken its place.
+
+    When Triton compiles its first kernel in a process, LLVM installs handlers of its own. For SIGTERM and SIGINT they
+    call those that were there before; for SIGUSR1 they do not.
+    """
+    handler = signal.getsignal(signal.SIGUSR1)
+    if handler is not None:  # None: it was not installed from Python
+        signal.signal(signal.SIGUSR1, handler)
+
+
 def _leave(number: int, frame: FrameType | None) -> None:
     os.write(1, b"stopped: there is nothing to save\n")
     os._exit(0)

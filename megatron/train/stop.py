@@ -12,7 +12,7 @@ from megatron.checkpoint.places import iterations
 from megatron.parallel.collectives import all_reduce_sum
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.waits import read
-from megatron.train.starting import requests_heard_by
+from megatron.train.starting import hear_usr1_again, requests_heard_by
 
 
 class StopRequests:
@@ -26,7 +26,8 @@ class StopRequests:
         self._was_signalled = False
 
     def wants_stop(self) -> bool:
-        """Whether a signal has come, or the time is up, on this rank."""
+        """Whether a signal has come, or the time is up, on this rank; call it in the main thread."""
+        hear_usr1_again()
         return self._was_signalled or (self._deadline_s is not None and time.monotonic() >= self._deadline_s)
 
     def agreed(self, mesh: Mesh) -> bool:

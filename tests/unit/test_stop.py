@@ -1,5 +1,6 @@
 """Requests to stop are recorded, and the previous signal handlers are restored."""
 
+import ctypes
 import signal
 
 import pytest
@@ -18,6 +19,15 @@ def test_a_signal_is_a_request(number):
     assert requests.wants_stop()
     assert requests.agreed(Mesh())
     assert signal.getsignal(number) == before
+
+
+def test_a_signal_that_a_library_has_taken_is_a_request_again_from_the_next_step_on():
+    requests = StopRequests(None)
+    with requests.listening():
+        ctypes.CDLL(None).signal(signal.SIGUSR1, ctypes.c_void_p(int(signal.SIG_IGN)))  # Python does not notice
+        assert not requests.wants_stop()
+        signal.raise_signal(signal.SIGUSR1)
+    assert requests.wants_stop()
 
 
 def test_a_second_interrupt_is_obeyed_at_once():
