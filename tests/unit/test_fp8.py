@@ -215,13 +215,13 @@ def test_weight_gradients_add_up_in_fp32_over_micro_batches():
     torch.testing.assert_close(layer.weight.grad, alone[0] + alone[1], rtol=0, atol=0)
 
 
-_scaled_mm = F.scaled_mm
+_scaled_mm = torch._scaled_mm
 
 
 @pytest.mark.parametrize("is_compiling", [False, True])
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_a_gpu_is_given_products_that_it_takes(scaling, is_compiling, monkeypatch):
-    """PyTorch checks on `meta` what cuBLAS asks of layouts, sizes and scales."""
+    """PyTorch checks on `meta` what cuBLAS asks of layouts, sizes and scales; of the public function up to 2.13."""
     module, name = (torch, "_scaled_mm") if is_compiling else (F, "scaled_mm")
     function, seen = getattr(module, name), []
 
@@ -246,7 +246,8 @@ def test_a_gpu_is_given_products_that_it_takes(scaling, is_compiling, monkeypatc
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_what_a_gpu_does_not_take_is_refused_on_meta(scaling, monkeypatch):
     a, b = (in_fp8(torch.empty(rows, IN, dtype=torch.bfloat16, device="meta"), scaling, 1) for rows in (TOKENS, OUT))
-    monkeypatch.setattr(F, "scaled_mm", lambda a, b, *rest, **options: _scaled_mm(a, b.contiguous(), *rest, **options))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(torch, "_scaled_mm", lambda a, b, *rest, **more: _scaled_mm(a, b.contiguous(), *rest, **more))
     with pytest.raises(RuntimeError, match="mat2 must be col_major"):
         product(a, b, torch.bfloat16)
 
