@@ -39,6 +39,7 @@ DESCRIBED = {
     "Adapters": "megatron.checkpoint.lora.peft_files",
     "Megatron-LM v2 and ProteinLM": "megatron.checkpoint.convert.megatron_v2",
     "Folders of transformers": "megatron.checkpoint.convert.families.hf",
+    "Tokenizers of transformers": "megatron.data.corpus.tokenizer_folder",
     "Files of fair-esm": "megatron.checkpoint.convert.families.esm",
     "Current Megatron-LM, a file a rank": "megatron.checkpoint.convert.megatron_core.ranks",
     "Current Megatron-LM, distributed": "megatron.checkpoint.convert.megatron_core.distributed",

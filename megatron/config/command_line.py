@@ -113,7 +113,7 @@ def left_open(argv: Sequence[str], saved: Callable[[str], Mapping[str, Any]]) ->
     known = next(filter(None, map(saved, folders)), {})
     given = values.keys() | found.of_preset.keys()
     file = values.get("vocab_file", known.get("vocab_file"))
-    is_here = file is None or file in VOCABULARIES or Path(str(file)).is_file()
+    is_here = file is None or file in VOCABULARIES or Path(str(file)).exists()
     kinds = {"arithmetic", "dropout", *(["vocabulary"] if is_here else [])}
     return {item.name: known[item.name] for _, section in Config().sections() for item in fields(section)
             if item.metadata["changes"] in kinds and item.name in known and item.name not in given}

@@ -17,8 +17,9 @@ class DataConfig:
                                       changes="samples", common=True, path="prefix")
     split: str = flag("969,30,1", "comma-separated shares or exact counts of training, validation and test documents",
                       changes="samples", common=True)
-    vocab_file: str = flag(None, f"vocabulary of the model: {', '.join(VOCABULARIES)}, or a file with one token a line "
-                           "(default: iupac); ids of data that were preprocessed with another one are mapped by letter",
+    vocab_file: str = flag(None, f"vocabulary of the model: {', '.join(VOCABULARIES)}, a file with one token a line, "
+                           "or a folder with a transformers tokenizer (default: iupac); ids of data that were "
+                           "preprocessed with another one are mapped by letter",
                            aliases=("--vocab",), changes="vocabulary", common=True, path="file")
     mask_token: str = flag(None, "the mask token, if the vocabulary calls it neither [MASK] nor <mask>",
                            changes="vocabulary")

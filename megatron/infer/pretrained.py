@@ -210,8 +210,8 @@ def positions_of(flags: Mapping[str, Any]) -> int:
 def vocab_of(checkpoint: Checkpoint, config: Config) -> Vocab:
     """The vocabulary of a checkpoint; raises CheckpointError if its file is missing or has changed."""
     if checkpoint.state.get("lacks_vocabulary"):
-        raise CheckpointError(f"{checkpoint.path}: nothing there says what its tokens are; copy vocab.txt from where "
-                              "the weights are")
+        raise CheckpointError(f"{checkpoint.path}: nothing there says what its tokens are; copy vocab.txt or "
+                              "tokenizer.json from where the weights are")
     vocab = Vocab.from_file(config.data.vocab_file, config.data.mask_token)
     if checkpoint.state.get("vocabulary", vocab.identity) != vocab.identity:
         name = flags_of(checkpoint).get("vocab_file") or "iupac"

@@ -29,7 +29,7 @@ CHANGES = [
     ({"model_type": None}, "is of model_type None; of transformers' models"),
     ({"hidden_size": None}, "hidden_size 'None', which is no number of that"),
     ({"architectures": ["EsmForTokenClassification"]}, "is of EsmForTokenClassification; of transformers' models"),
-    ({"mask_token_id": 31}, "its configuration has the mask at 31, vocab.txt at 32"),
+    ({"mask_token_id": 31}, "its configuration has the mask at 31, its tokenizer at 32"),
     ({"pad_token_id": "1"}, "pad_token_id '1', which is no number of that"),
     ({"is_decoder": True}, "was made with is_decoder True, models here compute as with False"),
     ({"is_folding_model": True}, "is_folding_model"),
@@ -114,8 +114,25 @@ def test_a_vocabulary_that_lacks_a_token_is_to_be_copied_again(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(tokens))
     with pytest.raises(CheckpointError) as caught:
         vocabulary_in(tmp_path, "esm", 33, None)
-    assert "it lacks <mask>" in str(caught.value) or "it lacks [MASK]" in str(caught.value)
-    assert str(caught.value).endswith("copy vocab.txt again from where the weights are")
+    assert "it lacks [MASK]/<mask>" in str(caught.value)
+    assert str(caught.value).endswith("copy its tokenizer again from where the weights are")
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("tokenizer.json", {"model": {"vocab": [["L", -1.0]]}}, "tokenizer.json: is damaged, or no tokenizer with a table"),
+    ("tokenizer.json", {"model": {"vocab": {"A": 4}}}, "its token 4 is A, where another file .* has L; copy"),
+    ("added_tokens.json", {"<new>": 40}, "its tokenizer has no token 33, but a token 40"),
+    ("added_tokens.json", {"<new>": 33}, "its tokenizer has 34 tokens, but the model has 33 rows for them"),
+    ("added_tokens.json", {"A": 33}, "line 34 repeats A of line 6"),
+    ("special_tokens_map.json", {"cls_token": "<eos>"}, "has <eos> as cls_token, where models here take <cls>"),
+    ("special_tokens_map.json", {"mask_token": "<null_1>"}, "has the mask at 32, its tokenizer at 31"),
+    ("tokenizer_config.json", [], "tokenizer_config.json: is damaged, or no tokenizer")])
+def test_files_of_a_tokenizer_that_contradict_others_are_refused(name, content, message, tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(Vocab.from_file("esm").tokens))
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        vocabulary_in(tmp_path, "esm", 33, 32)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("change", "message"), [

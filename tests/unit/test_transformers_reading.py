@@ -18,6 +18,7 @@ from megatron.errors import CheckpointError
 from tests.transformers_models import (
     KINDS,
     difference,
+    ids_of,
     made,
     our_logits,
     same_weights,
@@ -124,6 +125,57 @@ def test_a_vocabulary_of_the_folder_is_that_of_the_model(their_folders, tmp_path
     (tmp_path / "given" / "vocab.txt").write_text("\n".join(tokens[:10]))
     with pytest.raises(CheckpointError, match="lacks"):
         hf.read(tmp_path / "given")
+
+
+def test_tokens_in_another_order_are_read_from_tokenizer_json(tmp_path):
+    """BertTokenizer writes no vocab.txt."""
+    usual = Vocab.from_file("protbert").tokens
+    tokens = ("[PAD]", "#", *usual[1:4], *sorted(usual[5:]))
+    (tmp_path / "tokens.txt").write_text("\n".join(tokens))
+    model = made("protbert")
+    model.save_pretrained(tmp_path / "given")
+    theirs = transformers().BertTokenizer(str(tmp_path / "tokens.txt"), do_lower_case=False, mask_token="#")
+    theirs.save_pretrained(tmp_path / "given")
+    assert not (tmp_path / "given" / "vocab.txt").exists()
+    checkpoint = hf.read(tmp_path / "given")
+    vocab = vocabulary_of(checkpoint)
+    assert vocab.tokens == tokens and vocab.mask_id == theirs.mask_token_id == 1
+    assert ids_of("MK#TX", vocab) == theirs("M K # T X")["input_ids"]
+    assert difference(our_logits(checkpoint, vocab), their_logits(model, vocab)) < 2e-5
+
+
+@pytest.mark.parametrize("kind", ["esm2", "protbert"])
+def test_added_tokens_are_read_and_written_with_their_rows(kind, tmp_path):
+    name = {"esm2": "EsmTokenizer", "protbert": "BertTokenizer"}[kind]
+    usual = Vocab.from_file(VOCABS[kind])
+    (tmp_path / "tokens.txt").write_text("\n".join(usual.tokens))
+    theirs = getattr(transformers(), name)(str(tmp_path / "tokens.txt"), do_lower_case=False)
+    theirs.add_tokens(["<family>", "J"])
+    model = made(kind, vocab_size=len(theirs))
+    for saved in (model, theirs):
+        saved.save_pretrained(tmp_path / "given")
+    checkpoint = hf.read(tmp_path / "given")
+    vocab = vocabulary_of(checkpoint)
+    assert vocab.tokens == (*usual.tokens, "<family>", "J")
+    expected = their_logits(model, vocab, ["MKJT", "J"])
+    assert difference(our_logits(checkpoint, vocab, ["MKJT", "J"]), expected) < 2e-5
+    written = hf.write(checkpoint, tmp_path / "written")
+    again = transformers().AutoModelForMaskedLM.from_pretrained(written).eval()
+    assert difference(their_logits(again, vocab, ["MKJT", "J"]), expected) < 2e-5
+    tokenizer = transformers().AutoTokenizer.from_pretrained(written)
+    assert tokenizer("<family>MKJt")["input_ids"] == theirs("<family> M K J T")["input_ids"]
+    assert hf.read(written).state["vocabulary"] == vocab.identity
+
+
+def test_rows_without_a_token_are_left_out_and_said(their_folders, tmp_path):
+    model = made("esm2", vocab_size=64)
+    model.save_pretrained(tmp_path / "given")
+    (tmp_path / "given" / "vocab.txt").write_text("\n".join(Vocab.from_file("esm").tokens))
+    checkpoint = hf.read(tmp_path / "given")
+    note = "of its 64 rows of the vocabulary those from 33 on have no token, and are left out"
+    assert checkpoint.state["notes"] == [note]
+    expected = [logits[:, :33] for logits in their_logits(model, Vocab.from_file("esm"))]
+    assert difference(our_logits(checkpoint, Vocab.from_file("esm")), expected) < 2e-5
 
 
 @pytest.mark.parametrize("shape", [(24, 5), (24,)])

@@ -1,5 +1,6 @@
 """The token ids of each family are frozen; a file that is not a vocabulary is refused by name."""
 
+import json
 import pickle
 from pathlib import Path
 
@@ -68,6 +69,14 @@ def test_the_mask_token_of_another_name_can_be_named(tmp_path):
     assert pickle.loads(pickle.dumps(vocab)) == vocab
     with pytest.raises(VocabError, match=r"lacks \[MASK\]/<mask>; .*--mask-token names"):
         Vocab.from_file(path)
+
+
+def test_a_folder_of_a_tokenizer_is_a_vocabulary_with_its_added_tokens(tmp_path):
+    with pytest.raises(VocabError, match=r"holds no vocab.txt or tokenizer.json"):
+        Vocab.from_file(tmp_path)
+    added = [{"id": 34, "content": "J"}, {"id": 32, "content": "<mask>"}, {"id": 33, "content": "<family>"}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": ESM_IDS}, "added_tokens": added}))
+    assert Vocab.from_file(tmp_path).tokens == (*ESM_IDS, "<family>", "J")
 
 
 @pytest.mark.parametrize(("name", "what"), [

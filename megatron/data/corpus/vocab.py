@@ -1,4 +1,5 @@
-"""The vocabulary of residues: a file with one token a line, whose id is the line's number from 0.
+"""The vocabulary of residues: a file with one token a line, whose id is the line's number from 0, or a folder with the
+files of a tokenizer of transformers.
 
 A token of a single letter A-Z is a residue. Special tokens are named as in BERT ([CLS]) or as in ESM (<cls>). A letter
 without a token (J in all families) becomes the unknown token, never X.
@@ -15,6 +16,7 @@ import numpy as np
 
 from megatron.config.data import VOCABULARIES
 from megatron.config.model import ModelConfig
+from megatron.data.corpus.tokenizer_folder import lines_of, tokens_in
 from megatron.errors import VocabError
 
 _FOLDER = Path(__file__).resolve().parents[3] / "protein_tools"
@@ -37,21 +39,18 @@ class Vocab:
 
     @classmethod
     def from_file(cls, name: str | Path | None = None, mask_token: str | None = None) -> "Vocab":
-        """The vocabulary of a family (None: iupac), or in a file with one token a line; raises VocabError.
+        """The vocabulary of a family (None: iupac), in a file with one token a line, or in a folder of transformers.
 
-        `name`: a family's name or the path of a file; write ./NAME for a file that is called like a family.
+        `name`: a family's name or a path; write ./NAME for a path that is called like a family. Raises VocabError.
         """
         path = _FOLDER / f"{name or VOCABULARIES[0]}_vocab.txt" if name in (None, *VOCABULARIES) else Path(name)
         try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            tokens = tuple(tokens_in(path) if path.is_dir() else lines_of(path))
         except OSError as error:
             raise VocabError(f"{path}: cannot read the vocabulary ({error.strerror}); --vocab-file names a file, or "
                              f"one of {', '.join(VOCABULARIES)}") from None
         except UnicodeDecodeError:
             raise VocabError(f"{path}: not a vocabulary: it is not UTF-8 text with one token a line") from None
-        tokens = tuple(line.strip() for line in lines)
-        while tokens and not tokens[-1]:
-            tokens = tokens[:-1]
         _check(path, tokens, mask_token)
         return cls(tokens, mask_token)
 

@@ -28,8 +28,9 @@ class PreprocessConfig:
     output_prefix: str = flag(None, "path of the output without _KEY_document.bin and .idx", path="prefix",
                               check=has_name)
     dataset_impl: str = flag("mmap", "layout of the output", choices=IMPLEMENTATIONS)
-    vocab_file: str = flag(VOCABULARIES[0], f"vocabulary: {', '.join(VOCABULARIES)}, or a file with one token a line; "
-                           "training maps its ids to the model's", aliases=("--vocab",), path="file")
+    vocab_file: str = flag(VOCABULARIES[0], f"vocabulary: {', '.join(VOCABULARIES)}, a file with one token a line, "
+                           "or a folder with a transformers tokenizer; training maps its ids to the model's",
+                           aliases=("--vocab",), path="file")
     mask_token: str = flag(None, "the mask token, if the vocabulary calls it neither [MASK] nor <mask>")
     tokenizer_type: str = flag("BertWordPieceLowerCase", "all types read residues, spaced or not, in upper or lower "
                                "case", choices=TOKENIZER_TYPES)

@@ -3,7 +3,7 @@
 FOLDER/config.json            the model's configuration
 FOLDER/model.safetensors      its tensors; or several files, listed in model.safetensors.index.json
 FOLDER/pytorch_model.bin      the same, written by torch.save; this is only read
-FOLDER/vocab.txt              one token a line
+FOLDER/vocab.txt              one token a line; or other files of a tokenizer (`data.corpus.tokenizer_folder`)
 """
 
 import json
@@ -15,9 +15,10 @@ from megatron.checkpoint.convert.failures import readable, writable
 from megatron.checkpoint.convert.families import flags
 from megatron.checkpoint.convert.families.hf_writing import CONFIG, INDEX, TABLES, WHOLE, write_files
 from megatron.checkpoint.convert.families.reading import ModelFamily, checkpoint_of
-from megatron.checkpoint.convert.families.vocabularies import vocabulary_in
+from megatron.checkpoint.convert.families.vocabularies import known_vocabulary, vocabulary_in
 from megatron.checkpoint.convert.own_places import refuse_layout
 from megatron.checkpoint.convert.torch_files import read_torch_file
+from megatron.checkpoint.convert.vocabulary import trimmed, with_rows
 from megatron.checkpoint.stored import Checkpoint, StoredTensor
 from megatron.checkpoint.tensor_file import stored_in
 from megatron.errors import CheckpointError
@@ -64,7 +65,11 @@ def read(path: Path, iteration: int | None = None) -> Checkpoint:
         num_tokens, first_row = flags.tokens_of(theirs, kind)
         state = vocabulary_in(path, _VOCABULARIES[kind], num_tokens, theirs.get("mask_token_id"))
         family = ModelFamily(config | state["config"], TABLES[kind], num_tokens, first_row)
-        return checkpoint_of(family, tensors_in_folder(path), path, state)
+        checkpoint = checkpoint_of(family, tensors_in_folder(path), path, state)
+        vocab = known_vocabulary(checkpoint)
+        if vocab is None or vocab.size == num_tokens:
+            return checkpoint
+        return trimmed(with_rows(checkpoint, vocab.size), vocab.size)
 
 
 def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: int = 1) -> Path:

@@ -12,10 +12,11 @@ from megatron.checkpoint.convert.families.card import CARD, card_of
 from megatron.checkpoint.convert.families.names import HF_BERT, HF_ESM, OURS, POSITIONS, Table, family_tensors
 from megatron.checkpoint.convert.families.reading import FREQUENCIES, TYPES
 from megatron.checkpoint.convert.families.tokenizer import tokenizer_files
-from megatron.checkpoint.convert.families.vocabularies import FILE, vocabulary_of
+from megatron.checkpoint.convert.families.vocabularies import vocabulary_of
 from megatron.checkpoint.convert.vocabulary import BIAS, OUTPUT, with_rows
 from megatron.checkpoint.stored import Checkpoint, StoredTensor, stored
 from megatron.checkpoint.tensor_file import write_tensors
+from megatron.data.corpus.tokenizer_folder import LINES
 from megatron.data.corpus.vocab import Vocab
 from megatron.files import write_json, write_text
 from megatron.kernels.rotary import frequencies_of
@@ -35,7 +36,7 @@ def write_files(checkpoint: Checkpoint, folder: Path) -> None:
     tensors = _of_family(checkpoint, config, kind, vocab)
     write_json(folder / CONFIG, {**flags.configuration(config, kind, vocab), "torch_dtype": _dtype(tensors)})
     _write_weights(folder, tensors)
-    write_text(folder / FILE, "".join(f"{token}\n" for token in vocab.tokens))
+    write_text(folder / LINES, "".join(f"{token}\n" for token in vocab.tokens))
     longest = config["max_position_embeddings"] if config["position_embedding_type"] == "learned_absolute" else None
     for name, content in tokenizer_files(vocab, config.get("protein_ends", "start"), longest).items():
         write_json(folder / name, content)

@@ -1,7 +1,8 @@
 """The files that make transformers' AutoTokenizer give our token ids: one token for each residue.
 
 Residues may be separated by spaces or not, in upper or lower case. White space, the gap characters `-` and `.`, and `*`
-at the end are dropped; any other character without a token becomes the unknown token. (The tokenizers that transformers
+at the end are dropped; any other character without a token becomes the unknown token. A token of several characters is
+taken where its name stands. (The tokenizers that transformers
 has for these families need capitals: EsmTokenizer makes one unknown token of a run of other letters, and BertTokenizer
 also needs spaces between residues.)
 """
@@ -31,6 +32,7 @@ def tokenizer_files(vocab: Vocab, ends: str, longest: int | None) -> dict[str, A
 
 def _tokenizer(vocab: Vocab, ends: str, special: list[int]) -> dict[str, Any]:
     """The content of tokenizer.json, for the library `tokenizers`; `special`: the ids of the special tokens."""
+    named = [index for index, token in enumerate(vocab.tokens) if index in special or len(token) > 1]
     around = {index: vocab.tokens[index] for index in (vocab.cls_id, vocab.sep_id)}
     last = [{"SpecialToken": {"id": vocab.tokens[vocab.sep_id], "type_id": 0}}] if ends == "both" else []
     one = [{"SpecialToken": {"id": vocab.tokens[vocab.cls_id], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
@@ -39,7 +41,7 @@ def _tokenizer(vocab: Vocab, ends: str, special: list[int]) -> dict[str, Any]:
     return {
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [{"id": index, "content": vocab.tokens[index], "single_word": False, "lstrip": False,
-                          "rstrip": False, "normalized": False, "special": True} for index in special],
+                          "rstrip": False, "normalized": False, "special": index in special} for index in named],
         "normalizer": {"type": "Sequence", "normalizers": [
             {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
             for pattern, content in replaced.items()]},

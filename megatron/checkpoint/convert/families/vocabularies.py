@@ -1,56 +1,89 @@
 """Finds out which vocabulary a model was trained with: that of its family, or that of a file."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.convert.vocabulary import WORDS, rows_for
 from megatron.checkpoint.stored import Checkpoint
 from megatron.config.data import VOCABULARIES
+from megatron.data.corpus.tokenizer_folder import (
+    LINES,
+    WHOLE,
+    has_tokens,
+    lines_of,
+    special_tokens_in,
+    tokens_in,
+)
 from megatron.data.corpus.vocab import SPECIAL_TOKENS, Vocab
 from megatron.errors import CheckpointError, VocabError
 
-FILE = "vocab.txt"
+_ROLES = {"cls": ("cls_token",), "sep": ("sep_token", "eos_token"), "pad": ("pad_token",), "unk": ("unk_token",)}
 
 
 def vocabulary_in(folder: Path, usual: str, num_rows: int, mask_id: Any) -> dict[str, Any]:
     """The entries of a checkpoint's state on the vocabulary of a folder of transformers.
 
     They are "config" (our flags for it), "vocabulary" (its identity) and "notes"; if the vocabulary is unknown,
-    "lacks_vocabulary" replaces "vocabulary". `usual`: the vocabulary to assume without a vocab.txt, if its number of
-    tokens is `num_rows`; `mask_id`: the mask's id in config.json, or None. Raises CheckpointError if the tokens are not
-    a protein vocabulary, are more than `num_rows`, or have another mask.
+    "lacks_vocabulary" replaces "vocabulary". `usual`: the vocabulary to assume where no file of a tokenizer is there,
+    if its number of tokens is `num_rows`; `mask_id`: the mask's id in config.json, or None. Raises CheckpointError if
+    the tokens are not a protein vocabulary, are more than `num_rows`, or have another mask.
     """
-    path = folder / FILE
-    notes = []
+    if not has_tokens(folder):
+        return _assumed(usual, num_rows, mask_id, folder)
     try:
-        vocab = Vocab.from_file(path if path.exists() else usual, _mask_token(path, mask_id))
+        tokens, special = tokens_in(folder), special_tokens_in(folder)
+        vocab = Vocab.from_file(folder, _mask_token(tokens, special, mask_id))
     except VocabError as error:
         why = str(error).partition("; ")[0]
-        raise CheckpointError(f"{why}; copy {FILE} again from where the weights are") from None
-    name = next((name for name in VOCABULARIES if Vocab.from_file(name).tokens == vocab.tokens), str(path.absolute()))
-    if not path.exists():
-        if vocab.size != num_rows:
-            note = f"there is no {FILE} in it: --vocab-file has to name its {num_rows} tokens"
-            return {"config": {}, "lacks_vocabulary": True, "notes": [note]}
-        notes = [f"there is no {FILE} in it: its {num_rows} tokens are taken to be those of {usual}"]
+        raise CheckpointError(f"{why}; copy its tokenizer again from where the weights are") from None
     if vocab.size > num_rows:
-        raise CheckpointError(f"{path}: has {vocab.size} tokens, but the model has {num_rows} rows for them; copy both "
-                              "from one place")
+        raise CheckpointError(f"{folder}: its tokenizer has {vocab.size} tokens, but the model has {num_rows} rows for "
+                              "them; copy both from one place")
+    _check_special(vocab, special, mask_id, folder)
+    notes = [] if vocab.size == num_rows else [
+        f"of its {num_rows} rows of the vocabulary those from {vocab.size} on have no token, and are left out"]
+    return {"config": _flags(vocab, folder), "vocabulary": vocab.identity, "notes": notes}
+
+
+def _assumed(usual: str, num_rows: int, mask_id: Any, folder: Path) -> dict[str, Any]:
+    """The entries for a folder without a file of tokens."""
+    vocab, missing = Vocab.from_file(usual), f"there is no {LINES} or {WHOLE} in it"
+    if vocab.size != num_rows:
+        note = f"{missing}: --vocab-file has to name its {num_rows} tokens"
+        return {"config": {}, "lacks_vocabulary": True, "notes": [note]}
+    _check_special(vocab, {}, mask_id, folder)
+    note = f"{missing}: its {num_rows} tokens are taken to be those of {usual}"
+    return {"config": {"vocab_file": usual}, "vocabulary": vocab.identity, "notes": [note]}
+
+
+def _flags(vocab: Vocab, folder: Path) -> dict[str, Any]:
+    """Our flags for a vocabulary: a family's name, else the file that has its tokens, else the folder."""
+    file = folder / LINES
+    is_whole = file.exists() and tuple(lines_of(file)) == vocab.tokens
+    name = next((name for name in VOCABULARIES if Vocab.from_file(name).tokens == vocab.tokens),
+                str((file if is_whole else folder).absolute()))
+    return {"vocab_file": name, **({} if vocab.mask_token is None else {"mask_token": vocab.mask_token})}
+
+
+def _mask_token(tokens: Sequence[str], special: Mapping[str, str], mask_id: Any) -> str | None:
+    """The mask token that the tokenizer names, else that at `mask_id`; None for the one that a vocabulary goes by."""
+    usual = next((name for name in SPECIAL_TOKENS["mask"] if name in tokens), None)
+    has_id = usual is None and type(mask_id) is int and 0 <= mask_id < len(tokens)
+    named = special.get("mask_token", tokens[mask_id] if has_id else None)
+    return None if named == usual else named
+
+
+def _check_special(vocab: Vocab, special: Mapping[str, str], mask_id: Any, folder: Path) -> None:
+    """Raises CheckpointError if the tokenizer or config.json has other special tokens than the vocabulary."""
     if mask_id not in (None, vocab.mask_id):
-        raise CheckpointError(f"{folder}: its configuration has the mask at {str(mask_id)[:40]}, {path.name} at "
+        raise CheckpointError(f"{folder}: its configuration has the mask at {str(mask_id)[:40]}, its tokenizer at "
                               f"{vocab.mask_id}; copy both from one place")
-    named = {} if vocab.mask_token is None else {"mask_token": vocab.mask_token}
-    return {"config": {"vocab_file": name, **named}, "vocabulary": vocab.identity, "notes": notes}
-
-
-def _mask_token(path: Path, mask_id: Any) -> str | None:
-    """The token at line `mask_id` of a vocabulary file that has no mask token by name; else None."""
-    try:
-        tokens = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError):
-        return None
-    is_named = bool({*SPECIAL_TOKENS["mask"]} & {token.strip() for token in tokens})
-    return tokens[mask_id].strip() if not is_named and type(mask_id) is int and 0 <= mask_id < len(tokens) else None
+    for role, names in _ROLES.items():
+        said, ours = [special[name] for name in names if name in special], vocab.tokens[getattr(vocab, f"{role}_id")]
+        if said and ours not in said:
+            raise CheckpointError(f"{folder}: its tokenizer has {said[0]} as {names[0]}, where models here take {ours};"
+                                  " give one whose special tokens have the usual names")
 
 
 def known_vocabulary(checkpoint: Checkpoint) -> Vocab | None:
