@@ -9,12 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron.checkpoint.convert.conversion import convert
 from megatron.checkpoint.convert.families import esm, hf
 from megatron.checkpoint.convert.formats import recognised
 from megatron.checkpoint.newest import saved_flags
 from megatron.checkpoint.stored import stored
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import CheckpointError
+from megatron.log import Log
 from tests.transformers_models import PROTEINS, difference, ids_of, made, our_logits, same_weights
 
 VOCAB = Vocab.from_file("esm")
@@ -182,6 +184,29 @@ def test_what_fair_esm_has_not_is_not_written(kind, change, message, checkpoints
         esm.write(replace(first, state=state), tmp_path / "out")
     assert message in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def with_mask_row(checkpoint):
+    """The model with 7 in the embedding of the mask."""
+    words = checkpoint.model[WORDS].read()
+    words[VOCAB.mask_id] = 7.0
+    return replace(checkpoint, model={**checkpoint.model, WORDS: stored(words)})
+
+
+def test_a_mask_s_embedding_that_fair_esm_would_zero_is_refused_where_residues_get_it(checkpoints, tmp_path):
+    with pytest.raises(CheckpointError, match="has an embedding of <mask>, .* fair-esm zeroes it .* write it as hf"):
+        esm.write(with_mask_row(checkpoints["esm1v"]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    esm.write(with_mask_row(checkpoints["esm2"]), tmp_path / "out")
+
+
+def test_a_mask_s_embedding_that_only_the_head_uses_is_lost_with_a_note(checkpoints, tmp_path, capsys):
+    for name, kind in (("lost", with_mask_row(checkpoints["esm1b"])), ("zero", checkpoints["esm1b"])):
+        hf.write(kind, tmp_path / f"{name}-hf")
+        place = convert(tmp_path / f"{name}-hf", tmp_path / name, "hf", "esm", tensor=1, pipeline=1, iteration=None,
+                        vocab_size=None, log=Log())
+        assert ("its logit of <mask> differs from this model's" in capsys.readouterr().out) is (name == "lost")
+        same_weights(esm.read(place), checkpoints["esm1b"])
 
 
 def test_damage_and_folders_of_several_files_are_told(checkpoints, tmp_path):

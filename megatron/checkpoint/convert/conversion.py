@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.contact_head import contact_head_file, with_contact_head
-from megatron.checkpoint.convert.families import flags
+from megatron.checkpoint.convert.families import esm, flags
 from megatron.checkpoint.convert.families.vocabularies import known_vocabulary, num_tokens_of
 from megatron.checkpoint.convert.formats import FORMATS, OURS, WEIGHTS_ALONE, read_as
 from megatron.checkpoint.convert.megatron_v2.places import RELEASE
@@ -69,6 +69,9 @@ def convert(source: Path, target: Path, loader: str, saver: str, *, tensor: int,
             shutil.copyfile(fitted, temporary)
     if not_finite:
         log.line(f"note: {', '.join(sorted(not_finite))} held numbers that are not finite, and still does")
+    if saver == "esm" and esm.loses_mask(checkpoint):
+        log.line("note: fair-esm zeroes the mask's embedding when it loads a model with absolute positions; its logit "
+                 "of <mask> differs from this model's")
     log.line(f"wrote {place} ({saver}, tensor {tensor} x pipeline {pipeline})")
     return place
 

@@ -70,6 +70,14 @@ def read(path: Path, iteration: int | None = None) -> Checkpoint:
         return checkpoint
 
 
+def loses_mask(checkpoint: Checkpoint) -> bool:
+    """Whether fair-esm changes the model when it loads it: with absolute positions it zeroes the mask's embedding."""
+    if flags.complete(checkpoint)["position_embedding_type"] == "rope":
+        return False
+    words, row = checkpoint.model[WORDS], vocabulary_of(checkpoint).mask_id
+    return bool(words.read_box((slice(row, row + 1), slice(0, words.shape[1]))).any())
+
+
 def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: int = 1) -> Path:
     """Write the weights and the contact regression into a new folder; returns the file of the weights.
 
@@ -80,6 +88,10 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
     config, vocab = flags.complete(checkpoint), vocabulary_of(checkpoint)
     is_rotary = config["position_embedding_type"] == "rope"
     _refuse_others(checkpoint.path, config, vocab, is_rotary)
+    if not config["token_dropout"] and loses_mask(checkpoint):
+        raise CheckpointError(f"{checkpoint.path}: has an embedding of {vocab.tokens[vocab.mask_id]}, which masked "
+                              "residues get without --token-dropout; fair-esm zeroes it when it loads a model with "
+                              "absolute positions, write it as hf")
     theirs = family_tensors(with_rows(checkpoint, vocab.size), config, FAIR_ESM, vocab.size, _FIRST_ROW)
     theirs["lm_head.weight"] = theirs["embed_tokens.weight"]
     if is_rotary:
