@@ -186,6 +186,15 @@ def test_what_fair_esm_has_not_is_not_written(kind, change, message, checkpoints
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["esm2_esm1v", "esm2_esm_if1", "esm2_small"])
+def test_a_regression_that_fair_esm_would_not_load_is_told(name, checkpoints, tmp_path):
+    fair = pytest.importorskip("esm", reason="fair-esm is not installed")
+    file = esm.write(checkpoints["esm2"], tmp_path / name)
+    notes = esm.losses_in(checkpoints["esm2"], file)
+    assert bool(notes) is not fair.pretrained._has_regression_weights(file.stem)
+    assert not notes or f"rename {name}.pt and {name}-contact-regression.pt" in notes[0]
+
+
 def with_mask_row(checkpoint):
     """The model with 7 in the embedding of the mask."""
     words = checkpoint.model[WORDS].read()

@@ -48,8 +48,7 @@ def convert(source: Path, target: Path, loader: str, saver: str, *, tensor: int,
     check_files(checkpoint.path, log, with_optimizer=not takes_average and saver not in WEIGHTS_ALONE)
     check_torch_files(checkpoint.path)
     checkpoint, fitted = _with_fitted_contacts(checkpoint, saver, takes_average, log)
-    if takes_average:
-        checkpoint = checkpoint.averaged()
+    checkpoint = checkpoint.averaged() if takes_average else checkpoint
     checkpoint = _with_true_rows(_without_what_is_unknown(checkpoint, saver, log), vocab_size, names, log)
     bar, not_finite = log.progress(_num_bytes(checkpoint), 0, unit="byte", label=f"writing {saver}"), set[str]()
 
@@ -69,9 +68,8 @@ def convert(source: Path, target: Path, loader: str, saver: str, *, tensor: int,
             shutil.copyfile(fitted, temporary)
     if not_finite:
         log.line(f"note: {', '.join(sorted(not_finite))} held numbers that are not finite, and still does")
-    if saver == "esm" and esm.loses_mask(checkpoint):
-        log.line("note: fair-esm zeroes the mask's embedding when it loads a model with absolute positions; its logit "
-                 "of <mask> differs from this model's")
+    for note in esm.losses_in(checkpoint, place) if saver == "esm" else ():
+        log.line(f"note: {note}")
     log.line(f"wrote {place} ({saver}, tensor {tensor} x pipeline {pipeline})")
     return place
 

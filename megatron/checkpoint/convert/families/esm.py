@@ -32,6 +32,7 @@ from megatron.files import new_folder, sync
 from megatron.kernels.rotary import frequencies_of
 
 _REGRESSION = "-contact-regression.pt"
+_WITHOUT_REGRESSION = ("esm1v", "esm_if", "270K", "500K")  # parts of file names for which fair-esm looks for none
 _PREFIX = re.compile(r"^encoder\.(sentence_encoder\.)?")
 _FIRST_ROW = 2  # the position of a first token: positions begin after the id of padding, which is 1
 _ARCHITECTURE = "roberta_large"  # ESM-1b and ESM-1v; other values are models that are not supported
@@ -70,14 +71,6 @@ def read(path: Path, iteration: int | None = None) -> Checkpoint:
         return checkpoint
 
 
-def loses_mask(checkpoint: Checkpoint) -> bool:
-    """Whether fair-esm changes the model when it loads it: with absolute positions it zeroes the mask's embedding."""
-    if flags.complete(checkpoint)["position_embedding_type"] == "rope":
-        return False
-    words, row = checkpoint.model[WORDS], vocabulary_of(checkpoint).mask_id
-    return bool(words.read_box((slice(row, row + 1), slice(0, words.shape[1]))).any())
-
-
 def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: int = 1) -> Path:
     """Write the weights and the contact regression into a new folder; returns the file of the weights.
 
@@ -88,7 +81,7 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
     config, vocab = flags.complete(checkpoint), vocabulary_of(checkpoint)
     is_rotary = config["position_embedding_type"] == "rope"
     _refuse_others(checkpoint.path, config, vocab, is_rotary)
-    if not config["token_dropout"] and loses_mask(checkpoint):
+    if not config["token_dropout"] and _loses_mask(checkpoint):
         raise CheckpointError(f"{checkpoint.path}: has an embedding of {vocab.tokens[vocab.mask_id]}, which masked "
                               "residues get without --token-dropout; fair-esm zeroes it when it loads a model with "
                               "absolute positions, write it as hf")
@@ -109,6 +102,27 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
             write_torch_file(temporary / name, tree)
             sync(temporary / name)
     return file
+
+
+def losses_in(checkpoint: Checkpoint, file: Path) -> list[str]:
+    """A note on each part of a model that fair-esm does not load from the `file` that it was written to."""
+    notes = []
+    if _loses_mask(checkpoint):
+        notes.append("fair-esm zeroes the mask's embedding when it loads a model with absolute positions; its logit of "
+                     "<mask> differs from this model's")
+    part = next((part for part in _WITHOUT_REGRESSION if part in file.stem), None)
+    if part and flags.complete(checkpoint)["contact_head"]:
+        notes.append(f"fair-esm loads no contact regression for a file with {part} in its name; rename {file.name} and "
+                     f"{file.stem}{_REGRESSION} to have it")
+    return notes
+
+
+def _loses_mask(checkpoint: Checkpoint) -> bool:
+    """Whether the mask has an embedding that fair-esm zeroes when it loads the model."""
+    if flags.complete(checkpoint)["position_embedding_type"] == "rope":
+        return False
+    words, row = checkpoint.model[WORDS], vocabulary_of(checkpoint).mask_id
+    return bool(words.read_box((slice(row, row + 1), slice(0, words.shape[1]))).any())
 
 
 def _file_in(path: Path) -> Path:
