@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megatron.checkpoint.claim import Claim
+from megatron.checkpoint.convert.families import hf
 from megatron.checkpoint.lora import peft_files
 from megatron.checkpoint.metrics import MetricsWriter, forget_after
 from megatron.checkpoint.places import METRICS_FILE, place_of
@@ -174,7 +175,9 @@ class FineTuning:
             self._job.described.write(self._folder)
             if (lora := self._job.described.lora) is not None:
                 tensors = adapters_in(open_place(place_of(self._folder, self._kept)).model)
-                peft_files.write(self._folder / ADAPTERS, tensors, lora, self._config.model)
+                source = self._job.flags.others["load"]  # peft can load it if it is a folder of transformers
+                peft_files.write(self._folder / ADAPTERS, tensors, lora, self._config.model,
+                                 source if hf.recognises(Path(source)) else None)
             write_json(self._folder / REPORT, report)
         self._unfinished.remove()
 

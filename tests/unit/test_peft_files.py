@@ -1,17 +1,16 @@
 """Adapters agree with those of peft, on the same weights and through the same files."""
 
-import json
 from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from megatron.checkpoint.convert.families import hf
 from megatron.checkpoint.convert.families.vocabularies import vocabulary_of
-from megatron.checkpoint.loading import load_model
+from megatron.checkpoint.convert.formats import foreign, recognised
 from megatron.checkpoint.lora import peft_files
 from megatron.checkpoint.lora.merging import STATE, merged
 from megatron.checkpoint.stored import stored
@@ -28,12 +27,12 @@ from tests.transformers_models import (
     padded,
     their_logits,
     trained_here,
+    transformers,
 )
 
-# Modules of peft by our targets.
-ESM = {"query": "attention.self.query", "key": "attention.self.key", "value": "attention.self.value",
-       "dense": "attention.output.dense", "dense_h_to_4h": "intermediate.dense"}
-MODULES = {"esm2": ESM, "protbert": ESM | {"dense_4h_to_h": r"[0-9]\.output.dense"}}
+TARGETS: dict[str, tuple[str, ...]] = {
+    "esm2": ("query", "key", "value", "dense", "dense_h_to_4h"),
+    "protbert": ("query", "key", "value", "dense", "dense_h_to_4h", "dense_4h_to_h")}
 GROUPED = replace(RECIPE, num_layers=2, make_vocab_size_divisible_by=1)
 LORA = LoraConfig(lora_rank=3, lora_alpha=5.0, lora_dropout=0.25)
 
@@ -59,15 +58,6 @@ def saved(kind, folder):
             parameter.mul_(0.3)  # so that no softmax is all but sure, and no gradient all but lost
     model.save_pretrained(folder / "model")
     return model, hf.read(folder / "model")
-
-
-def ours(checkpoint, folder):
-    """Our model with the adapters in a folder of peft, and what these are."""
-    model = our_model(checkpoint, vocabulary_of(checkpoint))
-    adapters, lora = peft_files.read(folder, model.config)
-    adapt(model, lora)
-    load_model(adapters_in(dict(model.named_parameters())), adapters, adapters.model.keys())
-    return model, lora
 
 
 def logits(model, checkpoint):
@@ -98,17 +88,6 @@ def backward(logits):
     sum((torch.randn(row.shape, generator=generator) * row).sum() for row in logits).backward()
 
 
-def wrapped(model, targets, **options):
-    """Peft's, no adapter of which is without effect."""
-    config = peft().LoraConfig(r=3, lora_alpha=5, target_modules=rf".*\.({'|'.join(targets)})", **options)
-    torch.manual_seed(0)
-    model = peft().get_peft_model(model, config).eval()
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
 def filled(checkpoint, lora):
     """The adapters of a model, none of which is without effect."""
     model = our_model(checkpoint, vocabulary_of(checkpoint))
@@ -124,18 +103,18 @@ def stored_of(model):
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize("kind", TARGETS)
 def test_logits_and_gradients_are_those_of_peft(kind, rslora, tmp_path):
     base, checkpoint = saved(kind, tmp_path)
-    model = wrapped(base, MODULES[kind].values(), use_rslora=rslora)
-    model.save_pretrained(tmp_path / "adapters")
-    mine, lora = ours(checkpoint, tmp_path / "adapters")
-    assert lora == LoraConfig(3, 5.0, 0.0, tuple(target for target in LORA_TARGETS if target in MODULES[kind]), rslora)
+    lora = replace(LORA, lora_targets=TARGETS[kind], lora_rslora=rslora)
+    mine = filled(checkpoint, lora)
+    peft_files.write(tmp_path / "adapters", stored_of(mine), lora, mine.config)
+    model = peft().PeftModel.from_pretrained(base, tmp_path / "adapters", is_trainable=True).eval()
     one, other = theirs(model, checkpoint), logits(mine, checkpoint)
     assert difference_of(one, other) < 1e-5
     backward(one)
     backward(other)
-    gradients = {name: stored(parameter.grad) for name, parameter in mine.named_parameters() if parameter.requires_grad}
+    gradients = {name: stored(parameter.grad) for name, parameter in mine.named_parameters() if "adapters" in name}
     peft_files.write(tmp_path / "gradients", gradients, lora, mine.config)
     expected = {name.replace(".default", ""): parameter.grad for name, parameter in model.named_parameters()
                 if parameter.grad is not None}
@@ -151,7 +130,7 @@ def test_logits_and_gradients_are_those_of_peft(kind, rslora, tmp_path):
     ("esm2", ("value", "dense_4h_to_h")), ("protbert", ("query", "key", "value", "dense", "dense_h_to_4h")),
     ("recipe", LORA_TARGETS), ("recipe", ("query", "value", "gate"))])
 @pytest.mark.parametrize("rslora", [False, True])
-def test_peft_loads_what_is_written_and_gives_it_back_bit_by_bit(kind, targets, rslora, tmp_path):
+def test_peft_loads_what_is_written_and_computes_our_logits(kind, targets, rslora, tmp_path):
     base, checkpoint = saved(kind, tmp_path)
     lora = replace(LORA, lora_targets=targets, lora_rslora=rslora)
     model = filled(checkpoint, lora)
@@ -160,20 +139,22 @@ def test_peft_loads_what_is_written_and_gives_it_back_bit_by_bit(kind, targets, 
     loaded = peft().PeftModel.from_pretrained(base, tmp_path / "ours").eval()
     expected = their_logits(loaded, vocabulary_of(checkpoint))
     assert difference_of(logits(model, checkpoint), expected) < 1e-5 < difference_of(plain, expected)
-    loaded.save_pretrained(tmp_path / "theirs")
-    again, read = ours(checkpoint, tmp_path / "theirs")
-    assert read == lora
-    for name, tensor in adapters_in(dict(model.named_parameters())).items():
-        assert torch.equal(again.get_parameter(name), tensor), name
 
 
-def test_an_adapter_that_peft_trained_on_our_fused_projection_computes_the_same(tmp_path):
-    base, checkpoint = saved("recipe", tmp_path)
-    model = wrapped(base, ["query_key_value", "attention.dense"])
-    model.save_pretrained(tmp_path / "adapters")
-    mine, lora = ours(checkpoint, tmp_path / "adapters")
-    assert lora.lora_targets == ("query", "key", "value", "dense")
-    assert difference_of(logits(mine, checkpoint), theirs(model, checkpoint)) < 1e-5
+def test_peft_loads_them_into_each_class_with_these_modules_and_refuses_others(tmp_path):
+    checkpoint = saved("esm2", tmp_path)[1]
+    model = filled(checkpoint, LORA)
+    folder = peft_files.write(tmp_path / "adapters", stored_of(model), LORA, model.config)
+
+    def hidden(name):
+        base = getattr(transformers(), name).from_pretrained(tmp_path / "model")
+        loaded = peft().PeftModel.from_pretrained(base, folder).eval()
+        ids = torch.tensor([ids_of(PROTEINS[0], vocabulary_of(checkpoint))])
+        return loaded(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+
+    assert torch.equal(hidden("EsmForMaskedLM"), hidden("EsmForTokenClassification"))
+    with pytest.raises(ValueError, match="Target modules .* not found in the base model"):
+        hidden("EsmModel")
 
 
 @pytest.mark.parametrize("kind", ["esm2", "recipe"])
@@ -193,47 +174,9 @@ def test_merged_weights_are_peft_s_and_a_folder_of_transformers_takes_them(kind,
     assert sum("query" in name or "dense" in name for name in found.keys() & expected.keys()) > 8
 
 
-@pytest.fixture
-def adapters(tmp_path):
-    """A folder of peft for an ESM-2, and the model's flags."""
+def test_a_folder_of_adapters_is_refused_with_what_to_do(tmp_path):
     model = filled(saved("esm2", tmp_path)[1], LORA)
-    return peft_files.write(tmp_path / "adapters", stored_of(model), LORA, model.config), model.config
-
-
-@pytest.mark.parametrize(("change", "message"), [
-    ({"use_dora": True}, "was made with use_dora True"), ({"bias": "all"}, "was made with bias all"),
-    ({"modules_to_save": ["classifier"]}, "with modules_to_save"), ({"something_new": 3}, "something_new 3"),
-    ({"init_lora_weights": "pissa"}, "init_lora_weights pissa"), ({"peft_type": "IA3"}, "peft_type IA3"),
-    ({"rank_pattern": {"query": 4}}, "ranks or scales of their own"), ({"r": "3"}, "r, lora_alpha and lora_dropout"),
-    ({"lora_alpha": None}, "copy it again"), ({"r": 4}, "is \\[3, 24\\], where the .* say \\[4, 24\\]")])
-def test_adapters_that_compute_something_else_are_refused(change, message, adapters):
-    folder, config = adapters
-    said = json.loads((folder / peft_files.CONFIG).read_text())
-    (folder / peft_files.CONFIG).write_text(json.dumps(said | change))
-    with pytest.raises(CheckpointError, match=message) as error:
-        peft_files.read(folder, config)
-    assert str(folder) in str(error.value)
-
-
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda tensors: tensors.pop(min(tensors)), "layers.0.attention.query_key_value.adapters.key.a.* is not there"),
-    (lambda tensors: tensors.update({"base_model.model.classifier.weight": torch.ones(2)}), "holds classifier.weight"),
-    (lambda tensors: [tensors.pop(name) for name in list(tensors) if ".layer.1." in name], "is not there"),
-    (lambda tensors: tensors.clear(), "holds no adapter")])
-def test_tensors_that_are_not_those_of_the_model_s_adapters_are_refused(change, message, adapters):
-    folder, config = adapters
-    tensors = load_file(folder / peft_files.WEIGHTS)
-    change(tensors)
-    save_file(tensors, folder / peft_files.WEIGHTS)
-    with pytest.raises(CheckpointError, match=message):
-        peft_files.read(folder, config)
-
-
-def test_what_peft_trained_on_across_our_parts_is_refused(tmp_path):
-    checkpoint = trained_here(GROUPED, "iupac", "both")
-    model = filled(checkpoint, LORA)
     folder = peft_files.write(tmp_path / "adapters", stored_of(model), LORA, model.config)
-    tensors = load_file(folder / peft_files.WEIGHTS)
-    save_file({name: tensor + 1 for name, tensor in tensors.items()}, folder / peft_files.WEIGHTS)
-    with pytest.raises(CheckpointError, match="mix queries, keys and values"):
-        peft_files.read(folder, model.config)
+    for opened in (recognised, foreign):
+        with pytest.raises(CheckpointError, match="adapters holds adapters of peft, and no model; merge them"):
+            opened(folder)

@@ -7,6 +7,7 @@ from typing import Protocol
 from megatron.checkpoint.convert import megatron_v2, sharded, whole
 from megatron.checkpoint.convert.families import esm, hf
 from megatron.checkpoint.convert.megatron_core import distributed, ranks
+from megatron.checkpoint.lora.peft_files import CONFIG as ADAPTERS
 from megatron.checkpoint.stored import Checkpoint
 from megatron.errors import CheckpointError, ConfigError
 
@@ -37,9 +38,15 @@ AUTO = "auto"
 
 
 def foreign(path: Path) -> CheckpointFormat | None:
-    """The format of the checkpoint at `path` if it is one of another program, else None."""
+    """The format of the checkpoint at `path` if it is one of another program, else None.
+
+    Raises CheckpointError for adapters of peft, which are no model.
+    """
     name = foreign_name(path)
-    return None if name is None else FORMATS[name]
+    if name is None:
+        _refuse_adapters(path)
+        return None
+    return FORMATS[name]
 
 
 def foreign_name(path: Path) -> str | None:
@@ -66,8 +73,15 @@ def recognised(path: Path) -> str:
     """The name of the format of the checkpoint at `path`; raises CheckpointError if none is recognised."""
     name = next((name for name, known in FORMATS.items() if known.recognises(path)), None)
     if name is None:
+        _refuse_adapters(path)
         half = hf.half_of_one(path)
         raise CheckpointError(f"{path} holds {half}; copy the other as well" if half else
                               f"{path} holds no checkpoint of a known format ({', '.join(FORMATS)}); give the folder "
                               "of a run, or of one of its checkpoints")
     return name
+
+
+def _refuse_adapters(path: Path) -> None:
+    if (path / ADAPTERS).is_file():
+        raise CheckpointError(f"{path} holds adapters of peft, and no model; merge them into theirs with peft's "
+                              "merge_and_unload, save it with save_pretrained, and give that folder")

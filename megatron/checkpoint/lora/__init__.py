@@ -1,1 +1,1 @@
-"""Low-rank adapters in checkpoints: reading and writing peft's files, and merging adapters into the weights."""
+"""Low-rank adapters in checkpoints: writing peft's files, and merging adapters into the weights."""
