@@ -213,14 +213,15 @@ def test_the_card_says_what_is_known_of_a_run(checkpoints, tmp_path):
                 for step, data in ((7, "a"), (9, "b"))]
     (run / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records) + '{"kind": "tr')
     first = checkpoints["exact"]
-    flags = first.state["config"] | {"data_path": ["pfam", "pr\udce9"], "seq_length": 64}
+    flags = first.state["config"] | {"data_path": ["0.8", "/home/me/pfam", "0.2", "pr\udce9"], "seq_length": 64}
     state = first.state | {"config": flags, "began_from": str(start),
                            "progress": {"iteration": 7, "consumed_samples": 100}}
     hf.write(replace(first, state=state, path=run / "iter_0000007"), tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith('---\nlicense: mit\n')
     for line in ('base_model: "esm2_start"', "- trained on from the weights in esm2_start",
-                 "- trained on pfam pr\\udce9", "- 7 steps over 100 rows of 64 positions: at most 6,400 residues",
+                 "- trained on 0.8 pfam 0.2 pr\\udce9",
+                 "- 7 steps over 100 rows of 64 positions: at most 6,400 residues",
                  "- training loss 2.5000 nats a masked residue after 5 steps",
                  "- validation loss 1.0000 nats a masked residue after 7 steps",
                  "- validation loss on pfam 2.5000 nats a masked residue after 5 steps, 2.0000 before the first"):

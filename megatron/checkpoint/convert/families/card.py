@@ -72,7 +72,7 @@ def _lines(checkpoint: Checkpoint, config: Mapping[str, Any], num_parameters: in
         yield f"written from {checkpoint.path.name}; what it was trained on is not known here"
         return
     if said.get("data_path"):
-        yield f"trained on {' '.join(map(str, said['data_path']))}"
+        yield f"trained on {' '.join(Path(str(word)).name for word in said['data_path'])}"  # no paths of the machine
     rows = f"{progress['iteration']:,} steps over {progress['consumed_samples']:,} rows"
     if isinstance(length := said.get("seq_length"), int):
         rows += f" of {length:,} positions: at most {progress['consumed_samples'] * length:,} residues"
