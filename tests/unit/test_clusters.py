@@ -29,6 +29,21 @@ def prefix(tmp_path):
     return tmp_path / "p"
 
 
+def dataset(prefix, long_proteins):
+    data = DataConfig(data_path=(str(prefix),), seq_length=64, split="1,0,0", blend_by="cluster",
+                      cluster_file=str(prefix.parent / "clusters.tsv"), long_proteins=long_proteins)
+    return build_datasets(data, VOCAB, 1).train
+
+
+def lengths_of_epochs(train, number):
+    """The lengths of all proteins, or parts of them, that the rows of each epoch hold, in residues."""
+    first = 0
+    for epoch in range(number):
+        num_rows = train.num_epoch_rows(epoch)
+        yield sorted(int(n) - 1 for row in range(num_rows) for n in train[first + row].lengths)
+        first += num_rows
+
+
 def test_an_epoch_draws_each_member_equally_often():
     clusters = Clusters(np.array([7, 7, 7, 2, 2, 5]))
     draws = [tuple(sorted(clusters.draw(order_key(epoch)))) for epoch in range(600)]
@@ -49,21 +64,20 @@ def test_documents_are_clustered_by_name_or_number(prefix, named):
 
 @pytest.mark.parametrize("long_proteins", ["crop", "split"])
 def test_an_epoch_of_a_dataset_holds_one_protein_of_each_cluster(prefix, long_proteins):
-    data = DataConfig(data_path=(str(prefix),), seq_length=64, split="1,0,0", blend_by="cluster",
-                      cluster_file=str(prefix.parent / "clusters.tsv"), long_proteins=long_proteins)
-    train = build_datasets(data, VOCAB, 1).train
-    members, first = set(), 0
-    for epoch in range(30):
-        num_rows = train.num_epoch_rows(epoch)
-        lengths = sorted(int(n) - 1 for row in range(num_rows) for n in train[first + row].lengths)
+    train, members = dataset(prefix, long_proteins), set()
+    for lengths in lengths_of_epochs(train, 30):
         assert lengths[-1] == 15 or lengths[-1] in (37, 63)
         drawn = [n if n not in (37, 63) else 100 for n in lengths if not (long_proteins == "split" and n == 37)]
         assert [sum(n in group for n in drawn) for group in ((100, 11, 12), (13, 14), (15,))] == [1, 1, 1]
         members.update(drawn)
-        first += num_rows
     assert members == {100, 11, 12, 13, 14, 15}
     assert ("6 proteins in 3 clusters (clusters.tsv: 6 members, 1 of them not in the data; proteins of the data in "
             "none of its clusters: 1, each one by itself)") in train.describe()
+
+
+def test_an_epoch_has_every_part_of_the_long_proteins_it_draws(prefix):
+    numbers = [(lengths.count(63), lengths.count(37)) for lengths in lengths_of_epochs(dataset(prefix, "split"), 30)]
+    assert set(numbers) == {(0, 0), (1, 1)}
 
 
 def test_clusters_are_read_once_and_again_where_what_was_kept_is_damaged(prefix):

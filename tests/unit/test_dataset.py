@@ -74,7 +74,13 @@ def test_every_protein_comes_once_an_epoch_behind_its_cls(tmp_path, packing):
         for row in rows:
             assert row.lengths.sum() == len(row.tokens_t) <= 64
             assert (row.tokens_t[np.cumsum(row.lengths) - row.lengths] == VOCAB.cls_id).all()
-    assert not same(train[0], train[train.num_epoch_rows(0)])
+
+
+@pytest.mark.parametrize("packing", ["best-fit", "sequential"])
+def test_each_epoch_of_a_dataset_has_an_order_of_its_own(tmp_path, packing):
+    write_proteins(tmp_path / "a", [7] * 200)
+    train = build_datasets(config(tmp_path / "a", packing=packing), VOCAB, 1).train
+    assert not np.array_equal(train.rows(0).pieces, train.rows(1).pieces)
 
 
 @settings(max_examples=10, deadline=None)

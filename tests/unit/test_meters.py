@@ -112,14 +112,27 @@ def test_totals_of_which_a_checkpoint_says_nothing_are_not_known_later_either():
     assert meters.totals() is meters.state()["totals"] is None
 
 
+def tiny_engine(data):
+    model = ModelConfig(num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1, kv_channels=8,
+                        max_position_embeddings=16)
+    return build_engine(Config(model=model, data=data, training=TrainingConfig(micro_batch_size=1)), Mesh(), 128)
+
+
+def test_training_after_an_evaluation_has_dropout_again():
+    engine = tiny_engine(DataConfig(seq_length=16))
+    modules = [module for stage in engine.stages for module in stage.modules()]
+    with pytest.raises(KeyboardInterrupt), engine.evaluating():
+        assert not any(module.training for module in modules)
+        raise KeyboardInterrupt
+    assert all(module.training for module in modules)
+
+
 def test_a_split_without_a_residue_is_evaluated_to_nothing(tmp_path):
     write_indexed(tmp_path / "a", [np.full(10, 6), np.full(10, VOCAB.unk_id)])
     data = DataConfig(data_path=(str(tmp_path / "a"),), seq_length=16, split="1,1")
     splits = build_datasets(data, VOCAB, 1)
-    model = ModelConfig(num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1, kv_channels=8,
-                        max_position_embeddings=16)
-    engine = build_engine(Config(model=model, data=data, training=TrainingConfig(micro_batch_size=1)), Mesh(), 128)
     assert splits.valid is not None
+    engine = tiny_engine(data)
     found = evaluate(engine, splits.valid, batch_shape(splits, 1), Log(), num_rows=1, label="", wants_stop=bool)
     assert found == Evaluation(None, None, None, 0)
     rows = weakref.ref(splits.valid)
