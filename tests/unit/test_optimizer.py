@@ -115,6 +115,14 @@ def test_a_step_that_is_not_finite_changes_nothing(kind, bad):
                if (kind, name) not in (("muon", "step/dense.weight"), ("normuon", "step/dense.weight")))
 
 
+def test_a_step_that_is_skipped_as_abnormal_leaves_the_loss_scale_alone():
+    named = parameters()
+    scale = LossScale(PrecisionConfig(fp16=True, hysteresis=1, initial_loss_scale=1024.0), CPU)
+    set_gradients(named)
+    assert not Optimizer(named, OptimizerConfig()).step(0.1, scale, lambda norm: torch.tensor(False)).is_taken
+    assert scale.value == 1024
+
+
 @pytest.mark.parametrize("kind", ["adam", "sgd", "muon", "normuon"])
 def test_a_first_step_that_is_not_taken_leaves_the_next_one_the_first(kind, monkeypatch):
     skips, does_not = parameters(), parameters()
@@ -211,6 +219,12 @@ def test_the_scale_doubles_after_a_window_without_overflow():
     assert scale_after([True] * 3, **flags) == 32
     assert scale_after([True] * 2 + [False] + [True] * 2, **flags) == 16
     assert scale_after([True] * 6, **flags) == 64
+
+
+def test_doubling_gives_back_the_hysteresis():
+    flags = {"initial_loss_scale": 16.0, "hysteresis": 2, "loss_scale_window": 2}
+    assert scale_after([False, True, True, False], **flags) == 32
+    assert scale_after([False, True, True, False, False], **flags) == 16
 
 
 def test_the_scale_is_one_outside_fp16_and_fixed_where_told():

@@ -77,15 +77,27 @@ def test_muons_cautious_decay_takes_from_where_its_own_step_goes_to_zero(kind):
         assert weight[place].item() == pytest.approx(x - update[place] - RATE * DECAY * x * agrees, abs=1e-6)
 
 
+@pytest.mark.parametrize("gradient", [1.0, math.inf], ids=["abnormal", "not finite"])
 @pytest.mark.parametrize("kind", ["adam", "muon"])
-def test_a_step_that_is_not_taken_decays_nothing_cautiously(kind):
+def test_a_step_that_is_not_taken_decays_nothing_cautiously(kind, gradient):
     named = parameters()
     optimizer = Optimizer(named, OptimizerConfig(optimizer=kind, weight_decay=DECAY, cautious_weight_decay=True))
     before = stepped(named, optimizer)[-1]
-    named["dense.weight"].grad = torch.full((5, 3), math.inf)
-    named["dense.bias"].grad = torch.zeros(4)
-    assert not optimizer.step(RATE, SCALE).is_taken
+    for parameter in named.values():
+        parameter.grad = torch.full_like(parameter, gradient)
+    assert not optimizer.step(RATE, SCALE, lambda norm: torch.tensor(False)).is_taken
     assert torch.equal(named["dense.weight"], before)
+
+
+@pytest.mark.parametrize("kind", ["adam", "muon"])
+def test_a_weight_that_the_step_does_not_move_decays_cautiously_too(kind):
+    named = parameters()
+    optimizer = Optimizer(named, OptimizerConfig(optimizer=kind, weight_decay=DECAY, cautious_weight_decay=True))
+    before = named["dense.weight"].detach().clone()
+    for parameter in named.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step(RATE, SCALE)
+    torch.testing.assert_close(named["dense.weight"].detach(), before * (1 - RATE * DECAY))
 
 
 def test_cautious_decay_goes_on_from_the_optimizers_state_bitwise():
@@ -110,10 +122,10 @@ def apex(monkeypatch):
 @pytest.mark.parametrize("flags", [
     {"optimizer": "adam"}, {"optimizer": "sgd"}, {"optimizer": "muon"}, {"optimizer_backend": "apex"}])
 def test_a_course_of_the_decay_gives_each_step_the_decay_of_its_moment(flags, apex):
-    ours, theirs = parameters(), parameters()
+    ours, theirs, config = parameters(), parameters(), OptimizerConfig(weight_decay=0.0, **flags)
     factors, decays = (1.0, -2.0, 0.5), (0.0, 0.4, 0.8)
-    weights = stepped(ours, Optimizer(ours, OptimizerConfig(**flags), varies_decay=True), factors, decays=decays)
-    plain = Optimizer(theirs, OptimizerConfig(weight_decay=0.0, **flags))
+    weights = stepped(ours, Optimizer(ours, config, varies_decay=True), factors, decays=decays)
+    plain = Optimizer(theirs, config)
     torch.manual_seed(1)
     for factor, value, weight in zip(factors, decays, weights, strict=True):
         for parameter in theirs.values():
