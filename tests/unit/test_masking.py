@@ -53,6 +53,15 @@ def test_shares_are_15_percent_and_80_10_10(span_length):
     assert drawn.min() > 5  # every residue is drawn: 23 expected
 
 
+def test_shares_of_masks_and_of_random_letters_are_those_that_flags_give():
+    rng = np.random.default_rng(0)
+    tokens = row_of([60_001], rng)
+    masked, positions, ids = Masker(Masking(0.5, 0.5, 0.1), VOCAB).mask(tokens, np.array([60_001]), rng)
+    became = masked[positions]
+    assert np.mean(became == VOCAB.mask_id) == pytest.approx(0.5, abs=0.01)
+    assert np.mean((became != VOCAB.mask_id) & (became != ids)) == pytest.approx(0.1 * 24 / 25, abs=0.01)
+
+
 def test_every_residue_is_chosen_equally_often():
     tokens = row_of([21, 21], np.random.default_rng(0))
     masker = Masker(Masking(prob=0.25), VOCAB)
@@ -66,12 +75,12 @@ def test_every_residue_is_chosen_equally_often():
 
 def test_spans_are_as_long_as_asked_and_end_with_their_protein():
     rng = np.random.default_rng(1)
-    lengths = np.full(200, 501)
-    tokens = row_of(lengths.tolist(), rng)
-    positions = Masker(Masking(prob=0.02, span_length=8.0), VOCAB).mask(tokens, lengths, rng)[1]
+    lengths = np.full(1000, 501)
+    tokens, ends = row_of(lengths.tolist(), rng), np.cumsum(lengths)
+    positions = Masker(Masking(prob=0.01, span_length=8.0), VOCAB).mask(tokens, lengths, rng)[1]
     num_spans = 1 + np.count_nonzero(np.diff(positions) > 1)
-    assert len(positions) / num_spans == pytest.approx(8.0, rel=0.2)
-    assert not np.isin(positions, np.cumsum(lengths) - 501).any()
+    assert len(positions) / num_spans == pytest.approx(8.0, rel=0.08)
+    assert np.isin(ends - 1, positions).any() and not np.isin(ends - 501, positions).any()
 
 
 def test_one_residue_is_chosen_in_a_row_too_short_for_a_share():
@@ -94,7 +103,12 @@ def test_the_share_goes_evenly_from_one_to_another_over_so_many_rows_of_the_run(
     tokens = row_of([101], np.random.default_rng(0))
     chosen = [len(masker.mask(tokens, lengths, np.random.default_rng(1), sample)[1])
               for sample in (0, 100, 150, 200, 999)]
-    assert chosen == [30, 20, 15, 10, 10] and masker.most_chosen(100) == 30
+    assert chosen == [30, 20, 15, 10, 10]
+
+
+@pytest.mark.parametrize("course", [(0.1, 0.5, 10.0), (0.5, 0.1, 10.0)])
+def test_the_most_targets_are_those_of_the_highest_share_of_a_course(course):
+    assert Masker(Masking.from_config(DataConfig(mask_prob=course)), VOCAB).most_chosen(100) == 50
 
 
 @pytest.mark.parametrize("share", [(1.2,), (0.3, 0.2), (0.3, 1.0, 5.0), (0.1, 0.2, 3.0, 4.0)])
