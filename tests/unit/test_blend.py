@@ -44,12 +44,18 @@ def test_a_blend_serves_rows_of_its_corpora(tmp_path):
     splits = build_datasets(data, VOCAB, 1)
     from_a = [bool((splits.train[sample].target_ids_m == 6).all()) for sample in range(400)]
     assert sum(from_a) == 300
-    counts = splits.train.residue_counts()
-    assert counts[6] / counts.sum() == pytest.approx(0.75, abs=0.01)
     assert splits.train.seq_length == 64
     assert splits.valid is not None and splits.valid.num_epoch_rows(0) == 8
     assert splits.test is None
     assert splits.train.describe().count("train") == 2
+
+
+def test_the_letters_of_a_blend_count_by_weight_whatever_its_corpora_hold(tmp_path):
+    for name, residue, count in (("a", 6, 50), ("b", 7, 500)):
+        write_indexed(tmp_path / name, [np.full(20, residue)] * count)
+    data = DataConfig(data_path=("3", str(tmp_path / "a"), "1", str(tmp_path / "b")), seq_length=64, split="1")
+    counts = build_datasets(data, VOCAB, 1).train.residue_counts()
+    assert counts[6] / counts.sum() == pytest.approx(0.75, abs=0.01)
 
 
 def test_a_course_of_masking_counts_the_rows_of_the_run_not_of_the_corpus(tmp_path):

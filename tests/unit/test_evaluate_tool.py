@@ -75,6 +75,15 @@ def test_the_loss_is_the_mean_over_the_masked_residues_of_all_proteins(pretraine
     assert report["standard_error"] == pytest.approx(spread, rel=1e-2)
 
 
+def test_targets_are_counted_by_their_numbers_in_the_protein(pretrained, fasta):
+    masks, expected = FixedMasks(pretrained.vocab), np.zeros(len(FIRST_OF_BIN))
+    for protein in files(fasta):
+        for number in 1 + np.flatnonzero(masks.mask(protein.residues.astype(np.int64))[1]):
+            expected[(number >= FIRST_OF_BIN).sum() - 1] += 1
+    found = evaluated(pretrained, files(fasta), None, None, BAR).by_position_3n[0]
+    assert found.tolist() == expected.tolist()
+
+
 def test_pieces_of_a_protein_are_masked_as_parts_of_it(pretrained, fasta):
     whole, pieces = (evaluated(pretrained, files(fasta), size, None, BAR) for size in (None, 25))
     assert np.array_equal(whole.by_letter_3v[0], pieces.by_letter_3v[0])
