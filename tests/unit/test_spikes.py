@@ -36,6 +36,13 @@ def is_normal(one, loss, norm):
     return bool(one.is_normal(torch.tensor(loss), torch.tensor(norm)))
 
 
+def judge_of(loss, number):
+    """A judge that was shown this loss so many times."""
+    one = judge()
+    assert all(is_normal(one, loss, 1.0) for _ in range(number))
+    return one
+
+
 def steps(number, seed=0):
     draw = random.Random(seed)
     return [(draw.gauss(2.7, 0.05), draw.gauss(0.6, 0.1)) for _ in range(number)]
@@ -71,6 +78,19 @@ def test_a_falling_loss_and_a_step_without_targets_are_normal():
     assert all(is_normal(one, 3 * 0.97**number, 1.0) for number in range(200))
     assert is_normal(one, 0.0, 0.0)
     assert is_normal(one, 3 * 0.97**200, 1.0)
+
+
+def test_a_step_without_targets_is_not_compared_with():
+    assert judge_of(0.0, LEAST).state()["num_steps"] == 0
+
+
+def test_the_first_step_with_enough_others_behind_it_is_judged():
+    assert is_normal(judge_of(2.0, LEAST - 1), 20.0, 1.0)
+    assert not is_normal(judge_of(2.0, LEAST), 20.0, 1.0)
+
+
+def test_where_losses_hardly_differ_a_small_rise_is_no_spike():
+    assert is_normal(judge_of(2.0, LEAST), 2.05, 1.0)
 
 
 def test_in_fp16_a_gradient_may_overflow_and_a_loss_may_not():
