@@ -147,6 +147,12 @@ def test_each_epoch_has_every_example_once_in_an_order_of_its_own():
     assert numbers_in(evaluated.steps(0)) == numbers_in(evaluated.steps(5))
 
 
+def test_each_micro_batch_of_each_epoch_has_dropout_of_its_own():
+    rows = packed("number", lengths())
+    seeds = [int(batch.sequence.seed) for epoch in range(3) for step in rows.steps(epoch) for batch in step]
+    assert len(set(seeds)) == len(seeds)
+
+
 @pytest.mark.parametrize("data_size", [2, 4])
 def test_ranks_share_out_the_global_batches_of_one(data_size):
     alone = packed("residues", lengths())

@@ -98,6 +98,11 @@ def test_resuming_on_other_ranks_serves_the_samples_that_would_have_come(train):
             assert_same(resumed[rank][k], whole[30 + 2 * k + rank])
 
 
+def test_each_micro_batch_of_each_rank_has_dropout_of_its_own(train):
+    seeds = [int(batch.sequence.seed) for rank in (0, 1) for batch in take(train, 9, data_rank=rank, data_size=2)]
+    assert len(set(seeds)) == len(seeds)
+
+
 def test_a_ragged_tail_gives_every_rank_as_many_batches(train):
     ranks = [take(train, 99, micro_batch_size=2, data_rank=rank, data_size=3, stop_sample=9) for rank in range(3)]
     held = [[tokens_in(train, *rows) for rows in rank] for rank in
