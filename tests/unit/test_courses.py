@@ -36,6 +36,10 @@ def test_learning_rate_warms_up_then_decays_as_named():
         assert rate(401) == (1.0 if style == "constant" else 0.1)
 
 
+def test_a_warm_up_in_parts_is_one_of_the_decay_not_of_the_run():
+    assert schedule("cosine", lr_warmup_fraction=0.1, lr_decay_iters=200).warmup_samples == 0.1 * 200 * 4
+
+
 @pytest.mark.parametrize("style", DECAYS)
 def test_wsd_warms_up_stays_and_decays_to_the_least_rate(style):
     step = np.arange(120)

@@ -55,6 +55,11 @@ def test_measures_of_several_classes_are_scikit_learns():
         assert found[f"f1_{average}"].value == pytest.approx(expected)
 
 
+def test_f_max_looks_at_no_threshold_below_one_percent():
+    found = metrics.measure(space("classes", 2), [np.array([True, False])], [np.array([0.009, 0.009])])
+    assert found["f1_max"].value == 0
+
+
 def test_f_max_is_its_definition():
     rng = np.random.default_rng(1)
     true, scores = rng.random((12, 4)) < 0.4, rng.random((12, 4))

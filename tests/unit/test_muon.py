@@ -52,6 +52,14 @@ def test_steps_follow_the_definition_with_a_momentum_that_rises():
         torch.testing.assert_close(step.double(), expected, rtol=0, atol=5e-5)
 
 
+def test_a_momentum_below_that_of_the_warm_ups_start_is_constant():
+    torch.manual_seed(0)
+    gradients = [torch.randn(6, 4) for _ in range(3)]
+    rising, constant = (stepped(gradients, optimizer="muon", muon_momentum=0.5, muon_momentum_warmup_iters=warmup)
+                        for warmup in (3, 0))
+    assert all(map(torch.equal, rising, constant))
+
+
 def test_normuon_follows_its_definition_and_steps_as_far_as_muon():
     torch.manual_seed(1)
     gradients = [torch.randn(30, 12) for _ in range(3)]
