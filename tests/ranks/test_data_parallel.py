@@ -78,6 +78,21 @@ def each_way(axis: Axis, within: Any) -> dict[str, dict[str, Any]]:
     return outcomes
 
 
+def gradients_of_bf16(axis: Axis) -> dict[str, torch.Tensor]:
+    """For each sharding the whole gradient of a weight whose products are 1 on rank 0 and 2^-12 on rank 1."""
+    found = {}
+    for sharding in ("optimizer", "gradients", "parameters"):
+        config = ParallelConfig(data_parallel_sharding=sharding)
+        mesh = build_mesh(config, torch.device("cpu"), TIMEOUT)
+        parallel = data_parallel([torch.nn.Linear(4, 1, bias=False)], lambda stage: [], mesh, config, torch.bfloat16)
+        parallel.before_backward(0, is_last=True)
+        parallel.forward(0, torch.full((1, 4), (1, 2**-12)[axis.rank], dtype=torch.bfloat16)).sum().backward()
+        parallel.reduce_gradients()
+        gradients = {name: weight.grad for name, weight in parallel.parameters.items() if weight.grad is not None}
+        found[sharding], = wholes(gradients, parallel.parameters).values()
+    return found
+
+
 @pytest.fixture(scope="module", params=[(2, None), (4, None), (4, 2)], ids=["2 ranks", "4 ranks", "4 in pairs"])
 def results(request):
     ranks, within = request.param
@@ -91,6 +106,11 @@ def test_gradients_are_the_sums_that_one_rank_gets(results):
             assert ours.keys() == one.keys()
             for name in one:
                 torch.testing.assert_close(ours[name], one[name], rtol=1e-5, atol=1e-5, msg=f"{way}, {name}")
+
+
+def test_shards_sum_gradients_in_fp32_whatever_they_compute_in():
+    for found in run_ranks(gradients_of_bf16, 2):
+        assert all(torch.equal(gradient, torch.full((1, 4), 1 + 2**-12)) for gradient in found.values())
 
 
 def test_a_model_that_is_needed_no_more_is_freed(results):
