@@ -112,6 +112,13 @@ def test_the_best_epoch_is_kept_and_training_stops_behind_it(taught, base, tmp_p
     assert len(valid) == min(best + 2, 12) < 12, "the rate is made so high that some epoch is worse"
 
 
+def test_an_epoch_as_good_as_the_best_is_no_better_so_that_patience_ends(taught, base, tmp_path):
+    assert finetune("own", "--load", base, "--data", taught / "number-data", "--save", tmp_path / "out", "--epochs", 9,
+                    "--patience", 2, "--head-only", *QUICK, "--lr", 1e-30) == 0
+    assert len({record["spearman"] for record in records_of(tmp_path / "out", "valid")} - {None}) == 1
+    assert len(records_of(tmp_path / "out", "valid")) == 3 and report_of(tmp_path / "out")["epoch"] == 1
+
+
 def test_a_disk_that_is_full_while_it_trains_ends_no_fine_tuning(taught, base, tmp_path, monkeypatch, capsys):
     def refused(place, *rest):
         if UNFINISHED in place.parts:
