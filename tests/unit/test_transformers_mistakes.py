@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megatron.checkpoint.convert.families import hf
 from megatron.checkpoint.convert.families.vocabularies import vocabulary_in
@@ -98,6 +98,17 @@ def test_files_that_are_none_are_refused_in_one_line(their_folders, tmp_path):
     refused(index({"weight_map": {"esm.a": "model-00002-of-00002.safetensors"}}), "cannot be read")
     with pytest.raises(CheckpointError, match="leave --iteration out"):
         hf.read(their_folders / "esm2", 7)
+
+
+@pytest.mark.parametrize(("kind", "copy", "original"), [
+    ("esm2", "lm_head.decoder.weight", "esm.embeddings.word_embeddings.weight"),
+    ("protbert", "cls.predictions.decoder.bias", "cls.predictions.bias")])
+def test_a_copy_that_differs_from_what_it_is_tied_to_is_refused(kind, copy, original, their_folders, tmp_path):
+    shutil.copytree(their_folders / kind, tmp_path / kind)
+    tensors = load_file(tmp_path / kind / "model.safetensors")
+    save_file(tensors | {copy: tensors[original] + 1}, tmp_path / kind / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{copy} is not {original}, to which its configuration ties it"):
+        hf.read(tmp_path / kind)
 
 
 def test_half_a_folder_is_refused_with_what_is_missing(their_folders, tmp_path):

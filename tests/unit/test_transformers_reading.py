@@ -96,11 +96,12 @@ def test_every_form_of_file_holds_the_same_weights(form, dtype, their_models, th
 
 def test_what_published_files_hold_besides_is_left_out_and_said(their_models, their_folders, tmp_path):
     words = their_models["esm2"].esm.embeddings.word_embeddings.weight.detach().clone()
+    bias = their_models["protbert"].cls.predictions.bias.detach().clone()
     given = {"esm2": {"esm.embeddings.position_embeddings.weight": torch.randn(42, 24),
                       "esm.embeddings.position_ids": torch.arange(42)[None],
                       "lm_head.decoder.weight": words},
              "protbert": {"bert.pooler.dense.weight": torch.randn(24, 24), "cls.seq_relationship.bias": torch.randn(2),
-                          "bert.embeddings.position_ids": torch.arange(40)[None]}}
+                          "cls.predictions.decoder.bias": bias, "bert.embeddings.position_ids": torch.arange(40)[None]}}
     for kind, extra in given.items():
         shutil.copytree(their_folders / kind, tmp_path / kind)
         file = tmp_path / kind / "model.safetensors"
