@@ -19,6 +19,7 @@ from megatron.data.rows.baselines import Baselines
 from megatron.data.rows.dataset import build_datasets
 from megatron.log import Log
 from megatron.parallel.mesh import Axis, Mesh
+from megatron.parallel.waits import Waits
 from megatron.train.observation.events import Events, TrainingFacts
 from megatron.train.observation.memory import count_from_here, peak_memory_gib
 from megatron.train.observation.pace import Pace
@@ -27,7 +28,7 @@ from megatron.train.setup.peak import measured_peak_flops
 from megatron.train.state import BatchSizes, TrainState
 from megatron.train.step.engine import build_engine
 from megatron.train.step.evaluate import Evaluation, evaluate
-from megatron.train.step.meters import Meters, Reading, Totals
+from megatron.train.step.meters import Meters, RankTimes, Reading, Totals
 from tests.indexed_files import write_indexed
 
 VOCAB = Vocab.from_file()
@@ -101,6 +102,17 @@ def test_totals_go_on_over_readings_and_over_a_checkpoint_between_them(monkeypat
     resumed.read()
     now_s[0] = 9000.0
     assert resumed.totals() == Totals(400, 5.5, 4000.0)
+
+
+def test_what_an_earlier_process_took_is_no_time_that_this_rank_computed(monkeypatch):
+    now_s = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now_s[0])
+    meters = Meters(Axis(), CPU, Waits(CPU))
+    meters.load_state({"steps": [], "elapsed_s": 100.0})
+    counted(meters, 1)
+    now_s[0] = 2.0
+    found = meters.read()
+    assert found.elapsed_s == 102 and found.ranks == [RankTimes(2.0, 0.0)]
 
 
 def test_totals_of_which_a_checkpoint_says_nothing_are_not_known_later_either():
