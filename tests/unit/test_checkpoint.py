@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from megatron.checkpoint import sharded
 from megatron.checkpoint.loading import load_model, load_optimizer
 from megatron.checkpoint.manifest import MANIFEST
-from megatron.checkpoint.places import validation_loss
+from megatron.checkpoint.places import digest_of_weights, validation_loss
 from megatron.checkpoint.saving import Saver, parts_of
 from megatron.checkpoint.sharded import writers_of
 from megatron.checkpoint.store import LATEST, find, note_validation, set_aside
@@ -481,3 +481,14 @@ def test_boxes_are_a_whole_where_each_element_is_in_one_of_them():
     for boxes in (overlap_and_hole, halves[:1], [*halves, halves[1]], [((0, 0), (3, 5))], [((1, 0), (3, 4))]):
         assert not are_a_whole(boxes, (3, 4))
     assert not are_a_whole([((), ())] * 2, ()) and not are_a_whole([], ())
+
+
+@pytest.mark.parametrize("name", ["optimizer-00000.safetensors", "ema.safetensors", "state.json"])
+def test_weights_are_the_same_whatever_lies_beside_them(tmp_path, name):
+    for content in (b"a", b"ab"):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        digest = digest_of_weights(tmp_path)
+        (tmp_path / name).write_bytes(content)
+        assert digest_of_weights(tmp_path) == digest
+        (tmp_path / "model.safetensors").write_bytes(content * 2)
+        assert digest_of_weights(tmp_path) != digest
