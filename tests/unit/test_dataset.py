@@ -258,6 +258,24 @@ def test_a_long_protein_is_cropped_to_a_new_window_each_epoch(tmp_path):
     assert "1 longer than a row, cropped" in train.describe()
 
 
+def test_every_window_of_a_long_protein_is_drawn_at_some_time(tmp_path):
+    write_indexed(tmp_path / "a", [np.arange(6, 12)])
+    train = build_datasets(config(tmp_path / "a", seq_length=5), VOCAB, 1).train
+    assert {originals(train[epoch])[0][0] for epoch in range(40)} == {6, 7, 8}
+
+
+def test_the_rows_of_a_seed_are_frozen_so_that_a_run_goes_on_with_those_it_has_not_seen(tmp_path):
+    """Members of clusters, order, crops and masks: a resumed run may have been begun by an earlier version."""
+    write_indexed(tmp_path / "a", [np.arange(6, 6 + length) for length in (9, 20, 3, 5)])
+    (tmp_path / "clusters.tsv").write_text("0\t1\n0\t2\n")
+    data = config(tmp_path / "a", seq_length=8, blend_by="cluster", cluster_file=str(tmp_path / "clusters.tsv"),
+                  mask_prob=(0.3,))
+    train = build_datasets(data, VOCAB, 1).train
+    assert [[row.tokens_t.tolist() for row in epoch_rows(train, epoch)] for epoch in range(3)] == [
+        [[2, 6, 1, 8], [2, 6, 7, 30, 9, 10]], [[2, 11, 12, 13, 14, 1, 16, 20], [2, 6, 7, 1, 9, 1]],
+        [[2, 6, 7, 8, 1, 1], [2, 6, 1, 8]]]
+
+
 def test_a_long_protein_is_split_into_consecutive_pieces(tmp_path):
     proteins = write_proteins(tmp_path / "a", [500, 10, 63, 64, 126, 127])
     train = build_datasets(config(tmp_path / "a", long_proteins="split"), VOCAB, 1).train
