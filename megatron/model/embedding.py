@@ -72,9 +72,8 @@ def token_dropout_scales(sequence: PackedSequence, mask_id: int, context: Axis) 
     protein_t = proteins_of_tokens(ends, start, start + len(is_masked_t))
     num_masked_g = torch.zeros(len(ends) - 1, device=ends.device).index_add(0, protein_t, is_masked_t.float())
     num_masked_g = all_reduce_sum(num_masked_g, context)
-    num_seen_g = (ends.diff() - num_masked_g).clamp(min=1)
-    scales_t = ((1 - ESM_MASKED_SHARE) * ends.diff() / num_seen_g)[protein_t]
-    return scales_t.masked_fill(is_masked_t, 0)
+    scales_g = (1 - ESM_MASKED_SHARE) * ends.diff() / (ends.diff() - num_masked_g)  # where nothing is seen, not used
+    return scales_g[protein_t].masked_fill(is_masked_t, 0)
 
 
 def _word_embeddings(config: ModelConfig, padded_vocab_size: int, stream: Stream,

@@ -207,14 +207,12 @@ def test_angles_are_fp32_where_activations_are_bf16():
 
 
 def test_token_dropout_scales_each_protein_by_what_of_it_is_masked():
-    sequence = packed_batch(10, 4, 5, filler=3).sequence
+    sequence = packed_batch(10, 4, 5, 2, 1, filler=3, empty=2).sequence
     sequence.tokens_t[:] = 9
-    sequence.tokens_t[[2, 3, 7, 11]] = MASK_ID
+    sequence.tokens_t[[2, 3, 7, 11, 20, 21]] = MASK_ID
     scales = token_dropout_scales(sequence, MASK_ID, Axis())
-    expected = [0.88 / 0.7] * 10 + [0.88 / 0.75] * 4 + [0.88] * 5
-    for masked in (2, 3, 7, 11):
-        expected[masked] = 0.0
-    torch.testing.assert_close(scales[:19], torch.tensor(expected))
+    expected = torch.tensor([0.88 / 0.7] * 10 + [0.88 / 0.75] * 4 + [0.88] * 5 + [0.88 / 0.5] * 2 + [0.0] + [0.88] * 3)
+    torch.testing.assert_close(scales, expected.masked_fill(sequence.tokens_t == MASK_ID, 0.0))
 
 
 def test_the_short_convolution_is_torchs_on_each_protein_by_itself():
