@@ -121,6 +121,8 @@ def test_a_window_counts_once_and_none_may_lie_behind():
     assert state.left_out == ((4, 8), (20, 24))
     with pytest.raises(ConfigError, match="has come to sample 14 already; give 14-16"):
         state.leave_out([(12, 16)])
+    state.leave_out([(14, 16)])
+    assert state.left_out == ((4, 8), (14, 16), (20, 24))
 
 
 def test_a_fault_of_the_rows_comes_with_them_and_one_of_a_device_once():
