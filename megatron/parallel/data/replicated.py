@@ -56,10 +56,15 @@ class Overlapped(DataParallel):
     def __init__(self, stages: Sequence[nn.Module], mesh: Mesh) -> None:
         super().__init__(stages, mesh)
         group = mesh.replicas.group
-        self._summed = {number: DistributedDataParallel(stage, process_group=group, gradient_as_bucket_view=True)
-                        for number, stage in enumerate(stages) if any(p.requires_grad for p in stage.parameters())}
+        self._summed = {
+            number: DistributedDataParallel(_LastFirst(stage), process_group=group, gradient_as_bucket_view=True)
+            for number, stage in enumerate(stages) if any(p.requires_grad for p in stage.parameters())}
         self._buckets = _Buckets(group, mesh.waits, len(self._summed))
         for stage in self._summed.values():
+            # Left to itself, the reducer forms its buckets anew after the process's first step. A resumed run would
+            # then differ from the unbroken one: an element's place in a bucket decides the order in which ranks add.
+            stage.reducer._push_all_rebuilt_params()
+            stage.reducer._rebuild_buckets()
             stage.register_comm_hook(self._buckets, _sum_bucket)
 
     def forward(self, stage: int, *args: Any) -> Any:
@@ -80,6 +85,21 @@ class Overlapped(DataParallel):
         """Wait for the all-reduces, and sum what DistributedDataParallel does not."""
         self._buckets.arrived()
         sum_partial(self.parameters)
+
+
+class _LastFirst(nn.Module):
+    """A stage that lists its last parameters first, about as the backward pass gives their gradients.
+
+    Buckets in this order are complete, and their sums begin, one after another during the pass.
+    """
+
+    def __init__(self, stage: nn.Module) -> None:
+        super().__init__()
+        self.reverse = nn.ParameterList(reversed(list(stage.parameters())))
+        self.stage = stage
+
+    def forward(self, *args: Any) -> Any:
+        return self.stage(*args)
 
 
 class _Buckets:
