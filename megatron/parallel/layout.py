@@ -25,11 +25,11 @@ def check_layout(config: Config, num_ranks: int) -> None:
     _check_tensor(config)
     if (recipe := recipe_of(config.precision)) is not None:
         _check_fp8(config, recipe)
-    _check_stages(config)
+    _check_stages(config, num_ranks)
     _check_number_of_ranks(config, num_ranks)
     _check_schedule(config, num_ranks)
     _check_sharding(config, num_ranks)
-    _check_shares_of_tokens(config)
+    _check_shares_of_tokens(config, num_ranks)
     if config.model.distribute_checkpointed_activations:
         _check_distributed_activations(config)
 
@@ -44,10 +44,11 @@ def _check_tensor(config: Config) -> None:
                               f"{_nearest(_divisors(_splits_into(config)), size)}")
 
 
-def _check_shares_of_tokens(config: Config) -> None:
+def _check_shares_of_tokens(config: Config, num_ranks: int) -> None:
     parallel, tensor = config.parallel, config.parallel.tensor_model_parallel_size
     if parallel.sequence_parallel and tensor == 1:
-        sizes = _divisors(_splits_into(config))
+        others = parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+        sizes = _divisors(math.gcd(_splits_into(config), num_ranks // others))
         instead = f", or give {sizes[1]} there" if len(sizes) > 1 else ""
         raise ConfigError(f"--sequence-parallel shares the tokens out among tensor-parallel ranks, and {_TENSOR} is 1; "
                           f"leave it out{instead}")
@@ -77,31 +78,41 @@ def _check_fp8(config: Config, recipe: Recipe) -> None:
                               f"{recipe.multiple}{over}, and {name} is {size}; choose a multiple, or leave --fp8 out")
 
 
-def _check_stages(config: Config) -> None:
+def _check_stages(config: Config, num_ranks: int) -> None:
     parallel, layers = config.parallel, config.model.num_layers
     size, blocks = parallel.pipeline_model_parallel_size, parallel.num_layers_per_virtual_pipeline_stage
     ends = {_FIRST: parallel.decoder_first_pipeline_num_layers, _LAST: parallel.decoder_last_pipeline_num_layers}
     given = {name: count for name, count in ends.items() if count is not None}
+    others = parallel.context_parallel_size * parallel.tensor_model_parallel_size
+    fitting = [count for count in range(2, layers + 1) if num_ranks % (count * others) == 0]
     needs_pipeline = {**given, **({_VIRTUAL: blocks} if blocks else {})}
     if size == 1 and needs_pipeline:
         name, value = next(iter(needs_pipeline.items()))
-        raise ConfigError(f"{name} {value} is about pipeline stages, and {_PIPELINE} is 1; leave it out, or give 2 "
-                          "there")
+        sizes = [count for count in fitting
+                 if _can_share_out(layers, count, given) and not (blocks and layers % (count * blocks))]
+        instead = f", or give {sizes[0]} there" if sizes else ""
+        raise ConfigError(f"{name} {value} is about pipeline stages, and {_PIPELINE} is 1; leave it out{instead}")
     if size > layers:
         raise ConfigError(f"--num-layers {layers} is fewer than the stages of {_PIPELINE} {size}; the nearest size "
                           f"that can be is {layers}")
     if blocks and given:
         raise ConfigError(f"{next(iter(given))} and {_VIRTUAL} exclude each other; give one")
     if blocks and layers % (size * blocks):
-        counts = _divisors(layers // size) if layers % size == 0 else []
-        remedy = (f"the nearest number is {_nearest(counts, blocks)}" if counts else
-                  f"the nearest {_PIPELINE} is {_nearest(_divisors(layers), size)}, with {_VIRTUAL} 1")
+        sizes = [count for count in fitting if layers % count == 0]
+        remedy = (f"the nearest number is {_nearest(_divisors(layers // size), blocks)}" if layers % size == 0 else
+                  f"the nearest {_PIPELINE} is {_nearest(sizes, size)}, with {_VIRTUAL} 1" if sizes else
+                  f"leave {_VIRTUAL} out")
         raise ConfigError(f"{_VIRTUAL} {blocks} x {_PIPELINE} {size} does not divide --num-layers {layers}; {remedy}")
-    free, left = size - len(given), layers - sum(given.values())
-    if size > 1 and given and (left < free or (not free and left)):
+    if not _can_share_out(layers, size, given):
         shown = " and ".join(f"{name} {count}" for name, count in given.items())
-        raise ConfigError(f"{shown} leave {left} of --num-layers {layers} to {free} other stages; leave them out, and "
-                          "the stages are balanced")
+        raise ConfigError(f"{shown} leave {layers - sum(given.values())} of --num-layers {layers} to "
+                          f"{size - len(given)} other stages; leave them out, and the stages are balanced")
+
+
+def _can_share_out(layers: int, size: int, given: dict[str, int]) -> bool:
+    """Whether `size` stages can hold all layers, the ends as many as `given` and each of the others one or more."""
+    left, others = layers - sum(given.values()), size - len(given)
+    return left >= others if others else left == 0
 
 
 def _check_number_of_ranks(config: Config, num_ranks: int) -> None:
@@ -168,28 +179,30 @@ def _check_sharding(config: Config, num_ranks: int) -> None:
                           f"{parallel.data_parallel_sharding}, which overlaps its sums by itself; leave it out")
     if parallel.shard_within is None:
         return
+    replicas = num_ranks // (parallel.pipeline_model_parallel_size * parallel.tensor_model_parallel_size)
+    sizes = _divisors(replicas)[1:]
+    if parallel.shard_within == 1:
+        instead = f", or give {sizes[0]}" if sizes else ""
+        raise ConfigError(f"--shard-within 1 shares nothing out; leave it out{instead}")
+    if replicas % parallel.shard_within:
+        remedy = f"the nearest number is {_nearest(sizes, parallel.shard_within)}" if sizes else "leave it out"
+        raise ConfigError(f"--shard-within {parallel.shard_within} does not divide the {replicas} ranks that hold the "
+                          f"same parameters; {remedy}")
     if not is_sharded:
         raise ConfigError(f"--shard-within {parallel.shard_within} says among whom to share out, and "
                           "--data-parallel-sharding is none; give optimizer, gradients or parameters there")
-    if parallel.shard_within == 1:
-        raise ConfigError("--shard-within 1 shares nothing out; leave --data-parallel-sharding out, or give more ranks")
-    replicas = num_ranks // (parallel.pipeline_model_parallel_size * parallel.tensor_model_parallel_size)
-    if replicas % parallel.shard_within:
-        nearest = _nearest(_divisors(replicas), parallel.shard_within)
-        raise ConfigError(f"--shard-within {parallel.shard_within} does not divide the {replicas} ranks that hold the "
-                          f"same parameters; the nearest number is {nearest}")
 
 
 def _check_distributed_activations(config: Config) -> None:
     name, size = "--distribute-checkpointed-activations", config.parallel.tensor_model_parallel_size
-    if not config.model.checkpoint_activations:
-        raise ConfigError(f"{name} is about what --checkpoint-activations keeps; give both, or neither")
     if size == 1:
         raise ConfigError(f"{name} shares activations out among tensor-parallel ranks, and {_TENSOR} is 1; leave it "
                           "out")
     if config.parallel.sequence_parallel:
         raise ConfigError(f"{name} has nothing to add to --sequence-parallel, which keeps each rank's tokens only; "
                           "leave it out")
+    if not config.model.checkpoint_activations:
+        raise ConfigError(f"{name} is about what --checkpoint-activations keeps; give both, or neither")
 
 
 def _splits_into(config: Config) -> int:

@@ -56,14 +56,15 @@ def test_tensor_ranks_are_neighbours():
     ("--context-parallel-size 4", 6, "--context-parallel-size 4 does not divide the number of ranks, 6; start 4 or "
      "8, or "
      "give --context-parallel-size 3"),
-    ("--num-layers-per-virtual-pipeline-stage 1", 1, "--num-layers-per-virtual-pipeline-stage 1 is about pipeline "
+    ("--num-layers-per-virtual-pipeline-stage 1", 2, "--num-layers-per-virtual-pipeline-stage 1 is about pipeline "
      "stages, "
      "and --pipeline-model-parallel-size is 1; leave it out, or give 2 there"),
     ("--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 3", 2,
      "--num-layers-per-virtual-pipeline-stage 3 x --pipeline-model-parallel-size 2 does not divide --num-layers 4; the "
      "nearest number is 2"),
-    ("--pipeline-model-parallel-size 3 --num-layers-per-virtual-pipeline-stage 1", 3,
-     "does not divide --num-layers 4; the nearest --pipeline-model-parallel-size is 2"),
+    ("--pipeline-model-parallel-size 3 --num-layers-per-virtual-pipeline-stage 1", 6,
+     "does not divide --num-layers 4; the nearest --pipeline-model-parallel-size is 2, with "
+     "--num-layers-per-virtual-pipeline-stage 1"),
     ("--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 1 --global-batch-size 12", 4,
      "the interleaved schedule takes micro-batches in groups of --pipeline-model-parallel-size 4, and "
      "--global-batch-size "
@@ -103,6 +104,29 @@ def test_what_cannot_work_is_refused_with_the_nearest_that_can(flags, ranks, mes
         check_layout(config, ranks)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("flags", "ranks", "remedy"), [
+    ("--num-layers 3 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1", 2,
+     "leave --num-layers-per-virtual-pipeline-stage out"),
+    ("--pipeline-model-parallel-size 3 --num-layers-per-virtual-pipeline-stage 1", 3,
+     "leave --num-layers-per-virtual-pipeline-stage out"),
+    ("--num-layers-per-virtual-pipeline-stage 1", 3, "leave it out"),
+    ("--num-layers-per-virtual-pipeline-stage 1", 8, "leave it out, or give 2 there"),
+    ("--num-layers-per-virtual-pipeline-stage 3", 2, "leave it out"),
+    ("--num-layers 1 --decoder-first-pipeline-num-layers 1", 2, "leave it out"),
+    ("--decoder-first-pipeline-num-layers 2", 3, "leave it out, or give 3 there"),
+    ("--decoder-first-pipeline-num-layers 3", 3, "leave it out"),
+    ("--decoder-last-pipeline-num-layers 2 --context-parallel-size 2", 2, "leave it out"),
+    ("--sequence-parallel", 3, "leave it out"), ("--sequence-parallel --context-parallel-size 2", 2, "leave it out"),
+    ("--shard-within 2", 1, "leave it out"), ("--shard-within 1", 3, "leave it out, or give 3"),
+    ("--shard-within 2 --use-distributed-optimizer", 1, "leave it out"),
+    ("--shard-within 2 --use-distributed-optimizer", 3, "the nearest number is 3"),
+    ("--distribute-checkpointed-activations", 2, "leave it out")])
+def test_what_is_refused_once_is_not_refused_again_with_the_remedy(flags, ranks, remedy):
+    with pytest.raises(ConfigError) as caught:
+        check_layout(parse(f"--preset demo {flags}".split())[0], ranks)
+    assert str(caught.value).split("; ")[-1] == remedy
 
 
 @pytest.mark.parametrize(("flags", "ranks"), [
