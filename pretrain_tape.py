@@ -29,6 +29,7 @@ from megatron.parallel.layout import check_layout
 from megatron.parallel.mesh import grid_sizes, open_mesh
 from megatron.train.rewinding import train_to_its_end
 from megatron.train.setup.configuration import keep_configuration, write_configuration
+from megatron.train.setup.sameness import check_same_flags
 from megatron.train.state import BatchSizes
 from megatron.train.stop import StopRequests, interruption
 
@@ -57,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
 
             print(dry_run(config))
             return 0
-        with open_mesh(config.parallel, launch) as mesh:
+        with open_mesh(config.parallel, launch, partial(check_same_flags, config.sections())) as mesh:
             log = Log(is_speaker=mesh.world.rank == 0)
             log.line(listing(config, resolved.given.always_so))
             if (said := notice(taken)) is not None:

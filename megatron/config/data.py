@@ -28,11 +28,11 @@ class DataConfig:
                              changes="arithmetic")
     tokenizer_type: str = flag("BertWordPieceCase", "all types read residues, spaced or not, in upper or lower case, "
                                "with a protein vocabulary", choices=("BertWordPieceLowerCase", "BertWordPieceCase"),
-                               changes="nothing")
+                               changes="nothing", may_differ=True)
     seq_length: int = flag(None, "positions in a row", kind=int, check=(lambda v: v >= 2, "2 or greater"),
                            aliases=("--encoder-seq-length",), changes="samples", common=True)
     data_impl: str = flag("infer", "format of the indexed dataset", choices=("infer", "mmap", "cached", "lazy"),
-                          changes="nothing")
+                          changes="nothing", may_differ=True)
     mask_prob: tuple[float, ...] = flag((0.15,), "share of residues to predict; START END SAMPLES changes it from "
                                         "START to END over so many rows; evaluations always mask 15 %", kind=float,
                                         nargs="+", check=positive, changes="samples", common=True)
@@ -48,15 +48,16 @@ class DataConfig:
                               "(as in every evaluation), or take nothing", choices=("crop", "split", "drop"),
                               changes="samples")
     data_cache_path: str = flag(None, "folder of the row index (default: beside the data, or the user's cache folder)",
-                                changes="nothing", path="folder")
+                                changes="nothing", path="folder", may_differ=True)
     blend_by: str = flag("weight", "weight: mix several data paths in proportion; cluster: draw one protein of each "
                          "cluster each epoch", choices=("weight", "cluster"), changes="samples")
     cluster_file: str = flag(None, "clusters for --blend-by cluster: one representative and member a line, separated "
                              "by a tab; members are names in PREFIX.names, which preprocess_data.py --names writes, or "
                              "document numbers from 0", changes="samples", path="file")
     num_workers: int = flag(2, "processes that prepare batches ahead; 0 prepares them in the training process",
-                            kind=int, check=not_negative, changes="nothing")
-    mmap_warmup: bool = flag(False, "read the whole dataset into the page cache at the start", changes="nothing")
+                            kind=int, check=not_negative, changes="nothing", may_differ=True)
+    mmap_warmup: bool = flag(False, "read the whole dataset into the page cache at the start", changes="nothing",
+                             may_differ=True)
 
     @property
     def absolute_vocab_file(self) -> str | None:

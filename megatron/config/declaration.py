@@ -20,15 +20,16 @@ fraction: Check = (lambda value: 0 <= value < 1, "at least 0 and less than 1")
 def flag(default: Any, help: str, *, kind: type = str, check: Check | None = None, name: str | None = None,
          aliases: tuple[str, ...] = (), choices: Collection[Any] | None = None, nargs: int | str | None = None,
          changes: Changes | None = None, common: bool = False, path: PathKind | None = None,
-         is_hidden: bool = False) -> Any:
+         may_differ: bool = False, is_hidden: bool = False) -> Any:
     """A dataclass field that is also a command-line flag, called `--field-name` unless `name` is given.
 
     A field with a bool as default is a switch, set by `--x` and unset by `--no-x`. `common`: also in the short help.
-    `path`: the kind of path that its value is, for shell completion. `is_hidden`: not in any help.
+    `path`: the kind of path that its value is, for shell completion. `may_differ`: ranks of one run may have different
+    values. `is_hidden`: not in any help.
     """
     metadata = {"help": help, "type": kind, "check": check, "name": name, "aliases": aliases, "choices": choices,
                 "nargs": nargs, "changes": changes, "common": common, "path": path,
-                "is_hidden": is_hidden}
+                "may_differ": may_differ, "is_hidden": is_hidden}
     return field(default=default, metadata=metadata)
 
 

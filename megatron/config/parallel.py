@@ -37,9 +37,10 @@ class ParallelConfig:
     DDP_impl: str = flag("local", "torch: reduce gradients during the backward pass; local: after it",
                          choices=("local", "torch"), name="DDP-impl")
     local_rank: int = flag(None, "this rank's device on its host, as old launchers pass it", kind=int,
-                           aliases=("--local_rank",))
+                           aliases=("--local_rank",), may_differ=True)
     distributed_timeout_minutes: float = flag(10.0, "longest wait for another rank", kind=float,
-                                              check=(lambda v: 0 < v <= 1e6, "greater than 0 and at most a million"))
+                                              check=(lambda v: 0 < v <= 1e6, "greater than 0 and at most a million"),
+                                              may_differ=True)
     dry_run: bool = flag(False, "build one rank of the layout without allocating anything, report its memory and "
                          "communication, and exit", common=True)
     dry_run_ranks: int = flag(1, "number of ranks in the layout of a --dry-run", kind=int,

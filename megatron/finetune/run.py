@@ -12,6 +12,7 @@ from megatron.checkpoint.claim import claimed
 from megatron.checkpoint.loading import with_padding_of
 from megatron.checkpoint.newest import newest
 from megatron.checkpoint.places import METRICS_FILE, digest_of_weights, iterations
+from megatron.config.lora import LoraConfig
 from megatron.data.corpus.tokenizer import ResidueTokenizer
 from megatron.errors import CheckpointError, ConfigError, DataError
 from megatron.files import write_json
@@ -31,6 +32,7 @@ from megatron.parallel.collectives import all_gather_object
 from megatron.parallel.compilation import wants_compilation
 from megatron.parallel.mesh import Mesh
 from megatron.train.setup.precision import set_tf32, with_precision_chosen
+from megatron.train.setup.sameness import SAME_FILES, check_same, check_same_flags
 from megatron.train.setup.ways import set_deterministic, set_flash_attention, ways
 from megatron.train.stop import StopRequests
 
@@ -116,12 +118,17 @@ def _job(flags: Flags, mesh: Mesh, log: Log, requests: StopRequests) -> Job:
     checkpoint = newest(flags.others["load"], mesh.world, log, with_optimizer=False)
     if checkpoint is None:
         raise CheckpointError(f"--load {flags.others['load']} holds no checkpoint; give the folder of a run")
+    settings = flags.config(flags_of(checkpoint), mesh.data.size)
+    check_same_flags([*settings.sections(), ("task", flags.task), ("finetune", flags.finetune),
+                      ("lora", flags.lora or LoraConfig())], mesh.world)
     config = config_of(checkpoint, "fp32")
     vocab = vocab_of(checkpoint, config)
     checkpoint = with_padding_of(checkpoint, vocab, vocab.padded_size(config.model), log)
     task, files = task_and_files(flags.task_name, flags.task)
     data = load_task(task, files, ResidueTokenizer(vocab))
     check_data(data, files)
+    content = "the content of the task's files"
+    check_same({content: data.digest()}, {content: files["train"]}, mesh.world, SAME_FILES)
     for part, number, other in data.overlaps():
         log.line(f"note: {number:,} of {len(data.parts[part]):,} {part} proteins have a sequence that is in the "
                  f"{_FILES[other]} file too; measures on them say little of other proteins")

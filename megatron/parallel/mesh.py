@@ -5,7 +5,7 @@ they are neighbours, on one host if they fit. A process that no launcher started
 group: collectives on a one-rank axis do nothing.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
@@ -69,10 +69,11 @@ class Mesh:
 
 
 @contextmanager
-def open_mesh(config: ParallelConfig, launch: Launch) -> Iterator[Mesh]:
+def open_mesh(config: ParallelConfig, launch: Launch, check: Callable[[Axis], None] | None = None) -> Iterator[Mesh]:
     """A context with the mesh: joins the process group, and destroys it at the end.
 
-    The layout fits the number of ranks (`megatron.parallel.layout` checks that).
+    The layout fits the number of ranks (`megatron.parallel.layout` checks that). `check`: called with the axis of all
+    ranks once they have met, before any grid is made of them: that all want the same grid, for example.
     """
     device = device_of(launch, config.local_rank)
     if launch.size == 1:
@@ -87,6 +88,8 @@ def open_mesh(config: ParallelConfig, launch: Launch) -> Iterator[Mesh]:
     # Cloned before the ranks meet: a clone opens a connection, and would wait for the timeout if rank 0 has gone.
     of_watch = store.clone()  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=timeout)
+    if check is not None:
+        check(_world())
     mesh = with_writers(with_waits(build_mesh(config, device, timeout)), timeout)
     with watched(of_watch, launch.rank, launch.size, timeout, mesh.progress):
         yield mesh
@@ -135,7 +138,7 @@ def build_mesh(config: ParallelConfig, device: torch.device, timeout: timedelta)
     ends = _ends(line, timeout)
     num_channels = 0 if len(line) == 1 else 4 if config.num_layers_per_virtual_pipeline_stage else 2
     channels = tuple(_new_group(line, timeout, f"channel {number}") for number in range(num_channels))
-    return Mesh(world=Axis(dist.get_rank(), dist.get_world_size(), dist.group.WORLD), **axes, replicas=replicas,
+    return Mesh(world=_world(), **axes, replicas=replicas,
                 shards=build_axis(split, ["shards"], timeout), copies=build_axis(split, ["copies"], timeout),
                 holders=holders, ends=ends, channels=channels, device=device, progress=RankProgress())
 
@@ -176,6 +179,10 @@ def line_through(sizes: Mapping[str, int], names: Sequence[str], rank: int) -> l
     place = [int(index) for index in (grid == rank).nonzero()[0]]
     where = tuple(slice(None) if name in names else place[number] for number, name in enumerate(sizes))
     return grid[where].flatten().tolist()
+
+
+def _world() -> Axis:
+    return Axis(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
 
 
 def _axis(line: list[int], timeout: timedelta, name: str) -> Axis:

@@ -10,6 +10,7 @@ from megatron.checkpoint.loading import load_average, load_model, load_optimizer
 from megatron.checkpoint.saving import parts_of
 from megatron.checkpoint.stored import Checkpoint
 from megatron.config import CheckpointConfig, Config
+from megatron.config.declaration import shown
 from megatron.data.batches.batch import BatchShape, batch_shape
 from megatron.data.batches.order import Windows
 from megatron.data.corpus.split import shares_of
@@ -33,6 +34,7 @@ from megatron.train.setup.resume import (
     refuse_changes,
     started_again,
 )
+from megatron.train.setup.sameness import SAME_FILES, check_same
 from megatron.train.setup.ways import set_deterministic, set_flash_attention, ways
 from megatron.train.state import BatchSizes, TrainState
 from megatron.train.step.engine import Engine, build_engine, stream_of
@@ -108,6 +110,7 @@ def build(config: Config, mesh: Mesh, log: Log, left_out: Windows = (), num_rewi
     config = with_precision_chosen(config, resumed_from.state["config"] if resumed_from else None, mesh, log)
     schedule = chosen_schedule(config, sizes, resumed_from, log)
     data = _build_data(config, vocab, log)
+    _check_same_files(config, vocab, data, checkpoint, mesh)
     # The checkpoint's schedule may have another peak, to which the peaks of parameter groups are in proportion.
     engine = _build_engine(replace(config, schedule=replace(config.schedule, lr=schedule.lr)), mesh, vocab, checkpoint)
     log.line(ways(config, mesh, engine.is_compiled))
@@ -146,6 +149,17 @@ def _build_data(config: Config, vocab: Vocab, log: Log) -> Splits:
     if config.training.eval_each and not isinstance(data.train, BlendedDataset):
         log.line("note: --eval-each changes nothing without several weighted corpora in --data-path")
     return data
+
+
+def _check_same_files(config: Config, vocab: Vocab, data: Splits, checkpoint: Checkpoint | None, mesh: Mesh) -> None:
+    """Raises ConfigError where ranks have different vocabularies, data or checkpoints; a collective."""
+    facts, options = facts_of(config, vocab, data, 0), config.data
+    files = {"--vocab-file": (facts["vocabulary"], options.vocab_file),
+             "--data-path": (facts["data"], shown(options.data_path)),
+             "--cluster-file": (facts["clusters"], options.cluster_file),
+             "--load": (checkpoint and checkpoint.state.get("written_s"), config.checkpoint.load)}
+    check_same({f"the content of {name}": content for name, (content, _) in files.items()},
+               {f"the content of {name}": f"{path}" for name, (_, path) in files.items()}, mesh.world, SAME_FILES)
 
 
 def _origins(options: CheckpointConfig, checkpoint: Checkpoint | None) -> tuple[str | None, str | None]:

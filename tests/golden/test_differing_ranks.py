@@ -1,0 +1,47 @@
+"""Ranks that were started with srun's variables and different commands, as by hand on a second host."""
+
+import os
+import re
+import socket
+import subprocess
+
+import pytest
+
+from tests.golden.training import ROOT, TINY, free_port, write_corpus
+
+HOST = socket.gethostname()
+
+
+@pytest.fixture
+def run_each(corpus, python):
+    """A function that runs one rank for each list of flags; gives their exit statuses and the lines that say an error.
+    """
+    def ranks(*of_ranks, program="pretrain_tape.py", flags=(*TINY, "--train-iters", "2")):
+        environment = os.environ | {"SLURM_STEP_NUM_TASKS": str(len(of_ranks)), "SLURM_STEP_NODELIST": "localhost",
+                                    "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+        processes = [subprocess.Popen(
+            [python, str(ROOT / program), *flags, *map(str, own)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, env=environment | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)})
+            for rank, own in enumerate(of_ranks)]
+        outputs = [process.communicate()[0] for process in processes]
+        return [process.returncode for process in processes], re.findall("^error: .*", "".join(outputs), re.MULTILINE)
+
+    return ranks
+
+
+def test_ranks_with_different_flags_do_not_train(run_each, corpus):
+    statuses, errors = run_each(["--data-path", corpus], ["--data-path", corpus, "--lr", "1e-3"])
+    assert statuses == [2, 2]
+    assert f"--lr differs between ranks: rank 0 on {HOST} has 0.002, rank 1 on {HOST} has 0.001; start" in errors[0]
+
+
+def test_ranks_with_other_data_behind_the_path_do_not_train_and_with_a_copy_of_it_they_do(run_each, corpus, tmp_path):
+    for name, number in (("copy", 300), ("other", 299)):
+        (tmp_path / name).mkdir()
+        write_corpus(tmp_path / name, number)
+    copy, other = tmp_path / "copy" / "corpus", tmp_path / "other" / "corpus"
+    statuses, errors = run_each(["--data-path", corpus], ["--data-path", other])
+    assert statuses == [2, 2]
+    assert (f"the content of --data-path differs between ranks: rank 0 on {HOST} has {corpus}, rank 1 on {HOST} has "
+            f"{other}; copy") in errors[0]
+    assert run_each(["--data-path", corpus], ["--data-path", copy]) == ([0, 0], [])
