@@ -5,6 +5,7 @@ class UserError(ValueError):
     """A mistake that the user can fix; the message says what was found, what was expected and the remedy."""
 
     exit_status = 2
+    is_told = False  # a rank has printed it already
 
 
 class ConfigError(UserError):

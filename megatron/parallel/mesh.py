@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.config import ParallelConfig
 from megatron.errors import ConfigError, LaunchError
 from megatron.parallel.launch.environment import Launch
+from megatron.parallel.launch.failure import told_once
 from megatron.parallel.launch.hosts import choose_interface
 from megatron.parallel.launch.meeting import meeting_store
 from megatron.parallel.launch.watch import RankProgress, watched
@@ -88,11 +89,12 @@ def open_mesh(config: ParallelConfig, launch: Launch, check: Callable[[Axis], No
     # Cloned before the ranks meet: a clone opens a connection, and would wait for the timeout if rank 0 has gone.
     of_watch = store.clone()  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=timeout)
-    if check is not None:
-        check(_world())
-    mesh = with_writers(with_waits(build_mesh(config, device, timeout)), timeout)
-    with watched(of_watch, launch.rank, launch.size, timeout, mesh.progress):
-        yield mesh
+    with told_once(store, launch):
+        if check is not None:
+            check(_world())
+        mesh = with_writers(with_waits(build_mesh(config, device, timeout)), timeout)
+        with watched(of_watch, launch.rank, launch.size, timeout, mesh.progress):
+            yield mesh
     # Not after an error: the process ends anyway, and its peers should not notice before it has said why.
     dist.destroy_process_group()
 

@@ -31,7 +31,7 @@ def run_each(corpus, python):
 
 def test_ranks_with_different_flags_do_not_train(run_each, corpus):
     statuses, errors = run_each(["--data-path", corpus], ["--data-path", corpus, "--lr", "1e-3"])
-    assert statuses == [2, 2]
+    assert statuses == [2, 2] and len(errors) == 1
     assert f"--lr differs between ranks: rank 0 on {HOST} has 0.002, rank 1 on {HOST} has 0.001; start" in errors[0]
 
 
@@ -41,7 +41,7 @@ def test_ranks_with_other_data_behind_the_path_do_not_train_and_with_a_copy_of_i
         write_corpus(tmp_path / name, number)
     copy, other = tmp_path / "copy" / "corpus", tmp_path / "other" / "corpus"
     statuses, errors = run_each(["--data-path", corpus], ["--data-path", other])
-    assert statuses == [2, 2]
+    assert statuses == [2, 2] and len(errors) == 1
     assert (f"the content of --data-path differs between ranks: rank 0 on {HOST} has {corpus}, rank 1 on {HOST} has "
             f"{other}; copy") in errors[0]
     assert run_each(["--data-path", corpus], ["--data-path", copy]) == ([0, 0], [])

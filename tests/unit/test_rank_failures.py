@@ -13,9 +13,10 @@ from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from megatron.errors import UserError
+from megatron.parallel.launch import failure as failure_module
 from megatron.parallel.launch.agent import Agent, cause, line_of
 from megatron.parallel.launch.environment import Launch
-from megatron.parallel.launch.failure import report
+from megatron.parallel.launch.failure import report, told_once
 
 HOST = socket.gethostname()
 GLOO = ("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:5539. "
@@ -49,6 +50,38 @@ def test_a_rank_that_fails_says_who_where_and_why(error, line, status, monkeypat
     assert left.partition(": ")[2] == line
     assert ended == status
     assert ("Traceback" in printed) == (type(error).__name__ in line)
+
+
+def printed_by(ranks, capsys, store=None, text="no such file", launcher="srun"):
+    """What each of `ranks`, one after another, prints of a mistake of the user's; of 3 ranks in all."""
+    store, printed = store or dist.HashStore(), []
+    for rank in ranks:
+        launch = Launch(rank=rank, size=3, launcher=launcher)
+        try:
+            with told_once(store, launch):
+                raise UserError(text)
+        except UserError as error:
+            assert report(error, launch) == 2
+        printed.append(capsys.readouterr().err)
+    return printed
+
+
+def test_of_ranks_with_the_same_mistake_the_first_prints_it_and_one_with_another_its_own(capsys, monkeypatch):
+    monkeypatch.setattr(failure_module, "OTHERS_S", 0.1)
+    line, store = f"error: no such file (rank 2 on {HOST})\n", dist.HashStore()
+    assert printed_by([2, 0, 1], capsys, store) == [line, "", ""]
+    assert printed_by([1], capsys, store, text="no such flag") == [f"error: no such flag (rank 1 on {HOST})\n"]
+    monkeypatch.setattr(socket, "gethostname", lambda: "second")
+    assert printed_by([1], capsys, store) == [""]
+    assert len(list(filter(None, printed_by([0, 1], capsys, store, launcher="torchrun")))) == 1
+
+
+def test_a_rank_whose_peers_have_gone_prints_its_mistake_itself(capsys):
+    class Gone:
+        def add(self, key, amount):
+            raise dist.DistNetworkError("connection closed by peer")
+
+    assert printed_by([1, 2], capsys, Gone()) == [f"error: no such file (rank {rank} on {HOST})\n" for rank in (1, 2)]
 
 
 def test_a_rank_whose_launcher_tells_leaves_it_the_line(monkeypatch, tmp_path, capsys):

@@ -3,10 +3,14 @@
 A rank that only lost its peers prints no traceback: the cause is theirs.
 """
 
+import hashlib
 import re
 import socket
 import sys
+import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -14,6 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from megatron.errors import ConfigFileError, LaunchError, UserError
 from megatron.parallel.launch.environment import Launch
 
+OTHERS_S = 2.0  # how long rank 0 waits for others that fail as it does
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ends, in a shell's convention
 # In error messages of gloo, NCCL and the store: another rank has gone, or has not come.
 _LOST_PEERS = re.compile(r"closed by peer|reset by peer|broken pipe|connection refused|connection was likely closed|"
@@ -52,9 +57,38 @@ def report(error: Exception, launch: Launch) -> int:
     if not (is_of_user or isinstance(reason, LostPeersError)):
         sys.stderr.write(traceback.format_exc())
     get_error_handler().record_exception(reason)  # megatron/parallel/launch/agent.py reads it
-    if not launch.is_heard:
+    if not (launch.is_heard or isinstance(error, UserError) and error.is_told):
         sys.stderr.write(f"error: {reason}\n")
     return error.exit_status if isinstance(error, UserError) else 1
+
+
+@contextmanager
+def told_once(store: dist.Store, launch: Launch) -> Iterator[None]:
+    """A context that prints a mistake of the user's on one rank only, where several raise it with the same text.
+
+    The first of them prints it, under torchrun the first of each host, whose output is its own. A rank that cannot ask
+    the others' `store` leaves the printing to `report`, so that no message is lost.
+    """
+    try:
+        yield
+    except UserError as error:
+        if not launch.is_heard:
+            with suppress(dist.DistError):
+                _tell_once(error, store, launch)
+        raise
+
+
+def _tell_once(error: UserError, store: dist.Store, launch: Launch) -> None:
+    """Print the error unless another rank has; raises DistError if rank 0, which keeps the store, has gone."""
+    where = socket.gethostname() if launch.launcher == "torchrun" else ""
+    key = f"told/{hashlib.blake2b(f'{where} {error}'.encode(errors='replace'), digest_size=16).hexdigest()}"
+    if store.add(key, 1) == 1:
+        sys.stderr.write(f"error: {_reason(error, launch)}\n")
+        sys.stderr.flush()
+    error.is_told = True
+    until_s = time.monotonic() + OTHERS_S
+    while launch.rank == 0 and store.add(key, 0) < launch.size and time.monotonic() < until_s:
+        time.sleep(0.02)  # the store goes with this rank, and the others still have to ask
 
 
 def interrupted(line: str, launch: Launch) -> int:
