@@ -61,3 +61,11 @@ def with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
 def in_words(item: Field, value: Any) -> str:
     """A flag's value as text for a sentence: "on" or "off" for a switch, "none" for no value."""
     return "none" if value is None else ("on" if value else "off") if is_switch(item) else shown(value)
+
+
+def as_given(item: Field, words: str) -> str:
+    """The flag with the value that `in_words` calls `words`, as on a command line: --x 3, --x, --no-x, or "no --x"."""
+    name = flag_name(item)
+    if words == "none" or (words == "off" and is_switch(item) and not can_be_off(item)):
+        return f"no {name}"
+    return (name if words == "on" else f"--no-{name[2:]}") if is_switch(item) else f"{name} {words}"

@@ -172,7 +172,7 @@ def test_the_check_says_nothing_where_nothing_is_wrong(ask):
     (["--", "--micro-batch-size", "3", "--global-batch-size", "8"], "--global-batch-size 8 is not divisible by"),
     (["--processes", "2", "--", "--tensor-model-parallel-size", "4"], "--tensor-model-parallel-size"),
     (["--", "--lrr", "1"], "unknown argument --lrr; did you mean --lr?"),
-    (["--", "--num-layers", "3"], "--num-layers is 3, but the checkpoint was trained with 4; give that value"),
+    (["--", "--num-layers", "3"], "--num-layers is 3, but the checkpoint was trained with 4; give --num-layers 4"),
     (["--", "--optimizer", "muon", "--muon-lr", "1e-3"], "--optimizer muon has peak learning rates for random weights"),
     (["--", "--vocab-file", "iupac"], "--vocab-file is iupac, whose tokens are not those")])
 def test_wrong_flags_are_said_in_one_line(ask, flags, said):

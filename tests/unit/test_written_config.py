@@ -1,10 +1,12 @@
 """A written configuration file gives the same run by itself; a run keeps its own, and its earlier ones."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from megatron.config.command_line import parse, resolve
+from megatron.config.declaration import as_given, in_words
 from megatron.config.presets import PRESETS
 from megatron.config.telling.as_toml import as_toml
 from megatron.errors import ConfigError
@@ -33,6 +35,15 @@ def test_what_is_written_gives_the_same_configuration_by_itself(flags, tmp_path,
     assert config_of("--config", file, *(["--local-rank", "0"] if "local-rank" in flags else [])) == config_of(
         *flags.split())
     assert max(map(len, Path(file).read_text().splitlines())) <= 120
+
+
+def test_a_refusal_says_a_value_as_the_command_line_takes_it():
+    model = config_of("--preset", "demo", "--window-size", "3", "5", "--no-bias-gelu-fusion").model
+    said = {item.name: as_given(item, in_words(item, getattr(model, item.name))) for item in fields(model)}
+    assert [said[name] for name in ("window_size", "bias_gelu_fusion", "qk_layernorm", "swiglu")] == [
+        "--window-size 3 5", "--no-bias-gelu-fusion", "--qk-layernorm", "--no-swiglu"]
+    words = [word for text in said.values() if not text.startswith("no --") for word in text.split()]
+    assert config_of("--preset", "demo", *words).model == model
 
 
 @pytest.mark.parametrize("text", ['a "b" \\c', "tab\there", "é–漢", "line\nfeed", "\x7f\x01", "#=[x]", "C:\\new\\run"])

@@ -15,7 +15,7 @@ from megatron.checkpoint.store import WithOptimizer, in_order, read_state
 from megatron.checkpoint.stored import Checkpoint
 from megatron.config import CheckpointConfig, Config
 from megatron.config.data import VOCABULARIES
-from megatron.config.declaration import flag_name, in_words
+from megatron.config.declaration import as_given, flag_name, in_words
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.blend import BlendedDataset
 from megatron.data.rows.dataset import Splits
@@ -89,8 +89,8 @@ def refuse_changes(config: Config, vocab: Vocab, checkpoint: Checkpoint) -> None
     # Checkpoints that do not mention proteins' ends were trained with [CLS] alone.
     saved, options = {"protein_ends": "start", **_with_later_flags(checkpoint)}, config.checkpoint
     for item, now, then in _changed(config, config.as_dict(), saved, "arithmetic"):
-        raise CheckpointError(f"{flag_name(item)} is {now}, but the checkpoint was trained with {then}; give that "
-                              "value")
+        raise CheckpointError(f"{flag_name(item)} is {now}, but the checkpoint was trained with {then}; give "
+                              f"{as_given(item, then)}")
     if _vocabulary_of(checkpoint, vocab) != vocab.identity:
         now, then = _named(config.as_dict() | {"vocab_file": config.data.absolute_vocab_file}), _named(saved)
         remedy = f"put it back as it was, for {then} has changed" if now == then else (
