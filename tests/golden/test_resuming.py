@@ -308,10 +308,26 @@ def test_a_folder_of_something_else_is_no_new_run_and_one_that_never_saved_is(ru
     (run.folder / "photographs").rmdir()
     (run.folder / "slurm-12.out").touch()
     run("--train-iters", 2)
-    (run.folder / "latest_checkpointed_iteration.txt").unlink()
+    for name in ("latest_checkpointed_iteration.txt", "best"):
+        (run.folder / name).unlink()
     shutil.rmtree(run.folder / "iter_0000002")  # as if it had been killed before it saved
     run("--train-iters", 2, "--tensorboard-dir", run.folder / "board")
     assert list(losses(run.folder)) == [2]
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_over_what_is_left_of_it(begun):
+    held, metrics = f"--save {begun.folder} held a run, whose checkpoints are gone", begun.folder / "metrics.jsonl"
+    before = metrics.read_bytes()
+    (begun.folder / "iter_0000004").rename(begun.folder.parent / "elsewhere")
+    lost = f"{held} (latest_checkpointed_iteration.txt names iteration 4); copy them back, or give another --save"
+    assert lost in begun.error("--train-iters", 8)
+    (begun.folder / "latest_checkpointed_iteration.txt").unlink()
+    (begun.folder / "best").symlink_to("iter_0000004")
+    assert f"{held} (best names iter_0000004); copy them back" in begun.error("--train-iters", 8)
+    assert metrics.read_bytes() == before
+    (begun.folder.parent / "elsewhere").rename(begun.folder / "iter_0000004")
+    begun("--train-iters", 8)
+    assert f"going on from iteration 4 in {begun.folder}" in begun.lines
 
 
 def test_a_run_that_is_complete_evaluates_again_and_names_no_checkpoint_that_is_not_there(begun, tmp_path):

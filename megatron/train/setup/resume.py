@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron.checkpoint.convert.formats import foreign_name
 from megatron.checkpoint.newest import newest
-from megatron.checkpoint.places import BOARD, CONFIG_FILE, LATEST, LOSSES, METRICS_FILE, STATE, iterations
+from megatron.checkpoint.places import LATEST, STATE, iterations
 from megatron.checkpoint.store import WithOptimizer, in_order, read_state
 from megatron.checkpoint.stored import Checkpoint
 from megatron.config import CheckpointConfig, Config
@@ -23,10 +23,8 @@ from megatron.errors import CheckpointError, ConfigError
 from megatron.log import Log
 from megatron.parallel.collectives import all_gather_object
 from megatron.parallel.mesh import Axis
+from megatron.train.setup.fresh_start import check_fresh_start, refuse_lost_run
 
-# What the folder of a run without a checkpoint may hold, besides hidden files: our files, and redirected output.
-_OURS = (CONFIG_FILE, LOSSES, "mlflow", "profile", BOARD, "trackers.json", "wandb")
-_OUTPUT_ENDINGS = (".log", ".out", ".err", ".txt", ".prom")
 _FACTS = {"progress": dict, "schedule": dict, "loss_scale": list, "config": dict}  # a state's fields and their types
 _SCHEDULE = {"lr", "min_lr", "lr_decay_style", "warmup_samples", "decay_samples"}
 
@@ -76,7 +74,7 @@ def find_checkpoint(config: CheckpointConfig, optimizer: str, world: Axis, log: 
         wants_optimizer = partial(_is_of_fresh_start, optimizer)
     checkpoint = newest(config.load, world, log, wants_optimizer)
     if checkpoint is None:
-        _check_fresh_start(config, is_same_run)
+        check_fresh_start(config, is_same_run)
         log.line(f"no checkpoint in {config.load} yet: starting from random weights")
         return None
     if config.finetune:
@@ -143,7 +141,9 @@ def facts_of(config: Config, vocab: Vocab, data: Splits, global_batch_size: int)
 
 
 def _check_flags(config: CheckpointConfig, is_same_run: bool) -> None:
-    """Raises ConfigError where --save, --load and --finetune do not go together; nothing has been loaded by then."""
+    """Raises ConfigError or CheckpointError where --save, --load and --finetune do not go together, or --save holds
+    what is no run; nothing has been loaded by then.
+    """
     target = config.save
     if target is not None and (config.finetune or not is_same_run) and iterations(Path(target)):
         raise ConfigError(f"--save {target} already holds a run, which this one would overwrite; to go on with it give "
@@ -151,20 +151,13 @@ def _check_flags(config: CheckpointConfig, is_same_run: bool) -> None:
     if target is not None and (other := foreign_name(Path(target))) is not None:
         raise ConfigError(f"--save {target} holds a model of another program ({other}), which a run's checkpoints "
                           "beside it would hide; name a new folder")
+    if target is not None:
+        refuse_lost_run(Path(target))
     if config.load_ema and not config.finetune:
         raise ConfigError("--load-ema takes the average of a run's weights, from which that run cannot go on; give "
                           "--finetune as well")
     if config.finetune and config.load is None:
         raise ConfigError("--finetune takes the weights of --load, which is missing; give the folder of a run")
-
-
-def _check_fresh_start(config: CheckpointConfig, is_same_run: bool) -> None:
-    """Raises CheckpointError where a `--load` without a checkpoint is not the new folder of a run that starts."""
-    strangers = _strangers(Path(config.load))
-    if config.finetune or not is_same_run or strangers:
-        found = f"{strangers[0]} but no checkpoint" if strangers else "no checkpoint"
-        raise CheckpointError(f"--load {config.load} holds {found}; give the folder that a run was saved in, or to "
-                              "start afresh leave --load out, or give --load and --save the same new folder")
 
 
 def _weights_of(checkpoint: Checkpoint, config: CheckpointConfig, log: Log) -> Checkpoint:
@@ -287,12 +280,3 @@ def _are_guards(guards: Any) -> bool:
             len(pair) == 2 for pair in pairs) and all(type(count) is int and count >= 0 for count in counts)
     except (TypeError, KeyError, IndexError):
         return False
-
-
-def _strangers(folder: Path) -> list[str]:
-    """The names in a folder that a run without a checkpoint would not have put there."""
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if METRICS_FILE in names:  # a run has begun here
-        return []
-    return [name for name in names if name not in _OURS and not name.startswith((".", "abandoned-"))
-            and not name.endswith(_OUTPUT_ENDINGS)]
