@@ -175,6 +175,7 @@ def test_a_flipped_bit_of_any_weight_is_found(form, recorded):
 def test_a_missing_part_is_told_by_its_name(form, recorded):
     path = sorted((recorded / form).rglob("*.distcp" if form == "stacked" else "*.pt"))[-1]
     path.unlink()
+    assert FORMATS[recognised(recorded / form)] is FORMS[form]
     assert f"{path} is missing" in refusal(FORMS[form], recorded / form)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron.checkpoint.convert.formats import recognised
 from megatron.checkpoint.convert.megatron_v2 import read, recognises, write
 from megatron.errors import CheckpointError
 from tests import megatron_files as original
@@ -232,6 +233,16 @@ def test_whatever_stands_in_a_files_places_is_told_in_one_line_or_read(options, 
             write(checkpoint, tmp_path / "again")
         except CheckpointError as error:
             assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("rank", ["00_000", "01_000", "00_001", "01_001"])
+def test_a_checkpoint_is_recognised_whichever_ranks_part_it_misses_and_that_is_named(rank, tmp_path):
+    place = write_original(tmp_path, tensor=2, pipeline=(2, 2))
+    (place / f"mp_rank_{rank}" / "model_optim_rng.pt").unlink()
+    for path in (tmp_path, place):
+        assert recognised(path) == "megatron-v2"
+        with pytest.raises(CheckpointError, match=f"mp_rank_{rank}/model_optim_rng.pt is missing: a rank's part"):
+            read(path)
 
 
 def test_missing_ranks_and_other_forms_are_named(tmp_path):

@@ -21,7 +21,7 @@ from megatron.checkpoint.convert.megatron_core.names import (
     split_dim,
 )
 from megatron.checkpoint.convert.megatron_core.weights import Weights, weights_of
-from megatron.checkpoint.convert.megatron_v2.places import RELEASE, find_place, first_file
+from megatron.checkpoint.convert.megatron_v2.places import RELEASE, any_file, find_place
 from megatron.checkpoint.convert.megatron_v2.rank_files import read_rank_files, write_rank_files
 from megatron.checkpoint.convert.torch_files import has_mark
 from megatron.checkpoint.convert.vocabulary import WORDS
@@ -33,7 +33,7 @@ _VERSION = 3.0
 
 def recognises(path: Path) -> bool:
     """Whether `path` looks like a checkpoint of this format, or a folder of them; opens no pickle."""
-    return has_mark(path, first_file, b"self_attention.linear_")
+    return has_mark(path, any_file, b"self_attention.linear_")
 
 
 def read(path: Path, iteration: int | None = None) -> Checkpoint:

@@ -25,12 +25,19 @@ class Place:
 
 def recognises(path: Path) -> bool:
     """Whether `path` looks like a checkpoint of Megatron v2, or a folder of them; opens no pickle."""
-    return has_mark(path, first_file, b"language_model")
+    return has_mark(path, any_file, b"language_model")
 
 
-def first_file(path: Path) -> Path:
-    """The first rank's file of the checkpoint that `find_place` finds; raises CheckpointError."""
-    return find_place(path).files[0][0]
+def any_file(path: Path) -> Path:
+    """A rank's file of the checkpoint that `find_place` finds, or misses parts of; raises CheckpointError without one.
+    """
+    if path.is_file():
+        return path
+    place = _folder_in(path, None)
+    files = [file for name in (FILE, "*.pt") for file in sorted(place.glob(f"mp_rank_*/{name}"))]
+    if not files:
+        raise CheckpointError(f"{place} holds no file of a rank; give the folder of a run of Megatron")
+    return files[0]
 
 
 def find_place(path: Path, iteration: int | None = None) -> Place:
@@ -42,11 +49,7 @@ def find_place(path: Path, iteration: int | None = None) -> Place:
     if path.is_file():
         siblings = _RANK.fullmatch(path.parent.name) and path.name == FILE
         return _place_in(path.parent.parent) if siblings else Place(path, [[path]])
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is not there; give the folder of a run of Megatron")
-    if any(_RANK.match(part.name) for part in path.glob("mp_rank_*")):
-        return _place_in(path)
-    return _place_in(path / newest(path) if iteration is None else place_of(path, iteration))
+    return _place_in(_folder_in(path, iteration))
 
 
 def newest(folder: Path) -> str:
@@ -81,6 +84,17 @@ def point_to(folder: Path, iteration: int) -> None:
 def rank_name(tensor: int, pipeline: int, num_pipeline: int) -> str:
     """The name of a rank's folder in a checkpoint's folder."""
     return f"mp_rank_{tensor:02d}" + (f"_{pipeline:03d}" if num_pipeline > 1 else "")
+
+
+def _folder_in(path: Path, iteration: int | None) -> Path:
+    """The folder with the ranks' folders: `path`, or that of `iteration`, or of the newest, in it; else raises
+    CheckpointError.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not there; give the folder of a run of Megatron")
+    if any(_RANK.match(part.name) for part in path.glob("mp_rank_*")):
+        return path
+    return path / newest(path) if iteration is None else place_of(path, iteration)
 
 
 def _place_in(folder: Path) -> Place:
