@@ -13,6 +13,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/starting.sh"
 # said ARGUMENTS: prints the file of --config, the folder of --save, and each flag that the file or the arguments set.
 said() {
     PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" "$python" - "$@" <<'PYTHON_CODE'
+import signal
 import sys
 
 from megatron.config.command_line import read
@@ -24,6 +25,7 @@ def tell() -> None:
     print(given.file or "", given.said.get("save") or "", *given.said, sep="\n")
 
 
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in `tell` of setup.sh
 sys.exit(exit_status(tell))
 PYTHON_CODE
 }

@@ -14,6 +14,13 @@ fail() {
     exit 2
 }
 
+# tell CODE ARGUMENT…: prints what the Python code prints, for $(…). If a request to stop ends the script meanwhile,
+# nobody reads this any more: then Python dies of SIGPIPE, instead of printing a traceback.
+tell() {
+    "$python" -c "import signal; signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+$1" "${@:2}"
+}
+
 # first_python: prints the path of the Python that PYTHON names, or of the first that is new enough, the active first.
 first_python() {
     local candidate candidates=(python3 python python3.14 python3.13 python3.12 python3.11 python3.10)
@@ -101,7 +108,7 @@ install() {
 # build_helpers: compiles the helpers beside their sources if one is missing or outdated; prints why if it cannot.
 build_helpers() {
     local suffix why
-    suffix=$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
+    suffix=$(tell 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
     if are_built "$suffix"; then return; fi
     if ! command -v "${CXX:-c++}" >/dev/null; then
         why="no C++ compiler"

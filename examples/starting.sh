@@ -23,8 +23,7 @@ check_numbers() {
 share_cores() {
     if [ "$num_gpus" -eq 0 ] && [ -z "${OMP_NUM_THREADS-}" ]; then
         # Otherwise each process would use all cores, and they would slow each other down.
-        OMP_NUM_THREADS=$("$python" -c 'import os, sys; print(max(1, len(os.sched_getaffinity(0)) // int(sys.argv[1])))' \
-            "$1")
+        OMP_NUM_THREADS=$(tell 'import os, sys; print(max(1, len(os.sched_getaffinity(0)) // int(sys.argv[1])))' "$1")
     fi
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 }
@@ -57,4 +56,4 @@ trap 'exit 0' TERM INT HUP USR1
 check_numbers OMP_NUM_THREADS:1:9999 ${numbers[@]+"${numbers[@]}"}
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" run
 
-num_gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+num_gpus=$(tell 'import torch; print(torch.cuda.device_count())')

@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -238,4 +239,5 @@ def _check_data(proteins: str, statistics: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a script that was asked to stop does not read on
     sys.exit(main())

@@ -197,6 +197,19 @@ def test_a_request_to_stop_reaches_the_ranks_which_save_and_end_with_success(cor
     assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").exists()
 
 
+def test_a_request_to_stop_while_a_script_asks_python_something_prints_nothing(tmp_path, python):
+    asked = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).touch(); time.sleep(0.5); print(1)"
+    process = subprocess.Popen(
+        ["bash", "-c", f"source {ROOT}/examples/starting.sh; answer=$(tell '{asked}' {tmp_path}/asked)"], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"PYTHON": python})
+    while not (tmp_path / "asked").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    assert process.communicate()[0] == ""
+    assert process.returncode == 0
+
+
 # Runs a job at once, each task of an array as SLURM would, from a copy of the script; notes what it was asked.
 SBATCH = """#!/usr/bin/env bash
 echo "$*" >>"$SBATCH_LOG"
