@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._prims_common import CUDARngStateHelper
 
 from megatron.checkpoint.convert.megatron_v2 import read, write
 from megatron.checkpoint.convert.vocabulary import trimmed
@@ -38,6 +39,17 @@ def test_fresh_random_states_can_be_set(tmp_path):
     np.random.RandomState().set_state(tree["np_rng_state"])
     torch.Generator().set_state(tree["torch_rng_state"])
     assert tree["rng_tracker_states"].keys() == {"model-parallel-rng"}
+
+
+def test_states_of_a_gpu_are_written_as_pytorch_makes_them_on_a_machine_without_one(tmp_path, monkeypatch):
+    write_original(tmp_path / "made")
+    tree = loaded(write(read(tmp_path / "made"), tmp_path / "written", tensor=2) / "mp_rank_01" / "model_optim_rng.pt")
+    made = []
+    monkeypatch.setattr(torch.cuda, "set_rng_state", made.append)
+    for seed in (tree["args"].seed, tree["args"].seed + 2718 + 1):  # Megatron's of a data and of a tensor rank
+        CUDARngStateHelper.set_torch_state_tensor(torch.tensor(seed), torch.tensor(0))
+    assert torch.equal(tree["cuda_rng_state"], made[0])
+    assert torch.equal(tree["rng_tracker_states"]["model-parallel-rng"], made[1])
 
 
 def test_weights_alone_are_written_as_a_release(tmp_path):
