@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+from pretrain_tape import main
 from tests.golden.training import ROOT, TINY, free_port, write_corpus
 
 HOST = socket.gethostname()
@@ -20,7 +21,7 @@ def run_each(corpus, python):
         environment = os.environ | {"SLURM_STEP_NUM_TASKS": str(len(of_ranks)), "SLURM_STEP_NODELIST": "localhost",
                                     "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
         processes = [subprocess.Popen(
-            [python, str(ROOT / program), *flags, *map(str, own)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+            [python, str(ROOT / program), *map(str, [*flags, *own])], cwd=ROOT, text=True, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, env=environment | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)})
             for rank, own in enumerate(of_ranks)]
         outputs = [process.communicate()[0] for process in processes]
@@ -45,3 +46,13 @@ def test_ranks_with_other_data_behind_the_path_do_not_train_and_with_a_copy_of_i
     assert (f"the content of --data-path differs between ranks: rank 0 on {HOST} has {corpus}, rank 1 on {HOST} has "
             f"{other}; copy") in errors[0]
     assert run_each(["--data-path", corpus], ["--data-path", copy]) == ([0, 0], [])
+
+
+def test_ranks_with_different_labels_are_not_fine_tuned(run_each, corpus, tmp_path):
+    assert main([*TINY, "--train-iters", "1", "--data-path", corpus, "--save", str(tmp_path / "run")]) == 0
+    for name, last in (("one", 0.5), ("other", 0.6)):
+        (tmp_path / f"{name}.csv").write_text(f"sequence,label\nMKTAYIAK,0.1\nMKTAYIAR,0.3\nMKTAYIAH,{last}\n")
+    statuses, errors = run_each(*(["--train-data", tmp_path / f"{name}.csv"] for name in ("one", "other")), flags=(
+        "own", "--load", tmp_path / "run", "--save", tmp_path / "tuned"), program="tools/finetune.py")
+    assert statuses == [2, 2] and len(errors) == 1
+    assert f"the content of the task's files differs between ranks: rank 0 on {HOST} has {tmp_path}/one" in errors[0]
