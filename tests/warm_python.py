@@ -4,7 +4,7 @@ Loading torch takes most of the time of a command on a tiny model. Here one serv
 command runs in a fork of the server. Nothing of the project is loaded beforehand: a command imports that from where it
 runs. It has its own arguments, environment, working directory, open files, signals and exit status, and it starts other
 commands (`sys.executable`) in the same way. It is killed when the process that the test started is killed; SIGSTOP does
-not reach it. Only the project's scripts, benchmarks and launchers, except preprocessing, and `-c "import torch; …"`,
+not reach it. Only the project's scripts, benchmarks and launchers, except preprocessing, and `-c "…import torch; …"`,
 by which the example scripts count GPUs, run like this; any other command line runs in the ordinary Python.
 """
 
@@ -32,7 +32,7 @@ case "$1 $2" in
     "-c "*"print(sys.executable)") echo "$0"; exit ;;
     *tools/preprocess_data.py\\ *) ;;
     *pretrain_tape.py\\ * | *tools/*.py\\ * | *benchmarks/*.py\\ * | \\
-    "-m megatron.parallel.launch" | "-m torch.distributed."* | "-c import torch; "*)
+    "-m megatron.parallel.launch" | "-m torch.distributed."* | "-c import signal; "*"import torch; "*)
         exec "{python}" -I -S "{file}" ask "{place}" "$0" "$@" ;;
 esac
 exec "{python}" "$@"

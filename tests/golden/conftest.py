@@ -1,11 +1,11 @@
-"""Runs in the tests' own processes do not draw their pictures, except in tests that ask for it."""
+"""Fixtures of the golden tests: runs in the tests' own processes, which do not draw pictures unless a test asks."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.golden.training import undrawn
+from tests.golden.training import Runs, undrawn
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -19,3 +19,14 @@ def draw() -> Iterator[Any]:
 def drawn(draw: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the runs of a test draw their pictures."""
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", draw)
+
+
+@pytest.fixture
+def run(corpus, tmp_path, capsys):
+    return Runs(corpus, tmp_path / "run", capsys)
+
+
+@pytest.fixture
+def begun(run):
+    """A run that stands at iteration 4 of 8."""
+    return run("--train-iters", 8, "--exit-interval", 4)

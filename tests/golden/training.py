@@ -17,7 +17,7 @@ from unittest.mock import patch
 import numpy as np
 
 from megatron.checkpoint.manifest import read_manifest
-from megatron.checkpoint.store import read_state
+from megatron.checkpoint.store import open_place, read_state
 from megatron.checkpoint.tensor_file import facts_of_file
 from megatron.data.corpus.vocab import Vocab
 from pretrain_tape import main
@@ -30,6 +30,7 @@ TINY = ("--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 25
         "--lr-warmup-fraction 0.1 --adam-beta2 0.98 --split 90,7,3 --eval-interval 6 --eval-iters 2 "
         "--save-interval 100 --log-interval 1 --num-workers 0 --peak-tflops 1").split()
 DROPOUT = "--attention-dropout 0.1 --hidden-dropout 0.1".split()
+SHORT = [*TINY, "--num-layers", "1", "--eval-interval", "100", "--log-interval", "2"]
 PNG = b"\x89PNG\r\n\x1a\n"  # the first bytes of every PNG
 
 
@@ -98,6 +99,31 @@ def _one_rank(rank: int, ranks: int, port: int, flags: list[str]) -> bytes:
     if status:
         sys.exit(status)  # as the program does: its peers notice once the process is gone
     return b""
+
+
+class Runs:
+    """The program in this process, on one folder; `lines` has what it said last."""
+
+    def __init__(self, corpus, folder, capsys):
+        self.corpus, self.folder, self.capsys = corpus, folder, capsys
+
+    def __call__(self, *flags, status=0):
+        places = ["--data-path", self.corpus, "--save", self.folder, "--load", self.folder]
+        assert main([*map(str, [*SHORT, *places, *flags])]) == status
+        output = self.capsys.readouterr()
+        self.lines = (output.out + output.err).splitlines()
+        return self
+
+    def notes(self):
+        return [line for line in self.lines if line.startswith("note: ")]
+
+    def error(self, *flags, status=2):
+        [line] = [line for line in self(*flags, status=status).lines if line.startswith("error: ")]
+        return line
+
+
+def weights(folder, iteration):
+    return open_place(folder / f"iter_{iteration:07d}").model
 
 
 @contextmanager
