@@ -136,6 +136,7 @@ def test_a_vocabulary_that_lacks_a_token_is_to_be_copied_again(tmp_path):
     ("added_tokens.json", {"<new>": 33}, "its tokenizer has 34 tokens, but the model has 33 rows for them"),
     ("added_tokens.json", {"A": 33}, "line 34 repeats A of line 6"),
     ("special_tokens_map.json", {"cls_token": "<eos>"}, "has <eos> as cls_token, where models here take <cls>"),
+    ("special_tokens_map.json", {"eos_token": "<cls>"}, "has <cls> as eos_token, where models here take <eos>"),
     ("special_tokens_map.json", {"mask_token": "<null_1>"}, "has the mask at 32, its tokenizer at 31"),
     ("tokenizer_config.json", [], "tokenizer_config.json: is damaged, or no tokenizer")])
 def test_files_of_a_tokenizer_that_contradict_others_are_refused(name, content, message, tmp_path):

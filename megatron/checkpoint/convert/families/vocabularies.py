@@ -80,10 +80,12 @@ def _check_special(vocab: Vocab, special: Mapping[str, str], mask_id: Any, folde
         raise CheckpointError(f"{folder}: its configuration has the mask at {str(mask_id)[:40]}, its tokenizer at "
                               f"{vocab.mask_id}; copy both from one place")
     for role, names in _ROLES.items():
-        said, ours = [special[name] for name in names if name in special], vocab.tokens[getattr(vocab, f"{role}_id")]
-        if said and ours not in said:
-            raise CheckpointError(f"{folder}: its tokenizer has {said[0]} as {names[0]}, where models here take {ours};"
-                                  " give one whose special tokens have the usual names")
+        said = {name: special[name] for name in names if name in special}
+        ours = vocab.tokens[getattr(vocab, f"{role}_id")]
+        if said and ours not in said.values():
+            name, token = next(iter(said.items()))
+            raise CheckpointError(f"{folder}: its tokenizer has {token} as {name}, where models here take {ours}; give "
+                                  "one whose special tokens have the usual names")
 
 
 def known_vocabulary(checkpoint: Checkpoint) -> Vocab | None:
