@@ -127,8 +127,9 @@ def _job(flags: Flags, mesh: Mesh, log: Log, requests: StopRequests) -> Job:
     task, files = task_and_files(flags.task_name, flags.task)
     data = load_task(task, files, ResidueTokenizer(vocab))
     check_data(data, files)
-    content = "the content of the task's files"
-    check_same({content: data.digest()}, {content: files["train"]}, mesh.world, SAME_FILES)
+    content, of_load = "the content of the task's files", "the content of --load"
+    check_same({content: data.digest(), of_load: checkpoint.state.get("written_s")},
+               {content: files["train"], of_load: flags.others["load"]}, mesh.world, SAME_FILES)
     for part, number, other in data.overlaps():
         log.line(f"note: {number:,} of {len(data.parts[part]):,} {part} proteins have a sequence that is in the "
                  f"{_FILES[other]} file too; measures on them say little of other proteins")

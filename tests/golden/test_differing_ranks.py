@@ -56,3 +56,13 @@ def test_ranks_with_different_labels_are_not_fine_tuned(run_each, corpus, tmp_pa
         "own", "--load", tmp_path / "run", "--save", tmp_path / "tuned"), program="tools/finetune.py")
     assert statuses == [2, 2] and len(errors) == 1
     assert f"the content of the task's files differs between ranks: rank 0 on {HOST} has {tmp_path}/one" in errors[0]
+
+
+def test_ranks_with_different_checkpoints_are_not_fine_tuned(run_each, corpus, tmp_path):
+    for name in ("one", "other"):
+        assert main([*TINY, "--train-iters", "1", "--data-path", corpus, "--save", str(tmp_path / name)]) == 0
+    (tmp_path / "labels.csv").write_text("sequence,label\nMKTAYIAK,0.1\nMKTAYIAR,0.3\nMKTAYIAH,0.5\n")
+    statuses, errors = run_each(*(["--load", tmp_path / name] for name in ("one", "other")), flags=(
+        "own", "--train-data", tmp_path / "labels.csv", "--save", tmp_path / "tuned"), program="tools/finetune.py")
+    assert statuses == [2, 2] and len(errors) == 1
+    assert f"the content of --load differs between ranks: rank 0 on {HOST} has {tmp_path}/one" in errors[0]
