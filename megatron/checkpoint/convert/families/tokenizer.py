@@ -2,9 +2,8 @@
 
 Residues may be separated by spaces or not, in upper or lower case. White space, the gap characters `-` and `.`, and `*`
 at the end are dropped; any other character without a token becomes the unknown token. A token of several characters is
-taken where its name stands. (The tokenizers that transformers
-has for these families need capitals: EsmTokenizer makes one unknown token of a run of other letters, and BertTokenizer
-also needs spaces between residues.)
+taken where its name stands. (The tokenizers that transformers has for these families need capitals: EsmTokenizer makes
+one unknown token of a run of other letters, and BertTokenizer also needs spaces between residues.)
 """
 
 from typing import Any
