@@ -17,7 +17,7 @@ if __name__ == "__main__":
 from megatron.checkpoint.claim import claimed
 from megatron.checkpoint.newest import saved_flags
 from megatron.config import Config
-from megatron.config.command_line import left_open, resolve
+from megatron.config.command_line import Resolved, left_open, resolve
 from megatron.config.telling.idle import notes
 from megatron.config.telling.listing import listing, notice
 from megatron.errors import ConfigError, UserError
@@ -58,25 +58,31 @@ def main(argv: Sequence[str]) -> int:
 
             print(dry_run(config))
             return 0
-        with open_mesh(config.parallel, launch, partial(check_same_flags, config.sections())) as mesh:
-            log = Log(is_speaker=mesh.world.rank == 0)
-            log.line(listing(config, resolved.given.always_so))
-            if (said := notice(taken)) is not None:
-                log.line(said)
-            for line in notes(config, resolved.given.said, resolved.given.of_preset):
-                log.line(line)
-            with claimed(config.checkpoint.save, mesh, log) as claim, requests.listening():
-                keep = None if claim is None else partial(keep_configuration, resolved)
-                run = train_to_its_end(config, mesh, log, requests, claim, keep)
-                if config.checkpoint.save and log.is_speaker and not run.is_other_evaluated:
-                    from megatron.study.report import leave_report  # matplotlib: slow to import, needed once
-
-                    leave_report(run)
+        _train(resolved, notice(taken), launch, requests)
     except KeyboardInterrupt:  # the second; the first asks to stop
         return interrupted(interruption(config.checkpoint.save), launch)
     except Exception as error:
         return report(error, launch)
     return 0
+
+
+def _train(resolved: Resolved, said: str | None, launch: Launch, requests: StopRequests) -> None:
+    """Join the other ranks, train, and leave a report; `said`: of flags taken from a checkpoint."""
+    config = resolved.config
+    with open_mesh(config.parallel, launch, partial(check_same_flags, config.sections())) as mesh:
+        log = Log(is_speaker=mesh.world.rank == 0)
+        log.line(listing(config, resolved.given.always_so))
+        if said is not None:
+            log.line(said)
+        for line in notes(config, resolved.given.said, resolved.given.of_preset):
+            log.line(line)
+        with claimed(config.checkpoint.save, mesh, log) as claim, requests.listening():
+            keep = None if claim is None else partial(keep_configuration, resolved)
+            run = train_to_its_end(config, mesh, log, requests, claim, keep)
+            if config.checkpoint.save and log.is_speaker and not run.is_other_evaluated:
+                from megatron.study.report import leave_report  # matplotlib: slow to import, needed once
+
+                leave_report(run)
 
 
 def _check_sizes(config: Config, launch: Launch) -> None:
