@@ -40,8 +40,9 @@ class View:
 
     @property
     def iteration(self) -> int:
-        """The step of the newest record; 0 if there is none."""
-        return max((record["iteration"] for record in self.records), default=0)
+        """The step of the newest record or, if the run has ended, of a later checkpoint; 0 if there is neither."""
+        saved = iterations(self.folder) if self.is_held is None else {}  # a run may be stopped between two log lines
+        return max([*(record["iteration"] for record in self.records), *saved], default=0)
 
     def state(self) -> str:
         """The state of the run in words, such as "running" or "finished"."""

@@ -120,6 +120,14 @@ def test_a_run_without_a_record_yet_shows_its_end_from_its_configuration(tmp_pat
     assert first.endswith(": starting") and second.startswith("step 0 of 1,000 [---")
 
 
+def test_a_run_stopped_between_log_lines_is_shown_at_its_checkpoint(run):
+    (run / "iter_0000645").mkdir()
+    assert "step 645 of 1,000 [" in shown(run)
+    (run / "metrics.jsonl").unlink()
+    (run / "config.toml").write_text(CONFIG)
+    assert "step 645 of 1,000 [" in shown(run)
+
+
 def test_records_of_whatever_edition_are_shown_as_far_as_they_go(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "iteration": 5, "loss": null}\n'
                                             '{"kind": "valid", "iteration": 5}\n\0\0}\n')
