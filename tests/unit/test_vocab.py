@@ -57,7 +57,7 @@ def test_a_name_is_a_familys_and_nothing_is_iupacs(tmp_path, monkeypatch):
     Path("esm").write_text(DEFAULT_VOCAB.read_text())
     assert Vocab.from_file("esm").ids == ESM_IDS
     assert Vocab.from_file("./esm") == Vocab.from_file()
-    with pytest.raises(VocabError, match="ems: cannot read the vocabulary .* or one of iupac, esm, protbert"):
+    with pytest.raises(VocabError, match="ems: cannot read .* names a file, a folder .* or one of iupac, esm"):
         Vocab.from_file("ems")
 
 

@@ -47,8 +47,8 @@ class Vocab:
         try:
             tokens = tuple(tokens_in(path) if path.is_dir() else lines_of(path))
         except OSError as error:
-            raise VocabError(f"{path}: cannot read the vocabulary ({error.strerror}); --vocab-file names a file, or "
-                             f"one of {', '.join(VOCABULARIES)}") from None
+            raise VocabError(f"{path}: cannot read the vocabulary ({error.strerror}); --vocab-file names a file, a "
+                             f"folder with a transformers tokenizer, or one of {', '.join(VOCABULARIES)}") from None
         except UnicodeDecodeError:
             raise VocabError(f"{path}: not a vocabulary: it is not UTF-8 text with one token a line") from None
         _check(path, tokens, mask_token)
