@@ -10,6 +10,7 @@ Values are checked like those of flags. Every mistake raises a ConfigFileError o
 import difflib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import Field, fields
+from datetime import date, time
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -117,7 +118,9 @@ def _entries(tree: Any, path: Path) -> Iterator[tuple[str | None, str, Any]]:
 
 def _entry(table: str | None, key: str, found: Any, where: str, presets: Collection[str]) -> tuple[str, Any]:
     """The field name and the value of an entry; `where`: the entry, for messages. Raises ConfigFileError."""
-    if key == "preset" and table is None:
+    if key == "preset":
+        if table is not None:
+            raise ConfigFileError(f"{where} is of no section; write it above all tables")
         return key, _choice(found, list(presets), where)
     if f"--{key}" in ALWAYS_SO:
         if found is not True:
@@ -201,5 +204,6 @@ def _nearest(name: str, names: Collection[str]) -> str:
 
 def _shown(found: Any) -> str:
     """A value of the file as text for a message, shortened."""
-    text = str(found).lower() if isinstance(found, bool) else repr(found)
+    is_plain = isinstance(found, bool | date | time)  # Python's forms of these are not the file's
+    text = "empty" if found is None else str(found).lower() if is_plain else repr(found)
     return text if len(text) <= 60 else f"{text[:57]}…"
