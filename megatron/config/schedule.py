@@ -57,8 +57,10 @@ def schedule_faults(schedule: ScheduleConfig, training: TrainingConfig, optimize
          "--train-samples goes with --lr-decay-samples, not with --lr-decay-iters"),
         (not by_samples and schedule.lr_decay_samples is not None,
          "--lr-decay-samples goes with --train-samples; with --train-iters give --lr-decay-iters"),
-        (by_samples and schedule.lr_warmup_iters > 0, "--train-samples goes with --lr-warmup-samples"),
-        (not by_samples and schedule.lr_warmup_samples > 0, "--lr-warmup-samples goes with --train-samples"),
+        (by_samples and schedule.lr_warmup_iters > 0,
+         "--train-samples goes with --lr-warmup-samples, not with --lr-warmup-iters"),
+        (not by_samples and schedule.lr_warmup_samples > 0,
+         "--lr-warmup-samples goes with --train-samples; with --train-iters give --lr-warmup-iters"),
         (schedule.lr_warmup_fraction and (schedule.lr_warmup_iters or schedule.lr_warmup_samples),
          "--lr-warmup-fraction excludes --lr-warmup-iters and --lr-warmup-samples; give one"),
         # Megatron-LM's rule: the warm-up is a part of the decay's span.

@@ -115,7 +115,8 @@ def test_a_presets_warm_up_in_iterations_steps_back_for_samples_and_is_missed():
     [note] = notes_of("--preset esm2-8m --train-samples 5000")
     assert note.startswith("note: the preset's --lr-warmup-iters 2000 does not count for --train-samples")
     assert notes_of("--preset esm2-8m --train-samples 5000 --lr-warmup-samples 50") == []
-    assert "goes with --lr-warmup-samples" in error_of("--preset tape --train-samples 5000 --lr-warmup-iters 9")
+    assert "goes with --lr-warmup-samples, not with --lr-warmup-iters" in error_of(
+        "--preset tape --train-samples 5000 --lr-warmup-iters 9")
 
 
 @pytest.mark.parametrize(("text", "samples"), [
