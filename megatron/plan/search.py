@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron.config import Config, ParallelConfig
 from megatron.errors import ConfigError
+from megatron.log import number_of
 from megatron.parallel.layout import check_layout
 from megatron.parallel.mesh import grid_sizes
 from megatron.parallel.traffic import Traffic
@@ -84,9 +85,9 @@ def best_plans(config: Config, machine: Machine, given: Collection[str]) -> list
         least = min((memory for memory in (least, tightest) if memory), key=lambda memory: memory.peak, default=None)
     if least is None:
         check_layout(config, machine.num_gpus)  # raises if the flags are wrong
-        raise ConfigError(f"no layout of {machine.num_gpus} GPUs divides --global-batch-size "
+        raise ConfigError(f"no layout of {number_of(machine.num_gpus, 'GPU')} divides --global-batch-size "
                           f"{config.training.global_batch_size}; give a multiple of it")
-    raise ConfigError(f"nothing fits: the least that a layout of {machine.num_gpus} GPUs holds is "
+    raise ConfigError(f"nothing fits: the least that a layout of {number_of(machine.num_gpus, 'GPU')} holds is "
                       f"{least.peak / 2**30:.1f} GiB a GPU, and {machine.name} leaves {machine.memory / 2**30:.1f} "
                       "GiB; take more GPUs, larger ones, or a shorter --seq-length")
 

@@ -19,6 +19,7 @@ from megatron.config import Config
 from megatron.config.declaration import flag_name, shown
 from megatron.config.presets import PRESETS
 from megatron.files import write_text
+from megatron.log import number_of
 from megatron.train.setup.run import Run
 
 REPORT = "report.html"
@@ -63,10 +64,12 @@ def write_report(run: Run) -> Path:
 def _heading(run: Run, folder: Path) -> str:
     last = run.sizes.last_iteration(run.state)
     is_done = run.state.iteration >= last
-    state = f"complete: {last:,} steps" if is_done else f"stopped at step {run.state.iteration:,} of {last:,}"
+    so_far = f"stopped at step {run.state.iteration:,} of {last:,}"
+    state = f"complete: {number_of(last, 'step')}" if is_done else so_far
     model = run.config.model
     return (f"<h1>{escape(folder.name)}</h1><p class=where>{escape(str(folder.resolve()))}<br>{state}, "
-            f"{run.state.consumed_samples:,} rows; {model.num_layers} layers x {model.hidden_size}, "
+            f"{number_of(run.state.consumed_samples, 'row')}; "
+            f"{number_of(model.num_layers, 'layer')} x {model.hidden_size}, "
             f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC</p>")
 
 

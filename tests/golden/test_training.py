@@ -41,6 +41,8 @@ def test_the_report_is_one_page_that_tells_how_a_run_went(corpus, tmp_path):
     train(corpus, tmp_path / "run")
     page = (tmp_path / "run" / "report.html").read_text()
     assert "complete: 12 steps, 24 rows; 2 layers x 32" in page
+    train(corpus, tmp_path / "one", "--train-iters", 1, "--lr-warmup-iters", 0)
+    assert "complete: 1 step, 2 rows" in (tmp_path / "one" / "report.html").read_text()
     loss = losses(tmp_path / "run", "valid")[12]
     assert re.search(rf"<td class=number>validation loss<td class=number>12<td class=number>{loss:.4f}<", page)
     assert "<code>--hidden-size</code><td class=number><code>32</code>" in page

@@ -139,6 +139,8 @@ def test_the_tool_prints_json(capsys):
     (["--gpu", "h200-141gb", "--no-fp16", "--bf16", "--fp8", "e4m3", "--fp8-recipe", "mxfp8"],
      "--fp8-recipe mxfp8 needs compute capability 10.0, and --gpu h200-141gb has 9.0"),
     (["--gpu", "a100-40gb", "--num-layers", "600", "--gpus", "2"], "nothing fits: the least that a layout of 2 GPUs"),
+    (["--gpu", "a100-40gb", "--num-layers", "600", "--gpus", "1", "--tensor-model-parallel-size", "1",
+      "--no-sequence-parallel"], "a layout of 1 GPU holds"),
     (["--gpu", "a100-40gb", "--global-batch-size", "3", "--pipeline-model-parallel-size", "1",
       "--context-parallel-size", "1"],
      "no layout of 8 GPUs divides --global-batch-size 3"),
