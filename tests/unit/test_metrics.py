@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from matplotlib.figure import Figure
 
 from megatron.checkpoint.metrics import evaluations_of, forget_after, read_records
 from megatron.data.rows.baselines import Baselines
@@ -53,6 +54,21 @@ def test_a_picture_is_drawn_of_whatever_is_there(tmp_path, content):
     path.write_bytes(content)
     assert draw_losses(path, Baselines(2.9, 2.7)).read_bytes().startswith(b"\x89PNG")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
+
+
+@pytest.mark.parametrize(("losses", "highest"), [
+    ((4.8, 2.5), 3.25), ((4.8, 4.4), 4.82), ((4.8,), 4.82), ((2.8,), 2.92)])
+def test_a_picture_cuts_off_the_first_steps_but_never_a_curves_end(tmp_path, monkeypatch, losses, highest):
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *rest, **more: (figures.append(figure),
+                                                                          save(figure, *rest, **more)))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(RECORDS[0] | {"iteration": step, "loss": loss}) + "\n"
+                            for step, loss in enumerate(losses)))
+    draw_losses(path, Baselines(2.9, 2.7))
+    [axes] = figures[0].axes
+    assert axes.get_ylim()[1] == pytest.approx(highest)
+    assert (axes.lines[0].get_marker() == "o") == (len(losses) == 1)  # one point makes no line
 
 
 def test_an_evaluation_compares_with_those_of_the_same_data_as_the_last_of_its_kind():
