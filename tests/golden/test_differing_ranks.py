@@ -36,6 +36,15 @@ def test_ranks_with_different_flags_do_not_train(run_each, corpus):
     assert f"--lr differs between ranks: rank 0 on {HOST} has 0.002, rank 1 on {HOST} has 0.001; start" in errors[0]
 
 
+def test_a_mistake_in_the_flags_of_one_rank_is_told_by_it_and_one_of_all_ranks_once(run_each, corpus):
+    flags = ["--data-path", corpus, "--distributed-timeout-minutes", "0.2"]
+    statuses, errors = run_each(flags, [*flags, "--lr", "high"])
+    assert statuses == [1, 2] and len(errors) == 2  # the other is rank 0's, which lost its peer
+    assert any("--lr" in error and error.endswith(f"(rank 1 on {HOST})") for error in errors)
+    statuses, errors = run_each(*[[*flags, "--lr", "high"]] * 2)
+    assert statuses == [2, 2] and len(errors) == 1
+
+
 def test_ranks_with_other_data_behind_the_path_do_not_train_and_with_a_copy_of_it_they_do(run_each, corpus, tmp_path):
     for name, number in (("copy", 300), ("other", 299)):
         (tmp_path / name).mkdir()

@@ -19,6 +19,7 @@ from megatron.errors import ConfigFileError, LaunchError, UserError
 from megatron.parallel.launch.environment import Launch
 
 OTHERS_S = 2.0  # how long rank 0 waits for others that fail as it does
+OTHERS_LISTEN_S = 5.0  # how long a rank with a mistake in its flags looks whether rank 0 has it, too
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ends, in a shell's convention
 # In error messages of gloo, NCCL and the store: another rank has gone, or has not come.
 _LOST_PEERS = re.compile(r"closed by peer|reset by peer|broken pipe|connection refused|connection was likely closed|"
@@ -37,11 +38,14 @@ class LostPeersError(RankError):
 def refused(error: UserError | OSError, launch: Launch) -> int:
     """Prints a mistake of the user's that was found before ranks have met; returns the exit status.
 
-    Only one rank prints it: all have the same flags, and those of one host the same environment and files.
+    Ranks are taken to have the same flags, and those of one host the same environment and files, so that one prints for
+    all. But one for which rank 0 waits has flags of its own, and prints, too.
     """
     is_of_host = isinstance(error, LaunchError | ConfigFileError | OSError)
     if launch.speaks_for_host() if is_of_host else launch.speaks():
         print(f"error: {error}", file=sys.stderr)
+    elif not is_of_host and _is_awaited(launch):
+        print(f"error: {_reason(error, launch)}", file=sys.stderr)
     return 2
 
 
@@ -60,6 +64,21 @@ def report(error: Exception, launch: Launch) -> int:
     if not (launch.is_heard or isinstance(error, UserError) and error.is_told):
         sys.stderr.write(f"error: {reason}\n")
     return error.exit_status if isinstance(error, UserError) else 1
+
+
+def _is_awaited(launch: Launch) -> bool:
+    """Whether rank 0 listens for the other ranks, now or within a few seconds: then it has not failed as this one has.
+
+    False under launchers that give all ranks the same flags, and whose agent listens in its place.
+    """
+    if launch.is_heard or launch.has_agent or launch.master_addr is None or launch.master_port is None:
+        return False
+    until_s = time.monotonic() + OTHERS_LISTEN_S
+    while time.monotonic() < until_s:
+        with suppress(OSError), socket.create_connection((launch.master_addr, launch.master_port), timeout=1):
+            return True
+        time.sleep(0.2)
+    return False
 
 
 @contextmanager
