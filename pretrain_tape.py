@@ -27,9 +27,9 @@ from megatron.parallel.launch.failure import interrupted, refused, report
 from megatron.parallel.launch.leaving import leave
 from megatron.parallel.layout import check_layout
 from megatron.parallel.mesh import grid_sizes, open_mesh
+from megatron.parallel.sameness import check_same_flags
 from megatron.train.rewinding import train_to_its_end
 from megatron.train.setup.configuration import keep_configuration, write_configuration
-from megatron.train.setup.sameness import check_same_flags
 from megatron.train.state import BatchSizes
 from megatron.train.stop import StopRequests, interruption
 

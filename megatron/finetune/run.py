@@ -31,8 +31,8 @@ from megatron.log import Log, number_of
 from megatron.parallel.collectives import all_gather_object
 from megatron.parallel.compilation import wants_compilation
 from megatron.parallel.mesh import Mesh
+from megatron.parallel.sameness import SAME_FILES, check_same, check_same_flags
 from megatron.train.setup.precision import set_tf32, with_precision_chosen
-from megatron.train.setup.sameness import SAME_FILES, check_same, check_same_flags
 from megatron.train.setup.ways import set_deterministic, set_flash_attention, ways
 from megatron.train.stop import StopRequests
 

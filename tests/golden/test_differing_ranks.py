@@ -75,3 +75,15 @@ def test_ranks_with_different_checkpoints_are_not_fine_tuned(run_each, corpus, t
         "own", "--train-data", tmp_path / "labels.csv", "--save", tmp_path / "tuned"), program="tools/finetune.py")
     assert statuses == [2, 2] and len(errors) == 1
     assert f"the content of --load differs between ranks: rank 0 on {HOST} has {tmp_path}/one" in errors[0]
+
+
+def test_ranks_that_ask_for_different_grids_are_neither_fine_tuned_nor_asked(run_each, corpus, tmp_path):
+    assert main([*TINY, "--train-iters", "1", "--data-path", corpus, "--save", str(tmp_path / "run")]) == 0
+    (tmp_path / "labels.csv").write_text("sequence,label\nMKTAYIAK,0.1\nMKTAYIAR,0.3\nMKTAYIAH,0.5\n")
+    tuned = ["own", "--load", tmp_path / "run", "--train-data", tmp_path / "labels.csv", "--save", tmp_path / "tuned"]
+    asked = [tmp_path / "run", tmp_path / "labels.csv", tmp_path / "vectors.npz"]
+    for program, flags in (("tools/finetune.py", tuned), ("tools/embed.py", asked)):
+        statuses, errors = run_each([], ["--tensor-model-parallel-size", "2"], program=program, flags=[
+            *flags, "--distributed-timeout-minutes", "0.2"])
+        assert statuses == [2, 2] and len(errors) == 1
+        assert f"--tensor-model-parallel-size differs between ranks: rank 0 on {HOST} has 1, rank 1" in errors[0]

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from megatron.config import CheckpointConfig, Config, DataConfig, LoggingConfig, ParallelConfig, ScheduleConfig
 from megatron.errors import ConfigError
-from megatron.train.setup.sameness import check_same, check_same_flags
+from megatron.parallel.sameness import check_same, check_same_flags
 from tests.ranks.launch import run_ranks
 
 HOST = socket.gethostname()

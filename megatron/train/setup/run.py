@@ -23,6 +23,7 @@ from megatron.model.protein_model import ProteinModel
 from megatron.optim.schedule import Schedule
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.placement import Part
+from megatron.parallel.sameness import SAME_FILES, check_same
 from megatron.train.guards.spikes import SpikeJudge
 from megatron.train.setup.course import chosen_schedule
 from megatron.train.setup.precision import set_tf32, with_precision_chosen
@@ -34,7 +35,6 @@ from megatron.train.setup.resume import (
     refuse_changes,
     started_again,
 )
-from megatron.train.setup.sameness import SAME_FILES, check_same
 from megatron.train.setup.ways import set_deterministic, set_flash_attention, ways
 from megatron.train.state import BatchSizes, TrainState
 from megatron.train.step.engine import Engine, build_engine, stream_of
