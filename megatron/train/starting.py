@@ -2,28 +2,17 @@
 
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 REQUESTS_TO_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-_is_leaving = threading.Lock()  # taken once: the handler and the thread would both print the line
 
 
 def leave_when_asked() -> None:
-    """Let a stop signal end the process at once, until other handlers are installed: there is nothing to save yet.
-
-    A thread reads the signals too: the main thread may be inside torch, waiting for other ranks, where Python runs no
-    handlers.
-    """
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a child's signals do not concern its parent
+    """Let a stop signal end the process at once, until other handlers are installed: there is nothing to save yet."""
     for number in REQUESTS_TO_STOP:
         signal.signal(number, _leave)
-    threading.Thread(target=_hear, args=(reader,), daemon=True).start()
 
 
 @contextmanager
@@ -48,14 +37,6 @@ def hear_usr1_again() -> None:
         signal.signal(signal.SIGUSR1, handler)
 
 
-def _hear(reader: int) -> None:
-    while True:
-        number = os.read(reader, 1)[0]
-        if signal.getsignal(number) is _leave:
-            _leave(number, None)
-
-
 def _leave(number: int, frame: FrameType | None) -> None:
-    if _is_leaving.acquire(blocking=False):
-        os.write(1, b"stopped: there is nothing to save\n")
-        os._exit(0)
+    os.write(1, b"stopped: there is nothing to save\n")
+    os._exit(0)

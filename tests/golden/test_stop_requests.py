@@ -2,6 +2,7 @@
 
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ from megatron.checkpoint.saving import Saver
 from megatron.train import evaluations
 from megatron.train.setup import run as build_module
 from megatron.train.step.train_step import TrainStep
-from tests.golden.training import SHORT, free_port, losses, start_program
+from tests.golden.training import ROOT, SHORT, free_port, losses, start_program
 
 
 def signalled_in(monkeypatch, module, name):
@@ -105,14 +106,18 @@ def test_a_request_while_the_program_loads_is_answered(run):
     assert output == "stopped: there is nothing to save\n"
 
 
-def test_a_request_while_a_rank_waits_for_another_to_start_is_answered(run, monkeypatch):
+@pytest.mark.parametrize(("program", "number", "answer"), [
+    ("pretrain_tape.py", signal.SIGTERM, (0, "stopped: there is nothing to save\n")),
+    ("tools/embed.py", signal.SIGINT, (130, "stopped by Ctrl-C\n"))])
+def test_a_request_while_a_rank_waits_for_another_to_start_is_answered(run, monkeypatch, program, number, answer):
     port = free_port()
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1",
                         "MASTER_PORT": port}.items():
         monkeypatch.setenv(name, str(value))
     # Without an answer, the rank ends by itself after half a minute, and says that the other has not come.
-    process = start_program(sys.executable, *SHORT, "--train-iters", 8, "--data-path", run.corpus,
-                            "--distributed-timeout-minutes", 0.5)
+    flags = ["run", "in.fasta", "out.npz"] if program == "tools/embed.py" else [*SHORT, "--train-iters", "8"]
+    process = subprocess.Popen([sys.executable, ROOT / program, *flags, "--distributed-timeout-minutes", "0.5"],
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     is_waiting = False
     while not is_waiting:
         assert process.poll() is None, process.communicate()[0]
@@ -120,7 +125,7 @@ def test_a_request_while_a_rank_waits_for_another_to_start_is_answered(run, monk
             is_waiting = client.connect_ex(("127.0.0.1", port)) == 0
         time.sleep(0.05)
     start_s = time.monotonic()
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output = process.communicate()[0]
     assert time.monotonic() - start_s < 20, output
-    assert process.returncode == 0 and output.endswith("stopped: there is nothing to save\n"), output
+    assert (process.returncode, output) == answer

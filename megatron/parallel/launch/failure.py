@@ -17,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from megatron.errors import ConfigFileError, LaunchError, UserError
 from megatron.parallel.launch.environment import Launch
+from megatron.parallel.launch.hosts import answers
 
 OTHERS_S = 2.0  # how long rank 0 waits for others that fail as it does
 OTHERS_LISTEN_S = 5.0  # how long a rank with a mistake in its flags looks whether rank 0 has it, too
@@ -73,12 +74,7 @@ def _is_awaited(launch: Launch) -> bool:
     """
     if launch.is_heard or launch.has_agent or launch.master_addr is None or launch.master_port is None:
         return False
-    until_s = time.monotonic() + OTHERS_LISTEN_S
-    while time.monotonic() < until_s:
-        with suppress(OSError), socket.create_connection((launch.master_addr, launch.master_port), timeout=1):
-            return True
-        time.sleep(0.2)
-    return False
+    return answers(launch.master_addr, launch.master_port, OTHERS_LISTEN_S)
 
 
 @contextmanager

@@ -1,9 +1,10 @@
-"""Checks that host names resolve: torch would retry for many minutes, and not say which name did not resolve."""
+"""Checks that host names resolve, and ports answer: torch would retry for minutes, and not say which name is wrong."""
 
 import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import MutableMapping
 from contextlib import suppress
 from ipaddress import ip_address
@@ -42,6 +43,16 @@ def is_loopback(address: str) -> bool:
         return ip_address(address.split("%")[0]).is_loopback
     except ValueError:
         return address == "localhost"
+
+
+def answers(address: str, port: int, within_s: float) -> bool:
+    """Whether something listens at that port, now or within that many seconds; it looks ten times a second."""
+    until_s = time.monotonic() + within_s
+    while time.monotonic() < until_s:
+        with suppress(OSError), socket.create_connection((address, port), timeout=1):
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def addresses_of(name: str) -> set[str]:

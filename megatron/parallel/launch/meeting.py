@@ -1,4 +1,8 @@
-"""The store in which the ranks of one start meet, and how they tell this start from an earlier one."""
+"""The store in which the ranks of one start meet, and how they tell this start from an earlier one.
+
+Ranks may wait here for hours until another host starts its own, and Python handles signals, such as Ctrl-C, only
+between calls of torch: so no call waits longer than a second.
+"""
 
 import time
 import uuid
@@ -7,21 +11,30 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from megatron.parallel.launch.environment import Launch
+from megatron.parallel.launch.hosts import answers
+
+STEP_S = 1.0
 
 
 def meeting_store(launch: Launch, timeout: timedelta) -> dist.Store:
-    """The store through which the ranks find each other; all ranks call this, after `check_launch`.
+    """The store through which the ranks find each other, once all have come; all ranks call this, after `check_launch`.
 
     Raises `DistError` if the others do not come within `timeout`.
     """
     address, port = str(launch.master_addr), int(launch.master_port or 0)
-    if launch.has_agent:
-        store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
-        return dist.PrefixStore(_name_of_this_start(store, launch, timeout), store)
-    return dist.TCPStore(address, port, launch.size, is_master=launch.rank == 0, timeout=timeout, multi_tenant=True)
+    deadline_s = time.monotonic() + timeout.total_seconds()
+    keeps = launch.rank == 0 and not launch.has_agent
+    if not keeps and not answers(address, port, timeout.total_seconds()):
+        raise dist.DistNetworkError(f"timed out waiting for rank 0 to listen at {address}, port {port}")
+    store = dist.TCPStore(address, port, is_master=keeps, timeout=timeout, wait_for_workers=False, multi_tenant=keeps)
+    own = dist.PrefixStore(_name_of_this_start(store, launch, deadline_s), store)
+    if launch.rank == 0:
+        own.set("all are here", "")
+    _wait_for(own, "all are here", deadline_s)  # what follows waits inside torch for those that are not
+    return own
 
 
-def _name_of_this_start(store: dist.Store, launch: Launch, timeout: timedelta) -> str:
+def _name_of_this_start(store: dist.Store, launch: Launch, deadline_s: float) -> str:
     """A name shared by the ranks of this start alone.
 
     An agent's store still holds what ranks wrote before a restart, such as the addresses of dead ones.
@@ -31,14 +44,15 @@ def _name_of_this_start(store: dist.Store, launch: Launch, timeout: timedelta) -
     if launch.rank > 0:
         word = uuid.uuid4().hex
         store.set(f"hello/{launch.rank}", word)
-        _wait_for(store, f"answer/{word}", timeout)
+        _wait_for(store, f"answer/{word}", deadline_s)
         name = store.get(f"answer/{word}").decode()
         store.set(f"{name}/{launch.rank}", "")
         return name
-    name, deadline_s = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    name = uuid.uuid4().hex
     while missing := [rank for rank in range(1, launch.size) if not store.check([f"{name}/{rank}"])]:
         if time.monotonic() > deadline_s:
-            raise dist.DistStoreError(f"timed out waiting for ranks {', '.join(map(str, missing))} to start")
+            raise dist.DistStoreError(f"timed out waiting for rank{'s' if len(missing) > 1 else ''} "
+                                      f"{', '.join(map(str, missing))} to start")
         for rank in missing:
             if store.check([f"hello/{rank}"]):
                 store.set(f"answer/{store.get(f'hello/{rank}').decode()}", name)
@@ -46,12 +60,11 @@ def _name_of_this_start(store: dist.Store, launch: Launch, timeout: timedelta) -
     return name
 
 
-def _wait_for(store: dist.Store, key: str, timeout: timedelta) -> None:
-    """Waits for a key, in steps of a second, since Python handles signals only in between."""
-    deadline_s = time.monotonic() + timeout.total_seconds()
+def _wait_for(store: dist.Store, key: str, deadline_s: float) -> None:
+    """Waits for a key; raises DistStoreError if it does not come until `deadline_s`, by the monotonic clock."""
     while True:
         try:
-            return store.wait([key], min(timeout, timedelta(seconds=1)))
+            return store.wait([key], timedelta(seconds=min(STEP_S, max(0.01, deadline_s - time.monotonic()))))
         except dist.DistStoreError:
             if time.monotonic() > deadline_s:
                 raise
