@@ -15,7 +15,7 @@ from megatron.train.guards.faults import Faults
 from megatron.train.guards.guard import HELP, RewindError
 from megatron.train.guards.suspects import write_suspects
 from megatron.train.loop import train
-from megatron.train.observation.observers import check_installed, observed
+from megatron.train.observation.observers import check_observers, observed
 from megatron.train.setup.resume import going_on
 from megatron.train.setup.run import Run, build
 from megatron.train.stop import StopRequests
@@ -29,7 +29,7 @@ def train_to_its_end(config: Config, mesh: Mesh, log: Log, requests: StopRequest
     iteration at which this start begins. Raises a UserError.
     """
     if log.is_speaker:
-        check_installed(config.logging)
+        check_observers(config.logging)
     faults = Faults(config, mesh.world)
     suspect, run = None, build(config, mesh, log)
     farthest, num_in_vain = 0, 0  # the latest step found wrong so far, and rewinds since then that got no farther

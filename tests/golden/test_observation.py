@@ -24,6 +24,12 @@ def told(monkeypatch):
     return records, begun
 
 
+@pytest.fixture
+def unbuilt(monkeypatch):
+    """The test fails where the program begins to build a run."""
+    monkeypatch.setattr("megatron.train.rewinding.build", lambda *_: pytest.fail("built"))
+
+
 def test_a_tracker_and_prometheus_get_what_metrics_jsonl_gets(corpus, tmp_path, told):
     records, begun = told
     assert main([*TINY, "--data-path", corpus, "--save", str(tmp_path / "run"), "--train-iters", "2", "--logger",
@@ -39,20 +45,23 @@ def test_a_tracker_and_prometheus_get_what_metrics_jsonl_gets(corpus, tmp_path, 
 
 
 def test_a_library_that_is_not_installed_ends_the_program_with_status_2_before_anything_is_built(
-        corpus, tmp_path, capsys, monkeypatch):
+        corpus, tmp_path, capsys, monkeypatch, unbuilt):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setattr("megatron.train.rewinding.build", lambda *_: pytest.fail("built"))
     assert main([*TINY, "--data-path", corpus, "--save", str(tmp_path / "run"), "--train-iters", "2", "--logger",
                  "wandb"]) == 2
     assert capsys.readouterr().err == (
         "error: --logger wandb needs the package wandb, which is not installed: pip install wandb\n")
 
 
-def test_a_port_in_use_ends_the_program_with_status_2_before_the_first_step(corpus, tmp_path, capsys):
+def test_a_port_in_use_ends_the_program_with_status_2_before_anything_is_built(corpus, tmp_path, capsys, unbuilt):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert main([*TINY, "--data-path", corpus, "--save", str(tmp_path / "run"), "--train-iters", "2",
                      "--metrics-port", str(port)]) == 2
     said = f"error: --metrics-port {port} is in use on 127.0.0.1; give another, or 0 for one that is free\n"
     assert capsys.readouterr().err == said
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_metrics_file_in_no_folder_ends_the_program_before_anything_is_built(corpus, tmp_path, capsys, unbuilt):
+    assert main([*TINY, "--data-path", corpus, "--train-iters", "2", "--metrics-file", "/proc/none/run.prom"]) == 2
+    assert capsys.readouterr().err.startswith("error: --metrics-file /proc/none/run.prom cannot be written (")

@@ -2,7 +2,7 @@
 """
 
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -25,11 +25,16 @@ class Observer(Protocol):
         """The run has ended, `has_failed`: by an error."""
 
 
-def check_installed(logging: LoggingConfig) -> None:
-    """Raises ConfigError if a library of --logger is not installed; rank 0 calls this before a run is built."""
+def check_observers(logging: LoggingConfig) -> None:
+    """Raises ConfigError if a library of --logger is not installed, or nothing can be shown to Prometheus as asked.
+
+    Rank 0 calls this before a run is built, which may take hours.
+    """
     for name in logging.logger or ():
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"--logger {name} needs the package {name}, which is not installed: pip install {name}")
+    for observer in _prometheus(logging, None, lambda line: None):
+        observer.close(has_failed=False)
 
 
 @contextmanager
@@ -53,12 +58,16 @@ def observed(config: Config, mesh: Mesh, log: Log) -> Iterator[Sequence[Observer
 
 def _opened(config: Config, mesh: Mesh, log: Log) -> Iterator[Observer]:
     logging = config.logging
-    if logging.metrics_port is not None or logging.metrics_file is not None:
-        from megatron.train.observation.prometheus import Prometheus  # imported only by the few runs that need it
-
-        yield Prometheus(logging, config.checkpoint.save, log.line)
+    yield from _prometheus(logging, config.checkpoint.save, log.line)
     for name in dict.fromkeys(logging.logger or ()):
         from megatron.train.observation.trackers import tracker
 
         parameters = config.as_dict() | {"num_ranks": mesh.world.size}
         yield tracker(name, config.checkpoint.save, logging.logger_project, parameters, log.line)
+
+
+def _prometheus(logging: LoggingConfig, save: str | None, tell: Callable[[str], None]) -> Iterator[Observer]:
+    if logging.metrics_port is not None or logging.metrics_file is not None:
+        from megatron.train.observation.prometheus import Prometheus  # imported only by the few runs that need it
+
+        yield Prometheus(logging, save, tell)
