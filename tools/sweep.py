@@ -73,6 +73,7 @@ def sweep(given: argparse.Namespace, base: tuple[str, ...]) -> int:
     log = Log()
     with held(given.output, log.line) as lock:
         record = SweepRecord(given.output, space, given.metric)
+        space.check_files(setting for setting in space.settings() if record.is_left(setting))
         planned = plan(given.sampler, space, record, given.trials)
         running = Sweep(space, record, given.metric, early_stop=given.early_stop, lock=lock.fileno(), tell=log.line,
                         environments=environments(given.jobs))
@@ -99,18 +100,18 @@ def environments(num_jobs: int) -> list[Mapping[str, str]]:
 
 
 def _tell(record: SweepRecord, space: Space, metric: str, is_done: bool, log: Log) -> None:
-    found = outcomes(record.all())
-    log.line(f"\n{loss_name(metric)} in nats, the best first:\n\n{as_table(found)}\n")
+    found, note = outcomes(record.all()), unlike(record.measured_on())
+    log.line(f"\n{loss_name(metric)} in nats, the {'best' if note is None else 'lowest'} first:\n\n{as_table(found)}\n")
     if any(one.losses for one in found):
         from megatron.study.sweep_picture import draw_sweep  # matplotlib: slow to import, needed once
 
         draw_sweep(found, f"{loss_name(metric)} (nats a masked residue)", record.folder / "sweep.png")
         log.line(f"picture: {record.folder / 'sweep.png'}, table: {record.folder / 'sweep.csv'}")
-    if (note := unlike(record.measured_on())) is not None:
+    if note is not None:
         log.line(note)
     if not is_done:
         log.line("stopped: the same command goes on")
-    elif found and found[0].is_finished:
+    elif note is None and found and found[0].is_finished:
         for line in edges(found):
             log.line(line)
         log.line(f"best: {' '.join(space.varied_words(tuple(found[0].values.values())))}")

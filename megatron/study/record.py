@@ -22,7 +22,7 @@ from megatron.config.command_line import as_flags
 from megatron.errors import ConfigError
 from megatron.files import try_lock, write_json, write_text
 from megatron.study.curves import kinds_of
-from megatron.study.settings import Space, Trial
+from megatron.study.settings import Setting, Space, Trial
 
 BEGUN, FINISHED, STOPPED, NOT_FINITE, FAILED = "begun", "finished", "stopped early", "not finite", "failed"
 ENDED = (FINISHED, STOPPED, NOT_FINITE)  # outcomes after which a trial is not run again
@@ -68,6 +68,15 @@ class SweepRecord:
     def all(self) -> list[TrialResult]:
         """All results, in the order in which the trials were begun."""
         return list(self._results.values())
+
+    def has_ended(self, trial: Trial) -> bool:
+        """Whether a trial ended so that it is not run again."""
+        result = self[trial]
+        return result is not None and result.outcome in ENDED
+
+    def is_left(self, setting: Setting) -> bool:
+        """Whether a trial of a setting has not ended."""
+        return not all(map(self.has_ended, self._space.trials(setting)))
 
     def begun(self, trial: Trial) -> TrialResult:
         """The result of a trial so far: that of an earlier start, else a new one."""

@@ -153,16 +153,17 @@ class Sweep:
         if facts["loss"] is None:
             return NOT_FINITE
         others = [loss for result in self._record.all() if result.trial != running.result.trial
-                  and (loss := self._loss_at(result, facts["steps"])) is not None]
+                  and (loss := self._loss_at(result, facts["steps"], like=running.result)) is not None]
         is_due = self._early_stop is not None and facts["steps"] >= self._early_stop
         return STOPPED if is_due and falls_behind(facts["loss"], others) else None
 
-    def _loss_at(self, result: TrialResult, step: int) -> float | None:
-        """The loss of a trial at exactly that step; None if it has none."""
+    def _loss_at(self, result: TrialResult, step: int, like: TrialResult) -> float | None:
+        """The loss of a trial at exactly that step; None if it has none, or none on the data of the trial `like`."""
         with suppress(ConfigError):
-            curve = read_curve(self._record.folder / result.trial, self._metric)
-            return next((float(loss) for loss, at in zip(curve.losses, curve.axes["steps"], strict=True) if at == step),
-                        None)
+            curve, other = (read_curve(self._record.folder / one.trial, self._metric) for one in (result, like))
+            if curve.measured_on == other.measured_on:
+                return next((float(loss) for loss, at in zip(curve.losses, curve.axes["steps"], strict=True)
+                             if at == step), None)
         return None
 
     def _stop(self, running: _Running, outcome: str) -> None:

@@ -38,18 +38,13 @@ def plan(sampler: str, space: Space, record: SweepRecord, num_settings: int | No
     grid = space.settings()
     if sampler == "optuna":
         count = min(num_settings or 0, len(grid))
-        done = [trial for setting in grid for trial in space.trials(setting) if _has_ended(trial, record)]
+        done = [trial for setting in grid for trial in space.trials(setting) if record.has_ended(trial)]
         return TrialPlan(_suggested(optuna_module(), space, record, count), len(done), count * len(space.seeds))
     if sampler == "random":
         random.Random(_SEED).shuffle(grid)
     trials = [Trial(setting, seed) for seed in space.seeds for setting in grid[:num_settings]]
-    left = [trial for trial in trials if not _has_ended(trial, record)]
+    left = [trial for trial in trials if not record.has_ended(trial)]
     return TrialPlan(iter(left), len(trials) - len(left), len(trials))
-
-
-def _has_ended(trial: Trial, record: SweepRecord) -> bool:
-    result = record[trial]
-    return result is not None and result.outcome in ENDED
 
 
 def optuna_module() -> Any:
@@ -68,7 +63,7 @@ def _suggested(optuna: Any, space: Space, record: SweepRecord, count: int) -> It
     grid = space.settings()
     for setting in grid:
         if any(record[trial] is not None for trial in space.trials(setting)):
-            yield from (trial for trial in space.trials(setting) if not _has_ended(trial, record))
+            yield from (trial for trial in space.trials(setting) if not record.has_ended(trial))
     while True:
         new = [setting for setting in grid if all(record[trial] is None for trial in space.trials(setting))]
         num_known = len(grid) - len(new)

@@ -2,8 +2,9 @@
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from megatron.checkpoint.metrics import OF_AVERAGE, loss_name
 from megatron.config import Config
@@ -11,6 +12,7 @@ from megatron.config.command_line import as_flags, left_open, parse
 from megatron.config.declaration import flag_name, is_switch
 from megatron.data.corpus.joined import open_corpus
 from megatron.data.corpus.split import shares_of, split_documents
+from megatron.data.corpus.vocab import Vocab
 from megatron.data.rows.data_path import CorpusFiles, names_in_short, parse_data_path
 from megatron.errors import ConfigError, DataError
 from megatron.train.state import BatchSizes, TrainState
@@ -86,6 +88,18 @@ class Space:
             if other != trial:
                 raise ConfigError(f"the values {' '.join(other.setting)} and {' '.join(trial.setting)} would share the "
                                   f"folder {self.folder_name(trial)}; spell them so that letters or digits differ")
+
+    def check_files(self, settings: Iterable[Setting]) -> None:
+        """Raises a UserError for corpora, a vocabulary, clusters or weights of these settings that are not there."""
+        found = [_parsed(self.words(Trial(setting, self.seeds[0]))) for setting in settings]
+        for data in dict.fromkeys(config.data for config in found):
+            Vocab.from_file(data.vocab_file, data.mask_token)
+            for one in parse_data_path(data.data_path)[1] if data.data_path else ():
+                open_corpus(one.name, one.prefixes, data.data_impl)
+        for name, path in dict.fromkeys(pair for config in found for pair in (
+                ("--cluster-file", config.data.cluster_file), ("--load", config.checkpoint.load))):
+            if path is not None and not Path(path).exists():
+                raise ConfigError(f"{name} {path} is not there; name one that is")
 
     def _check_flags(self, trial: Trial, metric: str) -> None:
         """Raises ConfigError if a trial's flags are invalid, not for sweeps, or do not give the `metric`."""

@@ -19,10 +19,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron.data.corpus.vocab import DEFAULT_VOCAB
 from megatron.study import running
 from megatron.study.outcome import as_table, edges, outcomes
 from megatron.study.record import FINISHED, STOPPED, SweepRecord, TrialResult, held
-from megatron.study.running import falls_behind
+from megatron.study.running import Sweep, falls_behind
 from megatron.study.sampling import plan
 from megatron.study.settings import Space, Trial
 from megatron.study.sweep_picture import draw_sweep
@@ -195,6 +196,7 @@ def _and_signal(begin):
 
 
 def test_weights_to_begin_with_are_loaded_once(sweep):
+    Path("weights").mkdir()
     base = (*BASE, "--finetune", "--load", "weights")
     sweep("--vary", "lr", "1e-3", base=base)
     words = Path("out/lr=1e-3/run.log").read_text().split()
@@ -290,13 +292,48 @@ def test_another_metric_is_read_of_trials_that_are_done(sweep):
     assert begun(again) == [] and "test loss in nats, the best first:" in again and again[-1] == "best: --lr 1e-4"
 
 
-def test_trials_that_were_evaluated_on_different_data_are_said_not_to_compare(sweep):
+def test_of_trials_that_were_evaluated_on_different_data_none_is_said_to_be_the_best(sweep):
     own, said = ("--vary", "lr", "1e-4", "1e-3"), "note: these losses are not all of the same data"
-    assert not any(line.startswith(said) for line in sweep(*own)[1])
+    lines = sweep(*own)[1]
+    assert not any(line.startswith(said) for line in lines) and lines[-1] == "best: --lr 1e-3"
     metrics = Path("out", "lr=1e-3", "metrics.jsonl")
     last = json.loads(metrics.read_text().splitlines()[-1])
     metrics.write_text(f"{json.dumps(last | {'measured_on': 'x'})}\n")
-    assert any(line.startswith(said) for line in sweep(*own)[1])
+    lines = sweep(*own)[1]
+    assert lines[-1].startswith(said) and "best" not in " ".join(lines)
+
+
+def test_a_trial_is_not_stopped_because_of_losses_on_other_data(sweep):
+    rates, slow = ("1e-3", "2e-3", "1e-1"), Trial(("1e-1",), None)
+    assert sweep("--vary", "lr", *rates)[0] == 0
+    values = Space(("lr",), (rates,), (None,), BASE)
+    record = SweepRecord(Path("out"), values, "valid")
+    judge = Sweep(values, record, "valid", early_stop=20, environments=[{}], lock=0, tell=print)
+    metrics = {trial: Path("out", trial, "metrics.jsonl") for trial in results()}
+    metrics["lr=1e-1"].write_text("".join(metrics["lr=1e-1"].read_text().splitlines(keepends=True)[:-2]))
+    found = []
+    for digest in ("x", "y"):
+        for trial, path in metrics.items():
+            told = digest if trial != "lr=1e-1" else "x"
+            lines = [json.loads(line) | {"measured_on": told} for line in path.read_text().splitlines()]
+            path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        found.append(judge._judged(running._Running(slow, record[slow], 0, None, 0.0)))
+    assert found == [STOPPED, None]
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("data-path", "other.idx"), ("vocab-file", "other: cannot read the vocabulary"),
+    ("cluster-file", "--cluster-file other is not there"), ("load", "--load other is not there")])
+def test_paths_that_are_not_there_are_told_before_the_first_trial_and_of_done_trials_need_not_be(sweep, name, said):
+    write_indexed("here", [np.arange(5, dtype=np.uint8)] * 20)
+    Path("here").write_text(DEFAULT_VOCAB.read_text())
+    base = (*BASE, "--split", "9,1,0", "--lr", "1e-3", "--finetune", "--load", "here")
+    status, lines, error = sweep("--vary", name, "here", "other", base=base)
+    assert (status, begun(lines)) == (2, []) and error.startswith("error: ") and said in error
+    assert sweep("--vary", name, "here", base=base)[0] == 0
+    for place in (*Path().glob("here.*"), Path("here")):
+        place.unlink()
+    assert sweep("--vary", name, "here", base=base)[0] == 0
 
 
 def test_a_file_of_flags_is_read_for_each_trial_and_is_another_sweep_once_it_is_another(sweep):
