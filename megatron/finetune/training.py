@@ -167,7 +167,7 @@ class FineTuning:
         saver = Saver(config, self._mesh, self._job.claim, self._log, loaded=0)
         flags = self._config.as_dict() | {"vocab_file": self._config.data.absolute_vocab_file}
         saver.save(self._kept, parts_of(self._engine.model.parameters, {}), {
-            "iteration": self._kept, "config": flags, "vocabulary": self._job.vocab.identity,
+            "iteration": self._kept, "config": flags, **self._job.vocab.state(),
             "progress": {"iteration": self._kept, "consumed_samples": self._kept * self._rows},
             "began_from": self._job.flags.others["load"], **self._job.described.state()})
         saver.close()

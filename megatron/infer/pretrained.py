@@ -208,7 +208,10 @@ def positions_of(flags: Mapping[str, Any]) -> int:
 
 
 def vocab_of(checkpoint: Checkpoint, config: Config) -> Vocab:
-    """The vocabulary of a checkpoint; raises CheckpointError if its file is missing or has changed."""
+    """The vocabulary of a checkpoint; raises CheckpointError if it only names a file, which is missing or has changed.
+    """
+    if (kept := Vocab.of_state(checkpoint.state)) is not None:
+        return kept
     if checkpoint.state.get("lacks_vocabulary"):
         raise CheckpointError(f"{checkpoint.path}: nothing there says what its tokens are; copy vocab.txt or "
                               "tokenizer.json from where the weights are")

@@ -2,6 +2,8 @@
 
 import json
 
+from megatron.checkpoint.convert import sharded
+from megatron.checkpoint.convert.families.vocabularies import vocabulary_of
 from megatron.checkpoint.store import read_state
 from megatron.data.corpus.vocab import DEFAULT_VOCAB, Vocab
 from megatron.infer.pretrained import load_pretrained
@@ -44,6 +46,16 @@ def test_a_vocabulary_named_from_one_folder_is_found_from_another(run, tmp_path,
     monkeypatch.chdir("/")
     run("--train-iters", 4, "--override-lr-scheduler")
     assert load_pretrained(str(run.folder)).vocab.tokens[-1] == "[extra]"
+
+
+def test_a_checkpoint_keeps_its_vocabulary_whatever_becomes_of_the_folder_that_it_came_from(run, tmp_path):
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "vocab.txt").write_text(DEFAULT_VOCAB.read_text().replace("[MASK]", "#") + "[extra]\n")
+    run("--train-iters", 2, "--vocab-file", folder, "--mask-token", "#")
+    folder.rename(tmp_path / "moved")
+    for found in (load_pretrained(str(run.folder)).vocab, vocabulary_of(sharded.read(run.folder))):
+        assert (found.tokens[-1], found.mask_token) == ("[extra]", "#")
 
 
 def test_a_state_that_says_nothing_of_its_ends_has_cls_alone(begun):

@@ -7,10 +7,11 @@ without a token (J in all families) becomes the unknown token, never X.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -53,6 +54,16 @@ class Vocab:
             raise VocabError(f"{path}: not a vocabulary: it is not UTF-8 text with one token a line") from None
         _check(path, tokens, mask_token)
         return cls(tokens, mask_token)
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> "Vocab | None":
+        """The vocabulary that the state of a checkpoint keeps; None where it only names a file, or nothing."""
+        vocab = cls(tuple(state.get("tokens") or ()), state.get("mask_token"))
+        return vocab if vocab.identity == state.get("vocabulary") else None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, as JSON: its file may then be moved, or change."""
+        return {"vocabulary": self.identity, "tokens": list(self.tokens), "mask_token": self.mask_token}
 
     @property
     def size(self) -> int:

@@ -135,7 +135,7 @@ def facts_of(config: Config, vocab: Vocab, data: Splits, global_batch_size: int)
                       ((data.train,), ()))
     own = {"global_batch_size": global_batch_size, "vocab_file": config.data.absolute_vocab_file}
     return {"config": _as_json(config.as_dict() | own),
-            "vocabulary": vocab.identity,
+            **vocab.state(),
             "data": [list(map(str, weights)), [part.documents.indexed.contents for part in parts]],
             "clusters": [part.clusters.identity for part in parts if part.clusters is not None]}
 

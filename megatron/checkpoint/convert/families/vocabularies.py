@@ -120,6 +120,8 @@ def vocabulary_of(checkpoint: Checkpoint) -> Vocab:
     default vocabulary is assumed.
     """
     config, identity = checkpoint.state.get("config", {}), checkpoint.state.get("vocabulary")
+    if (kept := Vocab.of_state(checkpoint.state)) is not None:
+        return kept
     given, mask_token = config.get("vocab_file"), config.get("mask_token")
     is_elsewhere = identity is None and given not in (None, *VOCABULARIES) and not Path(given).exists()
     failure = f"{given or 'the default'} holds other tokens than it did"
