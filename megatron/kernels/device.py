@@ -46,6 +46,13 @@ def runs_triton(tensor: Tensor) -> bool:
     return (is_interpreted() or is_of_ampere(tensor)) and has_triton()
 
 
+def takes_compilation(tensor: Tensor) -> bool:
+    """Whether `in_one_kernel` makes one kernel for `tensor`, which Triton's interpreter does not; fake ones stand for a
+    GPU's.
+    """
+    return is_fake(tensor) or is_of_ampere(tensor) and has_triton()
+
+
 def is_of_ampere(tensor: Tensor) -> bool:
     """Whether the tensor's GPU is of that generation or a later one: compute capability 8.0."""
     return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
@@ -104,7 +111,7 @@ def in_one_kernel(name: str, changes: Sequence[str] = ()) -> Callable[[Callable[
                 return function(first, *others)
             if is_fake(first):
                 return made(first, *others)
-            return (compiled() if is_of_ampere(first) and has_triton() else function)(first, *others)
+            return (compiled() if takes_compilation(first) else function)(first, *others)
 
         return call
 

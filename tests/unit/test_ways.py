@@ -102,6 +102,12 @@ def test_it_says_what_makes_the_update(flags, update):
         assert said(flags, Mesh(device=torch.device(device))).endswith(f"; the update by {update.format(products)}")
 
 
+def test_where_triton_is_interpreted_the_update_is_not_said_to_be_compiled(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "half of each by Triton's kernels, momentum and step by PyTorch)" in said("--optimizer muon")
+
+
 def test_another_flash_attention_is_set_where_it_is_installed_and_refused_elsewhere(monkeypatch):
     def config(asked):
         return parse(["--preset", "esm2-8m", "--micro-batch-size", "1", "--flash-attention", asked])[0]

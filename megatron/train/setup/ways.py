@@ -8,7 +8,7 @@ from torch.nn.attention import activate_flash_attention_impl
 from megatron.config import Config
 from megatron.errors import ConfigError
 from megatron.kernels.attention.backends import BACKENDS, choose, in_words
-from megatron.kernels.device import has_triton, takes_triton
+from megatron.kernels.device import has_triton, takes_compilation, takes_triton
 from megatron.kernels.fp8 import recipe_of
 from megatron.kernels.fp8 import way_of as way_of_fp8
 from megatron.kernels.pointwise.compiled import TAPS, is_built, takes_compiled
@@ -98,8 +98,8 @@ def _update(config: Config, tensor: torch.Tensor) -> str:
     """What computes the optimizer's update; `tensor`: one like the activations."""
     optimizer, adamw = config.optimizer, "PyTorch's fused AdamW"
     if optimizer.uses_muon:
-        products, rest = ("half of each by Triton's kernels", "torch.compile") if takes_triton(tensor) else (
-            "whole by PyTorch", "PyTorch")
+        products = "half of each by Triton's kernels" if takes_triton(tensor) else "whole by PyTorch"
+        rest = "torch.compile" if takes_compilation(tensor) else "PyTorch"
         name = {"muon": "Muon", "normuon": "NorMuon"}[optimizer.optimizer]
         return f"{name} (its symmetric products {products}, momentum and step by {rest}) and {adamw}"
     if optimizer.optimizer_backend == "apex":
