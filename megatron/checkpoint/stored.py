@@ -3,6 +3,7 @@
 A reader of a format gives a `Checkpoint`; loading, converting and inspecting take one.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from torch import Tensor
 from megatron.errors import CheckpointError
 
 Box = tuple[slice, ...]
+SAMPLE = 256  # numbers of a tensor's middle row that are compared between hosts
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,23 @@ class Checkpoint:
                                   "--load-ema out")
         return replace(self, model={**self.model, **self.average}, optimizer=None, average=None,
                        state=self.state | {"is_averaged": True})
+
+
+def content_of(checkpoint: Checkpoint | None) -> Any:
+    """What tells a checkpoint from another one at the same place on another host, as JSON; None for none.
+
+    It is when a run wrote it. Weights of other programs do not say that: then it is a digest of the names, shapes and
+    some numbers of all of them.
+    """
+    if checkpoint is None or "written_s" in checkpoint.state:
+        return checkpoint and checkpoint.state["written_s"]
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(checkpoint.model.items()):
+        digest.update(f"{name} {tensor.shape} {tensor.dtype}".encode())
+        box = tuple(slice(size // 2, min(size // 2 + SAMPLE, size)) if dim == len(tensor.shape) - 1 else
+                    slice(size // 2, size // 2 + 1) for dim, size in enumerate(tensor.shape))
+        digest.update(tensor.read_box(box).reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _from(offsets: Sequence[int], box: Box) -> Box:

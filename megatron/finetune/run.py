@@ -12,6 +12,7 @@ from megatron.checkpoint.claim import claimed
 from megatron.checkpoint.loading import with_padding_of
 from megatron.checkpoint.newest import newest
 from megatron.checkpoint.places import METRICS_FILE, digest_of_weights, iterations
+from megatron.checkpoint.stored import content_of
 from megatron.config.lora import LoraConfig
 from megatron.data.corpus.tokenizer import ResidueTokenizer
 from megatron.errors import CheckpointError, ConfigError, DataError
@@ -128,7 +129,7 @@ def _job(flags: Flags, mesh: Mesh, log: Log, requests: StopRequests) -> Job:
     data = load_task(task, files, ResidueTokenizer(vocab))
     check_data(data, files)
     content, of_load = "the content of the task's files", "the content of --load"
-    check_same({content: data.digest(), of_load: checkpoint.state.get("written_s")},
+    check_same({content: data.digest(), of_load: content_of(checkpoint)},
                {content: files["train"], of_load: flags.others["load"]}, mesh.world, SAME_FILES)
     for part, number, other in data.overlaps():
         log.line(f"note: {number:,} of {len(data.parts[part]):,} {part} proteins have a sequence that is in the "

@@ -7,6 +7,8 @@ import subprocess
 
 import pytest
 
+from megatron.checkpoint.convert import sharded
+from megatron.checkpoint.convert.families import hf
 from pretrain_tape import main
 from tests.golden.training import ROOT, TINY, free_port, write_corpus
 
@@ -75,6 +77,17 @@ def test_ranks_with_different_checkpoints_are_not_fine_tuned(run_each, corpus, t
         "own", "--train-data", tmp_path / "labels.csv", "--save", tmp_path / "tuned"), program="tools/finetune.py")
     assert statuses == [2, 2] and len(errors) == 1
     assert f"the content of --load differs between ranks: rank 0 on {HOST} has {tmp_path}/one" in errors[0]
+
+
+def test_ranks_with_different_weights_of_another_program_do_not_train(run_each, corpus, tmp_path):
+    for seed in ("1", "2"):
+        run = tmp_path / f"run-{seed}"
+        assert main([*TINY, "--train-iters", "1", "--data-path", corpus, "--save", str(run), "--seed", seed]) == 0
+        hf.write(sharded.read(run), tmp_path / f"hf-{seed}")
+    statuses, errors = run_each(*(["--load", tmp_path / f"hf-{seed}"] for seed in ("1", "2")), flags=(
+        *TINY, "--train-iters", "2", "--data-path", corpus, "--finetune"))
+    assert statuses == [2, 2] and len(errors) == 1
+    assert f"the content of --load differs between ranks: rank 0 on {HOST} has {tmp_path}/hf-1, rank 1" in errors[0]
 
 
 def test_ranks_that_ask_for_different_grids_are_neither_fine_tuned_nor_asked(run_each, corpus, tmp_path):

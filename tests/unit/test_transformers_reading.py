@@ -12,7 +12,7 @@ from megatron.checkpoint.convert.families.names import fused, split
 from megatron.checkpoint.convert.families.vocabularies import vocabulary_of
 from megatron.checkpoint.convert.formats import foreign, recognised
 from megatron.checkpoint.newest import saved_flags
-from megatron.checkpoint.stored import stored
+from megatron.checkpoint.stored import content_of, stored
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import CheckpointError
 from tests.transformers_models import (
@@ -44,6 +44,7 @@ def test_what_is_written_is_read_again_bit_by_bit(kind, their_folders, tmp_path)
     assert hf.write(first, tmp_path / "out") == tmp_path / "out"
     again = hf.read(tmp_path / "out")
     same_weights(again, first)
+    assert content_of(again) == content_of(first)
     assert again.state["config"] == first.state["config"]
     assert again.state["vocabulary"] == Vocab.from_file(VOCABS[kind]).identity
 

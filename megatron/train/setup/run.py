@@ -8,7 +8,7 @@ import torch
 
 from megatron.checkpoint.loading import load_average, load_model, load_optimizer, with_padding_of
 from megatron.checkpoint.saving import parts_of
-from megatron.checkpoint.stored import Checkpoint
+from megatron.checkpoint.stored import Checkpoint, content_of
 from megatron.config import CheckpointConfig, Config
 from megatron.config.declaration import shown
 from megatron.data.batches.batch import BatchShape, batch_shape
@@ -153,11 +153,13 @@ def _build_data(config: Config, vocab: Vocab, log: Log) -> Splits:
 
 def _check_same_files(config: Config, vocab: Vocab, data: Splits, checkpoint: Checkpoint | None, mesh: Mesh) -> None:
     """Raises ConfigError where ranks have different vocabularies, data or checkpoints; a collective."""
+    if mesh.world.size == 1:
+        return
     facts, options = facts_of(config, vocab, data, 0), config.data
     files = {"--vocab-file": (facts["vocabulary"], options.vocab_file),
              "--data-path": (facts["data"], shown(options.data_path)),
              "--cluster-file": (facts["clusters"], options.cluster_file),
-             "--load": (checkpoint and checkpoint.state.get("written_s"), config.checkpoint.load)}
+             "--load": (content_of(checkpoint), config.checkpoint.load)}
     check_same({f"the content of {name}": content for name, (content, _) in files.items()},
                {f"the content of {name}": f"{path}" for name, (_, path) in files.items()}, mesh.world, SAME_FILES)
 
