@@ -275,7 +275,7 @@ def _of_baselines(run: Run) -> str:
 def _summary(run: Run, results: dict[str, Evaluation], before: dict[str, float | None], baselines: Baselines | None,
              picture: Path | None) -> None:
     folder = run.config.checkpoint.save
-    rows = [(loss_name(kind), _in_words(result, before.get(kind))) for kind, result in results.items()]
+    rows = [(loss_name(kind), result.in_words(before.get(kind))) for kind, result in results.items()]
     if baselines is not None:
         rows.insert(sum(kind.startswith("valid") for kind in results), (
             "letter frequencies", f"{baselines.letters:.4f} nats: the baseline on {_of_baselines(run)} "
@@ -290,10 +290,3 @@ def _summary(run: Run, results: dict[str, Evaluation], before: dict[str, float |
     width = max(18, *(len(name) for name, _ in rows)) + 2 if rows else 0
     is_last = not folder or run.is_other_evaluated  # else the last line is where the report is
     run.log.line("\n".join(["", *(f"  {name:<{width}}{value}" for name, value in rows), *([""] if is_last else [])]))
-
-
-def _in_words(result: Evaluation, before: float | None) -> str:
-    if result.loss is None:
-        return "none: there is no residue to predict"
-    return (f"{result.loss:.4f} nats (perplexity {result.perplexity:.2f}, {result.num_targets} masked residues)"
-            f"{'' if before is None else f', before the first step {before:.4f}'}")

@@ -147,6 +147,9 @@ def test_a_split_without_a_residue_is_evaluated_to_nothing(tmp_path):
     engine = tiny_engine(data)
     found = evaluate(engine, splits.valid, batch_shape(splits, 1), Log(), num_rows=1, label="", wants_stop=bool)
     assert found == Evaluation(None, None, None, 0)
+    assert found.in_words(None) == "none: there is no residue to predict"
+    assert replace(found, loss=2.5, perplexity=12.18, num_targets=1).in_words(3.0) == (
+        "2.5000 nats (perplexity 12.18, 1 masked residue), before the first step 3.0000")
     rows = weakref.ref(splits.valid)
     del splits
     gc.collect()

@@ -11,7 +11,7 @@ import torch
 from megatron.data.batches.batch import Batch, BatchShape
 from megatron.data.batches.loader import batches
 from megatron.data.rows.dataset import Dataset
-from megatron.log import Log, ProgressBar
+from megatron.log import Log, ProgressBar, number_of
 from megatron.parallel.collectives import all_reduce_sum
 from megatron.parallel.waits import read
 from megatron.train.step.engine import Engine
@@ -28,6 +28,14 @@ class Evaluation:
     perplexity: float | None
     masked_accuracy: float | None  # the share of targets predicted right
     num_targets: int
+
+    def in_words(self, before: float | None) -> str:
+        """The same for people; `before`: the loss before the first step, if it is known."""
+        if self.loss is None:
+            return "none: there is no residue to predict"
+        return (f"{self.loss:.4f} nats (perplexity {self.perplexity:.2f}, "
+                f"{number_of(self.num_targets, 'masked residue')})"
+                f"{'' if before is None else f', before the first step {before:.4f}'}")
 
 
 def evaluate(engine: Engine, dataset: Dataset, shape: BatchShape, log: Log, *, num_rows: int,
