@@ -197,7 +197,8 @@ def test_foreign_flags_say_why(flag):
 @pytest.mark.parametrize(("text", "message"), [
     ("--preset demo --num-layer 2", "unknown argument --num-layer; did you mean --num-layers?"),
     ("--preset demo --hidden-size 130", "--hidden-size 130 is not divisible by --num-attention-heads 4"),
-    ("--preset demo --num-layers two", "argument --num-layers: invalid int value: 'two'"),
+    ("--preset demo --num-layers two", "--num-layers is 'two'; it must be a whole number"),
+    ("--preset demo --local_rank 1.0", "--local-rank is '1.0'; it must be a whole number"),
     ("--preset demo --lr -1", "--lr is -1.0; it must be greater than 0"),
     ("--preset tape --seq-length 2048 --max-position-embeddings 64", "--seq-length 2048 needs as many positions"),
     ("--preset demo --fp16 --bf16", "--fp16 and --bf16 exclude each other"),

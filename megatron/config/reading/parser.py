@@ -1,6 +1,7 @@
 """The project's use of argparse: flags derived from dataclasses, mistakes in one line, and compact help."""
 
 import argparse
+import re
 import shutil
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import Field, fields
@@ -12,6 +13,9 @@ from megatron.errors import ConfigError
 
 _LEAST_COLUMNS, _MOST_COLUMNS = 80, 120
 _LONGEST_CHOICES = 40  # characters; help lists longer choices in the text, not in place of the value
+# What argparse says of a value that is no number: all names of its flag, int or float, the value in quotes.
+_NO_NUMBER = re.compile(r"argument (?P<flag>[^/ ]+)\S*: invalid (?P<kind>int|float) value: (?P<value>.*)", re.DOTALL)
+_KINDS = {"int": "a whole number", "float": "a number"}
 _VALUES = {"file": "FILE", "folder": "FOLDER", "prefix": "PREFIX", int: "N", float: "X", str: "TEXT"}
 
 
@@ -19,6 +23,8 @@ class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser that raises a ConfigError of one line for a mistake, instead of printing the usage."""
 
     def error(self, message: str) -> NoReturn:
+        if found := _NO_NUMBER.match(message):
+            message = f"{found['flag']} is {found['value']}; it must be {_KINDS[found['kind']]}"
         raise ConfigError(message)
 
 
