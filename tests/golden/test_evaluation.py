@@ -110,8 +110,10 @@ def test_what_is_not_evaluated_and_not_kept_is_told(tmp_path, capsys):
     assert main([*FLAGS, "--data-path", few, "--split", "969,30,1"]) == 0
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
     assert notes[-2:] == [
-        "note: --split 969,30,1 leaves so few proteins none for validation: nothing is evaluated; give it a larger "
-        "share, such as 80,20,0", "note: without --save nothing of this run is kept"]
+        "note: of so few proteins --split 969,30,1 leaves none for validation and test: there is no validation and no "
+        "test loss; give larger shares, such as 80,10,10", "note: without --save nothing of this run is kept"]
+    assert main([*FLAGS, "--data-path", few, "--split", "80,19,1"]) == 0
+    assert "leaves none for test: there is no test loss; give" in capsys.readouterr().out
     assert main([*FLAGS, "--data-path", few, "--split", "1,0,0", "--save", str(tmp_path / "kept")]) == 0
     assert "note: " not in capsys.readouterr().out
 

@@ -141,9 +141,12 @@ def _build_data(config: Config, vocab: Vocab, log: Log) -> Splits:
     for part in (data.train, data.valid, data.test):
         if part is not None and log.is_speaker:  # it reads the lengths of all proteins
             log.line(part.describe())
-    if data.valid is None and shares_of(config.data.split)[1]:
-        log.line(f"note: --split {config.data.split} leaves so few proteins none for validation: nothing is evaluated; "
-                 "give it a larger share, such as 80,20,0")
+    _, *shares = shares_of(config.data.split)
+    missing = [name for name, part, share in zip(("validation", "test"), (data.valid, data.test), shares, strict=True)
+               if part is None and share]
+    if missing:
+        log.line(f"note: of so few proteins --split {config.data.split} leaves none for {' and '.join(missing)}: there "
+                 f"is no {' and no '.join(missing)} loss; give larger shares, such as 80,10,10")
     if config.checkpoint.save is None:
         log.line("note: without --save nothing of this run is kept")
     if config.training.eval_each and not isinstance(data.train, BlendedDataset):
