@@ -4,6 +4,7 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -74,6 +75,19 @@ def test_of_ranks_with_the_same_mistake_the_first_prints_it_and_one_with_another
     monkeypatch.setattr(socket, "gethostname", lambda: "second")
     assert printed_by([1], capsys, store) == [""]
     assert len(list(filter(None, printed_by([0, 1], capsys, store, launcher="torchrun")))) == 1
+
+
+def test_rank_0_waits_no_longer_than_until_the_ranks_of_all_hosts_have_asked(capsys, monkeypatch):
+    store = dist.HashStore()
+    for host, rank in (("first", 1), ("second", 2)):
+        monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
+        assert printed_by([rank], capsys, store, launcher="torchrun") == [
+            f"error: no such file (rank {rank} on {host})\n"]
+    monkeypatch.setattr(socket, "gethostname", lambda: "first")
+    monkeypatch.setattr(failure_module, "OTHERS_S", 60)
+    began_s = time.monotonic()
+    assert printed_by([0], capsys, store, launcher="torchrun") == [""]
+    assert time.monotonic() - began_s < 30
 
 
 def test_a_rank_whose_peers_have_gone_prints_its_mistake_itself(capsys):

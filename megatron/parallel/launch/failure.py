@@ -95,12 +95,13 @@ def told_once(store: dist.Store, launch: Launch) -> Iterator[None]:
 
 def _tell_once(error: UserError, store: dist.Store, launch: Launch) -> None:
     """Print the error unless another rank has; raises DistError if rank 0, which keeps the store, has gone."""
+    key = f"told/{hashlib.blake2b(str(error).encode(errors='replace'), digest_size=16).hexdigest()}"
     where = socket.gethostname() if launch.launcher == "torchrun" else ""
-    key = f"told/{hashlib.blake2b(f'{where} {error}'.encode(errors='replace'), digest_size=16).hexdigest()}"
-    if store.add(key, 1) == 1:
+    if store.add(f"{key}/{where}", 1) == 1:
         sys.stderr.write(f"error: {_reason(error, launch)}\n")
         sys.stderr.flush()
     error.is_told = True
+    store.add(key, 1)  # of all hosts
     until_s = time.monotonic() + OTHERS_S
     while launch.rank == 0 and store.add(key, 0) < launch.size and time.monotonic() < until_s:
         time.sleep(0.02)  # the store goes with this rank, and the others still have to ask
