@@ -11,8 +11,8 @@ import numpy as np
 from megatron.data.corpus.tokenizer import ResidueTokenizer
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.preprocess.encode import Encoding, encode_block
+from megatron.data.sources.block import DEFAULT_NAME_KEY
 from megatron.data.sources.source import expand
-from megatron.data.sources.values import DEFAULT_NAME_KEY
 from megatron.errors import DataError
 from megatron.infer.skipped import FLAG, REMEDY, Skipped
 from megatron.log import Log

@@ -26,10 +26,9 @@ from megatron.data.preprocess.nucleotides import NucleotideWatch
 from megatron.data.preprocess.progress import ReadingProgress
 from megatron.data.preprocess.tally import DocumentTally, describe
 from megatron.data.preprocess.workers import encoded_blocks
-from megatron.data.sources.block import RecordBlock
+from megatron.data.sources.block import DEFAULT_NAME_KEY, RecordBlock
 from megatron.data.sources.source import Source, expand
 from megatron.data.sources.streams import BLOCK_BYTES
-from megatron.data.sources.values import DEFAULT_NAME_KEY
 from megatron.errors import DataError
 from megatron.files import leaving_no_empty, sha256, write_json
 

@@ -3,11 +3,14 @@
 One process cuts a file into blocks; any process may parse them.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.data.sources.streams import InputStream, Lookahead
+
+DEFAULT_NAME_KEY = "id"
+SEQUENCE_KEY = "sequence"  # for files without keys
 
 
 @dataclass(frozen=True)
@@ -74,16 +77,32 @@ class Texts:
     num_blank_lines: int = 0
 
 
-def texts_of(block: RecordBlock, text_of: Callable[[Any], bytes | BadRecord]) -> Texts:
-    """The texts that `text_of` finds in the records of a block that is a sequence of records."""
-    found = Texts([])
-    for index, record in enumerate(block.records):
-        text = text_of(record)
+def collected(block: RecordBlock, found: Iterable[tuple[int, bytes | BadRecord]], unit: str = "record") -> Texts:
+    """The texts `found` in a block, each with the number of its `unit`, a record or a line, in the file."""
+    parsed = Texts([])
+    for number, text in found:
         if isinstance(text, BadRecord):
-            found.bad[index] = BadRecord(text.reason, f"{block.source}: record {block.first + index}: {text.message}")
+            parsed.bad[len(parsed.texts)] = BadRecord(text.reason, f"{block.source}: {unit} {number}: {text.message}")
             text = b""
-        found.texts.append(text)
-    return found
+        parsed.texts.append(text)
+    return parsed
+
+
+def text_under(value: Any, key: str) -> bytes | BadRecord:
+    """The string or bytes under `key` of a record, which should be a dict, or a BadRecord, as `value` may be one."""
+    if isinstance(value, BadRecord):
+        return value
+    if not isinstance(value, dict):
+        return BadRecord("bad JSON", f"{type_name(value)} where a JSON object belongs")
+    if key not in value:
+        found = ", ".join(repr(other)[:40] for other in list(value)[:5]) or "nothing"
+        return BadRecord("missing key", f"no key {key!r}; it has {found}. --json-keys names the keys")
+    text = value[key]
+    if isinstance(text, bytes):
+        return text
+    if not isinstance(text, str):
+        return BadRecord("not a string", f"{key!r} is of type {type_name(text)}; expected a string of residues")
+    return text.encode(errors="replace")
 
 
 def type_name(value: Any) -> str:

@@ -4,17 +4,23 @@ A readable kind gives blocks in one of the FORMATS, which say how to parse them.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from tempfile import NamedTemporaryFile
 from typing import Any
 
-from megatron.data.sources import tar, values
+from megatron.data.sources import tar
 from megatron.data.sources.binary.arrow import ARROW_FILE_MAGIC, ARROW_STREAM_MAGIC, arrow_blocks
-from megatron.data.sources.binary.columns import parse_columns
+from megatron.data.sources.binary.columns import parse_columns, records_in_columns
 from megatron.data.sources.binary.parquet import PARQUET_MAGIC, parquet_blocks
-from megatron.data.sources.binary.tape_lmdb import LMDB_MAGIC, LMDB_MAGIC_OFFSET, lmdb_blocks, parse_lmdb
-from megatron.data.sources.block import Contents, RecordBlock, Texts, WantedKeys
+from megatron.data.sources.binary.tape_lmdb import (
+    LMDB_MAGIC,
+    LMDB_MAGIC_OFFSET,
+    lmdb_blocks,
+    parse_lmdb,
+    records_in_lmdb,
+)
+from megatron.data.sources.block import BadRecord, Contents, RecordBlock, Texts, WantedKeys
 from megatron.data.sources.streams import GZIP_MAGIC, ZSTD_MAGICS, InputStream, Lookahead, unpacked, with_unix_line_ends
 from megatron.data.sources.text import delimited, json_array, looks, records
 from megatron.errors import DataError
@@ -26,27 +32,28 @@ _FASTA_WITH_LF = re.compile(rb"\s*[>;#][^\r\n]*\r?\n")  # then a CR alone does n
 
 @dataclass(frozen=True)
 class RecordFormat:
-    """The functions that parse blocks of one kind. A place is a text for messages, such as "line 3"."""
+    """The functions that parse blocks of one kind into texts or whole records, with numbers by which to find them."""
 
     texts: Callable[[RecordBlock, str], Texts]  # the texts under a key
-    records: Callable[[RecordBlock], values.Records]  # whole records with their places
-    names: Callable[[RecordBlock, str], Iterable[tuple[str, bytes]]] | None = None  # (place, name); None: by `records`
+    records: Callable[[RecordBlock], Iterator[tuple[int, Any]]]  # the number of each record, and it or a BadRecord
+    names: Callable[[RecordBlock, str], Iterator[tuple[int, bytes | BadRecord]]] | None = None  # None: by `records`
     place: Callable[[RecordBlock, int, int], str] | None = None  # of a byte in a record's text; None: record and column
+    unit: str = "line"  # what the numbers count
     has_keys: bool = True  # whether a record's texts have keys or columns
 
 
 FORMATS = {
-    "json": RecordFormat(records.parse_json, records.json_records, None, records.place_in_json),
-    "json array": RecordFormat(json_array.parse_json_array, values.records_in_json_array),
-    "fasta": RecordFormat(records.parse_fasta, values.records_in_fasta, values.names_in_fasta, records.place_in_fasta,
-                          has_keys=False),
-    "strings": RecordFormat(records.parse_strings, values.records_in_strings, None, records.place_in_strings,
+    "json": RecordFormat(records.parse_json, records.records_in_json, None, records.place_in_json),
+    "json array": RecordFormat(json_array.parse_json_array, json_array.records_in_json_array, unit="record"),
+    "fasta": RecordFormat(records.parse_fasta, records.records_in_fasta, records.headers_in_fasta,
+                          records.place_in_fasta, has_keys=False),
+    "strings": RecordFormat(records.parse_strings, records.records_in_strings, None, records.place_in_strings,
                             has_keys=False),
-    "csv": RecordFormat(delimited.parse_delimited, delimited.records_in_delimited, delimited.names_in_delimited,
+    "csv": RecordFormat(delimited.parse_delimited, delimited.records_in_delimited, delimited.fields_in_delimited,
                         delimited.place_in_delimited),
-    "lmdb": RecordFormat(parse_lmdb, values.records_in_lmdb),
-    "parquet": RecordFormat(parse_columns, values.records_in_columns),
-    "arrow": RecordFormat(parse_columns, values.records_in_columns),
+    "lmdb": RecordFormat(parse_lmdb, records_in_lmdb, unit="record"),
+    "parquet": RecordFormat(parse_columns, records_in_columns, unit="record"),
+    "arrow": RecordFormat(parse_columns, records_in_columns, unit="record"),
 }
 
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron.data.sources.block import BadRecord, RecordBlock, Texts, WantedKeys, type_name
+from megatron.data.sources.block import SEQUENCE_KEY, BadRecord, RecordBlock, Texts, WantedKeys, type_name
 from megatron.data.sources.folders import files_of
 from megatron.data.sources.kinds import FORMATS, blocks_of
 from megatron.data.sources.streams import InputStream
-from megatron.data.sources.values import SEQUENCE_KEY
 from megatron.errors import DataError
 
 
@@ -90,12 +89,13 @@ def records_of(block: RecordBlock) -> Iterator[tuple[str, dict[str, Any] | BadRe
     protein a line has `sequence`. A BadRecord takes the place of the values of a record that has none. Raises DataError
     if the block is not of its kind.
     """
-    if not FORMATS[block.kind].has_keys:
+    form = FORMATS[block.kind]
+    if not form.has_keys:
         texts_of(block, SEQUENCE_KEY)  # raises if it is not of that kind
-    for place, record in FORMATS[block.kind].records(block):
+    for number, record in form.records(block):
         if not isinstance(record, dict | BadRecord):
             record = BadRecord("bad JSON", f"{type_name(record)} where a JSON object belongs")
-        yield place, record
+        yield f"{form.unit} {number}", record
 
 
 def names_of(block: RecordBlock, key: str) -> Texts:
@@ -106,11 +106,11 @@ def names_of(block: RecordBlock, key: str) -> Texts:
     finding = "a header without a name" if block.kind == "fasta" else f"no name under {key!r}; --name-key names the key"
     form, parsed = FORMATS[block.kind], Texts([])
     found = form.names(block, key) if form.names else (
-        (place, _under_key(record, key)) for place, record in form.records(block))
-    for index, (place, text) in enumerate(found):
-        name = b"".join(text.split(None, 1)[:1])
+        (number, _under_key(record, key)) for number, record in form.records(block))
+    for index, (number, text) in enumerate(found):
+        name = b"" if isinstance(text, BadRecord) else b"".join(text.split(None, 1)[:1])
         if not name:
-            parsed.bad[index] = BadRecord("no name", f"{block.source}: {place}: {finding}")
+            parsed.bad[index] = BadRecord("no name", f"{block.source}: {form.unit} {number}: {finding}")
         parsed.texts.append(name)
     return parsed
 

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from megatron.data.corpus.tokenizer import GAPS, ResidueTokenizer
-from megatron.data.sources.block import BadRecord, type_name
+from megatron.data.sources.block import DEFAULT_NAME_KEY, BadRecord, type_name
 from megatron.data.sources.source import Source, records_of
-from megatron.data.sources.values import DEFAULT_NAME_KEY
 from megatron.errors import DataError
 from megatron.finetune.data.labels import LabelSpace, label_space
 from megatron.finetune.data.record import ProteinRecord

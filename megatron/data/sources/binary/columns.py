@@ -1,9 +1,9 @@
 """Checks the columns of a table, and reads the texts in columns of Parquet and Arrow."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megatron.data.sources.block import BadRecord, RecordBlock, Texts, WantedKeys
+from megatron.data.sources.block import BadRecord, RecordBlock, Texts, WantedKeys, collected
 from megatron.data.sources.text.looks import is_name_of_sequences
 from megatron.errors import DataError
 
@@ -74,6 +74,12 @@ def parse_columns(block: RecordBlock, key: str) -> Texts:
     column = block.records[key]
     if None not in column:
         return Texts(column)
-    bad = {index: BadRecord("not a string", f"{block.source}: record {block.first + index}: {key!r} is null")
-           for index, text in enumerate(column) if text is None}
-    return Texts([text or b"" for text in column], bad)
+    null = BadRecord("not a string", f"{key!r} is null")
+    return collected(block, ((number, null if text is None else text)
+                             for number, text in enumerate(column, start=block.first)))
+
+
+def records_in_columns(block: RecordBlock) -> Iterator[tuple[int, Any]]:
+    """The number of each row, and its values by column."""
+    rows = zip(*block.records.values(), strict=True)
+    return enumerate((dict(zip(block.records, row, strict=True)) for row in rows), start=block.first)

@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any, BinaryIO
 
-from megatron.data.sources.block import BadRecord, RecordBlock, Texts, WantedKeys, texts_of
+from megatron.data.sources.block import BadRecord, RecordBlock, Texts, WantedKeys, collected, text_under
 from megatron.data.sources.streams import BLOCK_BYTES, MAX_RECORD_BYTES
-from megatron.data.sources.text.records import text_under
 from megatron.errors import DataError
 from megatron.plain_pickle import load_plain_pickle
 
@@ -45,10 +44,17 @@ def lmdb_blocks(source: str, path: str, wanted: WantedKeys) -> Iterator[RecordBl
 
 def parse_lmdb(block: RecordBlock, key: str) -> Texts:
     """The residues of each record: those under `key`, or under `primary` if `key` is the default `text` and absent."""
-    return texts_of(block, lambda value: _text_of(value, key))
+    return collected(block, (
+        (number, text_under(record, "primary" if key == "text" and isinstance(record, dict) and key not in record
+                            else key)) for number, record in records_in_lmdb(block)))
 
 
-def unpickled(value: bytes | None) -> dict[Any, Any] | BadRecord:
+def records_in_lmdb(block: RecordBlock) -> Iterator[tuple[int, Any]]:
+    """The number of each record, and its dict or a BadRecord."""
+    return enumerate(map(_unpickled, block.records), start=block.first)
+
+
+def _unpickled(value: bytes | None) -> dict[Any, Any] | BadRecord:
     """The dict in a record's pickle, or a BadRecord; no code in the pickle is run. `value`: None if it is missing."""
     if value is None:
         return BadRecord("missing record", "is missing; the LMDB is not whole")
@@ -58,13 +64,6 @@ def unpickled(value: bytes | None) -> dict[Any, Any] | BadRecord:
         return BadRecord("bad pickle", f"cannot be unpickled ({error})")
     return record if isinstance(record, dict) else BadRecord("bad pickle",
                                                              f"{type(record).__name__} where a dict belongs")
-
-
-def _text_of(value: bytes | None, key: str) -> bytes | BadRecord:
-    record = unpickled(value)
-    if isinstance(record, BadRecord):
-        return record
-    return text_under(record, "primary" if key == "text" and "text" not in record else key)
 
 
 def _receive(receiver: Connection, source: str) -> tuple[list[bytes | None] | None, int]:

@@ -6,15 +6,15 @@ preserves every byte.
 """
 
 import csv
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
 from megatron.data.sources.binary.columns import check_columns, check_distinct
-from megatron.data.sources.block import BadRecord, Contents, RecordBlock, Texts, WantedKeys
+from megatron.data.sources.block import BadRecord, Contents, RecordBlock, Texts, WantedKeys, collected
 from megatron.data.sources.streams import MAX_RECORD_BYTES
 from megatron.data.sources.text.looks import HEAD_BYTES, delimiter_of
-from megatron.data.sources.text.records import line_blocks, line_of
+from megatron.data.sources.text.records import line_blocks, line_of, num_blank_lines
 from megatron.errors import DataError
 
 _KIND_NAMES = {"\t": "TSV", ",": "CSV", ";": "CSV"}
@@ -45,37 +45,24 @@ def delimited_blocks(contents: Contents, wanted: WantedKeys) -> Iterator[RecordB
 
 def parse_delimited(block: RecordBlock, key: str) -> Texts:
     """The texts in column `key`; a row with more or fewer fields than the header is a bad record."""
-    column = block.records.header.index(key)
-    parsed = Texts([])
-    num_lines = 0
-    for num_lines, row in enumerate(_rows(block), start=1):
-        if row is None:
-            parsed.num_blank_lines += 1
-            continue
-        if isinstance(row, BadRecord):
-            parsed.bad[len(parsed.texts)] = BadRecord(
-                row.reason, f"{block.source}: line {block.first + num_lines - 1}: {row.message}")
-        parsed.texts.append(b"" if isinstance(row, BadRecord) else row[column])
-    parsed.num_blank_lines -= block.records.lines.endswith(b"\n")
+    parsed = collected(block, fields_in_delimited(block, key), "line")
+    parsed.num_blank_lines = num_blank_lines(block.records.lines, len(parsed.texts))
     return parsed
 
 
-def names_in_delimited(block: RecordBlock, key: str) -> Iterable[tuple[str, bytes]]:
-    """The place of each row, and its field in column `key`."""
+def fields_in_delimited(block: RecordBlock, key: str) -> Iterator[tuple[int, bytes | BadRecord]]:
+    """The line of each row, and its field in column `key`."""
     column = block.records.header.index(key)
-    for number, row in enumerate(_rows(block), start=block.first):
-        if row is not None:
-            yield f"line {number}", b"" if isinstance(row, BadRecord) else row[column]
+    return ((line, row if isinstance(row, BadRecord) else row[column]) for line, row in _rows(block))
 
 
-def records_in_delimited(block: RecordBlock) -> Iterator[tuple[str, dict[str, str] | BadRecord]]:
-    """The place of each row, and its fields by column; raises DataError if two columns have the same name."""
+def records_in_delimited(block: RecordBlock) -> Iterator[tuple[int, dict[str, str] | BadRecord]]:
+    """The line of each row, and its fields by column; raises DataError if two columns have the same name."""
     check_distinct(block.source, block.records.header)
-    for number, row in enumerate(_rows(block), start=block.first):
-        if row is not None:
-            yield f"line {number}", row if isinstance(row, BadRecord) else {
-                name: field.decode(errors="replace").strip()
-                for name, field in zip(block.records.header, row, strict=True)}
+    for line, row in _rows(block):
+        yield line, row if isinstance(row, BadRecord) else {
+            name: field.decode(errors="replace").strip()
+            for name, field in zip(block.records.header, row, strict=True)}
 
 
 def place_in_delimited(block: RecordBlock, index: int, offset: int) -> str:
@@ -83,15 +70,14 @@ def place_in_delimited(block: RecordBlock, index: int, offset: int) -> str:
     return f"line {line_of(block.records.lines, block.first, index)}, column {offset + 1} of the text"
 
 
-def _rows(block: RecordBlock) -> Iterator[list[bytes] | BadRecord | None]:
-    """The fields of each line, or what is wrong with it; None for a blank line.
+def _rows(block: RecordBlock) -> Iterator[tuple[int, list[bytes] | BadRecord]]:
+    """The number of each line that is not blank, and its fields or what is wrong with it.
 
     Raises DataError for a quoted field that spans lines.
     """
     rows = block.records
     for number, line in enumerate(rows.lines.split(b"\n"), start=block.first):
         if not line.strip():
-            yield None
             continue
         if b'"' not in line:
             fields: list[bytes] | BadRecord = line.split(rows.delimiter.encode())
@@ -103,7 +89,7 @@ def _rows(block: RecordBlock) -> Iterator[list[bytes] | BadRecord | None]:
             fields = _fields(line, rows.delimiter)
         if not isinstance(fields, BadRecord) and len(fields) != len(rows.header):
             fields = BadRecord("bad row", f"{len(fields)} fields where the header has {len(rows.header)}")
-        yield fields
+        yield number, fields
 
 
 def _fields(line: bytes, delimiter: str) -> list[bytes] | BadRecord:

@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from megatron.data.sources.block import Contents, RecordBlock, Texts, WantedKeys, texts_of
+from megatron.data.sources.block import Contents, RecordBlock, Texts, WantedKeys, collected, text_under
 from megatron.data.sources.streams import BLOCK_BYTES, MAX_RECORD_BYTES
-from megatron.data.sources.text.records import text_under
 from megatron.errors import DataError
 
 _BLANKS = re.compile(r"[ \t\n\r]*")
@@ -30,7 +29,12 @@ def json_array_blocks(contents: Contents, wanted: WantedKeys) -> Iterator[Record
 
 def parse_json_array(block: RecordBlock, key: str) -> Texts:
     """The string under `key` in each element."""
-    return texts_of(block, lambda element: text_under(element, key))
+    return collected(block, ((number, text_under(element, key)) for number, element in records_in_json_array(block)))
+
+
+def records_in_json_array(block: RecordBlock) -> Iterator[tuple[int, Any]]:
+    """The number of each element, and the element, which need not be an object."""
+    return enumerate(block.records, start=block.first)
 
 
 def _elements(contents: Contents) -> Iterator[tuple[Any, int]]:

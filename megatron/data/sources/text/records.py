@@ -6,9 +6,21 @@ FASTA headers are never decoded, so they may hold any bytes. Blank lines are not
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import islice
 from typing import Any
 
-from megatron.data.sources.block import BadRecord, Contents, RecordBlock, Texts, WantedKeys, type_name
+from megatron.data.sources.block import (
+    DEFAULT_NAME_KEY,
+    SEQUENCE_KEY,
+    BadRecord,
+    Contents,
+    RecordBlock,
+    Texts,
+    WantedKeys,
+    collected,
+    text_under,
+)
 from megatron.data.sources.streams import cut
 from megatron.errors import DataError
 
@@ -67,47 +79,43 @@ def skip_blank_lines(contents: Contents) -> None:
             return
 
 
-def json_records(block: RecordBlock) -> Iterator[tuple[str, Any]]:
-    """The place and the JSON value of each line that is not blank; a BadRecord for a line that is not JSON."""
+def records_in_json(block: RecordBlock) -> Iterator[tuple[int, Any]]:
+    """The number and the JSON value of each line that is not blank; a BadRecord for a line that is not JSON."""
     loads = json_loads()
-    for number, line in enumerate(block.records.split(b"\n"), start=block.first):
-        if line.strip():
-            try:
-                yield f"line {number}", loads(line)
-            except (ValueError, RecursionError):
-                yield f"line {number}", _odd_json(line)
+    for number, line in filled_lines(block.records, block.first):
+        try:
+            yield number, loads(line)
+        except (ValueError, RecursionError):
+            yield number, _odd_json(line)
 
 
-def fasta_records(block: RecordBlock) -> Iterator[tuple[int, bytes, bytes]]:
-    """The line number, the header and the lines under it, of each FASTA record."""
-    line = block.first
-    for record in block.records[1:].split(b"\n>"):
-        header, _, text = record.partition(b"\n")
-        yield line, header, text
-        line += record.count(b"\n") + 1
+def records_in_fasta(block: RecordBlock) -> Iterator[tuple[int, dict[str, str]]]:
+    """The line of each FASTA record, and its name and residues as `id` and `sequence`."""
+    for line, header, text in _fasta_records(block):
+        name = b"".join(header.split(None, 1)[:1])
+        yield line, {DEFAULT_NAME_KEY: name.decode(errors="replace"), SEQUENCE_KEY: text.decode(errors="replace")}
+
+
+def headers_in_fasta(block: RecordBlock, key: str) -> Iterator[tuple[int, bytes]]:
+    """The line of each FASTA record, and its whole header, undecoded; `key` is not used."""
+    return ((line, header) for line, header, _ in _fasta_records(block))
+
+
+def records_in_strings(block: RecordBlock) -> Iterator[tuple[int, dict[str, str]]]:
+    """The number of each line that is not blank, and its residues as `sequence`."""
+    return ((number, {SEQUENCE_KEY: line.decode(errors="replace")})
+            for number, line in filled_lines(block.records, block.first))
 
 
 def parse_json(block: RecordBlock, key: str) -> Texts:
     """The string under `key` in each line's object."""
-    loads = json_loads()
-    lines = block.records.split(b"\n")
-    parsed = Texts([])
-    texts = parsed.texts
-    for number, line in enumerate(lines, start=block.first):
-        try:
-            texts.append(loads(line)[key].encode())
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            if not line.strip():
-                parsed.num_blank_lines += 1
-                continue
-            value = _odd_json(line)
-            text = value if isinstance(value, BadRecord) else text_under(value, key)
-            if isinstance(text, BadRecord):
-                bad = BadRecord(text.reason, f"{block.source}: line {number}: {text.message}")
-                parsed.bad[len(texts)] = bad
-                text = b""
-            texts.append(text)
-    parsed.num_blank_lines -= not lines[-1]
+    loads, parsed = json_loads(), None
+    with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        parsed = Texts([loads(line)[key].encode() for line in block.records.split(b"\n") if line])
+    if parsed is None:  # a bad record, or one that needs a closer look
+        found = ((number, text_under(value, key)) for number, value in records_in_json(block))
+        parsed = collected(block, found, "line")
+    parsed.num_blank_lines = num_blank_lines(block.records, len(parsed.texts))
     return parsed
 
 
@@ -134,9 +142,8 @@ def parse_strings(block: RecordBlock, key: str) -> Texts:
         line = block.first + block.records.count(b"\n", 0, header.end())
         raise DataError(f"{block.source}: line {line}: a FASTA header, though the file began as one protein a line; "
                         "give the two kinds in files of their own")
-    lines = block.records.split(b"\n")
-    texts = list(filter(bytes.strip, lines))
-    return Texts(texts, num_blank_lines=len(lines) - (not lines[-1]) - len(texts))
+    texts = list(filter(bytes.strip, block.records.split(b"\n")))
+    return Texts(texts, num_blank_lines=num_blank_lines(block.records, len(texts)))
 
 
 def json_loads() -> Callable[[bytes], Any]:
@@ -167,15 +174,33 @@ def place_in_fasta(block: RecordBlock, index: int, offset: int) -> str:
     return f"line {block.first + lines_before + 1 + before.count(10)}, column {column}"
 
 
+def filled_lines(lines: bytes, first: int) -> Iterator[tuple[int, bytes]]:
+    """Each line that is not blank, with its number; `first`: that of the first line."""
+    return ((number, line) for number, line in enumerate(lines.split(b"\n"), start=first) if line.strip())
+
+
 def line_of(lines: bytes, first: int, index: int) -> int:
     """The line number of record `index`, if each line that is not blank is a record; `first`: of the first line."""
-    filled = (number for number, line in enumerate(lines.split(b"\n"), start=first) if line.strip())
-    return next(number for place, number in enumerate(filled) if place == index)
+    return next(islice(filled_lines(lines, first), index, None))[0]
+
+
+def num_blank_lines(lines: bytes, num_filled: int) -> int:
+    """The number of blank lines, where `num_filled` are not blank."""
+    return lines.count(b"\n") + (not lines.endswith(b"\n")) - num_filled
+
+
+def _fasta_records(block: RecordBlock) -> Iterator[tuple[int, bytes, bytes]]:
+    """The line number, the header and the lines under it, of each FASTA record."""
+    line = block.first
+    for record in block.records[1:].split(b"\n>"):
+        header, _, text = record.partition(b"\n")
+        yield line, header, text
+        line += record.count(b"\n") + 1
 
 
 def _check_headers(block: RecordBlock) -> None:
     """Raises DataError for a header that seems to end in CR alone."""
-    for line, header, text in fasta_records(block):
+    for line, header, text in _fasta_records(block):
         if b"\r>" in header or (b"\r" in header and not text.strip()):
             raise DataError(f"{block.source}: line {line}: a header that seems to end in CR, where the first line ends "
                             "in LF; give all lines the same end")
@@ -189,18 +214,3 @@ def _odd_json(line: bytes) -> Any:
         return BadRecord("bad JSON", f"not a JSON object ({error.msg}, column {error.colno})")
     except (ValueError, RecursionError) as error:
         return BadRecord("bad JSON", f"not a JSON object ({error})")
-
-
-def text_under(value: Any, key: str) -> bytes | BadRecord:
-    """The string or bytes under `key` of a record, which should be a dict, or a BadRecord."""
-    if not isinstance(value, dict):
-        return BadRecord("bad JSON", f"{type_name(value)} where a JSON object belongs")
-    if key not in value:
-        found = ", ".join(repr(other)[:40] for other in list(value)[:5]) or "nothing"
-        return BadRecord("missing key", f"no key {key!r}; it has {found}. --json-keys names the keys")
-    text = value[key]
-    if isinstance(text, bytes):
-        return text
-    if not isinstance(text, str):
-        return BadRecord("not a string", f"{key!r} is of type {type_name(text)}; expected a string of residues")
-    return text.encode(errors="replace")
