@@ -103,6 +103,13 @@ class Checkpoint:
     state: dict[str, Any]
     average: Tensors | None = None
 
+    def mapped(self, function: Callable[[str, StoredTensor], StoredTensor]) -> "Checkpoint":
+        """The same with `function(name, tensor)` in the place of each tensor; `name`: as in its table."""
+        model, optimizer, average = (
+            None if tensors is None else {name: function(name, tensor) for name, tensor in tensors.items()}
+            for tensors in (self.model, self.optimizer, self.average))
+        return replace(self, model=model or {}, optimizer=optimizer, average=average)
+
     def averaged(self) -> "Checkpoint":
         """The same with the average as the weights, and nothing of the optimizer; raises CheckpointError where there
         is none."""

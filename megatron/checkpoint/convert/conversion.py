@@ -18,7 +18,7 @@ from megatron.checkpoint.convert.torch_files import check_torch_files
 from megatron.checkpoint.convert.vocabulary import WORDS, trimmed
 from megatron.checkpoint.loading import refuse_task
 from megatron.checkpoint.manifest import check_files
-from megatron.checkpoint.stored import Box, Checkpoint, StoredTensor, Tensors, one_piece
+from megatron.checkpoint.stored import Box, Checkpoint, StoredTensor, one_piece
 from megatron.errors import ConfigError
 from megatron.files import leaving_no_empty, left_over, replacing
 from megatron.log import Log
@@ -160,7 +160,7 @@ def _num_bytes(checkpoint: Checkpoint) -> int:
 
 def _watched(checkpoint: Checkpoint, see: Callable[[str, Tensor], object]) -> Checkpoint:
     """The checkpoint with `see(name, values)` called on all values that are read from it."""
-    def watch(name: str, tensor: StoredTensor) -> StoredTensor:
+    def watched(name: str, tensor: StoredTensor) -> StoredTensor:
         def read(box: Box) -> Tensor:
             values = tensor.read_box(box)
             see(name, values)
@@ -168,8 +168,4 @@ def _watched(checkpoint: Checkpoint, see: Callable[[str, Tensor], object]) -> Ch
 
         return one_piece(tensor.shape, tensor.dtype, read)
 
-    def watched(tensors: Tensors | None) -> Tensors | None:
-        return None if tensors is None else {name: watch(name, tensor) for name, tensor in tensors.items()}
-
-    return replace(checkpoint, model=watched(checkpoint.model) or {}, optimizer=watched(checkpoint.optimizer),
-                   average=watched(checkpoint.average))
+    return checkpoint.mapped(watched)

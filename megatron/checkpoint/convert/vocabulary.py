@@ -1,11 +1,9 @@
 """Pads and cuts the vocabulary's rows: other programs pad them for the number of tensor-parallel ranks."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.stored import Box, Checkpoint, Piece, StoredTensor, Tensors
+from megatron.checkpoint.stored import Box, Checkpoint, Piece, StoredTensor
 
 WORDS, BIAS = "embedding.word_embeddings.weight", "lm_head.bias"
 OUTPUT = "lm_head.decoder.weight"  # only if the output layer is not tied to the word embedding
@@ -29,17 +27,12 @@ def with_rows(checkpoint: Checkpoint, num_rows: int) -> Checkpoint:
 
     Added rows are 0, except in the head's bias, where they are so low that the token is never predicted.
     """
-    def fitting(name: str, tensor: StoredTensor, value: float) -> StoredTensor:
-        return _with_rows(tensor, num_rows, value) if tensor.shape and name.endswith(_OF_TOKENS) else tensor
+    def fitting(name: str, tensor: StoredTensor) -> StoredTensor:
+        if not tensor.shape or not name.endswith(_OF_TOKENS):
+            return tensor
+        return _with_rows(tensor, num_rows, _NEVER if name == BIAS else 0.0)
 
-    def weights(tensors: Tensors) -> dict[str, StoredTensor]:
-        return {name: fitting(name, tensor, _NEVER if name == BIAS else 0.0) for name, tensor in tensors.items()}
-
-    optimizer = checkpoint.optimizer
-    if optimizer is not None:
-        optimizer = {key: fitting(key, tensor, 0.0) for key, tensor in optimizer.items()}
-    return replace(checkpoint, model=weights(checkpoint.model), optimizer=optimizer,
-                   average=None if checkpoint.average is None else weights(checkpoint.average))
+    return checkpoint.mapped(fitting)
 
 
 def _with_rows(tensor: StoredTensor, num_rows: int, value: float) -> StoredTensor:
