@@ -1,5 +1,6 @@
 """Opens what `--load` names: the newest complete checkpoint of a run, or a checkpoint of another program."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,8 @@ def newest(folder: str, world: Axis, log: Log, with_optimizer: store.WithOptimiz
     place = Path(folder)
     known = foreign(place)
     if any(all_gather_object(known is not None, world)):
-        checkpoint, wrong = _foreign(known, place, world)
-        why = next(filter(None, all_gather_object(wrong, world)), None)
-        if why is not None:
-            raise CheckpointError(why)
-        for note in checkpoint.state.get("notes", ()) if checkpoint is not None else ():
+        checkpoint = store.on_all(partial(_foreign, known, place, world), world)
+        for note in checkpoint.state.get("notes", ()):
             log.line(f"note: {note}")
         return checkpoint
     return store.find(folder, world, log, with_optimizer)
@@ -44,13 +42,10 @@ def saved_flags(folder: str) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _foreign(known: CheckpointFormat | None, place: Path, world: Axis) -> tuple[Checkpoint | None, str | None]:
-    """The checkpoint of another program and None, or None and what is wrong with it; the ranks share its checking."""
+def _foreign(known: CheckpointFormat | None, place: Path, world: Axis) -> Checkpoint:
+    """The checkpoint of another program; the ranks share its checking. Raises CheckpointError."""
     if known is None:
-        return None, f"{place} does not hold the same on all hosts; give a folder that they share"
-    try:
-        checkpoint = known.read(place)
-        check_torch_files(checkpoint.path, world)
-        return checkpoint, None
-    except CheckpointError as error:
-        return None, str(error)
+        raise CheckpointError(f"{place} does not hold the same on all hosts; give a folder that they share")
+    checkpoint = known.read(place)
+    check_torch_files(checkpoint.path, world)
+    return checkpoint

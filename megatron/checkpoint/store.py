@@ -19,6 +19,7 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,25 +48,34 @@ def find(folder: str, world: Axis, log: Log, with_optimizer: WithOptimizer = Tru
     if _is_one(root):
         if with_optimizer:
             raise CheckpointError(f"{folder} is one checkpoint, not the folder of a run; give {root.resolve().parent}")
-        found, wrong = _opened(root.resolve(), world, log, with_optimizer)
-        why = next(filter(None, all_gather_object(wrong, world)), None)
-        if why is not None:
-            raise CheckpointError(why)
-        return found
+        return on_all(partial(_opened, root.resolve(), world, log, with_optimizer), world)
     note, places = in_order(root)
     names = all_gather_object([place.name for place in places], world)[0]
     if note is not None:
         log.line(note)
     why = None
     for name in names:
-        found, wrong = _opened(root / name, world, log, with_optimizer)
-        why = next(filter(None, all_gather_object(wrong, world)), None)
-        if why is None:
-            return found
-        log.line(f"note: passing over {name}: {why}")
+        try:
+            return on_all(partial(_opened, root / name, world, log, with_optimizer), world)
+        except CheckpointError as error:
+            why = error
+            log.line(f"note: passing over {name}: {why}")
     if why is not None:
         raise CheckpointError(f"{why}; no older checkpoint in {folder} is whole; give another folder")
     return None
+
+
+def on_all(read: Callable[[], Checkpoint], world: Axis) -> Checkpoint:
+    """The result of `read` on this rank; raises CheckpointError on all ranks if it does so on one."""
+    found, wrong = None, None
+    try:
+        found = read()
+    except CheckpointError as error:
+        wrong = str(error)
+    for why in filter(None, all_gather_object(wrong, world)):
+        raise CheckpointError(why)
+    assert found is not None
+    return found
 
 
 def open_place(place: Path, with_optimizer: bool = True) -> Checkpoint:
@@ -221,18 +231,15 @@ def _is_one(place: Path) -> bool:
     return (place / MODEL).exists() or (place / MANIFEST).exists()
 
 
-def _opened(place: Path, world: Axis, log: Log, with_optimizer: WithOptimizer) -> tuple[Checkpoint | None, str | None]:
-    """A checkpoint and None, or None and what is wrong with it; the ranks share the check of its files."""
-    try:
-        if not place.is_dir():
-            raise CheckpointError(f"{place} is not there on this host; give a folder that all hosts share")
-        if callable(with_optimizer):
-            with_optimizer = with_optimizer(read_state(place / STATE))
-        checkpoint = open_place(place, with_optimizer)
-        check_files(place, log, world, with_optimizer)
-        return checkpoint, None
-    except CheckpointError as error:
-        return None, str(error)
+def _opened(place: Path, world: Axis, log: Log, with_optimizer: WithOptimizer) -> Checkpoint:
+    """The checkpoint at `place`; the ranks share the check of its files. Raises CheckpointError."""
+    if not place.is_dir():
+        raise CheckpointError(f"{place} is not there on this host; give a folder that all hosts share")
+    if callable(with_optimizer):
+        with_optimizer = with_optimizer(read_state(place / STATE))
+    checkpoint = open_place(place, with_optimizer)
+    check_files(place, log, world, with_optimizer)
+    return checkpoint
 
 
 def _drop_optimizer(place: Path) -> None:
