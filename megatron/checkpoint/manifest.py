@@ -10,14 +10,14 @@ manifest.json   {"crc32": of the content as canonical JSON, "content": {"version
 
 import json
 import zlib
-from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron.checkpoint.stored import Box, Piece, StoredTensor
+from megatron.checkpoint.stored import Piece, StoredTensor
 from megatron.checkpoint.tensor_file import FileFacts, facts_of_file, read_box
 from megatron.errors import CheckpointError
 from megatron.files import write_text
@@ -55,19 +55,19 @@ class Manifest:
                               "pieces": facts.pieces} for key, facts in self.tensors.items()}}
         write_text(place / MANIFEST, json.dumps({"crc32": _crc32(content), "content": content}))
 
-    def without(self, prefix: str) -> "Manifest":
-        """A copy without the tensors whose keys start with `prefix`, and without the files that hold only those."""
-        tensors = {key: facts for key, facts in self.tensors.items() if not key.startswith(prefix)}
-        gone = self._files_of(key for key in self.tensors if key.startswith(prefix)) - self._files_of(tensors)
-        return Manifest(self.iteration, {name: self.files[name] for name in self.files if name not in gone}, tensors)
+    def without_optimizer(self) -> "Manifest":
+        """A copy without the optimizer's state and its files."""
+        return Manifest(self.iteration, {name: self.files[name] for name in self.names(with_optimizer=False)},
+                        {key: facts for key, facts in self.tensors.items() if not key.startswith("optimizer/")})
 
     def stored(self, place: Path, prefix: str) -> dict[str, StoredTensor]:
         """The tensors whose keys start with `prefix`, by name without it; they are read lazily from the files."""
         return {key.removeprefix(prefix): StoredTensor(
-            facts.shape, facts.dtype, tuple(_piece(place, key.removeprefix(prefix), *piece) for piece in facts.pieces))
+            facts.shape, facts.dtype, tuple(Piece(offsets, shape, partial(read_box, place / file, key[len(prefix):]))
+                                            for offsets, shape, file in facts.pieces))
             for key, facts in self.tensors.items() if key.startswith(prefix)}
 
-    def names(self, with_optimizer: bool = True) -> list[str]:
+    def names(self, with_optimizer: bool) -> list[str]:
         """The names of the files, with or without those of the optimizer's state."""
         return [name for name in self.files if with_optimizer or not name.startswith("optimizer")]
 
@@ -82,23 +82,6 @@ class Manifest:
             if found != num_bytes:
                 raise CheckpointError(f"{place / name} has {found} bytes, where {num_bytes} were written; "
                                       f"{_remedy(name)}")
-
-    def check_sums(self, place: Path, names: Collection[str], advance: Callable[[int], object]) -> None:
-        """Raises CheckpointError if the checksum of one of the files `names` is wrong.
-
-        `advance` is called with the number of bytes of each block that was read.
-        """
-        for name in names:
-            try:
-                is_whole = facts_of_file(place / name, advance) == self.files[name]
-            except OSError as error:
-                raise CheckpointError(f"{place / name} cannot be read ({error.strerror})") from None
-            if not is_whole:
-                raise CheckpointError(f"{place / name} is damaged: its checksum is not that of what was written; "
-                                      f"{_remedy(name)}")
-
-    def _files_of(self, keys: Any) -> set[str]:
-        return {file for key in keys for _, _, file in self.tensors[key].pieces}
 
 
 def read_manifest(place: Path) -> Manifest:
@@ -139,7 +122,12 @@ def check_files(place: Path, log: Log, share: Axis = ONE_RANK_AXIS, with_optimiz
     num_bytes = sum(manifest.files[name].num_bytes for name in mine)
     bar = log.progress(num_bytes, 0, unit="byte", label=f"checking {place.name}")
     try:
-        manifest.check_sums(place, mine, bar.update)
+        for name in mine:
+            if facts_of_file(place / name, bar.update) != manifest.files[name]:
+                raise CheckpointError(f"{place / name} is damaged: its checksum is not that of what was written; "
+                                      f"{_remedy(name)}")
+    except OSError as error:
+        raise CheckpointError(f"{place / name} cannot be read ({error.strerror})") from None
     finally:
         bar.close()
 
@@ -151,13 +139,6 @@ def _remedy(file: str) -> str:
 def _tensor_facts(facts: dict[str, Any]) -> TensorFacts:
     pieces = tuple((tuple(offsets), tuple(sizes), file) for offsets, sizes, file in facts["pieces"])
     return TensorFacts(tuple(facts["shape"]), getattr(torch, facts["dtype"]), pieces)
-
-
-def _piece(place: Path, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...], file: str) -> Piece:
-    def read(box: Box) -> torch.Tensor:
-        return read_box(place / file, name, box)
-
-    return Piece(offsets, sizes, read)
 
 
 def _crc32(content: dict[str, Any]) -> int:

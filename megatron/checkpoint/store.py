@@ -246,7 +246,7 @@ def _drop_optimizer(place: Path) -> None:
     """Remove the optimizer's state from a checkpoint; the manifest is replaced first, so it is complete at any time."""
     with suppress(CheckpointError, OSError):
         manifest = read_manifest(place)
-        weights = manifest.without("optimizer/")
+        weights = manifest.without_optimizer()
         if weights.tensors.keys() == manifest.tensors.keys():
             return
         weights.write(place)
