@@ -1,10 +1,12 @@
-"""Turns errors from reading and writing checkpoints into CheckpointErrors that a user understands."""
+"""Reads and writes checkpoints with errors that a user understands: CheckpointErrors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron.checkpoint.places import LATEST
 from megatron.errors import CheckpointError
+from megatron.files import new_folder, write_text
 
 
 @contextmanager
@@ -15,6 +17,19 @@ def writable(place: Path) -> Iterator[None]:
     except OSError as error:
         raise CheckpointError(f"{place} cannot be written ({error.strerror}); make room, or give another folder"
                               ) from error
+
+
+@contextmanager
+def new_checkpoint(place: Path, pointer: int | str | None = None) -> Iterator[Path]:
+    """A context with a temporary folder that becomes `place`; the pointer beside it then says `pointer`, if given.
+
+    Raises CheckpointError if the disk refuses.
+    """
+    with writable(place):
+        with new_folder(place) as temporary:
+            yield temporary
+        if pointer is not None:
+            write_text(place.parent / LATEST, str(pointer))
 
 
 @contextmanager

@@ -4,15 +4,15 @@
 import time
 from pathlib import Path
 
-from megatron.checkpoint.convert.failures import writable
+from megatron.checkpoint.convert.failures import new_checkpoint
 from megatron.checkpoint.convert.own_places import place_in, refuse_layout
 from megatron.checkpoint.convert.whole import kinds_of
 from megatron.checkpoint.manifest import MANIFEST, Manifest, TensorFacts
-from megatron.checkpoint.store import STATE, open_place, place_of, point_to
+from megatron.checkpoint.store import STATE, open_place, place_of
 from megatron.checkpoint.stored import Checkpoint
 from megatron.checkpoint.tensor_file import FileFacts, facts_of_file, write_tensors
 from megatron.errors import CheckpointError
-from megatron.files import new_folder, write_json
+from megatron.files import write_json
 
 
 def recognises(path: Path) -> bool:
@@ -40,15 +40,13 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
     place = place_of(folder, checkpoint.iteration)
     files: dict[str, FileFacts] = {}
     tensors: dict[str, TensorFacts] = {}
-    with writable(place):
-        with new_folder(place) as temporary:
-            for kind, held in kinds_of(checkpoint).items():
-                file = f"{kind}-00000.safetensors"
-                files[file] = write_tensors(temporary / file, held)
-                tensors |= {f"{kind}/{name}": TensorFacts(tensor.shape, tensor.dtype, (
-                    ((0,) * len(tensor.shape), tensor.shape, file),)) for name, tensor in held.items()}
-            write_json(temporary / STATE, {**checkpoint.state, "written_s": time.time()})
-            files[STATE] = facts_of_file(temporary / STATE)
-            Manifest(checkpoint.iteration, files, tensors).write(temporary)
-        point_to(folder, checkpoint.iteration)
+    with new_checkpoint(place, checkpoint.iteration) as temporary:
+        for kind, held in kinds_of(checkpoint).items():
+            file = f"{kind}-00000.safetensors"
+            files[file] = write_tensors(temporary / file, held)
+            tensors |= {f"{kind}/{name}": TensorFacts(tensor.shape, tensor.dtype, (
+                ((0,) * len(tensor.shape), tensor.shape, file),)) for name, tensor in held.items()}
+        write_json(temporary / STATE, {**checkpoint.state, "written_s": time.time()})
+        files[STATE] = facts_of_file(temporary / STATE)
+        Manifest(checkpoint.iteration, files, tensors).write(temporary)
     return place

@@ -4,15 +4,14 @@ from pathlib import Path
 
 import torch
 
-from megatron.checkpoint.convert.failures import writable
+from megatron.checkpoint.convert.failures import new_checkpoint
 from megatron.checkpoint.convert.own_places import place_in, refuse_layout
 from megatron.checkpoint.places import STATE, place_of
-from megatron.checkpoint.store import point_to
 from megatron.checkpoint.stored import Checkpoint, Tensors
 from megatron.checkpoint.tensor_file import write_tensors
 from megatron.checkpoint.whole import MODEL, VERSION, read_whole
 from megatron.errors import CheckpointError
-from megatron.files import new_folder, sync, write_json
+from megatron.files import sync, write_json
 
 
 def recognises(path: Path) -> bool:
@@ -38,13 +37,11 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
     """
     refuse_layout(tensor, pipeline)
     place = place_of(folder, checkpoint.iteration)
-    with writable(place):
-        with new_folder(place) as temporary:
-            for kind, tensors in kinds_of(checkpoint).items():
-                write_tensors(temporary / f"{kind}.safetensors", tensors)
-            write_json(temporary / STATE, {**checkpoint.state, "version": VERSION, "iteration": checkpoint.iteration})
-            sync(temporary / STATE)
-        point_to(folder, checkpoint.iteration)
+    with new_checkpoint(place, checkpoint.iteration) as temporary:
+        for kind, tensors in kinds_of(checkpoint).items():
+            write_tensors(temporary / f"{kind}.safetensors", tensors)
+        write_json(temporary / STATE, {**checkpoint.state, "version": VERSION, "iteration": checkpoint.iteration})
+        sync(temporary / STATE)
     return place
 
 

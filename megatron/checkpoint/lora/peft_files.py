@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.convert.failures import writable
+from megatron.checkpoint.convert.failures import new_checkpoint
 from megatron.checkpoint.convert.families.flags import OWN, family_of
 from megatron.checkpoint.convert.families.hf_writing import TABLES
 from megatron.checkpoint.convert.families.names import their_names
@@ -25,7 +25,7 @@ from megatron.checkpoint.stored import Tensors, stored
 from megatron.checkpoint.tensor_file import write_tensors
 from megatron.config import ModelConfig
 from megatron.config.lora import LoraConfig
-from megatron.files import new_folder, write_json
+from megatron.files import write_json
 from megatron.model.lora import adapted_layers
 from megatron.parallel.tensor.adapters import Adapters, Pair, in_turns
 
@@ -56,7 +56,7 @@ def write(folder: Path, tensors: Tensors, lora: LoraConfig, model: ModelConfig, 
         "lora_dropout": lora.lora_dropout, "use_rslora": lora.lora_rslora, "bias": "none", "inference_mode": True,
         "target_modules": "|".join(re.escape(name).replace(r"\.N\.", r"\.\d+\.") for name in alike),
         **(_patterns(lora) if is_own else {})}
-    with writable(folder), new_folder(folder) as temporary:
+    with new_checkpoint(folder) as temporary:
         write_json(temporary / CONFIG, config)
         write_tensors(temporary / WEIGHTS, {f"{_PREFIX}{name}": stored(tensor)
                                             for name, tensor in theirs.items()}, {"format": "pt"})

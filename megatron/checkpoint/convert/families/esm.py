@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.convert.failures import readable, writable
+from megatron.checkpoint.convert.failures import new_checkpoint, readable
 from megatron.checkpoint.convert.families import flags
 from megatron.checkpoint.convert.families.names import FAIR_ESM, family_tensors, their_names
 from megatron.checkpoint.convert.families.reading import FREQUENCIES, ModelFamily, checkpoint_of
@@ -28,7 +28,7 @@ from megatron.checkpoint.convert.vocabulary import WORDS, with_rows
 from megatron.checkpoint.stored import Box, Checkpoint, StoredTensor, one_piece, stored
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import CheckpointError
-from megatron.files import new_folder, sync
+from megatron.files import sync
 from megatron.kernels.rotary import frequencies_of
 
 _REGRESSION = "-contact-regression.pt"
@@ -96,7 +96,7 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
                   for name in ("contact_head.regression.weight", "contact_head.regression.bias")}
     is_named = folder.name.startswith("esm2") == is_rotary
     file = folder / f"{'' if is_named else 'esm2_' if is_rotary else 'esm1b_'}{folder.name}.pt"
-    with writable(folder), new_folder(folder) as temporary:
+    with new_checkpoint(folder) as temporary:
         for name, tree in ((file.name, _tree(theirs, config, is_rotary)),
                            (file.stem + _REGRESSION, {"model": regression})):
             write_torch_file(temporary / name, tree)

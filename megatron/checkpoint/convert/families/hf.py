@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.convert.failures import readable, writable
+from megatron.checkpoint.convert.failures import new_checkpoint, readable
 from megatron.checkpoint.convert.families import flags
 from megatron.checkpoint.convert.families.hf_writing import CONFIG, INDEX, TABLES, WHOLE, write_files
 from megatron.checkpoint.convert.families.reading import ModelFamily, checkpoint_of
@@ -22,7 +22,6 @@ from megatron.checkpoint.convert.vocabulary import trimmed, with_rows
 from megatron.checkpoint.stored import Checkpoint, StoredTensor
 from megatron.checkpoint.tensor_file import stored_in
 from megatron.errors import CheckpointError
-from megatron.files import new_folder
 
 BIN = "pytorch_model.bin"
 _VOCABULARIES = {flags.ESM: "esm", flags.BERT: "protbert", flags.OWN: "iupac"}
@@ -78,7 +77,7 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
     Raises ConfigError for a layout other than 1 x 1, CheckpointError if something is missing or the disk refuses.
     """
     refuse_layout(tensor, pipeline)
-    with writable(folder), new_folder(folder) as temporary:
+    with new_checkpoint(folder) as temporary:
         write_files(checkpoint, temporary)
     return folder
 

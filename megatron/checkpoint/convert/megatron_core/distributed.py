@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.convert.failures import writable
+from megatron.checkpoint.convert.failures import new_checkpoint
 from megatron.checkpoint.convert.megatron_core.arguments import checkpoint_of, their_arguments
 from megatron.checkpoint.convert.megatron_core.distributed_files import (
     Chunk,
@@ -21,10 +21,9 @@ from megatron.checkpoint.convert.megatron_core.distributed_files import (
 )
 from megatron.checkpoint.convert.megatron_core.names import FUSED, LAYER, LAYER_EXTRAS, OUTPUT_EXTRA
 from megatron.checkpoint.convert.megatron_core.weights import Weights, weights_of
-from megatron.checkpoint.convert.megatron_v2.places import RELEASE, newest, place_for, point_to
+from megatron.checkpoint.convert.megatron_v2.places import RELEASE, newest, place_for
 from megatron.checkpoint.stored import Checkpoint, StoredTensor, one_piece
 from megatron.errors import CheckpointError
-from megatron.files import new_folder
 
 _STACK = re.compile(r"encoder\.layers\.([a-z].*)")
 _OPTIMIZER = re.compile(r"(optimizer|chained_[0-9]+)\..*")
@@ -73,10 +72,8 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
     common = {"args": their_arguments(weights.checkpoint, tensor, pipeline, weights.dtype),
               "checkpoint_version": _VERSION, "iteration": checkpoint.iteration}
     place = place_for(folder, checkpoint.iteration)
-    with writable(place):
-        with new_folder(place) as temporary:
-            write_distributed(temporary, _chunks(weights), _extras(weights.num_layers), common)
-        point_to(folder, checkpoint.iteration)
+    with new_checkpoint(place, checkpoint.iteration or RELEASE) as temporary:
+        write_distributed(temporary, _chunks(weights), _extras(weights.num_layers), common)
     return place
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from megatron.checkpoint.convert.torch_files import has_mark
 from megatron.checkpoint.places import LATEST, place_of
 from megatron.errors import CheckpointError
-from megatron.files import write_text
 
 FILE = "model_optim_rng.pt"
 RELEASE = "release"
@@ -74,11 +73,6 @@ def newest(folder: Path) -> str:
 def place_for(folder: Path, iteration: int) -> Path:
     """The folder of an iteration's checkpoint in a run's folder; `release` for iteration 0, weights without a run."""
     return place_of(folder, iteration) if iteration else folder / RELEASE
-
-
-def point_to(folder: Path, iteration: int) -> None:
-    """Write the pointer, so that a run in `folder` resumes from that iteration; raises OSError."""
-    write_text(folder / LATEST, str(iteration or RELEASE))
 
 
 def rank_name(tensor: int, pipeline: int, num_pipeline: int) -> str:

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.convert.failures import writable
-from megatron.checkpoint.convert.megatron_v2.places import FILE, Place, place_for, point_to, rank_name
+from megatron.checkpoint.convert.failures import new_checkpoint
+from megatron.checkpoint.convert.megatron_v2.places import FILE, RELEASE, Place, place_for, rank_name
 from megatron.checkpoint.convert.torch_files import read_torch_file
 from megatron.checkpoint.convert.torch_writing import write_torch_file
 from megatron.errors import CheckpointError, ConfigError
-from megatron.files import new_folder, sync
+from megatron.files import sync
 
 
 def read_rank_files(place: Place, program: str) -> list[list[dict[str, Any]]]:
@@ -47,15 +47,13 @@ def write_rank_files(folder: Path, iteration: int, tensor: int, pipeline: int,
     Raises CheckpointError if the disk refuses.
     """
     place = place_for(folder, iteration)
-    with writable(place):
-        with new_folder(place) as temporary:
-            for stage, rank in itertools.product(range(pipeline), range(tensor)):
-                part = temporary / rank_name(rank, stage, pipeline)
-                part.mkdir()
-                write_torch_file(part / FILE, tree(rank, stage))
-                sync(part / FILE)
-                sync(part)
-        point_to(folder, iteration)
+    with new_checkpoint(place, iteration or RELEASE) as temporary:
+        for stage, rank in itertools.product(range(pipeline), range(tensor)):
+            part = temporary / rank_name(rank, stage, pipeline)
+            part.mkdir()
+            write_torch_file(part / FILE, tree(rank, stage))
+            sync(part / FILE)
+            sync(part)
     return place
 
 
