@@ -3,13 +3,14 @@
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.stored import Box, StoredTensor, one_piece
+from megatron.checkpoint.stored import Box, Piece, StoredTensor
 from megatron.errors import CheckpointError
 
 HEAD_COPY = "word_embeddings_for_head.weight"  # the last pipeline stage's copy of the tied embedding
@@ -105,26 +106,16 @@ def by_head(tensor: StoredTensor, heads: int, version: float) -> StoredTensor:
     rows = tensor.shape[0] // heads  # of one head: 3 x width
     width = rows // 3
 
-    def of_head(head: int) -> Tensor:
+    def read(head: int, box: Box) -> Tensor:
         if version >= 1:
             values = tensor.read_box(_rows(head * rows, rows, tensor))
-            return values.view(width, 3, *values.shape[1:]).transpose(0, 1).reshape(values.shape)
-        return torch.cat([tensor.read_box(_rows((part * heads + head) * width, width, tensor)) for part in range(3)])
+            return values.view(width, 3, *values.shape[1:]).transpose(0, 1).flatten(0, 1)[box].contiguous()
+        parts = [tensor.read_box(_rows((part * heads + head) * width, width, tensor)) for part in range(3)]
+        return torch.cat(parts)[box].contiguous()
 
-    def read(box: Box) -> Tensor:
-        first, last = box[0].start, box[0].stop
-        if [part.stop - part.start for part in box] == list(tensor.shape):  # whole: verifies the checksum
-            values = tensor.read()
-            sizes, order = ((3, heads, width), (1, 0, 2)) if version < 1 else ((heads, width, 3), (0, 2, 1))
-            return values.unflatten(0, sizes).permute(*order, *range(3, values.ndim + 2)).reshape(values.shape)
-        out = torch.empty([part.stop - part.start for part in box], dtype=tensor.dtype)
-        for head in range(first // rows, -(-last // rows)):
-            start, stop = max(first, head * rows), min(last, (head + 1) * rows)
-            columns = (slice(start - head * rows, stop - head * rows), *box[1:])
-            out[start - first:stop - first] = of_head(head)[columns]
-        return out
-
-    return one_piece(tensor.shape, tensor.dtype, read)
+    others = tensor.shape[1:]
+    return StoredTensor(tensor.shape, tensor.dtype, tuple(
+        Piece((head * rows, *(0 for _ in others)), (rows, *others), partial(read, head)) for head in range(heads)))
 
 
 def _rows(start: int, size: int, tensor: StoredTensor) -> Box:
