@@ -1,16 +1,14 @@
-"""The parameters of megatron-core's BERT: their names there and here, and how they are split over tensor ranks.
+"""The parameters of megatron-core's BERT: their names there and here.
 
 In `encoder.layers.N`, N counts from the first layer of the whole model, not of a pipeline stage.
 """
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from megatron.checkpoint.convert.megatron_v2.names import parameter_names
+from megatron.checkpoint.convert.megatron_v2.names import num_layers, parameter_names
 from megatron.checkpoint.convert.token_types import NOTE, with_first_type
 from megatron.checkpoint.convert.vocabulary import WORDS
 from megatron.checkpoint.stored import StoredTensor, Tensors
@@ -33,9 +31,6 @@ _BEGINNINGS = {"transformer.layers.": "encoder.layers.", "transformer.": "encode
 _IN_LAYERS = {".attention.query_key_value.": ".self_attention.linear_qkv.",
               ".attention.dense.": ".self_attention.linear_proj.", ".post_attention_layernorm.": ".pre_mlp_layernorm.",
               ".mlp.dense_h_to_4h.": ".mlp.linear_fc1.", ".mlp.dense_4h_to_h.": ".mlp.linear_fc2."}
-_ROWS = re.compile(r".*(linear_qkv|linear_fc1)\.(weight|bias)|embedding\.word_embeddings\.weight|"
-                   r"output_layer\.(weight|bias)")
-_COLUMNS = re.compile(r".*(linear_proj|linear_fc2)\.weight")
 
 
 def their_name(ours: str) -> str:
@@ -47,16 +42,6 @@ def their_name(ours: str) -> str:
     for here, there in _IN_LAYERS.items():
         ours = ours.replace(here, there)
     return ours
-
-
-def split_dim(theirs: str) -> int | None:
-    """The dimension along which a parameter is split over tensor ranks; None if every rank holds all of it."""
-    return 0 if _ROWS.fullmatch(theirs) else 1 if _COLUMNS.fullmatch(theirs) else None
-
-
-def num_layers(theirs: Mapping[str, Any]) -> int:
-    """The number of layers, by the highest layer number in megatron-core's names."""
-    return 1 + max((int(match[1]) for name in theirs if (match := LAYER.fullmatch(name))), default=-1)
 
 
 def is_extra(name: str) -> bool:

@@ -11,16 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.convert.megatron_core.arguments import checkpoint_of, their_arguments
-from megatron.checkpoint.convert.megatron_core.names import (
-    LAYER,
-    LAYER_EXTRAS,
-    OUTPUT,
-    OUTPUT_EXTRA,
-    is_extra,
-    num_layers,
-    split_dim,
-)
+from megatron.checkpoint.convert.megatron_core.names import LAYER_EXTRAS, OUTPUT, OUTPUT_EXTRA, is_extra
 from megatron.checkpoint.convert.megatron_core.weights import Weights, weights_of
+from megatron.checkpoint.convert.megatron_v2.names import num_layers, renumbered, split_dim, stage_of
 from megatron.checkpoint.convert.megatron_v2.places import RELEASE, any_file, find_place
 from megatron.checkpoint.convert.megatron_v2.rank_files import read_rank_files, write_rank_files
 from megatron.checkpoint.convert.torch_files import has_mark
@@ -50,7 +43,7 @@ def read(path: Path, iteration: int | None = None) -> Checkpoint:
     depth = 0
     for chunk, stage in itertools.product(chunks, range(sizes[1])):
         merged = _merged([tree.get(chunk) for tree in trees[stage]], place.files[stage])
-        theirs |= {_numbered(name, depth): tensor for name, tensor in merged.items()}
+        theirs |= {renumbered(name, depth): tensor for name, tensor in merged.items()}
         depth += num_layers(merged)
     return checkpoint_of(place.path, 0 if place.path.name == RELEASE else None, theirs, first, sizes)
 
@@ -92,23 +85,14 @@ def _merged(ranks: Sequence[Any], files: Sequence[Path]) -> dict[str, StoredTens
 
 def _model(weights: Weights, rank: tuple[int, int], stage: tuple[int, int]) -> dict[str, Any]:
     """The entry `model` of a file; `rank` (tensor) and `stage` (pipeline): the index and how many there are."""
-    (at, depth), first = stage, stage[0] * (weights.num_layers // stage[1])
-    layers = range(first, first + weights.num_layers // depth)
-    model: dict[str, Any] = OrderedDict()
-    for name, tensor in weights.tensors.items():
-        match = LAYER.fullmatch(name)
-        is_here = int(match[1]) in layers if match else at == (0 if name.startswith("embedding.") else depth - 1)
-        if is_here:
-            model[_numbered(name, -first)] = split(tensor, split_dim(name), *rank)
-    model |= {f"encoder.layers.{number}.{extra}": None for number in range(len(layers)) for extra in LAYER_EXTRAS}
-    if at == depth - 1:
-        if depth > 1:
+    (at, num_stages), depth = stage, weights.num_layers
+    num_here = depth // num_stages
+    model: dict[str, Any] = OrderedDict(
+        (renumbered(name, -at * num_here), split(tensor, split_dim(name), *rank))
+        for name, tensor in weights.tensors.items() if stage_of(name, depth, num_stages) == at)
+    model |= {f"encoder.layers.{number}.{extra}": None for number in range(num_here) for extra in LAYER_EXTRAS}
+    if at == num_stages - 1:
+        if at:
             model[OUTPUT] = split(weights.tensors[WORDS], split_dim(OUTPUT), *rank)
         model[OUTPUT_EXTRA] = None
     return model
-
-
-def _numbered(name: str, added: int) -> str:
-    """The name with `added` added to its layer's number; unchanged if it is in no layer."""
-    match = LAYER.fullmatch(name)
-    return f"encoder.layers.{int(match[1]) + added}.{match[2]}" if match else name

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron.checkpoint.convert.megatron_core.names import num_layers, their_name
-from megatron.checkpoint.convert.megatron_v2.names import parameter_names
+from megatron.checkpoint.convert.megatron_core.names import their_name
+from megatron.checkpoint.convert.megatron_v2.names import num_layers, parameter_names
 from megatron.checkpoint.convert.megatron_v2.rank_files import check_divisions
 from megatron.checkpoint.convert.vocabulary import WORDS, rows_for, with_rows
 from megatron.checkpoint.stored import Checkpoint, StoredTensor
@@ -32,8 +32,7 @@ def weights_of(checkpoint: Checkpoint, tensor: int, pipeline: int) -> Weights:
     Raises ConfigError if the model cannot be divided so, CheckpointError if megatron-core has no such model.
     """
     model, path = checkpoint.model, checkpoint.path
-    depth = sum(name.endswith(".attention.dense.bias") for name in model)
-    names = parameter_names(max(1, depth))
+    names = parameter_names(max(1, num_layers(model)))
     if wrong := sorted(set(names) ^ model.keys()):
         raise CheckpointError(f"{path}: parameter {wrong[0]} is not one that megatron-core's BERT has, or is missing; "
                               "only models of ProteinLM's kind can be written as its checkpoints")
@@ -41,8 +40,7 @@ def weights_of(checkpoint: Checkpoint, tensor: int, pipeline: int) -> Weights:
     if not isinstance(heads, int):
         raise CheckpointError(f"{path}: does not say how many attention heads it has, which megatron-core needs; save "
                               "it with its configuration")
-    width = model["transformer.layers.0.mlp.dense_h_to_4h.bias"].shape[0]
-    check_divisions(tensor, pipeline, heads, width, depth)
+    check_divisions(tensor, pipeline, heads, model)
     dtype = model[WORDS].dtype if model[WORDS].dtype in (torch.float16, torch.bfloat16) else torch.float32
     padded = with_rows(checkpoint, rows_for(model[WORDS].shape[0], tensor, checkpoint))
     return Weights(padded, {their_name(name): padded.model[name].to(dtype) for name in names}, dtype)

@@ -70,7 +70,7 @@ def config_of(arguments: argparse.Namespace | None, shapes: Mapping[str, Sequenc
     if isinstance(given.get("batch_size"), int):
         config.setdefault("micro_batch_size", given["batch_size"])
     hidden, positions = shapes["embedding.word_embeddings.weight"][1], shapes["embedding.position_embeddings.weight"][0]
-    of_shapes = {"num_layers": num_layers(list(shapes)), "hidden_size": hidden, "max_position_embeddings": positions,
+    of_shapes = {"num_layers": num_layers(shapes), "hidden_size": hidden, "max_position_embeddings": positions,
                  "ffn_hidden_size": shapes["transformer.layers.0.mlp.dense_h_to_4h.bias"][0]}
     for name, value in of_shapes.items():
         if config.get(name) not in (None, value):
@@ -171,7 +171,7 @@ def arguments_of(checkpoint: Checkpoint, num_tensor: int, num_pipeline: int, num
     if not isinstance(shares := ours["mask_prob"], float):  # a constant, or the end of a schedule
         ours["mask_prob"] = shares[:2][-1]
     positions, hidden = checkpoint.model["embedding.position_embeddings.weight"].shape
-    shape = {"num_layers": num_layers(list(checkpoint.model)), "hidden_size": hidden,
+    shape = {"num_layers": num_layers(checkpoint.model), "hidden_size": hidden,
              "max_position_embeddings": positions, "padded_vocab_size": num_rows, "params_dtype": dtype}
     progress = checkpoint.state.get("progress", {})
     layout = {"tensor_model_parallel_size": num_tensor, "pipeline_model_parallel_size": num_pipeline,

@@ -1,7 +1,7 @@
 """The tensors in a Megatron v2 file: their names there and here, how they are split over ranks, and their order."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,11 @@ _OURS = re.compile(
     r"embedding\.(word|position)_embeddings\.weight|transformer\.final_layernorm\.(weight|bias)|"
     r"transformer\.layers\.[0-9]{1,5}\.((input|post_attention)_layernorm|attention\.(query_key_value|dense)|"
     r"mlp\.dense_(h_to_4h|4h_to_h))\.(weight|bias)|lm_head\.(bias|(dense|layernorm)\.(weight|bias))")
-_ROWS = re.compile(r".*(word_embeddings\.weight|lm_head\.bias|query_key_value\.(weight|bias)|"
-                   r"dense_h_to_4h\.(weight|bias))|" + re.escape(HEAD_COPY))
-_COLUMNS = re.compile(r".*(attention\.dense|dense_4h_to_h)\.weight")
-_LAYER = re.compile(r"transformer\.layers\.([0-9]{1,5})\.")
+# Of our names, and of megatron-core's.
+_ROWS = re.compile(r".*(word_embeddings\.weight|(lm_head|output_layer)\.bias|output_layer\.weight|"
+                   r"(query_key_value|dense_h_to_4h|linear_qkv|linear_fc1)\.(weight|bias))|" + re.escape(HEAD_COPY))
+_COLUMNS = re.compile(r".*(attention\.dense|dense_4h_to_h|linear_proj|linear_fc2)\.weight")
+_LAYER = re.compile(r"((?:transformer|encoder)\.layers\.)([0-9]{1,5})(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,19 @@ def parameter_names(num_layers: int) -> list[str]:
 
 def renumbered(name: str, added: int) -> str:
     """The parameter's name with `added` added to its layer's number; unchanged if it is in no layer."""
-    return _LAYER.sub(lambda match: f"transformer.layers.{int(match[1]) + added}.", name)
+    return _LAYER.sub(lambda match: f"{match[1]}{int(match[2]) + added}", name)
 
 
-def num_layers(names: Mapping[str, Any] | list[str]) -> int:
+def num_layers(names: Iterable[str]) -> int:
     """The number of layers, by the highest layer number in the parameters' names."""
-    return 1 + max((int(match[1]) for name in names if (match := _LAYER.match(name))), default=-1)
+    return 1 + max((int(match[2]) for name in names if (match := _LAYER.match(name))), default=-1)
+
+
+def stage_of(name: str, depth: int, num_stages: int) -> int:
+    """The pipeline stage that has a parameter, of `num_stages` with as many of the `depth` layers each."""
+    if match := _LAYER.match(name):
+        return int(match[2]) // (depth // num_stages)
+    return 0 if name.startswith("embedding.") else num_stages - 1
 
 
 def by_head(tensor: StoredTensor, heads: int, version: float) -> StoredTensor:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.convert.failures import new_checkpoint
+from megatron.checkpoint.convert.megatron_v2.names import num_layers
 from megatron.checkpoint.convert.megatron_v2.places import FILE, RELEASE, Place, place_for, rank_name
 from megatron.checkpoint.convert.torch_files import read_torch_file
 from megatron.checkpoint.convert.torch_writing import write_torch_file
+from megatron.checkpoint.stored import Tensors
 from megatron.errors import CheckpointError, ConfigError
 from megatron.files import sync
 
@@ -30,11 +32,12 @@ def read_rank_files(place: Place, program: str) -> list[list[dict[str, Any]]]:
     return trees
 
 
-def check_divisions(tensor: int, pipeline: int, heads: int, width: int, depth: int) -> None:
+def check_divisions(tensor: int, pipeline: int, heads: int, model: Tensors) -> None:
     """Raises ConfigError unless `tensor` divides the attention heads and feed-forward width, `pipeline` the layers."""
+    width = model["transformer.layers.0.mlp.dense_h_to_4h.bias"].shape[0]
     for kind, ranks, what, size in (("tensor", tensor, "attention heads", heads),
                                     ("tensor", tensor, "columns of the feed-forward layers", width),
-                                    ("pipeline", pipeline, "layers", depth)):
+                                    ("pipeline", pipeline, "layers", num_layers(model))):
         if ranks < 1 or size % ranks:
             raise ConfigError(f"the {kind}-parallel size to write for is {ranks}, by which {size} {what} cannot be "
                               "divided; give a divisor")

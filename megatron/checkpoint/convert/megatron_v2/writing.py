@@ -8,10 +8,17 @@ from typing import Any
 import torch
 
 from megatron.checkpoint.convert.megatron_v2.arguments import arguments_of, learning_rate, scheduler_of
-from megatron.checkpoint.convert.megatron_v2.names import decays, num_layers, parameter_names, renumbered, split_dim
+from megatron.checkpoint.convert.megatron_v2.names import (
+    decays,
+    num_layers,
+    parameter_names,
+    renumbered,
+    split_dim,
+    stage_of,
+)
 from megatron.checkpoint.convert.megatron_v2.randomness import random_states
 from megatron.checkpoint.convert.megatron_v2.rank_files import check_divisions, write_rank_files
-from megatron.checkpoint.convert.vocabulary import WORDS, rows_for, with_rows
+from megatron.checkpoint.convert.vocabulary import BIAS, WORDS, rows_for, with_rows
 from megatron.checkpoint.stored import Checkpoint, StoredTensor, split
 from megatron.errors import CheckpointError
 
@@ -35,7 +42,7 @@ class _Files:
     def __init__(self, checkpoint: Checkpoint, num_tensor: int, num_pipeline: int) -> None:
         self._checkpoint, self._num_tensor, self._num_pipeline = checkpoint, num_tensor, num_pipeline
         self._config = checkpoint.state.get("config", {})
-        self._num_layers = num_layers(list(checkpoint.model))
+        self._num_layers = num_layers(checkpoint.model)
         names = parameter_names(self._num_layers)
         if wrong := sorted(set(names) ^ checkpoint.model.keys()):
             raise CheckpointError(f"{checkpoint.path}: parameter {wrong[0]} is not one that Megatron v2 has, or is "
@@ -67,15 +74,11 @@ class _Files:
 
     def _names(self, stage: int) -> list[str]:
         """A stage's parameters, in the order of Megatron's modules; the last stage has a copy of the tied embedding."""
-        per_stage = self._num_layers // self._num_pipeline
-        wanted = {str(layer) for layer in range(stage * per_stage, (stage + 1) * per_stage)}
-        is_first, is_last = stage == 0, stage == self._num_pipeline - 1
-        names = parameter_names(self._num_layers)
-        return [*(name for name in names if name.startswith("embedding.") and is_first),
-                *(name for name in names if name.startswith("transformer.layers.") and name.split(".")[2] in wanted),
-                *(name for name in names if name.startswith("transformer.final_layernorm.") and is_last),
-                *([WORDS] if is_last and not is_first else ()),
-                *(name for name in names if name.startswith("lm_head.") and is_last)]
+        names = [name for name in parameter_names(self._num_layers)
+                 if stage_of(name, self._num_layers, self._num_pipeline) == stage]
+        if 0 < stage == self._num_pipeline - 1:
+            names.insert(names.index(BIAS), WORDS)  # before the head
+        return names
 
     def _model(self, names: Sequence[str], rank: int, stage: int) -> dict[str, Any]:
         """The entry `model` of a file, with layers numbered from the stage's first."""
@@ -147,9 +150,8 @@ class _Files:
 
     def _check_divisions(self) -> None:
         """Raises ConfigError if the model cannot be divided among the ranks, CheckpointError if that is unknown."""
-        model, tensor, heads = self._checkpoint.model, self._num_tensor, self._config.get("num_attention_heads")
-        width = model["transformer.layers.0.mlp.dense_h_to_4h.bias"].shape[0]
+        tensor, heads = self._num_tensor, self._config.get("num_attention_heads")
         if tensor > 1 and not isinstance(heads, int):
             raise CheckpointError(f"{self._checkpoint.path}: does not say how many attention heads it has, by which it "
                                   "would be split; write it for one tensor-parallel rank")
-        check_divisions(tensor, self._num_pipeline, heads or 1, width, self._num_layers)
+        check_divisions(tensor, self._num_pipeline, heads or 1, self._checkpoint.model)
