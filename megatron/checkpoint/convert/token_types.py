@@ -1,5 +1,6 @@
-"""Adds BERT's token-type embedding to the position embedding: all residues have type 0, so it is a constant row."""
+"""What BERT has beside our models: parts that are left out, and token types, all 0 and added to the positions."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -9,6 +10,11 @@ from megatron.checkpoint.stored import Box, StoredTensor, one_piece
 from megatron.errors import CheckpointError
 
 NOTE = "the embedding of token type 0, which all residues have, was added to the position embeddings"
+
+
+def left_out(parts: Iterable[str]) -> str:
+    """The note on parts of a model that are not taken over."""
+    return f"left out: {', '.join(sorted(set(parts)))}, which take no part in the masked language model"
 
 
 def with_first_type(positions: StoredTensor, types: StoredTensor, name: str, place: Path) -> StoredTensor:

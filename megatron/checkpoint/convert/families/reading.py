@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron.checkpoint.convert.families.names import POSITIONS, Table, our_tensors, shapes_of, their_names
-from megatron.checkpoint.convert.token_types import NOTE, with_first_type
+from megatron.checkpoint.convert.token_types import NOTE, left_out, with_first_type
 from megatron.checkpoint.convert.vocabulary import BIAS, OUTPUT, WORDS, rows_for, with_rows
 from megatron.checkpoint.stored import Checkpoint, StoredTensor, Tensors
 from megatron.errors import CheckpointError
@@ -98,5 +98,4 @@ def _beside(names: set[str], place: Path) -> list[str]:
     if unknown := [name for name in rest if not name.startswith(_BESIDE)]:
         raise CheckpointError(f"{place}: holds {unknown[0]}, which models here have no place for; give a masked "
                               "language model of ESM-2, ESM-1b or ProtBERT as it was published")
-    dropped = sorted({name.rpartition(".")[0] for name in rest})
-    return [f"left out: {', '.join(dropped)}, which take no part in the masked language model"] if dropped else []
+    return [left_out(name.rpartition(".")[0] for name in rest)] if rest else []

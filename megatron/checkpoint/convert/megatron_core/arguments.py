@@ -26,30 +26,20 @@ _THEIRS = {
     "no_save_optim": True, "no_save_rng": True}
 
 
-def checkpoint_of(place: Path, number: int | None, theirs: Tensors, common: Mapping[str, Any],
-                  layout: tuple[int, int]) -> Checkpoint:
+def checkpoint_of(place: Path, theirs: Tensors, common: Mapping[str, Any], layout: tuple[int, int]) -> Checkpoint:
     """The checkpoint made of weights under megatron-core's names (`theirs`).
 
-    `number`: the iteration, or None to take it from `common`; `common`: what the files hold besides tensors, such as
-    the arguments; `layout`: the tensor- and pipeline-parallel sizes. Raises CheckpointError.
+    `common`: what the files hold besides tensors, such as the arguments; `layout`: the tensor- and pipeline-parallel
+    sizes. Raises CheckpointError.
     """
     with readable(place, "as Megatron-LM writes it"):
         model, notes = our_tensors(theirs, place)
         arguments = common.get("args") if isinstance(common.get("args"), argparse.Namespace) else None
         shapes = {name: tensor.shape for name, tensor in model.items()}
         config = v2.config_of(_as_of_v2(arguments, place), shapes, place)
-        if number is None:
-            number = common.get("iteration", 0)
-        if type(number) is not int or number < 0:
-            raise CheckpointError(f"{place}: its iteration is {str(number)[:40]!r}; copy it again")
+        number = v2.iteration_of(place, common.get("iteration", 0))
         notes.append("the optimizer's state is not taken over: it starts afresh")
-        schedule = v2.schedule_of(common, arguments)
-        state: dict[str, Any] = {
-            "config": config, "notes": notes, "progress": v2.progress_of(number, arguments, schedule),
-            "loss_scale": [1.0, float(config.get("hysteresis") or 1), 0.0],
-            "layout": {"tensor_model_parallel_size": layout[0], "pipeline_model_parallel_size": layout[1]}}
-        if schedule is not None:
-            state["schedule"] = {name: value for name, value in schedule.items() if name != "num_samples"}
+        state = v2.state_of(common, arguments, number, config, layout, notes)
         return Checkpoint(place, number, model, None, state)
 
 

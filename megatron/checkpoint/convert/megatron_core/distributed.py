@@ -58,7 +58,7 @@ def read(path: Path, iteration: int | None = None) -> Checkpoint:
             theirs[name] = tensor
     common = read_common(place)
     layout = [getattr(common.get("args"), f"{what}_model_parallel_size", 1) for what in ("tensor", "pipeline")]
-    return checkpoint_of(place, 0 if place.name == RELEASE else None, theirs, common, (layout[0], layout[1]))
+    return checkpoint_of(place, theirs, common, (layout[0], layout[1]))
 
 
 def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: int = 1) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron.checkpoint.convert.megatron_v2.names import num_layers, parameter_names
-from megatron.checkpoint.convert.token_types import NOTE, with_first_type
+from megatron.checkpoint.convert.token_types import NOTE, left_out, with_first_type
 from megatron.checkpoint.convert.vocabulary import WORDS
 from megatron.checkpoint.stored import StoredTensor, Tensors
 from megatron.errors import CheckpointError
@@ -72,8 +72,7 @@ def our_tensors(theirs: Tensors, place: Path) -> tuple[dict[str, StoredTensor], 
         notes.append(NOTE)
     beside = [name for name in left if name.startswith(("pooler.", "binary_head."))]
     if beside:
-        dropped = ", ".join(sorted({name.split(".")[0] for name in beside}))
-        notes.append(f"left out: {dropped}, which take no part in the masked language model")
+        notes.append(left_out(name.split(".")[0] for name in beside))
     if unknown := sorted(left.keys() - set(beside)):
         raise CheckpointError(f"{place}: holds {unknown[0]}, which masked language models here have no place for; give "
                               "a checkpoint of megatron-core's BERT")

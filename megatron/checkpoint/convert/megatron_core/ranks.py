@@ -14,7 +14,7 @@ from megatron.checkpoint.convert.megatron_core.arguments import checkpoint_of, t
 from megatron.checkpoint.convert.megatron_core.names import LAYER_EXTRAS, OUTPUT, OUTPUT_EXTRA, is_extra
 from megatron.checkpoint.convert.megatron_core.weights import Weights, weights_of
 from megatron.checkpoint.convert.megatron_v2.names import num_layers, renumbered, split_dim, stage_of
-from megatron.checkpoint.convert.megatron_v2.places import RELEASE, any_file, find_place
+from megatron.checkpoint.convert.megatron_v2.places import any_file, find_place
 from megatron.checkpoint.convert.megatron_v2.rank_files import read_rank_files, write_rank_files
 from megatron.checkpoint.convert.torch_files import has_mark
 from megatron.checkpoint.convert.vocabulary import WORDS
@@ -45,7 +45,7 @@ def read(path: Path, iteration: int | None = None) -> Checkpoint:
         merged = _merged([tree.get(chunk) for tree in trees[stage]], place.files[stage])
         theirs |= {renumbered(name, depth): tensor for name, tensor in merged.items()}
         depth += num_layers(merged)
-    return checkpoint_of(place.path, 0 if place.path.name == RELEASE else None, theirs, first, sizes)
+    return checkpoint_of(place.path, theirs, first, sizes)
 
 
 def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: int = 1) -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megatron.checkpoint.convert.megatron_v2.names import num_layers
+from megatron.checkpoint.convert.megatron_v2.places import RELEASE
 from megatron.checkpoint.stored import Checkpoint
 from megatron.config import Config
 from megatron.config.declaration import flag_name
@@ -121,13 +122,34 @@ def _with_later_courses(schedule: dict[str, Any], facts: Mapping[str, Any],
     return schedule
 
 
-def progress_of(iteration: int, arguments: argparse.Namespace | None,
-                schedule: Mapping[str, Any] | None) -> dict[str, int]:
-    """The number of iterations and of rows that were trained on; the latter is estimated if it was not stored."""
+def iteration_of(place: Path, number: Any) -> int:
+    """The iteration that a file says, 0 for weights without a run; raises CheckpointError if it is no count."""
+    if place.name == RELEASE:
+        return 0
+    if type(number) is not int or number < 0:
+        raise CheckpointError(f"{place}: its iteration is {str(number)[:40]!r}; copy it again")
+    return number
+
+
+def state_of(tree: Mapping[str, Any], arguments: argparse.Namespace | None, iteration: int, config: dict[str, Any],
+             layout: tuple[int, int], notes: list[str], loss_scale: list[float] | None = None) -> dict[str, Any]:
+    """A checkpoint's state: "config", "notes", "layout", "progress", "loss_scale" and, if it is known, "schedule".
+
+    `tree`: a file's content; `layout`: the tensor- and pipeline-parallel sizes. The number of rows is estimated if it
+    was not stored.
+    """
+    schedule = schedule_of(tree, arguments)
     consumed = getattr(arguments, "consumed_train_samples", None)
     if type(consumed) is not int or consumed < 0:
         consumed = int(schedule["num_samples"]) if schedule is not None else iteration * _rows_a_step(arguments)
-    return {"iteration": iteration, "consumed_samples": consumed if iteration else 0}
+    state: dict[str, Any] = {
+        "config": config, "notes": notes,
+        "layout": {"tensor_model_parallel_size": layout[0], "pipeline_model_parallel_size": layout[1]},
+        "progress": {"iteration": iteration, "consumed_samples": consumed if iteration else 0},
+        "loss_scale": loss_scale or [1.0, float(config.get("hysteresis") or 1), 0.0]}
+    if schedule is not None:
+        state["schedule"] = {name: value for name, value in schedule.items() if name != "num_samples"}
+    return state
 
 
 def scheduler_of(state: Mapping[str, Any]) -> dict[str, Any] | None:

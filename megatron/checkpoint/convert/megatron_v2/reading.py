@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron.checkpoint.convert.failures import readable
-from megatron.checkpoint.convert.megatron_v2.arguments import config_of, progress_of, schedule_of
+from megatron.checkpoint.convert.megatron_v2.arguments import config_of, iteration_of, state_of
 from megatron.checkpoint.convert.megatron_v2.names import (
     HEAD_COPY,
     TOKEN_TYPES,
@@ -24,7 +24,7 @@ from megatron.checkpoint.convert.megatron_v2.names import (
 from megatron.checkpoint.convert.megatron_v2.optimizer_state import OptimizerState, optimizer_state
 from megatron.checkpoint.convert.megatron_v2.places import RELEASE, Place, find_place
 from megatron.checkpoint.convert.megatron_v2.rank_files import read_rank_files
-from megatron.checkpoint.convert.token_types import NOTE, with_first_type
+from megatron.checkpoint.convert.token_types import NOTE, left_out, with_first_type
 from megatron.checkpoint.stored import Checkpoint, StoredTensor, joined, stored
 from megatron.errors import CheckpointError
 
@@ -52,19 +52,15 @@ def read(path: Path, iteration: int | None = None) -> Checkpoint:
         stages = _ranks(place)
         first = stages[0][0].tree
         arguments = first.get("args") if isinstance(first.get("args"), argparse.Namespace) else None
-        number = 0 if place.path.name == RELEASE else _iteration(first, place)
+        number = iteration_of(place.path, first.get("iteration", first.get("total_iters")))
         notes: list[str] = []
         join = _Joiner(place, first, arguments, len(stages[0]))
         model = _model(stages, join, notes)
-        optimizer = None if number == 0 and place.path.name == RELEASE else _optimizer(stages, join)
-        state: dict[str, Any] = {
-            "config": config_of(arguments, {name: tensor.shape for name, tensor in model.items()}, place.path),
-            "notes": notes, "layout": {"tensor_model_parallel_size": len(stages[0]),
-                                       "pipeline_model_parallel_size": len(stages)}}
-        schedule = schedule_of(first, arguments)
-        state |= {"progress": progress_of(number, arguments, schedule), "loss_scale": _loss_scale(stages[0][0], state)}
-        if schedule is not None:
-            state["schedule"] = {name: value for name, value in schedule.items() if name != "num_samples"}
+        optimizer = None if place.path.name == RELEASE else _optimizer(stages, join)
+        config = config_of(arguments, {name: tensor.shape for name, tensor in model.items()}, place.path)
+        known = stages[0][0].optimizer
+        state = state_of(first, arguments, number, config, (len(stages[0]), len(stages)), notes,
+                         known.loss_scale if known is not None else None)
         return Checkpoint(place.path, number, model, optimizer, state)
 
 
@@ -158,8 +154,7 @@ def _model(stages: Sequence[Sequence[_Rank]], join: _Joiner, notes: list[str]) -
                                             stages[0][0].path)
         notes.append(NOTE)
     if extra:
-        dropped = ", ".join(sorted({name.split(".")[0] for name in extra}))
-        notes.append(f"left out: {dropped}, which take no part in the masked language model")
+        notes.append(left_out(name.split(".")[0] for name in extra))
     return model
 
 
@@ -179,17 +174,3 @@ def _optimizer(stages: Sequence[Sequence[_Rank]], join: _Joiner) -> dict[str, St
         for name in names & states[0].steps.keys():
             tensors[f"step/{name}"] = stored(torch.tensor(states[0].steps[name]))
     return tensors or None
-
-
-def _loss_scale(rank: _Rank, state: dict[str, Any]) -> list[float]:
-    """The loss scale as in `OptimizerState`, or its initial value with scale 1 if the file has none."""
-    known = rank.optimizer.loss_scale if rank.optimizer is not None else None
-    return known or [1.0, float(state["config"].get("hysteresis") or 1), 0.0]
-
-
-def _iteration(tree: dict[str, Any], place: Place) -> int:
-    """The iteration that a file says; raises CheckpointError if it is no count."""
-    number = tree.get("iteration", tree.get("total_iters"))
-    if type(number) is not int or number < 0:
-        raise CheckpointError(f"{place.path}: its iteration is {str(number)[:40]!r}; copy it again")
-    return number
