@@ -14,7 +14,7 @@ from megatron.data.corpus.indexed_writer import IndexedWriter
 from megatron.data.corpus.origin import corpus_vocabulary, forget, put_statistics, statistics_of
 from megatron.data.corpus.vocab import Vocab
 from megatron.data.preprocess.flags import has_name
-from megatron.data.preprocess.progress import ReadingProgress
+from megatron.data.preprocess.progress import reading_progress
 from megatron.data.preprocess.run import VERSION, facts_of_files
 from megatron.data.preprocess.tally import DocumentTally, describe
 from megatron.errors import ConfigError, DataError
@@ -227,11 +227,11 @@ def _join(parts: Sequence[_Part], output_prefix: str) -> dict[str, Any]:
     total = sum(Path(f"{part.prefix}.bin").stat().st_size for part in parts)
     first, done, num_documents = parts[0], 0, 0
     with IndexedWriter(output_prefix, "mmap" if first.format[0] == "mmap" else "cached", None, first.has_names,
-                       np.dtype(first.format[1])) as writer, ReadingProgress(total, _LOG_INTERVAL) as progress:
+                       np.dtype(first.format[1])) as writer, reading_progress(total, _LOG_INTERVAL) as show:
         for part in parts:
             for size in _copied(part, writer):
                 done += size
-                progress.show(done, num_documents)
+                show(done, num_documents)
             num_documents += part.num_documents
         forget(output_prefix)
     stats = _statistics(parts, output_prefix)

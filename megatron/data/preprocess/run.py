@@ -23,7 +23,7 @@ from megatron.data.preprocess.duplicates import SeenDigests
 from megatron.data.preprocess.encode import MAX_REPORTS, EncodedDocuments, Encoding
 from megatron.data.preprocess.flags import PreprocessConfig
 from megatron.data.preprocess.nucleotides import NucleotideWatch
-from megatron.data.preprocess.progress import ReadingProgress
+from megatron.data.preprocess.progress import reading_progress
 from megatron.data.preprocess.tally import DocumentTally, describe
 from megatron.data.preprocess.workers import encoded_blocks
 from megatron.data.sources.block import DEFAULT_NAME_KEY, RecordBlock
@@ -93,13 +93,13 @@ class _Preprocessing:
         if not self.config.dry_run:
             self._open_writers()
         total = sum(source.size for source in self.sources)
-        with ReadingProgress(total, self.config.log_interval) as progress:
+        with reading_progress(total, self.config.log_interval) as show:
             for (bytes_read, source), per_key in encoded_blocks(self.encoding, self._blocks(), self.config.workers):
                 self.nucleotides.see(source, per_key[0].ids)
                 for index, documents in enumerate(per_key):
                     self._take(index, documents)
                 self.num_blocks += 1
-                progress.show(bytes_read, self.tallies[0].num_records)
+                show(bytes_read, self.tallies[0].num_records)
                 if self.writers and bytes_read * self.config.shards >= total * (self.num_shards + 1) > 0:
                     self._commit(bytes_read * self.config.shards // total)
         self.nucleotides.finish()
