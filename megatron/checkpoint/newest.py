@@ -35,10 +35,10 @@ def saved_flags(folder: str) -> dict[str, Any]:
     place = Path(folder)
     known = foreign(place)
     try:
-        found = store.first_to_try(place) if known is None else known.read(place)
+        found = store.open_place(store.place_in(place)) if known is None else known.read(place)
     except CheckpointError:  # loading it reports the error
         return {}
-    config = None if found is None else found.state.get("config")
+    config = found.state.get("config")
     return config if isinstance(config, dict) else {}
 
 

@@ -94,11 +94,21 @@ def open_place(place: Path, with_optimizer: bool = True) -> Checkpoint:
                       read_state(place / STATE), manifest.stored(place, "ema/") or None)
 
 
-def first_to_try(root: Path) -> Checkpoint | None:
-    """The checkpoint that a folder is, or the first that `find` tries there; raises CheckpointError where it is broken.
+def place_in(path: Path, iteration: int | None = None) -> Path:
+    """The folder of a checkpoint: `path` itself if it is one, else that of `iteration` in the run's folder `path`.
+
+    Without an iteration, the one that the run would resume from. Raises CheckpointError if there is none.
     """
-    places = [root.resolve()] if _is_one(root) else in_order(root)[1]
-    return open_place(places[0]) if places else None
+    if (path / STATE).is_file():
+        return path
+    places = in_order(path)[1] if iteration is None else [iterations(path).get(iteration)]
+    place = places[0] if places else None
+    if place is None:
+        what = "checkpoint" if iteration is None else f"iteration {iteration}"
+        raise CheckpointError(f"{path} holds no {what}; give the folder of a run, or of one of its checkpoints")
+    if not (place / STATE).is_file():
+        raise CheckpointError(f"{place} is not of this program: it has no {STATE}; give the format that it is of")
+    return place
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron.checkpoint.places import LATEST
-from megatron.errors import CheckpointError
+from megatron.errors import CheckpointError, ConfigError
 from megatron.files import new_folder, write_text
 
 
@@ -30,6 +30,13 @@ def new_checkpoint(place: Path, pointer: int | str | None = None) -> Iterator[Pa
             yield temporary
         if pointer is not None:
             write_text(place.parent / LATEST, str(pointer))
+
+
+def refuse_layout(tensor: int, pipeline: int) -> None:
+    """Raises ConfigError unless both sizes are 1: our formats have no files per rank, and load into any layout."""
+    if (tensor, pipeline) != (1, 1):
+        raise ConfigError(f"--target-tensor-parallel-size {tensor} and --target-pipeline-parallel-size {pipeline} are "
+                          "for Megatron's files of ranks; this program loads its own into any layout, leave them out")
 
 
 @contextmanager

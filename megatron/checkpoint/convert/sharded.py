@@ -4,11 +4,10 @@
 import time
 from pathlib import Path
 
-from megatron.checkpoint.convert.failures import new_checkpoint
-from megatron.checkpoint.convert.own_places import place_in, refuse_layout
+from megatron.checkpoint.convert.failures import new_checkpoint, refuse_layout
 from megatron.checkpoint.convert.whole import kinds_of
 from megatron.checkpoint.manifest import MANIFEST, Manifest, TensorFacts
-from megatron.checkpoint.store import STATE, open_place, place_of
+from megatron.checkpoint.store import STATE, open_place, place_in, place_of
 from megatron.checkpoint.stored import Checkpoint
 from megatron.checkpoint.tensor_file import FileFacts, facts_of_file, write_tensors
 from megatron.errors import CheckpointError

@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.convert.failures import new_checkpoint, readable
+from megatron.checkpoint.convert.failures import new_checkpoint, readable, refuse_layout
 from megatron.checkpoint.convert.families import flags
 from megatron.checkpoint.convert.families.names import FAIR_ESM, family_tensors, their_names
 from megatron.checkpoint.convert.families.reading import FREQUENCIES, ModelFamily, checkpoint_of
 from megatron.checkpoint.convert.families.vocabularies import vocabulary_of
-from megatron.checkpoint.convert.own_places import refuse_layout
 from megatron.checkpoint.convert.torch_files import has_mark, read_torch_file
 from megatron.checkpoint.convert.torch_writing import write_torch_file
 from megatron.checkpoint.convert.vocabulary import WORDS, with_rows

@@ -11,12 +11,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.convert.failures import new_checkpoint, readable
+from megatron.checkpoint.convert.failures import new_checkpoint, readable, refuse_layout
 from megatron.checkpoint.convert.families import flags
 from megatron.checkpoint.convert.families.hf_writing import CONFIG, INDEX, TABLES, WHOLE, write_files
 from megatron.checkpoint.convert.families.reading import ModelFamily, checkpoint_of
 from megatron.checkpoint.convert.families.vocabularies import known_vocabulary, vocabulary_in
-from megatron.checkpoint.convert.own_places import refuse_layout
 from megatron.checkpoint.convert.torch_files import read_torch_file
 from megatron.checkpoint.convert.vocabulary import trimmed, with_rows
 from megatron.checkpoint.stored import Checkpoint, StoredTensor
