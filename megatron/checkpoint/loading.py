@@ -27,11 +27,11 @@ def load_model(parameters: Mapping[str, Tensor], checkpoint: Checkpoint, names: 
         raise CheckpointError(f"{checkpoint.path}: parameter {name} is not in {where}; the model's flags have to be "
                               "those of that checkpoint")
     with torch.no_grad():
-        for parameter in parameters.values():
-            if placement_of(parameter).part(parameter).tensor.shape != parameter.shape:
+        parts = {name: placement_of(parameter).part(parameter) for name, parameter in parameters.items()}
+        for name, parameter in parameters.items():
+            if parts[name].tensor.shape != parameter.shape:
                 parameter.zero_()  # padding
-        _read({name: _fitting(name, placement_of(parameter).part(parameter), checkpoint.model[name], checkpoint)
-                    for name, parameter in parameters.items()}, checkpoint.model)
+        _fill(parts, checkpoint.model, checkpoint)
 
 
 def with_padding_of(checkpoint: Checkpoint, vocab: Vocab, num_rows: int, log: Log) -> Checkpoint:
@@ -65,8 +65,8 @@ def load_optimizer(parameters: Mapping[str, Tensor], checkpoint: Checkpoint) -> 
     _check_kinds(tensors, checkpoint)
     state = {key: _memory(tensors[key], parameters[name]) for key in tensors
              if (name := key.partition("/")[2]) in parameters}
-    _read({key: _fitting(key, part_of_state(parameters[key.partition("/")[2]], tensor), tensors[key], checkpoint)
-                for key, tensor in state.items()}, tensors)
+    _fill({key: part_of_state(parameters[key.partition("/")[2]], tensor) for key, tensor in state.items()}, tensors,
+          checkpoint)
     return state
 
 
@@ -76,13 +76,16 @@ def load_average(average: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
     Raises CheckpointError if a shape differs.
     """
     stored = checkpoint.average or {}
-    _read({name: _fitting(name, part_of_state(parameters[name], tensor), stored[name], checkpoint)
-                for name, tensor in average.items() if name in stored}, stored)
+    _fill({name: part_of_state(parameters[name], tensor) for name, tensor in average.items() if name in stored}, stored,
+          checkpoint)
 
 
-def _read(parts: Mapping[str, Part], tensors: Tensors) -> None:
-    """Fill the tensor of each part in place from the stored tensor of the same name."""
+def _fill(parts: Mapping[str, Part], tensors: Tensors, checkpoint: Checkpoint) -> None:
+    """Fill the tensor of each part in place from the stored one; raises CheckpointError where shapes differ."""
     for name, part in parts.items():
+        if (shape := tensors[name].shape) != part.whole_shape:
+            raise CheckpointError(f"{checkpoint.path}: {name} is {list(shape)} there and {list(part.whole_shape)} "
+                                  "here; the model's flags have to be those of that checkpoint")
         if part.tensor.numel():
             part.tensor.copy_(tensors[name].read_box(part.box))
 
@@ -109,10 +112,3 @@ def _memory(tensor: StoredTensor, parameter: Tensor) -> Tensor:
     """
     shape = parameter.shape if len(tensor.shape) == parameter.ndim else tensor.shape
     return torch.zeros(shape, dtype=tensor.dtype, device=parameter.device if tensor.shape else "cpu")
-
-
-def _fitting(name: str, part: Part, tensor: StoredTensor, checkpoint: Checkpoint) -> Part:
-    if tensor.shape != part.whole_shape:
-        raise CheckpointError(f"{checkpoint.path}: {name} is {list(tensor.shape)} there and {list(part.whole_shape)} "
-                              "here; the model's flags have to be those of that checkpoint")
-    return part
