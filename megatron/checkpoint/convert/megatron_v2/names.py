@@ -62,16 +62,12 @@ def chunks_of(tree: Mapping[str, Any], path: Path) -> list[list[NamedParameter]]
         key for number in range(len(tree)) if (key := f"model{number}") in tree]
     chunks = []
     for key in keys:
-        flat = dict(_flat(tree[key], path))
-        parts = {there: there.split(".")[0] for there in flat}
-        unknown = [there for there in flat if parts[there] not in _PARTS]
-        entries = [NamedParameter(_our_name(there), there, tensor) for there, tensor in flat.items()]
-        ordered = sorted(entries, key=lambda entry: _PARTS.index(parts[entry.there]) if not unknown else 0)
-        unknown += [entry.there for entry in ordered if not entry.is_ours and not _is_known_extra(entry.name)]
-        if unknown:
-            raise CheckpointError(f"{path}: holds {unknown[0]}, which masked language models here have no place for; "
-                                  "give a checkpoint of Megatron's BERT")
-        chunks.append(ordered)
+        entries = [NamedParameter(_our_name(there), there, tensor) for there, tensor in _flat(tree[key], path)]
+        for entry in entries:
+            if entry.there.split(".")[0] not in _PARTS or not (entry.is_ours or _is_known_extra(entry.name)):
+                raise CheckpointError(f"{path}: holds {entry.there}, which masked language models here have no place "
+                                      "for; give a checkpoint of Megatron's BERT")
+        chunks.append(sorted(entries, key=lambda entry: _PARTS.index(entry.there.split(".")[0])))
     if not chunks:
         raise CheckpointError(f"{path}: holds no model, only {', '.join(map(str, list(tree)[:5]))}; give a "
                               "model_optim_rng.pt of Megatron v2")

@@ -1,6 +1,7 @@
 """Reads a Megatron v2 checkpoint: joins the ranks' files into whole tensors under our names, lazily."""
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,20 +70,16 @@ def _ranks(place: Place) -> list[list[_Rank]]:
     trees = read_rank_files(place, "Megatron v2")
     chunks = [[chunks_of(tree, path) for tree, path in zip(*both, strict=True)]
               for both in zip(trees, place.files, strict=True)]
-    num_chunks = len(chunks[0][0])
+    if len({len(of_rank) for ranks in chunks for of_rank in ranks}) > 1:
+        raise CheckpointError(f"{place.path}: its ranks have not the same number of virtual stages; copy it again")
+    entries: list[list[list[NamedParameter]]] = [[[] for _ in ranks] for ranks in chunks]
     # The model's layers go through the first virtual stage of every pipeline rank, then the second of every, ...
-    first_layers, layer = {}, 0
-    for chunk in range(num_chunks):
-        for pipeline, ranks in enumerate(chunks):
-            if any(len(one) != num_chunks for one in ranks):
-                raise CheckpointError(f"{place.path}: its ranks have not the same number of virtual stages; copy it "
-                                      "again")
-            first_layers[pipeline, chunk] = layer
-            layer += num_layers([entry.name for entry in ranks[0][chunk]])
-    return [[_rank(path, tree, [replace(entry, name=renumbered(entry.name, first_layers[pipeline, chunk]))
-                                for chunk, entries in enumerate(ranks_chunks) for entry in entries])
-             for path, tree, ranks_chunks in zip(place.files[pipeline], trees[pipeline], chunks[pipeline], strict=True)]
-            for pipeline in range(len(trees))]
+    layer = 0
+    for chunk, (pipeline, ranks) in itertools.product(range(len(chunks[0][0])), enumerate(chunks)):
+        for found, of_rank in zip(entries[pipeline], ranks, strict=True):
+            found += [replace(entry, name=renumbered(entry.name, layer)) for entry in of_rank[chunk]]
+        layer += num_layers(entry.name for entry in ranks[0][chunk])
+    return [list(map(_rank, *stage)) for stage in zip(place.files, trees, entries, strict=True)]
 
 
 def _rank(path: Path, tree: dict[str, Any], entries: list[NamedParameter]) -> _Rank:
