@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 
@@ -17,13 +18,7 @@ class Documents:
 
     def __init__(self, corpus: Corpus, documents: range) -> None:
         self.indexed, self.range = corpus, documents
-        self._parts, self._starts, start = list[_OfOneFile](), list[int](), -documents.start
-        for part in corpus.parts:
-            own = range(max(0, -start), min(part.num_documents, len(documents) - start))
-            if own:
-                self._parts.append(_OfOneFile(part, own))
-                self._starts.append(start + own.start)
-            start += part.num_documents
+        self._starts = [0, *accumulate(part.num_documents for part in corpus.parts)]  # in the corpus
 
     def __len__(self) -> int:
         return len(self.range)
@@ -37,18 +32,25 @@ class Documents:
 
         For a single file usually a view of the mapped index; for several files an array in memory.
         """
-        lengths = [part.lengths for part in self._parts]
+        lengths = []
+        for part, start in zip(self.indexed.parts, self._starts, strict=False):
+            own = range(max(0, self.range.start - start), min(part.num_documents, self.range.stop - start))
+            lengths += [_lengths(part, own)] if own else []
         return lengths[0] if len(lengths) == 1 else np.concatenate([np.zeros(0, np.int32), *lengths])
 
     def read(self, document: int, offset: int, length: int) -> np.ndarray:
         """At most `length` token ids of a document, from `offset` on."""
-        part = bisect_right(self._starts, document) - 1
-        return self._parts[part].read(document - self._starts[part], offset, length)
+        file, number = self._find(document)
+        return file.document(number)[offset:offset + length]
 
     def place(self, document: int) -> tuple[str, int]:
         """The prefix of the indexed dataset that a document is in, and its number there."""
-        part = bisect_right(self._starts, document) - 1
-        return self._parts[part].place(document - self._starts[part])
+        file, number = self._find(document)
+        return file.prefix, number
+
+    def _find(self, document: int) -> tuple[IndexedDataset, int]:
+        part = bisect_right(self._starts, self.range.start + document) - 1
+        return self.indexed.parts[part], self.range.start + document - self._starts[part]
 
 
 class Pieces:
@@ -100,48 +102,19 @@ def chunks(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         yield start, array[start:start + CHUNK_DOCUMENTS]
 
 
-class _OfOneFile:
-    """A range of the documents of one indexed dataset."""
+def _lengths(file: IndexedDataset, documents: range) -> np.ndarray:
+    """The number of residues of each of some documents of one file.
 
-    def __init__(self, file: IndexedDataset, documents: range) -> None:
-        self._file, self.range = file, documents
-
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """The number of residues of each document, [documents].
-
-        A view of the index (int32) if every document is one sequence, else sums in memory, int64 if one needs it.
-        """
-        if self._first_sequence is not None:
-            return self._file.sizes[self._first_sequence:self._first_sequence + len(self.range)]
-        lengths = np.empty(len(self.range), np.int32)
-        for start in range(0, len(self.range), CHUNK_DOCUMENTS):
-            bounds = self._file.doc_idx[self.range.start:self.range.stop + 1][start:start + CHUNK_DOCUMENTS + 1]
-            ends = np.cumsum(self._file.sizes[bounds[0]:bounds[-1]], dtype=np.int64)
-            sums = np.diff(np.concatenate([[0], ends])[bounds - bounds[0]])
-            if sums.max() > np.iinfo(lengths.dtype).max:
-                lengths = lengths.astype(np.int64)
-            lengths[start:start + len(sums)] = sums
-        return lengths
-
-    def read(self, document: int, offset: int, length: int) -> np.ndarray:
-        """At most `length` token ids of a document from `offset` on; several sequences of it are concatenated."""
-        if self._first_sequence is not None:
-            return self._file[self._first_sequence + document][offset:offset + length]
-        first, last = self._file.doc_idx[self.range.start + document:self.range.start + document + 2].tolist()
-        whole = [self._file.tokens[:0], *(self._file[sequence] for sequence in range(first, last))]
-        return np.concatenate(whole)[offset:offset + length]
-
-    def place(self, document: int) -> tuple[str, int]:
-        """The prefix of the dataset, and the document's number there."""
-        return self._file.prefix, self.range[document]
-
-    @cached_property
-    def _first_sequence(self) -> int | None:
-        """The number of the first document's sequence if every document is one sequence, else None."""
-        bounds = self._file.doc_idx
-        for start in range(self.range.start, self.range.stop, CHUNK_DOCUMENTS):
-            stop = min(start + CHUNK_DOCUMENTS, self.range.stop)
-            if not np.all(np.diff(bounds[start:stop + 1]) == 1):
-                return None
-        return int(bounds[self.range.start])
+    A view of the index (int32) if every document is one sequence, else sums in memory, int64 if one needs it.
+    """
+    if file.has_one_sequence_each:
+        return file.sizes[documents.start:documents.stop]
+    lengths = np.empty(len(documents), np.int32)
+    for start in range(0, len(documents), CHUNK_DOCUMENTS):
+        bounds = file.doc_idx[documents.start:documents.stop + 1][start:start + CHUNK_DOCUMENTS + 1]
+        ends = np.cumsum(file.sizes[bounds[0]:bounds[-1]], dtype=np.int64)
+        sums = np.diff(np.concatenate([[0], ends])[bounds - bounds[0]])
+        if sums.max() > np.iinfo(lengths.dtype).max:
+            lengths = lengths.astype(np.int64)
+        lengths[start:start + len(sums)] = sums
+    return lengths

@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from difflib import get_close_matches
 from errno import EMFILE
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ IMPLEMENTATIONS = ("mmap", "cached", "lazy")
 DTYPES: dict[int, type[np.integer]] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 MMAP_HEADER_BYTES = 34
 TNT_HEADER_BYTES = 56
+_CHUNK_ITEMS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,20 @@ class IndexedDataset:
     def num_documents(self) -> int:
         """The number of documents, including empty ones."""
         return len(self.doc_idx) - 1
+
+    @cached_property
+    def has_one_sequence_each(self) -> bool:
+        """Whether every document is one sequence, which then has its number."""
+        return len(self) == self.num_documents and all(
+            np.all(np.diff(self.doc_idx[start:start + _CHUNK_ITEMS + 1]) == 1)
+            for start in range(0, self.num_documents, _CHUNK_ITEMS))
+
+    def document(self, number: int) -> np.ndarray:
+        """The ids of a document; several sequences of it are concatenated."""
+        if self.has_one_sequence_each:
+            return self[number]
+        first, last = self.doc_idx[number:number + 2].tolist()
+        return np.concatenate([self.tokens[:0], *(self[sequence] for sequence in range(first, last))])
 
 
 def open_indexed(prefix: str, impl: str = "infer") -> IndexedDataset:
