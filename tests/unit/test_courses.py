@@ -94,10 +94,10 @@ def test_the_courses_of_megatron_core_are_read_from_its_scheduler_and_arguments(
     course = {"max_lr": 1.0, "min_lr": 0.1, "lr_warmup_steps": 0, "num_steps": 8, "lr_decay_style": "WSD",
               "lr_decay_steps": 400, "wd_incr_style": "linear", "wd_incr_steps": 400, "start_wd": 0.1, "end_wd": 0.5}
     given = Namespace(lr_wsd_decay_iters=25, lr_wsd_decay_style="cosine", global_batch_size=4)
-    assert schedule_of(megatron_schedule({"opt_param_scheduler": course}, given)) == schedule(
+    assert schedule_of(megatron_schedule({"opt_param_scheduler": course, "args": given})) == schedule(
         "WSD", lr_wsd_decay_iters=25, lr_wsd_decay_style="cosine", weight_decay_incr_style="linear",
         start_weight_decay=0.1, end_weight_decay=0.5)
-    assert megatron_schedule({"opt_param_scheduler": course}, None) is None
+    assert megatron_schedule({"opt_param_scheduler": course}) is None
 
 
 def test_the_end_of_a_course_is_open_for_as_long_as_the_course_does_not_depend_on_it():

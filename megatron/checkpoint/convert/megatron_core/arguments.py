@@ -34,12 +34,11 @@ def checkpoint_of(place: Path, theirs: Tensors, common: Mapping[str, Any], layou
     """
     with readable(place, "as Megatron-LM writes it"):
         model, notes = our_tensors(theirs, place)
-        arguments = common.get("args") if isinstance(common.get("args"), argparse.Namespace) else None
         shapes = {name: tensor.shape for name, tensor in model.items()}
-        config = v2.config_of(_as_of_v2(arguments, place), shapes, place)
+        config = v2.config_of(_as_of_v2(v2.arguments_in(common), place), shapes, place)
         number = v2.iteration_of(place, common.get("iteration", 0))
         notes.append("the optimizer's state is not taken over: it starts afresh")
-        state = v2.state_of(common, arguments, number, config, layout, notes)
+        state = v2.state_of(common, number, config, layout, notes)
         return Checkpoint(place, number, model, None, state)
 
 
@@ -52,20 +51,18 @@ def their_arguments(checkpoint: Checkpoint, tensor: int, pipeline: int, dtype: t
     if config.get("apply_residual_connection_post_layernorm"):
         raise CheckpointError(f"{checkpoint.path}: was trained with --apply-residual-connection-post-layernorm, which "
                               "megatron-core ignores; write it in another format")
-    num_rows = checkpoint.model["embedding.word_embeddings.weight"].shape[0]
-    arguments = v2.arguments_of(checkpoint, tensor, pipeline, num_rows, dtype)(0, 0)
-    vars(arguments).update(_THEIRS, norm_epsilon=arguments.layernorm_epsilon, iteration=checkpoint.iteration)
-    return arguments
+    arguments = v2.arguments_of(checkpoint, tensor, pipeline, dtype) | {"rank": 0, **_THEIRS}
+    return argparse.Namespace(**arguments | {"norm_epsilon": arguments["layernorm_epsilon"],
+                                             "iteration": checkpoint.iteration})
 
 
-def _as_of_v2(arguments: argparse.Namespace | None, place: Path) -> argparse.Namespace | None:
+def _as_of_v2(given: Mapping[str, Any], place: Path) -> Mapping[str, Any]:
     """The arguments as Megatron v2 would have them for the same model.
 
     Raises CheckpointError if they describe a model that ours cannot represent.
     """
-    if arguments is None:
-        return None
-    given = vars(arguments)
+    if not given:
+        return given
     for name, ours in _SAME.items():
         if (given.get(name) or None) != (ours or None):
             raise CheckpointError(f"{place}: was trained with {name} {given[name]!r}, models here compute as with "
@@ -74,4 +71,4 @@ def _as_of_v2(arguments: argparse.Namespace | None, place: Path) -> argparse.Nam
     words: dict[str, Any] = {"openai_gelu": False, "apply_residual_connection_post_layernorm": False}
     if "norm_epsilon" in given:
         words["layernorm_epsilon"] = given["norm_epsilon"]
-    return argparse.Namespace(**(given | words))
+    return {**given, **words}

@@ -1,7 +1,7 @@
 """Translates between Megatron's arguments, an argparse.Namespace in each of its checkpoints, and our flags."""
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 
 from megatron.checkpoint.convert.megatron_v2.names import num_layers
 from megatron.checkpoint.convert.megatron_v2.places import RELEASE
+from megatron.checkpoint.convert.vocabulary import WORDS
 from megatron.checkpoint.stored import Checkpoint
 from megatron.config import Config
 from megatron.config.declaration import flag_name
@@ -53,12 +54,17 @@ _SCHEDULES = (  # key in the file, our names: the names in each generation of Me
                              "num_samples": "num_steps"}))
 
 
-def config_of(arguments: argparse.Namespace | None, shapes: Mapping[str, Sequence[int]], path: Path) -> dict[str, Any]:
+def arguments_in(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Megatron's arguments in a file's content; {} if there are none."""
+    found = tree.get("args")
+    return vars(found) if isinstance(found, argparse.Namespace) else {}
+
+
+def config_of(given: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], path: Path) -> dict[str, Any]:
     """Our flags by field name, as far as Megatron's arguments and the parameters' shapes (by our names) tell them.
 
     Raises CheckpointError if they describe a model that computes something that ours cannot.
     """
-    given = vars(arguments) if arguments is not None else {}
     for name, ours in _SAME.items():
         if given.get(name, ours) != ours:
             raise CheckpointError(f"{path}: was trained with {name} {given[name]!r}, models here compute as with "
@@ -66,11 +72,11 @@ def config_of(arguments: argparse.Namespace | None, shapes: Mapping[str, Sequenc
     config = {item.name: given[item.name] for name, section in Config().sections() if name in _SECTIONS
               for item in fields(section) if item.name in given and fits(item, given[item.name])}
     config.pop("num_query_groups", None)  # Megatron ignores it without group_query_attention
-    if arguments is not None:
+    if given:
         config.setdefault("bias_gelu_fusion", False)  # before Megatron had that flag, its GeLU was exact
     if isinstance(given.get("batch_size"), int):
         config.setdefault("micro_batch_size", given["batch_size"])
-    hidden, positions = shapes["embedding.word_embeddings.weight"][1], shapes["embedding.position_embeddings.weight"][0]
+    hidden, positions = shapes[WORDS][1], shapes["embedding.position_embeddings.weight"][0]
     of_shapes = {"num_layers": num_layers(shapes), "hidden_size": hidden, "max_position_embeddings": positions,
                  "ffn_hidden_size": shapes["transformer.layers.0.mlp.dense_h_to_4h.bias"][0]}
     for name, value in of_shapes.items():
@@ -83,7 +89,7 @@ def config_of(arguments: argparse.Namespace | None, shapes: Mapping[str, Sequenc
     return config | of_shapes
 
 
-def schedule_of(tree: Mapping[str, Any], arguments: argparse.Namespace | None) -> dict[str, Any] | None:
+def schedule_of(tree: Mapping[str, Any]) -> dict[str, Any] | None:
     """The learning rate schedule in a file, counted in samples, with its position as "num_samples"; None if unknown.
 
     `tree`: the file's content. Raises ValueError for negative numbers.
@@ -97,21 +103,20 @@ def schedule_of(tree: Mapping[str, Any], arguments: argparse.Namespace | None) -
             schedule = {ours: facts[theirs] for ours, theirs in names.items()}
             schedule["lr_decay_style"] = str(schedule["lr_decay_style"])
             if "num_iters" in facts:
-                rows = _rows_a_step(arguments)
+                rows = _rows_a_step(arguments_in(tree))
                 schedule |= {name: schedule[name] * rows for name in ("warmup_samples", "decay_samples", "num_samples")}
-            return _with_later_courses(schedule, facts, arguments)
+            return _with_later_courses(schedule, facts, arguments_in(tree))
     return None
 
 
 def _with_later_courses(schedule: dict[str, Any], facts: Mapping[str, Any],
-                        arguments: argparse.Namespace | None) -> dict[str, Any] | None:
+                        given: Mapping[str, Any]) -> dict[str, Any] | None:
     """The schedule with what later schedulers of Megatron-LM added: WSD's decay, and a growing weight decay.
 
     None if the length of WSD's decay, which only the arguments have, is unknown.
     """
-    given = vars(arguments) if arguments is not None else {}
     if schedule["lr_decay_style"] == "WSD":
-        samples = given.get("lr_wsd_decay_samples") or (given.get("lr_wsd_decay_iters") or 0) * _rows_a_step(arguments)
+        samples = given.get("lr_wsd_decay_samples") or (given.get("lr_wsd_decay_iters") or 0) * _rows_a_step(given)
         if not samples:
             return None
         schedule |= {"wsd_decay_samples": samples, "lr_wsd_decay_style": str(given.get("lr_wsd_decay_style"))}
@@ -131,17 +136,17 @@ def iteration_of(place: Path, number: Any) -> int:
     return number
 
 
-def state_of(tree: Mapping[str, Any], arguments: argparse.Namespace | None, iteration: int, config: dict[str, Any],
-             layout: tuple[int, int], notes: list[str], loss_scale: list[float] | None = None) -> dict[str, Any]:
+def state_of(tree: Mapping[str, Any], iteration: int, config: dict[str, Any], layout: tuple[int, int],
+             notes: list[str], loss_scale: list[float] | None = None) -> dict[str, Any]:
     """A checkpoint's state: "config", "notes", "layout", "progress", "loss_scale" and, if it is known, "schedule".
 
     `tree`: a file's content; `layout`: the tensor- and pipeline-parallel sizes. The number of rows is estimated if it
     was not stored.
     """
-    schedule = schedule_of(tree, arguments)
-    consumed = getattr(arguments, "consumed_train_samples", None)
+    schedule, given = schedule_of(tree), arguments_in(tree)
+    consumed = given.get("consumed_train_samples")
     if type(consumed) is not int or consumed < 0:
-        consumed = int(schedule["num_samples"]) if schedule is not None else iteration * _rows_a_step(arguments)
+        consumed = int(schedule["num_samples"]) if schedule is not None else iteration * _rows_a_step(given)
     state: dict[str, Any] = {
         "config": config, "notes": notes,
         "layout": {"tensor_model_parallel_size": layout[0], "pipeline_model_parallel_size": layout[1]},
@@ -170,12 +175,10 @@ def learning_rate(state: Mapping[str, Any]) -> float:
     return course_of(schedule).learning_rate(state["progress"]["consumed_samples"])
 
 
-def arguments_of(checkpoint: Checkpoint, num_tensor: int, num_pipeline: int, num_rows: int,
-                 dtype: torch.dtype) -> Callable[[int, int], argparse.Namespace]:
-    """A function of the tensor rank and the pipeline rank that returns Megatron's arguments for that rank's file.
+def arguments_of(checkpoint: Checkpoint, num_tensor: int, num_pipeline: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Megatron's arguments, without the rank, for the files of a checkpoint whose vocabulary is padded already.
 
-    `num_rows`: of the padded vocabulary; `dtype`: of the parameters. Raises CheckpointError if Megatron's model cannot
-    compute what this one does.
+    `dtype`: of the parameters. Raises CheckpointError if Megatron's model cannot compute what this one does.
     """
     defaults, saved = Config().as_dict(), checkpoint.state.get("config", {})
     flags = defaults | saved
@@ -194,18 +197,17 @@ def arguments_of(checkpoint: Checkpoint, num_tensor: int, num_pipeline: int, num
         ours["mask_prob"] = shares[:2][-1]
     positions, hidden = checkpoint.model["embedding.position_embeddings.weight"].shape
     shape = {"num_layers": num_layers(checkpoint.model), "hidden_size": hidden,
-             "max_position_embeddings": positions, "padded_vocab_size": num_rows, "params_dtype": dtype}
+             "max_position_embeddings": positions, "padded_vocab_size": checkpoint.model[WORDS].shape[0],
+             "params_dtype": dtype}
     progress = checkpoint.state.get("progress", {})
     layout = {"tensor_model_parallel_size": num_tensor, "pipeline_model_parallel_size": num_pipeline,
               "world_size": num_tensor * num_pipeline, "data_parallel_size": 1,
               "consumed_train_samples": progress.get("consumed_samples", 0), "consumed_valid_samples": 0}
-    all_of_them = {**_THEIRS, **ours, **shape, **layout}
-    return lambda tensor, pipeline: argparse.Namespace(**all_of_them, rank=pipeline * num_tensor + tensor)
+    return {**_THEIRS, **ours, **shape, **layout}
 
 
-def _rows_a_step(arguments: argparse.Namespace | None) -> int:
+def _rows_a_step(given: Mapping[str, Any]) -> int:
     """The global batch size; 1 if it is unknown."""
-    given = vars(arguments) if arguments is not None else {}
     if isinstance(given.get("global_batch_size"), int):
         return given["global_batch_size"]
     ranks = given.get("world_size", 1) // given.get("model_parallel_size", 1)

@@ -1,6 +1,5 @@
 """Reads a Megatron v2 checkpoint: joins the ranks' files into whole tensors under our names, lazily."""
 
-import argparse
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron.checkpoint.convert.failures import readable
-from megatron.checkpoint.convert.megatron_v2.arguments import config_of, iteration_of, state_of
+from megatron.checkpoint.convert.megatron_v2.arguments import arguments_in, config_of, iteration_of, state_of
 from megatron.checkpoint.convert.megatron_v2.names import (
     HEAD_COPY,
     TOKEN_TYPES,
@@ -52,15 +51,14 @@ def read(path: Path, iteration: int | None = None) -> Checkpoint:
     with readable(place.path, "as Megatron writes it"):
         stages = _ranks(place)
         first = stages[0][0].tree
-        arguments = first.get("args") if isinstance(first.get("args"), argparse.Namespace) else None
         number = iteration_of(place.path, first.get("iteration", first.get("total_iters")))
         notes: list[str] = []
-        join = _Joiner(place, first, arguments, len(stages[0]))
+        join = _Joiner(place, first, len(stages[0]))
         model = _model(stages, join, notes)
         optimizer = None if place.path.name == RELEASE else _optimizer(stages, join)
-        config = config_of(arguments, {name: tensor.shape for name, tensor in model.items()}, place.path)
+        config = config_of(arguments_in(first), {name: tensor.shape for name, tensor in model.items()}, place.path)
         known = stages[0][0].optimizer
-        state = state_of(first, arguments, number, config, (len(stages[0]), len(stages)), notes,
+        state = state_of(first, number, config, (len(stages[0]), len(stages)), notes,
                          known.loss_scale if known is not None else None)
         return Checkpoint(place.path, number, model, optimizer, state)
 
@@ -90,8 +88,8 @@ def _rank(path: Path, tree: dict[str, Any], entries: list[NamedParameter]) -> _R
 class _Joiner:
     """Joins the tensor ranks' parts of a parameter into the whole, with rows in our order."""
 
-    def __init__(self, place: Place, tree: dict[str, Any], arguments: Any, num_tensor: int) -> None:
-        self._place, self._heads, self._num_tensor = place, getattr(arguments, "num_attention_heads", None), num_tensor
+    def __init__(self, place: Place, tree: dict[str, Any], num_tensor: int) -> None:
+        self._place, self._num_tensor, self._heads = place, num_tensor, arguments_in(tree).get("num_attention_heads")
         version = tree.get("checkpoint_version", 0)
         if not isinstance(version, int | float) or not 0 <= version < 4:
             raise CheckpointError(f"{place.path}: checkpoint version {version!r}; versions 0 to 3 are known")

@@ -1,5 +1,6 @@
 """Writes a checkpoint as the files per rank that Megatron v2 loads, with one tensor in memory at a time."""
 
+import argparse
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,22 +49,22 @@ class _Files:
             raise CheckpointError(f"{checkpoint.path}: parameter {wrong[0]} is not one that Megatron v2 has, or is "
                                   "missing; only models of ProteinLM's kind can be written as its checkpoints")
         self._check_divisions()
-        num_rows = rows_for(checkpoint.model[WORDS].shape[0], num_tensor, checkpoint)
-        padded = with_rows(checkpoint, num_rows)
+        padded = with_rows(checkpoint, rows_for(checkpoint.model[WORDS].shape[0], num_tensor, checkpoint))
         self._masters = padded.model
         self._moments = {key: moment for key, moment in (padded.optimizer or {}).items() if moment.shape}
         self._kinds = list(dict.fromkeys(key.partition("/")[0] for key in self._moments))
         # The half precision of the model's copy of the weights, if Megatron keeps fp32 masters in the optimizer.
         half = torch.float16 if self._config.get("fp16") else torch.bfloat16 if self._config.get("bf16") else None
         self._half = half if self._moments else None
-        self._arguments = arguments_of(checkpoint, num_tensor, num_pipeline, num_rows, self._model_dtype())
+        self._arguments = arguments_of(padded, num_tensor, num_pipeline, self._model_dtype())
 
     def tree(self, rank: int, stage: int) -> dict[str, Any]:
         """The content of the file of tensor rank `rank` and pipeline stage `stage`."""
         checkpoint = self._checkpoint
         names = self._names(stage)
         tree: dict[str, Any] = {
-            "args": self._arguments(rank, stage), "checkpoint_version": _VERSION, "iteration": checkpoint.iteration,
+            "args": argparse.Namespace(**self._arguments, rank=stage * self._num_tensor + rank),
+            "checkpoint_version": _VERSION, "iteration": checkpoint.iteration,
             "model": self._model(names, rank, stage)}
         if self._moments:
             tree["optimizer"] = self._optimizer(names, rank)
