@@ -166,6 +166,6 @@ def _optimizer(stages: Sequence[Sequence[_Rank]], join: _Joiner) -> dict[str, St
             if name in names:
                 parts = [state.moments.get(key) for state in states]
                 tensors[key] = join(name, [part for part in parts if part is not None])
-        for name in names & states[0].steps.keys():
-            tensors[f"step/{name}"] = stored(torch.tensor(states[0].steps[name]))
+        tensors |= {f"step/{name}": stored(torch.tensor(number)) for name, number in states[0].steps.items()
+                    if name in names}
     return tensors or None
