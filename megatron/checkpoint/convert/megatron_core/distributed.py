@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.convert.failures import new_checkpoint
-from megatron.checkpoint.convert.megatron_core.arguments import checkpoint_of, their_arguments
+from megatron.checkpoint.convert.megatron_core.arguments import checkpoint_of
 from megatron.checkpoint.convert.megatron_core.distributed_files import (
     Chunk,
     is_distributed,
@@ -20,14 +20,15 @@ from megatron.checkpoint.convert.megatron_core.distributed_files import (
     write_distributed,
 )
 from megatron.checkpoint.convert.megatron_core.names import FUSED, LAYER, LAYER_EXTRAS, OUTPUT_EXTRA
-from megatron.checkpoint.convert.megatron_core.weights import Weights, weights_of
+from megatron.checkpoint.convert.megatron_core.weights import weights_of
+from megatron.checkpoint.convert.megatron_v2.names import num_layers
 from megatron.checkpoint.convert.megatron_v2.places import RELEASE, newest, place_for
-from megatron.checkpoint.stored import Checkpoint, StoredTensor, one_piece
+from megatron.checkpoint.stored import Checkpoint, StoredTensor, Tensors, one_piece
 from megatron.errors import CheckpointError
 
 _STACK = re.compile(r"encoder\.layers\.([a-z].*)")
 _OPTIMIZER = re.compile(r"(optimizer|chained_[0-9]+)\..*")
-_VERSION, _MOST_LAYERS = 3.0, 10_000
+_MOST_LAYERS = 10_000
 
 
 def recognises(path: Path) -> bool:
@@ -68,12 +69,10 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
     ConfigError if the model cannot be divided so, CheckpointError if megatron-core has no such model or the disk
     refuses.
     """
-    weights = weights_of(checkpoint, tensor, pipeline)
-    common = {"args": their_arguments(weights.checkpoint, tensor, pipeline, weights.dtype),
-              "checkpoint_version": _VERSION, "iteration": checkpoint.iteration}
+    weights, beside = weights_of(checkpoint, tensor, pipeline)
     place = place_for(folder, checkpoint.iteration)
     with new_checkpoint(place, checkpoint.iteration or RELEASE) as temporary:
-        write_distributed(temporary, _chunks(weights), _extras(weights.num_layers), common)
+        write_distributed(temporary, _chunks(weights), _extras(num_layers(weights)), beside)
     return place
 
 
@@ -90,12 +89,13 @@ def _layer(stack: StoredTensor, number: int) -> StoredTensor:
                      lambda box: stack.read_box((slice(number, number + 1), *box))[0])
 
 
-def _chunks(weights: Weights) -> Iterator[Chunk]:
+def _chunks(weights: Tensors) -> Iterator[Chunk]:
     """All tensors, those of layers as chunks of stacks [layers, …]."""
-    for name, tensor in weights.tensors.items():
+    depth = num_layers(weights)
+    for name, tensor in weights.items():
         zeros = (0,) * len(tensor.shape)
         if match := LAYER.fullmatch(name):
-            yield Chunk(f"encoder.layers.{_fused(match[2])}", (weights.num_layers, *tensor.shape),
+            yield Chunk(f"encoder.layers.{_fused(match[2])}", (depth, *tensor.shape),
                         (int(match[1]), *zeros), tensor)
         else:
             yield Chunk(name, tensor.shape, zeros, tensor)
@@ -109,7 +109,7 @@ def _fused(name: str) -> str:
     return name
 
 
-def _extras(num_layers: int) -> dict[str, Any]:
+def _extras(depth: int) -> dict[str, Any]:
     """The empty entries for the FP8 state of all modules."""
-    return {**{f"encoder.layers.{extra}/shard_{number}_{num_layers}": None for extra in LAYER_EXTRAS
-               for number in range(num_layers)}, f"{OUTPUT_EXTRA}/shard_0_1": None}
+    return {**{f"encoder.layers.{extra}/shard_{number}_{depth}": None for extra in LAYER_EXTRAS
+               for number in range(depth)}, f"{OUTPUT_EXTRA}/shard_0_1": None}

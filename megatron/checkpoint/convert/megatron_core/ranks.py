@@ -10,18 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.convert.megatron_core.arguments import checkpoint_of, their_arguments
+from megatron.checkpoint.convert.megatron_core.arguments import checkpoint_of
 from megatron.checkpoint.convert.megatron_core.names import LAYER_EXTRAS, OUTPUT, OUTPUT_EXTRA, is_extra
-from megatron.checkpoint.convert.megatron_core.weights import Weights, weights_of
+from megatron.checkpoint.convert.megatron_core.weights import weights_of
 from megatron.checkpoint.convert.megatron_v2.names import num_layers, renumbered, split_dim, stage_of
 from megatron.checkpoint.convert.megatron_v2.places import any_file, find_place
 from megatron.checkpoint.convert.megatron_v2.rank_files import read_rank_files, write_rank_files
 from megatron.checkpoint.convert.torch_files import has_mark
 from megatron.checkpoint.convert.vocabulary import WORDS
-from megatron.checkpoint.stored import Checkpoint, StoredTensor, joined, split
+from megatron.checkpoint.stored import Checkpoint, StoredTensor, Tensors, joined, split
 from megatron.errors import CheckpointError
-
-_VERSION = 3.0
 
 
 def recognises(path: Path) -> bool:
@@ -54,11 +52,9 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
     The vocabulary is padded as Megatron does for so many tensor ranks; padding is never predicted. Raises ConfigError
     if the model cannot be divided so, CheckpointError if megatron-core has no such model or the disk refuses.
     """
-    weights = weights_of(checkpoint, tensor, pipeline)
-    arguments = their_arguments(weights.checkpoint, tensor, pipeline, weights.dtype)
-    arguments.spec = ["local"]
-    common = {"args": arguments, "checkpoint_version": _VERSION, "iteration": checkpoint.iteration}
-    return write_rank_files(folder, checkpoint.iteration, tensor, pipeline, lambda rank, stage: common | {
+    weights, beside = weights_of(checkpoint, tensor, pipeline)
+    beside["args"].spec = ["local"]
+    return write_rank_files(folder, checkpoint.iteration, tensor, pipeline, lambda rank, stage: beside | {
         "model": _model(weights, (rank, tensor), (stage, pipeline))})
 
 
@@ -83,16 +79,16 @@ def _merged(ranks: Sequence[Any], files: Sequence[Path]) -> dict[str, StoredTens
     return merged
 
 
-def _model(weights: Weights, rank: tuple[int, int], stage: tuple[int, int]) -> dict[str, Any]:
+def _model(weights: Tensors, rank: tuple[int, int], stage: tuple[int, int]) -> dict[str, Any]:
     """The entry `model` of a file; `rank` (tensor) and `stage` (pipeline): the index and how many there are."""
-    (at, num_stages), depth = stage, weights.num_layers
+    (at, num_stages), depth = stage, num_layers(weights)
     num_here = depth // num_stages
     model: dict[str, Any] = OrderedDict(
         (renumbered(name, -at * num_here), split(tensor, split_dim(name), *rank))
-        for name, tensor in weights.tensors.items() if stage_of(name, depth, num_stages) == at)
+        for name, tensor in weights.items() if stage_of(name, depth, num_stages) == at)
     model |= {f"encoder.layers.{number}.{extra}": None for number in range(num_here) for extra in LAYER_EXTRAS}
     if at == num_stages - 1:
         if at:
-            model[OUTPUT] = split(weights.tensors[WORDS], split_dim(OUTPUT), *rank)
+            model[OUTPUT] = split(weights[WORDS], split_dim(OUTPUT), *rank)
         model[OUTPUT_EXTRA] = None
     return model

@@ -1,9 +1,10 @@
 """Prepares a checkpoint's weights for megatron-core: checks that it has such a model, pads and renames."""
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from megatron.checkpoint.convert.megatron_core.arguments import their_arguments
 from megatron.checkpoint.convert.megatron_core.names import their_name
 from megatron.checkpoint.convert.megatron_v2.names import num_layers, parameter_names
 from megatron.checkpoint.convert.megatron_v2.rank_files import check_divisions
@@ -11,25 +12,14 @@ from megatron.checkpoint.convert.vocabulary import WORDS, rows_for, with_rows
 from megatron.checkpoint.stored import Checkpoint, StoredTensor
 from megatron.errors import CheckpointError
 
-
-@dataclass(frozen=True)
-class Weights:
-    """Weights to be written: `tensors` by megatron-core's names, and the padded `checkpoint` with ours."""
-
-    checkpoint: Checkpoint
-    tensors: dict[str, StoredTensor]
-    dtype: torch.dtype
-
-    @property
-    def num_layers(self) -> int:
-        """The number of layers of the whole model."""
-        return num_layers(self.tensors)
+_VERSION = 3.0
 
 
-def weights_of(checkpoint: Checkpoint, tensor: int, pipeline: int) -> Weights:
-    """The weights to write for `tensor` x `pipeline` ranks: all in one dtype, the vocabulary padded for so many ranks.
+def weights_of(checkpoint: Checkpoint, tensor: int, pipeline: int) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
+    """The weights to write for `tensor` x `pipeline` ranks, by megatron-core's names, and what goes with them.
 
-    Raises ConfigError if the model cannot be divided so, CheckpointError if megatron-core has no such model.
+    All are in one dtype, and the vocabulary is padded for so many ranks. Raises ConfigError if the model cannot be
+    divided so, CheckpointError if megatron-core has no such model.
     """
     model, path = checkpoint.model, checkpoint.path
     names = parameter_names(max(1, num_layers(model)))
@@ -43,4 +33,6 @@ def weights_of(checkpoint: Checkpoint, tensor: int, pipeline: int) -> Weights:
     check_divisions(tensor, pipeline, heads, model)
     dtype = model[WORDS].dtype if model[WORDS].dtype in (torch.float16, torch.bfloat16) else torch.float32
     padded = with_rows(checkpoint, rows_for(model[WORDS].shape[0], tensor, checkpoint))
-    return Weights(padded, {their_name(name): padded.model[name].to(dtype) for name in names}, dtype)
+    beside = {"args": their_arguments(padded, tensor, pipeline, dtype), "checkpoint_version": _VERSION,
+              "iteration": checkpoint.iteration}
+    return {their_name(name): padded.model[name].to(dtype) for name in names}, beside
