@@ -147,6 +147,10 @@ def _on_disk(read: Callable[[str, str, WantedKeys], Iterator[RecordBlock]]
     return blocks
 
 
+def _lines(kind: str) -> Callable[[Contents, WantedKeys], Iterator[RecordBlock]]:
+    return lambda contents, wanted: records.line_blocks(contents, kind)
+
+
 def _magic(*starts: bytes, offset: int = 0) -> Callable[[bytes], bool]:
     return lambda head: head.startswith(starts, offset)
 
@@ -182,7 +186,7 @@ TEXT_KINDS = (
     Kind("a JSON array", _text(rb"\[\s*\{"), json_array.json_array_blocks),
     Kind("a JSON array of no objects", _text(rb"\[\s*[\[\"]"), instead="expected objects, one a line or in one array"),
     Kind("JSON over several lines", _text(rb"\{[ \t]*\n"), instead="expected one object a line, as jq -c . makes it"),
-    Kind("loose JSON", _text(rb"\{(?!\\rtf)"), records.json_blocks),
+    Kind("loose JSON", _text(rb"\{(?!\\rtf)"), _lines("json")),
     Kind("PIR", _text(rb">(P1|F1|DL|DC|RL|RC|N1|N3|XX);"), instead=_TO_FASTA),
     Kind("a Stockholm alignment", _text(rb"# *STOCKHOLM"), instead=_TO_FASTA),
     Kind("a NEXUS alignment", _text(rb"(?i)#NEXUS"), instead=_TO_FASTA),
@@ -206,7 +210,7 @@ TEXT_KINDS = (
     Kind("XML", _text(rb"<[?!\w]"), instead=_TO_FASTA),
     Kind("a pointer of Git LFS", _text(rb"version https://git-lfs"), instead="git lfs pull fetches the file itself"),
     Kind("CSV or TSV", looks.delimiter_of, delimited.delimited_blocks),
-    Kind("one protein a line", looks.is_one_a_line, records.strings_blocks),
+    Kind("one protein a line", looks.is_one_a_line, _lines("strings")),
     Kind("binary data of a kind not known here", re.compile(rb"[\x00-\x08\x0e-\x1f]").search,
          instead=f"expected {EXPECTED}"),
     Kind("text of another kind", _text(b""), instead=f"expected {EXPECTED}"),

@@ -28,16 +28,6 @@ _BLANK_BYTES = 1 << 16
 _HEADER = re.compile(rb"^[ \t]*>", re.MULTILINE)
 
 
-def json_blocks(contents: Contents, wanted: WantedKeys) -> Iterator[RecordBlock]:
-    """Blocks of lines that are JSON objects."""
-    return line_blocks(contents, "json")
-
-
-def strings_blocks(contents: Contents, wanted: WantedKeys) -> Iterator[RecordBlock]:
-    """Blocks of lines that are proteins."""
-    return line_blocks(contents, "strings")
-
-
 def fasta_blocks(contents: Contents, wanted: WantedKeys) -> Iterator[RecordBlock]:
     """Blocks of FASTA records; comment lines (`;` or `#`) before the first header are skipped.
 
