@@ -10,6 +10,7 @@ its loader needs torch.serialization.add_safe_globals([argparse.Namespace]), for
 import argparse
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from megatron.checkpoint.convert.failures import new_checkpoint, readable, refuse_layout
 from megatron.checkpoint.convert.families import flags
 from megatron.checkpoint.convert.families.names import FAIR_ESM, family_tensors, their_names
-from megatron.checkpoint.convert.families.reading import FREQUENCIES, ModelFamily, checkpoint_of
+from megatron.checkpoint.convert.families.reading import ModelFamily, checkpoint_of, rotary_frequencies
 from megatron.checkpoint.convert.families.vocabularies import vocabulary_of
 from megatron.checkpoint.convert.torch_files import has_mark, read_torch_file
 from megatron.checkpoint.convert.torch_writing import write_torch_file
@@ -28,7 +29,6 @@ from megatron.checkpoint.stored import Box, Checkpoint, StoredTensor, one_piece,
 from megatron.data.corpus.vocab import Vocab
 from megatron.errors import CheckpointError
 from megatron.files import sync
-from megatron.kernels.rotary import frequencies_of
 
 _REGRESSION = "-contact-regression.pt"
 _WITHOUT_REGRESSION = ("esm1v", "esm_if", "270K", "500K")  # parts of file names for which fair-esm looks for none
@@ -63,11 +63,10 @@ def read(path: Path, iteration: int | None = None) -> Checkpoint:
         vocab = Vocab.from_file("esm")
         state = {"vocabulary": vocab.identity, "notes": notes}
         checkpoint = checkpoint_of(ModelFamily(config, FAIR_ESM, vocab.size, _FIRST_ROW), tensors, file, state)
-        if config["position_embedding_type"] != "rope":
-            words = checkpoint.model[WORDS]
-            checkpoint = Checkpoint(file, 0, {**checkpoint.model, WORDS: _without_row(words, vocab.mask_id)}, None,
-                                    checkpoint.state)
-        return checkpoint
+        if config["position_embedding_type"] == "rope":
+            return checkpoint
+        words = _without_row(checkpoint.model[WORDS], vocab.mask_id)
+        return replace(checkpoint, model={**checkpoint.model, WORDS: words})
 
 
 def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: int = 1) -> Path:
@@ -87,9 +86,7 @@ def write(checkpoint: Checkpoint, folder: Path, *, tensor: int = 1, pipeline: in
     theirs = family_tensors(with_rows(checkpoint, vocab.size), config, FAIR_ESM, vocab.size, _FIRST_ROW)
     theirs["lm_head.weight"] = theirs["embed_tokens.weight"]
     if is_rotary:
-        frequencies = stored(frequencies_of(config["kv_channels"], _BASE, config["rotary_frequency_precision"]))
-        theirs |= {f"layers.{number}.self_attn.rot_emb{FREQUENCIES}": frequencies
-                   for number in range(config["num_layers"])}
+        theirs |= rotary_frequencies(config, "layers.N.self_attn.rot_emb")
     contacts = {"weight": torch.zeros(1, config["num_layers"] * config["num_attention_heads"]), "bias": torch.zeros(1)}
     regression = {name: theirs.pop(name, stored(contacts[name.rpartition(".")[2]]))
                   for name in ("contact_head.regression.weight", "contact_head.regression.bias")}

@@ -10,7 +10,7 @@ import torch
 from megatron.checkpoint.convert.families import flags
 from megatron.checkpoint.convert.families.card import CARD, card_of
 from megatron.checkpoint.convert.families.names import HF_BERT, HF_ESM, OURS, POSITIONS, Table, family_tensors
-from megatron.checkpoint.convert.families.reading import FREQUENCIES, TYPES
+from megatron.checkpoint.convert.families.reading import TYPES, rotary_frequencies
 from megatron.checkpoint.convert.families.tokenizer import tokenizer_files
 from megatron.checkpoint.convert.families.vocabularies import vocabulary_of
 from megatron.checkpoint.convert.vocabulary import BIAS, OUTPUT, with_rows
@@ -19,7 +19,6 @@ from megatron.checkpoint.tensor_file import write_tensors
 from megatron.data.corpus.tokenizer_folder import LINES
 from megatron.data.corpus.vocab import Vocab
 from megatron.files import write_json, write_text
-from megatron.kernels.rotary import frequencies_of
 
 TABLES: Mapping[str, Table] = {flags.ESM: HF_ESM, flags.BERT: HF_BERT, flags.OWN: OURS}
 CONFIG, WHOLE, INDEX = "config.json", "model.safetensors", ".index.json"
@@ -55,10 +54,7 @@ def _of_family(checkpoint: Checkpoint, config: Mapping[str, Any], kind: str, voc
         if OUTPUT in checkpoint.model:
             tensors["cls.predictions.decoder.bias"] = checkpoint.model[BIAS]
     if config["position_embedding_type"] == "rope" and kind == flags.ESM:
-        frequencies = stored(frequencies_of(config["kv_channels"], config["rotary_base"],
-                                            config["rotary_frequency_precision"]))
-        tensors |= {f"esm.encoder.layer.{number}.attention.self.rotary_embeddings{FREQUENCIES}":
-                    frequencies for number in range(config["num_layers"])}
+        tensors |= rotary_frequencies(config, "esm.encoder.layer.N.attention.self.rotary_embeddings")
     return tensors
 
 

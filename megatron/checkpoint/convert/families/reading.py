@@ -10,11 +10,11 @@ import torch
 from megatron.checkpoint.convert.families.names import POSITIONS, Table, our_tensors, shapes_of, their_names
 from megatron.checkpoint.convert.token_types import NOTE, left_out, with_first_type
 from megatron.checkpoint.convert.vocabulary import BIAS, OUTPUT, WORDS, rows_for, with_rows
-from megatron.checkpoint.stored import Checkpoint, StoredTensor, Tensors
+from megatron.checkpoint.stored import Checkpoint, StoredTensor, Tensors, stored
 from megatron.errors import CheckpointError
 from megatron.kernels.rotary import PRECISIONS, frequencies_of
 
-FREQUENCIES = ".inv_freq"
+_FREQUENCIES = ".inv_freq"
 TYPES = "bert.embeddings.token_type_embeddings.weight"
 # Prefixes of tensors that the masked language model does not use.
 _BESIDE = ("bert.pooler.", "cls.seq_relationship.", "esm.pooler.", "esm.embeddings.position_embeddings.")
@@ -38,7 +38,7 @@ def checkpoint_of(family: ModelFamily, tensors: Tensors, place: Path, state: Map
     left, config, notes = dict(tensors), family.config, list(state.get("notes", ()))
     if "contact_head" in family.table:
         config = config | {"contact_head": their_names("contact_head.weight", family.table)[0] in left}
-    frequencies = [left.pop(name) for name in list(left) if name.endswith(FREQUENCIES)]
+    frequencies = [left.pop(name) for name in list(left) if name.endswith(_FREQUENCIES)]
     if frequencies and config["position_embedding_type"] == "rope":
         config = config | {"rotary_frequency_precision": _precision(frequencies, config, place)}
     _drop_copies(left, family, place)
@@ -52,6 +52,13 @@ def checkpoint_of(family: ModelFamily, tensors: Tensors, place: Path, state: Map
     notes += _beside(left.keys() - {name for ours in shapes for name in their_names(ours, family.table)}, place)
     checkpoint = Checkpoint(place, 0, model, None, {**state, "config": config, "notes": notes})
     return with_rows(checkpoint, rows_for(family.num_tokens, 1, checkpoint))
+
+
+def rotary_frequencies(config: Mapping[str, Any], module: str) -> dict[str, StoredTensor]:
+    """The tensors of frequencies that programs store with rotary positions; `module`: of a layer N, in their names."""
+    frequencies = stored(frequencies_of(config["kv_channels"], config["rotary_base"],
+                                        config["rotary_frequency_precision"]))
+    return {module.replace("N", str(number), 1) + _FREQUENCIES: frequencies for number in range(config["num_layers"])}
 
 
 def _precision(frequencies: list[StoredTensor], config: Mapping[str, Any], place: Path) -> str:
