@@ -56,7 +56,9 @@ class _Files:
         # The half precision of the model's copy of the weights, if Megatron keeps fp32 masters in the optimizer.
         half = torch.float16 if self._config.get("fp16") else torch.bfloat16 if self._config.get("bf16") else None
         self._half = half if self._moments else None
-        self._arguments = arguments_of(padded, num_tensor, num_pipeline, self._model_dtype())
+        held = checkpoint.model[WORDS].dtype
+        self._dtype = self._half or (held if held in _HALVES and not self._moments else torch.float32)  # of the model
+        self._arguments = arguments_of(padded, num_tensor, num_pipeline, self._dtype)
 
     def tree(self, rank: int, stage: int) -> dict[str, Any]:
         """The content of the file of tensor rank `rank` and pipeline stage `stage`."""
@@ -83,7 +85,7 @@ class _Files:
 
     def _model(self, names: Sequence[str], rank: int, stage: int) -> dict[str, Any]:
         """The entry `model` of a file, with layers numbered from the stage's first."""
-        tensors = {name: self._cut(name, self._masters[name].to(self._model_dtype()), rank) for name in names}
+        tensors = {name: self._cut(name, self._masters[name].to(self._dtype), rank) for name in names}
         first_layer = stage * (self._num_layers // self._num_pipeline)
         language_model: dict[str, Any] = {}
         if stage == 0:
@@ -143,11 +145,6 @@ class _Files:
     def _cut(self, name: str, whole: StoredTensor, rank: int) -> StoredTensor:
         """A tensor rank's part of `whole`, which is split like parameter `name`."""
         return split(whole, split_dim(name), rank, self._num_tensor)
-
-    def _model_dtype(self) -> torch.dtype:
-        """The dtype of the entry `model`."""
-        stored = self._checkpoint.model[WORDS].dtype
-        return self._half or (stored if stored in _HALVES and not self._moments else torch.float32)
 
     def _check_divisions(self) -> None:
         """Raises ConfigError if the model cannot be divided among the ranks, CheckpointError if that is unknown."""
