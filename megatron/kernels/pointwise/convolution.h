@@ -18,35 +18,29 @@ struct Convolution {
   bool goes_back;  // whether this is the backward pass, which mirrors the taps
 };
 
-// The features `from` to `from + width` of the tokens `first` to `last`, exclusive.
-struct Span {
-  int64_t first, last, from, width;
-};
-
-// Fills `rows` with the row that each tap reads, from the span's first feature on; `zeros` if it is in another protein.
+// Fills `rows` with the row that each tap reads; `zeros` if it is in another protein.
 template <int64_t kTaps, typename N>
-INLINE void find_rows(const Convolution<N>& made, const Span& span, int64_t token, const N* zeros,
-                      const N* (&rows)[kTaps]) {
+INLINE void find_rows(const Convolution<N>& made, int64_t token, const N* zeros, const N* (&rows)[kTaps]) {
   for (int64_t tap = 0; tap < kTaps; ++tap) {
     const int64_t way = tap - kTaps / 2, other = token + (made.goes_back ? -way : way);
     const bool is_same = other >= 0 && other < made.tokens
                          && made.positions[other > token ? other : token] >= std::abs(way);
-    rows[tap] = is_same ? made.in + other * made.features + span.from : zeros;
+    rows[tap] = is_same ? made.in + other * made.features : zeros;
   }
 }
 
-// Fills `out` with `in` plus its convolution. `zeros`: at least `span.width` zeros.
+// Fills `out` with `in` plus its convolution, for the tokens `first` to `last`, exclusive. `zeros`: as many as features.
 template <int64_t kTaps, typename N>
-CLONED void convolve_span(const Convolution<N>& made, const Span& span, const N* zeros) {
+CLONED void convolve_rows(const Convolution<N>& made, int64_t first, int64_t last, const N* zeros) {
   const N* rows[kTaps];
-  const float* weight = made.weight + span.from;
-  for (int64_t token = span.first; token < span.last; ++token) {
-    find_rows(made, span, token, zeros, rows);
-    const int64_t features = made.features, place = token * features + span.from;
-    const N* own = made.in + place;
-    N* out = made.out + place;
+  const float* weight = made.weight;
+  const int64_t features = made.features;
+  for (int64_t token = first; token < last; ++token) {
+    find_rows(made, token, zeros, rows);
+    const N* own = made.in + token * features;
+    N* out = made.out + token * features;
 #pragma GCC ivdep
-    for (int64_t x = 0; x < span.width; ++x) {
+    for (int64_t x = 0; x < features; ++x) {
       float sum = number_of(own[x]);
 #pragma GCC unroll 8
       for (int64_t tap = 0; tap < kTaps; ++tap) sum += weight[tap * features + x] * number_of(rows[tap][x]);
@@ -55,19 +49,18 @@ CLONED void convolve_span(const Convolution<N>& made, const Span& span, const N*
   }
 }
 
-// Fills `out` with the gradient of x, and adds the gradient of the weight [taps, features] to `grads`.
+// Fills `out` with the gradient of x, and adds the gradient of the weight to `grad` [taps, features].
 template <int64_t kTaps, typename N>
-CLONED void convolve_span_back(const Convolution<N>& made, const Span& span, const N* zeros, float* grads) {
+CLONED void convolve_rows_back(const Convolution<N>& made, int64_t first, int64_t last, const N* zeros, float* grad) {
   const N* rows[kTaps];
-  const float* weight = made.weight + span.from;
-  float* grad = grads + span.from;
-  for (int64_t token = span.first; token < span.last; ++token) {
-    find_rows(made, span, token, zeros, rows);
-    const int64_t features = made.features, place = token * features + span.from;
-    const N *own = made.in + place, *x_of_token = made.x + place;
-    N* out = made.out + place;
+  const float* weight = made.weight;
+  const int64_t features = made.features;
+  for (int64_t token = first; token < last; ++token) {
+    find_rows(made, token, zeros, rows);
+    const N *own = made.in + token * features, *x_of_token = made.x + token * features;
+    N* out = made.out + token * features;
 #pragma GCC ivdep
-    for (int64_t x = 0; x < span.width; ++x) {
+    for (int64_t x = 0; x < features; ++x) {
       const float number = number_of(x_of_token[x]);
       float sum = number_of(own[x]);
 #pragma GCC unroll 8

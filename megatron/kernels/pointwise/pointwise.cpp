@@ -23,8 +23,7 @@ namespace {
 
 namespace py = pybind11;
 
-constexpr int64_t kTokens = 256;   // per piece of work
-constexpr int64_t kFeatures = 256;
+constexpr int64_t kTokens = 64;  // per piece of work; a piece has whole rows, which lie one after another in memory
 
 // e^x for x up to 0, with the error of fp32; NaN for NaN.
 INLINE float exp_of(float x) {
@@ -131,18 +130,12 @@ struct Shape {
   int64_t pieces() const { return (tokens + kTokens - 1) / kTokens; }
 };
 
-// A piece of work: the features `from` to `from + width` of the tokens `first` to `last`, exclusive.
-struct Piece {
-  int64_t first, last, from, width;
-};
-
+// Calls `work` for each piece: its number, its first token, and the one after its last.
 template <class Work>
 void in_pieces(const Shape& shape, int threads, const Work& work) {
-#pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t piece = 0; piece < shape.pieces(); ++piece)
-    for (int64_t from = 0; from < shape.features; from += kFeatures)
-      work(piece, Piece{piece * kTokens, std::min((piece + 1) * kTokens, shape.tokens), from,
-                        std::min(kFeatures, shape.features - from)});
+    work(piece, piece * kTokens, std::min((piece + 1) * kTokens, shape.tokens));
 }
 
 // The biases added to a product and to its gate; zeros if there is none.
@@ -151,37 +144,32 @@ struct Biases {
 };
 
 template <class Function, typename Number>
-CLONED void forward_piece(const Piece& piece, int64_t features, const Number* wide, const Number* gate, Biases biases,
-                          Number* out) {
-  for (int64_t token = piece.first; token < piece.last; ++token) {
-    const int64_t place = token * features + piece.from;
+CLONED void forward_piece(int64_t first, int64_t last, int64_t features, const Number* wide, const Number* gate,
+                          Biases biases, Number* out) {
+  for (int64_t place = first * features; place < last * features; place += features) {
     if constexpr (std::is_void_v<Function>)
-      forward_gated_row(wide + place, biases.wide + piece.from, gate + place, biases.gate + piece.from, out + place,
-                        piece.width);
+      forward_gated_row(wide + place, biases.wide, gate + place, biases.gate, out + place, features);
     else
-      forward_row<Function>(wide + place, biases.wide + piece.from, out + place, piece.width);
+      forward_row<Function>(wide + place, biases.wide, out + place, features);
   }
 }
 
 template <class Function, typename Number>
-CLONED void backward_piece(const Piece& piece, int64_t features, const Number* grad, const Number* wide,
+CLONED void backward_piece(int64_t first, int64_t last, int64_t features, const Number* grad, const Number* wide,
                            const Number* gate, Biases biases, Number* grad_wide, Number* grad_gate, float* sums,
                            float* gate_sums) {
-  for (int64_t token = piece.first; token < piece.last; ++token) {
-    const int64_t place = token * features + piece.from;
+  for (int64_t place = first * features; place < last * features; place += features) {
     if constexpr (std::is_void_v<Function>)
-      backward_gated_row(grad + place, wide + place, biases.wide + piece.from, gate + place, biases.gate + piece.from,
-                         grad_wide + place, grad_gate + place, sums, gate_sums, piece.width);
+      backward_gated_row(grad + place, wide + place, biases.wide, gate + place, biases.gate, grad_wide + place,
+                         grad_gate + place, sums, gate_sums, features);
     else
-      backward_row<Function>(grad + place, wide + place, biases.wide + piece.from, grad_wide + place, sums,
-                             piece.width);
+      backward_row<Function>(grad + place, wide + place, biases.wide, grad_wide + place, sums, features);
   }
 }
 
 template <typename Number>
-CLONED void add_piece(const Piece& piece, int64_t features, const Number* in, float* sums) {
-  for (int64_t token = piece.first; token < piece.last; ++token)
-    add_row(in + token * features + piece.from, sums, piece.width);
+CLONED void add_piece(int64_t first, int64_t last, int64_t features, const Number* in, float* sums) {
+  for (int64_t token = first; token < last; ++token) add_row(in + token * features, sums, features);
 }
 
 template <typename Number>
@@ -204,8 +192,8 @@ void forward(const Addresses& tensors, const Shape& shape, int threads) {
   const std::vector<float> nothing(shape.features);
   const Biases biases{tensors[2] ? at<float>(tensors[2]) : nothing.data(),
                       tensors[3] ? at<float>(tensors[3]) : nothing.data()};
-  in_pieces(shape, threads, [&](int64_t, const Piece& piece) {
-    forward_piece<Function, Number>(piece, shape.features, at<Number>(tensors[0]), at<Number>(tensors[1]), biases,
+  in_pieces(shape, threads, [&](int64_t, int64_t first, int64_t last) {
+    forward_piece<Function, Number>(first, last, shape.features, at<Number>(tensors[0]), at<Number>(tensors[1]), biases,
                                     at<Number>(tensors[4]));
   });
 }
@@ -219,11 +207,10 @@ void backward(const Addresses& tensors, const Shape& shape, int threads) {
                       tensors[3] ? at<float>(tensors[3]) : nothing.data()};
   std::vector<float> sums(shape.pieces() * shape.features);
   std::vector<float> gate_sums(std::is_void_v<Function> ? sums.size() : 0);
-  in_pieces(shape, threads, [&](int64_t number, const Piece& piece) {
-    const int64_t place = number * shape.features + piece.from;
-    backward_piece<Function, Number>(piece, shape.features, at<Number>(tensors[4]), at<Number>(tensors[0]),
+  in_pieces(shape, threads, [&](int64_t piece, int64_t first, int64_t last) {
+    backward_piece<Function, Number>(first, last, shape.features, at<Number>(tensors[4]), at<Number>(tensors[0]),
                                      at<Number>(tensors[1]), biases, at<Number>(tensors[5]), at<Number>(tensors[6]),
-                                     sums.data() + place, gate_sums.data() + place);
+                                     sums.data() + piece * shape.features, gate_sums.data() + piece * shape.features);
   });
   if (tensors[7]) sum_up(sums, shape, at<float>(tensors[7]));
   if (tensors[8]) sum_up(gate_sums, shape, at<float>(tensors[8]));
@@ -252,8 +239,8 @@ struct Backward {
 template <typename Number>
 void add_columns(uintptr_t in, uintptr_t out, const Shape& shape, int threads) {
   std::vector<float> sums(shape.pieces() * shape.features);
-  in_pieces(shape, threads, [&](int64_t number, const Piece& piece) {
-    add_piece(piece, shape.features, at<const Number>(in), sums.data() + number * shape.features + piece.from);
+  in_pieces(shape, threads, [&](int64_t piece, int64_t first, int64_t last) {
+    add_piece(first, last, shape.features, at<const Number>(in), sums.data() + piece * shape.features);
   });
   sum_up(sums, shape, at<float>(out));
 }
@@ -276,12 +263,10 @@ void prepare_heads(const Addresses& tensors, const HeadsShape& shape, float epsi
   std::vector<float> sums(wide.pieces() * wide.features);
   const auto prepare = width == 32 ? prepare_tokens<32, Number> : width == 64 ? prepare_tokens<64, Number>
                                                                               : prepare_tokens<0, Number>;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t piece = 0; piece < wide.pieces(); ++piece) {
+  in_pieces(wide, threads, [&](int64_t piece, int64_t first, int64_t last) {
     std::vector<float> scratch(2 * width);
-    prepare(heads, piece * kTokens, std::min((piece + 1) * kTokens, wide.tokens), scratch.data(),
-            sums.data() + piece * wide.features);
-  }
+    prepare(heads, first, last, scratch.data(), sums.data() + piece * wide.features);
+  });
   if (goes_back) sum_up(sums, wide, at<float>(tensors[7]));
 }
 
@@ -296,13 +281,12 @@ void convolve(const Addresses& tensors, const Shape& shape, int threads) {
                                  at<const Number>(tensors[0]), at<Number>(tensors[3]), goes_back};
   const Shape wide{shape.tokens, shape.features * kTaps};
   std::vector<float> grads(goes_back ? wide.pieces() * wide.features : 0);
-  const std::vector<Number> zeros(kFeatures);
-  in_pieces(shape, threads, [&](int64_t number, const Piece& piece) {
-    const Span span{piece.first, piece.last, piece.from, piece.width};
+  const std::vector<Number> zeros(shape.features);
+  in_pieces(shape, threads, [&](int64_t piece, int64_t first, int64_t last) {
     if (goes_back)
-      convolve_span_back<kTaps>(made, span, zeros.data(), grads.data() + number * wide.features);
+      convolve_rows_back<kTaps>(made, first, last, zeros.data(), grads.data() + piece * wide.features);
     else
-      convolve_span<kTaps>(made, span, zeros.data());
+      convolve_rows<kTaps>(made, first, last, zeros.data());
   });
   if (goes_back) sum_up(grads, wide, at<float>(tensors[5]));
 }
