@@ -149,50 +149,26 @@ def _length(record: ProteinRecord) -> str:
 
 def _kinds(value: Any, num_residues: int) -> set[str]:
     """The kinds that a label could be of, judged by its value alone."""
-    return {kind for kind, could_be in _COULD_BE.items() if could_be(value, num_residues)}
-
-
-def _could_be_class(value: Any, num_residues: int) -> bool:
-    return isinstance(value, str) or (isinstance(value, (int, float)) and float(value).is_integer())
-
-
-def _could_be_classes(value: Any, num_residues: int) -> bool:
-    return isinstance(value, str) or (
-        isinstance(value, list) and all(item is None or isinstance(item, (str, int)) for item in value))
-
-
-def _could_be_residues(value: Any, num_residues: int) -> bool:
-    """Whether there is a letter, or an item, for each residue."""
-    return _could_be_classes(value, num_residues) and len(value) == num_residues
-
-
-def _could_be_number(value: Any, num_residues: int) -> bool:
     if isinstance(value, str):
-        return as_number(value) is not None
-    one = value[0] if isinstance(value, list) and len(value) == 1 else value
-    return isinstance(one, (int, float)) and not isinstance(one, bool)
+        parts = value.split(SEPARATOR)
+        could_be = {NUMBER: as_number(value) is not None, CLASS: True, CLASSES: True,
+                    RESIDUES: len(value) == num_residues,
+                    NUMBERS: len(parts) > 1 and _are_numbers(parts, num_residues)}
+    elif isinstance(value, list):
+        are_names = all(item is None or isinstance(item, (str, int)) for item in value)
+        widths = {len(item) if isinstance(item, list) else None if item is None else 0 for item in value}
+        could_be = {NUMBER: len(value) == 1 and _is_number(value[0]), CLASSES: are_names,
+                    RESIDUES: are_names and len(value) == num_residues, NUMBERS: _are_numbers(value, num_residues),
+                    # Pairs of residues, or coordinates of each, null where they are unknown.
+                    CONTACTS: widths == {2} or (len(value) in (0, num_residues) and widths <= {3, None})}
+    else:
+        could_be = {NUMBER: _is_number(value),
+                    CLASS: isinstance(value, (int, float)) and float(value).is_integer()}
+    return {kind for kind, could in could_be.items() if could}
 
 
-def _could_be_numbers(value: Any, num_residues: int) -> bool:
-    """Whether there is a number, or nothing, for each residue."""
-    if isinstance(value, str):
-        return SEPARATOR in value and _are_numbers(value.split(SEPARATOR), num_residues)
-    return isinstance(value, list) and _are_numbers(value, num_residues)
-
-
-def _could_be_contacts(value: Any, num_residues: int) -> bool:
-    """Whether it is a list of pairs of residues, or of each residue's coordinates, null where they are unknown."""
-    if not isinstance(value, list):
-        return False
-    if value and all(isinstance(item, list) and len(item) == 2 for item in value):
-        return True
-    return len(value) in (0, num_residues) and all(
-        item is None or (isinstance(item, list) and len(item) == 3) for item in value)
-
-
-_COULD_BE: dict[str, Callable[[Any, int], bool]] = {
-    NUMBER: _could_be_number, CLASS: _could_be_class, CLASSES: _could_be_classes, RESIDUES: _could_be_residues,
-    NUMBERS: _could_be_numbers, CONTACTS: _could_be_contacts}
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _are_numbers(values: Sequence[Any], num_residues: int) -> bool:
@@ -221,10 +197,6 @@ def _number(space: LabelSpace, record: ProteinRecord) -> float:
     if not np.isfinite(number):
         raise record.wrong(f"the label is {number}; expected a finite number")
     return number
-
-
-def _class(space: LabelSpace, record: ProteinRecord) -> int:
-    return space.index(record, _single(record))
 
 
 def _classes(space: LabelSpace, record: ProteinRecord) -> np.ndarray:
@@ -257,12 +229,10 @@ def _numbers(space: LabelSpace, record: ProteinRecord) -> np.ndarray:
     return numbers_r
 
 
-def _contacts(space: LabelSpace, record: ProteinRecord) -> np.ndarray:
-    return read_contacts(record, space.pairs_from)
-
-
 _READ: dict[str, Callable[[LabelSpace, ProteinRecord], Any]] = {
-    NUMBER: _number, CLASS: _class, CLASSES: _classes, RESIDUES: _residues, NUMBERS: _numbers, CONTACTS: _contacts}
+    NUMBER: _number, CLASSES: _classes, RESIDUES: _residues, NUMBERS: _numbers,
+    CLASS: lambda space, record: space.index(record, _single(record)),
+    CONTACTS: lambda space, record: read_contacts(record, space.pairs_from)}
 
 
 def _single(record: ProteinRecord) -> Any:
