@@ -13,8 +13,9 @@ import torch
 from megatron.config import Config
 from megatron.config.command_line import parse
 from megatron.config.presets import PRESETS
-from megatron.doctor.finding import NOTE, OK, WRONG, Finding, Scope
+from megatron.doctor.finding import NOTE, OK, WRONG, Finding
 from megatron.doctor.machine import available_memory
+from megatron.log import number_of
 from megatron.plan.gpus import MATRIX_SHARE
 from megatron.plan.memory import peak_memory
 from megatron.plan.rank import Rank
@@ -32,7 +33,7 @@ def device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def gpus(asked: Scope) -> Iterator[Finding]:
+def gpus() -> Iterator[Finding]:
     """Reports each GPU that PyTorch sees or, if it sees none but the system has some, why."""
     if not torch.cuda.is_available():
         yield _no_gpu()
@@ -75,7 +76,7 @@ def _driver_says(query: str) -> str:
     return next(iter(said.stdout.splitlines()), "") if said.returncode == 0 else ""
 
 
-def speed(asked: Scope) -> Iterator[Finding]:
+def speed() -> Iterator[Finding]:
     """Reports the memory bandwidth, the speed of matrix products in fp32 and bf16, and what --precision auto takes."""
     where = device()
     yield Finding(OK, f"memory of {where.type}: {copied_gb_per_s(where):.0f} GB/s read and written, copying")
@@ -105,7 +106,7 @@ def peak(dtype: torch.dtype) -> float:
     return measured_peak_flops(dtype, device(), 4096, config.model)
 
 
-def presets(asked: Scope) -> Iterator[Finding]:
+def presets() -> Iterator[Finding]:
     """Reports which presets fit on one device, and their estimated speed: FLOPs at a share of the measured peak."""
     where = device()
     room = _ROOM * (torch.cuda.mem_get_info(where)[1] if where.type == "cuda" else available_memory())
@@ -145,8 +146,7 @@ def one_row(preset: str) -> Config:
 
 
 def _threads() -> str:
-    number = torch.get_num_threads()
-    return "the GPU" if torch.cuda.is_available() else f"{number} thread{'s' if number > 1 else ''}"
+    return "the GPU" if torch.cuda.is_available() else number_of(torch.get_num_threads(), "thread")
 
 
 def _flops(value: float) -> str:

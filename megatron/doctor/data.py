@@ -8,17 +8,17 @@ from megatron.data.corpus.origin import corpus_vocabulary
 from megatron.data.rows.cache_files import choose_cache_folder
 from megatron.data.rows.data_path import parse_data_path
 from megatron.data.rows.dataset import IN_MEMORY_DOCUMENTS
-from megatron.doctor.finding import OK, WRONG, Finding, Scope
+from megatron.doctor.finding import OK, WRONG, Finding
 from megatron.errors import UserError
 from megatron.log import number_of
 
 
-def data(asked: Scope) -> Iterator[Finding]:
+def data(data_path: tuple[str, ...]) -> Iterator[Finding]:
     """Reports what each corpus holds, or why it cannot be read."""
-    if not asked.data_path:
+    if not data_path:
         return
     try:
-        _, corpora = parse_data_path(asked.data_path)
+        _, corpora = parse_data_path(data_path)
     except UserError as error:
         yield Finding(WRONG, str(error))
         return

@@ -8,17 +8,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron.doctor.finding import NOTE, OK, WRONG, Finding, Scope
+from megatron.doctor.finding import NOTE, OK, WRONG, Finding
 
 CHUNK, MOST_CHUNKS, LONGEST_S = 1 << 24, 8, 3.0
 _LEAST_FREE, _SLOW_MB_PER_S = 1 << 30, 50
 
 
-def disk(asked: Scope) -> Iterator[Finding]:
-    """Reports the free space, and the speed of writing, syncing and reading a file of up to 128 MiB."""
-    folder = next(folder for folder in (asked.save.absolute(), *asked.save.absolute().parents) if folder.exists())
+def disk(save: Path) -> Iterator[Finding]:
+    """Reports the free space, and the speed of writing, syncing and reading a file of up to 128 MiB; `save`: --save."""
+    folder = next(folder for folder in (save.absolute(), *save.absolute().parents) if folder.exists())
     if not folder.is_dir():
-        yield Finding(WRONG, f"--save {asked.save}: {folder} is a file", "give another --save")
+        yield Finding(WRONG, f"--save {save}: {folder} is a file", "give another --save")
         return
     free = shutil.disk_usage(folder).free
     if free < _LEAST_FREE:

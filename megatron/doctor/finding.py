@@ -1,6 +1,6 @@
 """The result of a check: one line of text, its severity, and the command that fixes it."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import SubprocessError
@@ -30,17 +30,15 @@ class Scope:
     data_path: tuple[str, ...] = ()
 
 
-Check = Callable[[Scope], Iterable[Finding]]
-
-
-def found(check: Check, asked: Scope) -> list[Finding]:
-    """The findings of a check; an error of the system during the check becomes a NOTE."""
+def found(*checks: Iterable[Finding]) -> list[Finding]:
+    """The findings of checks, which do their work in being iterated; an error of the system in one becomes a NOTE."""
     findings: list[Finding] = []
-    try:
-        findings.extend(check(asked))
-    except (OSError, RuntimeError, SubprocessError) as error:  # from files in /proc or /sys, libraries, programs
-        why = next(iter(str(error).splitlines()), "")
-        findings.append(Finding(NOTE, f"could not be found out: {type(error).__name__}: {why}"))
+    for check in checks:
+        try:
+            findings.extend(check)
+        except (OSError, RuntimeError, SubprocessError) as error:  # from files in /proc or /sys, libraries, programs
+            why = next(iter(str(error).splitlines()), "")
+            findings.append(Finding(NOTE, f"could not be found out: {type(error).__name__}: {why}"))
     return findings
 
 

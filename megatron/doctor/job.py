@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from megatron.doctor.data import sizes
-from megatron.doctor.finding import NOTE, OK, ROOT, WRONG, Finding, Scope
+from megatron.doctor.finding import NOTE, OK, ROOT, WRONG, Finding
+from megatron.log import number_of
 from megatron.parallel.collectives import all_gather_object, all_reduce_sum
 from megatron.parallel.mesh import Mesh
 
@@ -27,12 +28,12 @@ _REMEDIES = {"Python": "PYTHON=/path/to/python3 bash examples/setup.sh run", "to
              "data": "rsync -a --checksum FOLDER/ HOST:FOLDER/", "GPU": "python tools/plan_layout.py --help"}
 
 
-def facts(asked: Scope) -> dict[str, Any]:
+def facts(data_path: tuple[str, ...]) -> dict[str, Any]:
     """The facts that must be the same on all hosts, by name."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "none"
     return {"Python": platform.python_version(), "torch": torch.__version__, "NCCL": nccl,
-            "sources": f"{commit()} ({checksum()[:12]})", "data": sizes(asked.data_path), "GPU": gpu}
+            "sources": f"{commit()} ({checksum()[:12]})", "data": sizes(data_path), "GPU": gpu}
 
 
 def commit() -> str:
@@ -53,29 +54,27 @@ def checksum() -> str:
     return digest.hexdigest()
 
 
-def job(asked: Scope, mesh: Mesh) -> list[Finding]:
+def job(data_path: tuple[str, ...], mesh: Mesh) -> list[Finding]:
     """The findings on the job as a whole; all ranks call this together, and get the same."""
     hosts = all_gather_object(socket.gethostname(), mesh.world)
-    return [*agreement(hosts, all_gather_object(facts(asked), mesh.world)), _clocks(hosts, mesh), *_links(mesh)]
+    return [*agreement(hosts, all_gather_object(facts(data_path), mesh.world)), _clocks(hosts, mesh), *_links(mesh)]
 
 
 def agreement(hosts: Sequence[str], of_ranks: Sequence[dict[str, Any]]) -> Iterator[Finding]:
     """A finding for each fact that differs between ranks, or one that all agree."""
     agreed = True
     for name in of_ranks[0]:
-        hosts_of: dict[str, list[str]] = defaultdict(list)
+        hosts_of: dict[str, dict[str, None]] = defaultdict(dict)
         for host, facts_of_rank in zip(hosts, of_ranks, strict=True):
-            told = hosts_of[str(facts_of_rank[name])]
-            if host not in told:
-                told.append(host)
+            hosts_of[str(facts_of_rank[name])][host] = None
         if len(hosts_of) > 1:
             agreed = False
-            groups = "; ".join(f"{value[:60]} on {', '.join(told[:4])}{' …' if len(told) > 4 else ''}"
+            groups = "; ".join(f"{value[:60]} on {', '.join([*told][:4])}{' …' if len(told) > 4 else ''}"
                                for value, told in hosts_of.items())
             yield Finding(NOTE if name == "GPU" else WRONG, f"{name} differs: {groups}", _REMEDIES[name])
     if agreed:
         shared = ", ".join(f"{name} {value}" for name, value in of_ranks[0].items() if name != "data" and value)
-        yield Finding(OK, f"{len(hosts)} ranks on {len(set(hosts))} host{'s' if len(set(hosts)) > 1 else ''} agree: "
+        yield Finding(OK, f"{len(hosts)} ranks on {number_of(len(set(hosts)), 'host')} agree: "
                       f"{shared}{', sizes of all data files' if of_ranks[0]['data'] else ''}")
 
 

@@ -7,7 +7,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron.doctor.finding import NOTE, OK, ROOT, WRONG, Finding, Scope
+from megatron.doctor.finding import NOTE, OK, ROOT, WRONG, Finding
+from megatron.log import number_of
 from megatron.parallel.launch.environment import is_alone
 
 _GIB = 2**30
@@ -17,7 +18,7 @@ _FEW_FILES, _LEAST_SHM, _LEAST_MEMORY = 1024, 1 * _GIB, 2 * _GIB
 _WATCHED = re.compile(r"(NCCL|GLOO|TORCH|PYTORCH|CUDA|OMP|GOMP|MKL|KMP|TRITON)_\w+|GLIBC_TUNABLES|MASTER_(ADDR|PORT)")
 
 
-def processor(asked: Scope) -> Iterator[Finding]:
+def processor() -> Iterator[Finding]:
     """Reports the processor's name, the cores that this process may use, and the relevant instruction sets."""
     text = _read("/proc/cpuinfo")
     name = re.search(r"model name\s*: (.*)", text)
@@ -25,7 +26,7 @@ def processor(asked: Scope) -> Iterator[Finding]:
     has = [flag for flag in _TELLING_FLAGS if flag in flags]
     allowed, nodes = len(os.sched_getaffinity(0)), len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))
     yield Finding(OK, f"{name[1] if name else 'processor of no name'}: {allowed} of {os.cpu_count()} cores, "
-                  f"{max(nodes, 1)} NUMA node{'s' if nodes > 1 else ''}, {', '.join(has) or 'no AVX2'}")
+                  f"{number_of(max(nodes, 1), 'NUMA node')}, {', '.join(has) or 'no AVX2'}")
     quota = cpu_quota()
     if quota is not None and quota < allowed:
         yield Finding(NOTE, f"the container may use {quota:g} of these cores: more threads wait for each other",
@@ -44,7 +45,7 @@ def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
     return int(quota) / int(period) if quota.isdigit() and period.isdigit() and int(period) else None
 
 
-def memory(asked: Scope) -> Iterator[Finding]:
+def memory() -> Iterator[Finding]:
     """Reports the memory available to this process, and shared memory, which data workers and NCCL use."""
     free = available_memory()
     limit = _memory_limit()
@@ -80,7 +81,7 @@ def _memory_limit() -> int | None:
     return None
 
 
-def limits(asked: Scope) -> Iterator[Finding]:
+def limits() -> Iterator[Finding]:
     """Reports how many files a process may open and, with InfiniBand, whether enough memory can be pinned."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     few = soft < _FEW_FILES
@@ -91,7 +92,7 @@ def limits(asked: Scope) -> Iterator[Finding]:
                       "ulimit -l unlimited, or docker run --ulimit memlock=-1 …")
 
 
-def environment(asked: Scope) -> Iterator[Finding]:
+def environment() -> Iterator[Finding]:
     """Reports variables that examples/setup.sh sets for speed but this shell lacks, and others that affect a run."""
     wanted = re.findall(r"^export (\w+)=\$\{\1:-(.+)\}$", _read(ROOT / "examples/setup.sh"), re.MULTILINE)
     for name, value in wanted:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron.doctor.disk import disk
-from megatron.doctor.finding import NOTE, WRONG, Check, Finding, Scope, found, lines
+from megatron.doctor.finding import NOTE, WRONG, Finding, Scope, found, lines
 from megatron.doctor.machine import environment, limits, memory, processor
 from megatron.doctor.software import compiled_helpers, compiler, python_and_packages, torch_loads
 from megatron.errors import LaunchError, OutputError
@@ -16,9 +16,6 @@ from megatron.parallel.launch.environment import launched
 
 Report = dict[str, list[Finding]]
 PACKAGES = "Python and packages"
-_WITHOUT_PACKAGES: tuple[tuple[str, tuple[Check, ...]], ...] = (
-    ("Compiler and processor", (compiler, processor, memory, limits)), ("Environment", (environment,)),
-    ("Disk", (disk,)))
 
 
 def examine(asked: Scope, json_file: Path | None) -> int:
@@ -26,7 +23,7 @@ def examine(asked: Scope, json_file: Path | None) -> int:
 
     Returns the exit status: 1 if something is WRONG, else 0.
     """
-    report: Report = {PACKAGES: [*found(python_and_packages, asked), *found(torch_loads, asked)]}
+    report: Report = {PACKAGES: found(python_and_packages(), torch_loads())}
     if _is_wrong(report):  # without the packages the rest of the project cannot be imported
         report |= _without_packages(asked)
         report[PACKAGES].append(Finding(NOTE, "the rest needs these packages: run this again when they are there",
@@ -58,7 +55,7 @@ def _examine_with_ranks(asked: Scope, json_file: Path | None, report: Report) ->
         reports = all_gather_object(own, mesh.world)
         whole = _together(hosts, reports)
         if mesh.world.size > 1:
-            whole["The job"] = job(asked, mesh)
+            whole["The job"] = job(asked.data_path, mesh)
         outcome.append(_tell(whole, json_file) if is_first else int(_is_wrong(whole)))
 
     def prepare(launch: Launch) -> tuple:
@@ -71,16 +68,15 @@ def _here(asked: Scope) -> Report:
     """The report on this host, where the packages are installed."""
     from megatron.doctor.computing import gpus, presets, speed
     from megatron.doctor.data import data
-    report = {"Compiled helpers": found(compiled_helpers, asked), **_without_packages(asked),
-              "GPUs": found(gpus, asked), "Data": found(data, asked), "Speed": found(speed, asked),
-              "What fits": found(presets, asked)}
+    report = {"Compiled helpers": found(compiled_helpers()), **_without_packages(asked), "GPUs": found(gpus()),
+              "Data": found(data(asked.data_path)), "Speed": found(speed()), "What fits": found(presets())}
     return {title: findings for title, findings in report.items() if findings}
 
 
 def _without_packages(asked: Scope) -> Report:
     """The part of the report that needs no packages."""
-    return {title: [finding for check in checks for finding in found(check, asked)]
-            for title, checks in _WITHOUT_PACKAGES}
+    return {"Compiler and processor": found(compiler(), processor(), memory(), limits()),
+            "Environment": found(environment()), "Disk": found(disk(asked.save))}
 
 
 def _together(hosts: list[str], reports: list[Report]) -> Report:

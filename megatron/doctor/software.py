@@ -18,13 +18,13 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
-from megatron.doctor.finding import NOTE, OK, ROOT, WRONG, Finding, Scope
+from megatron.doctor.finding import NOTE, OK, ROOT, WRONG, Finding
 
 HELPERS = ("megatron.data.rows._packing", "megatron.kernels.pointwise._pointwise",
            "megatron.kernels.attention._packed_attention")  # as setup.py compiles them
 _PACKAGE = "proteinlm-pretrain"
 BUILD = "pip install pybind11 setuptools && python setup.py build_ext --inplace"
-_OLDEST, _NEWEST_TRIED = (3, 10), (3, 14)
+_NEWEST_TRIED = (3, 14)
 # Optional packages that setup.py does not list, because they are large, need a GPU, or only some users want them.
 _OTHERS = {"optuna": "tools/sweep.py --sampler optuna", "wandb": "--logger wandb", "trackio": "--logger trackio",
            "mlflow": "--logger mlflow", "transformers": "to use models that --to hf wrote",
@@ -69,12 +69,10 @@ def _is_for_here(requirement: str) -> bool:
     return before is None or sys.version_info[:2] < (int(before[1]), int(before[2]))
 
 
-def python_and_packages(asked: Scope) -> Iterator[Finding]:
+def python_and_packages() -> Iterator[Finding]:
     """Reports Python's version, required packages that are missing or too old, and optional ones with their purpose."""
     here = f"Python {sys.version.split()[0]} at {sys.executable}"
-    if sys.version_info < _OLDEST:
-        yield Finding(WRONG, f"{here}: 3.10 or newer is needed", "PYTHON=/path/to/python3 bash examples/setup.sh run")
-    elif sys.version_info[:2] > _NEWEST_TRIED:
+    if sys.version_info[:2] > _NEWEST_TRIED:
         yield Finding(NOTE, f"{here}: tried were 3.10 to {'.'.join(map(str, _NEWEST_TRIED))}")
     else:
         yield Finding(OK, here)
@@ -108,7 +106,7 @@ def fault_of(requirement: str) -> str | None:
     return None
 
 
-def torch_loads(asked: Scope) -> Iterator[Finding]:
+def torch_loads() -> Iterator[Finding]:
     """Reports if PyTorch or NumPy is installed but cannot be imported, as when a library that it needs is missing."""
     for name in ("numpy", "torch"):
         if fault_of(name):
@@ -121,7 +119,7 @@ def torch_loads(asked: Scope) -> Iterator[Finding]:
                           f"pip install --force-reinstall {name}")
 
 
-def compiled_helpers(asked: Scope) -> Iterator[Finding]:
+def compiled_helpers() -> Iterator[Finding]:
     """Reports whether each compiled helper is built, up to date and loadable; without it, Python code replaces it."""
     for module in HELPERS:
         folder, name = ROOT.joinpath(*module.split(".")[:-1]), module.split(".")[-1]
@@ -142,7 +140,7 @@ def compiled_helpers(asked: Scope) -> Iterator[Finding]:
             yield Finding(OK, f"{module} is built and loads")
 
 
-def compiler(asked: Scope) -> Iterator[Finding]:
+def compiler() -> Iterator[Finding]:
     """Reports the C++ compiler, which builds the helpers, and which torch.compile and Triton call at run time."""
     name = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "")
     if not name or not shutil.which(name):

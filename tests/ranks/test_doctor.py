@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from megatron.doctor import job
-from megatron.doctor.finding import OK, WRONG, Scope
+from megatron.doctor.finding import OK, WRONG
 from megatron.parallel.mesh import Axis, Mesh
 from tests.ranks.launch import run_ranks
 
@@ -11,8 +11,8 @@ from tests.ranks.launch import run_ranks
 def examined(axis: Axis, folder: str) -> list[tuple[str, str]]:
     """What a rank finds, whose data differ from the other's."""
     (Path(folder) / f"{axis.rank}.bin").write_bytes(bytes(axis.rank))
-    asked = Scope(Path(), (f"{folder}/{axis.rank}",))
-    return [(finding.level, finding.text) for finding in job.job(asked, Mesh(world=axis))]
+    found = job.job((f"{folder}/{axis.rank}",), Mesh(world=axis))
+    return [(finding.level, finding.text) for finding in found]
 
 
 def test_ranks_find_the_same_and_name_what_differs(tmp_path):

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from megatron.config.presets import PRESETS
 from megatron.doctor import computing, disk, job, machine, run, software
 from megatron.doctor.data import data, sizes
-from megatron.doctor.finding import NOTE, OK, WRONG, Finding, Scope, found, lines
+from megatron.doctor.finding import NOTE, OK, WRONG, Finding, found, lines
 from tests.indexed_files import write_indexed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +62,7 @@ def test_without_setup_py_it_is_what_the_installed_package_says(tmp_path, monkey
     needs = software.needs(tmp_path / "setup.py")
     assert needs.required == ["torch>=2.11"] and needs.extras["hdf5"][0] == ["h5py>=3.8"]
     monkeypatch.setattr(machine, "ROOT", tmp_path)
-    assert not [finding for finding in machine.environment(None) if "is not set" in finding.text]
+    assert not [finding for finding in machine.environment() if "is not set" in finding.text]
 
 
 @pytest.mark.parametrize(("there", "requirement", "fault"), [
@@ -78,7 +78,7 @@ def test_a_missing_package_is_wrong_where_it_is_needed_and_a_note_where_some_nee
     wanted = software.Needs(["no-such-a>=1"], {"extra": (["no-such-b>=2"], "for b")})
     monkeypatch.setattr(software, "needs", lambda: wanted)
     monkeypatch.setattr(software, "_NEWEST_TRIED", sys.version_info[:2])
-    findings = list(software.python_and_packages(Scope(Path())))
+    findings = list(software.python_and_packages())
     bad = [finding for finding in findings if finding.level != OK]
     assert bad == [Finding(WRONG, "needed: no-such-a is missing", "pip install 'no-such-a>=1'"),
                    Finding(NOTE, "no-such-b is missing (extra: for b)", "pip install 'no-such-b>=2'")]
@@ -93,7 +93,7 @@ def test_helpers_that_are_missing_stale_or_broken_are_told(tmp_path, monkeypatch
     built.write_bytes(b"no library")
     (tmp_path / "kernels" / "broken.cpp").write_text("")
     os.utime(built, (1, 1))
-    missing, stale, broken = software.compiled_helpers(Scope(Path()))
+    missing, stale, broken = software.compiled_helpers()
     assert (missing.level, stale.level, broken.level) == (NOTE, NOTE, WRONG)
     assert "_none is not built" in missing.text and "older than broken.cpp" in stale.text
     assert broken.command == f"rm kernels/{built.name} && {software.BUILD}"
@@ -114,78 +114,78 @@ def test_a_containers_share_of_the_cores_is_read_from_either_kind_of_control_gro
 def test_other_work_on_the_cores_is_told(monkeypatch, load, level):
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
     monkeypatch.setattr(machine, "cpu_quota", lambda: None)
-    assert levels(machine.processor(Scope(Path())))[-1] == level
+    assert levels(machine.processor())[-1] == level
 
 
 @pytest.mark.parametrize(("threads", "level"), [("none", WRONG), ("0", WRONG), ("100000", NOTE)])
 def test_a_wrong_number_of_threads_is_told(monkeypatch, threads, level):
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
-    assert [finding.level for finding in machine.environment(Scope(Path()))
+    assert [finding.level for finding in machine.environment()
             if finding.text.startswith("OMP_NUM_THREADS is")] == [level]
 
 
 def test_what_the_scripts_export_is_asked_for(monkeypatch):
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-    commands = [finding.command for finding in machine.environment(Scope(Path()))]
+    commands = [finding.command for finding in machine.environment()]
     assert "export GLIBC_TUNABLES=glibc.malloc.hugetlb=1" in commands and "export GOMP_SPINCOUNT=30000" in commands
 
 
 def test_this_machine_has_a_processor_and_memory():
     for check in (machine.processor, machine.memory, machine.limits, software.compiler):
-        assert WRONG not in levels(found(check, Scope(Path())))
+        assert WRONG not in levels(found(check()))
     assert 2**20 < machine.available_memory() < 2**60
 
 
 def test_a_disk_is_measured_and_nothing_is_left_on_it(tmp_path, monkeypatch):
     monkeypatch.setattr(disk, "CHUNK", 1 << 12)
-    (finding,) = disk.disk(Scope(tmp_path / "not" / "yet"))
+    (finding,) = disk.disk(tmp_path / "not" / "yet")
     assert finding.level in (OK, NOTE) and str(tmp_path) in finding.text and not list(tmp_path.iterdir())
     assert all(rate > 0 for rate in disk.rates(tmp_path))
 
 
 def test_a_place_that_cannot_be_saved_to_is_wrong(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    assert levels(disk.disk(Scope(tmp_path / "file"))) == [WRONG]
+    assert levels(disk.disk(tmp_path / "file")) == [WRONG]
 
     def refuse(folder):
         raise PermissionError(13, "Permission denied")
     monkeypatch.setattr(disk, "rates", refuse)
-    (finding,) = disk.disk(Scope(tmp_path))
+    (finding,) = disk.disk(tmp_path)
     assert finding.level == WRONG and "Permission denied" in finding.text
 
 
 def test_data_is_opened_and_what_is_missing_is_named(tmp_path):
     write_indexed(tmp_path / "a", [np.array([6, 7]), np.array([8])])
     good, missing = (tuple(str(tmp_path / name) for name in names) for names in ("a", "ab"))
-    (finding,) = data(Scope(Path(), good))
+    (finding,) = data(good)
     assert finding.level == OK and "2 proteins, 3 ids in 1 file; its rows are packed in memory" in finding.text
     assert {path.name for path in tmp_path.iterdir()} == {"a.bin", "a.idx"}
-    (finding,) = data(Scope(Path(), missing))
+    (finding,) = data(missing)
     assert finding.level == WRONG and "b.idx: no such file" in finding.text
     assert sizes(missing) == [6, (tmp_path / "a.idx").stat().st_size, -1, -1]
-    assert levels(data(Scope(Path(), ("1", "a", "2")))) == [WRONG] and list(data(Scope(Path()))) == []
+    assert levels(data(("1", "a", "2"))) == [WRONG] and list(data(())) == []
 
 
 def test_the_largest_preset_that_fits_memory_and_a_day_is_named(monkeypatch):
     monkeypatch.setattr(computing, "PRESETS", {name: PRESETS[name] for name in ("demo", "esm2-8m", "esm2-15b")})
     monkeypatch.setattr(computing, "available_memory", lambda: 2**30)
     monkeypatch.setattr(computing, "peak", lambda dtype: 1e12)
-    best, fitting, large = computing.presets(Scope(Path()))
+    best, fitting, large = computing.presets()
     # A row of 1,024 tokens of ESM-2 8M: 6 FLOPs a weight and token, 7.4 M weights in its matrices, and attention.
     per_s = float(fitting.text.split("esm2-8m ")[1].split(",")[0] + fitting.text.split("esm2-8m ")[1].split(",")[1])
     assert best.text.startswith("esm2-8m is the largest") and best.command is not None and "esm2-8m" in best.command
     assert 0.6e12 / (6 * 7.4e6) > per_s > 0.6e12 / (6 * 7.4e6 * 2)
     assert "esm2-15b" in large.text and "esm2-15b" not in fitting.text
     monkeypatch.setattr(computing, "peak", lambda dtype: 1e9)
-    assert next(iter(computing.presets(Scope(Path())))).level == NOTE
+    assert next(iter(computing.presets())).level == NOTE
 
 
 def test_a_check_that_the_system_refuses_is_a_note():
-    def refused(asked):
+    def refused():
         yield Finding(OK, "first")
         raise PermissionError(13, "Permission denied")
-    assert levels(found(refused, Scope(Path()))) == [OK, NOTE]
+    assert levels(found(refused())) == [OK, NOTE]
 
 
 def test_hosts_that_differ_are_named_with_what_differs():
