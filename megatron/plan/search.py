@@ -2,10 +2,11 @@
 
 import itertools
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from megatron.config import Config, ParallelConfig
+from megatron.config.declaration import as_given, in_words
 from megatron.errors import ConfigError
 from megatron.log import number_of
 from megatron.parallel.layout import check_layout
@@ -29,6 +30,10 @@ SETTLED_BY = {
                   "--recompute-granularity"),
     "rows": ("--micro-batch-size", "--batch-size"),
 }
+# The fields of a layout, besides those of recomputation, in the order in which their flags are told.
+_LAYOUT = ("micro_batch_size", "global_batch_size", "tensor_model_parallel_size", "pipeline_model_parallel_size",
+           "context_parallel_size", "sequence_parallel", "pipeline_schedule", "num_layers_per_virtual_pipeline_stage",
+           "data_parallel_sharding", "DDP_impl")
 _MOST_ROWS = 16  # more rows in a micro-batch are no faster
 _WORTHWHILE = 0.95  # selective recomputation is tried if it reduces what a block keeps to less than this share
 _CONTEXTS = (2, 4, 8, 16)  # context-parallel sizes, tried in turn if nothing fits without
@@ -194,22 +199,9 @@ def _extreme_ranks(config: Config, num_gpus: int) -> list[Rank]:
 
 def layout_flags(config: Config) -> list[str]:
     """The command-line flags of the layout of `config`, to append to those of the model."""
-    parallel, model = config.parallel, config.model
-    flags = [f"--micro-batch-size {config.training.micro_batch_size}"]
-    if config.training.global_batch_size:
-        flags.append(f"--global-batch-size {config.training.global_batch_size}")
-    for size, name in ((parallel.tensor_model_parallel_size, "tensor-model"),
-                       (parallel.pipeline_model_parallel_size, "pipeline-model"),
-                       (parallel.context_parallel_size, "context")):
-        flags += [f"--{name}-parallel-size {size}"] if size > 1 else []
-    flags += ["--sequence-parallel"] if parallel.sequence_parallel else []
-    if parallel.pipeline_schedule != "1f1b":
-        flags.append(f"--pipeline-schedule {parallel.pipeline_schedule}")
-    if parallel.num_layers_per_virtual_pipeline_stage:
-        flags.append(f"--num-layers-per-virtual-pipeline-stage {parallel.num_layers_per_virtual_pipeline_stage}")
-    if parallel.data_parallel_sharding != "none":
-        flags.append(f"--data-parallel-sharding {parallel.data_parallel_sharding}")
-    flags += ["--DDP-impl torch"] if parallel.DDP_impl == "torch" else []
-    if model.recompute_granularity == "selective":
-        return [*flags, "--recompute-granularity selective"]
-    return [*flags, "--checkpoint-activations" if model.checkpoint_activations else "--no-checkpoint-activations"]
+    items = {item.name: item for _, section in config.sections() for item in fields(section)}
+    values = config.as_dict()
+    names = [name for name in _LAYOUT if values[name] != items[name].default]
+    is_selective = config.model.recompute_granularity == "selective"
+    names.append("recompute_granularity" if is_selective else "checkpoint_activations")
+    return [as_given(items[name], in_words(items[name], values[name])) for name in names]
