@@ -5,8 +5,6 @@ process group that sends nothing (torch's "fake" backend), with artificial batch
 --DDP-impl torch is replaced by local, which sends the same bytes, because torch's C++ reducer reads values.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -76,18 +74,13 @@ def measure(config: Config) -> Measurement:
     rank, num_ranks = config.parallel.dry_run_rank, config.parallel.dry_run_ranks
     if rank >= num_ranks:
         raise ConfigError(f"--dry-run-rank is {rank}, and --dry-run-ranks {num_ranks}: ranks count from 0")
-    with _fake_mesh(config, rank, num_ranks) as mesh:
+    with fake_group(rank, num_ranks):
+        mesh = build_mesh(config.parallel, torch.device("cpu"), timedelta(minutes=1)) if num_ranks > 1 else Mesh()
         sizes = BatchSizes(config.training, mesh.data.size)
         num_micro_batches = sizes.final // sizes.rows_a_micro_step
         weights = WeightBytes()
         with TrafficCounter(mesh) as counter, MemoryWatch([weights.count]) as watch:
             return _Steps(config, mesh, counter, watch, weights).measured(num_micro_batches)
-
-
-@contextmanager
-def _fake_mesh(config: Config, rank: int, num_ranks: int) -> Iterator[Mesh]:
-    with fake_group(rank, num_ranks):
-        yield build_mesh(config.parallel, torch.device("cpu"), timedelta(minutes=1)) if num_ranks > 1 else Mesh()
 
 
 class _Steps:

@@ -1,9 +1,13 @@
 """A process group that sends nothing, to run one rank of a layout without the others."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch.distributed as dist
+
+from megatron.parallel.mesh import Axis, build_axis
 
 
 @contextmanager
@@ -22,3 +26,11 @@ def fake_group(rank: int, num_ranks: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def fake_axes(rank: int, sizes: Mapping[str, int]) -> Iterator[dict[str, Axis]]:
+    """A context with the axes, by name, of rank number `rank` in a grid of these `sizes`, whose groups are fake."""
+    with fake_group(rank, math.prod(sizes.values())):
+        yield {name: build_axis(sizes, [name], timedelta(minutes=1)) if size > 1 else Axis()
+               for name, size in sizes.items()}

@@ -5,7 +5,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import timedelta
 from functools import cache
 
 import torch
@@ -15,11 +14,11 @@ from megatron.config import OptimizerConfig
 from megatron.kernels.newton_schulz.orthogonal import num_flops, working_dtype
 from megatron.optim.muon import Muon
 from megatron.parallel.matrices.sharing import Round, num_beside, rounds_of, shared_out
-from megatron.parallel.mesh import Axis, Mesh, build_axis
+from megatron.parallel.mesh import Axis, Mesh
 from megatron.parallel.parameters import declaration_of
 from megatron.parallel.placement import placement_of
 from megatron.parallel.traffic import EXCHANGE, Traffic
-from megatron.plan.fake_group import fake_group
+from megatron.plan.fake_group import fake_axes
 from megatron.plan.memory_watch import MemoryWatch
 from megatron.plan.parameters import Held, matrices_of
 from megatron.plan.rank import Rank
@@ -83,11 +82,10 @@ def _taken(held: Held, tensor: Axis, shards: Axis, holders: Axis, config: Optimi
         nonlocal most
         most = max(most, watch.current)
 
-    with fake_group(holders.rank, holders.size), MemoryWatch() as watch:
-        axis = build_axis({"holders": holders.size}, ["holders"], timedelta(minutes=1)) if holders.size > 1 else Axis()
+    with fake_axes(holders.rank, {"holders": holders.size}) as axes, MemoryWatch() as watch:
         parts = _parts(held, shards)
         muon = Muon([{"params": parts, "weight_decay": config.weight_decay}], config,
-                    Mesh(tensor=tensor, shards=shards, holders=axis))
+                    Mesh(tensor=tensor, shards=shards, holders=axes["holders"]))
         muon.grad_scale = muon.found_inf = torch.empty((), device="meta")
         for part in parts:
             part.grad, muon.state[part]["momentum_buffer"] = torch.empty_like(part), torch.empty_like(part)

@@ -8,23 +8,20 @@ times as long.)
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from datetime import timedelta
 from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron.kernels.rotary import Rotation
 from megatron.model.protein_model import ProteinModel
-from megatron.parallel.mesh import Mesh, build_axis
+from megatron.parallel.mesh import Mesh
 from megatron.parallel.pipeline.deferral import WeightGradients, defer_weight_gradients
 from megatron.parallel.traffic import Traffic, TrafficCounter
-from megatron.plan.fake_group import fake_group
+from megatron.plan.fake_group import fake_axes
 from megatron.plan.memory_watch import MemoryWatch, num_bytes
 from megatron.plan.setting import BlockRange, Setting
 from megatron.plan.work import WorkCounter
@@ -125,7 +122,9 @@ def _on_the_line(one: Any, two: Any, num_rows: int) -> Any:
 def _watched(setting: Setting, part: BlockRange, puts_off: bool) -> PieceCost:
     """The cost of a piece, measured by running it."""
     work = WorkCounter()
-    with _fake_mesh(setting) as mesh:
+    sizes = {"context": setting.context.size, "tensor": setting.tensor.size}
+    with fake_axes(setting.context.rank * setting.tensor.size + setting.tensor.rank, sizes) as axes:
+        mesh = Mesh(context=axes["context"], tensor=axes["tensor"])
         counter = TrafficCounter(mesh)
         with MemoryWatch([counter.count, work.count]) as watch:
             model = setting.build(part, mesh)
@@ -141,18 +140,6 @@ def _watched(setting: Setting, part: BlockRange, puts_off: bool) -> PieceCost:
 def _can_put_off(setting: Setting, part: BlockRange) -> bool:
     """Whether the piece has layers whose weight gradients can be deferred."""
     return any(hasattr(module, "deferral") for module in setting.build(part, Mesh()).modules())
-
-
-@contextmanager
-def _fake_mesh(setting: Setting) -> Iterator[Mesh]:
-    sizes = {"context": setting.context.size, "tensor": setting.tensor.size}
-    number = setting.context.rank * setting.tensor.size + setting.tensor.rank
-    with fake_group(number, setting.context.size * setting.tensor.size):
-        if dist.is_initialized():
-            context, tensor = (build_axis(sizes, [name], timedelta(minutes=1)) for name in sizes)
-            yield Mesh(context=context, tensor=tensor)
-        else:
-            yield Mesh()
 
 
 class _Run:
