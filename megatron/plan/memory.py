@@ -59,7 +59,9 @@ def _moments(rank: Rank) -> Iterator[tuple[int, int]]:
     gathered = sum(stage.gathered for stage in stages)
     gradients, waiting_for_gradients, to_gather = 0, set(range(len(stages))), set(range(len(stages)))
     in_flight = last = 0  # kept for backward passes to come; messages of the last backward pass
-    for action, following in _actions(rank):
+    size = rank.sizes["pipeline"]
+    num_micro_batches = min(rank.num_micro_batches, 3 * size)  # as many as are needed to reach the peak
+    for action, following in _schedule(rank.place["pipeline"], size, len(stages), num_micro_batches, rank.puts_off):
         stage = stages[action.stage]
         # The message for the next action is received during this one.
         coming = stages[following.stage].receives[following.kind] if following is not None else 0
@@ -86,12 +88,6 @@ def _moments(rank: Rank) -> Iterator[tuple[int, int]]:
     yield 4 * share_size(rank.held.trained, rank.shards, rank.shard), muon_memory(rank)
 
 
-def _actions(rank: Rank) -> Sequence[tuple[Action, Action | None]]:
-    """The rank's schedule, cut to as many micro-batches as are needed to reach the peak."""
-    size, place = rank.sizes["pipeline"], rank.place["pipeline"]
-    return _schedule(place, size, len(rank.stages), min(rank.num_micro_batches, 3 * size), rank.puts_off)
-
-
 @cache
 def _schedule(place: int, size: int, num_stages: int, number: int,
               puts_off: bool) -> Sequence[tuple[Action, Action | None]]:
@@ -113,7 +109,7 @@ class _StageMemory:
 
     def __init__(self, planned: PlannedStage, sharding: str, shards: int, shard: int, width: int,
                  has_one_pass: bool) -> None:
-        units = {unit.block: unit.padded_size for unit in sharded_units(planned.held, shards)}
+        units = dict(sharded_units(planned.held, shards))
         # Gathered in the dtype of products, summed in fp32.
         whole, rest = width * sum(units.values()), units.pop(None, 0)
         self._rest, self._block = width * rest, width * max(units.values(), default=0)
@@ -195,10 +191,7 @@ class _StageMemory:
         return self._block + self._scattered if self._sharding == "gradients" else 0
 
 
-@cache  # a search asks for the same stages thousands of times
-def _stage_memory(planned: PlannedStage, sharding: str, shards: int, shard: int, width: int,
-                  has_one_pass: bool) -> _StageMemory:
-    return _StageMemory(planned, sharding, shards, shard, width, has_one_pass)
+_stage_memory = cache(_StageMemory)  # a search asks for the same stages thousands of times
 
 
 def _of_sums(rank: Rank) -> int:

@@ -102,7 +102,7 @@ class MemoryWatch(TorchDispatchMode):
 def num_bytes(tensors: Iterable[Tensor | None]) -> int:
     """The number of bytes of the tensors (of a DTensor, its local part); None counts 0."""
     here = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors if tensor is not None)
-    return sum(tensor.numel() * tensor.element_size() for tensor in here)
+    return sum(tensor.nbytes for tensor in here)
 
 
 def _has_values(tensor: Tensor) -> bool:

@@ -56,7 +56,7 @@ def _shards(traffic: Traffic, rank: Rank, stage: PlannedStage) -> None:
 @cache
 def _whole_units(held: Held, shards: int) -> Counter[int]:
     """The number of sharded units of each size, in elements."""
-    return Counter(unit.padded_size for unit in sharded_units(held, shards))
+    return Counter(sharded_units(held, shards).values())
 
 
 @cache

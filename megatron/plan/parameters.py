@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from itertools import chain, groupby
-from typing import NamedTuple
 
 from torch import nn
 
@@ -51,13 +50,6 @@ class Parameter:
         return self.size // self.shape[0] * min(max(self.shape[0] - shard * rows, 0), rows)
 
 
-class Unit(NamedTuple):
-    """Sharded parameters that are gathered together: those of one block, or all outside the blocks."""
-
-    block: int | None  # None: outside the blocks
-    padded_size: int  # elements, with rows padded to a multiple of the shards
-
-
 @dataclass(frozen=True, eq=False)
 class Held:
     """The parameters of one stage, or of all stages of a rank, in the model's order."""
@@ -98,12 +90,15 @@ def matrices_of(held: Held) -> Held:
 
 
 @cache
-def sharded_units(held: Held, shards: int) -> Sequence[Unit]:
-    """The units of a stage that are gathered together: each block, then everything outside the blocks."""
+def sharded_units(held: Held, shards: int) -> dict[int | None, int]:
+    """The elements of a stage's parameters that are gathered together: of each block, then of all outside (None).
+
+    Rows are padded to a multiple of the shards.
+    """
     sizes: dict[int | None, int] = {}
     for parameter in sorted(held, key=lambda parameter: parameter.block is None):
         sizes[parameter.block] = sizes.get(parameter.block, 0) + parameter.padded(shards)
-    return [Unit(block, size) for block, size in sizes.items()]
+    return sizes
 
 
 @cache

@@ -34,7 +34,7 @@ SETTLED_BY = {
 _LAYOUT = ("micro_batch_size", "global_batch_size", "tensor_model_parallel_size", "pipeline_model_parallel_size",
            "context_parallel_size", "sequence_parallel", "pipeline_schedule", "num_layers_per_virtual_pipeline_stage",
            "data_parallel_sharding", "DDP_impl")
-_MOST_ROWS = 16  # more rows in a micro-batch are no faster
+_MOST_ROWS = 16  # of the powers of two that are tried; more rows in a micro-batch are no faster
 _WORTHWHILE = 0.95  # selective recomputation is tried if it reduces what a block keeps to less than this share
 _CONTEXTS = (2, 4, 8, 16)  # context-parallel sizes, tried in turn if nothing fits without
 
@@ -127,7 +127,8 @@ def candidates(config: Config, machine: Machine, settled: Collection[str]) -> It
         {"data_parallel_sharding": what} for what in ("optimizer", "gradients", "parameters"))])
     recomputations = _recomputations(config) if "recompute" not in settled else []
     models = [replace(config.model, **recompute) for recompute in choices("recompute", recomputations)]
-    trainings = [replace(config.training, **rows) for rows in choices("rows", _rows())]
+    trainings = [replace(config.training, **rows) for rows in choices(
+        "rows", [{"micro_batch_size": 2**power} for power in range(_MOST_ROWS.bit_length())])]
     for tensor, pipeline in itertools.product(tensors, pipelines):
         grid = _with_parallel(config, **tensor, **pipeline)
         # Sequence parallelism saves memory and costs nothing.
@@ -155,11 +156,6 @@ def _schedules(config: Config) -> Iterator[dict]:
         blocks = config.model.num_layers // size
         yield from ({"num_layers_per_virtual_pipeline_stage": count} for count in range(1, blocks)
                     if config.model.num_layers % (size * count) == 0)
-
-
-def _rows() -> list[dict]:
-    """Micro-batch sizes to try: powers of two up to _MOST_ROWS."""
-    return [{"micro_batch_size": 2**power} for power in range(_MOST_ROWS.bit_length())]
 
 
 def _recomputations(config: Config) -> list[dict]:

@@ -29,7 +29,7 @@ class WorkCounter:
 
     def count(self, func: Any, args: Any, kwargs: Any, given: list[Tensor], new: list[Tensor]) -> None:
         """Count an operation; `given` and `new`: its input and output tensors."""
-        self.moved += sum(tensor.numel() * tensor.element_size() for tensor in _moved(func, given, new))
+        self.moved += sum(tensor.nbytes for tensor in _moved(func, given, new))
         name, packet = func.name(), func._overloadpacket
         if name in _ATTENTION:
             context = new[0] if _ATTENTION[name] == 4 else args[0]  # or its gradient
@@ -55,7 +55,7 @@ class WeightBytes:
 
     def count(self, func: Any, args: Any, kwargs: Any, given: list[Tensor], new: list[Tensor]) -> None:
         """Count an operation; `given` and `new`: its input and output tensors."""
-        self.num_bytes += sum(tensor.numel() * tensor.element_size() for tensor in _moved(func, given, new)
+        self.num_bytes += sum(tensor.nbytes for tensor in _moved(func, given, new)
                               if tuple(sorted(tensor.shape)) in self.shapes)
 
 
