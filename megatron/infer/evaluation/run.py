@@ -29,18 +29,16 @@ def evaluated(pretrained: Pretrained, files: ProteinFiles, piece: int | None, bu
     """
     masks, tally = FixedMasks(pretrained.vocab), TargetTally(np.zeros((3, pretrained.vocab.size)))
     for proteins in _of_this_rank(pretrained, files):
-        masked = [masks.mask(protein.residues.astype(np.int64)) for protein in proteins]
-        copies, owners = list[Copy](), list[int]()
-        for number, (ids, is_target) in enumerate(masked):
-            size = piece or len(ids)
-            for start in range(0, len(ids), size):
-                copies.append(Copy(pretrained.between_ends(ids[start:start + size], proteins[number].name),
-                                   (1 + np.flatnonzero(is_target[start:start + size])).tolist()))
-                owners.append(number)
-        found = list(log_probabilities(pretrained, copies, budget))
-        for number, (protein, (_, is_target)) in enumerate(zip(proteins, masked, strict=True)):
-            _add(tally, protein, np.flatnonzero(is_target),
-                 np.concatenate([part for part, owner in zip(found, owners, strict=True) if owner == number]))
+        work = list[tuple[Protein, np.ndarray, list[Copy]]]()  # proteins, their targets, their pieces
+        for protein in proteins:
+            ids, is_target = masks.mask(protein.residues.astype(np.int64))
+            parts = [slice(start, start + (piece or len(ids))) for start in range(0, len(ids), piece or len(ids))]
+            work.append((protein, np.flatnonzero(is_target), [
+                Copy(pretrained.between_ends(ids[part], protein.name), (1 + np.flatnonzero(is_target[part])).tolist())
+                for part in parts]))
+        found = log_probabilities(pretrained, [copy for *_, copies in work for copy in copies], budget)
+        for protein, targets, copies in work:
+            _add(tally, protein, targets, np.concatenate([next(found) for _ in copies]))
         bar.update(len(proteins) * pretrained.mesh.data.size)
     return TargetTally.merged(all_gather_object(tally, pretrained.mesh.data))
 
