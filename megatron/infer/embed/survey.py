@@ -44,7 +44,8 @@ def survey(proteins: Iterable[Protein], max_residues: int | None, window: int | 
         if window is None and max_residues is not None and len(protein) > max_residues:
             raise ConfigError(f"protein {number}, {protein.name}, has {len(protein)} residues, and the model knows the "
                               f"positions of {max_residues}; give --window {max_residues}")
-        place = known.setdefault(_digest(protein.residues.tobytes()), len(known))
+        digest = hashlib.blake2b(protein.residues.tobytes(), digest_size=DIGEST_BYTES).digest()
+        place = known.setdefault(digest, len(known))
         if place == len(lengths):
             lengths.append(len(protein))
         distinct.append(place)
@@ -58,7 +59,3 @@ def first_ones(proteins: Iterable[Protein], surveyed: Survey) -> Iterator[Protei
         if place == num_before:
             num_before += 1
             yield protein
-
-
-def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()

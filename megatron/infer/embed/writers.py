@@ -130,37 +130,34 @@ def _parquet(path: Path, asked: Asked) -> Iterator[WriteAnswer]:
     import pyarrow as pa
     from pyarrow import parquet
 
-    class Parquet:
-        def __init__(self) -> None:
-            self._rows: list[dict] = []
-            self._num_bytes = 0
-            self._file: parquet.ParquetWriter | None = None
+    rows: list[dict] = []
+    file: parquet.ParquetWriter | None = None
+    num_bytes = 0
 
-        def add(self, name: str, length: int, answer: Answer) -> None:
-            lists = {what: np.ravel(values) for what, values in named(answer, asked)}
-            self._rows.append({"id": name, "length": length, **lists})
-            self._num_bytes += sum(values.nbytes for values in lists.values())
-            if len(self._rows) == PARQUET_ROWS or self._num_bytes >= PARQUET_BYTES:
-                self.flush()
+    def write(name: str, length: int, answer: Answer) -> None:
+        nonlocal num_bytes
+        lists = {what: np.ravel(values) for what, values in named(answer, asked)}
+        rows.append({"id": name, "length": length, **lists})
+        num_bytes += sum(values.nbytes for values in lists.values())
+        if len(rows) == PARQUET_ROWS or num_bytes >= PARQUET_BYTES:
+            flush()
 
-        def flush(self) -> None:
-            if self._rows:
-                table = pa.Table.from_pylist(self._rows)
-                self._file = self._file or parquet.ParquetWriter(temporary, table.schema)
-                self._file.write_table(table)
-                self._rows, self._num_bytes = [], 0
-
-        def close(self) -> None:
-            self.flush()
-            if self._file is not None:
-                self._file.close()
+    def flush() -> None:
+        nonlocal file, num_bytes
+        table = pa.Table.from_pylist(rows)
+        file = file or parquet.ParquetWriter(temporary, table.schema)
+        file.write_table(table)
+        rows.clear()
+        num_bytes = 0
 
     with replacing(path) as temporary:
-        made = Parquet()
         try:
-            yield made.add
+            yield write
         finally:
-            made.close()
+            if rows:
+                flush()
+            if file is not None:
+                file.close()
 
 
 @contextmanager
