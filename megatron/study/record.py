@@ -21,7 +21,7 @@ from megatron.checkpoint.places import METRICS_FILE, iterations
 from megatron.config.command_line import as_flags
 from megatron.errors import ConfigError
 from megatron.files import try_lock, write_json, write_text
-from megatron.study.curves import kinds_of
+from megatron.study.curves import AXES, kinds_of
 from megatron.study.settings import Setting, Space, Trial
 
 BEGUN, FINISHED, STOPPED, NOT_FINITE, FAILED = "begun", "finished", "stopped early", "not finite", "failed"
@@ -91,9 +91,7 @@ class SweepRecord:
     def facts(self, trial: str) -> dict[str, Any]:
         """The loss and the totals at a trial's last evaluation, as fields of TrialResult; {} if there is none yet."""
         last = self._last(trial)
-        return {} if last is None else {
-            "loss": last.get("loss"), "steps": last["iteration"], "residues": last.get("consumed_residues"),
-            "seconds": last.get("training_s"), "flops": last.get("consumed_flops")}
+        return {} if last is None else {"loss": last.get("loss"), **{name: last.get(key) for name, key in AXES.items()}}
 
     def measured_on(self) -> set[str | None]:
         """The digests of the data that the trials' last evaluations were measured on."""

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from html import escape
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
 import torch
@@ -118,13 +119,13 @@ def _throughput(records: Sequence[Mapping[str, Any]]) -> str:
     training = [record for record in records if record["kind"] == "train"]
     if not training:
         return ""
-    last, speeds = training[-1], sorted(record["residues_per_s"] for record in training)
-    shares = sorted(record["share_of_peak"] for record in training if record.get("share_of_peak") is not None)
+    last, speeds = training[-1], [record["residues_per_s"] for record in training]
+    shares = [record["share_of_peak"] for record in training if record.get("share_of_peak") is not None]
     rows = [["residues read", _number(last.get("consumed_residues"), ",.0f")],
             ["seconds of training", _number(last.get("training_s"), ",.0f")],
             ["model FLOPs", _number(last.get("consumed_flops"), ".3e")],
-            ["residues a second, median of the log lines", f"{speeds[len(speeds) // 2]:,.0f}"],
-            ["share of the peak, likewise", f"{shares[len(shares) // 2]:.0%}" if shares else "–"],
+            ["residues a second, median of the log lines", f"{median_high(speeds):,.0f}"],
+            ["share of the peak, likewise", f"{median_high(shares):.0%}" if shares else "–"],
             ["steps skipped", f"{sum(record.get('skipped_iterations', 0) for record in training):,}"]]
     return _section("Throughput", _table(rows))
 

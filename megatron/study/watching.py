@@ -119,26 +119,25 @@ def _progress(view: View) -> str:
 def _rows(view: View) -> list[tuple[str, str]]:
     """The lines below the progress bar, as (name, text); the text is empty if nothing is known."""
     last = view.train[-1] if view.train else {}
-    number = {name: value for name, value in last.items() if isinstance(value, int | float)}
+    known: dict[str, Any] = {name: value for name, value in last.items() if isinstance(value, int | float)}
+    texts = {"loss": "{:.4f}".format, "residues_per_s": in_short, "consumed_residues": in_short, "training_s": in_time}
+    known |= {name: form(known[name]) for name, form in texts.items() if name in known}
+    if "loss" in last:
+        known.setdefault("loss", "not finite")
 
-    def said(name: str, form: str, behind: str = "") -> list[str]:
-        return [f"{number[name]:{form}}{behind}"] if name in number else []
+    def said(**forms: str) -> str:
+        """The values that are known, in these forms by name."""
+        return ", ".join(form.format(known[name]) for name, form in forms.items() if name in known)
 
-    speed = [f"{in_short(number['residues_per_s'])} residues/s"] if "residues_per_s" in number else []
     return [
-        ("loss", ", ".join([*(said("loss", ".4f") or ["not finite"] * ("loss" in last)),
-                            *said("perplexity", ".2f", " perplexity"),
-                            *said("masked_accuracy", ".1%", " predicted right")])),
+        ("loss", said(loss="{}", perplexity="{:.2f} perplexity", masked_accuracy="{:.1%} predicted right")),
         ("validation", _validation(view)),
-        ("speed", ", ".join([*speed, *said("model_tflops", ".3f", " TFLOP/s"), *said("share_of_peak", ".0%", " of peak")
-                             ])),
-        ("memory", ", ".join([*said("memory_gib", ".2f", " GiB on the fullest rank"),
-                              *(["1 rank"] if number.get("num_ranks") == 1 else said("num_ranks", "d", " ranks"))])),
-        ("rate", ", ".join([*said("learning_rate", ".3E"), *said("grad_norm", ".3f", " norm of the gradient"),
-                            *said("global_batch_size", ",d", " rows a step")])),
-        ("so far", ", ".join([*([in_time(number["training_s"])] if "training_s" in number else []),
-                              *([f"{in_short(number['consumed_residues'])} residues"]
-                                if "consumed_residues" in number else [])])),
+        ("speed", said(residues_per_s="{} residues/s", model_tflops="{:.3f} TFLOP/s", share_of_peak="{:.0%} of peak")),
+        ("memory", said(memory_gib="{:.2f} GiB on the fullest rank",
+                        num_ranks="{:d} rank" if known.get("num_ranks") == 1 else "{:d} ranks")),
+        ("rate", said(learning_rate="{:.3E}", grad_norm="{:.3f} norm of the gradient",
+                      global_batch_size="{:,d} rows a step")),
+        ("so far", said(training_s="{}", consumed_residues="{} residues")),
         ("checkpoint", _checkpoint(view)),
         ("wrong steps", _wrong_steps(view)),
         ("last record", f"{in_time(max(0.0, view.now_s - view.written_s))} ago" if view.records else ""),
