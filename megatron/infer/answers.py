@@ -4,7 +4,6 @@ Shapes: r residues, h hidden, v tokens of the vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,8 +88,7 @@ def _of_row(model: ProteinModel, mesh: Mesh, row: PackedSequence, num_ends: int,
     last = model.config.num_layers
     needs_last = "logits" in asked.include
     named: dict[str, list[np.ndarray]] = {}
-    with ExitStack() as stack:
-        states = stack.enter_context(watched_layers(model, {*asked.watched, *([last] if needs_last else [])}))
+    with watched_layers(model, {*asked.watched, *([last] if needs_last else [])}) as states:
         if "contacts" in asked.include:
             named["contacts"] = [read(map_rr).numpy() for map_rr in contacts(model, row, num_ends)]
         else:

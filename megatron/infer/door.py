@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 from megatron.config import ParallelConfig
@@ -88,12 +87,11 @@ def asked(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace, M
                               f"{launch.size}")
         if given.tokens_per_row is not None and given.tokens_per_row < 1:
             raise ConfigError(f"--tokens-per-row is {given.tokens_per_row}; it must be 1 or greater")
-        return parallel_of(given, size), partial(_worked, work, given)
+
+        def worked(mesh: Mesh, log: Log) -> None:
+            with leaving_no_empty(given.output or Path()):
+                work(given, mesh, log)
+
+        return parallel_of(given, size), worked
 
     return status_of(prepare)
-
-
-def _worked(work: Callable[[argparse.Namespace, Mesh, Log], None], given: argparse.Namespace, mesh: Mesh, log: Log
-            ) -> None:
-    with leaving_no_empty(given.output or Path()):
-        work(given, mesh, log)

@@ -184,11 +184,10 @@ def load(path: str, mesh: Mesh, log: Log, precision: str = "fp32") -> Pretrained
     if is_taught:
         checkpoint, config = _without_task(checkpoint, config)
     model = _without_values(config, vocab, mesh)
-    with torch.device("meta"):
-        whole = ProteinModel(config.model, config.precision, vocab.padded_size(config.model), mask_id=vocab.mask_id)
     if is_taught:
-        del model.lm_head, whole.lm_head
-    load_model(dict(model.named_parameters()), checkpoint, {name for name, _ in whole.named_parameters()})
+        del model.lm_head
+    parameters = dict(model.named_parameters())
+    load_model(parameters, checkpoint, parameters)  # each tensor rank has a part of every parameter
     _make_copies(model, config)
     return Pretrained(model, config, vocab, checkpoint.iteration, mesh, checkpoint.path)
 
